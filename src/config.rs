@@ -1,0 +1,252 @@
+//! Configuration, validated: every value is of its final type and every reference resolves.
+
+use std::{net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
+
+use http::{HeaderMap, StatusCode};
+
+/// A whole configuration. Made only by [`Config::load`].
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where callers connect; at least one.
+    pub listeners: Vec<Listener>,
+    /// Where ops look.
+    pub admin: Admin,
+    /// Bounds and deadlines of the data plane.
+    pub server: Server,
+    /// The API behind the gateway.
+    pub upstream: Upstream,
+    /// How tokens are obtained.
+    pub token: Token,
+    /// App keys and secrets; at least one.
+    pub credentials: Vec<Credential>,
+    /// Who may call; at least one.
+    pub callers: Vec<Caller>,
+    /// The upstream's budget, shared by all callers.
+    pub quota: Limit,
+    /// The audit trail.
+    pub audit: Audit,
+    /// The built-in route and those of the file.
+    pub routes: Vec<Route>,
+    /// Logs.
+    pub log: Log,
+}
+
+/// One socket that callers connect to.
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// Where it listens.
+    pub address: ListenAddress,
+    /// The names that `Host` may carry, lower case, without port. `None` on a Unix socket: any.
+    pub hosts: Option<Vec<String>>,
+}
+
+/// Where a listener listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenAddress {
+    /// TCP.
+    Tcp(SocketAddr),
+    /// A Unix socket at this path, with these permission bits.
+    Unix {
+        /// The socket's path.
+        path: PathBuf,
+        /// Permission bits, such as `0o660`.
+        mode: u32,
+    },
+}
+
+/// `[admin]`.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    /// Where the admin listener listens.
+    pub address: SocketAddr,
+    /// Further names that `Host` may carry at `/status`, lower case, without port.
+    pub hosts: Vec<String>,
+}
+
+/// `[server]`. Caps are for all workers together.
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// Worker threads, 1 to 64.
+    pub workers: usize,
+    /// Open caller connections.
+    pub max_connections: usize,
+    /// Requests between head and answer.
+    pub max_in_flight: usize,
+    /// Bytes of one body.
+    pub max_body: usize,
+    /// From the first byte of a head to its last.
+    pub header_timeout: Duration,
+    /// From the end of the head to the end of the body.
+    pub body_timeout: Duration,
+    /// Between two requests of one connection.
+    pub idle_timeout: Duration,
+    /// From the stop signal to the end of the process.
+    pub drain_timeout: Duration,
+}
+
+/// `[upstream]`.
+#[derive(Clone, Debug)]
+pub struct Upstream {
+    /// Scheme, host and port of the API; its path prefix is empty.
+    pub base_url: Url,
+    /// Connect and TLS together; also the longest wait for a free connection.
+    pub connect_timeout: Duration,
+    /// The whole exchange, replay included.
+    pub timeout: Duration,
+    /// A pooled connection idle for longer is not used.
+    pub idle_timeout: Duration,
+    /// Connections, all workers together.
+    pub max_connections: usize,
+    /// PEM roots that replace the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Static headers of every upstream request.
+    pub headers: HeaderMap,
+}
+
+/// An `http` or `https` URL, taken apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Url {
+    /// `https`.
+    pub tls: bool,
+    /// Host name or address, IPv6 without brackets.
+    pub host: String,
+    /// Port, the scheme's own when the URL names none.
+    pub port: u16,
+    /// Path and query, `/` at least; for `base_url` without a trailing slash, so possibly empty.
+    pub path: String,
+}
+
+/// `[token]`.
+#[derive(Clone, Debug)]
+pub struct Token {
+    /// The token endpoint.
+    pub url: Url,
+    /// What `X-Token-Expire` asks for and what counts when the reply names no lifetime. `None`: not asked for.
+    pub lifetime: Option<Duration>,
+    /// One call of the token endpoint.
+    pub timeout: Duration,
+    /// The longest that a request waits for a token.
+    pub wait: Duration,
+    /// Upstream statuses that mean "token refused".
+    pub refused_statuses: Vec<StatusCode>,
+}
+
+/// `[[credentials]]`.
+#[derive(Clone, Debug)]
+pub struct Credential {
+    /// Its name, unique.
+    pub name: String,
+    /// Where the app key is.
+    pub app_key: SecretSource,
+    /// Where the app secret is.
+    pub app_secret: SecretSource,
+}
+
+/// Where a secret is kept. Never the secret itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecretSource {
+    /// The file's content, trailing newline trimmed.
+    File(PathBuf),
+    /// The variable's value.
+    Env(String),
+}
+
+/// `[[callers]]`.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// Its name, unique.
+    pub name: String,
+    /// Which peers it is.
+    pub peer: PeerRule,
+    /// The operator it acts as (`x-UserId`).
+    pub operator_id: String,
+    /// Other operators that it may name in `x-userid`.
+    pub operators: Vec<String>,
+    /// Name of the credential used for it.
+    pub credential: String,
+    /// Names of the routes it may use.
+    pub routes: Vec<String>,
+    /// Its own limit.
+    pub rate_limit: Limit,
+}
+
+/// Which peers a caller is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerRule {
+    /// Any TCP peer with a loopback address.
+    Loopback,
+    /// A process of this user at a Unix socket.
+    Uid(u32),
+    /// A process of this group at a Unix socket.
+    Gid(u32),
+}
+
+/// A rate with a burst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// Requests per `period`.
+    pub count: NonZeroU32,
+    /// One second, minute or hour.
+    pub period: Duration,
+    /// Requests that may come at once.
+    pub burst: NonZeroU32,
+}
+
+/// `[audit]`.
+#[derive(Clone, Debug)]
+pub struct Audit {
+    /// The directory of the segments; made when missing, mode 0700.
+    pub directory: PathBuf,
+    /// Bytes after which a new segment begins.
+    pub segment_size: u64,
+    /// The chain's key. `None`: one is made in the directory.
+    pub key_file: Option<PathBuf>,
+}
+
+/// `[[routes]]`.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// Its name, unique.
+    pub name: String,
+    /// The exact path, the same on both sides.
+    pub path: String,
+    /// The contract's JSON Schema.
+    pub contract: ContractSource,
+    /// The member of the reply that holds the result code.
+    pub result_field: String,
+    /// Result codes that mean success.
+    pub success_codes: Vec<String>,
+    /// Credential that replaces the caller's on this route.
+    pub credential: Option<String>,
+    /// Replaces `upstream.timeout` on this route.
+    pub timeout: Option<Duration>,
+}
+
+/// Where a contract comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ContractSource {
+    /// `appointQualityTask`, embedded in the binary.
+    BuiltIn,
+    /// A JSON Schema file.
+    File(PathBuf),
+}
+
+/// `[log]`.
+#[derive(Clone, Debug)]
+pub struct Log {
+    /// `error`, `warn`, `info`, `debug` or `trace`, or a filter such as `info,ccsqm_gateway::token=debug`.
+    pub level: String,
+    /// How a line looks.
+    pub format: LogFormat,
+}
+
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Text on a terminal, JSON elsewhere.
+    Auto,
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}

@@ -1,0 +1,1 @@
+//! Metrics. Every one is moved by some test.
