@@ -1,0 +1,74 @@
+//! `sandbox`: the cloud in one process, for people who build against it.
+
+use std::{
+    fs,
+    io::{self, Write},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use anyhow::{Context, ensure};
+use ccsqm_gateway::sandbox::{APPOINT_PATH, Options, Sandbox, Tls};
+
+/// Run a local stand-in for the cloud: tokenByAkSk and appointQualityTask, with scripted faults.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Where to listen.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18080")]
+    listen: SocketAddr,
+    /// Server certificate chain (PEM); switches TLS on.
+    #[arg(long, value_name = "FILE", requires = "key")]
+    cert: Option<PathBuf>,
+    /// Private key of the certificate (PEM).
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
+    /// Listen on an address that other machines reach. Anybody there can read its records and script its faults.
+    #[arg(long)]
+    allow_remote: bool,
+}
+
+/// Runs until Ctrl-C.
+pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    ensure!(
+        args.allow_remote || args.listen.ip().is_loopback(),
+        "{} can be reached by other machines; give --allow-remote if that is meant",
+        args.listen
+    );
+    let options = Options { listen: args.listen, tls: tls(args.cert, args.key)?, ..Options::default() };
+    let (app_key, app_secret) = (options.app_key.clone(), options.app_secret.clone());
+    let sandbox = Sandbox::start(options).with_context(|| format!("can't start on {}", args.listen))?;
+    introduce(&sandbox, &app_key, &app_secret)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(tokio::signal::ctrl_c()).context("can't wait for Ctrl-C")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn tls(cert: Option<PathBuf>, key: Option<PathBuf>) -> anyhow::Result<Option<Tls>> {
+    let (Some(cert), Some(key)) = (cert, key) else { return Ok(None) };
+    let read =
+        |file: PathBuf| fs::read_to_string(&file).with_context(|| format!("can't read {}", file.display()));
+    Ok(Some(Tls { cert_pem: read(cert)?, key_pem: read(key)? }))
+}
+
+fn introduce(sandbox: &Sandbox, app_key: &str, app_secret: &str) -> io::Result<()> {
+    let (url, token_url) = (sandbox.url(), sandbox.token_url());
+    writeln!(
+        io::stdout(),
+        "sandbox    {url}\n\
+         app key    {app_key}\n\
+         app secret {app_secret}\n\
+         \n\
+         token      POST {token_url}\n\
+         task       POST {url}{APPOINT_PATH}\n\
+         received   GET  {url}/_sandbox/requests\n\
+         tokens     GET  {url}/_sandbox/token-calls\n\
+         tasks      GET  {url}/_sandbox/tasks\n\
+         sockets    GET  {url}/_sandbox/connections\n\
+         faults     PUT  {url}/_sandbox/faults      such as {{\"business\":[{{\"times\":1,\"status\":500}}]}}\n\
+         forget     POST {url}/_sandbox/reset\n\
+         revoke     POST {url}/_sandbox/revoke\n\
+         \n\
+         Ctrl-C stops it."
+    )
+}

@@ -1,0 +1,127 @@
+//! The control calls under `/_sandbox/`: the records to read, the script to read and write. JSON throughout.
+//!
+//! Bytes appear as text where they are UTF-8 (else null), and as base64 beside it. Control calls are never
+//! recorded and never meet a fault of a call.
+
+use serde_json::{Value, json};
+
+use super::{
+    Cloud,
+    faults::Faults,
+    http::{Head, Reply},
+    journal::{Received, TokenCall},
+    lock,
+};
+
+/// What all control paths start with.
+pub(super) const PREFIX: &str = "/_sandbox/";
+
+/// The control calls, for `GET /_sandbox/` and for people.
+const CALLS: [&str; 8] = [
+    "GET /_sandbox/requests",
+    "GET /_sandbox/token-calls",
+    "GET /_sandbox/tasks",
+    "GET /_sandbox/connections",
+    "GET /_sandbox/faults",
+    "PUT /_sandbox/faults",
+    "POST /_sandbox/reset",
+    "POST /_sandbox/revoke",
+];
+
+/// Answers a control call.
+pub(super) fn answer(cloud: &Cloud, head: &Head, body: &[u8]) -> Reply {
+    let path = head.path.strip_prefix(PREFIX).unwrap_or_default();
+    match (head.method.as_str(), path) {
+        ("GET", "") => ok(&json!(CALLS)),
+        ("GET", "requests") => ok(&cloud.journal().requests().iter().map(received).collect()),
+        ("GET", "token-calls") => ok(&cloud.journal().token_calls().iter().map(token_call).collect()),
+        ("GET", "tasks") => ok(&json!(&*lock(&cloud.tasks))),
+        ("GET", "connections") => ok(&json!(cloud.connections())),
+        ("GET", "faults") => ok(&json!(cloud.script().faults)),
+        ("PUT", "faults") => put_faults(cloud, body),
+        ("POST", "reset") => {
+            cloud.reset();
+            ok(&json!({}))
+        }
+        ("POST", "revoke") => {
+            lock(&cloud.tokens).revoke();
+            ok(&json!({}))
+        }
+        _ => Reply::error(404, "no such control call; GET /_sandbox/ lists them"),
+    }
+}
+
+fn put_faults(cloud: &Cloud, body: &[u8]) -> Reply {
+    let applied =
+        serde_json::from_slice::<Faults>(body).map_err(|error| error.to_string()).and_then(|faults| {
+            if faults.locks_out() && cloud.token.is_none() {
+                return Err(
+                    "nobody could end this script over HTTP: it needs a token listener or `times`".to_owned()
+                );
+            }
+            cloud.apply(faults)
+        });
+    match applied {
+        Ok(()) => ok(&json!(cloud.script().faults)),
+        Err(reason) => Reply::error(400, &reason),
+    }
+}
+
+fn ok(body: &Value) -> Reply {
+    Reply::json(200, body)
+}
+
+fn token_call(call: &TokenCall) -> Value {
+    let mut value = received(&call.request);
+    value["asked"] = json!(call.asked);
+    value["issued"] = json!(call.issued);
+    value
+}
+
+fn received(request: &Received) -> Value {
+    json!({
+        "connection": request.connection,
+        "time": jiff::Timestamp::try_from(request.time).map(|time| time.to_string()).ok(),
+        "at_ms": u64::try_from(request.at.as_millis()).unwrap_or(u64::MAX),
+        "complete": request.complete,
+        "status": request.status,
+        "head": std::str::from_utf8(&request.head).ok(),
+        "head_base64": base64(&request.head),
+        "body": std::str::from_utf8(&request.body).ok(),
+        "body_base64": base64(&request.body),
+    })
+}
+
+/// Base64 with padding (RFC 4648 §4); not worth a dependency.
+fn base64(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for group in bytes.chunks(3) {
+        let bits = group.iter().fold(0_usize, |bits, byte| bits << 8 | usize::from(*byte))
+            << (8 * (3 - group.len()));
+        for place in 0..4 {
+            let filled = place <= group.len();
+            text.push(if filled { char::from(ALPHABET[bits >> (18 - 6 * place) & 63]) } else { '=' });
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::base64;
+
+    #[test]
+    fn base64_gives_the_vectors_of_rfc_4648() {
+        for (bytes, text) in [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foob", "Zm9vYg=="),
+            ("fooba", "Zm9vYmE="),
+        ] {
+            assert_eq!(base64(bytes.as_bytes()), text);
+        }
+    }
+}

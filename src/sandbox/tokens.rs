@@ -1,0 +1,162 @@
+//! tokenByAkSk: who gets a token, how long it lives, what a new one does to older ones.
+//!
+//! Lifetimes are judged by the monotonic clock; `CreateTime` is the only use of the wall clock.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use serde_json::{Value, json};
+
+use super::{
+    Cloud,
+    faults::{Fault, Habit},
+    http::{Head, Reply},
+    journal::Recording,
+    lock,
+};
+
+/// Lifetime without `X-Token-Expire`, in seconds. Not documented; clients that leave it out see about this.
+const DEFAULT_LIFETIME: u64 = 600;
+
+/// Longest lifetime that can be asked for, in seconds; more is cut to it.
+const MAX_LIFETIME: u64 = 3600;
+
+/// Dead tokens are swept when so many are held.
+const SWEEP_AT: usize = 10_000;
+
+/// Answers a call of the token endpoint.
+pub(super) fn answer(cloud: &Cloud, head: &Head, body: &[u8], fault: &Fault, recording: &Recording) -> Reply {
+    if let Some(reply) = fault.replacement() {
+        return reply;
+    }
+    let (habit, lifetime_ms) = {
+        let script = cloud.script();
+        (script.faults.habit, script.faults.lifetime_ms)
+    };
+    let mut tokens = lock(&cloud.tokens);
+    let issued = tokens.check(head, body).map(|seconds| {
+        let lifetime = lifetime_ms.map_or(Duration::from_secs(seconds), Duration::from_millis);
+        tokens.issue(habit, lifetime)
+    });
+    match issued {
+        Ok((token, issued)) => {
+            recording.issued(&token);
+            issued.reply(&token, fault)
+        }
+        Err(reply) => reply,
+    }
+}
+
+/// The accepted pair and the tokens that live.
+pub(super) struct Tokens {
+    app_key: String,
+    app_secret: String,
+    living: HashMap<String, Issued>,
+    latest: Option<String>,
+}
+
+#[derive(Clone)]
+struct Issued {
+    app_key: String,
+    ends: Instant,
+    created: SystemTime,
+    lifetime: Duration,
+}
+
+impl Tokens {
+    pub(super) fn new(app_key: String, app_secret: String) -> Self {
+        Self { app_key, app_secret, living: HashMap::new(), latest: None }
+    }
+
+    pub(super) fn rotate(&mut self, app_key: &str, app_secret: &str) {
+        app_key.clone_into(&mut self.app_key);
+        app_secret.clone_into(&mut self.app_secret);
+        self.latest = None;
+    }
+
+    pub(super) fn revoke(&mut self) {
+        self.living.clear();
+    }
+
+    /// The app key that this token was issued to, while it lives.
+    pub(super) fn holder(&self, token: &str) -> Option<&str> {
+        self.living.get(token).filter(|issued| issued.lives()).map(|issued| issued.app_key.as_str())
+    }
+
+    /// The lifetime asked for, in seconds, or the refusal.
+    fn check(&self, head: &Head, body: &[u8]) -> Result<u64, Reply> {
+        if head.method != "POST" {
+            return Err(Reply::error(405, "tokenByAkSk is a POST"));
+        }
+        if !head.is_json() {
+            return Err(Reply::error(400, "Content-Type must be application/json"));
+        }
+        let lifetime = asked_lifetime(head)?;
+        let pair = serde_json::from_slice::<Value>(body).unwrap_or_default();
+        match (pair["app_key"].as_str(), pair["app_secret"].as_str()) {
+            (Some(key), Some(secret)) if key == self.app_key && secret == self.app_secret => Ok(lifetime),
+            (Some(_), Some(_)) => Err(Reply::error(403, "app_key or app_secret is wrong")),
+            _ => Err(Reply::error(400, "app_key and app_secret must be strings of a JSON object")),
+        }
+    }
+
+    fn issue(&mut self, habit: Habit, lifetime: Duration) -> (String, Issued) {
+        if habit == Habit::SameUntilExpiry
+            && let Some(token) = self.latest.clone()
+            && let Some(issued) = self.living.get(&token).filter(|issued| issued.lives())
+        {
+            return (token, issued.clone());
+        }
+        if habit == Habit::LastWins {
+            self.living.retain(|_, issued| issued.app_key != self.app_key);
+        } else if self.living.len() >= SWEEP_AT {
+            self.living.retain(|_, issued| issued.lives());
+        }
+        let token = uuid::Uuid::now_v7().simple().to_string();
+        let issued = Issued {
+            app_key: self.app_key.clone(),
+            ends: Instant::now() + lifetime,
+            created: SystemTime::now(),
+            lifetime,
+        };
+        self.living.insert(token.clone(), issued.clone());
+        self.latest = Some(token.clone());
+        (token, issued)
+    }
+}
+
+impl Issued {
+    fn lives(&self) -> bool {
+        Instant::now() < self.ends
+    }
+
+    /// The vendor's reply: seven members, all of them strings.
+    fn reply(&self, token: &str, fault: &Fault) -> Reply {
+        let created = self.created.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let prefix = if fault.prefixed { "Bearer " } else { "" };
+        Reply::json(
+            200,
+            &json!({
+                "AccessToken": format!("{prefix}{token}"),
+                "ApplyType": "Bearer",
+                "CreateTime": created.saturating_add_signed(fault.skew_s).to_string(),
+                "Expires": self.lifetime.as_secs().max(1).to_string(),
+                "Scope": "",
+                "AppKey": self.app_key,
+                "UserID": "Anonymous",
+            }),
+        )
+    }
+}
+
+fn asked_lifetime(head: &Head) -> Result<u64, Reply> {
+    if !head.has("x-token-expire") {
+        return Ok(DEFAULT_LIFETIME);
+    }
+    match head.only("x-token-expire").and_then(|text| text.parse::<u64>().ok()) {
+        Some(seconds) if seconds > 0 => Ok(seconds.min(MAX_LIFETIME)),
+        _ => Err(Reply::error(400, "X-Token-Expire must be a number of seconds")),
+    }
+}
