@@ -1,0 +1,125 @@
+//! Receives a body: media type, encoding and size from the head, then the whole body within its deadline.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, header, request::Parts};
+use http_body_util::BodyExt;
+use hyper::body::{Body, Incoming};
+use thiserror::Error;
+use tokio::time::timeout;
+
+/// Why a body was not received.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum NotReceived {
+    /// An `Expect` other than `100-continue`.
+    #[error("only `Expect: 100-continue` is understood")]
+    Expectation,
+    /// Not `application/json`, or not in UTF-8.
+    #[error("Content-Type must be application/json, with charset=utf-8 at most")]
+    MediaType,
+    /// Compressed.
+    #[error("the body must be sent without Content-Encoding")]
+    ContentCoding,
+    /// Larger than `max_body` bytes.
+    #[error("the body is larger than {0} bytes")]
+    TooLarge(usize),
+    /// Not whole within `body_timeout`.
+    #[error("the body did not arrive within {0:?}")]
+    Timeout(Duration),
+    /// Ended early, or its framing is broken.
+    #[error("the body ended before its announced length, or its chunks are malformed")]
+    Incomplete,
+}
+
+/// Bounds of one body.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Bytes.
+    pub size: usize,
+    /// From the end of the head to the end of the body.
+    pub time: Duration,
+}
+
+/// Receives a whole body. What the head alone rules out is refused before a byte is read, so that a caller
+/// that waits for `100 Continue` sends nothing in vain.
+pub async fn receive(head: &Parts, body: &mut Incoming, bounds: Bounds) -> Result<Bytes, NotReceived> {
+    check_head(&head.headers)?;
+    if body.size_hint().lower() > bounds.size as u64 {
+        return Err(NotReceived::TooLarge(bounds.size));
+    }
+    timeout(bounds.time, collect(body, bounds.size)).await.unwrap_or(Err(NotReceived::Timeout(bounds.time)))
+}
+
+fn check_head(headers: &HeaderMap) -> Result<(), NotReceived> {
+    if headers
+        .get_all(header::EXPECT)
+        .iter()
+        .any(|value| !value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+    {
+        return Err(NotReceived::Expectation);
+    }
+    if headers.contains_key(header::CONTENT_ENCODING) {
+        return Err(NotReceived::ContentCoding);
+    }
+    let mut types = headers.get_all(header::CONTENT_TYPE).iter();
+    match (types.next().and_then(|value| value.to_str().ok()), types.next()) {
+        (Some(only), None) if is_json(only) => Ok(()),
+        _ => Err(NotReceived::MediaType),
+    }
+}
+
+fn is_json(media_type: &str) -> bool {
+    let mut parts = media_type.split(';').map(str::trim);
+    let essence = parts.next().unwrap_or_default();
+    essence.eq_ignore_ascii_case("application/json") && parts.all(is_utf8_charset)
+}
+
+fn is_utf8_charset(parameter: &str) -> bool {
+    let Some((name, value)) = parameter.split_once('=') else { return parameter.is_empty() };
+    name.eq_ignore_ascii_case("charset") && value.trim_matches('"').eq_ignore_ascii_case("utf-8")
+}
+
+async fn collect(body: &mut Incoming, limit: usize) -> Result<Bytes, NotReceived> {
+    let mut first = Bytes::new();
+    let mut rest = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(|_| NotReceived::Incomplete)?.into_data() else { continue };
+        if first.len() + rest.len() + data.len() > limit {
+            return Err(NotReceived::TooLarge(limit));
+        }
+        if first.is_empty() {
+            first = data; // the common case: one piece, passed on without a copy
+        } else {
+            rest.extend_from_slice(&data);
+        }
+    }
+    if rest.is_empty() { Ok(first) } else { Ok([first, rest.freeze()].concat().into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_json_in_utf8_is_a_media_type_of_ours() {
+        for good in [
+            "application/json",
+            "Application/JSON",
+            "application/json;charset=UTF-8",
+            "application/json; charset=\"utf-8\"",
+            "application/json;",
+        ] {
+            assert!(is_json(good), "{good}");
+        }
+        for bad in [
+            "",
+            "text/plain",
+            "application/json; charset=latin1",
+            "application/jsonp",
+            "application/json; x=1",
+        ] {
+            assert!(!is_json(bad), "{bad}");
+        }
+    }
+}
