@@ -1,0 +1,182 @@
+//! The chain: each record ends with an HMAC over the previous record's hash and its own bytes.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, BufRead, BufReader, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use aws_lc_rs::{hmac, rand};
+use thiserror::Error;
+
+const HASH: &[u8] = b",\"hash\":\"";
+
+/// A record's hash.
+pub type Hash = [u8; 32];
+
+/// The key of a chain, and the one derived from it for digests of bodies.
+pub struct Keys {
+    chain: hmac::Key,
+    digest: hmac::Key,
+}
+
+/// Why there is no key.
+#[derive(Debug, Error)]
+pub enum KeyError {
+    /// The file could not be read or made.
+    #[error("{0}: {1}")]
+    File(PathBuf, io::Error),
+    /// Too short to be a key.
+    #[error("{0}: a key needs at least 32 bytes")]
+    Short(PathBuf),
+}
+
+impl Keys {
+    /// Reads a key file.
+    pub fn load(path: &Path) -> Result<Self, KeyError> {
+        let bytes = fs::read(path).map_err(|error| KeyError::File(path.into(), error))?;
+        if bytes.len() < 32 {
+            return Err(KeyError::Short(path.into()));
+        }
+        let chain = hmac::Key::new(hmac::HMAC_SHA256, &bytes);
+        let derived = hmac::sign(&chain, b"ccsqm-gateway digest of bodies");
+        Ok(Self { chain, digest: hmac::Key::new(hmac::HMAC_SHA256, derived.as_ref()) })
+    }
+
+    /// Reads the key of a directory, making a random one if there is none.
+    pub fn load_or_make(directory: &Path) -> Result<Self, KeyError> {
+        let path = key_path(directory);
+        if !path.exists() {
+            make(&path).map_err(|error| KeyError::File(path.clone(), error))?;
+        }
+        Self::load(&path)
+    }
+
+    /// The keyed digest of a body, in hex.
+    pub fn digest(&self, body: &[u8]) -> String {
+        hex(hmac::sign(&self.digest, body).as_ref())
+    }
+
+    /// The hash of a record: `bytes` are those before `,"hash":`.
+    pub fn hash(&self, previous: &Hash, bytes: &[u8]) -> Hash {
+        let mut context = hmac::Context::with_key(&self.chain);
+        context.update(previous);
+        context.update(bytes);
+        let mut hash = [0; 32];
+        hash.copy_from_slice(context.sign().as_ref());
+        hash
+    }
+
+    /// Ends a record that lacks its links: appends `prev`, `hash` and the newline. Returns its hash.
+    pub fn seal(&self, line: &mut Vec<u8>, previous: &Hash) -> Hash {
+        line.extend_from_slice(b",\"prev\":\"");
+        line.extend_from_slice(hex(previous).as_bytes());
+        line.push(b'"');
+        let hash = self.hash(previous, line);
+        line.extend_from_slice(HASH);
+        line.extend_from_slice(hex(&hash).as_bytes());
+        line.extend_from_slice(b"\"}\n");
+        hash
+    }
+
+    /// Checks one line, without its newline, against the previous record's hash.
+    pub fn check(&self, line: &[u8], previous: &Hash) -> Result<Hash, &'static str> {
+        let (bytes, stated) = split(line).ok_or("the record has no hash")?;
+        let hash = self.hash(previous, bytes);
+        if hex(&hash).as_bytes() == stated {
+            Ok(hash)
+        } else {
+            Err("the hash does not fit: the record was changed, or one before it was removed")
+        }
+    }
+}
+
+/// A line's bytes before `,"hash":`, and the stated hash.
+fn split(line: &[u8]) -> Option<(&[u8], &[u8])> {
+    let start = line.len().checked_sub(HASH.len() + 64 + 2)?;
+    let (bytes, tail) = line.split_at(start);
+    let stated = tail.strip_prefix(HASH)?.strip_suffix(b"\"}")?;
+    Some((bytes, stated))
+}
+
+/// The stated hash of a line, unchecked.
+pub fn stated(line: &[u8]) -> Option<Hash> {
+    let (_, stated) = split(line)?;
+    let mut hash = [0; 32];
+    for (byte, pair) in hash.iter_mut().zip(stated.chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    Some(hash)
+}
+
+/// The key file of a directory.
+pub fn key_path(directory: &Path) -> PathBuf {
+    directory.join("audit.key")
+}
+
+fn make(path: &Path) -> io::Result<()> {
+    let mut key = [0; 32];
+    rand::fill(&mut key).map_err(|_| io::Error::other("no randomness"))?;
+    let unfinished = path.with_extension("key.new");
+    let mut file =
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
+    file.write_all(&key)?;
+    file.sync_all()?;
+    fs::rename(unfinished, path)
+}
+
+/// Lower-case hex.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// The segments of a directory, oldest first.
+pub fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut segments = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.starts_with("audit-") && name.ends_with(".jsonl") {
+            segments.push(path);
+        }
+    }
+    segments.sort();
+    Ok(segments)
+}
+
+/// One line of a segment.
+pub struct Line {
+    /// Its bytes, without the newline.
+    pub bytes: Vec<u8>,
+    /// Its number in the file, from 1.
+    pub number: usize,
+    /// Where it begins.
+    pub offset: u64,
+    /// Whether a newline ends it; the last one of a crash may have none.
+    pub whole: bool,
+}
+
+/// Reads a segment line by line; a segment is never held in memory whole.
+pub fn lines(path: &Path) -> io::Result<impl Iterator<Item = io::Result<Line>>> {
+    let mut reader = BufReader::new(File::open(path)?);
+    let (mut number, mut offset) = (0, 0);
+    Ok(std::iter::from_fn(move || {
+        let mut bytes = Vec::new();
+        match reader.read_until(b'\n', &mut bytes) {
+            Ok(0) => None,
+            Ok(read) => {
+                let whole = bytes.pop_if(|last| *last == b'\n').is_some();
+                let line = Line { bytes, number: number + 1, offset, whole };
+                number += 1;
+                offset += read as u64;
+                Some(Ok(line))
+            }
+            Err(error) => Some(Err(error)),
+        }
+    }))
+}

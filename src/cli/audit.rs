@@ -1,0 +1,127 @@
+//! `audit verify | in-doubt | head`.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use ccsqm_gateway::audit::{
+    chain::{Keys, hex, key_path},
+    is_live,
+    recovery::{Found, read},
+};
+use serde_json::json;
+
+use super::BAD_CONFIGURATION;
+
+/// Verify and read an audit trail. All work beside a running gateway.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Recompute every hash; exits with 1 and names the first bad line when one does not fit.
+    Verify(Trail),
+    /// List intents without an outcome; exits with 1 when there are some.
+    InDoubt(Trail),
+    /// Print the last record's number and hash, to be kept elsewhere.
+    Head(Trail),
+}
+
+#[derive(clap::Args)]
+struct Trail {
+    /// The audit directory.
+    directory: PathBuf,
+    /// The chain's key; default: `audit.key` in the directory.
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
+    /// For machines.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let (Command::Verify(trail) | Command::InDoubt(trail) | Command::Head(trail)) = &args.command;
+    let found = match trail.read() {
+        Ok(found) => found,
+        Err(error) => {
+            eprintln!("ccsqm-gateway: {error}");
+            return Ok(ExitCode::from(BAD_CONFIGURATION));
+        }
+    };
+    let good = match &args.command {
+        Command::Verify(trail) => verify(trail, &found),
+        Command::InDoubt(trail) => in_doubt(trail, &found),
+        Command::Head(trail) => head(trail, &found),
+    };
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Trail {
+    fn read(&self) -> anyhow::Result<Found> {
+        let path = self.key_file.clone().unwrap_or_else(|| key_path(&self.directory));
+        let keys = Keys::load(&path)?;
+        let directory = self.directory.display();
+        read(&self.directory, &keys).map_err(|error| anyhow::anyhow!("{directory}: {error}"))
+    }
+}
+
+fn verify(trail: &Trail, found: &Found) -> bool {
+    // A live trail may end in the middle of a write.
+    let torn = found.torn.as_ref().filter(|_| !is_live(&trail.directory));
+    let whole = found.faults.is_empty() && torn.is_none();
+    if trail.json {
+        let torn = torn.map(|(file, offset, _)| json!({ "file": file, "offset": offset }));
+        println!("{}", json!({ "whole": whole, "records": found.seq, "faults": found.faults, "torn": torn }));
+        return whole;
+    }
+    for fault in &found.faults {
+        println!("{}:{}: record {}: {}", fault.file.display(), fault.line, fault.seq, fault.reason);
+    }
+    if let Some((file, offset, _)) = torn {
+        println!("{}: byte {offset}: the last line is torn; the next start cuts it off", name(file));
+    }
+    if whole {
+        println!("whole: {} records, head {}", found.seq, hex(&found.hash));
+    }
+    whole
+}
+
+fn name(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn in_doubt(trail: &Trail, found: &Found) -> bool {
+    for doubt in found.in_doubt.values() {
+        if trail.json {
+            println!("{}", json!(doubt));
+        } else {
+            let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".into());
+            let task = doubt.task.as_ref().map_or("-".to_owned(), ToString::to_string);
+            println!(
+                "{} {} caller {} route {} task {task}",
+                doubt.time,
+                doubt.id,
+                text(&doubt.caller),
+                text(&doubt.route)
+            );
+        }
+    }
+    if !trail.json {
+        println!("{} in doubt", found.in_doubt.len());
+    }
+    found.in_doubt.is_empty()
+}
+
+fn head(trail: &Trail, found: &Found) -> bool {
+    let hash = hex(&found.hash);
+    if trail.json {
+        println!("{}", json!({ "seq": found.seq, "hash": hash }));
+    } else {
+        println!("{} {hash}", found.seq);
+    }
+    true
+}
