@@ -1,6 +1,20 @@
 //! Configuration, validated: every value is of its final type and every reference resolves.
 
-use std::{net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
+//!
+//! Three types: raw (what stands where), validated (these), compiled ([`crate::state::State`]). All mistakes
+//! are told at once, each with its place, key and reason.
+
+mod raw;
+mod parse;
+
+use std::{
+    collections::HashSet,
+    fmt,
+    net::SocketAddr,
+    num::NonZeroU32,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use http::{HeaderMap, StatusCode};
 
@@ -29,6 +43,94 @@ pub struct Config {
     pub routes: Vec<Route>,
     /// Logs.
     pub log: Log,
+}
+
+/// One mistake.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    place: raw::Place,
+    key: String,
+    reason: String,
+}
+
+/// All mistakes of a configuration; displayed one a line, as `file:line: key: reason`.
+#[derive(Clone, Debug)]
+pub struct Problems(Vec<Problem>);
+
+impl Problems {
+    fn one(problem: Problem) -> Self {
+        Self(vec![problem])
+    }
+}
+
+impl std::error::Error for Problems {}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, Problem { place, key, reason }) in self.0.iter().enumerate() {
+            let line_break = if i == 0 { "" } else { "\n" };
+            write!(f, "{line_break}{place}: {key}: {reason}")?;
+        }
+        Ok(())
+    }
+}
+
+/// What a `loopback` caller means. Said in the README, by `check`, in the start log and at `/status`.
+pub const LOOPBACK_NOTICE: &str = "a `loopback` caller is every process in this network namespace: other users, \
+     host-network containers, whoever holds a port-forward, an app that can be made to send requests (SSRF). On a \
+     shared host use a Unix socket with `uid:` callers.";
+
+impl Config {
+    /// Loads a file, then the environment (`CCSQM_GATEWAY__SECTION__KEY`), then `--set` flags, and validates it.
+    pub fn load(
+        path: &Path,
+        overrides: &[(String, String)],
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, Problems> {
+        Self::load_with_keys(path, overrides, environment).map(|(config, _)| config)
+    }
+
+    fn load_with_keys(
+        path: &Path,
+        overrides: &[(String, String)],
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<(Self, Vec<String>), Problems> {
+        let environment: Vec<_> = environment.into_iter().collect();
+        let set = environment.iter().filter(|(_, value)| !value.is_empty()).map(|(name, _)| name.clone());
+        let variables: HashSet<String> = set.collect();
+        let root = raw::read(path, overrides, environment)?;
+        parse::validate(root, path.parent().unwrap_or(Path::new(".")), &variables)
+    }
+
+    /// Whether any caller is `loopback`, so that [`LOOPBACK_NOTICE`] must be said.
+    pub fn trusts_loopback(&self) -> bool {
+        self.callers.iter().any(|caller| caller.peer == PeerRule::Loopback)
+    }
+}
+
+impl Url {
+    /// Host, and the port where it is not the scheme's own: what `Host` holds.
+    pub fn authority(&self) -> String {
+        let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
+        let own = if self.tls { 443 } else { 80 };
+        if self.port == own { host } else { format!("{host}:{}", self.port) }
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix { path, .. } => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl fmt::Display for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = if self.tls { "https" } else { "http" };
+        write!(f, "{scheme}://{}{}", self.authority(), self.path)
+    }
 }
 
 /// One socket that callers connect to.
