@@ -1,6 +1,25 @@
-//! Stage 1: who calls.
+//! Stage 1: is there room, and who calls.
+//!
+//! Decides from what the kernel says about the peer and from the head alone; not a byte of the body is
+//! read. Guarantees that whoever passes is exactly one configured caller, speaks to a name of this
+//! listener, and is not a browser. Does not decide what the caller may do: that is `route`.
 
-use std::{fmt, net::SocketAddr};
+use std::{
+    collections::HashMap,
+    fmt,
+    net::SocketAddr,
+    sync::Arc,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+
+use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
+use thiserror::Error;
+use tokio::sync::mpsc;
+
+use crate::{
+    config::{self, PeerRule},
+    rate_limit::Limiter,
+};
 
 /// Who is at the other end of a connection, as the kernel tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -16,11 +35,312 @@ pub enum Peer {
     },
 }
 
+/// A configured caller.
+#[derive(Debug)]
+pub struct Caller {
+    /// Its name in the configuration, the audit trail and the metrics.
+    pub name: Arc<str>,
+    /// The operator it acts as when it names none.
+    pub operator: HeaderValue,
+    /// Other operators it may name.
+    pub operators: Vec<HeaderValue>,
+    /// Name of its credential.
+    pub credential: String,
+    /// Names of the routes it may use.
+    pub routes: Vec<String>,
+    /// Its own limit.
+    pub limit: Limiter,
+}
+
+/// Proof that a request was admitted: only this module makes one.
+#[derive(Debug)]
+pub struct Admitted<'a> {
+    caller: &'a Arc<Caller>,
+}
+
+impl<'a> Admitted<'a> {
+    /// Who calls.
+    pub fn caller(&self) -> &'a Arc<Caller> {
+        self.caller
+    }
+}
+
+/// The names that a listener answers to. `None`: any, as on a Unix socket.
+#[derive(Clone, Debug)]
+pub struct Hosts(Option<Vec<String>>);
+
+/// Why a request was not admitted.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Denied {
+    /// The gateway is stopping.
+    #[error("the gateway is stopping; call again, a new one takes over")]
+    Draining,
+    /// `max_in_flight` or `max_connections` is reached.
+    #[error("the gateway has reached its bound on concurrent work; call again shortly")]
+    Overloaded,
+    /// The head is ambiguous.
+    #[error("{0}")]
+    Head(&'static str),
+    /// `Host` is not a name of the listener.
+    #[error(
+        "the Host header names a host that this listener does not answer to; see `hosts` of the listener"
+    )]
+    Host,
+    /// `Origin` or `Sec-Fetch-Site` is present.
+    #[error("requests from browsers are refused; call from a server-side process")]
+    Browser,
+    /// No caller is configured for the peer.
+    #[error("no caller is configured for this peer; ask the operators of the gateway to add one")]
+    Caller,
+}
+
+/// Whom the gateway knows.
+#[derive(Debug)]
+pub struct Admission {
+    loopback: Option<Arc<Caller>>,
+    uids: HashMap<u32, Arc<Caller>>,
+    gids: HashMap<u32, Arc<Caller>>,
+}
+
+impl Admission {
+    /// Compiles the callers of a configuration.
+    pub fn new(callers: &[config::Caller]) -> Self {
+        let mut admission = Self { loopback: None, uids: HashMap::new(), gids: HashMap::new() };
+        for raw in callers {
+            let caller = Arc::new(Caller::new(raw));
+            match raw.peer {
+                PeerRule::Loopback => admission.loopback = Some(caller),
+                PeerRule::Uid(uid) => drop(admission.uids.insert(uid, caller)),
+                PeerRule::Gid(gid) => drop(admission.gids.insert(gid, caller)),
+            }
+        }
+        admission
+    }
+
+    /// Admits the request of a known caller.
+    pub fn admit(&self, peer: Peer, hosts: &Hosts, head: &Parts) -> Result<Admitted<'_>, Denied> {
+        check_head(&head.headers)?;
+        hosts.check(&head.headers)?;
+        if head.headers.contains_key(header::ORIGIN) || head.headers.contains_key("sec-fetch-site") {
+            return Err(Denied::Browser);
+        }
+        self.find(peer).map(|caller| Admitted { caller }).ok_or(Denied::Caller)
+    }
+
+    fn find(&self, peer: Peer) -> Option<&Arc<Caller>> {
+        match peer {
+            Peer::Tcp(address) if address.ip().to_canonical().is_loopback() => self.loopback.as_ref(),
+            Peer::Tcp(_) => None,
+            Peer::Unix { uid, gid } => self.uids.get(&uid).or_else(|| self.gids.get(&gid)),
+        }
+    }
+}
+
+impl Caller {
+    fn new(raw: &config::Caller) -> Self {
+        Self {
+            name: raw.name.as_str().into(),
+            operator: operator(&raw.operator_id),
+            operators: raw.operators.iter().map(|id| operator(id)).collect(),
+            credential: raw.credential.clone(),
+            routes: raw.routes.clone(),
+            limit: Limiter::new(raw.rate_limit),
+        }
+    }
+}
+
+#[expect(clippy::expect_used, reason = "validation allows letters, digits, `.`, `_` and `-` only")]
+fn operator(id: &str) -> HeaderValue {
+    HeaderValue::from_str(id).expect("a validated operator id")
+}
+
+/// Rules that keep a head unambiguous, whoever reads it.
+fn check_head(headers: &HeaderMap) -> Result<(), Denied> {
+    if headers.get_all(header::HOST).iter().count() != 1 {
+        return Err(Denied::Head("exactly one Host header is needed"));
+    }
+    if headers.get_all("x-userid").iter().count() > 1 {
+        return Err(Denied::Head("x-userid must not be given more than once"));
+    }
+    if headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH) {
+        return Err(Denied::Head("Content-Length and Transfer-Encoding exclude each other (RFC 9112 §6.2)"));
+    }
+    if connection_options(headers).any(is_end_to_end) {
+        return Err(Denied::Head(
+            "Connection must not name an end-to-end header such as x-userid (RFC 9110 §7.6.1)",
+        ));
+    }
+    Ok(())
+}
+
+fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim)
+}
+
+/// Headers on which the gateway or the upstream relies; dropping them on the way would change who acts.
+fn is_end_to_end(option: &str) -> bool {
+    const RELIED_ON: [HeaderName; 6] = [
+        header::AUTHORIZATION,
+        header::CONTENT_LENGTH,
+        header::CONTENT_TYPE,
+        header::HOST,
+        HeaderName::from_static("x-userid"),
+        HeaderName::from_static("x-app-key"),
+    ];
+    RELIED_ON.iter().any(|name| option.eq_ignore_ascii_case(name.as_str()))
+}
+
+impl Hosts {
+    /// The names of a listener, lower case, without port.
+    pub fn new(names: Option<Vec<String>>) -> Self {
+        Self(names)
+    }
+
+    /// Is the one `Host` of these headers a name of this listener?
+    pub fn check(&self, headers: &HeaderMap) -> Result<(), Denied> {
+        let Some(names) = &self.0 else { return Ok(()) };
+        let host = headers.get(header::HOST).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let host = without_port(host);
+        if names.iter().any(|name| name.eq_ignore_ascii_case(host)) { Ok(()) } else { Err(Denied::Host) }
+    }
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if !name.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => {
+            if name.contains(':') && !name.ends_with(']') { host } else { name }
+        }
+        _ => host,
+    }
+}
+
+/// The bounds on concurrent work, shared by all workers.
+#[derive(Debug)]
+pub struct Bounds {
+    draining: AtomicBool,
+    connections: AtomicUsize,
+    in_flight: AtomicUsize,
+    max_connections: usize,
+    max_in_flight: usize,
+    alive: mpsc::WeakSender<()>,
+}
+
+/// Room for one connection or one request; given back on drop. The stop waits for all of them.
+#[derive(Debug)]
+pub struct Room {
+    bounds: Arc<Bounds>,
+    counter: fn(&Bounds) -> &AtomicUsize,
+    _alive: Option<mpsc::Sender<()>>,
+}
+
+impl Bounds {
+    /// Bounds of a configuration. The stop is over when all senders of `alive` are gone.
+    pub fn new(server: &config::Server, alive: &mpsc::Sender<()>) -> Self {
+        Self {
+            draining: AtomicBool::new(false),
+            connections: AtomicUsize::new(0),
+            in_flight: AtomicUsize::new(0),
+            max_connections: server.max_connections,
+            max_in_flight: server.max_in_flight,
+            alive: alive.downgrade(),
+        }
+    }
+
+    /// Room for a connection.
+    pub fn connection(self: &Arc<Self>) -> Result<Room, Denied> {
+        self.take(|bounds| &bounds.connections, self.max_connections)
+    }
+
+    /// Room for a request. It goes with the exchange, so that a stop waits for an exchange whose caller left.
+    pub fn request(self: &Arc<Self>) -> Result<Room, Denied> {
+        if self.is_draining() {
+            return Err(Denied::Draining);
+        }
+        self.take(|bounds| &bounds.in_flight, self.max_in_flight)
+    }
+
+    /// From now on requests are refused.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the gateway is stopping.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Open caller connections.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Requests between head and answer, and exchanges whose caller left.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    fn take(self: &Arc<Self>, counter: fn(&Self) -> &AtomicUsize, max: usize) -> Result<Room, Denied> {
+        let before = counter(self).fetch_add(1, Ordering::Relaxed);
+        let room = Room { bounds: self.clone(), counter, _alive: self.alive.upgrade() };
+        if before < max { Ok(room) } else { Err(Denied::Overloaded) }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        (self.counter)(&self.bounds).fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => address.fmt(f),
             Self::Unix { uid, gid } => write!(f, "unix:uid={uid},gid={gid}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_compared_without_its_port() {
+        let hosts = Hosts::new(Some(vec!["localhost".into(), "[::1]".into(), "127.0.0.1".into()]));
+        let verdict = |host: &'static str| {
+            hosts.check(&HeaderMap::from_iter([(header::HOST, HeaderValue::from_static(host))])).is_ok()
+        };
+        for good in ["localhost", "LOCALHOST:8080", "[::1]", "[::1]:8080", "127.0.0.1:1"] {
+            assert!(verdict(good), "{good}");
+        }
+        for bad in ["", "evil", "localhost.evil", "localhost:80:80", "localhost:x", "::1", "127.0.0.1@evil"] {
+            assert!(!verdict(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_address_mapped_into_ipv6_is_still_loopback() {
+        let admission = Admission {
+            loopback: Some(Arc::new(Caller {
+                name: "app".into(),
+                operator: HeaderValue::from_static("1"),
+                operators: Vec::new(),
+                credential: String::new(),
+                routes: Vec::new(),
+                limit: Limiter::unlimited(),
+            })),
+            uids: HashMap::new(),
+            gids: HashMap::new(),
+        };
+        let known = |peer: &str| admission.find(Peer::Tcp(peer.parse().unwrap())).is_some();
+        assert!(known("127.0.0.1:1") && known("[::1]:1") && known("[::ffff:127.0.0.1]:1"));
+        assert!(!known("10.0.0.1:1") && !known("[::ffff:10.0.0.1]:1"));
+        assert!(admission.find(Peer::Unix { uid: 0, gid: 0 }).is_none());
     }
 }

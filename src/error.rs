@@ -1,8 +1,26 @@
 //! The only place where a failure becomes a status, a code and a text.
+//!
+//! Each step has a small error of its own; this file maps all of them, by matches without a wildcard, so
+//! that a new failure does not compile until somebody decided how it is told. A detail never holds a
+//! caller's value, a secret or an internal address.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
+use bytes::Bytes;
 use http::StatusCode;
+use serde_json::json;
+use uuid::Uuid;
+
+use crate::{
+    admission::Denied,
+    audit::Unavailable,
+    contract::{Fault, Violation, body::NotReceived},
+    outcome::Outcome,
+    rate_limit::Spent,
+    route::NoRoute,
+    token::TokenError,
+    upstream::{Failure, pool::NoConnection},
+};
 
 /// The stages of a request, in their order. The same words appear in audit records, metric labels and
 /// problem documents.
@@ -184,6 +202,222 @@ impl Code {
             }
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
         }
+    }
+}
+
+impl Code {
+    /// One line for people.
+    pub const fn title(self) -> &'static str {
+        match self {
+            Self::Draining => "The gateway is stopping",
+            Self::Overloaded => "Too much work at once",
+            Self::HeadInvalid => "The request's head is not valid",
+            Self::HostUnknown => "Unknown host",
+            Self::BrowserRefused => "Browsers are refused",
+            Self::CallerDenied => "Unknown caller",
+            Self::RouteUnknown => "Unknown path",
+            Self::MethodNotAllowed => "Method not allowed",
+            Self::TargetInvalid => "The request target is not valid",
+            Self::RouteDenied => "Route not allowed for this caller",
+            Self::OperatorDenied => "Operator not allowed for this caller",
+            Self::RateLimited => "The caller's rate limit is spent",
+            Self::BodyTooLarge => "The body is too large",
+            Self::MediaTypeUnsupported => "Unsupported media type",
+            Self::ExpectationFailed => "Unknown expectation",
+            Self::BodyTimeout => "The body came too slowly",
+            Self::BodyIncomplete => "The body is incomplete",
+            Self::BodyNotJson => "The body is not strict JSON",
+            Self::ContractViolation => "The body breaks the contract",
+            Self::TokenUnavailable => "No token at the moment",
+            Self::CredentialRefused => "The token endpoint refuses the credential",
+            Self::QuotaExhausted => "The shared quota is spent",
+            Self::UpstreamUnreachable => "The upstream cannot be reached",
+            Self::AuditUnavailable => "The audit trail cannot be written",
+            Self::UpstreamTimeout => "The upstream did not answer in time",
+            Self::UpstreamBroken => "The upstream's answer broke off",
+            Self::CredentialRejected => "The upstream refuses the credential",
+            Self::CallerLeft => "The caller left",
+            Self::Internal => "Internal error",
+        }
+    }
+}
+
+/// A failure as the caller is told of it.
+#[derive(Debug)]
+pub struct Error {
+    /// Why.
+    pub code: Code,
+    /// What became of the task.
+    pub outcome: Outcome,
+    /// What is wrong and what to do.
+    pub detail: String,
+    /// All violations of the contract.
+    pub violations: Vec<Violation>,
+    /// When to come back.
+    pub retry_after: Option<Duration>,
+}
+
+impl Error {
+    /// A request that was refused here: nothing was sent.
+    fn not_sent(code: Code, detail: impl fmt::Display) -> Self {
+        let busy = matches!(code.status().as_u16(), 429 | 503);
+        Self {
+            code,
+            outcome: Outcome::NotSent,
+            detail: detail.to_string(),
+            violations: Vec::new(),
+            retry_after: busy.then_some(Duration::from_secs(1)),
+        }
+    }
+
+    /// A fault of the gateway's own. Whether anything was sent is for the record to say: before the intent
+    /// nothing was.
+    pub fn internal(sent: bool) -> Self {
+        let outcome = if sent { Outcome::Unknown } else { Outcome::NotSent };
+        let detail = "a fault of the gateway's own; the operators find it in the log under this request id";
+        Self { outcome, ..Self::not_sent(Code::Internal, detail) }
+    }
+
+    /// The document of RFC 9457.
+    pub fn problem(&self, stage: Stage, request_id: Uuid) -> Bytes {
+        let mut problem = json!({
+            "type": format!("urn:ccsqm-gateway:problem:{}", self.code),
+            "title": self.code.title(),
+            "status": self.code.status().as_u16(),
+            "detail": self.detail,
+            "code": self.code.as_str(),
+            "stage": stage.as_str(),
+            "outcome": self.outcome.as_str(),
+            "request_id": request_id.to_string(),
+        });
+        if !self.violations.is_empty() {
+            problem["errors"] = self
+                .violations
+                .iter()
+                .map(|v| json!({ "pointer": v.pointer, "code": v.code, "detail": v.detail }))
+                .collect();
+        }
+        problem.to_string().into()
+    }
+}
+
+impl From<Denied> for Error {
+    fn from(denied: Denied) -> Self {
+        let code = match &denied {
+            Denied::Draining => Code::Draining,
+            Denied::Overloaded => Code::Overloaded,
+            Denied::Head(_) => Code::HeadInvalid,
+            Denied::Host => Code::HostUnknown,
+            Denied::Browser => Code::BrowserRefused,
+            Denied::Caller => Code::CallerDenied,
+        };
+        Self::not_sent(code, denied)
+    }
+}
+
+impl From<NoRoute> for Error {
+    fn from(no_route: NoRoute) -> Self {
+        let code = match &no_route {
+            NoRoute::Target(_) => Code::TargetInvalid,
+            NoRoute::Unknown(_) => Code::RouteUnknown,
+            NoRoute::Method => Code::MethodNotAllowed,
+            NoRoute::Denied(_) => Code::RouteDenied,
+            NoRoute::Operator => Code::OperatorDenied,
+        };
+        Self::not_sent(code, no_route)
+    }
+}
+
+/// A spent limit: whose it is decides the code.
+pub fn spent(code: Code, spent: Spent) -> Error {
+    let retry_after = Some(spent.retry_after);
+    Error { retry_after, ..Error::not_sent(code, "the limit is spent; come back after Retry-After seconds") }
+}
+
+impl From<NotReceived> for Error {
+    fn from(not_received: NotReceived) -> Self {
+        let code = match not_received {
+            NotReceived::Expectation => Code::ExpectationFailed,
+            NotReceived::MediaType | NotReceived::ContentCoding => Code::MediaTypeUnsupported,
+            NotReceived::TooLarge(_) => Code::BodyTooLarge,
+            NotReceived::Timeout(_) => Code::BodyTimeout,
+            NotReceived::Incomplete => Code::BodyIncomplete,
+        };
+        Self::not_sent(code, not_received)
+    }
+}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::NotJson(not_json) => Self::not_sent(Code::BodyNotJson, not_json),
+            Fault::Violations(found) => {
+                let detail = match found.total {
+                    1 => "one violation of the route's contract".to_owned(),
+                    total if total > found.list.len() => {
+                        format!(
+                            "{total} violations of the route's contract; the first {} are listed",
+                            found.list.len()
+                        )
+                    }
+                    total => format!("{total} violations of the route's contract"),
+                };
+                Self { violations: found.list, ..Self::not_sent(Code::ContractViolation, detail) }
+            }
+        }
+    }
+}
+
+impl From<TokenError> for Error {
+    fn from(error: TokenError) -> Self {
+        match error {
+            TokenError::Unavailable { retry_after } => Self {
+                retry_after: Some(retry_after),
+                ..Self::not_sent(Code::TokenUnavailable, "no token could be had in time; nothing was sent")
+            },
+            TokenError::CredentialRefused { retry_after } => Self {
+                retry_after: Some(retry_after),
+                ..Self::not_sent(
+                    Code::CredentialRefused,
+                    "the token endpoint refuses the gateway's credential; only its operators can mend that",
+                )
+            },
+        }
+    }
+}
+
+impl From<NoConnection> for Error {
+    fn from(none: NoConnection) -> Self {
+        match none {
+            NoConnection::Busy => Self::not_sent(Code::Overloaded, "all upstream connections are busy"),
+            NoConnection::Connect(_) | NoConnection::Closed => {
+                Self::not_sent(Code::UpstreamUnreachable, "no connection to the upstream; nothing was sent")
+            }
+        }
+    }
+}
+
+impl From<Unavailable> for Error {
+    fn from(_: Unavailable) -> Self {
+        Self::not_sent(Code::AuditUnavailable, "the intent could not be put on record; nothing was sent")
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        let Failure { code, outcome, retry_after } = failure;
+        let detail = match (code, outcome) {
+            (Code::CredentialRejected, _) => {
+                "the upstream refuses the gateway's token, and a fresh one did not help: the service may not be \
+                 purchased, or the account's status may be bad (vendor's page, status 401)"
+            }
+            (_, Outcome::Unknown) => {
+                "the request may have reached the upstream and no clear answer came: look whether the task is \
+                 assigned before you repeat the call"
+            }
+            _ => "nothing was sent",
+        };
+        Self { outcome, retry_after, ..Self::not_sent(code, detail) }
     }
 }
 

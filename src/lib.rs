@@ -1,7 +1,50 @@
 //! A gateway that lets internal apps call CCSQM without holding a credential.
+//!
+//! # The way of a request
+//!
+//! The modules stand in the order in which a request meets them. [`server`] accepts a connection,
+//! [`gateway`] walks the request through eight stages, in one straight function:
+//!
+//! | stage | decides | module |
+//! |---|---|---|
+//! | admission | is there room, and who calls | [`admission`] |
+//! | route | which route, may this caller use it, as this operator | [`route`] |
+//! | rate_limit | the caller's own limit | [`rate_limit`] |
+//! | contract | the whole body against the route's contract | [`contract`] |
+//! | token | a usable token | [`token`] |
+//! | quota | the upstream's budget | [`rate_limit`] |
+//! | audit | connection reserved, intent made safe | [`audit`], [`upstream::pool`] |
+//! | upstream | send, replay once after a refused token, classify | [`upstream`] |
+//!
+//! # Invariants
+//!
+//! * Only [`gateway`] calls stages; stages never call each other.
+//! * Nothing leaves before its intent is safe, and everything refusable is refused before the intent.
+//! * From the intent on nobody cancels: the exchange belongs to itself, not to the caller's connection.
+//! * Only [`headers`] makes an upstream head; nothing of the caller's head is in it.
+//! * Only [`error`] turns a failure into a status, a code and a text.
+//! * Only [`secret`] and [`token`] ever hold a credential, and neither can be printed.
 
-pub mod admission;
-pub mod outcome;
-pub mod error;
-pub mod metrics;
-pub mod config;
+// The way of a request.
+pub mod server; // workers, accept, connections and their deadlines
+pub mod gateway; // the request function
+pub mod admission; // stage 1: room, and who calls
+pub mod route; // stage 2: exact path and method, caller, operator
+pub mod rate_limit; // stages 3 and 7: GCRA
+pub mod contract; // stage 4: body to CheckedBody
+pub mod token; // stage 5: the slot
+pub mod audit; // stage 8: record, chain, recovery
+pub mod headers; // what goes out and what comes back
+pub mod upstream; // stage 9: pool, exchange, classification
+pub mod outcome; // what became of the task
+pub mod error; // failure to status, code and text
+
+// Beside the way.
+pub mod app; // composition root
+pub mod state; // the compiled configuration
+pub mod config; // the validated configuration
+pub mod connect; // TCP and TLS to the upstream and to the token endpoint
+pub mod secret; // zeroised buffers
+pub mod metrics; // what is counted
+pub mod admin; // /livez, /readyz, /metrics, /status
+pub mod sandbox; // the cloud in one process, for demo and tests

@@ -1,1 +1,123 @@
-//! Metrics. Every one is moved by some test.
+//! Metrics, in the text format. Each name starts with `ccsqm_gateway_`; each is moved by some test.
+
+use std::time::Duration;
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
+
+use crate::{
+    admission::Bounds,
+    audit,
+    error::{Code, Stage},
+    outcome::Outcome,
+    token,
+    upstream::pool,
+};
+
+/// All metrics of the process.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    duration: Histogram,
+    limit_checks: IntCounterVec,
+    credentials_dropped: IntCounter,
+    connections_closed: IntCounterVec,
+    connections: IntGauge,
+    in_flight: IntGauge,
+}
+
+/// The metrics of the parts, made in the same registry.
+#[derive(Clone)]
+pub struct Parts {
+    /// Of the token slots.
+    pub token: token::Metrics,
+    /// Of the upstream pools.
+    pub pool: pool::Metrics,
+}
+
+impl Metrics {
+    /// Registers everything.
+    pub fn new() -> Result<(Self, Parts, audit::Metrics), prometheus::Error> {
+        let registry = Registry::new();
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            let counters = IntCounterVec::new(Opts::new(format!("ccsqm_gateway_{name}"), help), labels)?;
+            registry.register(Box::new(counters.clone()))?;
+            Ok::<_, prometheus::Error>(counters)
+        };
+        let gauge = |name: &str, help: &str| {
+            let gauge = IntGauge::new(format!("ccsqm_gateway_{name}"), help)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok::<_, prometheus::Error>(gauge)
+        };
+        let requests = counters(
+            "requests_total",
+            "Answered requests, by the stage that they reached, outcome and error code.",
+            &["stage", "outcome", "code"],
+        )?;
+        let limit_checks = counters("limit_checks_total", "Limit checks.", &["limit", "result"])?;
+        let connections_closed =
+            counters("connections_closed_total", "Caller connections that the gateway closed.", &["reason"])?;
+        let credentials_dropped = IntCounter::new(
+            "ccsqm_gateway_credential_headers_dropped_total",
+            "Headers of callers that looked like a credential. None is ever forwarded.",
+        )?;
+        registry.register(Box::new(credentials_dropped.clone()))?;
+        let duration = Histogram::with_opts(
+            HistogramOpts::new("ccsqm_gateway_request_duration_seconds", "From the head to the answer.")
+                .buckets(vec![
+                    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+                ]),
+        )?;
+        registry.register(Box::new(duration.clone()))?;
+        let connections = gauge("connections", "Open caller connections.")?;
+        let in_flight = gauge("requests_in_flight", "Requests between head and answer.")?;
+        let parts = Parts { token: token::Metrics::new(&registry)?, pool: pool::Metrics::new(&registry)? };
+        let audit = audit::Metrics::new(&registry)?;
+        let metrics = Self {
+            registry,
+            requests,
+            duration,
+            limit_checks,
+            credentials_dropped,
+            connections_closed,
+            connections,
+            in_flight,
+        };
+        Ok((metrics, parts, audit))
+    }
+
+    /// A request was answered.
+    pub fn answered(&self, stage: Stage, outcome: Outcome, code: Option<Code>, took: Duration) {
+        let code = code.map_or("", Code::as_str);
+        self.requests.with_label_values(&[stage.as_str(), outcome.as_str(), code]).inc();
+        self.duration.observe(took.as_secs_f64());
+    }
+
+    /// A limit was asked.
+    pub fn limit_checked(&self, limit: &'static str, passed: bool) {
+        self.limit_checks.with_label_values(&[limit, if passed { "passed" } else { "refused" }]).inc();
+    }
+
+    /// So many headers of a caller looked like credentials.
+    pub fn credentials_dropped(&self, count: usize) {
+        if count > 0 {
+            self.credentials_dropped.inc_by(count as u64);
+        }
+    }
+
+    /// The gateway closed a caller's connection.
+    pub fn connection_closed(&self, reason: &'static str) {
+        self.connections_closed.with_label_values(&[reason]).inc();
+    }
+
+    /// The text format.
+    pub fn render(&self, bounds: &Bounds) -> Result<Vec<u8>, prometheus::Error> {
+        self.connections.set(i64::try_from(bounds.connections()).unwrap_or(i64::MAX));
+        self.in_flight.set(i64::try_from(bounds.in_flight()).unwrap_or(i64::MAX));
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+}

@@ -1,6 +1,12 @@
 //! What became of the task: the one word that tells a caller whether repeating the call is safe.
+//!
+//! Decides from the upstream's status, headers and body alone. Where the answer is not plain, the outcome
+//! is [`Outcome::Unknown`]: the API is not idempotent, so a wrong "not done" would assign people twice.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
+
+use http::{HeaderMap, StatusCode, header};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 /// The outcome of a request, sent as `x-gateway-outcome` and recorded in the audit trail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,5 +43,276 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+/// How a route's reply says what became of the task.
+#[derive(Debug)]
+pub struct ResultRule {
+    field: String,
+    success: Vec<String>,
+}
+
+/// An upstream reply, as far as it is known when its outcome is decided.
+#[derive(Clone, Copy, Debug)]
+pub struct Reply<'a> {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: &'a HeaderMap,
+    /// The body, or its first bytes.
+    pub body: &'a [u8],
+    /// There is more of the body than `body` holds.
+    pub truncated: bool,
+}
+
+/// What a reply means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// The outcome.
+    pub outcome: Outcome,
+    /// The one result code, cut at 64 bytes.
+    pub result_code: Option<String>,
+}
+
+impl ResultRule {
+    /// Success is a top-level member `field` with one of these values.
+    pub fn new(field: &str, success: &[String]) -> Self {
+        Self { field: field.to_owned(), success: success.to_vec() }
+    }
+
+    /// Classifies a reply that arrived. A reply that broke off before its end is not for here: unknown.
+    pub fn classify(&self, reply: Reply<'_>) -> Verdict {
+        let plain = |outcome| Verdict { outcome, result_code: None };
+        match reply.status.as_u16() {
+            200 => self.classify_ok(reply),
+            400 | 404 | 405 | 411 | 413 | 414 | 415 | 422 | 431 => plain(Outcome::Failed),
+            401 | 403 | 418 | 429 => plain(Outcome::Refused),
+            500 if !reply.truncated && is_object(reply.body) => plain(Outcome::Failed),
+            _ => plain(Outcome::Unknown),
+        }
+    }
+
+    fn classify_ok(&self, reply: Reply<'_>) -> Verdict {
+        let unknown = Verdict { outcome: Outcome::Unknown, result_code: None };
+        let coded = reply.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity");
+        if coded {
+            return unknown;
+        }
+        let Some(codes) = self.codes(reply) else { return unknown };
+        let [code] = codes.as_slice() else { return unknown };
+        let Some(text) = code.text() else { return unknown };
+        let outcome = if self.success.iter().any(|success| code.equals(success)) {
+            Outcome::Succeeded
+        } else {
+            Outcome::Failed
+        };
+        Verdict { outcome, result_code: Some(cut(text)) }
+    }
+
+    /// All top-level values of the result field; `None` when the body is not a JSON object.
+    fn codes(&self, reply: Reply<'_>) -> Option<Vec<ResultCode>> {
+        self.parse(reply.body, reply.truncated).or_else(|| {
+            let mended = quote_slip(reply.body, &self.field)?;
+            self.parse(&mended, reply.truncated)
+        })
+    }
+
+    fn parse(&self, body: &[u8], truncated: bool) -> Option<Vec<ResultCode>> {
+        let mut codes = Vec::new();
+        let mut reader = serde_json::Deserializer::from_slice(body);
+        let whole = TopLevel { field: &self.field, codes: &mut codes }
+            .deserialize(&mut reader)
+            .and_then(|()| reader.end());
+        match whole {
+            Ok(()) => Some(codes),
+            Err(error) if truncated && error.is_eof() => Some(codes),
+            Err(_) => None,
+        }
+    }
+}
+
+/// A value of the result field.
+#[derive(Debug, PartialEq, Eq)]
+enum ResultCode {
+    Text(String),
+    Number(u64),
+    Other,
+}
+
+impl ResultCode {
+    /// A string counts as it stands; a number counts by its value, since the vendor's pages show both.
+    fn equals(&self, success: &str) -> bool {
+        match self {
+            Self::Text(text) => text == success,
+            Self::Number(number) => success.parse() == Ok(*number),
+            Self::Other => false,
+        }
+    }
+
+    fn text(&self) -> Option<Cow<'_, str>> {
+        match self {
+            Self::Text(text) => Some(text.into()),
+            Self::Number(number) => Some(number.to_string().into()),
+            Self::Other => None,
+        }
+    }
+}
+
+/// Walks a whole JSON object and keeps the values of one top-level member, however often it stands there.
+struct TopLevel<'a> {
+    field: &'a str,
+    codes: &'a mut Vec<ResultCode>,
+}
+
+impl<'de> DeserializeSeed<'de> for TopLevel<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for TopLevel<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<Cow<'_, str>>()? {
+            if key == self.field {
+                // The raw text, so that a code survives whatever its type.
+                let raw: Box<serde_json::value::RawValue> = map.next_value()?;
+                self.codes.push(ResultCode::read(raw.get()).map_err(A::Error::custom)?);
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ResultCode {
+    fn read(raw: &str) -> serde_json::Result<Self> {
+        Ok(match raw.as_bytes() {
+            [b'"', ..] => Self::Text(serde_json::from_str(raw)?),
+            _ => raw.parse().map_or(Self::Other, Self::Number),
+        })
+    }
+}
+
+/// A sibling page of the vendor shows `"resultCode": 0409000` without quotes, which is not JSON. Quotes
+/// the first such value; whether the rest is JSON is for the parser to say.
+fn quote_slip(body: &[u8], field: &str) -> Option<Vec<u8>> {
+    let key = format!("\"{field}\"");
+    let after_key = find(body, key.as_bytes())? + key.len();
+    let colon = after_key + body[after_key..].iter().position(|b| !b.is_ascii_whitespace())?;
+    let rest = body[colon..].strip_prefix(b":")?;
+    let start = body.len() - rest.trim_ascii_start().len();
+    let digits = body[start..].iter().take_while(|b| b.is_ascii_digit()).count();
+    let is_slip = digits > 1 && body[start] == b'0';
+    is_slip.then(|| {
+        [&body[..start], b"\"", &body[start..start + digits], b"\"", &body[start + digits..]].concat()
+    })
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|window| window == needle)
+}
+
+fn is_object(body: &[u8]) -> bool {
+    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body).is_ok()
+}
+
+fn cut(text: Cow<'_, str>) -> String {
+    let mut end = text.len().min(64);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn classify(status: u16, body: &str) -> Outcome {
+        verdict(status, body, false).outcome
+    }
+
+    fn verdict(status: u16, body: &str, truncated: bool) -> Verdict {
+        let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
+        let headers = HeaderMap::new();
+        let status = StatusCode::from_u16(status).unwrap();
+        rule.classify(Reply { status, headers: &headers, body: body.as_bytes(), truncated })
+    }
+
+    #[test]
+    fn a_200_is_judged_by_exactly_one_top_level_result_code() {
+        for (body, outcome) in [
+            (r#"{"resultCode":"0409000"}"#, Outcome::Succeeded),
+            (r#"{"resultDesc":"x","resultCode" : "0409000" }"#, Outcome::Succeeded),
+            (r#"{"result\u0043ode":"0409000"}"#, Outcome::Succeeded),
+            (r#"{"resultCode":409000}"#, Outcome::Succeeded),
+            (r#"{"resultCode": 0409000, "resultDesc":"x"}"#, Outcome::Succeeded),
+            (r#"{"resultCode":0409001}"#, Outcome::Failed),
+            (r#"{"resultCode":"409000"}"#, Outcome::Failed),
+            (r#"{"resultCode":"0409001"}"#, Outcome::Failed),
+            (r#"{"resultCode":5}"#, Outcome::Failed),
+            (r#"{"resultCode":"0409000","resultCode":"0409001"}"#, Outcome::Unknown),
+            (r#"{"resultCode":"0409000","resultCode":"0409000"}"#, Outcome::Unknown),
+            (r#"{"data":{"resultCode":"0409000"}}"#, Outcome::Unknown),
+            (r#"{"resultCode":null}"#, Outcome::Unknown),
+            (r#"{"resultCode":["0409000"]}"#, Outcome::Unknown),
+            (r#"[{"resultCode":"0409000"}]"#, Outcome::Unknown),
+            (r#"{"resultCode":"0409000"} x"#, Outcome::Unknown),
+            (r#"{"resultCode":"0409000""#, Outcome::Unknown),
+            ("{}", Outcome::Unknown),
+            ("", Outcome::Unknown),
+            ("<html>", Outcome::Unknown),
+        ] {
+            assert_eq!(classify(200, body), outcome, "{body}");
+        }
+    }
+
+    #[test]
+    fn every_status_has_the_outcome_of_the_table() {
+        for status in 100..=599 {
+            let expected = match status {
+                400 | 404 | 405 | 411 | 413 | 414 | 415 | 422 | 431 | 500 => Outcome::Failed,
+                401 | 403 | 418 | 429 => Outcome::Refused,
+                200 => Outcome::Succeeded,
+                _ => Outcome::Unknown,
+            };
+            assert_eq!(classify(status, r#"{"resultCode":"0409000"}"#), expected, "{status}");
+        }
+        assert_eq!(classify(500, "<html>"), Outcome::Unknown);
+        assert_eq!(classify(500, "[]"), Outcome::Unknown);
+    }
+
+    #[test]
+    fn a_long_reply_is_judged_by_its_beginning() {
+        assert_eq!(verdict(200, r#"{"resultCode":"0409000","rows":[1,2"#, true).outcome, Outcome::Succeeded);
+        assert_eq!(verdict(200, r#"{"resultCode":0409000,"rows":[1,2"#, true).outcome, Outcome::Succeeded);
+        assert_eq!(verdict(200, r#"{"rows":[1,2"#, true).outcome, Outcome::Unknown);
+        assert_eq!(verdict(200, r#"{"resultCode":"0409000","rows":[1,}"#, true).outcome, Outcome::Unknown);
+    }
+
+    #[test]
+    fn a_result_code_is_cut_between_characters() {
+        let long = "é".repeat(40);
+        let code = verdict(200, &format!(r#"{{"resultCode":"{long}"}}"#), false).result_code.unwrap();
+        assert_eq!(code, "é".repeat(32));
+    }
+
+    #[test]
+    fn a_content_coded_reply_is_unknown() {
+        let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
+        let headers = HeaderMap::from_iter([(header::CONTENT_ENCODING, "gzip".parse().unwrap())]);
+        let body = br#"{"resultCode":"0409000"}"#;
+        let reply = Reply { status: StatusCode::OK, headers: &headers, body, truncated: false };
+        assert_eq!(rule.classify(reply).outcome, Outcome::Unknown);
     }
 }

@@ -1,0 +1,141 @@
+//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`. GET only, no CORS.
+//!
+//! It runs on the background runtime, so that a busy data plane cannot starve it.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use crate::{
+    admission::{Bounds, Hosts},
+    audit::Audit,
+    metrics::Metrics,
+    state::State,
+};
+
+/// What the admin listener tells of.
+pub struct Admin {
+    /// Further names of `Host` at `/status`.
+    pub hosts: Vec<String>,
+    /// The compiled configuration.
+    pub state: Arc<State>,
+    /// The audit trail.
+    pub audit: Audit,
+    /// The bounds on concurrent work.
+    pub bounds: Arc<Bounds>,
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+    /// Where callers connect.
+    pub addresses: Vec<String>,
+    /// What must be said about the callers.
+    pub notice: Option<&'static str>,
+}
+
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+const JSON: &str = "application/json";
+
+/// Serves until the runtime ends.
+pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "accept failed (admin)");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let admin = admin.clone();
+        tokio::spawn(async move {
+            let service = service_fn(|request| {
+                let response = admin.answer(&request);
+                async move { Ok::<_, Infallible>(response) }
+            });
+            let _ = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(Duration::from_secs(30))
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+    }
+}
+
+impl Admin {
+    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if request.method() != Method::GET {
+            let mut response = reply(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET only\n");
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+            return response;
+        }
+        match request.uri().path() {
+            "/livez" => reply(StatusCode::OK, TEXT, "ok\n"),
+            "/readyz" => self.ready(),
+            "/metrics" => match self.metrics.render(&self.bounds) {
+                Ok(text) => reply(StatusCode::OK, TEXT, text),
+                Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
+            },
+            "/status" => {
+                let mut names: Vec<_> = ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).into();
+                names.extend(self.hosts.iter().cloned());
+                match Hosts::new(Some(names)).check(request.headers()) {
+                    Ok(()) => reply(StatusCode::OK, JSON, format!("{:#}\n", self.status())),
+                    Err(denied) => reply(StatusCode::MISDIRECTED_REQUEST, TEXT, format!("{denied}\n")),
+                }
+            }
+            _ => reply(StatusCode::NOT_FOUND, TEXT, "there are /livez, /readyz, /metrics and /status\n"),
+        }
+    }
+
+    /// Ready once each credential has had a token; never red for the token alone after that.
+    fn ready(&self) -> Response<Full<Bytes>> {
+        let mut reasons: Vec<String> = Vec::new();
+        if self.bounds.is_draining() {
+            reasons.push("draining".into());
+        }
+        if !self.audit.healthy() {
+            reasons.push("the audit trail cannot be written".into());
+        }
+        for (name, slot) in &self.state.slots {
+            if !slot.status().had_token {
+                reasons.push(format!("no token yet for credential {name}"));
+            }
+        }
+        let ready = reasons.is_empty();
+        let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        reply(status, JSON, format!("{}\n", json!({ "ready": ready, "reasons": reasons })))
+    }
+
+    fn status(&self) -> Value {
+        let routes: Vec<_> = self
+            .state
+            .routes
+            .iter()
+            .map(|route| json!({ "name": *route.name, "path": route.path }))
+            .collect();
+        let credentials: Vec<_> = self.state.slots.values().map(|slot| json!(slot.status())).collect();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "listeners": self.addresses,
+            "draining": self.bounds.is_draining(),
+            "connections": self.bounds.connections(),
+            "requests_in_flight": self.bounds.in_flight(),
+            "audit_healthy": self.audit.healthy(),
+            "routes": routes,
+            "credentials": credentials,
+            "notice": self.notice,
+        })
+    }
+}
+
+fn reply(status: StatusCode, media_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
+    response
+}

@@ -1,0 +1,271 @@
+//! The composition root: configuration in, a running gateway out. The only place that knows everything.
+//!
+//! Builds all, binds all, and only then serves, so that a start that fails has served nobody.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    io,
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use serde_json::{Map, Value, json};
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Runtime},
+    sync::{mpsc, watch},
+    time::timeout,
+};
+
+use crate::{
+    admin::{self, Admin},
+    admission::Bounds,
+    audit::{self, Audit},
+    config::{Config, LOOPBACK_NOTICE, ListenAddress},
+    connect::{Connector, client_tls},
+    gateway::Gateway,
+    metrics::Metrics,
+    server::{self, Bound, connection::Deadlines},
+    state::State,
+    token::Slot,
+    upstream::pool::{self, Pool},
+};
+
+/// How many records may wait for the audit writer.
+const AUDIT_QUEUE: usize = 16 * 1024;
+
+/// An intent that is not safe by then is refused.
+const INTENT_DEADLINE: Duration = Duration::from_millis(250);
+
+/// A gateway that is built and bound, and serves nobody yet.
+pub struct App {
+    config: Config,
+    background: Runtime,
+    state: Arc<State>,
+    audit: Audit,
+    metrics: Arc<Metrics>,
+    pool_metrics: pool::Metrics,
+    connector: Connector,
+    bounds: Arc<Bounds>,
+    alive: mpsc::Sender<()>,
+    done: mpsc::Receiver<()>,
+    bound: Vec<Bound>,
+    admin: TcpListener,
+}
+
+impl App {
+    /// Compiles the configuration, opens the audit trail, reads the secrets and binds every listener.
+    pub fn build(config: Config) -> anyhow::Result<Self> {
+        let background = Builder::new_current_thread().enable_all().build()?;
+        let (metrics, parts, audit_metrics) = Metrics::new()?;
+        let tls = client_tls(config.upstream.ca_file.as_deref())?;
+        let connector = Connector::new(&config.upstream.base_url, &tls, config.upstream.connect_timeout)?;
+        let options = audit::Options {
+            directory: config.audit.directory.clone(),
+            segment_size: config.audit.segment_size,
+            key_file: config.audit.key_file.clone(),
+            queue: AUDIT_QUEUE,
+            intent_deadline: INTENT_DEADLINE,
+        };
+        let audit = Audit::start(options, audit_metrics)?;
+        let slots = slots(&config, &tls, &parts.token, &audit)?;
+        let state = Arc::new(State::new(&config, slots)?);
+        let (alive, done) = mpsc::channel(1);
+        let bounds = Arc::new(Bounds::new(&config.server, &alive));
+        let bound = config.listeners.iter().map(|listener| {
+            Bound::bind(listener, config.server.workers)
+                .with_context(|| format!("listening on {}", listener.address))
+        });
+        let bound = bound.collect::<anyhow::Result<_>>()?;
+        let admin = background
+            .block_on(TcpListener::bind(config.admin.address))
+            .with_context(|| format!("listening on {} (admin)", config.admin.address))?;
+        let metrics = Arc::new(metrics);
+        let pool_metrics = parts.pool;
+        Ok(Self {
+            config,
+            background,
+            state,
+            audit,
+            metrics,
+            pool_metrics,
+            connector,
+            bounds,
+            alive,
+            done,
+            bound,
+            admin,
+        })
+    }
+
+    /// Where callers connect, with the real ports.
+    pub fn addresses(&self) -> impl Iterator<Item = &ListenAddress> {
+        self.bound.iter().map(|bound| &bound.address)
+    }
+
+    /// Where ops look, with the real port.
+    pub fn admin_address(&self) -> io::Result<std::net::SocketAddr> {
+        self.admin.local_addr()
+    }
+
+    /// Serves until `stop` is over, then drains: no new connections, work in flight runs to its end or to
+    /// `drain_timeout`, and the audit trail closes last.
+    pub fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let Self {
+            config,
+            background,
+            state,
+            audit,
+            metrics,
+            pool_metrics,
+            connector,
+            bounds,
+            alive,
+            mut done,
+            bound,
+            admin,
+        } = self;
+        if config.trusts_loopback() {
+            tracing::warn!("{LOOPBACK_NOTICE}");
+        }
+        for listener in &bound {
+            tracing::info!(address = %listener.address, "listening");
+        }
+        tracing::info!(address = %admin.local_addr()?, "listening (admin)");
+        let (stopping, stopped) = watch::channel(false);
+        let addresses: Vec<_> = bound.iter().map(|bound| bound.address.to_string()).collect();
+        let gateways: Vec<_> = (0..config.server.workers)
+            .map(|worker| {
+                let max = share(config.upstream.max_connections, config.server.workers, worker);
+                let upstream = &config.upstream;
+                let pool = Pool::new(
+                    connector.clone(),
+                    max,
+                    upstream.connect_timeout,
+                    upstream.idle_timeout,
+                    pool_metrics.clone(),
+                );
+                Arc::new(Gateway {
+                    state: state.clone(),
+                    pool: Arc::new(pool),
+                    audit: audit.clone(),
+                    bounds: bounds.clone(),
+                    metrics: metrics.clone(),
+                })
+            })
+            .collect();
+        let mut listeners: Vec<Vec<_>> = gateways.iter().map(|_| Vec::new()).collect();
+        for bound in bound {
+            for (worker, listener) in bound.split().into_iter().enumerate() {
+                listeners[worker].push(listener);
+            }
+        }
+        let workers = gateways
+            .into_iter()
+            .zip(listeners)
+            .enumerate()
+            .map(|(i, (gateway, listeners))| {
+                let (deadlines, stopped) = (Deadlines::new(&config.server), stopped.clone());
+                let drained = config.server.drain_timeout;
+                thread::Builder::new().name(format!("worker-{i}")).spawn(move || -> io::Result<()> {
+                    let runtime = Builder::new_current_thread().enable_all().build()?;
+                    runtime.block_on(async move {
+                        let listeners =
+                            listeners.into_iter().map(|listener| listener()).collect::<io::Result<_>>()?;
+                        serve_until_drained(gateway, listeners, deadlines, stopped, drained).await;
+                        Ok(())
+                    })
+                })
+            })
+            .collect::<io::Result<Vec<JoinHandle<_>>>>()?;
+        background.block_on(async {
+            for slot in state.slots.values() {
+                tokio::spawn(slot.clone().run());
+            }
+            let admin_state = Admin {
+                hosts: config.admin.hosts.clone(),
+                state: state.clone(),
+                audit: audit.clone(),
+                bounds: bounds.clone(),
+                metrics: metrics.clone(),
+                addresses,
+                notice: config.trusts_loopback().then_some(LOOPBACK_NOTICE),
+            };
+            tokio::spawn(admin::serve(admin, Arc::new(admin_state)));
+            // Without systemd there is nobody to tell, and that is no error.
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+            stop.await;
+            tracing::info!("stopping");
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+            bounds.drain();
+            let _ = stopping.send(true);
+            drop(alive);
+            if timeout(config.server.drain_timeout, done.recv()).await.is_err() {
+                tracing::warn!(
+                    connections = bounds.connections(),
+                    in_flight = bounds.in_flight(),
+                    "drain_timeout is over; what is left is cut off"
+                );
+            }
+        });
+        for worker in workers {
+            match worker.join() {
+                Ok(result) => result?,
+                Err(_) => tracing::error!("a worker panicked"),
+            }
+        }
+        audit.close();
+        Ok(())
+    }
+}
+
+/// A worker runs as long as its connections and the exchanges that outlived theirs do. The process waits
+/// for at most `drain_timeout`, and so does each worker; then its runtime drops what is left, and each
+/// record closes itself.
+async fn serve_until_drained(
+    gateway: Arc<Gateway>,
+    listeners: Vec<server::Listener>,
+    deadlines: Deadlines,
+    mut stopped: watch::Receiver<bool>,
+    drain: Duration,
+) {
+    let bounds = gateway.bounds.clone();
+    let served = tokio::spawn(server::run(gateway, listeners, deadlines, stopped.clone()));
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+    let idle = async {
+        let _ = served.await;
+        while bounds.in_flight() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let _ = timeout(drain, idle).await;
+}
+
+fn slots(
+    config: &Config,
+    tls: &Arc<rustls::ClientConfig>,
+    metrics: &crate::token::Metrics,
+    audit: &Audit,
+) -> anyhow::Result<HashMap<String, Arc<Slot>>> {
+    config
+        .credentials
+        .iter()
+        .map(|credential| {
+            let (audit, name) = (audit.clone(), credential.name.clone());
+            let events = Box::new(move |event: &'static str, mut details: Map<String, Value>| {
+                details.insert("credential".into(), json!(name));
+                audit.event(event, details);
+            });
+            let slot = Slot::new(credential, &config.token, tls, metrics.clone(), events)?;
+            Ok((credential.name.clone(), slot))
+        })
+        .collect()
+}
+
+/// A worker's part of a cap that is for all workers together.
+fn share(total: usize, workers: usize, worker: usize) -> usize {
+    total / workers + usize::from(worker < total % workers)
+}

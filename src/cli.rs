@@ -1,0 +1,104 @@
+//! Arguments, logs, exit codes: 0 done, 1 found wrong, 2 usage, 78 bad configuration.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to its terminal")]
+
+mod audit;
+mod check;
+mod contract;
+mod demo;
+mod healthcheck;
+mod sandbox;
+mod serve;
+
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+
+use ccsqm_gateway::config::{Config, Log, LogFormat};
+use clap::{Parser, Subcommand};
+use tracing_subscriber::{filter::Targets, prelude::*};
+
+/// Exit code of a bad configuration (`EX_CONFIG`).
+const BAD_CONFIGURATION: u8 = 78;
+
+/// Lets internal apps call CCSQM without holding a credential.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the gateway.
+    Serve(Configured),
+    /// Check a configuration and say who can use the credential.
+    Check(Configured),
+    /// Run the gateway on a sandbox of the cloud, with an example request.
+    Demo(demo::Args),
+    /// Run the sandbox of the cloud alone.
+    Sandbox(sandbox::Args),
+    /// Ask a running gateway whether it lives, or is ready.
+    Healthcheck(healthcheck::Args),
+    /// Check a body against a contract.
+    Contract(contract::Args),
+    /// Verify and read an audit trail.
+    Audit(audit::Args),
+}
+
+/// A configuration file and what overrides it.
+#[derive(clap::Args)]
+struct Configured {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Override one scalar of it, after the environment.
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = parse_override)]
+    overrides: Vec<(String, String)>,
+}
+
+impl Configured {
+    /// Loads it; all mistakes go to stderr.
+    fn load(&self) -> Result<Config, ExitCode> {
+        let variables =
+            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+        Config::load(&self.config, &self.overrides, variables).map_err(|problems| {
+            eprintln!("{problems}");
+            ExitCode::from(BAD_CONFIGURATION)
+        })
+    }
+}
+
+fn parse_override(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("must be KEY=VALUE, as in server.workers=2")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+/// Runs the command.
+pub(crate) fn run() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Serve(configured) => serve::run(&configured),
+        Command::Check(configured) => check::run(&configured),
+        Command::Demo(args) => demo::run(&args),
+        Command::Sandbox(args) => sandbox::run(args),
+        Command::Healthcheck(args) => healthcheck::run(&args),
+        Command::Contract(args) => contract::run(args),
+        Command::Audit(args) => audit::run(args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("ccsqm-gateway: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Logs to stderr, as configured. A panic is logged, too.
+fn log(log: &Log) {
+    let filter: Targets = log.level.parse().unwrap_or_default();
+    let json = match log.format {
+        LogFormat::Auto => !std::io::stderr().is_terminal(),
+        LogFormat::Text => false,
+        LogFormat::Json => true,
+    };
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let layer = if json { layer.json().boxed() } else { layer.boxed() };
+    tracing_subscriber::registry().with(layer.with_filter(filter)).init();
+    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "panic")));
+}

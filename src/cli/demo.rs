@@ -1,0 +1,184 @@
+//! `demo`: the gateway as users run it, on a sandbox of the cloud. The two share a URL and secret files.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    path::Path,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use ccsqm_gateway::{
+    app::App,
+    config::{Config, ListenAddress},
+    sandbox::{Options, Sandbox},
+};
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+
+const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
+
+/// The vendor's own example.
+const EXAMPLE: &str = r#"{"qualityTaskId":"954645333549048833","setCountsType":1,"isTakeEffect":0,"setCounts":[{"personID":"1600226476732482572","count":2}]}"#;
+
+/// Run the gateway on a sandbox of the cloud, with an example request.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Show the example request and leave.
+    #[arg(long)]
+    once: bool,
+    /// Where callers connect; with `--once` any free port.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+    /// Where ops look; with `--once` any free port.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090")]
+    admin: SocketAddr,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let sandbox = Sandbox::start(Options::default()).context("the sandbox")?;
+    let folder = TempDir::with_prefix("ccsqm-gateway-demo-")?;
+    let (listen, admin) = if args.once {
+        (SocketAddr::from(([127, 0, 0, 1], 0)), SocketAddr::from(([127, 0, 0, 1], 0)))
+    } else {
+        (args.listen, args.admin)
+    };
+    let config = write_configuration(folder.path(), &sandbox, listen, admin)?;
+    let config = Config::load(&config, &[], [])?;
+    if !args.once {
+        super::log(&config.log);
+    }
+    let app = App::build(config)?;
+    let Some(ListenAddress::Tcp(address)) = app.addresses().next().cloned() else { bail!("no TCP listener") };
+    if !args.once {
+        introduce(address, admin, &sandbox, folder.path());
+        app.run(super::serve::stopped())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (stop, stopped) = oneshot::channel::<()>();
+    let running = thread::spawn(move || app.run(async { drop(stopped.await) }));
+    let shown = show_one(address, &sandbox, folder.path());
+    let _ = stop.send(());
+    running.join().map_err(|_| anyhow::anyhow!("the gateway panicked"))??;
+    shown?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write_configuration(
+    folder: &Path,
+    sandbox: &Sandbox,
+    listen: SocketAddr,
+    admin: SocketAddr,
+) -> anyhow::Result<std::path::PathBuf> {
+    let options = Options::default();
+    fs::write(folder.join("app_key"), options.app_key)?;
+    fs::write(folder.join("app_secret"), options.app_secret)?;
+    let path = folder.join("gateway.toml");
+    let text = format!(
+        r#"[[listeners]]
+address = "{listen}"
+
+[admin]
+address = "{admin}"
+
+[upstream]
+base_url = "{}"
+
+[[credentials]]
+name = "default"
+app_key_file = "app_key"
+app_secret_file = "app_secret"
+
+[[callers]]
+name = "qa-console"
+peer = "loopback"
+operator_id = "1611917095665261978"
+credential = "default"
+routes = ["appointQualityTask"]
+"#,
+        sandbox.url()
+    );
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+fn introduce(address: SocketAddr, admin: SocketAddr, sandbox: &Sandbox, folder: &Path) {
+    println!("gateway  http://{address}");
+    println!("admin    http://{admin}/status");
+    println!("sandbox  {}/_sandbox/requests", sandbox.url());
+    println!("audit    {}", folder.join("audit").display());
+    println!("\nTry it:\n");
+    println!("curl -i http://{address}{PATH} -H 'Content-Type: application/json' -d '{EXAMPLE}'\n");
+    println!("Ctrl-C stops it.");
+}
+
+fn show_one(address: SocketAddr, sandbox: &Sandbox, folder: &Path) -> anyhow::Result<()> {
+    let request = format!(
+        "POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{EXAMPLE}",
+        EXAMPLE.len()
+    );
+    let mut stream = TcpStream::connect(address)?;
+    stream.write_all(request.as_bytes())?;
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply)?;
+    show("What the caller sent, with no credential:", &request);
+    let received = sandbox.requests();
+    let [received] = received.as_slice() else { bail!("the upstream received {} requests", received.len()) };
+    let head = String::from_utf8_lossy(&received.head).into_owned();
+    for name in ["authorization", "x-app-key", "x-userid"] {
+        let count =
+            head.lines().filter(|line| line.to_ascii_lowercase().starts_with(&format!("{name}:"))).count();
+        ensure!(count == 1, "the upstream received {count} times {name}");
+    }
+    let masked: Vec<_> = head.lines().map(mask).collect();
+    show(
+        "What the upstream received:",
+        &format!("{}\n{}", masked.join("\n"), String::from_utf8_lossy(&received.body)),
+    );
+    show("What the caller got:", &reply);
+    ensure!(reply.contains("0409000") && reply.contains("x-gateway-outcome: succeeded"), "not succeeded");
+    show("What the audit trail says:", &audit_records(&folder.join("audit"))?);
+    Ok(())
+}
+
+fn mask(line: &str) -> String {
+    match line.split_once(':') {
+        Some((name, value)) if name.eq_ignore_ascii_case("authorization") => {
+            format!("{name}: Bearer {}", "*".repeat(value.len().saturating_sub(" Bearer ".len())))
+        }
+        _ => line.to_owned(),
+    }
+}
+
+fn show(title: &str, text: &str) {
+    println!("{title}\n");
+    for line in text.trim_end().lines() {
+        println!("  {line}");
+    }
+    println!();
+}
+
+/// The request's two records. The outcome is queued before the reply's last byte, and written soon after.
+fn audit_records(directory: &Path) -> anyhow::Result<String> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let mut records = Vec::new();
+        for entry in fs::read_dir(directory)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "jsonl") {
+                let text = fs::read_to_string(&path)?;
+                let of_request =
+                    |line: &&str| line.contains(r#""kind":"intent""#) || line.contains(r#""kind":"outcome""#);
+                records.extend(text.lines().filter(of_request).map(str::to_owned));
+            }
+        }
+        match records.len() {
+            2 => return Ok(records.join("\n")),
+            count => ensure!(Instant::now() < deadline, "{count} audit records"),
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}

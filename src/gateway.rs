@@ -1,0 +1,293 @@
+//! The request function: [`Gateway::handle`], which always answers, and `proxy`, the stages in their order.
+
+use std::{
+    future::{Future, poll_fn},
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header, request::Parts};
+use http_body_util::BodyExt;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
+
+use crate::{
+    admission::{Bounds, Denied, Hosts, Peer},
+    audit::{Audit, Record},
+    contract::body::receive,
+    error::{Code, Error, Stage, spent},
+    headers::credentials_in,
+    metrics::Metrics,
+    outcome::Outcome,
+    state::State,
+    upstream::{BrokenOff, Exchange, Reply, ReplyBody, pool::Pool},
+};
+
+/// What one worker needs to answer requests.
+#[derive(Debug)]
+pub struct Gateway {
+    /// Everything compiled from the configuration.
+    pub state: Arc<State>,
+    /// The upstream connections of this worker.
+    pub pool: Arc<Pool>,
+    /// The audit trail.
+    pub audit: Audit,
+    /// The bounds on concurrent work.
+    pub bounds: Arc<Bounds>,
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+}
+
+/// How much of a refused body is read and thrown away, so that the connection stays usable.
+const LINGER_BYTES: u64 = 256 * 1024;
+const LINGER_TIME: Duration = Duration::from_secs(1);
+
+const OUTCOME: HeaderName = HeaderName::from_static("x-gateway-outcome");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-gateway-request-id");
+const ERROR: HeaderName = HeaderName::from_static("x-gateway-error");
+const CALLER_ID: HeaderName = HeaderName::from_static("x-request-id");
+const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+json");
+
+impl Gateway {
+    /// Answers one request. Cannot fail: an error becomes a response, a panic becomes 500, and the record
+    /// closes itself if the caller leaves before the intent. After the intent the exchange goes on without
+    /// the caller.
+    pub async fn handle(&self, peer: Peer, hosts: &Hosts, request: Request<Incoming>) -> Response<Answer> {
+        let begin = Instant::now();
+        let mut record = self.audit.open(peer);
+        let id = record.id();
+        let (head, mut body) = request.into_parts();
+        let caller_id = caller_id(&head.headers);
+        if let Some(id) = &caller_id {
+            record.caller_id(text(id));
+        }
+        if let Some(parent) = head.headers.get("traceparent").filter(|value| value.len() <= 128) {
+            record.traceparent(text(parent));
+        }
+        let proxied = survive(self.proxy(peer, hosts, &head, &mut body, &mut record)).await;
+        let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
+            Ok(reply) => {
+                self.metrics.answered(record.stage(), reply.outcome, None, begin.elapsed());
+                answer(reply)
+            }
+            Err(error) => {
+                let stage = record.stage();
+                record.refuse(error.code, error.code.status().as_u16());
+                self.metrics.answered(stage, error.outcome, Some(error.code), begin.elapsed());
+                tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
+                refuse(&error, stage, id, linger(&head, body).await)
+            }
+        };
+        let headers = response.headers_mut();
+        headers.insert(REQUEST_ID, header_value(&id.to_string()));
+        if let Some(id) = caller_id {
+            headers.insert(CALLER_ID, id);
+        }
+        response
+    }
+
+    /// Answers the one request of a connection that is over the cap.
+    pub async fn overloaded(&self, peer: Peer, request: Request<Incoming>) -> Response<Answer> {
+        let mut record = self.audit.open(peer);
+        let error = Error::from(Denied::Overloaded);
+        record.refuse(error.code, error.code.status().as_u16());
+        self.metrics.answered(Stage::Admission, error.outcome, Some(error.code), Duration::ZERO);
+        let (head, body) = request.into_parts();
+        linger(&head, body).await;
+        let mut response = refuse(&error, Stage::Admission, record.id(), false);
+        response.headers_mut().insert(REQUEST_ID, header_value(&record.id().to_string()));
+        response
+    }
+
+    /// The way of a request. The order of these lines is the security argument: nothing is looked up for a
+    /// stranger, nothing is read for a caller over its limit, no token is spent on a bad body, and nothing
+    /// leaves before its intent is safe.
+    async fn proxy(
+        &self,
+        peer: Peer,
+        hosts: &Hosts,
+        head: &Parts,
+        body: &mut Incoming,
+        record: &mut Record,
+    ) -> Result<Reply, Error> {
+        let state = &self.state;
+
+        let room = self.bounds.request()?;
+        let admitted = state.admission.admit(peer, hosts, head)?;
+        let caller = admitted.caller();
+        record.caller(caller.name.clone());
+        self.metrics.credentials_dropped(credentials_in(&head.headers));
+
+        record.enter(Stage::Route);
+        let routed = state.routes.find(&admitted, head)?;
+        let route = routed.route;
+        record.route(route.name.clone());
+        record.operator(text(routed.operator));
+
+        record.enter(Stage::RateLimit);
+        let within = caller.limit.take();
+        self.metrics.limit_checked("rate_limit", within.is_ok());
+        within.map_err(|limit| spent(Code::RateLimited, limit))?;
+
+        record.enter(Stage::Contract);
+        let checked = route.contract.check(receive(head, body, state.body).await?)?;
+
+        record.enter(Stage::Token);
+        let slot = state.slots.get(routed.credential).ok_or_else(|| Error::internal(false))?;
+        let token = slot.token().await?;
+
+        record.enter(Stage::Quota);
+        let within = state.quota.take();
+        self.metrics.limit_checked("quota", within.is_ok());
+        within.map_err(|limit| spent(Code::QuotaExhausted, limit))?;
+
+        record.enter(Stage::Audit);
+        let connection = self.pool.reserve().await?;
+        let mut members = Vec::new();
+        checked.audit_members(&mut members);
+        record.intent(checked.bytes(), members).await?;
+
+        record.enter(Stage::Upstream);
+        let exchange = Exchange {
+            terms: state.terms.clone(),
+            route: route.clone(),
+            slot: slot.clone(),
+            cooldown: routed.cooldown.clone(),
+            quota: state.quota.clone(),
+            connection,
+            token,
+            operator: routed.operator.clone(),
+            body: checked.bytes().clone(),
+            record: record.take(),
+            room,
+        };
+        Ok(exchange.run().await?)
+    }
+}
+
+/// A response's body.
+#[derive(Debug)]
+pub enum Answer {
+    /// All there is.
+    Whole(Option<Bytes>),
+    /// Pieces of a long reply.
+    Long(tokio::sync::mpsc::Receiver<Result<Bytes, BrokenOff>>),
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = BrokenOff;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        match self.get_mut() {
+            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Long(pieces) => pieces.poll_recv(cx).map(|piece| piece.map(|piece| piece.map(Frame::data))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self, Self::Whole(None))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Self::Long(_) => SizeHint::default(),
+        }
+    }
+}
+
+/// Passes the upstream's reply on.
+fn answer(reply: Reply) -> Response<Answer> {
+    let mut response = Response::new(match reply.body {
+        ReplyBody::Whole(bytes) => Answer::Whole(Some(bytes)),
+        ReplyBody::Long(pieces) => Answer::Long(pieces),
+    });
+    *response.status_mut() = reply.status;
+    *response.headers_mut() = reply.headers;
+    response.headers_mut().insert(OUTCOME, HeaderValue::from_static(reply.outcome.as_str()));
+    response
+}
+
+/// Tells the caller of a failure.
+fn refuse(error: &Error, stage: Stage, id: Uuid, keep_alive: bool) -> Response<Answer> {
+    let mut response = Response::new(Answer::Whole(Some(error.problem(stage, id))));
+    *response.status_mut() = error.code.status();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, PROBLEM);
+    headers.insert(OUTCOME, HeaderValue::from_static(error.outcome.as_str()));
+    headers.insert(ERROR, HeaderValue::from_static(error.code.as_str()));
+    if let Some(wait) = error.retry_after.filter(|_| error.outcome != Outcome::Unknown) {
+        headers.insert(header::RETRY_AFTER, whole_seconds(wait).into());
+    }
+    if error.code == Code::MethodNotAllowed {
+        headers.insert(header::ALLOW, HeaderValue::from_static("POST"));
+    }
+    if !keep_alive {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// `Retry-After` counts in seconds, so that a part of one is a whole one, and none is none at all.
+fn whole_seconds(wait: Duration) -> u64 {
+    wait.as_secs() + u64::from(wait.subsec_nanos() > 0).max(u64::from(wait.is_zero()))
+}
+
+/// Reads and throws away the rest of a refused body, within bounds. Says whether the connection is clean
+/// for another request. A caller that waits for `100 Continue` is not asked to go on.
+async fn linger(head: &Parts, mut body: Incoming) -> bool {
+    if body.is_end_stream() {
+        return true;
+    }
+    if head.headers.contains_key(header::EXPECT) || body.size_hint().lower() > LINGER_BYTES {
+        return false;
+    }
+    let drained = async {
+        let mut left = LINGER_BYTES;
+        while let Some(frame) = body.frame().await {
+            let read =
+                frame.ok().and_then(|frame| frame.into_data().ok()).map_or(0, |data| data.len() as u64);
+            left = match left.checked_sub(read) {
+                Some(left) if read > 0 => left,
+                _ => return false,
+            };
+        }
+        true
+    };
+    timeout(LINGER_TIME, drained).await.unwrap_or(false)
+}
+
+/// The caller's own id of a request, if it is one that can be echoed.
+fn caller_id(headers: &HeaderMap) -> Option<HeaderValue> {
+    let id = headers.get(CALLER_ID)?;
+    let plain = id.as_bytes().iter().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(b));
+    (plain && (1..=128).contains(&id.len())).then(|| id.clone())
+}
+
+fn text(value: &HeaderValue) -> String {
+    String::from_utf8_lossy(value.as_bytes()).into_owned()
+}
+
+#[expect(clippy::expect_used, reason = "a UUID is plain ASCII")]
+fn header_value(id: &str) -> HeaderValue {
+    HeaderValue::from_str(id).expect("ASCII")
+}
+
+/// Runs a future; `None` if it panics. The panic ends this request only.
+async fn survive<F: Future>(future: F) -> Option<F::Output> {
+    let mut future = pin!(future);
+    poll_fn(|cx| {
+        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
+        polled.map_or(Poll::Ready(None), |poll| poll.map(Some))
+    })
+    .await
+}

@@ -1,0 +1,150 @@
+//! Stages 3 and 7: the caller's own limit and the shared quota, both by the generic cell rate algorithm.
+//!
+//! One atomic holds the theoretical arrival time; the rate stands beside it, so that a new rate keeps the
+//! state. Exact under concurrency, no lock, no timer. `governor` is the oracle of its tests.
+
+use std::{
+    sync::LazyLock,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use thiserror::Error;
+
+use crate::config::Limit;
+
+/// A limit and its state.
+#[derive(Debug)]
+pub struct Limiter {
+    rate: Rate,
+    /// Nanoseconds since [`EPOCH`] at which the bucket is full again.
+    arrival: AtomicU64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    /// Nanoseconds that one request costs.
+    interval: u64,
+    /// How far the theoretical arrival may lie ahead before a request is refused.
+    tolerance: u64,
+}
+
+/// The limit is spent.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("the limit is spent")]
+pub struct Spent {
+    /// When one more request would pass, if nobody else asks.
+    pub retry_after: Duration,
+}
+
+static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+impl Limiter {
+    /// A full bucket.
+    pub fn new(limit: Limit) -> Self {
+        Self { rate: Rate::new(limit), arrival: AtomicU64::new(0) }
+    }
+
+    /// A limit that never refuses.
+    #[cfg(test)]
+    pub(crate) fn unlimited() -> Self {
+        Self { rate: Rate { interval: 0, tolerance: 0 }, arrival: AtomicU64::new(0) }
+    }
+
+    /// Takes one request's worth, or says when to come back.
+    pub fn take(&self) -> Result<(), Spent> {
+        self.take_at(now())
+    }
+
+    /// Takes one request's worth even if none is left: for what must go on anyway and yet be counted.
+    pub fn overdraw(&self) {
+        let now = now();
+        let _ = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
+            Some(arrival.max(now) + self.rate.interval)
+        });
+    }
+
+    fn take_at(&self, now: u64) -> Result<(), Spent> {
+        let Rate { interval, tolerance } = self.rate;
+        let taken = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
+            (arrival <= now + tolerance).then(|| arrival.max(now) + interval)
+        });
+        match taken {
+            Ok(_) => Ok(()),
+            Err(arrival) => Err(Spent { retry_after: Duration::from_nanos(arrival - tolerance - now) }),
+        }
+    }
+}
+
+impl Rate {
+    fn new(limit: Limit) -> Self {
+        let period = u64::try_from(limit.period.as_nanos()).unwrap_or(u64::MAX);
+        let interval = period / u64::from(limit.count.get());
+        Self { interval, tolerance: interval * (u64::from(limit.burst.get()) - 1) }
+    }
+}
+
+fn now() -> u64 {
+    u64::try_from(EPOCH.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use governor::{Quota, RateLimiter, clock::FakeRelativeClock};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn limit(count: u32, burst: u32) -> Limit {
+        Limit {
+            count: NonZeroU32::new(count).unwrap(),
+            period: Duration::from_secs(1),
+            burst: NonZeroU32::new(burst).unwrap(),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn verdicts_equal_those_of_governor(
+            count in 1u32..2_000,
+            burst in 1u32..50,
+            gaps in prop::collection::vec(0u64..20_000_000, 1..300),
+        ) {
+            let ours = Limiter::new(limit(count, burst));
+            let clock = FakeRelativeClock::default();
+            let quota = Quota::per_second(NonZeroU32::new(count).unwrap())
+                .allow_burst(NonZeroU32::new(burst).unwrap());
+            let oracle = RateLimiter::direct_with_clock(quota, clock.clone());
+            let mut now = 0;
+            for gap in gaps {
+                now += gap;
+                clock.advance(Duration::from_nanos(gap));
+                prop_assert_eq!(ours.take_at(now).is_ok(), oracle.check().is_ok(), "at {} ns", now);
+            }
+        }
+    }
+
+    #[test]
+    fn the_promised_moment_is_exactly_when_the_next_request_passes() {
+        let limiter = Limiter::new(limit(10, 2));
+        assert_eq!((limiter.take_at(0), limiter.take_at(0)), (Ok(()), Ok(())));
+        let wait = limiter.take_at(0).unwrap_err().retry_after;
+        assert_eq!(wait, Duration::from_millis(100));
+        let moment = u64::try_from(wait.as_nanos()).unwrap();
+        assert!(limiter.take_at(moment - 1).is_err());
+        assert_eq!(limiter.take_at(moment), Ok(()));
+    }
+
+    #[test]
+    fn threads_together_never_get_more_than_the_burst() {
+        let limiter = Limiter::new(Limit { period: Duration::from_secs(3600), ..limit(1, 100) });
+        let passed: usize = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                (0..4).map(|_| scope.spawn(|| (0..100).filter(|_| limiter.take().is_ok()).count())).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+        });
+        assert_eq!(passed, 100);
+    }
+}

@@ -1,0 +1,215 @@
+//! Stage 2: which route, and may this caller use it as this operator.
+//!
+//! A route is found by the exact bytes of its path: no decoding, no normalising, no prefix. What matches
+//! nothing is refused, never forwarded.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use http::{HeaderValue, Method, Uri, request::Parts};
+use thiserror::Error;
+
+use crate::{
+    admission::{Admitted, Caller},
+    config,
+    contract::{Contract, SchemaError},
+    outcome::ResultRule,
+    token::Cooldown,
+};
+
+/// A compiled route.
+#[derive(Debug)]
+pub struct Route {
+    /// Its name in the configuration, the audit trail and the metrics.
+    pub name: Arc<str>,
+    /// Its path, the same on both sides.
+    pub path: String,
+    /// The same path as the upstream request's target.
+    pub target: Uri,
+    /// What a body must be.
+    pub contract: Contract,
+    /// How a reply says what became of the task.
+    pub result: ResultRule,
+    /// The longest that an exchange may take.
+    pub timeout: Duration,
+    /// The credential of each caller that may use this route, by the caller's name.
+    access: HashMap<Arc<str>, Access>,
+}
+
+/// With what a caller uses a route.
+#[derive(Debug)]
+struct Access {
+    credential: Arc<str>,
+    cooldown: Arc<Cooldown>,
+}
+
+/// A route that the caller may use, as the operator it may act as.
+#[derive(Debug)]
+pub struct Routed<'a> {
+    /// The route.
+    pub route: &'a Arc<Route>,
+    /// Who acts, for `x-UserId`.
+    pub operator: &'a HeaderValue,
+    /// Name of the credential to use.
+    pub credential: &'a str,
+    /// Whether refused tokens on this route still cause fetches.
+    pub cooldown: &'a Arc<Cooldown>,
+}
+
+/// Why no route was found, or not for this caller.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum NoRoute {
+    /// The target is not a plain path.
+    #[error("{0}")]
+    Target(&'static str),
+    /// No route has this path.
+    #[error("no route has this path; you may use: {}", .0.join(", "))]
+    Unknown(Vec<String>),
+    /// The path is right, the method is not.
+    #[error("this route is used with POST")]
+    Method,
+    /// The caller's `routes` do not list it.
+    #[error("this caller may not use this route; you may use: {}", .0.join(", "))]
+    Denied(Vec<String>),
+    /// The operator in `x-userid` is not one of the caller's.
+    #[error(
+        "this caller may not act as the operator in x-userid; leave the header out, or ask the operators of the gateway to add it"
+    )]
+    Operator,
+}
+
+/// Why a route could not be compiled.
+#[derive(Debug, Error)]
+pub enum RouteError {
+    /// The contract file could not be read.
+    #[error("route {route}: contract {path}: {source}")]
+    Read {
+        /// The route's name.
+        route: String,
+        /// The contract's file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The contract's schema is not one that the checker understands.
+    #[error("route {route}: contract {path}: {source}")]
+    Schema {
+        /// The route's name.
+        route: String,
+        /// The contract's file.
+        path: String,
+        /// Where and why.
+        source: SchemaError,
+    },
+}
+
+/// All routes, by exact path.
+#[derive(Debug)]
+pub struct Routes(HashMap<String, Arc<Route>>);
+
+impl Routes {
+    /// Compiles the routes of a configuration, contracts included.
+    pub fn new(config: &config::Config) -> Result<Self, RouteError> {
+        let mut cooldowns = HashMap::<(Arc<str>, &str), Arc<Cooldown>>::new();
+        let mut routes = HashMap::new();
+        for raw in &config.routes {
+            let access = config
+                .callers
+                .iter()
+                .filter(|caller| caller.routes.contains(&raw.name))
+                .map(|caller| {
+                    let credential: Arc<str> = raw.credential.as_deref().unwrap_or(&caller.credential).into();
+                    let cooldown = cooldowns.entry((credential.clone(), &raw.name)).or_default().clone();
+                    (Arc::from(caller.name.as_str()), Access { credential, cooldown })
+                })
+                .collect();
+            routes.insert(raw.path.clone(), Arc::new(Route::new(raw, config.upstream.timeout, access)?));
+        }
+        Ok(Self(routes))
+    }
+
+    /// The routes, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Route>> {
+        self.0.values()
+    }
+
+    /// Finds the route of a request and checks that this caller may use it as this operator.
+    pub fn find<'a>(&'a self, admitted: &Admitted<'a>, head: &Parts) -> Result<Routed<'a>, NoRoute> {
+        let caller = admitted.caller();
+        let path = plain_path(&head.uri)?;
+        let route = self.0.get(path).ok_or_else(|| NoRoute::Unknown(self.usable_by(caller)))?;
+        if head.method != Method::POST {
+            return Err(NoRoute::Method);
+        }
+        let access = route.access.get(&caller.name).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
+        let operator = acting_operator(caller, head)?;
+        Ok(Routed { route, operator, credential: &access.credential, cooldown: &access.cooldown })
+    }
+
+    fn usable_by(&self, caller: &Caller) -> Vec<String> {
+        let mut paths: Vec<_> = self
+            .iter()
+            .filter(|route| route.access.contains_key(&caller.name))
+            .map(|route| route.path.clone())
+            .collect();
+        paths.sort();
+        paths
+    }
+}
+
+impl Route {
+    fn new(
+        raw: &config::Route,
+        timeout: Duration,
+        access: HashMap<Arc<str>, Access>,
+    ) -> Result<Self, RouteError> {
+        Ok(Self {
+            name: raw.name.as_str().into(),
+            path: raw.path.clone(),
+            target: target(&raw.path),
+            contract: compile(raw)?,
+            result: ResultRule::new(&raw.result_field, &raw.success_codes),
+            timeout: raw.timeout.unwrap_or(timeout),
+            access,
+        })
+    }
+}
+
+fn compile(raw: &config::Route) -> Result<Contract, RouteError> {
+    let route = raw.name.clone();
+    let (path, text) = match &raw.contract {
+        config::ContractSource::BuiltIn => ("built in".to_owned(), Contract::APPOINT_QUALITY_TASK.to_owned()),
+        config::ContractSource::File(path) => {
+            let shown = path.display().to_string();
+            match std::fs::read_to_string(path) {
+                Ok(text) => (shown, text),
+                Err(source) => return Err(RouteError::Read { route, path: shown, source }),
+            }
+        }
+    };
+    Contract::compile(&text).map_err(|source| RouteError::Schema { route, path, source })
+}
+
+#[expect(clippy::expect_used, reason = "validation allows plain path characters only")]
+fn target(path: &str) -> Uri {
+    path.parse().expect("a validated path")
+}
+
+/// The path of an origin-form target without a query. Exact bytes: an encoded or doubled slash is simply
+/// another path.
+fn plain_path(uri: &Uri) -> Result<&str, NoRoute> {
+    if uri.scheme().is_some() || uri.authority().is_some() {
+        return Err(NoRoute::Target("the request target must be a path (origin-form), not a full URL"));
+    }
+    if uri.query().is_some() {
+        return Err(NoRoute::Target("the request target must not have a query"));
+    }
+    Ok(uri.path())
+}
+
+fn acting_operator<'a>(caller: &'a Caller, head: &Parts) -> Result<&'a HeaderValue, NoRoute> {
+    let Some(named) = head.headers.get("x-userid") else { return Ok(&caller.operator) };
+    std::iter::once(&caller.operator)
+        .chain(&caller.operators)
+        .find(|allowed| *allowed == named)
+        .ok_or(NoRoute::Operator)
+}

@@ -1,0 +1,214 @@
+//! Listen, accept, and the life of a caller's connection.
+//!
+//! One current-thread runtime a worker; each accepts on its own socket (TCP, `SO_REUSEPORT`) or on a clone
+//! of the one Unix socket. Guarantees the caps and the deadlines of a connection.
+
+pub mod connection;
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::{mpsc, watch},
+    time::{interval, sleep},
+};
+
+use crate::{
+    admission::{Hosts, Peer},
+    config::{self, ListenAddress},
+    gateway::Gateway,
+};
+use connection::Deadlines;
+
+/// How many connections the kernel keeps for us until they are accepted.
+const BACKLOG: i32 = 4096;
+
+/// A bound listener, one socket per worker.
+#[derive(Debug)]
+pub struct Bound {
+    /// Where it listens, with the real port.
+    pub address: ListenAddress,
+    hosts: Hosts,
+    sockets: Vec<Socket>,
+}
+
+/// A listener of one worker.
+#[derive(Debug)]
+pub struct Listener {
+    hosts: Arc<Hosts>,
+    socket: Accepting,
+}
+
+#[derive(Debug)]
+enum Accepting {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Bound {
+    /// Binds a listener for so many workers.
+    pub fn bind(listener: &config::Listener, workers: usize) -> io::Result<Self> {
+        let hosts = Hosts::new(listener.hosts.clone());
+        let (address, sockets) = match &listener.address {
+            ListenAddress::Tcp(address) => {
+                let sockets = bind_tcp(*address, workers)?;
+                let real = sockets[0].local_addr()?.as_socket().unwrap_or(*address);
+                (ListenAddress::Tcp(real), sockets)
+            }
+            ListenAddress::Unix { path, mode } => {
+                (listener.address.clone(), bind_unix(path, *mode, workers)?)
+            }
+        };
+        Ok(Self { address, hosts, sockets })
+    }
+
+    /// Hands each worker its listener. To be called on the worker's runtime.
+    pub fn split(self) -> Vec<impl FnOnce() -> io::Result<Listener> + Send> {
+        let hosts = Arc::new(self.hosts);
+        let is_unix = matches!(self.address, ListenAddress::Unix { .. });
+        self.sockets
+            .into_iter()
+            .map(|socket| {
+                let hosts = hosts.clone();
+                move || {
+                    let socket = if is_unix {
+                        Accepting::Unix(UnixListener::from_std(socket.into())?)
+                    } else {
+                        Accepting::Tcp(TcpListener::from_std(socket.into())?)
+                    };
+                    Ok(Listener { hosts, socket })
+                }
+            })
+            .collect()
+    }
+}
+
+/// The first bind is a plain one: it proves that nobody else has the port. Only then is the port shared
+/// among the workers.
+fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<Socket>> {
+    let probe = tcp_socket(address)?;
+    probe.bind(&address.into())?;
+    let address = probe.local_addr()?.as_socket().unwrap_or(address);
+    drop(probe);
+    (0..workers)
+        .map(|_| {
+            let socket = tcp_socket(address)?;
+            socket.set_reuse_port(true)?;
+            socket.bind(&address.into())?;
+            socket.listen(BACKLOG)?;
+            Ok(socket)
+        })
+        .collect()
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Vec<Socket>> {
+    let address = SockAddr::unix(path)?;
+    if path.symlink_metadata().is_ok_and(|meta| meta.file_type().is_socket()) {
+        if Socket::new(Domain::UNIX, Type::STREAM, None)?.connect(&address).is_ok() {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        std::fs::remove_file(path)?; // left behind by a process that is gone
+    }
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    socket.listen(BACKLOG)?;
+    (1..workers).map(|_| socket.try_clone()).chain([Ok(socket.try_clone()?)]).collect()
+}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<(connection::Stream, Peer)> {
+        match &self.socket {
+            Accepting::Tcp(socket) => {
+                let (stream, address) = socket.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok((connection::Stream::Tcp(stream), Peer::Tcp(address)))
+            }
+            Accepting::Unix(socket) => {
+                let (stream, _) = socket.accept().await?;
+                let peer = stream.peer_cred()?;
+                Ok((connection::Stream::Unix(stream), Peer::Unix { uid: peer.uid(), gid: peer.gid() }))
+            }
+        }
+    }
+}
+
+/// Runs one worker until the stop: accepts on all its listeners, then waits until its connections are done.
+pub async fn run(
+    gateway: Arc<Gateway>,
+    listeners: Vec<Listener>,
+    deadlines: Deadlines,
+    mut stop: watch::Receiver<bool>,
+) {
+    let (alive, mut done) = mpsc::channel::<()>(1);
+    for listener in listeners {
+        tokio::spawn(accept(gateway.clone(), listener, deadlines, stop.clone(), alive.clone()));
+    }
+    drop(alive);
+    let pool = gateway.pool.clone();
+    tokio::spawn(async move {
+        let mut second = interval(Duration::from_secs(1));
+        loop {
+            second.tick().await;
+            pool.sweep();
+        }
+    });
+    let _ = stop.wait_for(|stop| *stop).await;
+    let _ = done.recv().await;
+}
+
+async fn accept(
+    gateway: Arc<Gateway>,
+    listener: Listener,
+    deadlines: Deadlines,
+    mut stop: watch::Receiver<bool>,
+    alive: mpsc::Sender<()>,
+) {
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let served = connection::serve(
+                    gateway.clone(),
+                    listener.hosts.clone(),
+                    stream,
+                    peer,
+                    deadlines,
+                    stop.clone(),
+                );
+                let alive = alive.clone();
+                tokio::spawn(async move {
+                    served.await;
+                    drop(alive);
+                });
+            }
+            // A connection that was gone before it was accepted is no reason to pause; no file
+            // descriptors left is one.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                tracing::warn!(%error, "accept failed");
+                sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}

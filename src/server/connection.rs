@@ -1,0 +1,284 @@
+//! One caller's connection: hyper's HTTP/1.1, under deadlines of ours.
+//!
+//! hyper's `header_read_timeout` is also its keep-alive idle time-out, so it is not used: a small state
+//! shared by the socket, the service and the timer tells a head that is slow from a connection that idles.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    io,
+    pin::{Pin, pin},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpStream, UnixStream},
+    sync::watch,
+    time::{Instant, Sleep, sleep, sleep_until},
+};
+
+use crate::{
+    admission::{Hosts, Peer},
+    config,
+    gateway::Gateway,
+};
+
+/// A head may be this large; hyper answers a larger one with 431.
+const MAX_HEAD: usize = 64 * 1024;
+
+/// How long and how much a closing connection is read on, so that the caller receives the last answer.
+const LINGER_TIME: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 256 * 1024;
+
+/// The deadlines of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadlines {
+    header: Duration,
+    idle: Duration,
+}
+
+impl Deadlines {
+    /// From the configuration.
+    pub fn new(server: &config::Server) -> Self {
+        Self { header: server.header_timeout, idle: server.idle_timeout }
+    }
+}
+
+/// A caller's socket.
+#[derive(Debug)]
+pub enum Stream {
+    /// TCP.
+    Tcp(TcpStream),
+    /// Unix.
+    Unix(UnixStream),
+}
+
+/// What a connection is doing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Phase {
+    /// Waits for a request, or writes the last answer.
+    Idle,
+    /// Reads a head.
+    Head,
+    /// Works on a request.
+    Busy,
+}
+
+/// The phase and since when, in milliseconds of this process.
+#[derive(Debug)]
+struct Watch {
+    phase: AtomicU8,
+    since: AtomicU64,
+    /// The caller may still be sending what nobody reads.
+    unread: AtomicBool,
+}
+
+static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+impl Watch {
+    fn new() -> Self {
+        let watch =
+            Self { phase: AtomicU8::new(0), since: AtomicU64::new(0), unread: AtomicBool::new(false) };
+        watch.enter(Phase::Head); // a new connection has as long for its first head as a begun one
+        watch
+    }
+
+    fn enter(&self, phase: Phase) {
+        let now = u64::try_from(EPOCH.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.since.store(now, Ordering::Relaxed);
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    fn is(&self, phase: Phase) -> bool {
+        self.phase.load(Ordering::Relaxed) == phase as u8
+    }
+
+    /// When the present phase is over, and what to call that. A busy request has deadlines of its own.
+    fn deadline(&self, deadlines: Deadlines) -> (Instant, &'static str) {
+        let since = *EPOCH + Duration::from_millis(self.since.load(Ordering::Relaxed));
+        if self.is(Phase::Busy) {
+            (Instant::now() + deadlines.header.min(deadlines.idle), "busy")
+        } else if self.is(Phase::Head) {
+            (since + deadlines.header, "header_timeout")
+        } else {
+            (since + deadlines.idle, "idle_timeout")
+        }
+    }
+}
+
+/// Serves a connection to its end.
+pub async fn serve(
+    gateway: Arc<Gateway>,
+    hosts: Arc<Hosts>,
+    stream: Stream,
+    peer: Peer,
+    deadlines: Deadlines,
+    mut stop: watch::Receiver<bool>,
+) {
+    let room = gateway.bounds.connection();
+    let overloaded = room.is_err();
+    let watch = Arc::new(Watch::new());
+    let socket = Watched { stream, watch: watch.clone(), linger: None };
+    let service = service_fn(|request| {
+        let (gateway, hosts, watch) = (gateway.clone(), hosts.clone(), watch.clone());
+        watch.enter(Phase::Busy);
+        async move {
+            let response = if overloaded {
+                gateway.overloaded(peer, request).await
+            } else {
+                gateway.handle(peer, &hosts, request).await
+            };
+            watch.unread.store(response.headers().contains_key(http::header::CONNECTION), Ordering::Relaxed);
+            watch.enter(Phase::Idle);
+            Ok::<_, Infallible>(response)
+        }
+    });
+    let mut connection = pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(None)
+            .half_close(true)
+            .keep_alive(!overloaded)
+            .max_buf_size(MAX_HEAD)
+            .serve_connection(TokioIo::new(socket), service)
+    );
+    let mut timer = pin!(sleep_until(watch.deadline(deadlines).0));
+    let mut stopping = false;
+    loop {
+        tokio::select! {
+            biased;
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    if error.is_parse() {
+                        gateway.metrics.connection_closed("head_invalid");
+                    }
+                    tracing::debug!(%peer, %error, "connection ended");
+                }
+                return;
+            }
+            () = timer.as_mut() => match watch.deadline(deadlines) {
+                (deadline, _) if deadline > Instant::now() => timer.as_mut().reset(deadline),
+                (_, reason) => {
+                    gateway.metrics.connection_closed(reason);
+                    return;
+                }
+            },
+            _ = stop.wait_for(|stop| *stop), if !stopping => {
+                stopping = true;
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// The socket under hyper: notices when a head begins, and lingers when it closes on unread bytes.
+#[derive(Debug)]
+struct Watched {
+    stream: Stream,
+    watch: Arc<Watch>,
+    linger: Option<Linger>,
+}
+
+#[derive(Debug)]
+struct Linger {
+    until: Pin<Box<Sleep>>,
+    left: usize,
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(self.stream.poll_read(cx, buf))?;
+        if buf.filled().len() > before && self.watch.is(Phase::Idle) {
+            self.watch.enter(Phase::Head);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(())) // sockets have no buffer of their own
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.linger.is_none() {
+            ready!(self.stream.poll_shutdown(cx))?;
+            if !self.watch.unread.load(Ordering::Relaxed) {
+                return Poll::Ready(Ok(()));
+            }
+            self.linger = Some(Linger { until: Box::pin(sleep(LINGER_TIME)), left: LINGER_BYTES });
+        }
+        self.poll_linger(cx)
+    }
+}
+
+impl Watched {
+    /// A socket that is closed with unread bytes sends a reset, and a reset may overtake the answer: so the
+    /// rest is read and thrown away, within bounds.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Self { stream, linger: Some(linger), .. } = self else { return Poll::Ready(Ok(())) };
+        while linger.left > 0 && linger.until.as_mut().poll(cx).is_pending() {
+            let mut scratch = [0; 4096];
+            let mut buf = ReadBuf::new(&mut scratch);
+            match ready!(stream.poll_read(cx, &mut buf)) {
+                Ok(()) if !buf.filled().is_empty() => {
+                    linger.left = linger.left.saturating_sub(buf.filled().len());
+                }
+                Ok(()) | Err(_) => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Stream {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+
+    fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}

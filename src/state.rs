@@ -1,0 +1,55 @@
+//! Everything compiled from the configuration: immutable, shared by all workers.
+
+use std::{collections::HashMap, sync::Arc};
+
+use http::HeaderValue;
+
+use crate::{
+    admission::Admission,
+    config::Config,
+    contract::body,
+    headers::Outbound,
+    rate_limit::Limiter,
+    route::{RouteError, Routes},
+    token::Slot,
+    upstream::Terms,
+};
+
+/// One configuration, compiled.
+#[derive(Debug)]
+pub struct State {
+    /// Whom the gateway knows.
+    pub admission: Admission,
+    /// The routes.
+    pub routes: Routes,
+    /// Bounds of a body.
+    pub body: body::Bounds,
+    /// One slot per credential, by its name.
+    pub slots: HashMap<String, Arc<Slot>>,
+    /// The upstream's budget.
+    pub quota: Arc<Limiter>,
+    /// What is common to all exchanges.
+    pub terms: Arc<Terms>,
+}
+
+impl State {
+    /// Compiles a configuration.
+    pub fn new(config: &Config, slots: HashMap<String, Arc<Slot>>) -> Result<Self, RouteError> {
+        Ok(Self {
+            admission: Admission::new(&config.callers),
+            routes: Routes::new(config)?,
+            body: body::Bounds { size: config.server.max_body, time: config.server.body_timeout },
+            slots,
+            quota: Arc::new(Limiter::new(config.quota)),
+            terms: Arc::new(Terms {
+                outbound: Outbound::new(authority(config), &config.upstream.headers),
+                refused_statuses: config.token.refused_statuses.clone(),
+            }),
+        })
+    }
+}
+
+#[expect(clippy::expect_used, reason = "validation allows host names and addresses only")]
+fn authority(config: &Config) -> HeaderValue {
+    HeaderValue::from_str(&config.upstream.base_url.authority()).expect("a validated host")
+}

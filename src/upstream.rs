@@ -1,0 +1,392 @@
+//! Stage 9: send, replay once after a refused token, read, classify.
+//!
+//! An [`Exchange`] owns all that it needs: from the intent on it runs to its end or deadline whatever the
+//! caller does, and its record is closed by it alone. It sends a request again in two cases only: not a
+//! byte of it was written, or the upstream refused the token and a different one is at hand.
+
+pub mod pool;
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use thiserror::Error;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout_at},
+};
+
+use crate::{
+    admission::Room,
+    audit::{Answer, Record},
+    error::Code,
+    headers::{Outbound, clean_reply},
+    outcome::{Outcome, Reply as Judged, Verdict},
+    rate_limit::Limiter,
+    route::Route,
+    token::{Cooldown, Slot, Token},
+};
+use pool::Reserved;
+
+/// As much of a reply is read before its head goes out, and decides the outcome.
+const DECISIVE: usize = 64 * 1024;
+
+/// What is common to all exchanges.
+#[derive(Debug)]
+pub struct Terms {
+    /// The head of every upstream request.
+    pub outbound: Outbound,
+    /// Statuses that mean "token refused".
+    pub refused_statuses: Vec<StatusCode>,
+}
+
+/// One exchange with the upstream under one intent.
+#[derive(Debug)]
+pub struct Exchange {
+    /// What is common to all exchanges.
+    pub terms: Arc<Terms>,
+    /// The route.
+    pub route: Arc<Route>,
+    /// Where another token comes from.
+    pub slot: Arc<Slot>,
+    /// Whether a refused token causes a fetch.
+    pub cooldown: Arc<Cooldown>,
+    /// The shared quota, which a replay spends, too.
+    pub quota: Arc<Limiter>,
+    /// The connection reserved before the intent.
+    pub connection: Reserved,
+    /// The token.
+    pub token: Token,
+    /// Who acts.
+    pub operator: HeaderValue,
+    /// The checked body.
+    pub body: Bytes,
+    /// The request's record; its intent is safe.
+    pub record: Record,
+    /// The request's place under the bound on concurrent work.
+    pub room: Room,
+}
+
+/// The upstream's reply, on its way to the caller.
+#[derive(Debug)]
+pub struct Reply {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its headers, cleaned.
+    pub headers: HeaderMap,
+    /// Its body.
+    pub body: ReplyBody,
+    /// What it means.
+    pub outcome: Outcome,
+}
+
+/// A reply's body.
+#[derive(Debug)]
+pub enum ReplyBody {
+    /// Read whole.
+    Whole(Bytes),
+    /// Longer than what decides: handed on as it comes. An error aborts the caller's connection.
+    Long(mpsc::Receiver<Result<Bytes, BrokenOff>>),
+}
+
+/// A long reply broke off.
+#[derive(Clone, Copy, Debug, Error)]
+#[error("the upstream's reply broke off")]
+pub struct BrokenOff;
+
+/// Why an exchange ended without a reply for the caller. The record is closed already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The code for the caller.
+    pub code: Code,
+    /// What became of the task.
+    pub outcome: Outcome,
+    /// When the caller may come back, where repeating is safe.
+    pub retry_after: Option<Duration>,
+}
+
+/// How far an exchange got, for the case that it ends without an answer.
+#[derive(Debug)]
+struct Progress {
+    /// Attempts that were answered.
+    answered: u32,
+    /// Where the connection's counter stood before the last request, or behind the last answer.
+    mark: u64,
+    /// The last answer refused the token.
+    refused: bool,
+}
+
+/// Why an attempt brought no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Broken {
+    Unreachable,
+    BrokeOff,
+}
+
+/// An answer whose head and first bytes are read.
+struct Arrived {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Bytes,
+    /// The rest, if there is more than [`DECISIVE`] bytes.
+    rest: Option<Incoming>,
+}
+
+impl Exchange {
+    /// Runs the exchange to its end or deadline. The caller of this future may drop it: see [`Detached`].
+    pub fn run(self) -> Detached<impl Future<Output = Result<Reply, Failure>> + Send + 'static> {
+        Detached(Some(Box::pin(self.drive())))
+    }
+
+    async fn drive(mut self) -> Result<Reply, Failure> {
+        let deadline = Instant::now() + self.route.timeout;
+        let mut progress = Progress { answered: 0, mark: self.connection.written(), refused: false };
+        match timeout_at(deadline, self.attempts(&mut progress)).await {
+            Ok(Ok(arrived)) => self.conclude(arrived, progress.answered, deadline),
+            Ok(Err(Broken::Unreachable)) => Err(self.fail(&progress, Code::UpstreamUnreachable)),
+            Ok(Err(Broken::BrokeOff)) => Err(self.fail(&progress, Code::UpstreamBroken)),
+            Err(_) => Err(self.fail(&progress, Code::UpstreamTimeout)),
+        }
+    }
+
+    async fn attempts(&mut self, progress: &mut Progress) -> Result<Arrived, Broken> {
+        let first = self.attempt(progress).await?;
+        if !self.is_refusal(first.status) || self.cooldown.active() {
+            return Ok(first);
+        }
+        progress.refused = true;
+        let Some(token) = self.slot.replace(self.token.generation()).await else { return Ok(first) };
+        self.token = token;
+        self.quota.overdraw();
+        let second = self.attempt(progress).await?;
+        if self.is_refusal(second.status) {
+            self.cooldown.rejected();
+        }
+        Ok(second)
+    }
+
+    fn is_refusal(&self, status: StatusCode) -> bool {
+        self.terms.refused_statuses.contains(&status)
+    }
+
+    /// Sends once and reads the answer. A connection that dies before a byte was written is replaced, once.
+    async fn attempt(&mut self, progress: &mut Progress) -> Result<Arrived, Broken> {
+        let mut fresh = false;
+        loop {
+            if self.connection.is_closed() {
+                self.connection.reconnect().await.map_err(|_| Broken::Unreachable)?;
+                fresh = true;
+            }
+            progress.mark = self.connection.written();
+            let request = self.request();
+            match self.connection.send(request).await {
+                Ok(response) => {
+                    let arrived = Arrived::read(response).await.map_err(|_| Broken::BrokeOff)?;
+                    progress.mark = self.connection.written();
+                    progress.answered += 1;
+                    return Ok(arrived);
+                }
+                Err(error) if self.connection.written() != progress.mark => {
+                    tracing::debug!(%error, "upstream broke off");
+                    return Err(Broken::BrokeOff);
+                }
+                Err(_) if fresh => return Err(Broken::Unreachable),
+                Err(_) => {
+                    self.connection.reconnect().await.map_err(|_| Broken::Unreachable)?;
+                    fresh = true;
+                }
+            }
+        }
+    }
+
+    fn request(&self) -> Request<Full<Bytes>> {
+        let mut request = Request::new(Full::new(self.body.clone()));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = self.route.target.clone();
+        *request.headers_mut() = self.terms.outbound.with(&self.token, &self.operator, self.body.len());
+        request
+    }
+
+    /// Classifies an answer, records the outcome and hands the answer on.
+    fn conclude(self, arrived: Arrived, attempts: u32, deadline: Instant) -> Result<Reply, Failure> {
+        let Arrived { status, mut headers, body, rest } = arrived;
+        let judged = Judged { status, headers: &headers, body: &body, truncated: rest.is_some() };
+        let Verdict { outcome, result_code } = self.route.result.classify(judged);
+        let rejected = status == StatusCode::UNAUTHORIZED || self.is_refusal(status);
+        let answer = Answer {
+            outcome,
+            code: rejected.then_some(Code::CredentialRejected),
+            status: Some(if rejected { Code::CredentialRejected.status() } else { status }.as_u16()),
+            upstream_status: Some(status.as_u16()),
+            result_code,
+            attempts,
+            token_generation: self.token.generation(),
+            note: None,
+        };
+        if rejected {
+            self.record.finish(Answer { outcome: Outcome::Refused, ..answer });
+            let retry_after = Some(self.cooldown.remaining().unwrap_or(DEFAULT_RETRY));
+            return Err(Failure { code: Code::CredentialRejected, outcome: Outcome::Refused, retry_after });
+        }
+        self.cooldown.accepted();
+        clean_reply(&mut headers);
+        settle_retry_after(outcome, &mut headers);
+        let body = match rest {
+            None => {
+                headers.remove(header::CONTENT_LENGTH);
+                self.record.finish(answer);
+                self.connection.give_back();
+                ReplyBody::Whole(body)
+            }
+            Some(rest) => {
+                let (sender, receiver) = mpsc::channel(1);
+                let tail = Tail { rest, sender, record: self.record, answer, connection: self.connection };
+                let room = self.room;
+                tokio::spawn(async move {
+                    tail.run(body, deadline).await;
+                    drop(room);
+                });
+                ReplyBody::Long(receiver)
+            }
+        };
+        Ok(Reply { status, headers, body, outcome })
+    }
+
+    /// Records an exchange that brought no answer.
+    fn fail(self, progress: &Progress, code: Code) -> Failure {
+        let sent = self.connection.written() > progress.mark;
+        let (code, outcome) = match (sent, progress.refused) {
+            (true, _) => (code, Outcome::Unknown),
+            (false, true) => (Code::CredentialRejected, Outcome::Refused),
+            (false, false) => (Code::UpstreamUnreachable, Outcome::NotSent),
+        };
+        self.record.finish(Answer {
+            outcome,
+            code: Some(code),
+            status: Some(code.status().as_u16()),
+            upstream_status: None,
+            result_code: None,
+            attempts: progress.answered + u32::from(sent),
+            token_generation: self.token.generation(),
+            note: None,
+        });
+        let retry_after = (outcome == Outcome::Refused).then_some(DEFAULT_RETRY);
+        Failure { code, outcome, retry_after }
+    }
+}
+
+/// When to come back after a refusal that names no time.
+const DEFAULT_RETRY: Duration = Duration::from_secs(30);
+
+/// `Retry-After` stands on every refusal and never on an unknown outcome: generic clients obey it, and
+/// would assign twice.
+fn settle_retry_after(outcome: Outcome, headers: &mut HeaderMap) {
+    match outcome {
+        Outcome::Unknown => drop(headers.remove(header::RETRY_AFTER)),
+        Outcome::Refused if !headers.contains_key(header::RETRY_AFTER) => {
+            headers.insert(header::RETRY_AFTER, DEFAULT_RETRY.as_secs().into());
+        }
+        Outcome::Refused | Outcome::NotSent | Outcome::Succeeded | Outcome::Failed => {}
+    }
+}
+
+impl Arrived {
+    /// Reads the reply to its end, or as far as it decides.
+    async fn read(response: Response<Incoming>) -> Result<Self, hyper::Error> {
+        let (head, mut incoming) = response.into_parts();
+        let mut body = BytesMut::new();
+        let mut rest = None;
+        while let Some(frame) = incoming.frame().await {
+            let Ok(data) = frame?.into_data() else { continue };
+            body.extend_from_slice(&data);
+            if body.len() > DECISIVE {
+                rest = Some(incoming);
+                break;
+            }
+        }
+        Ok(Self { status: head.status, headers: head.headers, body: body.freeze(), rest })
+    }
+}
+
+/// The rest of a long reply. Reads on when the caller is gone, so that the record says how it ended.
+struct Tail {
+    rest: Incoming,
+    sender: mpsc::Sender<Result<Bytes, BrokenOff>>,
+    record: Record,
+    answer: Answer,
+    connection: Reserved,
+}
+
+impl Tail {
+    /// Hands on each piece once the next one is there, so that the outcome is recorded before the last.
+    async fn run(mut self, first: Bytes, deadline: Instant) {
+        let mut held = first;
+        loop {
+            match timeout_at(deadline, self.rest.frame()).await {
+                Ok(Some(Ok(frame))) => {
+                    let Ok(data) = frame.into_data() else { continue };
+                    let ready = std::mem::replace(&mut held, data);
+                    let _ = timeout_at(deadline, self.sender.send(Ok(ready))).await;
+                }
+                Ok(None) => {
+                    self.record.finish(self.answer);
+                    self.connection.give_back();
+                    let _ = timeout_at(deadline, self.sender.send(Ok(held))).await;
+                    return;
+                }
+                Ok(Some(Err(_))) | Err(_) => {
+                    self.record.finish(Answer {
+                        note: Some("the reply broke off behind its first 64 KiB"),
+                        ..self.answer
+                    });
+                    let _ = timeout_at(deadline, self.sender.send(Err(BrokenOff))).await;
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// A future that nobody cancels: dropped before its end, it runs on by itself.
+#[derive(Debug)]
+pub struct Detached<F: Future + Send + 'static>(Option<Pin<Box<F>>>)
+where
+    F::Output: Send;
+
+impl<F: Future + Send + 'static> Future for Detached<F>
+where
+    F::Output: Send,
+{
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(future) = self.0.as_mut() else { return Poll::Pending };
+        let output = future.as_mut().poll(cx);
+        if output.is_ready() {
+            self.0 = None;
+        }
+        output
+    }
+}
+
+impl<F: Future + Send + 'static> Drop for Detached<F>
+where
+    F::Output: Send,
+{
+    fn drop(&mut self) {
+        if let Some(future) = self.0.take()
+            && !std::thread::panicking()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(future);
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! The upstream connections of one worker, over hyper's client connection.
+//!
+//! Guarantees that at most `max_connections` are open, that a wait for one is bounded, that a connection
+//! which the upstream closed or which idled too long is not used, and that for every connection it is
+//! known whether a byte was written. Does not decide whether to send again: that is `upstream`.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Full;
+use hyper::{body::Incoming, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use prometheus::{IntCounterVec, IntGauge, Opts, Registry};
+use rustix::net::RecvFlags;
+use thiserror::Error;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+
+use crate::connect::{ConnectError, Connector, Stream};
+
+/// A connection that was used this recently is known to the runtime's poller; asking the kernel again
+/// would cost a system call per request.
+const FRESH: Duration = Duration::from_millis(5);
+
+/// The upstream's answer may have this much head; hyper's own bound is far higher.
+const MAX_HEAD: usize = 64 * 1024;
+
+/// Why no connection was had.
+#[derive(Debug, Error)]
+pub enum NoConnection {
+    /// All connections were busy for as long as a caller may wait.
+    #[error("all upstream connections are busy")]
+    Busy,
+    /// None could be made.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The connection closed before the first request.
+    #[error("the upstream closed a new connection")]
+    Closed,
+}
+
+/// Counts of upstream connections.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    open: IntGauge,
+    connects: IntCounterVec,
+}
+
+impl Metrics {
+    /// Registers the pool's metrics.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let open = IntGauge::new("ccsqm_gateway_upstream_connections", "Open upstream connections.")?;
+        let connects = IntCounterVec::new(
+            Opts::new(
+                "ccsqm_gateway_upstream_connects_total",
+                "Attempts to connect to the upstream, by result.",
+            ),
+            &["result"],
+        )?;
+        registry.register(Box::new(open.clone()))?;
+        registry.register(Box::new(connects.clone()))?;
+        Ok(Self { open, connects })
+    }
+}
+
+/// The connections of one worker.
+#[derive(Debug)]
+pub struct Pool {
+    connector: Connector,
+    permits: Arc<Semaphore>,
+    idle: Mutex<Vec<Idle>>,
+    wait: Duration,
+    idle_timeout: Duration,
+    metrics: Metrics,
+}
+
+#[derive(Debug)]
+struct Idle {
+    connection: Connection,
+    since: Instant,
+}
+
+/// A live connection to the upstream.
+#[derive(Debug)]
+struct Connection {
+    sender: http1::SendRequest<Full<Bytes>>,
+    written: Arc<AtomicU64>,
+    /// The same socket once more, to ask the kernel whether the upstream closed it.
+    probe: OwnedFd,
+}
+
+/// A connection reserved for one exchange. It goes back to the pool only by [`Reserved::give_back`]; a
+/// dropped one is closed, since nobody knows what still lies in it.
+#[derive(Debug)]
+pub struct Reserved {
+    pool: Arc<Pool>,
+    connection: Connection,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Pool {
+    /// A pool of at most `max` connections.
+    pub fn new(
+        connector: Connector,
+        max: usize,
+        wait: Duration,
+        idle_timeout: Duration,
+        metrics: Metrics,
+    ) -> Self {
+        let permits = Arc::new(Semaphore::new(max));
+        Self { connector, permits, idle: Mutex::default(), wait, idle_timeout, metrics }
+    }
+
+    /// Reserves a connection: an idle one that is still alive, or a new one.
+    pub async fn reserve(self: &Arc<Self>) -> Result<Reserved, NoConnection> {
+        let permit = match self.permits.clone().try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => self.wait_for_permit().await?,
+        };
+        let connection = match self.take_idle() {
+            Some(connection) => connection,
+            None => self.connect().await?,
+        };
+        Ok(Reserved { pool: self.clone(), connection, _permit: permit })
+    }
+
+    /// Closes what has idled too long or was closed by the upstream. To be called about once a second.
+    pub fn sweep(&self) {
+        self.idle()
+            .retain(|idle| idle.since.elapsed() < self.idle_timeout && !idle.connection.sender.is_closed());
+    }
+
+    #[cold]
+    async fn wait_for_permit(&self) -> Result<OwnedSemaphorePermit, NoConnection> {
+        match timeout(self.wait, self.permits.clone().acquire_owned()).await {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(_)) | Err(_) => Err(NoConnection::Busy),
+        }
+    }
+
+    /// The connection that was used last; the others may then idle out.
+    fn take_idle(&self) -> Option<Connection> {
+        let mut idle = self.idle();
+        while let Some(Idle { connection, since }) = idle.pop() {
+            let idle_for = since.elapsed();
+            if idle_for < self.idle_timeout
+                && !connection.sender.is_closed()
+                && (idle_for < FRESH || is_quiet(&connection.probe))
+            {
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    async fn connect(&self) -> Result<Connection, NoConnection> {
+        let stream = self.connector.connect().await.inspect_err(|error| {
+            self.metrics.connects.with_label_values(&[error.class()]).inc();
+        })?;
+        let written = Arc::new(AtomicU64::new(0));
+        let probe = stream.socket().as_fd().try_clone_to_owned().map_err(ConnectError::from)?;
+        let io = Counted { stream, written: written.clone() };
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(MAX_HEAD)
+            .handshake(TokioIo::new(io))
+            .await
+            .map_err(|_| NoConnection::Closed)?;
+        self.metrics.connects.with_label_values(&["ok"]).inc();
+        let open = Open::count(&self.metrics.open);
+        tokio::spawn(async move {
+            let _open = open;
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "upstream connection ended");
+            }
+        });
+        Ok(Connection { sender, written, probe })
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reserved {
+    /// Sends a request and waits for the head of the answer.
+    pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, hyper::Error> {
+        self.connection.sender.ready().await?;
+        self.connection.sender.send_request(request).await
+    }
+
+    /// Bytes written on this connection so far. If the number has not moved, nothing was sent.
+    pub fn written(&self) -> u64 {
+        self.connection.written.load(Ordering::Relaxed)
+    }
+
+    /// Replaces a dead connection by a new one, keeping its place under the cap.
+    pub async fn reconnect(&mut self) -> Result<(), NoConnection> {
+        self.connection = self.pool.connect().await?;
+        Ok(())
+    }
+
+    /// Whether it can carry another request.
+    pub fn is_closed(&self) -> bool {
+        self.connection.sender.is_closed()
+    }
+
+    /// Gives the connection back after its answer was read to the end.
+    pub fn give_back(self) {
+        if !self.is_closed() {
+            let Self { pool, connection, _permit } = self;
+            pool.idle().push(Idle { connection, since: Instant::now() });
+        }
+    }
+}
+
+/// Nothing to read and no end in sight: an idle HTTP/1.1 connection has nothing to say.
+fn is_quiet(socket: &OwnedFd) -> bool {
+    let mut byte = [0_u8; 1];
+    let peeked = rustix::net::recv(socket, &mut byte[..], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+    matches!(peeked, Err(rustix::io::Errno::AGAIN))
+}
+
+/// Counts a connection as open while it lives.
+struct Open(IntGauge);
+
+impl Open {
+    fn count(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The stream under hyper: counts what was written.
+#[derive(Debug)]
+struct Counted {
+    stream: Stream,
+    written: Arc<AtomicU64>,
+}
+
+impl Counted {
+    fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(bytes)) = &written {
+            self.written.fetch_add(*bytes as u64, Ordering::Relaxed);
+        }
+        written
+    }
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.count(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.count(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
