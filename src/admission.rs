@@ -162,9 +162,6 @@ fn check_head(headers: &HeaderMap) -> Result<(), Denied> {
     if headers.get_all("x-userid").iter().count() > 1 {
         return Err(Denied::Head("x-userid must not be given more than once"));
     }
-    if headers.contains_key(header::TRANSFER_ENCODING) && headers.contains_key(header::CONTENT_LENGTH) {
-        return Err(Denied::Head("Content-Length and Transfer-Encoding exclude each other (RFC 9112 §6.2)"));
-    }
     if connection_options(headers).any(is_end_to_end) {
         return Err(Denied::Head(
             "Connection must not name an end-to-end header such as x-userid (RFC 9110 §7.6.1)",

@@ -70,7 +70,7 @@ impl App {
             queue: AUDIT_QUEUE,
             intent_deadline: INTENT_DEADLINE,
         };
-        let audit = Audit::start(options, audit_metrics)?;
+        let audit = Audit::start(&options, audit_metrics)?;
         let slots = slots(&config, &tls, &parts.token, &audit)?;
         let state = Arc::new(State::new(&config, slots)?);
         let (alive, done) = mpsc::channel(1);

@@ -252,7 +252,7 @@ struct Facts {
 
 impl Audit {
     /// Opens the trail: takes its lock, recovers what a crash left, starts the writer.
-    pub fn start(options: Options, metrics: Metrics) -> Result<Self, StartError> {
+    pub fn start(options: &Options, metrics: Metrics) -> Result<Self, StartError> {
         let directory = options.directory.clone();
         let fail = |error| StartError::Directory(directory.clone(), error);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(fail)?;
@@ -261,7 +261,7 @@ impl Audit {
             Some(path) => Keys::load(path)?,
             None => Keys::load_or_make(&directory)?,
         };
-        let writer = recover(&options, keys, lock).map_err(fail)?;
+        let writer = recover(options, keys, lock).map_err(fail)?;
         let now = Instant::now();
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue {

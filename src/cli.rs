@@ -81,7 +81,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Sandbox(args) => sandbox::run(args),
         Command::Healthcheck(args) => healthcheck::run(&args),
         Command::Contract(args) => contract::run(args),
-        Command::Audit(args) => audit::run(args),
+        Command::Audit(args) => audit::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("ccsqm-gateway: {error:#}");

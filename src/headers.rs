@@ -81,7 +81,8 @@ pub fn clean_reply(headers: &mut HeaderMap) {
     }
 }
 
-const NOT_FOR_CALLERS: [HeaderName; 12] = [
+const NOT_FOR_CALLERS: [HeaderName; 13] = [
+    header::LOCATION, // a client that follows it would send the task somewhere else
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     header::PROXY_AUTHENTICATE,

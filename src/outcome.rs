@@ -107,7 +107,7 @@ impl ResultRule {
         } else {
             Outcome::Failed
         };
-        Verdict { outcome, result_code: Some(cut(text)) }
+        Verdict { outcome, result_code: Some(cut(&text)) }
     }
 
     /// All top-level values of the result field; `None` when the body is not a JSON object.
@@ -226,7 +226,7 @@ fn is_object(body: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body).is_ok()
 }
 
-fn cut(text: Cow<'_, str>) -> String {
+fn cut(text: &str) -> String {
     let mut end = text.len().min(64);
     while !text.is_char_boundary(end) {
         end -= 1;

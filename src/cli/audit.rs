@@ -43,7 +43,7 @@ struct Trail {
     json: bool,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let (Command::Verify(trail) | Command::InDoubt(trail) | Command::Head(trail)) = &args.command;
     let found = match trail.read() {
         Ok(found) => found,

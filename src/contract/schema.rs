@@ -211,7 +211,7 @@ impl Compiler<'_> {
                 "enum" => {
                     node.enumeration = Some(
                         list(value, &at)?.iter().map(|item| scalar(item, &at)).collect::<Result<_, _>>()?,
-                    )
+                    );
                 }
                 "items" => node.items = Some(self.node(value, &at, true)?),
                 "minItems" => node.min_items = size(value, &at)?,
@@ -290,7 +290,7 @@ impl Compiler<'_> {
                 match members.iter_mut().find(|member| member.name == name) {
                     Some(member) => member.required = true,
                     None if *additional => {
-                        members.push(Member { name: name.to_owned(), node: None, required: true })
+                        members.push(Member { name: name.to_owned(), node: None, required: true });
                     }
                     None => return fail(at, "required names a key that additionalProperties forbids"),
                 }

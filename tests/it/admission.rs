@@ -1,0 +1,127 @@
+//! Stages 1 to 3: heads, callers, routes, limits. What is refused has a control that passes.
+
+use std::process::Command;
+
+use crate::support::*;
+
+/// Heads as upstream received them, lower case.
+fn upstream_heads(sandbox: &ccsqm_gateway::sandbox::Sandbox) -> Vec<String> {
+    let text = |received: ccsqm_gateway::sandbox::Received| {
+        String::from_utf8(received.head).unwrap().to_ascii_lowercase()
+    };
+    sandbox.requests().into_iter().map(text).collect()
+}
+
+#[test]
+fn a_callers_own_credentials_and_identities_never_reach_the_upstream() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    for (headers, code) in [
+        ("authorization: Bearer stolen-credential\r\n", ""),
+        ("x-app-key: stolen-credential\r\n", ""),
+        ("x_userid: stolen-credential\r\n", ""),
+        ("x-userid: 999\r\n", "operator_denied"),
+        ("x-userid: 1611917095665261978\r\nx-userid: 1611917095665261978\r\n", "head_invalid"),
+        ("x-userid: 1611917095665261978\r\nconnection: x-userid\r\n", "head_invalid"),
+        ("host: evil\r\n", "head_invalid"),
+        ("origin: http://evil\r\n", "browser_refused"),
+        ("sec-fetch-site: cross-site\r\n", "browser_refused"),
+        ("transfer-encoding: chunked\r\n", "body_incomplete"),
+    ] {
+        let before = sandbox.requests().len();
+        let reply = gateway.post_with(headers);
+        assert_eq!(reply.code(), code, "{headers}");
+        let sent = sandbox.requests().len() - before;
+        assert_eq!(sent, usize::from(code.is_empty()), "{headers}");
+    }
+    for head in upstream_heads(&sandbox) {
+        assert!(!head.contains("stolen-credential") && !head.contains("x_userid"), "{head}");
+        for name in ["authorization:", "x-app-key:", "x-userid: 1611917095665261978"] {
+            assert_eq!(head.matches(&format!("\r\n{name}")).count(), 1, "{head}");
+        }
+    }
+    let metrics = gateway.admin("/metrics").body;
+    assert!(metrics.contains("ccsqm_gateway_credential_headers_dropped_total 2"), "{metrics}");
+}
+
+#[test]
+fn only_the_exact_path_and_method_of_a_route_pass() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let request =
+        |line: &str| gateway.send(&head(BODY.len(), "").replacen(&format!("POST {PATH}"), line, 1), BODY);
+    for (line, code, status) in [
+        (format!("POST http://localhost{PATH}"), "target_invalid", 400),
+        (format!("POST {PATH}?x=1"), "target_invalid", 400),
+        (format!("POST {PATH}/"), "route_unknown", 404),
+        (format!("POST /{PATH}"), "route_unknown", 404),
+        (format!("POST {}", PATH.replace("CCSQM", "%43CSQM")), "route_unknown", 404),
+        (format!("GET {PATH}"), "method_not_allowed", 405),
+    ] {
+        let reply = request(&line);
+        assert_eq!((reply.code(), reply.status, reply.outcome()), (code, status, "not_sent"), "{line}");
+    }
+    assert_eq!(sandbox.requests().len(), 0);
+    assert_eq!(request(&format!("POST {PATH}")).outcome(), "succeeded", "the control");
+}
+
+#[test]
+fn a_spent_limit_says_when_to_come_back() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("quota.rate", "1/h").set("quota.burst", 1));
+    assert_eq!(gateway.call().status, 200);
+    let refused = gateway.call();
+    assert_eq!((refused.status, refused.code()), (429, "quota_exhausted"));
+    let wait: u64 = refused.headers["retry-after"].parse().unwrap();
+    assert!((3000..=3600).contains(&wait), "{wait}");
+    assert_eq!(sandbox.requests().len(), 1);
+}
+
+#[test]
+fn default_requests_of_usual_clients_are_accepted() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let url = format!("http://localhost:{}{PATH}", gateway.address.port());
+    let python = format!(
+        "import urllib.request as u; print(u.urlopen(u.Request({url:?}, data={BODY:?}.encode(), headers={{'Content-Type': 'application/json'}})).read().decode())"
+    );
+    let json = "Content-Type: application/json";
+    for (program, args) in [
+        ("curl", vec!["-s", "-4", &url, "-H", json, "-d", BODY]),
+        ("curl", vec!["-s", "-4", &url, "-H", json, "-H", "Expect: 100-continue", "-d", BODY]),
+        ("python3", vec!["-c", &python]),
+    ] {
+        let output = Command::new(program).args(args).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains("0409000"), "{program}: {text} {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn a_stranger_cannot_fill_the_audit_trail() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let request = "GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n".repeat(100);
+    let mut replies = 0;
+    for _ in 0..50 {
+        use std::io::{Read, Write};
+        let mut stream = std::net::TcpStream::connect(gateway.address).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        replies += text.matches("HTTP/1.1 404").count() as u64;
+    }
+    assert_eq!(replies, 5000);
+    wait_for("all refusals", || {
+        let counts = records(&gateway.audit_directory(), "refusal");
+        let sum: u64 = counts.iter().map(|record| record["count"].as_u64().unwrap_or(1)).sum();
+        (sum == 5000).then_some(())
+    });
+    let size: u64 = std::fs::read_dir(gateway.audit_directory())
+        .unwrap()
+        .map(|e| e.unwrap().metadata().unwrap().len())
+        .sum();
+    assert!(size < 100_000, "{size} bytes");
+}

@@ -1,0 +1,15 @@
+//! The one integration crate. Real sockets, the real binary, the sandbox as the cloud; tests assert what the
+//! upstream received and what the audit trail says.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+#![allow(clippy::needless_pass_by_value, reason = "json!(…) reads better without an ampersand")]
+
+mod support;
+
+mod admission;
+mod body;
+mod exchange;
+mod token;
+mod audit;
+mod configuration;
+mod operations;

@@ -1,0 +1,95 @@
+//! What ops see: the admin listener, metrics, health, the stop.
+
+use std::{
+    io::Write,
+    net::TcpStream,
+    process::{Command, Stdio},
+};
+
+use serde_json::json;
+
+use crate::support::*;
+
+#[test]
+fn metrics_are_accepted_by_promtool_and_are_moved() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    gateway.call();
+    gateway.post("{}");
+    gateway.records("outcome", 1);
+    let metrics = gateway.admin("/metrics").body;
+    let mut promtool =
+        Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).spawn().unwrap();
+    promtool.stdin.take().unwrap().write_all(metrics.as_bytes()).unwrap();
+    assert!(promtool.wait().unwrap().success(), "{metrics}");
+    for line in [
+        r#"requests_total{code="",outcome="succeeded",stage="upstream"} 1"#,
+        r#"requests_total{code="contract_violation",outcome="not_sent",stage="contract"} 1"#,
+        r#"limit_checks_total{limit="rate_limit",result="passed"} 2"#,
+        r#"limit_checks_total{limit="quota",result="passed"} 1"#,
+        r#"token_fetches_total{credential="default",result="ok"} 1"#,
+        r#"audit_records_total{kind="intent"} 1"#,
+        r#"audit_records_total{kind="outcome"} 1"#,
+        r#"upstream_connects_total{result="ok"} 1"#,
+        "request_duration_seconds_count 2",
+    ] {
+        assert!(metrics.contains(&format!("ccsqm_gateway_{line}")), "{line} in {metrics}");
+    }
+}
+
+#[test]
+fn readiness_waits_for_the_first_token_and_says_so() {
+    let sandbox = sandbox();
+    sandbox.faults(serde_json::from_value(json!({ "token_down": true })).unwrap()).unwrap();
+    let gateway = start(&sandbox);
+    let admin = gateway.admin.to_string();
+    assert_eq!(command(&["healthcheck", "--admin", &admin]).0, 0);
+    let (code, out, _) = command(&["healthcheck", "--ready", "--admin", &admin]);
+    assert!(code == 1 && out.contains("no token yet"), "{out}");
+    sandbox.faults(serde_json::from_value(json!({})).unwrap()).unwrap();
+    gateway.call();
+    wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));
+}
+
+#[test]
+fn a_stop_lets_work_in_flight_finish() {
+    let sandbox = sandbox();
+    let mut gateway = start(&sandbox);
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    sandbox.faults(serde_json::from_value(json!({ "business": [{ "delay_ms": 500 }] })).unwrap()).unwrap();
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
+    gateway.signal("-TERM");
+    assert_eq!(read_reply(&mut stream).outcome(), "succeeded");
+    assert!(gateway.wait().success());
+    let all = records(&gateway.audit_directory(), "");
+    assert_eq!(all.last().unwrap()["event"], "stop");
+    assert_eq!(all[all.len() - 2]["outcome"], "succeeded");
+}
+
+#[test]
+fn no_secret_shows_anywhere() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("log.level", "trace"));
+    gateway.post_with("authorization: Bearer callers-own-credential\r\n");
+    gateway.post("{}");
+    gateway.records("outcome", 1);
+    let token = sandbox.token_calls()[0].issued.clone().unwrap();
+    let audit: String = records(&gateway.audit_directory(), "").iter().map(ToString::to_string).collect();
+    let config = gateway.folder.path().join("gateway.toml");
+    let check = command(&["check", "--config", config.to_str().unwrap()]).1;
+    for (sink, text, canary) in [
+        ("log", gateway.log(), "listening"),
+        ("audit", audit, "qa-console"),
+        ("metrics", gateway.admin("/metrics").body, "requests_total"),
+        ("status", gateway.admin("/status").body, "version"),
+        ("check", check, "qa-console"),
+    ] {
+        assert!(text.contains(canary), "the sweep finds what is in {sink}");
+        for secret in ["sandbox-app-secret", &token, "callers-own-credential"] {
+            let hex: String = secret.bytes().map(|byte| format!("{byte:02x}")).collect();
+            assert!(!text.contains(secret) && !text.contains(&hex), "{secret} shows in {sink}");
+        }
+    }
+}

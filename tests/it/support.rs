@@ -1,0 +1,302 @@
+//! The harness: a gateway process on a sandbox, and a caller on a raw socket.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use ccsqm_gateway::sandbox::{Options, Sandbox};
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub(crate) const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
+pub(crate) const BODY: &str = r#"{"qualityTaskId":"954645333549048833","setCountsType":1,"isTakeEffect":0,"setCounts":[{"personID":"1600226476732482572","count":2}]}"#;
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_ccsqm-gateway");
+
+/// A gateway process. Killed on drop.
+pub(crate) struct Gateway {
+    child: Child,
+    pub(crate) address: SocketAddr,
+    pub(crate) admin: SocketAddr,
+    pub(crate) folder: Arc<TempDir>,
+    log: Arc<Mutex<String>>,
+}
+
+/// How a gateway is configured; `config` is appended sections, `set` overrides.
+#[derive(Default)]
+pub(crate) struct Setup {
+    pub(crate) base_url: Option<String>,
+    pub(crate) token_url: Option<String>,
+    pub(crate) set: Vec<(&'static str, String)>,
+    pub(crate) caller: &'static str,
+    pub(crate) folder: Option<Arc<TempDir>>,
+}
+
+impl Setup {
+    pub(crate) fn set(mut self, key: &'static str, value: impl std::fmt::Display) -> Self {
+        self.set.push((key, value.to_string()));
+        self
+    }
+}
+
+pub(crate) fn sandbox() -> Sandbox {
+    Sandbox::start(Options { token_listener: true, ..Options::default() }).unwrap()
+}
+
+/// A gateway on a sandbox, with limits out of the way.
+pub(crate) fn start(sandbox: &Sandbox) -> Gateway {
+    start_with(sandbox, Setup::default())
+}
+
+pub(crate) fn start_with(sandbox: &Sandbox, setup: Setup) -> Gateway {
+    let folder = setup.folder.unwrap_or_else(|| Arc::new(TempDir::new().unwrap()));
+    let base_url = setup.base_url.unwrap_or_else(|| sandbox.url());
+    let token_url = setup.token_url.unwrap_or_else(|| sandbox.token_url());
+    let options = Options::default();
+    fs::write(folder.path().join("app_key"), &options.app_key).unwrap();
+    fs::write(folder.path().join("app_secret"), &options.app_secret).unwrap();
+    let text = format!(
+        r#"[[listeners]]
+address = "127.0.0.1:0"
+[admin]
+address = "127.0.0.1:0"
+[upstream]
+base_url = "{base_url}"
+[token]
+url = "{token_url}"
+[quota]
+rate = "1000000/s"
+burst = 1000000
+[log]
+format = "json"
+level = "info"
+[[credentials]]
+name = "default"
+app_key_file = "app_key"
+app_secret_file = "app_secret"
+[[callers]]
+name = "qa-console"
+peer = "loopback"
+operator_id = "1611917095665261978"
+credential = "default"
+routes = ["appointQualityTask"]
+rate_limit = "1000000/s"
+burst = 1000000
+{}
+"#,
+        setup.caller
+    );
+    let config = folder.path().join("gateway.toml");
+    fs::write(&config, text).unwrap();
+    let mut command = Command::new(BINARY);
+    command.arg("serve").arg("--config").arg(&config).stderr(Stdio::piped());
+    for (key, value) in &setup.set {
+        command.arg("--set").arg(format!("{key}={value}"));
+    }
+    Gateway::spawn(command, folder)
+}
+
+impl Gateway {
+    fn spawn(mut command: Command, folder: Arc<TempDir>) -> Self {
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let log = Arc::new(Mutex::new(String::new()));
+        let (mut address, mut admin) = (None, None);
+        while admin.is_none() {
+            let line =
+                lines.next().unwrap_or_else(|| panic!("did not start: {}", log.lock().unwrap())).unwrap();
+            let event: Value = serde_json::from_str(&line).unwrap_or_default();
+            let at = event["fields"]["address"].as_str().and_then(|at| at.parse().ok());
+            match event["fields"]["message"].as_str() {
+                Some("listening") => address = at,
+                Some("listening (admin)") => admin = at,
+                _ => {}
+            }
+            *log.lock().unwrap() += &(line + "\n");
+        }
+        let rest = log.clone();
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                *rest.lock().unwrap() += &(line + "\n");
+            }
+        });
+        Self { child, address: address.unwrap(), admin: admin.unwrap(), folder, log }
+    }
+
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    pub(crate) fn audit_directory(&self) -> PathBuf {
+        self.folder.path().join("audit")
+    }
+
+    /// The example request.
+    pub(crate) fn call(&self) -> Reply {
+        self.post(BODY)
+    }
+
+    pub(crate) fn post(&self, body: &str) -> Reply {
+        self.send(&head(body.len(), ""), body)
+    }
+
+    pub(crate) fn post_with(&self, headers: &str) -> Reply {
+        self.send(&head(BODY.len(), headers), BODY)
+    }
+
+    pub(crate) fn send(&self, head: &str, body: &str) -> Reply {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream.write_all(head.as_bytes()).unwrap();
+        let _ = stream.write_all(body.as_bytes());
+        read_reply(&mut stream)
+    }
+
+    pub(crate) fn admin(&self, path: &str) -> Reply {
+        let mut stream = TcpStream::connect(self.admin).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
+        read_reply(&mut stream)
+    }
+
+    /// All records of requests; waits until every request that was answered is in.
+    pub(crate) fn records(&self, kind: &str, count: usize) -> Vec<Value> {
+        wait_for(&format!("{count} records of {kind}"), || {
+            let records = records(&self.audit_directory(), kind);
+            (records.len() >= count).then_some(records)
+        })
+    }
+
+    pub(crate) fn signal(&self, signal: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    }
+
+    /// SIGKILL, from outside.
+    pub(crate) fn kill(mut self) -> Arc<TempDir> {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.folder.clone()
+    }
+
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        wait_for("the process's end", || self.child.try_wait().unwrap())
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub(crate) fn head(length: usize, headers: &str) -> String {
+    format!(
+        "POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
+    )
+}
+
+/// A reply, its head parsed. Every header is on the allow-list.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    pub(crate) headers: HashMap<String, String>,
+    pub(crate) body: String,
+}
+
+impl Reply {
+    pub(crate) fn outcome(&self) -> &str {
+        self.headers.get("x-gateway-outcome").map_or("", String::as_str)
+    }
+
+    pub(crate) fn code(&self) -> &str {
+        self.headers.get("x-gateway-error").map_or("", String::as_str)
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap()
+    }
+}
+
+/// Reads to the end of the connection.
+pub(crate) fn read_reply(stream: &mut TcpStream) -> Reply {
+    const ALLOWED: [&str; 12] = [
+        "allow",
+        "connection",
+        "content-length",
+        "content-type",
+        "date",
+        "retry-after",
+        "transfer-encoding",
+        "x-gateway-error",
+        "x-gateway-outcome",
+        "x-gateway-request-id",
+        "x-request-id",
+        "content-encoding",
+    ];
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let Some((head, body)) = text.split_once("\r\n\r\n") else { return Reply::default() };
+    let mut lines = head.lines();
+    let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+    let headers: HashMap<_, _> = lines
+        .filter_map(|line| line.split_once(": "))
+        .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
+        .collect();
+    if status == 100 {
+        let rest = body.to_owned();
+        return parse_again(&rest);
+    }
+    for name in headers.keys() {
+        assert!(ALLOWED.contains(&name.as_str()), "{name} is not a header of ours");
+    }
+    Reply { status, headers, body: body.to_owned() }
+}
+
+fn parse_again(text: &str) -> Reply {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut writer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    writer.write_all(text.as_bytes()).unwrap();
+    drop(writer);
+    read_reply(&mut listener.accept().unwrap().0)
+}
+
+/// The records of a trail, oldest first; `kind` empty: all.
+pub(crate) fn records(directory: &Path, kind: &str) -> Vec<Value> {
+    let mut segments: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    segments.retain(|path| path.extension().is_some_and(|extension| extension == "jsonl"));
+    segments.sort();
+    segments
+        .iter()
+        .flat_map(|path| fs::read_to_string(path).unwrap().lines().map(str::to_owned).collect::<Vec<_>>())
+        .filter_map(|line| serde_json::from_str::<Value>(&line).ok())
+        .filter(|record| kind.is_empty() || record["kind"] == kind)
+        .collect()
+}
+
+/// Polls for something that must come about soon.
+pub(crate) fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "{what} did not come");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs a command of the binary to its end: exit code, stdout, stderr.
+pub(crate) fn command(args: &[&str]) -> (i32, String, String) {
+    let output = Command::new(BINARY).args(args).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
