@@ -326,3 +326,82 @@ impl Number<'_> {
 fn magnitude(a: &str, b: &str) -> Ordering {
     a.len().cmp(&b.len()).then_with(|| a.cmp(b))
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use crate::contract::{Contract, Fault};
+
+    fn is_json(text: &[u8]) -> bool {
+        let any = Contract::compile("{}").unwrap();
+        !matches!(any.check(Bytes::copy_from_slice(text)), Err(Fault::NotJson(_)))
+    }
+
+    #[test]
+    fn only_strict_json_is_json() {
+        for good in [
+            r#" {"a":[1,-2.5e+3,"x\u00e9\ud83d\ude00",true,false,null,{}]} "#,
+            r#""\"\\\/\b\f\n\r\t""#,
+            r#"{"a":{"a":1},"b":{"a":1}}"#,
+            "[]",
+            "0",
+        ] {
+            assert!(is_json(good.as_bytes()), "{good}");
+        }
+        for bad in [
+            "",
+            " ",
+            "{",
+            "[1,]",
+            "{\"a\":1,}",
+            "{a:1}",
+            "'a'",
+            "01",
+            "+1",
+            "1.",
+            ".5",
+            "1e",
+            "--1",
+            "nul",
+            "1 2",
+            "NaN",
+            "\"\t\"",
+            r#""\x""#,
+            r#""\u12""#,
+            r#""\ud83d""#,
+            r#""\ude00""#,
+            r#""\ud83d\u0041""#,
+            "\u{feff}{}",
+            r#"{"a":1,"a":2}"#,
+            r#"{"a":1,"\u0061":2}"#,
+            r#"{"x":{"b":1,"b":1}}"#,
+            "/**/1",
+            "{\"a\" 1}",
+            "[1 2]",
+            "]",
+        ] {
+            assert!(!is_json(bad.as_bytes()), "{bad}");
+        }
+        assert!(!is_json(b"\"\xff\""));
+        assert!(is_json(("[".repeat(32) + &"]".repeat(32)).as_bytes()));
+        assert!(!is_json(("[".repeat(33) + &"]".repeat(33)).as_bytes()));
+    }
+
+    #[test]
+    fn a_cut_anywhere_is_not_json() {
+        let whole = r#"{"a":[1,"x\u00e9",{"b":true}]}"#;
+        for end in 0..whole.len() {
+            assert!(!is_json(&whole.as_bytes()[..end]), "{end}");
+        }
+    }
+
+    #[test]
+    fn many_keys_cost_no_square() {
+        let keys: Vec<_> = (0..60_000).map(|i| format!("\"{i}\":1")).collect();
+        let started = std::time::Instant::now();
+        assert!(is_json(format!("{{{}}}", keys.join(",")).as_bytes()));
+        assert!(!is_json(format!("{{{},\"59999\":1}}", keys.join(",")).as_bytes()));
+        assert!(started.elapsed().as_secs() < 4, "{:?}", started.elapsed());
+    }
+}

@@ -8,6 +8,7 @@ mod support;
 
 mod admission;
 mod body;
+mod contract;
 mod exchange;
 mod token;
 mod audit;

@@ -296,7 +296,9 @@ pub(crate) fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T
 
 /// Runs a command of the binary to its end: exit code, stdout, stderr.
 pub(crate) fn command(args: &[&str]) -> (i32, String, String) {
-    let output = Command::new(BINARY).args(args).output().unwrap();
+    // The suite's own override would hide what a configuration says.
+    let output =
+        Command::new(BINARY).args(args).env_remove("CCSQM_GATEWAY__SERVER__WORKERS").output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
