@@ -32,10 +32,6 @@ use tokio::{
 
 use crate::connect::{ConnectError, Connector, Stream};
 
-/// A connection that was used this recently is known to the runtime's poller; asking the kernel again
-/// would cost a system call per request.
-const FRESH: Duration = Duration::from_millis(5);
-
 /// The upstream's answer may have this much head; hyper's own bound is far higher.
 const MAX_HEAD: usize = 64 * 1024;
 
@@ -156,11 +152,9 @@ impl Pool {
     fn take_idle(&self) -> Option<Connection> {
         let mut idle = self.idle();
         while let Some(Idle { connection, since }) = idle.pop() {
-            let idle_for = since.elapsed();
-            if idle_for < self.idle_timeout
-                && !connection.sender.is_closed()
-                && (idle_for < FRESH || is_quiet(&connection.probe))
-            {
+            let is_recent = since.elapsed() < self.idle_timeout;
+            // Asking the kernel costs a system call; not to ask would cost an unknown outcome now and then.
+            if is_recent && !connection.sender.is_closed() && is_quiet(&connection.probe) {
                 return Some(connection);
             }
         }

@@ -123,6 +123,7 @@ fn a_connection_that_the_upstream_closed_is_replaced_unseen() {
     fault(&sandbox, json!({ "then": { "close_idle_ms": 0 } }));
     for _ in 0..50 {
         assert_eq!(gateway.call().outcome(), "succeeded");
+        wait_for("the upstream's close", || (sandbox.connections().open == 0).then_some(()));
     }
     assert_eq!(sandbox.requests().len(), 50);
 }
