@@ -1,9 +1,9 @@
 //! Stage 4: the whole body against the route's contract.
 //!
-//! A contract is a JSON Schema (2020-12, a subset) compiled at start into a checker that walks the bytes
-//! once, builds no tree and gathers all violations. The bytes that were checked are the bytes that are sent.
-//! Stricter than JSON Schema in one point: an integer is an optional minus and digits; `-0`, a fraction or an
-//! exponent is refused.
+//! A contract is a JSON Schema (2020-12, a subset) compiled at start into a table. The check walks the bytes
+//! once, builds no tree and gathers all violations; a body that is not strict JSON is told so instead, wherever
+//! the fault stands. Stricter than JSON Schema in one point: an integer is an optional minus and digits; `-0`,
+//! a fraction or an exponent is refused. The bytes that were checked are the bytes that are sent.
 
 pub mod body;
 mod json;
@@ -13,13 +13,17 @@ use std::{borrow::Cow, collections::HashSet, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 
-pub use json::NotJson;
-use json::{Cursor, Number, Text, Token};
-pub use schema::SchemaError;
-use schema::{Members, Node, Scalar, Schema};
+pub use self::{json::NotJson, schema::SchemaError};
+use self::{
+    json::{Cursor, Text, Token},
+    schema::{AuditMember, Limit, Members, Node, Scalar, Schema},
+};
 
 /// So many violations are listed; all are counted.
 const MAX_LISTED: usize = 100;
+
+/// Up to so many keys are compared one by one.
+const FEW_KEYS: usize = 16;
 
 /// A compiled contract.
 #[derive(Debug)]
@@ -58,7 +62,7 @@ pub struct Violation {
 #[derive(Clone, Debug)]
 pub struct CheckedBody {
     bytes: Bytes,
-    members: Arc<[schema::AuditMember]>,
+    members: Arc<[AuditMember]>,
     captured: Vec<(usize, Range<usize>)>,
 }
 
@@ -68,27 +72,22 @@ impl CheckedBody {
         &self.bytes
     }
 
-    /// What the contract wants in the audit trail, as JSON members with a comma in front. The values are
-    /// the caller's scalars, verbatim: strict JSON has no raw control character, so that a line stays one.
+    /// What the contract wants in the audit trail, as JSON members with a comma in front of each; `null` for a
+    /// single one that is absent. The values are the caller's scalars, verbatim: strict JSON has no raw control
+    /// character, so that a line stays one.
     pub fn audit_members(&self, out: &mut Vec<u8>) {
         for (index, member) in self.members.iter().enumerate() {
-            let mut values = self
+            let values = self
                 .captured
                 .iter()
                 .filter(|(i, _)| *i == index)
                 .map(|(_, range)| &self.bytes[range.clone()]);
+            let values = values.collect::<Vec<_>>().join(&b',');
             out.extend_from_slice(format!(",\"{}\":", member.name).as_bytes());
-            if member.is_list {
-                out.push(b'[');
-                for (i, value) in values.enumerate() {
-                    if i > 0 {
-                        out.push(b',');
-                    }
-                    out.extend_from_slice(value);
-                }
-                out.push(b']');
-            } else {
-                out.extend_from_slice(values.next().unwrap_or(b"null"));
+            match (member.is_list, values.is_empty()) {
+                (true, _) => out.extend_from_slice(&[b"[", &values[..], b"]"].concat()),
+                (false, true) => out.extend_from_slice(b"null"),
+                (false, false) => out.extend_from_slice(&values),
             }
         }
     }
@@ -98,44 +97,45 @@ impl Contract {
     /// The contract of appointQualityTask, after the vendor's page.
     pub const APPOINT_QUALITY_TASK: &str = include_str!("../config/contracts/appointQualityTask.json");
 
-    /// Compiles a schema; an unknown keyword is an error, since it would silently not be checked.
+    /// Compiles a schema. A keyword that is not known is an error, since it would silently not be checked; so
+    /// is a key that stands twice, since one of the two would be.
     pub fn compile(schema: &str) -> Result<Self, SchemaError> {
-        Schema::compile(schema).map(Self)
+        let strict = Cursor::new(schema.as_bytes()).and_then(|cursor| Walk::over(cursor, &[], None));
+        match strict {
+            Ok(_) => Schema::compile(schema).map(Self),
+            Err(error) => Err(SchemaError { pointer: "#".into(), reason: error.to_string() }),
+        }
     }
 
     /// Checks a body.
     pub fn check(&self, body: Bytes) -> Result<CheckedBody, Fault> {
-        let mut walk = Walk {
-            schema: &self.0,
-            cursor: Cursor::new(&body).map_err(Fault::NotJson)?,
-            path: Vec::new(),
-            keys: Vec::new(),
-            captured: Vec::new(),
-            violations: Violations::default(),
-        };
-        walk.value(Some(self.0.root), None).and_then(|_| walk.cursor.end()).map_err(Fault::NotJson)?;
-        let Walk { captured, violations, .. } = walk;
-        if violations.total > 0 {
-            return Err(Fault::Violations(violations));
+        let Schema { nodes, root, audit } = &self.0;
+        let walk = Cursor::new(&body).and_then(|cursor| Walk::over(cursor, nodes, Some(*root)));
+        let (captured, violations) = walk.map_err(Fault::NotJson)?;
+        if violations.total == 0 {
+            return Ok(CheckedBody { bytes: body, members: Arc::clone(audit), captured });
         }
-        let members = self.0.audit.clone();
-        Ok(CheckedBody { bytes: body, members, captured })
+        Err(Fault::Violations(violations))
     }
 }
 
+/// Where the scalars for the audit trail stand: index of the audit member, and bytes.
+type Captured = Vec<(usize, Range<usize>)>;
+
 /// One walk over a body.
 struct Walk<'a> {
-    schema: &'a Schema,
+    nodes: &'a [Node],
     cursor: Cursor<'a>,
+    /// Names of the contract and indices only: below an unknown key nothing is checked.
     path: Vec<Step<'a>>,
     /// The keys of all open objects; each object knows where its own begin.
     keys: Vec<Text<'a>>,
-    captured: Vec<(usize, Range<usize>)>,
+    captured: Captured,
     violations: Violations,
 }
 
 enum Step<'a> {
-    Key(Text<'a>),
+    Key(&'a str),
     Index(usize),
 }
 
@@ -147,90 +147,86 @@ enum Identity<'a> {
 }
 
 impl<'a> Walk<'a> {
-    /// Walks one value. Returns the identity of the member `noted`, if the value is an object that has it.
+    fn over(
+        cursor: Cursor<'a>,
+        nodes: &'a [Node],
+        root: Option<usize>,
+    ) -> Result<(Captured, Violations), NotJson> {
+        let (path, keys, captured, violations) = Default::default();
+        let mut walk = Walk { nodes, cursor, path, keys, captured, violations };
+        walk.value(root, None)?;
+        walk.cursor.end()?;
+        Ok((walk.captured, walk.violations))
+    }
+
+    /// Walks one value; without a node only its syntax is checked. If the value is an object, returns the
+    /// identity of its member `noted`.
     fn value(&mut self, node: Option<usize>, noted: Option<&str>) -> Result<Option<Identity<'a>>, NotJson> {
         let start = self.cursor.skip_space();
         let token = self.cursor.token()?;
-        let rule = node.map(|node| &self.schema.nodes[node]);
+        let rule = node.map(|node| &self.nodes[node]);
+        let rule = rule.filter(|rule| self.keeps(rule, &token)); // of what is no such thing, no parts are checked
         match token {
-            Token::Object => {
-                let members = self.container(rule, schema::OBJECT).and_then(|rule| rule.members.as_ref());
-                return self.object(members, noted);
-            }
-            Token::Array => {
-                let rule = self.container(rule, schema::ARRAY);
-                self.array(rule)?;
-            }
+            Token::Object => return self.object(rule.and_then(|rule| rule.members.as_ref()), noted),
+            Token::Array => self.array(rule)?,
             Token::Null | Token::Boolean(_) | Token::Number(_) | Token::Text(_) => {
-                if let Some(rule) = rule {
-                    self.scalar(rule, &token, start..self.cursor.position());
-                }
+                let member = rule.and_then(|rule| rule.audit);
+                self.captured.extend(member.map(|member| (member, start..self.cursor.position())));
             }
         }
         Ok(None)
     }
 
-    /// The rule for a container of this type, if it may be one.
-    fn container<'r>(&mut self, rule: Option<&'r Node>, kind: u8) -> Option<&'r Node> {
-        let rule = rule?;
-        if let Some(code) = rule.refuses_container(kind) {
-            self.violation(code, format!("must be {}", self.schema.wanted(rule)));
-            return None;
-        }
-        Some(rule)
-    }
-
     fn object(
         &mut self,
-        members: Option<&Members>,
+        members: Option<&'a Members>,
         noted: Option<&str>,
     ) -> Result<Option<Identity<'a>>, NotJson> {
         let first_key = self.keys.len();
-        let (mut seen, mut identity) = (0_u128, None);
-        let mut many = HashSet::new();
+        let (mut many, mut seen, mut identity) = (HashSet::new(), 0_u128, None);
         let mut more = self.cursor.open(b'}')?;
         while more {
-            let key = self.cursor.key()?;
-            if self.is_repeated(&key, first_key, &mut many) {
-                return Err(self.cursor.fault_at(key.start(), "a key stands twice in one object"));
+            let (offset, key) = self.cursor.key()?;
+            if self.is_repeated(key, first_key, &mut many) {
+                return Err(NotJson { offset, reason: "a key stands twice in one object" });
             }
-            let found = members.and_then(|members| members.find(&key));
-            self.path.push(Step::Key(key.clone()));
-            if let Some(index) = found {
-                seen |= 1 << index;
-            } else if members.is_some_and(|members| !members.additional) {
-                let detail = format!("unknown key `{}`", key.shown());
-                self.violation("additionalProperties", detail);
-            }
-            let is_noted = noted.is_some_and(|noted| key.is(noted));
-            let start = self.cursor.skip_space();
-            let node = found.and_then(|index| members.and_then(|members| members.list[index].node));
-            self.value(node, None)?;
-            if is_noted {
-                identity = Some(self.identity(start..self.cursor.position()));
-            }
-            self.path.pop();
             self.keys.push(key);
+            let found = members.and_then(|members| members.list.iter().position(|m| key == *m.name));
+            let start = self.cursor.skip_space();
+            match (members, found) {
+                (Some(members), Some(index)) => {
+                    seen |= 1 << index;
+                    let member = &members.list[index];
+                    self.path.push(Step::Key(&member.name));
+                    self.value(member.node, None)?;
+                    self.path.pop();
+                }
+                _ => {
+                    if members.is_some_and(|members| !members.additional) {
+                        let detail = || format!("unknown key `{}`", key.shown());
+                        self.violation("additionalProperties", Some(&key.shown()), detail);
+                    }
+                    self.value(None, None)?;
+                }
+            }
+            if noted.is_some_and(|noted| key == *noted) {
+                identity = Some(self.identity(start));
+            }
             more = self.cursor.next(b'}')?;
         }
         self.keys.truncate(first_key);
-        if let Some(members) = members {
-            for (index, member) in members.list.iter().enumerate() {
-                if member.required && seen & (1 << index) == 0 {
-                    let detail = format!("`{}` is missing", member.name);
-                    let pointer = format!("{}/{}", self.pointer(), escape(&member.name));
-                    self.violation_at(pointer, "required", detail);
-                }
-            }
+        let wanted = members.map_or(&[][..], |members| &members.list).iter().enumerate();
+        for (_, member) in wanted.filter(|(index, member)| member.required && seen & 1 << index == 0) {
+            self.violation("required", Some(&member.name), || format!("`{}` is missing", member.name));
         }
         Ok(identity)
     }
 
     /// A few keys are compared one by one; many go into a set, so that a hostile object costs no square.
-    fn is_repeated(&self, key: &Text<'a>, first: usize, many: &mut HashSet<Cow<'a, str>>) -> bool {
+    fn is_repeated(&self, key: Text<'a>, first: usize, many: &mut HashSet<Cow<'a, str>>) -> bool {
         let keys = &self.keys[first..];
-        if keys.len() < 16 {
-            return keys.iter().any(|other| other.same(key));
+        if keys.len() < FEW_KEYS {
+            return keys.iter().any(|other| other.decoded() == key.decoded());
         }
         if many.is_empty() {
             many.extend(keys.iter().map(Text::decoded));
@@ -238,18 +234,18 @@ impl<'a> Walk<'a> {
         !many.insert(key.decoded())
     }
 
-    fn identity(&self, range: Range<usize>) -> Identity<'a> {
-        let raw = self.cursor.text(range);
-        match raw.strip_prefix('"') {
-            Some(_) => Identity::Text(json::decode(raw)),
-            None => Identity::Literal(raw),
+    /// The identity of the value that has just been walked.
+    fn identity(&self, start: usize) -> Identity<'a> {
+        let literal = self.cursor.text(start..self.cursor.position());
+        match Text::read(literal) {
+            Some(text) => Identity::Text(text.decoded()),
+            None => Identity::Literal(literal),
         }
     }
 
-    fn array(&mut self, rule: Option<&Node>) -> Result<(), NotJson> {
+    fn array(&mut self, rule: Option<&'a Node>) -> Result<(), NotJson> {
         let unique_by = rule.and_then(|rule| rule.unique_by.as_deref());
-        let mut identities = HashSet::new();
-        let mut count = 0;
+        let (mut identities, mut count) = (HashSet::new(), 0);
         let mut more = self.cursor.open(b']')?;
         while more {
             self.path.push(Step::Index(count));
@@ -257,49 +253,51 @@ impl<'a> Walk<'a> {
             if let (Some(name), Some(identity)) = (unique_by, identity)
                 && !identities.insert(identity)
             {
-                let pointer = format!("{}/{}", self.pointer(), escape(name));
-                self.violation_at(pointer, "x-uniqueBy", format!("another item has the same `{name}`"));
+                self.violation("x-uniqueBy", Some(name), || format!("another item has the same `{name}`"));
             }
             self.path.pop();
             count += 1;
             more = self.cursor.next(b']')?;
         }
-        if let Some(rule) = rule {
-            if count < rule.min_items {
-                self.violation("minItems", format!("must have at least {} items", rule.min_items));
-            }
-            if count > rule.max_items {
-                self.violation("maxItems", format!("must have at most {} items", rule.max_items));
-            }
+        let Some(rule) = rule else { return Ok(()) };
+        if let Some(least) = rule.min_items.filter(|least| count < *least) {
+            self.violation("minItems", None, || format!("must have {least} or more items"));
+        }
+        if let Some(most) = rule.max_items.filter(|most| count > *most) {
+            self.violation("maxItems", None, || format!("must have {most} or fewer items"));
         }
         Ok(())
     }
 
-    fn scalar(&mut self, rule: &Node, token: &Token<'a>, range: Range<usize>) {
-        if let Some(code) = self.schema.refuses_scalar(rule, token) {
-            self.violation(code, format!("must be {}", self.schema.wanted(rule)));
-        } else if let Some(member) = rule.audit {
-            self.captured.push((member, range));
-        }
+    /// What a value says by itself, before its members or items; true if that keeps the rule.
+    fn keeps(&mut self, rule: &Node, token: &Token<'_>) -> bool {
+        let mut is_kept = true;
+        let nodes = self.nodes;
+        rule.broken(nodes, token, &mut |code| {
+            is_kept = false;
+            let wanted = || rule.wants(nodes).into_iter().find(|(keyword, _)| *keyword == code);
+            self.violation(code, None, || {
+                format!("must be {}", wanted().map_or_else(String::new, |(_, words)| words))
+            });
+        });
+        is_kept
     }
 
-    fn violation(&mut self, code: &'static str, detail: String) {
-        self.violation_at(self.pointer(), code, detail);
-    }
-
-    fn violation_at(&mut self, pointer: String, code: &'static str, detail: String) {
+    /// Notes a violation at the present place, or at a member of it.
+    fn violation(&mut self, code: &'static str, member: Option<&str>, detail: impl FnOnce() -> String) {
         self.violations.total += 1;
         if self.violations.list.len() < MAX_LISTED {
-            self.violations.list.push(Violation { pointer, code, detail });
+            let pointer = self.pointer(member);
+            self.violations.list.push(Violation { pointer, code, detail: detail() });
         }
     }
 
-    fn pointer(&self) -> String {
+    fn pointer(&self, member: Option<&str>) -> String {
         let steps = self.path.iter().map(|step| match step {
-            Step::Key(key) => format!("/{}", escape(&key.shown())),
+            Step::Key(key) => format!("/{}", escape(key)),
             Step::Index(index) => format!("/{index}"),
         });
-        steps.collect()
+        steps.chain(member.map(|member| format!("/{}", escape(member)))).collect()
     }
 }
 
@@ -308,77 +306,56 @@ fn escape(key: &str) -> String {
     key.replace('~', "~0").replace('/', "~1")
 }
 
-impl Schema {
-    /// The keyword that refuses a scalar, if one does.
-    fn refuses_scalar(&self, rule: &Node, token: &Token<'_>) -> Option<&'static str> {
-        if !rule.any_of.is_empty()
-            && rule.any_of.iter().all(|node| self.refuses_scalar(&self.nodes[*node], token).is_some())
-        {
-            return Some("anyOf");
-        }
-        if rule.types & kinds(token) == 0 {
-            return Some("type");
-        }
-        if rule.constant.as_ref().is_some_and(|constant| !equals(constant, token)) {
-            return Some("const");
-        }
-        if rule.enumeration.as_ref().is_some_and(|list| !list.iter().any(|item| equals(item, token))) {
-            return Some("enum");
-        }
-        match token {
-            Token::Text(text) => rule.refuses_text(text),
-            Token::Number(number) => rule.refuses_number(number),
-            Token::Null | Token::Boolean(_) | Token::Object | Token::Array => None,
-        }
-    }
-}
-
 impl Node {
-    fn refuses_container(&self, kind: u8) -> Option<&'static str> {
-        if self.types & kind == 0 {
-            Some("type")
-        } else if !self.any_of.is_empty() {
-            Some("anyOf")
-        } else if self.constant.is_some() {
-            Some("const")
-        } else if self.enumeration.is_some() {
-            Some("enum")
-        } else {
-            None
+    /// Names every keyword that the value breaks by itself; of a wrong type nothing else is said.
+    fn broken(&self, nodes: &[Node], token: &Token<'_>, found: &mut dyn FnMut(&'static str)) {
+        if self.types & kind(token) == 0 {
+            return found("type");
+        }
+        let mut check = |code, keeps: bool| {
+            if !keeps {
+                found(code);
+            }
+        };
+        check(
+            "anyOf",
+            self.any_of.as_ref().is_none_or(|list| list.iter().any(|i| nodes[*i].accepts(nodes, token))),
+        );
+        check("const", self.constant.as_ref().is_none_or(|value| equals(value, token)));
+        check(
+            "enum",
+            self.enumeration.as_ref().is_none_or(|list| list.iter().any(|value| equals(value, token))),
+        );
+        match token {
+            Token::Number(number) => {
+                let against = |limit: &Limit| number.compare(&limit.number());
+                check("minimum", self.minimum.as_ref().is_none_or(|limit| against(limit).is_ge()));
+                check("maximum", self.maximum.as_ref().is_none_or(|limit| against(limit).is_le()));
+            }
+            Token::Text(text) => {
+                let text = text.decoded();
+                let length = || text.chars().count();
+                check("minLength", self.min_length.is_none_or(|least| length() >= least));
+                check("maxLength", self.max_length.is_none_or(|most| length() <= most));
+                check("pattern", self.pattern.as_ref().is_none_or(|pattern| pattern.is_match(&text)));
+            }
+            Token::Null | Token::Boolean(_) | Token::Array | Token::Object => {}
         }
     }
 
-    fn refuses_text(&self, text: &Text<'_>) -> Option<&'static str> {
-        if self.min_length > 0 || self.max_length < usize::MAX {
-            let length = text.decoded().chars().count();
-            if length < self.min_length {
-                return Some("minLength");
-            }
-            if length > self.max_length {
-                return Some("maxLength");
-            }
-        }
-        let pattern = self.pattern.as_ref()?;
-        (!pattern.is_match(&text.decoded())).then_some("pattern")
-    }
-
-    fn refuses_number(&self, number: &Number<'_>) -> Option<&'static str> {
-        if self.minimum.as_ref().is_some_and(|minimum| number.compare(&minimum.number()).is_lt()) {
-            return Some("minimum");
-        }
-        if self.maximum.as_ref().is_some_and(|maximum| number.compare(&maximum.number()).is_gt()) {
-            return Some("maximum");
-        }
-        None
+    fn accepts(&self, nodes: &[Node], token: &Token<'_>) -> bool {
+        let mut is_kept = true;
+        self.broken(nodes, token, &mut |_| is_kept = false);
+        is_kept
     }
 }
 
-fn kinds(token: &Token<'_>) -> u8 {
+fn kind(token: &Token<'_>) -> u8 {
     match token {
         Token::Null => schema::NULL,
         Token::Boolean(_) => schema::BOOLEAN,
-        Token::Number(number) if number.is_integer() => schema::INTEGER | schema::NUMBER,
-        Token::Number(_) => schema::NUMBER,
+        Token::Number(number) if number.is_integer() => schema::INTEGER,
+        Token::Number(_) => schema::FRACTION,
         Token::Text(_) => schema::STRING,
         Token::Array => schema::ARRAY,
         Token::Object => schema::OBJECT,
@@ -390,7 +367,7 @@ fn equals(scalar: &Scalar, token: &Token<'_>) -> bool {
         (Scalar::Null, Token::Null) => true,
         (Scalar::Boolean(a), Token::Boolean(b)) => a == b,
         (Scalar::Number(a), Token::Number(b)) => b.compare(&a.number()).is_eq(),
-        (Scalar::Text(a), Token::Text(b)) => b.is(a),
+        (Scalar::Text(a), Token::Text(b)) => *b == **a,
         _ => false,
     }
 }

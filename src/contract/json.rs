@@ -1,4 +1,6 @@
 //! Strict JSON, token by token: UTF-8, no BOM, no lone surrogate, depth ≤ 32, nothing behind the value.
+//!
+//! Knows no schema and keeps no tree: a token borrows the bytes. Keys that stand twice are the walk's matter.
 
 use std::{borrow::Cow, cmp::Ordering, ops::Range};
 
@@ -13,12 +15,12 @@ const MAX_DEPTH: usize = 32;
 pub struct NotJson {
     /// Where, in bytes from the start.
     pub offset: usize,
-    /// What is wrong.
+    /// What is wrong; holds nothing of the body.
     pub reason: &'static str,
 }
 
 /// What a value begins with; scalars are whole.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Token<'a> {
     Null,
     Boolean(bool),
@@ -28,12 +30,11 @@ pub(super) enum Token<'a> {
     Object,
 }
 
-/// A string, still escaped.
-#[derive(Clone, Debug)]
+/// A string, still escaped, with its quotes.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Text<'a> {
-    raw: &'a str,
+    literal: &'a str,
     escaped: bool,
-    start: usize,
 }
 
 /// A number literal.
@@ -43,7 +44,6 @@ pub(super) struct Number<'a>(pub(super) &'a str);
 /// Where the walk stands.
 pub(super) struct Cursor<'a> {
     text: &'a str,
-    bytes: &'a [u8],
     position: usize,
     depth: usize,
 }
@@ -55,7 +55,7 @@ impl<'a> Cursor<'a> {
         if text.starts_with('\u{feff}') {
             return Err(NotJson { offset: 0, reason: "a byte order mark must not stand here" });
         }
-        Ok(Self { text, bytes, position: 0, depth: 0 })
+        Ok(Self { text, position: 0, depth: 0 })
     }
 
     pub(super) fn position(&self) -> usize {
@@ -66,19 +66,6 @@ impl<'a> Cursor<'a> {
         &self.text[range]
     }
 
-    pub(super) fn fault_at(&self, offset: usize, reason: &'static str) -> NotJson {
-        NotJson { offset, reason }
-    }
-
-    fn fault<T>(&self, reason: &'static str) -> Result<T, NotJson> {
-        let reason = if self.position >= self.bytes.len() { "the body ends too early" } else { reason };
-        Err(NotJson { offset: self.position, reason })
-    }
-
-    fn peek(&self) -> Option<u8> {
-        self.bytes.get(self.position).copied()
-    }
-
     /// Skips white space; returns where the next token begins.
     pub(super) fn skip_space(&mut self) -> usize {
         while matches!(self.peek(), Some(b' ' | b'\t' | b'\n' | b'\r')) {
@@ -87,7 +74,7 @@ impl<'a> Cursor<'a> {
         self.position
     }
 
-    /// Reads a scalar, or the bracket that opens a container.
+    /// Reads a scalar, or sees the bracket that opens a container.
     pub(super) fn token(&mut self) -> Result<Token<'a>, NotJson> {
         self.skip_space();
         match self.peek() {
@@ -95,9 +82,9 @@ impl<'a> Cursor<'a> {
             Some(b'{') => Ok(Token::Object),
             Some(b'[') => Ok(Token::Array),
             Some(b'-' | b'0'..=b'9') => self.number().map(Token::Number),
-            Some(b't') => self.literal("true").map(|()| Token::Boolean(true)),
-            Some(b'f') => self.literal("false").map(|()| Token::Boolean(false)),
-            Some(b'n') => self.literal("null").map(|()| Token::Null),
+            Some(b't') => self.word("true", Token::Boolean(true)),
+            Some(b'f') => self.word("false", Token::Boolean(false)),
+            Some(b'n') => self.word("null", Token::Null),
             _ => self.fault("a value must stand here"),
         }
     }
@@ -133,14 +120,9 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    fn leave(&mut self) {
-        self.position += 1;
-        self.depth -= 1;
-    }
-
-    /// Reads a key and its colon.
-    pub(super) fn key(&mut self) -> Result<Text<'a>, NotJson> {
-        self.skip_space();
+    /// Reads a key and its colon; says where the key begins.
+    pub(super) fn key(&mut self) -> Result<(usize, Text<'a>), NotJson> {
+        let start = self.skip_space();
         if self.peek() != Some(b'"') {
             return self.fault("a key in quotes must stand here");
         }
@@ -150,29 +132,48 @@ impl<'a> Cursor<'a> {
             return self.fault("a colon must stand here");
         }
         self.position += 1;
-        Ok(key)
+        Ok((start, key))
     }
 
+    /// Behind the value: nothing.
     pub(super) fn end(&mut self) -> Result<(), NotJson> {
-        if self.skip_space() == self.bytes.len() {
+        if self.skip_space() == self.text.len() {
             Ok(())
         } else {
             self.fault("nothing may stand behind the value")
         }
     }
 
-    fn literal(&mut self, word: &'static str) -> Result<(), NotJson> {
-        if self.bytes[self.position..].starts_with(word.as_bytes()) {
-            self.position += word.len();
-            return Ok(());
+    fn peek(&self) -> Option<u8> {
+        self.text.as_bytes().get(self.position).copied()
+    }
+
+    fn rest(&self) -> &'a [u8] {
+        &self.text.as_bytes()[self.position..]
+    }
+
+    fn leave(&mut self) {
+        self.position += 1;
+        self.depth -= 1;
+    }
+
+    fn fault<T>(&self, reason: &'static str) -> Result<T, NotJson> {
+        let reason = if self.position >= self.text.len() { "the body ends too early" } else { reason };
+        Err(NotJson { offset: self.position, reason })
+    }
+
+    fn word(&mut self, word: &'static str, token: Token<'a>) -> Result<Token<'a>, NotJson> {
+        if !self.rest().starts_with(word.as_bytes()) {
+            return self.fault("a value must stand here");
         }
-        self.fault("a value must stand here")
+        self.position += word.len();
+        Ok(token)
     }
 
     fn string(&mut self) -> Result<Text<'a>, NotJson> {
-        self.position += 1;
         let start = self.position;
         let mut escaped = false;
+        self.position += 1;
         loop {
             match self.peek() {
                 Some(b'"') => break,
@@ -185,67 +186,67 @@ impl<'a> Cursor<'a> {
                 None => return self.fault("the body ends too early"),
             }
         }
-        let raw = &self.text[start..self.position];
         self.position += 1;
-        Ok(Text { raw, escaped, start })
+        Ok(Text { literal: &self.text[start..self.position], escaped })
     }
 
     fn escape(&mut self) -> Result<(), NotJson> {
+        let start = self.position;
         self.position += 1;
         match self.peek() {
-            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => {
-                self.position += 1;
-                Ok(())
-            }
-            Some(b'u') => match self.unit()? {
-                0xd800..=0xdbff => {
-                    if !self.bytes[self.position..].starts_with(b"\\u") {
-                        return self.fault("a lone surrogate");
+            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => self.position += 1,
+            Some(b'u') => {
+                let unit = self.unit()?;
+                let is_whole = match unit {
+                    0xd800..=0xdbff if self.rest().starts_with(b"\\u") => {
+                        self.position += 1;
+                        matches!(self.unit()?, 0xdc00..=0xdfff)
                     }
-                    self.position += 1;
-                    match self.unit()? {
-                        0xdc00..=0xdfff => Ok(()),
-                        _ => self.fault("a lone surrogate"),
-                    }
+                    _ => !matches!(unit, 0xd800..=0xdfff),
+                };
+                if !is_whole {
+                    return Err(NotJson { offset: start, reason: "a lone surrogate" });
                 }
-                0xdc00..=0xdfff => self.fault("a lone surrogate"),
-                _ => Ok(()),
-            },
-            _ => self.fault("not an escape of JSON"),
+            }
+            _ => return self.fault("not an escape of JSON"),
         }
+        Ok(())
     }
 
     /// Reads `uXXXX`.
-    fn unit(&mut self) -> Result<u16, NotJson> {
+    fn unit(&mut self) -> Result<u32, NotJson> {
         self.position += 1;
-        let digits =
-            self.bytes.get(self.position..self.position + 4).filter(|d| d.iter().all(u8::is_ascii_hexdigit));
-        let Some(digits) = digits else {
-            return Err(NotJson { offset: self.position, reason: "four hex digits must stand here" });
-        };
-        self.position += 4;
-        let text = std::str::from_utf8(digits).unwrap_or_default();
-        Ok(u16::from_str_radix(text, 16).unwrap_or_default())
+        let mut unit = 0;
+        for _ in 0..4 {
+            let Some(digit) = self.peek().and_then(|byte| char::from(byte).to_digit(16)) else {
+                return self.fault("four hex digits must stand here");
+            };
+            unit = unit << 4 | digit;
+            self.position += 1;
+        }
+        Ok(unit)
     }
 
     fn number(&mut self) -> Result<Number<'a>, NotJson> {
         let start = self.position;
-        self.position += usize::from(self.peek() == Some(b'-'));
-        match self.peek() {
-            Some(b'0') => self.position += 1,
-            Some(b'1'..=b'9') => self.digits()?,
-            _ => return self.fault("a digit must stand here"),
-        }
-        if self.peek() == Some(b'.') {
-            self.position += 1;
+        self.skip(b"-");
+        if !self.skip(b"0") {
             self.digits()?;
         }
-        if matches!(self.peek(), Some(b'e' | b'E')) {
-            self.position += 1;
-            self.position += usize::from(matches!(self.peek(), Some(b'+' | b'-')));
+        if self.skip(b".") {
+            self.digits()?;
+        }
+        if self.skip(b"eE") {
+            self.skip(b"+-");
             self.digits()?;
         }
         Ok(Number(&self.text[start..self.position]))
+    }
+
+    fn skip(&mut self, any_of: &[u8]) -> bool {
+        let found = self.peek().is_some_and(|byte| any_of.contains(&byte));
+        self.position += usize::from(found);
+        found
     }
 
     fn digits(&mut self) -> Result<(), NotJson> {
@@ -258,47 +259,35 @@ impl<'a> Cursor<'a> {
 }
 
 impl<'a> Text<'a> {
-    /// Where its first character stands.
-    pub(super) fn start(&self) -> usize {
-        self.start
+    /// A literal that a cursor has walked already; `None` if it is no string.
+    pub(super) fn read(literal: &'a str) -> Option<Self> {
+        literal.starts_with('"').then(|| Self { literal, escaped: literal.contains('\\') })
     }
 
+    /// What the string means.
     pub(super) fn decoded(&self) -> Cow<'a, str> {
-        if self.escaped { decode(&format!("\"{}\"", self.raw)).into_owned().into() } else { self.raw.into() }
-    }
-
-    pub(super) fn is(&self, other: &str) -> bool {
-        if self.escaped { self.decoded() == other } else { self.raw == other }
-    }
-
-    pub(super) fn same(&self, other: &Self) -> bool {
-        if self.escaped || other.escaped { self.decoded() == other.decoded() } else { self.raw == other.raw }
+        if self.escaped {
+            // The cursor has read it: serde_json has nothing left to refuse.
+            serde_json::from_str::<String>(self.literal).unwrap_or_default().into()
+        } else {
+            self.literal[1..self.literal.len() - 1].into()
+        }
     }
 
     /// For a violation: cut at 64 bytes, control characters escaped.
     pub(super) fn shown(&self) -> String {
         let decoded = self.decoded();
-        let mut end = decoded.len().min(64);
-        while !decoded.is_char_boundary(end) {
-            end -= 1;
+        let mut shown = String::new();
+        for char in decoded[..decoded.floor_char_boundary(64)].chars() {
+            if char.is_control() { shown.extend(char.escape_default()) } else { shown.push(char) }
         }
-        decoded[..end]
-            .chars()
-            .flat_map(|c| {
-                if c.is_control() { c.escape_default().to_string() } else { c.to_string() }
-                    .chars()
-                    .collect::<Vec<_>>()
-            })
-            .collect()
+        shown
     }
 }
 
-/// The value of a string literal that was read already.
-pub(super) fn decode(literal: &str) -> Cow<'_, str> {
-    if literal.contains('\\') {
-        serde_json::from_str::<String>(literal).unwrap_or_default().into()
-    } else {
-        literal.trim_matches('"').into()
+impl PartialEq<str> for Text<'_> {
+    fn eq(&self, other: &str) -> bool {
+        self.decoded() == other
     }
 }
 
@@ -310,98 +299,176 @@ impl Number<'_> {
 
     /// Integers are compared exactly, however long; others as floats.
     pub(super) fn compare(&self, other: &Self) -> Ordering {
-        if self.is_integer() && other.is_integer() {
-            return match (self.0.strip_prefix('-'), other.0.strip_prefix('-')) {
-                (None, None) => magnitude(self.0, other.0),
-                (Some(a), Some(b)) => magnitude(b, a),
-                (Some(_), None) => Ordering::Less,
-                (None, Some(_)) => Ordering::Greater,
-            };
+        if !self.is_integer() || !other.is_integer() {
+            return self.float().total_cmp(&other.float());
         }
-        let value = |number: &str| number.parse::<f64>().unwrap_or(f64::NAN);
-        value(self.0).partial_cmp(&value(other.0)).unwrap_or(Ordering::Equal)
+        match (self.0.strip_prefix('-'), other.0.strip_prefix('-')) {
+            (None, None) => magnitude(self.0, other.0),
+            (Some(a), Some(b)) => magnitude(b, a),
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+        }
+    }
+
+    /// Adding zero makes `-0` and `0` one.
+    fn float(&self) -> f64 {
+        self.0.parse::<f64>().unwrap_or(f64::NAN) + 0.0
     }
 }
 
+/// Literals have no leading zeros, so that the longer one is the larger one.
 fn magnitude(a: &str, b: &str) -> Ordering {
     a.len().cmp(&b.len()).then_with(|| a.cmp(b))
 }
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
+    use super::*;
+    use crate::contract::Walk;
 
-    use crate::contract::{Contract, Fault};
+    fn read(bytes: &[u8]) -> Result<(), NotJson> {
+        Cursor::new(bytes).and_then(|cursor| Walk::over(cursor, &[], None)).map(drop)
+    }
 
-    fn is_json(text: &[u8]) -> bool {
-        let any = Contract::compile("{}").unwrap();
-        !matches!(any.check(Bytes::copy_from_slice(text)), Err(Fault::NotJson(_)))
+    fn nested(depth: usize) -> String {
+        "[".repeat(depth) + &"]".repeat(depth)
+    }
+
+    fn many_keys(last: &str) -> String {
+        let keys: String = (0..1000).map(|i| format!("\"k{i}\":{i},")).collect();
+        format!("{{{keys}\"{last}\":0}}")
     }
 
     #[test]
-    fn only_strict_json_is_json() {
+    fn strict_json_is_read() {
         for good in [
-            r#" {"a":[1,-2.5e+3,"x\u00e9\ud83d\ude00",true,false,null,{}]} "#,
-            r#""\"\\\/\b\f\n\r\t""#,
-            r#"{"a":{"a":1},"b":{"a":1}}"#,
-            "[]",
             "0",
+            "-0",
+            "-12.50e+7",
+            "1E9",
+            "\"\"",
+            "true",
+            "false",
+            "null",
+            "[]",
+            "{}",
+            " \t\r\n[ 1 , 2 ] \n",
+            r#"{"a":{"a":1},"b":[{"a":2},{"a":3}]}"#,
+            r#""\"\\\/\b\f\n\r\t\u00e9""#,
+            r#""\ud83d\ude00 😀""#,
+            "\"\u{7f}\u{2028}\"",
+            r#"{"":0}"#,
+            &nested(32),
+            &many_keys("last"),
         ] {
-            assert!(is_json(good.as_bytes()), "{good}");
+            assert_eq!(read(good.as_bytes()), Ok(()), "{good}");
         }
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
         for bad in [
             "",
             " ",
             "{",
             "[1,]",
+            "[,]",
+            "[1 2]",
             "{\"a\":1,}",
             "{a:1}",
-            "'a'",
-            "01",
-            "+1",
-            "1.",
-            ".5",
-            "1e",
-            "--1",
-            "nul",
-            "1 2",
-            "NaN",
-            "\"\t\"",
-            r#""\x""#,
-            r#""\u12""#,
-            r#""\ud83d""#,
-            r#""\ude00""#,
-            r#""\ud83d\u0041""#,
-            "\u{feff}{}",
-            r#"{"a":1,"a":2}"#,
-            r#"{"a":1,"\u0061":2}"#,
-            r#"{"x":{"b":1,"b":1}}"#,
-            "/**/1",
+            "{'a':1}",
+            "{\"a\"}",
             "{\"a\" 1}",
-            "[1 2]",
-            "]",
+            "{1:1}",
+            "[1}",
+            "{\"a\":1]",
+            "01",
+            "-",
+            "-01",
+            "+1",
+            ".5",
+            "1.",
+            "1.e1",
+            "1e",
+            "1e+",
+            "0x1",
+            "NaN",
+            "Infinity",
+            "-Infinity",
+            "True",
+            "nul",
+            "nulll",
+            "\"",
+            "\"\\",
+            "\"\n\"",
+            "\"\u{1f}\"",
+            r#""\x41""#,
+            r#""\u12g4""#,
+            r#""\u+123""#,
+            r#""\ud800""#,
+            r#""\udc00""#,
+            r#""\ud800\ud800""#,
+            r#""\ud800x""#,
+            r#""\ud800\n""#,
+            "1 2",
+            "{} {}",
+            "[]]",
+            "// x\n1",
+            "/**/1",
+            "\u{feff}1",
+            "1\u{feff}",
+            "\u{a0}1",
+            "1\0",
+            r#"{"a":1,"a":1}"#,
+            r#"{"a":1,"\u0061":2}"#,
+            r#"[[{"x":{"b":1,"c":2,"b":3}}]]"#,
+            &nested(33),
+            &many_keys("k3"),
+            &many_keys(r"\u006b999"),
         ] {
-            assert!(!is_json(bad.as_bytes()), "{bad}");
+            assert!(read(bad.as_bytes()).is_err(), "{bad}");
         }
-        assert!(!is_json(b"\"\xff\""));
-        assert!(is_json(("[".repeat(32) + &"]".repeat(32)).as_bytes()));
-        assert!(!is_json(("[".repeat(33) + &"]".repeat(33)).as_bytes()));
+        for bad in [&b"\"\xff\""[..], b"\"\xc0\xaf\"", b"\"\xed\xa0\x80\"", b"\xff\xfe1\0"] {
+            assert!(read(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]
-    fn a_cut_anywhere_is_not_json() {
-        let whole = r#"{"a":[1,"x\u00e9",{"b":true}]}"#;
+    fn a_fault_has_its_place() {
+        let at = |text: &str| read(text.as_bytes()).map_err(|fault| (fault.offset, fault.reason));
+        assert_eq!(at(r#"{"a":1, "a":2}"#), Err((8, "a key stands twice in one object")));
+        assert_eq!(at(r#"["x\ud800"]"#), Err((3, "a lone surrogate")));
+        assert_eq!(at("[1,"), Err((3, "the body ends too early")));
+        assert_eq!(at("[1] x"), Err((4, "nothing may stand behind the value")));
+    }
+
+    #[test]
+    fn a_document_cut_anywhere_is_not_json() {
+        let whole = r#" {"é\u00e9\ud83d\ude00": [1.5e-3, true, {"b": null}, "x\n"], "c": {}, "d": []}"#;
+        assert_eq!(read(whole.as_bytes()), Ok(()));
         for end in 0..whole.len() {
-            assert!(!is_json(&whole.as_bytes()[..end]), "{end}");
+            assert!(read(&whole.as_bytes()[..end]).is_err(), "cut at {end}");
         }
     }
 
     #[test]
-    fn many_keys_cost_no_square() {
-        let keys: Vec<_> = (0..60_000).map(|i| format!("\"{i}\":1")).collect();
-        let started = std::time::Instant::now();
-        assert!(is_json(format!("{{{}}}", keys.join(",")).as_bytes()));
-        assert!(!is_json(format!("{{{},\"59999\":1}}", keys.join(",")).as_bytes()));
-        assert!(started.elapsed().as_secs() < 4, "{:?}", started.elapsed());
+    fn integers_are_compared_exactly_and_fractions_as_floats() {
+        let compare = |a: &str, b: &str| Number(a).compare(&Number(b));
+        assert_eq!(compare("18446744073709551615", "18446744073709551615"), Ordering::Equal);
+        assert_eq!(compare("18446744073709551616", "18446744073709551615"), Ordering::Greater);
+        assert_eq!(compare("-9223372036854775809", "-9223372036854775808"), Ordering::Less);
+        assert_eq!(compare(&"9".repeat(400), "18446744073709551615"), Ordering::Greater);
+        assert_eq!(compare("-1", "0"), Ordering::Less);
+        assert_eq!(compare("1.50", "15e-1"), Ordering::Equal);
+        assert_eq!(compare("-0", "0"), Ordering::Equal);
+        assert_eq!(compare("1e999", "18446744073709551615"), Ordering::Greater);
+    }
+
+    #[test]
+    fn a_shown_key_is_cut_and_holds_no_control_character() {
+        let shown = |literal: &'static str| Text::read(literal).map(|text| text.shown());
+        assert_eq!(shown(r#""a\u0000\n\u0085b""#).as_deref(), Some(r"a\u{0}\n\u{85}b"));
+        assert_eq!(shown("\"ééééééééééééééééééééééééééééééééxéé\"").map(|text| text.len()), Some(64));
+        assert_eq!(shown("1"), None);
     }
 }

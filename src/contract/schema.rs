@@ -7,27 +7,48 @@ use regex_lite::Regex;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use super::json::{Number, Text};
+use super::json::Number;
 
 pub(super) const NULL: u8 = 1;
 pub(super) const BOOLEAN: u8 = 2;
 pub(super) const INTEGER: u8 = 4;
-pub(super) const NUMBER: u8 = 8;
+pub(super) const FRACTION: u8 = 8;
 pub(super) const STRING: u8 = 16;
 pub(super) const ARRAY: u8 = 32;
 pub(super) const OBJECT: u8 = 64;
 const ANY: u8 = 127;
 
+/// The names of the types, and how a person calls them. `number` comes last: it is two of them.
+const TYPES: [(&str, u8, &str); 7] = [
+    ("null", NULL, "null"),
+    ("boolean", BOOLEAN, "true or false"),
+    ("integer", INTEGER, "an integer in plain digits"),
+    ("string", STRING, "a string"),
+    ("array", ARRAY, "an array"),
+    ("object", OBJECT, "an object"),
+    ("number", INTEGER | FRACTION, "a number"),
+];
+
+/// A reference is compiled anew at each use; this bounds what a chain of doublings can cost.
+const MAX_NODES: usize = 4096;
+
+/// As many as a `u128` has bits to remember which were seen.
+const MAX_MEMBERS: usize = 128;
+
+/// From here on neighbouring integers share a float.
+const FLOAT_EXACT: f64 = 9_007_199_254_740_992.0;
+
 /// A schema that cannot be used.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{pointer}: {reason}")]
 pub struct SchemaError {
-    /// Where, as a JSON Pointer into the schema; `#` for the whole.
+    /// Where, as a JSON Pointer in the form of a URI fragment; `#` is the whole schema.
     pub pointer: String,
     /// Why.
     pub reason: String,
 }
 
+/// The table.
 #[derive(Debug)]
 pub(super) struct Schema {
     pub(super) nodes: Vec<Node>,
@@ -36,29 +57,30 @@ pub(super) struct Schema {
 }
 
 /// A member of the audit record.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct AuditMember {
     pub(super) name: String,
+    /// It stands in the items of an array, and there may be many.
     pub(super) is_list: bool,
 }
 
-/// The compiled rules of one place.
-#[derive(Debug)]
+/// The rules of one place. A number names another node of the table.
+#[derive(Debug, Default)]
 pub(super) struct Node {
     pub(super) types: u8,
     pub(super) constant: Option<Scalar>,
     pub(super) enumeration: Option<Vec<Scalar>>,
+    pub(super) any_of: Option<Vec<usize>>,
     pub(super) members: Option<Members>,
     pub(super) items: Option<usize>,
-    pub(super) min_items: usize,
-    pub(super) max_items: usize,
+    pub(super) min_items: Option<usize>,
+    pub(super) max_items: Option<usize>,
     pub(super) unique_by: Option<String>,
-    pub(super) min_length: usize,
-    pub(super) max_length: usize,
+    pub(super) min_length: Option<usize>,
+    pub(super) max_length: Option<usize>,
     pub(super) pattern: Option<Regex>,
     pub(super) minimum: Option<Limit>,
     pub(super) maximum: Option<Limit>,
-    pub(super) any_of: Vec<usize>,
     pub(super) audit: Option<usize>,
 }
 
@@ -74,6 +96,7 @@ pub(super) enum Scalar {
 #[derive(Debug)]
 pub(super) struct Limit(String);
 
+/// The members of an object.
 #[derive(Debug)]
 pub(super) struct Members {
     pub(super) list: Vec<Member>,
@@ -87,9 +110,42 @@ pub(super) struct Member {
     pub(super) required: bool,
 }
 
-impl Members {
-    pub(super) fn find(&self, key: &Text<'_>) -> Option<usize> {
-        self.list.iter().position(|member| key.is(&member.name))
+impl Schema {
+    pub(super) fn compile(text: &str) -> Result<Self, SchemaError> {
+        let document: Value = serde_json::from_str(text).or_else(|error| fail("#", error.to_string()))?;
+        let mut compiler =
+            Compiler { document: &document, nodes: Vec::new(), audit: Vec::new(), open: Vec::new() };
+        let root = compiler.node(&document, "#", Place::Single)?;
+        let audit = std::mem::take(&mut compiler.audit).into();
+        compiler.definitions()?;
+        Ok(Self { nodes: compiler.nodes, root, audit })
+    }
+}
+
+impl Node {
+    /// What this wants, in words, by keyword. Holds values of the schema only.
+    pub(super) fn wants(&self, nodes: &[Self]) -> Vec<(&'static str, String)> {
+        let shown = |list: &[Scalar]| list.iter().map(Scalar::shown).collect::<Vec<_>>().join(", ");
+        let wants = [
+            (self.types != ANY).then(|| ("type", kind_words(self.types))),
+            self.any_of.as_ref().map(|list| ("anyOf", alternatives(nodes, list))),
+            self.constant.as_ref().map(|value| ("const", value.shown())),
+            self.enumeration.as_ref().map(|list| ("enum", format!("one of {}", shown(list)))),
+            self.minimum.as_ref().map(|limit| ("minimum", format!("at least {}", limit.0))),
+            self.maximum.as_ref().map(|limit| ("maximum", format!("at most {}", limit.0))),
+            self.min_length.map(|length| ("minLength", format!("{length} or more characters long"))),
+            self.max_length.map(|length| ("maxLength", format!("{length} or fewer characters long"))),
+            self.pattern.as_ref().map(|pattern| ("pattern", format!("text that matches `{pattern}`"))),
+        ];
+        wants.into_iter().flatten().collect()
+    }
+
+    /// True if neither an array nor an object can pass.
+    fn is_scalar(&self) -> bool {
+        self.types & (ARRAY | OBJECT) == 0
+            || self.constant.is_some()
+            || self.enumeration.is_some()
+            || self.any_of.is_some()
     }
 }
 
@@ -97,68 +153,6 @@ impl Limit {
     pub(super) fn number(&self) -> Number<'_> {
         Number(&self.0)
     }
-}
-
-impl Schema {
-    pub(super) fn compile(text: &str) -> Result<Self, SchemaError> {
-        let document: Value = serde_json::from_str(text)
-            .map_err(|error| SchemaError { pointer: "#".into(), reason: error.to_string() })?;
-        let mut compiler =
-            Compiler { document: &document, nodes: Vec::new(), audit: Vec::new(), open: Vec::new() };
-        let root = compiler.node(&document, "#", false)?;
-        Ok(Self { nodes: compiler.nodes, root, audit: compiler.audit.into() })
-    }
-
-    /// What a node wants, in words, for an app developer.
-    pub(super) fn wanted(&self, node: &Node) -> String {
-        if !node.any_of.is_empty() {
-            let alternatives: Vec<_> =
-                node.any_of.iter().map(|node| self.wanted(&self.nodes[*node])).collect();
-            return alternatives.join(", or ");
-        }
-        if let Some(constant) = &node.constant {
-            return constant.shown();
-        }
-        if let Some(list) = &node.enumeration {
-            let values: Vec<_> = list.iter().map(Scalar::shown).collect();
-            return format!("one of {}", values.join(", "));
-        }
-        let mut words = kind_words(node.types);
-        match (&node.minimum, &node.maximum) {
-            (Some(low), Some(high)) => words += &format!(" from {} to {}", low.0, high.0),
-            (Some(low), None) => words += &format!(" of at least {}", low.0),
-            (None, Some(high)) => words += &format!(" of at most {}", high.0),
-            (None, None) => {}
-        }
-        match (node.min_length, node.max_length) {
-            (0, usize::MAX) => {}
-            (low, usize::MAX) => words += &format!(" of at least {low} characters"),
-            (low, high) => words += &format!(" of {low} to {high} characters"),
-        }
-        if let Some(pattern) = &node.pattern {
-            words += &format!(" that matches {}", pattern.as_str());
-        }
-        words
-    }
-}
-
-fn kind_words(types: u8) -> String {
-    const WORDS: [(u8, &str); 7] = [
-        (OBJECT, "an object"),
-        (ARRAY, "an array"),
-        (INTEGER, "an integer (digits only)"),
-        (NUMBER, "a number"),
-        (STRING, "a string"),
-        (BOOLEAN, "true or false"),
-        (NULL, "null"),
-    ];
-    if types == ANY {
-        return "a value".into();
-    }
-    // A number that may have a fraction may be an integer, too: saying so would be noise.
-    let types = if types & NUMBER == 0 { types } else { types & !INTEGER };
-    let words: Vec<_> = WORDS.iter().filter(|(kind, _)| types & kind != 0).map(|(_, word)| *word).collect();
-    words.join(" or ")
 }
 
 impl Scalar {
@@ -172,6 +166,27 @@ impl Scalar {
     }
 }
 
+fn alternatives(nodes: &[Node], list: &[usize]) -> String {
+    let words =
+        |node: &usize| nodes[*node].wants(nodes).into_iter().map(|(_, words)| words).collect::<Vec<_>>();
+    list.iter().map(|node| words(node).join(", ")).collect::<Vec<_>>().join("; or ")
+}
+
+fn kind_words(types: u8) -> String {
+    let is_meant = |kind: u8| types & kind == kind && (kind != INTEGER || types & FRACTION == 0);
+    let words: Vec<_> =
+        TYPES.iter().filter(|(_, kind, _)| is_meant(*kind)).map(|(_, _, words)| *words).collect();
+    words.join(" or ")
+}
+
+/// Where a schema stands; decides what `x-audit` means there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Single,
+    InItems,
+    InAnyOf,
+}
+
 struct Compiler<'a> {
     document: &'a Value,
     nodes: Vec<Node>,
@@ -181,82 +196,99 @@ struct Compiler<'a> {
 }
 
 impl Compiler<'_> {
-    fn node(&mut self, schema: &Value, at: &str, in_items: bool) -> Result<usize, SchemaError> {
-        let Value::Object(keywords) = schema else { return fail(at, "must be an object") };
-        if let Some(reference) = keywords.get("$ref") {
-            return self.reference(keywords, reference, at, in_items);
+    fn node(&mut self, schema: &Value, at: &str, place: Place) -> Result<usize, SchemaError> {
+        let keywords = object(schema, at)?;
+        if keywords.contains_key("$ref") {
+            return self.reference(keywords, at, place);
         }
-        let mut node = Node {
-            types: ANY,
-            constant: None,
-            enumeration: None,
-            members: None,
-            items: None,
-            min_items: 0,
-            max_items: usize::MAX,
-            unique_by: None,
-            min_length: 0,
-            max_length: usize::MAX,
-            pattern: None,
-            minimum: None,
-            maximum: None,
-            any_of: Vec::new(),
-            audit: None,
-        };
+        let mut node = Node { types: ANY, ..Node::default() };
         for (keyword, value) in keywords {
-            let at = format!("{at}/{keyword}");
-            match keyword.as_str() {
-                "type" => node.types = types(value, &at)?,
-                "const" => node.constant = Some(scalar(value, &at)?),
-                "enum" => {
-                    node.enumeration = Some(
-                        list(value, &at)?.iter().map(|item| scalar(item, &at)).collect::<Result<_, _>>()?,
-                    );
-                }
-                "items" => node.items = Some(self.node(value, &at, true)?),
-                "minItems" => node.min_items = size(value, &at)?,
-                "maxItems" => node.max_items = size(value, &at)?,
-                "minLength" => node.min_length = size(value, &at)?,
-                "maxLength" => node.max_length = size(value, &at)?,
-                "minimum" => node.minimum = Some(limit(value, &at)?),
-                "maximum" => node.maximum = Some(limit(value, &at)?),
-                "pattern" => node.pattern = Some(pattern(value, &at)?),
-                "anyOf" => node.any_of = self.alternatives(value, &at)?,
-                "x-uniqueBy" => node.unique_by = Some(text(value, &at)?.to_owned()),
-                "x-audit" => node.audit = Some(self.audit_member(value, &at, in_items)?),
-                "properties" | "required" | "additionalProperties" => {}
-                "$defs" if at == "#/$defs" => {}
-                "title" | "description" | "$comment" | "examples" | "default" | "$schema" | "$id" => {}
-                _ => return fail(&at, "unknown keyword: it would not be checked"),
-            }
+            self.keyword(&mut node, keyword, value, &step(at, keyword), place)?;
         }
-        node.members = self.members(keywords, &node, at, in_items)?;
+        node.members = self.members(keywords, &node, at, place)?;
+        if node.audit.is_some() && !node.is_scalar() {
+            return fail(step(at, "x-audit"), "only a scalar can be recorded: say a scalar type");
+        }
+        if node.unique_by.as_ref().is_some_and(|name| !self.has_scalar_member(node.items, name)) {
+            return fail(step(at, "x-uniqueBy"), "must name a scalar property of the items");
+        }
+        if self.nodes.len() == MAX_NODES {
+            return fail(at, "the schema is too large");
+        }
         self.nodes.push(node);
         Ok(self.nodes.len() - 1)
+    }
+
+    fn keyword(
+        &mut self,
+        node: &mut Node,
+        keyword: &str,
+        value: &Value,
+        at: &str,
+        place: Place,
+    ) -> Result<(), SchemaError> {
+        match keyword {
+            "type" => node.types = types(value, at)?,
+            "const" => node.constant = Some(scalar(value, at)?),
+            "enum" => {
+                let values = filled(value, at)?.iter().map(|value| scalar(value, at));
+                node.enumeration = Some(values.collect::<Result<_, _>>()?);
+            }
+            "anyOf" => node.any_of = Some(self.any_of(value, at)?),
+            "items" => node.items = Some(self.node(value, at, Place::InItems)?),
+            "minItems" => node.min_items = Some(size(value, at)?),
+            "maxItems" => node.max_items = Some(size(value, at)?),
+            "minLength" => node.min_length = Some(size(value, at)?),
+            "maxLength" => node.max_length = Some(size(value, at)?),
+            "minimum" => node.minimum = Some(limit(value, at)?),
+            "maximum" => node.maximum = Some(limit(value, at)?),
+            "pattern" => node.pattern = Some(pattern(value, at)?),
+            "x-uniqueBy" => node.unique_by = Some(text(value, at)?.to_owned()),
+            "x-audit" => node.audit = Some(self.audit_member(value, at, place)?),
+            "properties" | "required" | "additionalProperties" => {} // one thing: see `members`
+            "$defs" if at == "#/$defs" => {}
+            _ if is_annotation(keyword) => {}
+            _ => return fail(at, "unknown keyword: it would not be checked"),
+        }
+        Ok(())
     }
 
     fn reference(
         &mut self,
         keywords: &Map<String, Value>,
-        reference: &Value,
         at: &str,
-        in_items: bool,
+        place: Place,
     ) -> Result<usize, SchemaError> {
-        if keywords.len() > 1 {
-            return fail(at, "$ref must stand alone");
+        let mut target = "";
+        for (keyword, value) in keywords {
+            match keyword.as_str() {
+                "$ref" => target = text(value, &step(at, keyword))?,
+                "$defs" if at == "#" => {}
+                other if is_annotation(other) => {}
+                other => return fail(step(at, other), "only annotations may stand beside $ref"),
+            }
         }
-        let target = text(reference, at)?;
         let found = target.strip_prefix("#/$defs/").and_then(|name| self.document.get("$defs")?.get(name));
         let Some(found) = found else {
-            return fail(at, "$ref must name an entry of $defs, as in #/$defs/name");
+            return fail(step(at, "$ref"), "must be #/$defs/ and a name that stands there");
         };
         if self.open.iter().any(|open| open == target) {
-            return fail(at, "$ref must not lead back to itself");
+            return fail(step(at, "$ref"), "must not lead back to itself");
         }
         self.open.push(target.to_owned());
-        let node = self.node(found, target, in_items);
+        let node = self.node(found, target, place);
         self.open.pop();
         node
+    }
+
+    /// Compiles every definition, so that an unused one can't hide a mistake.
+    fn definitions(&mut self) -> Result<(), SchemaError> {
+        let Some(definitions) = self.document.get("$defs") else { return Ok(()) };
+        for (name, schema) in object(definitions, "#/$defs")? {
+            self.audit.clear(); // these nodes are never walked: their names are free
+            self.node(schema, &step("#/$defs", name), Place::Single)?;
+        }
+        Ok(())
     }
 
     fn members(
@@ -264,7 +296,7 @@ impl Compiler<'_> {
         keywords: &Map<String, Value>,
         node: &Node,
         at: &str,
-        in_items: bool,
+        place: Place,
     ) -> Result<Option<Members>, SchemaError> {
         let speaks_of_objects =
             ["properties", "required", "additionalProperties"].iter().any(|k| keywords.contains_key(*k));
@@ -274,62 +306,88 @@ impl Compiler<'_> {
         let Some(Value::Bool(additional)) = keywords.get("additionalProperties") else {
             return fail(at, "an object must say additionalProperties: true or false");
         };
-        let mut members = Vec::new();
+        let mut members = Members { list: Vec::new(), additional: *additional };
         if let Some(properties) = keywords.get("properties") {
-            let Value::Object(properties) = properties else {
-                return fail(at, "properties must be an object");
-            };
-            for (name, schema) in properties {
-                let node = self.node(schema, &format!("{at}/properties/{name}"), in_items)?;
-                members.push(Member { name: name.clone(), node: Some(node), required: false });
+            let at = step(at, "properties");
+            for (name, schema) in object(properties, &at)? {
+                let node = self.node(schema, &step(&at, name), place)?;
+                members.list.push(Member { name: name.clone(), node: Some(node), required: false });
             }
         }
         if let Some(required) = keywords.get("required") {
-            for name in list(required, at)? {
-                let name = text(name, at)?;
-                match members.iter_mut().find(|member| member.name == name) {
-                    Some(member) => member.required = true,
-                    None if *additional => {
-                        members.push(Member { name: name.to_owned(), node: None, required: true });
-                    }
-                    None => return fail(at, "required names a key that additionalProperties forbids"),
-                }
+            let at = step(at, "required");
+            for name in list(required, &at)? {
+                members.require(text(name, &at)?, &at)?;
             }
         }
-        if members.len() > 128 {
+        if members.list.len() > MAX_MEMBERS {
             return fail(at, "more than 128 properties");
         }
-        Ok(Some(Members { list: members, additional: *additional }))
+        Ok(Some(members))
     }
 
-    fn alternatives(&mut self, value: &Value, at: &str) -> Result<Vec<usize>, SchemaError> {
+    fn any_of(&mut self, value: &Value, at: &str) -> Result<Vec<usize>, SchemaError> {
         let mut nodes = Vec::new();
-        for (i, schema) in list(value, at)?.iter().enumerate() {
-            let at = format!("{at}/{i}");
-            let node = self.node(schema, &at, false)?;
-            if self.nodes[node].types & (ARRAY | OBJECT) != 0 {
-                return fail(&at, "alternatives must be scalars and say their type");
+        for (i, schema) in filled(value, at)?.iter().enumerate() {
+            let at = step(at, &i.to_string());
+            let node = self.node(schema, &at, Place::InAnyOf)?;
+            if !self.nodes[node].is_scalar() {
+                return fail(&at, "an alternative must be a scalar and say its type");
             }
             nodes.push(node);
         }
         Ok(nodes)
     }
 
-    fn audit_member(&mut self, value: &Value, at: &str, is_list: bool) -> Result<usize, SchemaError> {
+    fn audit_member(&mut self, value: &Value, at: &str, place: Place) -> Result<usize, SchemaError> {
         let name = text(value, at)?;
-        if name.is_empty() || !name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') {
+        if place == Place::InAnyOf {
+            return fail(at, "must stand beside anyOf, not in it");
+        }
+        if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
             return fail(at, "must be a name of a-z and _");
         }
         if self.audit.iter().any(|member| member.name == name) {
             return fail(at, "this name is taken");
         }
-        self.audit.push(AuditMember { name: name.to_owned(), is_list });
+        self.audit.push(AuditMember { name: name.to_owned(), is_list: place == Place::InItems });
         Ok(self.audit.len() - 1)
+    }
+
+    fn has_scalar_member(&self, items: Option<usize>, name: &str) -> bool {
+        let members = items.and_then(|items| self.nodes[items].members.as_ref());
+        let member = members.and_then(|members| members.list.iter().find(|member| member.name == name));
+        member.and_then(|member| member.node).is_some_and(|node| self.nodes[node].is_scalar())
     }
 }
 
-fn fail<T>(pointer: &str, reason: &str) -> Result<T, SchemaError> {
-    Err(SchemaError { pointer: pointer.to_owned(), reason: reason.to_owned() })
+impl Members {
+    fn require(&mut self, name: &str, at: &str) -> Result<(), SchemaError> {
+        match self.list.iter_mut().find(|member| member.name == name) {
+            Some(member) => member.required = true,
+            None if self.additional => {
+                self.list.push(Member { name: name.to_owned(), node: None, required: true });
+            }
+            None => return fail(at, "names a key that additionalProperties forbids"),
+        }
+        Ok(())
+    }
+}
+
+fn is_annotation(keyword: &str) -> bool {
+    matches!(keyword, "title" | "description" | "$comment" | "examples" | "default" | "$schema" | "$id")
+}
+
+fn fail<T>(pointer: impl Into<String>, reason: impl Into<String>) -> Result<T, SchemaError> {
+    Err(SchemaError { pointer: pointer.into(), reason: reason.into() })
+}
+
+fn step(at: &str, name: &str) -> String {
+    format!("{at}/{}", super::escape(name))
+}
+
+fn object<'a>(value: &'a Value, at: &str) -> Result<&'a Map<String, Value>, SchemaError> {
+    value.as_object().map_or_else(|| fail(at, "must be an object"), Ok)
 }
 
 fn text<'a>(value: &'a Value, at: &str) -> Result<&'a str, SchemaError> {
@@ -337,10 +395,12 @@ fn text<'a>(value: &'a Value, at: &str) -> Result<&'a str, SchemaError> {
 }
 
 fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
-    match value.as_array() {
-        Some(items) if !items.is_empty() => Ok(items),
-        Some(_) | None => fail(at, "must be an array with something in it"),
-    }
+    value.as_array().map_or_else(|| fail(at, "must be an array"), |list| Ok(list.as_slice()))
+}
+
+fn filled<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
+    let list = list(value, at)?;
+    if list.is_empty() { fail(at, "must have something in it") } else { Ok(list) }
 }
 
 fn size(value: &Value, at: &str) -> Result<usize, SchemaError> {
@@ -349,14 +409,15 @@ fn size(value: &Value, at: &str) -> Result<usize, SchemaError> {
 }
 
 fn limit(value: &Value, at: &str) -> Result<Limit, SchemaError> {
-    match value {
-        Value::Number(number) => Ok(Limit(number.to_string())),
-        _ => fail(at, "must be a number"),
+    let Value::Number(number) = value else { return fail(at, "must be a number") };
+    if number.is_f64() && number.as_f64().is_none_or(|float| float.abs() >= FLOAT_EXACT) {
+        return fail(at, "too large to be compared exactly");
     }
+    Ok(Limit(number.to_string()))
 }
 
 fn pattern(value: &Value, at: &str) -> Result<Regex, SchemaError> {
-    Regex::new(text(value, at)?).or_else(|error| fail(at, &error.to_string()))
+    Regex::new(text(value, at)?).or_else(|error| fail(at, error.to_string()))
 }
 
 fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {
@@ -370,18 +431,14 @@ fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {
 }
 
 fn types(value: &Value, at: &str) -> Result<u8, SchemaError> {
-    let one = |value: &Value| match text(value, at)? {
-        "null" => Ok(NULL),
-        "boolean" => Ok(BOOLEAN),
-        "integer" => Ok(INTEGER),
-        "number" => Ok(NUMBER | INTEGER),
-        "string" => Ok(STRING),
-        "array" => Ok(ARRAY),
-        "object" => Ok(OBJECT),
-        _ => fail(at, "unknown type"),
-    };
     match value {
-        Value::Array(_) => list(value, at)?.iter().try_fold(0, |types, value| Ok(types | one(value)?)),
-        _ => one(value),
+        Value::Array(_) => filled(value, at)?.iter().try_fold(0, |types, one| Ok(types | kind(one, at)?)),
+        _ => kind(value, at),
     }
+}
+
+fn kind(value: &Value, at: &str) -> Result<u8, SchemaError> {
+    let name = text(value, at)?;
+    let found = TYPES.iter().find(|(known, ..)| *known == name);
+    found.map_or_else(|| fail(at, "unknown type"), |(_, kind, _)| Ok(*kind))
 }
