@@ -34,7 +34,7 @@ use crate::{
     upstream::pool::{self, Pool},
 };
 
-/// How many records may wait for the audit writer.
+/// So many records may wait for the audit writer, at least; each exchange keeps room for two.
 const AUDIT_QUEUE: usize = 16 * 1024;
 
 /// An intent that is not safe by then is refused.
@@ -67,7 +67,7 @@ impl App {
             directory: config.audit.directory.clone(),
             segment_size: config.audit.segment_size,
             key_file: config.audit.key_file.clone(),
-            queue: AUDIT_QUEUE,
+            queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
             intent_deadline: INTENT_DEADLINE,
         };
         let audit = Audit::start(&options, audit_metrics)?;
