@@ -82,19 +82,59 @@ fn a_spent_limit_says_when_to_come_back() {
 fn default_requests_of_usual_clients_are_accepted() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
-    let url = format!("http://localhost:{}{PATH}", gateway.address.port());
-    let python = format!(
-        "import urllib.request as u; print(u.urlopen(u.Request({url:?}, data={BODY:?}.encode(), headers={{'Content-Type': 'application/json'}})).read().decode())"
-    );
-    let json = "Content-Type: application/json";
-    for (program, args) in [
-        ("curl", vec!["-s", "-4", &url, "-H", json, "-d", BODY]),
-        ("curl", vec!["-s", "-4", &url, "-H", json, "-H", "Expect: 100-continue", "-d", BODY]),
-        ("python3", vec!["-c", &python]),
+    let url: &str = &format!("http://localhost:{}{PATH}", gateway.address.port());
+    let client = |name: &str| format!("{}/tests/clients/{name}", env!("CARGO_MANIFEST_DIR"));
+    let (requests, httpx) = (client("with_requests.py"), client("with_httpx.py"));
+    let (fetch, axios) = (client("with_fetch.mjs"), client("with_axios.cjs"));
+    let java = client("WithHttpClient.java");
+    let curl =
+        ["curl", "-s", "-4", "-w", "%header{x-gateway-outcome}", url, "-H", "Content-Type: application/json"];
+    let python = "/usr/bin/python3"; // Debian's, which has Debian's libraries
+    let quick = "-XX:TieredStopAtLevel=1";
+    let commands = [
+        [&curl[..], &["-d", BODY]].concat(),
+        [&curl[..], &["-H", "Expect: 100-continue", "-d", BODY]].concat(),
+        vec![python, &requests, url, BODY],
+        vec![python, &httpx, url, BODY],
+        vec!["node", &fetch, url, BODY],
+        vec!["node", &axios, url, BODY],
+        vec!["java", quick, &java, url, BODY],
+        vec!["java", quick, &java, url, BODY, "expect"],
+    ];
+    for (calls, command) in commands.iter().enumerate() {
+        let run = Command::new(command[0]).args(&command[1..]).env("NODE_PATH", "/usr/share/nodejs").output();
+        let output = run.unwrap_or_else(|error| panic!("{}: {error}; tests/run installs it", command[0]));
+        let (text, error) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains("0409000") && text.contains("succeeded"), "{command:?}: {text} {error}");
+        let received = sandbox.requests();
+        assert_eq!((received.len(), &*received[calls].body), (calls + 1, BODY.as_bytes()), "{command:?}");
+    }
+}
+
+/// What Go's net/http and .NET's `HttpClient` put on the wire for a plain POST.
+#[test]
+fn the_heads_that_go_and_dotnet_send_are_accepted() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let length = BODY.len();
+    for head in [
+        format!(
+            "POST {PATH} HTTP/1.1\r\nHost: localhost:8080\r\nUser-Agent: Go-http-client/1.1\r\nContent-Length: {length}\r\n\
+             Content-Type: application/json\r\nAccept-Encoding: gzip\r\n\r\n"
+        ),
+        format!(
+            "POST {PATH} HTTP/1.1\r\nHost: localhost:8080\r\nContent-Type: application/json; charset=utf-8\r\n\
+             Content-Length: {length}\r\n\r\n"
+        ),
+        format!(
+            "POST {PATH} HTTP/1.1\r\nHost: localhost:8080\r\ntraceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\n\
+             Content-Type: application/json; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n{length:x}\r\n{BODY}\r\n0\r\n\r\n"
+        ),
     ] {
-        let output = Command::new(program).args(args).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(text.contains("0409000"), "{program}: {text} {}", String::from_utf8_lossy(&output.stderr));
+        let body = if head.contains("chunked") { "" } else { BODY };
+        assert_eq!(gateway.send_and_finish(&head, body).outcome(), "succeeded", "{head}");
+        assert_eq!(sandbox.requests().last().unwrap().body, BODY.as_bytes());
     }
 }
 
