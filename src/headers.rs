@@ -1,4 +1,4 @@
-//! What goes out to the upstream and what comes back to the caller: allow-lists, both ways.
+//! What goes out to the upstream, an allow-list, and what does not come back to the caller, a deny-list.
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 

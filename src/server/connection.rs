@@ -5,7 +5,7 @@
 
 use std::{
     convert::Infallible,
-    future::Future,
+    future::{Future, poll_fn},
     io,
     pin::{Pin, pin},
     sync::{
@@ -102,16 +102,21 @@ impl Watch {
         self.phase.load(Ordering::Relaxed) == phase as u8
     }
 
-    /// When the present phase is over, and what to call that. A busy request has deadlines of its own.
-    fn deadline(&self, deadlines: Deadlines) -> (Instant, &'static str) {
+    /// When the present phase is over; a busy request has deadlines of its own.
+    fn deadline(&self, deadlines: Deadlines) -> Option<Instant> {
         let since = *EPOCH + Duration::from_millis(self.since.load(Ordering::Relaxed));
         if self.is(Phase::Busy) {
-            (Instant::now() + deadlines.header.min(deadlines.idle), "busy")
+            None
         } else if self.is(Phase::Head) {
-            (since + deadlines.header, "header_timeout")
+            Some(since + deadlines.header)
         } else {
-            (since + deadlines.idle, "idle_timeout")
+            Some(since + deadlines.idle)
         }
+    }
+
+    /// What to call the end of the present phase.
+    fn reason(&self) -> &'static str {
+        if self.is(Phase::Head) { "header_timeout" } else { "idle_timeout" }
     }
 }
 
@@ -151,7 +156,7 @@ pub async fn serve(
             .max_buf_size(MAX_HEAD)
             .serve_connection(TokioIo::new(socket), service)
     );
-    let mut timer = pin!(sleep_until(watch.deadline(deadlines).0));
+    let mut timer = pin!(sleep_until(Instant::now() + deadlines.header));
     let mut stopping = false;
     loop {
         tokio::select! {
@@ -165,19 +170,37 @@ pub async fn serve(
                 }
                 return;
             }
-            () = timer.as_mut() => match watch.deadline(deadlines) {
-                (deadline, _) if deadline > Instant::now() => timer.as_mut().reset(deadline),
-                (_, reason) => {
-                    gateway.metrics.connection_closed(reason);
-                    return;
-                }
-            },
+            () = overdue(timer.as_mut(), &watch, deadlines) => {
+                gateway.metrics.connection_closed(watch.reason());
+                return;
+            }
             _ = stop.wait_for(|stop| *stop), if !stopping => {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();
             }
         }
     }
+}
+
+/// Ends when the present phase has lasted too long. To be polled behind the connection, which moves the
+/// phases: the timer is touched only when a deadline came nearer than it, or when it fires, so that a
+/// request that is served within one poll costs none of that.
+async fn overdue(mut timer: Pin<&mut Sleep>, watch: &Watch, deadlines: Deadlines) {
+    poll_fn(|cx| {
+        loop {
+            let deadline = watch.deadline(deadlines);
+            if deadline.is_some_and(|deadline| deadline < timer.deadline()) {
+                timer.as_mut().reset(deadline.unwrap_or_else(Instant::now));
+            }
+            ready!(timer.as_mut().poll(cx));
+            let now = Instant::now();
+            match deadline {
+                Some(deadline) if deadline <= now => return Poll::Ready(()),
+                later => timer.as_mut().reset(later.unwrap_or(now + deadlines.header)),
+            }
+        }
+    })
+    .await;
 }
 
 /// The socket under hyper: notices when a head begins, and lingers when it closes on unread bytes.
@@ -211,10 +234,11 @@ impl AsyncRead for Watched {
 
 impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.stream {
+        let written = match &mut self.stream {
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
+        };
+        self.went_on(written)
     }
 
     fn poll_write_vectored(
@@ -222,10 +246,11 @@ impl AsyncWrite for Watched {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match &mut self.stream {
+        let written = match &mut self.stream {
             Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-        }
+        };
+        self.went_on(written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -249,6 +274,14 @@ impl AsyncWrite for Watched {
 }
 
 impl Watched {
+    /// A long answer is written piece by piece; a caller that takes the pieces does not idle.
+    fn went_on(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if written.is_ready() && self.watch.is(Phase::Idle) {
+            self.watch.enter(Phase::Idle);
+        }
+        written
+    }
+
     /// A socket that is closed with unread bytes sends a reset, and a reset may overtake the answer: so the
     /// rest is read and thrown away, within bounds.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
