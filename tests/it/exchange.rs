@@ -15,60 +15,186 @@ fn fault(sandbox: &Sandbox, fault: Value) {
     sandbox.faults(serde_json::from_value(json!({ "business": [fault] })).unwrap()).unwrap();
 }
 
+/// A script for business calls, and what it must lead to: the caller's status and outcome, how often the
+/// upstream was asked, how often the token endpoint was.
+type Row = (Value, u16, &'static str, usize, usize);
+
+fn status(status: u16) -> Value {
+    json!([{ "status": status, "headers": [["Retry-After", "7"], ["Location", "/elsewhere"]] }])
+}
+
+fn body(status: u16, content_type: &str, body: &str) -> Value {
+    json!([{ "status": status, "content_type": content_type, "body": body }])
+}
+
+fn code(code: Value) -> Value {
+    json!([{ "code": code }])
+}
+
+/// Every row of the classification of statuses.
+fn statuses() -> Vec<Row> {
+    let of = |outcome: &'static str, statuses: &[u16]| {
+        statuses.iter().map(|s| (status(*s), *s, outcome, 1, 0)).collect::<Vec<_>>()
+    };
+    [
+        of("failed", &[400, 404, 405, 411, 413, 414, 415, 422, 431, 500]),
+        of("refused", &[403, 418, 429]),
+        of("unknown", &[201, 202, 204, 206, 300, 301, 302, 303, 304, 307, 308]),
+        of("unknown", &[402, 406, 407, 408, 409, 410, 412, 416, 417, 421, 423, 425, 426, 428, 451, 499]),
+        of("unknown", &[501, 502, 503, 504, 505, 507, 511, 520, 599]),
+    ]
+    .concat()
+}
+
+/// Every form of an answer.
+fn answers() -> Vec<Row> {
+    let html = "<html>Bad gateway</html>";
+    let coded = r#"{"resultCode":"0409000"}"#;
+    vec![
+        (json!([]), 200, "succeeded", 1, 0),
+        (code(json!("unquoted")), 200, "succeeded", 1, 0),
+        (code(json!("numeric")), 200, "succeeded", 1, 0),
+        (code(json!({ "failure": "0409001" })), 200, "failed", 1, 0),
+        (code(json!("absent")), 200, "unknown", 1, 0),
+        (code(json!({ "two": ["0409000", "0409001"] })), 200, "unknown", 1, 0),
+        (code(json!({ "two": ["0409000", "0409000"] })), 200, "unknown", 1, 0),
+        (body(200, "text/html", html), 200, "unknown", 1, 0),
+        (body(200, "application/json", ""), 200, "unknown", 1, 0),
+        (body(200, "application/json", "[]"), 200, "unknown", 1, 0),
+        (body(200, "text/plain", coded), 200, "succeeded", 1, 0),
+        (body(500, "application/json", "{}"), 500, "failed", 1, 0),
+        (body(500, "text/html", html), 500, "unknown", 1, 0),
+        (body(500, "application/json", "[]"), 500, "unknown", 1, 0),
+        (body(500, "application/json", ""), 500, "unknown", 1, 0),
+        (body(500, "application/json", "{\"resultCode\":"), 500, "unknown", 1, 0),
+        (json!([{ "headers": [["Content-Encoding", "gzip"]] }]), 200, "unknown", 1, 0),
+        (json!([{ "headers": [["Content-Encoding", "identity"]] }]), 200, "succeeded", 1, 0),
+        (json!([{ "interim": 103 }]), 200, "succeeded", 1, 0),
+        (json!([{ "framing": "chunked" }]), 200, "succeeded", 1, 0),
+        (json!([{ "framing": { "slow_body_ms": 1 } }]), 200, "succeeded", 1, 0),
+        (json!([{ "size": 60_000 }]), 200, "succeeded", 1, 0),
+        (json!([{ "size": 60_000, "framing": "chunked" }]), 200, "succeeded", 1, 0),
+        (json!([{ "size": 200_000 }]), 200, "succeeded", 1, 0),
+        (json!([{ "size": 200_000, "framing": "chunked" }]), 200, "succeeded", 1, 0),
+        (json!([{ "status": 500, "size": 200_000 }]), 500, "unknown", 1, 0),
+        (json!([{ "delay_ms": 200 }]), 200, "succeeded", 1, 0),
+        (json!([{ "then": "close" }]), 200, "succeeded", 1, 0),
+        (json!([{ "then": { "close_idle_ms": 0 } }]), 200, "succeeded", 1, 0),
+        (
+            json!([{ "then": { "extra": "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n" } }]),
+            200,
+            "succeeded",
+            1,
+            0,
+        ),
+    ]
+}
+
+/// Every way in which no whole answer comes.
+fn breaks() -> Vec<Row> {
+    vec![
+        (json!([{ "instead": "reset" }]), 502, "unknown", 1, 0),
+        (json!([{ "instead": "close" }]), 502, "unknown", 1, 0),
+        (json!([{ "instead": "garbage" }]), 502, "unknown", 1, 0),
+        (json!([{ "instead": "hang" }]), 504, "unknown", 1, 0),
+        (json!([{ "delay_ms": 5000 }]), 504, "unknown", 1, 0),
+        (json!([{ "framing": "half_head" }]), 502, "unknown", 1, 0),
+        (json!([{ "framing": "half_body" }]), 502, "unknown", 1, 0),
+        (json!([{ "framing": { "cut": 0 } }]), 502, "unknown", 1, 0),
+        (json!([{ "framing": { "slow_body_ms": 300 } }]), 504, "unknown", 1, 0),
+        (json!([{ "headers": [["X-Huge", "x".repeat(1_000_000)]] }]), 502, "unknown", 1, 0),
+    ]
+}
+
+/// Refused tokens: one replay with a different token, under the same intent, and no more.
+fn refusals() -> Vec<Row> {
+    let first = json!({ "status": 401, "times": 1 });
+    let then = |second: Value| json!([first, second]);
+    vec![
+        (json!([first]), 200, "succeeded", 2, 1),
+        (then(json!({ "code": { "failure": "0409001" } })), 200, "failed", 2, 1),
+        (then(json!({ "status": 429 })), 429, "refused", 2, 1),
+        (then(json!({ "status": 503 })), 503, "unknown", 2, 1),
+        (then(json!({ "instead": "reset" })), 502, "unknown", 2, 1),
+        (then(json!({ "instead": "hang" })), 504, "unknown", 2, 1),
+        (json!([{ "status": 401, "framing": "half_body" }]), 502, "unknown", 1, 0),
+        (json!([{ "status": 401, "then": "close", "times": 1 }]), 200, "succeeded", 2, 1),
+        (json!([{ "status": 401 }]), 502, "refused", 2, 1),
+        (json!([{ "status": 401 }]), 502, "refused", 1, 0), // the cool-down: no fetch
+    ]
+}
+
 #[test]
 fn every_fault_has_its_outcome_and_its_number_of_attempts() {
     let sandbox = sandbox();
-    let gateway = start_with(
-        &sandbox,
-        Setup::default().set("upstream.timeout", "1s").set("upstream.connect_timeout", "1s"),
-    );
+    let short = Setup::default().set("upstream.timeout", "1s").set("upstream.connect_timeout", "1s");
+    let gateway = start_with(&sandbox, short);
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
-    let code = |code: &str| json!({ "code": { "failure": code } });
-    for (script, status, outcome, attempts) in [
-        (json!({ "status": 401, "times": 1 }), 200, "succeeded", 2),
-        (json!({ "status": 500, "body": "{}", "content_type": "application/json" }), 500, "failed", 1),
-        (json!({ "status": 500, "body": "<html>", "content_type": "text/html" }), 500, "unknown", 1),
-        (code("0409001"), 200, "failed", 1),
-        (json!({ "instead": "reset" }), 502, "unknown", 1),
-        (json!({ "instead": "hang" }), 504, "unknown", 1),
-        (json!({ "framing": "half_body" }), 502, "unknown", 1),
-        (json!({ "framing": "half_head" }), 502, "unknown", 1),
-        (json!({ "instead": "close" }), 502, "unknown", 1),
-        (json!({ "instead": "garbage" }), 502, "unknown", 1),
-        (json!({ "status": 502, "headers": [["Retry-After", "1"]] }), 502, "unknown", 1),
-        (json!({ "status": 503, "headers": [["Retry-After", "1"]] }), 503, "unknown", 1),
-        (json!({ "status": 302, "headers": [["Location", "/x"]] }), 302, "unknown", 1),
-        (json!({ "status": 429 }), 429, "refused", 1),
-        (json!({ "status": 403 }), 403, "refused", 1),
-        (json!({ "status": 400 }), 400, "failed", 1),
-        (json!({ "code": "unquoted" }), 200, "succeeded", 1),
-        (json!({ "code": "numeric" }), 200, "succeeded", 1),
-        (json!({ "code": "absent" }), 200, "unknown", 1),
-        (json!({ "code": { "two": ["0409000", "0409001"] } }), 200, "unknown", 1),
-        (json!({ "framing": "chunked" }), 200, "succeeded", 1),
-    ] {
-        let before = sandbox.requests().len();
-        fault(&sandbox, script.clone());
-        let reply = gateway.call();
-        fault(&sandbox, json!({ "times": 0, "status": 200 }));
-        assert_eq!((reply.status, reply.outcome()), (status, outcome), "{script}: {reply:?}");
-        assert_eq!(sandbox.requests().len() - before, attempts, "{script}");
-        if outcome == "unknown" {
-            assert!(!reply.headers.contains_key("retry-after"), "{script}");
+    let rows = [statuses(), answers(), breaks(), refusals()].concat();
+    for (script, status, outcome, attempts, refreshes) in rows {
+        let shown = script.to_string().chars().take(200).collect::<String>();
+        let before = (sandbox.requests().len(), sandbox.token_calls().len());
+        if refreshes > 0 {
+            let fetched = sandbox.token_calls().last().unwrap().request.time;
+            wait_for("a second since the last fetch", || {
+                (fetched.elapsed().unwrap_or_default() >= Duration::from_secs(1)).then_some(())
+            });
         }
-        if outcome == "refused" {
-            assert!(reply.headers.contains_key("retry-after"), "{script}");
+        sandbox.faults(serde_json::from_value(json!({ "business": script })).unwrap()).unwrap();
+        let reply = gateway.call();
+        sandbox.faults(Default::default()).unwrap();
+        assert_eq!((reply.status, reply.outcome()), (status, outcome), "{shown}: {reply:?}");
+        let asked = (sandbox.requests().len() - before.0, sandbox.token_calls().len() - before.1);
+        assert_eq!(asked, (attempts, refreshes), "{shown}: upstream and token calls");
+        let may_repeat = reply.headers.get("retry-after").map(String::as_str);
+        match outcome {
+            "unknown" => assert_eq!(may_repeat, None, "{shown}: a generic client would assign twice"),
+            "refused" => assert!(may_repeat.is_some(), "{shown}"),
+            _ => {}
         }
         let id = &reply.headers["x-gateway-request-id"];
         let record = wait_for("the outcome", || {
             records(&gateway.audit_directory(), "outcome").into_iter().find(|record| record["id"] == **id)
         });
-        assert_eq!(
-            (&record["outcome"], &record["attempts"]),
-            (&json!(outcome), &json!(attempts)),
-            "{script}"
-        );
+        let said = (&record["outcome"], &record["attempts"], &record["status"]);
+        assert_eq!(said, (&json!(outcome), &json!(attempts), &json!(status)), "{shown}: {record}");
     }
+    let (intents, outcomes) = (gateway.records("intent", 1), gateway.records("outcome", 1));
+    assert_eq!(intents.len(), outcomes.len(), "one intent a task, also where it was sent twice");
+}
+
+#[test]
+fn an_answer_passes_as_it_came_but_for_what_is_not_for_callers() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let said = "{\"resultCode\" : 0409000,\t\"resultDesc\":\"\u{4efb}\u{52a1}\"} ";
+    fault(
+        &sandbox,
+        json!({ "body": said, "content_type": "text/x-anything", "headers": [
+            ["Set-Cookie", "a=b"], ["Server", "x"], ["X-Gateway-Outcome", "failed"], ["Connection", "x-request-id"],
+        ] }),
+    );
+    let reply = gateway.call(); // reading it asserts that every header is on the list of allowed ones
+    assert_eq!((reply.status, reply.body.as_str(), reply.outcome()), (200, said, "succeeded"));
+    assert_eq!(reply.headers["content-type"], "text/x-anything");
+}
+
+#[test]
+fn an_answer_that_breaks_off_behind_what_decides_aborts_the_callers_connection() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    fault(&sandbox, json!({ "size": 300_000, "framing": { "cut": 200_000 } }));
+    let reply = gateway.call();
+    assert_eq!((reply.status, reply.outcome()), (200, "succeeded"), "the first 64 KiB decide");
+    assert!(
+        reply.body.len() < 300_000 && !reply.body.ends_with("0\r\n\r\n"),
+        "the caller must see the break"
+    );
+    let record = &gateway.records("outcome", 1)[0];
+    assert_eq!(record["outcome"], "succeeded");
+    assert!(record["note"].as_str().unwrap().contains("broke off"), "{record}");
+    fault(&sandbox, json!({ "size": 300_000 }));
+    assert_eq!(gateway.call().body.len(), 300_000, "the control");
 }
 
 #[test]
@@ -129,7 +255,7 @@ fn a_connection_that_the_upstream_closed_is_replaced_unseen() {
 }
 
 /// A CA, and a server certificate that it signs.
-fn certificate(name: &str, expired: bool) -> (String, Tls) {
+pub(crate) fn certificate(name: &str, expired: bool) -> (String, Tls) {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
     let mut ca = CertificateParams::new(Vec::new()).unwrap();
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -10,6 +10,7 @@ mod admission;
 mod body;
 mod contract;
 mod exchange;
+mod bounds;
 mod token;
 mod audit;
 mod configuration;

@@ -1,0 +1,315 @@
+//! Every deadline and every cap: what lies beyond it is refused or closed, what lies within passes.
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, TcpStream},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use ccsqm_gateway::sandbox::{Options, Sandbox};
+use serde_json::{Value, json};
+
+use crate::{exchange::certificate, support::*};
+
+fn script(sandbox: &Sandbox, faults: Value) {
+    sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+}
+
+/// Runs something that must end in its time, with a margin of four.
+fn within<T>(promised: Duration, what: impl FnOnce() -> T) -> T {
+    let begin = Instant::now();
+    let value = what();
+    let took = begin.elapsed();
+    assert!(took < promised * 4 + Duration::from_millis(200), "{took:?} for {promised:?}");
+    value
+}
+
+/// Waits until the gateway closes a connection, and says what it wrote before.
+fn read_to_close(mut stream: TcpStream) -> String {
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    String::from_utf8(bytes).unwrap()
+}
+
+fn metric(gateway: &Gateway, line: &str) -> bool {
+    gateway.admin("/metrics").body.contains(&format!("ccsqm_gateway_{line}"))
+}
+
+#[test]
+fn a_head_that_is_slow_is_cut_off_and_one_in_time_is_not() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("server.header_timeout", "400ms"));
+    let whole = head(BODY.len(), "");
+    let (first, rest) = whole.split_at(40);
+    let mut slow = TcpStream::connect(gateway.address).unwrap();
+    slow.write_all(first.as_bytes()).unwrap();
+    assert_eq!(within(Duration::from_millis(400), || read_to_close(slow)), "");
+    wait_for("the metric", || {
+        metric(&gateway, r#"connections_closed_total{reason="header_timeout"} 1"#).then_some(())
+    });
+    let mut in_time = TcpStream::connect(gateway.address).unwrap();
+    in_time.write_all(first.as_bytes()).unwrap();
+    in_time.write_all((rest.to_owned() + BODY).as_bytes()).unwrap();
+    assert_eq!(read_reply(&mut in_time).outcome(), "succeeded", "the control");
+    let silent = TcpStream::connect(gateway.address).unwrap();
+    assert_eq!(within(Duration::from_millis(400), || read_to_close(silent)), "");
+}
+
+#[test]
+fn a_connection_that_idles_is_closed_and_not_before() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("server.idle_timeout", "500ms"));
+    let keep = head(BODY.len(), "").replace("connection: close\r\n", "") + BODY;
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    for call in 1..=3 {
+        stream.write_all(keep.as_bytes()).unwrap();
+        wait_for("the answer", || (sandbox.requests().len() == call).then_some(()));
+    }
+    let text = within(Duration::from_millis(500), || read_to_close(stream));
+    assert_eq!(text.matches("HTTP/1.1 200").count(), 3, "{text}");
+    wait_for("the metric", || {
+        metric(&gateway, r#"connections_closed_total{reason="idle_timeout"} 1"#).then_some(())
+    });
+}
+
+#[test]
+fn a_body_that_is_slow_is_refused_in_its_time() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("server.body_timeout", "300ms"));
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), "") + &BODY[..50]).as_bytes()).unwrap();
+    let reply = within(Duration::from_millis(300), || read_reply(&mut stream));
+    assert_eq!((reply.status, reply.code(), reply.outcome()), (408, "body_timeout", "not_sent"));
+    assert_eq!(sandbox.requests().len(), 0);
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}
+
+#[test]
+fn a_body_over_the_cap_is_refused_however_it_is_framed() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("server.max_body", "1KiB"));
+    let padded = |size: usize| format!("{BODY}{}", " ".repeat(size - BODY.len()));
+    let chunked = |body: &str| {
+        let head = head(0, "").replace("content-length: 0", "transfer-encoding: chunked");
+        let body = format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len());
+        gateway.send(&head, &body)
+    };
+    for (size, status, code) in [(1024, 200, ""), (1025, 413, "body_too_large")] {
+        let body = padded(size);
+        for reply in [gateway.post(&body), chunked(&body)] {
+            assert_eq!((reply.status, reply.code()), (status, code), "{size}");
+        }
+    }
+    assert_eq!(sandbox.requests().len(), 2);
+}
+
+#[test]
+fn a_token_that_does_not_come_is_waited_for_no_longer_than_promised() {
+    let sandbox = sandbox();
+    script(&sandbox, json!({ "token": [{ "instead": "hang", "times": 1 }] }));
+    let gateway =
+        start_with(&sandbox, Setup::default().set("token.wait", "400ms").set("token.timeout", "2s"));
+    let reply = within(Duration::from_millis(400), || gateway.call());
+    assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "token_unavailable", "not_sent"));
+    assert!(reply.headers.contains_key("retry-after"));
+    // The call that hangs is given up after `token.timeout`, and the next one brings a token.
+    within(Duration::from_secs(3), || {
+        wait_for("service", || (gateway.call().outcome() == "succeeded").then_some(()));
+    });
+    assert_eq!((sandbox.token_calls().len(), sandbox.requests().len()), (2, 1));
+}
+
+#[test]
+fn a_handshake_that_never_ends_is_given_up_with_nothing_sent() {
+    let (ca, tls) = certificate("localhost", false);
+    let secure =
+        Sandbox::start(Options { tls: Some(tls), token_listener: true, ..Options::default() }).unwrap();
+    let folder = Arc::new(tempfile::TempDir::new().unwrap());
+    let ca_file = folder.path().join("ca.pem");
+    std::fs::write(&ca_file, ca).unwrap();
+    let base_url = Some(secure.url().replace("127.0.0.1", "localhost"));
+    let token_url = Some(secure.token_url().replace("127.0.0.1", "localhost"));
+    let setup = Setup { base_url, token_url, folder: Some(folder), ..Setup::default() }
+        .set("upstream.ca_file", ca_file.display())
+        .set("upstream.connect_timeout", "400ms");
+    let gateway = start_with(&secure, setup);
+    script(&secure, json!({ "connections": [{ "instead": "hang", "times": 1 }] }));
+    let reply = within(Duration::from_millis(400), || gateway.call());
+    assert_eq!((reply.status, reply.code(), reply.outcome()), (502, "upstream_unreachable", "not_sent"));
+    assert_eq!(gateway.records("refusal", 1)[0]["code"], "upstream_unreachable");
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    assert_eq!(secure.requests().len(), 1);
+}
+
+#[test]
+fn an_upstream_that_is_down_is_told_at_once_with_nothing_sent() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    script(&sandbox, json!({ "down": true }));
+    wait_for("the end of open connections", || (sandbox.connections().open == 0).then_some(()));
+    let reply = gateway.call();
+    assert_eq!((reply.status, reply.code(), reply.outcome()), (502, "upstream_unreachable", "not_sent"));
+    script(&sandbox, json!({}));
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_eq!((sandbox.requests().len(), gateway.records("intent", 2).len()), (2, 2));
+}
+
+#[test]
+fn connections_over_the_cap_are_told_so_and_room_comes_back() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("server.max_connections", 3));
+    let held: Vec<_> = (0..3).map(|_| TcpStream::connect(gateway.address).unwrap()).collect();
+    wait_for("three connections", || metric(&gateway, "connections 3").then_some(()));
+    let reply = gateway.call();
+    assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "overloaded", "not_sent"));
+    assert!(reply.headers.contains_key("retry-after"));
+    assert_eq!(sandbox.requests().len(), 0);
+    drop(held);
+    wait_for("room", || metric(&gateway, "connections 0").then_some(()));
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}
+
+#[test]
+fn requests_over_the_cap_are_told_so_and_room_comes_back() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("server.max_in_flight", 2));
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    script(&sandbox, json!({ "business": [{ "delay_ms": 1500 }] }));
+    thread::scope(|scope| {
+        let held: Vec<_> = (0..2).map(|_| scope.spawn(|| gateway.call())).collect();
+        wait_for("two in flight", || (sandbox.requests().len() == 3).then_some(()));
+        let reply = gateway.call();
+        assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "overloaded", "not_sent"));
+        assert!(reply.headers.contains_key("retry-after"));
+        for held in held {
+            assert_eq!(held.join().unwrap().outcome(), "succeeded");
+        }
+    });
+    assert_eq!(sandbox.requests().len(), 3);
+    script(&sandbox, json!({}));
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}
+
+#[test]
+fn upstream_connections_stay_under_their_cap_and_a_wait_for_one_is_bounded() {
+    let sandbox = sandbox();
+    let capped = |wait: &str| {
+        Setup::default().set("upstream.max_connections", 2).set("upstream.connect_timeout", wait)
+    };
+    let together = |gateway: &Gateway| -> Vec<Reply> {
+        thread::scope(|scope| {
+            let calls: Vec<_> = (0..6).map(|_| scope.spawn(|| gateway.call())).collect();
+            calls.into_iter().map(|call| call.join().unwrap()).collect()
+        })
+    };
+    script(&sandbox, json!({ "business": [{ "delay_ms": 1500 }] }));
+    let gateway = start_with(&sandbox, capped("300ms"));
+    let replies = together(&gateway);
+    let (served, refused): (Vec<_>, Vec<_>) =
+        replies.iter().partition(|reply| reply.outcome() == "succeeded");
+    // With two workers each has one of the two, and all callers may have met at one of them.
+    assert!((1..=2).contains(&served.len()), "{} served", served.len());
+    for reply in refused {
+        assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "overloaded", "not_sent"));
+    }
+    assert_eq!(sandbox.requests().len(), served.len());
+    script(&sandbox, json!({ "business": [{ "delay_ms": 50 }] }));
+    let gateway = start_with(&sandbox, capped("5s"));
+    assert!(together(&gateway).iter().all(|reply| reply.outcome() == "succeeded"), "who waits is served");
+    assert!(metric(&gateway, "upstream_connects_total{result=\"ok\"} "), "it is counted");
+}
+
+#[test]
+fn a_refused_caller_receives_its_refusal_though_it_goes_on_sending() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    for size in [100 * 1024, 400 * 1024, 2 * 1024 * 1024] {
+        let body = "x".repeat(size);
+        let plain = head(size, "").replace("application/json", "text/plain");
+        let reply = gateway.send(&plain, &body);
+        assert_eq!((reply.status, reply.code()), (415, "media_type_unsupported"), "{size}");
+    }
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}
+
+#[test]
+fn after_a_refusal_whose_body_was_read_the_connection_serves_on() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let keep =
+        |headers: &str, body: &str| head(body.len(), headers).replace("connection: close\r\n", "") + body;
+    let refused = keep("", &"x".repeat(50_000)).replace("application/json", "text/plain");
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((refused + &keep("", BODY)).as_bytes()).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let text = read_to_close(stream);
+    assert!(text.starts_with("HTTP/1.1 415") && text.matches("HTTP/1.1 200").count() == 1, "{text}");
+    assert_eq!(sandbox.requests()[0].body, BODY.as_bytes());
+}
+
+#[test]
+fn a_head_that_is_too_large_or_no_http_is_refused_and_counted() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let huge = format!("x-huge: {}\r\n", "x".repeat(200_000));
+    for (sent, status) in [
+        (head(0, &huge), "431"),
+        ("\x16\x03\x01\x02\x00".into(), "400"),
+        ("PRI * HTTP/2.0\r\n\r\n".into(), ""),
+    ] {
+        let mut stream = TcpStream::connect(gateway.address).unwrap();
+        let _ = stream.write_all(sent.as_bytes());
+        let _ = stream.shutdown(Shutdown::Write);
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        let text = String::from_utf8_lossy(&bytes);
+        let said = text.split(' ').nth(1).unwrap_or_default();
+        assert!(said == status || (status.is_empty() && !text.contains(" 200 ")), "{status}: {text}");
+    }
+    wait_for("the metric", || {
+        metric(&gateway, r#"connections_closed_total{reason="head_invalid"} 3"#).then_some(())
+    });
+    assert_eq!(sandbox.requests().len(), 0);
+    assert_eq!(gateway.post_with(&format!("x-large: {}\r\n", "x".repeat(8_000))).outcome(), "succeeded");
+}
+
+#[test]
+fn a_caller_that_does_not_read_loses_its_connection_and_nothing_else() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("server.idle_timeout", "500ms"));
+    script(&sandbox, json!({ "business": [{ "size": 30_000_000, "times": 1 }] }));
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    wait_for("the connection's end", || {
+        metric(&gateway, r#"connections_closed_total{reason="idle_timeout"} 1"#).then_some(())
+    });
+    let record = &gateway.records("outcome", 1)[0];
+    assert_eq!(record["outcome"], "succeeded", "{record}");
+    wait_for("its room", || metric(&gateway, "requests_in_flight 0").then_some(()));
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}
+
+#[test]
+fn a_long_answer_that_comes_slowly_is_not_taken_for_an_idle_connection() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("server.idle_timeout", "1s"));
+    // 64 KiB at once would decide; the rest comes as slowly as the caller reads it.
+    script(&sandbox, json!({ "business": [{ "size": 20_000_000 }] }));
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    let (begin, mut read, mut piece) = (Instant::now(), 0, vec![0; 256 * 1024]);
+    loop {
+        match stream.read(&mut piece).unwrap() {
+            0 => break,
+            bytes => read += bytes,
+        }
+        if begin.elapsed() < Duration::from_secs(3) {
+            thread::sleep(Duration::from_millis(50)); // a slow caller, not a wait for something
+        }
+    }
+    assert!(read > 20_000_000, "{read} bytes");
+}
