@@ -15,3 +15,4 @@ mod token;
 mod audit;
 mod configuration;
 mod operations;
+mod secrets;

@@ -36,6 +36,8 @@ pub(crate) struct Setup {
     pub(crate) token_url: Option<String>,
     pub(crate) set: Vec<(&'static str, String)>,
     pub(crate) caller: &'static str,
+    /// The credential's name; empty: `default`.
+    pub(crate) credential: &'static str,
     pub(crate) folder: Option<Arc<TempDir>>,
 }
 
@@ -59,6 +61,7 @@ pub(crate) fn start_with(sandbox: &Sandbox, setup: Setup) -> Gateway {
     let folder = setup.folder.unwrap_or_else(|| Arc::new(TempDir::new().unwrap()));
     let base_url = setup.base_url.unwrap_or_else(|| sandbox.url());
     let token_url = setup.token_url.unwrap_or_else(|| sandbox.token_url());
+    let credential = if setup.credential.is_empty() { "default" } else { setup.credential };
     let options = Options::default();
     fs::write(folder.path().join("app_key"), &options.app_key).unwrap();
     fs::write(folder.path().join("app_secret"), &options.app_secret).unwrap();
@@ -78,14 +81,14 @@ burst = 1000000
 format = "json"
 level = "info"
 [[credentials]]
-name = "default"
+name = "{credential}"
 app_key_file = "app_key"
 app_secret_file = "app_secret"
 [[callers]]
 name = "qa-console"
 peer = "loopback"
 operator_id = "1611917095665261978"
-credential = "default"
+credential = "{credential}"
 routes = ["appointQualityTask"]
 rate_limit = "1000000/s"
 burst = 1000000
@@ -128,6 +131,10 @@ impl Gateway {
             }
         });
         Self { child, address: address.unwrap(), admin: admin.unwrap(), folder, log }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub(crate) fn log(&self) -> String {
@@ -226,6 +233,11 @@ impl Reply {
 
     pub(crate) fn code(&self) -> &str {
         self.headers.get("x-gateway-error").map_or("", String::as_str)
+    }
+
+    /// All of it.
+    pub(crate) fn text(&self) -> String {
+        format!("{self:?}")
     }
 
     pub(crate) fn json(&self) -> Value {
