@@ -13,8 +13,9 @@ use std::{
 };
 
 use super::{
-    Entry, Shared,
     chain::{Hash, Keys},
+    queue::Shared,
+    record::Entry,
 };
 
 /// How long a failed write waits.
