@@ -9,6 +9,8 @@ pub mod chain;
 mod queue;
 mod record;
 pub mod recovery;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::{
@@ -49,6 +51,8 @@ pub struct Options {
     pub queue: usize,
     /// An intent that is not safe by then is refused.
     pub intent_deadline: Duration,
+    /// Below this much free space, in bytes, refusals are no longer recorded: no stranger may fill the disk.
+    pub low_water: u64,
 }
 
 /// Why a trail could not be opened.
@@ -134,7 +138,7 @@ impl Audit {
             None => Keys::load_or_make(&directory)?,
         };
         let writer = recover(options, keys, lock).map_err(fail)?;
-        let shared = Arc::new(Shared::new(metrics, options.directory.clone(), options.queue));
+        let shared = Arc::new(Shared::new(metrics, options.queue));
         let writing = shared.clone();
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
@@ -183,9 +187,11 @@ fn lock(directory: &Path) -> Result<File, StartError> {
     }
 }
 
-/// Whether a process holds the lock of a trail, so that its last line may be half-written.
+/// Whether a process holds the lock of a trail, so that its last line may be half-written. Changes nothing
+/// in the directory.
 pub fn is_live(directory: &Path) -> bool {
-    matches!(lock(directory), Err(StartError::Locked(_)))
+    let held = File::open(directory.join("lock")).map(|file| file.try_lock());
+    matches!(held, Ok(Err(fs::TryLockError::WouldBlock)))
 }
 
 /// Reads the trail, cuts a torn line off, gives every open intent its outcome, and records all that. One
@@ -193,45 +199,21 @@ pub fn is_live(directory: &Path) -> bool {
 fn recover(options: &Options, keys: Keys, lock: File) -> io::Result<Writer> {
     let found = recovery::read(&options.directory, &keys)?;
     let mut entries = Vec::new();
-    let event = |name, details: Value| Entry::Event {
-        time: Timestamp::now(),
-        name,
-        details: details.as_object().cloned().unwrap_or_default(),
-    };
     if let Some((path, offset, length)) = &found.torn {
         OpenOptions::new().write(true).open(path)?.set_len(*offset)?;
-        entries.push(event("recovery", json!({ "what": "torn line cut off", "bytes": length })));
+        entries.push(Entry::event("recovery", json!({ "what": "torn line cut off", "bytes": length })));
     }
     if let Some(fault) = found.faults.first() {
         let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
         let details = json!({ "what": "damaged", "file": file, "line": fault.line, "reason": fault.reason });
-        entries.push(event("recovery", details));
+        entries.push(Entry::event("recovery", details));
     }
+    let (seq, segment) = found.resume()?;
     for id in found.in_doubt.into_keys() {
         entries.push(Entry::Doubt { time: Timestamp::now(), id });
     }
-    entries.push(event("start", json!({ "version": env!("CARGO_PKG_VERSION") })));
-    // What is damaged stays as it is: new records go into a new segment.
-    let segment = match found.last {
-        Some((path, length)) if found.faults.is_empty() => {
-            Some((OpenOptions::new().write(true).open(path)?, length))
-        }
-        _ => None,
-    };
-    let mut writer = Writer {
-        directory: options.directory.clone(),
-        segment_size: options.segment_size,
-        keys,
-        seq: found.seq,
-        hash: found.hash,
-        segment,
-        _lock: lock,
-    };
-    let first = writer.seq + 1;
-    let mut text = Vec::new();
-    for entry in &entries {
-        writer.append(entry, &mut text);
-    }
-    writer.write(&text, first)?;
+    entries.push(Entry::event("start", json!({ "version": env!("CARGO_PKG_VERSION") })));
+    let mut writer = Writer::new(options, keys, lock, (seq, found.hash), segment);
+    writer.append_all(&entries)?;
     Ok(writer)
 }

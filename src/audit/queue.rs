@@ -4,7 +4,6 @@
 use std::{
     collections::HashMap,
     net::IpAddr,
-    path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -13,7 +12,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use serde_json::Map;
+use serde_json::json;
 use tokio::sync::watch;
 
 use super::{
@@ -25,11 +24,13 @@ use crate::error::Code;
 /// Refusals of one kind that are recorded in full each second; the rest of the second is one record.
 const FULL_REFUSALS: u32 = 10;
 
-/// So many kinds of refusals are told apart; what goes beyond shares a kind.
-const MAX_KINDS: usize = 1024;
+/// So many kinds of strangers' refusals are told apart each second; further strangers share one kind a code.
+/// Addresses cost a stranger nothing, so their number must not decide how fast the trail grows. Callers are
+/// as many as are configured.
+const STRANGERS: usize = 10;
 
-/// Below this much free space refusals are no longer recorded: no stranger may fill the disk.
-const LOW_WATER: u64 = 64 << 20;
+/// A second of refusals.
+const SECOND: Duration = Duration::from_secs(1);
 
 /// What requests and the writer share.
 pub(super) struct Shared {
@@ -38,8 +39,9 @@ pub(super) struct Shared {
     /// The position up to which everything is safe.
     pub(super) safe: watch::Sender<u64>,
     healthy: AtomicBool,
+    /// Whether refusals may be recorded: there is space behind the last write, above the low-water mark.
+    space_left: AtomicBool,
     pub(super) metrics: Metrics,
-    directory: PathBuf,
     capacity: usize,
 }
 
@@ -57,13 +59,25 @@ struct Queue {
 struct Folds {
     since: Instant,
     kinds: HashMap<(Who, Code), Fold>,
-    space_left: bool,
+    strangers: usize,
+    /// Refusals that were not recorded since the last record that says so.
+    unrecorded: u64,
 }
 
 #[derive(Default)]
 struct Fold {
     seen: u32,
     more: Option<Entry>,
+}
+
+/// What the writer has to do.
+pub(super) enum Next {
+    /// To write a batch.
+    Write,
+    /// To look whether there is space again.
+    Look,
+    /// To end: the trail is closed and all is written.
+    End,
 }
 
 /// Whose refusals are folded together.
@@ -76,20 +90,20 @@ pub(super) enum Who {
 }
 
 impl Shared {
-    pub(super) fn new(metrics: Metrics, directory: PathBuf, capacity: usize) -> Self {
+    pub(super) fn new(metrics: Metrics, capacity: usize) -> Self {
         Self {
             queue: Mutex::new(Queue {
                 entries: Vec::new(),
                 reserved: 0,
                 position: 0,
                 closing: false,
-                folds: Folds { since: Instant::now(), kinds: HashMap::new(), space_left: true },
+                folds: Folds { since: Instant::now(), kinds: HashMap::new(), strangers: 0, unrecorded: 0 },
             }),
             filled: Condvar::new(),
             safe: watch::Sender::new(0),
             healthy: AtomicBool::new(true),
+            space_left: AtomicBool::new(true),
             metrics,
-            directory,
             capacity,
         }
     }
@@ -123,29 +137,35 @@ impl Shared {
         self.filled.notify_one();
     }
 
+    /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
+    /// outcomes.
     pub(super) fn push_refusal(&self, facts: Box<Facts>, code: Code, status: u16) {
         let mut queue = self.lock();
-        if queue.folds.since.elapsed() >= Duration::from_secs(1) {
+        if queue.folds.since.elapsed() >= SECOND {
             queue.fold_up(&self.metrics);
-            queue.folds.space_left = has_space(&self.directory);
+            if self.takes_refusals(&queue) {
+                queue.close_gap();
+            }
         }
-        let room = queue.folds.space_left && queue.entries.len() + queue.reserved < self.capacity / 2;
-        let folds = &mut queue.folds;
-        let mut kind = (facts.who(), code);
-        if folds.kinds.len() >= MAX_KINDS && !folds.kinds.contains_key(&kind) {
-            kind.0 = Who::Others;
+        if !self.takes_refusals(&queue) {
+            queue.folds.unrecorded += 1;
+            self.metrics.dropped.inc();
+            return;
         }
-        let fold = folds.kinds.entry(kind).or_default();
+        let who = queue.folds.place(facts.who(), code);
+        let several = who == Who::Others;
+        let fold = queue.folds.kinds.entry((who, code)).or_default();
         fold.seen += 1;
+        let full = fold.seen <= FULL_REFUSALS;
         match &mut fold.more {
-            _ if !room => self.metrics.dropped.inc(),
             Some(Entry::Refusal { count, .. }) => *count += 1,
             more => {
-                let entry = Entry::Refusal { time: Timestamp::now(), facts, code, status, count: 1 };
-                if fold.seen > FULL_REFUSALS {
-                    *more = Some(entry);
-                } else {
+                let time = Timestamp::now();
+                let entry = Entry::Refusal { time, facts, code, status, count: 1, several: several && !full };
+                if full {
                     queue.push(entry);
+                } else {
+                    *more = Some(entry);
                 }
             }
         }
@@ -153,26 +173,42 @@ impl Shared {
         self.filled.notify_one();
     }
 
-    /// Waits for entries and swaps them out whole; false once the trail is closed and all is written.
-    pub(super) fn next_batch(&self, batch: &mut Vec<Entry>) -> bool {
+    fn takes_refusals(&self, queue: &Queue) -> bool {
+        let usable = self.is_healthy() && self.has_space();
+        usable && queue.entries.len() + queue.reserved < self.capacity / 2
+    }
+
+    /// Waits for entries and swaps them out whole.
+    pub(super) fn next_batch(&self, batch: &mut Vec<Entry>) -> Next {
         let mut queue = self.lock();
         loop {
-            if queue.folds.is_due() {
+            let pending = queue.folds.is_pending() && self.takes_refusals(&queue);
+            if pending && queue.folds.since.elapsed() >= SECOND {
                 queue.fold_up(&self.metrics);
+                queue.close_gap();
             }
             if !queue.entries.is_empty() {
                 std::mem::swap(&mut queue.entries, batch);
-                return true;
+                return Next::Write;
             }
             if queue.closing {
-                return false;
+                return Next::End;
             }
-            queue = if queue.folds.is_pending() {
-                let waited = self.filled.wait_timeout(queue, Duration::from_millis(200));
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            } else {
-                self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner)
+            let wait = match (pending, self.has_space()) {
+                (_, false) => Some(SECOND),
+                (true, true) => Some(SECOND / 5),
+                (false, true) => None,
             };
+            let Some(wait) = wait else {
+                queue = self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let (woken, waited) =
+                self.filled.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner);
+            if !pending && waited.timed_out() {
+                return Next::Look;
+            }
+            queue = woken;
         }
     }
 
@@ -190,7 +226,8 @@ impl Shared {
     pub(super) fn close(&self) {
         let mut queue = self.lock();
         queue.fold_up(&self.metrics);
-        queue.push(Entry::Event { time: Timestamp::now(), name: "stop", details: Map::new() });
+        queue.close_gap();
+        queue.push(Entry::event("stop", json!({})));
         queue.closing = true;
         drop(queue);
         self.filled.notify_all();
@@ -202,6 +239,14 @@ impl Shared {
 
     pub(super) fn set_healthy(&self, healthy: bool) {
         self.healthy.store(healthy, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_space(&self) -> bool {
+        self.space_left.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_space_left(&self, space_left: bool) {
+        self.space_left.store(space_left, Ordering::Relaxed);
     }
 
     pub(super) fn count_error(&self) {
@@ -226,6 +271,7 @@ impl Queue {
     /// The second is over: what was only counted becomes one record each.
     fn fold_up(&mut self, metrics: &Metrics) {
         self.folds.since = Instant::now();
+        self.folds.strangers = 0;
         for (_, fold) in std::mem::take(&mut self.folds.kinds) {
             if let Some(entry) = fold.more {
                 if let Entry::Refusal { count, .. } = &entry {
@@ -235,18 +281,31 @@ impl Queue {
             }
         }
     }
+
+    /// Records how many refusals were not recorded.
+    fn close_gap(&mut self) {
+        let unrecorded = std::mem::take(&mut self.folds.unrecorded);
+        if unrecorded > 0 {
+            let what = "refusals were not recorded, for want of room or space";
+            self.push(Entry::event("gap", json!({ "what": what, "count": unrecorded })));
+        }
+    }
 }
 
 impl Folds {
     fn is_pending(&self) -> bool {
-        self.kinds.values().any(|fold| fold.more.is_some())
+        self.unrecorded > 0 || self.kinds.values().any(|fold| fold.more.is_some())
     }
 
-    fn is_due(&self) -> bool {
-        self.since.elapsed() >= Duration::from_secs(1) && self.is_pending()
+    /// The kind under which a refusal is folded.
+    fn place(&mut self, who: Who, code: Code) -> Who {
+        if matches!(who, Who::Caller(_)) || self.kinds.contains_key(&(who.clone(), code)) {
+            return who;
+        }
+        if self.strangers == STRANGERS {
+            return Who::Others;
+        }
+        self.strangers += 1;
+        who
     }
-}
-
-fn has_space(directory: &Path) -> bool {
-    rustix::fs::statvfs(directory).is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) >= LOW_WATER)
 }

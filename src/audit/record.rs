@@ -26,8 +26,20 @@ pub struct Record {
     id: Uuid,
     stage: Stage,
     open: Option<Box<Facts>>,
-    intended: bool,
-    taken: bool,
+    step: Step,
+}
+
+/// How far a record got: what it means that it is closed without an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// No intent was queued.
+    Open,
+    /// The intent is queued, and nobody sends yet.
+    Intended,
+    /// An exchange owns it: bytes may be on their way.
+    Exchanged,
+    /// It was handed over to an exchange, and this is what is left.
+    Taken,
 }
 
 /// How an exchange ended.
@@ -70,6 +82,8 @@ pub(super) enum Entry {
         code: Code,
         status: u16,
         count: u64,
+        /// It counts refusals of several peers, of which the facts name the first.
+        several: bool,
     },
     Event {
         time: Timestamp,
@@ -119,14 +133,7 @@ impl Record {
             entered: Instant::now(),
             spent: [Duration::ZERO; Stage::COUNT],
         };
-        Self {
-            audit,
-            id,
-            stage: Stage::Admission,
-            open: Some(Box::new(facts)),
-            intended: false,
-            taken: false,
-        }
+        Self { audit, id, stage: Stage::Admission, open: Some(Box::new(facts)), step: Step::Open }
     }
 
     /// The request's id.
@@ -182,12 +189,18 @@ impl Record {
     pub fn refuse(&mut self, code: Code, status: u16) {
         let Some(mut facts) = self.open.take() else { return };
         facts.enter(self.stage);
-        if self.intended {
-            let answer = Answer::without_reply(Outcome::NotSent, code, status);
-            self.audit.shared.push_outcome(facts, answer);
-        } else {
-            self.audit.shared.push_refusal(facts, code, status);
+        match self.step {
+            Step::Open | Step::Taken => self.audit.shared.push_refusal(facts, code, status),
+            Step::Intended => self.outcome(facts, Answer::without_reply(Outcome::NotSent, code, status)),
+            Step::Exchanged => {
+                let answer = Answer::without_reply(Outcome::Unknown, code, status);
+                self.outcome(facts, Answer { note: Some("cut off"), ..answer });
+            }
         }
+    }
+
+    fn outcome(&self, facts: Box<Facts>, answer: Answer) {
+        self.audit.shared.push_outcome(facts, answer);
     }
 
     /// Queues the intent and waits until it is safe. `members` are further members of the record, as JSON
@@ -197,7 +210,7 @@ impl Record {
         let shared = &self.audit.shared;
         let entry = Entry::Intent { time: Timestamp::now(), facts, body: body.clone(), members };
         let position = shared.push_intent(entry)?;
-        self.intended = true;
+        self.step = Step::Intended;
         let mut safe = shared.safe.subscribe();
         match timeout(self.audit.deadline, safe.wait_for(|safe| *safe >= position)).await {
             Ok(Ok(_)) => Ok(()),
@@ -208,45 +221,38 @@ impl Record {
         }
     }
 
-    /// Hands the open record over. What is left knows its id and stage and records nothing.
+    /// Hands the open record over to an exchange, which begins to send. What is left knows its id and stage
+    /// and records nothing.
     pub fn take(&mut self) -> Self {
-        self.taken = true;
+        self.step = Step::Taken;
         Self {
             audit: self.audit.clone(),
             id: self.id,
             stage: self.stage,
             open: self.open.take(),
-            intended: self.intended,
-            taken: false,
+            step: Step::Exchanged,
         }
     }
 
     /// Whether it was handed over.
     pub fn is_taken(&self) -> bool {
-        self.taken
+        self.step == Step::Taken
     }
 
     /// Closes the record with the outcome of its exchange.
     pub fn finish(mut self, answer: Answer) {
         if let Some(mut facts) = self.open.take() {
             facts.enter(self.stage);
-            self.audit.shared.push_outcome(facts, answer);
+            self.outcome(facts, answer);
         }
     }
 }
 
+/// The caller left before the intent was safe, or an exchange was cut off.
 impl Drop for Record {
     fn drop(&mut self) {
-        let Some(mut facts) = self.open.take() else { return };
-        facts.enter(self.stage);
-        if self.intended {
-            let code = Code::Internal;
-            let answer = Answer::without_reply(Outcome::Unknown, code, code.status().as_u16());
-            self.audit.shared.push_outcome(facts, Answer { note: Some("cut off"), ..answer });
-        } else {
-            let code = Code::CallerLeft;
-            self.audit.shared.push_refusal(facts, code, code.status().as_u16());
-        }
+        let code = if self.step == Step::Exchanged { Code::Internal } else { Code::CallerLeft };
+        self.refuse(code, code.status().as_u16());
     }
 }
 
@@ -304,6 +310,12 @@ fn millis(duration: Duration) -> f64 {
 }
 
 impl Entry {
+    /// An event of now; `details` is an object.
+    pub(super) fn event(name: &'static str, details: Value) -> Self {
+        let details = if let Value::Object(details) = details { details } else { Map::new() };
+        Self::Event { time: Timestamp::now(), name, details }
+    }
+
     pub(super) fn kind(&self) -> &'static str {
         match self {
             Self::Intent { .. } => "intent",
@@ -348,13 +360,14 @@ impl Entry {
                 optional(line, "note", answer.note);
                 member(line, "ms", &facts.milliseconds());
             }
-            Self::Refusal { facts, code, status, count, .. } => {
+            Self::Refusal { facts, code, status, count, several, .. } => {
                 facts.write(line);
                 member(line, "outcome", Outcome::NotSent.as_str());
                 member(line, "code", code.as_str());
                 member(line, "stage", facts.stage.as_str());
                 member(line, "status", status);
                 optional(line, "count", (*count > 1).then_some(count));
+                optional(line, "peers", several.then_some("several"));
             }
             Self::Event { name, details, .. } => {
                 member(line, "event", name);
