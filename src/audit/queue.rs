@@ -129,12 +129,13 @@ impl Shared {
         Ok(position)
     }
 
-    pub(super) fn push_outcome(&self, facts: Box<Facts>, answer: Answer) {
+    pub(super) fn push_outcome(&self, facts: Box<Facts>, answer: Answer) -> u64 {
         let mut queue = self.lock();
         queue.reserved = queue.reserved.saturating_sub(1);
-        queue.push(Entry::Outcome { time: Timestamp::now(), facts, answer });
+        let position = queue.push(Entry::Outcome { time: Timestamp::now(), facts, answer });
         drop(queue);
         self.filled.notify_one();
+        position
     }
 
     /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
