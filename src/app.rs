@@ -40,6 +40,9 @@ const AUDIT_QUEUE: usize = 16 * 1024;
 /// An intent that is not safe by then is refused.
 const INTENT_DEADLINE: Duration = Duration::from_millis(250);
 
+/// Below this much free space refusals are no longer recorded.
+const LOW_WATER: u64 = 64 << 20;
+
 /// A gateway that is built and bound, and serves nobody yet.
 pub struct App {
     config: Config,
@@ -69,6 +72,7 @@ impl App {
             key_file: config.audit.key_file.clone(),
             queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
             intent_deadline: INTENT_DEADLINE,
+            low_water: LOW_WATER,
         };
         let audit = Audit::start(&options, audit_metrics)?;
         let slots = slots(&config, &tls, &parts.token, &audit)?;

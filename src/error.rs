@@ -132,7 +132,7 @@ pub enum Code {
     UpstreamBroken,
     /// The upstream refuses every token we can get.
     CredentialRejected,
-    /// The caller went away before the intent. Never sent, only recorded.
+    /// The caller went away before its request was sent. Never answered, only recorded.
     CallerLeft,
     /// A fault of the gateway's own.
     Internal,

@@ -135,6 +135,17 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// The path of the segment whose first record has this number.
+pub(super) fn segment_path(directory: &Path, first: u64) -> PathBuf {
+    directory.join(format!("audit-{first:020}.jsonl"))
+}
+
+/// The number in a segment's name; 0 if there is none.
+pub(super) fn first_seq(segment: &Path) -> u64 {
+    let name = segment.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
+    name.strip_prefix("audit-").and_then(|number| number.parse().ok()).unwrap_or(0)
+}
+
 /// The segments of a directory, oldest first.
 pub fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut segments = Vec::new();

@@ -2,13 +2,17 @@
 
 use std::{
     collections::BTreeMap,
+    fs::{File, OpenOptions},
     io,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::chain::{Hash, Keys, lines, segments, stated};
+use super::chain::{Hash, Keys, first_seq, lines, segments, stated};
+
+/// No record has so high a number; a line that states one is no place to go on from.
+const MAX_SEQ: u64 = 1 << 60;
 
 /// What reading a trail found.
 #[derive(Debug, Default)]
@@ -69,43 +73,64 @@ struct Head {
 /// Reads all segments of a directory.
 pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
     let mut found = Found::default();
-    for path in segments(directory)? {
+    let segments = segments(directory)?;
+    for (index, path) in segments.iter().enumerate() {
+        let is_last = index + 1 == segments.len();
         found.last = Some((path.clone(), 0));
-        for line in lines(&path)? {
+        for line in lines(path)? {
             let line = line?;
             let length = line.bytes.len() as u64;
-            if !line.whole {
-                found.torn = Some((path.clone(), line.offset, length));
-                continue;
+            if line.whole || !is_last {
+                found.take(path, line.number, &line.bytes, keys);
+                found.last = Some((path.clone(), line.offset + length + 1));
             }
-            found.take(&path, line.number, &line.bytes, keys);
-            found.last = Some((path.clone(), line.offset + length + 1));
+            if !line.whole && is_last {
+                found.torn = Some((path.clone(), line.offset, length));
+            } else if !line.whole {
+                // A crash tears the last line of all; elsewhere somebody did.
+                found.fault(path, line.number, "the line has no end");
+            }
         }
     }
     Ok(found)
 }
 
 impl Found {
+    /// Where a writer goes on: the last number given away, and the segment with its length. What is damaged
+    /// stays as it is: new records then go into a new segment, whose name is that of no other.
+    pub(super) fn resume(&self) -> io::Result<(u64, Option<(File, u64)>)> {
+        match &self.last {
+            Some((path, length)) if self.faults.is_empty() => {
+                Ok((self.seq, Some((OpenOptions::new().write(true).open(path)?, *length))))
+            }
+            Some((path, _)) => Ok((self.seq.max(first_seq(path)), None)),
+            None => Ok((self.seq, None)),
+        }
+    }
+
+    fn fault(&mut self, path: &Path, line: usize, reason: &'static str) {
+        self.faults.push(Fault { file: path.into(), line, seq: self.seq, reason });
+    }
+
     fn take(&mut self, path: &Path, number: usize, line: &[u8], keys: &Keys) {
         let seq = self.seq + 1;
-        let mut fault = |reason| self.faults.push(Fault { file: path.into(), line: number, seq, reason });
+        self.seq = seq;
         match keys.check(line, &self.hash) {
             Ok(hash) => self.hash = hash,
             Err(reason) => {
-                fault(reason);
+                self.fault(path, number, reason);
                 // Go on from what the line states, so that one changed record is one fault.
                 self.hash = stated(line).unwrap_or(self.hash);
             }
         }
-        self.seq = seq;
         let Ok(head) = serde_json::from_slice::<Head>(line) else {
-            self.faults.push(Fault { file: path.into(), line: number, seq, reason: "not a record" });
+            self.fault(path, number, "not a record");
             return;
         };
         if head.seq != seq {
-            let reason = "the number does not follow: records were removed, added or swapped";
-            self.faults.push(Fault { file: path.into(), line: number, seq, reason });
-            self.seq = head.seq;
+            self.fault(path, number, "the number does not follow: records were removed, added or swapped");
+            // Go on from what the line states, unless nothing could follow it.
+            self.seq = if head.seq < MAX_SEQ { head.seq } else { seq };
         }
         match (head.kind.as_str(), head.id) {
             ("intent", Some(id)) => {

@@ -1,47 +1,84 @@
 //! The writer's thread: formats, chains and writes, one write a batch.
 //!
 //! Nothing that failed is believed: the segment is cut back to its last good length and the batch is tried
-//! again, while intents time out. A stuck disk holds this thread, never a worker.
+//! again, while intents time out. A stuck disk holds this thread, never a worker. A segment that somebody
+//! deleted or cut while it was open is given up for a new one; if the whole directory was replaced, nothing is
+//! written, since its lock may be another's.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use serde_json::json;
+
 use super::{
-    Entry, Shared,
-    chain::{Hash, Keys},
+    Options,
+    chain::{Hash, Keys, segment_path},
+    queue::{Next, Shared},
+    record::Entry,
 };
 
 /// How long a failed write waits.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// How often the free space is measured while there is something to write.
+const MEASURE: Duration = Duration::from_secs(1);
+
 /// Where the trail stands.
 pub(super) struct Writer {
-    pub(super) directory: PathBuf,
-    pub(super) segment_size: u64,
-    pub(super) keys: Keys,
-    pub(super) seq: u64,
-    pub(super) hash: Hash,
-    pub(super) segment: Option<(File, u64)>,
+    directory: PathBuf,
+    segment_size: u64,
+    low_water: u64,
+    measured: Option<Instant>,
+    keys: Keys,
+    seq: u64,
+    hash: Hash,
+    segment: Option<(File, u64)>,
+    /// A segment was deleted or cut by somebody else, and no record says so yet.
+    lost: bool,
     /// Held for as long as the trail is written.
-    pub(super) _lock: File,
+    lock: File,
 }
 
 impl Writer {
+    /// A writer that goes on behind the last record's number and hash, in the segment if there is one.
+    pub(super) fn new(
+        options: &Options,
+        keys: Keys,
+        lock: File,
+        (seq, hash): (u64, Hash),
+        segment: Option<(File, u64)>,
+    ) -> Self {
+        Self {
+            directory: options.directory.clone(),
+            segment_size: options.segment_size,
+            low_water: options.low_water,
+            measured: None,
+            keys,
+            seq,
+            hash,
+            segment,
+            lost: false,
+            lock,
+        }
+    }
+
     /// Writes until the trail is closed and everything queued is written.
-    pub(super) fn run(mut self, shared: &Arc<Shared>) {
+    pub(super) fn run(mut self, shared: &Shared) {
         let mut batch = Vec::new();
-        while shared.next_batch(&mut batch) {
-            let mut text = Vec::with_capacity(batch.len() * 512);
-            let before = (self.seq, self.hash);
-            for entry in &batch {
-                self.append(entry, &mut text);
+        loop {
+            self.measure(shared);
+            match shared.next_batch(&mut batch) {
+                Next::Write => {}
+                Next::Look => continue,
+                Next::End => return,
             }
+            let before = (self.seq, self.hash);
+            let text = self.format(&batch);
             if !self.write_persistently(&text, before.0 + 1, shared) {
                 (self.seq, self.hash) = before;
                 tracing::error!(
@@ -52,16 +89,44 @@ impl Writer {
             }
             shared.written(&batch, text.len());
             batch.clear();
+            if std::mem::take(&mut self.lost) {
+                tracing::error!(
+                    "an audit segment was deleted or cut while it was written; a new one is begun"
+                );
+                shared.push(Entry::event(
+                    "gap",
+                    json!({ "what": "a segment was deleted or cut while it was written" }),
+                ));
+            }
         }
     }
 
-    /// Formats one record and links it.
-    pub(super) fn append(&mut self, entry: &Entry, text: &mut Vec<u8>) {
-        self.seq += 1;
+    /// Formats, links and writes records, once.
+    pub(super) fn append_all(&mut self, entries: &[Entry]) -> io::Result<()> {
+        let first = self.seq + 1;
+        let text = self.format(entries);
+        self.write(&text, first)
+    }
+
+    fn format(&mut self, entries: &[Entry]) -> Vec<u8> {
+        let mut text = Vec::with_capacity(entries.len() * 512);
         let mut line = Vec::with_capacity(512);
-        entry.format(self.seq, &self.keys, &mut line);
-        self.hash = self.keys.seal(&mut line, &self.hash);
-        text.extend_from_slice(&line);
+        for entry in entries {
+            self.seq += 1;
+            line.clear();
+            entry.format(self.seq, &self.keys, &mut line);
+            self.hash = self.keys.seal(&mut line, &self.hash);
+            text.extend_from_slice(&line);
+        }
+        text
+    }
+
+    /// Looks whether there is space for refusals. Here, since asking a stuck disk takes for ever.
+    fn measure(&mut self, shared: &Shared) {
+        if self.measured.is_none_or(|measured| measured.elapsed() >= MEASURE) {
+            shared.set_space_left(free_space(&self.directory) >= self.low_water);
+            self.measured = Some(Instant::now());
+        }
     }
 
     /// Tries until it is written; gives up only when the trail is closing.
@@ -92,13 +157,18 @@ impl Writer {
     }
 
     /// Writes records of which `first` is the first one's number.
-    pub(super) fn write(&mut self, text: &[u8], first: u64) -> io::Result<()> {
-        if self.segment.as_ref().is_some_and(|(_, length)| *length >= self.segment_size) {
-            self.segment = None;
+    fn write(&mut self, text: &[u8], first: u64) -> io::Result<()> {
+        if let Some((file, length)) = &self.segment {
+            if !is_whole(file, *length)? {
+                self.lost = true;
+                self.segment = None;
+            } else if *length >= self.segment_size {
+                self.segment = None;
+            }
         }
         let (file, length) = match &mut self.segment {
             Some(segment) => segment,
-            empty => empty.insert((open(&self.directory, first)?, 0)),
+            empty => empty.insert((begin(&self.directory, first, &self.lock)?, 0)),
         };
         match file.write_all_at(text, *length) {
             Ok(()) => {
@@ -113,8 +183,28 @@ impl Writer {
     }
 }
 
-/// A segment is named after the first record in it.
-fn open(directory: &Path, first: u64) -> io::Result<File> {
-    let path = directory.join(format!("audit-{first:020}.jsonl"));
-    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+/// Whether an open segment still has its name and all that was written. What goes into a deleted file is lost
+/// in silence.
+fn is_whole(file: &File, length: u64) -> io::Result<bool> {
+    let found = file.metadata()?;
+    Ok(found.nlink() > 0 && found.len() >= length)
+}
+
+/// Begins a segment, which is named after the first record in it.
+fn begin(directory: &Path, first: u64, lock: &File) -> io::Result<File> {
+    let identity = |found: fs::Metadata| (found.dev(), found.ino());
+    if identity(fs::metadata(directory.join("lock"))?) != identity(lock.metadata()?) {
+        return Err(io::Error::other("the directory was replaced; the gateway must be restarted"));
+    }
+    let path = segment_path(directory, first);
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    if file.metadata()?.len() > 0 {
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "the next segment is there already"));
+    }
+    Ok(file)
+}
+
+/// Bytes that this process may still write.
+fn free_space(directory: &Path) -> u64 {
+    rustix::fs::statvfs(directory).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
 }

@@ -1,57 +1,228 @@
-//! Stage 8: the trail, through crashes.
+//! Stage 8: the trail, through crashes, through faults of its disk, and through floods.
 
-use std::{collections::HashMap, fs, thread};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs::{self, OpenOptions},
+    io::{Read, Write},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
 
-use serde_json::Value;
+use ccsqm_gateway::sandbox::{Received, Sandbox};
+use serde_json::{Value, json};
 
 use crate::support::*;
 
-#[test]
-fn killed_in_the_middle_it_loses_no_request() {
-    let sandbox = sandbox();
-    let mut folder = None;
-    for _ in 0..10 {
-        sandbox
-            .faults(serde_json::from_value(serde_json::json!({ "business": [{ "delay_ms": 40 }] })).unwrap())
-            .unwrap();
-        let gateway = start_with(&sandbox, Setup { folder: folder.take(), ..Setup::default() });
-        assert_eq!(gateway.call().outcome(), "succeeded");
-        let address = gateway.address;
-        let callers: Vec<_> = (0..8)
-            .map(|_| {
-                thread::spawn(move || {
-                    use std::io::Write;
-                    while let Ok(mut stream) = std::net::TcpStream::connect(address) {
-                        let _ = stream.write_all((head(BODY.len(), "") + BODY).as_bytes());
-                        let _ = read_reply(&mut stream);
-                    }
-                })
-            })
-            .collect();
-        gateway.records("outcome", 20);
-        folder = Some(gateway.kill());
-        for caller in callers {
-            caller.join().unwrap();
-        }
-    }
-    let gateway = start_with(&sandbox, Setup { folder, ..Setup::default() });
-    let audit = gateway.audit_directory();
-    let (code, out, _) = command(&["audit", "verify", audit.to_str().unwrap()]);
-    assert_eq!(code, 0, "{out}");
-    let intents = records(&audit, "intent");
-    let mut outcomes = HashMap::<Value, Vec<Value>>::new();
-    for record in records(&audit, "outcome") {
-        outcomes.entry(record["id"].clone()).or_default().push(record);
-    }
-    assert!(intents.len() >= sandbox.requests().len(), "an intent for every request that was received");
-    let mut in_doubt = 0;
-    for intent in &intents {
-        let ends = &outcomes[&intent["id"]];
-        assert_eq!(ends.len(), 1, "{ends:?}");
-        in_doubt += usize::from(ends[0]["outcome"] == "unknown");
-    }
-    assert!(in_doubt >= 10, "every round was killed in the middle of something: {in_doubt}");
+fn faults(sandbox: &Sandbox, script: Value) {
+    sandbox.faults(serde_json::from_value(script).unwrap()).unwrap();
 }
+
+/// `audit verify`: whether the trail is whole, and what it says.
+fn verify(directory: &Path) -> (bool, String) {
+    let (code, out, error) = command(&["audit", "verify", directory.to_str().unwrap()]);
+    assert!(code <= 1, "{error}");
+    (code == 0, out)
+}
+
+fn segments(directory: &Path) -> Vec<PathBuf> {
+    let mut segments: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    segments.retain(|path| path.extension().is_some_and(|extension| extension == "jsonl"));
+    segments.sort();
+    segments
+}
+
+fn outcomes(directory: &Path) -> HashMap<String, Vec<Value>> {
+    let mut outcomes = HashMap::<_, Vec<_>>::new();
+    for record in records(directory, "outcome") {
+        outcomes.entry(text(&record["id"])).or_default().push(record);
+    }
+    outcomes
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+/// A body that assigns a task of its own.
+fn body(task: u64) -> String {
+    BODY.replace("\"954645333549048833\"", &task.to_string())
+}
+
+// ---- Killed ----------------------------------------------------------------------------------------------
+
+/// Rounds that must count.
+const ROUNDS: usize = 30;
+
+/// Callers at once; some of them meet a fault that holds their request in one phase, the others run free.
+const CALLERS: usize = 10;
+
+/// Where a request was between intent and outcome when the process was killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    /// The intent is safe; the upstream has not received the whole request.
+    Unsent,
+    /// The upstream has received it, and not answered.
+    Unanswered,
+    /// The upstream has begun to answer, and no outcome is in the trail.
+    Answered,
+}
+
+/// What a caller was told, whole.
+struct Told {
+    task: u64,
+    id: String,
+    outcome: String,
+}
+
+/// All that is known outside the gateway.
+struct Load {
+    task: Arc<AtomicU64>,
+    told: Arc<Mutex<Vec<Told>>>,
+}
+
+impl Load {
+    /// Callers that call until nobody listens.
+    fn begin(&self, address: SocketAddr) -> Vec<thread::JoinHandle<()>> {
+        let caller = || {
+            let (task, told) = (self.task.clone(), self.told.clone());
+            thread::spawn(move || {
+                while let Ok(mut stream) = TcpStream::connect(address) {
+                    let task = task.fetch_add(1, Ordering::Relaxed);
+                    let body = body(task);
+                    let _ = stream.write_all((head(body.len(), "") + &body).as_bytes());
+                    let reply = read_reply(&mut stream);
+                    let length = reply.headers.get("content-length").and_then(|length| length.parse().ok());
+                    if length == Some(reply.body.len()) {
+                        let outcome = reply.outcome().to_owned();
+                        told.lock().unwrap().push(Told {
+                            task,
+                            id: reply.headers["x-gateway-request-id"].clone(),
+                            outcome,
+                        });
+                    }
+                }
+            })
+        };
+        (0..CALLERS).map(|_| caller()).collect()
+    }
+
+    fn told(&self) -> usize {
+        self.told.lock().unwrap().len()
+    }
+}
+
+/// The upstream holds two connections without reading, two requests without answering, and two in the middle
+/// of its answer. What is not held is answered at once.
+fn hold_some(sandbox: &Sandbox) {
+    faults(
+        sandbox,
+        json!({
+            "connections": [{ "after": 1, "times": 2, "delay_ms": 60_000, "instead": "hang" }],
+            "business": [
+                { "after": 8, "times": 2, "delay_ms": 60_000 },
+                { "after": 12, "times": 2, "framing": { "slow_body_ms": 500 } },
+            ],
+        }),
+    );
+}
+
+/// Tasks that the sandbox received, whole or not.
+fn received(sandbox: &Sandbox) -> HashMap<u64, Vec<Received>> {
+    let mut received = HashMap::<_, Vec<_>>::new();
+    for request in sandbox.requests() {
+        let body: Value = serde_json::from_slice(&request.body).unwrap_or_default();
+        received.entry(body["qualityTaskId"].as_u64().unwrap_or(0)).or_default().push(request);
+    }
+    received
+}
+
+fn phase(received: Option<&Vec<Received>>) -> Phase {
+    match received.and_then(|requests| requests.first()) {
+        Some(request) if request.complete && request.status.is_some() => Phase::Answered,
+        Some(request) if request.complete => Phase::Unanswered,
+        Some(_) | None => Phase::Unsent,
+    }
+}
+
+#[test]
+fn killed_thirty_times_under_load_it_loses_no_request() {
+    let sandbox = sandbox();
+    let load = Load { task: Arc::new(AtomicU64::new(1_000)), told: Arc::default() };
+    let (mut rounds, mut by_phase, mut folder) = (0, BTreeMap::<Phase, (usize, usize)>::new(), None);
+    for round in 1.. {
+        hold_some(&sandbox);
+        let gateway = start_with(&sandbox, Setup { folder: folder.take(), ..Setup::default() });
+        let (before, enough) = (load.told(), 10 + round * 7 % 50);
+        let callers = load.begin(gateway.address);
+        wait_for("replies", || (load.told() >= before + enough).then_some(()));
+        let audit = gateway.audit_directory();
+        folder = Some(gateway.kill());
+        let received = received(&sandbox);
+        callers.into_iter().for_each(|caller| caller.join().unwrap());
+
+        let ended: BTreeSet<_> =
+            records(&audit, "outcome").iter().map(|outcome| text(&outcome["id"])).collect();
+        let open: Vec<_> =
+            records(&audit, "intent").into_iter().filter(|i| !ended.contains(&text(&i["id"]))).collect();
+        let phases: Vec<_> =
+            open.iter().map(|intent| phase(received.get(&intent["task"].as_u64().unwrap()))).collect();
+        println!("round {round}: killed after {enough} replies; between intent and outcome: {phases:?}");
+        for phase in phases.iter().collect::<BTreeSet<_>>() {
+            let (in_rounds, requests) = by_phase.entry(*phase).or_default();
+            *in_rounds += 1;
+            *requests += phases.iter().filter(|other| *other == phase).count();
+        }
+        rounds += usize::from(!open.is_empty());
+
+        let gateway = start_with(&sandbox, Setup { folder: folder.take(), ..Setup::default() });
+        check_after_a_kill(&audit, &received, &load, &open);
+        folder = Some(gateway.kill());
+        if rounds == ROUNDS {
+            break;
+        }
+        assert!(round < 2 * ROUNDS, "only {rounds} of {round} rounds count");
+    }
+    for (phase, (in_rounds, requests)) in &by_phase {
+        println!("{phase:?}: {requests} requests in {in_rounds} rounds");
+    }
+    println!("{rounds} rounds, {} replies", load.told());
+    assert!(by_phase.len() == 3 && by_phase.values().all(|(in_rounds, _)| *in_rounds >= 5), "{by_phase:?}");
+}
+
+/// What must hold after each restart.
+fn check_after_a_kill(audit: &Path, received: &HashMap<u64, Vec<Received>>, load: &Load, open: &[Value]) {
+    let (whole, said) = verify(audit);
+    assert!(whole, "{said}");
+    let intents: HashMap<_, _> = records(audit, "intent")
+        .into_iter()
+        .map(|intent| (intent["task"].as_u64().unwrap(), text(&intent["id"])))
+        .collect();
+    let outcomes = outcomes(audit);
+    for (task, requests) in received.iter().filter(|(task, _)| **task != 0) {
+        assert!(intents.contains_key(task), "the upstream received {task}, of which the trail knows nothing");
+        assert_eq!(requests.len(), 1, "{task} was sent more than once");
+    }
+    for id in intents.values() {
+        assert_eq!(outcomes.get(id).map(Vec::len), Some(1), "{id}");
+    }
+    let cut_off: BTreeSet<_> = open.iter().map(|intent| text(&intent["id"])).collect();
+    for id in &cut_off {
+        assert_eq!(outcomes[id][0]["outcome"], "unknown", "{id}");
+    }
+    for Told { task, id, outcome } in &*load.told.lock().unwrap() {
+        assert_eq!(intents.get(task), Some(id), "a caller was told {outcome}");
+        assert_eq!(outcomes[id][0]["outcome"], **outcome, "the trail says what the caller was told");
+    }
+}
+
+// ---- Damaged ---------------------------------------------------------------------------------------------
 
 #[test]
 fn verify_names_the_line_that_was_changed() {
@@ -66,11 +237,7 @@ fn verify_names_the_line_that_was_changed() {
     let audit = gateway.audit_directory();
     let verify = || command(&["audit", "verify", audit.to_str().unwrap()]);
     assert_eq!(verify().0, 0, "the control");
-    let segment = fs::read_dir(&audit)
-        .unwrap()
-        .map(|e| e.unwrap().path())
-        .find(|p| p.extension().is_some_and(|e| e == "jsonl"))
-        .unwrap();
+    let segment = segments(&audit).remove(0);
     let text = fs::read(&segment).unwrap();
     for offset in (0..text.len()).step_by(97) {
         if text[offset] == b'\n' {
@@ -98,11 +265,7 @@ fn a_torn_last_line_is_cut_off_and_recorded() {
     gateway.records("outcome", 1);
     let audit = gateway.audit_directory();
     let folder = gateway.kill();
-    let segment = fs::read_dir(&audit)
-        .unwrap()
-        .map(|e| e.unwrap().path())
-        .find(|p| p.extension().is_some_and(|e| e == "jsonl"))
-        .unwrap();
+    let segment = segments(&audit).remove(0);
     let text = fs::read(&segment).unwrap();
     fs::write(&segment, &text[..text.len() - 30]).unwrap();
     let gateway = start_with(&sandbox, Setup { folder: Some(folder), ..Setup::default() });
@@ -119,4 +282,355 @@ fn two_gateways_never_share_a_trail() {
     let config = gateway.folder.path().join("gateway.toml");
     let (code, _, error) = command(&["serve", "--config", config.to_str().unwrap()]);
     assert!(code == 1 && error.contains("another process writes here"), "{error}");
+}
+
+#[test]
+fn the_audit_commands_answer_people_and_machines() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    let audit = gateway.audit_directory();
+    let run = |words: &str| {
+        let words: Vec<_> = words.split(' ').collect();
+        command(&[&["audit", words[0], audit.to_str().unwrap()], &words[1..]].concat())
+    };
+    let json = |words: &str| serde_json::from_str::<Value>(&run(words).1).unwrap();
+    let last = records(&audit, "").pop().unwrap();
+    assert_eq!(json("head --json"), json!({ "seq": last["seq"], "hash": last["hash"] }));
+    assert_eq!(run("head").1, format!("{} {}\n", last["seq"], text(&last["hash"])));
+    assert_eq!(
+        json("verify --json"),
+        json!({ "whole": true, "records": last["seq"], "faults": [], "torn": null })
+    );
+    assert_eq!((run("verify").0, run("in-doubt")), (0, (0, "0 in doubt\n".into(), String::new())));
+
+    faults(&sandbox, json!({ "business": [{ "delay_ms": 60_000 }] }));
+    let mut caller = TcpStream::connect(gateway.address).unwrap();
+    caller.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
+    let intent = records(&audit, "intent").pop().unwrap();
+    let (code, out, _) = run("in-doubt");
+    assert!(
+        code == 1 && out.contains(intent["id"].as_str().unwrap()) && out.ends_with("1 in doubt\n"),
+        "{out}"
+    );
+    let doubt = json("in-doubt --json");
+    for member in ["id", "time", "caller", "route", "task"] {
+        assert_eq!(doubt[member], intent[member], "{member}");
+    }
+
+    let other_key = gateway.folder.path().join("other.key");
+    fs::write(&other_key, [7; 32]).unwrap();
+    let (code, out, _) = run(&format!("verify --key-file {}", other_key.display()));
+    assert!(code == 1 && out.contains(".jsonl:1: record 1: "), "{out}");
+    let (code, _, error) = run("verify --key-file /nowhere");
+    assert!(code == 78 && error.contains("/nowhere"), "{error}");
+    let (code, _, error) = command(&["audit", "verify", "/nowhere"]);
+    assert!(code == 78 && error.contains("/nowhere/audit.key"), "{error}");
+
+    // A line that is being written is no fault of a live trail, and one of a dead trail.
+    let folder = gateway.kill();
+    OpenOptions::new()
+        .append(true)
+        .open(segments(&audit).remove(0))
+        .unwrap()
+        .write_all(b"{\"seq\":")
+        .unwrap();
+    let (code, out, _) = run("verify");
+    assert!(code == 1 && out.contains("the last line is torn"), "{out}");
+    let lock = fs::File::open(audit.join("lock")).unwrap();
+    lock.try_lock().unwrap();
+    assert_eq!(run("verify").0, 0);
+    drop((lock, folder));
+}
+
+// ---- Faults of the disk ----------------------------------------------------------------------------------
+
+/// What happens to a new request when its intent cannot be made safe.
+fn assert_refused(gateway: &Gateway, sandbox: &Sandbox) {
+    let before = sandbox.requests().len();
+    let reply = gateway.call();
+    let said = (reply.status, reply.code(), reply.outcome());
+    assert_eq!(said, (503, "audit_unavailable", "not_sent"), "{reply:?}\n{}", gateway.log());
+    assert!(reply.headers.contains_key("retry-after"));
+    assert_eq!(sandbox.requests().len(), before, "the sandbox receives nothing");
+}
+
+/// Service comes back by itself; then the trail is whole, and has one outcome for each intent, which is
+/// `not_sent` for what was refused meanwhile.
+fn assert_resumed(gateway: &Gateway, sandbox: &Sandbox) {
+    wait_for("service", || (gateway.call().outcome() == "succeeded").then_some(()));
+    let audit = gateway.audit_directory();
+    let outcomes = wait_for("all outcomes", || {
+        let outcomes = outcomes(&audit);
+        (outcomes.len() == records(&audit, "intent").len()).then_some(outcomes)
+    });
+    assert!(outcomes.values().all(|of_one| of_one.len() == 1), "{outcomes:?}");
+    let succeeded = outcomes.values().filter(|of_one| of_one[0]["outcome"] == "succeeded").count();
+    assert_eq!(succeeded, sandbox.requests().len());
+    assert!(
+        outcomes
+            .values()
+            .all(|of_one| of_one[0]["outcome"] == "succeeded" || of_one[0]["outcome"] == "not_sent")
+    );
+    let (whole, said) = verify(&audit);
+    assert!(whole, "{said}");
+}
+
+/// Sets how large a file of the process may grow. Beyond it a write is cut short and then fails, as on a full
+/// disk.
+fn limit_files(gateway: &Gateway, bytes: &str) {
+    let pid = gateway.pid().to_string();
+    let set = Command::new("prlimit").args(["--pid", &pid, &format!("--fsize={bytes}:")]).status();
+    assert!(set.unwrap().success());
+}
+
+#[test]
+fn a_full_disk_refuses_new_requests_and_holds_no_answer_back() {
+    let sandbox = sandbox();
+    // The limit's signal ends a process that does not ignore it; a full disk sends none.
+    let through = &["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"];
+    let gateway = start_with(&sandbox, Setup { through, ..Setup::default() });
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    assert_eq!(gateway.admin("/readyz").status, 200, "the control");
+    faults(&sandbox, json!({ "business": [{ "times": 1, "delay_ms": 2_000 }] }));
+    let mut in_flight = TcpStream::connect(gateway.address).unwrap();
+    in_flight.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
+
+    let audit = gateway.audit_directory();
+    let segment = segments(&audit).remove(0);
+    let length = fs::metadata(&segment).unwrap().len();
+    limit_files(&gateway, &(length + 100).to_string());
+    assert_refused(&gateway, &sandbox);
+    assert_refused(&gateway, &sandbox);
+    assert_eq!(gateway.admin("/readyz").status, 503);
+    assert!(gateway.admin("/readyz").body.contains("audit"), "{}", gateway.admin("/readyz").body);
+    let reply = read_reply(&mut in_flight);
+    assert_eq!(reply.outcome(), "succeeded", "what was sent before is answered");
+    let id = &reply.headers["x-gateway-request-id"];
+    assert!(!outcomes(&audit).contains_key(id), "the disk is full");
+    wait_for("what was half-written to be cut off", || {
+        (fs::metadata(&segment).unwrap().len() == length).then_some(())
+    });
+
+    limit_files(&gateway, "unlimited");
+    assert_resumed(&gateway, &sandbox);
+    assert_eq!(outcomes(&audit)[id][0]["outcome"], "succeeded", "its outcome is written once there is space");
+}
+
+/// A small file system; unmounted on drop.
+struct Small(PathBuf);
+
+impl Small {
+    /// None where this machine lets nobody mount; what only this shows is then not shown, and that is said.
+    fn mount(directory: PathBuf) -> Option<Self> {
+        fs::create_dir(&directory).unwrap();
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=4m,mode=700", "none"])
+            .arg(&directory)
+            .output();
+        if mount.is_ok_and(|mount| mount.status.success()) {
+            return Some(Self(directory));
+        }
+        let notice = b"NOT SHOWN: this machine mounts no tmpfs; see a_full_disk_* and audit/tests.rs for the parts of it\n";
+        std::io::stderr().write_all(notice).unwrap(); // not captured, as `eprintln!` would be
+        None
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn on_a_file_system_that_runs_full_strangers_take_no_space_and_service_comes_back() {
+    let sandbox = sandbox();
+    let folder = Arc::new(tempfile::TempDir::new().unwrap());
+    let Some(small) = Small::mount(folder.path().join("audit")) else { return };
+    let mut gateway = start_with(&sandbox, Setup { folder: Some(folder), ..Setup::default() });
+    assert_eq!(gateway.call().outcome(), "succeeded", "below the low-water mark requests go on");
+    for _ in 0..20 {
+        assert_eq!(gateway.send(&head(0, "").replace(PATH, "/nowhere"), "").code(), "route_unknown");
+    }
+    assert!(gateway.admin("/metrics").body.contains("audit_dropped_refusals_total 20"));
+
+    let filler = small.0.join("filler");
+    let mut file = fs::File::create(&filler).unwrap();
+    while file.write_all(&[0; 4096]).is_ok() {}
+    drop(file);
+    // The page that the segment ends in has room for a few more.
+    wait_for("the disk to be full", || (gateway.call().status == 503).then_some(()));
+    assert_refused(&gateway, &sandbox);
+    fs::remove_file(filler).unwrap();
+    assert_resumed(&gateway, &sandbox);
+
+    assert_eq!(records(&small.0, "refusal"), Vec::<Value>::new());
+    gateway.signal("-TERM");
+    assert!(gateway.wait().success());
+    let events = records(&small.0, "event");
+    let gaps = events.iter().filter(|event| event["event"] == "gap");
+    assert_eq!(
+        gaps.map(|gap| gap["count"].as_u64().unwrap()).sum::<u64>(),
+        20,
+        "the trail says what it lacks"
+    );
+}
+
+/// Calls until the next record begins a new segment; returns that segment's path.
+fn fill_segment(gateway: &Gateway, sandbox: &Sandbox) -> PathBuf {
+    let audit = gateway.audit_directory();
+    let last = segments(&audit).pop().unwrap();
+    while fs::metadata(&last).unwrap().len() < 64 * 1024 {
+        assert_eq!(gateway.call().outcome(), "succeeded");
+    }
+    gateway.records("outcome", sandbox.requests().len());
+    let seq = records(&audit, "").pop().unwrap()["seq"].as_u64().unwrap();
+    audit.join(format!("audit-{:020}.jsonl", seq + 1))
+}
+
+#[test]
+fn a_stuck_disk_refuses_new_requests_in_time_and_holds_no_worker() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("audit.segment_size", "64KiB"));
+    let next = fill_segment(&gateway, &sandbox);
+    // To open a pipe takes until somebody opens its other end.
+    assert!(Command::new("mkfifo").arg(&next).status().unwrap().success());
+    let begun = Instant::now();
+    assert_refused(&gateway, &sandbox);
+    let waited = begun.elapsed();
+    assert!((Duration::from_millis(250)..Duration::from_secs(1)).contains(&waited), "{waited:?}");
+    let begun = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(gateway.send(&head(0, "").replace(PATH, "/nowhere"), "").code(), "route_unknown");
+    }
+    assert_eq!(gateway.admin("/livez").status, 200);
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+
+    let other_end = OpenOptions::new().read(true).write(true).open(&next).unwrap();
+    fs::remove_file(&next).unwrap();
+    drop(other_end);
+    assert_resumed(&gateway, &sandbox);
+}
+
+#[test]
+fn a_directory_made_read_only_refuses_new_requests_until_it_is_writable() {
+    use std::os::unix::fs::PermissionsExt;
+    let sandbox = sandbox();
+    // Root without the right to pass over permissions.
+    let through: &[&str] = &["setpriv", "--bounding-set=-dac_override,-dac_read_search"];
+    let is_root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
+    let setup = Setup { through: if is_root { through } else { &[] }, ..Setup::default() };
+    let gateway = start_with(&sandbox, setup.set("audit.segment_size", "64KiB"));
+    fill_segment(&gateway, &sandbox);
+    let audit = gateway.audit_directory();
+    fs::set_permissions(&audit, fs::Permissions::from_mode(0o500)).unwrap();
+    assert_refused(&gateway, &sandbox);
+    fs::set_permissions(&audit, fs::Permissions::from_mode(0o700)).unwrap();
+    assert_resumed(&gateway, &sandbox);
+}
+
+#[test]
+fn without_its_directory_nothing_is_sent_until_a_restart() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    let audit = gateway.audit_directory();
+    fs::remove_dir_all(&audit).unwrap();
+    assert_refused(&gateway, &sandbox);
+    fs::create_dir(&audit).unwrap();
+    assert_refused(&gateway, &sandbox);
+    fs::write(audit.join("lock"), "").unwrap();
+    assert_refused(&gateway, &sandbox);
+    assert!(gateway.log().contains("the audit trail cannot be written"), "{}", gateway.log());
+    let folder = gateway.kill();
+    let gateway = start_with(&sandbox, Setup { folder: Some(folder), ..Setup::default() });
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert!(verify(&audit).0);
+}
+
+#[test]
+fn a_directory_that_cannot_be_used_stops_the_start_with_its_name() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let config = gateway.folder.path().join("gateway.toml");
+    let file = gateway.folder.path().join("app_key").join("audit");
+    let set = format!("audit.directory={}", file.display());
+    let (code, _, error) = command(&["serve", "--config", config.to_str().unwrap(), "--set", &set]);
+    assert!(
+        code == 1 && error.contains("app_key/audit") && error.contains("Not a directory"),
+        "{code} {error}"
+    );
+}
+
+// ---- Flooded ---------------------------------------------------------------------------------------------
+
+/// Requests of a flood, and how many come over one connection.
+const FLOOD: usize = 50_000;
+const PIPELINED: usize = 250;
+
+#[test]
+fn a_flood_of_refused_requests_adds_less_than_a_megabyte_and_every_one_is_counted() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    let audit = gateway.audit_directory();
+    let size = || segments(&audit).iter().map(|path| fs::metadata(path).unwrap().len()).sum::<u64>();
+    let (before, begun) = (size(), Instant::now());
+    let kinds = [
+        "GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n".to_owned(),
+        format!("GET {PATH} HTTP/1.1\r\nhost: elsewhere\r\n\r\n"),
+        format!("GET {PATH} HTTP/1.1\r\nhost: localhost\r\norigin: http://evil\r\n\r\n"),
+        format!("GET {PATH} HTTP/1.1\r\nhost: localhost\r\n\r\n"),
+    ];
+    let requests: String = kinds.iter().cycle().take(PIPELINED).map(String::as_str).collect();
+    let next = AtomicU64::new(0);
+    let refused: usize = thread::scope(|scope| {
+        let flood = || {
+            let mut refused = 0;
+            loop {
+                let number = u32::try_from(next.fetch_add(1, Ordering::Relaxed)).unwrap();
+                if number as usize >= FLOOD / PIPELINED {
+                    return refused;
+                }
+                let mut stream = connect_from(Ipv4Addr::from(0x7f00_0002 + number), gateway.address);
+                stream.write_all(requests.as_bytes()).unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+                let mut replies = String::new();
+                stream.read_to_string(&mut replies).unwrap();
+                refused += replies.matches("HTTP/1.1 4").count();
+            }
+        };
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(flood)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    let took = begun.elapsed();
+    assert_eq!(refused, FLOOD);
+    let sum =
+        || records(&audit, "refusal").iter().map(|record| record["count"].as_u64().unwrap_or(1)).sum::<u64>();
+    wait_for("all refusals", || (sum() == FLOOD as u64).then_some(()));
+    let added = size() - before;
+    println!(
+        "{FLOOD} refusals in {took:?} added {added} bytes in {} records",
+        records(&audit, "refusal").len()
+    );
+    assert!(took < Duration::from_secs(40), "{took:?}");
+    // What is recorded in full grows with the seconds that a flood takes; a slow machine takes more of them.
+    let tens_of_seconds = (took.as_secs_f64() / 10.0).max(1.0);
+    assert!((added as f64) < 1e6 * tens_of_seconds, "{added} bytes in {took:?}");
+    let codes: BTreeSet<_> = records(&audit, "refusal").iter().map(|record| text(&record["code"])).collect();
+    assert_eq!(codes.len(), kinds.len(), "{codes:?}");
+    assert!(!gateway.admin("/metrics").body.contains("audit_folded_refusals_total 0"));
+    assert_eq!(gateway.call().outcome(), "succeeded", "and callers are served");
+    assert!(verify(&audit).0);
+}
+
+/// Connects from one of the many addresses that a local stranger has.
+fn connect_from(source: Ipv4Addr, target: SocketAddr) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from((source, 0)).into()).unwrap();
+    socket.connect(&target.into()).unwrap();
+    socket.into()
 }

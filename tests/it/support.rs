@@ -39,6 +39,8 @@ pub(crate) struct Setup {
     /// The credential's name; empty: `default`.
     pub(crate) credential: &'static str,
     pub(crate) folder: Option<Arc<TempDir>>,
+    /// A command that becomes the gateway, such as `env A=1`; empty: none.
+    pub(crate) through: &'static [&'static str],
 }
 
 impl Setup {
@@ -98,8 +100,9 @@ burst = 1000000
     );
     let config = folder.path().join("gateway.toml");
     fs::write(&config, text).unwrap();
-    let mut command = Command::new(BINARY);
-    command.arg("serve").arg("--config").arg(&config).stderr(Stdio::piped());
+    let words: Vec<_> = setup.through.iter().copied().chain([BINARY]).collect();
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).arg("serve").arg("--config").arg(&config).stderr(Stdio::piped());
     for (key, value) in &setup.set {
         command.arg("--set").arg(format!("{key}={value}"));
     }
@@ -186,6 +189,10 @@ impl Gateway {
             let records = records(&self.audit_directory(), kind);
             (records.len() >= count).then_some(records)
         })
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     pub(crate) fn signal(&self, signal: &str) {

@@ -1,0 +1,312 @@
+//! The queue between the requests and the writer: room kept for outcomes, refusals folded, nothing that waits
+//! for a disk.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use serde_json::json;
+use tokio::sync::watch;
+
+use super::{
+    Metrics, Unavailable,
+    record::{Answer, Entry, Facts},
+};
+use crate::error::Code;
+
+/// Refusals of one kind that are recorded in full each second; the rest of the second is one record.
+const FULL_REFUSALS: u32 = 10;
+
+/// So many kinds of strangers' refusals are told apart each second; further strangers share one kind a code.
+/// Addresses cost a stranger nothing, so their number must not decide how fast the trail grows. Callers are
+/// as many as are configured.
+const STRANGERS: usize = 10;
+
+/// A second of refusals.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// What requests and the writer share.
+pub(super) struct Shared {
+    queue: Mutex<Queue>,
+    filled: Condvar,
+    /// The position up to which everything is safe.
+    pub(super) safe: watch::Sender<u64>,
+    healthy: AtomicBool,
+    /// Whether refusals may be recorded: there is space behind the last write, above the low-water mark.
+    space_left: AtomicBool,
+    pub(super) metrics: Metrics,
+    capacity: usize,
+}
+
+struct Queue {
+    entries: Vec<Entry>,
+    /// Places kept for the outcomes of intents.
+    reserved: usize,
+    /// How many entries were ever queued.
+    position: u64,
+    closing: bool,
+    folds: Folds,
+}
+
+/// The refusals of the present second.
+struct Folds {
+    since: Instant,
+    kinds: HashMap<(Who, Code), Fold>,
+    strangers: usize,
+    /// Refusals that were not recorded since the last record that says so.
+    unrecorded: u64,
+}
+
+#[derive(Default)]
+struct Fold {
+    seen: u32,
+    more: Option<Entry>,
+}
+
+/// What the writer has to do.
+pub(super) enum Next {
+    /// To write a batch.
+    Write,
+    /// To look whether there is space again.
+    Look,
+    /// To end: the trail is closed and all is written.
+    End,
+}
+
+/// Whose refusals are folded together.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Who {
+    Caller(Arc<str>),
+    Address(IpAddr),
+    Uid(u32),
+    Others,
+}
+
+impl Shared {
+    pub(super) fn new(metrics: Metrics, capacity: usize) -> Self {
+        Self {
+            queue: Mutex::new(Queue {
+                entries: Vec::new(),
+                reserved: 0,
+                position: 0,
+                closing: false,
+                folds: Folds { since: Instant::now(), kinds: HashMap::new(), strangers: 0, unrecorded: 0 },
+            }),
+            filled: Condvar::new(),
+            safe: watch::Sender::new(0),
+            healthy: AtomicBool::new(true),
+            space_left: AtomicBool::new(true),
+            metrics,
+            capacity,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn push(&self, entry: Entry) {
+        self.lock().push(entry);
+        self.filled.notify_one();
+    }
+
+    pub(super) fn push_intent(&self, entry: Entry) -> Result<u64, Unavailable> {
+        let mut queue = self.lock();
+        if queue.closing || queue.entries.len() + queue.reserved + 2 > self.capacity {
+            return Err(Unavailable);
+        }
+        queue.reserved += 1;
+        let position = queue.push(entry);
+        drop(queue);
+        self.filled.notify_one();
+        Ok(position)
+    }
+
+    pub(super) fn push_outcome(&self, facts: Box<Facts>, answer: Answer) -> u64 {
+        let mut queue = self.lock();
+        queue.reserved = queue.reserved.saturating_sub(1);
+        let position = queue.push(Entry::Outcome { time: Timestamp::now(), facts, answer });
+        drop(queue);
+        self.filled.notify_one();
+        position
+    }
+
+    /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
+    /// outcomes.
+    pub(super) fn push_refusal(&self, facts: Box<Facts>, code: Code, status: u16) {
+        let mut queue = self.lock();
+        if queue.folds.since.elapsed() >= SECOND {
+            queue.fold_up(&self.metrics);
+            if self.takes_refusals(&queue) {
+                queue.close_gap();
+            }
+        }
+        if !self.takes_refusals(&queue) {
+            queue.folds.unrecorded += 1;
+            self.metrics.dropped.inc();
+            return;
+        }
+        let who = queue.folds.place(facts.who(), code);
+        let several = who == Who::Others;
+        let fold = queue.folds.kinds.entry((who, code)).or_default();
+        fold.seen += 1;
+        let full = fold.seen <= FULL_REFUSALS;
+        match &mut fold.more {
+            Some(Entry::Refusal { count, .. }) => *count += 1,
+            more => {
+                let time = Timestamp::now();
+                let entry = Entry::Refusal { time, facts, code, status, count: 1, several: several && !full };
+                if full {
+                    queue.push(entry);
+                } else {
+                    *more = Some(entry);
+                }
+            }
+        }
+        drop(queue);
+        self.filled.notify_one();
+    }
+
+    fn takes_refusals(&self, queue: &Queue) -> bool {
+        let usable = self.is_healthy() && self.has_space();
+        usable && queue.entries.len() + queue.reserved < self.capacity / 2
+    }
+
+    /// Waits for entries and swaps them out whole.
+    pub(super) fn next_batch(&self, batch: &mut Vec<Entry>) -> Next {
+        let mut queue = self.lock();
+        loop {
+            let pending = queue.folds.is_pending() && self.takes_refusals(&queue);
+            if pending && queue.folds.since.elapsed() >= SECOND {
+                queue.fold_up(&self.metrics);
+                queue.close_gap();
+            }
+            if !queue.entries.is_empty() {
+                std::mem::swap(&mut queue.entries, batch);
+                return Next::Write;
+            }
+            if queue.closing {
+                return Next::End;
+            }
+            let wait = match (pending, self.has_space()) {
+                (_, false) => Some(SECOND),
+                (true, true) => Some(SECOND / 5),
+                (false, true) => None,
+            };
+            let Some(wait) = wait else {
+                queue = self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let (woken, waited) =
+                self.filled.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner);
+            if !pending && waited.timed_out() {
+                return Next::Look;
+            }
+            queue = woken;
+        }
+    }
+
+    pub(super) fn written(&self, batch: &[Entry], bytes: usize) {
+        for entry in batch {
+            self.metrics.records.with_label_values(&[entry.kind()]).inc();
+        }
+        self.metrics.bytes.inc_by(bytes as u64);
+        self.metrics.batches.inc();
+        self.safe.send_modify(|safe| *safe += batch.len() as u64);
+        self.metrics.queue.set(i64::try_from(self.lock().entries.len()).unwrap_or(i64::MAX));
+    }
+
+    /// Queues the last record; what is queued is still written.
+    pub(super) fn close(&self) {
+        let mut queue = self.lock();
+        queue.fold_up(&self.metrics);
+        queue.close_gap();
+        queue.push(Entry::event("stop", json!({})));
+        queue.closing = true;
+        drop(queue);
+        self.filled.notify_all();
+    }
+
+    pub(super) fn is_healthy(&self) -> bool {
+        self.healthy.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_healthy(&self, healthy: bool) {
+        self.healthy.store(healthy, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_space(&self) -> bool {
+        self.space_left.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_space_left(&self, space_left: bool) {
+        self.space_left.store(space_left, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_error(&self) {
+        self.metrics.errors.inc();
+    }
+
+    /// Waits before a retry; true if the trail is closing, so that the next try is the last.
+    pub(super) fn wait_for_retry(&self, wait: Duration) -> bool {
+        let queue = self.lock();
+        let waited = self.filled.wait_timeout_while(queue, wait, |queue| !queue.closing);
+        waited.unwrap_or_else(PoisonError::into_inner).0.closing
+    }
+}
+
+impl Queue {
+    fn push(&mut self, entry: Entry) -> u64 {
+        self.entries.push(entry);
+        self.position += 1;
+        self.position
+    }
+
+    /// The second is over: what was only counted becomes one record each.
+    fn fold_up(&mut self, metrics: &Metrics) {
+        self.folds.since = Instant::now();
+        self.folds.strangers = 0;
+        for (_, fold) in std::mem::take(&mut self.folds.kinds) {
+            if let Some(entry) = fold.more {
+                if let Entry::Refusal { count, .. } = &entry {
+                    metrics.folded.inc_by(*count);
+                }
+                self.push(entry);
+            }
+        }
+    }
+
+    /// Records how many refusals were not recorded.
+    fn close_gap(&mut self) {
+        let unrecorded = std::mem::take(&mut self.folds.unrecorded);
+        if unrecorded > 0 {
+            let what = "refusals were not recorded, for want of room or space";
+            self.push(Entry::event("gap", json!({ "what": what, "count": unrecorded })));
+        }
+    }
+}
+
+impl Folds {
+    fn is_pending(&self) -> bool {
+        self.unrecorded > 0 || self.kinds.values().any(|fold| fold.more.is_some())
+    }
+
+    /// The kind under which a refusal is folded.
+    fn place(&mut self, who: Who, code: Code) -> Who {
+        if matches!(who, Who::Caller(_)) || self.kinds.contains_key(&(who.clone(), code)) {
+            return who;
+        }
+        if self.strangers == STRANGERS {
+            return Who::Others;
+        }
+        self.strangers += 1;
+        who
+    }
+}

@@ -1,0 +1,605 @@
+//! The trail against everything that can happen to its file, its disk and its requests.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    future::Future,
+    os::unix::fs::FileExt,
+    path::PathBuf,
+    pin::pin,
+    task::{Context, Poll, Waker},
+};
+
+use bytes::Bytes;
+use tempfile::TempDir;
+
+use super::{chain::segments, recovery::Found, *};
+use crate::{
+    error::{Code, Stage},
+    outcome::Outcome,
+};
+
+fn options(directory: &Path) -> Options {
+    Options {
+        directory: directory.into(),
+        segment_size: 1 << 30,
+        key_file: None,
+        queue: 64,
+        intent_deadline: Duration::from_secs(5),
+        low_water: 0,
+    }
+}
+
+fn start(options: &Options) -> Audit {
+    Audit::start(options, metrics()).unwrap()
+}
+
+fn metrics() -> Metrics {
+    Metrics::new(&Registry::new()).unwrap()
+}
+
+fn record(audit: &Audit) -> Record {
+    let mut record = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into()));
+    record.caller("qa-console".into());
+    record
+}
+
+/// The record of a request whose intent is safe.
+async fn intended(audit: &Audit) -> Record {
+    let mut record = record(audit);
+    record.enter(Stage::Audit);
+    record.intent(&Bytes::from_static(b"{}"), b",\"task\":7".to_vec()).await.unwrap();
+    record
+}
+
+fn answer() -> Answer {
+    Answer {
+        outcome: Outcome::Succeeded,
+        code: None,
+        status: Some(200),
+        upstream_status: Some(200),
+        result_code: Some("0409000".into()),
+        attempts: 1,
+        token_generation: 3,
+        note: None,
+    }
+}
+
+fn refuse(audit: &Audit) {
+    record(audit).refuse(Code::RouteUnknown, 404);
+}
+
+/// All records of a trail.
+fn trail(directory: &Path) -> Vec<Value> {
+    let read = |path: PathBuf| trail_of(&fs::read(path).unwrap());
+    segments(directory).unwrap().into_iter().flat_map(read).collect()
+}
+
+fn outcomes_of(directory: &Path, record: &Value) -> Vec<Value> {
+    let is_its = |outcome: &Value| outcome["kind"] == "outcome" && outcome["id"] == record["id"];
+    trail(directory).into_iter().filter(is_its).collect()
+}
+
+fn verify(directory: &Path) -> Found {
+    recovery::read(directory, &Keys::load(&chain::key_path(directory)).unwrap()).unwrap()
+}
+
+fn assert_whole(directory: &Path) {
+    let found = verify(directory);
+    assert!(found.faults.is_empty() && found.torn.is_none(), "{found:?}");
+}
+
+/// The lines of a trail with two intents open, one finished, a refusal and an event; and its key.
+async fn sample() -> (Vec<u8>, Vec<u8>) {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&options(folder.path()));
+    let open = intended(&audit).await;
+    intended(&audit).await.take().finish(answer()).await;
+    refuse(&audit);
+    let open_too = intended(&audit).await;
+    audit.event("secret change", Map::new());
+    drop(intended(&audit).await.take()); // behind the event, so that all of it is written
+    let segment = segments(folder.path()).unwrap().remove(0);
+    let text = fs::read(segment).unwrap();
+    drop((open, open_too));
+    audit.close();
+    (text, fs::read(chain::key_path(folder.path())).unwrap())
+}
+
+/// A trail of one segment.
+fn directory(text: &[u8], key: &[u8]) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    fs::write(chain::segment_path(folder.path(), 1), text).unwrap();
+    fs::write(chain::key_path(folder.path()), key).unwrap();
+    folder
+}
+
+fn lines_of(text: &[u8]) -> Vec<&[u8]> {
+    text.split_inclusive(|byte| *byte == b'\n').collect()
+}
+
+/// What a start does before it serves, without its thread.
+fn recovered(directory: &Path) -> u64 {
+    let keys = Keys::load(&chain::key_path(directory)).unwrap();
+    drop(recover(&options(directory), keys, lock(directory).unwrap()).unwrap());
+    fs::metadata(chain::segment_path(directory, 1)).unwrap().len()
+}
+
+#[tokio::test]
+async fn every_changed_byte_is_found_in_its_line() {
+    let (text, key) = sample().await;
+    let folder = directory(&text, &key);
+    assert_whole(folder.path());
+    let segment = OpenOptions::new().write(true).open(chain::segment_path(folder.path(), 1)).unwrap();
+    for (offset, byte) in text.iter().enumerate() {
+        let bit = 1 << (offset % 8);
+        segment.write_all_at(&[byte ^ bit], offset as u64).unwrap();
+        let found = verify(folder.path());
+        let line = text[..offset].iter().filter(|byte| **byte == b'\n').count() + 1;
+        if offset + 1 == text.len() {
+            assert!(found.torn.is_some(), "the last newline");
+        } else {
+            assert_eq!(found.faults[0].line, line, "byte {offset}, bit {bit:#x}: {:?}", found.faults);
+        }
+        segment.write_all_at(&[*byte], offset as u64).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn records_removed_swapped_inserted_or_doubled_are_found_wherever_they_stood() {
+    let (text, key) = sample().await;
+    let (foreign, _) = sample().await;
+    let lines = lines_of(&text);
+    let last = lines.len() - 1;
+    let first_fault = |lines: &[&[u8]]| {
+        let folder = directory(&lines.concat(), &key);
+        verify(folder.path()).faults.first().map(|fault| fault.line)
+    };
+    assert_eq!(first_fault(&lines), None, "the control");
+    for place in [0, last / 2, last] {
+        let mut doubled = lines.clone();
+        doubled.insert(place, lines[place]);
+        assert_eq!(first_fault(&doubled), Some(place + 2), "doubled at {place}");
+        let mut inserted = lines.clone();
+        inserted.insert(place, lines_of(&foreign)[place]);
+        assert_eq!(first_fault(&inserted), Some(place + 1), "inserted at {place}");
+        let mut swapped = lines.clone();
+        swapped.swap(place, if place == last { last - 1 } else { place + 1 });
+        assert_eq!(first_fault(&swapped), Some(place.min(last - 1) + 1), "swapped at {place}");
+        let mut removed = lines.clone();
+        removed.remove(place);
+        // What is missing at the end is seen only by who kept the head elsewhere.
+        let seen = if place == last { None } else { Some(place + 1) };
+        assert_eq!(first_fault(&removed), seen, "removed at {place}");
+    }
+    let head = verify(directory(&text, &key).path());
+    let shorter = verify(directory(&lines[..last].concat(), &key).path());
+    assert_eq!((head.seq, shorter.seq), (lines.len() as u64, last as u64));
+    assert_ne!(head.hash, shorter.hash);
+}
+
+#[tokio::test]
+async fn a_deleted_segment_is_found_unless_it_was_the_last() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 1, ..options(folder.path()) });
+    for _ in 0..4 {
+        intended(&audit).await.take().finish(answer()).await;
+    }
+    audit.close();
+    assert_whole(folder.path());
+    let head = verify(folder.path());
+    let all = segments(folder.path()).unwrap();
+    assert!(all.len() > 4, "{all:?}");
+    for (place, segment) in all.iter().enumerate() {
+        let text = fs::read(segment).unwrap();
+        fs::remove_file(segment).unwrap();
+        let found = verify(folder.path());
+        if let Some(next) = all.get(place + 1) {
+            assert_eq!((&found.faults[0].file, found.faults[0].line), (next, 1));
+        } else {
+            assert!(
+                found.faults.is_empty() && found.hash != head.hash,
+                "only a head kept elsewhere shows it"
+            );
+        }
+        fs::write(segment, text).unwrap();
+    }
+    // A line without an end in the middle is no crash's work, and is not cut off.
+    let text = fs::read(&all[1]).unwrap();
+    fs::write(&all[1], &text[..text.len() - 1]).unwrap();
+    assert_eq!(verify(folder.path()).faults[0].reason, "the line has no end");
+    start(&options(folder.path())).close();
+    assert_eq!(fs::read(&all[1]).unwrap(), text[..text.len() - 1], "what is damaged stays as it is");
+    assert!(trail(folder.path()).iter().any(|record| record["what"] == "damaged"));
+}
+
+#[tokio::test]
+async fn a_damaged_trail_is_never_written_over() {
+    let (text, key) = sample().await;
+    for number in ["0", "18446744073709551615"] {
+        let last = lines_of(&text).pop().unwrap();
+        let seq = format!("{{\"seq\":{}", lines_of(&text).len());
+        let forged = String::from_utf8(last.to_vec()).unwrap().replace(&seq, &format!("{{\"seq\":{number}"));
+        let damaged = [&text[..text.len() - last.len()], forged.as_bytes()].concat();
+        let folder = directory(&damaged, &key);
+        let audit = start(&options(folder.path()));
+        intended(&audit).await.take().finish(answer()).await;
+        audit.close();
+        let all = segments(folder.path()).unwrap();
+        assert_eq!((all.len(), fs::read(&all[0]).unwrap()), (2, damaged), "{number}");
+        let found = verify(folder.path());
+        assert_eq!(found.faults[0].line, lines_of(&text).len(), "{found:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_cut_at_any_byte_keeps_the_whole_lines_and_settles_what_is_open_once() {
+    let (text, key) = sample().await;
+    let folder = directory(&text, &key);
+    for cut in 0..=text.len() {
+        fs::write(chain::segment_path(folder.path(), 1), &text[..cut]).unwrap();
+        let kept: usize = lines_of(&text[..cut]).iter().filter(|l| l.ends_with(b"\n")).map(|l| l.len()).sum();
+        let (mut open, mut torn) = (BTreeSet::new(), 0);
+        for record in trail_of(&text[..kept]) {
+            match record["kind"].as_str().unwrap() {
+                "intent" => drop(open.insert(record["id"].to_string())),
+                "outcome" => drop(open.remove(&record["id"].to_string())),
+                _ => {}
+            }
+        }
+        let length = recovered(folder.path());
+        assert_eq!(fs::read(chain::segment_path(folder.path(), 1)).unwrap()[..kept], text[..kept]);
+        assert_whole(folder.path());
+        assert!(verify(folder.path()).in_doubt.is_empty());
+        let mut settled = Vec::new();
+        for record in &trail(folder.path())[trail_of(&text[..kept]).len()..] {
+            match (record["kind"].as_str().unwrap(), record["event"].as_str()) {
+                ("outcome", _) => {
+                    assert_eq!(record["outcome"], "unknown");
+                    settled.push(record["id"].to_string());
+                }
+                ("event", Some("recovery")) => {
+                    assert_eq!(record["what"], "torn line cut off");
+                    torn += record["bytes"].as_u64().unwrap();
+                }
+                other => assert_eq!(other, ("event", Some("start"))),
+            }
+        }
+        assert_eq!(settled, open.into_iter().collect::<Vec<_>>(), "cut at {cut}");
+        assert_eq!(torn, (cut - kept) as u64, "cut at {cut}");
+        let before = trail(folder.path()).len();
+        assert!(recovered(folder.path()) > length);
+        let all = trail(folder.path());
+        assert!(all.len() == before + 1 && all[before]["event"] == "start", "settled once");
+    }
+}
+
+fn trail_of(text: &[u8]) -> Vec<Value> {
+    lines_of(text).iter().map(|line| serde_json::from_slice(line).unwrap()).collect()
+}
+
+#[tokio::test]
+async fn a_recovery_that_was_cut_short_is_completed_by_the_next() {
+    let (text, key) = sample().await;
+    let torn = text.len() - 20;
+    let whole = directory(&text[..torn], &key);
+    recovered(whole.path());
+    let kept = text.len() - lines_of(&text).pop().unwrap().len();
+    let recovered_text = fs::read(chain::segment_path(whole.path(), 1)).unwrap();
+    let open = trail_of(&text[..kept]);
+    let open: Vec<_> = open.iter().filter(|record| record["kind"] == "intent").collect();
+    let folder = directory(&text, &key);
+    for cut in kept..recovered_text.len() {
+        fs::write(chain::segment_path(folder.path(), 1), &recovered_text[..cut]).unwrap();
+        recovered(folder.path());
+        assert_whole(folder.path());
+        for intent in &open {
+            assert_eq!(outcomes_of(folder.path(), intent).len(), 1, "cut at {cut}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&options(folder.path()));
+
+    let finished = intended(&audit).await.take();
+    let mut refused = intended(&audit).await;
+    let left = intended(&audit).await;
+    let cut_off = intended(&audit).await.take();
+    let mut panicked = intended(&audit).await;
+    let ids = [&finished, &refused, &left, &cut_off, &panicked].map(|record| json!(record.id().to_string()));
+
+    finished.finish(answer()).await;
+    refused.refuse(Code::Internal, 500);
+    drop(left);
+    drop(cut_off);
+    let exchange = panicked.take();
+    assert!(panicked.is_taken(), "the caller of a panicked exchange is told `unknown`");
+    panicked.refuse(Code::Internal, 500);
+    let panic = tokio::spawn(async move {
+        let _exchange = exchange;
+        panic!("on purpose");
+    });
+    assert!(panic.await.unwrap_err().is_panic());
+    audit.close();
+
+    let said = ids.map(|id| {
+        let outcomes = outcomes_of(folder.path(), &json!({ "id": id }));
+        assert_eq!(outcomes.len(), 1, "{outcomes:?}");
+        let text = |name: &str| outcomes[0][name].as_str().unwrap_or_default().to_owned();
+        (text("outcome"), text("code"))
+    });
+    let expected = [
+        ("succeeded", ""),
+        ("not_sent", "internal"),
+        ("not_sent", "caller_left"),
+        ("unknown", "internal"),
+        ("unknown", "internal"),
+    ];
+    assert_eq!(said, expected.map(|(outcome, code)| (outcome.to_owned(), code.to_owned())));
+    assert_whole(folder.path());
+}
+
+/// A disk that does not answer: the next segment's name is that of a pipe, and opening a pipe waits for its
+/// other end.
+struct Stuck {
+    path: PathBuf,
+}
+
+impl Stuck {
+    /// Needs `segment_size: 1`, and all records so far written.
+    fn new(directory: &Path) -> Self {
+        let path = chain::segment_path(directory, verify(directory).seq + 1);
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        Self { path }
+    }
+
+    /// The pipe can't be written to, and goes away like a segment that was deleted.
+    fn release(self) {
+        let other_end = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+        let held = rustix::fs::open(&self.path, other_end, rustix::fs::Mode::empty()).unwrap();
+        fs::remove_file(&self.path).unwrap();
+        drop(held);
+    }
+}
+
+/// Begins an intent; true if it was queued, so that it waits.
+fn begins_to_wait(record: &mut Record) -> bool {
+    polled_once(record.intent(&Bytes::from_static(b"{}"), Vec::new())).is_pending()
+}
+
+fn polled_once<T>(future: impl Future<Output = T>) -> Poll<T> {
+    pin!(future).poll(&mut Context::from_waker(Waker::noop()))
+}
+
+#[tokio::test]
+async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_not_sent() {
+    let folder = TempDir::new().unwrap();
+    let deadline = Duration::from_millis(250);
+    let options = Options { segment_size: 1, intent_deadline: deadline, ..options(folder.path()) };
+    let audit = start(&options);
+    intended(&audit).await.take().finish(answer()).await;
+    let control = wait_for(|| (trail(folder.path()).len() == 3).then(|| trail(folder.path())[1].clone()));
+    let in_flight = intended(&audit).await.take();
+    wait_for(|| (trail(folder.path()).len() == 4).then_some(()));
+    let stuck = Stuck::new(folder.path());
+
+    let mut late = record(&audit);
+    let begun = Instant::now();
+    assert_eq!(late.intent(&Bytes::from_static(b"{}"), Vec::new()).await, Err(Unavailable));
+    assert!((deadline..deadline * 4).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    late.refuse(Code::AuditUnavailable, 503);
+    let mut left = record(&audit);
+    assert!(begins_to_wait(&mut left));
+    let ids = [&late, &left].map(|record| json!({ "id": record.id().to_string() }));
+    drop(left);
+    let finished = json!({ "id": in_flight.id().to_string() });
+    let begun = Instant::now();
+    in_flight.finish(answer()).await;
+    assert!(begun.elapsed() < deadline * 4, "an answer is not held back by the disk: {:?}", begun.elapsed());
+    let begun = Instant::now();
+    (0..1000).for_each(|_| refuse(&audit));
+    assert!(begun.elapsed() < Duration::from_secs(1), "no request waits for the disk but an intent");
+
+    stuck.release();
+    audit.close();
+    assert_whole(folder.path());
+    assert_eq!(outcomes_of(folder.path(), &control)[0]["outcome"], "succeeded");
+    assert_eq!(outcomes_of(folder.path(), &finished)[0]["outcome"], "succeeded");
+    for (id, code) in ids.iter().zip(["audit_unavailable", "caller_left"]) {
+        let outcomes = outcomes_of(folder.path(), id);
+        assert_eq!(outcomes.len(), 1, "{outcomes:?}");
+        assert_eq!((&outcomes[0]["outcome"], &outcomes[0]["code"]), (&json!("not_sent"), &json!(code)));
+    }
+    assert_eq!(audit.shared.metrics.late.get(), 1);
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 1, queue: 16, ..options(folder.path()) });
+    let in_flight = [intended(&audit).await.take(), intended(&audit).await.take()];
+    wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
+    let stuck = Stuck::new(folder.path());
+
+    let mut waiting = Vec::new();
+    loop {
+        let mut record = record(&audit);
+        if !begins_to_wait(&mut record) {
+            record.refuse(Code::AuditUnavailable, 503);
+            break;
+        }
+        waiting.push(record);
+    }
+    assert!((5..=16).contains(&waiting.len()), "{}", waiting.len());
+    for _ in 0..100 {
+        refuse(&audit);
+    }
+    assert_eq!(audit.shared.metrics.dropped.get(), 101, "the one that found no room, and the others");
+    let ids: Vec<_> = in_flight.iter().chain(&waiting).map(|r| json!({ "id": r.id().to_string() })).collect();
+    for record in in_flight {
+        assert!(polled_once(record.finish(answer())).is_pending(), "queued, not safe");
+    }
+    waiting.clear();
+
+    stuck.release();
+    audit.close();
+    assert_whole(folder.path());
+    for (place, id) in ids.iter().enumerate() {
+        let outcomes = outcomes_of(folder.path(), id);
+        assert_eq!(outcomes.len(), 1, "{outcomes:?}");
+        assert_eq!(outcomes[0]["outcome"], if place < 2 { "succeeded" } else { "not_sent" });
+    }
+    let gap = trail(folder.path())
+        .into_iter()
+        .find(|record| record["event"] == "gap" && record["count"] != json!(null));
+    assert_eq!(gap.unwrap()["count"], 101, "the trail says how many it lacks");
+}
+
+#[tokio::test]
+async fn below_the_low_water_mark_refusals_are_counted_and_requests_go_on() {
+    for (low_water, recorded) in [(0, 3), (u64::MAX, 0)] {
+        let folder = TempDir::new().unwrap();
+        let audit = start(&Options { low_water, ..options(folder.path()) });
+        wait_for(|| (audit.shared.has_space() == (low_water == 0)).then_some(()));
+        (0..3).for_each(|_| refuse(&audit));
+        intended(&audit).await.take().finish(answer()).await;
+        audit.close();
+        let all = trail(folder.path());
+        let count = |kind: &str| all.iter().filter(|record| record["kind"] == kind).count();
+        assert_eq!((count("refusal"), count("intent"), count("outcome")), (recorded, 1, 1));
+        let gap: Vec<_> = all.iter().filter(|record| record["event"] == "gap").collect();
+        assert_eq!(gap.iter().map(|gap| gap["count"].as_u64().unwrap()).sum::<u64>(), 3 - recorded as u64);
+    }
+}
+
+#[test]
+fn refusals_of_many_strangers_are_folded_into_few_records() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { queue: 100_000, ..options(folder.path()) });
+    let begun = Instant::now();
+    for address in 0..2_000_u32 {
+        for _ in 0..5 {
+            let peer = Peer::Tcp((std::net::Ipv4Addr::from(0x7f00_0000 + address), 5000).into());
+            audit.open(peer).refuse(Code::HostUnknown, 421);
+        }
+    }
+    audit.close();
+    let all = trail(folder.path());
+    let refusals: Vec<_> = all.iter().filter(|record| record["kind"] == "refusal").collect();
+    let count = |record: &&Value| record["count"].as_u64().unwrap_or(1);
+    assert_eq!(refusals.iter().map(count).sum::<u64>(), 10_000);
+    // Ten addresses with five each, ten of the others in full, and the sum of the rest: each second anew.
+    let seconds = usize::try_from(begun.elapsed().as_secs()).unwrap() + 1;
+    let several = refusals.iter().filter(|record| record["peers"] == "several").count();
+    assert!(refusals.len() <= 61 * seconds && (1..=seconds).contains(&several), "{}", refusals.len());
+}
+
+#[test]
+fn a_trail_that_cannot_be_kept_stops_the_start_with_its_reason() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&options(folder.path()));
+    let error = |options: &Options| Audit::start(options, metrics()).unwrap_err();
+    assert!(matches!(error(&options(folder.path())), StartError::Locked(path) if path == folder.path()));
+    audit.close();
+    start(&options(folder.path())).close(); // the lock goes with its holder
+
+    let file = folder.path().join("lock").join("audit");
+    let message = error(&options(&file)).to_string();
+    assert!(message.contains("lock/audit") && message.contains("Not a directory"), "{message}");
+
+    let short = folder.path().join("short");
+    fs::write(&short, "x").unwrap();
+    let message = error(&Options { key_file: Some(short), ..options(folder.path()) }).to_string();
+    assert!(message.contains("at least 32 bytes"), "{message}");
+}
+
+#[tokio::test]
+async fn files_are_for_the_gateways_user_only() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = TempDir::new().unwrap();
+    let directory = folder.path().join("made/here");
+    let audit = start(&options(&directory));
+    intended(&audit).await.take().finish(answer()).await;
+    audit.close();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&directory), 0o700);
+    let files: Vec<_> = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(files.len(), 3, "{files:?}");
+    assert!(files.iter().all(|file| mode(file) == 0o600), "{files:?}");
+}
+
+#[tokio::test]
+async fn a_segment_that_was_deleted_or_cut_is_given_up_for_a_new_one() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&options(folder.path()));
+    for damage in [fs::remove_file as fn(PathBuf) -> io::Result<()>, |path| {
+        OpenOptions::new().write(true).open(path)?.set_len(10)
+    }] {
+        intended(&audit).await.take().finish(answer()).await;
+        damage(segments(folder.path()).unwrap().pop().unwrap()).unwrap();
+        intended(&audit).await.take().finish(answer()).await;
+        wait_for(|| {
+            let segment = segments(folder.path()).unwrap().pop().unwrap();
+            fs::read_to_string(segment).unwrap().contains("a segment was deleted or cut").then_some(())
+        });
+    }
+    audit.close();
+    assert!(!verify(folder.path()).faults.is_empty(), "and no verification passes over it");
+}
+
+#[tokio::test]
+async fn in_a_directory_that_was_replaced_nothing_is_written() {
+    let folder = TempDir::new().unwrap();
+    let directory = folder.path().join("audit");
+    let deadline = Duration::from_millis(50);
+    let audit = start(&Options { intent_deadline: deadline, ..options(&directory) });
+    intended(&audit).await.take().finish(answer()).await;
+    fs::remove_dir_all(&directory).unwrap();
+    fs::create_dir(&directory).unwrap();
+    fs::write(directory.join("lock"), "").unwrap();
+    let mut late = record(&audit);
+    assert_eq!(late.intent(&Bytes::from_static(b"{}"), Vec::new()).await, Err(Unavailable));
+    wait_for(|| (!audit.healthy()).then_some(()));
+    assert_eq!(segments(&directory).unwrap(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn a_record_ends_with_its_links_and_says_who_what_and_how() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&options(folder.path()));
+    let mut record = intended(&audit).await.take();
+    record.enter(Stage::Upstream);
+    record.finish(answer()).await;
+    audit.close();
+    let all = trail(folder.path());
+    for (previous, record) in all.iter().zip(&all[1..]) {
+        let names: Vec<_> = record.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(names[..3], ["seq", "time", "kind"]);
+        assert_eq!(names[names.len() - 2..], ["prev", "hash"]);
+        assert_eq!(record["prev"], previous["hash"]);
+        assert_eq!(record["seq"].as_u64().unwrap(), previous["seq"].as_u64().unwrap() + 1);
+        assert_eq!(record["time"].as_str().unwrap().len(), "2026-01-01T00:00:00.000000Z".len());
+    }
+    let (intent, outcome) = (&all[1], &all[2]);
+    assert_eq!((&intent["task"], &intent["body_size"]), (&json!(7), &json!(2)));
+    assert_eq!(intent["digest"].as_str().unwrap().len(), 64);
+    assert_eq!((&intent["caller"], &intent["peer"]), (&json!("qa-console"), &json!("127.0.0.1:5000")));
+    assert_eq!(outcome["token_generation"], 3);
+    let stages: Vec<_> = outcome["ms"].as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(stages, Stage::ALL.map(Stage::as_str));
+}
+
+fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "it did not come");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
