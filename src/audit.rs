@@ -1,8 +1,8 @@
 //! Stage 8: the audit trail. A record is opened first and closed by its outcome, its refusal, or its drop.
 //!
 //! *Queued* means in the writer's queue; *safe* means that the write returned, so that `kill -9` of this
-//! process loses nothing. Guarantees: an intent is safe before the first upstream byte; an outcome is safe before
-//! the answer's last byte, but for a disk that fails or is stuck just then; intents and outcomes are never dropped; refusals never wait and cannot fill the queue or the disk. Against somebody who can
+//! process loses nothing. Guarantees: an intent is safe before the first upstream byte; intents and outcomes
+//! are never dropped; refusals never wait and cannot fill the queue or the disk. Against somebody who can
 //! write as the gateway the chain proves only what lies before a head that is kept elsewhere.
 
 pub mod chain;
@@ -27,7 +27,6 @@ use jiff::Timestamp;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
-use tokio::time::timeout;
 
 use crate::admission::Peer;
 use chain::{KeyError, Keys};
@@ -159,15 +158,6 @@ impl Audit {
     /// Whether the last write succeeded.
     pub fn healthy(&self) -> bool {
         self.shared.is_healthy()
-    }
-
-    /// Waits, until the deadline of intents, for a position of the queue to be safe.
-    async fn safe(&self, position: u64) -> Result<(), Unavailable> {
-        let mut safe = self.shared.safe.subscribe();
-        match timeout(self.deadline, safe.wait_for(|safe| *safe >= position)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(_)) | Err(_) => Err(Unavailable),
-        }
     }
 
     /// Records the stop and waits, for a while, until all is written.

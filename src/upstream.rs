@@ -150,10 +150,10 @@ impl Exchange {
         let deadline = Instant::now() + self.route.timeout;
         let mut progress = Progress { answered: 0, mark: self.connection.written(), refused: false };
         match timeout_at(deadline, self.attempts(&mut progress)).await {
-            Ok(Ok(arrived)) => self.conclude(arrived, progress.answered, deadline).await,
-            Ok(Err(Broken::Unreachable)) => Err(self.fail(&progress, Code::UpstreamUnreachable).await),
-            Ok(Err(Broken::BrokeOff)) => Err(self.fail(&progress, Code::UpstreamBroken).await),
-            Err(_) => Err(self.fail(&progress, Code::UpstreamTimeout).await),
+            Ok(Ok(arrived)) => self.conclude(arrived, progress.answered, deadline),
+            Ok(Err(Broken::Unreachable)) => Err(self.fail(&progress, Code::UpstreamUnreachable)),
+            Ok(Err(Broken::BrokeOff)) => Err(self.fail(&progress, Code::UpstreamBroken)),
+            Err(_) => Err(self.fail(&progress, Code::UpstreamTimeout)),
         }
     }
 
@@ -216,7 +216,7 @@ impl Exchange {
     }
 
     /// Classifies an answer, records the outcome and hands the answer on.
-    async fn conclude(self, arrived: Arrived, attempts: u32, deadline: Instant) -> Result<Reply, Failure> {
+    fn conclude(self, arrived: Arrived, attempts: u32, deadline: Instant) -> Result<Reply, Failure> {
         let Arrived { status, mut headers, body, rest } = arrived;
         let judged = Judged { status, headers: &headers, body: &body, truncated: rest.is_some() };
         let Verdict { outcome, result_code } = self.route.result.classify(judged);
@@ -232,7 +232,7 @@ impl Exchange {
             note: None,
         };
         if rejected {
-            self.record.finish(Answer { outcome: Outcome::Refused, ..answer }).await;
+            self.record.finish(Answer { outcome: Outcome::Refused, ..answer });
             let retry_after = Some(self.cooldown.remaining().unwrap_or(DEFAULT_RETRY));
             return Err(Failure { code: Code::CredentialRejected, outcome: Outcome::Refused, retry_after });
         }
@@ -242,8 +242,8 @@ impl Exchange {
         let body = match rest {
             None => {
                 headers.remove(header::CONTENT_LENGTH);
+                self.record.finish(answer);
                 self.connection.give_back();
-                self.record.finish(answer).await;
                 ReplyBody::Whole(body)
             }
             Some(rest) => {
@@ -261,25 +261,23 @@ impl Exchange {
     }
 
     /// Records an exchange that brought no answer.
-    async fn fail(self, progress: &Progress, code: Code) -> Failure {
+    fn fail(self, progress: &Progress, code: Code) -> Failure {
         let sent = self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
             (false, true) => (Code::CredentialRejected, Outcome::Refused),
             (false, false) => (Code::UpstreamUnreachable, Outcome::NotSent),
         };
-        self.record
-            .finish(Answer {
-                outcome,
-                code: Some(code),
-                status: Some(code.status().as_u16()),
-                upstream_status: None,
-                result_code: None,
-                attempts: progress.answered + u32::from(sent),
-                token_generation: self.token.generation(),
-                note: None,
-            })
-            .await;
+        self.record.finish(Answer {
+            outcome,
+            code: Some(code),
+            status: Some(code.status().as_u16()),
+            upstream_status: None,
+            result_code: None,
+            attempts: progress.answered + u32::from(sent),
+            token_generation: self.token.generation(),
+            note: None,
+        });
         let retry_after = (outcome == Outcome::Refused).then_some(DEFAULT_RETRY);
         Failure { code, outcome, retry_after }
     }
@@ -339,14 +337,16 @@ impl Tail {
                     let _ = timeout_at(deadline, self.sender.send(Ok(ready))).await;
                 }
                 Ok(None) => {
+                    self.record.finish(self.answer);
                     self.connection.give_back();
-                    self.record.finish(self.answer).await;
                     let _ = timeout_at(deadline, self.sender.send(Ok(held))).await;
                     return;
                 }
                 Ok(Some(Err(_))) | Err(_) => {
-                    let note = Some("the reply broke off behind its first 64 KiB");
-                    self.record.finish(Answer { note, ..self.answer }).await;
+                    self.record.finish(Answer {
+                        note: Some("the reply broke off behind its first 64 KiB"),
+                        ..self.answer
+                    });
                     let _ = timeout_at(deadline, self.sender.send(Err(BrokenOff))).await;
                     return;
                 }

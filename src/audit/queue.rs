@@ -129,13 +129,12 @@ impl Shared {
         Ok(position)
     }
 
-    pub(super) fn push_outcome(&self, facts: Box<Facts>, answer: Answer) -> u64 {
+    pub(super) fn push_outcome(&self, facts: Box<Facts>, answer: Answer) {
         let mut queue = self.lock();
         queue.reserved = queue.reserved.saturating_sub(1);
-        let position = queue.push(Entry::Outcome { time: Timestamp::now(), facts, answer });
+        queue.push(Entry::Outcome { time: Timestamp::now(), facts, answer });
         drop(queue);
         self.filled.notify_one();
-        position
     }
 
     /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{Audit, Unavailable, chain::Keys, queue::Who};
@@ -190,9 +191,7 @@ impl Record {
         facts.enter(self.stage);
         match self.step {
             Step::Open | Step::Taken => self.audit.shared.push_refusal(facts, code, status),
-            Step::Intended => {
-                self.outcome(facts, Answer::without_reply(Outcome::NotSent, code, status));
-            }
+            Step::Intended => self.outcome(facts, Answer::without_reply(Outcome::NotSent, code, status)),
             Step::Exchanged => {
                 let answer = Answer::without_reply(Outcome::Unknown, code, status);
                 self.outcome(facts, Answer { note: Some("cut off"), ..answer });
@@ -200,8 +199,8 @@ impl Record {
         }
     }
 
-    fn outcome(&self, facts: Box<Facts>, answer: Answer) -> u64 {
-        self.audit.shared.push_outcome(facts, answer)
+    fn outcome(&self, facts: Box<Facts>, answer: Answer) {
+        self.audit.shared.push_outcome(facts, answer);
     }
 
     /// Queues the intent and waits until it is safe. `members` are further members of the record, as JSON
@@ -212,7 +211,14 @@ impl Record {
         let entry = Entry::Intent { time: Timestamp::now(), facts, body: body.clone(), members };
         let position = shared.push_intent(entry)?;
         self.step = Step::Intended;
-        self.audit.safe(position).await.inspect_err(|_| shared.metrics.late.inc())
+        let mut safe = shared.safe.subscribe();
+        match timeout(self.audit.deadline, safe.wait_for(|safe| *safe >= position)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) | Err(_) => {
+                shared.metrics.late.inc();
+                Err(Unavailable)
+            }
+        }
     }
 
     /// Hands the open record over to an exchange, which begins to send. What is left knows its id and stage
@@ -233,15 +239,11 @@ impl Record {
         self.step == Step::Taken
     }
 
-    /// Closes the record with the outcome of its exchange, and waits until it is safe, so that no caller was
-    /// told what the trail does not know after a crash. A disk that fails or is stuck holds no answer back:
-    /// the outcome then stays queued until it can be written.
-    pub async fn finish(mut self, answer: Answer) {
-        let Some(mut facts) = self.open.take() else { return };
-        facts.enter(self.stage);
-        let position = self.outcome(facts, answer);
-        if self.audit.healthy() {
-            let _ = self.audit.safe(position).await;
+    /// Closes the record with the outcome of its exchange.
+    pub fn finish(mut self, answer: Answer) {
+        if let Some(mut facts) = self.open.take() {
+            facts.enter(self.stage);
+            self.outcome(facts, answer);
         }
     }
 }
