@@ -218,7 +218,8 @@ fn check_after_a_kill(audit: &Path, received: &HashMap<u64, Vec<Received>>, load
     }
     for Told { task, id, outcome } in &*load.told.lock().unwrap() {
         assert_eq!(intents.get(task), Some(id), "a caller was told {outcome}");
-        assert_eq!(outcomes[id][0]["outcome"], **outcome, "the trail says what the caller was told");
+        // An outcome is queued, not safe, before the answer's last byte: after a kill it may be in doubt.
+        assert!(cut_off.contains(id) || outcomes[id][0]["outcome"] == **outcome, "{outcome}: {:?}", outcomes[id]);
     }
 }
 

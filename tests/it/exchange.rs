@@ -127,7 +127,7 @@ fn refusals() -> Vec<Row> {
 #[test]
 fn every_fault_has_its_outcome_and_its_number_of_attempts() {
     let sandbox = sandbox();
-    let short = Setup::default().set("upstream.timeout", "1s").set("upstream.connect_timeout", "1s");
+    let short = Setup::default().set("upstream.timeout", "2s").set("upstream.connect_timeout", "2s");
     let gateway = start_with(&sandbox, short);
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
     let rows = [statuses(), answers(), breaks(), refusals()].concat();
