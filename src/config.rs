@@ -1,10 +1,11 @@
 //! Configuration, validated: every value is of its final type and every reference resolves.
-
 //!
 //! Three types: raw (what stands where), validated (these), compiled ([`crate::state::State`]). All mistakes
 //! are told at once, each with its place, key and reason.
 
 mod raw;
+mod table;
+mod values;
 mod parse;
 
 use std::{
