@@ -3,28 +3,120 @@
 //! Every reading method takes a key, and goes on with a default after a mistake.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use super::{
     Problem,
-    raw::{Kind, Place, Value},
+    raw::{FILE_ONLY, Kind, Place, Syntax, Value},
     values::{parse_duration, parse_size},
 };
 
+/// What is known across all tables.
 pub(super) struct Context<'a> {
     pub(super) folder: &'a Path,
     pub(super) variables: &'a HashSet<String>,
+    pub(super) syntax: Syntax,
     pub(super) problems: Vec<Problem>,
     /// Every key that was looked for, for the test that holds the reference file against the code.
     pub(super) asked: Vec<String>,
+    /// Names that must be those of something else, resolved when all is read.
+    pub(super) references: Vec<Reference>,
+    /// Where each key stands that stands anywhere.
+    places: HashMap<String, Place>,
+    /// Keys that do not have the value that somebody meant. What seems to follow from it is not told: one
+    /// mistake is one line.
+    doubtful: HashSet<String>,
+    /// What should be somewhere and is not.
+    lacking: Vec<Problem>,
+    /// Keys of which a misspelling was found.
+    misspelt: HashSet<String>,
 }
 
-impl Context<'_> {
+/// A name that must be that of something else.
+pub(super) struct Reference {
+    pub(super) to: Referent,
+    pub(super) found: Found<String>,
+}
+
+/// What can be referred to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Referent {
+    Credential,
+    Route,
+}
+
+impl<'a> Context<'a> {
+    pub(super) fn new(folder: &'a Path, variables: &'a HashSet<String>, syntax: Syntax) -> Self {
+        Self {
+            folder,
+            variables,
+            syntax,
+            problems: Vec::new(),
+            asked: Vec::new(),
+            references: Vec::new(),
+            places: HashMap::new(),
+            doubtful: HashSet::new(),
+            lacking: Vec::new(),
+            misspelt: HashSet::new(),
+        }
+    }
+
+    /// A mistake in a value that is there. Where nobody knows which section a line of the file belongs to,
+    /// nothing is said of it.
     pub(super) fn problem(&mut self, place: &Place, key: impl Into<String>, reason: impl Into<String>) {
-        self.problems.push(Problem { place: place.clone(), key: key.into(), reason: reason.into() });
+        let key = key.into();
+        self.doubtful.insert(key.clone());
+        if self.syntax != Syntax::Lost || !matches!(place, Place::File { .. }) {
+            self.problems.push(Problem { place: place.clone(), key, reason: reason.into() });
+        }
+    }
+
+    /// A mistake between values, at the place of `key` or of the section around it.
+    pub(super) fn problem_at(&mut self, key: &str, reason: impl Into<String>) {
+        let place = ancestors(key).find_map(|key| self.places.get(key)).cloned();
+        if let Some(place) = place {
+            self.problem(&place, key, reason);
+        }
+    }
+
+    /// Tells what is missing, unless a misspelling here or around it, or a line that is no TOML, explains it.
+    pub(super) fn tell_what_lacks(&mut self) {
+        let lacking = std::mem::take(&mut self.lacking);
+        if self.syntax != Syntax::Whole {
+            return;
+        }
+        let unexplained = lacking.into_iter().filter(|problem| {
+            let doubtful = ancestors(&problem.key).skip(1).any(|key| self.doubtful.contains(key));
+            !doubtful && !self.misspelt.contains(&problem.key)
+        });
+        self.problems.extend(unexplained);
+    }
+
+    /// Notes a name that must be that of something else.
+    pub(super) fn refer(&mut self, to: Referent, found: Found<String>) -> String {
+        let name = found.value.clone();
+        self.references.push(Reference { to, found });
+        name
+    }
+
+    /// Whether a key, or the section around it, does not have the value that somebody meant.
+    pub(super) fn is_doubtful(&self, key: &str) -> bool {
+        ancestors(key).any(|key| self.doubtful.contains(key))
+    }
+}
+
+/// A key and the sections around it, the whole configuration (an empty key) last.
+fn ancestors(key: &str) -> impl Iterator<Item = &str> {
+    std::iter::successors(Some(key), |key| outer(key))
+}
+
+fn outer(key: &str) -> Option<&str> {
+    match key.rfind(['.', '[']) {
+        Some(at) => Some(&key[..at]),
+        None => (!key.is_empty()).then_some(""),
     }
 }
 
@@ -34,6 +126,7 @@ pub(super) struct Table {
     pub(super) place: Place,
     pub(super) members: BTreeMap<String, Value>,
     known: Vec<&'static str>,
+    lacking: Vec<&'static str>,
 }
 
 /// A value with the place that an error about it names.
@@ -46,6 +139,7 @@ pub(super) struct Found<T> {
 impl Table {
     pub(super) fn open(context: &mut Context<'_>, path: String, value: Value) -> Self {
         let Value { place, kind } = value;
+        context.places.insert(path.clone(), place.clone());
         let members = match kind {
             Kind::Table(members) => members,
             _ => {
@@ -53,7 +147,7 @@ impl Table {
                 BTreeMap::new()
             }
         };
-        Self { path, place, members, known: Vec::new() }
+        Self { path, place, members, known: Vec::new(), lacking: Vec::new() }
     }
 
     pub(super) fn key(&self, name: &str) -> String {
@@ -62,8 +156,19 @@ impl Table {
 
     pub(super) fn take(&mut self, context: &mut Context<'_>, name: &'static str) -> Option<Value> {
         self.known.push(name);
-        context.asked.push(self.key(name));
-        self.members.remove(name)
+        let key = self.key(name);
+        context.asked.push(key.clone());
+        let value = self.members.remove(name)?;
+        context.places.insert(key, value.place.clone());
+        Some(value)
+    }
+
+    /// Something should be here and is not.
+    pub(super) fn lacks(&mut self, context: &mut Context<'_>, name: &'static str, reason: impl Into<String>) {
+        let problem = Problem { place: self.place.clone(), key: self.key(name), reason: reason.into() };
+        context.doubtful.insert(problem.key.clone());
+        context.lacking.push(problem);
+        self.lacking.push(name);
     }
 
     pub(super) fn section(&mut self, context: &mut Context<'_>, name: &'static str) -> Self {
@@ -75,9 +180,16 @@ impl Table {
     pub(super) fn tables(&mut self, context: &mut Context<'_>, name: &'static str) -> Vec<Self> {
         let Some(value) = self.take(context, name) else { return Vec::new() };
         let key = self.key(name);
-        let Kind::List(items) = value.kind else {
-            context.problem(&value.place, key, format!("must be written as [[{name}]]"));
-            return Vec::new();
+        let items = match (value.kind, &value.place) {
+            (Kind::List(items), _) => items,
+            (_, Place::File { .. }) => {
+                context.problem(&value.place, key, format!("must be written as [[{name}]]"));
+                return Vec::new();
+            }
+            (_, Place::Variable(_) | Place::Flag(_)) => {
+                context.problem(&value.place, key, FILE_ONLY);
+                return Vec::new();
+            }
         };
         let open = |(i, item)| Self::open(context, format!("{key}[{i}]"), item);
         items.into_iter().enumerate().map(open).collect()
@@ -161,7 +273,7 @@ impl Table {
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> T {
         if !self.members.contains_key(name) {
-            context.problem(&self.place, self.key(name), "is missing");
+            self.lacks(context, name, "is missing");
         }
         self.parsed(context, name, default, parse)
     }
@@ -246,20 +358,34 @@ impl Table {
 
     pub(super) fn path(&mut self, context: &mut Context<'_>, name: &'static str) -> Option<Found<PathBuf>> {
         let Found { value, place, key } = self.text(context, name)?;
+        if value.is_empty() {
+            context.problem(&place, key, "must not be empty");
+            return None;
+        }
         Some(Found { value: context.folder.join(value), place, key })
     }
 
     /// Whatever was not asked for is unknown.
     pub(super) fn close(self, context: &mut Context<'_>) {
         for (name, value) in &self.members {
-            let near = self.known.iter().min_by_key(|known| distance(known, name));
-            let hint = match near {
-                Some(near) if distance(near, name) <= 3 => format!("unknown key; did you mean `{near}`?"),
-                _ => format!("unknown key; known here: {}", self.known.join(", ")),
+            let (lacking, known) = (self.lacking.iter().copied(), self.known.iter().copied());
+            let reason = match nearest(name, lacking).or_else(|| nearest(name, known)) {
+                Some(meant) => {
+                    context.misspelt.insert(self.key(meant));
+                    context.doubtful.insert(self.key(meant));
+                    format!("unknown key; did you mean `{meant}`?")
+                }
+                None => format!("unknown key; known here: {}", self.known.join(", ")),
             };
-            context.problem(&value.place, self.key(name), hint);
+            context.problem(&value.place, self.key(name), reason);
         }
     }
+}
+
+/// The name that somebody probably meant.
+fn nearest(name: &str, known: impl Iterator<Item = &'static str>) -> Option<&'static str> {
+    let near = known.map(|known| (distance(known, name), known)).min()?;
+    (near.0 <= 1 + near.1.len() / 4).then_some(near.1)
 }
 
 /// How many single edits lie between two words.

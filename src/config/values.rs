@@ -2,6 +2,9 @@
 
 use std::{num::NonZeroU32, time::Duration};
 
+use rustls::pki_types::ServerName;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+
 use super::{ListenAddress, PeerRule, Url};
 
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
@@ -59,6 +62,15 @@ pub(super) fn parse_listen_address(text: &str) -> Result<ListenAddress, String> 
         .map_err(|_| "must be an address with a port, as in \"127.0.0.1:8080\", or \"unix:/path\"".into())
 }
 
+/// A level, or a filter. A bare word in a filter would be a target; here it is taken for a misspelt level.
+pub(super) fn parse_level(text: &str) -> Result<String, String> {
+    let known = |part: &str| part.contains('=') || part.parse::<LevelFilter>().is_ok();
+    let fits = text.split(',').all(known) && text.parse::<Targets>().is_ok();
+    fits.then(|| text.to_owned()).ok_or_else(|| {
+        "must be error, warn, info, debug or trace, or a filter such as \"info,ccsqm_gateway::token=debug\"".into()
+    })
+}
+
 pub(super) fn parse_peer(text: &str) -> Result<PeerRule, String> {
     let reason = || "must be \"loopback\", \"uid:N\" or \"gid:N\"".to_owned();
     match text.split_once(':') {
@@ -103,6 +115,7 @@ pub(super) fn parse_url(text: &str) -> Result<Url, String> {
     if !tls && !is_loopback {
         return Err("http:// is allowed to a loopback address only: the credential would cross the network in the clear".into());
     }
+    ServerName::try_from(host.as_str()).map_err(|_| "has a host that is neither a name nor an address")?;
     let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
     Ok(Url { tls, host, port, path: uri.path().to_owned() })
 }
