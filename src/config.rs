@@ -14,7 +14,7 @@ mod effective;
 use std::{
     collections::HashSet,
     ffi::OsString,
-    fmt::{self, Write as _},
+    fmt,
     net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
@@ -101,10 +101,11 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { place, key, reason } = self;
         let cut = key.char_indices().nth(200).map_or(key.len(), |(at, _)| at);
+        let mut line = String::new();
         for c in format!("{place}: {}: {reason}", &key[..cut]).chars() {
-            if c.is_control() { write!(f, "{}", c.escape_default()) } else { f.write_char(c) }?;
+            if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
         }
-        Ok(())
+        f.write_str(&line) // at once: standard error has no buffer
     }
 }
 
