@@ -51,6 +51,11 @@ pub(super) fn roots(path: &Path) -> Result<(), String> {
     client_tls(Some(path)).map(drop).map_err(|error| error.to_string())
 }
 
+/// The system's roots.
+pub(super) fn system_roots() -> Result<(), String> {
+    client_tls(None).map(drop).map_err(|error| error.to_string())
+}
+
 /// The audit chain's key.
 pub(super) fn audit_key(path: &Path) -> Result<(), String> {
     regular(path)?;

@@ -172,13 +172,14 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
         url.path.clear();
         Ok(url)
     });
+    let ca_file = table.path(context, "ca_file").and_then(|found| good_file(context, found, files::roots));
     let upstream = Upstream {
         base_url,
         connect_timeout: table.duration(context, "connect_timeout", "3s", ("10ms", "1m")),
         timeout: table.duration(context, "timeout", "30s", EXCHANGE),
         idle_timeout: table.duration(context, "idle_timeout", "10s", ("10ms", "1h")),
         max_connections: table.integer(context, "max_connections", 64, 1..=10_000),
-        ca_file: table.path(context, "ca_file").and_then(|found| good_file(context, found, files::roots)),
+        ca_file,
         headers: read_headers(context, &mut table),
     };
     table.close(context);

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use super::{
-    Config, ListenAddress, PeerRule,
+    Config, ListenAddress, PeerRule, files,
     table::{Context, Referent},
 };
 
@@ -21,6 +21,12 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
     if upstream.max_connections < config.server.workers {
         let reason = "must be at least server.workers";
         between(context, ["upstream.max_connections", "server.workers"], reason);
+    }
+    if upstream.ca_file.is_none()
+        && !context.is_doubtful("upstream.ca_file")
+        && let Err(reason) = files::system_roots()
+    {
+        context.problem_at("upstream.ca_file", format!("is needed here: {reason}"));
     }
 }
 

@@ -497,6 +497,16 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
         }
         assert_eq!(files(), before, "a bad check makes nothing");
     }
+    let no_roots =
+        [("SSL_CERT_FILE", OsStr::new("/dev/null")), ("SSL_CERT_DIR", OsStr::new("/proc/self/fd"))];
+    let own_roots = write(&folder, &text);
+    assert_eq!(run(&["check", "--config", &own_roots], &no_roots).0, 0, "the control");
+    let systems_roots = write(&folder, &text.replace("ca_file = ", "# "));
+    let (code, _, error) = run(&["check", "--config", &systems_roots], &no_roots);
+    assert!(
+        code == 78 && error.contains(": upstream.ca_file: is needed here: no root certificate"),
+        "{error}"
+    );
     let wrong = set("app_secret_file", "app_secret", "x").replace("app_secret_file", "app_secret_env");
     fs::write(&path, &wrong).unwrap();
     assert_eq!(run(&["check", "--config", &path], &[("x", OsStr::new("s"))]).0, 0, "the control");
