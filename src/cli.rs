@@ -11,7 +11,7 @@ mod serve;
 
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
-use ccsqm_gateway::config::{Config, Log, LogFormat};
+use ccsqm_gateway::config::{Config, Log, LogFormat, Problems};
 use clap::{Parser, Subcommand};
 use tracing_subscriber::{filter::Targets, prelude::*};
 
@@ -31,7 +31,7 @@ enum Command {
     /// Run the gateway.
     Serve(Configured),
     /// Check a configuration and say who can use the credential.
-    Check(Configured),
+    Check(check::Args),
     /// Run the gateway on a sandbox of the cloud, with an example request.
     Demo(demo::Args),
     /// Run the sandbox of the cloud alone.
@@ -56,14 +56,8 @@ struct Configured {
 }
 
 impl Configured {
-    /// Loads it; all mistakes go to stderr.
-    fn load(&self) -> Result<Config, ExitCode> {
-        let variables =
-            std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-        Config::load(&self.config, &self.overrides, variables).map_err(|problems| {
-            eprintln!("{problems}");
-            ExitCode::from(BAD_CONFIGURATION)
-        })
+    fn load(&self) -> Result<Config, Problems> {
+        Config::load(&self.config, &self.overrides, std::env::vars_os())
     }
 }
 
@@ -76,7 +70,7 @@ fn parse_override(text: &str) -> Result<(String, String), String> {
 pub(crate) fn run() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Serve(configured) => serve::run(&configured),
-        Command::Check(configured) => check::run(&configured),
+        Command::Check(args) => Ok(check::run(&args)),
         Command::Demo(args) => demo::run(&args),
         Command::Sandbox(args) => sandbox::run(args),
         Command::Healthcheck(args) => healthcheck::run(&args),

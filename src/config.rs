@@ -1,14 +1,19 @@
 //! Configuration, validated: every value is of its final type and every reference resolves.
-
 //!
 //! Three types: raw (what stands where), validated (these), compiled ([`crate::state::State`]). All mistakes
 //! are told at once, each with its place, key and reason.
 
 mod raw;
+mod table;
+mod values;
+mod files;
 mod parse;
+mod relations;
+mod effective;
 
 use std::{
     collections::HashSet,
+    ffi::OsString,
     fmt,
     net::SocketAddr,
     num::NonZeroU32,
@@ -17,6 +22,9 @@ use std::{
 };
 
 use http::{HeaderMap, StatusCode};
+use serde_json::json;
+
+pub use effective::Access;
 
 /// A whole configuration. Made only by [`Config::load`].
 #[derive(Clone, Debug)]
@@ -58,8 +66,21 @@ pub struct Problem {
 pub struct Problems(Vec<Problem>);
 
 impl Problems {
-    fn one(problem: Problem) -> Self {
-        Self(vec![problem])
+    /// One by one, in the order of their places.
+    pub fn iter(&self) -> impl Iterator<Item = &Problem> {
+        self.0.iter()
+    }
+}
+
+impl Problem {
+    /// For machines.
+    pub fn to_json(&self) -> serde_json::Value {
+        let (file, line) = match &self.place {
+            raw::Place::File { path, line } => (Some(&**path), Some(line)),
+            raw::Place::Variable(_) | raw::Place::Flag(_) => (None, None),
+        };
+        let place = self.place.to_string();
+        json!({ "place": place, "file": file, "line": line, "key": self.key, "reason": self.reason })
     }
 }
 
@@ -67,11 +88,24 @@ impl std::error::Error for Problems {}
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, Problem { place, key, reason }) in self.0.iter().enumerate() {
+        for (i, problem) in self.0.iter().enumerate() {
             let line_break = if i == 0 { "" } else { "\n" };
-            write!(f, "{line_break}{place}: {key}: {reason}")?;
+            write!(f, "{line_break}{problem}")?;
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Problem {
+    /// One line, whatever the file holds: a key may be quoted, long, and full of control characters.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { place, key, reason } = self;
+        let cut = key.char_indices().nth(200).map_or(key.len(), |(at, _)| at);
+        let mut line = String::new();
+        for c in format!("{place}: {}: {reason}", &key[..cut]).chars() {
+            if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
+        }
+        f.write_str(&line) // at once: standard error has no buffer
     }
 }
 
@@ -82,10 +116,11 @@ pub const LOOPBACK_NOTICE: &str = "a `loopback` caller is every process in this 
 
 impl Config {
     /// Loads a file, then the environment (`CCSQM_GATEWAY__SECTION__KEY`), then `--set` flags, and validates it.
+    /// Looks at every file that the configuration names, and makes none.
     pub fn load(
         path: &Path,
         overrides: &[(String, String)],
-        environment: impl IntoIterator<Item = (String, String)>,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<Self, Problems> {
         Self::load_with_keys(path, overrides, environment).map(|(config, _)| config)
     }
@@ -93,13 +128,20 @@ impl Config {
     fn load_with_keys(
         path: &Path,
         overrides: &[(String, String)],
-        environment: impl IntoIterator<Item = (String, String)>,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<(Self, Vec<String>), Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
-        let set = environment.iter().filter(|(_, value)| !value.is_empty()).map(|(name, _)| name.clone());
-        let variables: HashSet<String> = set.collect();
-        let root = raw::read(path, overrides, environment)?;
-        parse::validate(root, path.parent().unwrap_or(Path::new(".")), &variables)
+        let set = environment.iter().filter_map(|(name, value)| Some((name.to_str()?, value.to_str()?)));
+        let set = set.filter(|(_, value)| !value.trim_end_matches(['\r', '\n']).is_empty());
+        let variables: HashSet<String> = set.map(|(name, _)| name.to_owned()).collect();
+        let layers = raw::read(path, overrides, &environment)?;
+        parse::validate(layers, path.parent().unwrap_or(Path::new(".")), &variables)
+    }
+
+    /// The listeners at which a caller can be seen.
+    fn listeners_of(&self, caller: &Caller) -> impl Iterator<Item = &Listener> {
+        let tcp = caller.peer == PeerRule::Loopback;
+        self.listeners.iter().filter(move |listener| matches!(listener.address, ListenAddress::Tcp(_)) == tcp)
     }
 
     /// Whether any caller is `loopback`, so that [`LOOPBACK_NOTICE`] must be said.
@@ -140,6 +182,8 @@ pub struct Listener {
     pub address: ListenAddress,
     /// The names that `Host` may carry, lower case, without port. `None` on a Unix socket: any.
     pub hosts: Option<Vec<String>>,
+    /// Somebody said that requests may cross the network unencrypted. Needed off loopback.
+    pub allow_plaintext: bool,
 }
 
 /// Where a listener listens.
@@ -352,3 +396,6 @@ pub enum LogFormat {
     /// For machines.
     Json,
 }
+
+#[cfg(test)]
+mod tests;

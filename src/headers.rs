@@ -47,7 +47,8 @@ pub fn credentials_in(headers: &HeaderMap) -> usize {
     headers.keys().filter(|name| looks_like_credential(name.as_str())).count()
 }
 
-fn looks_like_credential(name: &str) -> bool {
+/// Whether a header's name, in lower case, is one that credentials are sent in.
+pub fn looks_like_credential(name: &str) -> bool {
     const SPELLINGS: [&str; 8] = [
         "authorization",
         "proxy-authorization",

@@ -1,82 +1,120 @@
-//! `check`: the configuration in effect, and who can use the credential.
+//! `check`: the configuration in effect, and who can use which credential. What it prints is itself a
+//! configuration, with everything else in comments.
 
 use std::process::ExitCode;
 
-use ccsqm_gateway::{
-    config::{Config, LOOPBACK_NOTICE, PeerRule, SecretSource},
-    route::Routes,
-};
+use ccsqm_gateway::config::{Access, Config, LOOPBACK_NOTICE};
+use serde_json::{Map, Value, json};
 
 use super::{BAD_CONFIGURATION, Configured};
 
-pub(super) fn run(configured: &Configured) -> anyhow::Result<ExitCode> {
-    let config = match configured.load() {
-        Ok(config) => config,
-        Err(code) => return Ok(code),
-    };
-    if let Err(error) = Routes::new(&config) {
-        eprintln!("{}: {error}", configured.config.display());
-        return Ok(ExitCode::from(BAD_CONFIGURATION));
-    }
-    println!("{} is a good configuration\n", configured.config.display());
-    print(&config);
-    Ok(ExitCode::SUCCESS)
+/// A configuration, and how to speak about it.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    configured: Configured,
+    /// For machines.
+    #[arg(long)]
+    json: bool,
 }
 
-fn print(config: &Config) {
-    println!("upstream    {}", config.upstream.base_url);
-    println!("token       {}", config.token.url);
-    println!("admin       {}", config.admin.address);
-    println!("audit       {}", config.audit.directory.display());
-    let server = &config.server;
-    println!(
-        "server      workers {}, connections {}, in flight {}, body {} B; head {:?}, body {:?}, idle {:?}, drain {:?}",
-        server.workers,
-        server.max_connections,
-        server.max_in_flight,
-        server.max_body,
-        server.header_timeout,
-        server.body_timeout,
-        server.idle_timeout,
-        server.drain_timeout,
-    );
-    println!(
-        "exchange    connect {:?}, whole {:?}",
-        config.upstream.connect_timeout, config.upstream.timeout
-    );
-    println!("quota       {}/{:?}, burst {}", config.quota.count, config.quota.period, config.quota.burst);
-    for credential in &config.credentials {
-        let place = |source: &SecretSource| match source {
-            SecretSource::File(path) => format!("file {}", path.display()),
-            SecretSource::Env(name) => format!("variable {name}"),
-        };
-        let (key, secret) = (place(&credential.app_key), place(&credential.app_secret));
-        println!("credential  {}: app key from {key}, secret from {secret}", credential.name);
+pub(super) fn run(args: &Args) -> ExitCode {
+    let file = args.configured.config.display().to_string();
+    match args.configured.load() {
+        Ok(config) if args.json => {
+            let notices: Vec<_> = config.trusts_loopback().then_some(LOOPBACK_NOTICE).into_iter().collect();
+            let (effective, access) = (config.effective(), config.access());
+            println!(
+                "{:#}",
+                json!({ "good": true, "file": file, "configuration": effective, "access": access, "notices": notices })
+            );
+            ExitCode::SUCCESS
+        }
+        Ok(config) => {
+            println!("# {file} is a good configuration. In effect, with environment, flags and defaults:");
+            sections(&config.effective());
+            access(&config);
+            ExitCode::SUCCESS
+        }
+        Err(problems) => {
+            if args.json {
+                let problems: Vec<_> = problems.iter().map(|problem| problem.to_json()).collect();
+                println!("{:#}", json!({ "good": false, "file": file, "problems": problems }));
+            } else {
+                eprintln!("{problems}");
+            }
+            ExitCode::from(BAD_CONFIGURATION)
+        }
     }
-    println!("\nWho can use a credential:");
-    for caller in &config.callers {
-        let peer = match caller.peer {
-            PeerRule::Loopback => "every process that reaches a loopback listener".to_owned(),
-            PeerRule::Uid(uid) => format!("processes of user {uid} at a Unix socket"),
-            PeerRule::Gid(gid) => format!("processes of group {gid} at a Unix socket"),
-        };
-        let operators: Vec<_> =
-            std::iter::once(&caller.operator_id).chain(&caller.operators).map(String::as_str).collect();
-        println!(
-            "  {}: {peer}; with {}; {}; as operator {}; {}/{:?}, burst {}",
-            caller.name,
-            caller.credential,
-            caller.routes.join(", "),
-            operators.join(" or "),
-            caller.rate_limit.count,
-            caller.rate_limit.period,
-            caller.rate_limit.burst,
-        );
-    }
-    for listener in &config.listeners {
-        println!("  listening on {}", listener.address);
+}
+
+fn access(config: &Config) {
+    println!("\n# Who can use which credential:");
+    let access = config.access();
+    for name in config.effective()["credentials"].as_array().into_iter().flatten().map(|c| &c["name"]) {
+        let mut users = access.iter().filter(|access| *name == *access.credential).peekable();
+        let nobody = if users.peek().is_none() { " nobody" } else { "" };
+        println!("# {}:{nobody}", name.as_str().unwrap_or_default());
+        users.for_each(user);
     }
     if config.trusts_loopback() {
-        println!("\nNote: {LOOPBACK_NOTICE}");
+        println!("#\n# Note: {LOOPBACK_NOTICE}");
     }
+}
+
+fn user(access: &Access) {
+    let who = match access.peer.split_once(':') {
+        Some(("uid", uid)) => format!("every process of user {uid}"),
+        Some((_, gid)) => format!("every process of group {gid}"),
+        None => "every process of this network namespace".into(),
+    };
+    println!(
+        "#   {}: {who}, at {}; on {}; as operator {}; {}, burst {}",
+        access.caller,
+        access.listeners.join(" and "),
+        access.routes.join(", "),
+        access.operators.join(" or "),
+        access.rate_limit,
+        access.burst,
+    );
+}
+
+fn sections(configuration: &Value) {
+    for (name, section) in configuration.as_object().into_iter().flatten() {
+        match section {
+            Value::Array(tables) => tables.iter().for_each(|table| members(&format!("[[{name}]]"), table)),
+            _ => members(&format!("[{name}]"), section),
+        }
+    }
+}
+
+fn members(header: &str, table: &Value) {
+    // A route without a contract's file is the built-in one, which no file may hold.
+    let built_in = table.get("contract_file").is_some_and(Value::is_null);
+    let mark = if built_in { "# " } else { "" };
+    println!("\n{mark}{header}{}", if built_in { " built in" } else { "" });
+    for (key, value) in table.as_object().into_iter().flatten() {
+        match value {
+            Value::Null => println!("# {key}: not set"),
+            _ => println!("{mark}{key} = {}", toml(value)),
+        }
+    }
+}
+
+fn toml(value: &Value) -> String {
+    match value {
+        Value::Array(items) => format!("[{}]", items.iter().map(toml).collect::<Vec<_>>().join(", ")),
+        Value::Object(members) => inline_table(members),
+        // JSON's escapes are TOML's; only DEL must be escaped in one and need not be in the other.
+        _ => value.to_string().replace('\u{7f}', "\\u007f"),
+    }
+}
+
+fn inline_table(members: &Map<String, Value>) -> String {
+    if members.is_empty() {
+        return "{}".into();
+    }
+    let members: Vec<_> =
+        members.iter().map(|(key, value)| format!("{} = {}", json!(key), toml(value))).collect();
+    format!("{{ {} }}", members.join(", "))
 }

@@ -1,9 +1,14 @@
 //! `contract check`: a body against a contract.
 
-use std::{io::Read, path::PathBuf, process::ExitCode};
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::Context as _;
 use ccsqm_gateway::contract::{Contract, Fault};
+use serde_json::{Value, json};
 
 use super::BAD_CONFIGURATION;
 
@@ -22,41 +27,72 @@ enum Command {
         schema: String,
         /// The body, or `-` for standard input.
         body: PathBuf,
+        /// For machines.
+        #[arg(long)]
+        json: bool,
     },
 }
 
 pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let Command::Check { schema, body } = args.command;
-    let text = if schema == "appointQualityTask" {
-        Contract::APPOINT_QUALITY_TASK.to_owned()
-    } else {
-        std::fs::read_to_string(&schema).with_context(|| schema.clone())?
-    };
-    let contract = match Contract::compile(&text) {
+    let Command::Check { schema, body, json } = args.command;
+    let contract = match compile(&schema) {
         Ok(contract) => contract,
-        Err(error) => {
-            eprintln!("{schema}: {error}");
+        Err(reason) => {
+            if json {
+                println!("{}", json!({ "good": false, "contract": reason }));
+            } else {
+                eprintln!("{schema}: {reason}");
+            }
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
     };
-    let mut bytes = Vec::new();
-    if body.as_os_str() == "-" {
-        std::io::stdin().read_to_end(&mut bytes)?;
+    let fault = contract.check(read(&body)?.into()).err();
+    if json {
+        println!("{}", machine_text(fault.as_ref()));
     } else {
-        bytes = std::fs::read(&body).with_context(|| body.display().to_string())?;
+        print(fault.as_ref());
     }
-    match contract.check(bytes.into()) {
-        Ok(_) => {
-            println!("the body keeps the contract");
-            return Ok(ExitCode::SUCCESS);
-        }
-        Err(Fault::NotJson(fault)) => println!("not strict JSON: {fault}"),
-        Err(Fault::Violations(violations)) => {
+    Ok(if fault.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn compile(schema: &str) -> Result<Contract, String> {
+    let text = match schema {
+        "appointQualityTask" => Contract::APPOINT_QUALITY_TASK.to_owned(),
+        path => std::fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?,
+    };
+    Contract::compile(&text).map_err(|error| error.to_string())
+}
+
+fn read(body: &Path) -> anyhow::Result<Vec<u8>> {
+    if body.as_os_str() != "-" {
+        return std::fs::read(body).with_context(|| body.display().to_string());
+    }
+    let mut bytes = Vec::new();
+    std::io::stdin().read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn print(fault: Option<&Fault>) {
+    match fault {
+        None => println!("the body keeps the contract"),
+        Some(Fault::NotJson(fault)) => println!("not strict JSON: {fault}"),
+        Some(Fault::Violations(violations)) => {
             for violation in &violations.list {
                 println!("{}: {} ({})", violation.pointer, violation.detail, violation.code);
             }
             println!("{} in all", violations.total);
         }
     }
-    Ok(ExitCode::FAILURE)
+}
+
+/// The violations have the form that a caller sees in a refusal's `errors`.
+fn machine_text(fault: Option<&Fault>) -> Value {
+    let (not_json, list, total) = match fault {
+        None => (None, &[][..], 0),
+        Some(Fault::NotJson(fault)) => (Some(fault.to_string()), &[][..], 0),
+        Some(Fault::Violations(violations)) => (None, &violations.list[..], violations.total),
+    };
+    let errors: Vec<_> =
+        list.iter().map(|v| json!({ "pointer": v.pointer, "code": v.code, "detail": v.detail })).collect();
+    json!({ "good": fault.is_none(), "not_json": not_json, "errors": errors, "total": total })
 }

@@ -9,12 +9,15 @@ use tokio::{
     sync::Notify,
 };
 
-use super::Configured;
+use super::{BAD_CONFIGURATION, Configured};
 
 pub(super) fn run(configured: &Configured) -> anyhow::Result<ExitCode> {
     let config = match configured.load() {
         Ok(config) => config,
-        Err(code) => return Ok(code),
+        Err(problems) => {
+            eprintln!("{problems}");
+            return Ok(ExitCode::from(BAD_CONFIGURATION));
+        }
     };
     super::log(&config.log);
     no_core_dumps();

@@ -1,9 +1,7 @@
 //! Raw values to typed ones. Goes on after a mistake, so that all are told at once.
 
 use std::{
-    collections::{BTreeMap, HashSet},
-    fs::File,
-    io::Read,
+    collections::HashSet,
     net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
@@ -12,274 +10,47 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
+use crate::headers::looks_like_credential;
+
 use super::{
     Admin, Audit, Caller, Config, ContractSource, Credential, Limit, ListenAddress, Listener, Log, LogFormat,
-    PeerRule, Problem, Problems, Route, SecretSource, Server, Token, Upstream, Url,
-    raw::{Kind, Place, Value},
+    PeerRule, Problems, Route, SecretSource, Server, Token, Upstream, Url, files,
+    raw::{Kind, Layers, Syntax, Value},
+    relations,
+    table::{Context, Found, Referent, Table},
+    values::{
+        parse_level, parse_listen_address, parse_operator, parse_peer, parse_rate, parse_route_path,
+        parse_url,
+    },
 };
+
+/// Bounds of a whole exchange.
+const EXCHANGE: (&str, &str) = ("50ms", "10m");
 
 const TOKEN_PATH: &str = "/apigovernance/api/oauth/tokenByAkSk";
 const BUILT_IN: &str = "appointQualityTask";
 const BUILT_IN_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 
-/// Validates a raw configuration. Relative paths are relative to `folder`.
+/// Validates a raw configuration. Relative paths are relative to `folder`. Returns the keys that were looked
+/// for, too.
 pub(super) fn validate(
-    root: Value,
+    layers: Layers,
     folder: &Path,
     variables: &HashSet<String>,
 ) -> Result<(Config, Vec<String>), Problems> {
-    let mut context = Context { folder, variables, problems: Vec::new(), asked: Vec::new() };
+    let Layers { root, mut problems, syntax } = layers;
+    let mut context = Context::new(folder, variables, syntax);
     let config = read_config(&mut context, root);
-    let Context { mut problems, asked, .. } = context;
+    context.tell_what_lacks();
+    if syntax == Syntax::Whole {
+        relations::check(&mut context, &config);
+    }
+    problems.append(&mut context.problems);
     if problems.is_empty() {
-        return Ok((config, asked));
+        return Ok((config, context.asked));
     }
     problems.sort_by(|a, b| (&a.place, &a.key).cmp(&(&b.place, &b.key)));
     Err(Problems(problems))
-}
-
-struct Context<'a> {
-    folder: &'a Path,
-    variables: &'a HashSet<String>,
-    problems: Vec<Problem>,
-    /// Every key that was looked for, for the test that holds the reference file against the code.
-    asked: Vec<String>,
-}
-
-impl Context<'_> {
-    fn problem(&mut self, place: &Place, key: impl Into<String>, reason: impl Into<String>) {
-        self.problems.push(Problem { place: place.clone(), key: key.into(), reason: reason.into() });
-    }
-}
-
-/// One table while it is read: what is left at the end is unknown.
-struct Table {
-    path: String,
-    place: Place,
-    members: BTreeMap<String, Value>,
-    known: Vec<&'static str>,
-}
-
-/// A value with the place that an error about it names.
-struct Found<T> {
-    value: T,
-    place: Place,
-    key: String,
-}
-
-impl Table {
-    fn open(context: &mut Context<'_>, path: String, value: Value) -> Self {
-        let Value { place, kind } = value;
-        let members = match kind {
-            Kind::Table(members) => members,
-            _ => {
-                context.problem(&place, path.clone(), "must be a table");
-                BTreeMap::new()
-            }
-        };
-        Self { path, place, members, known: Vec::new() }
-    }
-
-    fn key(&self, name: &str) -> String {
-        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
-    }
-
-    fn take(&mut self, context: &mut Context<'_>, name: &'static str) -> Option<Value> {
-        self.known.push(name);
-        context.asked.push(self.key(name));
-        self.members.remove(name)
-    }
-
-    fn section(&mut self, context: &mut Context<'_>, name: &'static str) -> Self {
-        let empty = Value { place: self.place.clone(), kind: Kind::Table(BTreeMap::new()) };
-        let value = self.take(context, name).unwrap_or(empty);
-        Self::open(context, self.key(name), value)
-    }
-
-    fn tables(&mut self, context: &mut Context<'_>, name: &'static str) -> Vec<Self> {
-        let Some(value) = self.take(context, name) else { return Vec::new() };
-        let key = self.key(name);
-        let Kind::List(items) = value.kind else {
-            context.problem(&value.place, key, format!("must be written as [[{name}]]"));
-            return Vec::new();
-        };
-        let open = |(i, item)| Self::open(context, format!("{key}[{i}]"), item);
-        items.into_iter().enumerate().map(open).collect()
-    }
-
-    fn text(&mut self, context: &mut Context<'_>, name: &'static str) -> Option<Found<String>> {
-        let Value { place, kind } = self.take(context, name)?;
-        let key = self.key(name);
-        match kind {
-            Kind::Text(value) | Kind::Loose(value) => Some(Found { value, place, key }),
-            Kind::Integer(_) => {
-                context.problem(
-                    &place,
-                    key,
-                    "must be a text in quotes; a quantity needs its unit, as in \"10s\" or \"64MiB\"",
-                );
-                None
-            }
-            Kind::Boolean(_) | Kind::List(_) | Kind::Table(_) | Kind::Other => {
-                context.problem(&place, key, "must be a text in quotes");
-                None
-            }
-        }
-    }
-
-    fn texts(&mut self, context: &mut Context<'_>, name: &'static str) -> Option<Vec<Found<String>>> {
-        let Value { place, kind } = self.take(context, name)?;
-        let key = self.key(name);
-        let found = |value: String, place: &Place| Found { value, place: place.clone(), key: key.clone() };
-        match kind {
-            Kind::List(items) => {
-                let mut texts = Vec::new();
-                for item in items {
-                    match item.kind {
-                        Kind::Text(text) => texts.push(found(text, &item.place)),
-                        Kind::Integer(number) => texts.push(found(number.to_string(), &item.place)),
-                        _ => context.problem(&item.place, key.clone(), "must be a list of texts"),
-                    }
-                }
-                Some(texts)
-            }
-            Kind::Loose(text) => {
-                let bare = text.trim_matches(['[', ']']);
-                let parts = bare.split(',').map(|part| part.trim().trim_matches('"').to_owned());
-                Some(parts.filter(|part| !part.is_empty()).map(|part| found(part, &place)).collect())
-            }
-            _ => {
-                context.problem(&place, key, "must be a list of texts");
-                None
-            }
-        }
-    }
-
-    /// A text that `parse` understands, else the default.
-    fn parsed<T>(
-        &mut self,
-        context: &mut Context<'_>,
-        name: &'static str,
-        default: T,
-        parse: impl FnOnce(&str) -> Result<T, String>,
-    ) -> T {
-        let Some(found) = self.text(context, name) else { return default };
-        match parse(&found.value) {
-            Ok(value) => value,
-            Err(reason) => {
-                context.problem(&found.place, found.key, reason);
-                default
-            }
-        }
-    }
-
-    fn required<T>(
-        &mut self,
-        context: &mut Context<'_>,
-        name: &'static str,
-        default: T,
-        parse: impl FnOnce(&str) -> Result<T, String>,
-    ) -> T {
-        if !self.members.contains_key(name) {
-            context.problem(&self.place, self.key(name), "is missing");
-        }
-        self.parsed(context, name, default, parse)
-    }
-
-    fn duration(
-        &mut self,
-        context: &mut Context<'_>,
-        name: &'static str,
-        default: &str,
-        bounds: (&str, &str),
-    ) -> Duration {
-        let parse = |text: &str| {
-            parse_duration(text)
-                .ok_or_else(|| "must be a number with a unit: ms, s, m, h or d, as in \"10s\"".to_owned())
-        };
-        let (low, high) = (parse(bounds.0).unwrap_or_default(), parse(bounds.1).unwrap_or_default());
-        let default = parse(default).unwrap_or_default();
-        self.parsed(context, name, default, |text| {
-            let value = parse(text)?;
-            let within = (low..=high).contains(&value);
-            within.then_some(value).ok_or(format!("must be from {} to {}", bounds.0, bounds.1))
-        })
-    }
-
-    fn size(
-        &mut self,
-        context: &mut Context<'_>,
-        name: &'static str,
-        default: u64,
-        bounds: (&str, &str),
-    ) -> u64 {
-        let parse = |text: &str| {
-            parse_size(text)
-                .ok_or_else(|| "must be a number with a unit: B, KiB, MiB or GiB, as in \"64MiB\"".to_owned())
-        };
-        let (low, high) = (parse(bounds.0).unwrap_or_default(), parse(bounds.1).unwrap_or_default());
-        self.parsed(context, name, default, |text| {
-            let value = parse(text)?;
-            let within = (low..=high).contains(&value);
-            within.then_some(value).ok_or(format!("must be from {} to {}", bounds.0, bounds.1))
-        })
-    }
-
-    fn integer(
-        &mut self,
-        context: &mut Context<'_>,
-        name: &'static str,
-        default: usize,
-        bounds: std::ops::RangeInclusive<usize>,
-    ) -> usize {
-        let Some(Value { place, kind }) = self.take(context, name) else { return default };
-        let number = match kind {
-            Kind::Integer(number) => usize::try_from(number).ok(),
-            Kind::Loose(text) => text.parse().ok(),
-            _ => None,
-        };
-        match number.filter(|number| bounds.contains(number)) {
-            Some(number) => number,
-            None => {
-                let (low, high) = bounds.into_inner();
-                context.problem(
-                    &place,
-                    self.key(name),
-                    format!("must be a whole number from {low} to {high}"),
-                );
-                default
-            }
-        }
-    }
-
-    fn boolean(&mut self, context: &mut Context<'_>, name: &'static str) -> bool {
-        let Some(Value { place, kind }) = self.take(context, name) else { return false };
-        match kind {
-            Kind::Boolean(value) => value,
-            Kind::Loose(text) if text == "true" || text == "false" => text == "true",
-            _ => {
-                context.problem(&place, self.key(name), "must be true or false");
-                false
-            }
-        }
-    }
-
-    fn path(&mut self, context: &mut Context<'_>, name: &'static str) -> Option<Found<PathBuf>> {
-        let Found { value, place, key } = self.text(context, name)?;
-        Some(Found { value: context.folder.join(value), place, key })
-    }
-
-    /// Whatever was not asked for is unknown.
-    fn close(self, context: &mut Context<'_>) {
-        for (name, value) in &self.members {
-            let near = self.known.iter().min_by_key(|known| distance(known, name));
-            let hint = match near {
-                Some(near) if distance(near, name) <= 3 => format!("unknown key; did you mean `{near}`?"),
-                _ => format!("unknown key; known here: {}", self.known.join(", ")),
-            };
-            context.problem(&value.place, self.key(name), hint);
-        }
-    }
 }
 
 fn read_config(context: &mut Context<'_>, root: Value) -> Config {
@@ -287,11 +58,11 @@ fn read_config(context: &mut Context<'_>, root: Value) -> Config {
     let listeners = read_listeners(context, &mut root);
     let admin = read_admin(context, &mut root);
     let server = read_server(context, &mut root);
-    let upstream = read_upstream(context, &mut root, server.workers);
+    let upstream = read_upstream(context, &mut root);
     let token = read_token(context, &mut root, &upstream.base_url);
     let credentials = read_credentials(context, &mut root);
-    let routes = read_routes(context, &mut root, &credentials);
-    let callers = read_callers(context, &mut root, &credentials, &routes, &listeners);
+    let routes = read_routes(context, &mut root);
+    let callers = read_callers(context, &mut root);
     let mut section = root.section(context, "quota");
     let quota = read_limit(context, &mut section, "rate", (50, 1), 100);
     section.close(context);
@@ -305,7 +76,7 @@ fn read_listeners(context: &mut Context<'_>, root: &mut Table) -> Vec<Listener> 
     let tables = root.tables(context, "listeners");
     if tables.is_empty() {
         let address = ListenAddress::Tcp(([127, 0, 0, 1], 8080).into());
-        return vec![Listener { address, hosts: Some(loopback_names()) }];
+        return vec![Listener { address, hosts: Some(loopback_names()), allow_plaintext: false }];
     }
     tables.into_iter().map(|table| read_listener(context, table)).collect()
 }
@@ -313,40 +84,39 @@ fn read_listeners(context: &mut Context<'_>, root: &mut Table) -> Vec<Listener> 
 fn read_listener(context: &mut Context<'_>, mut table: Table) -> Listener {
     let fallback = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
     let mut address = table.required(context, "address", fallback, parse_listen_address);
-    let mode = table.text(context, "mode");
+    let named = table.texts(context, "hosts");
+    let allow_plaintext = table.boolean(context, "allow_plaintext");
+    let named =
+        named.map(|hosts| hosts.into_iter().map(|host| host.value.to_ascii_lowercase()).collect::<Vec<_>>());
+    let mode = table.parsed(context, "mode", None, |text| {
+        let bits = u32::from_str_radix(text, 8).ok().filter(|bits| *bits <= 0o777);
+        bits.map(Some).ok_or_else(|| "must be octal permission bits, as in \"0660\"".into())
+    });
     match (&mut address, mode) {
-        (ListenAddress::Unix { mode, .. }, Some(found)) => match u32::from_str_radix(&found.value, 8) {
-            Ok(bits) if bits <= 0o777 => *mode = bits,
-            _ => context.problem(&found.place, found.key, "must be octal permission bits, as in \"0660\""),
-        },
-        (ListenAddress::Tcp(_), Some(found)) => {
-            context.problem(&found.place, found.key, "is for Unix sockets only");
-        }
         (_, None) => {}
+        (ListenAddress::Unix { mode, .. }, Some(bits)) => *mode = bits,
+        (ListenAddress::Tcp(_), Some(_)) if context.is_doubtful(&table.key("address")) => {}
+        (ListenAddress::Tcp(_), Some(_)) => {
+            context.problem_at(&table.key("mode"), "is for Unix sockets only");
+        }
     }
-    let named = table
-        .texts(context, "hosts")
-        .map(|hosts| hosts.into_iter().map(|host| host.value.to_ascii_lowercase()).collect::<Vec<_>>());
-    let plaintext = table.boolean(context, "allow_plaintext");
     let hosts = match &address {
         ListenAddress::Unix { .. } => None,
         ListenAddress::Tcp(tcp) if tcp.ip().is_loopback() => Some(named.unwrap_or_else(loopback_names)),
         ListenAddress::Tcp(_) => {
-            if named.as_ref().is_none_or(Vec::is_empty) {
-                context.problem(
-                    &table.place,
-                    table.key("hosts"),
-                    "is needed on a listener that is not on loopback: the names that Host may carry",
-                );
+            if named.as_ref().is_none_or(Vec::is_empty) && !context.is_doubtful(&table.key("hosts")) {
+                let reason = "is needed on a listener that is not on loopback: the names that Host may carry";
+                table.lacks(context, "hosts", reason);
             }
-            if !plaintext {
-                context.problem(&table.place, table.key("allow_plaintext"), "must be true on a listener that is not on loopback: callers' requests cross the network unencrypted");
+            if !allow_plaintext && !context.is_doubtful(&table.key("allow_plaintext")) {
+                let reason = "must be true on a listener that is not on loopback: callers' requests cross the network unencrypted";
+                table.lacks(context, "allow_plaintext", reason);
             }
             named
         }
     };
     table.close(context);
-    Listener { address, hosts }
+    Listener { address, hosts, allow_plaintext }
 }
 
 fn loopback_names() -> Vec<String> {
@@ -390,10 +160,11 @@ fn read_server(context: &mut Context<'_>, root: &mut Table) -> Server {
     server
 }
 
-fn read_upstream(context: &mut Context<'_>, root: &mut Table, workers: usize) -> Upstream {
+fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
     let mut table = root.section(context, "upstream");
-    let default = Url { tls: true, host: "service.besclouds.com".into(), port: 443, path: String::new() };
-    let base_url = table.parsed(context, "base_url", default, |text| {
+    let none = Url { tls: true, host: String::new(), port: 443, path: String::new() };
+    // No default: what the credential is sent to is named by somebody.
+    let base_url = table.required(context, "base_url", none, |text| {
         let mut url = parse_url(text)?;
         if url.path != "/" {
             return Err("must have no path: routes have whole paths of their own".into());
@@ -401,26 +172,14 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table, workers: usize) ->
         url.path.clear();
         Ok(url)
     });
-    let connect_timeout = table.duration(context, "connect_timeout", "3s", ("10ms", "1m"));
-    let timeout = table.duration(context, "timeout", "30s", ("50ms", "10m"));
-    if connect_timeout > timeout {
-        context.problem(
-            &table.place,
-            table.key("connect_timeout"),
-            "must not be longer than upstream.timeout",
-        );
-    }
-    let max_connections = table.integer(context, "max_connections", 64, 1..=10_000);
-    if max_connections < workers {
-        context.problem(&table.place, table.key("max_connections"), "must be at least server.workers");
-    }
+    let ca_file = table.path(context, "ca_file").and_then(|found| good_file(context, found, files::roots));
     let upstream = Upstream {
         base_url,
-        connect_timeout,
-        timeout,
+        connect_timeout: table.duration(context, "connect_timeout", "3s", ("10ms", "1m")),
+        timeout: table.duration(context, "timeout", "30s", EXCHANGE),
         idle_timeout: table.duration(context, "idle_timeout", "10s", ("10ms", "1h")),
-        max_connections,
-        ca_file: table.path(context, "ca_file").and_then(|found| readable(context, found)),
+        max_connections: table.integer(context, "max_connections", 64, 1..=10_000),
+        ca_file,
         headers: read_headers(context, &mut table),
     };
     table.close(context);
@@ -441,7 +200,14 @@ fn read_headers(context: &mut Context<'_>, table: &mut Table) -> HeaderMap {
             (Ok(header), _) if is_ours(&header) => {
                 context.problem(&value.place, key, "is set by the gateway itself");
             }
-            (Ok(header), Kind::Text(text)) if HeaderValue::from_str(text).is_ok() => {
+            (Ok(header), _) if looks_like_credential(header.as_str()) => {
+                context.problem(
+                    &value.place,
+                    key,
+                    "looks like a secret, which must not stand in the configuration",
+                );
+            }
+            (Ok(header), Kind::Text(text) | Kind::Loose(text)) if HeaderValue::from_str(text).is_ok() => {
                 headers.extend(HeaderValue::from_str(text).ok().map(|value| (header, value)));
             }
             (Ok(_), _) => context.problem(&value.place, key, "must be a text that a header can hold"),
@@ -473,7 +239,7 @@ fn is_ours(name: &HeaderName) -> bool {
         "x-app-key",
         "x-userid",
     ];
-    OURS.contains(&name.as_str())
+    OURS.contains(&&*name.as_str().replace('_', "-"))
 }
 
 fn read_token(context: &mut Context<'_>, root: &mut Table, base_url: &Url) -> Token {
@@ -510,7 +276,7 @@ fn read_token(context: &mut Context<'_>, root: &mut Table, base_url: &Url) -> To
 fn read_credentials(context: &mut Context<'_>, root: &mut Table) -> Vec<Credential> {
     let tables = root.tables(context, "credentials");
     if tables.is_empty() {
-        context.problem(&root.place, "credentials", "at least one [[credentials]] is needed");
+        root.lacks(context, "credentials", "at least one [[credentials]] is needed");
     }
     let mut names = HashSet::new();
     tables
@@ -533,7 +299,7 @@ fn read_name(context: &mut Context<'_>, table: &mut Table, names: &mut HashSet<S
         fits.then(|| text.to_owned()).ok_or_else(|| "must be 1 to 64 letters, digits, '.', '_' or '-'".into())
     });
     if !name.is_empty() && !names.insert(name.clone()) {
-        context.problem(&table.place, table.key("name"), format!("`{name}` is taken already"));
+        context.problem_at(&table.key("name"), format!("`{name}` is taken already"));
     }
     name
 }
@@ -543,24 +309,25 @@ fn read_secret(
     table: &mut Table,
     (inline, file, env): (&'static str, &'static str, &'static str),
 ) -> SecretSource {
-    if let Some(value) = table.members.remove(inline) {
+    let from_inline = table.members.remove(inline);
+    let from_file = table.path(context, file);
+    let from_env = table.text(context, env);
+    if let Some(value) = from_inline {
         let reason = format!(
             "a secret must not stand in the configuration; put it into a file and name that as {file}"
         );
         context.problem(&value.place, table.key(inline), reason);
         return SecretSource::Env(String::new());
     }
-    let from_file = table.path(context, file);
-    let from_env = table.text(context, env);
     match (from_file, from_env) {
-        (Some(found), None) => SecretSource::File(readable(context, found).unwrap_or_default()),
+        (Some(found), None) => {
+            let check = if inline == "app_key" { files::app_key } else { files::secret };
+            SecretSource::File(good_file(context, found, check).unwrap_or_default())
+        }
         (None, Some(Found { value, place, key })) => {
+            // The name is not told: somebody may have put the secret itself there.
             if !context.variables.contains(&value) {
-                context.problem(
-                    &place,
-                    key,
-                    format!("the environment has no variable `{value}`, or it is empty"),
-                );
+                context.problem(&place, key, "the environment has no variable of this name, or it is empty");
             }
             SecretSource::Env(value)
         }
@@ -569,26 +336,31 @@ fn read_secret(
             SecretSource::Env(String::new())
         }
         (None, None) => {
-            context.problem(&table.place, table.key(file), format!("is missing ({env} would do, too)"));
+            let doubtful = context.is_doubtful(&table.key(file)) || context.is_doubtful(&table.key(env));
+            if !doubtful {
+                table.lacks(context, file, format!("is missing ({env} would do, too)"));
+            }
             SecretSource::Env(String::new())
         }
     }
 }
 
-/// A file that exists, can be read and is not empty.
-fn readable(context: &mut Context<'_>, found: Found<PathBuf>) -> Option<PathBuf> {
-    let Found { value, place, key } = found;
-    let read = File::open(&value).and_then(|mut file| file.read(&mut [0]));
-    let reason = match read {
-        Ok(0) => "is empty".to_owned(),
-        Ok(_) => return Some(value),
-        Err(error) => format!("cannot be read: {error}"),
-    };
-    context.problem(&place, key, format!("{} {reason}", value.display()));
-    None
+/// A file of which `check` has nothing to say.
+fn good_file(
+    context: &mut Context<'_>,
+    found: Found<PathBuf>,
+    check: impl FnOnce(&Path) -> Result<(), String>,
+) -> Option<PathBuf> {
+    match check(&found.value) {
+        Ok(()) => Some(found.value),
+        Err(reason) => {
+            context.problem(&found.place, found.key, reason);
+            None
+        }
+    }
 }
 
-fn read_routes(context: &mut Context<'_>, root: &mut Table, credentials: &[Credential]) -> Vec<Route> {
+fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
     let built_in = Route {
         name: BUILT_IN.into(),
         path: BUILT_IN_PATH.into(),
@@ -605,27 +377,25 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table, credentials: &[Crede
         let name = read_name(context, &mut table, &mut names);
         let path = table.required(context, "path", String::new(), parse_route_path);
         if !path.is_empty() && !paths.insert(path.clone()) {
-            context.problem(&table.place, table.key("path"), "another route has this path");
+            context.problem_at(&table.key("path"), "another route has this path");
         }
         if !table.members.contains_key("contract_file") {
-            context.problem(&table.place, table.key("contract_file"), "is missing");
+            table.lacks(context, "contract_file", "is missing");
         }
-        let contract = table.path(context, "contract_file").and_then(|found| readable(context, found));
+        let contract =
+            table.path(context, "contract_file").and_then(|found| good_file(context, found, files::contract));
         let result_field =
             table.parsed(context, "result_field", "resultCode".to_owned(), |text| Ok(text.to_owned()));
         let codes = table.texts(context, "success_codes").unwrap_or_default();
-        if codes.is_empty() {
-            context.problem(
-                &table.place,
-                table.key("success_codes"),
-                "at least one is needed, as in [\"0409000\"]",
-            );
+        if codes.is_empty() && !context.is_doubtful(&table.key("success_codes")) {
+            table.lacks(context, "success_codes", "at least one is needed, as in [\"0409000\"]");
         }
-        let credential = table.text(context, "credential").map(|found| resolve(context, found, credentials));
+        let credential =
+            table.text(context, "credential").map(|found| context.refer(Referent::Credential, found));
         let timeout = table
             .members
             .contains_key("timeout")
-            .then(|| table.duration(context, "timeout", "30s", ("50ms", "10m")));
+            .then(|| table.duration(context, "timeout", "30s", EXCHANGE));
         table.close(context);
         routes.push(Route {
             name,
@@ -640,66 +410,17 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table, credentials: &[Crede
     routes
 }
 
-fn resolve(context: &mut Context<'_>, found: Found<String>, credentials: &[Credential]) -> String {
-    if !credentials.iter().any(|credential| credential.name == found.value) {
-        let known: Vec<_> = credentials.iter().map(|credential| credential.name.as_str()).collect();
-        let reason = format!("no credential has this name; there are: {}", known.join(", "));
-        context.problem(&found.place, found.key, reason);
-    }
-    found.value
-}
-
-fn read_callers(
-    context: &mut Context<'_>,
-    root: &mut Table,
-    credentials: &[Credential],
-    routes: &[Route],
-    listeners: &[Listener],
-) -> Vec<Caller> {
+fn read_callers(context: &mut Context<'_>, root: &mut Table) -> Vec<Caller> {
     let tables = root.tables(context, "callers");
     if tables.is_empty() {
-        context.problem(&root.place, "callers", "at least one [[callers]] is needed");
+        root.lacks(context, "callers", "at least one [[callers]] is needed");
     }
     let mut names = HashSet::new();
-    let mut callers: Vec<(Caller, Place)> = Vec::new();
-    for mut table in tables {
-        let peer_place = table.members.get("peer").map_or(table.place.clone(), |value| value.place.clone());
-        let peer_key = table.key("peer");
-        let caller = read_caller(context, &mut table, &mut names, credentials, routes);
-        if let Some((other, _)) = callers.iter().find(|(other, _)| can_be_one(other.peer, caller.peer)) {
-            let reason = format!("one peer can be both `{}` and `{}`", other.name, caller.name);
-            context.problem(&peer_place, peer_key.clone(), reason);
-        }
-        let reachable = listeners.iter().any(|listener| {
-            matches!(listener.address, ListenAddress::Tcp(_)) == (caller.peer == PeerRule::Loopback)
-        });
-        if !reachable {
-            context.problem(&peer_place, peer_key, "no listener can ever see this peer: loopback needs a TCP listener, uid and gid a Unix socket");
-        }
-        table.close(context);
-        callers.push((caller, peer_place));
-    }
-    callers.into_iter().map(|(caller, _)| caller).collect()
+    tables.into_iter().map(|table| read_caller(context, table, &mut names)).collect()
 }
 
-/// A process has a user and a group, so that any `uid` and any `gid` can meet in one.
-fn can_be_one(a: PeerRule, b: PeerRule) -> bool {
-    match (a, b) {
-        (PeerRule::Loopback, PeerRule::Loopback) => true,
-        (PeerRule::Loopback, _) | (_, PeerRule::Loopback) => false,
-        (PeerRule::Uid(a), PeerRule::Uid(b)) | (PeerRule::Gid(a), PeerRule::Gid(b)) => a == b,
-        (PeerRule::Uid(_), PeerRule::Gid(_)) | (PeerRule::Gid(_), PeerRule::Uid(_)) => true,
-    }
-}
-
-fn read_caller(
-    context: &mut Context<'_>,
-    table: &mut Table,
-    names: &mut HashSet<String>,
-    credentials: &[Credential],
-    routes: &[Route],
-) -> Caller {
-    let name = read_name(context, table, names);
+fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<String>) -> Caller {
+    let name = read_name(context, &mut table, names);
     let peer = table.required(context, "peer", PeerRule::Loopback, parse_peer);
     let operator_id = table.required(context, "operator_id", String::new(), parse_operator);
     let mut operators = Vec::new();
@@ -709,29 +430,19 @@ fn read_caller(
             Err(reason) => context.problem(&place, key, reason),
         }
     }
-    let credential = match table.text(context, "credential") {
-        Some(found) => resolve(context, found, credentials),
-        None => {
-            context.problem(&table.place, table.key("credential"), "is missing");
-            String::new()
-        }
-    };
-    let mut allowed = Vec::new();
-    for Found { value, place, key } in table.texts(context, "routes").unwrap_or_default() {
-        if !routes.iter().any(|route| route.name == value) {
-            context.problem(&place, key, format!("no route is named `{value}`"));
-        }
-        allowed.push(value);
+    if !table.members.contains_key("credential") {
+        table.lacks(context, "credential", "is missing");
     }
-    if allowed.is_empty() {
-        context.problem(
-            &table.place,
-            table.key("routes"),
-            "at least one is needed, as in [\"appointQualityTask\"]",
-        );
+    let credential = table.text(context, "credential");
+    let credential = credential.map(|found| context.refer(Referent::Credential, found)).unwrap_or_default();
+    let routes = table.texts(context, "routes").unwrap_or_default();
+    if routes.is_empty() && !context.is_doubtful(&table.key("routes")) {
+        table.lacks(context, "routes", "at least one is needed, as in [\"appointQualityTask\"]");
     }
-    let rate_limit = read_limit(context, table, "rate_limit", (20, 1), 40);
-    Caller { name, peer, operator_id, operators, credential, routes: allowed, rate_limit }
+    let routes = routes.into_iter().map(|found| context.refer(Referent::Route, found)).collect();
+    let rate_limit = read_limit(context, &mut table, "rate_limit", (20, 1), 40);
+    table.close(context);
+    Caller { name, peer, operator_id, operators, credential, routes, rate_limit }
 }
 
 fn read_limit(
@@ -750,24 +461,27 @@ fn read_limit(
 
 fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     let mut table = root.section(context, "audit");
-    let directory =
-        table.path(context, "directory").map_or_else(|| context.folder.join("audit"), |found| found.value);
+    let named = table.path(context, "directory");
     table.parsed(context, "durability", (), |text| {
         (text == "kernel").then_some(()).ok_or_else(|| "must be \"kernel\"".into())
     });
     let segment_size = table.size(context, "segment_size", 64 << 20, ("64KiB", "1GiB"));
-    let key_file = table.path(context, "key_file").and_then(|found| readable(context, found));
+    let key_file =
+        table.path(context, "key_file").and_then(|found| good_file(context, found, files::audit_key));
+    let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
+    let own_key = key_file.is_none() && !context.is_doubtful("audit.key_file");
+    if !context.is_doubtful("audit.directory")
+        && let Err(reason) = files::audit_directory(&directory, own_key)
+    {
+        context.problem_at("audit.directory", reason);
+    }
     table.close(context);
     Audit { directory, segment_size, key_file }
 }
 
 fn read_log(context: &mut Context<'_>, root: &mut Table) -> Log {
     let mut table = root.section(context, "log");
-    let level = table.parsed(context, "level", "info".to_owned(), |text| {
-        text.parse::<tracing_subscriber::filter::Targets>()
-            .map(|_| text.to_owned())
-            .map_err(|_| "must be error, warn, info, debug or trace, or a filter such as \"info,ccsqm_gateway::token=debug\"".into())
-    });
+    let level = table.parsed(context, "level", "info".to_owned(), parse_level);
     let format = table.parsed(context, "format", LogFormat::Auto, |text| match text {
         "auto" => Ok(LogFormat::Auto),
         "text" => Ok(LogFormat::Text),
@@ -776,121 +490,4 @@ fn read_log(context: &mut Context<'_>, root: &mut Table) -> Log {
     });
     table.close(context);
     Log { level, format }
-}
-
-fn parse_duration(text: &str) -> Option<Duration> {
-    let digits = text.find(|c: char| !c.is_ascii_digit())?;
-    let number: u64 = text[..digits].parse().ok()?;
-    let milliseconds = match &text[digits..] {
-        "ms" => 1,
-        "s" => 1_000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        "d" => 86_400_000,
-        _ => return None,
-    };
-    number.checked_mul(milliseconds).map(Duration::from_millis)
-}
-
-fn parse_size(text: &str) -> Option<u64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit())?;
-    let number: u64 = text[..digits].parse().ok()?;
-    let unit = match &text[digits..] {
-        "B" => 1,
-        "KiB" => 1 << 10,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        _ => return None,
-    };
-    number.checked_mul(unit)
-}
-
-fn parse_rate(text: &str) -> Result<(NonZeroU32, Duration), String> {
-    let reason =
-        || "must be a number per second, minute or hour, as in \"20/s\", \"100/m\" or \"5/h\"".to_owned();
-    let (count, unit) = text.split_once('/').ok_or_else(reason)?;
-    let seconds = match unit {
-        "s" => 1,
-        "m" => 60,
-        "h" => 3600,
-        _ => return Err(reason()),
-    };
-    let count = count.parse::<NonZeroU32>().map_err(|_| reason())?;
-    let sane = count.get() <= 1_000_000;
-    sane.then_some((count, Duration::from_secs(seconds))).ok_or_else(|| "must be at most 1000000".into())
-}
-
-fn parse_listen_address(text: &str) -> Result<ListenAddress, String> {
-    if let Some(path) = text.strip_prefix("unix:") {
-        let fits = path.starts_with('/') && path.len() < 108;
-        let address = ListenAddress::Unix { path: path.into(), mode: 0o660 };
-        return fits
-            .then_some(address)
-            .ok_or_else(|| "a Unix socket needs an absolute path of less than 108 bytes".into());
-    }
-    text.parse()
-        .map(ListenAddress::Tcp)
-        .map_err(|_| "must be an address with a port, as in \"127.0.0.1:8080\", or \"unix:/path\"".into())
-}
-
-fn parse_peer(text: &str) -> Result<PeerRule, String> {
-    let reason = || "must be \"loopback\", \"uid:N\" or \"gid:N\"".to_owned();
-    match text.split_once(':') {
-        None if text == "loopback" => Ok(PeerRule::Loopback),
-        Some(("uid", id)) => id.parse().map(PeerRule::Uid).map_err(|_| reason()),
-        Some(("gid", id)) => id.parse().map(PeerRule::Gid).map_err(|_| reason()),
-        _ => Err(reason()),
-    }
-}
-
-fn parse_operator(text: &str) -> Result<String, String> {
-    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-    let fits = plain && (1..=64).contains(&text.len());
-    fits.then(|| text.to_owned()).ok_or_else(|| "must be 1 to 64 letters, digits, '.', '_' or '-'".into())
-}
-
-fn parse_route_path(text: &str) -> Result<String, String> {
-    if !text.starts_with("/apiaccess/") {
-        return Err("must start with /apiaccess/: the token is for those paths only".into());
-    }
-    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-~".contains(&b));
-    let clean = plain && !text.contains("//") && !text.split('/').any(|part| part == ".." || part == ".");
-    clean
-        .then(|| text.to_owned())
-        .ok_or_else(|| "must be a plain path: no query, no encoding, no `//`, no `..`".into())
-}
-
-fn parse_url(text: &str) -> Result<Url, String> {
-    let uri: http::Uri = text.parse().map_err(|_| "is not a URL".to_owned())?;
-    let tls = match uri.scheme_str() {
-        Some("https") => true,
-        Some("http") => false,
-        _ => return Err("must start with https://".into()),
-    };
-    let authority = uri.authority().ok_or("has no host")?;
-    if authority.as_str().contains('@') || uri.query().is_some() {
-        return Err("must hold neither a user nor a query".into());
-    }
-    let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
-    let is_loopback =
-        host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    if !tls && !is_loopback {
-        return Err("http:// is allowed to a loopback address only: the credential would cross the network in the clear".into());
-    }
-    let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
-    Ok(Url { tls, host, port, path: uri.path().to_owned() })
-}
-
-/// How many single edits lie between two words.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.bytes().enumerate() {
-            let substitute = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = substitute.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }

@@ -1,12 +1,29 @@
 //! Configuration files: those that are shipped, and those that are wrong.
 
-use std::fs;
+mod mistakes;
 
+use std::{
+    collections::BTreeSet,
+    ffi::OsStr,
+    fs,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, PermissionsExt},
+        process::CommandExt,
+    },
+    process::Command,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::command;
+use self::mistakes::{Random, WAYS, five_mistakes, keys_of};
+use crate::support::BINARY;
 
-/// The shipped configuration, with secrets where it looks for them.
+const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+/// A shipped configuration, with secrets where it looks for them.
 fn shipped(name: &str) -> (TempDir, String) {
     let folder = TempDir::new().unwrap();
     let root = env!("CARGO_MANIFEST_DIR");
@@ -19,18 +36,54 @@ fn shipped(name: &str) -> (TempDir, String) {
         }
     }
     for secret in ["app_key", "app_secret", "audit.key"] {
-        fs::write(folder.path().join(secret), "0123456789abcdef0123456789abcdef").unwrap();
+        fs::write(folder.path().join(secret), SECRET).unwrap();
     }
+    let root_certificate = rcgen::generate_simple_self_signed(vec!["root".to_owned()]).unwrap();
+    fs::write(folder.path().join("ca.pem"), root_certificate.cert.pem()).unwrap();
     let text = fs::read_to_string(format!("{root}/config/{name}")).unwrap();
     let text =
-        text.replace("/run/secrets/ccsqm/", "").replace("/etc/ssl/certs/ca-certificates.crt", "app_key");
+        text.replace("/run/secrets/ccsqm/", "").replace("/etc/ssl/certs/ca-certificates.crt", "ca.pem");
     (folder, text)
 }
 
-fn check(folder: &TempDir, text: &str) -> (i32, String, String) {
+/// Runs the binary with nothing in the environment but these variables: exit code, stdout, stderr.
+fn run(args: &[&str], variables: &[(&str, &OsStr)]) -> (i32, String, String) {
+    let output =
+        Command::new(BINARY).args(args).env_clear().envs(variables.iter().copied()).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+fn write(folder: &TempDir, text: &str) -> String {
     let path = folder.path().join("gateway.toml");
     fs::write(&path, text).unwrap();
-    command(&["check", "--config", path.to_str().unwrap()])
+    path.to_str().unwrap().to_owned()
+}
+
+fn check(folder: &TempDir, text: &str) -> (i32, String, String) {
+    run(&["check", "--config", &write(folder, text)], &[])
+}
+
+/// What is in effect, with these flags and variables.
+fn effective(path: &str, flags: &[&str], variables: &[(&str, &str)]) -> Value {
+    let mut args = vec!["check", "--json", "--config", path];
+    args.extend(flags.iter().flat_map(|flag| ["--set", flag]));
+    let variables: Vec<_> = variables.iter().map(|(name, value)| (*name, OsStr::new(*value))).collect();
+    let (_, out, error) = run(&args, &variables);
+    serde_json::from_str(&out).unwrap_or_else(|_| panic!("{out}{error}"))
+}
+
+/// The reference file with one text replaced, which must be there.
+fn with(text: &str, good: &str, bad: &str) -> String {
+    assert!(text.contains(good), "{good}");
+    text.replacen(good, bad, 1)
+}
+
+/// `file:line: key: ` of the line that holds a text.
+fn at(folder: &TempDir, text: &str, part: &str, key: &str) -> String {
+    let start = text.find(part).unwrap() + part.len() - part.trim_start().len();
+    let line = text[..start].matches('\n').count() + 1;
+    format!("{}:{line}: {key}: ", folder.path().join("gateway.toml").display())
 }
 
 #[test]
@@ -40,56 +93,563 @@ fn every_shipped_file_is_good() {
         let (code, out, error) = check(&folder, &text);
         assert_eq!(code, 0, "{name}: {error}");
         assert!(out.contains("every process in this network namespace"), "{name}");
-        assert!(!out.contains("0123456789abcdef") && !out.contains("sandbox-app-secret"), "{name}");
+        assert!(!out.contains(SECRET) && !out.contains("sandbox-app-secret"), "{name}");
     }
 }
 
 #[test]
 fn five_mistakes_are_five_lines_with_their_places() {
     let (folder, text) = shipped("gateway.toml");
-    let mut text = text;
-    let mut lines = Vec::new();
-    for (good, bad, key) in [
-        ("workers = 1 ", "workers = 0 ", "server.workers"),
-        ("header_timeout = \"10s\"", "header_timeout = 10", "server.header_timeout"),
-        ("max_body", "max_bodi", "server.max_bodi"),
-        ("peer = \"loopback\"", "peer = \"10.0.0.0/8\"", "callers[0].peer"),
-        ("rate = \"50/s\"", "rate = \"50\"", "quota.rate"),
-    ] {
-        let at = text.find(good).unwrap_or_else(|| panic!("{good}"));
-        lines.push((text[..at].matches('\n').count() + 1, key));
-        text = text.replacen(good, bad, 1);
-    }
     let (code, _, error) = check(&folder, &text);
-    assert_eq!(code, 78);
-    let found: Vec<_> = error.lines().collect();
-    assert_eq!(found.len(), 5, "{error}");
-    for (line, key) in lines {
-        assert!(
-            found.iter().any(|found| found.contains(&format!("gateway.toml:{line}: {key}: "))),
-            "{line} {key}: {error}"
-        );
+    assert_eq!(code, 0, "the control: {error}");
+    let keys = keys_of(&text);
+    assert!(keys.len() > 45, "the reference file has {} keys", keys.len());
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros() as u64;
+    let seed = std::env::var("SEED").map_or(seed, |seed| seed.parse().unwrap());
+    let rounds = std::env::var("ROUNDS").map_or(60, |rounds| rounds.parse().unwrap());
+    let mut random = Random(seed);
+    let (mut broken, mut ways) = (BTreeSet::new(), BTreeSet::new());
+    for round in 0..rounds {
+        let mistakes = five_mistakes(&mut random, &keys, round % 2 == 1);
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        for (key, mistake) in &mistakes {
+            lines[key.line - 1] = mistake.text.clone();
+            broken.insert(key.path());
+            ways.insert(mistake.way);
+        }
+        let wrong = lines.join("\n");
+        let (code, _, error) = check(&folder, &wrong);
+        let told: Vec<&str> = error.lines().collect();
+        let say = || format!("SEED={seed}, round {round}: {mistakes:#?}\n{error}");
+        assert!(code == 78 && told.len() == 5, "{}", say());
+        for (key, mistake) in &mistakes {
+            // A mistake may be two lines long; those before it shift it.
+            let above = &lines[..if mistake.at_header { key.header } else { key.line } - 1];
+            let number =
+                above.iter().map(|line| line.lines().count().max(1)).sum::<usize>() + 1 + mistake.offset;
+            let place = format!("{}/gateway.toml:{number}: {}: ", folder.path().display(), mistake.key);
+            let reasons: Vec<_> = told.iter().filter_map(|told| told.strip_prefix(&place)).collect();
+            assert!(reasons.len() == 1 && !reasons[0].is_empty(), "{place}\n{}", say());
+        }
+        assert!(!error.contains("s3cret"), "{}", say());
     }
+    assert!(
+        rounds < 60 || (broken.len() > 30 && ways.len() == WAYS.len()),
+        "{} keys, {ways:?}",
+        broken.len()
+    );
 }
 
 #[test]
 fn what_would_be_dangerous_is_refused() {
     let (folder, text) = shipped("minimal.toml");
     assert_eq!(check(&folder, &text).0, 0, "the control");
-    for (more, reason) in [
-        ("[upstream]\nbase_url = \"http://service.besclouds.com\"\n", "loopback address only"),
-        ("[[listeners]]\naddress = \"0.0.0.0:8080\"\n", "allow_plaintext"),
+    let plain = with(&text, "https://service", "http://service");
+    let header = "base_url = \"https://service.besclouds.com\"";
+    for (wrong, reason) in [
+        (plain, "loopback address only"),
+        (with(&text, header, ""), "upstream.base_url: is missing"),
+        (text.clone() + "[[listeners]]\naddress = \"0.0.0.0:8080\"\n", "allow_plaintext"),
         (
-            "[[callers]]\nname = \"b\"\npeer = \"loopback\"\noperator_id = \"1\"\ncredential = \"default\"\nroutes = [\"appointQualityTask\"]\n",
+            text.clone()
+                + "[[callers]]\nname = \"b\"\npeer = \"loopback\"\noperator_id = \"1\"\ncredential = \"default\"\nroutes = [\"appointQualityTask\"]\n",
             "can be both",
         ),
         (
-            "[[credentials]]\nname = \"b\"\napp_key = \"k\"\napp_secret = \"s\"\n",
+            text.clone() + "[[credentials]]\nname = \"b\"\napp_key = \"k\"\napp_secret = \"s\"\n",
             "must not stand in the configuration",
         ),
-        ("[upstream.headers]\nauthorization = \"x\"\n", "set by the gateway itself"),
+        (
+            with(&text, header, &format!("{header}\nheaders = {{ authorization = \"x\" }}")),
+            "set by the gateway itself",
+        ),
+        (with(&text, header, &format!("{header}\nheaders = {{ x_api_key = \"x\" }}")), "looks like a secret"),
+        (
+            text.clone() + "[[listeners]]\naddress = \"127.0.0.1:9090\"\n",
+            "admin.address: cannot listen where listeners[0].address does",
+        ),
+        (text.clone() + "[log]\nlevel = \"inof\"\n", "log.level"),
     ] {
-        let (code, _, error) = check(&folder, &(text.clone() + more));
-        assert!(code == 78 && error.contains(reason), "{more}: {error}");
+        let (code, _, error) = check(&folder, &wrong);
+        assert!(code == 78 && error.contains(reason), "{reason}: {error}");
+    }
+}
+
+#[test]
+fn what_lies_between_two_values_is_told_where_the_first_of_them_stands() {
+    let (folder, text) = shipped("gateway.toml");
+    for (good, bad, key) in [
+        ("connect_timeout = \"3s\"", "connect_timeout = \"31s\"", "upstream.connect_timeout"),
+        ("max_connections = 64", "max_connections = 0x01", "upstream.max_connections"),
+        ("peer = \"loopback\"", "peer = \"uid:1000\"", "callers[0].peer"),
+        ("name = \"deleteQualityTask\"", "name = \"appointQualityTask\"", "routes[0].name"),
+    ] {
+        let text = with(&text, "workers = 1 ", "workers = 2 ");
+        // A Unix socket would see the caller by its user.
+        let text = if key == "callers[0].peer" {
+            text.replace("address = \"unix:", "# \"").replace("mode =", "address = \"127.0.0.1:1\" #")
+        } else {
+            text
+        };
+        assert_eq!(check(&folder, &text).0, 0, "the control of {key}");
+        let wrong = with(&text, good, bad);
+        let (code, _, error) = check(&folder, &wrong);
+        assert!(code == 78 && error.starts_with(&at(&folder, &wrong, bad, key)), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+}
+
+#[test]
+fn a_line_that_is_no_toml_is_told_once_and_hides_nothing_else() {
+    let (folder, text) = shipped("gateway.toml");
+    let wrong = with(&text, "[\"localhost\", \"127.0.0.1\", \"[::1]\"]", "[\"localhost\", ");
+    let wrong = with(&wrong, "workers = 1 ", "workers = 0 ");
+    let wrong = with(&wrong, "format = \"auto\"", "format = auto");
+    let (code, _, error) = check(&folder, &wrong);
+    let lines: Vec<_> = error.lines().collect();
+    assert!(code == 78 && lines.len() == 3, "{error}");
+    assert!(lines[0].starts_with(&at(&folder, &wrong, "hosts = [\"localhost\", ", "file")), "{error}");
+    assert!(lines[1].starts_with(&at(&folder, &wrong, "workers = 0 ", "server.workers")), "{error}");
+    assert!(lines[2].starts_with(&at(&folder, &wrong, "format = auto", "file")), "{error}");
+    // A broken header hides its section, but not the other broken lines, and not what is set elsewhere.
+    let wrong = with(&wrong, "[server]", "[server");
+    let (_, _, error) = run(
+        &["check", "--config", &write(&folder, &wrong), "--set", "quota.burst=0"],
+        &[("CCSQM_GATEWAY__SERVER__WORKER", OsStr::new("1"))],
+    );
+    let keys: Vec<_> = error.lines().map(|line| line.split(": ").nth(1).unwrap_or_default()).collect();
+    assert_eq!(keys, ["file", "file", "file", "server.worker", "quota.burst"], "{error}");
+}
+
+#[test]
+fn hostile_files_are_refused_in_clear_lines() {
+    let (folder, good) = shipped("minimal.toml");
+    let file = folder.path().join("gateway.toml");
+    let open_text = good.clone() + "x = \"\"\"\n" + &"no end\n".repeat(1000);
+    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+        ("empty", vec![], ":1: callers: at least one"),
+        ("blank", b"\n \n\t\n".to_vec(), ":1: upstream.base_url: is missing"),
+        ("not a configuration", b"#!/bin/sh\necho hello\n".to_vec(), ":2: file: "),
+        ("NUL", [good.as_bytes(), b"\0\0\0"].concat(), ": file: "),
+        ("NUL in a text", [good.as_bytes(), b"\n[log]\nlevel = \"a\0b\"\n"].concat(), ": file: "),
+        ("not UTF-8", [good.as_bytes(), b"\xff\xfe"].concat(), ": file: is not UTF-8"),
+        (
+            "binary",
+            (0..200_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect(),
+            ":1: file: ",
+        ),
+        ("UTF-16", good.encode_utf16().flat_map(u16::to_le_bytes).collect(), ": file: "),
+        ("deep arrays", format!("a = {}", "[".repeat(100_000)).into(), ":1: file: "),
+        ("deep tables", format!("a = {}", "{a=".repeat(50_000)).into(), ":1: file: "),
+        ("a deep key", format!("{}a = 1", "a.".repeat(50_000)).into(), ":1: file: "),
+        ("a deep header", format!("{good}[{}a]", "a.".repeat(50_000)).into(), ": file: "),
+        ("many brackets", "[".repeat(200_000).into(), ":1: file: "),
+        ("a text without end", open_text.into(), ": file: "),
+        ("huge", "# nothing\n".repeat(1_000_000).into(), ":1: file: is larger than"),
+        (
+            "many keys",
+            (0..20_000).map(|i| format!("k{i} = 1\n")).collect::<String>().into(),
+            ":20000: k19999: unknown key",
+        ),
+        (
+            "a line break in a key",
+            (good.clone() + "[log]\n\"a\\nb\" = 1\n").into(),
+            ": log.a\\nb: unknown key",
+        ),
+        (
+            "a number beyond 64 bits",
+            (good + "[quota]\nburst = 99999999999999999999\n").into(),
+            ": quota.burst: ",
+        ),
+    ];
+    let shown = file.display().to_string();
+    let refused = |name: &str, path: &str, reason: &str| {
+        let (code, out, error) = run(&["check", "--config", path], &[]);
+        assert!(code == 78 && out.is_empty(), "{name}: {code} {error:.2000}");
+        assert!(error.contains(reason) && !error.contains("panicked"), "{name}: {error:.2000}");
+        assert!(error.lines().all(|line| line.starts_with(path)), "{name}: {error:.2000}");
+    };
+    for (name, bytes, reason) in cases {
+        fs::write(&file, bytes).unwrap();
+        refused(name, &shown, reason);
+    }
+    refused("a directory", folder.path().to_str().unwrap(), ":1: file: cannot be read: Is a directory");
+    refused("absent", &format!("{shown}.absent"), ":1: file: cannot be read: No such file");
+    refused("endless", "/dev/zero", ":1: file: is larger than");
+}
+
+#[test]
+fn a_file_without_permission_is_refused() {
+    let (folder, text) = shipped("minimal.toml");
+    let path = write(&folder, &text);
+    let forbid = |file: &str| fs::set_permissions(file, fs::Permissions::from_mode(0o000)).unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // Root may read everything, so that this runs as somebody else, who must reach the binary.
+    let binary = folder.path().join("binary");
+    fs::copy(BINARY, &binary).unwrap();
+    let is_root = fs::metadata(folder.path()).unwrap().uid() == 0;
+    let check = || {
+        let mut command = Command::new(&binary);
+        command.args(["check", "--config", &path]).env_clear();
+        if is_root {
+            command.uid(65_534).gid(65_534);
+        }
+        let output = command.output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let wrong_directory = check();
+    if is_root {
+        // The folder is root's: no audit directory can be made in it.
+        assert!(
+            wrong_directory.0 == 78 && wrong_directory.1.contains("audit.directory: "),
+            "{wrong_directory:?}"
+        );
+        assert!(wrong_directory.1.lines().count() == 1 && wrong_directory.1.contains("cannot be made"));
+    }
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    assert_eq!(check().0, 0, "the control: {}", check().1);
+    let secret = folder.path().join("app_secret");
+    forbid(secret.to_str().unwrap());
+    let (code, error) = check();
+    assert!(
+        code == 78
+            && error.starts_with(&at(&folder, &text, "app_secret_file", "credentials[0].app_secret_file")),
+        "{error}"
+    );
+    assert!(error.contains("Permission denied") && error.lines().count() == 1, "{error}");
+    forbid(&path);
+    let (code, error) = check();
+    assert!(
+        code == 78 && error.starts_with(&format!("{path}:1: file: cannot be read: Permission denied")),
+        "{error}"
+    );
+}
+
+#[test]
+fn environment_goes_over_the_file_and_flags_over_both() {
+    let (folder, text) = shipped("gateway.toml");
+    let path = write(&folder, &text);
+    let of = |flags: &[&str], variables: &[(&str, &str)]| {
+        effective(&path, flags, variables)["configuration"].clone()
+    };
+    let file = of(&[], &[]);
+    assert_eq!(file["server"]["workers"], 1);
+    let variable = [("CCSQM_GATEWAY__SERVER__WORKERS", "2")];
+    assert_eq!(of(&[], &variable)["server"]["workers"], 2);
+    assert_eq!(of(&["server.workers=3"], &variable)["server"]["workers"], 3);
+    assert_eq!(of(&["server.workers=3", "server.workers=4"], &[])["server"]["workers"], 4, "the last flag");
+    let mut only = file.clone();
+    only["server"]["workers"] = json!(2);
+    assert_eq!(of(&[], &variable), only, "nothing else moves");
+    for (variable, value, pointer, expected) in [
+        ("UPSTREAM__BASE_URL", "http://127.0.0.1:1", "/upstream/base_url", json!("http://127.0.0.1:1")),
+        ("UPSTREAM__BASE_URL", "http://127.0.0.1:1", "/token/url", file["token"]["url"].clone()),
+        ("UPSTREAM__HEADERS__X-TENANTSPACEID", "7", "/upstream/headers/x-tenantspaceid", json!("7")),
+        ("TOKEN__REFUSED_STATUSES", "[401, 403]", "/token/refused_statuses", json!([401, 403])),
+        ("TOKEN__LIFETIME", "none", "/token/lifetime", json!("none")),
+        ("ADMIN__HOSTS", "ops.internal", "/admin/hosts", json!(["ops.internal"])),
+        ("SERVER__MAX_BODY", "2MiB", "/server/max_body", json!("2MiB")),
+        ("QUOTA__RATE", "5/h", "/quota/rate", json!("5/h")),
+        ("LOG__FORMAT", "json", "/log/format", json!("json")),
+    ] {
+        let name = format!("CCSQM_GATEWAY__{variable}");
+        assert_eq!(of(&[], &[(&name, value)]).pointer(pointer), Some(&expected), "{name}");
+    }
+    let (minimal, text) = shipped("minimal.toml");
+    let path = write(&minimal, &text);
+    let moved = effective(&path, &["upstream.base_url=http://127.0.0.1:1"], &[]);
+    let token_url = "http://127.0.0.1:1/apigovernance/api/oauth/tokenByAkSk";
+    assert_eq!(moved["configuration"]["token"]["url"], token_url, "the default follows base_url");
+}
+
+#[test]
+fn a_variable_or_flag_that_says_nothing_is_refused_by_name() {
+    let (folder, text) = shipped("gateway.toml");
+    let path = write(&folder, &text);
+    let not_text = OsStr::from_bytes(b"\xff");
+    let variables: [(&str, &OsStr, &str); 14] = [
+        ("SERVER__WORKER", OsStr::new("2"), "did you mean `workers`?"),
+        ("SERVR__WORKERS", OsStr::new("2"), "did you mean `server`?"),
+        ("WORKERS", OsStr::new("2"), "unknown key"),
+        ("SERVER", OsStr::new("2"), "is a section, not a value"),
+        ("SERVER__WORKERS", OsStr::new("0"), "from 1 to 64"),
+        ("SERVER__WORKERS", OsStr::new(""), "from 1 to 64"),
+        ("SERVER__WORKERS", not_text, "is not UTF-8"),
+        ("SERVER__WORKERS__MORE", OsStr::new("1"), "lies below a value"),
+        ("server__workers", OsStr::new("2"), "in capitals"),
+        ("", OsStr::new("2"), "CCSQM_GATEWAY__SECTION__KEY"),
+        ("SERVER__BODY_TIMEOUT", OsStr::new("10"), "a number with a unit"),
+        ("CALLERS", OsStr::new("[]"), "lists of tables can be set in the file only"),
+        ("CALLERS__0__PEER", OsStr::new("uid:0"), "lists of tables can be set in the file only"),
+        ("LISTENERS__ADDRESS", OsStr::new("127.0.0.1:1"), "lists of tables can be set in the file only"),
+    ];
+    for (name, value, reason) in variables {
+        let name = format!("CCSQM_GATEWAY__{name}");
+        let (code, _, error) = run(&["check", "--config", &path], &[(&name, value)]);
+        assert!(code == 78 && error.lines().count() == 1, "{name}: {error}");
+        assert!(
+            error.starts_with(&format!("environment {name}: ")) && error.contains(reason),
+            "{name}: {error}"
+        );
+    }
+    let (minimal, text) = shipped("minimal.toml");
+    let without_listeners = write(&minimal, &text);
+    for (key, reason) in [
+        ("listeners.address", "lists of tables can be set in the file only"),
+        ("listeners", "lists of tables can be set in the file only"),
+        ("server.worker", "did you mean `workers`?"),
+    ] {
+        let set = format!("{key}=1");
+        let (code, _, error) = run(&["check", "--config", &without_listeners, "--set", &set], &[]);
+        assert!(code == 78 && error.starts_with("--set ") && error.contains(reason), "{key}: {error}");
+    }
+    // Kubernetes sets such variables for a service of our name, and other programs have their own.
+    for name in ["CCSQM_GATEWAY_SERVICE_HOST", "CCSQM_GATEWAY_PORT_8080_TCP", "CCSQM_GATEWAYS__X__Y"] {
+        let (code, _, error) = run(&["check", "--config", &path], &[(name, OsStr::new("x"))]);
+        assert_eq!(code, 0, "{name}: {error}");
+    }
+    // All at once, with those of the file.
+    let wrong = write(&folder, &with(&fs::read_to_string(&path).unwrap(), "workers = 1 ", "workers = 0 "));
+    let (_, _, error) = run(
+        &["check", "--config", &wrong, "--set", "quota.brust=1"],
+        &[("CCSQM_GATEWAY__CALLERS", OsStr::new("x")), ("CCSQM_GATEWAY__LOG__LEVEL", OsStr::new("loud"))],
+    );
+    assert_eq!(error.lines().count(), 4, "{error}");
+}
+
+#[test]
+fn check_finds_what_would_fail_at_start_and_makes_nothing() {
+    let (folder, text) = shipped("gateway.toml");
+    let make = |name: &str, content: &[u8]| fs::write(folder.path().join(name), content).unwrap();
+    make("empty", b"");
+    make("newline", b"\n");
+    make("two_lines", b"a\nb\n");
+    make("short", b"too short");
+    make("not_pem", b"no certificate");
+    make("no_json", b"{");
+    make("no_schema", br#"{ "type": "object", "additionalProperties": false, "oneOf": [] }"#);
+    make("broken.pem", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n");
+    fs::create_dir(folder.path().join("trail")).unwrap();
+    make("trail/audit.key", b"too short");
+    assert!(Command::new("mkfifo").arg(folder.path().join("pipe")).status().unwrap().success());
+    let files = || -> BTreeSet<_> {
+        fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path()).collect()
+    };
+    let path = write(&folder, &text);
+    let before = files();
+    assert_eq!(check(&folder, &text).0, 0, "the control");
+    assert_eq!(files(), before, "a good check makes nothing");
+    let set = |name: &str, old: &str, new: &str| {
+        with(&text, &format!("{name} = \"{old}\""), &format!("{name} = \"{new}\""))
+    };
+    let contract = "contracts/deleteQualityTask.json";
+    let own_key = text.replace("key_file = \"audit.key\"", "#");
+    let mut cases = vec![
+        ("audit.directory", own_key.replace("\"audit\"", "\"trail\""), "at least 32 bytes"),
+        ("audit.directory", set("directory", "audit", "app_key"), "is not a directory"),
+        ("audit.directory", set("directory", "audit", "app_key/deeper"), "app_key"),
+    ];
+    for (file, reason) in [
+        ("absent", "no such file"),
+        ("empty", "is empty"),
+        ("newline", "is empty"),
+        ("trail", "is not a regular file"),
+        ("pipe", "is not a regular file"),
+    ] {
+        cases.push(("credentials[0].app_key_file", set("app_key_file", "app_key", file), reason));
+        cases.push(("credentials[0].app_secret_file", set("app_secret_file", "app_secret", file), reason));
+    }
+    cases.push((
+        "credentials[0].app_key_file",
+        set("app_key_file", "app_key", "two_lines"),
+        "a header cannot",
+    ));
+    for (file, reason) in [
+        ("absent", "No such file"),
+        ("not_pem", "certificate"),
+        ("broken.pem", "certificate"),
+        ("trail", "is not a regular file"),
+    ] {
+        cases.push(("upstream.ca_file", set("ca_file", "ca.pem", file), reason));
+    }
+    for (file, reason) in
+        [("absent", "No such file"), ("short", "at least 32 bytes"), ("pipe", "is not a regular file")]
+    {
+        cases.push(("audit.key_file", set("key_file", "audit.key", file), reason));
+    }
+    for (file, reason) in [
+        ("absent", "No such file"),
+        ("no_json", "#: "),
+        ("no_schema", "oneOf"),
+        ("pipe", "is not a regular file"),
+    ] {
+        cases.push(("routes[0].contract_file", set("contract_file", contract, file), reason));
+    }
+    for (key, wrong, reason) in cases {
+        let name = key.rsplit('.').next().unwrap();
+        fs::write(&path, &wrong).unwrap();
+        for command in ["check", "serve"] {
+            let (code, _, error) = run(&[command, "--config", &path], &[]);
+            let place = at(&folder, &wrong, &format!("\n{name} = "), key);
+            assert!(code == 78 && error.starts_with(&place), "{command} {key} {reason}: {code} {error}");
+            assert!(error.to_lowercase().contains(&reason.to_lowercase()), "{reason}: {error}");
+            assert_eq!(error.lines().count(), 1, "{error}");
+        }
+        assert_eq!(files(), before, "a bad check makes nothing");
+    }
+    let no_roots =
+        [("SSL_CERT_FILE", OsStr::new("/dev/null")), ("SSL_CERT_DIR", OsStr::new("/proc/self/fd"))];
+    let own_roots = write(&folder, &text);
+    assert_eq!(run(&["check", "--config", &own_roots], &no_roots).0, 0, "the control");
+    let systems_roots = write(&folder, &text.replace("ca_file = ", "# "));
+    let (code, _, error) = run(&["check", "--config", &systems_roots], &no_roots);
+    assert!(
+        code == 78 && error.contains(": upstream.ca_file: is needed here: no root certificate"),
+        "{error}"
+    );
+    let wrong = set("app_secret_file", "app_secret", "x").replace("app_secret_file", "app_secret_env");
+    fs::write(&path, &wrong).unwrap();
+    assert_eq!(run(&["check", "--config", &path], &[("x", OsStr::new("s"))]).0, 0, "the control");
+    for value in ["", "\n"] {
+        let (code, _, error) = run(&["check", "--config", &path], &[("x", OsStr::new(value))]);
+        assert!(code == 78 && error.contains("app_secret_env: the environment has no variable"), "{error}");
+    }
+}
+
+#[test]
+fn what_check_prints_is_the_same_configuration_again() {
+    for name in ["gateway.toml", "minimal.toml", "sandbox.toml"] {
+        let (folder, text) = shipped(name);
+        let path = write(&folder, &text);
+        let variables = [("CCSQM_GATEWAY__SERVER__IDLE_TIMEOUT", OsStr::new("1500ms"))];
+        let (code, out, error) = run(&["check", "--config", &path], &variables);
+        assert_eq!(code, 0, "{error}");
+        let first = effective(&path, &[], &[("CCSQM_GATEWAY__SERVER__IDLE_TIMEOUT", "1500ms")]);
+        let again = folder.path().join("again.toml");
+        fs::write(&again, &out).unwrap();
+        let second = effective(again.to_str().unwrap(), &[], &[]);
+        assert_eq!(second["good"], true, "{second}\n{out}");
+        assert_eq!(first["configuration"], second["configuration"], "{out}");
+        assert_eq!(first["configuration"]["server"]["idle_timeout"], "1500ms");
+        assert_eq!(first["access"], second["access"]);
+    }
+}
+
+#[test]
+fn check_says_who_can_use_which_credential() {
+    let (folder, _) = shipped("minimal.toml");
+    let credential = |name: &str| {
+        format!(
+            "[[credentials]]\nname = \"{name}\"\napp_key_file = \"app_key\"\napp_secret_file = \"app_secret\"\n"
+        )
+    };
+    let caller = |name: &str, peer: &str, routes: &str| {
+        format!(
+            "[[callers]]\nname = \"{name}\"\npeer = \"{peer}\"\noperator_id = \"1\"\noperators = [\"2\"]\ncredential = \"first\"\nroutes = [{routes}]\n"
+        )
+    };
+    let text = [
+        "[upstream]\nbase_url = \"https://service.besclouds.com\"\n".to_owned(),
+        "[[listeners]]\naddress = \"127.0.0.1:8080\"\n[[listeners]]\naddress = \"unix:/run/gateway.sock\"\n".into(),
+        credential("first") + &credential("second") + &credential("third"),
+        caller("app", "loopback", "\"appointQualityTask\""),
+        caller("batch", "uid:1000", "\"appointQualityTask\", \"deleteQualityTask\""),
+        "[[routes]]\nname = \"deleteQualityTask\"\npath = \"/apiaccess/d\"\ncontract_file = \"contracts/deleteQualityTask.json\"\nsuccess_codes = [\"0\"]\ncredential = \"second\"\n".into(),
+    ]
+    .concat();
+    let path = write(&folder, &text);
+    let checked = effective(&path, &[], &[]);
+    let found: Vec<_> = checked["access"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|access| {
+            json!([
+                access["credential"],
+                access["caller"],
+                access["peer"],
+                access["listeners"],
+                access["routes"],
+                access["operators"]
+            ])
+        })
+        .collect();
+    let (tcp, unix) = (["127.0.0.1:8080"], ["unix:/run/gateway.sock"]);
+    assert_eq!(
+        json!(found),
+        json!([
+            ["first", "app", "loopback", tcp, ["appointQualityTask"], ["1", "2"]],
+            ["first", "batch", "uid:1000", unix, ["appointQualityTask"], ["1", "2"]],
+            ["second", "batch", "uid:1000", unix, ["deleteQualityTask"], ["1", "2"]],
+        ]),
+        "the route's credential counts, not the caller's"
+    );
+    let (_, out, _) = run(&["check", "--config", &path], &[]);
+    assert!(out.contains("# third: nobody"), "{out}");
+    assert!(
+        out.contains(
+            "#   batch: every process of user 1000, at unix:/run/gateway.sock; on deleteQualityTask;"
+        ),
+        "{out}"
+    );
+}
+
+#[test]
+fn check_speaks_json_of_mistakes_too() {
+    let (folder, text) = shipped("gateway.toml");
+    let path = write(&folder, &with(&text, "workers = 1 ", "workers = 0 "));
+    let (code, out, error) = run(&["check", "--json", "--config", &path, "--set", "quota.burst=0"], &[]);
+    assert!(code == 78 && error.is_empty(), "{error}");
+    let found: Value = serde_json::from_str(&out).unwrap();
+    let line = text[..text.find("workers = 1").unwrap()].matches('\n').count() + 1;
+    let reason = "must be a whole number from 1 to 64";
+    assert_eq!(found["good"], false);
+    assert_eq!(
+        found["problems"],
+        json!([
+            { "place": format!("{path}:{line}"), "file": path, "line": line, "key": "server.workers", "reason": reason },
+            { "place": "--set quota.burst", "file": null, "line": null, "key": "quota.burst", "reason": "must be a whole number from 1 to 1000000" },
+        ])
+    );
+}
+
+#[test]
+fn contract_check_speaks_json() {
+    let folder = TempDir::new().unwrap();
+    let file = |name: &str, content: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, content).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let check = |contract: &str, body: &str| {
+        let (code, out, _) = run(&["contract", "check", contract, body, "--json"], &[]);
+        (code, serde_json::from_str::<Value>(&out).unwrap())
+    };
+    let built_in = "appointQualityTask";
+    let (code, good) = check(built_in, &file("good", crate::support::BODY));
+    assert_eq!((code, good), (0, json!({ "good": true, "not_json": null, "errors": [], "total": 0 })));
+    let (code, bad) = check(
+        built_in,
+        &file(
+            "bad",
+            r#"{"qualityTaskId":"x","setCountsType":2,"isTakeEffect":0,"setCounts":[{"personID":"1"}]}"#,
+        ),
+    );
+    let pointers: Vec<_> = bad["errors"].as_array().unwrap().iter().map(|error| &error["pointer"]).collect();
+    assert_eq!((code, json!(pointers)), (1, json!(["/qualityTaskId", "/setCountsType"])), "{bad}");
+    assert!(
+        bad["total"] == 2
+            && bad["errors"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .all(|e| e["code"].is_string() && e["detail"].is_string()),
+        "{bad}"
+    );
+    let (code, broken) = check(built_in, &file("broken", "{"));
+    assert!(code == 1 && broken["good"] == false && broken["not_json"].is_string(), "{broken}");
+    for contract in [file("contract", "{ \"oneOf\": [] }"), "/absent".to_owned(), "/dev/null".to_owned()] {
+        let (code, refused) = check(&contract, &file("good", crate::support::BODY));
+        assert!(code == 78 && refused["good"] == false && refused["contract"].is_string(), "{refused}");
     }
 }

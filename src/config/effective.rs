@@ -1,0 +1,225 @@
+//! A configuration shown as it is in effect: every key of the file, defaults included, secrets only as their
+//! place, and who can use which credential.
+
+use std::{path::Path, time::Duration};
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::{
+    Caller, Config, ContractSource, Credential, Limit, ListenAddress, Listener, LogFormat, PeerRule, Route,
+    SecretSource,
+};
+
+/// A caller that can use a credential.
+#[derive(Clone, Debug, Serialize)]
+pub struct Access {
+    /// The credential's name.
+    pub credential: String,
+    /// The caller's name.
+    pub caller: String,
+    /// The caller's `peer`.
+    pub peer: String,
+    /// Where it is seen.
+    pub listeners: Vec<String>,
+    /// On which routes it uses this credential.
+    pub routes: Vec<String>,
+    /// As which operators, the default one first.
+    pub operators: Vec<String>,
+    /// How often.
+    pub rate_limit: String,
+    /// How many requests may come at once.
+    pub burst: u32,
+}
+
+impl Config {
+    /// Everything that is in effect, in the form of the file; what is not set is `null`.
+    pub fn effective(&self) -> Value {
+        let Self {
+            listeners,
+            admin,
+            server,
+            upstream,
+            token,
+            credentials,
+            callers,
+            quota,
+            audit,
+            routes,
+            log,
+        } = self;
+        let headers: Map<String, Value> = upstream
+            .headers
+            .iter()
+            .map(|(name, value)| (name.to_string(), json!(value.to_str().unwrap_or_default())))
+            .collect();
+        let statuses: Vec<_> = token.refused_statuses.iter().map(|status| status.as_u16()).collect();
+        json!({
+            "listeners": listeners.iter().map(listener).collect::<Vec<_>>(),
+            "admin": { "address": admin.address.to_string(), "hosts": admin.hosts },
+            "server": {
+                "workers": server.workers,
+                "max_connections": server.max_connections,
+                "max_in_flight": server.max_in_flight,
+                "max_body": size(server.max_body as u64),
+                "header_timeout": duration(server.header_timeout),
+                "body_timeout": duration(server.body_timeout),
+                "idle_timeout": duration(server.idle_timeout),
+                "drain_timeout": duration(server.drain_timeout),
+            },
+            "upstream": {
+                "base_url": upstream.base_url.to_string(),
+                "connect_timeout": duration(upstream.connect_timeout),
+                "timeout": duration(upstream.timeout),
+                "idle_timeout": duration(upstream.idle_timeout),
+                "max_connections": upstream.max_connections,
+                "ca_file": upstream.ca_file.as_deref().map(whole_path),
+                "headers": headers,
+            },
+            "token": {
+                "url": token.url.to_string(),
+                "lifetime": token.lifetime.map_or("none".to_owned(), duration),
+                "timeout": duration(token.timeout),
+                "wait": duration(token.wait),
+                "refused_statuses": statuses,
+            },
+            "credentials": credentials.iter().map(credential).collect::<Vec<_>>(),
+            "callers": callers.iter().map(caller).collect::<Vec<_>>(),
+            "quota": { "rate": rate(quota), "burst": quota.burst },
+            "audit": {
+                "directory": whole_path(&audit.directory),
+                "durability": "kernel",
+                "segment_size": size(audit.segment_size),
+                "key_file": audit.key_file.as_deref().map(whole_path),
+            },
+            "log": { "level": log.level, "format": format(log.format) },
+            "routes": routes.iter().map(route).collect::<Vec<_>>(),
+        })
+    }
+
+    /// Who can use which credential, credential by credential.
+    pub fn access(&self) -> Vec<Access> {
+        let pairs = self.credentials.iter().flat_map(|c| self.callers.iter().map(move |caller| (c, caller)));
+        pairs.filter_map(|(credential, caller)| self.access_of(credential, caller)).collect()
+    }
+
+    fn access_of(&self, credential: &Credential, caller: &Caller) -> Option<Access> {
+        let uses = |route: &&Route| {
+            let used = route.credential.as_ref().unwrap_or(&caller.credential);
+            caller.routes.contains(&route.name) && *used == credential.name
+        };
+        let routes: Vec<_> = self.routes.iter().filter(uses).map(|route| route.name.clone()).collect();
+        let operators = std::iter::once(&caller.operator_id).chain(&caller.operators);
+        let access = Access {
+            credential: credential.name.clone(),
+            caller: caller.name.clone(),
+            peer: peer(caller.peer),
+            listeners: self.listeners_of(caller).map(|listener| listener.address.to_string()).collect(),
+            routes,
+            operators: operators.cloned().collect(),
+            rate_limit: rate(&caller.rate_limit),
+            burst: caller.rate_limit.burst.get(),
+        };
+        (!access.routes.is_empty()).then_some(access)
+    }
+}
+
+fn listener(Listener { address, hosts, allow_plaintext }: &Listener) -> Value {
+    let (mode, allow_plaintext) = match address {
+        ListenAddress::Tcp(_) => (None, Some(allow_plaintext)),
+        ListenAddress::Unix { mode, .. } => (Some(format!("{mode:04o}")), None),
+    };
+    json!({ "address": address.to_string(), "mode": mode, "hosts": hosts, "allow_plaintext": allow_plaintext })
+}
+
+fn credential(credential: &Credential) -> Value {
+    let file = |source: &SecretSource| match source {
+        SecretSource::File(path) => Some(whole_path(path)),
+        SecretSource::Env(_) => None,
+    };
+    let env = |source: &SecretSource| match source {
+        SecretSource::File(_) => None,
+        SecretSource::Env(name) => Some(name.clone()),
+    };
+    let Credential { name, app_key, app_secret } = credential;
+    json!({
+        "name": name,
+        "app_key_file": file(app_key),
+        "app_key_env": env(app_key),
+        "app_secret_file": file(app_secret),
+        "app_secret_env": env(app_secret),
+    })
+}
+
+fn caller(caller: &Caller) -> Value {
+    json!({
+        "name": caller.name,
+        "peer": peer(caller.peer),
+        "operator_id": caller.operator_id,
+        "operators": caller.operators,
+        "credential": caller.credential,
+        "routes": caller.routes,
+        "rate_limit": rate(&caller.rate_limit),
+        "burst": caller.rate_limit.burst,
+    })
+}
+
+/// The built-in route has no `contract_file`.
+fn route(route: &Route) -> Value {
+    let contract = match &route.contract {
+        ContractSource::BuiltIn => None,
+        ContractSource::File(path) => Some(whole_path(path)),
+    };
+    json!({
+        "name": route.name,
+        "path": route.path,
+        "contract_file": contract,
+        "result_field": route.result_field,
+        "success_codes": route.success_codes,
+        "credential": route.credential,
+        "timeout": route.timeout.map(duration),
+    })
+}
+
+fn peer(peer: PeerRule) -> String {
+    match peer {
+        PeerRule::Loopback => "loopback".into(),
+        PeerRule::Uid(uid) => format!("uid:{uid}"),
+        PeerRule::Gid(gid) => format!("gid:{gid}"),
+    }
+}
+
+fn format(format: LogFormat) -> &'static str {
+    match format {
+        LogFormat::Auto => "auto",
+        LogFormat::Text => "text",
+        LogFormat::Json => "json",
+    }
+}
+
+/// A relative path says little to who does not know the folder.
+fn whole_path(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
+}
+
+fn duration(duration: Duration) -> String {
+    match duration.as_millis() {
+        milliseconds if milliseconds % 1000 == 0 => format!("{}s", milliseconds / 1000),
+        milliseconds => format!("{milliseconds}ms"),
+    }
+}
+
+fn size(bytes: u64) -> String {
+    let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    let unit = units.into_iter().find(|(unit, _)| bytes >= *unit && bytes.is_multiple_of(*unit));
+    unit.map_or_else(|| format!("{bytes}B"), |(unit, name)| format!("{}{name}", bytes / unit))
+}
+
+fn rate(limit: &Limit) -> String {
+    let unit = match limit.period.as_secs() {
+        1 => "s",
+        60 => "m",
+        _ => "h",
+    };
+    format!("{}/{unit}", limit.count)
+}

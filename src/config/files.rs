@@ -1,0 +1,115 @@
+//! What the files that a configuration names must be, so that a start does not fail on them. Looks only: makes,
+//! locks and changes nothing.
+
+use std::{
+    fs::{self, Metadata},
+    io,
+    path::Path,
+};
+
+use rustix::fs::{Access, access};
+
+use super::SecretSource;
+use crate::{
+    audit::chain::{Keys, key_path},
+    connect::client_tls,
+    contract::Contract,
+    secret::Secret,
+};
+
+/// So large may a file be that is read whole.
+const MAX_SIZE: u64 = 16 << 20;
+
+/// A secret. Its path is not told: somebody may have put the secret itself there.
+pub(super) fn secret(path: &Path) -> Result<(), String> {
+    read_secret(path).map(drop)
+}
+
+/// An app key: a secret that a header can hold.
+pub(super) fn app_key(path: &Path) -> Result<(), String> {
+    let secret = read_secret(path)?;
+    let fits = http::HeaderValue::from_bytes(secret.expose()).is_ok();
+    fits.then_some(()).ok_or_else(|| "holds what a header cannot".into())
+}
+
+fn read_secret(path: &Path) -> Result<Secret, String> {
+    let nameless = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => {
+            "there is no such file (a relative path starts at this file's folder)".into()
+        }
+        _ => format!("cannot be read: {error}"),
+    };
+    is_regular(&fs::metadata(path).map_err(nameless)?)?;
+    fs::File::open(path).map_err(nameless)?;
+    let source = SecretSource::File(path.to_owned());
+    Secret::load(&source).map_err(|_| "is empty".into())
+}
+
+/// PEM roots.
+pub(super) fn roots(path: &Path) -> Result<(), String> {
+    regular(path)?;
+    client_tls(Some(path)).map(drop).map_err(|error| error.to_string())
+}
+
+/// The system's roots.
+pub(super) fn system_roots() -> Result<(), String> {
+    client_tls(None).map(drop).map_err(|error| error.to_string())
+}
+
+/// The audit chain's key.
+pub(super) fn audit_key(path: &Path) -> Result<(), String> {
+    regular(path)?;
+    Keys::load(path).map(drop).map_err(|error| error.to_string())
+}
+
+/// A contract.
+pub(super) fn contract(path: &Path) -> Result<(), String> {
+    regular(path)?;
+    let shown = path.display();
+    let text = fs::read_to_string(path).map_err(|error| format!("{shown}: {error}"))?;
+    Contract::compile(&text).map(drop).map_err(|error| format!("{shown}: {error}"))
+}
+
+/// The audit directory: usable, or such that it can be made. `own_key`: the chain's key lies in it.
+pub(super) fn audit_directory(path: &Path, own_key: bool) -> Result<(), String> {
+    let shown = path.display();
+    match fs::metadata(path) {
+        Ok(meta) if !meta.is_dir() => Err(format!("{shown} is not a directory")),
+        Ok(_) => {
+            let writable = access(path, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK);
+            writable.map_err(|error| format!("{shown} cannot be used: {}", io::Error::from(error)))?;
+            let key = key_path(path);
+            if own_key && key.exists() { audit_key(&key) } else { Ok(()) }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => can_be_made(path),
+        Err(error) => Err(format!("{shown}: {error}")),
+    }
+}
+
+fn can_be_made(path: &Path) -> Result<(), String> {
+    let path = std::path::absolute(path).map_err(|error| error.to_string())?;
+    let Some(parent) = path.ancestors().skip(1).find(|parent| parent.exists()) else { return Ok(()) };
+    let fail =
+        |reason: String| Err(format!("{} cannot be made: {} {reason}", path.display(), parent.display()));
+    if !parent.is_dir() {
+        return fail("is not a directory".into());
+    }
+    access(parent, Access::WRITE_OK | Access::EXEC_OK)
+        .or_else(|error| fail(format!("refuses it: {}", io::Error::from(error))))
+}
+
+/// Nothing that a read could hang on, or never end on.
+fn regular(path: &Path) -> Result<(), String> {
+    let shown = path.display();
+    let meta = fs::metadata(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
+    is_regular(&meta).map_err(|reason| format!("{shown} {reason}"))
+}
+
+fn is_regular(meta: &Metadata) -> Result<(), String> {
+    match meta.len() {
+        _ if !meta.is_file() => Err("is not a regular file".into()),
+        0 => Err("is empty".into()),
+        length if length > MAX_SIZE => Err("is larger than 16 MiB".into()),
+        _ => Ok(()),
+    }
+}

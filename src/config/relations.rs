@@ -1,0 +1,119 @@
+//! What must hold between values. Looked at when all is read, and only where each of the values is what
+//! somebody meant: one mistake is told once.
+
+use std::net::SocketAddr;
+
+use super::{
+    Config, ListenAddress, PeerRule, files,
+    table::{Context, Referent},
+};
+
+/// Looks at all of them.
+pub(super) fn check(context: &mut Context<'_>, config: &Config) {
+    references(context, config);
+    peers(context, config);
+    addresses(context, config);
+    let upstream = &config.upstream;
+    if upstream.connect_timeout > upstream.timeout {
+        let reason = "must not be longer than upstream.timeout";
+        between(context, ["upstream.connect_timeout", "upstream.timeout"], reason);
+    }
+    if upstream.max_connections < config.server.workers {
+        let reason = "must be at least server.workers";
+        between(context, ["upstream.max_connections", "server.workers"], reason);
+    }
+    if upstream.ca_file.is_none()
+        && !context.is_doubtful("upstream.ca_file")
+        && let Err(reason) = files::system_roots()
+    {
+        context.problem_at("upstream.ca_file", format!("is needed here: {reason}"));
+    }
+}
+
+/// A mistake between two values, told at the first of them that stands anywhere.
+fn between(context: &mut Context<'_>, keys: [&str; 2], reason: &str) {
+    if !keys.iter().any(|key| context.is_doubtful(key)) {
+        context.problem_at(keys[0], reason);
+    }
+}
+
+fn references(context: &mut Context<'_>, config: &Config) {
+    let credentials: Vec<_> = config.credentials.iter().map(|credential| credential.name.as_str()).collect();
+    let routes: Vec<_> = config.routes.iter().map(|route| route.name.as_str()).collect();
+    for reference in std::mem::take(&mut context.references) {
+        let (list, what, names) = match reference.to {
+            Referent::Credential => ("credentials", "credential", &credentials),
+            Referent::Route => ("routes", "route", &routes),
+        };
+        // A name that could not be read may be the one that is meant.
+        let doubtful = context.is_doubtful(list) || names.contains(&"");
+        let found = reference.found;
+        if !doubtful && !names.contains(&found.value.as_str()) {
+            let reason = format!("no {what} has this name; there are: {}", names.join(", "));
+            context.problem(&found.place, found.key, reason);
+        }
+    }
+}
+
+fn peers(context: &mut Context<'_>, config: &Config) {
+    let doubtful_listeners =
+        (0..config.listeners.len()).any(|i| context.is_doubtful(&format!("listeners[{i}].address")));
+    for (i, caller) in config.callers.iter().enumerate() {
+        let key = format!("callers[{i}].peer");
+        if context.is_doubtful(&key) {
+            continue;
+        }
+        let other = (0..i).find(|other| {
+            !context.is_doubtful(&format!("callers[{other}].peer"))
+                && can_be_one(config.callers[*other].peer, caller.peer)
+        });
+        if let Some(other) = other {
+            let other = &config.callers[other].name;
+            context.problem_at(&key, format!("one peer can be both `{other}` and `{}`", caller.name));
+        } else if !doubtful_listeners && config.listeners_of(caller).next().is_none() {
+            context.problem_at(&key, "no listener can ever see this peer: loopback needs a TCP listener, uid and gid a Unix socket");
+        }
+    }
+}
+
+/// A process has a user and a group, so that any `uid` and any `gid` can meet in one.
+fn can_be_one(a: PeerRule, b: PeerRule) -> bool {
+    match (a, b) {
+        (PeerRule::Loopback, PeerRule::Loopback) => true,
+        (PeerRule::Loopback, _) | (_, PeerRule::Loopback) => false,
+        (PeerRule::Uid(a), PeerRule::Uid(b)) | (PeerRule::Gid(a), PeerRule::Gid(b)) => a == b,
+        (PeerRule::Uid(_), PeerRule::Gid(_)) | (PeerRule::Gid(_), PeerRule::Uid(_)) => true,
+    }
+}
+
+/// No two sockets can be bound to one address.
+fn addresses(context: &mut Context<'_>, config: &Config) {
+    let admin = ("admin.address".to_owned(), ListenAddress::Tcp(config.admin.address));
+    let listener = |(i, listener): (usize, &super::Listener)| {
+        (format!("listeners[{i}].address"), listener.address.clone())
+    };
+    let all: Vec<_> = config.listeners.iter().enumerate().map(listener).chain([admin]).collect();
+    for (i, (key, address)) in all.iter().enumerate() {
+        let clash = all[..i].iter().find(|(_, other)| clash(address, other));
+        if let Some((other, _)) = clash
+            && !context.is_doubtful(key)
+            && !context.is_doubtful(other)
+        {
+            context.problem_at(key, format!("cannot listen where {other} does"));
+        }
+    }
+}
+
+fn clash(a: &ListenAddress, b: &ListenAddress) -> bool {
+    match (a, b) {
+        (ListenAddress::Tcp(a), ListenAddress::Tcp(b)) => {
+            a.port() == b.port() && a.port() != 0 && meet(*a, *b)
+        }
+        (ListenAddress::Unix { path: a, .. }, ListenAddress::Unix { path: b, .. }) => a == b,
+        _ => false,
+    }
+}
+
+fn meet(a: SocketAddr, b: SocketAddr) -> bool {
+    a.ip() == b.ip() || (a.is_ipv4() == b.is_ipv4() && (a.ip().is_unspecified() || b.ip().is_unspecified()))
+}

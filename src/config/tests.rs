@@ -1,0 +1,163 @@
+//! The reference file against the code: keys, defaults, bounds.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{Config, Problems, raw};
+
+const REFERENCE: &str = include_str!("../../config/gateway.toml");
+const MINIMAL: &str = include_str!("../../config/minimal.toml");
+
+/// A folder with what a shipped file names, and the file's text for it.
+fn placed(text: &str) -> (TempDir, String) {
+    let folder = TempDir::new().unwrap();
+    for secret in ["app_key", "app_secret", "audit.key"] {
+        fs::write(folder.path().join(secret), "0123456789abcdef0123456789abcdef").unwrap();
+    }
+    let root = rcgen::generate_simple_self_signed(vec!["root".to_owned()]).unwrap();
+    fs::write(folder.path().join("ca.pem"), root.cert.pem()).unwrap();
+    let contracts = concat!("\"", env!("CARGO_MANIFEST_DIR"), "/config/contracts/");
+    let text = text
+        .replace("/run/secrets/ccsqm/", "")
+        .replace("/etc/ssl/certs/ca-certificates.crt", "ca.pem")
+        .replace("\"contracts/", contracts);
+    (folder, text)
+}
+
+fn load(folder: &TempDir, text: &str) -> Result<(Config, Vec<String>), Problems> {
+    let path = folder.path().join("gateway.toml");
+    fs::write(&path, text).unwrap();
+    Config::load_with_keys(&path, &[], [])
+}
+
+fn effective(text: &str) -> Value {
+    let (folder, text) = placed(text);
+    let (config, _) = load(&folder, &text).unwrap();
+    let shown = config.effective().to_string();
+    serde_json::from_str(&shown.replace(folder.path().to_str().unwrap(), "")).unwrap()
+}
+
+/// The reference file, its headers aside, with the line of each key. Of a list, all tables count together.
+fn keys_of_the_file(path: &Path) -> BTreeSet<String> {
+    fn gather(value: &raw::Value, path: &str, keys: &mut BTreeSet<String>) {
+        match &value.kind {
+            // A section of names that the user chooses.
+            raw::Kind::Table(_) if path == "upstream.headers" => {}
+            raw::Kind::Table(members) => {
+                for (name, member) in members {
+                    let key = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+                    keys.insert(key.clone());
+                    gather(member, &key, keys);
+                }
+            }
+            raw::Kind::List(items) => items.iter().for_each(|item| gather(item, path, keys)),
+            _ => {}
+        }
+    }
+    let mut keys = BTreeSet::new();
+    gather(&raw::read(path, &[], &[]).unwrap().root, "", &mut keys);
+    keys
+}
+
+#[test]
+fn the_reference_file_holds_every_key_that_the_code_reads_and_no_other() {
+    let (folder, text) = placed(REFERENCE);
+    let (_, asked) = load(&folder, &text).unwrap();
+    let without_index =
+        |key: String| key.split('[').map(|part| part.split_once(']').map_or(part, |p| p.1)).collect();
+    let asked: BTreeSet<String> = asked.into_iter().map(without_index).collect();
+    let written = keys_of_the_file(&folder.path().join("gateway.toml"));
+    let only_asked: Vec<_> = asked.difference(&written).collect();
+    assert_eq!(
+        only_asked,
+        ["credentials.app_key_env", "credentials.app_secret_env"],
+        "alternatives, in a comment"
+    );
+    for key in only_asked {
+        let name = key.rsplit('.').next().unwrap();
+        assert!(REFERENCE.contains(&format!("# or {name} = ")), "{key} stands in no comment");
+    }
+    let only_written: Vec<_> = written.difference(&asked).collect();
+    assert!(only_written.is_empty(), "{only_written:?}");
+    assert!(asked.len() > 60, "{}", asked.len());
+}
+
+#[test]
+fn the_reference_file_shows_the_defaults() {
+    let (mut reference, mut least) = (effective(REFERENCE), effective(MINIMAL));
+    // What the reference file shows and nobody gets without asking for it.
+    for shown in ["/upstream/ca_file", "/upstream/headers", "/audit/key_file", "/listeners/1", "/routes/1"] {
+        assert_ne!(reference.pointer(shown), least.pointer(shown), "{shown} is a default after all");
+    }
+    for (section, key) in [("upstream", "ca_file"), ("upstream", "headers"), ("audit", "key_file")] {
+        reference[section].as_object_mut().unwrap().remove(key);
+        least[section].as_object_mut().unwrap().remove(key);
+    }
+    for list in ["listeners", "routes"] {
+        let more = reference[list].as_array_mut().unwrap().split_off(1);
+        assert_eq!(more.len(), 1, "{list}");
+    }
+    assert_eq!(reference, least);
+}
+
+#[test]
+fn the_reference_file_shows_the_defaults_of_lists_too() {
+    let reference = effective(REFERENCE);
+    for (line, pointer) in [
+        ("mode = \"0660\"", "/listeners/1/mode"),
+        ("result_field = \"resultCode\"", "/routes/1/result_field"),
+    ] {
+        assert!(REFERENCE.contains(line), "{line}");
+        let without = effective(&REFERENCE.replace(line, "# "));
+        assert_eq!(without.pointer(pointer), reference.pointer(pointer), "{pointer}");
+        assert_ne!(reference.pointer(pointer), Some(&Value::Null), "{pointer}");
+    }
+    // "Instead of" the caller's and the upstream's.
+    for (line, pointer) in [
+        ("credential = \"default\"              #", "/routes/1/credential"),
+        ("timeout = \"30s\"                     # instead", "/routes/1/timeout"),
+    ] {
+        assert!(REFERENCE.contains(line), "{line}");
+        let without = effective(&REFERENCE.replace(line, "# "));
+        assert_eq!(without.pointer(pointer), Some(&json!(null)), "{pointer}");
+    }
+}
+
+#[test]
+fn the_reference_file_names_the_bounds_and_they_hold() {
+    let (folder, text) = placed(REFERENCE);
+    let reason = |number: usize, line: &str| {
+        let lines = text.lines().enumerate().map(|(i, old)| if i == number { line } else { old });
+        let told = load(&folder, &lines.collect::<Vec<_>>().join("\n")).err().map(|error| error.to_string());
+        told.filter(|told| {
+            told.contains("must be from") || told.contains("whole number from") || told.contains("at most")
+        })
+    };
+    let mut bounded = 0;
+    for (number, line) in REFERENCE.lines().enumerate() {
+        let Some((name, value)) = line.split(" #").next().unwrap().split_once(" = ") else { continue };
+        let absurd = match value.trim() {
+            number if number.parse::<u64>().is_ok() => "99999999999",
+            rate if rate.ends_with("/s\"") => "\"99999999/s\"",
+            quantity if quantity.as_bytes()[1].is_ascii_digit() && quantity.ends_with("s\"") => "\"99999d\"",
+            quantity if quantity.ends_with("iB\"") => "\"99999GiB\"",
+            _ => continue,
+        };
+        let told =
+            reason(number, &format!("{name} = {absurd}")).unwrap_or_else(|| panic!("{line} has no bound"));
+        let told = told.rsplit("must be ").next().unwrap();
+        let bounds = told.trim_start_matches("a whole number ").trim_start_matches("from ");
+        let comment = line.split_once(" # ").map_or("", |(_, comment)| comment);
+        assert!(comment.contains(bounds), "{line}\nshould say: {bounds}");
+        if let Some((low, high)) = bounds.split_once(" to ") {
+            for bound in [low, high] {
+                let quoted = if absurd.starts_with('"') { format!("\"{bound}\"") } else { bound.to_owned() };
+                assert_eq!(reason(number, &format!("{name} = {quoted}")), None, "{name} = {quoted}");
+            }
+        }
+        bounded += 1;
+    }
+    assert!(bounded >= 20, "{bounded} bounds");
+}

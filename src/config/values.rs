@@ -1,0 +1,121 @@
+//! Texts to values: durations, sizes, rates, addresses, peers, operators, paths, URLs.
+
+use std::{num::NonZeroU32, time::Duration};
+
+use rustls::pki_types::ServerName;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+
+use super::{ListenAddress, PeerRule, Url};
+
+pub(super) fn parse_duration(text: &str) -> Option<Duration> {
+    let digits = text.find(|c: char| !c.is_ascii_digit())?;
+    let number: u64 = text[..digits].parse().ok()?;
+    let milliseconds = match &text[digits..] {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return None,
+    };
+    number.checked_mul(milliseconds).map(Duration::from_millis)
+}
+
+pub(super) fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit())?;
+    let number: u64 = text[..digits].parse().ok()?;
+    let unit = match &text[digits..] {
+        "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    number.checked_mul(unit)
+}
+
+pub(super) fn parse_rate(text: &str) -> Result<(NonZeroU32, Duration), String> {
+    let reason =
+        || "must be a number per second, minute or hour, as in \"20/s\", \"100/m\" or \"5/h\"".to_owned();
+    let (count, unit) = text.split_once('/').ok_or_else(reason)?;
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(reason()),
+    };
+    let count = count.parse::<NonZeroU32>().map_err(|_| reason())?;
+    let sane = count.get() <= 1_000_000;
+    sane.then_some((count, Duration::from_secs(seconds))).ok_or_else(|| "must be at most 1000000".into())
+}
+
+pub(super) fn parse_listen_address(text: &str) -> Result<ListenAddress, String> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        let fits = path.starts_with('/') && path.len() < 108;
+        let address = ListenAddress::Unix { path: path.into(), mode: 0o660 };
+        return fits
+            .then_some(address)
+            .ok_or_else(|| "a Unix socket needs an absolute path of less than 108 bytes".into());
+    }
+    text.parse()
+        .map(ListenAddress::Tcp)
+        .map_err(|_| "must be an address with a port, as in \"127.0.0.1:8080\", or \"unix:/path\"".into())
+}
+
+/// A level, or a filter. A bare word in a filter would be a target; here it is taken for a misspelt level.
+pub(super) fn parse_level(text: &str) -> Result<String, String> {
+    let known = |part: &str| part.contains('=') || part.parse::<LevelFilter>().is_ok();
+    let fits = text.split(',').all(known) && text.parse::<Targets>().is_ok();
+    fits.then(|| text.to_owned()).ok_or_else(|| {
+        "must be error, warn, info, debug or trace, or a filter such as \"info,ccsqm_gateway::token=debug\"".into()
+    })
+}
+
+pub(super) fn parse_peer(text: &str) -> Result<PeerRule, String> {
+    let reason = || "must be \"loopback\", \"uid:N\" or \"gid:N\"".to_owned();
+    match text.split_once(':') {
+        None if text == "loopback" => Ok(PeerRule::Loopback),
+        Some(("uid", id)) => id.parse().map(PeerRule::Uid).map_err(|_| reason()),
+        Some(("gid", id)) => id.parse().map(PeerRule::Gid).map_err(|_| reason()),
+        _ => Err(reason()),
+    }
+}
+
+pub(super) fn parse_operator(text: &str) -> Result<String, String> {
+    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    let fits = plain && (1..=64).contains(&text.len());
+    fits.then(|| text.to_owned()).ok_or_else(|| "must be 1 to 64 letters, digits, '.', '_' or '-'".into())
+}
+
+pub(super) fn parse_route_path(text: &str) -> Result<String, String> {
+    if !text.starts_with("/apiaccess/") {
+        return Err("must start with /apiaccess/: the token is for those paths only".into());
+    }
+    let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-~".contains(&b));
+    let clean = plain && !text.contains("//") && !text.split('/').any(|part| part == ".." || part == ".");
+    clean
+        .then(|| text.to_owned())
+        .ok_or_else(|| "must be a plain path: no query, no encoding, no `//`, no `..`".into())
+}
+
+pub(super) fn parse_url(text: &str) -> Result<Url, String> {
+    let uri: http::Uri = text.parse().map_err(|_| "is not a URL".to_owned())?;
+    let tls = match uri.scheme_str() {
+        Some("https") => true,
+        Some("http") => false,
+        _ => return Err("must start with https://".into()),
+    };
+    let authority = uri.authority().ok_or("has no host")?;
+    if authority.as_str().contains('@') || uri.query().is_some() {
+        return Err("must hold neither a user nor a query".into());
+    }
+    let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
+    let is_loopback =
+        host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    if !tls && !is_loopback {
+        return Err("http:// is allowed to a loopback address only: the credential would cross the network in the clear".into());
+    }
+    ServerName::try_from(host.as_str()).map_err(|_| "has a host that is neither a name nor an address")?;
+    let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
+    Ok(Url { tls, host, port, path: uri.path().to_owned() })
+}
