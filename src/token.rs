@@ -8,15 +8,16 @@ mod cooldown;
 mod endpoint;
 mod fetcher;
 mod metrics;
+mod pair;
 mod schedule;
 
 use std::{
     fmt,
     sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
@@ -30,16 +31,14 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::{
-    config::{self, SecretSource},
-    connect::TlsError,
-    secret::SecretError,
-};
+use crate::{config, connect::TlsError};
 pub use cooldown::Cooldown;
 use endpoint::Endpoint;
-use fetcher::{Pair, Task};
+use fetcher::{Candidate, Fetcher};
 pub use metrics::Metrics;
-use schedule::{Backoff, Plan};
+pub use pair::PairError;
+use pair::{Pair, Secrets};
+use schedule::{Held, Moment, Plan};
 
 /// Tells the audit trail of a change.
 pub type Events = Box<dyn Fn(&'static str, Map<String, Value>) + Send + Sync>;
@@ -92,15 +91,21 @@ pub enum TokenError {
     },
 }
 
+/// Why there is no other token than a refused one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoOther {
+    /// The endpoint handed the same token out again.
+    Same,
+    /// No fetch brought one.
+    Failed,
+}
+
 /// Why a slot could not be made.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// A secret could not be read.
+    /// A pair that cannot be read or used.
     #[error("credential {0}: {1}")]
-    Secret(String, SecretError),
-    /// An app key that no header can hold.
-    #[error("credential {0}: the app key holds characters that a header cannot hold")]
-    AppKey(String),
+    Pair(String, PairError),
     /// The endpoint's name or TLS.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -124,27 +129,22 @@ pub struct Status {
 /// The token of one credential.
 pub struct Slot {
     name: String,
-    sources: (SecretSource, SecretSource),
-    endpoint: Endpoint,
     wait: Duration,
     live: ArcSwapOption<Live>,
-    /// The highest generation that the upstream refused and nobody has tried to replace yet.
-    refused_generation: AtomicU64,
     /// Requests that wait for a token.
     waiting: AtomicUsize,
     wake: Notify,
+    /// Its lock makes a fetch's end and a token's retirement one step each.
     fetches: watch::Sender<Fetches>,
-    task: Mutex<Option<Task>>,
-    metrics: Metrics,
-    events: Events,
+    fetcher: Mutex<Option<Fetcher>>,
 }
 
-/// How the fetches stand; every change wakes the waiters.
+/// How the fetches stand. What they bring wakes the waiters.
 #[derive(Clone, Copy, Debug, Default)]
 struct Fetches {
     begun: u64,
     ended: u64,
-    refused_until: Option<Instant>,
+    held: Option<Held>,
     last_error: Option<&'static str>,
     had_token: bool,
 }
@@ -154,18 +154,29 @@ struct Live {
     token: Token,
     lifetime: Duration,
     plan: Plan,
-    sent: Instant,
-    sent_wall: SystemTime,
+    sent: Moment,
+    /// From sending the request to having the answer.
+    took: Duration,
+    /// The upstream refused it, and no fetch has looked into that yet.
+    retired: AtomicBool,
 }
 
 impl Live {
-    /// The larger of both clocks' ages counts: a suspend stops the monotonic one, a jump back the other.
+    fn new(token: Token, lifetime: Duration, plan: Plan, sent: Moment) -> Self {
+        let took = sent.age(Moment::now());
+        Self { token, lifetime, plan, sent, took, retired: AtomicBool::new(false) }
+    }
+
     fn age(&self) -> Duration {
-        self.sent.elapsed().max(self.sent_wall.elapsed().unwrap_or_default())
+        self.sent.age(Moment::now())
     }
 
     fn is_usable(&self) -> bool {
         self.age() < self.plan.stop
+    }
+
+    fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
     }
 }
 
@@ -186,35 +197,34 @@ impl Slot {
     ) -> Result<Arc<Self>, StartError> {
         let name = credential.name.clone();
         let sources = (credential.app_key.clone(), credential.app_secret.clone());
-        let pair = Pair::load(&sources).map_err(|error| StartError::Secret(name.clone(), error))?;
-        if pair.header().is_none() {
-            return Err(StartError::AppKey(name));
-        }
-        let task = Task {
-            seen: pair.clone(),
-            pair,
+        let pair = Pair::load(&sources).map_err(|error| StartError::Pair(name.clone(), error))?;
+        let fetcher = Fetcher {
+            endpoint: Endpoint::new(token, tls)?,
+            secrets: Secrets::new(sources, pair.clone()),
+            proven: Candidate::new(pair),
             trial: None,
             last_begun: None,
-            not_before: Instant::now(),
-            transient: true,
-            backoff: Backoff::default(),
-            refusals: 0,
             generation: 0,
+            metrics,
+            events,
         };
         Ok(Arc::new(Self {
             name,
-            sources,
-            endpoint: Endpoint::new(token, tls)?,
             wait: token.wait,
             live: ArcSwapOption::empty(),
-            refused_generation: AtomicU64::new(0),
             waiting: AtomicUsize::new(0),
             wake: Notify::new(),
             fetches: watch::Sender::new(Fetches::default()),
-            task: Mutex::new(Some(task)),
-            metrics,
-            events,
+            fetcher: Mutex::new(Some(fetcher)),
         }))
+    }
+
+    /// The one task of this credential. Runs until its runtime ends; a second call returns at once.
+    pub async fn run(self: Arc<Self>) {
+        let fetcher = self.fetcher.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(fetcher) = fetcher {
+            fetcher.run(&self).await;
+        }
     }
 
     /// A usable token: at once if there is one, else as soon as a fetch brings it, within `token.wait`.
@@ -225,28 +235,32 @@ impl Slot {
         self.wait_for_token().await
     }
 
-    /// Another token than the refused one, if one can be had. All who ask at once share one fetch.
-    pub async fn replace(&self, refused: u64) -> Option<Token> {
-        let another = || self.usable().filter(|token| token.generation > refused);
-        let mut fetches = self.fetches.subscribe();
-        if let Some(token) = another() {
-            return Some(token);
-        }
-        // A fetch that is under way is as good as one of our own.
-        let Fetches { begun, ended, .. } = *fetches.borrow_and_update();
-        let ours = begun.max(ended + 1);
-        self.refused_generation.fetch_max(refused, Ordering::AcqRel);
-        self.wake.notify_one();
+    /// Another token than the refused one, if one can be had. All who ask at once share one fetch, and one
+    /// that is under way is as good.
+    pub async fn replace(&self, refused: u64) -> Result<Token, NoOther> {
         let deadline = Instant::now() + self.wait;
+        let mut fetches = self.fetches.subscribe();
+        let _waiting = Waiting::new(&self.waiting);
+        let looked_into = self.retire(refused, deadline);
+        self.wake.notify_one();
         loop {
-            let changed = timeout_at(deadline, fetches.changed()).await;
-            let after_us = fetches.borrow_and_update().ended >= ours;
-            match another() {
-                Some(token) => return Some(token),
-                None if after_us || !matches!(changed, Ok(Ok(()))) => return None,
-                None => {}
+            let Fetches { ended, last_error, .. } = *fetches.borrow_and_update();
+            if let Some(token) = self.newer(refused) {
+                return Ok(token);
+            }
+            if looked_into.is_none_or(|fetch| fetch <= ended) {
+                let same = looked_into.is_some() && last_error.is_none();
+                return Err(if same { NoOther::Same } else { NoOther::Failed });
+            }
+            if !matches!(timeout_at(deadline, fetches.changed()).await, Ok(Ok(()))) {
+                return Err(NoOther::Failed);
             }
         }
+    }
+
+    /// A token of a later generation, if there is one already. Fetches nothing.
+    pub fn newer(&self, generation: u64) -> Option<Token> {
+        self.current().filter(|token| token.generation > generation)
     }
 
     /// How things stand, without any secret.
@@ -265,12 +279,33 @@ impl Slot {
 
     /// A token that may be sent now: alive, and not just refused.
     fn current(&self) -> Option<Token> {
-        self.usable().filter(|token| token.generation > self.refused_generation.load(Ordering::Acquire))
+        let live = self.live.load();
+        live.as_ref().filter(|live| live.is_usable() && !live.is_retired()).map(|live| live.token.clone())
     }
 
+    /// A token that lives, refused or not.
     fn usable(&self) -> Option<Token> {
         let live = self.live.load();
         live.as_ref().filter(|live| live.is_usable()).map(|live| live.token.clone())
+    }
+
+    /// Takes a generation out of use until a fetch has looked into it, and tells which one will. With no
+    /// fetch to come before `deadline` it stays: nothing better can be had.
+    fn retire(&self, refused: u64, deadline: Instant) -> Option<u64> {
+        let mut looked_into = None;
+        self.fetches.send_if_modified(|fetches| {
+            let now = Instant::now();
+            if fetches.held.is_none_or(|held| !held.is_hopeless(now, deadline)) {
+                looked_into = Some(fetches.begun.max(fetches.ended + 1));
+                if let Some(live) = &*self.live.load()
+                    && live.token.generation <= refused
+                {
+                    live.retired.store(true, Ordering::Release);
+                }
+            }
+            false
+        });
+        looked_into
     }
 
     #[cold]
@@ -280,17 +315,70 @@ impl Slot {
         let _waiting = Waiting::new(&self.waiting);
         self.wake.notify_one();
         loop {
-            let refused_until = fetches.borrow_and_update().refused_until;
+            let held = fetches.borrow_and_update().held;
             if let Some(token) = self.current() {
                 return Ok(token);
             }
-            let refused = refused_until.map(|until| until.saturating_duration_since(Instant::now()));
-            if let Some(retry_after) = refused.filter(|left| !left.is_zero()) {
-                return Err(TokenError::CredentialRefused { retry_after });
+            let now = Instant::now();
+            if let Some(Held { until, refused }) = held.filter(|held| held.is_hopeless(now, deadline)) {
+                let retry_after = until - now;
+                return Err(if refused {
+                    TokenError::CredentialRefused { retry_after }
+                } else {
+                    TokenError::Unavailable { retry_after }
+                });
             }
             if !matches!(timeout_at(deadline, fetches.changed()).await, Ok(Ok(()))) {
                 return Err(TokenError::Unavailable { retry_after: Duration::from_secs(1) });
             }
+        }
+    }
+
+    fn is_awaited(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    fn fetch_begins(&self) {
+        self.fetches.send_if_modified(|fetches| {
+            fetches.begun += 1;
+            false // nobody waits for a beginning
+        });
+    }
+
+    fn fetch_succeeded(&self, live: Live, held: Option<Held>) {
+        self.fetches.send_modify(|fetches| {
+            self.live.store(Some(Arc::new(live)));
+            *fetches = Fetches { ended: fetches.begun, held, last_error: None, had_token: true, ..*fetches };
+        });
+    }
+
+    fn fetch_failed(&self, error: &'static str, held: Option<Held>) {
+        self.fetches.send_modify(|fetches| {
+            self.put_back();
+            *fetches = Fetches { ended: fetches.begun, held, last_error: Some(error), ..*fetches };
+        });
+    }
+
+    /// A trial's failure says nothing of the pair in use: whoever waits for that goes on waiting, unless it
+    /// is held back.
+    fn trial_failed(&self, held: Option<Held>) {
+        self.fetches.send_modify(|fetches| {
+            fetches.held = held;
+            if held.is_some() {
+                self.put_back();
+                fetches.ended = fetches.begun;
+            }
+        });
+    }
+
+    fn fetches_are_held(&self, held: Option<Held>) {
+        self.fetches.send_modify(|fetches| fetches.held = held);
+    }
+
+    /// The refusal was looked into; without a new token the old one is used on.
+    fn put_back(&self) {
+        if let Some(live) = &*self.live.load() {
+            live.retired.store(false, Ordering::Release);
         }
     }
 }
@@ -310,3 +398,6 @@ impl Drop for Waiting<'_> {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests;

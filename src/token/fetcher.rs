@@ -1,236 +1,223 @@
-//! The one fetching task of a credential.
+//! The one fetching task of a credential: fetches first thing, refreshes ahead, backs off, tries changed
+//! secrets. Only this task calls the endpoint and puts tokens into the slot.
+//!
+//! A changed pair is tried beside the old one, each on a schedule of its own: a trial that fails, in whatever
+//! way, neither delays nor ends the old pair's refreshes. It goes on being tried as a refused pair is,
+//! since the cloud may learn of a new secret later than the gateway.
 
-use std::{
-    sync::{Arc, MutexGuard, PoisonError, atomic::Ordering},
-    time::{Duration, SystemTime},
-};
+use std::{sync::atomic::AtomicBool, time::Duration};
 
 use aws_lc_rs::rand;
-use http::HeaderValue;
 use serde_json::{Map, json};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    Live, Slot, Token,
-    endpoint::{FetchError, Fetched},
-    schedule::{Backoff, MIN_GAP, Plan, refusal},
+    Events, Live, Metrics, Slot, Token,
+    endpoint::{Endpoint, FetchError, Fetched},
+    pair::{Noticed, POLL, Pair, SETTLE, Secrets},
+    schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
 };
-use crate::{
-    config::SecretSource,
-    secret::{Secret, SecretError},
-};
-
-/// How often the secrets are read again. Polling notices what a watch on a file misses: Kubernetes swaps a
-/// link, and a mount can be replaced whole.
-const POLL: Duration = Duration::from_secs(1);
 
 /// A token that is handed out again this long after its end is taken as a new one: that server has no other.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Requests that wait make the next try come at most this long after the earliest allowed moment.
-const URGENT: Duration = Duration::from_secs(2);
+/// A server that restates what is left of a token's life rounds it down to whole seconds.
+const ROUNDING: Duration = Duration::from_secs(1);
 
 /// What only the fetching task knows.
-pub(super) struct Task {
-    pub(super) pair: Pair,
+pub(super) struct Fetcher {
+    pub(super) endpoint: Endpoint,
+    pub(super) secrets: Secrets,
+    /// The pair in use.
+    pub(super) proven: Candidate,
     /// A changed pair that has not proved itself.
-    pub(super) trial: Option<Pair>,
-    pub(super) seen: Pair,
+    pub(super) trial: Option<Candidate>,
     pub(super) last_begun: Option<Instant>,
-    pub(super) not_before: Instant,
-    /// The last failure named no time, so that requests that wait may shorten the back-off.
-    pub(super) transient: bool,
-    pub(super) backoff: Backoff,
-    pub(super) refusals: u32,
     pub(super) generation: u64,
+    pub(super) metrics: Metrics,
+    pub(super) events: Events,
 }
 
-#[derive(Clone, PartialEq, Eq)]
-pub(super) struct Pair {
-    app_key: Secret,
-    app_secret: Secret,
+/// A pair and when it may be tried.
+pub(super) struct Candidate {
+    pair: Pair,
+    pub(super) retry: Retry,
+    /// What the audit trail was told of this trial.
+    told: Option<&'static str>,
 }
 
-impl Pair {
-    pub(super) fn load((app_key, app_secret): &(SecretSource, SecretSource)) -> Result<Self, SecretError> {
-        Ok(Self { app_key: Secret::load(app_key)?, app_secret: Secret::load(app_secret)? })
+/// The next fetch.
+pub(super) struct Next {
+    pub(super) at: Instant,
+    pub(super) is_trial: bool,
+}
+
+impl Candidate {
+    pub(super) fn new(pair: Pair) -> Self {
+        Self { pair, retry: Retry::new(Instant::now()), told: None }
     }
-
-    pub(super) fn header(&self) -> Option<HeaderValue> {
-        let mut header = HeaderValue::from_bytes(self.app_key.expose()).ok()?;
-        header.set_sensitive(true);
-        Some(header)
-    }
 }
 
-impl Slot {
-    /// The one task of this credential: fetches first thing, refreshes ahead, backs off, and notices
-    /// changed secrets. Runs until its runtime ends; a second call returns at once.
-    pub async fn run(self: Arc<Self>) {
-        let Some(mut task) = self.lock_task().take() else { return };
+impl Fetcher {
+    /// Runs until its runtime ends.
+    pub(super) async fn run(mut self, slot: &Slot) {
         let mut poll = Instant::now() + POLL;
         loop {
-            let due = self.due(&task);
-            if due <= Instant::now() {
-                self.fetch(&mut task).await;
+            if poll <= Instant::now() {
+                poll = Instant::now() + self.notice_secrets(slot);
+                let usable = slot.current().is_some();
+                self.metrics.usable.with_label_values(&[&slot.name]).set(usable.into());
+            }
+            let next = self.next(slot);
+            if next.at <= Instant::now() {
+                self.fetch(slot, next.is_trial).await;
                 continue;
             }
             tokio::select! {
-                () = sleep_until(due.min(poll)) => {}
-                () = self.wake.notified() => {}
-            }
-            if poll <= Instant::now() {
-                poll = Instant::now() + POLL;
-                self.notice_secrets(&mut task);
-                let usable = self.usable().is_some();
-                self.metrics.usable.with_label_values(&[&self.name]).set(usable.into());
+                () = sleep_until(next.at.min(poll)) => {}
+                () = slot.wake.notified() => {}
             }
         }
-    }
-
-    fn lock_task(&self) -> MutexGuard<'_, Option<Task>> {
-        self.task.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// When the next fetch is due: when there is reason for one, but not before the back-off allows it.
-    fn due(&self, task: &Task) -> Instant {
+    pub(super) fn next(&self, slot: &Slot) -> Next {
         let now = Instant::now();
-        let live = self.live.load();
-        let reason = match live.as_ref() {
-            _ if task.trial.is_some() => now,
-            Some(live) if live.token.generation <= self.refused_generation.load(Ordering::Acquire) => now,
-            Some(live) => now + live.plan.refresh.saturating_sub(live.age()),
-            None => now,
+        let reason = match slot.live.load().as_ref() {
+            Some(live) if !live.is_retired() => now + live.plan.refresh.saturating_sub(live.age()),
+            _ => now,
         };
-        let gap = task.last_begun.map_or(now, |begun| begun + MIN_GAP);
-        let urgent = task.transient && live.as_ref().is_none_or(|live| !live.is_usable());
-        let not_before = if urgent && self.waiting.load(Ordering::Relaxed) > 0 {
-            task.not_before.min(gap + URGENT)
-        } else {
-            task.not_before
-        };
-        reason.max(gap).max(not_before)
+        let urgent = slot.current().is_none() && slot.is_awaited();
+        let earliest = self.last_begun.map_or(now, |begun| begun + MIN_GAP);
+        let allowed =
+            |candidate: &Candidate| candidate.retry.at(urgent, self.last_begun).max(earliest).max(now);
+        let proven = reason.max(allowed(&self.proven));
+        match self.trial.as_ref().map(allowed) {
+            Some(trial) if trial <= proven => Next { at: trial, is_trial: true },
+            _ => Next { at: proven, is_trial: false },
+        }
     }
 
-    async fn fetch(&self, task: &mut Task) {
-        let begun = Instant::now();
-        let sent_wall = SystemTime::now();
-        task.last_begun = Some(begun);
-        self.fetches.send_modify(|fetches| fetches.begun += 1);
-        let replaced = self.live.load().as_ref().map_or(0, |live| live.token.generation);
-        let is_trial = task.trial.is_some();
-        let pair = task.trial.clone().unwrap_or_else(|| task.pair.clone());
-        let result = self.endpoint.fetch(&pair.app_key, &pair.app_secret).await;
+    pub(super) async fn fetch(&mut self, slot: &Slot, is_trial: bool) {
+        let sent = Moment::now();
+        self.last_begun = Some(sent.monotonic);
+        slot.fetch_begins();
+        let candidate = self.trial.as_ref().filter(|_| is_trial).unwrap_or(&self.proven);
+        let result = self.endpoint.fetch(&candidate.pair.app_key, &candidate.pair.app_secret).await;
         let label = result.as_ref().map_or_else(FetchError::class, |_| "ok");
-        self.metrics.fetches.with_label_values(&[&self.name, label]).inc();
-        let error = match result {
-            Ok(fetched) => {
-                self.accept(task, fetched, &pair, begun, sent_wall);
-                None
-            }
-            Err(error) => {
-                tracing::warn!(credential = self.name, %error, trial = is_trial, "no token");
-                self.back_off(task, &error);
-                Some(error)
-            }
+        self.metrics.fetches.with_label_values(&[&slot.name, label]).inc();
+        match result {
+            Ok(fetched) => self.succeed(slot, fetched, sent, is_trial),
+            Err(error) if is_trial => self.fail_trial(slot, &error),
+            Err(error) => self.fail(slot, &error),
+        }
+    }
+
+    fn succeed(&mut self, slot: &Slot, fetched: Fetched, sent: Moment, is_trial: bool) {
+        if let Some(trial) = self.trial.take_if(|_| is_trial) {
+            self.proven = trial;
+            self.tell(slot, "accepted");
+        }
+        self.proven.retry = Retry::new(sent.monotonic);
+        if let Some(skew) = fetched.skew {
+            self.metrics.skew.with_label_values(&[&slot.name]).set(skew);
+        }
+        let live = match slot.live.load_full() {
+            Some(old) if self.is_same(&old, &fetched) => old.to_the_end(fetched.lifetime, sent),
+            _ => self.new_token(slot, fetched, sent),
         };
-        if is_trial {
-            self.conclude_trial(task, pair, error.as_ref());
-        }
-        // Whatever came of it, the refusal was looked into; without a new token the old one is used on.
-        let _ = self
-            .refused_generation
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |refused| (refused <= replaced).then_some(0));
-        let refused = matches!(error, Some(FetchError::Refused(_)));
-        self.fetches.send_modify(|fetches| {
-            fetches.ended = fetches.begun;
-            fetches.had_token |= error.is_none();
-            fetches.last_error = error.as_ref().map(FetchError::class);
-            fetches.refused_until = refused.then_some(task.not_before);
-        });
+        slot.fetch_succeeded(live, self.held());
     }
 
-    fn accept(&self, task: &mut Task, fetched: Fetched, pair: &Pair, sent: Instant, sent_wall: SystemTime) {
-        let Fetched { authorization, lifetime, skew } = fetched;
-        task.backoff.reset();
-        task.refusals = 0;
-        task.not_before = sent;
-        if let Some(skew) = skew {
-            self.metrics.skew.with_label_values(&[&self.name]).set(skew);
-        }
-        let old = self.live.load_full();
-        let same =
-            old.filter(|old| old.token.authorization == authorization && old.age() < old.lifetime + GRACE);
-        if let Some(old) = same {
-            let plan = Plan::to_the_end(old.lifetime);
-            let (token, lifetime) = (old.token.clone(), old.lifetime);
-            self.live.store(Some(Arc::new(Live {
-                token,
-                lifetime,
-                plan,
-                sent: old.sent,
-                sent_wall: old.sent_wall,
-            })));
-            return;
-        }
-        let Some(app_key) = pair.header() else { return };
-        task.generation += 1;
-        let token = Token { authorization, app_key, generation: task.generation };
-        let plan = Plan::new(lifetime, jitter());
-        self.live.store(Some(Arc::new(Live { token, lifetime, plan, sent, sent_wall })));
-        let generation = i64::try_from(task.generation).unwrap_or(i64::MAX);
-        self.metrics.generation.with_label_values(&[&self.name]).set(generation);
-        tracing::info!(credential = self.name, generation, lifetime = lifetime.as_secs(), "new token");
+    /// Whether the server handed the token out again that it gave before.
+    fn is_same(&self, old: &Live, fetched: &Fetched) -> bool {
+        let token = &old.token;
+        token.authorization == fetched.authorization
+            && token.app_key == self.proven.pair.header
+            && old.age() < old.lifetime + GRACE
     }
 
-    fn back_off(&self, task: &mut Task, error: &FetchError) {
-        let urgent = self.usable().is_none() && self.waiting.load(Ordering::Relaxed) > 0;
-        task.transient = !matches!(error, FetchError::Refused(_) | FetchError::Status(_, Some(_)));
-        let wait = match error {
-            FetchError::Refused(_) => {
-                task.refusals += 1;
-                refusal(task.refusals - 1)
+    fn new_token(&mut self, slot: &Slot, fetched: Fetched, sent: Moment) -> Live {
+        self.generation += 1;
+        let generation = i64::try_from(self.generation).unwrap_or(i64::MAX);
+        self.metrics.generation.with_label_values(&[&slot.name]).set(generation);
+        let Fetched { authorization, lifetime, .. } = fetched;
+        tracing::info!(credential = slot.name, generation, lifetime = lifetime.as_secs(), "new token");
+        let app_key = self.proven.pair.header.clone();
+        let token = Token { authorization, app_key, generation: self.generation };
+        Live::new(token, lifetime, Plan::new(lifetime, jitter()), sent)
+    }
+
+    fn fail(&mut self, slot: &Slot, error: &FetchError) {
+        tracing::warn!(credential = slot.name, %error, "no token");
+        let urgent = slot.usable().is_none() && slot.is_awaited();
+        self.proven.retry.failed(error.failure(), urgent, Instant::now(), jitter());
+        slot.fetch_failed(error.class(), self.held());
+    }
+
+    fn fail_trial(&mut self, slot: &Slot, error: &FetchError) {
+        tracing::warn!(
+            credential = slot.name,
+            %error,
+            "the changed secret brought no token; the old one stays in use"
+        );
+        let urgent = slot.usable().is_none() && slot.is_awaited();
+        let failure = error.failure();
+        if let Some(trial) = &mut self.trial {
+            trial.retry.failed(failure, urgent, Instant::now(), jitter());
+        }
+        self.tell(slot, if failure == Failure::Refused { "refused" } else { "postponed" });
+        slot.trial_failed(self.held());
+    }
+
+    /// What no request can shorten: each pair is held back.
+    fn held(&self) -> Option<Held> {
+        let proven = self.proven.retry.held()?;
+        let Some(trial) = &self.trial else { return Some(proven) };
+        let until = trial.retry.held()?.until.min(proven.until);
+        Some(Held { until, refused: proven.refused })
+    }
+
+    /// Says what became of a changed secret, once for each result.
+    fn tell(&mut self, slot: &Slot, result: &'static str) {
+        let candidate = self.trial.as_mut().unwrap_or(&mut self.proven);
+        if candidate.told.replace(result) != Some(result) {
+            self.metrics.reloads.with_label_values(&[&slot.name, result]).inc();
+            (self.events)("secret_change", Map::from_iter([("result".to_owned(), json!(result))]));
+        }
+    }
+
+    /// Looks for a changed pair, and says when to look again.
+    pub(super) fn notice_secrets(&mut self, slot: &Slot) -> Duration {
+        match self.secrets.look() {
+            Noticed::Nothing => {}
+            Noticed::Settling => return SETTLE,
+            Noticed::Unusable(error) => {
+                tracing::warn!(credential = slot.name, %error, "the secret cannot be used; the old one stays in use");
             }
-            FetchError::Status(_, Some(wait)) => *wait,
-            FetchError::Status(_, None)
-            | FetchError::Invalid(_)
-            | FetchError::Connect(_)
-            | FetchError::Http
-            | FetchError::Timeout => task.backoff.next(!urgent, jitter()),
-        };
-        task.not_before = Instant::now() + wait;
-    }
-
-    /// A changed pair is tried before it replaces the old one.
-    fn notice_secrets(&self, task: &mut Task) {
-        let Ok(pair) = Pair::load(&self.sources) else { return };
-        if pair == task.seen {
-            return;
+            Noticed::Changed(pair) => {
+                tracing::info!(credential = slot.name, "the secret changed");
+                self.proven.retry.forget_refusals(Instant::now());
+                self.trial = (*pair != self.proven.pair).then(|| Candidate::new(*pair));
+                slot.fetches_are_held(self.held());
+            }
         }
-        task.seen = pair.clone();
-        task.trial = (pair != task.pair && pair.header().is_some()).then_some(pair);
-        task.refusals = 0;
-        task.not_before = Instant::now();
-        self.fetches.send_modify(|fetches| fetches.refused_until = None);
-        tracing::info!(credential = self.name, "the secret changed");
+        POLL
     }
+}
 
-    fn conclude_trial(&self, task: &mut Task, pair: Pair, error: Option<&FetchError>) {
-        let result = match error {
-            None => {
-                task.pair = pair;
-                task.trial = None;
-                "accepted"
-            }
-            Some(FetchError::Refused(_)) => {
-                task.trial = None; // until it changes again
-                task.not_before = Instant::now();
-                "refused"
-            }
-            Some(_) => return, // tried again after the back-off
-        };
-        self.metrics.reloads.with_label_values(&[&self.name, result]).inc();
-        (self.events)("secret_change", Map::from_iter([("result".to_owned(), json!(result))]));
+impl Live {
+    /// The same token once more. It keeps its earlier end, and is used up to it: that server has no other.
+    pub(super) fn to_the_end(&self, lifetime: Duration, sent: Moment) -> Self {
+        let restated = self.sent.age(sent) + lifetime + ROUNDING;
+        let lifetime = if restated < self.lifetime { restated - ROUNDING } else { self.lifetime };
+        Self {
+            token: self.token.clone(),
+            lifetime,
+            plan: Plan::to_the_end(lifetime, self.took),
+            retired: AtomicBool::new(false),
+            ..*self
+        }
     }
 }
 
