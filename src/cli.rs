@@ -11,7 +11,10 @@ mod serve;
 
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
-use ccsqm_gateway::config::{Config, Log, LogFormat};
+use ccsqm_gateway::{
+    config::{Config, Log, LogFormat},
+    token,
+};
 use clap::{Parser, Subcommand};
 use tracing_subscriber::{filter::Targets, prelude::*};
 
@@ -56,15 +59,22 @@ struct Configured {
 }
 
 impl Configured {
-    /// Loads it; all mistakes go to stderr.
+    /// Loads it and looks at the secrets that it names; all mistakes go to stderr.
     fn load(&self) -> Result<Config, ExitCode> {
         let variables =
             std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-        Config::load(&self.config, &self.overrides, variables).map_err(|problems| {
-            eprintln!("{problems}");
-            ExitCode::from(BAD_CONFIGURATION)
-        })
+        let config = Config::load(&self.config, &self.overrides, variables).map_err(bad_configuration)?;
+        for credential in &config.credentials {
+            token::check(credential)
+                .map_err(|error| bad_configuration(format!("{}: {error}", self.config.display())))?;
+        }
+        Ok(config)
     }
+}
+
+fn bad_configuration(reason: impl std::fmt::Display) -> ExitCode {
+    eprintln!("{reason}");
+    ExitCode::from(BAD_CONFIGURATION)
 }
 
 fn parse_override(text: &str) -> Result<(String, String), String> {

@@ -37,7 +37,7 @@ use endpoint::Endpoint;
 use fetcher::{Candidate, Fetcher};
 pub use metrics::Metrics;
 pub use pair::PairError;
-use pair::{Pair, Secrets};
+use pair::{Pair, Secrets, Sources};
 use schedule::{Held, Moment, Plan};
 
 /// Tells the audit trail of a change.
@@ -195,9 +195,7 @@ impl Slot {
         metrics: Metrics,
         events: Events,
     ) -> Result<Arc<Self>, StartError> {
-        let name = credential.name.clone();
-        let sources = (credential.app_key.clone(), credential.app_secret.clone());
-        let pair = Pair::load(&sources).map_err(|error| StartError::Pair(name.clone(), error))?;
+        let (sources, pair) = read(credential)?;
         let fetcher = Fetcher {
             endpoint: Endpoint::new(token, tls)?,
             secrets: Secrets::new(sources, pair.clone()),
@@ -209,7 +207,7 @@ impl Slot {
             events,
         };
         Ok(Arc::new(Self {
-            name,
+            name: credential.name.clone(),
             wait: token.wait,
             live: ArcSwapOption::empty(),
             waiting: AtomicUsize::new(0),
@@ -381,6 +379,17 @@ impl Slot {
             live.retired.store(false, Ordering::Release);
         }
     }
+}
+
+/// Whether a credential's app key and secret can be read and sent, as they are now.
+pub fn check(credential: &config::Credential) -> Result<(), StartError> {
+    read(credential).map(|_| ())
+}
+
+fn read(credential: &config::Credential) -> Result<(Sources, Pair), StartError> {
+    let sources = (credential.app_key.clone(), credential.app_secret.clone());
+    let pair = Pair::load(&sources).map_err(|error| StartError::Pair(credential.name.clone(), error))?;
+    Ok((sources, pair))
 }
 
 /// Counts a waiting request.

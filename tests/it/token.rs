@@ -269,25 +269,31 @@ fn a_changed_secret_is_tried_before_it_replaces_the_old() {
 }
 
 #[test]
-fn a_secret_that_is_missing_or_empty_stops_the_start() {
+fn a_secret_that_is_missing_or_cannot_be_used_stops_the_start() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let config = folder.path().join("gateway.toml");
     let config = config.to_str().unwrap();
-    let secret = folder.path().join("app_secret");
     assert_eq!(command(&["check", "--config", config]).0, 0, "the control");
-    for (case, reason) in [("missing", "cannot be read"), ("empty", "is empty")] {
-        fs::remove_file(&secret).unwrap();
-        if case == "empty" {
-            fs::write(&secret, "").unwrap();
-        } else {
-            assert!(!secret.exists());
+    for (file, content, reason) in [
+        ("app_secret", None, "cannot be read"),
+        ("app_key", None, "cannot be read"),
+        ("app_secret", Some(""), "is empty"),
+        ("app_secret", Some("\n"), "is empty"),
+        ("app_key", Some("two\nlines"), "a header cannot hold"),
+    ] {
+        let path = folder.path().join(file);
+        let good = fs::read(&path).unwrap();
+        match content {
+            None => fs::remove_file(&path).unwrap(),
+            Some(content) => fs::write(&path, content).unwrap(),
         }
         for verb in ["check", "serve"] {
             let (code, _, error) = command(&[verb, "--config", config]);
-            assert_eq!(code, 78, "{case} {verb}: {error}");
-            assert!(error.contains("app_secret_file") && error.contains(reason), "{case} {verb}: {error}");
+            assert_eq!(code, 78, "{file} {content:?} {verb}: {error}");
+            assert!(error.contains(reason), "{file} {content:?} {verb}: {error}");
+            assert!(!error.contains("lines"), "{error}");
         }
-        fs::write(&secret, "back").unwrap();
+        fs::write(&path, good).unwrap();
     }
 }
