@@ -204,6 +204,19 @@ async fn a_fetch_that_is_under_way_serves_a_refusal_too() {
 }
 
 #[tokio::test]
+async fn a_fetch_that_is_under_way_and_fails_answers_all_who_wait_for_it() {
+    let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 500, "status": 500 }] }));
+    assert_eq!(rig.generation().await, 1);
+    let slot = rig.slot.clone();
+    let first = beside(async move { slot.replace(1).await.map(|token| token.generation()) });
+    until("the second fetch", || rig.calls() == 2).await;
+    let begin = Instant::now();
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed);
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    assert_eq!((first.await.unwrap(), rig.calls()), (Err(NoOther::Failed), 2));
+}
+
+#[tokio::test]
 async fn a_refused_token_is_not_handed_out_while_another_is_fetched() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 300 }] }));
     assert_eq!(rig.generation().await, 1);
