@@ -114,10 +114,7 @@ impl Fetcher {
     }
 
     fn succeed(&mut self, slot: &Slot, fetched: Fetched, sent: Moment, is_trial: bool) {
-        if let Some(trial) = self.trial.take_if(|_| is_trial) {
-            self.proven = trial;
-            self.tell(slot, "accepted");
-        }
+        let adopted = self.trial.take_if(|_| is_trial).map(|trial| self.proven = trial).is_some();
         self.proven.retry = Retry::new(sent.monotonic);
         if let Some(skew) = fetched.skew {
             self.metrics.skew.with_label_values(&[&slot.name]).set(skew);
@@ -127,6 +124,9 @@ impl Fetcher {
             _ => self.new_token(slot, fetched, sent),
         };
         slot.fetch_succeeded(live, self.held());
+        if adopted {
+            self.tell(slot, "accepted"); // behind the deed: from here on no request takes the old token
+        }
     }
 
     /// Whether the server handed the token out again that it gave before.
@@ -166,8 +166,8 @@ impl Fetcher {
         if let Some(trial) = &mut self.trial {
             trial.retry.failed(failure, urgent, Instant::now(), jitter());
         }
-        self.tell(slot, if failure == Failure::Refused { "refused" } else { "postponed" });
         slot.trial_failed(self.held());
+        self.tell(slot, if failure == Failure::Refused { "refused" } else { "postponed" });
     }
 
     /// What no request can shorten: each pair is held back.

@@ -48,8 +48,8 @@ fn read_all(callers: &mut [TcpStream]) -> Vec<Reply> {
     callers.iter_mut().map(read_reply).collect()
 }
 
-fn all_succeeded(replies: &[Reply]) -> bool {
-    replies.iter().all(|reply| (reply.status, reply.outcome()) == (200, "succeeded"))
+fn assert_success(reply: &Reply) {
+    assert_eq!((reply.status, reply.outcome()), (200, "succeeded"), "{reply:?}");
 }
 
 /// The tokens of the upstream's requests, in order.
@@ -77,7 +77,7 @@ fn a_thousand_callers_without_a_token_make_one_token_call() {
     write_all(&mut callers);
     let answered = sandbox.token_calls().iter().any(|call| call.request.status.is_some());
     assert!(!answered, "all requests were written before the token call was answered");
-    assert!(all_succeeded(&read_all(&mut callers)));
+    read_all(&mut callers).iter().for_each(assert_success);
     assert_eq!((sandbox.token_calls().len(), sandbox.requests().len()), (1, MANY));
     assert_eq!(sandbox.tasks().len(), MANY);
     for outcome in gateway.records("outcome", MANY) {
@@ -89,11 +89,11 @@ fn a_thousand_callers_without_a_token_make_one_token_call() {
 fn a_thousand_parallel_401s_make_one_refresh() {
     let sandbox = sandbox();
     let gateway = start_for_many(&sandbox);
-    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_success(&gateway.call());
     let mut callers = connect(&gateway, MANY);
     sandbox.revoke();
     write_all(&mut callers);
-    assert!(all_succeeded(&read_all(&mut callers)));
+    read_all(&mut callers).iter().for_each(assert_success);
     assert_eq!(sandbox.token_calls().len(), 2);
     assert_eq!(sandbox.tasks().len(), 1 + MANY);
     let outcomes = gateway.records("outcome", 1 + MANY);
@@ -108,7 +108,7 @@ fn a_thousand_parallel_401s_make_one_refresh() {
 fn a_second_401_starts_a_cooldown_in_which_the_newest_token_is_used_and_none_is_fetched() {
     let sandbox = sandbox();
     let gateway = start_for_many(&sandbox);
-    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_success(&gateway.call());
     let refused = |replies: &[Reply]| {
         replies.iter().all(|reply| {
             (reply.status, reply.code(), reply.outcome()) == (502, "credential_rejected", "refused")
@@ -137,10 +137,10 @@ fn a_second_401_starts_a_cooldown_in_which_the_newest_token_is_used_and_none_is_
     assert!(outcomes[101..].iter().all(|outcome| outcome["attempts"] == 1), "{outcomes:?}");
 
     script(&sandbox, json!({}));
-    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_success(&gateway.call());
     assert_eq!(sandbox.token_calls().len(), 2);
     sandbox.revoke();
-    assert_eq!(gateway.call().outcome(), "succeeded", "the success ended the cool-down");
+    assert_success(&gateway.call()); // the success ended the cool-down
     assert_eq!(sandbox.token_calls().len(), 3);
 }
 
@@ -149,7 +149,7 @@ fn a_server_that_hands_the_refused_token_out_again_is_not_asked_for_every_401() 
     let sandbox = sandbox();
     script(&sandbox, json!({ "habit": "same_until_expiry" }));
     let gateway = start(&sandbox);
-    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_success(&gateway.call());
     script(&sandbox, json!({ "habit": "same_until_expiry", "business": [{ "status": 401 }] }));
     for _ in 0..3 {
         let reply = gateway.call();
@@ -164,7 +164,7 @@ fn a_token_endpoint_that_is_down_costs_nothing_while_the_token_lives() {
     script(&sandbox, json!({ "lifetime_ms": 4000 }));
     let begin = Instant::now();
     let gateway = start_with(&sandbox, Setup::default().set("token.wait", "300ms"));
-    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_success(&gateway.call());
     script(&sandbox, json!({ "lifetime_ms": 4000, "token_down": true }));
     let mut served = 0;
     let refused = loop {
@@ -242,7 +242,7 @@ fn survive(habit: &str) -> String {
 fn a_changed_secret_is_tried_before_it_replaces_the_old() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
-    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_success(&gateway.call());
     let secret = gateway.folder.path().join("app_secret");
     fs::write(&secret, "wrong").unwrap();
     let change = |count: usize| {
@@ -254,12 +254,12 @@ fn a_changed_secret_is_tried_before_it_replaces_the_old() {
         })
     };
     assert_eq!(change(0), "refused");
-    assert!(gateway.log().contains("the old one stays in use"));
-    assert_eq!(gateway.call().outcome(), "succeeded", "the old token serves on");
+    wait_for("its log line", || gateway.log().contains("the old one stays in use").then_some(()));
+    assert_success(&gateway.call()); // the old token serves on
     sandbox.secret("sandbox-app-key", "new-secret");
     fs::write(&secret, "new-secret\n").unwrap();
     assert_eq!(change(1), "accepted");
-    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_success(&gateway.call());
     let calls = sandbox.token_calls();
     assert_eq!(calls.len(), 3, "the trial's token is the new token");
     assert_eq!(tokens_received(&sandbox).last(), calls[2].issued.as_ref());
