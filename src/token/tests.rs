@@ -536,7 +536,6 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
     let rig = Rig::idle(json!({}), |_| {});
     let mut fetcher = rig.fetcher();
     fetcher.fetch(&rig.slot, false).await;
-    let refresh = fetcher.next(&rig.slot).at;
     rig.write("app_secret", "of-tomorrow");
     for _ in 0..2 {
         fetcher.notice_secrets(&rig.slot);
@@ -547,6 +546,7 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
     let next = fetcher.next(&rig.slot);
     let pause = next.at - Instant::now();
     assert!(next.is_trial && (20..=30).contains(&pause.as_secs()), "{pause:?}");
+    assert!(fetcher.proven.retry.at(false, None) <= Instant::now(), "the old pair may be used at any time");
     assert!(rig.slot.token().await.is_ok() && rig.slot.status().last_error.is_none());
 
     // The cloud now takes the new secret only. The old pair fails when it is due, and the new one serves.
@@ -555,7 +555,7 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
     assert_eq!(rig.slot.status().last_error, Some("refused"));
     fetcher.fetch(&rig.slot, true).await;
     assert_eq!((rig.told(), rig.generation().await), (vec!["refused".to_owned(), "accepted".to_owned()], 2));
-    assert!(fetcher.next(&rig.slot).at > refresh - Duration::from_secs(60));
+    assert!(fetcher.trial.is_none() && fetcher.next(&rig.slot).at > next.at);
 }
 
 /// What a request learns while a changed pair is on trial.
