@@ -73,4 +73,11 @@ mod tests {
         std::fs::write(file.path(), "\n").unwrap();
         assert!(Secret::load(&SecretSource::File(file.path().into())).is_err());
     }
+
+    #[test]
+    fn a_variable_holds_a_secret_as_well_and_a_missing_one_is_named() {
+        let load = |name: &str| Secret::load(&SecretSource::Env(name.to_owned()));
+        assert_eq!(load("CARGO_PKG_NAME").unwrap().expose(), b"ccsqm-gateway");
+        assert!(load("NO_SUCH_VARIABLE").unwrap_err().to_string().contains("NO_SUCH_VARIABLE"));
+    }
 }

@@ -4,48 +4,41 @@
 //! fetches; all waiters share what it brings, and a caller that goes away cancels nothing. Guarantees that a
 //! token whose life is over is never handed out, and that two fetches are never closer than a second.
 
+mod cooldown;
 mod endpoint;
+mod fetcher;
+mod metrics;
+mod pair;
 mod schedule;
 
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
-use aws_lc_rs::rand;
 use http::HeaderValue;
-use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
 use rustls::ClientConfig;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use thiserror::Error;
 use tokio::{
     sync::{Notify, watch},
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, timeout_at},
 };
 
-use crate::{
-    config::{self, SecretSource},
-    connect::TlsError,
-    secret::{Secret, SecretError},
-};
-use endpoint::{Endpoint, FetchError, Fetched};
-use schedule::{Backoff, MIN_GAP, Plan, refusal};
-
-/// How often the secrets are read again. Polling notices what a watch on a file misses: Kubernetes swaps a
-/// link, and a mount can be replaced whole.
-const POLL: Duration = Duration::from_secs(1);
-
-/// A token that is handed out again this long after its end is taken as a new one: that server has no other.
-const GRACE: Duration = Duration::from_secs(2);
-
-/// Requests that wait make the next try come at most this long after the earliest allowed moment.
-const URGENT: Duration = Duration::from_secs(2);
+use crate::{config, connect::TlsError};
+pub use cooldown::Cooldown;
+use endpoint::Endpoint;
+use fetcher::{Candidate, Fetcher};
+pub use metrics::Metrics;
+pub use pair::PairError;
+use pair::{Pair, Secrets, Sources};
+use schedule::{Held, Moment, Plan};
 
 /// Tells the audit trail of a change.
 pub type Events = Box<dyn Fn(&'static str, Map<String, Value>) + Send + Sync>;
@@ -98,15 +91,21 @@ pub enum TokenError {
     },
 }
 
+/// Why there is no other token than a refused one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoOther {
+    /// The endpoint handed the same token out again.
+    Same,
+    /// No fetch brought one.
+    Failed,
+}
+
 /// Why a slot could not be made.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// A secret could not be read.
+    /// A pair that cannot be read or used.
     #[error("credential {0}: {1}")]
-    Secret(String, SecretError),
-    /// An app key that no header can hold.
-    #[error("credential {0}: the app key holds characters that a header cannot hold")]
-    AppKey(String),
+    Pair(String, PairError),
     /// The endpoint's name or TLS.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -127,63 +126,25 @@ pub struct Status {
     pub last_error: Option<&'static str>,
 }
 
-/// Counts of the token's life.
-#[derive(Clone, Debug)]
-pub struct Metrics {
-    fetches: IntCounterVec,
-    reloads: IntCounterVec,
-    generation: IntGaugeVec,
-    usable: IntGaugeVec,
-    skew: IntGaugeVec,
-}
-
-impl Metrics {
-    /// Registers them.
-    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let opts = |name: &str, help: &str| Opts::new(format!("ccsqm_gateway_token_{name}"), help);
-        let gauge = |name, help| IntGaugeVec::new(opts(name, help), &["credential"]);
-        let fetches = opts("fetches_total", "Calls of the token endpoint, by result.");
-        let reloads = opts("secret_reloads_total", "Changed secrets that were tried, by result.");
-        let metrics = Self {
-            fetches: IntCounterVec::new(fetches, &["credential", "result"])?,
-            reloads: IntCounterVec::new(reloads, &["credential", "result"])?,
-            generation: gauge("generation", "Counts the different tokens since the start.")?,
-            usable: gauge("usable", "Whether there is a usable token.")?,
-            skew: gauge("skew_seconds", "The endpoint's clock minus ours.")?,
-        };
-        registry.register(Box::new(metrics.fetches.clone()))?;
-        registry.register(Box::new(metrics.reloads.clone()))?;
-        for gauge in [&metrics.generation, &metrics.usable, &metrics.skew] {
-            registry.register(Box::new(gauge.clone()))?;
-        }
-        Ok(metrics)
-    }
-}
-
 /// The token of one credential.
 pub struct Slot {
     name: String,
-    sources: (SecretSource, SecretSource),
-    endpoint: Endpoint,
     wait: Duration,
     live: ArcSwapOption<Live>,
-    /// The highest generation that the upstream refused and nobody has tried to replace yet.
-    refused_generation: AtomicU64,
     /// Requests that wait for a token.
     waiting: AtomicUsize,
     wake: Notify,
+    /// Its lock makes a fetch's end and a token's retirement one step each.
     fetches: watch::Sender<Fetches>,
-    task: Mutex<Option<Task>>,
-    metrics: Metrics,
-    events: Events,
+    fetcher: Mutex<Option<Fetcher>>,
 }
 
-/// How the fetches stand; every change wakes the waiters.
+/// How the fetches stand. What they bring wakes the waiters.
 #[derive(Clone, Copy, Debug, Default)]
 struct Fetches {
     begun: u64,
     ended: u64,
-    refused_until: Option<Instant>,
+    held: Option<Held>,
     last_error: Option<&'static str>,
     had_token: bool,
 }
@@ -193,51 +154,29 @@ struct Live {
     token: Token,
     lifetime: Duration,
     plan: Plan,
-    sent: Instant,
-    sent_wall: SystemTime,
+    sent: Moment,
+    /// From sending the request to having the answer.
+    took: Duration,
+    /// The upstream refused it, and no fetch has looked into that yet.
+    retired: AtomicBool,
 }
 
 impl Live {
-    /// The larger of both clocks' ages counts: a suspend stops the monotonic one, a jump back the other.
+    fn new(token: Token, lifetime: Duration, plan: Plan, sent: Moment) -> Self {
+        let took = sent.age(Moment::now());
+        Self { token, lifetime, plan, sent, took, retired: AtomicBool::new(false) }
+    }
+
     fn age(&self) -> Duration {
-        self.sent.elapsed().max(self.sent_wall.elapsed().unwrap_or_default())
+        self.sent.age(Moment::now())
     }
 
     fn is_usable(&self) -> bool {
         self.age() < self.plan.stop
     }
-}
 
-/// What only the fetching task knows.
-struct Task {
-    pair: Pair,
-    /// A changed pair that has not proved itself.
-    trial: Option<Pair>,
-    seen: Pair,
-    last_begun: Option<Instant>,
-    not_before: Instant,
-    /// The last failure named no time, so that requests that wait may shorten the back-off.
-    transient: bool,
-    backoff: Backoff,
-    refusals: u32,
-    generation: u64,
-}
-
-#[derive(Clone, PartialEq, Eq)]
-struct Pair {
-    app_key: Secret,
-    app_secret: Secret,
-}
-
-impl Pair {
-    fn load((app_key, app_secret): &(SecretSource, SecretSource)) -> Result<Self, SecretError> {
-        Ok(Self { app_key: Secret::load(app_key)?, app_secret: Secret::load(app_secret)? })
-    }
-
-    fn header(&self) -> Option<HeaderValue> {
-        let mut header = HeaderValue::from_bytes(self.app_key.expose()).ok()?;
-        header.set_sensitive(true);
-        Some(header)
+    fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
     }
 }
 
@@ -256,37 +195,34 @@ impl Slot {
         metrics: Metrics,
         events: Events,
     ) -> Result<Arc<Self>, StartError> {
-        let name = credential.name.clone();
-        let sources = (credential.app_key.clone(), credential.app_secret.clone());
-        let pair = Pair::load(&sources).map_err(|error| StartError::Secret(name.clone(), error))?;
-        if pair.header().is_none() {
-            return Err(StartError::AppKey(name));
-        }
-        let task = Task {
-            seen: pair.clone(),
-            pair,
+        let (sources, pair) = read(credential)?;
+        let fetcher = Fetcher {
+            endpoint: Endpoint::new(token, tls)?,
+            secrets: Secrets::new(sources, pair.clone()),
+            proven: Candidate::new(pair),
             trial: None,
             last_begun: None,
-            not_before: Instant::now(),
-            transient: true,
-            backoff: Backoff::default(),
-            refusals: 0,
             generation: 0,
+            metrics,
+            events,
         };
         Ok(Arc::new(Self {
-            name,
-            sources,
-            endpoint: Endpoint::new(token, tls)?,
+            name: credential.name.clone(),
             wait: token.wait,
             live: ArcSwapOption::empty(),
-            refused_generation: AtomicU64::new(0),
             waiting: AtomicUsize::new(0),
             wake: Notify::new(),
             fetches: watch::Sender::new(Fetches::default()),
-            task: Mutex::new(Some(task)),
-            metrics,
-            events,
+            fetcher: Mutex::new(Some(fetcher)),
         }))
+    }
+
+    /// The one task of this credential. Runs until its runtime ends; a second call returns at once.
+    pub async fn run(self: Arc<Self>) {
+        let fetcher = self.fetcher.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(fetcher) = fetcher {
+            fetcher.run(&self).await;
+        }
     }
 
     /// A usable token: at once if there is one, else as soon as a fetch brings it, within `token.wait`.
@@ -297,28 +233,32 @@ impl Slot {
         self.wait_for_token().await
     }
 
-    /// Another token than the refused one, if one can be had. All who ask at once share one fetch.
-    pub async fn replace(&self, refused: u64) -> Option<Token> {
-        let another = || self.usable().filter(|token| token.generation > refused);
-        let mut fetches = self.fetches.subscribe();
-        if let Some(token) = another() {
-            return Some(token);
-        }
-        // A fetch that is under way is as good as one of our own.
-        let Fetches { begun, ended, .. } = *fetches.borrow_and_update();
-        let ours = begun.max(ended + 1);
-        self.refused_generation.fetch_max(refused, Ordering::AcqRel);
-        self.wake.notify_one();
+    /// Another token than the refused one, if one can be had. All who ask at once share one fetch, and one
+    /// that is under way is as good.
+    pub async fn replace(&self, refused: u64) -> Result<Token, NoOther> {
         let deadline = Instant::now() + self.wait;
+        let mut fetches = self.fetches.subscribe();
+        let _waiting = Waiting::new(&self.waiting);
+        let looked_into = self.retire(refused, deadline);
+        self.wake.notify_one();
         loop {
-            let changed = timeout_at(deadline, fetches.changed()).await;
-            let after_us = fetches.borrow_and_update().ended >= ours;
-            match another() {
-                Some(token) => return Some(token),
-                None if after_us || !matches!(changed, Ok(Ok(()))) => return None,
-                None => {}
+            let Fetches { ended, last_error, .. } = *fetches.borrow_and_update();
+            if let Some(token) = self.newer(refused) {
+                return Ok(token);
+            }
+            if looked_into.is_none_or(|fetch| fetch <= ended) {
+                let same = looked_into.is_some() && last_error.is_none();
+                return Err(if same { NoOther::Same } else { NoOther::Failed });
+            }
+            if !matches!(timeout_at(deadline, fetches.changed()).await, Ok(Ok(()))) {
+                return Err(NoOther::Failed);
             }
         }
+    }
+
+    /// A token of a later generation, if there is one already. Fetches nothing.
+    pub fn newer(&self, generation: u64) -> Option<Token> {
+        self.current().filter(|token| token.generation > generation)
     }
 
     /// How things stand, without any secret.
@@ -337,12 +277,33 @@ impl Slot {
 
     /// A token that may be sent now: alive, and not just refused.
     fn current(&self) -> Option<Token> {
-        self.usable().filter(|token| token.generation > self.refused_generation.load(Ordering::Acquire))
+        let live = self.live.load();
+        live.as_ref().filter(|live| live.is_usable() && !live.is_retired()).map(|live| live.token.clone())
     }
 
+    /// A token that lives, refused or not.
     fn usable(&self) -> Option<Token> {
         let live = self.live.load();
         live.as_ref().filter(|live| live.is_usable()).map(|live| live.token.clone())
+    }
+
+    /// Takes a generation out of use until a fetch has looked into it, and tells which one will. With no
+    /// fetch to come before `deadline` it stays: nothing better can be had.
+    fn retire(&self, refused: u64, deadline: Instant) -> Option<u64> {
+        let mut looked_into = None;
+        self.fetches.send_if_modified(|fetches| {
+            let now = Instant::now();
+            if fetches.held.is_none_or(|held| !held.is_hopeless(now, deadline)) {
+                looked_into = Some(fetches.begun.max(fetches.ended + 1));
+                if let Some(live) = &*self.live.load()
+                    && live.token.generation <= refused
+                {
+                    live.retired.store(true, Ordering::Release);
+                }
+            }
+            false
+        });
+        looked_into
     }
 
     #[cold]
@@ -352,13 +313,18 @@ impl Slot {
         let _waiting = Waiting::new(&self.waiting);
         self.wake.notify_one();
         loop {
-            let refused_until = fetches.borrow_and_update().refused_until;
+            let held = fetches.borrow_and_update().held;
             if let Some(token) = self.current() {
                 return Ok(token);
             }
-            let refused = refused_until.map(|until| until.saturating_duration_since(Instant::now()));
-            if let Some(retry_after) = refused.filter(|left| !left.is_zero()) {
-                return Err(TokenError::CredentialRefused { retry_after });
+            let now = Instant::now();
+            if let Some(Held { until, refused }) = held.filter(|held| held.is_hopeless(now, deadline)) {
+                let retry_after = until - now;
+                return Err(if refused {
+                    TokenError::CredentialRefused { retry_after }
+                } else {
+                    TokenError::Unavailable { retry_after }
+                });
             }
             if !matches!(timeout_at(deadline, fetches.changed()).await, Ok(Ok(()))) {
                 return Err(TokenError::Unavailable { retry_after: Duration::from_secs(1) });
@@ -366,174 +332,59 @@ impl Slot {
         }
     }
 
-    /// The one task of this credential: fetches first thing, refreshes ahead, backs off, and notices
-    /// changed secrets. Runs until its runtime ends; a second call returns at once.
-    pub async fn run(self: Arc<Self>) {
-        let Some(mut task) = self.lock_task().take() else { return };
-        let mut poll = Instant::now() + POLL;
-        loop {
-            let due = self.due(&task);
-            if due <= Instant::now() {
-                self.fetch(&mut task).await;
-                continue;
-            }
-            tokio::select! {
-                () = sleep_until(due.min(poll)) => {}
-                () = self.wake.notified() => {}
-            }
-            if poll <= Instant::now() {
-                poll = Instant::now() + POLL;
-                self.notice_secrets(&mut task);
-                let usable = self.usable().is_some();
-                self.metrics.usable.with_label_values(&[&self.name]).set(usable.into());
-            }
-        }
+    fn is_awaited(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
     }
 
-    fn lock_task(&self) -> MutexGuard<'_, Option<Task>> {
-        self.task.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// When the next fetch is due: when there is reason for one, but not before the back-off allows it.
-    fn due(&self, task: &Task) -> Instant {
-        let now = Instant::now();
-        let live = self.live.load();
-        let reason = match live.as_ref() {
-            _ if task.trial.is_some() => now,
-            Some(live) if live.token.generation <= self.refused_generation.load(Ordering::Acquire) => now,
-            Some(live) => now + live.plan.refresh.saturating_sub(live.age()),
-            None => now,
-        };
-        let gap = task.last_begun.map_or(now, |begun| begun + MIN_GAP);
-        let urgent = task.transient && live.as_ref().is_none_or(|live| !live.is_usable());
-        let not_before = if urgent && self.waiting.load(Ordering::Relaxed) > 0 {
-            task.not_before.min(gap + URGENT)
-        } else {
-            task.not_before
-        };
-        reason.max(gap).max(not_before)
-    }
-
-    async fn fetch(&self, task: &mut Task) {
-        let begun = Instant::now();
-        let sent_wall = SystemTime::now();
-        task.last_begun = Some(begun);
-        self.fetches.send_modify(|fetches| fetches.begun += 1);
-        let replaced = self.live.load().as_ref().map_or(0, |live| live.token.generation);
-        let is_trial = task.trial.is_some();
-        let pair = task.trial.clone().unwrap_or_else(|| task.pair.clone());
-        let result = self.endpoint.fetch(&pair.app_key, &pair.app_secret).await;
-        let label = result.as_ref().map_or_else(FetchError::class, |_| "ok");
-        self.metrics.fetches.with_label_values(&[&self.name, label]).inc();
-        let error = match result {
-            Ok(fetched) => {
-                self.accept(task, fetched, &pair, begun, sent_wall);
-                None
-            }
-            Err(error) => {
-                tracing::warn!(credential = self.name, %error, trial = is_trial, "no token");
-                self.back_off(task, &error);
-                Some(error)
-            }
-        };
-        if is_trial {
-            self.conclude_trial(task, pair, error.as_ref());
-        }
-        // Whatever came of it, the refusal was looked into; without a new token the old one is used on.
-        let _ = self
-            .refused_generation
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |refused| (refused <= replaced).then_some(0));
-        let refused = matches!(error, Some(FetchError::Refused(_)));
-        self.fetches.send_modify(|fetches| {
-            fetches.ended = fetches.begun;
-            fetches.had_token |= error.is_none();
-            fetches.last_error = error.as_ref().map(FetchError::class);
-            fetches.refused_until = refused.then_some(task.not_before);
+    fn fetch_begins(&self) {
+        self.fetches.send_if_modified(|fetches| {
+            fetches.begun += 1;
+            false // nobody waits for a beginning
         });
     }
 
-    fn accept(&self, task: &mut Task, fetched: Fetched, pair: &Pair, sent: Instant, sent_wall: SystemTime) {
-        let Fetched { authorization, lifetime, skew } = fetched;
-        task.backoff.reset();
-        task.refusals = 0;
-        task.not_before = sent;
-        if let Some(skew) = skew {
-            self.metrics.skew.with_label_values(&[&self.name]).set(skew);
-        }
-        let old = self.live.load_full();
-        let same =
-            old.filter(|old| old.token.authorization == authorization && old.age() < old.lifetime + GRACE);
-        if let Some(old) = same {
-            let plan = Plan::to_the_end(old.lifetime);
-            let (token, lifetime) = (old.token.clone(), old.lifetime);
-            self.live.store(Some(Arc::new(Live {
-                token,
-                lifetime,
-                plan,
-                sent: old.sent,
-                sent_wall: old.sent_wall,
-            })));
-            return;
-        }
-        let Some(app_key) = pair.header() else { return };
-        task.generation += 1;
-        let token = Token { authorization, app_key, generation: task.generation };
-        let plan = Plan::new(lifetime, jitter());
-        self.live.store(Some(Arc::new(Live { token, lifetime, plan, sent, sent_wall })));
-        let generation = i64::try_from(task.generation).unwrap_or(i64::MAX);
-        self.metrics.generation.with_label_values(&[&self.name]).set(generation);
-        tracing::info!(credential = self.name, generation, lifetime = lifetime.as_secs(), "new token");
+    fn fetch_succeeded(&self, live: Live, held: Option<Held>) {
+        self.fetches.send_modify(|fetches| {
+            self.live.store(Some(Arc::new(live)));
+            *fetches = Fetches { ended: fetches.begun, held, last_error: None, had_token: true, ..*fetches };
+        });
     }
 
-    fn back_off(&self, task: &mut Task, error: &FetchError) {
-        let urgent = self.usable().is_none() && self.waiting.load(Ordering::Relaxed) > 0;
-        task.transient = !matches!(error, FetchError::Refused(_) | FetchError::Status(_, Some(_)));
-        let wait = match error {
-            FetchError::Refused(_) => {
-                task.refusals += 1;
-                refusal(task.refusals - 1)
-            }
-            FetchError::Status(_, Some(wait)) => *wait,
-            FetchError::Status(_, None)
-            | FetchError::Invalid(_)
-            | FetchError::Connect(_)
-            | FetchError::Http
-            | FetchError::Timeout => task.backoff.next(!urgent, jitter()),
-        };
-        task.not_before = Instant::now() + wait;
+    fn fetch_failed(&self, error: &'static str, held: Option<Held>) {
+        self.fetches.send_modify(|fetches| {
+            self.put_back();
+            *fetches = Fetches { ended: fetches.begun, held, last_error: Some(error), ..*fetches };
+        });
     }
 
-    /// A changed pair is tried before it replaces the old one.
-    fn notice_secrets(&self, task: &mut Task) {
-        let Ok(pair) = Pair::load(&self.sources) else { return };
-        if pair == task.seen {
-            return;
+    /// A trial's failure says nothing of the pair in use: whoever waits for that goes on waiting, unless it
+    /// is held back.
+    fn trial_failed(&self, held: Option<Held>) {
+        self.fetches.send_modify(|fetches| {
+            fetches.held = held;
+            if held.is_some() {
+                self.put_back();
+                fetches.ended = fetches.begun;
+            }
+        });
+    }
+
+    fn fetches_are_held(&self, held: Option<Held>) {
+        self.fetches.send_modify(|fetches| fetches.held = held);
+    }
+
+    /// The refusal was looked into; without a new token the old one is used on.
+    fn put_back(&self) {
+        if let Some(live) = &*self.live.load() {
+            live.retired.store(false, Ordering::Release);
         }
-        task.seen = pair.clone();
-        task.trial = (pair != task.pair && pair.header().is_some()).then_some(pair);
-        task.refusals = 0;
-        task.not_before = Instant::now();
-        self.fetches.send_modify(|fetches| fetches.refused_until = None);
-        tracing::info!(credential = self.name, "the secret changed");
     }
+}
 
-    fn conclude_trial(&self, task: &mut Task, pair: Pair, error: Option<&FetchError>) {
-        let result = match error {
-            None => {
-                task.pair = pair;
-                task.trial = None;
-                "accepted"
-            }
-            Some(FetchError::Refused(_)) => {
-                task.trial = None; // until it changes again
-                task.not_before = Instant::now();
-                "refused"
-            }
-            Some(_) => return, // tried again after the back-off
-        };
-        self.metrics.reloads.with_label_values(&[&self.name, result]).inc();
-        (self.events)("secret_change", Map::from_iter([("result".to_owned(), json!(result))]));
-    }
+fn read(credential: &config::Credential) -> Result<(Sources, Pair), StartError> {
+    let sources = (credential.app_key.clone(), credential.app_secret.clone());
+    let pair = Pair::load(&sources).map_err(|error| StartError::Pair(credential.name.clone(), error))?;
+    Ok((sources, pair))
 }
 
 /// Counts a waiting request.
@@ -552,55 +403,5 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// Whether refused tokens of one credential on one route still cause fetches.
-///
-/// A second 401 in a row says that the token is not what is wrong. For 30 s, doubling to 5 min, further ones
-/// cause no fetch; the newest token stays in use, and the first success ends it.
-#[derive(Debug, Default)]
-pub struct Cooldown(Mutex<Cooling>);
-
-#[derive(Debug, Default)]
-struct Cooling {
-    until: Option<Instant>,
-    count: u32,
-}
-
-impl Cooldown {
-    /// Whether it is going on.
-    pub fn active(&self) -> bool {
-        self.remaining().is_some()
-    }
-
-    /// How long it still goes on.
-    pub fn remaining(&self) -> Option<Duration> {
-        let left = self.lock().until?.saturating_duration_since(Instant::now());
-        (!left.is_zero()).then_some(left)
-    }
-
-    /// A fresh token was refused, too.
-    pub fn rejected(&self) {
-        let mut cooling = self.lock();
-        cooling.until = Some(Instant::now() + refusal(cooling.count));
-        cooling.count += 1;
-    }
-
-    /// A token was accepted.
-    pub fn accepted(&self) {
-        let mut cooling = self.lock();
-        if cooling.count > 0 {
-            *cooling = Cooling::default();
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Cooling> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A number from 0 to 1.
-fn jitter() -> f64 {
-    let mut bytes = [0; 4];
-    // Without randomness all gateways would refresh at once, which is no reason to refuse work.
-    let _ = rand::fill(&mut bytes);
-    f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
-}
+#[cfg(test)]
+mod tests;

@@ -32,7 +32,7 @@ use crate::{
     outcome::{Outcome, Reply as Judged, Verdict},
     rate_limit::Limiter,
     route::Route,
-    token::{Cooldown, Slot, Token},
+    token::{Cooldown, NoOther, Slot, Token},
 };
 use pool::Reserved;
 
@@ -159,11 +159,11 @@ impl Exchange {
 
     async fn attempts(&mut self, progress: &mut Progress) -> Result<Arrived, Broken> {
         let first = self.attempt(progress).await?;
-        if !self.is_refusal(first.status) || self.cooldown.active() {
+        if !self.is_refusal(first.status) {
             return Ok(first);
         }
         progress.refused = true;
-        let Some(token) = self.slot.replace(self.token.generation()).await else { return Ok(first) };
+        let Some(token) = self.another_token().await else { return Ok(first) };
         self.token = token;
         self.quota.overdraw();
         let second = self.attempt(progress).await?;
@@ -171,6 +171,22 @@ impl Exchange {
             self.cooldown.rejected();
         }
         Ok(second)
+    }
+
+    /// Another token than the one that was refused. A cool-down causes no fetch.
+    async fn another_token(&self) -> Option<Token> {
+        let refused = self.token.generation();
+        if let Some(token) = self.slot.newer(refused) {
+            return Some(token);
+        }
+        if !self.cooldown.may_fetch(refused) {
+            return None;
+        }
+        let other = self.slot.replace(refused).await;
+        if other.as_ref().is_err_and(|none| *none == NoOther::Same) {
+            self.cooldown.rejected();
+        }
+        other.ok()
     }
 
     fn is_refusal(&self, status: StatusCode) -> bool {
@@ -220,6 +236,8 @@ impl Exchange {
         let Arrived { status, mut headers, body, rest } = arrived;
         let judged = Judged { status, headers: &headers, body: &body, truncated: rest.is_some() };
         let Verdict { outcome, result_code } = self.route.result.classify(judged);
+        // A proxy in front can answer anything; a result code comes from behind the check of the token.
+        let answered_by_business = result_code.is_some();
         let rejected = status == StatusCode::UNAUTHORIZED || self.is_refusal(status);
         let answer = Answer {
             outcome,
@@ -236,7 +254,9 @@ impl Exchange {
             let retry_after = Some(self.cooldown.remaining().unwrap_or(DEFAULT_RETRY));
             return Err(Failure { code: Code::CredentialRejected, outcome: Outcome::Refused, retry_after });
         }
-        self.cooldown.accepted();
+        if answered_by_business {
+            self.cooldown.accepted();
+        }
         clean_reply(&mut headers);
         settle_retry_after(outcome, &mut headers);
         let body = match rest {

@@ -3,13 +3,16 @@
 use std::{process::ExitCode, sync::Arc};
 
 use ccsqm_gateway::app::App;
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::Notify,
 };
 
 use super::{BAD_CONFIGURATION, Configured};
+
+/// Files beside connections: listeners, audit, admin, token calls, the runtimes' own.
+const OTHER_FILES: u64 = 128;
 
 pub(super) fn run(configured: &Configured) -> anyhow::Result<ExitCode> {
     let config = match configured.load() {
@@ -21,6 +24,7 @@ pub(super) fn run(configured: &Configured) -> anyhow::Result<ExitCode> {
     };
     super::log(&config.log);
     no_core_dumps();
+    allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = App::build(config)?;
     app.run(stopped())?;
     Ok(ExitCode::SUCCESS)
@@ -31,6 +35,18 @@ fn no_core_dumps() {
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     if let Err(error) = setrlimit(Resource::Core, none) {
         tracing::warn!(%error, "core dumps cannot be turned off");
+    }
+}
+
+/// Each connection is a file, and the soft limit is 1,024 where nobody raised it.
+fn allow_files(connections: usize) {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit on open files cannot be raised");
+    }
+    let needed = u64::try_from(connections).unwrap_or(u64::MAX).saturating_add(OTHER_FILES);
+    if let Some(limit) = maximum.filter(|limit| *limit < needed) {
+        tracing::warn!(limit, needed, "fewer files may be open than max_connections needs");
     }
 }
 

@@ -13,6 +13,7 @@ use thiserror::Error;
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
+use super::schedule::Failure;
 use crate::{
     config,
     connect::{ConnectError, Connector, TlsError},
@@ -24,6 +25,9 @@ const MAX_REPLY: usize = 64 * 1024;
 
 /// What counts when neither the reply nor the configuration is of use.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(600);
+
+/// The scheme, case-insensitive by RFC 9110 §11.1.
+const SCHEME: &str = "Bearer ";
 
 /// Why a call brought no token. Says nothing of the reply's body.
 #[derive(Debug, Error)]
@@ -58,6 +62,17 @@ impl FetchError {
             Self::Connect(error) => error.class(),
             Self::Http => "broken",
             Self::Timeout => "timeout",
+        }
+    }
+
+    /// What it means for the next call.
+    pub(super) fn failure(&self) -> Failure {
+        match self {
+            Self::Refused(_) => Failure::Refused,
+            Self::Status(_, Some(wait)) => Failure::NotBefore(*wait),
+            Self::Status(_, None) | Self::Invalid(_) | Self::Connect(_) | Self::Http | Self::Timeout => {
+                Failure::Passing
+            }
         }
     }
 }
@@ -150,16 +165,8 @@ impl Endpoint {
     fn read(&self, body: &[u8]) -> Result<Fetched, FetchError> {
         let reply: Reply = serde_json::from_slice(body)
             .map_err(|_| FetchError::Invalid("not the JSON that is documented"))?;
-        let token = reply
-            .token
-            .filter(|token| !token.trim().is_empty())
-            .ok_or(FetchError::Invalid("no AccessToken"))?;
-        let token = token.trim();
-        let value = Zeroizing::new(if token.starts_with("Bearer ") {
-            token.to_owned()
-        } else {
-            format!("Bearer {token}")
-        });
+        let token = reply.token.unwrap_or_default();
+        let value = bearer(&token).ok_or(FetchError::Invalid("no AccessToken"))?;
         let mut authorization =
             HeaderValue::from_str(&value).map_err(|_| FetchError::Invalid("not a header value"))?;
         authorization.set_sensitive(true);
@@ -170,6 +177,17 @@ impl Endpoint {
         let skew = reply.created.as_ref().and_then(integer).map(|created| created - now());
         Ok(Fetched { authorization, lifetime, skew })
     }
+}
+
+/// The value of `Authorization`. A token that names its scheme already is not given another.
+fn bearer(token: &str) -> Option<Zeroizing<String>> {
+    let token = token.trim();
+    let bare = match token.split_at_checked(SCHEME.len()) {
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case(SCHEME) => rest.trim_start(),
+        _ if token.eq_ignore_ascii_case(SCHEME.trim_end()) => "",
+        _ => token,
+    };
+    (!bare.is_empty()).then(|| Zeroizing::new(format!("{SCHEME}{bare}")))
 }
 
 struct Zeroed(Zeroizing<Vec<u8>>);
@@ -187,7 +205,9 @@ fn check_status(head: &http::response::Parts) -> Result<(), FetchError> {
         _ => {
             let wait =
                 head.headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-            let wait = wait.map(|seconds: u64| Duration::from_secs(seconds.min(60)));
+            // 0 names no time: the back-off of our own is kinder to a server that is in trouble.
+            let wait =
+                wait.filter(|seconds| *seconds > 0).map(|seconds: u64| Duration::from_secs(seconds.min(60)));
             Err(FetchError::Status(head.status, wait))
         }
     }
@@ -200,4 +220,127 @@ fn integer(value: &serde_json::Value) -> Option<i64> {
 
 fn now() -> i64 {
     jiff::Timestamp::now().as_second()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::token::tests::{configured, tls};
+
+    fn read(lifetime: Option<u64>, reply: &Value) -> Result<Fetched, FetchError> {
+        let address = "127.0.0.1:1".parse().unwrap();
+        let token = config::Token { lifetime: lifetime.map(Duration::from_secs), ..configured(address) };
+        Endpoint::new(&token, &tls()).unwrap().read(reply.to_string().as_bytes())
+    }
+
+    #[test]
+    fn an_absent_or_absurd_lifetime_is_the_configured_one_but_at_most_ten_minutes() {
+        for (expires, stated) in [
+            (json!("7200"), Some(7200)),
+            (json!(7200), Some(7200)),
+            (json!(" 7200 "), Some(7200)),
+            (json!(1), Some(1)),
+            (json!("86400"), Some(86_400)),
+            (json!(86_401), None),
+            (json!(0), None),
+            (json!("0"), None),
+            (json!(-1), None),
+            (json!("-600"), None),
+            (json!(1_000_000_000), None),
+            (json!("1000000000"), None),
+            (json!("99999999999999999999"), None),
+            (json!("abc"), None),
+            (json!(""), None),
+            (json!("1.5"), None),
+            (json!(1.5), None),
+            (json!(1e300), None),
+            (json!(true), None),
+            (json!([600]), None),
+            (Value::Null, None),
+        ] {
+            for (configured, fallback) in [(Some(60), 60), (Some(3600), 600), (None, 600)] {
+                let fetched = read(configured, &json!({ "AccessToken": "t", "Expires": expires }));
+                let lifetime = Duration::from_secs(stated.unwrap_or(fallback));
+                assert_eq!(fetched.unwrap().lifetime, lifetime, "{expires} {configured:?}");
+            }
+        }
+        assert_eq!(read(Some(60), &json!({ "AccessToken": "t" })).unwrap().lifetime.as_secs(), 60);
+    }
+
+    #[test]
+    fn a_reply_without_a_usable_token_is_a_failure() {
+        assert!(read(None, &json!({ "AccessToken": "t" })).is_ok(), "the control");
+        for reply in [
+            json!({}),
+            json!({ "Expires": "600" }),
+            json!({ "AccessToken": null }),
+            json!({ "AccessToken": "" }),
+            json!({ "AccessToken": " " }),
+            json!({ "AccessToken": "Bearer" }),
+            json!({ "AccessToken": "Bearer  " }),
+            json!({ "AccessToken": 7 }),
+            json!({ "AccessToken": "a\r\nb" }),
+            json!(["AccessToken", "t"]),
+            json!("t"),
+        ] {
+            assert!(matches!(read(None, &reply), Err(FetchError::Invalid(_))), "{reply}");
+        }
+    }
+
+    #[test]
+    fn the_scheme_stands_once_before_a_token_that_is_marked_sensitive() {
+        for token in ["t-1", "Bearer t-1", "bearer t-1", " Bearer  t-1 "] {
+            let fetched = read(None, &json!({ "AccessToken": token })).unwrap();
+            assert_eq!(fetched.authorization, "Bearer t-1", "{token}");
+            assert!(fetched.authorization.is_sensitive());
+        }
+    }
+
+    #[test]
+    fn the_time_of_creation_tells_the_skew_of_clocks_and_nothing_else() {
+        for (created, skew) in [(json!(now() + 3600), 3600), (json!((now() - 90).to_string()), -90)] {
+            let reply = json!({ "AccessToken": "t", "Expires": 60, "CreateTime": created });
+            let fetched = read(None, &reply).unwrap();
+            assert!(fetched.skew.unwrap().abs_diff(skew) <= 2, "{:?}", fetched.skew);
+            assert_eq!(fetched.lifetime, Duration::from_secs(60));
+        }
+        for created in [json!("yesterday"), Value::Null] {
+            let reply = json!({ "AccessToken": "t", "CreateTime": created });
+            assert_eq!(read(None, &reply).unwrap().skew, None);
+        }
+    }
+
+    #[test]
+    fn statuses_tell_a_refused_pair_from_what_may_pass() {
+        let failure = |status: u16, retry_after: Option<&str>| {
+            let mut response = http::Response::builder().status(status);
+            if let Some(value) = retry_after {
+                response = response.header(header::RETRY_AFTER, value);
+            }
+            let (head, ()) = response.body(()).unwrap().into_parts();
+            check_status(&head).map_err(|error| error.failure())
+        };
+        let wait = |seconds| Err(Failure::NotBefore(Duration::from_secs(seconds)));
+        assert_eq!(failure(200, None), Ok(()), "the control");
+        for status in [400, 401, 403, 418] {
+            assert_eq!(failure(status, Some("5")), Err(Failure::Refused), "{status}");
+        }
+        for status in [201, 204, 302, 404, 408, 429, 500, 502, 503, 504] {
+            assert_eq!(failure(status, None), Err(Failure::Passing), "{status}");
+        }
+        for (status, value, failed) in [
+            (429, "5", wait(5)),
+            (503, "60", wait(60)),
+            (503, "61", wait(60)),
+            (503, "86400", wait(60)),
+            (503, "0", Err(Failure::Passing)),
+            (503, "-1", Err(Failure::Passing)),
+            (503, "soon", Err(Failure::Passing)),
+            (503, "Wed, 21 Oct 2026 07:28:00 GMT", Err(Failure::Passing)),
+        ] {
+            assert_eq!(failure(status, Some(value)), failed, "{status} {value}");
+        }
+    }
 }

@@ -133,13 +133,15 @@ fn every_fault_has_its_outcome_and_its_number_of_attempts() {
     let rows = [statuses(), answers(), breaks(), refusals()].concat();
     for (script, status, outcome, attempts, refreshes) in rows {
         let shown = script.to_string().chars().take(200).collect::<String>();
-        let before = (sandbox.requests().len(), sandbox.token_calls().len());
         if refreshes > 0 {
+            // A success, so that no cool-down goes on, and no fetch within a second of the last one.
+            assert_eq!(gateway.call().outcome(), "succeeded", "{shown}");
             let fetched = sandbox.token_calls().last().unwrap().request.time;
             wait_for("a second since the last fetch", || {
                 (fetched.elapsed().unwrap_or_default() >= Duration::from_secs(1)).then_some(())
             });
         }
+        let before = (sandbox.requests().len(), sandbox.token_calls().len());
         sandbox.faults(serde_json::from_value(json!({ "business": script })).unwrap()).unwrap();
         let reply = gateway.call();
         sandbox.faults(Default::default()).unwrap();

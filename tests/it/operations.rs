@@ -1,9 +1,11 @@
 //! What ops see: the admin listener, metrics, health, the stop.
 
 use std::{
+    fs,
     io::Write,
     net::TcpStream,
-    process::{Command, Stdio},
+    path::Path,
+    process::{Child, Command, Stdio},
 };
 
 use serde_json::json;
@@ -66,4 +68,33 @@ fn a_stop_lets_work_in_flight_finish() {
     let all = records(&gateway.audit_directory(), "");
     assert_eq!(all.last().unwrap()["event"], "stop");
     assert_eq!(all[all.len() - 2]["outcome"], "succeeded");
+}
+
+/// Killed on drop.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_low_soft_limit_on_open_files_is_raised_to_the_hard_one() {
+    let sandbox = sandbox();
+    let folder = start(&sandbox).kill();
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"ulimit -Sn 128 && exec "$0" serve --config "$1""#, BINARY]);
+    command.arg(folder.path().join("gateway.toml")).stderr(Stdio::null());
+    let running = Running(command.spawn().unwrap());
+    let process = format!("/proc/{}", running.0.id());
+    wait_for("the raised limit", || {
+        let limits = fs::read_to_string(format!("{process}/limits")).unwrap();
+        let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+        let mut files = files.split_whitespace();
+        let (soft, hard) = (files.next(), files.next());
+        let is_gateway = fs::read_link(format!("{process}/exe")).unwrap() == Path::new(BINARY);
+        (is_gateway && soft == hard).then_some(())
+    });
 }

@@ -1,0 +1,142 @@
+//! Upstream refusals that another token does not help against.
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::schedule::refusal;
+
+/// Whether refused tokens of one credential on one route still cause fetches.
+///
+/// A second 401 in a row, or the same token handed out again, says that the token is not what is wrong. For
+/// 30 s, doubling to 5 min, further 401s cause no fetch; the newest token stays in use, and the first success
+/// ends it. Two 401s are in a row when one request meets them, or when one request meets the token that was
+/// fetched because of another's.
+#[derive(Debug, Default)]
+pub struct Cooldown(Mutex<Cooling>);
+
+#[derive(Debug, Default)]
+struct Cooling {
+    until: Option<Instant>,
+    count: u32,
+    /// The generation that is being replaced because it was refused, and since when.
+    doubted: Option<(u64, Instant)>,
+}
+
+impl Cooldown {
+    /// Whether the refusal of this generation may cause a fetch.
+    pub fn may_fetch(&self, generation: u64) -> bool {
+        self.lock().may_fetch(generation, Instant::now())
+    }
+
+    /// How long it still goes on.
+    pub fn remaining(&self) -> Option<Duration> {
+        self.lock().remaining(Instant::now())
+    }
+
+    /// A fresh token was refused, too.
+    pub fn rejected(&self) {
+        self.lock().rejected(Instant::now());
+    }
+
+    /// A token was accepted.
+    pub fn accepted(&self) {
+        self.lock().accepted();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Cooling> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Cooling {
+    fn remaining(&self, now: Instant) -> Option<Duration> {
+        let left = self.until?.saturating_duration_since(now);
+        (!left.is_zero()).then_some(left)
+    }
+
+    fn may_fetch(&mut self, generation: u64, now: Instant) -> bool {
+        if self.remaining(now).is_some() {
+            return false;
+        }
+        let recent = self.doubted.filter(|(_, since)| now.saturating_duration_since(*since) < refusal(0));
+        match recent {
+            Some((doubted, _)) if generation > doubted => self.rejected(now),
+            Some(_) => return true,
+            None => {
+                self.doubted = Some((generation, now));
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Those who learn of it together start one cool-down, not one each.
+    fn rejected(&mut self, now: Instant) {
+        if self.remaining(now).is_none() {
+            self.until = Some(now + refusal(self.count));
+            self.count += 1;
+            self.doubted = None;
+        }
+    }
+
+    fn accepted(&mut self) {
+        *self = Self::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thousand_rejections_at_once_start_one_cooldown_and_the_next_lasts_twice_as_long() {
+        let (mut cooling, mut now) = (Cooling::default(), Instant::now());
+        assert_eq!(cooling.remaining(now), None);
+        for seconds in [30, 60, 120, 240, 300, 300] {
+            for _ in 0..1000 {
+                cooling.rejected(now);
+            }
+            assert_eq!(cooling.remaining(now), Some(Duration::from_secs(seconds)));
+            now += Duration::from_secs(seconds);
+            assert_eq!(cooling.remaining(now), None);
+        }
+    }
+
+    #[test]
+    fn refusals_of_one_token_may_cause_a_fetch_and_that_of_its_successor_starts_a_cooldown() {
+        let (mut cooling, now) = (Cooling::default(), Instant::now());
+        assert!(cooling.may_fetch(1, now) && cooling.may_fetch(1, now), "all share one fetch");
+        assert!(!cooling.may_fetch(2, now));
+        assert_eq!(cooling.remaining(now), Some(Duration::from_secs(30)));
+        let after = now + Duration::from_secs(30);
+        assert!(cooling.may_fetch(2, after), "a cool-down ends with another try");
+        assert!(!cooling.may_fetch(3, after));
+        assert_eq!(cooling.remaining(after), Some(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn a_success_or_half_a_minute_in_between_makes_a_refusal_the_first() {
+        let (mut cooling, now) = (Cooling::default(), Instant::now());
+        assert!(cooling.may_fetch(1, now));
+        cooling.accepted();
+        assert!(cooling.may_fetch(2, now));
+        assert!(cooling.may_fetch(3, now + Duration::from_secs(30)));
+    }
+
+    #[test]
+    fn a_success_ends_a_cooldown_and_its_doubling() {
+        let (mut cooling, begin) = (Cooling::default(), Instant::now());
+        let later = begin + Duration::from_secs(30);
+        cooling.rejected(begin);
+        cooling.rejected(later);
+        assert_eq!(cooling.remaining(later), Some(Duration::from_secs(60)));
+        cooling.accepted();
+        assert_eq!(cooling.remaining(later), None);
+        cooling.rejected(later);
+        assert_eq!(cooling.remaining(later), Some(Duration::from_secs(30)));
+    }
+}

@@ -1,0 +1,230 @@
+//! The one fetching task of a credential: fetches first thing, refreshes ahead, backs off, tries changed
+//! secrets. Only this task calls the endpoint and puts tokens into the slot.
+//!
+//! A changed pair is tried beside the old one, each on a schedule of its own: a trial that fails, in whatever
+//! way, neither delays nor ends the old pair's refreshes. It goes on being tried as a refused pair is,
+//! since the cloud may learn of a new secret later than the gateway.
+
+use std::{sync::atomic::AtomicBool, time::Duration};
+
+use aws_lc_rs::rand;
+use serde_json::{Map, json};
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    Events, Live, Metrics, Slot, Token,
+    endpoint::{Endpoint, FetchError, Fetched},
+    pair::{Noticed, POLL, Pair, SETTLE, Secrets},
+    schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
+};
+
+/// A token that is handed out again this long after its end is taken as a new one: that server has no other.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// A server that restates what is left of a token's life rounds it down to whole seconds.
+const ROUNDING: Duration = Duration::from_secs(1);
+
+/// What only the fetching task knows.
+pub(super) struct Fetcher {
+    pub(super) endpoint: Endpoint,
+    pub(super) secrets: Secrets,
+    /// The pair in use.
+    pub(super) proven: Candidate,
+    /// A changed pair that has not proved itself.
+    pub(super) trial: Option<Candidate>,
+    pub(super) last_begun: Option<Instant>,
+    pub(super) generation: u64,
+    pub(super) metrics: Metrics,
+    pub(super) events: Events,
+}
+
+/// A pair and when it may be tried.
+pub(super) struct Candidate {
+    pair: Pair,
+    pub(super) retry: Retry,
+    /// What the audit trail was told of this trial.
+    told: Option<&'static str>,
+}
+
+/// The next fetch.
+pub(super) struct Next {
+    pub(super) at: Instant,
+    pub(super) is_trial: bool,
+}
+
+impl Candidate {
+    pub(super) fn new(pair: Pair) -> Self {
+        Self { pair, retry: Retry::new(Instant::now()), told: None }
+    }
+}
+
+impl Fetcher {
+    /// Runs until its runtime ends.
+    pub(super) async fn run(mut self, slot: &Slot) {
+        let mut poll = Instant::now() + POLL;
+        loop {
+            if poll <= Instant::now() {
+                poll = Instant::now() + self.notice_secrets(slot);
+                let usable = slot.current().is_some();
+                self.metrics.usable.with_label_values(&[&slot.name]).set(usable.into());
+            }
+            let next = self.next(slot);
+            if next.at <= Instant::now() {
+                self.fetch(slot, next.is_trial).await;
+                continue;
+            }
+            tokio::select! {
+                () = sleep_until(next.at.min(poll)) => {}
+                () = slot.wake.notified() => {}
+            }
+        }
+    }
+
+    /// When the next fetch is due: when there is reason for one, but not before the back-off allows it.
+    pub(super) fn next(&self, slot: &Slot) -> Next {
+        let now = Instant::now();
+        let reason = match slot.live.load().as_ref() {
+            Some(live) if !live.is_retired() => now + live.plan.refresh.saturating_sub(live.age()),
+            _ => now,
+        };
+        let urgent = slot.current().is_none() && slot.is_awaited();
+        let earliest = self.last_begun.map_or(now, |begun| begun + MIN_GAP);
+        let allowed =
+            |candidate: &Candidate| candidate.retry.at(urgent, self.last_begun).max(earliest).max(now);
+        let proven = reason.max(allowed(&self.proven));
+        match self.trial.as_ref().map(allowed) {
+            Some(trial) if trial <= proven => Next { at: trial, is_trial: true },
+            _ => Next { at: proven, is_trial: false },
+        }
+    }
+
+    pub(super) async fn fetch(&mut self, slot: &Slot, is_trial: bool) {
+        let sent = Moment::now();
+        self.last_begun = Some(sent.monotonic);
+        slot.fetch_begins();
+        let candidate = self.trial.as_ref().filter(|_| is_trial).unwrap_or(&self.proven);
+        let result = self.endpoint.fetch(&candidate.pair.app_key, &candidate.pair.app_secret).await;
+        let label = result.as_ref().map_or_else(FetchError::class, |_| "ok");
+        self.metrics.fetches.with_label_values(&[&slot.name, label]).inc();
+        match result {
+            Ok(fetched) => self.succeed(slot, fetched, sent, is_trial),
+            Err(error) if is_trial => self.fail_trial(slot, &error),
+            Err(error) => self.fail(slot, &error),
+        }
+    }
+
+    fn succeed(&mut self, slot: &Slot, fetched: Fetched, sent: Moment, is_trial: bool) {
+        let adopted = self.trial.take_if(|_| is_trial).map(|trial| self.proven = trial).is_some();
+        self.proven.retry = Retry::new(sent.monotonic);
+        if let Some(skew) = fetched.skew {
+            self.metrics.skew.with_label_values(&[&slot.name]).set(skew);
+        }
+        let live = match slot.live.load_full() {
+            Some(old) if self.is_same(&old, &fetched) => old.to_the_end(fetched.lifetime, sent),
+            _ => self.new_token(slot, fetched, sent),
+        };
+        slot.fetch_succeeded(live, self.held());
+        if adopted {
+            self.tell(slot, "accepted"); // behind the deed: from here on no request takes the old token
+        }
+    }
+
+    /// Whether the server handed the token out again that it gave before.
+    fn is_same(&self, old: &Live, fetched: &Fetched) -> bool {
+        let token = &old.token;
+        token.authorization == fetched.authorization
+            && token.app_key == self.proven.pair.header
+            && old.age() < old.lifetime + GRACE
+    }
+
+    fn new_token(&mut self, slot: &Slot, fetched: Fetched, sent: Moment) -> Live {
+        self.generation += 1;
+        let generation = i64::try_from(self.generation).unwrap_or(i64::MAX);
+        self.metrics.generation.with_label_values(&[&slot.name]).set(generation);
+        let Fetched { authorization, lifetime, .. } = fetched;
+        tracing::info!(credential = slot.name, generation, lifetime = lifetime.as_secs(), "new token");
+        let app_key = self.proven.pair.header.clone();
+        let token = Token { authorization, app_key, generation: self.generation };
+        Live::new(token, lifetime, Plan::new(lifetime, jitter()), sent)
+    }
+
+    fn fail(&mut self, slot: &Slot, error: &FetchError) {
+        tracing::warn!(credential = slot.name, %error, "no token");
+        let urgent = slot.usable().is_none() && slot.is_awaited();
+        self.proven.retry.failed(error.failure(), urgent, Instant::now(), jitter());
+        slot.fetch_failed(error.class(), self.held());
+    }
+
+    fn fail_trial(&mut self, slot: &Slot, error: &FetchError) {
+        tracing::warn!(
+            credential = slot.name,
+            %error,
+            "the changed secret brought no token; the old one stays in use"
+        );
+        let urgent = slot.usable().is_none() && slot.is_awaited();
+        let failure = error.failure();
+        if let Some(trial) = &mut self.trial {
+            trial.retry.failed(failure, urgent, Instant::now(), jitter());
+        }
+        slot.trial_failed(self.held());
+        self.tell(slot, if failure == Failure::Refused { "refused" } else { "postponed" });
+    }
+
+    /// What no request can shorten: each pair is held back.
+    fn held(&self) -> Option<Held> {
+        let proven = self.proven.retry.held()?;
+        let Some(trial) = &self.trial else { return Some(proven) };
+        let until = trial.retry.held()?.until.min(proven.until);
+        Some(Held { until, refused: proven.refused })
+    }
+
+    /// Says what became of a changed secret, once for each result.
+    fn tell(&mut self, slot: &Slot, result: &'static str) {
+        let candidate = self.trial.as_mut().unwrap_or(&mut self.proven);
+        if candidate.told.replace(result) != Some(result) {
+            self.metrics.reloads.with_label_values(&[&slot.name, result]).inc();
+            (self.events)("secret_change", Map::from_iter([("result".to_owned(), json!(result))]));
+        }
+    }
+
+    /// Looks for a changed pair, and says when to look again.
+    pub(super) fn notice_secrets(&mut self, slot: &Slot) -> Duration {
+        match self.secrets.look() {
+            Noticed::Nothing => {}
+            Noticed::Settling => return SETTLE,
+            Noticed::Unusable(error) => {
+                tracing::warn!(credential = slot.name, %error, "the secret cannot be used; the old one stays in use");
+            }
+            Noticed::Changed(pair) => {
+                tracing::info!(credential = slot.name, "the secret changed");
+                self.proven.retry.forget_refusals(Instant::now());
+                self.trial = (*pair != self.proven.pair).then(|| Candidate::new(*pair));
+                slot.fetches_are_held(self.held());
+            }
+        }
+        POLL
+    }
+}
+
+impl Live {
+    /// The same token once more. It keeps its earlier end, and is used up to it: that server has no other.
+    pub(super) fn to_the_end(&self, lifetime: Duration, sent: Moment) -> Self {
+        let restated = self.sent.age(sent) + lifetime + ROUNDING;
+        let lifetime = if restated < self.lifetime { restated - ROUNDING } else { self.lifetime };
+        Self {
+            token: self.token.clone(),
+            lifetime,
+            plan: Plan::to_the_end(lifetime, self.took),
+            retired: AtomicBool::new(false),
+            ..*self
+        }
+    }
+}
+
+/// A number from 0 to 1.
+fn jitter() -> f64 {
+    let mut bytes = [0; 4];
+    // Without randomness all gateways would refresh at once, which is no reason to refuse work.
+    let _ = rand::fill(&mut bytes);
+    f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
+}

@@ -1,0 +1,218 @@
+//! App key and app secret: read, and read again to notice a change.
+//!
+//! The two are kept in two places and written one after the other, each perhaps in two steps (truncate, write),
+//! so that a reading may be torn. A change counts once two readings in a row agree; what cannot be read or
+//! used is no change.
+
+use std::time::Duration;
+
+use http::HeaderValue;
+use thiserror::Error;
+
+use crate::{
+    config::SecretSource,
+    secret::{Secret, SecretError},
+};
+
+/// How often the secrets are read again. Polling notices what a watch on a file misses: Kubernetes swaps a
+/// link, and a mount can be replaced whole.
+pub(super) const POLL: Duration = Duration::from_secs(1);
+
+/// Time between the two readings that must agree.
+pub(super) const SETTLE: Duration = Duration::from_millis(250);
+
+/// Where key and secret are kept.
+pub(super) type Sources = (SecretSource, SecretSource);
+
+/// Why a pair cannot be used. Names places, never a content.
+#[derive(Debug, Error)]
+pub enum PairError {
+    /// It could not be read.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// An app key that no header can hold.
+    #[error("the app key holds characters that a header cannot hold")]
+    AppKey,
+    /// A secret that JSON cannot hold.
+    #[error("the app secret is not UTF-8")]
+    AppSecret,
+}
+
+/// An app key and an app secret that can be sent. Cannot be printed.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Pair {
+    pub(super) app_key: Secret,
+    pub(super) app_secret: Secret,
+    /// The app key once more, as it is injected; marked sensitive.
+    pub(super) header: HeaderValue,
+}
+
+impl Pair {
+    pub(super) fn load((app_key, app_secret): &Sources) -> Result<Self, PairError> {
+        let (app_key, app_secret) = (Secret::load(app_key)?, Secret::load(app_secret)?);
+        let text = std::str::from_utf8(app_key.expose()).map_err(|_| PairError::AppKey)?;
+        let mut header = HeaderValue::from_str(text).map_err(|_| PairError::AppKey)?;
+        header.set_sensitive(true);
+        std::str::from_utf8(app_secret.expose()).map_err(|_| PairError::AppSecret)?;
+        Ok(Self { app_key, app_secret, header })
+    }
+}
+
+/// Watches the places of a pair.
+pub(super) struct Secrets {
+    sources: Sources,
+    seen: Pair,
+    /// A changed pair, read once.
+    settling: Option<Pair>,
+    unusable: bool,
+}
+
+/// What a look at the places found.
+pub(super) enum Noticed {
+    /// Nothing new.
+    Nothing,
+    /// A change; the next look, [`SETTLE`] later, tells whether it stays.
+    Settling,
+    /// A change that stays.
+    Changed(Box<Pair>),
+    /// The pair cannot be read or used any more. Told once.
+    Unusable(PairError),
+}
+
+impl Secrets {
+    /// `seen` is the pair that is known.
+    pub(super) fn new(sources: Sources, seen: Pair) -> Self {
+        Self { sources, seen, settling: None, unusable: false }
+    }
+
+    /// Reads the pair again.
+    pub(super) fn look(&mut self) -> Noticed {
+        let pair = match Pair::load(&self.sources) {
+            Ok(pair) => pair,
+            Err(error) => {
+                self.settling = None;
+                let known = std::mem::replace(&mut self.unusable, true);
+                return if known { Noticed::Nothing } else { Noticed::Unusable(error) };
+            }
+        };
+        self.unusable = false;
+        if pair == self.seen {
+            self.settling = None;
+            return Noticed::Nothing;
+        }
+        if self.settling.as_ref() != Some(&pair) {
+            self.settling = Some(pair);
+            return Noticed::Settling;
+        }
+        self.settling = None;
+        self.seen = pair.clone();
+        Noticed::Changed(Box::new(pair))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink, path::Path};
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn sources(folder: &Path) -> Sources {
+        let file = |name: &str| SecretSource::File(folder.join(name));
+        (file("app_key"), file("app_secret"))
+    }
+
+    fn write(folder: &Path, key: &str, secret: &str) {
+        fs::write(folder.join("app_key"), key).unwrap();
+        fs::write(folder.join("app_secret"), secret).unwrap();
+    }
+
+    fn watched(key: &str, secret: &str) -> (TempDir, Secrets) {
+        let folder = TempDir::new().unwrap();
+        write(folder.path(), key, secret);
+        let sources = sources(folder.path());
+        let pair = Pair::load(&sources).unwrap();
+        (folder, Secrets::new(sources, pair))
+    }
+
+    fn changed(noticed: Noticed) -> Option<(Vec<u8>, Vec<u8>)> {
+        let Noticed::Changed(pair) = noticed else { return None };
+        Some((pair.app_key.expose().to_vec(), pair.app_secret.expose().to_vec()))
+    }
+
+    #[test]
+    fn a_change_counts_when_it_was_read_twice() {
+        let (folder, mut secrets) = watched("key", "secret");
+        assert!(matches!(secrets.look(), Noticed::Nothing), "the control");
+        write(folder.path(), "key", "other\n");
+        assert!(matches!(secrets.look(), Noticed::Settling));
+        assert_eq!(changed(secrets.look()), Some((b"key".to_vec(), b"other".to_vec())));
+        assert!(matches!(secrets.look(), Noticed::Nothing));
+    }
+
+    #[test]
+    fn files_that_are_written_one_after_the_other_are_no_mixed_pair() {
+        let (folder, mut secrets) = watched("key", "secret");
+        fs::write(folder.path().join("app_key"), "key-2").unwrap();
+        assert!(matches!(secrets.look(), Noticed::Settling));
+        fs::write(folder.path().join("app_secret"), "").unwrap();
+        assert!(matches!(secrets.look(), Noticed::Unusable(PairError::Secret(_))), "truncated");
+        assert!(matches!(secrets.look(), Noticed::Nothing), "told once");
+        fs::write(folder.path().join("app_secret"), "sec").unwrap();
+        assert!(matches!(secrets.look(), Noticed::Settling), "torn");
+        fs::write(folder.path().join("app_secret"), "secret-2").unwrap();
+        assert!(matches!(secrets.look(), Noticed::Settling));
+        assert_eq!(changed(secrets.look()), Some((b"key-2".to_vec(), b"secret-2".to_vec())));
+    }
+
+    #[test]
+    fn a_change_that_is_taken_back_in_between_is_none() {
+        let (folder, mut secrets) = watched("key", "secret");
+        write(folder.path(), "key-2", "secret");
+        assert!(matches!(secrets.look(), Noticed::Settling));
+        write(folder.path(), "key", "secret");
+        assert!(matches!(secrets.look(), Noticed::Nothing));
+        write(folder.path(), "key-2", "secret");
+        assert!(matches!(secrets.look(), Noticed::Settling), "the count begins anew");
+    }
+
+    /// A mounted Kubernetes secret: the files are links into `..data`, which is a link to a folder of its
+    /// version; an update makes a new folder and renames a new link over `..data`.
+    #[test]
+    fn the_swap_of_a_mounted_kubernetes_secret_is_noticed() {
+        let folder = TempDir::new().unwrap();
+        let mount = |version: &str| {
+            let at = folder.path().join(version);
+            fs::create_dir(&at).unwrap();
+            write(&at, &format!("key-{version}"), &format!("secret-{version}"));
+            symlink(version, folder.path().join("..data_tmp")).unwrap();
+            fs::rename(folder.path().join("..data_tmp"), folder.path().join("..data")).unwrap();
+        };
+        mount("..1");
+        for name in ["app_key", "app_secret"] {
+            symlink(Path::new("..data").join(name), folder.path().join(name)).unwrap();
+        }
+        let pair = Pair::load(&sources(folder.path())).unwrap();
+        let mut secrets = Secrets::new(sources(folder.path()), pair);
+        mount("..2");
+        fs::remove_dir_all(folder.path().join("..1")).unwrap();
+        assert!(matches!(secrets.look(), Noticed::Settling));
+        assert_eq!(changed(secrets.look()), Some((b"key-..2".to_vec(), b"secret-..2".to_vec())));
+    }
+
+    #[test]
+    fn a_pair_that_cannot_be_sent_is_told_apart_from_one_that_can() {
+        let (folder, _) = watched("key", "secret");
+        let load = || Pair::load(&sources(folder.path()));
+        assert!(load().is_ok_and(|pair| pair.header.is_sensitive()), "the control");
+        write(folder.path(), "k\ney", "secret");
+        assert!(matches!(load(), Err(PairError::AppKey)));
+        fs::write(folder.path().join("app_key"), "key").unwrap();
+        fs::write(folder.path().join("app_secret"), [0xff]).unwrap();
+        assert!(matches!(load(), Err(PairError::AppSecret)));
+        fs::remove_file(folder.path().join("app_secret")).unwrap();
+        let error = load().err().unwrap().to_string();
+        assert!(error.contains("app_secret"), "{error}");
+    }
+}

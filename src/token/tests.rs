@@ -1,0 +1,609 @@
+//! The slot on the sandbox: what requests get, and what the endpoint saw.
+
+use std::{
+    fs,
+    future::Future,
+    net::SocketAddr,
+    sync::Mutex,
+    time::{Instant as StdInstant, SystemTime},
+};
+
+use http::StatusCode;
+use prometheus::{Registry, TextEncoder};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::time::sleep;
+
+use super::*;
+use crate::{
+    config::{Credential, SecretSource, Url},
+    sandbox::{Options, Sandbox, TOKEN_PATH},
+};
+use endpoint::FetchError;
+
+/// The margin of promised deadlines: the machine may be busy.
+const MARGIN: u32 = 4;
+
+pub(super) fn tls() -> Arc<ClientConfig> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    Arc::new(config.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth())
+}
+
+pub(super) fn configured(address: SocketAddr) -> config::Token {
+    config::Token {
+        url: Url {
+            tls: false,
+            host: address.ip().to_string(),
+            port: address.port(),
+            path: TOKEN_PATH.into(),
+        },
+        lifetime: Some(Duration::from_secs(600)),
+        timeout: Duration::from_secs(5),
+        wait: Duration::from_secs(20),
+        refused_statuses: vec![StatusCode::UNAUTHORIZED],
+    }
+}
+
+/// A slot on a sandbox, with its secrets in files.
+struct Rig {
+    sandbox: Sandbox,
+    slot: Arc<Slot>,
+    folder: TempDir,
+    told: Arc<Mutex<Vec<Value>>>,
+    registry: Registry,
+    metrics: Metrics,
+}
+
+impl Rig {
+    /// A slot whose task does not run yet.
+    fn idle(faults: Value, set: impl FnOnce(&mut config::Token)) -> Self {
+        let sandbox = Sandbox::start(Options::default()).unwrap();
+        let options = Options::default();
+        let folder = TempDir::new().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        fs::write(place("app_key"), options.app_key).unwrap();
+        fs::write(place("app_secret"), options.app_secret + "\n").unwrap();
+        let credential = Credential {
+            name: "default".into(),
+            app_key: SecretSource::File(place("app_key")),
+            app_secret: SecretSource::File(place("app_secret")),
+        };
+        let mut token = configured(sandbox.address());
+        set(&mut token);
+        let (registry, told) = (Registry::new(), Arc::new(Mutex::new(Vec::new())));
+        let metrics = Metrics::new(&registry).unwrap();
+        let tell = told.clone();
+        let events =
+            Box::new(move |_: &'static str, details| tell.lock().unwrap().push(Value::Object(details)));
+        let slot = Slot::new(&credential, &token, &tls(), metrics.clone(), events).unwrap();
+        let rig = Self { sandbox, slot, folder, told, registry, metrics };
+        rig.script(faults);
+        rig
+    }
+
+    fn start(faults: Value) -> Self {
+        Self::start_with(faults, |_| {})
+    }
+
+    fn start_with(faults: Value, set: impl FnOnce(&mut config::Token)) -> Self {
+        let rig = Self::idle(faults, set);
+        tokio::spawn(rig.slot.clone().run());
+        rig
+    }
+
+    fn script(&self, faults: Value) {
+        self.sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+    }
+
+    fn calls(&self) -> usize {
+        self.sandbox.token_calls().len()
+    }
+
+    async fn generation(&self) -> u64 {
+        self.slot.token().await.unwrap().generation()
+    }
+
+    fn write(&self, name: &str, content: &str) {
+        fs::write(self.folder.path().join(name), content).unwrap();
+    }
+
+    /// What the audit trail was told of changed secrets.
+    fn told(&self) -> Vec<String> {
+        self.told.lock().unwrap().iter().map(|event| event["result"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Waits until the secrets were looked at so often: each look sets the gauge.
+    async fn looks(&self, count: usize) {
+        let usable = self.metrics.usable.with_label_values(&["default"]);
+        for _ in 0..count {
+            usable.set(7);
+            until("a look at the secrets", || usable.get() != 7).await;
+        }
+    }
+
+    /// The fetching task's own state, taken out to be driven by hand.
+    fn fetcher(&self) -> Fetcher {
+        self.slot.fetcher.lock().unwrap().take().unwrap()
+    }
+
+    fn metric(&self, line: &str) -> bool {
+        let text = TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap();
+        text.lines().any(|found| found == format!("ccsqm_gateway_token_{line}"))
+    }
+}
+
+/// Polls for something that must come about soon.
+async fn until(what: &str, mut ready: impl FnMut() -> bool) {
+    let deadline = StdInstant::now() + Duration::from_secs(20);
+    while !ready() {
+        assert!(StdInstant::now() < deadline, "{what} did not come");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Runs one future beside others.
+fn beside<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> tokio::task::JoinHandle<T> {
+    tokio::spawn(future)
+}
+
+#[tokio::test]
+async fn all_who_wait_share_one_fetch() {
+    let rig = Rig::start(json!({ "token": [{ "delay_ms": 300 }] }));
+    let waiters: Vec<_> = (0..100)
+        .map(|_| {
+            let slot = rig.slot.clone();
+            beside(async move { slot.token().await.unwrap().generation() })
+        })
+        .collect();
+    for waiter in waiters {
+        assert_eq!(waiter.await.unwrap(), 1);
+    }
+    assert_eq!(rig.calls(), 1);
+    assert!(rig.metric(r#"fetches_total{credential="default",result="ok"} 1"#));
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_cancels_nothing() {
+    let rig = Rig::start(json!({ "token": [{ "delay_ms": 300 }] }));
+    let slot = rig.slot.clone();
+    let leaver = beside(async move { slot.token().await.map(|_| ()) });
+    until("the fetch", || rig.calls() == 1).await;
+    leaver.abort();
+    assert!(leaver.await.unwrap_err().is_cancelled());
+    assert_eq!((rig.generation().await, rig.calls()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_thousand_refusals_of_one_token_make_one_fetch() {
+    let rig = Rig::start(json!({}));
+    assert_eq!(rig.generation().await, 1);
+    let replacements: Vec<_> = (0..1000)
+        .map(|_| {
+            let slot = rig.slot.clone();
+            beside(async move { slot.replace(1).await.unwrap().generation() })
+        })
+        .collect();
+    for replacement in replacements {
+        assert_eq!(replacement.await.unwrap(), 2);
+    }
+    assert_eq!(rig.slot.replace(1).await.unwrap().generation(), 2, "who comes late needs no fetch");
+    assert_eq!(rig.slot.replace(0).await.unwrap().generation(), 2, "nor who comes from before the first");
+    assert_eq!(rig.calls(), 2);
+}
+
+#[tokio::test]
+async fn a_fetch_that_is_under_way_serves_a_refusal_too() {
+    let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 500 }] }));
+    assert_eq!(rig.generation().await, 1);
+    let slot = rig.slot.clone();
+    let first = beside(async move { slot.replace(1).await.unwrap().generation() });
+    until("the second fetch", || rig.calls() == 2).await;
+    assert_eq!(rig.slot.replace(1).await.unwrap().generation(), 2);
+    assert_eq!((first.await.unwrap(), rig.calls()), (2, 2));
+}
+
+#[tokio::test]
+async fn a_fetch_that_is_under_way_and_fails_answers_all_who_wait_for_it() {
+    let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 500, "status": 500 }] }));
+    assert_eq!(rig.generation().await, 1);
+    let slot = rig.slot.clone();
+    let first = beside(async move { slot.replace(1).await.map(|token| token.generation()) });
+    until("the second fetch", || rig.calls() == 2).await;
+    let begin = Instant::now();
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed);
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    assert_eq!((first.await.unwrap(), rig.calls()), (Err(NoOther::Failed), 2));
+}
+
+#[tokio::test]
+async fn a_refused_token_is_not_handed_out_while_another_is_fetched() {
+    let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 300 }] }));
+    assert_eq!(rig.generation().await, 1);
+    let slot = rig.slot.clone();
+    let replacement = beside(async move { slot.replace(1).await.unwrap().generation() });
+    until("the second fetch", || rig.calls() == 2).await;
+    assert_eq!(rig.generation().await, 2);
+    assert_eq!(replacement.await.unwrap(), 2);
+}
+
+#[tokio::test]
+async fn a_failed_refresh_puts_the_refused_token_back_into_use() {
+    let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 500 }] }));
+    assert_eq!(rig.generation().await, 1);
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed);
+    assert_eq!((rig.generation().await, rig.calls()), (1, 2));
+}
+
+/// The upstream refuses the token while refreshes fail and back off: requests that wait shorten that.
+#[tokio::test]
+async fn a_refusal_during_a_long_back_off_is_looked_into_soon() {
+    let rig = Rig::idle(json!({}), |_| {});
+    let mut fetcher = rig.fetcher();
+    fetcher.fetch(&rig.slot, false).await;
+    for _ in 0..10 {
+        fetcher.proven.retry.failed(schedule::Failure::Passing, false, Instant::now(), 1.0);
+    }
+    let begun = fetcher.last_begun.unwrap();
+    assert!(fetcher.next(&rig.slot).at > begun + Duration::from_secs(50), "the control");
+    let slot = rig.slot.clone();
+    let replacement = beside(async move { slot.replace(1).await.map(|token| token.generation()) });
+    until("the wait", || rig.slot.is_awaited()).await;
+    assert!(rig.slot.current().is_none());
+    let at = fetcher.next(&rig.slot).at;
+    assert!((begun + schedule::MIN_GAP..=begun + Duration::from_secs(3)).contains(&at), "{:?}", at - begun);
+    fetcher.fetch(&rig.slot, false).await;
+    assert_eq!(replacement.await.unwrap(), Ok(2));
+}
+
+#[tokio::test]
+async fn a_refusal_while_the_endpoint_refuses_the_pair_is_answered_at_once_and_the_token_stays() {
+    let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 403 }] }));
+    assert_eq!(rig.generation().await, 1);
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed);
+    assert_eq!(rig.calls(), 2);
+    let begin = Instant::now();
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed);
+    assert!(begin.elapsed() < Duration::from_secs(10), "no wait for a fetch that cannot come");
+    assert_eq!((rig.generation().await, rig.calls()), (1, 2));
+}
+
+#[tokio::test]
+async fn the_same_token_again_is_no_other() {
+    let rig = Rig::start(json!({ "habit": "same_until_expiry" }));
+    assert_eq!(rig.generation().await, 1);
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Same);
+    assert_eq!((rig.generation().await, rig.calls()), (1, 2));
+}
+
+#[tokio::test]
+async fn two_fetches_are_never_closer_than_a_second() {
+    let rig = Rig::start(json!({ "token": [{ "times": 2, "status": 500 }] }));
+    assert_eq!(rig.generation().await, 1);
+    assert_eq!(rig.slot.replace(1).await.unwrap().generation(), 2);
+    let at: Vec<_> = rig.sandbox.token_calls().iter().map(|call| call.request.at).collect();
+    assert_eq!(at.len(), 4);
+    for pair in at.windows(2) {
+        assert!(pair[1] - pair[0] >= Duration::from_millis(600), "{at:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_may_pass_is_tried_again_while_requests_wait() {
+    let faults = [
+        json!({ "status": 408 }),
+        json!({ "status": 429 }),
+        json!({ "status": 503 }),
+        json!({ "without": ["AccessToken"] }),
+        json!({ "body": "<html>" }),
+        json!({ "instead": "reset" }),
+        json!({ "framing": "half_body" }),
+    ];
+    let tries = faults.map(|fault| {
+        beside(async move {
+            let mut once = fault.clone();
+            once["times"] = json!(1);
+            let rig = Rig::start(json!({ "token": [once] }));
+            let begin = Instant::now();
+            assert_eq!((rig.generation().await, rig.calls()), (1, 2), "{fault}");
+            assert!(begin.elapsed() < Duration::from_secs(3) * MARGIN, "{fault}: {:?}", begin.elapsed());
+        })
+    });
+    for tried in tries {
+        tried.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_endpoint_that_does_not_answer_in_time_is_asked_again() {
+    let rig = Rig::start_with(json!({ "token": [{ "times": 1, "instead": "hang" }] }), |token| {
+        token.timeout = Duration::from_millis(200);
+    });
+    assert_eq!((rig.generation().await, rig.calls()), (1, 2));
+    assert!(rig.metric(r#"fetches_total{credential="default",result="timeout"} 1"#));
+}
+
+#[tokio::test]
+async fn no_token_in_time_says_when_to_come_back() {
+    let rig = Rig::start_with(json!({ "token": [{ "instead": "hang" }] }), |token| {
+        token.wait = Duration::from_millis(100);
+    });
+    let error = rig.slot.token().await.unwrap_err();
+    assert_eq!(error, TokenError::Unavailable { retry_after: Duration::from_secs(1) });
+}
+
+#[tokio::test]
+async fn a_time_that_the_endpoint_names_is_kept_up_to_a_minute() {
+    let rig = Rig::start_with(
+        json!({ "token": [{ "status": 503, "headers": [["Retry-After", "3600"]] }] }),
+        |token| token.wait = Duration::from_secs(10),
+    );
+    for _ in 0..2 {
+        match rig.slot.token().await.unwrap_err() {
+            TokenError::Unavailable { retry_after } => {
+                assert!((30..=60).contains(&retry_after.as_secs()), "{retry_after:?}");
+            }
+            error @ TokenError::CredentialRefused { .. } => panic!("{error}"),
+        }
+    }
+    assert_eq!(rig.calls(), 1);
+}
+
+#[tokio::test]
+async fn a_short_time_that_the_endpoint_names_is_waited_for() {
+    let rig =
+        Rig::start(json!({ "token": [{ "times": 1, "status": 429, "headers": [["Retry-After", "3"]] }] }));
+    assert_eq!(rig.generation().await, 1);
+    let at: Vec<_> = rig.sandbox.token_calls().iter().map(|call| call.request.at).collect();
+    assert!(at.len() == 2 && at[1] - at[0] >= Duration::from_millis(2500), "{at:?}");
+}
+
+#[tokio::test]
+async fn a_refused_pair_is_remembered_and_forgotten_at_once_when_it_changes() {
+    for status in [400, 401, 403, 418] {
+        let rig = Rig::start(json!({ "token": [{ "times": 1, "status": status }] }));
+        for _ in 0..2 {
+            match rig.slot.token().await.unwrap_err() {
+                TokenError::CredentialRefused { retry_after } => {
+                    assert!((15..=30).contains(&retry_after.as_secs()), "{status}: {retry_after:?}");
+                }
+                error @ TokenError::Unavailable { .. } => panic!("{status}: {error}"),
+            }
+        }
+        assert_eq!(rig.calls(), 1, "{status}");
+        if status == 403 {
+            rig.sandbox.secret("sandbox-app-key", "changed");
+            rig.write("app_secret", "changed");
+            until("the new pair's token", || rig.slot.current().is_some()).await;
+            assert_eq!((rig.calls(), rig.told()), (2, vec!["accepted".to_owned()]));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_token_in_hand_serves_while_the_endpoint_refuses_the_pair_and_not_beyond_its_life() {
+    let rig = Rig::start(json!({ "lifetime_ms": 6000, "token": [{ "after": 1, "status": 403 }] }));
+    assert_eq!(rig.generation().await, 1);
+    until("the refused refresh", || rig.calls() == 2).await;
+    until("the end of the fetch", || rig.slot.status().last_error == Some("refused")).await;
+    assert_eq!(rig.generation().await, 1);
+    until("the end of the token", || rig.slot.current().is_none()).await;
+    assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })));
+    assert_eq!(rig.calls(), 2);
+}
+
+#[tokio::test]
+async fn the_lifetime_is_asked_for_unless_it_is_left_out() {
+    for (lifetime, asked) in [(Some(3600), Some("3600")), (Some(600), Some("600")), (None, None)] {
+        let rig = Rig::start_with(json!({}), |token| token.lifetime = lifetime.map(Duration::from_secs));
+        assert_eq!(rig.generation().await, 1);
+        assert_eq!(rig.sandbox.token_calls()[0].asked.as_deref(), asked);
+    }
+}
+
+#[tokio::test]
+async fn a_life_is_counted_from_the_moment_when_its_request_was_sent() {
+    let rig = Rig::start(json!({ "lifetime_ms": 60_000, "token": [{ "delay_ms": 1500 }] }));
+    let begin = Instant::now();
+    assert_eq!(rig.generation().await, 1);
+    let live = rig.slot.live.load_full().unwrap();
+    assert!(live.sent.monotonic >= begin && live.age() >= Duration::from_millis(1500), "{:?}", live.age());
+    assert_eq!(live.lifetime, Duration::from_secs(60));
+}
+
+#[tokio::test]
+async fn a_jump_of_either_clock_ends_a_token_early_and_never_late() {
+    let rig = Rig::start(json!({ "lifetime_ms": 60_000 }));
+    assert_eq!(rig.generation().await, 1);
+    let hour = Duration::from_secs(3600);
+    let jumped = |wall: SystemTime| {
+        let live = rig.slot.live.load_full().unwrap();
+        let Live { token, lifetime, plan, sent, .. } = &*live;
+        Live::new(token.clone(), *lifetime, *plan, Moment { wall, ..*sent })
+    };
+    let now = SystemTime::now();
+    assert!(jumped(now).is_usable(), "the control");
+    assert!(jumped(now + hour).is_usable(), "the wall clock was set back: the other one counts");
+    assert!(!jumped(now - hour).is_usable(), "the wall clock was set forward, or the machine slept");
+    rig.slot.live.store(Some(Arc::new(jumped(now - hour))));
+    rig.slot.wake.notify_one();
+    assert_eq!(rig.generation().await, 2);
+}
+
+#[tokio::test]
+async fn the_skew_of_the_clocks_is_told_and_changes_no_life() {
+    let rig = Rig::start(json!({ "lifetime_ms": 60_000, "token": [{ "skew_s": -86400 }] }));
+    assert_eq!(rig.generation().await, 1);
+    assert_eq!(rig.slot.live.load_full().unwrap().lifetime, Duration::from_secs(60));
+    let told =
+        (-86405..=-86395).any(|skew| rig.metric(&format!(r#"skew_seconds{{credential="default"}} {skew}"#)));
+    assert!(told);
+}
+
+#[tokio::test]
+async fn the_same_token_keeps_its_earlier_end_and_is_used_up_to_it() {
+    let rig = Rig::start(json!({ "lifetime_ms": 4000, "habit": "same_until_expiry" }));
+    assert_eq!(rig.generation().await, 1);
+    let first = rig.slot.live.load_full().unwrap();
+    until("the refresh", || rig.calls() == 2).await;
+    until("its end", || rig.slot.live.load().as_ref().is_some_and(|live| live.plan.stop == live.lifetime))
+        .await;
+    let again = rig.slot.live.load_full().unwrap();
+    assert_eq!((again.lifetime, again.sent.monotonic), (first.lifetime, first.sent.monotonic));
+    assert!(again.plan.stop > first.plan.stop);
+    until("the token's end", || !again.is_usable()).await;
+    assert_eq!(rig.generation().await, 2, "then there is another");
+}
+
+#[test]
+fn a_life_that_the_server_restates_shorter_ends_earlier_but_not_for_rounding() {
+    let token = Token {
+        authorization: HeaderValue::from_static("Bearer t"),
+        app_key: HeaderValue::from_static("k"),
+        generation: 1,
+    };
+    let lifetime = Duration::from_secs(600);
+    let live = Live::new(token, lifetime, Plan::new(lifetime, 0.0), Moment::now());
+    let minutes_later = Moment {
+        monotonic: live.sent.monotonic + Duration::from_secs(120),
+        wall: live.sent.wall + Duration::from_secs(120),
+    };
+    for (stated, end) in [(600, 600), (480, 600), (479, 600), (478, 598), (60, 180)] {
+        let again = live.to_the_end(Duration::from_secs(stated), minutes_later);
+        assert_eq!((again.lifetime.as_secs(), again.plan.stop.as_secs()), (end, end), "{stated}");
+    }
+}
+
+#[tokio::test]
+async fn a_changed_pair_is_tried_and_the_token_of_the_trial_is_the_new_token() {
+    let rig = Rig::start(json!({}));
+    assert_eq!(rig.generation().await, 1);
+    rig.sandbox.secret("key-2", "secret-2");
+    rig.write("app_key", "key-2\n");
+    rig.write("app_secret", "secret-2\n");
+    until("the trial", || rig.told() == ["accepted"]).await;
+    let token = rig.slot.token().await.unwrap();
+    assert_eq!((token.generation(), token.app_key().as_bytes()), (2, b"key-2".as_slice()));
+    let issued = rig.sandbox.token_calls()[1].issued.clone().unwrap();
+    assert_eq!(token.authorization().as_bytes(), format!("Bearer {issued}").as_bytes());
+    assert_eq!(rig.calls(), 2);
+    assert!(rig.metric(r#"secret_reloads_total{credential="default",result="accepted"} 1"#));
+}
+
+#[tokio::test]
+async fn a_mixed_pair_is_refused_and_the_whole_pair_is_tried_at_once() {
+    let rig = Rig::start(json!({}));
+    assert_eq!(rig.generation().await, 1);
+    rig.sandbox.secret("key-2", "secret-2");
+    rig.write("app_key", "key-2");
+    until("the mixed pair's refusal", || rig.told() == ["refused"]).await;
+    assert_eq!(rig.generation().await, 1, "the old token stays in use");
+    let whole = Instant::now();
+    rig.write("app_secret", "secret-2");
+    until("the whole pair's trial", || rig.told() == ["refused", "accepted"]).await;
+    assert!(whole.elapsed() < Duration::from_secs(3) * MARGIN, "{:?}", whole.elapsed());
+    assert_eq!((rig.generation().await, rig.calls()), (2, 3));
+}
+
+#[tokio::test]
+async fn a_trial_that_failed_for_a_passing_reason_is_tried_again() {
+    let rig = Rig::start(json!({ "token": [{ "after": 1, "times": 2, "status": 500 }] }));
+    assert_eq!(rig.generation().await, 1);
+    rig.sandbox.secret("sandbox-app-key", "secret-2");
+    rig.write("app_secret", "secret-2");
+    until("the failed trial", || rig.told() == ["postponed"]).await;
+    assert_eq!(rig.generation().await, 1, "the old token stays in use");
+    until("the next trial", || rig.told() == ["postponed", "accepted"]).await;
+    assert_eq!((rig.generation().await, rig.calls()), (2, 4));
+}
+
+#[tokio::test]
+async fn an_empty_file_is_no_trial() {
+    let rig = Rig::start(json!({}));
+    assert_eq!(rig.generation().await, 1);
+    rig.write("app_secret", "");
+    rig.looks(2).await;
+    rig.write("app_secret", "sandbox-app-secret");
+    rig.looks(2).await;
+    assert_eq!((rig.calls(), rig.told().len()), (1, 0));
+    rig.write("app_secret", "wrong");
+    until("the control", || rig.told() == ["refused"]).await;
+}
+
+/// Driven by hand, since a refusal is remembered for longer than a test may take.
+#[tokio::test]
+async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_later() {
+    let rig = Rig::idle(json!({}), |_| {});
+    let mut fetcher = rig.fetcher();
+    fetcher.fetch(&rig.slot, false).await;
+    rig.write("app_secret", "of-tomorrow");
+    for _ in 0..2 {
+        fetcher.notice_secrets(&rig.slot);
+    }
+    assert!(fetcher.next(&rig.slot).is_trial);
+    fetcher.fetch(&rig.slot, true).await;
+    assert_eq!(rig.told(), ["refused"]);
+    let next = fetcher.next(&rig.slot);
+    let pause = next.at - Instant::now();
+    assert!(next.is_trial && (20..=30).contains(&pause.as_secs()), "{pause:?}");
+    assert!(fetcher.proven.retry.at(false, None) <= Instant::now(), "the old pair may be used at any time");
+    assert!(rig.slot.token().await.is_ok() && rig.slot.status().last_error.is_none());
+
+    // The cloud now takes the new secret only. The old pair fails when it is due, and the new one serves.
+    rig.sandbox.secret("sandbox-app-key", "of-tomorrow");
+    fetcher.fetch(&rig.slot, false).await;
+    assert_eq!(rig.slot.status().last_error, Some("refused"));
+    fetcher.fetch(&rig.slot, true).await;
+    assert_eq!((rig.told(), rig.generation().await), (vec!["refused".to_owned(), "accepted".to_owned()], 2));
+    assert!(fetcher.trial.is_none() && fetcher.next(&rig.slot).at > next.at);
+}
+
+/// What a request learns while a changed pair is on trial.
+#[tokio::test]
+async fn a_refusal_of_the_pair_in_use_is_final_only_when_no_trial_is_left() {
+    let rig = Rig::idle(json!({}), |token| token.wait = Duration::from_millis(50));
+    rig.sandbox.secret("sandbox-app-key", "of-tomorrow");
+    let mut fetcher = rig.fetcher();
+    fetcher.fetch(&rig.slot, false).await;
+    assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })), "the control");
+    rig.write("app_secret", "wrong");
+    for _ in 0..2 {
+        fetcher.notice_secrets(&rig.slot);
+    }
+    assert!(matches!(rig.slot.token().await, Err(TokenError::Unavailable { .. })), "a trial is to come");
+    fetcher.fetch(&rig.slot, true).await;
+    fetcher.fetch(&rig.slot, false).await;
+    assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })));
+}
+
+#[tokio::test]
+async fn a_failed_trial_does_not_answer_a_refusal_of_the_token_in_use() {
+    let rig = Rig::idle(json!({ "token": [{ "after": 1, "times": 1, "status": 500 }] }), |_| {});
+    let mut fetcher = rig.fetcher();
+    fetcher.fetch(&rig.slot, false).await;
+    rig.write("app_secret", "wrong");
+    for _ in 0..2 {
+        fetcher.notice_secrets(&rig.slot);
+    }
+    let slot = rig.slot.clone();
+    let replacement = beside(async move { slot.replace(1).await.map(|token| token.generation()) });
+    until("the wait", || rig.slot.is_awaited()).await;
+    fetcher.fetch(&rig.slot, true).await;
+    assert!(rig.slot.current().is_none() && !replacement.is_finished());
+    fetcher.fetch(&rig.slot, false).await;
+    assert_eq!(replacement.await.unwrap(), Ok(2));
+}
+
+#[tokio::test]
+async fn nothing_that_can_be_printed_holds_a_credential() {
+    let rig = Rig::start(json!({}));
+    let token = rig.slot.token().await.unwrap();
+    let issued = rig.sandbox.token_calls()[0].issued.clone().unwrap();
+    let status = serde_json::to_string(&rig.slot.status()).unwrap();
+    let error = FetchError::Invalid("x");
+    let printed = format!("{token:?} {:?} {error} {status} {:?}", rig.slot, token.authorization());
+    assert!(printed.contains("generation 1"), "{printed}");
+    for secret in [issued.as_str(), "sandbox-app-secret", "sandbox-app-key"] {
+        assert!(!printed.contains(secret), "{printed}");
+    }
+}
