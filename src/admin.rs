@@ -83,7 +83,7 @@ impl Admin {
             "/status" => {
                 let mut names: Vec<_> = ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).into();
                 names.extend(self.hosts.iter().cloned());
-                match Hosts::new(Some(names)).check(request.headers()) {
+                match Hosts::new(Some(names)).check(request.headers().get(header::HOST)) {
                     Ok(()) => reply(StatusCode::OK, JSON, format!("{:#}\n", self.status())),
                     Err(denied) => reply(StatusCode::MISDIRECTED_REQUEST, TEXT, format!("{denied}\n")),
                 }
@@ -101,9 +101,9 @@ impl Admin {
         if !self.audit.healthy() {
             reasons.push("the audit trail cannot be written".into());
         }
-        for (name, slot) in &self.state.slots {
-            if !slot.status().had_token {
-                reasons.push(format!("no token yet for credential {name}"));
+        for status in self.state.slots.iter().map(|slot| slot.status()) {
+            if !status.had_token {
+                reasons.push(format!("no token yet for credential {}", status.name));
             }
         }
         let ready = reasons.is_empty();
@@ -118,7 +118,7 @@ impl Admin {
             .iter()
             .map(|route| json!({ "name": *route.name, "path": route.path }))
             .collect();
-        let credentials: Vec<_> = self.state.slots.values().map(|slot| json!(slot.status())).collect();
+        let credentials: Vec<_> = self.state.slots.iter().map(|slot| json!(slot.status())).collect();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "listeners": self.addresses,

@@ -12,12 +12,13 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
+use http::HeaderValue;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
 use crate::{
     config::{self, PeerRule},
+    headers::Inbound,
     rate_limit::Limiter,
 };
 
@@ -38,16 +39,14 @@ pub enum Peer {
 /// A configured caller.
 #[derive(Debug)]
 pub struct Caller {
+    /// Its place in the configuration.
+    pub index: usize,
     /// Its name in the configuration, the audit trail and the metrics.
     pub name: Arc<str>,
     /// The operator it acts as when it names none.
     pub operator: HeaderValue,
     /// Other operators it may name.
     pub operators: Vec<HeaderValue>,
-    /// Name of its credential.
-    pub credential: String,
-    /// Names of the routes it may use.
-    pub routes: Vec<String>,
     /// Its own limit.
     pub limit: Limiter,
 }
@@ -106,8 +105,8 @@ impl Admission {
     /// Compiles the callers of a configuration.
     pub fn new(callers: &[config::Caller]) -> Self {
         let mut admission = Self { loopback: None, uids: HashMap::new(), gids: HashMap::new() };
-        for raw in callers {
-            let caller = Arc::new(Caller::new(raw));
+        for (index, raw) in callers.iter().enumerate() {
+            let caller = Arc::new(Caller::new(index, raw));
             match raw.peer {
                 PeerRule::Loopback => admission.loopback = Some(caller),
                 PeerRule::Uid(uid) => drop(admission.uids.insert(uid, caller)),
@@ -118,10 +117,10 @@ impl Admission {
     }
 
     /// Admits the request of a known caller.
-    pub fn admit(&self, peer: Peer, hosts: &Hosts, head: &Parts) -> Result<Admitted<'_>, Denied> {
-        check_head(&head.headers)?;
-        hosts.check(&head.headers)?;
-        if head.headers.contains_key(header::ORIGIN) || head.headers.contains_key("sec-fetch-site") {
+    pub fn admit(&self, peer: Peer, hosts: &Hosts, head: &Inbound<'_>) -> Result<Admitted<'_>, Denied> {
+        check_head(head)?;
+        hosts.check(head.host.first)?;
+        if head.is_browser {
             return Err(Denied::Browser);
         }
         self.find(peer).map(|caller| Admitted { caller }).ok_or(Denied::Caller)
@@ -137,13 +136,12 @@ impl Admission {
 }
 
 impl Caller {
-    fn new(raw: &config::Caller) -> Self {
+    fn new(index: usize, raw: &config::Caller) -> Self {
         Self {
+            index,
             name: raw.name.as_str().into(),
             operator: operator(&raw.operator_id),
             operators: raw.operators.iter().map(|id| operator(id)).collect(),
-            credential: raw.credential.clone(),
-            routes: raw.routes.clone(),
             limit: Limiter::new(raw.rate_limit),
         }
     }
@@ -155,41 +153,19 @@ fn operator(id: &str) -> HeaderValue {
 }
 
 /// Rules that keep a head unambiguous, whoever reads it.
-fn check_head(headers: &HeaderMap) -> Result<(), Denied> {
-    if headers.get_all(header::HOST).iter().count() != 1 {
+fn check_head(head: &Inbound<'_>) -> Result<(), Denied> {
+    if head.host.count != 1 {
         return Err(Denied::Head("exactly one Host header is needed"));
     }
-    if headers.get_all("x-userid").iter().count() > 1 {
+    if head.operator.count > 1 {
         return Err(Denied::Head("x-userid must not be given more than once"));
     }
-    if connection_options(headers).any(is_end_to_end) {
+    if head.drops_end_to_end {
         return Err(Denied::Head(
             "Connection must not name an end-to-end header such as x-userid (RFC 9110 §7.6.1)",
         ));
     }
     Ok(())
-}
-
-fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
-    headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(str::trim)
-}
-
-/// Headers on which the gateway or the upstream relies; dropping them on the way would change who acts.
-fn is_end_to_end(option: &str) -> bool {
-    const RELIED_ON: [HeaderName; 6] = [
-        header::AUTHORIZATION,
-        header::CONTENT_LENGTH,
-        header::CONTENT_TYPE,
-        header::HOST,
-        HeaderName::from_static("x-userid"),
-        HeaderName::from_static("x-app-key"),
-    ];
-    RELIED_ON.iter().any(|name| option.eq_ignore_ascii_case(name.as_str()))
 }
 
 impl Hosts {
@@ -198,10 +174,10 @@ impl Hosts {
         Self(names)
     }
 
-    /// Is the one `Host` of these headers a name of this listener?
-    pub fn check(&self, headers: &HeaderMap) -> Result<(), Denied> {
+    /// Is this `Host` a name of this listener?
+    pub fn check(&self, host: Option<&HeaderValue>) -> Result<(), Denied> {
         let Some(names) = &self.0 else { return Ok(()) };
-        let host = headers.get(header::HOST).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let host = host.and_then(|value| value.to_str().ok()).unwrap_or_default();
         let host = without_port(host);
         if names.iter().any(|name| name.eq_ignore_ascii_case(host)) { Ok(()) } else { Err(Denied::Host) }
     }
@@ -310,9 +286,7 @@ mod tests {
     #[test]
     fn a_host_is_compared_without_its_port() {
         let hosts = Hosts::new(Some(vec!["localhost".into(), "[::1]".into(), "127.0.0.1".into()]));
-        let verdict = |host: &'static str| {
-            hosts.check(&HeaderMap::from_iter([(header::HOST, HeaderValue::from_static(host))])).is_ok()
-        };
+        let verdict = |host: &'static str| hosts.check(Some(&HeaderValue::from_static(host))).is_ok();
         for good in ["localhost", "LOCALHOST:8080", "[::1]", "[::1]:8080", "127.0.0.1:1"] {
             assert!(verdict(good), "{good}");
         }
@@ -325,11 +299,10 @@ mod tests {
     fn an_address_mapped_into_ipv6_is_still_loopback() {
         let admission = Admission {
             loopback: Some(Arc::new(Caller {
+                index: 0,
                 name: "app".into(),
                 operator: HeaderValue::from_static("1"),
                 operators: Vec::new(),
-                credential: String::new(),
-                routes: Vec::new(),
                 limit: Limiter::unlimited(),
             })),
             uids: HashMap::new(),

@@ -3,7 +3,6 @@
 //! Builds all, binds all, and only then serves, so that a start that fails has served nobody.
 
 use std::{
-    collections::HashMap,
     future::Future,
     io,
     sync::Arc,
@@ -186,7 +185,7 @@ impl App {
             })
             .collect::<io::Result<Vec<JoinHandle<_>>>>()?;
         background.block_on(async {
-            for slot in state.slots.values() {
+            for slot in &state.slots {
                 tokio::spawn(slot.clone().run());
             }
             let admin_state = Admin {
@@ -253,7 +252,7 @@ fn slots(
     tls: &Arc<rustls::ClientConfig>,
     metrics: &crate::token::Metrics,
     audit: &Audit,
-) -> anyhow::Result<HashMap<String, Arc<Slot>>> {
+) -> anyhow::Result<Vec<Arc<Slot>>> {
     config
         .credentials
         .iter()
@@ -263,8 +262,7 @@ fn slots(
                 details.insert("credential".into(), json!(name));
                 audit.event(event, details);
             });
-            let slot = Slot::new(credential, &config.token, tls, metrics.clone(), events)?;
-            Ok((credential.name.clone(), slot))
+            Ok(Slot::new(credential, &config.token, tls, metrics.clone(), events)?)
         })
         .collect()
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header, request::Parts};
+use http::{HeaderName, HeaderValue, Method, Request, Response, Uri, header};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::{Instant, timeout};
@@ -21,7 +21,7 @@ use crate::{
     audit::{Audit, Record},
     contract::body::receive,
     error::{Code, Error, Stage, spent},
-    headers::credentials_in,
+    headers::Inbound,
     metrics::Metrics,
     outcome::Outcome,
     state::State,
@@ -62,14 +62,16 @@ impl Gateway {
         let mut record = self.audit.open(peer);
         let id = record.id();
         let (head, mut body) = request.into_parts();
-        let caller_id = caller_id(&head.headers);
-        if let Some(id) = &caller_id {
+        let inbound = Inbound::read(&head.headers);
+        let caller_id = inbound.caller_id.first.filter(|id| can_be_echoed(id));
+        if let Some(id) = caller_id {
             record.caller_id(text(id));
         }
-        if let Some(parent) = head.headers.get("traceparent").filter(|value| value.len() <= 128) {
+        if let Some(parent) = inbound.traceparent.first.filter(|value| value.len() <= 128) {
             record.traceparent(text(parent));
         }
-        let proxied = survive(self.proxy(peer, hosts, &head, &mut body, &mut record)).await;
+        let asked = Asked { hosts, method: &head.method, target: &head.uri, head: &inbound };
+        let proxied = survive(self.proxy(peer, asked, &mut body, &mut record)).await;
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
             Ok(reply) => {
                 self.metrics.answered(record.stage(), reply.outcome, None, begin.elapsed());
@@ -80,13 +82,13 @@ impl Gateway {
                 record.refuse(error.code, error.code.status().as_u16());
                 self.metrics.answered(stage, error.outcome, Some(error.code), begin.elapsed());
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
-                refuse(&error, stage, id, linger(&head, body).await)
+                refuse(&error, stage, id, linger(&inbound, body).await)
             }
         };
         let headers = response.headers_mut();
-        headers.insert(REQUEST_ID, header_value(&id.to_string()));
+        headers.insert(REQUEST_ID, request_id(id));
         if let Some(id) = caller_id {
-            headers.insert(CALLER_ID, id);
+            headers.insert(CALLER_ID, id.clone());
         }
         response
     }
@@ -98,9 +100,9 @@ impl Gateway {
         record.refuse(error.code, error.code.status().as_u16());
         self.metrics.answered(Stage::Admission, error.outcome, Some(error.code), Duration::ZERO);
         let (head, body) = request.into_parts();
-        linger(&head, body).await;
+        linger(&Inbound::read(&head.headers), body).await;
         let mut response = refuse(&error, Stage::Admission, record.id(), false);
-        response.headers_mut().insert(REQUEST_ID, header_value(&record.id().to_string()));
+        response.headers_mut().insert(REQUEST_ID, request_id(record.id()));
         response
     }
 
@@ -110,8 +112,7 @@ impl Gateway {
     async fn proxy(
         &self,
         peer: Peer,
-        hosts: &Hosts,
-        head: &Parts,
+        Asked { hosts, method, target, head }: Asked<'_>,
         body: &mut Incoming,
         record: &mut Record,
     ) -> Result<Reply, Error> {
@@ -121,10 +122,10 @@ impl Gateway {
         let admitted = state.admission.admit(peer, hosts, head)?;
         let caller = admitted.caller();
         record.caller(caller.name.clone());
-        self.metrics.credentials_dropped(credentials_in(&head.headers));
+        self.metrics.credentials_dropped(head.credentials);
 
         record.enter(Stage::Route);
-        let routed = state.routes.find(&admitted, head)?;
+        let routed = state.routes.find(&admitted, (method, target), head)?;
         let route = routed.route;
         record.route(route.name.clone());
         record.operator(text(routed.operator));
@@ -138,7 +139,7 @@ impl Gateway {
         let checked = route.contract.check(receive(head, body, state.body).await?)?;
 
         record.enter(Stage::Token);
-        let slot = state.slots.get(routed.credential).ok_or_else(|| Error::internal(false))?;
+        let slot = &state.slots[routed.access.credential];
         let token = slot.token().await?;
 
         record.enter(Stage::Quota);
@@ -157,7 +158,7 @@ impl Gateway {
             terms: state.terms.clone(),
             route: route.clone(),
             slot: slot.clone(),
-            cooldown: routed.cooldown.clone(),
+            cooldown: routed.access.cooldown.clone(),
             quota: state.quota.clone(),
             connection,
             token,
@@ -168,6 +169,14 @@ impl Gateway {
         };
         Ok(exchange.run().await?)
     }
+}
+
+/// What a request asks for, apart from its body.
+struct Asked<'a> {
+    hosts: &'a Hosts,
+    method: &'a Method,
+    target: &'a Uri,
+    head: &'a Inbound<'a>,
 }
 
 /// A response's body.
@@ -244,11 +253,11 @@ fn whole_seconds(wait: Duration) -> u64 {
 
 /// Reads and throws away the rest of a refused body, within bounds. Says whether the connection is clean
 /// for another request. A caller that waits for `100 Continue` is not asked to go on.
-async fn linger(head: &Parts, mut body: Incoming) -> bool {
+async fn linger(head: &Inbound<'_>, mut body: Incoming) -> bool {
     if body.is_end_stream() {
         return true;
     }
-    if head.headers.contains_key(header::EXPECT) || body.size_hint().lower() > LINGER_BYTES {
+    if head.expects_continue || head.expects_more || body.size_hint().lower() > LINGER_BYTES {
         return false;
     }
     let drained = async {
@@ -266,11 +275,10 @@ async fn linger(head: &Parts, mut body: Incoming) -> bool {
     timeout(LINGER_TIME, drained).await.unwrap_or(false)
 }
 
-/// The caller's own id of a request, if it is one that can be echoed.
-fn caller_id(headers: &HeaderMap) -> Option<HeaderValue> {
-    let id = headers.get(CALLER_ID)?;
+/// Whether a caller's own id of a request is one that can be echoed.
+fn can_be_echoed(id: &HeaderValue) -> bool {
     let plain = id.as_bytes().iter().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(b));
-    (plain && (1..=128).contains(&id.len())).then(|| id.clone())
+    plain && (1..=128).contains(&id.len())
 }
 
 fn text(value: &HeaderValue) -> String {
@@ -278,8 +286,8 @@ fn text(value: &HeaderValue) -> String {
 }
 
 #[expect(clippy::expect_used, reason = "a UUID is plain ASCII")]
-fn header_value(id: &str) -> HeaderValue {
-    HeaderValue::from_str(id).expect("ASCII")
+fn request_id(id: Uuid) -> HeaderValue {
+    HeaderValue::from_str(id.hyphenated().encode_lower(&mut Uuid::encode_buffer())).expect("ASCII")
 }
 
 /// Runs a future; `None` if it panics. The panic ends this request only.

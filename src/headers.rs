@@ -41,10 +41,90 @@ impl Outbound {
     }
 }
 
-/// How many headers of a caller look like a credential. They are dropped like all others, but counted: an
-/// app that sends one has not understood that it needs none.
-pub fn credentials_in(headers: &HeaderMap) -> usize {
-    headers.keys().filter(|name| looks_like_credential(name.as_str())).count()
+/// What the stages want to know of a caller's head, read in one pass.
+#[derive(Debug, Default)]
+pub struct Inbound<'a> {
+    /// `Host`, and how often it stands there.
+    pub host: Once<'a>,
+    /// `x-userid`.
+    pub operator: Once<'a>,
+    /// `Content-Type`.
+    pub content_type: Once<'a>,
+    /// `x-request-id`.
+    pub caller_id: Once<'a>,
+    /// `traceparent`.
+    pub traceparent: Once<'a>,
+    /// `Expect: 100-continue`.
+    pub expects_continue: bool,
+    /// Any other `Expect`.
+    pub expects_more: bool,
+    /// `Content-Encoding`.
+    pub is_coded: bool,
+    /// `Origin` or `Sec-Fetch-Site`. `Sec-Fetch-Mode` alone is no browser: Node's fetch sends it.
+    pub is_browser: bool,
+    /// `Connection` names a header on which the gateway or the upstream relies; dropping that on the way
+    /// would change who acts.
+    pub drops_end_to_end: bool,
+    /// Headers that look like a credential. They are dropped like all others, but counted: an app that sends
+    /// one has not understood that it needs none.
+    pub credentials: usize,
+}
+
+/// A header that should stand in a head at most once.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Once<'a> {
+    /// The first one.
+    pub first: Option<&'a HeaderValue>,
+    /// How many there are.
+    pub count: usize,
+}
+
+impl<'a> Once<'a> {
+    fn note(&mut self, value: &'a HeaderValue) {
+        self.first.get_or_insert(value);
+        self.count += 1;
+    }
+
+    /// The only one; `None` if there is none, or more than one.
+    pub fn only(&self) -> Option<&'a HeaderValue> {
+        self.first.filter(|_| self.count == 1)
+    }
+}
+
+impl<'a> Inbound<'a> {
+    /// Reads a caller's head.
+    pub fn read(headers: &'a HeaderMap) -> Self {
+        let mut inbound = Self::default();
+        for (name, value) in headers {
+            inbound.note(name.as_str(), value);
+        }
+        inbound
+    }
+
+    fn note(&mut self, name: &str, value: &'a HeaderValue) {
+        match name {
+            "host" => self.host.note(value),
+            "content-type" => self.content_type.note(value),
+            "content-encoding" => self.is_coded = true,
+            "connection" => self.drops_end_to_end |= names_end_to_end(value),
+            "expect" if value.as_bytes().eq_ignore_ascii_case(b"100-continue") => {
+                self.expects_continue = true;
+            }
+            "expect" => self.expects_more = true,
+            "origin" | "sec-fetch-site" => self.is_browser = true,
+            "x-userid" => self.operator.note(value),
+            "x-request-id" => self.caller_id.note(value),
+            "traceparent" => self.traceparent.note(value),
+            _ => self.credentials += usize::from(looks_like_credential(name)),
+        }
+    }
+}
+
+fn names_end_to_end(connection: &HeaderValue) -> bool {
+    const RELIED_ON: [&str; 6] =
+        ["authorization", "content-length", "content-type", "host", "x-userid", "x-app-key"];
+    let options = connection.to_str().unwrap_or_default().split(',').map(str::trim);
+    options.into_iter().any(|option| RELIED_ON.iter().any(|name| option.eq_ignore_ascii_case(name)))
 }
 
 /// Whether a header's name, in lower case, is one that credentials are sent in.
@@ -68,35 +148,44 @@ pub fn looks_like_credential(name: &str) -> bool {
 /// Strips a reply's head of what is not for the caller: hop-by-hop headers, those that `Connection` names,
 /// cookies, the server's name, and whatever could be taken for a word of the gateway.
 pub fn clean_reply(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = headers
+    if headers.keys().any(|name| is_not_for_callers(name.as_str())) {
+        strip(headers);
+    }
+}
+
+#[cold]
+fn strip(headers: &mut HeaderMap) {
+    let named = headers
         .get_all(header::CONNECTION)
         .iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
-        .filter_map(|option| option.trim().parse().ok())
-        .collect();
-    let ours: Vec<HeaderName> =
-        headers.keys().filter(|name| name.as_str().starts_with("x-gateway-")).cloned().collect();
-    for name in named.iter().chain(&ours).chain(&NOT_FOR_CALLERS) {
+        .filter_map(|option| option.trim().parse().ok());
+    let unwanted = headers.keys().filter(|name| is_not_for_callers(name.as_str())).cloned();
+    for name in named.chain(unwanted).collect::<Vec<HeaderName>>() {
         headers.remove(name);
     }
 }
 
-const NOT_FOR_CALLERS: [HeaderName; 13] = [
-    header::LOCATION, // a client that follows it would send the task somewhere else
-    header::CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-    HeaderName::from_static("proxy-connection"),
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-    header::SET_COOKIE,
-    header::SERVER,
-    HeaderName::from_static("x-request-id"),
-];
+fn is_not_for_callers(name: &str) -> bool {
+    matches!(
+        name,
+        // A client that follows it would send the task somewhere else.
+        "location"
+            | "connection"
+            | "keep-alive"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "proxy-connection"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+            | "set-cookie"
+            | "server"
+            | "x-request-id"
+    ) || name.starts_with("x-gateway-")
+}
 
 #[cfg(test)]
 mod tests {

@@ -5,13 +5,15 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use http::{HeaderValue, Method, Uri, request::Parts};
+use foldhash::fast::RandomState;
+use http::{HeaderValue, Method, Uri};
 use thiserror::Error;
 
 use crate::{
     admission::{Admitted, Caller},
     config,
     contract::{Contract, SchemaError},
+    headers::Inbound,
     outcome::ResultRule,
     token::Cooldown,
 };
@@ -31,15 +33,17 @@ pub struct Route {
     pub result: ResultRule,
     /// The longest that an exchange may take.
     pub timeout: Duration,
-    /// The credential of each caller that may use this route, by the caller's name.
-    access: HashMap<Arc<str>, Access>,
+    /// With what each caller may use this route, by the caller's index.
+    access: Vec<Option<Access>>,
 }
 
 /// With what a caller uses a route.
 #[derive(Debug)]
-struct Access {
-    credential: Arc<str>,
-    cooldown: Arc<Cooldown>,
+pub struct Access {
+    /// Index of the credential.
+    pub credential: usize,
+    /// Whether refused tokens of this credential on this route still cause fetches.
+    pub cooldown: Arc<Cooldown>,
 }
 
 /// A route that the caller may use, as the operator it may act as.
@@ -49,10 +53,8 @@ pub struct Routed<'a> {
     pub route: &'a Arc<Route>,
     /// Who acts, for `x-UserId`.
     pub operator: &'a HeaderValue,
-    /// Name of the credential to use.
-    pub credential: &'a str,
-    /// Whether refused tokens on this route still cause fetches.
-    pub cooldown: &'a Arc<Cooldown>,
+    /// With what.
+    pub access: &'a Access,
 }
 
 /// Why no route was found, or not for this caller.
@@ -104,24 +106,21 @@ pub enum RouteError {
 
 /// All routes, by exact path.
 #[derive(Debug)]
-pub struct Routes(HashMap<String, Arc<Route>>);
+pub struct Routes(HashMap<String, Arc<Route>, RandomState>);
 
 impl Routes {
     /// Compiles the routes of a configuration, contracts included.
     pub fn new(config: &config::Config) -> Result<Self, RouteError> {
-        let mut cooldowns = HashMap::<(Arc<str>, &str), Arc<Cooldown>>::new();
-        let mut routes = HashMap::new();
+        let mut routes = HashMap::with_hasher(RandomState::default());
         for raw in &config.routes {
-            let access = config
-                .callers
-                .iter()
-                .filter(|caller| caller.routes.contains(&raw.name))
-                .map(|caller| {
-                    let credential: Arc<str> = raw.credential.as_deref().unwrap_or(&caller.credential).into();
-                    let cooldown = cooldowns.entry((credential.clone(), &raw.name)).or_default().clone();
-                    (Arc::from(caller.name.as_str()), Access { credential, cooldown })
-                })
-                .collect();
+            let cooldowns: Vec<Arc<Cooldown>> = config.credentials.iter().map(|_| Arc::default()).collect();
+            let access_of = |caller: &config::Caller| {
+                let name = raw.credential.as_ref().unwrap_or(&caller.credential);
+                let credential = config.credentials.iter().position(|credential| credential.name == *name)?;
+                let may_use = caller.routes.contains(&raw.name);
+                may_use.then(|| Access { credential, cooldown: cooldowns[credential].clone() })
+            };
+            let access = config.callers.iter().map(access_of).collect();
             routes.insert(raw.path.clone(), Arc::new(Route::new(raw, config.upstream.timeout, access)?));
         }
         Ok(Self(routes))
@@ -133,22 +132,27 @@ impl Routes {
     }
 
     /// Finds the route of a request and checks that this caller may use it as this operator.
-    pub fn find<'a>(&'a self, admitted: &Admitted<'a>, head: &Parts) -> Result<Routed<'a>, NoRoute> {
+    pub fn find<'a>(
+        &'a self,
+        admitted: &Admitted<'a>,
+        (method, target): (&Method, &Uri),
+        head: &Inbound<'_>,
+    ) -> Result<Routed<'a>, NoRoute> {
         let caller = admitted.caller();
-        let path = plain_path(&head.uri)?;
+        let path = plain_path(target)?;
         let route = self.0.get(path).ok_or_else(|| NoRoute::Unknown(self.usable_by(caller)))?;
-        if head.method != Method::POST {
+        if *method != Method::POST {
             return Err(NoRoute::Method);
         }
-        let access = route.access.get(&caller.name).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
+        let access = route.access_of(caller).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
         let operator = acting_operator(caller, head)?;
-        Ok(Routed { route, operator, credential: &access.credential, cooldown: &access.cooldown })
+        Ok(Routed { route, operator, access })
     }
 
     fn usable_by(&self, caller: &Caller) -> Vec<String> {
         let mut paths: Vec<_> = self
             .iter()
-            .filter(|route| route.access.contains_key(&caller.name))
+            .filter(|route| route.access_of(caller).is_some())
             .map(|route| route.path.clone())
             .collect();
         paths.sort();
@@ -157,11 +161,11 @@ impl Routes {
 }
 
 impl Route {
-    fn new(
-        raw: &config::Route,
-        timeout: Duration,
-        access: HashMap<Arc<str>, Access>,
-    ) -> Result<Self, RouteError> {
+    fn access_of(&self, caller: &Caller) -> Option<&Access> {
+        self.access.get(caller.index)?.as_ref()
+    }
+
+    fn new(raw: &config::Route, timeout: Duration, access: Vec<Option<Access>>) -> Result<Self, RouteError> {
         Ok(Self {
             name: raw.name.as_str().into(),
             path: raw.path.clone(),
@@ -206,8 +210,8 @@ fn plain_path(uri: &Uri) -> Result<&str, NoRoute> {
     Ok(uri.path())
 }
 
-fn acting_operator<'a>(caller: &'a Caller, head: &Parts) -> Result<&'a HeaderValue, NoRoute> {
-    let Some(named) = head.headers.get("x-userid") else { return Ok(&caller.operator) };
+fn acting_operator<'a>(caller: &'a Caller, head: &Inbound<'_>) -> Result<&'a HeaderValue, NoRoute> {
+    let Some(named) = head.operator.first else { return Ok(&caller.operator) };
     std::iter::once(&caller.operator)
         .chain(&caller.operators)
         .find(|allowed| *allowed == named)

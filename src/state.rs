@@ -1,6 +1,6 @@
 //! Everything compiled from the configuration: immutable, shared by all workers.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use http::HeaderValue;
 
@@ -24,8 +24,8 @@ pub struct State {
     pub routes: Routes,
     /// Bounds of a body.
     pub body: body::Bounds,
-    /// One slot per credential, by its name.
-    pub slots: HashMap<String, Arc<Slot>>,
+    /// One slot per credential, in the configuration's order.
+    pub slots: Vec<Arc<Slot>>,
     /// The upstream's budget.
     pub quota: Arc<Limiter>,
     /// What is common to all exchanges.
@@ -34,7 +34,7 @@ pub struct State {
 
 impl State {
     /// Compiles a configuration.
-    pub fn new(config: &Config, slots: HashMap<String, Arc<Slot>>) -> Result<Self, RouteError> {
+    pub fn new(config: &Config, slots: Vec<Arc<Slot>>) -> Result<Self, RouteError> {
         Ok(Self {
             admission: Admission::new(&config.callers),
             routes: Routes::new(config)?,

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, header, request::Parts};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use thiserror::Error;
 use tokio::time::timeout;
+
+use crate::headers::Inbound;
 
 /// Why a body was not received.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -43,28 +44,23 @@ pub struct Bounds {
 
 /// Receives a whole body. What the head alone rules out is refused before a byte is read, so that a caller
 /// that waits for `100 Continue` sends nothing in vain.
-pub async fn receive(head: &Parts, body: &mut Incoming, bounds: Bounds) -> Result<Bytes, NotReceived> {
-    check_head(&head.headers)?;
+pub async fn receive(head: &Inbound<'_>, body: &mut Incoming, bounds: Bounds) -> Result<Bytes, NotReceived> {
+    check_head(head)?;
     if body.size_hint().lower() > bounds.size as u64 {
         return Err(NotReceived::TooLarge(bounds.size));
     }
     timeout(bounds.time, collect(body, bounds.size)).await.unwrap_or(Err(NotReceived::Timeout(bounds.time)))
 }
 
-fn check_head(headers: &HeaderMap) -> Result<(), NotReceived> {
-    if headers
-        .get_all(header::EXPECT)
-        .iter()
-        .any(|value| !value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
-    {
+fn check_head(head: &Inbound<'_>) -> Result<(), NotReceived> {
+    if head.expects_more {
         return Err(NotReceived::Expectation);
     }
-    if headers.contains_key(header::CONTENT_ENCODING) {
+    if head.is_coded {
         return Err(NotReceived::ContentCoding);
     }
-    let mut types = headers.get_all(header::CONTENT_TYPE).iter();
-    match (types.next().and_then(|value| value.to_str().ok()), types.next()) {
-        (Some(only), None) if is_json(only) => Ok(()),
+    match head.content_type.only().and_then(|value| value.to_str().ok()) {
+        Some(media_type) if is_json(media_type) => Ok(()),
         _ => Err(NotReceived::MediaType),
     }
 }
