@@ -154,6 +154,12 @@ fn operator(id: &str) -> HeaderValue {
 
 /// Rules that keep a head unambiguous, whoever reads it.
 fn check_head(head: &Inbound<'_>) -> Result<(), Denied> {
+    if head.is_old {
+        return Err(Denied::Head("HTTP/1.1 is needed"));
+    }
+    if head.is_transfer_coded {
+        return Err(Denied::Head("Transfer-Encoding must be chunked, and nothing else"));
+    }
     if head.host.count != 1 {
         return Err(Denied::Head("exactly one Host header is needed"));
     }

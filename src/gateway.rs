@@ -5,7 +5,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -25,7 +25,7 @@ use crate::{
     metrics::Metrics,
     outcome::Outcome,
     state::State,
-    upstream::{BrokenOff, Exchange, Reply, ReplyBody, pool::Pool},
+    upstream::{BrokenOff, Exchange, Piece, Reply, ReplyBody, pool::Pool},
 };
 
 /// What one worker needs to answer requests.
@@ -62,7 +62,7 @@ impl Gateway {
         let mut record = self.audit.open(peer);
         let id = record.id();
         let (head, mut body) = request.into_parts();
-        let inbound = Inbound::read(&head.headers);
+        let inbound = Inbound::read(&head);
         let caller_id = inbound.caller_id.first.filter(|id| can_be_echoed(id));
         if let Some(id) = caller_id {
             record.caller_id(text(id));
@@ -100,7 +100,7 @@ impl Gateway {
         record.refuse(error.code, error.code.status().as_u16());
         self.metrics.answered(Stage::Admission, error.outcome, Some(error.code), Duration::ZERO);
         let (head, body) = request.into_parts();
-        linger(&Inbound::read(&head.headers), body).await;
+        linger(&Inbound::read(&head), body).await;
         let mut response = refuse(&error, Stage::Admission, record.id(), false);
         response.headers_mut().insert(REQUEST_ID, request_id(record.id()));
         response
@@ -184,8 +184,8 @@ struct Asked<'a> {
 pub enum Answer {
     /// All there is.
     Whole(Option<Bytes>),
-    /// Pieces of a long reply.
-    Long(tokio::sync::mpsc::Receiver<Result<Bytes, BrokenOff>>),
+    /// Pieces of a long reply; `None` behind the last one.
+    Long(Option<tokio::sync::mpsc::Receiver<Piece>>),
 }
 
 impl Body for Answer {
@@ -198,12 +198,22 @@ impl Body for Answer {
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
         match self.get_mut() {
             Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Long(pieces) => pieces.poll_recv(cx).map(|piece| piece.map(|piece| piece.map(Frame::data))),
+            Self::Long(pieces) => {
+                let Some(coming) = pieces else { return Poll::Ready(None) };
+                Poll::Ready(Some(match ready!(coming.poll_recv(cx)) {
+                    Some(Piece::More(bytes)) => Ok(Frame::data(bytes)),
+                    Some(Piece::Last(bytes)) => {
+                        *pieces = None;
+                        Ok(Frame::data(bytes))
+                    }
+                    None => Err(BrokenOff),
+                }))
+            }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Whole(None))
+        matches!(self, Self::Whole(None) | Self::Long(None))
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -218,7 +228,7 @@ impl Body for Answer {
 fn answer(reply: Reply) -> Response<Answer> {
     let mut response = Response::new(match reply.body {
         ReplyBody::Whole(bytes) => Answer::Whole(Some(bytes)),
-        ReplyBody::Long(pieces) => Answer::Long(pieces),
+        ReplyBody::Long(pieces) => Answer::Long(Some(pieces)),
     });
     *response.status_mut() = reply.status;
     *response.headers_mut() = reply.headers;

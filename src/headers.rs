@@ -1,6 +1,6 @@
 //! What goes out to the upstream, an allow-list, and what does not come back to the caller, a deny-list.
 
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Version, header, request::Parts};
 
 use crate::token::Token;
 
@@ -50,6 +50,7 @@ pub struct Inbound<'a> {
     pub operator: Once<'a>,
     /// `Content-Type`.
     pub content_type: Once<'a>,
+    transfer_encoding: Once<'a>,
     /// `x-request-id`.
     pub caller_id: Once<'a>,
     /// `traceparent`.
@@ -62,9 +63,13 @@ pub struct Inbound<'a> {
     pub is_coded: bool,
     /// `Origin` or `Sec-Fetch-Site`. `Sec-Fetch-Mode` alone is no browser: Node's fetch sends it.
     pub is_browser: bool,
-    /// `Connection` names a header on which the gateway or the upstream relies; dropping that on the way
-    /// would change who acts.
+    /// `Connection` names a header on which the gateway or the upstream relies, so that dropping it on the way
+    /// would change who acts; or cannot be read.
     pub drops_end_to_end: bool,
+    /// `Transfer-Encoding` is another than `chunked`, or stands twice.
+    pub is_transfer_coded: bool,
+    /// HTTP/1.0, which can't be told that a reply broke off.
+    pub is_old: bool,
     /// Headers that look like a credential. They are dropped like all others, but counted: an app that sends
     /// one has not understood that it needs none.
     pub credentials: usize,
@@ -93,11 +98,15 @@ impl<'a> Once<'a> {
 
 impl<'a> Inbound<'a> {
     /// Reads a caller's head.
-    pub fn read(headers: &'a HeaderMap) -> Self {
-        let mut inbound = Self::default();
-        for (name, value) in headers {
+    pub fn read(head: &'a Parts) -> Self {
+        let mut inbound = Self { is_old: head.version != Version::HTTP_11, ..Self::default() };
+        for (name, value) in &head.headers {
             inbound.note(name.as_str(), value);
         }
+        inbound.is_transfer_coded = match inbound.transfer_encoding.count {
+            0 => false,
+            _ => inbound.transfer_encoding.only().is_none_or(|coding| !is_token(coding, "chunked")),
+        };
         inbound
     }
 
@@ -105,9 +114,10 @@ impl<'a> Inbound<'a> {
         match name {
             "host" => self.host.note(value),
             "content-type" => self.content_type.note(value),
+            "transfer-encoding" => self.transfer_encoding.note(value),
             "content-encoding" => self.is_coded = true,
             "connection" => self.drops_end_to_end |= names_end_to_end(value),
-            "expect" if value.as_bytes().eq_ignore_ascii_case(b"100-continue") => {
+            "expect" if is_token(value, "100-continue") => {
                 self.expects_continue = true;
             }
             "expect" => self.expects_more = true,
@@ -120,11 +130,18 @@ impl<'a> Inbound<'a> {
     }
 }
 
+fn is_token(value: &HeaderValue, token: &str) -> bool {
+    value.as_bytes().eq_ignore_ascii_case(token.as_bytes())
+}
+
 fn names_end_to_end(connection: &HeaderValue) -> bool {
     const RELIED_ON: [&str; 6] =
         ["authorization", "content-length", "content-type", "host", "x-userid", "x-app-key"];
-    let options = connection.to_str().unwrap_or_default().split(',').map(str::trim);
-    options.into_iter().any(|option| RELIED_ON.iter().any(|name| option.eq_ignore_ascii_case(name)))
+    let Ok(options) = connection.to_str() else { return true };
+    options
+        .split(',')
+        .map(str::trim)
+        .any(|option| RELIED_ON.iter().any(|name| option.eq_ignore_ascii_case(name)))
 }
 
 /// Whether a header's name, in lower case, is one that credentials are sent in.
@@ -182,7 +199,14 @@ fn is_not_for_callers(name: &str) -> bool {
             | "transfer-encoding"
             | "upgrade"
             | "set-cookie"
+            | "set-cookie2"
             | "server"
+            | "refresh"
+            // An upstream that echoes our head would give the credential away; and callers have none to ask for.
+            | "authorization"
+            | "x-app-key"
+            | "x-userid"
+            | "www-authenticate"
             | "x-request-id"
     ) || name.starts_with("x-gateway-")
 }

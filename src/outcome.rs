@@ -6,7 +6,7 @@
 use std::{borrow::Cow, fmt};
 
 use http::{HeaderMap, StatusCode, header};
-use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// The outcome of a request, sent as `x-gateway-outcome` and recorded in the audit trail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -95,7 +95,7 @@ impl ResultRule {
 
     fn classify_ok(&self, reply: Reply<'_>) -> Verdict {
         let unknown = Verdict { outcome: Outcome::Unknown, result_code: None };
-        let coded = reply.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity");
+        let coded = reply.headers.get_all(header::CONTENT_ENCODING).iter().any(|coding| coding != "identity");
         if coded {
             return unknown;
         }
@@ -181,25 +181,91 @@ impl<'de> Visitor<'de> for TopLevel<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some(key) = map.next_key::<Cow<'_, str>>()? {
-            if key == self.field {
-                // The raw text, so that a code survives whatever its type.
-                let raw: Box<serde_json::value::RawValue> = map.next_value()?;
-                self.codes.push(ResultCode::read(raw.get()).map_err(A::Error::custom)?);
+        // A code counts once something stands behind it: a cut number is another number.
+        let mut last = None;
+        while let Some(is_code) = map.next_key_seed(IsField(self.field))? {
+            self.codes.extend(last.take());
+            if is_code {
+                last = Some(map.next_value::<ResultCode>()?);
             } else {
                 map.next_value::<IgnoredAny>()?;
             }
         }
+        self.codes.extend(last);
         Ok(())
     }
 }
 
-impl ResultCode {
-    fn read(raw: &str) -> serde_json::Result<Self> {
-        Ok(match raw.as_bytes() {
-            [b'"', ..] => Self::Text(serde_json::from_str(raw)?),
-            _ => raw.parse().map_or(Self::Other, Self::Number),
-        })
+/// Whether a key is this field.
+struct IsField<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for IsField<'_> {
+    type Value = bool;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for IsField<'_> {
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E>(self, key: &str) -> Result<bool, E> {
+        Ok(key == self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ResultCode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(AnyCode)
+    }
+}
+
+struct AnyCode;
+
+impl<'de> Visitor<'de> for AnyCode {
+    type Value = ResultCode;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<ResultCode, E> {
+        Ok(ResultCode::Text(text.to_owned()))
+    }
+
+    fn visit_u64<E>(self, number: u64) -> Result<ResultCode, E> {
+        Ok(ResultCode::Number(number))
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<ResultCode, E> {
+        Ok(ResultCode::Other)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<ResultCode, E> {
+        Ok(ResultCode::Other)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<ResultCode, E> {
+        Ok(ResultCode::Other)
+    }
+
+    fn visit_unit<E>(self) -> Result<ResultCode, E> {
+        Ok(ResultCode::Other)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<ResultCode, A::Error> {
+        while items.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(ResultCode::Other)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<ResultCode, A::Error> {
+        while members.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(ResultCode::Other)
     }
 }
 
@@ -295,6 +361,10 @@ mod tests {
     #[test]
     fn a_long_reply_is_judged_by_its_beginning() {
         assert_eq!(verdict(200, r#"{"resultCode":"0409000","rows":[1,2"#, true).outcome, Outcome::Succeeded);
+        assert_eq!(verdict(200, r#"{"resultCode":409000,"rows":[1,2"#, true).outcome, Outcome::Succeeded);
+        for cut in [r#"{"resultCode":409"#, r#"{"resultCode": 0409"#, r#"{"resultCode":"0409"#] {
+            assert_eq!(verdict(200, cut, true).outcome, Outcome::Unknown, "{cut}");
+        }
         assert_eq!(verdict(200, r#"{"resultCode":0409000,"rows":[1,2"#, true).outcome, Outcome::Succeeded);
         assert_eq!(verdict(200, r#"{"rows":[1,2"#, true).outcome, Outcome::Unknown);
         assert_eq!(verdict(200, r#"{"resultCode":"0409000","rows":[1,}"#, true).outcome, Outcome::Unknown);

@@ -93,8 +93,18 @@ pub struct Reply {
 pub enum ReplyBody {
     /// Read whole.
     Whole(Bytes),
-    /// Longer than what decides: handed on as it comes. An error aborts the caller's connection.
-    Long(mpsc::Receiver<Result<Bytes, BrokenOff>>),
+    /// Longer than what decides: handed on as it comes. Without a [`Piece::Last`] it broke off, and the
+    /// caller's connection is aborted.
+    Long(mpsc::Receiver<Piece>),
+}
+
+/// A piece of a long reply.
+#[derive(Debug)]
+pub enum Piece {
+    /// More will come.
+    More(Bytes),
+    /// The end.
+    Last(Bytes),
 }
 
 /// A long reply broke off.
@@ -120,8 +130,8 @@ struct Progress {
     answered: u32,
     /// Where the connection's counter stood before the last request, or behind the last answer.
     mark: u64,
-    /// The last answer refused the token.
-    refused: bool,
+    /// The answer that refused the token.
+    refused: Option<StatusCode>,
 }
 
 /// Why an attempt brought no answer.
@@ -148,7 +158,7 @@ impl Exchange {
 
     async fn drive(mut self) -> Result<Reply, Failure> {
         let deadline = Instant::now() + self.route.timeout;
-        let mut progress = Progress { answered: 0, mark: self.connection.written(), refused: false };
+        let mut progress = Progress { answered: 0, mark: self.connection.written(), refused: None };
         match timeout_at(deadline, self.attempts(&mut progress)).await {
             Ok(Ok(arrived)) => self.conclude(arrived, progress.answered, deadline),
             Ok(Err(Broken::Unreachable)) => Err(self.fail(&progress, Code::UpstreamUnreachable)),
@@ -158,11 +168,12 @@ impl Exchange {
     }
 
     async fn attempts(&mut self, progress: &mut Progress) -> Result<Arrived, Broken> {
-        let first = self.attempt(progress).await?;
+        let mut first = self.attempt(progress).await?;
         if !self.is_refusal(first.status) {
             return Ok(first);
         }
-        progress.refused = true;
+        progress.refused = Some(first.status);
+        first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
         let Some(token) = self.another_token().await else { return Ok(first) };
         self.token = token;
         self.quota.overdraw();
@@ -205,6 +216,9 @@ impl Exchange {
             let request = self.request();
             match self.connection.send(request).await {
                 Ok(response) => {
+                    if response.status().is_informational() {
+                        return Err(Broken::BrokeOff); // 101: we asked for no other protocol
+                    }
                     let arrived = Arrived::read(response).await.map_err(|_| Broken::BrokeOff)?;
                     progress.mark = self.connection.written();
                     progress.answered += 1;
@@ -268,12 +282,9 @@ impl Exchange {
             }
             Some(rest) => {
                 let (sender, receiver) = mpsc::channel(1);
-                let tail = Tail { rest, sender, record: self.record, answer, connection: self.connection };
-                let room = self.room;
-                tokio::spawn(async move {
-                    tail.run(body, deadline).await;
-                    drop(room);
-                });
+                let open = Some((self.record, answer));
+                let tail = Tail { rest, sender: Some(sender), open, _room: self.room };
+                tokio::spawn(tail.run(body, self.connection, deadline));
                 ReplyBody::Long(receiver)
             }
         };
@@ -285,14 +296,14 @@ impl Exchange {
         let sent = self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
-            (false, true) => (Code::CredentialRejected, Outcome::Refused),
-            (false, false) => (Code::UpstreamUnreachable, Outcome::NotSent),
+            (false, Some(_)) => (Code::CredentialRejected, Outcome::Refused),
+            (false, None) => (Code::UpstreamUnreachable, Outcome::NotSent),
         };
         self.record.finish(Answer {
             outcome,
             code: Some(code),
             status: Some(code.status().as_u16()),
-            upstream_status: None,
+            upstream_status: progress.refused.filter(|_| !sent).map(|status| status.as_u16()),
             result_code: None,
             attempts: progress.answered + u32::from(sent),
             token_generation: self.token.generation(),
@@ -339,39 +350,59 @@ impl Arrived {
 /// The rest of a long reply. Reads on when the caller is gone, so that the record says how it ended.
 struct Tail {
     rest: Incoming,
-    sender: mpsc::Sender<Result<Bytes, BrokenOff>>,
-    record: Record,
-    answer: Answer,
-    connection: Reserved,
+    /// `None` once the caller is gone or does not take what comes.
+    sender: Option<mpsc::Sender<Piece>>,
+    /// The record and what it will say; `None` once it is closed.
+    open: Option<(Record, Answer)>,
+    _room: Room,
 }
 
 impl Tail {
     /// Hands on each piece once the next one is there, so that the outcome is recorded before the last.
-    async fn run(mut self, first: Bytes, deadline: Instant) {
+    async fn run(mut self, first: Bytes, connection: Reserved, deadline: Instant) {
         let mut held = first;
         loop {
             match timeout_at(deadline, self.rest.frame()).await {
                 Ok(Some(Ok(frame))) => {
                     let Ok(data) = frame.into_data() else { continue };
-                    let ready = std::mem::replace(&mut held, data);
-                    let _ = timeout_at(deadline, self.sender.send(Ok(ready))).await;
+                    self.hand_on(Piece::More(std::mem::replace(&mut held, data)), deadline).await;
                 }
                 Ok(None) => {
-                    self.record.finish(self.answer);
-                    self.connection.give_back();
-                    let _ = timeout_at(deadline, self.sender.send(Ok(held))).await;
-                    return;
+                    self.close(self.not_taken());
+                    connection.give_back();
+                    return self.hand_on(Piece::Last(held), deadline).await;
                 }
                 Ok(Some(Err(_))) | Err(_) => {
-                    self.record.finish(Answer {
-                        note: Some("the reply broke off behind its first 64 KiB"),
-                        ..self.answer
-                    });
-                    let _ = timeout_at(deadline, self.sender.send(Err(BrokenOff))).await;
-                    return;
+                    let broken = "the reply broke off behind its first 64 KiB";
+                    return self.close(self.not_taken().or(Some(broken)));
                 }
             }
         }
+    }
+
+    fn not_taken(&self) -> Option<&'static str> {
+        self.sender.is_none().then_some("the caller did not take all of the reply")
+    }
+
+    /// A piece that is lost must be the last one that is tried: the caller shall see the break.
+    async fn hand_on(&mut self, piece: Piece, deadline: Instant) {
+        let Some(sender) = &self.sender else { return };
+        if !matches!(timeout_at(deadline, sender.send(piece)).await, Ok(Ok(()))) {
+            self.sender = None;
+        }
+    }
+
+    fn close(&mut self, note: Option<&'static str>) {
+        if let Some((record, answer)) = self.open.take() {
+            record.finish(Answer { note, ..answer });
+        }
+    }
+}
+
+/// Cut off by a stop: what the caller was told is what the record says.
+impl Drop for Tail {
+    fn drop(&mut self) {
+        self.close(Some("the gateway stopped while the reply was passed on"));
     }
 }
 

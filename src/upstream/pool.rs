@@ -27,6 +27,7 @@ use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{OwnedSemaphorePermit, Semaphore},
+    task::AbortHandle,
     time::timeout,
 };
 
@@ -47,6 +48,17 @@ pub enum NoConnection {
     /// The connection closed before the first request.
     #[error("the upstream closed a new connection")]
     Closed,
+}
+
+/// Why a request got no answer.
+#[derive(Debug, Error)]
+pub enum SendError {
+    /// There is no connection.
+    #[error("no connection")]
+    Closed,
+    /// The exchange broke off.
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
 }
 
 /// Counts of upstream connections.
@@ -90,21 +102,31 @@ struct Idle {
     since: Instant,
 }
 
-/// A live connection to the upstream.
+/// A live connection to the upstream. Dropped, it is closed at once, whatever its other side does.
 #[derive(Debug)]
 struct Connection {
     sender: http1::SendRequest<Full<Bytes>>,
+    task: AbortHandle,
     written: Arc<AtomicU64>,
     /// The same socket once more, to ask the kernel whether the upstream closed it.
     probe: OwnedFd,
 }
 
-/// A connection reserved for one exchange. It goes back to the pool only by [`Reserved::give_back`]; a
-/// dropped one is closed, since nobody knows what still lies in it.
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A connection reserved for one exchange. It goes back to the pool by [`Reserved::give_back`], or dropped
+/// before it was used; any other is closed, since nobody knows what still lies in it.
 #[derive(Debug)]
 pub struct Reserved {
     pool: Arc<Pool>,
-    connection: Connection,
+    /// `None` only while this is dropped.
+    connection: Option<Connection>,
+    /// Nothing lies in it that belongs to somebody else.
+    clean: bool,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -131,7 +153,7 @@ impl Pool {
             Some(connection) => connection,
             None => self.connect().await?,
         };
-        Ok(Reserved { pool: self.clone(), connection, _permit: permit })
+        Ok(Reserved { pool: self.clone(), connection: Some(connection), clean: true, _permit: permit })
     }
 
     /// Closes what has idled too long or was closed by the upstream. To be called about once a second.
@@ -175,13 +197,13 @@ impl Pool {
             .map_err(|_| NoConnection::Closed)?;
         self.metrics.connects.with_label_values(&["ok"]).inc();
         let open = Open::count(&self.metrics.open);
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             let _open = open;
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "upstream connection ended");
             }
         });
-        Ok(Connection { sender, written, probe })
+        Ok(Connection { sender, task: task.abort_handle(), written, probe })
     }
 
     fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Idle>> {
@@ -189,34 +211,48 @@ impl Pool {
     }
 }
 
+impl Connection {
+    fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+}
+
 impl Reserved {
     /// Sends a request and waits for the head of the answer.
-    pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, hyper::Error> {
-        self.connection.sender.ready().await?;
-        self.connection.sender.send_request(request).await
+    pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, SendError> {
+        self.clean = false;
+        let connection = self.connection.as_mut().ok_or(SendError::Closed)?;
+        connection.sender.ready().await?;
+        Ok(connection.sender.send_request(request).await?)
     }
 
     /// Bytes written on this connection so far. If the number has not moved, nothing was sent.
     pub fn written(&self) -> u64 {
-        self.connection.written.load(Ordering::Relaxed)
+        self.connection.as_ref().map_or(0, Connection::written)
     }
 
     /// Replaces a dead connection by a new one, keeping its place under the cap.
     pub async fn reconnect(&mut self) -> Result<(), NoConnection> {
-        self.connection = self.pool.connect().await?;
+        self.connection = Some(self.pool.connect().await?);
         Ok(())
     }
 
     /// Whether it can carry another request.
     pub fn is_closed(&self) -> bool {
-        self.connection.sender.is_closed()
+        self.connection.as_ref().is_none_or(|connection| connection.sender.is_closed())
     }
 
     /// Gives the connection back after its answer was read to the end.
-    pub fn give_back(self) {
-        if !self.is_closed() {
-            let Self { pool, connection, _permit } = self;
-            pool.idle().push(Idle { connection, since: Instant::now() });
+    pub fn give_back(mut self) {
+        self.clean = true;
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let reusable = self.clean && !self.is_closed();
+        if let Some(connection) = self.connection.take().filter(|_| reusable) {
+            self.pool.idle().push(Idle { connection, since: Instant::now() });
         }
     }
 }
@@ -253,9 +289,13 @@ struct Counted {
 
 impl Counted {
     fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(bytes)) = &written {
-            self.written.fetch_add(*bytes as u64, Ordering::Relaxed);
-        }
+        let bytes = match (&written, &self.stream) {
+            (Poll::Ready(Ok(bytes)), _) => *bytes as u64,
+            // A TLS record may have left in part before the error.
+            (Poll::Ready(Err(_)), Stream::Tls(_)) => 1,
+            (Poll::Ready(Err(_)), Stream::Plain(_)) | (Poll::Pending, _) => 0,
+        };
+        self.written.fetch_add(bytes, Ordering::Relaxed);
         written
     }
 }

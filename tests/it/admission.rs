@@ -24,6 +24,7 @@ fn a_callers_own_credentials_and_identities_never_reach_the_upstream() {
         ("x-userid: 999\r\n", "operator_denied"),
         ("x-userid: 1611917095665261978\r\nx-userid: 1611917095665261978\r\n", "head_invalid"),
         ("x-userid: 1611917095665261978\r\nconnection: x-userid\r\n", "head_invalid"),
+        ("x-userid: 1611917095665261978\r\nconnection: x-userid, \u{ff}\r\n", "head_invalid"),
         ("host: evil\r\n", "head_invalid"),
         ("origin: http://evil\r\n", "browser_refused"),
         ("sec-fetch-site: cross-site\r\n", "browser_refused"),
@@ -43,6 +44,26 @@ fn a_callers_own_credentials_and_identities_never_reach_the_upstream() {
     }
     let metrics = gateway.admin("/metrics").body;
     assert!(metrics.contains("ccsqm_gateway_credential_headers_dropped_total 2"), "{metrics}");
+}
+
+#[test]
+fn only_http_1_1_with_plain_chunks_is_spoken() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let chunked = format!("{:x}\r\n{BODY}\r\n0\r\n\r\n", BODY.len());
+    let coded =
+        |coding: &str| head(0, "").replace("content-length: 0", &format!("transfer-encoding: {coding}"));
+    let old = head(BODY.len(), "").replace("HTTP/1.1", "HTTP/1.0");
+    for (head, body, code) in [
+        (old, BODY, "head_invalid"),
+        (coded("gzip, chunked"), &chunked, "head_invalid"),
+        (coded("chunked\r\ntransfer-encoding: chunked"), &chunked, "head_invalid"),
+        (coded("chunked"), &chunked, ""),
+        (head(BODY.len(), ""), BODY, ""),
+    ] {
+        assert_eq!(gateway.send(&head, body).code(), code, "{head}");
+    }
+    assert_eq!(sandbox.requests().len(), 2);
 }
 
 #[test]

@@ -313,3 +313,19 @@ fn a_long_answer_that_comes_slowly_is_not_taken_for_an_idle_connection() {
     }
     assert!(read > 20_000_000, "{read} bytes");
 }
+
+#[test]
+fn a_caller_that_takes_a_long_answer_too_slowly_sees_that_it_was_cut() {
+    let sandbox = sandbox();
+    let slow = Setup::default().set("upstream.timeout", "1s").set("upstream.connect_timeout", "1s");
+    let gateway = start_with(&sandbox, slow);
+    script(&sandbox, json!({ "business": [{ "size": 30_000_000, "framing": "chunked" }] }));
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    let record = &gateway.records("outcome", 1)[0];
+    assert_eq!(record["outcome"], "succeeded");
+    assert!(record["note"].as_str().is_some_and(|note| note.contains("caller")), "{record}");
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    assert!(bytes.len() < 30_000_000 && !bytes.ends_with(b"0\r\n\r\n"), "{} bytes", bytes.len());
+}

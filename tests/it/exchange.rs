@@ -102,6 +102,7 @@ fn breaks() -> Vec<Row> {
         (json!([{ "framing": "half_body" }]), 502, "unknown", 1, 0),
         (json!([{ "framing": { "cut": 0 } }]), 502, "unknown", 1, 0),
         (json!([{ "framing": { "slow_body_ms": 300 } }]), 504, "unknown", 1, 0),
+        (json!([{ "interim": 101 }]), 502, "unknown", 1, 0),
         (json!([{ "headers": [["X-Huge", "x".repeat(1_000_000)]] }]), 502, "unknown", 1, 0),
     ]
 }
@@ -119,6 +120,7 @@ fn refusals() -> Vec<Row> {
         (then(json!({ "instead": "hang" })), 504, "unknown", 2, 1),
         (json!([{ "status": 401, "framing": "half_body" }]), 502, "unknown", 1, 0),
         (json!([{ "status": 401, "then": "close", "times": 1 }]), 200, "succeeded", 2, 1),
+        (json!([{ "status": 401, "size": 2_000_000, "times": 1 }]), 200, "succeeded", 2, 1),
         (json!([{ "status": 401 }]), 502, "refused", 2, 1),
         (json!([{ "status": 401 }]), 502, "refused", 1, 0), // the cool-down: no fetch
     ]
@@ -173,7 +175,7 @@ fn an_answer_passes_as_it_came_but_for_what_is_not_for_callers() {
     fault(
         &sandbox,
         json!({ "body": said, "content_type": "text/x-anything", "headers": [
-            ["Set-Cookie", "a=b"], ["Server", "x"], ["X-Gateway-Outcome", "failed"], ["Connection", "x-request-id"],
+            ["Set-Cookie", "a=b"], ["Server", "x"], ["Authorization", "Bearer x"], ["WWW-Authenticate", "Bearer"], ["X-Gateway-Outcome", "failed"], ["Connection", "x-request-id"],
         ] }),
     );
     let reply = gateway.call(); // reading it asserts that every header is on the list of allowed ones
