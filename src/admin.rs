@@ -10,7 +10,7 @@ use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::Semaphore};
 
 use crate::{
     admission::{Bounds, Hosts},
@@ -37,11 +37,15 @@ pub struct Admin {
     pub notice: Option<&'static str>,
 }
 
+/// Open connections; further ones are closed at once.
+const MAX_CONNECTIONS: usize = 64;
+
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
 
 /// Serves until the runtime ends.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -51,8 +55,10 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
                 continue;
             }
         };
+        let Ok(permit) = connections.clone().try_acquire_owned() else { continue };
         let admin = admin.clone();
         tokio::spawn(async move {
+            let _permit = permit;
             let service = service_fn(|request| {
                 let response = admin.answer(&request);
                 async move { Ok::<_, Infallible>(response) }

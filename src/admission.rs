@@ -198,11 +198,15 @@ fn without_port(host: &str) -> &str {
     }
 }
 
+/// So many connections over the cap are told so at once; what goes beyond is closed without a word.
+const MAX_SURPLUS: usize = 64;
+
 /// The bounds on concurrent work, shared by all workers.
 #[derive(Debug)]
 pub struct Bounds {
     draining: AtomicBool,
     connections: AtomicUsize,
+    surplus: AtomicUsize,
     in_flight: AtomicUsize,
     max_connections: usize,
     max_in_flight: usize,
@@ -223,6 +227,7 @@ impl Bounds {
         Self {
             draining: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
+            surplus: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             max_connections: server.max_connections,
             max_in_flight: server.max_in_flight,
@@ -235,10 +240,18 @@ impl Bounds {
         self.take(|bounds| &bounds.connections, self.max_connections)
     }
 
+    /// Room for a connection over the cap, which is only told so.
+    pub fn surplus_connection(self: &Arc<Self>) -> Result<Room, Denied> {
+        self.take(|bounds| &bounds.surplus, MAX_SURPLUS)
+    }
+
     /// Room for a request. It goes with the exchange, so that a stop waits for an exchange whose caller left.
-    pub fn request(self: &Arc<Self>) -> Result<Room, Denied> {
+    pub fn request(self: &Arc<Self>, surplus: bool) -> Result<Room, Denied> {
         if self.is_draining() {
             return Err(Denied::Draining);
+        }
+        if surplus {
+            return Err(Denied::Overloaded);
         }
         self.take(|bounds| &bounds.in_flight, self.max_in_flight)
     }

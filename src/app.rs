@@ -24,7 +24,7 @@ use crate::{
     admission::Bounds,
     audit::{self, Audit},
     config::{Config, LOOPBACK_NOTICE, ListenAddress},
-    connect::{Connector, client_tls},
+    connect::{Connector, client_tls, no_tls},
     gateway::Gateway,
     metrics::Metrics,
     server::{self, Bound, connection::Deadlines},
@@ -63,7 +63,10 @@ impl App {
     pub fn build(config: Config) -> anyhow::Result<Self> {
         let background = Builder::new_current_thread().enable_all().build()?;
         let (metrics, parts, audit_metrics) = Metrics::new()?;
-        let tls = client_tls(config.upstream.ca_file.as_deref())?;
+        let tls = match config.upstream.base_url.tls || config.token.url.tls {
+            true => client_tls(config.upstream.ca_file.as_deref())?,
+            false => no_tls()?,
+        };
         let connector = Connector::new(&config.upstream.base_url, &tls, config.upstream.connect_timeout)?;
         let options = audit::Options {
             directory: config.audit.directory.clone(),
@@ -179,8 +182,10 @@ impl App {
                         let listeners =
                             listeners.into_iter().map(|listener| listener()).collect::<io::Result<_>>()?;
                         serve_until_drained(gateway, listeners, deadlines, stopped, drained).await;
-                        Ok(())
-                    })
+                        io::Result::Ok(())
+                    })?;
+                    runtime.shutdown_background(); // a resolver that hangs must not hold the stop
+                    Ok(())
                 })
             })
             .collect::<io::Result<Vec<JoinHandle<_>>>>()?;
@@ -221,6 +226,7 @@ impl App {
             }
         }
         audit.close();
+        background.shutdown_background();
         Ok(())
     }
 }

@@ -8,9 +8,9 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustls::{
@@ -21,6 +21,7 @@ use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, lookup_host},
+    task::JoinHandle,
     time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -95,6 +96,15 @@ pub fn client_tls(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError>
             ca_file.map_or("the system has none".into(), |path| format!("{} has none", path.display()));
         return Err(TlsError::NoRoots(place));
     }
+    trusting(roots)
+}
+
+/// For plain connections only: trusts nobody, and reads no root from anywhere.
+pub fn no_tls() -> Result<Arc<ClientConfig>, TlsError> {
+    trusting(RootCertStore::empty())
+}
+
+fn trusting(roots: RootCertStore) -> Result<Arc<ClientConfig>, TlsError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
@@ -104,13 +114,14 @@ pub fn client_tls(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError>
     Ok(Arc::new(config))
 }
 
-/// Connects to one host.
+/// Connects to one host. Clones share what is known of its addresses.
 #[derive(Clone)]
 pub struct Connector {
     host: Arc<str>,
     port: u16,
     tls: Option<(TlsConnector, ServerName<'static>)>,
     timeout: Duration,
+    addresses: Arc<Addresses>,
 }
 
 impl std::fmt::Debug for Connector {
@@ -124,7 +135,8 @@ impl Connector {
     pub fn new(url: &Url, tls: &Arc<ClientConfig>, timeout: Duration) -> Result<Self, TlsError> {
         let name = || ServerName::try_from(url.host.clone());
         let tls = if url.tls { Some((TlsConnector::from(tls.clone()), name()?)) } else { None };
-        Ok(Self { host: url.host.as_str().into(), port: url.port, tls, timeout })
+        let addresses = Arc::default();
+        Ok(Self { host: url.host.as_str().into(), port: url.port, tls, timeout, addresses })
     }
 
     /// A new connection.
@@ -141,18 +153,75 @@ impl Connector {
     }
 
     async fn dial_tcp(&self) -> Result<TcpStream, ConnectError> {
-        if let Ok(ip) = self.host.parse::<IpAddr>() {
-            return Ok(TcpStream::connect(SocketAddr::new(ip, self.port)).await?);
+        let begin = Instant::now();
+        let addresses = match self.host.parse::<IpAddr>() {
+            Ok(ip) => vec![SocketAddr::new(ip, self.port)],
+            Err(_) => self.addresses.resolve(&self.host, self.port).await.map_err(ConnectError::Resolve)?,
+        };
+        let (stream, address) = dial_any(&addresses, self.timeout.saturating_sub(begin.elapsed())).await?;
+        self.addresses.prefer(address);
+        Ok(stream)
+    }
+}
+
+/// Tries the addresses in turn. One that does not answer leaves time for the others.
+async fn dial_any(addresses: &[SocketAddr], time: Duration) -> io::Result<(TcpStream, SocketAddr)> {
+    let begin = Instant::now();
+    let mut failed = io::ErrorKind::NotFound.into();
+    for (i, address) in addresses.iter().enumerate() {
+        let left = time.saturating_sub(begin.elapsed());
+        let share = left / u32::try_from(addresses.len() - i).unwrap_or(u32::MAX);
+        match timeout(share, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => return Ok((stream, *address)),
+            Ok(Err(error)) => failed = error,
+            Err(_) => failed = io::ErrorKind::TimedOut.into(),
         }
-        let addresses = lookup_host((&*self.host, self.port)).await.map_err(ConnectError::Resolve)?;
-        let mut failed = io::ErrorKind::NotFound.into();
-        for address in addresses {
-            match TcpStream::connect(address).await {
-                Ok(stream) => return Ok(stream),
-                Err(error) => failed = error,
+    }
+    Err(failed)
+}
+
+/// What is known of a host's addresses.
+#[derive(Debug, Default)]
+struct Addresses {
+    /// The question that is under way. It outlives who asked it, so that a resolver that hangs holds one
+    /// thread and not one for every caller.
+    asking: tokio::sync::Mutex<Option<JoinHandle<io::Result<Vec<SocketAddr>>>>>,
+    /// The last answer, the address that answered last in front.
+    known: Mutex<Vec<SocketAddr>>,
+}
+
+impl Addresses {
+    /// Asks the system's resolver; while that has no answer, the last one counts.
+    async fn resolve(&self, host: &Arc<str>, port: u16) -> io::Result<Vec<SocketAddr>> {
+        let mut asking = self.asking.lock().await;
+        let question = asking.get_or_insert_with(|| {
+            let host = host.clone();
+            tokio::spawn(async move { Ok(lookup_host((&*host, port)).await?.collect()) })
+        });
+        let answer = question.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        *asking = None;
+        let mut known = self.known();
+        match answer {
+            Ok(mut addresses) => {
+                let preferred = known.first().copied();
+                addresses.sort_by_key(|address| Some(*address) != preferred);
+                known.clone_from(&addresses);
+                Ok(addresses)
+            }
+            Err(error) if known.is_empty() => Err(error),
+            Err(error) => {
+                tracing::warn!(%error, %host, "the name does not resolve; its last addresses are used");
+                Ok(known.clone())
             }
         }
-        Err(ConnectError::Connect(failed))
+    }
+
+    fn prefer(&self, answered: SocketAddr) {
+        self.known().sort_by_key(|address| *address != answered);
+    }
+
+    fn known(&self) -> MutexGuard<'_, Vec<SocketAddr>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -221,6 +290,55 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A listener whose queue is full, so that nobody answers there.
+    fn silent() -> (SocketAddr, socket2::Socket, Vec<socket2::Socket>) {
+        let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        listener.listen(0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let callers = (0..4).map(|_| {
+            let caller = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            caller.set_nonblocking(true).unwrap();
+            let _ = caller.connect(&address);
+            caller
+        });
+        (address.as_socket().unwrap(), listener, callers.collect())
+    }
+
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_leaves_time_for_the_next() {
+        let (silent, _listener, _callers) = silent();
+        let good = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let answering = good.local_addr().unwrap();
+        let time = Duration::from_secs(2);
+        let (_, address) = dial_any(&[silent, answering], time).await.unwrap();
+        assert_eq!(address, answering);
+        let error = dial_any(&[silent, silent], time / 4).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "the control");
+    }
+
+    #[tokio::test]
+    async fn the_address_that_answered_last_comes_first_and_counts_while_the_resolver_fails() {
+        let addresses = Addresses::default();
+        let resolve = |host: &'static str| addresses.resolve_for_test(host);
+        let (one, two) = ("127.0.0.1:1".parse().unwrap(), "127.0.0.2:1".parse().unwrap());
+        assert!(resolve("no-such-host.invalid").await.is_err(), "the control");
+        *addresses.known() = vec![one, two];
+        addresses.prefer(two);
+        assert_eq!(resolve("no-such-host.invalid").await.unwrap(), [two, one]);
+    }
+
+    impl Addresses {
+        async fn resolve_for_test(&self, host: &str) -> io::Result<Vec<SocketAddr>> {
+            self.resolve(&host.into(), 1).await
         }
     }
 }

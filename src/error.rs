@@ -18,6 +18,7 @@ use crate::{
     outcome::Outcome,
     rate_limit::Spent,
     route::NoRoute,
+    server::connection::Left,
     token::TokenError,
     upstream::{Failure, pool::NoConnection},
 };
@@ -192,14 +193,16 @@ impl Code {
             Self::HostUnknown => StatusCode::MISDIRECTED_REQUEST,
             Self::ContractViolation => StatusCode::UNPROCESSABLE_ENTITY,
             Self::RateLimited | Self::QuotaExhausted => StatusCode::TOO_MANY_REQUESTS,
-            Self::CallerLeft | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
             Self::CredentialRefused
             | Self::UpstreamUnreachable
             | Self::UpstreamBroken
             | Self::CredentialRejected => StatusCode::BAD_GATEWAY,
-            Self::Draining | Self::Overloaded | Self::TokenUnavailable | Self::AuditUnavailable => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Draining
+            | Self::Overloaded
+            | Self::TokenUnavailable
+            | Self::AuditUnavailable
+            | Self::CallerLeft => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -383,6 +386,12 @@ impl From<TokenError> for Error {
                 )
             },
         }
+    }
+}
+
+impl From<Left> for Error {
+    fn from(left: Left) -> Self {
+        Self::not_sent(Code::CallerLeft, left)
     }
 }
 

@@ -17,13 +17,14 @@ use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::{
-    admission::{Bounds, Denied, Hosts, Peer},
+    admission::{Bounds, Hosts, Peer},
     audit::{Audit, Record},
     contract::body::receive,
     error::{Code, Error, Stage, spent},
     headers::Inbound,
     metrics::Metrics,
     outcome::Outcome,
+    server::connection::Presence,
     state::State,
     upstream::{BrokenOff, Exchange, Piece, Reply, ReplyBody, pool::Pool},
 };
@@ -57,9 +58,9 @@ impl Gateway {
     /// Answers one request. Cannot fail: an error becomes a response, a panic becomes 500, and the record
     /// closes itself if the caller leaves before the intent. After the intent the exchange goes on without
     /// the caller.
-    pub async fn handle(&self, peer: Peer, hosts: &Hosts, request: Request<Incoming>) -> Response<Answer> {
+    pub async fn handle(&self, from: Arrival<'_>, request: Request<Incoming>) -> Response<Answer> {
         let begin = Instant::now();
-        let mut record = self.audit.open(peer);
+        let mut record = self.audit.open(from.peer);
         let id = record.id();
         let (head, mut body) = request.into_parts();
         let inbound = Inbound::read(&head);
@@ -70,8 +71,8 @@ impl Gateway {
         if let Some(parent) = inbound.traceparent.first.filter(|value| value.len() <= 128) {
             record.traceparent(text(parent));
         }
-        let asked = Asked { hosts, method: &head.method, target: &head.uri, head: &inbound };
-        let proxied = survive(self.proxy(peer, asked, &mut body, &mut record)).await;
+        let target = (&head.method, &head.uri);
+        let proxied = survive(self.proxy(from, target, &inbound, &mut body, &mut record)).await;
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
             Ok(reply) => {
                 self.metrics.answered(record.stage(), reply.outcome, None, begin.elapsed());
@@ -82,7 +83,8 @@ impl Gateway {
                 record.refuse(error.code, error.code.status().as_u16());
                 self.metrics.answered(stage, error.outcome, Some(error.code), begin.elapsed());
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
-                refuse(&error, stage, id, linger(&inbound, body).await)
+                let clean = linger(&inbound, body).await && !from.surplus;
+                refuse(&error, stage, id, clean)
             }
         };
         let headers = response.headers_mut();
@@ -93,39 +95,27 @@ impl Gateway {
         response
     }
 
-    /// Answers the one request of a connection that is over the cap.
-    pub async fn overloaded(&self, peer: Peer, request: Request<Incoming>) -> Response<Answer> {
-        let mut record = self.audit.open(peer);
-        let error = Error::from(Denied::Overloaded);
-        record.refuse(error.code, error.code.status().as_u16());
-        self.metrics.answered(Stage::Admission, error.outcome, Some(error.code), Duration::ZERO);
-        let (head, body) = request.into_parts();
-        linger(&Inbound::read(&head), body).await;
-        let mut response = refuse(&error, Stage::Admission, record.id(), false);
-        response.headers_mut().insert(REQUEST_ID, request_id(record.id()));
-        response
-    }
-
     /// The way of a request. The order of these lines is the security argument: nothing is looked up for a
     /// stranger, nothing is read for a caller over its limit, no token is spent on a bad body, and nothing
     /// leaves before its intent is safe.
     async fn proxy(
         &self,
-        peer: Peer,
-        Asked { hosts, method, target, head }: Asked<'_>,
+        from: Arrival<'_>,
+        target: (&Method, &Uri),
+        head: &Inbound<'_>,
         body: &mut Incoming,
         record: &mut Record,
     ) -> Result<Reply, Error> {
         let state = &self.state;
 
-        let room = self.bounds.request()?;
-        let admitted = state.admission.admit(peer, hosts, head)?;
+        let room = self.bounds.request(from.surplus)?;
+        let admitted = state.admission.admit(from.peer, from.hosts, head)?;
         let caller = admitted.caller();
         record.caller(caller.name.clone());
         self.metrics.credentials_dropped(head.credentials);
 
         record.enter(Stage::Route);
-        let routed = state.routes.find(&admitted, (method, target), head)?;
+        let routed = state.routes.find(&admitted, target, head)?;
         let route = routed.route;
         record.route(route.name.clone());
         record.operator(text(routed.operator));
@@ -140,7 +130,7 @@ impl Gateway {
 
         record.enter(Stage::Token);
         let slot = &state.slots[routed.access.credential];
-        let token = slot.token().await?;
+        let token = from.presence.during(slot.token()).await??;
 
         record.enter(Stage::Quota);
         let within = state.quota.take();
@@ -148,7 +138,7 @@ impl Gateway {
         within.map_err(|limit| spent(Code::QuotaExhausted, limit))?;
 
         record.enter(Stage::Audit);
-        let connection = self.pool.reserve().await?;
+        let connection = from.presence.during(self.pool.reserve()).await??;
         let mut members = Vec::new();
         checked.audit_members(&mut members);
         record.intent(checked.bytes(), members).await?;
@@ -171,12 +161,17 @@ impl Gateway {
     }
 }
 
-/// What a request asks for, apart from its body.
-struct Asked<'a> {
-    hosts: &'a Hosts,
-    method: &'a Method,
-    target: &'a Uri,
-    head: &'a Inbound<'a>,
+/// Where a request comes from.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival<'a> {
+    /// Who is at the other end of the connection.
+    pub peer: Peer,
+    /// The names of the listener.
+    pub hosts: &'a Hosts,
+    /// Whether the caller is still there.
+    pub presence: &'a Presence,
+    /// The connection is over the cap: its one request is refused.
+    pub surplus: bool,
 }
 
 /// A response's body.

@@ -119,8 +119,9 @@ fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
 fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Vec<Socket>> {
     let address = SockAddr::unix(path)?;
     if path.symlink_metadata().is_ok_and(|meta| meta.file_type().is_socket()) {
-        if Socket::new(Domain::UNIX, Type::STREAM, None)?.connect(&address).is_ok() {
-            return Err(io::ErrorKind::AddrInUse.into());
+        match Socket::new(Domain::UNIX, Type::STREAM, None)?.connect(&address) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            Ok(()) | Err(_) => return Err(io::ErrorKind::AddrInUse.into()),
         }
         std::fs::remove_file(path)?; // left behind by a process that is gone
     }
@@ -181,10 +182,11 @@ async fn accept(
     alive: mpsc::Sender<()>,
 ) {
     loop {
+        // On a stop, who is connected already is still accepted, and told: a reset would leave it in doubt.
         let accepted = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => return,
             accepted = listener.accept() => accepted,
+            _ = stop.wait_for(|stop| *stop) => return,
         };
         match accepted {
             Ok((stream, peer)) => {

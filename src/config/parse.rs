@@ -262,8 +262,9 @@ fn read_token(context: &mut Context<'_>, root: &mut Table, base_url: &Url) -> To
             let mut parsed = Vec::new();
             for Found { value, place, key } in statuses {
                 match value.parse::<StatusCode>() {
-                    Ok(status) if status.is_client_error() => parsed.push(status),
-                    _ => context.problem(&place, key, "must be a list of statuses from 400 to 499"),
+                    // A replay is safe only where the answer says that nothing was done.
+                    Ok(status) if matches!(status.as_u16(), 401 | 403 | 418) => parsed.push(status),
+                    _ => context.problem(&place, key, "must be a list of 401, 403 or 418"),
                 }
             }
             parsed

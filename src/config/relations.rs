@@ -22,7 +22,8 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must be at least server.workers";
         between(context, ["upstream.max_connections", "server.workers"], reason);
     }
-    if upstream.ca_file.is_none()
+    if (upstream.base_url.tls || config.token.url.tls)
+        && upstream.ca_file.is_none()
         && !context.is_doubtful("upstream.ca_file")
         && let Err(reason) = files::system_roots()
     {

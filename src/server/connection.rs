@@ -7,6 +7,7 @@ use std::{
     convert::Infallible,
     future::{Future, poll_fn},
     io,
+    os::fd::AsFd,
     pin::{Pin, pin},
     sync::{
         Arc, LazyLock,
@@ -18,8 +19,10 @@ use std::{
 
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::RecvFlags;
+use thiserror::Error;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpStream, UnixStream},
     sync::watch,
     time::{Instant, Sleep, sleep, sleep_until},
@@ -28,7 +31,7 @@ use tokio::{
 use crate::{
     admission::{Hosts, Peer},
     config,
-    gateway::Gateway,
+    gateway::{Arrival, Gateway},
 };
 
 /// A head may be this large; hyper answers a larger one with 431.
@@ -37,6 +40,12 @@ const MAX_HEAD: usize = 64 * 1024;
 /// How long and how much a closing connection is read on, so that the caller receives the last answer.
 const LINGER_TIME: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 256 * 1024;
+
+/// Who closes its side of the connection within this time of its request has nothing more to say.
+const HALF_CLOSE: Duration = Duration::from_millis(200);
+
+/// A head has no longer than this once the gateway stops, or on a connection over the cap.
+const STOP_HEADER: Duration = Duration::from_secs(1);
 
 /// The deadlines of a connection.
 #[derive(Clone, Copy, Debug)]
@@ -80,14 +89,52 @@ struct Watch {
     since: AtomicU64,
     /// The caller may still be sending what nobody reads.
     unread: AtomicBool,
+    presence: Presence,
+}
+
+/// Whether the caller is still there while its request waits.
+///
+/// A caller that gave up may call again, so that a request which had to wait for something must not go out
+/// behind its back. A sending side that was closed looks the same whether the caller left or has nothing more
+/// to say; but who has nothing more to say closes it with its request, and who gives up does so later.
+#[derive(Debug, Default)]
+pub struct Presence {
+    waits: AtomicBool,
+    half_closed: AtomicBool,
+    gone: AtomicBool,
+}
+
+/// The caller closed its connection, or its side of it, while its request waited.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("the caller closed its side of the connection while the request waited; nothing was sent")]
+pub struct Left;
+
+impl Presence {
+    /// Waits for something, unless the caller leaves meanwhile. What is there at once costs nothing.
+    pub async fn during<F: Future>(&self, wait: F) -> Result<F::Output, Left> {
+        let mut wait = pin!(wait);
+        let output = poll_fn(|cx| {
+            if self.gone.load(Ordering::Relaxed) {
+                return Poll::Ready(Err(Left));
+            }
+            let polled = wait.as_mut().poll(cx);
+            self.waits.store(polled.is_pending(), Ordering::Relaxed);
+            polled.map(Ok)
+        });
+        output.await
+    }
 }
 
 static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 impl Watch {
     fn new() -> Self {
-        let watch =
-            Self { phase: AtomicU8::new(0), since: AtomicU64::new(0), unread: AtomicBool::new(false) };
+        let watch = Self {
+            phase: AtomicU8::new(0),
+            since: AtomicU64::new(0),
+            unread: AtomicBool::new(false),
+            presence: Presence::default(),
+        };
         watch.enter(Phase::Head); // a new connection has as long for its first head as a begun one
         watch
     }
@@ -114,6 +161,18 @@ impl Watch {
         }
     }
 
+    /// The caller's side has ended while its request waits: has the caller left?
+    fn is_gone(&self, end: End) -> bool {
+        let Presence { half_closed, gone, .. } = &self.presence;
+        let since = *EPOCH + Duration::from_millis(self.since.load(Ordering::Relaxed));
+        match end {
+            End::Closed if half_closed.load(Ordering::Relaxed) => return false,
+            End::Closed if since.elapsed() < HALF_CLOSE => half_closed.store(true, Ordering::Relaxed),
+            End::Closed | End::Reset => gone.store(true, Ordering::Relaxed),
+        }
+        gone.load(Ordering::Relaxed)
+    }
+
     /// What to call the end of the present phase.
     fn reason(&self) -> &'static str {
         if self.is(Phase::Head) { "header_timeout" } else { "idle_timeout" }
@@ -126,22 +185,26 @@ pub async fn serve(
     hosts: Arc<Hosts>,
     stream: Stream,
     peer: Peer,
-    deadlines: Deadlines,
+    mut deadlines: Deadlines,
     mut stop: watch::Receiver<bool>,
 ) {
     let room = gateway.bounds.connection();
-    let overloaded = room.is_err();
+    let surplus = room.is_err();
+    let _room = match room.or_else(|_| gateway.bounds.surplus_connection()) {
+        Ok(room) => room,
+        Err(_) => return gateway.metrics.connection_closed("overloaded"),
+    };
+    if surplus {
+        deadlines.header = deadlines.header.min(STOP_HEADER);
+    }
     let watch = Arc::new(Watch::new());
     let socket = Watched { stream, watch: watch.clone(), linger: None };
+    let (gateway, hosts, watch) = (&*gateway, &*hosts, &*watch);
     let service = service_fn(|request| {
-        let (gateway, hosts, watch) = (gateway.clone(), hosts.clone(), watch.clone());
         watch.enter(Phase::Busy);
         async move {
-            let response = if overloaded {
-                gateway.overloaded(peer, request).await
-            } else {
-                gateway.handle(peer, &hosts, request).await
-            };
+            let from = Arrival { peer, hosts, presence: &watch.presence, surplus };
+            let response = gateway.handle(from, request).await;
             watch.unread.store(response.headers().contains_key(http::header::CONNECTION), Ordering::Relaxed);
             watch.enter(Phase::Idle);
             Ok::<_, Infallible>(response)
@@ -152,7 +215,7 @@ pub async fn serve(
             .timer(TokioTimer::new())
             .header_read_timeout(None)
             .half_close(true)
-            .keep_alive(!overloaded)
+            .keep_alive(!surplus)
             .max_buf_size(MAX_HEAD)
             .serve_connection(TokioIo::new(socket), service)
     );
@@ -170,12 +233,12 @@ pub async fn serve(
                 }
                 return;
             }
-            () = overdue(timer.as_mut(), &watch, deadlines) => {
-                gateway.metrics.connection_closed(watch.reason());
-                return;
+            () = overdue(timer.as_mut(), watch, deadlines) => {
+                return gateway.metrics.connection_closed(watch.reason());
             }
             _ = stop.wait_for(|stop| *stop), if !stopping => {
                 stopping = true;
+                deadlines.header = deadlines.header.min(STOP_HEADER);
                 connection.as_mut().graceful_shutdown();
             }
         }
@@ -257,8 +320,16 @@ impl AsyncWrite for Watched {
         true
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(())) // sockets have no buffer of their own
+    /// Sockets have no buffer of their own. hyper does not read while a request is worked on, but it flushes
+    /// whenever it was woken.
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.watch.presence.waits.load(Ordering::Relaxed)
+            && let Poll::Ready(end) = self.stream.poll_end(cx)
+            && self.watch.is_gone(end)
+        {
+            cx.waker().wake_by_ref();
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -271,6 +342,13 @@ impl AsyncWrite for Watched {
         }
         self.poll_linger(cx)
     }
+}
+
+/// How much can be read, without reading it.
+fn peek(socket: impl AsFd) -> io::Result<usize> {
+    let mut byte = [0_u8; 1];
+    let (_, bytes) = rustix::net::recv(socket, &mut byte[..], RecvFlags::PEEK | RecvFlags::DONTWAIT)?;
+    Ok(bytes)
 }
 
 impl Watched {
@@ -300,7 +378,38 @@ impl Watched {
     }
 }
 
+/// How the other side of a connection has ended.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    /// It sends no more.
+    Closed,
+    /// It is gone.
+    Reset,
+}
+
 impl Stream {
+    /// Ready when the other side has closed or reset the connection; not when it has more to say.
+    fn poll_end(&self, cx: &mut Context<'_>) -> Poll<End> {
+        loop {
+            let peeked = match self {
+                Self::Tcp(stream) => {
+                    let _ = ready!(stream.poll_read_ready(cx));
+                    stream.try_io(Interest::READABLE, || peek(stream))
+                }
+                Self::Unix(stream) => {
+                    let _ = ready!(stream.poll_read_ready(cx));
+                    stream.try_io(Interest::READABLE, || peek(stream))
+                }
+            };
+            match peeked {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return Poll::Ready(End::Reset),
+                Ok(0) => return Poll::Ready(End::Closed),
+                Ok(_) => return Poll::Pending,
+            }
+        }
+    }
+
     fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),

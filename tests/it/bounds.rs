@@ -329,3 +329,106 @@ fn a_caller_that_takes_a_long_answer_too_slowly_sees_that_it_was_cut() {
     let _ = stream.read_to_end(&mut bytes);
     assert!(bytes.len() < 30_000_000 && !bytes.ends_with(b"0\r\n\r\n"), "{} bytes", bytes.len());
 }
+
+/// Ways to leave while a request waits.
+const WAYS: [&str; 3] = ["fin", "reset", "half-close"];
+
+/// Sends a whole request and leaves once `waits` says that it waits for something.
+fn leave(gateway: &Gateway, way: &str, waits: impl Fn() -> bool) -> Option<Reply> {
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    // Who closes its side at once has only nothing more to say.
+    let sent = Instant::now();
+    wait_for("the wait", || (waits() && sent.elapsed() > Duration::from_millis(400)).then_some(()));
+    match way {
+        "fin" => drop(stream),
+        "reset" => {
+            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(stream);
+        }
+        _ => {
+            stream.shutdown(Shutdown::Write).unwrap();
+            return Some(read_reply(&mut stream));
+        }
+    }
+    None
+}
+
+#[test]
+fn a_caller_that_leaves_while_its_request_waits_for_a_token_is_not_forwarded() {
+    for way in WAYS {
+        let sandbox = sandbox();
+        script(&sandbox, json!({ "token": [{ "delay_ms": 1500, "times": 1 }] }));
+        let gateway = start(&sandbox);
+        thread::scope(|scope| {
+            let stays = scope.spawn(|| gateway.call());
+            wait_for("the token call", || (sandbox.token_calls().len() == 1).then_some(()));
+            let in_flight = || metric(&gateway, "requests_in_flight 2");
+            if let Some(reply) = leave(&gateway, way, in_flight) {
+                assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "caller_left", "not_sent"));
+            }
+            let refusal = gateway.records("refusal", 1).remove(0);
+            assert_eq!(
+                (&refusal["code"], &refusal["stage"]),
+                (&json!("caller_left"), &json!("token")),
+                "{way}"
+            );
+            assert_eq!(stays.join().unwrap().outcome(), "succeeded", "the control");
+        });
+        assert_eq!(sandbox.requests().len(), 1, "{way}");
+    }
+}
+
+#[test]
+fn a_caller_that_leaves_while_its_request_waits_for_a_connection_is_not_forwarded() {
+    for way in WAYS {
+        let sandbox = sandbox();
+        let (ca, tls) = certificate("localhost", false);
+        let secure =
+            Sandbox::start(Options { tls: Some(tls), token_listener: true, ..Options::default() }).unwrap();
+        let folder = Arc::new(tempfile::TempDir::new().unwrap());
+        let ca_file = folder.path().join("ca.pem");
+        std::fs::write(&ca_file, ca).unwrap();
+        let base_url = Some(secure.url().replace("127.0.0.1", "localhost"));
+        let token_url = Some(secure.token_url().replace("127.0.0.1", "localhost"));
+        let setup = Setup { base_url, token_url, folder: Some(folder), ..Setup::default() }
+            .set("upstream.ca_file", ca_file.display());
+        let gateway = start_with(&sandbox, setup);
+        wait_for("the token", || (gateway.admin("/readyz").status == 200).then_some(()));
+        // The handshake waits for a second, then fails: the request is refused in any case.
+        script(&secure, json!({ "connections": [{ "instead": "close", "delay_ms": 1000, "times": 1 }] }));
+        let before = secure.connections().accepted;
+        if let Some(reply) = leave(&gateway, way, || secure.connections().accepted > before) {
+            assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "caller_left", "not_sent"));
+        }
+        assert_eq!(gateway.records("refusal", 1)[0]["code"], "caller_left", "{way}");
+        let reply = gateway.call();
+        assert_eq!(reply.outcome(), "succeeded", "the control after {way}: {reply:?} {}", gateway.log());
+        assert_eq!(secure.requests().len(), 1, "{way}");
+    }
+}
+
+#[test]
+fn a_caller_that_closes_its_side_with_its_request_may_wait() {
+    let sandbox = sandbox();
+    script(&sandbox, json!({ "token": [{ "delay_ms": 800, "times": 1 }] }));
+    let gateway = start(&sandbox);
+    let keep = head(BODY.len(), "").replace("connection: close\r\n", "");
+    assert_eq!(gateway.send_and_finish(&keep, BODY).outcome(), "succeeded");
+}
+
+#[test]
+fn strangers_that_only_connect_cannot_use_up_files() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("server.max_connections", 10));
+    let files = || std::fs::read_dir(format!("/proc/{}/fd", gateway.id())).unwrap().count();
+    let before = files();
+    let held: Vec<_> = (0..500).map(|_| TcpStream::connect(gateway.address).unwrap()).collect();
+    wait_for("the surplus to be closed", || {
+        metric(&gateway, r#"connections_closed_total{reason="overloaded"} "#).then_some(())
+    });
+    assert!(files() < before + 150, "{} files", files() - before);
+    drop(held);
+    wait_for("room", || metric(&gateway, "connections 0").then_some(()));
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}

@@ -2,10 +2,11 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     net::TcpStream,
     path::Path,
     process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
@@ -97,4 +98,49 @@ fn a_low_soft_limit_on_open_files_is_raised_to_the_hard_one() {
         let is_gateway = fs::read_link(format!("{process}/exe")).unwrap() == Path::new(BINARY);
         (is_gateway && soft == hard).then_some(())
     });
+}
+
+#[test]
+fn a_stop_tells_who_is_connected_and_waits_for_no_stranger() {
+    let sandbox = sandbox();
+    let mut gateway = start(&sandbox);
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    sandbox.faults(serde_json::from_value(json!({ "business": [{ "delay_ms": 700 }] })).unwrap()).unwrap();
+    let request = head(BODY.len(), "") + BODY;
+    let mut in_flight = TcpStream::connect(gateway.address).unwrap();
+    in_flight.write_all(request.as_bytes()).unwrap();
+    wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
+    let mut half_a_head = TcpStream::connect(gateway.address).unwrap();
+    half_a_head.write_all(&request.as_bytes()[..30]).unwrap();
+    let mut begun = TcpStream::connect(gateway.address).unwrap();
+    begun.write_all(&request.as_bytes()[..30]).unwrap();
+    wait_for("three connections", || {
+        gateway.admin("/metrics").body.contains("ccsqm_gateway_connections 3").then_some(())
+    });
+    let stop = Instant::now();
+    gateway.signal("-TERM");
+    wait_for("the stop", || gateway.log().contains("stopping").then_some(()));
+    begun.write_all(&request.as_bytes()[30..]).unwrap();
+    let reply = read_reply(&mut begun);
+    assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "draining", "not_sent"));
+    assert_eq!(read_reply(&mut in_flight).outcome(), "succeeded");
+    assert!(gateway.wait().success());
+    assert!(stop.elapsed() < Duration::from_secs(5), "half a head held the stop for {:?}", stop.elapsed());
+    assert_eq!(sandbox.requests().len(), 2);
+}
+
+#[test]
+fn a_stop_that_cuts_a_long_answer_records_what_the_caller_was_told() {
+    let sandbox = sandbox();
+    let mut gateway = start_with(&sandbox, Setup::default().set("server.drain_timeout", "300ms"));
+    sandbox.faults(serde_json::from_value(json!({ "business": [{ "size": 30_000_000 }] })).unwrap()).unwrap();
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    let mut told = [0; 200];
+    stream.read_exact(&mut told).unwrap();
+    assert!(String::from_utf8_lossy(&told).starts_with("HTTP/1.1 200"));
+    gateway.signal("-TERM");
+    assert!(gateway.wait().success());
+    let outcome = records(&gateway.audit_directory(), "outcome").remove(0);
+    assert_eq!((&outcome["outcome"], outcome["note"].is_string()), (&json!("succeeded"), true), "{outcome}");
 }
