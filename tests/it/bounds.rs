@@ -22,7 +22,8 @@ fn within<T>(promised: Duration, what: impl FnOnce() -> T) -> T {
     let begin = Instant::now();
     let value = what();
     let took = begin.elapsed();
-    assert!(took < promised * 4 + Duration::from_millis(200), "{took:?} for {promised:?}");
+    // A second for a machine that is busy with something else.
+    assert!(took < promised * 4 + Duration::from_secs(1), "{took:?} for {promised:?}");
     value
 }
 
