@@ -393,7 +393,7 @@ fn limit_files(gateway: &Gateway, bytes: &str) {
 fn a_full_disk_refuses_new_requests_and_holds_no_answer_back() {
     let sandbox = sandbox();
     // The limit's signal ends a process that does not ignore it; a full disk sends none.
-    let through = &["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"];
+    let through = ["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"].map(str::to_owned).into();
     let gateway = start_with(&sandbox, Setup { through, ..Setup::default() });
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
     assert_eq!(gateway.admin("/readyz").status, 200, "the control");
@@ -409,6 +409,8 @@ fn a_full_disk_refuses_new_requests_and_holds_no_answer_back() {
     assert_refused(&gateway, &sandbox);
     assert_refused(&gateway, &sandbox);
     assert_eq!(gateway.admin("/readyz").status, 503);
+    let metrics = gateway.admin("/metrics").body;
+    assert!(!metrics.contains("ccsqm_gateway_audit_write_errors_total 0\n"), "{metrics}");
     assert!(gateway.admin("/readyz").body.contains("audit"), "{}", gateway.admin("/readyz").body);
     let reply = read_reply(&mut in_flight);
     assert_eq!(reply.outcome(), "succeeded", "what was sent before is answered");
@@ -514,6 +516,8 @@ fn a_stuck_disk_refuses_new_requests_in_time_and_holds_no_worker() {
         assert_eq!(gateway.send(&head(0, "").replace(PATH, "/nowhere"), "").code(), "route_unknown");
     }
     assert_eq!(gateway.admin("/livez").status, 200);
+    let metrics = gateway.admin("/metrics").body;
+    assert!(metrics.contains("ccsqm_gateway_audit_late_intents_total 1\n"), "{metrics}");
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
 
     let other_end = OpenOptions::new().read(true).write(true).open(&next).unwrap();
@@ -527,9 +531,9 @@ fn a_directory_made_read_only_refuses_new_requests_until_it_is_writable() {
     use std::os::unix::fs::PermissionsExt;
     let sandbox = sandbox();
     // Root without the right to pass over permissions.
-    let through: &[&str] = &["setpriv", "--bounding-set=-dac_override,-dac_read_search"];
+    let through = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"].map(str::to_owned);
     let is_root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
-    let setup = Setup { through: if is_root { through } else { &[] }, ..Setup::default() };
+    let setup = Setup { through: if is_root { through.into() } else { Vec::new() }, ..Setup::default() };
     let gateway = start_with(&sandbox, setup.set("audit.segment_size", "64KiB"));
     fill_segment(&gateway, &sandbox);
     let audit = gateway.audit_directory();

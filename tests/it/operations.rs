@@ -34,9 +34,15 @@ fn metrics_are_accepted_by_promtool_and_are_moved() {
         r#"audit_records_total{kind="intent"} 1"#,
         r#"audit_records_total{kind="outcome"} 1"#,
         r#"upstream_connects_total{result="ok"} 1"#,
+        r#"token_generation{credential="default"} 1"#,
+        "upstream_connections 1",
         "request_duration_seconds_count 2",
     ] {
         assert!(metrics.contains(&format!("ccsqm_gateway_{line}")), "{line} in {metrics}");
+    }
+    for name in ["audit_bytes_total", "audit_batches_total"] {
+        let line = metrics.lines().find_map(|line| line.strip_prefix(&format!("ccsqm_gateway_{name} ")));
+        assert!(line.unwrap().parse::<f64>().unwrap() > 1.0, "{name} in {metrics}");
     }
 }
 
@@ -143,4 +149,75 @@ fn a_stop_that_cuts_a_long_answer_records_what_the_caller_was_told() {
     assert!(gateway.wait().success());
     let outcome = records(&gateway.audit_directory(), "outcome").remove(0);
     assert_eq!((&outcome["outcome"], outcome["note"].is_string()), (&json!("succeeded"), true), "{outcome}");
+}
+
+#[test]
+fn at_a_unix_socket_the_kernel_says_who_calls() {
+    use std::os::unix::{fs::PermissionsExt, net::UnixStream};
+    let sandbox = sandbox();
+    let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
+    let socket = folder.path().join("gateway.sock");
+    let me = String::from_utf8(Command::new("id").arg("-u").output().unwrap().stdout).unwrap();
+    let known = |uid: &str| {
+        format!(
+            "[[listeners]]\naddress = \"unix:{}\"\nmode = \"0666\"\n[[callers]]\nname = \"by-uid\"\npeer = \"uid:{uid}\"\n\
+             operator_id = \"7\"\ncredential = \"default\"\nroutes = [\"appointQualityTask\"]\n",
+            socket.display()
+        )
+    };
+    let call = || {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        // Any Host will do: who reaches the socket is named by the kernel.
+        let head = head(BODY.len(), "").replace("localhost", "ccsqm.internal");
+        stream.write_all((head + BODY).as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
+    };
+    let caller = known("4242");
+    let gateway = start_with(&sandbox, Setup { caller, folder: Some(folder.clone()), ..Setup::default() });
+    assert!(call().contains("x-gateway-error: caller_denied"));
+    assert_eq!(sandbox.requests().len(), 0);
+    if me.trim() == "0" {
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let url = format!("http://localhost{PATH}");
+        let output = Command::new("setpriv")
+            .args(["--reuid=4242", "--regid=4242", "--clear-groups", "curl", "-s", "--unix-socket"])
+            .arg(&socket)
+            .args([&url, "-H", "Content-Type: application/json", "-d", BODY])
+            .output()
+            .unwrap();
+        assert!(String::from_utf8_lossy(&output.stdout).contains("0409000"), "{output:?}");
+        let intent = gateway.records("intent", 1).remove(0);
+        assert_eq!((&intent["caller"], &intent["operator"]), (&json!("by-uid"), &json!("7")));
+        assert_eq!(intent["peer"], "unix:uid=4242,gid=4242");
+    }
+    drop(gateway);
+    let caller = known(me.trim()); // the socket file that the last one left is taken over
+    let _gateway = start_with(&sandbox, Setup { caller, folder: Some(folder.clone()), ..Setup::default() });
+    assert!(call().contains("x-gateway-outcome: succeeded"), "the control");
+    let head = String::from_utf8(sandbox.requests().pop().unwrap().head).unwrap().to_ascii_lowercase();
+    assert!(head.contains("x-userid: 7\r\n"), "{head}");
+}
+
+#[test]
+fn systemd_is_told_of_the_start_and_of_the_stop() {
+    let sandbox = sandbox();
+    let folder = tempfile::TempDir::new().unwrap();
+    let path = folder.path().join("notify");
+    let notices = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    notices.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let variable = format!("NOTIFY_SOCKET={}", path.display());
+    let through = vec!["env".to_owned(), variable];
+    let mut gateway = start_with(&sandbox, Setup { through, ..Setup::default() });
+    let notice = || {
+        let mut bytes = [0; 256];
+        let length = notices.recv(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes[..length]).into_owned()
+    };
+    assert_eq!(notice().trim(), "READY=1");
+    assert_eq!(gateway.call().outcome(), "succeeded", "ready means that it serves");
+    gateway.signal("-TERM");
+    assert_eq!(notice().trim(), "STOPPING=1");
+    assert!(gateway.wait().success());
 }

@@ -35,12 +35,12 @@ pub(crate) struct Setup {
     pub(crate) base_url: Option<String>,
     pub(crate) token_url: Option<String>,
     pub(crate) set: Vec<(&'static str, String)>,
-    pub(crate) caller: &'static str,
+    pub(crate) caller: String,
     /// The credential's name; empty: `default`.
     pub(crate) credential: &'static str,
     pub(crate) folder: Option<Arc<TempDir>>,
     /// A command that becomes the gateway, such as `env A=1`; empty: none.
-    pub(crate) through: &'static [&'static str],
+    pub(crate) through: Vec<String>,
 }
 
 impl Setup {
@@ -100,7 +100,7 @@ burst = 1000000
     );
     let config = folder.path().join("gateway.toml");
     fs::write(&config, text).unwrap();
-    let words: Vec<_> = setup.through.iter().copied().chain([BINARY]).collect();
+    let words: Vec<_> = setup.through.iter().map(String::as_str).chain([BINARY]).collect();
     let mut command = Command::new(words[0]);
     command.args(&words[1..]).arg("serve").arg("--config").arg(&config).stderr(Stdio::piped());
     for (key, value) in &setup.set {
@@ -121,7 +121,7 @@ impl Gateway {
             let event: Value = serde_json::from_str(&line).unwrap_or_default();
             let at = event["fields"]["address"].as_str().and_then(|at| at.parse().ok());
             match event["fields"]["message"].as_str() {
-                Some("listening") => address = at,
+                Some("listening") => address = address.or(at),
                 Some("listening (admin)") => admin = at,
                 _ => {}
             }
