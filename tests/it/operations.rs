@@ -194,7 +194,7 @@ fn at_a_unix_socket_the_kernel_says_who_calls() {
     }
     drop(gateway);
     let caller = known(me.trim()); // the socket file that the last one left is taken over
-    let _gateway = start_with(&sandbox, Setup { caller, folder: Some(folder.clone()), ..Setup::default() });
+    let _gateway = start_with(&sandbox, Setup { caller, folder: Some(folder), ..Setup::default() });
     assert!(call().contains("x-gateway-outcome: succeeded"), "the control");
     let head = String::from_utf8(sandbox.requests().pop().unwrap().head).unwrap().to_ascii_lowercase();
     assert!(head.contains("x-userid: 7\r\n"), "{head}");
