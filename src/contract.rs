@@ -1,29 +1,37 @@
 //! Stage 4: the whole body against the route's contract.
 //!
 //! A contract is a JSON Schema (2020-12, a subset) compiled at start into a table. The check walks the bytes
-//! once, builds no tree and gathers all violations; a body that is not strict JSON is told so instead, wherever
-//! the fault stands. Stricter than JSON Schema in one point: an integer is an optional minus and digits; `-0`,
+//! once and builds no tree. A body that breaks it is walked a second time, by the same rules, to gather all
+//! violations; a body that is not strict JSON is told so instead, wherever the fault stands. Stricter than JSON Schema in one point: an integer is an optional minus and digits; `-0`,
 //! a fraction or an exponent is refused. The bytes that were checked are the bytes that are sent.
 
 pub mod body;
 mod json;
+mod pattern;
 mod schema;
+mod seen;
 
-use std::{borrow::Cow, collections::HashSet, ops::Range, sync::Arc};
+use std::{
+    borrow::Cow,
+    hash::{Hash, Hasher},
+    ops::Range,
+    sync::Arc,
+};
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 
 pub use self::{json::NotJson, schema::SchemaError};
 use self::{
-    json::{Cursor, Text, Token},
-    schema::{AuditMember, Limit, Members, Node, Scalar, Schema},
+    json::{Begins, Cursor, Halt, Token},
+    schema::{AuditMember, Limit, Member, Members, Node, Scalar, Schema, UniqueBy},
+    seen::Seen,
 };
 
 /// So many violations are listed; all are counted.
 const MAX_LISTED: usize = 100;
 
-/// Up to so many keys are compared one by one.
-const FEW_KEYS: usize = 16;
+const TWICE: &str = "a key stands twice in one object";
 
 /// A compiled contract.
 #[derive(Debug)]
@@ -63,8 +71,11 @@ pub struct Violation {
 pub struct CheckedBody {
     bytes: Bytes,
     members: Arc<[AuditMember]>,
-    captured: Vec<(usize, Range<usize>)>,
+    captured: Captured,
 }
+
+/// Where the scalars for the audit trail stand: index of the audit member, and bytes.
+type Captured = SmallVec<[(u32, Range<u32>); 6]>;
 
 impl CheckedBody {
     /// The caller's bytes, untouched.
@@ -76,18 +87,22 @@ impl CheckedBody {
     /// single one that is absent. The values are the caller's scalars, verbatim: strict JSON has no raw control
     /// character, so that a line stays one.
     pub fn audit_members(&self, out: &mut Vec<u8>) {
+        let openings: usize = self.members.iter().map(|member| member.opening.len() + 4).sum();
+        let values: usize = self.captured.iter().map(|(_, place)| place.len() + 1).sum();
+        out.reserve(openings + values);
         for (index, member) in self.members.iter().enumerate() {
-            let values = self
-                .captured
-                .iter()
-                .filter(|(i, _)| *i == index)
-                .map(|(_, range)| &self.bytes[range.clone()]);
-            let values = values.collect::<Vec<_>>().join(&b',');
-            out.extend_from_slice(format!(",\"{}\":", member.name).as_bytes());
-            match (member.is_list, values.is_empty()) {
-                (true, _) => out.extend_from_slice(&[b"[", &values[..], b"]"].concat()),
-                (false, true) => out.extend_from_slice(b"null"),
-                (false, false) => out.extend_from_slice(&values),
+            out.extend_from_slice(member.opening.as_bytes());
+            let before = out.len();
+            for (_, place) in self.captured.iter().filter(|(of, _)| *of as usize == index) {
+                if out.len() > before {
+                    out.push(b',');
+                }
+                out.extend_from_slice(&self.bytes[place.start as usize..place.end as usize]);
+            }
+            if member.is_list {
+                out.push(b']');
+            } else if out.len() == before {
+                out.extend_from_slice(b"null");
             }
         }
     }
@@ -100,198 +115,349 @@ impl Contract {
     /// Compiles a schema. A keyword that is not known is an error, since it would silently not be checked; so
     /// is a key that stands twice, since one of the two would be.
     pub fn compile(schema: &str) -> Result<Self, SchemaError> {
-        let strict = Cursor::new(schema.as_bytes()).and_then(|cursor| Walk::over(cursor, &[], None));
-        match strict {
-            Ok(_) => Schema::compile(schema).map(Self),
+        match is_strict_json(schema.as_bytes()) {
+            Ok(()) => Schema::compile(schema).map(Self),
             Err(error) => Err(SchemaError { pointer: "#".into(), reason: error.to_string() }),
         }
     }
 
     /// Checks a body.
     pub fn check(&self, body: Bytes) -> Result<CheckedBody, Fault> {
-        let Schema { nodes, root, audit } = &self.0;
-        let walk = Cursor::new(&body).and_then(|cursor| Walk::over(cursor, nodes, Some(*root)));
-        let (captured, violations) = walk.map_err(Fault::NotJson)?;
-        if violations.total == 0 {
-            return Ok(CheckedBody { bytes: body, members: Arc::clone(audit), captured });
+        match Walk::over(&body, &self.0.nodes, Some(self.0.root), Verdict) {
+            Ok((captured, Verdict)) => {
+                Ok(CheckedBody { members: self.0.audit.clone(), captured, bytes: body })
+            }
+            Err(Stop::NotJson(fault)) => Err(Fault::NotJson(fault)),
+            Err(Stop::Broken) => Err(self.violations(&body).map_or_else(Fault::NotJson, Fault::Violations)),
         }
-        Err(Fault::Violations(violations))
+    }
+
+    /// All that breaks the contract in a body; nothing, if [`Contract::check`] takes it.
+    #[cold]
+    pub fn violations(&self, body: &[u8]) -> Result<Violations, NotJson> {
+        let gathered = Gathered { path: Vec::new(), violations: Violations::default() };
+        match Walk::over(body, &self.0.nodes, Some(self.0.root), gathered) {
+            Ok((_, gathered)) => Ok(gathered.violations),
+            Err(Stop::NotJson(fault)) => Err(fault),
+            Err(Stop::Broken) => Ok(Violations::default()), // this kind of walk goes on
+        }
     }
 }
 
-/// Where the scalars for the audit trail stand: index of the audit member, and bytes.
-type Captured = Vec<(usize, Range<usize>)>;
+/// Walks a document without a contract.
+fn is_strict_json(document: &[u8]) -> Result<(), NotJson> {
+    match Walk::over(document, &[], None, Verdict) {
+        Ok(_) | Err(Stop::Broken) => Ok(()), // without a contract nothing is broken
+        Err(Stop::NotJson(fault)) => Err(fault),
+    }
+}
 
-/// One walk over a body.
-struct Walk<'a> {
+/// One walk over a body. All rules are here; what becomes of a violation is the findings' matter.
+struct Walk<'a, F> {
     nodes: &'a [Node],
     cursor: Cursor<'a>,
+    captured: Captured,
+    /// Of the present item, if it must differ from the others.
+    identity: Option<Identity<'a>>,
+    findings: F,
+}
+
+/// The member that is meant, and what is wanted.
+type Told = (Option<String>, String);
+
+/// What becomes of violations.
+trait Findings<'a> {
+    /// The walk goes down to a member of the contract, or to an item.
+    fn enter(&mut self, step: Step<'a>);
+
+    /// And up again.
+    fn leave(&mut self);
+
+    /// A violation at the present place, or at the member that is told together with the detail.
+    fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt>;
+}
+
+/// Ends the walk at the first one: the body is refused.
+struct Verdict;
+
+/// Goes on and tells of all.
+struct Gathered<'a> {
     /// Names of the contract and indices only: below an unknown key nothing is checked.
     path: Vec<Step<'a>>,
-    /// The keys of all open objects; each object knows where its own begin.
-    keys: Vec<Text<'a>>,
-    captured: Captured,
     violations: Violations,
 }
 
+#[derive(Clone, Copy)]
 enum Step<'a> {
     Key(&'a str),
     Index(usize),
 }
 
-/// A value of an item's member, for `x-uniqueBy`.
-#[derive(PartialEq, Eq, Hash)]
-enum Identity<'a> {
-    Text(Cow<'a, str>),
-    Literal(&'a str),
+/// Why a walk ended early.
+enum Stop {
+    NotJson(NotJson),
+    Broken,
 }
 
-impl<'a> Walk<'a> {
+/// A value of an item's member, for `x-uniqueBy`.
+#[derive(PartialEq, Eq)]
+enum Identity<'a> {
+    Text(Cow<'a, [u8]>),
+    Literal(&'a [u8]),
+}
+
+impl Hash for Identity<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write(match self {
+            Self::Text(text) => text,
+            Self::Literal(literal) => literal,
+        });
+    }
+}
+
+/// What of a value is noted as an identity.
+#[derive(Clone, Copy)]
+enum Noted<'a> {
+    Nothing,
+    /// A member of it, if it is an object.
+    Member(&'a UniqueBy),
+    /// The value itself.
+    This,
+}
+
+/// The key of an object's member.
+enum Key<'a> {
+    /// Of the contract, with its index.
+    Known(usize, &'a Member),
+    Other(Cow<'a, [u8]>),
+}
+
+impl<'a, F: Findings<'a>> Walk<'a, F> {
     fn over(
-        cursor: Cursor<'a>,
+        document: &'a [u8],
         nodes: &'a [Node],
         root: Option<usize>,
-    ) -> Result<(Captured, Violations), NotJson> {
-        let (path, keys, captured, violations) = Default::default();
-        let mut walk = Walk { nodes, cursor, path, keys, captured, violations };
-        walk.value(root, None)?;
-        walk.cursor.end()?;
-        Ok((walk.captured, walk.violations))
+        findings: F,
+    ) -> Result<(Captured, F), Stop> {
+        let cursor = Cursor::new(document).map_err(Stop::NotJson)?;
+        let mut walk = Walk { nodes, cursor, captured: Captured::new(), identity: None, findings };
+        match walk.whole(root) {
+            Ok(()) => Ok((walk.captured, walk.findings)),
+            Err(Halt) => Err(walk.cursor.fault().map_or(Stop::Broken, Stop::NotJson)),
+        }
     }
 
-    /// Walks one value; without a node only its syntax is checked. If the value is an object, returns the
-    /// identity of its member `noted`.
-    fn value(&mut self, node: Option<usize>, noted: Option<&str>) -> Result<Option<Identity<'a>>, NotJson> {
-        let start = self.cursor.skip_space();
-        let token = self.cursor.token()?;
+    fn whole(&mut self, root: Option<usize>) -> Result<(), Halt> {
+        self.cursor.skip_space();
+        self.value(root, Noted::Nothing)?;
+        self.cursor.end()
+    }
+
+    /// Walks the value that begins here; without a node only its syntax is checked.
+    #[inline(always)]
+    fn value(&mut self, node: Option<usize>, noted: Noted<'a>) -> Result<(), Halt> {
         let rule = node.map(|node| &self.nodes[node]);
-        let rule = rule.filter(|rule| self.keeps(rule, &token)); // of what is no such thing, no parts are checked
-        match token {
-            Token::Object => return self.object(rule.and_then(|rule| rule.members.as_ref()), noted),
-            Token::Array => self.array(rule)?,
-            Token::Null | Token::Boolean(_) | Token::Number(_) | Token::Text(_) => {
-                let member = rule.and_then(|rule| rule.audit);
-                self.captured.extend(member.map(|member| (member, start..self.cursor.position())));
+        let start = self.cursor.position();
+        // A branch for each, so that the rule is looked at with the kind known.
+        match self.cursor.begins()? {
+            Begins::Text => {
+                let text = self.cursor.string()?;
+                self.scalar(rule, start, noted, Token::Text(text))
             }
+            Begins::Number => {
+                let number = self.cursor.number()?;
+                self.scalar(rule, start, noted, Token::Number(number))
+            }
+            Begins::Word => {
+                let token = self.cursor.word()?;
+                self.scalar(rule, start, noted, token)
+            }
+            Begins::Object | Begins::Array => self.container(rule, start, noted),
         }
-        Ok(None)
     }
 
-    fn object(
+    /// Not inlined, so that only what nests pays for a call.
+    #[inline(never)]
+    fn container(&mut self, rule: Option<&'a Node>, start: usize, noted: Noted<'a>) -> Result<(), Halt> {
+        if let Begins::Object = self.cursor.begins()? {
+            let members = self.kept(rule, &Token::Object)?.and_then(|rule| rule.members.as_ref());
+            self.object(members, if let Noted::Member(member) = noted { Some(member) } else { None })?;
+        } else {
+            let rule = self.kept(rule, &Token::Array)?;
+            self.array(rule)?;
+        }
+        self.note_literal(start, noted);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn scalar(
         &mut self,
-        members: Option<&'a Members>,
-        noted: Option<&str>,
-    ) -> Result<Option<Identity<'a>>, NotJson> {
-        let first_key = self.keys.len();
-        let (mut many, mut seen, mut identity) = (HashSet::new(), 0_u128, None);
-        let mut more = self.cursor.open(b'}')?;
-        while more {
-            let (offset, key) = self.cursor.key()?;
-            if self.is_repeated(key, first_key, &mut many) {
-                return Err(NotJson { offset, reason: "a key stands twice in one object" });
-            }
-            self.keys.push(key);
-            let found = members.and_then(|members| members.list.iter().position(|m| key == *m.name));
-            let start = self.cursor.skip_space();
-            match (members, found) {
-                (Some(members), Some(index)) => {
-                    seen |= 1 << index;
-                    let member = &members.list[index];
-                    self.path.push(Step::Key(&member.name));
-                    self.value(member.node, None)?;
-                    self.path.pop();
-                }
-                _ => {
-                    if members.is_some_and(|members| !members.additional) {
-                        let detail = || format!("unknown key `{}`", key.shown());
-                        self.violation("additionalProperties", Some(&key.shown()), detail);
-                    }
-                    self.value(None, None)?;
-                }
-            }
-            if noted.is_some_and(|noted| key == *noted) {
-                identity = Some(self.identity(start));
-            }
-            more = self.cursor.next(b'}')?;
+        rule: Option<&'a Node>,
+        start: usize,
+        noted: Noted<'a>,
+        token: Token<'a>,
+    ) -> Result<(), Halt> {
+        if let Some(member) = self.kept(rule, &token)?.and_then(|rule| rule.audit) {
+            self.captured.push((member as u32, start as u32..self.cursor.position() as u32));
         }
-        self.keys.truncate(first_key);
-        let wanted = members.map_or(&[][..], |members| &members.list).iter().enumerate();
-        for (_, member) in wanted.filter(|(index, member)| member.required && seen & 1 << index == 0) {
-            self.violation("required", Some(&member.name), || format!("`{}` is missing", member.name));
-        }
-        Ok(identity)
-    }
-
-    /// A few keys are compared one by one; many go into a set, so that a hostile object costs no square.
-    fn is_repeated(&self, key: Text<'a>, first: usize, many: &mut HashSet<Cow<'a, str>>) -> bool {
-        let keys = &self.keys[first..];
-        if keys.len() < FEW_KEYS {
-            return keys.iter().any(|other| other.decoded() == key.decoded());
-        }
-        if many.is_empty() {
-            many.extend(keys.iter().map(Text::decoded));
-        }
-        !many.insert(key.decoded())
-    }
-
-    /// The identity of the value that has just been walked.
-    fn identity(&self, start: usize) -> Identity<'a> {
-        let literal = self.cursor.text(start..self.cursor.position());
-        match Text::read(literal) {
-            Some(text) => Identity::Text(text.decoded()),
-            None => Identity::Literal(literal),
-        }
-    }
-
-    fn array(&mut self, rule: Option<&'a Node>) -> Result<(), NotJson> {
-        let unique_by = rule.and_then(|rule| rule.unique_by.as_deref());
-        let (mut identities, mut count) = (HashSet::new(), 0);
-        let mut more = self.cursor.open(b']')?;
-        while more {
-            self.path.push(Step::Index(count));
-            let identity = self.value(rule.and_then(|rule| rule.items), unique_by)?;
-            if let (Some(name), Some(identity)) = (unique_by, identity)
-                && !identities.insert(identity)
-            {
-                self.violation("x-uniqueBy", Some(name), || format!("another item has the same `{name}`"));
-            }
-            self.path.pop();
-            count += 1;
-            more = self.cursor.next(b']')?;
-        }
-        let Some(rule) = rule else { return Ok(()) };
-        if let Some(least) = rule.min_items.filter(|least| count < *least) {
-            self.violation("minItems", None, || format!("must have {least} or more items"));
-        }
-        if let Some(most) = rule.max_items.filter(|most| count > *most) {
-            self.violation("maxItems", None, || format!("must have {most} or fewer items"));
+        match (noted, token) {
+            (Noted::This, Token::Text(text)) => self.identity = Some(Identity::Text(text.decoded())),
+            _ => self.note_literal(start, noted),
         }
         Ok(())
     }
 
-    /// What a value says by itself, before its members or items; true if that keeps the rule.
-    fn keeps(&mut self, rule: &Node, token: &Token<'_>) -> bool {
-        let mut is_kept = true;
-        let nodes = self.nodes;
-        rule.broken(nodes, token, &mut |code| {
-            is_kept = false;
-            let wanted = || rule.wants(nodes).into_iter().find(|(keyword, _)| *keyword == code);
-            self.violation(code, None, || {
-                format!("must be {}", wanted().map_or_else(String::new, |(_, words)| words))
-            });
-        });
-        is_kept
-    }
-
-    /// Notes a violation at the present place, or at a member of it.
-    fn violation(&mut self, code: &'static str, member: Option<&str>, detail: impl FnOnce() -> String) {
-        self.violations.total += 1;
-        if self.violations.list.len() < MAX_LISTED {
-            let pointer = self.pointer(member);
-            self.violations.list.push(Violation { pointer, code, detail: detail() });
+    #[inline(always)]
+    fn note_literal(&mut self, start: usize, noted: Noted<'a>) {
+        if let Noted::This = noted {
+            self.identity = Some(Identity::Literal(self.cursor.since(start)));
         }
     }
 
+    fn object(&mut self, members: Option<&'a Members>, noted: Option<&'a UniqueBy>) -> Result<(), Halt> {
+        let (mut seen, mut others, mut expected) = (0_u128, None, 0);
+        let mut more = self.cursor.open(b'}')?;
+        while more {
+            let offset = self.cursor.skip_space();
+            match self.key(members, expected)? {
+                Key::Known(index, member) => {
+                    if seen & member.bit != 0 {
+                        return Err(self.cursor.halt_at(offset, TWICE));
+                    }
+                    (seen, expected) = (seen | member.bit, index + 1);
+                    let is_noted = noted.is_some_and(|noted| noted.index == index);
+                    self.cursor.skip_space();
+                    self.findings.enter(Step::Key(&member.name));
+                    self.value(member.node, if is_noted { Noted::This } else { Noted::Nothing })?;
+                    self.findings.leave();
+                }
+                Key::Other(name) => {
+                    if members.is_some_and(|members| !members.additional) {
+                        self.unknown(&name)?;
+                    }
+                    let is_noted = noted.is_some_and(|noted| noted.name.as_bytes() == &*name);
+                    if !others.get_or_insert_with(Seen::new).insert(name) {
+                        return Err(self.cursor.halt_at(offset, TWICE));
+                    }
+                    self.cursor.skip_space();
+                    self.value(None, if is_noted { Noted::This } else { Noted::Nothing })?;
+                }
+            }
+            more = self.cursor.next(b'}')?;
+        }
+        match members {
+            Some(members) if members.required & !seen != 0 => self.missing(members, seen),
+            _ => Ok(()),
+        }
+    }
+
+    #[cold]
+    fn missing(&mut self, members: &Members, seen: u128) -> Result<(), Halt> {
+        let missing = members.list.iter().filter(|member| member.required && seen & member.bit == 0);
+        for Member { name, .. } in missing {
+            self.findings.note("required", || (Some(name.clone()), format!("`{name}` is missing")))?;
+        }
+        Ok(())
+    }
+
+    /// Reads a key and its colon. Most callers write the members in the order of the contract: the next one
+    /// is tried first.
+    #[inline(always)]
+    fn key(&mut self, members: Option<&'a Members>, expected: usize) -> Result<Key<'a>, Halt> {
+        let next = members.and_then(|members| members.list.get(expected));
+        if let Some(member) = next.filter(|member| self.cursor.skip_key(&member.literal)) {
+            return Ok(Key::Known(expected, member));
+        }
+        let name = self.cursor.key()?.decoded();
+        self.cursor.colon()?;
+        let found = members.and_then(|members| members.find(&name));
+        Ok(found.map_or(Key::Other(name), |(index, member)| Key::Known(index, member)))
+    }
+
+    #[cold]
+    fn unknown(&mut self, name: &[u8]) -> Result<(), Halt> {
+        self.findings.note("additionalProperties", || {
+            let shown = json::shown(name);
+            let detail = format!("unknown key `{shown}`");
+            (Some(shown), detail)
+        })
+    }
+
+    fn array(&mut self, rule: Option<&'a Node>) -> Result<(), Halt> {
+        let unique_by = rule.and_then(|rule| rule.unique_by.as_ref());
+        let (items, mut identities, mut count) = (rule.and_then(|rule| rule.items), Seen::new(), 0);
+        let outer = self.identity.take();
+        let mut more = self.cursor.open(b']')?;
+        while more {
+            self.cursor.skip_space();
+            self.findings.enter(Step::Index(count));
+            self.value(items, unique_by.map_or(Noted::Nothing, Noted::Member))?;
+            if let (Some(UniqueBy { name, .. }), Some(identity)) = (unique_by, self.identity.take())
+                && !identities.insert(identity)
+            {
+                let detail = || (Some(name.clone()), format!("another item has the same `{name}`"));
+                self.findings.note("x-uniqueBy", detail)?;
+            }
+            self.findings.leave();
+            count += 1;
+            more = self.cursor.next(b']')?;
+        }
+        self.identity = outer;
+        let Some(rule) = rule else { return Ok(()) };
+        if let Some(least) = rule.min_items.filter(|least| count < *least) {
+            self.findings.note("minItems", || (None, format!("must have {least} or more items")))?;
+        }
+        if let Some(most) = rule.max_items.filter(|most| count > *most) {
+            self.findings.note("maxItems", || (None, format!("must have {most} or fewer items")))?;
+        }
+        Ok(())
+    }
+
+    /// The rule, if the value by itself keeps it: of what is no such thing, no parts are checked.
+    #[inline(always)]
+    fn kept(&mut self, rule: Option<&'a Node>, token: &Token<'_>) -> Result<Option<&'a Node>, Halt> {
+        let Some(rule) = rule else { return Ok(None) };
+        let (nodes, findings, mut is_kept) = (self.nodes, &mut self.findings, true);
+        rule.broken(nodes, token, &mut |code| {
+            is_kept = false;
+            findings.note(code, || (None, format!("must be {}", rule.wanted(nodes, code))))
+        })?;
+        Ok(is_kept.then_some(rule))
+    }
+}
+
+impl<'a> Findings<'a> for Verdict {
+    fn enter(&mut self, _: Step<'a>) {}
+
+    fn leave(&mut self) {}
+
+    fn note(&mut self, _: &'static str, _: impl FnOnce() -> Told) -> Result<(), Halt> {
+        Err(Halt)
+    }
+}
+
+impl<'a> Findings<'a> for Gathered<'a> {
+    fn enter(&mut self, step: Step<'a>) {
+        self.path.push(step);
+    }
+
+    fn leave(&mut self) {
+        self.path.pop();
+    }
+
+    fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt> {
+        self.violations.total += 1;
+        if self.violations.list.len() < MAX_LISTED {
+            let (member, detail) = told();
+            let pointer = self.pointer(member.as_deref());
+            self.violations.list.push(Violation { pointer, code, detail });
+        }
+        Ok(())
+    }
+}
+
+impl Gathered<'_> {
     fn pointer(&self, member: Option<&str>) -> String {
         let steps = self.path.iter().map(|step| match step {
             Step::Key(key) => format!("/{}", escape(key)),
@@ -308,53 +474,67 @@ fn escape(key: &str) -> String {
 
 impl Node {
     /// Names every keyword that the value breaks by itself; of a wrong type nothing else is said.
-    fn broken(&self, nodes: &[Node], token: &Token<'_>, found: &mut dyn FnMut(&'static str)) {
+    #[inline(always)]
+    fn broken(
+        &self,
+        nodes: &[Node],
+        token: &Token<'_>,
+        found: &mut impl FnMut(&'static str) -> Result<(), Halt>,
+    ) -> Result<(), Halt> {
         if self.types & kind(token) == 0 {
             return found("type");
         }
-        let mut check = |code, keeps: bool| {
-            if !keeps {
-                found(code);
-            }
-        };
-        check(
-            "anyOf",
-            self.any_of.as_ref().is_none_or(|list| list.iter().any(|i| nodes[*i].accepts(nodes, token))),
-        );
-        check("const", self.constant.as_ref().is_none_or(|value| equals(value, token)));
-        check(
-            "enum",
-            self.enumeration.as_ref().is_none_or(|list| list.iter().any(|value| equals(value, token))),
-        );
+        let mut check = |code, keeps: bool| if keeps { Ok(()) } else { found(code) };
+        if let Some(list) = &self.any_of {
+            check("anyOf", list.iter().any(|node| nodes[*node].accepts(nodes, token)))?;
+        }
+        if let Some(value) = &self.constant {
+            check("const", equals(value, token))?;
+        }
+        if let Some(list) = &self.enumeration {
+            check("enum", list.iter().any(|value| equals(value, token)))?;
+        }
         match token {
             Token::Number(number) => {
                 let against = |limit: &Limit| number.compare(&limit.number());
-                check("minimum", self.minimum.as_ref().is_none_or(|limit| against(limit).is_ge()));
-                check("maximum", self.maximum.as_ref().is_none_or(|limit| against(limit).is_le()));
+                check("minimum", self.minimum.as_ref().is_none_or(|limit| against(limit).is_ge()))?;
+                check("maximum", self.maximum.as_ref().is_none_or(|limit| against(limit).is_le()))
             }
-            Token::Text(text) => {
+            Token::Text(text) if self.speaks_of_text() => {
                 let text = text.decoded();
-                let length = || text.chars().count();
-                check("minLength", self.min_length.is_none_or(|least| length() >= least));
-                check("maxLength", self.max_length.is_none_or(|most| length() <= most));
-                check("pattern", self.pattern.as_ref().is_none_or(|pattern| pattern.is_match(&text)));
+                check("minLength", self.min_length.is_none_or(|least| has_chars(&text, least)))?;
+                check(
+                    "maxLength",
+                    self.max_length.is_none_or(|most| !has_chars(&text, most.saturating_add(1))),
+                )?;
+                check("pattern", self.pattern.as_ref().is_none_or(|pattern| pattern.is_match(&text)))
             }
-            Token::Null | Token::Boolean(_) | Token::Array | Token::Object => {}
+            _ => Ok(()),
         }
     }
 
     fn accepts(&self, nodes: &[Node], token: &Token<'_>) -> bool {
-        let mut is_kept = true;
-        self.broken(nodes, token, &mut |_| is_kept = false);
-        is_kept
+        self.broken(nodes, token, &mut |_| Err(Halt)).is_ok()
     }
+
+    fn speaks_of_text(&self) -> bool {
+        self.min_length.is_some() || self.max_length.is_some() || self.pattern.is_some()
+    }
+}
+
+/// Whether a text has so many characters or more. Each takes one to four bytes, so that most texts need not
+/// be counted.
+fn has_chars(text: &[u8], count: usize) -> bool {
+    let begins_char = |byte: &&u8| **byte & 0xc0 != 0x80;
+    text.len() >= count
+        && (text.len().div_ceil(4) >= count || text.iter().filter(begins_char).count() >= count)
 }
 
 fn kind(token: &Token<'_>) -> u8 {
     match token {
         Token::Null => schema::NULL,
         Token::Boolean(_) => schema::BOOLEAN,
-        Token::Number(number) if number.is_integer() => schema::INTEGER,
+        Token::Number(number) if number.is_integer => schema::INTEGER,
         Token::Number(_) => schema::FRACTION,
         Token::Text(_) => schema::STRING,
         Token::Array => schema::ARRAY,
@@ -367,7 +547,7 @@ fn equals(scalar: &Scalar, token: &Token<'_>) -> bool {
         (Scalar::Null, Token::Null) => true,
         (Scalar::Boolean(a), Token::Boolean(b)) => a == b,
         (Scalar::Number(a), Token::Number(b)) => b.compare(&a.number()).is_eq(),
-        (Scalar::Text(a), Token::Text(b)) => *b == **a,
+        (Scalar::Text(a), Token::Text(b)) => *b.decoded() == *a.as_bytes(),
         _ => false,
     }
 }

@@ -1,8 +1,9 @@
-//! Strict JSON, token by token: UTF-8, no BOM, no lone surrogate, depth ≤ 32, nothing behind the value.
+//! Strict JSON, piece by piece: UTF-8, no BOM, no lone surrogate, depth ≤ 32, nothing behind the value.
 //!
-//! Knows no schema and keeps no tree: a token borrows the bytes. Keys that stand twice are the walk's matter.
+//! Knows no schema and keeps no tree: a token borrows the bytes. Strings are searched eight bytes at a time.
+//! Keys that stand twice are the walk's matter.
 
-use std::{borrow::Cow, cmp::Ordering, ops::Range};
+use std::{borrow::Cow, cmp::Ordering};
 
 use thiserror::Error;
 
@@ -19,7 +20,12 @@ pub struct NotJson {
     pub reason: &'static str,
 }
 
-/// What a value begins with; scalars are whole.
+/// The walk cannot go on; a fault of the document is the cursor's to tell. Empty, since it is part of the result
+/// of every step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Halt;
+
+/// A value as far as a rule looks at it by itself: scalars are whole.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Token<'a> {
     Null,
@@ -30,43 +36,74 @@ pub(super) enum Token<'a> {
     Object,
 }
 
-/// A string, still escaped, with its quotes.
+/// What a first byte says of a value.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Begins {
+    Text,
+    Number,
+    Word,
+    Array,
+    Object,
+}
+
+/// A string, still escaped, without its quotes. UTF-8.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Text<'a> {
-    literal: &'a str,
-    escaped: bool,
+    escaped: &'a [u8],
+    has_escapes: bool,
 }
 
 /// A number literal.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Number<'a>(pub(super) &'a str);
+pub(super) struct Number<'a> {
+    pub(super) literal: &'a [u8],
+    /// An optional minus and digits, but not `-0`.
+    pub(super) is_integer: bool,
+    /// An integer that is not long.
+    pub(super) small: Option<i64>,
+}
+
+/// Integers up to so many digits fit an `i64` for certain.
+const SMALL_DIGITS: usize = 18;
 
 /// Where the walk stands.
 pub(super) struct Cursor<'a> {
-    text: &'a str,
+    bytes: &'a [u8],
     position: usize,
     depth: usize,
+    fault: Option<NotJson>,
 }
 
 impl<'a> Cursor<'a> {
     pub(super) fn new(bytes: &'a [u8]) -> Result<Self, NotJson> {
-        let text = std::str::from_utf8(bytes)
-            .map_err(|error| NotJson { offset: error.valid_up_to(), reason: "not UTF-8" })?;
-        if text.starts_with('\u{feff}') {
+        if u32::try_from(bytes.len()).is_err() {
+            return Err(NotJson { offset: 0, reason: "longer than 4 GiB" });
+        }
+        if !bytes.is_ascii() {
+            std::str::from_utf8(bytes)
+                .map_err(|error| NotJson { offset: error.valid_up_to(), reason: "not UTF-8" })?;
+        }
+        if bytes.starts_with("\u{feff}".as_bytes()) {
             return Err(NotJson { offset: 0, reason: "a byte order mark must not stand here" });
         }
-        Ok(Self { text, position: 0, depth: 0 })
+        Ok(Self { bytes, position: 0, depth: 0, fault: None })
+    }
+
+    /// What is wrong with the document, if the walk halted for that.
+    pub(super) fn fault(&self) -> Option<NotJson> {
+        self.fault
     }
 
     pub(super) fn position(&self) -> usize {
         self.position
     }
 
-    pub(super) fn text(&self, range: Range<usize>) -> &'a str {
-        &self.text[range]
+    pub(super) fn since(&self, start: usize) -> &'a [u8] {
+        &self.bytes[start..self.position]
     }
 
     /// Skips white space; returns where the next token begins.
+    #[inline(always)]
     pub(super) fn skip_space(&mut self) -> usize {
         while matches!(self.peek(), Some(b' ' | b'\t' | b'\n' | b'\r')) {
             self.position += 1;
@@ -74,26 +111,34 @@ impl<'a> Cursor<'a> {
         self.position
     }
 
-    /// Reads a scalar, or sees the bracket that opens a container.
-    pub(super) fn token(&mut self) -> Result<Token<'a>, NotJson> {
-        self.skip_space();
+    /// What begins here, by its first byte.
+    #[inline(always)]
+    pub(super) fn begins(&mut self) -> Result<Begins, Halt> {
         match self.peek() {
-            Some(b'"') => self.string().map(Token::Text),
-            Some(b'{') => Ok(Token::Object),
-            Some(b'[') => Ok(Token::Array),
-            Some(b'-' | b'0'..=b'9') => self.number().map(Token::Number),
-            Some(b't') => self.word("true", Token::Boolean(true)),
-            Some(b'f') => self.word("false", Token::Boolean(false)),
-            Some(b'n') => self.word("null", Token::Null),
-            _ => self.fault("a value must stand here"),
+            Some(b'"') => Ok(Begins::Text),
+            Some(b'-' | b'0'..=b'9') => Ok(Begins::Number),
+            Some(b'{') => Ok(Begins::Object),
+            Some(b'[') => Ok(Begins::Array),
+            Some(b't' | b'f' | b'n') => Ok(Begins::Word),
+            _ => Err(self.halt("a value must stand here")),
         }
     }
 
+    /// Reads `true`, `false` or `null`.
+    pub(super) fn word(&mut self) -> Result<Token<'a>, Halt> {
+        let words = [("true", Token::Boolean(true)), ("false", Token::Boolean(false)), ("null", Token::Null)];
+        let found = words.into_iter().find(|(word, _)| self.rest().starts_with(word.as_bytes()));
+        let Some((word, token)) = found else { return Err(self.halt("a value must stand here")) };
+        self.position += word.len();
+        Ok(token)
+    }
+
     /// Enters a container; false if it is empty.
-    pub(super) fn open(&mut self, close: u8) -> Result<bool, NotJson> {
+    #[inline(always)]
+    pub(super) fn open(&mut self, close: u8) -> Result<bool, Halt> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {
-            return self.fault("nested deeper than 32");
+            return Err(self.halt("nested deeper than 32"));
         }
         self.position += 1;
         self.skip_space();
@@ -105,7 +150,8 @@ impl<'a> Cursor<'a> {
     }
 
     /// Behind an element: true if another follows.
-    pub(super) fn next(&mut self, close: u8) -> Result<bool, NotJson> {
+    #[inline(always)]
+    pub(super) fn next(&mut self, close: u8) -> Result<bool, Halt> {
         self.skip_space();
         match self.peek() {
             Some(b',') => {
@@ -116,40 +162,72 @@ impl<'a> Cursor<'a> {
                 self.leave();
                 Ok(false)
             }
-            _ => self.fault("a comma or the closing bracket must stand here"),
+            _ => Err(self.halt("a comma or the closing bracket must stand here")),
         }
     }
 
-    /// Reads a key and its colon; says where the key begins.
-    pub(super) fn key(&mut self) -> Result<(usize, Text<'a>), NotJson> {
-        let start = self.skip_space();
-        if self.peek() != Some(b'"') {
-            return self.fault("a key in quotes must stand here");
+    /// Reads a key that begins here.
+    pub(super) fn key(&mut self) -> Result<Text<'a>, Halt> {
+        match self.peek() {
+            Some(b'"') => self.string(),
+            _ => Err(self.halt("a key in quotes must stand here")),
         }
-        let key = self.string()?;
+    }
+
+    /// Reads a key that begins here, if it is this one; a literal with its quotes and the colon behind it.
+    #[inline(always)]
+    pub(super) fn skip_key(&mut self, literal: &[u8]) -> bool {
+        let is_it = begins_with(self.rest(), literal);
+        if is_it {
+            self.position += literal.len();
+        }
+        is_it
+    }
+
+    /// Behind a key: a colon.
+    #[inline(always)]
+    pub(super) fn colon(&mut self) -> Result<(), Halt> {
         self.skip_space();
         if self.peek() != Some(b':') {
-            return self.fault("a colon must stand here");
+            return Err(self.halt("a colon must stand here"));
         }
         self.position += 1;
-        Ok((start, key))
+        Ok(())
     }
 
     /// Behind the value: nothing.
-    pub(super) fn end(&mut self) -> Result<(), NotJson> {
-        if self.skip_space() == self.text.len() {
+    pub(super) fn end(&mut self) -> Result<(), Halt> {
+        if self.skip_space() == self.bytes.len() {
             Ok(())
         } else {
-            self.fault("nothing may stand behind the value")
+            Err(self.halt("nothing may stand behind the value"))
         }
     }
 
-    fn peek(&self) -> Option<u8> {
-        self.text.as_bytes().get(self.position).copied()
+    /// The fault is here, or that nothing is here.
+    #[cold]
+    #[inline(never)]
+    fn halt(&mut self, reason: &'static str) -> Halt {
+        let reason = if self.position >= self.bytes.len() { "the body ends too early" } else { reason };
+        self.halt_at(self.position, reason)
     }
 
+    /// The fault is there.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn halt_at(&mut self, offset: usize, reason: &'static str) -> Halt {
+        self.fault = Some(NotJson { offset, reason });
+        Halt
+    }
+
+    #[inline(always)]
+    fn peek(&self) -> Option<u8> {
+        self.bytes.get(self.position).copied()
+    }
+
+    #[inline(always)]
     fn rest(&self) -> &'a [u8] {
-        &self.text.as_bytes()[self.position..]
+        self.bytes.get(self.position..).unwrap_or_default()
     }
 
     fn leave(&mut self) {
@@ -157,41 +235,28 @@ impl<'a> Cursor<'a> {
         self.depth -= 1;
     }
 
-    fn fault<T>(&self, reason: &'static str) -> Result<T, NotJson> {
-        let reason = if self.position >= self.text.len() { "the body ends too early" } else { reason };
-        Err(NotJson { offset: self.position, reason })
-    }
-
-    fn word(&mut self, word: &'static str, token: Token<'a>) -> Result<Token<'a>, NotJson> {
-        if !self.rest().starts_with(word.as_bytes()) {
-            return self.fault("a value must stand here");
+    /// Reads the string that begins here.
+    #[inline(always)]
+    pub(super) fn string(&mut self) -> Result<Text<'a>, Halt> {
+        let start = self.position + 1;
+        let mut has_escapes = false;
+        self.position = plain_end(self.bytes, start);
+        while self.peek() != Some(b'"') {
+            has_escapes = true;
+            self.escape()?;
+            self.position = plain_end(self.bytes, self.position);
         }
-        self.position += word.len();
-        Ok(token)
+        let escaped = &self.bytes[start..self.position];
+        self.position += 1;
+        Ok(Text { escaped, has_escapes })
     }
 
-    fn string(&mut self) -> Result<Text<'a>, NotJson> {
+    #[inline(never)]
+    fn escape(&mut self) -> Result<(), Halt> {
         let start = self.position;
-        let mut escaped = false;
-        self.position += 1;
-        loop {
-            match self.peek() {
-                Some(b'"') => break,
-                Some(b'\\') => {
-                    escaped = true;
-                    self.escape()?;
-                }
-                Some(0..=0x1f) => return self.fault("a control character must be escaped"),
-                Some(_) => self.position += 1,
-                None => return self.fault("the body ends too early"),
-            }
+        if self.peek() != Some(b'\\') {
+            return Err(self.halt("a control character must be escaped"));
         }
-        self.position += 1;
-        Ok(Text { literal: &self.text[start..self.position], escaped })
-    }
-
-    fn escape(&mut self) -> Result<(), NotJson> {
-        let start = self.position;
         self.position += 1;
         match self.peek() {
             Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => self.position += 1,
@@ -205,21 +270,21 @@ impl<'a> Cursor<'a> {
                     _ => !matches!(unit, 0xd800..=0xdfff),
                 };
                 if !is_whole {
-                    return Err(NotJson { offset: start, reason: "a lone surrogate" });
+                    return Err(self.halt_at(start, "a lone surrogate"));
                 }
             }
-            _ => return self.fault("not an escape of JSON"),
+            _ => return Err(self.halt("not an escape of JSON")),
         }
         Ok(())
     }
 
     /// Reads `uXXXX`.
-    fn unit(&mut self) -> Result<u32, NotJson> {
+    fn unit(&mut self) -> Result<u32, Halt> {
         self.position += 1;
         let mut unit = 0;
         for _ in 0..4 {
             let Some(digit) = self.peek().and_then(|byte| char::from(byte).to_digit(16)) else {
-                return self.fault("four hex digits must stand here");
+                return Err(self.halt("four hex digits must stand here"));
             };
             unit = unit << 4 | digit;
             self.position += 1;
@@ -227,83 +292,146 @@ impl<'a> Cursor<'a> {
         Ok(unit)
     }
 
-    fn number(&mut self) -> Result<Number<'a>, NotJson> {
+    /// Reads the number that begins here.
+    #[inline(always)]
+    pub(super) fn number(&mut self) -> Result<Number<'a>, Halt> {
         let start = self.position;
-        self.skip(b"-");
-        if !self.skip(b"0") {
-            self.digits()?;
+        let is_negative = self.skip(|byte| byte == b'-');
+        let first = self.position;
+        let mut magnitude = 0;
+        if !self.skip(|byte| byte == b'0') {
+            magnitude = self.digits()?;
         }
-        if self.skip(b".") {
-            self.digits()?;
+        let digits = self.position - first;
+        if let Some(b'.' | b'e' | b'E') = self.peek() {
+            return self.fraction(start);
         }
-        if self.skip(b"eE") {
-            self.skip(b"+-");
-            self.digits()?;
-        }
-        Ok(Number(&self.text[start..self.position]))
+        let small = (digits <= SMALL_DIGITS).then(|| if is_negative { -magnitude } else { magnitude });
+        Ok(Number {
+            literal: self.since(start),
+            is_integer: !is_negative || magnitude != 0 || digits > 1,
+            small,
+        })
     }
 
-    fn skip(&mut self, any_of: &[u8]) -> bool {
-        let found = self.peek().is_some_and(|byte| any_of.contains(&byte));
+    /// A number that has more than an integer part.
+    #[inline(never)]
+    fn fraction(&mut self, start: usize) -> Result<Number<'a>, Halt> {
+        if self.skip(|byte| byte == b'.') {
+            self.digits()?;
+        }
+        if self.skip(|byte| matches!(byte, b'e' | b'E')) {
+            self.skip(|byte| matches!(byte, b'+' | b'-'));
+            self.digits()?;
+        }
+        Ok(Number { literal: self.since(start), is_integer: false, small: None })
+    }
+
+    #[inline(always)]
+    fn skip(&mut self, is_meant: impl Fn(u8) -> bool) -> bool {
+        let found = self.peek().is_some_and(is_meant);
         self.position += usize::from(found);
         found
     }
 
-    fn digits(&mut self) -> Result<(), NotJson> {
+    /// Reads digits; their value counts if they are not too many.
+    #[inline(always)]
+    fn digits(&mut self) -> Result<i64, Halt> {
         let start = self.position;
-        while matches!(self.peek(), Some(b'0'..=b'9')) {
+        let mut value = 0_i64;
+        while let Some(byte @ b'0'..=b'9') = self.peek() {
+            value = value.wrapping_mul(10).wrapping_add(i64::from(byte - b'0'));
             self.position += 1;
         }
-        if self.position == start { self.fault("a digit must stand here") } else { Ok(()) }
+        if self.position == start { Err(self.halt("a digit must stand here")) } else { Ok(value) }
     }
+}
+
+/// Without a call for the lengths that most keys have: two words that may overlap.
+#[inline(always)]
+fn begins_with(bytes: &[u8], literal: &[u8]) -> bool {
+    let Some(bytes) = bytes.get(..literal.len()) else { return false };
+    match (literal.first_chunk::<8>(), literal.last_chunk::<8>()) {
+        (Some(first), Some(last)) if literal.len() <= 16 => {
+            bytes.first_chunk() == Some(first) && bytes.last_chunk() == Some(last)
+        }
+        _ => bytes == literal,
+    }
+}
+
+/// Where the next quote, backslash or control character stands, or the end; eight bytes at a time.
+#[inline(always)]
+fn plain_end(bytes: &[u8], mut at: usize) -> usize {
+    while let Some(word) = bytes.get(at..).and_then(<[u8]>::first_chunk) {
+        let special = special(u64::from_le_bytes(*word));
+        if special != 0 {
+            return at + special.trailing_zeros() as usize / 8;
+        }
+        at += 8;
+    }
+    let is_plain = |byte: &u8| !matches!(byte, b'"' | b'\\' | 0..=0x1f);
+    while bytes.get(at).is_some_and(is_plain) {
+        at += 1;
+    }
+    at
+}
+
+/// Sets the high bit of the first quote, backslash or control character of eight bytes, and none below. (A
+/// subtraction borrows from the bytes above only, so that what it spoils stands behind a find.)
+#[inline(always)]
+fn special(word: u64) -> u64 {
+    const ONES: u64 = u64::MAX / 255;
+    let below = |word: u64, bound: u64| word.wrapping_sub(ONES * bound) & !word;
+    // The first swaps 0x20 and 0x22, the space and the quote: then the quote, too, lies below the rest.
+    (below(word ^ (ONES * 0x02), 0x21) | below(word ^ (ONES * 0x5c), 1)) & (ONES * 0x80)
 }
 
 impl<'a> Text<'a> {
-    /// A literal that a cursor has walked already; `None` if it is no string.
-    pub(super) fn read(literal: &'a str) -> Option<Self> {
-        literal.starts_with('"').then(|| Self { literal, escaped: literal.contains('\\') })
+    /// What the string means, in UTF-8.
+    #[inline(always)]
+    pub(super) fn decoded(&self) -> Cow<'a, [u8]> {
+        if self.has_escapes { self.unescaped().into() } else { self.escaped.into() }
     }
 
-    /// What the string means.
-    pub(super) fn decoded(&self) -> Cow<'a, str> {
-        if self.escaped {
-            // The cursor has read it: serde_json has nothing left to refuse.
-            serde_json::from_str::<String>(self.literal).unwrap_or_default().into()
-        } else {
-            self.literal[1..self.literal.len() - 1].into()
-        }
-    }
-
-    /// For a violation: cut at 64 bytes, control characters escaped.
-    pub(super) fn shown(&self) -> String {
-        let decoded = self.decoded();
-        let mut shown = String::new();
-        for char in decoded[..decoded.floor_char_boundary(64)].chars() {
-            if char.is_control() { shown.extend(char.escape_default()) } else { shown.push(char) }
-        }
-        shown
+    #[cold]
+    fn unescaped(&self) -> Vec<u8> {
+        // The cursor has read it: serde_json has nothing left to refuse.
+        let literal = [b"\"", self.escaped, b"\""].concat();
+        serde_json::from_slice::<String>(&literal).unwrap_or_default().into_bytes()
     }
 }
 
-impl PartialEq<str> for Text<'_> {
-    fn eq(&self, other: &str) -> bool {
-        self.decoded() == other
+/// A key for a violation: cut at 64 bytes, control characters escaped.
+pub(super) fn shown(key: &[u8]) -> String {
+    let key = String::from_utf8_lossy(key);
+    let mut shown = String::new();
+    for char in key[..key.floor_char_boundary(64)].chars() {
+        if char.is_control() { shown.extend(char.escape_default()) } else { shown.push(char) }
     }
+    shown
 }
 
-impl Number<'_> {
-    /// An optional minus and digits, but not `-0`.
-    pub(super) fn is_integer(&self) -> bool {
-        self.0 != "-0" && !self.0.contains(['.', 'e', 'E'])
+impl<'a> Number<'a> {
+    /// A literal that is known to be a number.
+    pub(super) fn known(literal: &'a str) -> Option<Self> {
+        Cursor::new(literal.as_bytes()).ok()?.number().ok()
     }
 
     /// Integers are compared exactly, however long; others as floats.
+    #[inline(always)]
     pub(super) fn compare(&self, other: &Self) -> Ordering {
-        if !self.is_integer() || !other.is_integer() {
+        match (self.small, other.small) {
+            (Some(a), Some(b)) => a.cmp(&b),
+            _ => self.compare_literals(other),
+        }
+    }
+
+    fn compare_literals(&self, other: &Self) -> Ordering {
+        if !self.is_integer || !other.is_integer {
             return self.float().total_cmp(&other.float());
         }
-        match (self.0.strip_prefix('-'), other.0.strip_prefix('-')) {
-            (None, None) => magnitude(self.0, other.0),
+        match (self.literal.strip_prefix(b"-"), other.literal.strip_prefix(b"-")) {
+            (None, None) => magnitude(self.literal, other.literal),
             (Some(a), Some(b)) => magnitude(b, a),
             (Some(_), None) => Ordering::Less,
             (None, Some(_)) => Ordering::Greater,
@@ -312,23 +440,20 @@ impl Number<'_> {
 
     /// Adding zero makes `-0` and `0` one.
     fn float(&self) -> f64 {
-        self.0.parse::<f64>().unwrap_or(f64::NAN) + 0.0
+        let literal = std::str::from_utf8(self.literal).unwrap_or_default();
+        literal.parse::<f64>().unwrap_or(f64::NAN) + 0.0
     }
 }
 
 /// Literals have no leading zeros, so that the longer one is the larger one.
-fn magnitude(a: &str, b: &str) -> Ordering {
+fn magnitude(a: &[u8], b: &[u8]) -> Ordering {
     a.len().cmp(&b.len()).then_with(|| a.cmp(b))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::contract::Walk;
-
-    fn read(bytes: &[u8]) -> Result<(), NotJson> {
-        Cursor::new(bytes).and_then(|cursor| Walk::over(cursor, &[], None)).map(drop)
-    }
+    use crate::contract::is_strict_json as read;
 
     fn nested(depth: usize) -> String {
         "[".repeat(depth) + &"]".repeat(depth)
@@ -453,7 +578,7 @@ mod tests {
 
     #[test]
     fn integers_are_compared_exactly_and_fractions_as_floats() {
-        let compare = |a: &str, b: &str| Number(a).compare(&Number(b));
+        let compare = |a: &str, b: &str| Number::known(a).unwrap().compare(&Number::known(b).unwrap());
         assert_eq!(compare("18446744073709551615", "18446744073709551615"), Ordering::Equal);
         assert_eq!(compare("18446744073709551616", "18446744073709551615"), Ordering::Greater);
         assert_eq!(compare("-9223372036854775809", "-9223372036854775808"), Ordering::Less);
@@ -466,9 +591,47 @@ mod tests {
 
     #[test]
     fn a_shown_key_is_cut_and_holds_no_control_character() {
-        let shown = |literal: &'static str| Text::read(literal).map(|text| text.shown());
-        assert_eq!(shown(r#""a\u0000\n\u0085b""#).as_deref(), Some(r"a\u{0}\n\u{85}b"));
-        assert_eq!(shown("\"ééééééééééééééééééééééééééééééééxéé\"").map(|text| text.len()), Some(64));
-        assert_eq!(shown("1"), None);
+        assert_eq!(shown("a\0\n\u{85}b".as_bytes()), r"a\u{0}\n\u{85}b");
+        assert_eq!(shown("é".repeat(40).as_bytes()).len(), 64);
+        assert_eq!(shown(("x".to_owned() + &"é".repeat(40)).as_bytes()).len(), 63);
+    }
+
+    #[test]
+    fn a_literal_of_any_length_is_told_from_one_that_differs_anywhere() {
+        for length in 0..40 {
+            let literal: Vec<u8> = (0..length).collect();
+            let longer = [&literal[..], b"x"].concat();
+            assert!(begins_with(&literal, &literal) && begins_with(&longer, &literal), "{length}");
+            assert!(!begins_with(&literal, &longer), "{length}");
+            for at in 0..literal.len() {
+                let mut other = longer.clone();
+                other[at] ^= 0x80;
+                assert!(!begins_with(&other, &literal), "{length} {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_special_byte_is_found_wherever_it_stands_in_a_word() {
+        for byte in 0..=255_u8 {
+            let is_special = matches!(byte, b'"' | b'\\' | 0..=0x1f);
+            for filler in [b' ', b'!', b'#', b'[', b']', 0x7f, 0x80, 0x9f, 0xff] {
+                for at in 0..20 {
+                    let mut bytes = [filler; 20];
+                    bytes[at] = byte;
+                    assert_eq!(
+                        plain_end(&bytes, 0),
+                        if is_special { at } else { 20 },
+                        "{byte} {filler} {at}"
+                    );
+                    bytes[at..].fill(byte); // the first one counts
+                    assert_eq!(
+                        plain_end(&bytes, 0),
+                        if is_special { at } else { 20 },
+                        "{byte} {filler} {at}"
+                    );
+                }
+            }
+        }
     }
 }

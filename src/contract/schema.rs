@@ -3,11 +3,10 @@
 
 use std::sync::Arc;
 
-use regex_lite::Regex;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use super::json::Number;
+use super::{json::Number, pattern::Pattern};
 
 pub(super) const NULL: u8 = 1;
 pub(super) const BOOLEAN: u8 = 2;
@@ -35,6 +34,9 @@ const MAX_NODES: usize = 4096;
 /// As many as a `u128` has bits to remember which were seen.
 const MAX_MEMBERS: usize = 128;
 
+/// What the tables of all patterns may take together.
+const MAX_PATTERN_BYTES: usize = 16 << 20;
+
 /// From here on neighbouring integers share a float.
 const FLOAT_EXACT: f64 = 9_007_199_254_740_992.0;
 
@@ -60,6 +62,8 @@ pub(super) struct Schema {
 #[derive(Debug)]
 pub(super) struct AuditMember {
     pub(super) name: String,
+    /// `,"name":`, and the bracket of a list.
+    pub(super) opening: String,
     /// It stands in the items of an array, and there may be many.
     pub(super) is_list: bool,
 }
@@ -75,13 +79,21 @@ pub(super) struct Node {
     pub(super) items: Option<usize>,
     pub(super) min_items: Option<usize>,
     pub(super) max_items: Option<usize>,
-    pub(super) unique_by: Option<String>,
+    pub(super) unique_by: Option<UniqueBy>,
     pub(super) min_length: Option<usize>,
     pub(super) max_length: Option<usize>,
-    pub(super) pattern: Option<Regex>,
+    pub(super) pattern: Option<Arc<Pattern>>,
     pub(super) minimum: Option<Limit>,
     pub(super) maximum: Option<Limit>,
     pub(super) audit: Option<usize>,
+}
+
+/// The member in which the items of an array must differ.
+#[derive(Debug)]
+pub(super) struct UniqueBy {
+    pub(super) name: String,
+    /// Among the properties of the items.
+    pub(super) index: usize,
 }
 
 #[derive(Debug)]
@@ -94,27 +106,39 @@ pub(super) enum Scalar {
 
 /// A number of the schema, as a literal.
 #[derive(Debug)]
-pub(super) struct Limit(String);
+pub(super) struct Limit {
+    literal: String,
+    is_integer: bool,
+    small: Option<i64>,
+}
 
 /// The members of an object.
 #[derive(Debug)]
 pub(super) struct Members {
     pub(super) list: Vec<Member>,
     pub(super) additional: bool,
+    /// A bit for each member of the list that must be there.
+    pub(super) required: u128,
+    /// Indices of the list, in the order of the names.
+    by_name: Vec<usize>,
 }
 
 #[derive(Debug)]
 pub(super) struct Member {
     pub(super) name: String,
+    /// The name in quotes with its colon, as most bodies spell it.
+    pub(super) literal: Vec<u8>,
     pub(super) node: Option<usize>,
     pub(super) required: bool,
+    /// One bit, at its index.
+    pub(super) bit: u128,
 }
 
 impl Schema {
     pub(super) fn compile(text: &str) -> Result<Self, SchemaError> {
         let document: Value = serde_json::from_str(text).or_else(|error| fail("#", error.to_string()))?;
-        let mut compiler =
-            Compiler { document: &document, nodes: Vec::new(), audit: Vec::new(), open: Vec::new() };
+        let (nodes, audit, open, patterns) = Default::default();
+        let mut compiler = Compiler { document: &document, nodes, audit, open, patterns };
         let root = compiler.node(&document, "#", Place::Single)?;
         let audit = std::mem::take(&mut compiler.audit).into();
         compiler.definitions()?;
@@ -124,20 +148,28 @@ impl Schema {
 
 impl Node {
     /// What this wants, in words, by keyword. Holds values of the schema only.
-    pub(super) fn wants(&self, nodes: &[Self]) -> Vec<(&'static str, String)> {
+    fn wants(&self, nodes: &[Self]) -> Vec<(&'static str, String)> {
         let shown = |list: &[Scalar]| list.iter().map(Scalar::shown).collect::<Vec<_>>().join(", ");
         let wants = [
             (self.types != ANY).then(|| ("type", kind_words(self.types))),
             self.any_of.as_ref().map(|list| ("anyOf", alternatives(nodes, list))),
             self.constant.as_ref().map(|value| ("const", value.shown())),
             self.enumeration.as_ref().map(|list| ("enum", format!("one of {}", shown(list)))),
-            self.minimum.as_ref().map(|limit| ("minimum", format!("at least {}", limit.0))),
-            self.maximum.as_ref().map(|limit| ("maximum", format!("at most {}", limit.0))),
+            self.minimum.as_ref().map(|limit| ("minimum", format!("at least {}", limit.literal))),
+            self.maximum.as_ref().map(|limit| ("maximum", format!("at most {}", limit.literal))),
             self.min_length.map(|length| ("minLength", format!("{length} or more characters long"))),
             self.max_length.map(|length| ("maxLength", format!("{length} or fewer characters long"))),
-            self.pattern.as_ref().map(|pattern| ("pattern", format!("text that matches `{pattern}`"))),
+            self.pattern
+                .as_ref()
+                .map(|pattern| ("pattern", format!("text that matches `{}`", pattern.source()))),
         ];
         wants.into_iter().flatten().collect()
+    }
+
+    /// What one keyword wants, in words.
+    pub(super) fn wanted(&self, nodes: &[Self], keyword: &str) -> String {
+        let wants = self.wants(nodes).into_iter();
+        wants.filter(|(known, _)| *known == keyword).map(|(_, words)| words).collect()
     }
 
     /// True if neither an array nor an object can pass.
@@ -151,7 +183,7 @@ impl Node {
 
 impl Limit {
     pub(super) fn number(&self) -> Number<'_> {
-        Number(&self.0)
+        Number { literal: self.literal.as_bytes(), is_integer: self.is_integer, small: self.small }
     }
 }
 
@@ -160,7 +192,7 @@ impl Scalar {
         match self {
             Self::Null => "null".into(),
             Self::Boolean(value) => value.to_string(),
-            Self::Number(number) => number.0.clone(),
+            Self::Number(number) => number.literal.clone(),
             Self::Text(text) => format!("{text:?}"),
         }
     }
@@ -193,6 +225,8 @@ struct Compiler<'a> {
     audit: Vec<AuditMember>,
     /// References that are being compiled.
     open: Vec<String>,
+    /// Each is compiled once, however often it stands there.
+    patterns: Vec<Arc<Pattern>>,
 }
 
 impl Compiler<'_> {
@@ -209,8 +243,8 @@ impl Compiler<'_> {
         if node.audit.is_some() && !node.is_scalar() {
             return fail(step(at, "x-audit"), "only a scalar can be recorded: say a scalar type");
         }
-        if node.unique_by.as_ref().is_some_and(|name| !self.has_scalar_member(node.items, name)) {
-            return fail(step(at, "x-uniqueBy"), "must name a scalar property of the items");
+        if let Some(name) = keywords.get("x-uniqueBy") {
+            node.unique_by = Some(self.unique_by(node.items, name, &step(at, "x-uniqueBy"))?);
         }
         if self.nodes.len() == MAX_NODES {
             return fail(at, "the schema is too large");
@@ -242,10 +276,10 @@ impl Compiler<'_> {
             "maxLength" => node.max_length = Some(size(value, at)?),
             "minimum" => node.minimum = Some(limit(value, at)?),
             "maximum" => node.maximum = Some(limit(value, at)?),
-            "pattern" => node.pattern = Some(pattern(value, at)?),
-            "x-uniqueBy" => node.unique_by = Some(text(value, at)?.to_owned()),
+            "pattern" => node.pattern = Some(self.pattern(value, at)?),
             "x-audit" => node.audit = Some(self.audit_member(value, at, place)?),
             "properties" | "required" | "additionalProperties" => {} // one thing: see `members`
+            "x-uniqueBy" => {}                                       // once the items are known
             "$defs" if at == "#/$defs" => {}
             _ if is_annotation(keyword) => {}
             _ => return fail(at, "unknown keyword: it would not be checked"),
@@ -306,12 +340,13 @@ impl Compiler<'_> {
         let Some(Value::Bool(additional)) = keywords.get("additionalProperties") else {
             return fail(at, "an object must say additionalProperties: true or false");
         };
-        let mut members = Members { list: Vec::new(), additional: *additional };
+        let mut members =
+            Members { list: Vec::new(), additional: *additional, required: 0, by_name: Vec::new() };
         if let Some(properties) = keywords.get("properties") {
             let at = step(at, "properties");
             for (name, schema) in object(properties, &at)? {
                 let node = self.node(schema, &step(&at, name), place)?;
-                members.list.push(Member { name: name.clone(), node: Some(node), required: false });
+                members.list.push(Member::new(name, Some(node), false));
             }
         }
         if let Some(required) = keywords.get("required") {
@@ -323,6 +358,12 @@ impl Compiler<'_> {
         if members.list.len() > MAX_MEMBERS {
             return fail(at, "more than 128 properties");
         }
+        for (index, member) in members.list.iter_mut().enumerate() {
+            member.bit = 1 << index;
+            members.required |= if member.required { member.bit } else { 0 };
+        }
+        members.by_name = (0..members.list.len()).collect();
+        members.by_name.sort_by_key(|index| &members.list[*index].name);
         Ok(Some(members))
     }
 
@@ -350,27 +391,65 @@ impl Compiler<'_> {
         if self.audit.iter().any(|member| member.name == name) {
             return fail(at, "this name is taken");
         }
-        self.audit.push(AuditMember { name: name.to_owned(), is_list: place == Place::InItems });
+        let is_list = place == Place::InItems;
+        let opening = format!(",\"{name}\":{}", if is_list { "[" } else { "" });
+        self.audit.push(AuditMember { name: name.to_owned(), opening, is_list });
         Ok(self.audit.len() - 1)
     }
 
-    fn has_scalar_member(&self, items: Option<usize>, name: &str) -> bool {
+    fn unique_by(&self, items: Option<usize>, name: &Value, at: &str) -> Result<UniqueBy, SchemaError> {
+        let name = text(name, at)?;
         let members = items.and_then(|items| self.nodes[items].members.as_ref());
-        let member = members.and_then(|members| members.list.iter().find(|member| member.name == name));
-        member.and_then(|member| member.node).is_some_and(|node| self.nodes[node].is_scalar())
+        let found = members.and_then(|members| members.find(name.as_bytes()));
+        let found = found.filter(|(_, member)| member.node.is_some_and(|node| self.nodes[node].is_scalar()));
+        match found {
+            Some((index, _)) => Ok(UniqueBy { name: name.to_owned(), index }),
+            None => fail(at, "must name a scalar property of the items"),
+        }
+    }
+
+    fn pattern(&mut self, value: &Value, at: &str) -> Result<Arc<Pattern>, SchemaError> {
+        let source = text(value, at)?;
+        if let Some(known) = self.patterns.iter().find(|known| known.source() == source) {
+            return Ok(known.clone());
+        }
+        let pattern = Arc::new(Pattern::compile(source).or_else(|reason| fail(at, reason))?);
+        self.patterns.push(pattern.clone());
+        if self.patterns.iter().map(|pattern| pattern.size()).sum::<usize>() > MAX_PATTERN_BYTES {
+            return fail(at, "the patterns are too large together");
+        }
+        Ok(pattern)
     }
 }
 
 impl Members {
+    /// A member and its index.
+    pub(super) fn find(&self, name: &[u8]) -> Option<(usize, &Member)> {
+        let place = self.by_name.binary_search_by(|index| self.list[*index].name.as_bytes().cmp(name));
+        place.ok().map(|place| self.by_name[place]).map(|index| (index, &self.list[index]))
+    }
+
     fn require(&mut self, name: &str, at: &str) -> Result<(), SchemaError> {
         match self.list.iter_mut().find(|member| member.name == name) {
             Some(member) => member.required = true,
             None if self.additional => {
-                self.list.push(Member { name: name.to_owned(), node: None, required: true });
+                self.list.push(Member::new(name, None, true));
             }
             None => return fail(at, "names a key that additionalProperties forbids"),
         }
         Ok(())
+    }
+}
+
+impl Member {
+    fn new(name: &str, node: Option<usize>, required: bool) -> Self {
+        Self {
+            name: name.to_owned(),
+            literal: format!("{}:", Value::from(name)).into(),
+            node,
+            required,
+            bit: 0,
+        }
     }
 }
 
@@ -413,11 +492,11 @@ fn limit(value: &Value, at: &str) -> Result<Limit, SchemaError> {
     if number.is_f64() && number.as_f64().is_none_or(|float| float.abs() >= FLOAT_EXACT) {
         return fail(at, "too large to be compared exactly");
     }
-    Ok(Limit(number.to_string()))
-}
-
-fn pattern(value: &Value, at: &str) -> Result<Regex, SchemaError> {
-    Regex::new(text(value, at)?).or_else(|error| fail(at, error.to_string()))
+    let literal = number.to_string();
+    let Some(Number { is_integer, small, .. }) = Number::known(&literal) else {
+        return fail(at, "must be a number");
+    };
+    Ok(Limit { literal, is_integer, small })
 }
 
 fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {

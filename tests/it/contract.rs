@@ -2,7 +2,9 @@
 
 use bytes::Bytes;
 use ccsqm_gateway::contract::{CheckedBody, Contract, Fault, NotJson, Violations};
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
+use std::{collections::HashSet, fmt};
 
 const GOOD: &str = r#"{"qualityTaskId":"954125366","setCountsType":1,"isTakeEffect":0,
     "setCounts":[{"personID":"160","count":2},{"personID":"161"}]}"#;
@@ -215,6 +217,34 @@ fn a_schema_that_would_not_be_checked_whole_is_refused_with_its_place() {
     );
 }
 
+#[test]
+fn items_are_told_apart_by_what_their_member_means_at_each_level() {
+    let list = |items: Value| {
+        json!({
+            "type": "array", "x-uniqueBy": "id",
+            "items": { "type": "object", "additionalProperties": true, "properties": items },
+        })
+    };
+    let inner = list(json!({ "id": { "type": ["string", "integer"] } }));
+    let schema = list(json!({ "id": { "type": ["string", "integer"] }, "parts": inner }));
+    let contract = compile(&schema.to_string());
+    let twice = |pointer: &str| vec![(pointer.to_owned(), "x-uniqueBy")];
+    for (body, wanted) in [
+        (r#"[{"id":"a","parts":[{"id":"a"}]},{"parts":[{"id":"b"},{"id":"a"}],"id":"b"}]"#, vec![]),
+        (r#"[{"id":"a","parts":[{"id":"x"}]},{"id":"a","parts":[]}]"#, twice("/1/id")),
+        (r#"[{"parts":[{"id":"x"}]},{"parts":[{"id":"x"}]}]"#, vec![]),
+        (r#"[{"parts":[{"id":"x"},{},{"id":"\u0078"}],"id":1}]"#, twice("/0/parts/2/id")),
+        (r#"[{"id":1},{"id":"1"},{"id":11},{"x":{"id":1}}]"#, vec![]),
+        (r#"[{"id":1},{"id":"1"},{"x":0,"\u0069d":1}]"#, twice("/2/id")),
+    ] {
+        let checked = check(&contract, body);
+        let found = if checked.is_ok() { Vec::new() } else { found(checked) };
+        assert_eq!(found, wanted, "{body}");
+    }
+    let many: Vec<_> = (0..100).map(|i| format!(r#"{{"id":"\u006b{}"}}"#, i % 99)).collect();
+    assert_eq!(found(check(&contract, &format!("[{}]", many.join(",")))), twice("/99/id"));
+}
+
 /// A generator of its own, so that every run checks the same cases.
 struct Random(u64);
 
@@ -241,8 +271,20 @@ impl Random {
 }
 
 const KEYS: [&str; 5] = ["a", "b", "c/d", "e~f", "é"];
-const PATTERNS: [(&str, &str); 4] =
-    [("^[a-c]*$", "abcabc"), ("b", "xbxx"), ("^é", "é😀é"), ("^[0-9]+$", "12345")];
+const PATTERNS: [(&str, &str); 12] = [
+    ("^[a-c]*$", "abcabc"),
+    ("b", "xbxx"),
+    ("^é", "é😀é"),
+    ("^[0-9]+$", "12345"),
+    (r"^\d{2,5}$", "123"),
+    (r"\d$", "a9"),
+    (r"^\w+$", "aZ_9"),
+    (r"^\S*\s\S*$", "é\u{a0}é"),
+    ("^.{1,3}$", "a😀"),
+    ("^(a|bc)+9?$", "abca"),
+    (r"^[^\u0000-\u001fa]*$", "bé 😀"),
+    (r"^\D\W", "é-x"),
+];
 
 /// A schema, and a document that keeps it.
 fn schema(random: &mut Random, depth: usize) -> (Value, Value) {
@@ -450,6 +492,9 @@ fn verdicts(
         Err(Fault::NotJson(fault)) => panic!("{fault}: {text}"),
         checked => checked.is_ok(),
     };
+    // The walk that tells of all violations says the same as the one that ends at the first.
+    let all = ours.violations(text.as_bytes()).unwrap_or_else(|fault| panic!("{fault}: {text}"));
+    assert_eq!(all.total == 0, kept, "{text}: {all:?}");
     (kept, oracle.is_valid(document))
 }
 
@@ -541,4 +586,175 @@ fn the_oracle_notices_when_any_keyword_is_not_checked() {
         });
         assert!(is_noticed, "{keyword}");
     }
+}
+
+/// What strict JSON is beyond serde_json: no repeated key, no nesting beyond 32. The number is the depth.
+#[derive(Clone, Copy)]
+struct Strict(usize);
+
+impl<'de> DeserializeSeed<'de> for Strict {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Strict {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("strict JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        let within = self.deeper()?;
+        while items.next_element_seed(within)?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<(), A::Error> {
+        let (within, mut keys) = (self.deeper()?, HashSet::new());
+        while let Some(key) = members.next_key::<String>()? {
+            if !keys.insert(key) {
+                return Err(A::Error::custom("repeated"));
+            }
+            members.next_value_seed(within)?;
+        }
+        Ok(())
+    }
+}
+
+impl Strict {
+    fn deeper<E: Error>(self) -> Result<Self, E> {
+        if self.0 < 32 { Ok(Self(self.0 + 1)) } else { Err(E::custom("too deep")) }
+    }
+}
+
+/// Whether a document is strict JSON; `None` if serde_json can't tell, since it has no number so large.
+fn is_strict(document: &[u8]) -> Option<bool> {
+    std::str::from_utf8(document).map_or(Some(false), |text| {
+        let mut reader = serde_json::Deserializer::from_str(text);
+        let read = Strict(0).deserialize(&mut reader).and_then(|()| reader.end());
+        match read {
+            Err(error) if error.to_string().starts_with("number out of range") => None,
+            read => Some(read.is_ok()),
+        }
+    })
+}
+
+/// Breaks a document in one place, or mends it.
+fn mutate(random: &mut Random, document: &mut Vec<u8>) {
+    const PIECES: [&[u8]; 40] = [
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b"\"",
+        b"\\",
+        b"/",
+        b"\\u0061",
+        b"\\ud83d",
+        b"\\ud83d\\ud83d",
+        b"\\ud83d\\ude00",
+        b"\\ud83d\\u0061",
+        b"\\ud83dx",
+        b"\\ude00",
+        b"u12",
+        b"a",
+        b"0",
+        b"-",
+        b"1",
+        b".",
+        b"e",
+        b"+",
+        b" ",
+        b"\t",
+        b"\n",
+        b"\0",
+        b"\x1f",
+        b"\x7f",
+        b"\xc3\xa9",
+        b"\xc3",
+        b"\xed\xa0\x80",
+        b"\xff",
+        b"\xef\xbb\xbf",
+        b"true",
+        b"null",
+        b"\"count\":0,",
+        b"\"p\\u0065rsonID\":0,",
+        b"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[",
+    ];
+    let at = random.below(document.len() + 1);
+    let end = (at + random.below(4)).min(document.len());
+    let piece = match random.below(4) {
+        0 => Vec::new(),
+        1 => {
+            let from = random.below(document.len() + 1);
+            document[from..(from + random.below(24)).min(document.len())].to_vec()
+        }
+        _ => random.pick(&PIECES).to_vec(),
+    };
+    document.splice(at..if random.one_in(2) { at } else { end }, piece);
+}
+
+#[test]
+fn strict_json_is_what_serde_json_takes_without_repeated_keys_and_deep_nesting() {
+    let (anything, appoint) = (compile("{}"), compile(Contract::APPOINT_QUALITY_TASK));
+    let mut random = Random(3);
+    let (mut taken, mut refused) = (0, 0);
+    for _ in 0..3000 {
+        let mut text = GOOD.to_owned();
+        if random.one_in(2) {
+            let document = case(&mut random).1;
+            text.clear();
+            write(&mut random, &document, &mut text);
+        }
+        let mut document = text.into_bytes();
+        for _ in 0..6 {
+            mutate(&mut random, &mut document);
+            let Some(wanted) = is_strict(&document) else { continue };
+            for contract in [&anything, &appoint] {
+                let checked = contract.check(Bytes::copy_from_slice(&document));
+                let is_json = !matches!(checked, Err(Fault::NotJson(_)));
+                assert_eq!(is_json, wanted, "{}", document.escape_ascii());
+                let all = contract.violations(&document);
+                assert_eq!(
+                    checked.is_ok(),
+                    all.is_ok_and(|all| all.total == 0),
+                    "{}",
+                    document.escape_ascii()
+                );
+            }
+            taken += usize::from(wanted);
+            refused += usize::from(!wanted);
+        }
+    }
+    assert!(taken > 1000 && refused > 1000, "{taken} taken, {refused} refused");
 }

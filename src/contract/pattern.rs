@@ -1,0 +1,321 @@
+//! `pattern`: a regular expression of ECMA-262 as a table, made at start; a match costs one step a byte.
+//!
+//! Taken is what can be matched in linear time and means the same here as in ECMA-262 with its `u` flag, by
+//! code points: `\d`, `\w`, `\s` and `.` are the sets that ECMA-262 names. Anything else (look-around,
+//! back-references, `\b`, `\p`, flags, other dialects' syntax) stops the start. Not anchored but as written.
+
+use regex_automata::{
+    Input, MatchKind,
+    dfa::{Automaton as _, StartKind, dense},
+    nfa::thompson,
+};
+use regex_syntax::{
+    ast::{
+        AssertionKind, Ast, ClassBracketed, ClassPerl, ClassPerlKind, ClassSet, ClassSetItem, GroupKind,
+        HexLiteralKind, Literal, LiteralKind, Span, SpecialLiteralKind, parse::Parser,
+    },
+    hir::{Class, Hir, HirKind, Look, translate::Translator},
+};
+
+/// What one table, and what is needed to make it, may take.
+const TABLE_BYTES: usize = 1 << 20;
+const MAKING_BYTES: usize = 8 << 20;
+
+/// A compiled pattern.
+#[derive(Debug)]
+pub(super) struct Pattern {
+    source: String,
+    shortcut: Option<Shortcut>,
+    table: dense::DFA<Vec<u32>>,
+}
+
+/// `^[…]*$` and `^[…]+$` over a text of ASCII: no byte waits for the one before it.
+#[derive(Debug)]
+struct Shortcut {
+    least: usize,
+    /// One for a byte that is in the class.
+    class: Box<[u8; 256]>,
+}
+
+impl Pattern {
+    /// Compiles a pattern; the error says what is wrong, and where.
+    pub(super) fn compile(source: &str) -> Result<Self, String> {
+        let mut ast = Parser::new()
+            .parse(source)
+            .map_err(|error| misplaced(source, error.span(), &error.kind().to_string()))?;
+        Ecma { source }.take(&mut ast)?;
+        let hir = Translator::new()
+            .translate(source, &ast)
+            .map_err(|error| misplaced(source, error.span(), &error.kind().to_string()))?;
+        let table = table(&hir).map_err(|error| format!("too large: {error}"))?;
+        Ok(Self { source: source.to_owned(), shortcut: Shortcut::of(&hir), table })
+    }
+
+    /// As it is written.
+    pub(super) fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Bytes of memory.
+    pub(super) fn size(&self) -> usize {
+        self.table.memory_usage()
+    }
+
+    /// Whether it matches somewhere in a text, which is UTF-8.
+    pub(super) fn is_match(&self, text: &[u8]) -> bool {
+        if self.shortcut.as_ref().is_some_and(|shortcut| shortcut.is_match(text)) {
+            return true;
+        }
+        // Fails only for tables that were made to give up somewhere, or to begin elsewhere.
+        self.table.try_search_fwd(&Input::new(text).earliest(true)).is_ok_and(|found| found.is_some())
+    }
+}
+
+impl Shortcut {
+    fn of(hir: &Hir) -> Option<Self> {
+        let HirKind::Concat(parts) = hir.kind() else { return None };
+        let [begin, middle, end] = &parts[..] else { return None };
+        let (HirKind::Look(Look::Start), HirKind::Repetition(repetition), HirKind::Look(Look::End)) =
+            (begin.kind(), middle.kind(), end.kind())
+        else {
+            return None;
+        };
+        let (least @ (0 | 1), None, HirKind::Class(Class::Unicode(set))) =
+            (repetition.min, repetition.max, repetition.sub.kind())
+        else {
+            return None;
+        };
+        let holds = |char| set.ranges().iter().any(|range| (range.start()..=range.end()).contains(&char));
+        let class = std::array::from_fn(|byte| u8::from(byte < 0x80 && holds(char::from(byte as u8))));
+        Some(Self { least: least as usize, class: Box::new(class) })
+    }
+
+    /// True only if the pattern matches; false says nothing.
+    fn is_match(&self, text: &[u8]) -> bool {
+        let (words, rest) = text.as_chunks::<8>();
+        let has = |all, byte: &u8| all & self.class[usize::from(*byte)];
+        text.len() >= self.least
+            && words.iter().all(|word| word.iter().fold(1, has) == 1)
+            && rest.iter().fold(1, has) == 1
+    }
+}
+
+fn table(hir: &Hir) -> Result<dense::DFA<Vec<u32>>, Box<dyn std::error::Error>> {
+    let nfa = thompson::Compiler::new()
+        .configure(
+            thompson::Config::new()
+                .nfa_size_limit(Some(MAKING_BYTES))
+                .which_captures(thompson::WhichCaptures::None),
+        )
+        .build_from_hir(hir)?;
+    let config = dense::Config::new()
+        .match_kind(MatchKind::All) // whether, not where
+        .start_kind(StartKind::Unanchored)
+        .dfa_size_limit(Some(TABLE_BYTES))
+        .determinize_size_limit(Some(MAKING_BYTES));
+    Ok(dense::Builder::new().configure(config).build_from_nfa(&nfa)?)
+}
+
+/// Takes from the parser's dialect what ECMA-262 has, too, and gives it the meaning that it has there.
+struct Ecma<'a> {
+    source: &'a str,
+}
+
+impl Ecma<'_> {
+    fn take(&self, ast: &mut Ast) -> Result<(), String> {
+        match ast {
+            Ast::Empty(_) => Ok(()),
+            Ast::Literal(literal) => self.literal(literal),
+            Ast::Dot(span) => {
+                *ast = Ast::class_bracketed(set(r"[^\n\r\u2028\u2029]", span)?);
+                Ok(())
+            }
+            Ast::ClassPerl(class) => {
+                *ast = Ast::class_bracketed(perl(class)?);
+                Ok(())
+            }
+            Ast::ClassBracketed(class) => self.class(class),
+            Ast::Assertion(assertion) => match assertion.kind {
+                AssertionKind::StartLine | AssertionKind::EndLine => Ok(()),
+                _ => self.refuse(&assertion.span, "only ^ and $ are taken of the assertions"),
+            },
+            Ast::Repetition(repetition) => {
+                let span = &repetition.op.span;
+                if self.text(span).contains(char::is_whitespace) {
+                    return self.refuse(span, "write {n}, {n,} or {n,m}");
+                }
+                self.take(&mut repetition.ast)
+            }
+            Ast::Group(group) => {
+                let is_plain = match &group.kind {
+                    GroupKind::CaptureIndex(_) => true,
+                    GroupKind::CaptureName { starts_with_p, .. } => !starts_with_p,
+                    GroupKind::NonCapturing(flags) => flags.items.is_empty(),
+                };
+                if !is_plain {
+                    return self
+                        .refuse(&group.span, "only (…), (?:…) and (?<name>…) are taken of the groups");
+                }
+                self.take(&mut group.ast)
+            }
+            Ast::Alternation(list) => list.asts.iter_mut().try_for_each(|ast| self.take(ast)),
+            Ast::Concat(list) => list.asts.iter_mut().try_for_each(|ast| self.take(ast)),
+            Ast::Flags(flags) => self.refuse(&flags.span, "flags are not taken"),
+            Ast::ClassUnicode(class) => self.refuse(&class.span, "classes of Unicode are not taken"),
+        }
+    }
+
+    fn class(&self, class: &mut ClassBracketed) -> Result<(), String> {
+        let inner = self.text(&class.span).trim_start_matches(['[', '^']);
+        if inner.starts_with(']') {
+            return self.refuse(&class.span, "write \\] for a bracket in a class");
+        }
+        match &mut class.kind {
+            ClassSet::Item(item) => self.item(item),
+            ClassSet::BinaryOp(op) => self.refuse(&op.span, "a class of classes is not taken"),
+        }
+    }
+
+    fn item(&self, item: &mut ClassSetItem) -> Result<(), String> {
+        match item {
+            ClassSetItem::Empty(_) => Ok(()),
+            ClassSetItem::Literal(literal) => self.literal(literal),
+            ClassSetItem::Range(range) => self.literal(&range.start).and_then(|()| self.literal(&range.end)),
+            ClassSetItem::Perl(class) => {
+                *item = ClassSetItem::Bracketed(Box::new(perl(class)?));
+                Ok(())
+            }
+            ClassSetItem::Union(union) => union.items.iter_mut().try_for_each(|item| self.item(item)),
+            ClassSetItem::Ascii(_) | ClassSetItem::Unicode(_) | ClassSetItem::Bracketed(_) => {
+                self.refuse(item.span(), "a class of classes is not taken")
+            }
+        }
+    }
+
+    fn literal(&self, literal: &Literal) -> Result<(), String> {
+        match literal.kind {
+            LiteralKind::Verbatim
+            | LiteralKind::Meta
+            | LiteralKind::Superfluous
+            | LiteralKind::HexFixed(HexLiteralKind::X | HexLiteralKind::UnicodeShort)
+            | LiteralKind::HexBrace(HexLiteralKind::UnicodeShort) => Ok(()),
+            LiteralKind::Special(SpecialLiteralKind::Bell | SpecialLiteralKind::Space)
+            | LiteralKind::Octal
+            | LiteralKind::HexFixed(HexLiteralKind::UnicodeLong)
+            | LiteralKind::HexBrace(HexLiteralKind::X | HexLiteralKind::UnicodeLong) => {
+                self.refuse(&literal.span, "not an escape of ECMA-262")
+            }
+            LiteralKind::Special(_) => Ok(()),
+        }
+    }
+
+    fn text(&self, span: &Span) -> &str {
+        &self.source[span.start.offset..span.end.offset]
+    }
+
+    fn refuse<T>(&self, span: &Span, reason: &str) -> Result<T, String> {
+        Err(misplaced(self.source, span, reason))
+    }
+}
+
+fn misplaced(source: &str, span: &Span, reason: &str) -> String {
+    let before = source.get(..span.start.offset).unwrap_or_default();
+    format!("at character {}: {reason}", before.chars().count() + 1)
+}
+
+/// The sets of ECMA-262 §22.2.2.9.
+fn perl(class: &ClassPerl) -> Result<ClassBracketed, String> {
+    let members = match class.kind {
+        ClassPerlKind::Digit => "[0-9]",
+        ClassPerlKind::Word => "[0-9A-Za-z_]",
+        ClassPerlKind::Space => r"[\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]",
+    };
+    let set = set(members, &class.span)?;
+    Ok(ClassBracketed { negated: class.negated, ..set })
+}
+
+fn set(members: &str, place: &Span) -> Result<ClassBracketed, String> {
+    match &Parser::new().parse(members) {
+        Ok(Ast::ClassBracketed(class)) => Ok(ClassBracketed { span: *place, ..*class.clone() }),
+        _ => Err(format!("{members} is no set")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matches(pattern: &str, text: &str) -> bool {
+        Pattern::compile(pattern)
+            .unwrap_or_else(|error| panic!("{pattern}: {error}"))
+            .is_match(text.as_bytes())
+    }
+
+    #[test]
+    fn a_pattern_matches_as_ecma_262_says() {
+        // What it is, what it matches, what it does not.
+        let cases = [
+            ("", "x", None),
+            ("b", "abc", Some("ac")),
+            ("^b", "bc", Some("abc")),
+            ("b$", "ab", Some("b\n")),
+            ("^[0-9]+$", "0123456789", Some("")),
+            ("^[0-9]+$", "7", Some("1x1")),
+            ("^[0-9]+$", "7", Some("١")),
+            ("^[0-9]*$", "", Some(" ")),
+            (r"^\d{2,3}$", "123", Some("1")),
+            (r"^\d$", "1", Some("١")),
+            (r"^\w+$", "aZ_9", Some("é")),
+            (r"^\W$", "é", Some("a")),
+            (r"^\s$", "\u{feff}", Some("\u{85}")),
+            (r"^[\s\d]$", "\u{a0}", Some("a")),
+            (r"^[^\S]$", " ", Some("a")),
+            ("^.$", "😀", Some("\u{2028}")),
+            ("^[^a]$", "\n", Some("a")),
+            (r"^[^\u0000-\u001f\u007f-\u009f]*$", "é 😀~", Some("a\u{85}")),
+            (r"^[^\u0000-\u001f\u007f-\u009f]*$", "plain", Some("a\u{7f}")),
+            (r"^(?:a|(b)|(?<c>cc))+?$", "abcc", Some("c")),
+            (r"^\u{1f600}\x41\/\-\.$", "😀A/-.", Some("😀A/-x")),
+            ("a.*z|^$", "xazx", Some("za")),
+            ("^(a|aa)+$", &"a".repeat(5000), Some("ab")),
+        ];
+        for (pattern, good, bad) in cases {
+            assert!(matches(pattern, good), "{pattern} {good}");
+            assert!(!bad.is_some_and(|bad| matches(pattern, bad)), "{pattern} {bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_would_mean_something_else_or_cost_too_much_is_refused_with_its_place() {
+        for (pattern, place) in [
+            ("a(", 2),
+            ("é(?=a)", 2),
+            (r"a\1", 2),
+            (r"a\b", 2),
+            (r"\Aa", 1),
+            (r"\<a", 1),
+            ("a(?i)", 2),
+            ("(?i:a)", 1),
+            ("(?P<n>a)", 1),
+            (r"\pL", 1),
+            (r"[\p{L}]", 2),
+            ("[[:alpha:]]", 2),
+            ("[a-z&&b]", 2),
+            ("[]a]", 1),
+            ("[^]a]", 1),
+            (r"\a", 1),
+            (r"\x{41}", 1),
+            (r"\U00000041", 1),
+            ("a{,2}", 3),
+            ("a{ 2 }", 2),
+            (r"\ud800", 3),
+        ] {
+            let error = Pattern::compile(pattern).expect_err(pattern);
+            assert!(error.starts_with(&format!("at character {place}: ")), "{pattern}: {error}");
+        }
+        for huge in ["(a|b)*a(a|b){30}", "^((.{1,100}){1,100}){1,100}$"] {
+            let error = Pattern::compile(huge).expect_err(huge);
+            assert!(error.starts_with("too large: "), "{error}");
+        }
+    }
+}
