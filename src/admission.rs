@@ -7,7 +7,8 @@
 use std::{
     collections::HashMap,
     fmt,
-    net::SocketAddr,
+    io::{self, Write as _},
+    net::{SocketAddr, SocketAddrV4},
     sync::Arc,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
@@ -34,6 +35,32 @@ pub enum Peer {
         /// Effective group id.
         gid: u32,
     },
+}
+
+impl Peer {
+    /// The longest text of a peer, in bytes.
+    pub const TEXT: usize = 64;
+
+    /// What [`fmt::Display`] writes, without an allocation.
+    pub fn text<'a>(&self, buffer: &'a mut [u8; Self::TEXT]) -> &'a [u8] {
+        let mut rest = &mut buffer[..];
+        let _ = match self {
+            Self::Tcp(SocketAddr::V4(address)) => write_v4(&mut rest, address),
+            _ => write!(rest, "{self}"),
+        };
+        let written = Self::TEXT - rest.len();
+        &buffer[..written]
+    }
+}
+
+/// Formatting an address through [`fmt`] costs as much as parsing a head.
+fn write_v4(rest: &mut &mut [u8], address: &SocketAddrV4) -> io::Result<()> {
+    let mut number = itoa::Buffer::new();
+    for (octet, behind) in address.ip().octets().into_iter().zip([b".", b".", b".", b":"]) {
+        rest.write_all(number.format(octet).as_bytes())?;
+        rest.write_all(behind)?;
+    }
+    rest.write_all(number.format(address.port()).as_bytes())
 }
 
 /// A configured caller.
@@ -183,9 +210,21 @@ impl Hosts {
     /// Is this `Host` a name of this listener?
     pub fn check(&self, host: Option<&HeaderValue>) -> Result<(), Denied> {
         let Some(names) = &self.0 else { return Ok(()) };
+        if host.is_some_and(|host| names.iter().any(|name| is_plainly(host.as_bytes(), name.as_bytes()))) {
+            return Ok(());
+        }
         let host = host.and_then(|value| value.to_str().ok()).unwrap_or_default();
         let host = without_port(host);
         if names.iter().any(|name| name.eq_ignore_ascii_case(host)) { Ok(()) } else { Err(Denied::Host) }
+    }
+}
+
+/// The usual case: spelt as configured, with a port or without.
+fn is_plainly(host: &[u8], name: &[u8]) -> bool {
+    match host.strip_prefix(name) {
+        Some([]) => true,
+        Some([b':', port @ ..]) => port.iter().all(u8::is_ascii_digit),
+        Some(_) | None => false,
     }
 }
 
@@ -301,6 +340,20 @@ impl fmt::Display for Peer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peers_text_is_what_it_displays() {
+        let unix = Peer::Unix { uid: u32::MAX, gid: u32::MAX };
+        let tcp = [
+            "127.0.0.1:1",
+            "255.255.255.255:65535",
+            "[::1]:80",
+            "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535",
+        ];
+        for peer in tcp.map(|address| Peer::Tcp(address.parse().unwrap())).into_iter().chain([unix]) {
+            assert_eq!(peer.text(&mut [0; Peer::TEXT]), peer.to_string().as_bytes());
+        }
+    }
 
     #[test]
     fn a_host_is_compared_without_its_port() {

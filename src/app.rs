@@ -23,6 +23,7 @@ use crate::{
     admin::{self, Admin},
     admission::Bounds,
     audit::{self, Audit},
+    clock,
     config::{Config, LOOPBACK_NOTICE, ListenAddress},
     connect::{Connector, client_tls, no_tls},
     gateway::Gateway,
@@ -157,7 +158,8 @@ impl App {
                 Arc::new(Gateway {
                     state: state.clone(),
                     pool: Arc::new(pool),
-                    audit: audit.clone(),
+                    exchanges: Arc::default(),
+                    audit: audit.for_worker(),
                     bounds: bounds.clone(),
                     metrics: metrics.clone(),
                 })
@@ -177,7 +179,16 @@ impl App {
                 let (deadlines, stopped) = (Deadlines::new(&config.server), stopped.clone());
                 let drained = config.server.drain_timeout;
                 thread::Builder::new().name(format!("worker-{i}")).spawn(move || -> io::Result<()> {
-                    let runtime = Builder::new_current_thread().enable_all().build()?;
+                    Audit::defer_wake_ups();
+                    clock::turns();
+                    let audit = gateway.audit.clone();
+                    let runtime = Builder::new_current_thread()
+                        .enable_all()
+                        .on_thread_park(move || {
+                            audit.flush();
+                            clock::next_turn();
+                        })
+                        .build()?;
                     runtime.block_on(async move {
                         let listeners =
                             listeners.into_iter().map(|listener| listener()).collect::<io::Result<_>>()?;

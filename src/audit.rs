@@ -6,6 +6,8 @@
 //! write as the gateway the chain proves only what lies before a head that is kept elsewhere.
 
 pub mod chain;
+mod lane;
+mod line;
 mod queue;
 mod record;
 pub mod recovery;
@@ -30,6 +32,7 @@ use thiserror::Error;
 
 use crate::admission::Peer;
 use chain::{KeyError, Keys};
+use lane::Lane;
 use queue::Shared;
 use record::Entry;
 pub use record::{Answer, Record};
@@ -77,7 +80,8 @@ pub struct Unavailable;
 /// Counts of the trail.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    records: IntCounterVec,
+    /// By kind, in the order of [`KINDS`].
+    records: [IntCounter; KINDS.len()],
     bytes: IntCounter,
     batches: IntCounter,
     errors: IntCounter,
@@ -96,8 +100,10 @@ impl Metrics {
             Ok::<_, prometheus::Error>(counter)
         };
         let records = Opts::new("ccsqm_gateway_audit_records_total", "Records written, by kind.");
+        let records = IntCounterVec::new(records, &["kind"])?;
+        registry.register(Box::new(records.clone()))?;
         let metrics = Self {
-            records: IntCounterVec::new(records, &["kind"])?,
+            records: KINDS.map(|kind| records.with_label_values(&[kind])),
             bytes: counter("bytes_total", "Bytes written.")?,
             batches: counter("batches_total", "Batches written.")?,
             errors: counter("write_errors_total", "Writes that failed.")?,
@@ -106,16 +112,30 @@ impl Metrics {
             late: counter("late_intents_total", "Intents that were not safe in time.")?,
             queue: IntGauge::new("ccsqm_gateway_audit_queue_records", "Records that wait to be written.")?,
         };
-        registry.register(Box::new(metrics.records.clone()))?;
         registry.register(Box::new(metrics.queue.clone()))?;
         Ok(metrics)
     }
+
+    fn written(&self, batch: &[Entry], bytes: usize) {
+        for (kind, counter) in KINDS.iter().zip(&self.records) {
+            let count = batch.iter().filter(|entry| entry.kind() == *kind).count() as u64;
+            if count > 0 {
+                counter.inc_by(count);
+            }
+        }
+        self.bytes.inc_by(bytes as u64);
+        self.batches.inc();
+    }
 }
+
+/// The kinds of records.
+const KINDS: [&str; 4] = ["intent", "outcome", "refusal", "event"];
 
 /// The trail, as all of the gateway sees it. Cheap to clone.
 #[derive(Clone)]
 pub struct Audit {
     shared: Arc<Shared>,
+    lane: Arc<Lane>,
     writer: Arc<Mutex<Option<JoinHandle<()>>>>,
     deadline: Duration,
 }
@@ -142,7 +162,23 @@ impl Audit {
         let writing = shared.clone();
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
-        Ok(Self { shared, writer: Arc::new(Mutex::new(Some(writer))), deadline: options.intent_deadline })
+        let (lane, writer) = (shared.new_lane(), Arc::new(Mutex::new(Some(writer))));
+        Ok(Self { shared, lane, writer, deadline: options.intent_deadline })
+    }
+
+    /// The same trail, for a worker of its own.
+    pub fn for_worker(&self) -> Self {
+        Self { lane: self.shared.new_lane(), ..self.clone() }
+    }
+
+    /// From now on this thread does not wake the writer: it calls [`Audit::flush`] before it sleeps.
+    pub fn defer_wake_ups() {
+        queue::defer_wake_ups();
+    }
+
+    /// Wakes the writer, if there is something to write.
+    pub fn flush(&self) {
+        self.shared.flush();
     }
 
     /// Opens the record of a request.

@@ -13,20 +13,21 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Request, Response, Uri, header};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
     admission::{Bounds, Hosts, Peer},
     audit::{Audit, Record},
+    clock,
     contract::body::receive,
     error::{Code, Error, Stage, spent},
     headers::Inbound,
-    metrics::Metrics,
+    metrics::{Limit, Metrics},
     outcome::Outcome,
     server::connection::Presence,
     state::State,
-    upstream::{BrokenOff, Exchange, Piece, Reply, ReplyBody, pool::Pool},
+    upstream::{BrokenOff, Exchange, Exchanges, Piece, Reply, ReplyBody, pool::Pool},
 };
 
 /// What one worker needs to answer requests.
@@ -36,6 +37,8 @@ pub struct Gateway {
     pub state: Arc<State>,
     /// The upstream connections of this worker.
     pub pool: Arc<Pool>,
+    /// The exchanges on them.
+    pub exchanges: Arc<Exchanges>,
     /// The audit trail.
     pub audit: Audit,
     /// The bounds on concurrent work.
@@ -59,31 +62,31 @@ impl Gateway {
     /// closes itself if the caller leaves before the intent. After the intent the exchange goes on without
     /// the caller.
     pub async fn handle(&self, from: Arrival<'_>, request: Request<Incoming>) -> Response<Answer> {
-        let begin = Instant::now();
+        let begin = clock::now();
         let mut record = self.audit.open(from.peer);
         let id = record.id();
         let (head, mut body) = request.into_parts();
         let inbound = Inbound::read(&head);
         let caller_id = inbound.caller_id.first.filter(|id| can_be_echoed(id));
         if let Some(id) = caller_id {
-            record.caller_id(text(id));
+            record.caller_id(id.clone());
         }
         if let Some(parent) = inbound.traceparent.first.filter(|value| value.len() <= 128) {
-            record.traceparent(text(parent));
+            record.traceparent(parent.clone());
         }
         let target = (&head.method, &head.uri);
         let proxied = survive(self.proxy(from, target, &inbound, &mut body, &mut record)).await;
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
             Ok(reply) => {
-                self.metrics.answered(record.stage(), reply.outcome, None, begin.elapsed());
+                self.metrics.replied(reply.outcome, clock::now() - begin);
                 answer(reply)
             }
             Err(error) => {
                 let stage = record.stage();
                 record.refuse(error.code, error.code.status().as_u16());
-                self.metrics.answered(stage, error.outcome, Some(error.code), begin.elapsed());
+                self.metrics.refused(stage, error.outcome, error.code, clock::now() - begin);
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
-                let clean = linger(&inbound, body).await && !from.surplus;
+                let clean = Box::pin(linger(&inbound, body)).await && !from.surplus;
                 refuse(&error, stage, id, clean)
             }
         };
@@ -118,11 +121,11 @@ impl Gateway {
         let routed = state.routes.find(&admitted, target, head)?;
         let route = routed.route;
         record.route(route.name.clone());
-        record.operator(text(routed.operator));
+        record.operator(routed.operator.clone());
 
         record.enter(Stage::RateLimit);
         let within = caller.limit.take();
-        self.metrics.limit_checked("rate_limit", within.is_ok());
+        self.metrics.limit_checked(Limit::Caller, within.is_ok());
         within.map_err(|limit| spent(Code::RateLimited, limit))?;
 
         record.enter(Stage::Contract);
@@ -134,7 +137,7 @@ impl Gateway {
 
         record.enter(Stage::Quota);
         let within = state.quota.take();
-        self.metrics.limit_checked("quota", within.is_ok());
+        self.metrics.limit_checked(Limit::Quota, within.is_ok());
         within.map_err(|limit| spent(Code::QuotaExhausted, limit))?;
 
         record.enter(Stage::Audit);
@@ -157,7 +160,7 @@ impl Gateway {
             record: record.take(),
             room,
         };
-        Ok(exchange.run().await?)
+        Ok(self.exchanges.run(exchange).await?)
     }
 }
 
@@ -284,10 +287,6 @@ async fn linger(head: &Inbound<'_>, mut body: Incoming) -> bool {
 fn can_be_echoed(id: &HeaderValue) -> bool {
     let plain = id.as_bytes().iter().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(b));
     plain && (1..=128).contains(&id.len())
-}
-
-fn text(value: &HeaderValue) -> String {
-    String::from_utf8_lossy(value.as_bytes()).into_owned()
 }
 
 #[expect(clippy::expect_used, reason = "a UUID is plain ASCII")]

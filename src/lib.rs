@@ -43,6 +43,7 @@ pub mod error; // failure to status, code and text
 pub mod app; // composition root
 pub mod state; // the compiled configuration
 pub mod config; // the validated configuration
+pub mod clock; // the time, read once a turn
 pub mod connect; // TCP and TLS to the upstream and to the token endpoint
 pub mod secret; // zeroised buffers
 pub mod metrics; // what is counted

@@ -1,6 +1,6 @@
 //! Metrics, in the text format. Each name starts with `ccsqm_gateway_`; each is moved by some test.
 
-use std::time::Duration;
+use std::{sync::OnceLock, time::Duration};
 
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
@@ -15,13 +15,35 @@ use crate::{
     upstream::pool,
 };
 
+/// The limits that a request is checked against.
+#[derive(Clone, Copy, Debug)]
+pub enum Limit {
+    /// The caller's own.
+    Caller,
+    /// The shared quota.
+    Quota,
+}
+
+impl Limit {
+    const ALL: [Self; 2] = [Self::Caller, Self::Quota];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Caller => "rate_limit",
+            Self::Quota => "quota",
+        }
+    }
+}
+
 /// All metrics of the process.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
+    /// The handles of requests that ended without a code of ours, by outcome.
+    replied: [OnceLock<IntCounter>; Outcome::ALL.len()],
     duration: Histogram,
-    limit_checks: IntCounterVec,
+    limit_checks: [[IntCounter; 2]; Limit::ALL.len()],
     credentials_dropped: IntCounter,
     connections_closed: IntCounterVec,
     connections: IntGauge,
@@ -57,6 +79,9 @@ impl Metrics {
             &["stage", "outcome", "code"],
         )?;
         let limit_checks = counters("limit_checks_total", "Limit checks.", &["limit", "result"])?;
+        let limit_checks = Limit::ALL.map(|limit| {
+            ["refused", "passed"].map(|result| limit_checks.with_label_values(&[limit.as_str(), result]))
+        });
         let connections_closed =
             counters("connections_closed_total", "Caller connections that the gateway closed.", &["reason"])?;
         let credentials_dropped = IntCounter::new(
@@ -78,6 +103,7 @@ impl Metrics {
         let metrics = Self {
             registry,
             requests,
+            replied: Default::default(),
             duration,
             limit_checks,
             credentials_dropped,
@@ -88,16 +114,23 @@ impl Metrics {
         Ok((metrics, parts, audit))
     }
 
-    /// A request was answered.
-    pub fn answered(&self, stage: Stage, outcome: Outcome, code: Option<Code>, took: Duration) {
-        let code = code.map_or("", Code::as_str);
-        self.requests.with_label_values(&[stage.as_str(), outcome.as_str(), code]).inc();
+    /// A request was answered by the gateway itself.
+    pub fn refused(&self, stage: Stage, outcome: Outcome, code: Code, took: Duration) {
+        self.requests.with_label_values(&[stage.as_str(), outcome.as_str(), code.as_str()]).inc();
+        self.duration.observe(took.as_secs_f64());
+    }
+
+    /// An answer of the upstream was passed on.
+    pub fn replied(&self, outcome: Outcome, took: Duration) {
+        let labels = [Stage::Upstream.as_str(), outcome.as_str(), ""];
+        let handle = &self.replied[outcome as usize];
+        handle.get_or_init(|| self.requests.with_label_values(&labels)).inc();
         self.duration.observe(took.as_secs_f64());
     }
 
     /// A limit was asked.
-    pub fn limit_checked(&self, limit: &'static str, passed: bool) {
-        self.limit_checks.with_label_values(&[limit, if passed { "passed" } else { "refused" }]).inc();
+    pub fn limit_checked(&self, limit: Limit, passed: bool) {
+        self.limit_checks[limit as usize][usize::from(passed)].inc();
     }
 
     /// So many headers of a caller looked like credentials.

@@ -11,7 +11,7 @@ use std::{
 
 use thiserror::Error;
 
-use crate::config::Limit;
+use crate::{clock, config::Limit};
 
 /// A limit and its state.
 #[derive(Debug)]
@@ -85,7 +85,8 @@ impl Rate {
 }
 
 fn now() -> u64 {
-    u64::try_from(EPOCH.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    let since = clock::now().into_std().saturating_duration_since(*EPOCH);
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

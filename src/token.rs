@@ -168,7 +168,7 @@ impl Live {
     }
 
     fn age(&self) -> Duration {
-        self.sent.age(Moment::now())
+        self.sent.age(Moment::of_turn())
     }
 
     fn is_usable(&self) -> bool {
@@ -230,7 +230,7 @@ impl Slot {
         if let Some(token) = self.current() {
             return Ok(token);
         }
-        self.wait_for_token().await
+        Box::pin(self.wait_for_token()).await
     }
 
     /// Another token than the refused one, if one can be had. All who ask at once share one fetch, and one

@@ -9,8 +9,8 @@ pub mod pool;
 use std::{
     future::Future,
     pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -23,10 +23,12 @@ use tokio::{
     sync::mpsc,
     time::{Instant, timeout_at},
 };
+use tokio_util::sync::ReusableBoxFuture;
 
 use crate::{
     admission::Room,
     audit::{Answer, Record},
+    clock,
     error::Code,
     headers::{Outbound, clean_reply},
     outcome::{Outcome, Reply as Judged, Verdict},
@@ -151,27 +153,14 @@ struct Arrived {
 }
 
 impl Exchange {
-    /// Runs the exchange to its end or deadline. The caller of this future may drop it: see [`Detached`].
-    pub fn run(self) -> Detached<impl Future<Output = Result<Reply, Failure>> + Send + 'static> {
-        Detached(Some(Box::pin(self.drive())))
-    }
-
-    async fn drive(mut self) -> Result<Reply, Failure> {
-        let deadline = Instant::now() + self.route.timeout;
-        let mut progress = Progress { answered: 0, mark: self.connection.written(), refused: None };
-        match timeout_at(deadline, self.attempts(&mut progress)).await {
-            Ok(Ok(arrived)) => self.conclude(arrived, progress.answered, deadline),
-            Ok(Err(Broken::Unreachable)) => Err(self.fail(&progress, Code::UpstreamUnreachable)),
-            Ok(Err(Broken::BrokeOff)) => Err(self.fail(&progress, Code::UpstreamBroken)),
-            Err(_) => Err(self.fail(&progress, Code::UpstreamTimeout)),
-        }
-    }
-
     async fn attempts(&mut self, progress: &mut Progress) -> Result<Arrived, Broken> {
-        let mut first = self.attempt(progress).await?;
-        if !self.is_refusal(first.status) {
-            return Ok(first);
-        }
+        let first = self.attempt(progress).await?;
+        if self.is_refusal(first.status) { Box::pin(self.replay(first, progress)).await } else { Ok(first) }
+    }
+
+    /// The token was refused: sends once more, if there is a different one.
+    #[cold]
+    async fn replay(&mut self, mut first: Arrived, progress: &mut Progress) -> Result<Arrived, Broken> {
         progress.refused = Some(first.status);
         first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
         let Some(token) = self.another_token().await else { return Ok(first) };
@@ -208,13 +197,16 @@ impl Exchange {
     async fn attempt(&mut self, progress: &mut Progress) -> Result<Arrived, Broken> {
         let mut fresh = false;
         loop {
-            if self.connection.is_closed() {
+            if self.connection.is_stale() {
                 self.connection.reconnect().await.map_err(|_| Broken::Unreachable)?;
                 fresh = true;
             }
             progress.mark = self.connection.written();
-            let request = self.request();
-            match self.connection.send(request).await {
+            let sent = match self.connection.ready().await {
+                Ok(()) => self.connection.send(self.request()).await,
+                Err(error) => Err(error),
+            };
+            match sent {
                 Ok(response) => {
                     if response.status().is_informational() {
                         return Err(Broken::BrokeOff); // 101: we asked for no other protocol
@@ -241,7 +233,7 @@ impl Exchange {
         let mut request = Request::new(Full::new(self.body.clone()));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.route.target.clone();
-        *request.headers_mut() = self.terms.outbound.with(&self.token, &self.operator, self.body.len());
+        *request.headers_mut() = self.terms.outbound.with(&self.token, &self.operator);
         request
     }
 
@@ -333,17 +325,22 @@ impl Arrived {
     /// Reads the reply to its end, or as far as it decides.
     async fn read(response: Response<Incoming>) -> Result<Self, hyper::Error> {
         let (head, mut incoming) = response.into_parts();
-        let mut body = BytesMut::new();
+        let (mut first, mut more) = (Bytes::new(), BytesMut::new());
         let mut rest = None;
         while let Some(frame) = incoming.frame().await {
             let Ok(data) = frame?.into_data() else { continue };
-            body.extend_from_slice(&data);
-            if body.len() > DECISIVE {
+            if first.is_empty() {
+                first = data; // the common case: one piece, passed on without a copy
+            } else {
+                more.extend_from_slice(&data);
+            }
+            if first.len() + more.len() > DECISIVE {
                 rest = Some(incoming);
                 break;
             }
         }
-        Ok(Self { status: head.status, headers: head.headers, body: body.freeze(), rest })
+        let body = if more.is_empty() { first } else { [first, more.freeze()].concat().into() };
+        Ok(Self { status: head.status, headers: head.headers, body, rest })
     }
 }
 
@@ -406,34 +403,72 @@ impl Drop for Tail {
     }
 }
 
-/// A future that nobody cancels: dropped before its end, it runs on by itself.
-#[derive(Debug)]
-pub struct Detached<F: Future + Send + 'static>(Option<Pin<Box<F>>>)
-where
-    F::Output: Send;
+/// The exchanges of one worker, and the boxes that they run in, which are used again.
+#[derive(Debug, Default)]
+pub struct Exchanges(Mutex<Vec<ReusableBoxFuture<'static, Result<Reply, Failure>>>>);
 
-impl<F: Future + Send + 'static> Future for Detached<F>
-where
-    F::Output: Send,
-{
-    type Output = F::Output;
+/// So many boxes are kept.
+const KEPT_BOXES: usize = 256;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Some(future) = self.0.as_mut() else { return Poll::Pending };
-        let output = future.as_mut().poll(cx);
-        if output.is_ready() {
-            self.0 = None;
-        }
-        output
+impl Exchanges {
+    /// Runs an exchange to its end or deadline. The caller of this future may drop it: see [`Detached`].
+    pub fn run(self: &Arc<Self>, mut exchange: Exchange) -> Detached {
+        // A block, not a function: that would hold its argument twice.
+        let run = async move {
+            let deadline = clock::now() + exchange.route.timeout;
+            let mark = exchange.connection.written();
+            let mut progress = Progress { answered: 0, mark, refused: None };
+            let mut timer = exchange.connection.take_timer();
+            let arrived = timer.until(deadline, exchange.attempts(&mut progress)).await;
+            exchange.connection.keep_timer(timer);
+            match arrived {
+                Some(Ok(arrived)) => exchange.conclude(arrived, progress.answered, deadline),
+                Some(Err(Broken::Unreachable)) => Err(exchange.fail(&progress, Code::UpstreamUnreachable)),
+                Some(Err(Broken::BrokeOff)) => Err(exchange.fail(&progress, Code::UpstreamBroken)),
+                None => Err(exchange.fail(&progress, Code::UpstreamTimeout)),
+            }
+        };
+        let future = match self.boxes().pop() {
+            Some(mut used) => {
+                used.set(run);
+                used
+            }
+            None => ReusableBoxFuture::new(run),
+        };
+        Detached { future: Some(future), exchanges: self.clone() }
+    }
+
+    fn boxes(&self) -> MutexGuard<'_, Vec<ReusableBoxFuture<'static, Result<Reply, Failure>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<F: Future + Send + 'static> Drop for Detached<F>
-where
-    F::Output: Send,
-{
+/// An exchange that nobody cancels: dropped before its end, it runs on by itself.
+#[derive(Debug)]
+pub struct Detached {
+    future: Option<ReusableBoxFuture<'static, Result<Reply, Failure>>>,
+    exchanges: Arc<Exchanges>,
+}
+
+impl Future for Detached {
+    type Output = Result<Reply, Failure>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(future) = self.future.as_mut() else { return Poll::Pending };
+        let output = ready!(future.poll(cx));
+        if let Some(used) = self.future.take() {
+            let mut boxes = self.exchanges.boxes();
+            if boxes.len() < KEPT_BOXES {
+                boxes.push(used);
+            }
+        }
+        Poll::Ready(output)
+    }
+}
+
+impl Drop for Detached {
     fn drop(&mut self) {
-        if let Some(future) = self.0.take()
+        if let Some(future) = self.future.take()
             && !std::thread::panicking()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {

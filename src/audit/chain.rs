@@ -53,9 +53,9 @@ impl Keys {
         Self::load(&path)
     }
 
-    /// The keyed digest of a body, in hex.
-    pub fn digest(&self, body: &[u8]) -> String {
-        hex(hmac::sign(&self.digest, body).as_ref())
+    /// Appends the keyed digest of a body, in hex.
+    pub fn digest(&self, body: &[u8], line: &mut Vec<u8>) {
+        push_hex(hmac::sign(&self.digest, body).as_ref(), line);
     }
 
     /// The hash of a record: `bytes` are those before `,"hash":`.
@@ -68,15 +68,16 @@ impl Keys {
         hash
     }
 
-    /// Ends a record that lacks its links: appends `prev`, `hash` and the newline. Returns its hash.
-    pub fn seal(&self, line: &mut Vec<u8>, previous: &Hash) -> Hash {
-        line.extend_from_slice(b",\"prev\":\"");
-        line.extend_from_slice(hex(previous).as_bytes());
-        line.push(b'"');
-        let hash = self.hash(previous, line);
-        line.extend_from_slice(HASH);
-        line.extend_from_slice(hex(&hash).as_bytes());
-        line.extend_from_slice(b"\"}\n");
+    /// Ends a record that lacks its links and begins at `start`: appends `prev`, `hash` and the newline.
+    /// Returns its hash.
+    pub fn seal(&self, text: &mut Vec<u8>, start: usize, previous: &Hash) -> Hash {
+        text.extend_from_slice(b",\"prev\":\"");
+        push_hex(previous, text);
+        text.push(b'"');
+        let hash = self.hash(previous, &text[start..]);
+        text.extend_from_slice(HASH);
+        push_hex(&hash, text);
+        text.extend_from_slice(b"\"}\n");
         hash
     }
 
@@ -128,11 +129,21 @@ fn make(path: &Path) -> io::Result<()> {
 
 /// Lower-case hex.
 pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    let mut text = Vec::with_capacity(bytes.len() * 2);
+    push_hex(bytes, &mut text);
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+fn push_hex(bytes: &[u8], text: &mut Vec<u8>) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    for bytes in bytes.chunks(32) {
+        let mut hex = [0; 64];
+        for (pair, byte) in hex.chunks_exact_mut(2).zip(bytes) {
+            pair[0] = DIGITS[usize::from(byte >> 4)];
+            pair[1] = DIGITS[usize::from(byte & 15)];
+        }
+        text.extend_from_slice(&hex[..bytes.len() * 2]);
+    }
 }
 
 /// The path of the segment whose first record has this number.

@@ -2,21 +2,22 @@
 //! for a disk.
 
 use std::{
+    cell::Cell,
     collections::HashMap,
     net::IpAddr,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
 use serde_json::json;
-use tokio::sync::watch;
 
 use super::{
     Metrics, Unavailable,
+    lane::Lane,
     record::{Answer, Entry, Facts},
 };
 use crate::error::Code;
@@ -32,12 +33,24 @@ const STRANGERS: usize = 10;
 /// A second of refusals.
 const SECOND: Duration = Duration::from_secs(1);
 
+thread_local! {
+    static DEFERS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// From now on this thread does not wake the writer: whoever calls this calls [`super::Audit::flush`] before
+/// the thread sleeps.
+pub(super) fn defer_wake_ups() {
+    DEFERS.set(true);
+}
+
 /// What requests and the writer share.
 pub(super) struct Shared {
     queue: Mutex<Queue>,
     filled: Condvar,
     /// The position up to which everything is safe.
-    pub(super) safe: watch::Sender<u64>,
+    pub(super) safe: Arc<AtomicU64>,
+    /// Who waits for that.
+    lanes: Mutex<Vec<Arc<Lane>>>,
     healthy: AtomicBool,
     /// Whether refusals may be recorded: there is space behind the last write, above the low-water mark.
     space_left: AtomicBool,
@@ -47,6 +60,8 @@ pub(super) struct Shared {
 
 struct Queue {
     entries: Vec<Entry>,
+    /// The writer sleeps, so that somebody must wake it.
+    writer_sleeps: bool,
     /// Places kept for the outcomes of intents.
     reserved: usize,
     /// How many entries were ever queued.
@@ -94,13 +109,15 @@ impl Shared {
         Self {
             queue: Mutex::new(Queue {
                 entries: Vec::new(),
+                writer_sleeps: false,
                 reserved: 0,
                 position: 0,
                 closing: false,
                 folds: Folds { since: Instant::now(), kinds: HashMap::new(), strangers: 0, unrecorded: 0 },
             }),
             filled: Condvar::new(),
-            safe: watch::Sender::new(0),
+            safe: Arc::default(),
+            lanes: Mutex::default(),
             healthy: AtomicBool::new(true),
             space_left: AtomicBool::new(true),
             metrics,
@@ -112,9 +129,36 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn push(&self, entry: Entry) {
-        self.lock().push(entry);
+    /// A place to wait for what is safe.
+    pub(super) fn new_lane(&self) -> Arc<Lane> {
+        let lane = Arc::new(Lane::default());
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane.clone());
+        lane
+    }
+
+    /// Wakes the writer, if it sleeps and there is something to write. A worker defers that until it has
+    /// nothing else to do, so that a batch is one wake-up: see [`defer_wake_ups`].
+    fn filled(&self, queue: MutexGuard<'_, Queue>) {
+        if !queue.writer_sleeps || DEFERS.get() {
+            return;
+        }
+        drop(queue);
         self.filled.notify_one();
+    }
+
+    /// Wakes the writer for what was deferred.
+    pub(super) fn flush(&self) {
+        let queue = self.lock();
+        if queue.writer_sleeps && (!queue.entries.is_empty() || queue.folds.is_pending()) {
+            drop(queue);
+            self.filled.notify_one();
+        }
+    }
+
+    pub(super) fn push(&self, entry: Entry) {
+        let mut queue = self.lock();
+        queue.push(entry);
+        self.filled(queue);
     }
 
     pub(super) fn push_intent(&self, entry: Entry) -> Result<u64, Unavailable> {
@@ -124,22 +168,20 @@ impl Shared {
         }
         queue.reserved += 1;
         let position = queue.push(entry);
-        drop(queue);
-        self.filled.notify_one();
+        self.filled(queue);
         Ok(position)
     }
 
-    pub(super) fn push_outcome(&self, facts: Box<Facts>, answer: Answer) {
+    pub(super) fn push_outcome(&self, facts: Facts, answer: Answer) {
         let mut queue = self.lock();
         queue.reserved = queue.reserved.saturating_sub(1);
         queue.push(Entry::Outcome { time: Timestamp::now(), facts, answer });
-        drop(queue);
-        self.filled.notify_one();
+        self.filled(queue);
     }
 
     /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
     /// outcomes.
-    pub(super) fn push_refusal(&self, facts: Box<Facts>, code: Code, status: u16) {
+    pub(super) fn push_refusal(&self, facts: Facts, code: Code, status: u16) {
         let mut queue = self.lock();
         if queue.folds.since.elapsed() >= SECOND {
             queue.fold_up(&self.metrics);
@@ -169,8 +211,7 @@ impl Shared {
                 }
             }
         }
-        drop(queue);
-        self.filled.notify_one();
+        self.filled(queue);
     }
 
     fn takes_refusals(&self, queue: &Queue) -> bool {
@@ -199,12 +240,15 @@ impl Shared {
                 (true, true) => Some(SECOND / 5),
                 (false, true) => None,
             };
+            queue.writer_sleeps = true;
             let Some(wait) = wait else {
                 queue = self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                queue.writer_sleeps = false;
                 continue;
             };
-            let (woken, waited) =
+            let (mut woken, waited) =
                 self.filled.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner);
+            woken.writer_sleeps = false;
             if !pending && waited.timed_out() {
                 return Next::Look;
             }
@@ -213,12 +257,11 @@ impl Shared {
     }
 
     pub(super) fn written(&self, batch: &[Entry], bytes: usize) {
-        for entry in batch {
-            self.metrics.records.with_label_values(&[entry.kind()]).inc();
+        self.safe.fetch_add(batch.len() as u64, Ordering::Release);
+        for lane in &*self.lanes.lock().unwrap_or_else(PoisonError::into_inner) {
+            lane.more_is_safe();
         }
-        self.metrics.bytes.inc_by(bytes as u64);
-        self.metrics.batches.inc();
-        self.safe.send_modify(|safe| *safe += batch.len() as u64);
+        self.metrics.written(batch, bytes);
         self.metrics.queue.set(i64::try_from(self.lock().entries.len()).unwrap_or(i64::MAX));
     }
 

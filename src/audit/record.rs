@@ -1,20 +1,23 @@
 //! The record of one request, and every record's form in the trail.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use http::HeaderValue;
 use jiff::Timestamp;
-use serde::Serialize;
-use serde_json::{Map, Value, json};
-use tokio::time::timeout;
+use serde_json::{Map, Value};
+use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{Audit, Unavailable, chain::Keys, queue::Who};
+use super::{
+    Audit, Unavailable,
+    chain::Keys,
+    line::{Line, Second},
+    queue::Who,
+};
 use crate::{
     admission::Peer,
+    clock,
     error::{Code, Stage},
     outcome::Outcome,
 };
@@ -25,7 +28,7 @@ pub struct Record {
     audit: Audit,
     id: Uuid,
     stage: Stage,
-    open: Option<Box<Facts>>,
+    open: Option<Facts>,
     step: Step,
 }
 
@@ -67,18 +70,18 @@ pub struct Answer {
 pub(super) enum Entry {
     Intent {
         time: Timestamp,
-        facts: Box<Facts>,
+        facts: Facts,
         body: Bytes,
         members: Vec<u8>,
     },
     Outcome {
         time: Timestamp,
-        facts: Box<Facts>,
+        facts: Facts,
         answer: Answer,
     },
     Refusal {
         time: Timestamp,
-        facts: Box<Facts>,
+        facts: Facts,
         code: Code,
         status: u16,
         count: u64,
@@ -103,13 +106,14 @@ pub(super) struct Facts {
     id: Uuid,
     peer: Peer,
     caller: Option<Arc<str>>,
-    caller_id: Option<String>,
-    traceparent: Option<String>,
+    caller_id: Option<HeaderValue>,
+    traceparent: Option<HeaderValue>,
     route: Option<Arc<str>>,
-    operator: Option<String>,
+    operator: Option<HeaderValue>,
     stage: Stage,
     entered: Instant,
-    spent: [Duration; Stage::COUNT],
+    /// Microseconds by stage.
+    spent: [u32; Stage::COUNT],
 }
 
 impl std::fmt::Debug for Facts {
@@ -130,10 +134,10 @@ impl Record {
             route: None,
             operator: None,
             stage: Stage::Admission,
-            entered: Instant::now(),
-            spent: [Duration::ZERO; Stage::COUNT],
+            entered: clock::now(),
+            spent: [0; Stage::COUNT],
         };
-        Self { audit, id, stage: Stage::Admission, open: Some(Box::new(facts)), step: Step::Open }
+        Self { audit, id, stage: Stage::Admission, open: Some(facts), step: Step::Open }
     }
 
     /// The request's id.
@@ -155,12 +159,12 @@ impl Record {
     }
 
     /// The caller's own id of the request.
-    pub fn caller_id(&mut self, id: String) {
+    pub fn caller_id(&mut self, id: HeaderValue) {
         self.set(|facts| facts.caller_id = Some(id));
     }
 
     /// The caller's `traceparent`.
-    pub fn traceparent(&mut self, parent: String) {
+    pub fn traceparent(&mut self, parent: HeaderValue) {
         self.set(|facts| facts.traceparent = Some(parent));
     }
 
@@ -175,7 +179,7 @@ impl Record {
     }
 
     /// Who acts.
-    pub fn operator(&mut self, id: String) {
+    pub fn operator(&mut self, id: HeaderValue) {
         self.set(|facts| facts.operator = Some(id));
     }
 
@@ -199,7 +203,7 @@ impl Record {
         }
     }
 
-    fn outcome(&self, facts: Box<Facts>, answer: Answer) {
+    fn outcome(&self, facts: Facts, answer: Answer) {
         self.audit.shared.push_outcome(facts, answer);
     }
 
@@ -211,14 +215,8 @@ impl Record {
         let entry = Entry::Intent { time: Timestamp::now(), facts, body: body.clone(), members };
         let position = shared.push_intent(entry)?;
         self.step = Step::Intended;
-        let mut safe = shared.safe.subscribe();
-        match timeout(self.audit.deadline, safe.wait_for(|safe| *safe >= position)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(_)) | Err(_) => {
-                shared.metrics.late.inc();
-                Err(Unavailable)
-            }
-        }
+        let safe = self.audit.lane.wait(&shared.safe, position, self.audit.deadline).await;
+        safe.inspect_err(|_| shared.metrics.late.inc())
     }
 
     /// Hands the open record over to an exchange, which begins to send. What is left knows its id and stage
@@ -273,8 +271,10 @@ impl Answer {
 
 impl Facts {
     fn enter(&mut self, stage: Stage) {
-        let now = Instant::now();
-        self.spent[self.stage as usize] += now.duration_since(self.entered);
+        let now = clock::now();
+        let spent = u32::try_from(now.duration_since(self.entered).as_micros()).unwrap_or(u32::MAX);
+        let total = &mut self.spent[self.stage as usize];
+        *total = total.saturating_add(spent);
         self.entered = now;
         self.stage = stage;
     }
@@ -287,26 +287,37 @@ impl Facts {
         }
     }
 
-    fn write(&self, line: &mut Vec<u8>) {
-        member(line, "id", &self.id.to_string());
-        optional(line, "caller", self.caller.as_deref());
-        member(line, "peer", &self.peer.to_string());
-        optional(line, "caller_id", self.caller_id.as_ref());
-        optional(line, "traceparent", self.traceparent.as_ref());
-        optional(line, "operator", self.operator.as_ref());
-        optional(line, "route", self.route.as_deref());
+    fn write(&self, line: &mut Line<'_>) {
+        line.word(",\"id\":", self.id.hyphenated().encode_lower(&mut Uuid::encode_buffer()));
+        line.optional(",\"caller\":", self.caller.as_deref());
+        line.text(",\"peer\":", self.peer.text(&mut [0; Peer::TEXT]));
+        line.optional(",\"caller_id\":", self.caller_id.as_ref());
+        line.optional(",\"traceparent\":", self.traceparent.as_ref());
+        line.optional(",\"operator\":", self.operator.as_ref());
+        line.optional(",\"route\":", self.route.as_deref());
     }
 
-    /// Milliseconds by stage.
-    fn milliseconds(&self) -> Map<String, Value> {
-        let reached = Stage::ALL.iter().zip(self.spent).take(self.stage as usize + 1);
-        reached.map(|(stage, spent)| (stage.as_str().to_owned(), json!(millis(spent)))).collect()
+    /// Milliseconds by stage, of those that took any time.
+    fn write_times(&self, line: &mut Line<'_>) {
+        const KEYS: [&str; Stage::COUNT] = [
+            "\"admission\":",
+            "\"route\":",
+            "\"rate_limit\":",
+            "\"contract\":",
+            "\"token\":",
+            "\"quota\":",
+            "\"audit\":",
+            "\"upstream\":",
+        ];
+        line.raw(b",\"ms\":{");
+        let mut comma = "";
+        for (key, spent) in KEYS.into_iter().zip(self.spent).filter(|(_, spent)| *spent > 0) {
+            line.raw(comma.as_bytes());
+            line.thousandths(key, spent);
+            comma = ",";
+        }
+        line.raw(b"}");
     }
-}
-
-/// Milliseconds with three decimals.
-fn millis(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
 impl Entry {
@@ -336,64 +347,65 @@ impl Entry {
     }
 
     /// The record as JSON, but for its links and closing brace.
-    pub(super) fn format(&self, seq: u64, keys: &Keys, line: &mut Vec<u8>) {
-        line.extend_from_slice(format!("{{\"seq\":{seq}").as_bytes());
-        member(line, "time", &format!("{:.6}", self.time()));
-        member(line, "kind", self.kind());
+    pub(super) fn format(&self, seq: u64, keys: &Keys, second: &mut Second, text: &mut Vec<u8>) {
+        let mut line = Line(text);
+        line.number("{\"seq\":", seq);
+        line.time(",\"time\":", self.time(), second);
+        line.word(",\"kind\":", self.kind());
         match self {
             Self::Intent { facts, body, members, .. } => {
-                facts.write(line);
-                line.extend_from_slice(members);
-                member(line, "body_size", &body.len());
-                member(line, "digest", &keys.digest(body));
+                facts.write(&mut line);
+                line.raw(members);
+                line.number(",\"body_size\":", body.len() as u64);
+                line.raw(b",\"digest\":\"");
+                keys.digest(body, line.0);
+                line.raw(b"\"");
             }
             Self::Outcome { facts, answer, .. } => {
-                facts.write(line);
-                member(line, "outcome", answer.outcome.as_str());
-                optional(line, "code", answer.code.map(Code::as_str));
-                member(line, "stage", facts.stage.as_str());
-                optional(line, "status", answer.status);
-                optional(line, "upstream_status", answer.upstream_status);
-                optional(line, "result_code", answer.result_code.as_ref());
-                member(line, "attempts", &answer.attempts);
-                member(line, "token_generation", &answer.token_generation);
-                optional(line, "note", answer.note);
-                member(line, "ms", &facts.milliseconds());
+                facts.write(&mut line);
+                answer.write(facts.stage, &mut line);
+                facts.write_times(&mut line);
             }
             Self::Refusal { facts, code, status, count, several, .. } => {
-                facts.write(line);
-                member(line, "outcome", Outcome::NotSent.as_str());
-                member(line, "code", code.as_str());
-                member(line, "stage", facts.stage.as_str());
-                member(line, "status", status);
-                optional(line, "count", (*count > 1).then_some(count));
-                optional(line, "peers", several.then_some("several"));
+                facts.write(&mut line);
+                line.word(",\"outcome\":", Outcome::NotSent.as_str());
+                line.word(",\"code\":", code.as_str());
+                line.word(",\"stage\":", facts.stage.as_str());
+                line.number(",\"status\":", u64::from(*status));
+                if *count > 1 {
+                    line.number(",\"count\":", *count);
+                }
+                line.optional(",\"peers\":", several.then_some("several"));
             }
             Self::Event { name, details, .. } => {
-                member(line, "event", name);
+                line.text(",\"event\":", name.as_bytes());
                 for (key, value) in details {
-                    member(line, key, value);
+                    line.any(key, value);
                 }
             }
             Self::Doubt { id, .. } => {
-                member(line, "id", id);
-                member(line, "outcome", Outcome::Unknown.as_str());
-                member(line, "note", "the process ended between intent and outcome");
+                line.text(",\"id\":", id.as_bytes());
+                line.text(",\"outcome\":", Outcome::Unknown.as_str().as_bytes());
+                line.text(",\"note\":", b"the process ended between intent and outcome");
             }
         }
     }
 }
 
-fn member(line: &mut Vec<u8>, key: &str, value: &(impl Serialize + ?Sized)) {
-    line.push(b',');
-    // Writing strings, numbers and maps of them into memory cannot fail.
-    let _ = serde_json::to_writer(&mut *line, key);
-    line.push(b':');
-    let _ = serde_json::to_writer(line, value);
-}
-
-fn optional(line: &mut Vec<u8>, key: &str, value: Option<impl Serialize>) {
-    if let Some(value) = value {
-        member(line, key, &value);
+impl Answer {
+    fn write(&self, stage: Stage, line: &mut Line<'_>) {
+        line.word(",\"outcome\":", self.outcome.as_str());
+        line.optional(",\"code\":", self.code.map(Code::as_str));
+        line.word(",\"stage\":", stage.as_str());
+        if let Some(status) = self.status {
+            line.number(",\"status\":", u64::from(status));
+        }
+        if let Some(status) = self.upstream_status {
+            line.number(",\"upstream_status\":", u64::from(status));
+        }
+        line.optional(",\"result_code\":", self.result_code.as_ref());
+        line.number(",\"attempts\":", u64::from(self.attempts));
+        line.number(",\"token_generation\":", self.token_generation);
+        line.optional(",\"note\":", self.note);
     }
 }

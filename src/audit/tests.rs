@@ -579,7 +579,8 @@ async fn a_record_ends_with_its_links_and_says_who_what_and_how() {
     assert_eq!((&intent["caller"], &intent["peer"]), (&json!("qa-console"), &json!("127.0.0.1:5000")));
     assert_eq!(outcome["token_generation"], 3);
     let stages: Vec<_> = outcome["ms"].as_object().unwrap().keys().map(String::as_str).collect();
-    assert_eq!(stages, Stage::ALL.map(Stage::as_str));
+    let known: Vec<_> = Stage::ALL.map(Stage::as_str).into_iter().filter(|s| stages.contains(s)).collect();
+    assert!(stages.contains(&"audit") && stages == known, "those that took time, in their order: {stages:?}");
 }
 
 fn wait_for<T>(mut ready: impl FnMut() -> Option<T>) -> T {

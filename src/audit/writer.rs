@@ -18,12 +18,16 @@ use serde_json::json;
 use super::{
     Options,
     chain::{Hash, Keys, segment_path},
+    line::Second,
     queue::{Next, Shared},
     record::Entry,
 };
 
 /// How long a failed write waits.
 const RETRY: Duration = Duration::from_millis(100);
+
+/// So much room for text is kept from batch to batch, in bytes.
+const KEPT_TEXT: usize = 256 * 1024;
 
 /// How often the free space is measured while there is something to write.
 const MEASURE: Duration = Duration::from_secs(1);
@@ -37,6 +41,8 @@ pub(super) struct Writer {
     keys: Keys,
     seq: u64,
     hash: Hash,
+    /// The text of the last second that was written.
+    second: Second,
     segment: Option<(File, u64)>,
     /// A segment was deleted or cut by somebody else, and no record says so yet.
     lost: bool,
@@ -61,6 +67,7 @@ impl Writer {
             keys,
             seq,
             hash,
+            second: Second::default(),
             segment,
             lost: false,
             lock,
@@ -69,7 +76,7 @@ impl Writer {
 
     /// Writes until the trail is closed and everything queued is written.
     pub(super) fn run(mut self, shared: &Shared) {
-        let mut batch = Vec::new();
+        let (mut batch, mut text) = (Vec::new(), Vec::new());
         loop {
             self.measure(shared);
             match shared.next_batch(&mut batch) {
@@ -78,7 +85,9 @@ impl Writer {
                 Next::End => return,
             }
             let before = (self.seq, self.hash);
-            let text = self.format(&batch);
+            text.clear();
+            text.shrink_to(KEPT_TEXT);
+            self.format(&batch, &mut text);
             if !self.write_persistently(&text, before.0 + 1, shared) {
                 (self.seq, self.hash) = before;
                 tracing::error!(
@@ -104,21 +113,18 @@ impl Writer {
     /// Formats, links and writes records, once.
     pub(super) fn append_all(&mut self, entries: &[Entry]) -> io::Result<()> {
         let first = self.seq + 1;
-        let text = self.format(entries);
+        let mut text = Vec::new();
+        self.format(entries, &mut text);
         self.write(&text, first)
     }
 
-    fn format(&mut self, entries: &[Entry]) -> Vec<u8> {
-        let mut text = Vec::with_capacity(entries.len() * 512);
-        let mut line = Vec::with_capacity(512);
+    fn format(&mut self, entries: &[Entry], text: &mut Vec<u8>) {
         for entry in entries {
             self.seq += 1;
-            line.clear();
-            entry.format(self.seq, &self.keys, &mut line);
-            self.hash = self.keys.seal(&mut line, &self.hash);
-            text.extend_from_slice(&line);
+            let start = text.len();
+            entry.format(self.seq, &self.keys, &mut self.second, text);
+            self.hash = self.keys.seal(text, start, &self.hash);
         }
-        text
     }
 
     /// Looks whether there is space for refusals. Here, since asking a stuck disk takes for ever.

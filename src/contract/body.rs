@@ -66,6 +66,9 @@ fn check_head(head: &Inbound<'_>) -> Result<(), NotReceived> {
 }
 
 fn is_json(media_type: &str) -> bool {
+    if media_type == "application/json" {
+        return true; // the usual case
+    }
     let mut parts = media_type.split(';').map(str::trim);
     let essence = parts.next().unwrap_or_default();
     essence.eq_ignore_ascii_case("application/json") && parts.all(is_utf8_charset)

@@ -30,7 +30,7 @@ use tokio::{
 
 use crate::{
     admission::{Hosts, Peer},
-    config,
+    clock, config,
     gateway::{Arrival, Gateway},
 };
 
@@ -140,7 +140,8 @@ impl Watch {
     }
 
     fn enter(&self, phase: Phase) {
-        let now = u64::try_from(EPOCH.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let since = clock::now().saturating_duration_since(*EPOCH);
+        let now = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
         self.since.store(now, Ordering::Relaxed);
         self.phase.store(phase as u8, Ordering::Relaxed);
     }
@@ -171,6 +172,26 @@ impl Watch {
             End::Closed | End::Reset => gone.store(true, Ordering::Relaxed),
         }
         gone.load(Ordering::Relaxed)
+    }
+
+    /// Whether the present phase has lasted too long. To be asked behind the connection, which moves the
+    /// phases: the timer is touched only when a deadline came nearer than it, or when it fires, so that a
+    /// request that is served within one poll costs none of that.
+    fn is_overdue(&self, mut timer: Pin<&mut Sleep>, deadlines: Deadlines, cx: &mut Context<'_>) -> bool {
+        loop {
+            let deadline = self.deadline(deadlines);
+            if let Some(deadline) = deadline.filter(|deadline| *deadline < timer.deadline()) {
+                timer.as_mut().reset(deadline);
+            }
+            if timer.as_mut().poll(cx).is_pending() {
+                return false;
+            }
+            let now = clock::now();
+            match deadline {
+                Some(deadline) if deadline <= now => return true,
+                later => timer.as_mut().reset(later.unwrap_or(now + deadlines.header)),
+            }
+        }
     }
 
     /// What to call the end of the present phase.
@@ -220,48 +241,30 @@ pub async fn serve(
             .serve_connection(TokioIo::new(socket), service)
     );
     let mut timer = pin!(sleep_until(Instant::now() + deadlines.header));
-    let mut stopping = false;
-    loop {
-        tokio::select! {
-            biased;
-            ended = connection.as_mut() => {
-                if let Err(error) = ended {
-                    if error.is_parse() {
-                        gateway.metrics.connection_closed("head_invalid");
-                    }
-                    tracing::debug!(%peer, %error, "connection ended");
-                }
-                return;
-            }
-            () = overdue(timer.as_mut(), watch, deadlines) => {
-                return gateway.metrics.connection_closed(watch.reason());
-            }
-            _ = stop.wait_for(|stop| *stop), if !stopping => {
-                stopping = true;
-                deadlines.header = deadlines.header.min(STOP_HEADER);
-                connection.as_mut().graceful_shutdown();
-            }
-        }
-    }
-}
-
-/// Ends when the present phase has lasted too long. To be polled behind the connection, which moves the
-/// phases: the timer is touched only when a deadline came nearer than it, or when it fires, so that a
-/// request that is served within one poll costs none of that.
-async fn overdue(mut timer: Pin<&mut Sleep>, watch: &Watch, deadlines: Deadlines) {
+    let mut stopped = pin!(stop.wait_for(|stop| *stop));
+    let (mut listens, mut stopping) = (false, false);
     poll_fn(|cx| {
-        loop {
-            let deadline = watch.deadline(deadlines);
-            if deadline.is_some_and(|deadline| deadline < timer.deadline()) {
-                timer.as_mut().reset(deadline.unwrap_or_else(Instant::now));
-            }
-            ready!(timer.as_mut().poll(cx));
-            let now = Instant::now();
-            match deadline {
-                Some(deadline) if deadline <= now => return Poll::Ready(()),
-                later => timer.as_mut().reset(later.unwrap_or(now + deadlines.header)),
-            }
+        // The stop wakes this task once it was asked; before it does, asking again tells nothing.
+        if !stopping && (!listens || gateway.bounds.is_draining()) && stopped.as_mut().poll(cx).is_ready() {
+            stopping = true;
+            deadlines.header = deadlines.header.min(STOP_HEADER);
+            connection.as_mut().graceful_shutdown();
         }
+        listens = true;
+        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+            if let Err(error) = ended {
+                if error.is_parse() {
+                    gateway.metrics.connection_closed("head_invalid");
+                }
+                tracing::debug!(%peer, %error, "connection ended");
+            }
+            return Poll::Ready(());
+        }
+        if watch.is_overdue(timer.as_mut(), deadlines, cx) {
+            gateway.metrics.connection_closed(watch.reason());
+            return Poll::Ready(());
+        }
+        Poll::Pending
     })
     .await;
 }

@@ -4,6 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
+use crate::clock;
+
 /// Two fetches are never closer than this.
 pub(super) const MIN_GAP: Duration = Duration::from_secs(1);
 
@@ -46,6 +48,11 @@ pub(super) struct Moment {
 impl Moment {
     pub(super) fn now() -> Self {
         Self { monotonic: Instant::now(), wall: SystemTime::now() }
+    }
+
+    /// The present turn of a worker.
+    pub(super) fn of_turn() -> Self {
+        Self { monotonic: clock::now(), wall: clock::wall() }
     }
 
     /// How long before `now` it was, by the clock that says more: what is left of a life is the less.

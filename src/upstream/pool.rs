@@ -5,15 +5,16 @@
 //! known whether a byte was written. Does not decide whether to send again: that is `upstream`.
 
 use std::{
+    future::{Future, poll_fn},
     io,
     os::fd::{AsFd, OwnedFd},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    task::{Context, Poll},
-    time::{Duration, Instant},
+    task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -28,10 +29,13 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::AbortHandle,
-    time::timeout,
+    time::{Instant, Sleep, sleep, timeout},
 };
 
-use crate::connect::{ConnectError, Connector, Stream};
+use crate::{
+    clock,
+    connect::{ConnectError, Connector, Stream},
+};
 
 /// The upstream's answer may have this much head; hyper's own bound is far higher.
 const MAX_HEAD: usize = 64 * 1024;
@@ -99,7 +103,14 @@ pub struct Pool {
 #[derive(Debug)]
 struct Idle {
     connection: Connection,
+    timer: Option<Timer>,
     since: Instant,
+}
+
+impl Idle {
+    fn age(&self) -> Duration {
+        clock::now() - self.since
+    }
 }
 
 /// A live connection to the upstream. Dropped, it is closed at once, whatever its other side does.
@@ -118,6 +129,40 @@ impl Drop for Connection {
     }
 }
 
+/// The timer of a connection's exchanges. Their deadlines follow each other, and a timer that is only ever
+/// moved forward is hardly touched.
+#[derive(Debug)]
+pub struct Timer(Pin<Box<Sleep>>);
+
+impl Timer {
+    /// Polls something until a deadline.
+    pub async fn until<F: Future>(&mut self, deadline: Instant, what: F) -> Option<F::Output> {
+        let mut what = pin!(what);
+        poll_fn(|cx| {
+            if let Poll::Ready(output) = what.as_mut().poll(cx) {
+                return Poll::Ready(Some(output));
+            }
+            if self.0.deadline() > deadline {
+                self.0.as_mut().reset(deadline);
+            }
+            loop {
+                ready!(self.0.as_mut().poll(cx));
+                if Instant::now() >= deadline {
+                    return Poll::Ready(None);
+                }
+                self.0.as_mut().reset(deadline);
+            }
+        })
+        .await
+    }
+}
+
+impl Default for Timer {
+    fn default() -> Self {
+        Self(Box::pin(sleep(Duration::from_secs(30))))
+    }
+}
+
 /// A connection reserved for one exchange. It goes back to the pool by [`Reserved::give_back`], or dropped
 /// before it was used; any other is closed, since nobody knows what still lies in it.
 #[derive(Debug)]
@@ -125,6 +170,9 @@ pub struct Reserved {
     pool: Arc<Pool>,
     /// `None` only while this is dropped.
     connection: Option<Connection>,
+    timer: Option<Timer>,
+    /// The turn of the event loop in which it was reserved.
+    reserved: u64,
     /// Nothing lies in it that belongs to somebody else.
     clean: bool,
     _permit: OwnedSemaphorePermit,
@@ -147,19 +195,25 @@ impl Pool {
     pub async fn reserve(self: &Arc<Self>) -> Result<Reserved, NoConnection> {
         let permit = match self.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
-            Err(_) => self.wait_for_permit().await?,
+            Err(_) => Box::pin(self.wait_for_permit()).await?,
         };
-        let connection = match self.take_idle() {
-            Some(connection) => connection,
-            None => self.connect().await?,
+        let (connection, timer) = match self.take_idle() {
+            Some(idle) => idle,
+            None => (Box::pin(self.connect()).await?, None),
         };
-        Ok(Reserved { pool: self.clone(), connection: Some(connection), clean: true, _permit: permit })
+        Ok(Reserved {
+            pool: self.clone(),
+            connection: Some(connection),
+            timer,
+            reserved: clock::turn(),
+            clean: true,
+            _permit: permit,
+        })
     }
 
     /// Closes what has idled too long or was closed by the upstream. To be called about once a second.
     pub fn sweep(&self) {
-        self.idle()
-            .retain(|idle| idle.since.elapsed() < self.idle_timeout && !idle.connection.sender.is_closed());
+        self.idle().retain(|idle| idle.age() < self.idle_timeout && !idle.connection.sender.is_closed());
     }
 
     #[cold]
@@ -171,13 +225,12 @@ impl Pool {
     }
 
     /// The connection that was used last; the others may then idle out.
-    fn take_idle(&self) -> Option<Connection> {
+    fn take_idle(&self) -> Option<(Connection, Option<Timer>)> {
         let mut idle = self.idle();
-        while let Some(Idle { connection, since }) = idle.pop() {
-            let is_recent = since.elapsed() < self.idle_timeout;
-            // Asking the kernel costs a system call; not to ask would cost an unknown outcome now and then.
-            if is_recent && !connection.sender.is_closed() && is_quiet(&connection.probe) {
-                return Some(connection);
+        while let Some(Idle { connection, timer, since }) = idle.pop() {
+            let is_recent = clock::now() - since < self.idle_timeout;
+            if is_recent && !connection.sender.is_closed() {
+                return Some((connection, timer));
             }
         }
         None
@@ -218,12 +271,27 @@ impl Connection {
 }
 
 impl Reserved {
-    /// Sends a request and waits for the head of the answer.
-    pub async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, SendError> {
+    /// Waits until a request can be sent: the last one must be over.
+    pub async fn ready(&mut self) -> Result<(), SendError> {
         self.clean = false;
         let connection = self.connection.as_mut().ok_or(SendError::Closed)?;
-        connection.sender.ready().await?;
-        Ok(connection.sender.send_request(request).await?)
+        Ok(connection.sender.ready().await?)
+    }
+
+    /// Sends a request; the future waits for the head of the answer. It does not hold the request, so that it
+    /// stays small.
+    pub fn send(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> impl Future<Output = Result<Response<Incoming>, SendError>> + use<> {
+        self.clean = false;
+        let answer = self.connection.as_mut().map(|connection| connection.sender.send_request(request));
+        async move {
+            match answer {
+                Some(answer) => Ok(answer.await?),
+                None => Err(SendError::Closed),
+            }
+        }
     }
 
     /// Bytes written on this connection so far. If the number has not moved, nothing was sent.
@@ -232,9 +300,28 @@ impl Reserved {
     }
 
     /// Replaces a dead connection by a new one, keeping its place under the cap.
+    #[cold]
     pub async fn reconnect(&mut self) -> Result<(), NoConnection> {
-        self.connection = Some(self.pool.connect().await?);
+        self.connection = Some(Box::pin(self.pool.connect()).await?);
         Ok(())
+    }
+
+    /// The timer of this connection, for as long as the exchange needs it.
+    pub fn take_timer(&mut self) -> Timer {
+        self.timer.take().unwrap_or_default()
+    }
+
+    /// Gives the timer back.
+    pub fn keep_timer(&mut self, timer: Timer) {
+        self.timer = Some(timer);
+    }
+
+    /// Whether the upstream is known to have closed it: by what the event loop saw, if it has looked since the
+    /// connection was reserved; else the kernel is asked, which costs a system call.
+    pub fn is_stale(&self) -> bool {
+        self.is_closed()
+            || clock::turn() == self.reserved
+                && self.connection.as_ref().is_none_or(|connection| !is_quiet(&connection.probe))
     }
 
     /// Whether it can carry another request.
@@ -252,7 +339,8 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         let reusable = self.clean && !self.is_closed();
         if let Some(connection) = self.connection.take().filter(|_| reusable) {
-            self.pool.idle().push(Idle { connection, since: Instant::now() });
+            let idle = Idle { connection, timer: self.timer.take(), since: clock::now() };
+            self.pool.idle().push(idle);
         }
     }
 }

@@ -1,0 +1,147 @@
+//! Writes a record's members into its line. Allocates nothing where the line has room.
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+/// A line under construction. Every key is given with the comma before it and the colon behind it.
+pub(super) struct Line<'a>(pub(super) &'a mut Vec<u8>);
+
+impl Line<'_> {
+    /// A text; what JSON needs escaped is escaped, what is not UTF-8 is replaced.
+    pub(super) fn text(&mut self, key: &'static str, text: &[u8]) {
+        self.0.extend_from_slice(key.as_bytes());
+        // No early exit, so that many bytes are looked at in one instruction.
+        let odd = text.iter().fold(false, |odd, byte| {
+            odd | (*byte < b' ') | (*byte > b'~') | (*byte == b'"') | (*byte == b'\\')
+        });
+        if !odd {
+            self.0.push(b'"');
+            self.0.extend_from_slice(text);
+            self.0.push(b'"');
+        } else {
+            self.serialized(&String::from_utf8_lossy(text));
+        }
+    }
+
+    /// A text of ours, which needs no escape.
+    pub(super) fn word(&mut self, key: &'static str, word: &str) {
+        self.0.extend_from_slice(key.as_bytes());
+        self.0.push(b'"');
+        self.0.extend_from_slice(word.as_bytes());
+        self.0.push(b'"');
+    }
+
+    pub(super) fn optional(&mut self, key: &'static str, text: Option<impl AsRef<[u8]>>) {
+        if let Some(text) = text {
+            self.text(key, text.as_ref());
+        }
+    }
+
+    pub(super) fn number(&mut self, key: &'static str, number: u64) {
+        self.0.extend_from_slice(key.as_bytes());
+        self.0.extend_from_slice(itoa::Buffer::new().format(number).as_bytes());
+    }
+
+    /// A number of thousandths, as a decimal number.
+    pub(super) fn thousandths(&mut self, key: &'static str, number: u32) {
+        self.number(key, u64::from(number / 1000));
+        let rest = number % 1000;
+        if rest > 0 {
+            self.0.push(b'.');
+            self.digits(rest, 3);
+        }
+    }
+
+    /// RFC 3339, in microseconds, UTC. `second` remembers the last second's text.
+    pub(super) fn time(&mut self, key: &'static str, time: Timestamp, second: &mut Second) {
+        self.0.extend_from_slice(key.as_bytes());
+        self.0.push(b'"');
+        self.0.extend_from_slice(second.text(time.as_second()));
+        self.0.push(b'.');
+        self.digits(time.subsec_nanosecond().unsigned_abs() / 1000, 6);
+        self.0.extend_from_slice(b"Z\"");
+    }
+
+    /// Anything that can be serialised.
+    pub(super) fn any(&mut self, key: &str, value: &impl Serialize) {
+        self.0.push(b',');
+        self.serialized(&key);
+        self.0.push(b':');
+        self.serialized(value);
+    }
+
+    pub(super) fn raw(&mut self, text: &[u8]) {
+        self.0.extend_from_slice(text);
+    }
+
+    fn serialized(&mut self, value: &(impl Serialize + ?Sized)) {
+        // Writing strings, numbers and maps of them into memory cannot fail.
+        let _ = serde_json::to_writer(&mut *self.0, value);
+    }
+
+    fn digits(&mut self, mut number: u32, count: usize) {
+        let mut digits = [b'0'; 6];
+        for digit in digits[..count].iter_mut().rev() {
+            *digit += u8::try_from(number % 10).unwrap_or_default();
+            number /= 10;
+        }
+        self.0.extend_from_slice(&digits[..count]);
+    }
+}
+
+/// The last second, and its text: a second has many records.
+#[derive(Debug, Default)]
+pub(super) struct Second {
+    second: Option<i64>,
+    text: String,
+}
+
+impl Second {
+    fn text(&mut self, second: i64) -> &[u8] {
+        if self.second != Some(second) {
+            self.second = Some(second);
+            self.text =
+                Timestamp::from_second(second).map_or_else(|_| String::new(), |time| time.to_string());
+            self.text.truncate(self.text.trim_end_matches('Z').len());
+        }
+        self.text.as_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(write: impl FnOnce(&mut Line<'_>)) -> String {
+        let mut bytes = Vec::new();
+        write(&mut Line(&mut bytes));
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn members_are_json_whatever_they_hold() {
+        for text in ["plain", "", "quo\"te", "back\\slash", "line\nbreak", "é\u{7f}\u{0}", "</script>"] {
+            let line = written(|line| line.text("\"k\":", text.as_bytes()));
+            let parsed: serde_json::Value = serde_json::from_str(&format!("{{{line}}}")).unwrap();
+            assert_eq!(parsed["k"], text);
+        }
+        assert_eq!(written(|line| line.text("", b"\xff")), "\"\u{fffd}\"");
+        assert_eq!(written(|line| line.number("", u64::MAX)), u64::MAX.to_string());
+        for (number, text) in [(0, "0"), (7, "0.007"), (1000, "1"), (1010, "1.010"), (1_234_567, "1234.567")]
+        {
+            assert_eq!(written(|line| line.thousandths("", number)), text);
+        }
+    }
+
+    #[test]
+    fn times_are_what_jiff_prints() {
+        let mut second = Second::default();
+        for time in [0, 1, 999_999, 1_000_000, 1_795_500_000_123_456, 1_795_500_000_999_999, -1] {
+            let time = Timestamp::from_microsecond(time).unwrap();
+            if time.as_second() >= 0 && time.subsec_nanosecond() >= 0 {
+                let line = written(|line| line.time("", time, &mut second));
+                assert_eq!(line, format!("\"{time:.6}\""));
+            }
+        }
+    }
+}
