@@ -49,6 +49,7 @@ class Plan:
         quick = arguments.quick
         self.rounds = arguments.rounds or (6 if quick else 10 if arguments.scaling else 32)
         self.slice = arguments.slice or (0.3 if quick else 0.6)
+        self.is_part = arguments.only is not None
         self.starts = 6 if quick else 32
         self.counted_too = () if quick else ("nginx full (Lua)", "HAProxy bare")
         self.instructions = (500, 1500) if quick else (1000, 4000)

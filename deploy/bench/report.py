@@ -187,6 +187,8 @@ def costs(machine, results, plan):
     parts = [heading("What the gateway costs beside its peers", machine)]
     rows = []
     for number, what, limit, unit, found in bars(results):
+        if found is None and plan.is_part:
+            continue
         figure, verdict = judge(found, limit)
         rows.append([str(number), what, f"≤ {limit:g}{unit}", figure, verdict])
     parts.append(
