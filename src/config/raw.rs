@@ -23,7 +23,7 @@ use super::{Problem, Problems};
 pub(super) const PREFIX: &str = "CCSQM_GATEWAY__";
 
 /// Nobody writes a longer one; whatever is longer is some other file.
-const MAX_FILE: u64 = 256 << 10;
+const MAX_FILE: u64 = 4 << 20;
 
 /// So many lines that are not TOML are told.
 const MAX_SYNTAX: usize = 20;
@@ -119,7 +119,7 @@ fn read_text(path: &Path) -> Result<String, (usize, String)> {
     let mut bytes = Vec::new();
     File::open(path).map_err(refused)?.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(refused)?;
     if bytes.len() as u64 > MAX_FILE {
-        return Err((1, "is larger than 256 KiB, so it is no configuration".into()));
+        return Err((1, "is larger than 4 MiB, so it is no configuration".into()));
     }
     String::from_utf8(bytes).map_err(|error| {
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
