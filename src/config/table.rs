@@ -289,13 +289,8 @@ impl Table {
             parse_duration(text)
                 .ok_or_else(|| "must be a number with a unit: ms, s, m, h or d, as in \"10s\"".to_owned())
         };
-        let (low, high) = (parse(bounds.0).unwrap_or_default(), parse(bounds.1).unwrap_or_default());
         let default = parse(default).unwrap_or_default();
-        self.parsed(context, name, default, |text| {
-            let value = parse(text)?;
-            let within = (low..=high).contains(&value);
-            within.then_some(value).ok_or(format!("must be from {} to {}", bounds.0, bounds.1))
-        })
+        self.parsed(context, name, default, |text| between(text, bounds, parse))
     }
 
     pub(super) fn size(
@@ -309,12 +304,7 @@ impl Table {
             parse_size(text)
                 .ok_or_else(|| "must be a number with a unit: B, KiB, MiB or GiB, as in \"64MiB\"".to_owned())
         };
-        let (low, high) = (parse(bounds.0).unwrap_or_default(), parse(bounds.1).unwrap_or_default());
-        self.parsed(context, name, default, |text| {
-            let value = parse(text)?;
-            let within = (low..=high).contains(&value);
-            within.then_some(value).ok_or(format!("must be from {} to {}", bounds.0, bounds.1))
-        })
+        self.parsed(context, name, default, |text| between(text, bounds, parse))
     }
 
     pub(super) fn integer(
@@ -400,4 +390,15 @@ fn distance(a: &str, b: &str) -> usize {
         }
     }
     row[b.len()]
+}
+
+/// A quantity that lies within bounds, which are written as it is.
+fn between<T: PartialOrd + Default>(
+    text: &str,
+    (low, high): (&str, &str),
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<T, String> {
+    let value = parse(text)?;
+    let within = (parse(low).unwrap_or_default()..=parse(high).unwrap_or_default()).contains(&value);
+    within.then_some(value).ok_or(format!("must be from {low} to {high}"))
 }

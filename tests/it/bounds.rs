@@ -3,15 +3,17 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, TcpStream},
-    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::{Options, Sandbox};
+use ccsqm_gateway::sandbox::Sandbox;
 use serde_json::{Value, json};
 
-use crate::{exchange::certificate, support::*};
+use crate::{
+    exchange::{WAYS, leave_by, secure_sandbox},
+    support::*,
+};
 
 fn script(sandbox: &Sandbox, faults: Value) {
     sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
@@ -125,18 +127,8 @@ fn a_token_that_does_not_come_is_waited_for_no_longer_than_promised() {
 
 #[test]
 fn a_handshake_that_never_ends_is_given_up_with_nothing_sent() {
-    let (ca, tls) = certificate("localhost", false);
-    let secure =
-        Sandbox::start(Options { tls: Some(tls), token_listener: true, ..Options::default() }).unwrap();
-    let folder = Arc::new(tempfile::TempDir::new().unwrap());
-    let ca_file = folder.path().join("ca.pem");
-    std::fs::write(&ca_file, ca).unwrap();
-    let base_url = Some(secure.url().replace("127.0.0.1", "localhost"));
-    let token_url = Some(secure.token_url().replace("127.0.0.1", "localhost"));
-    let setup = Setup { base_url, token_url, folder: Some(folder), ..Setup::default() }
-        .set("upstream.ca_file", ca_file.display())
-        .set("upstream.connect_timeout", "400ms");
-    let gateway = start_with(&secure, setup);
+    let (secure, setup) = secure_sandbox();
+    let gateway = start_with(&secure, setup.set("upstream.connect_timeout", "400ms"));
     script(&secure, json!({ "connections": [{ "instead": "hang", "times": 1 }] }));
     let reply = within(Duration::from_millis(400), || gateway.call());
     assert_eq!((reply.status, reply.code(), reply.outcome()), (502, "upstream_unreachable", "not_sent"));
@@ -331,9 +323,6 @@ fn a_caller_that_takes_a_long_answer_too_slowly_sees_that_it_was_cut() {
     assert!(bytes.len() < 30_000_000 && !bytes.ends_with(b"0\r\n\r\n"), "{} bytes", bytes.len());
 }
 
-/// Ways to leave while a request waits.
-const WAYS: [&str; 3] = ["fin", "reset", "half-close"];
-
 /// Sends a whole request and leaves once `waits` says that it waits for something.
 fn leave(gateway: &Gateway, way: &str, waits: impl Fn() -> bool) -> Option<Reply> {
     let mut stream = TcpStream::connect(gateway.address).unwrap();
@@ -341,18 +330,7 @@ fn leave(gateway: &Gateway, way: &str, waits: impl Fn() -> bool) -> Option<Reply
     // Who closes its side at once has only nothing more to say.
     let sent = Instant::now();
     wait_for("the wait", || (waits() && sent.elapsed() > Duration::from_millis(400)).then_some(()));
-    match way {
-        "fin" => drop(stream),
-        "reset" => {
-            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
-            drop(stream);
-        }
-        _ => {
-            stream.shutdown(Shutdown::Write).unwrap();
-            return Some(read_reply(&mut stream));
-        }
-    }
-    None
+    leave_by(way, stream)
 }
 
 #[test]
@@ -383,18 +361,8 @@ fn a_caller_that_leaves_while_its_request_waits_for_a_token_is_not_forwarded() {
 #[test]
 fn a_caller_that_leaves_while_its_request_waits_for_a_connection_is_not_forwarded() {
     for way in WAYS {
-        let sandbox = sandbox();
-        let (ca, tls) = certificate("localhost", false);
-        let secure =
-            Sandbox::start(Options { tls: Some(tls), token_listener: true, ..Options::default() }).unwrap();
-        let folder = Arc::new(tempfile::TempDir::new().unwrap());
-        let ca_file = folder.path().join("ca.pem");
-        std::fs::write(&ca_file, ca).unwrap();
-        let base_url = Some(secure.url().replace("127.0.0.1", "localhost"));
-        let token_url = Some(secure.token_url().replace("127.0.0.1", "localhost"));
-        let setup = Setup { base_url, token_url, folder: Some(folder), ..Setup::default() }
-            .set("upstream.ca_file", ca_file.display());
-        let gateway = start_with(&sandbox, setup);
+        let (secure, setup) = secure_sandbox();
+        let gateway = start_with(&secure, setup);
         wait_for("the token", || (gateway.admin("/readyz").status == 200).then_some(()));
         // The handshake waits for a second, then fails: the request is refused in any case.
         script(&secure, json!({ "connections": [{ "instead": "close", "delay_ms": 1000, "times": 1 }] }));

@@ -215,9 +215,28 @@ fn a_token_that_stays_refused_costs_one_refresh_and_then_none() {
     assert_eq!((sandbox.requests().len(), sandbox.token_calls().len()), (4, tokens + 1), "the cool-down");
 }
 
+/// Ways to leave.
+pub(crate) const WAYS: [&str; 3] = ["fin", "reset", "half-close"];
+
+/// Leaves; who only half-closed still gets an answer.
+pub(crate) fn leave_by(way: &str, mut stream: TcpStream) -> Option<Reply> {
+    match way {
+        "fin" => drop(stream),
+        "reset" => {
+            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(stream);
+        }
+        _ => {
+            stream.shutdown(Shutdown::Write).unwrap();
+            return Some(read_reply(&mut stream));
+        }
+    }
+    None
+}
+
 #[test]
 fn from_the_intent_on_nobody_cancels() {
-    for leave in ["fin", "reset", "half-close"] {
+    for leave in WAYS {
         let sandbox = sandbox();
         let gateway = start(&sandbox);
         assert_eq!(gateway.call().outcome(), "succeeded");
@@ -227,16 +246,8 @@ fn from_the_intent_on_nobody_cancels() {
         if leave != "fin" {
             wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
         }
-        match leave {
-            "fin" => drop(stream),
-            "reset" => {
-                socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
-                drop(stream);
-            }
-            _ => {
-                stream.shutdown(Shutdown::Write).unwrap();
-                assert_eq!(read_reply(&mut stream).outcome(), "succeeded");
-            }
+        if let Some(reply) = leave_by(leave, stream) {
+            assert_eq!(reply.outcome(), "succeeded");
         }
         let outcomes = gateway.records("outcome", 2);
         assert_eq!(outcomes[1]["outcome"], "succeeded", "{leave}");
@@ -258,8 +269,22 @@ fn a_connection_that_the_upstream_closed_is_replaced_unseen() {
     assert_eq!(sandbox.requests().len(), 50);
 }
 
+/// A sandbox behind TLS, its token endpoint too, and a gateway's configuration that trusts it.
+pub(crate) fn secure_sandbox() -> (Sandbox, Setup) {
+    let (ca, tls) = certificate("localhost", false);
+    let secure =
+        Sandbox::start(Options { tls: Some(tls), token_listener: true, ..Options::default() }).unwrap();
+    let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
+    let ca_file = folder.path().join("ca.pem");
+    std::fs::write(&ca_file, ca).unwrap();
+    let base_url = Some(secure.url().replace("127.0.0.1", "localhost"));
+    let token_url = Some(secure.token_url().replace("127.0.0.1", "localhost"));
+    let setup = Setup { base_url, token_url, folder: Some(folder), ..Setup::default() };
+    (secure, setup.set("upstream.ca_file", ca_file.display()))
+}
+
 /// A CA, and a server certificate that it signs.
-pub(crate) fn certificate(name: &str, expired: bool) -> (String, Tls) {
+fn certificate(name: &str, expired: bool) -> (String, Tls) {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
     let mut ca = CertificateParams::new(Vec::new()).unwrap();
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
