@@ -7,7 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aws_lc_rs::{hmac, rand};
+use aws_lc_rs::hmac;
+use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
 
 const HASH: &[u8] = b",\"hash\":\"";
@@ -118,7 +119,11 @@ pub fn key_path(directory: &Path) -> PathBuf {
 
 fn make(path: &Path) -> io::Result<()> {
     let mut key = [0; 32];
-    rand::fill(&mut key).map_err(|_| io::Error::other("no randomness"))?;
+    // The kernel's own: a library's generator first spends some 30 ms on gathering entropy of its own.
+    let length = getrandom(&mut key, GetRandomFlags::empty())?;
+    if length != key.len() {
+        return Err(io::Error::other("too little randomness"));
+    }
     let unfinished = path.with_extension("key.new");
     let mut file =
         OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;

@@ -7,7 +7,7 @@
 
 use std::{sync::atomic::AtomicBool, time::Duration};
 
-use aws_lc_rs::rand;
+use rustix::rand::{GetRandomFlags, getrandom};
 use serde_json::{Map, json};
 use tokio::time::{Instant, sleep_until};
 
@@ -225,6 +225,6 @@ impl Live {
 fn jitter() -> f64 {
     let mut bytes = [0; 4];
     // Without randomness all gateways would refresh at once, which is no reason to refuse work.
-    let _ = rand::fill(&mut bytes);
+    let _ = getrandom(&mut bytes, GetRandomFlags::empty());
     f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
 }
