@@ -303,3 +303,23 @@ async fn survive<F: Future>(future: F) -> Option<F::Output> {
     })
     .await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, C, F: Future>(_: impl FnOnce(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// It is paid for by every connection, and moved by every request.
+    #[test]
+    fn the_request_future_stays_within_its_budget_of_bytes() {
+        let handle =
+            |gateway: &'static Gateway, from: Arrival<'static>, request| gateway.handle(from, request);
+        let bytes = size(handle);
+        assert!(bytes <= 5 * 1024, "{bytes} bytes");
+        let exchange = size_of::<Exchange>();
+        assert!(exchange <= 640, "{exchange} bytes");
+    }
+}

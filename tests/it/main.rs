@@ -16,3 +16,4 @@ mod audit;
 mod configuration;
 mod operations;
 mod secrets;
+mod budgets;
