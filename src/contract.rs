@@ -2,8 +2,9 @@
 //!
 //! A contract is a JSON Schema (2020-12, a subset) compiled at start into a table. The check walks the bytes
 //! once and builds no tree. A body that breaks it is walked a second time, by the same rules, to gather all
-//! violations; a body that is not strict JSON is told so instead, wherever the fault stands. Stricter than JSON Schema in one point: an integer is an optional minus and digits; `-0`,
-//! a fraction or an exponent is refused. The bytes that were checked are the bytes that are sent.
+//! violations; a body that is not strict JSON is told so instead, wherever the fault stands. Stricter than JSON
+//! Schema in one point: an integer is an optional minus and digits; `-0`, a fraction or an exponent is refused.
+//! The bytes that were checked are the bytes that are sent.
 
 pub mod body;
 mod json;

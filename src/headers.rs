@@ -34,8 +34,8 @@ impl Outbound {
         Self(headers)
     }
 
-    /// The headers of one upstream request, but for `Content-Length`, which hyper takes from the body. Nothing of the caller's head is in it but the operator, and
-    /// only where the configuration lists it.
+    /// The headers of one upstream request, but for `Content-Length`, which hyper takes from the body. Nothing
+    /// of the caller's head is in it but the operator, and only where the configuration lists it.
     pub fn with(&self, token: &Token, operator: &HeaderValue) -> HeaderMap {
         let mut headers = self.0.clone();
         headers.insert(header::AUTHORIZATION, token.authorization().clone());
