@@ -113,11 +113,6 @@ impl App {
         self.bound.iter().map(|bound| &bound.address)
     }
 
-    /// Where ops look, with the real port.
-    pub fn admin_address(&self) -> io::Result<std::net::SocketAddr> {
-        self.admin.local_addr()
-    }
-
     /// Serves until `stop` is over, then drains: no new connections, work in flight runs to its end or to
     /// `drain_timeout`, and the audit trail closes last.
     pub fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
