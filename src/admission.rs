@@ -260,6 +260,14 @@ pub struct Room {
     _alive: Option<mpsc::Sender<()>>,
 }
 
+/// A connection's place among all.
+#[derive(Debug)]
+pub struct Place {
+    /// It is over the cap: its one request is refused.
+    pub surplus: bool,
+    _room: Room,
+}
+
 impl Bounds {
     /// Bounds of a configuration. The stop is over when all senders of `alive` are gone.
     pub fn new(server: &config::Server, alive: &mpsc::Sender<()>) -> Self {
@@ -274,14 +282,12 @@ impl Bounds {
         }
     }
 
-    /// Room for a connection.
-    pub fn connection(self: &Arc<Self>) -> Result<Room, Denied> {
-        self.take(|bounds| &bounds.connections, self.max_connections)
-    }
-
-    /// Room for a connection over the cap, which is only told so.
-    pub fn surplus_connection(self: &Arc<Self>) -> Result<Room, Denied> {
-        self.take(|bounds| &bounds.surplus, MAX_SURPLUS)
+    /// Room for a connection. One over the cap finds room only to be told so, within bounds of its own.
+    pub fn connection(self: &Arc<Self>) -> Result<Place, Denied> {
+        let room = self.take(|bounds| &bounds.connections, self.max_connections);
+        let surplus = room.is_err();
+        let room = room.or_else(|_| self.take(|bounds| &bounds.surplus, MAX_SURPLUS))?;
+        Ok(Place { surplus, _room: room })
     }
 
     /// Room for a request. It goes with the exchange, so that a stop waits for an exchange whose caller left.

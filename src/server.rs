@@ -190,11 +190,16 @@ async fn accept(
         };
         match accepted {
             Ok((stream, peer)) => {
+                let Ok(place) = gateway.bounds.connection() else {
+                    gateway.metrics.connection_closed("overloaded");
+                    continue; // closed before the next one is accepted, so that strangers use up no files
+                };
                 let served = connection::serve(
                     gateway.clone(),
                     listener.hosts.clone(),
                     stream,
                     peer,
+                    place,
                     deadlines,
                     stop.clone(),
                 );

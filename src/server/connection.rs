@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use crate::{
-    admission::{Hosts, Peer},
+    admission::{Hosts, Peer, Place},
     clock, config,
     gateway::{Arrival, Gateway},
 };
@@ -206,15 +206,11 @@ pub async fn serve(
     hosts: Arc<Hosts>,
     stream: Stream,
     peer: Peer,
+    place: Place,
     mut deadlines: Deadlines,
     mut stop: watch::Receiver<bool>,
 ) {
-    let room = gateway.bounds.connection();
-    let surplus = room.is_err();
-    let _room = match room.or_else(|_| gateway.bounds.surplus_connection()) {
-        Ok(room) => room,
-        Err(_) => return gateway.metrics.connection_closed("overloaded"),
-    };
+    let surplus = place.surplus;
     if surplus {
         deadlines.header = deadlines.header.min(STOP_HEADER);
     }
