@@ -5,6 +5,7 @@
 //! are never dropped; refusals never wait and cannot fill the queue or the disk. Against somebody who can
 //! write as the gateway the chain proves only what lies before a head that is kept elsewhere.
 
+mod batch;
 pub mod chain;
 mod lane;
 mod line;
@@ -25,17 +26,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use jiff::Timestamp;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use crate::admission::Peer;
+use batch::Batch;
 use chain::{KeyError, Keys};
 use lane::Lane;
 use queue::Shared;
 use record::Entry;
-pub use record::{Answer, Record};
+pub use record::{Answer, Record, RequestId};
 use writer::Writer;
 
 /// How long a stop waits for the last write.
@@ -80,8 +81,7 @@ pub struct Unavailable;
 /// Counts of the trail.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    /// By kind, in the order of [`KINDS`].
-    records: [IntCounter; KINDS.len()],
+    records: [IntCounter; Kind::ALL.len()],
     bytes: IntCounter,
     batches: IntCounter,
     errors: IntCounter,
@@ -103,7 +103,7 @@ impl Metrics {
         let records = IntCounterVec::new(records, &["kind"])?;
         registry.register(Box::new(records.clone()))?;
         let metrics = Self {
-            records: KINDS.map(|kind| records.with_label_values(&[kind])),
+            records: Kind::ALL.map(|kind| records.with_label_values(&[kind.as_str()])),
             bytes: counter("bytes_total", "Bytes written.")?,
             batches: counter("batches_total", "Batches written.")?,
             errors: counter("write_errors_total", "Writes that failed.")?,
@@ -116,9 +116,8 @@ impl Metrics {
         Ok(metrics)
     }
 
-    fn written(&self, batch: &[Entry], bytes: usize) {
-        for (kind, counter) in KINDS.iter().zip(&self.records) {
-            let count = batch.iter().filter(|entry| entry.kind() == *kind).count() as u64;
+    fn written(&self, batch: &Batch, bytes: usize) {
+        for (counter, count) in self.records.iter().zip(batch.kinds) {
             if count > 0 {
                 counter.inc_by(count);
             }
@@ -129,15 +128,38 @@ impl Metrics {
 }
 
 /// The kinds of records.
-const KINDS: [&str; 4] = ["intent", "outcome", "refusal", "event"];
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Intent,
+    Outcome,
+    Refusal,
+    Event,
+}
 
-/// The trail, as all of the gateway sees it. Cheap to clone.
+impl Kind {
+    const ALL: [Self; 4] = [Self::Intent, Self::Outcome, Self::Refusal, Self::Event];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Intent => "intent",
+            Self::Outcome => "outcome",
+            Self::Refusal => "refusal",
+            Self::Event => "event",
+        }
+    }
+}
+
+/// The trail, as one worker sees it. Cheap to clone.
 #[derive(Clone)]
-pub struct Audit {
+pub struct Audit(Arc<Handle>);
+
+#[derive(Clone)]
+struct Handle {
     shared: Arc<Shared>,
     lane: Arc<Lane>,
+    keys: Arc<Keys>,
     writer: Arc<Mutex<Option<JoinHandle<()>>>>,
-    deadline: Duration,
+    intent_deadline: Duration,
 }
 
 impl std::fmt::Debug for Audit {
@@ -157,18 +179,34 @@ impl Audit {
             Some(path) => Keys::load(path)?,
             None => Keys::load_or_make(&directory)?,
         };
-        let writer = recover(options, keys, lock).map_err(fail)?;
-        let shared = Arc::new(Shared::new(metrics, options.queue));
+        let keys = Arc::new(keys);
+        let (writer, seq) = recover(options, keys.clone(), lock).map_err(fail)?;
+        let shared = Arc::new(Shared::new(metrics, options.queue, seq));
         let writing = shared.clone();
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
         let (lane, writer) = (shared.new_lane(), Arc::new(Mutex::new(Some(writer))));
-        Ok(Self { shared, lane, writer, deadline: options.intent_deadline })
+        let intent_deadline = options.intent_deadline;
+        Ok(Self(Arc::new(Handle { shared, lane, keys, writer, intent_deadline })))
     }
 
     /// The same trail, for a worker of its own.
     pub fn for_worker(&self) -> Self {
-        Self { lane: self.shared.new_lane(), ..self.clone() }
+        Self(Arc::new(Handle { lane: self.shared().new_lane(), ..Handle::clone(&self.0) }))
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.0.shared
+    }
+
+    fn keys(&self) -> &Keys {
+        &self.0.keys
+    }
+
+    /// Waits until the record of this number is safe.
+    async fn safe(&self, seq: u64) -> Result<(), Unavailable> {
+        let safe = self.0.lane.wait(&self.shared().safe, seq, self.0.intent_deadline).await;
+        safe.inspect_err(|_| self.shared().metrics.late.inc())
     }
 
     /// From now on this thread does not wake the writer: it calls [`Audit::flush`] before it sleeps.
@@ -178,7 +216,7 @@ impl Audit {
 
     /// Wakes the writer, if there is something to write.
     pub fn flush(&self) {
-        self.shared.flush();
+        self.shared().flush();
     }
 
     /// Opens the record of a request.
@@ -187,19 +225,19 @@ impl Audit {
     }
 
     /// Records an event of the gateway itself.
-    pub fn event(&self, name: &'static str, details: Map<String, Value>) {
-        self.shared.push(Entry::Event { time: Timestamp::now(), name, details });
+    pub fn event(&self, name: &'static str, details: &Map<String, Value>) {
+        self.shared().push(&Entry::Event { name, details });
     }
 
     /// Whether the last write succeeded.
     pub fn healthy(&self) -> bool {
-        self.shared.is_healthy()
+        self.shared().is_healthy()
     }
 
     /// Records the stop and waits, for a while, until all is written.
     pub fn close(&self) {
-        self.shared.close();
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.shared().close();
+        let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(writer) = writer else { return };
         let deadline = Instant::now() + CLOSE_TIME;
         while !writer.is_finished() && Instant::now() < deadline {
@@ -231,25 +269,26 @@ pub fn is_live(directory: &Path) -> bool {
 }
 
 /// Reads the trail, cuts a torn line off, gives every open intent its outcome, and records all that. One
-/// write does it, so that a crash in between leaves either nothing or a torn line for the next start.
-fn recover(options: &Options, keys: Keys, lock: File) -> io::Result<Writer> {
+/// write does it, so that a crash in between leaves either nothing or a torn line for the next start. Returns the
+/// number of the last record, too.
+fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64)> {
     let found = recovery::read(&options.directory, &keys)?;
-    let mut entries = Vec::new();
+    let (seq, segment) = found.resume()?;
+    let mut batch = Batch::behind(seq);
     if let Some((path, offset, length)) = &found.torn {
         OpenOptions::new().write(true).open(path)?.set_len(*offset)?;
-        entries.push(Entry::event("recovery", json!({ "what": "torn line cut off", "bytes": length })));
+        batch.event("recovery", json!({ "what": "torn line cut off", "bytes": length }));
     }
     if let Some(fault) = found.faults.first() {
         let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
         let details = json!({ "what": "damaged", "file": file, "line": fault.line, "reason": fault.reason });
-        entries.push(Entry::event("recovery", details));
+        batch.event("recovery", details);
     }
-    let (seq, segment) = found.resume()?;
-    for id in found.in_doubt.into_keys() {
-        entries.push(Entry::Doubt { time: Timestamp::now(), id });
+    for id in found.in_doubt.keys() {
+        batch.push(&Entry::Doubt { id });
     }
-    entries.push(Entry::event("start", json!({ "version": env!("CARGO_PKG_VERSION") })));
-    let mut writer = Writer::new(options, keys, lock, (seq, found.hash), segment);
-    writer.append_all(&entries)?;
-    Ok(writer)
+    batch.event("start", json!({ "version": env!("CARGO_PKG_VERSION") }));
+    let mut writer = Writer::new(options, keys, lock, found.hash, segment);
+    writer.append(&batch)?;
+    Ok((writer, batch.last()))
 }

@@ -4,67 +4,115 @@
 //! still until the thread has nothing left to do, or was looked at so often that the turn must be a long one;
 //! on any other thread it is always read anew. Stages that take no wait so take no time.
 
-use std::{cell::Cell, time::SystemTime};
+use std::{
+    cell::Cell,
+    sync::LazyLock,
+    time::{Duration, SystemTime},
+};
 
 use tokio::time::Instant;
 
 /// So many looks share a reading at most.
 const SHARED: u32 = 256;
 
-#[derive(Clone, Copy)]
-struct Reading {
-    monotonic: Instant,
-    wall: SystemTime,
-}
+/// When this process first looked.
+static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 thread_local! {
-    static READING: Cell<Option<Reading>> = const { Cell::new(None) };
+    static CLOCK: Clock = const { Clock::new() };
+}
+
+/// The clock of a thread.
+struct Clock {
+    has_turns: Cell<bool>,
+    turn: Cell<u64>,
     /// Looks that may still share the reading.
-    static LEFT: Cell<u32> = const { Cell::new(0) };
-    static TURNS: Cell<bool> = const { Cell::new(false) };
-    static TURN: Cell<u64> = const { Cell::new(0) };
+    left: Cell<u32>,
+    /// The reading: nanoseconds since [`EPOCH`], and since 1970.
+    nanos: Cell<u64>,
+    unix_nanos: Cell<u64>,
 }
 
 /// From now on this thread reads the time once a turn: it calls [`next_turn`] before it sleeps.
 pub fn turns() {
-    TURNS.set(true);
+    CLOCK.with(|clock| clock.has_turns.set(true));
 }
 
 /// The next look reads the time anew.
 pub fn next_turn() {
-    LEFT.set(0);
-    TURN.set(TURN.get() + 1);
+    CLOCK.with(|clock| {
+        clock.left.set(0);
+        clock.turn.set(clock.turn.get() + 1);
+    });
 }
 
 /// Counts the turns. Between two of them the event loop has looked at all sockets.
 pub fn turn() -> u64 {
-    TURN.get()
+    CLOCK.with(|clock| clock.turn.get())
+}
+
+/// The monotonic time in nanoseconds of this process: what is only compared and subtracted needs no more.
+pub fn nanos() -> u64 {
+    CLOCK.with(|clock| {
+        clock.look();
+        clock.nanos.get()
+    })
 }
 
 /// The monotonic time.
 pub fn now() -> Instant {
-    reading().monotonic
+    instant(nanos())
+}
+
+/// The instant of a number of nanoseconds of this process.
+pub fn instant(nanos: u64) -> Instant {
+    *EPOCH + Duration::from_nanos(nanos)
+}
+
+/// The wall's time in nanoseconds since 1970; 0 for a clock that stands before it.
+pub fn unix_nanos() -> u64 {
+    CLOCK.with(|clock| {
+        clock.look();
+        clock.unix_nanos.get()
+    })
 }
 
 /// The wall's time.
 pub fn wall() -> SystemTime {
-    reading().wall
+    SystemTime::UNIX_EPOCH + Duration::from_nanos(unix_nanos())
 }
 
-fn reading() -> Reading {
-    let left = LEFT.get();
-    if left > 0
-        && let Some(reading) = READING.get()
-    {
-        LEFT.set(left - 1);
-        return reading;
+/// A duration in nanoseconds, at most some 584 years.
+pub fn nanos_of(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Clock {
+    const fn new() -> Self {
+        Self {
+            has_turns: Cell::new(false),
+            turn: Cell::new(0),
+            left: Cell::new(0),
+            nanos: Cell::new(0),
+            unix_nanos: Cell::new(0),
+        }
     }
-    let reading = Reading { monotonic: Instant::now(), wall: SystemTime::now() };
-    if TURNS.get() {
-        READING.set(Some(reading));
-        LEFT.set(SHARED);
+
+    fn look(&self) {
+        match self.left.get() {
+            0 => self.read(),
+            left => self.left.set(left - 1),
+        }
     }
-    reading
+
+    #[cold]
+    fn read(&self) {
+        let epoch = *EPOCH; // before the reading, which would lie before it otherwise
+        self.nanos.set(nanos_of(Instant::now().saturating_duration_since(epoch)));
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.unix_nanos.set(nanos_of(since_1970));
+        self.left.set(if self.has_turns.get() { SHARED } else { 0 });
+    }
 }
 
 #[cfg(test)]

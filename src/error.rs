@@ -9,11 +9,10 @@ use std::{fmt, time::Duration};
 use bytes::Bytes;
 use http::StatusCode;
 use serde_json::json;
-use uuid::Uuid;
 
 use crate::{
     admission::Denied,
-    audit::Unavailable,
+    audit::{RequestId, Unavailable},
     contract::{Fault, Violation, body::NotReceived},
     outcome::Outcome,
     rate_limit::Spent,
@@ -282,7 +281,7 @@ impl Error {
     }
 
     /// The document of RFC 9457.
-    pub fn problem(&self, stage: Stage, request_id: Uuid) -> Bytes {
+    pub fn problem(&self, stage: Stage, request_id: RequestId) -> Bytes {
         let mut problem = json!({
             "type": format!("urn:ccsqm-gateway:problem:{}", self.code),
             "title": self.code.title(),

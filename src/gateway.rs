@@ -14,11 +14,10 @@ use http::{HeaderName, HeaderValue, Method, Request, Response, Uri, header};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::timeout;
-use uuid::Uuid;
 
 use crate::{
     admission::{Bounds, Hosts, Peer},
-    audit::{Audit, Record},
+    audit::{Audit, Record, RequestId},
     clock,
     contract::body::receive,
     error::{Code, Error, Stage, spent},
@@ -62,7 +61,7 @@ impl Gateway {
     /// closes itself if the caller leaves before the intent. After the intent the exchange goes on without
     /// the caller.
     pub async fn handle(&self, from: Arrival<'_>, request: Request<Incoming>) -> Response<Answer> {
-        let begin = clock::now();
+        let begin = clock::nanos();
         let mut record = self.audit.open(from.peer);
         let id = record.id();
         let (head, mut body) = request.into_parts();
@@ -78,13 +77,13 @@ impl Gateway {
         let proxied = survive(self.proxy(from, target, &inbound, &mut body, &mut record)).await;
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
             Ok(reply) => {
-                self.metrics.replied(reply.outcome, clock::now() - begin);
+                self.metrics.replied(reply.outcome, took(begin));
                 answer(reply)
             }
             Err(error) => {
                 let stage = record.stage();
                 record.refuse(error.code, error.code.status().as_u16());
-                self.metrics.refused(stage, error.outcome, error.code, clock::now() - begin);
+                self.metrics.refused(stage, error.outcome, error.code, took(begin));
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
                 let clean = Box::pin(linger(&inbound, body)).await && !from.surplus;
                 refuse(&error, stage, id, clean)
@@ -142,9 +141,7 @@ impl Gateway {
 
         record.enter(Stage::Audit);
         let connection = from.presence.during(self.pool.reserve()).await??;
-        let mut members = Vec::new();
-        checked.audit_members(&mut members);
-        record.intent(checked.bytes(), members).await?;
+        record.intent(checked.bytes(), &|line| checked.audit_members(line)).await?;
 
         record.enter(Stage::Upstream);
         let exchange = Exchange {
@@ -235,7 +232,7 @@ fn answer(reply: Reply) -> Response<Answer> {
 }
 
 /// Tells the caller of a failure.
-fn refuse(error: &Error, stage: Stage, id: Uuid, keep_alive: bool) -> Response<Answer> {
+fn refuse(error: &Error, stage: Stage, id: RequestId, keep_alive: bool) -> Response<Answer> {
     let mut response = Response::new(Answer::Whole(Some(error.problem(stage, id))));
     *response.status_mut() = error.code.status();
     let headers = response.headers_mut();
@@ -290,8 +287,12 @@ fn can_be_echoed(id: &HeaderValue) -> bool {
 }
 
 #[expect(clippy::expect_used, reason = "a UUID is plain ASCII")]
-fn request_id(id: Uuid) -> HeaderValue {
-    HeaderValue::from_str(id.hyphenated().encode_lower(&mut Uuid::encode_buffer())).expect("ASCII")
+fn request_id(id: RequestId) -> HeaderValue {
+    HeaderValue::from_str(id.as_str()).expect("ASCII")
+}
+
+fn took(begin: u64) -> Duration {
+    Duration::from_nanos(clock::nanos() - begin)
 }
 
 /// Runs a future; `None` if it panics. The panic ends this request only.

@@ -141,6 +141,9 @@ fn is_token(value: &HeaderValue, token: &str) -> bool {
 fn names_end_to_end(connection: &HeaderValue) -> bool {
     const RELIED_ON: [&str; 6] =
         ["authorization", "content-length", "content-type", "host", "x-userid", "x-app-key"];
+    if matches!(connection.as_bytes(), b"keep-alive" | b"close") {
+        return false; // the usual case
+    }
     let Ok(options) = connection.to_str() else { return true };
     options
         .split(',')

@@ -7,6 +7,7 @@ use std::{borrow::Cow, fmt};
 
 use http::{HeaderMap, StatusCode, header};
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use smallvec::SmallVec;
 
 /// The outcome of a request, sent as `x-gateway-outcome` and recorded in the audit trail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,8 +73,11 @@ pub struct Verdict {
     /// The outcome.
     pub outcome: Outcome,
     /// The one result code, cut at 64 bytes.
-    pub result_code: Option<String>,
+    pub result_code: Option<ResultCode>,
 }
+
+/// The text of a result code: a few bytes in place, more on the heap.
+pub type ResultCode = SmallVec<[u8; 24]>;
 
 impl ResultRule {
     /// Success is a top-level member `field` with one of these values.
@@ -99,48 +103,62 @@ impl ResultRule {
         if coded {
             return unknown;
         }
-        let Some(codes) = self.codes(reply) else { return unknown };
-        let [code] = codes.as_slice() else { return unknown };
-        let Some(text) = code.text() else { return unknown };
-        let outcome = if self.success.iter().any(|success| code.equals(success)) {
-            Outcome::Succeeded
-        } else {
-            Outcome::Failed
-        };
-        Verdict { outcome, result_code: Some(cut(&text)) }
+        self.judge(reply.body, reply.truncated)
+            .or_else(|| self.judge(&quote_slip(reply.body, &self.field)?, reply.truncated))
+            .unwrap_or(unknown)
     }
 
-    /// All top-level values of the result field; `None` when the body is not a JSON object.
-    fn codes(&self, reply: Reply<'_>) -> Option<Vec<ResultCode>> {
-        self.parse(reply.body, reply.truncated).or_else(|| {
-            let mended = quote_slip(reply.body, &self.field)?;
-            self.parse(&mended, reply.truncated)
-        })
-    }
-
-    fn parse(&self, body: &[u8], truncated: bool) -> Option<Vec<ResultCode>> {
-        let mut codes = Vec::new();
+    /// What a body means; `None` when it is not a JSON object.
+    fn judge(&self, body: &[u8], truncated: bool) -> Option<Verdict> {
+        let mut codes = Codes::default();
         let mut reader = serde_json::Deserializer::from_slice(body);
         let whole = TopLevel { field: &self.field, codes: &mut codes }
             .deserialize(&mut reader)
             .and_then(|()| reader.end());
         match whole {
-            Ok(()) => Some(codes),
-            Err(error) if truncated && error.is_eof() => Some(codes),
-            Err(_) => None,
+            Err(error) if !(truncated && error.is_eof()) => return None,
+            Ok(()) | Err(_) => {}
         }
+        let code = codes.only();
+        let outcome = match code {
+            None | Some(Code::Other) => Outcome::Unknown,
+            Some(code) if self.success.iter().any(|success| code.equals(success)) => Outcome::Succeeded,
+            Some(_) => Outcome::Failed,
+        };
+        Some(Verdict { outcome, result_code: code.and_then(Code::text) })
+    }
+}
+
+/// All top-level values of the result field.
+#[derive(Debug, Default)]
+struct Codes<'a> {
+    first: Option<Code<'a>>,
+    more: bool,
+}
+
+impl<'a> Codes<'a> {
+    fn note(&mut self, code: Option<Code<'a>>) {
+        if self.first.is_none() {
+            self.first = code;
+        } else {
+            self.more |= code.is_some();
+        }
+    }
+
+    fn only(&self) -> Option<&Code<'a>> {
+        self.first.as_ref().filter(|_| !self.more)
     }
 }
 
 /// A value of the result field.
 #[derive(Debug, PartialEq, Eq)]
-enum ResultCode {
-    Text(String),
+enum Code<'a> {
+    Text(Cow<'a, str>),
     Number(u64),
     Other,
 }
 
-impl ResultCode {
+impl Code<'_> {
     /// A string counts as it stands; a number counts by its value, since the vendor's pages show both.
     fn equals(&self, success: &str) -> bool {
         match self {
@@ -150,22 +168,22 @@ impl ResultCode {
         }
     }
 
-    fn text(&self) -> Option<Cow<'_, str>> {
+    fn text(&self) -> Option<ResultCode> {
         match self {
-            Self::Text(text) => Some(text.into()),
-            Self::Number(number) => Some(number.to_string().into()),
+            Self::Text(text) => Some(cut(text)),
+            Self::Number(number) => Some(itoa::Buffer::new().format(*number).as_bytes().into()),
             Self::Other => None,
         }
     }
 }
 
 /// Walks a whole JSON object and keeps the values of one top-level member, however often it stands there.
-struct TopLevel<'a> {
+struct TopLevel<'a, 'de> {
     field: &'a str,
-    codes: &'a mut Vec<ResultCode>,
+    codes: &'a mut Codes<'de>,
 }
 
-impl<'de> DeserializeSeed<'de> for TopLevel<'_> {
+impl<'de> DeserializeSeed<'de> for TopLevel<'_, 'de> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -173,7 +191,7 @@ impl<'de> DeserializeSeed<'de> for TopLevel<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for TopLevel<'_> {
+impl<'de> Visitor<'de> for TopLevel<'_, 'de> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -184,14 +202,14 @@ impl<'de> Visitor<'de> for TopLevel<'_> {
         // A code counts once something stands behind it: a cut number is another number.
         let mut last = None;
         while let Some(is_code) = map.next_key_seed(IsField(self.field))? {
-            self.codes.extend(last.take());
+            self.codes.note(last.take());
             if is_code {
-                last = Some(map.next_value::<ResultCode>()?);
+                last = Some(map.next_value::<Code<'de>>()?);
             } else {
                 map.next_value::<IgnoredAny>()?;
             }
         }
-        self.codes.extend(last);
+        self.codes.note(last);
         Ok(())
     }
 }
@@ -219,7 +237,7 @@ impl Visitor<'_> for IsField<'_> {
     }
 }
 
-impl<'de> Deserialize<'de> for ResultCode {
+impl<'de> Deserialize<'de> for Code<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(AnyCode)
     }
@@ -228,44 +246,48 @@ impl<'de> Deserialize<'de> for ResultCode {
 struct AnyCode;
 
 impl<'de> Visitor<'de> for AnyCode {
-    type Value = ResultCode;
+    type Value = Code<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a value")
     }
 
-    fn visit_str<E>(self, text: &str) -> Result<ResultCode, E> {
-        Ok(ResultCode::Text(text.to_owned()))
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Code<'de>, E> {
+        Ok(Code::Text(text.into()))
     }
 
-    fn visit_u64<E>(self, number: u64) -> Result<ResultCode, E> {
-        Ok(ResultCode::Number(number))
+    fn visit_str<E>(self, text: &str) -> Result<Code<'de>, E> {
+        Ok(Code::Text(text.to_owned().into()))
     }
 
-    fn visit_i64<E>(self, _: i64) -> Result<ResultCode, E> {
-        Ok(ResultCode::Other)
+    fn visit_u64<E>(self, number: u64) -> Result<Code<'de>, E> {
+        Ok(Code::Number(number))
     }
 
-    fn visit_f64<E>(self, _: f64) -> Result<ResultCode, E> {
-        Ok(ResultCode::Other)
+    fn visit_i64<E>(self, _: i64) -> Result<Code<'de>, E> {
+        Ok(Code::Other)
     }
 
-    fn visit_bool<E>(self, _: bool) -> Result<ResultCode, E> {
-        Ok(ResultCode::Other)
+    fn visit_f64<E>(self, _: f64) -> Result<Code<'de>, E> {
+        Ok(Code::Other)
     }
 
-    fn visit_unit<E>(self) -> Result<ResultCode, E> {
-        Ok(ResultCode::Other)
+    fn visit_bool<E>(self, _: bool) -> Result<Code<'de>, E> {
+        Ok(Code::Other)
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<ResultCode, A::Error> {
+    fn visit_unit<E>(self) -> Result<Code<'de>, E> {
+        Ok(Code::Other)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Code<'de>, A::Error> {
         while items.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(ResultCode::Other)
+        Ok(Code::Other)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<ResultCode, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Code<'de>, A::Error> {
         while members.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(ResultCode::Other)
+        Ok(Code::Other)
     }
 }
 
@@ -292,12 +314,12 @@ fn is_object(body: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body).is_ok()
 }
 
-fn cut(text: &str) -> String {
+fn cut(text: &str) -> ResultCode {
     let mut end = text.len().min(64);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    text[..end].to_owned()
+    text.as_bytes()[..end].into()
 }
 
 #[cfg(test)]
@@ -374,7 +396,7 @@ mod tests {
     fn a_result_code_is_cut_between_characters() {
         let long = "é".repeat(40);
         let code = verdict(200, &format!(r#"{{"resultCode":"{long}"}}"#), false).result_code.unwrap();
-        assert_eq!(code, "é".repeat(32));
+        assert_eq!(code.as_slice(), "é".repeat(32).as_bytes());
     }
 
     #[test]

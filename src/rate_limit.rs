@@ -4,9 +4,8 @@
 //! state. Exact under concurrency, no lock, no timer. `governor` is the oracle of its tests.
 
 use std::{
-    sync::LazyLock,
     sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use thiserror::Error;
@@ -17,7 +16,7 @@ use crate::{clock, config::Limit};
 #[derive(Debug)]
 pub struct Limiter {
     rate: Rate,
-    /// Nanoseconds since [`EPOCH`] at which the bucket is full again.
+    /// Nanoseconds of this process at which the bucket is full again.
     arrival: AtomicU64,
 }
 
@@ -37,8 +36,6 @@ pub struct Spent {
     pub retry_after: Duration,
 }
 
-static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
-
 impl Limiter {
     /// A full bucket.
     pub fn new(limit: Limit) -> Self {
@@ -53,12 +50,12 @@ impl Limiter {
 
     /// Takes one request's worth, or says when to come back.
     pub fn take(&self) -> Result<(), Spent> {
-        self.take_at(now())
+        self.take_at(clock::nanos())
     }
 
     /// Takes one request's worth even if none is left: for what must go on anyway and yet be counted.
     pub fn overdraw(&self) {
-        let now = now();
+        let now = clock::nanos();
         let _ = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
             Some(arrival.max(now) + self.rate.interval)
         });
@@ -78,15 +75,10 @@ impl Limiter {
 
 impl Rate {
     fn new(limit: Limit) -> Self {
-        let period = u64::try_from(limit.period.as_nanos()).unwrap_or(u64::MAX);
+        let period = clock::nanos_of(limit.period);
         let interval = period / u64::from(limit.count.get());
         Self { interval, tolerance: interval * (u64::from(limit.burst.get()) - 1) }
     }
-}
-
-fn now() -> u64 {
-    let since = clock::now().into_std().saturating_duration_since(*EPOCH);
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

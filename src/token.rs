@@ -43,34 +43,40 @@ use schedule::{Held, Moment, Plan};
 /// Tells the audit trail of a change.
 pub type Events = Box<dyn Fn(&'static str, Map<String, Value>) + Send + Sync>;
 
-/// A token and the app key that it belongs to, ready to be injected. Cannot be printed.
+/// A token and the app key that it belongs to, ready to be injected. Cannot be printed. Cheap to clone.
 #[derive(Clone)]
-pub struct Token {
+pub struct Token(Arc<Parts>);
+
+struct Parts {
     authorization: HeaderValue,
     app_key: HeaderValue,
     generation: u64,
 }
 
 impl Token {
+    fn new(authorization: HeaderValue, app_key: HeaderValue, generation: u64) -> Self {
+        Self(Arc::new(Parts { authorization, app_key, generation }))
+    }
+
     /// `Bearer …`, marked sensitive.
     pub fn authorization(&self) -> &HeaderValue {
-        &self.authorization
+        &self.0.authorization
     }
 
     /// The app key, marked sensitive.
     pub fn app_key(&self) -> &HeaderValue {
-        &self.app_key
+        &self.0.app_key
     }
 
     /// Counts the different tokens of this process, from 1.
     pub fn generation(&self) -> u64 {
-        self.generation
+        self.0.generation
     }
 }
 
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Token(generation {})", self.generation)
+        write!(f, "Token(generation {})", self.generation())
     }
 }
 
@@ -258,7 +264,7 @@ impl Slot {
 
     /// A token of a later generation, if there is one already. Fetches nothing.
     pub fn newer(&self, generation: u64) -> Option<Token> {
-        self.current().filter(|token| token.generation > generation)
+        self.current().filter(|token| token.generation() > generation)
     }
 
     /// How things stand, without any secret.
@@ -269,7 +275,7 @@ impl Slot {
         Status {
             name: self.name.clone(),
             had_token: fetches.had_token,
-            generation: live.as_ref().map_or(0, |live| live.token.generation),
+            generation: live.as_ref().map_or(0, |live| live.token.generation()),
             seconds_left: left.map(|left| left.as_secs()),
             last_error: fetches.last_error,
         }
@@ -296,7 +302,7 @@ impl Slot {
             if fetches.held.is_none_or(|held| !held.is_hopeless(now, deadline)) {
                 looked_into = Some(fetches.begun.max(fetches.ended + 1));
                 if let Some(live) = &*self.live.load()
-                    && live.token.generation <= refused
+                    && live.token.generation() <= refused
                 {
                     live.retired.store(true, Ordering::Release);
                 }

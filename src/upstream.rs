@@ -256,7 +256,7 @@ impl Exchange {
             note: None,
         };
         if rejected {
-            self.record.finish(Answer { outcome: Outcome::Refused, ..answer });
+            self.record.finish(&Answer { outcome: Outcome::Refused, ..answer });
             let retry_after = Some(self.cooldown.remaining().unwrap_or(DEFAULT_RETRY));
             return Err(Failure { code: Code::CredentialRejected, outcome: Outcome::Refused, retry_after });
         }
@@ -267,8 +267,10 @@ impl Exchange {
         settle_retry_after(outcome, &mut headers);
         let body = match rest {
             None => {
-                headers.remove(header::CONTENT_LENGTH);
-                self.record.finish(answer);
+                if !states_length(&headers, &body) {
+                    headers.remove(header::CONTENT_LENGTH);
+                }
+                self.record.finish(&answer);
                 self.connection.give_back();
                 ReplyBody::Whole(body)
             }
@@ -291,7 +293,7 @@ impl Exchange {
             (false, Some(_)) => (Code::CredentialRejected, Outcome::Refused),
             (false, None) => (Code::UpstreamUnreachable, Outcome::NotSent),
         };
-        self.record.finish(Answer {
+        self.record.finish(&Answer {
             outcome,
             code: Some(code),
             status: Some(code.status().as_u16()),
@@ -319,6 +321,14 @@ fn settle_retry_after(outcome: Outcome, headers: &mut HeaderMap) {
         }
         Outcome::Refused | Outcome::NotSent | Outcome::Succeeded | Outcome::Failed => {}
     }
+}
+
+/// Whether the head states just this body's length, so that it need not be stated anew.
+fn states_length(headers: &HeaderMap, body: &Bytes) -> bool {
+    let mut stated = headers.get_all(header::CONTENT_LENGTH).iter();
+    let (first, more) = (stated.next(), stated.next());
+    let mut length = itoa::Buffer::new();
+    !body.is_empty() && more.is_none() && first.is_some_and(|first| first == length.format(body.len()))
 }
 
 impl Arrived {
@@ -391,7 +401,7 @@ impl Tail {
 
     fn close(&mut self, note: Option<&'static str>) {
         if let Some((record, answer)) = self.open.take() {
-            record.finish(Answer { note, ..answer });
+            record.finish(&Answer { note, ..answer });
         }
     }
 }

@@ -16,6 +16,20 @@ const HASH: &[u8] = b",\"hash\":\"";
 /// A record's hash.
 pub type Hash = [u8; 32];
 
+/// A record's hash, and the same in hex: it is needed twice, in its own line and in the next.
+#[derive(Clone, Debug)]
+pub struct Link {
+    hash: Hash,
+    hex: [u8; 64],
+}
+
+impl Link {
+    /// The link of a hash.
+    pub fn new(hash: Hash) -> Self {
+        Self { hash, hex: to_hex(&hash) }
+    }
+}
+
 /// The key of a chain, and the one derived from it for digests of bodies.
 pub struct Keys {
     chain: hmac::Key,
@@ -54,9 +68,11 @@ impl Keys {
         Self::load(&path)
     }
 
-    /// Appends the keyed digest of a body, in hex.
-    pub fn digest(&self, body: &[u8], line: &mut Vec<u8>) {
-        push_hex(hmac::sign(&self.digest, body).as_ref(), line);
+    /// The keyed digest of a body, in hex.
+    pub fn digest(&self, body: &[u8]) -> [u8; 64] {
+        let mut digest = Hash::default();
+        digest.copy_from_slice(hmac::sign(&self.digest, body).as_ref());
+        to_hex(&digest)
     }
 
     /// The hash of a record: `bytes` are those before `,"hash":`.
@@ -69,17 +85,18 @@ impl Keys {
         hash
     }
 
-    /// Ends a record that lacks its links and begins at `start`: appends `prev`, `hash` and the newline.
-    /// Returns its hash.
-    pub fn seal(&self, text: &mut Vec<u8>, start: usize, previous: &Hash) -> Hash {
+    /// Appends a record that lacks its links, ended by `prev`, `hash` and the newline. Returns its link.
+    pub fn seal(&self, line: &[u8], text: &mut Vec<u8>, previous: &Link) -> Link {
+        let start = text.len();
+        text.extend_from_slice(line);
         text.extend_from_slice(b",\"prev\":\"");
-        push_hex(previous, text);
+        text.extend_from_slice(&previous.hex);
         text.push(b'"');
-        let hash = self.hash(previous, &text[start..]);
+        let link = Link::new(self.hash(&previous.hash, &text[start..]));
         text.extend_from_slice(HASH);
-        push_hex(&hash, text);
+        text.extend_from_slice(&link.hex);
         text.extend_from_slice(b"\"}\n");
-        hash
+        link
     }
 
     /// Checks one line, without its newline, against the previous record's hash.
@@ -132,23 +149,29 @@ fn make(path: &Path) -> io::Result<()> {
     fs::rename(unfinished, path)
 }
 
-/// Lower-case hex.
-pub fn hex(bytes: &[u8]) -> String {
-    let mut text = Vec::with_capacity(bytes.len() * 2);
-    push_hex(bytes, &mut text);
-    String::from_utf8_lossy(&text).into_owned()
+/// Lower-case hex of a hash.
+pub fn hex(hash: &Hash) -> String {
+    String::from_utf8_lossy(&to_hex(hash)).into_owned()
 }
 
-fn push_hex(bytes: &[u8], text: &mut Vec<u8>) {
+/// All bytes in lower-case hex.
+static HEX: [[u8; 2]; 256] = {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    for bytes in bytes.chunks(32) {
-        let mut hex = [0; 64];
-        for (pair, byte) in hex.chunks_exact_mut(2).zip(bytes) {
-            pair[0] = DIGITS[usize::from(byte >> 4)];
-            pair[1] = DIGITS[usize::from(byte & 15)];
-        }
-        text.extend_from_slice(&hex[..bytes.len() * 2]);
+    let mut pairs = [[0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        pairs[byte] = [DIGITS[byte >> 4], DIGITS[byte & 15]];
+        byte += 1;
     }
+    pairs
+};
+
+fn to_hex(hash: &Hash) -> [u8; 64] {
+    let mut text = [0; 64];
+    for (pair, byte) in text.chunks_exact_mut(2).zip(hash) {
+        pair.copy_from_slice(&HEX[usize::from(*byte)]);
+    }
+    text
 }
 
 /// The path of the segment whose first record has this number.

@@ -3,7 +3,8 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
-/// A line under construction. Every key is given with the comma before it and the colon behind it.
+/// A line under construction. Every key is given with the comma before it and the colon behind it; that of a
+/// word with the opening quote, too.
 pub(super) struct Line<'a>(pub(super) &'a mut Vec<u8>);
 
 impl Line<'_> {
@@ -24,10 +25,9 @@ impl Line<'_> {
     }
 
     /// A text of ours, which needs no escape.
-    pub(super) fn word(&mut self, key: &'static str, word: &str) {
+    pub(super) fn word(&mut self, key: &'static str, word: impl AsRef<[u8]>) {
         self.0.extend_from_slice(key.as_bytes());
-        self.0.push(b'"');
-        self.0.extend_from_slice(word.as_bytes());
+        self.0.extend_from_slice(word.as_ref());
         self.0.push(b'"');
     }
 
@@ -43,8 +43,8 @@ impl Line<'_> {
     }
 
     /// A number of thousandths, as a decimal number.
-    pub(super) fn thousandths(&mut self, key: &'static str, number: u32) {
-        self.number(key, u64::from(number / 1000));
+    pub(super) fn thousandths(&mut self, key: &'static str, number: u64) {
+        self.number(key, number / 1000);
         let rest = number % 1000;
         if rest > 0 {
             self.0.push(b'.');
@@ -52,13 +52,12 @@ impl Line<'_> {
         }
     }
 
-    /// RFC 3339, in microseconds, UTC. `second` remembers the last second's text.
-    pub(super) fn time(&mut self, key: &'static str, time: Timestamp, second: &mut Second) {
+    /// RFC 3339, UTC, of microseconds since 1970. `second` remembers the last second's text.
+    pub(super) fn time(&mut self, key: &'static str, micros: u64, second: &mut Second) {
         self.0.extend_from_slice(key.as_bytes());
-        self.0.push(b'"');
-        self.0.extend_from_slice(second.text(time.as_second()));
+        self.0.extend_from_slice(second.text(micros / 1_000_000));
         self.0.push(b'.');
-        self.digits(time.subsec_nanosecond().unsigned_abs() / 1000, 6);
+        self.digits(micros % 1_000_000, 6);
         self.0.extend_from_slice(b"Z\"");
     }
 
@@ -79,7 +78,7 @@ impl Line<'_> {
         let _ = serde_json::to_writer(&mut *self.0, value);
     }
 
-    fn digits(&mut self, mut number: u32, count: usize) {
+    fn digits(&mut self, mut number: u64, count: usize) {
         let mut digits = [b'0'; 6];
         for digit in digits[..count].iter_mut().rev() {
             *digit += u8::try_from(number % 10).unwrap_or_default();
@@ -92,16 +91,16 @@ impl Line<'_> {
 /// The last second, and its text: a second has many records.
 #[derive(Debug, Default)]
 pub(super) struct Second {
-    second: Option<i64>,
+    second: Option<u64>,
     text: String,
 }
 
 impl Second {
-    fn text(&mut self, second: i64) -> &[u8] {
+    fn text(&mut self, second: u64) -> &[u8] {
         if self.second != Some(second) {
             self.second = Some(second);
-            self.text =
-                Timestamp::from_second(second).map_or_else(|_| String::new(), |time| time.to_string());
+            let time = i64::try_from(second).ok().and_then(|second| Timestamp::from_second(second).ok());
+            self.text = time.unwrap_or(Timestamp::MAX).to_string();
             self.text.truncate(self.text.trim_end_matches('Z').len());
         }
         self.text.as_bytes()
@@ -136,12 +135,10 @@ mod tests {
     #[test]
     fn times_are_what_jiff_prints() {
         let mut second = Second::default();
-        for time in [0, 1, 999_999, 1_000_000, 1_795_500_000_123_456, 1_795_500_000_999_999, -1] {
-            let time = Timestamp::from_microsecond(time).unwrap();
-            if time.as_second() >= 0 && time.subsec_nanosecond() >= 0 {
-                let line = written(|line| line.time("", time, &mut second));
-                assert_eq!(line, format!("\"{time:.6}\""));
-            }
+        for micros in [0, 1, 999_999, 1_000_000, 1_795_500_000_123_456, 1_795_500_000_999_999] {
+            let time = Timestamp::from_microsecond(micros).unwrap();
+            let line = written(|line| line.time("\"", micros.try_into().unwrap(), &mut second));
+            assert_eq!(line, format!("\"{time:.6}\""));
         }
     }
 }

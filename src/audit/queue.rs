@@ -12,15 +12,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use jiff::Timestamp;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     Metrics, Unavailable,
+    batch::Batch,
     lane::Lane,
-    record::{Answer, Entry, Facts},
+    record::{Entry, Facts, Refusal},
 };
-use crate::error::Code;
+use crate::{clock, error::Code};
 
 /// Refusals of one kind that are recorded in full each second; the rest of the second is one record.
 const FULL_REFUSALS: u32 = 10;
@@ -47,7 +47,7 @@ pub(super) fn defer_wake_ups() {
 pub(super) struct Shared {
     queue: Mutex<Queue>,
     filled: Condvar,
-    /// The position up to which everything is safe.
+    /// The number of the last record that is safe, and with it all before it.
     pub(super) safe: Arc<AtomicU64>,
     /// Who waits for that.
     lanes: Mutex<Vec<Arc<Lane>>>,
@@ -59,13 +59,12 @@ pub(super) struct Shared {
 }
 
 struct Queue {
-    entries: Vec<Entry>,
+    /// What waits for the writer. A record is written into its line at once, while what it tells is at hand.
+    batch: Batch,
     /// The writer sleeps, so that somebody must wake it.
     writer_sleeps: bool,
     /// Places kept for the outcomes of intents.
     reserved: usize,
-    /// How many entries were ever queued.
-    position: u64,
     closing: bool,
     folds: Folds,
 }
@@ -82,7 +81,7 @@ struct Folds {
 #[derive(Default)]
 struct Fold {
     seen: u32,
-    more: Option<Entry>,
+    more: Option<Refusal>,
 }
 
 /// What the writer has to do.
@@ -105,18 +104,18 @@ pub(super) enum Who {
 }
 
 impl Shared {
-    pub(super) fn new(metrics: Metrics, capacity: usize) -> Self {
+    /// Behind the record of this number.
+    pub(super) fn new(metrics: Metrics, capacity: usize, seq: u64) -> Self {
         Self {
             queue: Mutex::new(Queue {
-                entries: Vec::new(),
+                batch: Batch::behind(seq),
                 writer_sleeps: false,
                 reserved: 0,
-                position: 0,
                 closing: false,
                 folds: Folds { since: Instant::now(), kinds: HashMap::new(), strangers: 0, unrecorded: 0 },
             }),
             filled: Condvar::new(),
-            safe: Arc::default(),
+            safe: Arc::new(AtomicU64::new(seq)),
             lanes: Mutex::default(),
             healthy: AtomicBool::new(true),
             space_left: AtomicBool::new(true),
@@ -149,39 +148,47 @@ impl Shared {
     /// Wakes the writer for what was deferred.
     pub(super) fn flush(&self) {
         let queue = self.lock();
-        if queue.writer_sleeps && (!queue.entries.is_empty() || queue.folds.is_pending()) {
+        if queue.writer_sleeps && (!queue.batch.is_empty() || queue.folds.is_pending()) {
             drop(queue);
             self.filled.notify_one();
         }
     }
 
-    pub(super) fn push(&self, entry: Entry) {
+    pub(super) fn push(&self, entry: &Entry<'_>) {
         let mut queue = self.lock();
-        queue.push(entry);
+        queue.batch.push(entry);
         self.filled(queue);
     }
 
-    pub(super) fn push_intent(&self, entry: Entry) -> Result<u64, Unavailable> {
+    /// Queues an event of the trail itself.
+    pub(super) fn event(&self, name: &'static str, details: Value) {
         let mut queue = self.lock();
-        if queue.closing || queue.entries.len() + queue.reserved + 2 > self.capacity {
+        queue.batch.event(name, details);
+        self.filled(queue);
+    }
+
+    /// Returns the number of the record.
+    pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
+        let mut queue = self.lock();
+        if queue.closing || queue.batch.len() + queue.reserved + 2 > self.capacity {
             return Err(Unavailable);
         }
         queue.reserved += 1;
-        let position = queue.push(entry);
+        let seq = queue.batch.push(entry);
         self.filled(queue);
-        Ok(position)
+        Ok(seq)
     }
 
-    pub(super) fn push_outcome(&self, facts: Facts, answer: Answer) {
+    pub(super) fn push_outcome(&self, entry: &Entry<'_>) {
         let mut queue = self.lock();
         queue.reserved = queue.reserved.saturating_sub(1);
-        queue.push(Entry::Outcome { time: Timestamp::now(), facts, answer });
+        queue.batch.push(entry);
         self.filled(queue);
     }
 
     /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
     /// outcomes.
-    pub(super) fn push_refusal(&self, facts: Facts, code: Code, status: u16) {
+    pub(super) fn push_refusal(&self, facts: Box<Facts>, code: Code, status: u16) {
         let mut queue = self.lock();
         if queue.folds.since.elapsed() >= SECOND {
             queue.fold_up(&self.metrics);
@@ -200,14 +207,14 @@ impl Shared {
         fold.seen += 1;
         let full = fold.seen <= FULL_REFUSALS;
         match &mut fold.more {
-            Some(Entry::Refusal { count, .. }) => *count += 1,
+            Some(more) => more.count += 1,
             more => {
-                let time = Timestamp::now();
-                let entry = Entry::Refusal { time, facts, code, status, count: 1, several: several && !full };
+                let time = clock::unix_nanos() / 1000;
+                let refusal = Refusal { time, facts, code, status, count: 1, several: several && !full };
                 if full {
-                    queue.push(entry);
+                    queue.batch.push(&Entry::Refusal(&refusal));
                 } else {
-                    *more = Some(entry);
+                    *more = Some(refusal);
                 }
             }
         }
@@ -216,11 +223,11 @@ impl Shared {
 
     fn takes_refusals(&self, queue: &Queue) -> bool {
         let usable = self.is_healthy() && self.has_space();
-        usable && queue.entries.len() + queue.reserved < self.capacity / 2
+        usable && queue.batch.len() + queue.reserved < self.capacity / 2
     }
 
-    /// Waits for entries and swaps them out whole.
-    pub(super) fn next_batch(&self, batch: &mut Vec<Entry>) -> Next {
+    /// Waits for records and moves them out whole.
+    pub(super) fn next_batch(&self, batch: &mut Batch) -> Next {
         let mut queue = self.lock();
         loop {
             let pending = queue.folds.is_pending() && self.takes_refusals(&queue);
@@ -228,8 +235,8 @@ impl Shared {
                 queue.fold_up(&self.metrics);
                 queue.close_gap();
             }
-            if !queue.entries.is_empty() {
-                std::mem::swap(&mut queue.entries, batch);
+            if !queue.batch.is_empty() {
+                queue.batch.move_to(batch);
                 return Next::Write;
             }
             if queue.closing {
@@ -256,13 +263,13 @@ impl Shared {
         }
     }
 
-    pub(super) fn written(&self, batch: &[Entry], bytes: usize) {
-        self.safe.fetch_add(batch.len() as u64, Ordering::Release);
+    pub(super) fn written(&self, batch: &Batch, bytes: usize) {
+        self.safe.store(batch.last(), Ordering::Release);
         for lane in &*self.lanes.lock().unwrap_or_else(PoisonError::into_inner) {
             lane.more_is_safe();
         }
         self.metrics.written(batch, bytes);
-        self.metrics.queue.set(i64::try_from(self.lock().entries.len()).unwrap_or(i64::MAX));
+        self.metrics.queue.set(i64::try_from(self.lock().batch.len()).unwrap_or(i64::MAX));
     }
 
     /// Queues the last record; what is queued is still written.
@@ -270,7 +277,7 @@ impl Shared {
         let mut queue = self.lock();
         queue.fold_up(&self.metrics);
         queue.close_gap();
-        queue.push(Entry::event("stop", json!({})));
+        queue.batch.event("stop", json!({}));
         queue.closing = true;
         drop(queue);
         self.filled.notify_all();
@@ -305,22 +312,14 @@ impl Shared {
 }
 
 impl Queue {
-    fn push(&mut self, entry: Entry) -> u64 {
-        self.entries.push(entry);
-        self.position += 1;
-        self.position
-    }
-
     /// The second is over: what was only counted becomes one record each.
     fn fold_up(&mut self, metrics: &Metrics) {
         self.folds.since = Instant::now();
         self.folds.strangers = 0;
         for (_, fold) in std::mem::take(&mut self.folds.kinds) {
-            if let Some(entry) = fold.more {
-                if let Entry::Refusal { count, .. } = &entry {
-                    metrics.folded.inc_by(*count);
-                }
-                self.push(entry);
+            if let Some(refusal) = fold.more {
+                metrics.folded.inc_by(refusal.count);
+                self.batch.push(&Entry::Refusal(&refusal));
             }
         }
     }
@@ -330,7 +329,7 @@ impl Queue {
         let unrecorded = std::mem::take(&mut self.folds.unrecorded);
         if unrecorded > 0 {
             let what = "refusals were not recorded, for want of room or space";
-            self.push(Entry::event("gap", json!({ "what": what, "count": unrecorded })));
+            self.batch.event("gap", json!({ "what": what, "count": unrecorded }));
         }
     }
 }

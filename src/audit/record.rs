@@ -1,17 +1,13 @@
 //! The record of one request, and every record's form in the trail.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
-use bytes::Bytes;
 use http::HeaderValue;
-use jiff::Timestamp;
 use serde_json::{Map, Value};
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{
-    Audit, Unavailable,
-    chain::Keys,
+    Audit, Kind, Unavailable,
     line::{Line, Second},
     queue::Who,
 };
@@ -19,17 +15,46 @@ use crate::{
     admission::Peer,
     clock,
     error::{Code, Stage},
-    outcome::Outcome,
+    outcome::{Outcome, ResultCode},
 };
+
+/// A request's id: the text of a UUIDv7.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct RequestId([u8; 36]);
+
+impl RequestId {
+    fn new() -> Self {
+        let mut text = [0; 36];
+        Uuid::now_v7().hyphenated().encode_lower(&mut text);
+        Self(text)
+    }
+
+    /// Its text.
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
 
 /// The record of one request. Moved, never shared.
 #[derive(Debug)]
 pub struct Record {
     audit: Audit,
-    id: Uuid,
+    id: RequestId,
     stage: Stage,
-    open: Option<Facts>,
     step: Step,
+    open: Option<Box<Facts>>,
 }
 
 /// How far a record got: what it means that it is closed without an answer.
@@ -57,7 +82,7 @@ pub struct Answer {
     /// The upstream's status.
     pub upstream_status: Option<u16>,
     /// The upstream's result code.
-    pub result_code: Option<String>,
+    pub result_code: Option<ResultCode>,
     /// How often a request was sent.
     pub attempts: u32,
     /// Which token was used last.
@@ -66,44 +91,46 @@ pub struct Answer {
     pub note: Option<&'static str>,
 }
 
-/// A record on its way to the writer.
-pub(super) enum Entry {
+/// A record to be written.
+pub(super) enum Entry<'a> {
     Intent {
-        time: Timestamp,
-        facts: Facts,
-        body: Bytes,
-        members: Vec<u8>,
+        facts: &'a Facts,
+        body_size: usize,
+        /// The keyed digest of the body, in hex.
+        digest: &'a [u8],
+        /// Writes further members, as JSON text with a comma in front.
+        members: &'a dyn Fn(&mut Vec<u8>),
     },
     Outcome {
-        time: Timestamp,
-        facts: Facts,
-        answer: Answer,
+        facts: &'a Facts,
+        answer: &'a Answer,
     },
-    Refusal {
-        time: Timestamp,
-        facts: Facts,
-        code: Code,
-        status: u16,
-        count: u64,
-        /// It counts refusals of several peers, of which the facts name the first.
-        several: bool,
-    },
+    Refusal(&'a Refusal),
     Event {
-        time: Timestamp,
         name: &'static str,
-        details: Map<String, Value>,
+        details: &'a Map<String, Value>,
     },
     /// The outcome that a restart gives to an intent left without one.
     Doubt {
-        time: Timestamp,
-        id: String,
+        id: &'a str,
     },
 }
 
+/// One refusal, or several of one kind.
+pub(super) struct Refusal {
+    /// Of the first one, in microseconds since 1970.
+    pub(super) time: u64,
+    pub(super) facts: Box<Facts>,
+    pub(super) code: Code,
+    pub(super) status: u16,
+    pub(super) count: u64,
+    /// It counts refusals of several peers, of which the facts name the first.
+    pub(super) several: bool,
+}
+
 /// What is known of a request.
-#[derive(Clone)]
 pub(super) struct Facts {
-    id: Uuid,
+    id: RequestId,
     peer: Peer,
     caller: Option<Arc<str>>,
     caller_id: Option<HeaderValue>,
@@ -111,20 +138,21 @@ pub(super) struct Facts {
     route: Option<Arc<str>>,
     operator: Option<HeaderValue>,
     stage: Stage,
-    entered: Instant,
-    /// Microseconds by stage.
-    spent: [u32; Stage::COUNT],
+    /// In nanoseconds of this process.
+    entered: u64,
+    /// Nanoseconds by stage.
+    spent: [u64; Stage::COUNT],
 }
 
-impl std::fmt::Debug for Facts {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Facts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Facts({})", self.id)
     }
 }
 
 impl Record {
     pub(super) fn open(audit: Audit, peer: Peer) -> Self {
-        let id = Uuid::now_v7();
+        let id = RequestId::new();
         let facts = Facts {
             id,
             peer,
@@ -134,14 +162,14 @@ impl Record {
             route: None,
             operator: None,
             stage: Stage::Admission,
-            entered: clock::now(),
+            entered: clock::nanos(),
             spent: [0; Stage::COUNT],
         };
-        Self { audit, id, stage: Stage::Admission, open: Some(facts), step: Step::Open }
+        Self { audit, id, stage: Stage::Admission, step: Step::Open, open: Some(Box::new(facts)) }
     }
 
     /// The request's id.
-    pub fn id(&self) -> Uuid {
+    pub fn id(&self) -> RequestId {
         self.id
     }
 
@@ -194,42 +222,46 @@ impl Record {
         let Some(mut facts) = self.open.take() else { return };
         facts.enter(self.stage);
         match self.step {
-            Step::Open | Step::Taken => self.audit.shared.push_refusal(facts, code, status),
-            Step::Intended => self.outcome(facts, Answer::without_reply(Outcome::NotSent, code, status)),
+            Step::Open | Step::Taken => self.audit.shared().push_refusal(facts, code, status),
+            Step::Intended => self.outcome(&facts, &Answer::without_reply(Outcome::NotSent, code, status)),
             Step::Exchanged => {
                 let answer = Answer::without_reply(Outcome::Unknown, code, status);
-                self.outcome(facts, Answer { note: Some("cut off"), ..answer });
+                self.outcome(&facts, &Answer { note: Some("cut off"), ..answer });
             }
         }
     }
 
-    fn outcome(&self, facts: Facts, answer: Answer) {
-        self.audit.shared.push_outcome(facts, answer);
+    fn outcome(&self, facts: &Facts, answer: &Answer) {
+        self.audit.shared().push_outcome(&Entry::Outcome { facts, answer });
     }
 
-    /// Queues the intent and waits until it is safe. `members` are further members of the record, as JSON
+    /// Queues the intent and waits until it is safe. `members` writes further members of the record, as JSON
     /// text with a comma in front.
-    pub async fn intent(&mut self, body: &Bytes, members: Vec<u8>) -> Result<(), Unavailable> {
-        let facts = self.open.clone().ok_or(Unavailable)?;
-        let shared = &self.audit.shared;
-        let entry = Entry::Intent { time: Timestamp::now(), facts, body: body.clone(), members };
-        let position = shared.push_intent(entry)?;
+    pub fn intent<'a>(
+        &'a mut self,
+        body: &[u8],
+        members: &dyn Fn(&mut Vec<u8>),
+    ) -> impl Future<Output = Result<(), Unavailable>> + use<'a> {
+        // Not within the future, which would carry the arguments along.
+        let queued = self.queue_intent(body, members);
+        async move { self.audit.safe(queued?).await }
+    }
+
+    fn queue_intent(&mut self, body: &[u8], members: &dyn Fn(&mut Vec<u8>)) -> Result<u64, Unavailable> {
+        let facts = self.open.as_ref().ok_or(Unavailable)?;
+        let digest = self.audit.keys().digest(body);
+        let entry = Entry::Intent { facts, body_size: body.len(), digest: &digest, members };
+        let queued = self.audit.shared().push_intent(&entry)?;
         self.step = Step::Intended;
-        let safe = self.audit.lane.wait(&shared.safe, position, self.audit.deadline).await;
-        safe.inspect_err(|_| shared.metrics.late.inc())
+        Ok(queued)
     }
 
     /// Hands the open record over to an exchange, which begins to send. What is left knows its id and stage
     /// and records nothing.
     pub fn take(&mut self) -> Self {
         self.step = Step::Taken;
-        Self {
-            audit: self.audit.clone(),
-            id: self.id,
-            stage: self.stage,
-            open: self.open.take(),
-            step: Step::Exchanged,
-        }
+        let (audit, open) = (self.audit.clone(), self.open.take());
+        Self { audit, id: self.id, stage: self.stage, step: Step::Exchanged, open }
     }
 
     /// Whether it was handed over.
@@ -238,10 +270,10 @@ impl Record {
     }
 
     /// Closes the record with the outcome of its exchange.
-    pub fn finish(mut self, answer: Answer) {
+    pub fn finish(mut self, answer: &Answer) {
         if let Some(mut facts) = self.open.take() {
             facts.enter(self.stage);
-            self.outcome(facts, answer);
+            self.outcome(&facts, answer);
         }
     }
 }
@@ -271,10 +303,8 @@ impl Answer {
 
 impl Facts {
     fn enter(&mut self, stage: Stage) {
-        let now = clock::now();
-        let spent = u32::try_from(now.duration_since(self.entered).as_micros()).unwrap_or(u32::MAX);
-        let total = &mut self.spent[self.stage as usize];
-        *total = total.saturating_add(spent);
+        let now = clock::nanos();
+        self.spent[self.stage as usize] += now.saturating_sub(self.entered);
         self.entered = now;
         self.stage = stage;
     }
@@ -287,13 +317,19 @@ impl Facts {
         }
     }
 
+    /// Who asked for what.
     fn write(&self, line: &mut Line<'_>) {
-        line.word(",\"id\":", self.id.hyphenated().encode_lower(&mut Uuid::encode_buffer()));
-        line.optional(",\"caller\":", self.caller.as_deref());
+        self.write_briefly(line);
         line.text(",\"peer\":", self.peer.text(&mut [0; Peer::TEXT]));
         line.optional(",\"caller_id\":", self.caller_id.as_ref());
         line.optional(",\"traceparent\":", self.traceparent.as_ref());
         line.optional(",\"operator\":", self.operator.as_ref());
+    }
+
+    /// As much as tells which intent an outcome belongs to, and whose it is.
+    fn write_briefly(&self, line: &mut Line<'_>) {
+        line.word(",\"id\":\"", self.id.0);
+        line.optional(",\"caller\":", self.caller.as_deref());
         line.optional(",\"route\":", self.route.as_deref());
     }
 
@@ -311,92 +347,85 @@ impl Facts {
         ];
         line.raw(b",\"ms\":{");
         let mut comma = "";
-        for (key, spent) in KEYS.into_iter().zip(self.spent).filter(|(_, spent)| *spent > 0) {
-            line.raw(comma.as_bytes());
-            line.thousandths(key, spent);
-            comma = ",";
+        for (key, spent) in KEYS.into_iter().zip(self.spent) {
+            let micros = spent / 1000;
+            if micros > 0 {
+                line.raw(comma.as_bytes());
+                line.thousandths(key, micros);
+                comma = ",";
+            }
         }
         line.raw(b"}");
     }
 }
 
-impl Entry {
-    /// An event of now; `details` is an object.
-    pub(super) fn event(name: &'static str, details: Value) -> Self {
-        let details = if let Value::Object(details) = details { details } else { Map::new() };
-        Self::Event { time: Timestamp::now(), name, details }
-    }
-
-    pub(super) fn kind(&self) -> &'static str {
+impl Entry<'_> {
+    pub(super) fn kind(&self) -> Kind {
         match self {
-            Self::Intent { .. } => "intent",
-            Self::Outcome { .. } | Self::Doubt { .. } => "outcome",
-            Self::Refusal { .. } => "refusal",
-            Self::Event { .. } => "event",
+            Self::Intent { .. } => Kind::Intent,
+            Self::Outcome { .. } | Self::Doubt { .. } => Kind::Outcome,
+            Self::Refusal(_) => Kind::Refusal,
+            Self::Event { .. } => Kind::Event,
         }
     }
 
-    fn time(&self) -> Timestamp {
-        match self {
-            Self::Intent { time, .. }
-            | Self::Outcome { time, .. }
-            | Self::Refusal { time, .. }
-            | Self::Event { time, .. }
-            | Self::Doubt { time, .. } => *time,
-        }
+    fn time(&self) -> u64 {
+        if let Self::Refusal(refusal) = self { refusal.time } else { clock::unix_nanos() / 1000 }
     }
 
     /// The record as JSON, but for its links and closing brace.
-    pub(super) fn format(&self, seq: u64, keys: &Keys, second: &mut Second, text: &mut Vec<u8>) {
+    pub(super) fn format(&self, seq: u64, second: &mut Second, text: &mut Vec<u8>) {
         let mut line = Line(text);
         line.number("{\"seq\":", seq);
-        line.time(",\"time\":", self.time(), second);
-        line.word(",\"kind\":", self.kind());
+        line.time(",\"time\":\"", self.time(), second);
+        line.word(",\"kind\":\"", self.kind().as_str());
         match self {
-            Self::Intent { facts, body, members, .. } => {
+            Self::Intent { facts, body_size, digest, members } => {
                 facts.write(&mut line);
-                line.raw(members);
-                line.number(",\"body_size\":", body.len() as u64);
-                line.raw(b",\"digest\":\"");
-                keys.digest(body, line.0);
-                line.raw(b"\"");
+                members(line.0);
+                line.number(",\"body_size\":", *body_size as u64);
+                line.word(",\"digest\":\"", digest);
             }
-            Self::Outcome { facts, answer, .. } => {
-                facts.write(&mut line);
+            Self::Outcome { facts, answer } => {
+                facts.write_briefly(&mut line);
                 answer.write(facts.stage, &mut line);
                 facts.write_times(&mut line);
             }
-            Self::Refusal { facts, code, status, count, several, .. } => {
-                facts.write(&mut line);
-                line.word(",\"outcome\":", Outcome::NotSent.as_str());
-                line.word(",\"code\":", code.as_str());
-                line.word(",\"stage\":", facts.stage.as_str());
-                line.number(",\"status\":", u64::from(*status));
-                if *count > 1 {
-                    line.number(",\"count\":", *count);
-                }
-                line.optional(",\"peers\":", several.then_some("several"));
-            }
-            Self::Event { name, details, .. } => {
+            Self::Refusal(refusal) => refusal.write(&mut line),
+            Self::Event { name, details } => {
                 line.text(",\"event\":", name.as_bytes());
-                for (key, value) in details {
+                for (key, value) in *details {
                     line.any(key, value);
                 }
             }
-            Self::Doubt { id, .. } => {
+            Self::Doubt { id } => {
                 line.text(",\"id\":", id.as_bytes());
-                line.text(",\"outcome\":", Outcome::Unknown.as_str().as_bytes());
-                line.text(",\"note\":", b"the process ended between intent and outcome");
+                line.word(",\"outcome\":\"", Outcome::Unknown.as_str());
+                line.word(",\"note\":\"", "the process ended between intent and outcome");
             }
         }
     }
 }
 
+impl Refusal {
+    fn write(&self, line: &mut Line<'_>) {
+        self.facts.write(line);
+        line.word(",\"outcome\":\"", Outcome::NotSent.as_str());
+        line.word(",\"code\":\"", self.code.as_str());
+        line.word(",\"stage\":\"", self.facts.stage.as_str());
+        line.number(",\"status\":", u64::from(self.status));
+        if self.count > 1 {
+            line.number(",\"count\":", self.count);
+        }
+        line.optional(",\"peers\":", self.several.then_some("several"));
+    }
+}
+
 impl Answer {
     fn write(&self, stage: Stage, line: &mut Line<'_>) {
-        line.word(",\"outcome\":", self.outcome.as_str());
+        line.word(",\"outcome\":\"", self.outcome.as_str());
         line.optional(",\"code\":", self.code.map(Code::as_str));
-        line.word(",\"stage\":", stage.as_str());
+        line.word(",\"stage\":\"", stage.as_str());
         if let Some(status) = self.status {
             line.number(",\"status\":", u64::from(status));
         }

@@ -10,7 +10,6 @@ use std::{
     task::{Context, Waker},
 };
 
-use bytes::Bytes;
 use tempfile::TempDir;
 
 use super::{chain::segments, recovery::Found, *};
@@ -48,7 +47,7 @@ fn record(audit: &Audit) -> Record {
 async fn intended(audit: &Audit) -> Record {
     let mut record = record(audit);
     record.enter(Stage::Audit);
-    record.intent(&Bytes::from_static(b"{}"), b",\"task\":7".to_vec()).await.unwrap();
+    record.intent(b"{}", &|line| line.extend_from_slice(b",\"task\":7")).await.unwrap();
     record
 }
 
@@ -58,7 +57,7 @@ fn answer() -> Answer {
         code: None,
         status: Some(200),
         upstream_status: Some(200),
-        result_code: Some("0409000".into()),
+        result_code: Some(b"0409000"[..].into()),
         attempts: 1,
         token_generation: 3,
         note: None,
@@ -94,11 +93,10 @@ async fn sample() -> (Vec<u8>, Vec<u8>) {
     let folder = TempDir::new().unwrap();
     let audit = start(&options(folder.path()));
     let open = intended(&audit).await;
-    intended(&audit).await.take().finish(answer());
+    intended(&audit).await.take().finish(&answer());
     refuse(&audit);
-    let open_too = intended(&audit).await;
-    audit.event("secret change", Map::new());
-    drop(intended(&audit).await.take()); // behind the event, so that all of it is written
+    audit.event("secret change", &Map::new());
+    let open_too = intended(&audit).await; // the last, so that all of it is written
     let segment = segments(folder.path()).unwrap().remove(0);
     let text = fs::read(segment).unwrap();
     drop((open, open_too));
@@ -121,7 +119,7 @@ fn lines_of(text: &[u8]) -> Vec<&[u8]> {
 /// What a start does before it serves, without its thread.
 fn recovered(directory: &Path) -> u64 {
     let keys = Keys::load(&chain::key_path(directory)).unwrap();
-    drop(recover(&options(directory), keys, lock(directory).unwrap()).unwrap());
+    drop(recover(&options(directory), keys.into(), lock(directory).unwrap()).unwrap());
     fs::metadata(chain::segment_path(directory, 1)).unwrap().len()
 }
 
@@ -183,7 +181,7 @@ async fn a_deleted_segment_is_found_unless_it_was_the_last() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..options(folder.path()) });
     for _ in 0..4 {
-        intended(&audit).await.take().finish(answer());
+        intended(&audit).await.take().finish(&answer());
     }
     audit.close();
     assert_whole(folder.path());
@@ -223,7 +221,7 @@ async fn a_damaged_trail_is_never_written_over() {
         let damaged = [&text[..text.len() - last.len()], forged.as_bytes()].concat();
         let folder = directory(&damaged, &key);
         let audit = start(&options(folder.path()));
-        intended(&audit).await.take().finish(answer());
+        intended(&audit).await.take().finish(&answer());
         audit.close();
         let all = segments(folder.path()).unwrap();
         assert_eq!((all.len(), fs::read(&all[0]).unwrap()), (2, damaged), "{number}");
@@ -311,7 +309,7 @@ async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
     let mut panicked = intended(&audit).await;
     let ids = [&finished, &refused, &left, &cut_off, &panicked].map(|record| json!(record.id().to_string()));
 
-    finished.finish(answer());
+    finished.finish(&answer());
     refused.refuse(Code::Internal, 500);
     drop(left);
     drop(cut_off);
@@ -368,8 +366,7 @@ impl Stuck {
 
 /// Begins an intent; true if it was queued, so that it waits.
 fn begins_to_wait(record: &mut Record) -> bool {
-    let body = Bytes::from_static(b"{}");
-    let mut intent = pin!(record.intent(&body, Vec::new()));
+    let mut intent = pin!(record.intent(b"{}", &|_| ()));
     intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
 }
 
@@ -379,13 +376,13 @@ async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_no
     let deadline = Duration::from_millis(250);
     let options = Options { segment_size: 1, intent_deadline: deadline, ..options(folder.path()) };
     let audit = start(&options);
-    intended(&audit).await.take().finish(answer());
+    intended(&audit).await.take().finish(&answer());
     let control = wait_for(|| (trail(folder.path()).len() == 3).then(|| trail(folder.path())[1].clone()));
     let stuck = Stuck::new(folder.path());
 
     let mut late = record(&audit);
     let begun = Instant::now();
-    assert_eq!(late.intent(&Bytes::from_static(b"{}"), Vec::new()).await, Err(Unavailable));
+    assert_eq!(late.intent(b"{}", &|_| ()).await, Err(Unavailable));
     assert!((deadline..deadline * 4).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     late.refuse(Code::AuditUnavailable, 503);
     let mut left = record(&audit);
@@ -405,7 +402,7 @@ async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_no
         assert_eq!(outcomes.len(), 1, "{outcomes:?}");
         assert_eq!((&outcomes[0]["outcome"], &outcomes[0]["code"]), (&json!("not_sent"), &json!(code)));
     }
-    assert_eq!(audit.shared.metrics.late.get(), 1);
+    assert_eq!(audit.shared().metrics.late.get(), 1);
 }
 
 #[tokio::test]
@@ -429,9 +426,9 @@ async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() 
     for _ in 0..100 {
         refuse(&audit);
     }
-    assert_eq!(audit.shared.metrics.dropped.get(), 101, "the one that found no room, and the others");
+    assert_eq!(audit.shared().metrics.dropped.get(), 101, "the one that found no room, and the others");
     let ids: Vec<_> = in_flight.iter().chain(&waiting).map(|r| json!({ "id": r.id().to_string() })).collect();
-    in_flight.drain(..).for_each(|record| record.finish(answer()));
+    in_flight.drain(..).for_each(|record| record.finish(&answer()));
     waiting.clear();
 
     stuck.release();
@@ -453,9 +450,9 @@ async fn below_the_low_water_mark_refusals_are_counted_and_requests_go_on() {
     for (low_water, recorded) in [(0, 3), (u64::MAX, 0)] {
         let folder = TempDir::new().unwrap();
         let audit = start(&Options { low_water, ..options(folder.path()) });
-        wait_for(|| (audit.shared.has_space() == (low_water == 0)).then_some(()));
+        wait_for(|| (audit.shared().has_space() == (low_water == 0)).then_some(()));
         (0..3).for_each(|_| refuse(&audit));
-        intended(&audit).await.take().finish(answer());
+        intended(&audit).await.take().finish(&answer());
         audit.close();
         let all = trail(folder.path());
         let count = |kind: &str| all.iter().filter(|record| record["kind"] == kind).count();
@@ -512,7 +509,7 @@ async fn files_are_for_the_gateways_user_only() {
     let folder = TempDir::new().unwrap();
     let directory = folder.path().join("made/here");
     let audit = start(&options(&directory));
-    intended(&audit).await.take().finish(answer());
+    intended(&audit).await.take().finish(&answer());
     audit.close();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&directory), 0o700);
@@ -528,9 +525,9 @@ async fn a_segment_that_was_deleted_or_cut_is_given_up_for_a_new_one() {
     for damage in [fs::remove_file as fn(PathBuf) -> io::Result<()>, |path| {
         OpenOptions::new().write(true).open(path)?.set_len(10)
     }] {
-        intended(&audit).await.take().finish(answer());
+        intended(&audit).await.take().finish(&answer());
         damage(segments(folder.path()).unwrap().pop().unwrap()).unwrap();
-        intended(&audit).await.take().finish(answer());
+        intended(&audit).await.take().finish(&answer());
         wait_for(|| {
             let segment = segments(folder.path()).unwrap().pop().unwrap();
             fs::read_to_string(segment).unwrap().contains("a segment was deleted or cut").then_some(())
@@ -546,12 +543,12 @@ async fn in_a_directory_that_was_replaced_nothing_is_written() {
     let directory = folder.path().join("audit");
     let deadline = Duration::from_millis(50);
     let audit = start(&Options { intent_deadline: deadline, ..options(&directory) });
-    intended(&audit).await.take().finish(answer());
+    intended(&audit).await.take().finish(&answer());
     fs::remove_dir_all(&directory).unwrap();
     fs::create_dir(&directory).unwrap();
     fs::write(directory.join("lock"), "").unwrap();
     let mut late = record(&audit);
-    assert_eq!(late.intent(&Bytes::from_static(b"{}"), Vec::new()).await, Err(Unavailable));
+    assert_eq!(late.intent(b"{}", &|_| ()).await, Err(Unavailable));
     wait_for(|| (!audit.healthy()).then_some(()));
     assert_eq!(segments(&directory).unwrap(), Vec::<PathBuf>::new());
 }
@@ -562,7 +559,7 @@ async fn a_record_ends_with_its_links_and_says_who_what_and_how() {
     let audit = start(&options(folder.path()));
     let mut record = intended(&audit).await.take();
     record.enter(Stage::Upstream);
-    record.finish(answer());
+    record.finish(&answer());
     audit.close();
     let all = trail(folder.path());
     for (previous, record) in all.iter().zip(&all[1..]) {

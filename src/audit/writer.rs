@@ -1,4 +1,4 @@
-//! The writer's thread: formats, chains and writes, one write a batch.
+//! The writer's thread: chains and writes, one write a batch.
 //!
 //! Nothing that failed is believed: the segment is cut back to its last good length and the batch is tried
 //! again, while intents time out. A stuck disk holds this thread, never a worker. A segment that somebody
@@ -10,6 +10,7 @@ use std::{
     io,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -17,10 +18,9 @@ use serde_json::json;
 
 use super::{
     Options,
-    chain::{Hash, Keys, segment_path},
-    line::Second,
+    batch::Batch,
+    chain::{Hash, Keys, Link, segment_path},
     queue::{Next, Shared},
-    record::Entry,
 };
 
 /// How long a failed write waits.
@@ -38,11 +38,9 @@ pub(super) struct Writer {
     segment_size: u64,
     low_water: u64,
     measured: Option<Instant>,
-    keys: Keys,
-    seq: u64,
-    hash: Hash,
-    /// The text of the last second that was written.
-    second: Second,
+    keys: Arc<Keys>,
+    /// Of the last record.
+    link: Link,
     segment: Option<(File, u64)>,
     /// A segment was deleted or cut by somebody else, and no record says so yet.
     lost: bool,
@@ -51,12 +49,12 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// A writer that goes on behind the last record's number and hash, in the segment if there is one.
+    /// A writer that goes on behind the record of this hash, in the segment if there is one.
     pub(super) fn new(
         options: &Options,
-        keys: Keys,
+        keys: Arc<Keys>,
         lock: File,
-        (seq, hash): (u64, Hash),
+        hash: Hash,
         segment: Option<(File, u64)>,
     ) -> Self {
         Self {
@@ -65,9 +63,7 @@ impl Writer {
             low_water: options.low_water,
             measured: None,
             keys,
-            seq,
-            hash,
-            second: Second::default(),
+            link: Link::new(hash),
             segment,
             lost: false,
             lock,
@@ -76,7 +72,7 @@ impl Writer {
 
     /// Writes until the trail is closed and everything queued is written.
     pub(super) fn run(mut self, shared: &Shared) {
-        let (mut batch, mut text) = (Vec::new(), Vec::new());
+        let (mut batch, mut text) = (Batch::default(), Vec::new());
         loop {
             self.measure(shared);
             match shared.next_batch(&mut batch) {
@@ -84,12 +80,10 @@ impl Writer {
                 Next::Look => continue,
                 Next::End => return,
             }
-            let before = (self.seq, self.hash);
-            text.clear();
-            text.shrink_to(KEPT_TEXT);
-            self.format(&batch, &mut text);
-            if !self.write_persistently(&text, before.0 + 1, shared) {
-                (self.seq, self.hash) = before;
+            let before = self.link.clone();
+            self.link(&batch, &mut text);
+            if !self.write_persistently(&text, batch.first(), shared) {
+                self.link = before;
                 tracing::error!(
                     records = batch.len(),
                     "the audit trail closes with records that could not be written"
@@ -97,33 +91,29 @@ impl Writer {
                 return;
             }
             shared.written(&batch, text.len());
-            batch.clear();
+            batch.shrink_to(KEPT_TEXT);
             if std::mem::take(&mut self.lost) {
                 tracing::error!(
                     "an audit segment was deleted or cut while it was written; a new one is begun"
                 );
-                shared.push(Entry::event(
-                    "gap",
-                    json!({ "what": "a segment was deleted or cut while it was written" }),
-                ));
+                shared.event("gap", json!({ "what": "a segment was deleted or cut while it was written" }));
             }
         }
     }
 
-    /// Formats, links and writes records, once.
-    pub(super) fn append_all(&mut self, entries: &[Entry]) -> io::Result<()> {
-        let first = self.seq + 1;
+    /// Links and writes records, once.
+    pub(super) fn append(&mut self, batch: &Batch) -> io::Result<()> {
         let mut text = Vec::new();
-        self.format(entries, &mut text);
-        self.write(&text, first)
+        self.link(batch, &mut text);
+        self.write(&text, batch.first())
     }
 
-    fn format(&mut self, entries: &[Entry], text: &mut Vec<u8>) {
-        for entry in entries {
-            self.seq += 1;
-            let start = text.len();
-            entry.format(self.seq, &self.keys, &mut self.second, text);
-            self.hash = self.keys.seal(text, start, &self.hash);
+    /// The records' text, each linked to the one before.
+    fn link(&mut self, batch: &Batch, text: &mut Vec<u8>) {
+        text.clear();
+        text.shrink_to(KEPT_TEXT);
+        for line in batch.lines() {
+            self.link = self.keys.seal(line, text, &self.link);
         }
     }
 

@@ -10,7 +10,7 @@ use std::{
     os::fd::AsFd,
     pin::{Pin, pin},
     sync::{
-        Arc, LazyLock,
+        Arc,
         atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
@@ -25,12 +25,13 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpStream, UnixStream},
     sync::watch,
-    time::{Instant, Sleep, sleep, sleep_until},
+    time::{Sleep, sleep},
 };
 
 use crate::{
     admission::{Hosts, Peer, Place},
-    clock, config,
+    clock::{self, nanos_of},
+    config,
     gateway::{Arrival, Gateway},
 };
 
@@ -41,23 +42,24 @@ const MAX_HEAD: usize = 64 * 1024;
 const LINGER_TIME: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 256 * 1024;
 
-/// Who closes its side of the connection within this time of its request has nothing more to say.
-const HALF_CLOSE: Duration = Duration::from_millis(200);
+/// Who closes its side of the connection within this time of its request has nothing more to say, in
+/// nanoseconds.
+const HALF_CLOSE: u64 = 200_000_000;
 
-/// A head has no longer than this once the gateway stops, or on a connection over the cap.
-const STOP_HEADER: Duration = Duration::from_secs(1);
+/// A head has no longer than this once the gateway stops, or on a connection over the cap, in nanoseconds.
+const STOP_HEADER: u64 = 1_000_000_000;
 
-/// The deadlines of a connection.
+/// The deadlines of a connection, in nanoseconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
-    header: Duration,
-    idle: Duration,
+    header: u64,
+    idle: u64,
 }
 
 impl Deadlines {
     /// From the configuration.
     pub fn new(server: &config::Server) -> Self {
-        Self { header: server.header_timeout, idle: server.idle_timeout }
+        Self { header: nanos_of(server.header_timeout), idle: nanos_of(server.idle_timeout) }
     }
 }
 
@@ -82,7 +84,7 @@ enum Phase {
     Busy,
 }
 
-/// The phase and since when, in milliseconds of this process.
+/// The phase and since when, in nanoseconds of this process.
 #[derive(Debug)]
 struct Watch {
     phase: AtomicU8,
@@ -125,8 +127,6 @@ impl Presence {
     }
 }
 
-static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
-
 impl Watch {
     fn new() -> Self {
         let watch = Self {
@@ -140,9 +140,7 @@ impl Watch {
     }
 
     fn enter(&self, phase: Phase) {
-        let since = clock::now().saturating_duration_since(*EPOCH);
-        let now = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
-        self.since.store(now, Ordering::Relaxed);
+        self.since.store(clock::nanos(), Ordering::Relaxed);
         self.phase.store(phase as u8, Ordering::Relaxed);
     }
 
@@ -151,24 +149,24 @@ impl Watch {
     }
 
     /// When the present phase is over; a busy request has deadlines of its own.
-    fn deadline(&self, deadlines: Deadlines) -> Option<Instant> {
-        let since = *EPOCH + Duration::from_millis(self.since.load(Ordering::Relaxed));
+    fn deadline(&self, deadlines: Deadlines) -> u64 {
+        let since = self.since.load(Ordering::Relaxed);
         if self.is(Phase::Busy) {
-            None
+            u64::MAX
         } else if self.is(Phase::Head) {
-            Some(since + deadlines.header)
+            since + deadlines.header
         } else {
-            Some(since + deadlines.idle)
+            since + deadlines.idle
         }
     }
 
     /// The caller's side has ended while its request waits: has the caller left?
     fn is_gone(&self, end: End) -> bool {
         let Presence { half_closed, gone, .. } = &self.presence;
-        let since = *EPOCH + Duration::from_millis(self.since.load(Ordering::Relaxed));
+        let since = self.since.load(Ordering::Relaxed);
         match end {
             End::Closed if half_closed.load(Ordering::Relaxed) => return false,
-            End::Closed if since.elapsed() < HALF_CLOSE => half_closed.store(true, Ordering::Relaxed),
+            End::Closed if clock::nanos() < since + HALF_CLOSE => half_closed.store(true, Ordering::Relaxed),
             End::Closed | End::Reset => gone.store(true, Ordering::Relaxed),
         }
         gone.load(Ordering::Relaxed)
@@ -177,26 +175,45 @@ impl Watch {
     /// Whether the present phase has lasted too long. To be asked behind the connection, which moves the
     /// phases: the timer is touched only when a deadline came nearer than it, or when it fires, so that a
     /// request that is served within one poll costs none of that.
-    fn is_overdue(&self, mut timer: Pin<&mut Sleep>, deadlines: Deadlines, cx: &mut Context<'_>) -> bool {
-        loop {
-            let deadline = self.deadline(deadlines);
-            if let Some(deadline) = deadline.filter(|deadline| *deadline < timer.deadline()) {
-                timer.as_mut().reset(deadline);
-            }
-            if timer.as_mut().poll(cx).is_pending() {
-                return false;
-            }
-            let now = clock::now();
-            match deadline {
-                Some(deadline) if deadline <= now => return true,
-                later => timer.as_mut().reset(later.unwrap_or(now + deadlines.header)),
-            }
+    fn is_overdue(&self, alarm: &mut Alarm, deadlines: Deadlines, cx: &mut Context<'_>) -> bool {
+        let deadline = self.deadline(deadlines);
+        if deadline >= alarm.due && !alarm.sleep.is_elapsed() {
+            return false;
         }
+        if alarm.sleep.is_elapsed() && deadline <= clock::nanos() {
+            return true;
+        }
+        let is_busy = deadline == u64::MAX;
+        let gone_off = alarm.set(if is_busy { clock::nanos() + deadlines.header } else { deadline }, cx);
+        if gone_off && is_busy {
+            cx.waker().wake_by_ref(); // a busy request is never overdue here; look again
+        }
+        gone_off && !is_busy
     }
 
     /// What to call the end of the present phase.
     fn reason(&self) -> &'static str {
         if self.is(Phase::Head) { "header_timeout" } else { "idle_timeout" }
+    }
+}
+
+/// A timer that was polled by its connection's task, so that it wakes it.
+struct Alarm {
+    sleep: Pin<Box<Sleep>>,
+    /// In nanoseconds of this process.
+    due: u64,
+}
+
+impl Alarm {
+    fn new() -> Self {
+        Self { sleep: Box::pin(sleep(Duration::ZERO)), due: u64::MAX }
+    }
+
+    /// Sets it; whether it has gone off already.
+    fn set(&mut self, due: u64, cx: &mut Context<'_>) -> bool {
+        self.due = due;
+        self.sleep.as_mut().reset(clock::instant(due));
+        self.sleep.as_mut().poll(cx).is_ready()
     }
 }
 
@@ -236,7 +253,7 @@ pub async fn serve(
             .max_buf_size(MAX_HEAD)
             .serve_connection(TokioIo::new(socket), service)
     );
-    let mut timer = pin!(sleep_until(Instant::now() + deadlines.header));
+    let mut alarm = Alarm::new();
     let mut stopped = pin!(stop.wait_for(|stop| *stop));
     let (mut listens, mut stopping) = (false, false);
     poll_fn(|cx| {
@@ -256,7 +273,7 @@ pub async fn serve(
             }
             return Poll::Ready(());
         }
-        if watch.is_overdue(timer.as_mut(), deadlines, cx) {
+        if watch.is_overdue(&mut alarm, deadlines, cx) {
             gateway.metrics.connection_closed(watch.reason());
             return Poll::Ready(());
         }

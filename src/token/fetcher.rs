@@ -132,8 +132,8 @@ impl Fetcher {
     /// Whether the server handed the token out again that it gave before.
     fn is_same(&self, old: &Live, fetched: &Fetched) -> bool {
         let token = &old.token;
-        token.authorization == fetched.authorization
-            && token.app_key == self.proven.pair.header
+        *token.authorization() == fetched.authorization
+            && *token.app_key() == self.proven.pair.header
             && old.age() < old.lifetime + GRACE
     }
 
@@ -144,7 +144,7 @@ impl Fetcher {
         let Fetched { authorization, lifetime, .. } = fetched;
         tracing::info!(credential = slot.name, generation, lifetime = lifetime.as_secs(), "new token");
         let app_key = self.proven.pair.header.clone();
-        let token = Token { authorization, app_key, generation: self.generation };
+        let token = Token::new(authorization, app_key, self.generation);
         Live::new(token, lifetime, Plan::new(lifetime, jitter()), sent)
     }
 

@@ -96,7 +96,8 @@ pub struct Pool {
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Idle>>,
     wait: Duration,
-    idle_timeout: Duration,
+    /// In nanoseconds.
+    idle_timeout: u64,
     metrics: Metrics,
 }
 
@@ -104,12 +105,13 @@ pub struct Pool {
 struct Idle {
     connection: Connection,
     timer: Option<Timer>,
-    since: Instant,
+    /// In nanoseconds of this process.
+    since: u64,
 }
 
 impl Idle {
-    fn age(&self) -> Duration {
-        clock::now() - self.since
+    fn is_too_old(&self, idle_timeout: u64) -> bool {
+        clock::nanos().saturating_sub(self.since) >= idle_timeout
     }
 }
 
@@ -188,6 +190,7 @@ impl Pool {
         metrics: Metrics,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(max));
+        let idle_timeout = clock::nanos_of(idle_timeout);
         Self { connector, permits, idle: Mutex::default(), wait, idle_timeout, metrics }
     }
 
@@ -213,7 +216,7 @@ impl Pool {
 
     /// Closes what has idled too long or was closed by the upstream. To be called about once a second.
     pub fn sweep(&self) {
-        self.idle().retain(|idle| idle.age() < self.idle_timeout && !idle.connection.sender.is_closed());
+        self.idle().retain(|idle| !idle.is_too_old(self.idle_timeout) && !idle.connection.sender.is_closed());
     }
 
     #[cold]
@@ -227,10 +230,9 @@ impl Pool {
     /// The connection that was used last; the others may then idle out.
     fn take_idle(&self) -> Option<(Connection, Option<Timer>)> {
         let mut idle = self.idle();
-        while let Some(Idle { connection, timer, since }) = idle.pop() {
-            let is_recent = clock::now() - since < self.idle_timeout;
-            if is_recent && !connection.sender.is_closed() {
-                return Some((connection, timer));
+        while let Some(last) = idle.pop() {
+            if !last.is_too_old(self.idle_timeout) && !last.connection.sender.is_closed() {
+                return Some((last.connection, last.timer));
             }
         }
         None
@@ -339,7 +341,7 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         let reusable = self.clean && !self.is_closed();
         if let Some(connection) = self.connection.take().filter(|_| reusable) {
-            let idle = Idle { connection, timer: self.timer.take(), since: clock::now() };
+            let idle = Idle { connection, timer: self.timer.take(), since: clock::nanos() };
             self.pool.idle().push(idle);
         }
     }

@@ -1,0 +1,84 @@
+//! Lines on their way to the writer: whole, but for their links.
+
+use serde_json::Value;
+
+use super::{Kind, line::Second, record::Entry};
+
+/// Lines in the order of their numbers.
+#[derive(Default)]
+pub(super) struct Batch {
+    /// The last number that was given away, here or in the batch before.
+    seq: u64,
+    text: Vec<u8>,
+    /// Where each line ends.
+    ends: Vec<usize>,
+    /// How many there are, by kind.
+    pub(super) kinds: [u64; Kind::ALL.len()],
+    /// The text of the last second.
+    second: Second,
+}
+
+impl Batch {
+    /// An empty one, whose first line will have the number behind this one.
+    pub(super) fn behind(seq: u64) -> Self {
+        Self { seq, ..Self::default() }
+    }
+
+    /// Writes a line; returns its number.
+    pub(super) fn push(&mut self, entry: &Entry<'_>) -> u64 {
+        self.seq += 1;
+        entry.format(self.seq, &mut self.second, &mut self.text);
+        self.ends.push(self.text.len());
+        self.kinds[entry.kind() as usize] += 1;
+        self.seq
+    }
+
+    /// Writes an event of the trail itself; `details` is an object.
+    pub(super) fn event(&mut self, name: &'static str, details: Value) {
+        if let Value::Object(details) = details {
+            self.push(&Entry::Event { name, details: &details });
+        }
+    }
+
+    /// How many lines there are.
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// The number of the first line.
+    pub(super) fn first(&self) -> u64 {
+        self.seq + 1 - self.len() as u64
+    }
+
+    /// The number of the last line.
+    pub(super) fn last(&self) -> u64 {
+        self.seq
+    }
+
+    /// The lines, without their links.
+    pub(super) fn lines(&self) -> impl Iterator<Item = &[u8]> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        starts.zip(&self.ends).map(|(start, end)| &self.text[start..*end])
+    }
+
+    /// Moves all lines over; what is left goes on with the next number, in the other's memory.
+    pub(super) fn move_to(&mut self, other: &mut Self) {
+        other.seq = self.seq;
+        other.text.clear();
+        other.ends.clear();
+        other.kinds = Default::default();
+        std::mem::swap(&mut self.second, &mut other.second);
+        std::mem::swap(self, other);
+    }
+
+    /// Gives memory back beyond so many bytes of text.
+    pub(super) fn shrink_to(&mut self, bytes: usize) {
+        self.text.clear();
+        self.text.shrink_to(bytes);
+    }
+}
