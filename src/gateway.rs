@@ -74,7 +74,10 @@ impl Gateway {
             record.traceparent(parent.clone());
         }
         let target = (&head.method, &head.uri);
-        let proxied = survive(self.proxy(from, target, &inbound, &mut body, &mut record)).await;
+        let proxied = {
+            let proxied = pin!(self.proxy(from, target, &inbound, &mut body, &mut record));
+            survive(proxied).await
+        };
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
             Ok(reply) => {
                 self.metrics.replied(reply.outcome, took(begin));
@@ -296,13 +299,11 @@ fn took(begin: u64) -> Duration {
 }
 
 /// Runs a future; `None` if it panics. The panic ends this request only.
-async fn survive<F: Future>(future: F) -> Option<F::Output> {
-    let mut future = pin!(future);
-    poll_fn(|cx| {
+fn survive<F: Future>(mut future: Pin<&mut F>) -> impl Future<Output = Option<F::Output>> {
+    poll_fn(move |cx| {
         let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
         polled.map_or(Poll::Ready(None), |poll| poll.map(Some))
     })
-    .await
 }
 
 #[cfg(test)]

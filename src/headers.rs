@@ -28,21 +28,27 @@ impl Outbound {
         headers.extend(configured.clone());
         // Places of what each request fills in, so that no copy needs to grow.
         let later = HeaderValue::from_static("");
-        for name in [header::AUTHORIZATION, X_APP_KEY, X_USER_ID] {
+        for name in [header::AUTHORIZATION, X_APP_KEY, X_USER_ID, header::CONTENT_LENGTH] {
             headers.insert(name, later.clone());
         }
         Self(headers)
     }
 
-    /// The headers of one upstream request, but for `Content-Length`, which hyper takes from the body. Nothing
-    /// of the caller's head is in it but the operator, and only where the configuration lists it.
-    pub fn with(&self, token: &Token, operator: &HeaderValue) -> HeaderMap {
+    /// The headers of one upstream request with a body of so many bytes. Nothing of the caller's head is in it but
+    /// the operator, and only where the configuration lists it.
+    pub fn with(&self, token: &Token, operator: &HeaderValue, length: usize) -> HeaderMap {
         let mut headers = self.0.clone();
         headers.insert(header::AUTHORIZATION, token.authorization().clone());
         headers.insert(X_APP_KEY, token.app_key().clone());
         headers.insert(X_USER_ID, operator.clone());
+        headers.insert(header::CONTENT_LENGTH, decimal(length));
         headers
     }
+}
+
+#[expect(clippy::expect_used, reason = "digits")]
+fn decimal(number: usize) -> HeaderValue {
+    HeaderValue::from_str(itoa::Buffer::new().format(number)).expect("ASCII")
 }
 
 /// What the stages want to know of a caller's head, read in one pass.

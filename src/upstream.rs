@@ -8,7 +8,7 @@ pub mod pool;
 
 use std::{
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
     time::Duration,
@@ -233,7 +233,7 @@ impl Exchange {
         let mut request = Request::new(Full::new(self.body.clone()));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.route.target.clone();
-        *request.headers_mut() = self.terms.outbound.with(&self.token, &self.operator);
+        *request.headers_mut() = self.terms.outbound.with(&self.token, &self.operator, self.body.len());
         request
     }
 
@@ -429,7 +429,7 @@ impl Exchanges {
             let mark = exchange.connection.written();
             let mut progress = Progress { answered: 0, mark, refused: None };
             let mut timer = exchange.connection.take_timer();
-            let arrived = timer.until(deadline, exchange.attempts(&mut progress)).await;
+            let arrived = timer.until(deadline, pin!(exchange.attempts(&mut progress))).await;
             exchange.connection.keep_timer(timer);
             match arrived {
                 Some(Ok(arrived)) => exchange.conclude(arrived, progress.answered, deadline),

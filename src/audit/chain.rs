@@ -7,8 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aws_lc_rs::hmac;
+use hmac::{Hmac, KeyInit, Mac};
 use rustix::rand::{GetRandomFlags, getrandom};
+use sha2::Sha256;
 use thiserror::Error;
 
 const HASH: &[u8] = b",\"hash\":\"";
@@ -32,8 +33,8 @@ impl Link {
 
 /// The key of a chain, and the one derived from it for digests of bodies.
 pub struct Keys {
-    chain: hmac::Key,
-    digest: hmac::Key,
+    chain: Hmac<Sha256>,
+    digest: Hmac<Sha256>,
 }
 
 /// Why there is no key.
@@ -54,9 +55,9 @@ impl Keys {
         if bytes.len() < 32 {
             return Err(KeyError::Short(path.into()));
         }
-        let chain = hmac::Key::new(hmac::HMAC_SHA256, &bytes);
-        let derived = hmac::sign(&chain, b"ccsqm-gateway digest of bodies");
-        Ok(Self { chain, digest: hmac::Key::new(hmac::HMAC_SHA256, derived.as_ref()) })
+        let chain = keyed(&bytes);
+        let digest = keyed(&sign(&chain, &[b"ccsqm-gateway digest of bodies"]));
+        Ok(Self { chain, digest })
     }
 
     /// Reads the key of a directory, making a random one if there is none.
@@ -70,19 +71,12 @@ impl Keys {
 
     /// The keyed digest of a body, in hex.
     pub fn digest(&self, body: &[u8]) -> [u8; 64] {
-        let mut digest = Hash::default();
-        digest.copy_from_slice(hmac::sign(&self.digest, body).as_ref());
-        to_hex(&digest)
+        to_hex(&sign(&self.digest, &[body]))
     }
 
     /// The hash of a record: `bytes` are those before `,"hash":`.
     pub fn hash(&self, previous: &Hash, bytes: &[u8]) -> Hash {
-        let mut context = hmac::Context::with_key(&self.chain);
-        context.update(previous);
-        context.update(bytes);
-        let mut hash = [0; 32];
-        hash.copy_from_slice(context.sign().as_ref());
-        hash
+        sign(&self.chain, &[previous, bytes])
     }
 
     /// Appends a record that lacks its links, ended by `prev`, `hash` and the newline. Returns its link.
@@ -109,6 +103,17 @@ impl Keys {
             Err("the hash does not fit: the record was changed, or one before it was removed")
         }
     }
+}
+
+#[expect(clippy::expect_used, reason = "HMAC takes keys of any length")]
+fn keyed(key: &[u8]) -> Hmac<Sha256> {
+    Hmac::new_from_slice(key).expect("any length")
+}
+
+fn sign(key: &Hmac<Sha256>, parts: &[&[u8]]) -> Hash {
+    let mut mac = key.clone();
+    parts.iter().for_each(|part| mac.update(part));
+    mac.finalize().into_bytes().into()
 }
 
 /// A line's bytes before `,"hash":`, and the stated hash.

@@ -8,7 +8,7 @@ use std::{
     future::{Future, poll_fn},
     io,
     os::fd::{AsFd, OwnedFd},
-    pin::{Pin, pin},
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -138,9 +138,12 @@ pub struct Timer(Pin<Box<Sleep>>);
 
 impl Timer {
     /// Polls something until a deadline.
-    pub async fn until<F: Future>(&mut self, deadline: Instant, what: F) -> Option<F::Output> {
-        let mut what = pin!(what);
-        poll_fn(|cx| {
+    pub fn until<F: Future>(
+        &mut self,
+        deadline: Instant,
+        mut what: Pin<&mut F>,
+    ) -> impl Future<Output = Option<F::Output>> {
+        poll_fn(move |cx| {
             if let Poll::Ready(output) = what.as_mut().poll(cx) {
                 return Poll::Ready(Some(output));
             }
@@ -155,7 +158,6 @@ impl Timer {
                 self.0.as_mut().reset(deadline);
             }
         })
-        .await
     }
 }
 
