@@ -320,17 +320,24 @@ impl Facts {
     /// Who asked for what.
     fn write(&self, line: &mut Line<'_>) {
         self.write_briefly(line);
-        line.text(",\"peer\":", self.peer.text(&mut [0; Peer::TEXT]));
+        line.word(",\"peer\":\"", self.peer.text(&mut [0; Peer::TEXT]));
+        if let Some(operator) = &self.operator {
+            line.word(",\"operator\":\"", operator);
+        }
         line.optional(",\"caller_id\":", self.caller_id.as_ref());
         line.optional(",\"traceparent\":", self.traceparent.as_ref());
-        line.optional(",\"operator\":", self.operator.as_ref());
     }
 
     /// As much as tells which intent an outcome belongs to, and whose it is.
     fn write_briefly(&self, line: &mut Line<'_>) {
         line.word(",\"id\":\"", self.id.0);
-        line.optional(",\"caller\":", self.caller.as_deref());
-        line.optional(",\"route\":", self.route.as_deref());
+        // Names and operators are of plain characters, as validated.
+        if let Some(caller) = &self.caller {
+            line.word(",\"caller\":\"", caller.as_bytes());
+        }
+        if let Some(route) = &self.route {
+            line.word(",\"route\":\"", route.as_bytes());
+        }
     }
 
     /// Milliseconds by stage, of those that took any time.

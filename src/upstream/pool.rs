@@ -249,6 +249,7 @@ impl Pool {
         let io = Counted { stream, written: written.clone() };
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(MAX_HEAD)
+            .writev(false) // one buffer and send(2) cost less than two and writev(2)
             .handshake(TokioIo::new(io))
             .await
             .map_err(|_| NoConnection::Closed)?;
