@@ -1,9 +1,10 @@
 //! Stage 8: the audit trail. A record is opened first and closed by its outcome, its refusal, or its drop.
 //!
 //! *Queued* means in the writer's queue; *safe* means that the write returned, so that `kill -9` of this
-//! process loses nothing. Guarantees: an intent is safe before the first upstream byte; intents and outcomes
-//! are never dropped; refusals never wait and cannot fill the queue or the disk. Against somebody who can
-//! write as the gateway the chain proves only what lies before a head that is kept elsewhere.
+//! process loses nothing, or, with durability `disk`, that fdatasync returned after it, so that a crash of the
+//! machine loses nothing either. Guarantees: an intent is safe before the first upstream byte; intents and
+//! outcomes are never dropped; refusals never wait and cannot fill the queue or the disk. Against somebody who
+//! can write as the gateway the chain proves only what lies before a head that is kept elsewhere.
 
 pub mod chain;
 mod lane;
@@ -11,6 +12,7 @@ mod line;
 mod queue;
 mod record;
 pub mod recovery;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -18,7 +20,7 @@ mod writer;
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
@@ -26,7 +28,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
@@ -36,6 +38,8 @@ use lane::Lane;
 use queue::Shared;
 use record::Entry;
 pub use record::{Answer, Record};
+pub use sync::Durability;
+use sync::{Syncs, make_directory, remove_unfinished, sync_all, sync_directory, write_again};
 use writer::Writer;
 
 /// How long a stop waits for the last write.
@@ -46,6 +50,8 @@ const CLOSE_TIME: Duration = Duration::from_secs(3);
 pub struct Options {
     /// The directory of the segments.
     pub directory: PathBuf,
+    /// When a record is safe.
+    pub durability: Durability,
     /// Bytes after which a new segment begins.
     pub segment_size: u64,
     /// The chain's key; without one, a key is made in the directory.
@@ -85,6 +91,9 @@ pub struct Metrics {
     bytes: IntCounter,
     batches: IntCounter,
     errors: IntCounter,
+    syncs: IntCounter,
+    sync_errors: IntCounter,
+    sync_seconds: Counter,
     folded: IntCounter,
     dropped: IntCounter,
     late: IntCounter,
@@ -102,11 +111,17 @@ impl Metrics {
         let records = Opts::new("ccsqm_gateway_audit_records_total", "Records written, by kind.");
         let records = IntCounterVec::new(records, &["kind"])?;
         registry.register(Box::new(records.clone()))?;
+        let sync_seconds =
+            Counter::new("ccsqm_gateway_audit_sync_seconds_total", "Seconds spent in fdatasync.")?;
+        registry.register(Box::new(sync_seconds.clone()))?;
         let metrics = Self {
             records: KINDS.map(|kind| records.with_label_values(&[kind])),
             bytes: counter("bytes_total", "Bytes written.")?,
             batches: counter("batches_total", "Batches written.")?,
-            errors: counter("write_errors_total", "Writes that failed.")?,
+            errors: counter("write_errors_total", "Writes that failed, fdatasync included.")?,
+            syncs: counter("syncs_total", "Times that fdatasync succeeded; only with durability disk.")?,
+            sync_errors: counter("sync_errors_total", "Times that fdatasync failed.")?,
+            sync_seconds,
             folded: counter("folded_refusals_total", "Refusals that were recorded by count only.")?,
             dropped: counter("dropped_refusals_total", "Refusals that were not recorded.")?,
             late: counter("late_intents_total", "Intents that were not safe in time.")?,
@@ -125,6 +140,15 @@ impl Metrics {
         }
         self.bytes.inc_by(bytes as u64);
         self.batches.inc();
+    }
+
+    fn synced(&self, syncs: &Syncs) {
+        if syncs.good + syncs.failed == 0 {
+            return; // durability `kernel`
+        }
+        self.syncs.inc_by(syncs.good);
+        self.sync_errors.inc_by(syncs.failed);
+        self.sync_seconds.inc_by(syncs.took.as_secs_f64());
     }
 }
 
@@ -151,12 +175,15 @@ impl Audit {
     pub fn start(options: &Options, metrics: Metrics) -> Result<Self, StartError> {
         let directory = options.directory.clone();
         let fail = |error| StartError::Directory(directory.clone(), error);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(fail)?;
+        make_directory(&directory, options.durability).map_err(fail)?;
         let lock = lock(&directory)?;
         let keys = match &options.key_file {
             Some(path) => Keys::load(path)?,
             None => Keys::load_or_make(&directory)?,
         };
+        if options.durability == Durability::Disk {
+            sync_directory(&directory).map_err(fail)?; // the key's name, and the segments'
+        }
         let writer = recover(options, keys, lock).map_err(fail)?;
         let shared = Arc::new(Shared::new(metrics, options.queue));
         let writing = shared.clone();
@@ -233,6 +260,7 @@ pub fn is_live(directory: &Path) -> bool {
 /// Reads the trail, cuts a torn line off, gives every open intent its outcome, and records all that. One
 /// write does it, so that a crash in between leaves either nothing or a torn line for the next start.
 fn recover(options: &Options, keys: Keys, lock: File) -> io::Result<Writer> {
+    remove_unfinished(&options.directory)?;
     let found = recovery::read(&options.directory, &keys)?;
     let mut entries = Vec::new();
     if let Some((path, offset, length)) = &found.torn {
@@ -245,6 +273,12 @@ fn recover(options: &Options, keys: Keys, lock: File) -> io::Result<Writer> {
         entries.push(Entry::event("recovery", details));
     }
     let (seq, segment) = found.resume()?;
+    if options.durability == Durability::Disk {
+        sync_all(&chain::segments(&options.directory)?)?;
+        if let (Some(_), Some((path, length))) = (&segment, &found.last) {
+            write_again(path, *length)?;
+        }
+    }
     for id in found.in_doubt.into_keys() {
         entries.push(Entry::Doubt { time: Timestamp::now(), id });
     }

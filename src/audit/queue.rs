@@ -19,6 +19,7 @@ use super::{
     Metrics, Unavailable,
     lane::Lane,
     record::{Answer, Entry, Facts},
+    sync::Syncs,
 };
 use crate::error::Code;
 
@@ -294,6 +295,10 @@ impl Shared {
 
     pub(super) fn count_error(&self) {
         self.metrics.errors.inc();
+    }
+
+    pub(super) fn count_syncs(&self, syncs: &Syncs) {
+        self.metrics.synced(syncs);
     }
 
     /// Waits before a retry; true if the trail is closing, so that the next try is the last.
