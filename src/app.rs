@@ -71,6 +71,7 @@ impl App {
         let connector = Connector::new(&config.upstream.base_url, &tls, config.upstream.connect_timeout)?;
         let options = audit::Options {
             directory: config.audit.directory.clone(),
+            durability: config.audit.durability,
             segment_size: config.audit.segment_size,
             key_file: config.audit.key_file.clone(),
             queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),

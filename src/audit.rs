@@ -1,9 +1,10 @@
 //! Stage 8: the audit trail. A record is opened first and closed by its outcome, its refusal, or its drop.
 //!
 //! *Queued* means in the writer's queue; *safe* means that the write returned, so that `kill -9` of this
-//! process loses nothing. Guarantees: an intent is safe before the first upstream byte; intents and outcomes
-//! are never dropped; refusals never wait and cannot fill the queue or the disk. Against somebody who can
-//! write as the gateway the chain proves only what lies before a head that is kept elsewhere.
+//! process loses nothing, or, with durability `disk`, that fdatasync returned after it, so that a crash of the
+//! machine loses nothing either. Guarantees: an intent is safe before the first upstream byte; intents and
+//! outcomes are never dropped; refusals never wait and cannot fill the queue or the disk. Against somebody who
+//! can write as the gateway the chain proves only what lies before a head that is kept elsewhere.
 
 mod batch;
 pub mod chain;
@@ -12,6 +13,7 @@ mod line;
 mod queue;
 mod record;
 pub mod recovery;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -19,14 +21,14 @@ mod writer;
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
@@ -37,6 +39,8 @@ use lane::Lane;
 use queue::Shared;
 use record::Entry;
 pub use record::{Answer, Record, RequestId};
+pub use sync::Durability;
+use sync::{Syncs, make_directory, remove_unfinished, sync_all, sync_directory, write_again};
 use writer::Writer;
 
 /// How long a stop waits for the last write.
@@ -47,6 +51,8 @@ const CLOSE_TIME: Duration = Duration::from_secs(3);
 pub struct Options {
     /// The directory of the segments.
     pub directory: PathBuf,
+    /// When a record is safe.
+    pub durability: Durability,
     /// Bytes after which a new segment begins.
     pub segment_size: u64,
     /// The chain's key; without one, a key is made in the directory.
@@ -85,6 +91,9 @@ pub struct Metrics {
     bytes: IntCounter,
     batches: IntCounter,
     errors: IntCounter,
+    syncs: IntCounter,
+    sync_errors: IntCounter,
+    sync_seconds: Counter,
     folded: IntCounter,
     dropped: IntCounter,
     late: IntCounter,
@@ -102,11 +111,17 @@ impl Metrics {
         let records = Opts::new("ccsqm_gateway_audit_records_total", "Records written, by kind.");
         let records = IntCounterVec::new(records, &["kind"])?;
         registry.register(Box::new(records.clone()))?;
+        let sync_seconds =
+            Counter::new("ccsqm_gateway_audit_sync_seconds_total", "Seconds spent in fdatasync.")?;
+        registry.register(Box::new(sync_seconds.clone()))?;
         let metrics = Self {
             records: Kind::ALL.map(|kind| records.with_label_values(&[kind.as_str()])),
             bytes: counter("bytes_total", "Bytes written.")?,
             batches: counter("batches_total", "Batches written.")?,
-            errors: counter("write_errors_total", "Writes that failed.")?,
+            errors: counter("write_errors_total", "Writes that failed, fdatasync included.")?,
+            syncs: counter("syncs_total", "Times that fdatasync succeeded; only with durability disk.")?,
+            sync_errors: counter("sync_errors_total", "Times that fdatasync failed.")?,
+            sync_seconds,
             folded: counter("folded_refusals_total", "Refusals that were recorded by count only.")?,
             dropped: counter("dropped_refusals_total", "Refusals that were not recorded.")?,
             late: counter("late_intents_total", "Intents that were not safe in time.")?,
@@ -124,6 +139,15 @@ impl Metrics {
         }
         self.bytes.inc_by(bytes as u64);
         self.batches.inc();
+    }
+
+    fn synced(&self, syncs: &Syncs) {
+        if syncs.good + syncs.failed == 0 {
+            return; // durability `kernel`
+        }
+        self.syncs.inc_by(syncs.good);
+        self.sync_errors.inc_by(syncs.failed);
+        self.sync_seconds.inc_by(syncs.took.as_secs_f64());
     }
 }
 
@@ -173,12 +197,15 @@ impl Audit {
     pub fn start(options: &Options, metrics: Metrics) -> Result<Self, StartError> {
         let directory = options.directory.clone();
         let fail = |error| StartError::Directory(directory.clone(), error);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(fail)?;
+        make_directory(&directory, options.durability).map_err(fail)?;
         let lock = lock(&directory)?;
         let keys = match &options.key_file {
             Some(path) => Keys::load(path)?,
             None => Keys::load_or_make(&directory)?,
         };
+        if options.durability == Durability::Disk {
+            sync_directory(&directory).map_err(fail)?; // the key's name, and the segments'
+        }
         let keys = Arc::new(keys);
         let (writer, seq) = recover(options, keys.clone(), lock).map_err(fail)?;
         let shared = Arc::new(Shared::new(metrics, options.queue, seq));
@@ -272,6 +299,7 @@ pub fn is_live(directory: &Path) -> bool {
 /// write does it, so that a crash in between leaves either nothing or a torn line for the next start. Returns the
 /// number of the last record, too.
 fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64)> {
+    remove_unfinished(&options.directory)?;
     let found = recovery::read(&options.directory, &keys)?;
     let (seq, segment) = found.resume()?;
     let mut batch = Batch::behind(seq);
@@ -283,6 +311,12 @@ fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer
         let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
         let details = json!({ "what": "damaged", "file": file, "line": fault.line, "reason": fault.reason });
         batch.event("recovery", details);
+    }
+    if options.durability == Durability::Disk {
+        sync_all(&chain::segments(&options.directory)?)?;
+        if let (Some(_), Some((path, length))) = (&segment, &found.last) {
+            write_again(path, *length)?;
+        }
     }
     for id in found.in_doubt.keys() {
         batch.push(&Entry::Doubt { id });

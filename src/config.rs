@@ -24,6 +24,7 @@ use std::{
 use http::{HeaderMap, StatusCode};
 use serde_json::json;
 
+use crate::audit::Durability;
 pub use effective::Access;
 
 /// A whole configuration. Made only by [`Config::load`].
@@ -343,6 +344,8 @@ pub struct Limit {
 pub struct Audit {
     /// The directory of the segments; made when missing, mode 0700.
     pub directory: PathBuf,
+    /// When a record is safe.
+    pub durability: Durability,
     /// Bytes after which a new segment begins.
     pub segment_size: u64,
     /// The chain's key. `None`: one is made in the directory.

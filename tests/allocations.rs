@@ -36,7 +36,8 @@ impl Cloud {
         command.args(["sandbox", "--listen", "127.0.0.1:0"]).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        // Borrowed: without a reader, what the sandbox says next would end it.
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let url = line.split_whitespace().last().unwrap().to_owned();
         Self(child, url)
     }

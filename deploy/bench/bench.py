@@ -344,6 +344,44 @@ def start(bench):
     return dict(rows=[dict(label=proxy.label, ms=report.interval(times[proxy])) for proxy in some])
 
 
+def disk(bench):
+    """What it costs that records are on the disk: durability `disk` beside `kernel`, in the same rounds."""
+    some = [Gateway("gateway", bench.upstreams), Gateway("gateway on disk", bench.upstreams)]
+    some[1].durability = "disk"
+    loads = [(32, 0), (256, 0), (32, 1000)]
+    samples = {(gateway, *wanted): [] for gateway in some for wanted in loads}
+    rounds = max(bench.plan.rounds // 3, 2)
+    with Up(some):
+        for turn, order in rotate(rounds, list(samples)):
+            bench.progress(f"round {turn + 1} of {rounds}")
+            for gateway, connections, rate in order:
+                before = gateway.batches()
+                seen = window(gateway, connections, bench.plan.slice, rate=rate)
+                counts = [after - first for after, first in zip(gateway.batches(), before)]
+                samples[gateway, connections, rate].append(dict(seen, counts=counts))
+    return dict(
+        rows=[disk_row(*what, seen) for what, seen in samples.items()],
+        rounds=rounds,
+        bare=proxies.fdatasync_ms(),
+        verified=bench.accounts,
+    )
+
+
+def disk_row(gateway, connections, rate, samples):
+    records, batches, syncs, seconds = (sum(seen["counts"][i] for seen in samples) for i in range(4))
+    return dict(
+        durability=gateway.durability,
+        connections=connections,
+        offered=rate,
+        cost=report.median([seen["cpu_us"] / seen["window"] for seen in samples]),
+        rate=report.median([seen["window"] / seen["seconds"] for seen in samples]),
+        p50=report.median([seen["p50"] for seen in samples]),
+        p99=report.median([seen["p99"] for seen in samples]),
+        batch=records / batches,
+        sync_ms=1000 * seconds / syncs if syncs else None,
+    )
+
+
 class Up:
     """Proxies that run until the end of the `with`, trails and logs empty; then their accounts must add up."""
 
@@ -377,6 +415,7 @@ SCENARIOS = {
     "instructions": instructions,
     "memory": memory,
     "start": start,
+    "disk": disk,
 }
 
 

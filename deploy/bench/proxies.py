@@ -297,6 +297,7 @@ class Gateway(Proxy):
     workers = 1
     callers = 1
     routes = 1
+    durability = "kernel"
 
     def configure(self):
         values = super().configure()
@@ -310,6 +311,7 @@ class Gateway(Proxy):
             admin=self.admin,
             workers=self.workers,
             audit=self.audit,
+            durability=self.durability,
             sandbox=self.upstreams["sandbox"],
             routes=routes,
         )
@@ -379,6 +381,13 @@ class Gateway(Proxy):
             "outcomes": total("audit_records_total", 'kind="outcome"'),
         }, total("token_fetches_total", 'result="ok"')
 
+    def batches(self):
+        """Audit records and batches written, fdatasyncs, and the seconds that these took."""
+        samples = self.metrics()
+        records = sum(value for key, value in samples.items() if key.startswith("audit_records_total{"))
+        names = ("audit_batches_total", "audit_syncs_total", "audit_sync_seconds_total")
+        return [records, *(samples[name] for name in names)]
+
     def account(self):
         expected = self.answered
 
@@ -436,6 +445,20 @@ def gateway_speaks_h2(upstreams):
     probe = Gateway("probe", upstreams, "h2")
     command = [GATEWAY, "check", "--config", probe.write_configuration()]
     return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def fdatasync_ms(count=200):
+    """Milliseconds of a bare fdatasync after an append of 4 KiB, where the audit trail is: the median."""
+    path, took = f"{WORK}/fdatasync", []
+    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for _ in range(count):
+        os.write(file, bytes(4096))
+        began = time.perf_counter()
+        os.fdatasync(file)
+        took.append(1000 * (time.perf_counter() - began))
+    os.close(file)
+    os.unlink(path)
+    return sorted(took)[count // 2]
 
 
 # ---- load

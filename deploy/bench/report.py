@@ -191,10 +191,11 @@ def costs(machine, results, plan):
             continue
         figure, verdict = judge(found, limit)
         rows.append([str(number), what, f"≤ {limit:g}{unit}", figure, verdict])
-    parts.append(
-        "## Bars\n\nMet: the whole 95 % interval of the median lies under the bar. Open: the bar lies within it.\n\n"
-        + table(["#", "figure", "bar", "found", ""], rows)
-    )
+    if rows:
+        parts.append(
+            "## Bars\n\nMet: the whole 95 % interval of the median lies under the bar. Open: the bar lies within it.\n\n"
+            + table(["#", "figure", "bar", "found", ""], rows)
+        )
     titles = {
         "plain-32": "Plain upstream, 32 connections",
         "plain-256": "Plain upstream, 256 connections",
@@ -298,8 +299,44 @@ def costs(machine, results, plan):
             "## From exec to the first proxied answer\n\n"
             + table(["proxy", "ms"], [[row["label"], row["ms"].text(1)] for row in results["start"]["rows"]])
         )
+    if "disk" in results:
+        parts.append(on_disk(results["disk"], plan))
     parts.append(verified(results))
     return "\n\n".join(parts) + "\n"
+
+
+def on_disk(result, plan):
+    head = [
+        "durability",
+        "connections",
+        "offered/s",
+        "requests/s",
+        "CPU µs/request",
+        "p50 µs",
+        "p99 µs (noisy)",
+        "records a batch",
+        "fdatasync ms",
+    ]
+    rows = [
+        [
+            row["durability"],
+            str(row["connections"]),
+            f"{row['offered']:,}" if row["offered"] else "all it takes",
+            f"{row['rate']:,.0f}",
+            f"{row['cost']:.1f}",
+            f"{row['p50']:,.0f}",
+            f"{row['p99']:,.0f}",
+            f"{row['batch']:.1f}",
+            "–" if row["sync_ms"] is None else f"{row['sync_ms']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return (
+        "## Audit records on the disk\n\n"
+        f"The gateway alone, {result['rounds']} rounds of {plan.slice} s. With `disk` a request waits until an fdatasync "
+        "that covers its intent has returned; all that wait share it. A bare fdatasync after an append of 4 KiB takes "
+        f"{result['bare']:.2f} ms here.\n\n" + table(head, rows)
+    )
 
 
 def short(name):

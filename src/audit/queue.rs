@@ -19,6 +19,7 @@ use super::{
     batch::Batch,
     lane::Lane,
     record::{Entry, Facts, Refusal},
+    sync::Syncs,
 };
 use crate::{clock, error::Code};
 
@@ -301,6 +302,10 @@ impl Shared {
 
     pub(super) fn count_error(&self) {
         self.metrics.errors.inc();
+    }
+
+    pub(super) fn count_syncs(&self, syncs: &Syncs) {
+        self.metrics.synced(syncs);
     }
 
     /// Waits before a retry; true if the trail is closing, so that the next try is the last.

@@ -1,9 +1,14 @@
 //! Reads the trail: recovery at start, `audit verify`, `audit in-doubt`, `audit head`.
+//!
+//! A crash leaves traces that are no faults. The last write may be cut short; and if the machine crashed, those
+//! pages of it that did not reach the disk read as zeros. Nothing of that was safe. A batch whose fdatasync
+//! failed stands twice, if nobody came to cut it off: at the end of one segment and, proven, at the beginning of
+//! the next.
 
 use std::{
     collections::BTreeMap,
-    fs::{File, OpenOptions},
-    io,
+    fs::{self, File, OpenOptions},
+    io::{self, BufReader, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
 };
 
@@ -13,6 +18,9 @@ use super::chain::{Hash, Keys, first_seq, lines, segments, stated};
 
 /// No record has so high a number; a line that states one is no place to go on from.
 const MAX_SEQ: u64 = 1 << 60;
+
+/// A last write that lacks pages is no longer than this, in bytes; if more follows a gap, the file is damaged.
+const MAX_TORN: u64 = 1 << 20;
 
 /// What reading a trail found.
 #[derive(Debug, Default)]
@@ -25,7 +33,7 @@ pub struct Found {
     pub in_doubt: BTreeMap<String, Doubt>,
     /// What does not fit, in the order of the trail.
     pub faults: Vec<Fault>,
-    /// The last line, if no newline ends it: the segment, and where the line begins.
+    /// What a crash left of the last write: the segment, where that begins, and its length.
     pub torn: Option<(PathBuf, u64, u64)>,
     /// The last segment and its length without a torn line.
     pub last: Option<(PathBuf, u64)>,
@@ -75,27 +83,62 @@ pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
     let mut found = Found::default();
     let segments = segments(directory)?;
     for (index, path) in segments.iter().enumerate() {
-        let is_last = index + 1 == segments.len();
         found.last = Some((path.clone(), 0));
-        for line in lines(path)? {
-            let line = line?;
-            let length = line.bytes.len() as u64;
-            if line.whole || !is_last {
-                found.take(path, line.number, &line.bytes, keys);
-                found.last = Some((path.clone(), line.offset + length + 1));
-            }
-            if !line.whole && is_last {
-                found.torn = Some((path.clone(), line.offset, length));
-            } else if !line.whole {
-                // A crash tears the last line of all; elsewhere somebody did.
-                found.fault(path, line.number, "the line has no end");
-            }
+        match segments.get(index + 1) {
+            Some(next) => found.read_full(path, next, keys)?,
+            None => found.read_last(path, keys)?,
         }
     }
     Ok(found)
 }
 
+/// Whether the rest of a segment is how the next one begins. Pages that did not reach the disk read as zeros.
+fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
+    let mut rest = BufReader::new(File::open(path)?);
+    rest.seek(SeekFrom::Start(offset))?;
+    let mut begin = BufReader::new(File::open(next)?).bytes();
+    for byte in rest.bytes() {
+        let (byte, proven) = (byte?, begin.next().transpose()?);
+        if proven.is_none_or(|proven| byte != proven && byte != 0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 impl Found {
+    /// Reads a segment that another one follows.
+    fn read_full(&mut self, path: &Path, next: &Path, keys: &Keys) -> io::Result<()> {
+        for line in lines(path)? {
+            let line = line?;
+            if self.seq + 1 == first_seq(next) && is_repeated(path, line.offset, next)? {
+                break;
+            }
+            self.take(path, line.number, &line.bytes, keys);
+            if !line.whole {
+                // A crash tears the last line of all; elsewhere somebody did.
+                self.fault(path, line.number, "the line has no end");
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the last segment, up to what a crash left of the last write.
+    fn read_last(&mut self, path: &Path, keys: &Keys) -> io::Result<()> {
+        let size = fs::metadata(path)?.len();
+        for line in lines(path)? {
+            let line = line?;
+            let rest = size.saturating_sub(line.offset);
+            if !line.whole || (line.bytes.contains(&0) && rest <= MAX_TORN) {
+                self.torn = Some((path.into(), line.offset, rest));
+                break;
+            }
+            self.take(path, line.number, &line.bytes, keys);
+            self.last = Some((path.into(), line.offset + line.bytes.len() as u64 + 1));
+        }
+        Ok(())
+    }
+
     /// Where a writer goes on: the last number given away, and the segment with its length. What is damaged
     /// stays as it is: new records then go into a new segment, whose name is that of no other.
     pub(super) fn resume(&self) -> io::Result<(u64, Option<(File, u64)>)> {

@@ -12,7 +12,11 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::{chain::segments, recovery::Found, *};
+use super::{
+    chain::{Hash, segments},
+    recovery::Found,
+    *,
+};
 use crate::{
     error::{Code, Stage},
     outcome::Outcome,
@@ -21,6 +25,7 @@ use crate::{
 fn options(directory: &Path) -> Options {
     Options {
         directory: directory.into(),
+        durability: Durability::Kernel,
         segment_size: 1 << 30,
         key_file: None,
         queue: 64,
@@ -294,6 +299,124 @@ async fn a_recovery_that_was_cut_short_is_completed_by_the_next() {
         for intent in &open {
             assert_eq!(outcomes_of(folder.path(), intent).len(), 1, "cut at {cut}");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_last_write_whose_pages_did_not_all_reach_the_disk_is_cut_off() {
+    let (text, key) = sample().await;
+    let lines = lines_of(&text);
+    let begin = |line: usize| lines[..line].concat().len();
+    for (first, last) in [(1, 1), (2, 4), (lines.len() - 1, lines.len() - 1)] {
+        // From the middle of one line to the middle of another one, or of the same.
+        let (from, to) = (begin(first) + lines[first].len() / 3, begin(last) + lines[last].len() / 2);
+        for (byte, is_crash) in [(0, true), (b'x', false)] {
+            let mut torn = text.clone();
+            torn[from..to].fill(byte);
+            let folder = directory(&torn, &key);
+            let found = verify(folder.path());
+            if is_crash {
+                let path = chain::segment_path(folder.path(), 1);
+                let rest = (text.len() - begin(first)) as u64;
+                assert_eq!(found.torn, Some((path, begin(first) as u64, rest)), "{:?}", found.faults);
+                recovered(folder.path());
+                assert_whole(folder.path());
+                let all = trail(folder.path());
+                assert_eq!(all[first]["bytes"], rest, "what was cut off is recorded");
+                assert_eq!(
+                    fs::read(chain::segment_path(folder.path(), 1)).unwrap()[..begin(first)],
+                    text[..begin(first)]
+                );
+            } else {
+                assert_eq!(found.faults[0].line, first + 1, "a control: no crash does that");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_gap_far_from_the_end_is_damage_and_stays() {
+    let (text, key) = sample().await;
+    let mut damaged = text.clone();
+    damaged[lines_of(&text)[0].len() + 5] = 0;
+    damaged.resize(text.len() + (1 << 20), b'\n');
+    let folder = directory(&damaged, &key);
+    let found = verify(folder.path());
+    assert!(found.torn.is_none() && found.faults[0].line == 2, "{:?} {:?}", found.torn, found.faults.first());
+    start(&options(folder.path())).close();
+    assert_eq!(fs::read(chain::segment_path(folder.path(), 1)).unwrap(), damaged);
+}
+
+#[tokio::test]
+async fn a_batch_that_stands_at_a_segments_end_and_again_in_the_next_is_read_once() {
+    let (text, key) = sample().await;
+    let lines = lines_of(&text);
+    let control = verify(directory(&text, &key).path());
+    assert!(!control.in_doubt.is_empty());
+    for first in 1..lines.len() {
+        let good = lines[..first].concat().len();
+        let folder = directory(&text, &key);
+        let old = chain::segment_path(folder.path(), 1);
+        fs::write(chain::segment_path(folder.path(), first as u64 + 1), &text[good..]).unwrap();
+        let with_rest = |rest: &[u8]| {
+            fs::write(&old, [&text[..good], rest].concat()).unwrap();
+            verify(folder.path())
+        };
+        // As much of it as had reached the disk: all, nothing, up to any byte, or without some of its pages.
+        for kept in [good, good + 1, (good + text.len()) / 2, text.len() - 1, text.len()] {
+            let mut lacking = text[good..kept].to_vec();
+            lacking.iter_mut().take(100).for_each(|byte| *byte = 0);
+            for rest in [&text[good..kept], &lacking] {
+                let found = with_rest(rest);
+                assert!(
+                    found.faults.is_empty() && found.torn.is_none(),
+                    "{first} {kept}: {:?}",
+                    found.faults
+                );
+                assert_eq!((found.seq, found.hash), (control.seq, control.hash));
+                assert!(found.in_doubt.keys().eq(control.in_doubt.keys()));
+            }
+        }
+        let mut changed = text[good..].to_vec();
+        changed[10] ^= 1;
+        assert!(!with_rest(&changed).faults.is_empty(), "what is not in the next segment is no copy");
+        let more = [&text[good..], b"{}\n"].concat();
+        assert!(!with_rest(&more).faults.is_empty(), "nor what goes on behind it");
+    }
+}
+
+#[tokio::test]
+async fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
+    let folder = TempDir::new().unwrap();
+    let options = Options { durability: Durability::Disk, ..options(folder.path()) };
+    fs::write(folder.path().join("segment.new"), "left by a process that was killed").unwrap();
+    let lock = lock(folder.path()).unwrap();
+    let keys = Keys::load_or_make(folder.path()).unwrap();
+    // It takes what is written, and refuses fdatasync and being cut.
+    let null = OpenOptions::new().write(true).open("/dev/null").unwrap();
+    let writer = Writer::new(&options, keys.into(), lock, Hash::default(), Some((null, 0)));
+    let shared = Shared::new(metrics(), 64, 0);
+    shared.event("one", json!({}));
+    shared.event("two", json!({}));
+    shared.close();
+    writer.run(&shared);
+    let events: Vec<_> = trail(folder.path()).iter().map(|record| record["event"].clone()).collect();
+    assert_eq!(events, ["one", "two", "stop", "recovery"]);
+    assert_whole(folder.path());
+    assert_eq!((shared.metrics.sync_errors.get(), shared.metrics.syncs.get()), (1, 2));
+    assert_eq!(shared.safe.load(std::sync::atomic::Ordering::Relaxed), 4);
+}
+
+#[test]
+fn a_start_removes_what_never_became_a_segment() {
+    for durability in Durability::ALL {
+        let folder = TempDir::new().unwrap();
+        let unfinished = folder.path().join("segment.new");
+        fs::write(&unfinished, "{\"seq\":1").unwrap();
+        start(&Options { durability, ..options(folder.path()) }).close();
+        assert!(!unfinished.exists());
+        assert_whole(folder.path());
+        assert_eq!(trail(folder.path()).len(), 2, "start and stop");
     }
 }
 

@@ -88,7 +88,7 @@ impl Config {
             "quota": { "rate": rate(quota), "burst": quota.burst },
             "audit": {
                 "directory": whole_path(&audit.directory),
-                "durability": "kernel",
+                "durability": audit.durability.as_str(),
                 "segment_size": size(audit.segment_size),
                 "key_file": audit.key_file.as_deref().map(whole_path),
             },

@@ -10,7 +10,7 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
-use crate::headers::looks_like_credential;
+use crate::{audit::Durability, headers::looks_like_credential};
 
 use super::{
     Admin, Audit, Caller, Config, ContractSource, Credential, Limit, ListenAddress, Listener, Log, LogFormat,
@@ -463,8 +463,9 @@ fn read_limit(
 fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     let mut table = root.section(context, "audit");
     let named = table.path(context, "directory");
-    table.parsed(context, "durability", (), |text| {
-        (text == "kernel").then_some(()).ok_or_else(|| "must be \"kernel\"".into())
+    let durability = table.parsed(context, "durability", Durability::default(), |text| {
+        let named = Durability::ALL.into_iter().find(|durability| durability.as_str() == text);
+        named.ok_or_else(|| "must be \"kernel\" or \"disk\"".into())
     });
     let segment_size = table.size(context, "segment_size", 64 << 20, ("64KiB", "1GiB"));
     let key_file =
@@ -477,7 +478,7 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
         context.problem_at("audit.directory", reason);
     }
     table.close(context);
-    Audit { directory, segment_size, key_file }
+    Audit { directory, durability, segment_size, key_file }
 }
 
 fn read_log(context: &mut Context<'_>, root: &mut Table) -> Log {

@@ -1,5 +1,7 @@
 //! Stage 8: the trail, through crashes, through faults of its disk, and through floods.
 
+mod disk;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::{self, OpenOptions},

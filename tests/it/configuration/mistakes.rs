@@ -192,7 +192,7 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
             ways.extend([value_is("value", "\"/elsewhere\""), value_is("value", "\"/apiaccess/%2e\"")]);
         }
         "audit.directory" => ways.push(value_is("file", "\"app_key\"")),
-        "audit.durability" => ways.push(value_is("value", "\"disk\"")),
+        "audit.durability" => ways.push(value_is("value", "\"tape\"")),
         "log.level" => ways.push(value_is("value", "\"inof\"")),
         "log.format" => ways.push(value_is("value", "\"xml\"")),
         _ if value.contains('/') => {
