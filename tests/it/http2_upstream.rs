@@ -63,12 +63,15 @@ pub(crate) struct Seen {
     pub(crate) body: Vec<u8>,
 }
 
+type React = dyn Fn(&Wire, Received) + Send + Sync;
+type AnswerWhole = dyn Fn(&Seen) -> (u16, Bytes) + Send + Sync;
+
 #[derive(Clone)]
 enum Manner {
     /// Frame by frame, with a limit on streams.
-    Frames(Option<u32>, Arc<dyn Fn(&Wire, Received) + Send + Sync>),
+    Frames(Option<u32>, Arc<React>),
     /// By a library, which keeps to flow control.
-    Whole(Arc<dyn Fn(&Seen) -> (u16, Bytes) + Send + Sync>),
+    Whole(Arc<AnswerWhole>),
 }
 
 pub(crate) struct Upstream {
@@ -303,11 +306,7 @@ async fn http1(shared: &Shared, mut stream: TlsStream<TcpStream>) -> io::Result<
     }
 }
 
-async fn whole(
-    shared: &Shared,
-    answer: Arc<dyn Fn(&Seen) -> (u16, Bytes) + Send + Sync>,
-    stream: TlsStream<TcpStream>,
-) {
+async fn whole(shared: &Shared, answer: Arc<AnswerWhole>, stream: TlsStream<TcpStream>) {
     let mut connection = h2::server::handshake(stream).await.unwrap();
     while let Some(Ok((request, mut respond))) = connection.accept().await {
         let (shared, answer) = (shared.clone(), answer.clone());
@@ -488,7 +487,7 @@ async fn frames(
     shared: &Shared,
     connection: usize,
     limit: Option<u32>,
-    react: &(dyn Fn(&Wire, Received) + Send + Sync),
+    react: &React,
     stream: TlsStream<TcpStream>,
 ) -> io::Result<()> {
     let (mut reader, mut writer) = tokio::io::split(stream);
