@@ -4,6 +4,7 @@
 //! caller does, and its record is closed by it alone. It sends a request again in two cases only: not a
 //! byte of it was written, or the upstream refused the token and a different one is at hand.
 
+mod companions;
 mod http2;
 pub mod pool;
 

@@ -27,13 +27,15 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
     sync::{Notify, OwnedSemaphorePermit, watch},
-    task::{AbortHandle, yield_now},
+    task::{AbortHandle, unconstrained, yield_now},
     time::Instant,
 };
 
-use super::pool::{MAX_HEAD, NoConnection, is_quiet};
+use super::{
+    companions::Companions,
+    pool::{Counted, MAX_HEAD, NoConnection, is_quiet},
+};
 use crate::clock;
 
 /// So many exchanges share a connection at most, whatever the upstream allows: what one lost packet delays,
@@ -193,18 +195,16 @@ impl Drop for Connection {
 impl Connection {
     /// Greets the upstream, and waits until it has told its limits. A connection that leaves a PING without
     /// an answer for `patience` is closed.
-    pub(super) async fn open<T>(
-        io: T,
+    pub(super) async fn open(
+        io: Counted,
         reads: Arc<Reads>,
         probe: OwnedFd,
         permit: OwnedSemaphorePermit,
         patience: Duration,
-    ) -> Result<Self, hyper::Error>
-    where
-        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
-        let driver = Driver::default();
-        let (sender, mut connection) = http2::Builder::new(Spawn(driver.0.clone()))
+    ) -> Result<Self, hyper::Error> {
+        let (driver, companions) = (Driver::default(), Companions::default());
+        let spawn = Spawn { driver: driver.0.clone(), companions: companions.clone() };
+        let (sender, mut connection) = http2::Builder::new(spawn)
             .timer(TokioTimer::new())
             .initial_max_send_streams(UNTOLD)
             .initial_stream_window_size(STREAM_WINDOW)
@@ -229,16 +229,7 @@ impl Connection {
             }
         }
         let limit = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
-        let told = limit.clone();
-        let dispatch = tokio::spawn(poll_fn(move |cx| {
-            let polled = Pin::new(&mut connection).poll(cx);
-            told.store(connection.current_max_send_streams(), Ordering::Relaxed);
-            polled.map(|ended| {
-                if let Err(error) = ended {
-                    tracing::debug!(%error, "upstream connection ended");
-                }
-            })
-        }));
+        let dispatch = tokio::spawn(unconstrained(dispatch(connection, limit.clone(), companions)));
         let usage = Mutex::new(Usage { sender, streams: 0, since: clock::now() });
         let dispatch = dispatch.abort_handle();
         Ok(Self { dispatch, _driver: driver, probe, reads, limit, usage, _permit: permit })
@@ -263,6 +254,26 @@ impl Connection {
     fn usage(&self) -> MutexGuard<'_, Usage> {
         self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Hands requests over until the connection takes no more, and answers back until all are there.
+async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, companions: Companions) {
+    let mut connection = Some(connection);
+    poll_fn(|cx| {
+        if let Some(open) = &mut connection {
+            let polled = Pin::new(&mut *open).poll(cx);
+            limit.store(open.current_max_send_streams(), Ordering::Relaxed);
+            if let Poll::Ready(ended) = polled {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "upstream connection ended");
+                }
+                connection = None;
+            }
+        }
+        let left = companions.poll(cx);
+        if connection.is_none() { left } else { Poll::Pending }
+    })
+    .await;
 }
 
 /// One exchange's part of a connection.
@@ -317,6 +328,9 @@ impl Drop for Stream {
     }
 }
 
+/// What hyper hands requests over with.
+type Handover = http2::Connection<TokioIo<Counted>, Full<Bytes>, Spawn>;
+
 /// Why a request got no answer, and the request, if it was not even handed over.
 pub(super) type Unanswered = TrySendError<Request<Full<Bytes>>>;
 
@@ -344,16 +358,21 @@ impl Drop for Driver {
     }
 }
 
-/// Runs what hyper spawns. The first of it is the driver.
+/// Runs what hyper spawns: the driver, which is the first, and what belongs to one request.
 #[derive(Clone)]
-struct Spawn(Arc<OnceLock<AbortHandle>>);
+struct Spawn {
+    driver: Arc<OnceLock<AbortHandle>>,
+    companions: Companions,
+}
 
 impl<F> hyper::rt::Executor<F> for Spawn
 where
-    F: Future<Output: Send> + Send + 'static,
+    F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, future: F) {
-        let task = tokio::spawn(future);
-        self.0.get_or_init(|| task.abort_handle());
+        match self.driver.get() {
+            Some(_) => self.companions.add(future),
+            None => drop(self.driver.set(tokio::spawn(future).abort_handle())),
+        }
     }
 }

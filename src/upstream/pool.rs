@@ -584,7 +584,7 @@ impl Drop for Open {
 
 /// The stream under hyper: counts what was written, and, where somebody wants to know, what came.
 #[derive(Debug)]
-struct Counted {
+pub(super) struct Counted {
     stream: Stream,
     written: Arc<AtomicU64>,
     reads: Option<Arc<Reads>>,
