@@ -11,7 +11,7 @@ use std::{
     os::fd::OwnedFd,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     task::Poll,
@@ -95,7 +95,7 @@ impl Connections {
 
     /// A stream on the first connection that has room, so that few carry many and the others idle out.
     /// Connections that cannot be used any more are given up on the way.
-    pub(super) fn stream(&self, but: Option<&Arc<Connection>>, idle_timeout: Duration) -> Option<Stream> {
+    pub(super) fn stream(&self, but: Option<&Weak<Connection>>, idle_timeout: Duration) -> Option<Stream> {
         let mut open = self.open();
         let mut i = 0;
         while let Some(connection) = open.get(i) {
@@ -103,7 +103,7 @@ impl Connections {
                 open.remove(i);
                 continue;
             }
-            let is_other = but.is_none_or(|but| !Arc::ptr_eq(but, connection));
+            let is_other = but.is_none_or(|but| but.as_ptr() != Arc::as_ptr(connection));
             if let Some(stream) = is_other.then(|| connection.stream()).flatten() {
                 return Some(stream);
             }
@@ -112,13 +112,15 @@ impl Connections {
         None
     }
 
-    /// Takes a stream back.
-    pub(super) fn release(&self, stream: Stream) {
-        if stream.is_lost() {
+    /// Takes a stream back. Returns its connection, which others may use on.
+    pub(super) fn release(&self, stream: Stream) -> Weak<Connection> {
+        let connection = Arc::downgrade(&stream.connection);
+        if stream.is_lost() || stream.connection.leaves.load(Ordering::Relaxed) {
             self.open().retain(|open| !Arc::ptr_eq(open, &stream.connection));
         }
-        drop(stream);
+        drop(stream); // and with the last one of a connection that is given up its place under the cap
         self.freed.notify_one();
+        connection
     }
 
     /// Closes what has idled too long or was closed by the upstream.
@@ -158,6 +160,8 @@ pub(super) struct Connection {
     /// The upstream's limit on streams.
     limit: Arc<AtomicUsize>,
     usage: Mutex<Usage>,
+    /// The upstream said goodbye: streams that are open may end, and that is all.
+    leaves: AtomicBool,
     /// Its place under the cap on connections.
     _permit: OwnedSemaphorePermit,
 }
@@ -193,8 +197,9 @@ impl Drop for Connection {
 }
 
 impl Connection {
-    /// Greets the upstream, and waits until it has told its limits. A connection that leaves a PING without
-    /// an answer for `patience` is closed.
+    /// Greets the upstream, and waits until it has told its limits. While streams are open, a PING goes out when
+    /// nothing came for `patience`; without an answer within thrice that, since a stall of our own counts, too,
+    /// the connection is closed.
     pub(super) async fn open(
         io: Counted,
         reads: Arc<Reads>,
@@ -211,7 +216,7 @@ impl Connection {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_header_list_size(MAX_HEAD as u32)
             .keep_alive_interval(patience)
-            .keep_alive_timeout(patience)
+            .keep_alive_timeout(3 * patience)
             .handshake(TokioIo::new(io))
             .await?;
         while connection.current_max_send_streams() == UNTOLD {
@@ -232,7 +237,13 @@ impl Connection {
         let dispatch = tokio::spawn(unconstrained(dispatch(connection, limit.clone(), companions)));
         let usage = Mutex::new(Usage { sender, streams: 0, since: clock::now() });
         let dispatch = dispatch.abort_handle();
-        Ok(Self { dispatch, _driver: driver, probe, reads, limit, usage, _permit: permit })
+        let leaves = AtomicBool::new(false);
+        Ok(Self { dispatch, _driver: driver, probe, reads, limit, usage, leaves, _permit: permit })
+    }
+
+    /// Whether the upstream allows any stream at all.
+    pub(super) fn is_usable(&self) -> bool {
+        self.limit.load(Ordering::Relaxed) > 0
     }
 
     /// Opens a stream, if there is room. Nothing is sent yet.
@@ -248,7 +259,9 @@ impl Connection {
     /// Whether it takes no stream any more.
     fn is_spent(&self, idle_timeout: Duration) -> bool {
         let usage = self.usage();
-        usage.sender.is_closed() || usage.streams == 0 && clock::now() - usage.since >= idle_timeout
+        usage.sender.is_closed()
+            || self.leaves.load(Ordering::Relaxed)
+            || usage.streams == 0 && clock::now() - usage.since >= idle_timeout
     }
 
     fn usage(&self) -> MutexGuard<'_, Usage> {
@@ -311,7 +324,11 @@ impl Stream {
 
     /// A request got no answer: was it processed, perhaps?
     pub(super) fn failed(&mut self, why: &Unanswered) {
-        self.sent -= u64::from(is_unprocessed(why));
+        let unprocessed = Unprocessed::of(why);
+        self.sent -= u64::from(unprocessed.is_some());
+        if unprocessed == Some(Unprocessed::Left) {
+            self.connection.leaves.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Whether a request was sent and nothing at all has come since: nobody may be there any more.
@@ -334,16 +351,29 @@ type Handover = http2::Connection<TokioIo<Counted>, Full<Bytes>, Spawn>;
 /// Why a request got no answer, and the request, if it was not even handed over.
 pub(super) type Unanswered = TrySendError<Request<Full<Bytes>>>;
 
-/// Whether it is certain that a request was not processed: it never left (hyper gives it back), the upstream
-/// refused its stream (RFC 9113, 8.7), or went away and named an earlier stream as its last one (6.8). Such a
-/// GOAWAY is all that h2 tells a stream as one that was received; the streams that it covers go on, and end
-/// by an I/O error if the connection does.
-fn is_unprocessed(why: &Unanswered) -> bool {
-    let cause = why.error().source().and_then(|cause| cause.downcast_ref::<h2::Error>());
-    let refused = |cause: &h2::Error| {
-        cause.is_remote() && (cause.is_go_away() || cause.reason() == Some(h2::Reason::REFUSED_STREAM))
-    };
-    why.message().is_some() || cause.is_some_and(refused)
+/// Why it is certain that a request was not processed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unprocessed {
+    /// The upstream refused its stream (RFC 9113, 8.7).
+    Refused,
+    /// The connection takes no requests any more: hyper gives it back, or the upstream went away and named an
+    /// earlier stream as its last one (6.8).
+    Left,
+}
+
+impl Unprocessed {
+    /// Only streams beyond its last one are told of a GOAWAY by h2. Those that it covers go on, and end by an I/O
+    /// error if the connection does.
+    fn of(why: &Unanswered) -> Option<Self> {
+        if why.message().is_some() {
+            return Some(Self::Left);
+        }
+        let cause = why.error().source()?.downcast_ref::<h2::Error>().filter(|cause| cause.is_remote())?;
+        if cause.is_go_away() {
+            return Some(Self::Left);
+        }
+        (cause.reason() == Some(h2::Reason::REFUSED_STREAM)).then_some(Self::Refused)
+    }
 }
 
 /// The task that moves a connection's bytes. Dropped, it stops, and the socket closes.

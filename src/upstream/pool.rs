@@ -13,7 +13,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     pin::{Pin, pin},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
@@ -272,7 +272,7 @@ impl Pool {
     async fn shared(
         self: &Arc<Self>,
         http2: &http2::Connections,
-        but: Option<&Arc<http2::Connection>>,
+        but: Option<&Weak<http2::Connection>>,
     ) -> Result<(Place, Option<Timer>), NoConnection> {
         let give_up = Instant::now() + self.wait;
         while http2.are_to_be_had() {
@@ -364,6 +364,9 @@ impl Pool {
             Some(http2) if stream.is_http2() => {
                 let opened = timeout(self.wait, self.greet_http2(stream, permit)).await;
                 let connection = Arc::new(opened.map_err(|_| NoConnection::Closed)??);
+                if !connection.is_usable() {
+                    return Err(NoConnection::Closed);
+                }
                 http2.picked(true);
                 http2.add(connection.clone());
                 Opened::Http2(connection)
@@ -405,7 +408,6 @@ impl Pool {
         let (reads, probe) = (Arc::new(Reads::default()), probe(&stream)?);
         let open = Open::count(&self.metrics.open);
         let io = Counted { stream, written: Arc::default(), reads: Some(reads.clone()), _open: open };
-        // Who is there answers a PING within the time in which it answers a new connection.
         let opened = http2::Connection::open(io, reads, probe, permit, self.wait).await;
         opened.map_err(|error| {
             tracing::debug!(%error, "the upstream closed a new connection");
@@ -480,8 +482,7 @@ impl Reserved {
         self.place = Some(match (self.place.take(), &self.pool.http2) {
             (Some(Place::Http1(_, permit)), _) => Box::pin(self.pool.new_place(permit)).await?,
             (Some(Place::Http2(stream)), Some(http2)) => {
-                let but = stream.connection.clone();
-                http2.release(stream);
+                let but = http2.release(stream);
                 Box::pin(self.pool.shared(http2, Some(&but))).await?.0
             }
             (None, _) | (_, None) => return Err(NoConnection::Closed),

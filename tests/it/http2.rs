@@ -249,6 +249,61 @@ fn streams_above_a_goaway_are_sent_again_and_those_below_end_where_they_are() {
 }
 
 #[test]
+fn a_connection_that_leaves_makes_room_for_another_under_the_cap() {
+    let sandbox = sandbox();
+    let one = || auto().set("upstream.max_connections", 1);
+    let upstream = Upstream::start(|wire, request| match (request.nth, request.connection) {
+        (0, _) => wire.go_away(0, 0),
+        // Said between two requests: the next one is not even written.
+        (1, _) => {
+            wire.answer(request.stream, SUCCESS);
+            wire.go_away(request.stream, 0);
+        }
+        (_, 2) => wire.answer(request.stream, SUCCESS),
+        (_, _) => wire.close(),
+    });
+    let gateway = start(&sandbox, &upstream, one());
+    for _ in 0..3 {
+        let reply = gateway.call();
+        assert_eq!(recorded(&gateway, &reply), ("succeeded".into(), 1));
+    }
+    assert_eq!((upstream.received().len(), upstream.connections()), (4, 3));
+    every_intent_has_its_outcome(&gateway, 3);
+
+    // Who refuses a stream and stays is asked once more on the same connection, if there can be no other.
+    let upstream = Upstream::start(|wire, request| match request.nth {
+        0 => wire.reset(request.stream, REFUSED_STREAM),
+        _ => wire.answer(request.stream, SUCCESS),
+    });
+    let gateway = start(&sandbox, &upstream, one());
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_eq!((upstream.received().len(), upstream.connections()), (2, 1));
+}
+
+#[test]
+fn an_upstream_that_allows_no_stream_gets_none() {
+    let sandbox = sandbox();
+    let upstream = Upstream::allowing(0, |_, _| {});
+    let gateway = start(&sandbox, &upstream, auto());
+    let reply = gateway.call();
+    assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"));
+    assert_eq!((upstream.received().len(), upstream.connections()), (0, 1));
+}
+
+#[test]
+fn a_body_larger_than_a_window_goes_out_whole() {
+    let sandbox = sandbox();
+    let upstream = Upstream::speaking_whole(|_| (200, SUCCESS.into()));
+    let gateway = start(&sandbox, &upstream, auto());
+    let inspectors: Vec<_> =
+        (0..1000).map(|i| format!("{{\"personID\":\"{i:064}\",\"count\":{i}}}")).collect();
+    let body = BODY.replace(r#"{"personID":"1600226476732482572","count":2}"#, &inspectors.join(","));
+    assert!(body.len() > 65_535);
+    assert_eq!(gateway.post(&body).outcome(), "succeeded");
+    assert_eq!(upstream.seen()[0].body, body.as_bytes());
+}
+
+#[test]
 fn streams_that_a_goaway_covers_are_in_doubt_when_the_connection_ends() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| match request.connection {
@@ -332,7 +387,7 @@ fn whatever_breaks_off_behind_a_request_leaves_it_in_doubt_and_is_not_repeated()
         let gateway = start(
             &sandbox,
             &upstream,
-            auto().set("upstream.timeout", "1s").set("upstream.connect_timeout", "1s"),
+            auto().set("upstream.timeout", "2s").set("upstream.connect_timeout", "2s"),
         );
         assert_eq!(gateway.call().outcome(), "succeeded", "the control of {name}");
         let reply = gateway.call();
@@ -413,7 +468,7 @@ fn a_connection_that_leaves_a_ping_without_answer_is_given_up() {
         0 => wire.fall_silent(),
         _ => wire.answer(request.stream, SUCCESS),
     });
-    let gateway = start(&sandbox, &upstream, auto().set("upstream.connect_timeout", "500ms"));
+    let gateway = start(&sandbox, &upstream, auto().set("upstream.connect_timeout", "1s"));
     let begin = Instant::now();
     let reply = gateway.call();
     assert_eq!((reply.status, reply.outcome()), (502, "unknown"), "{reply:?}");
@@ -423,7 +478,7 @@ fn a_connection_that_leaves_a_ping_without_answer_is_given_up() {
 
     // The control: who answers a PING is waited for.
     let upstream = Upstream::start(|_, _| {});
-    let setup = auto().set("upstream.connect_timeout", "300ms").set("upstream.timeout", "3s");
+    let setup = auto().set("upstream.connect_timeout", "1s").set("upstream.timeout", "4s");
     let gateway = start(&sandbox, &upstream, setup);
     assert_eq!(gateway.call().code(), "upstream_timeout");
     assert!(upstream.pings() > 0);
@@ -491,7 +546,7 @@ fn an_upstream_that_allows_one_stream_is_asked_on_as_many_connections_as_may_be(
 fn the_wait_for_a_stream_is_bounded_and_over_it_nothing_is_sent() {
     let sandbox = sandbox();
     let upstream = Upstream::allowing(1, |_, _| {});
-    let setup = auto().set("upstream.max_connections", 1).set("upstream.connect_timeout", "300ms");
+    let setup = auto().set("upstream.max_connections", 1).set("upstream.connect_timeout", "1s");
     let gateway = start(&sandbox, &upstream, setup.set("upstream.timeout", "5s"));
     let first = calls(&gateway, 1);
     wait_for("the first", || (upstream.received().len() == 1).then_some(()));
