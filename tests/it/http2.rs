@@ -513,13 +513,15 @@ fn a_long_answer_comes_whole_and_callers_who_do_not_read_hold_up_nobody() {
     let longer = BODY.replace(":2}", ": 2}");
     let lazy: Vec<_> = (0..100)
         .map(|_| {
-            let mut stream = TcpStream::connect(gateway.address).unwrap();
+            let mut stream = narrow(&gateway);
             stream.write_all((head(longer.len(), "") + &longer).as_bytes()).unwrap();
             stream.read_exact(&mut [0; 12]).unwrap(); // its head is here: the rest waits
             stream
         })
         .collect();
+    let begin = Instant::now();
     assert_eq!(outcomes(&join(calls(&gateway, 20))), ["succeeded"; 20]);
+    assert!(begin.elapsed() < Duration::from_secs(7), "before upstream.timeout ends the others");
     assert_eq!(gateway.post(&longer).body.len(), LONG);
     assert_eq!(upstream.connections(), 1);
     let mut read = Vec::new();
@@ -613,6 +615,15 @@ fn nothing_is_sent_over_http2_to_a_server_whose_certificate_is_not_right() {
     let reply = gateway.call();
     assert_eq!((reply.status, reply.code(), reply.outcome()), (502, "upstream_unreachable", "not_sent"));
     assert_eq!((upstream.received().len(), upstream.connections()), (0, 0));
+}
+
+/// A connection on which the kernel keeps little of what nobody reads.
+fn narrow(gateway: &Gateway) -> TcpStream {
+    use socket2::{Domain, Socket, Type};
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    socket.connect(&gateway.address.into()).unwrap();
+    socket.into()
 }
 
 /// Whether the gateway holds so many upstream connections.
