@@ -249,6 +249,32 @@ fn streams_above_a_goaway_are_sent_again_and_those_below_end_where_they_are() {
 }
 
 #[test]
+fn a_connection_that_said_goodbye_takes_nothing_new_while_it_ends_what_it_has() {
+    let sandbox = sandbox();
+    for connections in [2, 1] {
+        let upstream = Upstream::start(|wire, request| match request.connection {
+            0 => {
+                wire.go_away(request.stream, 0);
+                wire.ping();
+                wire.answer_later(request.stream, SUCCESS, Duration::from_secs(1));
+            }
+            _ => wire.answer(request.stream, SUCCESS),
+        });
+        let gateway = start(&sandbox, &upstream, auto().set("upstream.max_connections", connections));
+        let first = calls(&gateway, 1);
+        wait_for("the goodbye", || (upstream.pongs() == 1).then_some(()));
+        // Where there may be no other connection, it waits for the end of this one.
+        let reply = gateway.call();
+        assert_eq!(reply.outcome(), "succeeded", "of {connections}: {reply:?}");
+        assert_eq!(recorded(&gateway, &reply), ("succeeded".into(), 1));
+        assert_eq!(outcomes(&join(first)), ["succeeded"]);
+        let on: Vec<_> = upstream.received().iter().map(|request| request.connection).collect();
+        assert_eq!(on, [0, 1], "of {connections}");
+        every_intent_has_its_outcome(&gateway, 2);
+    }
+}
+
+#[test]
 fn a_connection_that_leaves_makes_room_for_another_under_the_cap() {
     let sandbox = sandbox();
     let one = || auto().set("upstream.max_connections", 1);

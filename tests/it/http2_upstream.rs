@@ -98,6 +98,7 @@ struct Log {
     resets: Vec<(usize, u32, u32)>,
     connections: usize,
     pings: usize,
+    pongs: usize,
     most_open: usize,
 }
 
@@ -201,6 +202,11 @@ impl Upstream {
 
     pub(crate) fn pings(&self) -> usize {
         self.state.log.lock().unwrap().pings
+    }
+
+    /// Answers to [`Wire::ping`]: whatever was written before it was read.
+    pub(crate) fn pongs(&self) -> usize {
+        self.state.log.lock().unwrap().pongs
     }
 
     /// The most streams that were open at once on one connection.
@@ -427,6 +433,10 @@ impl Wire {
         self.raw(frame(GOAWAY, 0, 0, &[last.to_be_bytes(), reason.to_be_bytes()].concat()));
     }
 
+    pub(crate) fn ping(&self) {
+        self.raw(frame(PING, 0, 0, &[0; 8]));
+    }
+
     pub(crate) fn close(&self) {
         let _ = self.out.send(Out::Close);
     }
@@ -535,7 +545,8 @@ async fn frames(
             reader.read_exact(&mut payload).await?;
             match kind {
                 SETTINGS if flags & ACK == 0 => wire.raw(frame(SETTINGS, ACK, 0, b"")),
-                PING if flags & ACK == 0 => {
+                PING if flags & ACK != 0 => shared.log(|log| log.pongs += 1),
+                PING => {
                     shared.log(|log| log.pings += 1);
                     wire.raw(frame(PING, ACK, 0, &payload));
                 }
