@@ -275,6 +275,29 @@ fn a_connection_that_said_goodbye_takes_nothing_new_while_it_ends_what_it_has() 
 }
 
 #[test]
+fn what_a_goodbye_gives_back_waits_for_a_place_under_the_cap() {
+    let sandbox = sandbox();
+    let upstream = Upstream::start(|wire, request| match (request.connection, request.nth) {
+        (0, 0) => wire.hold(request),
+        (0, _) => {
+            let covered = wire.release().unwrap();
+            wire.go_away(covered.stream, 0);
+            wire.answer_later(covered.stream, SUCCESS, Duration::from_millis(500));
+        }
+        _ => wire.answer(request.stream, SUCCESS),
+    });
+    let gateway = start(&sandbox, &upstream, auto().set("upstream.max_connections", 1));
+    let first = calls(&gateway, 1);
+    wait_for("the first", || (upstream.received().len() == 1).then_some(()));
+    let reply = gateway.call();
+    assert_eq!(recorded(&gateway, &reply), ("succeeded".into(), 1), "{reply:?}");
+    assert_eq!(outcomes(&join(first)), ["succeeded"]);
+    let on: Vec<_> = upstream.received().iter().map(|request| request.connection).collect();
+    assert_eq!(on, [0, 0, 1]);
+    every_intent_has_its_outcome(&gateway, 2);
+}
+
+#[test]
 fn a_connection_that_leaves_makes_room_for_another_under_the_cap() {
     let sandbox = sandbox();
     let one = || auto().set("upstream.max_connections", 1);
