@@ -115,7 +115,7 @@ impl Connections {
     /// Takes a stream back. Returns its connection, which others may use on.
     pub(super) fn release(&self, stream: Stream) -> Weak<Connection> {
         let connection = Arc::downgrade(&stream.connection);
-        if stream.is_lost() || stream.connection.leaves.load(Ordering::Relaxed) {
+        if stream.is_lost() {
             self.open().retain(|open| !Arc::ptr_eq(open, &stream.connection));
         }
         drop(stream); // and with the last one of a connection that is given up its place under the cap
@@ -160,8 +160,6 @@ pub(super) struct Connection {
     /// The upstream's limit on streams.
     limit: Arc<AtomicUsize>,
     usage: Mutex<Usage>,
-    /// The upstream said goodbye: streams that are open may end, and that is all.
-    leaves: AtomicBool,
     /// Its place under the cap on connections.
     _permit: OwnedSemaphorePermit,
 }
@@ -237,8 +235,7 @@ impl Connection {
         let dispatch = tokio::spawn(unconstrained(dispatch(connection, limit.clone(), companions)));
         let usage = Mutex::new(Usage { sender, streams: 0, since: clock::now() });
         let dispatch = dispatch.abort_handle();
-        let leaves = AtomicBool::new(false);
-        Ok(Self { dispatch, _driver: driver, probe, reads, limit, usage, leaves, _permit: permit })
+        Ok(Self { dispatch, _driver: driver, probe, reads, limit, usage, _permit: permit })
     }
 
     /// Whether the upstream allows any stream at all.
@@ -259,9 +256,7 @@ impl Connection {
     /// Whether it takes no stream any more.
     fn is_spent(&self, idle_timeout: Duration) -> bool {
         let usage = self.usage();
-        usage.sender.is_closed()
-            || self.leaves.load(Ordering::Relaxed)
-            || usage.streams == 0 && clock::now() - usage.since >= idle_timeout
+        usage.sender.is_closed() || usage.streams == 0 && clock::now() - usage.since >= idle_timeout
     }
 
     fn usage(&self) -> MutexGuard<'_, Usage> {
@@ -269,7 +264,8 @@ impl Connection {
     }
 }
 
-/// Hands requests over until the connection takes no more, and answers back until all are there.
+/// Hands requests over until the connection takes no more, and answers back until all are there. In this order:
+/// who is told that its request was given back by a GOAWAY finds the connection closed to new ones.
 async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, companions: Companions) {
     let mut connection = Some(connection);
     poll_fn(|cx| {
@@ -324,11 +320,7 @@ impl Stream {
 
     /// A request got no answer: was it processed, perhaps?
     pub(super) fn failed(&mut self, why: &Unanswered) {
-        let unprocessed = Unprocessed::of(why);
-        self.sent -= u64::from(unprocessed.is_some());
-        if unprocessed == Some(Unprocessed::Left) {
-            self.connection.leaves.store(true, Ordering::Relaxed);
-        }
+        self.sent -= u64::from(is_unprocessed(why));
     }
 
     /// Whether a request was sent and nothing at all has come since: nobody may be there any more.
@@ -351,29 +343,16 @@ type Handover = http2::Connection<TokioIo<Counted>, Full<Bytes>, Spawn>;
 /// Why a request got no answer, and the request, if it was not even handed over.
 pub(super) type Unanswered = TrySendError<Request<Full<Bytes>>>;
 
-/// Why it is certain that a request was not processed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Unprocessed {
-    /// The upstream refused its stream (RFC 9113, 8.7).
-    Refused,
-    /// The connection takes no requests any more: hyper gives it back, or the upstream went away and named an
-    /// earlier stream as its last one (6.8).
-    Left,
-}
-
-impl Unprocessed {
-    /// Only streams beyond its last one are told of a GOAWAY by h2. Those that it covers go on, and end by an I/O
-    /// error if the connection does.
-    fn of(why: &Unanswered) -> Option<Self> {
-        if why.message().is_some() {
-            return Some(Self::Left);
-        }
-        let cause = why.error().source()?.downcast_ref::<h2::Error>().filter(|cause| cause.is_remote())?;
-        if cause.is_go_away() {
-            return Some(Self::Left);
-        }
-        (cause.reason() == Some(h2::Reason::REFUSED_STREAM)).then_some(Self::Refused)
-    }
+/// Whether it is certain that a request was not processed: it never left (hyper gives it back), the upstream
+/// refused its stream (RFC 9113, 8.7), or went away and named an earlier stream as its last one (6.8). Of a GOAWAY
+/// h2 tells only streams beyond the last one; those that it covers go on, and end by an I/O error if the
+/// connection does.
+fn is_unprocessed(why: &Unanswered) -> bool {
+    let cause = why.error().source().and_then(|cause| cause.downcast_ref::<h2::Error>());
+    let refused = |cause: &h2::Error| {
+        cause.is_remote() && (cause.is_go_away() || cause.reason() == Some(h2::Reason::REFUSED_STREAM))
+    };
+    why.message().is_some() || cause.is_some_and(refused)
 }
 
 /// The task that moves a connection's bytes. Dropped, it stops, and the socket closes.
