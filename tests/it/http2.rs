@@ -627,6 +627,21 @@ fn an_upstream_that_comes_back_is_served_again_and_may_have_changed_its_mind() {
 }
 
 #[test]
+fn a_connection_that_was_closed_between_two_requests_is_replaced_unseen() {
+    let sandbox = sandbox();
+    let upstream = Upstream::start(|wire, request| {
+        wire.answer(request.stream, SUCCESS);
+        wire.close();
+    });
+    let gateway = start(&sandbox, &upstream, auto());
+    for count in 1..=30 {
+        assert_eq!(gateway.call().outcome(), "succeeded", "number {count}");
+        wait_for("the upstream's close", || (upstream.ended() == count).then_some(()));
+    }
+    assert_eq!((upstream.received().len(), upstream.connections()), (30, 30));
+}
+
+#[test]
 fn an_idle_connection_is_closed_after_its_time() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| wire.answer(request.stream, SUCCESS));

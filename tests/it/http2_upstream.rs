@@ -99,6 +99,7 @@ struct Log {
     connections: usize,
     pings: usize,
     pongs: usize,
+    ended: usize,
     most_open: usize,
 }
 
@@ -204,6 +205,11 @@ impl Upstream {
         self.state.log.lock().unwrap().pings
     }
 
+    /// Connections over which HTTP/2 was spoken that are closed on this side.
+    pub(crate) fn ended(&self) -> usize {
+        self.state.log.lock().unwrap().ended
+    }
+
     /// Answers to [`Wire::ping`]: whatever was written before it was read.
     pub(crate) fn pongs(&self) -> usize {
         self.state.log.lock().unwrap().pongs
@@ -281,6 +287,7 @@ async fn connection(shared: Shared, stream: TcpStream) {
     match shared.manner.clone() {
         Manner::Frames(limit, react) => {
             let _ = frames(&shared, connection, limit, &*react, stream).await;
+            shared.log(|log| log.ended += 1); // its socket is closed
         }
         Manner::Whole(answer) => whole(&shared, answer, stream).await,
     }
