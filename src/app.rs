@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use http::uri::Authority;
 use serde_json::{Map, Value, json};
 use tokio::{
     net::TcpListener,
@@ -24,7 +25,7 @@ use crate::{
     admission::Bounds,
     audit::{self, Audit},
     clock,
-    config::{Config, LOOPBACK_NOTICE, ListenAddress},
+    config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
     connect::{Connector, client_tls, no_tls},
     gateway::Gateway,
     metrics::Metrics,
@@ -140,6 +141,7 @@ impl App {
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
         let (stopping, stopped) = watch::channel(false);
         let addresses: Vec<_> = bound.iter().map(|bound| bound.address.to_string()).collect();
+        let http2 = http2(&config.upstream)?;
         let gateways: Vec<_> = (0..config.server.workers)
             .map(|worker| {
                 let max = share(config.upstream.max_connections, config.server.workers, worker);
@@ -149,6 +151,7 @@ impl App {
                     max,
                     upstream.connect_timeout,
                     upstream.idle_timeout,
+                    http2.clone(),
                     pool_metrics.clone(),
                 );
                 Arc::new(Gateway {
@@ -278,6 +281,12 @@ fn slots(
             Ok(Slot::new(credential, &config.token, tls, metrics.clone(), events)?)
         })
         .collect()
+}
+
+/// What `:authority` holds, where HTTP/2 is offered: over TLS only, since nothing picks it on a plain connection.
+fn http2(upstream: &config::Upstream) -> anyhow::Result<Option<Authority>> {
+    let offered = upstream.http2 == config::Http2::Auto && upstream.base_url.tls;
+    offered.then(|| Ok(upstream.base_url.authority().parse()?)).transpose()
 }
 
 /// A worker's part of a cap that is for all workers together.

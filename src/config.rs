@@ -244,10 +244,21 @@ pub struct Upstream {
     pub idle_timeout: Duration,
     /// Connections, all workers together.
     pub max_connections: usize,
+    /// Which versions of HTTP are offered to it.
+    pub http2: Http2,
     /// PEM roots that replace the system's.
     pub ca_file: Option<PathBuf>,
     /// Static headers of every upstream request.
     pub headers: HeaderMap,
+}
+
+/// Whether HTTP/2 is spoken with the upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Http2 {
+    /// Never: HTTP/1.1.
+    Off,
+    /// Over TLS, where the upstream picks it; else HTTP/1.1.
+    Auto,
 }
 
 /// An `http` or `https` URL, taken apart.

@@ -28,6 +28,10 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::config::Url;
 
+/// Names of protocols in a TLS handshake (RFC 7301).
+const HTTP1: &[u8] = b"http/1.1";
+const HTTP2: &[u8] = b"h2";
+
 /// Why TLS could not be set up.
 #[derive(Debug, Error)]
 pub enum TlsError {
@@ -110,7 +114,7 @@ fn trusting(roots: RootCertStore) -> Result<Arc<ClientConfig>, TlsError> {
         .with_safe_default_protocol_versions()?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![HTTP1.to_vec()];
     Ok(Arc::new(config))
 }
 
@@ -137,6 +141,16 @@ impl Connector {
         let tls = if url.tls { Some((TlsConnector::from(tls.clone()), name()?)) } else { None };
         let addresses = Arc::default();
         Ok(Self { host: url.host.as_str().into(), port: url.port, tls, timeout, addresses })
+    }
+
+    /// The same connector, offering HTTP/2 before HTTP/1.1 where it speaks TLS.
+    pub fn offering_http2(mut self) -> Self {
+        if let Some((tls, _)) = &mut self.tls {
+            let mut config = ClientConfig::clone(tls.config());
+            config.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
+            *tls = TlsConnector::from(Arc::new(config));
+        }
+        self
     }
 
     /// A new connection.
@@ -240,6 +254,14 @@ impl Stream {
         match self {
             Self::Plain(stream) => stream,
             Self::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
+    /// Whether the server picked HTTP/2.
+    pub fn is_http2(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(stream) => stream.get_ref().1.alpn_protocol() == Some(HTTP2),
         }
     }
 }

@@ -423,7 +423,7 @@ impl From<Failure> for Error {
                 "the request may have reached the upstream and no clear answer came: look whether the task is \
                  assigned before you repeat the call"
             }
-            _ => "nothing was sent",
+            _ => "nothing was sent, or the upstream said that it did not process it",
         };
         Self { outcome, retry_after, ..Self::not_sent(code, detail) }
     }

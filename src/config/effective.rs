@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Caller, Config, ContractSource, Credential, Limit, ListenAddress, Listener, LogFormat, PeerRule, Route,
-    SecretSource,
+    Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, LogFormat, PeerRule,
+    Route, SecretSource,
 };
 
 /// A caller that can use a credential.
@@ -73,6 +73,7 @@ impl Config {
                 "timeout": duration(upstream.timeout),
                 "idle_timeout": duration(upstream.idle_timeout),
                 "max_connections": upstream.max_connections,
+                "http2": http2(upstream.http2),
                 "ca_file": upstream.ca_file.as_deref().map(whole_path),
                 "headers": headers,
             },
@@ -186,6 +187,13 @@ fn peer(peer: PeerRule) -> String {
         PeerRule::Loopback => "loopback".into(),
         PeerRule::Uid(uid) => format!("uid:{uid}"),
         PeerRule::Gid(gid) => format!("gid:{gid}"),
+    }
+}
+
+fn http2(http2: Http2) -> &'static str {
+    match http2 {
+        Http2::Off => "off",
+        Http2::Auto => "auto",
     }
 }
 

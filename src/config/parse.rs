@@ -13,8 +13,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use crate::{audit::Durability, headers::looks_like_credential};
 
 use super::{
-    Admin, Audit, Caller, Config, ContractSource, Credential, Limit, ListenAddress, Listener, Log, LogFormat,
-    PeerRule, Problems, Route, SecretSource, Server, Token, Upstream, Url, files,
+    Admin, Audit, Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, Log,
+    LogFormat, PeerRule, Problems, Route, SecretSource, Server, Token, Upstream, Url, files,
     raw::{Kind, Layers, Syntax, Value},
     relations,
     table::{Context, Found, Referent, Table},
@@ -179,6 +179,11 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
         timeout: table.duration(context, "timeout", "30s", EXCHANGE),
         idle_timeout: table.duration(context, "idle_timeout", "10s", ("10ms", "1h")),
         max_connections: table.integer(context, "max_connections", 64, 1..=10_000),
+        http2: table.parsed(context, "http2", Http2::Off, |text| match text {
+            "off" => Ok(Http2::Off),
+            "auto" => Ok(Http2::Auto),
+            _ => Err("must be \"off\" or \"auto\"".into()),
+        }),
         ca_file,
         headers: read_headers(context, &mut table),
     };

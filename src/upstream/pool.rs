@@ -1,16 +1,19 @@
-//! The upstream connections of one worker, over hyper's client connection.
+//! The upstream connections of one worker, over hyper's client connections.
 //!
 //! Guarantees that at most `max_connections` are open, that a wait for one is bounded, that a connection
-//! which the upstream closed or which idled too long is not used, and that for every connection it is
-//! known whether a byte was written. Does not decide whether to send again: that is `upstream`.
+//! which the upstream closed or which idled too long is not used, and that for every request it is known
+//! whether it may have been sent. Does not decide whether to send again: that is `upstream`.
+//!
+//! An HTTP/1.1 connection is reserved for one exchange; one of HTTP/2 is shared by many, and so is the attempt
+//! to open it. Who reserves does not see the difference.
 
 use std::{
     future::{Future, poll_fn},
     io,
     os::fd::{AsFd, OwnedFd},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
@@ -18,7 +21,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, uri::Authority};
 use http_body_util::Full;
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
@@ -27,28 +30,32 @@ use rustix::net::RecvFlags;
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::AbortHandle,
-    time::{Instant, Sleep, sleep, timeout},
+    time::{Instant, Sleep, sleep, timeout, timeout_at},
 };
 
+use super::http2::{self, Dialing, Reads};
 use crate::{
     clock,
     connect::{ConnectError, Connector, Stream},
 };
 
 /// The upstream's answer may have this much head; hyper's own bound is far higher.
-const MAX_HEAD: usize = 64 * 1024;
+pub(super) const MAX_HEAD: usize = 64 * 1024;
+
+/// So many timers are kept for exchanges over HTTP/2, whose connections have none of their own.
+const KEPT_TIMERS: usize = 256;
 
 /// Why no connection was had.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 pub enum NoConnection {
     /// All connections were busy for as long as a caller may wait.
     #[error("all upstream connections are busy")]
     Busy,
     /// None could be made.
     #[error(transparent)]
-    Connect(#[from] ConnectError),
+    Connect(#[from] Arc<ConnectError>),
     /// The connection closed before the first request.
     #[error("the upstream closed a new connection")]
     Closed,
@@ -95,10 +102,28 @@ pub struct Pool {
     connector: Connector,
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Idle>>,
+    /// The connections that are shared; `None`: none ever is.
+    http2: Option<http2::Connections>,
+    timers: Mutex<Vec<Timer>>,
     wait: Duration,
     /// In nanoseconds.
     idle_timeout: u64,
     metrics: Metrics,
+}
+
+/// What an exchange is run on.
+#[derive(Debug)]
+enum Place {
+    /// A connection of its own, and its place under the cap.
+    Http1(Connection, OwnedSemaphorePermit),
+    /// A part of a shared one, which has its place itself.
+    Http2(http2::Stream),
+}
+
+/// A connection that was opened just now.
+enum Opened {
+    Http1(Connection, OwnedSemaphorePermit),
+    Http2(Arc<http2::Connection>),
 }
 
 #[derive(Debug)]
@@ -115,7 +140,7 @@ impl Idle {
     }
 }
 
-/// A live connection to the upstream. Dropped, it is closed at once, whatever its other side does.
+/// A live HTTP/1.1 connection to the upstream. Dropped, it is closed at once, whatever its other side does.
 #[derive(Debug)]
 struct Connection {
     sender: http1::SendRequest<Full<Bytes>>,
@@ -167,58 +192,151 @@ impl Default for Timer {
     }
 }
 
-/// A connection reserved for one exchange. It goes back to the pool by [`Reserved::give_back`], or dropped
-/// before it was used; any other is closed, since nobody knows what still lies in it.
+/// A connection reserved for one exchange, or a part of a shared one. It goes back to the pool by
+/// [`Reserved::give_back`], or dropped before it was used. Any other is closed, if it is the exchange's own,
+/// since nobody knows what still lies in it; of a shared one just the exchange's stream is.
 #[derive(Debug)]
 pub struct Reserved {
     pool: Arc<Pool>,
-    /// `None` only while this is dropped.
-    connection: Option<Connection>,
+    /// `None` while this is dropped, or got no other one instead of a dead one.
+    place: Option<Place>,
     timer: Option<Timer>,
     /// The turn of the event loop in which it was reserved.
     reserved: u64,
     /// Nothing lies in it that belongs to somebody else.
     clean: bool,
-    _permit: OwnedSemaphorePermit,
 }
 
 impl Pool {
-    /// A pool of at most `max` connections.
+    /// A pool of at most `max` connections. `http2` is the upstream's authority, if HTTP/2 is to be offered.
     pub fn new(
         connector: Connector,
         max: usize,
         wait: Duration,
         idle_timeout: Duration,
+        http2: Option<Authority>,
         metrics: Metrics,
     ) -> Self {
-        let permits = Arc::new(Semaphore::new(max));
-        let idle_timeout = clock::nanos_of(idle_timeout);
-        Self { connector, permits, idle: Mutex::default(), wait, idle_timeout, metrics }
+        let connector = if http2.is_some() { connector.offering_http2() } else { connector };
+        Self {
+            connector,
+            permits: Arc::new(Semaphore::new(max)),
+            idle: Mutex::default(),
+            http2: http2.map(http2::Connections::new),
+            timers: Mutex::default(),
+            wait,
+            idle_timeout: clock::nanos_of(idle_timeout),
+            metrics,
+        }
     }
 
-    /// Reserves a connection: an idle one that is still alive, or a new one.
+    /// Reserves a connection: an idle one that is still alive, a part of one that is shared, or a new one.
     pub async fn reserve(self: &Arc<Self>) -> Result<Reserved, NoConnection> {
-        let permit = match self.permits.clone().try_acquire_owned() {
-            Ok(permit) => permit,
-            Err(_) => Box::pin(self.wait_for_permit()).await?,
+        let (place, timer) = match self.http2.as_ref().filter(|http2| http2.are_to_be_had()) {
+            Some(http2) => match http2.stream(None, self.idle_timeout) {
+                Some(stream) => (Place::Http2(stream), self.timers().pop()),
+                None => Box::pin(self.shared(http2, None)).await?,
+            },
+            None => self.own().await?,
         };
-        let (connection, timer) = match self.take_idle() {
-            Some(idle) => idle,
-            None => (Box::pin(self.connect()).await?, None),
-        };
-        Ok(Reserved {
-            pool: self.clone(),
-            connection: Some(connection),
-            timer,
-            reserved: clock::turn(),
-            clean: true,
-            _permit: permit,
-        })
+        Ok(Reserved { pool: self.clone(), place: Some(place), timer, reserved: clock::turn(), clean: true })
     }
 
     /// Closes what has idled too long or was closed by the upstream. To be called about once a second.
     pub fn sweep(&self) {
         self.idle().retain(|idle| !idle.is_too_old(self.idle_timeout) && !idle.connection.sender.is_closed());
+        if let Some(http2) = &self.http2 {
+            http2.sweep(self.idle_timeout);
+        }
+    }
+
+    /// A connection for one exchange alone.
+    async fn own(self: &Arc<Self>) -> Result<(Place, Option<Timer>), NoConnection> {
+        let permit = match self.permits.clone().try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => Box::pin(self.wait_for_permit()).await?,
+        };
+        match self.take_idle() {
+            Some((connection, timer)) => Ok((Place::Http1(connection, permit), timer)),
+            None => Ok((Box::pin(self.new_place(permit)).await?, None)),
+        }
+    }
+
+    /// A new connection, or a part of it, should the upstream have changed its mind about HTTP/2.
+    async fn new_place(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Result<Place, NoConnection> {
+        match self.connect(permit).await? {
+            Opened::Http1(connection, permit) => Ok(Place::Http1(connection, permit)),
+            Opened::Http2(connection) => connection.stream().map(Place::Http2).ok_or(NoConnection::Closed),
+        }
+    }
+
+    /// A part of a shared connection other than `but`, as far as there is one or can be. All who wait for a
+    /// new one wait for the same. Where the upstream turns out to pick HTTP/1.1, a connection of one's own.
+    #[cold]
+    async fn shared(
+        self: &Arc<Self>,
+        http2: &http2::Connections,
+        but: Option<&Weak<http2::Connection>>,
+    ) -> Result<(Place, Option<Timer>), NoConnection> {
+        let give_up = Instant::now() + self.wait;
+        while http2.are_to_be_had() {
+            let mut freed = pin!(http2.freed.notified());
+            freed.as_mut().enable(); // what comes free from here on is not missed
+            let dialing = match http2.stream(but, self.idle_timeout) {
+                Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
+                None => self.dial(http2),
+            };
+            match dialing {
+                Some(mut dialing) => {
+                    let dialed = async {
+                        match dialing
+                            .wait_for(|dialing| !matches!(dialing, Dialing::UnderWay))
+                            .await
+                            .as_deref()
+                        {
+                            Ok(Dialing::Failed(why)) => Err(why.clone()),
+                            Ok(Dialing::UnderWay | Dialing::Done) | Err(_) => Ok(()),
+                        }
+                    };
+                    tokio::select! {
+                        dialed = dialed => dialed?,
+                        () = freed => {}
+                    }
+                }
+                // As many connections as may be are open, and all are full.
+                None => match http2.stream(None, self.idle_timeout) {
+                    Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
+                    None => timeout_at(give_up, freed).await.map_err(|_| NoConnection::Busy)?,
+                },
+            }
+        }
+        self.own().await
+    }
+
+    /// The attempt to connect that is under way, or a new one; `None` if there is no place for a connection.
+    /// It outlives who asked for it, as others wait for it, too.
+    fn dial(self: &Arc<Self>, http2: &http2::Connections) -> Option<watch::Receiver<Dialing>> {
+        let mut dialing = http2.dialing();
+        if let Some(under_way) = dialing.as_ref().filter(|dialing| dialing.has_changed().is_ok()) {
+            return Some(under_way.clone());
+        }
+        self.idle().clear(); // of HTTP/1.1, and as good as gone: they have no place under the cap
+        let permit = self.permits.clone().try_acquire_owned().ok()?;
+        let (sender, receiver) = watch::channel(Dialing::UnderWay);
+        let pool = self.clone();
+        tokio::spawn(async move {
+            let dialed = match pool.connect(permit).await {
+                Ok(Opened::Http2(_)) => Dialing::Done,
+                Ok(Opened::Http1(connection, _permit)) => {
+                    pool.idle().push(Idle { connection, timer: None, since: clock::nanos() });
+                    Dialing::Done
+                }
+                Err(why) => Dialing::Failed(why),
+            };
+            sender.send_replace(dialed);
+        });
+        *dialing = Some(receiver.clone());
+        Some(receiver)
     }
 
     #[cold]
@@ -240,23 +358,45 @@ impl Pool {
         None
     }
 
-    async fn connect(&self) -> Result<Connection, NoConnection> {
-        let stream = self.connector.connect().await.inspect_err(|error| {
+    async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Opened, NoConnection> {
+        let stream = self.connector.connect().await.map_err(|error| {
             self.metrics.connects.with_label_values(&[error.class()]).inc();
+            Arc::new(error)
         })?;
-        let written = Arc::new(AtomicU64::new(0));
-        let probe = stream.socket().as_fd().try_clone_to_owned().map_err(ConnectError::from)?;
-        let io = Counted { stream, written: written.clone() };
+        let opened = match &self.http2 {
+            Some(http2) if stream.is_http2() => {
+                let opened = timeout(self.wait, self.greet_http2(stream, permit)).await;
+                let connection = Arc::new(opened.map_err(|_| NoConnection::Closed)??);
+                if !connection.is_usable() {
+                    return Err(NoConnection::Closed);
+                }
+                http2.picked(true);
+                http2.add(connection.clone());
+                Opened::Http2(connection)
+            }
+            _ => {
+                let connection = self.greet_http1(stream).await?;
+                if let Some(http2) = &self.http2 {
+                    http2.picked(false);
+                }
+                Opened::Http1(connection, permit)
+            }
+        };
+        self.metrics.connects.with_label_values(&["ok"]).inc();
+        Ok(opened)
+    }
+
+    async fn greet_http1(&self, stream: Stream) -> Result<Connection, NoConnection> {
+        let (written, probe) = (Arc::new(AtomicU64::new(0)), probe(&stream)?);
+        let io =
+            Counted { stream, written: written.clone(), reads: None, _open: Open::count(&self.metrics.open) };
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(MAX_HEAD)
             .writev(false) // one buffer and send(2) cost less than two and writev(2)
             .handshake(TokioIo::new(io))
             .await
             .map_err(|_| NoConnection::Closed)?;
-        self.metrics.connects.with_label_values(&["ok"]).inc();
-        let open = Open::count(&self.metrics.open);
         let task = tokio::spawn(async move {
-            let _open = open;
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "upstream connection ended");
             }
@@ -264,14 +404,27 @@ impl Pool {
         Ok(Connection { sender, task: task.abort_handle(), written, probe })
     }
 
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Idle>> {
+    async fn greet_http2(
+        &self,
+        stream: Stream,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<http2::Connection, NoConnection> {
+        let (reads, probe) = (Arc::new(Reads::default()), probe(&stream)?);
+        let open = Open::count(&self.metrics.open);
+        let io = Counted { stream, written: Arc::default(), reads: Some(reads.clone()), _open: open };
+        let opened = http2::Connection::open(io, reads, probe, permit, self.wait).await;
+        opened.map_err(|error| {
+            tracing::debug!(%error, "the upstream closed a new connection");
+            NoConnection::Closed
+        })
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-impl Connection {
-    fn written(&self) -> u64 {
-        self.written.load(Ordering::Relaxed)
+    fn timers(&self) -> MutexGuard<'_, Vec<Timer>> {
+        self.timers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -279,35 +432,65 @@ impl Reserved {
     /// Waits until a request can be sent: the last one must be over.
     pub async fn ready(&mut self) -> Result<(), SendError> {
         self.clean = false;
-        let connection = self.connection.as_mut().ok_or(SendError::Closed)?;
-        Ok(connection.sender.ready().await?)
+        match self.place.as_mut().ok_or(SendError::Closed)? {
+            Place::Http1(connection, _) => Ok(connection.sender.ready().await?),
+            Place::Http2(stream) => {
+                if clock::turn() == self.reserved {
+                    stream.look().await;
+                }
+                if stream.is_closed() { Err(SendError::Closed) } else { Ok(()) }
+            }
+        }
     }
 
     /// Sends a request; the future waits for the head of the answer. It does not hold the request, so that it
     /// stays small.
     pub fn send(
         &mut self,
-        request: Request<Full<Bytes>>,
-    ) -> impl Future<Output = Result<Response<Incoming>, SendError>> + use<> {
+        mut request: Request<Full<Bytes>>,
+    ) -> impl Future<Output = Result<Response<Incoming>, SendError>> {
         self.clean = false;
-        let answer = self.connection.as_mut().map(|connection| connection.sender.send_request(request));
+        let answer = match (self.place.as_mut(), &self.pool.http2) {
+            (Some(Place::Http1(connection, _)), _) => Answer::Http1(connection.sender.send_request(request)),
+            (Some(Place::Http2(stream)), Some(http2)) => {
+                http2.adapt(&mut request);
+                Answer::Http2(stream.send(request))
+            }
+            (None, _) | (_, None) => Answer::None,
+        };
         async move {
-            match answer {
-                Some(answer) => Ok(answer.await?),
-                None => Err(SendError::Closed),
+            match (answer, self.place.as_mut()) {
+                (Answer::Http1(answer), _) => Ok(answer.await?),
+                (Answer::Http2(answer), Some(Place::Http2(stream))) => answer.await.map_err(|why| {
+                    stream.failed(&why);
+                    SendError::Http(why.into_error())
+                }),
+                (Answer::None | Answer::Http2(_), _) => Err(SendError::Closed),
             }
         }
     }
 
-    /// Bytes written on this connection so far. If the number has not moved, nothing was sent.
+    /// A number that moves when something may have been sent: bytes written on a connection of one's own, or
+    /// requests on a shared one, but for those that the upstream did not process.
     pub fn written(&self) -> u64 {
-        self.connection.as_ref().map_or(0, Connection::written)
+        match &self.place {
+            Some(Place::Http1(connection, _)) => connection.written.load(Ordering::Relaxed),
+            Some(Place::Http2(stream)) => stream.sent,
+            None => 0,
+        }
     }
 
-    /// Replaces a dead connection by a new one, keeping its place under the cap.
+    /// Replaces a connection that is dead, or refuses requests, by another one. The place under the cap stays.
     #[cold]
     pub async fn reconnect(&mut self) -> Result<(), NoConnection> {
-        self.connection = Some(Box::pin(self.pool.connect()).await?);
+        self.place = Some(match (self.place.take(), &self.pool.http2) {
+            (Some(Place::Http1(_, permit)), _) => Box::pin(self.pool.new_place(permit)).await?,
+            (Some(Place::Http2(stream)), Some(http2)) => {
+                let but = http2.release(stream);
+                Box::pin(self.pool.shared(http2, Some(&but))).await?.0
+            }
+            (None, _) | (_, None) => return Err(NoConnection::Closed),
+        });
         Ok(())
     }
 
@@ -324,14 +507,21 @@ impl Reserved {
     /// Whether the upstream is known to have closed it: by what the event loop saw, if it has looked since the
     /// connection was reserved; else the kernel is asked, which costs a system call.
     pub fn is_stale(&self) -> bool {
-        self.is_closed()
-            || clock::turn() == self.reserved
-                && self.connection.as_ref().is_none_or(|connection| !is_quiet(&connection.probe))
+        match &self.place {
+            Some(Place::Http1(connection, _)) if clock::turn() == self.reserved => {
+                connection.sender.is_closed() || !is_quiet(&connection.probe)
+            }
+            _ => self.is_closed(),
+        }
     }
 
     /// Whether it can carry another request.
     pub fn is_closed(&self) -> bool {
-        self.connection.as_ref().is_none_or(|connection| connection.sender.is_closed())
+        match &self.place {
+            Some(Place::Http1(connection, _)) => connection.sender.is_closed(),
+            Some(Place::Http2(stream)) => stream.is_closed(),
+            None => true,
+        }
     }
 
     /// Gives the connection back after its answer was read to the end.
@@ -340,24 +530,48 @@ impl Reserved {
     }
 }
 
+/// The answers that are waited for.
+enum Answer<A, B> {
+    Http1(A),
+    Http2(B),
+    None,
+}
+
 impl Drop for Reserved {
     fn drop(&mut self) {
-        let reusable = self.clean && !self.is_closed();
-        if let Some(connection) = self.connection.take().filter(|_| reusable) {
-            let idle = Idle { connection, timer: self.timer.take(), since: clock::nanos() };
-            self.pool.idle().push(idle);
+        match self.place.take() {
+            Some(Place::Http1(connection, _permit)) if self.clean && !connection.sender.is_closed() => {
+                let idle = Idle { connection, timer: self.timer.take(), since: clock::nanos() };
+                self.pool.idle().push(idle);
+            }
+            Some(Place::Http2(stream)) => {
+                if let Some(http2) = &self.pool.http2 {
+                    http2.release(stream);
+                }
+                let mut timers = self.pool.timers();
+                if timers.len() < KEPT_TIMERS {
+                    timers.extend(self.timer.take());
+                }
+            }
+            Some(Place::Http1(..)) | None => {}
         }
     }
 }
 
-/// Nothing to read and no end in sight: an idle HTTP/1.1 connection has nothing to say.
-fn is_quiet(socket: &OwnedFd) -> bool {
+fn probe(stream: &Stream) -> Result<OwnedFd, NoConnection> {
+    let probe = stream.socket().as_fd().try_clone_to_owned();
+    Ok(probe.map_err(|error| Arc::new(ConnectError::from(error)))?)
+}
+
+/// Nothing to read and no end in sight: an idle connection has nothing to say.
+pub(super) fn is_quiet(socket: &OwnedFd) -> bool {
     let mut byte = [0_u8; 1];
     let peeked = rustix::net::recv(socket, &mut byte[..], RecvFlags::PEEK | RecvFlags::DONTWAIT);
     matches!(peeked, Err(rustix::io::Errno::AGAIN))
 }
 
 /// Counts a connection as open while it lives.
+#[derive(Debug)]
 struct Open(IntGauge);
 
 impl Open {
@@ -373,11 +587,13 @@ impl Drop for Open {
     }
 }
 
-/// The stream under hyper: counts what was written.
+/// The stream under hyper: counts what was written, and, where somebody wants to know, what came.
 #[derive(Debug)]
-struct Counted {
+pub(super) struct Counted {
     stream: Stream,
     written: Arc<AtomicU64>,
+    reads: Option<Arc<Reads>>,
+    _open: Open,
 }
 
 impl Counted {
@@ -399,7 +615,11 @@ impl AsyncRead for Counted {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if let Some(reads) = self.reads.as_ref().filter(|_| read.is_ready()) {
+            reads.came();
+        }
+        read
     }
 }
 

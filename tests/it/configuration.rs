@@ -169,6 +169,10 @@ fn what_would_be_dangerous_is_refused() {
             "admin.address: cannot listen where listeners[0].address does",
         ),
         (text.clone() + "[log]\nlevel = \"inof\"\n", "log.level"),
+        (
+            with(&text, header, &format!("{header}\nhttp2 = \"on\"")),
+            "upstream.http2: must be \"off\" or \"auto\"",
+        ),
     ] {
         let (code, _, error) = check(&folder, &wrong);
         assert!(code == 78 && error.contains(reason), "{reason}: {error}");

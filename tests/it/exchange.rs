@@ -284,7 +284,7 @@ pub(crate) fn secure_sandbox() -> (Sandbox, Setup) {
 }
 
 /// A CA, and a server certificate that it signs.
-fn certificate(name: &str, expired: bool) -> (String, Tls) {
+pub(crate) fn certificate(name: &str, expired: bool) -> (String, Tls) {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
     let mut ca = CertificateParams::new(Vec::new()).unwrap();
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

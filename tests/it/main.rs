@@ -5,11 +5,13 @@
 #![allow(clippy::needless_pass_by_value, reason = "json!(…) reads better without an ampersand")]
 
 mod support;
+mod http2_upstream;
 
 mod admission;
 mod body;
 mod contract;
 mod exchange;
+mod http2;
 mod bounds;
 mod token;
 mod audit;
