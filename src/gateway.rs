@@ -320,8 +320,8 @@ mod tests {
         let handle =
             |gateway: &'static Gateway, from: Arrival<'static>, request| gateway.handle(from, request);
         let bytes = size(handle);
-        assert!(bytes <= 5 * 1024, "{bytes} bytes");
+        assert!(bytes <= 2 * 1024, "{bytes} bytes");
         let exchange = size_of::<Exchange>();
-        assert!(exchange <= 640, "{exchange} bytes");
+        assert!(exchange <= 448, "{exchange} bytes");
     }
 }

@@ -53,6 +53,22 @@ pub struct Terms {
     pub refused_statuses: Vec<StatusCode>,
 }
 
+impl Terms {
+    fn request(
+        &self,
+        route: &Route,
+        token: &Token,
+        operator: &HeaderValue,
+        body: &Bytes,
+    ) -> Request<Full<Bytes>> {
+        let mut request = Request::new(Full::new(body.clone()));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = route.target.clone();
+        *request.headers_mut() = self.outbound.with(token, operator, body.len());
+        request
+    }
+}
+
 /// One exchange with the upstream under one intent.
 #[derive(Debug)]
 pub struct Exchange {
@@ -206,7 +222,10 @@ impl Exchange {
             }
             progress.mark = self.connection.written();
             let sent = match self.connection.ready().await {
-                Ok(()) => self.connection.send(self.request()).await,
+                Ok(()) => {
+                    let Self { terms, route, token, operator, body, connection, .. } = &mut *self;
+                    connection.send(|| terms.request(route, token, operator, body)).await
+                }
                 Err(error) => Err(error),
             };
             match sent {
@@ -214,7 +233,8 @@ impl Exchange {
                     if response.status().is_informational() {
                         return Err(Broken::BrokeOff); // 101: we asked for no other protocol
                     }
-                    let arrived = Arrived::read(response).await.map_err(|_| Broken::BrokeOff)?;
+                    let mut arrived = Arrived::new(response);
+                    arrived.read().await.map_err(|_| Broken::BrokeOff)?;
                     progress.mark = self.connection.written();
                     progress.answered += 1;
                     return Ok(arrived);
@@ -230,14 +250,6 @@ impl Exchange {
                 }
             }
         }
-    }
-
-    fn request(&self) -> Request<Full<Bytes>> {
-        let mut request = Request::new(Full::new(self.body.clone()));
-        *request.method_mut() = Method::POST;
-        *request.uri_mut() = self.route.target.clone();
-        *request.headers_mut() = self.terms.outbound.with(&self.token, &self.operator, self.body.len());
-        request
     }
 
     /// Classifies an answer, records the outcome and hands the answer on.
@@ -335,25 +347,34 @@ fn states_length(headers: &HeaderMap, body: &Bytes) -> bool {
 }
 
 impl Arrived {
-    /// Reads the reply to its end, or as far as it decides.
-    async fn read(response: Response<Incoming>) -> Result<Self, hyper::Error> {
-        let (head, mut incoming) = response.into_parts();
-        let (mut first, mut more) = (Bytes::new(), BytesMut::new());
-        let mut rest = None;
-        while let Some(frame) = incoming.frame().await {
+    /// An answer of which nothing but the head is read.
+    fn new(response: Response<Incoming>) -> Self {
+        let (head, rest) = response.into_parts();
+        Self { status: head.status, headers: head.headers, body: Bytes::new(), rest: Some(rest) }
+    }
+
+    /// Reads the body to its end, or as far as it decides.
+    async fn read(&mut self) -> Result<(), hyper::Error> {
+        let mut more = BytesMut::new();
+        while let Some(rest) = &mut self.rest {
+            let Some(frame) = rest.frame().await else {
+                self.rest = None;
+                break;
+            };
             let Ok(data) = frame?.into_data() else { continue };
-            if first.is_empty() {
-                first = data; // the common case: one piece, passed on without a copy
+            if self.body.is_empty() {
+                self.body = data; // the common case: one piece, passed on without a copy
             } else {
                 more.extend_from_slice(&data);
             }
-            if first.len() + more.len() > DECISIVE {
-                rest = Some(incoming);
+            if self.body.len() + more.len() > DECISIVE {
                 break;
             }
         }
-        let body = if more.is_empty() { first } else { [first, more.freeze()].concat().into() };
-        Ok(Self { status: head.status, headers: head.headers, body, rest })
+        if !more.is_empty() {
+            self.body = [&self.body[..], &more].concat().into();
+        }
+        Ok(())
     }
 }
 

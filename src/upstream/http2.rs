@@ -128,13 +128,14 @@ impl Connections {
     }
 
     /// The request as HTTP/2 has it: no `Host`, but the whole URI.
-    pub(super) fn adapt(&self, request: &mut Request<Full<Bytes>>) {
+    pub(super) fn adapt(&self, mut request: Request<Full<Bytes>>) -> Request<Full<Bytes>> {
         let mut parts = std::mem::take(request.uri_mut()).into_parts();
         parts.scheme = Some(uri::Scheme::HTTPS);
         parts.authority = Some(self.authority.clone());
         // All three parts are there, so that this is a URI.
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
         request.headers_mut().remove(header::HOST);
+        request
     }
 
     /// The attempt to connect that was made last.

@@ -443,30 +443,23 @@ impl Reserved {
         }
     }
 
-    /// Sends a request; the future waits for the head of the answer. It does not hold the request, so that it
-    /// stays small.
-    pub fn send(
+    /// Sends a request and waits for the head of the answer. The request is made here, so that the future does
+    /// not hold it.
+    pub async fn send(
         &mut self,
-        mut request: Request<Full<Bytes>>,
-    ) -> impl Future<Output = Result<Response<Incoming>, SendError>> {
+        request: impl FnOnce() -> Request<Full<Bytes>>,
+    ) -> Result<Response<Incoming>, SendError> {
         self.clean = false;
-        let answer = match (self.place.as_mut(), &self.pool.http2) {
-            (Some(Place::Http1(connection, _)), _) => Answer::Http1(connection.sender.send_request(request)),
+        match (self.place.as_mut(), &self.pool.http2) {
+            (Some(Place::Http1(connection, _)), _) => Ok(connection.sender.send_request(request()).await?),
             (Some(Place::Http2(stream)), Some(http2)) => {
-                http2.adapt(&mut request);
-                Answer::Http2(stream.send(request))
-            }
-            (None, _) | (_, None) => Answer::None,
-        };
-        async move {
-            match (answer, self.place.as_mut()) {
-                (Answer::Http1(answer), _) => Ok(answer.await?),
-                (Answer::Http2(answer), Some(Place::Http2(stream))) => answer.await.map_err(|why| {
+                let answer = stream.send(http2.adapt(request()));
+                answer.await.map_err(|why| {
                     stream.failed(&why);
                     SendError::Http(why.into_error())
-                }),
-                (Answer::None | Answer::Http2(_), _) => Err(SendError::Closed),
+                })
             }
+            (None, _) | (_, None) => Err(SendError::Closed),
         }
     }
 
@@ -528,13 +521,6 @@ impl Reserved {
     pub fn give_back(mut self) {
         self.clean = true;
     }
-}
-
-/// The answers that are waited for.
-enum Answer<A, B> {
-    Http1(A),
-    Http2(B),
-    None,
 }
 
 impl Drop for Reserved {
