@@ -22,7 +22,7 @@ use tokio::sync::oneshot;
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 
 /// Blocks a request, hyper's own and the audit trail's among them. To be lowered whenever it can be.
-const BUDGET: u64 = 16;
+const BUDGET: u64 = 11;
 
 const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 const BODY: &str = r#"{"qualityTaskId":"954645333549048833","setCountsType":1,"isTakeEffect":0,"setCounts":[{"personID":"1600226476732482572","count":2}]}"#;
