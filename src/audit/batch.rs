@@ -26,8 +26,10 @@ impl Batch {
 
     /// Writes a line; returns its number.
     pub(super) fn push(&mut self, entry: &Entry<'_>) -> u64 {
+        // What a panic left of a line counts for nothing.
+        self.text.truncate(self.ends.last().copied().unwrap_or(0));
+        entry.format(self.seq + 1, &mut self.second, &mut self.text);
         self.seq += 1;
-        entry.format(self.seq, &mut self.second, &mut self.text);
         self.ends.push(self.text.len());
         self.kinds[entry.kind() as usize] += 1;
         self.seq
@@ -43,6 +45,11 @@ impl Batch {
     /// How many lines there are.
     pub(super) fn len(&self) -> usize {
         self.ends.len()
+    }
+
+    /// How long they are together, in bytes.
+    pub(super) fn size(&self) -> usize {
+        self.text.len()
     }
 
     /// Whether there is none.

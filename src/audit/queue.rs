@@ -31,6 +31,9 @@ const FULL_REFUSALS: u32 = 10;
 /// as many as are configured.
 const STRANGERS: usize = 10;
 
+/// Beyond so many bytes that wait for the disk no intent is queued: records name up to a thousand inspectors each.
+pub(super) const MAX_QUEUED: usize = 64 << 20;
+
 /// A second of refusals.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -171,7 +174,8 @@ impl Shared {
     /// Returns the number of the record.
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
         let mut queue = self.lock();
-        if queue.closing || queue.batch.len() + queue.reserved + 2 > self.capacity {
+        let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity;
+        if queue.closing || is_full || queue.batch.size() > MAX_QUEUED {
             return Err(Unavailable);
         }
         queue.reserved += 1;

@@ -463,6 +463,27 @@ async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
     assert_whole(folder.path());
 }
 
+#[tokio::test]
+async fn a_panic_in_the_middle_of_a_record_leaves_nothing_of_it_in_the_trail() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&options(folder.path()));
+    intended(&audit).await.take().finish(&answer());
+    let mut broken = record(&audit);
+    let panics = |line: &mut Vec<u8>| {
+        line.extend_from_slice(b",\"half");
+        panic!("on purpose");
+    };
+    let begun = std::panic::AssertUnwindSafe(|| drop(broken.intent(b"{}", &panics)));
+    assert!(std::panic::catch_unwind(begun).is_err());
+    broken.refuse(Code::Internal, 500);
+    intended(&audit).await.take().finish(&answer());
+    audit.close();
+    assert_whole(folder.path());
+    let kinds: Vec<_> = trail(folder.path()).iter().map(|record| record["kind"].to_string()).collect();
+    let expected = ["event", "intent", "outcome", "refusal", "intent", "outcome", "event"];
+    assert_eq!(kinds, expected.map(|kind| format!("\"{kind}\"")));
+}
+
 /// A disk that does not answer: the next segment's name is that of a pipe, and opening a pipe waits for its
 /// other end.
 struct Stuck {
@@ -491,6 +512,35 @@ impl Stuck {
 fn begins_to_wait(record: &mut Record) -> bool {
     let mut intent = pin!(record.intent(b"{}", &|_| ()));
     intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
+}
+
+#[tokio::test]
+async fn a_stuck_disk_does_not_fill_the_memory() {
+    const MEMBERS: usize = 4 << 20;
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 1, queue: 1024, ..options(folder.path()) });
+    intended(&audit).await.take().finish(&answer());
+    wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
+    let stuck = Stuck::new(folder.path());
+    let members = format!(",\"inspectors\":\"{}\"", "1".repeat(MEMBERS));
+    let queue = |record: &mut Record| {
+        let mut intent =
+            pin!(record.intent(b"{}", &|line: &mut Vec<u8>| line.extend_from_slice(members.as_bytes())));
+        intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
+    };
+    let mut records: Vec<_> = (0..64).map(|_| record(&audit)).collect();
+    let queued = records.iter_mut().map(queue).take_while(|queued| *queued).count();
+    // The writer may have taken the first one along before it got stuck.
+    assert!((queue::MAX_QUEUED / MEMBERS..=queue::MAX_QUEUED / MEMBERS + 2).contains(&queued), "{queued}");
+    assert!(!queue(&mut record(&audit)), "and so it stays");
+    stuck.release();
+    drop(records);
+    let again = async {
+        while record(&audit).intent(b"{}", &|_| ()).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), again).await.unwrap();
 }
 
 #[tokio::test]
