@@ -201,6 +201,35 @@ fn at_a_unix_socket_the_kernel_says_who_calls() {
 }
 
 #[test]
+fn a_unix_socket_that_somebody_listens_on_is_not_taken_over() {
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    let sandbox = sandbox();
+    let gateway = start(&sandbox); // for its folder: secrets and a configuration that works
+    let folder = gateway.folder.clone();
+    drop(gateway);
+    let path = folder.path().join("gateway.sock");
+    let config = folder.path().join("unix.toml");
+    let text = std::fs::read_to_string(folder.path().join("gateway.toml")).unwrap();
+    let text = text.replacen("\"127.0.0.1:0\"", &format!("\"unix:{}\"", path.display()), 1);
+    std::fs::write(&config, text.replace("peer = \"loopback\"", "peer = \"uid:0\"")).unwrap();
+    let serve = || Command::new(BINARY).arg("serve").arg("--config").arg(&config).output().unwrap();
+
+    let theirs = UnixListener::bind(&path).unwrap();
+    let refused = serve();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && said.contains("gateway.sock"), "{said}");
+    let _ours = UnixStream::connect(&path).unwrap();
+    assert!(theirs.accept().is_ok(), "it is still theirs");
+
+    drop(theirs); // what is left is a name that nobody answers to: the control
+    let mut child = Command::new(BINARY).arg("serve").arg("--config").arg(&config).spawn().unwrap();
+    wait_for("the socket", || UnixStream::connect(&path).ok());
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
 fn systemd_is_told_of_the_start_and_of_the_stop() {
     let sandbox = sandbox();
     let folder = tempfile::TempDir::new().unwrap();
