@@ -210,9 +210,9 @@ fn a_unix_socket_that_somebody_listens_on_is_not_taken_over() {
     drop(gateway);
     let path = folder.path().join("gateway.sock");
     let config = folder.path().join("unix.toml");
-    let text = std::fs::read_to_string(folder.path().join("gateway.toml")).unwrap();
+    let text = fs::read_to_string(folder.path().join("gateway.toml")).unwrap();
     let text = text.replacen("\"127.0.0.1:0\"", &format!("\"unix:{}\"", path.display()), 1);
-    std::fs::write(&config, text.replace("peer = \"loopback\"", "peer = \"uid:0\"")).unwrap();
+    fs::write(&config, text.replace("peer = \"loopback\"", "peer = \"uid:0\"")).unwrap();
     let serve = || Command::new(BINARY).arg("serve").arg("--config").arg(&config).output().unwrap();
 
     let theirs = UnixListener::bind(&path).unwrap();
