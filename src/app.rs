@@ -276,7 +276,7 @@ fn slots(
             let (audit, name) = (audit.clone(), credential.name.clone());
             let events = Box::new(move |event: &'static str, mut details: Map<String, Value>| {
                 details.insert("credential".into(), json!(name));
-                audit.event(event, &details);
+                audit.event(event, details);
             });
             Ok(Slot::new(credential, &config.token, tls, metrics.clone(), events)?)
         })

@@ -252,8 +252,8 @@ impl Audit {
     }
 
     /// Records an event of the gateway itself.
-    pub fn event(&self, name: &'static str, details: &Map<String, Value>) {
-        self.shared().push(&Entry::Event { name, details });
+    pub fn event(&self, name: &'static str, details: Map<String, Value>) {
+        self.shared().event(name, Value::Object(details));
     }
 
     /// Whether the last write succeeded.

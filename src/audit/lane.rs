@@ -33,7 +33,7 @@ pub(super) struct Lane {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    /// In the order of their positions, which is that of their deadlines, too.
+    /// In the order of their records, which is that of their deadlines, too.
     requests: VecDeque<Request>,
     /// The lane's task.
     task: Option<Waker>,
@@ -41,17 +41,17 @@ struct Waiting {
 
 #[derive(Debug)]
 struct Request {
-    position: u64,
+    seq: u64,
     deadline: Instant,
     waker: Waker,
 }
 
 impl Lane {
-    /// Waits until a position is safe. To be called on the runtime of the lane's worker.
+    /// Waits until the record of this number is safe. To be called on the runtime of the lane's worker.
     pub(super) async fn wait(
         self: &Arc<Self>,
         safe: &Arc<AtomicU64>,
-        position: u64,
+        seq: u64,
         time: Duration,
     ) -> Result<(), Unavailable> {
         if !self.started.swap(true, Ordering::Relaxed) {
@@ -60,14 +60,14 @@ impl Lane {
         let deadline = clock::now() + time;
         let mut registered = false;
         poll_fn(|cx| {
-            if safe.load(Ordering::Acquire) >= position {
+            if safe.load(Ordering::Acquire) >= seq {
                 return Poll::Ready(Ok(()));
             }
             if !registered {
                 registered = true;
-                self.register(Request { position, deadline, waker: cx.waker().clone() });
+                self.register(Request { seq, deadline, waker: cx.waker().clone() });
                 // It may have become safe in between.
-                if safe.load(Ordering::Acquire) >= position {
+                if safe.load(Ordering::Acquire) >= seq {
                     return Poll::Ready(Ok(()));
                 }
             } else if Instant::now() >= deadline {
@@ -124,7 +124,7 @@ impl Lane {
             waiting.task = Some(task.clone());
         }
         while let Some(first) = waiting.requests.front() {
-            if first.position > safe && first.deadline > clock::now() {
+            if first.seq > safe && first.deadline > clock::now() {
                 return Some(first.deadline);
             }
             if let Some(first) = waiting.requests.pop_front() {

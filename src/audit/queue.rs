@@ -158,13 +158,7 @@ impl Shared {
         }
     }
 
-    pub(super) fn push(&self, entry: &Entry<'_>) {
-        let mut queue = self.lock();
-        queue.batch.push(entry);
-        self.filled(queue);
-    }
-
-    /// Queues an event of the trail itself.
+    /// Queues an event; `details` is an object.
     pub(super) fn event(&self, name: &'static str, details: Value) {
         let mut queue = self.lock();
         queue.batch.event(name, details);

@@ -100,7 +100,7 @@ async fn sample() -> (Vec<u8>, Vec<u8>) {
     let open = intended(&audit).await;
     intended(&audit).await.take().finish(&answer());
     refuse(&audit);
-    audit.event("secret change", &Map::new());
+    audit.event("secret change", Map::new());
     let open_too = intended(&audit).await; // the last, so that all of it is written
     let segment = segments(folder.path()).unwrap().remove(0);
     let text = fs::read(segment).unwrap();
