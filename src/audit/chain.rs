@@ -56,7 +56,7 @@ impl Keys {
             return Err(KeyError::Short(path.into()));
         }
         let chain = keyed(&bytes);
-        let digest = keyed(&sign(&chain, &[b"ccsqm-gateway digest of bodies"]));
+        let digest = keyed(&hmac(&chain, &[b"ccsqm-gateway digest of bodies"]));
         Ok(Self { chain, digest })
     }
 
@@ -71,12 +71,12 @@ impl Keys {
 
     /// The keyed digest of a body, in hex.
     pub fn digest(&self, body: &[u8]) -> [u8; 64] {
-        to_hex(&sign(&self.digest, &[body]))
+        to_hex(&hmac(&self.digest, &[body]))
     }
 
     /// The hash of a record: `bytes` are those before `,"hash":`.
     pub fn hash(&self, previous: &Hash, bytes: &[u8]) -> Hash {
-        sign(&self.chain, &[previous, bytes])
+        hmac(&self.chain, &[previous, bytes])
     }
 
     /// Appends a record that lacks its links, ended by `prev`, `hash` and the newline. Returns its link.
@@ -110,7 +110,9 @@ fn keyed(key: &[u8]) -> Hmac<Sha256> {
     Hmac::new_from_slice(key).expect("any length")
 }
 
-fn sign(key: &Hmac<Sha256>, parts: &[&[u8]]) -> Hash {
+/// Never inlined, so that a profile tells hashing from the rest.
+#[inline(never)]
+fn hmac(key: &Hmac<Sha256>, parts: &[&[u8]]) -> Hash {
     let mut mac = key.clone();
     parts.iter().for_each(|part| mac.update(part));
     mac.finalize().into_bytes().into()
