@@ -7,10 +7,8 @@ and no report.
 
 import argparse
 import os
-import random
 import re
 import signal
-import string
 import subprocess
 import sys
 import time
@@ -30,9 +28,8 @@ from proxies import (
     Idle,
     Invalid,
     Nginx,
-    PlainUpstream,
     Pump,
-    TlsUpstream,
+    body_of,
     load,
     place,
     spawn,
@@ -475,21 +472,6 @@ def configured(name, **attributes):
     return variant
 
 
-def body_of(size):
-    """A body that the contract accepts, of about this size."""
-    path = f"{WORK}/body-{size}.json"
-    digits = random.Random(size)
-    items, length = [], 90
-    while length < size:
-        person = "".join(digits.choices(string.digits, k=44)) + f"{len(items):06}"
-        items.append(f'{{"personID":"{person}","count":2}}')
-        length += len(items[-1]) + 1
-    head = '{"qualityTaskId":"954645333549048833","setCountsType":1,"isTakeEffect":0,"setCounts":['
-    with open(path, "w") as file:
-        file.write(head + ",".join(items) + "]}")
-    return path
-
-
 SCALING = {
     "concurrency": scale(
         "connections", [(str(n), shared(lambda _, n=n: dict(connections=n))) for n in (1, 32, 256, 1024)]
@@ -524,11 +506,7 @@ class Bench:
         self.accounts = Up.accounts = []
 
     def start(self):
-        os.makedirs(LOGS, exist_ok=True)
-        plain, tls = PlainUpstream(), TlsUpstream()
-        for upstream in (plain, tls):
-            upstream.start()
-        self.upstreams = {"plain": plain, "tls1": tls, "h2": tls, "sandbox": proxies.start_sandbox()}
+        self.upstreams = proxies.start_upstreams()
         self.fleet = everything(self.upstreams)
 
     def run(self, name, scenario):

@@ -8,11 +8,13 @@ import ctypes
 import glob
 import json
 import os
+import random
 import re
 import resource
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -28,7 +30,7 @@ GATEWAY = os.path.join(ROOT, "target", "dist", "ccsqm-gateway")
 APPOINT = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask"
 
 ALL_CORES = os.sched_getaffinity(0)
-PROXY_CORES, LOAD_CORES = {0}, {1}
+PROXY_CORES, LOAD_CORES = ({0}, {1}) if {0, 1} <= ALL_CORES else (ALL_CORES, ALL_CORES)
 # Two workers need two cores; a machine with four can keep the load off them.
 PAIR_CORES = {0, 2} if {0, 1, 2, 3} <= ALL_CORES else {0, 1}
 
@@ -431,6 +433,15 @@ def lua_modules():
     return os.path.dirname(found[0]) if found else "/usr/lib/lua/5.1"
 
 
+def start_upstreams():
+    """Upstreams by transport, and the port of the token endpoint."""
+    os.makedirs(LOGS, exist_ok=True)
+    plain, tls = PlainUpstream(), TlsUpstream()
+    for upstream in (plain, tls):
+        upstream.start()
+    return {"plain": plain, "tls1": tls, "h2": tls, "sandbox": start_sandbox()}
+
+
 def start_sandbox():
     """The token endpoint; business calls go to the fast upstream."""
     number = port()
@@ -462,6 +473,21 @@ def fdatasync_ms(count=200):
 
 
 # ---- load
+
+
+def body_of(size):
+    """A body that the contract accepts, of about this size."""
+    path = f"{WORK}/body-{size}.json"
+    digits = random.Random(size)
+    items, length = [], 90
+    while length < size:
+        person = "".join(digits.choices(string.digits, k=44)) + f"{len(items):06}"
+        items.append(f'{{"personID":"{person}","count":2}}')
+        length += len(items[-1]) + 1
+    head = '{"qualityTaskId":"954645333549048833","setCountsType":1,"isTakeEffect":0,"setCounts":['
+    with open(path, "w") as file:
+        file.write(head + ",".join(items) + "]}")
+    return path
 
 
 def load(proxy, *arguments, cores=LOAD_CORES, body=BODY, **options):
