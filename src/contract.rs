@@ -7,7 +7,6 @@
 //! The bytes that were checked are the bytes that are sent.
 
 pub mod body;
-mod json;
 mod pattern;
 mod schema;
 mod seen;
@@ -22,9 +21,11 @@ use std::{
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-pub use self::{json::NotJson, schema::SchemaError};
+pub use crate::json::NotJson;
+use crate::json::{self, Begins, Cursor, Halt, Token, check_encoding};
+
+pub use self::schema::SchemaError;
 use self::{
-    json::{Begins, Cursor, Halt, Token},
     schema::{AuditMember, Limit, Member, Members, Node, Scalar, Schema, UniqueBy},
     seen::Seen,
 };
@@ -146,7 +147,7 @@ impl Contract {
 }
 
 /// Walks a document without a contract.
-fn is_strict_json(document: &[u8]) -> Result<(), NotJson> {
+pub(crate) fn is_strict_json(document: &[u8]) -> Result<(), NotJson> {
     match Walk::over(document, &[], None, Verdict) {
         Ok(_) | Err(Stop::Broken) => Ok(()), // without a contract nothing is broken
         Err(Stop::NotJson(fault)) => Err(fault),
@@ -240,7 +241,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         root: Option<usize>,
         findings: F,
     ) -> Result<(Captured, F), Stop> {
-        let cursor = Cursor::new(document).map_err(Stop::NotJson)?;
+        check_encoding(document).map_err(Stop::NotJson)?;
+        let cursor = Cursor::new(document);
         let mut walk = Walk { nodes, cursor, captured: Captured::new(), identity: None, findings };
         match walk.whole(root) {
             Ok(()) => Ok((walk.captured, walk.findings)),

@@ -44,6 +44,7 @@ pub mod app; // composition root
 pub mod state; // the compiled configuration
 pub mod config; // the validated configuration
 pub mod clock; // the time, read once a turn
+mod json; // strict JSON, for bodies and replies
 pub mod connect; // TCP and TLS to the upstream and to the token endpoint
 pub mod secret; // zeroised buffers
 pub mod metrics; // what is counted

@@ -6,8 +6,9 @@
 use std::{borrow::Cow, fmt};
 
 use http::{HeaderMap, StatusCode, header};
-use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use smallvec::SmallVec;
+
+use crate::json::{Begins, Cursor, Halt};
 
 /// The outcome of a request, sent as `x-gateway-outcome` and recorded in the audit trail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -111,13 +112,9 @@ impl ResultRule {
     /// What a body means; `None` when it is not a JSON object.
     fn judge(&self, body: &[u8], truncated: bool) -> Option<Verdict> {
         let mut codes = Codes::default();
-        let mut reader = serde_json::Deserializer::from_slice(body);
-        let whole = TopLevel { field: &self.field, codes: &mut codes }
-            .deserialize(&mut reader)
-            .and_then(|()| reader.end());
-        match whole {
-            Err(error) if !(truncated && error.is_eof()) => return None,
-            Ok(()) | Err(_) => {}
+        let mut cursor = Cursor::new(body);
+        if codes.read(&mut cursor, &self.field).is_err() && !(truncated && cursor.is_cut()) {
+            return None;
         }
         let code = codes.only();
         let outcome = match code {
@@ -137,12 +134,27 @@ struct Codes<'a> {
 }
 
 impl<'a> Codes<'a> {
-    fn note(&mut self, code: Option<Code<'a>>) {
-        if self.first.is_none() {
-            self.first = code;
-        } else {
-            self.more |= code.is_some();
+    /// Walks a whole JSON object. A code counts once something stands behind it: a cut number is another number.
+    fn read(&mut self, cursor: &mut Cursor<'a>, field: &str) -> Result<(), Halt> {
+        cursor.skip_space();
+        if !matches!(cursor.begins()?, Begins::Object) {
+            return Err(cursor.halt_at(cursor.position(), "an object must stand here"));
         }
+        let mut more = cursor.open(b'}')?;
+        while more {
+            cursor.skip_space();
+            let is_code = *cursor.key()?.decoded() == *field.as_bytes();
+            cursor.colon()?;
+            cursor.skip_space();
+            let code =
+                if is_code { Some(Code::read(cursor)?) } else { cursor.skip_value().map(|()| None)? };
+            more = cursor.next(b'}')?;
+            if let Some(code) = code {
+                self.more = self.first.is_some();
+                self.first.get_or_insert(code);
+            }
+        }
+        cursor.end()
     }
 
     fn only(&self) -> Option<&Code<'a>> {
@@ -153,16 +165,30 @@ impl<'a> Codes<'a> {
 /// A value of the result field.
 #[derive(Debug, PartialEq, Eq)]
 enum Code<'a> {
-    Text(Cow<'a, str>),
+    Text(Cow<'a, [u8]>),
     Number(u64),
     Other,
 }
 
-impl Code<'_> {
+impl<'a> Code<'a> {
+    fn read(cursor: &mut Cursor<'a>) -> Result<Self, Halt> {
+        Ok(match cursor.begins()? {
+            Begins::Text => {
+                let text = cursor.string()?.decoded();
+                if std::str::from_utf8(&text).is_ok() { Self::Text(text) } else { Self::Other }
+            }
+            Begins::Number => {
+                let literal = std::str::from_utf8(cursor.number()?.literal).unwrap_or_default();
+                literal.parse().map_or(Self::Other, Self::Number)
+            }
+            Begins::Word | Begins::Array | Begins::Object => cursor.skip_value().map(|()| Self::Other)?,
+        })
+    }
+
     /// A string counts as it stands; a number counts by its value, since the vendor's pages show both.
     fn equals(&self, success: &str) -> bool {
         match self {
-            Self::Text(text) => text == success,
+            Self::Text(text) => **text == *success.as_bytes(),
             Self::Number(number) => success.parse() == Ok(*number),
             Self::Other => false,
         }
@@ -174,120 +200,6 @@ impl Code<'_> {
             Self::Number(number) => Some(itoa::Buffer::new().format(*number).as_bytes().into()),
             Self::Other => None,
         }
-    }
-}
-
-/// Walks a whole JSON object and keeps the values of one top-level member, however often it stands there.
-struct TopLevel<'a, 'de> {
-    field: &'a str,
-    codes: &'a mut Codes<'de>,
-}
-
-impl<'de> DeserializeSeed<'de> for TopLevel<'_, 'de> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for TopLevel<'_, 'de> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        // A code counts once something stands behind it: a cut number is another number.
-        let mut last = None;
-        while let Some(is_code) = map.next_key_seed(IsField(self.field))? {
-            self.codes.note(last.take());
-            if is_code {
-                last = Some(map.next_value::<Code<'de>>()?);
-            } else {
-                map.next_value::<IgnoredAny>()?;
-            }
-        }
-        self.codes.note(last);
-        Ok(())
-    }
-}
-
-/// Whether a key is this field.
-struct IsField<'a>(&'a str);
-
-impl<'de> DeserializeSeed<'de> for IsField<'_> {
-    type Value = bool;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {
-        deserializer.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for IsField<'_> {
-    type Value = bool;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_str<E>(self, key: &str) -> Result<bool, E> {
-        Ok(key == self.0)
-    }
-}
-
-impl<'de> Deserialize<'de> for Code<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(AnyCode)
-    }
-}
-
-struct AnyCode;
-
-impl<'de> Visitor<'de> for AnyCode {
-    type Value = Code<'de>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a value")
-    }
-
-    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Code<'de>, E> {
-        Ok(Code::Text(text.into()))
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<Code<'de>, E> {
-        Ok(Code::Text(text.to_owned().into()))
-    }
-
-    fn visit_u64<E>(self, number: u64) -> Result<Code<'de>, E> {
-        Ok(Code::Number(number))
-    }
-
-    fn visit_i64<E>(self, _: i64) -> Result<Code<'de>, E> {
-        Ok(Code::Other)
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<Code<'de>, E> {
-        Ok(Code::Other)
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<Code<'de>, E> {
-        Ok(Code::Other)
-    }
-
-    fn visit_unit<E>(self) -> Result<Code<'de>, E> {
-        Ok(Code::Other)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Code<'de>, A::Error> {
-        while items.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Code::Other)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Code<'de>, A::Error> {
-        while members.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Code::Other)
     }
 }
 
@@ -314,12 +226,11 @@ fn is_object(body: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body).is_ok()
 }
 
-fn cut(text: &str) -> ResultCode {
-    let mut end = text.len().min(64);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.as_bytes()[..end].into()
+/// The first bytes of a text in UTF-8, up to a whole character.
+fn cut(text: &[u8]) -> ResultCode {
+    let is_boundary = |at: usize| text.get(at).is_none_or(|byte| byte & 0xc0 != 0x80);
+    let end = (0..=text.len().min(64)).rev().find(|at| is_boundary(*at)).unwrap_or_default();
+    text[..end].into()
 }
 
 #[cfg(test)]
@@ -331,10 +242,18 @@ mod tests {
     }
 
     fn verdict(status: u16, body: &str, truncated: bool) -> Verdict {
+        judged(status, body.as_bytes(), truncated)
+    }
+
+    fn classify_bytes(body: &[u8], truncated: bool) -> Outcome {
+        judged(200, body, truncated).outcome
+    }
+
+    fn judged(status: u16, body: &[u8], truncated: bool) -> Verdict {
         let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
         let headers = HeaderMap::new();
         let status = StatusCode::from_u16(status).unwrap();
-        rule.classify(Reply { status, headers: &headers, body: body.as_bytes(), truncated })
+        rule.classify(Reply { status, headers: &headers, body, truncated })
     }
 
     #[test]
@@ -390,6 +309,29 @@ mod tests {
         assert_eq!(verdict(200, r#"{"resultCode":0409000,"rows":[1,2"#, true).outcome, Outcome::Succeeded);
         assert_eq!(verdict(200, r#"{"rows":[1,2"#, true).outcome, Outcome::Unknown);
         assert_eq!(verdict(200, r#"{"resultCode":"0409000","rows":[1,}"#, true).outcome, Outcome::Unknown);
+    }
+
+    #[test]
+    fn wherever_a_long_reply_is_cut_behind_its_code_the_code_counts() {
+        let code = r#"{"resultCode":"0409000""#;
+        let reply =
+            format!(r#"{code},"t":true,"e":"\ud83d\ude00é","n":-1.5e3,"a":[null,{{"b":{{}}}}],"f":false}}"#);
+        for end in 0..reply.len() {
+            let cut = &reply.as_bytes()[..end];
+            let expected = if end <= code.len() { Outcome::Unknown } else { Outcome::Succeeded };
+            assert_eq!(classify_bytes(cut, true), expected, "{}", cut.escape_ascii());
+            assert_eq!(classify_bytes(cut, false), Outcome::Unknown, "{}", cut.escape_ascii());
+        }
+        assert_eq!(classify(200, &reply), Outcome::Succeeded);
+    }
+
+    #[test]
+    fn a_text_in_another_encoding_hides_no_code() {
+        let gbk = b"{\"resultDesc\":\"\xb3\xc9\xb9\xa6\",\"resultCode\":\"0409000\"}";
+        assert_eq!(classify_bytes(gbk, false), Outcome::Succeeded);
+        let coded = b"{\"resultCode\":\"\xb3\xc9\"}";
+        assert_eq!(classify_bytes(coded, false), Outcome::Unknown);
+        assert_eq!(classify_bytes(b"{\"resultCode\":\"\\n\xb3\"}", false), Outcome::Unknown);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Strict JSON, piece by piece: UTF-8, no BOM, no lone surrogate, depth ≤ 32, nothing behind the value.
+//! Strict JSON, piece by piece: no lone surrogate, depth ≤ 32, nothing behind the value. UTF-8 without a BOM, if
+//! [`check_encoding`] says so.
 //!
 //! Knows no schema and keeps no tree: a token borrows the bytes. Strings are searched eight bytes at a time.
 //! Keys that stand twice are the walk's matter.
@@ -36,6 +37,21 @@ pub(super) enum Token<'a> {
     Object,
 }
 
+/// Whether a document is UTF-8 without a byte order mark, and no longer than places in it can be told.
+pub(super) fn check_encoding(document: &[u8]) -> Result<(), NotJson> {
+    if u32::try_from(document.len()).is_err() {
+        return Err(NotJson { offset: 0, reason: "longer than 4 GiB" });
+    }
+    if !document.is_ascii() {
+        std::str::from_utf8(document)
+            .map_err(|error| NotJson { offset: error.valid_up_to(), reason: "not UTF-8" })?;
+    }
+    if document.starts_with("\u{feff}".as_bytes()) {
+        return Err(NotJson { offset: 0, reason: "a byte order mark must not stand here" });
+    }
+    Ok(())
+}
+
 /// What a first byte says of a value.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Begins {
@@ -46,7 +62,7 @@ pub(super) enum Begins {
     Object,
 }
 
-/// A string, still escaped, without its quotes. UTF-8.
+/// A string, still escaped, without its quotes. UTF-8 if the document is.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Text<'a> {
     escaped: &'a [u8],
@@ -75,23 +91,19 @@ pub(super) struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    pub(super) fn new(bytes: &'a [u8]) -> Result<Self, NotJson> {
-        if u32::try_from(bytes.len()).is_err() {
-            return Err(NotJson { offset: 0, reason: "longer than 4 GiB" });
-        }
-        if !bytes.is_ascii() {
-            std::str::from_utf8(bytes)
-                .map_err(|error| NotJson { offset: error.valid_up_to(), reason: "not UTF-8" })?;
-        }
-        if bytes.starts_with("\u{feff}".as_bytes()) {
-            return Err(NotJson { offset: 0, reason: "a byte order mark must not stand here" });
-        }
-        Ok(Self { bytes, position: 0, depth: 0, fault: None })
+    /// Before the document.
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, position: 0, depth: 0, fault: None }
     }
 
     /// What is wrong with the document, if the walk halted for that.
     pub(super) fn fault(&self) -> Option<NotJson> {
         self.fault
+    }
+
+    /// Whether the walk halted since there is no more of the document.
+    pub(super) fn is_cut(&self) -> bool {
+        self.fault.is_some_and(|fault| fault.offset >= self.bytes.len())
     }
 
     pub(super) fn position(&self) -> usize {
@@ -128,7 +140,12 @@ impl<'a> Cursor<'a> {
     pub(super) fn word(&mut self) -> Result<Token<'a>, Halt> {
         let words = [("true", Token::Boolean(true)), ("false", Token::Boolean(false)), ("null", Token::Null)];
         let found = words.into_iter().find(|(word, _)| self.rest().starts_with(word.as_bytes()));
-        let Some((word, token)) = found else { return Err(self.halt("a value must stand here")) };
+        let Some((word, token)) = found else {
+            if words.iter().any(|(word, _)| word.as_bytes().starts_with(self.rest())) {
+                self.position = self.bytes.len();
+            }
+            return Err(self.halt("a value must stand here"));
+        };
         self.position += word.len();
         Ok(token)
     }
@@ -193,6 +210,36 @@ impl<'a> Cursor<'a> {
         }
         self.position += 1;
         Ok(())
+    }
+
+    /// Skips the value that begins here; only its syntax is looked at.
+    pub(super) fn skip_value(&mut self) -> Result<(), Halt> {
+        match self.begins()? {
+            Begins::Text => self.string().map(drop),
+            Begins::Number => self.number().map(drop),
+            Begins::Word => self.word().map(drop),
+            Begins::Array => {
+                let mut more = self.open(b']')?;
+                while more {
+                    self.skip_space();
+                    self.skip_value()?;
+                    more = self.next(b']')?;
+                }
+                Ok(())
+            }
+            Begins::Object => {
+                let mut more = self.open(b'}')?;
+                while more {
+                    self.skip_space();
+                    self.key()?;
+                    self.colon()?;
+                    self.skip_space();
+                    self.skip_value()?;
+                    more = self.next(b'}')?;
+                }
+                Ok(())
+            }
+        }
     }
 
     /// Behind the value: nothing.
@@ -266,6 +313,10 @@ impl<'a> Cursor<'a> {
                     0xd800..=0xdbff if self.rest().starts_with(b"\\u") => {
                         self.position += 1;
                         matches!(self.unit()?, 0xdc00..=0xdfff)
+                    }
+                    0xd800..=0xdbff if b"\\u".starts_with(self.rest()) => {
+                        self.position = self.bytes.len();
+                        return Err(self.halt("the other half of a character must stand here"));
                     }
                     _ => !matches!(unit, 0xd800..=0xdfff),
                 };
@@ -387,7 +438,7 @@ fn special(word: u64) -> u64 {
 }
 
 impl<'a> Text<'a> {
-    /// What the string means, in UTF-8.
+    /// What the string means. If it is not UTF-8, as it stands.
     #[inline(always)]
     pub(super) fn decoded(&self) -> Cow<'a, [u8]> {
         if self.has_escapes { self.unescaped().into() } else { self.escaped.into() }
@@ -395,9 +446,8 @@ impl<'a> Text<'a> {
 
     #[cold]
     fn unescaped(&self) -> Vec<u8> {
-        // The cursor has read it: serde_json has nothing left to refuse.
         let literal = [b"\"", self.escaped, b"\""].concat();
-        serde_json::from_slice::<String>(&literal).unwrap_or_default().into_bytes()
+        serde_json::from_slice(&literal).map_or_else(|_| self.escaped.to_vec(), String::into_bytes)
     }
 }
 
@@ -414,7 +464,7 @@ pub(super) fn shown(key: &[u8]) -> String {
 impl<'a> Number<'a> {
     /// A literal that is known to be a number.
     pub(super) fn known(literal: &'a str) -> Option<Self> {
-        Cursor::new(literal.as_bytes()).ok()?.number().ok()
+        Cursor::new(literal.as_bytes()).number().ok()
     }
 
     /// Integers are compared exactly, however long; others as floats.
