@@ -333,7 +333,8 @@ def start(bench):
         for proxy in order:
             with open(f"{LOGS}/{proxy.name}.out", "a") as out:
                 command = proxy.command()
-                times[proxy].append(load(proxy, "--first", "--", *command, stderr=out)["ms"])
+                seen = load(proxy, "--first", "--", *command, stderr=out, env=proxy.environment())
+                times[proxy].append(seen["ms"])
             if isinstance(proxy, Gateway) and proxy.trail() != (1, 1):
                 raise Invalid(
                     f"{proxy.name}: one answer, but the trail has {proxy.trail()} intents and outcomes"
