@@ -12,6 +12,8 @@
 // reads the CPU clock of a process, all its threads, at both ends of the window. At the end nothing new is sent and
 // all answers are awaited: "answered" counts every answer since the start, so that it can be held against what
 // the proxy and the upstream counted. A connection that breaks ends the run with status 1.
+//
+// Each request assigns another task: the digits of the body's first number are counted up.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -42,6 +44,7 @@ typedef struct {
 
 static char *request;
 static size_t request_length;
+static char *task; // the last of its digits
 static struct sockaddr_in address;
 static Connection *connections;
 static int epoll, count = 1;
@@ -81,7 +84,22 @@ static void read_request(const char *path, const char *file) {
         "POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nAccept: */*\r\n"
         "User-Agent: load/1\r\nContent-Length: %zu\r\n\r\n", path, length);
     memcpy(request + request_length, body, length);
+    // From the time on, so that no run sends what another one has sent.
+    char *digits = request + request_length + strcspn(body, "123456789");
+    size_t size = strspn(digits, "0123456789");
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    char first[32];
+    sprintf(first, "%018ld", (t.tv_sec * 1000000000L + t.tv_nsec) / 10);
+    if (size != strlen(first)) die("%s: the first number needs %zu digits", file, strlen(first));
+    memcpy(digits, first, size);
+    task = digits + size - 1;
     request_length += length;
+}
+
+static void next_task(void) {
+    char *digit = task;
+    while (++*digit > '9') *digit-- = '0';
 }
 
 static int try_connect(void) {
@@ -110,6 +128,7 @@ static void send_request(Connection *c, double due) {
     c->due = due;
     c->length = 0;
     in_flight++;
+    next_task();
     for (size_t sent = 0; sent < request_length;) {
         ssize_t n = send(c->fd, request + sent, request_length - sent, MSG_NOSIGNAL);
         if (n < 0) die("send: %s", strerror(errno));
