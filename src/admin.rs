@@ -15,6 +15,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use crate::{
     admission::{Bounds, Hosts},
     audit::Audit,
+    idempotency::Idempotency,
     metrics::Metrics,
     state::State,
 };
@@ -27,6 +28,8 @@ pub struct Admin {
     pub state: Arc<State>,
     /// The audit trail.
     pub audit: Audit,
+    /// The calls of the window.
+    pub idempotency: Arc<Idempotency>,
     /// The bounds on concurrent work.
     pub bounds: Arc<Bounds>,
     /// The metrics.
@@ -82,7 +85,7 @@ impl Admin {
         match request.uri().path() {
             "/livez" => reply(StatusCode::OK, TEXT, "ok\n"),
             "/readyz" => self.ready(),
-            "/metrics" => match self.metrics.render(&self.bounds) {
+            "/metrics" => match self.metrics.render(&self.bounds, self.idempotency.keys()) {
                 Ok(text) => reply(StatusCode::OK, TEXT, text),
                 Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
             },
@@ -132,6 +135,7 @@ impl Admin {
             "connections": self.bounds.connections(),
             "requests_in_flight": self.bounds.in_flight(),
             "audit_healthy": self.audit.healthy(),
+            "idempotency": self.idempotency.status(),
             "routes": routes,
             "credentials": credentials,
             "notice": self.notice,

@@ -28,6 +28,7 @@ use crate::{
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
     connect::{Connector, client_tls, no_tls},
     gateway::Gateway,
+    idempotency::Idempotency,
     metrics::Metrics,
     server::{self, Bound, connection::Deadlines},
     state::State,
@@ -50,6 +51,7 @@ pub struct App {
     background: Runtime,
     state: Arc<State>,
     audit: Audit,
+    idempotency: Arc<Idempotency>,
     metrics: Arc<Metrics>,
     pool_metrics: pool::Metrics,
     connector: Connector,
@@ -80,6 +82,7 @@ impl App {
             low_water: LOW_WATER,
         };
         let audit = Audit::start(&options, audit_metrics)?;
+        let idempotency = Arc::new(Idempotency::new(&config.idempotency, audit.keys().clone()));
         let slots = slots(&config, &tls, &parts.token, &audit)?;
         let state = Arc::new(State::new(&config, slots)?);
         let (alive, done) = mpsc::channel(1);
@@ -99,6 +102,7 @@ impl App {
             background,
             state,
             audit,
+            idempotency,
             metrics,
             pool_metrics,
             connector,
@@ -123,6 +127,7 @@ impl App {
             background,
             state,
             audit,
+            idempotency,
             metrics,
             pool_metrics,
             connector,
@@ -159,6 +164,7 @@ impl App {
                     pool: Arc::new(pool),
                     exchanges: Arc::default(),
                     audit: audit.for_worker(),
+                    idempotency: idempotency.clone(),
                     bounds: bounds.clone(),
                     metrics: metrics.clone(),
                 })
@@ -199,6 +205,7 @@ impl App {
                 })
             })
             .collect::<io::Result<Vec<JoinHandle<_>>>>()?;
+        read_past(&config, &audit, &idempotency)?;
         background.block_on(async {
             for slot in &state.slots {
                 tokio::spawn(slot.clone().run());
@@ -207,6 +214,7 @@ impl App {
                 hosts: config.admin.hosts.clone(),
                 state: state.clone(),
                 audit: audit.clone(),
+                idempotency: idempotency.clone(),
                 bounds: bounds.clone(),
                 metrics: metrics.clone(),
                 addresses,
@@ -239,6 +247,19 @@ impl App {
         background.shutdown_background();
         Ok(())
     }
+}
+
+/// Reads what was there before the start, beside everything else: calls without a key are served meanwhile.
+fn read_past(config: &Config, audit: &Audit, idempotency: &Arc<Idempotency>) -> io::Result<()> {
+    let (idempotency, settings) = (idempotency.clone(), config.idempotency.clone());
+    let (directory, audit) = (config.audit.directory.clone(), audit.clone());
+    let read = move || {
+        idempotency.rebuild(&settings, &directory, &audit);
+        if let Err(error) = audit.verify_past(&directory) {
+            tracing::error!(%error, "the audit trail cannot be read");
+        }
+    };
+    thread::Builder::new().name("past".into()).spawn(read).map(drop)
 }
 
 /// A worker runs as long as its connections and the exchanges that outlived theirs do. The process waits

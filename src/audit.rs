@@ -13,6 +13,7 @@ mod line;
 mod queue;
 mod record;
 pub mod recovery;
+mod reply;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -38,7 +39,8 @@ use chain::{KeyError, Keys};
 use lane::Lane;
 use queue::Shared;
 use record::Entry;
-pub use record::{Answer, Record, RequestId};
+pub use record::{Answer, Queued, Record, RequestId};
+pub use reply::StoredReply;
 pub use sync::Durability;
 use sync::{Syncs, make_directory, remove_unfinished, sync_all, sync_directory, write_again};
 use writer::Writer;
@@ -184,6 +186,7 @@ struct Handle {
     keys: Arc<Keys>,
     writer: Arc<Mutex<Option<JoinHandle<()>>>>,
     intent_deadline: Duration,
+    begun: u64,
 }
 
 impl std::fmt::Debug for Audit {
@@ -214,7 +217,7 @@ impl Audit {
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
         let (lane, writer) = (shared.new_lane(), Arc::new(Mutex::new(Some(writer))));
         let intent_deadline = options.intent_deadline;
-        Ok(Self(Arc::new(Handle { shared, lane, keys, writer, intent_deadline })))
+        Ok(Self(Arc::new(Handle { shared, lane, keys, writer, intent_deadline, begun: seq })))
     }
 
     /// The same trail, for a worker of its own.
@@ -226,8 +229,14 @@ impl Audit {
         &self.0.shared
     }
 
-    fn keys(&self) -> &Keys {
+    /// The keys of its digests and marks.
+    pub fn keys(&self) -> &Arc<Keys> {
         &self.0.keys
+    }
+
+    /// The number of the last record that the start wrote: what lies before it was there before.
+    pub fn begun(&self) -> u64 {
+        self.0.begun
     }
 
     /// Waits until the record of this number is safe.
@@ -254,6 +263,25 @@ impl Audit {
     /// Records an event of the gateway itself.
     pub fn event(&self, name: &'static str, details: Map<String, Value>) {
         self.shared().event(name, Value::Object(details));
+    }
+
+    /// Verifies what was there before the start, and records the first fault. Takes as long as the trail is long: to be
+    /// called beside everything else.
+    pub fn verify_past(&self, directory: &Path) -> io::Result<()> {
+        let found = recovery::read(directory, self.keys())?;
+        if let Some(fault) = found.faults.iter().find(|fault| fault.seq <= self.begun()) {
+            let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
+            tracing::error!(file, line = fault.line, reason = fault.reason, "the audit trail is damaged");
+            let details =
+                json!({ "what": "damaged", "file": file, "line": fault.line, "reason": fault.reason });
+            self.shared().event("recovery", details);
+        }
+        Ok(())
+    }
+
+    /// Gives an intent that an earlier process left open its outcome.
+    pub fn doubt(&self, id: RequestId) {
+        self.shared().doubt(id.as_str());
     }
 
     /// Whether the last write succeeded.
@@ -295,22 +323,18 @@ pub fn is_live(directory: &Path) -> bool {
     matches!(held, Ok(Err(fs::TryLockError::WouldBlock)))
 }
 
-/// Reads the trail, cuts a torn line off, gives every open intent its outcome, and records all that. One
+/// Reads the end of the trail, cuts a torn line off, gives every intent that is open there its outcome, and records
+/// all that. One
 /// write does it, so that a crash in between leaves either nothing or a torn line for the next start. Returns the
 /// number of the last record, too.
 fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64)> {
     remove_unfinished(&options.directory)?;
-    let found = recovery::read(&options.directory, &keys)?;
+    let found = recovery::read_end(&options.directory, &keys)?;
     let (seq, segment) = found.resume()?;
     let mut batch = Batch::behind(seq);
     if let Some((path, offset, length)) = &found.torn {
         OpenOptions::new().write(true).open(path)?.set_len(*offset)?;
         batch.event("recovery", json!({ "what": "torn line cut off", "bytes": length }));
-    }
-    if let Some(fault) = found.faults.first() {
-        let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
-        let details = json!({ "what": "damaged", "file": file, "line": fault.line, "reason": fault.reason });
-        batch.event("recovery", details);
     }
     if options.durability == Durability::Disk {
         sync_all(&chain::segments(&options.directory)?)?;

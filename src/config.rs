@@ -48,6 +48,8 @@ pub struct Config {
     pub quota: Limit,
     /// The audit trail.
     pub audit: Audit,
+    /// Calls that are repeated.
+    pub idempotency: Idempotency,
     /// The built-in route and those of the file.
     pub routes: Vec<Route>,
     /// Logs.
@@ -361,6 +363,47 @@ pub struct Audit {
     pub segment_size: u64,
     /// The chain's key. `None`: one is made in the directory.
     pub key_file: Option<PathBuf>,
+}
+
+/// `[idempotency]`.
+#[derive(Clone, Debug)]
+pub struct Idempotency {
+    /// How long a key is remembered.
+    pub window: Duration,
+    /// So many keys at once; further ones are refused.
+    pub max_keys: usize,
+    /// Bytes of stored answers that are kept in memory.
+    pub reply_memory: u64,
+    /// What becomes of calls without a key.
+    pub without_key: WithoutKey,
+    /// How long an equal call without a key is looked for.
+    pub fingerprint_window: Duration,
+}
+
+/// What becomes of a call without a key that equals an earlier one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WithoutKey {
+    /// Refused while the first is at work or in doubt; flagged after it succeeded.
+    Guard,
+    /// Refused after it succeeded, too.
+    Block,
+    /// Flagged.
+    Warn,
+    /// Nothing.
+    Off,
+    /// Any call without a key is refused.
+    RequireKey,
+}
+
+impl WithoutKey {
+    /// All, with their words.
+    pub const ALL: [(Self, &str); 5] = [
+        (Self::Guard, "guard"),
+        (Self::Block, "block"),
+        (Self::Warn, "warn"),
+        (Self::Off, "off"),
+        (Self::RequireKey, "require_key"),
+    ];
 }
 
 /// `[[routes]]`.

@@ -14,6 +14,7 @@ use crate::{
     admission::Denied,
     audit::{RequestId, Unavailable},
     contract::{Fault, Violation, body::NotReceived},
+    idempotency::Refused,
     outcome::Outcome,
     rate_limit::Spent,
     route::NoRoute,
@@ -34,6 +35,8 @@ pub enum Stage {
     RateLimit,
     /// The body against the route's contract.
     Contract,
+    /// Whether the same call was made before.
+    Idempotency,
     /// A usable token.
     Token,
     /// The upstream's budget, shared by all callers.
@@ -46,7 +49,7 @@ pub enum Stage {
 
 impl Stage {
     /// How many stages there are.
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 9;
 
     /// All stages, in the order in which a request meets them.
     pub const ALL: [Self; Self::COUNT] = [
@@ -54,6 +57,7 @@ impl Stage {
         Self::Route,
         Self::RateLimit,
         Self::Contract,
+        Self::Idempotency,
         Self::Token,
         Self::Quota,
         Self::Audit,
@@ -67,6 +71,7 @@ impl Stage {
             Self::Route => "route",
             Self::RateLimit => "rate_limit",
             Self::Contract => "contract",
+            Self::Idempotency => "idempotency",
             Self::Token => "token",
             Self::Quota => "quota",
             Self::Audit => "audit",
@@ -116,6 +121,18 @@ pub enum Code {
     BodyNotJson,
     /// The body breaks the route's contract.
     ContractViolation,
+    /// `Idempotency-Key` or `Idempotency-Force` breaks its rules, or a key is needed.
+    IdempotencyKeyInvalid,
+    /// The key stands for another call.
+    IdempotencyMismatch,
+    /// The first call with this key is not over.
+    RequestInProgress,
+    /// Nobody knows what became of the first call with this key.
+    OutcomeUnknown,
+    /// An equal call without a key is at work, or nobody knows what became of it.
+    DuplicateSuspected,
+    /// No key can be taken: too many, or those before the start are still being read.
+    IdempotencyUnavailable,
     /// No usable token, and none came in time.
     TokenUnavailable,
     /// The token endpoint refuses the credential.
@@ -161,6 +178,12 @@ impl Code {
             Self::BodyIncomplete => "body_incomplete",
             Self::BodyNotJson => "body_not_json",
             Self::ContractViolation => "contract_violation",
+            Self::IdempotencyKeyInvalid => "idempotency_key_invalid",
+            Self::IdempotencyMismatch => "idempotency_mismatch",
+            Self::RequestInProgress => "request_in_progress",
+            Self::OutcomeUnknown => "outcome_unknown",
+            Self::DuplicateSuspected => "duplicate_suspected",
+            Self::IdempotencyUnavailable => "idempotency_unavailable",
             Self::TokenUnavailable => "token_unavailable",
             Self::CredentialRefused => "credential_refused",
             Self::QuotaExhausted => "quota_exhausted",
@@ -177,9 +200,12 @@ impl Code {
     /// The status that the caller gets.
     pub const fn status(self) -> StatusCode {
         match self {
-            Self::HeadInvalid | Self::TargetInvalid | Self::BodyIncomplete | Self::BodyNotJson => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::HeadInvalid
+            | Self::TargetInvalid
+            | Self::BodyIncomplete
+            | Self::BodyNotJson
+            | Self::IdempotencyKeyInvalid => StatusCode::BAD_REQUEST,
+            Self::RequestInProgress | Self::OutcomeUnknown | Self::DuplicateSuspected => StatusCode::CONFLICT,
             Self::BrowserRefused | Self::CallerDenied | Self::RouteDenied | Self::OperatorDenied => {
                 StatusCode::FORBIDDEN
             }
@@ -190,7 +216,7 @@ impl Code {
             Self::MediaTypeUnsupported => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::ExpectationFailed => StatusCode::EXPECTATION_FAILED,
             Self::HostUnknown => StatusCode::MISDIRECTED_REQUEST,
-            Self::ContractViolation => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::ContractViolation | Self::IdempotencyMismatch => StatusCode::UNPROCESSABLE_ENTITY,
             Self::RateLimited | Self::QuotaExhausted => StatusCode::TOO_MANY_REQUESTS,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
             Self::CredentialRefused
@@ -199,6 +225,7 @@ impl Code {
             | Self::CredentialRejected => StatusCode::BAD_GATEWAY,
             Self::Draining
             | Self::Overloaded
+            | Self::IdempotencyUnavailable
             | Self::TokenUnavailable
             | Self::AuditUnavailable
             | Self::CallerLeft => StatusCode::SERVICE_UNAVAILABLE,
@@ -230,6 +257,12 @@ impl Code {
             Self::BodyIncomplete => "The body is incomplete",
             Self::BodyNotJson => "The body is not strict JSON",
             Self::ContractViolation => "The body breaks the contract",
+            Self::IdempotencyKeyInvalid => "The idempotency key is not valid",
+            Self::IdempotencyMismatch => "The idempotency key stands for another call",
+            Self::RequestInProgress => "The first call with this key is still at work",
+            Self::OutcomeUnknown => "What became of the call is unknown",
+            Self::DuplicateSuspected => "An equal call was sent before",
+            Self::IdempotencyUnavailable => "No idempotency key can be taken at the moment",
             Self::TokenUnavailable => "No token at the moment",
             Self::CredentialRefused => "The token endpoint refuses the credential",
             Self::QuotaExhausted => "The shared quota is spent",
@@ -255,6 +288,8 @@ pub struct Error {
     pub detail: String,
     /// All violations of the contract.
     pub violations: Vec<Violation>,
+    /// The call that stands in the way.
+    pub first: Option<RequestId>,
     /// When to come back.
     pub retry_after: Option<Duration>,
 }
@@ -268,6 +303,7 @@ impl Error {
             outcome: Outcome::NotSent,
             detail: detail.to_string(),
             violations: Vec::new(),
+            first: None,
             retry_after: busy.then_some(Duration::from_secs(1)),
         }
     }
@@ -292,6 +328,9 @@ impl Error {
             "outcome": self.outcome.as_str(),
             "request_id": request_id.to_string(),
         });
+        if let Some(first) = self.first {
+            problem["first_request_id"] = first.as_str().into();
+        }
         if !self.violations.is_empty() {
             problem["errors"] = self
                 .violations
@@ -370,6 +409,24 @@ impl From<Fault> for Error {
     }
 }
 
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Self {
+        let (code, outcome) = match &refused {
+            Refused::Key(_) | Refused::NoKey => (Code::IdempotencyKeyInvalid, Outcome::NotSent),
+            Refused::Mismatch(_) => (Code::IdempotencyMismatch, Outcome::NotSent),
+            Refused::InProgress(_) => (Code::RequestInProgress, Outcome::Unknown),
+            Refused::Unknown(_) => (Code::OutcomeUnknown, Outcome::Unknown),
+            Refused::Twin(_) => (Code::DuplicateSuspected, Outcome::NotSent),
+            Refused::Full | Refused::Rebuilding => (Code::IdempotencyUnavailable, Outcome::NotSent),
+        };
+        let error = Self { outcome, first: refused.first(), ..Self::not_sent(code, refused) };
+        match code {
+            Code::RequestInProgress => Self { retry_after: Some(Duration::from_secs(1)), ..error },
+            _ => error,
+        }
+    }
+}
+
 impl From<TokenError> for Error {
     fn from(error: TokenError) -> Self {
         match error {
@@ -418,6 +475,10 @@ impl From<Failure> for Error {
             (Code::CredentialRejected, _) => {
                 "the upstream refuses the gateway's token, and a fresh one did not help: the service may not be \
                  purchased, or the account's status may be bad (vendor's page, status 401)"
+            }
+            (Code::OutcomeUnknown, _) => {
+                "the upstream has answered, and that cannot be put on record at the moment: ask again with the same \
+                 Idempotency-Key"
             }
             (_, Outcome::Unknown) => {
                 "the request may have reached the upstream and no clear answer came: look whether the task is \

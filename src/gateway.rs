@@ -22,6 +22,7 @@ use crate::{
     contract::body::receive,
     error::{Code, Error, Stage, spent},
     headers::Inbound,
+    idempotency::{Begun, Call, Idempotency},
     metrics::{Limit, Metrics},
     outcome::Outcome,
     server::connection::Presence,
@@ -40,6 +41,8 @@ pub struct Gateway {
     pub exchanges: Arc<Exchanges>,
     /// The audit trail.
     pub audit: Audit,
+    /// The calls of the window.
+    pub idempotency: Arc<Idempotency>,
     /// The bounds on concurrent work.
     pub bounds: Arc<Bounds>,
     /// The metrics.
@@ -53,6 +56,7 @@ const LINGER_TIME: Duration = Duration::from_secs(1);
 const OUTCOME: HeaderName = HeaderName::from_static("x-gateway-outcome");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-gateway-request-id");
 const ERROR: HeaderName = HeaderName::from_static("x-gateway-error");
+const FIRST: HeaderName = HeaderName::from_static("x-gateway-first-request-id");
 const CALLER_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+json");
 
@@ -85,6 +89,9 @@ impl Gateway {
             }
             Err(error) => {
                 let stage = record.stage();
+                if let Some(first) = error.first {
+                    record.first(first);
+                }
                 record.refuse(error.code, error.code.status().as_u16());
                 self.metrics.refused(stage, error.outcome, error.code, took(begin));
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
@@ -101,8 +108,8 @@ impl Gateway {
     }
 
     /// The way of a request. The order of these lines is the security argument: nothing is looked up for a
-    /// stranger, nothing is read for a caller over its limit, no token is spent on a bad body, and nothing
-    /// leaves before its intent is safe.
+    /// stranger, nothing is read for a caller over its limit, no token is spent on a bad body or on one that was
+    /// sent before, and nothing leaves before its intent is safe.
     async fn proxy(
         &self,
         from: Arrival<'_>,
@@ -133,6 +140,26 @@ impl Gateway {
         record.enter(Stage::Contract);
         let checked = route.contract.check(receive(head, body, state.body).await?)?;
 
+        record.enter(Stage::Idempotency);
+        let digest = self.audit.keys().digest(checked.bytes());
+        let call = Call {
+            caller: &caller.name,
+            route: &route.name,
+            operator: routed.operator,
+            digest: &digest,
+            id: record.id(),
+        };
+        let claim = match self.idempotency.begin(call, head)? {
+            Begun::Claim(claim) => claim,
+            Begun::Replay(replay, first) => {
+                return Ok(replayed(replay.into_reply(route.result.field(), first), first, record));
+            }
+        };
+        let first = claim.first();
+        if let Some(first) = first {
+            record.first(first);
+        }
+
         record.enter(Stage::Token);
         let slot = &state.slots[routed.access.credential];
         let token = from.presence.during(slot.token()).await??;
@@ -144,7 +171,11 @@ impl Gateway {
 
         record.enter(Stage::Audit);
         let connection = from.presence.during(self.pool.reserve()).await??;
-        record.intent(checked.bytes(), &|line| checked.audit_members(line)).await?;
+        let members = |line: &mut Vec<u8>| {
+            checked.audit_members(line);
+            claim.audit_members(line);
+        };
+        record.intent((checked.bytes().len(), &digest), &members).await?;
 
         record.enter(Stage::Upstream);
         let exchange = Exchange {
@@ -157,10 +188,15 @@ impl Gateway {
             token,
             operator: routed.operator.clone(),
             body: checked.bytes().clone(),
+            claim: claim.sent(),
             record: record.take(),
             room,
         };
-        Ok(self.exchanges.run(exchange).await?)
+        let mut reply = self.exchanges.run(exchange).await?;
+        if let Some(first) = first {
+            reply.headers.insert(FIRST, request_id(first));
+        }
+        Ok(reply)
     }
 }
 
@@ -222,6 +258,14 @@ impl Body for Answer {
     }
 }
 
+/// An answer that was given before.
+fn replayed(mut reply: Reply, first: RequestId, record: &mut Record) -> Reply {
+    record.first(first);
+    record.replayed(reply.status.as_u16());
+    reply.headers.insert(FIRST, request_id(first));
+    reply
+}
+
 /// Passes the upstream's reply on.
 fn answer(reply: Reply) -> Response<Answer> {
     let mut response = Response::new(match reply.body {
@@ -242,7 +286,12 @@ fn refuse(error: &Error, stage: Stage, id: RequestId, keep_alive: bool) -> Respo
     headers.insert(header::CONTENT_TYPE, PROBLEM);
     headers.insert(OUTCOME, HeaderValue::from_static(error.outcome.as_str()));
     headers.insert(ERROR, HeaderValue::from_static(error.code.as_str()));
-    if let Some(wait) = error.retry_after.filter(|_| error.outcome != Outcome::Unknown) {
+    if let Some(first) = error.first {
+        headers.insert(FIRST, request_id(first));
+    }
+    // Clients obey it, and a call whose outcome is unknown must not be repeated; but with the key of one at work it may.
+    let may_repeat = error.outcome != Outcome::Unknown || error.code == Code::RequestInProgress;
+    if let Some(wait) = error.retry_after.filter(|_| may_repeat) {
         headers.insert(header::RETRY_AFTER, whole_seconds(wait).into());
     }
     if error.code == Code::MethodNotAllowed {

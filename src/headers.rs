@@ -65,6 +65,10 @@ pub struct Inbound<'a> {
     pub caller_id: Once<'a>,
     /// `traceparent`.
     pub traceparent: Once<'a>,
+    /// `Idempotency-Key`.
+    pub idempotency_key: Once<'a>,
+    /// `Idempotency-Force`.
+    pub idempotency_force: Once<'a>,
     /// `Expect: 100-continue`.
     pub expects_continue: bool,
     /// Any other `Expect`.
@@ -135,6 +139,8 @@ impl<'a> Inbound<'a> {
             "x-userid" => self.operator.note(value),
             "x-request-id" => self.caller_id.note(value),
             "traceparent" => self.traceparent.note(value),
+            "idempotency-key" => self.idempotency_key.note(value),
+            "idempotency-force" => self.idempotency_force.note(value),
             _ => self.credentials += usize::from(looks_like_credential(name)),
         }
     }

@@ -3,7 +3,7 @@
 //! # The way of a request
 //!
 //! The modules stand in the order in which a request meets them. [`server`] accepts a connection,
-//! [`gateway`] walks the request through eight stages, in one straight function:
+//! [`gateway`] walks the request through nine stages, in one straight function:
 //!
 //! | stage | decides | module |
 //! |---|---|---|
@@ -11,6 +11,7 @@
 //! | route | which route, may this caller use it, as this operator | [`route`] |
 //! | rate_limit | the caller's own limit | [`rate_limit`] |
 //! | contract | the whole body against the route's contract | [`contract`] |
+//! | idempotency | was the same call made before | [`idempotency`] |
 //! | token | a usable token | [`token`] |
 //! | quota | the upstream's budget | [`rate_limit`] |
 //! | audit | connection reserved, intent made safe | [`audit`], [`upstream::pool`] |
@@ -32,7 +33,8 @@ pub mod admission; // stage 1: room, and who calls
 pub mod route; // stage 2: exact path and method, caller, operator
 pub mod rate_limit; // stages 3 and 7: GCRA
 pub mod contract; // stage 4: body to CheckedBody
-pub mod token; // stage 5: the slot
+pub mod idempotency; // stage 5: the same call twice is one task
+pub mod token; // stage 6: the slot
 pub mod audit; // stage 8: record, chain, recovery
 pub mod headers; // what goes out and what comes back
 pub mod upstream; // stage 9: pool, exchange, classification

@@ -48,6 +48,7 @@ pub struct Metrics {
     connections_closed: IntCounterVec,
     connections: IntGauge,
     in_flight: IntGauge,
+    keys: IntGauge,
 }
 
 /// The metrics of the parts, made in the same registry.
@@ -98,6 +99,7 @@ impl Metrics {
         registry.register(Box::new(duration.clone()))?;
         let connections = gauge("connections", "Open caller connections.")?;
         let in_flight = gauge("requests_in_flight", "Requests between head and answer.")?;
+        let keys = gauge("idempotency_keys", "Idempotency-Keys that are remembered.")?;
         let parts = Parts { token: token::Metrics::new(&registry)?, pool: pool::Metrics::new(&registry)? };
         let audit = audit::Metrics::new(&registry)?;
         let metrics = Self {
@@ -110,6 +112,7 @@ impl Metrics {
             connections_closed,
             connections,
             in_flight,
+            keys,
         };
         Ok((metrics, parts, audit))
     }
@@ -120,9 +123,10 @@ impl Metrics {
         self.duration.observe(took.as_secs_f64());
     }
 
-    /// An answer of the upstream was passed on.
+    /// An answer of the upstream was passed on, now or again.
     pub fn replied(&self, outcome: Outcome, took: Duration) {
-        let labels = [Stage::Upstream.as_str(), outcome.as_str(), ""];
+        let stage = if outcome == Outcome::Replayed { Stage::Idempotency } else { Stage::Upstream };
+        let labels = [stage.as_str(), outcome.as_str(), ""];
         let handle = &self.replied[outcome as usize];
         handle.get_or_init(|| self.requests.with_label_values(&labels)).inc();
         self.duration.observe(took.as_secs_f64());
@@ -146,9 +150,10 @@ impl Metrics {
     }
 
     /// The text format.
-    pub fn render(&self, bounds: &Bounds) -> Result<Vec<u8>, prometheus::Error> {
+    pub fn render(&self, bounds: &Bounds, keys: usize) -> Result<Vec<u8>, prometheus::Error> {
         self.connections.set(i64::try_from(bounds.connections()).unwrap_or(i64::MAX));
         self.in_flight.set(i64::try_from(bounds.in_flight()).unwrap_or(i64::MAX));
+        self.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)

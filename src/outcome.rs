@@ -24,11 +24,14 @@ pub enum Outcome {
     Refused,
     /// Bytes may have arrived and no clear answer came. Repeat only after a look.
     Unknown,
+    /// The stored answer of the first call with the same `Idempotency-Key`. No need to repeat.
+    Replayed,
 }
 
 impl Outcome {
     /// All outcomes, in the order in which the documentation lists them.
-    pub const ALL: [Self; 5] = [Self::NotSent, Self::Succeeded, Self::Failed, Self::Refused, Self::Unknown];
+    pub const ALL: [Self; 6] =
+        [Self::NotSent, Self::Succeeded, Self::Failed, Self::Refused, Self::Unknown, Self::Replayed];
 
     /// The word used in headers, audit records and metric labels.
     pub const fn as_str(self) -> &'static str {
@@ -38,6 +41,7 @@ impl Outcome {
             Self::Failed => "failed",
             Self::Refused => "refused",
             Self::Unknown => "unknown",
+            Self::Replayed => "replayed",
         }
     }
 }
@@ -84,6 +88,11 @@ impl ResultRule {
     /// Success is a top-level member `field` with one of these values.
     pub fn new(field: &str, success: &[String]) -> Self {
         Self { field: field.to_owned(), success: success.to_vec() }
+    }
+
+    /// The member of a reply that holds the result code.
+    pub fn field(&self) -> &str {
+        &self.field
     }
 
     /// Classifies a reply that arrived. A reply that broke off before its end is not for here: unknown.

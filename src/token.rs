@@ -1,4 +1,4 @@
-//! Stage 5: a usable token from the slot of the route's credential.
+//! Stage 6: a usable token from the slot of the route's credential.
 //!
 //! One slot per credential, read without a lock. One task per credential, on the background runtime,
 //! fetches; all waiters share what it brings, and a caller that goes away cancels nothing. Guarantees that a

@@ -30,10 +30,11 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use crate::{
     admission::Room,
-    audit::{Answer, Record},
+    audit::{Answer, Record, StoredReply},
     clock,
     error::Code,
     headers::{Outbound, clean_reply},
+    idempotency::{Claim, Pending},
     outcome::{Outcome, Reply as Judged, Verdict},
     rate_limit::Limiter,
     route::Route,
@@ -92,6 +93,8 @@ pub struct Exchange {
     pub body: Bytes,
     /// The request's record; its intent is safe.
     pub record: Record,
+    /// Its right to be sent.
+    pub claim: Claim,
     /// The request's place under the bound on concurrent work.
     pub room: Room,
 }
@@ -143,6 +146,9 @@ pub struct Failure {
     /// When the caller may come back, where repeating is safe.
     pub retry_after: Option<Duration>,
 }
+
+/// What the caller is to be told, and what must be safe before.
+type Told = (Result<Reply, Failure>, Option<Pending>);
 
 /// How far an exchange got, for the case that it ends without an answer.
 #[derive(Debug)]
@@ -253,14 +259,14 @@ impl Exchange {
     }
 
     /// Classifies an answer, records the outcome and hands the answer on.
-    fn conclude(self, arrived: Arrived, attempts: u32, deadline: Instant) -> Result<Reply, Failure> {
+    fn conclude(self, arrived: Arrived, attempts: u32, deadline: Instant) -> Told {
         let Arrived { status, mut headers, body, rest } = arrived;
         let judged = Judged { status, headers: &headers, body: &body, truncated: rest.is_some() };
         let Verdict { outcome, result_code } = self.route.result.classify(judged);
         // A proxy in front can answer anything; a result code comes from behind the check of the token.
         let answered_by_business = result_code.is_some();
         let rejected = status == StatusCode::UNAUTHORIZED || self.is_refusal(status);
-        let answer = Answer {
+        let mut answer = Answer {
             outcome,
             code: rejected.then_some(Code::CredentialRejected),
             status: Some(if rejected { Code::CredentialRejected.status() } else { status }.as_u16()),
@@ -269,46 +275,68 @@ impl Exchange {
             attempts,
             token_generation: self.token.generation(),
             note: None,
+            reply: None,
         };
         if rejected {
-            self.record.finish(&Answer { outcome: Outcome::Refused, ..answer });
+            let pending = self.claim.finish(self.record, &Answer { outcome: Outcome::Refused, ..answer });
             let retry_after = Some(self.cooldown.remaining().unwrap_or(DEFAULT_RETRY));
-            return Err(Failure { code: Code::CredentialRejected, outcome: Outcome::Refused, retry_after });
+            let failure = Failure { code: Code::CredentialRejected, outcome: Outcome::Refused, retry_after };
+            return (Err(failure), pending);
+        }
+        if self.claim.is_keyed() && matches!(outcome, Outcome::Succeeded | Outcome::Failed) {
+            answer.reply = Some(Arc::new(self.stored(status, &headers, &body, &answer, rest.is_none())));
         }
         if answered_by_business {
             self.cooldown.accepted();
         }
         clean_reply(&mut headers);
         settle_retry_after(outcome, &mut headers);
+        let mut pending = None;
         let body = match rest {
             None => {
                 if !states_length(&headers, &body) {
                     headers.remove(header::CONTENT_LENGTH);
                 }
-                self.record.finish(&answer);
+                pending = self.claim.finish(self.record, &answer);
                 self.connection.give_back();
                 ReplyBody::Whole(body)
             }
             Some(rest) => {
                 let (sender, receiver) = mpsc::channel(1);
-                let open = Some((self.record, answer));
+                let open = Some((self.record, answer, self.claim));
                 let tail = Tail { rest, sender: Some(sender), open, _room: self.room };
                 tokio::spawn(tail.run(body, self.connection, deadline));
                 ReplyBody::Long(receiver)
             }
         };
-        Ok(Reply { status, headers, body, outcome })
+        (Ok(Reply { status, headers, body, outcome }), pending)
+    }
+
+    /// What is kept of a reply.
+    fn stored(
+        &self,
+        status: StatusCode,
+        headers: &HeaderMap,
+        body: &Bytes,
+        answer: &Answer,
+        whole: bool,
+    ) -> StoredReply {
+        let stored = if whole { StoredReply::new(status.as_u16(), headers, body) } else { None };
+        stored.unwrap_or_else(|| {
+            let code = answer.result_code.as_deref();
+            StoredReply::without_body(status.as_u16(), self.route.result.field(), code, self.record.id())
+        })
     }
 
     /// Records an exchange that brought no answer.
-    fn fail(self, progress: &Progress, code: Code) -> Failure {
+    fn fail(self, progress: &Progress, code: Code) -> Told {
         let sent = self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
             (false, Some(_)) => (Code::CredentialRejected, Outcome::Refused),
             (false, None) => (Code::UpstreamUnreachable, Outcome::NotSent),
         };
-        self.record.finish(&Answer {
+        let answer = Answer {
             outcome,
             code: Some(code),
             status: Some(code.status().as_u16()),
@@ -317,9 +345,11 @@ impl Exchange {
             attempts: progress.answered + u32::from(sent),
             token_generation: self.token.generation(),
             note: None,
-        });
+            reply: None,
+        };
+        let pending = self.claim.finish(self.record, &answer);
         let retry_after = (outcome == Outcome::Refused).then_some(DEFAULT_RETRY);
-        Failure { code, outcome, retry_after }
+        (Err(Failure { code, outcome, retry_after }), pending)
     }
 }
 
@@ -334,7 +364,7 @@ fn settle_retry_after(outcome: Outcome, headers: &mut HeaderMap) {
         Outcome::Refused if !headers.contains_key(header::RETRY_AFTER) => {
             headers.insert(header::RETRY_AFTER, DEFAULT_RETRY.as_secs().into());
         }
-        Outcome::Refused | Outcome::NotSent | Outcome::Succeeded | Outcome::Failed => {}
+        Outcome::Refused | Outcome::NotSent | Outcome::Succeeded | Outcome::Failed | Outcome::Replayed => {}
     }
 }
 
@@ -383,8 +413,8 @@ struct Tail {
     rest: Incoming,
     /// `None` once the caller is gone or does not take what comes.
     sender: Option<mpsc::Sender<Piece>>,
-    /// The record and what it will say; `None` once it is closed.
-    open: Option<(Record, Answer)>,
+    /// The record, what it will say, and the claim; `None` once they are closed.
+    open: Option<(Record, Answer, Claim)>,
     _room: Room,
 }
 
@@ -399,13 +429,22 @@ impl Tail {
                     self.hand_on(Piece::More(std::mem::replace(&mut held, data)), deadline).await;
                 }
                 Ok(None) => {
-                    self.close(self.not_taken());
+                    let pending = self.close(self.not_taken());
                     connection.give_back();
+                    if let Some(pending) = pending
+                        && !pending.is_safe_by(deadline).await
+                    {
+                        return; // the caller sees the reply break off, and asks again with its key
+                    }
                     return self.hand_on(Piece::Last(held), deadline).await;
                 }
                 Ok(Some(Err(_))) | Err(_) => {
                     let broken = "the reply broke off behind its first 64 KiB";
-                    return self.close(self.not_taken().or(Some(broken)));
+                    let pending = self.close(self.not_taken().or(Some(broken)));
+                    if let Some(pending) = pending {
+                        pending.is_safe_by(deadline).await;
+                    }
+                    return;
                 }
             }
         }
@@ -423,17 +462,16 @@ impl Tail {
         }
     }
 
-    fn close(&mut self, note: Option<&'static str>) {
-        if let Some((record, answer)) = self.open.take() {
-            record.finish(&Answer { note, ..answer });
-        }
+    fn close(&mut self, note: Option<&'static str>) -> Option<Pending> {
+        let (record, answer, claim) = self.open.take()?;
+        claim.finish(record, &Answer { note, ..answer })
     }
 }
 
 /// Cut off by a stop: what the caller was told is what the record says.
 impl Drop for Tail {
     fn drop(&mut self) {
-        self.close(Some("the gateway stopped while the reply was passed on"));
+        drop(self.close(Some("the gateway stopped while the reply was passed on")));
     }
 }
 
@@ -455,11 +493,15 @@ impl Exchanges {
             let mut timer = exchange.connection.take_timer();
             let arrived = timer.until(deadline, pin!(exchange.attempts(&mut progress))).await;
             exchange.connection.keep_timer(timer);
-            match arrived {
+            let (told, pending) = match arrived {
                 Some(Ok(arrived)) => exchange.conclude(arrived, progress.answered, deadline),
-                Some(Err(Broken::Unreachable)) => Err(exchange.fail(&progress, Code::UpstreamUnreachable)),
-                Some(Err(Broken::BrokeOff)) => Err(exchange.fail(&progress, Code::UpstreamBroken)),
-                None => Err(exchange.fail(&progress, Code::UpstreamTimeout)),
+                Some(Err(Broken::Unreachable)) => exchange.fail(&progress, Code::UpstreamUnreachable),
+                Some(Err(Broken::BrokeOff)) => exchange.fail(&progress, Code::UpstreamBroken),
+                None => exchange.fail(&progress, Code::UpstreamTimeout),
+            };
+            match pending {
+                None => told,
+                Some(pending) => Box::pin(pending.settle(told, deadline)).await,
             }
         };
         let future = match self.boxes().pop() {

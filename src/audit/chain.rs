@@ -17,6 +17,9 @@ const HASH: &[u8] = b",\"hash\":\"";
 /// A record's hash.
 pub type Hash = [u8; 32];
 
+/// The keyed digest of something that is to be recognised, cut to 128 bits.
+pub type Mark = [u8; 16];
+
 /// A record's hash, and the same in hex: it is needed twice, in its own line and in the next.
 #[derive(Clone, Debug)]
 pub struct Link {
@@ -31,10 +34,11 @@ impl Link {
     }
 }
 
-/// The key of a chain, and the one derived from it for digests of bodies.
+/// The key of a chain, and those derived from it for digests of bodies and for marks.
 pub struct Keys {
     chain: Hmac<Sha256>,
     digest: Hmac<Sha256>,
+    mark: Hmac<Sha256>,
 }
 
 /// Why there is no key.
@@ -57,7 +61,8 @@ impl Keys {
         }
         let chain = keyed(&bytes);
         let digest = keyed(&hmac(&chain, &[b"ccsqm-gateway digest of bodies"]));
-        Ok(Self { chain, digest })
+        let mark = keyed(&hmac(&chain, &[b"ccsqm-gateway marks"]));
+        Ok(Self { chain, digest, mark })
     }
 
     /// Reads the key of a directory, making a random one if there is none.
@@ -69,9 +74,19 @@ impl Keys {
         Self::load(&path)
     }
 
-    /// The keyed digest of a body, in hex.
-    pub fn digest(&self, body: &[u8]) -> [u8; 64] {
-        to_hex(&hmac(&self.digest, &[body]))
+    /// The keyed digest of a body.
+    pub fn digest(&self, body: &[u8]) -> Hash {
+        hmac(&self.digest, &[body])
+    }
+
+    /// The mark of some parts, each with its length in front, so that none runs into the next.
+    pub fn mark(&self, parts: &[&[u8]]) -> Mark {
+        let lengths: Vec<_> = parts.iter().map(|part| (part.len() as u64).to_be_bytes()).collect();
+        let parts: Vec<&[u8]> =
+            lengths.iter().zip(parts).flat_map(|(length, part)| [&length[..], part]).collect();
+        let mut mark = Mark::default();
+        mark.copy_from_slice(&hmac(&self.mark, &parts)[..16]);
+        mark
     }
 
     /// The hash of a record: `bytes` are those before `,"hash":`.
@@ -129,11 +144,19 @@ fn split(line: &[u8]) -> Option<(&[u8], &[u8])> {
 /// The stated hash of a line, unchecked.
 pub fn stated(line: &[u8]) -> Option<Hash> {
     let (_, stated) = split(line)?;
-    let mut hash = [0; 32];
-    for (byte, pair) in hash.iter_mut().zip(stated.chunks(2)) {
+    parse_hex(std::str::from_utf8(stated).ok()?)
+}
+
+/// Bytes from just so many hex digits.
+pub fn parse_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let mut bytes = [0; N];
+    if text.len() != 2 * N {
+        return None;
+    }
+    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
         *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
     }
-    Some(hash)
+    Some(bytes)
 }
 
 /// The key file of a directory.
@@ -173,7 +196,7 @@ static HEX: [[u8; 2]; 256] = {
     pairs
 };
 
-fn to_hex(hash: &Hash) -> [u8; 64] {
+pub(super) fn to_hex(hash: &Hash) -> [u8; 64] {
     let mut text = [0; 64];
     for (pair, byte) in text.chunks_exact_mut(2).zip(hash) {
         pair.copy_from_slice(&HEX[usize::from(*byte)]);

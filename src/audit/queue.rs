@@ -76,7 +76,7 @@ struct Queue {
 /// The refusals of the present second.
 struct Folds {
     since: Instant,
-    kinds: HashMap<(Who, Code), Fold>,
+    kinds: HashMap<(Who, Option<Code>), Fold>,
     strangers: usize,
     /// Refusals that were not recorded since the last record that says so.
     unrecorded: u64,
@@ -165,6 +165,13 @@ impl Shared {
         self.filled(queue);
     }
 
+    /// Queues the outcome of an intent that an earlier process left open.
+    pub(super) fn doubt(&self, id: &str) {
+        let mut queue = self.lock();
+        queue.batch.push(&Entry::Doubt { id });
+        self.filled(queue);
+    }
+
     /// Returns the number of the record.
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
         let mut queue = self.lock();
@@ -178,16 +185,18 @@ impl Shared {
         Ok(seq)
     }
 
-    pub(super) fn push_outcome(&self, entry: &Entry<'_>) {
+    /// Returns the number of the record.
+    pub(super) fn push_outcome(&self, entry: &Entry<'_>) -> u64 {
         let mut queue = self.lock();
         queue.reserved = queue.reserved.saturating_sub(1);
-        queue.batch.push(entry);
+        let seq = queue.batch.push(entry);
         self.filled(queue);
+        seq
     }
 
     /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
     /// outcomes.
-    pub(super) fn push_refusal(&self, facts: Box<Facts>, code: Code, status: u16) {
+    pub(super) fn push_refusal(&self, facts: Box<Facts>, code: Option<Code>, status: u16) {
         let mut queue = self.lock();
         if queue.folds.since.elapsed() >= SECOND {
             queue.fold_up(&self.metrics);
@@ -343,7 +352,7 @@ impl Folds {
     }
 
     /// The kind under which a refusal is folded.
-    fn place(&mut self, who: Who, code: Code) -> Who {
+    fn place(&mut self, who: Who, code: Option<Code>) -> Who {
         if matches!(who, Who::Caller(_)) || self.kinds.contains_key(&(who.clone(), code)) {
             return who;
         }

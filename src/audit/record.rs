@@ -7,7 +7,8 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::{
-    Audit, Kind, Unavailable,
+    Audit, Kind, StoredReply, Unavailable,
+    chain::{Hash, to_hex},
     line::{Line, Second},
     queue::Who,
 };
@@ -24,14 +25,25 @@ pub struct RequestId([u8; 36]);
 
 impl RequestId {
     fn new() -> Self {
-        let mut text = [0; 36];
-        Uuid::now_v7().hyphenated().encode_lower(&mut text);
-        Self(text)
+        Uuid::now_v7().into()
+    }
+
+    /// The same in 16 bytes.
+    pub fn uuid(&self) -> Uuid {
+        Uuid::try_parse_ascii(&self.0).unwrap_or_default()
     }
 
     /// Its text.
     pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+impl From<Uuid> for RequestId {
+    fn from(id: Uuid) -> Self {
+        let mut text = [0; 36];
+        id.hyphenated().encode_lower(&mut text);
+        Self(text)
     }
 }
 
@@ -89,6 +101,22 @@ pub struct Answer {
     pub token_generation: u64,
     /// What else is to be said.
     pub note: Option<&'static str>,
+    /// What is kept of the reply, if the call has a key.
+    pub reply: Option<Arc<StoredReply>>,
+}
+
+/// A record that waits to be written.
+#[derive(Debug)]
+pub struct Queued {
+    audit: Audit,
+    seq: u64,
+}
+
+impl Queued {
+    /// Waits until it is safe, for as long as an intent may take.
+    pub async fn is_safe(&self) -> bool {
+        self.audit.safe(self.seq).await.is_ok()
+    }
 }
 
 /// A record to be written.
@@ -121,7 +149,8 @@ pub(super) struct Refusal {
     /// Of the first one, in microseconds since 1970.
     pub(super) time: u64,
     pub(super) facts: Box<Facts>,
-    pub(super) code: Code,
+    /// `None`: it was answered from what is stored.
+    pub(super) code: Option<Code>,
     pub(super) status: u16,
     pub(super) count: u64,
     /// It counts refusals of several peers, of which the facts name the first.
@@ -137,6 +166,8 @@ pub(super) struct Facts {
     traceparent: Option<HeaderValue>,
     route: Option<Arc<str>>,
     operator: Option<HeaderValue>,
+    /// An earlier call that this one repeats, or meets.
+    first: Option<RequestId>,
     stage: Stage,
     /// In nanoseconds of this process.
     entered: u64,
@@ -161,6 +192,7 @@ impl Record {
             traceparent: None,
             route: None,
             operator: None,
+            first: None,
             stage: Stage::Admission,
             entered: clock::nanos(),
             spent: [0; Stage::COUNT],
@@ -211,6 +243,11 @@ impl Record {
         self.set(|facts| facts.operator = Some(id));
     }
 
+    /// The earlier call that this one repeats, or meets.
+    pub fn first(&mut self, id: RequestId) {
+        self.set(|facts| facts.first = Some(id));
+    }
+
     fn set(&mut self, change: impl FnOnce(&mut Facts)) {
         if let Some(facts) = &mut self.open {
             change(facts);
@@ -222,8 +259,10 @@ impl Record {
         let Some(mut facts) = self.open.take() else { return };
         facts.enter(self.stage);
         match self.step {
-            Step::Open | Step::Taken => self.audit.shared().push_refusal(facts, code, status),
-            Step::Intended => self.outcome(&facts, &Answer::without_reply(Outcome::NotSent, code, status)),
+            Step::Open | Step::Taken => self.audit.shared().push_refusal(facts, Some(code), status),
+            Step::Intended => {
+                self.outcome(&facts, &Answer::without_reply(Outcome::NotSent, code, status));
+            }
             Step::Exchanged => {
                 let answer = Answer::without_reply(Outcome::Unknown, code, status);
                 self.outcome(&facts, &Answer { note: Some("cut off"), ..answer });
@@ -231,26 +270,38 @@ impl Record {
         }
     }
 
-    fn outcome(&self, facts: &Facts, answer: &Answer) {
-        self.audit.shared().push_outcome(&Entry::Outcome { facts, answer });
+    /// Closes the record of a request that was answered from what is stored.
+    pub fn replayed(&mut self, status: u16) {
+        if let Some(mut facts) = self.open.take() {
+            facts.enter(self.stage);
+            self.audit.shared().push_refusal(facts, None, status);
+        }
     }
 
-    /// Queues the intent and waits until it is safe. `members` writes further members of the record, as JSON
+    fn outcome(&self, facts: &Facts, answer: &Answer) -> u64 {
+        self.audit.shared().push_outcome(&Entry::Outcome { facts, answer })
+    }
+
+    /// Queues the intent of a body of this size and digest, and waits until it is safe. `members` writes further members of the record, as JSON
     /// text with a comma in front.
     pub fn intent<'a>(
         &'a mut self,
-        body: &[u8],
+        (body_size, digest): (usize, &Hash),
         members: &dyn Fn(&mut Vec<u8>),
     ) -> impl Future<Output = Result<(), Unavailable>> + use<'a> {
         // Not within the future, which would carry the arguments along.
-        let queued = self.queue_intent(body, members);
+        let queued = self.queue_intent(body_size, digest, members);
         async move { self.audit.safe(queued?).await }
     }
 
-    fn queue_intent(&mut self, body: &[u8], members: &dyn Fn(&mut Vec<u8>)) -> Result<u64, Unavailable> {
+    fn queue_intent(
+        &mut self,
+        body_size: usize,
+        digest: &Hash,
+        members: &dyn Fn(&mut Vec<u8>),
+    ) -> Result<u64, Unavailable> {
         let facts = self.open.as_ref().ok_or(Unavailable)?;
-        let digest = self.audit.keys().digest(body);
-        let entry = Entry::Intent { facts, body_size: body.len(), digest: &digest, members };
+        let entry = Entry::Intent { facts, body_size, digest: &to_hex(digest), members };
         let queued = self.audit.shared().push_intent(&entry)?;
         self.step = Step::Intended;
         Ok(queued)
@@ -270,11 +321,11 @@ impl Record {
     }
 
     /// Closes the record with the outcome of its exchange.
-    pub fn finish(mut self, answer: &Answer) {
-        if let Some(mut facts) = self.open.take() {
-            facts.enter(self.stage);
-            self.outcome(&facts, answer);
-        }
+    pub fn finish(mut self, answer: &Answer) -> Option<Queued> {
+        let mut facts = self.open.take()?;
+        facts.enter(self.stage);
+        let seq = self.outcome(&facts, answer);
+        Some(Queued { audit: self.audit.clone(), seq })
     }
 }
 
@@ -297,6 +348,7 @@ impl Answer {
             attempts: 0,
             token_generation: 0,
             note: None,
+            reply: None,
         }
     }
 }
@@ -324,6 +376,9 @@ impl Facts {
         if let Some(operator) = &self.operator {
             line.word(",\"operator\":\"", operator);
         }
+        if let Some(first) = &self.first {
+            line.word(",\"first\":\"", first.0);
+        }
         line.optional(",\"caller_id\":", self.caller_id.as_ref());
         line.optional(",\"traceparent\":", self.traceparent.as_ref());
     }
@@ -347,6 +402,7 @@ impl Facts {
             "\"route\":",
             "\"rate_limit\":",
             "\"contract\":",
+            "\"idempotency\":",
             "\"token\":",
             "\"quota\":",
             "\"audit\":",
@@ -417,8 +473,9 @@ impl Entry<'_> {
 impl Refusal {
     fn write(&self, line: &mut Line<'_>) {
         self.facts.write(line);
-        line.word(",\"outcome\":\"", Outcome::NotSent.as_str());
-        line.word(",\"code\":\"", self.code.as_str());
+        let outcome = if self.code.is_some() { Outcome::NotSent } else { Outcome::Replayed };
+        line.word(",\"outcome\":\"", outcome.as_str());
+        line.optional(",\"code\":", self.code.map(Code::as_str));
         line.word(",\"stage\":\"", self.facts.stage.as_str());
         line.number(",\"status\":", u64::from(self.status));
         if self.count > 1 {
@@ -443,5 +500,8 @@ impl Answer {
         line.number(",\"attempts\":", u64::from(self.attempts));
         line.number(",\"token_generation\":", self.token_generation);
         line.optional(",\"note\":", self.note);
+        if let Some(reply) = &self.reply {
+            line.any("reply", &**reply);
+        }
     }
 }

@@ -1,5 +1,8 @@
 //! Reads the trail: recovery at start, `audit verify`, `audit in-doubt`, `audit head`.
 //!
+//! A start reads the end of the trail only, so that it serves at once; all of it is verified beside that, and read for
+//! what was left open (`idempotency::rebuild`).
+//!
 //! A crash leaves traces that are no faults. The last write may be cut short; and if the machine crashed, those
 //! pages of it that did not reach the disk read as zeros. Nothing of that was safe. A batch whose fdatasync
 //! failed stands twice, if nobody came to cut it off: at the end of one segment and, proven, at the beginning of
@@ -14,7 +17,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::chain::{Hash, Keys, first_seq, lines, segments, stated};
+use super::chain::{Hash, Keys, first_seq, lines, parse_hex, segments, stated};
 
 /// No record has so high a number; a line that states one is no place to go on from.
 const MAX_SEQ: u64 = 1 << 60;
@@ -78,10 +81,35 @@ struct Head {
     id: Option<String>,
 }
 
+/// How a segment begins.
+#[derive(Deserialize)]
+struct Begin<'a> {
+    seq: u64,
+    prev: &'a str,
+}
+
 /// Reads all segments of a directory.
 pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
-    let mut found = Found::default();
+    read_segments(&segments(directory)?, Found::default(), keys)
+}
+
+/// Reads the last two segments of a directory, which is where a crash leaves its traces. What lies before them is
+/// believed.
+pub(super) fn read_end(directory: &Path, keys: &Keys) -> io::Result<Found> {
     let segments = segments(directory)?;
+    let end = &segments[segments.len().saturating_sub(2)..];
+    let mut found = Found::default();
+    if let Some(path) = end.first().filter(|_| segments.len() > 2)
+        && let Some(line) = lines(path)?.next().transpose()?
+        && let Ok(Begin { seq, prev }) = serde_json::from_slice(&line.bytes)
+        && let Some(hash) = parse_hex(prev)
+    {
+        (found.seq, found.hash) = (seq.saturating_sub(1), hash);
+    }
+    read_segments(end, found, keys)
+}
+
+fn read_segments(segments: &[PathBuf], mut found: Found, keys: &Keys) -> io::Result<Found> {
     for (index, path) in segments.iter().enumerate() {
         found.last = Some((path.clone(), 0));
         match segments.get(index + 1) {

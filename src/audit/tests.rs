@@ -35,7 +35,9 @@ fn options(directory: &Path) -> Options {
 }
 
 fn start(options: &Options) -> Audit {
-    Audit::start(options, metrics()).unwrap()
+    let audit = Audit::start(options, metrics()).unwrap();
+    audit.verify_past(&options.directory).unwrap();
+    audit
 }
 
 fn metrics() -> Metrics {
@@ -52,7 +54,7 @@ fn record(audit: &Audit) -> Record {
 async fn intended(audit: &Audit) -> Record {
     let mut record = record(audit);
     record.enter(Stage::Audit);
-    record.intent(b"{}", &|line| line.extend_from_slice(b",\"task\":7")).await.unwrap();
+    record.intent((2, &[0; 32]), &|line| line.extend_from_slice(b",\"task\":7")).await.unwrap();
     record
 }
 
@@ -66,6 +68,7 @@ fn answer() -> Answer {
         attempts: 1,
         token_generation: 3,
         note: None,
+        reply: None,
     }
 }
 
@@ -473,7 +476,7 @@ async fn a_panic_in_the_middle_of_a_record_leaves_nothing_of_it_in_the_trail() {
         line.extend_from_slice(b",\"half");
         panic!("on purpose");
     };
-    let begun = std::panic::AssertUnwindSafe(|| drop(broken.intent(b"{}", &panics)));
+    let begun = std::panic::AssertUnwindSafe(|| drop(broken.intent((2, &[0; 32]), &panics)));
     assert!(std::panic::catch_unwind(begun).is_err());
     broken.refuse(Code::Internal, 500);
     intended(&audit).await.take().finish(&answer());
@@ -510,7 +513,7 @@ impl Stuck {
 
 /// Begins an intent; true if it was queued, so that it waits.
 fn begins_to_wait(record: &mut Record) -> bool {
-    let mut intent = pin!(record.intent(b"{}", &|_| ()));
+    let mut intent = pin!(record.intent((2, &[0; 32]), &|_| ()));
     intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
 }
 
@@ -524,8 +527,9 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
     let stuck = Stuck::new(folder.path());
     let members = format!(",\"inspectors\":\"{}\"", "1".repeat(MEMBERS));
     let queue = |record: &mut Record| {
-        let mut intent =
-            pin!(record.intent(b"{}", &|line: &mut Vec<u8>| line.extend_from_slice(members.as_bytes())));
+        let mut intent = pin!(
+            record.intent((2, &[0; 32]), &|line: &mut Vec<u8>| line.extend_from_slice(members.as_bytes()))
+        );
         intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
     };
     let mut records: Vec<_> = (0..64).map(|_| record(&audit)).collect();
@@ -536,7 +540,7 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
     stuck.release();
     drop(records);
     let again = async {
-        while record(&audit).intent(b"{}", &|_| ()).await.is_err() {
+        while record(&audit).intent((2, &[0; 32]), &|_| ()).await.is_err() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
@@ -555,7 +559,7 @@ async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_no
 
     let mut late = record(&audit);
     let begun = Instant::now();
-    assert_eq!(late.intent(b"{}", &|_| ()).await, Err(Unavailable));
+    assert_eq!(late.intent((2, &[0; 32]), &|_| ()).await, Err(Unavailable));
     assert!((deadline..deadline * 4).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     late.refuse(Code::AuditUnavailable, 503);
     let mut left = record(&audit);
@@ -601,7 +605,7 @@ async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() 
     }
     assert_eq!(audit.shared().metrics.dropped.get(), 101, "the one that found no room, and the others");
     let ids: Vec<_> = in_flight.iter().chain(&waiting).map(|r| json!({ "id": r.id().to_string() })).collect();
-    in_flight.drain(..).for_each(|record| record.finish(&answer()));
+    in_flight.drain(..).for_each(|record| drop(record.finish(&answer())));
     waiting.clear();
 
     stuck.release();
@@ -721,7 +725,7 @@ async fn in_a_directory_that_was_replaced_nothing_is_written() {
     fs::create_dir(&directory).unwrap();
     fs::write(directory.join("lock"), "").unwrap();
     let mut late = record(&audit);
-    assert_eq!(late.intent(b"{}", &|_| ()).await, Err(Unavailable));
+    assert_eq!(late.intent((2, &[0; 32]), &|_| ()).await, Err(Unavailable));
     wait_for(|| (!audit.healthy()).then_some(()));
     assert_eq!(segments(&directory).unwrap(), Vec::<PathBuf>::new());
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, LogFormat, PeerRule,
-    Route, SecretSource,
+    Route, SecretSource, WithoutKey,
 };
 
 /// A caller that can use a credential.
@@ -45,6 +45,7 @@ impl Config {
             callers,
             quota,
             audit,
+            idempotency,
             routes,
             log,
         } = self;
@@ -92,6 +93,13 @@ impl Config {
                 "durability": audit.durability.as_str(),
                 "segment_size": size(audit.segment_size),
                 "key_file": audit.key_file.as_deref().map(whole_path),
+            },
+            "idempotency": {
+                "window": duration(idempotency.window),
+                "max_keys": idempotency.max_keys,
+                "reply_memory": size(idempotency.reply_memory),
+                "without_key": without_key(idempotency.without_key),
+                "fingerprint_window": duration(idempotency.fingerprint_window),
             },
             "log": { "level": log.level, "format": format(log.format) },
             "routes": routes.iter().map(route).collect::<Vec<_>>(),
@@ -195,6 +203,10 @@ fn http2(http2: Http2) -> &'static str {
         Http2::Off => "off",
         Http2::Auto => "auto",
     }
+}
+
+fn without_key(mode: WithoutKey) -> &'static str {
+    WithoutKey::ALL.into_iter().find(|(other, _)| *other == mode).map_or("", |(_, word)| word)
 }
 
 fn format(format: LogFormat) -> &'static str {

@@ -13,8 +13,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use crate::{audit::Durability, headers::looks_like_credential};
 
 use super::{
-    Admin, Audit, Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, Log,
-    LogFormat, PeerRule, Problems, Route, SecretSource, Server, Token, Upstream, Url, files,
+    Admin, Audit, Caller, Config, ContractSource, Credential, Http2, Idempotency, Limit, ListenAddress,
+    Listener, Log, LogFormat, PeerRule, Problems, Route, SecretSource, Server, Token, Upstream, Url,
+    WithoutKey, files,
     raw::{Kind, Layers, Syntax, Value},
     relations,
     table::{Context, Found, Referent, Table},
@@ -67,9 +68,23 @@ fn read_config(context: &mut Context<'_>, root: Value) -> Config {
     let quota = read_limit(context, &mut section, "rate", (50, 1), 100);
     section.close(context);
     let audit = read_audit(context, &mut root);
+    let idempotency = read_idempotency(context, &mut root);
     let log = read_log(context, &mut root);
     root.close(context);
-    Config { listeners, admin, server, upstream, token, credentials, callers, quota, audit, routes, log }
+    Config {
+        listeners,
+        admin,
+        server,
+        upstream,
+        token,
+        credentials,
+        callers,
+        quota,
+        audit,
+        idempotency,
+        routes,
+        log,
+    }
 }
 
 fn read_listeners(context: &mut Context<'_>, root: &mut Table) -> Vec<Listener> {
@@ -484,6 +499,25 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     }
     table.close(context);
     Audit { directory, durability, segment_size, key_file }
+}
+
+fn read_idempotency(context: &mut Context<'_>, root: &mut Table) -> Idempotency {
+    let mut table = root.section(context, "idempotency");
+    let idempotency = Idempotency {
+        window: table.duration(context, "window", "24h", ("1h", "7d")),
+        max_keys: table.integer(context, "max_keys", 1_000_000, 1..=10_000_000),
+        reply_memory: table.size(context, "reply_memory", 64 << 20, ("64KiB", "16GiB")),
+        without_key: table.parsed(context, "without_key", WithoutKey::Guard, |text| {
+            let named = WithoutKey::ALL.into_iter().find(|(_, word)| *word == text);
+            named.map(|(mode, _)| mode).ok_or_else(|| {
+                let words = WithoutKey::ALL.map(|(_, word)| format!("\"{word}\""));
+                format!("must be one of {}", words.join(", "))
+            })
+        }),
+        fingerprint_window: table.duration(context, "fingerprint_window", "10m", ("1s", "24h")),
+    };
+    table.close(context);
+    idempotency
 }
 
 fn read_log(context: &mut Context<'_>, root: &mut Table) -> Log {

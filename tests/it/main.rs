@@ -10,6 +10,7 @@ mod http2_upstream;
 mod admission;
 mod body;
 mod contract;
+mod idempotency;
 mod exchange;
 mod http2;
 mod bounds;

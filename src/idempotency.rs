@@ -1,0 +1,454 @@
+//! Stage 5: the same call twice is one task.
+//!
+//! With an `Idempotency-Key` a caller may repeat a call as often as it likes: [`claims`] remembers each key for the
+//! window, so that the task is sent once and its answer is given again. Without one, [`twins`] looks for an equal
+//! call that may still be at work. Decides from key and body alone, before a token is spent. Guarantees that a claim
+//! within the window is never forgotten: a full table refuses new keys, and a start reads the audit trail before
+//! it takes any ([`rebuild`]). What a caller was told of a key is in the trail first: see [`Pending`].
+
+mod claims;
+mod key;
+mod rebuild;
+mod twins;
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use foldhash::fast::RandomState;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use moka::{policy::EvictionPolicy, sync::Cache};
+use serde_json::{Value, json};
+use std::hash::BuildHasher;
+use thiserror::Error;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::{
+    audit::{
+        Answer, Queued, Record, RequestId, StoredReply,
+        chain::{Hash, Keys, Mark},
+    },
+    clock,
+    config::{self, WithoutKey},
+    error::Code,
+    headers::Inbound,
+    outcome::{Outcome, ResultCode},
+    upstream::{Failure, Reply, ReplyBody},
+};
+use claims::{Claims, Ending, How, Verdict};
+pub use key::BadKey;
+use key::Given;
+use twins::{Twins, Was};
+
+/// What a stored reply weighs beside its body, in bytes.
+const REPLY_OVERHEAD: usize = 200;
+
+/// What is remembered of calls, shared by all workers.
+pub struct Idempotency {
+    without_key: WithoutKey,
+    marks: Arc<Keys>,
+    hasher: [RandomState; 2],
+    claims: Mutex<Claims>,
+    twins: Mutex<Twins>,
+    /// What may be forgotten: then a replay names the result code only.
+    replies: Cache<Uuid, Arc<StoredReply>>,
+    is_rebuilt: AtomicBool,
+    /// Bytes of the trail that were read, and that are to be read.
+    read: [AtomicU64; 2],
+}
+
+/// One call, checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    /// Who calls.
+    pub caller: &'a str,
+    /// Which route.
+    pub route: &'a str,
+    /// Who acts.
+    pub operator: &'a HeaderValue,
+    /// The keyed digest of the body.
+    pub digest: &'a Hash,
+    /// The request's id.
+    pub id: RequestId,
+}
+
+/// What a call is.
+#[derive(Debug)]
+pub enum Begun {
+    /// A new one; to be sent.
+    Claim(Claim),
+    /// The repetition of one that is over: the stored answer, and the first call's id.
+    Replay(Replay, RequestId),
+}
+
+/// A stored answer, or what is left of it.
+#[derive(Debug)]
+pub struct Replay {
+    status: u16,
+    stored: Option<Arc<StoredReply>>,
+    result_code: Option<Box<[u8]>>,
+}
+
+/// Why a call goes no further.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum Refused {
+    /// The header breaks its rules.
+    #[error(transparent)]
+    Key(#[from] BadKey),
+    /// `without_key = "require_key"`.
+    #[error("an Idempotency-Key is needed here: 1 to 255 visible characters, another one for each task")]
+    NoKey,
+    /// The first call with this key is not over.
+    #[error("the first call with this Idempotency-Key is still at work; call again in a second")]
+    InProgress(RequestId),
+    /// Nobody knows what became of the first call with this key.
+    #[error(
+        "the first call with this Idempotency-Key may have reached the upstream: look whether the task is assigned; \
+         if it is not, repeat the call with `Idempotency-Force: {0}`"
+    )]
+    Unknown(RequestId),
+    /// The key stands for another call.
+    #[error("this Idempotency-Key was used for another body or operator; take a new key for a new task")]
+    Mismatch(RequestId),
+    /// An equal call without a key may still be at work.
+    #[error(
+        "an equal call was sent a moment ago, and is still at work or may have reached the upstream: look whether the \
+         task is assigned; if it is meant twice, give each call an Idempotency-Key"
+    )]
+    Twin(RequestId),
+    /// No more keys within the window.
+    #[error("no more Idempotency-Keys can be remembered at the moment; calls without a key still go through")]
+    Full,
+    /// The trail is still read.
+    #[error("the keys of earlier calls are still being read; calls without a key go through already")]
+    Rebuilding,
+}
+
+impl Refused {
+    /// The call that stands in the way.
+    pub fn first(&self) -> Option<RequestId> {
+        match self {
+            Self::InProgress(id) | Self::Unknown(id) | Self::Mismatch(id) | Self::Twin(id) => Some(*id),
+            Self::Key(_) | Self::NoKey | Self::Full | Self::Rebuilding => None,
+        }
+    }
+}
+
+/// A call's right to be sent. Dropped before it was sent, it gives its key back; dropped after that, what became
+/// of it is unknown.
+pub struct Claim {
+    table: Arc<Idempotency>,
+    id: Uuid,
+    kind: Kind,
+    is_sent: bool,
+}
+
+enum Kind {
+    Keyed(Box<Keyed>),
+    Unkeyed {
+        twin: Mark,
+        /// An equal one that was sent before.
+        first: Option<Uuid>,
+    },
+    /// Nothing is remembered, or it is over.
+    Free,
+}
+
+struct Keyed {
+    key: Mark,
+    print: Mark,
+    /// The call of unknown outcome that this one repeats.
+    forced: Option<Uuid>,
+}
+
+impl Idempotency {
+    /// Remembers nothing yet; keyed calls are refused until [`Idempotency::rebuild`] is over.
+    pub fn new(settings: &config::Idempotency, marks: Arc<Keys>) -> Self {
+        let weigh = |_: &Uuid, reply: &Arc<StoredReply>| {
+            u32::try_from(reply.body.len() + REPLY_OVERHEAD).unwrap_or(u32::MAX)
+        };
+        Self {
+            without_key: settings.without_key,
+            marks,
+            hasher: [RandomState::default(), RandomState::default()],
+            claims: Mutex::new(Claims::new(settings.max_keys, seconds(settings.window))),
+            twins: Mutex::new(Twins::new(settings.without_key, seconds(settings.fingerprint_window))),
+            replies: Cache::builder()
+                .eviction_policy(EvictionPolicy::lru())
+                .weigher(weigh)
+                .max_capacity(settings.reply_memory)
+                .time_to_live(settings.window)
+                .build(),
+            is_rebuilt: AtomicBool::new(false),
+            read: [AtomicU64::new(0), AtomicU64::new(0)],
+        }
+    }
+
+    /// Decides whether a call is new.
+    pub fn begin(self: &Arc<Self>, call: Call<'_>, head: &Inbound<'_>) -> Result<Begun, Refused> {
+        match key::read(head)? {
+            Some(Given { key, force }) => self.begin_keyed(call, key, force),
+            None => self.begin_unkeyed(call),
+        }
+    }
+
+    #[cold]
+    fn begin_keyed(
+        self: &Arc<Self>,
+        call: Call<'_>,
+        key: &[u8],
+        force: Option<Uuid>,
+    ) -> Result<Begun, Refused> {
+        if !self.is_rebuilt.load(Ordering::Acquire) {
+            return Err(Refused::Rebuilding);
+        }
+        let Call { caller, route, operator, digest, id } = call;
+        let key = self.marks.mark(&[b"key", caller.as_bytes(), route.as_bytes(), key]);
+        let print = self.marks.mark(&[b"print", digest, operator.as_bytes(), route.as_bytes()]);
+        let verdict = self.claims().claim(key, print, id.uuid(), force, now());
+        match verdict {
+            Verdict::Begin { doubt } => {
+                let kind = Kind::Keyed(Box::new(Keyed { key, print, forced: doubt }));
+                Ok(Begun::Claim(Claim { table: self.clone(), id: id.uuid(), kind, is_sent: false }))
+            }
+            Verdict::Replay(first, Ending { status, result_code }) => {
+                let stored = self.replies.get(&first);
+                Ok(Begun::Replay(Replay { status, stored, result_code }, first.into()))
+            }
+            Verdict::InFlight(first) => Err(Refused::InProgress(first.into())),
+            Verdict::Unknown(first) => Err(Refused::Unknown(first.into())),
+            Verdict::Mismatch(first) => Err(Refused::Mismatch(first.into())),
+            Verdict::Full => Err(Refused::Full),
+        }
+    }
+
+    fn begin_unkeyed(self: &Arc<Self>, call: Call<'_>) -> Result<Begun, Refused> {
+        let id = call.id.uuid();
+        let kind = match self.without_key {
+            WithoutKey::RequireKey => return Err(Refused::NoKey),
+            WithoutKey::Off => Kind::Free,
+            WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {
+                let twin = self.fingerprint(call.caller, call.route, call.operator.as_bytes(), call.digest);
+                let begun = self.twins().begin(twin, id, now());
+                Kind::Unkeyed { twin, first: begun.map_err(|first| Refused::Twin(first.into()))? }
+            }
+        };
+        Ok(Begun::Claim(Claim { table: self.clone(), id, kind, is_sent: false }))
+    }
+
+    /// Tells equal calls from others. Stands nowhere but in memory, so that it need not be keyed for long: the
+    /// digest is one already, and the rest is what the configuration allows.
+    fn fingerprint(&self, caller: &str, route: &str, operator: &[u8], digest: &Hash) -> Mark {
+        let mut mark = [0; 16];
+        for ((half, hasher), part) in mark.chunks_exact_mut(8).zip(&self.hasher).zip(digest.chunks_exact(8)) {
+            let rest = hasher.hash_one((caller, route, operator));
+            for ((byte, rest), part) in half.iter_mut().zip(rest.to_ne_bytes()).zip(part) {
+                *byte = rest ^ part;
+            }
+        }
+        mark
+    }
+
+    /// For `/status`.
+    pub fn status(&self) -> Value {
+        let [read, all] = self.read.each_ref().map(|bytes| bytes.load(Ordering::Relaxed));
+        json!({
+            "keys": self.claims().len(),
+            "rebuilt": self.is_rebuilt.load(Ordering::Relaxed),
+            "trail_bytes_read": read,
+            "trail_bytes": all,
+        })
+    }
+
+    /// How many keys are remembered.
+    pub fn keys(&self) -> usize {
+        self.claims().len()
+    }
+
+    fn claims(&self) -> MutexGuard<'_, Claims> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn twins(&self) -> MutexGuard<'_, Twins> {
+        self.twins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Idempotency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Idempotency")
+    }
+}
+
+impl fmt::Debug for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Claim({})", self.id)
+    }
+}
+
+impl Claim {
+    /// An equal call that was sent before this one: it goes out, and is flagged.
+    pub fn first(&self) -> Option<RequestId> {
+        match self.kind {
+            Kind::Unkeyed { first, .. } => first.map(RequestId::from),
+            Kind::Keyed(_) | Kind::Free => None,
+        }
+    }
+
+    /// What the intent says of it, as JSON members with a comma in front of each.
+    pub fn audit_members(&self, line: &mut Vec<u8>) {
+        if let Kind::Keyed(keyed) = &self.kind {
+            for (name, mark) in [("key", keyed.key), ("print", keyed.print)] {
+                line.extend_from_slice(
+                    format!(",\"{name}\":\"{:032x}\"", u128::from_be_bytes(mark)).as_bytes(),
+                );
+            }
+            if let Some(id) = keyed.forced {
+                line.extend_from_slice(format!(",\"forced\":\"{id}\"").as_bytes());
+            }
+        }
+    }
+
+    /// From now on it may be on its way.
+    #[must_use]
+    pub fn sent(mut self) -> Self {
+        self.is_sent = true;
+        self
+    }
+
+    /// Whether its answer is kept.
+    pub fn is_keyed(&self) -> bool {
+        matches!(self.kind, Kind::Keyed(_))
+    }
+
+    /// Puts the outcome on record. A call with a key is over only when that is safe.
+    pub fn finish(mut self, record: Record, answer: &Answer) -> Option<Pending> {
+        let queued = record.finish(answer);
+        if !self.is_keyed() {
+            self.end(answer.outcome, None);
+            return None;
+        }
+        let reply = answer.reply.clone();
+        Some(Pending {
+            queued: queued?,
+            outcome: answer.outcome,
+            result_code: answer.result_code.clone(),
+            reply,
+            claim: self,
+        })
+    }
+
+    fn end(&mut self, outcome: Outcome, ending: Option<Ending>) {
+        match std::mem::replace(&mut self.kind, Kind::Free) {
+            Kind::Keyed(keyed) => {
+                let how = match outcome {
+                    Outcome::NotSent | Outcome::Refused => How::NotDone,
+                    Outcome::Succeeded | Outcome::Failed => ending.map_or(How::Unknown, How::Ended),
+                    Outcome::Unknown | Outcome::Replayed => How::Unknown,
+                };
+                self.table.claims().end(keyed.key, self.id, how, now());
+            }
+            Kind::Unkeyed { twin, .. } => {
+                let was = match outcome {
+                    Outcome::NotSent | Outcome::Refused | Outcome::Failed => Was::NotDone,
+                    Outcome::Succeeded => Was::Done,
+                    Outcome::Unknown | Outcome::Replayed => Was::Unknown,
+                };
+                self.table.twins().end(twin, self.id, was, now());
+            }
+            Kind::Free => {}
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.end(if self.is_sent { Outcome::Unknown } else { Outcome::NotSent }, None);
+    }
+}
+
+/// The end of a call with a key, while its outcome is not safe yet. The caller learns of it afterwards, so that what
+/// it was told is what a restart reads.
+#[derive(Debug)]
+pub struct Pending {
+    queued: Queued,
+    outcome: Outcome,
+    result_code: Option<ResultCode>,
+    reply: Option<Arc<StoredReply>>,
+    claim: Claim,
+}
+
+impl Pending {
+    /// Hands on what the caller is to be told, once it is safe. If that takes too long, the caller is told to ask
+    /// again, and the claim is settled later.
+    pub async fn settle(self, told: Result<Reply, Failure>, deadline: Instant) -> Result<Reply, Failure> {
+        if self.is_safe_by(deadline).await { told } else { Err(Failure::not_on_record()) }
+    }
+
+    /// Settles the claim once its outcome is safe; whether that was in time.
+    pub async fn is_safe_by(self, deadline: Instant) -> bool {
+        while !self.queued.is_safe().await {
+            if Instant::now() >= deadline {
+                tokio::spawn(async move {
+                    while !self.queued.is_safe().await {}
+                    self.close();
+                });
+                return false;
+            }
+        }
+        self.close();
+        true
+    }
+
+    fn close(self) {
+        let Self { outcome, result_code, reply, mut claim, .. } = self;
+        let ending = reply.map(|reply| {
+            let ending =
+                Ending { status: reply.status, result_code: result_code.map(|code| code[..].into()) };
+            claim.table.replies.insert(claim.id, reply);
+            ending
+        });
+        claim.end(outcome, ending);
+    }
+}
+
+impl Replay {
+    /// The answer, as the first caller got it.
+    pub fn into_reply(self, result_field: &str, first: RequestId) -> Reply {
+        let stored = self.stored.unwrap_or_else(|| {
+            Arc::new(StoredReply::without_body(self.status, result_field, self.result_code.as_deref(), first))
+        });
+        let mut headers = HeaderMap::new();
+        if let Some(media_type) =
+            stored.content_type.as_ref().and_then(|text| HeaderValue::from_str(text).ok())
+        {
+            headers.insert(header::CONTENT_TYPE, media_type);
+        }
+        Reply {
+            status: StatusCode::from_u16(stored.status).unwrap_or_default(),
+            headers,
+            body: ReplyBody::Whole(stored.body.clone()),
+            outcome: Outcome::Replayed,
+        }
+    }
+}
+
+impl Failure {
+    /// The upstream has answered, and that can't be put on record.
+    fn not_on_record() -> Self {
+        Self { code: Code::OutcomeUnknown, outcome: Outcome::Unknown, retry_after: None }
+    }
+}
+
+fn now() -> u32 {
+    u32::try_from(clock::unix_nanos() / 1_000_000_000).unwrap_or(u32::MAX)
+}
+
+fn seconds(duration: std::time::Duration) -> u32 {
+    u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
+}

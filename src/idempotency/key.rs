@@ -1,0 +1,85 @@
+//! The headers `Idempotency-Key` and `Idempotency-Force`.
+
+use thiserror::Error;
+use uuid::Uuid;
+
+use crate::headers::Inbound;
+
+/// A header that breaks its rules.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum BadKey {
+    /// More than one.
+    #[error("Idempotency-Key and Idempotency-Force must not be given more than once")]
+    Twice,
+    /// Empty, too long, or with characters that are not allowed.
+    #[error("Idempotency-Key must be 1 to 255 visible characters, bare or in double quotes")]
+    Key,
+    /// Not the id of a request.
+    #[error("Idempotency-Force must be the request id that the answer `outcome_unknown` named")]
+    Force,
+    /// It is there, and no key is.
+    #[error("Idempotency-Force is for a call with an Idempotency-Key")]
+    ForceAlone,
+}
+
+/// The headers of a call.
+pub(super) struct Given<'a> {
+    /// Without its quotes.
+    pub(super) key: &'a [u8],
+    /// The call that is to be repeated.
+    pub(super) force: Option<Uuid>,
+}
+
+/// Reads the headers; nothing, if the call has no key.
+pub(super) fn read<'a>(head: &Inbound<'a>) -> Result<Option<Given<'a>>, BadKey> {
+    if head.idempotency_key.count > 1 || head.idempotency_force.count > 1 {
+        return Err(BadKey::Twice);
+    }
+    let Some(key) = head.idempotency_key.first else {
+        return if head.idempotency_force.count == 0 { Ok(None) } else { Err(BadKey::ForceAlone) };
+    };
+    let key = bare(key.as_bytes()).ok_or(BadKey::Key)?;
+    let force = match head.idempotency_force.first {
+        Some(id) => Some(Uuid::try_parse_ascii(id.as_bytes()).map_err(|_| BadKey::Force)?),
+        None => None,
+    };
+    Ok(Some(Given { key, force }))
+}
+
+/// A quoted key and the same one bare are one key. No escapes: a quote or a backslash inside is refused.
+fn bare(value: &[u8]) -> Option<&[u8]> {
+    let key = match value {
+        [b'"', key @ .., b'"'] => key,
+        key => key,
+    };
+    let is_plain = key.iter().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\'));
+    (is_plain && (1..=255).contains(&key.len())).then_some(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_the_same_bare_or_quoted() {
+        let long = [b'k'; 255];
+        for (value, key) in [
+            (&b"k"[..], Some(&b"k"[..])),
+            (b"\"k\"", Some(b"k")),
+            (b"a-b_c.d~!#,;=", Some(b"a-b_c.d~!#,;=")),
+            (&long, Some(&long)),
+            (&[b'k'; 256], None),
+            (b"", None),
+            (b"\"\"", None),
+            (b"\"", None),
+            (b"\"k", None),
+            (b"k\"", None),
+            (b"a b", None),
+            (b"a\tb", None),
+            (b"a\\b", None),
+            (b"\xc3\xa9", None),
+        ] {
+            assert_eq!(bare(value), key, "{}", value.escape_ascii());
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Equal calls without a key, a pure table: who sends the same body for the same operator on the same route again
+//! while the first is at work or in doubt has most likely lost an answer.
+//!
+//! Calls in flight and in doubt are remembered for the window; those that succeeded only as long as there is room,
+//! since they are flagged and not refused (but for `without_key = "block"`).
+
+use std::collections::{HashMap, VecDeque};
+
+use uuid::Uuid;
+
+use crate::{audit::chain::Mark, config::WithoutKey};
+
+/// So many calls that succeeded are remembered.
+const MAX_DONE: usize = 32 * 1024;
+
+/// Times are in seconds since 1970.
+pub(super) struct Twins {
+    seen: HashMap<Mark, Twin, foldhash::fast::RandomState>,
+    done: VecDeque<(u32, Mark)>,
+    unknown: VecDeque<(u32, Mark)>,
+    mode: WithoutKey,
+    window: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Twin {
+    id: Uuid,
+    since: u32,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    InFlight,
+    Unknown,
+    Done,
+}
+
+/// What became of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Was {
+    NotDone,
+    Unknown,
+    Done,
+}
+
+impl Twins {
+    pub(super) fn new(mode: WithoutKey, window: u32) -> Self {
+        Self { seen: HashMap::default(), done: VecDeque::new(), unknown: VecDeque::new(), mode, window }
+    }
+
+    /// A call wants to be sent. Returns an equal one that was sent before, if this one may go all the same;
+    /// refuses with its id, if not.
+    pub(super) fn begin(&mut self, mark: Mark, id: Uuid, now: u32) -> Result<Option<Uuid>, Uuid> {
+        self.expire(now);
+        let mine = Twin { id, since: now, state: State::InFlight };
+        let Some(first) = self.seen.insert(mark, mine) else { return Ok(None) };
+        let is_refused = match (self.mode, first.state) {
+            (WithoutKey::Block, _) | (WithoutKey::Guard, State::InFlight | State::Unknown) => true,
+            (WithoutKey::Guard, State::Done) => false,
+            (WithoutKey::Warn | WithoutKey::Off | WithoutKey::RequireKey, _) => false,
+        };
+        if is_refused {
+            self.seen.insert(mark, first);
+            return Err(first.id);
+        }
+        Ok(Some(first.id))
+    }
+
+    pub(super) fn end(&mut self, mark: Mark, id: Uuid, was: Was, now: u32) {
+        let is_mine = self.seen.get(&mark).is_none_or(|twin| twin.id == id);
+        match was {
+            Was::Unknown => {
+                self.seen.insert(mark, Twin { id, since: now, state: State::Unknown });
+                self.unknown.push_back((now, mark));
+            }
+            Was::Done if is_mine => {
+                self.seen.insert(mark, Twin { id, since: now, state: State::Done });
+                self.done.push_back((now, mark));
+            }
+            Was::NotDone if is_mine => drop(self.seen.remove(&mark)),
+            Was::Done | Was::NotDone => {}
+        }
+    }
+
+    fn expire(&mut self, now: u32) {
+        let Self { seen, done, unknown, window, .. } = self;
+        let is_old = |since: u32| now.saturating_sub(since) > *window;
+        let mut forget = |(since, mark): (u32, Mark)| {
+            if seen.get(&mark).is_some_and(|twin| twin.since == since && twin.state != State::InFlight) {
+                seen.remove(&mark);
+            }
+        };
+        while done.len() > MAX_DONE || done.front().is_some_and(|(since, _)| is_old(*since)) {
+            done.pop_front().into_iter().for_each(&mut forget);
+        }
+        while unknown.front().is_some_and(|(since, _)| is_old(*since)) {
+            unknown.pop_front().into_iter().for_each(&mut forget);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MARK: Mark = [7; 16];
+    const WINDOW: u32 = 60;
+
+    fn id(number: u128) -> Uuid {
+        Uuid::from_u128(number)
+    }
+
+    fn after(mode: WithoutKey, was: Option<Was>) -> Result<Option<Uuid>, Uuid> {
+        let mut twins = Twins::new(mode, WINDOW);
+        assert_eq!(twins.begin(MARK, id(1), 0), Ok(None));
+        if let Some(was) = was {
+            twins.end(MARK, id(1), was, 0);
+        }
+        assert_eq!(twins.begin([8; 16], id(2), 0), Ok(None), "another body");
+        twins.begin(MARK, id(3), WINDOW)
+    }
+
+    #[test]
+    fn each_mode_says_what_becomes_of_an_equal_call() {
+        let (free, flagged, refused) = (Ok(None), Ok(Some(id(1))), Err(id(1)));
+        for (mode, in_flight, unknown, done) in [
+            (WithoutKey::Guard, refused, refused, flagged),
+            (WithoutKey::Block, refused, refused, refused),
+            (WithoutKey::Warn, flagged, flagged, flagged),
+        ] {
+            assert_eq!(after(mode, None), in_flight, "{mode:?}");
+            assert_eq!(after(mode, Some(Was::Unknown)), unknown, "{mode:?}");
+            assert_eq!(after(mode, Some(Was::Done)), done, "{mode:?}");
+            assert_eq!(after(mode, Some(Was::NotDone)), free, "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn the_window_ends() {
+        let mut twins = Twins::new(WithoutKey::Guard, WINDOW);
+        twins.begin(MARK, id(1), 0).unwrap();
+        twins.end(MARK, id(1), Was::Unknown, 0);
+        assert_eq!(twins.begin(MARK, id(2), WINDOW), Err(id(1)));
+        assert_eq!(twins.begin(MARK, id(2), WINDOW + 1), Ok(None));
+        assert_eq!(twins.begin(MARK, id(3), 10 * WINDOW), Err(id(2)), "in flight for as long as it takes");
+    }
+
+    #[test]
+    fn what_succeeded_may_be_forgotten_and_a_doubt_may_not() {
+        let mut twins = Twins::new(WithoutKey::Guard, WINDOW);
+        twins.begin([0; 16], id(0), 0).unwrap();
+        twins.end([0; 16], id(0), Was::Unknown, 0);
+        for number in 1..=2 * MAX_DONE as u128 {
+            let mark = (number << 32).to_be_bytes();
+            twins.begin(mark, id(number), 0).unwrap();
+            twins.end(mark, id(number), Was::Done, 0);
+        }
+        assert!(twins.seen.len() <= MAX_DONE + 2, "{}", twins.seen.len());
+        assert_eq!(twins.begin((1_u128 << 32).to_be_bytes(), id(1), 0), Ok(None));
+        assert_eq!(twins.begin([0; 16], id(1), 0), Err(id(0)));
+    }
+}

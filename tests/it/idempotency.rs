@@ -1,0 +1,428 @@
+//! Stage 5: calls that are repeated, with a key and without one; through kills, faults and full tables.
+
+mod soak;
+
+use std::{
+    collections::BTreeSet,
+    io::Write,
+    net::{Shutdown, TcpStream},
+    sync::Arc,
+    thread,
+};
+
+use ccsqm_gateway::sandbox::Sandbox;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::*;
+
+fn faults(sandbox: &Sandbox, business: Value) {
+    sandbox.faults(serde_json::from_value(json!({ "business": business })).unwrap()).unwrap();
+}
+
+/// How many calls the upstream has received.
+fn sent(sandbox: &Sandbox) -> usize {
+    sandbox.requests().len()
+}
+
+fn key(key: &str) -> String {
+    format!("idempotency-key: {key}\r\n")
+}
+
+fn forced(name: &str, id: &str) -> String {
+    key(name) + &format!("idempotency-force: {id}\r\n")
+}
+
+fn id(reply: &Reply) -> &str {
+    &reply.headers["x-gateway-request-id"]
+}
+
+fn first_id(reply: &Reply) -> &str {
+    reply.headers.get("x-gateway-first-request-id").map_or("", String::as_str)
+}
+
+/// A body that assigns another task.
+fn other_body() -> String {
+    BODY.replace("954645333549048833", "1")
+}
+
+/// A keyed call can be made once the keys of earlier ones are known.
+fn until_keys_are_known(gateway: &Gateway) {
+    wait_for("the keys", || {
+        let status = gateway.admin("/status").json();
+        (status["idempotency"]["rebuilt"] == true).then_some(())
+    });
+}
+
+fn start_keyed(sandbox: &Sandbox, setup: Setup) -> Gateway {
+    let gateway = start_with(sandbox, setup);
+    until_keys_are_known(&gateway);
+    gateway
+}
+
+#[track_caller]
+fn assert_replays(reply: &Reply, first: &Reply) {
+    assert_eq!(reply.outcome(), "replayed", "{reply:?}");
+    assert_eq!((reply.status, &reply.body), (first.status, &first.body));
+    assert_eq!(reply.headers.get("content-type"), first.headers.get("content-type"));
+    assert_eq!(first_id(reply), id(first));
+    assert_ne!(id(reply), id(first));
+}
+
+#[test]
+fn a_repeated_key_is_answered_again_and_sent_once() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default());
+    let first = gateway.post_with(&key("order-7"));
+    assert_eq!((first.status, first.outcome(), first_id(&first)), (200, "succeeded", ""));
+    assert_replays(&gateway.post_with(&key("order-7")), &first);
+    assert_replays(&gateway.post_with(&key("\"order-7\"")), &first);
+    assert_eq!(sent(&sandbox), 1);
+    assert_eq!(gateway.post_with(&key("order-8")).outcome(), "succeeded", "another key is another task");
+    assert_eq!(sent(&sandbox), 2);
+
+    let (intents, outcomes) = (gateway.records("intent", 2), gateway.records("outcome", 2));
+    assert_eq!((intents.len(), outcomes.len()), (2, 2), "a replay has neither");
+    let of = |name: &str| intents[0][name].as_str().unwrap();
+    assert!(of("key").len() == 32 && of("print").len() == 32 && of("id") == id(&first), "{}", intents[0]);
+    assert_eq!(outcomes[0]["reply"]["body"], first.body);
+    let replays = gateway.records("refusal", 2);
+    assert!(
+        replays.iter().all(|replay| replay["outcome"] == "replayed" && replay["first"] == id(&first)),
+        "{replays:?}"
+    );
+    let metrics = gateway.admin("/metrics").body;
+    assert!(metrics.contains("ccsqm_gateway_idempotency_keys 2"), "{metrics}");
+    assert!(
+        metrics.contains(r#"requests_total{code="",outcome="replayed",stage="idempotency"} 2"#),
+        "{metrics}"
+    );
+    let trail = records(&gateway.audit_directory(), "").iter().map(Value::to_string).collect::<String>();
+    assert!(
+        trail.contains("954645333549048833") && !trail.contains("order-7"),
+        "a key is recorded as its mark only"
+    );
+}
+
+#[test]
+fn of_many_calls_with_one_key_one_is_sent() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default());
+    gateway.call(); // there is a token
+    faults(&sandbox, json!([{ "times": 1, "delay_ms": 500 }]));
+    let replies: Vec<_> = thread::scope(|scope| {
+        let calls: Vec<_> = (0..64).map(|_| scope.spawn(|| gateway.post_with(&key("k")))).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    });
+    assert_eq!(sent(&sandbox), 2);
+    let first = replies.iter().find(|reply| reply.outcome() == "succeeded").unwrap();
+    let waiting: Vec<_> = replies.iter().filter(|reply| reply.code() == "request_in_progress").collect();
+    assert!(!waiting.is_empty());
+    for reply in &waiting {
+        assert_eq!((reply.status, reply.outcome(), first_id(reply)), (409, "unknown", id(first)));
+        assert_eq!(reply.headers["retry-after"], "1", "with its key it may be repeated");
+    }
+    let others = replies.iter().filter(|reply| reply.outcome() == "replayed").count();
+    assert_eq!(1 + waiting.len() + others, 64);
+    assert_replays(&gateway.post_with(&key("k")), first);
+}
+
+#[test]
+fn a_key_stands_for_one_body_and_one_operator() {
+    let sandbox = sandbox();
+    let setup = Setup { caller: "operators = [\"9\"]".into(), ..Setup::default() };
+    let gateway = start_keyed(&sandbox, setup);
+    let first = gateway.post_with(&key("k"));
+    let body = other_body();
+    for reply in [
+        gateway.send(&head(body.len(), &key("k")), &body),
+        gateway.post_with(&(key("k") + "x-userid: 9\r\n")),
+    ] {
+        assert_eq!((reply.status, reply.code(), reply.outcome()), (422, "idempotency_mismatch", "not_sent"));
+        assert_eq!(reply.json()["first_request_id"], id(&first));
+    }
+    assert_replays(&gateway.post_with(&key("k")), &first);
+    assert_eq!(sent(&sandbox), 1);
+    assert_eq!(gateway.post_with(&(key("l") + "x-userid: 9\r\n")).outcome(), "succeeded");
+}
+
+#[test]
+fn an_unknown_outcome_is_repeated_only_by_force_and_once() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default());
+    faults(&sandbox, json!([{ "times": 1, "instead": "reset" }]));
+    let first = gateway.post_with(&key("k"));
+    assert_eq!((first.status, first.outcome()), (502, "unknown"));
+    let somebody = gateway.post_with(&key("l"));
+    for headers in [key("k"), forced("k", id(&somebody))] {
+        let reply = gateway.post_with(&headers);
+        assert_eq!((reply.status, reply.code(), reply.outcome()), (409, "outcome_unknown", "unknown"));
+        assert_eq!(reply.json()["first_request_id"], id(&first));
+        assert!(!reply.headers.contains_key("retry-after"));
+    }
+    assert_eq!(sent(&sandbox), 2);
+    let again = gateway.post_with(&forced("k", id(&first)));
+    assert_eq!(again.outcome(), "succeeded");
+    assert_eq!(gateway.records("intent", 3)[2]["forced"], id(&first));
+    assert_replays(&gateway.post_with(&forced("k", id(&first))), &again);
+    assert_replays(&gateway.post_with(&key("k")), &again);
+    assert_eq!(sent(&sandbox), 3);
+}
+
+#[test]
+fn what_a_forced_call_did_not_do_leaves_the_doubt() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default());
+    faults(&sandbox, json!([{ "times": 1, "instead": "reset" }, { "times": 1, "status": 429 }]));
+    let first = gateway.post_with(&key("k"));
+    assert_eq!(gateway.post_with(&forced("k", id(&first))).outcome(), "refused");
+    let check = |gateway: &Gateway| {
+        let reply = gateway.post_with(&key("k"));
+        assert_eq!((reply.code(), first_id(&reply)), ("outcome_unknown", id(&first)));
+    };
+    check(&gateway);
+    let gateway = start_keyed(&sandbox, Setup { folder: Some(gateway.kill()), ..Setup::default() });
+    check(&gateway);
+    assert_eq!(sent(&sandbox), 2);
+    assert_eq!(gateway.post_with(&forced("k", id(&first))).outcome(), "succeeded");
+}
+
+#[test]
+fn a_refused_call_gives_its_key_back_and_a_failed_one_keeps_it() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default());
+    faults(
+        &sandbox,
+        json!([{ "times": 1, "status": 429 }, { "times": 1, "code": { "failure": "0409001" } }]),
+    );
+    assert_eq!(gateway.post_with(&key("k")).outcome(), "refused");
+    let body = other_body();
+    let failed = gateway.send(&head(body.len(), &key("k")), &body);
+    assert_eq!(failed.outcome(), "failed", "the key was free, for another body, too");
+    assert_replays(&gateway.send(&head(body.len(), &key("k")), &body), &failed);
+    assert_eq!(sent(&sandbox), 2);
+    sandbox.faults(serde_json::from_value(json!({ "down": true })).unwrap()).unwrap();
+    let reply = gateway.post_with(&key("l"));
+    assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"));
+    sandbox.faults(serde_json::from_value(json!({})).unwrap()).unwrap();
+    assert_eq!(gateway.post_with(&key("l")).outcome(), "succeeded");
+}
+
+#[test]
+fn killed_right_behind_an_answer_it_gives_the_same_again() {
+    let sandbox = sandbox();
+    let (mut folder, mut told) = (None, Vec::new());
+    for round in 0..10 {
+        let gateway = start_keyed(&sandbox, Setup { folder: folder.take(), ..Setup::default() });
+        faults(
+            &sandbox,
+            json!([{ "times": 1, "body": format!("{{\"resultCode\":\"0409000\",\"round\":\"é\\\"{round}\"}}") }]),
+        );
+        told.push(gateway.post_with(&key(&round.to_string())));
+        folder = Some(gateway.kill());
+    }
+    assert_eq!(sent(&sandbox), 10);
+    let (base_url, token_url) = (Some(sandbox.url()), Some(sandbox.token_url()));
+    drop(sandbox); // nobody is there to ask
+    let gateway =
+        start_keyed(&crate::support::sandbox(), Setup { folder, base_url, token_url, ..Setup::default() });
+    for (round, first) in told.iter().enumerate() {
+        assert_eq!(first.outcome(), "succeeded");
+        assert_replays(&gateway.post_with(&key(&round.to_string())), first);
+    }
+}
+
+#[test]
+fn killed_in_the_middle_of_a_call_it_knows_that_it_does_not_know() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default());
+    faults(&sandbox, json!([{ "times": 1, "delay_ms": 60_000 }]));
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), &key("k")) + BODY).as_bytes()).unwrap();
+    wait_for("the upstream", || (sent(&sandbox) == 1).then_some(()));
+    let intent = gateway.records("intent", 1).remove(0);
+    let gateway = start_keyed(&sandbox, Setup { folder: Some(gateway.kill()), ..Setup::default() });
+    let reply = gateway.post_with(&key("k"));
+    assert_eq!((reply.code(), first_id(&reply)), ("outcome_unknown", intent["id"].as_str().unwrap()));
+    assert_eq!(gateway.post_with(&key("l")).outcome(), "succeeded");
+    assert_eq!(sent(&sandbox), 2);
+}
+
+#[test]
+fn a_caller_that_left_finds_its_answer() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default());
+    gateway.call(); // there is a token
+    faults(&sandbox, json!([{ "times": 1, "delay_ms": 300 }]));
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), &key("k")) + BODY).as_bytes()).unwrap();
+    wait_for("the upstream", || (sent(&sandbox) == 2).then_some(()));
+    stream.shutdown(Shutdown::Both).unwrap();
+    drop(stream);
+    let reply = wait_for("the end of the first call", || {
+        let reply = gateway.post_with(&key("k"));
+        (reply.code() != "request_in_progress").then_some(reply)
+    });
+    assert_eq!((reply.status, reply.outcome()), (200, "replayed"));
+    assert_eq!(sent(&sandbox), 2);
+}
+
+#[test]
+fn a_full_table_refuses_new_keys_only() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default().set("idempotency.max_keys", 1));
+    let first = gateway.post_with(&key("k"));
+    let reply = gateway.post_with(&key("l"));
+    assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "idempotency_unavailable", "not_sent"));
+    assert!(reply.headers.contains_key("retry-after"));
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_replays(&gateway.post_with(&key("k")), &first);
+    let gateway = start_keyed(&sandbox, Setup { folder: Some(gateway.kill()), ..Setup::default() });
+    assert_eq!(gateway.post_with(&key("l")).outcome(), "succeeded", "the refused call had claimed nothing");
+}
+
+#[test]
+fn a_key_that_breaks_its_rules_is_refused() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default());
+    let known = id(&gateway.call()).to_owned();
+    let long = "k".repeat(255);
+    for good in [key("k"), key("\"k\""), key(&long), forced("l", &known)] {
+        let reply = gateway.post_with(&good);
+        assert!(["succeeded", "replayed"].contains(&reply.outcome()), "{good}: {reply:?}");
+    }
+    let before = sent(&sandbox);
+    for bad in [
+        key(""),
+        key("\"\""),
+        key("a b"),
+        key("\"k"),
+        key(&(long + "k")),
+        key("k\u{e9}"),
+        key("k") + &key("k"),
+        forced("k", "1"),
+        forced("k", &known) + &format!("idempotency-force: {known}\r\n"),
+        format!("idempotency-force: {known}\r\n"),
+    ] {
+        let reply = gateway.post_with(&bad);
+        assert_eq!(
+            (reply.status, reply.code(), reply.outcome()),
+            (400, "idempotency_key_invalid", "not_sent"),
+            "{bad}"
+        );
+    }
+    assert_eq!(sent(&sandbox), before);
+}
+
+#[test]
+fn of_a_long_answer_the_result_code_is_kept() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default());
+    for (name, size) in [("short", 8 * 1024), ("long", 8 * 1024 + 1), ("very long", 100_000)] {
+        let name = key(&name.replace(' ', "-"));
+        faults(&sandbox, json!([{ "times": 1, "size": size }]));
+        let first = gateway.post_with(&name);
+        assert_eq!((first.outcome(), first.body.len()), ("succeeded", size));
+        let again = gateway.post_with(&name);
+        if size <= 8 * 1024 {
+            assert_replays(&again, &first);
+            continue;
+        }
+        let kept = json!({ "resultCode": "0409000", "truncated": true, "request_id": id(&first) });
+        assert_eq!((again.status, again.outcome(), again.json()), (200, "replayed", kept));
+    }
+    assert_eq!(sent(&sandbox), 3);
+}
+
+/// An answer that was pushed out of memory.
+#[test]
+fn of_a_forgotten_answer_the_result_code_is_kept() {
+    let sandbox = sandbox();
+    let gateway = start_keyed(&sandbox, Setup::default().set("idempotency.reply_memory", "64KiB"));
+    faults(&sandbox, json!([{ "size": 8000 }]));
+    let count = 200; // the cache is tidied now and then
+    let told: Vec<_> = (0..count).map(|i| gateway.post_with(&key(&format!("k{i}")))).collect();
+    let again: Vec<_> = (0..count).map(|i| gateway.post_with(&key(&format!("k{i}")))).collect();
+    let mut forms = BTreeSet::new();
+    for (first, again) in told.iter().zip(&again) {
+        assert_eq!((again.outcome(), again.status), ("replayed", 200));
+        let is_whole = again.body == first.body;
+        assert!(is_whole || again.json()["resultCode"] == "0409000", "{again:?}");
+        forms.insert(is_whole);
+    }
+    assert_eq!(forms.len(), 2, "some are kept and some are not");
+    assert_eq!(sent(&sandbox), count);
+}
+
+fn guarded(sandbox: &Sandbox, mode: &str) -> Gateway {
+    start_with(sandbox, Setup::default().set("idempotency.without_key", mode))
+}
+
+#[test]
+fn without_a_key_an_equal_call_waits_for_the_first_and_is_flagged_after_it() {
+    let sandbox = sandbox();
+    let gateway = guarded(&sandbox, "guard");
+    let body = other_body();
+    gateway.post(&body); // there is a token
+    faults(&sandbox, json!([{ "times": 1, "delay_ms": 500 }]));
+    let first = thread::scope(|scope| {
+        let first = scope.spawn(|| gateway.call());
+        wait_for("the upstream", || (sent(&sandbox) == 2).then_some(()));
+        let equal = gateway.call();
+        assert_eq!((equal.status, equal.code(), equal.outcome()), (409, "duplicate_suspected", "not_sent"));
+        let other = gateway.post(&BODY.replace("954645333549048833", "2"));
+        assert_eq!((other.outcome(), first_id(&other)), ("succeeded", ""));
+        let first = first.join().unwrap();
+        assert_eq!(first_id(&equal), id(&first));
+        first
+    });
+    assert_eq!((first.outcome(), first_id(&first)), ("succeeded", ""));
+    let flagged = gateway.call();
+    assert_eq!((flagged.outcome(), first_id(&flagged)), ("succeeded", id(&first)));
+    assert_eq!(gateway.records("intent", 4)[3]["first"], id(&first));
+    assert_eq!(sent(&sandbox), 4);
+}
+
+#[test]
+fn without_a_key_an_equal_call_is_refused_while_the_first_is_in_doubt() {
+    let sandbox = sandbox();
+    let setup = || {
+        Setup::default().set("idempotency.without_key", "guard").set("idempotency.fingerprint_window", "3s")
+    };
+    let gateway = start_with(&sandbox, setup());
+    faults(&sandbox, json!([{ "times": 1, "instead": "reset" }]));
+    let first = gateway.call();
+    assert_eq!(first.outcome(), "unknown");
+    let equal = gateway.call();
+    assert_eq!((equal.code(), first_id(&equal)), ("duplicate_suspected", id(&first)));
+    let gateway = start_with(&sandbox, Setup { folder: Some(gateway.kill()), ..setup() });
+    until_keys_are_known(&gateway);
+    let equal = gateway.call();
+    assert_eq!((equal.code(), first_id(&equal)), ("duplicate_suspected", id(&first)), "after a restart, too");
+    assert_eq!(gateway.post_with(&key("meant")).outcome(), "succeeded", "a key says that it is meant");
+    wait_for("the end of the window", || (gateway.call().outcome() == "succeeded").then_some(()));
+    assert_eq!(sent(&sandbox), 3);
+}
+
+#[test]
+fn each_mode_for_calls_without_a_key() {
+    for (mode, while_unknown, after_success) in [
+        ("guard", "duplicate_suspected", ""),
+        ("block", "duplicate_suspected", "duplicate_suspected"),
+        ("warn", "", ""),
+        ("off", "", ""),
+        ("require_key", "idempotency_key_invalid", "idempotency_key_invalid"),
+    ] {
+        let sandbox = sandbox();
+        let gateway = guarded(&sandbox, mode);
+        gateway.call();
+        let reply = gateway.call();
+        assert_eq!(reply.code(), after_success, "{mode}");
+        let is_flagged = !first_id(&reply).is_empty();
+        assert_eq!(is_flagged, !["off", "require_key"].contains(&mode), "{mode}");
+        faults(&sandbox, json!([{ "times": 1, "instead": "reset" }]));
+        let body = other_body();
+        gateway.post(&body);
+        assert_eq!(gateway.post(&body).code(), while_unknown, "{mode}");
+    }
+}
