@@ -34,6 +34,9 @@ const STRANGERS: usize = 10;
 /// Beyond so many bytes that wait for the disk no intent is queued: records name up to a thousand inspectors each.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
 
+/// A worker that is busy for longer wakes the writer in between, in nanoseconds.
+const LONG_TURN: u64 = 5_000_000;
+
 /// A second of refusals.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -67,6 +70,8 @@ struct Queue {
     batch: Batch,
     /// The writer sleeps, so that somebody must wake it.
     writer_sleeps: bool,
+    /// Since when a worker has deferred to wake it, in nanoseconds of this process.
+    deferred: Option<u64>,
     /// Places kept for the outcomes of intents.
     reserved: usize,
     closing: bool,
@@ -114,6 +119,7 @@ impl Shared {
             queue: Mutex::new(Queue {
                 batch: Batch::behind(seq),
                 writer_sleeps: false,
+                deferred: None,
                 reserved: 0,
                 closing: false,
                 folds: Folds { since: Instant::now(), kinds: HashMap::new(), strangers: 0, unrecorded: 0 },
@@ -140,9 +146,10 @@ impl Shared {
     }
 
     /// Wakes the writer, if it sleeps and there is something to write. A worker defers that until it has
-    /// nothing else to do, so that a batch is one wake-up: see [`defer_wake_ups`].
-    fn filled(&self, queue: MutexGuard<'_, Queue>) {
-        if !queue.writer_sleeps || DEFERS.get() {
+    /// nothing else to do, so that a batch is one wake-up: see [`defer_wake_ups`]. A worker that is never done must not
+    /// keep the others' records for ever.
+    fn filled(&self, mut queue: MutexGuard<'_, Queue>) {
+        if !queue.writer_sleeps || (DEFERS.get() && queue.may_wait()) {
             return;
         }
         drop(queue);
@@ -245,6 +252,7 @@ impl Shared {
             }
             if !queue.batch.is_empty() {
                 queue.batch.move_to(batch);
+                queue.deferred = None;
                 return Next::Write;
             }
             if queue.closing {
@@ -324,6 +332,16 @@ impl Shared {
 }
 
 impl Queue {
+    /// Whether waking the writer may be deferred once more.
+    fn may_wait(&mut self) -> bool {
+        let now = clock::nanos();
+        let is_overdue = now - *self.deferred.get_or_insert(now) > LONG_TURN;
+        if is_overdue {
+            self.deferred = None;
+        }
+        !is_overdue
+    }
+
     /// The second is over: what was only counted becomes one record each.
     fn fold_up(&mut self, metrics: &Metrics) {
         self.folds.since = Instant::now();

@@ -517,6 +517,22 @@ fn begins_to_wait(record: &mut Record) -> bool {
     intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
 }
 
+/// Such a worker never sleeps, and wakes the writer only before it does.
+#[tokio::test]
+async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&options(folder.path()));
+    Audit::defer_wake_ups();
+    let mut records: Vec<_> = (0..20).map(|_| record(&audit)).collect();
+    let mut next = records.iter_mut();
+    wait_for(|| {
+        if let Some(record) = next.next() {
+            assert!(begins_to_wait(record));
+        }
+        trail(folder.path()).iter().any(|record| record["kind"] == "intent").then_some(())
+    });
+}
+
 #[tokio::test]
 async fn a_stuck_disk_does_not_fill_the_memory() {
     const MEMBERS: usize = 4 << 20;
