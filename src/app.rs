@@ -82,7 +82,7 @@ impl App {
             low_water: LOW_WATER,
         };
         let audit = Audit::start(&options, audit_metrics)?;
-        let idempotency = Arc::new(Idempotency::new(&config.idempotency, audit.keys().clone()));
+        let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit));
         let slots = slots(&config, &tls, &parts.token, &audit)?;
         let state = Arc::new(State::new(&config, slots)?);
         let (alive, done) = mpsc::channel(1);

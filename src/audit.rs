@@ -40,6 +40,7 @@ use lane::Lane;
 use queue::Shared;
 use record::Entry;
 pub use record::{Answer, Queued, Record, RequestId};
+use recovery::Doubt;
 pub use reply::StoredReply;
 pub use sync::Durability;
 use sync::{Syncs, make_directory, remove_unfinished, sync_all, sync_directory, write_again};
@@ -187,6 +188,7 @@ struct Handle {
     writer: Arc<Mutex<Option<JoinHandle<()>>>>,
     intent_deadline: Duration,
     begun: u64,
+    left_in_doubt: Arc<[Doubt]>,
 }
 
 impl std::fmt::Debug for Audit {
@@ -210,14 +212,14 @@ impl Audit {
             sync_directory(&directory).map_err(fail)?; // the key's name, and the segments'
         }
         let keys = Arc::new(keys);
-        let (writer, seq) = recover(options, keys.clone(), lock).map_err(fail)?;
-        let shared = Arc::new(Shared::new(metrics, options.queue, seq));
+        let (writer, begun, left_in_doubt) = recover(options, keys.clone(), lock).map_err(fail)?;
+        let shared = Arc::new(Shared::new(metrics, options.queue, begun));
         let writing = shared.clone();
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
         let (lane, writer) = (shared.new_lane(), Arc::new(Mutex::new(Some(writer))));
         let intent_deadline = options.intent_deadline;
-        Ok(Self(Arc::new(Handle { shared, lane, keys, writer, intent_deadline, begun: seq })))
+        Ok(Self(Arc::new(Handle { shared, lane, keys, writer, intent_deadline, begun, left_in_doubt })))
     }
 
     /// The same trail, for a worker of its own.
@@ -263,6 +265,11 @@ impl Audit {
     /// Records an event of the gateway itself.
     pub fn event(&self, name: &'static str, details: Map<String, Value>) {
         self.shared().event(name, Value::Object(details));
+    }
+
+    /// What the start found without an outcome at the end of the trail.
+    pub fn left_in_doubt(&self) -> &[Doubt] {
+        &self.0.left_in_doubt
     }
 
     /// Verifies what was there before the start, and records the first fault. Takes as long as the trail is long: to be
@@ -326,8 +333,8 @@ pub fn is_live(directory: &Path) -> bool {
 /// Reads the end of the trail, cuts a torn line off, gives every intent that is open there its outcome, and records
 /// all that. One
 /// write does it, so that a crash in between leaves either nothing or a torn line for the next start. Returns the
-/// number of the last record, too.
-fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64)> {
+/// number of the last record and what was open, too.
+fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64, Arc<[Doubt]>)> {
     remove_unfinished(&options.directory)?;
     let found = recovery::read_end(&options.directory, &keys)?;
     let (seq, segment) = found.resume()?;
@@ -348,5 +355,5 @@ fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer
     batch.event("start", json!({ "version": env!("CARGO_PKG_VERSION") }));
     let mut writer = Writer::new(options, keys, lock, found.hash, segment);
     writer.append(&batch)?;
-    Ok((writer, batch.last()))
+    Ok((writer, batch.last(), found.in_doubt.into_values().collect()))
 }

@@ -30,8 +30,9 @@ use uuid::Uuid;
 
 use crate::{
     audit::{
-        Answer, Queued, Record, RequestId, StoredReply,
-        chain::{Hash, Keys, Mark},
+        Answer, Audit, Queued, Record, RequestId, StoredReply,
+        chain::{Hash, Keys, Mark, parse_hex},
+        recovery::Doubt,
     },
     clock,
     config::{self, WithoutKey},
@@ -167,14 +168,14 @@ struct Keyed {
 }
 
 impl Idempotency {
-    /// Remembers nothing yet; keyed calls are refused until [`Idempotency::rebuild`] is over.
-    pub fn new(settings: &config::Idempotency, marks: Arc<Keys>) -> Self {
+    /// Remembers only what the start found in doubt; keyed calls are refused until [`Idempotency::rebuild`] is over.
+    pub fn new(settings: &config::Idempotency, audit: &Audit) -> Self {
         let weigh = |_: &Uuid, reply: &Arc<StoredReply>| {
             u32::try_from(reply.body.len() + REPLY_OVERHEAD).unwrap_or(u32::MAX)
         };
-        Self {
+        let table = Self {
             without_key: settings.without_key,
-            marks,
+            marks: audit.keys().clone(),
             hasher: [RandomState::default(), RandomState::default()],
             claims: Mutex::new(Claims::new(settings.max_keys, seconds(settings.window))),
             twins: Mutex::new(Twins::new(settings.without_key, seconds(settings.fingerprint_window))),
@@ -186,7 +187,13 @@ impl Idempotency {
                 .build(),
             is_rebuilt: AtomicBool::new(false),
             read: [AtomicU64::new(0), AtomicU64::new(0)],
+        };
+        for doubt in audit.left_in_doubt() {
+            if let (Some(twin), Ok(id)) = (table.twin_of(doubt), doubt.id.parse()) {
+                table.twins().end(twin, id, Was::Unknown, now());
+            }
         }
+        table
     }
 
     /// Decides whether a call is new.
@@ -239,6 +246,13 @@ impl Idempotency {
             }
         };
         Ok(Begun::Claim(Claim { table: self.clone(), id, kind, is_sent: false }))
+    }
+
+    /// The fingerprint of an intent.
+    fn twin_of(&self, doubt: &Doubt) -> Option<Mark> {
+        let digest = parse_hex(doubt.digest.as_ref()?)?;
+        let operator = doubt.operator.as_ref()?.as_bytes();
+        Some(self.fingerprint(doubt.caller.as_ref()?, doubt.route.as_ref()?, operator, &digest))
     }
 
     /// Tells equal calls from others. Stands nowhere but in memory, so that it need not be keyed for long: the

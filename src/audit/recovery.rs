@@ -55,9 +55,15 @@ pub struct Doubt {
     /// Which route.
     #[serde(default)]
     pub route: Option<String>,
+    /// As whom.
+    #[serde(default)]
+    pub operator: Option<String>,
     /// Which task.
     #[serde(default)]
     pub task: Option<serde_json::Value>,
+    /// The keyed digest of the body, in hex.
+    #[serde(default)]
+    pub digest: Option<String>,
 }
 
 /// A line that does not fit.

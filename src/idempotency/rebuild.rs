@@ -264,7 +264,7 @@ mod tests {
     }
 
     fn table(audit: &Audit) -> Arc<Idempotency> {
-        Arc::new(Idempotency::new(&settings(), audit.keys().clone()))
+        Arc::new(Idempotency::new(&settings(), audit))
     }
 
     fn answer() -> Answer {

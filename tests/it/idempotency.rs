@@ -405,6 +405,23 @@ fn without_a_key_an_equal_call_is_refused_while_the_first_is_in_doubt() {
 }
 
 #[test]
+fn killed_in_the_middle_of_a_call_without_a_key_it_refuses_an_equal_one_from_the_first_moment() {
+    let sandbox = sandbox();
+    let gateway = guarded(&sandbox, "guard");
+    faults(&sandbox, json!([{ "times": 1, "delay_ms": 60_000 }]));
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    wait_for("the upstream", || (sent(&sandbox) == 1).then_some(()));
+    let intent = gateway.records("intent", 1).remove(0);
+    let setup = Setup::default().set("idempotency.without_key", "guard");
+    let gateway = start_with(&sandbox, Setup { folder: Some(gateway.kill()), ..setup });
+    let equal = gateway.call();
+    assert_eq!((equal.code(), first_id(&equal)), ("duplicate_suspected", intent["id"].as_str().unwrap()));
+    assert_eq!(gateway.post(&other_body()).outcome(), "succeeded");
+    assert_eq!(sent(&sandbox), 2);
+}
+
+#[test]
 fn each_mode_for_calls_without_a_key() {
     for (mode, while_unknown, after_success) in [
         ("guard", "duplicate_suspected", ""),
