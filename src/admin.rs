@@ -110,6 +110,9 @@ impl Admin {
         if !self.audit.healthy() {
             reasons.push("the audit trail cannot be written".into());
         }
+        if self.idempotency.holds_all_up() {
+            reasons.push("the keys of earlier calls are still being read".into());
+        }
         for status in self.state.slots.iter().map(|slot| slot.status()) {
             if !status.had_token {
                 reasons.push(format!("no token yet for credential {}", status.name));

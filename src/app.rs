@@ -144,6 +144,7 @@ impl App {
             tracing::info!(address = %listener.address, "listening");
         }
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
+        read_past(&config, &audit, &idempotency)?;
         let (stopping, stopped) = watch::channel(false);
         let addresses: Vec<_> = bound.iter().map(|bound| bound.address.to_string()).collect();
         let http2 = http2(&config.upstream)?;
@@ -205,7 +206,6 @@ impl App {
                 })
             })
             .collect::<io::Result<Vec<JoinHandle<_>>>>()?;
-        read_past(&config, &audit, &idempotency)?;
         background.block_on(async {
             for slot in &state.slots {
                 tokio::spawn(slot.clone().run());

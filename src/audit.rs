@@ -39,7 +39,7 @@ use chain::{KeyError, Keys};
 use lane::Lane;
 use queue::Shared;
 use record::Entry;
-pub use record::{Answer, Queued, Record, RequestId};
+pub use record::{Answer, MEMBERS, Queued, Record, RequestId};
 use recovery::Doubt;
 pub use reply::StoredReply;
 pub use sync::Durability;
@@ -243,8 +243,15 @@ impl Audit {
 
     /// Waits until the record of this number is safe.
     async fn safe(&self, seq: u64) -> Result<(), Unavailable> {
-        let safe = self.0.lane.wait(&self.shared().safe, seq, self.0.intent_deadline).await;
-        safe.inspect_err(|_| self.shared().metrics.late.inc())
+        if self.is_safe(seq).await {
+            return Ok(());
+        }
+        self.shared().metrics.late.inc();
+        Err(Unavailable)
+    }
+
+    async fn is_safe(&self, seq: u64) -> bool {
+        self.0.lane.wait(&self.shared().safe, seq, self.0.intent_deadline).await.is_ok()
     }
 
     /// From now on this thread does not wake the writer: it calls [`Audit::flush`] before it sleeps.
@@ -272,8 +279,8 @@ impl Audit {
         &self.0.left_in_doubt
     }
 
-    /// Verifies what was there before the start, and records the first fault. Takes as long as the trail is long: to be
-    /// called beside everything else.
+    /// Verifies what was there before the start, and records the first fault; gives every intent its outcome that was
+    /// left open there. Takes as long as the trail is long: to be called beside everything else.
     pub fn verify_past(&self, directory: &Path) -> io::Result<()> {
         let found = recovery::read(directory, self.keys())?;
         if let Some(fault) = found.faults.iter().find(|fault| fault.seq <= self.begun()) {
@@ -283,12 +290,10 @@ impl Audit {
                 json!({ "what": "damaged", "file": file, "line": fault.line, "reason": fault.reason });
             self.shared().event("recovery", details);
         }
+        for doubt in found.in_doubt.values().filter(|doubt| doubt.seq <= self.begun()) {
+            self.shared().doubt(&doubt.id);
+        }
         Ok(())
-    }
-
-    /// Gives an intent that an earlier process left open its outcome.
-    pub fn doubt(&self, id: RequestId) {
-        self.shared().doubt(id.as_str());
     }
 
     /// Whether the last write succeeded.
@@ -330,10 +335,9 @@ pub fn is_live(directory: &Path) -> bool {
     matches!(held, Ok(Err(fs::TryLockError::WouldBlock)))
 }
 
-/// Reads the end of the trail, cuts a torn line off, gives every intent that is open there its outcome, and records
-/// all that. One
-/// write does it, so that a crash in between leaves either nothing or a torn line for the next start. Returns the
-/// number of the last record and what was open, too.
+/// Reads the end of the trail, cuts a torn line off, gives every intent that is open there its outcome, and
+/// records all that. One write does it, so that a crash in between leaves either nothing or a torn line for the next
+/// start. Returns the number of the last record and what was open, too.
 fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64, Arc<[Doubt]>)> {
     remove_unfinished(&options.directory)?;
     let found = recovery::read_end(&options.directory, &keys)?;

@@ -476,7 +476,7 @@ impl From<Failure> for Error {
                 "the upstream refuses the gateway's token, and a fresh one did not help: the service may not be \
                  purchased, or the account's status may be bad (vendor's page, status 401)"
             }
-            (Code::OutcomeUnknown, _) => {
+            (Code::RequestInProgress, _) => {
                 "the upstream has answered, and that cannot be put on record at the moment: ask again with the same \
                  Idempotency-Key"
             }

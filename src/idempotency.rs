@@ -4,7 +4,9 @@
 //! window, so that the task is sent once and its answer is given again. Without one, [`twins`] looks for an equal
 //! call that may still be at work. Decides from key and body alone, before a token is spent. Guarantees that a claim
 //! within the window is never forgotten: a full table refuses new keys, and a start reads the audit trail before
-//! it takes any ([`rebuild`]). What a caller was told of a key is in the trail first: see [`Pending`].
+//! it takes any ([`rebuild`]). What a caller was told of a key is in the trail first: see [`Pending`]. Two
+//! exceptions: 503 `audit_unavailable` tells of an intent that may still reach a stuck disk, and the head of a reply of
+//! more than 64 KiB leaves before its end is known.
 
 mod claims;
 mod key;
@@ -14,9 +16,10 @@ mod twins;
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use foldhash::fast::RandomState;
@@ -38,7 +41,7 @@ use crate::{
     config::{self, WithoutKey},
     error::Code,
     headers::Inbound,
-    outcome::{Outcome, ResultCode},
+    outcome::Outcome,
     upstream::{Failure, Reply, ReplyBody},
 };
 use claims::{Claims, Ending, How, Verdict};
@@ -272,11 +275,16 @@ impl Idempotency {
     pub fn status(&self) -> Value {
         let [read, all] = self.read.each_ref().map(|bytes| bytes.load(Ordering::Relaxed));
         json!({
-            "keys": self.claims().len(),
+            "keys": self.keys(),
             "rebuilt": self.is_rebuilt.load(Ordering::Relaxed),
             "trail_bytes_read": read,
             "trail_bytes": all,
         })
+    }
+
+    /// Whether no call at all can be taken yet.
+    pub fn holds_all_up(&self) -> bool {
+        self.without_key == WithoutKey::RequireKey && !self.is_rebuilt.load(Ordering::Relaxed)
     }
 
     /// How many keys are remembered.
@@ -347,14 +355,7 @@ impl Claim {
             self.end(answer.outcome, None);
             return None;
         }
-        let reply = answer.reply.clone();
-        Some(Pending {
-            queued: queued?,
-            outcome: answer.outcome,
-            result_code: answer.result_code.clone(),
-            reply,
-            claim: self,
-        })
+        Some(Pending { queued: queued?, answer: answer.clone(), claim: self })
     }
 
     fn end(&mut self, outcome: Outcome, ending: Option<Ending>) {
@@ -391,9 +392,7 @@ impl Drop for Claim {
 #[derive(Debug)]
 pub struct Pending {
     queued: Queued,
-    outcome: Outcome,
-    result_code: Option<ResultCode>,
-    reply: Option<Arc<StoredReply>>,
+    answer: Answer,
     claim: Claim,
 }
 
@@ -420,14 +419,12 @@ impl Pending {
     }
 
     fn close(self) {
-        let Self { outcome, result_code, reply, mut claim, .. } = self;
-        let ending = reply.map(|reply| {
-            let ending =
-                Ending { status: reply.status, result_code: result_code.map(|code| code[..].into()) };
+        let Self { answer: Answer { outcome, status, result_code, reply, .. }, mut claim, .. } = self;
+        if let Some(reply) = reply {
             claim.table.replies.insert(claim.id, reply);
-            ending
-        });
-        claim.end(outcome, ending);
+        }
+        let result_code = result_code.map(|code| code[..].into());
+        claim.end(outcome, status.map(|status| Ending { status, result_code }));
     }
 }
 
@@ -455,14 +452,18 @@ impl Replay {
 impl Failure {
     /// The upstream has answered, and that can't be put on record.
     fn not_on_record() -> Self {
-        Self { code: Code::OutcomeUnknown, outcome: Outcome::Unknown, retry_after: None }
+        let retry_after = Some(Duration::from_secs(1));
+        Self { code: Code::RequestInProgress, outcome: Outcome::Unknown, retry_after }
     }
 }
 
+/// Seconds since 1970, as the wall clock showed it when this process first looked: a jump of it since then ends no
+/// window.
 fn now() -> u32 {
-    u32::try_from(clock::unix_nanos() / 1_000_000_000).unwrap_or(u32::MAX)
+    static START: LazyLock<u64> = LazyLock::new(|| clock::unix_nanos().saturating_sub(clock::nanos()));
+    u32::try_from((*START + clock::nanos()) / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
-fn seconds(duration: std::time::Duration) -> u32 {
+fn seconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
 }

@@ -284,7 +284,7 @@ impl Exchange {
             return (Err(failure), pending);
         }
         if self.claim.is_keyed() && matches!(outcome, Outcome::Succeeded | Outcome::Failed) {
-            answer.reply = Some(Arc::new(self.stored(status, &headers, &body, &answer, rest.is_none())));
+            answer.reply = StoredReply::new(status, &headers, &body).filter(|_| rest.is_none()).map(Arc::new);
         }
         if answered_by_business {
             self.cooldown.accepted();
@@ -310,22 +310,6 @@ impl Exchange {
             }
         };
         (Ok(Reply { status, headers, body, outcome }), pending)
-    }
-
-    /// What is kept of a reply.
-    fn stored(
-        &self,
-        status: StatusCode,
-        headers: &HeaderMap,
-        body: &Bytes,
-        answer: &Answer,
-        whole: bool,
-    ) -> StoredReply {
-        let stored = if whole { StoredReply::new(status.as_u16(), headers, body) } else { None };
-        stored.unwrap_or_else(|| {
-            let code = answer.result_code.as_deref();
-            StoredReply::without_body(status.as_u16(), self.route.result.field(), code, self.record.id())
-        })
     }
 
     /// Records an exchange that brought no answer.

@@ -33,7 +33,7 @@ pub(super) struct Lane {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    /// In the order of their records, which is that of their deadlines, too.
+    /// In the order in which they began to wait, which is that of their deadlines, and nearly that of their records.
     requests: VecDeque<Request>,
     /// The lane's task.
     task: Option<Waker>,
@@ -58,13 +58,14 @@ impl Lane {
             tokio::spawn(self.clone().run(safe.clone()));
         }
         let deadline = clock::now() + time;
-        let mut registered = false;
+        let mut registered: Option<Waker> = None;
         poll_fn(|cx| {
             if safe.load(Ordering::Acquire) >= seq {
                 return Poll::Ready(Ok(()));
             }
-            if !registered {
-                registered = true;
+            // Anew if it is another task that waits now: an exchange moves to one of its own when its caller leaves.
+            if !registered.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
+                registered = Some(cx.waker().clone());
                 self.register(Request { seq, deadline, waker: cx.waker().clone() });
                 // It may have become safe in between.
                 if safe.load(Ordering::Acquire) >= seq {

@@ -59,6 +59,37 @@ impl fmt::Debug for RequestId {
     }
 }
 
+/// The members that records have of their own; a contract's have other names.
+pub const MEMBERS: [&str; 27] = [
+    "seq",
+    "time",
+    "kind",
+    "id",
+    "caller",
+    "route",
+    "peer",
+    "operator",
+    "first",
+    "caller_id",
+    "traceparent",
+    "body_size",
+    "digest",
+    "key",
+    "print",
+    "forced",
+    "outcome",
+    "code",
+    "stage",
+    "status",
+    "upstream_status",
+    "result_code",
+    "reply",
+    "ms",
+    "note",
+    "prev",
+    "hash",
+];
+
 /// The record of one request. Moved, never shared.
 #[derive(Debug)]
 pub struct Record {
@@ -115,7 +146,7 @@ pub struct Queued {
 impl Queued {
     /// Waits until it is safe, for as long as an intent may take.
     pub async fn is_safe(&self) -> bool {
-        self.audit.safe(self.seq).await.is_ok()
+        self.audit.is_safe(self.seq).await
     }
 }
 

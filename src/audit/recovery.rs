@@ -1,7 +1,7 @@
 //! Reads the trail: recovery at start, `audit verify`, `audit in-doubt`, `audit head`.
 //!
-//! A start reads the end of the trail only, so that it serves at once; all of it is verified beside that, and read for
-//! what was left open (`idempotency::rebuild`).
+//! A start reads the end of the trail only, so that it serves at once; all of it is verified beside that, for damage
+//! and for what was left open.
 //!
 //! A crash leaves traces that are no faults. The last write may be cut short; and if the machine crashed, those
 //! pages of it that did not reach the disk read as zeros. Nothing of that was safe. A batch whose fdatasync
@@ -21,6 +21,9 @@ use super::chain::{Hash, Keys, first_seq, lines, parse_hex, segments, stated};
 
 /// No record has so high a number; a line that states one is no place to go on from.
 const MAX_SEQ: u64 = 1 << 60;
+
+/// Beyond so many faults there is no more to say: it is another key, or another trail.
+const MAX_FAULTS: usize = 10_000;
 
 /// A last write that lacks pages is no longer than this, in bytes; if more follows a gap, the file is damaged.
 const MAX_TORN: u64 = 1 << 20;
@@ -45,6 +48,8 @@ pub struct Found {
 /// An intent without an outcome.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Doubt {
+    /// Its record's number.
+    pub seq: u64,
     /// The request's id.
     pub id: String,
     /// When the intent was recorded.
@@ -99,13 +104,13 @@ pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
     read_segments(&segments(directory)?, Found::default(), keys)
 }
 
-/// Reads the last two segments of a directory, which is where a crash leaves its traces. What lies before them is
+/// Reads the last two segments of a directory, which is where a crash leaves a torn line. What lies before them is
 /// believed.
 pub(super) fn read_end(directory: &Path, keys: &Keys) -> io::Result<Found> {
     let segments = segments(directory)?;
     let end = &segments[segments.len().saturating_sub(2)..];
     let mut found = Found::default();
-    if let Some(path) = end.first().filter(|_| segments.len() > 2)
+    if let Some(path) = end.first().filter(|path| first_seq(path) > 1)
         && let Some(line) = lines(path)?.next().transpose()?
         && let Ok(Begin { seq, prev }) = serde_json::from_slice(&line.bytes)
         && let Some(hash) = parse_hex(prev)
@@ -186,7 +191,9 @@ impl Found {
     }
 
     fn fault(&mut self, path: &Path, line: usize, reason: &'static str) {
-        self.faults.push(Fault { file: path.into(), line, seq: self.seq, reason });
+        if self.faults.len() < MAX_FAULTS {
+            self.faults.push(Fault { file: path.into(), line, seq: self.seq, reason });
+        }
     }
 
     fn take(&mut self, path: &Path, number: usize, line: &[u8], keys: &Keys) {

@@ -1,7 +1,7 @@
 //! What an outcome keeps of the upstream's reply, to be given again to a caller that repeats its call.
 
 use bytes::Bytes;
-use http::{HeaderMap, header};
+use http::{HeaderMap, StatusCode, header};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeStruct};
 use serde_json::{Map, json};
 
@@ -9,6 +9,9 @@ use super::RequestId;
 
 /// A longer body is not kept.
 const MAX_BODY: usize = 8 * 1024;
+
+/// A longer `Content-Type` is none.
+const MAX_TYPE: usize = 256;
 
 /// A reply as it is given again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,11 +25,14 @@ pub struct StoredReply {
 }
 
 impl StoredReply {
-    /// Of a reply that was read whole.
-    pub fn new(status: u16, headers: &HeaderMap, body: &Bytes) -> Option<Self> {
-        let content_type = headers.get(header::CONTENT_TYPE);
-        (body.len() <= MAX_BODY).then(|| Self {
-            status,
+    /// Of a reply that was read whole, if it can be given again as it is.
+    pub fn new(status: StatusCode, headers: &HeaderMap, body: &Bytes) -> Option<Self> {
+        if body.len() > MAX_BODY || headers.contains_key(header::CONTENT_ENCODING) {
+            return None;
+        }
+        let content_type = headers.get(header::CONTENT_TYPE).filter(|value| value.len() <= MAX_TYPE);
+        Some(Self {
+            status: status.as_u16(),
             content_type: content_type.and_then(|value| value.to_str().ok()).map(str::to_owned),
             // A piece of a read buffer would keep all of it.
             body: Bytes::copy_from_slice(body),
@@ -87,11 +93,11 @@ mod tests {
         let headers =
             HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
         for body in [&b""[..], b"{\"a\":\"\\u00e9\"}", "é\u{0}\u{2028}\"\\".as_bytes(), b"\xff\x00{"] {
-            let reply = StoredReply::new(200, &headers, &Bytes::copy_from_slice(body)).unwrap();
+            let reply = StoredReply::new(StatusCode::OK, &headers, &Bytes::copy_from_slice(body)).unwrap();
             let text = serde_json::to_string(&reply).unwrap();
             assert!(!text.contains('\n'), "{text}");
             assert_eq!(serde_json::from_str::<StoredReply>(&text).unwrap(), reply, "{text}");
         }
-        assert_eq!(StoredReply::new(200, &headers, &Bytes::from(vec![b' '; MAX_BODY + 1])), None);
+        assert_eq!(StoredReply::new(StatusCode::OK, &headers, &Bytes::from(vec![b' '; MAX_BODY + 1])), None);
     }
 }

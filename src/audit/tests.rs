@@ -397,7 +397,8 @@ async fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
     let keys = Keys::load_or_make(folder.path()).unwrap();
     // It takes what is written, and refuses fdatasync and being cut.
     let null = OpenOptions::new().write(true).open("/dev/null").unwrap();
-    let writer = Writer::new(&options, keys.into(), lock, Hash::default(), Some((null, 0)));
+    let writer =
+        Writer::new(&options, keys.into(), lock, Hash::default(), Some((null, 0)));
     let shared = Shared::new(metrics(), 64, 0);
     shared.event("one", json!({}));
     shared.event("two", json!({}));
@@ -515,6 +516,21 @@ impl Stuck {
 fn begins_to_wait(record: &mut Record) -> bool {
     let mut intent = pin!(record.intent((2, &[0; 32]), &|_| ()));
     intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
+}
+
+/// An exchange whose caller leaves goes on in a task of its own.
+#[tokio::test]
+async fn a_wait_that_moves_to_another_task_is_woken_there() {
+    let (lane, safe) = (Arc::new(Lane::default()), Arc::new(std::sync::atomic::AtomicU64::new(0)));
+    let (waits, proven) = (lane.clone(), safe.clone());
+    let mut wait = Box::pin(async move { waits.wait(&proven, 1, Duration::from_secs(60)).await });
+    assert!(wait.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    let moved = tokio::spawn(wait);
+    tokio::task::yield_now().await;
+    safe.store(1, std::sync::atomic::Ordering::Release);
+    lane.more_is_safe();
+    let woken = tokio::time::timeout(Duration::from_secs(20), moved).await;
+    assert_eq!(woken.unwrap().unwrap(), Ok(()));
 }
 
 /// Such a worker never sleeps, and wakes the writer only before it does.

@@ -389,7 +389,7 @@ impl Compiler<'_> {
         if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
             return fail(at, "must be a name of a-z and _");
         }
-        if self.audit.iter().any(|member| member.name == name) {
+        if self.audit.iter().any(|member| member.name == name) || crate::audit::MEMBERS.contains(&name) {
             return fail(at, "this name is taken");
         }
         let is_list = place == Place::InItems;

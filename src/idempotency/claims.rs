@@ -30,10 +30,17 @@ struct Claim {
 enum State {
     /// `doubt` is the call of unknown outcome that this one repeats.
     InFlight {
-        doubt: Option<Uuid>,
+        doubt: Option<Doubt>,
     },
     Unknown,
     Ended(Ending),
+}
+
+/// A call of unknown outcome that another one repeats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Doubt {
+    id: Uuid,
+    since: u32,
 }
 
 /// What is known of an answer, whatever else was forgotten.
@@ -98,9 +105,9 @@ impl Claims {
             State::InFlight { .. } => Verdict::InFlight(claim.id),
             State::Ended(ending) => Verdict::Replay(claim.id, ending.clone()),
             State::Unknown if force == Some(claim.id) => {
-                let doubt = force;
-                *claim = Claim { print, id, since: now, state: State::InFlight { doubt } };
-                Verdict::Begin { doubt }
+                let doubt = Doubt { id: claim.id, since: claim.since };
+                *claim = Claim { print, id, since: now, state: State::InFlight { doubt: Some(doubt) } };
+                Verdict::Begin { doubt: force }
             }
             State::Unknown => Verdict::Unknown(claim.id),
         }
@@ -119,8 +126,15 @@ impl Claims {
                 place.remove();
                 return;
             }
-            // What became of the first one is as unknown as before.
-            (How::NotDone, Some(doubt)) => (claim.id, claim.state) = (doubt, State::Unknown),
+            // What became of the first one is as unknown as before, and no younger.
+            (How::NotDone, Some(Doubt { since, .. })) if now.saturating_sub(since) > self.window => {
+                place.remove();
+                return;
+            }
+            (How::NotDone, Some(Doubt { id, since })) => {
+                (claim.id, claim.since, claim.state) = (id, since, State::Unknown);
+                return;
+            }
             (How::Unknown, _) => claim.state = State::Unknown,
             (How::Ended(ending), _) => claim.state = State::Ended(ending),
         }
@@ -130,6 +144,9 @@ impl Claims {
 
     /// Puts a claim back that the trail tells of, in flight; even beyond the bound, since nothing is evicted.
     pub(super) fn restore(&mut self, key: Mark, print: Mark, id: Uuid, doubt: Option<Uuid>, since: u32) {
+        let known = self.by_key.get(&key).filter(|claim| Some(claim.id) == doubt);
+        let doubt_since = known.map_or(since, |claim| claim.since);
+        let doubt = doubt.map(|id| Doubt { id, since: doubt_since });
         self.by_key.insert(key, Claim { print, id, since, state: State::InFlight { doubt } });
     }
 
@@ -249,12 +266,13 @@ mod tests {
                         let stands = last.get(&key).cloned();
                         let force = stands.as_ref().filter(|_| force).map(|(id, ..)| *id);
                         if let Verdict::Begin { doubt } = claims.claim([key; 16], [print; 16], id(next), force, now) {
-                            match stands {
+                            match stands.clone() {
                                 None | Some((_, _, Some(How::NotDone))) => prop_assert_eq!(doubt, None),
                                 Some((_, since, Some(_))) if now - since > WINDOW => prop_assert_eq!(doubt, None),
                                 Some((before, _, Some(How::Unknown))) => prop_assert_eq!(doubt, Some(before)),
                                 other => prop_assert!(false, "sent again: {:?}", other),
                             }
+                            let doubt = doubt.and(stands).map(|(id, since, _)| (id, since));
                             last.insert(key, (id(next), now, None));
                             flying.push((key, id(next), doubt));
                         }
@@ -266,7 +284,7 @@ mod tests {
                         let (key, ending, doubt) = flying.remove(which % flying.len());
                         claims.end([key; 16], ending, how.clone(), now);
                         let stands = match (how, doubt) {
-                            (How::NotDone, Some(doubt)) => (doubt, now, Some(How::Unknown)),
+                            (How::NotDone, Some((doubt, since))) => (doubt, since, Some(How::Unknown)),
                             (how, _) => (ending, now, Some(how)),
                         };
                         last.insert(key, stands);

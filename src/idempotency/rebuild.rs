@@ -1,8 +1,8 @@
 //! Reads the claims of the window back from the audit trail, beside the serving workers.
 //!
 //! The intent of a keyed call says which key it claimed, its outcome what became of it, and with which answer. A
-//! start has given every intent at the end of the trail an outcome; one that was left open before that gets its
-//! outcome here. A line that cannot be read is passed over: `audit verify` names it.
+//! start has given every intent at the end of the trail an outcome; one that was left open before that is in doubt,
+//! too. A line that cannot be read is passed over: `audit verify` names it.
 
 use std::{
     collections::HashMap,
@@ -57,6 +57,7 @@ struct Line<'a> {
     operator: Option<Cow<'a, str>>,
     digest: Option<&'a str>,
     outcome: Option<&'a str>,
+    status: Option<u16>,
     #[serde(borrow)]
     result_code: Option<Cow<'a, str>>,
     reply: Option<StoredReply>,
@@ -122,30 +123,38 @@ impl Idempotency {
                 self.read[0].fetch_add(line.bytes.len() as u64 + 1, Ordering::Relaxed);
             }
         }
-        reading.close(audit);
+        reading.close();
         *self.claims() = reading.claims;
         Ok(())
     }
 }
 
-/// The segments that hold a record of that time or later: all from the last that begins before it.
+/// The segments that hold a record of that time or later: from the one before the first that begins then.
 fn since(segments: Vec<PathBuf>, from: u32) -> io::Result<Vec<PathBuf>> {
-    let mut first = 0;
-    for (index, path) in segments.iter().enumerate() {
+    #[derive(Deserialize)]
+    struct Begin<'a> {
+        time: &'a str,
+    }
+    let mut skipped = 0;
+    for (index, path) in segments.iter().enumerate().skip(1) {
         let begin = lines(path)?.next().transpose()?;
         let begin =
-            begin.and_then(|line| Some(unix(serde_json::from_slice::<Line<'_>>(&line.bytes).ok()?.time)));
-        if begin.is_some_and(|begin| begin < from) {
-            first = index;
+            begin.and_then(|line| Some(unix(serde_json::from_slice::<Begin<'_>>(&line.bytes).ok()?.time)));
+        if begin.is_none_or(|begin| begin >= from) {
+            break;
         }
+        skipped = index;
     }
-    Ok(segments.into_iter().skip(first).collect())
+    Ok(segments.into_iter().skip(skipped).collect())
 }
 
 impl Reading<'_> {
     /// Takes a record; whether it lies behind the last one that matters.
     fn take(&mut self, bytes: &[u8]) -> bool {
-        let Ok(line) = serde_json::from_slice::<Line<'_>>(bytes) else { return false };
+        let Ok(line) = serde_json::from_slice::<Line<'_>>(bytes) else {
+            tracing::error!("a line of the audit trail cannot be read; a key may be forgotten");
+            return false;
+        };
         if line.seq > self.last {
             return true;
         }
@@ -161,15 +170,14 @@ impl Reading<'_> {
         false
     }
 
-    /// What was left open: a start that was killed before this was over, or a trail that somebody damaged.
-    fn close(&mut self, audit: &Audit) {
+    /// What was left open; it gets its outcome when the trail is verified.
+    fn close(&mut self) {
         for (id, intent) in std::mem::take(&mut self.open) {
             match intent {
                 Intent::Keyed(key) => self.claims.end(key, id, How::Unknown, now()),
                 Intent::Unkeyed(twin) => self.table.twins().end(twin, id, Was::Unknown, now()),
                 Intent::Other => {}
             }
-            audit.doubt(id.into());
         }
     }
 
@@ -195,23 +203,27 @@ impl Reading<'_> {
         let outcome = Outcome::ALL.into_iter().find(|outcome| line.outcome == Some(outcome.as_str()));
         match intent {
             Intent::Keyed(key) => {
-                let how = match (outcome, line.reply) {
+                let how = match (outcome, line.status) {
                     (Some(Outcome::NotSent | Outcome::Refused), _) => How::NotDone,
-                    (Some(Outcome::Succeeded | Outcome::Failed), Some(reply)) => {
-                        let result_code = line.result_code.map(|code| code.as_bytes().into());
-                        let ending = Ending { status: reply.status, result_code };
-                        if time >= self.window_from {
+                    (Some(Outcome::Succeeded | Outcome::Failed), Some(status)) => {
+                        if let Some(reply) = line.reply.filter(|_| time >= self.window_from) {
                             self.table.replies.insert(id, Arc::new(reply));
                         }
-                        How::Ended(ending)
+                        let result_code = line.result_code.map(|code| code.as_bytes().into());
+                        How::Ended(Ending { status, result_code })
                     }
                     _ => How::Unknown,
                 };
                 self.claims.end(key, id, how, time);
             }
             Intent::Unkeyed(twin) => {
-                if outcome == Some(Outcome::Unknown) && time >= self.twins_from {
-                    self.table.twins().end(twin, id, Was::Unknown, time);
+                let was = match outcome {
+                    Some(Outcome::Unknown) => Was::Unknown,
+                    Some(Outcome::Succeeded) => Was::Done,
+                    _ => return,
+                };
+                if time >= self.twins_from {
+                    self.table.twins().end(twin, id, was, time);
                 }
             }
             Intent::Other => {}

@@ -1,8 +1,8 @@
 //! Equal calls without a key, a pure table: who sends the same body for the same operator on the same route again
 //! while the first is at work or in doubt has most likely lost an answer.
 //!
-//! Calls in flight and in doubt are remembered for the window; those that succeeded only as long as there is room,
-//! since they are flagged and not refused (but for `without_key = "block"`).
+//! Calls in flight and in doubt are remembered for the window. Those that succeeded are, too, where they are refused
+//! (`without_key = "block"`); where they are only flagged, the oldest are forgotten beyond a bound.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::{audit::chain::Mark, config::WithoutKey};
 
-/// So many calls that succeeded are remembered.
+/// So many calls that succeeded are remembered, to be flagged.
 const MAX_DONE: usize = 32 * 1024;
 
 /// Times are in seconds since 1970.
@@ -27,6 +27,8 @@ struct Twin {
     id: Uuid,
     since: u32,
     state: State,
+    /// An earlier one, while this is in flight: (id, since, state).
+    before: Option<(Uuid, u32, State)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +55,10 @@ impl Twins {
     /// refuses with its id, if not.
     pub(super) fn begin(&mut self, mark: Mark, id: Uuid, now: u32) -> Result<Option<Uuid>, Uuid> {
         self.expire(now);
-        let mine = Twin { id, since: now, state: State::InFlight };
-        let Some(first) = self.seen.insert(mark, mine) else { return Ok(None) };
+        let mine = Twin { id, since: now, state: State::InFlight, before: None };
+        let is_over = |twin: &Twin| twin.state != State::InFlight && is_old(twin.since, now, self.window);
+        let first = self.seen.insert(mark, mine).filter(|twin| !is_over(twin));
+        let Some(first) = first else { return Ok(None) };
         let is_refused = match (self.mode, first.state) {
             (WithoutKey::Block, _) | (WithoutKey::Guard, State::InFlight | State::Unknown) => true,
             (WithoutKey::Guard, State::Done) => false,
@@ -64,40 +68,56 @@ impl Twins {
             self.seen.insert(mark, first);
             return Err(first.id);
         }
+        let before = Some((first.id, first.since, first.state));
+        self.seen.insert(mark, Twin { before, ..mine });
         Ok(Some(first.id))
     }
 
     pub(super) fn end(&mut self, mark: Mark, id: Uuid, was: Was, now: u32) {
-        let is_mine = self.seen.get(&mark).is_none_or(|twin| twin.id == id);
+        if matches!(self.mode, WithoutKey::Off | WithoutKey::RequireKey) {
+            return; // nobody looks
+        }
+        let known = self.seen.get(&mark);
+        let (is_mine, before) = (known.is_none_or(|twin| twin.id == id), known.and_then(|twin| twin.before));
+        let over = |state| Twin { id, since: now, state, before: None };
         match was {
             Was::Unknown => {
-                self.seen.insert(mark, Twin { id, since: now, state: State::Unknown });
+                self.seen.insert(mark, over(State::Unknown));
                 self.unknown.push_back((now, mark));
             }
             Was::Done if is_mine => {
-                self.seen.insert(mark, Twin { id, since: now, state: State::Done });
+                self.seen.insert(mark, over(State::Done));
                 self.done.push_back((now, mark));
             }
-            Was::NotDone if is_mine => drop(self.seen.remove(&mark)),
+            Was::NotDone if is_mine => {
+                self.seen.remove(&mark);
+                let before = before.map(|(id, since, state)| (mark, Twin { id, since, state, before: None }));
+                self.seen.extend(before);
+            }
             Was::Done | Was::NotDone => {}
         }
     }
 
     fn expire(&mut self, now: u32) {
-        let Self { seen, done, unknown, window, .. } = self;
-        let is_old = |since: u32| now.saturating_sub(since) > *window;
+        let Self { seen, done, unknown, window, mode } = self;
+        let is_old = |since: u32| is_old(since, now, *window);
+        let max_done = if *mode == WithoutKey::Block { usize::MAX } else { MAX_DONE };
         let mut forget = |(since, mark): (u32, Mark)| {
             if seen.get(&mark).is_some_and(|twin| twin.since == since && twin.state != State::InFlight) {
                 seen.remove(&mark);
             }
         };
-        while done.len() > MAX_DONE || done.front().is_some_and(|(since, _)| is_old(*since)) {
+        while done.len() > max_done || done.front().is_some_and(|(since, _)| is_old(*since)) {
             done.pop_front().into_iter().for_each(&mut forget);
         }
         while unknown.front().is_some_and(|(since, _)| is_old(*since)) {
             unknown.pop_front().into_iter().for_each(&mut forget);
         }
     }
+}
+
+fn is_old(since: u32, now: u32, window: u32) -> bool {
+    now.saturating_sub(since) > window
 }
 
 #[cfg(test)]
@@ -134,6 +154,27 @@ mod tests {
             assert_eq!(after(mode, Some(Was::Done)), done, "{mode:?}");
             assert_eq!(after(mode, Some(Was::NotDone)), free, "{mode:?}");
         }
+    }
+
+    #[test]
+    fn a_call_that_was_not_sent_leaves_the_one_before_it() {
+        let mut twins = Twins::new(WithoutKey::Guard, WINDOW);
+        twins.begin(MARK, id(1), 0).unwrap();
+        twins.end(MARK, id(1), Was::Done, 0);
+        assert_eq!(twins.begin(MARK, id(2), 0), Ok(Some(id(1))));
+        twins.end(MARK, id(2), Was::NotDone, 0);
+        assert_eq!(twins.begin(MARK, id(3), 0), Ok(Some(id(1))));
+    }
+
+    #[test]
+    fn where_they_are_refused_those_that_succeeded_are_not_forgotten() {
+        let mut twins = Twins::new(WithoutKey::Block, WINDOW);
+        for number in 0..=MAX_DONE as u128 + 1 {
+            twins.begin(number.to_be_bytes(), id(number), 0).unwrap();
+            twins.end(number.to_be_bytes(), id(number), Was::Done, 0);
+        }
+        assert_eq!(twins.begin([0; 16], id(9), WINDOW), Err(id(0)));
+        assert_eq!(twins.begin([0; 16], id(9), WINDOW + 1), Ok(None));
     }
 
     #[test]

@@ -201,6 +201,8 @@ fn a_schema_that_would_not_be_checked_whole_is_refused_with_its_place() {
         (r#"{"$defs":{"unused":{"not":{}}}}"#, "#/$defs/unused/not"),
         (r#"{"items":{"$defs":{}}}"#, "#/items/$defs"),
         (r#"{"type":"string","x-audit":"Task"}"#, "#/x-audit"),
+        (r#"{"type":"string","x-audit":"key"}"#, "#/x-audit"),
+        (r#"{"type":"string","x-audit":"outcome"}"#, "#/x-audit"),
         (r#"{"x-audit":"task"}"#, "#/x-audit"),
         (r#"{"x-uniqueBy":"a"}"#, "#/x-uniqueBy"),
         (r#"{"type":"null","type":"null"}"#, "#"),

@@ -202,6 +202,7 @@ fn a_refused_call_gives_its_key_back_and_a_failed_one_keeps_it() {
     assert_replays(&gateway.send(&head(body.len(), &key("k")), &body), &failed);
     assert_eq!(sent(&sandbox), 2);
     sandbox.faults(serde_json::from_value(json!({ "down": true })).unwrap()).unwrap();
+    wait_for("the end of its connections", || (sandbox.connections().open == 0).then_some(()));
     let reply = gateway.post_with(&key("l"));
     assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"));
     sandbox.faults(serde_json::from_value(json!({})).unwrap()).unwrap();

@@ -76,8 +76,6 @@ impl Load {
             let reply = self.call(number, tries == 1 && number.is_multiple_of(10))?;
             match reply.outcome() {
                 "succeeded" | "failed" | "replayed" => Some(Told::Answer(reply.status, reply.body)),
-                // What can't be put on record in time is to be asked for again.
-                "unknown" if reply.code() == "outcome_unknown" && first_id(&reply).is_empty() => None,
                 "unknown" if reply.code() != "request_in_progress" => Some(Told::Doubt),
                 _ => None,
             }
