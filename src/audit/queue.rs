@@ -35,7 +35,7 @@ const STRANGERS: usize = 10;
 pub(super) const MAX_QUEUED: usize = 64 << 20;
 
 /// A worker that is busy for longer wakes the writer in between, in nanoseconds.
-const LONG_TURN: u64 = 5_000_000;
+const LONG_TURN: u64 = 50_000_000;
 
 /// A second of refusals.
 const SECOND: Duration = Duration::from_secs(1);
@@ -59,6 +59,8 @@ pub(super) struct Shared {
     /// Who waits for that.
     lanes: Mutex<Vec<Arc<Lane>>>,
     healthy: AtomicBool,
+    /// Whether new intents may be recorded: space is reserved for them and all outcomes.
+    room: AtomicBool,
     /// Whether refusals may be recorded: there is space behind the last write, above the low-water mark.
     space_left: AtomicBool,
     pub(super) metrics: Metrics,
@@ -128,6 +130,7 @@ impl Shared {
             safe: Arc::new(AtomicU64::new(seq)),
             lanes: Mutex::default(),
             healthy: AtomicBool::new(true),
+            room: AtomicBool::new(true),
             space_left: AtomicBool::new(true),
             metrics,
             capacity,
@@ -182,7 +185,7 @@ impl Shared {
     /// Returns the number of the record.
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
         let mut queue = self.lock();
-        let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity;
+        let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.has_room();
         if queue.closing || is_full || queue.batch.size() > MAX_QUEUED {
             return Err(Unavailable);
         }
@@ -244,6 +247,7 @@ impl Shared {
     /// Waits for records and moves them out whole.
     pub(super) fn next_batch(&self, batch: &mut Batch) -> Next {
         let mut queue = self.lock();
+        let begun = Instant::now();
         loop {
             let pending = queue.folds.is_pending() && self.takes_refusals(&queue);
             if pending && queue.folds.since.elapsed() >= SECOND {
@@ -259,6 +263,7 @@ impl Shared {
                 return Next::End;
             }
             let wait = match (pending, self.has_space()) {
+                _ if !self.has_room() => Some(SECOND / 10),
                 (_, false) => Some(SECOND),
                 (true, true) => Some(SECOND / 5),
                 (false, true) => None,
@@ -272,7 +277,9 @@ impl Shared {
             let (mut woken, waited) =
                 self.filled.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner);
             woken.writer_sleeps = false;
-            if !pending && waited.timed_out() {
+            // Not only when nobody wakes it: those who are refused meanwhile do.
+            let is_time = waited.timed_out() || begun.elapsed() >= wait;
+            if is_time && (!pending || !self.has_room()) && woken.batch.is_empty() {
                 return Next::Look;
             }
             queue = woken;
@@ -299,8 +306,22 @@ impl Shared {
         self.filled.notify_all();
     }
 
+    /// Whether the last write succeeded, and there is room for more.
     pub(super) fn is_healthy(&self) -> bool {
-        self.healthy.load(Ordering::Relaxed)
+        self.healthy.load(Ordering::Relaxed) && self.has_room()
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        self.room.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_room(&self, room: bool) {
+        self.room.store(room, Ordering::Relaxed);
+    }
+
+    /// Intents without an outcome.
+    pub(super) fn in_flight(&self) -> u64 {
+        self.lock().reserved as u64
     }
 
     pub(super) fn set_healthy(&self, healthy: bool) {

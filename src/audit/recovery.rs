@@ -17,7 +17,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::chain::{Hash, Keys, first_seq, lines, parse_hex, segments, stated};
+use super::{
+    chain::{Hash, Keys, first_seq, lines, parse_hex, segments, stated},
+    writer::Segment,
+};
 
 /// No record has so high a number; a line that states one is no place to go on from.
 const MAX_SEQ: u64 = 1 << 60;
@@ -180,10 +183,11 @@ impl Found {
 
     /// Where a writer goes on: the last number given away, and the segment with its length. What is damaged
     /// stays as it is: new records then go into a new segment, whose name is that of no other.
-    pub(super) fn resume(&self) -> io::Result<(u64, Option<(File, u64)>)> {
+    pub(super) fn resume(&self) -> io::Result<(u64, Option<Segment>)> {
         match &self.last {
             Some((path, length)) if self.faults.is_empty() => {
-                Ok((self.seq, Some((OpenOptions::new().write(true).open(path)?, *length))))
+                let file = OpenOptions::new().write(true).open(path)?;
+                Ok((self.seq, Some(Segment::new(file, *length))))
             }
             Some((path, _)) => Ok((self.seq.max(first_seq(path)), None)),
             None => Ok((self.seq, None)),

@@ -398,7 +398,7 @@ async fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
     // It takes what is written, and refuses fdatasync and being cut.
     let null = OpenOptions::new().write(true).open("/dev/null").unwrap();
     let writer =
-        Writer::new(&options, keys.into(), lock, Hash::default(), Some((null, 0)));
+        Writer::new(&options, keys.into(), lock, Hash::default(), Some(writer::Segment::new(null, 0)));
     let shared = Shared::new(metrics(), 64, 0);
     shared.event("one", json!({}));
     shared.event("two", json!({}));

@@ -1,5 +1,8 @@
 //! The writer's thread: chains and writes, one write a batch.
 //!
+//! Space is reserved ahead of what is written, for the outcomes of all that is in flight and some more: once that
+//! can't be had, new intents are refused, and what was sent already still gets its outcome on a full disk.
+//!
 //! Nothing that failed is believed: the segment is cut back to its last good length and the batch is tried
 //! again, while intents time out. A stuck disk holds this thread, never a worker. A segment that somebody
 //! deleted or cut while it was open is given up for a new one; if the whole directory was replaced, nothing is
@@ -18,6 +21,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::{
+    fs::{FallocateFlags, fallocate},
+    io::Errno,
+};
 use serde_json::json;
 
 use super::{
@@ -34,6 +41,12 @@ const RETRY: Duration = Duration::from_millis(100);
 /// So much room for text is kept from batch to batch, in bytes.
 const KEPT_TEXT: usize = 256 * 1024;
 
+/// So much space is reserved at once, in bytes: a reservation is a system call of its own.
+const AHEAD: u64 = 1 << 20;
+
+/// An outcome takes no more than this, but for one with a long reply or code.
+const OUTCOME: u64 = 2 * 1024;
+
 /// How often the free space is measured while there is something to write.
 const MEASURE: Duration = Duration::from_secs(1);
 
@@ -46,6 +59,15 @@ enum Mishap {
     Disproven,
 }
 
+/// A file of records.
+pub(super) struct Segment {
+    file: File,
+    /// Up to where it is good.
+    length: u64,
+    /// Up to where it has space on the disk.
+    allocated: u64,
+}
+
 /// Where the trail stands.
 pub(super) struct Writer {
     directory: PathBuf,
@@ -56,10 +78,10 @@ pub(super) struct Writer {
     keys: Arc<Keys>,
     /// Of the last record.
     link: Link,
-    /// Where records go, and up to where that file is good.
-    segment: Option<(File, u64)>,
-    /// The segment whose last fdatasync failed, and up to where it is good; until its batch is elsewhere.
-    disproven: Option<(File, u64)>,
+    /// Where records go.
+    segment: Option<Segment>,
+    /// The segment whose last fdatasync failed, until its batch is elsewhere.
+    disproven: Option<Segment>,
     syncs: Syncs,
     /// What happened to a segment, while no record says so yet.
     mishap: Option<Mishap>,
@@ -74,7 +96,7 @@ impl Writer {
         keys: Arc<Keys>,
         lock: File,
         hash: Hash,
-        segment: Option<(File, u64)>,
+        segment: Option<Segment>,
     ) -> Self {
         Self {
             directory: options.directory.clone(),
@@ -99,11 +121,15 @@ impl Writer {
             self.measure(shared);
             match shared.next_batch(&mut batch) {
                 Next::Write => {}
-                Next::Look => continue,
-                Next::End => return,
+                Next::Look => {
+                    self.reserve(shared, 0);
+                    continue;
+                }
+                Next::End => return self.release(),
             }
             let before = self.link.clone();
             self.link(&batch, &mut text);
+            self.reserve(shared, text.len() as u64);
             if !self.write_persistently(&text, batch.first(), shared) {
                 self.link = before;
                 tracing::error!(
@@ -113,6 +139,7 @@ impl Writer {
                 return;
             }
             shared.written(&batch, text.len());
+            self.reserve(shared, 0); // a new segment has none yet
             batch.shrink_to(KEPT_TEXT);
             if let Some(mishap) = self.mishap.take() {
                 let (name, what) = mishap.event();
@@ -143,6 +170,25 @@ impl Writer {
         if self.measured.is_none_or(|measured| measured.elapsed() >= MEASURE) {
             shared.set_space_left(free_space(&self.directory) >= self.low_water);
             self.measured = Some(Instant::now());
+        }
+    }
+
+    /// Reserves space for so many bytes, and for the outcomes of all that is in flight; tells whether there is.
+    fn reserve(&mut self, shared: &Shared, bytes: u64) {
+        let room = AHEAD + OUTCOME * shared.in_flight();
+        let reserved = self.segment.as_mut().map_or(Ok(()), |segment| segment.reserve(bytes + room));
+        if let Err(error) = &reserved
+            && shared.has_room()
+        {
+            tracing::error!(%error, "no space can be reserved for the audit trail; nothing new is sent meanwhile");
+        }
+        shared.set_room(reserved.is_ok());
+    }
+
+    /// Gives back what was reserved and not needed.
+    fn release(&mut self) {
+        if let Some(segment) = &self.segment {
+            let _ = segment.file.set_len(segment.length);
         }
     }
 
@@ -177,48 +223,49 @@ impl Writer {
 
     /// Writes records of which `first` is the first one's number; with `disk` they are on the disk then.
     fn write(&mut self, text: &[u8], first: u64) -> io::Result<()> {
-        if let Some((file, length)) = &self.segment {
-            if !is_whole(file, *length)? {
-                self.mishap = Some(Mishap::Lost);
-                self.segment = None;
-            } else if *length >= self.segment_size {
-                self.segment = None;
-            }
+        if let Some(segment) = &self.segment
+            && !segment.is_whole()?
+        {
+            self.mishap = Some(Mishap::Lost);
+            self.segment = None;
         }
-        match self.durability {
-            Durability::Kernel => self.write_to_kernel(text, first),
-            Durability::Disk => self.write_to_disk(text, first),
+        match &mut self.segment {
+            Some(segment) if segment.length < self.segment_size => self.append_to_segment(text),
+            Some(_) => match self.begin_segment(text, first) {
+                // For a new one there is no space; here some is reserved.
+                Err(error) if is_full(&error) => self.append_to_segment(text),
+                begun => begun,
+            },
+            None => self.begin_segment(text, first),
         }
     }
 
-    fn write_to_kernel(&mut self, text: &[u8], first: u64) -> io::Result<()> {
-        let (file, length) = match &mut self.segment {
-            Some(segment) => segment,
-            empty => empty.insert((begin(&free_place(&self.directory, first, &self.lock)?)?, 0)),
-        };
-        append(file, text, *length)?;
-        *length += text.len() as u64;
-        Ok(())
-    }
-
-    fn write_to_disk(&mut self, text: &[u8], first: u64) -> io::Result<()> {
-        let Some((file, length)) = &mut self.segment else { return self.begin_on_disk(text, first) };
-        append(file, text, *length)?;
-        if let Err(error) = self.syncs.sync(file) {
+    fn append_to_segment(&mut self, text: &[u8]) -> io::Result<()> {
+        let Some(segment) = &mut self.segment else { return Ok(()) };
+        append(&segment.file, text, segment.length)?;
+        if self.durability == Durability::Disk
+            && let Err(error) = self.syncs.sync(&segment.file)
+        {
             self.disproven = self.segment.take();
             return Err(error);
         }
-        *length += text.len() as u64;
+        segment.length += text.len() as u64;
         Ok(())
     }
 
-    fn begin_on_disk(&mut self, text: &[u8], first: u64) -> io::Result<()> {
+    /// Begins a segment with these records.
+    fn begin_segment(&mut self, text: &[u8], first: u64) -> io::Result<()> {
         let path = free_place(&self.directory, first, &self.lock)?;
-        self.segment = Some((self.syncs.begin(&path, text)?, text.len() as u64));
-        if let Some((file, good)) = self.disproven.take() {
+        let file = match self.durability {
+            Durability::Kernel => begin(&path, text)?,
+            Durability::Disk => self.syncs.begin(&path, text)?,
+        };
+        self.release();
+        self.segment = Some(Segment::new(file, text.len() as u64));
+        if let Some(disproven) = self.disproven.take() {
             self.mishap = Some(Mishap::Disproven);
             // If this fails, readers see two copies of the batch and take the new segment's.
-            let _ = file.set_len(good);
+            let _ = disproven.file.set_len(disproven.length);
         }
         Ok(())
     }
@@ -234,6 +281,34 @@ impl Mishap {
     }
 }
 
+impl Segment {
+    /// A file that is good up to here.
+    pub(super) fn new(file: File, length: u64) -> Self {
+        Self { file, length, allocated: length }
+    }
+
+    /// Makes sure that so many bytes more fit. A file system that reserves nothing has room until it has none.
+    fn reserve(&mut self, bytes: u64) -> io::Result<()> {
+        let needed = self.length + bytes;
+        if needed <= self.allocated {
+            return Ok(());
+        }
+        let more = needed + AHEAD - self.length;
+        match fallocate(&self.file, FallocateFlags::KEEP_SIZE, self.length, more) {
+            Ok(()) => self.allocated = needed + AHEAD,
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => self.allocated = u64::MAX,
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// Whether it still has its name and all that was written. What goes into a deleted file is lost in silence.
+    fn is_whole(&self) -> io::Result<bool> {
+        let found = self.file.metadata()?;
+        Ok(found.nlink() > 0 && found.len() >= self.length)
+    }
+}
+
 /// Writes behind what is good; on failure nothing new is left there.
 fn append(file: &File, text: &[u8], length: u64) -> io::Result<()> {
     if let Err(error) = file.write_all_at(text, length) {
@@ -241,13 +316,6 @@ fn append(file: &File, text: &[u8], length: u64) -> io::Result<()> {
         return Err(error);
     }
     Ok(())
-}
-
-/// Whether an open segment still has its name and all that was written. What goes into a deleted file is lost
-/// in silence.
-fn is_whole(file: &File, length: u64) -> io::Result<bool> {
-    let found = file.metadata()?;
-    Ok(found.nlink() > 0 && found.len() >= length)
 }
 
 /// The path of a new segment, which is named after the first record in it.
@@ -265,9 +333,15 @@ fn free_place(directory: &Path, first: u64, lock: &File) -> io::Result<PathBuf> 
     }
 }
 
-/// Begins a segment, empty.
-fn begin(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)
+/// Begins a segment; if that fails, an empty one is left, and begun again.
+fn begin(path: &Path, text: &[u8]) -> io::Result<File> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    append(&file, text, 0)?;
+    Ok(file)
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Bytes that this process may still write.

@@ -465,26 +465,80 @@ fn on_a_file_system_that_runs_full_strangers_take_no_space_and_service_comes_bac
     }
     assert!(gateway.admin("/metrics").body.contains("audit_dropped_refusals_total 20"));
 
-    let filler = small.0.join("filler");
-    let mut file = fs::File::create(&filler).unwrap();
-    while file.write_all(&[0; 4096]).is_ok() {}
-    drop(file);
-    // The page that the segment ends in has room for a few more.
+    let filler = small.fill();
+    // What is reserved has room for some more.
     wait_for("the disk to be full", || (gateway.call().status == 503).then_some(()));
     assert_refused(&gateway, &sandbox);
     fs::remove_file(filler).unwrap();
     assert_resumed(&gateway, &sandbox);
 
     assert_eq!(records(&small.0, "refusal"), Vec::<Value>::new());
+    let dropped = disk::metric(&gateway, "audit_dropped_refusals_total");
     gateway.signal("-TERM");
     assert!(gateway.wait().success());
     let events = records(&small.0, "event");
     let gaps = events.iter().filter(|event| event["event"] == "gap");
     assert_eq!(
-        gaps.map(|gap| gap["count"].as_u64().unwrap()).sum::<u64>(),
-        20,
+        gaps.map(|gap| gap["count"].as_f64().unwrap()).sum::<f64>(),
+        dropped,
         "the trail says what it lacks"
     );
+}
+
+impl Small {
+    /// Takes all the space that is left; given back by removing the file.
+    fn fill(&self) -> PathBuf {
+        let filler = self.0.join("filler");
+        let mut file = fs::File::create(&filler).unwrap();
+        while file.write_all(&[0; 4096]).is_ok() {}
+        filler
+    }
+}
+
+#[test]
+fn on_a_full_file_system_what_was_sent_gets_its_outcome_and_nothing_new_is_sent() {
+    const IN_FLIGHT: usize = 50;
+    for durability in ["kernel", "disk"] {
+        let sandbox = sandbox();
+        let folder = Arc::new(tempfile::TempDir::new().unwrap());
+        let Some(small) = Small::mount(folder.path().join("audit")) else { return };
+        // The segment is full long before the disk is.
+        let setup =
+            || Setup::default().set("audit.durability", durability).set("audit.segment_size", "64KiB");
+        let setup = setup().set("upstream.max_connections", 2 * IN_FLIGHT);
+        let gateway = start_with(&sandbox, Setup { folder: Some(folder), ..setup });
+        assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+        faults(&sandbox, json!({ "business": [{ "times": IN_FLIGHT, "delay_ms": 4_000 }] }));
+        let mut in_flight: Vec<_> = (0..IN_FLIGHT)
+            .map(|_| {
+                let mut stream = TcpStream::connect(gateway.address).unwrap();
+                stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+                stream
+            })
+            .collect();
+        wait_for("the requests", || (sandbox.requests().len() == IN_FLIGHT + 1).then_some(()));
+        let filler = small.fill();
+        wait_for("the end of what was reserved", || (gateway.call().status == 503).then_some(()));
+        let sent = sandbox.requests().len();
+        assert_refused(&gateway, &sandbox);
+        assert_eq!(gateway.admin("/readyz").status, 503);
+        let replies: Vec<_> = in_flight.iter_mut().map(read_reply).collect();
+        assert!(replies.iter().all(|reply| reply.outcome() == "succeeded"), "{replies:?}");
+        let ids = replies.iter().map(|reply| &reply.headers["x-gateway-request-id"]);
+        wait_for("their outcomes", || {
+            let outcomes = outcomes(&small.0);
+            ids.clone().all(|id| outcomes.contains_key(id)).then_some(())
+        });
+        assert_eq!(sandbox.requests().len(), sent, "nothing new was sent");
+        assert!(
+            fs::File::create(small.0.join("more")).and_then(|mut more| more.write_all(b"1")).is_err(),
+            "it is full"
+        );
+        fs::remove_file(filler).unwrap();
+        assert_resumed(&gateway, &sandbox);
+        let (whole, said) = verify(&small.0);
+        assert!(whole, "{durability}: {said}");
+    }
 }
 
 /// Calls until the next record begins a new segment; returns that segment's path.

@@ -136,7 +136,7 @@ impl Survives {
     }
 }
 
-fn metric(gateway: &Gateway, name: &str) -> f64 {
+pub(super) fn metric(gateway: &Gateway, name: &str) -> f64 {
     let metrics = gateway.admin("/metrics").body;
     let line = metrics.lines().find_map(|line| line.strip_prefix(&format!("ccsqm_gateway_{name} ")));
     line.unwrap_or_else(|| panic!("{name} in {metrics}")).parse().unwrap()
