@@ -42,6 +42,9 @@ const AUDIT_QUEUE: usize = 16 * 1024;
 /// An intent that is not safe by then is refused.
 const INTENT_DEADLINE: Duration = Duration::from_millis(250);
 
+/// What lies before the idempotency window may still matter in it: a call that began before and ended within.
+const RETAIN_SLACK: Duration = Duration::from_secs(60 * 60);
+
 /// Below this much free space refusals are no longer recorded.
 const LOW_WATER: u64 = 64 << 20;
 
@@ -79,6 +82,7 @@ impl App {
             key_file: config.audit.key_file.clone(),
             queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
             intent_deadline: INTENT_DEADLINE,
+            retain: config.audit.retain.map(|retain| retain + RETAIN_SLACK),
             low_water: LOW_WATER,
         };
         let audit = Audit::start(&options, audit_metrics)?;

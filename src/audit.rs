@@ -14,6 +14,7 @@ mod queue;
 mod record;
 pub mod recovery;
 mod reply;
+mod retention;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -64,6 +65,8 @@ pub struct Options {
     pub queue: usize,
     /// An intent that is not safe by then is refused.
     pub intent_deadline: Duration,
+    /// How long records are kept, at least; `None`: for ever.
+    pub retain: Option<Duration>,
     /// Below this much free space, in bytes, refusals are no longer recorded: no stranger may fill the disk.
     pub low_water: u64,
 }
@@ -97,6 +100,7 @@ pub struct Metrics {
     syncs: IntCounter,
     sync_errors: IntCounter,
     sync_seconds: Counter,
+    removed: IntCounter,
     folded: IntCounter,
     dropped: IntCounter,
     late: IntCounter,
@@ -125,6 +129,7 @@ impl Metrics {
             syncs: counter("syncs_total", "Times that fdatasync succeeded; only with durability disk.")?,
             sync_errors: counter("sync_errors_total", "Times that fdatasync failed.")?,
             sync_seconds,
+            removed: counter("removed_segments_total", "Segments removed since all in them was too old.")?,
             folded: counter("folded_refusals_total", "Refusals that were recorded by count only.")?,
             dropped: counter("dropped_refusals_total", "Refusals that were not recorded.")?,
             late: counter("late_intents_total", "Intents that were not safe in time.")?,

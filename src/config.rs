@@ -361,6 +361,8 @@ pub struct Audit {
     pub durability: Durability,
     /// Bytes after which a new segment begins.
     pub segment_size: u64,
+    /// How long records are kept, at least; `None`: for ever.
+    pub retain: Option<Duration>,
     /// The chain's key. `None`: one is made in the directory.
     pub key_file: Option<PathBuf>,
 }

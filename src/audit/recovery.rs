@@ -18,7 +18,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    chain::{Hash, Keys, first_seq, lines, parse_hex, segments, stated},
+    chain::{Hash, Keys, first_seq, lines, segments, stated},
+    retention::{self, Place},
     writer::Segment,
 };
 
@@ -46,6 +47,10 @@ pub struct Found {
     pub torn: Option<(PathBuf, u64, u64)>,
     /// The last segment and its length without a torn line.
     pub last: Option<(PathBuf, u64)>,
+    /// Where the trail begins, if that is not its first record.
+    begins_behind: Option<Place>,
+    /// An event says that what lies before was removed.
+    is_retained: bool,
 }
 
 /// An intent without an outcome.
@@ -95,16 +100,18 @@ struct Head {
     id: Option<String>,
 }
 
-/// How a segment begins.
-#[derive(Deserialize)]
-struct Begin<'a> {
-    seq: u64,
-    prev: &'a str,
-}
-
 /// Reads all segments of a directory.
 pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
-    read_segments(&segments(directory)?, Found::default(), keys)
+    let segments = segments(directory)?;
+    let mut found = Found::begin(segments.first())?;
+    found.begins_behind =
+        segments.first().filter(|_| found.seq > 0).map(|_| Place { seq: found.seq, hash: found.hash });
+    let mut found = read_segments(&segments, found, keys)?;
+    if let (Some(_), Some(path), false) = (found.begins_behind, segments.first(), found.is_retained) {
+        let reason = "records before this one were removed, and no event says so";
+        found.faults.insert(0, Fault { file: path.clone(), line: 1, seq: first_seq(path), reason });
+    }
+    Ok(found)
 }
 
 /// Reads the last two segments of a directory, which is where a crash leaves a torn line. What lies before them is
@@ -112,15 +119,7 @@ pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
 pub(super) fn read_end(directory: &Path, keys: &Keys) -> io::Result<Found> {
     let segments = segments(directory)?;
     let end = &segments[segments.len().saturating_sub(2)..];
-    let mut found = Found::default();
-    if let Some(path) = end.first().filter(|path| first_seq(path) > 1)
-        && let Some(line) = lines(path)?.next().transpose()?
-        && let Ok(Begin { seq, prev }) = serde_json::from_slice(&line.bytes)
-        && let Some(hash) = parse_hex(prev)
-    {
-        (found.seq, found.hash) = (seq.saturating_sub(1), hash);
-    }
-    read_segments(end, found, keys)
+    read_segments(end, Found::begin(end.first())?, keys)
 }
 
 fn read_segments(segments: &[PathBuf], mut found: Found, keys: &Keys) -> io::Result<Found> {
@@ -149,6 +148,15 @@ fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
 }
 
 impl Found {
+    /// Before a segment is read: what it says lies before it, unless it is the first one of all.
+    fn begin(segment: Option<&PathBuf>) -> io::Result<Self> {
+        let before = match segment.filter(|path| first_seq(path) > 1) {
+            Some(path) => retention::before(path)?,
+            None => None,
+        };
+        Ok(before.map_or_else(Self::default, |Place { seq, hash }| Self { seq, hash, ..Self::default() }))
+    }
+
     /// Reads a segment that another one follows.
     fn read_full(&mut self, path: &Path, next: &Path, keys: &Keys) -> io::Result<()> {
         for line in lines(path)? {
@@ -227,6 +235,9 @@ impl Found {
                 }
             }
             ("outcome", Some(id)) => drop(self.in_doubt.remove(&id)),
+            ("event", _) if self.begins_behind.is_some() => {
+                self.is_retained |= retention::said(line) == self.begins_behind;
+            }
             _ => {}
         }
     }

@@ -30,6 +30,7 @@ fn options(directory: &Path) -> Options {
         key_file: None,
         queue: 64,
         intent_deadline: Duration::from_secs(5),
+        retain: None,
         low_water: 0,
     }
 }
@@ -516,6 +517,39 @@ impl Stuck {
 fn begins_to_wait(record: &mut Record) -> bool {
     let mut intent = pin!(record.intent((2, &[0; 32]), &|_| ()));
     intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
+}
+
+#[tokio::test]
+async fn old_segments_go_and_the_chain_stays_verifiable() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 1, retain: Some(Duration::ZERO), ..options(folder.path()) });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while segments(folder.path()).unwrap()[0] == chain::segment_path(folder.path(), 1) {
+        assert!(Instant::now() < deadline, "nothing was removed");
+        intended(&audit).await.take().finish(&answer());
+    }
+    audit.close();
+    assert_whole(folder.path());
+    let said = trail(folder.path()).into_iter().filter(|record| record["event"] == "retention").count();
+    assert!(said > 0);
+
+    // The next start goes on behind it, and the trail is still whole.
+    let audit = start(&options(folder.path()));
+    intended(&audit).await.take().finish(&answer());
+    audit.close();
+    assert_whole(folder.path());
+    assert!(trail(folder.path()).iter().all(|record| record["what"] != "damaged"));
+
+    // What somebody else removes no record tells of; the control is above.
+    let last_said = trail(folder.path()).into_iter().rfind(|record| record["event"] == "retention").unwrap();
+    let told = last_said["last_seq"].as_u64().unwrap();
+    for segment in
+        segments(folder.path()).unwrap().iter().take_while(|path| chain::first_seq(path) <= told + 1)
+    {
+        fs::remove_file(segment).unwrap();
+    }
+    let found = verify(folder.path());
+    assert_eq!(found.faults[0].reason, "records before this one were removed, and no event says so");
 }
 
 /// An exchange whose caller leaves goes on in a task of its own.

@@ -32,8 +32,10 @@ use super::{
     batch::Batch,
     chain::{Hash, Keys, Link, segment_path},
     queue::{Next, Shared},
+    retention::{self, Old},
     sync::Syncs,
 };
+use crate::clock;
 
 /// How long a failed write waits.
 const RETRY: Duration = Duration::from_millis(100);
@@ -46,6 +48,9 @@ const AHEAD: u64 = 1 << 20;
 
 /// An outcome takes no more than this, but for one with a long reply or code.
 const OUTCOME: u64 = 2 * 1024;
+
+/// How often old segments are looked for while there is something to write, beside each time that one is begun.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// How often the free space is measured while there is something to write.
 const MEASURE: Duration = Duration::from_secs(1);
@@ -75,6 +80,11 @@ pub(super) struct Writer {
     durability: Durability,
     low_water: u64,
     measured: Option<Instant>,
+    retain: Option<Duration>,
+    /// When old segments were last looked for.
+    looked: Option<Instant>,
+    /// To be removed once the record that says so is written.
+    old: Option<Old>,
     keys: Arc<Keys>,
     /// Of the last record.
     link: Link,
@@ -104,6 +114,9 @@ impl Writer {
             durability: options.durability,
             low_water: options.low_water,
             measured: None,
+            retain: options.retain,
+            looked: None,
+            old: None,
             keys,
             link: Link::new(hash),
             segment,
@@ -119,6 +132,7 @@ impl Writer {
         let (mut batch, mut text) = (Batch::default(), Vec::new());
         loop {
             self.measure(shared);
+            self.look_for_old(shared);
             match shared.next_batch(&mut batch) {
                 Next::Write => {}
                 Next::Look => {
@@ -140,6 +154,7 @@ impl Writer {
             }
             shared.written(&batch, text.len());
             self.reserve(shared, 0); // a new segment has none yet
+            self.remove_old(shared);
             batch.shrink_to(KEPT_TEXT);
             if let Some(mishap) = self.mishap.take() {
                 let (name, what) = mishap.event();
@@ -189,6 +204,36 @@ impl Writer {
     fn release(&mut self) {
         if let Some(segment) = &self.segment {
             let _ = segment.file.set_len(segment.length);
+        }
+    }
+
+    /// Looks for a segment that is to go, and queues the record that says so.
+    fn look_for_old(&mut self, shared: &Shared) {
+        let Some(retain) = self.retain.filter(|_| self.looked.is_none_or(|looked| looked.elapsed() >= LOOK))
+        else {
+            return;
+        };
+        self.looked = Some(Instant::now());
+        let before = clock::unix_nanos() / 1_000_000_000;
+        let before = i64::try_from(before.saturating_sub(retain.as_secs())).unwrap_or_default();
+        match retention::oldest(&self.directory, before) {
+            Ok(old) => self.old = old,
+            Err(error) => tracing::warn!(%error, "old segments of the audit trail cannot be looked for"),
+        }
+        if let Some(old) = &self.old {
+            shared.event(retention::EVENT, old.details());
+        }
+    }
+
+    /// Removes it, when that is written.
+    fn remove_old(&mut self, shared: &Shared) {
+        let Some(old) = self.old.take() else { return };
+        match fs::remove_file(&old.path) {
+            Ok(()) => {
+                shared.metrics.removed.inc();
+                self.looked = None; // there may be another one
+            }
+            Err(error) => tracing::warn!(%error, "an old segment of the audit trail cannot be removed"),
         }
     }
 
@@ -262,6 +307,7 @@ impl Writer {
         };
         self.release();
         self.segment = Some(Segment::new(file, text.len() as u64));
+        self.looked = None;
         if let Some(disproven) = self.disproven.take() {
             self.mishap = Some(Mishap::Disproven);
             // If this fails, readers see two copies of the batch and take the new segment's.

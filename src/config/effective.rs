@@ -92,6 +92,7 @@ impl Config {
                 "directory": whole_path(&audit.directory),
                 "durability": audit.durability.as_str(),
                 "segment_size": size(audit.segment_size),
+                "retain": audit.retain.map_or("forever".to_owned(), duration),
                 "key_file": audit.key_file.as_deref().map(whole_path),
             },
             "idempotency": {

@@ -488,6 +488,13 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
         named.ok_or_else(|| "must be \"kernel\" or \"disk\"".into())
     });
     let segment_size = table.size(context, "segment_size", 64 << 20, ("64KiB", "1GiB"));
+    let retain = match table.members.get("retain").map(|value| &value.kind) {
+        Some(Kind::Text(text) | Kind::Loose(text)) if text == "forever" => {
+            drop(table.take(context, "retain"));
+            None
+        }
+        _ => Some(table.duration(context, "retain", "30d", ("1d", "3650d"))),
+    };
     let key_file =
         table.path(context, "key_file").and_then(|found| good_file(context, found, files::audit_key));
     let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
@@ -498,7 +505,7 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
         context.problem_at("audit.directory", reason);
     }
     table.close(context);
-    Audit { directory, durability, segment_size, key_file }
+    Audit { directory, durability, segment_size, retain, key_file }
 }
 
 fn read_idempotency(context: &mut Context<'_>, root: &mut Table) -> Idempotency {

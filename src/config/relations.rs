@@ -18,6 +18,10 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must not be longer than upstream.timeout";
         between(context, ["upstream.connect_timeout", "upstream.timeout"], reason);
     }
+    if config.audit.retain.is_some_and(|retain| retain < config.idempotency.window) {
+        let reason = "must not be shorter than idempotency.window: keys live in the trail";
+        between(context, ["audit.retain", "idempotency.window"], reason);
+    }
     if upstream.max_connections < config.server.workers {
         let reason = "must be at least server.workers";
         between(context, ["upstream.max_connections", "server.workers"], reason);

@@ -270,6 +270,7 @@ mod tests {
             key_file: None,
             queue: 16 * 1024,
             intent_deadline: Duration::from_secs(60),
+            retain: None,
             low_water: 0,
         };
         Audit::start(&options, audit::Metrics::new(&Registry::new()).unwrap()).unwrap()
