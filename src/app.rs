@@ -82,6 +82,7 @@ impl App {
             key_file: config.audit.key_file.clone(),
             queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
             intent_deadline: INTENT_DEADLINE,
+            shown: audit::SHOWN.map(|name| config.audit.shown(name)),
             retain: config.audit.retain.map(|retain| retain + RETAIN_SLACK),
             low_water: LOW_WATER,
         };

@@ -30,11 +30,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use http::HeaderValue;
 use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
-use crate::admission::Peer;
+use crate::{admission::Peer, config::Shown};
 use batch::Batch;
 use chain::{KeyError, Keys};
 use lane::Lane;
@@ -49,6 +50,9 @@ use writer::Writer;
 
 /// How long a stop waits for the last write.
 const CLOSE_TIME: Duration = Duration::from_secs(3);
+
+/// Members of its own that a trail may hide, beside those of contracts.
+pub const SHOWN: [&str; 4] = ["operator", "peer", "caller_id", "traceparent"];
 
 /// Where and how a trail is kept.
 #[derive(Clone, Debug)]
@@ -65,6 +69,8 @@ pub struct Options {
     pub queue: usize,
     /// An intent that is not safe by then is refused.
     pub intent_deadline: Duration,
+    /// How operator, peer, caller_id and traceparent are written: [`SHOWN`].
+    pub shown: [Shown; SHOWN.len()],
     /// How long records are kept, at least; `None`: for ever.
     pub retain: Option<Duration>,
     /// Below this much free space, in bytes, refusals are no longer recorded: no stranger may fill the disk.
@@ -194,6 +200,7 @@ struct Handle {
     intent_deadline: Duration,
     begun: u64,
     left_in_doubt: Arc<[Doubt]>,
+    shown: [Shown; SHOWN.len()],
 }
 
 impl std::fmt::Debug for Audit {
@@ -223,8 +230,17 @@ impl Audit {
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
         let (lane, writer) = (shared.new_lane(), Arc::new(Mutex::new(Some(writer))));
-        let intent_deadline = options.intent_deadline;
-        Ok(Self(Arc::new(Handle { shared, lane, keys, writer, intent_deadline, begun, left_in_doubt })))
+        let (intent_deadline, shown) = (options.intent_deadline, options.shown);
+        Ok(Self(Arc::new(Handle {
+            shared,
+            lane,
+            keys,
+            writer,
+            intent_deadline,
+            begun,
+            left_in_doubt,
+            shown,
+        })))
     }
 
     /// The same trail, for a worker of its own.
@@ -267,6 +283,30 @@ impl Audit {
     /// Wakes the writer, if there is something to write.
     pub fn flush(&self) {
         self.shared().flush();
+    }
+
+    /// A value as it is to be written; `field` is an index of [`SHOWN`].
+    fn show(&self, field: usize, value: HeaderValue) -> Option<HeaderValue> {
+        match self.0.shown[field] {
+            Shown::Clear => Some(value),
+            Shown::Omit => None,
+            Shown::Hmac => {
+                let mark = self.keys().mark(&[b"field", SHOWN[field].as_bytes(), value.as_bytes()]);
+                HeaderValue::from_str(&chain::hidden(mark)).ok()
+            }
+        }
+    }
+
+    /// What is written in the place of a peer, if it is to be hidden: of an address without its port.
+    fn hides_peer(&self, peer: Peer) -> Option<Option<HeaderValue>> {
+        if self.0.shown[1] == Shown::Clear {
+            return None;
+        }
+        let text = match peer {
+            Peer::Tcp(address) => address.ip().to_string(),
+            Peer::Unix { .. } => peer.to_string(),
+        };
+        Some(HeaderValue::from_str(&text).ok().and_then(|text| self.show(1, text)))
     }
 
     /// Opens the record of a request.

@@ -365,6 +365,32 @@ pub struct Audit {
     pub retain: Option<Duration>,
     /// The chain's key. `None`: one is made in the directory.
     pub key_file: Option<PathBuf>,
+    /// How members of a record are written; others are written in clear.
+    pub fields: Vec<(String, Shown)>,
+}
+
+/// How a member of an audit record is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Shown {
+    /// As it is.
+    #[default]
+    Clear,
+    /// As a keyed hash: who knows the value finds it.
+    Hmac,
+    /// Not at all.
+    Omit,
+}
+
+impl Shown {
+    /// All, with their words.
+    pub const ALL: [(Self, &str); 3] = [(Self::Clear, "clear"), (Self::Hmac, "hmac"), (Self::Omit, "omit")];
+}
+
+impl Audit {
+    /// How a member is written.
+    pub fn shown(&self, name: &str) -> Shown {
+        self.fields.iter().find(|(other, _)| other == name).map_or(Shown::Clear, |(_, shown)| *shown)
+    }
 }
 
 /// `[idempotency]`.

@@ -23,6 +23,10 @@ use smallvec::SmallVec;
 
 pub use crate::json::NotJson;
 use crate::json::{self, Begins, Cursor, Halt, Token, check_encoding};
+use crate::{
+    audit::chain::{Mark, hidden},
+    config::Shown,
+};
 
 pub use self::schema::SchemaError;
 use self::{
@@ -87,19 +91,29 @@ impl CheckedBody {
 
     /// What the contract wants in the audit trail, as JSON members with a comma in front of each; `null` for a
     /// single one that is absent. The values are the caller's scalars, verbatim: strict JSON has no raw control
-    /// character, so that a line stays one.
-    pub fn audit_members(&self, out: &mut Vec<u8>) {
+    /// character, so that a line stays one. What is to be hidden is left out, or written as its `mark`.
+    pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
         let openings: usize = self.members.iter().map(|member| member.opening.len() + 4).sum();
         let values: usize = self.captured.iter().map(|(_, place)| place.len() + 1).sum();
         out.reserve(openings + values);
         for (index, member) in self.members.iter().enumerate() {
+            if member.shown == Shown::Omit {
+                continue;
+            }
             out.extend_from_slice(member.opening.as_bytes());
             let before = out.len();
             for (_, place) in self.captured.iter().filter(|(of, _)| *of as usize == index) {
                 if out.len() > before {
                     out.push(b',');
                 }
-                out.extend_from_slice(&self.bytes[place.start as usize..place.end as usize]);
+                let literal = &self.bytes[place.start as usize..place.end as usize];
+                match member.shown {
+                    Shown::Clear | Shown::Omit => out.extend_from_slice(literal),
+                    Shown::Hmac => {
+                        let hidden = hidden(mark(&[b"field", member.name.as_bytes(), literal]));
+                        out.extend_from_slice(format!("\"{hidden}\"").as_bytes());
+                    }
+                }
             }
             if member.is_list {
                 out.push(b']');
@@ -121,6 +135,19 @@ impl Contract {
             Ok(()) => Schema::compile(schema).map(Self),
             Err(error) => Err(SchemaError { pointer: "#".into(), reason: error.to_string() }),
         }
+    }
+
+    /// What it wants in the audit trail.
+    pub fn audit_names(&self) -> impl Iterator<Item = &str> {
+        self.0.audit.iter().map(|member| member.name.as_str())
+    }
+
+    /// Decides how each of that is written.
+    #[must_use]
+    pub fn shown(mut self, shown: impl Fn(&str) -> Shown) -> Self {
+        let members = self.0.audit.iter().cloned();
+        self.0.audit = members.map(|member| AuditMember { shown: shown(&member.name), ..member }).collect();
+        self
     }
 
     /// Checks a body.

@@ -172,7 +172,7 @@ impl Gateway {
         record.enter(Stage::Audit);
         let connection = from.presence.during(self.pool.reserve()).await??;
         let members = |line: &mut Vec<u8>| {
-            checked.audit_members(line);
+            checked.audit_members(&|parts| self.audit.keys().mark(parts), line);
             claim.audit_members(line);
         };
         record.intent((checked.bytes().len(), &digest), &members).await?;

@@ -121,7 +121,10 @@ impl Routes {
                 may_use.then(|| Access { credential, cooldown: cooldowns[credential].clone() })
             };
             let access = config.callers.iter().map(access_of).collect();
-            routes.insert(raw.path.clone(), Arc::new(Route::new(raw, config.upstream.timeout, access)?));
+            routes.insert(
+                raw.path.clone(),
+                Arc::new(Route::new(raw, &config.audit, config.upstream.timeout, access)?),
+            );
         }
         Ok(Self(routes))
     }
@@ -165,12 +168,17 @@ impl Route {
         self.access.get(caller.index)?.as_ref()
     }
 
-    fn new(raw: &config::Route, timeout: Duration, access: Vec<Option<Access>>) -> Result<Self, RouteError> {
+    fn new(
+        raw: &config::Route,
+        audit: &config::Audit,
+        timeout: Duration,
+        access: Vec<Option<Access>>,
+    ) -> Result<Self, RouteError> {
         Ok(Self {
             name: raw.name.as_str().into(),
             path: raw.path.clone(),
             target: target(&raw.path),
-            contract: compile(raw)?,
+            contract: compile(raw)?.shown(|name| audit.shown(name)),
             result: ResultRule::new(&raw.result_field, &raw.success_codes),
             timeout: raw.timeout.unwrap_or(timeout),
             access,

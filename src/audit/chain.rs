@@ -204,6 +204,11 @@ pub(super) fn to_hex(hash: &Hash) -> [u8; 64] {
     text
 }
 
+/// A mark in the place of what it hides.
+pub fn hidden(mark: Mark) -> String {
+    format!("hmac:{:032x}", u128::from_be_bytes(mark))
+}
+
 /// The path of the segment whose first record has this number.
 pub(super) fn segment_path(directory: &Path, first: u64) -> PathBuf {
     directory.join(format!("audit-{first:020}.jsonl"))

@@ -319,6 +319,10 @@ impl Shared {
         self.room.store(room, Ordering::Relaxed);
     }
 
+    pub(super) fn is_closing(&self) -> bool {
+        self.lock().closing
+    }
+
     /// Intents without an outcome.
     pub(super) fn in_flight(&self) -> u64 {
         self.lock().reserved as u64

@@ -192,6 +192,8 @@ pub(super) struct Refusal {
 pub(super) struct Facts {
     id: RequestId,
     peer: Peer,
+    /// What stands in its place; `None`: the peer itself.
+    peer_shown: Option<Option<HeaderValue>>,
     caller: Option<Arc<str>>,
     caller_id: Option<HeaderValue>,
     traceparent: Option<HeaderValue>,
@@ -218,6 +220,7 @@ impl Record {
         let facts = Facts {
             id,
             peer,
+            peer_shown: audit.hides_peer(peer),
             caller: None,
             caller_id: None,
             traceparent: None,
@@ -251,12 +254,14 @@ impl Record {
 
     /// The caller's own id of the request.
     pub fn caller_id(&mut self, id: HeaderValue) {
-        self.set(|facts| facts.caller_id = Some(id));
+        let id = self.audit.show(2, id);
+        self.set(|facts| facts.caller_id = id);
     }
 
     /// The caller's `traceparent`.
     pub fn traceparent(&mut self, parent: HeaderValue) {
-        self.set(|facts| facts.traceparent = Some(parent));
+        let parent = self.audit.show(3, parent);
+        self.set(|facts| facts.traceparent = parent);
     }
 
     /// Who calls.
@@ -271,7 +276,8 @@ impl Record {
 
     /// Who acts.
     pub fn operator(&mut self, id: HeaderValue) {
-        self.set(|facts| facts.operator = Some(id));
+        let id = self.audit.show(0, id);
+        self.set(|facts| facts.operator = id);
     }
 
     /// The earlier call that this one repeats, or meets.
@@ -403,7 +409,11 @@ impl Facts {
     /// Who asked for what.
     fn write(&self, line: &mut Line<'_>) {
         self.write_briefly(line);
-        line.word(",\"peer\":\"", self.peer.text(&mut [0; Peer::TEXT]));
+        match &self.peer_shown {
+            None => line.word(",\"peer\":\"", self.peer.text(&mut [0; Peer::TEXT])),
+            Some(Some(hidden)) => line.word(",\"peer\":\"", hidden),
+            Some(None) => {}
+        }
         if let Some(operator) = &self.operator {
             line.word(",\"operator\":\"", operator);
         }

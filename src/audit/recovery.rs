@@ -100,13 +100,21 @@ struct Head {
     id: Option<String>,
 }
 
-/// Reads all segments of a directory.
+/// Reads all segments of a directory. A gateway may remove the oldest one meanwhile: then it is read anew.
 pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
-    let segments = segments(directory)?;
+    let mut tries = 10;
+    loop {
+        match read_all(&segments(directory)?, keys) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && tries > 0 => tries -= 1,
+            read => return read,
+        }
+    }
+}
+
+fn read_all(segments: &[PathBuf], keys: &Keys) -> io::Result<Found> {
     let mut found = Found::begin(segments.first())?;
-    found.begins_behind =
-        segments.first().filter(|_| found.seq > 0).map(|_| Place { seq: found.seq, hash: found.hash });
-    let mut found = read_segments(&segments, found, keys)?;
+    found.begins_behind = (found.seq > 0).then_some(Place { seq: found.seq, hash: found.hash });
+    let mut found = read_segments(segments, found, keys)?;
     if let (Some(_), Some(path), false) = (found.begins_behind, segments.first(), found.is_retained) {
         let reason = "records before this one were removed, and no event says so";
         found.faults.insert(0, Fault { file: path.clone(), line: 1, seq: first_seq(path), reason });

@@ -30,6 +30,7 @@ fn options(directory: &Path) -> Options {
         key_file: None,
         queue: 64,
         intent_deadline: Duration::from_secs(5),
+        shown: Default::default(),
         retain: None,
         low_water: 0,
     }

@@ -213,6 +213,9 @@ impl Writer {
         else {
             return;
         };
+        if shared.is_closing() {
+            return;
+        }
         self.looked = Some(Instant::now());
         let before = clock::unix_nanos() / 1_000_000_000;
         let before = i64::try_from(before.saturating_sub(retain.as_secs())).unwrap_or_default();

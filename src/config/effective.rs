@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, LogFormat, PeerRule,
-    Route, SecretSource, WithoutKey,
+    Route, SecretSource, Shown, WithoutKey,
 };
 
 /// A caller that can use a credential.
@@ -94,6 +94,7 @@ impl Config {
                 "segment_size": size(audit.segment_size),
                 "retain": audit.retain.map_or("forever".to_owned(), duration),
                 "key_file": audit.key_file.as_deref().map(whole_path),
+                "fields": audit.fields.iter().map(|(name, shown)| (name.clone(), json!(self::shown(*shown)))).collect::<Map<_, _>>(),
             },
             "idempotency": {
                 "window": duration(idempotency.window),
@@ -204,6 +205,10 @@ fn http2(http2: Http2) -> &'static str {
         Http2::Off => "off",
         Http2::Auto => "auto",
     }
+}
+
+fn shown(shown: Shown) -> &'static str {
+    Shown::ALL.into_iter().find(|(other, _)| *other == shown).map_or("", |(_, word)| word)
 }
 
 fn without_key(mode: WithoutKey) -> &'static str {

@@ -9,7 +9,7 @@ use std::{
 
 use rustix::fs::{Access, access};
 
-use super::SecretSource;
+use super::{ContractSource, Route, SecretSource};
 use crate::{
     audit::chain::{Keys, key_path},
     connect::client_tls,
@@ -68,6 +68,16 @@ pub(super) fn contract(path: &Path) -> Result<(), String> {
     let shown = path.display();
     let text = fs::read_to_string(path).map_err(|error| format!("{shown}: {error}"))?;
     Contract::compile(&text).map(drop).map_err(|error| format!("{shown}: {error}"))
+}
+
+/// What a route's contract has in the audit trail; nothing of one that is told to be bad elsewhere.
+pub(super) fn audit_names(route: &Route) -> Vec<String> {
+    let text = match &route.contract {
+        ContractSource::BuiltIn => Ok(Contract::APPOINT_QUALITY_TASK.to_owned()),
+        ContractSource::File(path) => fs::read_to_string(path),
+    };
+    let contract = text.ok().and_then(|text| Contract::compile(&text).ok());
+    contract.map(|contract| contract.audit_names().map(str::to_owned).collect()).unwrap_or_default()
 }
 
 /// The audit directory: usable, or such that it can be made. `own_key`: the chain's key lies in it.

@@ -14,7 +14,7 @@ use crate::{audit::Durability, headers::looks_like_credential};
 
 use super::{
     Admin, Audit, Caller, Config, ContractSource, Credential, Http2, Idempotency, Limit, ListenAddress,
-    Listener, Log, LogFormat, PeerRule, Problems, Route, SecretSource, Server, Token, Upstream, Url,
+    Listener, Log, LogFormat, PeerRule, Problems, Route, SecretSource, Server, Shown, Token, Upstream, Url,
     WithoutKey, files,
     raw::{Kind, Layers, Syntax, Value},
     relations,
@@ -498,6 +498,7 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     let key_file =
         table.path(context, "key_file").and_then(|found| good_file(context, found, files::audit_key));
     let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
+    let fields = read_fields(context, &mut table);
     let own_key = key_file.is_none() && !context.is_doubtful("audit.key_file");
     if !context.is_doubtful("audit.directory")
         && let Err(reason) = files::audit_directory(&directory, own_key)
@@ -505,7 +506,31 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
         context.problem_at("audit.directory", reason);
     }
     table.close(context);
-    Audit { directory, durability, segment_size, retain, key_file }
+    Audit { directory, durability, segment_size, retain, key_file, fields }
+}
+
+fn read_fields(context: &mut Context<'_>, table: &mut Table) -> Vec<(String, Shown)> {
+    let Some(value) = table.take(context, "fields") else { return Vec::new() };
+    let key = table.key("fields");
+    let Kind::Table(members) = value.kind else {
+        context.problem(&value.place, key, "must be a table, as in { inspectors = \"hmac\" }");
+        return Vec::new();
+    };
+    let mut fields = Vec::new();
+    for (name, value) in members {
+        let shown = match &value.kind {
+            Kind::Text(text) | Kind::Loose(text) => Shown::ALL.into_iter().find(|(_, word)| word == text),
+            _ => None,
+        };
+        match shown {
+            Some((shown, _)) => fields.push((name, shown)),
+            None => {
+                let reason = "must be \"clear\", \"hmac\" or \"omit\"";
+                context.problem(&value.place, format!("{key}.{name}"), reason);
+            }
+        }
+    }
+    fields
 }
 
 fn read_idempotency(context: &mut Context<'_>, root: &mut Table) -> Idempotency {

@@ -3,6 +3,8 @@
 
 use std::net::SocketAddr;
 
+use crate::audit;
+
 use super::{
     Config, ListenAddress, PeerRule, files,
     table::{Context, Referent},
@@ -18,6 +20,7 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must not be longer than upstream.timeout";
         between(context, ["upstream.connect_timeout", "upstream.timeout"], reason);
     }
+    fields(context, config);
     if config.audit.retain.is_some_and(|retain| retain < config.idempotency.window) {
         let reason = "must not be shorter than idempotency.window: keys live in the trail";
         between(context, ["audit.retain", "idempotency.window"], reason);
@@ -56,6 +59,19 @@ fn references(context: &mut Context<'_>, config: &Config) {
         if !doubtful && !names.contains(&found.value.as_str()) {
             let reason = format!("no {what} has this name; there are: {}", names.join(", "));
             context.problem(&found.place, found.key, reason);
+        }
+    }
+}
+
+/// A name that no record has is a misspelt one, and what it should hide stands there in clear.
+fn fields(context: &mut Context<'_>, config: &Config) {
+    for (name, _) in &config.audit.fields {
+        let of_contracts = || config.routes.iter().any(|route| files::audit_names(route).contains(name));
+        if !audit::SHOWN.contains(&name.as_str()) && !of_contracts() {
+            let own = audit::SHOWN.join(", ");
+            let reason =
+                format!("`{name}` cannot be hidden; there are {own}, and what contracts name with x-audit");
+            context.problem_at("audit.fields", reason);
         }
     }
 }

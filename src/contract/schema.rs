@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use super::pattern::Pattern;
-use crate::json::Number;
+use crate::{config::Shown, json::Number};
 
 pub(super) const NULL: u8 = 1;
 pub(super) const BOOLEAN: u8 = 2;
@@ -60,13 +60,14 @@ pub(super) struct Schema {
 }
 
 /// A member of the audit record.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct AuditMember {
     pub(super) name: String,
     /// `,"name":`, and the bracket of a list.
     pub(super) opening: String,
     /// It stands in the items of an array, and there may be many.
     pub(super) is_list: bool,
+    pub(super) shown: Shown,
 }
 
 /// The rules of one place. A number names another node of the table.
@@ -394,7 +395,7 @@ impl Compiler<'_> {
         }
         let is_list = place == Place::InItems;
         let opening = format!(",\"{name}\":{}", if is_list { "[" } else { "" });
-        self.audit.push(AuditMember { name: name.to_owned(), opening, is_list });
+        self.audit.push(AuditMember { name: name.to_owned(), opening, is_list, shown: Shown::Clear });
         Ok(self.audit.len() - 1)
     }
 

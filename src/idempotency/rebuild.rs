@@ -270,6 +270,7 @@ mod tests {
             key_file: None,
             queue: 16 * 1024,
             intent_deadline: Duration::from_secs(60),
+            shown: Default::default(),
             retain: None,
             low_water: 0,
         };

@@ -350,6 +350,50 @@ fn the_audit_commands_answer_people_and_machines() {
     drop((lock, folder));
 }
 
+#[test]
+fn what_is_to_be_hidden_is_not_in_the_trail() {
+    let people = ["1600226476732482572", "1611917095665261978", "127.0.0.1", "callers-own-id"];
+    let sandbox = sandbox();
+    let trail = |setup: Setup| {
+        let gateway = start_with(&sandbox, setup);
+        for _ in 0..2 {
+            assert_eq!(gateway.post_with("x-request-id: callers-own-id\r\n").outcome(), "succeeded");
+        }
+        gateway.records("outcome", 2);
+        let audit = gateway.audit_directory();
+        assert!(verify(&audit).0);
+        (records(&audit, "intent"), records(&audit, "").iter().map(Value::to_string).collect::<String>())
+    };
+    let (_, clear) = trail(Setup::default());
+    assert!(people.iter().all(|person| clear.contains(person)), "the control: {clear}");
+
+    let hidden = Setup::default()
+        .set("audit.fields.inspectors", "hmac")
+        .set("audit.fields.operator", "omit")
+        .set("audit.fields.peer", "hmac")
+        .set("audit.fields.caller_id", "hmac");
+    let (intents, hidden) = trail(hidden);
+    assert!(people.iter().all(|person| !hidden.contains(person)), "{hidden}");
+    for name in ["inspectors", "peer", "caller_id"] {
+        assert!(intents[0][name].to_string().contains("hmac:"), "{}", intents[0]);
+        assert_eq!(intents[0][name], intents[1][name], "the same value has the same hash");
+    }
+    assert!(
+        intents[0].get("operator").is_none() && intents[0]["task"] == "954645333549048833",
+        "{}",
+        intents[0]
+    );
+    assert_ne!(intents[0]["peer"], intents[0]["caller_id"]);
+
+    let gateway = start(&sandbox);
+    let config = gateway.folder.path().join("gateway.toml");
+    let _folder = gateway.kill();
+    let check = |field: &str| command(&["check", "--config", config.to_str().unwrap(), "--set", field]);
+    assert_eq!(check("audit.fields.task=hmac").0, 0, "the control");
+    let (code, _, error) = check("audit.fields.taks=hmac");
+    assert!(code == 78 && error.contains("`taks` cannot be hidden"), "{error}");
+}
+
 // ---- Faults of the disk ----------------------------------------------------------------------------------
 
 /// What happens to a new request when its intent cannot be made safe.

@@ -162,8 +162,8 @@ fn connections_over_the_cap_are_told_so_and_room_comes_back() {
     assert!(reply.headers.contains_key("retry-after"));
     assert_eq!(sandbox.requests().len(), 0);
     drop(held);
-    wait_for("room", || metric(&gateway, "connections 0").then_some(()));
-    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    // Those that wait to be accepted take a place for a moment, though nobody is there any more.
+    wait_for("room", || (gateway.call().outcome() == "succeeded").then_some(()));
 }
 
 #[test]

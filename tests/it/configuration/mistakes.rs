@@ -193,6 +193,13 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
         }
         "audit.directory" => ways.push(value_is("file", "\"app_key\"")),
         "audit.durability" => ways.push(value_is("value", "\"tape\"")),
+        "audit.fields" => {
+            ways.push(mistake(
+                "value",
+                "fields = { task = \"hide\" }".into(),
+                format!("{}.task", key.path()),
+            ));
+        }
         "log.level" => ways.push(value_is("value", "\"inof\"")),
         "log.format" => ways.push(value_is("value", "\"xml\"")),
         _ if value.contains('/') => {
