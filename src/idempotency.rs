@@ -15,6 +15,7 @@ mod twins;
 
 use std::{
     fmt,
+    hash::BuildHasher,
     sync::{
         Arc, LazyLock, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -26,7 +27,6 @@ use foldhash::fast::RandomState;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use moka::{policy::EvictionPolicy, sync::Cache};
 use serde_json::{Value, json};
-use std::hash::BuildHasher;
 use thiserror::Error;
 use tokio::time::Instant;
 use uuid::Uuid;

@@ -382,11 +382,19 @@ fn free_place(directory: &Path, first: u64, lock: &File) -> io::Result<PathBuf> 
     }
 }
 
-/// Begins a segment; if that fails, an empty one is left, and begun again.
+/// Begins a segment; if that fails, nothing of it is left. One that is there already, empty, stays.
 fn begin(path: &Path, text: &[u8]) -> io::Result<File> {
-    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
-    append(&file, text, 0)?;
-    Ok(file)
+    let mut options = OpenOptions::new();
+    options.write(true).mode(0o600);
+    let (file, is_new) = match options.clone().create_new(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (options.open(path)?, false),
+        made => (made?, true),
+    };
+    let written = append(&file, text, 0);
+    if written.is_err() && is_new {
+        fs::remove_file(path)?;
+    }
+    written.map(|()| file)
 }
 
 fn is_full(error: &io::Error) -> bool {

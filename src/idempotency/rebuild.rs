@@ -5,6 +5,7 @@
 //! too. A line that cannot be read is passed over: `audit verify` names it.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
@@ -15,7 +16,6 @@ use std::{
 
 use jiff::Timestamp;
 use serde::Deserialize;
-use std::borrow::Cow;
 use uuid::Uuid;
 
 use super::{

@@ -582,6 +582,8 @@ fn on_a_full_file_system_what_was_sent_gets_its_outcome_and_nothing_new_is_sent(
         assert_resumed(&gateway, &sandbox);
         let (whole, said) = verify(&small.0);
         assert!(whole, "{durability}: {said}");
+        let empty = |segment: &PathBuf| fs::metadata(segment).unwrap().len() == 0;
+        assert!(!segments(&small.0).iter().any(empty), "what could not be begun is gone");
     }
 }
 
