@@ -360,7 +360,8 @@ impl Queue {
     /// Whether waking the writer may be deferred once more.
     fn may_wait(&mut self) -> bool {
         let now = clock::nanos();
-        let is_overdue = now - *self.deferred.get_or_insert(now) > LONG_TURN;
+        // Saturating: each worker has a clock of its own, and they differ a little.
+        let is_overdue = now.saturating_sub(*self.deferred.get_or_insert(now)) > LONG_TURN;
         if is_overdue {
             self.deferred = None;
         }
