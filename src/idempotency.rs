@@ -56,7 +56,7 @@ const REPLY_OVERHEAD: usize = 200;
 pub struct Idempotency {
     without_key: WithoutKey,
     marks: Arc<Keys>,
-    hasher: [RandomState; 2],
+    hasher: RandomState,
     claims: Mutex<Claims>,
     twins: Mutex<Twins>,
     /// What may be forgotten: then a replay names the result code only.
@@ -179,7 +179,7 @@ impl Idempotency {
         let table = Self {
             without_key: settings.without_key,
             marks: audit.keys().clone(),
-            hasher: [RandomState::default(), RandomState::default()],
+            hasher: RandomState::default(),
             claims: Mutex::new(Claims::new(settings.max_keys, seconds(settings.window))),
             twins: Mutex::new(Twins::new(settings.without_key, seconds(settings.fingerprint_window))),
             replies: Cache::builder()
@@ -258,15 +258,13 @@ impl Idempotency {
         Some(self.fingerprint(doubt.caller.as_ref()?, doubt.route.as_ref()?, operator, &digest))
     }
 
-    /// Tells equal calls from others. Stands nowhere but in memory, so that it need not be keyed for long: the
-    /// digest is one already, and the rest is what the configuration allows.
+    /// Tells equal calls from others. Stands nowhere but in memory: half of the digest, which is keyed already, and with
+    /// it whose call it is, of which there are as many as are configured.
     fn fingerprint(&self, caller: &str, route: &str, operator: &[u8], digest: &Hash) -> Mark {
+        let whose = self.hasher.hash_one((caller, route, operator)).to_ne_bytes();
         let mut mark = [0; 16];
-        for ((half, hasher), part) in mark.chunks_exact_mut(8).zip(&self.hasher).zip(digest.chunks_exact(8)) {
-            let rest = hasher.hash_one((caller, route, operator));
-            for ((byte, rest), part) in half.iter_mut().zip(rest.to_ne_bytes()).zip(part) {
-                *byte = rest ^ part;
-            }
+        for (at, byte) in mark.iter_mut().enumerate() {
+            *byte = digest[at] ^ whose[at % whose.len()];
         }
         mark
     }

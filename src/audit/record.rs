@@ -19,9 +19,12 @@ use crate::{
     outcome::{Outcome, ResultCode},
 };
 
-/// A request's id: the text of a UUIDv7.
+/// A request's id: a UUIDv7, and its text.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct RequestId([u8; 36]);
+pub struct RequestId {
+    uuid: Uuid,
+    text: [u8; 36],
+}
 
 impl RequestId {
     fn new() -> Self {
@@ -30,20 +33,20 @@ impl RequestId {
 
     /// The same in 16 bytes.
     pub fn uuid(&self) -> Uuid {
-        Uuid::try_parse_ascii(&self.0).unwrap_or_default()
+        self.uuid
     }
 
     /// Its text.
     pub fn as_str(&self) -> &str {
-        std::str::from_utf8(&self.0).unwrap_or_default()
+        std::str::from_utf8(&self.text).unwrap_or_default()
     }
 }
 
 impl From<Uuid> for RequestId {
-    fn from(id: Uuid) -> Self {
+    fn from(uuid: Uuid) -> Self {
         let mut text = [0; 36];
-        id.hyphenated().encode_lower(&mut text);
-        Self(text)
+        uuid.hyphenated().encode_lower(&mut text);
+        Self { uuid, text }
     }
 }
 
@@ -418,7 +421,7 @@ impl Facts {
             line.word(",\"operator\":\"", operator);
         }
         if let Some(first) = &self.first {
-            line.word(",\"first\":\"", first.0);
+            line.word(",\"first\":\"", first.text);
         }
         line.optional(",\"caller_id\":", self.caller_id.as_ref());
         line.optional(",\"traceparent\":", self.traceparent.as_ref());
@@ -426,7 +429,7 @@ impl Facts {
 
     /// As much as tells which intent an outcome belongs to, and whose it is.
     fn write_briefly(&self, line: &mut Line<'_>) {
-        line.word(",\"id\":\"", self.id.0);
+        line.word(",\"id\":\"", self.id.text);
         // Names and operators are of plain characters, as validated.
         if let Some(caller) = &self.caller {
             line.word(",\"caller\":\"", caller.as_bytes());

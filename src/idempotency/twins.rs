@@ -4,7 +4,7 @@
 //! Calls in flight and in doubt are remembered for the window. Those that succeeded are, too, where they are refused
 //! (`without_key = "block"`); where they are only flagged, the oldest are forgotten beyond a bound.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque, hash_map::Entry};
 
 use uuid::Uuid;
 
@@ -77,24 +77,26 @@ impl Twins {
         if matches!(self.mode, WithoutKey::Off | WithoutKey::RequireKey) {
             return; // nobody looks
         }
-        let known = self.seen.get(&mark);
-        let (is_mine, before) = (known.is_none_or(|twin| twin.id == id), known.and_then(|twin| twin.before));
         let over = |state| Twin { id, since: now, state, before: None };
-        match was {
-            Was::Unknown => {
-                self.seen.insert(mark, over(State::Unknown));
+        let twin = match self.seen.entry(mark) {
+            Entry::Occupied(place) if place.get().id == id || was == Was::Unknown => place,
+            Entry::Occupied(_) => return,
+            Entry::Vacant(_) if was == Was::NotDone => return,
+            Entry::Vacant(place) => place.insert_entry(over(State::InFlight)),
+        };
+        match (was, twin.get().before) {
+            (Was::Unknown, _) => {
+                *twin.into_mut() = over(State::Unknown);
                 self.unknown.push_back((now, mark));
             }
-            Was::Done if is_mine => {
-                self.seen.insert(mark, over(State::Done));
+            (Was::Done, _) => {
+                *twin.into_mut() = over(State::Done);
                 self.done.push_back((now, mark));
             }
-            Was::NotDone if is_mine => {
-                self.seen.remove(&mark);
-                let before = before.map(|(id, since, state)| (mark, Twin { id, since, state, before: None }));
-                self.seen.extend(before);
+            (Was::NotDone, None) => drop(twin.remove()),
+            (Was::NotDone, Some((id, since, state))) => {
+                *twin.into_mut() = Twin { id, since, state, before: None };
             }
-            Was::Done | Was::NotDone => {}
         }
     }
 
