@@ -229,9 +229,9 @@ impl App {
             // Without systemd there is nobody to tell, and that is no error.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
             stop.await;
-            tracing::info!("stopping");
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
             bounds.drain();
+            tracing::info!("stopping"); // who reads this may rely on it
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
             let _ = stopping.send(true);
             drop(alive);
             if timeout(config.server.drain_timeout, done.recv()).await.is_err() {
