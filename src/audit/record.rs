@@ -322,8 +322,8 @@ impl Record {
         self.audit.shared().push_outcome(&Entry::Outcome { facts, answer })
     }
 
-    /// Queues the intent of a body of this size and digest, and waits until it is safe. `members` writes further members of the record, as JSON
-    /// text with a comma in front.
+    /// Queues the intent of a body of this size and digest, and waits until it is safe. `members` writes further
+    /// members of the record, as JSON text with a comma in front.
     pub fn intent<'a>(
         &'a mut self,
         (body_size, digest): (usize, &Hash),
