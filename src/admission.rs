@@ -8,12 +8,14 @@ use std::{
     collections::HashMap,
     fmt,
     io::{self, Write as _},
-    net::{SocketAddr, SocketAddrV4},
+    net::{IpAddr, SocketAddr, SocketAddrV4},
     sync::Arc,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
+use foldhash::fast::RandomState;
 use http::HeaderValue;
+use ipnet::IpNet;
 use thiserror::Error;
 use tokio::sync::mpsc;
 
@@ -121,9 +123,11 @@ pub enum Denied {
 }
 
 /// Whom the gateway knows.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Admission {
-    loopback: Option<Arc<Caller>>,
+    networks: HashMap<IpNet, Arc<Caller>, RandomState>,
+    /// The lengths of their prefixes, of IPv4 and of IPv6, the longest first.
+    prefixes: [Vec<u8>; 2],
     uids: HashMap<u32, Arc<Caller>>,
     gids: HashMap<u32, Arc<Caller>>,
 }
@@ -131,16 +135,26 @@ pub struct Admission {
 impl Admission {
     /// Compiles the callers of a configuration.
     pub fn new(callers: &[config::Caller]) -> Self {
-        let mut admission = Self { loopback: None, uids: HashMap::new(), gids: HashMap::new() };
+        let mut admission = Self::default();
         for (index, raw) in callers.iter().enumerate() {
             let caller = Arc::new(Caller::new(index, raw));
-            match raw.peer {
-                PeerRule::Loopback => admission.loopback = Some(caller),
-                PeerRule::Uid(uid) => drop(admission.uids.insert(uid, caller)),
-                PeerRule::Gid(gid) => drop(admission.gids.insert(gid, caller)),
+            match &raw.peer {
+                PeerRule::Loopback | PeerRule::Network(_) => {
+                    raw.peer.networks().iter().for_each(|network| admission.add(*network, &caller));
+                }
+                PeerRule::Uid(uid) => drop(admission.uids.insert(*uid, caller)),
+                PeerRule::Gid(gid) => drop(admission.gids.insert(*gid, caller)),
             }
         }
         admission
+    }
+
+    fn add(&mut self, network: IpNet, caller: &Arc<Caller>) {
+        self.networks.insert(network, caller.clone());
+        let lengths = &mut self.prefixes[usize::from(network.addr().is_ipv6())];
+        if let Err(place) = lengths.binary_search_by(|length| network.prefix_len().cmp(length)) {
+            lengths.insert(place, network.prefix_len());
+        }
     }
 
     /// Admits the request of a known caller.
@@ -155,10 +169,15 @@ impl Admission {
 
     fn find(&self, peer: Peer) -> Option<&Arc<Caller>> {
         match peer {
-            Peer::Tcp(address) if address.ip().to_canonical().is_loopback() => self.loopback.as_ref(),
-            Peer::Tcp(_) => None,
+            Peer::Tcp(address) => self.find_address(address.ip().to_canonical()),
             Peer::Unix { uid, gid } => self.uids.get(&uid).or_else(|| self.gids.get(&gid)),
         }
+    }
+
+    /// The caller of the smallest network that holds an address.
+    fn find_address(&self, address: IpAddr) -> Option<&Arc<Caller>> {
+        let lengths = &self.prefixes[usize::from(address.is_ipv6())];
+        lengths.iter().find_map(|length| self.networks.get(&IpNet::new(address, *length).ok()?.trunc()))
     }
 }
 
@@ -374,21 +393,44 @@ mod tests {
     }
 
     #[test]
-    fn an_address_mapped_into_ipv6_is_still_loopback() {
-        let admission = Admission {
-            loopback: Some(Arc::new(Caller {
+    fn of_networks_that_hold_an_address_the_smallest_counts() {
+        let mut admission = Admission::default();
+        let mut add = |name: &str, rule: PeerRule| {
+            let caller = Arc::new(Caller {
                 index: 0,
-                name: "app".into(),
+                name: name.into(),
                 operator: HeaderValue::from_static("1"),
                 operators: Vec::new(),
                 limit: Limiter::unlimited(),
-            })),
-            uids: HashMap::new(),
-            gids: HashMap::new(),
+            });
+            rule.networks().iter().for_each(|network| admission.add(*network, &caller));
         };
-        let known = |peer: &str| admission.find(Peer::Tcp(peer.parse().unwrap())).is_some();
-        assert!(known("127.0.0.1:1") && known("[::1]:1") && known("[::ffff:127.0.0.1]:1"));
-        assert!(!known("10.0.0.1:1") && !known("[::ffff:10.0.0.1]:1"));
+        let network = |text: &str| PeerRule::Network(text.parse().unwrap());
+        add("net", network("10.1.0.0/16"));
+        add("local", PeerRule::Loopback);
+        add("host", network("10.1.2.3/32"));
+        add("wide", network("10.0.0.0/8"));
+        add("six", network("fd00::/8"));
+        let known = |ip: &str| {
+            let caller = admission.find(Peer::Tcp(SocketAddr::new(ip.parse().unwrap(), 1)));
+            caller.map(|caller| &*caller.name)
+        };
+        for (ip, name) in [
+            ("127.0.0.1", Some("local")),
+            ("127.255.0.9", Some("local")),
+            ("::1", Some("local")),
+            ("::ffff:127.0.0.1", Some("local")),
+            ("10.1.2.3", Some("host")),
+            ("::ffff:10.1.2.3", Some("host")),
+            ("10.1.2.4", Some("net")),
+            ("10.2.0.0", Some("wide")),
+            ("11.0.0.0", None),
+            ("::", None),
+            ("fd00::1", Some("six")),
+            ("fe00::1", None),
+        ] {
+            assert_eq!(known(ip), name, "{ip}");
+        }
         assert!(admission.find(Peer::Unix { uid: 0, gid: 0 }).is_none());
     }
 }

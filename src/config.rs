@@ -15,13 +15,14 @@ use std::{
     collections::HashSet,
     ffi::OsString,
     fmt,
-    net::SocketAddr,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroU32,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use http::{HeaderMap, StatusCode};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::json;
 
 use crate::audit::Durability;
@@ -143,13 +144,59 @@ impl Config {
 
     /// The listeners at which a caller can be seen.
     fn listeners_of(&self, caller: &Caller) -> impl Iterator<Item = &Listener> {
-        let tcp = caller.peer == PeerRule::Loopback;
-        self.listeners.iter().filter(move |listener| matches!(listener.address, ListenAddress::Tcp(_)) == tcp)
+        self.listeners.iter().filter(|listener| listener.can_see(&caller.peer))
     }
 
-    /// Whether any caller is `loopback`, so that [`LOOPBACK_NOTICE`] must be said.
+    /// Whether any caller is known by a loopback address alone, so that [`LOOPBACK_NOTICE`] must be said.
     pub fn trusts_loopback(&self) -> bool {
-        self.callers.iter().any(|caller| caller.peer == PeerRule::Loopback)
+        self.callers.iter().any(|caller| caller.peer.networks().iter().any(meets_loopback))
+    }
+}
+
+impl Listener {
+    fn can_see(&self, peer: &PeerRule) -> bool {
+        match (&self.address, peer) {
+            (ListenAddress::Unix { .. }, PeerRule::Uid(_) | PeerRule::Gid(_)) => true,
+            (ListenAddress::Unix { .. }, PeerRule::Loopback | PeerRule::Network(_)) => false,
+            (ListenAddress::Tcp(_), PeerRule::Uid(_) | PeerRule::Gid(_)) => false,
+            (ListenAddress::Tcp(_), PeerRule::Loopback) => true,
+            (ListenAddress::Tcp(address), PeerRule::Network(network)) => {
+                !address.ip().is_loopback() || meets_loopback(network)
+            }
+        }
+    }
+}
+
+/// What `loopback` means.
+const LOOPBACK: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
+];
+
+/// Of two networks one lies within the other, or they share no address.
+fn meets_loopback(network: &IpNet) -> bool {
+    LOOPBACK.iter().any(|loopback| loopback.contains(network) || network.contains(loopback))
+}
+
+impl PeerRule {
+    /// The networks of a caller that is known by its address.
+    pub fn networks(&self) -> &[IpNet] {
+        match self {
+            Self::Loopback => &LOOPBACK,
+            Self::Network(network) => std::slice::from_ref(network),
+            Self::Uid(_) | Self::Gid(_) => &[],
+        }
+    }
+}
+
+impl fmt::Display for PeerRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Loopback => f.write_str("loopback"),
+            Self::Network(network) => network.fmt(f),
+            Self::Uid(uid) => write!(f, "uid:{uid}"),
+            Self::Gid(gid) => write!(f, "gid:{gid}"),
+        }
     }
 }
 
@@ -331,10 +378,12 @@ pub struct Caller {
 }
 
 /// Which peers a caller is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PeerRule {
     /// Any TCP peer with a loopback address.
     Loopback,
+    /// Any TCP peer with an address of this network. Of several networks that hold it, the smallest counts.
+    Network(IpNet),
     /// A process of this user at a Unix socket.
     Uid(u32),
     /// A process of this group at a Unix socket.

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, LogFormat, PeerRule,
+    Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, LogFormat,
     Route, SecretSource, Shown, WithoutKey,
 };
 
@@ -124,7 +124,7 @@ impl Config {
         let access = Access {
             credential: credential.name.clone(),
             caller: caller.name.clone(),
-            peer: peer(caller.peer),
+            peer: caller.peer.to_string(),
             listeners: self.listeners_of(caller).map(|listener| listener.address.to_string()).collect(),
             routes,
             operators: operators.cloned().collect(),
@@ -165,7 +165,7 @@ fn credential(credential: &Credential) -> Value {
 fn caller(caller: &Caller) -> Value {
     json!({
         "name": caller.name,
-        "peer": peer(caller.peer),
+        "peer": caller.peer.to_string(),
         "operator_id": caller.operator_id,
         "operators": caller.operators,
         "credential": caller.credential,
@@ -190,14 +190,6 @@ fn route(route: &Route) -> Value {
         "credential": route.credential,
         "timeout": route.timeout.map(duration),
     })
-}
-
-fn peer(peer: PeerRule) -> String {
-    match peer {
-        PeerRule::Loopback => "loopback".into(),
-        PeerRule::Uid(uid) => format!("uid:{uid}"),
-        PeerRule::Gid(gid) => format!("gid:{gid}"),
-    }
 }
 
 fn http2(http2: Http2) -> &'static str {

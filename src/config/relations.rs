@@ -76,6 +76,9 @@ fn fields(context: &mut Context<'_>, config: &Config) {
     }
 }
 
+const NEVER_SEEN: &str = "no listener can ever see this peer: loopback and networks need a TCP listener, and networks beyond \
+                          loopback one that is not on loopback; uid and gid need a Unix socket";
+
 fn peers(context: &mut Context<'_>, config: &Config) {
     let doubtful_listeners =
         (0..config.listeners.len()).any(|i| context.is_doubtful(&format!("listeners[{i}].address")));
@@ -86,24 +89,24 @@ fn peers(context: &mut Context<'_>, config: &Config) {
         }
         let other = (0..i).find(|other| {
             !context.is_doubtful(&format!("callers[{other}].peer"))
-                && can_be_one(config.callers[*other].peer, caller.peer)
+                && can_be_one(&config.callers[*other].peer, &caller.peer)
         });
         if let Some(other) = other {
             let other = &config.callers[other].name;
             context.problem_at(&key, format!("one peer can be both `{other}` and `{}`", caller.name));
         } else if !doubtful_listeners && config.listeners_of(caller).next().is_none() {
-            context.problem_at(&key, "no listener can ever see this peer: loopback needs a TCP listener, uid and gid a Unix socket");
+            context.problem_at(&key, NEVER_SEEN);
         }
     }
 }
 
-/// A process has a user and a group, so that any `uid` and any `gid` can meet in one.
-fn can_be_one(a: PeerRule, b: PeerRule) -> bool {
+/// A process has a user and a group, so that any `uid` and any `gid` can meet in one. Of nested networks the smaller
+/// one counts.
+fn can_be_one(a: &PeerRule, b: &PeerRule) -> bool {
     match (a, b) {
-        (PeerRule::Loopback, PeerRule::Loopback) => true,
-        (PeerRule::Loopback, _) | (_, PeerRule::Loopback) => false,
         (PeerRule::Uid(a), PeerRule::Uid(b)) | (PeerRule::Gid(a), PeerRule::Gid(b)) => a == b,
         (PeerRule::Uid(_), PeerRule::Gid(_)) | (PeerRule::Gid(_), PeerRule::Uid(_)) => true,
+        (a, b) => a.networks().iter().any(|network| b.networks().contains(network)),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{num::NonZeroU32, time::Duration};
 
+use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
@@ -72,13 +73,23 @@ pub(super) fn parse_level(text: &str) -> Result<String, String> {
 }
 
 pub(super) fn parse_peer(text: &str) -> Result<PeerRule, String> {
-    let reason = || "must be \"loopback\", \"uid:N\" or \"gid:N\"".to_owned();
+    let reason = || "must be \"loopback\", a network as in \"10.1.0.0/16\", \"uid:N\" or \"gid:N\"".to_owned();
     match text.split_once(':') {
         None if text == "loopback" => Ok(PeerRule::Loopback),
         Some(("uid", id)) => id.parse().map(PeerRule::Uid).map_err(|_| reason()),
         Some(("gid", id)) => id.parse().map(PeerRule::Gid).map_err(|_| reason()),
-        _ => Err(reason()),
+        _ => parse_network(text).map_or_else(|| Err(reason()), |network| network.map(PeerRule::Network)),
     }
+}
+
+/// `None`: it is no network at all.
+fn parse_network(text: &str) -> Option<Result<IpNet, String>> {
+    let network: IpNet = text.parse().ok()?;
+    if network.trunc() != network {
+        return Some(Err(format!("has bits beyond its prefix; the network is {}", network.trunc())));
+    }
+    let is_mapped = matches!(network, IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some());
+    Some(if is_mapped { Err("must be written as an IPv4 network".into()) } else { Ok(network) })
 }
 
 pub(super) fn parse_operator(text: &str) -> Result<String, String> {
