@@ -31,13 +31,13 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::{config, connect::TlsError};
+use crate::{config, connect::TlsError, watched::Watched};
 pub use cooldown::Cooldown;
 use endpoint::Endpoint;
 use fetcher::{Candidate, Fetcher};
 pub use metrics::Metrics;
 pub use pair::PairError;
-use pair::{Pair, Secrets, Sources};
+use pair::{Pair, Sources};
 use schedule::{Held, Moment, Plan};
 
 /// Tells the audit trail of a change.
@@ -204,7 +204,7 @@ impl Slot {
         let (sources, pair) = read(credential)?;
         let fetcher = Fetcher {
             endpoint: Endpoint::new(token, tls)?,
-            secrets: Secrets::new(sources, pair.clone()),
+            secrets: Watched::new(move || Pair::load(&sources), pair.clone()),
             proven: Candidate::new(pair),
             trial: None,
             last_begun: None,

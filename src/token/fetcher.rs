@@ -14,9 +14,10 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     Events, Live, Metrics, Slot, Token,
     endpoint::{Endpoint, FetchError, Fetched},
-    pair::{Noticed, POLL, Pair, SETTLE, Secrets},
+    pair::{Pair, PairError},
     schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
 };
+use crate::watched::{Noticed, POLL, SETTLE, Watched};
 
 /// A token that is handed out again this long after its end is taken as a new one: that server has no other.
 const GRACE: Duration = Duration::from_secs(2);
@@ -27,7 +28,7 @@ const ROUNDING: Duration = Duration::from_secs(1);
 /// What only the fetching task knows.
 pub(super) struct Fetcher {
     pub(super) endpoint: Endpoint,
-    pub(super) secrets: Secrets,
+    pub(super) secrets: Watched<Pair, PairError>,
     /// The pair in use.
     pub(super) proven: Candidate,
     /// A changed pair that has not proved itself.
@@ -198,7 +199,7 @@ impl Fetcher {
             Noticed::Changed(pair) => {
                 tracing::info!(credential = slot.name, "the secret changed");
                 self.proven.retry.forget_refusals(Instant::now());
-                self.trial = (*pair != self.proven.pair).then(|| Candidate::new(*pair));
+                self.trial = (pair != self.proven.pair).then(|| Candidate::new(pair));
                 slot.fetches_are_held(self.held());
             }
         }

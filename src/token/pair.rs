@@ -1,10 +1,4 @@
-//! App key and app secret: read, and read again to notice a change.
-//!
-//! The two are kept in two places and written one after the other, each perhaps in two steps (truncate, write),
-//! so that a reading may be torn. A change counts once two readings in a row agree; what cannot be read or
-//! used is no change.
-
-use std::time::Duration;
+//! App key and app secret.
 
 use http::HeaderValue;
 use thiserror::Error;
@@ -13,13 +7,6 @@ use crate::{
     config::SecretSource,
     secret::{Secret, SecretError},
 };
-
-/// How often the secrets are read again. Polling notices what a watch on a file misses: Kubernetes swaps a
-/// link, and a mount can be replaced whole.
-pub(super) const POLL: Duration = Duration::from_secs(1);
-
-/// Time between the two readings that must agree.
-pub(super) const SETTLE: Duration = Duration::from_millis(250);
 
 /// Where key and secret are kept.
 pub(super) type Sources = (SecretSource, SecretSource);
@@ -58,58 +45,6 @@ impl Pair {
     }
 }
 
-/// Watches the places of a pair.
-pub(super) struct Secrets {
-    sources: Sources,
-    seen: Pair,
-    /// A changed pair, read once.
-    settling: Option<Pair>,
-    unusable: bool,
-}
-
-/// What a look at the places found.
-pub(super) enum Noticed {
-    /// Nothing new.
-    Nothing,
-    /// A change; the next look, [`SETTLE`] later, tells whether it stays.
-    Settling,
-    /// A change that stays.
-    Changed(Box<Pair>),
-    /// The pair cannot be read or used any more. Told once.
-    Unusable(PairError),
-}
-
-impl Secrets {
-    /// `seen` is the pair that is known.
-    pub(super) fn new(sources: Sources, seen: Pair) -> Self {
-        Self { sources, seen, settling: None, unusable: false }
-    }
-
-    /// Reads the pair again.
-    pub(super) fn look(&mut self) -> Noticed {
-        let pair = match Pair::load(&self.sources) {
-            Ok(pair) => pair,
-            Err(error) => {
-                self.settling = None;
-                let known = std::mem::replace(&mut self.unusable, true);
-                return if known { Noticed::Nothing } else { Noticed::Unusable(error) };
-            }
-        };
-        self.unusable = false;
-        if pair == self.seen {
-            self.settling = None;
-            return Noticed::Nothing;
-        }
-        if self.settling.as_ref() != Some(&pair) {
-            self.settling = Some(pair);
-            return Noticed::Settling;
-        }
-        self.settling = None;
-        self.seen = pair.clone();
-        Noticed::Changed(Box::new(pair))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::{fs, os::unix::fs::symlink, path::Path};
@@ -117,6 +52,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::watched::{Noticed, Watched};
 
     fn sources(folder: &Path) -> Sources {
         let file = |name: &str| SecretSource::File(folder.join(name));
@@ -128,15 +64,21 @@ mod tests {
         fs::write(folder.join("app_secret"), secret).unwrap();
     }
 
+    type Secrets = Watched<Pair, PairError>;
+
+    fn watch(sources: Sources) -> Secrets {
+        let pair = Pair::load(&sources).unwrap();
+        Watched::new(move || Pair::load(&sources), pair)
+    }
+
     fn watched(key: &str, secret: &str) -> (TempDir, Secrets) {
         let folder = TempDir::new().unwrap();
         write(folder.path(), key, secret);
-        let sources = sources(folder.path());
-        let pair = Pair::load(&sources).unwrap();
-        (folder, Secrets::new(sources, pair))
+        let secrets = watch(sources(folder.path()));
+        (folder, secrets)
     }
 
-    fn changed(noticed: Noticed) -> Option<(Vec<u8>, Vec<u8>)> {
+    fn changed(noticed: Noticed<Pair, PairError>) -> Option<(Vec<u8>, Vec<u8>)> {
         let Noticed::Changed(pair) = noticed else { return None };
         Some((pair.app_key.expose().to_vec(), pair.app_secret.expose().to_vec()))
     }
@@ -193,8 +135,7 @@ mod tests {
         for name in ["app_key", "app_secret"] {
             symlink(Path::new("..data").join(name), folder.path().join(name)).unwrap();
         }
-        let pair = Pair::load(&sources(folder.path())).unwrap();
-        let mut secrets = Secrets::new(sources(folder.path()), pair);
+        let mut secrets = watch(sources(folder.path()));
         mount("..2");
         fs::remove_dir_all(folder.path().join("..1")).unwrap();
         assert!(matches!(secrets.look(), Noticed::Settling));
