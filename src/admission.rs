@@ -128,6 +128,8 @@ pub struct Admission {
     networks: HashMap<IpNet, Arc<Caller>, RandomState>,
     /// The lengths of their prefixes, of IPv4 and of IPv6, the longest first.
     prefixes: [Vec<u8>; 2],
+    /// By the names in their certificates.
+    names: HashMap<String, Arc<Caller>>,
     uids: HashMap<u32, Arc<Caller>>,
     gids: HashMap<u32, Arc<Caller>>,
 }
@@ -142,6 +144,7 @@ impl Admission {
                 PeerRule::Loopback | PeerRule::Network(_) => {
                     raw.peer.networks().iter().for_each(|network| admission.add(*network, &caller));
                 }
+                PeerRule::Certificate(name) => drop(admission.names.insert(name.clone(), caller)),
                 PeerRule::Uid(uid) => drop(admission.uids.insert(*uid, caller)),
                 PeerRule::Gid(gid) => drop(admission.gids.insert(*gid, caller)),
             }
@@ -157,14 +160,27 @@ impl Admission {
         }
     }
 
-    /// Admits the request of a known caller.
-    pub fn admit(&self, peer: Peer, hosts: &Hosts, head: &Inbound<'_>) -> Result<Admitted<'_>, Denied> {
+    /// Admits the request of a known caller. `names` are those in the peer's certificate, on a listener that asks for one.
+    pub fn admit(
+        &self,
+        (peer, names): (Peer, Option<&[String]>),
+        hosts: &Hosts,
+        head: &Inbound<'_>,
+    ) -> Result<Admitted<'_>, Denied> {
         check_head(head)?;
         hosts.check(head.host.first)?;
         if head.is_browser {
             return Err(Denied::Browser);
         }
-        self.find(peer).map(|caller| Admitted { caller }).ok_or(Denied::Caller)
+        let found = names.map_or_else(|| self.find(peer), |names| self.find_name(names));
+        found.map(|caller| Admitted { caller }).ok_or(Denied::Caller)
+    }
+
+    /// A certificate that names two callers is neither's.
+    fn find_name(&self, names: &[String]) -> Option<&Arc<Caller>> {
+        let mut found = names.iter().filter_map(|name| self.names.get(name));
+        let caller = found.next()?;
+        found.all(|other| Arc::ptr_eq(other, caller)).then_some(caller)
     }
 
     fn find(&self, peer: Peer) -> Option<&Arc<Caller>> {

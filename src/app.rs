@@ -30,7 +30,7 @@ use crate::{
     gateway::Gateway,
     idempotency::Idempotency,
     metrics::Metrics,
-    server::{self, Bound, connection::Deadlines},
+    server::{self, Bound, connection::Deadlines, tls::TlsError},
     state::State,
     token::Slot,
     upstream::pool::{self, Pool},
@@ -150,6 +150,7 @@ impl App {
         }
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
         read_past(&config, &audit, &idempotency)?;
+        keep_up(&background, &bound, &audit);
         let (stopping, stopped) = watch::channel(false);
         let addresses: Vec<_> = bound.iter().map(|bound| bound.address.to_string()).collect();
         let http2 = http2(&config.upstream)?;
@@ -251,6 +252,30 @@ impl App {
         audit.close();
         background.shutdown_background();
         Ok(())
+    }
+}
+
+/// Takes certificates that change while the gateway runs, and puts on record what came of it.
+fn keep_up(background: &Runtime, bound: &[Bound], audit: &Audit) {
+    for (tls, address) in bound.iter().filter_map(|bound| Some((bound.tls()?, bound.address.to_string()))) {
+        let audit = audit.clone();
+        let tell = move |taken: Result<(), TlsError>| {
+            let mut details = Map::from_iter([("listener".to_owned(), json!(address))]);
+            match taken {
+                Ok(()) => {
+                    tracing::info!(listener = address, "the certificates changed");
+                    details.insert("result".into(), json!("accepted"));
+                }
+                Err(error) => {
+                    let old = "the certificates cannot be used; the old ones stay in use";
+                    tracing::warn!(listener = address, %error, "{old}");
+                    details.insert("result".into(), json!("refused"));
+                    details.insert("reason".into(), json!(error.to_string()));
+                }
+            }
+            audit.event("certificate_change", details);
+        };
+        background.spawn(tls.clone().keep_up(tell));
     }
 }
 

@@ -154,11 +154,17 @@ impl Config {
 }
 
 impl Listener {
+    fn asks_for_certificates(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.client_ca_file.is_some())
+    }
+
     fn can_see(&self, peer: &PeerRule) -> bool {
         match (&self.address, peer) {
             (ListenAddress::Unix { .. }, PeerRule::Uid(_) | PeerRule::Gid(_)) => true,
-            (ListenAddress::Unix { .. }, PeerRule::Loopback | PeerRule::Network(_)) => false,
-            (ListenAddress::Tcp(_), PeerRule::Uid(_) | PeerRule::Gid(_)) => false,
+            (ListenAddress::Unix { .. }, _)
+            | (ListenAddress::Tcp(_), PeerRule::Uid(_) | PeerRule::Gid(_)) => false,
+            (ListenAddress::Tcp(_), PeerRule::Certificate(_)) => self.asks_for_certificates(),
+            (ListenAddress::Tcp(_), _) if self.asks_for_certificates() => false,
             (ListenAddress::Tcp(_), PeerRule::Loopback) => true,
             (ListenAddress::Tcp(address), PeerRule::Network(network)) => {
                 !address.ip().is_loopback() || meets_loopback(network)
@@ -184,7 +190,7 @@ impl PeerRule {
         match self {
             Self::Loopback => &LOOPBACK,
             Self::Network(network) => std::slice::from_ref(network),
-            Self::Uid(_) | Self::Gid(_) => &[],
+            Self::Certificate(_) | Self::Uid(_) | Self::Gid(_) => &[],
         }
     }
 }
@@ -194,6 +200,7 @@ impl fmt::Display for PeerRule {
         match self {
             Self::Loopback => f.write_str("loopback"),
             Self::Network(network) => network.fmt(f),
+            Self::Certificate(name) => f.write_str(name),
             Self::Uid(uid) => write!(f, "uid:{uid}"),
             Self::Gid(gid) => write!(f, "gid:{gid}"),
         }
@@ -232,9 +239,29 @@ pub struct Listener {
     pub address: ListenAddress,
     /// The names that `Host` may carry, lower case, without port. `None` on a Unix socket: any.
     pub hosts: Option<Vec<String>>,
-    /// Somebody said that requests may cross the network unencrypted. Needed off loopback.
+    /// Somebody said that requests may cross the network unencrypted. Needed off loopback, unless there is TLS.
     pub allow_plaintext: bool,
+    /// TLS, on a TCP listener.
+    pub tls: Option<ListenerTls>,
 }
+
+/// `tls` of a listener: PEM files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenerTls {
+    /// The certificate, and what leads from it to its root.
+    pub cert_file: PathBuf,
+    /// Its key.
+    pub key_file: PathBuf,
+    /// The CAs of callers' certificates. `None`: no certificate is asked for.
+    pub client_ca_file: Option<PathBuf>,
+    /// Which of their certificates are revoked.
+    pub client_crl_file: Option<PathBuf>,
+}
+
+/// How the names in certificates begin.
+pub const SPIFFE: &str = "spiffe://";
+/// How DNS names in certificates begin in the configuration.
+pub const DNS: &str = "dns:";
 
 /// Where a listener listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -384,6 +411,8 @@ pub enum PeerRule {
     Loopback,
     /// Any TCP peer with an address of this network. Of several networks that hold it, the smallest counts.
     Network(IpNet),
+    /// Who shows a certificate of the listener's client CA with this name in it: `spiffe://…` or `dns:…`.
+    Certificate(String),
     /// A process of this user at a Unix socket.
     Uid(u32),
     /// A process of this group at a Unix socket.

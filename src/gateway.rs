@@ -121,7 +121,7 @@ impl Gateway {
         let state = &self.state;
 
         let room = self.bounds.request(from.surplus)?;
-        let admitted = state.admission.admit(from.peer, from.hosts, head)?;
+        let admitted = state.admission.admit((from.peer, from.names), from.hosts, head)?;
         let caller = admitted.caller();
         record.caller(caller.name.clone());
         self.metrics.credentials_dropped(head.credentials);
@@ -205,6 +205,8 @@ impl Gateway {
 pub struct Arrival<'a> {
     /// Who is at the other end of the connection.
     pub peer: Peer,
+    /// The names in its certificate, on a listener that asks for one.
+    pub names: Option<&'a [String]>,
     /// The names of the listener.
     pub hosts: &'a Hosts,
     /// Whether the caller is still there.

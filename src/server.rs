@@ -4,6 +4,7 @@
 //! of the one Unix socket. Guarantees the caps and the deadlines of a connection.
 
 pub mod connection;
+pub mod tls;
 
 use std::{
     io,
@@ -26,7 +27,8 @@ use crate::{
     config::{self, ListenAddress},
     gateway::Gateway,
 };
-use connection::Deadlines;
+use connection::{Deadlines, Stream};
+use tls::Tls;
 
 /// How many connections the kernel keeps for us until they are accepted.
 const BACKLOG: i32 = 4096;
@@ -37,6 +39,7 @@ pub struct Bound {
     /// Where it listens, with the real port.
     pub address: ListenAddress,
     hosts: Hosts,
+    tls: Option<Arc<Tls>>,
     sockets: Vec<Socket>,
 }
 
@@ -44,6 +47,7 @@ pub struct Bound {
 #[derive(Debug)]
 pub struct Listener {
     hosts: Arc<Hosts>,
+    tls: Option<Arc<Tls>>,
     socket: Accepting,
 }
 
@@ -54,8 +58,9 @@ enum Accepting {
 }
 
 impl Bound {
-    /// Binds a listener for so many workers.
-    pub fn bind(listener: &config::Listener, workers: usize) -> io::Result<Self> {
+    /// Reads the files of a listener, and binds it for so many workers.
+    pub fn bind(listener: &config::Listener, workers: usize) -> anyhow::Result<Self> {
+        let tls = listener.tls.as_ref().map(Tls::load).transpose()?;
         let hosts = Hosts::new(listener.hosts.clone());
         let (address, sockets) = match &listener.address {
             ListenAddress::Tcp(address) => {
@@ -67,7 +72,12 @@ impl Bound {
                 (listener.address.clone(), bind_unix(path, *mode, workers)?)
             }
         };
-        Ok(Self { address, hosts, sockets })
+        Ok(Self { address, hosts, tls, sockets })
+    }
+
+    /// Its TLS, if it has any.
+    pub fn tls(&self) -> Option<&Arc<Tls>> {
+        self.tls.as_ref()
     }
 
     /// Hands each worker its listener. To be called on the worker's runtime.
@@ -77,14 +87,14 @@ impl Bound {
         self.sockets
             .into_iter()
             .map(|socket| {
-                let hosts = hosts.clone();
+                let (hosts, tls) = (hosts.clone(), self.tls.clone());
                 move || {
                     let socket = if is_unix {
                         Accepting::Unix(UnixListener::from_std(socket.into())?)
                     } else {
                         Accepting::Tcp(TcpListener::from_std(socket.into())?)
                     };
-                    Ok(Listener { hosts, socket })
+                    Ok(Listener { hosts, tls, socket })
                 }
             })
             .collect()
@@ -134,17 +144,17 @@ fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Vec<Socket>> 
 }
 
 impl Listener {
-    async fn accept(&self) -> io::Result<(connection::Stream, Peer)> {
+    async fn accept(&self) -> io::Result<(Stream, Peer)> {
         match &self.socket {
             Accepting::Tcp(socket) => {
                 let (stream, address) = socket.accept().await?;
                 stream.set_nodelay(true)?;
-                Ok((connection::Stream::Tcp(stream), Peer::Tcp(address)))
+                Ok((Stream::Tcp(stream), Peer::Tcp(address)))
             }
             Accepting::Unix(socket) => {
                 let (stream, _) = socket.accept().await?;
                 let peer = stream.peer_cred()?;
-                Ok((connection::Stream::Unix(stream), Peer::Unix { uid: peer.uid(), gid: peer.gid() }))
+                Ok((Stream::Unix(stream), Peer::Unix { uid: peer.uid(), gid: peer.gid() }))
             }
         }
     }
@@ -197,7 +207,7 @@ async fn accept(
                 let served = connection::serve(
                     gateway.clone(),
                     listener.hosts.clone(),
-                    stream,
+                    (stream, listener.tls.clone()),
                     peer,
                     place,
                     deadlines,

@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, LogFormat,
-    Route, SecretSource, Shown, WithoutKey,
+    Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, ListenerTls,
+    LogFormat, Route, SecretSource, Shown, WithoutKey,
 };
 
 /// A caller that can use a credential.
@@ -135,12 +135,26 @@ impl Config {
     }
 }
 
-fn listener(Listener { address, hosts, allow_plaintext }: &Listener) -> Value {
+fn listener(Listener { address, hosts, allow_plaintext, tls }: &Listener) -> Value {
     let (mode, allow_plaintext) = match address {
         ListenAddress::Tcp(_) => (None, Some(allow_plaintext)),
         ListenAddress::Unix { mode, .. } => (Some(format!("{mode:04o}")), None),
     };
-    json!({ "address": address.to_string(), "mode": mode, "hosts": hosts, "allow_plaintext": allow_plaintext })
+    let tls = tls.as_ref().map(|ListenerTls { cert_file, key_file, client_ca_file, client_crl_file }| {
+        json!({
+            "cert_file": whole_path(cert_file),
+            "key_file": whole_path(key_file),
+            "client_ca_file": client_ca_file.as_deref().map(whole_path),
+            "client_crl_file": client_crl_file.as_deref().map(whole_path),
+        })
+    });
+    json!({
+        "address": address.to_string(),
+        "mode": mode,
+        "hosts": hosts,
+        "allow_plaintext": allow_plaintext,
+        "tls": tls,
+    })
 }
 
 fn credential(credential: &Credential) -> Value {

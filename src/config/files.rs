@@ -109,7 +109,7 @@ fn can_be_made(path: &Path) -> Result<(), String> {
 }
 
 /// Nothing that a read could hang on, or never end on.
-fn regular(path: &Path) -> Result<(), String> {
+pub(super) fn regular(path: &Path) -> Result<(), String> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
     is_regular(&meta).map_err(|reason| format!("{shown} {reason}"))

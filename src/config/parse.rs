@@ -10,12 +10,12 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
-use crate::{audit::Durability, headers::looks_like_credential};
+use crate::{audit::Durability, headers::looks_like_credential, server::tls::Tls};
 
 use super::{
     Admin, Audit, Caller, Config, ContractSource, Credential, Http2, Idempotency, Limit, ListenAddress,
-    Listener, Log, LogFormat, PeerRule, Problems, Route, SecretSource, Server, Shown, Token, Upstream, Url,
-    WithoutKey, files,
+    Listener, ListenerTls, Log, LogFormat, PeerRule, Problems, Route, SecretSource, Server, Shown, Token,
+    Upstream, Url, WithoutKey, files,
     raw::{Kind, Layers, Syntax, Value},
     relations,
     table::{Context, Found, Referent, Table},
@@ -91,7 +91,7 @@ fn read_listeners(context: &mut Context<'_>, root: &mut Table) -> Vec<Listener> 
     let tables = root.tables(context, "listeners");
     if tables.is_empty() {
         let address = ListenAddress::Tcp(([127, 0, 0, 1], 8080).into());
-        return vec![Listener { address, hosts: Some(loopback_names()), allow_plaintext: false }];
+        return vec![Listener { address, hosts: Some(loopback_names()), allow_plaintext: false, tls: None }];
     }
     tables.into_iter().map(|table| read_listener(context, table)).collect()
 }
@@ -101,6 +101,9 @@ fn read_listener(context: &mut Context<'_>, mut table: Table) -> Listener {
     let mut address = table.required(context, "address", fallback, parse_listen_address);
     let named = table.texts(context, "hosts");
     let allow_plaintext = table.boolean(context, "allow_plaintext");
+    let tls = table.section_if_any(context, "tls");
+    let has_tls = tls.is_some() || context.is_doubtful(&table.key("tls"));
+    let tls = tls.and_then(|section| read_tls(context, section));
     let named =
         named.map(|hosts| hosts.into_iter().map(|host| host.value.to_ascii_lowercase()).collect::<Vec<_>>());
     let mode = table.parsed(context, "mode", None, |text| {
@@ -115,6 +118,18 @@ fn read_listener(context: &mut Context<'_>, mut table: Table) -> Listener {
             context.problem_at(&table.key("mode"), "is for Unix sockets only");
         }
     }
+    if tls.is_some() && matches!(address, ListenAddress::Unix { .. }) {
+        context.problem_at(
+            &table.key("tls"),
+            "is for TCP listeners only: nobody can read a Unix socket on its way",
+        );
+    }
+    if has_tls && allow_plaintext {
+        context.problem_at(
+            &table.key("allow_plaintext"),
+            "contradicts tls: nothing crosses the network unencrypted there",
+        );
+    }
     let hosts = match &address {
         ListenAddress::Unix { .. } => None,
         ListenAddress::Tcp(tcp) if tcp.ip().is_loopback() => Some(named.unwrap_or_else(loopback_names)),
@@ -123,15 +138,36 @@ fn read_listener(context: &mut Context<'_>, mut table: Table) -> Listener {
                 let reason = "is needed on a listener that is not on loopback: the names that Host may carry";
                 table.lacks(context, "hosts", reason);
             }
-            if !allow_plaintext && !context.is_doubtful(&table.key("allow_plaintext")) {
-                let reason = "must be true on a listener that is not on loopback: callers' requests cross the network unencrypted";
+            if !allow_plaintext && !has_tls && !context.is_doubtful(&table.key("allow_plaintext")) {
+                let reason = "must be true on a listener that is not on loopback and has no tls: callers' requests cross the network unencrypted";
                 table.lacks(context, "allow_plaintext", reason);
             }
             named
         }
     };
     table.close(context);
-    Listener { address, hosts, allow_plaintext }
+    Listener { address, hosts, allow_plaintext, tls }
+}
+
+fn read_tls(context: &mut Context<'_>, mut table: Table) -> Option<ListenerTls> {
+    for name in ["cert_file", "key_file"] {
+        if !table.members.contains_key(name) {
+            table.lacks(context, name, "is missing");
+        }
+    }
+    if table.members.contains_key("client_crl_file") && !table.members.contains_key("client_ca_file") {
+        table.lacks(context, "client_ca_file", "is needed for client_crl_file");
+    }
+    let [cert_file, client_ca_file, client_crl_file] = ["cert_file", "client_ca_file", "client_crl_file"]
+        .map(|name| table.path(context, name).and_then(|found| good_file(context, found, files::regular)));
+    let key_file = table.path(context, "key_file").and_then(|found| good_file(context, found, files::secret));
+    let path = table.path.clone();
+    table.close(context);
+    let tls = ListenerTls { cert_file: cert_file?, key_file: key_file?, client_ca_file, client_crl_file };
+    if let Err(error) = Tls::load(&tls) {
+        context.problem_at(&path, error.to_string());
+    }
+    Some(tls)
 }
 
 fn loopback_names() -> Vec<String> {

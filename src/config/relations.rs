@@ -76,12 +76,12 @@ fn fields(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-const NEVER_SEEN: &str = "no listener can ever see this peer: loopback and networks need a TCP listener, and networks beyond \
-                          loopback one that is not on loopback; uid and gid need a Unix socket";
+const NEVER_SEEN: &str = "no listener can ever see this peer: loopback and networks need a TCP listener without client_ca_file, and networks \
+     beyond loopback one that is not on loopback; spiffe: and dns: need one with client_ca_file, uid and gid a Unix socket";
 
 fn peers(context: &mut Context<'_>, config: &Config) {
-    let doubtful_listeners =
-        (0..config.listeners.len()).any(|i| context.is_doubtful(&format!("listeners[{i}].address")));
+    let doubtful_listeners = (0..config.listeners.len())
+        .any(|i| ["address", "tls"].iter().any(|key| context.is_doubtful(&format!("listeners[{i}].{key}"))));
     for (i, caller) in config.callers.iter().enumerate() {
         let key = format!("callers[{i}].peer");
         if context.is_doubtful(&key) {
@@ -106,6 +106,7 @@ fn can_be_one(a: &PeerRule, b: &PeerRule) -> bool {
     match (a, b) {
         (PeerRule::Uid(a), PeerRule::Uid(b)) | (PeerRule::Gid(a), PeerRule::Gid(b)) => a == b,
         (PeerRule::Uid(_), PeerRule::Gid(_)) | (PeerRule::Gid(_), PeerRule::Uid(_)) => true,
+        (PeerRule::Certificate(a), PeerRule::Certificate(b)) => a == b,
         (a, b) => a.networks().iter().any(|network| b.networks().contains(network)),
     }
 }

@@ -177,6 +177,11 @@ impl Table {
         Self::open(context, self.key(name), value)
     }
 
+    pub(super) fn section_if_any(&mut self, context: &mut Context<'_>, name: &'static str) -> Option<Self> {
+        let value = self.take(context, name)?;
+        Some(Self::open(context, self.key(name), value))
+    }
+
     pub(super) fn tables(&mut self, context: &mut Context<'_>, name: &'static str) -> Vec<Self> {
         let Some(value) = self.take(context, name) else { return Vec::new() };
         let key = self.key(name);

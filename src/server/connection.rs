@@ -27,12 +27,14 @@ use tokio::{
     sync::watch,
     time::{Sleep, sleep},
 };
+use tokio_rustls::server::TlsStream;
 
 use crate::{
     admission::{Hosts, Peer, Place},
     clock::{self, nanos_of},
     config,
     gateway::{Arrival, Gateway},
+    server::tls::{Certificate, Tls},
 };
 
 /// A head may be this large; hyper answers a larger one with 431.
@@ -68,6 +70,8 @@ impl Deadlines {
 pub enum Stream {
     /// TCP.
     Tcp(TcpStream),
+    /// TLS over TCP.
+    Tls(Box<TlsStream<TcpStream>>),
     /// Unix.
     Unix(UnixStream),
 }
@@ -221,7 +225,7 @@ impl Alarm {
 pub async fn serve(
     gateway: Arc<Gateway>,
     hosts: Arc<Hosts>,
-    stream: Stream,
+    (stream, tls): (Stream, Option<Arc<Tls>>),
     peer: Peer,
     place: Place,
     mut deadlines: Deadlines,
@@ -231,13 +235,28 @@ pub async fn serve(
     if surplus {
         deadlines.header = deadlines.header.min(STOP_HEADER);
     }
+    let (stream, certificate) = match (stream, tls) {
+        (Stream::Tcp(stream), Some(tls)) => {
+            let shaken = Box::pin(shake_hands(&tls, stream, deadlines.header, stop.clone())).await;
+            match shaken {
+                Ok((stream, certificate)) => (Stream::Tls(stream), certificate),
+                Err(error) => {
+                    gateway.metrics.connection_closed("tls_failed");
+                    tracing::debug!(%peer, %error, "no TLS");
+                    return;
+                }
+            }
+        }
+        (stream, _) => (stream, None),
+    };
     let watch = Arc::new(Watch::new());
     let socket = Watched { stream, watch: watch.clone(), linger: None };
-    let (gateway, hosts, watch) = (&*gateway, &*hosts, &*watch);
+    let (gateway, hosts, watch, certificate) = (&*gateway, &*hosts, &*watch, certificate.as_ref());
     let service = service_fn(|request| {
         watch.enter(Phase::Busy);
         async move {
-            let from = Arrival { peer, hosts, presence: &watch.presence, surplus };
+            let names = certificate.map(Certificate::names);
+            let from = Arrival { peer, names, hosts, presence: &watch.presence, surplus };
             let response = gateway.handle(from, request).await;
             watch.unread.store(response.headers().contains_key(http::header::CONNECTION), Ordering::Relaxed);
             watch.enter(Phase::Idle);
@@ -283,6 +302,30 @@ pub async fn serve(
     .await;
 }
 
+/// Who stops or is over a cap gives a handshake no longer than a head.
+async fn shake_hands(
+    tls: &Arc<Tls>,
+    stream: TcpStream,
+    header: u64,
+    mut stop: watch::Receiver<bool>,
+) -> io::Result<(Box<TlsStream<TcpStream>>, Option<Certificate>)> {
+    let late = async {
+        tokio::select! {
+            () = sleep(Duration::from_nanos(header)) => {}
+            () = async {
+                let _ = stop.wait_for(|stop| *stop).await;
+                sleep(Duration::from_nanos(STOP_HEADER)).await;
+            } => {}
+        }
+    };
+    let (stream, certificate) = tokio::select! {
+        biased;
+        shaken = tls.accept(stream) => shaken?,
+        () = late => return Err(io::ErrorKind::TimedOut.into()),
+    };
+    Ok((Box::new(stream), certificate))
+}
+
 /// The socket under hyper: notices when a head begins, and lingers when it closes on unread bytes.
 #[derive(Debug)]
 struct Watched {
@@ -316,6 +359,7 @@ impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = match &mut self.stream {
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
         };
         self.went_on(written)
@@ -328,6 +372,7 @@ impl AsyncWrite for Watched {
     ) -> Poll<io::Result<usize>> {
         let written = match &mut self.stream {
             Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         };
         self.went_on(written)
@@ -337,16 +382,18 @@ impl AsyncWrite for Watched {
         true
     }
 
-    /// Sockets have no buffer of their own. hyper does not read while a request is worked on, but it flushes
-    /// whenever it was woken.
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// hyper does not read while a request is worked on, but it flushes whenever it was woken.
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.watch.presence.waits.load(Ordering::Relaxed)
             && let Poll::Ready(end) = self.stream.poll_end(cx)
             && self.watch.is_gone(end)
         {
             cx.waker().wake_by_ref();
         }
-        Poll::Ready(Ok(()))
+        match &mut self.stream {
+            Stream::Tcp(_) | Stream::Unix(_) => Poll::Ready(Ok(())), // no buffer of their own
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -406,16 +453,17 @@ enum End {
 
 impl Stream {
     /// Ready when the other side has closed or reset the connection; not when it has more to say.
-    fn poll_end(&self, cx: &mut Context<'_>) -> Poll<End> {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         loop {
             let peeked = match self {
+                Self::Tls(stream) => return poll_tls_end(stream, cx),
                 Self::Tcp(stream) => {
                     let _ = ready!(stream.poll_read_ready(cx));
-                    stream.try_io(Interest::READABLE, || peek(stream))
+                    stream.try_io(Interest::READABLE, || peek(&*stream))
                 }
                 Self::Unix(stream) => {
                     let _ = ready!(stream.poll_read_ready(cx));
-                    stream.try_io(Interest::READABLE, || peek(stream))
+                    stream.try_io(Interest::READABLE, || peek(&*stream))
                 }
             };
             match peeked {
@@ -430,6 +478,7 @@ impl Stream {
     fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
@@ -437,7 +486,44 @@ impl Stream {
     fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+/// The end of a TLS stream is told within it, so that it cannot be peeked at: what comes is decrypted, and kept where
+/// it will be read.
+fn poll_tls_end(stream: &mut TlsStream<TcpStream>, cx: &mut Context<'_>) -> Poll<End> {
+    let (socket, session) = stream.get_mut();
+    while session.wants_read() {
+        match session.read_tls(&mut Present { socket, cx }) {
+            Ok(0) => return Poll::Ready(End::Closed),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Poll::Pending,
+            Err(_) => return Poll::Ready(End::Reset),
+        }
+        match session.process_new_packets() {
+            Ok(state) if state.peer_has_closed() => return Poll::Ready(End::Closed),
+            Ok(_) => {}
+            Err(_) => return Poll::Ready(End::Reset),
+        }
+    }
+    Poll::Pending
+}
+
+/// What a socket has at present.
+struct Present<'a, 'b> {
+    socket: &'a mut TcpStream,
+    cx: &'a mut Context<'b>,
+}
+
+impl io::Read for Present<'_, '_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let mut buf = ReadBuf::new(buf);
+        match Pin::new(&mut *self.socket).poll_read(self.cx, &mut buf) {
+            Poll::Ready(read) => read.map(|()| buf.filled().len()),
+            Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 }

@@ -39,10 +39,15 @@ fn shipped(name: &str) -> (TempDir, String) {
         fs::write(folder.path().join(secret), SECRET).unwrap();
     }
     let root_certificate = rcgen::generate_simple_self_signed(vec!["root".to_owned()]).unwrap();
-    fs::write(folder.path().join("ca.pem"), root_certificate.cert.pem()).unwrap();
+    for name in ["ca.pem", "client-ca.pem", "cert.pem"] {
+        fs::write(folder.path().join(name), root_certificate.cert.pem()).unwrap();
+    }
+    fs::write(folder.path().join("tls.key"), root_certificate.signing_key.serialize_pem()).unwrap();
+    fs::write(folder.path().join("crl.pem"), crate::callers::empty_list()).unwrap();
     let text = fs::read_to_string(format!("{root}/config/{name}")).unwrap();
     let text =
         text.replace("/run/secrets/ccsqm/", "").replace("/etc/ssl/certs/ca-certificates.crt", "ca.pem");
+    let text = text.replace("/etc/ccsqm-gateway/tls/", "");
     (folder, text)
 }
 
@@ -476,6 +481,12 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
     ] {
         cases.push(("upstream.ca_file", set("ca_file", "ca.pem", file), reason));
     }
+    for (file, reason) in [("absent", "no such file"), ("trail", "is not a regular file")] {
+        cases.push(("listeners[2].tls.cert_file", set("cert_file", "cert.pem", file), reason));
+        cases.push(("listeners[2].tls.key_file", set("key_file", "tls.key", file), reason));
+        cases.push(("listeners[2].tls.client_ca_file", set("client_ca_file", "client-ca.pem", file), reason));
+        cases.push(("listeners[2].tls.client_crl_file", set("client_crl_file", "crl.pem", file), reason));
+    }
     for (file, reason) in
         [("absent", "No such file"), ("short", "at least 32 bytes"), ("pipe", "is not a regular file")]
     {
@@ -490,11 +501,11 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
         cases.push(("routes[0].contract_file", set("contract_file", contract, file), reason));
     }
     for (key, wrong, reason) in cases {
-        let name = key.rsplit('.').next().unwrap();
+        let line = text.lines().zip(wrong.lines()).take_while(|(good, bad)| good == bad).count() + 1;
         fs::write(&path, &wrong).unwrap();
         for command in ["check", "serve"] {
             let (code, _, error) = run(&[command, "--config", &path], &[]);
-            let place = at(&folder, &wrong, &format!("\n{name} = "), key);
+            let place = format!("{path}:{line}: {key}: ");
             assert!(code == 78 && error.starts_with(&place), "{command} {key} {reason}: {code} {error}");
             assert!(error.to_lowercase().contains(&reason.to_lowercase()), "{reason}: {error}");
             assert_eq!(error.lines().count(), 1, "{error}");
@@ -505,7 +516,7 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
         [("SSL_CERT_FILE", OsStr::new("/dev/null")), ("SSL_CERT_DIR", OsStr::new("/proc/self/fd"))];
     let own_roots = write(&folder, &text);
     assert_eq!(run(&["check", "--config", &own_roots], &no_roots).0, 0, "the control");
-    let systems_roots = write(&folder, &text.replace("ca_file = ", "# "));
+    let systems_roots = write(&folder, &text.replace("\nca_file = ", "\n# "));
     let (code, _, error) = run(&["check", "--config", &systems_roots], &no_roots);
     assert!(
         code == 78 && error.contains(": upstream.ca_file: is needed here: no root certificate"),

@@ -8,6 +8,7 @@ mod support;
 mod http2_upstream;
 
 mod admission;
+mod callers;
 mod body;
 mod contract;
 mod idempotency;

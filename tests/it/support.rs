@@ -24,6 +24,8 @@ pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_ccsqm-gateway");
 pub(crate) struct Gateway {
     child: Child,
     pub(crate) address: SocketAddr,
+    /// Of the TCP listener that a test adds to the usual one.
+    pub(crate) second: Option<SocketAddr>,
     pub(crate) admin: SocketAddr,
     pub(crate) folder: Arc<TempDir>,
     log: Arc<Mutex<String>>,
@@ -101,15 +103,24 @@ burst = 1000000
 "#,
         setup.caller
     );
+    fs::write(folder.path().join("gateway.toml"), text).unwrap();
+    serve_with(&folder, &setup.through, &setup.set)
+}
+
+/// A gateway with the configuration that lies in a folder.
+pub(crate) fn serve(folder: &Arc<TempDir>) -> Gateway {
+    serve_with(folder, &[], &[])
+}
+
+fn serve_with(folder: &Arc<TempDir>, through: &[String], set: &[(&str, String)]) -> Gateway {
     let config = folder.path().join("gateway.toml");
-    fs::write(&config, text).unwrap();
-    let words: Vec<_> = setup.through.iter().map(String::as_str).chain([BINARY]).collect();
+    let words: Vec<_> = through.iter().map(String::as_str).chain([BINARY]).collect();
     let mut command = Command::new(words[0]);
     command.args(&words[1..]).arg("serve").arg("--config").arg(&config).stderr(Stdio::piped());
-    for (key, value) in &setup.set {
+    for (key, value) in set {
         command.arg("--set").arg(format!("{key}={value}"));
     }
-    Gateway::spawn(command, folder)
+    Gateway::spawn(command, folder.clone())
 }
 
 impl Gateway {
@@ -117,14 +128,14 @@ impl Gateway {
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let log = Arc::new(Mutex::new(String::new()));
-        let (mut address, mut admin) = (None, None);
+        let (mut addresses, mut admin) = (Vec::new(), None);
         while admin.is_none() {
             let line =
                 lines.next().unwrap_or_else(|| panic!("did not start: {}", log.lock().unwrap())).unwrap();
             let event: Value = serde_json::from_str(&line).unwrap_or_default();
             let at = event["fields"]["address"].as_str().and_then(|at| at.parse().ok());
             match event["fields"]["message"].as_str() {
-                Some("listening") => address = address.or(at),
+                Some("listening") => addresses.extend(at),
                 Some("listening (admin)") => admin = at,
                 _ => {}
             }
@@ -136,7 +147,8 @@ impl Gateway {
                 *rest.lock().unwrap() += &(line + "\n");
             }
         });
-        Self { child, address: address.unwrap(), admin: admin.unwrap(), folder, log }
+        let (address, second) = (addresses[0], addresses.get(1).copied());
+        Self { child, address, second, admin: admin.unwrap(), folder, log }
     }
 
     pub(crate) fn id(&self) -> u32 {
@@ -257,6 +269,14 @@ impl Reply {
 
 /// Reads to the end of the connection.
 pub(crate) fn read_reply(stream: &mut TcpStream) -> Reply {
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    parse_reply(&String::from_utf8_lossy(&bytes))
+}
+
+/// The last reply in a text; nothing in one that is cut.
+pub(crate) fn parse_reply(text: &str) -> Reply {
     const ALLOWED: [&str; 13] = [
         "allow",
         "connection",
@@ -272,10 +292,6 @@ pub(crate) fn read_reply(stream: &mut TcpStream) -> Reply {
         "x-request-id",
         "content-encoding",
     ];
-    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    let mut bytes = Vec::new();
-    let _ = stream.read_to_end(&mut bytes);
-    let text = String::from_utf8_lossy(&bytes).into_owned();
     let Some((head, body)) = text.split_once("\r\n\r\n") else { return Reply::default() };
     let mut lines = head.lines();
     let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
@@ -284,21 +300,12 @@ pub(crate) fn read_reply(stream: &mut TcpStream) -> Reply {
         .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
         .collect();
     if status == 100 {
-        let rest = body.to_owned();
-        return parse_again(&rest);
+        return parse_reply(body);
     }
     for name in headers.keys() {
         assert!(ALLOWED.contains(&name.as_str()), "{name} is not a header of ours");
     }
     Reply { status, headers, body: body.to_owned() }
-}
-
-fn parse_again(text: &str) -> Reply {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut writer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    writer.write_all(text.as_bytes()).unwrap();
-    drop(writer);
-    read_reply(&mut listener.accept().unwrap().0)
 }
 
 /// The records of a trail, oldest first; `kind` empty: all.

@@ -17,7 +17,7 @@ impl Key {
 
     /// Its path without the index of a list.
     fn kind(&self) -> String {
-        self.path().replace("[0]", "").replace("[1]", "")
+        self.path().replace("[0]", "").replace("[1]", "").replace("[2]", "")
     }
 }
 
@@ -31,7 +31,10 @@ pub(super) fn keys_of(text: &str) -> Vec<Key> {
             section = format!("{list}[{}]", heads.count());
             header = i + 1;
         } else if let Some(table) = code.strip_prefix('[') {
-            section = table.trim_end_matches(']').to_owned();
+            let table = table.trim_end_matches(']');
+            let (last, list) = (section.split('.').next().unwrap(), table.split('.').next().unwrap());
+            let nested = last.split('[').next().filter(|name| *name == list && last.ends_with(']'));
+            section = nested.map_or_else(|| table.to_owned(), |_| last.to_owned() + &table[list.len()..]);
             header = i + 1;
         } else if let Some((name, value)) = code.split_once(" = ").filter(|_| !code.starts_with('#')) {
             let (name, value) = (name.to_owned(), value.to_owned());
@@ -117,6 +120,8 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
     }
     let required = [
         "listeners.address",
+        "listeners.tls.cert_file",
+        "listeners.tls.key_file",
         "upstream.base_url",
         "credentials.name",
         "credentials.app_key_file",
@@ -175,7 +180,13 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
                 format!("{}.{inline}_env", key.section),
             ));
         }
-        "upstream.ca_file" | "audit.key_file" | "routes.contract_file" => {
+        "upstream.ca_file"
+        | "audit.key_file"
+        | "routes.contract_file"
+        | "listeners.tls.cert_file"
+        | "listeners.tls.key_file"
+        | "listeners.tls.client_ca_file"
+        | "listeners.tls.client_crl_file" => {
             ways.extend([
                 value_is("file", "\"absent\""),
                 value_is("file", "\"contracts\""),
@@ -183,7 +194,17 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
             ]);
         }
         "credentials.name" | "callers.name" | "routes.name" => ways.push(value_is("value", "\"a b\"")),
-        "callers.peer" => ways.extend([value_is("value", "\"10.0.0.0/8\""), value_is("value", "\"uid:x\"")]),
+        "callers.peer" => {
+            let bad = [
+                "uid:x",
+                "10.0.0.1/8",
+                "10.0.0.0/33",
+                "::ffff:10.0.0.0/104",
+                "dns:*.internal",
+                "spiffe://Org/x",
+            ];
+            ways.extend(bad.map(|peer| value_is("value", &format!("\"{peer}\""))));
+        }
         "callers.operator_id" => ways.push(value_is("value", "\"\\r\\nx: y\"")),
         "callers.operators" => ways.push(value_is("value", "[\"a b\"]")),
         "callers.credential" | "routes.credential" => ways.push(value_is("dangling", "\"nobody\"")),

@@ -1,0 +1,295 @@
+//! TLS at a listener: its certificate, and whose certificates it takes.
+//!
+//! Guarantees that a certificate which has expired, was revoked, or is no longer trusted lets nobody in: sessions are
+//! not resumed where certificates are asked for, and one that is in use is looked at again, at once when the files
+//! changed and every minute otherwise. A revocation list that is out of date lets nobody in either. What the files
+//! hold is read again while the gateway runs; what cannot be used changes nothing.
+
+use std::{
+    fs,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    InconsistentKeys, RootCertStore, ServerConfig,
+    crypto::aws_lc_rs::default_provider,
+    pki_types::{
+        CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime,
+        pem::{self, PemObject},
+    },
+    server::{
+        NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier, danger::ClientCertVerifier,
+    },
+};
+use sha2::{Digest as _, Sha256};
+use thiserror::Error;
+use tokio::{net::TcpStream, time::sleep};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use webpki::EndEntityCert;
+use zeroize::Zeroizing;
+
+use crate::{
+    clock,
+    config::{self, ListenerTls},
+    connect::HTTP1,
+    watched::{Noticed, POLL, SETTLE, Watched},
+};
+
+/// A certificate in use is looked at again after this time, in nanoseconds.
+const LOOK_AGAIN: u64 = 60_000_000_000;
+
+/// Nobody has a larger file.
+const MAX_FILE: u64 = 16 << 20;
+
+/// Why the files of a listener cannot be used.
+#[derive(Debug, Error)]
+pub enum TlsError {
+    /// A file could not be read.
+    #[error("{0}: {1}")]
+    Read(String, io::Error),
+    /// A file is not PEM, or holds nothing of the kind.
+    #[error("{0}: {1}")]
+    Pem(String, pem::Error),
+    /// The key is that of another certificate.
+    #[error("key_file is not the key of cert_file's certificate")]
+    Mismatch,
+    /// Certificate, key or client CA, as rustls sees them.
+    #[error("{0}: {1}")]
+    Refused(&'static str, rustls::Error),
+    /// The client CA or its revocation lists.
+    #[error("client_ca_file, client_crl_file: {0}")]
+    Clients(#[from] VerifierBuilderError),
+}
+
+/// What the files hold, as it was read at once.
+struct Contents {
+    certificate: Vec<u8>,
+    key: Zeroizing<Vec<u8>>,
+    client_ca: Option<Vec<u8>>,
+    client_crl: Option<Vec<u8>>,
+}
+
+/// TLS of one listener, shared by all workers.
+#[derive(Debug)]
+pub struct Tls {
+    files: ListenerTls,
+    current: ArcSwap<Current>,
+}
+
+#[derive(Debug)]
+struct Current {
+    config: Arc<ServerConfig>,
+    /// Who takes callers' certificates, where they are asked for.
+    clients: Option<Arc<dyn ClientCertVerifier>>,
+    generation: u64,
+    digest: [u8; 32],
+}
+
+/// A caller's certificate, on one connection.
+#[derive(Debug)]
+pub struct Certificate {
+    tls: Arc<Tls>,
+    /// With what leads from it to a client CA.
+    chain: Vec<CertificateDer<'static>>,
+    names: Vec<String>,
+    verified: Mutex<Verified>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Verified {
+    is_good: bool,
+    generation: u64,
+    /// In nanoseconds of this process.
+    at: u64,
+}
+
+impl Tls {
+    /// Reads the files of a listener.
+    pub fn load(files: &ListenerTls) -> Result<Arc<Self>, TlsError> {
+        let current = Current::new(files, &Contents::read(files)?, 0)?;
+        Ok(Arc::new(Self { files: files.clone(), current: ArcSwap::from_pointee(current) }))
+    }
+
+    /// Shakes hands. Returns the caller's certificate, too, where one is asked for.
+    pub async fn accept(
+        self: &Arc<Self>,
+        stream: TcpStream,
+    ) -> io::Result<(TlsStream<TcpStream>, Option<Certificate>)> {
+        let current = self.current.load_full();
+        let stream = TlsAcceptor::from(current.config.clone()).accept(stream).await?;
+        let certificate = current.clients.as_ref().map(|_| {
+            let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+            Certificate::new(self.clone(), chain, current.generation)
+        });
+        Ok((stream, certificate))
+    }
+
+    fn reload(&self) -> Result<(), TlsError> {
+        let generation = self.current.load().generation + 1;
+        let contents = Contents::read(&self.files)?;
+        self.current.store(Arc::new(Current::new(&self.files, &contents, generation)?));
+        Ok(())
+    }
+
+    /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
+    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), TlsError>)) {
+        let files = self.files.clone();
+        let look = move || Contents::read(&files).map(|contents| contents.digest());
+        let mut watched = Watched::new(look, self.current.load().digest);
+        loop {
+            let wait = match watched.look() {
+                Noticed::Nothing => POLL,
+                Noticed::Settling => SETTLE,
+                Noticed::Changed(_) => {
+                    tell(self.reload());
+                    POLL
+                }
+                Noticed::Unusable(error) => {
+                    tell(Err(error));
+                    POLL
+                }
+            };
+            sleep(wait).await;
+        }
+    }
+}
+
+impl Contents {
+    fn read(files: &ListenerTls) -> Result<Self, TlsError> {
+        let optional =
+            |path: &Option<PathBuf>| path.as_deref().map(|path| read(path, named(path))).transpose();
+        Ok(Self {
+            certificate: read(&files.cert_file, named(&files.cert_file))?,
+            // Its path is not told: somebody may have put the key itself there.
+            key: Zeroizing::new(read(&files.key_file, KEY_FILE.into())?),
+            client_ca: optional(&files.client_ca_file)?,
+            client_crl: optional(&files.client_crl_file)?,
+        })
+    }
+
+    /// Tells other contents from these.
+    fn digest(&self) -> [u8; 32] {
+        let Self { certificate, key, client_ca, client_crl } = self;
+        let mut digest = Sha256::new();
+        for part in [Some(certificate), Some(&**key), client_ca.as_ref(), client_crl.as_ref()] {
+            let part = part.map(Vec::as_slice).unwrap_or_default();
+            digest.update((part.len() as u64).to_be_bytes());
+            digest.update(part);
+        }
+        digest.finalize().into()
+    }
+}
+
+const KEY_FILE: &str = "key_file";
+
+fn named(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn read(path: &Path, named: String) -> Result<Vec<u8>, TlsError> {
+    let mut bytes = Vec::new();
+    let read = fs::File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut bytes));
+    read.map(|_| bytes).map_err(|error| TlsError::Read(named, error))
+}
+
+impl Current {
+    fn new(files: &ListenerTls, contents: &Contents, generation: u64) -> Result<Self, TlsError> {
+        let provider = Arc::new(default_provider());
+        let certificates = pem_list::<CertificateDer<'_>>(&contents.certificate, &files.cert_file)?;
+        let key = PrivateKeyDer::from_pem_slice(&contents.key)
+            .map_err(|error| TlsError::Pem(KEY_FILE.into(), error))?;
+        let clients = match (&files.client_ca_file, &contents.client_ca) {
+            (Some(path), Some(pem)) => Some(clients(files, contents, pem_list(pem, path)?)?),
+            _ => None,
+        };
+        let builder = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| TlsError::Refused("TLS", error))?;
+        let builder = match &clients {
+            Some(clients) => builder.with_client_cert_verifier(clients.clone()),
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_single_cert(certificates, key).map_err(|error| match error {
+            rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => TlsError::Mismatch,
+            error => TlsError::Refused("cert_file, key_file", error),
+        })?;
+        config.alpn_protocols = vec![HTTP1.to_vec()];
+        if clients.is_some() {
+            // Whoever resumes a session shows no certificate.
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+        }
+        Ok(Self { config: Arc::new(config), clients, generation, digest: contents.digest() })
+    }
+}
+
+/// Takes the certificates of these CAs, but for those on a revocation list. With a list, every CA on the way from a
+/// certificate to its root needs one that is up to date.
+fn clients(
+    files: &ListenerTls,
+    contents: &Contents,
+    roots: Vec<CertificateDer<'static>>,
+) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    let mut store = RootCertStore::empty();
+    for root in roots {
+        store.add(root).map_err(|error| TlsError::Refused("client_ca_file", error))?;
+    }
+    let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(store), Arc::new(default_provider()));
+    let lists = match (&files.client_crl_file, &contents.client_crl) {
+        (Some(path), Some(pem)) => pem_list::<CertificateRevocationListDer<'_>>(pem, path)?,
+        _ => Vec::new(),
+    };
+    Ok(builder.with_crls(lists).enforce_revocation_expiration().build()?)
+}
+
+/// All that a file holds of a kind; at least one.
+fn pem_list<T: PemObject>(pem: &[u8], path: &Path) -> Result<Vec<T>, TlsError> {
+    let fail = |error| TlsError::Pem(named(path), error);
+    let items = T::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(fail)?;
+    if items.is_empty() { Err(fail(pem::Error::NoItemsFound)) } else { Ok(items) }
+}
+
+impl Certificate {
+    fn new(tls: Arc<Tls>, chain: &[CertificateDer<'_>], generation: u64) -> Self {
+        let names = chain.first().map(names_in).unwrap_or_default();
+        let chain = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
+        let verified = Mutex::new(Verified { is_good: true, generation, at: clock::nanos() });
+        Self { tls, chain, names, verified }
+    }
+
+    /// The names in it, as callers have them in their `peer`. None if it is no longer good.
+    pub fn names(&self) -> &[String] {
+        if self.is_good() { &self.names } else { &[] }
+    }
+
+    fn is_good(&self) -> bool {
+        let current = self.tls.current.load();
+        let mut verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = clock::nanos();
+        if verified.generation != current.generation || now.saturating_sub(verified.at) > LOOK_AGAIN {
+            let is_good = current.clients.as_ref().is_some_and(|clients| self.passes(&**clients));
+            *verified = Verified { is_good, generation: current.generation, at: now };
+        }
+        verified.is_good
+    }
+
+    fn passes(&self, clients: &dyn ClientCertVerifier) -> bool {
+        let Some((own, others)) = self.chain.split_first() else { return false };
+        let verified = clients.verify_client_cert(own, others, UnixTime::now());
+        verified
+            .inspect_err(|error| tracing::info!(%error, "a caller's certificate is no longer good"))
+            .is_ok()
+    }
+}
+
+/// SPIFFE IDs and DNS names among a certificate's subject alternative names; its common name is none.
+fn names_in(certificate: &CertificateDer<'_>) -> Vec<String> {
+    let Ok(certificate) = EndEntityCert::try_from(certificate) else { return Vec::new() };
+    let ids = certificate.valid_uri_names().filter(|uri| uri.starts_with(config::SPIFFE)).map(str::to_owned);
+    let dns =
+        certificate.valid_dns_names().map(|name| format!("{}{}", config::DNS, name.to_ascii_lowercase()));
+    ids.chain(dns).collect()
+}

@@ -1,0 +1,365 @@
+//! Who may call: networks, TLS, certificates and their revocation, what callers must send, what is frozen.
+
+use std::{
+    fs,
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpStream},
+    sync::Arc,
+    time::Duration,
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
+    SerialNumber, date_time_ymd,
+};
+use rustls::{
+    ClientConfig, ClientConnection, RootCertStore, StreamOwned,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
+use tempfile::TempDir;
+
+use crate::support::*;
+
+/// A CA that is trusted, or not.
+struct Ca(CertifiedIssuer<'static, KeyPair>);
+
+/// A certificate with its key, in PEM.
+#[derive(Clone)]
+struct Identity {
+    certificate: String,
+    key: String,
+}
+
+#[derive(Clone, Copy)]
+struct Subject<'a> {
+    names: &'a [&'a str],
+    is_server: bool,
+    is_expired: bool,
+    serial: u64,
+}
+
+const CONSOLE: &str = "spiffe://example.org/qa/console";
+
+const CALLER: Subject<'static> =
+    Subject { names: &[CONSOLE], is_server: false, is_expired: false, serial: 100 };
+
+const SERVER: Subject<'static> = Subject { names: &["localhost"], is_server: true, ..CALLER };
+
+impl Ca {
+    fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    fn issue(&self, subject: Subject<'_>) -> Identity {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        let name = |name: &&str| match name.starts_with("spiffe:") {
+            true => SanType::URI((*name).try_into().unwrap()),
+            false => SanType::DnsName((*name).try_into().unwrap()),
+        };
+        params.subject_alt_names = subject.names.iter().map(name).collect();
+        let server = ExtendedKeyUsagePurpose::ServerAuth;
+        params.extended_key_usages =
+            vec![if subject.is_server { server } else { ExtendedKeyUsagePurpose::ClientAuth }];
+        params.serial_number = Some(SerialNumber::from(subject.serial));
+        if subject.is_expired {
+            params.not_after = date_time_ymd(2020, 1, 1);
+        }
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.0).unwrap().pem();
+        Identity { certificate, key: key.serialize_pem() }
+    }
+
+    /// A revocation list of these serial numbers.
+    fn revoke(&self, serials: &[u64], until: i32) -> String {
+        let revoked = |serial: &u64| RevokedCertParams {
+            serial_number: SerialNumber::from(*serial),
+            revocation_time: date_time_ymd(2024, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2024, 1, 1),
+            next_update: date_time_ymd(until, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.0).unwrap().pem().unwrap()
+    }
+
+    /// A connection to a listener whose certificate this CA has signed.
+    fn connect(
+        &self,
+        address: SocketAddr,
+        identity: Option<&Identity>,
+    ) -> io::Result<StreamOwned<ClientConnection, TcpStream>> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.0.der().clone()).unwrap();
+        let builder =
+            ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_root_certificates(roots);
+        let config = match identity {
+            None => builder.with_no_client_auth(),
+            Some(Identity { certificate, key }) => {
+                let chain = CertificateDer::pem_slice_iter(certificate.as_bytes()).map(Result::unwrap);
+                let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+                builder.with_client_auth_cert(chain.collect(), key).unwrap()
+            }
+        };
+        let session = ClientConnection::new(Arc::new(config), "localhost".try_into().unwrap()).unwrap();
+        let socket = TcpStream::connect(address)?;
+        socket.set_read_timeout(Some(Duration::from_secs(30)))?;
+        Ok(StreamOwned::new(session, socket))
+    }
+
+    /// The example request; `None` if there is no TLS with this identity.
+    fn call(&self, address: SocketAddr, identity: Option<&Identity>) -> Option<Reply> {
+        let mut stream = self.connect(address, identity).unwrap();
+        stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).ok()?;
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        (!bytes.is_empty()).then(|| parse_reply(&String::from_utf8(bytes).unwrap()))
+    }
+}
+
+/// A revocation list with nothing in it.
+pub(crate) fn empty_list() -> String {
+    Ca::new().revoke(&[], 2124)
+}
+
+/// Sends the example request on a connection that stays open.
+fn call_on(stream: &mut StreamOwned<ClientConnection, TcpStream>) -> Option<Reply> {
+    let keep = head(BODY.len(), "").replace("connection: close\r\n", "");
+    stream.write_all((keep + BODY).as_bytes()).ok()?;
+    let (mut bytes, mut piece) = (Vec::new(), [0; 4096]);
+    loop {
+        let length = stream.read(&mut piece).ok().filter(|length| *length > 0)?;
+        bytes.extend_from_slice(&piece[..length]);
+        let reply = parse_reply(&String::from_utf8_lossy(&bytes));
+        let whole = reply.headers.get("content-length").and_then(|length| length.parse().ok());
+        if whole == Some(reply.body.len()) {
+            return Some(reply);
+        }
+    }
+}
+
+/// A caller of a test; `more` are further keys.
+fn caller(name: &str, peer: &str, more: &str) -> String {
+    format!(
+        "[[callers]]\nname = \"{name}\"\npeer = \"{peer}\"\noperator_id = \"7\"\ncredential = \"default\"\n\
+         routes = [\"appointQualityTask\"]\n{more}\n"
+    )
+}
+
+/// A listener with TLS whose files lie in the folder; `more` are further keys of its `tls`.
+fn listener(folder: &TempDir, identity: &Identity, more: &str) -> String {
+    fs::write(folder.path().join("server.pem"), &identity.certificate).unwrap();
+    fs::write(folder.path().join("server.key"), &identity.key).unwrap();
+    format!(
+        "[[listeners]]\naddress = \"127.0.0.1:0\"\n\
+         tls = {{ cert_file = \"server.pem\", key_file = \"server.key\"{more} }}\n"
+    )
+}
+
+/// A gateway whose second listener asks for certificates of `ca`, but for those on the list.
+fn start_with_certificates(sandbox: &ccsqm_gateway::sandbox::Sandbox, ca: &Ca, list: &str) -> Gateway {
+    let folder = Arc::new(TempDir::new().unwrap());
+    fs::write(folder.path().join("ca.pem"), ca.0.pem()).unwrap();
+    fs::write(folder.path().join("revoked.pem"), list).unwrap();
+    let more = ", client_ca_file = \"ca.pem\", client_crl_file = \"revoked.pem\"";
+    let caller = listener(&folder, &ca.issue(SERVER), more)
+        + &caller("console", CONSOLE, "")
+        + &caller("batch", "dns:batch.qa.internal", "");
+    start_with(sandbox, Setup { folder: Some(folder), caller, ..Setup::default() })
+}
+
+#[test]
+fn of_nested_networks_the_smallest_says_who_calls() {
+    let sandbox = sandbox();
+    let config = caller("net", "127.5.0.0/16", "") + &caller("host", "127.5.6.7/32", "");
+    let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });
+    let from = |source: &str| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&format!("{source}:0").parse::<SocketAddr>().unwrap().into()).unwrap();
+        socket.connect(&gateway.address.into()).unwrap();
+        let mut stream = TcpStream::from(socket);
+        stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+        read_reply(&mut stream)
+    };
+    for (count, (source, name)) in [
+        ("127.0.0.1", "qa-console"),
+        ("127.5.6.6", "net"),
+        ("127.5.6.7", "host"),
+        ("127.6.0.1", "qa-console"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(from(source).outcome(), "succeeded", "{source}");
+        assert_eq!(gateway.records("intent", count + 1)[count]["caller"], name, "{source}");
+    }
+}
+
+#[test]
+fn a_peer_outside_all_networks_is_no_caller() {
+    let sandbox = sandbox();
+    let folder = Arc::new(TempDir::new().unwrap());
+    let setup = Setup { folder: Some(folder.clone()), ..Setup::default() };
+    drop(start_with(&sandbox, setup));
+    let config = folder.path().join("gateway.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    for (peer, outcome) in [("127.0.0.2/32", "not_sent"), ("127.0.0.0/31", "succeeded")] {
+        fs::write(&config, text.replace("\"loopback\"", &format!("\"{peer}\""))).unwrap();
+        let reply = serve(&folder).call();
+        assert_eq!(reply.outcome(), outcome, "{peer}: {reply:?}");
+        assert_eq!(reply.code() == "caller_denied", outcome == "not_sent", "{peer}");
+    }
+    assert_eq!(sandbox.requests().len(), 1);
+}
+
+#[test]
+fn over_tls_a_network_says_who_calls_and_nothing_is_spoken_without_it() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let folder = Arc::new(TempDir::new().unwrap());
+    let caller = listener(&folder, &ca.issue(SERVER), "");
+    let gateway = start_with(&sandbox, Setup { folder: Some(folder), caller, ..Setup::default() });
+    let address = gateway.second.unwrap();
+    let reply = ca.call(address, None).unwrap();
+    assert_eq!(reply.outcome(), "succeeded", "{reply:?}");
+    assert_eq!(gateway.records("intent", 1)[0]["caller"], "qa-console");
+    assert!(Ca::new().call(address, None).is_none(), "who trusts another CA goes away");
+    let mut plain = TcpStream::connect(address).unwrap();
+    plain.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+    assert_eq!(read_reply(&mut plain).status, 0, "plain HTTP on a TLS port");
+    assert_eq!(sandbox.requests().len(), 1);
+    wait_for("the metric", || {
+        let metrics = gateway.admin("/metrics").body;
+        metrics.contains(r#"connections_closed_total{reason="tls_failed"} 2"#).then_some(())
+    });
+}
+
+#[test]
+fn only_a_good_certificate_with_a_known_name_lets_in() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[666], 2124));
+    let address = gateway.second.unwrap();
+    let call = |identity: Option<&Identity>| ca.call(address, identity);
+    let good = ca.issue(CALLER);
+    for (case, identity) in [
+        ("none", None),
+        ("wrong CA", Some(Ca::new().issue(CALLER))),
+        ("expired", Some(ca.issue(Subject { is_expired: true, ..CALLER }))),
+        ("revoked", Some(ca.issue(Subject { serial: 666, ..CALLER }))),
+        ("wrong usage", Some(ca.issue(Subject { is_server: true, ..CALLER }))),
+    ] {
+        assert!(call(identity.as_ref()).is_none(), "{case}");
+        assert_eq!(call(Some(&good)).unwrap().outcome(), "succeeded", "the control of {case}");
+    }
+    for (case, names) in [
+        ("wrong name", &["spiffe://example.org/qa/consol"][..]),
+        ("wrong trust domain", &["spiffe://example.com/qa/console"]),
+        ("a DNS name like the ID", &["example.org"]),
+        ("no name", &[]),
+        ("names of two callers", &[CONSOLE, "batch.qa.internal"]),
+        ("a wildcard", &["*.qa.internal"]),
+    ] {
+        let reply = call(Some(&ca.issue(Subject { names, ..CALLER }))).unwrap();
+        assert_eq!((reply.status, reply.code()), (403, "caller_denied"), "{case}");
+    }
+    let batch = ca.issue(Subject { names: &["batch.qa.internal", "other.internal"], ..CALLER });
+    assert_eq!(call(Some(&batch)).unwrap().outcome(), "succeeded");
+    let intents = gateway.records("intent", 6);
+    assert_eq!((intents.len(), sandbox.requests().len()), (6, 6));
+    assert!(intents[..5].iter().all(|intent| intent["caller"] == "console"));
+    assert_eq!(intents[5]["caller"], "batch");
+    assert_eq!(gateway.call().outcome(), "succeeded", "the plain listener still knows loopback");
+}
+
+#[test]
+fn a_revocation_list_that_is_out_of_date_lets_nobody_in() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    for (until, is_in) in [(2124, true), (2025, false)] {
+        let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[], until));
+        assert_eq!(ca.call(gateway.second.unwrap(), Some(&ca.issue(CALLER))).is_some(), is_in, "{until}");
+    }
+}
+
+/// Puts a file in the place of another, as one step.
+fn swap(folder: &TempDir, name: &str, content: &str) {
+    let new = folder.path().join("new");
+    fs::write(&new, content).unwrap();
+    fs::rename(new, folder.path().join(name)).unwrap();
+}
+
+/// Waits for so many events of changed certificates, and returns what came of the last.
+fn change(gateway: &Gateway, count: usize) -> String {
+    let events = wait_for(&format!("{count} changes"), || {
+        let mut events = records(&gateway.audit_directory(), "event");
+        events.retain(|event| event["event"] == "certificate_change");
+        (events.len() >= count).then_some(events)
+    });
+    assert_eq!(events.len(), count);
+    events[count - 1]["result"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_certificate_that_is_revoked_is_out_at_once_and_others_on_open_connections_stay() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[], 2124));
+    let address = gateway.second.unwrap();
+    let (stays, goes) = (ca.issue(CALLER), ca.issue(Subject { serial: 666, ..CALLER }));
+    let mut connections = [&stays, &goes].map(|identity| ca.connect(address, Some(identity)).unwrap());
+    for connection in &mut connections {
+        assert_eq!(call_on(connection).unwrap().outcome(), "succeeded");
+    }
+    swap(&gateway.folder, "revoked.pem", &ca.revoke(&[666], 2124));
+    assert_eq!(change(&gateway, 1), "accepted");
+    let [stayed, gone] = connections.each_mut().map(|connection| call_on(connection).unwrap());
+    assert_eq!(stayed.outcome(), "succeeded");
+    assert_eq!((gone.status, gone.code()), (403, "caller_denied"));
+    assert!(ca.call(address, Some(&goes)).is_none(), "a new connection");
+    assert_eq!(sandbox.requests().len(), 3);
+}
+
+#[test]
+fn certificates_change_while_the_gateway_runs_and_bad_files_change_nothing() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[], 2124));
+    let address = gateway.second.unwrap();
+    let caller = ca.issue(CALLER);
+    let shown = || {
+        let mut stream = ca.connect(address, Some(&caller)).unwrap();
+        assert_eq!(call_on(&mut stream).unwrap().outcome(), "succeeded");
+        stream.conn.peer_certificates().unwrap()[0].clone()
+    };
+    let first = shown();
+    let other = ca.issue(SERVER);
+    for (count, (name, content)) in [
+        ("server.pem", other.certificate.as_str()), // not this key's
+        ("server.pem", "rubbish"),
+        ("revoked.pem", ""),
+        ("ca.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let good = fs::read_to_string(gateway.folder.path().join(name)).unwrap();
+        swap(&gateway.folder, name, content);
+        assert_eq!(change(&gateway, 2 * count + 1), "refused", "{name}");
+        assert_eq!(shown(), first, "{name}");
+        swap(&gateway.folder, name, &good);
+        assert_eq!(change(&gateway, 2 * count + 2), "accepted", "{name}");
+    }
+    fs::write(gateway.folder.path().join("server.key"), &other.key).unwrap();
+    fs::write(gateway.folder.path().join("server.pem"), &other.certificate).unwrap();
+    wait_for("the new certificate", || (shown() != first).then_some(()));
+    let log = gateway.log();
+    assert_eq!(log.matches("the old ones stay in use").count(), 4, "{log}");
+}
