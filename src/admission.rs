@@ -14,7 +14,7 @@ use std::{
 };
 
 use foldhash::fast::RandomState;
-use http::HeaderValue;
+use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -78,6 +78,32 @@ pub struct Caller {
     pub operators: Vec<HeaderValue>,
     /// Its own limit.
     pub limit: Limiter,
+    /// A header that its requests must carry. No secret: an app that can be made to send requests, as by a URL
+    /// that it fetches, can rarely be made to send a header; nor can a page in a browser.
+    pub require_header: Option<HeaderName>,
+    /// Its requests are refused for now.
+    pub frozen: bool,
+}
+
+/// Who calls; not admitted yet.
+#[derive(Debug)]
+pub struct Known<'a>(&'a Arc<Caller>);
+
+impl<'a> Known<'a> {
+    /// Who calls.
+    pub fn caller(&self) -> &'a Arc<Caller> {
+        self.0
+    }
+
+    /// Admits the request, unless something is missing or the caller is frozen.
+    pub fn admit(self, head: &Inbound<'_>) -> Result<Admitted<'a>, Denied> {
+        let Self(caller) = self;
+        match &caller.require_header {
+            Some(name) if !head.has(name) => Err(Denied::HeaderMissing(name.clone())),
+            _ if caller.frozen => Err(Denied::Frozen),
+            _ => Ok(Admitted { caller }),
+        }
+    }
 }
 
 /// Proof that a request was admitted: only this module makes one.
@@ -120,6 +146,12 @@ pub enum Denied {
     /// No caller is configured for the peer.
     #[error("no caller is configured for this peer; ask the operators of the gateway to add one")]
     Caller,
+    /// The caller's `require_header` is not there.
+    #[error("requests of this caller must carry the header {0}, with any value")]
+    HeaderMissing(HeaderName),
+    /// The caller is `frozen`.
+    #[error("this caller is frozen; ask the operators of the gateway")]
+    Frozen,
 }
 
 /// Whom the gateway knows.
@@ -160,20 +192,21 @@ impl Admission {
         }
     }
 
-    /// Admits the request of a known caller. `names` are those in the peer's certificate, on a listener that asks for one.
-    pub fn admit(
+    /// Finds out who calls, and whether the head may be trusted. `names` are those in the peer's certificate, on a
+    /// listener that asks for one.
+    pub fn recognise(
         &self,
         (peer, names): (Peer, Option<&[String]>),
         hosts: &Hosts,
         head: &Inbound<'_>,
-    ) -> Result<Admitted<'_>, Denied> {
+    ) -> Result<Known<'_>, Denied> {
         check_head(head)?;
         hosts.check(head.host.first)?;
         if head.is_browser {
             return Err(Denied::Browser);
         }
         let found = names.map_or_else(|| self.find(peer), |names| self.find_name(names));
-        found.map(|caller| Admitted { caller }).ok_or(Denied::Caller)
+        found.map(Known).ok_or(Denied::Caller)
     }
 
     /// A certificate that names two callers is neither's.
@@ -205,6 +238,8 @@ impl Caller {
             operator: operator(&raw.operator_id),
             operators: raw.operators.iter().map(|id| operator(id)).collect(),
             limit: Limiter::new(raw.rate_limit),
+            require_header: raw.require_header.clone(),
+            frozen: raw.frozen,
         }
     }
 }
@@ -418,6 +453,8 @@ mod tests {
                 operator: HeaderValue::from_static("1"),
                 operators: Vec::new(),
                 limit: Limiter::unlimited(),
+                require_header: None,
+                frozen: false,
             });
             rule.networks().iter().for_each(|network| admission.add(*network, &caller));
         };

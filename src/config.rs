@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderName, StatusCode};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::json;
 
@@ -402,6 +402,10 @@ pub struct Caller {
     pub routes: Vec<String>,
     /// Its own limit.
     pub rate_limit: Limit,
+    /// A header that its requests must carry, whatever its value.
+    pub require_header: Option<HeaderName>,
+    /// Its requests are refused for now.
+    pub frozen: bool,
 }
 
 /// Which peers a caller is.
@@ -529,6 +533,8 @@ pub struct Route {
     pub credential: Option<String>,
     /// Replaces `upstream.timeout` on this route.
     pub timeout: Option<Duration>,
+    /// Its requests are refused for now.
+    pub frozen: bool,
 }
 
 /// Where a contract comes from.

@@ -95,6 +95,10 @@ pub enum Code {
     BrowserRefused,
     /// No configured caller matches this peer.
     CallerDenied,
+    /// A header is missing that this caller's requests must carry.
+    HeaderMissing,
+    /// The caller, or the route, is refused for now.
+    Frozen,
     /// No route has this path.
     RouteUnknown,
     /// The route exists, the method is another.
@@ -165,6 +169,8 @@ impl Code {
             Self::HostUnknown => "host_unknown",
             Self::BrowserRefused => "browser_refused",
             Self::CallerDenied => "caller_denied",
+            Self::HeaderMissing => "header_missing",
+            Self::Frozen => "frozen",
             Self::RouteUnknown => "route_unknown",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::TargetInvalid => "target_invalid",
@@ -206,9 +212,12 @@ impl Code {
             | Self::BodyNotJson
             | Self::IdempotencyKeyInvalid => StatusCode::BAD_REQUEST,
             Self::RequestInProgress | Self::OutcomeUnknown | Self::DuplicateSuspected => StatusCode::CONFLICT,
-            Self::BrowserRefused | Self::CallerDenied | Self::RouteDenied | Self::OperatorDenied => {
-                StatusCode::FORBIDDEN
-            }
+            Self::BrowserRefused
+            | Self::CallerDenied
+            | Self::HeaderMissing
+            | Self::Frozen
+            | Self::RouteDenied
+            | Self::OperatorDenied => StatusCode::FORBIDDEN,
             Self::RouteUnknown => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
@@ -244,6 +253,8 @@ impl Code {
             Self::HostUnknown => "Unknown host",
             Self::BrowserRefused => "Browsers are refused",
             Self::CallerDenied => "Unknown caller",
+            Self::HeaderMissing => "A header is missing",
+            Self::Frozen => "Frozen",
             Self::RouteUnknown => "Unknown path",
             Self::MethodNotAllowed => "Method not allowed",
             Self::TargetInvalid => "The request target is not valid",
@@ -351,6 +362,8 @@ impl From<Denied> for Error {
             Denied::Host => Code::HostUnknown,
             Denied::Browser => Code::BrowserRefused,
             Denied::Caller => Code::CallerDenied,
+            Denied::HeaderMissing(_) => Code::HeaderMissing,
+            Denied::Frozen => Code::Frozen,
         };
         Self::not_sent(code, denied)
     }
@@ -363,6 +376,7 @@ impl From<NoRoute> for Error {
             NoRoute::Unknown(_) => Code::RouteUnknown,
             NoRoute::Method => Code::MethodNotAllowed,
             NoRoute::Denied(_) => Code::RouteDenied,
+            NoRoute::Frozen => Code::Frozen,
             NoRoute::Operator => Code::OperatorDenied,
         };
         Self::not_sent(code, no_route)

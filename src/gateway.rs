@@ -121,9 +121,10 @@ impl Gateway {
         let state = &self.state;
 
         let room = self.bounds.request(from.surplus)?;
-        let admitted = state.admission.admit((from.peer, from.names), from.hosts, head)?;
-        let caller = admitted.caller();
+        let known = state.admission.recognise((from.peer, from.names), from.hosts, head)?;
+        let caller = known.caller();
         record.caller(caller.name.clone());
+        let admitted = known.admit(head)?;
         self.metrics.credentials_dropped(head.credentials);
 
         record.enter(Stage::Route);

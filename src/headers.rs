@@ -84,6 +84,8 @@ pub struct Inbound<'a> {
     pub is_transfer_coded: bool,
     /// HTTP/1.0, which can't be told that a reply broke off.
     pub is_old: bool,
+    /// All of them.
+    all: Option<&'a HeaderMap>,
     /// Headers that look like a credential. They are dropped like all others, but counted: an app that sends
     /// one has not understood that it needs none.
     pub credentials: usize,
@@ -113,7 +115,8 @@ impl<'a> Once<'a> {
 impl<'a> Inbound<'a> {
     /// Reads a caller's head.
     pub fn read(head: &'a Parts) -> Self {
-        let mut inbound = Self { is_old: head.version != Version::HTTP_11, ..Self::default() };
+        let mut inbound =
+            Self { is_old: head.version != Version::HTTP_11, all: Some(&head.headers), ..Self::default() };
         for (name, value) in &head.headers {
             inbound.note(name.as_str(), value);
         }
@@ -122,6 +125,11 @@ impl<'a> Inbound<'a> {
             _ => inbound.transfer_encoding.only().is_none_or(|coding| !is_token(coding, "chunked")),
         };
         inbound
+    }
+
+    /// Whether a header is there, with whatever value.
+    pub fn has(&self, name: &HeaderName) -> bool {
+        self.all.is_some_and(|headers| headers.contains_key(name))
     }
 
     fn note(&mut self, name: &str, value: &'a HeaderValue) {

@@ -33,6 +33,8 @@ pub struct Route {
     pub result: ResultRule,
     /// The longest that an exchange may take.
     pub timeout: Duration,
+    /// Its requests are refused for now.
+    frozen: bool,
     /// With what each caller may use this route, by the caller's index.
     access: Vec<Option<Access>>,
 }
@@ -72,6 +74,9 @@ pub enum NoRoute {
     /// The caller's `routes` do not list it.
     #[error("this caller may not use this route; you may use: {}", .0.join(", "))]
     Denied(Vec<String>),
+    /// The route is `frozen`.
+    #[error("this route is frozen; ask the operators of the gateway")]
+    Frozen,
     /// The operator in `x-userid` is not one of the caller's.
     #[error(
         "this caller may not act as the operator in x-userid; leave the header out, or ask the operators of the gateway to add it"
@@ -148,6 +153,9 @@ impl Routes {
             return Err(NoRoute::Method);
         }
         let access = route.access_of(caller).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
+        if route.frozen {
+            return Err(NoRoute::Frozen);
+        }
         let operator = acting_operator(caller, head)?;
         Ok(Routed { route, operator, access })
     }
@@ -181,6 +189,7 @@ impl Route {
             contract: compile(raw)?.shown(|name| audit.shown(name)),
             result: ResultRule::new(&raw.result_field, &raw.success_codes),
             timeout: raw.timeout.unwrap_or(timeout),
+            frozen: raw.frozen,
             access,
         })
     }

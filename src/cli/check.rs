@@ -63,13 +63,9 @@ fn access(config: &Config) {
 }
 
 fn user(access: &Access) {
-    let who = match access.peer.split_once(':') {
-        Some(("uid", uid)) => format!("every process of user {uid}"),
-        Some((_, gid)) => format!("every process of group {gid}"),
-        None => "every process of this network namespace".into(),
-    };
+    let (who, is_frozen) = (&access.who, if access.is_frozen { "; FROZEN" } else { "" });
     println!(
-        "#   {}: {who}, at {}; on {}; as operator {}; {}, burst {}",
+        "#   {}: {who}, at {}; on {}; as operator {}; {}, burst {}{is_frozen}",
         access.caller,
         access.listeners.join(" and "),
         access.routes.join(", "),
@@ -89,14 +85,15 @@ fn sections(configuration: &Value) {
 }
 
 fn members(header: &str, table: &Value) {
-    // A route without a contract's file is the built-in one, which no file may hold.
+    // A route without a contract's file is the built-in one, of which no file may hold these.
     let built_in = table.get("contract_file").is_some_and(Value::is_null);
-    let mark = if built_in { "# " } else { "" };
-    println!("\n{mark}{header}{}", if built_in { " built in" } else { "" });
+    let is_fixed = |key: &str| built_in && ["path", "result_field", "success_codes"].contains(&key);
+    println!("\n{header}");
     for (key, value) in table.as_object().into_iter().flatten() {
         match value {
             Value::Null => println!("# {key}: not set"),
-            _ => println!("{mark}{key} = {}", toml(value)),
+            _ if is_fixed(key) => println!("# {key}: {}, built in", toml(value)),
+            _ => println!("{key} = {}", toml(value)),
         }
     }
 }
@@ -114,7 +111,7 @@ fn inline_table(members: &Map<String, Value>) -> String {
     if members.is_empty() {
         return "{}".into();
     }
-    let members: Vec<_> =
-        members.iter().map(|(key, value)| format!("{} = {}", json!(key), toml(value))).collect();
+    let set = members.iter().filter(|(_, value)| !value.is_null());
+    let members: Vec<_> = set.map(|(key, value)| format!("{} = {}", json!(key), toml(value))).collect();
     format!("{{ {} }}", members.join(", "))
 }

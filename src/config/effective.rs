@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, ListenerTls,
-    LogFormat, Route, SecretSource, Shown, WithoutKey,
+    LogFormat, PeerRule, Route, SecretSource, Shown, WithoutKey,
 };
 
 /// A caller that can use a credential.
@@ -20,6 +20,11 @@ pub struct Access {
     pub caller: String,
     /// The caller's `peer`.
     pub peer: String,
+    /// The same in words.
+    #[serde(skip)]
+    pub who: String,
+    /// Its requests, or those on all these routes, are refused for now.
+    pub is_frozen: bool,
     /// Where it is seen.
     pub listeners: Vec<String>,
     /// On which routes it uses this credential.
@@ -119,12 +124,15 @@ impl Config {
             let used = route.credential.as_ref().unwrap_or(&caller.credential);
             caller.routes.contains(&route.name) && *used == credential.name
         };
+        let is_frozen = caller.frozen || !self.routes.iter().filter(uses).any(|route| !route.frozen);
         let routes: Vec<_> = self.routes.iter().filter(uses).map(|route| route.name.clone()).collect();
         let operators = std::iter::once(&caller.operator_id).chain(&caller.operators);
         let access = Access {
             credential: credential.name.clone(),
             caller: caller.name.clone(),
             peer: caller.peer.to_string(),
+            who: who(caller),
+            is_frozen,
             listeners: self.listeners_of(caller).map(|listener| listener.address.to_string()).collect(),
             routes,
             operators: operators.cloned().collect(),
@@ -133,6 +141,17 @@ impl Config {
         };
         (!access.routes.is_empty()).then_some(access)
     }
+}
+
+fn who(caller: &Caller) -> String {
+    let who = match &caller.peer {
+        PeerRule::Loopback => "every process of this network namespace".into(),
+        PeerRule::Network(network) => format!("every process with an address of {network}"),
+        PeerRule::Certificate(name) => format!("whoever holds a certificate for {name}"),
+        PeerRule::Uid(uid) => format!("every process of user {uid}"),
+        PeerRule::Gid(gid) => format!("every process of group {gid}"),
+    };
+    caller.require_header.as_ref().map_or(who.clone(), |name| format!("{who} that sends {name}"))
 }
 
 fn listener(Listener { address, hosts, allow_plaintext, tls }: &Listener) -> Value {
@@ -186,6 +205,8 @@ fn caller(caller: &Caller) -> Value {
         "routes": caller.routes,
         "rate_limit": rate(&caller.rate_limit),
         "burst": caller.rate_limit.burst,
+        "require_header": caller.require_header.as_ref().map(|name| name.as_str()),
+        "frozen": caller.frozen,
     })
 }
 
@@ -203,6 +224,7 @@ fn route(route: &Route) -> Value {
         "success_codes": route.success_codes,
         "credential": route.credential,
         "timeout": route.timeout.map(duration),
+        "frozen": route.frozen,
     })
 }
 

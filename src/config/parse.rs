@@ -418,20 +418,20 @@ fn good_file(
 }
 
 fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
-    let built_in = Route {
-        name: BUILT_IN.into(),
-        path: BUILT_IN_PATH.into(),
-        contract: ContractSource::BuiltIn,
-        result_field: "resultCode".into(),
-        success_codes: vec!["0409000".into()],
-        credential: None,
-        timeout: None,
-    };
-    let mut names = HashSet::from([built_in.name.clone()]);
-    let mut paths = HashSet::from([built_in.path.clone()]);
-    let mut routes = vec![built_in];
+    let mut names = HashSet::new();
+    let mut paths = HashSet::from([BUILT_IN_PATH.to_owned()]);
+    let mut built_in = None;
+    let mut routes = Vec::new();
     for mut table in root.tables(context, "routes") {
         let name = read_name(context, &mut table, &mut names);
+        // One whose name cannot be read may be either.
+        let has_more = ["path", "contract_file"].iter().any(|key| table.members.contains_key(*key));
+        if name == BUILT_IN || (name.is_empty() && !has_more) {
+            let terms = read_terms(context, &mut table);
+            table.close(context);
+            built_in = Some(built_in_route(terms));
+            continue;
+        }
         let path = table.required(context, "path", String::new(), parse_route_path);
         if !path.is_empty() && !paths.insert(path.clone()) {
             context.problem_at(&table.key("path"), "another route has this path");
@@ -447,12 +447,7 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
         if codes.is_empty() && !context.is_doubtful(&table.key("success_codes")) {
             table.lacks(context, "success_codes", "at least one is needed, as in [\"0409000\"]");
         }
-        let credential =
-            table.text(context, "credential").map(|found| context.refer(Referent::Credential, found));
-        let timeout = table
-            .members
-            .contains_key("timeout")
-            .then(|| table.duration(context, "timeout", "30s", EXCHANGE));
+        let Terms { credential, timeout, frozen } = read_terms(context, &mut table);
         table.close(context);
         routes.push(Route {
             name,
@@ -462,9 +457,40 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
             success_codes: codes.into_iter().map(|code| code.value).collect(),
             credential,
             timeout,
+            frozen,
         });
     }
+    routes.insert(0, built_in.unwrap_or_else(|| built_in_route(Terms::default())));
     routes
+}
+
+/// On which terms a route is used: all that can be said of the built-in one.
+#[derive(Default)]
+struct Terms {
+    credential: Option<String>,
+    timeout: Option<Duration>,
+    frozen: bool,
+}
+
+fn read_terms(context: &mut Context<'_>, table: &mut Table) -> Terms {
+    let credential =
+        table.text(context, "credential").map(|found| context.refer(Referent::Credential, found));
+    let has_timeout = table.members.contains_key("timeout");
+    let timeout = table.duration(context, "timeout", "30s", EXCHANGE);
+    Terms { credential, timeout: has_timeout.then_some(timeout), frozen: table.boolean(context, "frozen") }
+}
+
+fn built_in_route(Terms { credential, timeout, frozen }: Terms) -> Route {
+    Route {
+        name: BUILT_IN.into(),
+        path: BUILT_IN_PATH.into(),
+        contract: ContractSource::BuiltIn,
+        result_field: "resultCode".into(),
+        success_codes: vec!["0409000".into()],
+        credential,
+        timeout,
+        frozen,
+    }
 }
 
 fn read_callers(context: &mut Context<'_>, root: &mut Table) -> Vec<Caller> {
@@ -498,9 +524,31 @@ fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<
     }
     let routes = routes.into_iter().map(|found| context.refer(Referent::Route, found)).collect();
     let rate_limit = read_limit(context, &mut table, "rate_limit", (20, 1), 40);
+    let require_header =
+        table.parsed(context, "require_header", None, |text| parse_required_header(text).map(Some));
+    let frozen = table.boolean(context, "frozen");
     table.close(context);
-    Caller { name, peer, operator_id, operators, credential, routes, rate_limit }
+    Caller { name, peer, operator_id, operators, credential, routes, rate_limit, require_header, frozen }
 }
+
+/// Generic clients must not send it by themselves, and it is no place for a secret.
+fn parse_required_header(text: &str) -> Result<HeaderName, String> {
+    let name = HeaderName::try_from(text).map_err(|_| "must be the name of a header".to_owned())?;
+    let is_usual = is_ours(&name) || !name.as_str().starts_with("x-") || looks_like_credential(name.as_str());
+    let reason = "must begin with x-, and be none that clients or proxies send by themselves";
+    if is_usual || USUAL.contains(&name.as_str()) { Err(reason.into()) } else { Ok(name) }
+}
+
+/// Headers that proxies and browsers add.
+const USUAL: [&str; 7] = [
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-forwarded-port",
+    "x-real-ip",
+    "x-request-id",
+    "x-requested-with",
+];
 
 fn read_limit(
     context: &mut Context<'_>,

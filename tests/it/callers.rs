@@ -180,19 +180,21 @@ fn start_with_certificates(sandbox: &ccsqm_gateway::sandbox::Sandbox, ca: &Ca, l
     start_with(sandbox, Setup { folder: Some(folder), caller, ..Setup::default() })
 }
 
+/// The example request, from an address of the loopback network.
+fn call_from(source: &str, gateway: &Gateway, headers: &str) -> Reply {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&format!("{source}:0").parse::<SocketAddr>().unwrap().into()).unwrap();
+    socket.connect(&gateway.address.into()).unwrap();
+    let mut stream = TcpStream::from(socket);
+    stream.write_all((head(BODY.len(), headers) + BODY).as_bytes()).unwrap();
+    read_reply(&mut stream)
+}
+
 #[test]
 fn of_nested_networks_the_smallest_says_who_calls() {
     let sandbox = sandbox();
     let config = caller("net", "127.5.0.0/16", "") + &caller("host", "127.5.6.7/32", "");
     let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });
-    let from = |source: &str| {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-        socket.bind(&format!("{source}:0").parse::<SocketAddr>().unwrap().into()).unwrap();
-        socket.connect(&gateway.address.into()).unwrap();
-        let mut stream = TcpStream::from(socket);
-        stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
-        read_reply(&mut stream)
-    };
     for (count, (source, name)) in [
         ("127.0.0.1", "qa-console"),
         ("127.5.6.6", "net"),
@@ -202,7 +204,7 @@ fn of_nested_networks_the_smallest_says_who_calls() {
     .into_iter()
     .enumerate()
     {
-        assert_eq!(from(source).outcome(), "succeeded", "{source}");
+        assert_eq!(call_from(source, &gateway, "").outcome(), "succeeded", "{source}");
         assert_eq!(gateway.records("intent", count + 1)[count]["caller"], name, "{source}");
     }
 }
@@ -362,4 +364,75 @@ fn certificates_change_while_the_gateway_runs_and_bad_files_change_nothing() {
     wait_for("the new certificate", || (shown() != first).then_some(()));
     let log = gateway.log();
     assert_eq!(log.matches("the old ones stay in use").count(), 4, "{log}");
+}
+
+#[test]
+fn a_caller_that_leaves_over_tls_while_its_request_waits_is_not_forwarded() {
+    for says_so in [true, false] {
+        let (sandbox, ca) = (sandbox(), Ca::new());
+        let faults = serde_json::json!({ "token": [{ "delay_ms": 1500, "times": 1 }] });
+        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[], 2124));
+        let caller = ca.issue(CALLER);
+        std::thread::scope(|scope| {
+            let stays = scope.spawn(|| ca.call(gateway.second.unwrap(), Some(&caller)));
+            let mut leaves = ca.connect(gateway.second.unwrap(), Some(&caller)).unwrap();
+            leaves.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+            let sent = std::time::Instant::now();
+            wait_for("both requests, and time", || {
+                let both = gateway.admin("/metrics").body.contains("requests_in_flight 2");
+                (both && sent.elapsed() > Duration::from_millis(400)).then_some(())
+            });
+            if says_so {
+                leaves.conn.send_close_notify();
+                leaves.flush().unwrap();
+            }
+            drop(leaves);
+            assert_eq!(gateway.records("refusal", 1)[0]["code"], "caller_left", "{says_so}");
+            assert_eq!(stays.join().unwrap().unwrap().outcome(), "succeeded", "the control");
+        });
+        assert_eq!(sandbox.requests().len(), 1, "{says_so}");
+    }
+}
+
+#[test]
+fn a_caller_may_have_to_show_that_it_can_set_a_header() {
+    let sandbox = sandbox();
+    let folder = Arc::new(TempDir::new().unwrap());
+    let config = caller("careful", "127.0.0.2/31", "require_header = \"x-ccsqm-gateway\"");
+    let gateway = start_with(&sandbox, Setup { folder: Some(folder), caller: config, ..Setup::default() });
+    for (count, (headers, code)) in
+        [("", "header_missing"), ("x-ccsqm-gatewa: 1\r\n", "header_missing"), ("x-ccsqm-gateway: 1\r\n", "")]
+            .into_iter()
+            .enumerate()
+    {
+        let reply = call_from("127.0.0.2", &gateway, headers);
+        assert_eq!(reply.code(), code, "{headers}");
+        assert_eq!(sandbox.requests().len(), usize::from(count == 2), "{headers}");
+    }
+    let refusal = &gateway.records("refusal", 1)[0];
+    assert_eq!((&refusal["caller"], &refusal["stage"]), (&"careful".into(), &"admission".into()));
+    assert_eq!(gateway.call().outcome(), "succeeded", "another caller need not");
+}
+
+#[test]
+fn who_is_frozen_is_refused_and_nobody_else() {
+    let sandbox = sandbox();
+    let config = caller("cold", "127.0.0.2/32", "frozen = true") + &caller("warm", "127.0.0.3/32", "");
+    let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });
+    let cold = call_from("127.0.0.2", &gateway, "");
+    assert_eq!((cold.status, cold.code(), cold.outcome()), (403, "frozen", "not_sent"));
+    assert!(!cold.headers.contains_key("retry-after"));
+    assert_eq!(call_from("127.0.0.3", &gateway, "").outcome(), "succeeded", "the control");
+    assert_eq!(gateway.records("refusal", 1)[0]["caller"], "cold");
+    drop(gateway);
+    let folder = Arc::new(TempDir::new().unwrap());
+    let mut config = String::from("[[routes]]\nname = \"appointQualityTask\"\nfrozen = true\n");
+    let setup =
+        |caller: &str| Setup { folder: Some(folder.clone()), caller: caller.to_owned(), ..Setup::default() };
+    let reply = start_with(&sandbox, setup(&config)).call();
+    assert_eq!((reply.status, reply.code()), (403, "frozen"));
+    config = config.replace("true", "false");
+    assert_eq!(start_with(&sandbox, setup(&config)).call().outcome(), "succeeded", "the control");
+    assert_eq!(sandbox.requests().len(), 2);
 }

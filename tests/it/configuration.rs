@@ -191,7 +191,6 @@ fn what_lies_between_two_values_is_told_where_the_first_of_them_stands() {
         ("connect_timeout = \"3s\"", "connect_timeout = \"31s\"", "upstream.connect_timeout"),
         ("max_connections = 64", "max_connections = 0x01", "upstream.max_connections"),
         ("peer = \"loopback\"", "peer = \"uid:1000\"", "callers[0].peer"),
-        ("name = \"deleteQualityTask\"", "name = \"appointQualityTask\"", "routes[0].name"),
     ] {
         let text = with(&text, "workers = 1 ", "workers = 2 ");
         // A Unix socket would see the caller by its user.
@@ -205,6 +204,20 @@ fn what_lies_between_two_values_is_told_where_the_first_of_them_stands() {
         let (code, _, error) = check(&folder, &wrong);
         assert!(code == 78 && error.starts_with(&at(&folder, &wrong, bad, key)), "{error}");
         assert_eq!(error.lines().count(), 1, "{error}");
+    }
+}
+
+#[test]
+fn the_built_in_route_can_be_set_once_and_in_part() {
+    let (folder, text) = shipped("minimal.toml");
+    let built_in = "[[routes]]\nname = \"appointQualityTask\"\n";
+    assert_eq!(check(&folder, &format!("{text}\n{built_in}timeout = \"1s\"\n")).0, 0, "the control");
+    for (more, key) in [
+        (built_in.repeat(2), "routes[1].name: `appointQualityTask` is taken already"),
+        (format!("{built_in}path = \"/apiaccess/x\"\n"), "routes[0].path: unknown key; known here: name"),
+    ] {
+        let (code, _, error) = check(&folder, &format!("{text}\n{more}"));
+        assert!(code == 78 && error.contains(key) && error.lines().count() == 1, "{error}");
     }
 }
 
