@@ -10,21 +10,23 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, Request, Response, Uri, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use serde_json::{Map, Value, json};
 use tokio::time::timeout;
 
 use crate::{
     admission::{Bounds, Hosts, Peer},
     audit::{Audit, Record, RequestId},
     clock,
-    contract::body::receive,
+    contract::{CheckedBody, body::receive},
     error::{Code, Error, Stage, spent},
     headers::Inbound,
-    idempotency::{Begun, Call, Idempotency},
+    idempotency::{Begun, Call, Idempotency, Would},
     metrics::{Limit, Metrics},
     outcome::Outcome,
+    route::Routed,
     server::connection::Presence,
     state::State,
     upstream::{BrokenOff, Exchange, Exchanges, Piece, Reply, ReplyBody, pool::Pool},
@@ -150,6 +152,9 @@ impl Gateway {
             digest: &digest,
             id: record.id(),
         };
+        if routed.is_dry_run {
+            return Box::pin(self.rehearse(from, &routed, (call, head), &checked, record)).await;
+        }
         let claim = match self.idempotency.begin(call, head)? {
             Begun::Claim(claim) => claim,
             Begun::Replay(replay, first) => {
@@ -199,6 +204,61 @@ impl Gateway {
         }
         Ok(reply)
     }
+
+    /// The rest of the way of a dry run, up to the quota: all that could refuse it is asked, nothing is spent or
+    /// remembered, and the answer is what would be sent.
+    async fn rehearse(
+        &self,
+        from: Arrival<'_>,
+        routed: &Routed<'_>,
+        (call, head): (Call<'_>, &Inbound<'_>),
+        body: &CheckedBody,
+        record: &mut Record,
+    ) -> Result<Reply, Error> {
+        let state = &self.state;
+        let would = self.idempotency.look(call, head)?;
+
+        record.enter(Stage::Token);
+        let slot = &state.slots[routed.access.credential];
+        let token = from.presence.during(slot.token()).await??;
+
+        record.enter(Stage::Quota);
+        state.quota.look().map_err(|limit| spent(Code::QuotaExhausted, limit))?;
+
+        let size = body.bytes().len();
+        let headers = state.terms.outbound.with(&token, routed.operator, size);
+        let (would, first) = match would {
+            Would::BeSent(first) => ("be sent", first),
+            Would::BeReplayed(first) => ("be answered as the first call with its key was", Some(first)),
+        };
+        record.dry_run(StatusCode::OK.as_u16());
+        let answer = json!({
+            "dry_run": true,
+            "would": would,
+            "first_request_id": first.map(|id| id.to_string()),
+            "caller": call.caller,
+            "route": call.route,
+            "credential": slot.name(),
+            "request": {
+                "method": "POST",
+                "target": routed.route.path,
+                "headers": masked(&headers),
+                "body_size": size,
+            },
+        });
+        let headers =
+            HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
+        let body = ReplyBody::Whole(answer.to_string().into());
+        Ok(Reply { status: StatusCode::OK, headers, body, outcome: Outcome::NotSent })
+    }
+}
+
+/// A head for people to see.
+fn masked(headers: &HeaderMap) -> Map<String, Value> {
+    let shown = |value: &HeaderValue| {
+        if value.is_sensitive() { "***".into() } else { String::from_utf8_lossy(value.as_bytes()).into() }
+    };
+    headers.iter().map(|(name, value)| (name.to_string(), Value::String(shown(value)))).collect()
 }
 
 /// Where a request comes from.

@@ -90,6 +90,15 @@ pub enum Begun {
     Replay(Replay, RequestId),
 }
 
+/// What would become of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Would {
+    /// It would be sent; an equal one was before, perhaps.
+    BeSent(Option<RequestId>),
+    /// It would get the answer of the first one.
+    BeReplayed(RequestId),
+}
+
 /// A stored answer, or what is left of it.
 #[derive(Debug)]
 pub struct Replay {
@@ -199,6 +208,22 @@ impl Idempotency {
         table
     }
 
+    /// Says what [`Idempotency::begin`] would decide, and remembers nothing.
+    pub fn look(&self, call: Call<'_>, head: &Inbound<'_>) -> Result<Would, Refused> {
+        let Some(Given { key, force }) = key::read(head)? else {
+            let twin = self.twin_for(call)?;
+            let first = twin.map(|twin| self.twins().look(twin, now())).transpose();
+            return first
+                .map(|first| Would::BeSent(first.flatten().map(RequestId::from)))
+                .map_err(twin_refused);
+        };
+        let (key, print) = self.marks_of(call, key)?;
+        Ok(match passed(self.claims().look(key, print, force, now()))? {
+            Passed::Begin { .. } => Would::BeSent(None),
+            Passed::Replay(first, _) => Would::BeReplayed(first.into()),
+        })
+    }
+
     /// Decides whether a call is new.
     pub fn begin(self: &Arc<Self>, call: Call<'_>, head: &Inbound<'_>) -> Result<Begun, Refused> {
         match key::read(head)? {
@@ -214,41 +239,54 @@ impl Idempotency {
         key: &[u8],
         force: Option<Uuid>,
     ) -> Result<Begun, Refused> {
+        let (key, print) = self.marks_of(call, key)?;
+        let id = call.id.uuid();
+        let verdict = self.claims().claim(key, print, id, force, now());
+        Ok(match passed(verdict)? {
+            Passed::Begin { doubt } => {
+                let kind = Kind::Keyed(Box::new(Keyed { key, print, forced: doubt }));
+                Begun::Claim(Claim { table: self.clone(), id, kind, is_sent: false })
+            }
+            Passed::Replay(first, Ending { status, result_code }) => {
+                let stored = self.replies.get(&first);
+                Begun::Replay(Replay { status, stored, result_code }, first.into())
+            }
+        })
+    }
+
+    /// What stands for a key and for its call.
+    fn marks_of(&self, call: Call<'_>, key: &[u8]) -> Result<(Mark, Mark), Refused> {
         if !self.is_rebuilt.load(Ordering::Acquire) {
             return Err(Refused::Rebuilding);
         }
-        let Call { caller, route, operator, digest, id } = call;
+        let Call { caller, route, operator, digest, .. } = call;
         let key = self.marks.mark(&[b"key", caller.as_bytes(), route.as_bytes(), key]);
         let print = self.marks.mark(&[b"print", digest, operator.as_bytes(), route.as_bytes()]);
-        let verdict = self.claims().claim(key, print, id.uuid(), force, now());
-        match verdict {
-            Verdict::Begin { doubt } => {
-                let kind = Kind::Keyed(Box::new(Keyed { key, print, forced: doubt }));
-                Ok(Begun::Claim(Claim { table: self.clone(), id: id.uuid(), kind, is_sent: false }))
-            }
-            Verdict::Replay(first, Ending { status, result_code }) => {
-                let stored = self.replies.get(&first);
-                Ok(Begun::Replay(Replay { status, stored, result_code }, first.into()))
-            }
-            Verdict::InFlight(first) => Err(Refused::InProgress(first.into())),
-            Verdict::Unknown(first) => Err(Refused::Unknown(first.into())),
-            Verdict::Mismatch(first) => Err(Refused::Mismatch(first.into())),
-            Verdict::Full => Err(Refused::Full),
-        }
+        Ok((key, print))
     }
 
     fn begin_unkeyed(self: &Arc<Self>, call: Call<'_>) -> Result<Begun, Refused> {
         let id = call.id.uuid();
-        let kind = match self.without_key {
-            WithoutKey::RequireKey => return Err(Refused::NoKey),
-            WithoutKey::Off => Kind::Free,
-            WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {
-                let twin = self.fingerprint(call.caller, call.route, call.operator.as_bytes(), call.digest);
+        let kind = match self.twin_for(call)? {
+            None => Kind::Free,
+            Some(twin) => {
                 let begun = self.twins().begin(twin, id, now());
-                Kind::Unkeyed { twin, first: begun.map_err(|first| Refused::Twin(first.into()))? }
+                Kind::Unkeyed { twin, first: begun.map_err(twin_refused)? }
             }
         };
         Ok(Begun::Claim(Claim { table: self.clone(), id, kind, is_sent: false }))
+    }
+
+    /// What stands for a call without a key, where equal ones are looked for.
+    fn twin_for(&self, call: Call<'_>) -> Result<Option<Mark>, Refused> {
+        match self.without_key {
+            WithoutKey::RequireKey => Err(Refused::NoKey),
+            WithoutKey::Off => Ok(None),
+            WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {
+                let Call { caller, route, operator, digest, .. } = call;
+                Ok(Some(self.fingerprint(caller, route, operator.as_bytes(), digest)))
+            }
+        }
     }
 
     /// The fingerprint of an intent.
@@ -297,6 +335,27 @@ impl Idempotency {
     fn twins(&self) -> MutexGuard<'_, Twins> {
         self.twins.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A verdict that lets a call pass.
+enum Passed {
+    Begin { doubt: Option<Uuid> },
+    Replay(Uuid, Ending),
+}
+
+fn passed(verdict: Verdict) -> Result<Passed, Refused> {
+    match verdict {
+        Verdict::Begin { doubt } => Ok(Passed::Begin { doubt }),
+        Verdict::Replay(first, ending) => Ok(Passed::Replay(first, ending)),
+        Verdict::InFlight(first) => Err(Refused::InProgress(first.into())),
+        Verdict::Unknown(first) => Err(Refused::Unknown(first.into())),
+        Verdict::Mismatch(first) => Err(Refused::Mismatch(first.into())),
+        Verdict::Full => Err(Refused::Full),
+    }
+}
+
+fn twin_refused(first: Uuid) -> Refused {
+    Refused::Twin(first.into())
 }
 
 impl fmt::Debug for Idempotency {

@@ -123,9 +123,13 @@ impl Metrics {
         self.duration.observe(took.as_secs_f64());
     }
 
-    /// An answer of the upstream was passed on, now or again.
+    /// An answer of the upstream was passed on, now or again; or a dry run ended.
     pub fn replied(&self, outcome: Outcome, took: Duration) {
-        let stage = if outcome == Outcome::Replayed { Stage::Idempotency } else { Stage::Upstream };
+        let stage = match outcome {
+            Outcome::NotSent => Stage::Quota,
+            Outcome::Replayed => Stage::Idempotency,
+            Outcome::Succeeded | Outcome::Failed | Outcome::Refused | Outcome::Unknown => Stage::Upstream,
+        };
         let labels = [stage.as_str(), outcome.as_str(), ""];
         let handle = &self.replied[outcome as usize];
         handle.get_or_init(|| self.requests.with_label_values(&labels)).inc();

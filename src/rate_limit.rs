@@ -53,6 +53,13 @@ impl Limiter {
         self.take_at(clock::nanos())
     }
 
+    /// Says what [`Limiter::take`] would, and takes nothing.
+    pub fn look(&self) -> Result<(), Spent> {
+        let (now, arrival) = (clock::nanos(), self.arrival.load(Ordering::Relaxed));
+        let wait = arrival.saturating_sub(now + self.rate.tolerance);
+        if wait == 0 { Ok(()) } else { Err(Spent { retry_after: Duration::from_nanos(wait) }) }
+    }
+
     /// Takes one request's worth even if none is left: for what must go on anyway and yet be counted.
     pub fn overdraw(&self) {
         let now = clock::nanos();

@@ -57,7 +57,13 @@ pub struct Routed<'a> {
     pub operator: &'a HeaderValue,
     /// With what.
     pub access: &'a Access,
+    /// Nothing is to be sent.
+    pub is_dry_run: bool,
 }
+
+/// In front of a route's path it makes a dry run of a request. A path, since a header could be lost on the way, and
+/// the task assigned.
+pub const DRY_RUN: &str = "/.gateway/dry-run";
 
 /// Why no route was found, or not for this caller.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -148,6 +154,8 @@ impl Routes {
     ) -> Result<Routed<'a>, NoRoute> {
         let caller = admitted.caller();
         let path = plain_path(target)?;
+        let dry_run = path.strip_prefix(DRY_RUN);
+        let (path, is_dry_run) = (dry_run.unwrap_or(path), dry_run.is_some());
         let route = self.0.get(path).ok_or_else(|| NoRoute::Unknown(self.usable_by(caller)))?;
         if *method != Method::POST {
             return Err(NoRoute::Method);
@@ -157,7 +165,7 @@ impl Routes {
             return Err(NoRoute::Frozen);
         }
         let operator = acting_operator(caller, head)?;
-        Ok(Routed { route, operator, access })
+        Ok(Routed { route, operator, access, is_dry_run })
     }
 
     fn usable_by(&self, caller: &Caller) -> Vec<String> {

@@ -223,6 +223,11 @@ impl Slot {
         }))
     }
 
+    /// The credential's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The one task of this credential. Runs until its runtime ends; a second call returns at once.
     pub async fn run(self: Arc<Self>) {
         let fetcher = self.fetcher.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -18,10 +18,10 @@ use super::{
     Metrics, Unavailable,
     batch::Batch,
     lane::Lane,
-    record::{Entry, Facts, Refusal},
+    record::{Entry, Facts, Refusal, Why},
     sync::Syncs,
 };
-use crate::{clock, error::Code};
+use crate::clock;
 
 /// Refusals of one kind that are recorded in full each second; the rest of the second is one record.
 const FULL_REFUSALS: u32 = 10;
@@ -83,7 +83,7 @@ struct Queue {
 /// The refusals of the present second.
 struct Folds {
     since: Instant,
-    kinds: HashMap<(Who, Option<Code>), Fold>,
+    kinds: HashMap<(Who, Why), Fold>,
     strangers: usize,
     /// Refusals that were not recorded since the last record that says so.
     unrecorded: u64,
@@ -206,7 +206,7 @@ impl Shared {
 
     /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
     /// outcomes.
-    pub(super) fn push_refusal(&self, facts: Box<Facts>, code: Option<Code>, status: u16) {
+    pub(super) fn push_refusal(&self, facts: Box<Facts>, why: Why, status: u16) {
         let mut queue = self.lock();
         if queue.folds.since.elapsed() >= SECOND {
             queue.fold_up(&self.metrics);
@@ -219,16 +219,16 @@ impl Shared {
             self.metrics.dropped.inc();
             return;
         }
-        let who = queue.folds.place(facts.who(), code);
+        let who = queue.folds.place(facts.who(), why);
         let several = who == Who::Others;
-        let fold = queue.folds.kinds.entry((who, code)).or_default();
+        let fold = queue.folds.kinds.entry((who, why)).or_default();
         fold.seen += 1;
         let full = fold.seen <= FULL_REFUSALS;
         match &mut fold.more {
             Some(more) => more.count += 1,
             more => {
                 let time = clock::unix_nanos() / 1000;
-                let refusal = Refusal { time, facts, code, status, count: 1, several: several && !full };
+                let refusal = Refusal { time, facts, why, status, count: 1, several: several && !full };
                 if full {
                     queue.batch.push(&Entry::Refusal(&refusal));
                 } else {
@@ -396,8 +396,8 @@ impl Folds {
     }
 
     /// The kind under which a refusal is folded.
-    fn place(&mut self, who: Who, code: Option<Code>) -> Who {
-        if matches!(who, Who::Caller(_)) || self.kinds.contains_key(&(who.clone(), code)) {
+    fn place(&mut self, who: Who, why: Why) -> Who {
+        if matches!(who, Who::Caller(_)) || self.kinds.contains_key(&(who.clone(), why)) {
             return who;
         }
         if self.strangers == STRANGERS {

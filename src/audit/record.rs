@@ -178,13 +178,22 @@ pub(super) enum Entry<'a> {
     },
 }
 
+/// Why a request has a record without an intent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Why {
+    Refused(Code),
+    /// It was answered from what is stored.
+    Replayed,
+    /// It was not meant to be sent.
+    DryRun,
+}
+
 /// One refusal, or several of one kind.
 pub(super) struct Refusal {
     /// Of the first one, in microseconds since 1970.
     pub(super) time: u64,
     pub(super) facts: Box<Facts>,
-    /// `None`: it was answered from what is stored.
-    pub(super) code: Option<Code>,
+    pub(super) why: Why,
     pub(super) status: u16,
     pub(super) count: u64,
     /// It counts refusals of several peers, of which the facts name the first.
@@ -299,7 +308,7 @@ impl Record {
         let Some(mut facts) = self.open.take() else { return };
         facts.enter(self.stage);
         match self.step {
-            Step::Open | Step::Taken => self.audit.shared().push_refusal(facts, Some(code), status),
+            Step::Open | Step::Taken => self.audit.shared().push_refusal(facts, Why::Refused(code), status),
             Step::Intended => {
                 self.outcome(&facts, &Answer::without_reply(Outcome::NotSent, code, status));
             }
@@ -312,9 +321,18 @@ impl Record {
 
     /// Closes the record of a request that was answered from what is stored.
     pub fn replayed(&mut self, status: u16) {
+        self.close(Why::Replayed, status);
+    }
+
+    /// Closes the record of a dry run.
+    pub fn dry_run(&mut self, status: u16) {
+        self.close(Why::DryRun, status);
+    }
+
+    fn close(&mut self, why: Why, status: u16) {
         if let Some(mut facts) = self.open.take() {
             facts.enter(self.stage);
-            self.audit.shared().push_refusal(facts, None, status);
+            self.audit.shared().push_refusal(facts, why, status);
         }
     }
 
@@ -517,9 +535,14 @@ impl Entry<'_> {
 impl Refusal {
     fn write(&self, line: &mut Line<'_>) {
         self.facts.write(line);
-        let outcome = if self.code.is_some() { Outcome::NotSent } else { Outcome::Replayed };
+        let (outcome, code, note) = match self.why {
+            Why::Refused(code) => (Outcome::NotSent, Some(code.as_str()), None),
+            Why::Replayed => (Outcome::Replayed, None, None),
+            Why::DryRun => (Outcome::NotSent, None, Some("dry run")),
+        };
         line.word(",\"outcome\":\"", outcome.as_str());
-        line.optional(",\"code\":", self.code.map(Code::as_str));
+        line.optional(",\"code\":", code);
+        line.optional(",\"note\":", note);
         line.word(",\"stage\":\"", self.facts.stage.as_str());
         line.number(",\"status\":", u64::from(self.status));
         if self.count > 1 {

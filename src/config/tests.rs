@@ -17,13 +17,36 @@ fn placed(text: &str) -> (TempDir, String) {
         fs::write(folder.path().join(secret), "0123456789abcdef0123456789abcdef").unwrap();
     }
     let root = rcgen::generate_simple_self_signed(vec!["root".to_owned()]).unwrap();
-    fs::write(folder.path().join("ca.pem"), root.cert.pem()).unwrap();
+    for name in ["ca.pem", "client-ca.pem", "cert.pem"] {
+        fs::write(folder.path().join(name), root.cert.pem()).unwrap();
+    }
+    fs::write(folder.path().join("tls.key"), root.signing_key.serialize_pem()).unwrap();
+    fs::write(folder.path().join("crl.pem"), revocation_list()).unwrap();
     let contracts = concat!("\"", env!("CARGO_MANIFEST_DIR"), "/config/contracts/");
     let text = text
         .replace("/run/secrets/ccsqm/", "")
         .replace("/etc/ssl/certs/ca-certificates.crt", "ca.pem")
+        .replace("/etc/ccsqm-gateway/tls/", "")
         .replace("\"contracts/", contracts);
     (folder, text)
+}
+
+fn revocation_list() -> String {
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertificateRevocationListParams, IsCa, Issuer, KeyIdMethod,
+        KeyPair, SerialNumber, date_time_ymd,
+    };
+    let mut ca = CertificateParams::new(Vec::new()).unwrap();
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let list = CertificateRevocationListParams {
+        this_update: date_time_ymd(2024, 1, 1),
+        next_update: date_time_ymd(2124, 1, 1),
+        crl_number: SerialNumber::from(1),
+        issuing_distribution_point: None,
+        revoked_certs: Vec::new(),
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    list.signed_by(&Issuer::new(ca, KeyPair::generate().unwrap())).unwrap().pem().unwrap()
 }
 
 fn load(folder: &TempDir, text: &str) -> Result<(Config, Vec<String>), Problems> {
@@ -88,16 +111,26 @@ fn the_reference_file_holds_every_key_that_the_code_reads_and_no_other() {
 fn the_reference_file_shows_the_defaults() {
     let (mut reference, mut least) = (effective(REFERENCE), effective(MINIMAL));
     // What the reference file shows and nobody gets without asking for it.
-    for shown in ["/upstream/ca_file", "/upstream/headers", "/audit/key_file", "/listeners/1", "/routes/1"] {
+    for shown in [
+        "/upstream/ca_file",
+        "/upstream/headers",
+        "/audit/key_file",
+        "/listeners/1",
+        "/routes/1",
+        "/callers/0/require_header",
+    ] {
         assert_ne!(reference.pointer(shown), least.pointer(shown), "{shown} is a default after all");
     }
     for (section, key) in [("upstream", "ca_file"), ("upstream", "headers"), ("audit", "key_file")] {
         reference[section].as_object_mut().unwrap().remove(key);
         least[section].as_object_mut().unwrap().remove(key);
     }
-    for list in ["listeners", "routes"] {
+    for configuration in [&mut reference, &mut least] {
+        configuration["callers"][0].as_object_mut().unwrap().remove("require_header");
+    }
+    for (list, further) in [("listeners", 2), ("routes", 1)] {
         let more = reference[list].as_array_mut().unwrap().split_off(1);
-        assert_eq!(more.len(), 1, "{list}");
+        assert_eq!(more.len(), further, "{list}");
     }
     assert_eq!(reference, least);
 }

@@ -88,27 +88,26 @@ impl Claims {
         force: Option<Uuid>,
         now: u32,
     ) -> Verdict {
-        self.expire(now);
-        let is_full = self.by_key.len() >= self.max;
-        let claim = match self.by_key.entry(key) {
-            Entry::Vacant(_) if is_full => return Verdict::Full,
-            Entry::Vacant(place) => {
-                place.insert(Claim { print, id, since: now, state: State::InFlight { doubt: None } });
-                return Verdict::Begin { doubt: None };
-            }
-            Entry::Occupied(place) => place.into_mut(),
-        };
-        if claim.print != print {
-            return Verdict::Mismatch(claim.id);
+        let verdict = self.look(key, print, force, now);
+        if let Verdict::Begin { .. } = verdict {
+            let doubt = self.by_key.get(&key).map(|doubt| Doubt { id: doubt.id, since: doubt.since });
+            self.by_key.insert(key, Claim { print, id, since: now, state: State::InFlight { doubt } });
         }
+        verdict
+    }
+
+    /// What a claim would come to.
+    pub(super) fn look(&mut self, key: Mark, print: Mark, force: Option<Uuid>, now: u32) -> Verdict {
+        self.expire(now);
+        let Some(claim) = self.by_key.get(&key) else {
+            let is_full = self.by_key.len() >= self.max;
+            return if is_full { Verdict::Full } else { Verdict::Begin { doubt: None } };
+        };
         match &claim.state {
+            _ if claim.print != print => Verdict::Mismatch(claim.id),
             State::InFlight { .. } => Verdict::InFlight(claim.id),
             State::Ended(ending) => Verdict::Replay(claim.id, ending.clone()),
-            State::Unknown if force == Some(claim.id) => {
-                let doubt = Doubt { id: claim.id, since: claim.since };
-                *claim = Claim { print, id, since: now, state: State::InFlight { doubt: Some(doubt) } };
-                Verdict::Begin { doubt: force }
-            }
+            State::Unknown if force == Some(claim.id) => Verdict::Begin { doubt: force },
             State::Unknown => Verdict::Unknown(claim.id),
         }
     }

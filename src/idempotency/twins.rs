@@ -56,21 +56,31 @@ impl Twins {
     pub(super) fn begin(&mut self, mark: Mark, id: Uuid, now: u32) -> Result<Option<Uuid>, Uuid> {
         self.expire(now);
         let mine = Twin { id, since: now, state: State::InFlight, before: None };
-        let is_over = |twin: &Twin| twin.state != State::InFlight && is_old(twin.since, now, self.window);
-        let first = self.seen.insert(mark, mine).filter(|twin| !is_over(twin));
-        let Some(first) = first else { return Ok(None) };
-        let is_refused = match (self.mode, first.state) {
-            (WithoutKey::Block, _) | (WithoutKey::Guard, State::InFlight | State::Unknown) => true,
-            (WithoutKey::Guard, State::Done) => false,
-            (WithoutKey::Warn | WithoutKey::Off | WithoutKey::RequireKey, _) => false,
-        };
-        if is_refused {
+        let first = self.seen.insert(mark, mine);
+        let Some(first) = first.filter(|twin| twin.counts(now, self.window)) else { return Ok(None) };
+        if self.refuses(&first) {
             self.seen.insert(mark, first);
             return Err(first.id);
         }
         let before = Some((first.id, first.since, first.state));
         self.seen.insert(mark, Twin { before, ..mine });
         Ok(Some(first.id))
+    }
+
+    /// What a call would come to.
+    pub(super) fn look(&self, mark: Mark, now: u32) -> Result<Option<Uuid>, Uuid> {
+        match self.seen.get(&mark).filter(|twin| twin.counts(now, self.window)) {
+            Some(first) if self.refuses(first) => Err(first.id),
+            first => Ok(first.map(|first| first.id)),
+        }
+    }
+
+    fn refuses(&self, first: &Twin) -> bool {
+        match (self.mode, first.state) {
+            (WithoutKey::Block, _) | (WithoutKey::Guard, State::InFlight | State::Unknown) => true,
+            (WithoutKey::Guard, State::Done) => false,
+            (WithoutKey::Warn | WithoutKey::Off | WithoutKey::RequireKey, _) => false,
+        }
     }
 
     pub(super) fn end(&mut self, mark: Mark, id: Uuid, was: Was, now: u32) {
@@ -115,6 +125,12 @@ impl Twins {
         while unknown.front().is_some_and(|(since, _)| is_old(*since)) {
             unknown.pop_front().into_iter().for_each(&mut forget);
         }
+    }
+}
+
+impl Twin {
+    fn counts(&self, now: u32, window: u32) -> bool {
+        self.state == State::InFlight || !is_old(self.since, now, window)
     }
 }
 

@@ -12,6 +12,7 @@ mod callers;
 mod body;
 mod contract;
 mod idempotency;
+mod dry_run;
 mod exchange;
 mod http2;
 mod bounds;
