@@ -138,6 +138,7 @@ impl Admin {
             "connections": self.bounds.connections(),
             "requests_in_flight": self.bounds.in_flight(),
             "audit_healthy": self.audit.healthy(),
+            "upstream_suspended": self.state.terms.breaker.is_suspended(),
             "idempotency": self.idempotency.status(),
             "routes": routes,
             "credentials": credentials,

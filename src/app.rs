@@ -89,7 +89,7 @@ impl App {
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit));
         let slots = slots(&config, &tls, &parts.token, &audit)?;
-        let state = Arc::new(State::new(&config, slots)?);
+        let state = Arc::new(State::new(&config, slots, parts.breaker)?);
         let (alive, done) = mpsc::channel(1);
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
         let bound = config.listeners.iter().map(|listener| {

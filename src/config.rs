@@ -320,6 +320,10 @@ pub struct Upstream {
     pub idle_timeout: Duration,
     /// Connections, all workers together.
     pub max_connections: usize,
+    /// So many failures in a row suspend it; 0: none do.
+    pub breaker_failures: u32,
+    /// How long it is left alone, the first time.
+    pub breaker_pause: Duration,
     /// Which versions of HTTP are offered to it.
     pub http2: Http2,
     /// PEM roots that replace the system's.

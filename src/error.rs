@@ -20,7 +20,7 @@ use crate::{
     route::NoRoute,
     server::connection::Left,
     token::TokenError,
-    upstream::{Failure, pool::NoConnection},
+    upstream::{Failure, breaker::Suspended, pool::NoConnection},
 };
 
 /// The stages of a request, in their order. The same words appear in audit records, metric labels and
@@ -143,6 +143,8 @@ pub enum Code {
     CredentialRefused,
     /// The shared quota is spent.
     QuotaExhausted,
+    /// The upstream failed too often and is left alone.
+    UpstreamSuspended,
     /// No connection to the upstream.
     UpstreamUnreachable,
     /// The intent could not be made safe.
@@ -193,6 +195,7 @@ impl Code {
             Self::TokenUnavailable => "token_unavailable",
             Self::CredentialRefused => "credential_refused",
             Self::QuotaExhausted => "quota_exhausted",
+            Self::UpstreamSuspended => "upstream_suspended",
             Self::UpstreamUnreachable => "upstream_unreachable",
             Self::AuditUnavailable => "audit_unavailable",
             Self::UpstreamTimeout => "upstream_timeout",
@@ -236,6 +239,7 @@ impl Code {
             | Self::Overloaded
             | Self::IdempotencyUnavailable
             | Self::TokenUnavailable
+            | Self::UpstreamSuspended
             | Self::AuditUnavailable
             | Self::CallerLeft => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
@@ -277,6 +281,7 @@ impl Code {
             Self::TokenUnavailable => "No token at the moment",
             Self::CredentialRefused => "The token endpoint refuses the credential",
             Self::QuotaExhausted => "The shared quota is spent",
+            Self::UpstreamSuspended => "The upstream is left alone for a moment",
             Self::UpstreamUnreachable => "The upstream cannot be reached",
             Self::AuditUnavailable => "The audit trail cannot be written",
             Self::UpstreamTimeout => "The upstream did not answer in time",
@@ -462,6 +467,13 @@ impl From<TokenError> for Error {
 impl From<Left> for Error {
     fn from(left: Left) -> Self {
         Self::not_sent(Code::CallerLeft, left)
+    }
+}
+
+impl From<Suspended> for Error {
+    fn from(suspended: Suspended) -> Self {
+        let retry_after = Some(suspended.retry_after);
+        Self { retry_after, ..Self::not_sent(Code::UpstreamSuspended, suspended) }
     }
 }
 

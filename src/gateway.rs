@@ -176,7 +176,10 @@ impl Gateway {
         within.map_err(|limit| spent(Code::QuotaExhausted, limit))?;
 
         record.enter(Stage::Audit);
-        let connection = from.presence.during(self.pool.reserve()).await??;
+        let breaker = &state.terms.breaker;
+        let mut passage = breaker.pass()?;
+        let reserved = from.presence.during(self.pool.reserve()).await?;
+        let connection = breaker.reserved(&mut passage, reserved)?;
         let members = |line: &mut Vec<u8>| {
             checked.audit_members(&|parts| self.audit.keys().mark(parts), line);
             claim.audit_members(line);
@@ -190,6 +193,7 @@ impl Gateway {
             slot: slot.clone(),
             cooldown: routed.access.cooldown.clone(),
             quota: state.quota.clone(),
+            passage,
             connection,
             token,
             operator: routed.operator.clone(),

@@ -12,7 +12,7 @@ use crate::{
     error::{Code, Stage},
     outcome::Outcome,
     token,
-    upstream::pool,
+    upstream::{breaker, pool},
 };
 
 /// The limits that a request is checked against.
@@ -58,6 +58,8 @@ pub struct Parts {
     pub token: token::Metrics,
     /// Of the upstream pools.
     pub pool: pool::Metrics,
+    /// Of the upstream's breaker.
+    pub breaker: breaker::Metrics,
 }
 
 impl Metrics {
@@ -100,7 +102,11 @@ impl Metrics {
         let connections = gauge("connections", "Open caller connections.")?;
         let in_flight = gauge("requests_in_flight", "Requests between head and answer.")?;
         let keys = gauge("idempotency_keys", "Idempotency-Keys that are remembered.")?;
-        let parts = Parts { token: token::Metrics::new(&registry)?, pool: pool::Metrics::new(&registry)? };
+        let parts = Parts {
+            token: token::Metrics::new(&registry)?,
+            pool: pool::Metrics::new(&registry)?,
+            breaker: breaker::Metrics::new(&registry)?,
+        };
         let audit = audit::Metrics::new(&registry)?;
         let metrics = Self {
             registry,

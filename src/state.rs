@@ -12,7 +12,10 @@ use crate::{
     rate_limit::Limiter,
     route::{RouteError, Routes},
     token::Slot,
-    upstream::Terms,
+    upstream::{
+        Terms,
+        breaker::{self, Breaker},
+    },
 };
 
 /// One configuration, compiled.
@@ -34,7 +37,11 @@ pub struct State {
 
 impl State {
     /// Compiles a configuration.
-    pub fn new(config: &Config, slots: Vec<Arc<Slot>>) -> Result<Self, RouteError> {
+    pub fn new(
+        config: &Config,
+        slots: Vec<Arc<Slot>>,
+        breaker: breaker::Metrics,
+    ) -> Result<Self, RouteError> {
         Ok(Self {
             admission: Admission::new(&config.callers),
             routes: Routes::new(config)?,
@@ -44,6 +51,7 @@ impl State {
             terms: Arc::new(Terms {
                 outbound: Outbound::new(authority(config), &config.upstream.headers),
                 refused_statuses: config.token.refused_statuses.clone(),
+                breaker: Arc::new(Breaker::new(&config.upstream, breaker)),
             }),
         })
     }

@@ -5,6 +5,7 @@
 //! byte of it was written, or over HTTP/2 the upstream said that it was not processed; or the upstream refused
 //! the token and a different one is at hand.
 
+pub mod breaker;
 mod companions;
 mod http2;
 pub mod pool;
@@ -40,6 +41,7 @@ use crate::{
     route::Route,
     token::{Cooldown, NoOther, Slot, Token},
 };
+use breaker::{Breaker, Health, Passage};
 use pool::Reserved;
 
 /// As much of a reply is read before its head goes out, and decides the outcome.
@@ -52,6 +54,8 @@ pub struct Terms {
     pub outbound: Outbound,
     /// Statuses that mean "token refused".
     pub refused_statuses: Vec<StatusCode>,
+    /// Whether the upstream is left alone.
+    pub breaker: Arc<Breaker>,
 }
 
 impl Terms {
@@ -83,6 +87,8 @@ pub struct Exchange {
     pub cooldown: Arc<Cooldown>,
     /// The shared quota, which a replay spends, too.
     pub quota: Arc<Limiter>,
+    /// Its leave to meet the upstream.
+    pub passage: Passage,
     /// The connection reserved before the intent.
     pub connection: Reserved,
     /// The token.
@@ -477,6 +483,12 @@ impl Exchanges {
             let mut timer = exchange.connection.take_timer();
             let arrived = timer.until(deadline, pin!(exchange.attempts(&mut progress))).await;
             exchange.connection.keep_timer(timer);
+            let health = match &arrived {
+                Some(Ok(arrived)) => Health::of(arrived.status),
+                Some(Err(Broken::BrokeOff)) => Health::Unclear,
+                Some(Err(Broken::Unreachable)) | None => Health::Down,
+            };
+            exchange.terms.breaker.judge(&mut exchange.passage, health);
             let (told, pending) = match arrived {
                 Some(Ok(arrived)) => exchange.conclude(arrived, progress.answered, deadline),
                 Some(Err(Broken::Unreachable)) => exchange.fail(&progress, Code::UpstreamUnreachable),

@@ -79,6 +79,8 @@ impl Config {
                 "timeout": duration(upstream.timeout),
                 "idle_timeout": duration(upstream.idle_timeout),
                 "max_connections": upstream.max_connections,
+                "breaker_failures": upstream.breaker_failures,
+                "breaker_pause": duration(upstream.breaker_pause),
                 "http2": http2(upstream.http2),
                 "ca_file": upstream.ca_file.as_deref().map(whole_path),
                 "headers": headers,

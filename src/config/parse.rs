@@ -230,6 +230,9 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
         timeout: table.duration(context, "timeout", "30s", EXCHANGE),
         idle_timeout: table.duration(context, "idle_timeout", "10s", ("10ms", "1h")),
         max_connections: table.integer(context, "max_connections", 64, 1..=10_000),
+        breaker_failures: u32::try_from(table.integer(context, "breaker_failures", 10, 0..=1000))
+            .unwrap_or(0),
+        breaker_pause: table.duration(context, "breaker_pause", "1s", ("100ms", "1m")),
         http2: table.parsed(context, "http2", Http2::Off, |text| match text {
             "off" => Ok(Http2::Off),
             "auto" => Ok(Http2::Auto),

@@ -16,6 +16,7 @@ mod dry_run;
 mod exchange;
 mod http2;
 mod bounds;
+mod overload;
 mod token;
 mod audit;
 mod configuration;

@@ -56,7 +56,7 @@ pub(crate) fn sandbox() -> Sandbox {
     Sandbox::start(Options { token_listener: true, ..Options::default() }).unwrap()
 }
 
-/// A gateway on a sandbox, with limits out of the way, and without a look at equal bodies: tests send the same one
+/// A gateway on a sandbox, with limits and breaker out of the way, and without a look at equal bodies: tests send the same one
 /// over and over.
 pub(crate) fn start(sandbox: &Sandbox) -> Gateway {
     start_with(sandbox, Setup::default())
@@ -77,6 +77,7 @@ address = "127.0.0.1:0"
 address = "127.0.0.1:0"
 [upstream]
 base_url = "{base_url}"
+breaker_failures = 0
 [token]
 url = "{token_url}"
 [quota]
