@@ -85,10 +85,12 @@ impl Admin {
         match request.uri().path() {
             "/livez" => reply(StatusCode::OK, TEXT, "ok\n"),
             "/readyz" => self.ready(),
-            "/metrics" => match self.metrics.render(&self.bounds, self.idempotency.keys()) {
-                Ok(text) => reply(StatusCode::OK, TEXT, text),
-                Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
-            },
+            "/metrics" => {
+                match self.metrics.render(&self.bounds, self.idempotency.keys(), self.state.quota.share()) {
+                    Ok(text) => reply(StatusCode::OK, TEXT, text),
+                    Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
+                }
+            }
             "/status" => {
                 let mut names: Vec<_> = ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).into();
                 names.extend(self.hosts.iter().cloned());

@@ -49,6 +49,7 @@ pub struct Metrics {
     connections: IntGauge,
     in_flight: IntGauge,
     keys: IntGauge,
+    quota_percent: IntGauge,
 }
 
 /// The metrics of the parts, made in the same registry.
@@ -102,6 +103,7 @@ impl Metrics {
         let connections = gauge("connections", "Open caller connections.")?;
         let in_flight = gauge("requests_in_flight", "Requests between head and answer.")?;
         let keys = gauge("idempotency_keys", "Idempotency-Keys that are remembered.")?;
+        let quota_percent = gauge("quota_percent", "How much of the quota the upstream's 429s have left.")?;
         let parts = Parts {
             token: token::Metrics::new(&registry)?,
             pool: pool::Metrics::new(&registry)?,
@@ -119,6 +121,7 @@ impl Metrics {
             connections,
             in_flight,
             keys,
+            quota_percent,
         };
         Ok((metrics, parts, audit))
     }
@@ -160,10 +163,11 @@ impl Metrics {
     }
 
     /// The text format.
-    pub fn render(&self, bounds: &Bounds, keys: usize) -> Result<Vec<u8>, prometheus::Error> {
+    pub fn render(&self, bounds: &Bounds, keys: usize, quota: f64) -> Result<Vec<u8>, prometheus::Error> {
         self.connections.set(i64::try_from(bounds.connections()).unwrap_or(i64::MAX));
         self.in_flight.set(i64::try_from(bounds.in_flight()).unwrap_or(i64::MAX));
         self.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
+        self.quota_percent.set((quota * 100.0) as i64);
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)

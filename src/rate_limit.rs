@@ -3,6 +3,8 @@
 //! One atomic holds the theoretical arrival time; the rate stands beside it, so that a new rate keeps the
 //! state. Exact under concurrency, no lock, no timer. `governor` is the oracle of its tests.
 
+mod quota;
+
 use std::{
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
@@ -11,11 +13,14 @@ use std::{
 use thiserror::Error;
 
 use crate::{clock, config::Limit};
+pub use quota::Quota;
 
 /// A limit and its state.
 #[derive(Debug)]
 pub struct Limiter {
     rate: Rate,
+    /// What one request costs at present, in nanoseconds; the rate's own interval, or more.
+    interval: AtomicU64,
     /// Nanoseconds of this process at which the bucket is full again.
     arrival: AtomicU64,
 }
@@ -39,13 +44,17 @@ pub struct Spent {
 impl Limiter {
     /// A full bucket.
     pub fn new(limit: Limit) -> Self {
-        Self { rate: Rate::new(limit), arrival: AtomicU64::new(0) }
+        Self::of(Rate::new(limit))
     }
 
     /// A limit that never refuses.
     #[cfg(test)]
     pub(crate) fn unlimited() -> Self {
-        Self { rate: Rate { interval: 0, tolerance: 0 }, arrival: AtomicU64::new(0) }
+        Self::of(Rate { interval: 0, tolerance: 0 })
+    }
+
+    fn of(rate: Rate) -> Self {
+        Self { rate, interval: AtomicU64::new(rate.interval), arrival: AtomicU64::new(0) }
     }
 
     /// Takes one request's worth, or says when to come back.
@@ -62,14 +71,26 @@ impl Limiter {
 
     /// Takes one request's worth even if none is left: for what must go on anyway and yet be counted.
     pub fn overdraw(&self) {
-        let now = clock::nanos();
-        let _ = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
-            Some(arrival.max(now) + self.rate.interval)
-        });
+        let (now, interval) = (clock::nanos(), self.interval.load(Ordering::Relaxed));
+        let _ = self
+            .arrival
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| Some(arrival.max(now) + interval));
+    }
+
+    /// From now on a share of the rate passes, and of the burst.
+    fn slow_down(&self, share: f64) {
+        let interval = Duration::from_nanos(self.rate.interval).div_f64(share);
+        self.interval.store(clock::nanos_of(interval), Ordering::Relaxed);
+    }
+
+    /// Leaves nothing of the burst.
+    fn empty(&self, now: u64) {
+        let spent = now + self.rate.tolerance + self.interval.load(Ordering::Relaxed);
+        self.arrival.fetch_max(spent, Ordering::Relaxed);
     }
 
     fn take_at(&self, now: u64) -> Result<(), Spent> {
-        let Rate { interval, tolerance } = self.rate;
+        let (interval, tolerance) = (self.interval.load(Ordering::Relaxed), self.rate.tolerance);
         let taken = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
             (arrival <= now + tolerance).then(|| arrival.max(now) + interval)
         });

@@ -9,7 +9,7 @@ use crate::{
     config::Config,
     contract::body,
     headers::Outbound,
-    rate_limit::Limiter,
+    rate_limit::Quota,
     route::{RouteError, Routes},
     token::Slot,
     upstream::{
@@ -30,7 +30,7 @@ pub struct State {
     /// One slot per credential, in the configuration's order.
     pub slots: Vec<Arc<Slot>>,
     /// The upstream's budget.
-    pub quota: Arc<Limiter>,
+    pub quota: Arc<Quota>,
     /// What is common to all exchanges.
     pub terms: Arc<Terms>,
 }
@@ -47,7 +47,7 @@ impl State {
             routes: Routes::new(config)?,
             body: body::Bounds { size: config.server.max_body, time: config.server.body_timeout },
             slots,
-            quota: Arc::new(Limiter::new(config.quota)),
+            quota: Arc::new(Quota::new(config.quota)),
             terms: Arc::new(Terms {
                 outbound: Outbound::new(authority(config), &config.upstream.headers),
                 refused_statuses: config.token.refused_statuses.clone(),

@@ -37,7 +37,7 @@ use crate::{
     headers::{Outbound, clean_reply},
     idempotency::{Claim, Pending},
     outcome::{Outcome, Reply as Judged, Verdict},
-    rate_limit::Limiter,
+    rate_limit::Quota,
     route::Route,
     token::{Cooldown, NoOther, Slot, Token},
 };
@@ -86,7 +86,7 @@ pub struct Exchange {
     /// Whether a refused token causes a fetch.
     pub cooldown: Arc<Cooldown>,
     /// The shared quota, which a replay spends, too.
-    pub quota: Arc<Limiter>,
+    pub quota: Arc<Quota>,
     /// Its leave to meet the upstream.
     pub passage: Passage,
     /// The connection reserved before the intent.
@@ -295,6 +295,9 @@ impl Exchange {
         if answered_by_business {
             self.cooldown.accepted();
         }
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            self.quota.shrink(pause(&headers).unwrap_or(DEFAULT_RETRY));
+        }
         clean_reply(&mut headers);
         settle_retry_after(outcome, &mut headers);
         let mut pending = None;
@@ -356,6 +359,12 @@ fn settle_retry_after(outcome: Outcome, headers: &mut HeaderMap) {
         }
         Outcome::Refused | Outcome::NotSent | Outcome::Succeeded | Outcome::Failed | Outcome::Replayed => {}
     }
+}
+
+/// What `Retry-After` asks for, in seconds; its other form, a date, counts as none.
+fn pause(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_secs(seconds))
 }
 
 /// Whether the head states just this body's length, so that it need not be stated anew.

@@ -114,3 +114,28 @@ fn an_upstream_that_answers_is_not_left_alone_whatever_it_answers() {
     (0..3).for_each(|_| drop(gateway.call()));
     assert_suspended(&gateway.call()); // the control
 }
+
+#[test]
+fn a_429_of_the_upstream_shrinks_the_quota_and_other_refusals_do_not() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("quota.rate", "2/s").set("quota.burst", 1000));
+    script(&sandbox, json!({ "business": [{ "status": 403, "times": 5 }] }));
+    for _ in 0..10 {
+        assert_ne!(gateway.call().code(), "quota_exhausted", "the control");
+    }
+    let percent = |gateway: &Gateway| {
+        let metrics = gateway.admin("/metrics").body;
+        let line = metrics.lines().find(|line| line.starts_with("ccsqm_gateway_quota_percent ")).unwrap();
+        line.rsplit(' ').next().unwrap().parse::<u32>().unwrap()
+    };
+    assert_eq!(percent(&gateway), 100);
+    let fault = json!({ "status": 429, "headers": [["Retry-After", "60"]], "times": 1 });
+    script(&sandbox, json!({ "business": [fault] }));
+    let reply = gateway.call();
+    assert_eq!((reply.status, reply.outcome()), (429, "refused"));
+    assert_eq!(percent(&gateway), 50);
+    let reply = gateway.call();
+    assert_eq!((reply.code(), reply.outcome()), ("quota_exhausted", "not_sent"));
+    assert_eq!(reply.headers["retry-after"], "1", "one a second is left of two");
+    assert_eq!(sandbox.requests().len(), 11);
+}

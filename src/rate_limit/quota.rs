@@ -1,0 +1,188 @@
+//! The upstream's budget, shared by all callers: what is configured, or what the upstream leaves of it.
+//!
+//! An upstream that answers 429 has less to give than was configured: the quota is halved for as long as it asks for,
+//! and then grows back a little every second, so that the gateway finds out what it may have instead of running into
+//! the next 429 with all it has. Never more than what is configured.
+
+use std::{
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use super::{Limiter, Spent};
+use crate::{clock, config::Limit};
+
+/// How much of the quota comes back each second.
+const RECOVERY: f64 = 0.02;
+
+/// The smallest share that is left.
+const LEAST: f64 = 1.0 / 32.0;
+
+/// The longest that the upstream can ask for.
+const LONGEST: Duration = Duration::from_secs(300);
+
+/// Several 429s within this time are one: they were under way together. In nanoseconds.
+const TOGETHER: u64 = 1_000_000_000;
+
+/// A shared quota.
+#[derive(Debug)]
+pub struct Quota {
+    limiter: Limiter,
+    is_shrunk: AtomicBool,
+    shrunk: Mutex<Option<Shrunk>>,
+}
+
+/// Less than was configured. Times are in nanoseconds of this process.
+#[derive(Clone, Copy, Debug)]
+struct Shrunk {
+    share: f64,
+    since: u64,
+    until: u64,
+}
+
+impl Shrunk {
+    fn share(&self, now: u64) -> f64 {
+        self.share + Duration::from_nanos(now.saturating_sub(self.until)).as_secs_f64() * RECOVERY
+    }
+}
+
+impl Quota {
+    /// The whole quota, with a full burst.
+    pub fn new(limit: Limit) -> Self {
+        Self { limiter: Limiter::new(limit), is_shrunk: AtomicBool::new(false), shrunk: Mutex::default() }
+    }
+
+    /// Takes one request's worth, or says when to come back.
+    pub fn take(&self) -> Result<(), Spent> {
+        self.recover(clock::nanos());
+        self.limiter.take()
+    }
+
+    /// Says what [`Quota::take`] would, and takes nothing.
+    pub fn look(&self) -> Result<(), Spent> {
+        self.recover(clock::nanos());
+        self.limiter.look()
+    }
+
+    /// Takes one request's worth even if none is left: for what must go on anyway and yet be counted.
+    pub fn overdraw(&self) {
+        self.limiter.overdraw();
+    }
+
+    /// The upstream has answered 429, and asks for a pause.
+    pub fn shrink(&self, pause: Duration) {
+        self.shrink_at(clock::nanos(), pause);
+    }
+
+    /// How much of the quota is left, from 0 to 1.
+    pub fn share(&self) -> f64 {
+        self.recover(clock::nanos());
+        self.shrunk().map_or(1.0, |shrunk| shrunk.share(clock::nanos()))
+    }
+
+    fn shrink_at(&self, now: u64, pause: Duration) {
+        let until = now + clock::nanos_of(pause.min(LONGEST));
+        let mut shrunk = self.shrunk();
+        let (share, since) = match *shrunk {
+            Some(known) if now < known.since + TOGETHER => (known.share, known.since),
+            known => {
+                let share = (known.map_or(1.0, |known| known.share(now)) / 2.0).max(LEAST);
+                tracing::warn!(share, ?pause, "the upstream answered 429: the quota shrinks");
+                (share, now)
+            }
+        };
+        let until = shrunk.map_or(until, |known| known.until.max(until));
+        *shrunk = Some(Shrunk { share, since, until });
+        self.is_shrunk.store(true, Ordering::Relaxed);
+        self.limiter.slow_down(share);
+        self.limiter.empty(now);
+    }
+
+    fn recover(&self, now: u64) {
+        if self.is_shrunk.load(Ordering::Relaxed) {
+            self.recover_slowly(now);
+        }
+    }
+
+    #[cold]
+    fn recover_slowly(&self, now: u64) {
+        let mut shrunk = self.shrunk();
+        let share = shrunk.map_or(1.0, |shrunk| shrunk.share(now)).min(1.0);
+        self.limiter.slow_down(share);
+        if share >= 1.0 && shrunk.take().is_some() {
+            self.is_shrunk.store(false, Ordering::Relaxed);
+            tracing::info!("the quota is whole again");
+        }
+    }
+
+    fn shrunk(&self) -> MutexGuard<'_, Option<Shrunk>> {
+        self.shrunk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[cfg(test)]
+    fn take_at(&self, now: u64) -> Result<(), Spent> {
+        self.recover(now);
+        self.limiter.take_at(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    /// A hundred a second, twenty at once.
+    fn quota() -> Quota {
+        let number = |number| NonZeroU32::new(number).unwrap();
+        Quota::new(Limit { count: number(100), period: Duration::from_secs(1), burst: number(20) })
+    }
+
+    /// How many of many requests pass in a second.
+    fn passed(quota: &Quota, from: u64) -> usize {
+        (0..10_000).filter(|i| quota.take_at(from + i * (SECOND / 10_000)).is_ok()).count()
+    }
+
+    #[test]
+    fn a_429_halves_the_quota_for_as_long_as_it_says_and_it_grows_back() {
+        let quota = quota();
+        assert!((119..=121).contains(&passed(&quota, 0)), "the control: a burst, and a hundred");
+        quota.shrink_at(SECOND, Duration::from_secs(10));
+        for second in 1..11 {
+            assert!((49..=51).contains(&passed(&quota, second * SECOND)), "second {second}");
+        }
+        let grown: Vec<_> = (11..40).map(|second| passed(&quota, second * SECOND)).collect();
+        assert!(grown.windows(2).all(|two| two[0] < two[1] + 2), "{grown:?}");
+        assert!(grown[1] > 51 && grown[10] < 80 && (99..=101).contains(&grown[28]), "{grown:?}");
+        assert!(!quota.is_shrunk.load(Ordering::Relaxed));
+        assert!((99..=101).contains(&passed(&quota, 40 * SECOND)), "no more than was configured");
+    }
+
+    #[test]
+    fn nothing_is_left_of_a_burst_that_met_a_429() {
+        let quota = quota();
+        quota.shrink_at(0, Duration::from_secs(1));
+        let wait = quota.take_at(0).unwrap_err().retry_after;
+        assert_eq!(wait, Duration::from_millis(20));
+        assert!(quota.take_at(clock::nanos_of(wait)).is_ok());
+    }
+
+    #[test]
+    fn answers_that_were_under_way_together_shrink_it_once_and_later_ones_again() {
+        let quota = quota();
+        (0..50).for_each(|i| quota.shrink_at(i, Duration::from_secs(10)));
+        assert!((49..=51).contains(&passed(&quota, 50)));
+        quota.shrink_at(2 * SECOND, Duration::from_secs(1));
+        for second in 2..10 {
+            assert!((24..=26).contains(&passed(&quota, second * SECOND)), "the longer pause counts");
+        }
+        (1..100).for_each(|i| quota.shrink_at((10 + 2 * i) * SECOND, Duration::from_secs(1000)));
+        assert!((3..=4).contains(&passed(&quota, 300 * SECOND)), "there is always something left");
+        assert!(passed(&quota, (208 + 300 + 50) * SECOND) >= 99, "no pause is longer than five minutes");
+    }
+}
