@@ -9,6 +9,7 @@ pub mod breaker;
 mod companions;
 mod http2;
 pub mod pool;
+mod queue;
 
 use std::{
     future::Future,

@@ -35,7 +35,10 @@ use tokio::{
     time::{Instant, Sleep, sleep, timeout, timeout_at},
 };
 
-use super::http2::{self, Dialing, Reads};
+use super::{
+    http2::{self, Dialing, Reads},
+    queue::Queue,
+};
 use crate::{
     clock,
     connect::{ConnectError, Connector, Stream},
@@ -105,6 +108,7 @@ pub struct Pool {
     /// The connections that are shared; `None`: none ever is.
     http2: Option<http2::Connections>,
     timers: Mutex<Vec<Timer>>,
+    queue: Queue,
     wait: Duration,
     /// In nanoseconds.
     idle_timeout: u64,
@@ -224,6 +228,7 @@ impl Pool {
             idle: Mutex::default(),
             http2: http2.map(http2::Connections::new),
             timers: Mutex::default(),
+            queue: Queue::new(wait),
             wait,
             idle_timeout: clock::nanos_of(idle_timeout),
             metrics,
@@ -306,7 +311,10 @@ impl Pool {
                 // As many connections as may be are open, and all are full.
                 None => match http2.stream(None, self.idle_timeout) {
                     Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
-                    None => timeout_at(give_up, freed).await.map_err(|_| NoConnection::Busy)?,
+                    None => {
+                        let waited = self.queue.wait(timeout_at(give_up, freed)).await;
+                        waited.and_then(Result::ok).ok_or(NoConnection::Busy)?;
+                    }
                 },
             }
         }
@@ -341,10 +349,8 @@ impl Pool {
 
     #[cold]
     async fn wait_for_permit(&self) -> Result<OwnedSemaphorePermit, NoConnection> {
-        match timeout(self.wait, self.permits.clone().acquire_owned()).await {
-            Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_)) | Err(_) => Err(NoConnection::Busy),
-        }
+        let permit = self.queue.wait(self.permits.clone().acquire_owned()).await;
+        permit.and_then(Result::ok).ok_or(NoConnection::Busy)
     }
 
     /// The connection that was used last; the others may then idle out.

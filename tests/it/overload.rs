@@ -1,6 +1,9 @@
 //! More work than the upstream does, and an upstream that is not well.
 
-use std::thread;
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use ccsqm_gateway::sandbox::Sandbox;
 use serde_json::{Value, json};
@@ -138,4 +141,52 @@ fn a_429_of_the_upstream_shrinks_the_quota_and_other_refusals_do_not() {
     assert_eq!((reply.code(), reply.outcome()), ("quota_exhausted", "not_sent"));
     assert_eq!(reply.headers["retry-after"], "1", "one a second is left of two");
     assert_eq!(sandbox.requests().len(), 11);
+}
+
+/// Calls at a steady rate from many threads, whatever becomes of each; what came of them and how long it took.
+fn offer(gateway: &Gateway, threads: u32, each: Duration, time: Duration) -> Vec<(Reply, Duration)> {
+    let begin = Instant::now();
+    thread::scope(|scope| {
+        let callers: Vec<_> = (0..threads)
+            .map(|i| {
+                scope.spawn(move || {
+                    let (mut replies, mut next) = (Vec::new(), begin + each * i / threads);
+                    while next < begin + time {
+                        thread::sleep(next.saturating_duration_since(Instant::now()));
+                        let sent = Instant::now();
+                        replies.push((gateway.call(), sent.elapsed()));
+                        next = (next + each).max(Instant::now());
+                    }
+                    replies
+                })
+            })
+            .collect();
+        callers.into_iter().flat_map(|caller| caller.join().unwrap()).collect()
+    })
+}
+
+/// Five times as much work as the upstream does. What is beyond it is refused at once, and costs the rest nothing.
+#[test]
+fn under_five_times_the_load_as_much_is_done_and_the_rest_is_refused_at_once() {
+    let sandbox = sandbox();
+    let setup = Setup::default().set("upstream.max_connections", 4).set("upstream.connect_timeout", "400ms");
+    let gateway = start_with(&sandbox, setup);
+    script(&sandbox, json!({ "business": [{ "delay_ms": 40 }] }));
+    let time = Duration::from_secs(3);
+    let done = |replies: &[(Reply, Duration)]| {
+        replies.iter().filter(|(reply, _)| reply.outcome() == "succeeded").count()
+    };
+    let peak = done(&offer(&gateway, 8, Duration::ZERO, time));
+    let before = sandbox.requests().len();
+    let replies = offer(&gateway, 100, Duration::from_millis(200), time);
+    let goodput = done(&replies);
+    let mut refused: Vec<_> = replies.iter().filter(|(reply, _)| reply.code() == "overloaded").collect();
+    refused.sort_by_key(|(_, took)| *took);
+    let median = refused[refused.len() / 2].1;
+    assert_eq!(goodput + refused.len(), replies.len());
+    assert!(refused.iter().all(|(reply, _)| reply.outcome() == "not_sent" && reply.status == 503));
+    assert_eq!(sandbox.requests().len() - before, goodput);
+    assert!(refused.len() > 2 * goodput, "{} refused, {goodput} done", refused.len());
+    assert!(goodput * 10 >= peak * 9, "{goodput} of {peak}");
+    assert!(median < Duration::from_millis(40), "{median:?}"); // 10 ms, with a margin of four
 }
