@@ -3,6 +3,7 @@
 //! Builds all, binds all, and only then serves, so that a start that fails has served nobody.
 
 use std::{
+    fmt,
     future::Future,
     io,
     sync::Arc,
@@ -26,11 +27,11 @@ use crate::{
     audit::{self, Audit},
     clock,
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
-    connect::{Connector, client_tls, no_tls},
+    connect::{Connector, Egress, Identity},
     gateway::Gateway,
     idempotency::Idempotency,
     metrics::Metrics,
-    server::{self, Bound, connection::Deadlines, tls::TlsError},
+    server::{self, Bound, connection::Deadlines},
     state::State,
     token::Slot,
     upstream::pool::{self, Pool},
@@ -58,6 +59,7 @@ pub struct App {
     metrics: Arc<Metrics>,
     pool_metrics: pool::Metrics,
     connector: Connector,
+    identity: Option<Arc<Identity>>,
     bounds: Arc<Bounds>,
     alive: mpsc::Sender<()>,
     done: mpsc::Receiver<()>,
@@ -70,11 +72,10 @@ impl App {
     pub fn build(config: Config) -> anyhow::Result<Self> {
         let background = Builder::new_current_thread().enable_all().build()?;
         let (metrics, parts, audit_metrics) = Metrics::new()?;
-        let tls = match config.upstream.base_url.tls || config.token.url.tls {
-            true => client_tls(config.upstream.ca_file.as_deref())?,
-            false => no_tls()?,
-        };
-        let connector = Connector::new(&config.upstream.base_url, &tls, config.upstream.connect_timeout)?;
+        let has_tls = config.upstream.base_url.tls || config.token.url.tls;
+        let egress = Egress::new(&config.upstream, has_tls)?;
+        let identity = egress.identity().cloned();
+        let connector = Connector::new(&config.upstream.base_url, &egress, config.upstream.connect_timeout)?;
         let options = audit::Options {
             directory: config.audit.directory.clone(),
             durability: config.audit.durability,
@@ -88,7 +89,7 @@ impl App {
         };
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit));
-        let slots = slots(&config, &tls, &parts.token, &audit)?;
+        let slots = slots(&config, &egress, &parts.token, &audit)?;
         let state = Arc::new(State::new(&config, slots, parts.breaker)?);
         let (alive, done) = mpsc::channel(1);
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
@@ -111,6 +112,7 @@ impl App {
             metrics,
             pool_metrics,
             connector,
+            identity,
             bounds,
             alive,
             done,
@@ -136,6 +138,7 @@ impl App {
             metrics,
             pool_metrics,
             connector,
+            identity,
             bounds,
             alive,
             mut done,
@@ -150,7 +153,7 @@ impl App {
         }
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
         read_past(&config, &audit, &idempotency)?;
-        keep_up(&background, &bound, &audit);
+        keep_up(&background, &bound, identity, &audit);
         let (stopping, stopped) = watch::channel(false);
         let addresses: Vec<_> = bound.iter().map(|bound| bound.address.to_string()).collect();
         let http2 = http2(&config.upstream)?;
@@ -256,26 +259,35 @@ impl App {
 }
 
 /// Takes certificates that change while the gateway runs, and puts on record what came of it.
-fn keep_up(background: &Runtime, bound: &[Bound], audit: &Audit) {
+fn keep_up(background: &Runtime, bound: &[Bound], identity: Option<Arc<Identity>>, audit: &Audit) {
     for (tls, address) in bound.iter().filter_map(|bound| Some((bound.tls()?, bound.address.to_string()))) {
-        let audit = audit.clone();
-        let tell = move |taken: Result<(), TlsError>| {
-            let mut details = Map::from_iter([("listener".to_owned(), json!(address))]);
-            match taken {
-                Ok(()) => {
-                    tracing::info!(listener = address, "the certificates changed");
-                    details.insert("result".into(), json!("accepted"));
-                }
-                Err(error) => {
-                    let old = "the certificates cannot be used; the old ones stay in use";
-                    tracing::warn!(listener = address, %error, "{old}");
-                    details.insert("result".into(), json!("refused"));
-                    details.insert("reason".into(), json!(error.to_string()));
-                }
+        background.spawn(tls.clone().keep_up(certificate_change("listener", address, audit)));
+    }
+    if let Some(identity) = identity {
+        background.spawn(identity.keep_up(certificate_change("upstream", "client_cert_file".into(), audit)));
+    }
+}
+
+fn certificate_change<E: fmt::Display>(
+    whose: &'static str,
+    name: String,
+    audit: &Audit,
+) -> impl Fn(Result<(), E>) + use<E> {
+    let audit = audit.clone();
+    move |taken| {
+        let mut details = Map::from_iter([(whose.to_owned(), json!(name))]);
+        match taken {
+            Ok(()) => {
+                tracing::info!(whose, name, "the certificates changed");
+                details.insert("result".into(), json!("accepted"));
             }
-            audit.event("certificate_change", details);
-        };
-        background.spawn(tls.clone().keep_up(tell));
+            Err(error) => {
+                tracing::warn!(whose, name, %error, "the certificates cannot be used; the old ones stay in use");
+                details.insert("result".into(), json!("refused"));
+                details.insert("reason".into(), json!(error.to_string()));
+            }
+        }
+        audit.event("certificate_change", details);
     }
 }
 
@@ -316,7 +328,7 @@ async fn serve_until_drained(
 
 fn slots(
     config: &Config,
-    tls: &Arc<rustls::ClientConfig>,
+    egress: &Egress,
     metrics: &crate::token::Metrics,
     audit: &Audit,
 ) -> anyhow::Result<Vec<Arc<Slot>>> {
@@ -329,7 +341,7 @@ fn slots(
                 details.insert("credential".into(), json!(name));
                 audit.event(event, details);
             });
-            Ok(Slot::new(credential, &config.token, tls, metrics.clone(), events)?)
+            Ok(Slot::new(credential, &config.token, egress, metrics.clone(), events)?)
         })
         .collect()
 }

@@ -210,9 +210,24 @@ impl fmt::Display for PeerRule {
 impl Url {
     /// Host, and the port where it is not the scheme's own: what `Host` holds.
     pub fn authority(&self) -> String {
-        let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
         let own = if self.tls { 443 } else { 80 };
-        if self.port == own { host } else { format!("{host}:{}", self.port) }
+        if self.port == own { bracketed(&self.host) } else { self.authority_with_port() }
+    }
+
+    /// Host and port.
+    pub fn authority_with_port(&self) -> String {
+        format!("{}:{}", bracketed(&self.host), self.port)
+    }
+}
+
+/// A host as it stands in an authority.
+fn bracketed(host: &str) -> String {
+    if host.contains(':') { format!("[{host}]") } else { host.to_owned() }
+}
+
+impl fmt::Display for ProxyUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "http://{}:{}", bracketed(&self.host), self.port)
     }
 }
 
@@ -328,8 +343,30 @@ pub struct Upstream {
     pub http2: Http2,
     /// PEM roots that replace the system's.
     pub ca_file: Option<PathBuf>,
+    /// The gateway's own certificate.
+    pub identity: Option<IdentityFiles>,
+    /// The proxy on the way to it, and to the token endpoint.
+    pub proxy: Option<ProxyUrl>,
     /// Static headers of every upstream request.
     pub headers: HeaderMap,
+}
+
+/// A certificate, with what leads from it to its root, and its key: PEM files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdentityFiles {
+    /// The certificate.
+    pub cert_file: PathBuf,
+    /// Its key.
+    pub key_file: PathBuf,
+}
+
+/// An HTTP proxy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProxyUrl {
+    /// Host name or address, IPv6 without brackets.
+    pub host: String,
+    /// Port.
+    pub port: u16,
 }
 
 /// Whether HTTP/2 is spoken with the upstream.

@@ -3,30 +3,39 @@
 //! Guarantees that nothing is written to a server whose certificate is not right: there is no switch that
 //! turns verification off. Does not pool.
 
+mod addresses;
+mod identity;
+mod proxy;
+
 use std::{
     io,
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::Path,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use rustls::{
     ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, InvalidDnsNameError, ServerName, pem::PemObject},
+    pki_types::{InvalidDnsNameError, ServerName},
 };
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpStream, lookup_host},
-    task::JoinHandle,
+    net::TcpStream,
     time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::config::Url;
+use crate::{
+    config::{self, ProxyUrl, Url},
+    pem::{self, PemError},
+};
+use addresses::Addresses;
+pub use identity::Identity;
+pub use proxy::ProxyError;
 
 /// Names of protocols in a TLS handshake (RFC 7301).
 pub(crate) const HTTP1: &[u8] = b"http/1.1";
@@ -35,17 +44,12 @@ const HTTP2: &[u8] = b"h2";
 /// Why TLS could not be set up.
 #[derive(Debug, Error)]
 pub enum TlsError {
-    /// `ca_file` could not be read.
-    #[error("ca_file {path}: {source}")]
-    CaFile {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: rustls::pki_types::pem::Error,
-    },
+    /// A file cannot be read, or is not PEM.
+    #[error(transparent)]
+    Pem(#[from] PemError),
     /// There is no root certificate to trust.
-    #[error("no root certificate: {0}")]
-    NoRoots(String),
+    #[error("no root certificate: the system has none")]
+    NoRoots,
     /// The URL's host cannot be a server name.
     #[error("not a server name: {0}")]
     Name(#[from] InvalidDnsNameError),
@@ -63,6 +67,9 @@ pub enum ConnectError {
     /// No address answered.
     #[error("no address answers: {0}")]
     Connect(#[from] io::Error),
+    /// The proxy opened no tunnel.
+    #[error(transparent)]
+    Proxy(#[from] ProxyError),
     /// The TLS handshake failed.
     #[error("TLS: {0}")]
     Tls(io::Error),
@@ -77,43 +84,66 @@ impl ConnectError {
         match self {
             Self::Resolve(_) => "resolve",
             Self::Connect(_) => "connect",
+            Self::Proxy(_) => "proxy",
             Self::Tls(_) => "tls",
             Self::Timeout(_) => "timeout",
         }
     }
 }
 
-/// What a client trusts: the roots of `ca_file` alone, or the system's.
-pub fn client_tls(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError> {
+/// How the gateway gets to the cloud.
+#[derive(Clone, Debug)]
+pub struct Egress {
+    tls: Arc<ClientConfig>,
+    /// For what is spoken to over TLS; the rest is on loopback.
+    proxy: Option<ProxyUrl>,
+    identity: Option<Arc<Identity>>,
+}
+
+impl Egress {
+    /// From a configuration; reads roots and the gateway's own certificate only where there is TLS.
+    pub fn new(upstream: &config::Upstream, has_tls: bool) -> Result<Self, TlsError> {
+        let identity = upstream.identity.clone().filter(|_| has_tls);
+        let identity = identity.map(|files| Identity::load(files.cert_file, files.key_file)).transpose()?;
+        let roots = if has_tls { roots(upstream.ca_file.as_deref())? } else { RootCertStore::empty() };
+        Ok(Self { tls: client_tls(roots, identity.clone())?, proxy: upstream.proxy.clone(), identity })
+    }
+
+    /// The gateway's own certificate, if it has one.
+    pub fn identity(&self) -> Option<&Arc<Identity>> {
+        self.identity.as_ref()
+    }
+
+    /// Trusts nobody, and reads no root from anywhere.
+    #[cfg(test)]
+    pub(crate) fn plain() -> Self {
+        Self { tls: client_tls(RootCertStore::empty(), None).unwrap(), proxy: None, identity: None }
+    }
+}
+
+/// Whom a client trusts: the roots of `ca_file` alone, or the system's.
+pub fn roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();
     match ca_file {
         Some(path) => {
-            let fail = |source| TlsError::CaFile { path: path.to_owned(), source };
-            for certificate in CertificateDer::pem_file_iter(path).map_err(fail)? {
-                roots.add(certificate.map_err(fail)?)?;
+            for certificate in pem::certificates(&pem::read(path)?, path)? {
+                roots.add(certificate)?;
             }
         }
         None => drop(roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs)),
     }
-    if roots.is_empty() {
-        let place =
-            ca_file.map_or("the system has none".into(), |path| format!("{} has none", path.display()));
-        return Err(TlsError::NoRoots(place));
-    }
-    trusting(roots)
+    if roots.is_empty() { Err(TlsError::NoRoots) } else { Ok(roots) }
 }
 
-/// For plain connections only: trusts nobody, and reads no root from anywhere.
-pub fn no_tls() -> Result<Arc<ClientConfig>, TlsError> {
-    trusting(RootCertStore::empty())
-}
-
-fn trusting(roots: RootCertStore) -> Result<Arc<ClientConfig>, TlsError> {
+fn client_tls(roots: RootCertStore, identity: Option<Arc<Identity>>) -> Result<Arc<ClientConfig>, TlsError> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = ClientConfig::builder_with_provider(provider)
+    let builder = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+        .with_root_certificates(roots);
+    let mut config = match identity {
+        Some(identity) => builder.with_client_cert_resolver(identity),
+        None => builder.with_no_client_auth(),
+    };
     config.alpn_protocols = vec![HTTP1.to_vec()];
     Ok(Arc::new(config))
 }
@@ -121,8 +151,11 @@ fn trusting(roots: RootCertStore) -> Result<Arc<ClientConfig>, TlsError> {
 /// Connects to one host. Clones share what is known of its addresses.
 #[derive(Clone)]
 pub struct Connector {
+    /// Where the TCP connection goes: the host itself, or a proxy.
     host: Arc<str>,
     port: u16,
+    /// Behind the proxy: the host itself, with its port.
+    behind: Option<Arc<str>>,
     tls: Option<(TlsConnector, ServerName<'static>)>,
     timeout: Duration,
     addresses: Arc<Addresses>,
@@ -135,12 +168,20 @@ impl std::fmt::Debug for Connector {
 }
 
 impl Connector {
-    /// A connector for the host of a URL. `timeout` covers resolving, connecting and TLS together.
-    pub fn new(url: &Url, tls: &Arc<ClientConfig>, timeout: Duration) -> Result<Self, TlsError> {
+    /// A connector for the host of a URL. `timeout` covers resolving, connecting, the proxy and TLS together.
+    pub fn new(url: &Url, egress: &Egress, timeout: Duration) -> Result<Self, TlsError> {
         let name = || ServerName::try_from(url.host.clone());
-        let tls = if url.tls { Some((TlsConnector::from(tls.clone()), name()?)) } else { None };
+        let tls = if url.tls { Some((TlsConnector::from(egress.tls.clone()), name()?)) } else { None };
         let addresses = Arc::default();
-        Ok(Self { host: url.host.as_str().into(), port: url.port, tls, timeout, addresses })
+        Ok(match egress.proxy.as_ref().filter(|_| url.tls) {
+            Some(ProxyUrl { host, port }) => {
+                let behind = Some(url.authority_with_port().into());
+                Self { host: host.as_str().into(), port: *port, behind, tls, timeout, addresses }
+            }
+            None => {
+                Self { host: url.host.as_str().into(), port: url.port, behind: None, tls, timeout, addresses }
+            }
+        })
     }
 
     /// The same connector, offering HTTP/2 before HTTP/1.1 where it speaks TLS.
@@ -159,8 +200,11 @@ impl Connector {
     }
 
     async fn dial(&self) -> Result<Stream, ConnectError> {
-        let stream = self.dial_tcp().await?;
+        let mut stream = self.dial_tcp().await?;
         stream.set_nodelay(true)?;
+        if let Some(authority) = &self.behind {
+            proxy::tunnel(&mut stream, authority).await?;
+        }
         let Some((tls, name)) = &self.tls else { return Ok(Stream::Plain(stream)) };
         let stream = tls.connect(name.clone(), stream).await.map_err(ConnectError::Tls)?;
         Ok(Stream::Tls(Box::new(stream)))
@@ -172,7 +216,8 @@ impl Connector {
             Ok(ip) => vec![SocketAddr::new(ip, self.port)],
             Err(_) => self.addresses.resolve(&self.host, self.port).await.map_err(ConnectError::Resolve)?,
         };
-        let (stream, address) = dial_any(&addresses, self.timeout.saturating_sub(begin.elapsed())).await?;
+        let dialed = dial_any(&addresses, self.timeout.saturating_sub(begin.elapsed())).await;
+        let (stream, address) = dialed.inspect_err(|_| self.addresses.doubt())?;
         self.addresses.prefer(address);
         Ok(stream)
     }
@@ -192,51 +237,6 @@ async fn dial_any(addresses: &[SocketAddr], time: Duration) -> io::Result<(TcpSt
         }
     }
     Err(failed)
-}
-
-/// What is known of a host's addresses.
-#[derive(Debug, Default)]
-struct Addresses {
-    /// The question that is under way. It outlives who asked it, so that a resolver that hangs holds one
-    /// thread and not one for every caller.
-    asking: tokio::sync::Mutex<Option<JoinHandle<io::Result<Vec<SocketAddr>>>>>,
-    /// The last answer, the address that answered last in front.
-    known: Mutex<Vec<SocketAddr>>,
-}
-
-impl Addresses {
-    /// Asks the system's resolver; while that has no answer, the last one counts.
-    async fn resolve(&self, host: &Arc<str>, port: u16) -> io::Result<Vec<SocketAddr>> {
-        let mut asking = self.asking.lock().await;
-        let question = asking.get_or_insert_with(|| {
-            let host = host.clone();
-            tokio::spawn(async move { Ok(lookup_host((&*host, port)).await?.collect()) })
-        });
-        let answer = question.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-        *asking = None;
-        let mut known = self.known();
-        match answer {
-            Ok(mut addresses) => {
-                let preferred = known.first().copied();
-                addresses.sort_by_key(|address| Some(*address) != preferred);
-                known.clone_from(&addresses);
-                Ok(addresses)
-            }
-            Err(error) if known.is_empty() => Err(error),
-            Err(error) => {
-                tracing::warn!(%error, %host, "the name does not resolve; its last addresses are used");
-                Ok(known.clone())
-            }
-        }
-    }
-
-    fn prefer(&self, answered: SocketAddr) {
-        self.known().sort_by_key(|address| *address != answered);
-    }
-
-    fn known(&self) -> MutexGuard<'_, Vec<SocketAddr>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// A connection to the cloud.
@@ -345,22 +345,5 @@ mod tests {
         assert_eq!(address, answering);
         let error = dial_any(&[silent, silent], time / 4).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "the control");
-    }
-
-    #[tokio::test]
-    async fn the_address_that_answered_last_comes_first_and_counts_while_the_resolver_fails() {
-        let addresses = Addresses::default();
-        let resolve = |host: &'static str| addresses.resolve_for_test(host);
-        let (one, two) = ("127.0.0.1:1".parse().unwrap(), "127.0.0.2:1".parse().unwrap());
-        assert!(resolve("no-such-host.invalid").await.is_err(), "the control");
-        *addresses.known() = vec![one, two];
-        addresses.prefer(two);
-        assert_eq!(resolve("no-such-host.invalid").await.unwrap(), [two, one]);
-    }
-
-    impl Addresses {
-        async fn resolve_for_test(&self, host: &str) -> io::Result<Vec<SocketAddr>> {
-            self.resolve(&host.into(), 1).await
-        }
     }
 }

@@ -49,6 +49,7 @@ pub mod clock; // the time, read once a turn
 mod json; // strict JSON, for bodies and replies
 pub mod connect; // TCP and TLS to the upstream and to the token endpoint
 pub mod secret; // zeroised buffers
+mod pem; // certificates, keys, revocation lists
 mod watched; // files, read again to notice a change
 pub mod metrics; // what is counted
 pub mod admin; // /livez, /readyz, /metrics, /status

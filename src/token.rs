@@ -22,7 +22,6 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
-use rustls::ClientConfig;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use thiserror::Error;
@@ -31,7 +30,11 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::{config, connect::TlsError, watched::Watched};
+use crate::{
+    config,
+    connect::{Egress, TlsError},
+    watched::Watched,
+};
 pub use cooldown::Cooldown;
 use endpoint::Endpoint;
 use fetcher::{Candidate, Fetcher};
@@ -197,13 +200,13 @@ impl Slot {
     pub fn new(
         credential: &config::Credential,
         token: &config::Token,
-        tls: &Arc<ClientConfig>,
+        egress: &Egress,
         metrics: Metrics,
         events: Events,
     ) -> Result<Arc<Self>, StartError> {
         let (sources, pair) = read(credential)?;
         let fetcher = Fetcher {
-            endpoint: Endpoint::new(token, tls)?,
+            endpoint: Endpoint::new(token, egress)?,
             secrets: Watched::new(move || Pair::load(&sources), pair.clone()),
             proven: Candidate::new(pair),
             trial: None,

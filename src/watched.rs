@@ -6,6 +6,8 @@
 
 use std::time::Duration;
 
+use tokio::time::sleep;
+
 /// How often files are read again. Polling notices what a watch on a file misses: Kubernetes swaps a link, and a
 /// mount can be replaced whole.
 pub(crate) const POLL: Duration = Duration::from_secs(1);
@@ -62,5 +64,28 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
         self.settling = None;
         self.seen = found.clone();
         Noticed::Changed(found)
+    }
+}
+
+/// Looks for ever. `take` takes what has changed, if it can be used; `tell` hears of each change, and what came of it.
+pub(crate) async fn follow<T: Clone + PartialEq, E>(
+    mut watched: Watched<T, E>,
+    take: impl Fn(T) -> Result<(), E>,
+    tell: impl Fn(Result<(), E>),
+) {
+    loop {
+        let wait = match watched.look() {
+            Noticed::Nothing => POLL,
+            Noticed::Settling => SETTLE,
+            Noticed::Changed(found) => {
+                tell(take(found));
+                POLL
+            }
+            Noticed::Unusable(error) => {
+                tell(Err(error));
+                POLL
+            }
+        };
+        sleep(wait).await;
     }
 }

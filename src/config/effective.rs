@@ -83,6 +83,9 @@ impl Config {
                 "breaker_pause": duration(upstream.breaker_pause),
                 "http2": http2(upstream.http2),
                 "ca_file": upstream.ca_file.as_deref().map(whole_path),
+                "client_cert_file": upstream.identity.as_ref().map(|files| whole_path(&files.cert_file)),
+                "client_key_file": upstream.identity.as_ref().map(|files| whole_path(&files.key_file)),
+                "proxy": upstream.proxy.as_ref().map(ToString::to_string),
                 "headers": headers,
             },
             "token": {

@@ -12,7 +12,7 @@ use rustix::fs::{Access, access};
 use super::{ContractSource, Route, SecretSource};
 use crate::{
     audit::chain::{Keys, key_path},
-    connect::client_tls,
+    connect,
     contract::Contract,
     secret::Secret,
 };
@@ -48,12 +48,12 @@ fn read_secret(path: &Path) -> Result<Secret, String> {
 /// PEM roots.
 pub(super) fn roots(path: &Path) -> Result<(), String> {
     regular(path)?;
-    client_tls(Some(path)).map(drop).map_err(|error| error.to_string())
+    connect::roots(Some(path)).map(drop).map_err(|error| error.to_string())
 }
 
 /// The system's roots.
 pub(super) fn system_roots() -> Result<(), String> {
-    client_tls(None).map(drop).map_err(|error| error.to_string())
+    connect::roots(None).map(drop).map_err(|error| error.to_string())
 }
 
 /// The audit chain's key.

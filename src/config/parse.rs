@@ -10,18 +10,18 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
-use crate::{audit::Durability, headers::looks_like_credential, server::tls::Tls};
+use crate::{audit::Durability, connect::Identity, headers::looks_like_credential, server::tls::Tls};
 
 use super::{
-    Admin, Audit, Caller, Config, ContractSource, Credential, Http2, Idempotency, Limit, ListenAddress,
-    Listener, ListenerTls, Log, LogFormat, PeerRule, Problems, Route, SecretSource, Server, Shown, Token,
-    Upstream, Url, WithoutKey, files,
+    Admin, Audit, Caller, Config, ContractSource, Credential, Http2, Idempotency, IdentityFiles, Limit,
+    ListenAddress, Listener, ListenerTls, Log, LogFormat, PeerRule, Problems, Route, SecretSource, Server,
+    Shown, Token, Upstream, Url, WithoutKey, files,
     raw::{Kind, Layers, Syntax, Value},
     relations,
     table::{Context, Found, Referent, Table},
     values::{
-        parse_level, parse_listen_address, parse_operator, parse_peer, parse_rate, parse_route_path,
-        parse_url,
+        parse_level, parse_listen_address, parse_operator, parse_peer, parse_proxy, parse_rate,
+        parse_route_path, parse_url,
     },
 };
 
@@ -239,10 +239,30 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
             _ => Err("must be \"off\" or \"auto\"".into()),
         }),
         ca_file,
+        identity: read_identity(context, &mut table),
+        proxy: table.parsed(context, "proxy", None, |text| parse_proxy(text).map(Some)),
         headers: read_headers(context, &mut table),
     };
     table.close(context);
     upstream
+}
+
+/// The gateway's own certificate: both files, or none.
+fn read_identity(context: &mut Context<'_>, table: &mut Table) -> Option<IdentityFiles> {
+    for (name, other) in [("client_cert_file", "client_key_file"), ("client_key_file", "client_cert_file")] {
+        if table.members.contains_key(other) && !table.members.contains_key(name) {
+            table.lacks(context, name, format!("is needed for {other}"));
+        }
+    }
+    let cert_file =
+        table.path(context, "client_cert_file").and_then(|found| good_file(context, found, files::regular));
+    let key_file =
+        table.path(context, "client_key_file").and_then(|found| good_file(context, found, files::secret));
+    let files = IdentityFiles { cert_file: cert_file?, key_file: key_file? };
+    if let Err(error) = Identity::load(files.cert_file.clone(), files.key_file.clone()) {
+        context.problem_at(&table.key("client_cert_file"), error.to_string());
+    }
+    Some(files)
 }
 
 fn read_headers(context: &mut Context<'_>, table: &mut Table) -> HeaderMap {

@@ -17,10 +17,12 @@ fn placed(text: &str) -> (TempDir, String) {
         fs::write(folder.path().join(secret), "0123456789abcdef0123456789abcdef").unwrap();
     }
     let root = rcgen::generate_simple_self_signed(vec!["root".to_owned()]).unwrap();
-    for name in ["ca.pem", "client-ca.pem", "cert.pem"] {
+    for name in ["ca.pem", "client-ca.pem", "cert.pem", "client.pem"] {
         fs::write(folder.path().join(name), root.cert.pem()).unwrap();
     }
-    fs::write(folder.path().join("tls.key"), root.signing_key.serialize_pem()).unwrap();
+    for name in ["tls.key", "client.key"] {
+        fs::write(folder.path().join(name), root.signing_key.serialize_pem()).unwrap();
+    }
     fs::write(folder.path().join("crl.pem"), revocation_list()).unwrap();
     let contracts = concat!("\"", env!("CARGO_MANIFEST_DIR"), "/config/contracts/");
     let text = text
@@ -114,6 +116,9 @@ fn the_reference_file_shows_the_defaults() {
     for shown in [
         "/upstream/ca_file",
         "/upstream/headers",
+        "/upstream/client_cert_file",
+        "/upstream/client_key_file",
+        "/upstream/proxy",
         "/audit/key_file",
         "/listeners/1",
         "/routes/1",
@@ -121,7 +126,14 @@ fn the_reference_file_shows_the_defaults() {
     ] {
         assert_ne!(reference.pointer(shown), least.pointer(shown), "{shown} is a default after all");
     }
-    for (section, key) in [("upstream", "ca_file"), ("upstream", "headers"), ("audit", "key_file")] {
+    for (section, key) in [
+        ("upstream", "ca_file"),
+        ("upstream", "headers"),
+        ("upstream", "client_cert_file"),
+        ("upstream", "client_key_file"),
+        ("upstream", "proxy"),
+        ("audit", "key_file"),
+    ] {
         reference[section].as_object_mut().unwrap().remove(key);
         least[section].as_object_mut().unwrap().remove(key);
     }

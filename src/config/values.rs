@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use super::{DNS, ListenAddress, PeerRule, SPIFFE, Url};
+use super::{DNS, ListenAddress, PeerRule, ProxyUrl, SPIFFE, Url};
 
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
@@ -133,6 +133,24 @@ pub(super) fn parse_route_path(text: &str) -> Result<String, String> {
     clean
         .then(|| text.to_owned())
         .ok_or_else(|| "must be a plain path: no query, no encoding, no `//`, no `..`".into())
+}
+
+pub(super) fn parse_proxy(text: &str) -> Result<ProxyUrl, String> {
+    let uri: http::Uri = text.parse().map_err(|_| "is not a URL".to_owned())?;
+    if uri.scheme_str() != Some("http") {
+        return Err("must start with http://: TLS to the cloud goes through it".into());
+    }
+    let authority = uri.authority().ok_or("has no host")?;
+    if authority.as_str().contains('@') {
+        return Err("must hold no user: a proxy that wants credentials is not supported".into());
+    }
+    if uri.path() != "/" || uri.query().is_some() {
+        return Err("must have neither a path nor a query".into());
+    }
+    let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
+    ServerName::try_from(host.as_str()).map_err(|_| "has a host that is neither a name nor an address")?;
+    let port = authority.port_u16().ok_or("must name the port, as in \"http://egress.internal:3128\"")?;
+    Ok(ProxyUrl { host, port })
 }
 
 pub(super) fn parse_url(text: &str) -> Result<Url, String> {

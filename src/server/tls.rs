@@ -6,9 +6,8 @@
 //! hold is read again while the gateway runs; what cannot be used changes nothing.
 
 use std::{
-    fs,
-    io::{self, Read as _},
-    path::{Path, PathBuf},
+    io,
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -16,17 +15,14 @@ use arc_swap::ArcSwap;
 use rustls::{
     InconsistentKeys, RootCertStore, ServerConfig,
     crypto::aws_lc_rs::default_provider,
-    pki_types::{
-        CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime,
-        pem::{self, PemObject},
-    },
+    pki_types::{CertificateDer, UnixTime},
     server::{
         NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier, danger::ClientCertVerifier,
     },
 };
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
-use tokio::{net::TcpStream, time::sleep};
+use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use webpki::EndEntityCert;
 use zeroize::Zeroizing;
@@ -35,24 +31,19 @@ use crate::{
     clock,
     config::{self, ListenerTls},
     connect::HTTP1,
-    watched::{Noticed, POLL, SETTLE, Watched},
+    pem::{self, PemError},
+    watched::{Watched, follow},
 };
 
 /// A certificate in use is looked at again after this time, in nanoseconds.
 const LOOK_AGAIN: u64 = 60_000_000_000;
 
-/// Nobody has a larger file.
-const MAX_FILE: u64 = 16 << 20;
-
 /// Why the files of a listener cannot be used.
 #[derive(Debug, Error)]
 pub enum TlsError {
-    /// A file could not be read.
-    #[error("{0}: {1}")]
-    Read(String, io::Error),
-    /// A file is not PEM, or holds nothing of the kind.
-    #[error("{0}: {1}")]
-    Pem(String, pem::Error),
+    /// A file cannot be read, or is not PEM.
+    #[error(transparent)]
+    Pem(#[from] PemError),
     /// The key is that of another certificate.
     #[error("key_file is not the key of cert_file's certificate")]
     Mismatch,
@@ -138,33 +129,17 @@ impl Tls {
     pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), TlsError>)) {
         let files = self.files.clone();
         let look = move || Contents::read(&files).map(|contents| contents.digest());
-        let mut watched = Watched::new(look, self.current.load().digest);
-        loop {
-            let wait = match watched.look() {
-                Noticed::Nothing => POLL,
-                Noticed::Settling => SETTLE,
-                Noticed::Changed(_) => {
-                    tell(self.reload());
-                    POLL
-                }
-                Noticed::Unusable(error) => {
-                    tell(Err(error));
-                    POLL
-                }
-            };
-            sleep(wait).await;
-        }
+        let watched = Watched::new(look, self.current.load().digest);
+        follow(watched, |_| self.reload(), tell).await;
     }
 }
 
 impl Contents {
     fn read(files: &ListenerTls) -> Result<Self, TlsError> {
-        let optional =
-            |path: &Option<PathBuf>| path.as_deref().map(|path| read(path, named(path))).transpose();
+        let optional = |path: &Option<PathBuf>| path.as_deref().map(pem::read).transpose();
         Ok(Self {
-            certificate: read(&files.cert_file, named(&files.cert_file))?,
-            // Its path is not told: somebody may have put the key itself there.
-            key: Zeroizing::new(read(&files.key_file, KEY_FILE.into())?),
+            certificate: pem::read(&files.cert_file)?,
+            key: pem::read_key(&files.key_file)?,
             client_ca: optional(&files.client_ca_file)?,
             client_crl: optional(&files.client_crl_file)?,
         })
@@ -183,26 +158,13 @@ impl Contents {
     }
 }
 
-const KEY_FILE: &str = "key_file";
-
-fn named(path: &Path) -> String {
-    path.display().to_string()
-}
-
-fn read(path: &Path, named: String) -> Result<Vec<u8>, TlsError> {
-    let mut bytes = Vec::new();
-    let read = fs::File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut bytes));
-    read.map(|_| bytes).map_err(|error| TlsError::Read(named, error))
-}
-
 impl Current {
     fn new(files: &ListenerTls, contents: &Contents, generation: u64) -> Result<Self, TlsError> {
         let provider = Arc::new(default_provider());
-        let certificates = pem_list::<CertificateDer<'_>>(&contents.certificate, &files.cert_file)?;
-        let key = PrivateKeyDer::from_pem_slice(&contents.key)
-            .map_err(|error| TlsError::Pem(KEY_FILE.into(), error))?;
+        let certificates = pem::certificates(&contents.certificate, &files.cert_file)?;
+        let key = pem::key(&contents.key)?;
         let clients = match (&files.client_ca_file, &contents.client_ca) {
-            (Some(path), Some(pem)) => Some(clients(files, contents, pem_list(pem, path)?)?),
+            (Some(path), Some(roots)) => Some(clients(files, contents, pem::certificates(roots, path)?)?),
             _ => None,
         };
         let builder = ServerConfig::builder_with_provider(provider)
@@ -239,17 +201,10 @@ fn clients(
     }
     let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(store), Arc::new(default_provider()));
     let lists = match (&files.client_crl_file, &contents.client_crl) {
-        (Some(path), Some(pem)) => pem_list::<CertificateRevocationListDer<'_>>(pem, path)?,
+        (Some(path), Some(lists)) => pem::revocation_lists(lists, path)?,
         _ => Vec::new(),
     };
     Ok(builder.with_crls(lists).enforce_revocation_expiration().build()?)
-}
-
-/// All that a file holds of a kind; at least one.
-fn pem_list<T: PemObject>(pem: &[u8], path: &Path) -> Result<Vec<T>, TlsError> {
-    let fail = |error| TlsError::Pem(named(path), error);
-    let items = T::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(fail)?;
-    if items.is_empty() { Err(fail(pem::Error::NoItemsFound)) } else { Ok(items) }
 }
 
 impl Certificate {

@@ -1,13 +1,12 @@
 //! One call of tokenByAkSk (`POST …/apigovernance/api/oauth/tokenByAkSk`, vendor's page). Not RFC 6749.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use rustls::ClientConfig;
 use serde::Deserialize;
 use thiserror::Error;
 use tokio::time::timeout;
@@ -16,7 +15,7 @@ use zeroize::Zeroizing;
 use super::schedule::Failure;
 use crate::{
     config,
-    connect::{ConnectError, Connector, TlsError},
+    connect::{ConnectError, Connector, Egress, TlsError},
     secret::Secret,
 };
 
@@ -107,9 +106,9 @@ struct Reply {
 
 impl Endpoint {
     #[expect(clippy::expect_used, reason = "validation allows host names and plain paths only")]
-    pub(super) fn new(token: &config::Token, tls: &Arc<ClientConfig>) -> Result<Self, TlsError> {
+    pub(super) fn new(token: &config::Token, egress: &Egress) -> Result<Self, TlsError> {
         Ok(Self {
-            connector: Connector::new(&token.url, tls, token.timeout)?,
+            connector: Connector::new(&token.url, egress, token.timeout)?,
             target: token.url.path.parse().expect("a validated path"),
             host: HeaderValue::from_str(&token.url.authority()).expect("a validated host"),
             lifetime: token.lifetime,
@@ -227,12 +226,12 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::token::tests::{configured, tls};
+    use crate::token::tests::configured;
 
     fn read(lifetime: Option<u64>, reply: &Value) -> Result<Fetched, FetchError> {
         let address = "127.0.0.1:1".parse().unwrap();
         let token = config::Token { lifetime: lifetime.map(Duration::from_secs), ..configured(address) };
-        Endpoint::new(&token, &tls()).unwrap().read(reply.to_string().as_bytes())
+        Endpoint::new(&token, &Egress::plain()).unwrap().read(reply.to_string().as_bytes())
     }
 
     #[test]

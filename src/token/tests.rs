@@ -24,12 +24,6 @@ use endpoint::FetchError;
 /// The margin of promised deadlines: the machine may be busy.
 const MARGIN: u32 = 4;
 
-pub(super) fn tls() -> Arc<ClientConfig> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    Arc::new(config.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth())
-}
-
 pub(super) fn configured(address: SocketAddr) -> config::Token {
     config::Token {
         url: Url {
@@ -76,7 +70,7 @@ impl Rig {
         let tell = told.clone();
         let events =
             Box::new(move |_: &'static str, details| tell.lock().unwrap().push(Value::Object(details)));
-        let slot = Slot::new(&credential, &token, &tls(), metrics.clone(), events).unwrap();
+        let slot = Slot::new(&credential, &token, &Egress::plain(), metrics.clone(), events).unwrap();
         let rig = Self { sandbox, slot, folder, told, registry, metrics };
         rig.script(faults);
         rig

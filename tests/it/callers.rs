@@ -22,17 +22,17 @@ use tempfile::TempDir;
 use crate::support::*;
 
 /// A CA that is trusted, or not.
-struct Ca(CertifiedIssuer<'static, KeyPair>);
+pub(crate) struct Ca(pub(crate) CertifiedIssuer<'static, KeyPair>);
 
 /// A certificate with its key, in PEM.
 #[derive(Clone)]
-struct Identity {
-    certificate: String,
-    key: String,
+pub(crate) struct Identity {
+    pub(crate) certificate: String,
+    pub(crate) key: String,
 }
 
 #[derive(Clone, Copy)]
-struct Subject<'a> {
+pub(crate) struct Subject<'a> {
     names: &'a [&'a str],
     is_server: bool,
     is_expired: bool,
@@ -41,20 +41,20 @@ struct Subject<'a> {
 
 const CONSOLE: &str = "spiffe://example.org/qa/console";
 
-const CALLER: Subject<'static> =
+pub(crate) const CALLER: Subject<'static> =
     Subject { names: &[CONSOLE], is_server: false, is_expired: false, serial: 100 };
 
-const SERVER: Subject<'static> = Subject { names: &["localhost"], is_server: true, ..CALLER };
+pub(crate) const SERVER: Subject<'static> = Subject { names: &["localhost"], is_server: true, ..CALLER };
 
 impl Ca {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
-    fn issue(&self, subject: Subject<'_>) -> Identity {
+    pub(crate) fn issue(&self, subject: Subject<'_>) -> Identity {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         let name = |name: &&str| match name.starts_with("spiffe:") {
             true => SanType::URI((*name).try_into().unwrap()),
@@ -294,14 +294,14 @@ fn a_revocation_list_that_is_out_of_date_lets_nobody_in() {
 }
 
 /// Puts a file in the place of another, as one step.
-fn swap(folder: &TempDir, name: &str, content: &str) {
+pub(crate) fn swap(folder: &TempDir, name: &str, content: &str) {
     let new = folder.path().join("new");
     fs::write(&new, content).unwrap();
     fs::rename(new, folder.path().join(name)).unwrap();
 }
 
 /// Waits for so many events of changed certificates, and returns what came of the last.
-fn change(gateway: &Gateway, count: usize) -> String {
+pub(crate) fn change(gateway: &Gateway, count: usize) -> String {
     let events = wait_for(&format!("{count} changes"), || {
         let mut events = records(&gateway.audit_directory(), "event");
         events.retain(|event| event["event"] == "certificate_change");

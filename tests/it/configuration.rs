@@ -39,10 +39,12 @@ fn shipped(name: &str) -> (TempDir, String) {
         fs::write(folder.path().join(secret), SECRET).unwrap();
     }
     let root_certificate = rcgen::generate_simple_self_signed(vec!["root".to_owned()]).unwrap();
-    for name in ["ca.pem", "client-ca.pem", "cert.pem"] {
+    for name in ["ca.pem", "client-ca.pem", "cert.pem", "client.pem"] {
         fs::write(folder.path().join(name), root_certificate.cert.pem()).unwrap();
     }
-    fs::write(folder.path().join("tls.key"), root_certificate.signing_key.serialize_pem()).unwrap();
+    for name in ["tls.key", "client.key"] {
+        fs::write(folder.path().join(name), root_certificate.signing_key.serialize_pem()).unwrap();
+    }
     fs::write(folder.path().join("crl.pem"), crate::callers::empty_list()).unwrap();
     let text = fs::read_to_string(format!("{root}/config/{name}")).unwrap();
     let text =

@@ -17,6 +17,7 @@ mod exchange;
 mod http2;
 mod bounds;
 mod overload;
+mod egress;
 mod token;
 mod audit;
 mod configuration;

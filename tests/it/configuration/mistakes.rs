@@ -123,6 +123,7 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
         "listeners.tls.cert_file",
         "listeners.tls.key_file",
         "upstream.base_url",
+        "upstream.client_cert_file", // both, or none
         "credentials.name",
         "credentials.app_key_file",
         "credentials.app_secret_file",
@@ -150,6 +151,15 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
             value_is("value", "\"http://service.besclouds.com\""),
             value_is("value", "\"https://user:s3cret@service.besclouds.com\""),
             value_is("value", "\"https://service.besclouds.com/path\""),
+        ]),
+        "upstream.breaker_failures" => {
+            ways.extend(["-1", "1001", "99999999999999999999"].map(|number| value_is("bounds", number)));
+        }
+        "upstream.proxy" => ways.extend([
+            value_is("value", "\"egress.internal:3128\""),
+            value_is("value", "\"https://egress.internal:3128\""),
+            value_is("value", "\"http://user:s3cret@egress.internal:3128\""),
+            value_is("value", "\"http://egress.internal\""),
         ]),
         "token.url" => ways.push(value_is("value", "\"service.besclouds.com\"")),
         "upstream.headers" => ways.extend([
@@ -183,6 +193,8 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
         "upstream.ca_file"
         | "audit.key_file"
         | "routes.contract_file"
+        | "upstream.client_cert_file"
+        | "upstream.client_key_file"
         | "listeners.tls.cert_file"
         | "listeners.tls.key_file"
         | "listeners.tls.client_ca_file"

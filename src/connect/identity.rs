@@ -1,0 +1,61 @@
+//! The gateway's own certificate, for an upstream that asks for one. Read again when its files change.
+
+use std::{path::PathBuf, sync::Arc};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    SignatureScheme, client::ResolvesClientCert, crypto::aws_lc_rs::default_provider, sign::CertifiedKey,
+};
+use sha2::{Digest as _, Sha256};
+
+use super::TlsError;
+use crate::{
+    pem,
+    watched::{Watched, follow},
+};
+
+/// A certificate and its key, as they are at present.
+#[derive(Debug)]
+pub struct Identity {
+    cert_file: PathBuf,
+    key_file: PathBuf,
+    current: ArcSwap<CertifiedKey>,
+}
+
+impl Identity {
+    /// Reads both files.
+    pub fn load(cert_file: PathBuf, key_file: PathBuf) -> Result<Arc<Self>, TlsError> {
+        let current = ArcSwap::new(read(&cert_file, &key_file)?);
+        Ok(Arc::new(Self { cert_file, key_file, current }))
+    }
+
+    /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
+    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), TlsError>)) {
+        let files = (self.cert_file.clone(), self.key_file.clone());
+        let look = move || digest(&files.0, &files.1);
+        let Ok(seen) = look() else { return };
+        let take = |_| Ok(self.current.store(read(&self.cert_file, &self.key_file)?));
+        follow(Watched::new(look, seen), take, tell).await;
+    }
+}
+
+fn read(cert_file: &PathBuf, key_file: &PathBuf) -> Result<Arc<CertifiedKey>, TlsError> {
+    let chain = pem::certificates(&pem::read(cert_file)?, cert_file)?;
+    let key = pem::key(&pem::read_key(key_file)?)?;
+    Ok(Arc::new(CertifiedKey::from_der(chain, key, &default_provider())?))
+}
+
+fn digest(cert_file: &PathBuf, key_file: &PathBuf) -> Result<[u8; 32], TlsError> {
+    let parts = Sha256::new().chain_update(Sha256::digest(pem::read(cert_file)?));
+    Ok(parts.chain_update(Sha256::digest(&*pem::read_key(key_file)?)).finalize().into())
+}
+
+impl ResolvesClientCert for Identity {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.current.load_full())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,78 @@
+//! PEM files: certificates, keys, revocation lists.
+
+use std::{
+    fs,
+    io::{self, Read as _},
+    path::Path,
+};
+
+use rustls::pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
+    pem::{self, PemObject},
+};
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+/// Nobody has a larger file.
+const MAX_FILE: u64 = 16 << 20;
+
+/// What a key's file is called. Its path is not told: somebody may have put the key itself there.
+const KEY_FILE: &str = "the key's file";
+
+/// Why a file cannot be used.
+#[derive(Debug, Error)]
+pub enum PemError {
+    /// It could not be read.
+    #[error("{0}: {1}")]
+    Read(String, io::Error),
+    /// It is not PEM.
+    #[error("{0}: {1}")]
+    Content(String, pem::Error),
+    /// It holds nothing of the kind.
+    #[error("{0} holds no {1}")]
+    Nothing(String, &'static str),
+}
+
+/// A file's bytes.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, PemError> {
+    read_as(path, path.display().to_string())
+}
+
+/// A key's bytes.
+pub(crate) fn read_key(path: &Path) -> Result<Zeroizing<Vec<u8>>, PemError> {
+    read_as(path, KEY_FILE.into()).map(Zeroizing::new)
+}
+
+fn read_as(path: &Path, name: String) -> Result<Vec<u8>, PemError> {
+    let mut bytes = Vec::new();
+    let read = fs::File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut bytes));
+    read.map(|_| bytes).map_err(|error| PemError::Read(name, error))
+}
+
+/// All certificates that a file holds; at least one.
+pub(crate) fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, PemError> {
+    list(pem, path, "certificate")
+}
+
+/// All revocation lists that a file holds; at least one.
+pub(crate) fn revocation_lists(
+    pem: &[u8],
+    path: &Path,
+) -> Result<Vec<CertificateRevocationListDer<'static>>, PemError> {
+    list(pem, path, "revocation list")
+}
+
+fn list<T: PemObject>(pem: &[u8], path: &Path, what: &'static str) -> Result<Vec<T>, PemError> {
+    let name = || path.display().to_string();
+    let items = T::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
+    let items = items.map_err(|error| PemError::Content(name(), error))?;
+    if items.is_empty() { Err(PemError::Nothing(name(), what)) } else { Ok(items) }
+}
+
+/// A key.
+pub(crate) fn key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, PemError> {
+    PrivateKeyDer::from_pem_slice(pem).map_err(|error| match error {
+        pem::Error::NoItemsFound => PemError::Nothing(KEY_FILE.into(), "private key"),
+        error => PemError::Content(KEY_FILE.into(), error),
+    })
+}

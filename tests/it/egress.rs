@@ -1,0 +1,249 @@
+//! The way out: a proxy, the gateway's own certificate, names whose addresses change.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+use rustls::{
+    RootCertStore, ServerConfig,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    server::WebPkiClientVerifier,
+};
+use tempfile::TempDir;
+use tokio::{io::copy_bidirectional, net, runtime::Builder};
+
+use crate::{
+    callers::{CALLER, Ca, SERVER, change, swap},
+    exchange::secure_sandbox,
+    support::*,
+};
+
+/// A proxy that answers CONNECT with this head and, if that is a 200, opens a tunnel. Keeps what callers sent first.
+struct Proxy {
+    address: SocketAddr,
+    heads: Arc<Mutex<Vec<String>>>,
+    bytes: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Proxy {
+    fn start(answer: &'static str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (heads, bytes) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<Mutex<Vec<_>>>::default());
+        let proxy = Self { address, heads: heads.clone(), bytes: bytes.clone() };
+        thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let (heads, bytes) = (heads.clone(), bytes.clone());
+                thread::spawn(move || serve_tunnel(stream, answer, &heads, &bytes));
+            }
+        });
+        proxy
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+fn serve_tunnel(
+    mut stream: TcpStream,
+    answer: &str,
+    heads: &Mutex<Vec<String>>,
+    bytes: &Arc<Mutex<Vec<u8>>>,
+) -> Option<()> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).ok()?;
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8(head).unwrap();
+    let port = head.split(' ').nth(1)?.rsplit(':').next()?.to_owned();
+    heads.lock().unwrap().push(head);
+    stream.write_all(answer.as_bytes()).ok()?;
+    if !answer.contains("200") {
+        return None;
+    }
+    let upstream = TcpStream::connect(format!("127.0.0.1:{port}")).ok()?;
+    let (mut from, mut to) = (stream.try_clone().ok()?, upstream.try_clone().ok()?);
+    let bytes = bytes.clone();
+    thread::spawn(move || {
+        let mut piece = [0; 4096];
+        while let Some(length) = from.read(&mut piece).ok().filter(|length| *length > 0) {
+            bytes.lock().unwrap().extend_from_slice(&piece[..length]);
+            if to.write_all(&piece[..length]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Write);
+    });
+    std::io::copy(&mut &upstream, &mut stream).ok().map(drop)
+}
+
+#[test]
+fn through_a_proxy_the_cloud_is_reached_and_the_proxy_sees_nothing() {
+    let (secure, setup) = secure_sandbox();
+    let proxy = Proxy::start("HTTP/1.1 200 Connection established\r\nVia: 1.1 egress\r\n\r\n");
+    let gateway = start_with(&secure, setup.set("upstream.proxy", proxy.url()));
+    let reply = gateway.call();
+    assert_eq!(reply.outcome(), "succeeded", "{reply:?} {}", gateway.log());
+    assert_eq!((secure.requests().len(), secure.token_calls().len()), (1, 1));
+    let port = |url: String| url.rsplit(':').next().unwrap().split('/').next().unwrap().to_owned();
+    let heads = proxy.heads.lock().unwrap().clone();
+    for port in [port(secure.url()), port(secure.token_url())] {
+        let head = format!("CONNECT localhost:{port} HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n");
+        assert!(heads.contains(&head), "{heads:?}");
+    }
+    assert_eq!(secure.connections().accepted as usize, heads.len(), "no way around it");
+    let bytes = proxy.bytes.lock().unwrap();
+    let holds = |text: &str| bytes.windows(text.len()).any(|part| part == text.as_bytes());
+    assert!(holds("localhost"), "the control: the server's name is not hidden");
+    assert!(!holds("Bearer") && !holds("954645333549048833") && !holds("sandbox-app"));
+}
+
+#[test]
+fn a_proxy_that_opens_no_tunnel_is_an_upstream_that_cannot_be_reached() {
+    for answer in [
+        "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n",
+        "HTTP/1.1 502 Bad Gateway\r\n\r\n",
+        "HTTP/1.1 200 OK\r\n\r\nand more",
+        "220 smtp.example.org\r\n\r\n",
+        "",
+    ] {
+        let (secure, setup) = secure_sandbox();
+        let plain = sandbox();
+        let proxy = Proxy::start(answer);
+        // The token comes from elsewhere, so that the request gets as far as the upstream.
+        let setup = Setup { token_url: Some(plain.token_url()), ..setup };
+        let setup = setup.set("upstream.connect_timeout", "1s").set("upstream.proxy", proxy.url());
+        let gateway = start_with(&plain, setup);
+        let reply = gateway.call();
+        assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"), "{answer}");
+        assert_eq!(proxy.heads.lock().unwrap().len(), 1, "{answer}");
+        assert_eq!(secure.connections().accepted, u64::from(answer.contains("200")), "{answer}");
+        assert_eq!(secure.requests().len(), 0);
+        let metrics = gateway.admin("/metrics").body;
+        assert!(metrics.contains(r#"upstream_connects_total{result="proxy"} 1"#), "{answer}: {metrics}");
+    }
+}
+
+/// A relay in front of the sandbox that asks for a certificate of this CA.
+fn guard(ca: &Ca, upstream: SocketAddr) -> SocketAddr {
+    let server = ca.issue(SERVER);
+    let mut roots = RootCertStore::empty();
+    roots.add(ca.0.der().clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
+    let chain = CertificateDer::pem_slice_iter(server.certificate.as_bytes()).map(Result::unwrap);
+    let key = PrivateKeyDer::from_pem_slice(server.key.as_bytes()).unwrap();
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_client_cert_verifier(clients.build().unwrap())
+        .with_single_cert(chain.collect(), key)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    thread::spawn(move || {
+        Builder::new_current_thread().enable_all().build().unwrap().block_on(async move {
+            let listener = net::TcpListener::from_std(listener).unwrap();
+            while let Ok((stream, _)) = listener.accept().await {
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move {
+                    let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                    let mut upstream = net::TcpStream::connect(upstream).await.unwrap();
+                    let _ = copy_bidirectional(&mut stream, &mut upstream).await;
+                });
+            }
+        });
+    });
+    address
+}
+
+#[test]
+fn an_upstream_that_asks_for_a_certificate_gets_the_gateways_own_which_may_change() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let address = guard(&ca, sandbox.address());
+    let folder = Arc::new(TempDir::new().unwrap());
+    fs::write(folder.path().join("ca.pem"), ca.0.pem()).unwrap();
+    let place = |identity: &crate::callers::Identity| {
+        swap(&folder, "client.key", &identity.key);
+        swap(&folder, "client.pem", &identity.certificate);
+    };
+    let setup = || Setup {
+        base_url: Some(format!("https://localhost:{}", address.port())),
+        folder: Some(folder.clone()),
+        ..Setup::default()
+    };
+    let setup = || setup().set("upstream.ca_file", "ca.pem").set("upstream.idle_timeout", "10ms");
+    // By TLS 1.3 a client may speak before the server has looked at its certificate, so that this looks as if the
+    // request had arrived.
+    assert_eq!(start_with(&sandbox, setup()).call().outcome(), "unknown", "none");
+
+    let with_identity = || {
+        setup().set("upstream.client_cert_file", "client.pem").set("upstream.client_key_file", "client.key")
+    };
+    place(&Ca::new().issue(CALLER));
+    let gateway = start_with(&sandbox, with_identity());
+    assert_eq!(gateway.call().outcome(), "unknown", "of another CA");
+    assert_eq!(sandbox.requests().len(), 0);
+    place(&ca.issue(CALLER));
+    // The key and the certificate may be seen one after the other.
+    wait_for("a connection", || {
+        thread::sleep(Duration::from_millis(100));
+        (gateway.call().outcome() == "succeeded").then_some(())
+    });
+    assert_eq!(sandbox.requests().len(), 1);
+    let changes = records(&gateway.audit_directory(), "event");
+    let changes = changes.iter().filter(|event| event["event"] == "certificate_change").count();
+    swap(&folder, "client.pem", "rubbish");
+    assert_eq!(change(&gateway, changes + 1), "refused");
+    thread::sleep(Duration::from_millis(20)); // beyond idle_timeout: the next one is a new connection
+    assert_eq!(gateway.call().outcome(), "succeeded", "the old one stays in use");
+}
+
+#[test]
+fn an_address_that_changes_is_noticed_and_one_that_is_lost_is_used_on() {
+    let name = "ccsqm.example";
+    let (ca, tls) = crate::exchange::certificate(name, false);
+    let options = ccsqm_gateway::sandbox::Options { tls: Some(tls), ..Default::default() };
+    let sandbox = ccsqm_gateway::sandbox::Sandbox::start(options).unwrap();
+    let folder = Arc::new(TempDir::new().unwrap());
+    let hosts = folder.path().join("hosts");
+    fs::write(folder.path().join("ca.pem"), ca).unwrap();
+    fs::write(&hosts, format!("127.0.0.1 {name}\n")).unwrap();
+    let mount = format!("mount --bind {} /etc/hosts && exec \"$@\"", hosts.display());
+    let through = ["unshare", "--mount", "sh", "-c", &mount, "sh"].map(str::to_owned).into();
+    let url = format!("https://{name}:{}", sandbox.address().port());
+    let setup = Setup {
+        base_url: Some(url.clone()),
+        token_url: Some(format!("{url}/apigovernance/api/oauth/tokenByAkSk")),
+        folder: Some(folder),
+        through,
+        ..Setup::default()
+    };
+    let setup = setup.set("upstream.ca_file", "ca.pem").set("upstream.idle_timeout", "10ms");
+    let gateway = start_with(&sandbox, setup);
+    let outcome = || {
+        thread::sleep(Duration::from_millis(20)); // beyond idle_timeout: each is a new connection
+        gateway.call().outcome().to_owned()
+    };
+    assert_eq!(outcome(), "succeeded");
+    fs::write(&hosts, "").unwrap();
+    let begin = std::time::Instant::now();
+    while begin.elapsed() < Duration::from_secs(7) {
+        assert_eq!(outcome(), "succeeded", "no answer of the resolver");
+    }
+    assert!(gateway.log().contains("its last addresses are used"), "the control");
+    fs::write(&hosts, format!("127.0.0.2 {name}\n")).unwrap(); // nobody is there
+    wait_for("the new address", || (outcome() == "not_sent").then_some(()));
+    fs::write(&hosts, format!("127.0.0.1 {name}\n")).unwrap();
+    wait_for("the old address", || (outcome() == "succeeded").then_some(()));
+}
