@@ -119,7 +119,7 @@ pub enum Code {
     ExpectationFailed,
     /// The body did not arrive in time.
     BodyTimeout,
-    /// The body ended early.
+    /// The body ended early, or its framing is not plain.
     BodyIncomplete,
     /// The body is not strict JSON.
     BodyNotJson,
@@ -244,6 +244,12 @@ impl Code {
             | Self::CallerLeft => StatusCode::SERVICE_UNAVAILABLE,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
         }
+    }
+
+    /// Whether somebody on the way may see another request in these bytes, or another end of it, than the gateway
+    /// does: nothing behind it on its connection is believed (RFC 9112 §11.2).
+    pub const fn is_ambiguous(self) -> bool {
+        matches!(self, Self::HeadInvalid | Self::BodyIncomplete)
     }
 }
 
@@ -401,7 +407,7 @@ impl From<NotReceived> for Error {
             NotReceived::MediaType | NotReceived::ContentCoding => Code::MediaTypeUnsupported,
             NotReceived::TooLarge(_) => Code::BodyTooLarge,
             NotReceived::Timeout(_) => Code::BodyTimeout,
-            NotReceived::Incomplete => Code::BodyIncomplete,
+            NotReceived::Incomplete | NotReceived::Trailers => Code::BodyIncomplete,
         };
         Self::not_sent(code, not_received)
     }

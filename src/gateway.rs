@@ -97,7 +97,8 @@ impl Gateway {
                 record.refuse(error.code, error.code.status().as_u16());
                 self.metrics.refused(stage, error.outcome, error.code, took(begin));
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
-                let clean = Box::pin(linger(&inbound, body)).await && !from.surplus;
+                let is_read = Box::pin(linger(&inbound, body)).await;
+                let clean = is_read && !from.surplus && !error.code.is_ambiguous();
                 refuse(&error, stage, id, clean)
             }
         };

@@ -31,6 +31,10 @@ pub enum NotReceived {
     /// Ended early, or its framing is broken.
     #[error("the body ended before its announced length, or its chunks are malformed")]
     Incomplete,
+    /// Fields behind the last chunk. Nobody needs them, and hyper reads on to the next empty line when they begin
+    /// with a bare LF, where others see the end of the body.
+    #[error("the body must be sent without trailers")]
+    Trailers,
 }
 
 /// Bounds of one body.
@@ -83,7 +87,8 @@ async fn collect(body: &mut Incoming, limit: usize) -> Result<Bytes, NotReceived
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     while let Some(frame) = body.frame().await {
-        let Ok(data) = frame.map_err(|_| NotReceived::Incomplete)?.into_data() else { continue };
+        let frame = frame.map_err(|_| NotReceived::Incomplete)?;
+        let data = frame.into_data().map_err(|_| NotReceived::Trailers)?;
         if first.len() + rest.len() + data.len() > limit {
             return Err(NotReceived::TooLarge(limit));
         }

@@ -245,6 +245,45 @@ fn after_a_refusal_whose_body_was_read_the_connection_serves_on() {
 }
 
 #[test]
+fn behind_a_request_that_others_may_read_otherwise_nothing_is_believed() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let plain = head(BODY.len(), "").replace("connection: close\r\n", "") + BODY;
+    let length = format!("content-length: {}", BODY.len());
+    let framed = |coding: &str, last: &str| {
+        let head = plain.replace(&length, coding).replace(BODY, "");
+        format!("{head}{:x}\r\n{BODY}\r\n{last}", BODY.len())
+    };
+    let chunked = "transfer-encoding: chunked";
+    for (case, first, code) in [
+        ("a control", plain.clone(), ""),
+        ("a chunked control", framed(chunked, "0\r\n\r\n"), ""),
+        ("two codings", framed("transfer-encoding: chunked, chunked", "0\r\n\r\n"), "head_invalid"),
+        ("two hosts", plain.replace("host:", "host: localhost\r\nhost:"), "head_invalid"),
+        ("Connection", plain.replace("host:", "connection: x-userid\r\nhost:"), "head_invalid"),
+        ("HTTP/1.0", plain.replace("HTTP/1.1", "HTTP/1.0\r\nconnection: keep-alive"), "head_invalid"),
+        ("a trailer", framed(chunked, "0\r\nx-more: a\r\n\r\n"), "body_incomplete"),
+        // hyper takes what follows the bare LF, up to the next empty line, for trailers.
+        ("a bare LF", framed(chunked, "0\r\n\nGET / HTTP/1.1\r\nhost: localhost\r\n\r\n"), "body_incomplete"),
+        ("a bare LF behind a trailer", framed(chunked, "0\r\na: b\r\n\nGET\r\n\r\n"), "body_incomplete"),
+    ] {
+        let before = sandbox.requests().len();
+        let mut stream = TcpStream::connect(gateway.address).unwrap();
+        stream.write_all((first + &plain).as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let text = read_to_close(stream);
+        let (answers, sent) = if code.is_empty() { (2, 2) } else { (1, 0) };
+        assert_eq!(text.matches("x-gateway-request-id: ").count(), answers, "{case}: {text}");
+        assert_eq!(
+            text.contains("connection: close") && text.contains(code),
+            !code.is_empty(),
+            "{case}: {text}"
+        );
+        assert_eq!(sandbox.requests().len() - before, sent, "{case}");
+    }
+}
+
+#[test]
 fn a_head_that_is_too_large_or_no_http_is_refused_and_counted() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
