@@ -271,6 +271,7 @@ pub async fn serve(
             .keep_alive(!surplus)
             .writev(false) // one buffer and send(2) cost less than two and writev(2)
             .max_buf_size(MAX_HEAD)
+            .max_header_size(MAX_HEAD) // by itself the bound above lets a head of twice the size pass
             .serve_connection(TokioIo::new(socket), service)
     );
     let mut alarm = Alarm::new();
