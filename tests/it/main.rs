@@ -24,3 +24,4 @@ mod configuration;
 mod operations;
 mod secrets;
 mod budgets;
+mod hostile;
