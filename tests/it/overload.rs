@@ -1,12 +1,17 @@
 //! More work than the upstream does, and an upstream that is not well.
 
 use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use ccsqm_gateway::sandbox::Sandbox;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::support::*;
 
@@ -189,4 +194,135 @@ fn under_five_times_the_load_as_much_is_done_and_the_rest_is_refused_at_once() {
     assert!(refused.len() > 2 * goodput, "{} refused, {goodput} done", refused.len());
     assert!(goodput * 10 >= peak * 9, "{goodput} of {peak}");
     assert!(median < Duration::from_millis(40), "{median:?}"); // 10 ms, with a margin of four
+}
+
+/// A caller's connection that stays open.
+struct Kept(TcpStream);
+
+impl Kept {
+    fn open(gateway: &Gateway) -> Self {
+        Self(TcpStream::connect(gateway.address).unwrap())
+    }
+
+    fn call(&mut self) -> Reply {
+        let keep = head(BODY.len(), "").replace("connection: close\r\n", "");
+        self.0.write_all((keep + BODY).as_bytes()).unwrap();
+        let (mut bytes, mut piece) = (Vec::new(), [0; 4096]);
+        loop {
+            let length = self.0.read(&mut piece).unwrap();
+            assert!(length > 0, "closed behind {}", String::from_utf8_lossy(&bytes));
+            bytes.extend_from_slice(&piece[..length]);
+            let reply = parse_reply(&String::from_utf8_lossy(&bytes));
+            if reply
+                .headers
+                .get("content-length")
+                .is_some_and(|length| *length == reply.body.len().to_string())
+            {
+                return reply;
+            }
+        }
+    }
+}
+
+#[test]
+fn without_a_file_descriptor_left_who_is_connected_is_served_and_others_are_later() {
+    let sandbox = sandbox();
+    let through = vec!["prlimit".to_owned(), "--nofile=64:64".to_owned()];
+    let gateway = start_with(&sandbox, Setup { through, ..Setup::default() });
+    let mut kept = Kept::open(&gateway);
+    assert_eq!(kept.call().outcome(), "succeeded");
+    let flood: Vec<_> = (0..200).map(|_| TcpStream::connect(gateway.address).unwrap()).collect();
+    wait_for("the flood", || gateway.log().contains("accept failed").then_some(()));
+    for _ in 0..20 {
+        assert_eq!(kept.call().outcome(), "succeeded");
+    }
+    drop(flood);
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_eq!((sandbox.requests().len(), gateway.records("outcome", 22).len()), (22, 22));
+}
+
+#[test]
+fn ten_thousand_idle_connections_and_a_thousand_slow_ones_cost_a_good_caller_nothing() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    let sandbox = sandbox();
+    let setup = Setup::default()
+        .set("server.max_connections", 12_000)
+        .set("server.header_timeout", "3s")
+        .set("server.idle_timeout", "10m");
+    let gateway = start_with(&sandbox, setup);
+    let memory = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()
+    };
+    let mut good = Kept::open(&gateway);
+    assert_eq!(good.call().outcome(), "succeeded");
+    let before = memory();
+    let open = |_| {
+        let mut caller = Kept::open(&gateway);
+        assert_eq!(caller.call().outcome(), "succeeded");
+        caller
+    };
+    let mut idle: Vec<_> = (0..10_000).map(open).collect();
+    let each = (memory() - before) / 10; // of a thousand, in KiB: bytes, nearly
+    println!("{each} bytes for an idle connection, {} KiB before", before);
+    let begin = Instant::now();
+    let whole = head(BODY.len(), "");
+    let slow: Vec<_> = (0..1000)
+        .map(|_| {
+            let mut stream = TcpStream::connect(gateway.address).unwrap();
+            stream.write_all(&whole.as_bytes()[..60]).unwrap();
+            stream
+        })
+        .collect();
+    let closed = || {
+        let metrics = gateway.admin("/metrics").body;
+        metrics.contains("connections_closed_total{reason=\"header_timeout\"} 1000\n").then_some(())
+    };
+    wait_for("the end of the slow ones", || {
+        assert_eq!(good.call().outcome(), "succeeded");
+        assert_eq!(gateway.call().outcome(), "succeeded");
+        closed()
+    });
+    assert!(begin.elapsed() < Duration::from_secs(12), "{:?} for 3 s", begin.elapsed());
+    for mut stream in slow {
+        assert_eq!(stream.read(&mut [0]).unwrap_or(0), 0);
+    }
+    assert_eq!(idle[5000].call().outcome(), "succeeded", "the idle ones are still there");
+    assert!(each < 40_000, "{each} bytes for an idle connection");
+}
+
+/// A machine that was suspended is one whose wall clock has jumped.
+#[test]
+fn jumps_of_the_wall_clock_change_nothing_but_the_token() {
+    let sandbox = sandbox();
+    let folder = Arc::new(TempDir::new().unwrap());
+    let clock = folder.path().join("clock");
+    let library = compile("overload/clock");
+    let through =
+        ["env", &format!("LD_PRELOAD={}", library.display()), &format!("CLOCK={}", clock.display())];
+    let setup =
+        Setup { through: through.map(str::to_owned).into(), folder: Some(folder), ..Setup::default() };
+    let gateway = start_with(&sandbox, setup);
+    let mut kept = Kept::open(&gateway);
+    let key = |number: usize| format!("idempotency-key: key-{number}\r\n");
+    assert_eq!(gateway.post_with(&key(0)).outcome(), "succeeded");
+    for (number, hours) in [1, -1, 2, 0, -2].into_iter().enumerate() {
+        std::fs::write(&clock, (hours * 3600).to_string()).unwrap();
+        assert_eq!(kept.call().outcome(), "succeeded", "{hours} h");
+        assert_eq!(gateway.post_with(&key(number + 1)).outcome(), "succeeded", "{hours} h");
+        for earlier in 0..=number + 1 {
+            assert_eq!(gateway.post_with(&key(earlier)).outcome(), "replayed", "{hours} h");
+        }
+    }
+    assert!(sandbox.requests().iter().all(|request| request.status == Some(200)), "no dead token was sent");
+    assert!(sandbox.token_calls().len() >= 2, "the control: the clock has jumped");
+    assert_eq!(sandbox.requests().len(), 11);
+    let times: Vec<_> =
+        gateway.records("intent", 11).iter().map(|intent| intent["time"].to_string()).collect();
+    assert!(!times.is_sorted(), "the control: so it stands in the trail");
+    let audit = gateway.audit_directory();
+    assert_eq!(command(&["audit", "verify", audit.to_str().unwrap()]).0, 0);
+    assert_eq!(command(&["audit", "in-doubt", audit.to_str().unwrap()]).0, 0);
 }

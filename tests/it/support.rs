@@ -322,6 +322,17 @@ pub(crate) fn records(directory: &Path, kind: &str) -> Vec<Value> {
         .collect()
 }
 
+/// Compiles a C source of the suite to a library that can be preloaded.
+pub(crate) fn compile(source: &str) -> PathBuf {
+    let target =
+        PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(source.replace('/', "-")).with_extension("so");
+    let source = format!("{}/tests/it/{source}.c", env!("CARGO_MANIFEST_DIR"));
+    let compiled =
+        Command::new("cc").args(["-O1", "-shared", "-fPIC", "-o"]).arg(&target).arg(source).status();
+    assert!(compiled.unwrap().success());
+    target
+}
+
 /// Polls for something that must come about soon.
 pub(crate) fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + Duration::from_secs(30);

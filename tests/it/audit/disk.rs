@@ -11,14 +11,7 @@ use tempfile::TempDir;
 use super::*;
 
 /// The library, compiled once.
-static PRELOAD: LazyLock<PathBuf> = LazyLock::new(|| {
-    let target = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("disk.so");
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/audit/disk.c");
-    let compiled =
-        Command::new("cc").args(["-O1", "-shared", "-fPIC", "-o"]).arg(&target).arg(source).status();
-    assert!(compiled.unwrap().success());
-    target
-});
+static PRELOAD: LazyLock<PathBuf> = LazyLock::new(|| compile("audit/disk"));
 
 /// What a test asks of the disk, and what the disk tells.
 struct Disk(TempDir);
