@@ -4,6 +4,7 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
@@ -15,6 +16,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use crate::{
     admission::{Bounds, Hosts},
     audit::Audit,
+    config::LOOPBACK_NOTICE,
     idempotency::Idempotency,
     metrics::Metrics,
     state::State,
@@ -25,7 +27,7 @@ pub struct Admin {
     /// Further names of `Host` at `/status`.
     pub hosts: Vec<String>,
     /// The compiled configuration.
-    pub state: Arc<State>,
+    pub state: Arc<ArcSwap<State>>,
     /// The audit trail.
     pub audit: Audit,
     /// The calls of the window.
@@ -36,8 +38,6 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
     /// Where callers connect.
     pub addresses: Vec<String>,
-    /// What must be said about the callers.
-    pub notice: Option<&'static str>,
 }
 
 /// Open connections; further ones are closed at once.
@@ -86,7 +86,11 @@ impl Admin {
             "/livez" => reply(StatusCode::OK, TEXT, "ok\n"),
             "/readyz" => self.ready(),
             "/metrics" => {
-                match self.metrics.render(&self.bounds, self.idempotency.keys(), self.state.quota.share()) {
+                match self.metrics.render(
+                    &self.bounds,
+                    self.idempotency.keys(),
+                    self.state.load().quota.share(),
+                ) {
                     Ok(text) => reply(StatusCode::OK, TEXT, text),
                     Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
                 }
@@ -115,7 +119,7 @@ impl Admin {
         if self.idempotency.holds_all_up() {
             reasons.push("the keys of earlier calls are still being read".into());
         }
-        for status in self.state.slots.iter().map(|slot| slot.status()) {
+        for status in self.state.load().slots.iter().map(|slot| slot.status()) {
             if !status.had_token {
                 reasons.push(format!("no token yet for credential {}", status.name));
             }
@@ -126,13 +130,10 @@ impl Admin {
     }
 
     fn status(&self) -> Value {
-        let routes: Vec<_> = self
-            .state
-            .routes
-            .iter()
-            .map(|route| json!({ "name": *route.name, "path": route.path }))
-            .collect();
-        let credentials: Vec<_> = self.state.slots.iter().map(|slot| json!(slot.status())).collect();
+        let state = self.state.load();
+        let routes: Vec<_> =
+            state.routes.iter().map(|route| json!({ "name": *route.name, "path": route.path })).collect();
+        let credentials: Vec<_> = state.slots.iter().map(|slot| json!(slot.status())).collect();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "listeners": self.addresses,
@@ -140,11 +141,11 @@ impl Admin {
             "connections": self.bounds.connections(),
             "requests_in_flight": self.bounds.in_flight(),
             "audit_healthy": self.audit.healthy(),
-            "upstream_suspended": self.state.terms.breaker.is_suspended(),
+            "upstream_suspended": state.terms.breaker.is_suspended(),
             "idempotency": self.idempotency.status(),
             "routes": routes,
             "credentials": credentials,
-            "notice": self.notice,
+            "notice": state.trusts_loopback.then_some(LOOPBACK_NOTICE),
         })
     }
 }

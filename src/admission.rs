@@ -77,7 +77,7 @@ pub struct Caller {
     /// Other operators it may name.
     pub operators: Vec<HeaderValue>,
     /// Its own limit.
-    pub limit: Limiter,
+    pub limit: Arc<Limiter>,
     /// A header that its requests must carry. No secret: an app that can be made to send requests, as by a URL
     /// that it fetches, can rarely be made to send a header; nor can a page in a browser.
     pub require_header: Option<HeaderName>,
@@ -167,11 +167,11 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// Compiles the callers of a configuration.
-    pub fn new(callers: &[config::Caller]) -> Self {
+    /// Compiles the callers of a configuration. Those that have limits already, by name, go on with what is spent.
+    pub fn new(callers: &[config::Caller], limits: &HashMap<Arc<str>, Arc<Limiter>>) -> Self {
         let mut admission = Self::default();
         for (index, raw) in callers.iter().enumerate() {
-            let caller = Arc::new(Caller::new(index, raw));
+            let caller = Arc::new(Caller::new(index, raw, limits.get(raw.name.as_str())));
             match &raw.peer {
                 PeerRule::Loopback | PeerRule::Network(_) => {
                     raw.peer.networks().iter().for_each(|network| admission.add(*network, &caller));
@@ -182,6 +182,13 @@ impl Admission {
             }
         }
         admission
+    }
+
+    /// The limits of all callers, by name.
+    pub fn limits(&self) -> HashMap<Arc<str>, Arc<Limiter>> {
+        let Self { networks, prefixes: _, names, uids, gids } = self;
+        let callers = networks.values().chain(names.values()).chain(uids.values()).chain(gids.values());
+        callers.map(|caller| (caller.name.clone(), caller.limit.clone())).collect()
     }
 
     fn add(&mut self, network: IpNet, caller: &Arc<Caller>) {
@@ -231,13 +238,20 @@ impl Admission {
 }
 
 impl Caller {
-    fn new(index: usize, raw: &config::Caller) -> Self {
+    fn new(index: usize, raw: &config::Caller, limit: Option<&Arc<Limiter>>) -> Self {
+        let limit = match limit {
+            Some(limit) => {
+                limit.set(raw.rate_limit);
+                limit.clone()
+            }
+            None => Arc::new(Limiter::new(raw.rate_limit)),
+        };
         Self {
             index,
             name: raw.name.as_str().into(),
             operator: operator(&raw.operator_id),
             operators: raw.operators.iter().map(|id| operator(id)).collect(),
-            limit: Limiter::new(raw.rate_limit),
+            limit,
             require_header: raw.require_header.clone(),
             frozen: raw.frozen,
         }
@@ -452,7 +466,7 @@ mod tests {
                 name: name.into(),
                 operator: HeaderValue::from_static("1"),
                 operators: Vec::new(),
-                limit: Limiter::unlimited(),
+                limit: Arc::new(Limiter::unlimited()),
                 require_header: None,
                 frozen: false,
             });

@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use arc_swap::ArcSwap;
 use http::uri::Authority;
 use serde_json::{Map, Value, json};
 use tokio::{
@@ -31,6 +32,7 @@ use crate::{
     gateway::Gateway,
     idempotency::Idempotency,
     metrics::Metrics,
+    reload::{Reload, Source},
     server::{self, Bound, connection::Deadlines},
     state::State,
     token::Slot,
@@ -53,7 +55,7 @@ const LOW_WATER: u64 = 64 << 20;
 pub struct App {
     config: Config,
     background: Runtime,
-    state: Arc<State>,
+    state: Arc<ArcSwap<State>>,
     audit: Audit,
     idempotency: Arc<Idempotency>,
     metrics: Arc<Metrics>,
@@ -90,7 +92,7 @@ impl App {
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit));
         let slots = slots(&config, &egress, &parts.token, &audit)?;
-        let state = Arc::new(State::new(&config, slots, parts.breaker)?);
+        let state = Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.breaker)?));
         let (alive, done) = mpsc::channel(1);
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
         let bound = config.listeners.iter().map(|listener| {
@@ -128,7 +130,8 @@ impl App {
 
     /// Serves until `stop` is over, then drains: no new connections, work in flight runs to its end or to
     /// `drain_timeout`, and the audit trail closes last.
-    pub fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    /// With a `source` the configuration changes while it serves: see [`crate::reload`].
+    pub fn run(self, stop: impl Future<Output = ()>, source: Option<Source>) -> anyhow::Result<()> {
         let Self {
             config,
             background,
@@ -216,8 +219,12 @@ impl App {
             })
             .collect::<io::Result<Vec<JoinHandle<_>>>>()?;
         background.block_on(async {
-            for slot in &state.slots {
+            for slot in &state.load().slots {
                 tokio::spawn(slot.clone().run());
+            }
+            if let Some(source) = source {
+                let reload = Reload::new(source, config.clone(), state.clone(), audit.clone());
+                tokio::spawn(reload.run());
             }
             let admin_state = Admin {
                 hosts: config.admin.hosts.clone(),
@@ -227,7 +234,6 @@ impl App {
                 bounds: bounds.clone(),
                 metrics: metrics.clone(),
                 addresses,
-                notice: config.trusts_loopback().then_some(LOOPBACK_NOTICE),
             };
             tokio::spawn(admin::serve(admin, Arc::new(admin_state)));
             // Without systemd there is nobody to tell, and that is no error.

@@ -13,7 +13,7 @@ use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use ccsqm_gateway::config::{Config, Log, LogFormat, Problems};
 use clap::{Parser, Subcommand};
-use tracing_subscriber::{filter::Targets, prelude::*};
+use tracing_subscriber::{filter::Targets, prelude::*, reload};
 
 /// Exit code of a bad configuration (`EX_CONFIG`).
 const BAD_CONFIGURATION: u8 = 78;
@@ -83,8 +83,8 @@ pub(crate) fn run() -> ExitCode {
     })
 }
 
-/// Logs to stderr, as configured. A panic is logged, too.
-fn log(log: &Log) {
+/// Logs to stderr, as configured. A panic is logged, too. Returns what sets another level.
+fn log(log: &Log) -> Box<dyn Fn(&str) + Send> {
     let filter: Targets = log.level.parse().unwrap_or_default();
     let json = match log.format {
         LogFormat::Auto => !std::io::stderr().is_terminal(),
@@ -93,6 +93,8 @@ fn log(log: &Log) {
     };
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let layer = if json { layer.json().boxed() } else { layer.boxed() };
+    let (filter, level) = reload::Layer::new(filter);
     tracing_subscriber::registry().with(layer.with_filter(filter)).init();
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "panic")));
+    Box::new(move |text| drop(level.reload(text.parse::<Targets>().unwrap_or_default())))
 }

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::BodyExt;
@@ -35,8 +36,8 @@ use crate::{
 /// What one worker needs to answer requests.
 #[derive(Debug)]
 pub struct Gateway {
-    /// Everything compiled from the configuration.
-    pub state: Arc<State>,
+    /// Everything compiled from the configuration that is in effect.
+    pub state: Arc<ArcSwap<State>>,
     /// The upstream connections of this worker.
     pub pool: Arc<Pool>,
     /// The exchanges on them.
@@ -81,7 +82,8 @@ impl Gateway {
         }
         let target = (&head.method, &head.uri);
         let proxied = {
-            let proxied = pin!(self.proxy(from, target, &inbound, &mut body, &mut record));
+            let state = self.state.load_full(); // one configuration for the whole request
+            let proxied = pin!(self.proxy(&state, from, (target, &inbound), &mut body, &mut record));
             survive(proxied).await
         };
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
@@ -115,14 +117,12 @@ impl Gateway {
     /// sent before, and nothing leaves before its intent is safe.
     async fn proxy(
         &self,
+        state: &State,
         from: Arrival<'_>,
-        target: (&Method, &Uri),
-        head: &Inbound<'_>,
+        (target, head): ((&Method, &Uri), &Inbound<'_>),
         body: &mut Incoming,
         record: &mut Record,
     ) -> Result<Reply, Error> {
-        let state = &self.state;
-
         let room = self.bounds.request(from.surplus)?;
         let known = state.admission.recognise((from.peer, from.names), from.hosts, head)?;
         let caller = known.caller();
@@ -154,7 +154,7 @@ impl Gateway {
             id: record.id(),
         };
         if routed.is_dry_run {
-            return Box::pin(self.rehearse(from, &routed, (call, head), &checked, record)).await;
+            return Box::pin(self.rehearse(state, from, &routed, (call, head), &checked, record)).await;
         }
         let claim = match self.idempotency.begin(call, head)? {
             Begun::Claim(claim) => claim,
@@ -214,13 +214,13 @@ impl Gateway {
     /// remembered, and the answer is what would be sent.
     async fn rehearse(
         &self,
+        state: &State,
         from: Arrival<'_>,
         routed: &Routed<'_>,
         (call, head): (Call<'_>, &Inbound<'_>),
         body: &CheckedBody,
         record: &mut Record,
     ) -> Result<Reply, Error> {
-        let state = &self.state;
         let would = self.idempotency.look(call, head)?;
 
         record.enter(Stage::Token);

@@ -45,6 +45,7 @@ pub mod error; // failure to status, code and text
 pub mod app; // composition root
 pub mod state; // the compiled configuration
 pub mod config; // the validated configuration
+pub mod reload; // a configuration that changes
 pub mod clock; // the time, read once a turn
 mod json; // strict JSON, for bodies and replies
 pub mod connect; // TCP and TLS to the upstream and to the token endpoint

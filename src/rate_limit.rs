@@ -15,22 +15,15 @@ use thiserror::Error;
 use crate::{clock, config::Limit};
 pub use quota::Quota;
 
-/// A limit and its state.
+/// A limit and its state. Times are in nanoseconds.
 #[derive(Debug)]
 pub struct Limiter {
-    rate: Rate,
-    /// What one request costs at present, in nanoseconds; the rate's own interval, or more.
+    /// What one request costs at present: as configured, or more.
     interval: AtomicU64,
-    /// Nanoseconds of this process at which the bucket is full again.
-    arrival: AtomicU64,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Rate {
-    /// Nanoseconds that one request costs.
-    interval: u64,
     /// How far the theoretical arrival may lie ahead before a request is refused.
-    tolerance: u64,
+    tolerance: AtomicU64,
+    /// Of this process, at which the bucket is full again.
+    arrival: AtomicU64,
 }
 
 /// The limit is spent.
@@ -44,17 +37,20 @@ pub struct Spent {
 impl Limiter {
     /// A full bucket.
     pub fn new(limit: Limit) -> Self {
-        Self::of(Rate::new(limit))
+        let [interval, tolerance] = [interval(limit), tolerance(limit)].map(AtomicU64::new);
+        Self { interval, tolerance, arrival: AtomicU64::new(0) }
     }
 
     /// A limit that never refuses.
     #[cfg(test)]
     pub(crate) fn unlimited() -> Self {
-        Self::of(Rate { interval: 0, tolerance: 0 })
+        Self { interval: AtomicU64::new(0), tolerance: AtomicU64::new(0), arrival: AtomicU64::new(0) }
     }
 
-    fn of(rate: Rate) -> Self {
-        Self { rate, interval: AtomicU64::new(rate.interval), arrival: AtomicU64::new(0) }
+    /// Another limit from now on. What is spent stays spent.
+    pub fn set(&self, limit: Limit) {
+        self.interval.store(interval(limit), Ordering::Relaxed);
+        self.tolerance.store(tolerance(limit), Ordering::Relaxed);
     }
 
     /// Takes one request's worth, or says when to come back.
@@ -65,7 +61,7 @@ impl Limiter {
     /// Says what [`Limiter::take`] would, and takes nothing.
     pub fn look(&self) -> Result<(), Spent> {
         let (now, arrival) = (clock::nanos(), self.arrival.load(Ordering::Relaxed));
-        let wait = arrival.saturating_sub(now + self.rate.tolerance);
+        let wait = arrival.saturating_sub(now + self.tolerance.load(Ordering::Relaxed));
         if wait == 0 { Ok(()) } else { Err(Spent { retry_after: Duration::from_nanos(wait) }) }
     }
 
@@ -77,20 +73,21 @@ impl Limiter {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| Some(arrival.max(now) + interval));
     }
 
-    /// From now on a share of the rate passes, and of the burst.
-    fn slow_down(&self, share: f64) {
-        let interval = Duration::from_nanos(self.rate.interval).div_f64(share);
+    /// From now on a share of this rate passes, and of its burst.
+    fn slow_down(&self, limit: Limit, share: f64) {
+        let interval = Duration::from_nanos(interval(limit)).div_f64(share);
         self.interval.store(clock::nanos_of(interval), Ordering::Relaxed);
     }
 
     /// Leaves nothing of the burst.
     fn empty(&self, now: u64) {
-        let spent = now + self.rate.tolerance + self.interval.load(Ordering::Relaxed);
-        self.arrival.fetch_max(spent, Ordering::Relaxed);
+        let ahead = self.tolerance.load(Ordering::Relaxed) + self.interval.load(Ordering::Relaxed);
+        self.arrival.fetch_max(now + ahead, Ordering::Relaxed);
     }
 
     fn take_at(&self, now: u64) -> Result<(), Spent> {
-        let (interval, tolerance) = (self.interval.load(Ordering::Relaxed), self.rate.tolerance);
+        let (interval, tolerance) =
+            (self.interval.load(Ordering::Relaxed), self.tolerance.load(Ordering::Relaxed));
         let taken = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
             (arrival <= now + tolerance).then(|| arrival.max(now) + interval)
         });
@@ -101,12 +98,12 @@ impl Limiter {
     }
 }
 
-impl Rate {
-    fn new(limit: Limit) -> Self {
-        let period = clock::nanos_of(limit.period);
-        let interval = period / u64::from(limit.count.get());
-        Self { interval, tolerance: interval * (u64::from(limit.burst.get()) - 1) }
-    }
+fn interval(limit: Limit) -> u64 {
+    clock::nanos_of(limit.period) / u64::from(limit.count.get())
+}
+
+fn tolerance(limit: Limit) -> u64 {
+    interval(limit) * (u64::from(limit.burst.get()) - 1)
 }
 
 #[cfg(test)]

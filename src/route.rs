@@ -35,6 +35,8 @@ pub struct Route {
     pub timeout: Duration,
     /// Its requests are refused for now.
     frozen: bool,
+    /// By credential.
+    cooldowns: Vec<Arc<Cooldown>>,
     /// With what each caller may use this route, by the caller's index.
     access: Vec<Option<Access>>,
 }
@@ -121,10 +123,15 @@ pub struct Routes(HashMap<String, Arc<Route>, RandomState>);
 
 impl Routes {
     /// Compiles the routes of a configuration, contracts included.
-    pub fn new(config: &config::Config) -> Result<Self, RouteError> {
+    /// Those that `old` has, too, go on with what is known of their credentials.
+    pub fn new(config: &config::Config, old: Option<&Self>) -> Result<Self, RouteError> {
         let mut routes = HashMap::with_hasher(RandomState::default());
         for raw in &config.routes {
-            let cooldowns: Vec<Arc<Cooldown>> = config.credentials.iter().map(|_| Arc::default()).collect();
+            let known = old.and_then(|old| old.iter().find(|route| *route.name == *raw.name));
+            let cooldowns: Vec<Arc<Cooldown>> = match known {
+                Some(known) => known.cooldowns.clone(),
+                None => config.credentials.iter().map(|_| Arc::default()).collect(),
+            };
             let access_of = |caller: &config::Caller| {
                 let name = raw.credential.as_ref().unwrap_or(&caller.credential);
                 let credential = config.credentials.iter().position(|credential| credential.name == *name)?;
@@ -132,10 +139,8 @@ impl Routes {
                 may_use.then(|| Access { credential, cooldown: cooldowns[credential].clone() })
             };
             let access = config.callers.iter().map(access_of).collect();
-            routes.insert(
-                raw.path.clone(),
-                Arc::new(Route::new(raw, &config.audit, config.upstream.timeout, access)?),
-            );
+            let route = Route::new(raw, config, cooldowns.clone(), access)?;
+            routes.insert(raw.path.clone(), Arc::new(route));
         }
         Ok(Self(routes))
     }
@@ -186,18 +191,19 @@ impl Route {
 
     fn new(
         raw: &config::Route,
-        audit: &config::Audit,
-        timeout: Duration,
+        config: &config::Config,
+        cooldowns: Vec<Arc<Cooldown>>,
         access: Vec<Option<Access>>,
     ) -> Result<Self, RouteError> {
         Ok(Self {
             name: raw.name.as_str().into(),
             path: raw.path.clone(),
             target: target(&raw.path),
-            contract: compile(raw)?.shown(|name| audit.shown(name)),
+            contract: compile(raw)?.shown(|name| config.audit.shown(name)),
             result: ResultRule::new(&raw.result_field, &raw.success_codes),
-            timeout: raw.timeout.unwrap_or(timeout),
+            timeout: raw.timeout.unwrap_or(config.upstream.timeout),
             frozen: raw.frozen,
+            cooldowns,
             access,
         })
     }

@@ -1,6 +1,6 @@
 //! Everything compiled from the configuration: immutable, shared by all workers.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use http::HeaderValue;
 
@@ -33,6 +33,8 @@ pub struct State {
     pub quota: Arc<Quota>,
     /// What is common to all exchanges.
     pub terms: Arc<Terms>,
+    /// Whether a loopback address alone makes a caller.
+    pub trusts_loopback: bool,
 }
 
 impl State {
@@ -43,8 +45,8 @@ impl State {
         breaker: breaker::Metrics,
     ) -> Result<Self, RouteError> {
         Ok(Self {
-            admission: Admission::new(&config.callers),
-            routes: Routes::new(config)?,
+            admission: Admission::new(&config.callers, &HashMap::new()),
+            routes: Routes::new(config, None)?,
             body: body::Bounds { size: config.server.max_body, time: config.server.body_timeout },
             slots,
             quota: Arc::new(Quota::new(config.quota)),
@@ -53,6 +55,22 @@ impl State {
                 refused_statuses: config.token.refused_statuses.clone(),
                 breaker: Arc::new(Breaker::new(&config.upstream, breaker)),
             }),
+            trusts_loopback: config.trusts_loopback(),
+        })
+    }
+
+    /// Compiles a configuration that takes the place of this one. All that is remembered goes on.
+    pub fn successor(&self, config: &Config) -> Result<Self, RouteError> {
+        let routes = Routes::new(config, Some(&self.routes))?;
+        self.quota.set(config.quota); // behind all that can fail
+        Ok(Self {
+            admission: Admission::new(&config.callers, &self.admission.limits()),
+            routes,
+            body: self.body,
+            slots: self.slots.clone(),
+            quota: self.quota.clone(),
+            terms: self.terms.clone(),
+            trusts_loopback: config.trusts_loopback(),
         })
     }
 }

@@ -113,7 +113,7 @@ fn a_warm_request_stays_within_its_budget_of_allocations() {
         panic!("no TCP listener")
     };
     let (stop, stopped) = oneshot::channel::<()>();
-    let running = thread::spawn(move || app.run(async { drop(stopped.await) }));
+    let running = thread::spawn(move || app.run(async { drop(stopped.await) }, None));
     let mut request = format!(
         "POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{BODY}",
         BODY.len()

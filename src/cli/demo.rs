@@ -49,17 +49,17 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let config = write_configuration(folder.path(), &sandbox, listen, admin)?;
     let config = Config::load(&config, &[], [])?;
     if !args.once {
-        super::log(&config.log);
+        drop(super::log(&config.log));
     }
     let app = App::build(config)?;
     let Some(ListenAddress::Tcp(address)) = app.addresses().next().cloned() else { bail!("no TCP listener") };
     if !args.once {
         introduce(address, admin, &sandbox, folder.path());
-        app.run(super::serve::stopped())?;
+        app.run(super::serve::stopped(), None)?;
         return Ok(ExitCode::SUCCESS);
     }
     let (stop, stopped) = oneshot::channel::<()>();
-    let running = thread::spawn(move || app.run(async { drop(stopped.await) }));
+    let running = thread::spawn(move || app.run(async { drop(stopped.await) }, None));
     let shown = show_one(address, &sandbox, folder.path());
     let _ = stop.send(());
     running.join().map_err(|_| anyhow::anyhow!("the gateway panicked"))??;

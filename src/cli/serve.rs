@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc};
 
-use ccsqm_gateway::app::App;
+use ccsqm_gateway::{app::App, reload::Source};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -22,11 +22,13 @@ pub(super) fn run(configured: &Configured) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
     };
-    super::log(&config.log);
+    let set_level = super::log(&config.log);
     no_core_dumps();
     allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = App::build(config)?;
-    app.run(stopped())?;
+    let Configured { config: path, overrides } = configured;
+    let source = Source { path: path.clone(), overrides: overrides.clone(), set_level };
+    app.run(stopped(), Some(source))?;
     Ok(ExitCode::SUCCESS)
 }
 

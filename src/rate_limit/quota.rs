@@ -31,6 +31,7 @@ const TOGETHER: u64 = 1_000_000_000;
 #[derive(Debug)]
 pub struct Quota {
     limiter: Limiter,
+    limit: Mutex<Limit>,
     is_shrunk: AtomicBool,
     shrunk: Mutex<Option<Shrunk>>,
 }
@@ -52,7 +53,19 @@ impl Shrunk {
 impl Quota {
     /// The whole quota, with a full burst.
     pub fn new(limit: Limit) -> Self {
-        Self { limiter: Limiter::new(limit), is_shrunk: AtomicBool::new(false), shrunk: Mutex::default() }
+        Self {
+            limiter: Limiter::new(limit),
+            limit: Mutex::new(limit),
+            is_shrunk: AtomicBool::new(false),
+            shrunk: Mutex::default(),
+        }
+    }
+
+    /// Another quota from now on. What is spent stays spent, and what the upstream has left of it is left of this one.
+    pub fn set(&self, limit: Limit) {
+        *self.limit.lock().unwrap_or_else(PoisonError::into_inner) = limit;
+        self.limiter.set(limit);
+        self.recover(clock::nanos());
     }
 
     /// Takes one request's worth, or says when to come back.
@@ -97,7 +110,7 @@ impl Quota {
         let until = shrunk.map_or(until, |known| known.until.max(until));
         *shrunk = Some(Shrunk { share, since, until });
         self.is_shrunk.store(true, Ordering::Relaxed);
-        self.limiter.slow_down(share);
+        self.limiter.slow_down(self.limit(), share);
         self.limiter.empty(now);
     }
 
@@ -111,11 +124,15 @@ impl Quota {
     fn recover_slowly(&self, now: u64) {
         let mut shrunk = self.shrunk();
         let share = shrunk.map_or(1.0, |shrunk| shrunk.share(now)).min(1.0);
-        self.limiter.slow_down(share);
+        self.limiter.slow_down(self.limit(), share);
         if share >= 1.0 && shrunk.take().is_some() {
             self.is_shrunk.store(false, Ordering::Relaxed);
             tracing::info!("the quota is whole again");
         }
+    }
+
+    fn limit(&self) -> Limit {
+        *self.limit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn shrunk(&self) -> MutexGuard<'_, Option<Shrunk>> {

@@ -151,7 +151,7 @@ fn call_on(stream: &mut StreamOwned<ClientConnection, TcpStream>) -> Option<Repl
 }
 
 /// A caller of a test; `more` are further keys.
-fn caller(name: &str, peer: &str, more: &str) -> String {
+pub(crate) fn caller(name: &str, peer: &str, more: &str) -> String {
     format!(
         "[[callers]]\nname = \"{name}\"\npeer = \"{peer}\"\noperator_id = \"7\"\ncredential = \"default\"\n\
          routes = [\"appointQualityTask\"]\n{more}\n"
@@ -181,7 +181,7 @@ fn start_with_certificates(sandbox: &ccsqm_gateway::sandbox::Sandbox, ca: &Ca, l
 }
 
 /// The example request, from an address of the loopback network.
-fn call_from(source: &str, gateway: &Gateway, headers: &str) -> Reply {
+pub(crate) fn call_from(source: &str, gateway: &Gateway, headers: &str) -> Reply {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.bind(&format!("{source}:0").parse::<SocketAddr>().unwrap().into()).unwrap();
     socket.connect(&gateway.address.into()).unwrap();

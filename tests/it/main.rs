@@ -21,6 +21,7 @@ mod egress;
 mod token;
 mod audit;
 mod configuration;
+mod reload;
 mod operations;
 mod secrets;
 mod budgets;

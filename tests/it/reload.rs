@@ -1,0 +1,218 @@
+//! A configuration that changes while the gateway runs; what is bad changes nothing.
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::{callers::caller, support::*};
+
+fn file(gateway: &Gateway) -> PathBuf {
+    gateway.folder.path().join("gateway.toml")
+}
+
+/// Replaces the file at once.
+fn write(gateway: &Gateway, text: &[u8]) {
+    let new = gateway.folder.path().join("new");
+    fs::write(&new, text).unwrap();
+    fs::rename(new, file(gateway)).unwrap();
+}
+
+/// Changes the file.
+fn edit(gateway: &Gateway, from: &str, to: &str) {
+    let text = fs::read_to_string(file(gateway)).unwrap();
+    assert!(text.contains(from), "{from}");
+    write(gateway, text.replace(from, to).as_bytes());
+}
+
+fn events(gateway: &Gateway) -> Vec<Value> {
+    let mut events = records(&gateway.audit_directory(), "event");
+    events.retain(|event| event["event"] == "reload");
+    events
+}
+
+/// Sends SIGHUP and waits for the event number `count`.
+fn reload(gateway: &Gateway, count: usize) -> Value {
+    gateway.signal("-HUP");
+    let events = wait_for(&format!("{count} reloads"), || {
+        let events = events(gateway);
+        (events.len() >= count).then_some(events)
+    });
+    assert_eq!(events.len(), count, "{events:?}");
+    events[count - 1].clone()
+}
+
+#[test]
+fn callers_routes_and_levels_change_and_what_is_remembered_stays() {
+    let sandbox = sandbox();
+    let config = caller("other", "127.0.0.2/32", "rate_limit = \"1/h\"\nburst = 2");
+    let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });
+    let from_other = || crate::callers::call_from("127.0.0.2", &gateway, "");
+    wait_for("the keys of the past", || {
+        (gateway.admin("/status").json()["idempotency"]["rebuilt"] == true).then_some(())
+    });
+    assert_eq!(gateway.post_with("idempotency-key: one\r\n").outcome(), "succeeded");
+    assert_eq!(from_other().outcome(), "succeeded");
+
+    edit(&gateway, "operator_id = \"7\"", "operator_id = \"8\"");
+    let event = reload(&gateway, 1);
+    assert_eq!((&event["result"], &event["changed"]), (&"accepted".into(), &serde_json::json!(["callers"])));
+    assert_eq!(from_other().outcome(), "succeeded");
+    let head = String::from_utf8(sandbox.requests().pop().unwrap().head).unwrap().to_ascii_lowercase();
+    assert!(head.contains("x-userid: 8\r\n"), "{head}");
+    assert_eq!(from_other().code(), "rate_limited", "what was spent before stays spent");
+    edit(&gateway, "burst = 2\n", "burst = 3\n");
+    reload(&gateway, 2);
+    assert_eq!(from_other().outcome(), "succeeded", "one more");
+    assert_eq!(from_other().code(), "rate_limited");
+
+    assert_eq!(gateway.post_with("idempotency-key: one\r\n").outcome(), "replayed");
+    assert_eq!(sandbox.token_calls().len(), 1, "the token stays");
+
+    edit(&gateway, "peer = \"127.0.0.2/32\"", "peer = \"127.0.0.3/32\"");
+    reload(&gateway, 3);
+    assert_eq!(from_other().outcome(), "succeeded", "it is the loopback caller now");
+    edit(&gateway, "peer = \"loopback\"", "frozen = true\npeer = \"loopback\"");
+    reload(&gateway, 4);
+    assert_eq!(gateway.call().code(), "frozen");
+
+    assert!(!gateway.log().contains("\"DEBUG\""), "the control");
+    edit(&gateway, "level = \"info\"", "level = \"debug\"");
+    assert_eq!(reload(&gateway, 5)["changed"], serde_json::json!(["log.level"]));
+    gateway.call();
+    wait_for("more log", || gateway.log().contains("\"DEBUG\"").then_some(()));
+}
+
+#[test]
+fn a_file_that_changes_is_noticed_and_so_is_a_contract() {
+    let sandbox = sandbox();
+    let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
+    let contract = |kind: &str| {
+        let text = format!(
+            r#"{{ "type": "object", "additionalProperties": false, "properties": {{ "a": {{ "type": "{kind}" }} }} }}"#
+        );
+        fs::write(folder.path().join("contract.json"), text).unwrap();
+    };
+    contract("integer");
+    let path = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/other";
+    let config = format!(
+        "[[routes]]\nname = \"other\"\npath = \"{path}\"\ncontract_file = \"contract.json\"\nsuccess_codes = [\"0\"]\n\
+         {}",
+        caller("other", "127.0.0.2/32", "")
+    );
+    let gateway =
+        start_with(&sandbox, Setup { caller: config, folder: Some(folder.clone()), ..Setup::default() });
+    let call = || gateway.send(&head(7, "").replacen(PATH, path, 1), r#"{"a":1}"#);
+    assert_eq!(call().code(), "route_denied");
+    edit(&gateway, "routes = [\"appointQualityTask\"]", "routes = [\"appointQualityTask\", \"other\"]");
+    wait_for("the new route", || (call().code() != "route_denied").then_some(()));
+    assert_ne!(call().code(), "contract_violation");
+    contract("string");
+    wait_for("the new contract", || (call().code() == "contract_violation").then_some(()));
+    let changed: Vec<_> = events(&gateway).iter().map(|event| event["changed"].to_string()).collect();
+    assert_eq!(changed, [r#"["callers"]"#, r#"["contracts"]"#]);
+}
+
+#[test]
+fn a_bad_file_changes_nothing_and_is_told_once() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let good = fs::read_to_string(file(&gateway)).unwrap();
+    let with = |from: &str, to: &str| {
+        assert!(good.contains(from), "{from}");
+        good.replacen(from, to, 1).into_bytes()
+    };
+    let base_url = format!("base_url = \"{}\"", sandbox.url());
+    let bad: Vec<(&str, Vec<u8>)> = vec![
+        ("empty", Vec::new()),
+        ("no TOML", b"[[callers]\n".to_vec()),
+        ("cut off", good.as_bytes()[..good.len() / 2].to_vec()),
+        (
+            "not UTF-8",
+            with("qa-console", "qa-console\u{0}")
+                .into_iter()
+                .map(|b| if b == 0 { 0xff } else { b })
+                .collect(),
+        ),
+        ("too large", vec![b'#'; 5 << 20]),
+        ("an unknown key", with("peer = ", "peeer = ")),
+        ("a wrong value", with("\"loopback\"", "\"everybody\"")),
+        ("a dangling name", with("routes = [\"appointQualityTask\"]", "routes = [\"nothing\"]")),
+        (
+            "two callers in one",
+            good.clone()
+                .into_bytes()
+                .into_iter()
+                .chain(caller("twin", "loopback", "").into_bytes())
+                .collect(),
+        ),
+        ("an inline secret", with("app_secret_file = \"app_secret\"", "app_secret = \"s3cret\"")),
+        ("another upstream", with(&base_url, "base_url = \"https://elsewhere.example\"")),
+        ("another port", with("address = \"127.0.0.1:0\"", "address = \"127.0.0.1:1\"")),
+    ];
+    for (count, (case, text)) in bad.iter().enumerate() {
+        write(&gateway, text);
+        let event = reload(&gateway, count + 1);
+        assert_eq!(event["result"], "refused", "{case}");
+        assert!(!event.to_string().contains("s3cret"));
+        gateway.signal("-HUP");
+        assert_eq!(gateway.call().outcome(), "succeeded", "{case}");
+    }
+    fs::remove_file(file(&gateway)).unwrap();
+    assert_eq!(reload(&gateway, bad.len() + 1)["result"], "refused", "no file");
+    let reason = events(&gateway)[10]["reason"].to_string();
+    assert!(reason.contains("upstream cannot change while the gateway runs"), "{reason}");
+    assert_eq!(gateway.log().matches("the old one stays in effect").count(), bad.len() + 1, "each once");
+    write(&gateway, &with("qa-console", "qa-terminal"));
+    assert_eq!(reload(&gateway, bad.len() + 2)["result"], "accepted", "the control");
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    let intents = gateway.records("intent", bad.len() + 1);
+    assert_eq!(intents.last().unwrap()["caller"], "qa-terminal");
+    assert!(intents[..bad.len()].iter().all(|intent| intent["caller"] == "qa-console"));
+}
+
+#[test]
+fn a_thousand_signals_in_a_second_under_load_cost_no_request() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let stop = AtomicBool::new(false);
+    let (calls, swaps) = thread::scope(|scope| {
+        let load = || {
+            let mut calls = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let reply = gateway.call();
+                assert_eq!(reply.outcome(), "succeeded", "{reply:?}");
+                calls += 1;
+            }
+            calls
+        };
+        let callers: Vec<_> = (0..4).map(|_| scope.spawn(load)).collect();
+        let begin = Instant::now();
+        let mut signals = 0;
+        while signals < 1000 || begin.elapsed() < Duration::from_secs(1) {
+            if signals % 50 == 0 {
+                let burst = |number: usize| format!("burst = {}\n", 1_000_000 - number);
+                edit(&gateway, &burst(signals / 50), &burst(signals / 50 + 1));
+            }
+            rustix::process::kill_process(
+                rustix::process::Pid::from_raw(gateway.pid().cast_signed()).unwrap(),
+                rustix::process::Signal::HUP,
+            )
+            .unwrap();
+            signals += 1;
+        }
+        edit(&gateway, "qa-console", "qa-terminal");
+        gateway.signal("-HUP");
+        wait_for("a swap", || events(&gateway).last().map(drop));
+        stop.store(true, Ordering::Relaxed);
+        (callers.into_iter().map(|caller| caller.join().unwrap()).sum::<usize>(), events(&gateway).len())
+    });
+    assert!(calls > 50 && swaps >= 1, "{calls} calls, {swaps} swaps");
+    assert_eq!((sandbox.requests().len(), gateway.records("outcome", calls).len()), (calls, calls));
+    assert_eq!(sandbox.token_calls().len(), 1);
+}
