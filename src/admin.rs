@@ -110,7 +110,7 @@ impl Admin {
     /// Ready once each credential has had a token; never red for the token alone after that.
     fn ready(&self) -> Response<Full<Bytes>> {
         let mut reasons: Vec<String> = Vec::new();
-        if self.bounds.is_draining() {
+        if self.bounds.is_stopping() {
             reasons.push("draining".into());
         }
         if !self.audit.healthy() {
@@ -137,7 +137,7 @@ impl Admin {
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "listeners": self.addresses,
-            "draining": self.bounds.is_draining(),
+            "draining": self.bounds.is_stopping(),
             "connections": self.bounds.connections(),
             "requests_in_flight": self.bounds.in_flight(),
             "audit_healthy": self.audit.healthy(),

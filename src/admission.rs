@@ -10,7 +10,7 @@ use std::{
     io::{self, Write as _},
     net::{IpAddr, SocketAddr, SocketAddrV4},
     sync::Arc,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    sync::atomic::{AtomicU8, AtomicUsize, Ordering},
 };
 
 use foldhash::fast::RandomState;
@@ -324,10 +324,15 @@ fn without_port(host: &str) -> &str {
 /// So many connections over the cap are told so at once; what goes beyond is closed without a word.
 const MAX_SURPLUS: usize = 64;
 
+/// How far a stop has come.
+const SERVING: u8 = 0;
+const CLOSING: u8 = 1;
+const DRAINING: u8 = 2;
+
 /// The bounds on concurrent work, shared by all workers.
 #[derive(Debug)]
 pub struct Bounds {
-    draining: AtomicBool,
+    phase: AtomicU8,
     connections: AtomicUsize,
     surplus: AtomicUsize,
     in_flight: AtomicUsize,
@@ -356,7 +361,7 @@ impl Bounds {
     /// Bounds of a configuration. The stop is over when all senders of `alive` are gone.
     pub fn new(server: &config::Server, alive: &mpsc::Sender<()>) -> Self {
         Self {
-            draining: AtomicBool::new(false),
+            phase: AtomicU8::new(SERVING),
             connections: AtomicUsize::new(0),
             surplus: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
@@ -376,7 +381,7 @@ impl Bounds {
 
     /// Room for a request. It goes with the exchange, so that a stop waits for an exchange whose caller left.
     pub fn request(self: &Arc<Self>, surplus: bool) -> Result<Room, Denied> {
-        if self.is_draining() {
+        if self.phase.load(Ordering::Relaxed) == DRAINING {
             return Err(Denied::Draining);
         }
         if surplus {
@@ -385,14 +390,19 @@ impl Bounds {
         self.take(|bounds| &bounds.in_flight, self.max_in_flight)
     }
 
+    /// The gateway is stopping. Requests are served, each as the last one of its connection.
+    pub fn close(&self) {
+        self.phase.store(CLOSING, Ordering::Relaxed);
+    }
+
     /// From now on requests are refused.
     pub fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.phase.store(DRAINING, Ordering::Relaxed);
     }
 
     /// Whether the gateway is stopping.
-    pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+    pub fn is_stopping(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) != SERVING
     }
 
     /// Open caller connections.

@@ -19,7 +19,7 @@ use tokio::{
     net::TcpListener,
     runtime::{Builder, Runtime},
     sync::{mpsc, watch},
-    time::timeout,
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use crate::{
@@ -33,10 +33,11 @@ use crate::{
     idempotency::Idempotency,
     metrics::Metrics,
     reload::{Reload, Source},
-    server::{self, Bound, connection::Deadlines},
+    server::{self, Bound, Stop, connection::Deadlines, inherited::Inherited},
     state::State,
     token::Slot,
     upstream::pool::{self, Pool},
+    watchdog::Watchdog,
 };
 
 /// So many records may wait for the audit writer, at least; each exchange keeps room for two.
@@ -95,11 +96,13 @@ impl App {
         let state = Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.breaker)?));
         let (alive, done) = mpsc::channel(1);
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
+        let mut inherited = Inherited::from_env()?;
         let bound = config.listeners.iter().map(|listener| {
-            Bound::bind(listener, config.server.workers)
+            Bound::bind(listener, &mut inherited, config.server.workers)
                 .with_context(|| format!("listening on {}", listener.address))
         });
         let bound = bound.collect::<anyhow::Result<_>>()?;
+        inherited.finish()?;
         let admin = background
             .block_on(TcpListener::bind(config.admin.address))
             .with_context(|| format!("listening on {} (admin)", config.admin.address))?;
@@ -157,7 +160,9 @@ impl App {
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
         read_past(&config, &audit, &idempotency)?;
         keep_up(&background, &bound, identity, &audit);
-        let (stopping, stopped) = watch::channel(false);
+        let (stopping, stopped) = watch::channel(Stop::No);
+        let hands_over = bound.iter().all(|bound| bound.is_inherited);
+        let watchdog = Watchdog::from_env(config.server.workers);
         let addresses: Vec<_> = bound.iter().map(|bound| bound.address.to_string()).collect();
         let http2 = http2(&config.upstream)?;
         let gateways: Vec<_> = (0..config.server.workers)
@@ -195,7 +200,8 @@ impl App {
             .enumerate()
             .map(|(i, (gateway, listeners))| {
                 let (deadlines, stopped) = (Deadlines::new(&config.server), stopped.clone());
-                let drained = config.server.drain_timeout;
+                let watchdog = watchdog.clone();
+                let drained = config.server.drain_timeout - config.server.drain_grace;
                 thread::Builder::new().name(format!("worker-{i}")).spawn(move || -> io::Result<()> {
                     Audit::defer_wake_ups();
                     clock::turns();
@@ -208,6 +214,9 @@ impl App {
                         })
                         .build()?;
                     runtime.block_on(async move {
+                        if let Some(watchdog) = watchdog {
+                            tokio::spawn(watchdog.beat(i));
+                        }
                         let listeners =
                             listeners.into_iter().map(|listener| listener()).collect::<io::Result<_>>()?;
                         serve_until_drained(gateway, listeners, deadlines, stopped, drained).await;
@@ -238,13 +247,28 @@ impl App {
             tokio::spawn(admin::serve(admin, Arc::new(admin_state)));
             // Without systemd there is nobody to tell, and that is no error.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+            if let Some(watchdog) = watchdog {
+                tokio::spawn(watchdog.watch());
+            }
             stop.await;
-            bounds.drain();
+            let end = Instant::now() + config.server.drain_timeout;
+            let grace = config.server.drain_grace;
+            if hands_over || !grace.is_zero() {
+                bounds.close()
+            } else {
+                bounds.drain()
+            }
             tracing::info!("stopping"); // who reads this may rely on it
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-            let _ = stopping.send(true);
+            let _ = stopping.send(Stop::Begins);
+            // Who comes next takes over inherited sockets; nobody does others, so that callers need time to look elsewhere.
+            if !hands_over {
+                sleep(grace).await;
+                bounds.drain();
+            }
+            let _ = stopping.send(Stop::Now);
             drop(alive);
-            if timeout(config.server.drain_timeout, done.recv()).await.is_err() {
+            if timeout_at(end, done.recv()).await.is_err() {
                 tracing::warn!(
                     connections = bounds.connections(),
                     in_flight = bounds.in_flight(),
@@ -317,16 +341,16 @@ async fn serve_until_drained(
     gateway: Arc<Gateway>,
     listeners: Vec<server::Listener>,
     deadlines: Deadlines,
-    mut stopped: watch::Receiver<bool>,
+    mut stopped: watch::Receiver<Stop>,
     drain: Duration,
 ) {
     let bounds = gateway.bounds.clone();
     let served = tokio::spawn(server::run(gateway, listeners, deadlines, stopped.clone()));
-    let _ = stopped.wait_for(|stopped| *stopped).await;
+    let _ = stopped.wait_for(|stop| *stop == Stop::Now).await;
     let idle = async {
         let _ = served.await;
         while bounds.in_flight() > 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            sleep(Duration::from_millis(5)).await;
         }
     };
     let _ = timeout(drain, idle).await;

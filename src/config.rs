@@ -318,6 +318,8 @@ pub struct Server {
     pub body_timeout: Duration,
     /// Between two requests of one connection.
     pub idle_timeout: Duration,
+    /// From the stop signal on, requests are still served for so long, on sockets of our own.
+    pub drain_grace: Duration,
     /// From the stop signal to the end of the process.
     pub drain_timeout: Duration,
 }

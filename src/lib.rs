@@ -53,5 +53,6 @@ pub mod secret; // zeroised buffers
 mod pem; // certificates, keys, revocation lists
 mod watched; // files, read again to notice a change
 pub mod metrics; // what is counted
+mod watchdog; // tells systemd that all workers go round
 pub mod admin; // /livez, /readyz, /metrics, /status
 pub mod sandbox; // the cloud in one process, for demo and tests

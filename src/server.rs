@@ -4,6 +4,7 @@
 //! of the one Unix socket. Guarantees the caps and the deadlines of a connection.
 
 pub mod connection;
+pub mod inherited;
 pub mod tls;
 
 use std::{
@@ -28,6 +29,7 @@ use crate::{
     gateway::Gateway,
 };
 use connection::{Deadlines, Stream};
+use inherited::Inherited;
 use tls::Tls;
 
 /// How many connections the kernel keeps for us until they are accepted.
@@ -40,6 +42,8 @@ pub struct Bound {
     pub address: ListenAddress,
     hosts: Hosts,
     tls: Option<Arc<Tls>>,
+    /// The socket outlives this process.
+    pub is_inherited: bool,
     sockets: Vec<Socket>,
 }
 
@@ -48,6 +52,7 @@ pub struct Bound {
 pub struct Listener {
     hosts: Arc<Hosts>,
     tls: Option<Arc<Tls>>,
+    is_inherited: bool,
     socket: Accepting,
 }
 
@@ -58,21 +63,31 @@ enum Accepting {
 }
 
 impl Bound {
-    /// Reads the files of a listener, and binds it for so many workers.
-    pub fn bind(listener: &config::Listener, workers: usize) -> anyhow::Result<Self> {
+    /// Reads the files of a listener, and binds it for so many workers, unless its socket is inherited.
+    pub fn bind(
+        listener: &config::Listener,
+        inherited: &mut Inherited,
+        workers: usize,
+    ) -> anyhow::Result<Self> {
         let tls = listener.tls.as_ref().map(Tls::load).transpose()?;
         let hosts = Hosts::new(listener.hosts.clone());
-        let (address, sockets) = match &listener.address {
-            ListenAddress::Tcp(address) => {
+        let inherited = inherited.take(&listener.address);
+        let is_inherited = inherited.is_some();
+        let (address, sockets) = match (&listener.address, inherited) {
+            (address, Some(socket)) => {
+                socket.set_nonblocking(true)?;
+                (address.clone(), shared(socket, workers)?)
+            }
+            (ListenAddress::Tcp(address), None) => {
                 let sockets = bind_tcp(*address, workers)?;
                 let real = sockets[0].local_addr()?.as_socket().unwrap_or(*address);
                 (ListenAddress::Tcp(real), sockets)
             }
-            ListenAddress::Unix { path, mode } => {
+            (ListenAddress::Unix { path, mode }, None) => {
                 (listener.address.clone(), bind_unix(path, *mode, workers)?)
             }
         };
-        Ok(Self { address, hosts, tls, sockets })
+        Ok(Self { address, hosts, tls, is_inherited, sockets })
     }
 
     /// Its TLS, if it has any.
@@ -87,14 +102,14 @@ impl Bound {
         self.sockets
             .into_iter()
             .map(|socket| {
-                let (hosts, tls) = (hosts.clone(), self.tls.clone());
+                let (hosts, tls, is_inherited) = (hosts.clone(), self.tls.clone(), self.is_inherited);
                 move || {
                     let socket = if is_unix {
                         Accepting::Unix(UnixListener::from_std(socket.into())?)
                     } else {
                         Accepting::Tcp(TcpListener::from_std(socket.into())?)
                     };
-                    Ok(Listener { hosts, tls, socket })
+                    Ok(Listener { hosts, tls, is_inherited, socket })
                 }
             })
             .collect()
@@ -140,7 +155,12 @@ fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Vec<Socket>> 
     socket.bind(&address)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     socket.listen(BACKLOG)?;
-    (1..workers).map(|_| socket.try_clone()).chain([Ok(socket.try_clone()?)]).collect()
+    shared(socket, workers)
+}
+
+/// One socket for all workers.
+fn shared(socket: Socket, workers: usize) -> io::Result<Vec<Socket>> {
+    (1..workers).map(|_| socket.try_clone()).chain([socket.try_clone()]).collect()
 }
 
 impl Listener {
@@ -160,12 +180,23 @@ impl Listener {
     }
 }
 
+/// How far a stop has come, for who accepts and for who is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stop {
+    /// It has not begun.
+    No,
+    /// Inherited sockets are left to who comes next; on others it goes on.
+    Begins,
+    /// Nobody is accepted any more, and connections end.
+    Now,
+}
+
 /// Runs one worker until the stop: accepts on all its listeners, then waits until its connections are done.
 pub async fn run(
     gateway: Arc<Gateway>,
     listeners: Vec<Listener>,
     deadlines: Deadlines,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Stop>,
 ) {
     let (alive, mut done) = mpsc::channel::<()>(1);
     for listener in listeners {
@@ -180,7 +211,7 @@ pub async fn run(
             pool.sweep();
         }
     });
-    let _ = stop.wait_for(|stop| *stop).await;
+    let _ = stop.wait_for(|stop| *stop == Stop::Now).await;
     let _ = done.recv().await;
 }
 
@@ -188,15 +219,18 @@ async fn accept(
     gateway: Arc<Gateway>,
     listener: Listener,
     deadlines: Deadlines,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Stop>,
     alive: mpsc::Sender<()>,
 ) {
+    let mut stopped = stop.clone();
     loop {
-        // On a stop, who is connected already is still accepted, and told: a reset would leave it in doubt.
+        // On a stop, who is connected already is still accepted, and told: a reset would leave it in doubt. Who waits
+        // in an inherited socket waits on.
         let accepted = tokio::select! {
             biased;
+            _ = stop.wait_for(|stop| *stop != Stop::No), if listener.is_inherited => return,
             accepted = listener.accept() => accepted,
-            _ = stop.wait_for(|stop| *stop) => return,
+            _ = stopped.wait_for(|stop| *stop == Stop::Now) => return,
         };
         match accepted {
             Ok((stream, peer)) => {

@@ -71,6 +71,7 @@ impl Config {
                 "header_timeout": duration(server.header_timeout),
                 "body_timeout": duration(server.body_timeout),
                 "idle_timeout": duration(server.idle_timeout),
+                "drain_grace": duration(server.drain_grace),
                 "drain_timeout": duration(server.drain_timeout),
             },
             "upstream": {

@@ -196,6 +196,9 @@ fn read_server(context: &mut Context<'_>, root: &mut Table) -> Server {
         }
         _ => table.integer(context, "workers", 1, 1..=64),
     };
+    let drain_timeout = table.duration(context, "drain_timeout", "10s", ("0s", "10m"));
+    let names_grace = table.members.contains_key("drain_grace");
+    let grace = table.duration(context, "drain_grace", "1s", ("0s", "5m"));
     let server = Server {
         workers,
         max_connections: table.integer(context, "max_connections", 4096, 1..=1_000_000),
@@ -205,7 +208,8 @@ fn read_server(context: &mut Context<'_>, root: &mut Table) -> Server {
         header_timeout: table.duration(context, "header_timeout", "10s", ("100ms", "5m")),
         body_timeout: table.duration(context, "body_timeout", "10s", ("100ms", "5m")),
         idle_timeout: table.duration(context, "idle_timeout", "60s", ("100ms", "1h")),
-        drain_timeout: table.duration(context, "drain_timeout", "10s", ("0s", "10m")),
+        drain_grace: if names_grace { grace } else { grace.min(drain_timeout) },
+        drain_timeout,
     };
     table.close(context);
     server

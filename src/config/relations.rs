@@ -20,6 +20,10 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must not be longer than upstream.timeout";
         between(context, ["upstream.connect_timeout", "upstream.timeout"], reason);
     }
+    if config.server.drain_grace > config.server.drain_timeout {
+        let reason = "must not be longer than server.drain_timeout";
+        between(context, ["server.drain_grace", "server.drain_timeout"], reason);
+    }
     fields(context, config);
     if config.audit.retain.is_some_and(|retain| retain < config.idempotency.window) {
         let reason = "must not be shorter than idempotency.window: keys live in the trail";

@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use http::HeaderValue;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::net::RecvFlags;
@@ -34,7 +35,10 @@ use crate::{
     clock::{self, nanos_of},
     config,
     gateway::{Arrival, Gateway},
-    server::tls::{Certificate, Tls},
+    server::{
+        Stop,
+        tls::{Certificate, Tls},
+    },
 };
 
 /// A head may be this large; hyper answers a larger one with 431.
@@ -50,6 +54,9 @@ const HALF_CLOSE: u64 = 200_000_000;
 
 /// A head has no longer than this once the gateway stops, or on a connection over the cap, in nanoseconds.
 const STOP_HEADER: u64 = 1_000_000_000;
+
+/// What the last answer of a connection says.
+const CLOSE: HeaderValue = HeaderValue::from_static("close");
 
 /// The deadlines of a connection, in nanoseconds.
 #[derive(Clone, Copy, Debug)]
@@ -229,7 +236,7 @@ pub async fn serve(
     peer: Peer,
     place: Place,
     mut deadlines: Deadlines,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Stop>,
 ) {
     let surplus = place.surplus;
     if surplus {
@@ -257,8 +264,11 @@ pub async fn serve(
         async move {
             let names = certificate.map(Certificate::names);
             let from = Arrival { peer, names, hosts, presence: &watch.presence, surplus };
-            let response = gateway.handle(from, request).await;
+            let mut response = gateway.handle(from, request).await;
             watch.unread.store(response.headers().contains_key(http::header::CONNECTION), Ordering::Relaxed);
+            if gateway.bounds.is_stopping() {
+                response.headers_mut().insert(http::header::CONNECTION, CLOSE);
+            }
             watch.enter(Phase::Idle);
             Ok::<_, Infallible>(response)
         }
@@ -275,24 +285,32 @@ pub async fn serve(
             .serve_connection(TokioIo::new(socket), service)
     );
     let mut alarm = Alarm::new();
-    let mut stopped = pin!(stop.wait_for(|stop| *stop));
+    let mut stopped = pin!(stop.wait_for(|stop| *stop == Stop::Now));
     let (mut listens, mut stopping) = (false, false);
     poll_fn(|cx| {
-        // The stop wakes this task once it was asked; before it does, asking again tells nothing.
-        if !stopping && (!listens || gateway.bounds.is_draining()) && stopped.as_mut().poll(cx).is_ready() {
+        loop {
+            if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+                if let Err(error) = ended {
+                    if error.is_parse() {
+                        gateway.metrics.connection_closed("head_invalid");
+                    }
+                    tracing::debug!(%peer, %error, "connection ended");
+                }
+                return Poll::Ready(());
+            }
+            // The stop wakes this task once it was asked; before it does, asking again tells nothing.
+            let asks = !stopping && (!listens || gateway.bounds.is_stopping());
+            listens = true;
+            if !asks || stopped.as_mut().poll(cx).is_pending() {
+                break;
+            }
+            // Behind the poll, which has read what is there. Who has sent nothing on a new connection has time to: its
+            // answer will be the last one.
             stopping = true;
             deadlines.header = deadlines.header.min(STOP_HEADER);
-            connection.as_mut().graceful_shutdown();
-        }
-        listens = true;
-        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
-            if let Err(error) = ended {
-                if error.is_parse() {
-                    gateway.metrics.connection_closed("head_invalid");
-                }
-                tracing::debug!(%peer, %error, "connection ended");
+            if watch.is(Phase::Idle) {
+                connection.as_mut().graceful_shutdown();
             }
-            return Poll::Ready(());
         }
         if watch.is_overdue(&mut alarm, deadlines, cx) {
             gateway.metrics.connection_closed(watch.reason());
@@ -308,13 +326,13 @@ async fn shake_hands(
     tls: &Arc<Tls>,
     stream: TcpStream,
     header: u64,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Stop>,
 ) -> io::Result<(Box<TlsStream<TcpStream>>, Option<Certificate>)> {
     let late = async {
         tokio::select! {
             () = sleep(Duration::from_nanos(header)) => {}
             () = async {
-                let _ = stop.wait_for(|stop| *stop).await;
+                let _ = stop.wait_for(|stop| *stop == Stop::Now).await;
                 sleep(Duration::from_nanos(STOP_HEADER)).await;
             } => {}
         }

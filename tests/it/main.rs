@@ -22,6 +22,7 @@ mod token;
 mod audit;
 mod configuration;
 mod reload;
+mod restart;
 mod operations;
 mod secrets;
 mod budgets;

@@ -230,23 +230,29 @@ fn a_unix_socket_that_somebody_listens_on_is_not_taken_over() {
 }
 
 #[test]
-fn systemd_is_told_of_the_start_and_of_the_stop() {
-    let sandbox = sandbox();
+fn the_units_are_good_and_expose_little() {
     let folder = tempfile::TempDir::new().unwrap();
-    let path = folder.path().join("notify");
-    let notices = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
-    notices.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    let variable = format!("NOTIFY_SOCKET={}", path.display());
-    let through = vec!["env".to_owned(), variable];
-    let mut gateway = start_with(&sandbox, Setup { through, ..Setup::default() });
-    let notice = || {
-        let mut bytes = [0; 256];
-        let length = notices.recv(&mut bytes).unwrap();
-        String::from_utf8_lossy(&bytes[..length]).into_owned()
+    let place = |name: &str| {
+        let text =
+            fs::read_to_string(format!("{}/deploy/systemd/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let path = folder.path().join(name);
+        fs::write(&path, text.replace("/usr/local/bin/ccsqm-gateway", BINARY)).unwrap();
+        path
     };
-    assert_eq!(notice().trim(), "READY=1");
-    assert_eq!(gateway.call().outcome(), "succeeded", "ready means that it serves");
-    gateway.signal("-TERM");
-    assert_eq!(notice().trim(), "STOPPING=1");
-    assert!(gateway.wait().success());
+    let (service, socket) = (place("ccsqm-gateway.service"), place("ccsqm-gateway.socket"));
+    let analyze = |args: &[&str], unit: &Path| {
+        let output = Command::new("systemd-analyze").args(args).arg(unit).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(text).unwrap())
+    };
+    for unit in [&service, &socket] {
+        assert_eq!(analyze(&["verify", "--man=no"], unit), (true, String::new()));
+    }
+    let broken = folder.path().join("broken.service");
+    fs::write(&broken, "[Service]\nExecStart=/absent\nWatchdogSe=1\n").unwrap();
+    assert!(analyze(&["verify", "--man=no"], &broken).1.contains("WatchdogSe"), "the control");
+    let (_, text) = analyze(&["security", "--offline=true", "--no-pager"], &service);
+    let level = text.split("exposure level for ccsqm-gateway.service: ").nth(1).unwrap();
+    let level: f32 = level.split(' ').next().unwrap().parse().unwrap();
+    assert!(level <= 1.5, "{text}");
 }

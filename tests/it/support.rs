@@ -4,7 +4,8 @@ use std::{
     collections::HashMap,
     fs,
     io::{BufRead, BufReader, Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
@@ -75,6 +76,8 @@ pub(crate) fn start_with(sandbox: &Sandbox, setup: Setup) -> Gateway {
 address = "127.0.0.1:0"
 [admin]
 address = "127.0.0.1:0"
+[server]
+drain_grace = "0s"
 [upstream]
 base_url = "{base_url}"
 breaker_failures = 0
@@ -111,6 +114,25 @@ burst = 1000000
 /// A gateway with the configuration that lies in a folder.
 pub(crate) fn serve(folder: &Arc<TempDir>) -> Gateway {
     serve_with(folder, &[], &[])
+}
+
+/// The same, with the socket that its listener has in the configuration.
+pub(crate) fn serve_on(folder: &Arc<TempDir>, socket: &TcpListener) -> Gateway {
+    let mut command = inheriting(folder, socket);
+    command.stderr(Stdio::piped());
+    Gateway::spawn(command, folder.clone())
+}
+
+/// `serve` with a socket that it inherits.
+pub(crate) fn inheriting(folder: &Arc<TempDir>, socket: &TcpListener) -> Command {
+    let mut command = Command::new("sh");
+    // The process that execs is the one that systemd would name.
+    let hand_over = "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\" 3<&0 0</dev/null";
+    command
+        .args(["-c", hand_over, "sh", BINARY, "serve", "--config"])
+        .arg(folder.path().join("gateway.toml"));
+    command.stdin(OwnedFd::from(socket.try_clone().unwrap()));
+    command
 }
 
 fn serve_with(folder: &Arc<TempDir>, through: &[String], set: &[(&str, String)]) -> Gateway {
@@ -221,6 +243,14 @@ impl Gateway {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         self.folder.clone()
+    }
+
+    /// Whether the process is gone; a zombie is.
+    pub(crate) fn has_ended(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
+        stat.rsplit(')')
+            .next()
+            .is_none_or(|rest| rest.trim_start().starts_with(['Z', 'X']) || rest.is_empty())
     }
 
     pub(crate) fn wait(&mut self) -> ExitStatus {
