@@ -256,3 +256,19 @@ fn the_units_are_good_and_expose_little() {
     let level: f32 = level.split(' ').next().unwrap().parse().unwrap();
     assert!(level <= 1.5, "{text}");
 }
+
+#[test]
+fn every_test_that_the_security_page_names_exists() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let page = fs::read_to_string(format!("{root}/deploy/SECURITY.md")).unwrap();
+    let tests = format!("{root}/tests/it");
+    let found = Command::new("grep").args(["-rhoE", "fn [a-z0-9_]+", "--include=*.rs", &tests]).output();
+    let found = String::from_utf8(found.unwrap().stdout).unwrap();
+    let known: Vec<_> = found.lines().filter_map(|line| line.strip_prefix("fn ")).collect();
+    let names: Vec<_> =
+        page.split('`').skip(1).step_by(2).filter(|name| name.matches('_').count() > 3).collect();
+    assert!(names.len() > 30, "{}", names.len());
+    for name in names {
+        assert!(known.contains(&name), "{name}");
+    }
+}
