@@ -28,7 +28,7 @@ impl Outbound {
         headers.extend(configured.clone());
         // Places of what each request fills in, so that no copy needs to grow.
         let later = HeaderValue::from_static("");
-        for name in [header::AUTHORIZATION, X_APP_KEY, X_USER_ID, header::CONTENT_LENGTH] {
+        for name in [X_USER_ID, header::CONTENT_LENGTH] {
             headers.insert(name, later.clone());
         }
         Self(headers)
@@ -37,11 +37,16 @@ impl Outbound {
     /// The headers of one upstream request with a body of so many bytes. Nothing of the caller's head is in it but
     /// the operator, and only where the configuration lists it.
     pub fn with(&self, token: &Token, operator: &HeaderValue, length: usize) -> HeaderMap {
+        let mut headers = token.head(|| self.with_credential(token)).clone();
+        headers.insert(X_USER_ID, operator.clone());
+        headers.insert(header::CONTENT_LENGTH, decimal(length));
+        headers
+    }
+
+    fn with_credential(&self, token: &Token) -> HeaderMap {
         let mut headers = self.0.clone();
         headers.insert(header::AUTHORIZATION, token.authorization().clone());
         headers.insert(X_APP_KEY, token.app_key().clone());
-        headers.insert(X_USER_ID, operator.clone());
-        headers.insert(header::CONTENT_LENGTH, decimal(length));
         headers
     }
 }

@@ -14,14 +14,14 @@ mod schedule;
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use thiserror::Error;
@@ -54,11 +54,18 @@ struct Parts {
     authorization: HeaderValue,
     app_key: HeaderValue,
     generation: u64,
+    /// The head of all requests that are sent with it.
+    head: OnceLock<HeaderMap>,
 }
 
 impl Token {
     fn new(authorization: HeaderValue, app_key: HeaderValue, generation: u64) -> Self {
-        Self(Arc::new(Parts { authorization, app_key, generation }))
+        Self(Arc::new(Parts { authorization, app_key, generation, head: OnceLock::new() }))
+    }
+
+    /// What `make` makes, the first time.
+    pub fn head(&self, make: impl FnOnce() -> HeaderMap) -> &HeaderMap {
+        self.0.head.get_or_init(make)
     }
 
     /// `Bearer …`, marked sensitive.

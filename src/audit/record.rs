@@ -142,14 +142,15 @@ pub struct Answer {
 /// A record that waits to be written.
 #[derive(Debug)]
 pub struct Queued {
-    audit: Audit,
+    /// Closed, and with the way to its trail.
+    record: Record,
     seq: u64,
 }
 
 impl Queued {
     /// Waits until it is safe, for as long as an intent may take.
     pub async fn is_safe(&self) -> bool {
-        self.audit.is_safe(self.seq).await
+        self.record.audit.is_safe(self.seq).await
     }
 }
 
@@ -383,7 +384,7 @@ impl Record {
         let mut facts = self.open.take()?;
         facts.enter(self.stage);
         let seq = self.outcome(&facts, answer);
-        Some(Queued { audit: self.audit.clone(), seq })
+        Some(Queued { record: self, seq })
     }
 }
 
