@@ -60,7 +60,7 @@ pub struct Idempotency {
     claims: Mutex<Claims>,
     twins: Mutex<Twins>,
     /// What may be forgotten: then a replay names the result code only.
-    replies: Cache<Uuid, Arc<StoredReply>>,
+    replies: Cache<Uuid, Arc<StoredReply>, RandomState>,
     is_rebuilt: AtomicBool,
     /// Bytes of the trail that were read, and that are to be read.
     read: [AtomicU64; 2],
@@ -182,9 +182,6 @@ struct Keyed {
 impl Idempotency {
     /// Remembers only what the start found in doubt; keyed calls are refused until [`Idempotency::rebuild`] is over.
     pub fn new(settings: &config::Idempotency, audit: &Audit) -> Self {
-        let weigh = |_: &Uuid, reply: &Arc<StoredReply>| {
-            u32::try_from(reply.body.len() + REPLY_OVERHEAD).unwrap_or(u32::MAX)
-        };
         let table = Self {
             without_key: settings.without_key,
             marks: audit.keys().clone(),
@@ -193,10 +190,10 @@ impl Idempotency {
             twins: Mutex::new(Twins::new(settings.without_key, seconds(settings.fingerprint_window))),
             replies: Cache::builder()
                 .eviction_policy(EvictionPolicy::lru())
-                .weigher(weigh)
+                .weigher(|_: &Uuid, reply: &Arc<StoredReply>| weigh(reply))
                 .max_capacity(settings.reply_memory)
                 .time_to_live(settings.window)
-                .build(),
+                .build_with_hasher(RandomState::default()),
             is_rebuilt: AtomicBool::new(false),
             read: [AtomicU64::new(0), AtomicU64::new(0)],
         };
@@ -519,6 +516,10 @@ impl Failure {
 fn now() -> u32 {
     static START: LazyLock<u64> = LazyLock::new(|| clock::unix_nanos().saturating_sub(clock::nanos()));
     u32::try_from((*START + clock::nanos()) / 1_000_000_000).unwrap_or(u32::MAX)
+}
+
+fn weigh(reply: &StoredReply) -> u32 {
+    u32::try_from(reply.body.len() + REPLY_OVERHEAD).unwrap_or(u32::MAX)
 }
 
 fn seconds(duration: Duration) -> u32 {

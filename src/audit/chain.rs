@@ -14,6 +14,9 @@ use thiserror::Error;
 
 const HASH: &[u8] = b",\"hash\":\"";
 
+/// So much of a segment is read at once, in bytes.
+const BLOCK: usize = 64 * 1024;
+
 /// A record's hash.
 pub type Hash = [u8; 32];
 
@@ -153,8 +156,9 @@ pub fn parse_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     if text.len() != 2 * N {
         return None;
     }
-    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    let digit = |byte: u8| u8::try_from(char::from(byte).to_digit(16)?).ok();
+    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
     }
     Some(bytes)
 }
@@ -235,9 +239,9 @@ pub fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// One line of a segment.
-pub struct Line {
+pub struct Line<'a> {
     /// Its bytes, without the newline.
-    pub bytes: Vec<u8>,
+    pub bytes: &'a [u8],
     /// Its number in the file, from 1.
     pub number: usize,
     /// Where it begins.
@@ -246,22 +250,36 @@ pub struct Line {
     pub whole: bool,
 }
 
-/// Reads a segment line by line; a segment is never held in memory whole.
-pub fn lines(path: &Path) -> io::Result<impl Iterator<Item = io::Result<Line>>> {
-    let mut reader = BufReader::new(File::open(path)?);
-    let (mut number, mut offset) = (0, 0);
-    Ok(std::iter::from_fn(move || {
-        let mut bytes = Vec::new();
-        match reader.read_until(b'\n', &mut bytes) {
-            Ok(0) => None,
-            Ok(read) => {
-                let whole = bytes.pop_if(|last| *last == b'\n').is_some();
-                let line = Line { bytes, number: number + 1, offset, whole };
-                number += 1;
-                offset += read as u64;
-                Some(Ok(line))
-            }
-            Err(error) => Some(Err(error)),
+/// A segment, read line by line; it is never held in memory whole.
+pub struct Lines {
+    reader: BufReader<File>,
+    bytes: Vec<u8>,
+    number: usize,
+    offset: u64,
+}
+
+impl Lines {
+    /// Opens a segment.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let reader = BufReader::with_capacity(BLOCK, File::open(path)?);
+        Ok(Self { reader, bytes: Vec::new(), number: 0, offset: 0 })
+    }
+
+    /// Reads the next line; nothing at the end.
+    pub fn read(&mut self) -> io::Result<Option<Line<'_>>> {
+        self.offset += self.bytes.len() as u64;
+        self.bytes.clear();
+        if self.reader.read_until(b'\n', &mut self.bytes)? == 0 {
+            return Ok(None);
         }
-    }))
+        self.number += 1;
+        let bytes = self.bytes.strip_suffix(b"\n");
+        let line = Line {
+            bytes: bytes.unwrap_or(&self.bytes),
+            number: self.number,
+            offset: self.offset,
+            whole: bytes.is_some(),
+        };
+        Ok(Some(line))
+    }
 }

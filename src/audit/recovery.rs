@@ -18,7 +18,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    chain::{Hash, Keys, first_seq, lines, segments, stated},
+    chain::{Hash, Keys, Lines, first_seq, segments, stated},
     retention::{self, Place},
     writer::Segment,
 };
@@ -167,12 +167,12 @@ impl Found {
 
     /// Reads a segment that another one follows.
     fn read_full(&mut self, path: &Path, next: &Path, keys: &Keys) -> io::Result<()> {
-        for line in lines(path)? {
-            let line = line?;
+        let mut lines = Lines::open(path)?;
+        while let Some(line) = lines.read()? {
             if self.seq + 1 == first_seq(next) && is_repeated(path, line.offset, next)? {
                 break;
             }
-            self.take(path, line.number, &line.bytes, keys);
+            self.take(path, line.number, line.bytes, keys);
             if !line.whole {
                 // A crash tears the last line of all; elsewhere somebody did.
                 self.fault(path, line.number, "the line has no end");
@@ -184,14 +184,14 @@ impl Found {
     /// Reads the last segment, up to what a crash left of the last write.
     fn read_last(&mut self, path: &Path, keys: &Keys) -> io::Result<()> {
         let size = fs::metadata(path)?.len();
-        for line in lines(path)? {
-            let line = line?;
+        let mut lines = Lines::open(path)?;
+        while let Some(line) = lines.read()? {
             let rest = size.saturating_sub(line.offset);
             if !line.whole || (line.bytes.contains(&0) && rest <= MAX_TORN) {
                 self.torn = Some((path.into(), line.offset, rest));
                 break;
             }
-            self.take(path, line.number, &line.bytes, keys);
+            self.take(path, line.number, line.bytes, keys);
             self.last = Some((path.into(), line.offset + line.bytes.len() as u64 + 1));
         }
         Ok(())

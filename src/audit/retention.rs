@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::chain::{Hash, hex, lines, parse_hex, segments};
+use super::chain::{Hash, Line, Lines, hex, parse_hex, segments};
 
 /// The name of the event.
 pub(super) const EVENT: &str = "retention";
@@ -53,22 +53,23 @@ struct Said<'a> {
 pub(super) fn oldest(directory: &Path, before: i64) -> io::Result<Option<Old>> {
     let segments = segments(directory)?;
     let [oldest, next, ..] = segments.as_slice() else { return Ok(None) };
-    let Some(line) = lines(next)?.next().transpose()? else { return Ok(None) };
-    let old = begin(&line.bytes).filter(|(_, time)| *time < before);
+    let old = begin(next)?.filter(|(_, time)| *time < before);
     Ok(old.map(|(last, _)| Old { path: oldest.clone(), last }))
 }
 
 /// The place before the first record of a segment.
 pub(super) fn before(segment: &Path) -> io::Result<Option<Place>> {
-    let line = lines(segment)?.next().transpose()?;
-    Ok(line.and_then(|line| begin(&line.bytes)).map(|(place, _)| place))
+    Ok(begin(segment)?.map(|(place, _)| place))
 }
 
 /// The place before a segment's first line, and when that was written.
-fn begin(line: &[u8]) -> Option<(Place, i64)> {
-    let Begin { seq, time, prev } = serde_json::from_slice(line).ok()?;
-    let time: Timestamp = time.parse().ok()?;
-    Some((Place { seq: seq.checked_sub(1)?, hash: parse_hex(prev)? }, time.as_second()))
+fn begin(segment: &Path) -> io::Result<Option<(Place, i64)>> {
+    let parse = |line: Line<'_>| {
+        let Begin { seq, time, prev } = serde_json::from_slice(line.bytes).ok()?;
+        let time: Timestamp = time.parse().ok()?;
+        Some((Place { seq: seq.checked_sub(1)?, hash: parse_hex(prev)? }, time.as_second()))
+    };
+    Ok(Lines::open(segment)?.read()?.and_then(parse))
 }
 
 impl Old {

@@ -75,6 +75,13 @@ impl Claims {
         Self { by_key: HashMap::default(), over: VecDeque::new(), max, window }
     }
 
+    /// The same, with room for so many claims already.
+    pub(super) fn with_room(max: usize, window: u32, room: usize) -> Self {
+        let mut claims = Self::new(max, window);
+        claims.by_key.reserve(room.min(max));
+        claims
+    }
+
     pub(super) fn len(&self) -> usize {
         self.by_key.len()
     }
@@ -143,9 +150,10 @@ impl Claims {
 
     /// Puts a claim back that the trail tells of, in flight; even beyond the bound, since nothing is evicted.
     pub(super) fn restore(&mut self, key: Mark, print: Mark, id: Uuid, doubt: Option<Uuid>, since: u32) {
-        let known = self.by_key.get(&key).filter(|claim| Some(claim.id) == doubt);
-        let doubt_since = known.map_or(since, |claim| claim.since);
-        let doubt = doubt.map(|id| Doubt { id, since: doubt_since });
+        let doubt = doubt.map(|id| {
+            let known = self.by_key.get(&key).filter(|claim| claim.id == id);
+            Doubt { id, since: known.map_or(since, |claim| claim.since) }
+        });
         self.by_key.insert(key, Claim { print, id, since, state: State::InFlight { doubt } });
     }
 

@@ -6,10 +6,15 @@
 
 use std::{
     borrow::Cow,
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs, io,
+    panic::resume_unwind,
     path::{Path, PathBuf},
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::Ordering,
+        mpsc::{self, SyncSender},
+    },
     thread,
     time::Duration,
 };
@@ -23,11 +28,12 @@ use super::{
     claims::{Claims, Ending, How},
     now, seconds,
     twins::Was,
+    weigh,
 };
 use crate::{
     audit::{
         Audit, StoredReply,
-        chain::{Hash, Mark, lines, parse_hex, segments},
+        chain::{Lines, Mark, parse_hex, segments},
     },
     config,
     outcome::Outcome,
@@ -35,6 +41,13 @@ use crate::{
 
 /// A call that began this long before the window may have ended in it, in seconds.
 const LONGEST_CALL: u32 = 15 * 60;
+
+/// A call with a key takes no less of the trail, in bytes: intent and outcome.
+const LEAST_CALL: u64 = 1024;
+
+/// So much is handed over at once, and so often before the one who reads waits.
+const BATCH: usize = 1000;
+const BATCHES: usize = 8;
 
 /// How long a failed reading waits.
 const RETRY: Duration = Duration::from_secs(1);
@@ -49,13 +62,6 @@ struct Line<'a> {
     key: Option<&'a str>,
     print: Option<&'a str>,
     forced: Option<Uuid>,
-    #[serde(borrow)]
-    caller: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    route: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    operator: Option<Cow<'a, str>>,
-    digest: Option<&'a str>,
     outcome: Option<&'a str>,
     status: Option<u16>,
     #[serde(borrow)]
@@ -63,24 +69,68 @@ struct Line<'a> {
     reply: Option<StoredReply>,
 }
 
-/// What an intent without its outcome says.
-#[derive(Clone, Copy)]
-enum Intent {
-    Keyed(Mark),
-    /// Its fingerprint.
-    Unkeyed(Mark),
-    /// Too old to matter, if it has an outcome.
-    Other,
+/// What a record tells of a call.
+struct Told {
+    id: Uuid,
+    /// In seconds since 1970.
+    time: u32,
+    what: What,
 }
 
+enum What {
+    /// The intent of a call with a key.
+    Claim { key: Mark, print: Mark, forced: Option<Uuid> },
+    /// Any other intent; its fingerprint, unless it is too old to matter once it has an outcome.
+    Intent(Option<Mark>),
+    Outcome {
+        outcome: Option<Outcome>,
+        status: Option<u16>,
+        result_code: Option<Box<[u8]>>,
+        reply: Option<StoredReply>,
+    },
+}
+
+/// What an intent without its outcome holds.
+#[derive(Clone, Copy)]
+enum Open {
+    Key(Mark),
+    Twin(Mark),
+    Nothing,
+}
+
+/// Reads lines, on a thread of its own, while what they tell is applied.
+struct Parser<'a> {
+    table: &'a Idempotency,
+    /// The last record to read, and the time before which no call without a key matters.
+    last: u64,
+    twins_from: u32,
+    second: Second,
+}
+
+/// Applies what was read.
 struct Reading<'a> {
     table: &'a Idempotency,
     claims: Claims,
-    open: HashMap<Uuid, Intent, foldhash::fast::RandomState>,
-    /// The last record to read, and the time before which none matters, for keys and for calls without one.
-    last: u64,
+    open: HashMap<Uuid, Open, foldhash::fast::RandomState>,
+    replies: Replies,
+    /// The time before which nothing matters, for keys and for calls without one.
     window_from: u32,
     twins_from: u32,
+}
+
+/// The newest replies, as many as are kept: to put all of them where they are kept, one after the other, takes longer
+/// than reading them.
+struct Replies {
+    newest: VecDeque<(Uuid, StoredReply)>,
+    weight: u64,
+    max: u64,
+}
+
+/// The last second that was read, and its text: a second has many records.
+#[derive(Default)]
+struct Second {
+    text: String,
+    unix: u32,
 }
 
 impl Idempotency {
@@ -101,30 +151,33 @@ impl Idempotency {
     fn try_rebuild(&self, settings: &config::Idempotency, directory: &Path, audit: &Audit) -> io::Result<()> {
         let now = now();
         let window = seconds(settings.window);
-        let mut reading = Reading {
-            table: self,
-            claims: Claims::new(settings.max_keys, window),
-            open: HashMap::default(),
-            last: audit.begun(),
-            window_from: now.saturating_sub(window),
-            twins_from: now.saturating_sub(seconds(settings.fingerprint_window)),
-        };
-        let segments = since(segments(directory)?, reading.window_from.saturating_sub(LONGEST_CALL))?;
+        let window_from = now.saturating_sub(window);
+        let twins_from = now.saturating_sub(seconds(settings.fingerprint_window));
+        let segments = since(segments(directory)?, window_from.saturating_sub(LONGEST_CALL))?;
         let sizes =
             segments.iter().map(|path| Ok(fs::metadata(path)?.len())).collect::<io::Result<Vec<_>>>()?;
+        let size = sizes.iter().sum();
         self.read[0].store(0, Ordering::Relaxed);
-        self.read[1].store(sizes.iter().sum(), Ordering::Relaxed);
-        for path in &segments {
-            for line in lines(path)? {
-                let line = line?;
-                if reading.take(&line.bytes) {
-                    break;
-                }
-                self.read[0].fetch_add(line.bytes.len() as u64 + 1, Ordering::Relaxed);
-            }
-        }
+        self.read[1].store(size, Ordering::Relaxed);
+        let room = usize::try_from(size / LEAST_CALL).unwrap_or(usize::MAX);
+        let mut reading = Reading {
+            table: self,
+            claims: Claims::with_room(settings.max_keys, window, room),
+            open: HashMap::default(),
+            replies: Replies { newest: VecDeque::new(), weight: 0, max: settings.reply_memory },
+            window_from,
+            twins_from,
+        };
+        let parser = Parser { table: self, last: audit.begun(), twins_from, second: Second::default() };
+        thread::scope(|scope| {
+            let (sender, receiver) = mpsc::sync_channel(BATCHES);
+            let parsing = thread::Builder::new()
+                .name("keys".into())
+                .spawn_scoped(scope, move || parser.read(&segments, &sender))?;
+            receiver.into_iter().flatten().for_each(|told| reading.take(told));
+            parsing.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })?;
         reading.close();
-        *self.claims() = reading.claims;
         Ok(())
     }
 }
@@ -137,10 +190,9 @@ fn since(segments: Vec<PathBuf>, from: u32) -> io::Result<Vec<PathBuf>> {
     }
     let mut skipped = 0;
     for (index, path) in segments.iter().enumerate().skip(1) {
-        let begin = lines(path)?.next().transpose()?;
-        let begin =
-            begin.and_then(|line| Some(unix(serde_json::from_slice::<Begin<'_>>(&line.bytes).ok()?.time)));
-        if begin.is_none_or(|begin| begin >= from) {
+        let mut lines = Lines::open(path)?;
+        let begin = lines.read()?.and_then(|line| serde_json::from_slice::<Begin<'_>>(line.bytes).ok());
+        if begin.map(|begin| unix(begin.time)).is_none_or(|begin| begin >= from) {
             break;
         }
         skipped = index;
@@ -148,86 +200,143 @@ fn since(segments: Vec<PathBuf>, from: u32) -> io::Result<Vec<PathBuf>> {
     Ok(segments.into_iter().skip(skipped).collect())
 }
 
-impl Reading<'_> {
-    /// Takes a record; whether it lies behind the last one that matters.
-    fn take(&mut self, bytes: &[u8]) -> bool {
-        let Ok(line) = serde_json::from_slice::<Line<'_>>(bytes) else {
-            tracing::error!("a line of the audit trail cannot be read; a key may be forgotten");
-            return false;
-        };
-        if line.seq > self.last {
-            return true;
-        }
-        match (line.kind, line.id) {
-            ("intent", Some(id)) => self.intent(id, &line),
-            ("outcome", Some(id)) => {
-                if let Some(intent) = self.open.remove(&id) {
-                    self.outcome(id, intent, line);
-                }
-            }
-            _ => {}
-        }
-        false
-    }
-
-    /// What was left open; it gets its outcome when the trail is verified.
-    fn close(&mut self) {
-        for (id, intent) in std::mem::take(&mut self.open) {
-            match intent {
-                Intent::Keyed(key) => self.claims.end(key, id, How::Unknown, now()),
-                Intent::Unkeyed(twin) => self.table.twins().end(twin, id, Was::Unknown, now()),
-                Intent::Other => {}
-            }
-        }
-    }
-
-    fn intent(&mut self, id: Uuid, line: &Line<'_>) {
-        if let (Some(key), Some(print)) = (line.key.and_then(parse_hex), line.print.and_then(parse_hex)) {
-            self.claims.restore(key, print, id, line.forced, unix(line.time));
-            self.open.insert(id, Intent::Keyed(key));
-            return;
-        }
-        let is_new = unix(line.time).saturating_add(LONGEST_CALL) > self.twins_from;
-        let twin = if is_new { self.fingerprint(line) } else { None };
-        self.open.insert(id, twin.map_or(Intent::Other, Intent::Unkeyed));
-    }
-
-    fn fingerprint(&self, line: &Line<'_>) -> Option<Mark> {
-        let digest: Hash = parse_hex(line.digest?)?;
-        let operator = line.operator.as_ref()?.as_bytes();
-        Some(self.table.fingerprint(line.caller.as_ref()?, line.route.as_ref()?, operator, &digest))
-    }
-
-    fn outcome(&mut self, id: Uuid, intent: Intent, line: Line<'_>) {
-        let time = unix(line.time);
-        let outcome = Outcome::ALL.into_iter().find(|outcome| line.outcome == Some(outcome.as_str()));
-        match intent {
-            Intent::Keyed(key) => {
-                let how = match (outcome, line.status) {
-                    (Some(Outcome::NotSent | Outcome::Refused), _) => How::NotDone,
-                    (Some(Outcome::Succeeded | Outcome::Failed), Some(status)) => {
-                        if let Some(reply) = line.reply.filter(|_| time >= self.window_from) {
-                            self.table.replies.insert(id, Arc::new(reply));
-                        }
-                        let result_code = line.result_code.map(|code| code.as_bytes().into());
-                        How::Ended(Ending { status, result_code })
+impl Parser<'_> {
+    /// Hands over what the lines tell, in their order, as long as somebody takes it.
+    fn read(mut self, segments: &[PathBuf], sender: &SyncSender<Vec<Told>>) -> io::Result<()> {
+        let mut batch = Vec::with_capacity(BATCH);
+        for path in segments {
+            let mut lines = Lines::open(path)?;
+            while let Some(line) = lines.read()? {
+                match parse::<Line<'_>>(line.bytes) {
+                    Ok(record) if record.seq > self.last => break,
+                    Ok(record) => batch.extend(self.told(record, line.bytes)),
+                    Err(_) => {
+                        tracing::error!("a line of the audit trail cannot be read; a key may be forgotten");
                     }
-                    _ => How::Unknown,
-                };
-                self.claims.end(key, id, how, time);
-            }
-            Intent::Unkeyed(twin) => {
-                let was = match outcome {
-                    Some(Outcome::Unknown) => Was::Unknown,
-                    Some(Outcome::Succeeded) => Was::Done,
-                    _ => return,
-                };
-                if time >= self.twins_from {
-                    self.table.twins().end(twin, id, was, time);
+                }
+                self.table.read[0].fetch_add(line.bytes.len() as u64 + 1, Ordering::Relaxed);
+                if batch.len() == BATCH {
+                    let _ = sender.send(std::mem::replace(&mut batch, Vec::with_capacity(BATCH)));
                 }
             }
-            Intent::Other => {}
         }
+        let _ = sender.send(batch);
+        Ok(())
+    }
+
+    fn told(&mut self, line: Line<'_>, bytes: &[u8]) -> Option<Told> {
+        let (id, time) = (line.id?, self.second.unix(line.time));
+        let what = match line.kind {
+            "intent" => self.intent(&line, time, bytes),
+            "outcome" => What::Outcome {
+                outcome: Outcome::ALL.into_iter().find(|outcome| line.outcome == Some(outcome.as_str())),
+                status: line.status,
+                result_code: line.result_code.map(|code| code.as_bytes().into()),
+                reply: line.reply,
+            },
+            _ => return None,
+        };
+        Some(Told { id, time, what })
+    }
+
+    fn intent(&self, line: &Line<'_>, time: u32, bytes: &[u8]) -> What {
+        if let (Some(key), Some(print)) = (line.key.and_then(parse_hex), line.print.and_then(parse_hex)) {
+            return What::Claim { key, print, forced: line.forced };
+        }
+        let is_new = time.saturating_add(LONGEST_CALL) > self.twins_from;
+        let doubt = if is_new { serde_json::from_slice(bytes).ok() } else { None };
+        What::Intent(doubt.and_then(|doubt| self.table.twin_of(&doubt)))
+    }
+}
+
+impl Reading<'_> {
+    fn take(&mut self, Told { id, time, what }: Told) {
+        match what {
+            What::Claim { key, print, forced } => {
+                self.claims.restore(key, print, id, forced, time);
+                self.open.insert(id, Open::Key(key));
+            }
+            What::Intent(twin) => drop(self.open.insert(id, twin.map_or(Open::Nothing, Open::Twin))),
+            What::Outcome { outcome, status, result_code, reply } => match self.open.remove(&id) {
+                Some(Open::Key(key)) => {
+                    let how = match (outcome, status) {
+                        (Some(Outcome::NotSent | Outcome::Refused), _) => How::NotDone,
+                        (Some(Outcome::Succeeded | Outcome::Failed), Some(status)) => {
+                            if let Some(reply) = reply.filter(|_| time >= self.window_from) {
+                                self.replies.push(id, reply);
+                            }
+                            How::Ended(Ending { status, result_code })
+                        }
+                        _ => How::Unknown,
+                    };
+                    self.claims.end(key, id, how, time);
+                }
+                Some(Open::Twin(twin)) => self.end_twin(twin, id, outcome, time),
+                Some(Open::Nothing) | None => {}
+            },
+        }
+    }
+
+    fn end_twin(&self, twin: Mark, id: Uuid, outcome: Option<Outcome>, time: u32) {
+        let was = match outcome {
+            Some(Outcome::Unknown) => Was::Unknown,
+            Some(Outcome::Succeeded) => Was::Done,
+            _ => return,
+        };
+        if time >= self.twins_from {
+            self.table.twins().end(twin, id, was, time);
+        }
+    }
+
+    /// Hands over what is known now. What was left open gets its outcome when the trail is verified.
+    fn close(mut self) {
+        for (id, open) in self.open {
+            match open {
+                Open::Key(key) => self.claims.end(key, id, How::Unknown, now()),
+                Open::Twin(twin) => self.table.twins().end(twin, id, Was::Unknown, now()),
+                Open::Nothing => {}
+            }
+        }
+        for (id, reply) in self.replies.newest {
+            self.table.replies.insert(id, Arc::new(reply));
+        }
+        *self.table.claims() = self.claims;
+    }
+}
+
+impl Replies {
+    fn push(&mut self, id: Uuid, reply: StoredReply) {
+        self.weight += u64::from(weigh(&reply));
+        self.newest.push_back((id, reply));
+        while self.weight > self.max
+            && let Some((_, oldest)) = self.newest.pop_front()
+        {
+            self.weight -= u64::from(weigh(&oldest));
+        }
+    }
+}
+
+impl Second {
+    /// As [`unix`].
+    fn unix(&mut self, time: &str) -> u32 {
+        let (second, rest) = time.split_at_checked("2026-01-01T00:00:00".len()).unwrap_or((time, ""));
+        let is_micros = |rest: &str| rest.len() == 6 && rest.bytes().all(|digit| digit.is_ascii_digit());
+        if !rest.strip_prefix('.').and_then(|rest| rest.strip_suffix('Z')).is_some_and(is_micros) {
+            return unix(time); // not as the gateway writes it
+        }
+        if self.text != second {
+            self.text.replace_range(.., second);
+            self.unix = unix(time);
+        }
+        self.unix
+    }
+}
+
+/// Reads a line. Most likely it is text as a whole: then its members need not be looked at for that one by one.
+fn parse<'a, T: Deserialize<'a>>(line: &'a [u8]) -> serde_json::Result<T> {
+    match std::str::from_utf8(line) {
+        Ok(text) => serde_json::from_str(text),
+        Err(_) => serde_json::from_slice(line),
     }
 }
 
@@ -240,17 +349,20 @@ fn unix(time: &str) -> u32 {
 mod tests {
     use std::time::Instant;
 
+    use http::HeaderValue;
     use prometheus::Registry;
     use tempfile::TempDir;
 
     use super::*;
     use crate::{
         admission::Peer,
-        audit::{self, Answer, Durability},
+        audit::{self, Answer, Durability, RequestId, chain::Hash},
         config::WithoutKey,
         error::Stage,
         idempotency::{Begun, Call},
     };
+
+    const OPERATOR: &str = "1611917095665261978";
 
     fn settings() -> config::Idempotency {
         config::Idempotency {
@@ -300,28 +412,25 @@ mod tests {
         }
     }
 
+    /// The keyed call of this number.
+    fn begin(audit: &Audit, table: &Arc<Idempotency>, id: RequestId, number: u64) -> (Hash, Begun) {
+        let operator = HeaderValue::from_static(OPERATOR);
+        let digest = audit.keys().digest(&number.to_be_bytes());
+        let (caller, route) = ("qa-console", "appointQualityTask");
+        let call = Call { caller, route, operator: &operator, digest: &digest, id };
+        (digest, table.begin_keyed(call, number.to_string().as_bytes(), None).unwrap())
+    }
+
     /// Calls with keys that all succeed, and one that is open when the process ends.
     async fn call(audit: &Audit, table: &Arc<Idempotency>, keys: u64) {
         table.is_rebuilt.store(true, Ordering::Relaxed);
-        let operator = http::HeaderValue::from_static("1611917095665261978");
         for number in 0..=keys {
             let mut record = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into()));
             record.caller("qa-console".into());
             record.route("appointQualityTask".into());
-            record.operator(operator.clone());
+            record.operator(HeaderValue::from_static(OPERATOR));
             record.enter(Stage::Idempotency);
-            let digest = audit.keys().digest(&number.to_be_bytes());
-            let id = record.id();
-            let call = Call {
-                caller: "qa-console",
-                route: "appointQualityTask",
-                operator: &operator,
-                digest: &digest,
-                id,
-            };
-            let Ok(Begun::Claim(claim)) = table.begin_keyed(call, number.to_string().as_bytes(), None) else {
-                panic!()
-            };
+            let (digest, Begun::Claim(claim)) = begin(audit, table, record.id(), number) else { panic!() };
             let intent = record.intent((8, &digest), &|line| claim.audit_members(line));
             if number == keys {
                 intent.await.unwrap();
@@ -353,23 +462,53 @@ mod tests {
         let serves = began.elapsed();
         let after = table(&audit);
         after.rebuild(&settings(), folder.path(), &audit);
-        println!("{keys} keys: serves after {serves:?}, knows them after {:?}", began.elapsed());
+        let took = began.elapsed();
+        println!("{keys} keys: serves after {serves:?}, knows them after {took:?}");
         assert_eq!(after.keys() as u64, keys + 1);
-        let operator = http::HeaderValue::from_static("1611917095665261978");
-        for number in [0, keys - 1] {
-            let digest = audit.keys().digest(&number.to_be_bytes());
+        for (number, has_body) in [(0, keys <= KEPT), (keys - 1, true)] {
             let id = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into())).id();
-            let call = Call {
-                caller: "qa-console",
-                route: "appointQualityTask",
-                operator: &operator,
-                digest: &digest,
-                id,
-            };
-            let begun = after.begin_keyed(call, number.to_string().as_bytes(), None);
-            assert!(matches!(begun, Ok(Begun::Replay(..))), "{begun:?}");
+            let Begun::Replay(replay, _) = begin(&audit, &after, id, number).1 else { panic!() };
+            assert_eq!((replay.status, replay.stored.is_some()), (200, has_body), "{number}");
         }
-        began.elapsed()
+        took
+    }
+
+    /// `reply_memory` has room for so many replies, and not for a million.
+    const KEPT: u64 = 200_000;
+
+    #[test]
+    fn the_newest_replies_are_kept() {
+        let reply = StoredReply { status: 200, content_type: None, body: "12345".into() };
+        let mut replies =
+            Replies { newest: VecDeque::new(), weight: 0, max: 3 * u64::from(weigh(&reply)) + 1 };
+        for number in 0..9 {
+            replies.push(Uuid::from_u128(number), reply.clone());
+        }
+        let kept: Vec<_> = replies.newest.iter().map(|(id, _)| id.as_u128()).collect();
+        assert_eq!(kept, [6, 7, 8]);
+    }
+
+    #[test]
+    fn a_time_is_what_jiff_reads_whatever_was_read_before() {
+        let mut second = Second::default();
+        for time in [
+            "2026-11-27T10:00:00.000000Z",
+            "2026-11-27T10:00:00.999999Z",
+            "2026-11-27T10:00:00.999999+02:00",
+            "2026-11-27T10:00:01.000000Z",
+            "2026-11-27T10:00:01Z",
+            "2026-11-27T10:00:01.5Z",
+            "1970-01-01T00:00:00.000000Z",
+            "2026-11-27T10:00:01.123456Z",
+        ] {
+            let read: Timestamp = time.parse().unwrap();
+            assert_eq!(i64::from(second.unix(time)), read.as_second(), "{time}");
+        }
+        for time in
+            ["", "2026-11-27T10:00:01.12345xZ", "2026-11-27T10:61:00.000000Z", "1969-12-31T23:59:59.000000Z"]
+        {
+            assert!(second.unix(time).abs_diff(now()) <= 1, "{time}: what is no time is now");
+        }
     }
 
     #[tokio::test]
