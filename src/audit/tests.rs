@@ -133,24 +133,61 @@ fn recovered(directory: &Path) -> u64 {
     fs::metadata(chain::segment_path(directory, 1)).unwrap().len()
 }
 
-#[tokio::test]
-async fn every_changed_byte_is_found_in_its_line() {
-    let (text, key) = sample().await;
-    let folder = directory(&text, &key);
+/// The first 200 lines of a trail with records of every kind; and its key.
+async fn long_sample() -> (Vec<u8>, Vec<u8>) {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&options(folder.path()));
+    let open = intended(&audit).await;
+    for round in 0..100 {
+        intended(&audit).await.take().finish(&answer());
+        if round % 20 == 0 {
+            refuse(&audit);
+            audit.event("secret change", Map::new());
+        }
+    }
+    drop(open);
+    audit.close();
+    let text = fs::read(segments(folder.path()).unwrap().remove(0)).unwrap();
+    (lines_of(&text)[..200].concat(), fs::read(chain::key_path(folder.path())).unwrap())
+}
+
+/// Changes bytes, as far apart as `step`, each in each of these bits: every time the first line that is named must be
+/// that of the byte.
+fn check_changes((text, key): &(Vec<u8>, Vec<u8>), step: usize, bits: impl Fn(usize) -> Vec<u32>) {
+    let folder = directory(text, key);
     assert_whole(folder.path());
     let segment = OpenOptions::new().write(true).open(chain::segment_path(folder.path(), 1)).unwrap();
-    for (offset, byte) in text.iter().enumerate() {
-        let bit = 1 << (offset % 8);
-        segment.write_all_at(&[byte ^ bit], offset as u64).unwrap();
-        let found = verify(folder.path());
-        let line = text[..offset].iter().filter(|byte| **byte == b'\n').count() + 1;
-        if offset + 1 == text.len() {
-            assert!(found.torn.is_some(), "the last newline");
-        } else {
-            assert_eq!(found.faults[0].line, line, "byte {offset}, bit {bit:#x}: {:?}", found.faults);
+    let line_of = |offset: usize| text[..offset].iter().filter(|byte| **byte == b'\n').count() + 1;
+    for offset in (0..text.len()).step_by(step) {
+        let line = line_of(offset);
+        for bit in bits(offset) {
+            segment.write_all_at(&[text[offset] ^ (1 << bit)], offset as u64).unwrap();
+            let found = verify(folder.path());
+            let torn = found.torn.as_ref().map(|(_, begin, _)| line_of(usize::try_from(*begin).unwrap()));
+            let named = found.faults.first().map(|fault| fault.line).or(torn);
+            assert_eq!(named, Some(line), "byte {offset}, bit {bit}: {:?}", found.faults);
         }
-        segment.write_all_at(&[*byte], offset as u64).unwrap();
+        segment.write_all_at(&text[offset..=offset], offset as u64).unwrap();
     }
+    assert_whole(folder.path());
+}
+
+#[tokio::test]
+async fn every_changed_byte_is_found_in_its_line() {
+    check_changes(&sample().await, 1, |offset| vec![offset as u32 % 8]);
+}
+
+/// The step is prime, so that it comes to every part of a line.
+#[tokio::test]
+async fn a_changed_byte_is_found_in_its_line_among_200() {
+    check_changes(&long_sample().await, 199, |offset| vec![offset as u32 % 8]);
+}
+
+/// `cargo test --release --lib -- --ignored 200_lines`
+#[tokio::test]
+#[ignore = "verifies half a million trails of 200 records"]
+async fn every_changed_bit_is_found_in_its_line_of_200_lines() {
+    check_changes(&long_sample().await, 1, |_| (0..8).collect());
 }
 
 #[tokio::test]
@@ -240,11 +277,11 @@ async fn a_damaged_trail_is_never_written_over() {
     }
 }
 
-#[tokio::test]
-async fn a_cut_at_any_byte_keeps_the_whole_lines_and_settles_what_is_open_once() {
-    let (text, key) = sample().await;
-    let folder = directory(&text, &key);
-    for cut in 0..=text.len() {
+/// Cuts a trail at bytes as far apart as `step`. A start keeps the whole lines, records what it cut off, and settles
+/// what is open once.
+fn check_cuts((text, key): &(Vec<u8>, Vec<u8>), step: usize) {
+    let folder = directory(text, key);
+    for cut in (0..=text.len()).step_by(step) {
         fs::write(chain::segment_path(folder.path(), 1), &text[..cut]).unwrap();
         let kept: usize = lines_of(&text[..cut]).iter().filter(|l| l.ends_with(b"\n")).map(|l| l.len()).sum();
         let (mut open, mut torn) = (BTreeSet::new(), 0);
@@ -280,6 +317,23 @@ async fn a_cut_at_any_byte_keeps_the_whole_lines_and_settles_what_is_open_once()
         let all = trail(folder.path());
         assert!(all.len() == before + 1 && all[before]["event"] == "start", "settled once");
     }
+}
+
+#[tokio::test]
+async fn a_cut_at_any_byte_keeps_the_whole_lines_and_settles_what_is_open_once() {
+    check_cuts(&sample().await, 1);
+}
+
+#[tokio::test]
+async fn a_cut_among_200_lines_keeps_the_whole_ones_and_settles_what_is_open_once() {
+    check_cuts(&long_sample().await, 499);
+}
+
+/// `cargo test --release --lib -- --ignored 200_lines`
+#[tokio::test]
+#[ignore = "recovers eighty thousand trails of 200 records"]
+async fn a_cut_at_any_byte_of_200_lines_keeps_the_whole_ones_and_settles_what_is_open_once() {
+    check_cuts(&long_sample().await, 1);
 }
 
 fn trail_of(text: &[u8]) -> Vec<Value> {
