@@ -1,4 +1,4 @@
-/* A disk that obeys a test, preloaded into the gateway: fdatasync and fsync end here, pwrite is watched. The folder named by DISK
+/* A disk that obeys a test, preloaded into the gateway: fdatasync and fsync end here, writes are watched. The folder named by DISK
  * holds what the test asks for and what it wants to know:
  *
  *   hang        while this file exists, no call returns
@@ -6,6 +6,7 @@
  *   fail        while this file exists, every call fails
  *   fail-once   the next call fails, and removes the file
  *   fail-name   so does the next call for a directory
+ *   fail-writes holds the number of the error with which writing, cutting and opening for that fail in a folder `audit`
  *   log         a line when a call begins, and one when it ends: nanoseconds, what, call, path
  *   platter/    what a power cut leaves: the bytes of each file at its last good call, by inode; `names`: those
  *               of the directory that was synced last
@@ -21,6 +22,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -164,9 +166,37 @@ static int sync_as_asked(int fd, const char *call) {
 int fdatasync(int fd) { return sync_as_asked(fd, "fdatasync"); }
 int fsync(int fd) { return sync_as_asked(fd, "fsync"); }
 
+/* Fails as asked, with errno. */
+static int refuses_writes(void) {
+  FILE *asked = fopen(place("fail-writes"), "r");
+  int number = 0;
+  if (asked && fscanf(asked, "%d", &number) != 1) number = 0;
+  if (asked) fclose(asked);
+  if (number) errno = number;
+  return number;
+}
+
+int open64(const char *path, int flags, ...) {
+  static int (*real)(const char *, int, ...);
+  if (!real) real = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open64");
+  va_list rest;
+  va_start(rest, flags);
+  mode_t mode = va_arg(rest, mode_t);
+  va_end(rest);
+  if ((flags & O_ACCMODE) != O_RDONLY && strstr(path, "/audit/") && refuses_writes()) return -1;
+  return real(path, flags, mode);
+}
+
+int ftruncate64(int fd, off64_t length) {
+  static int (*real)(int, off64_t);
+  if (!real) real = (int (*)(int, off64_t))dlsym(RTLD_NEXT, "ftruncate64");
+  return refuses_writes() ? -1 : real(fd, length);
+}
+
 ssize_t pwrite64(int fd, const void *bytes, size_t length, off64_t offset) {
   static ssize_t (*real)(int, const void *, size_t, off64_t);
   if (!real) real = (ssize_t (*)(int, const void *, size_t, off64_t))dlsym(RTLD_NEXT, "pwrite64");
+  if (refuses_writes()) return -1;
   ssize_t done = real(fd, bytes, length, offset);
   struct stat file;
   if (done > 0 && fstat(fd, &file) == 0) written(file.st_ino, offset, offset + done);

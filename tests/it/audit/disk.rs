@@ -339,20 +339,12 @@ fn after_a_failed_fdatasync_its_records_are_written_again_to_a_new_segment() {
 fn a_disk_that_fails_for_a_while_refuses_new_requests_and_nothing_is_lost() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let mut gateway = start_with(&sandbox, disk.setup("disk"));
-    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
-    faults(&sandbox, json!({ "business": [{ "times": 1, "delay_ms": 1_000 }] }));
-    let mut in_flight = TcpStream::connect(gateway.address).unwrap();
-    in_flight.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
-    wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
-    disk.ask("fail");
-    assert_refused(&gateway, &sandbox);
-    assert_refused(&gateway, &sandbox);
-    assert_eq!(gateway.admin("/readyz").status, 503);
-    assert_eq!(read_reply(&mut in_flight).outcome(), "succeeded", "what was sent before is answered");
     let failed = || disk.syncs().iter().filter(|call| call.failed).count();
-    wait_for("some tries", || (failed() >= 5).then_some(()));
-    disk.no_more("fail");
-    assert_resumed(&gateway, &sandbox);
+    let fails_no_more = || {
+        wait_for("some tries", || (failed() >= 5).then_some(()));
+        disk.no_more("fail");
+    };
+    assert_outage(&gateway, &sandbox, || disk.ask("fail"), fails_no_more);
     assert_eq!(metric(&gateway, "audit_sync_errors_total") as usize, failed());
     gateway.signal("-TERM");
     assert!(gateway.wait().success());
@@ -362,6 +354,23 @@ fn a_disk_that_fails_for_a_while_refuses_new_requests_and_nothing_is_lost() {
     names.retain(|name| !name.to_str().unwrap().ends_with(".jsonl"));
     names.sort();
     assert_eq!(names, ["audit.key", "lock"], "nothing is left over");
+}
+
+/// No administrator can do this to a trail that is open for writing: the kernel finds it busy. A file system does it to
+/// itself, when its disk fails.
+#[test]
+fn a_trail_whose_every_write_fails_refuses_new_requests_until_that_is_over() {
+    for (error, number) in [("EIO", "5"), ("EROFS", "30")] {
+        for durability in ["kernel", "disk"] {
+            println!("{error}, durability {durability}");
+            let (sandbox, disk) = (sandbox(), Disk::new());
+            let gateway = start_with(&sandbox, disk.setup(durability));
+            let begin = || disk.ask_for("fail-writes", number);
+            assert_outage(&gateway, &sandbox, begin, || disk.no_more("fail-writes"));
+            assert!(metric(&gateway, "audit_write_errors_total") > 0.0);
+            assert_eq!(segments(&gateway.audit_directory()).len(), 1);
+        }
+    }
 }
 
 #[test]
