@@ -254,9 +254,9 @@ impl App {
             let end = Instant::now() + config.server.drain_timeout;
             let grace = config.server.drain_grace;
             if hands_over || !grace.is_zero() {
-                bounds.close()
+                bounds.close();
             } else {
-                bounds.drain()
+                bounds.drain();
             }
             tracing::info!("stopping"); // who reads this may rely on it
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);

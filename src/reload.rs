@@ -84,6 +84,7 @@ impl Reload {
     }
 
     /// Whether another configuration is in effect.
+    #[expect(clippy::disallowed_methods, reason = "on the background runtime, where no request waits")]
     async fn reload(&mut self) -> bool {
         let (path, overrides) = (self.source.path.clone(), self.source.overrides.clone());
         let load = move || Config::load(&path, &overrides, std::env::vars_os());

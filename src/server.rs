@@ -76,7 +76,7 @@ impl Bound {
         let (address, sockets) = match (&listener.address, inherited) {
             (address, Some(socket)) => {
                 socket.set_nonblocking(true)?;
-                (address.clone(), shared(socket, workers)?)
+                (address.clone(), shared(&socket, workers)?)
             }
             (ListenAddress::Tcp(address), None) => {
                 let sockets = bind_tcp(*address, workers)?;
@@ -155,12 +155,12 @@ fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Vec<Socket>> 
     socket.bind(&address)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     socket.listen(BACKLOG)?;
-    shared(socket, workers)
+    shared(&socket, workers)
 }
 
 /// One socket for all workers.
-fn shared(socket: Socket, workers: usize) -> io::Result<Vec<Socket>> {
-    (1..workers).map(|_| socket.try_clone()).chain([socket.try_clone()]).collect()
+fn shared(socket: &Socket, workers: usize) -> io::Result<Vec<Socket>> {
+    (0..workers).map(|_| socket.try_clone()).collect()
 }
 
 impl Listener {

@@ -1,6 +1,9 @@
 //! The gateway's own certificate, for an upstream that asks for one. Read again when its files change.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use rustls::{
@@ -34,18 +37,21 @@ impl Identity {
         let files = (self.cert_file.clone(), self.key_file.clone());
         let look = move || digest(&files.0, &files.1);
         let Ok(seen) = look() else { return };
-        let take = |_| Ok(self.current.store(read(&self.cert_file, &self.key_file)?));
+        let take = |_| {
+            self.current.store(read(&self.cert_file, &self.key_file)?);
+            Ok(())
+        };
         follow(Watched::new(look, seen), take, tell).await;
     }
 }
 
-fn read(cert_file: &PathBuf, key_file: &PathBuf) -> Result<Arc<CertifiedKey>, TlsError> {
+fn read(cert_file: &Path, key_file: &Path) -> Result<Arc<CertifiedKey>, TlsError> {
     let chain = pem::certificates(&pem::read(cert_file)?, cert_file)?;
     let key = pem::key(&pem::read_key(key_file)?)?;
     Ok(Arc::new(CertifiedKey::from_der(chain, key, &default_provider())?))
 }
 
-fn digest(cert_file: &PathBuf, key_file: &PathBuf) -> Result<[u8; 32], TlsError> {
+fn digest(cert_file: &Path, key_file: &Path) -> Result<[u8; 32], TlsError> {
     let parts = Sha256::new().chain_update(Sha256::digest(pem::read(cert_file)?));
     Ok(parts.chain_update(Sha256::digest(&*pem::read_key(key_file)?)).finalize().into())
 }

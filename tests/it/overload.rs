@@ -266,7 +266,6 @@ fn ten_thousand_idle_connections_and_a_thousand_slow_ones_cost_a_good_caller_not
     };
     let mut idle: Vec<_> = (0..10_000).map(open).collect();
     let each = (memory() - before) / 10; // of a thousand, in KiB: bytes, nearly
-    println!("{each} bytes for an idle connection, {} KiB before", before);
     let begin = Instant::now();
     let whole = head(BODY.len(), "");
     let slow: Vec<_> = (0..1000)
