@@ -73,6 +73,7 @@ pub struct App {
 impl App {
     /// Compiles the configuration, opens the audit trail, reads the secrets and binds every listener.
     pub fn build(config: Config) -> anyhow::Result<Self> {
+        let mut inherited = Inherited::from_env()?; // before there are threads
         let background = Builder::new_current_thread().enable_all().build()?;
         let (metrics, parts, audit_metrics) = Metrics::new()?;
         let has_tls = config.upstream.base_url.tls || config.token.url.tls;
@@ -96,7 +97,6 @@ impl App {
         let state = Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.breaker)?));
         let (alive, done) = mpsc::channel(1);
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
-        let mut inherited = Inherited::from_env()?;
         let bound = config.listeners.iter().map(|listener| {
             Bound::bind(listener, &mut inherited, config.server.workers)
                 .with_context(|| format!("listening on {}", listener.address))
@@ -151,6 +151,11 @@ impl App {
             bound,
             admin,
         } = self;
+        // Before anybody is told that it runs.
+        let reload = source.map(|source| {
+            let _runtime = background.enter();
+            Reload::new(source, config.clone(), state.clone(), audit.clone())
+        });
         if config.trusts_loopback() {
             tracing::warn!("{LOOPBACK_NOTICE}");
         }
@@ -201,7 +206,8 @@ impl App {
             .map(|(i, (gateway, listeners))| {
                 let (deadlines, stopped) = (Deadlines::new(&config.server), stopped.clone());
                 let watchdog = watchdog.clone();
-                let drained = config.server.drain_timeout - config.server.drain_grace;
+                let grace = if hands_over { Duration::ZERO } else { config.server.drain_grace };
+                let drained = config.server.drain_timeout.saturating_sub(grace);
                 thread::Builder::new().name(format!("worker-{i}")).spawn(move || -> io::Result<()> {
                     Audit::defer_wake_ups();
                     clock::turns();
@@ -231,8 +237,7 @@ impl App {
             for slot in &state.load().slots {
                 tokio::spawn(slot.clone().run());
             }
-            if let Some(source) = source {
-                let reload = Reload::new(source, config.clone(), state.clone(), audit.clone());
+            if let Some(reload) = reload {
                 tokio::spawn(reload.run());
             }
             let admin_state = Admin {
@@ -248,7 +253,7 @@ impl App {
             // Without systemd there is nobody to tell, and that is no error.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
             if let Some(watchdog) = watchdog {
-                tokio::spawn(watchdog.watch());
+                tokio::spawn(watchdog.watch(stopping.subscribe()));
             }
             stop.await;
             let end = Instant::now() + config.server.drain_timeout;

@@ -25,7 +25,11 @@ impl Outbound {
         headers.insert(header::ACCEPT, ANY);
         headers.insert(header::ACCEPT_ENCODING, IDENTITY);
         headers.insert(header::USER_AGENT, USER_AGENT);
-        headers.extend(configured.clone());
+        for (name, value) in configured {
+            let mut value = value.clone();
+            value.set_sensitive(true); // nobody's business but the upstream's
+            headers.insert(name, value);
+        }
         // Places of what each request fills in, so that no copy needs to grow.
         let later = HeaderValue::from_static("");
         for name in [X_USER_ID, header::CONTENT_LENGTH] {

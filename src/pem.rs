@@ -25,9 +25,9 @@ pub enum PemError {
     /// It could not be read.
     #[error("{0}: {1}")]
     Read(String, io::Error),
-    /// It is not PEM.
-    #[error("{0}: {1}")]
-    Content(String, pem::Error),
+    /// It is not PEM. What it is instead is not told: a key with a broken frame would stand in a log.
+    #[error("{0} is not PEM: {1}")]
+    Content(String, &'static str),
     /// It holds nothing of the kind.
     #[error("{0} holds no {1}")]
     Nothing(String, &'static str),
@@ -65,7 +65,7 @@ pub(crate) fn revocation_lists(
 fn list<T: PemObject>(pem: &[u8], path: &Path, what: &'static str) -> Result<Vec<T>, PemError> {
     let name = || path.display().to_string();
     let items = T::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
-    let items = items.map_err(|error| PemError::Content(name(), error))?;
+    let items = items.map_err(|error| PemError::Content(name(), fault(&error)))?;
     if items.is_empty() { Err(PemError::Nothing(name(), what)) } else { Ok(items) }
 }
 
@@ -73,6 +73,45 @@ fn list<T: PemObject>(pem: &[u8], path: &Path, what: &'static str) -> Result<Vec
 pub(crate) fn key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, PemError> {
     PrivateKeyDer::from_pem_slice(pem).map_err(|error| match error {
         pem::Error::NoItemsFound => PemError::Nothing(KEY_FILE.into(), "private key"),
-        error => PemError::Content(KEY_FILE.into(), error),
+        error => PemError::Content(KEY_FILE.into(), fault(&error)),
     })
+}
+
+/// The library's own words hold parts of the file.
+fn fault(error: &pem::Error) -> &'static str {
+    match error {
+        pem::Error::MissingSectionEnd { .. } => {
+            "a section does not end; each line of it must be a line of its own"
+        }
+        pem::Error::IllegalSectionStart { .. } => "a section does not begin as it should",
+        pem::Error::Base64Decode(_) => "a section is not base64",
+        _ => "it cannot be read",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_of_a_broken_key_holds_nothing_of_it() {
+        let whole = rcgen::KeyPair::generate().unwrap().serialize_pem();
+        assert!(key(whole.as_bytes()).is_ok(), "the control");
+        let secret = whole.lines().nth(1).unwrap();
+        let decimal = format!("{:?}", secret.as_bytes());
+        for broken in [
+            whole.replace('\n', " "),
+            whole.replace('\n', "\\n"),
+            whole.replace('\n', ""),
+            whole.replacen("-----\n", "\n", 1),
+            whole.replace("-----END", "-----ENDE"),
+            whole.replace(secret, &format!("{secret}!")),
+            secret.to_owned(),
+        ] {
+            let said = key(broken.as_bytes()).unwrap_err();
+            let said = format!("{said} {said:?}");
+            let part = &decimal[1..decimal.len() - 1];
+            assert!(!said.contains(&secret[..8]) && !said.contains(&part[..20]), "{said}");
+        }
+    }
 }

@@ -47,10 +47,10 @@ impl Limiter {
         Self { interval: AtomicU64::new(0), tolerance: AtomicU64::new(0), arrival: AtomicU64::new(0) }
     }
 
-    /// Another limit from now on. What is spent stays spent.
+    /// Another limit from now on. What is spent stays spent, counted in requests, as far as the new burst goes.
     pub fn set(&self, limit: Limit) {
-        self.interval.store(interval(limit), Ordering::Relaxed);
         self.tolerance.store(tolerance(limit), Ordering::Relaxed);
+        self.pace(clock::nanos(), interval(limit));
     }
 
     /// Takes one request's worth, or says when to come back.
@@ -74,9 +74,23 @@ impl Limiter {
     }
 
     /// From now on a share of this rate passes, and of its burst.
-    fn slow_down(&self, limit: Limit, share: f64) {
+    fn slow_down(&self, now: u64, limit: Limit, share: f64) {
         let interval = Duration::from_nanos(interval(limit)).div_f64(share);
-        self.interval.store(clock::nanos_of(interval), Ordering::Relaxed);
+        self.pace(now, clock::nanos_of(interval));
+    }
+
+    /// What lies ahead is so many requests, and as many with another interval.
+    fn pace(&self, now: u64, interval: u64) {
+        let old = self.interval.swap(interval, Ordering::Relaxed);
+        if old == interval {
+            return;
+        }
+        let spent = self.tolerance.load(Ordering::Relaxed).saturating_add(interval);
+        let _ = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
+            let ahead =
+                u128::from(arrival.saturating_sub(now)) * u128::from(interval) / u128::from(old.max(1));
+            Some(now + u64::try_from(ahead).unwrap_or(u64::MAX).min(spent))
+        });
     }
 
     /// Leaves nothing of the burst.
@@ -153,6 +167,29 @@ mod tests {
         let moment = u64::try_from(wait.as_nanos()).unwrap();
         assert!(limiter.take_at(moment - 1).is_err());
         assert_eq!(limiter.take_at(moment), Ok(()));
+    }
+
+    #[test]
+    fn a_limit_that_is_raised_is_open_at_once_and_one_that_is_lowered_gives_nothing_back() {
+        let hour = Duration::from_secs(3600);
+        let slow = Limit { period: hour, ..limit(5, 40) };
+        let limiter = Limiter::new(slow);
+        (0..40).for_each(|_| assert_eq!(limiter.take(), Ok(())));
+        assert!(limiter.take().unwrap_err().retry_after > Duration::from_secs(600), "the control");
+        limiter.set(limit(1_000_000, 40));
+        assert!(
+            limiter.take().map_or_else(|spent| spent.retry_after, |()| Duration::ZERO)
+                < Duration::from_millis(1)
+        );
+        limiter.set(limit(20, 40));
+        while limiter.take().is_ok() {}
+        limiter.set(slow);
+        assert!(limiter.take().unwrap_err().retry_after > Duration::from_secs(60), "spent is spent");
+        limiter.set(limit(1, 1));
+        assert!(
+            limiter.take().unwrap_err().retry_after <= Duration::from_secs(1),
+            "no more than the new burst"
+        );
     }
 
     #[test]

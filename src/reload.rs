@@ -5,7 +5,7 @@
 //! of them, and tokens, connections, keys and the breaker are not touched. One that is bad, or that changes what
 //! cannot change, changes nothing; it is told once.
 
-use std::{convert::Infallible, fs, path::PathBuf, sync::Arc};
+use std::{convert::Infallible, fs, path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use serde_json::{Map, Value, json};
@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::spawn_blocking,
-    time::sleep,
+    time::{Instant, sleep},
 };
 
 use crate::{
@@ -25,6 +25,9 @@ use crate::{
 
 /// The sections that may change, and the log's level. The rest is bound to sockets, files and threads.
 const CHANGEABLE: [&str; 3] = ["callers", "routes", "quota"];
+
+/// What was refused is tried again after this time.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// Where a configuration comes from, and who hears of a new log level.
 pub struct Source {
@@ -39,6 +42,7 @@ pub struct Source {
 /// The one task that changes the configuration.
 pub(crate) struct Reload {
     source: Source,
+    asked: Option<Signal>,
     /// What is in effect.
     config: Config,
     contracts: [u8; 32],
@@ -49,28 +53,36 @@ pub(crate) struct Reload {
 }
 
 impl Reload {
-    /// `config` is what is in effect.
+    /// `config` is what is in effect. From now on SIGHUP no longer ends the process. To be called within a runtime.
     pub(crate) fn new(source: Source, config: Config, state: Arc<ArcSwap<State>>, audit: Audit) -> Self {
         let contracts = digest(&contract_files(&config));
-        Self { source, config, contracts, state, audit, told: None }
+        let asked = signal(SignalKind::hangup())
+            .inspect_err(|error| tracing::error!(%error, "SIGHUP cannot be listened to"))
+            .ok();
+        Self { source, asked, config, contracts, state, audit, told: None }
     }
 
     /// Runs until its runtime ends.
     pub(crate) async fn run(mut self) {
-        let mut asked = signal(SignalKind::hangup())
-            .inspect_err(|error| tracing::error!(%error, "SIGHUP cannot be listened to"))
-            .ok();
         let mut watched = self.watch();
         let mut wait = POLL;
+        // Another look is due: what was refused may be good by then, and what was taken may have changed meanwhile.
+        let mut again: Option<Instant> = None;
         loop {
             let is_asked = tokio::select! {
-                () = hung_up(&mut asked) => true,
+                () = hung_up(&mut self.asked) => true,
                 () = sleep(wait) => false,
             };
             let noticed = watched.look();
             wait = if matches!(noticed, Noticed::Settling) { SETTLE } else { POLL };
-            if (is_asked || matches!(noticed, Noticed::Changed(_))) && self.reload().await {
-                watched = self.watch();
+            let is_due = again.is_some_and(|again| again <= Instant::now());
+            if is_asked || is_due || matches!(noticed, Noticed::Changed(_)) {
+                let is_changed = self.reload().await;
+                if is_changed {
+                    watched = self.watch();
+                }
+                let later = if is_changed { Some(POLL) } else { self.told.is_some().then_some(RETRY) };
+                again = later.map(|later| Instant::now() + later);
             }
         }
     }

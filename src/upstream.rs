@@ -496,6 +496,10 @@ impl Exchanges {
             let health = match &arrived {
                 Some(Ok(arrived)) => Health::of(arrived.status),
                 Some(Err(Broken::BrokeOff)) => Health::Unclear,
+                // It has answered; what took so long was another token.
+                None if progress.refused.is_some() && exchange.connection.written() == progress.mark => {
+                    Health::Unclear
+                }
                 Some(Err(Broken::Unreachable)) | None => Health::Down,
             };
             exchange.terms.breaker.judge(&mut exchange.passage, health);

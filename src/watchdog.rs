@@ -9,7 +9,9 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::interval;
+use tokio::{sync::watch, time::interval};
+
+use crate::server::Stop;
 
 /// The beats of all workers.
 #[derive(Debug)]
@@ -36,13 +38,14 @@ impl Watchdog {
     }
 
     /// Tells systemd as long as all workers beat.
-    pub(crate) async fn watch(self: Arc<Self>) {
+    pub(crate) async fn watch(self: Arc<Self>, stop: watch::Receiver<Stop>) {
         let mut looks = interval(self.period);
         let mut seen = self.seen();
         loop {
             looks.tick().await;
             let now = self.seen();
-            if all_moved(&seen, &now) {
+            // A worker that has nothing left to do ends before the others.
+            if all_moved(&seen, &now) || *stop.borrow() != Stop::No {
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
             }
             seen = now;

@@ -68,24 +68,30 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
 }
 
 /// Looks for ever. `take` takes what has changed, if it can be used; `tell` hears of each change, and what came of it.
+/// What could not be used is tried again, and told of when it can be.
 pub(crate) async fn follow<T: Clone + PartialEq, E>(
     mut watched: Watched<T, E>,
     take: impl Fn(T) -> Result<(), E>,
     tell: impl Fn(Result<(), E>),
 ) {
+    let mut refused = None;
     loop {
-        let wait = match watched.look() {
-            Noticed::Nothing => POLL,
-            Noticed::Settling => SETTLE,
+        let mut wait = POLL;
+        match watched.look() {
+            Noticed::Nothing => {
+                if let Some(found) = refused.take_if(|found: &mut T| take(found.clone()).is_ok()) {
+                    drop(found);
+                    tell(Ok(()));
+                }
+            }
+            Noticed::Settling => wait = SETTLE,
             Noticed::Changed(found) => {
-                tell(take(found));
-                POLL
+                let taken = take(found.clone());
+                refused = taken.is_err().then_some(found);
+                tell(taken);
             }
-            Noticed::Unusable(error) => {
-                tell(Err(error));
-                POLL
-            }
-        };
+            Noticed::Unusable(error) => tell(Err(error)),
+        }
         sleep(wait).await;
     }
 }

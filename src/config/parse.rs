@@ -208,7 +208,7 @@ fn read_server(context: &mut Context<'_>, root: &mut Table) -> Server {
         header_timeout: table.duration(context, "header_timeout", "10s", ("100ms", "5m")),
         body_timeout: table.duration(context, "body_timeout", "10s", ("100ms", "5m")),
         idle_timeout: table.duration(context, "idle_timeout", "60s", ("100ms", "1h")),
-        drain_grace: if names_grace { grace } else { grace.min(drain_timeout) },
+        drain_grace: if names_grace { grace } else { grace.min(drain_timeout / 2) },
         drain_timeout,
     };
     table.close(context);

@@ -20,8 +20,8 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must not be longer than upstream.timeout";
         between(context, ["upstream.connect_timeout", "upstream.timeout"], reason);
     }
-    if config.server.drain_grace > config.server.drain_timeout {
-        let reason = "must not be longer than server.drain_timeout";
+    if config.server.drain_grace >= config.server.drain_timeout && !config.server.drain_grace.is_zero() {
+        let reason = "must be shorter than server.drain_timeout, so that what is in flight can end";
         between(context, ["server.drain_grace", "server.drain_timeout"], reason);
     }
     fields(context, config);

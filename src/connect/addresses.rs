@@ -10,10 +10,17 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::lookup_host, task::JoinHandle, time::Instant};
+use tokio::{
+    net::lookup_host,
+    task::JoinHandle,
+    time::{Instant, timeout},
+};
 
 /// An answer is not asked for again within this time.
 const FRESH: Duration = Duration::from_secs(5);
+
+/// Who knows addresses waits no longer for newer ones.
+const PATIENCE: Duration = Duration::from_millis(300);
 
 /// The addresses of one host.
 #[derive(Debug, Default)]
@@ -52,7 +59,12 @@ impl Addresses {
             let host = host.clone();
             tokio::spawn(async move { Ok(lookup_host((&*host, port)).await?.collect()) })
         });
-        let answer = question.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        let known = self.known().addresses.clone();
+        let patience = if known.is_empty() { Duration::MAX } else { PATIENCE };
+        let answer = match timeout(patience, question).await {
+            Ok(answer) => answer.unwrap_or_else(|error| Err(io::Error::other(error))),
+            Err(_) => return Ok(known), // who asks later collects the answer
+        };
         *asking = None;
         let mut known = self.known();
         match answer {
@@ -65,6 +77,7 @@ impl Addresses {
             Err(error) if known.addresses.is_empty() => Err(error),
             Err(error) => {
                 tracing::warn!(%error, %host, "the name does not resolve; its last addresses are used");
+                known.at = Some(Instant::now());
                 Ok(known.addresses.clone())
             }
         }

@@ -23,25 +23,27 @@ pub struct Identity {
     cert_file: PathBuf,
     key_file: PathBuf,
     current: ArcSwap<CertifiedKey>,
+    /// Of what was read first.
+    digest: [u8; 32],
 }
 
 impl Identity {
     /// Reads both files.
     pub fn load(cert_file: PathBuf, key_file: PathBuf) -> Result<Arc<Self>, TlsError> {
+        let digest = digest(&cert_file, &key_file)?; // before they are read: what changes in between is noticed later
         let current = ArcSwap::new(read(&cert_file, &key_file)?);
-        Ok(Arc::new(Self { cert_file, key_file, current }))
+        Ok(Arc::new(Self { cert_file, key_file, current, digest }))
     }
 
     /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
     pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), TlsError>)) {
         let files = (self.cert_file.clone(), self.key_file.clone());
         let look = move || digest(&files.0, &files.1);
-        let Ok(seen) = look() else { return };
         let take = |_| {
             self.current.store(read(&self.cert_file, &self.key_file)?);
             Ok(())
         };
-        follow(Watched::new(look, seen), take, tell).await;
+        follow(Watched::new(look, self.digest), take, tell).await;
     }
 }
 

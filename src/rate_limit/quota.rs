@@ -63,9 +63,12 @@ impl Quota {
 
     /// Another quota from now on. What is spent stays spent, and what the upstream has left of it is left of this one.
     pub fn set(&self, limit: Limit) {
+        let (now, shrunk) = (clock::nanos(), self.shrunk());
         *self.limit.lock().unwrap_or_else(PoisonError::into_inner) = limit;
         self.limiter.set(limit);
-        self.recover(clock::nanos());
+        if let Some(shrunk) = *shrunk {
+            self.limiter.slow_down(now, limit, shrunk.share(now).min(1.0));
+        }
     }
 
     /// Takes one request's worth, or says when to come back.
@@ -110,7 +113,7 @@ impl Quota {
         let until = shrunk.map_or(until, |known| known.until.max(until));
         *shrunk = Some(Shrunk { share, since, until });
         self.is_shrunk.store(true, Ordering::Relaxed);
-        self.limiter.slow_down(self.limit(), share);
+        self.limiter.slow_down(now, self.limit(), share);
         self.limiter.empty(now);
     }
 
@@ -124,7 +127,7 @@ impl Quota {
     fn recover_slowly(&self, now: u64) {
         let mut shrunk = self.shrunk();
         let share = shrunk.map_or(1.0, |shrunk| shrunk.share(now)).min(1.0);
-        self.limiter.slow_down(self.limit(), share);
+        self.limiter.slow_down(now, self.limit(), share);
         if share >= 1.0 && shrunk.take().is_some() {
             self.is_shrunk.store(false, Ordering::Relaxed);
             tracing::info!("the quota is whole again");

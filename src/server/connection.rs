@@ -128,6 +128,7 @@ impl Presence {
         let mut wait = pin!(wait);
         let output = poll_fn(|cx| {
             if self.gone.load(Ordering::Relaxed) {
+                self.waits.store(false, Ordering::Relaxed);
                 return Poll::Ready(Err(Left));
             }
             let polled = wait.as_mut().poll(cx);
@@ -265,10 +266,10 @@ pub async fn serve(
             let names = certificate.map(Certificate::names);
             let from = Arrival { peer, names, hosts, presence: &watch.presence, surplus };
             let mut response = gateway.handle(from, request).await;
-            watch.unread.store(response.headers().contains_key(http::header::CONNECTION), Ordering::Relaxed);
             if gateway.bounds.is_stopping() {
                 response.headers_mut().insert(http::header::CONNECTION, CLOSE);
             }
+            watch.unread.store(response.headers().contains_key(http::header::CONNECTION), Ordering::Relaxed);
             watch.enter(Phase::Idle);
             Ok::<_, Infallible>(response)
         }

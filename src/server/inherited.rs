@@ -52,10 +52,15 @@ impl Inherited {
 fn take(handed: &mut ListenFd, i: usize) -> io::Result<Option<(ListenAddress, Socket)>> {
     if let Ok(listener) = handed.take_tcp_listener(i) {
         let Some(listener) = listener else { return Ok(None) };
-        return Ok(Some((ListenAddress::Tcp(listener.local_addr()?), listener.into())));
+        return listening(ListenAddress::Tcp(listener.local_addr()?), listener.into()).map(Some);
     }
     let Some(listener) = handed.take_unix_listener(i)? else { return Ok(None) };
     let address = listener.local_addr()?;
     let path = address.as_pathname().unwrap_or("".as_ref()).to_owned();
-    Ok(Some((ListenAddress::Unix { path, mode: 0 }, listener.into())))
+    listening(ListenAddress::Unix { path, mode: 0 }, listener.into()).map(Some)
+}
+
+/// A connected socket (`Accept=yes`) looks the same but for this.
+fn listening(address: ListenAddress, socket: Socket) -> io::Result<(ListenAddress, Socket)> {
+    if socket.is_listener()? { Ok((address, socket)) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }

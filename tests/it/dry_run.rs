@@ -3,7 +3,7 @@
 use ccsqm_gateway::sandbox::{Options, Sandbox};
 use serde_json::{Value, json};
 
-use crate::support::*;
+use crate::{idempotency::until_keys_are_known, support::*};
 
 const DRY: &str = "/.gateway/dry-run";
 
@@ -121,9 +121,7 @@ fn a_dry_run_spends_the_callers_limit_but_no_quota() {
 fn a_dry_run_tells_of_earlier_calls_and_takes_no_key() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("idempotency.without_key", "guard"));
-    wait_for("the keys of the past", || {
-        (gateway.admin("/status").json()["idempotency"]["rebuilt"] == true).then_some(())
-    });
+    until_keys_are_known(&gateway);
     let key = "idempotency-key: one\r\n";
     for _ in 0..2 {
         assert_eq!(rehearse(&gateway, key, BODY).json()["would"], "be sent");

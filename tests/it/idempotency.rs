@@ -47,7 +47,7 @@ fn other_body() -> String {
 }
 
 /// A keyed call can be made once the keys of earlier ones are known.
-fn until_keys_are_known(gateway: &Gateway) {
+pub(crate) fn until_keys_are_known(gateway: &Gateway) {
     wait_for("the keys", || {
         let status = gateway.admin("/status").json();
         (status["idempotency"]["rebuilt"] == true).then_some(())

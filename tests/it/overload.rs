@@ -13,7 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::*;
+use crate::{idempotency::until_keys_are_known, support::*};
 
 fn script(sandbox: &Sandbox, faults: Value) {
     sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
@@ -306,6 +306,7 @@ fn jumps_of_the_wall_clock_change_nothing_but_the_token() {
     let gateway = start_with(&sandbox, setup);
     let mut kept = Kept::open(&gateway);
     let key = |number: usize| format!("idempotency-key: key-{number}\r\n");
+    until_keys_are_known(&gateway);
     assert_eq!(gateway.post_with(&key(0)).outcome(), "succeeded");
     for (number, hours) in [1, -1, 2, 0, -2].into_iter().enumerate() {
         std::fs::write(&clock, (hours * 3600).to_string()).unwrap();

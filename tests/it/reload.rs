@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{callers::caller, support::*};
+use crate::{callers::caller, idempotency::until_keys_are_known, support::*};
 
 fn file(gateway: &Gateway) -> PathBuf {
     gateway.folder.path().join("gateway.toml")
@@ -53,9 +53,7 @@ fn callers_routes_and_levels_change_and_what_is_remembered_stays() {
     let config = caller("other", "127.0.0.2/32", "rate_limit = \"1/h\"\nburst = 2");
     let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });
     let from_other = || crate::callers::call_from("127.0.0.2", &gateway, "");
-    wait_for("the keys of the past", || {
-        (gateway.admin("/status").json()["idempotency"]["rebuilt"] == true).then_some(())
-    });
+    until_keys_are_known(&gateway);
     assert_eq!(gateway.post_with("idempotency-key: one\r\n").outcome(), "succeeded");
     assert_eq!(from_other().outcome(), "succeeded");
 
