@@ -29,6 +29,9 @@ const MAX_SEQ: u64 = 1 << 60;
 /// Beyond so many faults there is no more to say: it is another key, or another trail.
 const MAX_FAULTS: usize = 10_000;
 
+/// So many zeros in a row are a piece of a page that did not reach the disk. A sector has 512.
+const LEAST_LOST: usize = 16;
+
 /// A last write that lacks pages is no longer than this, in bytes; if more follows a gap, the file is damaged.
 const MAX_TORN: u64 = 1 << 20;
 
@@ -141,6 +144,13 @@ fn read_segments(segments: &[PathBuf], mut found: Found, keys: &Keys) -> io::Res
     Ok(found)
 }
 
+/// Whether a part of a line did not reach the disk: it begins with zeros, as the write did, or holds as many as no
+/// flipped bit makes. One zero is damage: what stands behind it was safe.
+fn is_lost(line: &[u8]) -> bool {
+    line.contains(&0)
+        && (line[0] == 0 || line.windows(LEAST_LOST).any(|part| part.iter().all(|byte| *byte == 0)))
+}
+
 /// Whether the rest of a segment is how the next one begins. Pages that did not reach the disk read as zeros.
 fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
     let mut rest = BufReader::new(File::open(path)?);
@@ -187,7 +197,7 @@ impl Found {
         let mut lines = Lines::open(path)?;
         while let Some(line) = lines.read()? {
             let rest = size.saturating_sub(line.offset);
-            if !line.whole || (line.bytes.contains(&0) && rest <= MAX_TORN) {
+            if !line.whole || (is_lost(line.bytes) && rest <= MAX_TORN) {
                 self.torn = Some((path.into(), line.offset, rest));
                 break;
             }

@@ -397,13 +397,28 @@ async fn a_last_write_whose_pages_did_not_all_reach_the_disk_is_cut_off() {
 async fn a_gap_far_from_the_end_is_damage_and_stays() {
     let (text, key) = sample().await;
     let mut damaged = text.clone();
-    damaged[lines_of(&text)[0].len() + 5] = 0;
+    damaged[lines_of(&text)[0].len() + 5..][..20].fill(0);
     damaged.resize(text.len() + (1 << 20), b'\n');
     let folder = directory(&damaged, &key);
     let found = verify(folder.path());
     assert!(found.torn.is_none() && found.faults[0].line == 2, "{:?} {:?}", found.torn, found.faults.first());
     start(&options(folder.path())).close();
     assert_eq!(fs::read(chain::segment_path(folder.path(), 1)).unwrap(), damaged);
+}
+
+#[tokio::test]
+async fn one_zero_is_damage_and_costs_no_record_behind_it() {
+    let (text, key) = sample().await;
+    let second = lines_of(&text)[0].len();
+    let mut damaged = text.clone();
+    damaged[second + 40] = 0;
+    let folder = directory(&damaged, &key);
+    let found = verify(folder.path());
+    assert!(found.torn.is_none() && found.faults[0].line == 2, "{:?} {:?}", found.torn, found.faults.first());
+    start(&options(folder.path())).close();
+    assert_eq!(fs::read(chain::segment_path(folder.path(), 1)).unwrap(), damaged, "all of it stays");
+    damaged[second + 40..][..16].fill(0);
+    assert!(verify(directory(&damaged, &key).path()).torn.is_some(), "the control");
 }
 
 #[tokio::test]
