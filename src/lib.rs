@@ -24,7 +24,9 @@
 //! * From the intent on nobody cancels: the exchange belongs to itself, not to the caller's connection.
 //! * Only [`headers`] makes an upstream head; nothing of the caller's head is in it.
 //! * Only [`error`] turns a failure into a status, a code and a text.
-//! * Only [`secret`] and [`token`] ever hold a credential, and neither can be printed.
+//! * Only [`secret`] and [`token`] ever hold a credential, and neither can be printed; the keys of certificates live in
+//!   rustls' own types.
+//! * A request sees one [`state`]: what [`reload`] swaps, it swaps whole.
 
 // The way of a request.
 pub mod server; // workers, accept, connections and their deadlines
