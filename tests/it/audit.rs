@@ -1,6 +1,6 @@
 //! Stage 8: the trail, through crashes, through faults of its disk, and through floods.
 
-mod disk;
+pub(crate) mod disk;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -22,18 +22,18 @@ use serde_json::{Value, json};
 
 use crate::support::*;
 
-fn faults(sandbox: &Sandbox, script: Value) {
+pub(crate) fn faults(sandbox: &Sandbox, script: Value) {
     sandbox.faults(serde_json::from_value(script).unwrap()).unwrap();
 }
 
 /// `audit verify`: whether the trail is whole, and what it says.
-fn verify(directory: &Path) -> (bool, String) {
+pub(crate) fn verify(directory: &Path) -> (bool, String) {
     let (code, out, error) = command(&["audit", "verify", directory.to_str().unwrap()]);
     assert!(code <= 1, "{error}");
     (code == 0, out)
 }
 
-fn segments(directory: &Path) -> Vec<PathBuf> {
+pub(crate) fn segments(directory: &Path) -> Vec<PathBuf> {
     let mut segments: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     segments.retain(|path| path.extension().is_some_and(|extension| extension == "jsonl"));
     segments.sort();
@@ -48,12 +48,12 @@ fn outcomes(directory: &Path) -> HashMap<String, Vec<Value>> {
     outcomes
 }
 
-fn text(value: &Value) -> String {
+pub(crate) fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
 /// A body that assigns a task of its own.
-fn body(task: u64) -> String {
+pub(crate) fn body(task: u64) -> String {
     BODY.replace("\"954645333549048833\"", &task.to_string())
 }
 

@@ -27,3 +27,4 @@ mod operations;
 mod secrets;
 mod budgets;
 mod hostile;
+mod kills;

@@ -14,7 +14,7 @@ use super::*;
 static PRELOAD: LazyLock<PathBuf> = LazyLock::new(|| compile("audit/disk"));
 
 /// What a test asks of the disk, and what the disk tells.
-struct Disk(TempDir);
+pub(crate) struct Disk(TempDir);
 
 /// A call of fdatasync or fsync.
 #[derive(Clone, Debug)]
@@ -29,7 +29,7 @@ struct Call {
 }
 
 impl Disk {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = TempDir::new().unwrap();
         fs::create_dir(folder.path().join("platter")).unwrap();
         Self(folder)
@@ -43,7 +43,7 @@ impl Disk {
     }
 
     /// A gateway's setup on this disk.
-    fn setup(&self, durability: &str) -> Setup {
+    pub(crate) fn setup(&self, durability: &str) -> Setup {
         let (preload, disk) = (PRELOAD.display(), self.0.path().display());
         let through = vec!["env".to_owned(), format!("LD_PRELOAD={preload}"), format!("DISK={disk}")];
         Setup { through, ..Setup::default() }.set("audit.durability", durability)
@@ -53,7 +53,7 @@ impl Disk {
         self.ask_for(what, "");
     }
 
-    fn ask_for(&self, what: &str, value: &str) {
+    pub(crate) fn ask_for(&self, what: &str, value: &str) {
         // Renamed into its place: the gateway must not read a half of it.
         let unfinished = self.0.path().join("unfinished");
         fs::write(&unfinished, value).unwrap();
