@@ -5,7 +5,7 @@
 
 mod addresses;
 mod identity;
-mod proxy;
+pub(crate) mod proxy;
 
 use std::{
     io,

@@ -9,7 +9,7 @@
 //! more than 64 KiB leaves before its end is known.
 
 mod claims;
-mod key;
+pub(crate) mod key;
 mod rebuild;
 mod twins;
 

@@ -58,3 +58,5 @@ pub mod metrics; // what is counted
 mod watchdog; // tells systemd that all workers go round
 pub mod admin; // /livez, /readyz, /metrics, /status
 pub mod sandbox; // the cloud in one process, for demo and tests
+#[cfg(any(test, fuzzing))]
+pub mod fuzz; // readers of foreign bytes, for tests only

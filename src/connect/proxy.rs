@@ -51,7 +51,7 @@ pub(super) async fn tunnel(stream: &mut TcpStream, authority: &str) -> Result<()
 
 /// The status of an answer that is whole. Of a tunnel nothing comes behind the head before we speak; what says that it
 /// does is no tunnel to the cloud.
-fn status(answer: &[u8]) -> Result<Option<StatusCode>, ProxyError> {
+pub(crate) fn status(answer: &[u8]) -> Result<Option<StatusCode>, ProxyError> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut response = httparse::Response::new(&mut headers);
     match response.parse(answer) {

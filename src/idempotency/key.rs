@@ -23,15 +23,15 @@ pub enum BadKey {
 }
 
 /// The headers of a call.
-pub(super) struct Given<'a> {
+pub(crate) struct Given<'a> {
     /// Without its quotes.
-    pub(super) key: &'a [u8],
+    pub(crate) key: &'a [u8],
     /// The call that is to be repeated.
-    pub(super) force: Option<Uuid>,
+    pub(crate) force: Option<Uuid>,
 }
 
 /// Reads the headers; nothing, if the call has no key.
-pub(super) fn read<'a>(head: &Inbound<'a>) -> Result<Option<Given<'a>>, BadKey> {
+pub(crate) fn read<'a>(head: &Inbound<'a>) -> Result<Option<Given<'a>>, BadKey> {
     if head.idempotency_key.count > 1 || head.idempotency_force.count > 1 {
         return Err(BadKey::Twice);
     }

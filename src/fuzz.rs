@@ -1,0 +1,446 @@
+//! What reads bytes that somebody else wrote, each reader as a function that panics where a promise is broken.
+//!
+//! Not in the binary: built for the unit tests, which try random and mutated inputs, and for cargo-fuzz
+//! (`tests/fuzz`). That strict JSON and contracts agree with other libraries is for `tests/it/contract.rs`.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a target tells")]
+
+use std::{collections::BTreeMap, fmt, fs, path::Path, sync::LazyLock, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode};
+use prometheus::Registry;
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    admission::Hosts,
+    audit::{
+        Audit, Durability, Metrics, Options,
+        chain::{Keys, key_path},
+        recovery::{Fault, Found, read},
+    },
+    config::{self, Config, WithoutKey},
+    connect::proxy,
+    contract::Contract,
+    headers::Inbound,
+    idempotency::{Idempotency, key},
+    outcome::{Outcome, Reply, ResultRule},
+};
+
+/// The reader of this name, for a command line.
+pub fn reader(name: &str) -> Option<fn(&[u8])> {
+    Some(match name {
+        "body" => body,
+        "schema" => schema,
+        "reply" => reply,
+        "trail" => trail,
+        "head" => head,
+        "configuration" => configuration,
+        "tunnel" => tunnel,
+        _ => return None,
+    })
+}
+
+/// A body against its contract: both walks agree, and what is taken makes one whole line of the trail.
+pub fn body(bytes: &[u8]) {
+    static CONTRACT: LazyLock<Contract> =
+        LazyLock::new(|| Contract::compile(Contract::APPOINT_QUALITY_TASK).unwrap());
+    let is_broken = CONTRACT.violations(bytes).map_or(true, |all| all.total > 0);
+    let checked = CONTRACT.check(Bytes::copy_from_slice(bytes));
+    assert_eq!(checked.is_err(), is_broken);
+    let Ok(checked) = checked else { return };
+    assert_eq!(checked.bytes(), bytes);
+    let mut line = b"{\"seq\":1".to_vec();
+    checked.audit_members(&|_| [0; 16], &mut line);
+    assert!(!line.contains(&b'\n'));
+    let record: BTreeMap<String, Value> = serde_json::from_slice(&[&line, &b"}"[..]].concat()).unwrap();
+    let sent: Value = serde_json::from_slice(bytes).unwrap();
+    assert_eq!(record["task"], sent["qualityTaskId"]);
+}
+
+/// A contract: it is compiled or refused.
+pub fn schema(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && let Ok(contract) = Contract::compile(text)
+    {
+        let _ = contract.check(Bytes::copy_from_slice(bytes));
+    }
+}
+
+/// A reply, its first byte aside, which says with which status it came. What serde_json reads has the outcome that it
+/// plainly has.
+pub fn reply(bytes: &[u8]) {
+    let Some((kind, body)) = bytes.split_first() else { return };
+    let status = [200, 200, 200, 200, 500, 201, 404, 429][usize::from(kind & 7)];
+    let truncated = kind & 8 > 0;
+    let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
+    let status = StatusCode::from_u16(status).unwrap();
+    let headers = HeaderMap::new();
+    let verdict = rule.classify(Reply { status, headers: &headers, body, truncated });
+    assert!(verdict.result_code.is_none_or(|code| code.len() <= 64));
+    if status == StatusCode::OK && !truncated && depth(body) <= 32 {
+        let plain = serde_json::from_slice(body).map(|Members(members)| plain_outcome(&members));
+        assert_eq!(verdict.outcome, plain.unwrap_or(verdict.outcome));
+    }
+}
+
+/// No less deep than it is nested.
+fn depth(body: &[u8]) -> usize {
+    body.iter().filter(|byte| matches!(byte, b'[' | b'{')).count()
+}
+
+/// All members of an object, also those that stand twice.
+struct Members(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Self(Vec::new()))
+    }
+}
+
+impl<'de> Visitor<'de> for Members {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut members: A) -> Result<Self, A::Error> {
+        while let Some(member) = members.next_entry()? {
+            self.0.push(member);
+        }
+        Ok(self)
+    }
+}
+
+fn plain_outcome(members: &[(String, Value)]) -> Outcome {
+    let codes: Vec<_> =
+        members.iter().filter(|(name, _)| name == "resultCode").map(|(_, code)| code).collect();
+    match codes[..] {
+        [Value::String(code)] if code == "0409000" => Outcome::Succeeded,
+        [Value::Number(code)] if code.as_u64() == Some(409_000) => Outcome::Succeeded,
+        [Value::String(_)] => Outcome::Failed,
+        [Value::Number(code)] if code.is_u64() => Outcome::Failed,
+        _ => Outcome::Unknown,
+    }
+}
+
+/// A trail; a byte 1 begins the next segment. Whatever it is, a gateway starts on it, what is damaged stays named,
+/// nothing that was whole is damaged, and nothing stays open.
+pub fn trail(bytes: &[u8]) {
+    let folder = TempDir::new().unwrap();
+    fs::write(key_path(folder.path()), KEY).unwrap();
+    let mut first = 1;
+    for segment in bytes.split(|byte| *byte == 1) {
+        fs::write(folder.path().join(format!("audit-{first:020}.jsonl")), segment).unwrap();
+        first += segment.iter().filter(|byte| **byte == b'\n').count().max(1);
+    }
+    let before = verify(folder.path());
+    let audit = Audit::start(&options(folder.path()), metrics()).unwrap();
+    audit.verify_past(folder.path()).unwrap();
+    Idempotency::new(&IDEMPOTENCY, &audit).rebuild(&IDEMPOTENCY, folder.path(), &audit);
+    audit.close();
+    let after = verify(folder.path());
+    assert!(after.torn.is_none() && after.in_doubt.is_empty(), "{after:?}");
+    let known: Vec<_> = before.faults.iter().map(place).collect();
+    assert!(
+        known.iter().all(|fault| after.faults.iter().map(place).any(|other| other == *fault)),
+        "{after:?}"
+    );
+    assert!(!known.is_empty() || after.faults.is_empty(), "{after:?}");
+}
+
+/// The key of the trails, and of those that are mutated.
+const KEY: [u8; 32] = [7; 32];
+
+const IDEMPOTENCY: config::Idempotency = config::Idempotency {
+    window: Duration::from_secs(24 * 60 * 60),
+    max_keys: 1000,
+    reply_memory: 1 << 20,
+    without_key: WithoutKey::Guard,
+    fingerprint_window: Duration::from_secs(60),
+};
+
+fn options(directory: &Path) -> Options {
+    Options {
+        directory: directory.into(),
+        durability: Durability::Kernel,
+        segment_size: 64 << 10,
+        key_file: None,
+        queue: 64,
+        intent_deadline: Duration::from_secs(5),
+        shown: Default::default(),
+        retain: None,
+        low_water: 0,
+    }
+}
+
+fn metrics() -> Metrics {
+    Metrics::new(&Registry::new()).unwrap()
+}
+
+fn verify(directory: &Path) -> Found {
+    read(directory, &Keys::load(&key_path(directory)).unwrap()).unwrap()
+}
+
+fn place(fault: &Fault) -> (&Path, usize, &'static str) {
+    (&fault.file, fault.line, fault.reason)
+}
+
+/// The headers of a request, one a line: an `Idempotency-Key` is plain, and the same in quotes; `Host` is a name of
+/// the listener, or it is not.
+pub fn head(bytes: &[u8]) {
+    let mut request = Request::new(());
+    for line in bytes.split(|byte| *byte == b'\n') {
+        let colon = line.iter().position(|byte| *byte == b':').unwrap_or(line.len());
+        let (name, value) = line.split_at(colon);
+        let value = value.strip_prefix(b":").unwrap_or_default().trim_ascii();
+        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), HeaderValue::from_bytes(value)) {
+            request.headers_mut().append(name, value);
+        }
+    }
+    let (parts, ()) = request.into_parts();
+    let inbound = Inbound::read(&parts);
+
+    let names = ["localhost", "127.0.0.1", "[::1]"];
+    let hosts = Hosts::new(Some(names.map(str::to_owned).into()));
+    let is_its = |host: &HeaderValue| names.iter().any(|name| is_with_port(host.as_bytes(), name));
+    assert_eq!(hosts.check(inbound.host.first).is_ok(), inbound.host.first.is_some_and(is_its));
+
+    if let Ok(Some(given)) = key::read(&inbound) {
+        let is_plain = |byte: &u8| byte.is_ascii_graphic() && !b"\"\\".contains(byte);
+        assert!((1..=255).contains(&given.key.len()) && given.key.iter().all(is_plain));
+        let quoted = HeaderValue::from_bytes(&[b"\"", given.key, b"\""].concat()).unwrap();
+        let mut again = Inbound::default();
+        (again.idempotency_key.first, again.idempotency_key.count) = (Some(&quoted), 1);
+        assert_eq!(key::read(&again).unwrap().unwrap().key, given.key);
+    }
+}
+
+/// A name, or a name, a colon and digits.
+fn is_with_port(host: &[u8], name: &str) -> bool {
+    let host = host.to_ascii_lowercase();
+    match host.strip_prefix(name.as_bytes()) {
+        Some([]) => true,
+        Some([b':', port @ ..]) => port.iter().all(u8::is_ascii_digit),
+        _ => false,
+    }
+}
+
+/// A configuration file: each mistake is one line.
+pub fn configuration(bytes: &[u8]) {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("gateway.toml");
+    fs::write(&path, bytes).unwrap();
+    if let Err(problems) = Config::load(&path, &[], []) {
+        assert!(problems.iter().count() > 0);
+        for line in problems.iter().map(ToString::to_string) {
+            assert!(!line.is_empty() && !line.chars().any(char::is_control), "{line:?}");
+        }
+    }
+}
+
+/// A proxy's answer: it is a tunnel only when its head ends where the bytes do, and not before.
+pub fn tunnel(bytes: &[u8]) {
+    let is_open = |bytes| proxy::status(bytes).is_ok_and(|status| status.is_some_and(|it| it.is_success()));
+    if is_open(bytes) {
+        assert!(bytes.ends_with(b"\n"), "{}", bytes.escape_ascii());
+        assert!((0..bytes.len()).all(|end| !is_open(&bytes[..end])));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{
+        collection::vec,
+        prelude::*,
+        sample::{Index, select},
+        test_runner::{Config as Cases, TestRunner},
+    };
+
+    use super::*;
+    use crate::{
+        admission::Peer,
+        audit::Answer,
+        error::{Code, Stage},
+    };
+
+    /// What readers look for.
+    const PIECES: [&str; 40] = [
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "\"",
+        "\\",
+        "\\u0061",
+        "\\ud83d",
+        "\\n",
+        "0",
+        "-0",
+        "1e3",
+        "18446744073709551616",
+        " ",
+        "\t",
+        "\n",
+        "\r\n",
+        "\r\n\r\n",
+        "\0",
+        "\u{1}",
+        "\u{7f}",
+        "é",
+        "\u{feff}",
+        "true",
+        "null",
+        "=",
+        "#",
+        "'",
+        "[[",
+        "]]",
+        "..",
+        "resultCode",
+        "\"seq\":2,",
+        "\"kind\":\"outcome\"",
+        "host: localhost\n",
+        "idempotency-key: k\n",
+        "connection: close\n",
+        "HTTP/1.1 200 ",
+    ];
+
+    /// A good input with some places changed.
+    fn mutated(good: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
+        let piece = prop_oneof![
+            select(PIECES.to_vec()).prop_map(|piece| piece.as_bytes().to_vec()),
+            vec(any::<u8>(), 0..4),
+        ];
+        vec((any::<Index>(), 0..6_usize, piece), 0..6).prop_map(move |edits| {
+            let mut bytes = good.clone();
+            for (at, removed, inserted) in edits {
+                let at = at.index(bytes.len() + 1);
+                bytes.splice(at..(at + removed).min(bytes.len()), inserted);
+            }
+            bytes
+        })
+    }
+
+    /// `CCSQM_GATEWAY_TEST_FUZZ` says how many times as many.
+    fn try_all(target: fn(&[u8]), cases: u32, good: Vec<Vec<u8>>) {
+        let random = prop_oneof![
+            vec(any::<u8>(), 0..200),
+            vec(select(PIECES.to_vec()), 0..40).prop_map(|pieces| pieces.concat().into_bytes()),
+        ];
+        let input = prop_oneof![1 => random, 3 => select(good).prop_flat_map(mutated)];
+        let longer = std::env::var("CCSQM_GATEWAY_TEST_FUZZ").map_or(1, |times| times.parse().unwrap());
+        let cases = cases * longer;
+        let mut runner = TestRunner::new(Cases { cases, failure_persistence: None, ..Cases::default() });
+        let tried = runner.run(&input, |bytes| {
+            target(&bytes);
+            Ok(())
+        });
+        tried.unwrap();
+    }
+
+    fn texts(texts: &[&str]) -> Vec<Vec<u8>> {
+        texts.iter().map(|text| text.as_bytes().to_vec()).collect()
+    }
+
+    #[test]
+    fn whatever_the_body_a_line_of_the_trail_stays_one() {
+        let good = r#"{"qualityTaskId":"95464\u0035","setCountsType":1,"isTakeEffect":0,
+            "setCounts":[{"personID":"16\n","count":2},{"personID":"é"}]}"#;
+        try_all(body, 2000, texts(&[good, &good.replace("\"95464\\u0035\"", "95464")]));
+    }
+
+    #[test]
+    fn whatever_the_schema_it_is_compiled_or_refused() {
+        try_all(
+            schema,
+            500,
+            texts(&[Contract::APPOINT_QUALITY_TASK, r#"{"type":"string","pattern":"^a[b-d]{2,3}$"}"#]),
+        );
+    }
+
+    #[test]
+    fn whatever_the_reply_it_means_what_it_plainly_says() {
+        let good = [
+            "\0{\"resultCode\":\"0409000\",\"resultDesc\":\"Operation successful.\"}",
+            "\0{\"rows\":[1,{\"resultCode\":null}],\"resultCode\":409000}",
+            "\u{8}{\"resultCode\": 0409000, \"rows\":[1,2",
+            "\0{\"resultCode\":\"0409000\",\"resultCode\":\"0409001\"}",
+        ];
+        try_all(reply, 4000, texts(&good));
+    }
+
+    #[test]
+    fn whatever_the_trail_a_gateway_starts_on_it() {
+        let (whole, open) = sample();
+        let end = whole.iter().position(|byte| *byte == b'\n').unwrap() + 1;
+        let two = [&whole[..end], b"\x01", &whole[end..]].concat();
+        trail(&open);
+        trail(&two);
+        try_all(trail, 400, vec![whole, open, two]);
+    }
+
+    /// A trail of a keyed call, an unkeyed one and a refusal; and the same, cut off behind its first intent.
+    fn sample() -> (Vec<u8>, Vec<u8>) {
+        let folder = TempDir::new().unwrap();
+        fs::write(key_path(folder.path()), KEY).unwrap();
+        let audit = Audit::start(&options(folder.path()), metrics()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let answer = Answer {
+            outcome: Outcome::Succeeded,
+            code: None,
+            status: Some(200),
+            upstream_status: Some(200),
+            result_code: Some(b"0409000"[..].into()),
+            attempts: 1,
+            token_generation: 1,
+            note: None,
+            reply: None,
+        };
+        let key = format!(",\"key\":\"{:032}\",\"print\":\"{:032}\",\"task\":\"7\"", 1, 2);
+        for members in [&*key, ",\"task\":7"] {
+            let mut record = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into()));
+            record.caller("qa-console".into());
+            record.enter(Stage::Audit);
+            let intent = record.intent((2, &[0; 32]), &|line| line.extend_from_slice(members.as_bytes()));
+            runtime.block_on(intent).unwrap();
+            record.take().finish(&answer);
+        }
+        audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into())).refuse(Code::RouteUnknown, 404);
+        audit.close();
+        let whole = fs::read(folder.path().join("audit-00000000000000000001.jsonl")).unwrap();
+        let is_end = |(_, byte): &(usize, &u8)| **byte == b'\n';
+        let (second, _) = whole.iter().enumerate().filter(is_end).nth(1).unwrap();
+        let open = whole[..=second].to_vec();
+        (whole, open)
+    }
+
+    #[test]
+    fn whatever_the_head_key_and_host_are_plain_or_refused() {
+        let good =
+            "host: localhost:8080\nidempotency-key: \"order-7\"\nx-userid: 7\ncontent-type: application/json";
+        let bad = "Host: [::1]:80\nidempotency-force: 01\nconnection: host, x\ntransfer-encoding: chunked\nexpect: x";
+        try_all(head, 4000, texts(&[good, bad]));
+    }
+
+    #[test]
+    fn whatever_the_configuration_each_mistake_is_one_line() {
+        let (minimal, all) = (include_str!("../config/minimal.toml"), include_str!("../config/gateway.toml"));
+        let odd = format!("\"a\\nb\" = 1\n{minimal}\"\\u0007\" = [\"\\r\"]\n");
+        try_all(configuration, 300, texts(&[minimal, all, &odd]));
+    }
+
+    #[test]
+    fn whatever_a_proxy_answers_a_tunnel_begins_behind_its_head() {
+        let good = ["HTTP/1.1 200 Connection established\r\n\r\n", "HTTP/1.0 407 No\r\nvia: x\r\n\r\nno"];
+        try_all(tunnel, 2000, texts(&good));
+    }
+}
