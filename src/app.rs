@@ -256,30 +256,7 @@ impl App {
                 tokio::spawn(watchdog.watch(stopping.subscribe()));
             }
             stop.await;
-            let end = Instant::now() + config.server.drain_timeout;
-            let grace = config.server.drain_grace;
-            if hands_over || !grace.is_zero() {
-                bounds.close();
-            } else {
-                bounds.drain();
-            }
-            tracing::info!("stopping"); // who reads this may rely on it
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-            let _ = stopping.send(Stop::Begins);
-            // Who comes next takes over inherited sockets; nobody does others, so that callers need time to look elsewhere.
-            if !hands_over {
-                sleep(grace).await;
-                bounds.drain();
-            }
-            let _ = stopping.send(Stop::Now);
-            drop(alive);
-            if timeout_at(end, done.recv()).await.is_err() {
-                tracing::warn!(
-                    connections = bounds.connections(),
-                    in_flight = bounds.in_flight(),
-                    "drain_timeout is over; what is left is cut off"
-                );
-            }
+            drain(&config.server, hands_over, &bounds, &stopping, (alive, &mut done)).await;
         });
         for worker in workers {
             match worker.join() {
@@ -290,6 +267,39 @@ impl App {
         audit.close();
         background.shutdown_background();
         Ok(())
+    }
+}
+
+/// Stops, step by step, within `drain_timeout`. Who comes next takes over inherited sockets; nobody does others, so that
+/// callers get a grace to look elsewhere.
+async fn drain(
+    server: &config::Server,
+    hands_over: bool,
+    bounds: &Bounds,
+    stopping: &watch::Sender<Stop>,
+    (alive, done): (mpsc::Sender<()>, &mut mpsc::Receiver<()>),
+) {
+    let end = Instant::now() + server.drain_timeout;
+    if hands_over || !server.drain_grace.is_zero() {
+        bounds.close();
+    } else {
+        bounds.drain();
+    }
+    tracing::info!("stopping"); // who reads this may rely on it
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let _ = stopping.send(Stop::Begins);
+    if !hands_over {
+        sleep(server.drain_grace).await;
+        bounds.drain();
+    }
+    let _ = stopping.send(Stop::Now);
+    drop(alive); // behind the grace, in which others may come yet
+    if timeout_at(end, done.recv()).await.is_err() {
+        tracing::warn!(
+            connections = bounds.connections(),
+            in_flight = bounds.in_flight(),
+            "drain_timeout is over; what is left is cut off"
+        );
     }
 }
 

@@ -410,7 +410,7 @@ async fn a_gap_far_from_the_end_is_damage_and_stays() {
 async fn one_zero_is_damage_and_costs_no_record_behind_it() {
     let (text, key) = sample().await;
     let second = lines_of(&text)[0].len();
-    let mut damaged = text.clone();
+    let mut damaged = text;
     damaged[second + 40] = 0;
     let folder = directory(&damaged, &key);
     let found = verify(folder.path());

@@ -265,8 +265,12 @@ fn every_test_that_the_security_page_names_exists() {
     let found = Command::new("grep").args(["-rhoE", "fn [a-z0-9_]+", "--include=*.rs", &tests]).output();
     let found = String::from_utf8(found.unwrap().stdout).unwrap();
     let known: Vec<_> = found.lines().filter_map(|line| line.strip_prefix("fn ")).collect();
-    let names: Vec<_> =
-        page.split('`').skip(1).step_by(2).filter(|name| name.matches('_').count() > 3).collect();
+    let names: Vec<_> = page
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|name| name.matches('_').count() > 3 && !name.contains(' '))
+        .collect();
     assert!(names.len() > 30, "{}", names.len());
     for name in names {
         assert!(known.contains(&name), "{name}");
