@@ -157,6 +157,8 @@ pub enum Denied {
 /// Whom the gateway knows.
 #[derive(Debug, Default)]
 pub struct Admission {
+    /// The caller of all loopback addresses, where one has them all: the sidecar's case, found without a hash.
+    local: Option<Arc<Caller>>,
     networks: HashMap<IpNet, Arc<Caller>, RandomState>,
     /// The lengths of their prefixes, of IPv4 and of IPv6, the longest first.
     prefixes: [Vec<u8>; 2],
@@ -181,12 +183,23 @@ impl Admission {
                 PeerRule::Gid(gid) => drop(admission.gids.insert(*gid, caller)),
             }
         }
+        admission.find_local();
         admission
+    }
+
+    fn find_local(&mut self) {
+        let local = PeerRule::Loopback.networks();
+        let is_smaller =
+            |network: &IpNet| !local.contains(network) && local.iter().any(|l| l.contains(network));
+        let is_whole = !self.networks.keys().any(is_smaller);
+        let mut callers = local.iter().map(|network| self.networks.get(network));
+        let first = callers.next().flatten().filter(|_| is_whole);
+        self.local = first.filter(|first| callers.all(|c| c.is_some_and(|c| Arc::ptr_eq(c, first)))).cloned();
     }
 
     /// The limits of all callers, by name.
     pub fn limits(&self) -> HashMap<Arc<str>, Arc<Limiter>> {
-        let Self { networks, prefixes: _, names, uids, gids } = self;
+        let Self { local: _, networks, prefixes: _, names, uids, gids } = self;
         let callers = networks.values().chain(names.values()).chain(uids.values()).chain(gids.values());
         callers.map(|caller| (caller.name.clone(), caller.limit.clone())).collect()
     }
@@ -232,6 +245,9 @@ impl Admission {
 
     /// The caller of the smallest network that holds an address.
     fn find_address(&self, address: IpAddr) -> Option<&Arc<Caller>> {
+        if self.local.is_some() && address.is_loopback() {
+            return self.local.as_ref();
+        }
         let lengths = &self.prefixes[usize::from(address.is_ipv6())];
         lengths.iter().find_map(|length| self.networks.get(&IpNet::new(address, *length).ok()?.trunc()))
     }
@@ -470,7 +486,7 @@ mod tests {
     #[test]
     fn of_networks_that_hold_an_address_the_smallest_counts() {
         let mut admission = Admission::default();
-        let mut add = |name: &str, rule: PeerRule| {
+        let add = |admission: &mut Admission, name: &str, rule: PeerRule| {
             let caller = Arc::new(Caller {
                 index: 0,
                 name: name.into(),
@@ -483,11 +499,12 @@ mod tests {
             rule.networks().iter().for_each(|network| admission.add(*network, &caller));
         };
         let network = |text: &str| PeerRule::Network(text.parse().unwrap());
-        add("net", network("10.1.0.0/16"));
-        add("local", PeerRule::Loopback);
-        add("host", network("10.1.2.3/32"));
-        add("wide", network("10.0.0.0/8"));
-        add("six", network("fd00::/8"));
+        add(&mut admission, "net", network("10.1.0.0/16"));
+        add(&mut admission, "local", PeerRule::Loopback);
+        add(&mut admission, "host", network("10.1.2.3/32"));
+        add(&mut admission, "wide", network("10.0.0.0/8"));
+        add(&mut admission, "six", network("fd00::/8"));
+        admission.find_local();
         let known = |ip: &str| {
             let caller = admission.find(Peer::Tcp(SocketAddr::new(ip.parse().unwrap(), 1)));
             caller.map(|caller| &*caller.name)
@@ -509,5 +526,18 @@ mod tests {
             assert_eq!(known(ip), name, "{ip}");
         }
         assert!(admission.find(Peer::Unix { uid: 0, gid: 0 }).is_none());
+        assert_eq!(admission.local.as_ref().map(|caller| &*caller.name), Some("local"));
+        add(&mut admission, "inner", network("127.255.0.0/16"));
+        admission.find_local();
+        assert!(admission.local.is_none());
+        let mut two = Admission::default();
+        add(&mut two, "four", network("127.0.0.0/8"));
+        two.find_local();
+        assert!(two.local.is_none() && two.find(Peer::Tcp("[::1]:1".parse().unwrap())).is_none());
+        add(&mut two, "six", network("::1/128"));
+        two.find_local();
+        assert!(two.local.is_none(), "two callers");
+        let inner = admission.find(Peer::Tcp("127.255.0.9:1".parse().unwrap()));
+        assert_eq!(inner.map(|caller| &*caller.name), Some("inner"));
     }
 }

@@ -32,7 +32,7 @@ impl Outbound {
         }
         // Places of what each request fills in, so that no copy needs to grow.
         let later = HeaderValue::from_static("");
-        for name in [X_USER_ID, header::CONTENT_LENGTH] {
+        for name in [header::AUTHORIZATION, X_APP_KEY, X_USER_ID, header::CONTENT_LENGTH] {
             headers.insert(name, later.clone());
         }
         Self(headers)
