@@ -439,7 +439,7 @@ fn with_disk_after_kernel_the_older_segments_come_to_the_disk_at_the_start() {
 fn a_power_cut_loses_no_intent_of_what_was_sent() {
     let (sandbox, mut folder, mut tails) = (sandbox(), None, 0);
     let load = Load { task: Arc::new(AtomicU64::new(1_000)), told: Arc::default() };
-    for round in 0..9 {
+    for round in 0.. {
         let disk = Disk::new();
         folder.iter().for_each(|folder: &Arc<TempDir>| disk.holds(&folder.path().join("audit")));
         let setup = Setup { folder: folder.take(), ..disk.setup("disk").set("audit.segment_size", "64KiB") };
@@ -470,8 +470,12 @@ fn a_power_cut_loses_no_intent_of_what_was_sent() {
         let gateway = start_with(&sandbox, Setup { folder: folder.take(), ..Setup::default() });
         assert_accounted(&audit, &sandbox);
         folder = Some(gateway.kill());
+        // Whether something was written and not on the disk is a matter of luck.
+        if round >= 8 && tails >= 5 {
+            break;
+        }
+        assert!(round < 40, "in {tails} of {round} rounds something was written and not on the disk");
     }
-    assert!(tails >= 5, "in {tails} rounds something was written and not on the disk");
     println!("{} replies", load.told());
 }
 
