@@ -228,7 +228,7 @@ impl Pool {
             idle: Mutex::default(),
             http2: http2.map(http2::Connections::new),
             timers: Mutex::default(),
-            queue: Queue::new(wait),
+            queue: Queue::new(max, wait),
             wait,
             idle_timeout: clock::nanos_of(idle_timeout),
             metrics,

@@ -1,12 +1,16 @@
 //! The wait for an upstream connection: short, or not at all.
 //!
 //! Who would have to wait longer than it may is refused at once, not when its time is over: an overload then costs those
-//! who are refused nothing, and those who wait little. How long it takes until one of those who wait is served is
-//! learnt from each wait.
+//! who are refused nothing, and those who wait little. How long it takes is learnt from those who wait: the time in
+//! which as many were served as there are connections, twice in a row, so that one stall (a token that is fetched) is
+//! not taken for the pace.
 
 use std::{
     future::Future,
-    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,38 +22,62 @@ use crate::clock;
 #[derive(Debug)]
 pub(super) struct Queue {
     waiting: AtomicUsize,
-    /// Between two who are served, in nanoseconds; an average of the last few.
-    each: AtomicU64,
+    pace: Mutex<Pace>,
     longest: Duration,
 }
 
-impl Queue {
-    /// Nobody waits for longer.
-    pub(super) fn new(longest: Duration) -> Self {
-        Self { waiting: AtomicUsize::new(0), each: AtomicU64::new(0), longest }
+/// How fast those who wait are served. Times are in nanoseconds of this process.
+#[derive(Debug)]
+struct Pace {
+    /// So many make a window.
+    size: u64,
+    since: u64,
+    served: u64,
+    /// For each one who waits, in the last two windows.
+    each: [u64; 2],
+}
+
+impl Pace {
+    fn begin(&mut self, now: u64) {
+        (self.since, self.served) = (now, 0);
     }
 
-    /// Waits for something that others wait for, too; `None` if that took, or would take, too long. Half of the time is
-    /// kept for what an average does not say. The first one is always let in: what it meets is learnt.
-    pub(super) async fn wait<T>(&self, what: impl Future<Output = T>) -> Option<T> {
-        let place = Place::behind(&self.waiting);
-        if place.number > 1 && self.expected(place.number) > self.longest / 2 {
-            return None;
+    fn serve(&mut self, now: u64) {
+        self.served += 1;
+        if self.served >= self.size {
+            self.each = [self.each[1], now.saturating_sub(self.since) / self.size];
+            self.begin(now);
         }
-        let begin = clock::nanos();
-        let output = timeout(self.longest, what).await;
-        self.learn(clock::nanos() - begin, place.number);
-        output.ok()
     }
 
     fn expected(&self, number: usize) -> Duration {
-        Duration::from_nanos(self.each.load(Ordering::Relaxed).saturating_mul(number as u64))
+        Duration::from_nanos(self.each[0].min(self.each[1]).saturating_mul(number as u64))
+    }
+}
+
+impl Queue {
+    /// For so many connections. Nobody waits for longer.
+    pub(super) fn new(connections: usize, longest: Duration) -> Self {
+        let pace = Pace { size: connections.max(1) as u64, since: 0, served: 0, each: [0, 0] };
+        Self { waiting: AtomicUsize::new(0), pace: Mutex::new(pace), longest }
     }
 
-    fn learn(&self, took: u64, number: usize) {
-        let each = took / number as u64;
-        let average = self.each.load(Ordering::Relaxed);
-        self.each.store(if average == 0 { each } else { (average * 7 + each) / 8 }, Ordering::Relaxed);
+    /// Waits for something that others wait for, too; `None` if that took, or would take, too long. Half of the time is
+    /// kept for what a pace does not say. The first one is always let in: what it meets is learnt.
+    pub(super) async fn wait<T>(&self, what: impl Future<Output = T>) -> Option<T> {
+        let place = Place::behind(&self.waiting);
+        if place.number == 1 {
+            self.pace().begin(clock::nanos());
+        } else if self.pace().expected(place.number) > self.longest / 2 {
+            return None;
+        }
+        let output = timeout(self.longest, what).await;
+        self.pace().serve(clock::nanos());
+        output.ok()
+    }
+
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -84,7 +112,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_would_wait_too_long_is_refused_at_once_and_who_comes_later_is_not() {
-        let queue = Queue::new(Duration::from_millis(200));
+        let queue = Queue::new(1, Duration::from_millis(200));
         for number in 1..=3 {
             assert_eq!(served(&queue, number).await, Some(()));
         }
@@ -112,16 +140,16 @@ mod tests {
         assert_eq!(served(&queue, 1).await, Some(()), "the control");
     }
 
-    #[tokio::test]
-    async fn after_a_time_in_which_nobody_was_served_the_first_is_let_in_and_what_it_meets_is_learnt() {
-        let queue = Queue::new(Duration::from_millis(50));
-        for _ in 0..20 {
-            assert_eq!(queue.wait(std::future::pending::<()>()).await, None);
-        }
-        assert!(queue.expected(1) > Duration::from_millis(25), "the control");
-        for _ in 0..30 {
-            queue.wait(sleep(Duration::from_millis(1))).await;
-        }
-        assert!(queue.expected(1) < Duration::from_millis(10), "{:?}", queue.expected(1));
+    #[test]
+    fn one_stall_is_not_the_pace_and_two_in_a_row_are() {
+        let mut pace = Pace { size: 4, since: 0, served: 0, each: [0, 0] };
+        let second = 1_000_000_000;
+        pace.begin(0);
+        (0..4).for_each(|_| pace.serve(second));
+        assert_eq!(pace.expected(100), Duration::ZERO, "one");
+        (0..4).for_each(|_| pace.serve(2 * second));
+        assert_eq!(pace.expected(100), Duration::from_secs(25), "two");
+        (0..4).for_each(|_| pace.serve(2 * second + second / 1000));
+        assert_eq!(pace.expected(100), Duration::from_millis(25), "it is fast again");
     }
 }

