@@ -66,8 +66,9 @@ impl Reload {
     pub(crate) async fn run(mut self) {
         let mut watched = self.watch();
         let mut wait = POLL;
-        // Another look is due: what was refused may be good by then, and what was taken may have changed meanwhile.
-        let mut again: Option<Instant> = None;
+        // Another look is due: what was refused may be good by then, and what was taken, now or at the start, may have
+        // changed while it was.
+        let mut again = Some(Instant::now() + POLL);
         loop {
             let is_asked = tokio::select! {
                 () = hung_up(&mut self.asked) => true,
