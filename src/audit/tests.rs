@@ -643,7 +643,8 @@ async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
     let folder = TempDir::new().unwrap();
     let audit = start(&options(folder.path()));
     Audit::defer_wake_ups();
-    let mut records: Vec<_> = (0..20).map(|_| record(&audit)).collect();
+    // One each millisecond: on a quick machine twenty of them were over before a turn counts as a long one.
+    let mut records: Vec<_> = (0..1000).map(|_| record(&audit)).collect();
     let mut next = records.iter_mut();
     wait_for(|| {
         if let Some(record) = next.next() {
