@@ -161,7 +161,10 @@ impl Shared {
 
     /// Wakes the writer for what was deferred.
     pub(super) fn flush(&self) {
-        let queue = self.lock();
+        self.wake(self.lock());
+    }
+
+    fn wake(&self, queue: MutexGuard<'_, Queue>) {
         if queue.writer_sleeps && (!queue.batch.is_empty() || queue.folds.is_pending()) {
             drop(queue);
             self.filled.notify_one();
@@ -187,6 +190,7 @@ impl Shared {
         let mut queue = self.lock();
         let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.has_room();
         if queue.closing || is_full || queue.batch.size() > MAX_QUEUED {
+            self.wake(queue); // whatever is deferred: nothing more comes to wake it
             return Err(Unavailable);
         }
         queue.reserved += 1;

@@ -655,6 +655,17 @@ async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
 }
 
 #[tokio::test]
+async fn a_worker_that_is_never_done_and_fills_the_queue_wakes_the_writer() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&options(folder.path()));
+    Audit::defer_wake_ups();
+    let mut records: Vec<_> = (0..100).map(|_| record(&audit)).collect();
+    let waiting = records.iter_mut().filter_map(|record| begins_to_wait(record).then_some(())).count();
+    assert!((1..100).contains(&waiting), "the control: {waiting} of 100 found room");
+    wait_for(|| trail(folder.path()).iter().any(|record| record["kind"] == "intent").then_some(()));
+}
+
+#[tokio::test]
 async fn a_stuck_disk_does_not_fill_the_memory() {
     const MEMBERS: usize = 4 << 20;
     let folder = TempDir::new().unwrap();
