@@ -3,7 +3,7 @@
 pub(crate) mod disk;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     fs::{self, OpenOptions},
     io::{Read, Write},
     net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream},
@@ -59,22 +59,8 @@ pub(crate) fn body(task: u64) -> String {
 
 // ---- Killed ----------------------------------------------------------------------------------------------
 
-/// Rounds that must count.
-const ROUNDS: usize = 30;
-
 /// Callers at once; some of them meet a fault that holds their request in one phase, the others run free.
 const CALLERS: usize = 10;
-
-/// Where a request was between intent and outcome when the process was killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Phase {
-    /// The intent is safe; the upstream has not received the whole request.
-    Unsent,
-    /// The upstream has received it, and not answered.
-    Unanswered,
-    /// The upstream has begun to answer, and no outcome is in the trail.
-    Answered,
-}
 
 /// What a caller was told, whole.
 struct Told {
@@ -143,59 +129,6 @@ fn received(sandbox: &Sandbox) -> HashMap<u64, Vec<Received>> {
         received.entry(body["qualityTaskId"].as_u64().unwrap_or(0)).or_default().push(request);
     }
     received
-}
-
-fn phase(received: Option<&Vec<Received>>) -> Phase {
-    match received.and_then(|requests| requests.first()) {
-        Some(request) if request.complete && request.status.is_some() => Phase::Answered,
-        Some(request) if request.complete => Phase::Unanswered,
-        Some(_) | None => Phase::Unsent,
-    }
-}
-
-#[test]
-fn killed_thirty_times_under_load_it_loses_no_request() {
-    let sandbox = sandbox();
-    let load = Load { task: Arc::new(AtomicU64::new(1_000)), told: Arc::default() };
-    let (mut rounds, mut by_phase, mut folder) = (0, BTreeMap::<Phase, (usize, usize)>::new(), None);
-    for round in 1.. {
-        hold_some(&sandbox);
-        let gateway = start_with(&sandbox, Setup { folder: folder.take(), ..Setup::default() });
-        let (before, enough) = (load.told(), 10 + round * 7 % 50);
-        let callers = load.begin(gateway.address);
-        wait_for("replies", || (load.told() >= before + enough).then_some(()));
-        let audit = gateway.audit_directory();
-        folder = Some(gateway.kill());
-        let received = received(&sandbox);
-        callers.into_iter().for_each(|caller| caller.join().unwrap());
-
-        let ended: BTreeSet<_> =
-            records(&audit, "outcome").iter().map(|outcome| text(&outcome["id"])).collect();
-        let open: Vec<_> =
-            records(&audit, "intent").into_iter().filter(|i| !ended.contains(&text(&i["id"]))).collect();
-        let phases: Vec<_> =
-            open.iter().map(|intent| phase(received.get(&intent["task"].as_u64().unwrap()))).collect();
-        println!("round {round}: killed after {enough} replies; between intent and outcome: {phases:?}");
-        for phase in phases.iter().collect::<BTreeSet<_>>() {
-            let (in_rounds, requests) = by_phase.entry(*phase).or_default();
-            *in_rounds += 1;
-            *requests += phases.iter().filter(|other| *other == phase).count();
-        }
-        rounds += usize::from(!open.is_empty());
-
-        let gateway = start_with(&sandbox, Setup { folder: folder.take(), ..Setup::default() });
-        check_after_a_kill(&audit, &received, &load, &open);
-        folder = Some(gateway.kill());
-        if rounds == ROUNDS {
-            break;
-        }
-        assert!(round < 2 * ROUNDS, "only {rounds} of {round} rounds count");
-    }
-    for (phase, (in_rounds, requests)) in &by_phase {
-        println!("{phase:?}: {requests} requests in {in_rounds} rounds");
-    }
-    println!("{rounds} rounds, {} replies", load.told());
-    assert!(by_phase.len() == 3 && by_phase.values().all(|(in_rounds, _)| *in_rounds >= 5), "{by_phase:?}");
 }
 
 /// What must hold after each restart.
