@@ -9,7 +9,6 @@ use std::{convert::Infallible, fs, path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use serde_json::{Map, Value, json};
-use sha2::{Digest as _, Sha256};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::spawn_blocking,
@@ -20,7 +19,7 @@ use crate::{
     audit::Audit,
     config::{Config, ContractSource},
     state::State,
-    watched::{Noticed, POLL, SETTLE, Watched},
+    watched::{Noticed, POLL, SETTLE, Watched, digest},
 };
 
 /// The sections that may change, and the log's level. The rest is bound to sockets, files and threads.
@@ -55,7 +54,7 @@ pub(crate) struct Reload {
 impl Reload {
     /// `config` is what is in effect. From now on SIGHUP no longer ends the process. To be called within a runtime.
     pub(crate) fn new(source: Source, config: Config, state: Arc<ArcSwap<State>>, audit: Audit) -> Self {
-        let contracts = digest(&contract_files(&config));
+        let contracts = contents(&contract_files(&config));
         let asked = signal(SignalKind::hangup())
             .inspect_err(|error| tracing::error!(%error, "SIGHUP cannot be listened to"))
             .ok();
@@ -92,8 +91,8 @@ impl Reload {
     fn watch(&self) -> Watched<[u8; 32], Infallible> {
         let mut files = contract_files(&self.config);
         files.push(self.source.path.clone());
-        let seen = digest(&files);
-        Watched::new(move || Ok(digest(&files)), seen)
+        let seen = contents(&files);
+        Watched::new(move || Ok(contents(&files)), seen)
     }
 
     /// Whether another configuration is in effect.
@@ -117,7 +116,7 @@ impl Reload {
         if let Some(fixed) = fixed(&old, &new) {
             return Err(format!("{fixed} cannot change while the gateway runs: restart it"));
         }
-        let contracts = digest(&contract_files(&config));
+        let contracts = contents(&contract_files(&config));
         let mut changed: Vec<_> =
             CHANGEABLE.into_iter().filter(|section| old[section] != new[section]).collect();
         changed.extend((contracts != self.contracts).then_some("contracts"));
@@ -174,16 +173,11 @@ fn contract_files(config: &Config) -> Vec<PathBuf> {
     config.routes.iter().filter_map(|route| file(&route.contract)).collect()
 }
 
-/// Tells contents from others. A file that cannot be read is told from any that can.
-fn digest(files: &[PathBuf]) -> [u8; 32] {
-    let mut digest = Sha256::new();
-    for file in files {
-        match fs::read(file) {
-            Ok(content) => digest.update(Sha256::digest(content)),
-            Err(error) => digest.update(error.to_string()),
-        }
-    }
-    digest.finalize().into()
+/// A file that cannot be read is told from any that can, by why.
+fn contents(files: &[PathBuf]) -> [u8; 32] {
+    let parts: Vec<_> =
+        files.iter().map(|file| fs::read(file).unwrap_or_else(|error| error.to_string().into())).collect();
+    digest(parts.iter().map(Vec::as_slice))
 }
 
 /// Waits for a signal; for ever, if none can come.

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
 
 /// How often files are read again. Polling notices what a watch on a file misses: Kubernetes swaps a link, and a
@@ -14,6 +15,16 @@ pub(crate) const POLL: Duration = Duration::from_secs(1);
 
 /// Time between the two readings that must agree.
 pub(crate) const SETTLE: Duration = Duration::from_millis(250);
+
+/// Tells contents from others: what is watched need not be kept.
+pub(crate) fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 32] {
+    let mut digest = Sha256::new();
+    for part in parts {
+        digest.update((part.len() as u64).to_be_bytes());
+        digest.update(part);
+    }
+    digest.finalize().into()
+}
 
 /// Looks at one thing again and again.
 pub(crate) struct Watched<T, E> {

@@ -9,12 +9,11 @@ use arc_swap::ArcSwap;
 use rustls::{
     SignatureScheme, client::ResolvesClientCert, crypto::aws_lc_rs::default_provider, sign::CertifiedKey,
 };
-use sha2::{Digest as _, Sha256};
 
 use super::TlsError;
 use crate::{
     pem,
-    watched::{Watched, follow},
+    watched::{Watched, digest, follow},
 };
 
 /// A certificate and its key, as they are at present.
@@ -30,7 +29,7 @@ pub struct Identity {
 impl Identity {
     /// Reads both files.
     pub fn load(cert_file: PathBuf, key_file: PathBuf) -> Result<Arc<Self>, TlsError> {
-        let digest = digest(&cert_file, &key_file)?; // before they are read: what changes in between is noticed later
+        let digest = contents(&cert_file, &key_file)?; // before they are read: what changes in between is noticed later
         let current = ArcSwap::new(read(&cert_file, &key_file)?);
         Ok(Arc::new(Self { cert_file, key_file, current, digest }))
     }
@@ -38,7 +37,7 @@ impl Identity {
     /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
     pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), TlsError>)) {
         let files = (self.cert_file.clone(), self.key_file.clone());
-        let look = move || digest(&files.0, &files.1);
+        let look = move || contents(&files.0, &files.1);
         let take = |_| {
             self.current.store(read(&self.cert_file, &self.key_file)?);
             Ok(())
@@ -53,9 +52,8 @@ fn read(cert_file: &Path, key_file: &Path) -> Result<Arc<CertifiedKey>, TlsError
     Ok(Arc::new(CertifiedKey::from_der(chain, key, &default_provider())?))
 }
 
-fn digest(cert_file: &Path, key_file: &Path) -> Result<[u8; 32], TlsError> {
-    let parts = Sha256::new().chain_update(Sha256::digest(pem::read(cert_file)?));
-    Ok(parts.chain_update(Sha256::digest(&*pem::read_key(key_file)?)).finalize().into())
+fn contents(cert_file: &Path, key_file: &Path) -> Result<[u8; 32], TlsError> {
+    Ok(digest([&*pem::read(cert_file)?, &**pem::read_key(key_file)?]))
 }
 
 impl ResolvesClientCert for Identity {

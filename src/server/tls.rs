@@ -20,7 +20,6 @@ use rustls::{
         NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier, danger::ClientCertVerifier,
     },
 };
-use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -32,7 +31,7 @@ use crate::{
     config::{self, ListenerTls},
     connect::HTTP1,
     pem::{self, PemError},
-    watched::{Watched, follow},
+    watched::{Watched, digest, follow},
 };
 
 /// A certificate in use is looked at again after this time, in nanoseconds.
@@ -148,13 +147,8 @@ impl Contents {
     /// Tells other contents from these.
     fn digest(&self) -> [u8; 32] {
         let Self { certificate, key, client_ca, client_crl } = self;
-        let mut digest = Sha256::new();
-        for part in [Some(certificate), Some(&**key), client_ca.as_ref(), client_crl.as_ref()] {
-            let part = part.map(Vec::as_slice).unwrap_or_default();
-            digest.update((part.len() as u64).to_be_bytes());
-            digest.update(part);
-        }
-        digest.finalize().into()
+        let parts = [Some(certificate), Some(&**key), client_ca.as_ref(), client_crl.as_ref()];
+        digest(parts.map(|part| part.map(Vec::as_slice).unwrap_or_default()))
     }
 }
 
