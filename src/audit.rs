@@ -77,6 +77,24 @@ pub struct Options {
     pub low_water: u64,
 }
 
+#[cfg(any(test, fuzzing))]
+impl Options {
+    /// For tests: one segment, a short queue, nothing hidden or removed.
+    pub(crate) fn small(directory: &Path) -> Self {
+        Self {
+            directory: directory.into(),
+            durability: Durability::Kernel,
+            segment_size: 1 << 30,
+            key_file: None,
+            queue: 64,
+            intent_deadline: Duration::from_secs(5),
+            shown: Default::default(),
+            retain: None,
+            low_water: 0,
+        }
+    }
+}
+
 /// Why a trail could not be opened.
 #[derive(Debug, Error)]
 pub enum StartError {

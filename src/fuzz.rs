@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use crate::{
     admission::Hosts,
     audit::{
-        Audit, Durability, Metrics, Options,
+        Audit, Metrics, Options,
         chain::{Keys, key_path},
         recovery::{Fault, Found, read},
     },
@@ -167,17 +167,7 @@ const IDEMPOTENCY: config::Idempotency = config::Idempotency {
 };
 
 fn options(directory: &Path) -> Options {
-    Options {
-        directory: directory.into(),
-        durability: Durability::Kernel,
-        segment_size: 64 << 10,
-        key_file: None,
-        queue: 64,
-        intent_deadline: Duration::from_secs(5),
-        shown: Default::default(),
-        retain: None,
-        low_water: 0,
-    }
+    Options { segment_size: 64 << 10, ..Options::small(directory) }
 }
 
 fn metrics() -> Metrics {

@@ -22,20 +22,6 @@ use crate::{
     outcome::Outcome,
 };
 
-fn options(directory: &Path) -> Options {
-    Options {
-        directory: directory.into(),
-        durability: Durability::Kernel,
-        segment_size: 1 << 30,
-        key_file: None,
-        queue: 64,
-        intent_deadline: Duration::from_secs(5),
-        shown: Default::default(),
-        retain: None,
-        low_water: 0,
-    }
-}
-
 fn start(options: &Options) -> Audit {
     let audit = Audit::start(options, metrics()).unwrap();
     audit.verify_past(&options.directory).unwrap();
@@ -101,7 +87,7 @@ fn assert_whole(directory: &Path) {
 /// The lines of a trail with two intents open, one finished, a refusal and an event; and its key.
 async fn sample() -> (Vec<u8>, Vec<u8>) {
     let folder = TempDir::new().unwrap();
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options::small(folder.path()));
     let open = intended(&audit).await;
     intended(&audit).await.take().finish(&answer());
     refuse(&audit);
@@ -129,14 +115,14 @@ fn lines_of(text: &[u8]) -> Vec<&[u8]> {
 /// What a start does before it serves, without its thread.
 fn recovered(directory: &Path) -> u64 {
     let keys = Keys::load(&chain::key_path(directory)).unwrap();
-    drop(recover(&options(directory), keys.into(), lock(directory).unwrap()).unwrap());
+    drop(recover(&Options::small(directory), keys.into(), lock(directory).unwrap()).unwrap());
     fs::metadata(chain::segment_path(directory, 1)).unwrap().len()
 }
 
 /// The first 200 lines of a trail with records of every kind; and its key.
 async fn long_sample() -> (Vec<u8>, Vec<u8>) {
     let folder = TempDir::new().unwrap();
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options::small(folder.path()));
     let open = intended(&audit).await;
     for round in 0..100 {
         intended(&audit).await.take().finish(&answer());
@@ -226,7 +212,7 @@ async fn records_removed_swapped_inserted_or_doubled_are_found_wherever_they_sto
 #[tokio::test]
 async fn a_deleted_segment_is_found_unless_it_was_the_last() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&Options { segment_size: 1, ..options(folder.path()) });
+    let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     for _ in 0..4 {
         intended(&audit).await.take().finish(&answer());
     }
@@ -253,7 +239,7 @@ async fn a_deleted_segment_is_found_unless_it_was_the_last() {
     let text = fs::read(&all[1]).unwrap();
     fs::write(&all[1], &text[..text.len() - 1]).unwrap();
     assert_eq!(verify(folder.path()).faults[0].reason, "the line has no end");
-    start(&options(folder.path())).close();
+    start(&Options::small(folder.path())).close();
     assert_eq!(fs::read(&all[1]).unwrap(), text[..text.len() - 1], "what is damaged stays as it is");
     assert!(trail(folder.path()).iter().any(|record| record["what"] == "damaged"));
 }
@@ -267,7 +253,7 @@ async fn a_damaged_trail_is_never_written_over() {
         let forged = String::from_utf8(last.to_vec()).unwrap().replace(&seq, &format!("{{\"seq\":{number}"));
         let damaged = [&text[..text.len() - last.len()], forged.as_bytes()].concat();
         let folder = directory(&damaged, &key);
-        let audit = start(&options(folder.path()));
+        let audit = start(&Options::small(folder.path()));
         intended(&audit).await.take().finish(&answer());
         audit.close();
         let all = segments(folder.path()).unwrap();
@@ -402,7 +388,7 @@ async fn a_gap_far_from_the_end_is_damage_and_stays() {
     let folder = directory(&damaged, &key);
     let found = verify(folder.path());
     assert!(found.torn.is_none() && found.faults[0].line == 2, "{:?} {:?}", found.torn, found.faults.first());
-    start(&options(folder.path())).close();
+    start(&Options::small(folder.path())).close();
     assert_eq!(fs::read(chain::segment_path(folder.path(), 1)).unwrap(), damaged);
 }
 
@@ -415,7 +401,7 @@ async fn one_zero_is_damage_and_costs_no_record_behind_it() {
     let folder = directory(&damaged, &key);
     let found = verify(folder.path());
     assert!(found.torn.is_none() && found.faults[0].line == 2, "{:?} {:?}", found.torn, found.faults.first());
-    start(&options(folder.path())).close();
+    start(&Options::small(folder.path())).close();
     assert_eq!(fs::read(chain::segment_path(folder.path(), 1)).unwrap(), damaged, "all of it stays");
     damaged[second + 40..][..16].fill(0);
     assert!(verify(directory(&damaged, &key).path()).torn.is_some(), "the control");
@@ -462,7 +448,7 @@ async fn a_batch_that_stands_at_a_segments_end_and_again_in_the_next_is_read_onc
 #[tokio::test]
 async fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
     let folder = TempDir::new().unwrap();
-    let options = Options { durability: Durability::Disk, ..options(folder.path()) };
+    let options = Options { durability: Durability::Disk, ..Options::small(folder.path()) };
     fs::write(folder.path().join("segment.new"), "left by a process that was killed").unwrap();
     let lock = lock(folder.path()).unwrap();
     let keys = Keys::load_or_make(folder.path()).unwrap();
@@ -488,7 +474,7 @@ fn a_start_removes_what_never_became_a_segment() {
         let folder = TempDir::new().unwrap();
         let unfinished = folder.path().join("segment.new");
         fs::write(&unfinished, "{\"seq\":1").unwrap();
-        start(&Options { durability, ..options(folder.path()) }).close();
+        start(&Options { durability, ..Options::small(folder.path()) }).close();
         assert!(!unfinished.exists());
         assert_whole(folder.path());
         assert_eq!(trail(folder.path()).len(), 2, "start and stop");
@@ -498,7 +484,7 @@ fn a_start_removes_what_never_became_a_segment() {
 #[tokio::test]
 async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options::small(folder.path()));
 
     let finished = intended(&audit).await.take();
     let mut refused = intended(&audit).await;
@@ -541,7 +527,7 @@ async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
 #[tokio::test]
 async fn a_panic_in_the_middle_of_a_record_leaves_nothing_of_it_in_the_trail() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options::small(folder.path()));
     intended(&audit).await.take().finish(&answer());
     let mut broken = record(&audit);
     let panics = |line: &mut Vec<u8>| {
@@ -592,7 +578,8 @@ fn begins_to_wait(record: &mut Record) -> bool {
 #[tokio::test]
 async fn old_segments_go_and_the_chain_stays_verifiable() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&Options { segment_size: 1, retain: Some(Duration::ZERO), ..options(folder.path()) });
+    let audit =
+        start(&Options { segment_size: 1, retain: Some(Duration::ZERO), ..Options::small(folder.path()) });
     let deadline = Instant::now() + Duration::from_secs(20);
     while segments(folder.path()).unwrap()[0] == chain::segment_path(folder.path(), 1) {
         assert!(Instant::now() < deadline, "nothing was removed");
@@ -604,7 +591,7 @@ async fn old_segments_go_and_the_chain_stays_verifiable() {
     assert!(said > 0);
 
     // The next start goes on behind it, and the trail is still whole.
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options::small(folder.path()));
     intended(&audit).await.take().finish(&answer());
     audit.close();
     assert_whole(folder.path());
@@ -641,7 +628,7 @@ async fn a_wait_that_moves_to_another_task_is_woken_there() {
 #[tokio::test]
 async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&Options { queue: 4096, ..options(folder.path()) });
+    let audit = start(&Options { queue: 4096, ..Options::small(folder.path()) });
     Audit::defer_wake_ups();
     // One each millisecond: on a quick machine twenty of them were over before a turn counts as a long one.
     let mut records: Vec<_> = (0..1000).map(|_| record(&audit)).collect();
@@ -657,7 +644,7 @@ async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
 #[tokio::test]
 async fn a_worker_that_is_never_done_and_fills_the_queue_wakes_the_writer() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options::small(folder.path()));
     Audit::defer_wake_ups();
     let mut records: Vec<_> = (0..100).map(|_| record(&audit)).collect();
     let waiting = records.iter_mut().filter_map(|record| begins_to_wait(record).then_some(())).count();
@@ -669,7 +656,7 @@ async fn a_worker_that_is_never_done_and_fills_the_queue_wakes_the_writer() {
 async fn a_stuck_disk_does_not_fill_the_memory() {
     const MEMBERS: usize = 4 << 20;
     let folder = TempDir::new().unwrap();
-    let audit = start(&Options { segment_size: 1, queue: 1024, ..options(folder.path()) });
+    let audit = start(&Options { segment_size: 1, queue: 1024, ..Options::small(folder.path()) });
     intended(&audit).await.take().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
     let stuck = Stuck::new(folder.path());
@@ -699,7 +686,7 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
 async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_not_sent() {
     let folder = TempDir::new().unwrap();
     let deadline = Duration::from_millis(250);
-    let options = Options { segment_size: 1, intent_deadline: deadline, ..options(folder.path()) };
+    let options = Options { segment_size: 1, intent_deadline: deadline, ..Options::small(folder.path()) };
     let audit = start(&options);
     intended(&audit).await.take().finish(&answer());
     let control = wait_for(|| (trail(folder.path()).len() == 3).then(|| trail(folder.path())[1].clone()));
@@ -733,7 +720,7 @@ async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_no
 #[tokio::test]
 async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&Options { segment_size: 1, queue: 16, ..options(folder.path()) });
+    let audit = start(&Options { segment_size: 1, queue: 16, ..Options::small(folder.path()) });
     let mut in_flight = vec![intended(&audit).await.take(), intended(&audit).await.take()];
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
     let stuck = Stuck::new(folder.path());
@@ -774,7 +761,7 @@ async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() 
 async fn below_the_low_water_mark_refusals_are_counted_and_requests_go_on() {
     for (low_water, recorded) in [(0, 3), (u64::MAX, 0)] {
         let folder = TempDir::new().unwrap();
-        let audit = start(&Options { low_water, ..options(folder.path()) });
+        let audit = start(&Options { low_water, ..Options::small(folder.path()) });
         wait_for(|| (audit.shared().has_space() == (low_water == 0)).then_some(()));
         (0..3).for_each(|_| refuse(&audit));
         intended(&audit).await.take().finish(&answer());
@@ -790,7 +777,7 @@ async fn below_the_low_water_mark_refusals_are_counted_and_requests_go_on() {
 #[test]
 fn refusals_of_many_strangers_are_folded_into_few_records() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&Options { queue: 100_000, ..options(folder.path()) });
+    let audit = start(&Options { queue: 100_000, ..Options::small(folder.path()) });
     let begun = Instant::now();
     for address in 0..2_000_u32 {
         for _ in 0..5 {
@@ -812,19 +799,21 @@ fn refusals_of_many_strangers_are_folded_into_few_records() {
 #[test]
 fn a_trail_that_cannot_be_kept_stops_the_start_with_its_reason() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options::small(folder.path()));
     let error = |options: &Options| Audit::start(options, metrics()).unwrap_err();
-    assert!(matches!(error(&options(folder.path())), StartError::Locked(path) if path == folder.path()));
+    assert!(
+        matches!(error(&Options::small(folder.path())), StartError::Locked(path) if path == folder.path())
+    );
     audit.close();
-    start(&options(folder.path())).close(); // the lock goes with its holder
+    start(&Options::small(folder.path())).close(); // the lock goes with its holder
 
     let file = folder.path().join("lock").join("audit");
-    let message = error(&options(&file)).to_string();
+    let message = error(&Options::small(&file)).to_string();
     assert!(message.contains("lock/audit") && message.contains("Not a directory"), "{message}");
 
     let short = folder.path().join("short");
     fs::write(&short, "x").unwrap();
-    let message = error(&Options { key_file: Some(short), ..options(folder.path()) }).to_string();
+    let message = error(&Options { key_file: Some(short), ..Options::small(folder.path()) }).to_string();
     assert!(message.contains("at least 32 bytes"), "{message}");
 }
 
@@ -833,7 +822,7 @@ async fn files_are_for_the_gateways_user_only() {
     use std::os::unix::fs::PermissionsExt;
     let folder = TempDir::new().unwrap();
     let directory = folder.path().join("made/here");
-    let audit = start(&options(&directory));
+    let audit = start(&Options::small(&directory));
     intended(&audit).await.take().finish(&answer());
     audit.close();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
@@ -846,7 +835,7 @@ async fn files_are_for_the_gateways_user_only() {
 #[tokio::test]
 async fn a_segment_that_was_deleted_or_cut_is_given_up_for_a_new_one() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options::small(folder.path()));
     for damage in [fs::remove_file as fn(PathBuf) -> io::Result<()>, |path| {
         OpenOptions::new().write(true).open(path)?.set_len(10)
     }] {
@@ -867,7 +856,7 @@ async fn in_a_directory_that_was_replaced_nothing_is_written() {
     let folder = TempDir::new().unwrap();
     let directory = folder.path().join("audit");
     let deadline = Duration::from_millis(50);
-    let audit = start(&Options { intent_deadline: deadline, ..options(&directory) });
+    let audit = start(&Options { intent_deadline: deadline, ..Options::small(&directory) });
     intended(&audit).await.take().finish(&answer());
     fs::remove_dir_all(&directory).unwrap();
     fs::create_dir(&directory).unwrap();
@@ -881,7 +870,7 @@ async fn in_a_directory_that_was_replaced_nothing_is_written() {
 #[tokio::test]
 async fn a_record_ends_with_its_links_and_says_who_what_and_how() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&options(folder.path()));
+    let audit = start(&Options::small(folder.path()));
     let mut record = intended(&audit).await.take();
     record.enter(Stage::Upstream);
     record.finish(&answer());

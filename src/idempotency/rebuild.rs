@@ -356,7 +356,7 @@ mod tests {
     use super::*;
     use crate::{
         admission::Peer,
-        audit::{self, Answer, Durability, RequestId, chain::Hash},
+        audit::{self, Answer, RequestId, chain::Hash},
         config::WithoutKey,
         error::Stage,
         idempotency::{Begun, Call},
@@ -376,15 +376,10 @@ mod tests {
 
     fn start(directory: &Path) -> Audit {
         let options = audit::Options {
-            directory: directory.into(),
-            durability: Durability::Kernel,
             segment_size: 64 << 20,
-            key_file: None,
             queue: 16 * 1024,
             intent_deadline: Duration::from_secs(60),
-            shown: Default::default(),
-            retain: None,
-            low_water: 0,
+            ..audit::Options::small(directory)
         };
         Audit::start(&options, audit::Metrics::new(&Registry::new()).unwrap()).unwrap()
     }
