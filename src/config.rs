@@ -6,6 +6,7 @@
 mod raw;
 mod table;
 mod values;
+mod peer;
 mod files;
 mod parse;
 mod relations;
@@ -15,18 +16,19 @@ use std::{
     collections::HashSet,
     ffi::OsString,
     fmt,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use http::{HeaderMap, HeaderName, StatusCode};
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::json;
 
 use crate::audit::Durability;
 pub use effective::Access;
+use peer::meets_loopback;
+pub use peer::{DNS, PeerRule, SPIFFE};
 
 /// A whole configuration. Made only by [`Config::load`].
 #[derive(Clone, Debug)]
@@ -173,40 +175,6 @@ impl Listener {
     }
 }
 
-/// What `loopback` means.
-const LOOPBACK: [IpNet; 2] = [
-    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
-    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
-];
-
-/// Of two networks one lies within the other, or they share no address.
-fn meets_loopback(network: &IpNet) -> bool {
-    LOOPBACK.iter().any(|loopback| loopback.contains(network) || network.contains(loopback))
-}
-
-impl PeerRule {
-    /// The networks of a caller that is known by its address.
-    pub fn networks(&self) -> &[IpNet] {
-        match self {
-            Self::Loopback => &LOOPBACK,
-            Self::Network(network) => std::slice::from_ref(network),
-            Self::Certificate(_) | Self::Uid(_) | Self::Gid(_) => &[],
-        }
-    }
-}
-
-impl fmt::Display for PeerRule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Loopback => f.write_str("loopback"),
-            Self::Network(network) => network.fmt(f),
-            Self::Certificate(name) => f.write_str(name),
-            Self::Uid(uid) => write!(f, "uid:{uid}"),
-            Self::Gid(gid) => write!(f, "gid:{gid}"),
-        }
-    }
-}
-
 impl Url {
     /// Host, and the port where it is not the scheme's own: what `Host` holds.
     pub fn authority(&self) -> String {
@@ -272,11 +240,6 @@ pub struct ListenerTls {
     /// Which of their certificates are revoked.
     pub client_crl_file: Option<PathBuf>,
 }
-
-/// How the names in certificates begin.
-pub const SPIFFE: &str = "spiffe://";
-/// How DNS names in certificates begin in the configuration.
-pub const DNS: &str = "dns:";
 
 /// Where a listener listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -449,21 +412,6 @@ pub struct Caller {
     pub require_header: Option<HeaderName>,
     /// Its requests are refused for now.
     pub frozen: bool,
-}
-
-/// Which peers a caller is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PeerRule {
-    /// Any TCP peer with a loopback address.
-    Loopback,
-    /// Any TCP peer with an address of this network. Of several networks that hold it, the smallest counts.
-    Network(IpNet),
-    /// Who shows a certificate of the listener's client CA with this name in it: `spiffe://…` or `dns:…`.
-    Certificate(String),
-    /// A process of this user at a Unix socket.
-    Uid(u32),
-    /// A process of this group at a Unix socket.
-    Gid(u32),
 }
 
 /// A rate with a burst.

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, ListenerTls,
-    LogFormat, PeerRule, Route, SecretSource, Shown, WithoutKey,
+    LogFormat, Route, SecretSource, Shown, WithoutKey,
 };
 
 /// A caller that can use a credential.
@@ -150,13 +150,7 @@ impl Config {
 }
 
 fn who(caller: &Caller) -> String {
-    let who = match &caller.peer {
-        PeerRule::Loopback => "every process of this network namespace".into(),
-        PeerRule::Network(network) => format!("every process with an address of {network}"),
-        PeerRule::Certificate(name) => format!("whoever holds a certificate for {name}"),
-        PeerRule::Uid(uid) => format!("every process of user {uid}"),
-        PeerRule::Gid(gid) => format!("every process of group {gid}"),
-    };
+    let who = caller.peer.who();
     caller.require_header.as_ref().map_or(who.clone(), |name| format!("{who} that sends {name}"))
 }
 

@@ -16,12 +16,13 @@ use super::{
     Admin, Audit, Caller, Config, ContractSource, Credential, Http2, Idempotency, IdentityFiles, Limit,
     ListenAddress, Listener, ListenerTls, Log, LogFormat, PeerRule, Problems, Route, SecretSource, Server,
     Shown, Token, Upstream, Url, WithoutKey, files,
+    peer::parse_peer,
     raw::{Kind, Layers, Syntax, Value},
     relations,
     table::{Context, Found, Referent, Table},
     values::{
-        parse_level, parse_listen_address, parse_operator, parse_peer, parse_proxy, parse_rate,
-        parse_route_path, parse_url,
+        parse_level, parse_listen_address, parse_operator, parse_proxy, parse_rate, parse_route_path,
+        parse_url,
     },
 };
 

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use crate::audit;
 
 use super::{
-    Config, ListenAddress, PeerRule, files,
+    Config, ListenAddress, files,
     table::{Context, Referent},
 };
 
@@ -93,7 +93,7 @@ fn peers(context: &mut Context<'_>, config: &Config) {
         }
         let other = (0..i).find(|other| {
             !context.is_doubtful(&format!("callers[{other}].peer"))
-                && can_be_one(&config.callers[*other].peer, &caller.peer)
+                && config.callers[*other].peer.can_be(&caller.peer)
         });
         if let Some(other) = other {
             let other = &config.callers[other].name;
@@ -101,17 +101,6 @@ fn peers(context: &mut Context<'_>, config: &Config) {
         } else if !doubtful_listeners && config.listeners_of(caller).next().is_none() {
             context.problem_at(&key, NEVER_SEEN);
         }
-    }
-}
-
-/// A process has a user and a group, so that any `uid` and any `gid` can meet in one. Of nested networks the smaller
-/// one counts.
-fn can_be_one(a: &PeerRule, b: &PeerRule) -> bool {
-    match (a, b) {
-        (PeerRule::Uid(a), PeerRule::Uid(b)) | (PeerRule::Gid(a), PeerRule::Gid(b)) => a == b,
-        (PeerRule::Uid(_), PeerRule::Gid(_)) | (PeerRule::Gid(_), PeerRule::Uid(_)) => true,
-        (PeerRule::Certificate(a), PeerRule::Certificate(b)) => a == b,
-        (a, b) => a.networks().iter().any(|network| b.networks().contains(network)),
     }
 }
 

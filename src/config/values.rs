@@ -2,11 +2,10 @@
 
 use std::{num::NonZeroU32, time::Duration};
 
-use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use super::{DNS, ListenAddress, PeerRule, ProxyUrl, SPIFFE, Url};
+use super::{ListenAddress, ProxyUrl, Url};
 
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
@@ -70,52 +69,6 @@ pub(super) fn parse_level(text: &str) -> Result<String, String> {
     fits.then(|| text.to_owned()).ok_or_else(|| {
         "must be error, warn, info, debug or trace, or a filter such as \"info,ccsqm_gateway::token=debug\"".into()
     })
-}
-
-pub(super) fn parse_peer(text: &str) -> Result<PeerRule, String> {
-    let reason = || {
-        "must be \"loopback\", a network as in \"10.1.0.0/16\", \"spiffe://…\", \"dns:…\", \"uid:N\" or \"gid:N\"".to_owned()
-    };
-    match text.split_once(':') {
-        None if text == "loopback" => Ok(PeerRule::Loopback),
-        Some(("uid", id)) => id.parse().map(PeerRule::Uid).map_err(|_| reason()),
-        Some(("gid", id)) => id.parse().map(PeerRule::Gid).map_err(|_| reason()),
-        Some(("dns", name)) => parse_dns_name(name).map(PeerRule::Certificate),
-        Some(("spiffe", _)) => parse_spiffe_id(text).map(PeerRule::Certificate),
-        _ => parse_network(text).map_or_else(|| Err(reason()), |network| network.map(PeerRule::Network)),
-    }
-}
-
-fn parse_dns_name(name: &str) -> Result<String, String> {
-    let is_name = matches!(ServerName::try_from(name), Ok(ServerName::DnsName(_)));
-    let name = name.to_ascii_lowercase();
-    is_name
-        .then(|| format!("{DNS}{name}"))
-        .ok_or_else(|| "must be a whole DNS name, without wildcards".into())
-}
-
-/// The spelling of the SPIFFE-ID standard, section 2: a trust domain in lower case, and a path without empty, `.` or
-/// `..` segments.
-fn parse_spiffe_id(text: &str) -> Result<String, String> {
-    let reason = || "must be a SPIFFE ID, as in \"spiffe://example.org/qa/console\"".to_owned();
-    let (domain, path) =
-        text.strip_prefix(SPIFFE).and_then(|rest| rest.split_once('/')).ok_or_else(reason)?;
-    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-    let good_domain = !domain.is_empty() && domain.bytes().all(|b| is_plain(b) && !b.is_ascii_uppercase());
-    let good_path =
-        path.split('/').all(|part| !matches!(part, "" | "." | "..") && part.bytes().all(is_plain));
-    let fits = text.len() <= 2048 && good_domain && good_path;
-    fits.then(|| text.to_owned()).ok_or_else(reason)
-}
-
-/// `None`: it is no network at all.
-fn parse_network(text: &str) -> Option<Result<IpNet, String>> {
-    let network: IpNet = text.parse().ok()?;
-    if network.trunc() != network {
-        return Some(Err(format!("has bits beyond its prefix; the network is {}", network.trunc())));
-    }
-    let is_mapped = matches!(network, IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some());
-    Some(if is_mapped { Err("must be written as an IPv4 network".into()) } else { Ok(network) })
 }
 
 pub(super) fn parse_operator(text: &str) -> Result<String, String> {
