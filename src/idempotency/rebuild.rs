@@ -506,16 +506,12 @@ mod tests {
         }
     }
 
+    /// `CCSQM_GATEWAY_TEST_REBUILD` says how many keys: 999,000 are more than a gigabyte, to be known in 5 s where the build
+    /// is optimised.
     #[tokio::test]
-    async fn keys_are_read_back() {
-        check(2000).await;
-    }
-
-    /// `cargo test --release --lib -- --ignored a_million`; slow where nothing is optimised.
-    #[tokio::test]
-    #[ignore = "writes and reads more than a gigabyte"]
-    async fn a_million_keys_are_read_back_within_the_deadline() {
-        let took = check(999_000).await;
+    async fn keys_are_read_back_within_the_deadline() {
+        let keys = std::env::var("CCSQM_GATEWAY_TEST_REBUILD").map_or(2_000, |keys| keys.parse().unwrap());
+        let took = check(keys).await;
         assert!(took < Duration::from_secs(4 * 5), "{took:?}");
     }
 }
