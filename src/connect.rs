@@ -47,6 +47,9 @@ pub enum TlsError {
     /// A file cannot be read, or is not PEM.
     #[error(transparent)]
     Pem(#[from] PemError),
+    /// The key is that of another certificate.
+    #[error("client_key_file is not the key of client_cert_file's certificate")]
+    Mismatch,
     /// There is no root certificate to trust.
     #[error("no root certificate: the system has none")]
     NoRoots,

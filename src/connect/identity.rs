@@ -7,7 +7,8 @@ use std::{
 
 use arc_swap::ArcSwap;
 use rustls::{
-    SignatureScheme, client::ResolvesClientCert, crypto::aws_lc_rs::default_provider, sign::CertifiedKey,
+    Error, InconsistentKeys, SignatureScheme, client::ResolvesClientCert,
+    crypto::aws_lc_rs::default_provider, sign::CertifiedKey,
 };
 
 use super::TlsError;
@@ -49,7 +50,11 @@ impl Identity {
 fn read(cert_file: &Path, key_file: &Path) -> Result<Arc<CertifiedKey>, TlsError> {
     let chain = pem::certificates(&pem::read(cert_file)?, cert_file)?;
     let key = pem::key(&pem::read_key(key_file)?)?;
-    Ok(Arc::new(CertifiedKey::from_der(chain, key, &default_provider())?))
+    let certified = CertifiedKey::from_der(chain, key, &default_provider()).map_err(|error| match error {
+        Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => TlsError::Mismatch,
+        error => error.into(),
+    })?;
+    Ok(Arc::new(certified))
 }
 
 fn contents(cert_file: &Path, key_file: &Path) -> Result<[u8; 32], TlsError> {

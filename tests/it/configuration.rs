@@ -497,6 +497,11 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
     ] {
         cases.push(("upstream.ca_file", set("ca_file", "ca.pem", file), reason));
     }
+    let other = rcgen::generate_simple_self_signed(vec!["other".to_owned()]).unwrap();
+    fs::write(folder.path().join("other.pem"), other.cert.pem()).unwrap();
+    let before = files();
+    let mismatch = "client_key_file is not the key";
+    cases.push(("upstream.client_cert_file", set("client_cert_file", "client.pem", "other.pem"), mismatch));
     for (file, reason) in [("absent", "no such file"), ("trail", "is not a regular file")] {
         cases.push(("listeners[2].tls.cert_file", set("cert_file", "cert.pem", file), reason));
         cases.push(("listeners[2].tls.key_file", set("key_file", "tls.key", file), reason));
