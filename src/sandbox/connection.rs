@@ -208,22 +208,18 @@ impl Connection {
         }
         loop {
             let parsed = Head::parse(&self.buffer);
-            let length =
-                parsed.as_ref().ok().and_then(Option::as_ref).map_or(self.buffer.len(), |head| head.length);
-            recording.head(&self.buffer[..length]);
-            match parsed {
-                Ok(Some(head)) => {
-                    let _ = self.buffer.split_to(head.length);
-                    match self.role.kind(&head.path) {
-                        Kind::Control => recording.forget(),
-                        Kind::Token => recording.token_call(head.only("x-token-expire")),
-                        Kind::Business => {}
-                    }
-                    return Ok(head);
+            if let Ok(Some(head)) = parsed {
+                let bytes = self.buffer.split_to(head.length);
+                match self.role.kind(&head.path) {
+                    Kind::Control => recording.forget(),
+                    Kind::Token => recording.token_call(&bytes, head.only("x-token-expire")),
+                    Kind::Business => recording.head(&bytes),
                 }
-                Ok(None) => self.read().await?,
-                Err(reply) => return Err(NoRequest::Refused(reply)),
+                return Ok(head);
             }
+            recording.head(&self.buffer);
+            parsed.map_err(NoRequest::Refused)?;
+            self.read().await?;
         }
     }
 

@@ -116,11 +116,21 @@ impl Recording {
 
     /// The head as far as it came.
     pub(super) fn head(&mut self, bytes: &[u8]) {
+        self.record(bytes, None);
+    }
+
+    /// The whole head of a token call, which nobody may see as an API call in between.
+    pub(super) fn token_call(&mut self, bytes: &[u8], asked: Option<&str>) {
+        self.record(bytes, Some((asked.map(str::to_owned), None)));
+    }
+
+    fn record(&mut self, head: &[u8], token: Option<(Option<String>, Option<String>)>) {
         let mut journal = self.cloud.journal();
         let number = *self.number.get_or_insert_with(|| journal.open(self.connection));
         if let Some(entry) = journal.entries.get_mut(&number) {
             entry.request.head.clear();
-            entry.request.head.extend_from_slice(bytes);
+            entry.request.head.extend_from_slice(head);
+            entry.token = token;
         }
     }
 
@@ -135,11 +145,6 @@ impl Recording {
 
     pub(super) fn status(&self, status: u16) {
         self.edit(|entry| entry.request.status = Some(status));
-    }
-
-    /// It is a token call.
-    pub(super) fn token_call(&self, asked: Option<&str>) {
-        self.edit(|entry| entry.token = Some((asked.map(str::to_owned), None)));
     }
 
     pub(super) fn issued(&self, token: &str) {
