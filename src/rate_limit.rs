@@ -49,8 +49,7 @@ impl Limiter {
 
     /// Another limit from now on. What is spent stays spent, counted in requests, as far as the new burst goes.
     pub fn set(&self, limit: Limit) {
-        self.tolerance.store(tolerance(limit), Ordering::Relaxed);
-        self.pace(clock::nanos(), interval(limit));
+        self.set_at(clock::nanos(), limit);
     }
 
     /// Takes one request's worth, or says when to come back.
@@ -97,6 +96,11 @@ impl Limiter {
     fn empty(&self, now: u64) {
         let ahead = self.tolerance.load(Ordering::Relaxed) + self.interval.load(Ordering::Relaxed);
         self.arrival.fetch_max(now + ahead, Ordering::Relaxed);
+    }
+
+    fn set_at(&self, now: u64, limit: Limit) {
+        self.tolerance.store(tolerance(limit), Ordering::Relaxed);
+        self.pace(now, interval(limit));
     }
 
     fn take_at(&self, now: u64) -> Result<(), Spent> {
@@ -171,25 +175,20 @@ mod tests {
 
     #[test]
     fn a_limit_that_is_raised_is_open_at_once_and_one_that_is_lowered_gives_nothing_back() {
-        let hour = Duration::from_secs(3600);
-        let slow = Limit { period: hour, ..limit(5, 40) };
+        let slow = Limit { period: Duration::from_secs(3600), ..limit(5, 40) };
         let limiter = Limiter::new(slow);
-        (0..40).for_each(|_| assert_eq!(limiter.take(), Ok(())));
-        assert!(limiter.take().unwrap_err().retry_after > Duration::from_secs(600), "the control");
-        limiter.set(limit(1_000_000, 40));
-        assert!(
-            limiter.take().map_or_else(|spent| spent.retry_after, |()| Duration::ZERO)
-                < Duration::from_millis(1)
-        );
-        limiter.set(limit(20, 40));
-        while limiter.take().is_ok() {}
-        limiter.set(slow);
-        assert!(limiter.take().unwrap_err().retry_after > Duration::from_secs(60), "spent is spent");
-        limiter.set(limit(1, 1));
-        assert!(
-            limiter.take().unwrap_err().retry_after <= Duration::from_secs(1),
-            "no more than the new burst"
-        );
+        let spend = || while limiter.take_at(0).is_ok() {};
+        let wait = || limiter.take_at(0).map_or_else(|spent| spent.retry_after, |()| Duration::ZERO);
+        spend();
+        assert_eq!(wait(), Duration::from_secs(720), "the control");
+        limiter.set_at(0, limit(1_000_000, 40));
+        assert_eq!(wait(), Duration::from_micros(1), "as many requests as before, of the new interval");
+        limiter.set_at(0, limit(20, 40));
+        spend();
+        limiter.set_at(0, slow);
+        assert_eq!(wait(), Duration::from_secs(720), "spent is spent");
+        limiter.set_at(0, limit(1, 1));
+        assert_eq!(wait(), Duration::from_secs(1), "no more than the new burst");
     }
 
     #[test]
