@@ -1,9 +1,10 @@
 //! The wait for an upstream connection: short, or not at all.
 //!
 //! Who would have to wait longer than it may is refused at once, not when its time is over: an overload then costs those
-//! who are refused nothing, and those who wait little. How long it takes is learnt from those who wait: the time in
-//! which as many were served as there are connections, twice in a row, so that one stall (a token that is fetched) is
-//! not taken for the pace.
+//! who are refused nothing, and those who wait little. How long it takes is learnt from those who wait: the time, of that
+//! in which anyone waits, in which as many were served as there are connections, twice in a row, so that one stall (a
+//! token that is fetched) is not taken for the pace. Once somebody waited in vain, only the first in line waits until
+//! somebody is served.
 
 use std::{
     future::Future,
@@ -31,26 +32,51 @@ pub(super) struct Queue {
 struct Pace {
     /// So many make a window.
     size: u64,
+    /// When somebody began to wait, or was served while others waited.
     since: u64,
     served: u64,
+    /// The time in which anyone waited for them.
+    took: u64,
     /// For each one who waits, in the last two windows.
     each: [u64; 2],
+    /// Somebody waited in vain, and nobody was served since.
+    is_stalled: bool,
 }
 
 impl Pace {
+    fn new(size: usize) -> Self {
+        Self { size: size.max(1) as u64, since: 0, served: 0, took: 0, each: [0, 0], is_stalled: false }
+    }
+
+    /// Nobody waited until now.
     fn begin(&mut self, now: u64) {
-        (self.since, self.served) = (now, 0);
+        self.since = now;
+    }
+
+    fn pass(&mut self, now: u64) {
+        self.took += now.saturating_sub(self.since);
+        self.since = now;
+    }
+
+    fn stall(&mut self, now: u64) {
+        self.pass(now);
+        self.is_stalled = true;
     }
 
     fn serve(&mut self, now: u64) {
+        self.pass(now);
+        self.is_stalled = false;
         self.served += 1;
         if self.served >= self.size {
-            self.each = [self.each[1], now.saturating_sub(self.since) / self.size];
-            self.begin(now);
+            self.each = [self.each[1], self.took / self.size];
+            (self.served, self.took) = (0, 0);
         }
     }
 
     fn expected(&self, number: usize) -> Duration {
+        if self.is_stalled {
+            return Duration::MAX;
+        }
         Duration::from_nanos(self.each[0].min(self.each[1]).saturating_mul(number as u64))
     }
 }
@@ -58,8 +84,7 @@ impl Pace {
 impl Queue {
     /// For so many connections. Nobody waits for longer.
     pub(super) fn new(connections: usize, longest: Duration) -> Self {
-        let pace = Pace { size: connections.max(1) as u64, since: 0, served: 0, each: [0, 0] };
-        Self { waiting: AtomicUsize::new(0), pace: Mutex::new(pace), longest }
+        Self { waiting: AtomicUsize::new(0), pace: Mutex::new(Pace::new(connections)), longest }
     }
 
     /// Waits for something that others wait for, too; `None` if that took, or would take, too long. Half of the time is
@@ -71,9 +96,12 @@ impl Queue {
         } else if self.pace().expected(place.number) > self.longest / 2 {
             return None;
         }
-        let output = timeout(self.longest, what).await;
-        self.pace().serve(clock::nanos());
-        output.ok()
+        let output = timeout(self.longest, what).await.ok();
+        match output {
+            Some(_) => self.pace().serve(clock::nanos()),
+            None => self.pace().stall(clock::nanos()),
+        }
+        output
     }
 
     fn pace(&self) -> MutexGuard<'_, Pace> {
@@ -142,7 +170,7 @@ mod tests {
 
     #[test]
     fn one_stall_is_not_the_pace_and_two_in_a_row_are() {
-        let mut pace = Pace { size: 4, since: 0, served: 0, each: [0, 0] };
+        let mut pace = Pace::new(4);
         let second = 1_000_000_000;
         pace.begin(0);
         (0..4).for_each(|_| pace.serve(second));
@@ -151,5 +179,31 @@ mod tests {
         assert_eq!(pace.expected(100), Duration::from_secs(25), "two");
         (0..4).for_each(|_| pace.serve(2 * second + second / 1000));
         assert_eq!(pace.expected(100), Duration::from_millis(25), "it is fast again");
+    }
+
+    /// After a slow time nobody but the first one in line is let in: those must do to learn that it is over.
+    #[test]
+    fn those_who_wait_alone_make_the_pace_too() {
+        let (mut pace, second) = (Pace::new(4), 1_000_000_000);
+        let mut alone = |from: u64, takes: u64| {
+            for number in 0..8 {
+                pace.begin((from + number) * second);
+                pace.serve((from + number) * second + takes);
+            }
+            pace.expected(1)
+        };
+        assert_eq!(alone(0, second), Duration::from_secs(1));
+        assert_eq!(alone(8, second / 1000), Duration::from_millis(1));
+    }
+
+    #[tokio::test]
+    async fn who_waits_in_vain_waits_alone_until_somebody_is_served() {
+        let queue = Queue::new(4, Duration::from_millis(50));
+        assert_eq!(served(&queue, 100).await, None);
+        let (first, second) = tokio::join!(served(&queue, 100), served(&queue, 1));
+        assert_eq!((first, second), (None, None), "the second would have been served");
+        assert_eq!(served(&queue, 1).await, Some(()), "the first in line is let in");
+        let (first, second) = tokio::join!(served(&queue, 2), served(&queue, 1));
+        assert_eq!((first, second), (Some(()), Some(())), "the control");
     }
 }
