@@ -32,7 +32,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     task::AbortHandle,
-    time::{Instant, Sleep, sleep, timeout, timeout_at},
+    time::{Instant, Sleep, sleep, timeout},
 };
 
 use super::{
@@ -228,7 +228,7 @@ impl Pool {
             idle: Mutex::default(),
             http2: http2.map(http2::Connections::new),
             timers: Mutex::default(),
-            queue: Queue::new(max, wait),
+            queue: Queue::new(max),
             wait,
             idle_timeout: clock::nanos_of(idle_timeout),
             metrics,
@@ -312,8 +312,8 @@ impl Pool {
                 None => match http2.stream(None, self.idle_timeout) {
                     Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
                     None => {
-                        let waited = self.queue.wait(timeout_at(give_up, freed)).await;
-                        waited.and_then(Result::ok).ok_or(NoConnection::Busy)?;
+                        let left = give_up.saturating_duration_since(Instant::now());
+                        self.queue.wait(left, freed).await.ok_or(NoConnection::Busy)?;
                     }
                 },
             }
@@ -349,7 +349,7 @@ impl Pool {
 
     #[cold]
     async fn wait_for_permit(&self) -> Result<OwnedSemaphorePermit, NoConnection> {
-        let permit = self.queue.wait(self.permits.clone().acquire_owned()).await;
+        let permit = self.queue.wait(self.wait, self.permits.clone().acquire_owned()).await;
         permit.and_then(Result::ok).ok_or(NoConnection::Busy)
     }
 

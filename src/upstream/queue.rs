@@ -24,7 +24,6 @@ use crate::clock;
 pub(super) struct Queue {
     waiting: AtomicUsize,
     pace: Mutex<Pace>,
-    longest: Duration,
 }
 
 /// How fast those who wait are served. Times are in nanoseconds of this process.
@@ -82,21 +81,21 @@ impl Pace {
 }
 
 impl Queue {
-    /// For so many connections. Nobody waits for longer.
-    pub(super) fn new(connections: usize, longest: Duration) -> Self {
-        Self { waiting: AtomicUsize::new(0), pace: Mutex::new(Pace::new(connections)), longest }
+    /// For so many connections.
+    pub(super) fn new(connections: usize) -> Self {
+        Self { waiting: AtomicUsize::new(0), pace: Mutex::new(Pace::new(connections)) }
     }
 
     /// Waits for something that others wait for, too; `None` if that took, or would take, too long. Half of the time is
     /// kept for what a pace does not say. The first one is always let in: what it meets is learnt.
-    pub(super) async fn wait<T>(&self, what: impl Future<Output = T>) -> Option<T> {
+    pub(super) async fn wait<T>(&self, longest: Duration, what: impl Future<Output = T>) -> Option<T> {
         let place = Place::behind(&self.waiting);
         if place.number == 1 {
             self.pace().begin(clock::nanos());
-        } else if self.pace().expected(place.number) > self.longest / 2 {
+        } else if self.pace().expected(place.number) > longest / 2 {
             return None;
         }
-        let output = timeout(self.longest, what).await.ok();
+        let output = timeout(longest, what).await.ok();
         match output {
             Some(_) => self.pace().serve(clock::nanos()),
             None => self.pace().stall(clock::nanos()),
@@ -134,20 +133,20 @@ mod tests {
     use super::*;
 
     /// One who is served each 10 ms.
-    async fn served(queue: &Queue, number: u32) -> Option<()> {
-        queue.wait(sleep(Duration::from_millis(10) * number)).await
+    async fn served(queue: &Queue, longest: u64, number: u32) -> Option<()> {
+        queue.wait(Duration::from_millis(longest), sleep(Duration::from_millis(10) * number)).await
     }
 
     #[tokio::test]
     async fn who_would_wait_too_long_is_refused_at_once_and_who_comes_later_is_not() {
-        let queue = Queue::new(1, Duration::from_millis(200));
+        let queue = Queue::new(1);
         for number in 1..=3 {
-            assert_eq!(served(&queue, number).await, Some(()));
+            assert_eq!(served(&queue, 200, number).await, Some(()));
         }
         let begin = Instant::now();
         let waits = (1..=100).map(|number| {
             let queue = &queue;
-            async move { (served(queue, number).await.is_some(), begin.elapsed()) }
+            async move { (served(queue, 200, number).await.is_some(), begin.elapsed()) }
         });
         let mut all = Vec::new();
         let mut waits: Vec<_> = waits.map(Box::pin).collect();
@@ -165,7 +164,7 @@ mod tests {
         let (served_ones, refused): (Vec<_>, Vec<_>) = all.into_iter().partition(|(is_served, _)| *is_served);
         assert!((3..=12).contains(&served_ones.len()), "{} were let in", served_ones.len());
         assert!(refused.iter().all(|(_, took)| *took < Duration::from_millis(40)), "{refused:?}");
-        assert_eq!(served(&queue, 1).await, Some(()), "the control");
+        assert_eq!(served(&queue, 200, 1).await, Some(()), "the control");
     }
 
     #[test]
@@ -198,12 +197,12 @@ mod tests {
 
     #[tokio::test]
     async fn who_waits_in_vain_waits_alone_until_somebody_is_served() {
-        let queue = Queue::new(4, Duration::from_millis(50));
-        assert_eq!(served(&queue, 100).await, None);
-        let (first, second) = tokio::join!(served(&queue, 100), served(&queue, 1));
+        let queue = Queue::new(4);
+        assert_eq!(served(&queue, 50, 100).await, None);
+        let (first, second) = tokio::join!(served(&queue, 50, 100), served(&queue, 50, 1));
         assert_eq!((first, second), (None, None), "the second would have been served");
-        assert_eq!(served(&queue, 1).await, Some(()), "the first in line is let in");
-        let (first, second) = tokio::join!(served(&queue, 2), served(&queue, 1));
+        assert_eq!(served(&queue, 50, 1).await, Some(()), "the first in line is let in");
+        let (first, second) = tokio::join!(served(&queue, 50, 2), served(&queue, 50, 1));
         assert_eq!((first, second), (Some(()), Some(())), "the control");
     }
 }
