@@ -403,13 +403,13 @@ impl Claim {
     }
 
     /// Puts the outcome on record. A call with a key is over only when that is safe.
-    pub fn finish(mut self, record: Record, answer: &Answer) -> Option<Pending> {
+    pub fn finish(mut self, record: Record, answer: &Answer) -> Option<Box<Pending>> {
         let queued = record.finish(answer);
         if !self.is_keyed() {
             self.end(answer.outcome, None);
             return None;
         }
-        Some(Pending { queued: queued?, answer: answer.clone(), claim: self })
+        Some(Box::new(Pending { queued: queued?, answer: answer.clone(), claim: self }))
     }
 
     fn end(&mut self, outcome: Outcome, ending: Option<Ending>) {

@@ -155,7 +155,7 @@ pub struct Failure {
 }
 
 /// What the caller is to be told, and what must be safe before.
-type Told = (Result<Reply, Failure>, Option<Pending>);
+type Told = (Result<Reply, Failure>, Option<Box<Pending>>);
 
 /// How far an exchange got, for the case that it ends without an answer.
 #[derive(Debug)]
@@ -462,7 +462,7 @@ impl Tail {
         }
     }
 
-    fn close(&mut self, note: Option<&'static str>) -> Option<Pending> {
+    fn close(&mut self, note: Option<&'static str>) -> Option<Box<Pending>> {
         let (record, answer, claim) = self.open.take()?;
         claim.finish(record, &Answer { note, ..answer })
     }
