@@ -69,6 +69,11 @@ pub fn instant(nanos: u64) -> Instant {
     *EPOCH + Duration::from_nanos(nanos)
 }
 
+/// The number of nanoseconds of this process at an instant; 0 before its first look.
+pub fn nanos_at(instant: Instant) -> u64 {
+    nanos_of(instant.saturating_duration_since(*EPOCH))
+}
+
 /// The wall's time in nanoseconds since 1970; 0 for a clock that stands before it.
 pub fn unix_nanos() -> u64 {
     CLOCK.with(|clock| {
@@ -80,6 +85,11 @@ pub fn unix_nanos() -> u64 {
 /// The wall's time.
 pub fn wall() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_nanos(unix_nanos())
+}
+
+/// A wall's time in nanoseconds since 1970; 0 before that.
+pub fn unix_nanos_at(wall: SystemTime) -> u64 {
+    nanos_of(wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }
 
 /// A duration in nanoseconds, at most some 584 years.
@@ -109,8 +119,7 @@ impl Clock {
     fn read(&self) {
         let epoch = *EPOCH; // before the reading, which would lie before it otherwise
         self.nanos.set(nanos_of(Instant::now().saturating_duration_since(epoch)));
-        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.unix_nanos.set(nanos_of(since_1970));
+        self.unix_nanos.set(unix_nanos_at(SystemTime::now()));
         self.left.set(if self.has_turns.get() { SHARED } else { 0 });
     }
 }

@@ -41,7 +41,7 @@ use fetcher::{Candidate, Fetcher};
 pub use metrics::Metrics;
 pub use pair::PairError;
 use pair::{Pair, Sources};
-use schedule::{Held, Moment, Plan};
+use schedule::{End, Held, Moment, Plan};
 
 /// Tells the audit trail of a change.
 pub type Events = Box<dyn Fn(&'static str, Map<String, Value>) + Send + Sync>;
@@ -171,6 +171,8 @@ struct Live {
     lifetime: Duration,
     plan: Plan,
     sent: Moment,
+    /// When it stops being sent, by either clock.
+    end: End,
     /// From sending the request to having the answer.
     took: Duration,
     /// The upstream refused it, and no fetch has looked into that yet.
@@ -180,7 +182,8 @@ struct Live {
 impl Live {
     fn new(token: Token, lifetime: Duration, plan: Plan, sent: Moment) -> Self {
         let took = sent.age(Moment::now());
-        Self { token, lifetime, plan, sent, took, retired: AtomicBool::new(false) }
+        let end = sent.end(plan.stop);
+        Self { token, lifetime, plan, sent, end, took, retired: AtomicBool::new(false) }
     }
 
     fn age(&self) -> Duration {
@@ -188,7 +191,7 @@ impl Live {
     }
 
     fn is_usable(&self) -> bool {
-        self.age() < self.plan.stop
+        self.end.is_ahead()
     }
 
     fn is_retired(&self) -> bool {

@@ -212,10 +212,12 @@ impl Live {
     pub(super) fn to_the_end(&self, lifetime: Duration, sent: Moment) -> Self {
         let restated = self.sent.age(sent) + lifetime + ROUNDING;
         let lifetime = if restated < self.lifetime { restated - ROUNDING } else { self.lifetime };
+        let plan = Plan::to_the_end(lifetime, self.took);
         Self {
             token: self.token.clone(),
             lifetime,
-            plan: Plan::to_the_end(lifetime, self.took),
+            plan,
+            end: self.sent.end(plan.stop),
             retired: AtomicBool::new(false),
             ..*self
         }

@@ -60,6 +60,29 @@ impl Moment {
         let wall = now.wall.duration_since(self.wall).unwrap_or_default();
         now.monotonic.saturating_duration_since(self.monotonic).max(wall)
     }
+
+    /// The end of a life that began then.
+    pub(super) fn end(&self, life: Duration) -> End {
+        let life = clock::nanos_of(life);
+        End {
+            nanos: clock::nanos_at(self.monotonic).saturating_add(life),
+            unix_nanos: clock::unix_nanos_at(self.wall).saturating_add(life),
+        }
+    }
+}
+
+/// The end of a life by both clocks, as numbers: every request looks at it. See [`clock`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct End {
+    nanos: u64,
+    unix_nanos: u64,
+}
+
+impl End {
+    /// Whether neither clock has come to it, in the present turn of a worker.
+    pub(super) fn is_ahead(&self) -> bool {
+        clock::nanos() < self.nanos && clock::unix_nanos() < self.unix_nanos
+    }
 }
 
 /// How a call failed, as far as the next one is concerned.
