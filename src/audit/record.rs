@@ -1,10 +1,16 @@
 //! The record of one request, and every record's form in the trail.
 
-use std::{fmt, sync::Arc};
+use std::{
+    cell::RefCell,
+    fmt,
+    hash::{BuildHasher, RandomState},
+    sync::Arc,
+};
 
+use fastrand::Rng;
 use http::HeaderValue;
 use serde_json::{Map, Value};
-use uuid::Uuid;
+use uuid::{Builder, Uuid};
 
 use super::{
     Audit, Kind, StoredReply, Unavailable,
@@ -19,6 +25,11 @@ use crate::{
     outcome::{Outcome, ResultCode},
 };
 
+thread_local! {
+    /// Seeded by the system's randomness: ids must differ, and nobody need be unable to guess them.
+    static RANDOM: RefCell<Rng> = RefCell::new(Rng::with_seed(RandomState::new().hash_one(())));
+}
+
 /// A request's id: a UUIDv7, and its text.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct RequestId {
@@ -28,7 +39,9 @@ pub struct RequestId {
 
 impl RequestId {
     fn new() -> Self {
-        Uuid::now_v7().into()
+        let mut random = [0; 10];
+        RANDOM.with_borrow_mut(|generator| generator.fill(&mut random));
+        Builder::from_unix_timestamp_millis(clock::unix_nanos() / 1_000_000, &random).into_uuid().into()
     }
 
     /// The same in 16 bytes.
