@@ -89,7 +89,7 @@ impl Admin {
                 match self.metrics.render(
                     &self.bounds,
                     self.idempotency.keys(),
-                    self.state.load().quota.share(),
+                    self.state.load().terms.quota.share(),
                 ) {
                     Ok(text) => reply(StatusCode::OK, TEXT, text),
                     Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
@@ -119,7 +119,7 @@ impl Admin {
         if self.idempotency.holds_all_up() {
             reasons.push("the keys of earlier calls are still being read".into());
         }
-        for status in self.state.load().slots.iter().map(|slot| slot.status()) {
+        for status in self.state.load().terms.slots.iter().map(|slot| slot.status()) {
             if !status.had_token {
                 reasons.push(format!("no token yet for credential {}", status.name));
             }
@@ -133,7 +133,7 @@ impl Admin {
         let state = self.state.load();
         let routes: Vec<_> =
             state.routes.iter().map(|route| json!({ "name": *route.name, "path": route.path })).collect();
-        let credentials: Vec<_> = state.slots.iter().map(|slot| json!(slot.status())).collect();
+        let credentials: Vec<_> = state.terms.slots.iter().map(|slot| json!(slot.status())).collect();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "listeners": self.addresses,

@@ -234,7 +234,7 @@ impl App {
             })
             .collect::<io::Result<Vec<JoinHandle<_>>>>()?;
         background.block_on(async {
-            for slot in &state.load().slots {
+            for slot in &state.load().terms.slots {
                 tokio::spawn(slot.clone().run());
             }
             if let Some(reload) = reload {

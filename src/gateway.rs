@@ -168,11 +168,11 @@ impl Gateway {
         }
 
         record.enter(Stage::Token);
-        let slot = &state.slots[routed.access.credential];
+        let slot = &state.terms.slots[routed.credential];
         let token = from.presence.during(slot.token()).await??;
 
         record.enter(Stage::Quota);
-        let within = state.quota.take();
+        let within = state.terms.quota.take();
         self.metrics.limit_checked(Limit::Quota, within.is_ok());
         within.map_err(|limit| spent(Code::QuotaExhausted, limit))?;
 
@@ -191,9 +191,7 @@ impl Gateway {
         let exchange = Exchange {
             terms: state.terms.clone(),
             route: route.clone(),
-            slot: slot.clone(),
-            cooldown: routed.access.cooldown.clone(),
-            quota: state.quota.clone(),
+            credential: routed.credential,
             passage,
             connection,
             token,
@@ -224,11 +222,11 @@ impl Gateway {
         let would = self.idempotency.look(call, head)?;
 
         record.enter(Stage::Token);
-        let slot = &state.slots[routed.access.credential];
+        let slot = &state.terms.slots[routed.credential];
         let token = from.presence.during(slot.token()).await??;
 
         record.enter(Stage::Quota);
-        state.quota.look().map_err(|limit| spent(Code::QuotaExhausted, limit))?;
+        state.terms.quota.look().map_err(|limit| spent(Code::QuotaExhausted, limit))?;
 
         let size = body.bytes().len();
         let headers = state.terms.outbound.with(&token, routed.operator, size);

@@ -37,17 +37,8 @@ pub struct Route {
     frozen: bool,
     /// By credential.
     cooldowns: Vec<Arc<Cooldown>>,
-    /// With what each caller may use this route, by the caller's index.
-    access: Vec<Option<Access>>,
-}
-
-/// With what a caller uses a route.
-#[derive(Debug)]
-pub struct Access {
-    /// Index of the credential.
-    pub credential: usize,
-    /// Whether refused tokens of this credential on this route still cause fetches.
-    pub cooldown: Arc<Cooldown>,
+    /// With which credential each caller may use this route, by the caller's index.
+    access: Vec<Option<usize>>,
 }
 
 /// A route that the caller may use, as the operator it may act as.
@@ -57,8 +48,8 @@ pub struct Routed<'a> {
     pub route: &'a Arc<Route>,
     /// Who acts, for `x-UserId`.
     pub operator: &'a HeaderValue,
-    /// With what.
-    pub access: &'a Access,
+    /// Index of the credential.
+    pub credential: usize,
     /// Nothing is to be sent.
     pub is_dry_run: bool,
 }
@@ -136,10 +127,10 @@ impl Routes {
                 let name = raw.credential.as_ref().unwrap_or(&caller.credential);
                 let credential = config.credentials.iter().position(|credential| credential.name == *name)?;
                 let may_use = caller.routes.contains(&raw.name);
-                may_use.then(|| Access { credential, cooldown: cooldowns[credential].clone() })
+                may_use.then_some(credential)
             };
             let access = config.callers.iter().map(access_of).collect();
-            let route = Route::new(raw, config, cooldowns.clone(), access)?;
+            let route = Route::new(raw, config, cooldowns, access)?;
             routes.insert(raw.path.clone(), Arc::new(route));
         }
         Ok(Self(routes))
@@ -165,18 +156,19 @@ impl Routes {
         if *method != Method::POST {
             return Err(NoRoute::Method);
         }
-        let access = route.access_of(caller).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
+        let credential =
+            route.credential_of(caller).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
         if route.frozen {
             return Err(NoRoute::Frozen);
         }
         let operator = acting_operator(caller, head)?;
-        Ok(Routed { route, operator, access, is_dry_run })
+        Ok(Routed { route, operator, credential, is_dry_run })
     }
 
     fn usable_by(&self, caller: &Caller) -> Vec<String> {
         let mut paths: Vec<_> = self
             .iter()
-            .filter(|route| route.access_of(caller).is_some())
+            .filter(|route| route.credential_of(caller).is_some())
             .map(|route| route.path.clone())
             .collect();
         paths.sort();
@@ -185,15 +177,20 @@ impl Routes {
 }
 
 impl Route {
-    fn access_of(&self, caller: &Caller) -> Option<&Access> {
-        self.access.get(caller.index)?.as_ref()
+    /// Whether refused tokens of this credential on this route still cause fetches.
+    pub fn cooldown(&self, credential: usize) -> &Cooldown {
+        &self.cooldowns[credential]
+    }
+
+    fn credential_of(&self, caller: &Caller) -> Option<usize> {
+        *self.access.get(caller.index)?
     }
 
     fn new(
         raw: &config::Route,
         config: &config::Config,
         cooldowns: Vec<Arc<Cooldown>>,
-        access: Vec<Option<Access>>,
+        access: Vec<Option<usize>>,
     ) -> Result<Self, RouteError> {
         Ok(Self {
             name: raw.name.as_str().into(),

@@ -27,10 +27,6 @@ pub struct State {
     pub routes: Routes,
     /// Bounds of a body.
     pub body: body::Bounds,
-    /// One slot per credential, in the configuration's order.
-    pub slots: Vec<Arc<Slot>>,
-    /// The upstream's budget.
-    pub quota: Arc<Quota>,
     /// What is common to all exchanges.
     pub terms: Arc<Terms>,
     /// Whether a loopback address alone makes a caller.
@@ -48,12 +44,12 @@ impl State {
             admission: Admission::new(&config.callers, &HashMap::new()),
             routes: Routes::new(config, None)?,
             body: body::Bounds { size: config.server.max_body, time: config.server.body_timeout },
-            slots,
-            quota: Arc::new(Quota::new(config.quota)),
             terms: Arc::new(Terms {
                 outbound: Outbound::new(authority(config), &config.upstream.headers),
                 refused_statuses: config.token.refused_statuses.clone(),
                 breaker: Arc::new(Breaker::new(&config.upstream, breaker)),
+                quota: Quota::new(config.quota),
+                slots,
             }),
             trusts_loopback: config.trusts_loopback(),
         })
@@ -62,13 +58,11 @@ impl State {
     /// Compiles a configuration that takes the place of this one. All that is remembered goes on.
     pub fn successor(&self, config: &Config) -> Result<Self, RouteError> {
         let routes = Routes::new(config, Some(&self.routes))?;
-        self.quota.set(config.quota); // behind all that can fail
+        self.terms.quota.set(config.quota); // behind all that can fail
         Ok(Self {
             admission: Admission::new(&config.callers, &self.admission.limits()),
             routes,
             body: self.body,
-            slots: self.slots.clone(),
-            quota: self.quota.clone(),
             terms: self.terms.clone(),
             trusts_loopback: config.trusts_loopback(),
         })

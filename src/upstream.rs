@@ -57,6 +57,10 @@ pub struct Terms {
     pub refused_statuses: Vec<StatusCode>,
     /// Whether the upstream is left alone.
     pub breaker: Arc<Breaker>,
+    /// The upstream's budget.
+    pub quota: Quota,
+    /// Where tokens come from: one slot per credential, in the configuration's order.
+    pub slots: Vec<Arc<Slot>>,
 }
 
 impl Terms {
@@ -82,12 +86,8 @@ pub struct Exchange {
     pub terms: Arc<Terms>,
     /// The route.
     pub route: Arc<Route>,
-    /// Where another token comes from.
-    pub slot: Arc<Slot>,
-    /// Whether a refused token causes a fetch.
-    pub cooldown: Arc<Cooldown>,
-    /// The shared quota, which a replay spends, too.
-    pub quota: Arc<Quota>,
+    /// Index of the credential.
+    pub credential: usize,
     /// Its leave to meet the upstream.
     pub passage: Passage,
     /// The connection reserved before the intent.
@@ -197,10 +197,10 @@ impl Exchange {
         first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
         let Some(token) = self.another_token().await else { return Ok(first) };
         self.token = token;
-        self.quota.overdraw();
+        self.terms.quota.overdraw(); // a replay is a request, too
         let second = self.attempt(progress).await?;
         if self.is_refusal(second.status) {
-            self.cooldown.rejected();
+            self.cooldown().rejected();
         }
         Ok(second)
     }
@@ -208,17 +208,27 @@ impl Exchange {
     /// Another token than the one that was refused. A cool-down causes no fetch.
     async fn another_token(&self) -> Option<Token> {
         let refused = self.token.generation();
-        if let Some(token) = self.slot.newer(refused) {
+        if let Some(token) = self.slot().newer(refused) {
             return Some(token);
         }
-        if !self.cooldown.may_fetch(refused) {
+        if !self.cooldown().may_fetch(refused) {
             return None;
         }
-        let other = self.slot.replace(refused).await;
+        let other = self.slot().replace(refused).await;
         if other.as_ref().is_err_and(|none| *none == NoOther::Same) {
-            self.cooldown.rejected();
+            self.cooldown().rejected();
         }
         other.ok()
+    }
+
+    /// Where another token comes from.
+    fn slot(&self) -> &Slot {
+        &self.terms.slots[self.credential]
+    }
+
+    /// Whether a refused token causes a fetch.
+    fn cooldown(&self) -> &Cooldown {
+        self.route.cooldown(self.credential)
     }
 
     fn is_refusal(&self, status: StatusCode) -> bool {
@@ -285,8 +295,8 @@ impl Exchange {
             reply: None,
         };
         if rejected {
+            let retry_after = Some(self.cooldown().remaining().unwrap_or(DEFAULT_RETRY));
             let pending = self.claim.finish(self.record, &Answer { outcome: Outcome::Refused, ..answer });
-            let retry_after = Some(self.cooldown.remaining().unwrap_or(DEFAULT_RETRY));
             let failure = Failure { code: Code::CredentialRejected, outcome: Outcome::Refused, retry_after };
             return (Err(failure), pending);
         }
@@ -294,10 +304,10 @@ impl Exchange {
             answer.reply = StoredReply::new(status, &headers, &body).filter(|_| rest.is_none()).map(Arc::new);
         }
         if answered_by_business {
-            self.cooldown.accepted();
+            self.cooldown().accepted();
         }
         if status == StatusCode::TOO_MANY_REQUESTS {
-            self.quota.shrink(pause(&headers).unwrap_or(DEFAULT_RETRY));
+            self.terms.quota.shrink(pause(&headers).unwrap_or(DEFAULT_RETRY));
         }
         clean_reply(&mut headers);
         settle_retry_after(outcome, &mut headers);

@@ -39,8 +39,8 @@ pub struct RequestId {
 
 impl RequestId {
     fn new() -> Self {
-        let mut random = [0; 10];
-        RANDOM.with_borrow_mut(|generator| generator.fill(&mut random));
+        let random = RANDOM.with_borrow_mut(|generator| generator.u128(..).to_ne_bytes());
+        let [random @ .., _, _, _, _, _, _] = random;
         Builder::from_unix_timestamp_millis(clock::unix_nanos() / 1_000_000, &random).into_uuid().into()
     }
 
