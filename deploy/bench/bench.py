@@ -333,7 +333,7 @@ def start(bench):
         for proxy in order:
             with open(f"{LOGS}/{proxy.name}.out", "a") as out:
                 command = proxy.command()
-                seen = load(proxy, "--first", "--", *command, stderr=out, env=proxy.environment())
+                seen = load(proxy, "--first", "--", *command, stderr=out)
                 times[proxy].append(seen["ms"])
             if isinstance(proxy, Gateway) and proxy.trail() != (1, 1):
                 raise Invalid(

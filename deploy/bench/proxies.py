@@ -206,7 +206,6 @@ class Proxy:
     """One proxy with one configuration. `tags` choose lines of its template."""
 
     injects = True
-    variables = {}  # of its environment
 
     def __init__(self, label, upstreams, transport="plain", tags=()):
         self.label = label
@@ -239,14 +238,9 @@ class Proxy:
         command = [*prefix, *self.command()]
         self.answered = 0
         with open(f"{LOGS}/{self.name}.out", "a") as out:
-            self.child = spawn(
-                command, self.cores, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.environment()
-            )
+            self.child = spawn(command, self.cores, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         wait_for(f"{self.name} (see {LOGS}/{self.name}.out)", self.is_up, 60)
         return self
-
-    def environment(self):
-        return {**os.environ, **self.variables}
 
     def is_up(self):
         if self.child.poll() is not None:
@@ -302,8 +296,6 @@ class Envoy(Proxy):
 class Gateway(Proxy):
     """The gateway as users run it. Its own counts, its trail and what load saw must agree."""
 
-    # As the systemd unit and the image set it.
-    variables = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=100"}
     workers = 1
     callers = 1
     routes = 1
