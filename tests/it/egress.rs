@@ -201,8 +201,12 @@ fn an_upstream_that_asks_for_a_certificate_gets_the_gateways_own_which_may_chang
         (gateway.call().outcome() == "succeeded").then_some(())
     });
     assert_eq!(sandbox.requests().len(), 1);
-    let changes = records(&gateway.audit_directory(), "event");
-    let changes = changes.iter().filter(|event| event["event"] == "certificate_change").count();
+    // An event is on record some time after what it tells of.
+    let changes = wait_for("the event", || {
+        let mut changes = records(&gateway.audit_directory(), "event");
+        changes.retain(|event| event["event"] == "certificate_change");
+        changes.last().is_some_and(|last| last["result"] == "accepted").then_some(changes.len())
+    });
     swap(&folder, "client.pem", "rubbish");
     assert_eq!(change(&gateway, changes + 1), "refused");
     thread::sleep(Duration::from_millis(20)); // beyond idle_timeout: the next one is a new connection
