@@ -11,6 +11,7 @@
 mod claims;
 pub(crate) mod key;
 mod rebuild;
+mod recent;
 mod twins;
 
 use std::{

@@ -8,6 +8,7 @@ use std::collections::{HashMap, VecDeque, hash_map::Entry};
 
 use uuid::Uuid;
 
+use super::recent::Recent;
 use crate::{audit::chain::Mark, config::WithoutKey};
 
 /// So many calls that succeeded are remembered, to be flagged.
@@ -15,9 +16,10 @@ const MAX_DONE: usize = 32 * 1024;
 
 /// Times are in seconds since 1970.
 pub(super) struct Twins {
-    seen: HashMap<Mark, Twin, foldhash::fast::RandomState>,
-    done: VecDeque<(u32, Mark)>,
+    /// Those at work or in doubt, of which there are few.
+    open: HashMap<Mark, Twin, foldhash::fast::RandomState>,
     unknown: VecDeque<(u32, Mark)>,
+    done: Recent,
     mode: WithoutKey,
     window: u32,
 }
@@ -27,7 +29,7 @@ struct Twin {
     id: Uuid,
     since: u32,
     state: State,
-    /// An earlier one, while this is in flight: (id, since, state).
+    /// An earlier one at work or in doubt, while this is in flight: (id, since, state).
     before: Option<(Uuid, u32, State)>,
 }
 
@@ -48,35 +50,35 @@ pub(super) enum Was {
 
 impl Twins {
     pub(super) fn new(mode: WithoutKey, window: u32) -> Self {
-        Self { seen: HashMap::default(), done: VecDeque::new(), unknown: VecDeque::new(), mode, window }
+        let (open, unknown, done) = <_>::default();
+        Self { open, unknown, done, mode, window }
     }
 
     /// A call wants to be sent. Returns an equal one that was sent before, if this one may go all the same;
     /// refuses with its id, if not.
     pub(super) fn begin(&mut self, mark: Mark, id: Uuid, now: u32) -> Result<Option<Uuid>, Uuid> {
         self.expire(now);
-        let mine = Twin { id, since: now, state: State::InFlight, before: None };
-        let first = self.seen.insert(mark, mine);
-        let Some(first) = first.filter(|twin| twin.counts(now, self.window)) else { return Ok(None) };
-        if self.refuses(&first) {
-            self.seen.insert(mark, first);
-            return Err(first.id);
-        }
-        let before = Some((first.id, first.since, first.state));
-        self.seen.insert(mark, Twin { before, ..mine });
-        Ok(Some(first.id))
+        let first = self.look(mark, now)?;
+        let before = self.open.get(&mark).map(|twin| (twin.id, twin.since, twin.state));
+        self.open.insert(mark, Twin { id, since: now, state: State::InFlight, before });
+        Ok(first)
     }
 
     /// What a call would come to.
     pub(super) fn look(&self, mark: Mark, now: u32) -> Result<Option<Uuid>, Uuid> {
-        match self.seen.get(&mark).filter(|twin| twin.counts(now, self.window)) {
-            Some(first) if self.refuses(first) => Err(first.id),
-            first => Ok(first.map(|first| first.id)),
+        let open = self.open.get(&mark).filter(|twin| twin.counts(now, self.window));
+        let first = open.map(|twin| (twin.id, twin.state)).or_else(|| {
+            let done = self.done.get(&mark).filter(|call| !is_old(call.since, now, self.window))?;
+            Some((done.id, State::Done))
+        });
+        match first {
+            Some((id, state)) if self.refuses(state) => Err(id),
+            first => Ok(first.map(|(id, _)| id)),
         }
     }
 
-    fn refuses(&self, first: &Twin) -> bool {
-        match (self.mode, first.state) {
+    fn refuses(&self, first: State) -> bool {
+        match (self.mode, first) {
             (WithoutKey::Block, _) | (WithoutKey::Guard, State::InFlight | State::Unknown) => true,
             (WithoutKey::Guard, State::Done) => false,
             (WithoutKey::Warn | WithoutKey::Off | WithoutKey::RequireKey, _) => false,
@@ -87,43 +89,48 @@ impl Twins {
         if matches!(self.mode, WithoutKey::Off | WithoutKey::RequireKey) {
             return; // nobody looks
         }
-        let over = |state| Twin { id, since: now, state, before: None };
-        let twin = match self.seen.entry(mark) {
-            Entry::Occupied(place) if place.get().id == id || was == Was::Unknown => place,
-            Entry::Occupied(_) => return,
-            Entry::Vacant(_) if was == Was::NotDone => return,
-            Entry::Vacant(place) => place.insert_entry(over(State::InFlight)),
-        };
-        match (was, twin.get().before) {
-            (Was::Unknown, _) => {
-                *twin.into_mut() = over(State::Unknown);
+        match was {
+            Was::Unknown => {
+                self.open.insert(mark, Twin { id, since: now, state: State::Unknown, before: None });
                 self.unknown.push_back((now, mark));
             }
-            (Was::Done, _) => {
-                *twin.into_mut() = over(State::Done);
-                self.done.push_back((now, mark));
+            Was::Done => {
+                self.take(mark, id);
+                self.done.push(mark, id, now);
             }
-            (Was::NotDone, None) => drop(twin.remove()),
-            (Was::NotDone, Some((id, since, state))) => {
-                *twin.into_mut() = Twin { id, since, state, before: None };
+            Was::NotDone => {
+                if let Some((id, since, state)) = self.take(mark, id).and_then(|twin| twin.before) {
+                    let before = Twin { id, since, state, before: None };
+                    if before.counts(now, self.window) {
+                        self.open.insert(mark, before);
+                    }
+                }
             }
         }
     }
 
+    /// Takes a call out, unless another one has its place.
+    fn take(&mut self, mark: Mark, id: Uuid) -> Option<Twin> {
+        match self.open.entry(mark) {
+            Entry::Occupied(place) if place.get().id == id => Some(place.remove()),
+            _ => None,
+        }
+    }
+
     fn expire(&mut self, now: u32) {
-        let Self { seen, done, unknown, window, mode } = self;
+        let Self { open, unknown, done, window, mode } = self;
         let is_old = |since: u32| is_old(since, now, *window);
         let max_done = if *mode == WithoutKey::Block { usize::MAX } else { MAX_DONE };
-        let mut forget = |(since, mark): (u32, Mark)| {
-            if seen.get(&mark).is_some_and(|twin| twin.since == since && twin.state != State::InFlight) {
-                seen.remove(&mark);
-            }
-        };
-        while done.len() > max_done || done.front().is_some_and(|(since, _)| is_old(*since)) {
-            done.pop_front().into_iter().for_each(&mut forget);
+        while done.len() > max_done || done.oldest().is_some_and(|call| is_old(call.since)) {
+            done.forget_oldest();
         }
-        while unknown.front().is_some_and(|(since, _)| is_old(*since)) {
-            unknown.pop_front().into_iter().for_each(&mut forget);
+        while let Some((since, mark)) = unknown.pop_front_if(|(since, _)| is_old(*since)) {
+            if let Entry::Occupied(place) = open.entry(mark)
+                && place.get().since == since
+                && place.get().state == State::Unknown
+            {
+                place.remove();
+            }
         }
     }
 }
@@ -206,6 +213,16 @@ mod tests {
     }
 
     #[test]
+    fn what_the_trail_tells_of_an_older_one_shortens_no_window() {
+        let mut twins = Twins::new(WithoutKey::Block, WINDOW);
+        twins.begin(MARK, id(2), 50).unwrap();
+        twins.end(MARK, id(2), Was::Done, 50);
+        twins.end(MARK, id(1), Was::Done, 0); // read back from the trail, later
+        assert_eq!(twins.begin(MARK, id(3), 50 + WINDOW), Err(id(2)));
+        assert_eq!(twins.begin(MARK, id(3), 51 + WINDOW), Ok(None));
+    }
+
+    #[test]
     fn what_succeeded_may_be_forgotten_and_a_doubt_may_not() {
         let mut twins = Twins::new(WithoutKey::Guard, WINDOW);
         twins.begin([0; 16], id(0), 0).unwrap();
@@ -215,7 +232,7 @@ mod tests {
             twins.begin(mark, id(number), 0).unwrap();
             twins.end(mark, id(number), Was::Done, 0);
         }
-        assert!(twins.seen.len() <= MAX_DONE + 2, "{}", twins.seen.len());
+        assert!(twins.done.len() <= MAX_DONE + 1, "{}", twins.done.len());
         assert_eq!(twins.begin((1_u128 << 32).to_be_bytes(), id(1), 0), Ok(None));
         assert_eq!(twins.begin([0; 16], id(1), 0), Err(id(0)));
     }

@@ -1,0 +1,115 @@
+//! Calls without a key that succeeded, oldest first, each found by its mark.
+//!
+//! Every call adds one and, once there are many, removes one. They lie in a row that is written at one end and read at
+//! the other; what is hit at random is four bytes a call, so that it stays in the processor's cache.
+
+use std::{collections::VecDeque, hash::BuildHasher};
+
+use hashbrown::{HashTable, hash_table::Entry};
+use uuid::Uuid;
+
+use crate::audit::chain::Mark;
+
+/// Times are in seconds since 1970.
+#[derive(Default)]
+pub(super) struct Recent {
+    row: VecDeque<Call>,
+    /// The number of the first in the row. Numbers wrap around.
+    first: u32,
+    /// The number of the youngest call of each mark.
+    youngest: HashTable<u32>,
+    hasher: foldhash::fast::RandomState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Call {
+    mark: Mark,
+    pub(super) id: Uuid,
+    pub(super) since: u32,
+}
+
+impl Recent {
+    pub(super) fn len(&self) -> usize {
+        self.row.len()
+    }
+
+    pub(super) fn oldest(&self) -> Option<&Call> {
+        self.row.front()
+    }
+
+    /// The youngest call of a mark; none once that was forgotten.
+    pub(super) fn get(&self, mark: &Mark) -> Option<&Call> {
+        let Self { row, first, youngest, hasher } = self;
+        let number = youngest.find(hasher.hash_one(mark), |&number| at(row, *first, number).mark == *mark)?;
+        Some(at(row, *first, *number))
+    }
+
+    pub(super) fn push(&mut self, mark: Mark, id: Uuid, since: u32) {
+        let Self { row, first, youngest, hasher } = self;
+        #[expect(clippy::cast_possible_truncation, reason = "so many do not fit into memory")]
+        let number = first.wrapping_add(row.len() as u32);
+        row.push_back(Call { mark, id, since });
+        let is_same = |&number: &u32| at(row, *first, number).mark == mark;
+        let hash = |&number: &u32| hasher.hash_one(at(row, *first, number).mark);
+        match youngest.entry(hasher.hash_one(mark), is_same, hash) {
+            // What the trail tells after a start may be older than what was put in since.
+            Entry::Occupied(place) if at(row, *first, *place.get()).since > since => {}
+            Entry::Occupied(mut place) => *place.get_mut() = number,
+            Entry::Vacant(place) => drop(place.insert(number)),
+        }
+    }
+
+    pub(super) fn forget_oldest(&mut self) {
+        let Some(oldest) = self.row.pop_front() else { return };
+        let number = self.first;
+        self.first = number.wrapping_add(1);
+        // A younger call of the mark has its place.
+        if let Ok(place) =
+            self.youngest.find_entry(self.hasher.hash_one(oldest.mark), |&other| other == number)
+        {
+            place.remove();
+        }
+    }
+}
+
+fn at(row: &VecDeque<Call>, first: u32, number: u32) -> &Call {
+    &row[number.wrapping_sub(first) as usize]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Beside a list and a map; numbers begin shortly before they wrap.
+        #[test]
+        fn each_mark_has_its_youngest_call(
+            steps in prop::collection::vec(prop::option::of((0_u8..8, 0_u32..4)), 0..200),
+        ) {
+            let mut recent = Recent { first: u32::MAX - 50, ..Recent::default() };
+            let (mut all, mut youngest) = (VecDeque::new(), HashMap::new());
+            for (count, step) in (0..).zip(steps) {
+                if let Some((number, since)) = step {
+                    let call = Call { mark: [number; 16], id: Uuid::from_u128(count), since };
+                    recent.push(call.mark, call.id, call.since);
+                    all.push_back(call);
+                    let known = youngest.entry(call.mark).or_insert(call);
+                    *known = if known.since > since { *known } else { call };
+                } else {
+                    recent.forget_oldest();
+                    if let Some(call) = all.pop_front() && youngest.get(&call.mark) == Some(&call) {
+                        youngest.remove(&call.mark);
+                    }
+                }
+                prop_assert_eq!((recent.len(), recent.oldest()), (all.len(), all.front()));
+                for number in 0..8 {
+                    prop_assert_eq!(recent.get(&[number; 16]), youngest.get(&[number; 16]));
+                }
+            }
+        }
+    }
+}
