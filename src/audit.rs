@@ -163,13 +163,13 @@ impl Metrics {
         Ok(metrics)
     }
 
-    fn written(&self, batch: &Batch, bytes: usize) {
+    fn written(&self, batch: &Batch) {
         for (counter, count) in self.records.iter().zip(batch.kinds) {
             if count > 0 {
                 counter.inc_by(count);
             }
         }
-        self.bytes.inc_by(bytes as u64);
+        self.bytes.inc_by(batch.size() as u64);
         self.batches.inc();
     }
 
@@ -421,6 +421,6 @@ fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer
     }
     batch.event("start", json!({ "version": env!("CARGO_PKG_VERSION") }));
     let mut writer = Writer::new(options, keys, lock, found.hash, segment);
-    writer.append(&batch)?;
+    writer.append(&mut batch)?;
     Ok((writer, batch.last(), found.in_doubt.into_values().collect()))
 }

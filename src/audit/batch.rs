@@ -1,8 +1,8 @@
-//! Lines on their way to the writer: whole, but for their links.
+//! Lines on their way to the writer: whole, but for what links them.
 
 use serde_json::Value;
 
-use super::{Kind, line::Second, record::Entry};
+use super::{Kind, chain::OPEN_LINKS, line::Second, record::Entry};
 
 /// Lines in the order of their numbers.
 #[derive(Default)]
@@ -29,6 +29,7 @@ impl Batch {
         // What a panic left of a line counts for nothing.
         self.text.truncate(self.ends.last().copied().unwrap_or(0));
         entry.format(self.seq + 1, &mut self.second, &mut self.text);
+        self.text.extend_from_slice(OPEN_LINKS);
         self.seq += 1;
         self.ends.push(self.text.len());
         self.kinds[entry.kind() as usize] += 1;
@@ -67,10 +68,19 @@ impl Batch {
         self.seq
     }
 
-    /// The lines, without their links.
-    pub(super) fn lines(&self) -> impl Iterator<Item = &[u8]> {
-        let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts.zip(&self.ends).map(|(start, end)| &self.text[start..*end])
+    /// All lines, one behind the other.
+    pub(super) fn text(&self) -> &[u8] {
+        &self.text
+    }
+
+    /// Each line, to be linked.
+    pub(super) fn lines_mut(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        let (mut rest, mut start) = (&mut self.text[..], 0);
+        self.ends.iter().map(move |&end| {
+            let (line, behind) = std::mem::take(&mut rest).split_at_mut(end - start);
+            (rest, start) = (behind, end);
+            line
+        })
     }
 
     /// Moves all lines over; what is left goes on with the next number, in the other's memory.

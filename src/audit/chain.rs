@@ -12,7 +12,15 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use sha2::Sha256;
 use thiserror::Error;
 
+const PREV: &[u8] = b",\"prev\":\"";
 const HASH: &[u8] = b",\"hash\":\"";
+
+/// The end of a record that is not linked yet: [`Keys::seal`] fills in the hex digits.
+pub const OPEN_LINKS: &[u8] = concat!(
+    ",\"prev\":\"0000000000000000000000000000000000000000000000000000000000000000\"",
+    ",\"hash\":\"0000000000000000000000000000000000000000000000000000000000000000\"}\n"
+)
+.as_bytes();
 
 /// So much of a segment is read at once, in bytes.
 const BLOCK: usize = 64 * 1024;
@@ -97,17 +105,13 @@ impl Keys {
         hmac(&self.chain, &[previous, bytes])
     }
 
-    /// Appends a record that lacks its links, ended by `prev`, `hash` and the newline. Returns its link.
-    pub fn seal(&self, line: &[u8], text: &mut Vec<u8>, previous: &Link) -> Link {
-        let start = text.len();
-        text.extend_from_slice(line);
-        text.extend_from_slice(b",\"prev\":\"");
-        text.extend_from_slice(&previous.hex);
-        text.push(b'"');
-        let link = Link::new(self.hash(&previous.hash, &text[start..]));
-        text.extend_from_slice(HASH);
-        text.extend_from_slice(&link.hex);
-        text.extend_from_slice(b"\"}\n");
+    /// Links a record, which ends with [`OPEN_LINKS`], to the one before. Returns its own link.
+    pub fn seal(&self, line: &mut [u8], previous: &Link) -> Link {
+        let (members, links) = line.split_at_mut(line.len() - OPEN_LINKS.len());
+        let (prev, hash) = links.split_at_mut(PREV.len() + 64 + 1);
+        prev[PREV.len()..][..64].copy_from_slice(&previous.hex);
+        let link = Link::new(hmac(&self.chain, &[&previous.hash, members, prev]));
+        hash[HASH.len()..][..64].copy_from_slice(&link.hex);
         link
     }
 

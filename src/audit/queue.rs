@@ -290,12 +290,12 @@ impl Shared {
         }
     }
 
-    pub(super) fn written(&self, batch: &Batch, bytes: usize) {
+    pub(super) fn written(&self, batch: &Batch) {
         self.safe.store(batch.last(), Ordering::Release);
         for lane in &*self.lanes.lock().unwrap_or_else(PoisonError::into_inner) {
             lane.more_is_safe();
         }
-        self.metrics.written(batch, bytes);
+        self.metrics.written(batch);
         self.metrics.queue.set(i64::try_from(self.lock().batch.len()).unwrap_or(i64::MAX));
     }
 

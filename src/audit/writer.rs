@@ -40,8 +40,8 @@ use crate::clock;
 /// How long a failed write waits.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// So much room for text is kept from batch to batch, in bytes.
-const KEPT_TEXT: usize = 256 * 1024;
+/// So much room for text is kept from batch to batch, in bytes; 256 busy connections use a third.
+const KEPT_TEXT: usize = 1 << 20;
 
 /// So much space is reserved at once, in bytes: a reservation is a system call of its own.
 const AHEAD: u64 = 1 << 20;
@@ -129,7 +129,7 @@ impl Writer {
 
     /// Writes until the trail is closed and everything queued is written.
     pub(super) fn run(mut self, shared: &Shared) {
-        let (mut batch, mut text) = (Batch::default(), Vec::new());
+        let mut batch = Batch::default();
         loop {
             self.measure(shared);
             self.look_for_old(shared);
@@ -142,9 +142,9 @@ impl Writer {
                 Next::End => return self.release(),
             }
             let before = self.link.clone();
-            self.link(&batch, &mut text);
-            self.reserve(shared, text.len() as u64);
-            if !self.write_persistently(&text, batch.first(), shared) {
+            self.link(&mut batch);
+            self.reserve(shared, batch.size() as u64);
+            if !self.write_persistently(&batch, shared) {
                 self.link = before;
                 tracing::error!(
                     records = batch.len(),
@@ -152,7 +152,7 @@ impl Writer {
                 );
                 return;
             }
-            shared.written(&batch, text.len());
+            shared.written(&batch);
             self.reserve(shared, 0); // a new segment has none yet
             self.remove_old(shared);
             batch.shrink_to(KEPT_TEXT);
@@ -165,18 +165,15 @@ impl Writer {
     }
 
     /// Links and writes records, once.
-    pub(super) fn append(&mut self, batch: &Batch) -> io::Result<()> {
-        let mut text = Vec::new();
-        self.link(batch, &mut text);
-        self.write(&text, batch.first())
+    pub(super) fn append(&mut self, batch: &mut Batch) -> io::Result<()> {
+        self.link(batch);
+        self.write(batch)
     }
 
-    /// The records' text, each linked to the one before.
-    fn link(&mut self, batch: &Batch, text: &mut Vec<u8>) {
-        text.clear();
-        text.shrink_to(KEPT_TEXT);
-        for line in batch.lines() {
-            self.link = self.keys.seal(line, text, &self.link);
+    /// Links each record to the one before.
+    fn link(&mut self, batch: &mut Batch) {
+        for line in batch.lines_mut() {
+            self.link = self.keys.seal(line, &self.link);
         }
     }
 
@@ -241,10 +238,10 @@ impl Writer {
     }
 
     /// Tries until it is written; gives up only when the trail is closing.
-    fn write_persistently(&mut self, text: &[u8], first: u64, shared: &Shared) -> bool {
+    fn write_persistently(&mut self, batch: &Batch, shared: &Shared) -> bool {
         let mut failed = false;
         loop {
-            let written = self.write(text, first);
+            let written = self.write(batch);
             shared.count_syncs(&std::mem::take(&mut self.syncs));
             match written {
                 Ok(()) => {
@@ -262,15 +259,15 @@ impl Writer {
                     failed = true;
                     shared.set_healthy(false);
                     if shared.wait_for_retry(RETRY) {
-                        return self.write(text, first).is_ok();
+                        return self.write(batch).is_ok();
                     }
                 }
             }
         }
     }
 
-    /// Writes records of which `first` is the first one's number; with `disk` they are on the disk then.
-    fn write(&mut self, text: &[u8], first: u64) -> io::Result<()> {
+    /// Writes linked records; with `disk` they are on the disk then.
+    fn write(&mut self, batch: &Batch) -> io::Result<()> {
         if let Some(segment) = &self.segment
             && !segment.is_whole()?
         {
@@ -278,13 +275,13 @@ impl Writer {
             self.segment = None;
         }
         match &mut self.segment {
-            Some(segment) if segment.length < self.segment_size => self.append_to_segment(text),
-            Some(_) => match self.begin_segment(text, first) {
+            Some(segment) if segment.length < self.segment_size => self.append_to_segment(batch.text()),
+            Some(_) => match self.begin_segment(batch) {
                 // For a new one there is no space; here some is reserved.
-                Err(error) if is_full(&error) => self.append_to_segment(text),
+                Err(error) if is_full(&error) => self.append_to_segment(batch.text()),
                 begun => begun,
             },
-            None => self.begin_segment(text, first),
+            None => self.begin_segment(batch),
         }
     }
 
@@ -302,8 +299,9 @@ impl Writer {
     }
 
     /// Begins a segment with these records.
-    fn begin_segment(&mut self, text: &[u8], first: u64) -> io::Result<()> {
-        let path = free_place(&self.directory, first, &self.lock)?;
+    fn begin_segment(&mut self, batch: &Batch) -> io::Result<()> {
+        let text = batch.text();
+        let path = free_place(&self.directory, batch.first(), &self.lock)?;
         let file = match self.durability {
             Durability::Kernel => begin(&path, text)?,
             Durability::Disk => self.syncs.begin(&path, text)?,
