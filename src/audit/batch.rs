@@ -27,7 +27,7 @@ impl Batch {
     /// Writes a line; returns its number.
     pub(super) fn push(&mut self, entry: &Entry<'_>) -> u64 {
         // What a panic left of a line counts for nothing.
-        self.text.truncate(self.ends.last().copied().unwrap_or(0));
+        self.text.truncate(self.size());
         entry.format(self.seq + 1, &mut self.second, &mut self.text);
         self.text.extend_from_slice(OPEN_LINKS);
         self.seq += 1;
@@ -50,7 +50,7 @@ impl Batch {
 
     /// How long they are together, in bytes.
     pub(super) fn size(&self) -> usize {
-        self.text.len()
+        self.ends.last().copied().unwrap_or(0)
     }
 
     /// Whether there is none.
@@ -70,7 +70,7 @@ impl Batch {
 
     /// All lines, one behind the other.
     pub(super) fn text(&self) -> &[u8] {
-        &self.text
+        &self.text[..self.size()]
     }
 
     /// Each line, to be linked.

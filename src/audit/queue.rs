@@ -193,8 +193,8 @@ impl Shared {
             self.wake(queue); // whatever is deferred: nothing more comes to wake it
             return Err(Unavailable);
         }
-        queue.reserved += 1;
         let seq = queue.batch.push(entry);
+        queue.reserved += 1;
         self.filled(queue);
         Ok(seq)
     }

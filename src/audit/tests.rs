@@ -526,12 +526,7 @@ async fn a_panic_in_the_middle_of_a_record_leaves_nothing_of_it_in_the_trail() {
     let audit = start(&Options::small(folder.path()));
     intended(&audit).await.take().finish(&answer());
     let mut broken = record(&audit);
-    let panics = |line: &mut Vec<u8>| {
-        line.extend_from_slice(b",\"half");
-        panic!("on purpose");
-    };
-    let begun = std::panic::AssertUnwindSafe(|| drop(broken.intent((2, &[0; 32]), &panics)));
-    assert!(std::panic::catch_unwind(begun).is_err());
+    breaks_off(&mut broken);
     broken.refuse(Code::Internal, 500);
     intended(&audit).await.take().finish(&answer());
     audit.close();
@@ -539,6 +534,31 @@ async fn a_panic_in_the_middle_of_a_record_leaves_nothing_of_it_in_the_trail() {
     let kinds: Vec<_> = trail(folder.path()).iter().map(|record| record["kind"].to_string()).collect();
     let expected = ["event", "intent", "outcome", "refusal", "intent", "outcome", "event"];
     assert_eq!(kinds, expected.map(|kind| format!("\"{kind}\"")));
+}
+
+/// Begins an intent that panics in the middle of its line.
+fn breaks_off(record: &mut Record) {
+    let panics = |line: &mut Vec<u8>| {
+        line.extend_from_slice(b",\"half");
+        panic!("on purpose");
+    };
+    let begun = std::panic::AssertUnwindSafe(|| drop(record.intent((2, &[0; 32]), &panics)));
+    assert!(std::panic::catch_unwind(begun).is_err());
+}
+
+#[tokio::test]
+async fn what_a_panic_left_of_a_record_is_not_written_with_those_before_it() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options::small(folder.path()));
+    let sent = intended(&audit).await.take();
+    Audit::defer_wake_ups();
+    sent.finish(&answer()); // waits for the writer to be woken
+    let mut broken = record(&audit);
+    breaks_off(&mut broken);
+    audit.flush();
+    wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
+    let segment = fs::read(segments(folder.path()).unwrap().pop().unwrap()).unwrap();
+    assert!(segment.ends_with(b"\"}\n"), "{}", String::from_utf8_lossy(&segment));
 }
 
 /// A disk that does not answer: the next segment's name is that of a pipe, and opening a pipe waits for its
