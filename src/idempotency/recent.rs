@@ -1,4 +1,4 @@
-//! Calls without a key that succeeded, oldest first, each found by its mark.
+//! Calls without a key that succeeded, in the order in which they were told, each found by its mark.
 //!
 //! Every call adds one and, once there are many, removes one. They lie in a row that is written at one end and read at
 //! the other; what is hit at random is four bytes a call, so that it stays in the processor's cache.
@@ -44,6 +44,8 @@ impl Recent {
         Some(at(row, *first, *number))
     }
 
+    /// Puts a call in. One that is no younger than another of its mark tells nothing; the trail, which may be read more
+    /// than once, has such.
     pub(super) fn push(&mut self, mark: Mark, id: Uuid, since: u32) {
         let Self { row, first, youngest, hasher } = self;
         #[expect(clippy::cast_possible_truncation, reason = "so many do not fit into memory")]
@@ -52,10 +54,13 @@ impl Recent {
         let is_same = |&number: &u32| at(row, *first, number).mark == mark;
         let hash = |&number: &u32| hasher.hash_one(at(row, *first, number).mark);
         match youngest.entry(hasher.hash_one(mark), is_same, hash) {
-            // What the trail tells after a start may be older than what was put in since.
-            Entry::Occupied(place) if at(row, *first, *place.get()).since > since => {}
+            Entry::Occupied(place) if at(row, *first, *place.get()).since >= since => {
+                row.pop_back();
+            }
             Entry::Occupied(mut place) => *place.get_mut() = number,
-            Entry::Vacant(place) => drop(place.insert(number)),
+            Entry::Vacant(place) => {
+                place.insert(number);
+            }
         }
     }
 
@@ -96,9 +101,10 @@ mod tests {
                 if let Some((number, since)) = step {
                     let call = Call { mark: [number; 16], id: Uuid::from_u128(count), since };
                     recent.push(call.mark, call.id, call.since);
-                    all.push_back(call);
-                    let known = youngest.entry(call.mark).or_insert(call);
-                    *known = if known.since > since { *known } else { call };
+                    if youngest.get(&call.mark).is_none_or(|known: &Call| known.since < since) {
+                        all.push_back(call);
+                        youngest.insert(call.mark, call);
+                    }
                 } else {
                     recent.forget_oldest();
                     if let Some(call) = all.pop_front() && youngest.get(&call.mark) == Some(&call) {

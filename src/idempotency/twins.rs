@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, VecDeque, hash_map::Entry};
 
+use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::recent::Recent;
@@ -14,30 +15,19 @@ use crate::{audit::chain::Mark, config::WithoutKey};
 /// So many calls that succeeded are remembered, to be flagged.
 const MAX_DONE: usize = 32 * 1024;
 
+type ByMark<T> = HashMap<Mark, T, foldhash::fast::RandomState>;
+
 /// Times are in seconds since 1970.
 pub(super) struct Twins {
-    /// Those at work or in doubt, of which there are few.
-    open: HashMap<Mark, Twin, foldhash::fast::RandomState>,
-    unknown: VecDeque<(u32, Mark)>,
+    /// The calls at work; several of one mark only where they are but flagged.
+    in_flight: ByMark<SmallVec<[Uuid; 1]>>,
+    /// The youngest call in doubt of each mark, and since when.
+    doubts: ByMark<(Uuid, u32)>,
+    /// When a doubt began. It may have been replaced since.
+    doubted: VecDeque<(u32, Mark)>,
     done: Recent,
     mode: WithoutKey,
     window: u32,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Twin {
-    id: Uuid,
-    since: u32,
-    state: State,
-    /// An earlier one at work or in doubt, while this is in flight: (id, since, state).
-    before: Option<(Uuid, u32, State)>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    InFlight,
-    Unknown,
-    Done,
 }
 
 /// What became of a call.
@@ -50,8 +40,8 @@ pub(super) enum Was {
 
 impl Twins {
     pub(super) fn new(mode: WithoutKey, window: u32) -> Self {
-        let (open, unknown, done) = <_>::default();
-        Self { open, unknown, done, mode, window }
+        let (in_flight, doubts, doubted, done) = <_>::default();
+        Self { in_flight, doubts, doubted, done, mode, window }
     }
 
     /// A call wants to be sent. Returns an equal one that was sent before, if this one may go all the same;
@@ -59,85 +49,67 @@ impl Twins {
     pub(super) fn begin(&mut self, mark: Mark, id: Uuid, now: u32) -> Result<Option<Uuid>, Uuid> {
         self.expire(now);
         let first = self.look(mark, now)?;
-        let before = self.open.get(&mark).map(|twin| (twin.id, twin.since, twin.state));
-        self.open.insert(mark, Twin { id, since: now, state: State::InFlight, before });
+        self.in_flight.entry(mark).or_default().push(id);
         Ok(first)
     }
 
     /// What a call would come to.
     pub(super) fn look(&self, mark: Mark, now: u32) -> Result<Option<Uuid>, Uuid> {
-        let open = self.open.get(&mark).filter(|twin| twin.counts(now, self.window));
-        let first = open.map(|twin| (twin.id, twin.state)).or_else(|| {
-            let done = self.done.get(&mark).filter(|call| !is_old(call.since, now, self.window))?;
-            Some((done.id, State::Done))
-        });
-        match first {
-            Some((id, state)) if self.refuses(state) => Err(id),
-            first => Ok(first.map(|(id, _)| id)),
+        let (refuses_open, refuses_done) = match self.mode {
+            WithoutKey::Guard => (true, false),
+            WithoutKey::Block => (true, true),
+            WithoutKey::Warn | WithoutKey::Off | WithoutKey::RequireKey => (false, false),
+        };
+        let counts = |since: u32| !is_old(since, now, self.window);
+        let in_flight = self.in_flight.get(&mark).and_then(|calls| calls.last().copied());
+        let doubt = || self.doubts.get(&mark).filter(|(_, since)| counts(*since)).map(|(id, _)| *id);
+        if let Some(open) = in_flight.or_else(doubt) {
+            return if refuses_open { Err(open) } else { Ok(Some(open)) };
+        }
+        match self.done.get(&mark).filter(|call| counts(call.since)) {
+            Some(done) if refuses_done => Err(done.id),
+            done => Ok(done.map(|done| done.id)),
         }
     }
 
-    fn refuses(&self, first: State) -> bool {
-        match (self.mode, first) {
-            (WithoutKey::Block, _) | (WithoutKey::Guard, State::InFlight | State::Unknown) => true,
-            (WithoutKey::Guard, State::Done) => false,
-            (WithoutKey::Warn | WithoutKey::Off | WithoutKey::RequireKey, _) => false,
-        }
-    }
-
+    /// A call is over; also one that the trail tells of, which may be older than all that is known.
     pub(super) fn end(&mut self, mark: Mark, id: Uuid, was: Was, now: u32) {
         if matches!(self.mode, WithoutKey::Off | WithoutKey::RequireKey) {
             return; // nobody looks
         }
-        match was {
-            Was::Unknown => {
-                self.open.insert(mark, Twin { id, since: now, state: State::Unknown, before: None });
-                self.unknown.push_back((now, mark));
-            }
-            Was::Done => {
-                self.take(mark, id);
-                self.done.push(mark, id, now);
-            }
-            Was::NotDone => {
-                if let Some((id, since, state)) = self.take(mark, id).and_then(|twin| twin.before) {
-                    let before = Twin { id, since, state, before: None };
-                    if before.counts(now, self.window) {
-                        self.open.insert(mark, before);
-                    }
-                }
+        if let Entry::Occupied(mut calls) = self.in_flight.entry(mark) {
+            calls.get_mut().retain(|call| *call != id);
+            if calls.get().is_empty() {
+                calls.remove();
             }
         }
-    }
-
-    /// Takes a call out, unless another one has its place.
-    fn take(&mut self, mark: Mark, id: Uuid) -> Option<Twin> {
-        match self.open.entry(mark) {
-            Entry::Occupied(place) if place.get().id == id => Some(place.remove()),
-            _ => None,
+        match was {
+            Was::NotDone => {}
+            Was::Done => self.done.push(mark, id, now),
+            Was::Unknown => {
+                let doubt = self.doubts.entry(mark).or_insert((id, now));
+                if doubt.1 <= now {
+                    *doubt = (id, now);
+                }
+                self.doubted.push_back((now, mark));
+            }
         }
     }
 
     fn expire(&mut self, now: u32) {
-        let Self { open, unknown, done, window, mode } = self;
+        let Self { doubts, doubted, done, window, mode, .. } = self;
         let is_old = |since: u32| is_old(since, now, *window);
         let max_done = if *mode == WithoutKey::Block { usize::MAX } else { MAX_DONE };
         while done.len() > max_done || done.oldest().is_some_and(|call| is_old(call.since)) {
             done.forget_oldest();
         }
-        while let Some((since, mark)) = unknown.pop_front_if(|(since, _)| is_old(*since)) {
-            if let Entry::Occupied(place) = open.entry(mark)
-                && place.get().since == since
-                && place.get().state == State::Unknown
+        while let Some((_, mark)) = doubted.pop_front_if(|(since, _)| is_old(*since)) {
+            if let Entry::Occupied(doubt) = doubts.entry(mark)
+                && is_old(doubt.get().1)
             {
-                place.remove();
+                doubt.remove();
             }
         }
-    }
-}
-
-impl Twin {
-    fn counts(&self, now: u32, window: u32) -> bool {
-        self.state == State::InFlight || !is_old(self.since, now, window)
     }
 }
 
@@ -220,6 +192,34 @@ mod tests {
         twins.end(MARK, id(1), Was::Done, 0); // read back from the trail, later
         assert_eq!(twins.begin(MARK, id(3), 50 + WINDOW), Err(id(2)));
         assert_eq!(twins.begin(MARK, id(3), 51 + WINDOW), Ok(None));
+    }
+
+    #[test]
+    fn a_doubt_that_the_trail_tells_of_hides_no_younger_call() {
+        for was in [None, Some(Was::Unknown)] {
+            let mut twins = Twins::new(WithoutKey::Guard, WINDOW);
+            twins.begin(MARK, id(2), 50).unwrap();
+            if let Some(was) = was {
+                twins.end(MARK, id(2), was, 50);
+            }
+            twins.end(MARK, id(1), Was::Unknown, 0); // read back from the trail, later
+            assert_eq!(twins.begin(MARK, id(3), WINDOW + 1), Err(id(2)), "{was:?}");
+            twins.end(MARK, id(2), Was::NotDone, WINDOW + 1);
+            let left = if was.is_none() { Ok(None) } else { Err(id(2)) };
+            assert_eq!(twins.begin(MARK, id(4), WINDOW + 1), left, "{was:?}");
+        }
+    }
+
+    #[test]
+    fn of_several_equal_calls_at_work_none_is_forgotten_and_none_stays() {
+        let mut twins = Twins::new(WithoutKey::Warn, WINDOW);
+        assert_eq!(twins.begin(MARK, id(1), 0), Ok(None));
+        assert_eq!(twins.begin(MARK, id(2), 0), Ok(Some(id(1))));
+        twins.end(MARK, id(1), Was::NotDone, 0);
+        assert_eq!(twins.look(MARK, 0), Ok(Some(id(2))));
+        twins.end(MARK, id(2), Was::NotDone, 0);
+        assert_eq!(twins.look(MARK, 0), Ok(None));
+        assert!(twins.in_flight.is_empty());
     }
 
     #[test]
