@@ -55,9 +55,27 @@ impl Outbound {
     }
 }
 
+/// The numbers below a thousand as text, so that the length of a usual body is no allocation.
+static SMALL: [[u8; 3]; 1000] = {
+    let mut small = [[0; 3]; 1000];
+    let mut number = 0;
+    while number < small.len() {
+        let digits = [number / 100, number / 10 % 10, number % 10];
+        small[number] = [b'0' + digits[0] as u8, b'0' + digits[1] as u8, b'0' + digits[2] as u8];
+        number += 1;
+    }
+    small
+};
+
 #[expect(clippy::expect_used, reason = "digits")]
 fn decimal(number: usize) -> HeaderValue {
-    HeaderValue::from_str(itoa::Buffer::new().format(number)).expect("ASCII")
+    match SMALL.get(number) {
+        Some(digits) => {
+            let zeros = usize::from(number < 100) + usize::from(number < 10);
+            HeaderValue::from_static(str::from_utf8(&digits[zeros..]).expect("ASCII"))
+        }
+        None => HeaderValue::from_str(itoa::Buffer::new().format(number)).expect("ASCII"),
+    }
 }
 
 /// What the stages want to know of a caller's head, read in one pass.
@@ -256,6 +274,13 @@ mod tests {
         assert!(looks_like_credential("authorization"));
         assert!(looks_like_credential("x_app_key"));
         assert!(!looks_like_credential("x-request-id"));
+    }
+
+    #[test]
+    fn a_length_is_stated_in_decimal() {
+        for number in (0..=1100).chain([65_536]) {
+            assert_eq!(decimal(number), number.to_string());
+        }
     }
 
     #[test]
