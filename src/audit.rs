@@ -22,9 +22,11 @@ mod writer;
 
 use std::{
     fs::{self, File, OpenOptions},
+    future::{Future, poll_fn},
     io,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -34,8 +36,9 @@ use http::HeaderValue;
 use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
+use tokio::sync::SemaphorePermit;
 
-use crate::{admission::Peer, config::Shown};
+use crate::{admission::Peer, clock, config::Shown};
 use batch::Batch;
 use chain::{KeyError, Keys};
 use lane::Lane;
@@ -205,6 +208,27 @@ impl Kind {
     }
 }
 
+/// The permit to reserve a connection and queue an intent, until this is dropped.
+#[derive(Debug, Default)]
+pub struct Permit<'a> {
+    _held: Option<SemaphorePermit<'a>>,
+    /// What the wait for it took of the time that an intent may take.
+    waited: Duration,
+}
+
+impl Permit<'_> {
+    /// Runs a future, and hands the permit to the next request if that has to wait.
+    pub fn during<F: Future>(&mut self, mut future: Pin<&mut F>) -> impl Future<Output = F::Output> {
+        poll_fn(move |cx| {
+            let polled = future.as_mut().poll(cx);
+            if polled.is_pending() {
+                self._held = None;
+            }
+            polled
+        })
+    }
+}
+
 /// The trail, as one worker sees it. Cheap to clone.
 #[derive(Clone)]
 pub struct Audit(Arc<Handle>);
@@ -280,17 +304,27 @@ impl Audit {
         self.0.begun
     }
 
-    /// Waits until the record of this number is safe.
-    async fn safe(&self, seq: u64) -> Result<(), Unavailable> {
-        if self.is_safe(seq).await {
-            return Ok(());
+    /// Waits for the permit to reserve a connection and queue an intent: of a busy worker's requests only some are
+    /// at that at a time. A writer that is not prompt needs none, since the more wait for it the more it writes at
+    /// once.
+    pub async fn permit(&self) -> Permit<'_> {
+        let (lane, shared) = (&self.0.lane, self.shared());
+        if !shared.is_prompt() {
+            return Permit::default();
         }
-        self.shared().metrics.late.inc();
-        Err(Unavailable)
+        if let Some(permit) = lane.permit() {
+            return Permit { _held: Some(permit), waited: Duration::ZERO };
+        }
+        shared.nudge();
+        let asked = clock::nanos();
+        let permit = Box::pin(lane.permit_in_turn()).await.filter(|_| shared.is_prompt());
+        Permit { _held: permit, waited: Duration::from_nanos(clock::nanos().saturating_sub(asked)) }
     }
 
-    async fn is_safe(&self, seq: u64) -> bool {
-        self.0.lane.wait(&self.shared().safe, seq, self.0.intent_deadline).await.is_ok()
+    /// Waits until the record of this number is safe, for as long as an intent may take, of which so much is over.
+    fn is_safe(&self, seq: u64, waited: Duration) -> impl Future<Output = Result<(), Unavailable>> {
+        let left = self.0.intent_deadline.saturating_sub(waited);
+        self.0.lane.wait(&self.shared().safe, seq, left)
     }
 
     /// From now on this thread does not wake the writer: it calls [`Audit::flush`] before it sleeps.

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use crate::{
     admission::Hosts,
     audit::{
-        Audit, Metrics, Options,
+        Audit, Metrics, Options, Permit,
         chain::{Keys, key_path},
         recovery::{Fault, Found, read},
     },
@@ -400,7 +400,9 @@ mod tests {
             let mut record = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into()));
             record.caller("qa-console".into());
             record.enter(Stage::Audit);
-            let intent = record.intent((2, &[0; 32]), &|line| line.extend_from_slice(members.as_bytes()));
+            let intent = record.intent(&Permit::default(), (2, &[0; 32]), &|line| {
+                line.extend_from_slice(members.as_bytes());
+            });
             runtime.block_on(intent).unwrap();
             record.take().finish(&answer);
         }

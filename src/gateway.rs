@@ -177,15 +177,17 @@ impl Gateway {
         within.map_err(|limit| spent(Code::QuotaExhausted, limit))?;
 
         record.enter(Stage::Audit);
+        let mut permit = from.presence.during(self.audit.permit()).await?;
         let breaker = &state.terms.breaker;
         let mut passage = breaker.pass()?;
-        let reserved = from.presence.during(self.pool.reserve()).await?;
+        let reserved = from.presence.during(permit.during(pin!(self.pool.reserve()))).await?;
         let connection = breaker.reserved(&mut passage, reserved)?;
         let members = |line: &mut Vec<u8>| {
             checked.audit_members(&|parts| self.audit.keys().mark(parts), line);
             claim.audit_members(line);
         };
-        record.intent((checked.bytes().len(), &digest), &members).await?;
+        record.intent(&permit, (checked.bytes().len(), &digest), &members).await?;
+        drop(permit);
 
         record.enter(Stage::Upstream);
         let exchange = Exchange {

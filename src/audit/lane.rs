@@ -1,4 +1,4 @@
-//! Where the requests of one worker wait until their intents are safe.
+//! Where the requests of one worker wait until their intents are safe, and before that for a permit to begin one.
 //!
 //! The writer wakes a worker once a batch, however many requests wait there: a task of the worker's own then
 //! wakes each of them, which costs no system call. It also watches the deadline, with one timer for all.
@@ -15,7 +15,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::{Instant, sleep_until},
+};
 
 use super::Unavailable;
 use crate::clock;
@@ -23,9 +26,14 @@ use crate::clock;
 /// A day: how long the timer sleeps while nobody waits.
 const LONG: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// So many requests of a worker get a permit without waiting. Who waits takes two, so that of a crowd half as many
+/// have one.
+const ABREAST: usize = 32;
+
 /// The requests of one worker that wait for the writer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Lane {
+    permits: Semaphore,
     /// Whether the task of this lane was spawned.
     started: AtomicBool,
     waiting: Mutex<Waiting>,
@@ -33,8 +41,10 @@ pub(super) struct Lane {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    /// In the order in which they began to wait, which is that of their deadlines, and nearly that of their records.
+    /// In the order in which they began to wait, which is nearly that of their records.
     requests: VecDeque<Request>,
+    /// The nearest of their deadlines, as far as the lane's task knows.
+    nearest: Option<Instant>,
     /// The lane's task.
     task: Option<Waker>,
 }
@@ -46,7 +56,27 @@ struct Request {
     waker: Waker,
 }
 
+impl Default for Lane {
+    fn default() -> Self {
+        Self { permits: Semaphore::new(ABREAST), started: AtomicBool::default(), waiting: Mutex::default() }
+    }
+}
+
 impl Lane {
+    /// The permit to reserve a connection and begin an intent, if few others have one.
+    ///
+    /// A worker that has more to do than it can would otherwise take each step with all of its requests before it
+    /// takes the next with any. By then the processor's cache has lost what a request needs, and each holds a
+    /// connection to the upstream. Few at a time find both warm.
+    pub(super) fn permit(&self) -> Option<SemaphorePermit<'_>> {
+        self.permits.try_acquire().ok()
+    }
+
+    /// Waits for it.
+    pub(super) async fn permit_in_turn(&self) -> Option<SemaphorePermit<'_>> {
+        self.permits.acquire_many(2).await.ok()
+    }
+
     /// Waits until the record of this number is safe. To be called on the runtime of the lane's worker.
     pub(super) async fn wait(
         self: &Arc<Self>,
@@ -92,11 +122,12 @@ impl Lane {
 
     fn register(&self, request: Request) {
         let mut waiting = self.lock();
+        let is_nearer = waiting.nearest.is_none_or(|nearest| request.deadline < nearest);
         waiting.requests.push_back(request);
-        let task = if waiting.requests.len() == 1 { waiting.task.clone() } else { None };
+        let task = if is_nearer { waiting.task.clone() } else { None };
         drop(waiting);
         if let Some(task) = task {
-            task.wake(); // it watches the deadline of the first one
+            task.wake(); // it watches the nearest deadline
         }
     }
 
@@ -118,24 +149,115 @@ impl Lane {
         .await;
     }
 
-    /// Wakes those that need not wait any more; returns the deadline of the first one that waits on.
+    /// Wakes those that need not wait any more; returns the nearest deadline of those that wait on.
     fn release(&self, safe: u64, task: &Waker) -> Option<Instant> {
         let mut waiting = self.lock();
         if !waiting.task.as_ref().is_some_and(|known| known.will_wake(task)) {
             waiting.task = Some(task.clone());
         }
-        while let Some(first) = waiting.requests.front() {
-            if first.seq > safe && first.deadline > clock::now() {
-                return Some(first.deadline);
-            }
-            if let Some(first) = waiting.requests.pop_front() {
-                first.waker.wake();
-            }
+        while let Some(first) = waiting.requests.pop_front_if(|first| first.seq <= safe) {
+            first.waker.wake();
         }
-        None
+        let nearest = |waiting: &Waiting| waiting.requests.iter().map(|request| request.deadline).min();
+        waiting.nearest = nearest(&waiting);
+        let now = clock::now();
+        if waiting.nearest.is_some_and(|nearest| nearest <= now) {
+            waiting.requests.retain(|request| {
+                let waits_on = request.deadline > now;
+                if !waits_on {
+                    request.waker.wake_by_ref();
+                }
+                waits_on
+            });
+            waiting.nearest = nearest(&waiting);
+        }
+        waiting.nearest
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::Pin;
+    use std::task::Context;
+
+    use super::{super::Permit, *};
+
+    /// Polls futures; those that are done are taken out.
+    fn done<F: Future + Unpin>(waiting: &mut Vec<F>) -> Vec<F::Output> {
+        let mut done = Vec::new();
+        waiting.retain_mut(|one| match Pin::new(one).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(output) => {
+                done.push(output);
+                false
+            }
+            Poll::Pending => true,
+        });
+        done
+    }
+
+    #[test]
+    fn of_a_crowd_half_as_many_have_a_permit_as_without_one() {
+        let lane = Lane::default();
+        let first: Vec<_> = (0..32).map(|_| lane.permit().unwrap()).collect();
+        assert!(lane.permit().is_none());
+        let mut crowd: Vec<_> = (0..48).map(|_| Box::pin(lane.permit_in_turn())).collect();
+        assert_eq!(done(&mut crowd).len(), 0);
+        drop(first);
+        for left in [32, 16, 0] {
+            let next = done(&mut crowd);
+            assert_eq!((next.len(), crowd.len()), (16, left));
+            assert!(lane.permit().is_none());
+        }
+        // All are given back, also by those who left before it was their turn.
+        let held: Vec<_> = (0..32).map(|_| lane.permit().unwrap()).collect();
+        let mut gone: Vec<_> = (0..48).map(|_| Box::pin(lane.permit_in_turn())).collect();
+        assert_eq!(done(&mut gone).len(), 0);
+        drop(held);
+        drop(gone);
+        assert_eq!((0..).map_while(|_| lane.permit().map(std::mem::forget)).count(), 32);
+    }
+
+    #[test]
+    fn who_waits_for_a_connection_hands_its_permit_on() {
+        let lane = Lane::default();
+        let permit = || Permit { _held: Some(lane.permit().unwrap()), waited: Duration::ZERO };
+        let mut held: Vec<_> = (0..32).map(|_| permit()).collect();
+        assert_eq!(done(&mut vec![Box::pin(held[0].during(pin!(std::future::ready(7))))]), [7]);
+        assert!(lane.permit().is_none(), "the control: at once there, so that it keeps it");
+        assert_eq!(done(&mut vec![Box::pin(held[0].during(pin!(std::future::pending::<()>())))]), []);
+        assert!(lane.permit().is_some());
+    }
+
+    /// An exchange whose caller leaves goes on in a task of its own.
+    #[tokio::test]
+    async fn a_wait_that_moves_to_another_task_is_woken_there() {
+        let (lane, safe) = (Arc::new(Lane::default()), Arc::new(AtomicU64::new(0)));
+        let (waits, proven) = (lane.clone(), safe.clone());
+        let mut wait = Box::pin(async move { waits.wait(&proven, 1, Duration::from_secs(60)).await });
+        assert!(wait.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        let moved = tokio::spawn(wait);
+        tokio::task::yield_now().await;
+        safe.store(1, Ordering::Release);
+        lane.more_is_safe();
+        let woken = tokio::time::timeout(Duration::from_secs(20), moved).await;
+        assert_eq!(woken.unwrap().unwrap(), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_wait_of_less_time_is_over_before_those_that_began_earlier() {
+        let (lane, safe) = (Arc::new(Lane::default()), Arc::new(AtomicU64::new(0)));
+        let wait = |time| {
+            let (lane, safe) = (lane.clone(), safe.clone());
+            tokio::spawn(async move { lane.wait(&safe, 1, time).await })
+        };
+        let long = wait(Duration::from_secs(60));
+        tokio::task::yield_now().await;
+        let short = tokio::time::timeout(Duration::from_secs(20), wait(Duration::from_millis(1))).await;
+        assert_eq!(short.unwrap().unwrap(), Err(Unavailable));
+        assert!(!long.is_finished());
     }
 }

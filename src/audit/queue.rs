@@ -37,6 +37,11 @@ pub(super) const MAX_QUEUED: usize = 64 << 20;
 /// A worker that is busy for longer wakes the writer in between, in nanoseconds.
 const LONG_TURN: u64 = 50_000_000;
 
+/// So long may a batch take, and so much more for each record in it, while the writer counts as prompt, in
+/// nanoseconds. A worker needs as long for as many requests as it has permits in a crowd, so that waiting for them does not slow
+/// it down; and a batch is not called slow for being large.
+const PROMPT: (u64, u64) = (100_000, 10_000);
+
 /// A second of refusals.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -58,6 +63,9 @@ pub(super) struct Shared {
     pub(super) safe: Arc<AtomicU64>,
     /// Who waits for that.
     lanes: Mutex<Vec<Arc<Lane>>>,
+    /// When the writer is due to be done with its batch, in nanoseconds of this process; [`u64::MAX`] while it rests. It
+    /// stays in the past behind a batch that took longer.
+    due: AtomicU64,
     healthy: AtomicBool,
     /// Whether new intents may be recorded: space is reserved for them and all outcomes.
     room: AtomicBool,
@@ -129,6 +137,7 @@ impl Shared {
             filled: Condvar::new(),
             safe: Arc::new(AtomicU64::new(seq)),
             lanes: Mutex::default(),
+            due: AtomicU64::new(u64::MAX),
             healthy: AtomicBool::new(true),
             room: AtomicBool::new(true),
             space_left: AtomicBool::new(true),
@@ -162,6 +171,14 @@ impl Shared {
     /// Wakes the writer for what was deferred.
     pub(super) fn flush(&self) {
         self.wake(self.lock());
+    }
+
+    /// Wakes the writer, if a worker has deferred it for too long.
+    pub(super) fn nudge(&self) {
+        let queue = self.lock();
+        if !queue.batch.is_empty() {
+            self.filled(queue);
+        }
     }
 
     fn wake(&self, queue: MutexGuard<'_, Queue>) {
@@ -288,6 +305,25 @@ impl Shared {
             }
             queue = woken;
         }
+    }
+
+    /// The writer begins with a batch of so many records; returns when it is due to be done.
+    pub(super) fn begin(&self, records: usize) -> u64 {
+        let due = clock::nanos() + PROMPT.0 + PROMPT.1 * records as u64;
+        let _ = self.due.compare_exchange(u64::MAX, due, Ordering::Relaxed, Ordering::Relaxed);
+        due
+    }
+
+    /// The writer is done with what was due by then.
+    pub(super) fn rest(&self, due: u64) {
+        if clock::nanos() < due {
+            self.due.store(u64::MAX, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the writer was done with its last batch when it was due, and still may be with the one that it is at.
+    pub(super) fn is_prompt(&self) -> bool {
+        clock::nanos() < self.due.load(Ordering::Relaxed)
     }
 
     pub(super) fn written(&self, batch: &Batch) {

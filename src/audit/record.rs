@@ -5,6 +5,7 @@ use std::{
     fmt,
     hash::{BuildHasher, RandomState},
     sync::Arc,
+    time::Duration,
 };
 
 use fastrand::Rng;
@@ -13,7 +14,7 @@ use serde_json::{Map, Value};
 use uuid::{Builder, Uuid};
 
 use super::{
-    Audit, Kind, StoredReply, Unavailable,
+    Audit, Kind, Permit, StoredReply, Unavailable,
     chain::{Hash, to_hex},
     line::{Line, Second},
     queue::Who,
@@ -163,7 +164,7 @@ pub struct Queued {
 impl Queued {
     /// Waits until it is safe, for as long as an intent may take.
     pub async fn is_safe(&self) -> bool {
-        self.record.audit.is_safe(self.seq).await
+        self.record.audit.is_safe(self.seq, Duration::ZERO).await.is_ok()
     }
 }
 
@@ -358,12 +359,14 @@ impl Record {
     /// members of the record, as JSON text with a comma in front.
     pub fn intent<'a>(
         &'a mut self,
+        permit: &Permit<'_>,
         (body_size, digest): (usize, &Hash),
         members: &dyn Fn(&mut Vec<u8>),
     ) -> impl Future<Output = Result<(), Unavailable>> + use<'a> {
         // Not within the future, which would carry the arguments along.
         let queued = self.queue_intent(body_size, digest, members);
-        async move { self.audit.safe(queued?).await }
+        let (audit, waited) = (&self.audit, permit.waited);
+        async move { audit.is_safe(queued?, waited).await.inspect_err(|_| audit.shared().metrics.late.inc()) }
     }
 
     fn queue_intent(

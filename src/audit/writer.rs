@@ -129,11 +129,14 @@ impl Writer {
 
     /// Writes until the trail is closed and everything queued is written.
     pub(super) fn run(mut self, shared: &Shared) {
-        let mut batch = Batch::default();
+        let (mut batch, mut due) = (Batch::default(), shared.begin(0));
         loop {
             self.measure(shared);
             self.look_for_old(shared);
-            match shared.next_batch(&mut batch) {
+            shared.rest(due);
+            let next = shared.next_batch(&mut batch);
+            due = shared.begin(batch.len());
+            match next {
                 Next::Write => {}
                 Next::Look => {
                     self.reserve(shared, 0);

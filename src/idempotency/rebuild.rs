@@ -356,7 +356,7 @@ mod tests {
     use super::*;
     use crate::{
         admission::Peer,
-        audit::{self, Answer, RequestId, chain::Hash},
+        audit::{self, Answer, Permit, RequestId, chain::Hash},
         config::WithoutKey,
         error::Stage,
         idempotency::{Begun, Call},
@@ -426,7 +426,7 @@ mod tests {
             record.operator(HeaderValue::from_static(OPERATOR));
             record.enter(Stage::Idempotency);
             let (digest, Begun::Claim(claim)) = begin(audit, table, record.id(), number) else { panic!() };
-            let intent = record.intent((8, &digest), &|line| claim.audit_members(line));
+            let intent = record.intent(&Permit::default(), (8, &digest), &|line| claim.audit_members(line));
             if number == keys {
                 intent.await.unwrap();
                 std::mem::forget(record); // as a kill would leave it
