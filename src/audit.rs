@@ -322,7 +322,7 @@ impl Audit {
     }
 
     /// Waits until the record of this number is safe, for as long as an intent may take, of which so much is over.
-    fn is_safe(&self, seq: u64, waited: Duration) -> impl Future<Output = Result<(), Unavailable>> {
+    fn safe(&self, seq: u64, waited: Duration) -> impl Future<Output = Result<(), Unavailable>> {
         let left = self.0.intent_deadline.saturating_sub(waited);
         self.0.lane.wait(&self.shared().safe, seq, left)
     }

@@ -180,14 +180,13 @@ impl Lane {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::pin::Pin;
-    use std::task::Context;
+pub(super) mod tests {
+    use std::{pin::Pin, task::Context};
 
     use super::{super::Permit, *};
 
     /// Polls futures; those that are done are taken out.
-    fn done<F: Future + Unpin>(waiting: &mut Vec<F>) -> Vec<F::Output> {
+    pub(in super::super) fn done<F: Future + Unpin>(waiting: &mut Vec<F>) -> Vec<F::Output> {
         let mut done = Vec::new();
         waiting.retain_mut(|one| match Pin::new(one).poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(output) => {

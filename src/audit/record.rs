@@ -164,7 +164,7 @@ pub struct Queued {
 impl Queued {
     /// Waits until it is safe, for as long as an intent may take.
     pub async fn is_safe(&self) -> bool {
-        self.record.audit.is_safe(self.seq, Duration::ZERO).await.is_ok()
+        self.record.audit.safe(self.seq, Duration::ZERO).await.is_ok()
     }
 }
 
@@ -366,7 +366,7 @@ impl Record {
         // Not within the future, which would carry the arguments along.
         let queued = self.queue_intent(body_size, digest, members);
         let (audit, waited) = (&self.audit, permit.waited);
-        async move { audit.is_safe(queued?, waited).await.inspect_err(|_| audit.shared().metrics.late.inc()) }
+        async move { audit.safe(queued?, waited).await.inspect_err(|_| audit.shared().metrics.late.inc()) }
     }
 
     fn queue_intent(

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use super::{
     chain::{Hash, segments},
+    lane::tests::done,
     recovery::Found,
     *,
 };
@@ -589,17 +590,21 @@ impl Stuck {
     }
 }
 
-/// Begins an intent; true if it was queued.
-fn finds_room(record: &mut Record) -> bool {
+/// Begins an intent.
+fn begin(record: &mut Record) -> Poll<Result<(), Unavailable>> {
     let permit = Permit::default();
     let mut intent = pin!(record.intent(&permit, (2, &[0; 32]), &|_| ()));
-    intent.as_mut().poll(&mut Context::from_waker(Waker::noop())) != Poll::Ready(Err(Unavailable))
+    intent.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// Begins an intent; true if it was queued.
+fn finds_room(record: &mut Record) -> bool {
+    begin(record) != Poll::Ready(Err(Unavailable))
 }
 
 /// Begins an intent; true if it was queued, so that it waits.
 fn begins_to_wait(record: &mut Record) -> bool {
-    let mut intent = pin!(record.intent(&Permit::default(), (2, &[0; 32]), &|_| ()));
-    intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
+    begin(record).is_pending()
 }
 
 #[tokio::test]
@@ -636,19 +641,6 @@ async fn old_segments_go_and_the_chain_stays_verifiable() {
     assert_eq!(found.faults[0].reason, "records before this one were removed, and no event says so");
 }
 
-/// Polls until nothing more is ready; returns what is.
-fn ready<'a>(waiting: &mut Vec<Pin<Box<dyn Future<Output = Permit<'a>> + 'a>>>) -> Vec<Permit<'a>> {
-    let mut ready = Vec::new();
-    waiting.retain_mut(|one| match one.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(permit) => {
-            ready.push(permit);
-            false
-        }
-        Poll::Pending => true,
-    });
-    ready
-}
-
 #[tokio::test]
 async fn a_writer_that_is_not_prompt_needs_no_permits() {
     let folder = TempDir::new().unwrap();
@@ -658,16 +650,16 @@ async fn a_writer_that_is_not_prompt_needs_no_permits() {
     audit.shared().rest(u64::MAX); // as if its batch had taken no time
     let crowd = || (0..40).map(|_| Box::pin(audit.permit()) as Pin<Box<dyn Future<Output = _>>>).collect();
     let (mut first, mut next): (Vec<_>, Vec<_>) = (crowd(), crowd());
-    let mut held = ready(&mut first);
-    assert_eq!((held.len(), ready(&mut next).len()), (32, 0), "the control");
+    let mut held = done(&mut first);
+    assert_eq!((held.len(), done(&mut next).len()), (32, 0), "the control");
 
     audit.shared().begin(0); // a batch that takes long
     wait_for(|| (!audit.shared().is_prompt()).then_some(()));
-    assert_eq!(ready(&mut crowd()).len(), 40);
+    assert_eq!(done(&mut crowd()).len(), 40);
     held.truncate(30);
-    let handed_on = ready(&mut first); // one behind the other, since none keeps it
+    let handed_on = done(&mut first); // one behind the other, since none keeps it
     assert_eq!(handed_on.len(), 8);
-    assert_eq!(ready(&mut next).len(), 40);
+    assert_eq!(done(&mut next).len(), 40);
 }
 
 #[tokio::test]
