@@ -42,9 +42,8 @@ const LONG_TURN: u64 = 50_000_000;
 /// it down; and a batch is not called slow for being large.
 const PROMPT: (u64, u64) = (100_000, 10_000);
 
-/// So long at most what nobody waits for may wait for a record that somebody waits for, and shares its wake-up and its
-/// write: a writer that was woken again within that time looks by itself when it is over. One that rested for longer is
-/// woken for anything.
+/// How long an outcome that nobody waits for may wait for the next intent, to share its wake-up and its write. A writer that
+/// rested for less than this before an intent looks by itself after it; one that rested for longer is woken for anything.
 const DOZE: Duration = Duration::from_millis(1);
 
 /// A second of refusals.
@@ -85,7 +84,7 @@ struct Queue {
     batch: Batch,
     /// Whether somebody must wake the writer.
     writer: State,
-    /// The writer rested for less than a doze before its last batch.
+    /// The writer rested for less than a doze before its last batch, for which somebody waited.
     is_busy: bool,
     /// Somebody waits for a record of the batch.
     is_urgent: bool,
@@ -229,7 +228,7 @@ impl Shared {
         let mut queue = self.lock();
         let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.has_room();
         if queue.closing || is_full || queue.batch.size() > MAX_QUEUED {
-            self.wake(queue); // whatever is deferred: nothing more comes to wake it
+            self.wake(queue); // a sleeping writer, whatever is deferred: nothing more comes to wake it
             return Err(Unavailable);
         }
         let seq = queue.batch.push(entry);
@@ -248,10 +247,10 @@ impl Shared {
         seq
     }
 
-    /// Somebody waits for what was queued just now.
-    pub(super) fn hurry(&self) {
+    /// Somebody waits for the record of this number.
+    pub(super) fn hurry(&self, seq: u64) {
         let mut queue = self.lock();
-        if !queue.batch.is_empty() {
+        if seq >= queue.batch.first() {
             queue.is_urgent = true;
             self.filled(queue);
         }
@@ -301,7 +300,7 @@ impl Shared {
     pub(super) fn next_batch(&self, batch: &mut Batch) -> Next {
         let mut queue = self.lock();
         let begun = Instant::now();
-        let mut dozes = queue.is_busy;
+        let mut dozes = std::mem::take(&mut queue.is_busy);
         loop {
             let pending = queue.folds.is_pending() && self.takes_refusals(&queue);
             if pending && queue.folds.since.elapsed() >= SECOND {
@@ -311,8 +310,7 @@ impl Shared {
             if !queue.batch.is_empty() {
                 queue.batch.move_to(batch);
                 queue.deferred = None;
-                queue.is_urgent = false;
-                queue.is_busy = begun.elapsed() < DOZE;
+                queue.is_busy = std::mem::take(&mut queue.is_urgent) && begun.elapsed() < DOZE;
                 return Next::Write;
             }
             if queue.closing {

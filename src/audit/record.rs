@@ -165,7 +165,7 @@ impl Queued {
     /// Waits until it is safe, for as long as an intent may take.
     pub async fn is_safe(&self) -> bool {
         let audit = &self.record.audit;
-        audit.shared().hurry();
+        audit.shared().hurry(self.seq);
         audit.safe(self.seq, Duration::ZERO).await.is_ok()
     }
 }

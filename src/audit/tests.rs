@@ -571,7 +571,7 @@ async fn what_a_panic_left_of_a_record_is_not_written_with_those_before_it() {
 #[tokio::test]
 async fn an_outcome_that_nobody_waits_for_is_written_with_the_next_intent() {
     let folder = TempDir::new().unwrap();
-    let audit = start(&Options { segment_size: 1 << 30, ..Options::small(folder.path()) });
+    let audit = start(&Options::small(folder.path()));
     intended(&audit).await.take().finish(&answer());
     let segment = segments(folder.path()).unwrap().pop().unwrap();
     let size = || fs::metadata(&segment).unwrap().len();
@@ -582,7 +582,7 @@ async fn an_outcome_that_nobody_waits_for_is_written_with_the_next_intent() {
             let sent = intended(&audit).await.take();
             let (written, begun) = (size(), Instant::now());
             sent.finish(&answer());
-            while size() == written && begun.elapsed() < Duration::from_micros(500) {}
+            while size() == written && begun.elapsed() < Duration::from_micros(300) {}
         }
         audit.shared().metrics.batches.get() - before < 15
     };
