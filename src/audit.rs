@@ -332,7 +332,7 @@ impl Audit {
         queue::defer_wake_ups();
     }
 
-    /// Wakes the writer, if it must be woken for what is queued.
+    /// Wakes the writer, if there is something to write.
     pub fn flush(&self) {
         self.shared().flush();
     }

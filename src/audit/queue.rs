@@ -42,10 +42,6 @@ const LONG_TURN: u64 = 50_000_000;
 /// it down; and a batch is not called slow for being large.
 const PROMPT: (u64, u64) = (100_000, 10_000);
 
-/// How long an outcome that nobody waits for may wait for the next intent, to share its wake-up and its write. A writer that
-/// rested for less than this before an intent looks by itself after it; one that rested for longer is woken for anything.
-const DOZE: Duration = Duration::from_millis(1);
-
 /// A second of refusals.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -82,29 +78,14 @@ pub(super) struct Shared {
 struct Queue {
     /// What waits for the writer. A record is written into its line at once, while what it tells is at hand.
     batch: Batch,
-    /// Whether somebody must wake the writer.
-    writer: State,
-    /// The writer rested for less than a doze before its last batch, for which somebody waited.
-    is_busy: bool,
-    /// Somebody waits for a record of the batch.
-    is_urgent: bool,
+    /// The writer sleeps, so that somebody must wake it.
+    writer_sleeps: bool,
     /// Since when a worker has deferred to wake it, in nanoseconds of this process.
     deferred: Option<u64>,
     /// Places kept for the outcomes of intents.
     reserved: usize,
     closing: bool,
     folds: Folds,
-}
-
-/// What the writer is doing.
-#[derive(Clone, Copy)]
-enum State {
-    /// It looks for the next batch when it is done with this one.
-    Writes,
-    /// It looks soon; what is urgent wakes it.
-    Dozes,
-    /// It must be woken.
-    Sleeps,
 }
 
 /// The refusals of the present second.
@@ -147,9 +128,7 @@ impl Shared {
         Self {
             queue: Mutex::new(Queue {
                 batch: Batch::behind(seq),
-                writer: State::Writes,
-                is_busy: false,
-                is_urgent: false,
+                writer_sleeps: false,
                 deferred: None,
                 reserved: 0,
                 closing: false,
@@ -178,11 +157,11 @@ impl Shared {
         lane
     }
 
-    /// Wakes the writer, if it must be woken for what was queued. A worker defers that until it has
+    /// Wakes the writer, if it sleeps and there is something to write. A worker defers that until it has
     /// nothing else to do, so that a batch is one wake-up: see [`defer_wake_ups`]. A worker that is never done must not
     /// keep the others' records for ever.
     fn filled(&self, mut queue: MutexGuard<'_, Queue>) {
-        if !queue.needs_waking() || (DEFERS.get() && queue.may_wait()) {
+        if !queue.writer_sleeps || (DEFERS.get() && queue.may_wait()) {
             return;
         }
         drop(queue);
@@ -203,7 +182,7 @@ impl Shared {
     }
 
     fn wake(&self, queue: MutexGuard<'_, Queue>) {
-        if queue.needs_waking() && (!queue.batch.is_empty() || queue.folds.is_pending()) {
+        if queue.writer_sleeps && (!queue.batch.is_empty() || queue.folds.is_pending()) {
             drop(queue);
             self.filled.notify_one();
         }
@@ -228,32 +207,22 @@ impl Shared {
         let mut queue = self.lock();
         let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.has_room();
         if queue.closing || is_full || queue.batch.size() > MAX_QUEUED {
-            self.wake(queue); // a sleeping writer, whatever is deferred: nothing more comes to wake it
+            self.wake(queue); // whatever is deferred: nothing more comes to wake it
             return Err(Unavailable);
         }
         let seq = queue.batch.push(entry);
         queue.reserved += 1;
-        queue.is_urgent = true;
         self.filled(queue);
         Ok(seq)
     }
 
-    /// Returns the number of the record. Who waits for it says so by [`Self::hurry`].
+    /// Returns the number of the record.
     pub(super) fn push_outcome(&self, entry: &Entry<'_>) -> u64 {
         let mut queue = self.lock();
         queue.reserved = queue.reserved.saturating_sub(1);
         let seq = queue.batch.push(entry);
         self.filled(queue);
         seq
-    }
-
-    /// Somebody waits for the record of this number.
-    pub(super) fn hurry(&self, seq: u64) {
-        let mut queue = self.lock();
-        if seq >= queue.batch.first() {
-            queue.is_urgent = true;
-            self.filled(queue);
-        }
     }
 
     /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
@@ -300,7 +269,6 @@ impl Shared {
     pub(super) fn next_batch(&self, batch: &mut Batch) -> Next {
         let mut queue = self.lock();
         let begun = Instant::now();
-        let mut dozes = std::mem::take(&mut queue.is_busy);
         loop {
             let pending = queue.folds.is_pending() && self.takes_refusals(&queue);
             if pending && queue.folds.since.elapsed() >= SECOND {
@@ -310,18 +278,10 @@ impl Shared {
             if !queue.batch.is_empty() {
                 queue.batch.move_to(batch);
                 queue.deferred = None;
-                queue.is_busy = std::mem::take(&mut queue.is_urgent) && begun.elapsed() < DOZE;
                 return Next::Write;
             }
             if queue.closing {
                 return Next::End;
-            }
-            if std::mem::take(&mut dozes) {
-                queue.writer = State::Dozes;
-                let dozed = self.filled.wait_timeout(queue, DOZE);
-                queue = dozed.unwrap_or_else(PoisonError::into_inner).0;
-                queue.writer = State::Writes;
-                continue;
             }
             let wait = match (pending, self.has_space()) {
                 _ if !self.has_room() => Some(SECOND / 10),
@@ -329,15 +289,15 @@ impl Shared {
                 (true, true) => Some(SECOND / 5),
                 (false, true) => None,
             };
-            queue.writer = State::Sleeps;
+            queue.writer_sleeps = true;
             let Some(wait) = wait else {
                 queue = self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
-                queue.writer = State::Writes;
+                queue.writer_sleeps = false;
                 continue;
             };
             let (mut woken, waited) =
                 self.filled.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner);
-            woken.writer = State::Writes;
+            woken.writer_sleeps = false;
             // Not only when nobody wakes it: those who are refused meanwhile do.
             let is_time = waited.timed_out() || begun.elapsed() >= wait;
             if is_time && (!pending || !self.has_room()) && woken.batch.is_empty() {
@@ -437,15 +397,6 @@ impl Shared {
 }
 
 impl Queue {
-    /// Whether the writer must be woken for what is queued.
-    fn needs_waking(&self) -> bool {
-        match self.writer {
-            State::Writes => false,
-            State::Dozes => self.is_urgent,
-            State::Sleeps => true,
-        }
-    }
-
     /// Whether waking the writer may be deferred once more.
     fn may_wait(&mut self) -> bool {
         let now = clock::nanos();

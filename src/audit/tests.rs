@@ -566,37 +566,6 @@ async fn what_a_panic_left_of_a_record_is_not_written_with_those_before_it() {
     assert!(segment.ends_with(b"\"}\n"), "{}", String::from_utf8_lossy(&segment));
 }
 
-/// A wake-up and a write less for each of its requests, where there are many. Under a foreign load the requests may be
-/// too few for that, so that one calm round of a hundred is enough.
-#[tokio::test]
-async fn an_outcome_that_nobody_waits_for_is_written_with_the_next_intent() {
-    let folder = TempDir::new().unwrap();
-    let audit = start(&Options::small(folder.path()));
-    intended(&audit).await.take().finish(&answer());
-    let segment = segments(folder.path()).unwrap().pop().unwrap();
-    let size = || fs::metadata(&segment).unwrap().len();
-    let mut rounds = 0..100;
-    let calm = async || {
-        let before = audit.shared().metrics.batches.get();
-        for _ in 0..10 {
-            let sent = intended(&audit).await.take();
-            let (written, begun) = (size(), Instant::now());
-            sent.finish(&answer());
-            while size() == written && begun.elapsed() < Duration::from_micros(300) {}
-        }
-        audit.shared().metrics.batches.get() - before < 15
-    };
-    loop {
-        assert!(rounds.next().is_some(), "a batch for each intent and each outcome");
-        if calm().await {
-            break;
-        }
-    }
-    // And without a next one it is written by itself.
-    wait_for(|| (trail(folder.path()).len() % 2 == 1).then_some(()));
-    assert_whole(folder.path());
-}
-
 /// A disk that does not answer: the next segment's name is that of a pipe, and opening a pipe waits for its
 /// other end.
 struct Stuck {
