@@ -70,6 +70,8 @@ fn write_v4(rest: &mut &mut [u8], address: &SocketAddrV4) -> io::Result<()> {
 pub struct Caller {
     /// Its place in the configuration.
     pub index: usize,
+    /// There is no other caller.
+    pub is_alone: bool,
     /// Its name in the configuration, the audit trail and the metrics.
     pub name: Arc<str>,
     /// The operator it acts as when it names none.
@@ -173,7 +175,7 @@ impl Admission {
     pub fn new(callers: &[config::Caller], limits: &HashMap<Arc<str>, Arc<Limiter>>) -> Self {
         let mut admission = Self::default();
         for (index, raw) in callers.iter().enumerate() {
-            let caller = Arc::new(Caller::new(index, raw, limits.get(raw.name.as_str())));
+            let caller = Arc::new(Caller::new((index, callers.len()), raw, limits.get(raw.name.as_str())));
             match &raw.peer {
                 PeerRule::Loopback | PeerRule::Network(_) => {
                     raw.peer.networks().iter().for_each(|network| admission.add(*network, &caller));
@@ -254,7 +256,8 @@ impl Admission {
 }
 
 impl Caller {
-    fn new(index: usize, raw: &config::Caller, limit: Option<&Arc<Limiter>>) -> Self {
+    /// The caller of this index among so many.
+    fn new((index, count): (usize, usize), raw: &config::Caller, limit: Option<&Arc<Limiter>>) -> Self {
         let limit = match limit {
             Some(limit) => {
                 limit.set(raw.rate_limit);
@@ -264,6 +267,7 @@ impl Caller {
         };
         Self {
             index,
+            is_alone: count == 1,
             name: raw.name.as_str().into(),
             operator: operator(&raw.operator_id),
             operators: raw.operators.iter().map(|id| operator(id)).collect(),
@@ -489,6 +493,7 @@ mod tests {
         let add = |admission: &mut Admission, name: &str, rule: PeerRule| {
             let caller = Arc::new(Caller {
                 index: 0,
+                is_alone: false,
                 name: name.into(),
                 operator: HeaderValue::from_static("1"),
                 operators: Vec::new(),

@@ -44,7 +44,7 @@ use chain::{KeyError, Keys};
 use lane::Lane;
 use queue::Shared;
 use record::Entry;
-pub use record::{Answer, MEMBERS, Queued, Record, RequestId};
+pub use record::{Answer, FirstCall, MEMBERS, Names, Queued, Record, RequestId};
 use recovery::Doubt;
 pub use reply::StoredReply;
 pub use sync::Durability;

@@ -12,10 +12,10 @@ use serde_json::json;
 
 use crate::{
     admission::Denied,
-    audit::{RequestId, Unavailable},
+    audit::{FirstCall, RequestId, Unavailable},
     contract::{Fault, Violation, body::NotReceived},
-    idempotency::Refused,
-    outcome::Outcome,
+    idempotency::{Delivery, Refusal, Refused},
+    outcome::{Outcome, Retry},
     rate_limit::Spent,
     route::NoRoute,
     server::connection::Left,
@@ -121,6 +121,8 @@ pub enum Code {
     BodyTimeout,
     /// The body ended early, or its framing is not plain.
     BodyIncomplete,
+    /// The body has trailer fields.
+    Trailers,
     /// The body is not strict JSON.
     BodyNotJson,
     /// The body breaks the route's contract.
@@ -133,9 +135,9 @@ pub enum Code {
     RequestInProgress,
     /// Nobody knows what became of the first call with this key.
     OutcomeUnknown,
-    /// An equal call without a key is at work, or nobody knows what became of it.
+    /// An equal call is at work, of unknown outcome, or done without its caller having learnt of it.
     DuplicateSuspected,
-    /// No key can be taken: too many, or those before the start are still being read.
+    /// No call can be remembered: too many are, or those before the start are still being read.
     IdempotencyUnavailable,
     /// No usable token, and none came in time.
     TokenUnavailable,
@@ -162,6 +164,49 @@ pub enum Code {
 }
 
 impl Code {
+    /// All codes, in the order of the stages.
+    pub const ALL: [Self; 39] = [
+        Self::Draining,
+        Self::Overloaded,
+        Self::HeadInvalid,
+        Self::HostUnknown,
+        Self::BrowserRefused,
+        Self::CallerDenied,
+        Self::HeaderMissing,
+        Self::Frozen,
+        Self::RouteUnknown,
+        Self::MethodNotAllowed,
+        Self::TargetInvalid,
+        Self::RouteDenied,
+        Self::OperatorDenied,
+        Self::RateLimited,
+        Self::BodyTooLarge,
+        Self::MediaTypeUnsupported,
+        Self::ExpectationFailed,
+        Self::BodyTimeout,
+        Self::BodyIncomplete,
+        Self::Trailers,
+        Self::BodyNotJson,
+        Self::ContractViolation,
+        Self::IdempotencyKeyInvalid,
+        Self::IdempotencyMismatch,
+        Self::RequestInProgress,
+        Self::OutcomeUnknown,
+        Self::DuplicateSuspected,
+        Self::IdempotencyUnavailable,
+        Self::TokenUnavailable,
+        Self::CredentialRefused,
+        Self::QuotaExhausted,
+        Self::UpstreamSuspended,
+        Self::UpstreamUnreachable,
+        Self::AuditUnavailable,
+        Self::UpstreamTimeout,
+        Self::UpstreamBroken,
+        Self::CredentialRejected,
+        Self::CallerLeft,
+        Self::Internal,
+    ];
+
     /// The word used in problems, `x-gateway-error`, audit records and metric labels.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -184,6 +229,7 @@ impl Code {
             Self::ExpectationFailed => "expectation_failed",
             Self::BodyTimeout => "body_timeout",
             Self::BodyIncomplete => "body_incomplete",
+            Self::Trailers => "trailers",
             Self::BodyNotJson => "body_not_json",
             Self::ContractViolation => "contract_violation",
             Self::IdempotencyKeyInvalid => "idempotency_key_invalid",
@@ -212,6 +258,7 @@ impl Code {
             Self::HeadInvalid
             | Self::TargetInvalid
             | Self::BodyIncomplete
+            | Self::Trailers
             | Self::BodyNotJson
             | Self::IdempotencyKeyInvalid => StatusCode::BAD_REQUEST,
             Self::RequestInProgress | Self::OutcomeUnknown | Self::DuplicateSuspected => StatusCode::CONFLICT,
@@ -246,10 +293,56 @@ impl Code {
         }
     }
 
+    /// What a client may do after this code, given what became of the call. `is_keyed`: the call has an
+    /// `Idempotency-Key`.
+    pub const fn retry(self, outcome: Outcome, is_keyed: bool) -> Retry {
+        match self {
+            Self::Draining
+            | Self::Overloaded
+            | Self::RateLimited
+            | Self::BodyTimeout
+            | Self::BodyIncomplete
+            | Self::IdempotencyUnavailable
+            | Self::TokenUnavailable
+            | Self::QuotaExhausted
+            | Self::UpstreamSuspended
+            | Self::UpstreamUnreachable
+            | Self::AuditUnavailable
+            | Self::CallerLeft => Retry::unchanged(is_keyed),
+            Self::BrowserRefused
+            | Self::CallerDenied
+            | Self::Frozen
+            | Self::RouteDenied
+            | Self::OperatorDenied
+            | Self::CredentialRefused
+            | Self::CredentialRejected => Retry::Later,
+            Self::HeadInvalid
+            | Self::HostUnknown
+            | Self::HeaderMissing
+            | Self::RouteUnknown
+            | Self::MethodNotAllowed
+            | Self::TargetInvalid
+            | Self::BodyTooLarge
+            | Self::MediaTypeUnsupported
+            | Self::ExpectationFailed
+            | Self::Trailers
+            | Self::BodyNotJson
+            | Self::ContractViolation
+            | Self::IdempotencyKeyInvalid
+            | Self::IdempotencyMismatch => Retry::AfterCorrection,
+            Self::RequestInProgress => Retry::SameKey,
+            Self::OutcomeUnknown | Self::UpstreamTimeout | Self::UpstreamBroken => Retry::CheckFirst,
+            Self::DuplicateSuspected if matches!(outcome, Outcome::Succeeded) => Retry::NotNeeded,
+            Self::DuplicateSuspected => Retry::CheckFirst,
+            Self::Internal if matches!(outcome, Outcome::Unknown) => Retry::CheckFirst,
+            Self::Internal => Retry::unchanged(is_keyed),
+        }
+    }
+
     /// Whether somebody on the way may see another request in these bytes, or another end of it, than the gateway
     /// does: nothing behind it on its connection is believed (RFC 9112 §11.2).
     pub const fn is_ambiguous(self) -> bool {
-        matches!(self, Self::HeadInvalid | Self::BodyIncomplete)
+        matches!(self, Self::HeadInvalid | Self::BodyIncomplete | Self::Trailers)
     }
 }
 
@@ -276,6 +369,7 @@ impl Code {
             Self::ExpectationFailed => "Unknown expectation",
             Self::BodyTimeout => "The body came too slowly",
             Self::BodyIncomplete => "The body is incomplete",
+            Self::Trailers => "Trailers are refused",
             Self::BodyNotJson => "The body is not strict JSON",
             Self::ContractViolation => "The body breaks the contract",
             Self::IdempotencyKeyInvalid => "The idempotency key is not valid",
@@ -283,7 +377,7 @@ impl Code {
             Self::RequestInProgress => "The first call with this key is still at work",
             Self::OutcomeUnknown => "What became of the call is unknown",
             Self::DuplicateSuspected => "An equal call was sent before",
-            Self::IdempotencyUnavailable => "No idempotency key can be taken at the moment",
+            Self::IdempotencyUnavailable => "The call cannot be remembered at the moment",
             Self::TokenUnavailable => "No token at the moment",
             Self::CredentialRefused => "The token endpoint refuses the credential",
             Self::QuotaExhausted => "The shared quota is spent",
@@ -310,10 +404,12 @@ pub struct Error {
     pub detail: String,
     /// All violations of the contract.
     pub violations: Vec<Violation>,
-    /// The call that stands in the way.
-    pub first: Option<RequestId>,
+    /// The earlier call that this one repeats or equals.
+    pub first: Option<FirstCall>,
     /// When to come back.
     pub retry_after: Option<Duration>,
+    /// The answer tells that the first call succeeded; to be settled once it is delivered.
+    pub delivery: Option<Box<Delivery>>,
 }
 
 impl Error {
@@ -327,7 +423,14 @@ impl Error {
             violations: Vec::new(),
             first: None,
             retry_after: busy.then_some(Duration::from_secs(1)),
+            delivery: None,
         }
+    }
+
+    /// What became of the call itself, for metrics and the trail: a duplicate was not sent, whatever became of the
+    /// first call.
+    pub fn own_outcome(&self) -> Outcome {
+        if self.first.is_some() { Outcome::NotSent } else { self.outcome }
     }
 
     /// A fault of the gateway's own. Whether anything was sent is for the record to say: before the intent
@@ -339,7 +442,7 @@ impl Error {
     }
 
     /// The document of RFC 9457.
-    pub fn problem(&self, stage: Stage, request_id: RequestId) -> Bytes {
+    pub fn problem(&self, stage: Stage, request_id: RequestId, retry: Retry) -> Bytes {
         let mut problem = json!({
             "type": format!("urn:ccsqm-gateway:problem:{}", self.code),
             "title": self.code.title(),
@@ -348,10 +451,12 @@ impl Error {
             "code": self.code.as_str(),
             "stage": stage.as_str(),
             "outcome": self.outcome.as_str(),
+            "retry": retry.as_str(),
             "request_id": request_id.to_string(),
         });
         if let Some(first) = self.first {
-            problem["first_request_id"] = first.as_str().into();
+            problem["first_request_id"] = first.request_id().as_str().into();
+            problem["first_outcome"] = first.outcome.as_str().into();
         }
         if !self.violations.is_empty() {
             problem["errors"] = self
@@ -407,7 +512,8 @@ impl From<NotReceived> for Error {
             NotReceived::MediaType | NotReceived::ContentCoding => Code::MediaTypeUnsupported,
             NotReceived::TooLarge(_) => Code::BodyTooLarge,
             NotReceived::Timeout(_) => Code::BodyTimeout,
-            NotReceived::Incomplete | NotReceived::Trailers => Code::BodyIncomplete,
+            NotReceived::Incomplete => Code::BodyIncomplete,
+            NotReceived::Trailers => Code::Trailers,
         };
         Self::not_sent(code, not_received)
     }
@@ -434,17 +540,22 @@ impl From<Fault> for Error {
     }
 }
 
-impl From<Refused> for Error {
-    fn from(refused: Refused) -> Self {
-        let (code, outcome) = match &refused {
-            Refused::Key(_) | Refused::NoKey => (Code::IdempotencyKeyInvalid, Outcome::NotSent),
-            Refused::Mismatch(_) => (Code::IdempotencyMismatch, Outcome::NotSent),
-            Refused::InProgress(_) => (Code::RequestInProgress, Outcome::Unknown),
-            Refused::Unknown(_) => (Code::OutcomeUnknown, Outcome::Unknown),
-            Refused::Twin(_) => (Code::DuplicateSuspected, Outcome::NotSent),
-            Refused::Full | Refused::Rebuilding => (Code::IdempotencyUnavailable, Outcome::NotSent),
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        let Refusal { reason, delivery } = refusal;
+        let code = match &reason {
+            Refused::Key(_) | Refused::NoKey => Code::IdempotencyKeyInvalid,
+            Refused::Mismatch(_) => Code::IdempotencyMismatch,
+            Refused::InProgress(_) => Code::RequestInProgress,
+            Refused::Unknown(_) => Code::OutcomeUnknown,
+            Refused::Duplicate(_) | Refused::Done(_) => Code::DuplicateSuspected,
+            Refused::NoMoreKeys | Refused::NoMoreDoubts | Refused::Rebuilding => Code::IdempotencyUnavailable,
         };
-        let error = Self { outcome, first: refused.first(), ..Self::not_sent(code, refused) };
+        let (first, error) = (reason.first(), Self::not_sent(code, reason));
+        // A mismatch tells of this call; the others tell what became of the first one, which is this one, too.
+        let told = first.filter(|_| code != Code::IdempotencyMismatch);
+        let outcome = told.map_or(Outcome::NotSent, |first| first.outcome);
+        let error = Self { outcome, first, delivery, ..error };
         match code {
             Code::RequestInProgress => Self { retry_after: Some(Duration::from_secs(1)), ..error },
             _ => error,
@@ -507,6 +618,9 @@ impl From<Failure> for Error {
             (Code::CredentialRejected, _) => {
                 "the upstream refuses the gateway's token, and a fresh one did not help: the service may not be \
                  purchased, or the account's status may be bad (vendor's page, status 401)"
+            }
+            (Code::TokenUnavailable, _) => {
+                "the upstream refused the gateway's token, and no other one can be had at the moment; nothing was done"
             }
             (Code::RequestInProgress, _) => {
                 "the upstream has answered, and that cannot be put on record at the moment: ask again with the same \

@@ -19,14 +19,14 @@ use tokio::time::timeout;
 
 use crate::{
     admission::{Bounds, Hosts, Peer},
-    audit::{Audit, Record, RequestId},
+    audit::{Audit, FirstCall, Record, RequestId},
     clock,
     contract::{CheckedBody, body::receive},
     error::{Code, Error, Stage, spent},
     headers::Inbound,
-    idempotency::{Begun, Call, Idempotency, Would},
+    idempotency::{Begun, Call, Delivery, Idempotency, Would},
     metrics::{Limit, Metrics},
-    outcome::Outcome,
+    outcome::{Outcome, Retry},
     route::Routed,
     server::connection::Presence,
     state::State,
@@ -59,7 +59,9 @@ const LINGER_TIME: Duration = Duration::from_secs(1);
 const OUTCOME: HeaderName = HeaderName::from_static("x-gateway-outcome");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-gateway-request-id");
 const ERROR: HeaderName = HeaderName::from_static("x-gateway-error");
+const RETRY: HeaderName = HeaderName::from_static("x-gateway-retry");
 const FIRST: HeaderName = HeaderName::from_static("x-gateway-first-request-id");
+const FIRST_OUTCOME: HeaderName = HeaderName::from_static("x-gateway-first-outcome");
 const CALLER_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+json");
 
@@ -91,17 +93,20 @@ impl Gateway {
                 self.metrics.replied(reply.outcome, took(begin));
                 answer(reply)
             }
-            Err(error) => {
+            Err(mut error) => {
                 let stage = record.stage();
                 if let Some(first) = error.first {
                     record.first(first);
                 }
                 record.refuse(error.code, error.code.status().as_u16());
-                self.metrics.refused(stage, error.outcome, error.code, took(begin));
+                self.metrics.refused(stage, error.own_outcome(), error.code, took(begin));
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
                 let is_read = Box::pin(linger(&inbound, body)).await;
                 let clean = is_read && !from.surplus && !error.code.is_ambiguous();
-                refuse(&error, stage, id, clean)
+                let retry = error.code.retry(error.outcome, inbound.idempotency_key.count > 0);
+                let mut response = refuse(&error, stage, id, retry, clean);
+                response.body_mut().delivery = error.delivery.take().map(|delivery| *delivery);
+                response
             }
         };
         let headers = response.headers_mut();
@@ -148,6 +153,7 @@ impl Gateway {
         let digest = self.audit.keys().digest(checked.bytes());
         let call = Call {
             caller: &caller.name,
+            is_alone: caller.is_alone,
             route: &route.name,
             operator: routed.operator,
             digest: &digest,
@@ -158,8 +164,11 @@ impl Gateway {
         }
         let claim = match self.idempotency.begin(call, head)? {
             Begun::Claim(claim) => claim,
-            Begun::Replay(replay, first) => {
-                return Ok(replayed(replay.into_reply(route.result.field(), first), first, record));
+            Begun::Replay(replay) => {
+                record.first(replay.first());
+                let reply = replay.into_reply(route.result.field());
+                record.replayed(reply.status.as_u16());
+                return Ok(reply);
             }
         };
         let first = claim.first();
@@ -203,11 +212,8 @@ impl Gateway {
             record: record.take(),
             room,
         };
-        let mut reply = self.exchanges.run(exchange).await?;
-        if let Some(first) = first {
-            reply.headers.insert(FIRST, request_id(first));
-        }
-        Ok(reply)
+        let reply = from.presence.beside(self.exchanges.run(exchange)).await?;
+        Ok(Reply { first, ..reply })
     }
 
     /// The rest of the way of a dry run, up to the quota: all that could refuse it is asked, nothing is spent or
@@ -240,7 +246,8 @@ impl Gateway {
         let answer = json!({
             "dry_run": true,
             "would": would,
-            "first_request_id": first.map(|id| id.to_string()),
+            "first_request_id": first.map(|first| first.request_id().to_string()),
+            "first_outcome": first.map(|first| first.outcome.as_str()),
             "caller": call.caller,
             "route": call.route,
             "credential": slot.name(),
@@ -254,7 +261,9 @@ impl Gateway {
         let headers =
             HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
         let body = ReplyBody::Whole(answer.to_string().into());
-        Ok(Reply { status: StatusCode::OK, headers, body, outcome: Outcome::NotSent })
+        let retry = Retry::unchanged(head.idempotency_key.count > 0);
+        let (status, outcome) = (StatusCode::OK, Outcome::NotSent);
+        Ok(Reply { status, headers, body, outcome, retry, first, delivery: None })
     }
 }
 
@@ -283,7 +292,14 @@ pub struct Arrival<'a> {
 
 /// A response's body.
 #[derive(Debug)]
-pub enum Answer {
+pub struct Answer {
+    content: Content,
+    /// A success that the caller learns of, until the connection takes it.
+    pub delivery: Option<Delivery>,
+}
+
+#[derive(Debug)]
+enum Content {
     /// All there is.
     Whole(Option<Bytes>),
     /// Pieces of a long reply; `None` behind the last one.
@@ -298,9 +314,9 @@ impl Body for Answer {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
-        match self.get_mut() {
-            Self::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Self::Long(pieces) => {
+        match &mut self.get_mut().content {
+            Content::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Content::Long(pieces) => {
                 let Some(coming) = pieces else { return Poll::Ready(None) };
                 Poll::Ready(Some(match ready!(coming.poll_recv(cx)) {
                     Some(Piece::More(bytes)) => Ok(Frame::data(bytes)),
@@ -315,48 +331,51 @@ impl Body for Answer {
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Whole(None) | Self::Long(None))
+        matches!(self.content, Content::Whole(None) | Content::Long(None))
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Self::Long(_) => SizeHint::default(),
+        match &self.content {
+            Content::Whole(bytes) => {
+                SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
+            }
+            Content::Long(_) => SizeHint::default(),
         }
     }
 }
 
-/// An answer that was given before.
-fn replayed(mut reply: Reply, first: RequestId, record: &mut Record) -> Reply {
-    record.first(first);
-    record.replayed(reply.status.as_u16());
-    reply.headers.insert(FIRST, request_id(first));
-    reply
-}
-
 /// Passes the upstream's reply on.
 fn answer(reply: Reply) -> Response<Answer> {
-    let mut response = Response::new(match reply.body {
-        ReplyBody::Whole(bytes) => Answer::Whole(Some(bytes)),
-        ReplyBody::Long(pieces) => Answer::Long(Some(pieces)),
-    });
+    let content = match reply.body {
+        ReplyBody::Whole(bytes) => Content::Whole(Some(bytes)),
+        ReplyBody::Long(pieces) => Content::Long(Some(pieces)),
+    };
+    let mut response = Response::new(Answer { content, delivery: reply.delivery });
     *response.status_mut() = reply.status;
     *response.headers_mut() = reply.headers;
-    response.headers_mut().insert(OUTCOME, HeaderValue::from_static(reply.outcome.as_str()));
+    say(response.headers_mut(), reply.outcome, reply.retry, reply.first);
     response
 }
 
+/// Tells what became of the call and of the first one, and what the caller may do.
+fn say(headers: &mut HeaderMap, outcome: Outcome, retry: Retry, first: Option<FirstCall>) {
+    headers.insert(OUTCOME, HeaderValue::from_static(outcome.as_str()));
+    headers.insert(RETRY, HeaderValue::from_static(retry.as_str()));
+    if let Some(first) = first {
+        headers.insert(FIRST, request_id(first.request_id()));
+        headers.insert(FIRST_OUTCOME, HeaderValue::from_static(first.outcome.as_str()));
+    }
+}
+
 /// Tells the caller of a failure.
-fn refuse(error: &Error, stage: Stage, id: RequestId, keep_alive: bool) -> Response<Answer> {
-    let mut response = Response::new(Answer::Whole(Some(error.problem(stage, id))));
+fn refuse(error: &Error, stage: Stage, id: RequestId, retry: Retry, keep_alive: bool) -> Response<Answer> {
+    let content = Content::Whole(Some(error.problem(stage, id, retry)));
+    let mut response = Response::new(Answer { content, delivery: None });
     *response.status_mut() = error.code.status();
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, PROBLEM);
-    headers.insert(OUTCOME, HeaderValue::from_static(error.outcome.as_str()));
+    say(headers, error.outcome, retry, error.first);
     headers.insert(ERROR, HeaderValue::from_static(error.code.as_str()));
-    if let Some(first) = error.first {
-        headers.insert(FIRST, request_id(first));
-    }
     // Clients obey it, and a call whose outcome is unknown must not be repeated; but with the key of one at work it may.
     let may_repeat = error.outcome != Outcome::Unknown || error.code == Code::RequestInProgress;
     if let Some(wait) = error.retry_after.filter(|_| may_repeat) {

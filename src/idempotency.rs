@@ -1,18 +1,19 @@
-//! Stage 5: the same call twice is one task.
+//! Stage 5: deduplication. The same call twice is one task.
 //!
 //! With an `Idempotency-Key` a caller may repeat a call as often as it likes: [`claims`] remembers each key for the
-//! window, so that the task is sent once and its answer is given again. Without one, [`twins`] looks for an equal
-//! call that may still be at work. Decides from key and body alone, before a token is spent. Guarantees that a claim
-//! within the window is never forgotten: a full table refuses new keys, and a start reads the audit trail before
-//! it takes any ([`rebuild`]). What a caller was told of a key is in the trail first: see [`Pending`]. Two
-//! exceptions: 503 `audit_unavailable` tells of an intent that may still reach a stuck disk, and the head of a reply of
-//! more than 64 KiB leaves before its end is known.
+//! window, so that the task is sent once and its answer is given again. [`duplicates`] looks for equal calls, with and
+//! without keys, that may still be at work, in doubt, or done without their callers having learnt of it. Decides from
+//! key and body alone, before a token is spent. Guarantees that a claim within the window is never forgotten: a full
+//! table refuses new keys, and a start reads the audit trail before it takes any ([`rebuild`]). What a caller was
+//! told of a key is in the trail first: see [`Pending`]. Two exceptions: 503 `audit_unavailable` tells of an intent
+//! that may still reach a stuck disk, and the head of a reply of more than 64 KiB leaves before its end is known.
 
 mod claims;
+mod delivery;
+mod duplicates;
 pub(crate) mod key;
 mod rebuild;
 mod recent;
-mod twins;
 
 use std::{
     fmt,
@@ -34,21 +35,22 @@ use uuid::Uuid;
 
 use crate::{
     audit::{
-        Answer, Audit, Queued, Record, RequestId, StoredReply,
-        chain::{Hash, Keys, Mark, parse_hex},
-        recovery::Doubt,
+        Answer, Audit, FirstCall, Names, Queued, Record, RequestId, StoredReply,
+        chain::{Hash, Keys, Mark, parse_hex, push_hex},
+        recovery::Doubt as OpenIntent,
     },
     clock,
     config::{self, WithoutKey},
     error::Code,
     headers::Inbound,
-    outcome::Outcome,
+    outcome::{Outcome, Retry},
     upstream::{Failure, Reply, ReplyBody},
 };
 use claims::{Claims, Ending, How, Verdict};
+pub use delivery::Delivery;
+use duplicates::{Completion, Doubt, DoubtKind, Duplicate, DuplicateDetector, First, Rejection};
 pub use key::BadKey;
 use key::Given;
-use twins::{Twins, Was};
 
 /// What a stored reply weighs beside its body, in bytes.
 const REPLY_OVERHEAD: usize = 200;
@@ -56,10 +58,11 @@ const REPLY_OVERHEAD: usize = 200;
 /// What is remembered of calls, shared by all workers.
 pub struct Idempotency {
     without_key: WithoutKey,
+    audit: Audit,
     marks: Arc<Keys>,
     hasher: RandomState,
     claims: Mutex<Claims>,
-    twins: Mutex<Twins>,
+    duplicates: Mutex<DuplicateDetector>,
     /// What may be forgotten: then a replay names the result code only.
     replies: Cache<Uuid, Arc<StoredReply>, RandomState>,
     is_rebuilt: AtomicBool,
@@ -72,6 +75,8 @@ pub struct Idempotency {
 pub struct Call<'a> {
     /// Who calls.
     pub caller: &'a str,
+    /// There is no other caller, so that this one may hold all that can be remembered.
+    pub is_alone: bool,
     /// Which route.
     pub route: &'a str,
     /// Who acts.
@@ -87,25 +92,35 @@ pub struct Call<'a> {
 pub enum Begun {
     /// A new one; to be sent.
     Claim(Claim),
-    /// The repetition of one that is over: the stored answer, and the first call's id.
-    Replay(Replay, RequestId),
+    /// The repetition of one that is over.
+    Replay(Replay),
 }
 
 /// What would become of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Would {
     /// It would be sent; an equal one was before, perhaps.
-    BeSent(Option<RequestId>),
+    BeSent(Option<FirstCall>),
     /// It would get the answer of the first one.
-    BeReplayed(RequestId),
+    BeReplayed(FirstCall),
 }
 
 /// A stored answer, or what is left of it.
 #[derive(Debug)]
 pub struct Replay {
-    status: u16,
+    first: FirstCall,
+    ending: Ending,
     stored: Option<Arc<StoredReply>>,
-    result_code: Option<Box<[u8]>>,
+    delivery: Delivery,
+}
+
+/// Why a call goes no further, and whose success the answer tells of.
+#[derive(Debug)]
+pub struct Refusal {
+    /// Why.
+    pub reason: Refused,
+    /// To be settled once the answer is delivered, where it tells that the first call succeeded.
+    pub delivery: Option<Box<Delivery>>,
 }
 
 /// Why a call goes no further.
@@ -118,7 +133,9 @@ pub enum Refused {
     #[error("an Idempotency-Key is needed here: 1 to 255 visible characters, another one for each task")]
     NoKey,
     /// The first call with this key is not over.
-    #[error("the first call with this Idempotency-Key is still at work; call again in a second")]
+    #[error(
+        "the first call with this Idempotency-Key is still at work; call again with the same key in a second"
+    )]
     InProgress(RequestId),
     /// Nobody knows what became of the first call with this key.
     #[error(
@@ -128,28 +145,48 @@ pub enum Refused {
     Unknown(RequestId),
     /// The key stands for another call.
     #[error("this Idempotency-Key was used for another body or operator; take a new key for a new task")]
-    Mismatch(RequestId),
-    /// An equal call without a key may still be at work.
+    Mismatch(FirstCall),
+    /// An equal call is at work or of unknown outcome.
     #[error(
-        "an equal call was sent a moment ago, and is still at work or may have reached the upstream: look whether the \
-         task is assigned; if it is meant twice, give each call an Idempotency-Key"
+        "an equal call is still at work or may have reached the upstream: look whether the task is assigned; if it is \
+         not, or if it is meant twice, repeat the call with `Idempotency-Force: {0}`"
     )]
-    Twin(RequestId),
+    Duplicate(RequestId),
+    /// An equal call succeeded.
+    #[error(
+        "an equal call succeeded, so the task is assigned; if it is meant twice, repeat the call with \
+         `Idempotency-Force: {0}`"
+    )]
+    Done(RequestId),
     /// No more keys within the window.
-    #[error("no more Idempotency-Keys can be remembered at the moment; calls without a key still go through")]
-    Full,
+    #[error("no more Idempotency-Keys can be remembered at the moment; keep the key and call again later")]
+    NoMoreKeys,
+    /// No more calls of unknown outcome can be remembered.
+    #[error(
+        "too many calls are of unknown outcome, so that a further one could be lost; the operators must resolve them"
+    )]
+    NoMoreDoubts,
     /// The trail is still read.
-    #[error("the keys of earlier calls are still being read; calls without a key go through already")]
+    #[error("the keys of earlier calls are still being read; keep the key and call again in a moment")]
     Rebuilding,
 }
 
 impl Refused {
-    /// The call that stands in the way.
-    pub fn first(&self) -> Option<RequestId> {
+    /// The call that stands in the way, and what became of it.
+    pub fn first(&self) -> Option<FirstCall> {
+        let first = |id: &RequestId, outcome| Some(FirstCall { id: id.uuid(), outcome });
         match self {
-            Self::InProgress(id) | Self::Unknown(id) | Self::Mismatch(id) | Self::Twin(id) => Some(*id),
-            Self::Key(_) | Self::NoKey | Self::Full | Self::Rebuilding => None,
+            Self::InProgress(id) | Self::Unknown(id) | Self::Duplicate(id) => first(id, Outcome::Unknown),
+            Self::Done(id) => first(id, Outcome::Succeeded),
+            Self::Mismatch(call) => Some(*call),
+            Self::Key(_) | Self::NoKey | Self::NoMoreKeys | Self::NoMoreDoubts | Self::Rebuilding => None,
         }
+    }
+}
+
+impl<R: Into<Refused>> From<R> for Refusal {
+    fn from(reason: R) -> Self {
+        Self { reason: reason.into(), delivery: None }
     }
 }
 
@@ -158,37 +195,36 @@ impl Refused {
 pub struct Claim {
     table: Arc<Idempotency>,
     id: Uuid,
-    kind: Kind,
-    is_sent: bool,
-}
-
-enum Kind {
-    Keyed(Box<Keyed>),
-    Unkeyed {
-        twin: Mark,
-        /// An equal one that was sent before.
-        first: Option<Uuid>,
-    },
-    /// Nothing is remembered, or it is over.
-    Free,
-}
-
-struct Keyed {
-    key: Mark,
+    /// Equal for equal bodies, operators and routes.
     print: Mark,
+    /// Under which equal calls are looked for; `None`: they are not.
+    mark: Option<Mark>,
+    key: Option<Mark>,
+    /// An equal one that came first; this one is sent all the same.
+    first: Option<First>,
     /// The call of unknown outcome that this one repeats.
     forced: Option<Uuid>,
+    step: Step,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Claimed,
+    Sent,
+    Ended,
 }
 
 impl Idempotency {
     /// Remembers only what the start found in doubt; keyed calls are refused until [`Idempotency::rebuild`] is over.
     pub fn new(settings: &config::Idempotency, audit: &Audit) -> Self {
+        let (window, success_window) = (seconds(settings.window), seconds(settings.fingerprint_window));
         let table = Self {
             without_key: settings.without_key,
+            audit: audit.clone(),
             marks: audit.keys().clone(),
             hasher: RandomState::default(),
-            claims: Mutex::new(Claims::new(settings.max_keys, seconds(settings.window))),
-            twins: Mutex::new(Twins::new(settings.without_key, seconds(settings.fingerprint_window))),
+            claims: Mutex::new(Claims::new(settings.max_keys, window)),
+            duplicates: Mutex::new(DuplicateDetector::new(settings.without_key, window, success_window)),
             replies: Cache::builder()
                 .eviction_policy(EvictionPolicy::lru())
                 .weigher(|_: &Uuid, reply: &Arc<StoredReply>| weigh(reply))
@@ -198,35 +234,35 @@ impl Idempotency {
             is_rebuilt: AtomicBool::new(false),
             read: [AtomicU64::new(0), AtomicU64::new(0)],
         };
-        for doubt in audit.left_in_doubt() {
-            if let (Some(twin), Ok(id)) = (table.twin_of(doubt), doubt.id.parse()) {
-                table.twins().end(twin, id, Was::Unknown, now());
-            }
+        for open in audit.left_in_doubt() {
+            table.restore(open, DoubtKind::Unknown, now());
         }
         table
     }
 
     /// Says what [`Idempotency::begin`] would decide, and remembers nothing.
-    pub fn look(&self, call: Call<'_>, head: &Inbound<'_>) -> Result<Would, Refused> {
-        let Some(Given { key, force }) = key::read(head)? else {
-            let twin = self.twin_for(call)?;
-            let first = twin.map(|twin| self.twins().look(twin, now())).transpose();
-            return first
-                .map(|first| Would::BeSent(first.flatten().map(RequestId::from)))
-                .map_err(twin_refused);
-        };
-        let (key, print) = self.marks_of(call, key)?;
-        Ok(match passed(self.claims().look(key, print, force, now()))? {
-            Passed::Begin { .. } => Would::BeSent(None),
-            Passed::Replay(first, _) => Would::BeReplayed(first.into()),
-        })
+    pub fn look(&self, call: Call<'_>, head: &Inbound<'_>) -> Result<Would, Refusal> {
+        let Given { key, force } = key::read(head)?;
+        let print = self.print(call);
+        if let Some(key) = key {
+            let key = self.key_mark(call, key)?;
+            let verdict = self.claims().look(key, print, force, now());
+            if let Passed::Replay(id, ending) = passed(verdict)? {
+                return Ok(Would::BeReplayed(FirstCall { id, outcome: ending.outcome() }));
+            }
+        }
+        let Some(mark) = self.mark(call, print, key.is_some())? else { return Ok(Would::BeSent(None)) };
+        let duplicate = self.duplicate(call, key.is_some());
+        let first = self.duplicates().look(mark, duplicate, force, call.is_alone, now());
+        Ok(Would::BeSent(first.map_err(rejected)?.map(FirstCall::from)))
     }
 
     /// Decides whether a call is new.
-    pub fn begin(self: &Arc<Self>, call: Call<'_>, head: &Inbound<'_>) -> Result<Begun, Refused> {
-        match key::read(head)? {
-            Some(Given { key, force }) => self.begin_keyed(call, key, force),
-            None => self.begin_unkeyed(call),
+    pub fn begin(self: &Arc<Self>, call: Call<'_>, head: &Inbound<'_>) -> Result<Begun, Refusal> {
+        let Given { key, force } = key::read(head)?;
+        match key {
+            Some(key) => self.begin_keyed(call, key, force),
+            None => self.claim(call, self.print(call), None, force).map(Begun::Claim),
         }
     }
 
@@ -236,73 +272,130 @@ impl Idempotency {
         call: Call<'_>,
         key: &[u8],
         force: Option<Uuid>,
-    ) -> Result<Begun, Refused> {
-        let (key, print) = self.marks_of(call, key)?;
+    ) -> Result<Begun, Refusal> {
+        let (key, print) = (self.key_mark(call, key)?, self.print(call));
         let id = call.id.uuid();
         let verdict = self.claims().claim(key, print, id, force, now());
-        Ok(match passed(verdict)? {
+        match passed(verdict)? {
             Passed::Begin { doubt } => {
-                let kind = Kind::Keyed(Box::new(Keyed { key, print, forced: doubt }));
-                Begun::Claim(Claim { table: self.clone(), id, kind, is_sent: false })
+                let claimed = self.claim(call, print, Some(key), force);
+                if claimed.is_err() {
+                    self.claims().end(key, id, How::NotDone, now());
+                }
+                let mut claim = claimed?;
+                claim.forced = claim.forced.or(doubt);
+                Ok(Begun::Claim(claim))
             }
-            Passed::Replay(first, Ending { status, result_code }) => {
+            Passed::Replay(first, ending) => {
                 let stored = self.replies.get(&first);
-                Begun::Replay(Replay { status, stored, result_code }, first.into())
+                let mark = self.mark_of(call.caller, print);
+                let delivery = Delivery::of_other_answer(self, mark, first, call);
+                let first = FirstCall { id: first, outcome: ending.outcome() };
+                Ok(Begun::Replay(Replay { first, ending, stored, delivery }))
             }
-        })
+        }
     }
 
-    /// What stands for a key and for its call.
-    fn marks_of(&self, call: Call<'_>, key: &[u8]) -> Result<(Mark, Mark), Refused> {
+    /// Looks for equal calls, and remembers this one.
+    fn claim(
+        self: &Arc<Self>,
+        call: Call<'_>,
+        print: Mark,
+        key: Option<Mark>,
+        force: Option<Uuid>,
+    ) -> Result<Claim, Refusal> {
+        let mark = self.mark(call, print, key.is_some())?;
+        let (mut first, mut forced) = (None, None);
+        if let Some(mark) = mark {
+            let duplicate = self.duplicate(call, key.is_some());
+            let begun = self.duplicates().begin(mark, duplicate, force, call.is_alone, now());
+            (first, forced) = begun.map_err(|rejection| self.refuse(rejection, mark, call))?;
+        }
+        let (table, id) = (self.clone(), call.id.uuid());
+        Ok(Claim { table, id, print, mark, key, first, forced, step: Step::Claimed })
+    }
+
+    /// A refusal that tells of an undelivered success ends that doubt, once it is delivered.
+    fn refuse(self: &Arc<Self>, rejection: Rejection, mark: Mark, call: Call<'_>) -> Refusal {
+        let delivery = match rejection {
+            Rejection::Duplicate(First::Succeeded(id)) => {
+                Some(Box::new(Delivery::of_other_answer(self, mark, id, call)))
+            }
+            Rejection::Duplicate(First::Open(_)) | Rejection::Full => None,
+        };
+        Refusal { reason: rejected(rejection), delivery }
+    }
+
+    fn key_mark(&self, call: Call<'_>, key: &[u8]) -> Result<Mark, Refused> {
         if !self.is_rebuilt.load(Ordering::Acquire) {
             return Err(Refused::Rebuilding);
         }
-        let Call { caller, route, operator, digest, .. } = call;
-        let key = self.marks.mark(&[b"key", caller.as_bytes(), route.as_bytes(), key]);
-        let print = self.marks.mark(&[b"print", digest, operator.as_bytes(), route.as_bytes()]);
-        Ok((key, print))
+        Ok(self.marks.mark(&[b"key", call.caller.as_bytes(), call.route.as_bytes(), key]))
     }
 
-    fn begin_unkeyed(self: &Arc<Self>, call: Call<'_>) -> Result<Begun, Refused> {
-        let id = call.id.uuid();
-        let kind = match self.twin_for(call)? {
-            None => Kind::Free,
-            Some(twin) => {
-                let begun = self.twins().begin(twin, id, now());
-                Kind::Unkeyed { twin, first: begun.map_err(twin_refused)? }
-            }
-        };
-        Ok(Begun::Claim(Claim { table: self.clone(), id, kind, is_sent: false }))
+    /// Equal for equal bodies, operators and routes. Written to the trail.
+    fn print(&self, call: Call<'_>) -> Mark {
+        self.marks.mark(&[b"print", call.digest, call.operator.as_bytes(), call.route.as_bytes()])
     }
 
-    /// What stands for a call without a key, where equal ones are looked for.
-    fn twin_for(&self, call: Call<'_>) -> Result<Option<Mark>, Refused> {
+    /// Under which equal calls are looked for; `None`: they are not.
+    fn mark(&self, call: Call<'_>, print: Mark, is_keyed: bool) -> Result<Option<Mark>, Refused> {
         match self.without_key {
-            WithoutKey::RequireKey => Err(Refused::NoKey),
-            WithoutKey::Off => Ok(None),
+            WithoutKey::RequireKey if !is_keyed => Err(Refused::NoKey),
+            WithoutKey::RequireKey | WithoutKey::Off => Ok(None),
             WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {
-                let Call { caller, route, operator, digest, .. } = call;
-                Ok(Some(self.fingerprint(caller, route, operator.as_bytes(), digest)))
+                Ok(Some(self.mark_of(call.caller, print)))
             }
         }
     }
 
-    /// The fingerprint of an intent.
-    fn twin_of(&self, doubt: &Doubt) -> Option<Mark> {
-        let digest = parse_hex(doubt.digest.as_ref()?)?;
-        let operator = doubt.operator.as_ref()?.as_bytes();
-        Some(self.fingerprint(doubt.caller.as_ref()?, doubt.route.as_ref()?, operator, &digest))
+    /// The print of a call, and whose call it is. Stands nowhere but in memory.
+    fn mark_of(&self, caller: &str, mut print: Mark) -> Mark {
+        let caller = self.hasher.hash_one(caller).to_ne_bytes();
+        for (byte, caller) in print.iter_mut().zip(caller.into_iter().cycle()) {
+            *byte ^= caller;
+        }
+        print
     }
 
-    /// Tells equal calls from others. Stands nowhere but in memory: half of the digest, which is keyed already, and with
-    /// it whose call it is, of which there are as many as are configured.
-    fn fingerprint(&self, caller: &str, route: &str, operator: &[u8], digest: &Hash) -> Mark {
-        let whose = self.hasher.hash_one((caller, route, operator)).to_ne_bytes();
-        let mut mark = [0; 16];
-        for (at, byte) in mark.iter_mut().enumerate() {
-            *byte = digest[at] ^ whose[at % whose.len()];
+    fn duplicate(&self, call: Call<'_>, is_keyed: bool) -> Duplicate {
+        self.duplicate_of(call.caller, call.id.uuid(), is_keyed)
+    }
+
+    fn duplicate_of(&self, caller: &str, id: Uuid, is_keyed: bool) -> Duplicate {
+        #[expect(clippy::cast_possible_truncation, reason = "half of a hash")]
+        let caller = self.hasher.hash_one(caller) as u32;
+        Duplicate { id, is_keyed, caller }
+    }
+
+    /// Remembers a doubt that the trail tells of.
+    fn restore(&self, open: &OpenIntent, kind: DoubtKind, since: u32) {
+        if let Some((mark, call)) = self.identify(open) {
+            self.duplicates().doubt(mark, call, Doubt { kind, since });
         }
-        mark
+    }
+
+    /// Remembers a success that the trail tells of.
+    fn restore_success(&self, open: &OpenIntent, since: u32) {
+        if let Some((mark, call)) = self.identify(open) {
+            self.duplicates().succeed(mark, call, since);
+        }
+    }
+
+    fn identify(&self, open: &OpenIntent) -> Option<(Mark, Duplicate)> {
+        let caller = open.caller.as_ref()?;
+        let mark = self.mark_of(caller, self.print_of(open)?);
+        Some((mark, self.duplicate_of(caller, open.id.parse().ok()?, open.key.is_some())))
+    }
+
+    /// The print of an intent. Intents without a key had none in earlier versions.
+    fn print_of(&self, open: &OpenIntent) -> Option<Mark> {
+        if let Some(print) = &open.print {
+            return parse_hex(print);
+        }
+        let digest: Hash = parse_hex(open.digest.as_ref()?)?;
+        let (operator, route) = (open.operator.as_ref()?, open.route.as_ref()?);
+        Some(self.marks.mark(&[b"print", &digest, operator.as_bytes(), route.as_bytes()]))
     }
 
     /// For `/status`.
@@ -330,8 +423,8 @@ impl Idempotency {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn twins(&self) -> MutexGuard<'_, Twins> {
-        self.twins.lock().unwrap_or_else(PoisonError::into_inner)
+    fn duplicates(&self) -> MutexGuard<'_, DuplicateDetector> {
+        self.duplicates.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -347,13 +440,35 @@ fn passed(verdict: Verdict) -> Result<Passed, Refused> {
         Verdict::Replay(first, ending) => Ok(Passed::Replay(first, ending)),
         Verdict::InFlight(first) => Err(Refused::InProgress(first.into())),
         Verdict::Unknown(first) => Err(Refused::Unknown(first.into())),
-        Verdict::Mismatch(first) => Err(Refused::Mismatch(first.into())),
-        Verdict::Full => Err(Refused::Full),
+        Verdict::Mismatch(first, ending) => {
+            let outcome = ending.map_or(Outcome::Unknown, |ending| ending.outcome());
+            Err(Refused::Mismatch(FirstCall { id: first, outcome }))
+        }
+        Verdict::Full => Err(Refused::NoMoreKeys),
     }
 }
 
-fn twin_refused(first: Uuid) -> Refused {
-    Refused::Twin(first.into())
+fn rejected(rejection: Rejection) -> Refused {
+    match rejection {
+        Rejection::Duplicate(First::Open(id)) => Refused::Duplicate(id.into()),
+        Rejection::Duplicate(First::Succeeded(id)) => Refused::Done(id.into()),
+        Rejection::Full => Refused::NoMoreDoubts,
+    }
+}
+
+impl From<First> for FirstCall {
+    fn from(first: First) -> Self {
+        match first {
+            First::Open(id) => Self { id, outcome: Outcome::Unknown },
+            First::Succeeded(id) => Self { id, outcome: Outcome::Succeeded },
+        }
+    }
+}
+
+impl Ending {
+    fn outcome(&self) -> Outcome {
+        if self.is_success { Outcome::Succeeded } else { Outcome::Failed }
+    }
 }
 
 impl fmt::Debug for Idempotency {
@@ -369,125 +484,165 @@ impl fmt::Debug for Claim {
 }
 
 impl Claim {
-    /// An equal call that was sent before this one: it goes out, and is flagged.
-    pub fn first(&self) -> Option<RequestId> {
-        match self.kind {
-            Kind::Unkeyed { first, .. } => first.map(RequestId::from),
-            Kind::Keyed(_) | Kind::Free => None,
-        }
+    /// An equal call that came before this one: it goes out, and is flagged.
+    pub fn first(&self) -> Option<FirstCall> {
+        self.first.map(FirstCall::from)
     }
 
     /// What the intent says of it, as JSON members with a comma in front of each.
     pub fn audit_members(&self, line: &mut Vec<u8>) {
-        if let Kind::Keyed(keyed) = &self.kind {
-            for (name, mark) in [("key", keyed.key), ("print", keyed.print)] {
-                line.extend_from_slice(
-                    format!(",\"{name}\":\"{:032x}\"", u128::from_be_bytes(mark)).as_bytes(),
-                );
-            }
-            if let Some(id) = keyed.forced {
-                line.extend_from_slice(format!(",\"forced\":\"{id}\"").as_bytes());
-            }
+        let mut member = |name: &[u8], mark: &Mark| {
+            line.extend_from_slice(name);
+            push_hex(mark, line);
+            line.push(b'"');
+        };
+        if let Some(key) = &self.key {
+            member(b",\"key\":\"", key);
+        }
+        member(b",\"print\":\"", &self.print);
+        if let Some(id) = self.forced {
+            line.extend_from_slice(format!(",\"forced\":\"{id}\"").as_bytes());
         }
     }
 
     /// From now on it may be on its way.
     #[must_use]
     pub fn sent(mut self) -> Self {
-        self.is_sent = true;
+        self.step = Step::Sent;
         self
     }
 
     /// Whether its answer is kept.
     pub fn is_keyed(&self) -> bool {
-        matches!(self.kind, Kind::Keyed(_))
+        self.key.is_some()
     }
 
-    /// Puts the outcome on record. A call with a key is over only when that is safe.
-    pub fn finish(mut self, record: Record, answer: &Answer) -> Option<Box<Pending>> {
-        let queued = record.finish(answer);
-        if !self.is_keyed() {
-            self.end(answer.outcome, None);
-            return None;
+    /// Puts the outcome on record. A call with a key is over only when that is committed; a success only when it is
+    /// delivered.
+    pub fn finish(mut self, record: Record, answer: &Answer) -> Finished {
+        let Some((queued, names)) = record.finish(answer) else { return Finished::default() };
+        if self.is_keyed() {
+            let pending = Pending { queued, names, answer: answer.clone(), claim: self };
+            return Finished { delivery: None, pending: Some(Box::new(pending)) };
         }
-        Some(Box::new(Pending { queued: queued?, answer: answer.clone(), claim: self }))
+        Finished { delivery: self.end(answer.outcome, None, names), pending: None }
     }
 
-    fn end(&mut self, outcome: Outcome, ending: Option<Ending>) {
-        match std::mem::replace(&mut self.kind, Kind::Free) {
-            Kind::Keyed(keyed) => {
-                let how = match outcome {
-                    Outcome::NotSent | Outcome::Refused => How::NotDone,
-                    Outcome::Succeeded | Outcome::Failed => ending.map_or(How::Unknown, How::Ended),
-                    Outcome::Unknown | Outcome::Replayed => How::Unknown,
-                };
-                self.table.claims().end(keyed.key, self.id, how, now());
-            }
-            Kind::Unkeyed { twin, .. } => {
-                let was = match outcome {
-                    Outcome::NotSent | Outcome::Refused | Outcome::Failed => Was::NotDone,
-                    Outcome::Succeeded => Was::Done,
-                    Outcome::Unknown | Outcome::Replayed => Was::Unknown,
-                };
-                self.table.twins().end(twin, self.id, was, now());
-            }
-            Kind::Free => {}
+    /// Ends the call in the tables. Returns what a success still waits for.
+    fn end(&mut self, outcome: Outcome, ending: Option<Ending>, names: Names) -> Option<Delivery> {
+        self.step = Step::Ended;
+        if let Some(key) = self.key {
+            let how = match outcome {
+                Outcome::NotSent | Outcome::Refused => How::NotDone,
+                Outcome::Succeeded | Outcome::Failed => ending.map_or(How::Unknown, How::Ended),
+                Outcome::Unknown | Outcome::Replayed => How::Unknown,
+            };
+            self.table.claims().end(key, self.id, how, now());
         }
+        let mark = self.mark?;
+        let completion = match outcome {
+            Outcome::Succeeded => return Some(self.delivery(mark, names)),
+            Outcome::NotSent | Outcome::Refused | Outcome::Failed => Completion::NotDone,
+            Outcome::Unknown | Outcome::Replayed => Completion::Doubt(DoubtKind::Unknown),
+        };
+        self.table.duplicates().end(mark, self.id, completion, now());
+        None
+    }
+}
+
+impl Claim {
+    fn delivery(&self, mark: Mark, names: Names) -> Delivery {
+        let caller = names.caller.as_deref().unwrap_or_default();
+        let call = self.table.duplicate_of(caller, self.id, self.is_keyed());
+        Delivery::of_own_answer(&self.table, mark, call, names)
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.end(if self.is_sent { Outcome::Unknown } else { Outcome::NotSent }, None);
+        let outcome = match self.step {
+            Step::Claimed => Outcome::NotSent,
+            Step::Sent => Outcome::Unknown,
+            Step::Ended => return,
+        };
+        self.end(outcome, None, Names::default());
     }
 }
 
-/// The end of a call with a key, while its outcome is not safe yet. The caller learns of it afterwards, so that what
-/// it was told is what a restart reads.
+/// What the end of a call still waits for.
+#[derive(Debug, Default)]
+pub struct Finished {
+    /// A success, until its caller has it.
+    pub delivery: Option<Delivery>,
+    /// A call with a key, until its outcome is committed.
+    pub pending: Option<Box<Pending>>,
+}
+
+/// The end of a call with a key, while its outcome is not committed yet. The caller learns of it afterwards, so that
+/// what it was told is what a restart reads.
 #[derive(Debug)]
 pub struct Pending {
     queued: Queued,
+    names: Names,
     answer: Answer,
     claim: Claim,
 }
 
 impl Pending {
-    /// Hands on what the caller is to be told, once it is safe. If that takes too long, the caller is told to ask
-    /// again, and the claim is settled later.
+    /// Hands on what the caller is to be told, once it is committed. If that takes too long, the caller is told to
+    /// ask again, and the claim is settled later.
     pub async fn settle(self, told: Result<Reply, Failure>, deadline: Instant) -> Result<Reply, Failure> {
-        if self.is_safe_by(deadline).await { told } else { Err(Failure::not_on_record()) }
+        match self.committed_by(deadline).await {
+            Ok(delivery) => told.map(|reply| Reply { delivery, ..reply }),
+            Err(NotCommitted) => Err(Failure::not_on_record()),
+        }
     }
 
-    /// Settles the claim once its outcome is safe; whether that was in time.
-    pub async fn is_safe_by(self, deadline: Instant) -> bool {
+    /// Settles the claim once its outcome is committed. Fails if that was not in time.
+    pub async fn committed_by(self, deadline: Instant) -> Result<Option<Delivery>, NotCommitted> {
         while !self.queued.is_safe().await {
             if Instant::now() >= deadline {
                 tokio::spawn(async move {
                     while !self.queued.is_safe().await {}
-                    self.close();
+                    drop(self.close()); // a success is undelivered: its caller was told to ask again
                 });
-                return false;
+                return Err(NotCommitted);
             }
         }
-        self.close();
-        true
+        Ok(self.close())
     }
 
-    fn close(self) {
-        let Self { answer: Answer { outcome, status, result_code, reply, .. }, mut claim, .. } = self;
+    fn close(self) -> Option<Delivery> {
+        let Self { answer: Answer { outcome, status, result_code, reply, .. }, mut claim, names, .. } = self;
         if let Some(reply) = reply {
             claim.table.replies.insert(claim.id, reply);
         }
         let result_code = result_code.map(|code| code[..].into());
-        claim.end(outcome, status.map(|status| Ending { status, result_code }));
+        let is_success = outcome == Outcome::Succeeded;
+        claim.end(outcome, status.map(|status| Ending { is_success, status, result_code }), names)
     }
 }
 
+/// The outcome of a call with a key was not committed in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotCommitted;
+
 impl Replay {
+    /// The call that was answered first.
+    pub fn first(&self) -> FirstCall {
+        self.first
+    }
+
     /// The answer, as the first caller got it.
-    pub fn into_reply(self, result_field: &str, first: RequestId) -> Reply {
-        let stored = self.stored.unwrap_or_else(|| {
-            Arc::new(StoredReply::without_body(self.status, result_field, self.result_code.as_deref(), first))
+    pub fn into_reply(self, result_field: &str) -> Reply {
+        let Self { first, ending: Ending { status, result_code, .. }, stored, delivery } = self;
+        let stored = stored.unwrap_or_else(|| {
+            Arc::new(StoredReply::without_body(
+                status,
+                result_field,
+                result_code.as_deref(),
+                first.request_id(),
+            ))
         });
         let mut headers = HeaderMap::new();
         if let Some(media_type) =
@@ -495,11 +650,15 @@ impl Replay {
         {
             headers.insert(header::CONTENT_TYPE, media_type);
         }
+        let is_success = first.outcome == Outcome::Succeeded;
         Reply {
             status: StatusCode::from_u16(stored.status).unwrap_or_default(),
             headers,
             body: ReplyBody::Whole(stored.body.clone()),
             outcome: Outcome::Replayed,
+            retry: if is_success { Retry::NotNeeded } else { Retry::AfterCorrection },
+            first: Some(first),
+            delivery: is_success.then_some(delivery),
         }
     }
 }

@@ -52,6 +52,58 @@ impl fmt::Display for Outcome {
     }
 }
 
+/// What a client may do about an answer, sent as `x-gateway-retry`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Retry {
+    /// Send the call again unchanged, after `Retry-After` or with back-off.
+    Safe,
+    /// Send the call again with the same `Idempotency-Key`, after `Retry-After` or with back-off; never without it.
+    SameKey,
+    /// Change the body, path or headers first; with a key, take a new one.
+    AfterCorrection,
+    /// Not now, and not by the caller's doing: the operators must act. At most once an hour.
+    Later,
+    /// The task may be done: look at the cloud before anything is sent again.
+    CheckFirst,
+    /// The task is done.
+    NotNeeded,
+}
+
+impl Retry {
+    /// All words, in the order in which the documentation lists them.
+    pub const ALL: [Self; 6] =
+        [Self::Safe, Self::SameKey, Self::AfterCorrection, Self::Later, Self::CheckFirst, Self::NotNeeded];
+
+    /// The word used in headers and problems.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Safe => "safe",
+            Self::SameKey => "same-key",
+            Self::AfterCorrection => "after-correction",
+            Self::Later => "later",
+            Self::CheckFirst => "check-first",
+            Self::NotNeeded => "not-needed",
+        }
+    }
+
+    /// For a call that did not reach the upstream and may be sent again. A key stays, since the first call may
+    /// have taken effect before it was lost.
+    pub const fn unchanged(is_keyed: bool) -> Self {
+        if is_keyed { Self::SameKey } else { Self::Safe }
+    }
+
+    /// For a reply of the upstream that is passed on. Of refusals only 429 goes away by itself.
+    pub const fn of_reply(outcome: Outcome, status: StatusCode, is_keyed: bool) -> Self {
+        match outcome {
+            Outcome::Succeeded | Outcome::Replayed => Self::NotNeeded,
+            Outcome::Failed => Self::AfterCorrection,
+            Outcome::Unknown => Self::CheckFirst,
+            Outcome::Refused if status.as_u16() != 429 => Self::Later,
+            Outcome::Refused | Outcome::NotSent => Self::unchanged(is_keyed),
+        }
+    }
+}
+
 /// How a route's reply says what became of the task.
 #[derive(Debug)]
 pub struct ResultRule {

@@ -32,12 +32,12 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use crate::{
     admission::Room,
-    audit::{Answer, Record, StoredReply},
+    audit::{Answer, FirstCall, Record, StoredReply},
     clock,
     error::Code,
     headers::{Outbound, clean_reply},
-    idempotency::{Claim, Pending},
-    outcome::{Outcome, Reply as Judged, Verdict},
+    idempotency::{Claim, Delivery, Finished, NotCommitted, Pending},
+    outcome::{Outcome, Reply as Judged, Retry, Verdict},
     rate_limit::Quota,
     route::Route,
     token::{Cooldown, NoOther, Slot, Token},
@@ -117,6 +117,12 @@ pub struct Reply {
     pub body: ReplyBody,
     /// What it means.
     pub outcome: Outcome,
+    /// What a client may do about it.
+    pub retry: Retry,
+    /// The earlier call that this one repeats or equals.
+    pub first: Option<FirstCall>,
+    /// A success, until its caller has it.
+    pub delivery: Option<Delivery>,
 }
 
 /// A reply's body.
@@ -166,6 +172,15 @@ struct Progress {
     mark: u64,
     /// The answer that refused the token.
     refused: Option<StatusCode>,
+    /// Another token does not help: a fresh one was refused too, or the same one was handed out again.
+    is_rejected: bool,
+}
+
+impl Progress {
+    /// Why a token that was refused ends the exchange.
+    fn refusal(&self) -> Code {
+        if self.is_rejected { Code::CredentialRejected } else { Code::TokenUnavailable }
+    }
 }
 
 /// Why an attempt brought no answer.
@@ -195,27 +210,30 @@ impl Exchange {
     async fn replay(&mut self, mut first: Arrived, progress: &mut Progress) -> Result<Arrived, Broken> {
         progress.refused = Some(first.status);
         first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
-        let Some(token) = self.another_token().await else { return Ok(first) };
+        let Some(token) = self.another_token(progress).await else { return Ok(first) };
         self.token = token;
         self.terms.quota.overdraw(); // a replay is a request, too
         let second = self.attempt(progress).await?;
-        if self.is_refusal(second.status) {
+        progress.is_rejected = self.is_refusal(second.status);
+        if progress.is_rejected {
             self.cooldown().rejected();
         }
         Ok(second)
     }
 
     /// Another token than the one that was refused. A cool-down causes no fetch.
-    async fn another_token(&self) -> Option<Token> {
+    async fn another_token(&self, progress: &mut Progress) -> Option<Token> {
         let refused = self.token.generation();
         if let Some(token) = self.slot().newer(refused) {
             return Some(token);
         }
         if !self.cooldown().may_fetch(refused) {
+            progress.is_rejected = true;
             return None;
         }
         let other = self.slot().replace(refused).await;
-        if other.as_ref().is_err_and(|none| *none == NoOther::Same) {
+        progress.is_rejected = other.as_ref().is_err_and(|none| *none == NoOther::Same);
+        if progress.is_rejected {
             self.cooldown().rejected();
         }
         other.ok()
@@ -276,29 +294,32 @@ impl Exchange {
     }
 
     /// Classifies an answer, records the outcome and hands the answer on.
-    fn conclude(self, arrived: Arrived, attempts: u32, deadline: Instant) -> Told {
+    fn conclude(self, arrived: Arrived, progress: &Progress, deadline: Instant) -> Told {
         let Arrived { status, mut headers, body, rest } = arrived;
         let judged = Judged { status, headers: &headers, body: &body, truncated: rest.is_some() };
         let Verdict { outcome, result_code } = self.route.result.classify(judged);
         // A proxy in front can answer anything; a result code comes from behind the check of the token.
         let answered_by_business = result_code.is_some();
-        let rejected = status == StatusCode::UNAUTHORIZED || self.is_refusal(status);
+        let rejected = match progress.refused {
+            Some(_) if self.is_refusal(status) => Some(progress.refusal()),
+            _ => (status == StatusCode::UNAUTHORIZED).then_some(Code::CredentialRejected),
+        };
         let mut answer = Answer {
             outcome,
-            code: rejected.then_some(Code::CredentialRejected),
-            status: Some(if rejected { Code::CredentialRejected.status() } else { status }.as_u16()),
+            code: rejected,
+            status: Some(rejected.map_or(status, Code::status).as_u16()),
             upstream_status: Some(status.as_u16()),
             result_code,
-            attempts,
+            attempts: progress.answered,
             token_generation: self.token.generation(),
             note: None,
             reply: None,
         };
-        if rejected {
+        if let Some(code) = rejected {
             let retry_after = Some(self.cooldown().remaining().unwrap_or(DEFAULT_RETRY));
-            let pending = self.claim.finish(self.record, &Answer { outcome: Outcome::Refused, ..answer });
-            let failure = Failure { code: Code::CredentialRejected, outcome: Outcome::Refused, retry_after };
-            return (Err(failure), pending);
+            let finished = self.claim.finish(self.record, &Answer { outcome: Outcome::Refused, ..answer });
+            let failure = Failure { code, outcome: Outcome::Refused, retry_after };
+            return (Err(failure), finished.pending);
         }
         if self.claim.is_keyed() && matches!(outcome, Outcome::Succeeded | Outcome::Failed) {
             answer.reply = StoredReply::new(status, &headers, &body).filter(|_| rest.is_none()).map(Arc::new);
@@ -311,13 +332,14 @@ impl Exchange {
         }
         clean_reply(&mut headers);
         settle_retry_after(outcome, &mut headers);
-        let mut pending = None;
+        let retry = Retry::of_reply(outcome, status, self.claim.is_keyed());
+        let mut finished = Finished::default();
         let body = match rest {
             None => {
                 if !states_length(&headers, &body) {
                     headers.remove(header::CONTENT_LENGTH);
                 }
-                pending = self.claim.finish(self.record, &answer);
+                finished = self.claim.finish(self.record, &answer);
                 self.connection.give_back();
                 ReplyBody::Whole(body)
             }
@@ -329,7 +351,8 @@ impl Exchange {
                 ReplyBody::Long(receiver)
             }
         };
-        (Ok(Reply { status, headers, body, outcome }), pending)
+        let Finished { delivery, pending } = finished;
+        (Ok(Reply { status, headers, body, outcome, retry, first: None, delivery }), pending)
     }
 
     /// Records an exchange that brought no answer.
@@ -337,7 +360,7 @@ impl Exchange {
         let sent = self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
-            (false, Some(_)) => (Code::CredentialRejected, Outcome::Refused),
+            (false, Some(_)) => (progress.refusal(), Outcome::Refused),
             (false, None) => (Code::UpstreamUnreachable, Outcome::NotSent),
         };
         let answer = Answer {
@@ -351,7 +374,7 @@ impl Exchange {
             note: None,
             reply: None,
         };
-        let pending = self.claim.finish(self.record, &answer);
+        let Finished { pending, .. } = self.claim.finish(self.record, &answer);
         let retry_after = (outcome == Outcome::Refused).then_some(DEFAULT_RETRY);
         (Err(Failure { code, outcome, retry_after }), pending)
     }
@@ -439,21 +462,19 @@ impl Tail {
                     self.hand_on(Piece::More(std::mem::replace(&mut held, data)), deadline).await;
                 }
                 Ok(None) => {
-                    let pending = self.close(self.not_taken());
+                    let finished = self.close(self.not_taken());
                     connection.give_back();
-                    if let Some(pending) = pending
-                        && !pending.is_safe_by(deadline).await
-                    {
-                        return; // the caller sees the reply break off, and asks again with its key
+                    // If it fails, the caller sees the reply break off, and asks again with its key.
+                    if let Ok(delivery) = committed(finished, deadline).await {
+                        self.hand_on(Piece::Last(held), deadline).await;
+                        self.settle(delivery);
                     }
-                    return self.hand_on(Piece::Last(held), deadline).await;
+                    return;
                 }
                 Ok(Some(Err(_))) | Err(_) => {
                     let broken = "the reply broke off behind its first 64 KiB";
-                    let pending = self.close(self.not_taken().or(Some(broken)));
-                    if let Some(pending) = pending {
-                        pending.is_safe_by(deadline).await;
-                    }
+                    let finished = self.close(self.not_taken().or(Some(broken)));
+                    self.settle(committed(finished, deadline).await.ok().flatten());
                     return;
                 }
             }
@@ -472,9 +493,24 @@ impl Tail {
         }
     }
 
-    fn close(&mut self, note: Option<&'static str>) -> Option<Box<Pending>> {
-        let (record, answer, claim) = self.open.take()?;
+    fn close(&mut self, note: Option<&'static str>) -> Finished {
+        let Some((record, answer, claim)) = self.open.take() else { return Finished::default() };
         claim.finish(record, &Answer { note, ..answer })
+    }
+
+    /// The head, which a caller that took the rest has, tells of the success.
+    fn settle(&self, delivery: Option<Delivery>) {
+        if let Some(mut delivery) = delivery.filter(|_| self.sender.is_some()) {
+            delivery.hand_over();
+        }
+    }
+}
+
+/// Waits until the outcome is committed, where that matters.
+async fn committed(finished: Finished, deadline: Instant) -> Result<Option<Delivery>, NotCommitted> {
+    match finished.pending {
+        Some(pending) => pending.committed_by(deadline).await,
+        None => Ok(finished.delivery),
     }
 }
 
@@ -499,7 +535,7 @@ impl Exchanges {
         let run = async move {
             let deadline = clock::now() + exchange.route.timeout;
             let mark = exchange.connection.written();
-            let mut progress = Progress { answered: 0, mark, refused: None };
+            let mut progress = Progress { answered: 0, mark, refused: None, is_rejected: false };
             let mut timer = exchange.connection.take_timer();
             let arrived = timer.until(deadline, pin!(exchange.attempts(&mut progress))).await;
             exchange.connection.keep_timer(timer);
@@ -514,7 +550,7 @@ impl Exchanges {
             };
             exchange.terms.breaker.judge(&mut exchange.passage, health);
             let (told, pending) = match arrived {
-                Some(Ok(arrived)) => exchange.conclude(arrived, progress.answered, deadline),
+                Some(Ok(arrived)) => exchange.conclude(arrived, &progress, deadline),
                 Some(Err(Broken::Unreachable)) => exchange.fail(&progress, Code::UpstreamUnreachable),
                 Some(Err(Broken::BrokeOff)) => exchange.fail(&progress, Code::UpstreamBroken),
                 None => exchange.fail(&progress, Code::UpstreamTimeout),

@@ -92,11 +92,13 @@ impl Keys {
 
     /// The mark of some parts, each with its length in front, so that none runs into the next.
     pub fn mark(&self, parts: &[&[u8]]) -> Mark {
-        let lengths: Vec<_> = parts.iter().map(|part| (part.len() as u64).to_be_bytes()).collect();
-        let parts: Vec<&[u8]> =
-            lengths.iter().zip(parts).flat_map(|(length, part)| [&length[..], part]).collect();
+        let mut mac = self.mark.clone();
+        for part in parts {
+            mac.update(&(part.len() as u64).to_be_bytes());
+            mac.update(part);
+        }
         let mut mark = Mark::default();
-        mark.copy_from_slice(&hmac(&self.mark, &parts)[..16]);
+        mark.copy_from_slice(&mac.finalize().into_bytes()[..16]);
         mark
     }
 
@@ -210,6 +212,11 @@ pub(super) fn to_hex(hash: &Hash) -> [u8; 64] {
         pair.copy_from_slice(&HEX[usize::from(*byte)]);
     }
     text
+}
+
+/// Appends a mark in lower-case hex.
+pub fn push_hex(mark: &Mark, text: &mut Vec<u8>) {
+    text.extend(mark.iter().flat_map(|byte| HEX[usize::from(*byte)]));
 }
 
 /// A mark in the place of what it hides.

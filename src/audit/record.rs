@@ -64,6 +64,22 @@ impl From<Uuid> for RequestId {
     }
 }
 
+/// An earlier call that a call repeats or equals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FirstCall {
+    /// Its request id, without the text.
+    pub id: Uuid,
+    /// What became of it: `unknown` while it is at work or in doubt.
+    pub outcome: Outcome,
+}
+
+impl FirstCall {
+    /// Its request id.
+    pub fn request_id(&self) -> RequestId {
+        self.id.into()
+    }
+}
+
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
@@ -77,7 +93,7 @@ impl fmt::Debug for RequestId {
 }
 
 /// The members that records have of their own; a contract's have other names.
-pub const MEMBERS: [&str; 27] = [
+pub const MEMBERS: [&str; 28] = [
     "seq",
     "time",
     "kind",
@@ -87,6 +103,7 @@ pub const MEMBERS: [&str; 27] = [
     "peer",
     "operator",
     "first",
+    "first_outcome",
     "caller_id",
     "traceparent",
     "body_size",
@@ -151,6 +168,15 @@ pub struct Answer {
     pub note: Option<&'static str>,
     /// What is kept of the reply, if the call has a key.
     pub reply: Option<Arc<StoredReply>>,
+}
+
+/// Whose request a record was of.
+#[derive(Clone, Debug, Default)]
+pub struct Names {
+    /// The caller.
+    pub caller: Option<Arc<str>>,
+    /// The route.
+    pub route: Option<Arc<str>>,
 }
 
 /// A record that waits to be written.
@@ -226,8 +252,8 @@ pub(super) struct Facts {
     traceparent: Option<HeaderValue>,
     route: Option<Arc<str>>,
     operator: Option<HeaderValue>,
-    /// An earlier call that this one repeats, or meets.
-    first: Option<RequestId>,
+    /// An earlier call that this one repeats or equals.
+    first: Option<FirstCall>,
     stage: Stage,
     /// In nanoseconds of this process.
     entered: u64,
@@ -307,9 +333,9 @@ impl Record {
         self.set(|facts| facts.operator = id);
     }
 
-    /// The earlier call that this one repeats, or meets.
-    pub fn first(&mut self, id: RequestId) {
-        self.set(|facts| facts.first = Some(id));
+    /// Sets the earlier call that this one repeats or equals.
+    pub fn first(&mut self, first: FirstCall) {
+        self.set(|facts| facts.first = Some(first));
     }
 
     fn set(&mut self, change: impl FnOnce(&mut Facts)) {
@@ -395,12 +421,13 @@ impl Record {
         self.step == Step::Taken
     }
 
-    /// Closes the record with the outcome of its exchange.
-    pub fn finish(mut self, answer: &Answer) -> Option<Queued> {
+    /// Closes the record with the outcome of its exchange. `None` if it was closed before.
+    pub fn finish(mut self, answer: &Answer) -> Option<(Queued, Names)> {
         let mut facts = self.open.take()?;
         facts.enter(self.stage);
         let seq = self.outcome(&facts, answer);
-        Some(Queued { record: self, seq })
+        let names = Names { caller: facts.caller, route: facts.route };
+        Some((Queued { record: self, seq }, names))
     }
 }
 
@@ -456,7 +483,8 @@ impl Facts {
             line.word(",\"operator\":\"", operator);
         }
         if let Some(first) = &self.first {
-            line.word(",\"first\":\"", first.text);
+            line.word(",\"first\":\"", first.request_id().text);
+            line.word(",\"first_outcome\":\"", first.outcome.as_str());
         }
         line.optional(",\"caller_id\":", self.caller_id.as_ref());
         line.optional(",\"traceparent\":", self.traceparent.as_ref());

@@ -80,6 +80,12 @@ pub struct Doubt {
     /// The keyed digest of the body, in hex.
     #[serde(default)]
     pub digest: Option<String>,
+    /// The mark of its `Idempotency-Key`, in hex.
+    #[serde(default)]
+    pub key: Option<String>,
+    /// The mark of body, operator and route, in hex.
+    #[serde(default)]
+    pub print: Option<String>,
 }
 
 /// A line that does not fit.

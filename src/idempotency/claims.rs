@@ -46,6 +46,8 @@ struct Doubt {
 /// What is known of an answer, whatever else was forgotten.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ending {
+    /// It succeeded; else it failed.
+    pub(super) is_success: bool,
     pub(super) status: u16,
     pub(super) result_code: Option<Box<[u8]>>,
 }
@@ -62,11 +64,14 @@ pub(super) enum How {
 /// What a claim comes to; the ids are those of the call that stands in the way.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    Begin { doubt: Option<Uuid> },
+    Begin {
+        doubt: Option<Uuid>,
+    },
     Replay(Uuid, Ending),
     InFlight(Uuid),
     Unknown(Uuid),
-    Mismatch(Uuid),
+    /// Another call has the key; how that one ended, if it did.
+    Mismatch(Uuid, Option<Ending>),
     Full,
 }
 
@@ -111,7 +116,8 @@ impl Claims {
             return if is_full { Verdict::Full } else { Verdict::Begin { doubt: None } };
         };
         match &claim.state {
-            _ if claim.print != print => Verdict::Mismatch(claim.id),
+            State::Ended(ending) if claim.print != print => Verdict::Mismatch(claim.id, Some(ending.clone())),
+            _ if claim.print != print => Verdict::Mismatch(claim.id, None),
             State::InFlight { .. } => Verdict::InFlight(claim.id),
             State::Ended(ending) => Verdict::Replay(claim.id, ending.clone()),
             State::Unknown if force == Some(claim.id) => Verdict::Begin { doubt: force },
@@ -191,7 +197,7 @@ mod tests {
     }
 
     fn ended() -> How {
-        How::Ended(Ending { status: 200, result_code: None })
+        How::Ended(Ending { is_success: true, status: 200, result_code: None })
     }
 
     #[test]
@@ -201,7 +207,7 @@ mod tests {
         let begin = Verdict::Begin { doubt: None };
         assert_eq!(claims.claim(key, print, id(1), None, 0), begin);
         assert_eq!(claims.claim(key, print, id(2), None, 0), Verdict::InFlight(id(1)));
-        assert_eq!(claims.claim(key, [3; 16], id(2), None, 0), Verdict::Mismatch(id(1)));
+        assert_eq!(claims.claim(key, [3; 16], id(2), None, 0), Verdict::Mismatch(id(1), None));
         claims.end(key, id(2), ended(), 0); // not the holder
         assert_eq!(claims.claim(key, print, id(3), None, 0), Verdict::InFlight(id(1)));
         claims.end(key, id(1), How::NotDone, 0);

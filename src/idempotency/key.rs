@@ -1,5 +1,6 @@
 //! The headers `Idempotency-Key` and `Idempotency-Force`.
 
+use http::HeaderValue;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -15,35 +16,27 @@ pub enum BadKey {
     #[error("Idempotency-Key must be 1 to 255 visible characters, bare or in double quotes")]
     Key,
     /// Not the id of a request.
-    #[error("Idempotency-Force must be the request id that the answer `outcome_unknown` named")]
+    #[error("Idempotency-Force must be the request id that the refusal named in x-gateway-first-request-id")]
     Force,
-    /// It is there, and no key is.
-    #[error("Idempotency-Force is for a call with an Idempotency-Key")]
-    ForceAlone,
 }
 
 /// The headers of a call.
 pub(crate) struct Given<'a> {
-    /// Without its quotes.
-    pub(crate) key: &'a [u8],
-    /// The call that is to be repeated.
+    /// `Idempotency-Key`, without its quotes.
+    pub(crate) key: Option<&'a [u8]>,
+    /// `Idempotency-Force`: the call that is to be repeated.
     pub(crate) force: Option<Uuid>,
 }
 
-/// Reads the headers; nothing, if the call has no key.
-pub(crate) fn read<'a>(head: &Inbound<'a>) -> Result<Option<Given<'a>>, BadKey> {
+/// Reads the headers.
+pub(crate) fn read<'a>(head: &Inbound<'a>) -> Result<Given<'a>, BadKey> {
     if head.idempotency_key.count > 1 || head.idempotency_force.count > 1 {
         return Err(BadKey::Twice);
     }
-    let Some(key) = head.idempotency_key.first else {
-        return if head.idempotency_force.count == 0 { Ok(None) } else { Err(BadKey::ForceAlone) };
-    };
-    let key = bare(key.as_bytes()).ok_or(BadKey::Key)?;
-    let force = match head.idempotency_force.first {
-        Some(id) => Some(Uuid::try_parse_ascii(id.as_bytes()).map_err(|_| BadKey::Force)?),
-        None => None,
-    };
-    Ok(Some(Given { key, force }))
+    let key = head.idempotency_key.first.map(|key| bare(key.as_bytes()).ok_or(BadKey::Key)).transpose()?;
+    let parse = |id: &HeaderValue| Uuid::try_parse_ascii(id.as_bytes()).map_err(|_| BadKey::Force);
+    let force = head.idempotency_force.first.map(parse).transpose()?;
+    Ok(Given { key, force })
 }
 
 /// A quoted key and the same one bare are one key. No escapes: a quote or a backslash inside is refused.

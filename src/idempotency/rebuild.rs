@@ -26,14 +26,14 @@ use uuid::Uuid;
 use super::{
     Idempotency,
     claims::{Claims, Ending, How},
-    now, seconds,
-    twins::Was,
-    weigh,
+    duplicates::DoubtKind,
+    now, seconds, weigh,
 };
 use crate::{
     audit::{
         Audit, StoredReply,
         chain::{Lines, Mark, parse_hex, segments},
+        recovery::Doubt as OpenIntent,
     },
     config,
     outcome::Outcome,
@@ -80,8 +80,8 @@ struct Told {
 enum What {
     /// The intent of a call with a key.
     Claim { key: Mark, print: Mark, forced: Option<Uuid> },
-    /// Any other intent; its fingerprint, unless it is too old to matter once it has an outcome.
-    Intent(Option<Mark>),
+    /// Any other intent.
+    Intent(Option<Box<OpenIntent>>),
     Outcome {
         outcome: Option<Outcome>,
         status: Option<u16>,
@@ -91,19 +91,19 @@ enum What {
 }
 
 /// What an intent without its outcome holds.
-#[derive(Clone, Copy)]
 enum Open {
     Key(Mark),
-    Twin(Mark),
+    Body(Box<OpenIntent>),
     Nothing,
 }
 
 /// Reads lines, on a thread of its own, while what they tell is applied.
 struct Parser<'a> {
     table: &'a Idempotency,
-    /// The last record to read, and the time before which no call without a key matters.
+    /// The last record to read.
     last: u64,
-    twins_from: u32,
+    /// The time before which nothing matters.
+    window_from: u32,
     second: Second,
 }
 
@@ -113,9 +113,9 @@ struct Reading<'a> {
     claims: Claims,
     open: HashMap<Uuid, Open, foldhash::fast::RandomState>,
     replies: Replies,
-    /// The time before which nothing matters, for keys and for calls without one.
+    /// The time before which nothing matters, and no success of a call without a key does.
     window_from: u32,
-    twins_from: u32,
+    successes_from: u32,
 }
 
 /// The newest replies, as many as are kept: to put all of them where they are kept, one after the other, takes longer
@@ -152,7 +152,7 @@ impl Idempotency {
         let now = now();
         let window = seconds(settings.window);
         let window_from = now.saturating_sub(window);
-        let twins_from = now.saturating_sub(seconds(settings.fingerprint_window));
+        let successes_from = now.saturating_sub(seconds(settings.fingerprint_window));
         let segments = since(segments(directory)?, window_from.saturating_sub(LONGEST_CALL))?;
         let sizes =
             segments.iter().map(|path| Ok(fs::metadata(path)?.len())).collect::<io::Result<Vec<_>>>()?;
@@ -166,9 +166,9 @@ impl Idempotency {
             open: HashMap::default(),
             replies: Replies { newest: VecDeque::new(), weight: 0, max: settings.reply_memory },
             window_from,
-            twins_from,
+            successes_from,
         };
-        let parser = Parser { table: self, last: audit.begun(), twins_from, second: Second::default() };
+        let parser = Parser { table: self, last: audit.begun(), window_from, second: Second::default() };
         thread::scope(|scope| {
             let (sender, receiver) = mpsc::sync_channel(BATCHES);
             let parsing = thread::Builder::new()
@@ -243,9 +243,8 @@ impl Parser<'_> {
         if let (Some(key), Some(print)) = (line.key.and_then(parse_hex), line.print.and_then(parse_hex)) {
             return What::Claim { key, print, forced: line.forced };
         }
-        let is_new = time.saturating_add(LONGEST_CALL) > self.twins_from;
-        let doubt = if is_new { serde_json::from_slice(bytes).ok() } else { None };
-        What::Intent(doubt.and_then(|doubt| self.table.twin_of(&doubt)))
+        let is_new = time.saturating_add(LONGEST_CALL) > self.window_from;
+        What::Intent(if is_new { serde_json::from_slice(bytes).ok() } else { None })
     }
 }
 
@@ -256,7 +255,7 @@ impl Reading<'_> {
                 self.claims.restore(key, print, id, forced, time);
                 self.open.insert(id, Open::Key(key));
             }
-            What::Intent(twin) => drop(self.open.insert(id, twin.map_or(Open::Nothing, Open::Twin))),
+            What::Intent(open) => drop(self.open.insert(id, open.map_or(Open::Nothing, Open::Body))),
             What::Outcome { outcome, status, result_code, reply } => match self.open.remove(&id) {
                 Some(Open::Key(key)) => {
                     let how = match (outcome, status) {
@@ -265,26 +264,25 @@ impl Reading<'_> {
                             if let Some(reply) = reply.filter(|_| time >= self.window_from) {
                                 self.replies.push(id, reply);
                             }
-                            How::Ended(Ending { status, result_code })
+                            let is_success = outcome == Some(Outcome::Succeeded);
+                            How::Ended(Ending { is_success, status, result_code })
                         }
                         _ => How::Unknown,
                     };
                     self.claims.end(key, id, how, time);
                 }
-                Some(Open::Twin(twin)) => self.end_twin(twin, id, outcome, time),
+                Some(Open::Body(open)) => self.end(&open, outcome, time),
                 Some(Open::Nothing) | None => {}
             },
         }
     }
 
-    fn end_twin(&self, twin: Mark, id: Uuid, outcome: Option<Outcome>, time: u32) {
-        let was = match outcome {
-            Some(Outcome::Unknown) => Was::Unknown,
-            Some(Outcome::Succeeded) => Was::Done,
-            _ => return,
-        };
-        if time >= self.twins_from {
-            self.table.twins().end(twin, id, was, time);
+    /// The end of a call without a key.
+    fn end(&self, open: &OpenIntent, outcome: Option<Outcome>, time: u32) {
+        match outcome {
+            Some(Outcome::Unknown) => self.table.restore(open, DoubtKind::Unknown, time),
+            Some(Outcome::Succeeded) if time >= self.successes_from => self.table.restore_success(open, time),
+            _ => {}
         }
     }
 
@@ -293,7 +291,7 @@ impl Reading<'_> {
         for (id, open) in self.open {
             match open {
                 Open::Key(key) => self.claims.end(key, id, How::Unknown, now()),
-                Open::Twin(twin) => self.table.twins().end(twin, id, Was::Unknown, now()),
+                Open::Body(open) => self.table.restore(&open, DoubtKind::Unknown, now()),
                 Open::Nothing => {}
             }
         }
@@ -412,7 +410,7 @@ mod tests {
         let operator = HeaderValue::from_static(OPERATOR);
         let digest = audit.keys().digest(&number.to_be_bytes());
         let (caller, route) = ("qa-console", "appointQualityTask");
-        let call = Call { caller, route, operator: &operator, digest: &digest, id };
+        let call = Call { caller, is_alone: true, route, operator: &operator, digest: &digest, id };
         (digest, table.begin_keyed(call, number.to_string().as_bytes(), None).unwrap())
     }
 
@@ -437,9 +435,10 @@ mod tests {
             } else {
                 drop(intent);
             }
-            let pending = claim.sent().finish(record.take(), &answer()).unwrap();
+            let pending = claim.sent().finish(record.take(), &answer()).pending.unwrap();
             if number % 1000 == 999 {
-                assert!(pending.is_safe_by(tokio::time::Instant::now() + Duration::from_secs(60)).await);
+                let end = tokio::time::Instant::now() + Duration::from_secs(60);
+                pending.committed_by(end).await.unwrap().unwrap().hand_over();
             }
         }
     }
@@ -462,8 +461,8 @@ mod tests {
         assert_eq!(after.keys() as u64, keys + 1);
         for (number, has_body) in [(0, keys <= KEPT), (keys - 1, true)] {
             let id = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into())).id();
-            let Begun::Replay(replay, _) = begin(&audit, &after, id, number).1 else { panic!() };
-            assert_eq!((replay.status, replay.stored.is_some()), (200, has_body), "{number}");
+            let Begun::Replay(replay) = begin(&audit, &after, id, number).1 else { panic!() };
+            assert_eq!((replay.ending.status, replay.stored.is_some()), (200, has_body), "{number}");
         }
         took
     }

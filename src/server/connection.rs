@@ -1,5 +1,7 @@
 //! One caller's connection: hyper's HTTP/1.1, under deadlines of ours.
 //!
+//! Settles whether a caller got the answer that tells of a success: see [`Delivery`].
+//!
 //! hyper's `header_read_timeout` is also its keep-alive idle time-out, so it is not used: a small state
 //! shared by the socket, the service and the timer tells a head that is slow from a connection that idles.
 
@@ -10,7 +12,7 @@ use std::{
     os::fd::AsFd,
     pin::{Pin, pin},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
@@ -35,6 +37,7 @@ use crate::{
     clock::{self, nanos_of},
     config,
     gateway::{Arrival, Gateway},
+    idempotency::Delivery,
     server::{
         Stop,
         tls::{Certificate, Tls},
@@ -47,6 +50,14 @@ const MAX_HEAD: usize = 64 * 1024;
 /// How long and how much a closing connection is read on, so that the caller receives the last answer.
 const LINGER_TIME: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 256 * 1024;
+
+/// How long a connection that its caller had closed before the answer is watched for a reset, and how often. Whoever has
+/// closed both sides resets it when the answer arrives (RFC 9293 §3.10.7.4); whoever closed its sending side only, reads it.
+const RESET_TIME: Duration = Duration::from_millis(250);
+const RESET_LOOK: Duration = Duration::from_millis(2);
+
+/// A reset within this time of an answer is a reply to it, in nanoseconds.
+const RESET_BEHIND: u64 = 1_000_000_000;
 
 /// Who closes its side of the connection within this time of its request has nothing more to say, in
 /// nanoseconds.
@@ -103,6 +114,8 @@ struct Watch {
     /// The caller may still be sending what nobody reads.
     unread: AtomicBool,
     presence: Presence,
+    /// The success that the last answer told of, until it is known whether the caller got it.
+    delivery: Mutex<Option<Delivery>>,
 }
 
 /// Whether the caller is still there while its request waits.
@@ -123,6 +136,22 @@ pub struct Presence {
 pub struct Left;
 
 impl Presence {
+    /// Runs something to its end whether the caller leaves or not, and notices whether it does.
+    pub async fn beside<F: Future>(&self, work: F) -> F::Output {
+        let mut work = pin!(work);
+        let output = poll_fn(|cx| {
+            let polled = work.as_mut().poll(cx);
+            self.waits.store(polled.is_pending(), Ordering::Relaxed);
+            polled
+        });
+        output.await
+    }
+
+    /// Whether the caller closed its side, or all, of the connection while its request was worked on.
+    fn has_ended(&self) -> bool {
+        self.gone.load(Ordering::Relaxed) || self.half_closed.load(Ordering::Relaxed)
+    }
+
     /// Waits for something, unless the caller leaves meanwhile. What is there at once costs nothing.
     pub async fn during<F: Future>(&self, wait: F) -> Result<F::Output, Left> {
         let mut wait = pin!(wait);
@@ -146,6 +175,7 @@ impl Watch {
             since: AtomicU64::new(0),
             unread: AtomicBool::new(false),
             presence: Presence::default(),
+            delivery: Mutex::new(None),
         };
         watch.enter(Phase::Head); // a new connection has as long for its first head as a begun one
         watch
@@ -154,6 +184,44 @@ impl Watch {
     fn enter(&self, phase: Phase) {
         self.since.store(clock::nanos(), Ordering::Relaxed);
         self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    /// An answer goes to the socket. If the caller has closed its side, whether it gets it is to be seen.
+    fn hand_over(&self, delivery: Option<Delivery>) {
+        let Some(mut delivery) = delivery else { return };
+        if !self.presence.has_ended() {
+            delivery.hand_over();
+        }
+        *self.delivery() = Some(delivery);
+    }
+
+    /// The caller has the last answer, or sends on.
+    fn was_delivered(&self) {
+        if let Some(mut delivery) = self.take_delivery() {
+            delivery.hand_over();
+        }
+    }
+
+    /// The connection was reset. Right behind an answer that means that nobody was there to take it; later it does not.
+    fn was_reset(&self) {
+        if clock::nanos() < self.since.load(Ordering::Relaxed) + RESET_BEHIND {
+            self.was_not_delivered();
+        }
+    }
+
+    /// The caller did not get the last answer.
+    fn was_not_delivered(&self) {
+        if let Some(delivery) = self.take_delivery() {
+            delivery.fail();
+        }
+    }
+
+    fn take_delivery(&self) -> Option<Delivery> {
+        self.delivery().take()
+    }
+
+    fn delivery(&self) -> MutexGuard<'_, Option<Delivery>> {
+        self.delivery.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is(&self, phase: Phase) -> bool {
@@ -258,7 +326,7 @@ pub async fn serve(
         (stream, _) => (stream, None),
     };
     let watch = Arc::new(Watch::new());
-    let socket = Watched { stream, watch: watch.clone(), linger: None };
+    let socket = Watched { stream, watch: watch.clone(), linger: None, reset: None };
     let (gateway, hosts, watch, certificate) = (&*gateway, &*hosts, &*watch, certificate.as_ref());
     let service = service_fn(|request| {
         watch.enter(Phase::Busy);
@@ -266,6 +334,7 @@ pub async fn serve(
             let names = certificate.map(Certificate::names);
             let from = Arrival { peer, names, hosts, presence: &watch.presence, surplus };
             let mut response = gateway.handle(from, request).await;
+            watch.hand_over(response.body_mut().delivery.take());
             if gateway.bounds.is_stopping() {
                 response.headers_mut().insert(http::header::CONNECTION, CLOSE);
             }
@@ -352,6 +421,14 @@ struct Watched {
     stream: Stream,
     watch: Arc<Watch>,
     linger: Option<Linger>,
+    reset: Option<ResetWatch>,
+}
+
+/// Looks for a reset of a connection that its caller had closed before the answer.
+#[derive(Debug)]
+struct ResetWatch {
+    until: Pin<Box<Sleep>>,
+    look: Pin<Box<Sleep>>,
 }
 
 #[derive(Debug)]
@@ -367,8 +444,13 @@ impl AsyncRead for Watched {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        ready!(self.stream.poll_read(cx, buf))?;
+        let read = ready!(self.stream.poll_read(cx, buf));
+        if read.is_err() {
+            self.watch.was_reset();
+        }
+        read?;
         if buf.filled().len() > before && self.watch.is(Phase::Idle) {
+            self.watch.was_delivered();
             self.watch.enter(Phase::Head);
         }
         Poll::Ready(Ok(()))
@@ -404,7 +486,9 @@ impl AsyncWrite for Watched {
 
     /// hyper does not read while a request is worked on, but it flushes whenever it was woken.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.watch.presence.waits.load(Ordering::Relaxed)
+        let presence = &self.watch.presence;
+        if presence.waits.load(Ordering::Relaxed)
+            && !presence.gone.load(Ordering::Relaxed)
             && let Poll::Ready(end) = self.stream.poll_end(cx)
             && self.watch.is_gone(end)
         {
@@ -418,7 +502,10 @@ impl AsyncWrite for Watched {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.linger.is_none() {
-            ready!(self.stream.poll_shutdown(cx))?;
+            if self.reset.is_none() {
+                ready!(self.stream.poll_shutdown(cx)).inspect_err(|_| self.watch.was_reset())?;
+            }
+            ready!(self.poll_reset(cx));
             if !self.watch.unread.load(Ordering::Relaxed) {
                 return Poll::Ready(Ok(()));
             }
@@ -438,10 +525,37 @@ fn peek(socket: impl AsFd) -> io::Result<usize> {
 impl Watched {
     /// A long answer is written piece by piece; a caller that takes the pieces does not idle.
     fn went_on(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if matches!(written, Poll::Ready(Err(_))) {
+            self.watch.was_not_delivered();
+        }
         if written.is_ready() && self.watch.is(Phase::Idle) {
             self.watch.enter(Phase::Idle);
         }
         written
+    }
+
+    /// Settles whether a caller that had closed its side before the answer got it.
+    fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let is_open = self.watch.delivery().is_some() && self.watch.presence.has_ended();
+        if !is_open {
+            return Poll::Ready(());
+        }
+        let reset = self.reset.get_or_insert_with(|| ResetWatch {
+            until: Box::pin(sleep(RESET_TIME)),
+            look: Box::pin(sleep(RESET_LOOK)),
+        });
+        loop {
+            if self.stream.is_reset() {
+                self.watch.was_not_delivered();
+                return Poll::Ready(());
+            }
+            if reset.until.as_mut().poll(cx).is_ready() {
+                self.watch.was_delivered();
+                return Poll::Ready(());
+            }
+            ready!(reset.look.as_mut().poll(cx));
+            reset.look.as_mut().reset(clock::now() + RESET_LOOK);
+        }
     }
 
     /// A socket that is closed with unread bytes sends a reset, and a reset may overtake the answer: so the
@@ -472,6 +586,16 @@ enum End {
 }
 
 impl Stream {
+    /// Whether the other side has reset the connection.
+    fn is_reset(&self) -> bool {
+        let error = match self {
+            Self::Tcp(stream) => stream.take_error(),
+            Self::Tls(stream) => stream.get_ref().0.take_error(),
+            Self::Unix(stream) => stream.take_error(),
+        };
+        !matches!(error, Ok(None))
+    }
+
     /// Ready when the other side has closed or reset the connection; not when it has more to say.
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         loop {

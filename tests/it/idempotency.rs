@@ -1,5 +1,6 @@
 //! Stage 5: calls that are repeated, with a key and without one; through kills, faults and full tables.
 
+mod delivery;
 mod soak;
 
 use std::{
@@ -39,6 +40,14 @@ fn id(reply: &Reply) -> &str {
 
 fn first_id(reply: &Reply) -> &str {
     reply.headers.get("x-gateway-first-request-id").map_or("", String::as_str)
+}
+
+fn first_outcome(reply: &Reply) -> &str {
+    reply.headers.get("x-gateway-first-outcome").map_or("", String::as_str)
+}
+
+fn retry(reply: &Reply) -> &str {
+    &reply.headers["x-gateway-retry"]
 }
 
 /// A body that assigns another task.
@@ -303,7 +312,7 @@ fn a_key_that_breaks_its_rules_is_refused() {
         key("k") + &key("k"),
         forced("k", "1"),
         forced("k", &known) + &format!("idempotency-force: {known}\r\n"),
-        format!("idempotency-force: {known}\r\n"),
+        "idempotency-force: 1\r\n".to_owned(),
     ] {
         let reply = gateway.post_with(&bad);
         assert_eq!(
@@ -370,7 +379,8 @@ fn without_a_key_an_equal_call_waits_for_the_first_and_is_flagged_after_it() {
         let first = scope.spawn(|| gateway.call());
         wait_for("the upstream", || (sent(&sandbox) == 2).then_some(()));
         let equal = gateway.call();
-        assert_eq!((equal.status, equal.code(), equal.outcome()), (409, "duplicate_suspected", "not_sent"));
+        assert_eq!((equal.status, equal.code(), equal.outcome()), (409, "duplicate_suspected", "unknown"));
+        assert_eq!((retry(&equal), first_outcome(&equal)), ("check-first", "unknown"));
         let other = gateway.post(&BODY.replace("954645333549048833", "2"));
         assert_eq!((other.outcome(), first_id(&other)), ("succeeded", ""));
         let first = first.join().unwrap();
@@ -380,7 +390,9 @@ fn without_a_key_an_equal_call_waits_for_the_first_and_is_flagged_after_it() {
     assert_eq!((first.outcome(), first_id(&first)), ("succeeded", ""));
     let flagged = gateway.call();
     assert_eq!((flagged.outcome(), first_id(&flagged)), ("succeeded", id(&first)));
-    assert_eq!(gateway.records("intent", 4)[3]["first"], id(&first));
+    assert_eq!(first_outcome(&flagged), "succeeded");
+    let intent = &gateway.records("intent", 4)[3];
+    assert_eq!((&intent["first"], &intent["first_outcome"]), (&json!(id(&first)), &json!("succeeded")));
     assert_eq!(sent(&sandbox), 4);
 }
 
@@ -388,7 +400,7 @@ fn without_a_key_an_equal_call_waits_for_the_first_and_is_flagged_after_it() {
 fn without_a_key_an_equal_call_is_refused_while_the_first_is_in_doubt() {
     let sandbox = sandbox();
     let setup = || {
-        Setup::default().set("idempotency.without_key", "guard").set("idempotency.fingerprint_window", "3s")
+        Setup::default().set("idempotency.without_key", "guard").set("idempotency.fingerprint_window", "1s")
     };
     let gateway = start_with(&sandbox, setup());
     faults(&sandbox, json!([{ "times": 1, "instead": "reset" }]));
@@ -400,9 +412,15 @@ fn without_a_key_an_equal_call_is_refused_while_the_first_is_in_doubt() {
     until_keys_are_known(&gateway);
     let equal = gateway.call();
     assert_eq!((equal.code(), first_id(&equal)), ("duplicate_suspected", id(&first)), "after a restart, too");
-    assert_eq!(gateway.post_with(&key("meant")).outcome(), "succeeded", "a key says that it is meant");
-    wait_for("the end of the window", || (gateway.call().outcome() == "succeeded").then_some(()));
-    assert_eq!(sent(&sandbox), 3);
+    let keyed = gateway.post_with(&key("k"));
+    assert_eq!((keyed.code(), first_id(&keyed)), ("duplicate_suspected", id(&first)), "with a key, too");
+    assert_eq!(gateway.post(&other_body()).outcome(), "succeeded", "the control");
+    assert_eq!(sent(&sandbox), 2);
+    let forced = gateway.post_with(&format!("idempotency-force: {}\r\n", id(&first)));
+    assert_eq!(forced.outcome(), "succeeded");
+    assert_eq!(gateway.records("intent", 3)[2]["forced"], id(&first));
+    assert_eq!(gateway.call().outcome(), "succeeded", "flagged, since nothing is in doubt");
+    assert_eq!(sent(&sandbox), 4);
 }
 
 #[test]

@@ -308,7 +308,7 @@ pub(crate) fn read_reply(stream: &mut TcpStream) -> Reply {
 
 /// The last reply in a text; nothing in one that is cut.
 pub(crate) fn parse_reply(text: &str) -> Reply {
-    const ALLOWED: [&str; 13] = [
+    const ALLOWED: [&str; 15] = [
         "allow",
         "connection",
         "content-length",
@@ -317,9 +317,11 @@ pub(crate) fn parse_reply(text: &str) -> Reply {
         "retry-after",
         "transfer-encoding",
         "x-gateway-error",
+        "x-gateway-first-outcome",
         "x-gateway-first-request-id",
         "x-gateway-outcome",
         "x-gateway-request-id",
+        "x-gateway-retry",
         "x-request-id",
         "content-encoding",
     ];

@@ -1,0 +1,119 @@
+//! Whether a caller has learnt that a call succeeded.
+//!
+//! A success whose caller left before its answer was handed to its connection, or whose answer could not be written, is
+//! *undelivered*: to the caller that is doubt, and it will most likely call again. The answer carries a [`Delivery`]
+//! to the connection, which settles it. Dropped before that, the success is undelivered.
+
+use std::{fmt, sync::Arc};
+
+use serde_json::{Map, json};
+use uuid::Uuid;
+
+use super::{
+    Call, Idempotency, RequestId,
+    duplicates::{Completion, Doubt, DoubtKind, Duplicate},
+    now,
+};
+use crate::audit::{Names, chain::Mark};
+
+/// The names of the events.
+pub(crate) const UNDELIVERED: &str = "undelivered";
+pub(crate) const DELIVERED: &str = "delivered";
+
+/// A success on its way to a caller.
+pub struct Delivery {
+    table: Arc<Idempotency>,
+    mark: Mark,
+    /// The call that succeeded.
+    call: Duplicate,
+    names: Names,
+    step: Step,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// The call's own answer, not handed over yet. Until it is, the call counts as at work.
+    OwnAnswer,
+    /// Another answer that tells of the success, not handed over yet.
+    OtherAnswer,
+    HandedOver,
+    Settled,
+}
+
+impl Delivery {
+    /// Of the answer of the call itself.
+    pub(super) fn of_own_answer(table: &Arc<Idempotency>, mark: Mark, call: Duplicate, names: Names) -> Self {
+        Self { table: table.clone(), mark, call, names, step: Step::OwnAnswer }
+    }
+
+    /// Of an answer to `caller` that tells of the success of an equal call.
+    pub(super) fn of_other_answer(table: &Arc<Idempotency>, mark: Mark, id: Uuid, caller: Call<'_>) -> Self {
+        let call = table.duplicate_of(caller.caller, id, true);
+        let names = Names { caller: Some(caller.caller.into()), route: Some(caller.route.into()) };
+        Self { table: table.clone(), mark, call, names, step: Step::OtherAnswer }
+    }
+
+    /// The answer was handed to a connection whose caller is there.
+    pub fn hand_over(&mut self) {
+        match self.step {
+            Step::OwnAnswer => {
+                self.step = Step::HandedOver;
+                self.table.duplicates().end(self.mark, self.call.id, Completion::Succeeded, now());
+            }
+            Step::OtherAnswer => {
+                self.step = Step::Settled;
+                let told = self.table.duplicates().delivered(self.mark, self.call.id, now());
+                if let Some(call) = told {
+                    (self.call, self.step) = (call, Step::HandedOver);
+                    self.table.audit.event(DELIVERED, Map::from_iter([("id".to_owned(), self.id())]));
+                }
+            }
+            Step::HandedOver | Step::Settled => {}
+        }
+    }
+
+    /// The answer was handed over and could not be written.
+    pub fn fail(mut self) {
+        if self.step == Step::HandedOver {
+            self.step = Step::Settled;
+            let doubt = Doubt { kind: DoubtKind::Undelivered, since: now() };
+            self.table.duplicates().doubt(self.mark, self.call, doubt);
+            self.record();
+        }
+    }
+
+    /// Puts it on record that the caller does not know, for the next start.
+    fn record(&self) {
+        let (caller, route) = (self.names.caller.as_deref(), self.names.route.as_deref());
+        let print = self.table.mark_of(caller.unwrap_or_default(), self.mark);
+        let print = format!("{:032x}", u128::from_be_bytes(print));
+        let mut details = Map::from_iter([("id".to_owned(), self.id())]);
+        details.insert("caller".into(), json!(caller));
+        details.insert("route".into(), json!(route));
+        details.insert("print".into(), json!(print));
+        if self.call.is_keyed {
+            details.insert("keyed".into(), json!(true));
+        }
+        self.table.audit.event(UNDELIVERED, details);
+    }
+
+    fn id(&self) -> serde_json::Value {
+        RequestId::from(self.call.id).as_str().into()
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        if self.step == Step::OwnAnswer {
+            let undelivered = Completion::Doubt(DoubtKind::Undelivered);
+            self.table.duplicates().end(self.mark, self.call.id, undelivered, now());
+            self.record();
+        }
+    }
+}
+
+impl fmt::Debug for Delivery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Delivery({})", self.call.id)
+    }
+}

@@ -1,0 +1,496 @@
+//! Deduplication of equal calls: same caller, route, operator and bytes. A pure table.
+//!
+//! Remembers each call while it is at work, while its outcome is unknown, and while it is *undelivered*: done, but its
+//! caller left before it had the answer. Calls with and without a key see each other; two calls with different keys
+//! do not, since the keys say that both are meant. Successes without a key are remembered for a shorter time, to
+//! flag an equal call, or to refuse it (`without_key = "block"`).
+//!
+//! No doubt is ever evicted. The table is bounded by refusing new calls.
+
+use std::collections::{HashMap, VecDeque};
+
+use smallvec::SmallVec;
+use uuid::Uuid;
+
+use super::recent::Recent;
+use crate::{audit::chain::Mark, config::WithoutKey};
+
+/// Doubts that are remembered; a trail lists as many.
+pub(super) const MAX_DOUBTS: usize = 10_000;
+
+/// So many calls that succeeded are remembered, to be flagged.
+const MAX_SUCCEEDED: usize = 32 * 1024;
+
+type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
+
+/// Times are in seconds since 1970.
+pub(super) struct DuplicateDetector {
+    calls: Table<Mark, SmallVec<[Known; 1]>>,
+    /// When doubts began, in the order in which they came in. A doubt may be gone by then.
+    began: VecDeque<(u32, Mark)>,
+    succeeded: Recent,
+    /// Doubts by caller.
+    held: Table<u32, usize>,
+    doubts: usize,
+    mode: WithoutKey,
+    /// How long a doubt counts, and how long a success does, in seconds.
+    window: u32,
+    success_window: u32,
+}
+
+/// A call, as the table tells it from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Duplicate {
+    pub(super) id: Uuid,
+    /// It has an `Idempotency-Key`.
+    pub(super) is_keyed: bool,
+    /// The caller, hashed.
+    pub(super) caller: u32,
+}
+
+#[derive(Debug)]
+struct Known {
+    call: Duplicate,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    AtWork {
+        /// The doubt that this call repeats by force.
+        supersedes: Option<Box<(Duplicate, Doubt)>>,
+    },
+    Doubt(Doubt),
+}
+
+/// A call that is over, and whose caller does not know how it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Doubt {
+    pub(super) kind: DoubtKind,
+    pub(super) since: u32,
+}
+
+/// Why a caller does not know how its call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DoubtKind {
+    /// Nobody knows.
+    Unknown,
+    /// The call succeeded, and its answer did not reach the caller.
+    Undelivered,
+}
+
+/// How a call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Completion {
+    NotDone,
+    Succeeded,
+    Doubt(DoubtKind),
+}
+
+/// An equal call that came first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum First {
+    /// It is at work or of unknown outcome.
+    Open(Uuid),
+    Succeeded(Uuid),
+}
+
+/// Why a call may not be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rejection {
+    /// An equal call came first.
+    Duplicate(First),
+    /// No more doubts can be remembered.
+    Full,
+}
+
+impl DuplicateDetector {
+    pub(super) fn new(mode: WithoutKey, window: u32, success_window: u32) -> Self {
+        let (calls, began, succeeded, held) = <_>::default();
+        Self { calls, began, succeeded, held, doubts: 0, mode, window, success_window }
+    }
+
+    /// Whether equal calls are looked for at all.
+    pub(super) fn is_on(&self) -> bool {
+        !matches!(self.mode, WithoutKey::Off | WithoutKey::RequireKey)
+    }
+
+    /// Admits a call that is to be sent and remembers it as at work. Returns an equal call that came first, if this one
+    /// may be sent all the same, and the doubt that it repeats. `force` is the call that it means to repeat; `is_alone`:
+    /// there is no other caller.
+    pub(super) fn begin(
+        &mut self,
+        mark: Mark,
+        call: Duplicate,
+        force: Option<Uuid>,
+        is_alone: bool,
+        now: u32,
+    ) -> Result<(Option<First>, Option<Uuid>), Rejection> {
+        self.expire(now);
+        let first = self.look(mark, call, force, is_alone, now)?;
+        let forced = force.filter(|force| self.is_known(mark, *force));
+        let supersedes = self.take_forced(mark, force, now).map(Box::new);
+        let known = Known { call, state: State::AtWork { supersedes } };
+        self.calls.entry(mark).or_default().push(known);
+        Ok((first, forced))
+    }
+
+    /// Whether an equal call has this id and is over.
+    fn is_known(&self, mark: Mark, id: Uuid) -> bool {
+        let success = self.succeeded.get(&mark).is_some_and(|call| call.id == id);
+        success || self.holds(mark, id)
+    }
+
+    /// What [`Self::begin`] would decide. Remembers nothing.
+    pub(super) fn look(
+        &self,
+        mark: Mark,
+        call: Duplicate,
+        force: Option<Uuid>,
+        is_alone: bool,
+        now: u32,
+    ) -> Result<Option<First>, Rejection> {
+        let first = self.first(mark, call, force, now);
+        let refuses = match first {
+            None => false,
+            Some(_) if self.mode == WithoutKey::Warn => false,
+            Some(First::Succeeded(id)) if !self.holds(mark, id) => self.mode == WithoutKey::Block,
+            Some(_) => true,
+        };
+        if let Some(first) = first.filter(|_| refuses) {
+            return Err(Rejection::Duplicate(first));
+        }
+        let share = if is_alone { MAX_DOUBTS } else { MAX_DOUBTS / 2 };
+        let is_full =
+            self.doubts >= MAX_DOUBTS || self.held.get(&call.caller).is_some_and(|held| *held >= share);
+        if is_full { Err(Rejection::Full) } else { Ok(first) }
+    }
+
+    /// The equal call that matters most: one that is open, else one that is undelivered, else one that succeeded.
+    fn first(&self, mark: Mark, call: Duplicate, force: Option<Uuid>, now: u32) -> Option<First> {
+        let (mut open, mut undelivered) = (None, None);
+        for known in self.calls.get(&mark).into_iter().flatten() {
+            let is_forced = force == Some(known.call.id);
+            match known.state {
+                _ if known.call.is_keyed && call.is_keyed => {}
+                State::AtWork { .. } => open = Some(known.call.id),
+                State::Doubt(doubt) if is_forced || is_old(doubt.since, now, self.window) => {}
+                State::Doubt(Doubt { kind: DoubtKind::Unknown, .. }) => {
+                    open.get_or_insert(known.call.id);
+                }
+                State::Doubt(Doubt { kind: DoubtKind::Undelivered, .. }) => undelivered = Some(known.call.id),
+            }
+        }
+        let succeeded = || {
+            let success = self.succeeded.get(&mark).filter(|_| !call.is_keyed)?;
+            let counts = !is_old(success.since, now, self.success_window) && force != Some(success.id);
+            counts.then_some(success.id)
+        };
+        open.map(First::Open).or_else(|| undelivered.or_else(succeeded).map(First::Succeeded))
+    }
+
+    /// Whether a call is at work or in doubt.
+    fn holds(&self, mark: Mark, id: Uuid) -> bool {
+        self.calls.get(&mark).into_iter().flatten().any(|known| known.call.id == id)
+    }
+
+    /// Takes the doubt out that a call repeats by force: from now on the new call stands for it.
+    fn take_forced(&mut self, mark: Mark, force: Option<Uuid>, now: u32) -> Option<(Duplicate, Doubt)> {
+        let force = force?;
+        let calls = self.calls.get(&mark)?;
+        let doubt = calls.iter().find_map(|known| match known.state {
+            State::Doubt(doubt) if known.call.id == force => Some((known.call, doubt)),
+            State::Doubt(_) | State::AtWork { .. } => None,
+        })?;
+        self.forget(mark, force);
+        (!is_old(doubt.1.since, now, self.window)).then_some(doubt)
+    }
+
+    /// A call is over. Does nothing for one that is not at work.
+    pub(super) fn end(&mut self, mark: Mark, id: Uuid, completion: Completion, now: u32) {
+        let Some(calls) = self.calls.get_mut(&mark) else { return };
+        let is_it = |known: &Known| known.call.id == id && matches!(known.state, State::AtWork { .. });
+        let Some(place) = calls.iter().position(is_it) else { return };
+        let Known { call, state } = calls.swap_remove(place);
+        if calls.is_empty() {
+            self.calls.remove(&mark);
+        }
+        match (completion, state) {
+            (Completion::Doubt(kind), _) => self.doubt(mark, call, Doubt { kind, since: now }),
+            (Completion::Succeeded, _) => self.succeed(mark, call, now),
+            // How the superseded call ended is as unknown as before, and since as long.
+            (Completion::NotDone, State::AtWork { supersedes: Some(doubt) }) => {
+                self.doubt(mark, doubt.0, doubt.1);
+            }
+            (Completion::NotDone, _) => {}
+        }
+    }
+
+    /// Remembers a doubt, unless the call is known.
+    pub(super) fn doubt(&mut self, mark: Mark, call: Duplicate, doubt: Doubt) {
+        if !self.is_on() || self.holds(mark, call.id) {
+            return;
+        }
+        self.calls.entry(mark).or_default().push(Known { call, state: State::Doubt(doubt) });
+        self.began.push_back((doubt.since, mark));
+        self.doubts += 1;
+        *self.held.entry(call.caller).or_default() += 1;
+    }
+
+    /// Remembers a success whose caller knows of it.
+    pub(super) fn succeed(&mut self, mark: Mark, call: Duplicate, since: u32) {
+        if !call.is_keyed && self.is_on() {
+            self.succeeded.push(mark, call.id, since);
+        }
+    }
+
+    /// The caller was told of an undelivered success. Returns that call, if there is one.
+    pub(super) fn delivered(&mut self, mark: Mark, id: Uuid, now: u32) -> Option<Duplicate> {
+        let call = self.forget(mark, id)?;
+        self.succeed(mark, call, now);
+        Some(call)
+    }
+
+    /// Takes a doubt out.
+    fn forget(&mut self, mark: Mark, id: Uuid) -> Option<Duplicate> {
+        let calls = self.calls.get_mut(&mark)?;
+        let is_it = |known: &Known| known.call.id == id && matches!(known.state, State::Doubt(_));
+        let place = calls.iter().position(is_it)?;
+        let Known { call, .. } = calls.swap_remove(place);
+        if calls.is_empty() {
+            self.calls.remove(&mark);
+        }
+        self.release(call.caller);
+        Some(call)
+    }
+
+    fn release(&mut self, caller: u32) {
+        self.doubts -= 1;
+        if let Some(held) = self.held.get_mut(&caller) {
+            *held -= 1;
+            if *held == 0 {
+                self.held.remove(&caller);
+            }
+        }
+    }
+
+    fn expire(&mut self, now: u32) {
+        let max = if self.mode == WithoutKey::Block { usize::MAX } else { MAX_SUCCEEDED };
+        let Self { succeeded, success_window, .. } = self;
+        while succeeded.len() > max
+            || succeeded.oldest().is_some_and(|call| is_old(call.since, now, *success_window))
+        {
+            succeeded.forget_oldest();
+        }
+        let window = self.window;
+        while let Some((_, mark)) = self.began.pop_front_if(|(since, _)| is_old(*since, now, window)) {
+            self.expire_mark(mark, now);
+        }
+    }
+
+    fn expire_mark(&mut self, mark: Mark, now: u32) {
+        let Some(calls) = self.calls.get_mut(&mark) else { return };
+        let mut gone = SmallVec::<[u32; 1]>::new();
+        calls.retain(|known| {
+            let is_gone = matches!(known.state, State::Doubt(doubt) if is_old(doubt.since, now, self.window));
+            if is_gone {
+                gone.push(known.call.caller);
+            }
+            !is_gone
+        });
+        if calls.is_empty() {
+            self.calls.remove(&mark);
+        }
+        gone.into_iter().for_each(|caller| self.release(caller));
+    }
+}
+
+fn is_old(since: u32, now: u32, window: u32) -> bool {
+    now.saturating_sub(since) > window
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MARK: Mark = [7; 16];
+    const WINDOW: u32 = 600;
+    const SUCCESS_WINDOW: u32 = 60;
+
+    fn id(number: u128) -> Uuid {
+        Uuid::from_u128(number)
+    }
+
+    fn call(number: u128, is_keyed: bool) -> Duplicate {
+        Duplicate { id: id(number), is_keyed, caller: 1 }
+    }
+
+    fn detector(mode: WithoutKey) -> DuplicateDetector {
+        DuplicateDetector::new(mode, WINDOW, SUCCESS_WINDOW)
+    }
+
+    fn begin(detector: &mut DuplicateDetector, number: u128, now: u32) -> Result<Option<First>, Rejection> {
+        detector.begin(MARK, call(number, false), None, false, now).map(|(first, _)| first)
+    }
+
+    const UNKNOWN: Completion = Completion::Doubt(DoubtKind::Unknown);
+    const UNDELIVERED: Completion = Completion::Doubt(DoubtKind::Undelivered);
+
+    /// What becomes of a second call behind a first one that ended so, or is at work.
+    fn second(
+        mode: WithoutKey,
+        [first, second]: [bool; 2],
+        completion: Option<Completion>,
+    ) -> Result<Option<First>, Rejection> {
+        let mut detector = detector(mode);
+        assert_eq!(detector.begin(MARK, call(1, first), None, false, 0), Ok((None, None)));
+        if let Some(completion) = completion {
+            detector.end(MARK, id(1), completion, 0);
+        }
+        let other = detector.begin([8; 16], call(2, second), None, false, 0);
+        assert_eq!(other, Ok((None, None)), "another body");
+        detector.begin(MARK, call(3, second), None, false, SUCCESS_WINDOW).map(|(first, _)| first)
+    }
+
+    #[test]
+    fn each_mode_decides_about_equal_calls_as_documented() {
+        let refused = |first| Err(Rejection::Duplicate(first));
+        let (open, done) = (First::Open(id(1)), First::Succeeded(id(1)));
+        for (keys, is_seen) in
+            [([false, false], true), ([true, false], true), ([false, true], true), ([true, true], false)]
+        {
+            for (mode, refuses) in
+                [(WithoutKey::Guard, true), (WithoutKey::Block, true), (WithoutKey::Warn, false)]
+            {
+                for (completion, first) in [(None, open), (Some(UNKNOWN), open), (Some(UNDELIVERED), done)] {
+                    let expected = match (is_seen, refuses) {
+                        (false, _) => Ok(None),
+                        (true, false) => Ok(Some(first)),
+                        (true, true) => refused(first),
+                    };
+                    assert_eq!(second(mode, keys, completion), expected, "{mode:?} {keys:?} {completion:?}");
+                }
+                let expected = match (keys, mode) {
+                    ([false, false], WithoutKey::Block) => refused(done),
+                    ([false, false], _) => Ok(Some(done)),
+                    _ => Ok(None),
+                };
+                assert_eq!(second(mode, keys, Some(Completion::Succeeded)), expected, "{mode:?} {keys:?}");
+                assert_eq!(second(mode, keys, Some(Completion::NotDone)), Ok(None), "{mode:?} {keys:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn forced_call_takes_the_place_of_the_doubt_once() {
+        for (kind, first) in [
+            (UNKNOWN, First::Open as fn(Uuid) -> First),
+            (UNDELIVERED, First::Succeeded as fn(Uuid) -> First),
+        ] {
+            let mut detector = detector(WithoutKey::Guard);
+            begin(&mut detector, 1, 0).unwrap();
+            detector.end(MARK, id(1), kind, 0);
+            let force = |detector: &mut DuplicateDetector, number, force| {
+                detector.begin(MARK, call(number, false), Some(id(force)), false, 1)
+            };
+            let refused = |first| Err(Rejection::Duplicate(first));
+            assert_eq!(force(&mut detector, 2, 9), refused(first(id(1))), "another id");
+            assert_eq!(force(&mut detector, 2, 1), Ok((None, Some(id(1)))));
+            assert_eq!(force(&mut detector, 3, 1), refused(First::Open(id(2))), "at work");
+            detector.end(MARK, id(2), Completion::NotDone, 1);
+            assert_eq!(force(&mut detector, 4, 9), refused(first(id(1))), "the doubt is back");
+            assert_eq!(force(&mut detector, 5, 1), Ok((None, Some(id(1)))));
+            detector.end(MARK, id(5), UNKNOWN, 1);
+            assert_eq!(force(&mut detector, 6, 1), refused(First::Open(id(5))), "forced once");
+            assert_eq!(detector.doubts, 1);
+        }
+    }
+
+    #[test]
+    fn forced_call_behind_a_success_is_sent_under_block() {
+        let mut detector = detector(WithoutKey::Block);
+        begin(&mut detector, 1, 0).unwrap();
+        detector.end(MARK, id(1), Completion::Succeeded, 0);
+        assert_eq!(detector.begin(MARK, call(2, false), Some(id(1)), false, 0), Ok((None, Some(id(1)))));
+    }
+
+    #[test]
+    fn keyed_call_that_repeats_its_own_doubt_supersedes_it() {
+        let mut detector = detector(WithoutKey::Guard);
+        detector.begin(MARK, call(1, true), None, false, 0).unwrap();
+        detector.end(MARK, id(1), UNKNOWN, 0);
+        assert_eq!(detector.begin(MARK, call(2, true), Some(id(1)), false, 0), Ok((None, Some(id(1)))));
+        detector.end(MARK, id(2), Completion::Succeeded, 0);
+        assert_eq!(begin(&mut detector, 3, 0), Ok(None));
+    }
+
+    #[test]
+    fn undelivered_success_is_told_once() {
+        let mut detector = detector(WithoutKey::Guard);
+        begin(&mut detector, 1, 0).unwrap();
+        detector.end(MARK, id(1), UNDELIVERED, 0);
+        assert!(begin(&mut detector, 2, WINDOW).is_err());
+        assert_eq!(detector.delivered(MARK, id(1), 10), Some(call(1, false)));
+        assert_eq!(detector.delivered(MARK, id(1), 10), None);
+        assert_eq!(begin(&mut detector, 3, 10), Ok(Some(First::Succeeded(id(1)))), "flagged");
+    }
+
+    #[test]
+    fn doubts_end_with_the_window_and_calls_at_work_do_not() {
+        let mut detector = detector(WithoutKey::Guard);
+        begin(&mut detector, 1, 0).unwrap();
+        detector.end(MARK, id(1), UNKNOWN, 0);
+        assert!(begin(&mut detector, 2, WINDOW).is_err());
+        assert_eq!(begin(&mut detector, 2, WINDOW + 1), Ok(None));
+        assert!(begin(&mut detector, 3, 10 * WINDOW).is_err());
+        detector.end(MARK, id(2), Completion::NotDone, 10 * WINDOW);
+        assert!(detector.calls.is_empty() && detector.held.is_empty());
+        assert_eq!(detector.doubts, 0);
+    }
+
+    #[test]
+    fn full_table_refuses_and_no_caller_holds_more_than_half() {
+        let mut detector = detector(WithoutKey::Guard);
+        let mark = |number: usize| (number as u128).to_be_bytes();
+        let doubt = Doubt { kind: DoubtKind::Unknown, since: 0 };
+        let of = |caller, number: usize| Duplicate { id: id(number as u128), is_keyed: false, caller };
+        for number in 0..MAX_DOUBTS / 2 {
+            detector.doubt(mark(number), of(1, number), doubt);
+        }
+        assert_eq!(detector.look(MARK, of(1, 0), None, false, 0), Err(Rejection::Full));
+        assert_eq!(detector.look(MARK, of(1, 0), None, true, 0), Ok(None), "alone");
+        assert_eq!(detector.look(MARK, of(2, 0), None, false, 0), Ok(None));
+        for number in MAX_DOUBTS / 2..MAX_DOUBTS {
+            detector.doubt(mark(number), of(3 + number as u32, number), doubt);
+        }
+        assert_eq!(detector.look(MARK, of(2, 0), None, true, 0), Err(Rejection::Full));
+        assert_eq!(detector.begin(MARK, of(2, 0), None, true, WINDOW + 1), Ok((None, None)));
+        assert_eq!(detector.doubts, 0);
+    }
+
+    #[test]
+    fn successes_may_be_forgotten_but_under_block_and_doubts_never() {
+        let mark = |number: usize| ((number as u128) << 32).to_be_bytes();
+        for (mode, is_kept) in [(WithoutKey::Guard, false), (WithoutKey::Block, true)] {
+            let mut detector = detector(mode);
+            detector.doubt(MARK, call(0, false), Doubt { kind: DoubtKind::Unknown, since: 0 });
+            for number in 1..=2 * MAX_SUCCEEDED {
+                detector.begin(mark(number), call(number as u128, false), None, false, 0).unwrap();
+                detector.end(mark(number), id(number as u128), Completion::Succeeded, 0);
+            }
+            let first = detector.begin(mark(1), call(9, false), None, false, SUCCESS_WINDOW);
+            assert_eq!(first.is_err(), is_kept, "{mode:?}");
+            assert!(begin(&mut detector, 9, 0).is_err(), "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn older_success_that_the_trail_tells_of_shortens_no_window() {
+        let mut detector = detector(WithoutKey::Block);
+        begin(&mut detector, 2, 50).unwrap();
+        detector.end(MARK, id(2), Completion::Succeeded, 50);
+        detector.succeed(MARK, call(1, false), 0); // read back from the trail, later
+        assert!(begin(&mut detector, 3, 50 + SUCCESS_WINDOW).is_err());
+        assert_eq!(begin(&mut detector, 3, 51 + SUCCESS_WINDOW), Ok(None));
+    }
+}
