@@ -19,7 +19,7 @@ use std::{
     fmt,
     hash::BuildHasher,
     sync::{
-        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -671,11 +671,9 @@ impl Failure {
     }
 }
 
-/// Seconds since 1970, as the wall clock showed it when this process first looked: a jump of it since then ends no
-/// window.
+/// *Now* in seconds since 1970 (see [`clock`]): no jump of the wall clock ends a window.
 fn now() -> u32 {
-    static START: LazyLock<u64> = LazyLock::new(|| clock::unix_nanos().saturating_sub(clock::nanos()));
-    u32::try_from((*START + clock::nanos()) / 1_000_000_000).unwrap_or(u32::MAX)
+    u32::try_from(clock::unix_nanos() / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
 fn weigh(reply: &StoredReply) -> u32 {

@@ -38,50 +38,50 @@ impl Plan {
     }
 }
 
-/// One moment by both clocks: a suspend stops the monotonic one, a jump back the other.
+/// One moment by three clocks. The monotonic one stops while the machine sleeps, so that a life is counted by *now*, which
+/// does not ([`clock`]). A machine that its host has paused knows of that by the wall clock only, which may also jump back.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moment {
     pub(super) monotonic: Instant,
+    /// *Now*, in nanoseconds since 1970.
+    pub(super) now: u64,
     pub(super) wall: SystemTime,
 }
 
 impl Moment {
     pub(super) fn now() -> Self {
-        Self { monotonic: Instant::now(), wall: SystemTime::now() }
+        Self { monotonic: Instant::now(), now: clock::unix_nanos(), wall: SystemTime::now() }
     }
 
     /// The present turn of a worker.
     pub(super) fn of_turn() -> Self {
-        Self { monotonic: clock::now(), wall: clock::wall() }
+        Self { monotonic: clock::now(), now: clock::unix_nanos(), wall: clock::wall() }
     }
 
-    /// How long before `now` it was, by the clock that says more: what is left of a life is the less.
-    pub(super) fn age(&self, now: Self) -> Duration {
-        let wall = now.wall.duration_since(self.wall).unwrap_or_default();
-        now.monotonic.saturating_duration_since(self.monotonic).max(wall)
+    /// How long before `later` it was, by the clock that says more: what is left of a life is the less.
+    pub(super) fn age(&self, later: Self) -> Duration {
+        let wall = later.wall.duration_since(self.wall).unwrap_or_default();
+        Duration::from_nanos(later.now.saturating_sub(self.now)).max(wall)
     }
 
     /// The end of a life that began then.
     pub(super) fn end(&self, life: Duration) -> End {
         let life = clock::nanos_of(life);
-        End {
-            nanos: clock::nanos_at(self.monotonic).saturating_add(life),
-            unix_nanos: clock::unix_nanos_at(self.wall).saturating_add(life),
-        }
+        End { now: self.now.saturating_add(life), wall: clock::unix_nanos_at(self.wall).saturating_add(life) }
     }
 }
 
-/// The end of a life by both clocks, as numbers: every request looks at it. See [`clock`].
+/// The end of a life by *now* and by the wall clock, in nanoseconds since 1970: every request looks at it. See [`clock`].
 #[derive(Clone, Copy, Debug)]
 pub(super) struct End {
-    nanos: u64,
-    unix_nanos: u64,
+    now: u64,
+    wall: u64,
 }
 
 impl End {
     /// Whether neither clock has come to it, in the present turn of a worker.
     pub(super) fn is_ahead(&self) -> bool {
-        clock::nanos() < self.nanos && clock::unix_nanos() < self.unix_nanos
+        clock::unix_nanos() < self.now && clock::wall_nanos() < self.wall
     }
 }
 
@@ -291,13 +291,13 @@ mod tests {
     #[test]
     fn the_clock_that_says_more_counts() {
         let begin = Moment::now();
-        let later = |monotonic, wall: i64| {
+        let later = |now: u64, wall: i64| {
             let apart = Duration::from_secs(wall.unsigned_abs());
             let wall = if wall < 0 { begin.wall - apart } else { begin.wall + apart };
-            Moment { monotonic: begin.monotonic + Duration::from_secs(monotonic), wall }
+            Moment { now: begin.now + now * 1_000_000_000, wall, ..begin }
         };
-        for (monotonic, wall, age) in [(10, 10, 10), (10, 3600, 3600), (10, -3600, 10), (0, 600, 600)] {
-            assert_eq!(begin.age(later(monotonic, wall)), Duration::from_secs(age), "{monotonic} {wall}");
+        for (now, wall, age) in [(10, 10, 10), (10, 3600, 3600), (10, -3600, 10), (0, 600, 600)] {
+            assert_eq!(begin.age(later(now, wall)), Duration::from_secs(age), "{now} {wall}");
         }
     }
 }

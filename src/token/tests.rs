@@ -410,16 +410,20 @@ async fn a_jump_of_either_clock_ends_a_token_early_and_never_late() {
     let rig = Rig::start(json!({ "lifetime_ms": 60_000 }));
     assert_eq!(rig.generation().await, 1);
     let hour = Duration::from_secs(3600);
-    let jumped = |wall: SystemTime| {
+    let jumped = |wall: SystemTime, slept: u64| {
         let live = rig.slot.live.load_full().unwrap();
         let Live { token, lifetime, plan, sent, .. } = &*live;
-        Live::new(token.clone(), *lifetime, *plan, Moment { wall, ..*sent })
+        Live::new(token.clone(), *lifetime, *plan, Moment { wall, now: sent.now - slept, ..*sent })
     };
     let now = SystemTime::now();
-    assert!(jumped(now).is_usable(), "the control");
-    assert!(jumped(now + hour).is_usable(), "the wall clock was set back: the other one counts");
-    assert!(!jumped(now - hour).is_usable(), "the wall clock was set forward, or the machine slept");
-    rig.slot.live.store(Some(Arc::new(jumped(now - hour))));
+    assert!(jumped(now, 0).is_usable(), "the control");
+    assert!(jumped(now + hour, 0).is_usable(), "the wall clock was set back: the other one counts");
+    assert!(!jumped(now - hour, 0).is_usable(), "the wall clock was set forward");
+    assert!(
+        !jumped(now + hour, 3600 * 1_000_000_000).is_usable(),
+        "the machine slept, and the wall clock was set back"
+    );
+    rig.slot.live.store(Some(Arc::new(jumped(now - hour, 0))));
     rig.slot.wake.notify_one();
     assert_eq!(rig.generation().await, 2);
 }
@@ -455,8 +459,9 @@ fn a_life_that_the_server_restates_shorter_ends_earlier_but_not_for_rounding() {
     let lifetime = Duration::from_secs(600);
     let live = Live::new(token, lifetime, Plan::new(lifetime, 0.0), Moment::now());
     let minutes_later = Moment {
-        monotonic: live.sent.monotonic + Duration::from_secs(120),
+        now: live.sent.now + 120_000_000_000,
         wall: live.sent.wall + Duration::from_secs(120),
+        ..live.sent
     };
     for (stated, end) in [(600, 600), (480, 600), (479, 600), (478, 598), (60, 180)] {
         let again = live.to_the_end(Duration::from_secs(stated), minutes_later);

@@ -80,5 +80,6 @@ fn a_request_stays_within_its_budget_of_system_calls() {
     }
     let (calls, text) = least;
     println!("{calls:.2} system calls a request\n{text}");
+    assert!(!text.contains("clock_gettime"), "the time is read without a system call: {text}");
     assert!(calls <= SYSTEM_CALLS, "{calls:.2} system calls a request, of {SYSTEM_CALLS}\n{text}");
 }

@@ -345,7 +345,7 @@ fn jumps_of_the_wall_clock_change_nothing_but_the_token() {
     assert_eq!(sandbox.requests().len(), 11);
     let times: Vec<_> =
         gateway.records("intent", 11).iter().map(|intent| intent["time"].to_string()).collect();
-    assert!(!times.is_sorted(), "the control: so it stands in the trail");
+    assert!(times.is_sorted(), "records are timed by the clock of the start");
     let audit = gateway.audit_directory();
     assert_eq!(command(&["audit", "verify", audit.to_str().unwrap()]).0, 0);
     assert_eq!(command(&["audit", "in-doubt", audit.to_str().unwrap()]).0, 0);
