@@ -15,7 +15,8 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 use crate::{
     admission::{Bounds, Hosts},
-    audit::Audit,
+    audit::{Audit, ClockDoubt},
+    clock,
     config::LOOPBACK_NOTICE,
     idempotency::Idempotency,
     metrics::Metrics,
@@ -126,7 +127,14 @@ impl Admin {
         }
         let ready = reasons.is_empty();
         let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        reply(status, JSON, format!("{}\n", json!({ "ready": ready, "reasons": reasons })))
+        let said = json!({ "ready": ready, "reasons": reasons, "warnings": self.warnings() });
+        reply(status, JSON, format!("{said}\n"))
+    }
+
+    /// What an operator should know of and no caller suffers from: it does not make the gateway unready.
+    fn warnings(&self) -> Vec<String> {
+        let clock = self.audit.clock_doubt().map(|doubt| format!("the wall clock is doubtful: {doubt}"));
+        clock.into_iter().collect()
     }
 
     fn status(&self) -> Value {
@@ -141,6 +149,10 @@ impl Admin {
             "connections": self.bounds.connections(),
             "requests_in_flight": self.bounds.in_flight(),
             "audit_healthy": self.audit.healthy(),
+            "clock": {
+                "doubtful": self.audit.clock_doubt().map(ClockDoubt::as_str),
+                "wall_ahead_seconds": clock::wall_ahead() / 1_000_000_000,
+            },
             "upstream_suspended": state.terms.breaker.is_suspended(),
             "idempotency": self.idempotency.status(),
             "routes": routes,

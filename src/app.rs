@@ -49,6 +49,9 @@ const INTENT_DEADLINE: Duration = Duration::from_millis(250);
 /// What lies before the idempotency window may still matter in it: a call that began before and ended within.
 const RETAIN_SLACK: Duration = Duration::from_secs(60 * 60);
 
+/// How often the wall clock is looked at.
+const LOOK_AT_CLOCK: Duration = Duration::from_secs(1);
+
 /// Below this much free space refusals are no longer recorded.
 const LOW_WATER: u64 = 64 << 20;
 
@@ -89,6 +92,7 @@ impl App {
             intent_deadline: INTENT_DEADLINE,
             shown: audit::SHOWN.map(|name| config.audit.shown(name)),
             retain: config.audit.retain.map(|retain| retain + RETAIN_SLACK),
+            window: config.idempotency.window,
             low_water: LOW_WATER,
         };
         let audit = Audit::start(&options, audit_metrics)?;
@@ -165,6 +169,7 @@ impl App {
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
         read_past(&config, &audit, &idempotency)?;
         keep_up(&background, &bound, identity, &audit);
+        background.spawn(watch_clock(audit.clone()));
         let (stopping, stopped) = watch::channel(Stop::No);
         let hands_over = bound.iter().all(|bound| bound.is_inherited);
         let watchdog = Watchdog::from_env(config.server.workers);
@@ -310,6 +315,14 @@ fn keep_up(background: &Runtime, bound: &[Bound], identity: Option<Arc<Identity>
     }
     if let Some(identity) = identity {
         background.spawn(identity.keep_up(certificate_change("upstream", "client_cert_file".into(), audit)));
+    }
+}
+
+/// Looks at the wall clock once a second.
+async fn watch_clock(audit: Audit) {
+    loop {
+        sleep(LOOK_AT_CLOCK).await;
+        audit.look_at_clock();
     }
 }
 

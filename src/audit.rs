@@ -6,8 +6,10 @@
 //! outcomes are never dropped; refusals never wait and cannot fill the queue or the disk. Against somebody who
 //! can write as the gateway the chain proves only what lies before a head that is kept elsewhere.
 
+pub mod age;
 mod batch;
 pub mod chain;
+mod clocks;
 mod lane;
 mod line;
 mod queue;
@@ -24,7 +26,7 @@ use std::{
     fs::{self, File, OpenOptions},
     future::{Future, poll_fn},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt, chown},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -39,17 +41,20 @@ use thiserror::Error;
 use tokio::sync::SemaphorePermit;
 
 use crate::{admission::Peer, clock, config::Shown};
+use age::{Ages, Newer};
 use batch::Batch;
 use chain::{KeyError, Keys};
+pub use clocks::ClockDoubt;
+use clocks::Clocks;
 use lane::Lane;
 use queue::Shared;
 use record::Entry;
 pub use record::{Answer, FirstCall, MEMBERS, Names, Queued, Record, RequestId};
-use recovery::Doubt;
+use recovery::{Doubt, Found};
 pub use reply::StoredReply;
 pub use sync::Durability;
 use sync::{Syncs, make_directory, remove_unfinished, sync_all, sync_directory, write_again};
-use writer::Writer;
+use writer::{Segment, Writer};
 
 /// How long a stop waits for the last write.
 const CLOSE_TIME: Duration = Duration::from_secs(3);
@@ -76,8 +81,29 @@ pub struct Options {
     pub shown: [Shown; SHOWN.len()],
     /// How long records are kept, at least; `None`: for ever.
     pub retain: Option<Duration>,
+    /// The idempotency window: a trail without a record in it makes the clock doubtful, and no younger record is removed.
+    pub window: Duration,
     /// Below this much free space, in bytes, refusals are no longer recorded: no stranger may fill the disk.
     pub low_water: u64,
+}
+
+impl Options {
+    /// To append to a trail that nobody writes. No new segment is begun there, unless the last one is damaged: it would belong to
+    /// whoever appends.
+    fn to_append(directory: &Path) -> Self {
+        Self {
+            directory: directory.into(),
+            durability: Durability::Disk,
+            segment_size: u64::MAX,
+            key_file: None,
+            queue: 0,
+            intent_deadline: Duration::ZERO,
+            shown: Default::default(),
+            retain: None,
+            window: Duration::ZERO,
+            low_water: 0,
+        }
+    }
 }
 
 #[cfg(any(test, fuzzing))]
@@ -93,6 +119,7 @@ impl Options {
             intent_deadline: Duration::from_secs(5),
             shown: Default::default(),
             retain: None,
+            window: Duration::ZERO,
             low_water: 0,
         }
     }
@@ -110,6 +137,9 @@ pub enum StartError {
     /// The key cannot be used.
     #[error("audit key {0}")]
     Key(#[from] KeyError),
+    /// The trail is another program's.
+    #[error("audit directory {0}: {1}")]
+    Newer(PathBuf, Newer),
 }
 
 /// The intent could not be made safe in time.
@@ -132,6 +162,7 @@ pub struct Metrics {
     dropped: IntCounter,
     late: IntCounter,
     queue: IntGauge,
+    doubtful: IntGauge,
 }
 
 impl Metrics {
@@ -161,9 +192,18 @@ impl Metrics {
             dropped: counter("dropped_refusals_total", "Refusals that were not recorded.")?,
             late: counter("late_intents_total", "Intents that were not safe in time.")?,
             queue: IntGauge::new("ccsqm_gateway_audit_queue_records", "Records that wait to be written.")?,
+            doubtful: IntGauge::new(
+                "ccsqm_gateway_clock_doubtful",
+                "Whether the wall clock is doubtful, so that no audit segment is removed.",
+            )?,
         };
         registry.register(Box::new(metrics.queue.clone()))?;
+        registry.register(Box::new(metrics.doubtful.clone()))?;
         Ok(metrics)
+    }
+
+    fn set_doubtful(&self, is_doubtful: bool) {
+        self.doubtful.set(is_doubtful.into());
     }
 
     fn written(&self, batch: &Batch) {
@@ -238,6 +278,7 @@ struct Handle {
     shared: Arc<Shared>,
     lane: Arc<Lane>,
     keys: Arc<Keys>,
+    clocks: Arc<Clocks>,
     writer: Arc<Mutex<Option<JoinHandle<()>>>>,
     intent_deadline: Duration,
     begun: u64,
@@ -255,7 +296,7 @@ impl Audit {
     /// Opens the trail: takes its lock, recovers what a crash left, starts the writer.
     pub fn start(options: &Options, metrics: Metrics) -> Result<Self, StartError> {
         let directory = options.directory.clone();
-        let fail = |error| StartError::Directory(directory.clone(), error);
+        let fail = |error| start_error(&directory, error);
         make_directory(&directory, options.durability).map_err(fail)?;
         let lock = lock(&directory)?;
         let keys = match &options.key_file {
@@ -268,6 +309,8 @@ impl Audit {
         let keys = Arc::new(keys);
         let (writer, begun, left_in_doubt) = recover(options, keys.clone(), lock).map_err(fail)?;
         let shared = Arc::new(Shared::new(metrics, options.queue, begun));
+        let clocks = writer.clocks.clone();
+        clocks.look(&shared);
         let writing = shared.clone();
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
@@ -277,6 +320,7 @@ impl Audit {
             shared,
             lane,
             keys,
+            clocks,
             writer,
             intent_deadline,
             begun,
@@ -379,7 +423,14 @@ impl Audit {
     /// Verifies what was there before the start, and records the first fault; gives every intent its outcome that was
     /// left open there. Takes as long as the trail is long: to be called beside everything else.
     pub fn verify_past(&self, directory: &Path) -> io::Result<()> {
-        let found = recovery::read(directory, self.keys())?;
+        let found = match recovery::read(directory, self.keys()) {
+            Ok(found) => found,
+            Err(error) => {
+                self.0.clocks.know(Vec::new());
+                return Err(error);
+            }
+        };
+        self.0.clocks.know(found.anchors);
         if let Some(fault) = found.faults.iter().find(|fault| fault.seq <= self.begun()) {
             let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
             tracing::error!(file, line = fault.line, reason = fault.reason, "the audit trail is damaged");
@@ -391,6 +442,29 @@ impl Audit {
             self.shared().doubt(&doubt.id);
         }
         Ok(())
+    }
+
+    /// Finds the segment from which on to read so that all records are met that are no older than `within`: returns its
+    /// index, and the ages for its first line. `segments` are those of this trail, oldest first. See [`age`].
+    pub fn ages(&self, segments: &[PathBuf], within: Duration) -> io::Result<(usize, Ages)> {
+        self.0.clocks.ages().since(segments, within)
+    }
+
+    /// Why the wall clock is doubtful, if it is. While it is, no segment is removed.
+    pub fn clock_doubt(&self) -> Option<ClockDoubt> {
+        self.0.clocks.doubt()
+    }
+
+    /// Looks at the wall clock, and tells when doubt begins or ends. To be called about once a second.
+    pub fn look_at_clock(&self) {
+        self.0.clocks.look(self.shared());
+    }
+
+    /// An operator accepts the wall clock as it is: doubt ends, and the event `clock_accepted` says so with these details.
+    /// The next start takes records of earlier boots to be as old as that clock says. For a trail that nobody writes there is
+    /// [`accept_clock`].
+    pub fn accept_clock(&self, details: Map<String, Value>) {
+        self.0.clocks.accept(self.shared(), details);
     }
 
     /// Whether the last write succeeded.
@@ -432,12 +506,59 @@ pub fn is_live(directory: &Path) -> bool {
     matches!(held, Ok(Err(fs::TryLockError::WouldBlock)))
 }
 
+/// Accepts the wall clock for a trail that nobody writes: see [`Audit::accept_clock`]. Returns the number of the event, which is
+/// on the disk then. Fails with [`StartError::Locked`] while a gateway writes the trail.
+pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
+    let fail = |error| start_error(directory, error);
+    if chain::segments(directory).map_err(fail)?.is_empty() {
+        return Err(fail(io::Error::new(io::ErrorKind::NotFound, "there is no audit trail")));
+    }
+    let lock = lock(directory)?;
+    let options = Options::to_append(directory);
+    let (mut batch, found, segment) = resume(&options, &keys).map_err(fail)?;
+    let clocks = Arc::new(Clocks::go_on(&found, options.window));
+    batch.event(age::ACCEPTED, Value::Object(clocks.accepted()));
+    let mut writer = Writer::new(&options, Arc::new(keys), lock, clocks, found.hash, segment);
+    writer.append(&mut batch).and_then(|()| give_to_owner(directory)).map_err(fail)?;
+    Ok(batch.last())
+}
+
+/// Gives the newest segment to whom the directory belongs: root may have made it.
+fn give_to_owner(directory: &Path) -> io::Result<()> {
+    let owner = fs::metadata(directory)?;
+    let newest = chain::segments(directory)?.pop().unwrap_or_default();
+    if fs::metadata(&newest)?.uid() == owner.uid() {
+        return Ok(());
+    }
+    chown(&newest, Some(owner.uid()), Some(owner.gid()))
+}
+
+fn start_error(directory: &Path, error: io::Error) -> StartError {
+    match error.get_ref().and_then(|error| error.downcast_ref::<Newer>()) {
+        Some(newer) => StartError::Newer(directory.into(), *newer),
+        None => StartError::Directory(directory.into(), error),
+    }
+}
+
 /// Reads the end of the trail, cuts a torn line off, gives every intent that is open there its outcome, and
 /// records all that. One write does it, so that a crash in between leaves either nothing or a torn line for the next
 /// start. Returns the number of the last record and what was open, too.
 fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64, Arc<[Doubt]>)> {
     remove_unfinished(&options.directory)?;
-    let found = recovery::read_end(&options.directory, &keys)?;
+    let (mut batch, found, segment) = resume(options, &keys)?;
+    for id in found.in_doubt.keys() {
+        batch.push(&Entry::Doubt { id });
+    }
+    let clocks = Arc::new(Clocks::go_on(&found, options.window));
+    batch.event(age::START, clocks.start(&found));
+    let mut writer = Writer::new(options, keys, lock, clocks, found.hash, segment);
+    writer.append(&mut batch)?;
+    Ok((writer, batch.last(), found.in_doubt.into_values().collect()))
+}
+
+/// Reads the end of the trail, and cuts a torn line off, of which the batch tells that is to go on there.
+fn resume(options: &Options, keys: &Keys) -> io::Result<(Batch, Found, Option<Segment>)> {
+    let found = recovery::read_end(&options.directory, keys)?;
     let (seq, segment) = found.resume()?;
     let mut batch = Batch::behind(seq);
     if let Some((path, offset, length)) = &found.torn {
@@ -450,11 +571,5 @@ fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer
             write_again(path, *length)?;
         }
     }
-    for id in found.in_doubt.keys() {
-        batch.push(&Entry::Doubt { id });
-    }
-    batch.event("start", json!({ "version": env!("CARGO_PKG_VERSION") }));
-    let mut writer = Writer::new(options, keys, lock, found.hash, segment);
-    writer.append(&mut batch)?;
-    Ok((writer, batch.last(), found.in_doubt.into_values().collect()))
+    Ok((batch, found, segment))
 }

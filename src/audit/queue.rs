@@ -15,7 +15,7 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{
-    Metrics, Unavailable,
+    Metrics, Unavailable, age,
     batch::Batch,
     lane::Lane,
     record::{Entry, Facts, Refusal, Why},
@@ -41,6 +41,9 @@ const LONG_TURN: u64 = 50_000_000;
 /// nanoseconds. A worker needs as long for as many requests as it has permits in a crowd, so that waiting for them does not slow
 /// it down; and a batch is not called slow for being large.
 const PROMPT: (u64, u64) = (100_000, 10_000);
+
+/// So long sleeps a writer that has nothing to write: then an anchor is due.
+const IDLE: Duration = Duration::from_millis(age::EVERY.unsigned_abs());
 
 /// A second of refusals.
 const SECOND: Duration = Duration::from_secs(1);
@@ -290,11 +293,7 @@ impl Shared {
                 (false, true) => None,
             };
             queue.writer_sleeps = true;
-            let Some(wait) = wait else {
-                queue = self.filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
-                queue.writer_sleeps = false;
-                continue;
-            };
+            let wait = wait.unwrap_or(IDLE);
             let (mut woken, waited) =
                 self.filled.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner);
             woken.writer_sleeps = false;

@@ -9,6 +9,7 @@
 //! the next.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, BufReader, Read, Seek, SeekFrom},
@@ -18,6 +19,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    age::{self, Anchor, FORMAT, Newer},
     chain::{Hash, Keys, Lines, first_seq, segments, stated},
     retention::{self, Place},
     writer::Segment,
@@ -50,6 +52,12 @@ pub struct Found {
     pub torn: Option<(PathBuf, u64, u64)>,
     /// The last segment and its length without a torn line.
     pub last: Option<(PathBuf, u64)>,
+    /// What ties the times of records to the time that has passed, in the order of the trail.
+    pub(super) anchors: Vec<Anchor>,
+    /// The last record's time.
+    time: String,
+    /// The highest format that a start states.
+    format: u64,
     /// Where the trail begins, if that is not its first record.
     begins_behind: Option<Place>,
     /// An event says that what lies before was removed.
@@ -102,14 +110,18 @@ pub struct Fault {
 }
 
 #[derive(Deserialize)]
-struct Head {
+struct Head<'a> {
     seq: u64,
-    kind: String,
+    #[serde(borrow)]
+    time: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    kind: Cow<'a, str>,
     #[serde(default)]
     id: Option<String>,
 }
 
-/// Reads all segments of a directory. A gateway may remove the oldest one meanwhile: then it is read anew.
+/// Reads all segments of a directory. A gateway may remove the oldest one meanwhile: then it is read anew. Fails with
+/// [`Newer`] if a newer version wrote some of it.
 pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
     let mut tries = 10;
     loop {
@@ -135,8 +147,12 @@ fn read_all(segments: &[PathBuf], keys: &Keys) -> io::Result<Found> {
 /// believed.
 pub(super) fn read_end(directory: &Path, keys: &Keys) -> io::Result<Found> {
     let segments = segments(directory)?;
-    let end = &segments[segments.len().saturating_sub(2)..];
-    read_segments(end, Found::begin(end.first())?, keys)
+    let (before, end) = segments.split_at(segments.len().saturating_sub(2));
+    let mut found = read_segments(end, Found::begin(end.first())?, keys)?;
+    if let (true, Some(newest)) = (found.anchors.is_empty(), found.newest()) {
+        found.anchors.extend(age::last_anchor(before, newest)?);
+    }
+    Ok(found)
 }
 
 fn read_segments(segments: &[PathBuf], mut found: Found, keys: &Keys) -> io::Result<Found> {
@@ -146,6 +162,9 @@ fn read_segments(segments: &[PathBuf], mut found: Found, keys: &Keys) -> io::Res
             Some(next) => found.read_full(path, next, keys)?,
             None => found.read_last(path, keys)?,
         }
+    }
+    if found.format > FORMAT {
+        return Err(io::Error::other(Newer(found.format)));
     }
     Ok(found)
 }
@@ -226,6 +245,11 @@ impl Found {
         }
     }
 
+    /// The last record's time, in milliseconds since 1970.
+    pub(super) fn newest(&self) -> Option<i64> {
+        age::millis(&self.time)
+    }
+
     fn fault(&mut self, path: &Path, line: usize, reason: &'static str) {
         if self.faults.len() < MAX_FAULTS {
             self.faults.push(Fault { file: path.into(), line, seq: self.seq, reason });
@@ -243,7 +267,7 @@ impl Found {
                 self.hash = stated(line).unwrap_or(self.hash);
             }
         }
-        let Ok(head) = serde_json::from_slice::<Head>(line) else {
+        let Ok(head) = serde_json::from_slice::<Head<'_>>(line) else {
             self.fault(path, number, "not a record");
             return;
         };
@@ -252,15 +276,20 @@ impl Found {
             // Go on from what the line states, unless nothing could follow it.
             self.seq = if head.seq < MAX_SEQ { head.seq } else { seq };
         }
-        match (head.kind.as_str(), head.id) {
+        self.time.clear();
+        self.time.push_str(head.time.as_deref().unwrap_or_default());
+        match (&*head.kind, head.id) {
             ("intent", Some(id)) => {
                 if let Ok(doubt) = serde_json::from_slice(line) {
                     self.in_doubt.insert(id, doubt);
                 }
             }
             ("outcome", Some(id)) => drop(self.in_doubt.remove(&id)),
-            ("event", _) if self.begins_behind.is_some() => {
-                self.is_retained |= retention::said(line) == self.begins_behind;
+            ("event", _) => {
+                self.is_retained |=
+                    self.begins_behind.is_some_and(|place| retention::said(line) == Some(place));
+                self.anchors.extend(Anchor::read(line));
+                self.format = self.format.max(age::format(line).unwrap_or_default());
             }
             _ => {}
         }

@@ -1,4 +1,5 @@
-//! What is older than `retain` goes, a segment at a time, the oldest first.
+//! What is older than `retain` goes, a segment at a time, the oldest first. How old a record is says [`super::age`], whatever a
+//! wall clock shows; while that is doubtful, nothing goes.
 //!
 //! The chain stays verifiable: before a segment is removed, an event `retention` tells the number and the hash of its
 //! last record, and so where the trail begins from then on. Without such an event a trail that does not begin at its
@@ -9,11 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::chain::{Hash, Line, Lines, hex, parse_hex, segments};
+use super::{
+    age,
+    chain::{Hash, Line, Lines, hex, parse_hex, segments},
+};
 
 /// The name of the event.
 pub(super) const EVENT: &str = "retention";
@@ -49,11 +52,12 @@ struct Said<'a> {
     last_hash: &'a str,
 }
 
-/// The oldest segment, if the one behind it begins before this time, in seconds since 1970. The last one never goes.
-pub(super) fn oldest(directory: &Path, before: i64) -> io::Result<Option<Old>> {
+/// The oldest segment, if the one behind it begins with a record that is old by its number and its time, in milliseconds since
+/// 1970. The last one never goes.
+pub(super) fn oldest(directory: &Path, is_old: impl Fn(u64, i64) -> bool) -> io::Result<Option<Old>> {
     let segments = segments(directory)?;
     let [oldest, next, ..] = segments.as_slice() else { return Ok(None) };
-    let old = begin(next)?.filter(|(_, time)| *time < before);
+    let old = begin(next)?.filter(|(last, time)| is_old(last.seq + 1, *time));
     Ok(old.map(|(last, _)| Old { path: oldest.clone(), last }))
 }
 
@@ -62,12 +66,11 @@ pub(super) fn before(segment: &Path) -> io::Result<Option<Place>> {
     Ok(begin(segment)?.map(|(place, _)| place))
 }
 
-/// The place before a segment's first line, and when that was written.
+/// The place before a segment's first line, and when that was written, in milliseconds since 1970.
 fn begin(segment: &Path) -> io::Result<Option<(Place, i64)>> {
     let parse = |line: Line<'_>| {
         let Begin { seq, time, prev } = serde_json::from_slice(line.bytes).ok()?;
-        let time: Timestamp = time.parse().ok()?;
-        Some((Place { seq: seq.checked_sub(1)?, hash: parse_hex(prev)? }, time.as_second()))
+        Some((Place { seq: seq.checked_sub(1)?, hash: parse_hex(prev)? }, age::millis(time)?))
     };
     Ok(Lines::open(segment)?.read()?.and_then(parse))
 }

@@ -449,13 +449,14 @@ async fn a_batch_that_stands_at_a_segments_end_and_again_in_the_next_is_read_onc
 async fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
     let folder = TempDir::new().unwrap();
     let options = Options { durability: Durability::Disk, ..Options::small(folder.path()) };
+    let clocks = Arc::new(Clocks::go_on(&Found::default(), options.window));
     fs::write(folder.path().join("segment.new"), "left by a process that was killed").unwrap();
     let lock = lock(folder.path()).unwrap();
     let keys = Keys::load_or_make(folder.path()).unwrap();
     // It takes what is written, and refuses fdatasync and being cut.
     let null = OpenOptions::new().write(true).open("/dev/null").unwrap();
     let writer =
-        Writer::new(&options, keys.into(), lock, Hash::default(), Some(writer::Segment::new(null, 0)));
+        Writer::new(&options, keys.into(), lock, clocks, Hash::default(), Some(Segment::new(null, 0)));
     let shared = Shared::new(metrics(), 64, 0);
     shared.event("one", json!({}));
     shared.event("two", json!({}));
@@ -639,6 +640,82 @@ async fn old_segments_go_and_the_chain_stays_verifiable() {
     }
     let found = verify(folder.path());
     assert_eq!(found.faults[0].reason, "records before this one were removed, and no event says so");
+}
+
+/// Makes a trail of ten segments and more, then goes on with it: a writer that knows of no anchors before its start writes so
+/// many events. Returns the names of all events that it wrote, the start's among them, and how many segments are gone.
+async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usize) -> (Vec<String>, usize) {
+    let directory = &options.directory;
+    let audit = start(&Options { segment_size: 1, ..Options::small(directory) });
+    for _ in 0..10 {
+        intended(&audit).await.take().finish(&answer());
+    }
+    audit.close();
+    drop(audit);
+    let (before, found) = (segments(directory).unwrap(), verify(directory));
+    let keys = Keys::load(&chain::key_path(directory)).unwrap();
+    let (mut writer, begun, _) = recover(options, keys.into(), lock(directory).unwrap()).unwrap();
+    writer.clocks.know(Vec::new());
+    prepare(&mut writer);
+    let shared = Shared::new(metrics(), 64, begun);
+    thread::scope(|scope| {
+        scope.spawn(|| writer.run(&shared));
+        for number in 1..=events {
+            shared.event("test", json!({}));
+            let seq = begun + u64::try_from(number).unwrap();
+            wait_for(|| (shared.safe.load(std::sync::atomic::Ordering::Acquire) >= seq).then_some(()));
+        }
+        shared.close();
+    });
+    assert_whole(directory);
+    let new = trail(directory).into_iter().filter(|record| record["seq"].as_u64() > Some(found.seq));
+    let names = new.map(|record| record["event"].as_str().unwrap().to_owned()).collect();
+    (names, before.iter().filter(|path| !path.exists()).count())
+}
+
+#[tokio::test]
+async fn each_look_removes_one_segment_and_none_within_the_window() {
+    for (hours, gone) in [(0, 1), (1, 0)] {
+        let folder = TempDir::new().unwrap();
+        let window = Duration::from_secs(3600 * hours);
+        let options = Options { retain: Some(Duration::ZERO), window, ..Options::small(folder.path()) };
+        let (events, removed) = go_on(&options, |_| (), 20).await;
+        let said = events.iter().filter(|name| *name == "retention").count();
+        assert_eq!((removed, said), (gone, gone), "{hours} h: {events:?}");
+    }
+}
+
+#[tokio::test]
+async fn each_hour_an_event_ties_the_times_of_records_to_the_boot_time() {
+    for (hours, count) in [(0, 0), (1, 1), (2, 1)] {
+        let folder = TempDir::new().unwrap();
+        let options = Options::small(folder.path());
+        let (events, _) = go_on(&options, |writer| writer.anchored -= hours * age::EVERY, 5).await;
+        let clocks = events.iter().filter(|name| *name == "clock").count();
+        assert_eq!(clocks, count, "{hours} h: {events:?}");
+        let anchors = trail(folder.path()).into_iter().filter(|record| record["elapsed"].is_number());
+        let anchors: Vec<_> = anchors.collect();
+        assert_eq!(anchors.len(), 2 + count, "{anchors:?}");
+        for pair in anchors.windows(2) {
+            let passed = |name: &str| pair[1][name].as_i64().unwrap() - pair[0][name].as_i64().unwrap();
+            assert_eq!(passed("elapsed"), passed("boottime"), "{pair:?}");
+            assert_eq!((&pair[0]["format"], &pair[1]["boot_id"]), (&json!(1), &pair[0]["boot_id"]));
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_last_anchor_is_found_before_the_last_two_segments() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
+    for _ in 0..5 {
+        intended(&audit).await.take().finish(&answer());
+    }
+    audit.close();
+    let keys = Keys::load(&chain::key_path(folder.path())).unwrap();
+    let found = recovery::read_end(folder.path(), &keys).unwrap();
+    assert_eq!(found.anchors, verify(folder.path()).anchors);
+    assert!(segments(folder.path()).unwrap().len() > 3 && found.anchors.len() == 1);
 }
 
 #[tokio::test]

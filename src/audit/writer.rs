@@ -25,17 +25,17 @@ use rustix::{
     fs::{FallocateFlags, fallocate},
     io::Errno,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
-    Durability, Options,
+    Durability, Options, age,
     batch::Batch,
     chain::{Hash, Keys, Link, segment_path},
+    clocks::{self, Clocks},
     queue::{Next, Shared},
     retention::{self, Old},
     sync::Syncs,
 };
-use crate::clock;
 
 /// How long a failed write waits.
 const RETRY: Duration = Duration::from_millis(100);
@@ -49,7 +49,8 @@ const AHEAD: u64 = 1 << 20;
 /// An outcome takes no more than this, but for one with a long reply or code.
 const OUTCOME: u64 = 2 * 1024;
 
-/// How often old segments are looked for while there is something to write, beside each time that one is begun.
+/// How often an old segment is looked for while there is something to write, beside each time that one is begun. One goes at
+/// a time.
 const LOOK: Duration = Duration::from_secs(60);
 
 /// How often the free space is measured while there is something to write.
@@ -80,7 +81,11 @@ pub(super) struct Writer {
     durability: Durability,
     low_water: u64,
     measured: Option<Instant>,
+    /// Records are kept for as long, at least.
     retain: Option<Duration>,
+    pub(super) clocks: Arc<Clocks>,
+    /// When the last anchor was written, by `CLOCK_BOOTTIME` in milliseconds.
+    pub(super) anchored: i64,
     /// When old segments were last looked for.
     looked: Option<Instant>,
     /// To be removed once the record that says so is written.
@@ -105,6 +110,7 @@ impl Writer {
         options: &Options,
         keys: Arc<Keys>,
         lock: File,
+        clocks: Arc<Clocks>,
         hash: Hash,
         segment: Option<Segment>,
     ) -> Self {
@@ -114,7 +120,9 @@ impl Writer {
             durability: options.durability,
             low_water: options.low_water,
             measured: None,
-            retain: options.retain,
+            retain: options.retain.map(|retain| retain.max(options.window)),
+            clocks,
+            anchored: clocks::boottime(),
             looked: None,
             old: None,
             keys,
@@ -132,6 +140,7 @@ impl Writer {
         let (mut batch, mut due) = (Batch::default(), shared.begin(0));
         loop {
             self.measure(shared);
+            self.anchor(shared);
             self.look_for_old(shared);
             // A writer that waits for the disk is never prompt: what is queued meanwhile shares the next fdatasync.
             if self.durability == Durability::Kernel {
@@ -210,6 +219,15 @@ impl Writer {
         }
     }
 
+    /// Queues what ties the times of records to the time that has passed, once an hour.
+    fn anchor(&mut self, shared: &Shared) {
+        let boottime = clocks::boottime();
+        if boottime - self.anchored >= age::EVERY && !shared.is_closing() {
+            self.anchored = boottime;
+            shared.event(age::CLOCK, Value::Object(self.clocks.members()));
+        }
+    }
+
     /// Looks for a segment that is to go, and queues the record that says so.
     fn look_for_old(&mut self, shared: &Shared) {
         let Some(retain) = self.retain.filter(|_| self.looked.is_none_or(|looked| looked.elapsed() >= LOOK))
@@ -220,9 +238,11 @@ impl Writer {
             return;
         }
         self.looked = Some(Instant::now());
-        let before = clock::unix_nanos() / 1_000_000_000;
-        let before = i64::try_from(before.saturating_sub(retain.as_secs())).unwrap_or_default();
-        match retention::oldest(&self.directory, before) {
+        self.clocks.look(shared);
+        let Some(anchors) = self.clocks.anchors().filter(|_| self.clocks.doubt().is_none()) else { return };
+        let ages = self.clocks.ages();
+        let is_old = |seq, time| ages.clone().at(seq, anchors).age(time) > retain;
+        match retention::oldest(&self.directory, is_old) {
             Ok(old) => self.old = old,
             Err(error) => tracing::warn!(%error, "old segments of the audit trail cannot be looked for"),
         }
@@ -235,10 +255,7 @@ impl Writer {
     fn remove_old(&mut self, shared: &Shared) {
         let Some(old) = self.old.take() else { return };
         match fs::remove_file(&old.path) {
-            Ok(()) => {
-                shared.metrics.removed.inc();
-                self.looked = None; // there may be another one
-            }
+            Ok(()) => shared.metrics.removed.inc(),
             Err(error) => tracing::warn!(%error, "an old segment of the audit trail cannot be removed"),
         }
     }

@@ -1,4 +1,4 @@
-//! `audit verify | in-doubt | head`.
+//! `audit verify | in-doubt | head | accept-clock`.
 
 use std::{
     path::{Path, PathBuf},
@@ -6,7 +6,8 @@ use std::{
 };
 
 use ccsqm_gateway::audit::{
-    chain::{Keys, hex, key_path},
+    StartError, accept_clock,
+    chain::{KeyError, Keys, hex, key_path},
     is_live,
     recovery::{Found, read},
 };
@@ -14,7 +15,7 @@ use serde_json::json;
 
 use super::BAD_CONFIGURATION;
 
-/// Verify and read an audit trail. All work beside a running gateway.
+/// Verify and read an audit trail. All work beside a running gateway, but for those that say otherwise.
 #[derive(clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -29,6 +30,8 @@ enum Command {
     InDoubt(Trail),
     /// Print the last record's number and hash, to be kept elsewhere.
     Head(Trail),
+    /// Believe the wall clock as it is, where a gateway finds it doubtful; recorded in the trail. The gateway must not run.
+    AcceptClock(Trail),
 }
 
 #[derive(clap::Args)]
@@ -44,28 +47,30 @@ struct Trail {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let (Command::Verify(trail) | Command::InDoubt(trail) | Command::Head(trail)) = &args.command;
-    let found = match trail.read() {
-        Ok(found) => found,
+    let good = match &args.command {
+        Command::Verify(trail) => trail.read().map(|found| verify(trail, &found)),
+        Command::InDoubt(trail) => trail.read().map(|found| in_doubt(trail, &found)),
+        Command::Head(trail) => trail.read().map(|found| head(trail, &found)),
+        Command::AcceptClock(trail) => believe_clock(trail),
+    };
+    Ok(match good {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("ccsqm-gateway: {error}");
-            return Ok(ExitCode::from(BAD_CONFIGURATION));
+            ExitCode::from(BAD_CONFIGURATION)
         }
-    };
-    let good = match &args.command {
-        Command::Verify(trail) => verify(trail, &found),
-        Command::InDoubt(trail) => in_doubt(trail, &found),
-        Command::Head(trail) => head(trail, &found),
-    };
-    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    })
 }
 
 impl Trail {
+    fn keys(&self) -> Result<Keys, KeyError> {
+        Keys::load(&self.key_file.clone().unwrap_or_else(|| key_path(&self.directory)))
+    }
+
     fn read(&self) -> anyhow::Result<Found> {
-        let path = self.key_file.clone().unwrap_or_else(|| key_path(&self.directory));
-        let keys = Keys::load(&path)?;
         let directory = self.directory.display();
-        read(&self.directory, &keys).map_err(|error| anyhow::anyhow!("{directory}: {error}"))
+        read(&self.directory, &self.keys()?).map_err(|error| anyhow::anyhow!("{directory}: {error}"))
     }
 }
 
@@ -124,4 +129,20 @@ fn head(trail: &Trail, found: &Found) -> bool {
         println!("{} {hash}", found.seq);
     }
     true
+}
+
+fn believe_clock(trail: &Trail) -> anyhow::Result<bool> {
+    match accept_clock(&trail.directory, trail.keys()?) {
+        Ok(seq) if trail.json => println!("{}", json!({ "accepted": true, "seq": seq })),
+        Ok(seq) => println!("accepted: the next start believes the wall clock (record {seq})"),
+        Err(StartError::Locked(directory)) => {
+            let directory = directory.display();
+            eprintln!(
+                "ccsqm-gateway: {directory}: a gateway writes this trail; stop it, accept the clock, and start it again"
+            );
+            return Ok(false);
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(true)
 }

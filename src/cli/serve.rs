@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc};
 
-use ccsqm_gateway::{app::App, reload::Source};
+use ccsqm_gateway::{app::App, audit::StartError, reload::Source};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -25,7 +25,13 @@ pub(super) fn run(configured: &Configured) -> anyhow::Result<ExitCode> {
     let set_level = super::log(&config.log);
     no_core_dumps();
     allow_files(config.server.max_connections + config.upstream.max_connections);
-    let app = App::build(config)?;
+    let app = match App::build(config) {
+        Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..))) => {
+            eprintln!("ccsqm-gateway: {error}");
+            return Ok(ExitCode::from(BAD_CONFIGURATION));
+        }
+        built => built?,
+    };
     let Configured { config: path, overrides } = configured;
     let source = Source { path: path.clone(), overrides: overrides.clone(), set_level };
     app.run(stopped(), Some(source))?;

@@ -1,0 +1,633 @@
+//! How old records are. No wall clock decides it, so that none that is wrong makes the gateway forget a key or remove a
+//! segment.
+//!
+//! The trail has a time of its own, the *trail time*: the time that has certainly passed since its first anchor.
+//!
+//! * Within a run of the gateway it goes as `CLOCK_BOOTTIME` does, since the times of one run's records differ by just that
+//!   (see [`crate::clock`]).
+//! * From one run to the next it goes as `CLOCK_BOOTTIME` does, too, if both belong to one boot of the machine.
+//! * From one boot to the next it stands still: only a wall clock could tell how long the machine was off. A boot id that
+//!   cannot be read counts as a new boot.
+//!
+//! A record's *age* is the trail time that has passed since it was written. It is exact for records of the present boot, and
+//! never more than the truth for others. An *anchor* ties the times of the records behind it to the trail time. Anchors are the
+//! events `start`, `clock` (once an hour) and `clock_accepted`; the last one says that an operator believes the wall clock:
+//! records before it are at least as old as it says.
+//!
+//! A reader that goes through the trail in its order begins with [`Ages::since`], which also says in which segment to begin,
+//! shows each line to [`Ages::anchor`], and asks [`Ages::age`] about the times of the lines that follow.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+use uuid::Uuid;
+
+use super::chain::Lines;
+
+/// The format of the trail that this version writes and knows.
+pub const FORMAT: u64 = 1;
+
+/// The event of a start.
+pub(super) const START: &str = "start";
+
+/// The event that is written every hour.
+pub(super) const CLOCK: &str = "clock";
+
+/// The event that says that an operator believes the wall clock.
+pub(super) const ACCEPTED: &str = "clock_accepted";
+
+/// How often an anchor is written, in milliseconds.
+pub(super) const EVERY: i64 = 60 * 60 * 1000;
+
+/// A newer version wrote the trail.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("written by a newer version: format {0}, this one knows {FORMAT}")]
+pub struct Newer(pub u64);
+
+/// What ties the times of records to the trail time. All numbers are milliseconds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Anchor {
+    seq: u64,
+    /// The record's time.
+    time: i64,
+    boot: Option<Uuid>,
+    boottime: i64,
+    /// The trail time, and from when on it is exact: since the first start of this boot.
+    elapsed: i64,
+    exact_from: i64,
+    accepted: Option<Accepted>,
+    /// The time of the newest record before a start.
+    newest: Option<i64>,
+}
+
+/// The wall clock that an operator believed, in milliseconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Accepted {
+    wall: i64,
+    /// The trail time at that moment.
+    elapsed: i64,
+    /// The times of records up to this trail time are believed. Of those behind it the age is known without that.
+    until: i64,
+}
+
+/// The trail time as a process knows it, in milliseconds. The caller reads `CLOCK_BOOTTIME`.
+#[derive(Clone, Debug)]
+pub(super) struct TrailTime {
+    boot: Option<Uuid>,
+    /// The trail time minus `CLOCK_BOOTTIME`.
+    offset: i64,
+    exact_from: i64,
+    accepted: Option<Accepted>,
+    /// What records have whose anchor is not known.
+    unanchored: Base,
+}
+
+/// The ages of records, at one moment.
+#[derive(Clone, Debug)]
+pub struct Ages {
+    /// The trail time of that moment.
+    now: i64,
+    accepted: Option<Accepted>,
+    /// What counts for the line that is read.
+    base: Base,
+}
+
+/// A record of this time was written at this trail time; those of other times before or after it.
+#[derive(Clone, Copy, Debug)]
+struct Base {
+    time: i64,
+    elapsed: i64,
+    /// No record for which this counts was written before this trail time.
+    floor: i64,
+}
+
+impl Anchor {
+    /// The anchor that a line is, if it is one.
+    pub(super) fn read(line: &[u8]) -> Option<Self> {
+        if !is_event(line) {
+            return None;
+        }
+        let event: Value = serde_json::from_slice(line).ok()?;
+        if ![START, CLOCK, ACCEPTED].contains(&event["event"].as_str()?) {
+            return None;
+        }
+        Some(Self {
+            seq: event["seq"].as_u64()?,
+            time: millis(event["time"].as_str()?)?,
+            boot: event["boot_id"].as_str().and_then(|id| id.parse().ok()),
+            boottime: event["boottime"].as_i64()?,
+            elapsed: event["elapsed"].as_i64()?,
+            exact_from: event["exact_from"].as_i64()?,
+            accepted: Accepted::read(&event["accepted"]),
+            newest: event["newest"].as_str().and_then(millis),
+        })
+    }
+
+    /// Whether a process with this boot id belongs to the same boot. If `CLOCK_BOOTTIME` went back, the machine is a
+    /// snapshot of itself.
+    pub(super) fn is_of_boot(&self, boot: Option<Uuid>, boottime: i64) -> bool {
+        boot.is_some() && self.boot == boot && boottime >= self.boottime
+    }
+
+    /// For the records behind it.
+    fn behind(&self) -> Base {
+        Base { time: self.time, elapsed: self.elapsed, floor: self.elapsed }
+    }
+
+    /// For the records before it, as far as they have no anchor of their own. They are of the same run, unless this is a
+    /// start; then the last one of them counts as written at the start.
+    fn before(&self) -> Base {
+        let time = self.newest.unwrap_or(self.time);
+        Base { time, elapsed: self.elapsed, floor: i64::MIN }
+    }
+}
+
+impl Accepted {
+    fn read(value: &Value) -> Option<Self> {
+        let wall = millis(value["wall"].as_str()?)?;
+        Some(Self { wall, elapsed: value["elapsed"].as_i64()?, until: value["until"].as_i64()? })
+    }
+
+    fn to_json(self) -> Value {
+        json!({ "wall": text(self.wall), "elapsed": self.elapsed, "until": self.until })
+    }
+}
+
+/// The format that a line states, if it is a start.
+pub(super) fn format(line: &[u8]) -> Option<u64> {
+    let event: Value = is_event(line).then(|| serde_json::from_slice(line).ok()).flatten()?;
+    if event["event"] == START { event["format"].as_u64() } else { None }
+}
+
+impl TrailTime {
+    /// The time of a process that goes on behind the newest record, which has this time and whose anchor is `last`.
+    pub(super) fn go_on(
+        last: Option<&Anchor>,
+        newest: Option<i64>,
+        boot: Option<Uuid>,
+        boottime: i64,
+    ) -> Self {
+        let recorded = last.map_or(0, |last| last.behind().elapsed_at(newest.unwrap_or(last.time)));
+        let same_boot = last.filter(|last| last.is_of_boot(boot, boottime));
+        let passed = same_boot.map_or(recorded, |last| {
+            recorded.max(last.elapsed.saturating_add(boottime.saturating_sub(last.boottime)))
+        });
+        let floor = if newest.is_some() { i64::MIN } else { passed };
+        Self {
+            boot,
+            offset: passed.saturating_sub(boottime),
+            exact_from: same_boot.map_or(passed, |last| last.exact_from),
+            accepted: last.and_then(|last| last.accepted),
+            unanchored: Base { time: newest.unwrap_or_default(), elapsed: passed, floor },
+        }
+    }
+
+    fn elapsed(&self, boottime: i64) -> i64 {
+        self.offset.saturating_add(boottime)
+    }
+
+    /// An operator believes this wall clock.
+    pub(super) fn accept(&mut self, wall: i64, boottime: i64) {
+        self.accepted = Some(Accepted { wall, elapsed: self.elapsed(boottime), until: self.exact_from });
+    }
+
+    /// What an anchor says.
+    pub(super) fn members(&self, boottime: i64) -> Map<String, Value> {
+        let mut members = Map::new();
+        members.insert("format".into(), FORMAT.into());
+        if let Some(boot) = self.boot {
+            members.insert("boot_id".into(), boot.to_string().into());
+        }
+        members.insert("boottime".into(), boottime.into());
+        members.insert("elapsed".into(), self.elapsed(boottime).into());
+        members.insert("exact_from".into(), self.exact_from.into());
+        if let Some(accepted) = self.accepted {
+            members.insert("accepted".into(), accepted.to_json());
+        }
+        members
+    }
+
+    /// The ages of records whose anchor is not known. They count as being of one run, which ended at the start.
+    pub(super) fn ages(&self, boottime: i64) -> Ages {
+        Ages { now: self.elapsed(boottime), accepted: self.accepted, base: self.unanchored }
+    }
+}
+
+impl Ages {
+    /// Finds the segment from which on to read so that all records are met that are no older than `within`: returns its index,
+    /// and the ages for its first line. `segments` are those of a trail, oldest first.
+    pub(super) fn since(mut self, segments: &[PathBuf], within: Duration) -> io::Result<(usize, Self)> {
+        for (index, path) in segments.iter().enumerate().rev() {
+            if let Some(anchor) = first_anchor(path)? {
+                self.base = anchor.before();
+            }
+            if first_time(path)?.is_some_and(|time| self.age(time) > within) {
+                return Ok((index, self));
+            }
+        }
+        Ok((0, self))
+    }
+
+    /// Takes a line note of, which need not be an anchor; it counts for all lines behind it.
+    pub fn anchor(&mut self, line: &[u8]) {
+        if let Some(anchor) = Anchor::read(line) {
+            self.base = anchor.behind();
+        }
+    }
+
+    /// The ages for the record with this number, by the anchors of a trail in their order.
+    pub(super) fn at(mut self, seq: u64, anchors: &[Anchor]) -> Self {
+        let behind = anchors.partition_point(|anchor| anchor.seq <= seq);
+        match (anchors[..behind].last(), anchors.first()) {
+            (Some(last), _) => self.base = last.behind(),
+            (None, Some(first)) => self.base = first.before(),
+            (None, None) => {}
+        }
+        self
+    }
+
+    /// How old a record of this time is, at least; `time` in milliseconds since 1970. Exact for the present boot.
+    pub fn age(&self, time: i64) -> Duration {
+        let recorded = self.base.elapsed_at(time);
+        let mut age = self.now.saturating_sub(recorded);
+        if let Some(accepted) = self.accepted.filter(|accepted| recorded <= accepted.until) {
+            age = age.max(
+                accepted.wall.saturating_sub(time).saturating_add(self.now.saturating_sub(accepted.elapsed)),
+            );
+        }
+        Duration::from_millis(u64::try_from(age).unwrap_or(0))
+    }
+}
+
+impl Base {
+    fn elapsed_at(&self, time: i64) -> i64 {
+        self.elapsed.saturating_add(time.saturating_sub(self.time)).max(self.floor)
+    }
+}
+
+/// The newest anchor in some segments of a trail, oldest first, of which the newest record has this time. A run has one at its
+/// begin, and one each hour: beyond that there is nothing to be found.
+pub(super) fn last_anchor(segments: &[PathBuf], newest: i64) -> io::Result<Option<Anchor>> {
+    for path in segments.iter().rev() {
+        let (mut lines, mut last) = (Lines::open(path)?, None);
+        while let Some(line) = lines.read()? {
+            last = Anchor::read(line.bytes).or(last);
+        }
+        let is_far =
+            || first_time(path).map(|time| time.is_none_or(|time| (newest - time).abs() > 2 * EVERY));
+        if last.is_some() || is_far()? {
+            return Ok(last);
+        }
+    }
+    Ok(None)
+}
+
+fn first_anchor(segment: &Path) -> io::Result<Option<Anchor>> {
+    let mut lines = Lines::open(segment)?;
+    while let Some(line) = lines.read()? {
+        if let Some(anchor) = Anchor::read(line.bytes) {
+            return Ok(Some(anchor));
+        }
+    }
+    Ok(None)
+}
+
+/// The time of a segment's first record.
+fn first_time(segment: &Path) -> io::Result<Option<i64>> {
+    Ok(Lines::open(segment)?.read()?.and_then(|line| time(line.bytes)))
+}
+
+/// A record's time in milliseconds since 1970.
+fn time(line: &[u8]) -> Option<i64> {
+    millis(serde_json::from_slice::<Value>(line).ok()?["time"].as_str()?)
+}
+
+/// Whether a line is an event, as far as its beginning shows: this is asked of every line of the window.
+fn is_event(line: &[u8]) -> bool {
+    const SEQ: usize = "{\"seq\":".len();
+    const TIME: usize = ",\"time\":\"2026-01-01T00:00:00.000000Z\"".len();
+    let digits = line.get(SEQ..).unwrap_or_default().iter().take_while(|byte| byte.is_ascii_digit()).count();
+    line.get(SEQ + digits + TIME..).is_some_and(|rest| rest.starts_with(b",\"kind\":\"event\""))
+}
+
+/// A time as records have it, in milliseconds since 1970.
+pub(super) fn millis(time: &str) -> Option<i64> {
+    Some(time.parse::<Timestamp>().ok()?.as_millisecond())
+}
+
+/// A time in milliseconds since 1970, as records have it.
+pub(super) fn text(millis: i64) -> String {
+    Timestamp::from_millisecond(millis).unwrap_or(Timestamp::UNIX_EPOCH).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use proptest::prelude::*;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    const HOUR: i64 = EVERY;
+    const DAY: i64 = 24 * HOUR;
+
+    /// 2026-11-28.
+    const DATE: i64 = 1_795_824_000_000;
+
+    fn line(seq: u64, time: i64, event: &str, members: Map<String, Value>) -> String {
+        let time = Timestamp::from_millisecond(time).unwrap();
+        let head = format!(r#"{{"seq":{seq},"time":"{time:.6}","kind":"event","event":"{event}""#);
+        let members = Value::Object(members).to_string();
+        format!("{head},{}", &members[1..])
+    }
+
+    /// A machine and its gateway: the true time, and what the clocks show of it.
+    struct World {
+        /// The true time since the beginning.
+        truth: i64,
+        booted: i64,
+        boot: Option<Uuid>,
+        /// The wall clock minus the truth.
+        wall: i64,
+        seq: u64,
+        /// The running gateway: its trail time, and *now* minus `CLOCK_BOOTTIME`.
+        gateway: Option<(TrailTime, i64)>,
+        newest: Option<i64>,
+        trail: Vec<String>,
+        /// The records: their places in the trail, their times, the true ones, and the boots.
+        records: Vec<(usize, i64, i64, Option<Uuid>)>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            Self {
+                truth: 0,
+                booted: -HOUR,
+                boot: Some(Uuid::from_u128(1)),
+                wall: DATE,
+                seq: 0,
+                gateway: None,
+                newest: None,
+                trail: Vec::new(),
+                records: Vec::new(),
+            }
+        }
+
+        fn boottime(&self) -> i64 {
+            self.truth - self.booted
+        }
+
+        fn now(&self) -> i64 {
+            self.gateway.as_ref().map_or(self.truth + self.wall, |(_, offset)| offset + self.boottime())
+        }
+
+        fn anchors(&self) -> Vec<Anchor> {
+            self.trail.iter().filter_map(|line| Anchor::read(line.as_bytes())).collect()
+        }
+
+        fn write(&mut self, event: &str, members: Map<String, Value>) {
+            self.seq += 1;
+            self.trail.push(line(self.seq, self.now(), event, members));
+            self.newest = Some(self.now());
+        }
+
+        fn start(&mut self) {
+            self.gateway = None;
+            let trail = TrailTime::go_on(self.anchors().last(), self.newest, self.boot, self.boottime());
+            let mut members = trail.members(self.boottime());
+            if let Some(newest) = self.newest {
+                members.insert("newest".into(), text(newest).into());
+            }
+            self.gateway = Some((trail, self.truth + self.wall - self.boottime()));
+            self.write(START, members);
+        }
+
+        fn run(&mut self, time: i64) {
+            self.truth += time;
+            let members = self.gateway.as_ref().unwrap().0.members(self.boottime());
+            self.write(CLOCK, members);
+        }
+
+        fn record(&mut self) {
+            self.write("anything", Map::from_iter([("member".to_owned(), 1.into())]));
+            self.records.push((self.trail.len(), self.now(), self.truth, self.boot));
+        }
+
+        fn accept(&mut self) {
+            let (wall, boottime) = (self.truth + self.wall, self.boottime());
+            let trail = &mut self.gateway.as_mut().unwrap().0;
+            trail.accept(wall, boottime);
+            let members = trail.members(boottime);
+            self.write(ACCEPTED, members);
+        }
+
+        /// The machine is off for a while. Its boot id may be hidden.
+        fn reboot(&mut self, off: i64, is_hidden: bool) {
+            self.truth += off;
+            self.booted = self.truth;
+            self.boot = (!is_hidden).then(|| Uuid::from_u128(2 + u128::from(self.seq)));
+        }
+
+        fn ages(&self) -> Ages {
+            self.gateway.as_ref().unwrap().0.ages(self.boottime())
+        }
+
+        /// The age of a record, as a reader finds it that begins at the first line.
+        fn age(&self, record: usize) -> i64 {
+            let (place, time, ..) = self.records[record];
+            let mut ages = self.ages();
+            self.trail[..place].iter().for_each(|line| ages.anchor(line.as_bytes()));
+            let age = ages.age(time);
+            let number = u64::try_from(place).unwrap();
+            assert_eq!(age, self.ages().at(number, &self.anchors()).age(time), "by its number, too");
+            i64::try_from(age.as_millis()).unwrap()
+        }
+    }
+
+    #[test]
+    fn within_a_boot_ages_are_exact_whatever_the_wall_clock_shows() {
+        let mut world = World::new();
+        for jump in [0, 25 * HOUR, -2 * DAY, 31 * DAY] {
+            world.wall = DATE + jump;
+            world.start();
+            world.record();
+            world.run(HOUR);
+            world.record();
+            world.truth += 3 * HOUR; // nobody runs
+        }
+        world.start();
+        for (record, (_, _, truth, _)) in world.records.clone().into_iter().enumerate() {
+            assert_eq!(world.age(record), world.truth - truth);
+        }
+    }
+
+    #[test]
+    fn the_time_between_two_boots_makes_no_record_older_until_the_clock_is_accepted() {
+        let mut world = World::new();
+        world.start();
+        world.record();
+        world.run(HOUR);
+        world.reboot(3 * DAY, false);
+        world.start();
+        world.record();
+        world.run(5 * HOUR);
+        assert_eq!((world.age(0), world.age(1)), (6 * HOUR, 5 * HOUR));
+        world.accept();
+        world.run(HOUR);
+        assert_eq!((world.age(0), world.age(1)), (3 * DAY + 7 * HOUR, 6 * HOUR));
+        world.reboot(DAY, true); // and what was accepted stays so
+        world.start();
+        assert_eq!((world.age(0), world.age(1)), (3 * DAY + 7 * HOUR, 6 * HOUR));
+    }
+
+    #[test]
+    fn a_boot_id_that_cannot_be_read_or_a_boot_time_that_went_back_is_a_new_boot() {
+        for (boot, boottime, age) in [
+            (Some(Uuid::from_u128(1)), 3 * HOUR, 2 * HOUR), // the control
+            (Some(Uuid::from_u128(2)), 3 * HOUR, 0),
+            (Some(Uuid::from_u128(1)), HOUR / 2, 0),
+            (None, 3 * HOUR, 0),
+        ] {
+            let mut world = World::new();
+            world.start();
+            world.record();
+            let trail = TrailTime::go_on(world.anchors().last(), world.newest, boot, boottime);
+            let mut ages = trail.ages(boottime);
+            ages.anchor(world.trail[0].as_bytes());
+            assert_eq!(
+                ages.age(world.records[0].1),
+                Duration::from_millis(age.try_into().unwrap()),
+                "{boot:?}"
+            );
+        }
+        let mut world = World::new();
+        world.boot = None;
+        world.start();
+        world.record();
+        let hidden = TrailTime::go_on(world.anchors().last(), world.newest, None, world.boottime() + HOUR);
+        assert_eq!(hidden.offset + world.boottime() + HOUR, 0, "two that cannot be read are not the same");
+    }
+
+    #[test]
+    fn records_of_a_version_without_anchors_are_as_old_as_the_newest_of_them_says() {
+        let mut world = World::new();
+        world.truth = -5 * HOUR;
+        world.record();
+        world.truth = -HOUR;
+        world.record();
+        world.reboot(31 * DAY, false);
+        world.start();
+        world.run(HOUR);
+        assert_eq!((world.age(0), world.age(1)), (5 * HOUR, HOUR));
+    }
+
+    #[test]
+    fn reading_begins_where_the_first_record_is_that_may_matter() {
+        let mut world = World::new();
+        world.wall = DATE - 9 * DAY; // which nothing is decided by
+        world.start();
+        let mut segments = Vec::new();
+        let folder = TempDir::new().unwrap();
+        for number in 0..10 {
+            let begin = if number == 0 { 0 } else { world.trail.len() };
+            world.record();
+            world.truth += HOUR / 2;
+            world.record();
+            if number == 7 {
+                world.wall = DATE;
+                world.reboot(100 * DAY, true);
+                world.start();
+            }
+            world.record();
+            world.run(HOUR / 2);
+            let path = folder.path().join(number.to_string());
+            fs::write(&path, world.trail[begin..].join("\n") + "\n").unwrap();
+            segments.push(path);
+        }
+        for (hours, first) in [(0, 9), (1, 8), (2, 7), (3, 6), (5, 4), (9, 0), (100, 0)] {
+            let within = Duration::from_secs(3600 * hours + 1);
+            let (index, mut ages) = world.ages().since(&segments, within).unwrap();
+            assert_eq!(index, first, "{hours} h");
+            let text = fs::read_to_string(&segments[index]).unwrap();
+            let mut oldest = Duration::ZERO;
+            for line in text.lines() {
+                oldest = oldest.max(ages.age(time(line.as_bytes()).unwrap()));
+                ages.anchor(line.as_bytes());
+            }
+            assert!(oldest > within || index == 0, "{hours} h: {oldest:?}");
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Run(i64),
+        Set(i64),
+        Start,
+        Reboot { off: i64, is_hidden: bool },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0..3 * HOUR).prop_map(Step::Run),
+            2 => (-40 * DAY..40 * DAY).prop_map(Step::Set),
+            2 => Just(Step::Start),
+            1 => (0..10 * DAY, any::<bool>()).prop_map(|(off, is_hidden)| Step::Reboot { off, is_hidden }),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens to clocks, machine and gateway: no record counts as older than it is, and those of the present boot,
+        /// if its id can be read, as just as old.
+        #[test]
+        fn no_record_counts_as_older_than_it_is(steps in prop::collection::vec(step(), 1..16)) {
+            let mut world = World::new();
+            world.start();
+            for step in steps {
+                match step {
+                    Step::Run(time) => world.run(time),
+                    Step::Set(wall) => world.wall = DATE + wall,
+                    Step::Start => world.start(),
+                    Step::Reboot { off, is_hidden } => {
+                        world.reboot(off, is_hidden);
+                        world.start();
+                    }
+                }
+                world.record();
+            }
+            for (record, (_, _, truth, boot)) in world.records.clone().into_iter().enumerate() {
+                let (age, real) = (world.age(record), world.truth - truth);
+                prop_assert!(age <= real, "{age} {real}");
+                prop_assert!(age == real || boot.is_none() || boot != world.boot, "{age} {real}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_events_with_all_that_is_needed_are_anchors() {
+        let mut world = World::new();
+        world.start();
+        let good = world.trail[0].clone();
+        assert!(Anchor::read(good.as_bytes()).is_some(), "the control");
+        assert_eq!(format(good.as_bytes()), Some(FORMAT));
+        for bad in [
+            good.replace("\"start\"", "\"stop\""),
+            good.replace("\"event\",", "\"intent\","),
+            good.replace("boottime", "boottim"),
+            good.replace("elapsed", "elapse"),
+            good[..good.len() - 1].to_owned(),
+            String::new(),
+        ] {
+            assert_ne!(bad, good);
+            assert!(Anchor::read(bad.as_bytes()).is_none(), "{bad}");
+        }
+        let newer = good.replace("\"format\":1", "\"format\":2").replace("elapsed", "something_else");
+        assert_eq!(format(newer.as_bytes()), Some(2));
+    }
+}
