@@ -2,7 +2,8 @@
 //!
 //! The intent of a keyed call says which key it claimed, its outcome what became of it, and with which answer. A
 //! start has given every intent at the end of the trail an outcome; one that was left open before that is in doubt,
-//! too. A line that cannot be read is passed over: `audit verify` names it.
+//! too. A line that cannot be read is passed over: `audit verify` names it. How old a record is decides no wall clock:
+//! see [`crate::audit::age`].
 
 use std::{
     borrow::Cow,
@@ -32,6 +33,7 @@ use super::{
 use crate::{
     audit::{
         Audit, StoredReply,
+        age::Ages,
         chain::{Lines, Mark, parse_hex, segments},
         recovery::Doubt as OpenIntent,
     },
@@ -72,7 +74,7 @@ struct Line<'a> {
 /// What a record tells of a call.
 struct Told {
     id: Uuid,
-    /// In seconds since 1970.
+    /// *Now* minus its age, in seconds since 1970.
     time: u32,
     what: What,
 }
@@ -105,6 +107,9 @@ struct Parser<'a> {
     /// The time before which nothing matters.
     window_from: u32,
     second: Second,
+    /// The ages of records at the moment `now`.
+    ages: Ages,
+    now: u32,
 }
 
 /// Applies what was read.
@@ -153,7 +158,10 @@ impl Idempotency {
         let window = seconds(settings.window);
         let window_from = now.saturating_sub(window);
         let successes_from = now.saturating_sub(seconds(settings.fingerprint_window));
-        let segments = since(segments(directory)?, window_from.saturating_sub(LONGEST_CALL))?;
+        let mut segments = segments(directory)?;
+        let within = settings.window + Duration::from_secs(LONGEST_CALL.into());
+        let (first, ages) = audit.ages(&segments, within)?;
+        segments.drain(..first);
         let sizes =
             segments.iter().map(|path| Ok(fs::metadata(path)?.len())).collect::<io::Result<Vec<_>>>()?;
         let size = sizes.iter().sum();
@@ -168,7 +176,8 @@ impl Idempotency {
             window_from,
             successes_from,
         };
-        let parser = Parser { table: self, last: audit.begun(), window_from, second: Second::default() };
+        let (last, second) = (audit.begun(), Second::default());
+        let parser = Parser { table: self, last, window_from, second, ages, now };
         thread::scope(|scope| {
             let (sender, receiver) = mpsc::sync_channel(BATCHES);
             let parsing = thread::Builder::new()
@@ -182,24 +191,6 @@ impl Idempotency {
     }
 }
 
-/// The segments that hold a record of that time or later: from the one before the first that begins then.
-fn since(segments: Vec<PathBuf>, from: u32) -> io::Result<Vec<PathBuf>> {
-    #[derive(Deserialize)]
-    struct Begin<'a> {
-        time: &'a str,
-    }
-    let mut skipped = 0;
-    for (index, path) in segments.iter().enumerate().skip(1) {
-        let mut lines = Lines::open(path)?;
-        let begin = lines.read()?.and_then(|line| serde_json::from_slice::<Begin<'_>>(line.bytes).ok());
-        if begin.map(|begin| unix(begin.time)).is_none_or(|begin| begin >= from) {
-            break;
-        }
-        skipped = index;
-    }
-    Ok(segments.into_iter().skip(skipped).collect())
-}
-
 impl Parser<'_> {
     /// Hands over what the lines tell, in their order, as long as somebody takes it.
     fn read(mut self, segments: &[PathBuf], sender: &SyncSender<Vec<Told>>) -> io::Result<()> {
@@ -209,6 +200,7 @@ impl Parser<'_> {
             while let Some(line) = lines.read()? {
                 match parse::<Line<'_>>(line.bytes) {
                     Ok(record) if record.seq > self.last => break,
+                    Ok(record) if record.kind == "event" => self.ages.anchor(line.bytes),
                     Ok(record) => batch.extend(self.told(record, line.bytes)),
                     Err(_) => {
                         tracing::error!("a line of the audit trail cannot be read; a key may be forgotten");
@@ -225,7 +217,8 @@ impl Parser<'_> {
     }
 
     fn told(&mut self, line: Line<'_>, bytes: &[u8]) -> Option<Told> {
-        let (id, time) = (line.id?, self.second.unix(line.time));
+        let (id, time) = (line.id?, self.second.millis(line.time));
+        let time = self.now.saturating_sub(seconds(self.ages.age(time)));
         let what = match line.kind {
             "intent" => self.intent(&line, time, bytes),
             "outcome" => What::Outcome {
@@ -315,6 +308,12 @@ impl Replies {
 }
 
 impl Second {
+    /// A time in milliseconds since 1970; what is no time counts as now.
+    fn millis(&mut self, time: &str) -> i64 {
+        let millis = time.get("2026-01-01T00:00:00.".len()..).and_then(|rest| rest.get(..3)?.parse().ok());
+        i64::from(self.unix(time)) * 1000 + millis.unwrap_or(0)
+    }
+
     /// As [`unix`].
     fn unix(&mut self, time: &str) -> u32 {
         let (second, rest) = time.split_at_checked("2026-01-01T00:00:00".len()).unwrap_or((time, ""));
@@ -497,6 +496,8 @@ mod tests {
         ] {
             let read: Timestamp = time.parse().unwrap();
             assert_eq!(i64::from(second.unix(time)), read.as_second(), "{time}");
+            let millis = second.millis(time);
+            assert!(millis == read.as_millisecond() || time.ends_with(".5Z"), "{time}: {millis}");
         }
         for time in
             ["", "2026-11-27T10:00:01.12345xZ", "2026-11-27T10:61:00.000000Z", "1969-12-31T23:59:59.000000Z"]
