@@ -2,11 +2,12 @@
 //!
 //! An [`Exchange`] owns all that it needs: from the intent on it runs to its end or deadline whatever the
 //! caller does, and its record is closed by it alone. It sends a request again in two cases only: not a
-//! byte of it was written, or over HTTP/2 the upstream said that it was not processed; or the upstream refused
-//! the token and a different one is at hand.
+//! byte of it was written, or over HTTP/2 the upstream said that it was not processed and had sent nothing on its
+//! stream; or the upstream refused the token and a different one is at hand.
 
 pub mod breaker;
 mod companions;
+mod frames;
 mod http2;
 pub mod pool;
 mod queue;

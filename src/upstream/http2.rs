@@ -1,8 +1,9 @@
 //! The HTTP/2 connections of one worker: each carries many exchanges at once, a stream each.
 //!
 //! Guarantees that no stream is opened beyond what the upstream allows, that a connection which is closed,
-//! idled too long, or has nothing to say any more takes no new stream, and that a request counts as sent
-//! unless the upstream, or hyper, says that it was not processed. Does not connect, nor bound how many
+//! idled too long, has nothing to say any more, or contradicted itself takes no new stream, and that a request
+//! counts as sent unless hyper never wrote it, or the upstream says that it was not processed and has said nothing
+//! on its connection that contradicts this (see [`super::frames`]). Does not connect, nor bound how many
 //! connections there are: that is the pool's.
 
 use std::{
@@ -33,6 +34,7 @@ use tokio::{
 
 use super::{
     companions::Companions,
+    frames::FrameReader,
     pool::{Counted, MAX_HEAD, NoConnection, is_quiet},
 };
 use crate::clock;
@@ -178,13 +180,40 @@ struct Usage {
 pub(super) struct Reads {
     count: AtomicU64,
     next: Notify,
+    /// The upstream said of a stream that it was not processed, though it had answered on it.
+    contradicted: AtomicBool,
 }
 
 impl Reads {
-    /// Something came: bytes, the end, or an error.
-    pub(super) fn came(&self) {
-        self.count.fetch_add(1, Ordering::Relaxed);
-        self.next.notify_one();
+    /// Whether the upstream contradicted itself: it is not believed any more that a stream was not processed.
+    fn are_contradicted(&self) -> bool {
+        self.contradicted.load(Ordering::Relaxed)
+    }
+}
+
+/// The receiving side of one connection, under hyper.
+#[derive(Debug, Default)]
+pub(super) struct Received {
+    reads: Arc<Reads>,
+    frames: FrameReader,
+}
+
+impl Received {
+    /// What the connection's streams see of it.
+    pub(super) fn reads(&self) -> Arc<Reads> {
+        self.reads.clone()
+    }
+
+    /// Something came: bytes, or none with the end or an error. To be called before hyper sees them.
+    pub(super) fn came(&mut self, bytes: &[u8]) {
+        if self.frames.read(bytes) && !self.reads.contradicted.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "the upstream says that a request was not processed, and has answered on its HTTP/2 stream: what is \
+                 refused on this connection counts as unknown, and is not sent again"
+            );
+        }
+        self.reads.count.fetch_add(1, Ordering::Relaxed);
+        self.reads.next.notify_one();
     }
 }
 
@@ -257,6 +286,7 @@ impl Connection {
     fn is_spent(&self, idle_timeout: u64) -> bool {
         let usage = self.usage();
         usage.sender.is_closed()
+            || self.reads.are_contradicted()
             || usage.streams == 0 && clock::nanos().saturating_sub(usage.since) >= idle_timeout
     }
 
@@ -298,7 +328,7 @@ pub(super) struct Stream {
 
 impl Stream {
     pub(super) fn is_closed(&self) -> bool {
-        self.connection.usage().sender.is_closed()
+        self.connection.usage().sender.is_closed() || self.connection.reads.are_contradicted()
     }
 
     /// Gives the event loop the chance to see that the upstream closed the connection, if nothing else is
@@ -319,9 +349,11 @@ impl Stream {
         self.connection.usage().sender.try_send_request(request)
     }
 
-    /// A request got no answer: was it processed, perhaps?
+    /// A request got no answer. It does not count as sent if hyper never wrote it and gives it back, or if the upstream
+    /// says that it was not processed, and can be believed.
     pub(super) fn failed(&mut self, why: &Unanswered) {
-        self.sent -= u64::from(is_unprocessed(why));
+        let is_denied = was_denied(why) && !self.connection.reads.are_contradicted();
+        self.sent -= u64::from(why.message().is_some() || is_denied);
     }
 
     /// Whether a request was sent and nothing at all has come since: nobody may be there any more.
@@ -344,16 +376,14 @@ type Handover = http2::Connection<TokioIo<Counted>, Full<Bytes>, Spawn>;
 /// Why a request got no answer, and the request, if it was not even handed over.
 pub(super) type Unanswered = TrySendError<Request<Full<Bytes>>>;
 
-/// Whether it is certain that a request was not processed: it never left (hyper gives it back), the upstream
-/// refused its stream (RFC 9113, 8.7), or went away and named an earlier stream as its last one (6.8). Of a GOAWAY
-/// h2 tells only streams beyond the last one; those that it covers go on, and end by an I/O error if the
-/// connection does.
-fn is_unprocessed(why: &Unanswered) -> bool {
+/// Whether the upstream says that a request was not processed: it refused its stream (RFC 9113 §8.7), or went away and
+/// named an earlier stream as its last one (§6.8). Of a GOAWAY h2 tells only streams beyond the last one; those that
+/// it covers go on, and end by an I/O error if the connection does.
+fn was_denied(why: &Unanswered) -> bool {
     let cause = why.error().source().and_then(|cause| cause.downcast_ref::<h2::Error>());
-    let refused = |cause: &h2::Error| {
+    cause.is_some_and(|cause| {
         cause.is_remote() && (cause.is_go_away() || cause.reason() == Some(h2::Reason::REFUSED_STREAM))
-    };
-    why.message().is_some() || cause.is_some_and(refused)
+    })
 }
 
 /// The task that moves a connection's bytes. Dropped, it stops, and the socket closes.

@@ -36,7 +36,7 @@ use tokio::{
 };
 
 use super::{
-    http2::{self, Dialing, Reads},
+    http2::{self, Dialing, Received},
     queue::Queue,
 };
 use crate::{
@@ -394,8 +394,12 @@ impl Pool {
 
     async fn greet_http1(&self, stream: Stream) -> Result<Connection, NoConnection> {
         let (written, probe) = (Arc::new(AtomicU64::new(0)), probe(&stream)?);
-        let io =
-            Counted { stream, written: written.clone(), reads: None, _open: Open::count(&self.metrics.open) };
+        let io = Counted {
+            stream,
+            written: written.clone(),
+            received: None,
+            _open: Open::count(&self.metrics.open),
+        };
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(MAX_HEAD)
             .writev(false) // one buffer and send(2) cost less than two and writev(2)
@@ -415,9 +419,9 @@ impl Pool {
         stream: Stream,
         permit: OwnedSemaphorePermit,
     ) -> Result<http2::Connection, NoConnection> {
-        let (reads, probe) = (Arc::new(Reads::default()), probe(&stream)?);
-        let open = Open::count(&self.metrics.open);
-        let io = Counted { stream, written: Arc::default(), reads: Some(reads.clone()), _open: open };
+        let (received, probe) = (Received::default(), probe(&stream)?);
+        let (reads, open) = (received.reads(), Open::count(&self.metrics.open));
+        let io = Counted { stream, written: Arc::default(), received: Some(received), _open: open };
         let opened = http2::Connection::open(io, reads, probe, permit, self.wait).await;
         opened.map_err(|error| {
             tracing::debug!(%error, "the upstream closed a new connection");
@@ -579,12 +583,12 @@ impl Drop for Open {
     }
 }
 
-/// The stream under hyper: counts what was written, and, where somebody wants to know, what came.
+/// The stream under hyper: counts what was written, and over HTTP/2 looks at what is received.
 #[derive(Debug)]
 pub(super) struct Counted {
     stream: Stream,
     written: Arc<AtomicU64>,
-    reads: Option<Arc<Reads>>,
+    received: Option<Received>,
     _open: Open,
 }
 
@@ -607,9 +611,10 @@ impl AsyncRead for Counted {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Some(reads) = self.reads.as_ref().filter(|_| read.is_ready()) {
-            reads.came();
+        if let Some(received) = self.received.as_mut().filter(|_| read.is_ready()) {
+            received.came(&buf.filled()[before..]);
         }
         read
     }

@@ -191,6 +191,77 @@ fn a_refused_stream_is_sent_once_more_and_then_given_up() {
     every_intent_has_its_outcome(&gateway, 1);
 }
 
+/// Ways to say that the request of a stream was not processed.
+const DENIALS: [fn(&Wire, &Received); 2] = [
+    |wire, request| wire.reset(request.stream, REFUSED_STREAM),
+    |wire, request| wire.go_away(request.stream - 2, 0),
+];
+
+#[test]
+fn a_denial_behind_an_interim_answer_is_not_believed() {
+    let sandbox = sandbox();
+    for (way, deny) in DENIALS.into_iter().enumerate() {
+        for interim in [None, Some(100), Some(103)] {
+            let upstream = Upstream::start(move |wire, request| match request.nth {
+                1 => {
+                    interim.into_iter().for_each(|status| wire.head(request.stream, status, None));
+                    deny(wire, &request);
+                }
+                _ => wire.answer(request.stream, SUCCESS),
+            });
+            let gateway = start(&sandbox, &upstream, auto());
+            assert_eq!(gateway.call().outcome(), "succeeded");
+            let reply = gateway.call();
+            let (told, sent) = (recorded(&gateway, &reply), upstream.received().len());
+            if interim.is_none() {
+                assert_eq!(
+                    (told, sent),
+                    (("succeeded".into(), 1), 3),
+                    "the control of way {way}: sent again once"
+                );
+                every_intent_has_its_outcome(&gateway, 2);
+                continue;
+            }
+            assert_eq!((reply.status, reply.code(), reply.outcome()), (502, "upstream_broken", "unknown"));
+            assert_eq!(reply.headers.get("retry-after"), None);
+            assert_eq!((told, sent), (("unknown".into(), 1), 2), "way {way}: nothing is sent again");
+            assert!(gateway.log().contains("has answered on its HTTP/2 stream"), "{}", gateway.log());
+            assert_eq!(gateway.call().outcome(), "succeeded", "the next one");
+            assert_eq!(upstream.received().last().unwrap().connection, 1, "takes another connection");
+            every_intent_has_its_outcome(&gateway, 3);
+        }
+    }
+}
+
+#[test]
+fn a_contradiction_casts_doubt_on_all_denials_of_its_connection() {
+    let sandbox = sandbox();
+    for deny in DENIALS {
+        let upstream = Upstream::start(move |wire, request| match request.connection {
+            0 => {
+                wire.hold(request);
+                if wire.held() == 3 {
+                    // The last one that came has the highest stream.
+                    let mut held: Vec<_> = std::iter::from_fn(|| wire.release()).collect();
+                    held.sort_by_key(|request| request.stream);
+                    wire.head(held[2].stream, 103, None);
+                    deny(wire, &held[2]);
+                    wire.reset(held[1].stream, REFUSED_STREAM);
+                    wire.answer(held[0].stream, SUCCESS);
+                }
+            }
+            _ => wire.answer(request.stream, SUCCESS),
+        });
+        let gateway = start(&sandbox, &upstream, auto());
+        let mut replies = join(calls(&gateway, 3));
+        replies.sort_by_key(|reply| reply.status);
+        assert_eq!(outcomes(&replies), ["succeeded", "unknown", "unknown"]);
+        assert_eq!((upstream.received().len(), upstream.connections()), (3, 1), "nothing is sent again");
+        assert_eq!(gateway.call().outcome(), "succeeded");
+        every_intent_has_its_outcome(&gateway, 4);
+    }
+}
+
 #[test]
 fn a_stream_that_is_reset_for_another_reason_may_have_been_processed_and_the_others_go_on() {
     let sandbox = sandbox();
@@ -376,7 +447,7 @@ fn streams_that_a_goaway_covers_are_in_doubt_when_the_connection_ends() {
 #[test]
 fn whatever_breaks_off_behind_a_request_leaves_it_in_doubt_and_is_not_repeated() {
     type Break = fn(&Wire, &Received);
-    let breaks: [(&str, Break, u16); 12] = [
+    let breaks: [(&str, Break, u16); 13] = [
         ("closed", |wire, _| wire.close(), 502),
         (
             "GOAWAY that covers it, then closed",
@@ -402,6 +473,14 @@ fn whatever_breaks_off_behind_a_request_leaves_it_in_doubt_and_is_not_repeated()
             |wire, request| {
                 wire.head(request.stream, 200, None);
                 wire.data(request.stream, b"{", false);
+                wire.reset(request.stream, REFUSED_STREAM);
+            },
+            502,
+        ),
+        (
+            "REFUSED_STREAM right behind the head",
+            |wire, request| {
+                wire.head(request.stream, 200, Some(SUCCESS.len()));
                 wire.reset(request.stream, REFUSED_STREAM);
             },
             502,

@@ -1,0 +1,233 @@
+//! Watches the HTTP/2 frames of one connection for an upstream that contradicts itself.
+//!
+//! RST_STREAM(REFUSED_STREAM) and GOAWAY say that a stream was not processed, so that its request may be sent again
+//! (RFC 9113 §8.7 and §6.8). They are not believed behind a HEADERS or DATA frame of the same stream. hyper hides such
+//! frames where they are interim responses (103), and tells no exchange the number of its stream. Therefore this
+//! module reads the frame heads of the wire (§4.1) before hyper does, and the verdict counts for the connection.
+//!
+//! Guarantees that a contradiction is reported with the bytes that complete it. Checks nothing else: malformed frames
+//! are hyper's to refuse.
+
+use std::collections::VecDeque;
+
+/// The bytes of a frame head.
+const HEAD: usize = 9;
+
+/// The bytes of a payload that are read: an error code, or the last stream of a GOAWAY.
+const VALUE: usize = 4;
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const GOAWAY: u8 = 7;
+const REFUSED_STREAM: u32 = 7;
+
+/// A stream number without its reserved bit.
+const STREAM: u32 = u32::MAX >> 1;
+
+/// Reads the frames that the upstream sends on one connection, however they are cut into pieces.
+#[derive(Debug)]
+pub(super) struct FrameReader {
+    /// The head of the present frame, and the first bytes of its payload where they are needed.
+    head: [u8; HEAD + VALUE],
+    filled: usize,
+    /// Bytes of the payload that are still to come and not needed.
+    skip: usize,
+    /// The streams on which something came.
+    answered: Streams,
+    /// Streams behind this one were not processed, as a GOAWAY said.
+    last: u32,
+}
+
+impl Default for FrameReader {
+    fn default() -> Self {
+        let head = [0; HEAD + VALUE];
+        Self { head, filled: 0, skip: 0, answered: Streams::default(), last: STREAM }
+    }
+}
+
+impl FrameReader {
+    /// Reads the next bytes of the connection. Returns whether they say of a stream that it was not processed although
+    /// the upstream has sent HEADERS or DATA on it.
+    pub(super) fn read(&mut self, mut bytes: &[u8]) -> bool {
+        let mut contradicts = false;
+        while !bytes.is_empty() {
+            let wanted = if self.skip > 0 { self.skip } else { self.wanted() - self.filled };
+            let (piece, rest) = bytes.split_at(wanted.min(bytes.len()));
+            bytes = rest;
+            if self.skip > 0 {
+                self.skip -= piece.len();
+                continue;
+            }
+            self.head[self.filled..self.filled + piece.len()].copy_from_slice(piece);
+            self.filled += piece.len();
+            if self.filled == self.wanted() {
+                contradicts |= self.end_of_head();
+            }
+        }
+        contradicts
+    }
+
+    /// How many bytes of the present frame are needed.
+    fn wanted(&self) -> usize {
+        let has_value = matches!(self.head[3], RST_STREAM | GOAWAY) && self.length() >= VALUE;
+        if self.filled >= HEAD && has_value { HEAD + VALUE } else { HEAD }
+    }
+
+    /// The length of the present frame's payload.
+    fn length(&self) -> usize {
+        usize::from(self.head[0]) << 16 | usize::from(self.head[1]) << 8 | usize::from(self.head[2])
+    }
+
+    /// Looks at what is needed of a frame, and turns to the rest of its payload.
+    fn end_of_head(&mut self) -> bool {
+        let number = |at: usize| {
+            let bytes = [self.head[at], self.head[at + 1], self.head[at + 2], self.head[at + 3]];
+            u32::from_be_bytes(bytes)
+        };
+        let (stream, has_value) = (number(5) & STREAM, self.filled > HEAD);
+        let contradicts = match self.head[3] {
+            DATA | HEADERS => {
+                self.answered.insert(stream);
+                stream > self.last
+            }
+            RST_STREAM if has_value => number(HEAD) == REFUSED_STREAM && self.answered.contains(stream),
+            GOAWAY if has_value => {
+                self.last = self.last.min(number(HEAD) & STREAM);
+                self.answered.any_behind(self.last)
+            }
+            _ => false,
+        };
+        self.skip = self.length() - (self.filled - HEAD);
+        self.filled = 0;
+        contradicts
+    }
+}
+
+/// As many words are kept: 64 streams each.
+const WORDS: usize = 1024;
+
+/// A set of the streams that a client opens: one bit for each, since their numbers are 1, 3, 5 and so on. What lies far
+/// behind the newest counts as a member.
+#[derive(Debug, Default)]
+struct Streams {
+    /// The number of the first word that is kept.
+    first: usize,
+    words: VecDeque<u64>,
+}
+
+impl Streams {
+    fn insert(&mut self, stream: u32) {
+        let Some((word, bit)) = place(stream) else { return };
+        if word >= self.first + self.words.len() + WORDS {
+            // Nobody opened it. hyper ends the connection for that.
+            self.words.clear();
+            self.first = word;
+        }
+        while word >= self.first + self.words.len() {
+            if self.words.len() == WORDS {
+                self.words.pop_front();
+                self.first += 1;
+            }
+            self.words.push_back(0);
+        }
+        if let Some(kept) = word.checked_sub(self.first).and_then(|at| self.words.get_mut(at)) {
+            *kept |= bit;
+        }
+    }
+
+    fn contains(&self, stream: u32) -> bool {
+        let Some((word, bit)) = place(stream) else { return false };
+        word.checked_sub(self.first).is_none_or(|at| self.words.get(at).is_some_and(|kept| kept & bit != 0))
+    }
+
+    /// Whether a member has a higher number.
+    fn any_behind(&self, last: u32) -> bool {
+        let next = (last as usize).div_ceil(2);
+        let Some(at) = (next / 64).checked_sub(self.first) else { return true };
+        let is_in = |(i, kept): (usize, &u64)| {
+            let wanted = if i == 0 { u64::MAX << (next % 64) } else { u64::MAX };
+            kept & wanted != 0
+        };
+        self.words.iter().skip(at).enumerate().any(is_in)
+    }
+}
+
+/// The word and the bit of a stream; none for one that no client opens.
+fn place(stream: u32) -> Option<(usize, u64)> {
+    let index = stream as usize / 2;
+    (stream % 2 == 1).then_some((index / 64, 1 << (index % 64)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[1..], &[kind, 0], &stream.to_be_bytes(), payload].concat()
+    }
+
+    fn reset(stream: u32, reason: u32) -> Vec<u8> {
+        frame(RST_STREAM, stream, &reason.to_be_bytes())
+    }
+
+    fn go_away(last: u32) -> Vec<u8> {
+        frame(GOAWAY, 0, &[&last.to_be_bytes()[..], &[0; 4], b"debug data"].concat())
+    }
+
+    /// Whether the frames contradict each other: the same however they are cut.
+    fn contradicts(frames: &[Vec<u8>]) -> bool {
+        let bytes = frames.concat();
+        let mut whole = FrameReader::default();
+        let verdict = whole.read(&bytes);
+        for size in 1..=bytes.len() {
+            let mut cut = FrameReader::default();
+            let verdicts: Vec<_> = bytes.chunks(size).map(|piece| cut.read(piece)).collect();
+            assert_eq!(verdicts.contains(&true), verdict, "in pieces of {size}");
+        }
+        verdict
+    }
+
+    #[test]
+    fn a_stream_that_was_answered_cannot_be_refused() {
+        let (head, data) = (frame(HEADERS, 5, b"block"), frame(DATA, 5, b""));
+        let settings = frame(4, 0, &[0; 36]);
+        for answer in [head.clone(), data] {
+            assert!(contradicts(&[settings.clone(), answer.clone(), reset(5, REFUSED_STREAM)]));
+            assert!(contradicts(&[answer.clone(), go_away(3)]));
+            assert!(contradicts(&[go_away(3), answer.clone()]));
+            assert!(contradicts(&[answer.clone(), go_away(STREAM), go_away(4)]));
+            // Another stream, another reason, a GOAWAY that covers it.
+            assert!(!contradicts(&[answer.clone(), reset(3, REFUSED_STREAM), reset(7, REFUSED_STREAM)]));
+            assert!(!contradicts(&[answer.clone(), reset(5, 8)]));
+            assert!(!contradicts(&[go_away(STREAM), answer, go_away(5)]));
+        }
+        assert!(!contradicts(&[settings, reset(1, REFUSED_STREAM), go_away(0)]));
+        // What looks like a frame within a payload is none.
+        let inner = [head, reset(5, REFUSED_STREAM)].concat();
+        assert!(!contradicts(&[frame(DATA, 1, &inner)]));
+        assert!(!contradicts(&[frame(GOAWAY, 0, b"bad"), frame(RST_STREAM, 1, b""), frame(DATA, 2, b"")]));
+    }
+
+    #[test]
+    fn the_set_of_streams_is_bounded_and_forgets_to_the_safe_side() {
+        let mut streams = Streams::default();
+        let all = 64 * WORDS as u32;
+        for stream in (1..4 * all).step_by(6) {
+            assert!(!streams.contains(stream), "{stream}");
+            streams.insert(stream);
+            assert!(streams.contains(stream), "{stream}");
+            assert!(!streams.contains(stream + 2), "{stream}");
+            assert!(streams.any_behind(stream - 1), "{stream}");
+            assert!(!streams.any_behind(stream), "{stream}");
+        }
+        assert_eq!(streams.words.len(), WORDS);
+        assert!(streams.contains(3), "far behind the newest");
+        assert!(streams.any_behind(1));
+        streams.insert(1);
+        streams.insert(STREAM);
+        assert_eq!(streams.words.len(), 1);
+        assert!(streams.contains(STREAM) && !streams.any_behind(STREAM) && streams.any_behind(0));
+    }
+}
