@@ -21,9 +21,9 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use thiserror::Error;
 use tokio::{
     sync::mpsc,
@@ -193,6 +193,7 @@ enum Broken {
 
 /// An answer whose head and first bytes are read.
 struct Arrived {
+    version: Version,
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
@@ -276,7 +277,7 @@ impl Exchange {
                         return Err(Broken::BrokeOff); // 101: we asked for no other protocol
                     }
                     let mut arrived = Arrived::new(response);
-                    arrived.read().await.map_err(|_| Broken::BrokeOff)?;
+                    arrived.read().await?;
                     progress.mark = self.connection.written();
                     progress.answered += 1;
                     return Ok(arrived);
@@ -296,7 +297,7 @@ impl Exchange {
 
     /// Classifies an answer, records the outcome and hands the answer on.
     fn conclude(self, arrived: Arrived, progress: &Progress, deadline: Instant) -> Told {
-        let Arrived { status, mut headers, body, rest } = arrived;
+        let Arrived { version, status, mut headers, body, rest } = arrived;
         let judged = Judged { status, headers: &headers, body: &body, truncated: rest.is_some() };
         let Verdict { outcome, result_code } = self.route.result.classify(judged);
         // A proxy in front can answer anything; a result code comes from behind the check of the token.
@@ -347,7 +348,7 @@ impl Exchange {
             Some(rest) => {
                 let (sender, receiver) = mpsc::channel(1);
                 let open = Some((self.record, answer, self.claim));
-                let tail = Tail { rest, sender: Some(sender), open, _room: self.room };
+                let tail = Tail { version, rest, sender: Some(sender), open, _room: self.room };
                 tokio::spawn(tail.run(body, self.connection, deadline));
                 ReplyBody::Long(receiver)
             }
@@ -414,18 +415,22 @@ impl Arrived {
     /// An answer of which nothing but the head is read.
     fn new(response: Response<Incoming>) -> Self {
         let (head, rest) = response.into_parts();
-        Self { status: head.status, headers: head.headers, body: Bytes::new(), rest: Some(rest) }
+        let (version, status, headers) = (head.version, head.status, head.headers);
+        Self { version, status, headers, body: Bytes::new(), rest: Some(rest) }
     }
 
     /// Reads the body to its end, or as far as it decides.
-    async fn read(&mut self) -> Result<(), hyper::Error> {
+    async fn read(&mut self) -> Result<(), Broken> {
         let mut more = BytesMut::new();
         while let Some(rest) = &mut self.rest {
             let Some(frame) = rest.frame().await else {
+                if !is_whole(rest, self.version) {
+                    return Err(Broken::BrokeOff);
+                }
                 self.rest = None;
                 break;
             };
-            let Ok(data) = frame?.into_data() else { continue };
+            let Ok(data) = frame.map_err(|_| Broken::BrokeOff)?.into_data() else { continue };
             if self.body.is_empty() {
                 self.body = data; // the common case: one piece, passed on without a copy
             } else {
@@ -442,8 +447,15 @@ impl Arrived {
     }
 }
 
+/// Whether a body without a next frame has come to its end. Over HTTP/2 hyper ends it, too, when the stream is reset or
+/// denied by a GOAWAY with the reason NO_ERROR, at whatever byte.
+fn is_whole(body: &Incoming, version: Version) -> bool {
+    version != Version::HTTP_2 || body.is_end_stream()
+}
+
 /// The rest of a long reply. Reads on when the caller is gone, so that the record says how it ended.
 struct Tail {
+    version: Version,
     rest: Incoming,
     /// `None` once the caller is gone or does not take what comes.
     sender: Option<mpsc::Sender<Piece>>,
@@ -462,7 +474,7 @@ impl Tail {
                     let Ok(data) = frame.into_data() else { continue };
                     self.hand_on(Piece::More(std::mem::replace(&mut held, data)), deadline).await;
                 }
-                Ok(None) => {
+                Ok(None) if is_whole(&self.rest, self.version) => {
                     let finished = self.close(self.not_taken());
                     connection.give_back();
                     // If it fails, the caller sees the reply break off, and asks again with its key.
@@ -472,7 +484,7 @@ impl Tail {
                     }
                     return;
                 }
-                Ok(Some(Err(_))) | Err(_) => {
+                Ok(Some(Err(_)) | None) | Err(_) => {
                     let broken = "the reply broke off behind its first 64 KiB";
                     let finished = self.close(self.not_taken().or(Some(broken)));
                     self.settle(committed(finished, deadline).await.ok().flatten());

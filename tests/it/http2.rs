@@ -17,6 +17,7 @@ use crate::{
     support::*,
 };
 
+const NO_ERROR: u32 = 0;
 const REFUSED_STREAM: u32 = 7;
 const INTERNAL_ERROR: u32 = 2;
 const CANCEL: u32 = 8;
@@ -447,7 +448,7 @@ fn streams_that_a_goaway_covers_are_in_doubt_when_the_connection_ends() {
 #[test]
 fn whatever_breaks_off_behind_a_request_leaves_it_in_doubt_and_is_not_repeated() {
     type Break = fn(&Wire, &Received);
-    let breaks: [(&str, Break, u16); 13] = [
+    let breaks: [(&str, Break, u16); 17] = [
         ("closed", |wire, _| wire.close(), 502),
         (
             "GOAWAY that covers it, then closed",
@@ -482,6 +483,39 @@ fn whatever_breaks_off_behind_a_request_leaves_it_in_doubt_and_is_not_repeated()
             |wire, request| {
                 wire.head(request.stream, 200, Some(SUCCESS.len()));
                 wire.reset(request.stream, REFUSED_STREAM);
+            },
+            502,
+        ),
+        (
+            "GOAWAY behind the head, then closed",
+            |wire, request| {
+                wire.head(request.stream, 200, Some(SUCCESS.len()));
+                wire.go_away(0, 0);
+                wire.close();
+            },
+            502,
+        ),
+        (
+            "NO_ERROR behind the head",
+            |wire, request| {
+                wire.head(request.stream, 200, None);
+                wire.reset(request.stream, NO_ERROR);
+            },
+            502,
+        ),
+        (
+            "NO_ERROR behind the head of a refused token",
+            |wire, request| {
+                wire.head(request.stream, 401, None);
+                wire.reset(request.stream, NO_ERROR);
+            },
+            502,
+        ),
+        (
+            "GOAWAY behind the head of a refused token",
+            |wire, request| {
+                wire.head(request.stream, 401, None);
+                wire.go_away(0, NO_ERROR);
             },
             502,
         ),
@@ -655,6 +689,34 @@ fn a_long_answer_comes_whole_and_callers_who_do_not_read_hold_up_nobody() {
     let mut read = Vec::new();
     lazy.into_iter().next().unwrap().read_to_end(&mut read).unwrap();
     assert!(read.len() > LONG, "it waited: {}", read.len());
+}
+
+#[test]
+fn a_long_answer_that_is_reset_without_an_error_aborts_the_callers_connection() {
+    const LONG: usize = 200_000;
+    let sandbox = sandbox();
+    let upstream = Upstream::start(|wire, request| {
+        wire.head(request.stream, 200, None);
+        wire.data(request.stream, SUCCESS.as_bytes(), false);
+        wire.blanks(request.stream, LONG - SUCCESS.len(), move |wire| match request.nth {
+            0 => wire.reset(request.stream, NO_ERROR),
+            _ => {
+                wire.data(request.stream, b"", true);
+                wire.reset(request.stream, NO_ERROR);
+            }
+        });
+    });
+    // A connection each, so that each has its first window.
+    let gateway = start(&sandbox, &upstream, auto().set("upstream.idle_timeout", "10ms"));
+    let reply = gateway.call();
+    assert_eq!((reply.status, reply.outcome()), (200, "succeeded"), "the first 64 KiB decide");
+    assert!(!reply.body.ends_with("0\r\n\r\n"), "the caller must see the break");
+    let record = &gateway.records("outcome", 1)[0];
+    assert!(record["note"].as_str().unwrap().contains("broke off"), "{record}");
+    wait_for("the close", || open_connections(&gateway, 0));
+    let reply = gateway.call();
+    assert!(reply.body.ends_with("0\r\n\r\n") && reply.body.len() > LONG, "the control");
+    assert!(gateway.records("outcome", 2)[1]["note"].is_null());
 }
 
 #[test]

@@ -354,6 +354,8 @@ pub(crate) struct Wire {
     open: Arc<Mutex<HashSet<u32>>>,
     silent: Arc<AtomicBool>,
     reset: Arc<AtomicUsize>,
+    /// What the gateway allows beyond the first window, on all streams together.
+    credit: Arc<AtomicUsize>,
 }
 
 enum Out {
@@ -486,6 +488,23 @@ impl Wire {
         }
     }
 
+    /// Blanks, as the gateway has room for them; to be used on one stream of the connection. Then the stream is left to
+    /// `end`.
+    pub(crate) fn blanks(&self, stream: u32, size: usize, end: impl FnOnce(&Self) + Send + 'static) {
+        let wire = self.clone();
+        tokio::spawn(async move {
+            let mut sent = 0;
+            while sent < size && !wire.out.is_closed() {
+                let room = 65_536 + wire.credit.load(Ordering::Relaxed) - sent;
+                let piece = room.min(size - sent).min(16_384);
+                wire.data(stream, &vec![b' '; piece], false);
+                sent += piece;
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            end(&wire);
+        });
+    }
+
     /// Until the gateway resets a stream, or closes.
     pub(crate) fn interim_flood(&self, stream: u32) {
         let wire = self.clone();
@@ -515,6 +534,7 @@ async fn frames(
         open: Arc::default(),
         silent: Arc::default(),
         reset: Arc::default(),
+        credit: Arc::default(),
     };
     let settings = limit.map_or_else(Vec::new, |limit| {
         [&MAX_CONCURRENT_STREAMS.to_be_bytes()[..], &limit.to_be_bytes()].concat()
@@ -568,6 +588,9 @@ async fn frames(
                     bodies.entry(stream).or_default().extend_from_slice(&payload);
                     let length = u32::try_from(length).unwrap().to_be_bytes();
                     wire.raw(frame(WINDOW_UPDATE, 0, 0, &length));
+                }
+                WINDOW_UPDATE if stream > 0 => {
+                    wire.credit.fetch_add(number(&payload) as usize, Ordering::Relaxed);
                 }
                 RST_STREAM => {
                     wire.open.lock().unwrap().remove(&stream);
