@@ -80,8 +80,44 @@ pub struct CheckedBody {
     captured: Captured,
 }
 
-/// Where the scalars for the audit trail stand: index of the audit member, and bytes.
-type Captured = SmallVec<[(u32, Range<u32>); 6]>;
+/// The scalars for the audit trail. Three inspectors with their counts need no allocation; room for more would be paid by
+/// every request's future.
+type Captured = SmallVec<[AuditScalar; 9]>;
+
+/// A scalar for the audit trail, or that an item of a list has none.
+#[derive(Clone, Copy, Debug)]
+struct AuditScalar {
+    /// Index of the audit member; a schema has at most 4096 nodes.
+    member: u16,
+    /// In bytes; 0 if there is no scalar, [`u16::MAX`] if it is longer than fits.
+    length: u16,
+    start: u32,
+}
+
+impl AuditScalar {
+    fn new(member: usize, place: Range<usize>) -> Self {
+        let length = u16::try_from(place.len()).unwrap_or(u16::MAX);
+        Self { member: member as u16, length, start: place.start as u32 }
+    }
+
+    fn is_of(self, member: usize) -> bool {
+        usize::from(self.member) == member
+    }
+
+    /// The scalar's literal; empty if there is none.
+    fn literal(self, body: &[u8]) -> &[u8] {
+        let rest = body.get(self.start as usize..).unwrap_or_default();
+        let end = if self.length == u16::MAX { end_of_value(rest) } else { usize::from(self.length) };
+        rest.get(..end).unwrap_or_default()
+    }
+}
+
+/// Where a value ends that was read once already.
+#[cold]
+fn end_of_value(text: &[u8]) -> usize {
+    let mut cursor = Cursor::new(text);
+    cursor.skip_value().map_or(0, |()| cursor.position())
+}
 
 impl CheckedBody {
     /// The caller's bytes, untouched.
@@ -89,12 +125,13 @@ impl CheckedBody {
         &self.bytes
     }
 
-    /// What the contract wants in the audit trail, as JSON members with a comma in front of each; `null` for a
-    /// single one that is absent. The values are the caller's scalars, verbatim: strict JSON has no raw control
+    /// What the contract wants in the audit trail, as JSON members with a comma in front of each. A member that stands in
+    /// the items of an array is a list with one value for each item, so that lists of the same items match by
+    /// position. What is absent is `null`. The values are the caller's scalars, verbatim: strict JSON has no raw control
     /// character, so that a line stays one. What is to be hidden is left out, or written as its `mark`.
     pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
         let openings: usize = self.members.iter().map(|member| member.opening.len() + 4).sum();
-        let values: usize = self.captured.iter().map(|(_, place)| place.len() + 1).sum();
+        let values: usize = self.captured.iter().map(|scalar| usize::from(scalar.length.max(4)) + 1).sum();
         out.reserve(openings + values);
         for (index, member) in self.members.iter().enumerate() {
             if member.shown == Shown::Omit {
@@ -102,12 +139,13 @@ impl CheckedBody {
             }
             out.extend_from_slice(member.opening.as_bytes());
             let before = out.len();
-            for (_, place) in self.captured.iter().filter(|(of, _)| *of as usize == index) {
+            for scalar in self.captured.iter().filter(|scalar| scalar.is_of(index)) {
                 if out.len() > before {
                     out.push(b',');
                 }
-                let literal = &self.bytes[place.start as usize..place.end as usize];
+                let literal = scalar.literal(&self.bytes);
                 match member.shown {
+                    _ if literal.is_empty() => out.extend_from_slice(b"null"),
                     Shown::Clear | Shown::Omit => out.extend_from_slice(literal),
                     Shown::Hmac => {
                         let hidden = hidden(mark(&[b"field", member.name.as_bytes(), literal]));
@@ -329,7 +367,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         token: Token<'a>,
     ) -> Result<(), Halt> {
         if let Some(member) = self.kept(rule, &token)?.and_then(|rule| rule.audit) {
-            self.captured.push((member as u32, start as u32..self.cursor.position() as u32));
+            self.captured.push(AuditScalar::new(member, start..self.cursor.position()));
         }
         match (noted, token) {
             (Noted::This, Token::Text(text)) => self.identity = Some(Identity::Text(text.decoded())),
@@ -422,7 +460,11 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         while more {
             self.cursor.skip_space();
             self.findings.enter(Step::Index(count));
+            let captured = self.captured.len();
             self.value(items, unique_by.map_or(Noted::Nothing, Noted::Member))?;
+            if let Some(rule) = rule.filter(|rule| rule.max_items.is_none_or(|most| count < most)) {
+                self.note_absent(rule, captured); // of too many items nothing is recorded: they cost no memory
+            }
             if let (Some(UniqueBy { name, .. }), Some(identity)) = (unique_by, self.identity.take())
                 && !identities.insert(identity)
             {
@@ -442,6 +484,16 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             self.findings.note("maxItems", || (None, format!("must have {most} or fewer items")))?;
         }
         Ok(())
+    }
+
+    /// Notes which scalars for the audit trail an item does not have. `captured` is how many there were before it.
+    #[inline(always)]
+    fn note_absent(&mut self, list: &Node, captured: usize) {
+        for member in &list.audited {
+            if !self.captured[captured..].iter().any(|scalar| scalar.is_of(*member)) {
+                self.captured.push(AuditScalar::new(*member, 0..0));
+            }
+        }
     }
 
     /// The rule, if the value by itself keeps it: of what is no such thing, no parts are checked.

@@ -60,7 +60,13 @@ pub fn body(bytes: &[u8]) {
     assert!(!line.contains(&b'\n'));
     let record: BTreeMap<String, Value> = serde_json::from_slice(&[&line, &b"}"[..]].concat()).unwrap();
     let sent: Value = serde_json::from_slice(bytes).unwrap();
+    let of_inspectors = |name: &str| -> Value {
+        sent["setCounts"].as_array().unwrap().iter().map(|inspector| inspector[name].clone()).collect()
+    };
     assert_eq!(record["task"], sent["qualityTaskId"]);
+    assert_eq!(record["take_effect"], sent["isTakeEffect"]);
+    assert_eq!(record["inspectors"], of_inspectors("personID"));
+    assert_eq!(record["counts"], of_inspectors("count"));
 }
 
 /// A contract: it is compiled or refused.

@@ -65,7 +65,7 @@ pub(super) struct AuditMember {
     pub(super) name: String,
     /// `,"name":`, and the bracket of a list.
     pub(super) opening: String,
-    /// It stands in the items of an array, and there may be many.
+    /// It stands in the items of an array, and has a value for each of them.
     pub(super) is_list: bool,
     pub(super) shown: Shown,
 }
@@ -79,6 +79,8 @@ pub(super) struct Node {
     pub(super) any_of: Option<Vec<usize>>,
     pub(super) members: Option<Members>,
     pub(super) items: Option<usize>,
+    /// The audit members that each item has one value of.
+    pub(super) audited: Vec<usize>,
     pub(super) min_items: Option<usize>,
     pub(super) max_items: Option<usize>,
     pub(super) unique_by: Option<UniqueBy>,
@@ -140,7 +142,8 @@ impl Schema {
     pub(super) fn compile(text: &str) -> Result<Self, SchemaError> {
         let document: Value = serde_json::from_str(text).or_else(|error| fail("#", error.to_string()))?;
         let (nodes, audit, open, patterns) = Default::default();
-        let mut compiler = Compiler { document: &document, nodes, audit, open, patterns };
+        let mut compiler =
+            Compiler { document: &document, nodes, audit, audited: Vec::new(), open, patterns };
         let root = compiler.node(&document, "#", Place::Single)?;
         let audit = std::mem::take(&mut compiler.audit).into();
         compiler.definitions()?;
@@ -225,6 +228,8 @@ struct Compiler<'a> {
     document: &'a Value,
     nodes: Vec<Node>,
     audit: Vec<AuditMember>,
+    /// Those of the items that are being compiled.
+    audited: Vec<usize>,
     /// References that are being compiled.
     open: Vec<String>,
     /// Each is compiled once, however often it stands there.
@@ -271,7 +276,7 @@ impl Compiler<'_> {
                 node.enumeration = Some(values.collect::<Result<_, _>>()?);
             }
             "anyOf" => node.any_of = Some(self.any_of(value, at)?),
-            "items" => node.items = Some(self.node(value, at, Place::InItems)?),
+            "items" => self.items(node, value, at)?,
             "minItems" => node.min_items = Some(size(value, at)?),
             "maxItems" => node.max_items = Some(size(value, at)?),
             "minLength" => node.min_length = Some(size(value, at)?),
@@ -286,6 +291,13 @@ impl Compiler<'_> {
             _ if is_annotation(keyword) => {}
             _ => return fail(at, "unknown keyword: it would not be checked"),
         }
+        Ok(())
+    }
+
+    fn items(&mut self, node: &mut Node, value: &Value, at: &str) -> Result<(), SchemaError> {
+        let outer = std::mem::take(&mut self.audited);
+        node.items = Some(self.node(value, at, Place::InItems)?);
+        node.audited = std::mem::replace(&mut self.audited, outer);
         Ok(())
     }
 
@@ -395,8 +407,12 @@ impl Compiler<'_> {
         }
         let is_list = place == Place::InItems;
         let opening = format!(",\"{name}\":{}", if is_list { "[" } else { "" });
+        let index = self.audit.len();
         self.audit.push(AuditMember { name: name.to_owned(), opening, is_list, shown: Shown::Clear });
-        Ok(self.audit.len() - 1)
+        if is_list {
+            self.audited.push(index);
+        }
+        Ok(index)
     }
 
     fn unique_by(&self, items: Option<usize>, name: &Value, at: &str) -> Result<UniqueBy, SchemaError> {

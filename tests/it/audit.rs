@@ -325,6 +325,43 @@ fn what_is_to_be_hidden_is_not_in_the_trail() {
     assert!(code == 78 && error.contains("`taks` cannot be hidden"), "{error}");
 }
 
+#[test]
+fn an_intent_names_the_count_of_each_inspector_and_whether_the_task_takes_effect() {
+    let inspectors = r#"{"personID":"1600226476732482572"},{"count":7,"personID":"1600226476732482573"},{"personID":"1600226476732482574","count":0}"#;
+    let body = BODY
+        .replace(r#"{"personID":"1600226476732482572","count":2}"#, inspectors)
+        .replace(r#""isTakeEffect":0"#, r#""isTakeEffect":1"#);
+    let sandbox = sandbox();
+    let intent = |shown: Option<&str>| {
+        let mut setup = Setup::default();
+        for field in ["audit.fields.inspectors", "audit.fields.counts", "audit.fields.take_effect"] {
+            setup = shown.into_iter().fold(setup, |setup, shown| setup.set(field, shown));
+        }
+        let gateway = start_with(&sandbox, setup);
+        assert_eq!(gateway.post(&body).outcome(), "succeeded");
+        let intent = gateway.records("intent", 1).remove(0);
+        assert!(verify(&gateway.audit_directory()).0);
+        intent
+    };
+    for shown in [None, Some("clear")] {
+        let intent = intent(shown);
+        let people = ["1600226476732482572", "1600226476732482573", "1600226476732482574"];
+        assert_eq!(intent["inspectors"], serde_json::json!(people));
+        assert_eq!(intent["counts"], serde_json::json!([null, 7, 0]));
+        assert_eq!(intent["take_effect"], 1);
+    }
+    let hidden = intent(Some("hmac"));
+    assert!(hidden["take_effect"].as_str().unwrap().starts_with("hmac:"), "{hidden}");
+    let counts = hidden["counts"].as_array().unwrap();
+    assert!(counts.len() == 3 && counts[0].is_null() && counts[1].as_str().unwrap().starts_with("hmac:"));
+    assert_ne!(counts[1], counts[2]);
+    let omitted = intent(Some("omit"));
+    assert!(
+        ["inspectors", "counts", "take_effect"].iter().all(|name| omitted.get(name).is_none()),
+        "{omitted}"
+    );
+}
+
 // ---- Faults of the disk ----------------------------------------------------------------------------------
 
 /// So much longer than promised may things take here: a busy machine is slow.

@@ -160,15 +160,66 @@ fn a_checked_body_is_the_callers_bytes_and_names_what_is_audited() {
         String::from_utf8(out).unwrap()
     };
     assert_eq!(appoint(GOOD).unwrap().bytes(), GOOD);
-    assert_eq!(audited(GOOD), r#","task":"954125366","inspectors":["160","161"]"#);
+    let whole = r#","task":"954125366","take_effect":0,"inspectors":["160","161"],"counts":[2,null]"#;
+    assert_eq!(audited(GOOD), whole);
     let verbatim = with(r#""954125366""#, "18446744073709551615").replace("160", r"\u0031\/");
-    assert_eq!(audited(&verbatim), r#","task":18446744073709551615,"inspectors":["\u0031\/","161"]"#);
+    let whole =
+        r#","task":18446744073709551615,"take_effect":0,"inspectors":["\u0031\/","161"],"counts":[2,null]"#;
+    assert_eq!(audited(&verbatim), whole);
     let absent = compile(
         r#"{"type":"object","additionalProperties":true,"properties":{"a":{"type":"null","x-audit":"a"}}}"#,
     );
     let mut out = Vec::new();
     check(&absent, "{}").unwrap().audit_members(&|_| [0; 16], &mut out);
     assert_eq!(out, br#","a":null"#);
+}
+
+#[test]
+fn audited_lists_match_item_by_item() {
+    let item = |properties: Value| json!({ "type": "object", "additionalProperties": true, "properties": properties });
+    let scalar = |name: &str| json!({ "type": ["string", "integer"], "x-audit": name });
+    let inner =
+        json!({ "type": "array", "items": item(json!({ "p": scalar("parts"), "q": scalar("sizes") })) });
+    let nested = item(json!({ "deep": scalar("deep") }));
+    let outer = item(json!({ "a": scalar("ids"), "parts": inner, "nested": nested, "b": scalar("names") }));
+    let contract = compile(&json!({ "type": "array", "items": outer }).to_string());
+    let audited = |body: &str| {
+        let mut line = b"{\"seq\":1".to_vec();
+        check(&contract, body).unwrap().audit_members(&|_| [0; 16], &mut line);
+        line.push(b'}');
+        let mut record: Value = serde_json::from_slice(&line).unwrap();
+        json!([
+            record["ids"].take(),
+            record["names"].take(),
+            record["deep"].take(),
+            record["parts"].take(),
+            record["sizes"].take(),
+        ])
+    };
+    let cases = [
+        ("[]", json!([[], [], [], [], []])),
+        ("[{}]", json!([[null], [null], [null], [], []])),
+        (
+            r#"[{"a":1},{"b":2},{"b":3,"a":4}]"#,
+            json!([[1, null, 4], [null, 2, 3], [null, null, null], [], []]),
+        ),
+        (
+            r#"[{"nested":{"deep":1}},{"nested":{}},{"x":{"a":9}}]"#,
+            json!([[null, null, null], [null, null, null], [1, null, null], [], []]),
+        ),
+        (
+            r#"[{"parts":[{"q":1},{"p":2}],"a":3},{"parts":[],"b":4},{"parts":[{"p":"5","q":6}]}]"#,
+            json!([[3, null, null], [null, 4, null], [null, null, null], [null, 2, "5"], [1, null, 6]]),
+        ),
+    ];
+    for (body, wanted) in cases {
+        assert_eq!(audited(body), wanted, "{body}");
+    }
+    for length in [65_532, 65_533, 65_534, 1_000_000] {
+        let long = "x".repeat(length);
+        let wanted = json!([[long, 1], [null, null], [null, null], [], []]);
+        assert_eq!(audited(&format!(r#"[{{"a":"{long}"}},{{"a":1}}]"#)), wanted, "{length}");
+    }
 }
 
 #[test]
