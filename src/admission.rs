@@ -20,7 +20,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 
 use crate::{
-    config::{self, PeerRule},
+    config::{self, BareIds, PeerRule},
     headers::Inbound,
     rate_limit::Limiter,
 };
@@ -83,6 +83,8 @@ pub struct Caller {
     /// A header that its requests must carry. No secret: an app that can be made to send requests, as by a URL
     /// that it fetches, can rarely be made to send a header; nor can a page in a browser.
     pub require_header: Option<HeaderName>,
+    /// Which ids it may send as bare numbers.
+    pub bare_ids: BareIds,
     /// Its requests are refused for now.
     pub frozen: bool,
 }
@@ -273,6 +275,7 @@ impl Caller {
             operators: raw.operators.iter().map(|id| operator(id)).collect(),
             limit,
             require_header: raw.require_header.clone(),
+            bare_ids: raw.bare_ids,
             frozen: raw.frozen,
         }
     }
@@ -499,6 +502,7 @@ mod tests {
                 operators: Vec::new(),
                 limit: Arc::new(Limiter::unlimited()),
                 require_header: None,
+                bare_ids: BareIds::Detect,
                 frozen: false,
             });
             rule.networks().iter().for_each(|network| admission.add(*network, &caller));

@@ -410,8 +410,28 @@ pub struct Caller {
     pub rate_limit: Limit,
     /// A header that its requests must carry, whatever its value.
     pub require_header: Option<HeaderName>,
+    /// Which ids it may send as bare numbers.
+    pub bare_ids: BareIds,
     /// Its requests are refused for now.
     pub frozen: bool,
+}
+
+/// Which ids a caller may send as bare numbers, where a contract says `x-refuseRounded`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BareIds {
+    /// Those that do not look as if a client had rounded them.
+    #[default]
+    Detect,
+    /// All: the caller holds them as integers.
+    Exact,
+    /// None.
+    Refuse,
+}
+
+impl BareIds {
+    /// All, with their words.
+    pub const ALL: [(Self, &str); 3] =
+        [(Self::Detect, "detect"), (Self::Exact, "exact"), (Self::Refuse, "refuse")];
 }
 
 /// A rate with a burst.

@@ -3,11 +3,13 @@
 //! A contract is a JSON Schema (2020-12, a subset) compiled at start into a table. The check walks the bytes
 //! once and builds no tree. A body that breaks it is walked a second time, by the same rules, to gather all
 //! violations; a body that is not strict JSON is told so instead, wherever the fault stands. Stricter than JSON
-//! Schema in one point: an integer is an optional minus and digits; `-0`, a fraction or an exponent is refused.
+//! Schema in two points: an integer is an optional minus and digits; `-0`, a fraction or an exponent is refused. And where
+//! a contract says `x-refuseRounded`, an id that is a bare number is refused if a client may have rounded it.
 //! The bytes that were checked are the bytes that are sent.
 
 pub mod body;
 mod pattern;
+mod rounded;
 mod schema;
 mod seen;
 
@@ -22,10 +24,10 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 pub use crate::json::NotJson;
-use crate::json::{self, Begins, Cursor, Halt, Token, check_encoding};
+use crate::json::{self, Begins, Cursor, Halt, Number, Token, check_encoding};
 use crate::{
     audit::chain::{Mark, hidden},
-    config::Shown,
+    config::{BareIds, Shown},
 };
 
 pub use self::schema::SchemaError;
@@ -37,11 +39,26 @@ use self::{
 /// So many violations are listed; all are counted.
 const MAX_LISTED: usize = 100;
 
+/// The code of an id that a client may have rounded.
+pub const MAY_BE_ROUNDED: &str = "number_may_be_rounded";
+
+/// The code of an id that is a bare number, from a caller of which none are taken.
+pub const MUST_BE_STRING: &str = "number_must_be_string";
+
 const TWICE: &str = "a key stands twice in one object";
 
 /// A compiled contract.
 #[derive(Debug)]
 pub struct Contract(Schema);
+
+/// What a check found.
+#[derive(Debug)]
+pub struct Checked {
+    /// The body, or why it was refused.
+    pub result: Result<CheckedBody, Fault>,
+    /// How many ids in it are bare numbers of 2^53 and more, where the contract says `x-refuseRounded`.
+    pub large_ids: usize,
+}
 
 /// Why a body was refused.
 #[derive(Debug)]
@@ -66,7 +83,7 @@ pub struct Violations {
 pub struct Violation {
     /// Where, as a plain JSON Pointer (RFC 6901).
     pub pointer: String,
-    /// The keyword of the contract.
+    /// The keyword of the contract, [`MAY_BE_ROUNDED`] or [`MUST_BE_STRING`].
     pub code: &'static str,
     /// What is wanted.
     pub detail: String,
@@ -188,32 +205,43 @@ impl Contract {
         self
     }
 
-    /// Checks a body.
-    pub fn check(&self, body: Bytes) -> Result<CheckedBody, Fault> {
-        match Walk::over(&body, &self.0.nodes, Some(self.0.root), Verdict) {
-            Ok((captured, Verdict)) => {
-                Ok(CheckedBody { members: self.0.audit.clone(), captured, bytes: body })
+    /// Checks a body. `bare_ids` says which ids its caller may send as bare numbers.
+    pub fn check(&self, body: Bytes, bare_ids: BareIds) -> Checked {
+        match Walk::over(&body, &self.0.nodes, Some(self.0.root), bare_ids, Verdict) {
+            Ok(Walked { captured, large_ids, findings: Verdict }) => {
+                let checked = CheckedBody { members: self.0.audit.clone(), captured, bytes: body };
+                Checked { result: Ok(checked), large_ids }
             }
-            Err(Stop::NotJson(fault)) => Err(Fault::NotJson(fault)),
-            Err(Stop::Broken) => Err(self.violations(&body).map_or_else(Fault::NotJson, Fault::Violations)),
+            Err(Stop::NotJson(fault)) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
+            Err(Stop::Broken) => match self.gather(&body, bare_ids) {
+                Ok((violations, large_ids)) => {
+                    Checked { result: Err(Fault::Violations(violations)), large_ids }
+                }
+                Err(fault) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
+            },
         }
     }
 
     /// All that breaks the contract in a body; nothing, if [`Contract::check`] takes it.
+    pub fn violations(&self, body: &[u8], bare_ids: BareIds) -> Result<Violations, NotJson> {
+        self.gather(body, bare_ids).map(|(violations, _)| violations)
+    }
+
+    /// All violations of a body, and how many large ids in it are bare numbers.
     #[cold]
-    pub fn violations(&self, body: &[u8]) -> Result<Violations, NotJson> {
+    fn gather(&self, body: &[u8], bare_ids: BareIds) -> Result<(Violations, usize), NotJson> {
         let gathered = Gathered { path: Vec::new(), violations: Violations::default() };
-        match Walk::over(body, &self.0.nodes, Some(self.0.root), gathered) {
-            Ok((_, gathered)) => Ok(gathered.violations),
+        match Walk::over(body, &self.0.nodes, Some(self.0.root), bare_ids, gathered) {
+            Ok(walked) => Ok((walked.findings.violations, walked.large_ids)),
             Err(Stop::NotJson(fault)) => Err(fault),
-            Err(Stop::Broken) => Ok(Violations::default()), // this kind of walk goes on
+            Err(Stop::Broken) => Ok(Default::default()), // this kind of walk goes on
         }
     }
 }
 
 /// Walks a document without a contract.
 pub(crate) fn is_strict_json(document: &[u8]) -> Result<(), NotJson> {
-    match Walk::over(document, &[], None, Verdict) {
+    match Walk::over(document, &[], None, BareIds::Exact, Verdict) {
         Ok(_) | Err(Stop::Broken) => Ok(()), // without a contract nothing is broken
         Err(Stop::NotJson(fault)) => Err(fault),
     }
@@ -223,9 +251,18 @@ pub(crate) fn is_strict_json(document: &[u8]) -> Result<(), NotJson> {
 struct Walk<'a, F> {
     nodes: &'a [Node],
     cursor: Cursor<'a>,
+    bare_ids: BareIds,
     captured: Captured,
+    large_ids: usize,
     /// Of the present item, if it must differ from the others.
     identity: Option<Identity<'a>>,
+    findings: F,
+}
+
+/// What a walk that came to the end of its document noted.
+struct Walked<F> {
+    captured: Captured,
+    large_ids: usize,
     findings: F,
 }
 
@@ -304,13 +341,18 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         document: &'a [u8],
         nodes: &'a [Node],
         root: Option<usize>,
+        bare_ids: BareIds,
         findings: F,
-    ) -> Result<(Captured, F), Stop> {
+    ) -> Result<Walked<F>, Stop> {
         check_encoding(document).map_err(Stop::NotJson)?;
         let cursor = Cursor::new(document);
-        let mut walk = Walk { nodes, cursor, captured: Captured::new(), identity: None, findings };
+        let captured = Captured::new();
+        let mut walk = Walk { nodes, cursor, bare_ids, captured, large_ids: 0, identity: None, findings };
         match walk.whole(root) {
-            Ok(()) => Ok((walk.captured, walk.findings)),
+            Ok(()) => {
+                let Walk { captured, large_ids, findings, .. } = walk;
+                Ok(Walked { captured, large_ids, findings })
+            }
             Err(Halt) => Err(walk.cursor.fault().map_or(Stop::Broken, Stop::NotJson)),
         }
     }
@@ -505,7 +547,35 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             is_kept = false;
             findings.note(code, || (None, format!("must be {}", rule.wanted(nodes, code))))
         })?;
+        if let Token::Number(number) = token
+            && rule.has_ids
+            && is_kept
+        {
+            is_kept = self.bare_id(rule, number)?;
+        }
         Ok(is_kept.then_some(rule))
+    }
+
+    /// Whether a bare number may stand where a contract takes ids.
+    #[inline(never)]
+    fn bare_id(&mut self, rule: &Node, number: &Number<'_>) -> Result<bool, Halt> {
+        let is_large = rounded::is_large(number);
+        if !(is_large || self.bare_ids == BareIds::Refuse) || !rule.is_id(self.nodes, number) {
+            return Ok(true);
+        }
+        self.large_ids += usize::from(is_large);
+        let (code, detail) = match self.bare_ids {
+            BareIds::Detect if rounded::may_be_rounded(number) => (
+                MAY_BE_ROUNDED,
+                "an id above 2^53 may have lost digits in a client that holds numbers as doubles: send it as a string",
+            ),
+            BareIds::Refuse => {
+                (MUST_BE_STRING, "must be a string: the gateway takes no id of this caller as a number")
+            }
+            BareIds::Detect | BareIds::Exact => return Ok(true),
+        };
+        self.findings.note(code, || (None, detail.to_owned()))?;
+        Ok(false)
     }
 }
 
@@ -593,6 +663,16 @@ impl Node {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether an integer that is accepted here is an id: of alternatives those count that accept it.
+    fn is_id(&self, nodes: &[Node], number: &Number<'_>) -> bool {
+        let token = Token::Number(*number);
+        let mut accepting = self.any_of.iter().flatten().map(|node| &nodes[*node]);
+        number.is_integer
+            && (self.is_id
+                || self.has_ids
+                    && accepting.all(|node| !node.accepts(nodes, &token) || node.is_id(nodes, number)))
     }
 
     fn accepts(&self, nodes: &[Node], token: &Token<'_>) -> bool {

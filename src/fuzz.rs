@@ -24,6 +24,7 @@ use crate::{
         chain::{Keys, key_path},
         recovery::{Fault, Found, read},
     },
+    config::BareIds,
     config::{self, Config, WithoutKey},
     connect::proxy,
     contract::Contract,
@@ -50,10 +51,13 @@ pub fn reader(name: &str) -> Option<fn(&[u8])> {
 pub fn body(bytes: &[u8]) {
     static CONTRACT: LazyLock<Contract> =
         LazyLock::new(|| Contract::compile(Contract::APPOINT_QUALITY_TASK).unwrap());
-    let is_broken = CONTRACT.violations(bytes).map_or(true, |all| all.total > 0);
-    let checked = CONTRACT.check(Bytes::copy_from_slice(bytes));
-    assert_eq!(checked.is_err(), is_broken);
-    let Ok(checked) = checked else { return };
+    let check = |bare_ids| CONTRACT.check(Bytes::copy_from_slice(bytes), bare_ids).result;
+    let is_taken = |(bare_ids, _)| check(bare_ids).is_ok();
+    let [detected, exact, refused] = BareIds::ALL.map(is_taken);
+    assert!((exact || !detected) && (detected || !refused));
+    let violations = CONTRACT.violations(bytes, BareIds::Exact);
+    assert_eq!(exact, violations.is_ok_and(|all| all.total == 0));
+    let Ok(checked) = check(BareIds::Exact) else { return };
     assert_eq!(checked.bytes(), bytes);
     let mut line = b"{\"seq\":1".to_vec();
     checked.audit_members(&|_| [0; 16], &mut line);
@@ -74,7 +78,7 @@ pub fn schema(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes)
         && let Ok(contract) = Contract::compile(text)
     {
-        let _ = contract.check(Bytes::copy_from_slice(bytes));
+        let _ = contract.check(Bytes::copy_from_slice(bytes), BareIds::Detect);
     }
 }
 

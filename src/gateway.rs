@@ -18,10 +18,11 @@ use serde_json::{Map, Value, json};
 use tokio::time::timeout;
 
 use crate::{
-    admission::{Bounds, Hosts, Peer},
+    admission::{Bounds, Caller, Hosts, Peer},
     audit::{Audit, FirstCall, Record, RequestId},
     clock,
-    contract::{CheckedBody, body::receive},
+    config::BareIds,
+    contract::{Checked, CheckedBody, body::receive},
     error::{Code, Error, Stage, spent},
     headers::Inbound,
     idempotency::{Begun, Call, Delivery, Idempotency, Would},
@@ -147,7 +148,12 @@ impl Gateway {
         within.map_err(|limit| spent(Code::RateLimited, limit))?;
 
         record.enter(Stage::Contract);
-        let checked = route.contract.check(receive(head, body, state.body).await?)?;
+        let Checked { result, large_ids } =
+            route.contract.check(receive(head, body, state.body).await?, caller.bare_ids);
+        if large_ids > 0 {
+            self.large_ids(caller, &route.name, record.id(), large_ids);
+        }
+        let checked = result?;
 
         record.enter(Stage::Idempotency);
         let digest = self.audit.keys().digest(checked.bytes());
@@ -214,6 +220,19 @@ impl Gateway {
         };
         let reply = from.presence.beside(self.exchanges.run(exchange)).await?;
         Ok(Reply { first, ..reply })
+    }
+
+    /// Counts ids of 2^53 and more that a caller sends as bare numbers, and warns of the first one.
+    #[inline(never)]
+    fn large_ids(&self, caller: &Caller, route: &str, id: RequestId, count: usize) {
+        let is_first = self.metrics.bare_ids(&caller.name, count, caller.bare_ids != BareIds::Exact);
+        if is_first {
+            tracing::warn!(
+                caller = &*caller.name, route, %id,
+                "a caller sends ids above 2^53 as numbers, which lose digits in clients that hold numbers as doubles: let it \
+                 send them as strings, or set its bare_ids to \"exact\" if it holds integers"
+            );
+        }
     }
 
     /// The rest of the way of a dry run, up to the quota: all that could refuse it is asked, nothing is spent or

@@ -1,6 +1,10 @@
 //! Metrics, in the text format. Each name starts with `ccsqm_gateway_`; each is moved by some test.
 
-use std::{sync::OnceLock, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
 
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
@@ -45,6 +49,9 @@ pub struct Metrics {
     duration: Histogram,
     limit_checks: [[IntCounter; 2]; Limit::ALL.len()],
     credentials_dropped: IntCounter,
+    bare_ids: IntCounterVec,
+    /// The callers of which the first bare id was told.
+    bare_ids_told: Mutex<HashSet<Arc<str>>>,
     connections_closed: IntCounterVec,
     connections: IntGauge,
     in_flight: IntGauge,
@@ -93,6 +100,11 @@ impl Metrics {
             "Headers of callers that looked like a credential. None is ever forwarded.",
         )?;
         registry.register(Box::new(credentials_dropped.clone()))?;
+        let bare_ids = counters(
+            "bare_ids_total",
+            "Ids of 2^53 and more that callers sent as bare numbers, refused ones included.",
+            &["caller"],
+        )?;
         let duration = Histogram::with_opts(
             HistogramOpts::new("ccsqm_gateway_request_duration_seconds", "From the head to the answer.")
                 .buckets(vec![
@@ -117,6 +129,8 @@ impl Metrics {
             duration,
             limit_checks,
             credentials_dropped,
+            bare_ids,
+            bare_ids_told: Mutex::default(),
             connections_closed,
             connections,
             in_flight,
@@ -154,6 +168,16 @@ impl Metrics {
     pub fn credentials_dropped(&self, count: usize) {
         if count > 0 {
             self.credentials_dropped.inc_by(count as u64);
+        }
+    }
+
+    /// A caller sent so many ids of 2^53 and more as bare numbers. Returns whether it is to be told, since none of this
+    /// caller was in this process.
+    pub fn bare_ids(&self, caller: &Arc<str>, count: usize, is_of_interest: bool) -> bool {
+        self.bare_ids.with_label_values(&[caller]).inc_by(count as u64);
+        is_of_interest && {
+            let mut told = self.bare_ids_told.lock().unwrap_or_else(PoisonError::into_inner);
+            !told.contains(caller) && told.insert(caller.clone())
         }
     }
 

@@ -10,7 +10,7 @@
 use std::{borrow::Cow, collections::HashSet, fmt, hint::black_box, sync::LazyLock};
 
 use bytes::Bytes;
-use ccsqm_gateway::contract::Contract;
+use ccsqm_gateway::{config::BareIds, contract::Contract};
 use divan::{Bencher, counter::BytesCount};
 use serde::{
     Deserialize, Deserializer,
@@ -60,7 +60,7 @@ fn measure(bencher: Bencher<'_, '_>, name: &str, keeps: impl Fn(&Bytes) -> bool 
 #[divan::bench(args = BODIES, sample_size = 50, min_time = 1)]
 fn contract(bencher: Bencher<'_, '_>, name: &str) {
     LazyLock::force(&CONTRACT);
-    measure(bencher, name, |body| CONTRACT.check(body.clone()).map(black_box).is_ok());
+    measure(bencher, name, |body| black_box(CONTRACT.check(body.clone(), BareIds::Detect)).result.is_ok());
 }
 
 /// With the members of the audit record.
@@ -68,7 +68,7 @@ fn contract(bencher: Bencher<'_, '_>, name: &str) {
 fn contract_and_audit_members(bencher: Bencher<'_, '_>, name: &str) {
     LazyLock::force(&CONTRACT);
     measure(bencher, name, |body| {
-        let Ok(checked) = CONTRACT.check(body.clone()) else { return false };
+        let Ok(checked) = CONTRACT.check(body.clone(), BareIds::Detect).result else { return false };
         let mut members = Vec::new();
         checked.audit_members(&|_| [0; 16], &mut members);
         !black_box(members).is_empty()

@@ -7,7 +7,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use ccsqm_gateway::contract::{Contract, Fault};
+use ccsqm_gateway::{
+    config::BareIds,
+    contract::{Contract, Fault},
+};
 use serde_json::{Value, json};
 
 use super::BAD_CONFIGURATION;
@@ -46,7 +49,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
     };
-    let fault = contract.check(read(&body)?.into()).err();
+    let fault = contract.check(read(&body)?.into(), BareIds::Detect).result.err();
     if json {
         println!("{}", machine_text(fault.as_ref()));
     } else {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, ListenerTls,
+    BareIds, Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, ListenerTls,
     LogFormat, Route, SecretSource, Shown, WithoutKey,
 };
 
@@ -206,6 +206,7 @@ fn caller(caller: &Caller) -> Value {
         "rate_limit": rate(&caller.rate_limit),
         "burst": caller.rate_limit.burst,
         "require_header": caller.require_header.as_ref().map(|name| name.as_str()),
+        "bare_ids": bare_ids(caller.bare_ids),
         "frozen": caller.frozen,
     })
 }
@@ -237,6 +238,10 @@ fn http2(http2: Http2) -> &'static str {
 
 fn shown(shown: Shown) -> &'static str {
     Shown::ALL.into_iter().find(|(other, _)| *other == shown).map_or("", |(_, word)| word)
+}
+
+fn bare_ids(bare_ids: BareIds) -> &'static str {
+    BareIds::ALL.into_iter().find(|(other, _)| *other == bare_ids).map_or("", |(_, word)| word)
 }
 
 fn without_key(mode: WithoutKey) -> &'static str {

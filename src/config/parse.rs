@@ -13,9 +13,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use crate::{audit::Durability, connect::Identity, headers::looks_like_credential, server::tls::Tls};
 
 use super::{
-    Admin, Audit, Caller, Config, ContractSource, Credential, Http2, Idempotency, IdentityFiles, Limit,
-    ListenAddress, Listener, ListenerTls, Log, LogFormat, PeerRule, Problems, Route, SecretSource, Server,
-    Shown, Token, Upstream, Url, WithoutKey, files,
+    Admin, Audit, BareIds, Caller, Config, ContractSource, Credential, Http2, Idempotency, IdentityFiles,
+    Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, PeerRule, Problems, Route, SecretSource,
+    Server, Shown, Token, Upstream, Url, WithoutKey, files,
     peer::parse_peer,
     raw::{Kind, Layers, Syntax, Value},
     relations,
@@ -554,9 +554,26 @@ fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<
     let rate_limit = read_limit(context, &mut table, "rate_limit", (20, 1), 40);
     let require_header =
         table.parsed(context, "require_header", None, |text| parse_required_header(text).map(Some));
+    let bare_ids = table.parsed(context, "bare_ids", BareIds::Detect, |text| {
+        let named = BareIds::ALL.into_iter().find(|(_, word)| *word == text);
+        named
+            .map(|(bare_ids, _)| bare_ids)
+            .ok_or_else(|| "must be \"detect\", \"exact\" or \"refuse\"".into())
+    });
     let frozen = table.boolean(context, "frozen");
     table.close(context);
-    Caller { name, peer, operator_id, operators, credential, routes, rate_limit, require_header, frozen }
+    Caller {
+        name,
+        peer,
+        operator_id,
+        operators,
+        credential,
+        routes,
+        rate_limit,
+        require_header,
+        bare_ids,
+        frozen,
+    }
 }
 
 /// Generic clients must not send it by themselves, and it is no place for a secret.

@@ -89,6 +89,10 @@ pub(super) struct Node {
     pub(super) pattern: Option<Arc<Pattern>>,
     pub(super) minimum: Option<Limit>,
     pub(super) maximum: Option<Limit>,
+    /// An integer here is an id, and its digits count.
+    pub(super) is_id: bool,
+    /// The same here or in an alternative.
+    pub(super) has_ids: bool,
     pub(super) audit: Option<usize>,
 }
 
@@ -253,6 +257,10 @@ impl Compiler<'_> {
         if let Some(name) = keywords.get("x-uniqueBy") {
             node.unique_by = Some(self.unique_by(node.items, name, &step(at, "x-uniqueBy"))?);
         }
+        if keywords.contains_key("x-refuseRounded") && node.types & INTEGER == 0 {
+            return fail(step(at, "x-refuseRounded"), "no integer can stand here");
+        }
+        node.has_ids = node.is_id || node.any_of.iter().flatten().any(|node| self.nodes[*node].has_ids);
         if self.nodes.len() == MAX_NODES {
             return fail(at, "the schema is too large");
         }
@@ -285,6 +293,7 @@ impl Compiler<'_> {
             "maximum" => node.maximum = Some(limit(value, at)?),
             "pattern" => node.pattern = Some(self.pattern(value, at)?),
             "x-audit" => node.audit = Some(self.audit_member(value, at, place)?),
+            "x-refuseRounded" => node.is_id = boolean(value, at)?,
             "properties" | "required" | "additionalProperties" => {} // one thing: see `members`
             "x-uniqueBy" => {}                                       // once the items are known
             "$defs" if at == "#/$defs" => {}
@@ -485,6 +494,10 @@ fn step(at: &str, name: &str) -> String {
 
 fn object<'a>(value: &'a Value, at: &str) -> Result<&'a Map<String, Value>, SchemaError> {
     value.as_object().map_or_else(|| fail(at, "must be an object"), Ok)
+}
+
+fn boolean(value: &Value, at: &str) -> Result<bool, SchemaError> {
+    value.as_bool().map_or_else(|| fail(at, "must be true or false"), Ok)
 }
 
 fn text<'a>(value: &'a Value, at: &str) -> Result<&'a str, SchemaError> {

@@ -182,11 +182,16 @@ fn start_with_certificates(sandbox: &ccsqm_gateway::sandbox::Sandbox, ca: &Ca, l
 
 /// The example request, from an address of the loopback network.
 pub(crate) fn call_from(source: &str, gateway: &Gateway, headers: &str) -> Reply {
+    post_from(source, gateway, headers, BODY)
+}
+
+/// The same with another body.
+pub(crate) fn post_from(source: &str, gateway: &Gateway, headers: &str, body: &str) -> Reply {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.bind(&format!("{source}:0").parse::<SocketAddr>().unwrap().into()).unwrap();
     socket.connect(&gateway.address.into()).unwrap();
     let mut stream = TcpStream::from(socket);
-    stream.write_all((head(BODY.len(), headers) + BODY).as_bytes()).unwrap();
+    stream.write_all((head(body.len(), headers) + body).as_bytes()).unwrap();
     read_reply(&mut stream)
 }
 

@@ -180,6 +180,10 @@ fn what_would_be_dangerous_is_refused() {
             with(&text, header, &format!("{header}\nhttp2 = \"on\"")),
             "upstream.http2: must be \"off\" or \"auto\"",
         ),
+        (
+            with(&text, "peer = \"loopback\"", "peer = \"loopback\"\nbare_ids = \"ignore\""),
+            "callers[0].bare_ids: must be \"detect\", \"exact\" or \"refuse\"",
+        ),
     ] {
         let (code, _, error) = check(&folder, &wrong);
         assert!(code == 78 && error.contains(reason), "{reason}: {error}");
@@ -682,6 +686,9 @@ fn contract_check_speaks_json() {
                 .all(|e| e["code"].is_string() && e["detail"].is_string()),
         "{bad}"
     );
+    let rounded = crate::support::BODY.replace("\"954645333549048833\"", "954645333549048800");
+    let (code, rounded) = check(built_in, &file("rounded", &rounded));
+    assert_eq!((code, &rounded["errors"][0]["code"]), (1, &json!("number_may_be_rounded")), "{rounded}");
     let (code, broken) = check(built_in, &file("broken", "{"));
     assert!(code == 1 && broken["good"] == false && broken["not_json"].is_string(), "{broken}");
     for contract in [file("contract", "{ \"oneOf\": [] }"), "/absent".to_owned(), "/dev/null".to_owned()] {

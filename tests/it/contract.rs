@@ -1,7 +1,10 @@
 //! The contract checker: appointQualityTask case by case, and random schemas against the oracle `jsonschema`.
 
 use bytes::Bytes;
-use ccsqm_gateway::contract::{CheckedBody, Contract, Fault, NotJson, Violations};
+use ccsqm_gateway::{
+    config::BareIds,
+    contract::{CheckedBody, Contract, Fault, NotJson, Violations},
+};
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
 use std::{collections::HashSet, fmt};
@@ -14,7 +17,11 @@ fn compile(schema: &str) -> Contract {
 }
 
 fn check(contract: &Contract, body: &str) -> Result<CheckedBody, Fault> {
-    contract.check(Bytes::copy_from_slice(body.as_bytes()))
+    check_as(BareIds::Detect, contract, body)
+}
+
+fn check_as(bare_ids: BareIds, contract: &Contract, body: &str) -> Result<CheckedBody, Fault> {
+    contract.check(Bytes::copy_from_slice(body.as_bytes()), bare_ids).result
 }
 
 fn appoint(body: &str) -> Result<CheckedBody, Fault> {
@@ -141,6 +148,99 @@ fn details_name_what_is_wanted_and_never_a_value() {
     assert!(list.iter().any(|violation| violation.detail == format!("unknown key `{key}`")), "{list:?}");
 }
 
+/// An id as JavaScript writes it when it should write 954645333549048833, and one that it never writes.
+const ROUNDED: &str = "954645333549048800";
+const EXACT: &str = "954645333549048833";
+
+#[test]
+fn an_id_that_a_client_may_have_rounded_must_be_a_string() {
+    let contracts = [
+        (compile(Contract::APPOINT_QUALITY_TASK), with(r#""954125366""#, "<id>")),
+        (
+            compile(include_str!("../../config/contracts/deleteQualityTask.json")),
+            r#"{"qualityTaskId":<id>}"#.to_owned(),
+        ),
+    ];
+    for (contract, body) in &contracts {
+        let refused = |bare_ids, id: &str| {
+            let checked = check_as(bare_ids, contract, &body.replace("<id>", id));
+            let violations = if checked.is_ok() { Violations::default() } else { violations(checked) };
+            let list = violations
+                .list
+                .into_iter()
+                .map(|violation| (violation.pointer, violation.code, violation.detail));
+            list.collect::<Vec<_>>()
+        };
+        let id =
+            |code: &'static str, detail: &str| vec![("/qualityTaskId".to_owned(), code, detail.to_owned())];
+        let may_be_rounded = id(
+            "number_may_be_rounded",
+            "an id above 2^53 may have lost digits in a client that holds numbers as doubles: send it as a string",
+        );
+        let must_be_string = id(
+            "number_must_be_string",
+            "must be a string: the gateway takes no id of this caller as a number",
+        );
+        for rounded in [ROUNDED, "9007199254740992", "1611917095665262000", "18446744073709550"] {
+            assert_eq!(refused(BareIds::Detect, rounded), may_be_rounded, "{rounded}");
+        }
+        for id in [ROUNDED, EXACT, "9007199254740992", "9007199254740991", "954125366", "0"] {
+            assert_eq!(refused(BareIds::Exact, id), [], "{id}");
+            assert_eq!(refused(BareIds::Refuse, id), must_be_string, "{id}");
+            for bare_ids in [BareIds::Detect, BareIds::Exact, BareIds::Refuse] {
+                assert_eq!(refused(bare_ids, &format!("{id:?}")), [], "{id} as a string");
+            }
+        }
+        for exact in [EXACT, "9007199254740991", "954125366", "0"] {
+            assert_eq!(refused(BareIds::Detect, exact), [], "{exact}");
+        }
+        // What is no id is told as such.
+        for bare_ids in [BareIds::Detect, BareIds::Refuse] {
+            assert_eq!(refused(bare_ids, "18446744073709552000")[0].1, "anyOf");
+            assert_eq!(refused(bare_ids, "9546453335490488e2")[0].1, "anyOf");
+        }
+    }
+    // Nothing else in the body is an id.
+    assert!(check_as(BareIds::Refuse, &contracts[0].0, GOOD).is_ok());
+}
+
+#[test]
+fn an_id_is_one_if_every_alternative_that_takes_it_says_so() {
+    let cases = [
+        (json!({ "type": "integer", "x-refuseRounded": true }), true),
+        (json!({ "type": "integer", "x-refuseRounded": false }), false),
+        (json!({ "type": ["integer", "string"], "x-refuseRounded": true }), true),
+        (json!({ "x-refuseRounded": true }), true),
+        (json!({ "x-refuseRounded": true, "anyOf": [{ "type": "integer" }] }), true),
+        (json!({ "anyOf": [{ "type": "integer", "x-refuseRounded": true }, { "type": "string" }] }), true),
+        (json!({ "anyOf": [{ "type": "integer", "x-refuseRounded": true }, { "type": "number" }] }), false),
+        (
+            json!({ "anyOf": [
+                { "type": "integer", "x-refuseRounded": true },
+                { "type": "integer", "maximum": 9 },
+            ] }),
+            true,
+        ),
+        (json!({ "anyOf": [{ "anyOf": [{ "type": "integer", "x-refuseRounded": true }] }] }), true),
+    ];
+    for (schema, is_id) in cases {
+        let contract = compile(&schema.to_string());
+        let checked = contract.check(ROUNDED.into(), BareIds::Detect);
+        assert_eq!(checked.result.is_err(), is_id, "{schema}");
+        assert_eq!(checked.large_ids, usize::from(is_id), "{schema}");
+    }
+    let list =
+        r#"{"type":"array","items":{"type":"integer","x-refuseRounded":true,"maximum":999999999999999999}}"#;
+    let contract = compile(list);
+    let body =
+        format!("[1,{EXACT},{ROUNDED},-{ROUNDED},9007199254740991,9007199254740993,1000000000000000000]");
+    for (bare_ids, broken) in [(BareIds::Detect, 3), (BareIds::Exact, 1), (BareIds::Refuse, 7)] {
+        let checked = contract.check(body.clone().into(), bare_ids);
+        assert_eq!(violations(checked.result).total, broken, "{bare_ids:?}");
+        assert_eq!(checked.large_ids, 4, "{bare_ids:?}: what breaks another rule is no id");
+    }
+}
+
 #[test]
 fn what_is_not_json_is_told_before_any_violation() {
     let fault = not_json(appoint(&(with(r#""setCountsType":1"#, r#""setCountsType":2"#) + "x")));
@@ -256,6 +356,11 @@ fn a_schema_that_would_not_be_checked_whole_is_refused_with_its_place() {
         (r#"{"type":"string","x-audit":"outcome"}"#, "#/x-audit"),
         (r#"{"x-audit":"task"}"#, "#/x-audit"),
         (r#"{"x-uniqueBy":"a"}"#, "#/x-uniqueBy"),
+        (r#"{"type":"integer","x-refuseRounded":1}"#, "#/x-refuseRounded"),
+        (r#"{"type":"integer","x-refuseRounded":"true"}"#, "#/x-refuseRounded"),
+        (r#"{"anyOf":[{"type":"integer","x-refuseRounded":null}]}"#, "#/anyOf/0/x-refuseRounded"),
+        (r#"{"type":"string","x-refuseRounded":true}"#, "#/x-refuseRounded"),
+        (r##"{"$ref":"#/$defs/a","x-refuseRounded":true,"$defs":{"a":{}}}"##, "#/x-refuseRounded"),
         (r#"{"type":"null","type":"null"}"#, "#"),
         ("{", "#"),
         ("true", "#"),
@@ -384,6 +489,9 @@ fn integer(random: &mut Random) -> (Value, Value) {
         [json!(0), json!(5), json!(-17), json!(9_007_199_254_740_993_u64), json!(u64::MAX), json!(i64::MIN)];
     let value = random.pick(&values).clone();
     let mut schema = json!({ "type": "integer" });
+    if random.one_in(2) {
+        schema["x-refuseRounded"] = json!(random.one_in(2));
+    }
     if random.one_in(2) {
         schema["minimum"] = value.clone();
     }
@@ -541,13 +649,26 @@ fn verdicts(
 ) -> (bool, bool) {
     let mut text = String::new();
     write(random, document, &mut text);
-    let kept = match check(ours, &text) {
+    let kept = |bare_ids| match check_as(bare_ids, ours, &text) {
         Err(Fault::NotJson(fault)) => panic!("{fault}: {text}"),
         checked => checked.is_ok(),
     };
     // The walk that tells of all violations says the same as the one that ends at the first.
-    let all = ours.violations(text.as_bytes()).unwrap_or_else(|fault| panic!("{fault}: {text}"));
-    assert_eq!(all.total == 0, kept, "{text}: {all:?}");
+    let all = |bare_ids| {
+        ours.violations(text.as_bytes(), bare_ids).unwrap_or_else(|fault| panic!("{fault}: {text}"))
+    };
+    for (bare_ids, _) in BareIds::ALL {
+        assert_eq!(all(bare_ids).total == 0, kept(bare_ids), "{text}: {:?}", all(bare_ids));
+    }
+    // Where a caller's ids are exact, the check is JSON Schema's. What is refused beyond it is told by codes of its own.
+    for (bare_ids, code) in
+        [(BareIds::Detect, "number_may_be_rounded"), (BareIds::Refuse, "number_must_be_string")]
+    {
+        let list = all(bare_ids).list;
+        let beyond = list.iter().filter(|violation| violation.code == code).count();
+        assert_eq!(list.len() - beyond, all(BareIds::Exact).list.len(), "{text}: {list:?}");
+    }
+    let kept = kept(BareIds::Exact);
     (kept, oracle.is_valid(document))
 }
 
@@ -794,10 +915,10 @@ fn strict_json_is_what_serde_json_takes_without_repeated_keys_and_deep_nesting()
             mutate(&mut random, &mut document);
             let Some(wanted) = is_strict(&document) else { continue };
             for contract in [&anything, &appoint] {
-                let checked = contract.check(Bytes::copy_from_slice(&document));
+                let checked = contract.check(Bytes::copy_from_slice(&document), BareIds::Detect).result;
                 let is_json = !matches!(checked, Err(Fault::NotJson(_)));
                 assert_eq!(is_json, wanted, "{}", document.escape_ascii());
-                let all = contract.violations(&document);
+                let all = contract.violations(&document, BareIds::Detect);
                 assert_eq!(
                     checked.is_ok(),
                     all.is_ok_and(|all| all.total == 0),

@@ -96,6 +96,80 @@ fn callers_routes_and_levels_change_and_what_is_remembered_stays() {
 }
 
 #[test]
+fn ids_as_numbers_are_told_once_and_taken_as_the_caller_may_send_them() {
+    let sandbox = sandbox();
+    let other = caller("other", "127.0.0.2/32", "bare_ids = \"exact\"");
+    let gateway = start_with(&sandbox, Setup { caller: other, ..Setup::default() });
+    let body = |id: &str| BODY.replace("\"954645333549048833\"", id);
+    // As JavaScript writes it, exact, small, as a string.
+    let bodies =
+        ["954645333549048800", "954645333549048833", "954125366", "\"954645333549048800\""].map(body);
+    let codes = |post: &dyn Fn(&str) -> Reply| {
+        bodies.each_ref().map(|body| {
+            let reply = post(body);
+            if reply.outcome() == "succeeded" {
+                return String::new();
+            }
+            assert_eq!(
+                (reply.status, reply.code(), reply.outcome()),
+                (422, "contract_violation", "not_sent")
+            );
+            let errors = reply.json()["errors"].take();
+            assert_eq!(
+                (&errors[0]["pointer"], errors.as_array().unwrap().len()),
+                (&"/qualityTaskId".into(), 1)
+            );
+            errors[0]["code"].as_str().unwrap().to_owned()
+        })
+    };
+    let console = || codes(&|body| gateway.post(body));
+    let other = || codes(&|body| crate::callers::post_from("127.0.0.2", &gateway, "", body));
+    let told = || {
+        let log = gateway.log();
+        let lines = log.lines().filter(|line| line.contains("sends ids above 2^53 as numbers"));
+        lines.map(|line| serde_json::from_str::<Value>(line).unwrap()).collect::<Vec<_>>()
+    };
+    let counted = |caller: &str, count: usize| {
+        let wanted = format!("ccsqm_gateway_bare_ids_total{{caller=\"{caller}\"}} {count}\n");
+        gateway.admin("/metrics").body.contains(&wanted)
+    };
+
+    // By default those are refused that may be rounded.
+    assert_eq!(console(), ["number_may_be_rounded", "", "", ""]);
+    let warning = wait_for("the warning", || told().pop());
+    assert_eq!((&warning["level"], &warning["fields"]["caller"]), (&"WARN".into(), &"qa-console".into()));
+    assert!(!warning.to_string().contains("9546453335490488"), "no value of a caller: {warning}");
+    assert_eq!(console(), ["number_may_be_rounded", "", "", ""]);
+    // Whose ids are exact is not warned of: somebody has looked.
+    assert_eq!(other(), ["", "", "", ""]);
+    assert!(counted("qa-console", 4) && counted("other", 2), "{}", gateway.admin("/metrics").body);
+
+    // What a caller may send changes while the gateway runs; it is told once for all that.
+    let text = fs::read_to_string(file(&gateway)).unwrap();
+    let (name, as_they_are) = ("name = \"qa-console\"", "bare_ids = \"exact\"");
+    let text =
+        text.replace(as_they_are, "bare_ids = \"refuse\"").replace(name, &format!("{name}\n{as_they_are}"));
+    write(&gateway, text.as_bytes());
+    reload(&gateway, 1);
+    let all = "number_must_be_string";
+    assert_eq!(console(), ["", "", "", ""]);
+    assert_eq!(other(), [all, all, all, ""]);
+    wait_for("the other's warning", || (told().len() == 2).then_some(()));
+    assert_eq!(told()[1]["fields"]["caller"], "other");
+    edit(&gateway, "bare_ids = \"exact\"", "bare_ids = \"detect\"");
+    reload(&gateway, 2);
+    assert_eq!(console(), ["number_may_be_rounded", "", "", ""]);
+    assert_eq!(other(), [all, all, all, ""]);
+    assert!(counted("qa-console", 8) && counted("other", 6), "{}", gateway.admin("/metrics").body);
+
+    // Another level, so that all that was logged before is there.
+    edit(&gateway, "level = \"info\"", "level = \"debug\"");
+    reload(&gateway, 3);
+    wait_for("the reload", || gateway.log().contains("log.level").then_some(()));
+    assert_eq!(told().len(), 2, "{}", gateway.log());
+}
+
+#[test]
 fn a_file_that_changes_is_noticed_and_so_is_a_contract() {
     let sandbox = sandbox();
     let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
