@@ -20,6 +20,7 @@ mod retention;
 mod sync;
 #[cfg(test)]
 mod tests;
+pub mod unresolved;
 mod writer;
 
 use std::{
@@ -29,7 +30,7 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt, chown},
     path::{Path, PathBuf},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -50,10 +51,11 @@ use lane::Lane;
 use queue::Shared;
 use record::Entry;
 pub use record::{Answer, FirstCall, MEMBERS, Names, Queued, Record, RequestId};
-use recovery::{Doubt, Found};
+use recovery::Found;
 pub use reply::StoredReply;
 pub use sync::Durability;
 use sync::{Syncs, make_directory, remove_unfinished, sync_all, sync_directory, write_again};
+use unresolved::{CallState, UnresolvedCall, UnresolvedList};
 use writer::{Segment, Writer};
 
 /// How long a stop waits for the last write.
@@ -282,7 +284,6 @@ struct Handle {
     writer: Arc<Mutex<Option<JoinHandle<()>>>>,
     intent_deadline: Duration,
     begun: u64,
-    left_in_doubt: Arc<[Doubt]>,
     shown: [Shown; SHOWN.len()],
 }
 
@@ -307,8 +308,8 @@ impl Audit {
             sync_directory(&directory).map_err(fail)?; // the key's name, and the segments'
         }
         let keys = Arc::new(keys);
-        let (writer, begun, left_in_doubt) = recover(options, keys.clone(), lock).map_err(fail)?;
-        let shared = Arc::new(Shared::new(metrics, options.queue, begun));
+        let (writer, begun, unresolved) = recover(options, keys.clone(), lock).map_err(fail)?;
+        let shared = Arc::new(Shared::new(metrics, options.queue, begun, unresolved));
         let clocks = writer.clocks.clone();
         clocks.look(&shared);
         let writing = shared.clone();
@@ -324,7 +325,6 @@ impl Audit {
             writer,
             intent_deadline,
             begun,
-            left_in_doubt,
             shown,
         })))
     }
@@ -415,9 +415,9 @@ impl Audit {
         self.shared().event(name, Value::Object(details));
     }
 
-    /// What the start found without an outcome at the end of the trail.
-    pub fn left_in_doubt(&self) -> &[Doubt] {
-        &self.0.left_in_doubt
+    /// The calls that somebody must still look into.
+    pub fn unresolved(&self) -> MutexGuard<'_, UnresolvedList> {
+        self.shared().unresolved()
     }
 
     /// Verifies what was there before the start, and records the first fault; gives every intent its outcome that was
@@ -438,8 +438,9 @@ impl Audit {
                 json!({ "what": "damaged", "file": file, "line": fault.line, "reason": fault.reason });
             self.shared().event("recovery", details);
         }
-        for doubt in found.in_doubt.values().filter(|doubt| doubt.seq <= self.begun()) {
-            self.shared().doubt(&doubt.id);
+        for call in found.unresolved.orphans() {
+            self.shared().doubt(call.id);
+            self.unresolved().insert(UnresolvedCall { state: CallState::Unknown, ..call.clone() });
         }
         Ok(())
     }
@@ -543,17 +544,19 @@ fn start_error(directory: &Path, error: io::Error) -> StartError {
 /// Reads the end of the trail, cuts a torn line off, gives every intent that is open there its outcome, and
 /// records all that. One write does it, so that a crash in between leaves either nothing or a torn line for the next
 /// start. Returns the number of the last record and what was open, too.
-fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64, Arc<[Doubt]>)> {
+fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64, UnresolvedList)> {
     remove_unfinished(&options.directory)?;
-    let (mut batch, found, segment) = resume(options, &keys)?;
-    for id in found.in_doubt.keys() {
+    let (mut batch, mut found, segment) = resume(options, &keys)?;
+    for id in found.unresolved.close() {
         batch.push(&Entry::Doubt { id });
     }
     let clocks = Arc::new(Clocks::go_on(&found, options.window));
-    batch.event(age::START, clocks.start(&found));
+    let mut start = clocks.start(&found);
+    start[unresolved::LIST] = found.unresolved.to_json(&[]);
+    batch.event(age::START, start);
     let mut writer = Writer::new(options, keys, lock, clocks, found.hash, segment);
     writer.append(&mut batch)?;
-    Ok((writer, batch.last(), found.in_doubt.into_values().collect()))
+    Ok((writer, batch.last(), found.unresolved))
 }
 
 /// Reads the end of the trail, and cuts a torn line off, of which the batch tells that is to go on there.

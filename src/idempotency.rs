@@ -37,7 +37,7 @@ use crate::{
     audit::{
         Answer, Audit, FirstCall, Names, Queued, Record, RequestId, StoredReply,
         chain::{Hash, Keys, Mark, parse_hex, push_hex},
-        recovery::Doubt as OpenIntent,
+        unresolved::{CallState, UnresolvedCall},
     },
     clock,
     config::{self, WithoutKey},
@@ -234,8 +234,9 @@ impl Idempotency {
             is_rebuilt: AtomicBool::new(false),
             read: [AtomicU64::new(0), AtomicU64::new(0)],
         };
-        for open in audit.left_in_doubt() {
-            table.restore(open, DoubtKind::Unknown, now());
+        // From now on for a window: what the time between was worth, only a clock could tell.
+        for call in audit.unresolved().calls() {
+            table.restore(call, now());
         }
         table
     }
@@ -369,32 +370,38 @@ impl Idempotency {
     }
 
     /// Remembers a doubt that the trail tells of.
-    fn restore(&self, open: &OpenIntent, kind: DoubtKind, since: u32) {
-        if let Some((mark, call)) = self.identify(open) {
+    fn restore(&self, call: &UnresolvedCall, since: u32) {
+        let kind = match call.state {
+            CallState::AtWork | CallState::Unknown if call.superseded => return,
+            CallState::AtWork | CallState::Unknown => DoubtKind::Unknown,
+            CallState::Undelivered => DoubtKind::Undelivered,
+            CallState::Done => DoubtKind::Resolved,
+        };
+        if let Some((mark, call)) = self.identify(call) {
             self.duplicates().doubt(mark, call, Doubt { kind, since });
         }
     }
 
     /// Remembers a success that the trail tells of.
-    fn restore_success(&self, open: &OpenIntent, since: u32) {
-        if let Some((mark, call)) = self.identify(open) {
+    fn restore_success(&self, call: &UnresolvedCall, since: u32) {
+        if let Some((mark, call)) = self.identify(call) {
             self.duplicates().succeed(mark, call, since);
         }
     }
 
-    fn identify(&self, open: &OpenIntent) -> Option<(Mark, Duplicate)> {
-        let caller = open.caller.as_ref()?;
-        let mark = self.mark_of(caller, self.print_of(open)?);
-        Some((mark, self.duplicate_of(caller, open.id.parse().ok()?, open.key.is_some())))
+    fn identify(&self, call: &UnresolvedCall) -> Option<(Mark, Duplicate)> {
+        let caller = call.caller.as_ref()?;
+        let mark = self.mark_of(caller, self.print_of(call)?);
+        Some((mark, self.duplicate_of(caller, call.id, call.key.is_some())))
     }
 
     /// The print of an intent. Intents without a key had none in earlier versions.
-    fn print_of(&self, open: &OpenIntent) -> Option<Mark> {
-        if let Some(print) = &open.print {
+    fn print_of(&self, call: &UnresolvedCall) -> Option<Mark> {
+        if let Some(print) = &call.print {
             return parse_hex(print);
         }
-        let digest: Hash = parse_hex(open.digest.as_ref()?)?;
-        let (operator, route) = (open.operator.as_ref()?, open.route.as_ref()?);
+        let digest: Hash = parse_hex(call.digest.as_ref()?)?;
+        let (operator, route) = (call.operator.as_ref()?, call.route.as_ref()?);
         Some(self.marks.mark(&[b"print", &digest, operator.as_bytes(), route.as_bytes()]))
     }
 

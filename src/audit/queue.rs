@@ -13,6 +13,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::{
     Metrics, Unavailable, age,
@@ -20,6 +21,7 @@ use super::{
     lane::Lane,
     record::{Entry, Facts, Refusal, Why},
     sync::Syncs,
+    unresolved::UnresolvedList,
 };
 use crate::clock;
 
@@ -74,6 +76,7 @@ pub(super) struct Shared {
     room: AtomicBool,
     /// Whether refusals may be recorded: there is space behind the last write, above the low-water mark.
     space_left: AtomicBool,
+    unresolved: Mutex<UnresolvedList>,
     pub(super) metrics: Metrics,
     capacity: usize,
 }
@@ -127,7 +130,7 @@ pub(super) enum Who {
 
 impl Shared {
     /// Behind the record of this number.
-    pub(super) fn new(metrics: Metrics, capacity: usize, seq: u64) -> Self {
+    pub(super) fn new(metrics: Metrics, capacity: usize, seq: u64, unresolved: UnresolvedList) -> Self {
         Self {
             queue: Mutex::new(Queue {
                 batch: Batch::behind(seq),
@@ -144,9 +147,15 @@ impl Shared {
             healthy: AtomicBool::new(true),
             room: AtomicBool::new(true),
             space_left: AtomicBool::new(true),
+            unresolved: Mutex::new(unresolved),
             metrics,
             capacity,
         }
+    }
+
+    /// The calls that somebody must still look into, as far as their records are committed.
+    pub(super) fn unresolved(&self) -> MutexGuard<'_, UnresolvedList> {
+        self.unresolved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -199,7 +208,7 @@ impl Shared {
     }
 
     /// Queues the outcome of an intent that an earlier process left open.
-    pub(super) fn doubt(&self, id: &str) {
+    pub(super) fn doubt(&self, id: Uuid) {
         let mut queue = self.lock();
         queue.batch.push(&Entry::Doubt { id });
         self.filled(queue);

@@ -215,7 +215,7 @@ pub(super) enum Entry<'a> {
     },
     /// The outcome that a restart gives to an intent left without one.
     Doubt {
-        id: &'a str,
+        id: Uuid,
     },
 }
 
@@ -569,7 +569,7 @@ impl Entry<'_> {
                 }
             }
             Self::Doubt { id } => {
-                line.text(",\"id\":", id.as_bytes());
+                line.word(",\"id\":\"", RequestId::from(*id).text);
                 line.word(",\"outcome\":\"", Outcome::Unknown.as_str());
                 line.word(",\"note\":\"", "the process ended between intent and outcome");
             }

@@ -10,18 +10,19 @@
 
 use std::{
     borrow::Cow,
-    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, BufReader, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::{
     age::{self, Anchor, FORMAT, Newer},
     chain::{Hash, Keys, Lines, first_seq, segments, stated},
     retention::{self, Place},
+    unresolved::{Step, UnresolvedList},
     writer::Segment,
 };
 
@@ -44,8 +45,8 @@ pub struct Found {
     pub seq: u64,
     /// The last whole record's hash.
     pub hash: Hash,
-    /// Intents without an outcome, by request id, in the order of their ids, which is that of time.
-    pub in_doubt: BTreeMap<String, Doubt>,
+    /// The calls at work, in doubt, or done without their callers having learnt of it.
+    pub unresolved: UnresolvedList,
     /// What does not fit, in the order of the trail.
     pub faults: Vec<Fault>,
     /// What a crash left of the last write: the segment, where that begins, and its length.
@@ -62,38 +63,6 @@ pub struct Found {
     begins_behind: Option<Place>,
     /// An event says that what lies before was removed.
     is_retained: bool,
-}
-
-/// An intent without an outcome.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Doubt {
-    /// Its record's number.
-    pub seq: u64,
-    /// The request's id.
-    pub id: String,
-    /// When the intent was recorded.
-    pub time: String,
-    /// Who called.
-    #[serde(default)]
-    pub caller: Option<String>,
-    /// Which route.
-    #[serde(default)]
-    pub route: Option<String>,
-    /// As whom.
-    #[serde(default)]
-    pub operator: Option<String>,
-    /// Which task.
-    #[serde(default)]
-    pub task: Option<serde_json::Value>,
-    /// The keyed digest of the body, in hex.
-    #[serde(default)]
-    pub digest: Option<String>,
-    /// The mark of its `Idempotency-Key`, in hex.
-    #[serde(default)]
-    pub key: Option<String>,
-    /// The mark of body, operator and route, in hex.
-    #[serde(default)]
-    pub print: Option<String>,
 }
 
 /// A line that does not fit.
@@ -117,7 +86,11 @@ struct Head<'a> {
     #[serde(borrow)]
     kind: Cow<'a, str>,
     #[serde(default)]
-    id: Option<String>,
+    id: Option<Uuid>,
+    #[serde(borrow, default)]
+    event: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    outcome: Option<Cow<'a, str>>,
 }
 
 /// Reads all segments of a directory. A gateway may remove the oldest one meanwhile: then it is read anew. Fails with
@@ -278,20 +251,19 @@ impl Found {
         }
         self.time.clear();
         self.time.push_str(head.time.as_deref().unwrap_or_default());
-        match (&*head.kind, head.id) {
-            ("intent", Some(id)) => {
-                if let Ok(doubt) = serde_json::from_slice(line) {
-                    self.in_doubt.insert(id, doubt);
-                }
-            }
-            ("outcome", Some(id)) => drop(self.in_doubt.remove(&id)),
-            ("event", _) => {
-                self.is_retained |=
-                    self.begins_behind.is_some_and(|place| retention::said(line) == Some(place));
-                self.anchors.extend(Anchor::read(line));
-                self.format = self.format.max(age::format(line).unwrap_or_default());
-            }
-            _ => {}
+        let step = Step {
+            kind: &head.kind,
+            event: head.event.as_deref(),
+            id: head.id,
+            outcome: head.outcome.as_deref(),
+            time: &self.time,
+        };
+        self.unresolved.take(&step, line);
+        if step.kind == "event" {
+            self.is_retained |=
+                self.begins_behind.is_some_and(|place| retention::said(line) == Some(place));
+            self.anchors.extend(Anchor::read(line));
+            self.format = self.format.max(age::format(line).unwrap_or_default());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `audit verify | in-doubt | head | accept-clock`.
+//! `audit verify | in-doubt | unresolved | head | accept-clock`.
 
 use std::{
     path::{Path, PathBuf},
@@ -10,6 +10,7 @@ use ccsqm_gateway::audit::{
     chain::{KeyError, Keys, hex, key_path},
     is_live,
     recovery::{Found, read},
+    unresolved::UnresolvedCall,
 };
 use serde_json::json;
 
@@ -26,8 +27,11 @@ pub(super) struct Args {
 enum Command {
     /// Recompute every hash; exits with 1 and names the first bad line when one does not fit.
     Verify(Trail),
-    /// List intents without an outcome; exits with 1 when there are some.
+    /// List intents without an outcome: of a stopped trail those that a crash left open, of a live one those at work.
+    /// Exits with 1 when there are some. Those of unknown outcome are listed by `unresolved`.
     InDoubt(Trail),
+    /// List the calls of unknown outcome that nobody has resolved; exits with 1 when there are some.
+    Unresolved(Trail),
     /// Print the last record's number and hash, to be kept elsewhere.
     Head(Trail),
     /// Believe the wall clock as it is, where a gateway finds it doubtful; recorded in the trail. The gateway must not run.
@@ -50,6 +54,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let good = match &args.command {
         Command::Verify(trail) => trail.read().map(|found| verify(trail, &found)),
         Command::InDoubt(trail) => trail.read().map(|found| in_doubt(trail, &found)),
+        Command::Unresolved(trail) => trail.read().map(|found| unresolved(trail, &found)),
         Command::Head(trail) => trail.read().map(|found| head(trail, &found)),
         Command::AcceptClock(trail) => believe_clock(trail),
     };
@@ -100,25 +105,42 @@ fn name(path: &Path) -> String {
 }
 
 fn in_doubt(trail: &Trail, found: &Found) -> bool {
-    for doubt in found.in_doubt.values() {
-        if trail.json {
-            println!("{}", json!(doubt));
-        } else {
-            let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".into());
-            let task = doubt.task.as_ref().map_or("-".to_owned(), ToString::to_string);
-            println!(
-                "{} {} caller {} route {} task {task}",
-                doubt.time,
-                doubt.id,
-                text(&doubt.caller),
-                text(&doubt.route)
-            );
+    let open: Vec<_> = found.unresolved.at_work().collect();
+    list(trail, &open);
+    if !trail.json {
+        println!("{} without an outcome", open.len());
+        let unknown = found.unresolved.unknown().count();
+        if unknown > 0 {
+            println!("{unknown} more of unknown outcome: see `ccsqm-gateway audit unresolved`");
         }
     }
+    open.is_empty()
+}
+
+fn unresolved(trail: &Trail, found: &Found) -> bool {
+    let unknown: Vec<_> = found.unresolved.unknown().collect();
+    list(trail, &unknown);
     if !trail.json {
-        println!("{} in doubt", found.in_doubt.len());
+        println!("{} unresolved", unknown.len());
+        let open = found.unresolved.at_work().count();
+        if open > 0 && !is_live(&trail.directory) {
+            println!("{open} more without an outcome: the next start makes them unknown");
+        }
     }
-    found.in_doubt.is_empty()
+    unknown.is_empty()
+}
+
+fn list(trail: &Trail, calls: &[&UnresolvedCall]) {
+    for call in calls {
+        if trail.json {
+            println!("{}", json!(call));
+            continue;
+        }
+        let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".into());
+        let task = call.task.as_ref().map_or("-".to_owned(), ToString::to_string);
+        let (caller, route) = (text(&call.caller), text(&call.route));
+        println!("{} {} caller {caller} route {route} task {task}", call.time, call.id);
+    }
 }
 
 fn head(trail: &Trail, found: &Found) -> bool {

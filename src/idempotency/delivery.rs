@@ -14,11 +14,11 @@ use super::{
     duplicates::{Completion, Doubt, DoubtKind, Duplicate},
     now,
 };
-use crate::audit::{Names, chain::Mark};
-
-/// The names of the events.
-pub(crate) const UNDELIVERED: &str = "undelivered";
-pub(crate) const DELIVERED: &str = "delivered";
+use crate::audit::{
+    Names,
+    chain::Mark,
+    unresolved::{DELIVERED, UNDELIVERED},
+};
 
 /// A success on its way to a caller.
 pub struct Delivery {
@@ -91,9 +91,6 @@ impl Delivery {
         details.insert("caller".into(), json!(caller));
         details.insert("route".into(), json!(route));
         details.insert("print".into(), json!(print));
-        if self.call.is_keyed {
-            details.insert("keyed".into(), json!(true));
-        }
         self.table.audit.event(UNDELIVERED, details);
     }
 

@@ -77,6 +77,8 @@ pub(super) enum DoubtKind {
     Unknown,
     /// The call succeeded, and its answer did not reach the caller.
     Undelivered,
+    /// Nobody knew, until a person found that it is done.
+    Resolved,
 }
 
 /// How a call ended.
@@ -178,7 +180,9 @@ impl DuplicateDetector {
                 State::Doubt(Doubt { kind: DoubtKind::Unknown, .. }) => {
                     open.get_or_insert(known.call.id);
                 }
-                State::Doubt(Doubt { kind: DoubtKind::Undelivered, .. }) => undelivered = Some(known.call.id),
+                State::Doubt(Doubt { kind: DoubtKind::Undelivered | DoubtKind::Resolved, .. }) => {
+                    undelivered = Some(known.call.id);
+                }
             }
         }
         let succeeded = || {
@@ -246,6 +250,12 @@ impl DuplicateDetector {
 
     /// The caller was told of an undelivered success. Returns that call, if there is one.
     pub(super) fn delivered(&mut self, mark: Mark, id: Uuid, now: u32) -> Option<Duplicate> {
+        let is_it = |known: &Known| {
+            let undelivered =
+                matches!(known.state, State::Doubt(Doubt { kind: DoubtKind::Undelivered, .. }));
+            known.call.id == id && undelivered
+        };
+        self.calls.get(&mark)?.iter().find(|known| is_it(known))?;
         let call = self.forget(mark, id)?;
         self.succeed(mark, call, now);
         Some(call)

@@ -27,7 +27,6 @@ use uuid::Uuid;
 use super::{
     Idempotency,
     claims::{Claims, Ending, How},
-    duplicates::DoubtKind,
     now, seconds, weigh,
 };
 use crate::{
@@ -35,7 +34,7 @@ use crate::{
         Audit, StoredReply,
         age::Ages,
         chain::{Lines, Mark, parse_hex, segments},
-        recovery::Doubt as OpenIntent,
+        unresolved::UnresolvedCall,
     },
     config,
     outcome::Outcome,
@@ -83,7 +82,7 @@ enum What {
     /// The intent of a call with a key.
     Claim { key: Mark, print: Mark, forced: Option<Uuid> },
     /// Any other intent.
-    Intent(Option<Box<OpenIntent>>),
+    Intent(Option<Box<UnresolvedCall>>),
     Outcome {
         outcome: Option<Outcome>,
         status: Option<u16>,
@@ -95,7 +94,7 @@ enum What {
 /// What an intent without its outcome holds.
 enum Open {
     Key(Mark),
-    Body(Box<OpenIntent>),
+    Body(Box<UnresolvedCall>),
     Nothing,
 }
 
@@ -271,11 +270,10 @@ impl Reading<'_> {
     }
 
     /// The end of a call without a key.
-    fn end(&self, open: &OpenIntent, outcome: Option<Outcome>, time: u32) {
-        match outcome {
-            Some(Outcome::Unknown) => self.table.restore(open, DoubtKind::Unknown, time),
-            Some(Outcome::Succeeded) if time >= self.successes_from => self.table.restore_success(open, time),
-            _ => {}
+    fn end(&self, open: &UnresolvedCall, outcome: Option<Outcome>, time: u32) {
+        // Doubts are on the list that the start has read.
+        if outcome == Some(Outcome::Succeeded) && time >= self.successes_from {
+            self.table.restore_success(open, time);
         }
     }
 
@@ -284,8 +282,7 @@ impl Reading<'_> {
         for (id, open) in self.open {
             match open {
                 Open::Key(key) => self.claims.end(key, id, How::Unknown, now()),
-                Open::Body(open) => self.table.restore(&open, DoubtKind::Unknown, now()),
-                Open::Nothing => {}
+                Open::Body(_) | Open::Nothing => {}
             }
         }
         for (id, reply) in self.replies.newest {

@@ -1,0 +1,449 @@
+//! The calls that somebody must still look into: the work list that outlives restarts and retention.
+//!
+//! A call is on the list while it is at work, when its outcome is unknown, and when it succeeded without its caller having
+//! learnt of it. Each segment and each `start` begins with the list, so that neither a removed segment nor a short
+//! read at a start loses any of it. A call of unknown outcome stays until a person resolves it; the others go with
+//! the idempotency window.
+//!
+//! [`UnresolvedList::take`] follows the trail record by record, for readers and for the writer alike.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::outcome::Outcome;
+
+/// The name of the event that begins a segment.
+pub(super) const LIST: &str = "unresolved";
+
+/// The names of the events that change the list.
+pub(crate) const UNDELIVERED: &str = "undelivered";
+pub(crate) const DELIVERED: &str = "delivered";
+pub(crate) const RESOLUTION: &str = "resolution";
+
+/// An answer leaves within this time of its outcome, in microseconds.
+const DELIVERY: i64 = 1_000_000;
+
+/// So many answers at most are on their way at once.
+const ON_THEIR_WAY: usize = 1024;
+
+/// A call on the list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UnresolvedCall {
+    /// The number of its intent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seq: Option<u64>,
+    /// Its request id.
+    pub id: Uuid,
+    /// When its intent was recorded (RFC 3339).
+    #[serde(default)]
+    pub time: String,
+    /// Why it is on the list.
+    #[serde(default)]
+    pub state: CallState,
+    /// Who called.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caller: Option<String>,
+    /// Which route.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route: Option<String>,
+    /// As whom.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operator: Option<String>,
+    /// Which task.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<Value>,
+    /// The keyed digest of the body, in hex.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// The mark of its `Idempotency-Key`, in hex.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// The mark of body, operator and route, in hex.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub print: Option<String>,
+    /// The call of unknown outcome that this one repeats by force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forced: Option<Uuid>,
+    /// A later call repeats this one by force, so that it guards against nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub superseded: bool,
+}
+
+/// Why a call is on the list.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CallState {
+    /// It has no outcome yet.
+    #[default]
+    AtWork,
+    /// Nobody knows what became of it.
+    Unknown,
+    /// It succeeded, and its caller had left before the answer.
+    Undelivered,
+    /// It was of unknown outcome, and a person found that it is done.
+    Done,
+}
+
+impl CallState {
+    /// The word used in the trail.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::AtWork => "at_work",
+            Self::Unknown => "unknown",
+            Self::Undelivered => "undelivered",
+            Self::Done => "done",
+        }
+    }
+}
+
+/// What a person found about a call of unknown outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Resolution {
+    /// The task is assigned.
+    Done,
+    /// It is not.
+    NotDone,
+}
+
+impl Resolution {
+    /// The word used in the trail and on the command line.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::NotDone => "not-done",
+        }
+    }
+}
+
+/// A record, as far as it changes the list.
+#[derive(Debug)]
+pub(super) struct Step<'a> {
+    pub(super) kind: &'a str,
+    pub(super) event: Option<&'a str>,
+    pub(super) id: Option<Uuid>,
+    pub(super) outcome: Option<&'a str>,
+    pub(super) time: &'a str,
+}
+
+/// What the event of a resolution says.
+#[derive(Deserialize)]
+struct Resolved {
+    result: Resolution,
+    #[serde(flatten)]
+    call: UnresolvedCall,
+}
+
+#[derive(Deserialize)]
+struct Listed {
+    unresolved: Vec<UnresolvedCall>,
+}
+
+/// The list.
+#[derive(Clone, Debug, Default)]
+pub struct UnresolvedList {
+    calls: BTreeMap<Uuid, UnresolvedCall>,
+    /// The last successes: their answers may have been on their way when the trail ended.
+    on_their_way: VecDeque<(i64, UnresolvedCall)>,
+    /// The last record is a `stop`.
+    is_closed: bool,
+    /// A list was met.
+    is_complete: bool,
+    /// Calls at work that the next list did not name: a version that wrote no lists left them open.
+    orphans: Vec<UnresolvedCall>,
+}
+
+impl UnresolvedList {
+    /// All calls on the list, in the order of their ids, which is that of time.
+    pub fn calls(&self) -> impl Iterator<Item = &UnresolvedCall> {
+        self.calls.values()
+    }
+
+    /// The calls that wait for a person.
+    pub fn unknown(&self) -> impl Iterator<Item = &UnresolvedCall> {
+        self.calls().filter(|call| call.state == CallState::Unknown)
+    }
+
+    /// The calls without an outcome.
+    pub fn at_work(&self) -> impl Iterator<Item = &UnresolvedCall> {
+        self.calls().filter(|call| call.state == CallState::AtWork)
+    }
+
+    /// The calls without an outcome that no list names.
+    pub(super) fn orphans(&self) -> &[UnresolvedCall] {
+        &self.orphans
+    }
+
+    /// One call.
+    pub fn get(&self, id: Uuid) -> Option<&UnresolvedCall> {
+        self.calls.get(&id)
+    }
+
+    /// Whether the trail, as far as it was read, held a list, so that this one lacks nothing.
+    pub(super) fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
+    /// Follows the trail by one record. A line that cannot be read changes nothing.
+    pub(super) fn take(&mut self, step: &Step<'_>, line: &[u8]) {
+        self.is_closed = step.event == Some("stop");
+        match (step.kind, step.id) {
+            ("intent", Some(_)) => {
+                if let Ok(call) = serde_json::from_slice(line) {
+                    self.begin(call);
+                }
+            }
+            ("outcome", Some(id)) => {
+                let outcome = Outcome::ALL.into_iter().find(|it| step.outcome == Some(it.as_str()));
+                self.end(id, outcome.unwrap_or(Outcome::Unknown), step.time);
+            }
+            ("event", id) => self.take_event(step.event.unwrap_or_default(), id, line),
+            _ => {}
+        }
+    }
+
+    /// Follows the trail by one event.
+    pub(super) fn take_event(&mut self, name: &str, id: Option<Uuid>, line: &[u8]) {
+        match (name, id) {
+            (LIST | "start", _) => {
+                if let Ok(Listed { unresolved }) = serde_json::from_slice(line) {
+                    let listed = unresolved.into_iter().map(|call| (call.id, call)).collect();
+                    let before = std::mem::replace(&mut self.calls, listed).into_values();
+                    let is_lost = |call: &UnresolvedCall| {
+                        call.state == CallState::AtWork && !self.calls.contains_key(&call.id)
+                    };
+                    self.orphans.extend(before.filter(is_lost));
+                    self.on_their_way.clear();
+                    self.is_complete = true;
+                }
+            }
+            (UNDELIVERED, Some(_)) => {
+                if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
+                    self.insert(UnresolvedCall { seq: None, state: CallState::Undelivered, ..call });
+                }
+            }
+            (DELIVERED, Some(id)) => {
+                self.on_their_way.retain(|(_, call)| call.id != id);
+                if self.calls.get(&id).is_some_and(|call| call.state == CallState::Undelivered) {
+                    self.calls.remove(&id);
+                }
+            }
+            (RESOLUTION, Some(id)) => {
+                if let Ok(Resolved { result, call }) = serde_json::from_slice(line) {
+                    self.resolve(id, result, Some(call));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn begin(&mut self, call: UnresolvedCall) {
+        self.insert(UnresolvedCall { state: CallState::AtWork, ..call });
+    }
+
+    pub(super) fn insert(&mut self, call: UnresolvedCall) {
+        self.calls.insert(call.id, call);
+    }
+
+    fn end(&mut self, id: Uuid, outcome: Outcome, time: &str) {
+        let Some(call) = self.calls.remove(&id) else { return };
+        if matches!(outcome, Outcome::Unknown | Outcome::Succeeded)
+            && let Some(forced) = call.forced
+        {
+            self.supersede(forced);
+        }
+        match outcome {
+            Outcome::Unknown => self.insert(UnresolvedCall { state: CallState::Unknown, ..call }),
+            Outcome::Succeeded => self.remember(micros(time), call),
+            Outcome::NotSent | Outcome::Failed | Outcome::Refused | Outcome::Replayed => {}
+        }
+    }
+
+    /// A later call stands for this one. It stays on the list, and guards against nothing.
+    pub(super) fn supersede(&mut self, id: Uuid) {
+        match self.calls.get_mut(&id) {
+            Some(call) if call.state == CallState::Undelivered => drop(self.calls.remove(&id)),
+            Some(call) => call.superseded = true,
+            None => {}
+        }
+    }
+
+    fn remember(&mut self, time: i64, call: UnresolvedCall) {
+        self.on_their_way.push_back((time, call));
+        while self.on_their_way.len() > ON_THEIR_WAY
+            || self.on_their_way.front().is_some_and(|(first, _)| first + DELIVERY < time)
+        {
+            self.on_their_way.pop_front();
+        }
+    }
+
+    /// A person resolved a call; `told` is what the record says of it.
+    pub(super) fn resolve(&mut self, id: Uuid, result: Resolution, told: Option<UnresolvedCall>) {
+        let call = self.calls.remove(&id).or(told);
+        if let Some(call) = call.filter(|_| result == Resolution::Done) {
+            self.insert(UnresolvedCall { state: CallState::Done, ..call });
+        }
+    }
+
+    /// The process that wrote the trail is gone. What was at work is of unknown outcome; if it did not stop in order, the
+    /// callers of the last successes may not know of them. Returns what was at work.
+    pub(super) fn close(&mut self) -> Vec<Uuid> {
+        let on_their_way = std::mem::take(&mut self.on_their_way);
+        if !self.is_closed {
+            for (_, call) in on_their_way {
+                self.insert(UnresolvedCall { state: CallState::Undelivered, ..call });
+            }
+        }
+        let mut open = Vec::new();
+        for call in self.calls.values_mut().filter(|call| call.state == CallState::AtWork) {
+            call.state = CallState::Unknown;
+            open.push(call.id);
+        }
+        open
+    }
+
+    /// Forgets calls for which `is_over` holds. One of unknown outcome is never forgotten.
+    pub(super) fn prune(&mut self, is_over: impl Fn(&UnresolvedCall) -> bool) {
+        self.calls.retain(|_, call| call.state == CallState::Unknown || !is_over(call));
+    }
+
+    /// As the trail holds it; `more` are the calls at work.
+    pub(super) fn to_json(&self, more: &[UnresolvedCall]) -> Value {
+        self.calls().chain(more).map(|call| json!(call)).collect()
+    }
+}
+
+/// Microseconds since 1970; 0 for what is no time.
+fn micros(time: &str) -> i64 {
+    time.parse::<jiff::Timestamp>().map_or(0, |time| time.as_microsecond())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: u128) -> Uuid {
+        Uuid::from_u128(number)
+    }
+
+    fn intent(number: u128) -> Value {
+        json!({ "kind": "intent", "id": id(number), "time": "2026-11-28T10:00:00.000000Z", "caller": "qa",
+            "route": "r", "task": "7", "print": "ab" })
+    }
+
+    fn outcome(number: u128, outcome: Outcome, second: u32) -> Value {
+        let time = format!("2026-11-28T10:00:{second:02}.000000Z");
+        json!({ "kind": "outcome", "id": id(number), "time": time, "outcome": outcome.as_str() })
+    }
+
+    fn event(name: &str, members: Value) -> Value {
+        let mut event = json!({ "kind": "event", "event": name });
+        event.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());
+        event
+    }
+
+    fn read(lines: impl IntoIterator<Item = Value>) -> UnresolvedList {
+        let mut list = UnresolvedList::default();
+        for line in lines {
+            let step = Step {
+                kind: line["kind"].as_str().unwrap(),
+                event: line["event"].as_str(),
+                id: line["id"].as_str().map(|id| id.parse().unwrap()),
+                outcome: line["outcome"].as_str(),
+                time: line["time"].as_str().unwrap_or_default(),
+            };
+            list.take(&step, line.to_string().as_bytes());
+        }
+        list
+    }
+
+    fn states(list: &UnresolvedList) -> Vec<(u128, CallState)> {
+        list.calls().map(|call| (call.id.as_u128(), call.state)).collect()
+    }
+
+    #[test]
+    fn call_stays_until_its_outcome_is_known() {
+        let others =
+            [Outcome::NotSent, Outcome::Failed, Outcome::Refused, Outcome::Succeeded].into_iter().zip(2..);
+        let mut lines = vec![intent(1), outcome(1, Outcome::Unknown, 0), intent(9)];
+        lines.extend(others.flat_map(|(it, number)| [intent(number), outcome(number, it, 0)]));
+        let list = read(lines);
+        assert_eq!(states(&list), [(1, CallState::Unknown), (9, CallState::AtWork)]);
+        assert_eq!(list.unknown().count(), 1);
+    }
+
+    #[test]
+    fn list_in_the_trail_takes_the_place_of_what_lies_before_it() {
+        let before = read([intent(1), outcome(1, Outcome::Unknown, 0), intent(2)]);
+        let event = event(LIST, json!({ "unresolved": before.to_json(&[]) }));
+        let behind = read([intent(8), event, outcome(2, Outcome::Failed, 0)]);
+        assert_eq!(states(&behind), [(1, CallState::Unknown)]);
+        assert!(behind.is_complete() && !before.is_complete());
+        assert_eq!(behind.get(id(1)), before.get(id(1)));
+    }
+
+    #[test]
+    fn resolution_takes_a_call_off_the_list() {
+        let resolve = |result| event(RESOLUTION, json!({ "id": id(1), "result": result }));
+        let unknown = [intent(1), outcome(1, Outcome::Unknown, 0)];
+        let list = read(unknown.clone().into_iter().chain([resolve("not-done")]));
+        assert_eq!(states(&list), []);
+        let list = read(unknown.into_iter().chain([resolve("done")]));
+        assert_eq!(states(&list), [(1, CallState::Done)]);
+    }
+
+    #[test]
+    fn undelivered_success_stays_until_it_is_told() {
+        let undelivered = event(UNDELIVERED, json!({ "id": id(1), "caller": "qa", "print": "ab" }));
+        let lines = [intent(1), outcome(1, Outcome::Succeeded, 0), undelivered];
+        assert_eq!(states(&read(lines.clone())), [(1, CallState::Undelivered)]);
+        let told = event(DELIVERED, json!({ "id": id(1) }));
+        assert_eq!(states(&read(lines.into_iter().chain([told]))), []);
+    }
+
+    #[test]
+    fn behind_a_crash_the_last_successes_are_undelivered_and_what_was_at_work_is_unknown() {
+        let lines = || {
+            let early = (1..2000).flat_map(|number| [intent(number), outcome(number, Outcome::Succeeded, 0)]);
+            let last = [intent(3001), intent(3000), outcome(3000, Outcome::Succeeded, 5)];
+            early.chain(last)
+        };
+        let mut list = read(lines());
+        assert_eq!(list.close(), [id(3001)]);
+        assert_eq!(states(&list), [(3000, CallState::Undelivered), (3001, CallState::Unknown)]);
+        let mut list = read(lines().chain([event("stop", json!({}))]));
+        assert_eq!(list.close(), [id(3001)]);
+        assert_eq!(states(&list), [(3001, CallState::Unknown)], "stopped in order");
+        let mut list = read((1..2000).flat_map(|it| [intent(it), outcome(it, Outcome::Succeeded, 0)]));
+        list.close();
+        assert_eq!(list.calls().count(), ON_THEIR_WAY);
+    }
+
+    #[test]
+    fn forced_call_supersedes_the_one_that_it_repeats_once_it_may_be_done() {
+        let mut forced = intent(2);
+        forced["forced"] = json!(id(1));
+        for (how, is_superseded) in [(Outcome::Succeeded, true), (Outcome::Unknown, true), (Outcome::Refused, false)]
+        {
+            let list = read([intent(1), outcome(1, Outcome::Unknown, 0), forced.clone(), outcome(2, how, 0)]);
+            assert_eq!(list.get(id(1)).unwrap().superseded, is_superseded, "{how}");
+        }
+    }
+
+    #[test]
+    fn only_calls_of_unknown_outcome_are_never_forgotten() {
+        let mut list = UnresolvedList::default();
+        let of = |number, state| UnresolvedCall {
+            state,
+            ..serde_json::from_value(json!({ "id": id(number) })).unwrap()
+        };
+        list.insert(of(1, CallState::Unknown));
+        list.insert(of(2, CallState::Undelivered));
+        list.insert(of(3, CallState::Done));
+        list.prune(|_| true);
+        assert_eq!(states(&list), [(1, CallState::Unknown)]);
+    }
+}
