@@ -85,6 +85,7 @@ impl App {
         let connector = Connector::new(&config.upstream.base_url, &egress, config.upstream.connect_timeout)?;
         let options = audit::Options {
             directory: config.audit.directory.clone(),
+            must_exist: config.audit.must_exist,
             durability: config.audit.durability,
             segment_size: config.audit.segment_size,
             key_file: config.audit.key_file.clone(),

@@ -10,13 +10,17 @@ pub mod age;
 mod batch;
 pub mod chain;
 mod clocks;
+mod directory;
+pub mod init;
 mod lane;
 mod line;
+mod lock;
 mod queue;
 mod record;
 pub mod recovery;
 mod reply;
 mod retention;
+mod segment;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -24,10 +28,10 @@ pub mod unresolved;
 mod writer;
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, TryLockError},
     future::{Future, poll_fn},
     io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt, chown},
+    os::unix::fs::{MetadataExt, chown},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -47,16 +51,21 @@ use batch::Batch;
 use chain::{KeyError, Keys};
 pub use clocks::ClockDoubt;
 use clocks::Clocks;
+use directory::Directory;
+use init::Absent;
 use lane::Lane;
+use lock::{Lock, Statement};
 use queue::Shared;
 use record::Entry;
 pub use record::{Answer, FirstCall, MEMBERS, Names, Queued, Record, RequestId};
-use recovery::Found;
+use recovery::{DAMAGED, Damage, Found};
 pub use reply::StoredReply;
+use retention::Place;
+use segment::Segment;
 pub use sync::Durability;
-use sync::{Syncs, make_directory, remove_unfinished, sync_all, sync_directory, write_again};
+use sync::{Syncs, UNFINISHED, make_directory, sync_all, write_again};
 use unresolved::{CallState, UnresolvedCall, UnresolvedList};
-use writer::{Segment, Writer};
+use writer::Writer;
 
 /// How long a stop waits for the last write.
 const CLOSE_TIME: Duration = Duration::from_secs(3);
@@ -69,6 +78,8 @@ pub const SHOWN: [&str; 4] = ["operator", "peer", "caller_id", "traceparent"];
 pub struct Options {
     /// The directory of the segments.
     pub directory: PathBuf,
+    /// Directory and key must be there: see [`init`].
+    pub must_exist: bool,
     /// When a record is safe.
     pub durability: Durability,
     /// Bytes after which a new segment begins.
@@ -95,6 +106,7 @@ impl Options {
     fn to_append(directory: &Path) -> Self {
         Self {
             directory: directory.into(),
+            must_exist: true,
             durability: Durability::Disk,
             segment_size: u64::MAX,
             key_file: None,
@@ -114,6 +126,7 @@ impl Options {
     pub(crate) fn small(directory: &Path) -> Self {
         Self {
             directory: directory.into(),
+            must_exist: false,
             durability: Durability::Kernel,
             segment_size: 1 << 30,
             key_file: None,
@@ -142,6 +155,9 @@ pub enum StartError {
     /// The trail is another program's.
     #[error("audit directory {0}: {1}")]
     Newer(PathBuf, Newer),
+    /// Something must be there first.
+    #[error("{0}")]
+    Absent(#[from] Absent),
 }
 
 /// The intent could not be made safe in time.
@@ -160,6 +176,8 @@ pub struct Metrics {
     sync_errors: IntCounter,
     sync_seconds: Counter,
     removed: IntCounter,
+    /// Restored, and lost.
+    files_lost: [IntCounter; 2],
     folded: IntCounter,
     dropped: IntCounter,
     late: IntCounter,
@@ -178,6 +196,12 @@ impl Metrics {
         let records = Opts::new("ccsqm_gateway_audit_records_total", "Records written, by kind.");
         let records = IntCounterVec::new(records, &["kind"])?;
         registry.register(Box::new(records.clone()))?;
+        let files_lost = Opts::new(
+            "ccsqm_gateway_audit_files_lost_total",
+            "Files of the trail that were moved, deleted, replaced or cut by others, by result.",
+        );
+        let files_lost = IntCounterVec::new(files_lost, &["result"])?;
+        registry.register(Box::new(files_lost.clone()))?;
         let sync_seconds =
             Counter::new("ccsqm_gateway_audit_sync_seconds_total", "Seconds spent in fdatasync.")?;
         registry.register(Box::new(sync_seconds.clone()))?;
@@ -190,6 +214,7 @@ impl Metrics {
             sync_errors: counter("sync_errors_total", "Times that fdatasync failed.")?,
             sync_seconds,
             removed: counter("removed_segments_total", "Segments removed since all in them was too old.")?,
+            files_lost: ["restored", "lost"].map(|result| files_lost.with_label_values(&[result])),
             folded: counter("folded_refusals_total", "Refusals that were recorded by count only.")?,
             dropped: counter("dropped_refusals_total", "Refusals that were not recorded.")?,
             late: counter("late_intents_total", "Intents that were not safe in time.")?,
@@ -206,6 +231,10 @@ impl Metrics {
 
     fn set_doubtful(&self, is_doubtful: bool) {
         self.doubtful.set(is_doubtful.into());
+    }
+
+    fn files_lost(&self, is_restored: bool) {
+        self.files_lost[usize::from(!is_restored)].inc();
     }
 
     fn written(&self, batch: &Batch) {
@@ -284,6 +313,7 @@ struct Handle {
     writer: Arc<Mutex<Option<JoinHandle<()>>>>,
     intent_deadline: Duration,
     begun: u64,
+    damage: Arc<[Damage]>,
     shown: [Shown; SHOWN.len()],
 }
 
@@ -296,19 +326,22 @@ impl std::fmt::Debug for Audit {
 impl Audit {
     /// Opens the trail: takes its lock, recovers what a crash left, starts the writer.
     pub fn start(options: &Options, metrics: Metrics) -> Result<Self, StartError> {
-        let directory = options.directory.clone();
-        let fail = |error| start_error(&directory, error);
-        make_directory(&directory, options.durability).map_err(fail)?;
-        let lock = lock(&directory)?;
+        let fail = |error| start_error(&options.directory, error);
+        init::check(&options.directory, options.key_file.as_deref(), options.must_exist)?;
+        make_directory(&options.directory, options.durability).map_err(fail)?;
+        let directory = Directory::open(&options.directory).map_err(fail)?;
+        lock(&directory)?;
         let keys = match &options.key_file {
             Some(path) => Keys::load(path)?,
             None => Keys::load_or_make(&directory)?,
         };
+        let (lock, statement) = lock_file(&directory)?;
         if options.durability == Durability::Disk {
-            sync_directory(&directory).map_err(fail)?; // the key's name, and the segments'
+            directory.sync().map_err(fail)?; // the key's name, the lock's, and the segments'
         }
         let keys = Arc::new(keys);
-        let (writer, begun, unresolved) = recover(options, keys.clone(), lock).map_err(fail)?;
+        let Recovered { writer, begun, unresolved, damage } =
+            recover(options, keys.clone(), (directory, lock), &statement).map_err(fail)?;
         let shared = Arc::new(Shared::new(metrics, options.queue, begun, unresolved));
         let clocks = writer.clocks.clone();
         clocks.look(&shared);
@@ -325,6 +358,7 @@ impl Audit {
             writer,
             intent_deadline,
             begun,
+            damage,
             shown,
         })))
     }
@@ -420,6 +454,11 @@ impl Audit {
         self.shared().unresolved()
     }
 
+    /// What the start found missing without a trace in the chain: what the lock file names and the trail lacks.
+    pub fn damage(&self) -> &[Damage] {
+        &self.0.damage
+    }
+
     /// Verifies what was there before the start, and records the first fault; gives every intent its outcome that was
     /// left open there. Takes as long as the trail is long: to be called beside everything else.
     pub fn verify_past(&self, directory: &Path) -> io::Result<()> {
@@ -435,7 +474,7 @@ impl Audit {
             let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
             tracing::error!(file, line = fault.line, reason = fault.reason, "the audit trail is damaged");
             let details =
-                json!({ "what": "damaged", "file": file, "line": fault.line, "reason": fault.reason });
+                json!({ "what": DAMAGED, "file": file, "line": fault.line, "reason": fault.reason });
             self.shared().event("recovery", details);
         }
         for call in found.unresolved.orphans() {
@@ -488,23 +527,55 @@ impl Audit {
     }
 }
 
-fn lock(directory: &Path) -> Result<File, StartError> {
-    let fail = |error| StartError::Directory(directory.into(), error);
-    let path = directory.join("lock");
-    let file =
-        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path).map_err(fail)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(StartError::Locked(directory.into())),
-        Err(fs::TryLockError::Error(error)) => Err(fail(error)),
+/// Locks the directory for this process.
+fn lock(directory: &Directory) -> Result<(), StartError> {
+    let path = directory.path();
+    match directory.try_lock() {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            tracing::warn!(directory = %path.display(), "the file system locks no directories; the file `lock` must stay where it is");
+            Ok(())
+        }
+        Err(error) => Err(locked(path, error)),
+    }
+}
+
+/// Opens and locks the lock file, or makes it, and reads what it says.
+fn lock_file(directory: &Directory) -> Result<(Lock, Statement), StartError> {
+    let (path, fail) = (directory.path(), |error| StartError::Directory(directory.path().into(), error));
+    if let Some(lock) = Lock::open(directory).map_err(|error| locked(path, error))? {
+        let statement = lock.read().map_err(fail)?;
+        return Ok((lock, statement));
+    }
+    let has_segments = !chain::segments(path).map_err(fail)?.is_empty();
+    let lock = Lock::make(directory, has_segments).map_err(|error| locked(path, error))?;
+    Ok((lock, if has_segments { Statement::Missing } else { Statement::Nothing }))
+}
+
+fn locked(directory: &Path, error: TryLockError) -> StartError {
+    match error {
+        TryLockError::WouldBlock => StartError::Locked(directory.into()),
+        TryLockError::Error(error) => StartError::Directory(directory.into(), error),
     }
 }
 
 /// Whether a process holds the lock of a trail, so that its last line may be half-written. Changes nothing
-/// in the directory.
+/// in the directory. An older version locks only the file in it.
 pub fn is_live(directory: &Path) -> bool {
-    let held = File::open(directory.join("lock")).map(|file| file.try_lock());
-    matches!(held, Ok(Err(fs::TryLockError::WouldBlock)))
+    let is_locked = |path: &Path| {
+        let held = File::open(path).map(|file| file.try_lock_shared());
+        matches!(held, Ok(Err(TryLockError::WouldBlock)))
+    };
+    is_locked(directory) || is_locked(&directory.join(lock::NAME))
+}
+
+/// What a start found, and who goes on.
+struct Recovered {
+    writer: Writer,
+    /// The number of the last record that the start wrote.
+    begun: u64,
+    unresolved: UnresolvedList,
+    damage: Arc<[Damage]>,
 }
 
 /// Accepts the wall clock for a trail that nobody writes: see [`Audit::accept_clock`]. Returns the number of the event, which is
@@ -514,21 +585,25 @@ pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
     if chain::segments(directory).map_err(fail)?.is_empty() {
         return Err(fail(io::Error::new(io::ErrorKind::NotFound, "there is no audit trail")));
     }
-    let lock = lock(directory)?;
-    let options = Options::to_append(directory);
-    let (mut batch, found, segment) = resume(&options, &keys).map_err(fail)?;
+    let directory = Directory::open(directory).map_err(fail)?;
+    lock(&directory)?;
+    let (lock, statement) = lock_file(&directory)?;
+    let (options, owned) = (Options::to_append(directory.path()), directory.path().to_owned());
+    let Resumed { mut batch, found, last, segment } =
+        resume(&options, &directory, &keys, &statement).map_err(fail)?;
     let clocks = Arc::new(Clocks::go_on(&found, options.window));
     batch.event(age::ACCEPTED, Value::Object(clocks.accepted()));
-    let mut writer = Writer::new(&options, Arc::new(keys), lock, clocks, found.hash, segment);
-    writer.append(&mut batch).and_then(|()| give_to_owner(directory)).map_err(fail)?;
+    let mut writer =
+        Writer::new(&options, Arc::new(keys), (directory, lock), clocks, last, segment).map_err(fail)?;
+    writer.append(&mut batch).and_then(|()| give_to_owner(&owned)).map_err(fail)?;
     Ok(batch.last())
 }
 
 /// Gives the newest segment to whom the directory belongs: root may have made it.
 fn give_to_owner(directory: &Path) -> io::Result<()> {
-    let owner = fs::metadata(directory)?;
+    let owner = std::fs::metadata(directory)?;
     let newest = chain::segments(directory)?.pop().unwrap_or_default();
-    if fs::metadata(&newest)?.uid() == owner.uid() {
+    if std::fs::metadata(&newest)?.uid() == owner.uid() {
         return Ok(());
     }
     chown(&newest, Some(owner.uid()), Some(owner.gid()))
@@ -544,9 +619,14 @@ fn start_error(directory: &Path, error: io::Error) -> StartError {
 /// Reads the end of the trail, cuts a torn line off, gives every intent that is open there its outcome, and
 /// records all that. One write does it, so that a crash in between leaves either nothing or a torn line for the next
 /// start. Returns the number of the last record and what was open, too.
-fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer, u64, UnresolvedList)> {
-    remove_unfinished(&options.directory)?;
-    let (mut batch, mut found, segment) = resume(options, &keys)?;
+fn recover(
+    options: &Options,
+    keys: Arc<Keys>,
+    (directory, lock): (Directory, Lock),
+    statement: &Statement,
+) -> io::Result<Recovered> {
+    directory.remove(UNFINISHED)?;
+    let Resumed { mut batch, mut found, last, segment } = resume(options, &directory, &keys, statement)?;
     for id in found.unresolved.close() {
         batch.push(&Entry::Doubt { id });
     }
@@ -554,25 +634,58 @@ fn recover(options: &Options, keys: Arc<Keys>, lock: File) -> io::Result<(Writer
     let mut start = clocks.start(&found);
     start[unresolved::LIST] = found.unresolved.to_json(&[]);
     batch.event(age::START, start);
-    let mut writer = Writer::new(options, keys, lock, clocks, found.hash, segment);
+    let mut writer = Writer::new(options, keys, (directory, lock), clocks, last, segment)?;
     writer.append(&mut batch)?;
-    Ok((writer, batch.last(), found.unresolved))
+    let Found { unresolved, damage, .. } = found;
+    Ok(Recovered { writer, begun: batch.last(), unresolved, damage: damage.into() })
 }
 
-/// Reads the end of the trail, and cuts a torn line off, of which the batch tells that is to go on there.
-fn resume(options: &Options, keys: &Keys) -> io::Result<(Batch, Found, Option<Segment>)> {
-    let found = recovery::read_end(&options.directory, keys)?;
-    let (seq, segment) = found.resume()?;
+/// What a trail goes on behind.
+struct Resumed {
+    /// Tells what was found.
+    batch: Batch,
+    found: Found,
+    last: Place,
+    segment: Option<Segment>,
+}
+
+/// Reads the end of the trail, and cuts a torn line off.
+fn resume(
+    options: &Options,
+    directory: &Directory,
+    keys: &Keys,
+    statement: &Statement,
+) -> io::Result<Resumed> {
+    let found = recovery::read_end(directory.path(), keys, statement)?;
+    let (seq, segment) = found.resume();
     let mut batch = Batch::behind(seq);
     if let Some((path, offset, length)) = &found.torn {
-        OpenOptions::new().write(true).open(path)?.set_len(*offset)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        directory.open_file(&name)?.set_len(*offset)?;
         batch.event("recovery", json!({ "what": "torn line cut off", "bytes": length }));
     }
-    if options.durability == Durability::Disk {
-        sync_all(&chain::segments(&options.directory)?)?;
-        if let (Some(_), Some((path, length))) = (&segment, &found.last) {
-            write_again(path, *length)?;
-        }
+    if found.is_lock_unreadable {
+        let what = "the lock file cannot be read, so that nobody knows whether the end of the trail is here";
+        tracing::warn!("{what}");
+        batch.event("recovery", json!({ "what": what }));
     }
-    Ok((batch, found, segment))
+    for damage in &found.damage {
+        tracing::error!(file = damage.file, reason = damage.reason, "the audit trail is damaged");
+        batch.event("recovery", damage.details());
+    }
+    let segment = segment.map(|(first, length)| reopen(options.durability, &directory, first, length));
+    if options.durability == Durability::Disk {
+        sync_all(&chain::segments(directory.path())?)?;
+    }
+    let last = Place { seq, hash: found.hash };
+    Ok(Resumed { batch, found, last, segment: segment.transpose()? })
+}
+
+/// Opens the segment that a writer goes on with. With `disk` all of it is on the disk afterwards.
+fn reopen(durability: Durability, directory: &Directory, first: u64, length: u64) -> io::Result<Segment> {
+    let file = directory.open_file(&chain::segment_name(first))?;
+    if durability == Durability::Disk {
+        write_again(&file, length)?; // before the segment only appends
+    }
+    Segment::new(directory, first, file, length)
 }

@@ -450,6 +450,8 @@ pub struct Limit {
 pub struct Audit {
     /// The directory of the segments; made when missing, mode 0700.
     pub directory: PathBuf,
+    /// Directory and key are not made when they are missing: `audit init` made them.
+    pub must_exist: bool,
     /// When a record is safe.
     pub durability: Durability,
     /// Bytes after which a new segment begins.

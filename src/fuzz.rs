@@ -145,6 +145,7 @@ fn plain_outcome(members: &[(String, Value)]) -> Outcome {
 pub fn trail(bytes: &[u8]) {
     let folder = TempDir::new().unwrap();
     fs::write(key_path(folder.path()), KEY).unwrap();
+    fs::write(folder.path().join("lock"), "").unwrap();
     let mut first = 1;
     for segment in bytes.split(|byte| *byte == 1) {
         fs::write(folder.path().join(format!("audit-{first:020}.jsonl")), segment).unwrap();

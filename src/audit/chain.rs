@@ -2,8 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, BufRead, BufReader, Write},
-    os::unix::fs::OpenOptionsExt,
+    io::{self, BufRead, BufReader, Read, Write},
     path::{Path, PathBuf},
 };
 
@@ -11,6 +10,8 @@ use hmac::{Hmac, KeyInit, Mac};
 use rustix::rand::{GetRandomFlags, getrandom};
 use sha2::Sha256;
 use thiserror::Error;
+
+use super::directory::{Directory, open_regular};
 
 const PREV: &[u8] = b",\"prev\":\"";
 const HASH: &[u8] = b",\"hash\":\"";
@@ -21,6 +22,9 @@ pub const OPEN_LINKS: &[u8] = concat!(
     ",\"hash\":\"0000000000000000000000000000000000000000000000000000000000000000\"}\n"
 )
 .as_bytes();
+
+/// No record has so high a number; a line that states one is no place to go on from.
+pub(super) const MAX_SEQ: u64 = 1 << 60;
 
 /// So much of a segment is read at once, in bytes.
 const BLOCK: usize = 64 * 1024;
@@ -42,6 +46,20 @@ impl Link {
     /// The link of a hash.
     pub fn new(hash: Hash) -> Self {
         Self { hash, hex: to_hex(&hash) }
+    }
+
+    /// How many bytes of a record's end [`Link::ends`] needs.
+    pub const END: usize = HASH.len() + 64 + b"\"}\n".len();
+
+    /// Whether these bytes end with the record of this link.
+    pub fn ends(&self, bytes: &[u8]) -> bool {
+        let hash = bytes.strip_suffix(b"\"}\n").and_then(|bytes| bytes.strip_suffix(&self.hex));
+        hash.is_some_and(|bytes| bytes.ends_with(HASH))
+    }
+
+    /// The hash.
+    pub fn hash(&self) -> Hash {
+        self.hash
     }
 }
 
@@ -66,7 +84,19 @@ pub enum KeyError {
 impl Keys {
     /// Reads a key file.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
-        let bytes = fs::read(path).map_err(|error| KeyError::File(path.into(), error))?;
+        Self::from_bytes(path, fs::read(path))
+    }
+
+    /// Reads the key that lies in a directory. It is a file of ours, so that no symbolic link is followed.
+    pub fn load_own(directory: &Path) -> Result<Self, KeyError> {
+        let (path, mut bytes) = (key_path(directory), Vec::new());
+        let read = open_regular(&path, OpenOptions::new().read(true))
+            .and_then(|mut file| file.read_to_end(&mut bytes));
+        Self::from_bytes(&path, read.map(|_| bytes))
+    }
+
+    fn from_bytes(path: &Path, bytes: io::Result<Vec<u8>>) -> Result<Self, KeyError> {
+        let bytes = bytes.map_err(|error| KeyError::File(path.into(), error))?;
         if bytes.len() < 32 {
             return Err(KeyError::Short(path.into()));
         }
@@ -77,12 +107,12 @@ impl Keys {
     }
 
     /// Reads the key of a directory, making a random one if there is none.
-    pub fn load_or_make(directory: &Path) -> Result<Self, KeyError> {
-        let path = key_path(directory);
-        if !path.exists() {
-            make(&path).map_err(|error| KeyError::File(path.clone(), error))?;
+    pub(super) fn load_or_make(directory: &Directory) -> Result<Self, KeyError> {
+        let fail = |error| KeyError::File(key_path(directory.path()), error);
+        if directory.find(KEY).map_err(fail)?.is_none() {
+            make(directory).map_err(fail)?;
         }
-        Self::load(&path)
+        Self::load_own(directory.path())
     }
 
     /// The keyed digest of a body.
@@ -169,24 +199,27 @@ pub fn parse_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     Some(bytes)
 }
 
+/// The name of the key file in a directory, and what it has until it is complete.
+const KEY: &str = "audit.key";
+const UNFINISHED_KEY: &str = "audit.key.new";
+
 /// The key file of a directory.
 pub fn key_path(directory: &Path) -> PathBuf {
-    directory.join("audit.key")
+    directory.join(KEY)
 }
 
-fn make(path: &Path) -> io::Result<()> {
+fn make(directory: &Directory) -> io::Result<()> {
     let mut key = [0; 32];
     // The kernel's own: a library's generator first spends some 30 ms on gathering entropy of its own.
     let length = getrandom(&mut key, GetRandomFlags::empty())?;
     if length != key.len() {
         return Err(io::Error::other("too little randomness"));
     }
-    let unfinished = path.with_extension("key.new");
-    let mut file =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
+    directory.remove(UNFINISHED_KEY)?;
+    let mut file = directory.create(UNFINISHED_KEY)?;
     file.write_all(&key)?;
     file.sync_all()?;
-    fs::rename(unfinished, path)
+    directory.rename(UNFINISHED_KEY, KEY)
 }
 
 /// Lower-case hex of a hash.
@@ -224,9 +257,15 @@ pub fn hidden(mark: Mark) -> String {
     format!("hmac:{:032x}", u128::from_be_bytes(mark))
 }
 
+/// The name of the segment whose first record has this number.
+pub(super) fn segment_name(first: u64) -> String {
+    format!("audit-{first:020}.jsonl")
+}
+
 /// The path of the segment whose first record has this number.
+#[cfg(test)]
 pub(super) fn segment_path(directory: &Path, first: u64) -> PathBuf {
-    directory.join(format!("audit-{first:020}.jsonl"))
+    directory.join(segment_name(first))
 }
 
 /// The number in a segment's name; 0 if there is none.
@@ -270,9 +309,9 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Opens a segment.
+    /// Opens a segment: a regular file, and no symbolic link to one.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let reader = BufReader::with_capacity(BLOCK, File::open(path)?);
+        let reader = BufReader::with_capacity(BLOCK, open_regular(path, OpenOptions::new().read(true))?);
         Ok(Self { reader, bytes: Vec::new(), number: 0, offset: 0 })
     }
 

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{
-    Metrics, Unavailable, age,
+    Metrics, Unavailable,
     batch::Batch,
     lane::Lane,
     record::{Entry, Facts, Refusal, Why},
@@ -44,9 +44,6 @@ const LONG_TURN: u64 = 50_000_000;
 /// it down; and a batch is not called slow for being large.
 const PROMPT: (u64, u64) = (100_000, 10_000);
 
-/// So long sleeps a writer that has nothing to write: then an anchor is due.
-const IDLE: Duration = Duration::from_millis(age::EVERY.unsigned_abs());
-
 /// A second of refusals.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -72,6 +69,8 @@ pub(super) struct Shared {
     /// stays in the past behind a batch that took longer.
     due: AtomicU64,
     healthy: AtomicBool,
+    /// Whether directory and lock file are where they were.
+    in_place: AtomicBool,
     /// Whether new intents may be recorded: space is reserved for them and all outcomes.
     room: AtomicBool,
     /// Whether refusals may be recorded: there is space behind the last write, above the low-water mark.
@@ -79,6 +78,9 @@ pub(super) struct Shared {
     unresolved: Mutex<UnresolvedList>,
     pub(super) metrics: Metrics,
     capacity: usize,
+    /// While a test holds it, the disk is stuck.
+    #[cfg(test)]
+    pub(super) disk: Mutex<()>,
 }
 
 struct Queue {
@@ -113,7 +115,7 @@ struct Fold {
 pub(super) enum Next {
     /// To write a batch.
     Write,
-    /// To look whether there is space again.
+    /// To look whether there is space, and whether all files are in their place: a second is over.
     Look,
     /// To end: the trail is closed and all is written.
     End,
@@ -145,11 +147,14 @@ impl Shared {
             lanes: Mutex::default(),
             due: AtomicU64::new(u64::MAX),
             healthy: AtomicBool::new(true),
+            in_place: AtomicBool::new(true),
             room: AtomicBool::new(true),
             space_left: AtomicBool::new(true),
             unresolved: Mutex::new(unresolved),
             metrics,
             capacity,
+            #[cfg(test)]
+            disk: Mutex::default(),
         }
     }
 
@@ -218,7 +223,7 @@ impl Shared {
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
         let mut queue = self.lock();
         let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.has_room();
-        if queue.closing || is_full || queue.batch.size() > MAX_QUEUED {
+        if queue.closing || is_full || queue.batch.size() > MAX_QUEUED || !self.is_in_place() {
             self.wake(queue); // whatever is deferred: nothing more comes to wake it
             return Err(Unavailable);
         }
@@ -296,13 +301,11 @@ impl Shared {
                 return Next::End;
             }
             let wait = match (pending, self.has_space()) {
-                _ if !self.has_room() => Some(SECOND / 10),
-                (_, false) => Some(SECOND),
-                (true, true) => Some(SECOND / 5),
-                (false, true) => None,
+                _ if !self.has_room() => SECOND / 10,
+                (true, true) => SECOND / 5,
+                _ => SECOND,
             };
             queue.writer_sleeps = true;
-            let wait = wait.unwrap_or(IDLE);
             let (mut woken, waited) =
                 self.filled.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner);
             woken.writer_sleeps = false;
@@ -354,9 +357,17 @@ impl Shared {
         self.filled.notify_all();
     }
 
-    /// Whether the last write succeeded, and there is room for more.
+    /// Whether the last write succeeded, there is room for more, and directory and lock file are in their place.
     pub(super) fn is_healthy(&self) -> bool {
-        self.healthy.load(Ordering::Relaxed) && self.has_room()
+        self.healthy.load(Ordering::Relaxed) && self.has_room() && self.is_in_place()
+    }
+
+    fn is_in_place(&self) -> bool {
+        self.in_place.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_in_place(&self, in_place: bool) {
+        self.in_place.store(in_place, Ordering::Relaxed);
     }
 
     pub(super) fn has_room(&self) -> bool {
@@ -376,8 +387,9 @@ impl Shared {
         self.lock().reserved as u64
     }
 
-    pub(super) fn set_healthy(&self, healthy: bool) {
-        self.healthy.store(healthy, Ordering::Relaxed);
+    /// Returns what it was before.
+    pub(super) fn set_healthy(&self, healthy: bool) -> bool {
+        self.healthy.swap(healthy, Ordering::Relaxed)
     }
 
     pub(super) fn has_space(&self) -> bool {

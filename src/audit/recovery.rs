@@ -7,27 +7,33 @@
 //! pages of it that did not reach the disk read as zeros. Nothing of that was safe. A batch whose fdatasync
 //! failed stands twice, if nobody came to cut it off: at the end of one segment and, proven, at the beginning of
 //! the next.
+//!
+//! What is missing at the end leaves no trace in the chain. The lock file tells it: it names the newest segment and a
+//! record that was there. A start that finds less records that, and goes on with a higher number in a new segment, so
+//! that the gap stays to be seen.
 
 use std::{
     borrow::Cow,
-    fs::{self, File, OpenOptions},
+    fs::{self, OpenOptions},
     io::{self, BufReader, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{
     age::{self, Anchor, FORMAT, Newer},
-    chain::{Hash, Keys, Lines, first_seq, segments, stated},
+    chain::{Hash, Keys, Lines, MAX_SEQ, first_seq, segment_name, segments, stated},
+    directory::open_regular,
+    lock::{self, Stated, Statement},
     retention::{self, Place},
     unresolved::{Step, UnresolvedList},
-    writer::Segment,
 };
 
-/// No record has so high a number; a line that states one is no place to go on from.
-const MAX_SEQ: u64 = 1 << 60;
+/// What an event says of a trail that is not whole.
+pub(super) const DAMAGED: &str = "damaged";
 
 /// Beyond so many faults there is no more to say: it is another key, or another trail.
 const MAX_FAULTS: usize = 10_000;
@@ -59,10 +65,49 @@ pub struct Found {
     time: String,
     /// The highest format that a start states.
     format: u64,
+    /// What is missing now, as the lock file says.
+    pub damage: Vec<Damage>,
+    /// Events of earlier starts that found something missing.
+    pub recorded: Vec<Fault>,
+    /// The lock file has a text that is not to be read, so that it says nothing.
+    pub is_lock_unreadable: bool,
+    /// A record that the lock file names, and whether it was found.
+    expected: Option<Place>,
+    is_reached: bool,
+    /// A number that was given away for certain.
+    given: u64,
     /// Where the trail begins, if that is not its first record.
     begins_behind: Option<Place>,
     /// An event says that what lies before was removed.
     is_retained: bool,
+}
+
+/// What a trail lacks.
+#[derive(Clone, Debug, Serialize)]
+pub struct Damage {
+    /// What is missing.
+    pub lacks: Lacking,
+    /// The name of the file that is missing, or from which records are.
+    pub file: String,
+    /// Whether it lies at the end of the trail, so that what is missing may be newer than all that is left.
+    pub at_end: bool,
+    /// The same in words.
+    pub reason: String,
+}
+
+/// What can be missing without a trace in the chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lacking {
+    /// The lock file, beside segments: nobody can say whether newer ones are missing.
+    LockFile,
+    /// The newest segment.
+    NewestSegment,
+    /// The last records of a trail that was closed in order.
+    LastRecords,
+    /// The last records of a trail whose gateway was not stopped in order. Beside somebody who removed them, a crash of
+    /// the machine may have lost them where durability is `kernel`.
+    LastRecordsAfterCrash,
 }
 
 /// A line that does not fit.
@@ -98,17 +143,19 @@ struct Head<'a> {
 pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
     let mut tries = 10;
     loop {
-        match read_all(&segments(directory)?, keys) {
+        // Before the segments, since a gateway that is running may begin others meanwhile.
+        let statement = lock::read(directory).unwrap_or(Statement::Unreadable);
+        match read_all(&segments(directory)?, keys, &statement) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && tries > 0 => tries -= 1,
             read => return read,
         }
     }
 }
 
-fn read_all(segments: &[PathBuf], keys: &Keys) -> io::Result<Found> {
+fn read_all(segments: &[PathBuf], keys: &Keys, statement: &Statement) -> io::Result<Found> {
     let mut found = Found::begin(segments.first())?;
     found.begins_behind = (found.seq > 0).then_some(Place { seq: found.seq, hash: found.hash });
-    let mut found = read_segments(segments, found, keys)?;
+    let mut found = read_segments(segments, found, keys, statement)?;
     if let (Some(_), Some(path), false) = (found.begins_behind, segments.first(), found.is_retained) {
         let reason = "records before this one were removed, and no event says so";
         found.faults.insert(0, Fault { file: path.clone(), line: 1, seq: first_seq(path), reason });
@@ -118,17 +165,27 @@ fn read_all(segments: &[PathBuf], keys: &Keys) -> io::Result<Found> {
 
 /// Reads the last two segments of a directory, which is where a crash leaves a torn line. What lies before them is
 /// believed.
-pub(super) fn read_end(directory: &Path, keys: &Keys) -> io::Result<Found> {
+pub(super) fn read_end(directory: &Path, keys: &Keys, statement: &Statement) -> io::Result<Found> {
     let segments = segments(directory)?;
     let (before, end) = segments.split_at(segments.len().saturating_sub(2));
-    let mut found = read_segments(end, Found::begin(end.first())?, keys)?;
+    let mut found = read_segments(end, Found::begin(end.first())?, keys, statement)?;
     if let (true, Some(newest)) = (found.anchors.is_empty(), found.newest()) {
         found.anchors.extend(age::last_anchor(before, newest)?);
     }
     Ok(found)
 }
 
-fn read_segments(segments: &[PathBuf], mut found: Found, keys: &Keys) -> io::Result<Found> {
+fn read_segments(
+    segments: &[PathBuf],
+    mut found: Found,
+    keys: &Keys,
+    statement: &Statement,
+) -> io::Result<Found> {
+    if let Statement::Of(stated) = statement {
+        found.expected = Some(stated.last);
+        // One that lies before what is read is not looked for.
+        found.is_reached = stated.last.seq <= found.seq;
+    }
     for (index, path) in segments.iter().enumerate() {
         found.last = Some((path.clone(), 0));
         match segments.get(index + 1) {
@@ -139,6 +196,7 @@ fn read_segments(segments: &[PathBuf], mut found: Found, keys: &Keys) -> io::Res
     if found.format > FORMAT {
         return Err(io::Error::other(Newer(found.format)));
     }
+    found.compare(segments, statement);
     Ok(found)
 }
 
@@ -151,9 +209,10 @@ fn is_lost(line: &[u8]) -> bool {
 
 /// Whether the rest of a segment is how the next one begins. Pages that did not reach the disk read as zeros.
 fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
-    let mut rest = BufReader::new(File::open(path)?);
+    let open = |path| Ok::<_, io::Error>(BufReader::new(open_regular(path, OpenOptions::new().read(true))?));
+    let mut rest = open(path)?;
     rest.seek(SeekFrom::Start(offset))?;
-    let mut begin = BufReader::new(File::open(next)?).bytes();
+    let mut begin = open(next)?.bytes();
     for byte in rest.bytes() {
         let (byte, proven) = (byte?, begin.next().transpose()?);
         if proven.is_none_or(|proven| byte != proven && byte != 0) {
@@ -191,8 +250,8 @@ impl Found {
 
     /// Reads the last segment, up to what a crash left of the last write.
     fn read_last(&mut self, path: &Path, keys: &Keys) -> io::Result<()> {
-        let size = fs::metadata(path)?.len();
         let mut lines = Lines::open(path)?;
+        let size = fs::symlink_metadata(path)?.len();
         while let Some(line) = lines.read()? {
             let rest = size.saturating_sub(line.offset);
             if !line.whole || (is_lost(line.bytes) && rest <= MAX_TORN) {
@@ -205,17 +264,59 @@ impl Found {
         Ok(())
     }
 
-    /// Where a writer goes on: the last number given away, and the segment with its length. What is damaged
+    /// Where a writer goes on: the last number given away, and the segment by its first one, with its length. What is damaged
     /// stays as it is: new records then go into a new segment, whose name is that of no other.
-    pub(super) fn resume(&self) -> io::Result<(u64, Option<Segment>)> {
-        match &self.last {
-            Some((path, length)) if self.faults.is_empty() => {
-                let file = OpenOptions::new().write(true).open(path)?;
-                Ok((self.seq, Some(Segment::new(file, *length))))
-            }
-            Some((path, _)) => Ok((self.seq.max(first_seq(path)), None)),
-            None => Ok((self.seq, None)),
+    pub(super) fn resume(&self) -> (u64, Option<(u64, u64)>) {
+        let seq = self.seq.max(self.given);
+        let Some((path, length)) = &self.last else { return (seq, None) };
+        let first = first_seq(path);
+        let is_ours = path.ends_with(segment_name(first));
+        if self.faults.is_empty() && self.given == 0 && is_ours {
+            return (seq, Some((first, *length)));
         }
+        (seq.max(first), None)
+    }
+
+    /// Compares what was read with what the lock file says.
+    fn compare(&mut self, segments: &[PathBuf], statement: &Statement) {
+        match statement {
+            Statement::Missing if !segments.is_empty() => self.damage.push(Damage {
+                lacks: Lacking::LockFile,
+                file: lock::NAME.into(),
+                at_end: true,
+                reason: "there is no lock file, which would tell whether newer segments are missing".into(),
+            }),
+            Statement::Missing | Statement::Nothing => {}
+            Statement::Unreadable => self.is_lock_unreadable = true,
+            Statement::Of(stated) => self.compare_end(segments, stated),
+        }
+    }
+
+    fn compare_end(&mut self, segments: &[PathBuf], Stated { newest, last, is_stopped }: &Stated) {
+        let newest_name = segment_name(*newest);
+        let is_there = segments.iter().any(|path| path.ends_with(&newest_name));
+        // An older version, which does not write lock files, may have gone on and removed it.
+        let is_past = segments.first().is_some_and(|first| first_seq(first) > *newest);
+        let (lacks, reason) = match () {
+            () if !is_there && !is_past => (
+                Lacking::NewestSegment,
+                "the newest segment is missing, which the lock file names".to_owned(),
+            ),
+            () if self.is_reached => return,
+            () => {
+                let lacks = if *is_stopped { Lacking::LastRecords } else { Lacking::LastRecordsAfterCrash };
+                let (seq, found) = (last.seq, self.seq);
+                let reason = match found < seq {
+                    true => {
+                        format!("the last record is {found}, and {seq} was written, as the lock file says")
+                    }
+                    false => format!("record {seq} is not the one that the lock file names"),
+                };
+                (lacks, reason)
+            }
+        };
+        self.given = last.seq.max(if lacks == Lacking::NewestSegment { *newest } else { 0 });
+        self.damage.push(Damage { lacks, file: newest_name, at_end: true, reason });
     }
 
     /// The last record's time, in milliseconds since 1970.
@@ -230,6 +331,11 @@ impl Found {
     }
 
     fn take(&mut self, path: &Path, number: usize, line: &[u8], keys: &Keys) {
+        self.take_record(path, number, line, keys);
+        self.is_reached |= self.expected == Some(Place { seq: self.seq, hash: self.hash });
+    }
+
+    fn take_record(&mut self, path: &Path, number: usize, line: &[u8], keys: &Keys) {
         let seq = self.seq + 1;
         self.seq = seq;
         match keys.check(line, &self.hash) {
@@ -260,10 +366,39 @@ impl Found {
         };
         self.unresolved.take(&step, line);
         if step.kind == "event" {
-            self.is_retained |=
-                self.begins_behind.is_some_and(|place| retention::said(line) == Some(place));
-            self.anchors.extend(Anchor::read(line));
-            self.format = self.format.max(age::format(line).unwrap_or_default());
+            self.take_event(path, number, line);
         }
+    }
+
+    fn take_event(&mut self, path: &Path, line: usize, bytes: &[u8]) {
+        if self.begins_behind.is_some() {
+            self.is_retained |= retention::said(bytes) == self.begins_behind;
+        }
+        self.anchors.extend(Anchor::read(bytes));
+        self.format = self.format.max(age::format(bytes).unwrap_or_default());
+        if Damage::is_told_by(bytes) && self.recorded.len() < MAX_FAULTS {
+            let reason = "a start found something missing before this record, which says what";
+            self.recorded.push(Fault { file: path.into(), line, seq: self.seq, reason });
+        }
+    }
+}
+
+impl Damage {
+    /// What its event says.
+    pub(super) fn details(&self) -> Value {
+        let Self { lacks, file, at_end, reason } = self;
+        json!({ "what": DAMAGED, "file": file, "reason": reason, "lacks": lacks, "at_end": at_end })
+    }
+
+    /// Whether a line is such an event.
+    fn is_told_by(line: &[u8]) -> bool {
+        #[derive(Deserialize)]
+        struct Told<'a> {
+            event: &'a str,
+            #[serde(borrow)]
+            lacks: Option<&'a str>,
+        }
+        let told = serde_json::from_slice::<Told<'_>>(line);
+        told.is_ok_and(|told| told.event == "recovery" && told.lacks.is_some())
     }
 }

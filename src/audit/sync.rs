@@ -6,15 +6,17 @@
 //! same file proves nothing; only what is written again does.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{DirBuilder, File, OpenOptions},
     io,
-    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, FileExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
+use super::directory::{Directory, open_regular};
+
 /// The name of a segment until it is whole and on the disk.
-const UNFINISHED: &str = "segment.new";
+pub(super) const UNFINISHED: &str = "segment.new";
 
 /// When a record is safe.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,41 +64,34 @@ impl Syncs {
 
     /// Makes a segment that has its name only when its first batch is on the disk; when this returns, the name
     /// is, too. So neither a crash nor a fault leaves a segment of that name with less.
-    pub(super) fn begin(&mut self, path: &Path, text: &[u8]) -> io::Result<File> {
-        let directory = folder(path);
-        let unfinished = directory.join(UNFINISHED);
-        self.named(path, &unfinished, text).inspect_err(|_| {
+    pub(super) fn begin(&mut self, directory: &Directory, name: &str, text: &[u8]) -> io::Result<File> {
+        directory.remove(UNFINISHED)?;
+        let file = directory.create(UNFINISHED)?;
+        let named = self.named(directory, name, &file, text);
+        if named.is_err() {
             // The next try is a new file: nothing of this one is proven.
-            let _ = fs::remove_file(&unfinished);
-            let _ = fs::remove_file(path);
-        })
+            let _ = directory.remove(UNFINISHED);
+            let _ = directory.remove_if(name, &file);
+        }
+        named.map(|()| file)
     }
 
-    fn named(&mut self, path: &Path, unfinished: &Path, text: &[u8]) -> io::Result<File> {
-        remove_unfinished(folder(path))?;
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(unfinished)?;
+    fn named(&mut self, directory: &Directory, name: &str, file: &File, text: &[u8]) -> io::Result<()> {
         file.write_all_at(text, 0)?;
-        self.sync(&file)?;
-        fs::rename(unfinished, path)?;
-        sync_directory(folder(path))?;
-        Ok(file)
+        self.sync(file)?;
+        directory.rename(UNFINISHED, name)?;
+        directory.sync()
     }
-}
-
-/// Removes what a killed process left of a segment that never got its name; nothing of it was safe.
-pub(super) fn remove_unfinished(directory: &Path) -> io::Result<()> {
-    let unfinished = directory.join(UNFINISHED);
-    if unfinished.try_exists()? { fs::remove_file(unfinished) } else { Ok(()) }
 }
 
 /// Waits until the names in a directory are on the disk.
-pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
+fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
 /// Waits until files are on the disk that may have been written with durability `kernel`.
 pub(super) fn sync_all(paths: &[PathBuf]) -> io::Result<()> {
-    paths.iter().try_for_each(|path| File::open(path)?.sync_data())
+    paths.iter().try_for_each(|path| open_regular(path, OpenOptions::new().read(true))?.sync_data())
 }
 
 /// Makes a directory, only for this user; with `disk` its name is on the disk afterwards.
@@ -115,8 +110,7 @@ pub(super) fn make_directory(path: &Path, durability: Durability) -> io::Result<
 /// Writes a file's first bytes once more in their place, and waits until they are on the disk. Whoever wrote
 /// them may have been killed after a failed fdatasync: then the kernel believes pages clean that the disk does
 /// not have.
-pub(super) fn write_again(path: &Path, length: u64) -> io::Result<()> {
-    let file = OpenOptions::new().read(true).write(true).open(path)?;
+pub(super) fn write_again(file: &File, length: u64) -> io::Result<()> {
     let mut bytes = vec![0; 1 << 20];
     let mut offset = 0;
     while offset < length {

@@ -1,23 +1,21 @@
 //! The trail against everything that can happen to its file, its disk and its requests.
 
+mod places;
+
 use std::{
     collections::BTreeSet,
-    fs,
+    fs::{self, OpenOptions},
     future::Future,
     os::unix::fs::FileExt,
     path::PathBuf,
     pin::{Pin, pin},
+    sync::MutexGuard,
     task::{Context, Poll, Waker},
 };
 
 use tempfile::TempDir;
 
-use super::{
-    chain::{Hash, segments},
-    lane::tests::done,
-    recovery::Found,
-    *,
-};
+use super::{chain::segments, lane::tests::done, recovery::Found, *};
 use crate::{
     error::{Code, Stage},
     outcome::Outcome,
@@ -85,7 +83,8 @@ fn verify(directory: &Path) -> Found {
 
 fn assert_whole(directory: &Path) {
     let found = verify(directory);
-    assert!(found.faults.is_empty() && found.torn.is_none(), "{found:?}");
+    let is_whole = found.faults.is_empty() && found.torn.is_none();
+    assert!(is_whole && found.damage.is_empty() && found.recorded.is_empty(), "{found:?}");
 }
 
 /// The lines of a trail with two intents open, one finished, a refusal and an event; and its key.
@@ -109,7 +108,13 @@ fn directory(text: &[u8], key: &[u8]) -> TempDir {
     let folder = TempDir::new().unwrap();
     fs::write(chain::segment_path(folder.path(), 1), text).unwrap();
     fs::write(chain::key_path(folder.path()), key).unwrap();
+    silence_lock(folder.path());
     folder
+}
+
+/// Leaves the lock file as an older version does: it says nothing.
+fn silence_lock(directory: &Path) {
+    fs::write(directory.join(lock::NAME), "").unwrap();
 }
 
 fn lines_of(text: &[u8]) -> Vec<&[u8]> {
@@ -117,10 +122,13 @@ fn lines_of(text: &[u8]) -> Vec<&[u8]> {
 }
 
 /// What a start does before it serves, without its thread.
-fn recovered(directory: &Path) -> u64 {
-    let keys = Keys::load(&chain::key_path(directory)).unwrap();
-    drop(recover(&Options::small(directory), keys.into(), lock(directory).unwrap()).unwrap());
-    fs::metadata(chain::segment_path(directory, 1)).unwrap().len()
+fn recovered(path: &Path) -> u64 {
+    let keys = Keys::load_own(path).unwrap();
+    let directory = Directory::open(path).unwrap();
+    lock(&directory).unwrap();
+    let (lock, statement) = lock_file(&directory).unwrap();
+    drop(recover(&Options::small(path), keys.into(), (directory, lock), &statement).unwrap());
+    fs::metadata(chain::segment_path(path, 1)).unwrap().len()
 }
 
 /// The first 200 lines of a trail with records of every kind; and its key.
@@ -235,10 +243,10 @@ async fn a_deleted_segment_is_found_unless_it_was_the_last() {
         if let Some(next) = all.get(place + 1) {
             assert_eq!((&found.faults[0].file, found.faults[0].line), (next, 1));
         } else {
-            assert!(
-                found.faults.is_empty() && found.hash != head.hash,
-                "only a head kept elsewhere shows it"
-            );
+            assert!(found.faults.is_empty() && found.hash != head.hash);
+            assert_eq!(found.damage.len(), 1, "the lock file shows it");
+            silence_lock(folder.path());
+            assert!(verify(folder.path()).damage.is_empty(), "without it only a head kept elsewhere does");
         }
         fs::write(segment, text).unwrap();
     }
@@ -275,6 +283,7 @@ async fn a_damaged_trail_is_never_written_over() {
 fn check_cuts((text, key): &(Vec<u8>, Vec<u8>), step: usize) {
     let folder = directory(text, key);
     for cut in (0..=text.len()).step_by(step) {
+        silence_lock(folder.path());
         fs::write(chain::segment_path(folder.path(), 1), &text[..cut]).unwrap();
         let kept: usize = lines_of(&text[..cut]).iter().filter(|l| l.ends_with(b"\n")).map(|l| l.len()).sum();
         let (mut open, mut torn) = (BTreeSet::new(), 0);
@@ -338,6 +347,7 @@ async fn a_recovery_that_was_cut_short_is_completed_by_the_next() {
     let open: Vec<_> = open.iter().filter(|record| record["kind"] == "intent").collect();
     let folder = directory(&text, &key);
     for cut in kept..recovered_text.len() {
+        silence_lock(folder.path());
         fs::write(chain::segment_path(folder.path(), 1), &recovered_text[..cut]).unwrap();
         recovered(folder.path());
         assert_whole(folder.path());
@@ -445,30 +455,6 @@ async fn a_batch_that_stands_at_a_segments_end_and_again_in_the_next_is_read_onc
     }
 }
 
-#[tokio::test]
-async fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
-    let folder = TempDir::new().unwrap();
-    let options = Options { durability: Durability::Disk, ..Options::small(folder.path()) };
-    let clocks = Arc::new(Clocks::go_on(&Found::default(), options.window));
-    fs::write(folder.path().join("segment.new"), "left by a process that was killed").unwrap();
-    let lock = lock(folder.path()).unwrap();
-    let keys = Keys::load_or_make(folder.path()).unwrap();
-    // It takes what is written, and refuses fdatasync and being cut.
-    let null = OpenOptions::new().write(true).open("/dev/null").unwrap();
-    let writer =
-        Writer::new(&options, keys.into(), lock, clocks, Hash::default(), Some(Segment::new(null, 0)));
-    let shared = Shared::new(metrics(), 64, 0);
-    shared.event("one", json!({}));
-    shared.event("two", json!({}));
-    shared.close();
-    writer.run(&shared);
-    let events: Vec<_> = trail(folder.path()).iter().map(|record| record["event"].clone()).collect();
-    assert_eq!(events, ["one", "two", "stop", "recovery"]);
-    assert_whole(folder.path());
-    assert_eq!((shared.metrics.sync_errors.get(), shared.metrics.syncs.get()), (1, 2));
-    assert_eq!(shared.safe.load(std::sync::atomic::Ordering::Relaxed), 4);
-}
-
 #[test]
 fn a_start_removes_what_never_became_a_segment() {
     for durability in Durability::ALL {
@@ -567,27 +553,16 @@ async fn what_a_panic_left_of_a_record_is_not_written_with_those_before_it() {
     assert!(segment.ends_with(b"\"}\n"), "{}", String::from_utf8_lossy(&segment));
 }
 
-/// A disk that does not answer: the next segment's name is that of a pipe, and opening a pipe waits for its
-/// other end.
-struct Stuck {
-    path: PathBuf,
-}
+/// A disk that does not answer, until it is released.
+struct Stuck<'a>(MutexGuard<'a, ()>);
 
-impl Stuck {
-    /// Needs `segment_size: 1`, and all records so far written.
-    fn new(directory: &Path) -> Self {
-        let path = chain::segment_path(directory, verify(directory).seq + 1);
-        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
-        Self { path }
+impl<'a> Stuck<'a> {
+    fn new(audit: &'a Audit) -> Self {
+        Self(audit.shared().disk.lock().unwrap())
     }
 
-    /// The pipe can't be written to, and goes away like a segment that was deleted.
     fn release(self) {
-        let other_end = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
-        let held = rustix::fs::open(&self.path, other_end, rustix::fs::Mode::empty()).unwrap();
-        fs::remove_file(&self.path).unwrap();
-        drop(held);
+        drop(self.0);
     }
 }
 
@@ -654,10 +629,14 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
     drop(audit);
     let (before, found) = (segments(directory).unwrap(), verify(directory));
     let keys = Keys::load(&chain::key_path(directory)).unwrap();
-    let (mut writer, begun, _) = recover(options, keys.into(), lock(directory).unwrap()).unwrap();
+    let opened = Directory::open(directory).unwrap();
+    lock(&opened).unwrap();
+    let (lock, statement) = lock_file(&opened).unwrap();
+    let Recovered { mut writer, begun, unresolved, .. } =
+        recover(options, keys.into(), (opened, lock), &statement).unwrap();
     writer.clocks.know(Vec::new());
     prepare(&mut writer);
-    let shared = Shared::new(metrics(), 64, begun);
+    let shared = Shared::new(metrics(), 64, begun, unresolved);
     thread::scope(|scope| {
         scope.spawn(|| writer.run(&shared));
         for number in 1..=events {
@@ -713,7 +692,7 @@ async fn the_last_anchor_is_found_before_the_last_two_segments() {
     }
     audit.close();
     let keys = Keys::load(&chain::key_path(folder.path())).unwrap();
-    let found = recovery::read_end(folder.path(), &keys).unwrap();
+    let found = recovery::read_end(folder.path(), &keys, &Statement::Nothing).unwrap();
     assert_eq!(found.anchors, verify(folder.path()).anchors);
     assert!(segments(folder.path()).unwrap().len() > 3 && found.anchors.len() == 1);
 }
@@ -747,7 +726,7 @@ async fn what_a_permit_took_counts_to_the_time_that_an_intent_may_take() {
     let audit = start(&options);
     intended(&audit).await.take().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
-    let stuck = Stuck::new(folder.path());
+    let stuck = Stuck::new(&audit);
     let mut late = record(&audit);
     let permit = Permit { _held: None, waited: deadline };
     let intent = late.intent(&permit, (2, &[0; 32]), &|_| ());
@@ -765,7 +744,7 @@ async fn behind_a_stuck_disk_a_crowd_is_refused_in_time() {
     let audit = start(&Options { segment_size: 1, queue: 4096, intent_deadline: deadline, ..small });
     intended(&audit).await.take().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
-    let stuck = Stuck::new(folder.path());
+    let stuck = Stuck::new(&audit);
     let begun = Instant::now();
     let crowd: Vec<_> = (0..400)
         .map(|_| {
@@ -822,7 +801,7 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
     let audit = start(&Options { segment_size: 1, queue: 1024, ..Options::small(folder.path()) });
     intended(&audit).await.take().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
-    let stuck = Stuck::new(folder.path());
+    let stuck = Stuck::new(&audit);
     let members = format!(",\"inspectors\":\"{}\"", "1".repeat(MEMBERS));
     let queue = |record: &mut Record| {
         let mut intent = pin!(record.intent(&Permit::default(), (2, &[0; 32]), &|line: &mut Vec<u8>| {
@@ -853,7 +832,7 @@ async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_no
     let audit = start(&options);
     intended(&audit).await.take().finish(&answer());
     let control = wait_for(|| (trail(folder.path()).len() == 3).then(|| trail(folder.path())[1].clone()));
-    let stuck = Stuck::new(folder.path());
+    let stuck = Stuck::new(&audit);
 
     let mut late = record(&audit);
     let begun = Instant::now();
@@ -886,7 +865,7 @@ async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() 
     let audit = start(&Options { segment_size: 1, queue: 16, ..Options::small(folder.path()) });
     let mut in_flight = vec![intended(&audit).await.take(), intended(&audit).await.take()];
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
-    let stuck = Stuck::new(folder.path());
+    let stuck = Stuck::new(&audit);
 
     let mut waiting = Vec::new();
     loop {
@@ -993,41 +972,6 @@ async fn files_are_for_the_gateways_user_only() {
     let files: Vec<_> = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert_eq!(files.len(), 3, "{files:?}");
     assert!(files.iter().all(|file| mode(file) == 0o600), "{files:?}");
-}
-
-#[tokio::test]
-async fn a_segment_that_was_deleted_or_cut_is_given_up_for_a_new_one() {
-    let folder = TempDir::new().unwrap();
-    let audit = start(&Options::small(folder.path()));
-    for damage in [fs::remove_file as fn(PathBuf) -> io::Result<()>, |path| {
-        OpenOptions::new().write(true).open(path)?.set_len(10)
-    }] {
-        intended(&audit).await.take().finish(&answer());
-        damage(segments(folder.path()).unwrap().pop().unwrap()).unwrap();
-        intended(&audit).await.take().finish(&answer());
-        wait_for(|| {
-            let segment = segments(folder.path()).unwrap().pop().unwrap();
-            fs::read_to_string(segment).unwrap().contains("a segment was deleted or cut").then_some(())
-        });
-    }
-    audit.close();
-    assert!(!verify(folder.path()).faults.is_empty(), "and no verification passes over it");
-}
-
-#[tokio::test]
-async fn in_a_directory_that_was_replaced_nothing_is_written() {
-    let folder = TempDir::new().unwrap();
-    let directory = folder.path().join("audit");
-    let deadline = Duration::from_millis(50);
-    let audit = start(&Options { intent_deadline: deadline, ..Options::small(&directory) });
-    intended(&audit).await.take().finish(&answer());
-    fs::remove_dir_all(&directory).unwrap();
-    fs::create_dir(&directory).unwrap();
-    fs::write(directory.join("lock"), "").unwrap();
-    let mut late = record(&audit);
-    assert_eq!(late.intent(&Permit::default(), (2, &[0; 32]), &|_| ()).await, Err(Unavailable));
-    wait_for(|| (!audit.healthy()).then_some(()));
-    assert_eq!(segments(&directory).unwrap(), Vec::<PathBuf>::new());
 }
 
 #[tokio::test]

@@ -426,7 +426,8 @@ mod tests {
     fn forced_call_supersedes_the_one_that_it_repeats_once_it_may_be_done() {
         let mut forced = intent(2);
         forced["forced"] = json!(id(1));
-        for (how, is_superseded) in [(Outcome::Succeeded, true), (Outcome::Unknown, true), (Outcome::Refused, false)]
+        for (how, is_superseded) in
+            [(Outcome::Succeeded, true), (Outcome::Unknown, true), (Outcome::Refused, false)]
         {
             let list = read([intent(1), outcome(1, Outcome::Unknown, 0), forced.clone(), outcome(2, how, 0)]);
             assert_eq!(list.get(id(1)).unwrap().superseded, is_superseded, "{how}");

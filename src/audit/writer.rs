@@ -4,36 +4,38 @@
 //! can't be had, new intents are refused, and what was sent already still gets its outcome on a full disk.
 //!
 //! Nothing that failed is believed: the segment is cut back to its last good length and the batch is tried
-//! again, while intents time out. A stuck disk holds this thread, never a worker. A segment that somebody
-//! deleted or cut while it was open is given up for a new one; if the whole directory was replaced, nothing is
-//! written, since its lock may be another's.
+//! again, while intents time out. A stuck disk holds this thread, never a worker.
+//!
+//! A batch is committed only when its segment's name still leads to the file that it was written to. A segment that
+//! somebody moved, deleted or replaced is copied back to its name; one that was cut shorter is given up for a new one.
+//! Once a second, at rest, too, this thread looks for the directory, the lock file and the closed segments. Without the first
+//! two nothing new is sent.
 //!
 //! With durability `disk` one batch is one write and one fdatasync: what is queued meanwhile is the next batch.
 //! After a failed fdatasync the batch is written again, to a new segment; the old one is cut back to what was
 //! proven only when the new one is on the disk, so that a crash in between loses nothing. See [`super::sync`].
 
 use std::{
-    fs::{self, File, OpenOptions},
+    collections::BTreeMap,
+    fs::File,
     io,
-    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
-    path::{Path, PathBuf},
+    os::unix::fs::FileExt,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    fs::{FallocateFlags, fallocate},
-    io::Errno,
-};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{
     Durability, Options, age,
     batch::Batch,
-    chain::{Hash, Keys, Link, segment_path},
+    chain::{Keys, Link, segment_name, segments},
     clocks::{self, Clocks},
+    directory::{Directory, Identity},
+    lock::{self, Lock, Stated},
     queue::{Next, Shared},
-    retention::{self, Old},
+    retention::{self, Old, Place},
+    segment::{AHEAD, Segment},
     sync::Syncs,
 };
 
@@ -43,9 +45,6 @@ const RETRY: Duration = Duration::from_millis(100);
 /// So much room for text is kept from batch to batch, in bytes; 256 busy connections use a third.
 const KEPT_TEXT: usize = 1 << 20;
 
-/// So much space is reserved at once, in bytes: a reservation is a system call of its own.
-const AHEAD: u64 = 1 << 20;
-
 /// An outcome takes no more than this, but for one with a long reply or code.
 const OUTCOME: u64 = 2 * 1024;
 
@@ -53,34 +52,42 @@ const OUTCOME: u64 = 2 * 1024;
 /// a time.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// How often the free space is measured while there is something to write.
-const MEASURE: Duration = Duration::from_secs(1);
+/// How often the files and the free space are looked at.
+const LOOK_AROUND: Duration = Duration::from_secs(1);
 
-/// Why a new segment was begun before the old one was full.
-#[derive(Clone, Copy)]
+/// That takes as long as to write so many records.
+const LOOK_AROUND_COSTS: usize = 100;
+
+/// What happened to a file of the trail, while no record says so yet.
 enum Mishap {
-    /// Somebody deleted the old one or cut it.
-    Lost,
-    /// An fdatasync of the old one failed.
+    /// An fdatasync of a segment failed.
     Disproven,
+    /// A file is not in its place.
+    Lost(Lost),
 }
 
-/// A file of records.
-pub(super) struct Segment {
-    file: File,
-    /// Up to where it is good.
-    length: u64,
-    /// Up to where it has space on the disk.
-    allocated: u64,
+/// A file that somebody else moved, deleted, replaced or cut.
+struct Lost {
+    file: String,
+    what: &'static str,
+    /// Nothing is lost: it is there again.
+    is_restored: bool,
+    /// What the foreign file in its place is called now.
+    aside: Option<String>,
+    /// What the lost file is called now.
+    found_as: Option<String>,
 }
 
 /// Where the trail stands.
 pub(super) struct Writer {
-    directory: PathBuf,
+    directory: Directory,
     segment_size: u64,
     durability: Durability,
     low_water: u64,
-    measured: Option<Instant>,
+    /// When the files were last looked at.
+    looked_around: Option<Instant>,
+    /// What is not in its place, of directory and lock file.
+    away: Option<&'static str>,
     /// Records are kept for as long, at least.
     retain: Option<Duration>,
     pub(super) clocks: Arc<Clocks>,
@@ -91,61 +98,77 @@ pub(super) struct Writer {
     /// To be removed once the record that says so is written.
     old: Option<Old>,
     keys: Arc<Keys>,
-    /// Of the last record.
+    /// Of the last record that is committed, and its number.
     link: Link,
+    seq: u64,
     /// Where records go.
     segment: Option<Segment>,
+    /// Those that are full, or were left for another one.
+    closed: BTreeMap<String, Identity>,
+    /// They could be looked for.
+    is_listed: bool,
     /// The segment whose last fdatasync failed, until its batch is elsewhere.
     disproven: Option<Segment>,
     syncs: Syncs,
-    /// What happened to a segment, while no record says so yet.
-    mishap: Option<Mishap>,
+    mishaps: Vec<Mishap>,
     /// Held for as long as the trail is written.
-    lock: File,
+    lock: Lock,
+    /// The last statement was written to it.
+    is_stated: bool,
 }
 
 impl Writer {
-    /// A writer that goes on behind the record of this hash, in the segment if there is one.
+    /// A writer that goes on behind this record, in the segment if there is one.
     pub(super) fn new(
         options: &Options,
         keys: Arc<Keys>,
-        lock: File,
+        (directory, lock): (Directory, Lock),
         clocks: Arc<Clocks>,
-        hash: Hash,
+        last: Place,
         segment: Option<Segment>,
-    ) -> Self {
-        Self {
-            directory: options.directory.clone(),
+    ) -> io::Result<Self> {
+        let open = segment.as_ref().map(Segment::name);
+        let mut closed = BTreeMap::new();
+        for path in segments(directory.path())? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if let Some(found) = directory.find(&name)?.filter(|_| Some(&name) != open.as_ref()) {
+                closed.insert(name, found.identity);
+            }
+        }
+        Ok(Self {
+            directory,
             segment_size: options.segment_size,
             durability: options.durability,
             low_water: options.low_water,
-            measured: None,
+            looked_around: None,
+            away: None,
             retain: options.retain.map(|retain| retain.max(options.window)),
             clocks,
             anchored: clocks::boottime(),
             looked: None,
             old: None,
             keys,
-            link: Link::new(hash),
+            link: Link::new(last.hash),
+            seq: last.seq,
             segment,
+            closed,
+            is_listed: true,
             disproven: None,
             syncs: Syncs::default(),
-            mishap: None,
+            mishaps: Vec::new(),
             lock,
-        }
+            is_stated: true,
+        })
     }
 
     /// Writes until the trail is closed and everything queued is written.
     pub(super) fn run(mut self, shared: &Shared) {
         let (mut batch, mut due) = (Batch::default(), shared.begin(0));
         loop {
-            self.measure(shared);
             self.anchor(shared);
             self.look_for_old(shared);
-            // A writer that waits for the disk is never prompt: what is queued meanwhile shares the next fdatasync.
-            if self.durability == Durability::Kernel {
-                shared.rest(due);
-            }
+            self.rest(shared, due);
+            self.look_around_in_turn(shared);
             let next = shared.next_batch(&mut batch);
             due = shared.begin(batch.len());
             match next {
@@ -154,50 +177,76 @@ impl Writer {
                     self.reserve(shared, 0);
                     continue;
                 }
-                Next::End => return self.release(),
+                Next::End => return self.close(),
             }
-            let before = self.link.clone();
-            self.link(&mut batch);
+            let link = self.link(&mut batch);
             self.reserve(shared, batch.size() as u64);
             if !self.write_persistently(&batch, shared) {
-                self.link = before;
                 tracing::error!(
                     records = batch.len(),
                     "the audit trail closes with records that could not be written"
                 );
                 return;
             }
+            self.commit(link, batch.last());
             shared.written(&batch);
             self.reserve(shared, 0); // a new segment has none yet
             self.remove_old(shared);
             batch.shrink_to(KEPT_TEXT);
-            if let Some(mishap) = self.mishap.take() {
-                let (name, what) = mishap.event();
-                tracing::error!("{what}; a new segment is begun");
-                shared.event(name, json!({ "what": what }));
-            }
+            self.report(shared);
+        }
+    }
+
+    /// A writer that waits for the disk is never prompt: what is queued meanwhile shares the next fdatasync.
+    fn rest(&self, shared: &Shared, due: u64) {
+        if self.durability == Durability::Kernel {
+            shared.rest(due);
         }
     }
 
     /// Links and writes records, once.
     pub(super) fn append(&mut self, batch: &mut Batch) -> io::Result<()> {
-        self.link(batch);
-        self.write(batch)
+        let link = self.link(batch);
+        self.write(batch)?;
+        self.commit(link, batch.last());
+        Ok(())
     }
 
-    /// Links each record to the one before.
-    fn link(&mut self, batch: &mut Batch) {
-        for line in batch.lines_mut() {
-            self.link = self.keys.seal(line, &self.link);
+    /// Links each record to the one before; returns the last one's link.
+    fn link(&self, batch: &mut Batch) -> Link {
+        batch.lines_mut().fold(self.link.clone(), |link, line| self.keys.seal(line, &link))
+    }
+
+    /// The records up to here are where they belong. A new segment is in the lock file before anybody relies on it.
+    fn commit(&mut self, link: Link, seq: u64) {
+        (self.link, self.seq) = (link, seq);
+        if self.segment.as_ref().map(|segment| segment.first) != self.lock.newest() {
+            self.state(false);
         }
     }
 
-    /// Looks whether there is space for refusals. Here, since asking a stuck disk takes for ever.
-    fn measure(&mut self, shared: &Shared) {
-        if self.measured.is_none_or(|measured| measured.elapsed() >= MEASURE) {
-            shared.set_space_left(free_space(&self.directory) >= self.low_water);
-            self.measured = Some(Instant::now());
+    /// Writes into the lock file what a start must find.
+    fn state(&mut self, is_stopped: bool) {
+        let Some(segment) = &self.segment else { return };
+        let last = Place { seq: self.seq, hash: self.link.hash() };
+        let stated = Stated { newest: segment.first, last, is_stopped };
+        // What is said each second may be lost with the machine: then it says less than there is.
+        let is_news = is_stopped || self.lock.newest() != Some(segment.first);
+        let done = self.lock.state(&stated, is_news && self.durability == Durability::Disk);
+        let was_stated = std::mem::replace(&mut self.is_stated, done.is_ok());
+        if let Err(error) = done
+            && was_stated
+        {
+            tracing::warn!(%error, "the lock file of the audit trail cannot be written");
         }
+    }
+
+    /// Everything is written. Gives back what was reserved and not needed.
+    fn close(&mut self) {
+        if let Some(segment) = &self.segment {
+            segment.release();
+        }
+        self.state(true);
     }
 
     /// Reserves space for so many bytes, and for the outcomes of all that is in flight; tells whether there is.
@@ -212,10 +261,150 @@ impl Writer {
         shared.set_room(reserved.is_ok());
     }
 
-    /// Gives back what was reserved and not needed.
-    fn release(&mut self) {
-        if let Some(segment) = &self.segment {
-            let _ = segment.file.set_len(segment.length);
+    /// Looks around once a second. That makes no prompt writer a slow one, nor a slow one prompt; a stuck disk does.
+    fn look_around_in_turn(&mut self, shared: &Shared) {
+        if self.looked_around.is_some_and(|looked| looked.elapsed() < LOOK_AROUND) {
+            return;
+        }
+        self.looked_around = Some(Instant::now());
+        let was_prompt = shared.is_prompt();
+        let due = shared.begin(LOOK_AROUND_COSTS);
+        self.look_around(shared);
+        if was_prompt {
+            self.rest(shared, due);
+        }
+    }
+
+    /// Looks whether there is space for refusals, and whether every file is in its place. Here, since asking a stuck
+    /// disk takes for ever.
+    fn look_around(&mut self, shared: &Shared) {
+        shared.set_space_left(self.directory.free_space() >= self.low_water);
+        if self.look_for_place(shared) {
+            let listed = self.look_for_closed();
+            let was_listed = std::mem::replace(&mut self.is_listed, listed.is_ok());
+            if let Err(error) = listed
+                && was_listed
+            {
+                tracing::warn!(%error, "the segments of the audit trail cannot be looked for");
+            }
+            self.look_for_open(shared);
+            self.state(false);
+        }
+        self.report(shared);
+    }
+
+    /// Whether directory and lock file are those that were opened. Says once that they are not, and that they are again.
+    fn look_for_place(&mut self, shared: &Shared) -> bool {
+        let lost = match (self.directory.check(), self.directory.leads_to(lock::NAME, self.lock.identity())) {
+            (Err(_), _) => Some("the directory was moved, deleted or replaced"),
+            (Ok(()), Ok(true)) => None,
+            (Ok(()), _) => Some("the lock file was moved, deleted or replaced"),
+        };
+        shared.set_in_place(lost.is_none());
+        if lost == self.away {
+            return lost.is_none();
+        }
+        self.away = lost;
+        match lost {
+            Some(what) => {
+                let directory = self.directory.path().display();
+                tracing::error!(%directory, "{what}; nothing is sent until it is back");
+                shared.metrics.files_lost(false);
+                shared.event("gap", json!({ "what": what, "result": "lost" }));
+            }
+            None => {
+                tracing::info!("directory and lock file of the audit trail are in their place again");
+                shared
+                    .event("recovery", json!({ "what": "directory and lock file are in their place again" }));
+            }
+        }
+        lost.is_none()
+    }
+
+    /// Looks whether the closed segments are still there. What is not is said once.
+    fn look_for_closed(&mut self) -> io::Result<()> {
+        let names = self.directory.names()?;
+        let mut lost = Vec::new();
+        for (name, identity) in &self.closed {
+            // Some file systems tell other inodes in a listing.
+            if names.get(name.as_bytes()) != Some(&identity.inode())
+                && !self.directory.leads_to(name, *identity)?
+            {
+                lost.push(name.clone());
+            }
+        }
+        for file in lost {
+            let what = if names.contains_key(file.as_bytes()) {
+                "another file took the place of a closed segment"
+            } else {
+                "a closed segment was moved or deleted"
+            };
+            let inode = self.closed.remove(&file).map(Identity::inode);
+            let found = names.iter().find(|(_, other)| Some(**other) == inode);
+            let found_as = found.map(|(name, _)| String::from_utf8_lossy(name).into_owned());
+            self.mishaps.push(Mishap::Lost(Lost { file, what, is_restored: false, aside: None, found_as }));
+        }
+        Ok(())
+    }
+
+    /// Looks whether the open segment is in its place, and puts it back.
+    fn look_for_open(&mut self, shared: &Shared) {
+        let is_lost = self.segment.as_ref().is_some_and(|segment| !segment.is_in_place());
+        let rescued = if is_lost { self.rescue(&[]) } else { Ok(()) };
+        let was_healthy = shared.set_healthy(rescued.is_ok());
+        if let Err(error) = rescued
+            && was_healthy
+        {
+            tracing::error!(%error, "the open segment of the audit trail is lost and cannot be put back yet");
+        }
+    }
+
+    /// The open segment is not in its place. Copies it back from the open file, so that nothing is lost; if that does not
+    /// have all records any more, the next write begins a new one. `pending` is what was written and is not committed.
+    fn rescue(&mut self, pending: &[u8]) -> io::Result<()> {
+        self.directory.check()?;
+        let Some(segment) = &mut self.segment else { return Ok(()) };
+        let (file, what) = (segment.name(), segment.mishap(&self.directory)?);
+        let is_whole = segment.is_whole(&self.link)?;
+        let mut aside = None;
+        if is_whole {
+            let syncs = (self.durability == Durability::Disk).then_some(&mut self.syncs);
+            (*segment, aside) = segment.copy_back(&self.directory, syncs)?;
+        } else {
+            segment.take_back(pending)?;
+            self.give_up_segment()?;
+        }
+        self.mishaps.push(Mishap::Lost(Lost { file, what, is_restored: is_whole, aside, found_as: None }));
+        Ok(())
+    }
+
+    /// Leaves the open segment for a new one. What is left of it counts as a closed one.
+    fn give_up_segment(&mut self) -> io::Result<()> {
+        if let Some(segment) = self.segment.take()
+            && self.directory.leads_to(&segment.name(), segment.identity())?
+        {
+            self.closed.insert(segment.name(), segment.identity());
+        }
+        Ok(())
+    }
+
+    /// Says what happened to files, in log, metrics and trail.
+    fn report(&mut self, shared: &Shared) {
+        for mishap in self.mishaps.drain(..) {
+            match mishap {
+                Mishap::Disproven => {
+                    let what = "an fdatasync failed; its records were written again";
+                    tracing::error!("{what}; a new segment is begun");
+                    shared.event("recovery", json!({ "what": what }));
+                }
+                Mishap::Lost(lost) => {
+                    let Lost { file, what, is_restored, aside, found_as } = &lost;
+                    let (result, aside, found_as) = (lost.result(), aside.as_deref(), found_as.as_deref());
+                    tracing::warn!(file, result, aside, found_as, "the audit trail: {what}");
+                    shared.metrics.files_lost(*is_restored);
+                    shared.event("gap", lost.details());
+                }
+            }
         }
     }
 
@@ -234,7 +423,8 @@ impl Writer {
         else {
             return;
         };
-        if shared.is_closing() {
+        // In another directory there are other segments.
+        if shared.is_closing() || self.directory.check().is_err() {
             return;
         }
         self.looked = Some(Instant::now());
@@ -242,7 +432,7 @@ impl Writer {
         let Some(anchors) = self.clocks.anchors().filter(|_| self.clocks.doubt().is_none()) else { return };
         let ages = self.clocks.ages();
         let is_old = |seq, time| ages.clone().at(seq, anchors).age(time) > retain;
-        match retention::oldest(&self.directory, is_old) {
+        match retention::oldest(self.directory.path(), is_old) {
             Ok(old) => self.old = old,
             Err(error) => tracing::warn!(%error, "old segments of the audit trail cannot be looked for"),
         }
@@ -254,8 +444,12 @@ impl Writer {
     /// Removes it, when that is written.
     fn remove_old(&mut self, shared: &Shared) {
         let Some(old) = self.old.take() else { return };
-        match fs::remove_file(&old.path) {
-            Ok(()) => shared.metrics.removed.inc(),
+        let name = old.path.file_name().unwrap_or_default().to_string_lossy();
+        match self.directory.remove(&name) {
+            Ok(()) => {
+                self.closed.remove(&*name);
+                shared.metrics.removed.inc();
+            }
             Err(error) => tracing::warn!(%error, "an old segment of the audit trail cannot be removed"),
         }
     }
@@ -264,18 +458,22 @@ impl Writer {
     fn write_persistently(&mut self, batch: &Batch, shared: &Shared) -> bool {
         let mut failed = false;
         loop {
+            #[cfg(test)]
+            drop(shared.disk.lock());
             let written = self.write(batch);
             shared.count_syncs(&std::mem::take(&mut self.syncs));
             match written {
                 Ok(()) => {
                     if failed {
                         tracing::info!("the audit trail can be written again");
+                        self.look_for_place(shared);
                     }
                     shared.set_healthy(true);
                     return true;
                 }
                 Err(error) => {
                     shared.count_error();
+                    self.look_for_place(shared);
                     if !failed {
                         tracing::error!(%error, "the audit trail cannot be written; nothing is sent meanwhile");
                     }
@@ -289,140 +487,123 @@ impl Writer {
         }
     }
 
-    /// Writes linked records; with `disk` they are on the disk then.
+    /// Writes linked records. When it succeeds they can be read by the segment's name; with `disk` they are on the disk.
     fn write(&mut self, batch: &Batch) -> io::Result<()> {
-        if let Some(segment) = &self.segment
-            && !segment.is_whole()?
-        {
-            self.mishap = Some(Mishap::Lost);
-            self.segment = None;
+        if self.try_write(batch)? {
+            return Ok(());
         }
-        match &mut self.segment {
-            Some(segment) if segment.length < self.segment_size => self.append_to_segment(batch.text()),
-            Some(_) => match self.begin_segment(batch) {
-                // For a new one there is no space; here some is reserved.
-                Err(error) if is_full(&error) => self.append_to_segment(batch.text()),
-                begun => begun,
-            },
-            None => self.begin_segment(batch),
+        self.rescue(batch.text())?;
+        if self.try_write(batch)? {
+            Ok(())
+        } else {
+            Err(io::Error::other("the open segment was moved again"))
         }
     }
 
-    fn append_to_segment(&mut self, text: &[u8]) -> io::Result<()> {
-        let Some(segment) = &mut self.segment else { return Ok(()) };
-        append(&segment.file, text, segment.length)?;
+    /// Writes once; false if the segment is not in its place then.
+    fn try_write(&mut self, batch: &Batch) -> io::Result<bool> {
+        match &mut self.segment {
+            Some(segment) if segment.length < self.segment_size => self.append_to_segment(batch.text()),
+            // It can be put back for as long as it is open.
+            Some(segment) if !segment.is_in_place() => Ok(false),
+            Some(_) => match self.begin_segment(batch) {
+                // For a new one there is no space; here some is reserved.
+                Err(error) if is_full(&error) => self.append_to_segment(batch.text()),
+                begun => begun.map(|()| true),
+            },
+            None => self.begin_segment(batch).map(|()| true),
+        }
+    }
+
+    fn append_to_segment(&mut self, text: &[u8]) -> io::Result<bool> {
+        let Some(segment) = &mut self.segment else { return Ok(false) };
+        segment.append(text)?;
         if self.durability == Durability::Disk
             && let Err(error) = self.syncs.sync(&segment.file)
         {
             self.disproven = self.segment.take();
             return Err(error);
         }
-        segment.length += text.len() as u64;
-        Ok(())
+        let is_in_place = segment.is_in_place();
+        if is_in_place {
+            segment.commit();
+        }
+        Ok(is_in_place)
     }
 
     /// Begins a segment with these records.
     fn begin_segment(&mut self, batch: &Batch) -> io::Result<()> {
-        let text = batch.text();
-        let path = free_place(&self.directory, batch.first(), &self.lock)?;
-        let file = match self.durability {
-            Durability::Kernel => begin(&path, text)?,
-            Durability::Disk => self.syncs.begin(&path, text)?,
-        };
-        self.release();
-        self.segment = Some(Segment::new(file, text.len() as u64));
+        let segment = self.make_segment(batch.first(), batch.text())?;
+        if let Some(full) = self.segment.replace(segment) {
+            full.release();
+            self.closed.insert(full.name(), full.identity());
+        }
         self.looked = None;
-        if let Some(disproven) = self.disproven.take() {
-            self.mishap = Some(Mishap::Disproven);
+        if let Some(mut disproven) = self.disproven.take() {
+            self.mishaps.push(Mishap::Disproven);
             // If this fails, readers see two copies of the batch and take the new segment's.
-            let _ = disproven.file.set_len(disproven.length);
-        }
-        Ok(())
-    }
-}
-
-impl Mishap {
-    /// The event's name, and what it says.
-    fn event(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Lost => ("gap", "a segment was deleted or cut while it was written"),
-            Self::Disproven => ("recovery", "an fdatasync failed; its records were written again"),
-        }
-    }
-}
-
-impl Segment {
-    /// A file that is good up to here.
-    pub(super) fn new(file: File, length: u64) -> Self {
-        Self { file, length, allocated: length }
-    }
-
-    /// Makes sure that so many bytes more fit. A file system that reserves nothing has room until it has none.
-    fn reserve(&mut self, bytes: u64) -> io::Result<()> {
-        let needed = self.length + bytes;
-        if needed <= self.allocated {
-            return Ok(());
-        }
-        let more = needed + AHEAD - self.length;
-        match fallocate(&self.file, FallocateFlags::KEEP_SIZE, self.length, more) {
-            Ok(()) => self.allocated = needed + AHEAD,
-            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => self.allocated = u64::MAX,
-            Err(error) => return Err(error.into()),
+            let _ = disproven.cut_back();
+            self.closed.insert(disproven.name(), disproven.identity());
         }
         Ok(())
     }
 
-    /// Whether it still has its name and all that was written. What goes into a deleted file is lost in silence.
-    fn is_whole(&self) -> io::Result<bool> {
-        let found = self.file.metadata()?;
-        Ok(found.nlink() > 0 && found.len() >= self.length)
-    }
-}
-
-/// Writes behind what is good; on failure nothing new is left there.
-fn append(file: &File, text: &[u8], length: u64) -> io::Result<()> {
-    if let Err(error) = file.write_all_at(text, length) {
-        file.set_len(length)?;
-        return Err(error);
-    }
-    Ok(())
-}
-
-/// The path of a new segment, which is named after the first record in it.
-fn free_place(directory: &Path, first: u64, lock: &File) -> io::Result<PathBuf> {
-    let identity = |found: fs::Metadata| (found.dev(), found.ino());
-    if identity(fs::metadata(directory.join("lock"))?) != identity(lock.metadata()?) {
-        return Err(io::Error::other("the directory was replaced; the gateway must be restarted"));
-    }
-    let path = segment_path(directory, first);
-    match fs::metadata(&path) {
-        Ok(found) if found.len() > 0 => {
-            Err(io::Error::new(io::ErrorKind::AlreadyExists, "the next segment is there already"))
+    /// Makes the segment that begins with this record; if that fails, nothing of it is left. What somebody else put in
+    /// its place is kept under another name.
+    fn make_segment(&mut self, first: u64, text: &[u8]) -> io::Result<Segment> {
+        let file = segment_name(first);
+        self.directory.check()?;
+        if let Some(aside) = self.directory.put_aside(&file)? {
+            let (what, aside) = ("a file stood in the place of a new segment", Some(aside));
+            let lost = Lost { file: file.clone(), what, is_restored: true, aside, found_as: None };
+            self.mishaps.push(Mishap::Lost(lost));
         }
-        _ => Ok(path),
+        let made = match self.durability {
+            Durability::Kernel => begin(&self.directory, &file, text)?,
+            Durability::Disk => self.syncs.begin(&self.directory, &file, text)?,
+        };
+        let segment = Segment::new(&self.directory, first, made, text.len() as u64)?;
+        if segment.is_in_place() && self.directory.check().is_ok() {
+            return Ok(segment);
+        }
+        let _ = self.directory.remove_if(&file, &segment.file);
+        Err(io::Error::other("a new segment was moved or replaced at once"))
     }
 }
 
-/// Begins a segment; if that fails, nothing of it is left. One that is there already, empty, stays.
-fn begin(path: &Path, text: &[u8]) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.write(true).mode(0o600);
-    let (file, is_new) = match options.clone().create_new(true).open(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (options.open(path)?, false),
-        made => (made?, true),
-    };
-    let written = append(&file, text, 0);
-    if written.is_err() && is_new {
-        fs::remove_file(path)?;
+impl Lost {
+    /// The value of the event's member, and of the metric's label.
+    fn result(&self) -> &'static str {
+        if self.is_restored { "restored" } else { "lost" }
     }
-    written.map(|()| file)
+
+    /// What the event says.
+    fn details(&self) -> Value {
+        let mut details = Map::new();
+        details.insert("what".into(), json!(self.what));
+        details.insert("file".into(), json!(self.file));
+        details.insert("result".into(), json!(self.result()));
+        for (name, value) in [("aside", &self.aside), ("found_as", &self.found_as)] {
+            if let Some(value) = value {
+                details.insert(name.into(), json!(value));
+            }
+        }
+        Value::Object(details)
+    }
+}
+
+/// Makes a segment; if that fails, nothing of it is left.
+fn begin(directory: &Directory, name: &str, text: &[u8]) -> io::Result<File> {
+    let file = directory.create(name)?;
+    match file.write_all_at(text, 0) {
+        Ok(()) => Ok(file),
+        Err(error) => {
+            directory.remove_if(name, &file)?;
+            Err(error)
+        }
+    }
 }
 
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-}
-
-/// Bytes that this process may still write.
-fn free_space(directory: &Path) -> u64 {
-    rustix::fs::statvfs(directory).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
 }

@@ -1,4 +1,4 @@
-//! `audit verify | in-doubt | unresolved | head | accept-clock`.
+//! `audit init | verify | in-doubt | unresolved | head | accept-clock`.
 
 use std::{
     path::{Path, PathBuf},
@@ -7,8 +7,8 @@ use std::{
 
 use ccsqm_gateway::audit::{
     StartError, accept_clock,
-    chain::{KeyError, Keys, hex, key_path},
-    is_live,
+    chain::{KeyError, Keys, hex},
+    init, is_live,
     recovery::{Found, read},
     unresolved::UnresolvedCall,
 };
@@ -16,7 +16,7 @@ use serde_json::json;
 
 use super::BAD_CONFIGURATION;
 
-/// Verify and read an audit trail. All work beside a running gateway, but for those that say otherwise.
+/// Make, verify and read an audit trail. All work beside a running gateway, but for those that say otherwise.
 #[derive(clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -25,7 +25,9 @@ pub(super) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// Recompute every hash; exits with 1 and names the first bad line when one does not fit.
+    /// Make the directory of a new trail and its key, once; what is there stays.
+    Init(Place),
+    /// Recompute every hash; exits with 1 and names each line that does not fit, and what is missing.
     Verify(Trail),
     /// List intents without an outcome: of a stopped trail those that a crash left open, of a live one those at work.
     /// Exits with 1 when there are some. Those of unknown outcome are listed by `unresolved`.
@@ -38,13 +40,20 @@ enum Command {
     AcceptClock(Trail),
 }
 
+/// Where a trail is.
 #[derive(clap::Args)]
-struct Trail {
+struct Place {
     /// The audit directory.
     directory: PathBuf,
     /// The chain's key; default: `audit.key` in the directory.
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct Trail {
+    #[command(flatten)]
+    place: Place,
     /// For machines.
     #[arg(long)]
     json: bool,
@@ -52,6 +61,7 @@ struct Trail {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let good = match &args.command {
+        Command::Init(place) => make(place),
         Command::Verify(trail) => trail.read().map(|found| verify(trail, &found)),
         Command::InDoubt(trail) => trail.read().map(|found| in_doubt(trail, &found)),
         Command::Unresolved(trail) => trail.read().map(|found| unresolved(trail, &found)),
@@ -68,31 +78,64 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     })
 }
 
+fn make(Place { directory, key_file }: &Place) -> anyhow::Result<bool> {
+    let is_new = init::init(directory, key_file.as_deref())?;
+    let what = if is_new { "is ready for a new trail" } else { "was ready before; nothing was changed" };
+    println!("{} {what}", directory.display());
+    Ok(true)
+}
+
 impl Trail {
     fn keys(&self) -> Result<Keys, KeyError> {
-        Keys::load(&self.key_file.clone().unwrap_or_else(|| key_path(&self.directory)))
+        let Place { directory, key_file } = &self.place;
+        match key_file {
+            Some(path) => Keys::load(path),
+            None => Keys::load_own(directory),
+        }
     }
 
     fn read(&self) -> anyhow::Result<Found> {
-        let directory = self.directory.display();
-        read(&self.directory, &self.keys()?).map_err(|error| anyhow::anyhow!("{directory}: {error}"))
+        let directory = self.place.directory.display();
+        read(&self.place.directory, &self.keys()?).map_err(|error| anyhow::anyhow!("{directory}: {error}"))
     }
 }
 
 fn verify(trail: &Trail, found: &Found) -> bool {
     // A live trail may end in the middle of a write.
-    let torn = found.torn.as_ref().filter(|_| !is_live(&trail.directory));
-    let whole = found.faults.is_empty() && torn.is_none();
+    let torn = found.torn.as_ref().filter(|_| !is_live(&trail.place.directory));
+    let is_empty = found.seq == 0;
+    let faults: Vec<_> = found.faults.iter().chain(&found.recorded).collect();
+    let whole = faults.is_empty() && found.damage.is_empty() && torn.is_none() && !is_empty;
     if trail.json {
         let torn = torn.map(|(file, offset, _)| json!({ "file": file, "offset": offset }));
-        println!("{}", json!({ "whole": whole, "records": found.seq, "faults": found.faults, "torn": torn }));
+        let (records, missing) = (found.seq, &found.damage);
+        println!(
+            "{}",
+            json!({ "whole": whole, "records": records, "faults": faults, "missing": missing, "torn": torn })
+        );
         return whole;
     }
-    for fault in &found.faults {
+    for fault in faults {
         println!("{}:{}: record {}: {}", fault.file.display(), fault.line, fault.seq, fault.reason);
+    }
+    let directory = &trail.place.directory;
+    for damage in &found.damage {
+        println!("{}: {}", name(&directory.join(&damage.file)), damage.reason);
+    }
+    if found.is_lock_unreadable {
+        println!(
+            "{}: cannot be read, so that a missing end would not be noticed",
+            name(&directory.join("lock"))
+        );
     }
     if let Some((file, offset, _)) = torn {
         println!("{}: byte {offset}: the last line is torn; the next start cuts it off", name(file));
+    }
+    if is_empty && found.damage.is_empty() {
+        println!(
+            "{}: there are no records; either none was written yet, or all were removed",
+            name(directory)
+        );
     }
     if whole {
         println!("whole: {} records, head {}", found.seq, hex(&found.hash));
@@ -104,7 +147,16 @@ fn name(path: &Path) -> String {
     path.display().to_string()
 }
 
+/// Says what is missing to who asked for something else.
+fn warn(trail: &Trail, found: &Found) {
+    for damage in &found.damage {
+        let file = trail.place.directory.join(&damage.file);
+        eprintln!("ccsqm-gateway: {}: {}", name(&file), damage.reason);
+    }
+}
+
 fn in_doubt(trail: &Trail, found: &Found) -> bool {
+    warn(trail, found);
     let open: Vec<_> = found.unresolved.at_work().collect();
     list(trail, &open);
     if !trail.json {
@@ -118,12 +170,13 @@ fn in_doubt(trail: &Trail, found: &Found) -> bool {
 }
 
 fn unresolved(trail: &Trail, found: &Found) -> bool {
+    warn(trail, found);
     let unknown: Vec<_> = found.unresolved.unknown().collect();
     list(trail, &unknown);
     if !trail.json {
         println!("{} unresolved", unknown.len());
         let open = found.unresolved.at_work().count();
-        if open > 0 && !is_live(&trail.directory) {
+        if open > 0 && !is_live(&trail.place.directory) {
             println!("{open} more without an outcome: the next start makes them unknown");
         }
     }
@@ -144,6 +197,7 @@ fn list(trail: &Trail, calls: &[&UnresolvedCall]) {
 }
 
 fn head(trail: &Trail, found: &Found) -> bool {
+    warn(trail, found);
     let hash = hex(&found.hash);
     if trail.json {
         println!("{}", json!({ "seq": found.seq, "hash": hash }));
@@ -154,7 +208,7 @@ fn head(trail: &Trail, found: &Found) -> bool {
 }
 
 fn believe_clock(trail: &Trail) -> anyhow::Result<bool> {
-    match accept_clock(&trail.directory, trail.keys()?) {
+    match accept_clock(&trail.place.directory, trail.keys()?) {
         Ok(seq) if trail.json => println!("{}", json!({ "accepted": true, "seq": seq })),
         Ok(seq) => println!("accepted: the next start believes the wall clock (record {seq})"),
         Err(StartError::Locked(directory)) => {

@@ -26,7 +26,7 @@ pub(super) fn run(configured: &Configured) -> anyhow::Result<ExitCode> {
     no_core_dumps();
     allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = match App::build(config) {
-        Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..))) => {
+        Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..) | StartError::Absent(_))) => {
             eprintln!("ccsqm-gateway: {error}");
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }

@@ -101,6 +101,7 @@ impl Config {
             "quota": { "rate": rate(quota), "burst": quota.burst },
             "audit": {
                 "directory": whole_path(&audit.directory),
+                "must_exist": audit.must_exist,
                 "durability": audit.durability.as_str(),
                 "segment_size": size(audit.segment_size),
                 "retain": audit.retain.map_or("forever".to_owned(), duration),

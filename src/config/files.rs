@@ -11,7 +11,10 @@ use rustix::fs::{Access, access};
 
 use super::{ContractSource, Route, SecretSource};
 use crate::{
-    audit::chain::{Keys, key_path},
+    audit::{
+        chain::{Keys, key_path},
+        init,
+    },
     connect,
     contract::Contract,
     secret::Secret,
@@ -80,16 +83,21 @@ pub(super) fn audit_names(route: &Route) -> Vec<String> {
     contract.map(|contract| contract.audit_names().map(str::to_owned).collect()).unwrap_or_default()
 }
 
-/// The audit directory: usable, or such that it can be made. `own_key`: the chain's key lies in it.
-pub(super) fn audit_directory(path: &Path, own_key: bool) -> Result<(), String> {
+/// The audit directory: usable, or such that it can be made. Without a key file the chain's key lies in it.
+pub(super) fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Result<(), String> {
     let shown = path.display();
+    init::check(path, key_file, must_exist).map_err(|error| error.to_string())?;
     match fs::metadata(path) {
         Ok(meta) if !meta.is_dir() => Err(format!("{shown} is not a directory")),
         Ok(_) => {
             let writable = access(path, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK);
             writable.map_err(|error| format!("{shown} cannot be used: {}", io::Error::from(error)))?;
             let key = key_path(path);
-            if own_key && key.exists() { audit_key(&key) } else { Ok(()) }
+            if key_file.is_some() || key.symlink_metadata().is_err() {
+                return Ok(());
+            }
+            regular(&key)?;
+            Keys::load_own(path).map(drop).map_err(|error| error.to_string())
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => can_be_made(path),
         Err(error) => Err(format!("{shown}: {error}")),

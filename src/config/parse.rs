@@ -612,6 +612,7 @@ fn read_limit(
 fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     let mut table = root.section(context, "audit");
     let named = table.path(context, "directory");
+    let must_exist = table.boolean(context, "must_exist");
     let durability = table.parsed(context, "durability", Durability::default(), |text| {
         let named = Durability::ALL.into_iter().find(|durability| durability.as_str() == text);
         named.ok_or_else(|| "must be \"kernel\" or \"disk\"".into())
@@ -628,14 +629,15 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
         table.path(context, "key_file").and_then(|found| good_file(context, found, files::audit_key));
     let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
     let fields = read_fields(context, &mut table);
-    let own_key = key_file.is_none() && !context.is_doubtful("audit.key_file");
+    let is_elsewhere = context.is_doubtful("audit.key_file").then_some(Path::new("FILE"));
     if !context.is_doubtful("audit.directory")
-        && let Err(reason) = files::audit_directory(&directory, own_key)
+        && let Err(reason) =
+            files::audit_directory(&directory, key_file.as_deref().or(is_elsewhere), must_exist)
     {
         context.problem_at("audit.directory", reason);
     }
     table.close(context);
-    Audit { directory, durability, segment_size, retain, key_file, fields }
+    Audit { directory, must_exist, durability, segment_size, retain, key_file, fields }
 }
 
 fn read_fields(context: &mut Context<'_>, table: &mut Table) -> Vec<(String, Shown)> {

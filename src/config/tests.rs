@@ -24,6 +24,7 @@ fn placed(text: &str) -> (TempDir, String) {
         fs::write(folder.path().join(name), root.signing_key.serialize_pem()).unwrap();
     }
     fs::write(folder.path().join("crl.pem"), revocation_list()).unwrap();
+    fs::create_dir(folder.path().join("audit")).unwrap(); // it must exist
     let contracts = concat!("\"", env!("CARGO_MANIFEST_DIR"), "/config/contracts/");
     let text = text
         .replace("/run/secrets/ccsqm/", "")
@@ -120,6 +121,7 @@ fn the_reference_file_shows_the_defaults() {
         "/upstream/client_key_file",
         "/upstream/proxy",
         "/audit/key_file",
+        "/audit/must_exist",
         "/listeners/1",
         "/routes/1",
         "/callers/0/require_header",
@@ -133,6 +135,7 @@ fn the_reference_file_shows_the_defaults() {
         ("upstream", "client_key_file"),
         ("upstream", "proxy"),
         ("audit", "key_file"),
+        ("audit", "must_exist"),
     ] {
         reference[section].as_object_mut().unwrap().remove(key);
         least[section].as_object_mut().unwrap().remove(key);

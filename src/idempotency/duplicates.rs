@@ -251,8 +251,7 @@ impl DuplicateDetector {
     /// The caller was told of an undelivered success. Returns that call, if there is one.
     pub(super) fn delivered(&mut self, mark: Mark, id: Uuid, now: u32) -> Option<Duplicate> {
         let is_it = |known: &Known| {
-            let undelivered =
-                matches!(known.state, State::Doubt(Doubt { kind: DoubtKind::Undelivered, .. }));
+            let undelivered = matches!(known.state, State::Doubt(Doubt { kind: DoubtKind::Undelivered, .. }));
             known.call.id == id && undelivered
         };
         self.calls.get(&mark)?.iter().find(|known| is_it(known))?;

@@ -47,6 +47,9 @@ fn shipped(name: &str) -> (TempDir, String) {
     }
     fs::write(folder.path().join("crl.pem"), crate::callers::empty_list()).unwrap();
     let text = fs::read_to_string(format!("{root}/config/{name}")).unwrap();
+    if text.contains("must_exist = true") {
+        fs::create_dir(folder.path().join("audit")).unwrap();
+    }
     let text =
         text.replace("/run/secrets/ccsqm/", "").replace("/etc/ssl/certs/ca-certificates.crt", "ca.pem");
     let text = text.replace("/etc/ccsqm-gateway/tls/", "");

@@ -6,6 +6,8 @@
  *   fail        while this file exists, every call fails
  *   fail-once   the next call fails, and removes the file
  *   fail-name   so does the next call for a directory
+ *   fail-cuts   while this file exists, no file is cut
+ *   hang-writes while this file exists, no write returns
  *   fail-writes holds the number of the error with which writing, cutting and opening for that fail in a folder `audit`
  *   log         a line when a call begins, and one when it ends: nanoseconds, what, call, path
  *   platter/    what a power cut leaves: the bytes of each file at its last good call, by inode; `names`: those
@@ -190,12 +192,17 @@ int open64(const char *path, int flags, ...) {
 int ftruncate64(int fd, off64_t length) {
   static int (*real)(int, off64_t);
   if (!real) real = (int (*)(int, off64_t))dlsym(RTLD_NEXT, "ftruncate64");
+  if (access(place("fail-cuts"), F_OK) == 0) {
+    errno = EIO;
+    return -1;
+  }
   return refuses_writes() ? -1 : real(fd, length);
 }
 
 ssize_t pwrite64(int fd, const void *bytes, size_t length, off64_t offset) {
   static ssize_t (*real)(int, const void *, size_t, off64_t);
   if (!real) real = (ssize_t (*)(int, const void *, size_t, off64_t))dlsym(RTLD_NEXT, "pwrite64");
+  while (access(place("hang-writes"), F_OK) == 0) usleep(1000);
   if (refuses_writes()) return -1;
   ssize_t done = real(fd, bytes, length, offset);
   struct stat file;

@@ -298,6 +298,47 @@ fn an_fdatasync_that_hangs_refuses_new_requests_in_time_though_their_intents_are
 }
 
 #[test]
+fn a_stuck_disk_refuses_new_requests_in_time_and_holds_no_worker() {
+    let (sandbox, disk) = (sandbox(), Disk::new());
+    let gateway = start_with(&sandbox, disk.setup("kernel"));
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    gateway.records("outcome", 1);
+    disk.ask("hang-writes");
+    let begun = Instant::now();
+    assert_refused(&gateway, &sandbox);
+    let waited = begun.elapsed();
+    assert!((Duration::from_millis(250)..Duration::from_secs(1)).contains(&waited), "{waited:?}");
+    let begun = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(gateway.send(&head(0, "").replace(PATH, "/nowhere"), "").code(), "route_unknown");
+    }
+    assert_eq!(gateway.admin("/livez").status, 200);
+    assert_eq!(metric(&gateway, "audit_late_intents_total"), 1.0);
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    disk.no_more("hang-writes");
+    assert_resumed(&gateway, &sandbox);
+}
+
+#[test]
+fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
+    let (sandbox, disk) = (sandbox(), Disk::new());
+    let gateway = start_with(&sandbox, disk.setup("disk"));
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    gateway.records("outcome", 1);
+    let audit = gateway.audit_directory();
+    let length = fs::metadata(&segments(&audit)[0]).unwrap().len();
+    disk.ask("fail-cuts");
+    disk.ask("fail-once");
+    gateway.call();
+    wait_for("a new segment", || (segments(&audit).len() == 2).then_some(()));
+    disk.no_more("fail-cuts");
+    wait_for("service", || (gateway.call().outcome() == "succeeded").then_some(()));
+    assert!(fs::metadata(&segments(&audit)[0]).unwrap().len() > length, "the batch stands in both");
+    let (whole, said) = verify(&audit);
+    assert!(whole, "and is read once: {said}");
+}
+
+#[test]
 fn after_a_failed_fdatasync_its_records_are_written_again_to_a_new_segment() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let gateway = start_with(&sandbox, disk.setup("disk"));

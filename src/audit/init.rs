@@ -1,0 +1,92 @@
+//! The directory before there is a trail in it: what a start must find, and `audit init`, which makes it once.
+//!
+//! A directory that is made when it is missing hides that one was lost: a volume that is not mounted, a path that was
+//! changed. Keys of the window are forgotten then, and sent again. With `must_exist` such a start is refused.
+
+use std::{
+    fs::{self, Metadata},
+    io,
+    path::{Path, PathBuf},
+};
+
+use thiserror::Error;
+
+use super::{
+    Durability, StartError,
+    chain::{Keys, key_path, segments},
+    directory::Directory,
+    lock, lock_file,
+    sync::make_directory,
+};
+
+/// What a start lacks.
+#[derive(Debug, Error)]
+pub enum Absent {
+    /// The directory, which must exist.
+    #[error(
+        "{0} is missing, and must_exist is set: mount or restore it; for a new trail, `ccsqm-gateway audit init {1}` makes it once"
+    )]
+    Directory(PathBuf, String),
+    /// The key, which must exist.
+    #[error(
+        "{0} is missing, and must_exist is set: restore it; for a new trail, `ccsqm-gateway audit init {1}` makes it once"
+    )]
+    Key(PathBuf, String),
+    /// The key of segments that are there.
+    #[error(
+        "{0} is missing, and there are segments that were written with it: restore it; without it no record can be \
+         verified, and every Idempotency-Key is a new one"
+    )]
+    KeyOfSegments(PathBuf),
+}
+
+/// Looks whether a start would find what it needs. `key_file` is the key of the configuration, `None` the one in the
+/// directory. Makes nothing. What cannot be looked at is told by who uses it.
+pub fn check(directory: &Path, key_file: Option<&Path>, must_exist: bool) -> Result<(), Absent> {
+    let arguments = || match key_file {
+        Some(key) => format!("{} --key-file {}", directory.display(), key.display()),
+        None => directory.display().to_string(),
+    };
+    // It may be a symbolic link, even one that leads nowhere.
+    if is_absent(&fs::metadata(directory)) {
+        return if must_exist { Err(Absent::Directory(directory.into(), arguments())) } else { Ok(()) };
+    }
+    let key = key_path(directory);
+    if key_file.is_some() || !is_absent(&fs::symlink_metadata(&key)) {
+        return Ok(());
+    }
+    if segments(directory).is_ok_and(|segments| !segments.is_empty()) {
+        return Err(Absent::KeyOfSegments(key));
+    }
+    if must_exist { Err(Absent::Key(key, arguments())) } else { Ok(()) }
+}
+
+fn is_absent(found: &io::Result<Metadata>) -> bool {
+    found.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+}
+
+/// Makes a directory for a new trail, mode 0700, and its key, mode 0600; both are on the disk then. Returns false, and
+/// changes nothing, if both are there. With a key file of its own no key is made. A directory that holds segments
+/// without their key is refused.
+pub fn init(directory: &Path, key_file: Option<&Path>) -> Result<bool, StartError> {
+    check(directory, key_file, false)?;
+    let is_there = check(directory, key_file, true).is_ok();
+    if let Some(key) = key_file {
+        Keys::load(key)?;
+    } else if is_there {
+        Keys::load_own(directory)?;
+    }
+    if is_there {
+        return Ok(false);
+    }
+    let fail = |error| StartError::Directory(directory.into(), error);
+    make_directory(directory, Durability::Disk).map_err(fail)?;
+    let directory = Directory::open(directory).map_err(fail)?;
+    lock(&directory)?;
+    if key_file.is_none() {
+        Keys::load_or_make(&directory)?;
+    }
+    lock_file(&directory)?;
+    directory.sync().map_err(fail)?;
+    Ok(true)
+}

@@ -1,0 +1,465 @@
+//! Files that are not where they were: segments, the lock file, the directory.
+
+use std::{io::Write, os::unix::fs::symlink};
+
+use super::{
+    lock::{Stated, Statement},
+    recovery::Lacking,
+    *,
+};
+
+/// The only segment of a short trail.
+fn segment(directory: &Path) -> PathBuf {
+    chain::segment_path(directory, 1)
+}
+
+fn append(path: &Path, bytes: &[u8]) {
+    OpenOptions::new().append(true).open(path).unwrap().write_all(bytes).unwrap();
+}
+
+fn cut(path: &Path, length: u64) {
+    OpenOptions::new().write(true).open(path).unwrap().set_len(length).unwrap();
+}
+
+fn length(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().len()
+}
+
+/// The files that are no segments, key or lock.
+fn others(directory: &Path) -> Vec<PathBuf> {
+    let mut others: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let is_usual = |path: &PathBuf| path.extension().is_some_and(|it| it == "jsonl" || it == "key");
+    others.retain(|path| !is_usual(path) && !path.ends_with(lock::NAME));
+    others
+}
+
+fn gaps(directory: &Path) -> Vec<Value> {
+    trail(directory).into_iter().filter(|record| record["event"] == "gap").collect()
+}
+
+/// Restored, and lost.
+fn files_lost(audit: &Audit) -> [u64; 2] {
+    audit.shared().metrics.files_lost.each_ref().map(|counter| counter.get())
+}
+
+/// Waits until the trail has so many records of losses.
+fn wait_for_gaps(directory: &Path, count: usize) -> Vec<Value> {
+    wait_for(|| Some(gaps(directory)).filter(|gaps| gaps.len() == count))
+}
+
+type Damage = fn(&Path);
+
+/// Ways to take the open segment's name from it, and whether something stands there then.
+const LOSSES: [(&str, bool, Damage); 7] = [
+    ("renamed", false, |path| fs::rename(path, path.with_extension("jsonl.1")).unwrap()),
+    ("deleted", false, |path| fs::remove_file(path).unwrap()),
+    ("linked and deleted", false, |path| {
+        fs::hard_link(path, path.with_extension("link")).unwrap();
+        fs::remove_file(path).unwrap();
+    }),
+    ("replaced by a copy", true, |path| {
+        fs::copy(path, path.with_extension("copy")).unwrap();
+        fs::rename(path.with_extension("copy"), path).unwrap();
+    }),
+    ("replaced by a link to itself", true, |path| {
+        fs::rename(path, path.with_extension("moved")).unwrap();
+        symlink(path.with_extension("moved"), path).unwrap();
+    }),
+    ("replaced by a directory", true, |path| {
+        fs::remove_file(path).unwrap();
+        fs::create_dir(path).unwrap();
+    }),
+    ("written to", true, |path| append(path, b"a line of somebody else\n")),
+];
+
+#[tokio::test]
+async fn an_open_segment_that_loses_its_name_is_copied_back_whole() {
+    for durability in Durability::ALL {
+        for (how, is_aside, damage) in LOSSES {
+            let folder = TempDir::new().unwrap();
+            let audit = start(&Options { durability, ..Options::small(folder.path()) });
+            let in_flight = intended(&audit).await.take();
+            damage(&segment(folder.path()));
+            in_flight.finish(&answer());
+            intended(&audit).await.take().finish(&answer());
+            let gaps = wait_for_gaps(folder.path(), 1);
+            assert_eq!((&gaps[0]["result"], files_lost(&audit)), (&json!("restored"), [1, 0]), "{how}");
+            assert_eq!(gaps[0]["file"], "audit-00000000000000000001.jsonl");
+            let aside =
+                others(folder.path()).into_iter().filter(|path| path.to_str().unwrap().contains("foreign"));
+            assert_eq!(
+                (aside.count() == 1, !gaps[0]["aside"].is_null()),
+                (is_aside, is_aside),
+                "{how}: {gaps:?}"
+            );
+            audit.close();
+            assert_whole(folder.path());
+            assert_eq!(segments(folder.path()).unwrap(), [segment(folder.path())], "{how}");
+            let kinds = trail(folder.path());
+            let count = |kind: &str| kinds.iter().filter(|record| record["kind"] == kind).count();
+            assert_eq!((count("intent"), count("outcome")), (2, 2), "{how}: no record is lost");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_start_resumes_a_segment_that_was_copied_back() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options::small(folder.path()));
+    fs::remove_file(segment(folder.path())).unwrap();
+    intended(&audit).await.take().finish(&answer());
+    audit.close();
+    let audit = start(&Options::small(folder.path()));
+    assert!(audit.damage().is_empty());
+    audit.close();
+    assert_whole(folder.path());
+    assert_eq!(segments(folder.path()).unwrap().len(), 1);
+}
+
+/// Nothing is written meanwhile.
+#[tokio::test]
+async fn at_rest_a_lost_segment_is_noticed_within_a_second() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options::small(folder.path()));
+    intended(&audit).await.take().finish(&answer());
+    wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
+    let begun = Instant::now();
+    fs::rename(segment(folder.path()), folder.path().join("audit.1")).unwrap();
+    wait_for(|| segment(folder.path()).exists().then_some(()));
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    wait_for_gaps(folder.path(), 1);
+    audit.close();
+    assert_whole(folder.path());
+}
+
+#[tokio::test]
+async fn an_open_segment_that_was_cut_is_a_loss_and_a_new_one_is_begun() {
+    // To nothing; by a byte, which the next record makes up for; by a line. At rest, and when the next record is written.
+    for (how, is_at_rest) in [(0, false), (1, false), (2, false), (0, true), (1, true), (2, true)] {
+        let folder = TempDir::new().unwrap();
+        let audit = start(&Options::small(folder.path()));
+        intended(&audit).await.take().finish(&answer());
+        wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
+        let path = segment(folder.path());
+        let text = fs::read(&path).unwrap();
+        let left = [0, text.len() - 1, text.len() - lines_of(&text).pop().unwrap().len()][how];
+        cut(&path, left as u64);
+        if !is_at_rest {
+            intended(&audit).await.take().finish(&answer());
+        }
+        let next = chain::segment_path(folder.path(), 4);
+        let text_of = || fs::read_to_string(&next).unwrap_or_default();
+        wait_for(|| text_of().contains(r#""result":"lost""#).then_some(()));
+        assert!(text_of().contains("the open segment was cut shorter"), "{}", text_of());
+        assert_eq!(files_lost(&audit), [0, 1]);
+        audit.close();
+        assert_eq!(fs::read(&path).unwrap(), text[..left], "what is left stays, and nothing is added to it");
+        assert!(!verify(folder.path()).faults.is_empty(), "{how}: no verification passes over it");
+    }
+}
+
+#[tokio::test]
+async fn a_lost_closed_segment_is_recorded_once() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
+    for _ in 0..4 {
+        intended(&audit).await.take().finish(&answer());
+    }
+    wait_for(|| (trail(folder.path()).len() == 9).then_some(()));
+    let all = segments(folder.path()).unwrap();
+    fs::rename(&all[0], folder.path().join("moved")).unwrap();
+    fs::remove_file(&all[1]).unwrap();
+    fs::copy(&all[2], folder.path().join("copy")).unwrap();
+    fs::rename(folder.path().join("copy"), &all[2]).unwrap();
+    let gaps = wait_for_gaps(folder.path(), 3);
+    let of = |path: &PathBuf| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        gaps.iter().find(|gap| gap["file"] == name).unwrap()
+    };
+    assert_eq!(of(&all[0])["found_as"], "moved");
+    assert_eq!(of(&all[1])["what"], "a closed segment was moved or deleted");
+    assert_eq!(of(&all[2])["what"], "another file took the place of a closed segment");
+    assert_eq!(files_lost(&audit), [0, 3]);
+    // Each second it is looked again; the control is one that is lost later.
+    fs::remove_file(&all[3]).unwrap();
+    wait_for_gaps(folder.path(), 4);
+    audit.close();
+    assert!(!verify(folder.path()).faults.is_empty());
+}
+
+/// One that was begun after the start counts, too, from the moment that it is full.
+#[tokio::test]
+async fn what_retention_removes_is_no_loss() {
+    let folder = TempDir::new().unwrap();
+    let audit =
+        start(&Options { segment_size: 1, retain: Some(Duration::ZERO), ..Options::small(folder.path()) });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while audit.shared().metrics.removed.get() < 2 {
+        assert!(Instant::now() < deadline, "nothing was removed");
+        intended(&audit).await.take().finish(&answer());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let newest = segments(folder.path()).unwrap().len();
+    fs::remove_file(&segments(folder.path()).unwrap()[newest - 2]).unwrap();
+    wait_for(|| (files_lost(&audit) == [0, 1]).then_some(())); // the control: and no other is
+    audit.close();
+}
+
+#[tokio::test]
+async fn without_directory_or_lock_file_nothing_is_sent_until_they_are_back() {
+    for lost in ["audit", "audit/lock"] {
+        for foreign in ["", "a file", "a directory"] {
+            let folder = TempDir::new().unwrap();
+            let directory = folder.path().join("audit");
+            let options =
+                Options { intent_deadline: Duration::from_millis(50), ..Options::small(&directory) };
+            let audit = start(&options);
+            let in_flight = intended(&audit).await.take();
+            let id = json!({ "id": in_flight.id().to_string() });
+            let (path, away) = (folder.path().join(lost), folder.path().join("away"));
+            fs::rename(&path, &away).unwrap();
+            match foreign {
+                "a file" => fs::write(&path, "").unwrap(),
+                "a directory" => fs::create_dir(&path).unwrap(),
+                _ => {}
+            }
+            wait_for(|| (!audit.healthy()).then_some(()));
+            let mut late = record(&audit);
+            let refused = late.intent(&Permit::default(), (2, &[0; 32]), &|_| ()).await;
+            assert_eq!(refused, Err(Unavailable), "{lost}, {foreign}");
+            assert_eq!(files_lost(&audit), [0, 1]);
+            in_flight.finish(&answer());
+            if foreign == "a directory" {
+                assert_eq!(fs::read_dir(&path).unwrap().count(), 0, "nothing is written there");
+                fs::remove_dir(&path).unwrap();
+            } else if foreign == "a file" {
+                fs::remove_file(&path).unwrap();
+            }
+            fs::rename(&away, &path).unwrap();
+            wait_for(|| audit.healthy().then_some(()));
+            intended(&audit).await.take().finish(&answer());
+            audit.close();
+            assert_whole(&directory);
+            assert_eq!(outcomes_of(&directory, &id)[0]["outcome"], "succeeded");
+            let what: Vec<_> = trail(&directory).iter().map(|record| record["what"].to_string()).collect();
+            assert!(what.iter().any(|what| what.contains("moved, deleted or replaced")), "{what:?}");
+            assert!(what.iter().any(|what| what.contains("in their place again")), "{what:?}");
+        }
+    }
+}
+
+/// A copy is another directory; it may be another gateway's.
+#[tokio::test]
+async fn in_a_directory_that_was_replaced_nothing_is_written() {
+    let folder = TempDir::new().unwrap();
+    let directory = folder.path().join("audit");
+    let deadline = Duration::from_millis(50);
+    let audit = start(&Options { intent_deadline: deadline, segment_size: 1, ..Options::small(&directory) });
+    intended(&audit).await.take().finish(&answer());
+    wait_for(|| (trail(&directory).len() == 3).then_some(()));
+    fs::rename(&directory, folder.path().join("away")).unwrap();
+    fs::create_dir(&directory).unwrap();
+    for entry in fs::read_dir(folder.path().join("away")).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), directory.join(entry.file_name())).unwrap();
+    }
+    let before = trail(&directory).len();
+    let mut late = record(&audit);
+    assert_eq!(late.intent(&Permit::default(), (2, &[0; 32]), &|_| ()).await, Err(Unavailable));
+    wait_for(|| (!audit.healthy()).then_some(()));
+    assert_eq!((trail(&directory).len(), segments(&directory).unwrap().len()), (before, 3));
+    assert!(others(&directory).is_empty(), "{:?}", others(&directory));
+}
+
+#[tokio::test]
+async fn a_file_in_the_place_of_the_next_segment_is_kept_aside() {
+    let make: [Damage; 5] = [
+        |path| fs::write(path, "").unwrap(),
+        |path| fs::write(path, "somebody else's").unwrap(),
+        |path| fs::create_dir(path).unwrap(),
+        |path| symlink("/dev/null", path).unwrap(),
+        |path| {
+            let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+            rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        },
+    ];
+    for durability in Durability::ALL {
+        for make in make {
+            let folder = TempDir::new().unwrap();
+            let audit = start(&Options { durability, segment_size: 1, ..Options::small(folder.path()) });
+            make(&chain::segment_path(folder.path(), 2));
+            intended(&audit).await.take().finish(&answer());
+            let gaps = wait_for_gaps(folder.path(), 1);
+            assert_eq!(gaps[0]["what"], "a file stood in the place of a new segment");
+            audit.close();
+            assert_whole(folder.path());
+            assert_eq!(others(folder.path()).len(), 1);
+        }
+    }
+}
+
+// ---- What the lock file says -----------------------------------------------------------------------------
+
+fn statement(directory: &Path) -> Stated {
+    match lock::read(directory).unwrap() {
+        Statement::Of(stated) => stated,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn the_lock_file_names_the_newest_segment_and_its_last_record() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
+    assert_eq!((statement(folder.path()).newest, statement(folder.path()).is_stopped), (1, false));
+    intended(&audit).await.take().finish(&answer());
+    wait_for(|| (statement(folder.path()).last.seq == 3).then_some(())); // within a second
+    assert_eq!(statement(folder.path()).newest, 3);
+    audit.close();
+    let (found, stated) = (verify(folder.path()), statement(folder.path()));
+    assert_eq!((stated.newest, stated.last.seq, stated.last.hash), (4, found.seq, found.hash));
+    assert!(stated.is_stopped);
+}
+
+#[test]
+fn a_lock_file_that_was_torn_says_nothing() {
+    let folder = TempDir::new().unwrap();
+    start(&Options::small(folder.path())).close();
+    let path = folder.path().join(lock::NAME);
+    let good = fs::read(&path).unwrap();
+    let said = |text: &[u8]| {
+        fs::write(&path, text).unwrap();
+        lock::read(folder.path()).unwrap()
+    };
+    assert!(matches!(said(&good), Statement::Of(_)), "the control");
+    assert_eq!(said(b""), Statement::Nothing);
+    for length in 1..good.len() {
+        assert_eq!(said(&good[..length]), Statement::Unreadable, "{length}");
+        let torn = [&good[..length], &vec![0; good.len() - length]].concat();
+        assert_eq!(said(&torn), Statement::Unreadable, "{length}");
+    }
+    let text = String::from_utf8(good).unwrap();
+    for (old, new) in [
+        ("audit-00000000000000000001", "audit-00000000000000000000"),
+        ("audit-00000000000000000001", "audit-99999999999999999999"),
+        ("audit-00000000000000000001", "../..-00000000000000000001"),
+        ("\"seq\":2", "\"seq\":x"),
+        ("\"stopped\":true", "\"stopped\":\"no\""),
+    ] {
+        assert!(text.contains(old), "{text}");
+        assert_eq!(said(text.replace(old, new).as_bytes()), Statement::Unreadable, "{new}");
+    }
+    fs::write(&path, "{}").unwrap();
+    let audit = start(&Options::small(folder.path()));
+    assert!(audit.damage().is_empty(), "an unreadable one is told, and no damage");
+    audit.close();
+    assert!(
+        trail(folder.path())
+            .iter()
+            .any(|record| record["what"].to_string().contains("lock file cannot be read"))
+    );
+    assert_whole(folder.path());
+}
+
+/// A trail of several segments, stopped or not.
+async fn several_segments(is_stopped: bool) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
+    intended(&audit).await.take().finish(&answer());
+    wait_for(|| (statement(folder.path()).last.seq == 3).then_some(()));
+    let copy = TempDir::new().unwrap();
+    if is_stopped {
+        audit.close();
+    }
+    for entry in fs::read_dir(folder.path()).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    copy
+}
+
+fn newest(directory: &Path) -> PathBuf {
+    segments(directory).unwrap().pop().unwrap()
+}
+
+const SHORTER: [(&str, Damage); 5] = [
+    ("the newest is moved", |directory| fs::rename(newest(directory), directory.join("moved")).unwrap()),
+    ("all are deleted", |directory| {
+        segments(directory).unwrap().iter().for_each(|it| fs::remove_file(it).unwrap());
+    }),
+    ("the newest is cut to nothing", |directory| cut(&newest(directory), 0)),
+    ("the newest is cut by a byte", |directory| cut(&newest(directory), length(&newest(directory)) - 1)),
+    ("there is no lock file", |directory| fs::remove_file(directory.join(lock::NAME)).unwrap()),
+];
+
+#[tokio::test]
+async fn a_start_that_finds_less_than_the_lock_file_says_records_the_damage() {
+    for is_stopped in [true, false] {
+        let control = several_segments(is_stopped).await;
+        assert_whole(control.path());
+        let audit = start(&Options::small(control.path()));
+        assert!(audit.damage().is_empty(), "the control");
+        audit.close();
+        assert_whole(control.path());
+        for (how, damage) in SHORTER {
+            let folder = several_segments(is_stopped).await;
+            let seq = verify(folder.path()).seq;
+            damage(folder.path());
+            assert_eq!(verify(folder.path()).damage.len(), 1, "{how}: verification says so");
+            let audit = start(&Options::small(folder.path()));
+            let [found] = audit.damage() else { panic!("{how}: {:?}", audit.damage()) };
+            let end = if is_stopped { Lacking::LastRecords } else { Lacking::LastRecordsAfterCrash };
+            let expected = match how {
+                "there is no lock file" => Lacking::LockFile,
+                "the newest is moved" | "all are deleted" => Lacking::NewestSegment,
+                _ => end,
+            };
+            assert!(found.at_end && found.lacks == expected, "{how}: {found:?}");
+            let all = trail(folder.path());
+            let event = all.iter().find(|record| record["what"] == "damaged").unwrap();
+            assert_eq!(event["reason"], found.reason);
+            assert!(event["seq"].as_u64().unwrap() > seq, "{how}: no number is given twice");
+            audit.close();
+
+            // It stays on record, whatever starts come after.
+            for _ in 0..2 {
+                let audit = start(&Options::small(folder.path()));
+                assert!(audit.damage().is_empty(), "{how}: it is told once: {:?}", audit.damage());
+                audit.close();
+                let found = verify(folder.path());
+                assert!(found.damage.is_empty() && found.recorded.len() == 1, "{how}: {found:?}");
+            }
+        }
+    }
+}
+
+/// Killed between making the lock file and recording that there was none.
+#[tokio::test]
+async fn that_there_was_no_lock_file_outlives_a_start_that_was_cut_short() {
+    let folder = several_segments(true).await;
+    fs::remove_file(folder.path().join(lock::NAME)).unwrap();
+    drop(lock_file(&Directory::open(folder.path()).unwrap()).unwrap());
+    let audit = start(&Options::small(folder.path()));
+    assert_eq!(audit.damage()[0].lacks, Lacking::LockFile);
+    audit.close();
+}
+
+#[tokio::test]
+async fn no_link_in_the_directory_is_followed() {
+    let link = |path: &Path| {
+        let target = path.with_extension("target");
+        fs::rename(path, &target).unwrap();
+        symlink(target, path).unwrap();
+    };
+    for file in ["audit-00000000000000000004.jsonl", "audit-00000000000000000003.jsonl", "lock", "audit.key"]
+    {
+        let folder = several_segments(true).await;
+        link(&folder.path().join(file));
+        let error = Audit::start(&Options::small(folder.path()), metrics()).unwrap_err().to_string();
+        assert!(error.contains(&format!("{file} is no regular file")), "{error}");
+    }
+    let folder = several_segments(true).await;
+    let key = folder.path().join("elsewhere.key");
+    fs::rename(chain::key_path(folder.path()), &key).unwrap();
+    link(&key);
+    let audit = Audit::start(&Options { key_file: Some(key), ..Options::small(folder.path()) }, metrics());
+    audit.expect("a key file of the configuration may be a link").close();
+}
