@@ -13,6 +13,7 @@ mod clocks;
 mod directory;
 pub mod init;
 mod lane;
+mod ledger;
 mod line;
 mod lock;
 mod queue;
@@ -183,6 +184,7 @@ pub struct Metrics {
     late: IntCounter,
     queue: IntGauge,
     doubtful: IntGauge,
+    unresolved: IntGauge,
 }
 
 impl Metrics {
@@ -223,10 +225,19 @@ impl Metrics {
                 "ccsqm_gateway_clock_doubtful",
                 "Whether the wall clock is doubtful, so that no audit segment is removed.",
             )?,
+            unresolved: IntGauge::new(
+                "ccsqm_gateway_unresolved_outcomes",
+                "Calls of unknown outcome that nobody has resolved.",
+            )?,
         };
         registry.register(Box::new(metrics.queue.clone()))?;
         registry.register(Box::new(metrics.doubtful.clone()))?;
+        registry.register(Box::new(metrics.unresolved.clone()))?;
         Ok(metrics)
+    }
+
+    fn set_unresolved(&self, count: usize) {
+        self.unresolved.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     fn set_doubtful(&self, is_doubtful: bool) {
@@ -345,6 +356,7 @@ impl Audit {
         let shared = Arc::new(Shared::new(metrics, options.queue, begun, unresolved));
         let clocks = writer.clocks.clone();
         clocks.look(&shared);
+        shared.change_unresolved(|_| {});
         let writing = shared.clone();
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
@@ -479,7 +491,8 @@ impl Audit {
         }
         for call in found.unresolved.orphans() {
             self.shared().doubt(call.id);
-            self.unresolved().insert(UnresolvedCall { state: CallState::Unknown, ..call.clone() });
+            let call = UnresolvedCall { state: CallState::Unknown, ..call.clone() };
+            self.shared().change_unresolved(|list| list.insert(call));
         }
         Ok(())
     }
@@ -632,7 +645,7 @@ fn recover(
     }
     let clocks = Arc::new(Clocks::go_on(&found, options.window));
     let mut start = clocks.start(&found);
-    start[unresolved::LIST] = found.unresolved.to_json(&[]);
+    start[unresolved::LIST] = found.unresolved.to_json();
     batch.event(age::START, start);
     let mut writer = Writer::new(options, keys, (directory, lock), clocks, last, segment)?;
     writer.append(&mut batch)?;

@@ -181,6 +181,9 @@ impl Gateway {
         if let Some(first) = first {
             record.first(first);
         }
+        if claim.is_forced() {
+            record.forced();
+        }
 
         record.enter(Stage::Token);
         let slot = &state.terms.slots[routed.credential];

@@ -496,6 +496,11 @@ impl Claim {
         self.first.map(FirstCall::from)
     }
 
+    /// Whether it repeats a call of unknown outcome by force.
+    pub fn is_forced(&self) -> bool {
+        self.forced.is_some()
+    }
+
     /// What the intent says of it, as JSON members with a comma in front of each.
     pub fn audit_members(&self, line: &mut Vec<u8>) {
         let mut member = |name: &[u8], mark: &Mark| {
@@ -561,7 +566,7 @@ impl Claim {
     fn delivery(&self, mark: Mark, names: Names) -> Delivery {
         let caller = names.caller.as_deref().unwrap_or_default();
         let call = self.table.duplicate_of(caller, self.id, self.is_keyed());
-        Delivery::of_own_answer(&self.table, mark, call, names)
+        Delivery::of_own_answer(&self.table, mark, (call, self.key), names)
     }
 }
 

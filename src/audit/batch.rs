@@ -1,8 +1,29 @@
 //! Lines on their way to the writer: whole, but for what links them.
 
-use serde_json::Value;
+use std::ops::Range;
 
-use super::{Kind, chain::OPEN_LINKS, line::Second, record::Entry};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::{Kind, chain::OPEN_LINKS, line::Second, record::Entry, unresolved::LIST};
+use crate::outcome::Outcome;
+
+/// What a record changes in the list of the unresolved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    None,
+    Intent(Uuid),
+    Outcome {
+        id: Uuid,
+        outcome: Outcome,
+        /// The call repeats another one by force.
+        is_forced: bool,
+    },
+    Event {
+        name: &'static str,
+        id: Option<Uuid>,
+    },
+}
 
 /// Lines in the order of their numbers.
 #[derive(Default)]
@@ -12,8 +33,12 @@ pub(super) struct Batch {
     text: Vec<u8>,
     /// Where each line ends.
     ends: Vec<usize>,
+    /// What each line changes in the list of the unresolved.
+    changes: Vec<Change>,
     /// How many there are, by kind.
     pub(super) kinds: [u64; Kind::ALL.len()],
+    /// It may begin a segment.
+    pub(super) begins_segment: bool,
     /// The text of the last second.
     second: Second,
 }
@@ -32,6 +57,7 @@ impl Batch {
         self.text.extend_from_slice(OPEN_LINKS);
         self.seq += 1;
         self.ends.push(self.text.len());
+        self.changes.push(entry.change());
         self.kinds[entry.kind() as usize] += 1;
         self.seq
     }
@@ -41,6 +67,46 @@ impl Batch {
         if let Value::Object(details) = details {
             self.push(&Entry::Event { name, details: &details });
         }
+    }
+
+    /// Keeps the last place for the list of the unresolved, which stands in the first batch of each segment.
+    pub(super) fn reserve_list(&mut self) {
+        self.event(LIST, json!({}));
+    }
+
+    /// Whether it changes the list of the unresolved by more than calls that begin and end.
+    pub(super) fn changes_list(&self) -> bool {
+        let is_change = |change: &Change| match change {
+            Change::Outcome { outcome, is_forced, .. } => *is_forced || *outcome == Outcome::Unknown,
+            Change::Event { .. } => true,
+            Change::None | Change::Intent(_) => false,
+        };
+        self.changes.iter().any(is_change)
+    }
+
+    /// Whether the last place is kept for the list.
+    pub(super) fn has_list(&self) -> bool {
+        matches!(self.changes.last(), Some(Change::Event { name: LIST, .. }))
+    }
+
+    /// Writes the list into the place that was kept for it; returns its length in bytes.
+    pub(super) fn fill_list(&mut self, list: &Value) -> usize {
+        self.ends.pop();
+        self.changes.pop();
+        self.kinds[Kind::Event as usize] -= 1;
+        self.seq -= 1;
+        let before = self.size();
+        self.event(LIST, json!({ LIST: list }));
+        self.size() - before
+    }
+
+    /// What each line changes, and where it lies in the text, without its newline.
+    pub(super) fn changes(&self) -> impl Iterator<Item = (&Change, Range<usize>)> {
+        let begins = std::iter::once(&0).chain(&self.ends);
+        self.changes
+            .iter()
+            .zip(begins.zip(&self.ends))
+            .map(|(change, (begin, end))| (change, *begin..end - 1))
     }
 
     /// How many lines there are.
@@ -88,6 +154,8 @@ impl Batch {
         other.seq = self.seq;
         other.text.clear();
         other.ends.clear();
+        other.changes.clear();
+        other.begins_segment = false;
         other.kinds = Default::default();
         std::mem::swap(&mut self.second, &mut other.second);
         std::mem::swap(self, other);

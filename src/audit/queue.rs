@@ -111,6 +111,15 @@ struct Fold {
     more: Option<Refusal>,
 }
 
+/// What a new segment is to carry over from those before it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Carried {
+    /// There are calls at work.
+    pub(super) at_work: bool,
+    /// There are calls on the list.
+    pub(super) listed: bool,
+}
+
 /// What the writer has to do.
 pub(super) enum Next {
     /// To write a batch.
@@ -165,6 +174,13 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the list, and says how long it is.
+    pub(super) fn change_unresolved(&self, change: impl FnOnce(&mut UnresolvedList)) {
+        let mut list = self.unresolved();
+        change(&mut list);
+        self.metrics.set_unresolved(list.unknown().count());
     }
 
     /// A place to wait for what is safe.
@@ -282,8 +298,9 @@ impl Shared {
         usable && queue.batch.len() + queue.reserved < self.capacity / 2
     }
 
-    /// Waits for records and moves them out whole.
-    pub(super) fn next_batch(&self, batch: &mut Batch) -> Next {
+    /// Waits for records and moves them out whole. If they are to begin a segment, there is a place for the list of the
+    /// unresolved at their end, unless it would be empty.
+    pub(super) fn next_batch(&self, batch: &mut Batch, begins: Option<Carried>) -> Next {
         let mut queue = self.lock();
         let begun = Instant::now();
         loop {
@@ -293,7 +310,13 @@ impl Shared {
                 queue.close_gap();
             }
             if !queue.batch.is_empty() {
+                if let Some(Carried { at_work, listed }) = begins
+                    && (listed || at_work && queue.reserved > 0 || queue.batch.changes_list())
+                {
+                    queue.batch.reserve_list();
+                }
                 queue.batch.move_to(batch);
+                batch.begins_segment = begins.is_some();
                 queue.deferred = None;
                 return Next::Write;
             }

@@ -15,9 +15,11 @@ use uuid::{Builder, Uuid};
 
 use super::{
     Audit, Kind, Permit, StoredReply, Unavailable,
+    batch::Change,
     chain::{Hash, to_hex},
     line::{Line, Second},
     queue::Who,
+    unresolved,
 };
 use crate::{
     admission::Peer,
@@ -254,6 +256,8 @@ pub(super) struct Facts {
     operator: Option<HeaderValue>,
     /// An earlier call that this one repeats or equals.
     first: Option<FirstCall>,
+    /// It repeats a call of unknown outcome by force.
+    is_forced: bool,
     stage: Stage,
     /// In nanoseconds of this process.
     entered: u64,
@@ -280,6 +284,7 @@ impl Record {
             route: None,
             operator: None,
             first: None,
+            is_forced: false,
             stage: Stage::Admission,
             entered: clock::nanos(),
             spent: [0; Stage::COUNT],
@@ -336,6 +341,11 @@ impl Record {
     /// Sets the earlier call that this one repeats or equals.
     pub fn first(&mut self, first: FirstCall) {
         self.set(|facts| facts.first = Some(first));
+    }
+
+    /// The call repeats one of unknown outcome by force.
+    pub fn forced(&mut self) {
+        self.set(|facts| facts.is_forced = true);
     }
 
     fn set(&mut self, change: impl FnOnce(&mut Facts)) {
@@ -536,6 +546,23 @@ impl Entry<'_> {
             Self::Outcome { .. } | Self::Doubt { .. } => Kind::Outcome,
             Self::Refusal(_) => Kind::Refusal,
             Self::Event { .. } => Kind::Event,
+        }
+    }
+
+    /// What it changes in the list of the unresolved.
+    pub(super) fn change(&self) -> Change {
+        match self {
+            Self::Intent { facts, .. } => Change::Intent(facts.id.uuid()),
+            Self::Outcome { facts, answer } => {
+                let is_forced = facts.is_forced;
+                Change::Outcome { id: facts.id.uuid(), outcome: answer.outcome, is_forced }
+            }
+            Self::Event { name, details } if unresolved::EVENTS.contains(name) => {
+                let id = details.get("id").and_then(Value::as_str).and_then(|id| id.parse().ok());
+                Change::Event { name, id }
+            }
+            // A doubt is of a start, which has put it on the list.
+            Self::Event { .. } | Self::Refusal(_) | Self::Doubt { .. } => Change::None,
         }
     }
 

@@ -3,7 +3,7 @@
 //! Records are written at the end of the file (`O_APPEND`), so that of a file that was cut shorter the length tells it
 //! after the next write, too. One look at the name after each write tells the rest: it must lead to this very file.
 
-use std::{fs, fs::File, io, os::unix::fs::FileExt, path::PathBuf};
+use std::{fs, fs::File, io, ops::Range, os::unix::fs::FileExt, path::PathBuf};
 
 use rustix::{
     fs::{FallocateFlags, OFlags, fallocate, fcntl_setfl},
@@ -97,6 +97,13 @@ impl Segment {
         }
         self.written = self.length + text.len() as u64;
         Ok(())
+    }
+
+    /// Reads a part of what is committed.
+    pub(super) fn read(&self, range: Range<u64>) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap_or_default()];
+        self.file.read_exact_at(&mut bytes, range.start)?;
+        Ok(bytes)
     }
 
     /// Takes off what is not committed. A file that was cut shorter does not become longer again.

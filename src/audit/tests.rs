@@ -864,7 +864,8 @@ async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() 
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, queue: 16, ..Options::small(folder.path()) });
     let mut in_flight = vec![intended(&audit).await.take(), intended(&audit).await.take()];
-    wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
+    // The segment of the second intent has the list, with the first call in it.
+    wait_for(|| (trail(folder.path()).len() == 4).then_some(()));
     let stuck = Stuck::new(&audit);
 
     let mut waiting = Vec::new();

@@ -1,7 +1,7 @@
 //! The calls that somebody must still look into: the work list that outlives restarts and retention.
 //!
 //! A call is on the list while it is at work, when its outcome is unknown, and when it succeeded without its caller having
-//! learnt of it. Each segment and each `start` begins with the list, so that neither a removed segment nor a short
+//! learnt of it. The first batch of each segment and each `start` have the list, unless it is empty, so that neither a removed segment nor a short
 //! read at a start loses any of it. A call of unknown outcome stays until a person resolves it; the others go with
 //! the idempotency window.
 //!
@@ -22,6 +22,9 @@ pub(super) const LIST: &str = "unresolved";
 pub(crate) const UNDELIVERED: &str = "undelivered";
 pub(crate) const DELIVERED: &str = "delivered";
 pub(crate) const RESOLUTION: &str = "resolution";
+
+/// All events that change the list.
+pub(super) const EVENTS: [&str; 4] = [LIST, UNDELIVERED, DELIVERED, RESOLUTION];
 
 /// An answer leaves within this time of its outcome, in microseconds.
 const DELIVERY: i64 = 1_000_000;
@@ -87,6 +90,27 @@ pub enum CallState {
     Done,
 }
 
+impl UnresolvedCall {
+    /// A call of which nothing but the id is known.
+    pub(super) fn of(id: Uuid) -> Self {
+        Self {
+            seq: None,
+            id,
+            time: String::new(),
+            state: CallState::AtWork,
+            caller: None,
+            route: None,
+            operator: None,
+            task: None,
+            digest: None,
+            key: None,
+            print: None,
+            forced: None,
+            superseded: false,
+        }
+    }
+}
+
 impl CallState {
     /// The word used in the trail.
     pub const fn as_str(self) -> &'static str {
@@ -150,8 +174,6 @@ pub struct UnresolvedList {
     on_their_way: VecDeque<(i64, UnresolvedCall)>,
     /// The last record is a `stop`.
     is_closed: bool,
-    /// A list was met.
-    is_complete: bool,
     /// Calls at work that the next list did not name: a version that wrote no lists left them open.
     orphans: Vec<UnresolvedCall>,
 }
@@ -182,11 +204,6 @@ impl UnresolvedList {
         self.calls.get(&id)
     }
 
-    /// Whether the trail, as far as it was read, held a list, so that this one lacks nothing.
-    pub(super) fn is_complete(&self) -> bool {
-        self.is_complete
-    }
-
     /// Follows the trail by one record. A line that cannot be read changes nothing.
     pub(super) fn take(&mut self, step: &Step<'_>, line: &[u8]) {
         self.is_closed = step.event == Some("stop");
@@ -205,6 +222,22 @@ impl UnresolvedList {
         }
     }
 
+    /// Follows the trail by one line.
+    pub(super) fn follow(&mut self, line: &[u8]) {
+        #[derive(Deserialize)]
+        struct Head<'a> {
+            kind: &'a str,
+            event: Option<&'a str>,
+            id: Option<Uuid>,
+            outcome: Option<&'a str>,
+            #[serde(default)]
+            time: &'a str,
+        }
+        if let Ok(Head { kind, event, id, outcome, time }) = serde_json::from_slice(line) {
+            self.take(&Step { kind, event, id, outcome, time }, line);
+        }
+    }
+
     /// Follows the trail by one event.
     pub(super) fn take_event(&mut self, name: &str, id: Option<Uuid>, line: &[u8]) {
         match (name, id) {
@@ -217,7 +250,6 @@ impl UnresolvedList {
                     };
                     self.orphans.extend(before.filter(is_lost));
                     self.on_their_way.clear();
-                    self.is_complete = true;
                 }
             }
             (UNDELIVERED, Some(_)) => {
@@ -310,9 +342,9 @@ impl UnresolvedList {
         self.calls.retain(|_, call| call.state == CallState::Unknown || !is_over(call));
     }
 
-    /// As the trail holds it; `more` are the calls at work.
-    pub(super) fn to_json(&self, more: &[UnresolvedCall]) -> Value {
-        self.calls().chain(more).map(|call| json!(call)).collect()
+    /// As the trail holds it.
+    pub(super) fn to_json(&self) -> Value {
+        self.calls().map(|call| json!(call)).collect()
     }
 }
 
@@ -347,16 +379,7 @@ mod tests {
 
     fn read(lines: impl IntoIterator<Item = Value>) -> UnresolvedList {
         let mut list = UnresolvedList::default();
-        for line in lines {
-            let step = Step {
-                kind: line["kind"].as_str().unwrap(),
-                event: line["event"].as_str(),
-                id: line["id"].as_str().map(|id| id.parse().unwrap()),
-                outcome: line["outcome"].as_str(),
-                time: line["time"].as_str().unwrap_or_default(),
-            };
-            list.take(&step, line.to_string().as_bytes());
-        }
+        lines.into_iter().for_each(|line| list.follow(line.to_string().as_bytes()));
         list
     }
 
@@ -378,10 +401,9 @@ mod tests {
     #[test]
     fn list_in_the_trail_takes_the_place_of_what_lies_before_it() {
         let before = read([intent(1), outcome(1, Outcome::Unknown, 0), intent(2)]);
-        let event = event(LIST, json!({ "unresolved": before.to_json(&[]) }));
+        let event = event(LIST, json!({ "unresolved": before.to_json() }));
         let behind = read([intent(8), event, outcome(2, Outcome::Failed, 0)]);
         assert_eq!(states(&behind), [(1, CallState::Unknown)]);
-        assert!(behind.is_complete() && !before.is_complete());
         assert_eq!(behind.get(id(1)), before.get(id(1)));
     }
 

@@ -32,8 +32,9 @@ use super::{
     chain::{Keys, Link, segment_name, segments},
     clocks::{self, Clocks},
     directory::{Directory, Identity},
+    ledger::{self, Ledger},
     lock::{self, Lock, Stated},
-    queue::{Next, Shared},
+    queue::{Carried, Next, Shared},
     retention::{self, Old, Place},
     segment::{AHEAD, Segment},
     sync::Syncs,
@@ -44,6 +45,12 @@ const RETRY: Duration = Duration::from_millis(100);
 
 /// So much room for text is kept from batch to batch, in bytes; 256 busy connections use a third.
 const KEPT_TEXT: usize = 1 << 20;
+
+/// How long a segment that cannot be begun waits.
+const RETRY_SEGMENT: Duration = Duration::from_secs(1);
+
+/// A call may be older than its outcome by so much.
+const PRUNE_SLACK: Duration = Duration::from_secs(60 * 60);
 
 /// An outcome takes no more than this, but for one with a long reply or code.
 const OUTCOME: u64 = 2 * 1024;
@@ -91,6 +98,12 @@ pub(super) struct Writer {
     /// Records are kept for as long, at least.
     retain: Option<Duration>,
     pub(super) clocks: Arc<Clocks>,
+    window: Duration,
+    ledger: Ledger,
+    /// How much of the open segment is the list in its first batch, in bytes.
+    list_length: u64,
+    /// When there was no space for a new segment.
+    list_refused: Option<Instant>,
     /// When the last anchor was written, by `CLOCK_BOOTTIME` in milliseconds.
     pub(super) anchored: i64,
     /// When old segments were last looked for.
@@ -144,6 +157,10 @@ impl Writer {
             away: None,
             retain: options.retain.map(|retain| retain.max(options.window)),
             clocks,
+            window: options.window,
+            ledger: Ledger::default(),
+            list_length: 0,
+            list_refused: None,
             anchored: clocks::boottime(),
             looked: None,
             old: None,
@@ -169,7 +186,7 @@ impl Writer {
             self.look_for_old(shared);
             self.rest(shared, due);
             self.look_around_in_turn(shared);
-            let next = shared.next_batch(&mut batch);
+            let next = shared.next_batch(&mut batch, self.begins(shared));
             due = shared.begin(batch.len());
             match next {
                 Next::Write => {}
@@ -178,6 +195,9 @@ impl Writer {
                     continue;
                 }
                 Next::End => return self.close(),
+            }
+            if batch.has_list() {
+                self.fill_list(&mut batch, shared);
             }
             let link = self.link(&mut batch);
             self.reserve(shared, batch.size() as u64);
@@ -189,12 +209,43 @@ impl Writer {
                 return;
             }
             self.commit(link, batch.last());
+            if let Some(segment) = &self.segment {
+                self.ledger.take(&batch, segment, shared);
+            }
             shared.written(&batch);
             self.reserve(shared, 0); // a new segment has none yet
             self.remove_old(shared);
             batch.shrink_to(KEPT_TEXT);
             self.report(shared);
         }
+    }
+
+    /// What the next batch is to carry over, if it begins a segment. Where there is no space for one, that is tried once a
+    /// second.
+    fn begins(&self, shared: &Shared) -> Option<Carried> {
+        let is_due = self.list_refused.is_none_or(|refused| refused.elapsed() >= RETRY_SEGMENT);
+        let begins = is_due && self.segment.as_ref().is_none_or(|segment| self.is_full(segment));
+        begins.then(|| Carried {
+            at_work: !self.ledger.is_empty(),
+            listed: shared.unresolved().calls().next().is_some(),
+        })
+    }
+
+    fn is_full(&self, segment: &Segment) -> bool {
+        segment.length.saturating_sub(self.list_length) >= self.segment_size
+    }
+
+    /// Writes the list of the unresolved, as it is behind the batch, into the place that the batch keeps for it.
+    fn fill_list(&mut self, batch: &mut Batch, shared: &Shared) {
+        if let Some(segment) = &self.segment {
+            self.ledger.leave(segment);
+        }
+        let mut list = shared.unresolved();
+        if self.clocks.doubt().is_none() {
+            ledger::prune(&mut list, self.window + PRUNE_SLACK);
+        }
+        let behind = self.ledger.list_behind(&list, batch);
+        self.list_length = batch.fill_list(&behind.to_json()) as u64;
     }
 
     /// A writer that waits for the disk is never prompt: what is queued meanwhile shares the next fdatasync.
@@ -380,6 +431,9 @@ impl Writer {
 
     /// Leaves the open segment for a new one. What is left of it counts as a closed one.
     fn give_up_segment(&mut self) -> io::Result<()> {
+        if let Some(segment) = &self.segment {
+            self.ledger.leave(segment);
+        }
         if let Some(segment) = self.segment.take()
             && self.directory.leads_to(&segment.name(), segment.identity())?
         {
@@ -502,13 +556,17 @@ impl Writer {
 
     /// Writes once; false if the segment is not in its place then.
     fn try_write(&mut self, batch: &Batch) -> io::Result<bool> {
+        let is_full = self.segment.as_ref().is_some_and(|segment| self.is_full(segment));
         match &mut self.segment {
-            Some(segment) if segment.length < self.segment_size => self.append_to_segment(batch.text()),
+            Some(_) if !is_full || !batch.begins_segment => self.append_to_segment(batch.text()),
             // It can be put back for as long as it is open.
             Some(segment) if !segment.is_in_place() => Ok(false),
             Some(_) => match self.begin_segment(batch) {
                 // For a new one there is no space; here some is reserved.
-                Err(error) if is_full(&error) => self.append_to_segment(batch.text()),
+                Err(error) if is_disk_full(&error) => {
+                    self.list_refused = Some(Instant::now());
+                    self.append_to_segment(batch.text())
+                }
                 begun => begun.map(|()| true),
             },
             None => self.begin_segment(batch).map(|()| true),
@@ -534,6 +592,10 @@ impl Writer {
     /// Begins a segment with these records.
     fn begin_segment(&mut self, batch: &Batch) -> io::Result<()> {
         let segment = self.make_segment(batch.first(), batch.text())?;
+        if !batch.has_list() {
+            self.list_length = 0;
+        }
+        self.list_refused = None;
         if let Some(full) = self.segment.replace(segment) {
             full.release();
             self.closed.insert(full.name(), full.identity());
@@ -541,6 +603,7 @@ impl Writer {
         self.looked = None;
         if let Some(mut disproven) = self.disproven.take() {
             self.mishaps.push(Mishap::Disproven);
+            self.ledger.leave(&disproven);
             // If this fails, readers see two copies of the batch and take the new segment's.
             let _ = disproven.cut_back();
             self.closed.insert(disproven.name(), disproven.identity());
@@ -604,6 +667,6 @@ fn begin(directory: &Directory, name: &str, text: &[u8]) -> io::Result<File> {
     }
 }
 
-fn is_full(error: &io::Error) -> bool {
+fn is_disk_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

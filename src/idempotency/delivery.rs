@@ -26,6 +26,8 @@ pub struct Delivery {
     mark: Mark,
     /// The call that succeeded.
     call: Duplicate,
+    /// The mark of its `Idempotency-Key`.
+    key: Option<Mark>,
     names: Names,
     step: Step,
 }
@@ -42,15 +44,20 @@ enum Step {
 
 impl Delivery {
     /// Of the answer of the call itself.
-    pub(super) fn of_own_answer(table: &Arc<Idempotency>, mark: Mark, call: Duplicate, names: Names) -> Self {
-        Self { table: table.clone(), mark, call, names, step: Step::OwnAnswer }
+    pub(super) fn of_own_answer(
+        table: &Arc<Idempotency>,
+        mark: Mark,
+        (call, key): (Duplicate, Option<Mark>),
+        names: Names,
+    ) -> Self {
+        Self { table: table.clone(), mark, call, key, names, step: Step::OwnAnswer }
     }
 
     /// Of an answer to `caller` that tells of the success of an equal call.
     pub(super) fn of_other_answer(table: &Arc<Idempotency>, mark: Mark, id: Uuid, caller: Call<'_>) -> Self {
         let call = table.duplicate_of(caller.caller, id, true);
         let names = Names { caller: Some(caller.caller.into()), route: Some(caller.route.into()) };
-        Self { table: table.clone(), mark, call, names, step: Step::OtherAnswer }
+        Self { table: table.clone(), mark, call, key: None, names, step: Step::OtherAnswer }
     }
 
     /// The answer was handed to a connection whose caller is there.
@@ -86,11 +93,14 @@ impl Delivery {
     fn record(&self) {
         let (caller, route) = (self.names.caller.as_deref(), self.names.route.as_deref());
         let print = self.table.mark_of(caller.unwrap_or_default(), self.mark);
-        let print = format!("{:032x}", u128::from_be_bytes(print));
+        let hex = |mark: Mark| format!("{:032x}", u128::from_be_bytes(mark));
         let mut details = Map::from_iter([("id".to_owned(), self.id())]);
         details.insert("caller".into(), json!(caller));
         details.insert("route".into(), json!(route));
-        details.insert("print".into(), json!(print));
+        details.insert("print".into(), json!(hex(print)));
+        if let Some(key) = self.key {
+            details.insert("key".into(), json!(hex(key)));
+        }
         self.table.audit.event(UNDELIVERED, details);
     }
 

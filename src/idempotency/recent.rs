@@ -44,17 +44,18 @@ impl Recent {
         Some(at(row, *first, *number))
     }
 
-    /// Puts a call in. One that is no younger than another of its mark tells nothing; the trail, which may be read more
-    /// than once, has such.
+    /// Puts a call in. One that is older than another of its mark tells nothing, nor does the same one again; the trail,
+    /// which may be read more than once, has such.
     pub(super) fn push(&mut self, mark: Mark, id: Uuid, since: u32) {
         let Self { row, first, youngest, hasher } = self;
         #[expect(clippy::cast_possible_truncation, reason = "so many do not fit into memory")]
         let number = first.wrapping_add(row.len() as u32);
         row.push_back(Call { mark, id, since });
         let is_same = |&number: &u32| at(row, *first, number).mark == mark;
+        let is_newer = |known: &Call| known.since > since || known.id == id;
         let hash = |&number: &u32| hasher.hash_one(at(row, *first, number).mark);
         match youngest.entry(hasher.hash_one(mark), is_same, hash) {
-            Entry::Occupied(place) if at(row, *first, *place.get()).since >= since => {
+            Entry::Occupied(place) if is_newer(at(row, *first, *place.get())) => {
                 row.pop_back();
             }
             Entry::Occupied(mut place) => *place.get_mut() = number,
@@ -101,7 +102,7 @@ mod tests {
                 if let Some((number, since)) = step {
                     let call = Call { mark: [number; 16], id: Uuid::from_u128(count), since };
                     recent.push(call.mark, call.id, call.since);
-                    if youngest.get(&call.mark).is_none_or(|known: &Call| known.since < since) {
+                    if youngest.get(&call.mark).is_none_or(|known: &Call| known.since <= since) {
                         all.push_back(call);
                         youngest.insert(call.mark, call);
                     }

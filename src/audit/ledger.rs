@@ -1,0 +1,132 @@
+//! What the writer keeps of calls at work, so that each of unknown outcome goes to the list of the unresolved and each
+//! segment can begin with that list.
+//!
+//! Of a call at work it keeps only where its intent lies in the open segment: nearly all end before that line is ever
+//! read again.
+
+use std::{collections::HashMap, ops::Range};
+
+use uuid::Uuid;
+
+use super::{
+    batch::{Batch, Change},
+    queue::Shared,
+    segment::Segment,
+    unresolved::{CallState, UnresolvedCall, UnresolvedList},
+};
+use crate::{clock, outcome::Outcome};
+
+/// The calls whose intents are committed and whose outcomes are not.
+#[derive(Default)]
+pub(super) struct Ledger {
+    at_work: HashMap<Uuid, Intent, foldhash::fast::RandomState>,
+}
+
+/// An intent.
+enum Intent {
+    /// Bytes of the open segment.
+    Line(Range<u64>),
+    /// It lies in an earlier segment.
+    Read(Box<UnresolvedCall>),
+}
+
+impl Ledger {
+    /// Takes what a batch changed that was just committed to the end of a segment.
+    pub(super) fn take(&mut self, batch: &Batch, segment: &Segment, shared: &Shared) {
+        let base = segment.length - batch.size() as u64;
+        for (change, line) in batch.changes() {
+            match *change {
+                Change::None => {}
+                Change::Intent(id) => {
+                    let range = base + line.start as u64..base + line.end as u64;
+                    self.at_work.insert(id, Intent::Line(range));
+                }
+                Change::Outcome { id, outcome, is_forced } => {
+                    let Some(intent) = self.at_work.remove(&id) else { continue };
+                    if outcome == Outcome::Unknown || is_forced {
+                        end(intent.read(id, segment), outcome, shared);
+                    }
+                }
+                Change::Event { name, id } => {
+                    shared.change_unresolved(|list| list.take_event(name, id, &batch.text()[line]));
+                }
+            }
+        }
+    }
+
+    /// Whether no call is at work.
+    pub(super) fn is_empty(&self) -> bool {
+        self.at_work.is_empty()
+    }
+
+    /// Reads the intents that lie in a segment, before another one takes its place.
+    pub(super) fn leave(&mut self, segment: &Segment) {
+        for (id, intent) in &mut self.at_work {
+            if let Intent::Line(_) = intent {
+                let line = std::mem::replace(intent, Intent::Line(0..0));
+                *intent = Intent::Read(Box::new(line.read(*id, segment)));
+            }
+        }
+    }
+
+    /// The list as it will be behind a batch. To be called after [`Self::leave`].
+    pub(super) fn list_behind(&self, list: &UnresolvedList, batch: &Batch) -> UnresolvedList {
+        let mut behind = list.clone();
+        for intent in self.at_work.values() {
+            if let Intent::Read(call) = intent {
+                behind.insert((**call).clone());
+            }
+        }
+        for (_, line) in batch.changes() {
+            // The links are not there yet, and nobody asks for them.
+            behind.follow(&batch.text()[line]);
+        }
+        behind
+    }
+}
+
+impl Intent {
+    /// The call. Of an intent that cannot be read, its id.
+    fn read(self, id: Uuid, segment: &Segment) -> UnresolvedCall {
+        match self {
+            Self::Read(call) => *call,
+            Self::Line(range) => segment
+                .read(range)
+                .ok()
+                .and_then(|line| serde_json::from_slice(&line).ok())
+                .unwrap_or_else(|| UnresolvedCall::of(id)),
+        }
+    }
+}
+
+/// A call ended that somebody must look into, or that repeated one by force.
+fn end(call: UnresolvedCall, outcome: Outcome, shared: &Shared) {
+    let UnresolvedCall { id, forced, .. } = call;
+    if outcome == Outcome::Unknown {
+        let (caller, route, task) = (&call.caller, &call.route, call.task.as_ref().map(ToString::to_string));
+        tracing::warn!(
+            %id, caller, route, task,
+            "the outcome of a call is unknown: look whether the task is done, then run `ccsqm-gateway audit resolve`"
+        );
+    }
+    shared.change_unresolved(|list| {
+        if let Some(forced) = forced.filter(|_| matches!(outcome, Outcome::Unknown | Outcome::Succeeded)) {
+            list.supersede(forced);
+        }
+        if outcome == Outcome::Unknown {
+            list.insert(UnresolvedCall { state: CallState::Unknown, ..call });
+        }
+    });
+}
+
+/// Forgets calls of known outcome whose window is over.
+pub(super) fn prune(list: &mut UnresolvedList, window: std::time::Duration) {
+    let now = u128::from(clock::unix_nanos() / 1_000_000);
+    list.prune(|call| {
+        let begun = call.id.get_timestamp().map_or(u128::MAX, |time| {
+            let (seconds, nanos) = time.to_unix();
+            u128::from(seconds) * 1000 + u128::from(nanos / 1_000_000)
+        });
+        begun.saturating_add(window.as_millis()) < now
+    });
+}
