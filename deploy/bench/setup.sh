@@ -1,6 +1,8 @@
 # Shared by `run` here and `deploy/build`: packages, and the small programs and certificates that both use.
 # Sourced, from the top of the project, under `set -euo pipefail`.
 
+. deploy/packages.sh
+
 work=$PWD/target/bench
 mkdir -p "$work"
 
@@ -12,18 +14,8 @@ install_missing() {
     dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing+=("$package")
   done
   [ ${#missing[@]} -eq 0 ] && return
-  [ "$(id -u)" = 0 ] || { say "missing: ${missing[*]}; install these, or run this as root"; exit 2; }
   say "installing ${missing[*]}"
-  # A service that a package brings must not start: it would take ports and processor time.
-  local policy=/usr/sbin/policy-rc.d
-  if [ ! -e "$policy" ]; then
-    printf '#!/bin/sh\nexit 101\n' >"$policy"
-    chmod +x "$policy"
-    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
-  fi
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-  [ -z "$(trap -p EXIT)" ] || { rm -f "$policy"; trap - EXIT; }
+  install_packages "${missing[@]}"
 }
 
 compile() {

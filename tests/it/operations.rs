@@ -276,3 +276,34 @@ fn every_test_that_the_security_page_names_exists() {
         assert!(known.contains(&name), "{name}");
     }
 }
+
+#[test]
+fn an_unknown_argument_of_the_test_run_ends_it_before_its_first_step() {
+    for args in [&["--al"][..], &["all"], &["--all", "--quick"], &[""]] {
+        let run =
+            Command::new(format!("{}/tests/run", env!("CARGO_MANIFEST_DIR"))).args(args).output().unwrap();
+        assert_eq!(
+            (run.status.code(), String::from_utf8(run.stdout).unwrap()),
+            (Some(2), String::new()),
+            "{args:?}"
+        );
+        assert!(String::from_utf8(run.stderr).unwrap().contains("usage: tests/run [--all]"), "{args:?}");
+    }
+}
+
+#[test]
+fn each_long_test_has_its_line_in_the_whole_test_run() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let folders = ["src", "tests/it"].map(|folder| format!("{root}/{folder}"));
+    let prefix = "CCSQM_GATEWAY_TEST_";
+    let found =
+        Command::new("grep").args(["-rhoE", &format!("\"{prefix}[A-Z_]+\"")]).args(folders).output().unwrap();
+    let names: Vec<_> =
+        String::from_utf8(found.stdout).unwrap().lines().map(|name| name.replace('"', "")).collect();
+    assert!(names.len() >= 5, "{names:?}");
+    let script = fs::read_to_string(format!("{root}/tests/run")).unwrap();
+    for name in names {
+        let line = format!("long {name}=");
+        assert!(script.lines().any(|text| text.starts_with(&line)), "tests/run has no line `{line}…`");
+    }
+}
