@@ -14,6 +14,7 @@ mod contract;
 mod idempotency;
 mod dry_run;
 mod exchange;
+mod outcomes;
 mod http2;
 mod bounds;
 mod overload;

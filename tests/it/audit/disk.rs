@@ -60,7 +60,7 @@ impl Disk {
         fs::rename(unfinished, self.0.path().join(what)).unwrap();
     }
 
-    fn no_more(&self, what: &str) {
+    pub(crate) fn no_more(&self, what: &str) {
         fs::remove_file(self.0.path().join(what)).unwrap();
     }
 
