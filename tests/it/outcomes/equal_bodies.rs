@@ -349,6 +349,20 @@ fn forced_duplicate_of_an_undelivered_success_is_sent() {
 }
 
 #[test]
+fn under_block_a_success_is_repeated_by_force_once() {
+    let sandbox = sandbox();
+    let gateway = guarded(&sandbox, "block");
+    let first = gateway.post(&body(1));
+    let call = |id: &str| gateway.send(&head(body(1).len(), &force(id)), &body(1));
+    let forced = call(id(&first));
+    assert_eq!((forced.outcome(), sandbox.requests().len()), ("succeeded", 3), "{forced:?}");
+    assert_eq!(gateway.records("intent", 3)[2]["forced"], id(&first));
+    let again = call(id(&first));
+    assert_suspected(&again, id(&forced), "succeeded", "not-needed");
+    assert_eq!(sandbox.requests().len(), 3);
+}
+
+#[test]
 fn a_call_at_work_is_not_repeated_by_force() {
     for key in ["", KEY_A] {
         let sandbox = sandbox();
