@@ -134,7 +134,10 @@ impl Admin {
     /// What an operator should know of and no caller suffers from: it does not make the gateway unready.
     fn warnings(&self) -> Vec<String> {
         let clock = self.audit.clock_doubt().map(|doubt| format!("the wall clock is doubtful: {doubt}"));
-        clock.into_iter().collect()
+        let loss = self.idempotency.loss().map(|loss| {
+            format!("a part of the audit trail is lost ({}): keys that are not found get 503", loss.reason)
+        });
+        clock.into_iter().chain(loss).collect()
     }
 
     fn status(&self) -> Value {

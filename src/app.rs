@@ -75,7 +75,8 @@ pub struct App {
 
 impl App {
     /// Compiles the configuration, opens the audit trail, reads the secrets and binds every listener.
-    pub fn build(config: Config) -> anyhow::Result<Self> {
+    /// `accept_loss` is the word of a loss of the audit trail that the operator accepts.
+    pub fn build(config: Config, accept_loss: Option<String>) -> anyhow::Result<Self> {
         let mut inherited = Inherited::from_env()?; // before there are threads
         let background = Builder::new_current_thread().enable_all().build()?;
         let (metrics, parts, audit_metrics) = Metrics::new()?;
@@ -95,9 +96,10 @@ impl App {
             retain: config.audit.retain.map(|retain| retain + RETAIN_SLACK),
             window: config.idempotency.window,
             low_water: LOW_WATER,
+            accept_loss: accept_loss.clone(),
         };
         let audit = Audit::start(&options, audit_metrics)?;
-        let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit));
+        let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit, accept_loss));
         let slots = slots(&config, &egress, &parts.token, &audit)?;
         let state = Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.breaker)?));
         let (alive, done) = mpsc::channel(1);

@@ -16,6 +16,7 @@ mod lane;
 mod ledger;
 mod line;
 mod lock;
+pub mod loss;
 mod queue;
 mod record;
 pub mod recovery;
@@ -99,9 +100,22 @@ pub struct Options {
     pub window: Duration,
     /// Below this much free space, in bytes, refusals are no longer recorded: no stranger may fill the disk.
     pub low_water: u64,
+    /// The word of a loss that the operator accepts: see [`loss`].
+    pub accept_loss: Option<String>,
 }
 
 impl Options {
+    /// Looks whether a start finds what it needs. Segments whose key is missing are set aside if that loss is accepted;
+    /// returns where they are.
+    fn look_for_key(&self) -> Result<Option<String>, StartError> {
+        match init::check(&self.directory, self.key_file.as_deref(), self.must_exist) {
+            Err(Absent::KeyOfSegments { word, .. }) if self.accept_loss.as_ref() == Some(&word) => {
+                loss::set_aside(&self.directory).map(Some)
+            }
+            checked => checked.map(|()| None).map_err(StartError::from),
+        }
+    }
+
     /// To append to a trail that nobody writes. No new segment is begun there, unless the last one is damaged: it would belong to
     /// whoever appends.
     fn to_append(directory: &Path) -> Self {
@@ -117,6 +131,7 @@ impl Options {
             retain: None,
             window: Duration::ZERO,
             low_water: 0,
+            accept_loss: None,
         }
     }
 }
@@ -137,6 +152,7 @@ impl Options {
             retain: None,
             window: Duration::ZERO,
             low_water: 0,
+            accept_loss: None,
         }
     }
 }
@@ -185,6 +201,7 @@ pub struct Metrics {
     queue: IntGauge,
     doubtful: IntGauge,
     unresolved: IntGauge,
+    damaged: IntGauge,
 }
 
 impl Metrics {
@@ -229,10 +246,15 @@ impl Metrics {
                 "ccsqm_gateway_unresolved_outcomes",
                 "Calls of unknown outcome that nobody has resolved.",
             )?,
+            damaged: IntGauge::new(
+                "ccsqm_gateway_audit_damaged",
+                "Whether a part of the trail within the idempotency window is lost and nobody has accepted that.",
+            )?,
         };
         registry.register(Box::new(metrics.queue.clone()))?;
         registry.register(Box::new(metrics.doubtful.clone()))?;
         registry.register(Box::new(metrics.unresolved.clone()))?;
+        registry.register(Box::new(metrics.damaged.clone()))?;
         Ok(metrics)
     }
 
@@ -338,7 +360,7 @@ impl Audit {
     /// Opens the trail: takes its lock, recovers what a crash left, starts the writer.
     pub fn start(options: &Options, metrics: Metrics) -> Result<Self, StartError> {
         let fail = |error| start_error(&options.directory, error);
-        init::check(&options.directory, options.key_file.as_deref(), options.must_exist)?;
+        let aside = options.look_for_key()?;
         make_directory(&options.directory, options.durability).map_err(fail)?;
         let directory = Directory::open(&options.directory).map_err(fail)?;
         lock(&directory)?;
@@ -357,6 +379,9 @@ impl Audit {
         let clocks = writer.clocks.clone();
         clocks.look(&shared);
         shared.change_unresolved(|_| {});
+        if let Some(aside) = aside {
+            shared.event(loss::ACCEPTED, json!({ "reason": "the key was missing", "aside": aside }));
+        }
         let writing = shared.clone();
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
@@ -520,6 +545,11 @@ impl Audit {
         self.0.clocks.accept(self.shared(), details);
     }
 
+    /// Tells the metric whether a loss is open.
+    pub fn set_damaged(&self, is_damaged: bool) {
+        self.shared().metrics.damaged.set(is_damaged.into());
+    }
+
     /// Whether the last write succeeded.
     pub fn healthy(&self) -> bool {
         self.shared().is_healthy()
@@ -594,10 +624,43 @@ struct Recovered {
 /// Accepts the wall clock for a trail that nobody writes: see [`Audit::accept_clock`]. Returns the number of the event, which is
 /// on the disk then. Fails with [`StartError::Locked`] while a gateway writes the trail.
 pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
+    check_trail(directory)?;
+    append_event(directory, keys, |clocks| (age::ACCEPTED, clocks.accepted()))
+}
+
+/// Accepts what is lost of a trail that nobody writes: see [`loss`]. Returns the number of the event, which is on the disk
+/// then. Fails with [`StartError::Locked`] while a gateway writes the trail.
+pub fn accept_loss(directory: &Path, keys: Keys) -> Result<u64, StartError> {
+    check_trail(directory)?;
+    append_event(directory, keys, |_| (loss::ACCEPTED, Map::new()))
+}
+
+/// Sets segments aside whose key is missing, and begins a new trail with a new key, whose first record says so. Returns the
+/// name of the directory in which they are now.
+pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
+    let aside = loss::set_aside(directory)?;
+    init::init(directory, None)?;
+    let details = json!({ "reason": "the key was missing", "aside": aside });
+    let details = details.as_object().cloned().unwrap_or_default();
+    append_event(directory, Keys::load_own(directory)?, |_| (loss::ACCEPTED, details))?;
+    Ok(aside)
+}
+
+fn check_trail(directory: &Path) -> Result<(), StartError> {
     let fail = |error| start_error(directory, error);
     if chain::segments(directory).map_err(fail)?.is_empty() {
         return Err(fail(io::Error::new(io::ErrorKind::NotFound, "there is no audit trail")));
     }
+    Ok(())
+}
+
+/// Appends an event to a trail that nobody writes.
+fn append_event(
+    directory: &Path,
+    keys: Keys,
+    event: impl FnOnce(&Clocks) -> (&'static str, Map<String, Value>),
+) -> Result<u64, StartError> {
+    let fail = |error| start_error(directory, error);
     let directory = Directory::open(directory).map_err(fail)?;
     lock(&directory)?;
     let (lock, statement) = lock_file(&directory)?;
@@ -605,7 +668,8 @@ pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
     let Resumed { mut batch, found, last, segment } =
         resume(&options, &directory, &keys, &statement).map_err(fail)?;
     let clocks = Arc::new(Clocks::go_on(&found, options.window));
-    batch.event(age::ACCEPTED, Value::Object(clocks.accepted()));
+    let (name, details) = event(&clocks);
+    batch.event(name, Value::Object(details));
     let mut writer =
         Writer::new(&options, Arc::new(keys), (directory, lock), clocks, last, segment).map_err(fail)?;
     writer.append(&mut batch).and_then(|()| give_to_owner(&owned)).map_err(fail)?;

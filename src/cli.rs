@@ -29,7 +29,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Run the gateway.
-    Serve(Configured),
+    Serve(serve::Args),
     /// Check a configuration and say who can use the credential.
     Check(check::Args),
     /// Run the gateway on a sandbox of the cloud, with an example request.
@@ -69,7 +69,7 @@ fn parse_override(text: &str) -> Result<(String, String), String> {
 /// Runs the command.
 pub(crate) fn run() -> ExitCode {
     let result = match Arguments::parse().command {
-        Command::Serve(configured) => serve::run(&configured),
+        Command::Serve(args) => serve::run(&args),
         Command::Check(args) => Ok(check::run(&args)),
         Command::Demo(args) => demo::run(&args),
         Command::Sandbox(args) => sandbox::run(args),

@@ -154,7 +154,7 @@ pub fn trail(bytes: &[u8]) {
     let before = verify(folder.path());
     let audit = Audit::start(&options(folder.path()), metrics()).unwrap();
     audit.verify_past(folder.path()).unwrap();
-    Idempotency::new(&IDEMPOTENCY, &audit).rebuild(&IDEMPOTENCY, folder.path(), &audit);
+    Idempotency::new(&IDEMPOTENCY, &audit, None).rebuild(&IDEMPOTENCY, folder.path(), &audit);
     audit.close();
     let after = verify(folder.path());
     assert!(after.torn.is_none() && after.unresolved.at_work().count() == 0, "{after:?}");

@@ -37,6 +37,7 @@ use crate::{
     audit::{
         Answer, Audit, FirstCall, Names, Queued, Record, RequestId, StoredReply,
         chain::{Hash, Keys, Mark, parse_hex, push_hex},
+        loss::{self, Loss},
         unresolved::{CallState, UnresolvedCall},
     },
     clock,
@@ -66,6 +67,11 @@ pub struct Idempotency {
     /// What may be forgotten: then a replay names the result code only.
     replies: Cache<Uuid, Arc<StoredReply>, RandomState>,
     is_rebuilt: AtomicBool,
+    /// A part of the trail within the window is lost, so that keys which are not found are refused; until when, in seconds since
+    /// 1970.
+    loss: Mutex<Option<(Loss, u32)>>,
+    /// The word of a loss that the operator accepts.
+    accept_loss: Option<String>,
     /// Bytes of the trail that were read, and that are to be read.
     read: [AtomicU64; 2],
 }
@@ -166,6 +172,12 @@ pub enum Refused {
         "too many calls are of unknown outcome, so that a further one could be lost; the operators must resolve them"
     )]
     NoMoreDoubts,
+    /// A part of the trail is lost, and the key is not in the rest.
+    #[error(
+        "a part of the audit trail is lost, so that nobody knows whether this Idempotency-Key was used; keep the key and call \
+         again later; the operators must restore the trail or accept the loss"
+    )]
+    Lost,
     /// The trail is still read.
     #[error("the keys of earlier calls are still being read; keep the key and call again in a moment")]
     Rebuilding,
@@ -179,7 +191,12 @@ impl Refused {
             Self::InProgress(id) | Self::Unknown(id) | Self::Duplicate(id) => first(id, Outcome::Unknown),
             Self::Done(id) => first(id, Outcome::Succeeded),
             Self::Mismatch(call) => Some(*call),
-            Self::Key(_) | Self::NoKey | Self::NoMoreKeys | Self::NoMoreDoubts | Self::Rebuilding => None,
+            Self::Key(_)
+            | Self::NoKey
+            | Self::NoMoreKeys
+            | Self::NoMoreDoubts
+            | Self::Lost
+            | Self::Rebuilding => None,
         }
     }
 }
@@ -216,7 +233,8 @@ enum Step {
 
 impl Idempotency {
     /// Remembers only what the start found in doubt; keyed calls are refused until [`Idempotency::rebuild`] is over.
-    pub fn new(settings: &config::Idempotency, audit: &Audit) -> Self {
+    /// `accept_loss` is the word of a loss of the trail that the operator accepts.
+    pub fn new(settings: &config::Idempotency, audit: &Audit, accept_loss: Option<String>) -> Self {
         let (window, success_window) = (seconds(settings.window), seconds(settings.fingerprint_window));
         let table = Self {
             without_key: settings.without_key,
@@ -232,6 +250,8 @@ impl Idempotency {
                 .time_to_live(settings.window)
                 .build_with_hasher(RandomState::default()),
             is_rebuilt: AtomicBool::new(false),
+            loss: Mutex::new(None),
+            accept_loss,
             read: [AtomicU64::new(0), AtomicU64::new(0)],
         };
         // From now on for a window: what the time between was worth, only a clock could tell.
@@ -248,6 +268,7 @@ impl Idempotency {
         if let Some(key) = key {
             let key = self.key_mark(call, key)?;
             let verdict = self.claims().look(key, print, force, now());
+            self.check_loss(&verdict)?;
             if let Passed::Replay(id, ending) = passed(verdict)? {
                 return Ok(Would::BeReplayed(FirstCall { id, outcome: ending.outcome() }));
             }
@@ -276,6 +297,10 @@ impl Idempotency {
     ) -> Result<Begun, Refusal> {
         let (key, print) = (self.key_mark(call, key)?, self.print(call));
         let id = call.id.uuid();
+        if self.loss().is_some() {
+            let verdict = self.claims().look(key, print, force, now());
+            self.check_loss(&verdict)?;
+        }
         let verdict = self.claims().claim(key, print, id, force, now());
         match passed(verdict)? {
             Passed::Begin { doubt } => {
@@ -325,6 +350,43 @@ impl Idempotency {
             Rejection::Duplicate(First::Open(_)) | Rejection::Full => None,
         };
         Refusal { reason: rejected(rejection), delivery }
+    }
+
+    /// Refuses a key that is not found while a part of the trail is lost.
+    fn check_loss(&self, verdict: &Verdict) -> Result<(), Refused> {
+        let is_new = matches!(verdict, Verdict::Begin { doubt: None });
+        if is_new && self.loss().is_some() { Err(Refused::Lost) } else { Ok(()) }
+    }
+
+    /// What is lost of the trail, as long as that matters.
+    pub fn loss(&self) -> Option<Loss> {
+        let mut loss = self.loss.lock().unwrap_or_else(PoisonError::into_inner);
+        if loss.as_ref().is_some_and(|(_, until)| *until < now()) {
+            *loss = None;
+            self.audit.set_damaged(false);
+        }
+        loss.as_ref().map(|(loss, _)| loss.clone())
+    }
+
+    /// The rebuild found something lost.
+    fn lose(&self, loss: Loss, window: u32) {
+        let Loss { file, line, reason, word } = &loss;
+        if self.accept_loss.as_ref() == Some(word) {
+            tracing::warn!(file, line, reason, "a part of the audit trail is lost, and that is accepted");
+            self.audit.event(loss::ACCEPTED, loss.details());
+            return;
+        }
+        tracing::warn!(
+            file,
+            line,
+            reason,
+            word,
+            "a part of the audit trail is lost: Idempotency-Keys that are not found get 503; restore it, or accept the loss \
+             with `ccsqm-gateway audit accept-loss` or `serve --accept-loss=<word>`"
+        );
+        self.audit.set_damaged(true);
+        *self.loss.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some((loss, now().saturating_add(window)));
     }
 
     fn key_mark(&self, call: Call<'_>, key: &[u8]) -> Result<Mark, Refused> {
@@ -411,6 +473,7 @@ impl Idempotency {
         json!({
             "keys": self.keys(),
             "rebuilt": self.is_rebuilt.load(Ordering::Relaxed),
+            "loss": self.loss(),
             "trail_bytes_read": read,
             "trail_bytes": all,
         })

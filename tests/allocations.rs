@@ -108,7 +108,7 @@ fn call(stream: &mut TcpStream, request: &mut [u8], times: u64) {
 fn a_warm_request_stays_within_its_budget_of_allocations() {
     let _profiler = dhat::Profiler::builder().testing().build();
     let (cloud, folder) = (Cloud::start(), TempDir::new().unwrap());
-    let app = App::build(configuration(&folder, &cloud)).unwrap();
+    let app = App::build(configuration(&folder, &cloud), None).unwrap();
     let Some(ListenAddress::Tcp(address)) = app.addresses().next().cloned() else {
         panic!("no TCP listener")
     };

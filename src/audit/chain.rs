@@ -269,7 +269,7 @@ pub(super) fn segment_path(directory: &Path, first: u64) -> PathBuf {
 }
 
 /// The number in a segment's name; 0 if there is none.
-pub(super) fn first_seq(segment: &Path) -> u64 {
+pub fn first_seq(segment: &Path) -> u64 {
     let name = segment.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
     name.strip_prefix("audit-").and_then(|number| number.parse().ok()).unwrap_or(0)
 }

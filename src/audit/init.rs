@@ -16,6 +16,7 @@ use super::{
     chain::{Keys, key_path, segments},
     directory::Directory,
     lock, lock_file,
+    loss::word_without_key,
     sync::make_directory,
 };
 
@@ -34,10 +35,17 @@ pub enum Absent {
     Key(PathBuf, String),
     /// The key of segments that are there.
     #[error(
-        "{0} is missing, and there are segments that were written with it: restore it; without it no record can be \
-         verified, and every Idempotency-Key is a new one"
+        "{key} is missing, and there are segments that were written with it: restore it. Without it no record can be \
+         verified, and every Idempotency-Key of the window counts as new, so that tasks may be assigned twice. To accept \
+         that: `ccsqm-gateway audit accept-loss {}`, or `serve --accept-loss={word}`",
+        .key.parent().unwrap_or(.key).display()
     )]
-    KeyOfSegments(PathBuf),
+    KeyOfSegments {
+        /// Where it should be.
+        key: PathBuf,
+        /// What `serve --accept-loss` must say.
+        word: String,
+    },
 }
 
 /// Looks whether a start would find what it needs. `key_file` is the key of the configuration, `None` the one in the
@@ -55,8 +63,8 @@ pub fn check(directory: &Path, key_file: Option<&Path>, must_exist: bool) -> Res
     if key_file.is_some() || !is_absent(&fs::symlink_metadata(&key)) {
         return Ok(());
     }
-    if segments(directory).is_ok_and(|segments| !segments.is_empty()) {
-        return Err(Absent::KeyOfSegments(key));
+    if let Some(segments) = segments(directory).ok().filter(|segments| !segments.is_empty()) {
+        return Err(Absent::KeyOfSegments { key, word: word_without_key(&segments) });
     }
     if must_exist { Err(Absent::Key(key, arguments())) } else { Ok(()) }
 }

@@ -391,7 +391,7 @@ impl Damage {
     }
 
     /// Whether a line is such an event.
-    fn is_told_by(line: &[u8]) -> bool {
+    pub(super) fn is_told_by(line: &[u8]) -> bool {
         #[derive(Deserialize)]
         struct Told<'a> {
             event: &'a str,

@@ -1,4 +1,4 @@
-//! `audit init | verify | in-doubt | unresolved | head | accept-clock`.
+//! `audit init | verify | in-doubt | unresolved | head | accept-loss | accept-clock`.
 
 use std::{
     path::{Path, PathBuf},
@@ -6,7 +6,7 @@ use std::{
 };
 
 use ccsqm_gateway::audit::{
-    StartError, accept_clock,
+    StartError, accept_clock, accept_loss, accept_lost_key,
     chain::{KeyError, Keys, hex},
     init, is_live,
     recovery::{Found, read},
@@ -36,6 +36,9 @@ enum Command {
     Unresolved(Trail),
     /// Print the last record's number and hash, to be kept elsewhere.
     Head(Trail),
+    /// Accept that a part of the trail is lost: Idempotency-Keys that are not found count as new from then on, and tasks may
+    /// be assigned twice. Recorded in the trail. The gateway must not run.
+    AcceptLoss(Trail),
     /// Believe the wall clock as it is, where a gateway finds it doubtful; recorded in the trail. The gateway must not run.
     AcceptClock(Trail),
 }
@@ -66,6 +69,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Command::InDoubt(trail) => trail.read().map(|found| in_doubt(trail, &found)),
         Command::Unresolved(trail) => trail.read().map(|found| unresolved(trail, &found)),
         Command::Head(trail) => trail.read().map(|found| head(trail, &found)),
+        Command::AcceptLoss(trail) => accept(trail),
         Command::AcceptClock(trail) => believe_clock(trail),
     };
     Ok(match good {
@@ -205,6 +209,30 @@ fn head(trail: &Trail, found: &Found) -> bool {
         println!("{} {hash}", found.seq);
     }
     true
+}
+
+fn accept(trail: &Trail) -> anyhow::Result<bool> {
+    let Place { directory, key_file } = &trail.place;
+    if let Err(init::Absent::KeyOfSegments { .. }) = init::check(directory, key_file.as_deref(), false) {
+        let aside = accept_lost_key(directory)?;
+        println!(
+            "accepted: the segments without a key are in {}; a new trail begins",
+            directory.join(aside).display()
+        );
+        return Ok(true);
+    }
+    let found = trail.read()?;
+    if found.faults.is_empty() && found.damage.is_empty() && found.recorded.is_empty() {
+        println!("nothing is lost: the trail is whole");
+        return Ok(true);
+    }
+    for fault in found.faults.iter().chain(&found.recorded) {
+        println!("{}:{}: record {}: {}", fault.file.display(), fault.line, fault.seq, fault.reason);
+    }
+    warn(trail, &found);
+    let seq = accept_loss(directory, trail.keys()?)?;
+    println!("accepted by record {seq}: Idempotency-Keys that are not found count as new");
+    Ok(true)
 }
 
 fn believe_clock(trail: &Trail) -> anyhow::Result<bool> {

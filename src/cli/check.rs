@@ -3,7 +3,10 @@
 
 use std::process::ExitCode;
 
-use ccsqm_gateway::config::{Access, Config, LOOPBACK_NOTICE};
+use ccsqm_gateway::{
+    audit::init,
+    config::{Access, Audit, Config, LOOPBACK_NOTICE},
+};
 use serde_json::{Map, Value, json};
 
 use super::{BAD_CONFIGURATION, Configured};
@@ -21,6 +24,16 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> ExitCode {
     let file = args.configured.config.display().to_string();
     match args.configured.load() {
+        Ok(config) if key_is_lost(&config).is_some() => {
+            let reason = key_is_lost(&config).unwrap_or_default();
+            if args.json {
+                let problem = json!({ "key": "audit.directory", "reason": reason });
+                println!("{:#}", json!({ "good": false, "file": file, "problems": [problem] }));
+            } else {
+                eprintln!("{file}: audit.directory: {reason}");
+            }
+            ExitCode::from(BAD_CONFIGURATION)
+        }
         Ok(config) if args.json => {
             let notices: Vec<_> = config.trusts_loopback().then_some(LOOPBACK_NOTICE).into_iter().collect();
             let (effective, access) = (config.effective(), config.access());
@@ -46,6 +59,12 @@ pub(super) fn run(args: &Args) -> ExitCode {
             ExitCode::from(BAD_CONFIGURATION)
         }
     }
+}
+
+/// What a start without `--accept-loss` would be refused for, although the configuration is good.
+fn key_is_lost(config: &Config) -> Option<String> {
+    let Audit { directory, key_file, must_exist, .. } = &config.audit;
+    init::check(directory, key_file.as_deref(), *must_exist).err().map(|absent| absent.to_string())
 }
 
 fn access(config: &Config) {

@@ -51,7 +51,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !args.once {
         drop(super::log(&config.log));
     }
-    let app = App::build(config)?;
+    let app = App::build(config, None)?;
     let Some(ListenAddress::Tcp(address)) = app.addresses().next().cloned() else { bail!("no TCP listener") };
     if !args.once {
         introduce(address, admin, &sandbox, folder.path());

@@ -14,7 +14,18 @@ use super::{BAD_CONFIGURATION, Configured};
 /// Files beside connections: listeners, audit, admin, token calls, the runtimes' own.
 const OTHER_FILES: u64 = 128;
 
-pub(super) fn run(configured: &Configured) -> anyhow::Result<ExitCode> {
+/// What to serve.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    configured: Configured,
+    /// Accept that a part of the audit trail is lost. WORD is what the refusal or the log names, and stands for this
+    /// loss only. Idempotency-Keys that are not found count as new then.
+    #[arg(long, value_name = "WORD")]
+    accept_loss: Option<String>,
+}
+
+pub(super) fn run(Args { configured, accept_loss }: &Args) -> anyhow::Result<ExitCode> {
     let config = match configured.load() {
         Ok(config) => config,
         Err(problems) => {
@@ -25,7 +36,7 @@ pub(super) fn run(configured: &Configured) -> anyhow::Result<ExitCode> {
     let set_level = super::log(&config.log);
     no_core_dumps();
     allow_files(config.server.max_connections + config.upstream.max_connections);
-    let app = match App::build(config) {
+    let app = match App::build(config, accept_loss.clone()) {
         Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..) | StartError::Absent(_))) => {
             eprintln!("ccsqm-gateway: {error}");
             return Ok(ExitCode::from(BAD_CONFIGURATION));

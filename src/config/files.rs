@@ -13,7 +13,7 @@ use super::{ContractSource, Route, SecretSource};
 use crate::{
     audit::{
         chain::{Keys, key_path},
-        init,
+        init::{self, Absent},
     },
     connect,
     contract::Contract,
@@ -86,7 +86,11 @@ pub(super) fn audit_names(route: &Route) -> Vec<String> {
 /// The audit directory: usable, or such that it can be made. Without a key file the chain's key lies in it.
 pub(super) fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Result<(), String> {
     let shown = path.display();
-    init::check(path, key_file, must_exist).map_err(|error| error.to_string())?;
+    match init::check(path, key_file, must_exist) {
+        // A start can be told to accept that: see `audit::loss`.
+        Ok(()) | Err(Absent::KeyOfSegments { .. }) => {}
+        Err(absent) => return Err(absent.to_string()),
+    }
     match fs::metadata(path) {
         Ok(meta) if !meta.is_dir() => Err(format!("{shown} is not a directory")),
         Ok(_) => {

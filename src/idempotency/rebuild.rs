@@ -33,7 +33,8 @@ use crate::{
     audit::{
         Audit, StoredReply,
         age::Ages,
-        chain::{Lines, Mark, parse_hex, segments},
+        chain::{Lines, Mark, first_seq, parse_hex, segments},
+        loss::{ChainCheck, Loss},
         unresolved::UnresolvedCall,
     },
     config,
@@ -59,6 +60,7 @@ struct Line<'a> {
     seq: u64,
     time: &'a str,
     kind: &'a str,
+    event: Option<&'a str>,
     id: Option<Uuid>,
     key: Option<&'a str>,
     print: Option<&'a str>,
@@ -109,6 +111,9 @@ struct Parser<'a> {
     /// The ages of records at the moment `now`.
     ages: Ages,
     now: u32,
+    chain: ChainCheck<'a>,
+    /// The window, where the first record must be older.
+    window_time: Option<Duration>,
 }
 
 /// Applies what was read.
@@ -176,8 +181,12 @@ impl Idempotency {
             successes_from,
         };
         let (last, second) = (audit.begun(), Second::default());
-        let parser = Parser { table: self, last, window_from, second, ages, now };
-        thread::scope(|scope| {
+        let chain = ChainCheck::begin(audit.keys(), &segments)?;
+        // Nothing in the window is ever removed, so that a trail that begins later lacks something.
+        let may_begin_late = first == 0 && segments.first().is_some_and(|path| first_seq(path) > 1);
+        let window_time = may_begin_late.then_some(settings.window);
+        let parser = Parser { table: self, last, window_from, second, ages, now, chain, window_time };
+        let loss = thread::scope(|scope| {
             let (sender, receiver) = mpsc::sync_channel(BATCHES);
             let parsing = thread::Builder::new()
                 .name("keys".into())
@@ -186,23 +195,33 @@ impl Idempotency {
             parsing.join().unwrap_or_else(|panic| resume_unwind(panic))
         })?;
         reading.close();
+        if let Some(loss) = loss {
+            self.lose(loss, window);
+        }
         Ok(())
     }
 }
 
 impl Parser<'_> {
-    /// Hands over what the lines tell, in their order, as long as somebody takes it.
-    fn read(mut self, segments: &[PathBuf], sender: &SyncSender<Vec<Told>>) -> io::Result<()> {
+    /// Hands over what the lines tell, in their order, as long as somebody takes it. Returns what is lost of the trail.
+    fn read(mut self, segments: &[PathBuf], sender: &SyncSender<Vec<Told>>) -> io::Result<Option<Loss>> {
         let mut batch = Vec::with_capacity(BATCH);
-        for path in segments {
+        for (index, path) in segments.iter().enumerate() {
+            self.chain.enter(path, segments.get(index + 1));
             let mut lines = Lines::open(path)?;
             while let Some(line) = lines.read()? {
-                match parse::<Line<'_>>(line.bytes) {
-                    Ok(record) if record.seq > self.last => break,
-                    Ok(record) if record.kind == "event" => self.ages.anchor(line.bytes),
-                    Ok(record) => batch.extend(self.told(record, line.bytes)),
-                    Err(_) => {
-                        tracing::error!("a line of the audit trail cannot be read; a key may be forgotten");
+                let record = parse::<Line<'_>>(line.bytes).ok();
+                if record.as_ref().is_some_and(|record| record.seq > self.last) {
+                    break;
+                }
+                self.chain.check(line.number, line.bytes, record.as_ref().map(|record| record.seq));
+                if let Some(record) = record {
+                    self.look_for_late_begin(record.time);
+                    if record.kind == "event" {
+                        self.ages.anchor(line.bytes);
+                        self.chain.event(line.number, record.event.unwrap_or_default(), line.bytes);
+                    } else {
+                        batch.extend(self.told(record, line.bytes));
                     }
                 }
                 self.table.read[0].fetch_add(line.bytes.len() as u64 + 1, Ordering::Relaxed);
@@ -212,7 +231,16 @@ impl Parser<'_> {
             }
         }
         let _ = sender.send(batch);
-        Ok(())
+        Ok(self.chain.loss())
+    }
+
+    /// Looks at the first record of all whether it is as old as the window.
+    fn look_for_late_begin(&mut self, time: &str) {
+        if let Some(window) = self.window_time.take()
+            && self.ages.age(self.second.millis(time)) <= window
+        {
+            self.chain.begins_late();
+        }
     }
 
     fn told(&mut self, line: Line<'_>, bytes: &[u8]) -> Option<Told> {
@@ -379,7 +407,7 @@ mod tests {
     }
 
     fn table(audit: &Audit) -> Arc<Idempotency> {
-        Arc::new(Idempotency::new(&settings(), audit))
+        Arc::new(Idempotency::new(&settings(), audit, None))
     }
 
     fn answer() -> Answer {

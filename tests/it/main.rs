@@ -21,6 +21,7 @@ mod overload;
 mod egress;
 mod token;
 mod audit;
+mod losses;
 mod configuration;
 mod reload;
 mod restart;

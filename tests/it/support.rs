@@ -44,6 +44,8 @@ pub(crate) struct Setup {
     pub(crate) folder: Option<Arc<TempDir>>,
     /// A command that becomes the gateway, such as `env A=1`; empty: none.
     pub(crate) through: Vec<String>,
+    /// Further flags of `serve`.
+    pub(crate) flags: Vec<String>,
 }
 
 impl Setup {
@@ -108,12 +110,12 @@ burst = 1000000
         setup.caller
     );
     fs::write(folder.path().join("gateway.toml"), text).unwrap();
-    serve_with(&folder, &setup.through, &setup.set)
+    serve_with(&folder, &setup.through, &setup.set, &setup.flags)
 }
 
 /// A gateway with the configuration that lies in a folder.
 pub(crate) fn serve(folder: &Arc<TempDir>) -> Gateway {
-    serve_with(folder, &[], &[])
+    serve_with(folder, &[], &[], &[])
 }
 
 /// The same, with the socket that its listener has in the configuration.
@@ -135,7 +137,12 @@ pub(crate) fn inheriting(folder: &Arc<TempDir>, socket: &TcpListener) -> Command
     command
 }
 
-fn serve_with(folder: &Arc<TempDir>, through: &[String], set: &[(&str, String)]) -> Gateway {
+fn serve_with(
+    folder: &Arc<TempDir>,
+    through: &[String],
+    set: &[(&str, String)],
+    flags: &[String],
+) -> Gateway {
     let config = folder.path().join("gateway.toml");
     let words: Vec<_> = through.iter().map(String::as_str).chain([BINARY]).collect();
     let mut command = Command::new(words[0]);
@@ -143,6 +150,7 @@ fn serve_with(folder: &Arc<TempDir>, through: &[String], set: &[(&str, String)])
     for (key, value) in set {
         command.arg("--set").arg(format!("{key}={value}"));
     }
+    command.args(flags);
     Gateway::spawn(command, folder.clone())
 }
 

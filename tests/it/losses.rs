@@ -1,0 +1,197 @@
+//! Parts of the trail that are lost: no key of the window counts as new until an operator accepts that.
+
+use std::{fs, path::PathBuf, process::Command, sync::Arc};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{idempotency::until_keys_are_known, support::*};
+
+fn key(number: usize) -> String {
+    format!("idempotency-key: k{number}\r\n")
+}
+
+fn segments(directory: &std::path::Path) -> Vec<PathBuf> {
+    let mut segments: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    segments.retain(|path| path.extension().is_some_and(|extension| extension == "jsonl"));
+    segments.sort();
+    segments
+}
+
+fn setup(folder: &Arc<TempDir>) -> Setup {
+    Setup { folder: Some(folder.clone()), ..Setup::default() }.set("audit.segment_size", "64KiB")
+}
+
+const KEYS: usize = 200;
+
+/// A trail of several segments with that many keys, stopped in order or killed.
+fn trail(sandbox: &ccsqm_gateway::sandbox::Sandbox, stops: bool) -> Arc<TempDir> {
+    let folder = Arc::new(TempDir::new().unwrap());
+    let mut gateway = start_with(sandbox, setup(&folder));
+    until_keys_are_known(&gateway);
+    for number in 0..KEYS {
+        assert_eq!(gateway.post_with(&key(number)).outcome(), "succeeded");
+    }
+    // The lock file names a record that is a second old.
+    let newest = segments(&gateway.audit_directory()).pop().unwrap();
+    let name =
+        newest.file_stem().unwrap().to_str().unwrap().trim_start_matches("audit-").trim_start_matches('0');
+    wait_for("the lock file", || {
+        fs::read_to_string(gateway.audit_directory().join("lock")).unwrap().contains(name).then_some(())
+    });
+    if stops {
+        gateway.signal("-TERM");
+        assert!(gateway.wait().success());
+    } else {
+        gateway.kill();
+    }
+    assert!(segments(&folder.path().join("audit")).len() >= 4);
+    folder
+}
+
+/// What becomes of each key: sent again, refused, or replayed.
+fn repeat(gateway: &Gateway) -> [usize; 3] {
+    let mut counts = [0; 3];
+    for number in 0..KEYS {
+        let reply = gateway.post_with(&key(number));
+        let what = match (reply.status, reply.outcome(), reply.code()) {
+            (200, "succeeded", _) => 0,
+            (503, "not_sent", "idempotency_unavailable") => 1,
+            (200, "replayed", _) | (409, _, "outcome_unknown") => 2,
+            _ => panic!("{reply:?}"),
+        };
+        counts[what] += 1;
+    }
+    counts
+}
+
+fn word(gateway: &Gateway) -> String {
+    gateway.admin("/status").json()["idempotency"]["loss"]["word"].as_str().unwrap().to_owned()
+}
+
+fn is_accepted(folder: &TempDir) -> bool {
+    records(&folder.path().join("audit"), "event").iter().any(|event| event["event"] == "loss_accepted")
+}
+
+type Harm = fn(&[PathBuf]);
+
+const HARMS: [(&str, bool, Harm); 7] = [
+    ("oldest removed", true, |segments| fs::remove_file(&segments[0]).unwrap()),
+    ("middle removed", true, |segments| fs::remove_file(&segments[1]).unwrap()),
+    ("middle compressed", true, |segments| {
+        assert!(Command::new("gzip").arg(&segments[1]).status().unwrap().success());
+    }),
+    ("middle cut", true, |segments| {
+        let text = fs::read(&segments[1]).unwrap();
+        let end = text[..text.len() / 2].iter().rposition(|byte| *byte == b'\n').unwrap() + 1;
+        fs::write(&segments[1], &text[..end]).unwrap();
+    }),
+    ("a byte flipped", true, |segments| {
+        let mut text = fs::read(&segments[1]).unwrap();
+        let place = text.windows(7).position(|part| part == b"\"key\":\"").unwrap() + 8;
+        text[place] = if text[place] == b'0' { b'1' } else { b'0' };
+        fs::write(&segments[1], text).unwrap();
+    }),
+    ("newest removed after a stop", true, |segments| fs::remove_file(segments.last().unwrap()).unwrap()),
+    ("newest removed after a kill", false, |segments| fs::remove_file(segments.last().unwrap()).unwrap()),
+];
+
+#[test]
+fn keys_that_are_not_found_are_refused_until_the_loss_is_accepted() {
+    for (harm, stops, make) in HARMS {
+        for by_command in [true, false] {
+            let sandbox = sandbox();
+            let folder = trail(&sandbox, stops);
+            let audit = folder.path().join("audit");
+            make(&segments(&audit));
+
+            // The same after another restart.
+            for _ in 0..2 {
+                let before = sandbox.requests().len();
+                let gateway = start_with(&sandbox, setup(&folder));
+                until_keys_are_known(&gateway);
+                let [sent, refused, replayed] = repeat(&gateway);
+                assert!(sent == 0 && refused > 0 && replayed > 0, "{harm}: {sent} {refused} {replayed}");
+                assert_eq!(gateway.post_with("idempotency-key: new\r\n").status, 503, "{harm}");
+                let ready = gateway.admin("/readyz");
+                assert_eq!(ready.status, 200, "{harm}");
+                assert!(ready.body.contains("a part of the audit trail is lost"), "{harm}: {}", ready.body);
+                assert!(gateway.admin("/metrics").body.contains("ccsqm_gateway_audit_damaged 1"), "{harm}");
+                assert!(gateway.log().contains("a part of the audit trail is lost"), "{harm}");
+                assert_eq!(sandbox.requests().len(), before, "{harm}");
+                assert_eq!(gateway.call().outcome(), "succeeded", "{harm}: without a key it is served");
+                gateway.kill();
+            }
+            let gateway = start_with(&sandbox, setup(&folder));
+            until_keys_are_known(&gateway);
+            let word = word(&gateway);
+            gateway.kill();
+            assert!(!is_accepted(&folder), "{harm}");
+            let mut accepting = setup(&folder);
+            if by_command {
+                let (code, said, error) = command(&["audit", "accept-loss", audit.to_str().unwrap()]);
+                assert_eq!(code, 0, "{harm}: {said}{error}");
+            } else {
+                accepting.flags = vec![format!("--accept-loss={word}")];
+            }
+            let gateway = start_with(&sandbox, accepting);
+            until_keys_are_known(&gateway);
+            wait_for("the record", || is_accepted(&folder).then_some(()));
+            let [sent, refused, replayed] = repeat(&gateway);
+            assert!(sent > 0 && refused == 0 && replayed > 0, "{harm}: {sent} {refused} {replayed}");
+            let gateway = start_with(&sandbox, Setup { folder: Some(gateway.kill()), ..setup(&folder) });
+            until_keys_are_known(&gateway);
+            assert_eq!(repeat(&gateway), [0, 0, KEYS], "{harm}: accepted once and for all");
+        }
+    }
+}
+
+#[test]
+fn another_word_accepts_nothing() {
+    let sandbox = sandbox();
+    let folder = trail(&sandbox, true);
+    HARMS[1].2(&segments(&folder.path().join("audit")));
+    let mut wrong = setup(&folder);
+    wrong.flags = vec!["--accept-loss=01234567".into()];
+    let gateway = start_with(&sandbox, wrong);
+    until_keys_are_known(&gateway);
+    assert_eq!(repeat(&gateway)[0], 0);
+}
+
+#[test]
+fn segments_without_their_key_refuse_the_start_until_the_loss_is_accepted() {
+    for by_command in [true, false] {
+        let sandbox = sandbox();
+        let folder = trail(&sandbox, false);
+        let audit = folder.path().join("audit");
+        fs::remove_file(audit.join("audit.key")).unwrap();
+        let config = folder.path().join("gateway.toml");
+        for verb in ["check", "serve"] {
+            let (code, _, said) = command(&[verb, "--config", config.to_str().unwrap()]);
+            assert_eq!(code, 78, "{verb}: {said}");
+            assert!(
+                said.contains("audit.key is missing") && said.contains("--accept-loss="),
+                "{verb}: {said}"
+            );
+        }
+        let (_, _, said) = command(&["serve", "--config", config.to_str().unwrap()]);
+        let word = said.split("--accept-loss=").nth(1).unwrap()[..8].to_owned();
+        let mut accepting = setup(&folder);
+        if by_command {
+            let (code, said, error) = command(&["audit", "accept-loss", audit.to_str().unwrap()]);
+            assert_eq!(code, 0, "{said}{error}");
+        } else {
+            accepting.flags = vec![format!("--accept-loss={word}")];
+        }
+        let gateway = start_with(&sandbox, accepting);
+        until_keys_are_known(&gateway);
+        wait_for("the record", || is_accepted(&folder).then_some(()));
+        assert_eq!(repeat(&gateway), [KEYS, 0, 0]);
+        let aside =
+            fs::read_dir(&audit).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        assert!(aside.into_iter().any(|name| name.starts_with("lost-")));
+        let event: Value =
+            records(&audit, "event").into_iter().find(|it| it["event"] == "loss_accepted").unwrap();
+        assert_eq!(event["reason"], "the key was missing");
+    }
+}
