@@ -697,8 +697,7 @@ fn a_long_answer_that_is_reset_without_an_error_aborts_the_callers_connection() 
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| {
         wire.head(request.stream, 200, None);
-        wire.data(request.stream, SUCCESS.as_bytes(), false);
-        wire.blanks(request.stream, LONG - SUCCESS.len(), move |wire| match request.nth {
+        wire.blanks_behind(SUCCESS.as_bytes(), request.stream, LONG, move |wire| match request.nth {
             0 => wire.reset(request.stream, NO_ERROR),
             _ => {
                 wire.data(request.stream, b"", true);

@@ -488,12 +488,19 @@ impl Wire {
         }
     }
 
-    /// Blanks, as the gateway has room for them; to be used on one stream of the connection. Then the stream is left to
-    /// `end`.
-    pub(crate) fn blanks(&self, stream: u32, size: usize, end: impl FnOnce(&Self) + Send + 'static) {
+    /// A text and blanks up to `size`, as the gateway has room for them; to be used on one stream of the connection. Then
+    /// the stream is left to `end`.
+    pub(crate) fn blanks_behind(
+        &self,
+        text: &[u8],
+        stream: u32,
+        size: usize,
+        end: impl FnOnce(&Self) + Send + 'static,
+    ) {
         let wire = self.clone();
+        self.data(stream, text, false);
+        let mut sent = text.len();
         tokio::spawn(async move {
-            let mut sent = 0;
             while sent < size && !wire.out.is_closed() {
                 let room = 65_536 + wire.credit.load(Ordering::Relaxed) - sent;
                 let piece = room.min(size - sent).min(16_384);
