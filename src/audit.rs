@@ -2,9 +2,10 @@
 //!
 //! *Queued* means in the writer's queue; *safe* means that the write returned, so that `kill -9` of this
 //! process loses nothing, or, with durability `disk`, that fdatasync returned after it, so that a crash of the
-//! machine loses nothing either. Guarantees: an intent is safe before the first upstream byte; intents and
-//! outcomes are never dropped; refusals never wait and cannot fill the queue or the disk. Against somebody who
-//! can write as the gateway the chain proves only what lies before a head that is kept elsewhere.
+//! machine loses nothing either; and that the segment's name still led to the file then. Guarantees: an intent is
+//! safe before the first upstream byte; intents and outcomes are never dropped; refusals never wait and cannot fill
+//! the queue or the disk. Against somebody who can write as the gateway the chain proves only what lies before a
+//! head that is kept elsewhere.
 
 pub mod age;
 mod batch;

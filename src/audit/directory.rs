@@ -167,9 +167,30 @@ impl Directory {
         if self.find(name)?.is_none() {
             return Ok(None);
         }
-        let aside = format!("{name}.foreign-{}", clock::unix_nanos());
+        let aside = aside(name);
         self.rename(name, &aside)?;
         Ok(Some(aside))
+    }
+
+    /// Renames a file to a name at which something may stand, which is put aside. The name never leads nowhere, where the
+    /// file system can exchange names. Returns the new name of what stood there.
+    pub(super) fn replace(&self, from: &str, to: &str) -> io::Result<Option<String>> {
+        if self.find(to)?.is_none() {
+            return self.rename(from, to).map(|()| None);
+        }
+        match renameat_with(&self.handle, from, &self.handle, to, RenameFlags::EXCHANGE) {
+            Ok(()) => {
+                let aside = aside(to);
+                self.rename(from, &aside)?;
+                Ok(Some(aside))
+            }
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                let aside = self.put_aside(to)?;
+                self.rename(from, to)?;
+                Ok(aside)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Waits until the names are on the disk.
@@ -195,6 +216,10 @@ pub(super) fn open_regular(path: &Path, options: &mut OpenOptions) -> io::Result
             Err(io::Error::other(format!("{name} is no regular file")))
         }
     }
+}
+
+fn aside(name: &str) -> String {
+    format!("{name}.foreign-{}", clock::unix_nanos())
 }
 
 /// NFS and some others lock no directories.

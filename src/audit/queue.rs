@@ -44,6 +44,9 @@ const LONG_TURN: u64 = 50_000_000;
 /// it down; and a batch is not called slow for being large.
 const PROMPT: (u64, u64) = (100_000, 10_000);
 
+/// How often the writer looks around, at least: once a second, with all that comes in between.
+pub(super) const LOOK_AROUND: Duration = Duration::from_millis(900);
+
 /// A second of refusals.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -124,7 +127,7 @@ pub(super) struct Carried {
 pub(super) enum Next {
     /// To write a batch.
     Write,
-    /// To look whether there is space, and whether all files are in their place: a second is over.
+    /// To look whether there is space, and whether all files are in their place.
     Look,
     /// To end: the trail is closed and all is written.
     End,
@@ -326,7 +329,7 @@ impl Shared {
             let wait = match (pending, self.has_space()) {
                 _ if !self.has_room() => SECOND / 10,
                 (true, true) => SECOND / 5,
-                _ => SECOND,
+                _ => LOOK_AROUND,
             };
             queue.writer_sleeps = true;
             let (mut woken, waited) =

@@ -179,8 +179,7 @@ impl Segment {
         if let Some(syncs) = syncs.as_deref_mut() {
             syncs.sync(&copy)?;
         }
-        let aside = directory.put_aside(&self.name())?;
-        directory.rename(UNFINISHED, &self.name())?;
+        let aside = directory.replace(UNFINISHED, &self.name())?;
         if syncs.is_some() {
             directory.sync()?;
         }

@@ -34,7 +34,7 @@ use super::{
     directory::{Directory, Identity},
     ledger::{self, Ledger},
     lock::{self, Lock, Stated},
-    queue::{Carried, Next, Shared},
+    queue::{Carried, LOOK_AROUND, Next, Shared},
     retention::{self, Old, Place},
     segment::{AHEAD, Segment},
     sync::Syncs,
@@ -59,10 +59,7 @@ const OUTCOME: u64 = 2 * 1024;
 /// a time.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// How often the files and the free space are looked at.
-const LOOK_AROUND: Duration = Duration::from_secs(1);
-
-/// That takes as long as to write so many records.
+/// To look at the files and the free space takes as long as to write so many records.
 const LOOK_AROUND_COSTS: usize = 100;
 
 /// What happened to a file of the trail, while no record says so yet.
@@ -347,7 +344,7 @@ impl Writer {
     /// Whether directory and lock file are those that were opened. Says once that they are not, and that they are again.
     fn look_for_place(&mut self, shared: &Shared) -> bool {
         let lost = match (self.directory.check(), self.directory.leads_to(lock::NAME, self.lock.identity())) {
-            (Err(_), _) => Some("the directory was moved, deleted or replaced"),
+            (Err(_), _) => Some("the directory was moved, deleted or replaced, or cannot be reached"),
             (Ok(()), Ok(true)) => None,
             (Ok(()), _) => Some("the lock file was moved, deleted or replaced"),
         };
@@ -361,12 +358,13 @@ impl Writer {
                 let directory = self.directory.path().display();
                 tracing::error!(%directory, "{what}; nothing is sent until it is back");
                 shared.metrics.files_lost(false);
-                shared.event("gap", json!({ "what": what, "result": "lost" }));
+                let directory = directory.to_string();
+                shared.event("gap", json!({ "what": what, "directory": directory, "result": "lost" }));
             }
             None => {
-                tracing::info!("directory and lock file of the audit trail are in their place again");
-                shared
-                    .event("recovery", json!({ "what": "directory and lock file are in their place again" }));
+                let what = "directory and lock file are in their place again";
+                tracing::info!("{what}");
+                shared.event("recovery", json!({ "what": what }));
             }
         }
         lost.is_none()
@@ -454,7 +452,7 @@ impl Writer {
                 Mishap::Lost(lost) => {
                     let Lost { file, what, is_restored, aside, found_as } = &lost;
                     let (result, aside, found_as) = (lost.result(), aside.as_deref(), found_as.as_deref());
-                    tracing::warn!(file, result, aside, found_as, "the audit trail: {what}");
+                    tracing::warn!(file, result, aside, found_as, "the audit trail has lost a file: {what}");
                     shared.metrics.files_lost(*is_restored);
                     shared.event("gap", lost.details());
                 }

@@ -107,6 +107,43 @@ fn every_shipped_file_is_good() {
     }
 }
 
+/// The gateway's configuration in the Kubernetes example.
+fn of_sidecar() -> String {
+    let text =
+        fs::read_to_string(format!("{}/deploy/kubernetes/sidecar.yaml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let (_, text) = text.split_once("  gateway.toml: |\n").unwrap();
+    text.lines().map_while(|line| line.strip_prefix("    ")).map(|line| format!("{line}\n")).collect()
+}
+
+#[test]
+fn every_shipped_deployment_has_its_trail_made_once() {
+    let (folder, _) = shipped("minimal.toml");
+    let audit = folder.path().join("state/audit");
+    let of_sidecar = of_sidecar().replace("/run/secrets/ccsqm/", "");
+    let (_, minimal) = shipped("minimal.toml");
+    for (text, variables) in [
+        (with(&of_sidecar, "/var/lib/ccsqm-gateway/audit", audit.to_str().unwrap()), vec![]),
+        (minimal, vec![("DIRECTORY", audit.as_os_str()), ("MUST_EXIST", OsStr::new("true"))]), // as in compose.yaml
+    ] {
+        let path = write(&folder, &text);
+        let names = ["CCSQM_GATEWAY__AUDIT__DIRECTORY", "CCSQM_GATEWAY__AUDIT__MUST_EXIST"];
+        let variables: Vec<_> =
+            variables.iter().zip(names).map(|((_, value), name)| (name, *value)).collect();
+        let check = || run(&["check", "--config", &path], &variables);
+        let (code, _, error) = check();
+        assert!(code == 78 && error.contains(&format!("audit init {}", audit.display())), "{error}");
+        assert_eq!(run(&["audit", "init", audit.to_str().unwrap()], &[]).0, 0);
+        assert_eq!(check().0, 0, "{}", check().2);
+        fs::remove_dir_all(&audit).unwrap();
+    }
+    for file in ["compose.yaml", "kubernetes/audit-init.yaml", "systemd/ccsqm-gateway.service"] {
+        let text = fs::read_to_string(format!("{}/deploy/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let says = ["audit init /var/lib/ccsqm-gateway/audit", "[audit, init, /var/lib/ccsqm-gateway/audit]"];
+        assert!(says.iter().any(|says| text.contains(says)), "{file} says how it is made");
+        assert!(!text.lines().any(|line| line.starts_with("ExecStartPre")), "{file}");
+    }
+}
+
 #[test]
 fn five_mistakes_are_five_lines_with_their_places() {
     let (folder, text) = shipped("gateway.toml");

@@ -315,7 +315,9 @@ fn without_its_lock_file_a_second_gateway_still_stays_out() {
     let gateway = start(&sandbox);
     let config = gateway.folder.path().join("gateway.toml");
     fs::remove_file(gateway.audit_directory().join("lock")).unwrap();
-    let (code, _, error) = command(&["serve", "--config", config.to_str().unwrap()]);
+    // At a port that is taken, so that one that is not kept out ends, too.
+    let admin = format!("admin.address={}", gateway.admin);
+    let (code, _, error) = command(&["serve", "--config", config.to_str().unwrap(), "--set", &admin]);
     assert!(code == 1 && error.contains("another process writes here"), "{error}");
     assert!(!gateway.audit_directory().join("lock").exists(), "and makes nothing");
 }
