@@ -629,6 +629,8 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
         table.path(context, "key_file").and_then(|found| good_file(context, found, files::audit_key));
     let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
     let fields = read_fields(context, &mut table);
+    table.close(context);
+    // A misspelt key may be the one that says where the chain's key is.
     let is_elsewhere = context.is_doubtful("audit.key_file").then_some(Path::new("FILE"));
     if !context.is_doubtful("audit.directory")
         && let Err(reason) =
@@ -636,7 +638,6 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     {
         context.problem_at("audit.directory", reason);
     }
-    table.close(context);
     Audit { directory, must_exist, durability, segment_size, retain, key_file, fields }
 }
 
