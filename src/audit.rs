@@ -751,7 +751,7 @@ fn resume(
         tracing::error!(file = damage.file, reason = damage.reason, "the audit trail is damaged");
         batch.event("recovery", damage.details());
     }
-    let segment = segment.map(|(first, length)| reopen(options.durability, &directory, first, length));
+    let segment = segment.map(|(first, length)| reopen(options.durability, directory, first, length));
     if options.durability == Durability::Disk {
         sync_all(&chain::segments(directory.path())?)?;
     }

@@ -355,6 +355,8 @@ fn micros(time: &str) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::needless_pass_by_value, reason = "json!(…) reads better without an ampersand")]
+
     use super::*;
 
     fn id(number: u128) -> Uuid {
