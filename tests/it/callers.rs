@@ -170,6 +170,15 @@ fn listener(folder: &TempDir, identity: &Identity, more: &str) -> String {
 
 /// A gateway whose second listener asks for certificates of `ca`, but for those on the list.
 fn start_with_certificates(sandbox: &ccsqm_gateway::sandbox::Sandbox, ca: &Ca, list: &str) -> Gateway {
+    start_with_certificates_and(sandbox, ca, list, Setup::default())
+}
+
+fn start_with_certificates_and(
+    sandbox: &ccsqm_gateway::sandbox::Sandbox,
+    ca: &Ca,
+    list: &str,
+    setup: Setup,
+) -> Gateway {
     let folder = Arc::new(TempDir::new().unwrap());
     fs::write(folder.path().join("ca.pem"), ca.0.pem()).unwrap();
     fs::write(folder.path().join("revoked.pem"), list).unwrap();
@@ -177,7 +186,7 @@ fn start_with_certificates(sandbox: &ccsqm_gateway::sandbox::Sandbox, ca: &Ca, l
     let caller = listener(&folder, &ca.issue(SERVER), more)
         + &caller("console", CONSOLE, "")
         + &caller("batch", "dns:batch.qa.internal", "");
-    start_with(sandbox, Setup { folder: Some(folder), caller, ..Setup::default() })
+    start_with(sandbox, Setup { folder: Some(folder), caller, ..setup })
 }
 
 /// The example request, from an address of the loopback network.
@@ -440,4 +449,34 @@ fn who_is_frozen_is_refused_and_nobody_else() {
     config = config.replace("true", "false");
     assert_eq!(start_with(&sandbox, setup(&config)).call().outcome(), "succeeded", "the control");
     assert_eq!(sandbox.requests().len(), 2);
+}
+
+#[test]
+fn caller_that_left_over_tls_before_a_success_is_noticed() {
+    for says_so in [true, false] {
+        let (sandbox, ca) = (sandbox(), Ca::new());
+        let faults = serde_json::json!({ "business": [{ "delay_ms": 500, "times": 1 }] });
+        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        let guarded = Setup::default().set("idempotency.without_key", "guard");
+        let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[], 2124), guarded);
+        let caller = ca.issue(CALLER);
+        let mut leaves = ca.connect(gateway.second.unwrap(), Some(&caller)).unwrap();
+        leaves.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
+        wait_for("the upstream", || (sandbox.requests().len() == 1).then_some(()));
+        if says_so {
+            leaves.conn.send_close_notify();
+            leaves.flush().unwrap();
+        }
+        drop(leaves);
+        wait_for("the event", || {
+            gateway.records("event", 1).iter().any(|event| event["event"] == "undelivered").then_some(())
+        });
+        let told = ca.call(gateway.second.unwrap(), Some(&caller)).unwrap();
+        assert_eq!((told.code(), told.outcome()), ("duplicate_suspected", "succeeded"), "{says_so}");
+        let again = ca.call(gateway.second.unwrap(), Some(&caller)).unwrap();
+        assert_eq!(again.outcome(), "succeeded", "told once");
+        let more = ca.call(gateway.second.unwrap(), Some(&caller)).unwrap();
+        assert_eq!(more.outcome(), "succeeded", "the control: an answer that is taken is delivered");
+        assert_eq!(sandbox.requests().len(), 3, "{says_so}");
+    }
 }
