@@ -12,7 +12,7 @@ use super::{
     batch::{Batch, Change},
     queue::Shared,
     segment::Segment,
-    unresolved::{CallState, UnresolvedCall, UnresolvedList},
+    unresolved::{CallState, LIST, UnresolvedCall, UnresolvedList},
 };
 use crate::{clock, outcome::Outcome};
 
@@ -36,7 +36,8 @@ impl Ledger {
         let base = segment.length - batch.size() as u64;
         for (change, line) in batch.changes() {
             match *change {
-                Change::None => {}
+                // The list in the trail has the calls at work, too; this one has not.
+                Change::None | Change::Event { name: LIST, .. } => {}
                 Change::Intent(id) => {
                     let range = base + line.start as u64..base + line.end as u64;
                     self.at_work.insert(id, Intent::Line(range));

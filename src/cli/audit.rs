@@ -164,7 +164,7 @@ fn in_doubt(trail: &Trail, found: &Found) -> bool {
     let open: Vec<_> = found.unresolved.at_work().collect();
     list(trail, &open);
     if !trail.json {
-        println!("{} without an outcome", open.len());
+        println!("{} in doubt", open.len());
         let unknown = found.unresolved.unknown().count();
         if unknown > 0 {
             println!("{unknown} more of unknown outcome: see `ccsqm-gateway audit unresolved`");

@@ -38,7 +38,7 @@ pub(super) fn run(Args { configured, accept_loss }: &Args) -> anyhow::Result<Exi
     allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = match App::build(config, accept_loss.clone()) {
         Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..) | StartError::Absent(_))) => {
-            eprintln!("ccsqm-gateway: {error}");
+            eprintln!("ccsqm-gateway: audit.directory: {error}");
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
         built => built?,

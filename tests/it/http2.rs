@@ -226,7 +226,9 @@ fn a_denial_behind_an_interim_answer_is_not_believed() {
             assert_eq!((reply.status, reply.code(), reply.outcome()), (502, "upstream_broken", "unknown"));
             assert_eq!(reply.headers.get("retry-after"), None);
             assert_eq!((told, sent), (("unknown".into(), 1), 2), "way {way}: nothing is sent again");
-            assert!(gateway.log().contains("has answered on its HTTP/2 stream"), "{}", gateway.log());
+            wait_for("the WARN", || {
+                gateway.log().contains("has answered on its HTTP/2 stream").then_some(())
+            });
             assert_eq!(gateway.call().outcome(), "succeeded", "the next one");
             assert_eq!(upstream.received().last().unwrap().connection, 1, "takes another connection");
             every_intent_has_its_outcome(&gateway, 3);
