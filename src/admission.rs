@@ -72,6 +72,8 @@ pub struct Caller {
     pub index: usize,
     /// There is no other caller.
     pub is_alone: bool,
+    /// The most keys that it may hold; `None`: half of all, or all if it is alone.
+    pub max_keys: Option<usize>,
     /// Its name in the configuration, the audit trail and the metrics.
     pub name: Arc<str>,
     /// The operator it acts as when it names none.
@@ -270,6 +272,7 @@ impl Caller {
         Self {
             index,
             is_alone: count == 1,
+            max_keys: raw.max_keys,
             name: raw.name.as_str().into(),
             operator: operator(&raw.operator_id),
             operators: raw.operators.iter().map(|id| operator(id)).collect(),
@@ -497,6 +500,7 @@ mod tests {
             let caller = Arc::new(Caller {
                 index: 0,
                 is_alone: false,
+                max_keys: None,
                 name: name.into(),
                 operator: HeaderValue::from_static("1"),
                 operators: Vec::new(),

@@ -412,6 +412,8 @@ pub struct Caller {
     pub require_header: Option<HeaderName>,
     /// Which ids it may send as bare numbers.
     pub bare_ids: BareIds,
+    /// The most Idempotency-Keys that it may hold; `None`: half of all, or all if there is no other caller.
+    pub max_keys: Option<usize>,
     /// Its requests are refused for now.
     pub frozen: bool,
 }

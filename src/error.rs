@@ -549,9 +549,11 @@ impl From<Refusal> for Error {
             Refused::InProgress(_) => Code::RequestInProgress,
             Refused::Unknown(_) => Code::OutcomeUnknown,
             Refused::Duplicate(_) | Refused::Done(_) => Code::DuplicateSuspected,
-            Refused::NoMoreKeys | Refused::NoMoreDoubts | Refused::Lost | Refused::Rebuilding => {
-                Code::IdempotencyUnavailable
-            }
+            Refused::NoMoreKeys
+            | Refused::NoMoreKeysOfCaller
+            | Refused::NoMoreDoubts
+            | Refused::Lost
+            | Refused::Rebuilding => Code::IdempotencyUnavailable,
         };
         let (first, error) = (reason.first(), Self::not_sent(code, reason));
         // A mismatch tells of this call; the others tell what became of the first one, which is this one, too.

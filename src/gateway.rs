@@ -160,6 +160,7 @@ impl Gateway {
         let call = Call {
             caller: &caller.name,
             is_alone: caller.is_alone,
+            max_keys: caller.max_keys,
             route: &route.name,
             operator: routed.operator,
             digest: &digest,

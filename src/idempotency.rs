@@ -14,6 +14,7 @@ mod duplicates;
 pub(crate) mod key;
 mod rebuild;
 mod recent;
+mod slots;
 
 use std::{
     fmt,
@@ -47,7 +48,7 @@ use crate::{
     outcome::{Outcome, Retry},
     upstream::{Failure, Reply, ReplyBody},
 };
-use claims::{Claims, Ending, How, Verdict};
+use claims::{Claims, Ending, How, Verdict, Wanted};
 pub use delivery::Delivery;
 use duplicates::{Completion, Doubt, DoubtKind, Duplicate, DuplicateDetector, First, Rejection};
 pub use key::BadKey;
@@ -59,6 +60,7 @@ const REPLY_OVERHEAD: usize = 200;
 /// What is remembered of calls, shared by all workers.
 pub struct Idempotency {
     without_key: WithoutKey,
+    max_keys: usize,
     audit: Audit,
     marks: Arc<Keys>,
     hasher: RandomState,
@@ -83,6 +85,8 @@ pub struct Call<'a> {
     pub caller: &'a str,
     /// There is no other caller, so that this one may hold all that can be remembered.
     pub is_alone: bool,
+    /// The most keys that this caller may hold, where it is configured.
+    pub max_keys: Option<usize>,
     /// Which route.
     pub route: &'a str,
     /// Who acts.
@@ -167,6 +171,12 @@ pub enum Refused {
     /// No more keys within the window.
     #[error("no more Idempotency-Keys can be remembered at the moment; keep the key and call again later")]
     NoMoreKeys,
+    /// No more keys of this caller within the window.
+    #[error(
+        "this caller holds as many Idempotency-Keys as it may (half of all, or its `max_keys`); keep the key and call \
+         again later"
+    )]
+    NoMoreKeysOfCaller,
     /// No more calls of unknown outcome can be remembered.
     #[error(
         "too many calls are of unknown outcome, so that a further one could be lost; the operators must resolve them"
@@ -194,6 +204,7 @@ impl Refused {
             Self::Key(_)
             | Self::NoKey
             | Self::NoMoreKeys
+            | Self::NoMoreKeysOfCaller
             | Self::NoMoreDoubts
             | Self::Lost
             | Self::Rebuilding => None,
@@ -238,6 +249,7 @@ impl Idempotency {
         let (window, success_window) = (seconds(settings.window), seconds(settings.fingerprint_window));
         let table = Self {
             without_key: settings.without_key,
+            max_keys: settings.max_keys,
             audit: audit.clone(),
             marks: audit.keys().clone(),
             hasher: RandomState::default(),
@@ -266,8 +278,8 @@ impl Idempotency {
         let Given { key, force } = key::read(head)?;
         let print = self.print(call);
         if let Some(key) = key {
-            let key = self.key_mark(call, key)?;
-            let verdict = self.claims().look(key, print, force, now());
+            let wanted = self.wanted(call, self.key_mark(call, key)?, print, force);
+            let verdict = self.claims().look(wanted, now());
             self.check_loss(&verdict)?;
             if let Passed::Replay(id, ending) = passed(verdict)? {
                 return Ok(Would::BeReplayed(FirstCall { id, outcome: ending.outcome() }));
@@ -297,11 +309,12 @@ impl Idempotency {
     ) -> Result<Begun, Refusal> {
         let (key, print) = (self.key_mark(call, key)?, self.print(call));
         let id = call.id.uuid();
+        let wanted = self.wanted(call, key, print, force);
         if self.loss().is_some() {
-            let verdict = self.claims().look(key, print, force, now());
+            let verdict = self.claims().look(wanted, now());
             self.check_loss(&verdict)?;
         }
-        let verdict = self.claims().claim(key, print, id, force, now());
+        let verdict = self.claims().claim(wanted, id, now());
         match passed(verdict)? {
             Passed::Begin { doubt } => {
                 let claimed = self.claim(call, print, Some(key), force);
@@ -396,6 +409,13 @@ impl Idempotency {
         Ok(self.marks.mark(&[b"key", call.caller.as_bytes(), call.route.as_bytes(), key]))
     }
 
+    /// A caller gets half of all keys, or all if there is no other, unless its share is configured.
+    fn wanted(&self, call: Call<'_>, key: Mark, print: Mark, force: Option<Uuid>) -> Wanted {
+        let share = if call.is_alone { self.max_keys } else { self.max_keys.div_ceil(2) };
+        let share = call.max_keys.unwrap_or(share);
+        Wanted { key, print, caller: self.hash_of(call.caller), share, force }
+    }
+
     /// Equal for equal bodies, operators and routes. Written to the trail.
     fn print(&self, call: Call<'_>) -> Mark {
         self.marks.mark(&[b"print", call.digest, call.operator.as_bytes(), call.route.as_bytes()])
@@ -426,9 +446,12 @@ impl Idempotency {
     }
 
     fn duplicate_of(&self, caller: &str, id: Uuid, is_keyed: bool) -> Duplicate {
-        #[expect(clippy::cast_possible_truncation, reason = "half of a hash")]
-        let caller = self.hasher.hash_one(caller) as u32;
-        Duplicate { id, is_keyed, caller }
+        Duplicate { id, is_keyed, caller: self.hash_of(caller) }
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "half of a hash")]
+    fn hash_of(&self, caller: &str) -> u32 {
+        self.hasher.hash_one(caller) as u32
     }
 
     /// Remembers a doubt that the trail tells of.
@@ -515,6 +538,7 @@ fn passed(verdict: Verdict) -> Result<Passed, Refused> {
             Err(Refused::Mismatch(FirstCall { id: first, outcome }))
         }
         Verdict::Full => Err(Refused::NoMoreKeys),
+        Verdict::ShareFull => Err(Refused::NoMoreKeysOfCaller),
     }
 }
 

@@ -208,6 +208,7 @@ fn caller(caller: &Caller) -> Value {
         "burst": caller.rate_limit.burst,
         "require_header": caller.require_header.as_ref().map(|name| name.as_str()),
         "bare_ids": bare_ids(caller.bare_ids),
+        "max_keys": caller.max_keys,
         "frozen": caller.frozen,
     })
 }

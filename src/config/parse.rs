@@ -560,6 +560,8 @@ fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<
             .map(|(bare_ids, _)| bare_ids)
             .ok_or_else(|| "must be \"detect\", \"exact\" or \"refuse\"".into())
     });
+    let has_max_keys = table.members.contains_key("max_keys");
+    let max_keys = table.integer(context, "max_keys", 1, 1..=10_000_000);
     let frozen = table.boolean(context, "frozen");
     table.close(context);
     Caller {
@@ -572,6 +574,7 @@ fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<
         rate_limit,
         require_header,
         bare_ids,
+        max_keys: has_max_keys.then_some(max_keys),
         frozen,
     }
 }

@@ -29,6 +29,7 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must not be shorter than idempotency.window: keys live in the trail";
         between(context, ["audit.retain", "idempotency.window"], reason);
     }
+    shares(context, config);
     if upstream.max_connections < config.server.workers {
         let reason = "must be at least server.workers";
         between(context, ["upstream.max_connections", "server.workers"], reason);
@@ -76,6 +77,15 @@ fn fields(context: &mut Context<'_>, config: &Config) {
             let reason =
                 format!("`{name}` cannot be hidden; there are {own}, and what contracts name with x-audit");
             context.problem_at("audit.fields", reason);
+        }
+    }
+}
+
+fn shares(context: &mut Context<'_>, config: &Config) {
+    for (i, caller) in config.callers.iter().enumerate() {
+        if caller.max_keys.is_some_and(|share| share > config.idempotency.max_keys) {
+            let key = format!("callers[{i}].max_keys");
+            between(context, [&key, "idempotency.max_keys"], "must not be more than idempotency.max_keys");
         }
     }
 }

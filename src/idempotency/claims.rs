@@ -1,19 +1,31 @@
 //! The claims on keys, a pure table: what each key stands for, within the window.
 //!
 //! A claim is in flight, of unknown outcome, or ended with an answer that is kept. What was certainly not done gives
-//! its key back. Nothing is ever evicted; what is older than the window goes.
+//! its key back. Nothing is ever evicted; what is older than the window goes. The table is bounded, in keys and so in bytes,
+//! by refusing new keys. Of these each caller has its share, so that one caller cannot use up all keys.
 
-use std::collections::{HashMap, VecDeque, hash_map::Entry};
+use std::{collections::HashMap, sync::Arc};
 
 use uuid::Uuid;
 
+use super::slots::{Number, Slots};
 use crate::audit::chain::Mark;
+
+/// Different result codes that are told apart. An upstream has some dozens.
+const MAX_CODES: usize = 4096;
+
+/// What they take at most, in bytes: a code has at most 64 bytes, and its entry is in a list and in a map.
+const CODES_BYTES: usize = MAX_CODES * 256;
+
+type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
 /// Times are in seconds since 1970.
 pub(super) struct Claims {
-    by_key: HashMap<Mark, Claim, foldhash::fast::RandomState>,
-    /// Claims that are not in flight, by the time of their end. One that was claimed anew since counts no more.
-    over: VecDeque<(u32, Mark)>,
+    /// Claims that are over, and those that repeat one by force, are queued by the time of their end.
+    slots: Slots<Claim>,
+    /// Keys by caller.
+    held: Table<u32, usize>,
+    codes: Codes,
     max: usize,
     window: u32,
 }
@@ -23,6 +35,8 @@ struct Claim {
     print: Mark,
     id: Uuid,
     since: u32,
+    /// The caller, hashed.
+    caller: u32,
     state: State,
 }
 
@@ -30,10 +44,14 @@ struct Claim {
 enum State {
     /// `doubt` is the call of unknown outcome that this one repeats.
     InFlight {
-        doubt: Option<Doubt>,
+        doubt: Option<Box<Doubt>>,
     },
     Unknown,
-    Ended(Ending),
+    Ended {
+        is_success: bool,
+        status: u16,
+        code: Option<CodeNumber>,
+    },
 }
 
 /// A call of unknown outcome that another one repeats.
@@ -43,13 +61,37 @@ struct Doubt {
     since: u32,
 }
 
+/// The result codes of claims, each stored once.
+#[derive(Default)]
+struct Codes {
+    list: Vec<Arc<[u8]>>,
+    numbers: Table<Arc<[u8]>, CodeNumber>,
+}
+
+/// The place of a result code in the list.
+#[derive(Clone, Copy, Debug)]
+struct CodeNumber(u16);
+
+/// Which key a call wants, and who it is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    pub(super) key: Mark,
+    pub(super) print: Mark,
+    /// The caller, hashed.
+    pub(super) caller: u32,
+    /// So many keys the caller may hold.
+    pub(super) share: usize,
+    /// The call of unknown outcome that it means to repeat.
+    pub(super) force: Option<Uuid>,
+}
+
 /// What is known of an answer, whatever else was forgotten.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ending {
     /// It succeeded; else it failed.
     pub(super) is_success: bool,
     pub(super) status: u16,
-    pub(super) result_code: Option<Box<[u8]>>,
+    pub(super) result_code: Option<Arc<[u8]>>,
 }
 
 /// How a call ended.
@@ -72,113 +114,192 @@ pub(super) enum Verdict {
     Unknown(Uuid),
     /// Another call has the key; how that one ended, if it did.
     Mismatch(Uuid, Option<Ending>),
+    /// No caller gets a further key.
     Full,
+    /// This caller gets no further key.
+    ShareFull,
 }
 
 impl Claims {
     pub(super) fn new(max: usize, window: u32) -> Self {
-        Self { by_key: HashMap::default(), over: VecDeque::new(), max, window }
+        Self::with_room(max, window, 0)
     }
 
     /// The same, with room for so many claims already.
     pub(super) fn with_room(max: usize, window: u32, room: usize) -> Self {
-        let mut claims = Self::new(max, window);
-        claims.by_key.reserve(room.min(max));
-        claims
+        let (held, codes) = <_>::default();
+        Self { slots: Slots::with_room(room.min(max)), held, codes, max, window }
+    }
+
+    /// The most memory that so many keys take, in bytes.
+    pub(super) const fn max_bytes(keys: usize) -> usize {
+        Slots::<Claim>::max_bytes(keys) + CODES_BYTES
     }
 
     pub(super) fn len(&self) -> usize {
-        self.by_key.len()
+        self.slots.len()
     }
 
-    /// A call wants its key. `force` is the call of unknown outcome that it means to repeat.
-    pub(super) fn claim(
-        &mut self,
-        key: Mark,
-        print: Mark,
-        id: Uuid,
-        force: Option<Uuid>,
-        now: u32,
-    ) -> Verdict {
-        let verdict = self.look(key, print, force, now);
+    /// A call wants its key.
+    pub(super) fn claim(&mut self, wanted: Wanted, id: Uuid, now: u32) -> Verdict {
+        let verdict = self.look(wanted, now);
         if let Verdict::Begin { .. } = verdict {
-            let doubt = self.by_key.get(&key).map(|doubt| Doubt { id: doubt.id, since: doubt.since });
-            self.by_key.insert(key, Claim { print, id, since: now, state: State::InFlight { doubt } });
+            let Wanted { key, print, caller, .. } = wanted;
+            let known = self.slots.find(&key).and_then(|number| self.slots.get_mut(number));
+            if let Some(claim) = known {
+                let doubt = Some(Box::new(Doubt { id: claim.id, since: claim.since }));
+                (claim.id, claim.since, claim.state) = (id, now, State::InFlight { doubt });
+            } else {
+                self.add(
+                    key,
+                    Claim { print, id, since: now, caller, state: State::InFlight { doubt: None } },
+                );
+            }
         }
         verdict
     }
 
     /// What a claim would come to.
-    pub(super) fn look(&mut self, key: Mark, print: Mark, force: Option<Uuid>, now: u32) -> Verdict {
+    pub(super) fn look(&mut self, wanted: Wanted, now: u32) -> Verdict {
         self.expire(now);
-        let Some(claim) = self.by_key.get(&key) else {
-            let is_full = self.by_key.len() >= self.max;
-            return if is_full { Verdict::Full } else { Verdict::Begin { doubt: None } };
+        let Wanted { print, force, .. } = wanted;
+        let Some(claim) = self.slots.find(&wanted.key).and_then(|number| self.slots.get(number)) else {
+            return self.look_for_room(wanted);
         };
         match &claim.state {
-            State::Ended(ending) if claim.print != print => Verdict::Mismatch(claim.id, Some(ending.clone())),
-            _ if claim.print != print => Verdict::Mismatch(claim.id, None),
+            _ if claim.print != print => Verdict::Mismatch(claim.id, self.ending(claim)),
             State::InFlight { .. } => Verdict::InFlight(claim.id),
-            State::Ended(ending) => Verdict::Replay(claim.id, ending.clone()),
             State::Unknown if force == Some(claim.id) => Verdict::Begin { doubt: force },
             State::Unknown => Verdict::Unknown(claim.id),
+            State::Ended { .. } => match self.ending(claim) {
+                Some(ending) => Verdict::Replay(claim.id, ending),
+                None => Verdict::Unknown(claim.id),
+            },
+        }
+    }
+
+    fn look_for_room(&self, Wanted { caller, share, .. }: Wanted) -> Verdict {
+        if self.len() >= self.max {
+            return Verdict::Full;
+        }
+        let is_full = self.held.get(&caller).is_some_and(|held| *held >= share);
+        if is_full { Verdict::ShareFull } else { Verdict::Begin { doubt: None } }
+    }
+
+    fn ending(&self, claim: &Claim) -> Option<Ending> {
+        match claim.state {
+            State::InFlight { .. } | State::Unknown => None,
+            State::Ended { is_success, status, code } => {
+                let result_code = code.and_then(|code| self.codes.get(code));
+                Some(Ending { is_success, status, result_code })
+            }
         }
     }
 
     /// A call that held its key is over. Does nothing for any other.
     pub(super) fn end(&mut self, key: Mark, id: Uuid, how: How, now: u32) {
-        let Entry::Occupied(mut place) = self.by_key.entry(key) else { return };
-        let claim = place.get_mut();
-        let State::InFlight { doubt } = claim.state else { return };
-        if claim.id != id {
-            return;
-        }
-        match (how, doubt) {
-            (How::NotDone, None) => {
-                place.remove();
-                return;
+        let Some(number) = self.slots.find(&key) else { return };
+        let Some(claim) = self.slots.get_mut(number).filter(|claim| claim.id == id) else { return };
+        let State::InFlight { doubt } = &mut claim.state else { return };
+        let doubt = doubt.take();
+        claim.state = match how {
+            How::NotDone => return self.give_back(number, doubt.as_deref(), now),
+            How::Unknown => State::Unknown,
+            How::Ended(Ending { is_success, status, result_code }) => {
+                let code = result_code.and_then(|code| self.codes.put(&code));
+                State::Ended { is_success, status, code }
             }
-            // What became of the first one is as unknown as before, and no younger.
-            (How::NotDone, Some(Doubt { since, .. })) if now.saturating_sub(since) > self.window => {
-                place.remove();
-                return;
-            }
-            (How::NotDone, Some(Doubt { id, since })) => {
-                (claim.id, claim.since, claim.state) = (id, since, State::Unknown);
-                return;
-            }
-            (How::Unknown, _) => claim.state = State::Unknown,
-            (How::Ended(ending), _) => claim.state = State::Ended(ending),
-        }
+        };
         claim.since = now;
-        self.over.push_back((now, key));
+        self.slots.queue(number);
     }
 
-    /// Puts a claim back that the trail tells of, in flight; even beyond the bound, since nothing is evicted.
-    pub(super) fn restore(&mut self, key: Mark, print: Mark, id: Uuid, doubt: Option<Uuid>, since: u32) {
-        let doubt = doubt.map(|id| {
-            let known = self.by_key.get(&key).filter(|claim| claim.id == id);
-            Doubt { id, since: known.map_or(since, |claim| claim.since) }
+    /// The call was not done. If it repeated one, how that ended is as unknown as before, and since as long.
+    fn give_back(&mut self, number: Number, doubt: Option<&Doubt>, now: u32) {
+        let doubt = doubt.filter(|doubt| now.saturating_sub(doubt.since) <= self.window);
+        let Some(doubt) = doubt else { return self.remove(number) };
+        if let Some(claim) = self.slots.get_mut(number) {
+            (claim.id, claim.since, claim.state) = (doubt.id, doubt.since, State::Unknown);
+        }
+        self.queue_unless_queued(number);
+    }
+
+    fn queue_unless_queued(&mut self, number: Number) {
+        if !self.slots.is_queued(number) {
+            self.slots.queue(number);
+        }
+    }
+
+    /// Puts a claim back that the trail tells of, in flight; even beyond the bounds, since nothing is evicted.
+    pub(super) fn restore(&mut self, wanted: Wanted, id: Uuid, since: u32) {
+        let Wanted { key, print, caller, force, .. } = wanted;
+        let known = self.slots.find(&key);
+        let before = known.and_then(|number| self.slots.get(number)).map(|claim| (claim.id, claim.since));
+        let doubt = force.map(|id| {
+            let known = before.filter(|(known, _)| *known == id);
+            Box::new(Doubt { id, since: known.map_or(since, |(_, since)| since) })
         });
-        self.by_key.insert(key, Claim { print, id, since, state: State::InFlight { doubt } });
+        let is_queued = doubt.as_ref().is_some_and(|doubt| before.is_some_and(|(id, _)| id == doubt.id));
+        let claim = Claim { print, id, since, caller, state: State::InFlight { doubt } };
+        let Some(number) = known else { return self.add(key, claim) };
+        if !is_queued {
+            self.slots.unlink(number);
+        }
+        if let Some(known) = self.slots.get_mut(number) {
+            *known = claim; // the key is of one caller
+        }
+    }
+
+    fn add(&mut self, key: Mark, claim: Claim) {
+        *self.held.entry(claim.caller).or_default() += 1;
+        self.slots.insert(key, claim);
+    }
+
+    fn remove(&mut self, number: Number) {
+        let Some(Claim { caller, .. }) = self.slots.remove(number) else { return };
+        if let Some(held) = self.held.get_mut(&caller) {
+            *held -= 1;
+            if *held == 0 {
+                self.held.remove(&caller);
+            }
+        }
     }
 
     fn expire(&mut self, now: u32) {
-        while let Some((since, key)) =
-            self.over.front().copied().filter(|(since, _)| self.is_old(*since, now))
-        {
-            self.over.pop_front();
-            if let Entry::Occupied(place) = self.by_key.entry(key)
-                && place.get().since == since
-                && !matches!(place.get().state, State::InFlight { .. })
-            {
-                place.remove();
+        while let Some(number) = self.slots.front() {
+            let Some(claim) = self.slots.get_mut(number) else { return };
+            let since = match &claim.state {
+                State::InFlight { doubt } => doubt.as_ref().map_or(0, |doubt| doubt.since),
+                State::Unknown | State::Ended { .. } => claim.since,
+            };
+            if now.saturating_sub(since) <= self.window {
+                return;
+            }
+            match &mut claim.state {
+                State::InFlight { doubt } => {
+                    *doubt = None; // too old to come back
+                    self.slots.unlink(number);
+                }
+                State::Unknown | State::Ended { .. } => self.remove(number),
             }
         }
     }
+}
 
-    fn is_old(&self, since: u32, now: u32) -> bool {
-        now.saturating_sub(since) > self.window
+impl Codes {
+    fn get(&self, CodeNumber(number): CodeNumber) -> Option<Arc<[u8]>> {
+        self.list.get(usize::from(number)).cloned()
+    }
+
+    /// The number of a code; none if too many are known.
+    fn put(&mut self, code: &Arc<[u8]>) -> Option<CodeNumber> {
+        if let Some(number) = self.numbers.get(code) {
+            return Some(*number);
+        }
+        let number = u16::try_from(self.list.len()).ok().filter(|number| usize::from(*number) < MAX_CODES)?;
+        self.list.push(code.clone());
+        self.numbers.insert(code.clone(), CodeNumber(number));
+        Some(CodeNumber(number))
     }
 }
 
@@ -196,6 +317,11 @@ mod tests {
         Uuid::from_u128(number)
     }
 
+    /// A key of the first caller, who may hold all.
+    fn wanted(key: Mark, print: Mark, force: Option<Uuid>) -> Wanted {
+        Wanted { key, print, caller: 1, share: usize::MAX, force }
+    }
+
     fn ended() -> How {
         How::Ended(Ending { is_success: true, status: 200, result_code: None })
     }
@@ -205,45 +331,144 @@ mod tests {
         let mut claims = Claims::new(10, WINDOW);
         let (key, print) = ([1; 16], [2; 16]);
         let begin = Verdict::Begin { doubt: None };
-        assert_eq!(claims.claim(key, print, id(1), None, 0), begin);
-        assert_eq!(claims.claim(key, print, id(2), None, 0), Verdict::InFlight(id(1)));
-        assert_eq!(claims.claim(key, [3; 16], id(2), None, 0), Verdict::Mismatch(id(1), None));
+        assert_eq!(claims.claim(wanted(key, print, None), id(1), 0), begin);
+        assert_eq!(claims.claim(wanted(key, print, None), id(2), 0), Verdict::InFlight(id(1)));
+        assert_eq!(claims.claim(wanted(key, [3; 16], None), id(2), 0), Verdict::Mismatch(id(1), None));
         claims.end(key, id(2), ended(), 0); // not the holder
-        assert_eq!(claims.claim(key, print, id(3), None, 0), Verdict::InFlight(id(1)));
+        assert_eq!(claims.claim(wanted(key, print, None), id(3), 0), Verdict::InFlight(id(1)));
         claims.end(key, id(1), How::NotDone, 0);
-        assert_eq!(claims.claim(key, [3; 16], id(4), None, 0), begin);
+        assert_eq!(claims.claim(wanted(key, [3; 16], None), id(4), 0), begin);
         claims.end(key, id(4), ended(), 0);
-        let Verdict::Replay(first, _) = claims.claim(key, [3; 16], id(5), None, WINDOW) else { panic!() };
+        let Verdict::Replay(first, _) = claims.claim(wanted(key, [3; 16], None), id(5), WINDOW) else {
+            panic!()
+        };
         assert_eq!(first, id(4));
-        assert_eq!(claims.claim(key, print, id(6), None, WINDOW + 1), begin);
+        assert_eq!(claims.claim(wanted(key, print, None), id(6), WINDOW + 1), begin);
     }
 
     #[test]
     fn a_doubt_stays_until_it_is_forced_by_its_name() {
         let mut claims = Claims::new(10, WINDOW);
         let (key, print) = ([1; 16], [2; 16]);
-        claims.claim(key, print, id(1), None, 0);
+        claims.claim(wanted(key, print, None), id(1), 0);
         claims.end(key, id(1), How::Unknown, 0);
-        assert_eq!(claims.claim(key, print, id(2), None, 0), Verdict::Unknown(id(1)));
-        assert_eq!(claims.claim(key, print, id(2), Some(id(9)), 0), Verdict::Unknown(id(1)));
-        assert_eq!(claims.claim(key, print, id(3), Some(id(1)), 0), Verdict::Begin { doubt: Some(id(1)) });
-        assert_eq!(claims.claim(key, print, id(4), Some(id(1)), 0), Verdict::InFlight(id(3)));
+        assert_eq!(claims.claim(wanted(key, print, None), id(2), 0), Verdict::Unknown(id(1)));
+        assert_eq!(claims.claim(wanted(key, print, Some(id(9))), id(2), 0), Verdict::Unknown(id(1)));
+        assert_eq!(
+            claims.claim(wanted(key, print, Some(id(1))), id(3), 0),
+            Verdict::Begin { doubt: Some(id(1)) }
+        );
+        assert_eq!(claims.claim(wanted(key, print, Some(id(1))), id(4), 0), Verdict::InFlight(id(3)));
         claims.end(key, id(3), How::NotDone, 0);
-        assert_eq!(claims.claim(key, print, id(5), None, 0), Verdict::Unknown(id(1)), "as unknown as before");
-        assert_eq!(claims.claim(key, print, id(6), Some(id(1)), 0), Verdict::Begin { doubt: Some(id(1)) });
+        assert_eq!(
+            claims.claim(wanted(key, print, None), id(5), 0),
+            Verdict::Unknown(id(1)),
+            "as unknown as before"
+        );
+        assert_eq!(
+            claims.claim(wanted(key, print, Some(id(1))), id(6), 0),
+            Verdict::Begin { doubt: Some(id(1)) }
+        );
         claims.end(key, id(6), How::Unknown, 0);
-        assert_eq!(claims.claim(key, print, id(7), Some(id(1)), 0), Verdict::Unknown(id(6)), "forced once");
+        assert_eq!(
+            claims.claim(wanted(key, print, Some(id(1))), id(7), 0),
+            Verdict::Unknown(id(6)),
+            "forced once"
+        );
     }
 
     #[test]
     fn a_full_table_refuses_new_keys_and_knows_the_old_ones() {
         let mut claims = Claims::new(1, WINDOW);
-        claims.claim([1; 16], [0; 16], id(1), None, 0);
-        assert_eq!(claims.claim([2; 16], [0; 16], id(2), None, 0), Verdict::Full);
-        assert_eq!(claims.claim([1; 16], [0; 16], id(2), None, 0), Verdict::InFlight(id(1)));
+        claims.claim(wanted([1; 16], [0; 16], None), id(1), 0);
+        assert_eq!(claims.claim(wanted([2; 16], [0; 16], None), id(2), 0), Verdict::Full);
+        assert_eq!(claims.claim(wanted([1; 16], [0; 16], None), id(2), 0), Verdict::InFlight(id(1)));
         claims.end([1; 16], id(1), ended(), 0);
-        assert_eq!(claims.claim([2; 16], [0; 16], id(3), None, WINDOW), Verdict::Full);
-        assert_eq!(claims.claim([2; 16], [0; 16], id(3), None, WINDOW + 1), Verdict::Begin { doubt: None });
+        assert_eq!(claims.claim(wanted([2; 16], [0; 16], None), id(3), WINDOW), Verdict::Full);
+        assert_eq!(
+            claims.claim(wanted([2; 16], [0; 16], None), id(3), WINDOW + 1),
+            Verdict::Begin { doubt: None }
+        );
+    }
+
+    #[test]
+    fn caller_at_its_share_gets_no_new_key_and_others_do() {
+        let mut claims = Claims::new(10, WINDOW);
+        let of = |caller, key| Wanted { caller, share: 2, ..wanted([key; 16], [0; 16], None) };
+        let begin = Verdict::Begin { doubt: None };
+        assert_eq!(claims.claim(of(1, 1), id(1), 0), begin);
+        assert_eq!(claims.claim(of(1, 2), id(2), 0), begin);
+        claims.end([1; 16], id(1), How::Unknown, 0);
+        assert_eq!(claims.claim(of(1, 3), id(3), 0), Verdict::ShareFull);
+        assert_eq!(claims.claim(of(2, 4), id(4), 0), begin, "another caller");
+        assert_eq!(claims.claim(of(1, 2), id(5), 0), Verdict::InFlight(id(2)), "a known key");
+        let forced = Wanted { force: Some(id(1)), ..of(1, 1) };
+        assert_eq!(
+            claims.claim(forced, id(6), 0),
+            Verdict::Begin { doubt: Some(id(1)) },
+            "a key that it has"
+        );
+        assert_eq!(claims.look(Wanted { share: 3, ..of(1, 3) }, 0), begin, "a larger share");
+        claims.end([2; 16], id(2), How::NotDone, 0);
+        assert_eq!(claims.claim(of(1, 3), id(7), 0), begin, "a key came back");
+        claims.end([3; 16], id(7), ended(), 0);
+        claims.end([1; 16], id(6), How::NotDone, 0);
+        assert_eq!(claims.claim(of(1, 5), id(8), WINDOW), Verdict::ShareFull);
+        assert_eq!(claims.claim(of(1, 5), id(8), WINDOW + 1), begin, "both have expired");
+        assert_eq!((claims.len(), &claims.held), (2, &Table::from_iter([(1, 1), (2, 1)])));
+    }
+
+    #[test]
+    fn restored_claims_count_and_are_kept_beyond_a_share() {
+        let mut claims = Claims::new(3, WINDOW);
+        let of = |caller, key| Wanted { caller, share: 1, ..wanted([key; 16], [0; 16], None) };
+        for key in 1..=4 {
+            claims.restore(of(1, key), id(key.into()), 0);
+            claims.end([key; 16], id(key.into()), ended(), 0);
+        }
+        claims.restore(of(1, 1), id(9), 1); // the key was used again
+        claims.end([1; 16], id(9), How::Unknown, 1);
+        assert_eq!((claims.len(), claims.held[&1]), (4, 4), "even beyond all bounds");
+        assert_eq!(claims.look(of(2, 5), 1), Verdict::Full);
+        let begin = Verdict::Begin { doubt: None };
+        assert_eq!(claims.look(of(2, 5), WINDOW + 1), begin);
+        assert_eq!(claims.look(of(1, 5), WINDOW + 1), Verdict::ShareFull, "one has not expired");
+        assert_eq!(claims.look(of(1, 5), WINDOW + 2), begin);
+    }
+
+    #[test]
+    fn keys_take_no_more_memory_than_is_said() {
+        assert_eq!(size_of::<Option<Claim>>(), 56);
+        let key = |number: u32| u128::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
+        for max in [10_000, 114_689] {
+            let mut claims = Claims::new(max, WINDOW);
+            let mut peak = 0;
+            for number in 0..4 * max as u32 {
+                let now = number * 2 * WINDOW / max as u32; // half as many as fit expire meanwhile
+                claims.claim(wanted(key(number), [0; 16], None), id(number.into()), now);
+                claims.end(key(number), id(number.into()), ended(), now);
+                peak = peak.max(claims.slots.bytes() * claims.len() / max);
+            }
+            assert!(claims.len() > max / 4, "the control");
+            // While the index grows, half as much is there, too.
+            assert!(claims.slots.bytes() * 3 / 2 <= Claims::max_bytes(max), "{}", claims.slots.bytes());
+        }
+    }
+
+    #[test]
+    fn result_codes_are_stored_once_and_bounded() {
+        let mut claims = Claims::new(1_000_000, WINDOW);
+        let code = |number: u32| Some(Arc::from(number.to_string().into_bytes()));
+        let limit = MAX_CODES as u32;
+        for number in 0..limit + 2 {
+            let (key, id) = (u128::from(number).to_be_bytes(), id(number.into()));
+            let ending = Ending { is_success: false, status: 400, result_code: code(number) };
+            claims.claim(wanted(key, [0; 16], None), id, 0);
+            claims.end(key, id, How::Ended(ending.clone()), 0);
+            let kept = Ending { result_code: ending.result_code.filter(|_| number < limit), ..ending };
+            let told = claims.look(wanted(key, [0; 16], None), 0);
+            assert_eq!(told, Verdict::Replay(id, kept));
+        }
     }
 
     #[derive(Clone, Debug)]
@@ -278,7 +503,7 @@ mod tests {
                         next += 1;
                         let stands = last.get(&key).cloned();
                         let force = stands.as_ref().filter(|_| force).map(|(id, ..)| *id);
-                        if let Verdict::Begin { doubt } = claims.claim([key; 16], [print; 16], id(next), force, now) {
+                        if let Verdict::Begin { doubt } = claims.claim(wanted([key; 16], [print; 16], force), id(next), now) {
                             match stands.clone() {
                                 None | Some((_, _, Some(How::NotDone))) => prop_assert_eq!(doubt, None),
                                 Some((_, since, Some(_))) if now - since > WINDOW => prop_assert_eq!(doubt, None),

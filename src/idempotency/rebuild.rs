@@ -26,7 +26,7 @@ use uuid::Uuid;
 
 use super::{
     Idempotency,
-    claims::{Claims, Ending, How},
+    claims::{Claims, Ending, How, Wanted},
     now, seconds, weigh,
 };
 use crate::{
@@ -62,6 +62,7 @@ struct Line<'a> {
     kind: &'a str,
     event: Option<&'a str>,
     id: Option<Uuid>,
+    caller: Option<&'a str>,
     key: Option<&'a str>,
     print: Option<&'a str>,
     forced: Option<Uuid>,
@@ -82,13 +83,13 @@ struct Told {
 
 enum What {
     /// The intent of a call with a key.
-    Claim { key: Mark, print: Mark, forced: Option<Uuid> },
+    Claim(Wanted),
     /// Any other intent.
     Intent(Option<Box<UnresolvedCall>>),
     Outcome {
         outcome: Option<Outcome>,
         status: Option<u16>,
-        result_code: Option<Box<[u8]>>,
+        result_code: Option<Arc<[u8]>>,
         reply: Option<StoredReply>,
     },
 }
@@ -261,7 +262,8 @@ impl Parser<'_> {
 
     fn intent(&self, line: &Line<'_>, time: u32, bytes: &[u8]) -> What {
         if let (Some(key), Some(print)) = (line.key.and_then(parse_hex), line.print.and_then(parse_hex)) {
-            return What::Claim { key, print, forced: line.forced };
+            let caller = self.table.hash_of(line.caller.unwrap_or_default());
+            return What::Claim(Wanted { key, print, caller, share: usize::MAX, force: line.forced });
         }
         let is_new = time.saturating_add(LONGEST_CALL) > self.window_from;
         What::Intent(if is_new { serde_json::from_slice(bytes).ok() } else { None })
@@ -271,9 +273,9 @@ impl Parser<'_> {
 impl Reading<'_> {
     fn take(&mut self, Told { id, time, what }: Told) {
         match what {
-            What::Claim { key, print, forced } => {
-                self.claims.restore(key, print, id, forced, time);
-                self.open.insert(id, Open::Key(key));
+            What::Claim(wanted) => {
+                self.claims.restore(wanted, id, time);
+                self.open.insert(id, Open::Key(wanted.key));
             }
             What::Intent(open) => drop(self.open.insert(id, open.map_or(Open::Nothing, Open::Body))),
             What::Outcome { outcome, status, result_code, reply } => match self.open.remove(&id) {
@@ -434,7 +436,8 @@ mod tests {
         let operator = HeaderValue::from_static(OPERATOR);
         let digest = audit.keys().digest(&number.to_be_bytes());
         let (caller, route) = ("qa-console", "appointQualityTask");
-        let call = Call { caller, is_alone: true, route, operator: &operator, digest: &digest, id };
+        let call =
+            Call { caller, is_alone: true, max_keys: None, route, operator: &operator, digest: &digest, id };
         (digest, table.begin_keyed(call, number.to_string().as_bytes(), None).unwrap())
     }
 

@@ -1,0 +1,242 @@
+//! Storage of the claims: found by key, and in the order in which they expire.
+//!
+//! Built for a small and predictable cost in memory. Entries lie in blocks that never move, so that growth copies none of
+//! them; the index holds four bytes an entry. Memory of removed entries is used again and not returned.
+
+use std::hash::BuildHasher;
+
+use hashbrown::HashTable;
+
+use crate::audit::chain::Mark;
+
+/// Entries of a block.
+const BLOCK: usize = 4096;
+
+/// No entry.
+const NONE: u32 = u32::MAX;
+
+/// The most that the index takes per entry, in bytes. A bucket has five bytes, four of them the number. When 7/8 of the
+/// buckets are used up, the buckets are doubled if more than half of these are entries and not traces of removed ones; the
+/// old buckets exist until then: 3 × 5 × 16/7, rounded up.
+const INDEX_BYTES: usize = 35;
+
+/// The number of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Number(u32);
+
+/// A map of entries by key, some of which are in a queue.
+pub(super) struct Slots<T> {
+    blocks: Vec<Vec<Slot<T>>>,
+    index: HashTable<u32>,
+    hasher: foldhash::fast::RandomState,
+    /// The first of the unused entries. They are linked by `next`.
+    unused: u32,
+    /// The ends of the queue.
+    first: u32,
+    last: u32,
+}
+
+/// An entry; an unused one has no value.
+struct Slot<T> {
+    key: Mark,
+    link: Link,
+    value: Option<T>,
+}
+
+#[derive(Clone, Copy)]
+struct Link {
+    previous: u32,
+    next: u32,
+}
+
+impl Link {
+    /// The entry is not in the queue: no other is in front of itself.
+    const fn outside(number: u32) -> Self {
+        Self { previous: number, next: NONE }
+    }
+}
+
+impl<T> Slots<T> {
+    /// Reserves room in the index for so many entries.
+    pub(super) fn with_room(room: usize) -> Self {
+        Self {
+            blocks: Vec::new(),
+            index: HashTable::with_capacity(room),
+            hasher: <_>::default(),
+            unused: NONE,
+            first: NONE,
+            last: NONE,
+        }
+    }
+
+    /// The most memory that so many entries take, in bytes.
+    pub(super) const fn max_bytes(count: usize) -> usize {
+        let blocks = count.div_ceil(BLOCK);
+        blocks * BLOCK * size_of::<Slot<T>>() + count * INDEX_BYTES
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    pub(super) fn find(&self, key: &Mark) -> Option<Number> {
+        let is_it = |&number: &u32| self.slot(number).key == *key;
+        self.index.find(self.hasher.hash_one(key), is_it).copied().map(Number)
+    }
+
+    pub(super) fn get(&self, number: Number) -> Option<&T> {
+        self.slot(number.0).value.as_ref()
+    }
+
+    pub(super) fn get_mut(&mut self, number: Number) -> Option<&mut T> {
+        self.slot_mut(number.0).value.as_mut()
+    }
+
+    /// Adds an entry, outside the queue. The key must not be known.
+    pub(super) fn insert(&mut self, key: Mark, value: T) {
+        let number = self.take_unused();
+        *self.slot_mut(number) = Slot { key, link: Link::outside(number), value: Some(value) };
+        let Self { blocks, index, hasher, .. } = self;
+        let hash = |&number: &u32| hasher.hash_one(slot(blocks, number).key);
+        index.insert_unique(hasher.hash_one(key), number, hash);
+    }
+
+    fn take_unused(&mut self) -> u32 {
+        if self.unused != NONE {
+            let number = self.unused;
+            self.unused = self.slot(number).link.next;
+            return number;
+        }
+        if self.blocks.last().is_none_or(|block| block.len() == BLOCK) {
+            self.blocks.push(Vec::with_capacity(BLOCK));
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "`max_keys` is at most ten million")]
+        let number = ((self.blocks.len() - 1) * BLOCK + self.blocks.last().map_or(0, Vec::len)) as u32;
+        if let Some(block) = self.blocks.last_mut() {
+            block.push(Slot { key: Mark::default(), link: Link::outside(number), value: None });
+        }
+        number
+    }
+
+    pub(super) fn remove(&mut self, number: Number) -> Option<T> {
+        self.unlink(number);
+        let Number(number) = number;
+        let hash = self.hasher.hash_one(self.slot(number).key);
+        if let Ok(place) = self.index.find_entry(hash, |&other| other == number) {
+            place.remove();
+        }
+        let unused = std::mem::replace(&mut self.unused, number);
+        let slot = self.slot_mut(number);
+        slot.link.next = unused;
+        slot.value.take()
+    }
+
+    /// The first entry of the queue.
+    pub(super) fn front(&self) -> Option<Number> {
+        (self.first != NONE).then_some(Number(self.first))
+    }
+
+    pub(super) fn is_queued(&self, number: Number) -> bool {
+        self.slot(number.0).link.previous != number.0
+    }
+
+    /// Puts an entry at the end of the queue, wherever it was.
+    pub(super) fn queue(&mut self, number: Number) {
+        self.unlink(number);
+        let Number(number) = number;
+        let last = std::mem::replace(&mut self.last, number);
+        self.slot_mut(number).link = Link { previous: last, next: NONE };
+        if last == NONE {
+            self.first = number;
+        } else {
+            self.slot_mut(last).link.next = number;
+        }
+    }
+
+    /// Takes an entry out of the queue.
+    pub(super) fn unlink(&mut self, number: Number) {
+        if !self.is_queued(number) {
+            return;
+        }
+        let Number(number) = number;
+        let Link { previous, next } =
+            std::mem::replace(&mut self.slot_mut(number).link, Link::outside(number));
+        match previous {
+            NONE => self.first = next,
+            previous => self.slot_mut(previous).link.next = next,
+        }
+        match next {
+            NONE => self.last = previous,
+            next => self.slot_mut(next).link.previous = previous,
+        }
+    }
+
+    fn slot(&self, number: u32) -> &Slot<T> {
+        slot(&self.blocks, number)
+    }
+
+    fn slot_mut(&mut self, number: u32) -> &mut Slot<T> {
+        &mut self.blocks[number as usize / BLOCK][number as usize % BLOCK]
+    }
+
+    /// The memory in use, in bytes.
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> usize {
+        self.index.allocation_size() + self.blocks.len() * BLOCK * size_of::<Slot<T>>()
+    }
+}
+
+fn slot<T>(blocks: &[Vec<Slot<T>>], number: u32) -> &Slot<T> {
+    &blocks[number as usize / BLOCK][number as usize % BLOCK]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{HashMap, VecDeque};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Beside a map and a list.
+        #[test]
+        fn entries_are_found_by_key_and_queued_in_order(steps in prop::collection::vec((0_u8..4, 0_u8..6), 0..300)) {
+            let mut slots = Slots::with_room(0);
+            let (mut all, mut queue) = (HashMap::new(), VecDeque::new());
+            for (value, (step, key)) in steps.into_iter().enumerate() {
+                let number = slots.find(&[key; 16]);
+                prop_assert_eq!(number.and_then(|number| slots.get(number)), all.get(&key));
+                match (step, number) {
+                    (0, None) => {
+                        slots.insert([key; 16], value);
+                        all.insert(key, value);
+                    }
+                    (0, Some(number)) => {
+                        queue.retain(|other| *other != key);
+                        prop_assert_eq!(slots.remove(number), all.remove(&key));
+                    }
+                    (1, Some(number)) => {
+                        queue.retain(|other| *other != key);
+                        queue.push_back(key);
+                        slots.queue(number);
+                    }
+                    (2, Some(number)) => {
+                        queue.retain(|other| *other != key);
+                        slots.unlink(number);
+                    }
+                    (_, Some(number)) => prop_assert_eq!(slots.is_queued(number), queue.contains(&key)),
+                    (_, None) => {}
+                }
+                prop_assert_eq!(slots.len(), all.len());
+                prop_assert_eq!(slots.front().and_then(|front| slots.get(front)), queue.front().map(|key| &all[key]));
+            }
+            for key in queue {
+                let front = slots.front().unwrap();
+                prop_assert_eq!(slots.remove(front), all.remove(&key));
+            }
+            prop_assert_eq!(slots.front(), None);
+            prop_assert!(slots.blocks.iter().flatten().count() <= 6, "places are used again");
+        }
+    }
+}
