@@ -633,8 +633,9 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
     let fields = read_fields(context, &mut table);
     table.close(context);
-    // A misspelt key may be the one that says where the chain's key is.
-    let is_elsewhere = context.is_doubtful("audit.key_file").then_some(Path::new("FILE"));
+    // A misspelt key, or one on a line that is no TOML, may be the one that says where the chain's key is.
+    let may_be_named = context.is_doubtful("audit.key_file") || context.syntax != Syntax::Whole;
+    let is_elsewhere = may_be_named.then_some(Path::new("FILE"));
     if !context.is_doubtful("audit.directory")
         && let Err(reason) =
             files::audit_directory(&directory, key_file.as_deref().or(is_elsewhere), must_exist)
