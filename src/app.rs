@@ -30,7 +30,7 @@ use crate::{
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
     connect::{Connector, Egress, Identity},
     gateway::Gateway,
-    idempotency::Idempotency,
+    idempotency::{Idempotency, memory::MemoryBound},
     metrics::Metrics,
     reload::{Reload, Source},
     server::{self, Bound, Stop, connection::Deadlines, inherited::Inherited},
@@ -165,6 +165,9 @@ impl App {
         });
         if config.trusts_loopback() {
             tracing::warn!("{LOOPBACK_NOTICE}");
+        }
+        if let Some(notice) = MemoryBound::new(&config.idempotency).notice() {
+            tracing::warn!("{notice}");
         }
         for listener in &bound {
             tracing::info!(address = %listener.address, "listening");

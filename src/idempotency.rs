@@ -12,6 +12,7 @@ mod claims;
 mod delivery;
 mod duplicates;
 pub(crate) mod key;
+pub mod memory;
 mod rebuild;
 mod recent;
 mod slots;
@@ -54,8 +55,8 @@ use duplicates::{Completion, Doubt, DoubtKind, Duplicate, DuplicateDetector, Fir
 pub use key::BadKey;
 use key::Given;
 
-/// What a stored reply weighs beside its body, in bytes.
-const REPLY_OVERHEAD: usize = 200;
+/// What a stored reply takes beside its body, in bytes: measured, most of it the cache's.
+const REPLY_OVERHEAD: usize = 450;
 
 /// What is remembered of calls, shared by all workers.
 pub struct Idempotency {
@@ -775,8 +776,9 @@ fn now() -> u32 {
     u32::try_from(clock::unix_nanos() / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
+/// The memory that a stored reply takes, in bytes. The allocator rounds a body up by an eighth at most.
 fn weigh(reply: &StoredReply) -> u32 {
-    u32::try_from(reply.body.len() + REPLY_OVERHEAD).unwrap_or(u32::MAX)
+    u32::try_from(reply.body.len() * 9 / 8 + REPLY_OVERHEAD).unwrap_or(u32::MAX)
 }
 
 fn seconds(duration: Duration) -> u32 {

@@ -1,19 +1,22 @@
-//! A budget that is counted, not timed: what a warm request allocates. A target of its own, since the allocator
-//! counts for the whole process: the gateway runs in it, the cloud does not, and the caller allocates nothing.
+//! Budgets that are counted, not timed: what a warm request allocates, and what keys and replies take. A target of its own,
+//! since the allocator counts for the whole process: the gateway runs in it, the cloud does not, and the caller allocates
+//! nothing. One test at a time.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
+    net::{SocketAddr, TcpStream},
     process::{Child, Command, Stdio},
-    thread,
+    sync::{Mutex, PoisonError},
+    thread::{self, JoinHandle},
 };
 
 use ccsqm_gateway::{
     app::App,
-    config::{Config, ListenAddress},
+    config::{self, Config, ListenAddress},
+    idempotency::memory::MemoryBound,
 };
 use tempfile::TempDir;
 use tokio::sync::oneshot;
@@ -25,6 +28,12 @@ static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 const BUDGET: u64 = 11;
 
 const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
+/// A key of so many digits, and what counts as the weight of the reply to it.
+const KEY: &str = "idempotency-key: key-0000000
+";
+const DIGITS: usize = 7;
+const REPLY: usize = 520;
+
 const BODY: &str = r#"{"qualityTaskId":"954645333549048833","setCountsType":1,"isTakeEffect":0,"setCounts":[{"personID":"1600226476732482572","count":2}]}"#;
 
 /// The cloud, in a process of its own. Killed on drop.
@@ -76,6 +85,41 @@ burst = 1000000
     Config::load(&path, &[], []).unwrap()
 }
 
+/// A gateway in this process. Stopped on drop.
+struct Gateway {
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    running: Option<JoinHandle<()>>,
+}
+
+impl Gateway {
+    fn start(configuration: Config) -> Self {
+        let app = App::build(configuration, None).unwrap();
+        let Some(ListenAddress::Tcp(address)) = app.addresses().next().cloned() else {
+            panic!("no TCP listener")
+        };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let running = thread::spawn(move || app.run(async { drop(stopped.await) }, None).unwrap());
+        Self { address, stop: Some(stop), running: Some(running) }
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        self.running.take().unwrap().join().unwrap();
+    }
+}
+
+/// The example request, for one more task each time it is sent.
+fn request(headers: &str) -> Vec<u8> {
+    format!(
+        "POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{headers}\r\n{BODY}",
+        BODY.len()
+    )
+    .into_bytes()
+}
+
 /// Another task in the same place: what follows the number's last digit.
 fn count_up(request: &mut [u8], end: usize) {
     for digit in request[..end].iter_mut().rev() {
@@ -91,8 +135,11 @@ fn count_up(request: &mut [u8], end: usize) {
 fn call(stream: &mut TcpStream, request: &mut [u8], times: u64) {
     let mut buffer = [0; 2048];
     let end = request.len() - BODY.len() + BODY.find("\",\"setCountsType").unwrap();
+    let name = b"idempotency-key: key-";
+    let key = request.windows(name.len()).position(|part| part == name).map(|at| at + name.len() + DIGITS);
     for _ in 0..times {
         count_up(request, end);
+        key.into_iter().for_each(|end| count_up(request, end));
         stream.write_all(request).unwrap();
         let mut length = 0;
         while !buffer[..length].ends_with(b"}") {
@@ -104,22 +151,16 @@ fn call(stream: &mut TcpStream, request: &mut [u8], times: u64) {
     }
 }
 
+static ONE: Mutex<()> = Mutex::new(());
+
 #[test]
 fn a_warm_request_stays_within_its_budget_of_allocations() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let _profiler = dhat::Profiler::builder().testing().build();
     let (cloud, folder) = (Cloud::start(), TempDir::new().unwrap());
-    let app = App::build(configuration(&folder, &cloud), None).unwrap();
-    let Some(ListenAddress::Tcp(address)) = app.addresses().next().cloned() else {
-        panic!("no TCP listener")
-    };
-    let (stop, stopped) = oneshot::channel::<()>();
-    let running = thread::spawn(move || app.run(async { drop(stopped.await) }, None));
-    let mut request = format!(
-        "POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{BODY}",
-        BODY.len()
-    )
-    .into_bytes();
-    let mut stream = TcpStream::connect(address).unwrap();
+    let gateway = Gateway::start(configuration(&folder, &cloud));
+    let mut request = request("");
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
     call(&mut stream, &mut request, 200);
     let before = dhat::HeapStats::get().total_blocks;
     const CALLS: u64 = 2000;
@@ -128,6 +169,30 @@ fn a_warm_request_stays_within_its_budget_of_allocations() {
     println!("{blocks:.1} blocks a request");
     assert!(blocks > 1.0, "the count is alive");
     assert!(blocks <= BUDGET as f64, "{blocks:.1} blocks a request, of {BUDGET}");
-    let _ = stop.send(());
-    running.join().unwrap().unwrap();
+}
+
+#[test]
+fn keys_and_stored_replies_take_no_more_memory_than_is_said() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _profiler = dhat::Profiler::builder().testing().build();
+    let (cloud, folder) = (Cloud::start(), TempDir::new().unwrap());
+    let mut configuration = configuration(&folder, &cloud);
+    configuration.idempotency.max_keys = 6000;
+    let said = |settings: &config::Idempotency| MemoryBound::new(settings).keys;
+    let one_key = (said(&configuration.idempotency)
+        - said(&config::Idempotency { max_keys: 1, ..configuration.idempotency }))
+        / 5999;
+    let gateway = Gateway::start(configuration);
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    call(&mut stream, &mut request(""), 200); // meanwhile the trail is read
+    let mut request = request(KEY);
+    call(&mut stream, &mut request, 200);
+    let before = dhat::HeapStats::get().curr_bytes;
+    const CALLS: usize = 5000;
+    call(&mut stream, &mut request, CALLS as u64);
+    let bytes = (dhat::HeapStats::get().curr_bytes - before) / CALLS;
+    println!("{bytes} bytes a key and its reply");
+    assert!(bytes > 100, "the count is alive");
+    let said = one_key as usize + REPLY;
+    assert!(bytes <= said, "{bytes} bytes a key and its reply, of {said}");
 }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use ccsqm_gateway::{
     audit::init,
     config::{Access, Audit, Config, LOOPBACK_NOTICE},
+    idempotency::memory::{MemoryBound, mebibytes},
 };
 use serde_json::{Map, Value, json};
 
@@ -35,18 +36,17 @@ pub(super) fn run(args: &Args) -> ExitCode {
             ExitCode::from(BAD_CONFIGURATION)
         }
         Ok(config) if args.json => {
-            let notices: Vec<_> = config.trusts_loopback().then_some(LOOPBACK_NOTICE).into_iter().collect();
-            let (effective, access) = (config.effective(), config.access());
-            println!(
-                "{:#}",
-                json!({ "good": true, "file": file, "configuration": effective, "access": access, "notices": notices })
-            );
+            println!("{:#}", machine_readable(&file, &config));
             ExitCode::SUCCESS
         }
         Ok(config) => {
             println!("# {file} is a good configuration. In effect, with environment, flags and defaults:");
             sections(&config.effective());
             access(&config);
+            memory(&config);
+            for notice in notices(&config) {
+                println!("#\n# Note: {notice}");
+            }
             ExitCode::SUCCESS
         }
         Err(problems) => {
@@ -76,9 +76,33 @@ fn access(config: &Config) {
         println!("# {}:{nobody}", name.as_str().unwrap_or_default());
         users.for_each(user);
     }
-    if config.trusts_loopback() {
-        println!("#\n# Note: {LOOPBACK_NOTICE}");
-    }
+}
+
+fn memory(config: &Config) {
+    let MemoryBound { keys, replies } = MemoryBound::new(&config.idempotency);
+    println!(
+        "\n# Memory: {} keys take at most {} MiB, stored replies {} MiB.",
+        config.idempotency.max_keys,
+        mebibytes(keys),
+        mebibytes(replies)
+    );
+}
+
+fn machine_readable(file: &str, config: &Config) -> Value {
+    let MemoryBound { keys, replies } = MemoryBound::new(&config.idempotency);
+    json!({
+        "good": true,
+        "file": file,
+        "configuration": config.effective(),
+        "access": config.access(),
+        "memory": { "keys_bytes": keys, "replies_bytes": replies },
+        "notices": notices(config),
+    })
+}
+
+fn notices(config: &Config) -> Vec<String> {
+    let loopback = config.trusts_loopback().then(|| LOOPBACK_NOTICE.to_owned());
+    loopback.into_iter().chain(MemoryBound::new(&config.idempotency).notice()).collect()
 }
 
 fn user(access: &Access) {

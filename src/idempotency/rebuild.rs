@@ -47,8 +47,9 @@ const LONGEST_CALL: u32 = 15 * 60;
 /// A call with a key takes no less of the trail, in bytes: intent and outcome.
 const LEAST_CALL: u64 = 1024;
 
-/// So much is handed over at once, and so often before the one who reads waits.
+/// So many records are handed over at once, or those of so many bytes, and so often before the one who reads waits.
 const BATCH: usize = 1000;
+const BATCH_BYTES: usize = 1 << 20;
 const BATCHES: usize = 8;
 
 /// How long a failed reading waits.
@@ -206,7 +207,7 @@ impl Idempotency {
 impl Parser<'_> {
     /// Hands over what the lines tell, in their order, as long as somebody takes it. Returns what is lost of the trail.
     fn read(mut self, segments: &[PathBuf], sender: &SyncSender<Vec<Told>>) -> io::Result<Option<Loss>> {
-        let mut batch = Vec::with_capacity(BATCH);
+        let (mut batch, mut bytes) = (Vec::with_capacity(BATCH), 0);
         for (index, path) in segments.iter().enumerate() {
             self.chain.enter(path, segments.get(index + 1));
             let mut lines = Lines::open(path)?;
@@ -226,7 +227,9 @@ impl Parser<'_> {
                     }
                 }
                 self.table.read[0].fetch_add(line.bytes.len() as u64 + 1, Ordering::Relaxed);
-                if batch.len() == BATCH {
+                bytes += line.bytes.len();
+                if batch.len() == BATCH || bytes >= BATCH_BYTES {
+                    bytes = 0;
                     let _ = sender.send(std::mem::replace(&mut batch, Vec::with_capacity(BATCH)));
                 }
             }
@@ -444,6 +447,7 @@ mod tests {
     /// Calls with keys that all succeed, and one that is open when the process ends.
     async fn call(audit: &Audit, table: &Arc<Idempotency>, keys: u64) {
         table.is_rebuilt.store(true, Ordering::Relaxed);
+        let mut pending = Vec::new();
         for number in 0..=keys {
             let mut record = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into()));
             record.caller("qa-console".into());
@@ -462,10 +466,12 @@ mod tests {
             } else {
                 drop(intent);
             }
-            let pending = claim.sent().finish(record.take(), &answer()).pending.unwrap();
+            pending.push(claim.sent().finish(record.take(), &answer()).pending.unwrap());
             if number % 1000 == 999 {
                 let end = tokio::time::Instant::now() + Duration::from_secs(60);
-                pending.committed_by(end).await.unwrap().unwrap().hand_over();
+                for pending in pending.drain(..) {
+                    pending.committed_by(end).await.unwrap().unwrap().hand_over();
+                }
             }
         }
     }
@@ -495,7 +501,7 @@ mod tests {
     }
 
     /// `reply_memory` has room for so many replies, and not for a million.
-    const KEPT: u64 = 200_000;
+    const KEPT: u64 = 120_000;
 
     #[test]
     fn the_newest_replies_are_kept() {

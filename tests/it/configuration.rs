@@ -224,6 +224,10 @@ fn what_would_be_dangerous_is_refused() {
             with(&text, "peer = \"loopback\"", "peer = \"loopback\"\nbare_ids = \"ignore\""),
             "callers[0].bare_ids: must be \"detect\", \"exact\" or \"refuse\"",
         ),
+        (
+            with(&text, "peer = \"loopback\"", "peer = \"loopback\"\nmax_keys = 1000001"),
+            "callers[0].max_keys: must not be more than idempotency.max_keys",
+        ),
     ] {
         let (code, _, error) = check(&folder, &wrong);
         assert!(code == 78 && error.contains(reason), "{reason}: {error}");
@@ -734,5 +738,38 @@ fn contract_check_speaks_json() {
     for contract in [file("contract", "{ \"oneOf\": [] }"), "/absent".to_owned(), "/dev/null".to_owned()] {
         let (code, refused) = check(&contract, &file("good", crate::support::BODY));
         assert!(code == 78 && refused["good"] == false && refused["contract"].is_string(), "{refused}");
+    }
+}
+
+#[test]
+fn check_says_how_much_memory_keys_may_take_and_examples_allow_it() {
+    let (folder, text) = shipped("minimal.toml");
+    let (code, out, _) = check(&folder, &text);
+    assert!(
+        code == 0 && out.contains("\n# Memory: 1000000 keys take at most 111 MiB, stored replies 64 MiB.\n"),
+        "{out}"
+    );
+    let path = write(&folder, &text);
+    let memory = |flags: &[&str]| {
+        let args = ["check", "--json", "--config", &path].into_iter().chain(flags.iter().copied());
+        let (code, out, error) = run(&args.collect::<Vec<_>>(), &[]);
+        assert_eq!(code, 0, "{error}");
+        let memory = serde_json::from_str::<Value>(&out).unwrap()["memory"].take();
+        ["keys_bytes", "replies_bytes"].map(|name| memory[name].as_u64().unwrap())
+    };
+    let [keys, replies] = memory(&[]);
+    assert_eq!((keys >> 20, replies), (110, 64 << 20));
+    let [few, small] =
+        memory(&["--set", "idempotency.max_keys=10000", "--set", "idempotency.reply_memory=1MiB"]);
+    assert!(few < 3 << 20 && small == 1 << 20, "{few} {small}");
+
+    for (example, member, unit) in
+        [("kubernetes/sidecar.yaml", "limits: { memory: ", "Mi"), ("compose.yaml", "mem_limit: ", "m")]
+    {
+        let text = fs::read_to_string(format!("{}/deploy/{example}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let limit = text.split_once(member).and_then(|(_, rest)| rest.split_once(unit)).unwrap().0;
+        let limit = limit.parse::<u64>().unwrap() << 20;
+        let room = 128 << 20;
+        assert!(keys + replies + room <= limit, "{example}: {limit}");
     }
 }

@@ -1,6 +1,7 @@
 //! Stage 5: calls that are repeated, with a key and without one; through kills, faults and full tables.
 
 mod delivery;
+mod shares;
 mod soak;
 
 use std::{
