@@ -144,11 +144,14 @@ pub fn boottime() -> Duration {
 /// cannot be read (`ProcSubset=pid`), or if this process's time namespace has a boot time of its own.
 pub fn boot_id() -> Option<Uuid> {
     let offsets = fs::read_to_string(TIME_NAMESPACE).unwrap_or_default();
+    let id = fs::read_to_string(BOOT_ID).ok().filter(|_| !has_own_boottime(&offsets));
+    id?.trim().parse().ok()
+}
+
+/// Whether a time namespace with these offsets has a boot time of its own.
+fn has_own_boottime(offsets: &str) -> bool {
     let boottime = offsets.lines().find_map(|line| line.strip_prefix("boottime"));
-    if boottime.is_some_and(|offset| offset.split_whitespace().any(|part| part != "0")) {
-        return None;
-    }
-    fs::read_to_string(BOOT_ID).ok()?.trim().parse().ok()
+    boottime.is_some_and(|offset| offset.split_whitespace().any(|part| part != "0"))
 }
 
 /// A wall's time in nanoseconds since 1970; 0 before that.
@@ -255,6 +258,19 @@ mod tests {
         thread::sleep(Duration::from_millis(2)); // time goes by
         let went = Duration::from_nanos(unix_nanos() - first);
         assert!(went >= Duration::from_millis(2) && went <= boottime() - booted, "{went:?}");
+    }
+
+    #[test]
+    fn a_time_namespace_may_have_a_boot_time_of_its_own() {
+        for (offsets, has) in [
+            ("", false),
+            ("monotonic           0         0\nboottime            0         0\n", false),
+            ("monotonic           7         0\nboottime            0         0\n", false),
+            ("monotonic           0         0\nboottime        90000         0\n", true),
+            ("monotonic           0         0\nboottime            0       100\n", true),
+        ] {
+            assert_eq!(has_own_boottime(offsets), has, "{offsets}");
+        }
     }
 
     #[test]
