@@ -674,17 +674,19 @@ fn append_event(
     let mut writer =
         Writer::new(&options, Arc::new(keys), (directory, lock), clocks, last, segment).map_err(fail)?;
     writer.append(&mut batch).and_then(|()| give_to_owner(&owned)).map_err(fail)?;
+    writer.close();
     Ok(batch.last())
 }
 
-/// Gives the newest segment to whom the directory belongs: root may have made it.
+/// Gives the newest segment and the lock file to whom the directory belongs: root may have made them.
 fn give_to_owner(directory: &Path) -> io::Result<()> {
     let owner = std::fs::metadata(directory)?;
-    let newest = chain::segments(directory)?.pop().unwrap_or_default();
-    if std::fs::metadata(&newest)?.uid() == owner.uid() {
-        return Ok(());
+    for path in chain::segments(directory)?.pop().into_iter().chain([directory.join(lock::NAME)]) {
+        if std::fs::metadata(&path)?.uid() != owner.uid() {
+            chown(&path, Some(owner.uid()), Some(owner.gid()))?;
+        }
     }
-    chown(&newest, Some(owner.uid()), Some(owner.gid()))
+    Ok(())
 }
 
 fn start_error(directory: &Path, error: io::Error) -> StartError {

@@ -11,8 +11,8 @@
 //!
 //! A record's *age* is the trail time that has passed since it was written. It is exact for records of the present boot, and
 //! never more than the truth for others. An *anchor* ties the times of the records behind it to the trail time. Anchors are the
-//! events `start`, `clock` (once an hour) and `clock_accepted`; the last one says that an operator believes the wall clock:
-//! records before it are at least as old as it says.
+//! events `start`, `clock` (once an hour, and in each segment) and `clock_accepted`; the last one says that an operator
+//! believes the wall clock: records of earlier boots are at least as old as it says.
 //!
 //! A reader that goes through the trail in its order begins with [`Ages::since`], which also says in which segment to begin,
 //! shows each line to [`Ages::anchor`], and asks [`Ages::age`] about the times of the lines that follow.
@@ -36,7 +36,7 @@ pub const FORMAT: u64 = 1;
 /// The event of a start.
 pub(super) const START: &str = "start";
 
-/// The event that is written every hour.
+/// The event that is written every hour, and in each segment.
 pub(super) const CLOCK: &str = "clock";
 
 /// The event that says that an operator believes the wall clock.
@@ -44,6 +44,12 @@ pub(super) const ACCEPTED: &str = "clock_accepted";
 
 /// How often an anchor is written, in milliseconds.
 pub(super) const EVERY: i64 = 60 * 60 * 1000;
+
+/// How often one is written at most, however soon a new segment begins, in milliseconds.
+pub(super) const AT_MOST_EVERY: i64 = 60 * 1000;
+
+/// A day, in milliseconds.
+const DAY: i64 = 24 * EVERY;
 
 /// A newer version wrote the trail.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -271,16 +277,15 @@ impl Base {
     }
 }
 
-/// The newest anchor in some segments of a trail, oldest first, of which the newest record has this time. A run has one at its
-/// begin, and one each hour: beyond that there is nothing to be found.
+/// The newest anchor in some segments of a trail, oldest first, of which the newest record has this time. None if there is none
+/// within a day before: a run has one at its begin and one each hour, so that a version without anchors wrote that day.
 pub(super) fn last_anchor(segments: &[PathBuf], newest: i64) -> io::Result<Option<Anchor>> {
     for path in segments.iter().rev() {
         let (mut lines, mut last) = (Lines::open(path)?, None);
         while let Some(line) = lines.read()? {
             last = Anchor::read(line.bytes).or(last);
         }
-        let is_far =
-            || first_time(path).map(|time| time.is_none_or(|time| (newest - time).abs() > 2 * EVERY));
+        let is_far = || first_time(path).map(|time| time.is_some_and(|time| (newest - time).abs() > DAY));
         if last.is_some() || is_far()? {
             return Ok(last);
         }
@@ -336,7 +341,6 @@ mod tests {
     use super::*;
 
     const HOUR: i64 = EVERY;
-    const DAY: i64 = 24 * HOUR;
 
     /// 2026-11-28.
     const DATE: i64 = 1_795_824_000_000;

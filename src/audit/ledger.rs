@@ -14,7 +14,7 @@ use super::{
     segment::Segment,
     unresolved::{CallState, LIST, UnresolvedCall, UnresolvedList},
 };
-use crate::{clock, outcome::Outcome};
+use crate::outcome::Outcome;
 
 /// The calls whose intents are committed and whose outcomes are not.
 #[derive(Default)]
@@ -117,17 +117,5 @@ fn end(call: UnresolvedCall, outcome: Outcome, shared: &Shared) {
         if outcome == Outcome::Unknown {
             list.insert(UnresolvedCall { state: CallState::Unknown, ..call });
         }
-    });
-}
-
-/// Forgets calls of known outcome whose window is over.
-pub(super) fn prune(list: &mut UnresolvedList, window: std::time::Duration) {
-    let now = u128::from(clock::unix_nanos() / 1_000_000);
-    list.prune(|call| {
-        let begun = call.id.get_timestamp().map_or(u128::MAX, |time| {
-            let (seconds, nanos) = time.to_unix();
-            u128::from(seconds) * 1000 + u128::from(nanos / 1_000_000)
-        });
-        begun.saturating_add(window.as_millis()) < now
     });
 }

@@ -617,6 +617,15 @@ async fn old_segments_go_and_the_chain_stays_verifiable() {
     assert_eq!(found.faults[0].reason, "records before this one were removed, and no event says so");
 }
 
+/// What a start does before its thread runs.
+fn recover_trail(options: &Options) -> Recovered {
+    let keys = Keys::load(&chain::key_path(&options.directory)).unwrap();
+    let opened = Directory::open(&options.directory).unwrap();
+    lock(&opened).unwrap();
+    let (lock, statement) = lock_file(&opened).unwrap();
+    recover(options, keys.into(), (opened, lock), &statement).unwrap()
+}
+
 /// Makes a trail of ten segments and more, then goes on with it: a writer that knows of no anchors before its start writes so
 /// many events. Returns the names of all events that it wrote, the start's among them, and how many segments are gone.
 async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usize) -> (Vec<String>, usize) {
@@ -628,12 +637,7 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
     audit.close();
     drop(audit);
     let (before, found) = (segments(directory).unwrap(), verify(directory));
-    let keys = Keys::load(&chain::key_path(directory)).unwrap();
-    let opened = Directory::open(directory).unwrap();
-    lock(&opened).unwrap();
-    let (lock, statement) = lock_file(&opened).unwrap();
-    let Recovered { mut writer, begun, unresolved, .. } =
-        recover(options, keys.into(), (opened, lock), &statement).unwrap();
+    let Recovered { mut writer, begun, unresolved, .. } = recover_trail(options);
     writer.clocks.know(Vec::new());
     prepare(&mut writer);
     let shared = Shared::new(metrics(), 64, begun, unresolved);
@@ -664,14 +668,85 @@ async fn each_look_removes_one_segment_and_none_within_the_window() {
     }
 }
 
+/// A trail of one start at this time, in milliseconds since 1970, with these members.
+fn started(time: i64, members: &str) -> TempDir {
+    let time = age::text(time);
+    let time = time.parse::<jiff::Timestamp>().unwrap();
+    let head = format!(r#"{{"seq":1,"time":"{time:.6}","kind":"event","event":"start"{members}"#);
+    let mut line = [head.as_bytes(), chain::OPEN_LINKS].concat();
+    let folder = directory(&[], &[7; 32]);
+    let keys = Keys::load(&chain::key_path(folder.path())).unwrap();
+    keys.seal(&mut line, &chain::Link::new(chain::Hash::default()));
+    fs::write(chain::segment_path(folder.path(), 1), line).unwrap();
+    folder
+}
+
+/// The run before began at a time of its own clock, and by the boot time just now or three hours ago.
+#[test]
+fn no_wall_clock_takes_a_call_off_the_list_of_the_unresolved() {
+    let hour = 3_600_000;
+    for (time, booted, is_kept) in [(0, 0, true), (2, 0, true), (48, 0, true), (-48, 3, false), (0, 3, false)]
+    {
+        let time = clocks::now() - time * hour;
+        let (boot, boottime) = (clock::boot_id().unwrap(), clocks::boottime() - booted * hour);
+        let members = format!(r#","boot_id":"{boot}","boottime":{boottime},"elapsed":7,"exact_from":7"#);
+        let folder = started(time, &members);
+        let options = Options { segment_size: 1, ..Options::small(folder.path()) };
+        let Recovered { writer, begun, .. } = recover_trail(&options);
+        writer.clocks.know(verify(folder.path()).anchors);
+        let call = UnresolvedCall {
+            seq: Some(1),
+            time: age::text(time),
+            state: CallState::Undelivered,
+            ..UnresolvedCall::of(uuid::Uuid::from_u128(5))
+        };
+        let shared = Shared::new(metrics(), 64, begun, UnresolvedList::default());
+        shared.change_unresolved(|list| list.insert(call));
+        shared.event("test", json!({}));
+        shared.close();
+        writer.run(&shared);
+        assert_eq!(shared.unresolved().calls().count(), usize::from(is_kept), "{time} {booted}");
+    }
+}
+
 #[tokio::test]
-async fn each_hour_an_event_ties_the_times_of_records_to_the_boot_time() {
-    for (hours, count) in [(0, 0), (1, 1), (2, 1)] {
+async fn an_operator_accepts_a_doubtful_clock_while_the_gateway_runs() {
+    let hour = 3_600_000;
+    for (age, doubt) in [(0, None), (2 * hour, Some(ClockDoubt::Old)), (-2 * hour, Some(ClockDoubt::Future))]
+    {
+        let folder = started(clocks::now() - age, "");
+        let options = Options { window: Duration::from_secs(3600), ..Options::small(folder.path()) };
+        let audit = start(&options);
+        let told = |audit: &Audit| (audit.clock_doubt(), audit.shared().metrics.doubtful.get());
+        assert_eq!(told(&audit), (doubt, doubt.is_some().into()));
+        audit.look_at_clock(); // which changes nothing
+        audit.accept_clock(Map::from_iter([("by".to_owned(), json!("an operator"))]));
+        assert_eq!(told(&audit), (None, 0));
+        audit.close();
+        assert_whole(folder.path());
+        let mut events = trail(folder.path());
+        events.retain(|event| event["event"].as_str().unwrap().starts_with("clock"));
+        let names: Vec<_> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+        let expected = ["clock_doubtful", "clock_accepted"];
+        assert_eq!(names, expected[usize::from(doubt.is_none())..]);
+        let accepted = events.last().unwrap();
+        assert!(accepted["by"] == "an operator" && accepted["accepted"]["wall"].is_string(), "{accepted}");
+        drop(audit);
+        assert_eq!(told(&start(&options)), (None, 0), "of the same boot");
+    }
+}
+
+#[tokio::test]
+async fn each_hour_and_in_each_segment_an_event_ties_times_to_the_boot_time() {
+    // By the minutes since the last one, and the size of segments.
+    for (minutes, segment_size, count) in
+        [(0, 1 << 30, 0), (59, 1 << 30, 0), (60, 1 << 30, 1), (120, 1 << 30, 1), (0, 1, 0), (1, 1, 1)]
+    {
         let folder = TempDir::new().unwrap();
-        let options = Options::small(folder.path());
-        let (events, _) = go_on(&options, |writer| writer.anchored -= hours * age::EVERY, 5).await;
+        let options = Options { segment_size, ..Options::small(folder.path()) };
+        let (events, _) = go_on(&options, |writer| writer.anchored -= minutes * 60_000, 5).await;
         let clocks = events.iter().filter(|name| *name == "clock").count();
-        assert_eq!(clocks, count, "{hours} h: {events:?}");
+        assert_eq!(clocks, count, "{minutes} min: {events:?}");
         let anchors = trail(folder.path()).into_iter().filter(|record| record["elapsed"].is_number());
         let anchors: Vec<_> = anchors.collect();
         assert_eq!(anchors.len(), 2 + count, "{anchors:?}");

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::age::ACCEPTED;
 use crate::outcome::Outcome;
 
 /// The name of the event that begins a segment.
@@ -172,7 +173,7 @@ pub struct UnresolvedList {
     calls: BTreeMap<Uuid, UnresolvedCall>,
     /// The last successes: their answers may have been on their way when the trail ended.
     on_their_way: VecDeque<(i64, UnresolvedCall)>,
-    /// The last record is a `stop`.
+    /// The last record is a `stop`, but for what commands append.
     is_closed: bool,
     /// Calls at work that the next list did not name: a version that wrote no lists left them open.
     orphans: Vec<UnresolvedCall>,
@@ -206,7 +207,9 @@ impl UnresolvedList {
 
     /// Follows the trail by one record. A line that cannot be read changes nothing.
     pub(super) fn take(&mut self, step: &Step<'_>, line: &[u8]) {
-        self.is_closed = step.event == Some("stop");
+        // What a command appends behind a stop changes nothing of that.
+        let is_appended = step.event.is_some_and(|event| [ACCEPTED, RESOLUTION].contains(&event));
+        self.is_closed = step.event == Some("stop") || self.is_closed && is_appended;
         match (step.kind, step.id) {
             ("intent", Some(_)) => {
                 if let Ok(call) = serde_json::from_slice(line) {

@@ -32,12 +32,13 @@ use super::{
     chain::{Keys, Link, segment_name, segments},
     clocks::{self, Clocks},
     directory::{Directory, Identity},
-    ledger::{self, Ledger},
+    ledger::Ledger,
     lock::{self, Lock, Stated},
     queue::{Carried, LOOK_AROUND, Next, Shared},
     retention::{self, Old, Place},
     segment::{AHEAD, Segment},
     sync::Syncs,
+    unresolved::UnresolvedList,
 };
 
 /// How long a failed write waits.
@@ -101,8 +102,9 @@ pub(super) struct Writer {
     list_length: u64,
     /// When there was no space for a new segment.
     list_refused: Option<Instant>,
-    /// When the last anchor was written, by `CLOCK_BOOTTIME` in milliseconds.
+    /// When the last anchor was written, by `CLOCK_BOOTTIME` in milliseconds, and whether the segment has none yet.
     pub(super) anchored: i64,
+    is_unanchored: bool,
     /// When old segments were last looked for.
     looked: Option<Instant>,
     /// To be removed once the record that says so is written.
@@ -159,6 +161,7 @@ impl Writer {
             list_length: 0,
             list_refused: None,
             anchored: clocks::boottime(),
+            is_unanchored: false,
             looked: None,
             old: None,
             keys,
@@ -238,11 +241,19 @@ impl Writer {
             self.ledger.leave(segment);
         }
         let mut list = shared.unresolved();
-        if self.clocks.doubt().is_none() {
-            ledger::prune(&mut list, self.window + PRUNE_SLACK);
-        }
+        self.prune(&mut list);
         let behind = self.ledger.list_behind(&list, batch);
         self.list_length = batch.fill_list(&behind.to_json()) as u64;
+    }
+
+    /// Forgets calls of known outcome whose window is certainly over.
+    fn prune(&self, list: &mut UnresolvedList) {
+        let Some(anchors) = self.clocks.anchors() else { return };
+        let (ages, window) = (self.clocks.ages(), self.window + PRUNE_SLACK);
+        list.prune(|call| {
+            let place = call.seq.zip(age::millis(&call.time));
+            place.is_some_and(|(seq, time)| ages.clone().at(seq, anchors).age(time) > window)
+        });
     }
 
     /// A writer that waits for the disk is never prompt: what is queued meanwhile shares the next fdatasync.
@@ -290,7 +301,7 @@ impl Writer {
     }
 
     /// Everything is written. Gives back what was reserved and not needed.
-    fn close(&mut self) {
+    pub(super) fn close(&mut self) {
         if let Some(segment) = &self.segment {
             segment.release();
         }
@@ -460,11 +471,13 @@ impl Writer {
         }
     }
 
-    /// Queues what ties the times of records to the time that has passed, once an hour.
+    /// Queues what ties the times of records to the time that has passed: once an hour, and in each segment, so that nobody
+    /// has to read far for it.
     fn anchor(&mut self, shared: &Shared) {
         let boottime = clocks::boottime();
-        if boottime - self.anchored >= age::EVERY && !shared.is_closing() {
-            self.anchored = boottime;
+        let every = if self.is_unanchored { age::AT_MOST_EVERY } else { age::EVERY };
+        if boottime - self.anchored >= every && !shared.is_closing() {
+            (self.anchored, self.is_unanchored) = (boottime, false);
             shared.event(age::CLOCK, Value::Object(self.clocks.members()));
         }
     }
@@ -598,6 +611,7 @@ impl Writer {
             full.release();
             self.closed.insert(full.name(), full.identity());
         }
+        self.is_unanchored = true;
         self.looked = None;
         if let Some(mut disproven) = self.disproven.take() {
             self.mishaps.push(Mishap::Disproven);
