@@ -22,6 +22,7 @@ mod egress;
 mod token;
 mod audit;
 mod losses;
+mod clock;
 mod configuration;
 mod reload;
 mod restart;
