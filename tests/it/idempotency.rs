@@ -2,6 +2,7 @@
 
 mod delivery;
 mod shares;
+mod interleavings;
 mod soak;
 
 use std::{

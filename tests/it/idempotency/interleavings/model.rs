@@ -1,0 +1,424 @@
+//! The rules for equal calls, restated: which answers a call may get, by what may have become of earlier ones.
+
+use std::collections::HashMap;
+
+/// How calls without a key are treated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    Guard,
+    Block,
+    Warn,
+}
+
+impl Mode {
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Guard => "guard",
+            Self::Block => "block",
+            Self::Warn => "warn",
+        }
+    }
+}
+
+/// How a call that went out ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    Succeeded,
+    Failed,
+    /// Refused by the upstream, or never sent.
+    Refused,
+    Unknown,
+}
+
+impl Ended {
+    pub(super) const ALL: [Self; 4] = [Self::Succeeded, Self::Failed, Self::Refused, Self::Unknown];
+
+    pub(super) fn of(outcome: &str) -> Self {
+        match outcome {
+            "succeeded" => Self::Succeeded,
+            "failed" => Self::Failed,
+            "refused" | "not_sent" => Self::Refused,
+            "unknown" => Self::Unknown,
+            _ => panic!("{outcome}"),
+        }
+    }
+}
+
+/// What a caller is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Said {
+    Sent(Ended),
+    Replayed { first: String, is_success: bool },
+    InProgress(String),
+    OutcomeUnknown(String),
+    Duplicate(String),
+    Done(String),
+    NotSent,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    pub(super) number: u64,
+    pub(super) key: Option<char>,
+    pub(super) force: Option<String>,
+}
+
+/// A set of states that a call may be in.
+type States = u8;
+const AT_WORK: States = 1;
+/// It stands in nobody's way: it was not done, or another call stands for it.
+const GONE: States = 2;
+/// It failed, and its key replays that.
+const FAILED: States = 4;
+const UNKNOWN: States = 8;
+/// It succeeded, and its caller does not know.
+const UNDELIVERED: States = 16;
+const SUCCEEDED: States = 32;
+/// It succeeded and was answered; whether its caller, who had closed its side, took the answer is to be seen.
+const TAKING: States = 64;
+
+#[derive(Debug)]
+pub(super) struct Past {
+    pub(super) call: Call,
+    pub(super) mode: Mode,
+    /// Its request id, once it is known.
+    pub(super) id: Option<String>,
+    pub(super) may_be_sent: bool,
+    may: States,
+    /// What may become of it while it is at work.
+    ends: States,
+    /// What its caller was told that it came to.
+    told: Option<Ended>,
+}
+
+/// What is known of the calls with one body.
+#[derive(Debug, Default)]
+pub(super) struct Model(Vec<Past>);
+
+impl Past {
+    fn state(&self, ended: Ended) -> States {
+        match ended {
+            Ended::Succeeded => SUCCEEDED,
+            Ended::Failed if self.call.key.is_some() => FAILED,
+            Ended::Failed | Ended::Refused => GONE,
+            Ended::Unknown => UNKNOWN,
+        }
+    }
+
+    fn is_forced_by(&self, call: &Call) -> bool {
+        self.id.is_some() && self.id == call.force
+    }
+
+    fn has_key_of(&self, call: &Call) -> bool {
+        self.call.key.is_some() && self.call.key == call.key
+    }
+
+    /// Whether bodies are compared: not if both have keys.
+    fn is_compared_with(&self, call: &Call) -> bool {
+        self.call.key.is_none() || call.key.is_none()
+    }
+
+    /// In which states it lets a call be sent. `is_youngest`: no later success is sure.
+    fn passing(&self, call: &Call, mode: Mode, is_youngest: bool) -> States {
+        let forced = self.is_forced_by(call);
+        if self.has_key_of(call) {
+            return GONE | if forced { UNKNOWN } else { 0 };
+        }
+        if !self.is_compared_with(call) || mode == Mode::Warn {
+            return u8::MAX;
+        }
+        let blocks_success = mode == Mode::Block && self.call.key.is_none() && call.key.is_none();
+        let success = if blocks_success && is_youngest { 0 } else { SUCCEEDED };
+        let by_force = if forced { UNKNOWN | UNDELIVERED | SUCCEEDED } else { 0 };
+        GONE | FAILED | success | by_force
+    }
+
+    /// In which states it explains an answer.
+    fn explains(&self, call: &Call, said: &Said, mode: Mode) -> States {
+        let compared = self.is_compared_with(call) && mode != Mode::Warn;
+        let keyed = self.has_key_of(call);
+        let both_without = self.call.key.is_none() && call.key.is_none();
+        match said {
+            Said::Replayed { is_success: true, .. } if keyed => UNDELIVERED | SUCCEEDED | TAKING,
+            Said::Replayed { is_success: false, .. } if keyed => FAILED,
+            Said::InProgress(_) if keyed => AT_WORK,
+            Said::OutcomeUnknown(_) if keyed => UNKNOWN,
+            Said::Duplicate(_) if compared && self.is_forced_by(call) => AT_WORK | TAKING,
+            Said::Duplicate(_) if compared => AT_WORK | UNKNOWN | TAKING,
+            Said::Done(_) if compared && !self.is_forced_by(call) => {
+                UNDELIVERED | if mode == Mode::Block && both_without { SUCCEEDED } else { 0 }
+            }
+            _ => 0,
+        }
+    }
+
+    /// The states that it may be in from these on.
+    fn set(&mut self, may: States) {
+        self.may = may | if may & AT_WORK > 0 { self.ends } else { 0 };
+        self.may |= if may & TAKING > 0 { SUCCEEDED } else { 0 };
+    }
+}
+
+fn first(said: &Said) -> Option<&str> {
+    match said {
+        Said::Replayed { first, .. }
+        | Said::InProgress(first)
+        | Said::OutcomeUnknown(first)
+        | Said::Duplicate(first)
+        | Said::Done(first) => Some(first),
+        Said::Sent(_) | Said::NotSent => None,
+    }
+}
+
+impl Model {
+    pub(super) fn pasts(&mut self) -> impl Iterator<Item = &mut Past> {
+        self.0.iter_mut()
+    }
+
+    pub(super) fn ids(&self) -> Vec<String> {
+        self.0.iter().filter_map(|past| past.id.clone()).collect()
+    }
+
+    /// Whether no call can be at work.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.0.iter().all(|past| past.may & AT_WORK == 0)
+    }
+
+    /// In which states each earlier call lets this one be sent.
+    fn passing(&self, call: &Call, mode: Mode) -> Vec<States> {
+        let youngest = self.0.iter().rposition(|past| past.call.key.is_none() && past.may == SUCCEEDED);
+        let is_youngest = |place| youngest.is_none_or(|youngest| youngest == place);
+        (0..).zip(&self.0).map(|(place, past)| past.passing(call, mode, is_youngest(place))).collect()
+    }
+
+    pub(super) fn is_surely_sent(&self, call: &Call, mode: Mode) -> bool {
+        self.0.iter().zip(self.passing(call, mode)).all(|(past, passing)| past.may & !passing == 0)
+    }
+
+    fn may_be_sent(&self, call: &Call, mode: Mode) -> bool {
+        self.0.iter().zip(self.passing(call, mode)).all(|(past, passing)| past.may & passing > 0)
+    }
+
+    fn place(&self, id: &str) -> Option<usize> {
+        self.0.iter().position(|past| past.id.as_deref() == Some(id))
+    }
+
+    fn add(&mut self, call: Call, mode: Mode, ends: &[Ended]) -> &mut Past {
+        let mut past = Past { call, mode, id: None, may_be_sent: false, may: GONE, ends: 0, told: None };
+        past.ends = ends.iter().map(|end| past.state(*end)).fold(0, |all, state| all | state);
+        self.0.push(past);
+        self.0.last_mut().unwrap()
+    }
+
+    /// One call, with nothing else at once but what left.
+    pub(super) fn answered(
+        &mut self,
+        call: Call,
+        id: &str,
+        said: &Said,
+        ends: &[Ended],
+        mode: Mode,
+        half_closes: bool,
+    ) {
+        if let Said::Sent(ended) = said {
+            assert!(self.may_be_sent(&call, mode), "{call:?} was sent: {self:#?}");
+            assert!(ends.contains(ended), "{call:?}: {said:?}, not of {ends:?}");
+            for (place, passing) in self.passing(&call, mode).into_iter().enumerate() {
+                let may = self.0[place].may & passing;
+                self.0[place].set(may);
+            }
+            self.sent(call, id, *ended, mode, ends);
+            let past = self.0.last_mut().unwrap();
+            past.may |= if half_closes && *ended == Ended::Succeeded { TAKING } else { 0 };
+            return;
+        }
+        let place = self.explain(&call, said, mode);
+        if let Some(place) = place {
+            let may = self.0[place].may & self.0[place].explains(&call, said, mode);
+            self.0[place].set(may);
+        }
+        self.tell(said, half_closes);
+        self.add(call, mode, &[]).id = Some(id.to_owned());
+    }
+
+    /// The call that explains a refusal or a replay; `None` if it is one of which the id is not known yet.
+    fn explain(&self, call: &Call, said: &Said, mode: Mode) -> Option<usize> {
+        let first = first(said).unwrap_or_else(|| panic!("{call:?} was not sent: {said:?}"));
+        let explains = |past: &Past| past.may & past.explains(call, said, mode) > 0;
+        let place = self.place(first);
+        match place {
+            Some(place) => {
+                assert!(explains(&self.0[place]), "{call:?}: {said:?} is not explained: {self:#?}");
+            }
+            None => {
+                let mut unnamed = self.0.iter().filter(|past| past.id.is_none());
+                assert!(unnamed.any(explains), "{call:?}: {said:?} names nobody: {self:#?}");
+            }
+        }
+        place
+    }
+
+    /// A whole answer that tells of a success ends the doubt.
+    fn tell(&mut self, said: &Said, half_closes: bool) {
+        if let Said::Done(first) | Said::Replayed { first, is_success: true } = said
+            && let Some(place) = self.place(first)
+        {
+            let past = &mut self.0[place];
+            // A caller that has closed its side takes its answer later, as the first one may.
+            past.set(SUCCEEDED | past.may & TAKING | if half_closes { past.may & UNDELIVERED } else { 0 });
+        }
+    }
+
+    fn sent(&mut self, call: Call, id: &str, ended: Ended, mode: Mode, ends: &[Ended]) {
+        let force = call.force.clone();
+        let past = self.add(call, mode, ends);
+        past.id = Some(id.to_owned());
+        (past.may_be_sent, past.told) = (true, Some(ended));
+        past.may = past.state(ended);
+        if matches!(ended, Ended::Succeeded | Ended::Unknown) {
+            self.supersede(force.as_deref(), true);
+        }
+    }
+
+    /// A call that was forced stands for the one that it repeats.
+    fn supersede(&mut self, force: Option<&str>, is_sure: bool) {
+        let own = self.0.last().map(|past| past.call.clone());
+        let Some(place) = force.and_then(|force| self.place(force)) else { return };
+        let past = &mut self.0[place];
+        // With two different keys they are not compared; a forced key stands for its own call only.
+        let is_known = own.is_some_and(|own| past.is_compared_with(&own) || past.has_key_of(&own));
+        if past.may & (UNKNOWN | UNDELIVERED) > 0 {
+            let keeps = if is_sure && is_known { past.may & !(UNKNOWN | UNDELIVERED) } else { past.may };
+            past.may = keeps | GONE;
+        }
+    }
+
+    /// Calls at once. What each was told is checked against what the others may have been at that moment.
+    pub(super) fn answered_together(
+        &mut self,
+        calls: Vec<(Call, Option<(String, Said)>)>,
+        ends: &[Ended],
+        mode: Mode,
+    ) {
+        let earlier = self.0.len();
+        for (call, answer) in &calls {
+            match answer {
+                None => self.left(call.clone(), &[ends, &[Ended::Refused]].concat(), mode),
+                Some((_, Said::Done(first) | Said::Replayed { first, .. })) => {
+                    if let Some(place) = self.place(first).filter(|place| *place < earlier) {
+                        let past = &mut self.0[place];
+                        past.may |= if past.may & UNDELIVERED > 0 { SUCCEEDED } else { 0 };
+                    }
+                }
+                Some(_) => {}
+            }
+        }
+        // Forced calls first: what they repeat no longer stands in the way of the others.
+        let is_sent = |said: &Said| matches!(said, Said::Sent(_));
+        let (mut sent, told): (Vec<_>, Vec<_>) = calls
+            .into_iter()
+            .filter_map(|(call, answer)| answer.map(|(id, said)| (call, id, said)))
+            .partition(|(_, _, said)| is_sent(said));
+        sent.sort_by_key(|(call, ..)| call.force.is_none());
+        let before: Vec<_> = self.0[..earlier].iter().map(|past| past.may).collect();
+        for (call, id, said) in sent {
+            let Said::Sent(ended) = said else { continue };
+            let passing = self.passing(&call, mode);
+            for (past, passing) in self.0[..earlier].iter().zip(passing) {
+                assert!(past.may & passing > 0, "{call:?} was sent: {self:#?}");
+            }
+            assert!(ends.contains(&ended), "{call:?}: {said:?}, not of {ends:?}");
+            self.sent(call, &id, ended, mode, ends);
+        }
+        let after: Vec<_> = self.0.iter().map(|past| past.may).collect();
+        for (place, past) in self.0.iter_mut().enumerate() {
+            past.may |= before.get(place).copied().unwrap_or(AT_WORK);
+        }
+        let told: Vec<_> = told.into_iter().filter(|(.., said)| *said != Said::NotSent).collect();
+        for (call, _, said) in &told {
+            self.explain(call, said, mode);
+        }
+        for (past, may) in self.0.iter_mut().zip(after) {
+            past.may = may;
+        }
+        for (call, id, said) in told {
+            if matches!(&said, Said::Done(first) | Said::Replayed { first, .. }
+                if self.place(first).is_some_and(|place| self.0[place].may & UNDELIVERED > 0))
+            {
+                self.tell(&said, false);
+            }
+            self.add(call, mode, &[]).id = Some(id);
+        }
+    }
+
+    /// A call whose caller left: it may be at work, or be over, or never have been read.
+    pub(super) fn left(&mut self, call: Call, ends: &[Ended], mode: Mode) {
+        let may_be_sent = self.may_be_sent(&call, mode);
+        let force = call.force.clone();
+        // What it was told may have counted as told.
+        for past in &mut self.0 {
+            if past.is_compared_with(&call) || past.has_key_of(&call) {
+                past.may |= if past.may & UNDELIVERED > 0 { SUCCEEDED } else { 0 };
+            }
+        }
+        let past = self.add(call, mode, ends);
+        past.may_be_sent = may_be_sent;
+        if !may_be_sent {
+            return;
+        }
+        past.ends |= if past.ends & SUCCEEDED > 0 { UNDELIVERED } else { 0 };
+        past.set(AT_WORK);
+        self.supersede(force.as_deref(), false);
+    }
+
+    /// It is on record that a success did not reach its caller.
+    pub(super) fn is_undelivered(&mut self, number: u64) {
+        let past = self.0.iter_mut().find(|past| past.call.number == number).unwrap();
+        assert!(past.may & UNDELIVERED > 0, "{past:?}");
+        past.may = UNDELIVERED;
+    }
+
+    /// A new process: no call is at work, and what was without an outcome is unknown. Behind a kill, successes may
+    /// count as undelivered, and a call without a key may be in doubt though it was answered.
+    pub(super) fn restarted(&mut self, found: &HashMap<u64, Ended>, was_killed: bool) {
+        for past in &mut self.0 {
+            let Some(ended) = found.get(&past.call.number) else {
+                assert!(past.told.is_none(), "sent, and no intent: {past:?}");
+                past.may = GONE;
+                continue;
+            };
+            assert!(past.may_be_sent, "{past:?} was sent");
+            let is_lost = was_killed && *ended == Ended::Unknown && past.call.key.is_none();
+            assert!(is_lost || past.told.is_none_or(|told| told == *ended), "{past:?}: {ended:?}");
+            let state = past.state(*ended);
+            let is_success = *ended == Ended::Succeeded;
+            let state = if is_success { SUCCEEDED | UNDELIVERED } else { state };
+            let is_doubted = was_killed || past.may & TAKING > 0;
+            let extra = if is_doubted && is_success { UNDELIVERED } else { 0 };
+            let kept = past.may & (state | GONE);
+            past.may = if past.told.is_some() && !is_lost || kept > 0 && past.may & AT_WORK == 0 {
+                past.may & !(AT_WORK | TAKING) | extra
+            } else {
+                state
+            };
+        }
+        self.settle_forced(found);
+    }
+
+    /// What became of calls that were repeated by force, now that the ends of the later ones are known.
+    fn settle_forced(&mut self, found: &HashMap<u64, Ended>) {
+        for place in 0..self.0.len() {
+            let call = self.0[place].call.clone();
+            let ended = found.get(&call.number).copied();
+            let is_open = self.0[place].told.is_none() || self.0[place].told != ended;
+            if let Some(force) = &call.force
+                && is_open
+                && matches!(ended, Some(Ended::Succeeded | Ended::Unknown))
+                && let Some(first) =
+                    self.place(force).filter(|first| self.0[*first].may & (UNKNOWN | UNDELIVERED) > 0)
+            {
+                self.0[first].may |= GONE;
+            }
+        }
+    }
+}
