@@ -76,6 +76,8 @@ const UNDELIVERED: States = 16;
 const SUCCEEDED: States = 32;
 /// It succeeded and was answered; whether its caller, who had closed its side, took the answer is to be seen.
 const TAKING: States = 64;
+/// Unknown to its key only: a call without that key was forced, and stands for it towards all others.
+const KEY_UNKNOWN: States = 128;
 
 #[derive(Debug)]
 pub(super) struct Past {
@@ -122,7 +124,7 @@ impl Past {
     fn passing(&self, call: &Call, mode: Mode, is_youngest: bool) -> States {
         let forced = self.is_forced_by(call);
         if self.has_key_of(call) {
-            return GONE | if forced { UNKNOWN } else { 0 };
+            return GONE | if forced { UNKNOWN | KEY_UNKNOWN } else { 0 };
         }
         if !self.is_compared_with(call) || mode == Mode::Warn {
             return u8::MAX;
@@ -130,7 +132,7 @@ impl Past {
         let blocks_success = mode == Mode::Block && self.call.key.is_none() && call.key.is_none();
         let success = if blocks_success && is_youngest { 0 } else { SUCCEEDED };
         let by_force = if forced { UNKNOWN | UNDELIVERED | SUCCEEDED } else { 0 };
-        GONE | FAILED | success | by_force
+        GONE | FAILED | KEY_UNKNOWN | success | by_force
     }
 
     /// In which states it explains an answer.
@@ -142,7 +144,7 @@ impl Past {
             Said::Replayed { is_success: true, .. } if keyed => UNDELIVERED | SUCCEEDED | TAKING,
             Said::Replayed { is_success: false, .. } if keyed => FAILED,
             Said::InProgress(_) if keyed => AT_WORK,
-            Said::OutcomeUnknown(_) if keyed => UNKNOWN,
+            Said::OutcomeUnknown(_) if keyed => UNKNOWN | KEY_UNKNOWN,
             Said::Duplicate(_) if compared && self.is_forced_by(call) => AT_WORK | TAKING,
             Said::Duplicate(_) if compared => AT_WORK | UNKNOWN | TAKING,
             Said::Done(_) if compared && !self.is_forced_by(call) => {
@@ -150,6 +152,20 @@ impl Past {
             }
             _ => 0,
         }
+    }
+
+    /// What its doubts become once a forced call stands for it. Its own key still knows of it, unless that was forced.
+    fn without_doubt(&self, has_its_key: bool) -> States {
+        if self.may & (UNKNOWN | UNDELIVERED | KEY_UNKNOWN) == 0 {
+            return 0;
+        }
+        // A success that was forced may flag or, under `block`, refuse as any other success.
+        let success = if self.may & UNDELIVERED > 0 { SUCCEEDED } else { 0 };
+        if self.call.key.is_none() || has_its_key {
+            return GONE | success;
+        }
+        let unknown = if self.may & (UNKNOWN | KEY_UNKNOWN) > 0 { KEY_UNKNOWN } else { 0 };
+        unknown | success
     }
 
     /// The states that it may be in from these on.
@@ -232,7 +248,7 @@ impl Model {
             past.may |= if half_closes && *ended == Ended::Succeeded { TAKING } else { 0 };
             return;
         }
-        let place = self.explain(&call, said, mode);
+        let place = if *said == Said::NotSent { None } else { self.explain(&call, said, mode) };
         if let Some(place) = place {
             let may = self.0[place].may & self.0[place].explains(&call, said, mode);
             self.0[place].set(may);
@@ -285,12 +301,13 @@ impl Model {
         let own = self.0.last().map(|past| past.call.clone());
         let Some(place) = force.and_then(|force| self.place(force)) else { return };
         let past = &mut self.0[place];
-        // With two different keys they are not compared; a forced key stands for its own call only.
-        let is_known = own.is_some_and(|own| past.is_compared_with(&own) || past.has_key_of(&own));
-        if past.may & (UNKNOWN | UNDELIVERED) > 0 {
-            let keeps = if is_sure && is_known { past.may & !(UNKNOWN | UNDELIVERED) } else { past.may };
-            past.may = keeps | GONE;
-        }
+        let has_its_key = own.as_ref().is_some_and(|own| past.has_key_of(own));
+        let is_compared = own.is_some_and(|own| past.is_compared_with(&own));
+        let doubts = past.may & (UNKNOWN | UNDELIVERED | KEY_UNKNOWN);
+        let stands = past.without_doubt(has_its_key);
+        // Whether a force among two different keys ends the doubt, no rule says.
+        past.may =
+            if is_sure && (is_compared || has_its_key) { past.may & !doubts } else { past.may } | stands;
     }
 
     /// Calls at once. What each was told is checked against what the others may have been at that moment.
@@ -395,7 +412,7 @@ impl Model {
             let state = if is_success { SUCCEEDED | UNDELIVERED } else { state };
             let is_doubted = was_killed || past.may & TAKING > 0;
             let extra = if is_doubted && is_success { UNDELIVERED } else { 0 };
-            let kept = past.may & (state | GONE);
+            let kept = past.may & (state | GONE | KEY_UNKNOWN);
             past.may = if past.told.is_some() && !is_lost || kept > 0 && past.may & AT_WORK == 0 {
                 past.may & !(AT_WORK | TAKING) | extra
             } else {
@@ -417,7 +434,8 @@ impl Model {
                 && let Some(first) =
                     self.place(force).filter(|first| self.0[*first].may & (UNKNOWN | UNDELIVERED) > 0)
             {
-                self.0[first].may |= GONE;
+                let has_its_key = self.0[first].has_key_of(&call);
+                self.0[first].may |= self.0[first].without_doubt(has_its_key);
             }
         }
     }
