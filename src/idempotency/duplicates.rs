@@ -174,6 +174,10 @@ impl DuplicateDetector {
         for known in self.calls.get(&mark).into_iter().flatten() {
             let is_forced = force == Some(known.call.id);
             match known.state {
+                // Until a forced call is over, the call that it repeats is in doubt as before.
+                State::AtWork { supersedes: Some(ref doubt) } if !(doubt.0.is_keyed && call.is_keyed) => {
+                    open = Some(known.call.id);
+                }
                 _ if known.call.is_keyed && call.is_keyed => {}
                 State::AtWork { .. } => open = Some(known.call.id),
                 State::Doubt(doubt) if is_forced || is_old(doubt.since, now, self.window) => {}
@@ -412,6 +416,19 @@ mod tests {
             detector.end(MARK, id(5), UNKNOWN, 1);
             assert_eq!(force(&mut detector, 6, 1), refused(First::Open(id(5))), "forced once");
             assert_eq!(detector.doubts, 1);
+        }
+    }
+
+    #[test]
+    fn while_a_forced_call_with_a_key_is_at_work_another_key_waits() {
+        for (first_has_key, expected) in
+            [(false, Err(Rejection::Duplicate(First::Open(id(2))))), (true, Ok((None, None)))]
+        {
+            let mut detector = detector(WithoutKey::Guard);
+            detector.begin(MARK, call(1, first_has_key), None, false, 0).unwrap();
+            detector.end(MARK, id(1), UNKNOWN, 0);
+            detector.begin(MARK, call(2, true), Some(id(1)), false, 1).unwrap();
+            assert_eq!(detector.begin(MARK, call(3, true), None, false, 1), expected, "{first_has_key}");
         }
     }
 

@@ -145,6 +145,7 @@ impl Past {
             Said::Replayed { is_success: false, .. } if keyed => FAILED,
             Said::InProgress(_) if keyed => AT_WORK,
             Said::OutcomeUnknown(_) if keyed => UNKNOWN | KEY_UNKNOWN,
+            Said::Duplicate(_) if self.call.force.is_some() && mode != Mode::Warn && !compared => AT_WORK,
             Said::Duplicate(_) if compared && self.is_forced_by(call) => AT_WORK | TAKING,
             Said::Duplicate(_) if compared => AT_WORK | UNKNOWN | TAKING,
             Said::Done(_) if compared && !self.is_forced_by(call) => {
