@@ -235,11 +235,11 @@ impl Claims {
         let Wanted { key, print, caller, force, .. } = wanted;
         let known = self.slots.find(&key);
         let before = known.and_then(|number| self.slots.get(number)).map(|claim| (claim.id, claim.since));
-        let doubt = force.map(|id| {
-            let known = before.filter(|(known, _)| *known == id);
-            Box::new(Doubt { id, since: known.map_or(since, |(_, since)| since) })
-        });
-        let is_queued = doubt.as_ref().is_some_and(|doubt| before.is_some_and(|(id, _)| id == doubt.id));
+        // Only a doubt of this key: an equal call without it may be what was forced.
+        let doubt = before
+            .filter(|(known, _)| force == Some(*known))
+            .map(|(id, since)| Box::new(Doubt { id, since }));
+        let is_queued = doubt.is_some();
         let claim = Claim { print, id, since, caller, state: State::InFlight { doubt } };
         let Some(number) = known else { return self.add(key, claim) };
         if !is_queued {
@@ -434,6 +434,20 @@ mod tests {
         assert_eq!(claims.look(of(2, 5), WINDOW + 1), begin);
         assert_eq!(claims.look(of(1, 5), WINDOW + 1), Verdict::ShareFull, "one has not expired");
         assert_eq!(claims.look(of(1, 5), WINDOW + 2), begin);
+    }
+
+    #[test]
+    fn restored_call_that_forced_a_call_without_its_key_gives_its_key_back() {
+        let mut claims = Claims::new(3, WINDOW);
+        let forcing = |force| Wanted { caller: 1, share: 3, ..wanted([1; 16], [0; 16], force) };
+        claims.restore(forcing(Some(id(7))), id(1), 0);
+        claims.end([1; 16], id(1), How::NotDone, 0);
+        assert_eq!(claims.look(forcing(None), 0), Verdict::Begin { doubt: None });
+        claims.restore(forcing(None), id(2), 0);
+        claims.end([1; 16], id(2), How::Unknown, 0);
+        claims.restore(forcing(Some(id(2))), id(3), 0);
+        claims.end([1; 16], id(3), How::NotDone, 0);
+        assert_eq!(claims.look(forcing(None), 0), Verdict::Unknown(id(2)), "a doubt of its own stays");
     }
 
     #[test]
