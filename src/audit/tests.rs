@@ -656,6 +656,40 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
     (names, before.iter().filter(|path| !path.exists()).count())
 }
 
+/// Calls one after the other, so that segments begin with an intent as well as with an outcome.
+#[tokio::test]
+async fn each_list_stands_at_a_segments_begin_and_names_what_is_open_there() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 4096, ..Options::small(folder.path()) });
+    for _ in 0..100 {
+        intended(&audit).await.take().finish(&answer());
+    }
+    audit.close();
+    assert_eq!(verify(folder.path()).unresolved.calls().count(), 0);
+    let (mut open, mut lists) = (BTreeSet::new(), 0);
+    for path in segments(folder.path()).unwrap() {
+        let records = trail_of(&fs::read(path).unwrap());
+        for (index, record) in records.iter().enumerate() {
+            let id = record["id"].to_string();
+            match record["kind"].as_str().unwrap() {
+                "intent" => drop(open.insert(id)),
+                "outcome" => drop(open.remove(&id)),
+                _ if record["event"] == unresolved::LIST => {
+                    let listed = record[unresolved::LIST].as_array().unwrap();
+                    assert!(
+                        listed.iter().map(|call| call["id"].to_string()).eq(open.iter().cloned()),
+                        "{record}"
+                    );
+                    assert!(index < records.len() / 2, "{index} of {}", records.len());
+                    lists += 1;
+                }
+                _ => {}
+            }
+        }
+    }
+    assert!(lists > 2, "{lists}");
+}
+
 #[tokio::test]
 async fn each_look_removes_one_segment_and_none_within_the_window() {
     for (hours, gone) in [(0, 1), (1, 0)] {

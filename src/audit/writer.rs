@@ -100,6 +100,8 @@ pub(super) struct Writer {
     ledger: Ledger,
     /// How much of the open segment is the list in its first batch, in bytes.
     list_length: u64,
+    /// The length of the list that was last written into a batch, which may begin a segment yet.
+    list_filled: u64,
     /// When there was no space for a new segment.
     list_refused: Option<Instant>,
     /// When the last anchor was written, by `CLOCK_BOOTTIME` in milliseconds, and whether the segment has none yet.
@@ -159,6 +161,7 @@ impl Writer {
             window: options.window,
             ledger: Ledger::default(),
             list_length: 0,
+            list_filled: 0,
             list_refused: None,
             anchored: clocks::boottime(),
             is_unanchored: false,
@@ -243,7 +246,7 @@ impl Writer {
         let mut list = shared.unresolved();
         self.prune(&mut list);
         let behind = self.ledger.list_behind(&list, batch);
-        self.list_length = batch.fill_list(&behind.to_json()) as u64;
+        self.list_filled = batch.fill_list(&behind.to_json()) as u64;
     }
 
     /// Forgets calls of known outcome whose window is certainly over.
@@ -603,9 +606,7 @@ impl Writer {
     /// Begins a segment with these records.
     fn begin_segment(&mut self, batch: &Batch) -> io::Result<()> {
         let segment = self.make_segment(batch.first(), batch.text())?;
-        if !batch.has_list() {
-            self.list_length = 0;
-        }
+        self.list_length = if batch.has_list() { self.list_filled } else { 0 };
         self.list_refused = None;
         if let Some(full) = self.segment.replace(segment) {
             full.release();
