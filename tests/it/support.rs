@@ -362,14 +362,17 @@ pub(crate) fn records(directory: &Path, kind: &str) -> Vec<Value> {
         .collect()
 }
 
-/// Compiles a C source of the suite to a library that can be preloaded.
+/// Compiles a C source of the suite to a library that can be preloaded. Takes its place at once: another test may preload it.
 pub(crate) fn compile(source: &str) -> PathBuf {
     let target =
         PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(source.replace('/', "-")).with_extension("so");
+    let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let unfinished = folder.path().join("library");
     let source = format!("{}/tests/it/{source}.c", env!("CARGO_MANIFEST_DIR"));
     let compiled =
-        Command::new("cc").args(["-O1", "-shared", "-fPIC", "-o"]).arg(&target).arg(source).status();
+        Command::new("cc").args(["-O1", "-shared", "-fPIC", "-o"]).arg(&unfinished).arg(source).status();
     assert!(compiled.unwrap().success());
+    fs::rename(unfinished, &target).unwrap();
     target
 }
 
