@@ -23,6 +23,7 @@ mod token;
 mod audit;
 mod losses;
 mod clock;
+mod states;
 mod configuration;
 mod reload;
 mod restart;
