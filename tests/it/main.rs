@@ -22,6 +22,7 @@ mod egress;
 mod token;
 mod audit;
 mod losses;
+mod stored_trail;
 mod clock;
 mod states;
 mod configuration;

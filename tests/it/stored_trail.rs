@@ -1,0 +1,85 @@
+//! A small trail of format 1, made once and stored under `tests/trails`: every later version must read it.
+
+use std::{fs, path::Path, sync::Arc};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{idempotency::until_keys_are_known, support::*};
+
+fn stored(folder: &Path) {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/trails/format-1");
+    fs::create_dir(folder.join("audit")).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, folder.join("audit").join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+fn body(task: u32) -> String {
+    BODY.replace("954645333549048833", &task.to_string())
+}
+
+fn call(gateway: &Gateway, task: u32, key: &str) -> Reply {
+    let headers = if key.is_empty() { String::new() } else { format!("idempotency-key: {key}\r\n") };
+    let body = body(task);
+    gateway.send(&head(body.len(), &headers), &body)
+}
+
+#[test]
+fn stored_trail_of_format_1_is_read() {
+    let folder = Arc::new(TempDir::new().unwrap());
+    stored(folder.path());
+    let audit = folder.path().join("audit");
+    let path = audit.to_str().unwrap();
+    let (code, said, error) = command(&["audit", "verify", path]);
+    assert_eq!(code, 0, "{said}{error}");
+    let (code, said, _) = command(&["audit", "unresolved", path, "--json"]);
+    let tasks: Vec<Value> =
+        said.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["task"].clone()).collect();
+    assert_eq!((code, tasks), (1, vec!["103".into(), "104".into()]));
+
+    let sandbox = sandbox();
+    let setup = Setup { folder: Some(folder), ..Setup::default() };
+    let gateway = start_with(&sandbox, setup.set("idempotency.without_key", "guard"));
+    until_keys_are_known(&gateway);
+    let success = call(&gateway, 101, "stored-success");
+    assert_eq!((success.status, success.outcome()), (200, "replayed"), "{success:?}");
+    assert_eq!(success.json()["resultCode"], "0409000");
+    let failure = call(&gateway, 102, "stored-failure");
+    assert_eq!((failure.outcome(), &*failure.headers["x-gateway-first-outcome"]), ("replayed", "failed"));
+    assert_eq!(call(&gateway, 103, "stored-unknown").code(), "outcome_unknown");
+    let unknown = call(&gateway, 104, "");
+    assert_eq!((unknown.code(), unknown.outcome()), ("duplicate_suspected", "unknown"));
+    let undelivered = call(&gateway, 106, "");
+    assert_eq!((undelivered.code(), undelivered.outcome()), ("duplicate_suspected", "succeeded"));
+    assert_eq!(sandbox.requests().len(), 0);
+    assert_eq!(call(&gateway, 107, "new").outcome(), "succeeded", "the control");
+}
+
+#[test]
+fn trail_of_a_newer_format_is_refused() {
+    let sandbox = sandbox();
+    let folder = Arc::new(TempDir::new().unwrap());
+    let gateway = start_with(&sandbox, Setup { folder: Some(folder.clone()), ..Setup::default() });
+    let audit = gateway.audit_directory();
+    gateway.kill();
+    // Whoever has the key can write such a record; here the chain is of no interest.
+    let segment = audit.join("audit-00000000000000000001.jsonl");
+    let text = fs::read_to_string(&segment).unwrap();
+    assert!(text.contains("\"format\":1,"));
+    fs::write(&segment, text.replace("\"format\":1,", "\"format\":2,")).unwrap();
+    let config = folder.path().join("gateway.toml");
+    for arguments in [
+        vec!["serve", "--config", config.to_str().unwrap()],
+        vec!["audit", "verify", audit.to_str().unwrap()],
+        vec!["audit", "unresolved", audit.to_str().unwrap()],
+    ] {
+        let (code, _, said) = command(&arguments);
+        assert_eq!(code, 78, "{arguments:?}: {said}");
+        assert!(
+            said.contains("written by a newer version: format 2, this one knows 1"),
+            "{arguments:?}: {said}"
+        );
+    }
+}
