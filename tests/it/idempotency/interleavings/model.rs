@@ -363,7 +363,9 @@ impl Model {
             if matches!(&said, Said::Done(first) | Said::Replayed { first, .. }
                 if self.place(first).is_some_and(|place| self.0[place].may & UNDELIVERED > 0))
             {
-                self.tell(&said, false);
+                // Told while a forced call stands for it, it may be told once more if that one fails.
+                let was_forced = self.0[earlier..].iter().any(|past| past.call.force.is_some());
+                self.tell(&said, was_forced);
             }
             self.add(call, mode, &[]).id = Some(id);
         }
