@@ -87,6 +87,7 @@ impl Admin {
             "/livez" => reply(StatusCode::OK, TEXT, "ok\n"),
             "/readyz" => self.ready(),
             "/metrics" => {
+                self.audit.count();
                 match self.metrics.render(
                     &self.bounds,
                     self.idempotency.keys(),

@@ -379,7 +379,6 @@ impl Audit {
         let shared = Arc::new(Shared::new(metrics, options.queue, begun, unresolved));
         let clocks = writer.clocks.clone();
         clocks.look(&shared);
-        shared.change_unresolved(|_| {});
         if let Some(aside) = aside {
             shared.event(loss::ACCEPTED, json!({ "reason": "the key was missing", "aside": aside }));
         }
@@ -544,6 +543,11 @@ impl Audit {
     /// [`accept_clock`].
     pub fn accept_clock(&self, details: Map<String, Value>) {
         self.0.clocks.accept(self.shared(), details);
+    }
+
+    /// Counts what is only counted when it is asked for.
+    pub fn count(&self) {
+        self.shared().metrics.set_unresolved(self.unresolved().unknown().count());
     }
 
     /// Tells the metric whether a loss is open.

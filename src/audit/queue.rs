@@ -179,11 +179,9 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the list, and says how long it is.
+    /// Changes the list.
     pub(super) fn change_unresolved(&self, change: impl FnOnce(&mut UnresolvedList)) {
-        let mut list = self.unresolved();
-        change(&mut list);
-        self.metrics.set_unresolved(list.unknown().count());
+        change(&mut self.unresolved());
     }
 
     /// A place to wait for what is safe.
