@@ -158,6 +158,24 @@ async fn an_open_segment_that_was_cut_is_a_loss_and_a_new_one_is_begun() {
     }
 }
 
+/// Its intent is in the part that is left.
+#[tokio::test]
+async fn a_call_at_work_in_a_segment_that_was_cut_is_still_known_when_it_ends() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options::small(folder.path()));
+    let at_work = intended(&audit).await.take();
+    let id = at_work.id().uuid();
+    let left = length(&segment(folder.path()));
+    intended(&audit).await.take().finish(&answer());
+    cut(&segment(folder.path()), left);
+    intended(&audit).await.take().finish(&answer());
+    drop(at_work); // of unknown outcome
+    let list = || audit.shared().unresolved();
+    let call = wait_for(|| list().calls().find(|call| call.id == id).cloned());
+    assert_eq!((call.task, call.caller), (Some(json!(7)), Some("qa-console".into())));
+    audit.close();
+}
+
 #[tokio::test]
 async fn a_lost_closed_segment_is_recorded_once() {
     let folder = TempDir::new().unwrap();
