@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::age::ACCEPTED;
+use super::{age, loss};
 use crate::outcome::Outcome;
 
 /// The name of the event that begins a segment.
@@ -208,7 +208,8 @@ impl UnresolvedList {
     /// Follows the trail by one record. A line that cannot be read changes nothing.
     pub(super) fn take(&mut self, step: &Step<'_>, line: &[u8]) {
         // What a command appends behind a stop changes nothing of that.
-        let is_appended = step.event.is_some_and(|event| [ACCEPTED, RESOLUTION].contains(&event));
+        let is_appended =
+            step.event.is_some_and(|event| [age::ACCEPTED, loss::ACCEPTED, RESOLUTION].contains(&event));
         self.is_closed = step.event == Some("stop") || self.is_closed && is_appended;
         match (step.kind, step.id) {
             ("intent", Some(_)) => {
@@ -252,12 +253,15 @@ impl UnresolvedList {
                         call.state == CallState::AtWork && !self.calls.contains_key(&call.id)
                     };
                     self.orphans.extend(before.filter(is_lost));
-                    self.on_their_way.clear();
+                    // Only a start has them on its list, as undelivered.
+                    if name == "start" {
+                        self.on_their_way.clear();
+                    }
                 }
             }
             (UNDELIVERED, Some(_)) => {
                 if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
-                    self.insert(UnresolvedCall { seq: None, state: CallState::Undelivered, ..call });
+                    self.insert(UnresolvedCall { state: CallState::Undelivered, ..call });
                 }
             }
             (DELIVERED, Some(id)) => {
@@ -284,6 +288,7 @@ impl UnresolvedList {
     }
 
     fn end(&mut self, id: Uuid, outcome: Outcome, time: &str) {
+        self.orphans.retain(|call| call.id != id);
         let Some(call) = self.calls.remove(&id) else { return };
         if matches!(outcome, Outcome::Unknown | Outcome::Succeeded)
             && let Some(forced) = call.forced

@@ -102,6 +102,8 @@ pub(super) struct Writer {
     list_length: u64,
     /// The length of the list that was last written into a batch, which may begin a segment yet.
     list_filled: u64,
+    /// The open segment was begun in the place of a lost one, with no list in its first batch: the next one has it.
+    lacks_list: bool,
     /// When there was no space for a new segment.
     list_refused: Option<Instant>,
     /// When the last anchor was written, by `CLOCK_BOOTTIME` in milliseconds, and whether the segment has none yet.
@@ -162,6 +164,7 @@ impl Writer {
             ledger: Ledger::default(),
             list_length: 0,
             list_filled: 0,
+            lacks_list: false,
             list_refused: None,
             anchored: clocks::boottime(),
             is_unanchored: false,
@@ -215,6 +218,7 @@ impl Writer {
             if let Some(segment) = &self.segment {
                 self.ledger.take(&batch, segment, shared);
             }
+            self.lacks_list &= !batch.begins_segment;
             shared.written(&batch);
             self.reserve(shared, 0); // a new segment has none yet
             self.remove_old(shared);
@@ -227,7 +231,8 @@ impl Writer {
     /// second.
     fn begins(&self, shared: &Shared) -> Option<Carried> {
         let is_due = self.list_refused.is_none_or(|refused| refused.elapsed() >= RETRY_SEGMENT);
-        let begins = is_due && self.segment.as_ref().is_none_or(|segment| self.is_full(segment));
+        let is_full = self.segment.as_ref().is_none_or(|segment| self.is_full(segment));
+        let begins = is_due && (is_full || self.lacks_list);
         begins.then(|| Carried {
             at_work: !self.ledger.is_empty(),
             listed: shared.unresolved().calls().next().is_some(),
@@ -607,6 +612,7 @@ impl Writer {
     fn begin_segment(&mut self, batch: &Batch) -> io::Result<()> {
         let segment = self.make_segment(batch.first(), batch.text())?;
         self.list_length = if batch.has_list() { self.list_filled } else { 0 };
+        self.lacks_list = !batch.begins_segment;
         self.list_refused = None;
         if let Some(full) = self.segment.replace(segment) {
             full.release();

@@ -445,7 +445,8 @@ impl AsyncRead for Watched {
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let read = ready!(self.stream.poll_read(cx, buf));
-        if read.is_err() {
+        // The end of a TLS stream without close_notify is an error, too, and no reset.
+        if read.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::UnexpectedEof) {
             self.watch.was_reset();
         }
         read?;
