@@ -29,6 +29,7 @@ use crate::{
     clock,
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
     connect::{Connector, Egress, Identity},
+    control::{self, Control},
     gateway::Gateway,
     idempotency::{Idempotency, memory::MemoryBound},
     metrics::Metrics,
@@ -71,6 +72,7 @@ pub struct App {
     done: mpsc::Receiver<()>,
     bound: Vec<Bound>,
     admin: TcpListener,
+    control: Option<control::Bound>,
 }
 
 impl App {
@@ -113,6 +115,7 @@ impl App {
         let admin = background
             .block_on(TcpListener::bind(config.admin.address))
             .with_context(|| format!("listening on {} (admin)", config.admin.address))?;
+        let control = control::Bound::bind(&config.admin.control, &config.audit.directory)?;
         let metrics = Arc::new(metrics);
         let pool_metrics = parts.pool;
         Ok(Self {
@@ -130,6 +133,7 @@ impl App {
             done,
             bound,
             admin,
+            control,
         })
     }
 
@@ -157,6 +161,7 @@ impl App {
             mut done,
             bound,
             admin,
+            control,
         } = self;
         // Before anybody is told that it runs.
         let reload = source.map(|source| {
@@ -261,6 +266,11 @@ impl App {
                 addresses,
             };
             tokio::spawn(admin::serve(admin, Arc::new(admin_state)));
+            if let Some(bound) = control {
+                let (audit, directory) = (audit.for_worker(), config.audit.directory.clone());
+                let idempotency = idempotency.clone();
+                tokio::spawn(bound.serve(Arc::new(Control { audit, directory, idempotency })));
+            }
             // Without systemd there is nobody to tell, and that is no error.
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
             if let Some(watchdog) = watchdog {

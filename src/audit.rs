@@ -12,6 +12,7 @@ mod batch;
 pub mod chain;
 mod clocks;
 mod directory;
+pub mod history;
 pub mod init;
 mod lane;
 mod ledger;
@@ -22,6 +23,7 @@ mod queue;
 mod record;
 pub mod recovery;
 mod reply;
+pub mod resolution;
 mod retention;
 mod segment;
 mod sync;
@@ -349,6 +351,8 @@ struct Handle {
     begun: u64,
     damage: Arc<[Damage]>,
     shown: [Shown; SHOWN.len()],
+    /// Held while one call is resolved.
+    resolving: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl std::fmt::Debug for Audit {
@@ -397,6 +401,7 @@ impl Audit {
             begun,
             damage,
             shown,
+            resolving: Arc::default(),
         })))
     }
 
@@ -539,10 +544,10 @@ impl Audit {
     }
 
     /// An operator accepts the wall clock as it is: doubt ends, and the event `clock_accepted` says so with these details.
-    /// The next start takes records of earlier boots to be as old as that clock says. For a trail that nobody writes there is
-    /// [`accept_clock`].
-    pub fn accept_clock(&self, details: Map<String, Value>) {
-        self.0.clocks.accept(self.shared(), details);
+    /// The next start takes records of earlier boots to be as old as that clock says. Returns the number of the record, for
+    /// [`Audit::committed`]. For a trail that nobody writes there is [`accept_clock`].
+    pub fn accept_clock(&self, details: Map<String, Value>) -> u64 {
+        self.0.clocks.accept(self.shared(), details)
     }
 
     /// Counts what is only counted when it is asked for.
@@ -558,6 +563,12 @@ impl Audit {
     /// Whether the last write succeeded.
     pub fn healthy(&self) -> bool {
         self.shared().is_healthy()
+    }
+
+    /// Whether the writer is still there.
+    fn is_written(&self) -> bool {
+        let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        writer.as_ref().is_some_and(|writer| !writer.is_finished())
     }
 
     /// Records the stop and waits, for a while, until all is written.
@@ -654,17 +665,32 @@ pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
 fn check_trail(directory: &Path) -> Result<(), StartError> {
     let fail = |error| start_error(directory, error);
     if chain::segments(directory).map_err(fail)?.is_empty() {
-        return Err(fail(io::Error::new(io::ErrorKind::NotFound, "there is no audit trail")));
+        return Err(fail(io::Error::new(io::ErrorKind::NotFound, "there is no audit trail")).into());
     }
     Ok(())
 }
 
-/// Appends an event to a trail that nobody writes.
+/// Appends an event to a trail that nobody writes. Returns its number.
 fn append_event(
     directory: &Path,
     keys: Keys,
     event: impl FnOnce(&Clocks) -> (&'static str, Map<String, Value>),
 ) -> Result<u64, StartError> {
+    let ((), seq) = append(directory, keys, |batch, _, clocks| {
+        let (name, details) = event(clocks);
+        batch.event(name, Value::Object(details));
+        Ok::<_, StartError>(())
+    })?;
+    Ok(seq)
+}
+
+/// Appends to a trail that nobody writes, under its lock: what reading its end found, and what `fill` adds to that. Returns
+/// what `fill` returned, and the number of the last record. What reading found is recorded even if `fill` fails.
+fn append<T, E: From<StartError>>(
+    directory: &Path,
+    keys: Keys,
+    fill: impl FnOnce(&mut Batch, &Found, &Clocks) -> Result<T, E>,
+) -> Result<(T, u64), E> {
     let fail = |error| start_error(directory, error);
     let directory = Directory::open(directory).map_err(fail)?;
     lock(&directory)?;
@@ -673,13 +699,14 @@ fn append_event(
     let Resumed { mut batch, found, last, segment } =
         resume(&options, &directory, &keys, &statement).map_err(fail)?;
     let clocks = Arc::new(Clocks::go_on(&found, options.window));
-    let (name, details) = event(&clocks);
-    batch.event(name, Value::Object(details));
-    let mut writer =
-        Writer::new(&options, Arc::new(keys), (directory, lock), clocks, last, segment).map_err(fail)?;
-    writer.append(&mut batch).and_then(|()| give_to_owner(&owned)).map_err(fail)?;
-    writer.close();
-    Ok(batch.last())
+    let filled = fill(&mut batch, &found, &clocks);
+    if !batch.is_empty() {
+        let mut writer =
+            Writer::new(&options, Arc::new(keys), (directory, lock), clocks, last, segment).map_err(fail)?;
+        writer.append(&mut batch).and_then(|()| give_to_owner(&owned)).map_err(fail)?;
+        writer.close();
+    }
+    Ok((filled?, batch.last()))
 }
 
 /// Gives the newest segment and the lock file to whom the directory belongs: root may have made them.

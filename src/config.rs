@@ -262,6 +262,19 @@ pub struct Admin {
     pub address: SocketAddr,
     /// Further names that `Host` may carry at `/status`, lower case, without port.
     pub hosts: Vec<String>,
+    /// Where the control socket is.
+    pub control: Control,
+}
+
+/// `[admin] control`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// `control.sock` in the first of `$RUNTIME_DIRECTORY`, else in the audit directory.
+    Default,
+    /// There.
+    Path(PathBuf),
+    /// There is none.
+    Off,
 }
 
 /// `[server]`. Caps are for all workers together.

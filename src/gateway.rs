@@ -173,7 +173,7 @@ impl Gateway {
             Begun::Claim(claim) => claim,
             Begun::Replay(replay) => {
                 record.first(replay.first());
-                let reply = replay.into_reply(route.result.field());
+                let reply = replay.into_reply(&route.result);
                 record.replayed(reply.status.as_u16());
                 return Ok(reply);
             }

@@ -28,7 +28,7 @@ use std::{
 };
 
 use foldhash::fast::RandomState;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use moka::{policy::EvictionPolicy, sync::Cache};
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -40,13 +40,13 @@ use crate::{
         Answer, Audit, FirstCall, Names, Queued, Record, RequestId, StoredReply,
         chain::{Hash, Keys, Mark, parse_hex, push_hex},
         loss::{self, Loss},
-        unresolved::{CallState, UnresolvedCall},
+        unresolved::{CallState, Resolution, UnresolvedCall},
     },
     clock,
     config::{self, WithoutKey},
     error::Code,
     headers::Inbound,
-    outcome::{Outcome, Retry},
+    outcome::{Outcome, ResultRule, Retry},
     upstream::{Failure, Reply, ReplyBody},
 };
 use claims::{Claims, Ending, How, Verdict, Wanted};
@@ -54,6 +54,9 @@ pub use delivery::Delivery;
 use duplicates::{Completion, Doubt, DoubtKind, Duplicate, DuplicateDetector, First, Rejection};
 pub use key::BadKey;
 use key::Given;
+
+/// Says that a person resolved the first call.
+const RESOLVED: HeaderName = HeaderName::from_static("x-gateway-resolved");
 
 /// What a stored reply takes beside its body, in bytes: measured, most of it the cache's.
 const REPLY_OVERHEAD: usize = 450;
@@ -75,6 +78,8 @@ pub struct Idempotency {
     loss: Mutex<Option<(Loss, u32)>>,
     /// The word of a loss that the operator accepts.
     accept_loss: Option<String>,
+    /// What was resolved while the trail is still read: it is newer than all that is read there. `None` after that.
+    resolved_meanwhile: Mutex<Option<Vec<(UnresolvedCall, Resolution)>>>,
     /// Bytes of the trail that were read, and that are to be read.
     read: [AtomicU64; 2],
 }
@@ -265,6 +270,7 @@ impl Idempotency {
             is_rebuilt: AtomicBool::new(false),
             loss: Mutex::new(None),
             accept_loss,
+            resolved_meanwhile: Mutex::new(Some(Vec::new())),
             read: [AtomicU64::new(0), AtomicU64::new(0)],
         };
         // From now on for a window: what the time between was worth, only a clock could tell.
@@ -472,6 +478,43 @@ impl Idempotency {
     fn restore_success(&self, call: &UnresolvedCall, since: u32) {
         if let Some((mark, call)) = self.identify(call) {
             self.duplicates().succeed(mark, call, since);
+        }
+    }
+
+    /// Takes into account what a person found about a call of unknown outcome; its event is committed.
+    pub fn resolve(&self, call: &UnresolvedCall, result: Resolution) {
+        let mut meanwhile = self.resolved_meanwhile.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(meanwhile) = &mut *meanwhile {
+            meanwhile.push((call.clone(), result));
+        }
+        self.resolve_claim(&mut self.claims(), call, result, now());
+        self.resolve_duplicate(call, result, now());
+        drop(meanwhile);
+        // The list has changed by now: a call that this one repeated by force guards again.
+        let first = call.forced.and_then(|first| self.audit.unresolved().get(first).cloned());
+        if let Some(first) = first.filter(|_| result == Resolution::NotDone) {
+            self.restore(&first, now());
+        }
+    }
+
+    /// Changes what the key of a resolved call stands for, if it has one.
+    fn resolve_claim(&self, claims: &mut Claims, call: &UnresolvedCall, result: Resolution, now: u32) {
+        let Some(key) = call.key.as_ref().and_then(|key| parse_hex(key)) else { return };
+        match (result, call.print.as_ref().and_then(|print| parse_hex(print))) {
+            (Resolution::Done, Some(print)) => {
+                let caller =
+                    self.duplicate_of(call.caller.as_deref().unwrap_or_default(), call.id, true).caller;
+                let wanted = Wanted { key, print, caller, share: usize::MAX, force: None };
+                claims.resolve_done(wanted, call.id, now);
+            }
+            (Resolution::Done, None) => {} // no intent with a key lacks its print
+            (Resolution::NotDone, _) => claims.resolve_not_done(key, call.id, now),
+        }
+    }
+
+    fn resolve_duplicate(&self, call: &UnresolvedCall, result: Resolution, now: u32) {
+        if let Some((mark, duplicate)) = self.identify(call) {
+            self.duplicates().resolve(mark, duplicate, result == Resolution::Done, now);
         }
     }
 
@@ -719,7 +762,11 @@ impl Pending {
         }
         let result_code = result_code.map(|code| code[..].into());
         let is_success = outcome == Outcome::Succeeded;
-        claim.end(outcome, status.map(|status| Ending { is_success, status, result_code }), names)
+        claim.end(
+            outcome,
+            status.map(|status| Ending { is_success, status, result_code, is_resolved: false }),
+            names,
+        )
     }
 }
 
@@ -733,22 +780,28 @@ impl Replay {
         self.first
     }
 
-    /// The answer, as the first caller got it.
-    pub fn into_reply(self, result_field: &str) -> Reply {
-        let Self { first, ending: Ending { status, result_code, .. }, stored, delivery } = self;
+    /// The answer, as the first caller got it. Of a call that was resolved as done: that it is done.
+    pub fn into_reply(self, rule: &ResultRule) -> Reply {
+        let Self { first, ending: Ending { status, result_code, is_resolved, .. }, stored, delivery } = self;
         let stored = stored.unwrap_or_else(|| {
-            Arc::new(StoredReply::without_body(
-                status,
-                result_field,
-                result_code.as_deref(),
-                first.request_id(),
-            ))
+            Arc::new(match is_resolved {
+                true => StoredReply::of_resolved(rule),
+                false => StoredReply::without_body(
+                    status,
+                    rule.field(),
+                    result_code.as_deref(),
+                    first.request_id(),
+                ),
+            })
         });
         let mut headers = HeaderMap::new();
         if let Some(media_type) =
             stored.content_type.as_ref().and_then(|text| HeaderValue::from_str(text).ok())
         {
             headers.insert(header::CONTENT_TYPE, media_type);
+        }
+        if is_resolved {
+            headers.insert(RESOLVED, HeaderValue::from_static(Resolution::Done.as_str()));
         }
         let is_success = first.outcome == Outcome::Succeeded;
         Reply {

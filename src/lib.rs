@@ -57,6 +57,7 @@ mod watched; // files, read again to notice a change
 pub mod metrics; // what is counted
 mod watchdog; // tells systemd that all workers go round
 pub mod admin; // /livez, /readyz, /metrics, /status
+pub mod control; // the control socket: resolutions, the clock
 pub mod sandbox; // the cloud in one process, for demo and tests
 #[cfg(any(test, fuzzing))]
 pub mod fuzz; // readers of foreign bytes, for tests only

@@ -147,6 +147,11 @@ impl ResultRule {
         &self.field
     }
 
+    /// The value of that member that says success; of several, the first.
+    pub fn success_code(&self) -> &str {
+        self.success.first().map_or("", String::as_str)
+    }
+
     /// Classifies a reply that arrived. A reply that broke off before its end is not for here: unknown.
     pub fn classify(&self, reply: Reply<'_>) -> Verdict {
         let plain = |outcome| Verdict { outcome, result_code: None };

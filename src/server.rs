@@ -141,7 +141,8 @@ fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Vec<Socket>> {
+/// Binds a Unix socket for so many workers. One that nobody serves any more is replaced.
+pub(crate) fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Vec<Socket>> {
     let address = SockAddr::unix(path)?;
     if path.symlink_metadata().is_ok_and(|meta| meta.file_type().is_socket()) {
         match Socket::new(Domain::UNIX, Type::STREAM, None)?.connect(&address) {

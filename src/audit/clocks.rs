@@ -181,12 +181,13 @@ impl Clocks {
     }
 
     /// An operator accepts the wall clock as it is: doubt ends, on record.
-    pub(super) fn accept(&self, shared: &Shared, details: Map<String, Value>) {
+    pub(super) fn accept(&self, shared: &Shared, details: Map<String, Value>) -> u64 {
         let mut members = self.accepted();
         members.extend(details);
         tracing::info!("the wall clock was accepted");
-        shared.event(ACCEPTED, Value::Object(members));
+        let seq = shared.event(ACCEPTED, Value::Object(members));
         shared.metrics.set_doubtful(false);
+        seq
     }
 
     /// Accepts the wall clock; returns what the event says.

@@ -222,11 +222,13 @@ impl Shared {
         }
     }
 
-    /// Queues an event; `details` is an object.
-    pub(super) fn event(&self, name: &'static str, details: Value) {
+    /// Queues an event; `details` is an object. Returns the number of the record.
+    pub(super) fn event(&self, name: &'static str, details: Value) -> u64 {
         let mut queue = self.lock();
         queue.batch.event(name, details);
+        let seq = queue.batch.last();
         self.filled(queue);
+        seq
     }
 
     /// Queues the outcome of an intent that an earlier process left open.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, se
 use serde_json::{Map, json};
 
 use super::RequestId;
+use crate::outcome::ResultRule;
 
 /// A longer body is not kept.
 const MAX_BODY: usize = 8 * 1024;
@@ -49,6 +50,17 @@ impl StoredReply {
         members.insert("request_id".into(), first.as_str().into());
         let body = json!(members).to_string().into();
         Self { status, content_type: Some("application/json".into()), body }
+    }
+}
+
+impl StoredReply {
+    /// For a call that a person resolved as done: the code of success, and that it is not the upstream's.
+    pub fn of_resolved(rule: &ResultRule) -> Self {
+        let mut members = Map::new();
+        members.insert(rule.field().to_owned(), rule.success_code().into());
+        members.insert("resolved".into(), true.into());
+        let body = json!(members).to_string().into();
+        Self { status: 200, content_type: Some("application/json".into()), body }
     }
 }
 

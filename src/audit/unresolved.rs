@@ -112,6 +112,20 @@ impl UnresolvedCall {
     }
 }
 
+impl UnresolvedCall {
+    /// The call that the event of a resolution tells of, and what was found.
+    pub fn resolved_by(event: &[u8]) -> Option<(Self, Resolution)> {
+        let resolved: Resolved = serde_json::from_slice(event).ok()?;
+        let result = resolved.result;
+        Some((resolved.into_call(), result))
+    }
+
+    /// The same, of an event that was read.
+    pub(super) fn told_by_resolution(event: &Value) -> Option<Self> {
+        Resolved::deserialize(event).ok().map(Resolved::into_call)
+    }
+}
+
 impl CallState {
     /// The word used in the trail.
     pub const fn as_str(self) -> &'static str {
@@ -158,8 +172,18 @@ pub(super) struct Step<'a> {
 #[derive(Deserialize)]
 struct Resolved {
     result: Resolution,
+    /// When the call's intent was recorded, and its number: the event has its own.
+    #[serde(default)]
+    call_time: String,
+    call_seq: Option<u64>,
     #[serde(flatten)]
     call: UnresolvedCall,
+}
+
+impl Resolved {
+    fn into_call(self) -> UnresolvedCall {
+        UnresolvedCall { seq: self.call_seq, time: self.call_time, ..self.call }
+    }
 }
 
 #[derive(Deserialize)]
@@ -259,6 +283,8 @@ impl UnresolvedList {
                     }
                 }
             }
+            // Whoever stopped in order has waited for all answers. What is appended to a stopped trail changes nothing in that.
+            ("stop", _) => self.on_their_way.clear(),
             (UNDELIVERED, Some(_)) => {
                 if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
                     self.insert(UnresolvedCall { state: CallState::Undelivered, ..call });
@@ -271,8 +297,8 @@ impl UnresolvedList {
                 }
             }
             (RESOLUTION, Some(id)) => {
-                if let Ok(Resolved { result, call }) = serde_json::from_slice(line) {
-                    self.resolve(id, result, Some(call));
+                if let Ok(resolved) = serde_json::from_slice::<Resolved>(line) {
+                    self.resolve(id, resolved.result, resolved.into_call());
                 }
             }
             _ => {}
@@ -320,22 +346,25 @@ impl UnresolvedList {
         }
     }
 
-    /// A person resolved a call; `told` is what the record says of it.
-    pub(super) fn resolve(&mut self, id: Uuid, result: Resolution, told: Option<UnresolvedCall>) {
-        let call = self.calls.remove(&id).or(told);
-        if let Some(call) = call.filter(|_| result == Resolution::Done) {
-            self.insert(UnresolvedCall { state: CallState::Done, ..call });
+    /// A person resolved a call; `told` is what the record says of it. A call that this one repeated by force guards again
+    /// once it is clear that the repetition was not done.
+    fn resolve(&mut self, id: Uuid, result: Resolution, told: UnresolvedCall) {
+        let call = self.calls.remove(&id).unwrap_or(told);
+        match result {
+            Resolution::Done => self.insert(UnresolvedCall { state: CallState::Done, ..call }),
+            Resolution::NotDone => {
+                if let Some(first) = call.forced.and_then(|first| self.calls.get_mut(&first)) {
+                    first.superseded = false;
+                }
+            }
         }
     }
 
     /// The process that wrote the trail is gone. What was at work is of unknown outcome; if it did not stop in order, the
     /// callers of the last successes may not know of them. Returns what was at work.
     pub(super) fn close(&mut self) -> Vec<Uuid> {
-        let on_their_way = std::mem::take(&mut self.on_their_way);
-        if !self.is_closed {
-            for (_, call) in on_their_way {
-                self.insert(UnresolvedCall { state: CallState::Undelivered, ..call });
-            }
+        for (_, call) in std::mem::take(&mut self.on_their_way) {
+            self.insert(UnresolvedCall { state: CallState::Undelivered, ..call });
         }
         let mut open = Vec::new();
         for call in self.calls.values_mut().filter(|call| call.state == CallState::AtWork) {

@@ -1,4 +1,6 @@
-//! `audit init | verify | in-doubt | unresolved | head | accept-loss | accept-clock`.
+//! `audit init | verify | in-doubt | unresolved | resolve | show | head | accept-loss | accept-clock`.
+
+mod show;
 
 use std::{
     path::{Path, PathBuf},
@@ -10,9 +12,13 @@ use ccsqm_gateway::audit::{
     chain::{KeyError, Keys, hex},
     init, is_live,
     recovery::{Found, read},
-    unresolved::UnresolvedCall,
+    resolution::{Finding, ResolveError, resolve},
+    unresolved::{Resolution, UnresolvedCall},
 };
+use ccsqm_gateway::control::{self, Answer, Request};
+use rustix::process::geteuid;
 use serde_json::json;
+use uuid::Uuid;
 
 use super::BAD_CONFIGURATION;
 
@@ -34,13 +40,77 @@ enum Command {
     InDoubt(Trail),
     /// List the calls of unknown outcome that nobody has resolved; exits with 1 when there are some.
     Unresolved(Trail),
+    /// Say what became of a call of unknown outcome, after a look at the cloud. Recorded in the trail; a running gateway is
+    /// asked through its control socket. Exits with 1 where that contradicts what is known.
+    Resolve(Resolve),
+    /// Print all records of one request; exits with 1 when there are none.
+    Show(Show),
     /// Print the last record's number and hash, to be kept elsewhere.
     Head(Trail),
     /// Accept that a part of the trail is lost: Idempotency-Keys that are not found count as new from then on, and tasks may
     /// be assigned twice. Recorded in the trail. The gateway must not run.
     AcceptLoss(Trail),
-    /// Believe the wall clock as it is, where a gateway finds it doubtful; recorded in the trail. The gateway must not run.
-    AcceptClock(Trail),
+    /// Believe the wall clock as it is, where a gateway finds it doubtful. Recorded in the trail; a running gateway is asked
+    /// through its control socket.
+    AcceptClock(AcceptClock),
+}
+
+#[derive(clap::Args)]
+struct Resolve {
+    #[command(flatten)]
+    place: Place,
+    /// The call's request id, as `audit unresolved` lists it.
+    id: Uuid,
+    /// What you found: the task is assigned, or not.
+    #[arg(value_enum)]
+    result: Outcome,
+    /// Your name, for the record.
+    #[arg(long, value_name = "NAME")]
+    by: String,
+    /// What else is to be kept.
+    #[arg(long, value_name = "TEXT")]
+    note: Option<String>,
+    /// Contradict an earlier resolution; both stay on record.
+    #[arg(long)]
+    correct: bool,
+    #[command(flatten)]
+    asking: Asking,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Outcome {
+    Done,
+    NotDone,
+}
+
+#[derive(clap::Args)]
+struct Show {
+    /// The audit directory.
+    directory: PathBuf,
+    /// The request id.
+    id: Uuid,
+    /// The records as they stand in the trail.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+struct AcceptClock {
+    #[command(flatten)]
+    place: Place,
+    #[command(flatten)]
+    asking: Asking,
+}
+
+/// How a running gateway is asked.
+#[derive(clap::Args)]
+struct Asking {
+    /// Its control socket; default: as the audit directory says.
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// For machines.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Where a trail is.
@@ -68,9 +138,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Command::Verify(trail) => trail.read().map(|found| verify(trail, &found)),
         Command::InDoubt(trail) => trail.read().map(|found| in_doubt(trail, &found)),
         Command::Unresolved(trail) => trail.read().map(|found| unresolved(trail, &found)),
+        Command::Resolve(args) => record_resolution(args),
+        Command::Show(Show { directory, id, json }) => show::show(directory, *id, *json),
         Command::Head(trail) => trail.read().map(|found| head(trail, &found)),
         Command::AcceptLoss(trail) => accept(trail),
-        Command::AcceptClock(trail) => believe_clock(trail),
+        Command::AcceptClock(args) => believe_clock(args),
     };
     Ok(match good {
         Ok(true) => ExitCode::SUCCESS,
@@ -89,18 +161,21 @@ fn make(Place { directory, key_file }: &Place) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-impl Trail {
+impl Place {
     fn keys(&self) -> Result<Keys, KeyError> {
-        let Place { directory, key_file } = &self.place;
+        let Self { directory, key_file } = self;
         match key_file {
             Some(path) => Keys::load(path),
             None => Keys::load_own(directory),
         }
     }
+}
 
+impl Trail {
     fn read(&self) -> anyhow::Result<Found> {
         let directory = self.place.directory.display();
-        read(&self.place.directory, &self.keys()?).map_err(|error| anyhow::anyhow!("{directory}: {error}"))
+        read(&self.place.directory, &self.place.keys()?)
+            .map_err(|error| anyhow::anyhow!("{directory}: {error}"))
     }
 }
 
@@ -230,23 +305,70 @@ fn accept(trail: &Trail) -> anyhow::Result<bool> {
         println!("{}:{}: record {}: {}", fault.file.display(), fault.line, fault.seq, fault.reason);
     }
     warn(trail, &found);
-    let seq = accept_loss(directory, trail.keys()?)?;
+    let seq = accept_loss(directory, trail.place.keys()?)?;
     println!("accepted by record {seq}: Idempotency-Keys that are not found count as new");
     Ok(true)
 }
 
-fn believe_clock(trail: &Trail) -> anyhow::Result<bool> {
-    match accept_clock(&trail.place.directory, trail.keys()?) {
-        Ok(seq) if trail.json => println!("{}", json!({ "accepted": true, "seq": seq })),
-        Ok(seq) => println!("accepted: the next start believes the wall clock (record {seq})"),
-        Err(StartError::Locked(directory)) => {
-            let directory = directory.display();
-            eprintln!(
-                "ccsqm-gateway: {directory}: a gateway writes this trail; stop it, accept the clock, and start it again"
-            );
-            return Ok(false);
+fn record_resolution(args: &Resolve) -> anyhow::Result<bool> {
+    let finding = Finding {
+        id: args.id,
+        result: match args.result {
+            Outcome::Done => Resolution::Done,
+            Outcome::NotDone => Resolution::NotDone,
+        },
+        by: args.by.clone(),
+        note: args.note.clone(),
+        correct: args.correct,
+    };
+    let append = || {
+        let resolved = resolve(&args.place.directory, args.place.keys()?, &finding, geteuid().as_raw());
+        match resolved {
+            Err(ResolveError::Trail(error)) => Err(error.into()),
+            resolved => Ok(Answer::of_resolution(&finding, resolved)),
         }
-        Err(error) => return Err(error.into()),
+    };
+    let answer = ask_or_append(&args.place, &args.asking, &Request::Resolve(finding.clone()), append)?;
+    Ok(tell(&args.asking, &answer))
+}
+
+fn believe_clock(args: &AcceptClock) -> anyhow::Result<bool> {
+    let append = || {
+        let seq = accept_clock(&args.place.directory, args.place.keys()?)?;
+        let text = format!("accepted: the next start believes the wall clock (record {seq})");
+        Ok(Answer { ok: true, seq: Some(seq), text })
+    };
+    let answer = ask_or_append(&args.place, &args.asking, &Request::AcceptClock, append)?;
+    Ok(tell(&args.asking, &answer))
+}
+
+/// Asks the gateway that writes a trail; without one, appends to the trail.
+fn ask_or_append(
+    place: &Place,
+    asking: &Asking,
+    request: &Request,
+    append: impl FnOnce() -> anyhow::Result<Answer>,
+) -> anyhow::Result<Answer> {
+    let directory = &place.directory;
+    if is_live(directory) {
+        return Ok(control::ask(directory, asking.control.as_deref(), request).unwrap_or_else(|error| {
+            Answer::refused(&format!("{}: a gateway writes this trail, but {error:#}", directory.display()))
+        }));
     }
-    Ok(true)
+    append().or_else(|error| match error.downcast_ref() {
+        // A gateway started, or another command is at it.
+        Some(StartError::Locked(_)) => Ok(Answer::refused(&format!("{error}; try again"))),
+        _ => Err(error),
+    })
+}
+
+fn tell(asking: &Asking, answer: &Answer) -> bool {
+    if asking.json {
+        println!("{}", json!(answer));
+    } else if answer.ok {
+        println!("{}", answer.text);
+    } else {
+        eprintln!("ccsqm-gateway: {}", answer.text);
+    }
+    answer.ok
 }

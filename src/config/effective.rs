@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{
-    BareIds, Caller, Config, ContractSource, Credential, Http2, Limit, ListenAddress, Listener, ListenerTls,
-    LogFormat, Route, SecretSource, Shown, WithoutKey,
+    BareIds, Caller, Config, ContractSource, Control, Credential, Http2, Limit, ListenAddress, Listener,
+    ListenerTls, LogFormat, Route, SecretSource, Shown, WithoutKey,
 };
 
 /// A caller that can use a credential.
@@ -62,7 +62,7 @@ impl Config {
         let statuses: Vec<_> = token.refused_statuses.iter().map(|status| status.as_u16()).collect();
         json!({
             "listeners": listeners.iter().map(listener).collect::<Vec<_>>(),
-            "admin": { "address": admin.address.to_string(), "hosts": admin.hosts },
+            "admin": { "address": admin.address.to_string(), "hosts": admin.hosts, "control": control(&admin.control) },
             "server": {
                 "workers": server.workers,
                 "max_connections": server.max_connections,
@@ -147,6 +147,14 @@ impl Config {
             burst: caller.rate_limit.burst.get(),
         };
         (!access.routes.is_empty()).then_some(access)
+    }
+}
+
+fn control(control: &Control) -> Value {
+    match control {
+        Control::Default => Value::Null,
+        Control::Path(path) => json!(path),
+        Control::Off => json!("off"),
     }
 }
 

@@ -13,9 +13,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use crate::{audit::Durability, connect::Identity, headers::looks_like_credential, server::tls::Tls};
 
 use super::{
-    Admin, Audit, BareIds, Caller, Config, ContractSource, Credential, Http2, Idempotency, IdentityFiles,
-    Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, PeerRule, Problems, Route, SecretSource,
-    Server, Shown, Token, Upstream, Url, WithoutKey, files,
+    Admin, Audit, BareIds, Caller, Config, ContractSource, Control, Credential, Http2, Idempotency,
+    IdentityFiles, Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, PeerRule, Problems, Route,
+    SecretSource, Server, Shown, Token, Upstream, Url, WithoutKey, files,
     peer::parse_peer,
     raw::{Kind, Layers, Syntax, Value},
     relations,
@@ -183,8 +183,13 @@ fn read_admin(context: &mut Context<'_>, root: &mut Table) -> Admin {
     });
     let hosts = table.texts(context, "hosts").unwrap_or_default();
     let hosts = hosts.into_iter().map(|host| host.value.to_ascii_lowercase()).collect();
+    let control = match table.path(context, "control") {
+        None => Control::Default,
+        Some(path) if path.value == context.folder.join("off") => Control::Off,
+        Some(path) => Control::Path(path.value),
+    };
     table.close(context);
-    Admin { address, hosts }
+    Admin { address, hosts, control }
 }
 
 fn read_server(context: &mut Context<'_>, root: &mut Table) -> Server {

@@ -46,9 +46,13 @@ enum State {
     InFlight {
         doubt: Option<Box<Doubt>>,
     },
-    Unknown,
+    /// The same of `doubt`.
+    Unknown {
+        doubt: Option<Box<Doubt>>,
+    },
     Ended {
         is_success: bool,
+        is_resolved: bool,
         status: u16,
         code: Option<CodeNumber>,
     },
@@ -59,6 +63,19 @@ enum State {
 struct Doubt {
     id: Uuid,
     since: u32,
+    /// Meanwhile a person found that it is done.
+    is_done: bool,
+}
+
+impl Doubt {
+    fn state(&self) -> State {
+        if self.is_done { State::RESOLVED } else { State::Unknown { doubt: None } }
+    }
+}
+
+impl State {
+    /// Of a call that a person resolved as done.
+    const RESOLVED: Self = Self::Ended { is_success: true, is_resolved: true, status: 200, code: None };
 }
 
 /// The result codes of claims, each stored once.
@@ -92,6 +109,15 @@ pub(super) struct Ending {
     pub(super) is_success: bool,
     pub(super) status: u16,
     pub(super) result_code: Option<Arc<[u8]>>,
+    /// There was no answer: a person found that the call is done.
+    pub(super) is_resolved: bool,
+}
+
+#[cfg(test)]
+impl Ending {
+    fn resolved() -> Self {
+        Self { is_success: true, status: 200, result_code: None, is_resolved: true }
+    }
 }
 
 /// How a call ended.
@@ -147,7 +173,7 @@ impl Claims {
             let Wanted { key, print, caller, .. } = wanted;
             let known = self.slots.find(&key).and_then(|number| self.slots.get_mut(number));
             if let Some(claim) = known {
-                let doubt = Some(Box::new(Doubt { id: claim.id, since: claim.since }));
+                let doubt = Some(Box::new(Doubt { id: claim.id, since: claim.since, is_done: false }));
                 (claim.id, claim.since, claim.state) = (id, now, State::InFlight { doubt });
             } else {
                 self.add(
@@ -169,8 +195,8 @@ impl Claims {
         match &claim.state {
             _ if claim.print != print => Verdict::Mismatch(claim.id, self.ending(claim)),
             State::InFlight { .. } => Verdict::InFlight(claim.id),
-            State::Unknown if force == Some(claim.id) => Verdict::Begin { doubt: force },
-            State::Unknown => Verdict::Unknown(claim.id),
+            State::Unknown { .. } if force == Some(claim.id) => Verdict::Begin { doubt: force },
+            State::Unknown { .. } => Verdict::Unknown(claim.id),
             State::Ended { .. } => match self.ending(claim) {
                 Some(ending) => Verdict::Replay(claim.id, ending),
                 None => Verdict::Unknown(claim.id),
@@ -188,10 +214,10 @@ impl Claims {
 
     fn ending(&self, claim: &Claim) -> Option<Ending> {
         match claim.state {
-            State::InFlight { .. } | State::Unknown => None,
-            State::Ended { is_success, status, code } => {
+            State::InFlight { .. } | State::Unknown { .. } => None,
+            State::Ended { is_success, is_resolved, status, code } => {
                 let result_code = code.and_then(|code| self.codes.get(code));
-                Some(Ending { is_success, status, result_code })
+                Some(Ending { is_success, status, result_code, is_resolved })
             }
         }
     }
@@ -204,10 +230,10 @@ impl Claims {
         let doubt = doubt.take();
         claim.state = match how {
             How::NotDone => return self.give_back(number, doubt.as_deref(), now),
-            How::Unknown => State::Unknown,
-            How::Ended(Ending { is_success, status, result_code }) => {
+            How::Unknown => State::Unknown { doubt },
+            How::Ended(Ending { is_success, status, result_code, is_resolved }) => {
                 let code = result_code.and_then(|code| self.codes.put(&code));
-                State::Ended { is_success, status, code }
+                State::Ended { is_success, is_resolved, status, code }
             }
         };
         claim.since = now;
@@ -219,9 +245,56 @@ impl Claims {
         let doubt = doubt.filter(|doubt| now.saturating_sub(doubt.since) <= self.window);
         let Some(doubt) = doubt else { return self.remove(number) };
         if let Some(claim) = self.slots.get_mut(number) {
-            (claim.id, claim.since, claim.state) = (doubt.id, doubt.since, State::Unknown);
+            (claim.id, claim.since, claim.state) = (doubt.id, doubt.since, doubt.state());
         }
         self.queue_unless_queued(number);
+    }
+
+    /// A person found that a call of unknown outcome is done: from now on its key stands for that, for the window, even beyond
+    /// the bound. The repetition of the call by force keeps the key while it is in flight or if it succeeded.
+    pub(super) fn resolve_done(&mut self, Wanted { key, print, caller, .. }: Wanted, id: Uuid, now: u32) {
+        let Some(number) = self.slots.find(&key) else {
+            self.add(key, Claim { print, id, since: now, caller, state: State::RESOLVED });
+            if let Some(number) = self.slots.find(&key) {
+                self.slots.queue(number);
+            }
+            return;
+        };
+        let Some(claim) = self.slots.get_mut(number) else { return };
+        match &mut claim.state {
+            State::InFlight { doubt: Some(doubt) } if doubt.id == id => {
+                doubt.is_done = true;
+                return;
+            }
+            // Another call has taken the key since.
+            State::InFlight { .. } => return,
+            State::Ended { is_success: true, .. } if claim.id != id => return,
+            _ if claim.id != id && claim.print != print => return,
+            State::Unknown { .. } | State::Ended { .. } => {}
+        }
+        (claim.id, claim.since, claim.state) = (id, now, State::RESOLVED);
+        self.slots.unlink(number);
+        self.slots.queue(number);
+    }
+
+    /// A person found that a call of unknown outcome is not done: its key is free again, unless the call repeated another one
+    /// that is still of unknown outcome.
+    pub(super) fn resolve_not_done(&mut self, key: Mark, id: Uuid, now: u32) {
+        let Some(number) = self.slots.find(&key) else { return };
+        let Some(claim) = self.slots.get_mut(number) else { return };
+        match &mut claim.state {
+            State::InFlight { doubt } | State::Unknown { doubt }
+                if doubt.as_ref().is_some_and(|it| it.id == id) =>
+            {
+                *doubt = None;
+            }
+            State::Unknown { doubt } if claim.id == id => {
+                let doubt = doubt.take();
+                self.give_back(number, doubt.as_deref(), now);
+            }
+            State::Ended { is_resolved: true, .. } if claim.id == id => self.remove(number),
+            State::InFlight { .. } | State::Unknown { .. } | State::Ended { .. } => {}
+        }
     }
 
     fn queue_unless_queued(&mut self, number: Number) {
@@ -238,7 +311,7 @@ impl Claims {
         // Only a doubt of this key: an equal call without it may be what was forced.
         let doubt = before
             .filter(|(known, _)| force == Some(*known))
-            .map(|(id, since)| Box::new(Doubt { id, since }));
+            .map(|(id, since)| Box::new(Doubt { id, since, is_done: false }));
         let is_queued = doubt.is_some();
         let claim = Claim { print, id, since, caller, state: State::InFlight { doubt } };
         let Some(number) = known else { return self.add(key, claim) };
@@ -270,7 +343,7 @@ impl Claims {
             let Some(claim) = self.slots.get_mut(number) else { return };
             let since = match &claim.state {
                 State::InFlight { doubt } => doubt.as_ref().map_or(0, |doubt| doubt.since),
-                State::Unknown | State::Ended { .. } => claim.since,
+                State::Unknown { .. } | State::Ended { .. } => claim.since,
             };
             if now.saturating_sub(since) <= self.window {
                 return;
@@ -280,7 +353,7 @@ impl Claims {
                     *doubt = None; // too old to come back
                     self.slots.unlink(number);
                 }
-                State::Unknown | State::Ended { .. } => self.remove(number),
+                State::Unknown { .. } | State::Ended { .. } => self.remove(number),
             }
         }
     }
@@ -323,7 +396,7 @@ mod tests {
     }
 
     fn ended() -> How {
-        How::Ended(Ending { is_success: true, status: 200, result_code: None })
+        How::Ended(Ending { is_success: true, status: 200, result_code: None, is_resolved: false })
     }
 
     #[test]
@@ -375,6 +448,73 @@ mod tests {
             Verdict::Unknown(id(6)),
             "forced once"
         );
+    }
+
+    #[test]
+    fn resolution_frees_the_key_or_answers_for_it() {
+        let (key, print) = ([1; 16], [2; 16]);
+        let unknown = || {
+            let mut claims = Claims::new(10, WINDOW);
+            claims.claim(wanted(key, print, None), id(1), 0);
+            claims.end(key, id(1), How::Unknown, 0);
+            claims
+        };
+        let resolved = |id| Verdict::Replay(id, Ending::resolved());
+        let mut claims = unknown();
+        claims.resolve_not_done(key, id(9), 5);
+        assert_eq!(claims.look(wanted(key, print, None), 5), Verdict::Unknown(id(1)));
+        claims.resolve_not_done(key, id(1), 5);
+        assert_eq!(claims.look(wanted(key, print, None), 5), Verdict::Begin { doubt: None });
+        let mut claims = unknown();
+        claims.resolve_done(wanted(key, print, None), id(1), 5);
+        assert_eq!(claims.look(wanted(key, print, None), 5 + WINDOW), resolved(id(1)));
+        claims.resolve_not_done(key, id(1), 5); // corrected
+        assert_eq!(claims.look(wanted(key, print, None), 5), Verdict::Begin { doubt: None });
+        claims.resolve_done(wanted(key, print, None), id(1), 6); // and again
+        assert_eq!(claims.look(wanted(key, print, None), 6), resolved(id(1)));
+        assert_eq!(claims.look(wanted(key, print, None), 7 + WINDOW), Verdict::Begin { doubt: None });
+    }
+
+    #[test]
+    fn resolution_of_a_forced_call_and_of_its_first_end_in_the_same_state() {
+        let (key, print) = ([1; 16], [2; 16]);
+        let forced = || {
+            let mut claims = Claims::new(10, WINDOW);
+            claims.claim(wanted(key, print, None), id(1), 0);
+            claims.end(key, id(1), How::Unknown, 0);
+            claims.claim(wanted(key, print, Some(id(1))), id(2), 1);
+            claims
+        };
+        let done = |id| Verdict::Replay(id, Ending::resolved());
+        let free = Verdict::Begin { doubt: None };
+        let mut claims = forced();
+        claims.resolve_done(wanted(key, print, None), id(1), 2); // while the repetition is in flight
+        assert_eq!(claims.look(wanted(key, print, None), 2), Verdict::InFlight(id(2)));
+        claims.end(key, id(2), How::NotDone, 3);
+        assert_eq!(claims.look(wanted(key, print, None), 3), done(id(1)));
+        let both_unknown = || {
+            let mut claims = forced();
+            claims.end(key, id(2), How::Unknown, 2);
+            claims
+        };
+        let mut claims = both_unknown();
+        claims.resolve_not_done(key, id(2), 3);
+        assert_eq!(claims.look(wanted(key, print, None), 3), Verdict::Unknown(id(1)), "as unknown as before");
+        claims.resolve_not_done(key, id(1), 3);
+        assert_eq!(claims.look(wanted(key, print, None), 3), free);
+        let mut claims = both_unknown();
+        claims.resolve_not_done(key, id(1), 3);
+        assert_eq!(claims.look(wanted(key, print, None), 3), Verdict::Unknown(id(2)));
+        claims.resolve_not_done(key, id(2), 3);
+        assert_eq!(claims.look(wanted(key, print, None), 3), free);
+        let mut claims = both_unknown();
+        claims.resolve_done(wanted(key, print, None), id(1), 3);
+        claims.resolve_not_done(key, id(2), 4);
+        assert_eq!(claims.look(wanted(key, print, None), 4), done(id(1)));
+        let mut claims = both_unknown();
+        claims.resolve_done(wanted(key, print, None), id(2), 3);
+        claims.resolve_not_done(key, id(1), 4);
+        assert_eq!(claims.look(wanted(key, print, None), 4), done(id(2)));
     }
 
     #[test]
@@ -476,7 +616,8 @@ mod tests {
         let limit = MAX_CODES as u32;
         for number in 0..limit + 2 {
             let (key, id) = (u128::from(number).to_be_bytes(), id(number.into()));
-            let ending = Ending { is_success: false, status: 400, result_code: code(number) };
+            let ending =
+                Ending { is_success: false, status: 400, result_code: code(number), is_resolved: false };
             claims.claim(wanted(key, [0; 16], None), id, 0);
             claims.end(key, id, How::Ended(ending.clone()), 0);
             let kept = Ending { result_code: ending.result_code.filter(|_| number < limit), ..ending };

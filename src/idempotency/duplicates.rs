@@ -264,6 +264,25 @@ impl DuplicateDetector {
         Some(call)
     }
 
+    /// A person found what became of a call of unknown outcome. One that is done is remembered as such for the window, one
+    /// that is not done stands in no other's way.
+    pub(super) fn resolve(&mut self, mark: Mark, call: Duplicate, is_done: bool, now: u32) {
+        self.forget(mark, call.id);
+        let doubt = Doubt { kind: DoubtKind::Resolved, since: now };
+        for known in self.calls.get_mut(&mark).into_iter().flatten() {
+            if let State::AtWork { supersedes } = &mut known.state
+                && supersedes.as_ref().is_some_and(|superseded| superseded.0.id == call.id)
+            {
+                // A call that repeats it by force is under way.
+                *supersedes = is_done.then(|| Box::new((call, doubt)));
+                return;
+            }
+        }
+        if is_done {
+            self.doubt(mark, call, doubt);
+        }
+    }
+
     /// Takes a doubt out.
     fn forget(&mut self, mark: Mark, id: Uuid) -> Option<Duplicate> {
         let calls = self.calls.get_mut(&mark)?;

@@ -12,7 +12,7 @@ use std::{
     panic::resume_unwind,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, PoisonError,
         atomic::Ordering,
         mpsc::{self, SyncSender},
     },
@@ -35,7 +35,7 @@ use crate::{
         age::Ages,
         chain::{Lines, Mark, first_seq, parse_hex, segments},
         loss::{ChainCheck, Loss},
-        unresolved::UnresolvedCall,
+        unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall},
     },
     config,
     outcome::Outcome,
@@ -93,6 +93,7 @@ enum What {
         result_code: Option<Arc<[u8]>>,
         reply: Option<StoredReply>,
     },
+    Resolution(Box<UnresolvedCall>, Resolution),
 }
 
 /// What an intent without its outcome holds.
@@ -124,6 +125,8 @@ struct Reading<'a> {
     claims: Claims,
     open: HashMap<Uuid, Open, foldhash::fast::RandomState>,
     replies: Replies,
+    /// The last resolution of each call.
+    resolved: HashMap<Uuid, (UnresolvedCall, Resolution, u32), foldhash::fast::RandomState>,
     /// The time before which nothing matters, and no success of a call without a key does.
     window_from: u32,
     successes_from: u32,
@@ -179,6 +182,7 @@ impl Idempotency {
             claims: Claims::with_room(settings.max_keys, window, room),
             open: HashMap::default(),
             replies: Replies { newest: VecDeque::new(), weight: 0, max: settings.reply_memory },
+            resolved: HashMap::default(),
             window_from,
             successes_from,
         };
@@ -222,6 +226,7 @@ impl Parser<'_> {
                     if record.kind == "event" {
                         self.ages.anchor(line.bytes);
                         self.chain.event(line.number, record.event.unwrap_or_default(), line.bytes);
+                        batch.extend(self.resolution(&record, line.bytes));
                     } else {
                         batch.extend(self.told(record, line.bytes));
                     }
@@ -247,9 +252,20 @@ impl Parser<'_> {
         }
     }
 
+    fn resolution(&mut self, line: &Line<'_>, bytes: &[u8]) -> Option<Told> {
+        let id = line.id.filter(|_| line.event == Some(RESOLUTION))?;
+        let (call, result) = UnresolvedCall::resolved_by(bytes)?;
+        Some(Told { id, time: self.time(line), what: What::Resolution(Box::new(call), result) })
+    }
+
+    /// *Now* minus the age of a record.
+    fn time(&mut self, line: &Line<'_>) -> u32 {
+        let millis = self.second.millis(line.time);
+        self.now.saturating_sub(seconds(self.ages.age(millis)))
+    }
+
     fn told(&mut self, line: Line<'_>, bytes: &[u8]) -> Option<Told> {
-        let (id, time) = (line.id?, self.second.millis(line.time));
-        let time = self.now.saturating_sub(seconds(self.ages.age(time)));
+        let (id, time) = (line.id?, self.time(&line));
         let what = match line.kind {
             "intent" => self.intent(&line, time, bytes),
             "outcome" => What::Outcome {
@@ -290,7 +306,7 @@ impl Reading<'_> {
                                 self.replies.push(id, reply);
                             }
                             let is_success = outcome == Some(Outcome::Succeeded);
-                            How::Ended(Ending { is_success, status, result_code })
+                            How::Ended(Ending { is_success, status, result_code, is_resolved: false })
                         }
                         _ => How::Unknown,
                     };
@@ -299,7 +315,18 @@ impl Reading<'_> {
                 Some(Open::Body(open)) => self.end(&open, outcome, time),
                 Some(Open::Nothing) | None => {}
             },
+            What::Resolution(call, result) => self.resolve(*call, result, time),
         }
+    }
+
+    /// A person found what became of a call. If it is done, it may be off the list that the start has read, since it began
+    /// before the window.
+    fn resolve(&mut self, call: UnresolvedCall, result: Resolution, time: u32) {
+        if time < self.window_from {
+            return;
+        }
+        self.table.resolve_claim(&mut self.claims, &call, result, time);
+        self.resolved.insert(call.id, (call, result, time));
     }
 
     /// The end of a call without a key.
@@ -320,6 +347,18 @@ impl Reading<'_> {
         }
         for (id, reply) in self.replies.newest {
             self.table.replies.insert(id, Arc::new(reply));
+        }
+        let mut meanwhile = self.table.resolved_meanwhile.lock().unwrap_or_else(PoisonError::into_inner);
+        let meanwhile = &mut *meanwhile;
+        for (call, result) in meanwhile.take().unwrap_or_default() {
+            self.table.resolve_claim(&mut self.claims, &call, result, now());
+            self.resolved.remove(&call.id);
+        }
+        for (call, result, time) in self.resolved.into_values() {
+            if result == Resolution::Done {
+                let call = UnresolvedCall { state: CallState::Done, ..call };
+                self.table.restore(&call, time);
+            }
         }
         *self.table.claims() = self.claims;
     }

@@ -25,6 +25,7 @@ mod losses;
 mod stored_trail;
 mod clock;
 mod states;
+mod resolution;
 mod configuration;
 mod reload;
 mod restart;

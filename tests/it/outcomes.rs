@@ -3,7 +3,7 @@
 //! `Idempotency-Key`, on real sockets.
 
 mod equal_bodies;
-mod triggers;
+pub(crate) mod triggers;
 
 use std::{
     collections::BTreeSet,
@@ -225,6 +225,14 @@ const ROWS: &[Row] = &[
         trigger: duplicate_that_is_blocked,
         ..DUPLICATE
     },
+    Row {
+        case: "the first was resolved as done",
+        outcome: "succeeded",
+        retry: ["not-needed"; 2],
+        first_outcome: "succeeded",
+        trigger: duplicate_of_a_resolved_one,
+        ..DUPLICATE
+    },
     Row { code: "upstream_timeout", status: 504, trigger: upstream_timeout, ..DOUBT },
     Row { code: "upstream_broken", status: 502, trigger: upstream_broken, ..DOUBT },
     Row {
@@ -300,6 +308,13 @@ const ROWS: &[Row] = &[
         retry: ["", "after-correction"],
         first_outcome: "failed",
         trigger: |key| replayed(key, r#"{"status":422}"#),
+        ..REPLAYED
+    },
+    Row {
+        case: "replayed: the first was resolved as done",
+        retry: ["", "not-needed"],
+        first_outcome: "succeeded",
+        trigger: replayed_after_resolution,
         ..REPLAYED
     },
     Row { case: "dry run", received: 0, trigger: dry_run, ..PASSED },

@@ -316,7 +316,7 @@ pub(crate) fn read_reply(stream: &mut TcpStream) -> Reply {
 
 /// The last reply in a text; nothing in one that is cut.
 pub(crate) fn parse_reply(text: &str) -> Reply {
-    const ALLOWED: [&str; 15] = [
+    const ALLOWED: [&str; 16] = [
         "allow",
         "connection",
         "content-length",
@@ -329,6 +329,7 @@ pub(crate) fn parse_reply(text: &str) -> Reply {
         "x-gateway-first-request-id",
         "x-gateway-outcome",
         "x-gateway-request-id",
+        "x-gateway-resolved",
         "x-gateway-retry",
         "x-request-id",
         "content-encoding",

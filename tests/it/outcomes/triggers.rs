@@ -21,7 +21,7 @@ use crate::{
     support::*,
 };
 
-pub(super) const KEY: &str = "idempotency-key: the-key\r\n";
+pub(crate) const KEY: &str = "idempotency-key: the-key\r\n";
 
 /// Makes a call and notes how often the upstream receives it.
 pub(super) fn observe(sandbox: Sandbox, gateway: Gateway, call: impl FnOnce(&Gateway) -> Reply) -> Trial {
@@ -42,12 +42,12 @@ impl Trial {
     }
 }
 
-pub(super) fn id(reply: &Reply) -> &str {
+pub(crate) fn id(reply: &Reply) -> &str {
     &reply.headers["x-gateway-request-id"]
 }
 
 /// A gateway that takes keys.
-pub(super) fn start_ready(sandbox: &Sandbox, setup: Setup) -> Gateway {
+pub(crate) fn start_ready(sandbox: &Sandbox, setup: Setup) -> Gateway {
     let gateway = start_with(sandbox, setup);
     until_keys_are_known(&gateway);
     gateway
@@ -66,7 +66,7 @@ pub(super) fn start_edited(sandbox: &Sandbox, from: &str, to: &str) -> Gateway {
 }
 
 /// A call that waits for its answer: returns when the upstream has received it.
-pub(super) fn hold(sandbox: &Sandbox, gateway: &Gateway, headers: &str, body: &str) -> TcpStream {
+pub(crate) fn hold(sandbox: &Sandbox, gateway: &Gateway, headers: &str, body: &str) -> TcpStream {
     let before = sandbox.requests().len();
     let mut stream = TcpStream::connect(gateway.address).unwrap();
     stream.write_all((head(body.len(), headers) + body).as_bytes()).unwrap();
@@ -75,7 +75,7 @@ pub(super) fn hold(sandbox: &Sandbox, gateway: &Gateway, headers: &str, body: &s
 }
 
 /// The id of the call whose intent came last.
-pub(super) fn newest(gateway: &Gateway) -> String {
+pub(crate) fn newest(gateway: &Gateway) -> String {
     let intents = records(&gateway.audit_directory(), "intent");
     intents.last().unwrap()["id"].as_str().unwrap().to_owned()
 }
@@ -479,6 +479,25 @@ pub(super) fn duplicate_of_an_undelivered_one(key: &str) -> Trial {
     );
     let first = leave_undelivered(&sandbox, &gateway, "", BODY);
     observe(sandbox, gateway, |gateway| call_after(gateway, key, BODY)).about(&first)
+}
+
+pub(super) fn duplicate_of_a_resolved_one(key: &str) -> Trial {
+    after_resolution("", key)
+}
+
+pub(super) fn replayed_after_resolution(key: &str) -> Trial {
+    after_resolution(key, key)
+}
+
+fn after_resolution(first_key: &str, key: &str) -> Trial {
+    let sandbox = sandbox();
+    let gateway = start_ready(&sandbox, Setup::default().set("idempotency.without_key", "guard"));
+    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    let first = gateway.post_with(first_key);
+    let audit = gateway.audit_directory();
+    let resolved = command(&["audit", "resolve", audit.to_str().unwrap(), id(&first), "done", "--by", "Ann"]);
+    assert_eq!(resolved.0, 0, "{resolved:?}");
+    observe(sandbox, gateway, |gateway| gateway.post_with(key)).about(id(&first))
 }
 
 pub(super) fn duplicate_that_is_blocked(key: &str) -> Trial {

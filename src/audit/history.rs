@@ -1,0 +1,90 @@
+//! The records of one call, found in the segments.
+//!
+//! A request id is a UUIDv7 and so tells when the call began: segments that end before that are not read.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::{
+    age,
+    chain::{Lines, segments},
+    unresolved::LIST,
+};
+
+/// A record's time may lie before the time in its id by so much.
+const SLACK: Duration = Duration::from_secs(60 * 60);
+
+/// Returns all records that name this call, in the order of the trail: its own, those of calls that repeat or equal it,
+/// and events about it. Lists of unresolved calls are left out. A line that cannot be read is passed over:
+/// `audit verify` names it.
+pub fn records_of(directory: &Path, id: Uuid) -> io::Result<Vec<Value>> {
+    let mut tries = 10;
+    loop {
+        match read(directory, id) {
+            // A gateway that is running has removed a segment meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && tries > 0 && directory.is_dir() => {
+                tries -= 1;
+            }
+            read => return read,
+        }
+    }
+}
+
+fn read(directory: &Path, id: Uuid) -> io::Result<Vec<Value>> {
+    let segments = segments(directory)?;
+    let text = id.hyphenated().to_string();
+    let mut records = Vec::new();
+    for path in &segments[first_segment(&segments, id)?..] {
+        let mut lines = Lines::open(path)?;
+        while let Some(line) = lines.read()? {
+            let Ok(line) = std::str::from_utf8(line.bytes) else { continue };
+            if line.contains(&text)
+                && let Ok(record) = serde_json::from_str::<Value>(line)
+                && is_about(&record, &text)
+            {
+                records.push(record);
+            }
+        }
+    }
+    Ok(records)
+}
+
+fn is_about(record: &Value, id: &str) -> bool {
+    let is_list = record["event"] == LIST || record["event"] == age::START;
+    !is_list && ["id", "first", "forced"].iter().any(|member| record[*member] == id)
+}
+
+/// Returns the index of the first segment that may name the call. Where the wall clock went back between two segments,
+/// their times say nothing.
+fn first_segment(segments: &[PathBuf], id: Uuid) -> io::Result<usize> {
+    let Some(begun) = begun(id) else { return Ok(0) };
+    let from = begun - i64::try_from(SLACK.as_millis()).unwrap_or_default();
+    let mut before = i64::MIN;
+    for (index, path) in segments.iter().enumerate() {
+        let time = first_time(path)?.unwrap_or(i64::MIN);
+        if time > from || time < before {
+            return Ok(index.saturating_sub(1));
+        }
+        before = time;
+    }
+    Ok(segments.len().saturating_sub(1))
+}
+
+/// When a call began, in milliseconds since 1970; `None` if its id is no UUIDv7.
+pub(super) fn begun(id: Uuid) -> Option<i64> {
+    let (seconds, nanos) = id.get_timestamp()?.to_unix();
+    i64::try_from(seconds).ok()?.checked_mul(1000)?.checked_add(i64::from(nanos / 1_000_000))
+}
+
+fn first_time(segment: &Path) -> io::Result<Option<i64>> {
+    let mut lines = Lines::open(segment)?;
+    let Some(line) = lines.read()? else { return Ok(None) };
+    let record = serde_json::from_slice::<Value>(line.bytes).unwrap_or_default();
+    Ok(record["time"].as_str().and_then(age::millis))
+}

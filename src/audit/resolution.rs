@@ -1,0 +1,277 @@
+//! Resolutions: a person says what became of a call of unknown outcome.
+//!
+//! [`Audit::resolve`] decides for a running gateway, [`resolve`] for a trail that nobody writes. Resolutions are decided
+//! one at a time, each against the committed records of the call, so that of two at once exactly one wins. Both return
+//! after the event `resolution` is committed. The event has the members of the call's intent, so that it is complete
+//! when retention has removed the intent.
+
+use std::{io, path::Path};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+use uuid::Uuid;
+
+use super::{
+    Audit, StartError, append,
+    chain::Keys,
+    check_trail,
+    history::records_of,
+    record::Entry,
+    start_error,
+    unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList},
+};
+use crate::outcome::Outcome;
+
+/// The longest name of a person, in bytes.
+const MAX_NAME: usize = 128;
+
+/// The longest note, in bytes.
+const MAX_NOTE: usize = 1024;
+
+/// What a person found about a call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Finding {
+    /// The call's request id.
+    pub id: Uuid,
+    /// Whether the task is done.
+    pub result: Resolution,
+    /// The person's name: a claim, which nothing proves.
+    pub by: String,
+    /// What else is to be kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+    /// It may contradict an earlier resolution; both stay on record.
+    #[serde(default)]
+    pub correct: bool,
+}
+
+/// A resolution that is on record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resolved {
+    /// It was recorded, with this number.
+    Recorded(u64),
+    /// The same one was recorded before; nothing was added.
+    Before(Earlier),
+}
+
+/// An earlier resolution.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Earlier {
+    /// What was found.
+    pub result: Resolution,
+    /// Who said so.
+    pub by: String,
+    /// When it was recorded (RFC 3339).
+    pub time: String,
+}
+
+/// Why a resolution is not recorded.
+#[derive(Debug, Error)]
+pub enum ResolveError {
+    /// A text breaks its rules.
+    #[error("{0}")]
+    Invalid(&'static str),
+    /// No record names the call.
+    #[error("the trail has no call {0}")]
+    NotFound(Uuid),
+    /// The call has no outcome yet.
+    #[error("the call is at work; its outcome is not known yet")]
+    AtWork,
+    /// The call's outcome is not in doubt.
+    #[error("the outcome of this call is known: {0}")]
+    Known(Outcome),
+    /// It was resolved with another result.
+    #[error(
+        "the call was resolved as {} by {} at {}; `--correct` records another result beside that",
+        .0.result.as_str(), .0.by, .0.time
+    )]
+    Otherwise(Earlier),
+    /// The event is queued, and the trail cannot be written any more.
+    #[error("the audit trail closes; the resolution may be on record or not: ask again")]
+    NotCommitted,
+    /// The trail cannot be read.
+    #[error("the audit trail cannot be read: {0}")]
+    Read(#[from] io::Error),
+    /// The trail cannot be written.
+    #[error(transparent)]
+    Trail(#[from] StartError),
+}
+
+impl Finding {
+    fn check(&self) -> Result<(), ResolveError> {
+        let is_plain = |text: &str| !text.trim().is_empty() && !text.chars().any(char::is_control);
+        if self.by.len() > MAX_NAME || !is_plain(&self.by) {
+            return Err(ResolveError::Invalid("the name must have 1 to 128 bytes, on one line"));
+        }
+        if self.note.as_ref().is_some_and(|note| note.len() > MAX_NOTE || !is_plain(note)) {
+            return Err(ResolveError::Invalid("the note must have 1 to 1024 bytes, on one line"));
+        }
+        Ok(())
+    }
+
+    /// The event's members.
+    fn details(&self, call: &UnresolvedCall, uid: u32) -> Map<String, Value> {
+        let mut details = Map::new();
+        details.insert("id".into(), json!(self.id));
+        details.insert("result".into(), json!(self.result));
+        details.insert("by".into(), json!(self.by));
+        if let Some(note) = &self.note {
+            details.insert("note".into(), json!(note));
+        }
+        details.insert("uid".into(), json!(uid));
+        if self.correct {
+            details.insert("correct".into(), json!(true));
+        }
+        if let Value::Object(members) = json!(call) {
+            for (name, value) in members {
+                match name.as_str() {
+                    "id" | "state" | "superseded" => {}
+                    "seq" | "time" => drop(details.insert(format!("call_{name}"), value)),
+                    _ => drop(details.insert(name, value)),
+                }
+            }
+        }
+        details
+    }
+}
+
+/// What the segments tell of a call.
+#[derive(Debug, Default)]
+struct History {
+    call: Option<UnresolvedCall>,
+    outcome: Option<Outcome>,
+    last: Option<Earlier>,
+}
+
+impl History {
+    fn read(directory: &Path, id: Uuid) -> io::Result<Self> {
+        let mut history = Self::default();
+        let text = json!(id);
+        for record in records_of(directory, id)?.into_iter().filter(|record| record["id"] == text) {
+            history.take(record);
+        }
+        Ok(history)
+    }
+
+    fn take(&mut self, record: Value) {
+        let text = |name: &str| record[name].as_str().unwrap_or_default().to_owned();
+        match record["kind"].as_str() {
+            Some("intent") => self.call = serde_json::from_value(record).ok(),
+            Some("outcome" | "refusal") => {
+                self.outcome = Outcome::ALL.into_iter().find(|it| record["outcome"] == it.as_str());
+            }
+            Some("event") if record["event"] == RESOLUTION => {
+                if let Ok(result) = serde_json::from_value(record["result"].clone()) {
+                    self.last = Some(Earlier { result, by: text("by"), time: text("time") });
+                }
+                if self.call.is_none() {
+                    self.call = UnresolvedCall::told_by_resolution(&record);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What is to be done.
+#[derive(Debug)]
+enum Decision {
+    Record {
+        call: Box<UnresolvedCall>,
+        /// The call has no outcome, and nobody works at it any more.
+        is_abandoned: bool,
+    },
+    Before(Earlier),
+}
+
+/// Decides about a finding. `is_live`: a gateway may be at work at the call.
+fn decide(
+    finding: &Finding,
+    list: &UnresolvedList,
+    history: History,
+    is_live: bool,
+) -> Result<Decision, ResolveError> {
+    let listed = list.get(finding.id).cloned();
+    let state = listed.as_ref().map(|call| call.state);
+    let call = listed.or(history.call);
+    let found = call.is_some();
+    let record = |is_abandoned| {
+        let call = Box::new(call.unwrap_or_else(|| UnresolvedCall::of(finding.id)));
+        Ok(Decision::Record { call, is_abandoned })
+    };
+    let unnamed = || Earlier { result: Resolution::Done, by: "-".into(), time: "-".into() };
+    let earlier = history.last.or_else(|| (state == Some(CallState::Done)).then(unnamed));
+    match (state, earlier, history.outcome) {
+        (Some(CallState::Unknown), ..) => record(false),
+        (Some(CallState::Undelivered), ..) => Err(ResolveError::Known(Outcome::Succeeded)),
+        (_, Some(earlier), _) if earlier.result == finding.result => Ok(Decision::Before(earlier)),
+        (_, Some(earlier), _) if !finding.correct => Err(ResolveError::Otherwise(earlier)),
+        (_, Some(_), _) | (_, None, Some(Outcome::Unknown)) => record(false),
+        (_, None, Some(outcome)) => Err(ResolveError::Known(outcome)),
+        (_, None, None) if !found => Err(ResolveError::NotFound(finding.id)),
+        (_, None, None) if is_live => Err(ResolveError::AtWork),
+        (_, None, None) => record(true),
+    }
+}
+
+impl Audit {
+    /// Records what a person found about a call, and returns when that is committed. `apply` is called between the commit and
+    /// the next resolution. `uid` is the user who asked. For a trail that nobody writes there is [`resolve`].
+    pub async fn resolve(
+        &self,
+        directory: &Path,
+        (finding, uid): (&Finding, u32),
+        apply: impl FnOnce(&UnresolvedCall),
+    ) -> Result<Resolved, ResolveError> {
+        finding.check()?;
+        let _turn = self.0.resolving.lock().await;
+        let (id, path) = (finding.id, directory.to_owned());
+        #[expect(clippy::disallowed_methods, reason = "on the background runtime, where no request waits")]
+        let history = tokio::task::spawn_blocking(move || History::read(&path, id)).await;
+        let history = history.map_err(io::Error::other)??;
+        let decision = decide(finding, &self.unresolved(), history, true)?;
+        let call = match decision {
+            Decision::Before(earlier) => return Ok(Resolved::Before(earlier)),
+            Decision::Record { call, .. } => call,
+        };
+        let seq = self.shared().event(RESOLUTION, Value::Object(finding.details(&call, uid)));
+        self.committed(seq).await?;
+        apply(&call);
+        tracing::info!(%id, result = finding.result.as_str(), by = finding.by, uid, "a call was resolved");
+        Ok(Resolved::Recorded(seq))
+    }
+
+    /// Waits until a record is committed, however long that takes, or the writer has ended.
+    pub async fn committed(&self, seq: u64) -> Result<(), ResolveError> {
+        while self.safe(seq, std::time::Duration::ZERO).await.is_err() {
+            if !self.is_written() {
+                return Err(ResolveError::NotCommitted);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Records what a person found about a call of a trail that nobody writes: see [`Audit::resolve`]. What was at work when its
+/// gateway ended gets the outcome `unknown` first. The event is on the disk afterwards. Fails with [`StartError::Locked`]
+/// while a gateway writes the trail.
+pub fn resolve(directory: &Path, keys: Keys, finding: &Finding, uid: u32) -> Result<Resolved, ResolveError> {
+    finding.check()?;
+    check_trail(directory)?;
+    let (resolved, last) = append(directory, keys, |batch, found, _| {
+        let history = History::read(directory, finding.id).map_err(|error| start_error(directory, error))?;
+        match decide(finding, &found.unresolved, history, false)? {
+            Decision::Before(earlier) => Ok(Some(earlier)),
+            Decision::Record { call, is_abandoned } => {
+                if is_abandoned {
+                    batch.push(&Entry::Doubt { id: finding.id });
+                }
+                batch.push(&Entry::Event { name: RESOLUTION, details: &finding.details(&call, uid) });
+                Ok::<_, ResolveError>(None)
+            }
+        }
+    })?;
+    Ok(resolved.map_or(Resolved::Recorded(last), Resolved::Before))
+}

@@ -1,0 +1,84 @@
+//! `audit show`: one request as a timeline.
+
+use std::path::Path;
+
+use ccsqm_gateway::audit::history::records_of;
+use serde_json::Value;
+use uuid::Uuid;
+
+/// Prints all records that name a request, as lines for people or as JSON; false if there is none.
+pub(super) fn show(directory: &Path, id: Uuid, json: bool) -> anyhow::Result<bool> {
+    let records =
+        records_of(directory, id).map_err(|error| anyhow::anyhow!("{}: {error}", directory.display()))?;
+    if records.is_empty() {
+        eprintln!("ccsqm-gateway: the trail has no request {id}");
+        return Ok(false);
+    }
+    for record in &records {
+        if json {
+            println!("{record}");
+        } else {
+            println!("{}", line(record, &id.to_string()));
+        }
+    }
+    Ok(true)
+}
+
+/// One record of the request, or of another one that names it.
+fn line(record: &Value, id: &str) -> String {
+    let kind = record["kind"].as_str().unwrap_or_default();
+    let time = record["time"].as_str().unwrap_or_default();
+    let event = record["event"].as_str().unwrap_or(kind);
+    let members: &[&str] = match kind {
+        "intent" => &[
+            "caller",
+            "route",
+            "operator",
+            "peer",
+            "task",
+            "take_effect",
+            "body_size",
+            "caller_id",
+            "forced",
+            "first",
+        ],
+        "event" => &["result", "by", "note", "uid", "correct"],
+        _ => &[
+            "caller",
+            "first_outcome",
+            "outcome",
+            "code",
+            "stage",
+            "status",
+            "upstream_status",
+            "result_code",
+            "attempts",
+            "note",
+            "count",
+        ],
+    };
+    let mut text = format!("{time} {event}");
+    if record["id"] != id {
+        let other = record["id"].as_str().unwrap_or("-");
+        text += &format!(
+            " of {other}, which {}",
+            if record["forced"] == id { "repeats it by force" } else { "follows it" }
+        );
+    }
+    for name in members {
+        match &record[*name] {
+            Value::Null => {}
+            Value::String(value) => text += &format!(" {name} {value}"),
+            value => text += &format!(" {name} {value}"),
+        }
+    }
+    if let Some(stages) = record["ms"].as_object() {
+        let stages: Vec<_> = stages.iter().map(|(stage, ms)| format!("{stage} {ms}")).collect();
+        text += &format!(" ms [{}]", stages.join(", "));
+    }
+    if let Some(reply) = record["reply"].as_object() {
+        let body = reply.get("body").map_or("not text".into(), ToString::to_string);
+        text += &format!(" reply {body}");
+    }
+    text
+}

@@ -1,0 +1,285 @@
+//! The control socket: what operators ask of a running gateway, and the client that asks.
+//!
+//! A Unix socket of mode 0600. A connection carries one line of JSON, a [`Request`], and gets one line, an [`Answer`].
+//! Only root and the gateway's own user are answered. It is served on the background runtime, with a bound on the
+//! length of a line, on connections and on time. A request that was read runs to its end, whether its peer waits or not.
+//!
+//! A command finds the socket through the audit directory: it is `control.sock` there, or the file `control` names it.
+
+use std::{
+    fs, io,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::unix::{fs::MetadataExt, net::UnixStream as BlockingStream},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use rustix::process::geteuid;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt},
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+
+use crate::{
+    audit::{
+        Audit,
+        resolution::{Finding, ResolveError, Resolved},
+    },
+    config,
+    idempotency::Idempotency,
+    server::bind_unix,
+};
+
+/// The socket's name in a directory.
+const SOCKET: &str = "control.sock";
+
+/// The file in the audit directory that names a socket elsewhere.
+const POINTER: &str = "control";
+
+/// The longest line, in bytes.
+const MAX_LINE: u64 = 8 * 1024;
+
+/// Open connections; further ones are closed at once.
+const MAX_CONNECTIONS: usize = 8;
+
+/// A request must be there within this time, and its answer must be taken.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long a command waits for its answer.
+const ANSWER_TIME: Duration = Duration::from_secs(30);
+
+/// How long the server waits after a failed accept.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// What an operator asks for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum Request {
+    /// Put a resolution on record: see [`Audit::resolve`].
+    Resolve(Finding),
+    /// Accept the wall clock: see [`Audit::accept_clock`].
+    AcceptClock,
+}
+
+/// What came of it. It is given after all that it says is committed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// It is done, now or before.
+    pub ok: bool,
+    /// The number of the record that was added.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seq: Option<u64>,
+    /// The same in words.
+    pub text: String,
+}
+
+impl Answer {
+    /// Says that something is not done.
+    pub fn refused(reason: &(impl ToString + ?Sized)) -> Self {
+        Self { ok: false, seq: None, text: reason.to_string() }
+    }
+
+    /// Says what came of a finding.
+    pub fn of_resolution(finding: &Finding, resolved: Result<Resolved, ResolveError>) -> Self {
+        let result = finding.result.as_str();
+        match resolved {
+            Ok(Resolved::Recorded(seq)) => {
+                Self { ok: true, seq: Some(seq), text: format!("resolved as {result} (record {seq})") }
+            }
+            Ok(Resolved::Before(earlier)) => {
+                let text = format!("was resolved as {result} before, by {} at {}", earlier.by, earlier.time);
+                Self { ok: true, seq: None, text }
+            }
+            Err(error) => Self::refused(&error),
+        }
+    }
+}
+
+/// A bound control socket. Removed on drop.
+#[derive(Debug)]
+pub struct Bound {
+    socket: socket2::Socket,
+    path: PathBuf,
+    inode: u64,
+    /// The file that names it.
+    pointer: Option<PathBuf>,
+}
+
+impl Bound {
+    /// Binds the socket of a gateway whose trail lies in `directory`; `None` if it is off. A socket that nobody serves any
+    /// more is replaced. A default socket that cannot be bound is a warning: the gateway serves without it.
+    pub fn bind(control: &config::Control, directory: &Path) -> anyhow::Result<Option<Self>> {
+        let path = match control {
+            config::Control::Off => return Ok(None),
+            config::Control::Path(path) => path.clone(),
+            config::Control::Default => runtime_directory().unwrap_or_else(|| directory.into()).join(SOCKET),
+        };
+        match Self::bind_at(&path, directory) {
+            Ok(bound) => Ok(Some(bound)),
+            Err(error) if matches!(control, config::Control::Default) => {
+                tracing::warn!(path = %path.display(), %error, "there is no control socket: set admin.control");
+                Ok(None)
+            }
+            Err(error) => {
+                Err(error).with_context(|| format!("listening on {} (admin.control)", path.display()))
+            }
+        }
+    }
+
+    fn bind_at(path: &Path, directory: &Path) -> io::Result<Self> {
+        let path = std::path::absolute(path)?;
+        let mut sockets = bind_unix(&path, 0o600, 1)?;
+        let socket = sockets.pop().ok_or(io::ErrorKind::Other)?;
+        let inode = fs::symlink_metadata(&path)?.ino();
+        let mut bound = Self { socket, path, inode, pointer: None };
+        bound.pointer = bound.name_in(directory)?;
+        Ok(bound)
+    }
+
+    /// Writes where the socket is, unless it is where it is looked for first.
+    fn name_in(&self, directory: &Path) -> io::Result<Option<PathBuf>> {
+        let pointer = directory.join(POINTER);
+        if self.path == std::path::absolute(directory.join(SOCKET))? {
+            return match fs::remove_file(pointer) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(None),
+            };
+        }
+        let unfinished = directory.join(format!("{POINTER}.new"));
+        fs::write(&unfinished, self.path.as_os_str().as_encoded_bytes())?;
+        fs::rename(unfinished, &pointer)?;
+        Ok(Some(pointer))
+    }
+
+    /// Serves until its runtime ends.
+    pub async fn serve(self, control: Arc<Control>) {
+        let socket = self.socket.try_clone().map(Into::into).and_then(UnixListener::from_std);
+        let listener = match socket {
+            Ok(listener) => listener,
+            Err(error) => return tracing::error!(%error, "the control socket cannot be served"),
+        };
+        tracing::info!(path = %self.path.display(), "listening (control)");
+        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        loop {
+            let Ok((stream, _)) = listener.accept().await else {
+                sleep(RETRY).await;
+                continue;
+            };
+            let Ok(permit) = connections.clone().try_acquire_owned() else { continue };
+            let control = control.clone();
+            tokio::spawn(async move {
+                let _permit = permit;
+                if let Err(error) = control.converse(stream).await {
+                    tracing::debug!(%error, "a control connection failed");
+                }
+            });
+        }
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
+        if let Some(pointer) = &self.pointer {
+            let _ = fs::remove_file(pointer);
+        }
+    }
+}
+
+/// The first of the directories that systemd made for this process.
+fn runtime_directory() -> Option<PathBuf> {
+    let directories = std::env::var_os("RUNTIME_DIRECTORY")?;
+    let first = std::env::split_paths(&directories).next()?;
+    (!first.as_os_str().is_empty()).then_some(first)
+}
+
+/// What the control socket works on.
+#[derive(Debug)]
+pub struct Control {
+    /// The audit trail, for the background runtime.
+    pub audit: Audit,
+    /// Its directory.
+    pub directory: PathBuf,
+    /// The calls of the window.
+    pub idempotency: Arc<Idempotency>,
+}
+
+impl Control {
+    async fn converse(&self, stream: UnixStream) -> io::Result<()> {
+        let uid = stream.peer_cred()?.uid();
+        let (read, mut write) = stream.into_split();
+        let answer = if uid == 0 || uid == geteuid().as_raw() {
+            let mut line = Vec::new();
+            let mut read = tokio::io::BufReader::new(read.take(MAX_LINE));
+            timeout(DEADLINE, read.read_until(b'\n', &mut line)).await??;
+            self.answer(&line, uid).await
+        } else {
+            tracing::warn!(uid, "a user without the right to it opened the control socket");
+            Answer::refused("only root and the gateway's own user may use this socket")
+        };
+        let mut line = serde_json::to_vec(&answer)?;
+        line.push(b'\n');
+        timeout(DEADLINE, write.write_all(&line)).await?
+    }
+
+    async fn answer(&self, line: &[u8], uid: u32) -> Answer {
+        if !line.ends_with(b"\n") {
+            return Answer::refused(&format!("a request is one line of less than {MAX_LINE} bytes"));
+        }
+        match serde_json::from_slice(line) {
+            Err(error) => Answer::refused(&format!("not a request: {error}")),
+            Ok(Request::Resolve(finding)) => {
+                let apply = |call: &_| self.idempotency.resolve(call, finding.result);
+                let resolved = self.audit.resolve(&self.directory, (&finding, uid), apply).await;
+                Answer::of_resolution(&finding, resolved)
+            }
+            Ok(Request::AcceptClock) => {
+                let details = Map::from_iter([("uid".to_owned(), json!(uid))]);
+                let seq = self.audit.accept_clock(details);
+                match self.audit.committed(seq).await {
+                    Ok(()) => Answer {
+                        ok: true,
+                        seq: Some(seq),
+                        text: format!("accepted: the wall clock is believed (record {seq})"),
+                    },
+                    Err(error) => Answer::refused(&error),
+                }
+            }
+        }
+    }
+}
+
+/// Asks the gateway that writes the trail in `directory`, at `socket` if that is given. Fails if it does not answer.
+pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow::Result<Answer> {
+    let path = match socket {
+        Some(path) => path.to_owned(),
+        None => find(directory)?,
+    };
+    let no_answer = || format!("the control socket {} does not answer", path.display());
+    let mut stream = BlockingStream::connect(&path).with_context(no_answer)?;
+    stream.set_read_timeout(Some(ANSWER_TIME))?;
+    stream.set_write_timeout(Some(ANSWER_TIME))?;
+    let mut line = serde_json::to_vec(request)?;
+    line.push(b'\n');
+    stream.write_all(&line).with_context(no_answer)?;
+    let mut answer = Vec::new();
+    BufReader::new(stream.take(MAX_LINE)).read_until(b'\n', &mut answer).with_context(no_answer)?;
+    serde_json::from_slice(&answer)
+        .with_context(|| format!("{}; what was asked for may be done or not: ask again", no_answer()))
+}
+
+fn find(directory: &Path) -> io::Result<PathBuf> {
+    match fs::read_to_string(directory.join(POINTER)) {
+        Ok(path) => Ok(path.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(directory.join(SOCKET)),
+        Err(error) => Err(error),
+    }
+}
