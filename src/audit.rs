@@ -665,7 +665,7 @@ pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
 fn check_trail(directory: &Path) -> Result<(), StartError> {
     let fail = |error| start_error(directory, error);
     if chain::segments(directory).map_err(fail)?.is_empty() {
-        return Err(fail(io::Error::new(io::ErrorKind::NotFound, "there is no audit trail")).into());
+        return Err(fail(io::Error::new(io::ErrorKind::NotFound, "there is no audit trail")));
     }
     Ok(())
 }

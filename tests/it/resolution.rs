@@ -103,7 +103,7 @@ fn done_answers_for_the_call_at_once_and_after_restarts() {
         let sandbox = sandbox();
         let (gateway, first) = start_with_unknown(&sandbox, key);
         gauge(&gateway, 1);
-        assert!(gateway.log().contains("the outcome of a call is unknown"));
+        wait_for("the warning", || gateway.log().contains("the outcome of a call is unknown").then_some(()));
         let audit = gateway.audit_directory();
         let (code, told) = resolve(&audit, &first, "done", &["--note", "task 1 is there"]);
         assert_eq!(code, 0, "{told}");
