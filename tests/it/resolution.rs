@@ -252,7 +252,7 @@ fn control_socket_is_private_bounded_and_replaced_when_stale() {
     let folder = Arc::new(TempDir::new().unwrap());
     let path = folder.path().join("elsewhere.sock");
     let setup = |folder| Setup { folder: Some(folder), ..guarded() }.set("admin.control", path.display());
-    let gateway = start_ready(&sandbox, setup(folder.clone()));
+    let gateway = start_ready(&sandbox, setup(folder));
     let first = leave_unknown(&sandbox, &gateway, KEY, BODY);
     wait_for("the socket", || path.exists().then_some(()));
     assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
@@ -321,7 +321,7 @@ fn show_tells_all_that_happened_to_a_request() {
         let (code, told, _) = command(&words);
         assert_eq!(code, 0);
         let lines: Vec<_> = told.lines().map(str::to_owned).collect();
-        (lines.len() == 5).then_some((told.clone(), lines))
+        (lines.len() == 5).then_some((told, lines))
     });
     for (line, parts) in lines.iter().zip([
         &["intent", "caller qa-console", "task"][..],
