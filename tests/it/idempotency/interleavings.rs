@@ -282,7 +282,7 @@ impl Block {
         let (ends, half_closes) = (self.meet(1), self.random.is_one_in(4));
         let request = self.subjects[subject].head(&call) + &self.subjects[subject].body();
         self.note((subject, &call, half_closes));
-        let reply = send(self.gateway().address, &request, half_closes).expect("an answer");
+        let reply = send(self.gateway().address, &request, half_closes).unwrap();
         self.note(said(&reply));
         self.read_trail();
         let model = &mut self.subjects[subject].model;
@@ -503,7 +503,10 @@ fn run_block(seed: u64, numbers: std::ops::Range<u64>) -> (usize, usize) {
     for number in numbers {
         let ran = catch_unwind(AssertUnwindSafe(|| block.interleave(number)));
         if let Err(panic) = ran {
-            eprintln!("seed {seed}, interleaving {number}:\n{}", block.steps.join("\n"));
+            #[expect(clippy::print_stdout, reason = "what to run again, where a test fails")]
+            {
+                println!("seed {seed}, interleaving {number}:\n{}", block.steps.join("\n"));
+            }
             resume_unwind(panic);
         }
     }
