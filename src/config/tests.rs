@@ -122,6 +122,7 @@ fn the_reference_file_shows_the_defaults() {
         "/upstream/proxy",
         "/audit/key_file",
         "/audit/must_exist",
+        "/admin/control",
         "/listeners/1",
         "/routes/1",
         "/callers/0/require_header",
@@ -137,6 +138,7 @@ fn the_reference_file_shows_the_defaults() {
         ("upstream", "proxy"),
         ("audit", "key_file"),
         ("audit", "must_exist"),
+        ("admin", "control"),
     ] {
         reference[section].as_object_mut().unwrap().remove(key);
         least[section].as_object_mut().unwrap().remove(key);
