@@ -65,7 +65,8 @@ impl Machine {
         let hide = ["unshare", "--mount", "sh", "-c", HIDE, "sh"].map(str::to_owned);
         let mut through: Vec<_> = hide.into_iter().filter(|_| self.is_hidden).collect();
         through.extend(self.with_clock());
-        let mut setup = Setup { through, folder: Some(self.folder.clone()), ..Setup::default() };
+        let mut setup = Setup { through, folder: Some(self.folder.clone()), ..Setup::default() }
+            .set("admin.control", "off");
         if self.has_small_segments {
             setup = setup.set("audit.segment_size", "64KiB").set("audit.retain", "1d");
         }

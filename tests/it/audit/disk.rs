@@ -37,7 +37,9 @@ impl Disk {
 
     /// It has all that is in a directory.
     fn holds(&self, directory: &Path) {
-        for file in fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        let files = fs::read_dir(directory).unwrap().map(Result::unwrap);
+        // The control socket is none.
+        for file in files.filter(|file| file.file_type().unwrap().is_file()) {
             fs::copy(file.path(), self.0.path().join("platter").join(file.ino().to_string())).unwrap();
         }
     }
