@@ -27,8 +27,9 @@ pub(crate) const RESOLUTION: &str = "resolution";
 /// All events that change the list.
 pub(super) const EVENTS: [&str; 4] = [LIST, UNDELIVERED, DELIVERED, RESOLUTION];
 
-/// An answer leaves within this time of its outcome, in microseconds.
-const DELIVERY: i64 = 1_000_000;
+/// An answer leaves within this time of its outcome, in microseconds: that of a call with a key waits for the commit, for as
+/// long as an intent may.
+const DELIVERY: i64 = 250_000;
 
 /// So many answers at most are on their way at once.
 const ON_THEIR_WAY: usize = 1024;

@@ -251,7 +251,7 @@ impl Writer {
         let mut list = shared.unresolved();
         self.prune(&mut list);
         let behind = self.ledger.list_behind(&list, batch);
-        self.list_filled = batch.fill_list(&behind.to_json()) as u64;
+        self.list_filled = batch.fill_list(behind.to_json()) as u64;
     }
 
     /// Forgets calls of known outcome whose window is certainly over.
