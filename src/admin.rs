@@ -136,7 +136,10 @@ impl Admin {
     fn warnings(&self) -> Vec<String> {
         let clock = self.audit.clock_doubt().map(|doubt| format!("the wall clock is doubtful: {doubt}"));
         let loss = self.idempotency.loss().map(|loss| {
-            format!("a part of the audit trail is lost ({}): keys that are not found get 503", loss.reason)
+            format!(
+                "a part of the audit trail is lost ({}): keys that are not found get 503",
+                loss.first.reason
+            )
         });
         clock.into_iter().chain(loss).collect()
     }

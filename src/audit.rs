@@ -641,14 +641,18 @@ struct Recovered {
 /// on the disk then. Fails with [`StartError::Locked`] while a gateway writes the trail.
 pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
     check_trail(directory)?;
-    append_event(directory, keys, |clocks| (age::ACCEPTED, clocks.accepted()))
+    append_event(directory, keys.into(), |clocks| (age::ACCEPTED, clocks.accepted()))
 }
 
-/// Accepts what is lost of a trail that nobody writes: see [`loss`]. Returns the number of the event, which is on the disk
-/// then. Fails with [`StartError::Locked`] while a gateway writes the trail.
-pub fn accept_loss(directory: &Path, keys: Keys) -> Result<u64, StartError> {
+/// Accepts what is lost of a trail that nobody writes: see [`loss`]. Returns the number of the event, which is on the disk then;
+/// `None` if nothing is lost. Fails with [`StartError::Locked`] while a gateway writes the trail.
+pub fn accept_loss(directory: &Path, keys: Keys) -> Result<Option<u64>, StartError> {
     check_trail(directory)?;
-    append_event(directory, keys, |_| (loss::ACCEPTED, Map::new()))
+    let keys = Arc::new(keys);
+    // What is missing at the end is on record before the faults are looked for, as it is when a gateway starts.
+    append(directory, keys.clone(), |_, _, _| Ok::<_, StartError>(()))?;
+    let loss = loss::look(directory, &keys).map_err(|error| start_error(directory, error))?;
+    loss.map(|loss| append_event(directory, keys, |_| (loss::ACCEPTED, loss.details()))).transpose()
 }
 
 /// Sets segments aside whose key is missing, and begins a new trail with a new key, whose first record says so. Returns the
@@ -658,7 +662,7 @@ pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
     init::init(directory, None)?;
     let details = json!({ "reason": "the key was missing", "aside": aside });
     let details = details.as_object().cloned().unwrap_or_default();
-    append_event(directory, Keys::load_own(directory)?, |_| (loss::ACCEPTED, details))?;
+    append_event(directory, Keys::load_own(directory)?.into(), |_| (loss::ACCEPTED, details))?;
     Ok(aside)
 }
 
@@ -673,7 +677,7 @@ fn check_trail(directory: &Path) -> Result<(), StartError> {
 /// Appends an event to a trail that nobody writes. Returns its number.
 fn append_event(
     directory: &Path,
-    keys: Keys,
+    keys: Arc<Keys>,
     event: impl FnOnce(&Clocks) -> (&'static str, Map<String, Value>),
 ) -> Result<u64, StartError> {
     let ((), seq) = append(directory, keys, |batch, _, clocks| {
@@ -688,7 +692,7 @@ fn append_event(
 /// what `fill` returned, and the number of the last record. What reading found is recorded even if `fill` fails.
 fn append<T, E: From<StartError>>(
     directory: &Path,
-    keys: Keys,
+    keys: Arc<Keys>,
     fill: impl FnOnce(&mut Batch, &Found, &Clocks) -> Result<T, E>,
 ) -> Result<(T, u64), E> {
     let fail = |error| start_error(directory, error);
@@ -702,7 +706,7 @@ fn append<T, E: From<StartError>>(
     let filled = fill(&mut batch, &found, &clocks);
     if !batch.is_empty() {
         let mut writer =
-            Writer::new(&options, Arc::new(keys), (directory, lock), clocks, last, segment).map_err(fail)?;
+            Writer::new(&options, keys, (directory, lock), clocks, last, segment).map_err(fail)?;
         writer.append(&mut batch).and_then(|()| give_to_owner(&owned)).map_err(fail)?;
         writer.close();
     }

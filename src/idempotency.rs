@@ -39,7 +39,7 @@ use crate::{
     audit::{
         Answer, Audit, FirstCall, Names, Queued, Record, RequestId, StoredReply,
         chain::{Hash, Keys, Mark, parse_hex, push_hex},
-        loss::{self, Loss},
+        loss::{self, Fault, Loss},
         unresolved::{CallState, Resolution, UnresolvedCall},
     },
     clock,
@@ -390,7 +390,7 @@ impl Idempotency {
 
     /// The rebuild found something lost.
     fn lose(&self, loss: Loss, window: u32) {
-        let Loss { file, line, reason, word } = &loss;
+        let Loss { first: Fault { file, line, reason, .. }, word, .. } = &loss;
         if self.accept_loss.as_ref() == Some(word) {
             tracing::warn!(file, line, reason, "a part of the audit trail is lost, and that is accepted");
             self.audit.event(loss::ACCEPTED, loss.details());

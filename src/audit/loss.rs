@@ -5,20 +5,24 @@
 //! unknown keys count as new, and the event `loss_accepted` says so. Segments without the key that they were written with are
 //! a loss as a whole: the start is refused.
 //!
-//! Each loss has a word, made of what is lost, so that nobody accepts one that is not known to him.
+//! Each fault has a word, made of what is wrong there, and so has a loss, made of the words of its faults: nobody accepts
+//! one that is not known to him. The event names the words of the faults, and covers no other: damage that comes later is a
+//! new loss, wherever it lies.
 
 use std::{
+    borrow::Cow,
+    collections::HashSet,
     io,
     path::{Path, PathBuf},
 };
 
-use serde::Serialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::{
     StartError,
-    chain::{self, Hash, Keys, first_seq, stated},
+    chain::{self, Hash, Keys, Lines, first_seq, stated},
     directory::Directory,
     recovery::Damage,
     retention::{self, Place},
@@ -27,39 +31,56 @@ use super::{
 /// The name of the event.
 pub(crate) const ACCEPTED: &str = "loss_accepted";
 
-/// What is lost.
+/// So many faults have words of their own; those behind them share one.
+const MAX_FAULTS: usize = 1_000;
+
+/// A part of the trail is lost, and nobody has accepted that.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Loss {
-    /// The segment, or the lock file.
+    /// What is wrong first.
+    #[serde(flatten)]
+    pub first: Fault,
+    /// What `serve --accept-loss` must say.
+    pub word: String,
+    /// The words of all faults.
+    #[serde(skip)]
+    faults: Vec<String>,
+}
+
+/// A place where a part of the trail is lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fault {
+    /// The segment.
     pub file: String,
     /// The line, from 1.
     pub line: usize,
     /// What is wrong there.
     pub reason: &'static str,
-    /// What `serve --accept-loss` must say.
-    pub word: String,
+    #[serde(skip)]
+    word: String,
 }
 
 impl Loss {
-    fn new(path: &Path, line: usize, reason: &'static str) -> Self {
-        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let word = word(&[&file, &line.to_string(), reason]);
-        Self { file, line, reason, word }
+    /// `None` without a fault.
+    fn of(faults: Vec<Fault>) -> Option<Self> {
+        let words: Vec<_> = faults.iter().map(|fault| fault.word.clone()).collect();
+        let first = faults.into_iter().next()?;
+        Some(Self { first, word: word(words.iter()), faults: words })
     }
 
     /// What the event of its acceptance says.
-    pub fn details(&self) -> serde_json::Map<String, Value> {
-        let Self { file, line, reason, word } = self;
-        let details = json!({ "file": file, "line": line, "reason": reason, "word": word });
+    pub fn details(&self) -> Map<String, Value> {
+        let Self { first: Fault { file, line, reason, .. }, word, faults } = self;
+        let details = json!({ "file": file, "line": line, "reason": reason, "word": word, "faults": faults });
         details.as_object().cloned().unwrap_or_default()
     }
 }
 
 /// Eight hex digits that stand for some texts.
-fn word(texts: &[&str]) -> String {
+fn word(texts: impl IntoIterator<Item = impl AsRef<[u8]>>) -> String {
     let mut hash = Sha256::new();
     for text in texts {
-        hash.update((text.len() as u64).to_be_bytes());
+        hash.update((text.as_ref().len() as u64).to_be_bytes());
         hash.update(text);
     }
     chain::hex(&hash.finalize().into())[..8].to_owned()
@@ -67,19 +88,18 @@ fn word(texts: &[&str]) -> String {
 
 /// The word for segments whose key is missing.
 pub(super) fn word_without_key(segments: &[PathBuf]) -> String {
-    let names: Vec<_> = segments.iter().map(|path| path.to_string_lossy()).collect();
-    word(&names.iter().map(AsRef::as_ref).collect::<Vec<_>>())
+    word(segments.iter().map(|path| path.as_os_str().as_encoded_bytes()))
 }
 
-/// Follows the chain over the lines of some segments, in their order, and remembers the first fault that nobody has
-/// accepted.
+/// Follows the chain over the lines of some segments, in their order, and remembers the faults that nobody has accepted.
 pub(crate) struct ChainCheck<'a> {
     keys: &'a Keys,
     last: Place,
     /// The segment that is read, and the number of the first record of the one behind it.
     segment: PathBuf,
     next: Option<u64>,
-    loss: Option<Loss>,
+    faults: Vec<Fault>,
+    accepted: HashSet<String>,
 }
 
 impl<'a> ChainCheck<'a> {
@@ -88,7 +108,8 @@ impl<'a> ChainCheck<'a> {
         let first = segments.first().filter(|path| first_seq(path) > 1);
         let before = first.map(|path| retention::before(path)).transpose()?.flatten();
         let last = before.unwrap_or(Place { seq: 0, hash: Hash::default() });
-        Ok(Self { keys, last, segment: PathBuf::new(), next: None, loss: None })
+        let (segment, faults, accepted) = <_>::default();
+        Ok(Self { keys, last, segment, next: None, faults, accepted })
     }
 
     /// The next segment is read; `next` is the one behind it.
@@ -99,7 +120,8 @@ impl<'a> ChainCheck<'a> {
 
     /// The trail begins behind the beginning of the window, although nothing in the window is ever removed.
     pub(crate) fn begins_late(&mut self) {
-        self.fault(1, "records of the window before this one are missing");
+        let first = first_seq(&self.segment);
+        self.fault(1, "records of the window before this one are missing", (first, first), &[]);
     }
 
     /// Checks a line, which states this number; `None`: it cannot be read.
@@ -110,34 +132,84 @@ impl<'a> ChainCheck<'a> {
         }
         let expected = self.last.seq + 1;
         let hash = self.keys.check(line, &self.last.hash);
-        match (&hash, seq) {
-            (_, None) => self.fault(number, "a record cannot be read"),
-            (Err(_), Some(seq)) if seq == expected => self.fault(number, "a record was changed"),
-            (_, Some(seq)) if seq != expected => self.fault(number, "records before this one are missing"),
-            _ => {}
-        }
+        let reason = match (&hash, seq) {
+            (_, None) => Some("a record cannot be read"),
+            (Err(_), Some(seq)) if seq == expected => Some("a record was changed"),
+            (_, Some(seq)) => (seq != expected).then_some("records before this one are missing"),
+        };
         let seq = seq.unwrap_or(expected);
+        if let Some(reason) = reason {
+            self.fault(number, reason, (expected, seq), line);
+        }
         self.last = Place { seq, hash: hash.ok().or_else(|| stated(line)).unwrap_or(self.last.hash) };
     }
 
-    /// An event passes: one that tells of damage, or of its acceptance.
+    /// An event passes that was checked: one that tells of damage, or of its acceptance.
     pub(crate) fn event(&mut self, number: usize, name: &str, line: &[u8]) {
         if name == ACCEPTED {
-            self.loss = None;
+            self.accepted.extend(accepted(line));
         } else if Damage::is_told_by(line) {
-            self.fault(number, "a start found less than the lock file says");
+            let seq = self.last.seq;
+            self.fault(number, "a start found less than the lock file says", (seq, seq), &[]);
         }
     }
 
-    fn fault(&mut self, line: usize, reason: &'static str) {
-        let segment = &self.segment;
-        self.loss.get_or_insert_with(|| Loss::new(segment, line, reason));
+    /// `place` is the number that the record should have, and the one that it has. The word stands for its bytes, too, so
+    /// that an acceptance covers no later change of it.
+    fn fault(&mut self, line: usize, reason: &'static str, (expected, seq): (u64, u64), bytes: &[u8]) {
+        let numbers = [expected, seq].map(u64::to_be_bytes);
+        let word = word([reason.as_bytes(), &numbers[0], &numbers[1], bytes]);
+        let file = self.segment.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let fault = Fault { file, line, reason, word };
+        match self.faults.get_mut(MAX_FAULTS) {
+            Some(last) => last.word = self::word([&last.word, &fault.word]),
+            None => self.faults.push(fault),
+        }
     }
 
-    /// The first fault, if there is one.
-    pub(crate) fn loss(self) -> Option<Loss> {
-        self.loss
+    /// What is lost, and not accepted.
+    pub(crate) fn loss(mut self) -> Option<Loss> {
+        self.faults.retain(|fault| !self.accepted.contains(&fault.word));
+        Loss::of(self.faults)
     }
+}
+
+/// The words of the faults that an event of an acceptance covers.
+fn accepted(event: &[u8]) -> Vec<String> {
+    #[derive(Deserialize)]
+    struct Accepted {
+        #[serde(default)]
+        faults: Vec<String>,
+    }
+    serde_json::from_slice::<Accepted>(event).map(|event| event.faults).unwrap_or_default()
+}
+
+/// What is lost of a whole trail, and not accepted. That its beginning is missing counts as well: only a start knows whether the
+/// window reaches back to it.
+pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
+    #[derive(Deserialize)]
+    struct Head<'a> {
+        seq: u64,
+        #[serde(borrow, default)]
+        event: Cow<'a, str>,
+    }
+    let segments = chain::segments(directory)?;
+    let mut chain = ChainCheck::begin(keys, &segments)?;
+    for (index, path) in segments.iter().enumerate() {
+        chain.enter(path, segments.get(index + 1));
+        let mut lines = Lines::open(path)?;
+        while let Some(line) = lines.read()? {
+            let head = serde_json::from_slice::<Head<'_>>(line.bytes).ok();
+            chain.check(line.number, line.bytes, head.as_ref().map(|head| head.seq));
+            if index == 0 && line.number == 1 && first_seq(path) > 1 {
+                chain.begins_late();
+            }
+            if let Some(Head { event, .. }) = head.filter(|head| !head.event.is_empty()) {
+                chain.event(line.number, &event, line.bytes);
+            }
+        }
+    }
+    Ok(chain.loss())
 }
 
 /// Moves segments whose key is missing, and the lock file that tells of them, into a directory of their own. Returns its

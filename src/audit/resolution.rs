@@ -260,7 +260,7 @@ impl Audit {
 pub fn resolve(directory: &Path, keys: Keys, finding: &Finding, uid: u32) -> Result<Resolved, ResolveError> {
     finding.check()?;
     check_trail(directory)?;
-    let (resolved, last) = append(directory, keys, |batch, found, _| {
+    let (resolved, last) = append(directory, keys.into(), |batch, found, _| {
         let history = History::read(directory, finding.id).map_err(|error| start_error(directory, error))?;
         match decide(finding, &found.unresolved, history, false)? {
             Decision::Before(earlier) => Ok(Some(earlier)),

@@ -297,16 +297,14 @@ fn accept(trail: &Trail) -> anyhow::Result<bool> {
         return Ok(true);
     }
     let found = trail.read()?;
-    if found.faults.is_empty() && found.damage.is_empty() && found.recorded.is_empty() {
-        println!("nothing is lost: the trail is whole");
-        return Ok(true);
-    }
     for fault in found.faults.iter().chain(&found.recorded) {
         println!("{}:{}: record {}: {}", fault.file.display(), fault.line, fault.seq, fault.reason);
     }
     warn(trail, &found);
-    let seq = accept_loss(directory, trail.place.keys()?)?;
-    println!("accepted by record {seq}: Idempotency-Keys that are not found count as new");
+    match accept_loss(directory, trail.place.keys()?)? {
+        Some(seq) => println!("accepted by record {seq}: Idempotency-Keys that are not found count as new"),
+        None => println!("nothing is lost that was not accepted before"),
+    }
     Ok(true)
 }
 

@@ -1,6 +1,11 @@
 //! Parts of the trail that are lost: no key of the window counts as new until an operator accepts that.
 
-use std::{fs, path::PathBuf, process::Command, sync::Arc};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -11,7 +16,7 @@ fn key(number: usize) -> String {
     format!("idempotency-key: k{number}\r\n")
 }
 
-fn segments(directory: &std::path::Path) -> Vec<PathBuf> {
+fn segments(directory: &Path) -> Vec<PathBuf> {
     let mut segments: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     segments.retain(|path| path.extension().is_some_and(|extension| extension == "jsonl"));
     segments.sort();
@@ -86,12 +91,7 @@ const HARMS: [(&str, bool, Harm); 7] = [
         let end = text[..text.len() / 2].iter().rposition(|byte| *byte == b'\n').unwrap() + 1;
         fs::write(&segments[1], &text[..end]).unwrap();
     }),
-    ("a byte flipped", true, |segments| {
-        let mut text = fs::read(&segments[1]).unwrap();
-        let place = text.windows(7).position(|part| part == b"\"key\":\"").unwrap() + 8;
-        text[place] = if text[place] == b'0' { b'1' } else { b'0' };
-        fs::write(&segments[1], text).unwrap();
-    }),
+    ("a byte flipped", true, |segments| flip(&segments[1])),
     ("newest removed after a stop", true, |segments| fs::remove_file(segments.last().unwrap()).unwrap()),
     ("newest removed after a kill", false, |segments| fs::remove_file(segments.last().unwrap()).unwrap()),
 ];
@@ -143,6 +143,69 @@ fn keys_that_are_not_found_are_refused_until_the_loss_is_accepted() {
             until_keys_are_known(&gateway);
             assert_eq!(repeat(&gateway), [0, 0, KEYS], "{harm}: accepted once and for all");
         }
+    }
+}
+
+/// Flips a byte of the mark of a key.
+fn flip(segment: &Path) {
+    let mut text = fs::read(segment).unwrap();
+    let place = text.windows(7).position(|part| part == b"\"key\":\"").unwrap() + 8;
+    text[place] = if text[place] == b'0' { b'1' } else { b'0' };
+    fs::write(segment, text).unwrap();
+}
+
+#[test]
+fn acceptance_covers_no_damage_that_comes_later() {
+    for by_command in [true, false] {
+        let sandbox = sandbox();
+        let folder = trail(&sandbox, true);
+        let audit = folder.path().join("audit");
+        let accept = |word: &str| {
+            let mut accepting = setup(&folder);
+            if by_command {
+                let (code, said, error) = command(&["audit", "accept-loss", audit.to_str().unwrap()]);
+                assert_eq!(code, 0, "{said}{error}");
+            } else {
+                accepting.flags = vec![format!("--accept-loss={word}")];
+            }
+            let gateway = start_with(&sandbox, accepting);
+            until_keys_are_known(&gateway);
+            gateway
+        };
+        // Two at once, then another one before the record of the acceptance, then the same line once more.
+        let harms: [&dyn Fn(); 3] = [
+            &|| {
+                flip(&segments(&audit)[1]);
+                fs::remove_file(&segments(&audit)[2]).unwrap();
+            },
+            &|| flip(&segments(&audit)[0]),
+            &|| {
+                let path = &segments(&audit)[0];
+                let text = fs::read_to_string(path).unwrap().replacen("\"key\":\"", "\"kex\":\"", 1);
+                fs::write(path, text).unwrap();
+            },
+        ];
+        let mut words = Vec::new();
+        for (number, harm) in (0..).zip(harms) {
+            harm();
+            let stale = words.iter().map(|word| format!("--accept-loss={word}")).next_back();
+            let refusing = Setup { flags: stale.into_iter().collect(), ..setup(&folder) };
+            let gateway = start_with(&sandbox, refusing);
+            until_keys_are_known(&gateway);
+            assert_eq!(gateway.post_with("idempotency-key: another\r\n").status, 503, "{number}");
+            words.push(word(&gateway));
+            gateway.kill();
+
+            let gateway = accept(words.last().unwrap());
+            let key = format!("idempotency-key: behind-{number}\r\n");
+            assert_eq!(gateway.post_with(&key).outcome(), "succeeded", "{number}");
+            let gateway = start_with(&sandbox, Setup { folder: Some(gateway.kill()), ..setup(&folder) });
+            until_keys_are_known(&gateway);
+            assert_eq!(gateway.post_with(&key).outcome(), "replayed", "{number}: accepted once and for all");
+            gateway.kill();
+        }
+        words.dedup();
+        assert_eq!(words.len(), 3, "{words:?}");
     }
 }
 
