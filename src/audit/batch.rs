@@ -2,10 +2,16 @@
 
 use std::ops::Range;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Kind, chain::OPEN_LINKS, line::Second, record::Entry, unresolved::LIST};
+use super::{
+    Kind,
+    chain::OPEN_LINKS,
+    line::Second,
+    record::Entry,
+    unresolved::{LIST, UnresolvedList},
+};
 use crate::outcome::Outcome;
 
 /// What a record changes in the list of the unresolved.
@@ -90,14 +96,13 @@ impl Batch {
     }
 
     /// Writes the list into the place that was kept for it; returns its length in bytes.
-    pub(super) fn fill_list(&mut self, list: Value) -> usize {
+    pub(super) fn fill_list(&mut self, list: &UnresolvedList, forgotten: &[Uuid]) -> usize {
         self.ends.pop();
         self.changes.pop();
         self.kinds[Kind::Event as usize] -= 1;
         self.seq -= 1;
         let before = self.size();
-        // Moved: the list is long, and the writer waits for it.
-        self.event(LIST, Value::Object(Map::from_iter([(LIST.to_owned(), list)])));
+        self.push(&Entry::Unresolved { list, forgotten });
         self.size() - before
     }
 

@@ -4,7 +4,7 @@
 //! Of a call at work it keeps only where its intent lies in the open segment: nearly all end before that line is ever
 //! read again.
 
-use std::{collections::HashMap, ops::Range};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use uuid::Uuid;
 
@@ -27,7 +27,7 @@ enum Intent {
     /// Bytes of the open segment.
     Line(Range<u64>),
     /// It lies in an earlier segment.
-    Read(Box<UnresolvedCall>),
+    Read(Arc<UnresolvedCall>),
 }
 
 impl Ledger {
@@ -65,17 +65,16 @@ impl Ledger {
         for (id, intent) in &mut self.at_work {
             if let Intent::Line(_) = intent {
                 let line = std::mem::replace(intent, Intent::Line(0..0));
-                *intent = Intent::Read(Box::new(line.read(*id, segment)));
+                *intent = Intent::Read(Arc::new(line.read(*id, segment)));
             }
         }
     }
 
     /// The list as it will be behind a batch. To be called after [`Self::leave`].
-    pub(super) fn list_behind(&self, list: &UnresolvedList, batch: &Batch) -> UnresolvedList {
-        let mut behind = list.clone();
+    pub(super) fn list_behind(&self, mut behind: UnresolvedList, batch: &Batch) -> UnresolvedList {
         for intent in self.at_work.values() {
             if let Intent::Read(call) = intent {
-                behind.insert((**call).clone());
+                behind.insert(call.clone());
             }
         }
         for (_, line) in batch.changes() {
@@ -90,7 +89,7 @@ impl Intent {
     /// The call. Of an intent that cannot be read, its id.
     fn read(self, id: Uuid, segment: &Segment) -> UnresolvedCall {
         match self {
-            Self::Read(call) => *call,
+            Self::Read(call) => Arc::unwrap_or_clone(call),
             Self::Line(range) => segment
                 .read(range)
                 .ok()

@@ -19,7 +19,7 @@ use super::{
     chain::{Hash, to_hex},
     line::{Line, Second},
     queue::Who,
-    unresolved,
+    unresolved::{self, UnresolvedList},
 };
 use crate::{
     admission::Peer,
@@ -214,6 +214,11 @@ pub(super) enum Entry<'a> {
     Event {
         name: &'static str,
         details: &'a Map<String, Value>,
+    },
+    /// The list of the unresolved, and the calls that it no longer has because it was too long.
+    Unresolved {
+        list: &'a UnresolvedList,
+        forgotten: &'a [Uuid],
     },
     /// The outcome that a restart gives to an intent left without one.
     Doubt {
@@ -545,7 +550,7 @@ impl Entry<'_> {
             Self::Intent { .. } => Kind::Intent,
             Self::Outcome { .. } | Self::Doubt { .. } => Kind::Outcome,
             Self::Refusal(_) => Kind::Refusal,
-            Self::Event { .. } => Kind::Event,
+            Self::Event { .. } | Self::Unresolved { .. } => Kind::Event,
         }
     }
 
@@ -561,6 +566,7 @@ impl Entry<'_> {
                 let id = details.get("id").and_then(Value::as_str).and_then(|id| id.parse().ok());
                 Change::Event { name, id }
             }
+            Self::Unresolved { .. } => Change::Event { name: unresolved::LIST, id: None },
             // A doubt is of a start, which has put it on the list.
             Self::Event { .. } | Self::Refusal(_) | Self::Doubt { .. } => Change::None,
         }
@@ -593,6 +599,13 @@ impl Entry<'_> {
                 line.text(",\"event\":", name.as_bytes());
                 for (key, value) in *details {
                     line.any(key, value);
+                }
+            }
+            Self::Unresolved { list, forgotten } => {
+                line.text(",\"event\":", unresolved::LIST.as_bytes());
+                line.any(unresolved::LIST, list);
+                if !forgotten.is_empty() {
+                    line.any("forgotten", forgotten);
                 }
             }
             Self::Doubt { id } => {

@@ -3,13 +3,17 @@
 //! A call is on the list while it is at work, when its outcome is unknown, and when it succeeded without its caller having
 //! learnt of it. The first batch of each segment and each `start` have the list, unless it is empty, so that neither a removed segment nor a short
 //! read at a start loses any of it. A call of unknown outcome stays until a person resolves it; the others go with
-//! the idempotency window.
+//! the idempotency window. Beyond 10,000 calls the oldest of unknown outcome go, too, once their window is over; of calls
+//! that are only presumed undelivered, the oldest beyond 4,096.
 //!
 //! [`UnresolvedList::take`] follows the trail record by record, for readers and for the writer alike.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -33,6 +37,13 @@ const DELIVERY: i64 = 250_000;
 
 /// So many answers at most are on their way at once.
 const ON_THEIR_WAY: usize = 1024;
+
+/// So many calls that are only presumed undelivered are on the list at most: those of four processes that were killed at the
+/// height of their load.
+const PRESUMED: usize = 4 * ON_THEIR_WAY;
+
+/// So many calls are on the list at most, but for those whose window is not over.
+const AT_MOST: usize = 10_000;
 
 /// A call on the list.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -75,6 +86,9 @@ pub struct UnresolvedCall {
     /// A later call repeats this one by force, so that it guards against nothing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub superseded: bool,
+    /// Undelivered, as far as is known: its process was killed about when the answer left. Most of these were answered.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub presumed: bool,
 }
 
 /// Why a call is on the list.
@@ -109,6 +123,7 @@ impl UnresolvedCall {
             print: None,
             forced: None,
             superseded: false,
+            presumed: false,
         }
     }
 }
@@ -192,10 +207,10 @@ struct Listed {
     unresolved: Vec<UnresolvedCall>,
 }
 
-/// The list.
+/// The list. A copy shares the calls, so that the writer can make one while calls wait for it.
 #[derive(Clone, Debug, Default)]
 pub struct UnresolvedList {
-    calls: BTreeMap<Uuid, UnresolvedCall>,
+    calls: BTreeMap<Uuid, Arc<UnresolvedCall>>,
     /// The last successes: their answers may have been on their way when the trail ended.
     on_their_way: VecDeque<(i64, UnresolvedCall)>,
     /// The last record is a `stop`, but for what commands append.
@@ -207,7 +222,7 @@ pub struct UnresolvedList {
 impl UnresolvedList {
     /// All calls on the list, in the order of their ids, which is that of time.
     pub fn calls(&self) -> impl Iterator<Item = &UnresolvedCall> {
-        self.calls.values()
+        self.calls.values().map(|call| &**call)
     }
 
     /// The calls that wait for a person.
@@ -227,7 +242,7 @@ impl UnresolvedList {
 
     /// One call.
     pub fn get(&self, id: Uuid) -> Option<&UnresolvedCall> {
-        self.calls.get(&id)
+        self.calls.get(&id).map(|call| &**call)
     }
 
     /// Follows the trail by one record. A line that cannot be read changes nothing.
@@ -272,8 +287,9 @@ impl UnresolvedList {
         match (name, id) {
             (LIST | "start", _) => {
                 if let Ok(Listed { unresolved }) = serde_json::from_slice(line) {
-                    let listed = unresolved.into_iter().map(|call| (call.id, call)).collect();
+                    let listed = unresolved.into_iter().map(|call| (call.id, Arc::new(call))).collect();
                     let before = std::mem::replace(&mut self.calls, listed).into_values();
+                    let before = before.map(Arc::unwrap_or_clone);
                     let is_lost = |call: &UnresolvedCall| {
                         call.state == CallState::AtWork && !self.calls.contains_key(&call.id)
                     };
@@ -310,13 +326,18 @@ impl UnresolvedList {
         self.insert(UnresolvedCall { state: CallState::AtWork, ..call });
     }
 
-    pub(super) fn insert(&mut self, call: UnresolvedCall) {
+    pub(super) fn insert(&mut self, call: impl Into<Arc<UnresolvedCall>>) {
+        let call = call.into();
         self.calls.insert(call.id, call);
+    }
+
+    fn remove(&mut self, id: Uuid) -> Option<UnresolvedCall> {
+        self.calls.remove(&id).map(Arc::unwrap_or_clone)
     }
 
     fn end(&mut self, id: Uuid, outcome: Outcome, time: &str) {
         self.orphans.retain(|call| call.id != id);
-        let Some(call) = self.calls.remove(&id) else { return };
+        let Some(call) = self.remove(id) else { return };
         if matches!(outcome, Outcome::Unknown | Outcome::Succeeded)
             && let Some(forced) = call.forced
         {
@@ -333,7 +354,7 @@ impl UnresolvedList {
     pub(super) fn supersede(&mut self, id: Uuid) {
         match self.calls.get_mut(&id) {
             Some(call) if call.state == CallState::Undelivered => drop(self.calls.remove(&id)),
-            Some(call) => call.superseded = true,
+            Some(call) => Arc::make_mut(call).superseded = true,
             None => {}
         }
     }
@@ -350,12 +371,12 @@ impl UnresolvedList {
     /// A person resolved a call; `told` is what the record says of it. A call that this one repeated by force guards again
     /// once it is clear that the repetition was not done.
     fn resolve(&mut self, id: Uuid, result: Resolution, told: UnresolvedCall) {
-        let call = self.calls.remove(&id).unwrap_or(told);
+        let call = self.remove(id).unwrap_or(told);
         match result {
             Resolution::Done => self.insert(UnresolvedCall { state: CallState::Done, ..call }),
             Resolution::NotDone => {
                 if let Some(first) = call.forced.and_then(|first| self.calls.get_mut(&first)) {
-                    first.superseded = false;
+                    Arc::make_mut(first).superseded = false;
                 }
             }
         }
@@ -365,24 +386,43 @@ impl UnresolvedList {
     /// callers of the last successes may not know of them. Returns what was at work.
     pub(super) fn close(&mut self) -> Vec<Uuid> {
         for (_, call) in std::mem::take(&mut self.on_their_way) {
-            self.insert(UnresolvedCall { state: CallState::Undelivered, ..call });
+            self.insert(UnresolvedCall { state: CallState::Undelivered, presumed: true, ..call });
+        }
+        let presumed: Vec<_> = self.calls().filter(|call| call.presumed).map(|call| call.id).collect();
+        for oldest in &presumed[..presumed.len().saturating_sub(PRESUMED)] {
+            self.calls.remove(oldest);
         }
         let mut open = Vec::new();
         for call in self.calls.values_mut().filter(|call| call.state == CallState::AtWork) {
-            call.state = CallState::Unknown;
+            Arc::make_mut(call).state = CallState::Unknown;
             open.push(call.id);
         }
         open
     }
 
-    /// Forgets calls for which `is_over` holds. One of unknown outcome is never forgotten.
-    pub(super) fn prune(&mut self, is_over: impl Fn(&UnresolvedCall) -> bool) {
+    /// Forgets calls for which `is_over` holds. Of those of unknown outcome it forgets none, unless the list is too long: then
+    /// it forgets the oldest, and returns them.
+    pub(super) fn prune(&mut self, is_over: impl Fn(&UnresolvedCall) -> bool) -> Vec<Arc<UnresolvedCall>> {
         self.calls.retain(|_, call| call.state == CallState::Unknown || !is_over(call));
+        let excess = self.calls.len().saturating_sub(AT_MOST);
+        let is_unknown = |call: &&Arc<UnresolvedCall>| call.state == CallState::Unknown && is_over(call);
+        let forgotten: Vec<_> = self.calls.values().filter(is_unknown).take(excess).cloned().collect();
+        for call in &forgotten {
+            self.calls.remove(&call.id);
+        }
+        forgotten
     }
 
     /// As the trail holds it.
     pub(super) fn to_json(&self) -> Value {
-        self.calls().map(|call| json!(call)).collect()
+        json!(self)
+    }
+}
+
+/// As the trail holds it.
+impl Serialize for UnresolvedList {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.calls())
     }
 }
 
@@ -482,6 +522,18 @@ mod tests {
         let mut list = read((1..2000).flat_map(|it| [intent(it), outcome(it, Outcome::Succeeded, 0)]));
         list.close();
         assert_eq!(list.calls().count(), ON_THEIR_WAY);
+        for crash in 1..=4 {
+            let again = (crash * 5000..crash * 5000 + 2000)
+                .flat_map(|it| [intent(it), outcome(it, Outcome::Succeeded, 0)]);
+            again.for_each(|line| list.follow(line.to_string().as_bytes()));
+            list.close();
+        }
+        assert_eq!(
+            states(&list).first().unwrap().0,
+            5000 + 2000 - ON_THEIR_WAY as u128,
+            "the oldest are gone"
+        );
+        assert_eq!(list.calls().count(), PRESUMED);
     }
 
     #[test]
@@ -506,7 +558,19 @@ mod tests {
         list.insert(of(1, CallState::Unknown));
         list.insert(of(2, CallState::Undelivered));
         list.insert(of(3, CallState::Done));
-        list.prune(|_| true);
+        assert_eq!(list.prune(|_| true).len(), 0);
         assert_eq!(states(&list), [(1, CallState::Unknown)]);
+    }
+
+    #[test]
+    fn list_that_is_too_long_forgets_the_oldest_whose_window_is_over() {
+        let mut list = UnresolvedList::default();
+        for number in 1..=AT_MOST as u128 + 3 {
+            list.insert(UnresolvedCall { state: CallState::Unknown, ..UnresolvedCall::of(id(number)) });
+        }
+        let forgotten = list.prune(|call| call.id.as_u128() != 2);
+        assert_eq!(forgotten.iter().map(|call| call.id.as_u128()).collect::<Vec<_>>(), [1, 3, 4]);
+        assert_eq!(list.calls().count(), AT_MOST);
+        assert_eq!(list.prune(|_| true).len(), 0);
     }
 }

@@ -38,7 +38,7 @@ use super::{
     retention::{self, Old, Place},
     segment::{AHEAD, Segment},
     sync::Syncs,
-    unresolved::UnresolvedList,
+    unresolved::{UnresolvedCall, UnresolvedList},
 };
 
 /// How long a failed write waits.
@@ -248,20 +248,28 @@ impl Writer {
         if let Some(segment) = &self.segment {
             self.ledger.leave(segment);
         }
-        let mut list = shared.unresolved();
-        self.prune(&mut list);
-        let behind = self.ledger.list_behind(&list, batch);
-        self.list_filled = batch.fill_list(behind.to_json()) as u64;
+        let (forgotten, list) = {
+            let mut list = shared.unresolved();
+            (self.prune(&mut list), list.clone())
+        };
+        for call in &forgotten {
+            let (id, caller, route, task) = (call.id, &call.caller, &call.route, call.task.as_ref());
+            let task = task.map(ToString::to_string);
+            tracing::error!(%id, caller, route, task, "too many outcomes are unresolved: the oldest leaves their list");
+        }
+        let forgotten: Vec<_> = forgotten.iter().map(|call| call.id).collect();
+        let behind = self.ledger.list_behind(list, batch);
+        self.list_filled = batch.fill_list(&behind, &forgotten) as u64;
     }
 
-    /// Forgets calls of known outcome whose window is certainly over.
-    fn prune(&self, list: &mut UnresolvedList) {
-        let Some(anchors) = self.clocks.anchors() else { return };
+    /// Forgets calls whose window is certainly over. Returns those of unknown outcome.
+    fn prune(&self, list: &mut UnresolvedList) -> Vec<Arc<UnresolvedCall>> {
+        let Some(anchors) = self.clocks.anchors() else { return Vec::new() };
         let (ages, window) = (self.clocks.ages(), self.window + PRUNE_SLACK);
         list.prune(|call| {
             let place = call.seq.zip(age::millis(&call.time));
             place.is_some_and(|(seq, time)| ages.clone().at(seq, anchors).age(time) > window)
-        });
+        })
     }
 
     /// A writer that waits for the disk is never prompt: what is queued meanwhile shares the next fdatasync.

@@ -55,7 +55,7 @@ impl Shape {
 
     fn setup(self, disk: &Disk) -> Setup {
         let setup = if self == Self::SlowDisk { disk.setup("disk") } else { Setup::default() };
-        setup.set("audit.segment_size", "256KiB")
+        setup.set("audit.segment_size", "512KiB")
     }
 }
 
