@@ -12,7 +12,7 @@ use super::{
     batch::{Batch, Change},
     queue::Shared,
     segment::Segment,
-    unresolved::{CallState, LIST, UnresolvedCall, UnresolvedList},
+    unresolved::{LIST, UnresolvedCall, UnresolvedList},
 };
 use crate::outcome::Outcome;
 
@@ -101,20 +101,13 @@ impl Intent {
 
 /// A call ended that somebody must look into, or that repeated one by force.
 fn end(call: UnresolvedCall, outcome: Outcome, shared: &Shared) {
-    let UnresolvedCall { id, forced, .. } = call;
     if outcome == Outcome::Unknown {
-        let (caller, route, task) = (&call.caller, &call.route, call.task.as_ref().map(ToString::to_string));
+        let UnresolvedCall { id, caller, route, .. } = &call;
+        let task = call.task.as_ref().map(ToString::to_string);
         tracing::warn!(
             %id, caller, route, task,
             "the outcome of a call is unknown: look whether the task is done, then run `ccsqm-gateway audit resolve`"
         );
     }
-    shared.change_unresolved(|list| {
-        if let Some(forced) = forced.filter(|_| matches!(outcome, Outcome::Unknown | Outcome::Succeeded)) {
-            list.supersede(forced);
-        }
-        if outcome == Outcome::Unknown {
-            list.insert(UnresolvedCall { state: CallState::Unknown, ..call });
-        }
-    });
+    shared.change_unresolved(|list| list.finish(call, outcome));
 }

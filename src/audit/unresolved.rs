@@ -338,20 +338,26 @@ impl UnresolvedList {
     fn end(&mut self, id: Uuid, outcome: Outcome, time: &str) {
         self.orphans.retain(|call| call.id != id);
         let Some(call) = self.remove(id) else { return };
-        if matches!(outcome, Outcome::Unknown | Outcome::Succeeded)
-            && let Some(forced) = call.forced
+        if outcome == Outcome::Succeeded {
+            self.remember(micros(time), call.clone());
+        }
+        self.finish(call, outcome);
+    }
+
+    /// A call that is not on the list has ended so.
+    pub(super) fn finish(&mut self, call: UnresolvedCall, outcome: Outcome) {
+        if let Some(forced) = call.forced
+            && matches!(outcome, Outcome::Unknown | Outcome::Succeeded)
         {
             self.supersede(forced);
         }
-        match outcome {
-            Outcome::Unknown => self.insert(UnresolvedCall { state: CallState::Unknown, ..call }),
-            Outcome::Succeeded => self.remember(micros(time), call),
-            Outcome::NotSent | Outcome::Failed | Outcome::Refused | Outcome::Replayed => {}
+        if outcome == Outcome::Unknown {
+            self.insert(UnresolvedCall { state: CallState::Unknown, ..call });
         }
     }
 
     /// A later call stands for this one. It stays on the list, and guards against nothing.
-    pub(super) fn supersede(&mut self, id: Uuid) {
+    fn supersede(&mut self, id: Uuid) {
         match self.calls.get_mut(&id) {
             Some(call) if call.state == CallState::Undelivered => drop(self.calls.remove(&id)),
             Some(call) => Arc::make_mut(call).superseded = true,
