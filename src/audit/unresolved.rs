@@ -4,7 +4,7 @@
 //! learnt of it. The first batch of each segment and each `start` have the list, unless it is empty, so that neither a removed segment nor a short
 //! read at a start loses any of it. A call of unknown outcome stays until a person resolves it; the others go with
 //! the idempotency window. Beyond 10,000 calls the oldest of unknown outcome go, too, once their window is over; of calls
-//! that are only presumed undelivered, the oldest beyond 4,096.
+//! that are only presumed undelivered, the oldest beyond 2,048.
 //!
 //! [`UnresolvedList::take`] follows the trail record by record, for readers and for the writer alike.
 
@@ -38,9 +38,9 @@ const DELIVERY: i64 = 250_000;
 /// So many answers at most are on their way at once.
 const ON_THEIR_WAY: usize = 1024;
 
-/// So many calls that are only presumed undelivered are on the list at most: those of four processes that were killed at the
+/// So many calls that are only presumed undelivered are on the list at most: those of two processes that were killed at the
 /// height of their load.
-const PRESUMED: usize = 4 * ON_THEIR_WAY;
+const PRESUMED: usize = 2 * ON_THEIR_WAY;
 
 /// So many calls are on the list at most, but for those whose window is not over.
 const AT_MOST: usize = 10_000;
@@ -536,7 +536,7 @@ mod tests {
         }
         assert_eq!(
             states(&list).first().unwrap().0,
-            5000 + 2000 - ON_THEIR_WAY as u128,
+            3 * 5000 + 2000 - ON_THEIR_WAY as u128,
             "the oldest are gone"
         );
         assert_eq!(list.calls().count(), PRESUMED);
