@@ -69,6 +69,18 @@ impl Role {
             Kind::Business
         }
     }
+
+    /// Whether a head of which this has come is that of a token call, or may become one.
+    fn may_be_token_call(self, begun: &[u8]) -> bool {
+        match self {
+            Self::Business => false,
+            Self::Token => true,
+            Self::Both => {
+                let head = b"POST ".iter().chain(TOKEN_PATH.as_bytes());
+                begun.iter().zip(head).all(|(byte, of_call)| byte == of_call)
+            }
+        }
+    }
 }
 
 enum Kind {
@@ -217,7 +229,11 @@ impl Connection {
                 }
                 return Ok(head);
             }
-            recording.head(&self.buffer);
+            if self.role.may_be_token_call(&self.buffer) {
+                recording.token_call(&self.buffer, None);
+            } else {
+                recording.head(&self.buffer);
+            }
             parsed.map_err(NoRequest::Refused)?;
             self.read().await?;
         }

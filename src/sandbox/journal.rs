@@ -47,7 +47,7 @@ pub(super) struct Journal {
     entries: BTreeMap<u64, Entry>,
 }
 
-/// A request is an API call until its head is whole and says otherwise.
+/// A request is an API call, unless its head, or what came of it, is that of a token call.
 struct Entry {
     request: Received,
     token: Option<(Option<String>, Option<String>)>,
@@ -119,7 +119,7 @@ impl Recording {
         self.record(bytes, None);
     }
 
-    /// The whole head of a token call, which nobody may see as an API call in between.
+    /// The head of a token call as far as it came: nobody may see it as an API call in between.
     pub(super) fn token_call(&mut self, bytes: &[u8], asked: Option<&str>) {
         self.record(bytes, Some((asked.map(str::to_owned), None)));
     }

@@ -678,6 +678,25 @@ mod records {
     }
 
     #[test]
+    fn unfinished_token_call_is_no_request() {
+        for token_listener in [false, true] {
+            let sandbox = Sandbox::start(Options { token_listener, ..Options::default() }).unwrap();
+            let door = sandbox.cloud.token.as_ref().map_or(sandbox.address(), |door| door.address);
+            let mut client = Client::to(door);
+            let head = format!("POST {TOKEN_PATH} HT");
+            for (begin, end) in [(0, 1), (1, 7), (7, head.len())] {
+                client.send(&head[begin..end]);
+                let is_seen = || sandbox.token_calls().iter().any(|call| call.request.head.len() == end);
+                eventually("a part of the head is seen", is_seen);
+                assert!(sandbox.requests().is_empty(), "{}", &head[..end]);
+            }
+            client.send("TP/1.1\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n{}");
+            client.answer();
+            assert_eq!((sandbox.token_calls().len(), sandbox.requests().len()), (1, 0));
+        }
+    }
+
+    #[test]
     fn what_is_not_http_or_is_chunked_is_refused_and_recorded() {
         for (bytes, status) in [
             ("\x16\x03\x01 a TLS hello\r\n\r\n", 400),
