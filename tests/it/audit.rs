@@ -371,7 +371,7 @@ const MARGIN: u32 = 4;
 /// What happens to a new request when its intent cannot be made safe.
 fn assert_refused(gateway: &Gateway, sandbox: &Sandbox) {
     let (before, begun) = (sandbox.requests().len(), Instant::now());
-    let reply = gateway.call();
+    let reply = gateway.call_once();
     let took = begun.elapsed();
     let said = (reply.status, reply.code(), reply.outcome());
     assert_eq!(said, (503, "audit_unavailable", "not_sent"), "{reply:?}\n{}", gateway.log());
@@ -384,7 +384,7 @@ fn assert_refused(gateway: &Gateway, sandbox: &Sandbox) {
 /// `not_sent` for what was refused meanwhile.
 fn assert_resumed(gateway: &Gateway, sandbox: &Sandbox) {
     let begun = Instant::now();
-    wait_for("service", || (gateway.call().outcome() == "succeeded").then_some(()));
+    wait_for("service", || (gateway.call_once().outcome() == "succeeded").then_some(()));
     let took = begun.elapsed();
     assert!(took < MARGIN * Duration::from_secs(1), "{took:?}");
     let audit = gateway.audit_directory();
@@ -514,7 +514,7 @@ fn on_a_file_system_that_runs_full_strangers_take_no_space_and_service_comes_bac
 
     let filler = small.fill();
     // What is reserved has room for some more.
-    wait_for("the disk to be full", || (gateway.call().status == 503).then_some(()));
+    wait_for("the disk to be full", || (gateway.call_once().status == 503).then_some(()));
     assert_refused(&gateway, &sandbox);
     fs::remove_file(filler).unwrap();
     assert_resumed(&gateway, &sandbox);
@@ -571,7 +571,7 @@ fn on_a_full_file_system_what_was_sent_gets_its_outcome_and_nothing_new_is_sent(
             .collect();
         wait_for("the requests", || (sandbox.requests().len() == IN_FLIGHT + 1).then_some(()));
         let filler = small.fill();
-        wait_for("the end of what was reserved", || (gateway.call().status == 503).then_some(()));
+        wait_for("the end of what was reserved", || (gateway.call_once().status == 503).then_some(()));
         let sent = sandbox.requests().len();
         assert_refused(&gateway, &sandbox);
         assert_eq!(gateway.admin("/readyz").status, 503);

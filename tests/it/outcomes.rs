@@ -393,7 +393,7 @@ fn differences_of(row: &Row, key: &str) -> Vec<String> {
 }
 
 /// What a function returns, or the text with which it panicked.
-fn caught<T>(what: impl FnOnce() -> T) -> Result<T, String> {
+pub(crate) fn caught<T>(what: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(what)).map_err(|panic| {
         let text =
             panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());

@@ -158,7 +158,8 @@ fn call_at_once(gateway: &Gateway, callers: u64, each: u64) -> Vec<(u64, Reply)>
     static NEXT: AtomicU64 = AtomicU64::new(1_000_000);
     let caller = || {
         let task = || NEXT.fetch_add(1, Ordering::Relaxed);
-        (0..each).map(|_| task()).map(|task| (task, gateway.post(&body(task)))).collect::<Vec<_>>()
+        let call = |body: &str| gateway.send_once(&head(body.len(), ""), body);
+        (0..each).map(|_| task()).map(|task| (task, call(&body(task)))).collect::<Vec<_>>()
     };
     thread::scope(|scope| {
         let threads: Vec<_> = (0..callers).map(|_| scope.spawn(caller)).collect();
@@ -199,7 +200,7 @@ fn nothing_is_sent_before_its_intent_is_on_the_disk() {
     disk.ask_for("slow", "60");
     let begun = wait_for("a request that is in time", || {
         let begun = SystemTime::now();
-        (gateway.call().outcome() == "succeeded").then_some(begun)
+        (gateway.call_once().outcome() == "succeeded").then_some(begun)
     });
     let sent = sandbox.requests().pop().unwrap().time;
     let calls = disk.syncs();
@@ -331,7 +332,7 @@ fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
     let length = fs::metadata(&segments(&audit)[0]).unwrap().len();
     disk.ask("fail-cuts");
     disk.ask("fail-once");
-    gateway.call();
+    gateway.call_once();
     wait_for("a new segment", || (segments(&audit).len() == 2).then_some(()));
     disk.no_more("fail-cuts");
     wait_for("service", || (gateway.call().outcome() == "succeeded").then_some(()));
@@ -424,7 +425,7 @@ fn a_new_segment_whose_name_is_not_on_the_disk_is_begun_anew() {
     gateway.records("outcome", 1);
     disk.ask("fail-name");
     disk.ask("fail-once");
-    gateway.call();
+    gateway.call_once();
     wait_for("both failures", || (disk.calls().iter().filter(|call| call.failed).count() == 2).then_some(()));
     assert_resumed(&gateway, &sandbox);
     let audit = gateway.audit_directory();

@@ -195,14 +195,15 @@ impl<'a> Round<'a> {
             loss.undo(&self.audit);
         }
         if loss.then != Then::Gone {
-            wait_for("service", || (self.gateway.call().outcome() == "succeeded").then_some(()));
+            wait_for("service", || (self.gateway.call_once().outcome() == "succeeded").then_some(()));
         }
         let is_its = |event: &Value| event["event"] == "gap" && event["result"] == loss.result();
         wait_for("the event", || records(&self.audit, "event").iter().any(is_its).then_some(()));
-        let log = self.gateway.log();
         let level = if matches!(loss.then, Then::Back | Then::Gone) { "ERROR" } else { "WARN" };
-        let told = log.lines().filter(|line| line.contains(level) && line.contains("audit")).count();
-        assert!(told >= 1, "{}: {log}", loss.how);
+        let is_told = |line: &str| line.contains(level) && line.contains("audit");
+        wait_for(&format!("the line in the log: {}", loss.how), || {
+            self.gateway.log().lines().any(is_told).then_some(())
+        });
     }
 
     /// The sandbox, when what was in flight has arrived there.

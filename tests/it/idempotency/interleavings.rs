@@ -471,13 +471,6 @@ impl Block {
     }
 }
 
-fn is_readable(stream: &TcpStream) -> bool {
-    stream.set_nonblocking(true).unwrap();
-    let is_readable = stream.peek(&mut [0]).is_ok();
-    stream.set_nonblocking(false).unwrap();
-    is_readable
-}
-
 fn leave(stream: TcpStream, resets: bool) {
     if resets {
         socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
