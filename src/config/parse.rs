@@ -260,7 +260,7 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
 /// The gateway's own certificate: both files, or none.
 fn read_identity(context: &mut Context<'_>, table: &mut Table) -> Option<IdentityFiles> {
     for (name, other) in [("client_cert_file", "client_key_file"), ("client_key_file", "client_cert_file")] {
-        if table.members.contains_key(other) && !table.members.contains_key(name) {
+        if table.seems_given(other) && !table.members.contains_key(name) {
             table.lacks(context, name, format!("is needed for {other}"));
         }
     }

@@ -126,6 +126,8 @@ pub(super) struct Table {
     pub(super) place: Place,
     pub(super) members: BTreeMap<String, Value>,
     known: Vec<&'static str>,
+    /// Of these, those that are there.
+    given: Vec<&'static str>,
     lacking: Vec<&'static str>,
 }
 
@@ -147,7 +149,7 @@ impl Table {
                 BTreeMap::new()
             }
         };
-        Self { path, place, members, known: Vec::new(), lacking: Vec::new() }
+        Self { path, place, members, known: Vec::new(), given: Vec::new(), lacking: Vec::new() }
     }
 
     pub(super) fn key(&self, name: &str) -> String {
@@ -159,8 +161,14 @@ impl Table {
         let key = self.key(name);
         context.asked.push(key.clone());
         let value = self.members.remove(name)?;
+        self.given.push(name);
         context.places.insert(key, value.place.clone());
         Some(value)
+    }
+
+    /// Whether a key is there that was not taken yet, perhaps with a slip in its name.
+    pub(super) fn seems_given(&self, name: &str) -> bool {
+        self.members.keys().any(|key| distance(name, key) <= 1)
     }
 
     /// Something should be here and is not.
@@ -360,11 +368,18 @@ impl Table {
         Some(Found { value: context.folder.join(value), place, key })
     }
 
+    /// The key that somebody probably meant by an unknown one: of those that are not there the nearest, rather one that lacks.
+    fn meant(&self, name: &str) -> Option<&'static str> {
+        let absent = self.known.iter().copied().filter(|known| !self.given.contains(known));
+        let (lacking, optional): (Vec<_>, Vec<_>) = absent.partition(|known| self.lacking.contains(known));
+        nearest(name, lacking.into_iter().chain(optional))
+            .or_else(|| nearest(name, self.known.iter().copied()))
+    }
+
     /// Whatever was not asked for is unknown.
     pub(super) fn close(self, context: &mut Context<'_>) {
         for (name, value) in &self.members {
-            let (lacking, known) = (self.lacking.iter().copied(), self.known.iter().copied());
-            let reason = match nearest(name, lacking).or_else(|| nearest(name, known)) {
+            let reason = match self.meant(name) {
                 Some(meant) => {
                     context.misspelt.insert(self.key(meant));
                     context.doubtful.insert(self.key(meant));
@@ -377,9 +392,10 @@ impl Table {
     }
 }
 
-/// The name that somebody probably meant.
+/// The nearest name that is near enough.
 fn nearest(name: &str, known: impl Iterator<Item = &'static str>) -> Option<&'static str> {
-    let near = known.map(|known| (distance(known, name), known)).min()?;
+    // The first of those that are equally near.
+    let near = known.map(|known| (distance(known, name), known)).min_by_key(|(distance, _)| *distance)?;
     (near.0 <= 1 + near.1.len() / 4).then_some(near.1)
 }
 

@@ -188,6 +188,30 @@ fn five_mistakes_are_five_lines_with_their_places() {
 }
 
 #[test]
+fn misspelt_key_hides_no_other_mistake() {
+    let (folder, text) = shipped("gateway.toml");
+    let files = ["cert", "key"].map(|it| {
+        text.lines().find(|line| line.starts_with(&format!("client_{it}_file"))).unwrap().to_owned()
+    });
+    for (name, misspelt, missing) in [
+        // `operators` is nearer than what lacks.
+        ("operators = ", "operatorxs = ", "operator_id = \"1611917095665261978\""),
+        ("client_key_file = ", "client_kexy_file = ", &files[0]),
+    ] {
+        let wrong = with(&with(&text, name, misspelt), missing, "");
+        let (code, _, error) = check(&folder, &wrong);
+        assert!(code == 78 && error.lines().count() == 2, "{error}");
+        let (unknown, lacks) = (misspelt.trim_end_matches(" = "), missing.split(' ').next().unwrap());
+        let meant = name.trim_end_matches(" = ");
+        assert!(error.contains(&format!(".{unknown}: unknown key; did you mean `{meant}`?")), "{error}");
+        assert!(error.contains(&format!(".{lacks}: is ")), "{error}");
+        // Without that, the misspelling explains what lacks.
+        let (_, _, error) = check(&folder, &with(&text, name, misspelt));
+        assert!(error.lines().count() == 1 && error.contains("unknown key"), "{error}");
+    }
+}
+
+#[test]
 fn what_would_be_dangerous_is_refused() {
     let (folder, text) = shipped("minimal.toml");
     assert_eq!(check(&folder, &text).0, 0, "the control");
