@@ -319,6 +319,7 @@ fn walk(table: &Table, history: &History, row: &Row) -> Row {
 fn observe(table: &Table, history: &History, machine: &Machine, row: &Row, seen: &mut Row) {
     let audit = machine.audit_directory();
     let mut before = segments(&audit);
+    let has_old = !before.is_empty();
     let cut = calls_cut_in_two(&audit);
     let mut gateway = machine.start("30d", true);
     let mut see = |column: &str, value: Value| {
@@ -353,7 +354,6 @@ fn observe(table: &Table, history: &History, machine: &Machine, row: &Row, seen:
         see(column, answer(task, key).into());
     }
     let (removed, filled) = begin_segments(&gateway, &before, row["removed"] == true);
-    let has_old = !before.is_empty();
     see("removed", if has_old { removed.into() } else { "-".into() });
     until_removals_are_over(&gateway);
     let ready = gateway.admin("/readyz");
