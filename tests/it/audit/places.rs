@@ -187,7 +187,7 @@ impl<'a> Round<'a> {
         let name = format!("audit_files_lost_total{{result=\"{}\"}}", loss.result());
         wait_for("the metric", || (metric(&self.gateway, &name) == 1.0).then_some(()));
         if matches!(loss.then, Then::Back | Then::Gone) {
-            assert_refused(&self.gateway, self.sandbox_at_rest());
+            assert_refused(&self.gateway, self.sandbox);
             let ready = self.gateway.admin("/readyz");
             assert!(ready.status == 503 && ready.body.contains("audit"), "{}: {ready:?}", loss.how);
         }
@@ -204,17 +204,6 @@ impl<'a> Round<'a> {
         wait_for(&format!("the line in the log: {}", loss.how), || {
             self.gateway.log().lines().any(is_told).then_some(())
         });
-    }
-
-    /// The sandbox, when what was in flight has arrived there.
-    fn sandbox_at_rest(&self) -> &Sandbox {
-        let mut before = usize::MAX;
-        wait_for("the last request", || {
-            let now = self.sandbox.requests().len();
-            let is_over = std::mem::replace(&mut before, now) == now;
-            is_over.then_some(())
-        });
-        self.sandbox
     }
 
     /// Loses a file while the gateway cannot notice it.
