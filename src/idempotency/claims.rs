@@ -40,6 +40,16 @@ struct Claim {
     state: State,
 }
 
+impl Claim {
+    /// From when on the window of what is queued counts.
+    fn expires_from(&self) -> u32 {
+        match &self.state {
+            State::InFlight { doubt } => doubt.as_ref().map_or(0, |doubt| doubt.since),
+            State::Unknown { .. } | State::Ended { .. } => self.since,
+        }
+    }
+}
+
 #[derive(Debug)]
 enum State {
     /// `doubt` is the call of unknown outcome that this one repeats.
@@ -297,6 +307,11 @@ impl Claims {
         }
     }
 
+    /// Puts the claims into the order in which they expire: a trail may tell of them in another one.
+    pub(super) fn sort(&mut self) {
+        self.slots.sort_queue_by_key(Claim::expires_from);
+    }
+
     fn queue_unless_queued(&mut self, number: Number) {
         if !self.slots.is_queued(number) {
             self.slots.queue(number);
@@ -341,11 +356,7 @@ impl Claims {
     fn expire(&mut self, now: u32) {
         while let Some(number) = self.slots.front() {
             let Some(claim) = self.slots.get_mut(number) else { return };
-            let since = match &claim.state {
-                State::InFlight { doubt } => doubt.as_ref().map_or(0, |doubt| doubt.since),
-                State::Unknown { .. } | State::Ended { .. } => claim.since,
-            };
-            if now.saturating_sub(since) <= self.window {
+            if now.saturating_sub(claim.expires_from()) <= self.window {
                 return;
             }
             match &mut claim.state {
@@ -448,6 +459,25 @@ mod tests {
             Verdict::Unknown(id(6)),
             "forced once"
         );
+    }
+
+    #[test]
+    fn claims_that_were_restored_in_another_order_expire_in_that_of_time() {
+        let mut claims = Claims::new(3, WINDOW);
+        for (key, since) in [(1, 50), (2, 0), (3, 20)] {
+            claims.restore(wanted([key; 16], [0; 16], None), id(key.into()), since);
+            claims.end([key; 16], id(key.into()), ended(), since);
+        }
+        claims.sort();
+        let new = wanted([4; 16], [0; 16], None);
+        for (now, verdict, left) in [
+            (WINDOW, Verdict::Full, 3),
+            (WINDOW + 1, Verdict::Begin { doubt: None }, 2),
+            (WINDOW + 21, Verdict::Begin { doubt: None }, 1),
+            (WINDOW + 51, Verdict::Begin { doubt: None }, 0),
+        ] {
+            assert_eq!((claims.look(new, now), claims.len()), (verdict, left), "{now}");
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 /// Times are in seconds since 1970.
 pub(super) struct DuplicateDetector {
     calls: Table<Mark, SmallVec<[Known; 1]>>,
-    /// When doubts began, in the order in which they came in. A doubt may be gone by then.
+    /// When doubts began, the oldest first. A doubt may be gone by then.
     began: VecDeque<(u32, Mark)>,
     succeeded: Recent,
     /// Doubts by caller.
@@ -240,7 +240,8 @@ impl DuplicateDetector {
             return;
         }
         self.calls.entry(mark).or_default().push(Known { call, state: State::Doubt(doubt) });
-        self.began.push_back((doubt.since, mark));
+        let place = self.began.partition_point(|(since, _)| *since <= doubt.since);
+        self.began.insert(place, (doubt.since, mark));
         self.doubts += 1;
         *self.held.entry(call.caller).or_default() += 1;
     }
@@ -449,6 +450,17 @@ mod tests {
             detector.begin(MARK, call(2, true), Some(id(1)), false, 1).unwrap();
             assert_eq!(detector.begin(MARK, call(3, true), None, false, 1), expected, "{first_has_key}");
         }
+    }
+
+    #[test]
+    fn doubts_that_were_restored_in_another_order_expire_in_that_of_time() {
+        let mut detector = detector(WithoutKey::Guard);
+        for (number, since) in [(1, 50), (2, 0)] {
+            let doubt = Doubt { kind: DoubtKind::Resolved, since };
+            detector.doubt([number; 16], call(number.into(), false), doubt);
+        }
+        begin(&mut detector, 3, WINDOW + 1).unwrap();
+        assert_eq!(detector.doubts, 1);
     }
 
     #[test]

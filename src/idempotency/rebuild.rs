@@ -348,6 +348,7 @@ impl Reading<'_> {
         for (id, reply) in self.replies.newest {
             self.table.replies.insert(id, Arc::new(reply));
         }
+        self.claims.sort();
         let mut meanwhile = self.table.resolved_meanwhile.lock().unwrap_or_else(PoisonError::into_inner);
         let meanwhile = &mut *meanwhile;
         for (call, result) in meanwhile.take().unwrap_or_default() {

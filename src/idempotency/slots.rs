@@ -153,6 +153,21 @@ impl<T> Slots<T> {
         }
     }
 
+    /// Sorts the queue. Of equal entries those that were in front stay there.
+    pub(super) fn sort_queue_by_key<K: Ord>(&mut self, key: impl Fn(&T) -> K) {
+        let mut queue: Vec<_> = self.queued().collect();
+        let key = |slots: &Self, number: u32| slots.slot(number).value.as_ref().map(&key);
+        if !queue.is_sorted_by_key(|number| key(self, *number)) {
+            queue.sort_by_cached_key(|number| key(self, *number));
+            queue.into_iter().for_each(|number| self.queue(Number(number)));
+        }
+    }
+
+    fn queued(&self) -> impl Iterator<Item = u32> {
+        let first = (self.first != NONE).then_some(self.first);
+        std::iter::successors(first, |number| Some(self.slot(*number).link.next).filter(|next| *next != NONE))
+    }
+
     /// Takes an entry out of the queue.
     pub(super) fn unlink(&mut self, number: Number) {
         if !self.is_queued(number) {
@@ -220,6 +235,10 @@ mod tests {
                         queue.retain(|other| *other != key);
                         queue.push_back(key);
                         slots.queue(number);
+                    }
+                    (3, Some(_)) if key == 5 => {
+                        queue.make_contiguous().sort_by_key(|key| all[key] % 3);
+                        slots.sort_queue_by_key(|value| value % 3);
                     }
                     (2, Some(number)) => {
                         queue.retain(|other| *other != key);
