@@ -195,7 +195,9 @@ pub enum Refused {
     )]
     Lost,
     /// The trail is still read.
-    #[error("the keys of earlier calls are still being read; keep the key and call again in a moment")]
+    #[error(
+        "earlier calls are still being read from the audit trail; call again in a moment, with the same key if it has one"
+    )]
     Rebuilding,
 }
 
@@ -249,7 +251,8 @@ enum Step {
 }
 
 impl Idempotency {
-    /// Remembers only what the start found in doubt; keyed calls are refused until [`Idempotency::rebuild`] is over.
+    /// Remembers only what the start found in doubt; calls with a key, and under `block` all calls, are refused until
+    /// [`Idempotency::rebuild`] is over.
     /// `accept_loss` is the word of a loss of the trail that the operator accepts.
     pub fn new(settings: &config::Idempotency, audit: &Audit, accept_loss: Option<String>) -> Self {
         let (window, success_window) = (seconds(settings.window), seconds(settings.fingerprint_window));
@@ -432,6 +435,8 @@ impl Idempotency {
     fn mark(&self, call: Call<'_>, print: Mark, is_keyed: bool) -> Result<Option<Mark>, Refused> {
         match self.without_key {
             WithoutKey::RequireKey if !is_keyed => Err(Refused::NoKey),
+            // Nobody knows yet which calls succeeded.
+            WithoutKey::Block if !self.is_rebuilt.load(Ordering::Acquire) => Err(Refused::Rebuilding),
             WithoutKey::RequireKey | WithoutKey::Off => Ok(None),
             WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {
                 Ok(Some(self.mark_of(call.caller, print)))
@@ -548,7 +553,8 @@ impl Idempotency {
 
     /// Whether no call at all can be taken yet.
     pub fn holds_all_up(&self) -> bool {
-        self.without_key == WithoutKey::RequireKey && !self.is_rebuilt.load(Ordering::Relaxed)
+        matches!(self.without_key, WithoutKey::RequireKey | WithoutKey::Block)
+            && !self.is_rebuilt.load(Ordering::Relaxed)
     }
 
     /// How many keys are remembered.

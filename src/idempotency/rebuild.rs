@@ -426,7 +426,7 @@ mod tests {
         audit::{self, Answer, Permit, RequestId, chain::Hash},
         config::WithoutKey,
         error::Stage,
-        idempotency::{Begun, Call},
+        idempotency::{Begun, Call, Refused},
     };
 
     const OPERATOR: &str = "1611917095665261978";
@@ -538,6 +538,38 @@ mod tests {
             assert_eq!((replay.ending.status, replay.stored.is_some()), (200, has_body), "{number}");
         }
         took
+    }
+
+    /// Under `block` a success refuses an equal call, and nobody knows of one before it is read.
+    #[test]
+    fn under_block_no_call_begins_before_the_trail_is_read() {
+        let folder = TempDir::new().unwrap();
+        let audit = start(folder.path());
+        for (without_key, refused) in [
+            (WithoutKey::Guard, None),
+            (WithoutKey::Warn, None),
+            (WithoutKey::Block, Some(Refused::Rebuilding)),
+        ] {
+            let settings = config::Idempotency { without_key, ..settings() };
+            let table = Arc::new(Idempotency::new(&settings, &audit, None));
+            let (operator, digest) = (HeaderValue::from_static(OPERATOR), audit.keys().digest(b"body"));
+            let (caller, route, id) = ("qa-console", "appointQualityTask", Uuid::from_u128(1).into());
+            let call = Call {
+                caller,
+                is_alone: true,
+                max_keys: None,
+                route,
+                operator: &operator,
+                digest: &digest,
+                id,
+            };
+            let begin =
+                || table.claim(call, table.print(call), None, None).err().map(|refusal| refusal.reason);
+            assert_eq!(begin(), refused, "{without_key:?}");
+            assert_eq!(table.holds_all_up(), refused.is_some(), "{without_key:?}");
+            table.rebuild(&settings, folder.path(), &audit);
+            assert_eq!((begin(), table.holds_all_up()), (None, false), "{without_key:?}");
+        }
     }
 
     /// `reply_memory` has room for so many replies, and not for a million.

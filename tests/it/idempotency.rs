@@ -367,7 +367,7 @@ fn of_a_forgotten_answer_the_result_code_is_kept() {
 }
 
 fn guarded(sandbox: &Sandbox, mode: &str) -> Gateway {
-    start_with(sandbox, Setup::default().set("idempotency.without_key", mode))
+    start_keyed(sandbox, Setup::default().set("idempotency.without_key", mode))
 }
 
 #[test]
