@@ -51,7 +51,7 @@ use crate::{
 };
 use claims::{Claims, Ending, How, Verdict, Wanted};
 pub use delivery::Delivery;
-use duplicates::{Completion, Doubt, DoubtKind, Duplicate, DuplicateDetector, First, Rejection};
+use duplicates::{Completion, Doubt, DoubtKind, Duplicate, DuplicateDetector, First, Forced, Rejection};
 pub use key::BadKey;
 use key::Given;
 
@@ -78,10 +78,18 @@ pub struct Idempotency {
     loss: Mutex<Option<(Loss, u32)>>,
     /// The word of a loss that the operator accepts.
     accept_loss: Option<String>,
-    /// What was resolved while the trail is still read: it is newer than all that is read there. `None` after that.
-    resolved_meanwhile: Mutex<Option<Vec<(UnresolvedCall, Resolution)>>>,
+    /// What came while the trail is still read: it is newer than all that is read there. `None` after that.
+    meanwhile: Mutex<Option<Meanwhile>>,
     /// Bytes of the trail that were read, and that are to be read.
     read: [AtomicU64; 2],
+}
+
+/// What changes claims that are not known yet.
+#[derive(Default)]
+struct Meanwhile {
+    resolved: Vec<(UnresolvedCall, Resolution)>,
+    /// Keys and calls of unknown outcome, and whether another call stands for them.
+    superseded: Vec<(Mark, Uuid, bool)>,
 }
 
 /// One call, checked.
@@ -239,7 +247,7 @@ pub struct Claim {
     /// An equal one that came first; this one is sent all the same.
     first: Option<First>,
     /// The call of unknown outcome that this one repeats.
-    forced: Option<Uuid>,
+    forced: Option<Forced>,
     step: Step,
 }
 
@@ -273,12 +281,13 @@ impl Idempotency {
             is_rebuilt: AtomicBool::new(false),
             loss: Mutex::new(None),
             accept_loss,
-            resolved_meanwhile: Mutex::new(Some(Vec::new())),
+            meanwhile: Mutex::new(Some(Meanwhile::default())),
             read: [AtomicU64::new(0), AtomicU64::new(0)],
         };
         // From now on for a window: what the time between was worth, only a clock could tell.
-        for call in audit.unresolved().calls() {
-            table.restore(call, now());
+        let calls: Vec<_> = audit.unresolved().calls().cloned().collect();
+        for call in calls {
+            table.restore(&call, now());
         }
         table
     }
@@ -287,16 +296,18 @@ impl Idempotency {
     pub fn look(&self, call: Call<'_>, head: &Inbound<'_>) -> Result<Would, Refusal> {
         let Given { key, force } = key::read(head)?;
         let print = self.print(call);
+        let key = key.map(|key| self.key_mark(call, key)).transpose()?;
         if let Some(key) = key {
-            let wanted = self.wanted(call, self.key_mark(call, key)?, print, force);
+            let wanted = self.wanted(call, key, print, force);
             let verdict = self.claims().look(wanted, now());
             self.check_loss(&verdict)?;
+            self.check_superseded(&verdict, call, wanted)?;
             if let Passed::Replay(id, ending) = passed(verdict)? {
                 return Ok(Would::BeReplayed(FirstCall { id, outcome: ending.outcome() }));
             }
         }
         let Some(mark) = self.mark(call, print, key.is_some())? else { return Ok(Would::BeSent(None)) };
-        let duplicate = self.duplicate(call, key.is_some());
+        let duplicate = self.duplicate_of(call.caller, call.id.uuid(), key);
         let first = self.duplicates().look(mark, duplicate, force, call.is_alone, now());
         Ok(Would::BeSent(first.map_err(rejected)?.map(FirstCall::from)))
     }
@@ -325,6 +336,7 @@ impl Idempotency {
             self.check_loss(&verdict)?;
         }
         let verdict = self.claims().claim(wanted, id, now());
+        self.check_superseded(&verdict, call, wanted)?;
         match passed(verdict)? {
             Passed::Begin { doubt } => {
                 let claimed = self.claim(call, print, Some(key), force);
@@ -332,7 +344,7 @@ impl Idempotency {
                     self.claims().end(key, id, How::NotDone, now());
                 }
                 let mut claim = claimed?;
-                claim.forced = claim.forced.or(doubt);
+                claim.forced = claim.forced.or(doubt.map(|id| Forced { id, key: Some(key) }));
                 Ok(Begun::Claim(claim))
             }
             Passed::Replay(first, ending) => {
@@ -356,7 +368,7 @@ impl Idempotency {
         let mark = self.mark(call, print, key.is_some())?;
         let (mut first, mut forced) = (None, None);
         if let Some(mark) = mark {
-            let duplicate = self.duplicate(call, key.is_some());
+            let duplicate = self.duplicate_of(call.caller, call.id.uuid(), key);
             let begun = self.duplicates().begin(mark, duplicate, force, call.is_alone, now());
             (first, forced) = begun.map_err(|rejection| self.refuse(rejection, mark, call))?;
         }
@@ -373,6 +385,22 @@ impl Idempotency {
             Rejection::Duplicate(First::Open(_)) | Rejection::Full => None,
         };
         Refusal { reason: rejected(rejection), delivery }
+    }
+
+    /// A call names the one of its key that is of unknown outcome, though another one repeated that by force: it is told of the
+    /// other one, where that is still open.
+    fn check_superseded(&self, verdict: &Verdict, call: Call<'_>, wanted: Wanted) -> Result<(), Refused> {
+        let Verdict::Unknown(first) = *verdict else { return Ok(()) };
+        if wanted.force == Some(first)
+            && let Some(mark) = self.mark(call, wanted.print, true)?
+        {
+            let duplicate = self.duplicate_of(call.caller, call.id.uuid(), Some(wanted.key));
+            let looked = self.duplicates().look(mark, duplicate, None, true, now());
+            if let Err(rejection @ Rejection::Duplicate(First::Open(_))) = looked {
+                return Err(rejected(rejection));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses a key that is not found while a part of the trail is lost.
@@ -453,12 +481,8 @@ impl Idempotency {
         print
     }
 
-    fn duplicate(&self, call: Call<'_>, is_keyed: bool) -> Duplicate {
-        self.duplicate_of(call.caller, call.id.uuid(), is_keyed)
-    }
-
-    fn duplicate_of(&self, caller: &str, id: Uuid, is_keyed: bool) -> Duplicate {
-        Duplicate { id, is_keyed, caller: self.hash_of(caller) }
+    fn duplicate_of(&self, caller: &str, id: Uuid, key: Option<Mark>) -> Duplicate {
+        Duplicate { id, key, caller: self.hash_of(caller), stands_for_unkeyed: false }
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "half of a hash")]
@@ -488,9 +512,9 @@ impl Idempotency {
 
     /// Takes into account what a person found about a call of unknown outcome; its event is committed.
     pub fn resolve(&self, call: &UnresolvedCall, result: Resolution) {
-        let mut meanwhile = self.resolved_meanwhile.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut meanwhile = self.meanwhile();
         if let Some(meanwhile) = &mut *meanwhile {
-            meanwhile.push((call.clone(), result));
+            meanwhile.resolved.push((call.clone(), result));
         }
         self.resolve_claim(&mut self.claims(), call, result, now());
         self.resolve_duplicate(call, result, now());
@@ -499,7 +523,22 @@ impl Idempotency {
         let first = call.forced.and_then(|first| self.audit.unresolved().get(first).cloned());
         if let Some(first) = first.filter(|_| result == Resolution::NotDone) {
             self.restore(&first, now());
+            if let Some(key) = first.key.as_ref().and_then(|key| parse_hex(key)) {
+                self.set_superseded(key, first.id, first.superseded);
+            }
         }
+    }
+
+    /// Says whether another call stands for one of unknown outcome with a key.
+    fn set_superseded(&self, key: Mark, id: Uuid, superseded: bool) {
+        if let Some(meanwhile) = &mut *self.meanwhile() {
+            meanwhile.superseded.push((key, id, superseded));
+        }
+        self.claims().set_superseded(key, id, superseded);
+    }
+
+    fn meanwhile(&self) -> MutexGuard<'_, Option<Meanwhile>> {
+        self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes what the key of a resolved call stands for, if it has one.
@@ -507,8 +546,7 @@ impl Idempotency {
         let Some(key) = call.key.as_ref().and_then(|key| parse_hex(key)) else { return };
         match (result, call.print.as_ref().and_then(|print| parse_hex(print))) {
             (Resolution::Done, Some(print)) => {
-                let caller =
-                    self.duplicate_of(call.caller.as_deref().unwrap_or_default(), call.id, true).caller;
+                let caller = self.hash_of(call.caller.as_deref().unwrap_or_default());
                 let wanted = Wanted { key, print, caller, share: usize::MAX, force: None };
                 claims.resolve_done(wanted, call.id, now);
             }
@@ -526,7 +564,22 @@ impl Idempotency {
     fn identify(&self, call: &UnresolvedCall) -> Option<(Mark, Duplicate)> {
         let caller = call.caller.as_ref()?;
         let mark = self.mark_of(caller, self.print_of(call)?);
-        Some((mark, self.duplicate_of(caller, call.id, call.key.is_some())))
+        let key = call.key.as_ref().and_then(|key| parse_hex(key));
+        let stands_for_unkeyed = key.is_some() && self.repeats_unkeyed(call);
+        Some((mark, Duplicate { stands_for_unkeyed, ..self.duplicate_of(caller, call.id, key) }))
+    }
+
+    /// Whether a call repeats by force one without a key, or one that does so. What is not on the list may have been such a call.
+    fn repeats_unkeyed(&self, call: &UnresolvedCall) -> bool {
+        let list = self.audit.unresolved();
+        let mut forced = call.forced;
+        while let Some(id) = forced {
+            match list.get(id) {
+                Some(first) if first.key.is_some() => forced = first.forced,
+                _ => return true,
+            }
+        }
+        false
     }
 
     /// The print of an intent. Intents without a key had none in earlier versions.
@@ -649,7 +702,7 @@ impl Claim {
             member(b",\"key\":\"", key);
         }
         member(b",\"print\":\"", &self.print);
-        if let Some(id) = self.forced {
+        if let Some(Forced { id, .. }) = self.forced {
             line.extend_from_slice(format!(",\"forced\":\"{id}\"").as_bytes());
         }
     }
@@ -688,6 +741,12 @@ impl Claim {
             };
             self.table.claims().end(key, self.id, how, now());
         }
+        if let Some(Forced { id, key: Some(key) }) = self.forced
+            && self.key != Some(key)
+            && matches!(outcome, Outcome::Succeeded | Outcome::Unknown | Outcome::Replayed)
+        {
+            self.table.set_superseded(key, id, true);
+        }
         let mark = self.mark?;
         let completion = match outcome {
             Outcome::Succeeded => return Some(self.delivery(mark, names)),
@@ -702,8 +761,8 @@ impl Claim {
 impl Claim {
     fn delivery(&self, mark: Mark, names: Names) -> Delivery {
         let caller = names.caller.as_deref().unwrap_or_default();
-        let call = self.table.duplicate_of(caller, self.id, self.is_keyed());
-        Delivery::of_own_answer(&self.table, mark, (call, self.key), names)
+        let call = self.table.duplicate_of(caller, self.id, self.key);
+        Delivery::of_own_answer(&self.table, mark, call, names)
     }
 }
 

@@ -59,6 +59,8 @@ enum State {
     /// The same of `doubt`.
     Unknown {
         doubt: Option<Box<Doubt>>,
+        /// A call without this key repeated it by force, and stands for it.
+        is_superseded: bool,
     },
     Ended {
         is_success: bool,
@@ -75,11 +77,18 @@ struct Doubt {
     since: u32,
     /// Meanwhile a person found that it is done.
     is_done: bool,
+    /// Meanwhile a call without this key stands for it.
+    is_superseded: bool,
 }
 
 impl Doubt {
+    fn new(id: Uuid, since: u32) -> Self {
+        Self { id, since, is_done: false, is_superseded: false }
+    }
+
     fn state(&self) -> State {
-        if self.is_done { State::RESOLVED } else { State::Unknown { doubt: None } }
+        let Self { is_superseded, .. } = *self;
+        if self.is_done { State::RESOLVED } else { State::Unknown { doubt: None, is_superseded } }
     }
 }
 
@@ -183,7 +192,7 @@ impl Claims {
             let Wanted { key, print, caller, .. } = wanted;
             let known = self.slots.find(&key).and_then(|number| self.slots.get_mut(number));
             if let Some(claim) = known {
-                let doubt = Some(Box::new(Doubt { id: claim.id, since: claim.since, is_done: false }));
+                let doubt = Some(Box::new(Doubt::new(claim.id, claim.since)));
                 (claim.id, claim.since, claim.state) = (id, now, State::InFlight { doubt });
             } else {
                 self.add(
@@ -205,7 +214,9 @@ impl Claims {
         match &claim.state {
             _ if claim.print != print => Verdict::Mismatch(claim.id, self.ending(claim)),
             State::InFlight { .. } => Verdict::InFlight(claim.id),
-            State::Unknown { .. } if force == Some(claim.id) => Verdict::Begin { doubt: force },
+            State::Unknown { is_superseded: false, .. } if force == Some(claim.id) => {
+                Verdict::Begin { doubt: force }
+            }
             State::Unknown { .. } => Verdict::Unknown(claim.id),
             State::Ended { .. } => match self.ending(claim) {
                 Some(ending) => Verdict::Replay(claim.id, ending),
@@ -240,7 +251,7 @@ impl Claims {
         let doubt = doubt.take();
         claim.state = match how {
             How::NotDone => return self.give_back(number, doubt.as_deref(), now),
-            How::Unknown => State::Unknown { doubt },
+            How::Unknown => State::Unknown { doubt, is_superseded: false },
             How::Ended(Ending { is_success, status, result_code, is_resolved }) => {
                 let code = result_code.and_then(|code| self.codes.put(&code));
                 State::Ended { is_success, is_resolved, status, code }
@@ -293,16 +304,26 @@ impl Claims {
         let Some(number) = self.slots.find(&key) else { return };
         let Some(claim) = self.slots.get_mut(number) else { return };
         match &mut claim.state {
-            State::InFlight { doubt } | State::Unknown { doubt }
+            State::InFlight { doubt } | State::Unknown { doubt, .. }
                 if doubt.as_ref().is_some_and(|it| it.id == id) =>
             {
                 *doubt = None;
             }
-            State::Unknown { doubt } if claim.id == id => {
+            State::Unknown { doubt, .. } if claim.id == id => {
                 let doubt = doubt.take();
                 self.give_back(number, doubt.as_deref(), now);
             }
             State::Ended { is_resolved: true, .. } if claim.id == id => self.remove(number),
+            State::InFlight { .. } | State::Unknown { .. } | State::Ended { .. } => {}
+        }
+    }
+
+    /// Whether a call without this key stands for a call of unknown outcome: then that one cannot be repeated by force once more.
+    pub(super) fn set_superseded(&mut self, key: Mark, id: Uuid, superseded: bool) {
+        let Some(claim) = self.slots.find(&key).and_then(|number| self.slots.get_mut(number)) else { return };
+        match &mut claim.state {
+            State::Unknown { is_superseded, .. } if claim.id == id => *is_superseded = superseded,
+            State::InFlight { doubt: Some(doubt) } if doubt.id == id => doubt.is_superseded = superseded,
             State::InFlight { .. } | State::Unknown { .. } | State::Ended { .. } => {}
         }
     }
@@ -326,7 +347,7 @@ impl Claims {
         // Only a doubt of this key: an equal call without it may be what was forced.
         let doubt = before
             .filter(|(known, _)| force == Some(*known))
-            .map(|(id, since)| Box::new(Doubt { id, since, is_done: false }));
+            .map(|(id, since)| Box::new(Doubt::new(id, since)));
         let is_queued = doubt.is_some();
         let claim = Claim { print, id, since, caller, state: State::InFlight { doubt } };
         let Some(number) = known else { return self.add(key, claim) };
@@ -459,6 +480,29 @@ mod tests {
             Verdict::Unknown(id(6)),
             "forced once"
         );
+    }
+
+    #[test]
+    fn what_another_call_stands_for_is_not_forced_once_more() {
+        let (key, print) = ([1; 16], [2; 16]);
+        let mut claims = Claims::new(10, WINDOW);
+        claims.claim(wanted(key, print, None), id(1), 0);
+        claims.end(key, id(1), How::Unknown, 0);
+        let force = Some(id(1));
+        claims.set_superseded(key, id(9), true);
+        assert_eq!(
+            claims.look(wanted(key, print, force), 0),
+            Verdict::Begin { doubt: force },
+            "another call"
+        );
+        claims.set_superseded(key, id(1), true);
+        assert_eq!(claims.claim(wanted(key, print, force), id(2), 0), Verdict::Unknown(id(1)));
+        claims.set_superseded(key, id(1), false);
+        assert_eq!(claims.claim(wanted(key, print, force), id(3), 0), Verdict::Begin { doubt: force });
+        claims.set_superseded(key, id(1), true); // while it is repeated, too
+        claims.end(key, id(3), How::NotDone, 0);
+        assert_eq!(claims.claim(wanted(key, print, force), id(4), 0), Verdict::Unknown(id(1)));
+        assert_eq!(claims.look(wanted(key, print, None), WINDOW + 1), Verdict::Begin { doubt: None });
     }
 
     #[test]

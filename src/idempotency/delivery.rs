@@ -26,8 +26,6 @@ pub struct Delivery {
     mark: Mark,
     /// The call that succeeded.
     call: Duplicate,
-    /// The mark of its `Idempotency-Key`.
-    key: Option<Mark>,
     names: Names,
     step: Step,
 }
@@ -44,20 +42,16 @@ enum Step {
 
 impl Delivery {
     /// Of the answer of the call itself.
-    pub(super) fn of_own_answer(
-        table: &Arc<Idempotency>,
-        mark: Mark,
-        (call, key): (Duplicate, Option<Mark>),
-        names: Names,
-    ) -> Self {
-        Self { table: table.clone(), mark, call, key, names, step: Step::OwnAnswer }
+    pub(super) fn of_own_answer(table: &Arc<Idempotency>, mark: Mark, call: Duplicate, names: Names) -> Self {
+        Self { table: table.clone(), mark, call, names, step: Step::OwnAnswer }
     }
 
     /// Of an answer to `caller` that tells of the success of an equal call.
     pub(super) fn of_other_answer(table: &Arc<Idempotency>, mark: Mark, id: Uuid, caller: Call<'_>) -> Self {
-        let call = table.duplicate_of(caller.caller, id, true);
+        // What else is known of the call, the table tells when the answer is handed over.
+        let call = table.duplicate_of(caller.caller, id, None);
         let names = Names { caller: Some(caller.caller.into()), route: Some(caller.route.into()) };
-        Self { table: table.clone(), mark, call, key: None, names, step: Step::OtherAnswer }
+        Self { table: table.clone(), mark, call, names, step: Step::OtherAnswer }
     }
 
     /// The answer was handed to a connection whose caller is there.
@@ -98,7 +92,7 @@ impl Delivery {
         details.insert("caller".into(), json!(caller));
         details.insert("route".into(), json!(route));
         details.insert("print".into(), json!(hex(print)));
-        if let Some(key) = self.key {
+        if let Some(key) = self.call.key {
             details.insert("key".into(), json!(hex(key)));
         }
         self.table.audit.event(UNDELIVERED, details);
@@ -122,5 +116,51 @@ impl Drop for Delivery {
 impl fmt::Debug for Delivery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Delivery({})", self.call.id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use serde_json::Value;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::{
+        audit::chain::segments,
+        idempotency::rebuild::tests::{start, table},
+    };
+
+    /// A replay tells of a success with a key; it is handed over and cannot be written.
+    #[test]
+    fn undelivered_replay_names_the_key_of_its_call() {
+        let folder = TempDir::new().unwrap();
+        let audit = start(folder.path());
+        let table = table(&audit);
+        let (mark, id, key) = ([1; 16], Uuid::from_u128(1), Some([7; 16]));
+        let known = table.duplicate_of("qa-console", id, key);
+        let doubt = Doubt { kind: DoubtKind::Undelivered, since: now() };
+        table.duplicates().doubt(mark, known, doubt);
+        let (operator, digest) = (HeaderValue::from_static("1"), audit.keys().digest(b"body"));
+        let caller = Call {
+            caller: "qa-console",
+            is_alone: true,
+            max_keys: None,
+            route: "appointQualityTask",
+            operator: &operator,
+            digest: &digest,
+            id: Uuid::from_u128(2).into(),
+        };
+        let mut delivery = Delivery::of_other_answer(&table, mark, id, caller);
+        delivery.hand_over();
+        delivery.fail();
+        audit.close();
+        let trail = std::fs::read_to_string(&segments(folder.path()).unwrap()[0]).unwrap();
+        let mut events = trail.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let last = events.rfind(|event| event["event"] == UNDELIVERED).unwrap();
+        assert_eq!(
+            (&last["id"], &last["key"]),
+            (&RequestId::from(id).as_str().into(), &"07".repeat(16).into())
+        );
     }
 }

@@ -42,10 +42,30 @@ pub(super) struct DuplicateDetector {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Duplicate {
     pub(super) id: Uuid,
-    /// It has an `Idempotency-Key`.
-    pub(super) is_keyed: bool,
+    /// The mark of its `Idempotency-Key`.
+    pub(super) key: Option<Mark>,
     /// The caller, hashed.
     pub(super) caller: u32,
+    /// It repeats a doubt of a call without a key by force: while it is in doubt itself, so is that one.
+    pub(super) stands_for_unkeyed: bool,
+}
+
+impl Duplicate {
+    /// Whether a call is one of all: not of those alone that its key stands for.
+    pub(super) fn is_unkeyed(&self) -> bool {
+        self.key.is_none() || self.stands_for_unkeyed
+    }
+
+    /// Whether two calls with equal bodies are compared: two different keys say that both are meant, and for one key the claim
+    /// on it decides.
+    fn is_compared_with(&self, call: &Self) -> bool {
+        self.is_unkeyed() || call.key.is_none()
+    }
+
+    /// Whether another call can mean to repeat this one.
+    fn can_be_forced_by(&self, call: &Self) -> bool {
+        self.is_compared_with(call) || self.key == call.key
+    }
 }
 
 #[derive(Debug)]
@@ -97,6 +117,14 @@ pub(super) enum First {
     Succeeded(Uuid),
 }
 
+/// A call that another one repeats by force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Forced {
+    pub(super) id: Uuid,
+    /// The mark of its `Idempotency-Key`.
+    pub(super) key: Option<Mark>,
+}
+
 /// Why a call may not be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rejection {
@@ -118,7 +146,7 @@ impl DuplicateDetector {
     }
 
     /// Admits a call that is to be sent and remembers it as at work. Returns an equal call that came first, if this one
-    /// may be sent all the same, and the doubt that it repeats. `force` is the call that it means to repeat; `is_alone`:
+    /// may be sent all the same, and what it repeats by force. `force` is the call that it means to repeat; `is_alone`:
     /// there is no other caller.
     pub(super) fn begin(
         &mut self,
@@ -127,20 +155,27 @@ impl DuplicateDetector {
         force: Option<Uuid>,
         is_alone: bool,
         now: u32,
-    ) -> Result<(Option<First>, Option<Uuid>), Rejection> {
+    ) -> Result<(Option<First>, Option<Forced>), Rejection> {
         self.expire(now);
         let first = self.look(mark, call, force, is_alone, now)?;
-        let forced = force.filter(|force| self.is_known(mark, *force));
-        let supersedes = self.take_forced(mark, force, now).map(Box::new);
-        let known = Known { call, state: State::AtWork { supersedes } };
+        let forced = force.and_then(|force| self.forced(mark, force, &call));
+        let supersedes = forced.as_ref().and_then(|forced| self.take_forced(mark, forced, now)).map(Box::new);
+        let stands_for_unkeyed =
+            call.key.is_some() && supersedes.as_ref().is_some_and(|doubt| doubt.0.is_unkeyed());
+        let known =
+            Known { call: Duplicate { stands_for_unkeyed, ..call }, state: State::AtWork { supersedes } };
         self.calls.entry(mark).or_default().push(known);
         Ok((first, forced))
     }
 
-    /// Whether an equal call has this id and is over.
-    fn is_known(&self, mark: Mark, id: Uuid) -> bool {
-        let success = self.succeeded.get(&mark).is_some_and(|call| call.id == id);
-        success || self.holds(mark, id)
+    /// The equal call that another one repeats by force: one that is over, and that can stand in its way.
+    fn forced(&self, mark: Mark, force: Uuid, call: &Duplicate) -> Option<Forced> {
+        let success = self.succeeded.get(&mark).filter(|success| call.key.is_none() && success.id == force);
+        if success.is_some() {
+            return Some(Forced { id: force, key: None });
+        }
+        let known = self.calls.get(&mark)?.iter().find(|known| known.call.id == force)?;
+        known.call.can_be_forced_by(call).then_some(Forced { id: force, key: known.call.key })
     }
 
     /// What [`Self::begin`] would decide. Remembers nothing.
@@ -174,11 +209,7 @@ impl DuplicateDetector {
         for known in self.calls.get(&mark).into_iter().flatten() {
             let is_forced = force == Some(known.call.id);
             match known.state {
-                // Until a forced call is over, the call that it repeats is in doubt as before.
-                State::AtWork { supersedes: Some(ref doubt) } if !(doubt.0.is_keyed && call.is_keyed) => {
-                    open = Some(known.call.id);
-                }
-                _ if known.call.is_keyed && call.is_keyed => {}
+                _ if !known.call.is_compared_with(&call) => {}
                 State::AtWork { .. } => open = Some(known.call.id),
                 State::Doubt(doubt) if is_forced || is_old(doubt.since, now, self.window) => {}
                 State::Doubt(Doubt { kind: DoubtKind::Unknown, .. }) => {
@@ -190,7 +221,7 @@ impl DuplicateDetector {
             }
         }
         let succeeded = || {
-            let success = self.succeeded.get(&mark).filter(|_| !call.is_keyed)?;
+            let success = self.succeeded.get(&mark).filter(|_| call.key.is_none())?;
             let counts = !is_old(success.since, now, self.success_window) && force != Some(success.id);
             counts.then_some(success.id)
         };
@@ -203,14 +234,12 @@ impl DuplicateDetector {
     }
 
     /// Takes the doubt out that a call repeats by force: from now on the new call stands for it.
-    fn take_forced(&mut self, mark: Mark, force: Option<Uuid>, now: u32) -> Option<(Duplicate, Doubt)> {
-        let force = force?;
-        let calls = self.calls.get(&mark)?;
-        let doubt = calls.iter().find_map(|known| match known.state {
-            State::Doubt(doubt) if known.call.id == force => Some((known.call, doubt)),
+    fn take_forced(&mut self, mark: Mark, forced: &Forced, now: u32) -> Option<(Duplicate, Doubt)> {
+        let doubt = self.calls.get(&mark)?.iter().find_map(|known| match known.state {
+            State::Doubt(doubt) if known.call.id == forced.id => Some((known.call, doubt)),
             State::Doubt(_) | State::AtWork { .. } => None,
         })?;
-        self.forget(mark, force);
+        self.forget(mark, forced.id);
         (!is_old(doubt.1.since, now, self.window)).then_some(doubt)
     }
 
@@ -248,7 +277,7 @@ impl DuplicateDetector {
 
     /// Remembers a success whose caller knows of it.
     pub(super) fn succeed(&mut self, mark: Mark, call: Duplicate, since: u32) {
-        if !call.is_keyed && self.is_on() {
+        if call.key.is_none() && self.is_on() {
             self.succeeded.push(mark, call.id, since);
         }
     }
@@ -354,8 +383,14 @@ mod tests {
         Uuid::from_u128(number)
     }
 
+    /// Each call with a key has one of its own.
     fn call(number: u128, is_keyed: bool) -> Duplicate {
-        Duplicate { id: id(number), is_keyed, caller: 1 }
+        let key = is_keyed.then(|| number.to_be_bytes());
+        Duplicate { id: id(number), key, caller: 1, stands_for_unkeyed: false }
+    }
+
+    fn forced(number: u128) -> Option<Forced> {
+        Some(Forced { id: id(number), key: None })
     }
 
     fn detector(mode: WithoutKey) -> DuplicateDetector {
@@ -428,11 +463,11 @@ mod tests {
             };
             let refused = |first| Err(Rejection::Duplicate(first));
             assert_eq!(force(&mut detector, 2, 9), refused(first(id(1))), "another id");
-            assert_eq!(force(&mut detector, 2, 1), Ok((None, Some(id(1)))));
+            assert_eq!(force(&mut detector, 2, 1), Ok((None, forced(1))));
             assert_eq!(force(&mut detector, 3, 1), refused(First::Open(id(2))), "at work");
             detector.end(MARK, id(2), Completion::NotDone, 1);
             assert_eq!(force(&mut detector, 4, 9), refused(first(id(1))), "the doubt is back");
-            assert_eq!(force(&mut detector, 5, 1), Ok((None, Some(id(1)))));
+            assert_eq!(force(&mut detector, 5, 1), Ok((None, forced(1))));
             detector.end(MARK, id(5), UNKNOWN, 1);
             assert_eq!(force(&mut detector, 6, 1), refused(First::Open(id(5))), "forced once");
             assert_eq!(detector.doubts, 1);
@@ -453,6 +488,46 @@ mod tests {
     }
 
     #[test]
+    fn forced_call_with_a_key_stands_for_a_doubt_without_one_while_it_is_in_doubt() {
+        let mut detector = detector(WithoutKey::Guard);
+        begin(&mut detector, 1, 0).unwrap();
+        detector.end(MARK, id(1), UNKNOWN, 0);
+        let keyed = |detector: &mut DuplicateDetector, number, force: Option<u128>| {
+            detector.begin(MARK, call(number, true), force.map(id), false, 1).map(|(first, _)| first)
+        };
+        let refused = |number| Err(Rejection::Duplicate(First::Open(id(number))));
+        keyed(&mut detector, 2, Some(1)).unwrap();
+        detector.end(MARK, id(2), UNKNOWN, 1);
+        assert_eq!(keyed(&mut detector, 3, None), refused(2));
+        assert_eq!(keyed(&mut detector, 3, Some(1)), refused(2), "the first one is superseded");
+        // What is repeated so may be repeated by a third key, and goes on to guard.
+        keyed(&mut detector, 4, Some(2)).unwrap();
+        detector.end(MARK, id(4), UNKNOWN, 1);
+        assert_eq!(keyed(&mut detector, 5, None), refused(4));
+        keyed(&mut detector, 6, Some(4)).unwrap();
+        detector.end(MARK, id(6), Completion::Succeeded, 1);
+        assert_eq!(keyed(&mut detector, 7, None), Ok(None), "nothing is in doubt");
+    }
+
+    #[test]
+    fn a_call_of_another_key_is_not_forced() {
+        let mut detector = detector(WithoutKey::Guard);
+        detector.begin(MARK, call(1, true), None, false, 0).unwrap();
+        detector.end(MARK, id(1), UNKNOWN, 0);
+        assert_eq!(detector.begin(MARK, call(2, true), Some(id(1)), false, 0), Ok((None, None)));
+        detector.end(MARK, id(2), Completion::Succeeded, 0);
+        assert_eq!(begin(&mut detector, 3, 0), Err(Rejection::Duplicate(First::Open(id(1)))), "as before");
+        let mut detector = self::detector(WithoutKey::Block);
+        begin(&mut detector, 1, 0).unwrap();
+        detector.end(MARK, id(1), Completion::Succeeded, 0);
+        assert_eq!(
+            detector.begin(MARK, call(2, true), Some(id(1)), false, 0),
+            Ok((None, None)),
+            "no refusal"
+        );
+    }
+
+    #[test]
     fn doubts_that_were_restored_in_another_order_expire_in_that_of_time() {
         let mut detector = detector(WithoutKey::Guard);
         for (number, since) in [(1, 50), (2, 0)] {
@@ -468,7 +543,7 @@ mod tests {
         let mut detector = detector(WithoutKey::Block);
         begin(&mut detector, 1, 0).unwrap();
         detector.end(MARK, id(1), Completion::Succeeded, 0);
-        assert_eq!(detector.begin(MARK, call(2, false), Some(id(1)), false, 0), Ok((None, Some(id(1)))));
+        assert_eq!(detector.begin(MARK, call(2, false), Some(id(1)), false, 0), Ok((None, forced(1))));
     }
 
     #[test]
@@ -476,7 +551,9 @@ mod tests {
         let mut detector = detector(WithoutKey::Guard);
         detector.begin(MARK, call(1, true), None, false, 0).unwrap();
         detector.end(MARK, id(1), UNKNOWN, 0);
-        assert_eq!(detector.begin(MARK, call(2, true), Some(id(1)), false, 0), Ok((None, Some(id(1)))));
+        let key = call(1, true).key;
+        let again = detector.begin(MARK, Duplicate { key, ..call(2, true) }, Some(id(1)), false, 0);
+        assert_eq!(again, Ok((None, Some(Forced { id: id(1), key }))));
         detector.end(MARK, id(2), Completion::Succeeded, 0);
         assert_eq!(begin(&mut detector, 3, 0), Ok(None));
     }
@@ -510,7 +587,7 @@ mod tests {
         let mut detector = detector(WithoutKey::Guard);
         let mark = |number: usize| (number as u128).to_be_bytes();
         let doubt = Doubt { kind: DoubtKind::Unknown, since: 0 };
-        let of = |caller, number: usize| Duplicate { id: id(number as u128), is_keyed: false, caller };
+        let of = |caller, number: usize| Duplicate { caller, ..call(number as u128, false) };
         for number in 0..MAX_DOUBTS / 2 {
             detector.doubt(mark(number), of(1, number), doubt);
         }

@@ -12,7 +12,7 @@ use std::{
     panic::resume_unwind,
     path::{Path, PathBuf},
     sync::{
-        Arc, PoisonError,
+        Arc,
         atomic::Ordering,
         mpsc::{self, SyncSender},
     },
@@ -25,7 +25,7 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use super::{
-    Idempotency,
+    Idempotency, Meanwhile,
     claims::{Claims, Ending, How, Wanted},
     now, seconds, weigh,
 };
@@ -349,9 +349,17 @@ impl Reading<'_> {
             self.table.replies.insert(id, Arc::new(reply));
         }
         self.claims.sort();
-        let mut meanwhile = self.table.resolved_meanwhile.lock().unwrap_or_else(PoisonError::into_inner);
-        let meanwhile = &mut *meanwhile;
-        for (call, result) in meanwhile.take().unwrap_or_default() {
+        let mut meanwhile = self.table.meanwhile();
+        let Meanwhile { resolved, superseded } = meanwhile.take().unwrap_or_default();
+        for call in self.table.audit.unresolved().unknown().filter(|call| call.superseded) {
+            if let Some(key) = call.key.as_ref().and_then(|key| parse_hex(key)) {
+                self.claims.set_superseded(key, call.id, true);
+            }
+        }
+        for (key, id, superseded) in superseded {
+            self.claims.set_superseded(key, id, superseded);
+        }
+        for (call, result) in resolved {
             self.table.resolve_claim(&mut self.claims, &call, result, now());
             self.resolved.remove(&call.id);
         }
@@ -413,7 +421,7 @@ fn unix(time: &str) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::Instant;
 
     use http::HeaderValue;
@@ -441,7 +449,7 @@ mod tests {
         }
     }
 
-    fn start(directory: &Path) -> Audit {
+    pub(in super::super) fn start(directory: &Path) -> Audit {
         let options = audit::Options {
             segment_size: 64 << 20,
             queue: 16 * 1024,
@@ -451,7 +459,7 @@ mod tests {
         Audit::start(&options, audit::Metrics::new(&Registry::new()).unwrap()).unwrap()
     }
 
-    fn table(audit: &Audit) -> Arc<Idempotency> {
+    pub(in super::super) fn table(audit: &Audit) -> Arc<Idempotency> {
         Arc::new(Idempotency::new(&settings(), audit, None))
     }
 

@@ -336,6 +336,98 @@ fn forced_duplicate_is_sent_once_with_and_without_a_key() {
     }
 }
 
+/// The next calls meet these faults, or none.
+fn lose(sandbox: &Sandbox, times: usize) {
+    faults(sandbox, json!({ "business": [{ "instead": "reset", "times": times }] }));
+}
+
+/// The first body under test, with these headers.
+fn call(gateway: &Gateway, headers: &str) -> Reply {
+    gateway.send(&head(body(1).len(), headers), &body(1))
+}
+
+/// The same trail, in a new process.
+fn restarted(sandbox: &Sandbox, gateway: Gateway) -> Gateway {
+    let setup = Setup::default().set("idempotency.without_key", "guard");
+    start_ready(sandbox, Setup { folder: Some(gateway.kill()), ..setup })
+}
+
+/// Waits until as many outcomes are on record.
+fn until_on_record(gateway: &Gateway, count: usize) {
+    gateway.records("outcome", count);
+}
+
+#[test]
+fn a_doubt_is_forced_once_with_its_key_or_without_one() {
+    for is_lost in [false, true] {
+        let sandbox = sandbox();
+        let gateway = guarded(&sandbox, "guard");
+        lose(&sandbox, 1 + usize::from(is_lost));
+        let first = call(&gateway, KEY_A);
+        let successor = call(&gateway, &force(id(&first)));
+        let outcome = if is_lost { "unknown" } else { "succeeded" };
+        assert_eq!((first.outcome(), successor.outcome()), ("unknown", outcome), "{successor:?}");
+        faults(&sandbox, json!({}));
+        until_on_record(&gateway, 3);
+        // Of a successor that is open the call is told; one that succeeded leaves the doubt of the key as it is.
+        let expected = match is_lost {
+            false => ("outcome_unknown", id(&first)),
+            true => ("duplicate_suspected", id(&successor)),
+        };
+        let again = |gateway: &Gateway| {
+            let again = call(gateway, &(KEY_A.to_owned() + &force(id(&first))));
+            assert_eq!((again.status, again.outcome()), (409, "unknown"), "{again:?}");
+            assert_eq!((again.code(), first_id(&again)), expected, "{again:?}");
+        };
+        again(&gateway);
+        let rehearsed = rehearse(&gateway, &(KEY_A.to_owned() + &force(id(&first))), &body(1));
+        assert_eq!((rehearsed.code(), first_id(&rehearsed)), expected, "{rehearsed:?}");
+        again(&restarted(&sandbox, gateway));
+        assert_eq!(sandbox.requests().len(), 3);
+    }
+}
+
+#[test]
+fn a_doubt_without_a_key_guards_while_its_repetition_with_a_key_is_in_doubt() {
+    let sandbox = sandbox();
+    let gateway = guarded(&sandbox, "guard");
+    lose(&sandbox, 2);
+    let first = call(&gateway, "");
+    let successor = call(&gateway, &(KEY_A.to_owned() + &force(id(&first))));
+    assert_eq!((first.outcome(), successor.outcome()), ("unknown", "unknown"));
+    assert_suspected(&call(&gateway, KEY_B), id(&successor), "unknown", "check-first");
+    until_on_record(&gateway, 3);
+    let gateway = restarted(&sandbox, gateway);
+    assert_suspected(&call(&gateway, KEY_B), id(&successor), "unknown", "check-first");
+    assert_eq!(sandbox.requests().len(), 3);
+    let last = call(&gateway, &(KEY_B.to_owned() + &force(id(&successor))));
+    assert_eq!((last.outcome(), sandbox.requests().len()), ("succeeded", 4), "{last:?}");
+    let other = call(&gateway, "idempotency-key: c\r\n");
+    assert_eq!(
+        (other.outcome(), sandbox.requests().len()),
+        ("succeeded", 5),
+        "nothing is in doubt: {other:?}"
+    );
+}
+
+#[test]
+fn a_call_of_another_key_is_not_repeated_by_force() {
+    let sandbox = sandbox();
+    let gateway = guarded(&sandbox, "guard");
+    lose(&sandbox, 1);
+    let first = call(&gateway, KEY_A);
+    let other = call(&gateway, &(KEY_B.to_owned() + &force(id(&first))));
+    assert_eq!((first.outcome(), other.outcome()), ("unknown", "succeeded"), "{other:?}");
+    let intent = gateway.records("intent", 3).pop().unwrap();
+    assert!(intent["id"] == id(&other) && intent["forced"].is_null(), "{intent}");
+    assert_suspected(&call(&gateway, ""), id(&first), "unknown", "check-first");
+    until_on_record(&gateway, 3);
+    let gateway = restarted(&sandbox, gateway);
+    assert_suspected(&call(&gateway, ""), id(&first), "unknown", "check-first");
+    let again = call(&gateway, &(KEY_A.to_owned() + &force(id(&first))));
+    assert_eq!((again.outcome(), sandbox.requests().len()), ("succeeded", 4), "the control: {again:?}");
+}
+
 #[test]
 fn forced_duplicate_of_an_undelivered_success_is_sent() {
     for key in ["", KEY_A] {
