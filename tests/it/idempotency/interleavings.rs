@@ -227,8 +227,10 @@ impl Block {
     fn new_call(&mut self, subject: usize) -> Call {
         self.calls += 1;
         let key = [None, None, Some('A'), Some('A'), Some('B')][self.random.below(5) as usize];
-        let ids = self.subjects[subject].model.ids();
-        let is_forced = !ids.is_empty() && self.random.is_one_in(5);
+        let model = &self.subjects[subject].model;
+        let (ids, forced_before) = (model.ids(), model.forced_ids());
+        let is_forced = !ids.is_empty() && self.random.is_one_in(3);
+        let ids = if !forced_before.is_empty() && self.random.is_one_in(3) { forced_before } else { ids };
         let force = is_forced.then(|| ids[self.random.below(ids.len() as u64) as usize].clone());
         Call { number: self.calls, key, force }
     }

@@ -91,6 +91,15 @@ pub(super) struct Past {
     ends: States,
     /// What its caller was told that it came to.
     told: Option<Ended>,
+    /// Whether it repeats by force a doubt without a key, so that it guards against other keys, too.
+    stands: Stands,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stands {
+    No,
+    Maybe,
+    Surely,
 }
 
 /// What is known of the calls with one body.
@@ -115,16 +124,32 @@ impl Past {
         self.call.key.is_some() && self.call.key == call.key
     }
 
-    /// Whether bodies are compared: not if both have keys.
+    /// Whether bodies are compared: not if both have keys, unless one stands for a call without.
     fn is_compared_with(&self, call: &Call) -> bool {
-        self.call.key.is_none() || call.key.is_none()
+        self.call.key.is_none() || call.key.is_none() || self.stands == Stands::Surely
+    }
+
+    fn may_be_compared_with(&self, call: &Call) -> bool {
+        self.is_compared_with(call) || self.stands == Stands::Maybe
+    }
+
+    /// What a call with a key that repeats this one by force stands for.
+    fn stood_for(&self) -> Stands {
+        let is_doubt = self.may & (UNKNOWN | UNDELIVERED) > 0;
+        let is_sure = self.may & !(UNKNOWN | UNDELIVERED) == 0;
+        match (self.call.key, self.stands) {
+            _ if !is_doubt => Stands::No,
+            (None, _) | (_, Stands::Surely) if is_sure => Stands::Surely,
+            (Some(_), Stands::No) => Stands::No,
+            _ => Stands::Maybe,
+        }
     }
 
     /// In which states it lets a call be sent. `is_youngest`: no later success is sure.
     fn passing(&self, call: &Call, mode: Mode, is_youngest: bool) -> States {
         let forced = self.is_forced_by(call);
         if self.has_key_of(call) {
-            return GONE | if forced { UNKNOWN | KEY_UNKNOWN } else { 0 };
+            return GONE | if forced { UNKNOWN } else { 0 };
         }
         if !self.is_compared_with(call) || mode == Mode::Warn {
             return u8::MAX;
@@ -137,7 +162,7 @@ impl Past {
 
     /// In which states it explains an answer.
     fn explains(&self, call: &Call, said: &Said, mode: Mode) -> States {
-        let compared = self.is_compared_with(call) && mode != Mode::Warn;
+        let compared = self.may_be_compared_with(call) && mode != Mode::Warn;
         let keyed = self.has_key_of(call);
         let both_without = self.call.key.is_none() && call.key.is_none();
         match said {
@@ -145,7 +170,6 @@ impl Past {
             Said::Replayed { is_success: false, .. } if keyed => FAILED,
             Said::InProgress(_) if keyed => AT_WORK,
             Said::OutcomeUnknown(_) if keyed => UNKNOWN | KEY_UNKNOWN,
-            Said::Duplicate(_) if self.call.force.is_some() && mode != Mode::Warn && !compared => AT_WORK,
             Said::Duplicate(_) if compared && self.is_forced_by(call) => AT_WORK | TAKING,
             Said::Duplicate(_) if compared => AT_WORK | UNKNOWN | TAKING,
             Said::Done(_) if compared && !self.is_forced_by(call) => {
@@ -215,6 +239,11 @@ impl Model {
         self.0.iter().filter_map(|past| past.id.clone()).collect()
     }
 
+    /// What calls meant to repeat.
+    pub(super) fn forced_ids(&self) -> Vec<String> {
+        self.0.iter().filter_map(|past| past.call.force.clone()).collect()
+    }
+
     /// Whether no call can be at work.
     pub(super) fn is_quiet(&self) -> bool {
         self.0.iter().all(|past| past.may & AT_WORK == 0)
@@ -240,7 +269,10 @@ impl Model {
     }
 
     fn add(&mut self, call: Call, mode: Mode, ends: &[Ended]) -> &mut Past {
-        let mut past = Past { call, mode, id: None, may_be_sent: false, may: GONE, ends: 0, told: None };
+        let stands = call.force.as_deref().and_then(|force| self.place(force));
+        let stands = stands.map_or(Stands::No, |first| self.0[first].stood_for());
+        let (id, told) = (None, None);
+        let mut past = Past { call, mode, id, may_be_sent: false, may: GONE, ends: 0, told, stands };
         past.ends = ends.iter().map(|end| past.state(*end)).fold(0, |all, state| all | state);
         self.0.push(past);
         self.0.last_mut().unwrap()
@@ -327,10 +359,14 @@ impl Model {
         let Some(place) = force.and_then(|force| self.place(force)) else { return };
         let past = &mut self.0[place];
         let has_its_key = own.as_ref().is_some_and(|own| past.has_key_of(own));
-        let is_compared = own.is_some_and(|own| past.is_compared_with(&own));
+        let is_compared = own.as_ref().is_some_and(|own| past.is_compared_with(own));
+        let may_be_forced = has_its_key || own.is_some_and(|own| past.may_be_compared_with(&own));
+        // What does not stand in the way of a call is not repeated by it.
+        if !may_be_forced {
+            return;
+        }
         let doubts = past.may & (UNKNOWN | UNDELIVERED | KEY_UNKNOWN);
         let stands = past.without_doubt(has_its_key);
-        // Whether a force among two different keys ends the doubt, no rule says.
         past.may =
             if is_sure && (is_compared || has_its_key) { past.may & !doubts } else { past.may } | stands;
     }
@@ -343,17 +379,17 @@ impl Model {
         mode: Mode,
     ) {
         let earlier = self.0.len();
-        for (call, answer) in &calls {
-            match answer {
-                None => self.left(call.clone(), &[ends, &[Ended::Refused]].concat(), mode),
-                Some((_, Said::Done(first) | Said::Replayed { first, .. })) => {
-                    if let Some(place) = self.place(first).filter(|place| *place < earlier) {
-                        let past = &mut self.0[place];
-                        past.may |= if past.may & UNDELIVERED > 0 { SUCCEEDED } else { 0 };
-                    }
-                }
-                Some(_) => {}
+        // Who is told of a success ends the doubt of the others, of those without an answer, too.
+        for (_, answer) in &calls {
+            if let Some((_, Said::Done(first) | Said::Replayed { first, .. })) = answer
+                && let Some(place) = self.place(first)
+            {
+                let past = &mut self.0[place];
+                past.may |= if past.may & UNDELIVERED > 0 { SUCCEEDED } else { 0 };
             }
+        }
+        for (call, _) in calls.iter().filter(|(_, answer)| answer.is_none()) {
+            self.left(call.clone(), &[ends, &[Ended::Refused]].concat(), mode);
         }
         // Forced calls first: what they repeat no longer stands in the way of the others.
         let is_sent = |said: &Said| matches!(said, Said::Sent(_));
@@ -465,6 +501,9 @@ impl Model {
                     self.place(force).filter(|first| self.0[*first].may & (UNKNOWN | UNDELIVERED) > 0)
             {
                 let has_its_key = self.0[first].has_key_of(&call);
+                if !has_its_key && !self.0[first].may_be_compared_with(&call) {
+                    continue;
+                }
                 self.0[first].may |= self.0[first].without_doubt(has_its_key);
             }
         }
@@ -477,6 +516,19 @@ fn with_doubt() -> Model {
     let call = Call { number: 1, key: None, force: None };
     model.answered(call, "first", &Said::Sent(Ended::Unknown), &[Ended::Unknown], Mode::Block, false);
     model
+}
+
+#[test]
+fn call_without_an_answer_is_sent_once_another_was_told_of_the_success() {
+    let mut model = Model::default();
+    model.left(Call { number: 1, key: None, force: None }, &[Ended::Succeeded], Mode::Guard);
+    model.pasts().next().unwrap().id = Some("first".into());
+    model.is_undelivered(1);
+    let keyed = Call { number: 2, key: Some('A'), force: None };
+    let told =
+        (Call { number: 3, key: None, force: None }, Some(("third".to_owned(), Said::Done("first".into()))));
+    model.answered_together(vec![(keyed, None), told], &[Ended::Unknown], Mode::Guard);
+    assert!(model.pasts().find(|past| past.call.number == 2).unwrap().may_be_sent);
 }
 
 #[test]
