@@ -246,8 +246,8 @@ pub struct Claim {
     key: Option<Mark>,
     /// An equal one that came first; this one is sent all the same.
     first: Option<First>,
-    /// The call of unknown outcome that this one repeats.
-    forced: Option<Forced>,
+    /// The call of unknown outcome that this one repeats; there seldom is one.
+    forced: Option<Box<Forced>>,
     step: Step,
 }
 
@@ -344,7 +344,9 @@ impl Idempotency {
                     self.claims().end(key, id, How::NotDone, now());
                 }
                 let mut claim = claimed?;
-                claim.forced = claim.forced.or(doubt.map(|id| Forced { id, key: Some(key) }));
+                if let Some(id) = doubt.filter(|_| claim.forced.is_none()) {
+                    claim.forced = Some(Box::new(Forced { id, key: Some(key) }));
+                }
                 Ok(Begun::Claim(claim))
             }
             Passed::Replay(first, ending) => {
@@ -373,6 +375,7 @@ impl Idempotency {
             (first, forced) = begun.map_err(|rejection| self.refuse(rejection, mark, call))?;
         }
         let (table, id) = (self.clone(), call.id.uuid());
+        let forced = forced.map(Box::new);
         Ok(Claim { table, id, print, mark, key, first, forced, step: Step::Claimed })
     }
 
@@ -702,7 +705,7 @@ impl Claim {
             member(b",\"key\":\"", key);
         }
         member(b",\"print\":\"", &self.print);
-        if let Some(Forced { id, .. }) = self.forced {
+        if let Some(Forced { id, .. }) = self.forced.as_deref() {
             line.extend_from_slice(format!(",\"forced\":\"{id}\"").as_bytes());
         }
     }
@@ -741,7 +744,7 @@ impl Claim {
             };
             self.table.claims().end(key, self.id, how, now());
         }
-        if let Some(Forced { id, key: Some(key) }) = self.forced
+        if let Some(&Forced { id, key: Some(key) }) = self.forced.as_deref()
             && self.key != Some(key)
             && matches!(outcome, Outcome::Succeeded | Outcome::Unknown | Outcome::Replayed)
         {
