@@ -17,7 +17,7 @@ use ccsqm_gateway::sandbox::Sandbox;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::support::*;
+use crate::{outcomes::triggers::hold, support::*};
 
 fn faults(sandbox: &Sandbox, business: Value) {
     sandbox.faults(serde_json::from_value(json!({ "business": business })).unwrap()).unwrap();
@@ -249,10 +249,8 @@ fn killed_in_the_middle_of_a_call_it_knows_that_it_does_not_know() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     faults(&sandbox, json!([{ "times": 1, "delay_ms": 60_000 }]));
-    let mut stream = TcpStream::connect(gateway.address).unwrap();
-    stream.write_all((head(BODY.len(), &key("k")) + BODY).as_bytes()).unwrap();
-    wait_for("the upstream", || (sent(&sandbox) == 1).then_some(()));
-    let intent = gateway.records("intent", 1).remove(0);
+    let _held = hold(&sandbox, &gateway, &key("k"), BODY);
+    let intent = gateway.records("intent", 1).pop().unwrap();
     let gateway = start_keyed(&sandbox, Setup { folder: Some(gateway.kill()), ..Setup::default() });
     let reply = gateway.post_with(&key("k"));
     assert_eq!((reply.code(), first_id(&reply)), ("outcome_unknown", intent["id"].as_str().unwrap()));
@@ -266,9 +264,7 @@ fn a_caller_that_left_finds_its_answer() {
     let gateway = start_keyed(&sandbox, Setup::default());
     gateway.call(); // there is a token
     faults(&sandbox, json!([{ "times": 1, "delay_ms": 300 }]));
-    let mut stream = TcpStream::connect(gateway.address).unwrap();
-    stream.write_all((head(BODY.len(), &key("k")) + BODY).as_bytes()).unwrap();
-    wait_for("the upstream", || (sent(&sandbox) == 2).then_some(()));
+    let stream = hold(&sandbox, &gateway, &key("k"), BODY);
     stream.shutdown(Shutdown::Both).unwrap();
     drop(stream);
     let reply = wait_for("the end of the first call", || {
@@ -430,10 +426,8 @@ fn killed_in_the_middle_of_a_call_without_a_key_it_refuses_an_equal_one_from_the
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     faults(&sandbox, json!([{ "times": 1, "delay_ms": 60_000 }]));
-    let mut stream = TcpStream::connect(gateway.address).unwrap();
-    stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
-    wait_for("the upstream", || (sent(&sandbox) == 1).then_some(()));
-    let intent = gateway.records("intent", 1).remove(0);
+    let _held = hold(&sandbox, &gateway, "", BODY);
+    let intent = gateway.records("intent", 1).pop().unwrap();
     let setup = Setup::default().set("idempotency.without_key", "guard");
     let gateway = start_with(&sandbox, Setup { folder: Some(gateway.kill()), ..setup });
     let equal = gateway.call();

@@ -66,9 +66,7 @@ fn a_stop_lets_work_in_flight_finish() {
     let mut gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
     sandbox.faults(serde_json::from_value(json!({ "business": [{ "delay_ms": 500 }] })).unwrap()).unwrap();
-    let mut stream = TcpStream::connect(gateway.address).unwrap();
-    stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
-    wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
+    let mut stream = crate::outcomes::triggers::hold(&sandbox, &gateway, "", BODY);
     gateway.signal("-TERM");
     assert_eq!(read_reply(&mut stream).outcome(), "succeeded");
     assert!(gateway.wait().success());

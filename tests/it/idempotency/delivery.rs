@@ -23,10 +23,9 @@ fn delayed(sandbox: &Sandbox, delay_ms: u64) {
 
 /// Calls, and leaves once the upstream has the call and `after` is over.
 fn call_and_leave(gateway: &Gateway, sandbox: &Sandbox, headers: &str, after: Duration, leaves: Leaves) {
-    let (begun, before) = (Instant::now(), sent(sandbox));
-    let mut stream = TcpStream::connect(gateway.address).unwrap();
-    stream.write_all((head(BODY.len(), headers) + BODY).as_bytes()).unwrap();
-    wait_for("the upstream", || (sent(sandbox) == before + 1 && begun.elapsed() >= after).then_some(()));
+    let begun = Instant::now();
+    let mut stream = hold(sandbox, gateway, headers, BODY);
+    wait_for("the time to leave", || (begun.elapsed() >= after).then_some(()));
     match leaves {
         Leaves::Closes => drop(stream),
         Leaves::HalfCloses => {

@@ -182,7 +182,9 @@ fn said(reply: &Reply) -> Said {
         ("outcome_unknown", "unknown") => Said::OutcomeUnknown(first),
         ("duplicate_suspected", "unknown") => Said::Duplicate(first),
         ("duplicate_suspected", "succeeded") => Said::Done(first),
-        ("draining" | "idempotency_unavailable" | "quota_exhausted", "not_sent") => Said::NotSent,
+        ("draining" | "idempotency_unavailable" | "quota_exhausted" | "audit_unavailable", "not_sent") => {
+            Said::NotSent
+        }
         _ => panic!("an answer that no rule allows: {reply:?}"),
     }
 }

@@ -300,8 +300,10 @@ impl Model {
             past.may |= if half_closes && *ended == Ended::Succeeded { TAKING } else { 0 };
             return;
         }
-        let place = if *said == Said::NotSent { None } else { self.explain(&call, said, mode) };
-        if let Some(place) = place {
+        if *said == Said::NotSent {
+            return self.not_sent(call, id, mode);
+        }
+        if let Some(place) = self.explain(&call, said, mode) {
             let may = self.0[place].may & self.0[place].explains(&call, said, mode);
             self.0[place].set(may);
         }
@@ -351,6 +353,12 @@ impl Model {
         if matches!(ended, Ended::Succeeded | Ended::Unknown) {
             self.supersede(force.as_deref(), true);
         }
+    }
+
+    /// It was at work for a moment, and may have its intent on record.
+    fn not_sent(&mut self, call: Call, id: &str, mode: Mode) {
+        let past = self.add(call, mode, &[]);
+        (past.id, past.may_be_sent) = (Some(id.to_owned()), true);
     }
 
     /// A call that was forced stands for the one that it repeats.
@@ -408,12 +416,16 @@ impl Model {
             assert!(ends.contains(&ended), "{call:?}: {said:?}, not of {ends:?}");
             self.sent(call, &id, ended, mode, ends);
         }
+        let (not_sent, told): (Vec<_>, Vec<_>) =
+            told.into_iter().partition(|(.., said)| *said == Said::NotSent);
+        let holders: Vec<_> = told.iter().chain(&not_sent).filter_map(Holder::new).collect();
+        for (call, id, _) in not_sent {
+            self.not_sent(call, &id, mode);
+        }
         let after: Vec<_> = self.0.iter().map(|past| past.may).collect();
         for (place, past) in self.0.iter_mut().enumerate() {
             past.may |= before.get(place).copied().unwrap_or(AT_WORK);
         }
-        let holders: Vec<_> = told.iter().filter_map(Holder::new).collect();
-        let told: Vec<_> = told.into_iter().filter(|(.., said)| *said != Said::NotSent).collect();
         for (call, id, said) in &told {
             if !holders.iter().any(|holder| holder.is_named_by(call, id, said)) {
                 self.explain(call, said, mode);
