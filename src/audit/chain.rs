@@ -101,8 +101,8 @@ impl Keys {
             return Err(KeyError::Short(path.into()));
         }
         let chain = keyed(&bytes);
-        let digest = keyed(&hmac(&chain, &[b"ccsqm-gateway digest of bodies"]));
-        let mark = keyed(&hmac(&chain, &[b"ccsqm-gateway marks"]));
+        let digest = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway digest of bodies")));
+        let mark = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway marks")));
         Ok(Self { chain, digest, mark })
     }
 
@@ -117,24 +117,28 @@ impl Keys {
 
     /// The keyed digest of a body.
     pub fn digest(&self, body: &[u8]) -> Hash {
-        hmac(&self.digest, &[body])
+        hmac(&self.digest, |mac| mac.update(body))
     }
 
     /// The mark of some parts, each with its length in front, so that none runs into the next.
     pub fn mark(&self, parts: &[&[u8]]) -> Mark {
-        let mut mac = self.mark.clone();
-        for part in parts {
-            mac.update(&(part.len() as u64).to_be_bytes());
-            mac.update(part);
-        }
+        let whole = hmac(&self.mark, |mac| {
+            for part in parts {
+                mac.update(&(part.len() as u64).to_be_bytes());
+                mac.update(part);
+            }
+        });
         let mut mark = Mark::default();
-        mark.copy_from_slice(&mac.finalize().into_bytes()[..16]);
+        mark.copy_from_slice(&whole[..16]);
         mark
     }
 
     /// The hash of a record: `bytes` are those before `,"hash":`.
     pub fn hash(&self, previous: &Hash, bytes: &[u8]) -> Hash {
-        hmac(&self.chain, &[previous, bytes])
+        hmac(&self.chain, |mac| {
+            mac.update(previous);
+            mac.update(bytes);
+        })
     }
 
     /// Links a record, which ends with [`OPEN_LINKS`], to the one before. Returns its own link.
@@ -142,7 +146,12 @@ impl Keys {
         let (members, links) = line.split_at_mut(line.len() - OPEN_LINKS.len());
         let (prev, hash) = links.split_at_mut(PREV.len() + 64 + 1);
         prev[PREV.len()..][..64].copy_from_slice(&previous.hex);
-        let link = Link::new(hmac(&self.chain, &[&previous.hash, members, prev]));
+        let hash_of_all = hmac(&self.chain, |mac| {
+            mac.update(&previous.hash);
+            mac.update(members);
+            mac.update(prev);
+        });
+        let link = Link::new(hash_of_all);
         hash[HASH.len()..][..64].copy_from_slice(&link.hex);
         link
     }
@@ -166,9 +175,9 @@ fn keyed(key: &[u8]) -> Hmac<Sha256> {
 
 /// Never inlined, so that a profile tells hashing from the rest.
 #[inline(never)]
-fn hmac(key: &Hmac<Sha256>, parts: &[&[u8]]) -> Hash {
+fn hmac(key: &Hmac<Sha256>, feed: impl FnOnce(&mut Hmac<Sha256>)) -> Hash {
     let mut mac = key.clone();
-    parts.iter().for_each(|part| mac.update(part));
+    feed(&mut mac);
     mac.finalize().into_bytes().into()
 }
 
@@ -227,29 +236,27 @@ pub fn hex(hash: &Hash) -> String {
     String::from_utf8_lossy(&to_hex(hash)).into_owned()
 }
 
-/// All bytes in lower-case hex.
-static HEX: [[u8; 2]; 256] = {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut pairs = [[0; 2]; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        pairs[byte] = [DIGITS[byte >> 4], DIGITS[byte & 15]];
-        byte += 1;
+/// Writes bytes in lower-case hex. Without a table, so that many are written at once.
+#[inline(always)]
+fn write_hex(bytes: &[u8], text: &mut [u8]) {
+    let digit = |number: u8| number + b'0' + if number > 9 { b'a' - b'9' - 1 } else { 0 };
+    for (pair, byte) in text.chunks_exact_mut(2).zip(bytes) {
+        pair[0] = digit(byte >> 4);
+        pair[1] = digit(byte & 15);
     }
-    pairs
-};
+}
 
 pub(super) fn to_hex(hash: &Hash) -> [u8; 64] {
     let mut text = [0; 64];
-    for (pair, byte) in text.chunks_exact_mut(2).zip(hash) {
-        pair.copy_from_slice(&HEX[usize::from(*byte)]);
-    }
+    write_hex(hash, &mut text);
     text
 }
 
 /// Appends a mark in lower-case hex.
 pub fn push_hex(mark: &Mark, text: &mut Vec<u8>) {
-    text.extend(mark.iter().flat_map(|byte| HEX[usize::from(*byte)]));
+    let mut hex = [0; 32];
+    write_hex(mark, &mut hex);
+    text.extend_from_slice(&hex);
 }
 
 /// A mark in the place of what it hides.
