@@ -147,16 +147,14 @@ impl CheckedBody {
     /// position. What is absent is `null`. The values are the caller's scalars, verbatim: strict JSON has no raw control
     /// character, so that a line stays one. What is to be hidden is left out, or written as its `mark`.
     pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
-        let openings: usize = self.members.iter().map(|member| member.opening.len() + 4).sum();
-        let values: usize = self.captured.iter().map(|scalar| usize::from(scalar.length.max(4)) + 1).sum();
-        out.reserve(openings + values);
         for (index, member) in self.members.iter().enumerate() {
             if member.shown == Shown::Omit {
                 continue;
             }
             out.extend_from_slice(member.opening.as_bytes());
             let before = out.len();
-            for scalar in self.captured.iter().filter(|scalar| scalar.is_of(index)) {
+            let most = if member.is_list { usize::MAX } else { 1 };
+            for scalar in self.captured.iter().filter(|scalar| scalar.is_of(index)).take(most) {
                 if out.len() > before {
                     out.push(b',');
                 }
@@ -531,6 +529,10 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     /// Notes which scalars for the audit trail an item does not have. `captured` is how many there were before it.
     #[inline(always)]
     fn note_absent(&mut self, list: &Node, captured: usize) {
+        let found = self.captured[captured..].iter().map(|scalar| usize::from(scalar.member));
+        if found.eq(list.audited.iter().copied()) {
+            return; // the usual case: all, in the order of the contract
+        }
         for member in &list.audited {
             if !self.captured[captured..].iter().any(|scalar| scalar.is_of(*member)) {
                 self.captured.push(AuditScalar::new(*member, 0..0));
