@@ -611,9 +611,11 @@ impl AsyncRead for Counted {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let Self { stream, received, .. } = &mut *self;
+        let Some(received) = received else { return Pin::new(stream).poll_read(cx, buf) };
         let before = buf.filled().len();
-        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Some(received) = self.received.as_mut().filter(|_| read.is_ready()) {
+        let read = Pin::new(stream).poll_read(cx, buf);
+        if read.is_ready() {
             received.came(&buf.filled()[before..]);
         }
         read
