@@ -42,8 +42,8 @@ impl Outbound {
     /// the operator, and only where the configuration lists it.
     pub fn with(&self, token: &Token, operator: &HeaderValue, length: usize) -> HeaderMap {
         let mut headers = token.head(|| self.with_credential(token)).clone();
-        headers.insert(X_USER_ID, operator.clone());
-        headers.insert(header::CONTENT_LENGTH, decimal(length));
+        fill(&mut headers, X_USER_ID, operator.clone());
+        fill(&mut headers, header::CONTENT_LENGTH, decimal(length));
         headers
     }
 
@@ -52,6 +52,14 @@ impl Outbound {
         headers.insert(header::AUTHORIZATION, token.authorization().clone());
         headers.insert(X_APP_KEY, token.app_key().clone());
         headers
+    }
+}
+
+/// Fills in a header that has its place. To insert it would first look for room.
+fn fill(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
+    match headers.get_mut(&name) {
+        Some(place) => *place = value,
+        None => drop(headers.insert(name, value)),
     }
 }
 
