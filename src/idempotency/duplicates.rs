@@ -7,7 +7,7 @@
 //!
 //! No doubt is ever evicted. The table is bounded by refusing new calls.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque, hash_map::Entry};
 
 use smallvec::SmallVec;
 use uuid::Uuid;
@@ -245,12 +245,12 @@ impl DuplicateDetector {
 
     /// A call is over. Does nothing for one that is not at work.
     pub(super) fn end(&mut self, mark: Mark, id: Uuid, completion: Completion, now: u32) {
-        let Some(calls) = self.calls.get_mut(&mark) else { return };
+        let Entry::Occupied(mut calls) = self.calls.entry(mark) else { return };
         let is_it = |known: &Known| known.call.id == id && matches!(known.state, State::AtWork { .. });
-        let Some(place) = calls.iter().position(is_it) else { return };
-        let Known { call, state } = calls.swap_remove(place);
-        if calls.is_empty() {
-            self.calls.remove(&mark);
+        let Some(place) = calls.get().iter().position(is_it) else { return };
+        let Known { call, state } = calls.get_mut().swap_remove(place);
+        if calls.get().is_empty() {
+            calls.remove();
         }
         match (completion, state) {
             (Completion::Doubt(kind), _) => self.doubt(mark, call, Doubt { kind, since: now }),
