@@ -476,12 +476,9 @@ impl Idempotency {
     }
 
     /// The print of a call, and whose call it is. Stands nowhere but in memory.
-    fn mark_of(&self, caller: &str, mut print: Mark) -> Mark {
-        let caller = self.hasher.hash_one(caller).to_ne_bytes();
-        for (byte, caller) in print.iter_mut().zip(caller.into_iter().cycle()) {
-            *byte ^= caller;
-        }
-        print
+    fn mark_of(&self, caller: &str, print: Mark) -> Mark {
+        let caller = u128::from(self.hasher.hash_one(caller));
+        (u128::from_ne_bytes(print) ^ (caller << 64 | caller)).to_ne_bytes()
     }
 
     fn duplicate_of(&self, caller: &str, id: Uuid, key: Option<Mark>) -> Duplicate {
@@ -752,20 +749,14 @@ impl Claim {
         }
         let mark = self.mark?;
         let completion = match outcome {
-            Outcome::Succeeded => return Some(self.delivery(mark, names)),
+            Outcome::Succeeded => {
+                return Some(Delivery::of_own_answer(&self.table, mark, (self.id, self.key), names));
+            }
             Outcome::NotSent | Outcome::Refused | Outcome::Failed => Completion::NotDone,
             Outcome::Unknown | Outcome::Replayed => Completion::Doubt(DoubtKind::Unknown),
         };
         self.table.duplicates().end(mark, self.id, completion, now());
         None
-    }
-}
-
-impl Claim {
-    fn delivery(&self, mark: Mark, names: Names) -> Delivery {
-        let caller = names.caller.as_deref().unwrap_or_default();
-        let call = self.table.duplicate_of(caller, self.id, self.key);
-        Delivery::of_own_answer(&self.table, mark, call, names)
     }
 }
 

@@ -24,8 +24,11 @@ use crate::audit::{
 pub struct Delivery {
     table: Arc<Idempotency>,
     mark: Mark,
-    /// The call that succeeded.
-    call: Duplicate,
+    /// The call that succeeded, and the mark of its `Idempotency-Key`.
+    id: Uuid,
+    key: Option<Mark>,
+    /// See [`Duplicate::stands_for_unkeyed`].
+    stands_for_unkeyed: bool,
     names: Names,
     step: Step,
 }
@@ -42,16 +45,21 @@ enum Step {
 
 impl Delivery {
     /// Of the answer of the call itself.
-    pub(super) fn of_own_answer(table: &Arc<Idempotency>, mark: Mark, call: Duplicate, names: Names) -> Self {
-        Self { table: table.clone(), mark, call, names, step: Step::OwnAnswer }
+    pub(super) fn of_own_answer(
+        table: &Arc<Idempotency>,
+        mark: Mark,
+        (id, key): (Uuid, Option<Mark>),
+        names: Names,
+    ) -> Self {
+        Self { table: table.clone(), mark, id, key, stands_for_unkeyed: false, names, step: Step::OwnAnswer }
     }
 
     /// Of an answer to `caller` that tells of the success of an equal call.
     pub(super) fn of_other_answer(table: &Arc<Idempotency>, mark: Mark, id: Uuid, caller: Call<'_>) -> Self {
         // What else is known of the call, the table tells when the answer is handed over.
-        let call = table.duplicate_of(caller.caller, id, None);
         let names = Names { caller: Some(caller.caller.into()), route: Some(caller.route.into()) };
-        Self { table: table.clone(), mark, call, names, step: Step::OtherAnswer }
+        let (key, stands_for_unkeyed) = (None, false);
+        Self { table: table.clone(), mark, id, key, stands_for_unkeyed, names, step: Step::OtherAnswer }
     }
 
     /// The answer was handed to a connection whose caller is there.
@@ -59,13 +67,14 @@ impl Delivery {
         match self.step {
             Step::OwnAnswer => {
                 self.step = Step::HandedOver;
-                self.table.duplicates().end(self.mark, self.call.id, Completion::Succeeded, now());
+                self.table.duplicates().end(self.mark, self.id, Completion::Succeeded, now());
             }
             Step::OtherAnswer => {
                 self.step = Step::Settled;
-                let told = self.table.duplicates().delivered(self.mark, self.call.id, now());
-                if let Some(call) = told {
-                    (self.call, self.step) = (call, Step::HandedOver);
+                let told = self.table.duplicates().delivered(self.mark, self.id, now());
+                if let Some(Duplicate { key, stands_for_unkeyed, .. }) = told {
+                    (self.key, self.stands_for_unkeyed) = (key, stands_for_unkeyed);
+                    self.step = Step::HandedOver;
                     self.table.audit.event(DELIVERED, Map::from_iter([("id".to_owned(), self.id())]));
                 }
             }
@@ -78,28 +87,33 @@ impl Delivery {
         if self.step == Step::HandedOver {
             self.step = Step::Settled;
             let doubt = Doubt { kind: DoubtKind::Undelivered, since: now() };
-            self.table.duplicates().doubt(self.mark, self.call, doubt);
+            let call = self.table.duplicate_of(self.caller(), self.id, self.key);
+            let call = Duplicate { stands_for_unkeyed: self.stands_for_unkeyed, ..call };
+            self.table.duplicates().doubt(self.mark, call, doubt);
             self.record();
         }
     }
 
     /// Puts it on record that the caller does not know, for the next start.
     fn record(&self) {
-        let (caller, route) = (self.names.caller.as_deref(), self.names.route.as_deref());
-        let print = self.table.mark_of(caller.unwrap_or_default(), self.mark);
+        let print = self.table.mark_of(self.caller(), self.mark);
         let hex = |mark: Mark| format!("{:032x}", u128::from_be_bytes(mark));
         let mut details = Map::from_iter([("id".to_owned(), self.id())]);
-        details.insert("caller".into(), json!(caller));
-        details.insert("route".into(), json!(route));
+        details.insert("caller".into(), json!(self.names.caller.as_deref()));
+        details.insert("route".into(), json!(self.names.route.as_deref()));
         details.insert("print".into(), json!(hex(print)));
-        if let Some(key) = self.call.key {
+        if let Some(key) = self.key {
             details.insert("key".into(), json!(hex(key)));
         }
         self.table.audit.event(UNDELIVERED, details);
     }
 
     fn id(&self) -> serde_json::Value {
-        RequestId::from(self.call.id).as_str().into()
+        RequestId::from(self.id).as_str().into()
+    }
+
+    fn caller(&self) -> &str {
+        self.names.caller.as_deref().unwrap_or_default()
     }
 }
 
@@ -107,7 +121,7 @@ impl Drop for Delivery {
     fn drop(&mut self) {
         if self.step == Step::OwnAnswer {
             let undelivered = Completion::Doubt(DoubtKind::Undelivered);
-            self.table.duplicates().end(self.mark, self.call.id, undelivered, now());
+            self.table.duplicates().end(self.mark, self.id, undelivered, now());
             self.record();
         }
     }
@@ -115,7 +129,7 @@ impl Drop for Delivery {
 
 impl fmt::Debug for Delivery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Delivery({})", self.call.id)
+        write!(f, "Delivery({})", self.id)
     }
 }
 
