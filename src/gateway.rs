@@ -66,6 +66,20 @@ const FIRST_OUTCOME: HeaderName = HeaderName::from_static("x-gateway-first-outco
 const CALLER_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+json");
 
+/// The words of outcomes and of what a client may do, made once: each is looked at byte by byte.
+static OUTCOMES: [HeaderValue; 6] = {
+    const fn word(index: usize) -> HeaderValue {
+        HeaderValue::from_static(Outcome::ALL[index].as_str())
+    }
+    [word(0), word(1), word(2), word(3), word(4), word(5)]
+};
+static RETRIES: [HeaderValue; 6] = {
+    const fn word(index: usize) -> HeaderValue {
+        HeaderValue::from_static(Retry::ALL[index].as_str())
+    }
+    [word(0), word(1), word(2), word(3), word(4), word(5)]
+};
+
 impl Gateway {
     /// Answers one request. Cannot fail: an error becomes a response, a panic becomes 500, and the record
     /// closes itself if the caller leaves before the intent. After the intent the exchange goes on without
@@ -382,11 +396,11 @@ fn answer(reply: Reply) -> Response<Answer> {
 
 /// Tells what became of the call and of the first one, and what the caller may do.
 fn say(headers: &mut HeaderMap, outcome: Outcome, retry: Retry, first: Option<FirstCall>) {
-    headers.insert(OUTCOME, HeaderValue::from_static(outcome.as_str()));
-    headers.insert(RETRY, HeaderValue::from_static(retry.as_str()));
+    headers.insert(OUTCOME, OUTCOMES[outcome as usize].clone());
+    headers.insert(RETRY, RETRIES[retry as usize].clone());
     if let Some(first) = first {
         headers.insert(FIRST, request_id(first.request_id()));
-        headers.insert(FIRST_OUTCOME, HeaderValue::from_static(first.outcome.as_str()));
+        headers.insert(FIRST_OUTCOME, OUTCOMES[first.outcome as usize].clone());
     }
 }
 
@@ -450,7 +464,7 @@ fn can_be_echoed(id: &HeaderValue) -> bool {
 
 #[expect(clippy::expect_used, reason = "a UUID is plain ASCII")]
 fn request_id(id: RequestId) -> HeaderValue {
-    HeaderValue::from_str(id.as_str()).expect("ASCII")
+    HeaderValue::from_bytes(id.as_bytes()).expect("ASCII")
 }
 
 fn took(begin: u64) -> Duration {
@@ -471,6 +485,12 @@ mod tests {
 
     fn size<A, B, C, F: Future>(_: impl FnOnce(A, B, C) -> F) -> usize {
         size_of::<F>()
+    }
+
+    #[test]
+    fn words_stand_in_the_places_of_what_they_mean() {
+        assert!(Outcome::ALL.iter().all(|outcome| OUTCOMES[*outcome as usize] == outcome.as_str()));
+        assert!(Retry::ALL.iter().all(|retry| RETRIES[*retry as usize] == retry.as_str()));
     }
 
     /// It is paid for by every connection, and moved by every request.

@@ -52,6 +52,11 @@ impl RequestId {
         self.uuid
     }
 
+    /// Its text, as bytes of ASCII.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.text
+    }
+
     /// Its text.
     pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.text).unwrap_or_default()
