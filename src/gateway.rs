@@ -1,6 +1,7 @@
 //! The request function: [`Gateway::handle`], which always answers, and `proxy`, the stages in their order.
 
 use std::{
+    cell::RefCell,
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
@@ -10,7 +11,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -25,7 +26,7 @@ use crate::{
     contract::{Checked, CheckedBody, body::receive},
     error::{Code, Error, Stage, spent},
     headers::Inbound,
-    idempotency::{Begun, Call, Delivery, Idempotency, Would},
+    idempotency::{Begun, Call, Idempotency, Would},
     metrics::{Limit, Metrics},
     outcome::{Outcome, Retry},
     route::Routed,
@@ -106,7 +107,7 @@ impl Gateway {
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
             Ok(reply) => {
                 self.metrics.replied(reply.outcome, took(begin));
-                answer(reply)
+                answer(*reply, from.presence)
             }
             Err(mut error) => {
                 let stage = record.stage();
@@ -119,9 +120,10 @@ impl Gateway {
                 let is_read = Box::pin(linger(&inbound, body)).await;
                 let clean = is_read && !from.surplus && !error.code.is_ambiguous();
                 let retry = error.code.retry(error.outcome, inbound.idempotency_key.count > 0);
-                let mut response = refuse(&error, stage, id, retry, clean);
-                response.body_mut().delivery = error.delivery.take().map(|delivery| *delivery);
-                response
+                if let Some(delivery) = error.delivery.take() {
+                    from.presence.hand_over(*delivery);
+                }
+                refuse(&error, stage, id, retry, clean)
             }
         };
         let headers = response.headers_mut();
@@ -142,7 +144,7 @@ impl Gateway {
         (target, head): ((&Method, &Uri), &Inbound<'_>),
         body: &mut Incoming,
         record: &mut Record,
-    ) -> Result<Reply, Error> {
+    ) -> Result<Box<Reply>, Error> {
         let room = self.bounds.request(from.surplus)?;
         let known = state.admission.recognise((from.peer, from.names), from.hosts, head)?;
         let caller = known.caller();
@@ -189,7 +191,7 @@ impl Gateway {
                 record.first(replay.first());
                 let reply = replay.into_reply(&route.result);
                 record.replayed(reply.status.as_u16());
-                return Ok(reply);
+                return Ok(Box::new(reply));
             }
         };
         let first = claim.first();
@@ -202,7 +204,7 @@ impl Gateway {
 
         record.enter(Stage::Token);
         let slot = &state.terms.slots[routed.credential];
-        let token = from.presence.during(slot.token()).await??;
+        let token = from.presence.during(pin!(slot.token())).await??;
 
         record.enter(Stage::Quota);
         let within = state.terms.quota.take();
@@ -210,7 +212,7 @@ impl Gateway {
         within.map_err(|limit| spent(Code::QuotaExhausted, limit))?;
 
         record.enter(Stage::Audit);
-        let mut permit = from.presence.during(self.audit.permit()).await?;
+        let mut permit = from.presence.during(pin!(self.audit.permit())).await?;
         let breaker = &state.terms.breaker;
         let mut passage = breaker.pass()?;
         let reserved = from.presence.during(permit.during(pin!(self.pool.reserve()))).await?;
@@ -236,8 +238,9 @@ impl Gateway {
             record: record.take(),
             room,
         };
-        let reply = from.presence.beside(self.exchanges.run(exchange)).await?;
-        Ok(Reply { first, ..reply })
+        let mut reply = from.presence.beside(self.exchanges.run(exchange)).await?;
+        reply.first = first;
+        Ok(reply)
     }
 
     /// Counts ids of 2^53 and more that a caller sends as bare numbers, and warns of the first one.
@@ -263,12 +266,12 @@ impl Gateway {
         (call, head): (Call<'_>, &Inbound<'_>),
         body: &CheckedBody,
         record: &mut Record,
-    ) -> Result<Reply, Error> {
+    ) -> Result<Box<Reply>, Error> {
         let would = self.idempotency.look(call, head)?;
 
         record.enter(Stage::Token);
         let slot = &state.terms.slots[routed.credential];
-        let token = from.presence.during(slot.token()).await??;
+        let token = from.presence.during(pin!(slot.token())).await??;
 
         record.enter(Stage::Quota);
         state.terms.quota.look().map_err(|limit| spent(Code::QuotaExhausted, limit))?;
@@ -300,7 +303,7 @@ impl Gateway {
         let body = ReplyBody::Whole(answer.to_string().into());
         let retry = Retry::unchanged(head.idempotency_key.count > 0);
         let (status, outcome) = (StatusCode::OK, Outcome::NotSent);
-        Ok(Reply { status, headers, body, outcome, retry, first, delivery: None })
+        Ok(Box::new(Reply { status, headers, body, outcome, retry, first, delivery: None }))
     }
 }
 
@@ -329,11 +332,7 @@ pub struct Arrival<'a> {
 
 /// A response's body.
 #[derive(Debug)]
-pub struct Answer {
-    content: Content,
-    /// A success that the caller learns of, until the connection takes it.
-    pub delivery: Option<Delivery>,
-}
+pub struct Answer(Content);
 
 #[derive(Debug)]
 enum Content {
@@ -351,7 +350,7 @@ impl Body for Answer {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
-        match &mut self.get_mut().content {
+        match &mut self.get_mut().0 {
             Content::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Content::Long(pieces) => {
                 let Some(coming) = pieces else { return Poll::Ready(None) };
@@ -368,11 +367,11 @@ impl Body for Answer {
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self.content, Content::Whole(None) | Content::Long(None))
+        matches!(self.0, Content::Whole(None) | Content::Long(None))
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.content {
+        match &self.0 {
             Content::Whole(bytes) => {
                 SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
             }
@@ -382,15 +381,18 @@ impl Body for Answer {
 }
 
 /// Passes the upstream's reply on.
-fn answer(reply: Reply) -> Response<Answer> {
+fn answer(reply: Reply, presence: &Presence) -> Response<Answer> {
     let content = match reply.body {
         ReplyBody::Whole(bytes) => Content::Whole(Some(bytes)),
         ReplyBody::Long(pieces) => Content::Long(Some(pieces)),
     };
-    let mut response = Response::new(Answer { content, delivery: reply.delivery });
+    let mut response = Response::new(Answer(content));
     *response.status_mut() = reply.status;
     *response.headers_mut() = reply.headers;
     say(response.headers_mut(), reply.outcome, reply.retry, reply.first);
+    if let Some(delivery) = reply.delivery {
+        presence.hand_over(delivery);
+    }
     response
 }
 
@@ -407,7 +409,7 @@ fn say(headers: &mut HeaderMap, outcome: Outcome, retry: Retry, first: Option<Fi
 /// Tells the caller of a failure.
 fn refuse(error: &Error, stage: Stage, id: RequestId, retry: Retry, keep_alive: bool) -> Response<Answer> {
     let content = Content::Whole(Some(error.problem(stage, id, retry)));
-    let mut response = Response::new(Answer { content, delivery: None });
+    let mut response = Response::new(Answer(content));
     *response.status_mut() = error.code.status();
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, PROBLEM);
@@ -464,7 +466,14 @@ fn can_be_echoed(id: &HeaderValue) -> bool {
 
 #[expect(clippy::expect_used, reason = "a UUID is plain ASCII")]
 fn request_id(id: RequestId) -> HeaderValue {
-    HeaderValue::from_bytes(id.as_bytes()).expect("ASCII")
+    thread_local! {
+        /// A hundred ids share an allocation.
+        static TEXT: RefCell<BytesMut> = RefCell::new(BytesMut::with_capacity(4096));
+    }
+    TEXT.with_borrow_mut(|text| {
+        text.extend_from_slice(id.as_bytes());
+        HeaderValue::from_maybe_shared(text.split().freeze()).expect("ASCII")
+    })
 }
 
 fn took(begin: u64) -> Duration {

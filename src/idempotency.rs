@@ -47,7 +47,7 @@ use crate::{
     error::Code,
     headers::Inbound,
     outcome::{Outcome, ResultRule, Retry},
-    upstream::{Failure, Reply, ReplyBody},
+    upstream::{Failure, Reply, ReplyBody, Told},
 };
 use claims::{Claims, Ending, How, Verdict, Wanted};
 pub use delivery::Delivery;
@@ -793,9 +793,12 @@ pub struct Pending {
 impl Pending {
     /// Hands on what the caller is to be told, once it is committed. If that takes too long, the caller is told to
     /// ask again, and the claim is settled later.
-    pub async fn settle(self, told: Result<Reply, Failure>, deadline: Instant) -> Result<Reply, Failure> {
+    pub async fn settle(self, told: Told, deadline: Instant) -> Told {
         match self.committed_by(deadline).await {
-            Ok(delivery) => told.map(|reply| Reply { delivery, ..reply }),
+            Ok(delivery) => told.map(|mut reply| {
+                reply.delivery = delivery;
+                reply
+            }),
             Err(NotCommitted) => Err(Failure::not_on_record()),
         }
     }

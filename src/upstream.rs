@@ -161,8 +161,8 @@ pub struct Failure {
     pub retry_after: Option<Duration>,
 }
 
-/// What the caller is to be told, and what must be safe before.
-type Told = (Result<Reply, Failure>, Option<Box<Pending>>);
+/// What the caller is to be told. In a box, since it is moved twenty times on its way.
+pub type Told = Result<Box<Reply>, Failure>;
 
 /// How far an exchange got, for the case that it ends without an answer.
 #[derive(Debug)]
@@ -175,6 +175,8 @@ struct Progress {
     refused: Option<StatusCode>,
     /// Another token does not help: a fresh one was refused too, or the same one was handed out again.
     is_rejected: bool,
+    /// The last answer. Here, since it would be moved with each step back.
+    arrived: Option<Arrived>,
 }
 
 impl Progress {
@@ -192,6 +194,7 @@ enum Broken {
 }
 
 /// An answer whose head and first bytes are read.
+#[derive(Debug)]
 struct Arrived {
     version: Version,
     status: StatusCode,
@@ -202,21 +205,24 @@ struct Arrived {
 }
 
 impl Exchange {
-    async fn attempts(&mut self, progress: &mut Progress) -> Result<Arrived, Broken> {
+    /// Returns the status of the answer, which is with the progress.
+    async fn attempts(&mut self, progress: &mut Progress) -> Result<StatusCode, Broken> {
         let first = self.attempt(progress).await?;
-        if self.is_refusal(first.status) { Box::pin(self.replay(first, progress)).await } else { Ok(first) }
+        if self.is_refusal(first) { Box::pin(self.replay(first, progress)).await } else { Ok(first) }
     }
 
     /// The token was refused: sends once more, if there is a different one.
     #[cold]
-    async fn replay(&mut self, mut first: Arrived, progress: &mut Progress) -> Result<Arrived, Broken> {
-        progress.refused = Some(first.status);
-        first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
+    async fn replay(&mut self, first: StatusCode, progress: &mut Progress) -> Result<StatusCode, Broken> {
+        progress.refused = Some(first);
+        if let Some(first) = &mut progress.arrived {
+            first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
+        }
         let Some(token) = self.another_token(progress).await else { return Ok(first) };
         self.token = token;
         self.terms.quota.overdraw(); // a replay is a request, too
         let second = self.attempt(progress).await?;
-        progress.is_rejected = self.is_refusal(second.status);
+        progress.is_rejected = self.is_refusal(second);
         if progress.is_rejected {
             self.cooldown().rejected();
         }
@@ -256,7 +262,7 @@ impl Exchange {
     }
 
     /// Sends once and reads the answer. A connection that dies before a byte was written is replaced, once.
-    async fn attempt(&mut self, progress: &mut Progress) -> Result<Arrived, Broken> {
+    async fn attempt(&mut self, progress: &mut Progress) -> Result<StatusCode, Broken> {
         let mut fresh = false;
         loop {
             if self.connection.is_stale() {
@@ -276,11 +282,12 @@ impl Exchange {
                     if response.status().is_informational() {
                         return Err(Broken::BrokeOff); // 101: we asked for no other protocol
                     }
-                    let mut arrived = Arrived::new(response);
+                    let arrived = progress.arrived.insert(Arrived::new(response));
                     arrived.read().await?;
+                    let status = arrived.status;
                     progress.mark = self.connection.written();
                     progress.answered += 1;
-                    return Ok(arrived);
+                    return Ok(status);
                 }
                 Err(error) if self.connection.written() != progress.mark => {
                     tracing::debug!(%error, "upstream broke off");
@@ -295,8 +302,13 @@ impl Exchange {
         }
     }
 
-    /// Classifies an answer, records the outcome and hands the answer on.
-    fn conclude(self, arrived: Arrived, progress: &Progress, deadline: Instant) -> Told {
+    /// Classifies an answer, records the outcome and hands the answer on. Returns what must be safe before, too.
+    fn conclude(
+        self,
+        arrived: Arrived,
+        progress: &Progress,
+        deadline: Instant,
+    ) -> (Told, Option<Box<Pending>>) {
         let Arrived { version, status, mut headers, body, rest } = arrived;
         let judged = Judged { status, headers: &headers, body: &body, truncated: rest.is_some() };
         let Verdict { outcome, result_code } = self.route.result.classify(judged);
@@ -354,11 +366,11 @@ impl Exchange {
             }
         };
         let Finished { delivery, pending } = finished;
-        (Ok(Reply { status, headers, body, outcome, retry, first: None, delivery }), pending)
+        (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
     }
 
     /// Records an exchange that brought no answer.
-    fn fail(self, progress: &Progress, code: Code) -> Told {
+    fn fail(self, progress: &Progress, code: Code) -> (Told, Option<Box<Pending>>) {
         let sent = self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
@@ -536,7 +548,7 @@ impl Drop for Tail {
 
 /// The exchanges of one worker, and the boxes that they run in, which are used again.
 #[derive(Debug, Default)]
-pub struct Exchanges(Mutex<Vec<ReusableBoxFuture<'static, Result<Reply, Failure>>>>);
+pub struct Exchanges(Mutex<Vec<ReusableBoxFuture<'static, Told>>>);
 
 /// So many boxes are kept.
 const KEPT_BOXES: usize = 256;
@@ -548,12 +560,14 @@ impl Exchanges {
         let run = async move {
             let deadline = clock::now() + exchange.route.timeout;
             let mark = exchange.connection.written();
-            let mut progress = Progress { answered: 0, mark, refused: None, is_rejected: false };
+            let mut progress =
+                Progress { answered: 0, mark, refused: None, is_rejected: false, arrived: None };
             let mut timer = exchange.connection.take_timer();
-            let arrived = timer.until(deadline, pin!(exchange.attempts(&mut progress))).await;
+            let status = timer.until(deadline, pin!(exchange.attempts(&mut progress))).await;
+            let arrived = progress.arrived.take().filter(|_| matches!(status, Some(Ok(_))));
             exchange.connection.keep_timer(timer);
-            let health = match &arrived {
-                Some(Ok(arrived)) => Health::of(arrived.status),
+            let health = match status {
+                Some(Ok(status)) => Health::of(status),
                 Some(Err(Broken::BrokeOff)) => Health::Unclear,
                 // It has answered; what took so long was another token.
                 None if progress.refused.is_some() && exchange.connection.written() == progress.mark => {
@@ -562,11 +576,11 @@ impl Exchanges {
                 Some(Err(Broken::Unreachable)) | None => Health::Down,
             };
             exchange.terms.breaker.judge(&mut exchange.passage, health);
-            let (told, pending) = match arrived {
-                Some(Ok(arrived)) => exchange.conclude(arrived, &progress, deadline),
-                Some(Err(Broken::Unreachable)) => exchange.fail(&progress, Code::UpstreamUnreachable),
-                Some(Err(Broken::BrokeOff)) => exchange.fail(&progress, Code::UpstreamBroken),
-                None => exchange.fail(&progress, Code::UpstreamTimeout),
+            let (told, pending) = match (arrived, status) {
+                (Some(arrived), _) => exchange.conclude(arrived, &progress, deadline),
+                (None, Some(Err(Broken::Unreachable))) => exchange.fail(&progress, Code::UpstreamUnreachable),
+                (None, Some(_)) => exchange.fail(&progress, Code::UpstreamBroken),
+                (None, None) => exchange.fail(&progress, Code::UpstreamTimeout),
             };
             match pending {
                 None => told,
@@ -583,7 +597,7 @@ impl Exchanges {
         Detached { future: Some(future), exchanges: self.clone() }
     }
 
-    fn boxes(&self) -> MutexGuard<'_, Vec<ReusableBoxFuture<'static, Result<Reply, Failure>>>> {
+    fn boxes(&self) -> MutexGuard<'_, Vec<ReusableBoxFuture<'static, Told>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -591,12 +605,12 @@ impl Exchanges {
 /// An exchange that nobody cancels: dropped before its end, it runs on by itself.
 #[derive(Debug)]
 pub struct Detached {
-    future: Option<ReusableBoxFuture<'static, Result<Reply, Failure>>>,
+    future: Option<ReusableBoxFuture<'static, Told>>,
     exchanges: Arc<Exchanges>,
 }
 
 impl Future for Detached {
-    type Output = Result<Reply, Failure>;
+    type Output = Told;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let Some(future) = self.future.as_mut() else { return Poll::Pending };

@@ -25,7 +25,7 @@ use tokio::sync::oneshot;
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 
 /// Blocks a request, hyper's own and the audit trail's among them. To be lowered whenever it can be.
-const BUDGET: u64 = 11;
+const BUDGET: u64 = 10;
 
 const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 /// A key of so many digits, and what counts as the weight of the reply to it.

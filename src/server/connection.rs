@@ -114,11 +114,9 @@ struct Watch {
     /// The caller may still be sending what nobody reads.
     unread: AtomicBool,
     presence: Presence,
-    /// The success that the last answer told of, until it is known whether the caller got it.
-    delivery: Mutex<Option<Delivery>>,
 }
 
-/// Whether the caller is still there while its request waits.
+/// Whether the caller is still there while its request waits, and whether it gets its answer.
 ///
 /// A caller that gave up may call again, so that a request which had to wait for something must not go out
 /// behind its back. A sending side that was closed looks the same whether the caller left or has nothing more
@@ -128,6 +126,8 @@ pub struct Presence {
     waits: AtomicBool,
     half_closed: AtomicBool,
     gone: AtomicBool,
+    /// The success that the last answer told of, until it is known whether the caller got it.
+    delivery: Mutex<Option<Delivery>>,
 }
 
 /// The caller closed its connection, or its side of it, while its request waited.
@@ -137,14 +137,12 @@ pub struct Left;
 
 impl Presence {
     /// Runs something to its end whether the caller leaves or not, and notices whether it does.
-    pub async fn beside<F: Future>(&self, work: F) -> F::Output {
-        let mut work = pin!(work);
-        let output = poll_fn(|cx| {
-            let polled = work.as_mut().poll(cx);
+    pub fn beside<F: Future + Unpin>(&self, mut work: F) -> impl Future<Output = F::Output> {
+        poll_fn(move |cx| {
+            let polled = Pin::new(&mut work).poll(cx);
             self.waits.store(polled.is_pending(), Ordering::Relaxed);
             polled
-        });
-        output.await
+        })
     }
 
     /// Whether the caller closed its side, or all, of the connection while its request was worked on.
@@ -152,19 +150,30 @@ impl Presence {
         self.gone.load(Ordering::Relaxed) || self.half_closed.load(Ordering::Relaxed)
     }
 
+    /// An answer that tells of a success goes to the socket. If the caller has closed its side, whether it gets it is to
+    /// be seen.
+    pub fn hand_over(&self, mut delivery: Delivery) {
+        if !self.has_ended() {
+            delivery.hand_over();
+        }
+        *self.delivery() = Some(delivery);
+    }
+
+    fn delivery(&self) -> MutexGuard<'_, Option<Delivery>> {
+        self.delivery.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits for something, unless the caller leaves meanwhile. What is there at once costs nothing.
-    pub async fn during<F: Future>(&self, wait: F) -> Result<F::Output, Left> {
-        let mut wait = pin!(wait);
-        let output = poll_fn(|cx| {
+    pub fn during<F: Future + Unpin>(&self, mut wait: F) -> impl Future<Output = Result<F::Output, Left>> {
+        poll_fn(move |cx| {
             if self.gone.load(Ordering::Relaxed) {
                 self.waits.store(false, Ordering::Relaxed);
                 return Poll::Ready(Err(Left));
             }
-            let polled = wait.as_mut().poll(cx);
+            let polled = Pin::new(&mut wait).poll(cx);
             self.waits.store(polled.is_pending(), Ordering::Relaxed);
             polled.map(Ok)
-        });
-        output.await
+        })
     }
 }
 
@@ -175,7 +184,6 @@ impl Watch {
             since: AtomicU64::new(0),
             unread: AtomicBool::new(false),
             presence: Presence::default(),
-            delivery: Mutex::new(None),
         };
         watch.enter(Phase::Head); // a new connection has as long for its first head as a begun one
         watch
@@ -184,15 +192,6 @@ impl Watch {
     fn enter(&self, phase: Phase) {
         self.since.store(clock::nanos(), Ordering::Relaxed);
         self.phase.store(phase as u8, Ordering::Relaxed);
-    }
-
-    /// An answer goes to the socket. If the caller has closed its side, whether it gets it is to be seen.
-    fn hand_over(&self, delivery: Option<Delivery>) {
-        let Some(mut delivery) = delivery else { return };
-        if !self.presence.has_ended() {
-            delivery.hand_over();
-        }
-        *self.delivery() = Some(delivery);
     }
 
     /// The caller has the last answer, or sends on.
@@ -217,11 +216,7 @@ impl Watch {
     }
 
     fn take_delivery(&self) -> Option<Delivery> {
-        self.delivery().take()
-    }
-
-    fn delivery(&self) -> MutexGuard<'_, Option<Delivery>> {
-        self.delivery.lock().unwrap_or_else(PoisonError::into_inner)
+        self.presence.delivery().take()
     }
 
     fn is(&self, phase: Phase) -> bool {
@@ -334,7 +329,6 @@ pub async fn serve(
             let names = certificate.map(Certificate::names);
             let from = Arrival { peer, names, hosts, presence: &watch.presence, surplus };
             let mut response = gateway.handle(from, request).await;
-            watch.hand_over(response.body_mut().delivery.take());
             if gateway.bounds.is_stopping() {
                 response.headers_mut().insert(http::header::CONNECTION, CLOSE);
             }
@@ -537,7 +531,7 @@ impl Watched {
 
     /// Settles whether a caller that had closed its side before the answer got it.
     fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let is_open = self.watch.delivery().is_some() && self.watch.presence.has_ended();
+        let is_open = self.watch.presence.delivery().is_some() && self.watch.presence.has_ended();
         if !is_open {
             return Poll::Ready(());
         }
