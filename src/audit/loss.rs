@@ -124,11 +124,11 @@ impl<'a> ChainCheck<'a> {
         self.fault(1, "records of the window before this one are missing", (first, first), &[]);
     }
 
-    /// Checks a line, which states this number; `None`: it cannot be read.
-    pub(crate) fn check(&mut self, number: usize, line: &[u8], seq: Option<u64>) {
+    /// Checks a line, which states this number; `None`: it cannot be read. Returns whether the gateway wrote it here.
+    pub(crate) fn check(&mut self, number: usize, line: &[u8], seq: Option<u64>) -> bool {
         // A batch whose fdatasync failed stands twice: here at the end, and proven in the next segment.
         if self.next.is_some_and(|next| self.last.seq + 1 >= next) {
-            return;
+            return false;
         }
         let expected = self.last.seq + 1;
         let hash = self.keys.check(line, &self.last.hash);
@@ -141,10 +141,12 @@ impl<'a> ChainCheck<'a> {
         if let Some(reason) = reason {
             self.fault(number, reason, (expected, seq), line);
         }
+        let is_proven = hash.is_ok();
         self.last = Place { seq, hash: hash.ok().or_else(|| stated(line)).unwrap_or(self.last.hash) };
+        is_proven
     }
 
-    /// An event passes that was checked: one that tells of damage, or of its acceptance.
+    /// An event passes that the gateway wrote: one that tells of damage, or of its acceptance.
     pub(crate) fn event(&mut self, number: usize, name: &str, line: &[u8]) {
         if name == ACCEPTED {
             self.accepted.extend(accepted(line));
@@ -200,11 +202,11 @@ pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
         let mut lines = Lines::open(path)?;
         while let Some(line) = lines.read()? {
             let head = serde_json::from_slice::<Head<'_>>(line.bytes).ok();
-            chain.check(line.number, line.bytes, head.as_ref().map(|head| head.seq));
+            let is_proven = chain.check(line.number, line.bytes, head.as_ref().map(|head| head.seq));
             if index == 0 && line.number == 1 && first_seq(path) > 1 {
                 chain.begins_late();
             }
-            if let Some(Head { event, .. }) = head.filter(|head| !head.event.is_empty()) {
+            if let Some(Head { event, .. }) = head.filter(|head| is_proven && !head.event.is_empty()) {
                 chain.event(line.number, &event, line.bytes);
             }
         }

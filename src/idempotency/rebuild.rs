@@ -220,12 +220,15 @@ impl Parser<'_> {
                 if record.as_ref().is_some_and(|record| record.seq > self.last) {
                     break;
                 }
-                self.chain.check(line.number, line.bytes, record.as_ref().map(|record| record.seq));
+                let seq = record.as_ref().map(|record| record.seq);
+                let is_proven = self.chain.check(line.number, line.bytes, seq);
                 if let Some(record) = record {
                     self.look_for_late_begin(record.time);
                     if record.kind == "event" {
                         self.ages.anchor(line.bytes);
-                        self.chain.event(line.number, record.event.unwrap_or_default(), line.bytes);
+                        if is_proven {
+                            self.chain.event(line.number, record.event.unwrap_or_default(), line.bytes);
+                        }
                         batch.extend(self.resolution(&record, line.bytes));
                     } else {
                         batch.extend(self.told(record, line.bytes));

@@ -209,6 +209,33 @@ fn acceptance_covers_no_damage_that_comes_later() {
     }
 }
 
+/// The lines behind the last number before the next segment are what a failed fdatasync leaves: nobody checks them.
+#[test]
+fn acceptance_that_was_copied_to_the_end_of_a_segment_accepts_nothing() {
+    let sandbox = sandbox();
+    let folder = trail(&sandbox, true);
+    let audit = folder.path().join("audit");
+    flip(&segments(&audit)[1]);
+    let copy = folder.path().join("copy");
+    assert!(Command::new("cp").arg("-a").args([&audit, &copy]).status().unwrap().success());
+    let (code, said, error) = command(&["audit", "accept-loss", copy.to_str().unwrap()]);
+    assert_eq!(code, 0, "{said}{error}");
+    let accepted = fs::read_to_string(segments(&copy).last().unwrap()).unwrap();
+    let event = accepted.lines().find(|line| line.contains("loss_accepted")).unwrap();
+    let closed = &segments(&audit)[0];
+    let text = fs::read_to_string(closed).unwrap();
+    fs::write(closed, format!("{text}{event}\n")).unwrap();
+    let gateway = start_with(&sandbox, setup(&folder));
+    until_keys_are_known(&gateway);
+    assert_eq!(gateway.post_with("idempotency-key: new\r\n").code(), "idempotency_unavailable");
+    gateway.kill();
+    fs::remove_dir_all(&audit).unwrap();
+    fs::rename(&copy, &audit).unwrap();
+    let gateway = start_with(&sandbox, setup(&folder));
+    until_keys_are_known(&gateway);
+    assert_eq!(gateway.post_with("idempotency-key: new\r\n").outcome(), "succeeded", "where it was written");
+}
+
 #[test]
 fn another_word_accepts_nothing() {
     let sandbox = sandbox();
