@@ -91,6 +91,17 @@ pub(super) fn word_without_key(segments: &[PathBuf]) -> String {
     word(segments.iter().map(|path| path.as_os_str().as_encoded_bytes()))
 }
 
+/// What a line is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Checked {
+    /// The gateway wrote it behind the line before.
+    Proven,
+    /// It was changed, or the line before was.
+    Changed,
+    /// What a failed fdatasync leaves at the end of a segment. It says nothing: the next segment has the batch, proven.
+    Repeated,
+}
+
 /// Follows the chain over the lines of some segments, in their order, and remembers the faults that nobody has accepted.
 pub(crate) struct ChainCheck<'a> {
     keys: &'a Keys,
@@ -124,13 +135,12 @@ impl<'a> ChainCheck<'a> {
         self.fault(1, "records of the window before this one are missing", (first, first), &[]);
     }
 
-    /// Checks a line, which states this number; `None`: it cannot be read. Returns whether the gateway wrote it here.
-    pub(crate) fn check(&mut self, number: usize, line: &[u8], seq: Option<u64>) -> bool {
-        // A batch whose fdatasync failed stands twice: here at the end, and proven in the next segment.
-        if self.next.is_some_and(|next| self.last.seq + 1 >= next) {
-            return false;
-        }
+    /// Checks a line, which states this number; `None`: it cannot be read.
+    pub(crate) fn check(&mut self, number: usize, line: &[u8], seq: Option<u64>) -> Checked {
         let expected = self.last.seq + 1;
+        if self.next.is_some_and(|next| expected >= next && seq.is_none_or(|seq| seq >= next)) {
+            return Checked::Repeated;
+        }
         let hash = self.keys.check(line, &self.last.hash);
         let reason = match (&hash, seq) {
             (_, None) => Some("a record cannot be read"),
@@ -141,9 +151,11 @@ impl<'a> ChainCheck<'a> {
         if let Some(reason) = reason {
             self.fault(number, reason, (expected, seq), line);
         }
-        let is_proven = hash.is_ok();
+        let checked = if hash.is_ok() { Checked::Proven } else { Checked::Changed };
+        // A number that belongs to the next segment is a changed one: what follows is still of this segment.
+        let seq = if self.next.is_some_and(|next| seq >= next) { expected } else { seq };
         self.last = Place { seq, hash: hash.ok().or_else(|| stated(line)).unwrap_or(self.last.hash) };
-        is_proven
+        checked
     }
 
     /// An event passes that the gateway wrote: one that tells of damage, or of its acceptance.
@@ -202,11 +214,13 @@ pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
         let mut lines = Lines::open(path)?;
         while let Some(line) = lines.read()? {
             let head = serde_json::from_slice::<Head<'_>>(line.bytes).ok();
-            let is_proven = chain.check(line.number, line.bytes, head.as_ref().map(|head| head.seq));
+            let checked = chain.check(line.number, line.bytes, head.as_ref().map(|head| head.seq));
             if index == 0 && line.number == 1 && first_seq(path) > 1 {
                 chain.begins_late();
             }
-            if let Some(Head { event, .. }) = head.filter(|head| is_proven && !head.event.is_empty()) {
+            if let Some(Head { event, .. }) =
+                head.filter(|head| checked == Checked::Proven && !head.event.is_empty())
+            {
                 chain.event(line.number, &event, line.bytes);
             }
         }

@@ -34,7 +34,7 @@ use crate::{
         Audit, StoredReply,
         age::Ages,
         chain::{Lines, Mark, first_seq, parse_hex, segments},
-        loss::{ChainCheck, Loss},
+        loss::{ChainCheck, Checked, Loss},
         unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall},
     },
     config,
@@ -221,17 +221,18 @@ impl Parser<'_> {
                     break;
                 }
                 let seq = record.as_ref().map(|record| record.seq);
-                let is_proven = self.chain.check(line.number, line.bytes, seq);
-                if let Some(record) = record {
+                let checked = self.chain.check(line.number, line.bytes, seq);
+                if let Some(record) = record.filter(|_| checked != Checked::Repeated) {
                     self.look_for_late_begin(record.time);
-                    if record.kind == "event" {
-                        self.ages.anchor(line.bytes);
-                        if is_proven {
+                    match record.kind {
+                        "event" if checked == Checked::Proven => {
+                            self.ages.anchor(line.bytes);
                             self.chain.event(line.number, record.event.unwrap_or_default(), line.bytes);
+                            batch.extend(self.resolution(&record, line.bytes));
                         }
-                        batch.extend(self.resolution(&record, line.bytes));
-                    } else {
-                        batch.extend(self.told(record, line.bytes));
+                        "event" => {}
+                        // Of a changed record what it says is still the best guess: its key is not taken for a new one.
+                        _ => batch.extend(self.told(record, line.bytes)),
                     }
                 }
                 self.table.read[0].fetch_add(line.bytes.len() as u64 + 1, Ordering::Relaxed);

@@ -7,10 +7,10 @@ use std::{
     sync::Arc,
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{idempotency::until_keys_are_known, support::*};
+use crate::{audit::faults, idempotency::until_keys_are_known, support::*};
 
 fn key(number: usize) -> String {
     format!("idempotency-key: k{number}\r\n")
@@ -234,6 +234,40 @@ fn acceptance_that_was_copied_to_the_end_of_a_segment_accepts_nothing() {
     let gateway = start_with(&sandbox, setup(&folder));
     until_keys_are_known(&gateway);
     assert_eq!(gateway.post_with("idempotency-key: new\r\n").outcome(), "succeeded", "where it was written");
+}
+
+/// Nor does a resolution there free a key, whatever its number.
+#[test]
+fn resolution_that_was_written_to_the_end_of_a_segment_frees_no_key() {
+    let sandbox = sandbox();
+    let folder = Arc::new(TempDir::new().unwrap());
+    let mut gateway = start_with(&sandbox, setup(&folder));
+    until_keys_are_known(&gateway);
+    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    assert_eq!(gateway.post_with(&key(0)).outcome(), "unknown");
+    let audit = gateway.audit_directory();
+    let mut next = 1;
+    while segments(&audit).len() < 2 {
+        assert_eq!(gateway.post_with(&key(next)).outcome(), "succeeded");
+        next += 1;
+    }
+    gateway.signal("-TERM");
+    assert!(gateway.wait().success());
+    let mut call = records(&audit, "intent")[0].clone();
+    for (name, value) in [("kind", "event"), ("event", "resolution"), ("result", "not-done")] {
+        call[name] = json!(value);
+    }
+    let first = &segments(&audit)[0];
+    let text = fs::read_to_string(first).unwrap();
+    for seq in [1_000_000, 3] {
+        call["seq"] = json!(seq);
+        fs::write(first, format!("{text}{call}\n")).unwrap();
+        let gateway = start_with(&sandbox, setup(&folder));
+        until_keys_are_known(&gateway);
+        let reply = gateway.post_with(&key(0));
+        assert_eq!(reply.code(), "outcome_unknown", "{seq}: {}", reply.text());
+        gateway.kill();
+    }
 }
 
 #[test]
