@@ -645,7 +645,7 @@ pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
 }
 
 /// Accepts what is lost of a trail that nobody writes: see [`loss`]. Returns the number of the event, which is on the disk then;
-/// `None` if nothing is lost. Fails with [`StartError::Locked`] while a gateway writes the trail.
+/// `None` if nothing is lost, and nothing was removed. Fails with [`StartError::Locked`] while a gateway writes the trail.
 pub fn accept_loss(directory: &Path, keys: Keys) -> Result<Option<u64>, StartError> {
     check_trail(directory)?;
     let keys = Arc::new(keys);

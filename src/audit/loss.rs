@@ -31,8 +31,8 @@ use super::{
 /// The name of the event.
 pub(crate) const ACCEPTED: &str = "loss_accepted";
 
-/// So many faults have words of their own; those behind them share one.
-const MAX_FAULTS: usize = 1_000;
+/// So many faults of a segment have words of their own; those behind them share one.
+const MAX_FAULTS: usize = 100;
 
 /// A part of the trail is lost, and nobody has accepted that.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -109,7 +109,11 @@ pub(crate) struct ChainCheck<'a> {
     /// The segment that is read, and the number of the first record of the one behind it.
     segment: PathBuf,
     next: Option<u64>,
+    /// The number of the last record that is proven.
+    proven: u64,
     faults: Vec<Fault>,
+    /// How many of them are of this segment.
+    here: usize,
     accepted: HashSet<String>,
 }
 
@@ -118,15 +122,23 @@ impl<'a> ChainCheck<'a> {
     pub(crate) fn begin(keys: &'a Keys, segments: &[PathBuf]) -> io::Result<Self> {
         let first = segments.first().filter(|path| first_seq(path) > 1);
         let before = first.map(|path| retention::before(path)).transpose()?.flatten();
-        let last = before.unwrap_or(Place { seq: 0, hash: Hash::default() });
+        let seq = first.map_or(0, |path| first_seq(path) - 1);
+        let last = Place { seq, hash: before.map_or(Hash::default(), |before| before.hash) };
         let (segment, faults, accepted) = <_>::default();
-        Ok(Self { keys, last, segment, next: None, faults, accepted })
+        Ok(Self { keys, last, segment, next: None, proven: 0, faults, here: 0, accepted })
     }
 
     /// The next segment is read; `next` is the one behind it.
     pub(crate) fn enter(&mut self, segment: &Path, next: Option<&PathBuf>) {
         segment.clone_into(&mut self.segment);
-        self.next = next.map(|path| first_seq(path));
+        // A name without a number is none of ours.
+        self.next = next.map(|path| first_seq(path)).filter(|first| *first > 0);
+        self.here = 0;
+    }
+
+    /// Whether the record of this number, or one behind it, was read and is proven.
+    pub(crate) fn has_proven(&self, seq: u64) -> bool {
+        self.proven >= seq
     }
 
     /// The trail begins behind the beginning of the window, although nothing in the window is ever removed.
@@ -135,8 +147,9 @@ impl<'a> ChainCheck<'a> {
         self.fault(1, "records of the window before this one are missing", (first, first), &[]);
     }
 
-    /// Checks a line, which states this number; `None`: it cannot be read.
-    pub(crate) fn check(&mut self, number: usize, line: &[u8], seq: Option<u64>) -> Checked {
+    /// Checks a line.
+    pub(crate) fn check(&mut self, number: usize, line: &[u8]) -> Checked {
+        let seq = number_of(line);
         let expected = self.last.seq + 1;
         if self.next.is_some_and(|next| expected >= next && seq.is_none_or(|seq| seq >= next)) {
             return Checked::Repeated;
@@ -152,6 +165,7 @@ impl<'a> ChainCheck<'a> {
             self.fault(number, reason, (expected, seq), line);
         }
         let checked = if hash.is_ok() { Checked::Proven } else { Checked::Changed };
+        self.proven = if hash.is_ok() { seq } else { self.proven };
         // A number that belongs to the next segment is a changed one: what follows is still of this segment.
         let seq = if self.next.is_some_and(|next| seq >= next) { expected } else { seq };
         self.last = Place { seq, hash: hash.ok().or_else(|| stated(line)).unwrap_or(self.last.hash) };
@@ -168,16 +182,19 @@ impl<'a> ChainCheck<'a> {
         }
     }
 
-    /// `place` is the number that the record should have, and the one that it has. The word stands for its bytes, too, so
+    /// `expected` is the number that the record should have, `seq` the one that it has. The word stands for its bytes, too, so
     /// that an acceptance covers no later change of it.
     fn fault(&mut self, line: usize, reason: &'static str, (expected, seq): (u64, u64), bytes: &[u8]) {
         let numbers = [expected, seq].map(u64::to_be_bytes);
         let word = word([reason.as_bytes(), &numbers[0], &numbers[1], bytes]);
         let file = self.segment.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let fault = Fault { file, line, reason, word };
-        match self.faults.get_mut(MAX_FAULTS) {
+        match self.faults.last_mut().filter(|_| self.here > MAX_FAULTS) {
             Some(last) => last.word = self::word([&last.word, &fault.word]),
-            None => self.faults.push(fault),
+            None => {
+                self.here += 1;
+                self.faults.push(fault);
+            }
         }
     }
 
@@ -186,6 +203,13 @@ impl<'a> ChainCheck<'a> {
         self.faults.retain(|fault| !self.accepted.contains(&fault.word));
         Loss::of(self.faults)
     }
+}
+
+/// The number that a line states, as the gateway writes it.
+fn number_of(line: &[u8]) -> Option<u64> {
+    let rest = line.strip_prefix(b"{\"seq\":")?;
+    let end = rest.iter().position(|byte| !byte.is_ascii_digit())?;
+    std::str::from_utf8(&rest[..end]).ok()?.parse().ok()
 }
 
 /// The words of the faults that an event of an acceptance covers.
@@ -198,13 +222,12 @@ fn accepted(event: &[u8]) -> Vec<String> {
     serde_json::from_slice::<Accepted>(event).map(|event| event.faults).unwrap_or_default()
 }
 
-/// What is lost of a whole trail, and not accepted. That its beginning is missing counts as well: only a start knows whether the
-/// window reaches back to it.
+/// What is lost of a whole trail, and not accepted. That its beginning is missing counts as well, also where retention removed
+/// it: only a start knows whether the window reaches back to it.
 pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
     #[derive(Deserialize)]
-    struct Head<'a> {
-        seq: u64,
-        #[serde(borrow, default)]
+    struct Event<'a> {
+        #[serde(borrow)]
         event: Cow<'a, str>,
     }
     let segments = chain::segments(directory)?;
@@ -213,13 +236,12 @@ pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
         chain.enter(path, segments.get(index + 1));
         let mut lines = Lines::open(path)?;
         while let Some(line) = lines.read()? {
-            let head = serde_json::from_slice::<Head<'_>>(line.bytes).ok();
-            let checked = chain.check(line.number, line.bytes, head.as_ref().map(|head| head.seq));
+            let checked = chain.check(line.number, line.bytes);
             if index == 0 && line.number == 1 && first_seq(path) > 1 {
                 chain.begins_late();
             }
-            if let Some(Head { event, .. }) =
-                head.filter(|head| checked == Checked::Proven && !head.event.is_empty())
+            if checked == Checked::Proven
+                && let Ok(Event { event }) = serde_json::from_slice(line.bytes)
             {
                 chain.event(line.number, &event, line.bytes);
             }

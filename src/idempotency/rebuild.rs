@@ -58,7 +58,6 @@ const RETRY: Duration = Duration::from_secs(1);
 /// A record, as far as it matters here.
 #[derive(Deserialize)]
 struct Line<'a> {
-    seq: u64,
     time: &'a str,
     kind: &'a str,
     event: Option<&'a str>,
@@ -215,13 +214,12 @@ impl Parser<'_> {
         for (index, path) in segments.iter().enumerate() {
             self.chain.enter(path, segments.get(index + 1));
             let mut lines = Lines::open(path)?;
-            while let Some(line) = lines.read()? {
+            // What this process writes is known.
+            while !self.chain.has_proven(self.last)
+                && let Some(line) = lines.read()?
+            {
+                let checked = self.chain.check(line.number, line.bytes);
                 let record = parse::<Line<'_>>(line.bytes).ok();
-                if record.as_ref().is_some_and(|record| record.seq > self.last) {
-                    break;
-                }
-                let seq = record.as_ref().map(|record| record.seq);
-                let checked = self.chain.check(line.number, line.bytes, seq);
                 if let Some(record) = record.filter(|_| checked != Checked::Repeated) {
                     self.look_for_late_begin(record.time);
                     match record.kind {

@@ -209,6 +209,46 @@ fn acceptance_covers_no_damage_that_comes_later() {
     }
 }
 
+/// Replaces a text in a line from the middle of a segment.
+fn replace_in_the_middle(segment: &Path, text: &str, by: &[u8]) {
+    let whole = fs::read(segment).unwrap();
+    let middle = whole.len() / 2;
+    let is_text = |part: &[u8]| part == text.as_bytes();
+    let place = middle + whole[middle..].windows(text.len()).position(is_text).unwrap();
+    fs::write(segment, [&whole[..place], by, &whole[place + text.len()..]].concat()).unwrap();
+}
+
+#[test]
+fn what_the_command_accepts_is_what_a_start_finds() {
+    for (text, by) in [
+        ("\"id\":\"0", b"\"id\":\"p".as_slice()),
+        ("\"kind\":\"intent", b"\"kinf\":\"intent"),
+        ("qa-console", b"qa-\xffonsole"),
+        ("\n{\"seq\":", b"\n{\"seq\":9"),
+        ("\n{\"seq\":", b"\n{\"seq\":1 "),
+        ("\n{\"seq\":", b"\n{\"sed\":"),
+    ] {
+        for place in [1, 3] {
+            let said = format!("{text} by {}, {place}", String::from_utf8_lossy(by));
+            let sandbox = sandbox();
+            let folder = trail(&sandbox, true);
+            let audit = folder.path().join("audit");
+            replace_in_the_middle(&segments(&audit)[place], text, by);
+            let gateway = start_with(&sandbox, setup(&folder));
+            until_keys_are_known(&gateway);
+            assert_eq!(gateway.post_with("idempotency-key: new\r\n").status, 503, "{said}");
+            gateway.kill();
+            let (code, told, error) = command(&["audit", "accept-loss", audit.to_str().unwrap()]);
+            assert_eq!(code, 0, "{said}: {told}{error}");
+            let gateway = start_with(&sandbox, setup(&folder));
+            until_keys_are_known(&gateway);
+            assert_eq!(gateway.post_with("idempotency-key: new\r\n").outcome(), "succeeded", "{said}");
+            let [sent, refused, replayed] = repeat(&gateway);
+            assert!(sent <= 1 && refused == 0 && replayed >= KEYS - 1, "{said}: {sent} {refused} {replayed}");
+        }
+    }
+}
+
 /// The lines behind the last number before the next segment are what a failed fdatasync leaves: nobody checks them.
 #[test]
 fn acceptance_that_was_copied_to_the_end_of_a_segment_accepts_nothing() {
