@@ -164,7 +164,7 @@ pub enum Refused {
     /// Nobody knows what became of the first call with this key.
     #[error(
         "the first call with this Idempotency-Key may have reached the upstream: look whether the task is assigned; \
-         if it is not, repeat the call with `Idempotency-Force: {0}`"
+         if it is not, repeat the call with `Idempotency-Force: {0}`, or with a new key if that is refused, too"
     )]
     Unknown(RequestId),
     /// The key stands for another call.
@@ -344,6 +344,11 @@ impl Idempotency {
                     self.claims().end(key, id, How::NotDone, now());
                 }
                 let mut claim = claimed?;
+                // Another call may have come to stand for the doubt meanwhile, and be over by now.
+                if let Some(first) = doubt.filter(|_| self.claims().is_superseded(key)) {
+                    drop(claim);
+                    return Err(Refused::Unknown(first.into()).into());
+                }
                 if let Some(id) = doubt.filter(|_| claim.forced.is_none()) {
                     claim.forced = Some(Box::new(Forced { id, key: Some(key) }));
                 }
@@ -575,7 +580,8 @@ impl Idempotency {
         let mut forced = call.forced;
         while let Some(id) = forced {
             match list.get(id) {
-                Some(first) if first.key.is_some() => forced = first.forced,
+                // Whatever stands in the list: only an earlier call can be repeated.
+                Some(first) if first.key.is_some() => forced = first.forced.filter(|earlier| *earlier < id),
                 _ => return true,
             }
         }
@@ -750,7 +756,8 @@ impl Claim {
         let mark = self.mark?;
         let completion = match outcome {
             Outcome::Succeeded => {
-                return Some(Delivery::of_own_answer(&self.table, mark, (self.id, self.key), names));
+                let forced = self.forced.as_deref().map(|forced| forced.id);
+                return Some(Delivery::of_own_answer(&self.table, mark, (self.id, self.key, forced), names));
             }
             Outcome::NotSent | Outcome::Refused | Outcome::Failed => Completion::NotDone,
             Outcome::Unknown | Outcome::Replayed => Completion::Doubt(DoubtKind::Unknown),

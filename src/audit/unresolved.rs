@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{age, loss};
 use crate::outcome::Outcome;
 
 /// The name of the event that begins a segment.
@@ -42,8 +41,8 @@ const ON_THEIR_WAY: usize = 1024;
 /// height of their load.
 const PRESUMED: usize = 2 * ON_THEIR_WAY;
 
-/// So many calls are on the list at most, but for those whose window is not over.
-const AT_MOST: usize = 10_000;
+/// So many calls are on the list at most, but for those whose window is not over. So many doubts are remembered, too.
+pub(crate) const AT_MOST: usize = 10_000;
 
 /// A call on the list.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -213,8 +212,6 @@ pub struct UnresolvedList {
     calls: BTreeMap<Uuid, Arc<UnresolvedCall>>,
     /// The last successes: their answers may have been on their way when the trail ended.
     on_their_way: VecDeque<(i64, UnresolvedCall)>,
-    /// The last record is a `stop`, but for what commands append.
-    is_closed: bool,
     /// Calls at work that the next list did not name: a version that wrote no lists left them open.
     orphans: Vec<UnresolvedCall>,
 }
@@ -247,10 +244,6 @@ impl UnresolvedList {
 
     /// Follows the trail by one record. A line that cannot be read changes nothing.
     pub(super) fn take(&mut self, step: &Step<'_>, line: &[u8]) {
-        // What a command appends behind a stop changes nothing of that.
-        let is_appended =
-            step.event.is_some_and(|event| [age::ACCEPTED, loss::ACCEPTED, RESOLUTION].contains(&event));
-        self.is_closed = step.event == Some("stop") || self.is_closed && is_appended;
         match (step.kind, step.id) {
             ("intent", Some(_)) => {
                 if let Ok(call) = serde_json::from_slice(line) {
@@ -392,16 +385,25 @@ impl UnresolvedList {
     /// callers of the last successes may not know of them. Returns what was at work.
     pub(super) fn close(&mut self) -> Vec<Uuid> {
         for (_, call) in std::mem::take(&mut self.on_their_way) {
-            self.insert(UnresolvedCall { state: CallState::Undelivered, presumed: true, ..call });
+            // One that is on the list is on record as undelivered.
+            if !self.calls.contains_key(&call.id) {
+                self.insert(UnresolvedCall { state: CallState::Undelivered, presumed: true, ..call });
+            }
         }
         let presumed: Vec<_> = self.calls().filter(|call| call.presumed).map(|call| call.id).collect();
-        for oldest in &presumed[..presumed.len().saturating_sub(PRESUMED)] {
-            self.calls.remove(oldest);
+        let oldest = &presumed[..presumed.len().saturating_sub(PRESUMED)];
+        if !oldest.is_empty() {
+            let calls = oldest.len();
+            tracing::warn!(calls, "too many processes were killed: their oldest answers count as delivered");
         }
-        let mut open = Vec::new();
-        for call in self.calls.values_mut().filter(|call| call.state == CallState::AtWork) {
-            Arc::make_mut(call).state = CallState::Unknown;
-            open.push(call.id);
+        for id in oldest {
+            self.calls.remove(id);
+        }
+        let open: Vec<_> = self.at_work().map(|call| call.id).collect();
+        for id in &open {
+            if let Some(call) = self.remove(*id) {
+                self.finish(call, Outcome::Unknown);
+            }
         }
         open
     }
@@ -540,6 +542,27 @@ mod tests {
             "the oldest are gone"
         );
         assert_eq!(list.calls().count(), PRESUMED);
+    }
+
+    #[test]
+    fn call_at_work_that_a_crash_cuts_off_supersedes_the_one_that_it_repeats() {
+        let mut forced = intent(2);
+        forced["forced"] = json!(id(1));
+        let mut list = read([intent(1), outcome(1, Outcome::Unknown, 0), forced]);
+        assert!(!list.get(id(1)).unwrap().superseded);
+        assert_eq!(list.close(), [id(2)]);
+        assert!(list.get(id(1)).unwrap().superseded);
+        assert_eq!(states(&list), [(1, CallState::Unknown), (2, CallState::Unknown)]);
+    }
+
+    #[test]
+    fn call_on_record_as_undelivered_is_no_presumed_one() {
+        let undelivered = event(UNDELIVERED, json!({ "id": id(1), "caller": "qa", "print": "ab" }));
+        let ended = |number| [intent(number), outcome(number, Outcome::Succeeded, 0)];
+        let mut list = read(ended(1).into_iter().chain([undelivered]).chain(ended(2)));
+        list.close();
+        assert_eq!(states(&list), [(1, CallState::Undelivered), (2, CallState::Undelivered)]);
+        assert!(!list.get(id(1)).unwrap().presumed && list.get(id(2)).unwrap().presumed);
     }
 
     #[test]

@@ -328,6 +328,14 @@ impl Claims {
         }
     }
 
+    /// Whether a call without this key stands for the doubt that the claim at work repeats.
+    pub(super) fn is_superseded(&self, key: Mark) -> bool {
+        let claim = self.slots.find(&key).and_then(|number| self.slots.get(number));
+        claim.is_some_and(
+            |claim| matches!(&claim.state, State::InFlight { doubt: Some(doubt) } if doubt.is_superseded),
+        )
+    }
+
     /// Puts the claims into the order in which they expire: a trail may tell of them in another one.
     pub(super) fn sort(&mut self) {
         self.slots.sort_queue_by_key(Claim::expires_from);
@@ -499,7 +507,9 @@ mod tests {
         assert_eq!(claims.claim(wanted(key, print, force), id(2), 0), Verdict::Unknown(id(1)));
         claims.set_superseded(key, id(1), false);
         assert_eq!(claims.claim(wanted(key, print, force), id(3), 0), Verdict::Begin { doubt: force });
+        assert!(!claims.is_superseded(key));
         claims.set_superseded(key, id(1), true); // while it is repeated, too
+        assert!(claims.is_superseded(key));
         claims.end(key, id(3), How::NotDone, 0);
         assert_eq!(claims.claim(wanted(key, print, force), id(4), 0), Verdict::Unknown(id(1)));
         assert_eq!(claims.look(wanted(key, print, None), WINDOW + 1), Verdict::Begin { doubt: None });

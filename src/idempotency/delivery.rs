@@ -27,6 +27,8 @@ pub struct Delivery {
     /// The call that succeeded, and the mark of its `Idempotency-Key`.
     id: Uuid,
     key: Option<Mark>,
+    /// The call that it repeated by force.
+    forced: Option<Uuid>,
     /// See [`Duplicate::stands_for_unkeyed`].
     stands_for_unkeyed: bool,
     names: Names,
@@ -48,18 +50,19 @@ impl Delivery {
     pub(super) fn of_own_answer(
         table: &Arc<Idempotency>,
         mark: Mark,
-        (id, key): (Uuid, Option<Mark>),
+        (id, key, forced): (Uuid, Option<Mark>, Option<Uuid>),
         names: Names,
     ) -> Self {
-        Self { table: table.clone(), mark, id, key, stands_for_unkeyed: false, names, step: Step::OwnAnswer }
+        let stands_for_unkeyed = false; // the table knows
+        Self { table: table.clone(), mark, id, key, forced, stands_for_unkeyed, names, step: Step::OwnAnswer }
     }
 
     /// Of an answer to `caller` that tells of the success of an equal call.
     pub(super) fn of_other_answer(table: &Arc<Idempotency>, mark: Mark, id: Uuid, caller: Call<'_>) -> Self {
         // What else is known of the call, the table tells when the answer is handed over.
         let names = Names { caller: Some(caller.caller.into()), route: Some(caller.route.into()) };
-        let (key, stands_for_unkeyed) = (None, false);
-        Self { table: table.clone(), mark, id, key, stands_for_unkeyed, names, step: Step::OtherAnswer }
+        let (table, key, forced, stands_for_unkeyed) = (table.clone(), None, None, false);
+        Self { table, mark, id, key, forced, stands_for_unkeyed, names, step: Step::OtherAnswer }
     }
 
     /// The answer was handed to a connection whose caller is there.
@@ -67,7 +70,8 @@ impl Delivery {
         match self.step {
             Step::OwnAnswer => {
                 self.step = Step::HandedOver;
-                self.table.duplicates().end(self.mark, self.id, Completion::Succeeded, now());
+                let ended = self.table.duplicates().end(self.mark, self.id, Completion::Succeeded, now());
+                self.stands_for_unkeyed = ended.is_some_and(|call| call.stands_for_unkeyed);
             }
             Step::OtherAnswer => {
                 self.step = Step::Settled;
@@ -104,6 +108,9 @@ impl Delivery {
         details.insert("print".into(), json!(hex(print)));
         if let Some(key) = self.key {
             details.insert("key".into(), json!(hex(key)));
+        }
+        if let Some(forced) = self.forced {
+            details.insert("forced".into(), json!(forced));
         }
         self.table.audit.event(UNDELIVERED, details);
     }

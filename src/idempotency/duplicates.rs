@@ -13,10 +13,10 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::recent::Recent;
-use crate::{audit::chain::Mark, config::WithoutKey};
-
-/// Doubts that are remembered; a trail lists as many.
-pub(super) const MAX_DOUBTS: usize = 10_000;
+use crate::{
+    audit::{chain::Mark, unresolved::AT_MOST as MAX_DOUBTS},
+    config::WithoutKey,
+};
 
 /// So many calls that succeeded are remembered, to be flagged.
 const MAX_SUCCEEDED: usize = 32 * 1024;
@@ -174,7 +174,8 @@ impl DuplicateDetector {
         if success.is_some() {
             return Some(Forced { id: force, key: None });
         }
-        let known = self.calls.get(&mark)?.iter().find(|known| known.call.id == force)?;
+        let is_it = |known: &&Known| known.call.id == force && matches!(known.state, State::Doubt(_));
+        let known = self.calls.get(&mark)?.iter().find(is_it)?;
         known.call.can_be_forced_by(call).then_some(Forced { id: force, key: known.call.key })
     }
 
@@ -243,11 +244,17 @@ impl DuplicateDetector {
         (!is_old(doubt.1.since, now, self.window)).then_some(doubt)
     }
 
-    /// A call is over. Does nothing for one that is not at work.
-    pub(super) fn end(&mut self, mark: Mark, id: Uuid, completion: Completion, now: u32) {
-        let Entry::Occupied(mut calls) = self.calls.entry(mark) else { return };
+    /// A call is over. Returns it; does nothing for one that is not at work.
+    pub(super) fn end(
+        &mut self,
+        mark: Mark,
+        id: Uuid,
+        completion: Completion,
+        now: u32,
+    ) -> Option<Duplicate> {
+        let Entry::Occupied(mut calls) = self.calls.entry(mark) else { return None };
         let is_it = |known: &Known| known.call.id == id && matches!(known.state, State::AtWork { .. });
-        let Some(place) = calls.get().iter().position(is_it) else { return };
+        let place = calls.get().iter().position(is_it)?;
         let Known { call, state } = calls.get_mut().swap_remove(place);
         if calls.get().is_empty() {
             calls.remove();
@@ -261,6 +268,7 @@ impl DuplicateDetector {
             }
             (Completion::NotDone, _) => {}
         }
+        Some(call)
     }
 
     /// Remembers a doubt, unless the call is known.
@@ -269,8 +277,12 @@ impl DuplicateDetector {
             return;
         }
         self.calls.entry(mark).or_default().push(Known { call, state: State::Doubt(doubt) });
+        let began = (doubt.since, mark);
         let place = self.began.partition_point(|(since, _)| *since <= doubt.since);
-        self.began.insert(place, (doubt.since, mark));
+        // A doubt that is repeated in vain comes back.
+        if place.checked_sub(1).and_then(|before| self.began.get(before)) != Some(&began) {
+            self.began.insert(place, began);
+        }
         self.doubts += 1;
         *self.held.entry(call.caller).or_default() += 1;
     }
@@ -525,6 +537,23 @@ mod tests {
             Ok((None, None)),
             "no refusal"
         );
+    }
+
+    #[test]
+    fn call_at_work_is_not_repeated_and_a_doubt_that_is_repeated_in_vain_takes_no_more_room() {
+        let mut detector = detector(WithoutKey::Warn);
+        begin(&mut detector, 1, 0).unwrap();
+        let forced = |detector: &mut DuplicateDetector, number| {
+            detector.begin(MARK, call(number, false), Some(id(1)), false, 0).unwrap().1
+        };
+        assert_eq!(forced(&mut detector, 2), None);
+        detector.end(MARK, id(2), Completion::NotDone, 0);
+        detector.end(MARK, id(1), UNKNOWN, 0);
+        for number in 3..9 {
+            assert_eq!(forced(&mut detector, number), self::forced(1));
+            detector.end(MARK, id(number), Completion::NotDone, 0);
+        }
+        assert_eq!((detector.doubts, detector.began.len()), (1, 1));
     }
 
     #[test]
