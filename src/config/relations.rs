@@ -29,6 +29,10 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must not be shorter than idempotency.window: keys live in the trail";
         between(context, ["audit.retain", "idempotency.window"], reason);
     }
+    if config.idempotency.fingerprint_window > config.idempotency.window {
+        let reason = "must not be longer than idempotency.window: a start reads no older calls";
+        between(context, ["idempotency.fingerprint_window", "idempotency.window"], reason);
+    }
     shares(context, config);
     if upstream.max_connections < config.server.workers {
         let reason = "must be at least server.workers";

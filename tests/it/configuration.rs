@@ -264,9 +264,11 @@ fn what_lies_between_two_values_is_told_where_the_first_of_them_stands() {
     for (good, bad, key) in [
         ("connect_timeout = \"3s\"", "connect_timeout = \"31s\"", "upstream.connect_timeout"),
         ("max_connections = 64", "max_connections = 0x01", "upstream.max_connections"),
+        ("fingerprint_window = \"10m\"", "fingerprint_window = \"2h\"", "idempotency.fingerprint_window"),
         ("peer = \"loopback\"", "peer = \"uid:1000\"", "callers[0].peer"),
     ] {
-        let text = with(&text, "workers = 1 ", "workers = 2 ");
+        let text =
+            with(&text, "workers = 1 ", "workers = 2 ").replace("\nwindow = \"24h\"", "\nwindow = \"1h\"");
         // A Unix socket would see the caller by its user.
         let text = if key == "callers[0].peer" {
             text.replace("address = \"unix:", "# \"").replace("mode =", "address = \"127.0.0.1:1\" #")
