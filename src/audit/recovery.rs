@@ -338,7 +338,9 @@ impl Found {
     fn take_record(&mut self, path: &Path, number: usize, line: &[u8], keys: &Keys) {
         let seq = self.seq + 1;
         self.seq = seq;
-        match keys.check(line, &self.hash) {
+        let checked = keys.check(line, &self.hash);
+        let is_proven = checked.is_ok();
+        match checked {
             Ok(hash) => self.hash = hash,
             Err(reason) => {
                 self.fault(path, number, reason);
@@ -366,16 +368,19 @@ impl Found {
         };
         self.unresolved.take(&step, line);
         if step.kind == "event" {
-            self.take_event(path, number, line);
+            self.take_event(path, number, line, is_proven);
         }
     }
 
-    fn take_event(&mut self, path: &Path, line: usize, bytes: &[u8]) {
+    fn take_event(&mut self, path: &Path, line: usize, bytes: &[u8], is_proven: bool) {
         if self.begins_behind.is_some() {
             self.is_retained |= retention::said(bytes) == self.begins_behind;
         }
-        self.anchors.extend(Anchor::read(bytes));
-        self.format = self.format.max(age::format(bytes).unwrap_or_default());
+        // A flipped bit makes no trail a newer one, and no record older.
+        if is_proven {
+            self.anchors.extend(Anchor::read(bytes));
+            self.format = self.format.max(age::format(bytes).unwrap_or_default());
+        }
         if Damage::is_told_by(bytes) && self.recorded.len() < MAX_FAULTS {
             let reason = "a start found something missing before this record, which says what";
             self.recorded.push(Fault { file: path.into(), line, seq: self.seq, reason });

@@ -175,6 +175,14 @@ async fn every_changed_byte_is_found_in_its_line() {
     check_changes(&sample().await, 1, |offset| vec![offset as u32 % 8]);
 }
 
+#[tokio::test]
+async fn changed_format_is_a_changed_record_and_no_newer_trail() {
+    let (text, key) = sample().await;
+    let changed = String::from_utf8(text).unwrap().replacen("\"format\":1", "\"format\":3", 1);
+    let found = verify(directory(changed.as_bytes(), &key).path());
+    assert_eq!(found.faults.first().map(|fault| fault.line), Some(1), "{:?}", found.faults);
+}
+
 /// Whether the long trail is changed in every bit and cut at every byte, and not at samples: half a million trails are
 /// verified then, and eighty thousand recovered.
 fn is_whole_sweep() -> bool {
