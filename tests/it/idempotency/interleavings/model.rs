@@ -491,7 +491,10 @@ impl Model {
             let is_doubted = was_killed || past.may & TAKING > 0;
             let extra = if is_doubted && is_success { UNDELIVERED } else { 0 };
             let kept = past.may & (state | GONE | KEY_UNKNOWN);
-            past.may = if past.told.is_some() && !is_lost || kept > 0 && past.may & AT_WORK == 0 {
+            past.may = if is_lost && past.told.is_some() {
+                // Told before its outcome was on record; it may have been repeated by force since.
+                state | past.may & (GONE | KEY_UNKNOWN)
+            } else if past.told.is_some() || kept > 0 && past.may & AT_WORK == 0 {
                 past.may & !(AT_WORK | TAKING) | extra
             } else {
                 state
@@ -563,4 +566,13 @@ fn call_that_is_refused_holds_its_key_for_a_moment() {
         });
         assert!(explained.is_err(), "{nobody}");
     }
+}
+
+#[test]
+fn call_that_was_told_before_its_outcome_was_on_record_may_be_in_doubt_behind_a_kill() {
+    let mut model = Model::default();
+    let call = |number| Call { number, key: None, force: None };
+    model.answered(call(1), "first", &Said::Sent(Ended::Failed), &[Ended::Failed], Mode::Guard, false);
+    model.restarted(&HashMap::from([(1, Ended::Unknown)]), true);
+    model.answered(call(2), "second", &Said::Duplicate("first".into()), &[], Mode::Guard, false);
 }
