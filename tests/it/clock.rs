@@ -347,7 +347,7 @@ fn a_start_that_finds_an_odd_clock_doubts_it_until_an_operator_accepts_it() {
 }
 
 /// Appends a start that states this format, with all that makes it a good record.
-fn append_start(directory: &std::path::Path, format: u64) {
+pub(crate) fn append_start(directory: &std::path::Path, format: u64) {
     let last = records(directory, "").pop().unwrap();
     let (seq, time) = (last["seq"].as_u64().unwrap() + 1, last["time"].as_str().unwrap());
     let head = format!(r#"{{"seq":{seq},"time":"{time}","kind":"event","event":"start","format":{format}"#);

@@ -64,11 +64,7 @@ fn trail_of_a_newer_format_is_refused() {
     let gateway = start_with(&sandbox, Setup { folder: Some(folder.clone()), ..Setup::default() });
     let audit = gateway.audit_directory();
     gateway.kill();
-    // Whoever has the key can write such a record; here the chain is of no interest.
-    let segment = audit.join("audit-00000000000000000001.jsonl");
-    let text = fs::read_to_string(&segment).unwrap();
-    assert!(text.contains("\"format\":1,"));
-    fs::write(&segment, text.replace("\"format\":1,", "\"format\":2,")).unwrap();
+    crate::clock::append_start(&audit, 2);
     let config = folder.path().join("gateway.toml");
     for arguments in [
         vec!["serve", "--config", config.to_str().unwrap()],
