@@ -5,9 +5,9 @@
 //! unknown keys count as new, and the event `loss_accepted` says so. Segments without the key that they were written with are
 //! a loss as a whole: the start is refused.
 //!
-//! Each fault has a word, made of what is wrong there, and so has a loss, made of the words of its faults: nobody accepts
-//! one that is not known to him. The event names the words of the faults, and covers no other: damage that comes later is a
-//! new loss, wherever it lies.
+//! Each fault has a word, a hash of what is wrong there. The word of a loss is a hash of the words of its faults, so that an
+//! operator accepts only what the gateway has told. The event lists the words of the faults and covers no others: later damage is
+//! a new loss, wherever it lies.
 
 use std::{
     borrow::Cow,
@@ -31,7 +31,7 @@ use super::{
 /// The name of the event.
 pub(crate) const ACCEPTED: &str = "loss_accepted";
 
-/// So many faults of a segment have words of their own; those behind them share one.
+/// The number of faults in a segment that have a word each. All further ones in it share one.
 const MAX_FAULTS: usize = 100;
 
 /// A part of the trail is lost, and nobody has accepted that.

@@ -85,7 +85,7 @@ pub struct UnresolvedCall {
     /// A later call repeats this one by force, so that it guards against nothing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub superseded: bool,
-    /// Undelivered, as far as is known: its process was killed about when the answer left. Most of these were answered.
+    /// Presumed undelivered: its process was killed about when the answer left. Most such answers arrived.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub presumed: bool,
 }
@@ -394,7 +394,10 @@ impl UnresolvedList {
         let oldest = &presumed[..presumed.len().saturating_sub(PRESUMED)];
         if !oldest.is_empty() {
             let calls = oldest.len();
-            tracing::warn!(calls, "too many processes were killed: their oldest answers count as delivered");
+            tracing::warn!(
+                calls,
+                "too many answers may have been lost when gateways were killed: the oldest count as delivered"
+            );
         }
         for id in oldest {
             self.calls.remove(id);

@@ -51,7 +51,7 @@ pub(super) struct Duplicate {
 }
 
 impl Duplicate {
-    /// Whether a call is one of all: not of those alone that its key stands for.
+    /// Whether it counts as a call without a key: it has none, or it repeats such a call.
     pub(super) fn is_unkeyed(&self) -> bool {
         self.key.is_none() || self.stands_for_unkeyed
     }

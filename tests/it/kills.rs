@@ -409,8 +409,7 @@ impl Rounds {
         let is_new = |task: &&u64| {
             let reply = wait_for("an answer", || {
                 let reply = connection.call(**task).unwrap();
-                // The trail may be late with an intent while its writer makes a long list of the unresolved: nothing was
-                // sent, and the key is free.
+                // On a busy machine the trail may be late with an intent: nothing was sent, and the key is free.
                 (reply.code() != "audit_unavailable").then_some(reply)
             });
             self.check_repeated(**task, &reply)

@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use ccsqm_gateway::sandbox::Sandbox;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -30,7 +31,7 @@ fn setup(folder: &Arc<TempDir>) -> Setup {
 const KEYS: usize = 200;
 
 /// A trail of several segments with that many keys, stopped in order or killed.
-fn trail(sandbox: &ccsqm_gateway::sandbox::Sandbox, stops: bool) -> Arc<TempDir> {
+fn trail(sandbox: &Sandbox, stops: bool) -> Arc<TempDir> {
     let folder = Arc::new(TempDir::new().unwrap());
     let mut gateway = start_with(sandbox, setup(&folder));
     until_keys_are_known(&gateway);
@@ -68,6 +69,21 @@ fn repeat(gateway: &Gateway) -> [usize; 3] {
         counts[what] += 1;
     }
     counts
+}
+
+/// Accepts the loss by the command, or by its word at the start. Returns the gateway that was started then.
+fn accept(sandbox: &Sandbox, folder: &Arc<TempDir>, by_command: bool, word: &str) -> Gateway {
+    let mut accepting = setup(folder);
+    if by_command {
+        let audit = folder.path().join("audit");
+        let (code, said, error) = command(&["audit", "accept-loss", audit.to_str().unwrap()]);
+        assert_eq!(code, 0, "{said}{error}");
+    } else {
+        accepting.flags = vec![format!("--accept-loss={word}")];
+    }
+    let gateway = start_with(sandbox, accepting);
+    until_keys_are_known(&gateway);
+    gateway
 }
 
 fn word(gateway: &Gateway) -> String {
@@ -127,15 +143,7 @@ fn keys_that_are_not_found_are_refused_until_the_loss_is_accepted() {
             let word = word(&gateway);
             gateway.kill();
             assert!(!is_accepted(&folder), "{harm}");
-            let mut accepting = setup(&folder);
-            if by_command {
-                let (code, said, error) = command(&["audit", "accept-loss", audit.to_str().unwrap()]);
-                assert_eq!(code, 0, "{harm}: {said}{error}");
-            } else {
-                accepting.flags = vec![format!("--accept-loss={word}")];
-            }
-            let gateway = start_with(&sandbox, accepting);
-            until_keys_are_known(&gateway);
+            let gateway = accept(&sandbox, &folder, by_command, &word);
             wait_for("the record", || is_accepted(&folder).then_some(()));
             let [sent, refused, replayed] = repeat(&gateway);
             assert!(sent > 0 && refused == 0 && replayed > 0, "{harm}: {sent} {refused} {replayed}");
@@ -160,18 +168,6 @@ fn acceptance_covers_no_damage_that_comes_later() {
         let sandbox = sandbox();
         let folder = trail(&sandbox, true);
         let audit = folder.path().join("audit");
-        let accept = |word: &str| {
-            let mut accepting = setup(&folder);
-            if by_command {
-                let (code, said, error) = command(&["audit", "accept-loss", audit.to_str().unwrap()]);
-                assert_eq!(code, 0, "{said}{error}");
-            } else {
-                accepting.flags = vec![format!("--accept-loss={word}")];
-            }
-            let gateway = start_with(&sandbox, accepting);
-            until_keys_are_known(&gateway);
-            gateway
-        };
         // Two at once, then another one before the record of the acceptance, then the same line once more.
         let harms: [&dyn Fn(); 3] = [
             &|| {
@@ -196,7 +192,7 @@ fn acceptance_covers_no_damage_that_comes_later() {
             words.push(word(&gateway));
             gateway.kill();
 
-            let gateway = accept(words.last().unwrap());
+            let gateway = accept(&sandbox, &folder, by_command, words.last().unwrap());
             let key = format!("idempotency-key: behind-{number}\r\n");
             assert_eq!(gateway.post_with(&key).outcome(), "succeeded", "{number}");
             let gateway = start_with(&sandbox, Setup { folder: Some(gateway.kill()), ..setup(&folder) });
@@ -340,15 +336,7 @@ fn segments_without_their_key_refuse_the_start_until_the_loss_is_accepted() {
         }
         let (_, _, said) = command(&["serve", "--config", config.to_str().unwrap()]);
         let word = said.split("--accept-loss=").nth(1).unwrap()[..8].to_owned();
-        let mut accepting = setup(&folder);
-        if by_command {
-            let (code, said, error) = command(&["audit", "accept-loss", audit.to_str().unwrap()]);
-            assert_eq!(code, 0, "{said}{error}");
-        } else {
-            accepting.flags = vec![format!("--accept-loss={word}")];
-        }
-        let gateway = start_with(&sandbox, accepting);
-        until_keys_are_known(&gateway);
+        let gateway = accept(&sandbox, &folder, by_command, &word);
         wait_for("the record", || is_accepted(&folder).then_some(()));
         assert_eq!(repeat(&gateway), [KEYS, 0, 0]);
         let aside =
