@@ -281,13 +281,14 @@ pub fn first_seq(segment: &Path) -> u64 {
     name.strip_prefix("audit-").and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
-/// The segments of a directory, oldest first.
+/// The segments of a directory, oldest first. A file of another name is none: a copy of a segment beside it would be read as
+/// a part of the trail.
 pub fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut segments = Vec::new();
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if name.starts_with("audit-") && name.ends_with(".jsonl") {
+        let first = first_seq(&path);
+        if first > 0 && path.ends_with(segment_name(first)) {
             segments.push(path);
         }
     }

@@ -131,8 +131,7 @@ impl<'a> ChainCheck<'a> {
     /// The next segment is read; `next` is the one behind it.
     pub(crate) fn enter(&mut self, segment: &Path, next: Option<&PathBuf>) {
         segment.clone_into(&mut self.segment);
-        // A name without a number is none of ours.
-        self.next = next.map(|path| first_seq(path)).filter(|first| *first > 0);
+        self.next = next.map(|path| first_seq(path));
         self.here = 0;
     }
 

@@ -270,8 +270,7 @@ impl Found {
         let seq = self.seq.max(self.given);
         let Some((path, length)) = &self.last else { return (seq, None) };
         let first = first_seq(path);
-        let is_ours = path.ends_with(segment_name(first));
-        if self.faults.is_empty() && self.given == 0 && is_ours {
+        if self.faults.is_empty() && self.given == 0 {
             return (seq, Some((first, *length)));
         }
         (seq.max(first), None)
@@ -366,7 +365,11 @@ impl Found {
             outcome: head.outcome.as_deref(),
             time: &self.time,
         };
-        self.unresolved.take(&step, line);
+        if is_proven {
+            self.unresolved.take(&step, line);
+        } else {
+            self.unresolved.take_unproven(&step, line);
+        }
         if step.kind == "event" {
             self.take_event(path, number, line, is_proven);
         }

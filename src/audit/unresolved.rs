@@ -259,6 +259,20 @@ impl UnresolvedList {
         }
     }
 
+    /// Follows the trail by one record that the chain does not prove: no event of that kind takes a call off the list.
+    pub(super) fn take_unproven(&mut self, step: &Step<'_>, line: &[u8]) {
+        match (step.kind, step.event) {
+            ("event", Some(RESOLUTION | DELIVERED | "stop")) => {}
+            ("event", Some(LIST | "start")) => {
+                let listed = serde_json::from_slice(line).map(|Listed { unresolved }| unresolved);
+                for call in listed.unwrap_or_default() {
+                    self.calls.entry(call.id).or_insert_with(|| Arc::new(call));
+                }
+            }
+            _ => self.take(step, line),
+        }
+    }
+
     /// Follows the trail by one line.
     pub(super) fn follow(&mut self, line: &[u8]) {
         #[derive(Deserialize)]

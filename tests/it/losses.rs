@@ -306,6 +306,52 @@ fn resolution_that_was_written_to_the_end_of_a_segment_frees_no_key() {
     }
 }
 
+/// Nor does one at the end of the trail take a call without a key off the list, or free what equals it.
+#[test]
+fn resolution_that_the_chain_does_not_prove_takes_no_call_off_the_list() {
+    let sandbox = sandbox();
+    let folder = Arc::new(TempDir::new().unwrap());
+    let guarded = || setup(&folder).set("idempotency.without_key", "guard");
+    let mut gateway = start_with(&sandbox, guarded());
+    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    assert_eq!(gateway.call().outcome(), "unknown");
+    gateway.signal("-TERM");
+    assert!(gateway.wait().success());
+    let audit = gateway.audit_directory();
+    let mut call = records(&audit, "intent")[0].clone();
+    for (name, value) in [("kind", "event"), ("event", "resolution"), ("result", "not-done")] {
+        call[name] = json!(value);
+    }
+    call["seq"] = json!(records(&audit, "").len() + 1);
+    let last = segments(&audit).pop().unwrap();
+    fs::write(&last, format!("{}{call}\n", fs::read_to_string(&last).unwrap())).unwrap();
+    let gateway = start_with(&sandbox, guarded());
+    until_keys_are_known(&gateway);
+    let reply = gateway.call();
+    assert_eq!(reply.code(), "duplicate_suspected", "{}", reply.text());
+    assert_eq!(sandbox.requests().len(), 1);
+}
+
+/// A copy whose name sorts behind all segments.
+#[test]
+fn copy_of_a_segment_under_another_name_is_no_part_of_the_trail() {
+    let sandbox = sandbox();
+    let folder = trail(&sandbox, true);
+    let audit = folder.path().join("audit");
+    let all = segments(&audit);
+    for (copied, name) in [(0, "audit-backup.jsonl"), (1, "audit-2026-11-28.jsonl"), (1, "audit-99.jsonl")] {
+        fs::copy(&all[copied], audit.join(name)).unwrap();
+    }
+    let gateway = start_with(&sandbox, setup(&folder));
+    until_keys_are_known(&gateway);
+    assert!(!gateway.log().contains("is lost"), "{}", gateway.log());
+    assert_eq!(repeat(&gateway)[0], 0);
+    gateway.kill();
+    assert!(all.iter().all(|path| path.exists()));
+    let (code, out, _) = command(&["audit", "verify", audit.to_str().unwrap()]);
+    assert_eq!(code, 0, "{out}");
+}
+
 #[test]
 fn another_word_accepts_nothing() {
     let sandbox = sandbox();
