@@ -580,8 +580,11 @@ impl Idempotency {
         let mut forced = call.forced;
         while let Some(id) = forced {
             match list.get(id) {
-                // Whatever stands in the list: only an earlier call can be repeated.
-                Some(first) if first.key.is_some() => forced = first.forced.filter(|earlier| *earlier < id),
+                // Ids are in the order of the wall clock, which may have gone back. Where they go up, the chain is not
+                // followed, so that it ends whatever stands in the list.
+                Some(first) if first.key.is_some() && first.forced.is_none_or(|earlier| earlier < id) => {
+                    forced = first.forced;
+                }
                 _ => return true,
             }
         }

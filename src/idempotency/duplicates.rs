@@ -280,7 +280,8 @@ impl DuplicateDetector {
         let began = (doubt.since, mark);
         let place = self.began.partition_point(|(since, _)| *since <= doubt.since);
         // A doubt that is repeated in vain comes back.
-        if place.checked_sub(1).and_then(|before| self.began.get(before)) != Some(&began) {
+        let mut same = self.began.iter().take(place).rev().take_while(|(since, _)| *since == doubt.since);
+        if same.all(|it| *it != began) {
             self.began.insert(place, began);
         }
         self.doubts += 1;
