@@ -2,7 +2,7 @@
 //!
 //! The intent of a keyed call says which key it claimed, its outcome what became of it, and with which answer. A
 //! start has given every intent at the end of the trail an outcome; one that was left open before that is in doubt,
-//! too. A line that cannot be read is passed over: `audit verify` names it. How old a record is decides no wall clock:
+//! too. A line that cannot be read tells nothing of a call, and counts as a loss. How old a record is decides no wall clock:
 //! see [`crate::audit::age`].
 
 use std::{
