@@ -12,7 +12,8 @@
 use std::{
     borrow::Cow,
     collections::HashSet,
-    io,
+    fs::File,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -33,6 +34,9 @@ pub(crate) const ACCEPTED: &str = "loss_accepted";
 
 /// The number of faults in a segment that have a word each. All further ones in it share one.
 const MAX_FAULTS: usize = 100;
+
+/// Of a segment without its key, so many bytes stand for it: its first record has a time of its own.
+const FIRST_RECORD: u64 = 4096;
 
 /// A part of the trail is lost, and nobody has accepted that.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -86,9 +90,14 @@ fn word(texts: impl IntoIterator<Item = impl AsRef<[u8]>>) -> String {
     chain::hex(&hash.finalize().into())[..8].to_owned()
 }
 
-/// The word for segments whose key is missing.
+/// The word for segments whose key is missing. Names alone would not do: the first segment of every trail has the same.
 pub(super) fn word_without_key(segments: &[PathBuf]) -> String {
-    word(segments.iter().map(|path| path.as_os_str().as_encoded_bytes()))
+    word(segments.iter().flat_map(|path| {
+        let mut begin = Vec::new();
+        // What cannot be read has a word, too: the segment is set aside unread.
+        let _ = File::open(path).and_then(|file| file.take(FIRST_RECORD).read_to_end(&mut begin));
+        [path.file_name().unwrap_or_default().as_encoded_bytes().to_vec(), begin]
+    }))
 }
 
 /// What a line is.
@@ -258,7 +267,8 @@ pub(super) fn set_aside(directory: &Path) -> Result<String, StartError> {
     let segments = chain::segments(directory).map_err(fail)?;
     let name = format!("lost-{}", word_without_key(&segments));
     let aside = directory.join(&name);
-    std::fs::create_dir_all(&aside).map_err(fail)?;
+    // Not one that is there: its segments would be replaced.
+    std::fs::create_dir(&aside).map_err(|error| StartError::Directory(aside.clone(), error))?;
     let lock = directory.join(super::lock::NAME);
     for path in segments.into_iter().chain(lock.exists().then_some(lock)) {
         let target = aside.join(path.file_name().unwrap_or_default());

@@ -391,5 +391,12 @@ fn segments_without_their_key_refuse_the_start_until_the_loss_is_accepted() {
         let event: Value =
             records(&audit, "event").into_iter().find(|it| it["event"] == "loss_accepted").unwrap();
         assert_eq!(event["reason"], "the key was missing");
+        // The word stands for that loss, not for the next one.
+        gateway.kill();
+        fs::remove_file(audit.join("audit.key")).unwrap();
+        let again = format!("--accept-loss={word}");
+        let (code, _, said) = command(&["serve", "--config", config.to_str().unwrap(), &again]);
+        assert_eq!(code, 78, "{said}");
+        assert!(said.contains("--accept-loss=") && !said.contains(&again), "{said}");
     }
 }
