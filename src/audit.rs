@@ -530,7 +530,7 @@ impl Audit {
     /// Finds the segment from which on to read so that all records are met that are no older than `within`: returns its
     /// index, and the ages for its first line. `segments` are those of this trail, oldest first. See [`age`].
     pub fn ages(&self, segments: &[PathBuf], within: Duration) -> io::Result<(usize, Ages)> {
-        self.0.clocks.ages().since(segments, within)
+        self.0.clocks.ages().since(segments, within, self.keys())
     }
 
     /// Why the wall clock is doubtful, if it is. While it is, no segment is removed.

@@ -15,7 +15,7 @@
 //! believes the wall clock: records of earlier boots are at least as old as it says.
 //!
 //! A reader that goes through the trail in its order begins with [`Ages::since`], which also says in which segment to begin,
-//! shows each line to [`Ages::anchor`], and asks [`Ages::age`] about the times of the lines that follow.
+//! shows each line that the chain proves to [`Ages::anchor`], and asks [`Ages::age`] about the times of the lines that follow.
 
 use std::{
     io,
@@ -28,7 +28,7 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::chain::Lines;
+use super::chain::{Keys, Lines};
 
 /// The format of the trail that this version writes and knows.
 pub const FORMAT: u64 = 1;
@@ -104,6 +104,15 @@ pub struct Ages {
     base: Base,
 }
 
+/// How a segment begins.
+struct Begin {
+    /// The time of its first record. `None` if nothing is known of its age.
+    time: Option<i64>,
+    /// The first anchor, and whether that is the first record.
+    anchor: Option<Anchor>,
+    is_anchor: bool,
+}
+
 /// A record of this time was written at this trail time; those of other times before or after it.
 #[derive(Clone, Copy, Debug)]
 struct Base {
@@ -165,10 +174,11 @@ impl Accepted {
     }
 }
 
-/// The format that a line states, if it is a start.
+/// The format that a line states, if it is an anchor, be it one of a newer version.
 pub(super) fn format(line: &[u8]) -> Option<u64> {
     let event: Value = is_event(line).then(|| serde_json::from_slice(line).ok()).flatten()?;
-    if event["event"] == START { event["format"].as_u64() } else { None }
+    let is_anchor = [START, CLOCK, ACCEPTED].contains(&event["event"].as_str()?);
+    if is_anchor { event["format"].as_u64() } else { None }
 }
 
 impl TrailTime {
@@ -227,14 +237,24 @@ impl TrailTime {
 
 impl Ages {
     /// Finds the segment from which on to read so that all records are met that are no older than `within`: returns its index,
-    /// and the ages for its first line. `segments` are those of a trail, oldest first.
-    pub(super) fn since(mut self, segments: &[PathBuf], within: Duration) -> io::Result<(usize, Self)> {
+    /// and the ages for its first line. `segments` are those of a trail, oldest first. Where the first line of a segment or its
+    /// first anchor was changed, reading begins before it.
+    pub(super) fn since(
+        mut self,
+        segments: &[PathBuf],
+        within: Duration,
+        keys: &Keys,
+    ) -> io::Result<(usize, Self)> {
         for (index, path) in segments.iter().enumerate().rev() {
-            if let Some(anchor) = first_anchor(path)? {
-                self.base = anchor.before();
+            let begin = Begin::read(path, keys)?;
+            if let Some(anchor) = &begin.anchor {
+                self.base = if begin.is_anchor { anchor.behind() } else { anchor.before() };
             }
-            if first_time(path)?.is_some_and(|time| self.age(time) > within) {
+            if begin.time.is_some_and(|time| self.age(time) > within) {
                 return Ok((index, self));
+            }
+            if let Some(anchor) = begin.anchor {
+                self.base = anchor.before();
             }
         }
         Ok((0, self))
@@ -271,6 +291,26 @@ impl Ages {
     }
 }
 
+impl Begin {
+    /// Believes the first record and the first anchor only if the gateway wrote them.
+    fn read(segment: &Path, keys: &Keys) -> io::Result<Self> {
+        let mut lines = Lines::open(segment)?;
+        let mut time = None;
+        while let Some(line) = lines.read()? {
+            let is_first = line.number == 1;
+            if is_first {
+                time = self::time(line.bytes).filter(|_| keys.has_written(line.bytes));
+            }
+            if let Some(anchor) = Anchor::read(line.bytes) {
+                let is_written = keys.has_written(line.bytes);
+                let time = time.filter(|_| is_written);
+                return Ok(Self { time, anchor: is_written.then_some(anchor), is_anchor: is_first });
+            }
+        }
+        Ok(Self { time, anchor: None, is_anchor: false })
+    }
+}
+
 impl Base {
     fn elapsed_at(&self, time: i64) -> i64 {
         self.elapsed.saturating_add(time.saturating_sub(self.time)).max(self.floor)
@@ -278,14 +318,20 @@ impl Base {
 }
 
 /// The newest anchor in some segments of a trail, oldest first, of which the newest record has this time. None if there is none
-/// within a day before: a run has one at its begin and one each hour, so that a version without anchors wrote that day.
-pub(super) fn last_anchor(segments: &[PathBuf], newest: i64) -> io::Result<Option<Anchor>> {
+/// within a day before: a run has one at its begin and one each hour, so that a version without anchors wrote that day. Lines
+/// that were changed are passed over. Fails with [`Newer`] where an anchor of a newer version is met.
+pub(super) fn last_anchor(segments: &[PathBuf], newest: i64, keys: &Keys) -> io::Result<Option<Anchor>> {
     for path in segments.iter().rev() {
         let (mut lines, mut last) = (Lines::open(path)?, None);
         while let Some(line) = lines.read()? {
+            let Some(format) = format(line.bytes).filter(|_| keys.has_written(line.bytes)) else { continue };
+            if format > FORMAT {
+                return Err(io::Error::other(Newer(format)));
+            }
             last = Anchor::read(line.bytes).or(last);
         }
-        let is_far = || first_time(path).map(|time| time.is_some_and(|time| (newest - time).abs() > DAY));
+        let is_far =
+            || first_time(path, keys).map(|time| time.is_some_and(|time| (newest - time).abs() > DAY));
         if last.is_some() || is_far()? {
             return Ok(last);
         }
@@ -293,19 +339,11 @@ pub(super) fn last_anchor(segments: &[PathBuf], newest: i64) -> io::Result<Optio
     Ok(None)
 }
 
-fn first_anchor(segment: &Path) -> io::Result<Option<Anchor>> {
+/// The time of a segment's first record, unless it was changed.
+fn first_time(segment: &Path, keys: &Keys) -> io::Result<Option<i64>> {
     let mut lines = Lines::open(segment)?;
-    while let Some(line) = lines.read()? {
-        if let Some(anchor) = Anchor::read(line.bytes) {
-            return Ok(Some(anchor));
-        }
-    }
-    Ok(None)
-}
-
-/// The time of a segment's first record.
-fn first_time(segment: &Path) -> io::Result<Option<i64>> {
-    Ok(Lines::open(segment)?.read()?.and_then(|line| time(line.bytes)))
+    let first = lines.read()?.filter(|line| keys.has_written(line.bytes));
+    Ok(first.and_then(|line| time(line.bytes)))
 }
 
 /// A record's time in milliseconds since 1970.
@@ -338,7 +376,10 @@ mod tests {
     use proptest::prelude::*;
     use tempfile::TempDir;
 
-    use super::*;
+    use super::{
+        super::chain::{Link, OPEN_LINKS},
+        *,
+    };
 
     const HOUR: i64 = EVERY;
 
@@ -350,6 +391,30 @@ mod tests {
         let head = format!(r#"{{"seq":{seq},"time":"{time:.6}","kind":"event","event":"{event}""#);
         let members = Value::Object(members).to_string();
         format!("{head},{}", &members[1..])
+    }
+
+    fn keys(folder: &TempDir) -> Keys {
+        let path = folder.path().join("key");
+        fs::write(&path, [7; 32]).unwrap();
+        Keys::load(&path).unwrap()
+    }
+
+    /// Writes lines as a segment, each linked to the one before.
+    fn write(path: &Path, lines: &[String], keys: &Keys) {
+        let (mut text, mut link) = (Vec::new(), Link::new([0; 32]));
+        for line in lines {
+            let mut line = [&line.as_bytes()[..line.len() - 1], OPEN_LINKS].concat();
+            link = keys.seal(&mut line, &link);
+            text.extend(line);
+        }
+        fs::write(path, text).unwrap();
+    }
+
+    /// Changes a text in the first line that has it.
+    fn change(path: &Path, from: &str, to: &str) {
+        let text = fs::read_to_string(path).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(path, text.replacen(from, to, 1)).unwrap();
     }
 
     /// A machine and its gateway: the true time, and what the clocks show of it.
@@ -539,6 +604,7 @@ mod tests {
         world.start();
         let mut segments = Vec::new();
         let folder = TempDir::new().unwrap();
+        let keys = keys(&folder);
         for number in 0..10 {
             let begin = if number == 0 { 0 } else { world.trail.len() };
             world.record();
@@ -552,12 +618,12 @@ mod tests {
             world.record();
             world.run(HOUR / 2);
             let path = folder.path().join(number.to_string());
-            fs::write(&path, world.trail[begin..].join("\n") + "\n").unwrap();
+            write(&path, &world.trail[begin..], &keys);
             segments.push(path);
         }
         for (hours, first) in [(0, 9), (1, 8), (2, 7), (3, 6), (5, 4), (9, 0), (100, 0)] {
             let within = Duration::from_secs(3600 * hours + 1);
-            let (index, mut ages) = world.ages().since(&segments, within).unwrap();
+            let (index, mut ages) = world.ages().since(&segments, within, &keys).unwrap();
             assert_eq!(index, first, "{hours} h");
             let text = fs::read_to_string(&segments[index]).unwrap();
             let mut oldest = Duration::ZERO;
@@ -567,6 +633,72 @@ mod tests {
             }
             assert!(oldest > within || index == 0, "{hours} h: {oldest:?}");
         }
+    }
+
+    #[test]
+    fn reading_begins_no_later_where_a_time_was_changed() {
+        let folder = TempDir::new().unwrap();
+        let keys = keys(&folder);
+        let mut world = World::new();
+        world.start();
+        let mut segments = Vec::new();
+        for number in 0..5 {
+            let begin = if number == 0 { 0 } else { world.trail.len() };
+            world.record();
+            world.run(HOUR);
+            segments.push(folder.path().join(number.to_string()));
+            write(&segments[number], &world.trail[begin..], &keys);
+        }
+        let within = Duration::from_secs(3600 * 2 + 1);
+        let since = || world.ages().since(&segments, within, &keys).unwrap().0;
+        assert_eq!(since(), 2, "the control");
+        let untouched = fs::read(&segments[3]).unwrap();
+        for (from, to) in [("\"time\":\"20", "\"time\":\"19"), ("\"elapsed\":1", "\"elapsed\":-9")] {
+            change(&segments[3], from, to);
+            assert!(since() <= 2, "{from} by {to}: {}", since());
+            fs::write(&segments[3], &untouched).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_start_that_begins_a_segment_is_no_older_where_the_clock_went_back() {
+        let folder = TempDir::new().unwrap();
+        let keys = keys(&folder);
+        let segments = ["0", "1"].map(|name| folder.path().join(name));
+        let mut world = World::new();
+        world.start();
+        world.record();
+        write(&segments[0], &world.trail, &keys);
+        let begin = world.trail.len();
+        world.wall = DATE - 9 * DAY;
+        world.start();
+        write(&segments[1], &world.trail[begin..], &keys);
+        let since = |world: &World, hours: u64| {
+            world.ages().since(&segments, Duration::from_secs(3600 * hours), &keys).unwrap().0
+        };
+        assert_eq!(since(&world, 1), 0);
+        world.truth += 2 * HOUR;
+        assert_eq!((since(&world, 1), since(&world, 3)), (1, 0));
+    }
+
+    #[test]
+    fn the_last_anchor_is_one_that_was_not_changed_and_none_of_a_newer_version() {
+        let folder = TempDir::new().unwrap();
+        let keys = keys(&folder);
+        let path = folder.path().join("0");
+        let mut world = World::new();
+        world.start();
+        world.run(HOUR);
+        let (anchors, newest) = (world.anchors(), world.newest.unwrap());
+        let last = || last_anchor(std::slice::from_ref(&path), newest, &keys);
+        write(&path, &world.trail, &keys);
+        assert_eq!(last().unwrap().as_ref(), anchors.last(), "the control");
+        change(&path, "\"elapsed\":3600000", "\"elapsed\":9600000");
+        assert_eq!(last().unwrap().as_ref(), anchors.first());
+        let newer = world.trail[1].replace("\"format\":1", "\"format\":2");
+        write(&path, &[world.trail[0].clone(), newer], &keys);
+        let said = "written by a newer version: format 2, this one knows 1";
+        assert_eq!(last().unwrap_err().to_string(), said);
     }
 
     #[derive(Clone, Debug)]

@@ -166,6 +166,15 @@ impl Keys {
             Err("the hash does not fit: the record was changed, or one before it was removed")
         }
     }
+
+    /// Whether the gateway wrote a line, behind whatever record it names as the one before.
+    pub(super) fn has_written(&self, line: &[u8]) -> bool {
+        let previous = split(line).and_then(|(bytes, _)| {
+            let (rest, digits) = bytes.strip_suffix(b"\"")?.split_last_chunk::<64>()?;
+            rest.ends_with(PREV).then(|| parse_hex(std::str::from_utf8(digits).ok()?))?
+        });
+        previous.is_some_and(|previous| self.check(line, &previous).is_ok())
+    }
 }
 
 #[expect(clippy::expect_used, reason = "HMAC takes keys of any length")]

@@ -61,9 +61,9 @@ pub struct Found {
     pub last: Option<(PathBuf, u64)>,
     /// What ties the times of records to the time that has passed, in the order of the trail.
     pub(super) anchors: Vec<Anchor>,
-    /// The last record's time.
+    /// The time of the last record that is proven.
     time: String,
-    /// The highest format that a start states.
+    /// The highest format that an anchor states.
     format: u64,
     /// What is missing now, as the lock file says.
     pub damage: Vec<Damage>,
@@ -170,7 +170,7 @@ pub(super) fn read_end(directory: &Path, keys: &Keys, statement: &Statement) -> 
     let (before, end) = segments.split_at(segments.len().saturating_sub(2));
     let mut found = read_segments(end, Found::begin(end.first())?, keys, statement)?;
     if let (true, Some(newest)) = (found.anchors.is_empty(), found.newest()) {
-        found.anchors.extend(age::last_anchor(before, newest)?);
+        found.anchors.extend(age::last_anchor(before, newest, keys)?);
     }
     Ok(found)
 }
@@ -318,7 +318,7 @@ impl Found {
         self.damage.push(Damage { lacks, file: newest_name, at_end: true, reason });
     }
 
-    /// The last record's time, in milliseconds since 1970.
+    /// The time of the last record that is proven, in milliseconds since 1970.
     pub(super) fn newest(&self) -> Option<i64> {
         age::millis(&self.time)
     }
@@ -356,16 +356,15 @@ impl Found {
             // Go on from what the line states, unless nothing could follow it.
             self.seq = if head.seq < MAX_SEQ { head.seq } else { seq };
         }
-        self.time.clear();
-        self.time.push_str(head.time.as_deref().unwrap_or_default());
         let step = Step {
             kind: &head.kind,
             event: head.event.as_deref(),
             id: head.id,
             outcome: head.outcome.as_deref(),
-            time: &self.time,
+            time: head.time.as_deref().unwrap_or_default(),
         };
         if is_proven {
+            step.time.clone_into(&mut self.time);
             self.unresolved.take(&step, line);
         } else {
             self.unresolved.take_unproven(&step, line);

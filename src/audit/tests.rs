@@ -815,6 +815,24 @@ async fn the_last_anchor_is_found_before_the_last_two_segments() {
 }
 
 #[tokio::test]
+async fn a_changed_time_of_the_last_record_moves_no_trail_time() {
+    let (text, key) = sample().await;
+    let text = String::from_utf8(text).unwrap();
+    let (before, last) = text.split_at(text.trim_end().rfind('\n').unwrap() + 1);
+    let later = last.replacen("\"time\":\"20", "\"time\":\"21", 1);
+    assert_ne!(later, last);
+    for (last, is_changed) in [(last, false), (&*later, true)] {
+        let folder = directory(format!("{before}{last}").as_bytes(), &key);
+        assert_eq!(verify(folder.path()).faults.is_empty(), !is_changed);
+        start(&Options::small(folder.path())).close();
+        let mut records = trail(folder.path());
+        records.retain(|record| record["event"] == "start");
+        let elapsed = records.pop().unwrap()["elapsed"].as_i64().unwrap();
+        assert!((0..3_600_000).contains(&elapsed), "{is_changed}: {elapsed}");
+    }
+}
+
+#[tokio::test]
 async fn a_writer_that_is_not_prompt_needs_no_permits() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
