@@ -32,11 +32,13 @@ use super::{
 /// The name of the event.
 pub(crate) const ACCEPTED: &str = "loss_accepted";
 
-/// The number of faults in a segment that have a word each. All further ones in it share one.
-const MAX_FAULTS: usize = 100;
+/// The number of faults in a segment that have a word each, and that of all. All further ones share the last one's.
+const MAX_FAULTS_IN_SEGMENT: usize = 100;
+const MAX_FAULTS: usize = 10_000;
 
-/// Of a segment without its key, so many bytes stand for it: its first record has a time of its own.
-const FIRST_RECORD: u64 = 4096;
+/// A segment without its key is told from others by its name and so many bytes of its beginning: the first record has a time of
+/// its own.
+const BEGINNING: u64 = 4096;
 
 /// A part of the trail is lost, and nobody has accepted that.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -95,7 +97,7 @@ pub(super) fn word_without_key(segments: &[PathBuf]) -> String {
     word(segments.iter().flat_map(|path| {
         let mut begin = Vec::new();
         // What cannot be read has a word, too: the segment is set aside unread.
-        let _ = File::open(path).and_then(|file| file.take(FIRST_RECORD).read_to_end(&mut begin));
+        let _ = File::open(path).and_then(|file| file.take(BEGINNING).read_to_end(&mut begin));
         [path.file_name().unwrap_or_default().as_encoded_bytes().to_vec(), begin]
     }))
 }
@@ -197,7 +199,8 @@ impl<'a> ChainCheck<'a> {
         let word = word([reason.as_bytes(), &numbers[0], &numbers[1], bytes]);
         let file = self.segment.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let fault = Fault { file, line, reason, word };
-        match self.faults.last_mut().filter(|_| self.here > MAX_FAULTS) {
+        let is_full = self.here > MAX_FAULTS_IN_SEGMENT || self.faults.len() >= MAX_FAULTS;
+        match self.faults.last_mut().filter(|_| is_full) {
             Some(last) => last.word = self::word([&last.word, &fault.word]),
             None => {
                 self.here += 1;

@@ -174,7 +174,7 @@ impl Resolution {
 }
 
 /// A record, as far as it changes the list.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Step<'a> {
     pub(super) kind: &'a str,
     pub(super) event: Option<&'a str>,
@@ -259,7 +259,7 @@ impl UnresolvedList {
         }
     }
 
-    /// Follows the trail by one record that the chain does not prove: no event of that kind takes a call off the list.
+    /// Follows the trail by one record that the chain does not prove: none of that kind takes a call off the list.
     pub(super) fn take_unproven(&mut self, step: &Step<'_>, line: &[u8]) {
         match (step.kind, step.event) {
             ("event", Some(RESOLUTION | DELIVERED | "stop")) => {}
@@ -269,6 +269,7 @@ impl UnresolvedList {
                     self.calls.entry(call.id).or_insert_with(|| Arc::new(call));
                 }
             }
+            ("outcome", _) => self.take(&Step { outcome: Some(Outcome::Unknown.as_str()), ..*step }, line),
             _ => self.take(step, line),
         }
     }

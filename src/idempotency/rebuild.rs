@@ -229,8 +229,7 @@ impl Parser<'_> {
                             batch.extend(self.resolution(&record, line.bytes));
                         }
                         "event" => {}
-                        // Of a changed record what it says is still the best guess: its key is not taken for a new one.
-                        _ => batch.extend(self.told(record, line.bytes)),
+                        _ => batch.extend(self.told(record, line.bytes, checked)),
                     }
                 }
                 self.table.read[0].fetch_add(line.bytes.len() as u64 + 1, Ordering::Relaxed);
@@ -266,10 +265,15 @@ impl Parser<'_> {
         self.now.saturating_sub(seconds(self.ages.age(millis)))
     }
 
-    fn told(&mut self, line: Line<'_>, bytes: &[u8]) -> Option<Told> {
+    fn told(&mut self, line: Line<'_>, bytes: &[u8], checked: Checked) -> Option<Told> {
         let (id, time) = (line.id?, self.time(&line));
         let what = match line.kind {
+            // What a changed one says is still the best guess: its key is not taken for a new one.
             "intent" => self.intent(&line, time, bytes),
+            // How a call ended nobody knows whose outcome was changed.
+            "outcome" if checked == Checked::Changed => {
+                What::Outcome { outcome: None, status: None, result_code: None, reply: None }
+            }
             "outcome" => What::Outcome {
                 outcome: Outcome::ALL.into_iter().find(|outcome| line.outcome == Some(outcome.as_str())),
                 status: line.status,
@@ -428,12 +432,13 @@ pub(super) mod tests {
 
     use http::HeaderValue;
     use prometheus::Registry;
+    use serde_json::{Value, json};
     use tempfile::TempDir;
 
     use super::*;
     use crate::{
         admission::Peer,
-        audit::{self, Answer, Permit, RequestId, chain::Hash},
+        audit::{self, Answer, Permit, RequestId, chain::Hash, unresolved::UNDELIVERED},
         config::WithoutKey,
         error::Stage,
         idempotency::{Begun, Call, Refused},
@@ -579,6 +584,37 @@ pub(super) mod tests {
             assert_eq!(table.holds_all_up(), refused.is_some(), "{without_key:?}");
             table.rebuild(&settings, folder.path(), &audit);
             assert_eq!((begin(), table.holds_all_up()), (None, false), "{without_key:?}");
+        }
+    }
+
+    /// Ids are in the order of the wall clock. In the second chain it went back between the first call and the second.
+    #[test]
+    fn a_call_stands_for_an_unkeyed_one_that_it_repeats_whatever_the_order_of_their_ids() {
+        for (chain, stands) in [
+            ([(1, false), (2, true), (3, true)], true),
+            ([(9, false), (2, true), (3, true)], true),
+            ([(1, true), (2, true), (3, true)], false),
+        ] {
+            let folder = TempDir::new().unwrap();
+            let audit = start(folder.path());
+            let mut forced = None;
+            let mut last = Value::Null;
+            for (number, is_keyed) in chain {
+                let id = RequestId::from(Uuid::from_u128(number));
+                last = json!({ "id": id.as_str(), "caller": "qa-console", "print": "07".repeat(16) });
+                if is_keyed {
+                    last["key"] = "08".repeat(16).into();
+                }
+                if let Some(forced) = forced.replace(id) {
+                    last["forced"] = forced.as_str().into();
+                }
+                audit.event(UNDELIVERED, last.as_object().unwrap().clone());
+            }
+            audit.close();
+            drop(audit);
+            let call: UnresolvedCall = serde_json::from_value(last).unwrap();
+            let (_, duplicate) = table(&start(folder.path())).identify(&call).unwrap();
+            assert_eq!(duplicate.stands_for_unkeyed, stands, "{chain:?}");
         }
     }
 
