@@ -331,7 +331,7 @@ impl Idempotency {
         let (key, print) = (self.key_mark(call, key)?, self.print(call));
         let id = call.id.uuid();
         let wanted = self.wanted(call, key, print, force);
-        if self.loss().is_some() {
+        if self.is_lost() {
             let verdict = self.claims().look(wanted, now());
             self.check_loss(&verdict)?;
         }
@@ -414,17 +414,25 @@ impl Idempotency {
     /// Refuses a key that is not found while a part of the trail is lost.
     fn check_loss(&self, verdict: &Verdict) -> Result<(), Refused> {
         let is_new = matches!(verdict, Verdict::Begin { doubt: None });
-        if is_new && self.loss().is_some() { Err(Refused::Lost) } else { Ok(()) }
+        if is_new && self.is_lost() { Err(Refused::Lost) } else { Ok(()) }
     }
 
     /// What is lost of the trail, as long as that matters.
     pub fn loss(&self) -> Option<Loss> {
+        self.present_loss().as_ref().map(|(loss, _)| loss.clone())
+    }
+
+    fn is_lost(&self) -> bool {
+        self.present_loss().is_some()
+    }
+
+    fn present_loss(&self) -> MutexGuard<'_, Option<(Loss, u32)>> {
         let mut loss = self.loss.lock().unwrap_or_else(PoisonError::into_inner);
         if loss.as_ref().is_some_and(|(_, until)| *until < now()) {
             *loss = None;
             self.audit.set_damaged(false);
         }
-        loss.as_ref().map(|(loss, _)| loss.clone())
+        loss
     }
 
     /// The rebuild found something lost.

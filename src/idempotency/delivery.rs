@@ -78,6 +78,7 @@ impl Delivery {
                 let told = self.table.duplicates().delivered(self.mark, self.id, now());
                 if let Some(Duplicate { key, stands_for_unkeyed, .. }) = told {
                     (self.key, self.stands_for_unkeyed) = (key, stands_for_unkeyed);
+                    self.forced = self.table.audit.unresolved().get(self.id).and_then(|call| call.forced);
                     self.step = Step::HandedOver;
                     self.table.audit.event(DELIVERED, Map::from_iter([("id".to_owned(), self.id())]));
                 }
@@ -154,8 +155,15 @@ mod tests {
 
     /// A replay tells of a success with a key; it is handed over and cannot be written.
     #[test]
-    fn undelivered_replay_names_the_key_of_its_call() {
+    fn undelivered_replay_names_the_key_of_its_call_and_what_that_repeats() {
         let folder = TempDir::new().unwrap();
+        let forced = RequestId::from(Uuid::from_u128(3));
+        let details =
+            json!({ "id": RequestId::from(Uuid::from_u128(1)).as_str(), "forced": forced.as_str() });
+        let audit = start(folder.path());
+        audit.event(UNDELIVERED, details.as_object().unwrap().clone());
+        audit.close();
+        drop(audit);
         let audit = start(folder.path());
         let table = table(&audit);
         let (mark, id, key) = ([1; 16], Uuid::from_u128(1), Some([7; 16]));
@@ -180,8 +188,8 @@ mod tests {
         let mut events = trail.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         let last = events.rfind(|event| event["event"] == UNDELIVERED).unwrap();
         assert_eq!(
-            (&last["id"], &last["key"]),
-            (&RequestId::from(id).as_str().into(), &"07".repeat(16).into())
+            (&last["id"], &last["key"], &last["forced"]),
+            (&RequestId::from(id).as_str().into(), &"07".repeat(16).into(), &forced.as_str().into())
         );
     }
 }

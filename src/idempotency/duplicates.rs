@@ -7,7 +7,7 @@
 //!
 //! No doubt is ever evicted. The table is bounded by refusing new calls.
 
-use std::collections::{HashMap, VecDeque, hash_map::Entry};
+use std::collections::{BTreeSet, HashMap, hash_map::Entry};
 
 use smallvec::SmallVec;
 use uuid::Uuid;
@@ -26,8 +26,8 @@ type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 /// Times are in seconds since 1970.
 pub(super) struct DuplicateDetector {
     calls: Table<Mark, SmallVec<[Known; 1]>>,
-    /// When doubts began, the oldest first. A doubt may be gone by then.
-    began: VecDeque<(u32, Mark)>,
+    /// When doubts began. A doubt may be gone by then.
+    began: BTreeSet<(u32, Mark)>,
     succeeded: Recent,
     /// Doubts by caller.
     held: Table<u32, usize>,
@@ -277,13 +277,7 @@ impl DuplicateDetector {
             return;
         }
         self.calls.entry(mark).or_default().push(Known { call, state: State::Doubt(doubt) });
-        let began = (doubt.since, mark);
-        let place = self.began.partition_point(|(since, _)| *since <= doubt.since);
-        // A doubt that is repeated in vain comes back.
-        let mut same = self.began.iter().take(place).rev().take_while(|(since, _)| *since == doubt.since);
-        if same.all(|it| *it != began) {
-            self.began.insert(place, began);
-        }
+        self.began.insert((doubt.since, mark));
         self.doubts += 1;
         *self.held.entry(call.caller).or_default() += 1;
     }
@@ -358,7 +352,10 @@ impl DuplicateDetector {
             succeeded.forget_oldest();
         }
         let window = self.window;
-        while let Some((_, mark)) = self.began.pop_front_if(|(since, _)| is_old(*since, now, window)) {
+        while let Some((since, mark)) = self.began.first().copied()
+            && is_old(since, now, window)
+        {
+            self.began.pop_first();
             self.expire_mark(mark, now);
         }
     }
@@ -550,11 +547,16 @@ mod tests {
         assert_eq!(forced(&mut detector, 2), None);
         detector.end(MARK, id(2), Completion::NotDone, 0);
         detector.end(MARK, id(1), UNKNOWN, 0);
+        let other = [8; 16];
+        detector.begin(other, call(100, false), None, false, 0).unwrap();
+        detector.end(other, id(100), UNKNOWN, 0);
         for number in 3..9 {
             assert_eq!(forced(&mut detector, number), self::forced(1));
             detector.end(MARK, id(number), Completion::NotDone, 0);
+            detector.begin(other, call(100 + number, false), Some(id(100)), false, 0).unwrap();
+            detector.end(other, id(100 + number), Completion::NotDone, 0);
         }
-        assert_eq!((detector.doubts, detector.began.len()), (1, 1));
+        assert_eq!((detector.doubts, detector.began.len()), (2, 2));
     }
 
     #[test]
