@@ -306,8 +306,9 @@ impl Idempotency {
                 return Ok(Would::BeReplayed(FirstCall { id, outcome: ending.outcome() }));
             }
         }
-        let Some(mark) = self.mark(call, print, key.is_some())? else { return Ok(Would::BeSent(None)) };
-        let duplicate = self.duplicate_of(call.caller, call.id.uuid(), key);
+        let Some((mark, duplicate)) = self.compared(call, print, key)? else {
+            return Ok(Would::BeSent(None));
+        };
         let first = self.duplicates().look(mark, duplicate, force, call.is_alone, now());
         Ok(Would::BeSent(first.map_err(rejected)?.map(FirstCall::from)))
     }
@@ -372,15 +373,14 @@ impl Idempotency {
         key: Option<Mark>,
         force: Option<Uuid>,
     ) -> Result<Claim, Refusal> {
-        let mark = self.mark(call, print, key.is_some())?;
+        let compared = self.compared(call, print, key)?;
         let (mut first, mut forced) = (None, None);
-        if let Some(mark) = mark {
-            let duplicate = self.duplicate_of(call.caller, call.id.uuid(), key);
+        if let Some((mark, duplicate)) = compared {
             let begun = self.duplicates().begin(mark, duplicate, force, call.is_alone, now());
             (first, forced) = begun.map_err(|rejection| self.refuse(rejection, mark, call))?;
         }
         let (table, id) = (self.clone(), call.id.uuid());
-        let forced = forced.map(Box::new);
+        let (mark, forced) = (compared.map(|(mark, _)| mark), forced.map(Box::new));
         Ok(Claim { table, id, print, mark, key, first, forced, step: Step::Claimed })
     }
 
@@ -400,9 +400,8 @@ impl Idempotency {
     fn check_superseded(&self, verdict: &Verdict, call: Call<'_>, wanted: Wanted) -> Result<(), Refused> {
         let Verdict::Unknown(first) = *verdict else { return Ok(()) };
         if wanted.force == Some(first)
-            && let Some(mark) = self.mark(call, wanted.print, true)?
+            && let Some((mark, duplicate)) = self.compared(call, wanted.print, Some(wanted.key))?
         {
-            let duplicate = self.duplicate_of(call.caller, call.id.uuid(), Some(wanted.key));
             let looked = self.duplicates().look(mark, duplicate, None, true, now());
             if let Err(rejection @ Rejection::Duplicate(First::Open(_))) = looked {
                 return Err(rejected(rejection));
@@ -475,32 +474,36 @@ impl Idempotency {
         self.marks.mark(&[b"print", call.digest, call.operator.as_bytes(), call.route.as_bytes()])
     }
 
-    /// Under which equal calls are looked for; `None`: they are not.
-    fn mark(&self, call: Call<'_>, print: Mark, is_keyed: bool) -> Result<Option<Mark>, Refused> {
+    /// Under which mark, and as what, a call is compared with others; `None`: it is not.
+    fn compared(
+        &self,
+        call: Call<'_>,
+        print: Mark,
+        key: Option<Mark>,
+    ) -> Result<Option<(Mark, Duplicate)>, Refused> {
         match self.without_key {
-            WithoutKey::RequireKey if !is_keyed => Err(Refused::NoKey),
+            WithoutKey::RequireKey if key.is_none() => Err(Refused::NoKey),
             // Nobody knows yet which calls succeeded.
             WithoutKey::Block if !self.is_rebuilt.load(Ordering::Acquire) => Err(Refused::Rebuilding),
             WithoutKey::RequireKey | WithoutKey::Off => Ok(None),
             WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {
-                Ok(Some(self.mark_of(call.caller, print)))
+                Ok(Some(self.compared_of(call.caller, print, call.id.uuid(), key)))
             }
         }
     }
 
     /// The print of a call, and whose call it is. Stands nowhere but in memory.
     fn mark_of(&self, caller: &str, print: Mark) -> Mark {
-        let caller = u128::from(self.hasher.hash_one(caller));
-        (u128::from_ne_bytes(print) ^ (caller << 64 | caller)).to_ne_bytes()
+        mark_of(self.hasher.hash_one(caller), print)
     }
 
-    fn duplicate_of(&self, caller: &str, id: Uuid, key: Option<Mark>) -> Duplicate {
-        Duplicate { id, key, caller: self.hash_of(caller), stands_for_unkeyed: false }
+    fn compared_of(&self, caller: &str, print: Mark, id: Uuid, key: Option<Mark>) -> (Mark, Duplicate) {
+        let hash = self.hasher.hash_one(caller); // once: every call comes here
+        (mark_of(hash, print), Duplicate { id, key, caller: half(hash), stands_for_unkeyed: false })
     }
 
-    #[expect(clippy::cast_possible_truncation, reason = "half of a hash")]
     fn hash_of(&self, caller: &str) -> u32 {
-        self.hasher.hash_one(caller) as u32
+        half(self.hasher.hash_one(caller))
     }
 
     /// Remembers a doubt that the trail tells of.
@@ -576,10 +579,10 @@ impl Idempotency {
 
     fn identify(&self, call: &UnresolvedCall) -> Option<(Mark, Duplicate)> {
         let caller = call.caller.as_ref()?;
-        let mark = self.mark_of(caller, self.print_of(call)?);
         let key = call.key.as_ref().and_then(|key| parse_hex(key));
+        let (mark, duplicate) = self.compared_of(caller, self.print_of(call)?, call.id, key);
         let stands_for_unkeyed = key.is_some() && self.repeats_unkeyed(call);
-        Some((mark, Duplicate { stands_for_unkeyed, ..self.duplicate_of(caller, call.id, key) }))
+        Some((mark, Duplicate { stands_for_unkeyed, ..duplicate }))
     }
 
     /// Whether a call repeats by force one without a key, or one that does so. What is not on the list may have been such a call.
@@ -639,6 +642,16 @@ impl Idempotency {
     fn duplicates(&self) -> MutexGuard<'_, DuplicateDetector> {
         self.duplicates.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn mark_of(caller: u64, print: Mark) -> Mark {
+    let caller = u128::from(caller);
+    (u128::from_ne_bytes(print) ^ (caller << 64 | caller)).to_ne_bytes()
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "half of a hash")]
+fn half(hash: u64) -> u32 {
+    hash as u32
 }
 
 /// A verdict that lets a call pass.

@@ -92,8 +92,8 @@ impl Delivery {
         if self.step == Step::HandedOver {
             self.step = Step::Settled;
             let doubt = Doubt { kind: DoubtKind::Undelivered, since: now() };
-            let call = self.table.duplicate_of(self.caller(), self.id, self.key);
-            let call = Duplicate { stands_for_unkeyed: self.stands_for_unkeyed, ..call };
+            let Self { id, key, stands_for_unkeyed, .. } = self;
+            let call = Duplicate { id, key, caller: self.table.hash_of(self.caller()), stands_for_unkeyed };
             self.table.duplicates().doubt(self.mark, call, doubt);
             self.record();
         }
@@ -167,7 +167,7 @@ mod tests {
         let audit = start(folder.path());
         let table = table(&audit);
         let (mark, id, key) = ([1; 16], Uuid::from_u128(1), Some([7; 16]));
-        let known = table.duplicate_of("qa-console", id, key);
+        let (_, known) = table.compared_of("qa-console", mark, id, key);
         let doubt = Doubt { kind: DoubtKind::Undelivered, since: now() };
         table.duplicates().doubt(mark, known, doubt);
         let (operator, digest) = (HeaderValue::from_static("1"), audit.keys().digest(b"body"));
