@@ -28,7 +28,10 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::chain::{Keys, Lines};
+use super::{
+    chain::{Keys, Lines, first_seq, number_of},
+    retention,
+};
 
 /// The format of the trail that this version writes and knows.
 pub const FORMAT: u64 = 1;
@@ -104,7 +107,7 @@ pub struct Ages {
     base: Base,
 }
 
-/// How a segment begins.
+/// What the beginning of a segment says of its age.
 struct Begin {
     /// The time of its first record. `None` if nothing is known of its age.
     time: Option<i64>,
@@ -250,7 +253,8 @@ impl Ages {
             if let Some(anchor) = &begin.anchor {
                 self.base = if begin.is_anchor { anchor.behind() } else { anchor.before() };
             }
-            if begin.time.is_some_and(|time| self.age(time) > within) {
+            let is_old = begin.time.is_some_and(|time| self.age(time) > within);
+            if is_old && is_proven_up_to_anchor(path, keys)? {
                 return Ok((index, self));
             }
             if let Some(anchor) = begin.anchor {
@@ -294,17 +298,11 @@ impl Ages {
 impl Begin {
     /// Believes the first record and the first anchor only if the gateway wrote them.
     fn read(segment: &Path, keys: &Keys) -> io::Result<Self> {
-        let mut lines = Lines::open(segment)?;
-        let mut time = None;
+        let (time, mut lines) = (first_time(segment, keys)?, Lines::open(segment)?);
         while let Some(line) = lines.read()? {
-            let is_first = line.number == 1;
-            if is_first {
-                time = self::time(line.bytes).filter(|_| keys.has_written(line.bytes));
-            }
             if let Some(anchor) = Anchor::read(line.bytes) {
-                let is_written = keys.has_written(line.bytes);
-                let time = time.filter(|_| is_written);
-                return Ok(Self { time, anchor: is_written.then_some(anchor), is_anchor: is_first });
+                let anchor = Some(anchor).filter(|_| keys.has_written(line.bytes));
+                return Ok(Self { time, anchor, is_anchor: line.number == 1 });
             }
         }
         Ok(Self { time, anchor: None, is_anchor: false })
@@ -337,6 +335,24 @@ pub(super) fn last_anchor(segments: &[PathBuf], newest: i64, keys: &Keys) -> io:
         }
     }
     Ok(None)
+}
+
+/// Whether all records of a segment up to its first anchor stand where the gateway wrote them. Where one of them was changed, it
+/// may have been an anchor, and where a record of another segment stands first, its time says nothing.
+fn is_proven_up_to_anchor(segment: &Path, keys: &Keys) -> io::Result<bool> {
+    let (mut lines, mut seq) = (Lines::open(segment)?, first_seq(segment));
+    let mut previous = retention::before(segment)?.map(|before| before.hash);
+    while let Some(line) = lines.read()? {
+        previous = previous.and_then(|previous| keys.check(line.bytes, &previous).ok());
+        if previous.is_none() || number_of(line.bytes) != Some(seq) {
+            return Ok(false);
+        }
+        if Anchor::read(line.bytes).is_some() {
+            break;
+        }
+        seq += 1;
+    }
+    Ok(true)
 }
 
 /// The time of a segment's first record, unless it was changed.
@@ -377,7 +393,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::{
-        super::chain::{Link, OPEN_LINKS},
+        super::chain::{Link, OPEN_LINKS, segment_path},
         *,
     };
 
@@ -617,7 +633,7 @@ mod tests {
             }
             world.record();
             world.run(HOUR / 2);
-            let path = folder.path().join(number.to_string());
+            let path = segment_path(folder.path(), begin as u64 + 1);
             write(&path, &world.trail[begin..], &keys);
             segments.push(path);
         }
@@ -636,7 +652,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_begins_no_later_where_a_time_was_changed() {
+    fn reading_begins_no_later_where_a_record_was_changed_or_copied() {
         let folder = TempDir::new().unwrap();
         let keys = keys(&folder);
         let mut world = World::new();
@@ -646,7 +662,7 @@ mod tests {
             let begin = if number == 0 { 0 } else { world.trail.len() };
             world.record();
             world.run(HOUR);
-            segments.push(folder.path().join(number.to_string()));
+            segments.push(segment_path(folder.path(), begin as u64 + 1));
             write(&segments[number], &world.trail[begin..], &keys);
         }
         let within = Duration::from_secs(3600 * 2 + 1);
@@ -658,13 +674,21 @@ mod tests {
             assert!(since() <= 2, "{from} by {to}: {}", since());
             fs::write(&segments[3], &untouched).unwrap();
         }
+        // A record of another segment, and an anchor that is none any more.
+        let first = fs::read_to_string(&segments[0]).unwrap();
+        let copied = [first.lines().next().unwrap().as_bytes(), b"\n", &untouched].concat();
+        fs::write(&segments[3], copied).unwrap();
+        assert!(since() <= 2, "{}", since());
+        fs::write(&segments[3], &untouched).unwrap();
+        change(&segments[2], "\"event\":\"clock\"", "\"event\":\"clocl\"");
+        assert!(since() < 2, "{}", since());
     }
 
     #[test]
     fn the_start_that_begins_a_segment_is_no_older_where_the_clock_went_back() {
         let folder = TempDir::new().unwrap();
         let keys = keys(&folder);
-        let segments = ["0", "1"].map(|name| folder.path().join(name));
+        let segments = [1, 3].map(|first| segment_path(folder.path(), first));
         let mut world = World::new();
         world.start();
         world.record();

@@ -204,6 +204,13 @@ pub fn stated(line: &[u8]) -> Option<Hash> {
     parse_hex(std::str::from_utf8(stated).ok()?)
 }
 
+/// The number that a line states, as the gateway writes it.
+pub(super) fn number_of(line: &[u8]) -> Option<u64> {
+    let rest = line.strip_prefix(b"{\"seq\":")?;
+    let end = rest.iter().position(|byte| !byte.is_ascii_digit())?;
+    std::str::from_utf8(&rest[..end]).ok()?.parse().ok()
+}
+
 /// Bytes from just so many hex digits.
 pub fn parse_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     let mut bytes = [0; N];

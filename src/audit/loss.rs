@@ -12,7 +12,7 @@
 use std::{
     borrow::Cow,
     collections::HashSet,
-    fs::File,
+    fs::{self, OpenOptions},
     io::{self, Read},
     path::{Path, PathBuf},
 };
@@ -23,8 +23,8 @@ use sha2::{Digest, Sha256};
 
 use super::{
     StartError,
-    chain::{self, Hash, Keys, Lines, first_seq, stated},
-    directory::Directory,
+    chain::{self, Hash, Keys, Lines, first_seq, number_of, stated},
+    directory::{Directory, open_regular},
     recovery::Damage,
     retention::{self, Place},
 };
@@ -32,12 +32,11 @@ use super::{
 /// The name of the event.
 pub(crate) const ACCEPTED: &str = "loss_accepted";
 
-/// The number of faults in a segment that have a word each, and that of all. All further ones share the last one's.
-const MAX_FAULTS_IN_SEGMENT: usize = 100;
-const MAX_FAULTS: usize = 10_000;
+/// The number of faults in a segment that have a word each. All further ones in it share one.
+const MAX_FAULTS: usize = 100;
 
-/// A segment without its key is told from others by its name and so many bytes of its beginning: the first record has a time of
-/// its own.
+/// A segment without its key is told from others by its name, its length and so many bytes of its beginning: the first record
+/// has a time of its own.
 const BEGINNING: u64 = 4096;
 
 /// A part of the trail is lost, and nobody has accepted that.
@@ -95,10 +94,14 @@ fn word(texts: impl IntoIterator<Item = impl AsRef<[u8]>>) -> String {
 /// The word for segments whose key is missing. Names alone would not do: the first segment of every trail has the same.
 pub(super) fn word_without_key(segments: &[PathBuf]) -> String {
     word(segments.iter().flat_map(|path| {
-        let mut begin = Vec::new();
+        let (mut length, mut begin) = (0, Vec::new());
         // What cannot be read has a word, too: the segment is set aside unread.
-        let _ = File::open(path).and_then(|file| file.take(BEGINNING).read_to_end(&mut begin));
-        [path.file_name().unwrap_or_default().as_encoded_bytes().to_vec(), begin]
+        let _ = open_regular(path, OpenOptions::new().read(true)).and_then(|file| {
+            length = file.metadata()?.len();
+            file.take(BEGINNING).read_to_end(&mut begin)
+        });
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes().to_vec();
+        [name, length.to_be_bytes().to_vec(), begin]
     }))
 }
 
@@ -165,6 +168,8 @@ impl<'a> ChainCheck<'a> {
             return Checked::Repeated;
         }
         let hash = self.keys.check(line, &self.last.hash);
+        // Behind a changed line stands what that line states. A copy of an earlier record fits there.
+        let is_proven = hash.is_ok() && seq.is_none_or(|seq| seq > self.proven);
         let reason = match (&hash, seq) {
             (_, None) => Some("a record cannot be read"),
             (Err(_), Some(seq)) if seq == expected => Some("a record was changed"),
@@ -174,8 +179,8 @@ impl<'a> ChainCheck<'a> {
         if let Some(reason) = reason {
             self.fault(number, reason, (expected, seq), line);
         }
-        let checked = if hash.is_ok() { Checked::Proven } else { Checked::Changed };
-        self.proven = if hash.is_ok() { seq } else { self.proven };
+        let checked = if is_proven { Checked::Proven } else { Checked::Changed };
+        self.proven = if is_proven { seq } else { self.proven };
         // A number that belongs to the next segment is a changed one: what follows is still of this segment.
         let seq = if self.next.is_some_and(|next| seq >= next) { expected } else { seq };
         self.last = Place { seq, hash: hash.ok().or_else(|| stated(line)).unwrap_or(self.last.hash) };
@@ -199,8 +204,7 @@ impl<'a> ChainCheck<'a> {
         let word = word([reason.as_bytes(), &numbers[0], &numbers[1], bytes]);
         let file = self.segment.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let fault = Fault { file, line, reason, word };
-        let is_full = self.here > MAX_FAULTS_IN_SEGMENT || self.faults.len() >= MAX_FAULTS;
-        match self.faults.last_mut().filter(|_| is_full) {
+        match self.faults.last_mut().filter(|_| self.here > MAX_FAULTS) {
             Some(last) => last.word = self::word([&last.word, &fault.word]),
             None => {
                 self.here += 1;
@@ -214,13 +218,6 @@ impl<'a> ChainCheck<'a> {
         self.faults.retain(|fault| !self.accepted.contains(&fault.word));
         Loss::of(self.faults)
     }
-}
-
-/// The number that a line states, as the gateway writes it.
-fn number_of(line: &[u8]) -> Option<u64> {
-    let rest = line.strip_prefix(b"{\"seq\":")?;
-    let end = rest.iter().position(|byte| !byte.is_ascii_digit())?;
-    std::str::from_utf8(&rest[..end]).ok()?.parse().ok()
 }
 
 /// The words of the faults that an event of an acceptance covers.
@@ -270,12 +267,15 @@ pub(super) fn set_aside(directory: &Path) -> Result<String, StartError> {
     let segments = chain::segments(directory).map_err(fail)?;
     let name = format!("lost-{}", word_without_key(&segments));
     let aside = directory.join(&name);
-    // Not one that is there: its segments would be replaced.
-    std::fs::create_dir(&aside).map_err(|error| StartError::Directory(aside.clone(), error))?;
+    // Not one that has segments: they would be replaced. An attempt that was cut short may have left it empty.
+    let is_empty = fs::read_dir(&aside).is_ok_and(|mut entries| entries.next().is_none());
+    if !is_empty {
+        fs::create_dir(&aside).map_err(|error| StartError::Directory(aside.clone(), error))?;
+    }
     let lock = directory.join(super::lock::NAME);
     for path in segments.into_iter().chain(lock.exists().then_some(lock)) {
         let target = aside.join(path.file_name().unwrap_or_default());
-        std::fs::rename(&path, target).map_err(fail)?;
+        fs::rename(&path, target).map_err(fail)?;
     }
     opened.sync().map_err(fail)?;
     Ok(name)

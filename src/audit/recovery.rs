@@ -71,6 +71,9 @@ pub struct Found {
     pub recorded: Vec<Fault>,
     /// The lock file has a text that is not to be read, so that it says nothing.
     pub is_lock_unreadable: bool,
+    /// The highest number of a record, and that of one that is proven.
+    highest: u64,
+    proven: u64,
     /// A record that the lock file names, and whether it was found.
     expected: Option<Place>,
     is_reached: bool,
@@ -267,7 +270,7 @@ impl Found {
     /// Where a writer goes on: the last number given away, and the segment by its first one, with its length. What is damaged
     /// stays as it is: new records then go into a new segment, whose name is that of no other.
     pub(super) fn resume(&self) -> (u64, Option<(u64, u64)>) {
-        let seq = self.seq.max(self.given);
+        let seq = self.highest.max(self.seq).max(self.given);
         let Some((path, length)) = &self.last else { return (seq, None) };
         let first = first_seq(path);
         if self.faults.is_empty() && self.given == 0 {
@@ -337,8 +340,9 @@ impl Found {
     fn take_record(&mut self, path: &Path, number: usize, line: &[u8], keys: &Keys) {
         let seq = self.seq + 1;
         self.seq = seq;
+        self.highest = self.highest.max(seq);
         let checked = keys.check(line, &self.hash);
-        let is_proven = checked.is_ok();
+        let is_linked = checked.is_ok();
         match checked {
             Ok(hash) => self.hash = hash,
             Err(reason) => {
@@ -356,6 +360,10 @@ impl Found {
             // Go on from what the line states, unless nothing could follow it.
             self.seq = if head.seq < MAX_SEQ { head.seq } else { seq };
         }
+        self.highest = self.highest.max(self.seq);
+        // Behind a changed line stands what that line states. A copy of an earlier record fits there.
+        let is_proven = is_linked && head.seq > self.proven;
+        self.proven = if is_proven { head.seq } else { self.proven };
         let step = Step {
             kind: &head.kind,
             event: head.event.as_deref(),

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::{
     age,
-    chain::{Hash, Line, Lines, hex, parse_hex, segments},
+    chain::{Hash, Keys, Line, Lines, hex, parse_hex, segments},
 };
 
 /// The name of the event.
@@ -36,12 +36,18 @@ pub(super) struct Place {
     pub(super) hash: Hash,
 }
 
-/// How a segment begins.
+/// What a segment's first record says of the one before it.
 #[derive(Deserialize)]
 struct Begin<'a> {
     seq: u64,
-    time: &'a str,
     prev: &'a str,
+}
+
+/// What a record says of itself.
+#[derive(Deserialize)]
+struct Head<'a> {
+    seq: u64,
+    time: &'a str,
 }
 
 /// What the event says.
@@ -53,24 +59,32 @@ struct Said<'a> {
 }
 
 /// The oldest segment, if the one behind it begins with a record that is old by its number and its time, in milliseconds since
-/// 1970. The last one never goes.
-pub(super) fn oldest(directory: &Path, is_old: impl Fn(u64, i64) -> bool) -> io::Result<Option<Old>> {
+/// 1970. Of records that were changed neither counts. The last segment never goes.
+pub(super) fn oldest(
+    directory: &Path,
+    keys: &Keys,
+    is_old: impl Fn(u64, i64) -> bool,
+) -> io::Result<Option<Old>> {
     let segments = segments(directory)?;
     let [oldest, next, ..] = segments.as_slice() else { return Ok(None) };
-    let old = begin(next)?.filter(|(last, time)| is_old(last.seq + 1, *time));
-    Ok(old.map(|(last, _)| Old { path: oldest.clone(), last }))
+    let mut lines = Lines::open(next)?;
+    while let Some(line) = lines.read()? {
+        if keys.has_written(line.bytes)
+            && let Ok(Head { seq, time }) = serde_json::from_slice(line.bytes)
+        {
+            let is_old = age::millis(time).is_some_and(|time| is_old(seq, time));
+            let old = before(next)?.filter(|_| is_old);
+            return Ok(old.map(|last| Old { path: oldest.clone(), last }));
+        }
+    }
+    Ok(None)
 }
 
 /// The place before the first record of a segment.
 pub(super) fn before(segment: &Path) -> io::Result<Option<Place>> {
-    Ok(begin(segment)?.map(|(place, _)| place))
-}
-
-/// The place before a segment's first line, and when that was written, in milliseconds since 1970.
-fn begin(segment: &Path) -> io::Result<Option<(Place, i64)>> {
     let parse = |line: Line<'_>| {
-        let Begin { seq, time, prev } = serde_json::from_slice(line.bytes).ok()?;
-        Some((Place { seq: seq.checked_sub(1)?, hash: parse_hex(prev)? }, age::millis(time)?))
+        let Begin { seq, prev } = serde_json::from_slice(line.bytes).ok()?;
+        Some(Place { seq: seq.checked_sub(1)?, hash: parse_hex(prev)? })
     };
     Ok(Lines::open(segment)?.read()?.and_then(parse))
 }

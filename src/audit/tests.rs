@@ -832,6 +832,40 @@ async fn a_changed_time_of_the_last_record_moves_no_trail_time() {
     }
 }
 
+/// Behind a changed line stands what that line states, so that a copy of an earlier record can be made to fit.
+#[tokio::test]
+async fn a_copy_of_an_earlier_record_says_nothing_and_gives_no_number_away_again() {
+    let folder = directory(&[], &[7; 32]);
+    let keys = Keys::load(&chain::key_path(folder.path())).unwrap();
+    let doubt = uuid::Uuid::from_u128(5);
+    let (mut text, mut link) = (Vec::new(), chain::Link::new(chain::Hash::default()));
+    for (seq, members) in (1..).zip([
+        r#""kind":"event","event":"start""#.to_owned(),
+        r#""kind":"event","event":"unresolved","unresolved":[]"#.to_owned(),
+        format!(r#""kind":"intent","id":"{doubt}","caller":"qa-console""#),
+        format!(r#""kind":"outcome","id":"{doubt}","outcome":"unknown""#),
+    ]) {
+        let head = format!(r#"{{"seq":{seq},"time":"2026-11-28T10:00:00.000000Z",{members}"#);
+        let mut line = [head.as_bytes(), chain::OPEN_LINKS].concat();
+        link = keys.seal(&mut line, &link);
+        text.extend(line);
+    }
+    let first = lines_of(&text)[0].to_vec();
+    let stated = chain::hex(&chain::stated(first.strip_suffix(b"\n").unwrap()).unwrap());
+    let changed = format!("{{\"seq\":5,\"hash\":\"{stated}\"}}\n");
+    let copied = [&text, changed.as_bytes(), lines_of(&text)[1]].concat();
+    for (text, is_whole) in [(text, true), (copied, false)] {
+        fs::write(chain::segment_path(folder.path(), 1), text).unwrap();
+        let found = verify(folder.path());
+        assert_eq!(found.faults.is_empty(), is_whole);
+        assert_eq!(found.unresolved.unknown().map(|call| call.id).collect::<Vec<_>>(), [doubt]);
+        assert_eq!(loss::look(folder.path(), &keys).unwrap().is_none(), is_whole);
+    }
+    start(&Options::small(folder.path())).close();
+    let newest = segments(folder.path()).unwrap().pop().unwrap();
+    assert!(chain::first_seq(&newest) > 5, "{newest:?}");
+}
+
 #[tokio::test]
 async fn a_writer_that_is_not_prompt_needs_no_permits() {
     let folder = TempDir::new().unwrap();

@@ -259,19 +259,37 @@ impl UnresolvedList {
         }
     }
 
-    /// Follows the trail by one record that the chain does not prove: none of that kind takes a call off the list.
+    /// Follows the trail by one record that the chain does not prove. Such a record adds calls to the list. It takes none off,
+    /// and changes none but one at work: of that nobody knows then how it ended.
     pub(super) fn take_unproven(&mut self, step: &Step<'_>, line: &[u8]) {
-        match (step.kind, step.event) {
-            ("event", Some(RESOLUTION | DELIVERED | "stop")) => {}
+        let state = match (step.kind, step.event) {
+            ("outcome", _) => {
+                if let Some(id) = step.id.filter(|id| self.is_at_work(*id)) {
+                    self.end(id, Outcome::Unknown, step.time);
+                }
+                return;
+            }
+            ("intent", _) => CallState::AtWork,
+            ("event", Some(UNDELIVERED)) => CallState::Undelivered,
             ("event", Some(LIST | "start")) => {
                 let listed = serde_json::from_slice(line).map(|Listed { unresolved }| unresolved);
-                for call in listed.unwrap_or_default() {
-                    self.calls.entry(call.id).or_insert_with(|| Arc::new(call));
-                }
+                listed.unwrap_or_default().into_iter().for_each(|call| self.add(call));
+                return;
             }
-            ("outcome", _) => self.take(&Step { outcome: Some(Outcome::Unknown.as_str()), ..*step }, line),
-            _ => self.take(step, line),
+            _ => return,
+        };
+        if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
+            self.add(UnresolvedCall { state, ..call });
         }
+    }
+
+    /// Adds a call that is not on the list. It may not stand for another one.
+    fn add(&mut self, call: UnresolvedCall) {
+        self.calls.entry(call.id).or_insert_with(|| Arc::new(UnresolvedCall { forced: None, ..call }));
+    }
+
+    fn is_at_work(&self, id: Uuid) -> bool {
+        self.get(id).is_some_and(|call| call.state == CallState::AtWork)
     }
 
     /// Follows the trail by one line.
@@ -521,6 +539,48 @@ mod tests {
         assert_eq!(states(&list), []);
         let list = read(unknown.into_iter().chain([resolve("done")]));
         assert_eq!(states(&list), [(1, CallState::Done)]);
+    }
+
+    #[test]
+    fn record_that_is_not_proven_takes_no_call_off_and_changes_none_that_is_over() {
+        let told = event(UNDELIVERED, json!({ "id": id(2), "caller": "qa", "print": "ab" }));
+        let known = [intent(1), outcome(1, Outcome::Unknown, 0), told, intent(3)];
+        let of = |name: &str, number| event(name, json!({ "id": id(number), "result": "done" }));
+        let mut forcing = intent(4);
+        forcing["forced"] = json!(id(1));
+        for (line, changed) in [
+            (of(RESOLUTION, 1), None),
+            (of(DELIVERED, 2), None),
+            (of(UNDELIVERED, 1), None),
+            (intent(1), None),
+            (outcome(1, Outcome::Succeeded, 0), None),
+            (event("stop", json!({})), None),
+            (event(LIST, json!({ "unresolved": [] })), None),
+            (event("start", json!({ "unresolved": [{ "id": id(1), "state": "done" }] })), None),
+            (event(LIST, json!({ "unresolved": [{ "id": id(4), "state": "unknown" }] })), Some(4)),
+            (of(UNDELIVERED, 4), Some(4)),
+            (forcing, Some(4)),
+            (outcome(3, Outcome::Refused, 0), Some(3)),
+        ] {
+            let mut list = read(known.clone());
+            let before = list.clone();
+            let text = line.to_string();
+            let name = line["event"].as_str();
+            let id = line["id"].as_str().map(|id| id.parse().unwrap());
+            let (kind, outcome) = (line["kind"].as_str().unwrap(), line["outcome"].as_str());
+            list.take_unproven(&Step { kind, event: name, id, outcome, time: "" }, text.as_bytes());
+            for call in before.calls().filter(|call| Some(call.id.as_u128()) != changed) {
+                assert_eq!(list.get(call.id), Some(call), "{line}");
+            }
+            let is_more = list.calls().count() > before.calls().count();
+            assert_eq!(is_more, changed == Some(4), "{line}");
+            assert!(
+                changed != Some(3) || list.get(self::id(3)).unwrap().state == CallState::Unknown,
+                "{line}"
+            );
+            list.close();
+            assert!(!list.get(self::id(1)).unwrap().superseded, "{line}");
+        }
     }
 
     #[test]

@@ -513,7 +513,7 @@ impl Writer {
         let Some(anchors) = self.clocks.anchors().filter(|_| self.clocks.doubt().is_none()) else { return };
         let ages = self.clocks.ages();
         let is_old = |seq, time| ages.clone().at(seq, anchors).age(time) > retain;
-        match retention::oldest(self.directory.path(), is_old) {
+        match retention::oldest(self.directory.path(), &self.keys, is_old) {
             Ok(old) => self.old = old,
             Err(error) => tracing::warn!(%error, "old segments of the audit trail cannot be looked for"),
         }
