@@ -494,12 +494,12 @@ impl Idempotency {
 
     /// The print of a call, and whose call it is. Stands nowhere but in memory.
     fn mark_of(&self, caller: &str, print: Mark) -> Mark {
-        mark_of(self.hasher.hash_one(caller), print)
+        salted(print, self.hasher.hash_one(caller))
     }
 
     fn compared_of(&self, caller: &str, print: Mark, id: Uuid, key: Option<Mark>) -> (Mark, Duplicate) {
         let hash = self.hasher.hash_one(caller); // once: every call comes here
-        (mark_of(hash, print), Duplicate { id, key, caller: half(hash), stands_for_unkeyed: false })
+        (salted(print, hash), Duplicate { id, key, caller: half(hash), stands_for_unkeyed: false })
     }
 
     fn hash_of(&self, caller: &str) -> u32 {
@@ -644,7 +644,7 @@ impl Idempotency {
     }
 }
 
-fn mark_of(caller: u64, print: Mark) -> Mark {
+fn salted(print: Mark, caller: u64) -> Mark {
     let caller = u128::from(caller);
     (u128::from_ne_bytes(print) ^ (caller << 64 | caller)).to_ne_bytes()
 }

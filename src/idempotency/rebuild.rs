@@ -221,7 +221,7 @@ impl Parser<'_> {
                 let checked = self.chain.check(line.number, line.bytes);
                 let record = parse::<Line<'_>>(line.bytes).ok();
                 if let Some(record) = record.filter(|_| checked != Checked::Repeated) {
-                    self.look_for_late_begin(record.time);
+                    self.look_for_late_begin(record.time, checked);
                     match record.kind {
                         "event" if checked == Checked::Proven => {
                             self.ages.anchor(line.bytes);
@@ -244,10 +244,10 @@ impl Parser<'_> {
         Ok(self.chain.loss())
     }
 
-    /// Looks at the first record of all whether it is as old as the window.
-    fn look_for_late_begin(&mut self, time: &str) {
+    /// Looks at the first record of all whether it is as old as the window. Of one that was changed nobody knows.
+    fn look_for_late_begin(&mut self, time: &str, checked: Checked) {
         if let Some(window) = self.window_time.take()
-            && self.ages.age(self.second.millis(time)) <= window
+            && (checked == Checked::Changed || self.ages.age(self.second.millis(time)) <= window)
         {
             self.chain.begins_late();
         }
@@ -256,26 +256,31 @@ impl Parser<'_> {
     fn resolution(&mut self, line: &Line<'_>, bytes: &[u8]) -> Option<Told> {
         let id = line.id.filter(|_| line.event == Some(RESOLUTION))?;
         let (call, result) = UnresolvedCall::resolved_by(bytes)?;
-        Some(Told { id, time: self.time(line), what: What::Resolution(Box::new(call), result) })
+        let time = self.time(line, Checked::Proven);
+        Some(Told { id, time, what: What::Resolution(Box::new(call), result) })
     }
 
-    /// *Now* minus the age of a record.
-    fn time(&mut self, line: &Line<'_>) -> u32 {
+    /// *Now* minus the age of a record. One that was changed counts as new.
+    fn time(&mut self, line: &Line<'_>, checked: Checked) -> u32 {
+        if checked == Checked::Changed {
+            return self.now;
+        }
         let millis = self.second.millis(line.time);
         self.now.saturating_sub(seconds(self.ages.age(millis)))
     }
 
     fn told(&mut self, line: Line<'_>, bytes: &[u8], checked: Checked) -> Option<Told> {
-        let (id, time) = (line.id?, self.time(&line));
+        let (id, time) = (line.id?, self.time(&line, checked));
+        let is_changed = checked == Checked::Changed;
         let what = match line.kind {
             // What a changed one says is still the best guess: its key is not taken for a new one.
             "intent" => self.intent(&line, time, bytes),
-            // How a call ended nobody knows whose outcome was changed.
-            "outcome" if checked == Checked::Changed => {
-                What::Outcome { outcome: None, status: None, result_code: None, reply: None }
-            }
             "outcome" => What::Outcome {
-                outcome: Outcome::ALL.into_iter().find(|outcome| line.outcome == Some(outcome.as_str())),
+                // A changed one frees no key.
+                outcome: Outcome::ALL
+                    .into_iter()
+                    .find(|outcome| line.outcome == Some(outcome.as_str()))
+                    .filter(|outcome| !is_changed || matches!(outcome, Outcome::Succeeded | Outcome::Failed)),
                 status: line.status,
                 result_code: line.result_code.map(|code| code.as_bytes().into()),
                 reply: line.reply,
