@@ -549,8 +549,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             is_kept = false;
             findings.note(code, || (None, format!("must be {}", rule.wanted(nodes, code))))
         })?;
-        if let Token::Number(number) = token
-            && rule.has_ids
+        if rule.has_ids
+            && let Token::Number(number) = token
             && is_kept
         {
             is_kept = self.bare_id(rule, number)?;

@@ -166,7 +166,8 @@ impl ResultRule {
 
     fn classify_ok(&self, reply: Reply<'_>) -> Verdict {
         let unknown = Verdict { outcome: Outcome::Unknown, result_code: None };
-        let coded = reply.headers.get_all(header::CONTENT_ENCODING).iter().any(|coding| coding != "identity");
+        let mut headers = reply.headers.iter();
+        let coded = headers.any(|(name, coding)| name == header::CONTENT_ENCODING && coding != "identity");
         if coded {
             return unknown;
         }
