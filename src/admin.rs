@@ -19,6 +19,7 @@ use crate::{
     clock,
     config::LOOPBACK_NOTICE,
     idempotency::Idempotency,
+    log::OncePerSecond,
     metrics::Metrics,
     state::State,
 };
@@ -54,7 +55,10 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "accept failed (admin)");
+                static FAILED: OncePerSecond = OncePerSecond::new();
+                if let Some(times) = FAILED.times() {
+                    tracing::warn!(%error, times, "accept failed (admin)");
+                }
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }

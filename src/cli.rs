@@ -11,7 +11,11 @@ mod serve;
 
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
-use ccsqm_gateway::config::{Config, Log, LogFormat, Problems};
+use anyhow::Context as _;
+use ccsqm_gateway::{
+    config::{Config, Log, LogFormat, Problems},
+    log,
+};
 use clap::{Parser, Subcommand};
 use tracing_subscriber::{filter::Targets, prelude::*, reload};
 
@@ -68,6 +72,7 @@ fn parse_override(text: &str) -> Result<(String, String), String> {
 
 /// Runs the command.
 pub(crate) fn run() -> ExitCode {
+    let _flushed = Flushed;
     let result = match Arguments::parse().command {
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => Ok(check::run(&args)),
@@ -78,23 +83,36 @@ pub(crate) fn run() -> ExitCode {
         Command::Audit(args) => audit::run(&args),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("ccsqm-gateway: {error:#}");
+        log::say(&format!("ccsqm-gateway: {error:#}"));
         ExitCode::FAILURE
     })
 }
 
-/// Logs to stderr, as configured. A panic is logged, too. Returns what sets another level.
-fn log(log: &Log) -> Box<dyn Fn(&str) + Send> {
-    let filter: Targets = log.level.parse().unwrap_or_default();
-    let json = match log.format {
+/// Writes what is left of the log when the command ends, be it by a panic.
+struct Flushed;
+
+impl Drop for Flushed {
+    fn drop(&mut self) {
+        log::flush();
+    }
+}
+
+/// Sets another level of the log.
+type SetLevel = Box<dyn Fn(&str) + Send>;
+
+/// Logs to stderr, as configured. A panic is logged, too.
+fn begin_log(settings: &Log) -> anyhow::Result<SetLevel> {
+    log::start().context("the thread of the log")?;
+    let filter: Targets = settings.level.parse().unwrap_or_default();
+    let json = match settings.format {
         LogFormat::Auto => !std::io::stderr().is_terminal(),
         LogFormat::Text => false,
         LogFormat::Json => true,
     };
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let layer = tracing_subscriber::fmt::layer().with_writer(log::ToQueue);
     let layer = if json { layer.json().boxed() } else { layer.boxed() };
     let (filter, level) = reload::Layer::new(filter);
     tracing_subscriber::registry().with(layer.with_filter(filter)).init();
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "panic")));
-    Box::new(move |text| drop(level.reload(text.parse::<Targets>().unwrap_or_default())))
+    Ok(Box::new(move |text| drop(level.reload(text.parse::<Targets>().unwrap_or_default()))))
 }

@@ -33,6 +33,7 @@ use crate::{
     },
     config,
     idempotency::Idempotency,
+    log::OncePerSecond,
     server::bind_unix,
 };
 
@@ -222,7 +223,10 @@ impl Control {
             timeout(DEADLINE, read.read_until(b'\n', &mut line)).await??;
             self.answer(&line, uid).await
         } else {
-            tracing::warn!(uid, "a user without the right to it opened the control socket");
+            static REFUSED: OncePerSecond = OncePerSecond::new();
+            if let Some(times) = REFUSED.times() {
+                tracing::warn!(uid, times, "a user without the right to it opened the control socket");
+            }
             Answer::refused("only root and the gateway's own user may use this socket")
         };
         let mut line = serde_json::to_vec(&answer)?;

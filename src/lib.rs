@@ -55,6 +55,7 @@ pub mod secret; // zeroised buffers
 mod pem; // certificates, keys, revocation lists
 mod watched; // files, read again to notice a change
 pub mod metrics; // what is counted
+pub mod log; // log lines on their way to stderr
 mod watchdog; // tells systemd that all workers go round
 pub mod admin; // /livez, /readyz, /metrics, /status
 pub mod control; // the control socket: resolutions, the clock

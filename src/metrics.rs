@@ -14,6 +14,7 @@ use crate::{
     admission::Bounds,
     audit,
     error::{Code, Stage},
+    log,
     outcome::Outcome,
     token,
     upstream::{breaker, pool},
@@ -57,6 +58,7 @@ pub struct Metrics {
     in_flight: IntGauge,
     keys: IntGauge,
     quota_percent: IntGauge,
+    log_lines_dropped: IntCounter,
 }
 
 /// The metrics of the parts, made in the same registry.
@@ -116,6 +118,11 @@ impl Metrics {
         let in_flight = gauge("requests_in_flight", "Requests between head and answer.")?;
         let keys = gauge("idempotency_keys", "Idempotency-Keys that are remembered.")?;
         let quota_percent = gauge("quota_percent", "How much of the quota the upstream's 429s have left.")?;
+        let log_lines_dropped = IntCounter::new(
+            "ccsqm_gateway_log_lines_dropped_total",
+            "Log lines that were dropped because nobody read stderr in time.",
+        )?;
+        registry.register(Box::new(log_lines_dropped.clone()))?;
         let parts = Parts {
             token: token::Metrics::new(&registry)?,
             pool: pool::Metrics::new(&registry)?,
@@ -136,6 +143,7 @@ impl Metrics {
             in_flight,
             keys,
             quota_percent,
+            log_lines_dropped,
         };
         Ok((metrics, parts, audit))
     }
@@ -192,6 +200,7 @@ impl Metrics {
         self.in_flight.set(i64::try_from(bounds.in_flight()).unwrap_or(i64::MAX));
         self.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
         self.quota_percent.set((quota * 100.0) as i64);
+        self.log_lines_dropped.inc_by(log::dropped().saturating_sub(self.log_lines_dropped.get()));
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)

@@ -27,6 +27,7 @@ use crate::{
     admission::{Hosts, Peer},
     config::{self, ListenAddress},
     gateway::Gateway,
+    log::OncePerSecond,
 };
 use connection::{Deadlines, Stream};
 use inherited::Inherited;
@@ -258,7 +259,10 @@ async fn accept(
             // descriptors left is one.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                tracing::warn!(%error, "accept failed");
+                static FAILED: OncePerSecond = OncePerSecond::new();
+                if let Some(times) = FAILED.times() {
+                    tracing::warn!(%error, times, "accept failed");
+                }
                 sleep(Duration::from_millis(50)).await;
             }
         }

@@ -49,7 +49,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let config = write_configuration(folder.path(), &sandbox, listen, admin)?;
     let config = Config::load(&config, &[], [])?;
     if !args.once {
-        drop(super::log(&config.log));
+        drop(super::begin_log(&config.log)?);
     }
     let app = App::build(config, None)?;
     let Some(ListenAddress::Tcp(address)) = app.addresses().next().cloned() else { bail!("no TCP listener") };

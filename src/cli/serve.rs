@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc};
 
-use ccsqm_gateway::{app::App, audit::StartError, reload::Source};
+use ccsqm_gateway::{app::App, audit::StartError, log, reload::Source};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -26,19 +26,20 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(Args { configured, accept_loss }: &Args) -> anyhow::Result<ExitCode> {
+    log::start()?; // so that not even a start waits for who reads its errors
     let config = match configured.load() {
         Ok(config) => config,
         Err(problems) => {
-            eprintln!("{problems}");
+            log::say(&problems.to_string());
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
     };
-    let set_level = super::log(&config.log);
+    let set_level = super::begin_log(&config.log)?;
     no_core_dumps();
     allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = match App::build(config, accept_loss.clone()) {
         Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..) | StartError::Absent(_))) => {
-            eprintln!("ccsqm-gateway: audit.directory: {error}");
+            log::say(&format!("ccsqm-gateway: audit.directory: {error}"));
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
         built => built?,

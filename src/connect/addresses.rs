@@ -16,11 +16,15 @@ use tokio::{
     time::{Instant, timeout},
 };
 
+use crate::log::OncePerSecond;
+
 /// An answer is not asked for again within this time.
 const FRESH: Duration = Duration::from_secs(5);
 
 /// Who knows addresses waits no longer for newer ones.
 const PATIENCE: Duration = Duration::from_millis(300);
+
+static UNRESOLVED: OncePerSecond = OncePerSecond::new();
 
 /// The addresses of one host.
 #[derive(Debug, Default)]
@@ -66,21 +70,27 @@ impl Addresses {
             Err(_) => return Ok(known), // who asks later collects the answer
         };
         *asking = None;
-        let mut known = self.known();
-        match answer {
+        let failed = match answer {
             Ok(mut addresses) => {
+                let mut known = self.known();
                 let preferred = known.addresses.first().copied();
                 addresses.sort_by_key(|address| Some(*address) != preferred);
-                *known = Known { addresses: addresses.clone(), at: Some(Instant::now()) };
-                Ok(addresses)
+                *known = Known { addresses, at: Some(Instant::now()) };
+                None
             }
-            Err(error) if known.addresses.is_empty() => Err(error),
+            Err(error) if known.is_empty() => return Err(error),
             Err(error) => {
-                tracing::warn!(%error, %host, "the name does not resolve; its last addresses are used");
-                known.at = Some(Instant::now());
-                Ok(known.addresses.clone())
+                self.known().at = Some(Instant::now());
+                Some(error)
             }
+        };
+        drop(asking);
+        if let Some(error) = failed
+            && let Some(times) = UNRESOLVED.times()
+        {
+            tracing::warn!(%error, %host, times, "the name does not resolve; its last addresses are used");
         }
+        Ok(self.known().addresses.clone())
     }
 
     /// This one has answered.

@@ -102,19 +102,20 @@ impl Quota {
     fn shrink_at(&self, now: u64, pause: Duration) {
         let until = now + clock::nanos_of(pause.min(LONGEST));
         let mut shrunk = self.shrunk();
-        let (share, since) = match *shrunk {
-            Some(known) if now < known.since + TOGETHER => (known.share, known.since),
-            known => {
-                let share = (known.map_or(1.0, |known| known.share(now)) / 2.0).max(LEAST);
-                tracing::warn!(share, ?pause, "the upstream answered 429: the quota shrinks");
-                (share, now)
-            }
+        let together = shrunk.filter(|known| now < known.since + TOGETHER);
+        let (share, since) = match together {
+            Some(known) => (known.share, known.since),
+            None => ((shrunk.map_or(1.0, |known| known.share(now)) / 2.0).max(LEAST), now),
         };
         let until = shrunk.map_or(until, |known| known.until.max(until));
         *shrunk = Some(Shrunk { share, since, until });
         self.is_shrunk.store(true, Ordering::Relaxed);
         self.limiter.slow_down(now, self.limit(), share);
         self.limiter.empty(now);
+        drop(shrunk);
+        if together.is_none() {
+            tracing::warn!(share, ?pause, "the upstream answered 429: the quota shrinks");
+        }
     }
 
     fn recover(&self, now: u64) {
@@ -128,8 +129,12 @@ impl Quota {
         let mut shrunk = self.shrunk();
         let share = shrunk.map_or(1.0, |shrunk| shrunk.share(now)).min(1.0);
         self.limiter.slow_down(now, self.limit(), share);
-        if share >= 1.0 && shrunk.take().is_some() {
+        let is_whole = share >= 1.0 && shrunk.take().is_some();
+        if is_whole {
             self.is_shrunk.store(false, Ordering::Relaxed);
+        }
+        drop(shrunk);
+        if is_whole {
             tracing::info!("the quota is whole again");
         }
     }

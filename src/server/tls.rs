@@ -30,6 +30,7 @@ use crate::{
     clock,
     config::{self, ListenerTls},
     connect::HTTP1,
+    log::OncePerSecond,
     pem::{self, PemError},
     watched::{Watched, digest, follow},
 };
@@ -215,22 +216,28 @@ impl Certificate {
     }
 
     fn is_good(&self) -> bool {
+        static NO_LONGER_GOOD: OncePerSecond = OncePerSecond::new();
         let current = self.tls.current.load();
         let mut verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
         let now = clock::nanos();
-        if verified.generation != current.generation || now.saturating_sub(verified.at) > LOOK_AGAIN {
-            let is_good = current.clients.as_ref().is_some_and(|clients| self.passes(&**clients));
-            *verified = Verified { is_good, generation: current.generation, at: now };
+        if verified.generation == current.generation && now.saturating_sub(verified.at) <= LOOK_AGAIN {
+            return verified.is_good;
         }
-        verified.is_good
+        let passed = current.clients.as_ref().map(|clients| self.pass(&**clients));
+        let is_good = matches!(passed, Some(Ok(())));
+        *verified = Verified { is_good, generation: current.generation, at: now };
+        drop(verified);
+        if let Some(Err(error)) = passed
+            && let Some(times) = NO_LONGER_GOOD.times()
+        {
+            tracing::info!(%error, times, "a caller's certificate is no longer good");
+        }
+        is_good
     }
 
-    fn passes(&self, clients: &dyn ClientCertVerifier) -> bool {
-        let Some((own, others)) = self.chain.split_first() else { return false };
-        let verified = clients.verify_client_cert(own, others, UnixTime::now());
-        verified
-            .inspect_err(|error| tracing::info!(%error, "a caller's certificate is no longer good"))
-            .is_ok()
+    fn pass(&self, clients: &dyn ClientCertVerifier) -> Result<(), rustls::Error> {
+        let (own, others) = self.chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
+        clients.verify_client_cert(own, others, UnixTime::now()).map(drop)
     }
 }
 

@@ -139,6 +139,7 @@ impl Breaker {
             return;
         }
         self.metrics.suspended.set(is_open.into());
+        drop(circuit);
         if is_open {
             self.metrics.suspensions.inc();
             tracing::warn!(

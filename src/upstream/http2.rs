@@ -37,7 +37,7 @@ use super::{
     frames::FrameReader,
     pool::{Counted, MAX_HEAD, NoConnection, is_quiet},
 };
-use crate::clock;
+use crate::{clock, log::OncePerSecond};
 
 /// So many exchanges share a connection at most, whatever the upstream allows: what one lost packet delays,
 /// and what one lost connection leaves in doubt, stays bounded.
@@ -206,8 +206,13 @@ impl Received {
 
     /// Something came: bytes, or none with the end or an error. To be called before hyper sees them.
     pub(super) fn came(&mut self, bytes: &[u8]) {
-        if self.frames.read(bytes) && !self.reads.contradicted.swap(true, Ordering::Relaxed) {
+        static CONTRADICTED: OncePerSecond = OncePerSecond::new();
+        if self.frames.read(bytes)
+            && !self.reads.contradicted.swap(true, Ordering::Relaxed)
+            && let Some(times) = CONTRADICTED.times()
+        {
             tracing::warn!(
+                times,
                 "the upstream says that a request was not processed, and has answered on its HTTP/2 stream: what is \
                  refused on this connection counts as unknown, and is not sent again"
             );

@@ -29,6 +29,7 @@ mod resolution;
 mod configuration;
 mod reload;
 mod restart;
+mod logs;
 mod operations;
 mod secrets;
 mod budgets;

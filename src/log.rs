@@ -1,0 +1,320 @@
+//! Log lines on their way to stderr.
+//!
+//! stderr may be a pipe that nobody reads. Nobody who logs waits for it: lines go into a queue that is bounded in bytes, and
+//! a thread of its own writes them out. A line that finds no room is dropped and counted. The last quarter of the queue is kept for
+//! what an operator must not miss (calls of unknown outcome, the trail, configuration, tokens), so that no flood of other
+//! lines displaces it.
+
+use std::{
+    collections::VecDeque,
+    io::{self, Write},
+    sync::{
+        Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use tracing::{Level, Metadata};
+use tracing_subscriber::fmt::MakeWriter;
+
+/// So many bytes wait at most.
+const CAPACITY: usize = 1 << 20;
+
+/// So many of them may be ordinary lines.
+const ORDINARY: usize = CAPACITY / 4 * 3;
+
+/// A longer line is cut, in bytes.
+const MAX_LINE: usize = 8 << 10;
+
+/// What ends a line that was cut.
+const CUT: &[u8] = b" (cut)\n";
+
+/// So many bytes are written at once. A pipe that can be written to takes them whole.
+const PIECE: usize = 4096;
+
+/// At the end of the process a reader that takes nothing for so long is not waited for.
+const STALLED: Duration = Duration::from_millis(50);
+
+/// No reader is waited for any longer than that.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Modules of this crate whose lines have the last quarter of the queue for themselves, from level INFO on.
+const KEPT: [&str; 7] = ["app", "audit", "cli", "control", "idempotency", "reload", "token"];
+
+static QUEUE: Queue = Queue::new();
+
+/// Where the lines of all threads wait.
+struct Queue {
+    state: Mutex<State>,
+    /// There is something to write.
+    filled: Condvar,
+    /// Something was written.
+    moved: Condvar,
+    dropped: AtomicU64,
+}
+
+struct State {
+    bytes: VecDeque<u8>,
+    is_started: bool,
+    /// The thread holds bytes that are not written yet.
+    is_writing: bool,
+    /// How many pieces were written.
+    written: u64,
+}
+
+/// Starts the thread that writes lines to stderr. Fails if there can be no thread.
+pub fn start() -> io::Result<()> {
+    let mut state = QUEUE.lock();
+    if !state.is_started {
+        state.bytes.reserve_exact(CAPACITY); // so that it never has room for more
+        thread::Builder::new().name("log".into()).spawn(|| QUEUE.write_all_to(&mut io::stderr()))?;
+        state.is_started = true;
+    }
+    Ok(())
+}
+
+/// Queues lines that no log event is made of. Without the thread of [`start`] they are written at once.
+pub fn say(text: &str) {
+    if QUEUE.lock().is_started {
+        text.lines().for_each(|line| QUEUE.push(format!("{line}\n").as_bytes(), CAPACITY));
+    } else {
+        let _ = writeln!(io::stderr(), "{text}");
+    }
+}
+
+/// Waits until all lines are written, for a second at most, or for as long as the reader takes something every 50 ms. To be
+/// called before the process ends.
+pub fn flush() {
+    QUEUE.flush();
+}
+
+/// How many lines were dropped so far.
+pub fn dropped() -> u64 {
+    QUEUE.dropped.load(Ordering::Relaxed)
+}
+
+/// Makes the queue the writer of a [`tracing_subscriber::fmt`] layer.
+#[derive(Clone, Copy, Debug)]
+pub struct ToQueue;
+
+/// Queues one log event.
+#[derive(Debug)]
+pub struct EventWriter {
+    /// How full the queue may be with it, in bytes.
+    up_to: usize,
+}
+
+impl<'a> MakeWriter<'a> for ToQueue {
+    type Writer = EventWriter;
+
+    fn make_writer(&'a self) -> EventWriter {
+        EventWriter { up_to: ORDINARY }
+    }
+
+    fn make_writer_for(&'a self, event: &Metadata<'_>) -> EventWriter {
+        EventWriter { up_to: if is_kept(event) { CAPACITY } else { ORDINARY } }
+    }
+}
+
+fn is_kept(event: &Metadata<'_>) -> bool {
+    let mut path = event.target().split("::");
+    let is_ours = path.next() == Some(env!("CARGO_CRATE_NAME"));
+    *event.level() <= Level::INFO && is_ours && path.next().is_some_and(|module| KEPT.contains(&module))
+}
+
+impl Write for EventWriter {
+    /// A whole event is written at once.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        QUEUE.push(line, self.up_to);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Queue {
+    const fn new() -> Self {
+        let state = State { bytes: VecDeque::new(), is_started: false, is_writing: false, written: 0 };
+        let (filled, moved) = (Condvar::new(), Condvar::new());
+        Self { state: Mutex::new(state), filled, moved, dropped: AtomicU64::new(0) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a line, if the queue then holds no more than `up_to` bytes.
+    fn push(&self, line: &[u8], up_to: usize) {
+        let (line, end) = match line.len() > MAX_LINE {
+            true => (&line[..char_boundary(line, MAX_LINE - CUT.len())], CUT),
+            false => (line, &b""[..]),
+        };
+        let mut state = self.lock();
+        if state.bytes.len() + line.len() + end.len() > up_to {
+            drop(state);
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let was_empty = state.bytes.is_empty();
+        state.bytes.extend(line);
+        state.bytes.extend(end);
+        drop(state);
+        if was_empty {
+            self.filled.notify_one();
+        }
+    }
+
+    /// Writes what comes, for ever.
+    fn write_all_to(&self, stderr: &mut impl Write) {
+        let (mut piece, mut told) = (Vec::with_capacity(PIECE), 0);
+        loop {
+            let mut state = self.lock();
+            while state.bytes.is_empty() {
+                state = self.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            let length = state.bytes.len().min(PIECE);
+            piece.clear();
+            piece.extend(state.bytes.drain(..length));
+            state.is_writing = true;
+            drop(state);
+
+            let is_written = write(stderr, &piece).is_ok();
+            let mut state = self.lock();
+            (state.is_writing, state.written) = (false, state.written + 1);
+            let is_empty = state.bytes.is_empty();
+            drop(state);
+            self.moved.notify_all();
+            // Once the reader has caught up, and not for each line that it missed.
+            let dropped = self.dropped.load(Ordering::Relaxed);
+            if is_written && is_empty && dropped > told {
+                tracing::warn!(lines = dropped - told, "log lines were dropped: nobody read them in time");
+                told = dropped;
+            }
+        }
+    }
+
+    fn flush(&self) {
+        let end = Instant::now() + PATIENCE;
+        let mut state = self.lock();
+        while state.is_started && (state.is_writing || !state.bytes.is_empty()) && Instant::now() < end {
+            let before = state.written;
+            let (next, waited) =
+                self.moved.wait_timeout(state, STALLED).unwrap_or_else(PoisonError::into_inner);
+            state = next;
+            if waited.timed_out() && state.written == before {
+                return;
+            }
+        }
+    }
+}
+
+/// Writes all of it, though stderr may be one that does not block: it shares that with whoever else has it.
+fn write(stderr: &mut impl Write, mut piece: &[u8]) -> io::Result<()> {
+    while !piece.is_empty() {
+        match stderr.write(piece) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(length) => piece = &piece[length..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                poll(&mut [PollFd::from_borrowed_fd(rustix::stdio::stderr(), PollFlags::OUT)], None)?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// The last place up to `end` where no character is cut.
+fn char_boundary(text: &[u8], end: usize) -> usize {
+    (end.saturating_sub(3)..=end).rev().find(|place| text[*place] & 0xC0 != 0x80).unwrap_or(end)
+}
+
+/// A line that can come with every call or connection: it is let through once a second.
+#[derive(Debug, Default)]
+pub struct OncePerSecond(Mutex<Repeated>);
+
+#[derive(Debug, Default)]
+struct Repeated {
+    last: Option<Instant>,
+    times: u64,
+}
+
+impl OncePerSecond {
+    /// For a `static`.
+    pub const fn new() -> Self {
+        Self(Mutex::new(Repeated { last: None, times: 0 }))
+    }
+
+    /// Whether the line is to be written now: returns how often it would have been since the last one, this time included.
+    pub fn times(&self) -> Option<u64> {
+        let mut repeated = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        repeated.times += 1;
+        if repeated.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
+            return None;
+        }
+        repeated.last = Some(Instant::now());
+        Some(std::mem::take(&mut repeated.times))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(queue: &Queue) -> String {
+        String::from_utf8(queue.lock().bytes.iter().copied().collect()).unwrap()
+    }
+
+    #[test]
+    fn line_that_is_too_long_is_cut_between_characters() {
+        for begin in ["", "x", "xx"] {
+            let line = |length| format!("{begin}{}\n", "€".repeat((length - begin.len()) / 3));
+            let (queue, short) = (Queue::new(), line(MAX_LINE - 1));
+            queue.push(short.as_bytes(), CAPACITY);
+            assert_eq!(text(&queue), short);
+            let queue = Queue::new();
+            queue.push(line(2 * MAX_LINE).as_bytes(), CAPACITY);
+            let cut = text(&queue);
+            assert!(
+                cut.ends_with("€ (cut)\n") && (MAX_LINE - 2..=MAX_LINE).contains(&cut.len()),
+                "{}",
+                cut.len()
+            );
+        }
+    }
+
+    #[test]
+    fn ordinary_lines_leave_a_quarter_and_nothing_exceeds_the_bound() {
+        let (queue, line) = (Queue::new(), "x".repeat(1000));
+        queue.lock().bytes.reserve_exact(CAPACITY);
+        for (up_to, lines) in [(ORDINARY, ORDINARY / 1000), (CAPACITY, CAPACITY / 1000)] {
+            let before = queue.dropped.load(Ordering::Relaxed);
+            (0..2000).for_each(|_| queue.push(line.as_bytes(), up_to));
+            assert_eq!(queue.lock().bytes.len(), lines * 1000);
+            assert!(queue.dropped.load(Ordering::Relaxed) > before);
+        }
+        assert!(queue.lock().bytes.capacity() <= CAPACITY);
+    }
+
+    #[test]
+    fn line_that_repeats_comes_once_a_second_with_the_number_of_times() {
+        let line = OncePerSecond::new();
+        assert_eq!(line.times(), Some(1));
+        let began = Instant::now();
+        let mut asked = 0;
+        let times = loop {
+            asked += 1;
+            if let Some(times) = line.times() {
+                break times;
+            }
+            thread::sleep(Duration::from_millis(10));
+        };
+        assert_eq!(times, asked);
+        assert!(asked > 1 && began.elapsed() > Duration::from_millis(900), "{:?}", began.elapsed());
+    }
+}

@@ -1,0 +1,218 @@
+//! stderr is a pipe that nobody reads: nothing waits for it, what must not be missed is kept, and what is dropped is counted.
+
+use std::{
+    fs,
+    io::{ErrorKind, PipeReader, Read, Write, pipe},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd,
+    process::{Child, Command, ExitStatus},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use ccsqm_gateway::sandbox::Sandbox;
+use rustix::fs::{OFlags, fcntl_setfl};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{audit::faults, support::*};
+
+/// So much may pass on a busy machine: four times what is promised.
+const PROMPT: Duration = Duration::from_millis(4 * 50);
+
+/// A gateway whose stderr is a full pipe from the start. Killed on drop.
+struct Unread {
+    child: Child,
+    address: SocketAddr,
+    admin: SocketAddr,
+    folder: Arc<TempDir>,
+    pipe: PipeReader,
+}
+
+/// An address that is free.
+fn free() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// The configuration of a usual gateway, with addresses that are known beforehand.
+fn configured(sandbox: &Sandbox) -> (Arc<TempDir>, [SocketAddr; 2]) {
+    let folder = start(sandbox).kill();
+    let path = folder.path().join("gateway.toml");
+    let addresses = [free(), free()];
+    let text = fs::read_to_string(&path).unwrap();
+    let text = addresses.iter().fold(text, |text, address| {
+        text.replacen("address = \"127.0.0.1:0\"", &format!("address = \"{address}\""), 1)
+    });
+    fs::write(&path, text).unwrap();
+    (folder, addresses)
+}
+
+impl Unread {
+    fn start(sandbox: &Sandbox, set: &[&str]) -> Self {
+        let (folder, [address, admin]) = configured(sandbox);
+        let (pipe, writer) = full_pipe();
+        let mut command = Command::new(BINARY);
+        command.args(["serve", "--config"]).arg(folder.path().join("gateway.toml"));
+        command.args(set.iter().flat_map(|set| ["--set", set])).stderr(writer);
+        let child = command.spawn().unwrap();
+        let gateway = Self { child, address, admin, folder, pipe };
+        wait_for("the gateway", || {
+            let stream = TcpStream::connect(admin).ok()?;
+            (get(stream, "/readyz").status == 200).then_some(())
+        });
+        gateway
+    }
+
+    fn send(&self, path: &str, body: &str) -> Reply {
+        let head = head(body.len(), "").replace(PATH, path);
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(body.as_bytes()).unwrap();
+        read_reply(&mut stream)
+    }
+
+    fn call(&self) -> Reply {
+        self.send(PATH, BODY)
+    }
+
+    fn admin(&self, path: &str) -> Reply {
+        get(TcpStream::connect(self.admin).unwrap(), path)
+    }
+
+    fn dropped(&self) -> u64 {
+        let text = self.admin("/metrics").body;
+        let value = text.lines().find_map(|line| line.strip_prefix("ccsqm_gateway_log_lines_dropped_total "));
+        value.unwrap().parse().unwrap()
+    }
+
+    /// Refusals until lines are dropped. At the level `debug` each is a line.
+    fn until_lines_are_dropped(&self) {
+        wait_for("lines that are dropped", || {
+            for _ in 0..200 {
+                assert_eq!(prompt("a refusal", || self.send("/nowhere", BODY)).status, 404);
+            }
+            (self.dropped() > 0).then_some(())
+        });
+    }
+
+    fn stop(&mut self) -> ExitStatus {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        wait_for("the end", || self.child.try_wait().unwrap())
+    }
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn full_pipe() -> (PipeReader, std::io::PipeWriter) {
+    let (reader, mut writer) = pipe().unwrap();
+    fcntl_setfl(writer.as_fd(), OFlags::NONBLOCK).unwrap();
+    loop {
+        match writer.write(&[b'\n'; 4096]) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    fcntl_setfl(writer.as_fd(), OFlags::empty()).unwrap(); // the gateway has the same description
+    (reader, writer)
+}
+
+fn get(mut stream: TcpStream, path: &str) -> Reply {
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
+    read_reply(&mut stream)
+}
+
+/// What comes within the time that is promised.
+fn prompt<T>(what: &str, work: impl FnOnce() -> T) -> T {
+    let began = Instant::now();
+    let result = work();
+    assert!(began.elapsed() < PROMPT, "{what} took {:?}", began.elapsed());
+    result
+}
+
+#[test]
+fn nothing_waits_for_a_log_that_nobody_reads() {
+    for (workers, level) in [(1, "debug"), (2, "debug"), (2, "info")] {
+        println!("{workers} workers, level {level}");
+        let sandbox = sandbox();
+        faults(&sandbox, json!({ "lifetime_ms": 4000 }));
+        let set = [format!("server.workers={workers}"), format!("log.level={level}")];
+        let mut gateway = Unread::start(&sandbox, &set.each_ref().map(String::as_str));
+        for _ in 0..20 {
+            assert_eq!(prompt("a call", || gateway.call()).outcome(), "succeeded");
+        }
+        faults(&sandbox, json!({ "business": [{ "status": 429, "times": 1 }], "lifetime_ms": 4000 }));
+        assert_eq!(prompt("a 429", || gateway.call()).status, 429);
+        assert_eq!(prompt("a call behind it", || gateway.call()).outcome(), "succeeded");
+        if level == "debug" {
+            gateway.until_lines_are_dropped();
+        }
+        for path in ["/livez", "/readyz", "/metrics", "/status"] {
+            assert_eq!(prompt(path, || gateway.admin(path)).status, 200, "{path}");
+        }
+        let tokens = sandbox.token_calls().len();
+        wait_for("another token", || (sandbox.token_calls().len() > tokens).then_some(()));
+        assert_eq!(prompt("a call with it", || gateway.call()).outcome(), "succeeded");
+        let began = Instant::now();
+        assert!(gateway.stop().success());
+        assert!(began.elapsed() < Duration::from_secs(1), "the stop took {:?}", began.elapsed());
+        let (code, _, error) =
+            command(&["audit", "verify", gateway.folder.path().join("audit").to_str().unwrap()]);
+        assert_eq!(code, 0, "{error}");
+    }
+}
+
+#[test]
+fn a_start_that_fails_does_not_wait_for_its_reader() {
+    let sandbox = sandbox();
+    let (folder, _) = configured(&sandbox);
+    let (_pipe, writer) = full_pipe();
+    let config = folder.path().join("gateway.toml");
+    let mut command = Command::new(BINARY);
+    command.args(["serve", "--config"]).arg(&config).args(["--set", "server.workers=none"]).stderr(writer);
+    let mut child = command.spawn().unwrap();
+    let status = wait_for("the end", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(78));
+}
+
+/// What was said while nobody read, from the pipe of a gateway that goes on.
+fn read_on(gateway: &mut Unread, until: &str) -> Vec<Value> {
+    let (mut text, mut piece) = (Vec::new(), [0; 65536]);
+    while !String::from_utf8_lossy(&text).contains(until) {
+        let length = gateway.pipe.read(&mut piece).unwrap();
+        text.extend(&piece[..length]);
+    }
+    let text = String::from_utf8(text).unwrap();
+    let whole = &text[..text.rfind('\n').unwrap()];
+    whole
+        .lines()
+        .filter(|line| !line.is_empty())
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+#[test]
+fn unknown_outcomes_are_told_though_other_lines_fill_the_queue() {
+    let sandbox = sandbox();
+    let mut gateway = Unread::start(&sandbox, &["log.level=debug"]);
+    gateway.until_lines_are_dropped();
+    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    let unknown = gateway.call();
+    assert_eq!(unknown.outcome(), "unknown");
+    let id = &unknown.headers["x-gateway-request-id"];
+    let dropped = gateway.dropped();
+    let lines = read_on(&mut gateway, "log lines were dropped");
+    let said =
+        |text: &str| lines.iter().find(|line| line["fields"]["message"].as_str().unwrap().contains(text));
+    let warning = said("the outcome of a call is unknown").expect("the warning");
+    assert_eq!((&warning["level"], &warning["fields"]["id"]), (&json!("WARN"), &json!(id)));
+    assert!(said("listening (admin)").is_some(), "the oldest lines are there");
+    let counted = said("log lines were dropped").unwrap()["fields"]["lines"].as_u64().unwrap();
+    assert!(counted >= dropped, "{counted} {dropped}");
+}
