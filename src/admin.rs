@@ -1,6 +1,6 @@
 //! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`. GET only, no CORS.
 //!
-//! It runs on the background runtime, so that a busy data plane cannot starve it.
+//! It has a thread of its own, so that neither a busy data plane nor a background that hangs can starve it.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -11,7 +11,10 @@ use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+};
 
 use crate::{
     admission::{Bounds, Hosts},
@@ -22,6 +25,7 @@ use crate::{
     log::OncePerSecond,
     metrics::Metrics,
     state::State,
+    watchdog::Watchdog,
 };
 
 /// What the admin listener tells of.
@@ -40,6 +44,11 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
     /// Where callers connect.
     pub addresses: Vec<String>,
+    /// How many workers accept connections, and how many there are.
+    pub accepting: watch::Receiver<usize>,
+    /// See there.
+    pub workers: usize,
+    pub(crate) watchdog: Arc<Watchdog>,
 }
 
 /// Open connections; further ones are closed at once.
@@ -88,7 +97,10 @@ impl Admin {
             return response;
         }
         match request.uri().path() {
-            "/livez" => reply(StatusCode::OK, TEXT, "ok\n"),
+            "/livez" => match self.watchdog.hangs() {
+                None => reply(StatusCode::OK, TEXT, "ok\n"),
+                Some(hangs) => reply(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("{hangs}\n")),
+            },
             "/readyz" => self.ready(),
             "/metrics" => {
                 self.audit.count();
@@ -118,6 +130,10 @@ impl Admin {
         let mut reasons: Vec<String> = Vec::new();
         if self.bounds.is_stopping() {
             reasons.push("draining".into());
+        }
+        let accepting = *self.accepting.borrow();
+        if accepting < self.workers {
+            reasons.push(format!("{accepting} of {} workers accept connections", self.workers));
         }
         if !self.audit.healthy() {
             reasons.push("the audit trail cannot be written".into());

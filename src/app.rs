@@ -5,7 +5,7 @@
 use std::{
     fmt,
     future::Future,
-    io,
+    io, net,
     sync::Arc,
     thread::{self, JoinHandle},
     time::Duration,
@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Runtime},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, sleep, timeout, timeout_at},
 };
 
@@ -32,14 +32,18 @@ use crate::{
     control::{self, Control},
     gateway::Gateway,
     idempotency::{Idempotency, memory::MemoryBound},
+    log,
     metrics::Metrics,
     reload::{Reload, Source},
     server::{self, Bound, Stop, connection::Deadlines, inherited::Inherited},
     state::State,
+    supervisor::{Supervisor, Vital, fault},
     token::Slot,
     upstream::pool::{self, Pool},
     watchdog::Watchdog,
 };
+
+pub use crate::supervisor::Ended;
 
 /// So many records may wait for the audit writer, at least; each exchange keeps room for two.
 const AUDIT_QUEUE: usize = 16 * 1024;
@@ -50,8 +54,8 @@ const INTENT_DEADLINE: Duration = Duration::from_millis(250);
 /// What lies before the idempotency window may still matter in it: a call that began before and ended within.
 const RETAIN_SLACK: Duration = Duration::from_secs(60 * 60);
 
-/// How often the wall clock is looked at.
-const LOOK_AT_CLOCK: Duration = Duration::from_secs(1);
+/// How often the wall clock is looked at, and whether the threads of trail and log are there.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Below this much free space refusals are no longer recorded.
 const LOW_WATER: u64 = 64 << 20;
@@ -71,7 +75,7 @@ pub struct App {
     alive: mpsc::Sender<()>,
     done: mpsc::Receiver<()>,
     bound: Vec<Bound>,
-    admin: TcpListener,
+    admin: net::TcpListener,
     control: Option<control::Bound>,
 }
 
@@ -112,9 +116,9 @@ impl App {
         });
         let bound = bound.collect::<anyhow::Result<_>>()?;
         inherited.finish()?;
-        let admin = background
-            .block_on(TcpListener::bind(config.admin.address))
+        let admin = net::TcpListener::bind(config.admin.address)
             .with_context(|| format!("listening on {} (admin)", config.admin.address))?;
+        admin.set_nonblocking(true)?;
         let control = control::Bound::bind(&config.admin.control, &config.audit.directory)?;
         let metrics = Arc::new(metrics);
         let pool_metrics = parts.pool;
@@ -144,7 +148,8 @@ impl App {
 
     /// Serves until `stop` is over, then drains: no new connections, work in flight runs to its end or to
     /// `drain_timeout`, and the audit trail closes last.
-    /// With a `source` the configuration changes while it serves: see [`crate::reload`].
+    /// With a `source` the configuration changes while it serves: see [`crate::reload`]. Fails with [`Ended`] if a thread or a
+    /// task ended that must not; it drains before that.
     pub fn run(self, stop: impl Future<Output = ()>, source: Option<Source>) -> anyhow::Result<()> {
         let Self {
             config,
@@ -178,10 +183,12 @@ impl App {
             tracing::info!(address = %listener.address, "listening");
         }
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
-        read_past(&config, &audit, &idempotency)?;
-        keep_up(&background, &bound, identity, &audit);
-        background.spawn(watch_clock(audit.clone()));
+        let mut supervisor = Supervisor::new();
+        read_past(&config, &audit, &idempotency, supervisor.vital("the reading of the trail"))?;
+        keep_up((&background, &supervisor), &bound, identity, &audit);
+        background.spawn(look(audit.clone(), supervisor.vital("the look at clock and threads")));
         let (stopping, stopped) = watch::channel(Stop::No);
+        let (accepts, accepting) = watch::channel(0);
         let hands_over = bound.iter().all(|bound| bound.is_inherited);
         let watchdog = Watchdog::from_env(config.server.workers);
         let addresses: Vec<_> = bound.iter().map(|bound| bound.address.to_string()).collect();
@@ -219,76 +226,157 @@ impl App {
             .into_iter()
             .zip(listeners)
             .enumerate()
-            .map(|(i, (gateway, listeners))| {
-                let (deadlines, stopped) = (Deadlines::new(&config.server), stopped.clone());
-                let watchdog = watchdog.clone();
+            .map(|(number, (gateway, listeners))| {
                 let grace = if hands_over { Duration::ZERO } else { config.server.drain_grace };
-                let drained = config.server.drain_timeout.saturating_sub(grace);
-                thread::Builder::new().name(format!("worker-{i}")).spawn(move || -> io::Result<()> {
-                    Audit::defer_wake_ups();
-                    clock::turns();
-                    let audit = gateway.audit.clone();
-                    let runtime = Builder::new_current_thread()
-                        .enable_all()
-                        .on_thread_park(move || {
-                            audit.flush();
-                            clock::next_turn();
-                        })
-                        .build()?;
-                    runtime.block_on(async move {
-                        if let Some(watchdog) = watchdog {
-                            tokio::spawn(watchdog.beat(i));
-                        }
-                        let listeners =
-                            listeners.into_iter().map(|listener| listener()).collect::<io::Result<_>>()?;
-                        serve_until_drained(gateway, listeners, deadlines, stopped, drained).await;
-                        io::Result::Ok(())
-                    })?;
-                    runtime.shutdown_background(); // a resolver that hangs must not hold the stop
-                    Ok(())
+                let worker = Worker {
+                    number,
+                    gateway,
+                    deadlines: Deadlines::new(&config.server),
+                    stopped: stopped.clone(),
+                    drain: config.server.drain_timeout.saturating_sub(grace),
+                    watchdog: watchdog.clone(),
+                    accepts: accepts.clone(),
+                };
+                let vital = supervisor.vital(worker.name());
+                thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+                    if let Err(error) = worker.run(listeners) {
+                        vital.fail(error);
+                    }
                 })
             })
-            .collect::<io::Result<Vec<JoinHandle<_>>>>()?;
-        background.block_on(async {
+            .collect::<io::Result<Vec<JoinHandle<()>>>>()?;
+        let admin_state = Admin {
+            hosts: config.admin.hosts.clone(),
+            state: state.clone(),
+            audit: audit.clone(),
+            idempotency: idempotency.clone(),
+            bounds: bounds.clone(),
+            metrics,
+            addresses,
+            accepting: accepting.clone(),
+            workers: config.server.workers,
+            watchdog: watchdog.clone(),
+        };
+        let admin = serve_admin(admin, Arc::new(admin_state), supervisor.vital("the admin listener"))?;
+        let ended = background.block_on(async {
             for slot in &state.load().terms.slots {
-                tokio::spawn(slot.clone().run());
+                let vital = supervisor.vital(format!("the token fetcher of {}", slot.name()));
+                tokio::spawn(vital.run(slot.clone().run()));
             }
             if let Some(reload) = reload {
-                tokio::spawn(reload.run());
+                tokio::spawn(supervisor.vital("the reload of the configuration").run(reload.run()));
             }
-            let admin_state = Admin {
-                hosts: config.admin.hosts.clone(),
-                state: state.clone(),
-                audit: audit.clone(),
-                idempotency: idempotency.clone(),
-                bounds: bounds.clone(),
-                metrics: metrics.clone(),
-                addresses,
-            };
-            tokio::spawn(admin::serve(admin, Arc::new(admin_state)));
             if let Some(bound) = control {
                 let (audit, directory) = (audit.for_worker(), config.audit.directory.clone());
-                let idempotency = idempotency.clone();
-                tokio::spawn(bound.serve(Arc::new(Control { audit, directory, idempotency })));
+                let control = Arc::new(Control { audit, directory, idempotency: idempotency.clone() });
+                tokio::spawn(supervisor.vital("the control socket").run(bound.serve(control)));
             }
-            // Without systemd there is nobody to tell, and that is no error.
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-            if let Some(watchdog) = watchdog {
-                tokio::spawn(watchdog.watch(stopping.subscribe()));
-            }
-            stop.await;
+            tokio::spawn(watchdog.clone().beat_background());
+            let watching = watchdog.watch(stopping.subscribe());
+            tokio::spawn(supervisor.vital("the watchdog").run(watching));
+            let ended = serve_until(stop, &mut supervisor, accepting, config.server.workers).await;
             drain(&config.server, hands_over, &bounds, &stopping, (alive, &mut done)).await;
+            ended
         });
         for worker in workers {
-            match worker.join() {
-                Ok(result) => result?,
-                Err(_) => tracing::error!("a worker panicked"),
-            }
+            let _ = worker.join(); // a panic is logged, and has ended all
         }
         audit.close();
+        drop(admin);
         background.shutdown_background();
+        ended.map_or(Ok(()), |ended| Err(ended.into()))
+    }
+}
+
+/// Says that it is ready once all workers accept connections, and serves until the stop. Returns what ended before that, if
+/// something did.
+async fn serve_until(
+    stop: impl Future<Output = ()>,
+    supervisor: &mut Supervisor,
+    mut accepting: watch::Receiver<usize>,
+    workers: usize,
+) -> Option<Ended> {
+    let ready = async {
+        let _ = accepting.wait_for(|accepting| *accepting == workers).await;
+        // Without systemd there is nobody to tell, and that is no error.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = stop => None,
+        ended = supervisor.ended() => {
+            tracing::error!("{ended}; the gateway stops");
+            Some(ended)
+        }
+        () = ready => None,
+    }
+}
+
+/// A worker: its thread, and all that runs on it.
+struct Worker {
+    number: usize,
+    gateway: Arc<Gateway>,
+    deadlines: Deadlines,
+    stopped: watch::Receiver<Stop>,
+    drain: Duration,
+    watchdog: Arc<Watchdog>,
+    /// Counts the workers that accept connections.
+    accepts: watch::Sender<usize>,
+}
+
+impl Worker {
+    fn name(&self) -> String {
+        format!("worker {}", self.number)
+    }
+
+    /// Runs as long as its connections and the exchanges that outlived theirs do.
+    fn run(self, listeners: Vec<impl FnOnce() -> io::Result<server::Listener>>) -> io::Result<()> {
+        Audit::defer_wake_ups();
+        clock::turns();
+        let audit = self.gateway.audit.clone();
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .on_thread_park(move || {
+                audit.flush();
+                clock::next_turn();
+            })
+            .build()?;
+        runtime.block_on(fault::beside(&self.name(), async {
+            let listeners = listeners.into_iter().map(|listener| listener()).collect::<io::Result<_>>()?;
+            tokio::spawn(self.watchdog.beat(self.number));
+            self.accepts.send_modify(|accepting| *accepting += 1);
+            serve_until_drained(self.gateway.clone(), listeners, self.deadlines, self.stopped, self.drain)
+                .await
+        }))?;
+        runtime.shutdown_background(); // a resolver that hangs must not hold the stop
         Ok(())
     }
+}
+
+/// Serves the admin listener on a thread of its own, until what this returns is dropped.
+fn serve_admin(
+    listener: net::TcpListener,
+    admin: Arc<Admin>,
+    vital: Vital,
+) -> io::Result<oneshot::Sender<()>> {
+    let (end, ended) = oneshot::channel();
+    let serve = move || -> io::Result<()> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let listener = TcpListener::from_std(listener)?;
+            tokio::select! {
+                () = fault::beside("the admin listener", admin::serve(listener, admin)) => {}
+                _ = ended => {}
+            }
+            Ok(())
+        })
+    };
+    let run = move || match serve() {
+        Ok(()) => drop(vital),
+        Err(error) => vital.fail(error),
+    };
+    thread::Builder::new().name("admin".into()).spawn(run)?;
+    Ok(end)
 }
 
 /// Stops, step by step, within `drain_timeout`. Who comes next takes over inherited sockets; nobody does others, so that
@@ -325,21 +413,39 @@ async fn drain(
 }
 
 /// Takes certificates that change while the gateway runs, and puts on record what came of it.
-fn keep_up(background: &Runtime, bound: &[Bound], identity: Option<Arc<Identity>>, audit: &Audit) {
+fn keep_up(
+    (background, supervisor): (&Runtime, &Supervisor),
+    bound: &[Bound],
+    identity: Option<Arc<Identity>>,
+    audit: &Audit,
+) {
     for (tls, address) in bound.iter().filter_map(|bound| Some((bound.tls()?, bound.address.to_string()))) {
-        background.spawn(tls.clone().keep_up(certificate_change("listener", address, audit)));
+        let vital = supervisor.vital(format!("the certificates of {address}"));
+        background.spawn(vital.run(tls.clone().keep_up(certificate_change("listener", address, audit))));
     }
     if let Some(identity) = identity {
-        background.spawn(identity.keep_up(certificate_change("upstream", "client_cert_file".into(), audit)));
+        let vital = supervisor.vital("the client certificate");
+        let change = certificate_change("upstream", "client_cert_file".into(), audit);
+        background.spawn(vital.run(identity.keep_up(change)));
     }
 }
 
-/// Looks at the wall clock once a second.
-async fn watch_clock(audit: Audit) {
-    loop {
-        sleep(LOOK_AT_CLOCK).await;
-        audit.look_at_clock();
-    }
+/// Looks at the wall clock once a second, and whether the threads of trail and log are there.
+async fn look(audit: Audit, vital: Vital) {
+    let looks = async {
+        loop {
+            sleep(LOOK).await;
+            audit.look_at_clock();
+            if !audit.is_written() {
+                return "the audit writer";
+            }
+            if log::has_ended() {
+                return "the log";
+            }
+        }
+    };
+    let what = fault::beside("the look at clock and threads", looks).await;
+    vital.fail(format!("{what} is gone"));
 }
 
 fn certificate_change<E: fmt::Display>(
@@ -366,7 +472,7 @@ fn certificate_change<E: fmt::Display>(
 }
 
 /// Reads what was there before the start, beside everything else: calls without a key are served meanwhile.
-fn read_past(config: &Config, audit: &Audit, idempotency: &Arc<Idempotency>) -> io::Result<()> {
+fn read_past(config: &Config, audit: &Audit, idempotency: &Arc<Idempotency>, vital: Vital) -> io::Result<()> {
     let (idempotency, settings) = (idempotency.clone(), config.idempotency.clone());
     let (directory, audit) = (config.audit.directory.clone(), audit.clone());
     let read = move || {
@@ -374,6 +480,7 @@ fn read_past(config: &Config, audit: &Audit, idempotency: &Arc<Idempotency>) -> 
         if let Err(error) = audit.verify_past(&directory) {
             tracing::error!(%error, "the audit trail cannot be read");
         }
+        vital.done();
     };
     thread::Builder::new().name("past".into()).spawn(read).map(drop)
 }
@@ -387,10 +494,14 @@ async fn serve_until_drained(
     deadlines: Deadlines,
     mut stopped: watch::Receiver<Stop>,
     drain: Duration,
-) {
+) -> io::Result<()> {
     let bounds = gateway.bounds.clone();
-    let served = tokio::spawn(server::run(gateway, listeners, deadlines, stopped.clone()));
-    let _ = stopped.wait_for(|stop| *stop == Stop::Now).await;
+    let mut served = tokio::spawn(server::run(gateway, listeners, deadlines, stopped.clone()));
+    tokio::select! {
+        biased;
+        _ = stopped.wait_for(|stop| *stop == Stop::Now) => {}
+        _ = &mut served => return Err(io::Error::other("a part of it ended")),
+    }
     let idle = async {
         let _ = served.await;
         while bounds.in_flight() > 0 {
@@ -398,6 +509,7 @@ async fn serve_until_drained(
         }
     };
     let _ = timeout(drain, idle).await;
+    Ok(())
 }
 
 fn slots(

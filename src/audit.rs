@@ -566,7 +566,8 @@ impl Audit {
     }
 
     /// Whether the writer is still there.
-    fn is_written(&self) -> bool {
+    /// Whether there is a writer: it ends with [`Audit::close`], or by a panic.
+    pub(crate) fn is_written(&self) -> bool {
         let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner);
         writer.as_ref().is_some_and(|writer| !writer.is_finished())
     }

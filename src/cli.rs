@@ -1,4 +1,4 @@
-//! Arguments, logs, exit codes: 0 done, 1 found wrong, 2 usage, 78 bad configuration.
+//! Arguments, logs, exit codes: 0 done, 1 found wrong, 2 usage, 70 a part of the gateway ended, 78 bad configuration.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to its terminal")]
 
 mod audit;

@@ -56,7 +56,8 @@ mod pem; // certificates, keys, revocation lists
 mod watched; // files, read again to notice a change
 pub mod metrics; // what is counted
 pub mod log; // log lines on their way to stderr
-mod watchdog; // tells systemd that all workers go round
+mod supervisor; // what must not end before the process does
+mod watchdog; // whether all event loops go round
 pub mod admin; // /livez, /readyz, /metrics, /status
 pub mod control; // the control socket: resolutions, the clock
 pub mod sandbox; // the cloud in one process, for demo and tests

@@ -10,7 +10,7 @@ use std::{
     io::{self, Write},
     sync::{
         Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -19,6 +19,8 @@ use std::{
 use rustix::event::{PollFd, PollFlags, poll};
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
+
+use crate::supervisor::fault;
 
 /// So many bytes wait at most.
 const CAPACITY: usize = 1 << 20;
@@ -54,6 +56,7 @@ struct Queue {
     /// Something was written.
     moved: Condvar,
     dropped: AtomicU64,
+    has_ended: AtomicBool,
 }
 
 struct State {
@@ -70,10 +73,22 @@ pub fn start() -> io::Result<()> {
     let mut state = QUEUE.lock();
     if !state.is_started {
         state.bytes.reserve_exact(CAPACITY); // so that it never has room for more
-        thread::Builder::new().name("log".into()).spawn(|| QUEUE.write_all_to(&mut io::stderr()))?;
+        thread::Builder::new().name("log".into()).spawn(|| {
+            let _ended = Ending;
+            QUEUE.write_all_to(&mut io::stderr());
+        })?;
         state.is_started = true;
     }
     Ok(())
+}
+
+/// The thread ends.
+struct Ending;
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        QUEUE.has_ended.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Queues lines that no log event is made of. Without the thread of [`start`] they are written at once.
@@ -89,6 +104,11 @@ pub fn say(text: &str) {
 /// called before the process ends.
 pub fn flush() {
     QUEUE.flush();
+}
+
+/// Whether the thread has ended, which only a panic does: then nothing is written any more.
+pub(crate) fn has_ended() -> bool {
+    QUEUE.has_ended.load(Ordering::Relaxed)
 }
 
 /// How many lines were dropped so far.
@@ -141,7 +161,8 @@ impl Queue {
     const fn new() -> Self {
         let state = State { bytes: VecDeque::new(), is_started: false, is_writing: false, written: 0 };
         let (filled, moved) = (Condvar::new(), Condvar::new());
-        Self { state: Mutex::new(state), filled, moved, dropped: AtomicU64::new(0) }
+        let (dropped, has_ended) = (AtomicU64::new(0), AtomicBool::new(false));
+        Self { state: Mutex::new(state), filled, moved, dropped, has_ended }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -173,6 +194,7 @@ impl Queue {
     fn write_all_to(&self, stderr: &mut impl Write) {
         let (mut piece, mut told) = (Vec::with_capacity(PIECE), 0);
         loop {
+            fault::look("the log");
             let mut state = self.lock();
             while state.bytes.is_empty() {
                 state = self.filled.wait(state).unwrap_or_else(PoisonError::into_inner);

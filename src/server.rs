@@ -20,6 +20,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::{mpsc, watch},
+    task::JoinSet,
     time::{interval, sleep},
 };
 
@@ -193,7 +194,8 @@ pub enum Stop {
     Now,
 }
 
-/// Runs one worker until the stop: accepts on all its listeners, then waits until its connections are done.
+/// Runs one worker until the stop: accepts on all its listeners, then waits until its connections are done. Returns before
+/// the stop if a task that it needs ended.
 pub async fn run(
     gateway: Arc<Gateway>,
     listeners: Vec<Listener>,
@@ -201,19 +203,30 @@ pub async fn run(
     mut stop: watch::Receiver<Stop>,
 ) {
     let (alive, mut done) = mpsc::channel::<()>(1);
+    let mut tasks = JoinSet::new();
     for listener in listeners {
-        tokio::spawn(accept(gateway.clone(), listener, deadlines, stop.clone(), alive.clone()));
+        tasks.spawn(accept(gateway.clone(), listener, deadlines, stop.clone(), alive.clone()));
     }
     drop(alive);
     let pool = gateway.pool.clone();
-    tokio::spawn(async move {
+    tasks.spawn(async move {
         let mut second = interval(Duration::from_secs(1));
         loop {
             second.tick().await;
             pool.sweep();
         }
     });
-    let _ = stop.wait_for(|stop| *stop == Stop::Now).await;
+    loop {
+        tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop == Stop::Now) => break,
+            _ = tasks.join_next() => {}
+        }
+        // An inherited listener ends when the stop begins.
+        if *stop.borrow() == Stop::No {
+            return;
+        }
+    }
     let _ = done.recv().await;
 }
 

@@ -1,5 +1,5 @@
-//! systemd's watchdog (`WatchdogSec=`): it is told that all is well only while every worker's event loop goes round, so
-//! that a worker that hangs is a restart and not an outage.
+//! Whether every event loop goes round: that of each worker, and the one behind them. `/livez` says it, and systemd's watchdog
+//! (`WatchdogSec=`) is told, so that a loop that hangs is a restart and not an outage.
 
 use std::{
     sync::{
@@ -11,54 +11,72 @@ use std::{
 
 use tokio::{sync::watch, time::interval};
 
-use crate::server::Stop;
+use crate::{clock, server::Stop};
 
-/// The beats of all workers.
+/// A loop that has not turned for so long hangs.
+const HANGS: Duration = Duration::from_secs(10);
+
+/// How often a loop says that it turns, at least.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// The beats of all loops.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
-    /// systemd waits for twice as long.
-    period: Duration,
+    /// systemd waits for twice as long. `None`: it does not watch.
+    period: Option<Duration>,
+    /// When each loop turned last, as [`clock::nanos`]. The last one is the background's.
     beats: Vec<AtomicU64>,
 }
 
 impl Watchdog {
-    /// `None`: nobody watches.
-    pub(crate) fn from_env(workers: usize) -> Option<Arc<Self>> {
-        let period = sd_notify::watchdog_enabled()? / 2;
-        Some(Arc::new(Self { period, beats: (0..workers).map(|_| AtomicU64::new(0)).collect() }))
+    /// For so many workers, and the background.
+    pub(crate) fn from_env(workers: usize) -> Arc<Self> {
+        let period = sd_notify::watchdog_enabled().map(|wait| wait / 2);
+        Arc::new(Self { period, beats: (0..=workers).map(|_| AtomicU64::new(clock::nanos())).collect() })
     }
 
-    /// Beats for a worker, as long as its runtime goes round.
+    /// Beats for a worker, as long as its loop goes round.
     pub(crate) async fn beat(self: Arc<Self>, worker: usize) {
-        let mut beats = interval(self.period / 4);
+        let mut beats = interval(self.period.map_or(BEAT, |period| BEAT.min(period / 4)));
         loop {
             beats.tick().await;
-            self.beats[worker].fetch_add(1, Ordering::Relaxed);
+            self.beats[worker].store(clock::nanos(), Ordering::Relaxed);
         }
     }
 
-    /// Tells systemd as long as all workers beat.
+    /// Beats for the background.
+    pub(crate) async fn beat_background(self: Arc<Self>) {
+        let background = self.beats.len() - 1;
+        self.beat(background).await;
+    }
+
+    /// Tells systemd, if it watches, as long as all loops beat. A worker that has nothing left to do ends before the others.
     pub(crate) async fn watch(self: Arc<Self>, stop: watch::Receiver<Stop>) {
-        let mut looks = interval(self.period);
-        let mut seen = self.seen();
+        let Some(period) = self.period else { return std::future::pending().await };
+        let mut looks = interval(period);
         loop {
             looks.tick().await;
-            let now = self.seen();
-            // A worker that has nothing left to do ends before the others.
-            if all_moved(&seen, &now) || *stop.borrow() != Stop::No {
+            if self.late(period).is_none() || *stop.borrow() != Stop::No {
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
             }
-            seen = now;
         }
     }
 
-    fn seen(&self) -> Vec<u64> {
-        self.beats.iter().map(|beats| beats.load(Ordering::Relaxed)).collect()
+    /// What hangs, if something does.
+    pub(crate) fn hangs(&self) -> Option<String> {
+        self.late(HANGS)
     }
-}
 
-fn all_moved(before: &[u64], now: &[u64]) -> bool {
-    before.iter().zip(now).all(|(before, now)| before != now)
+    /// The first loop that has not turned for longer than this.
+    fn late(&self, than: Duration) -> Option<String> {
+        let now = clock::nanos();
+        self.beats.iter().enumerate().find_map(|(place, beat)| {
+            let still = Duration::from_nanos(now.saturating_sub(beat.load(Ordering::Relaxed)));
+            let is_worker = place + 1 < self.beats.len();
+            let name = if is_worker { format!("worker {place}") } else { "the background".to_owned() };
+            (still > than).then(|| format!("{name} has not turned for {} s", still.as_secs()))
+        })
+    }
 }
 
 #[cfg(test)]
@@ -66,9 +84,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_worker_that_hangs_is_enough() {
-        assert!(all_moved(&[1, 5], &[2, 9]), "the control");
-        assert!(!all_moved(&[1, 5], &[2, 5]));
-        assert!(!all_moved(&[1, 5], &[1, 5]));
+    fn one_loop_that_hangs_is_enough() {
+        let watchdog = Watchdog::from_env(2);
+        assert_eq!(watchdog.hangs(), None, "the control");
+        for (late, name) in [(1, "worker 1"), (2, "the background")] {
+            for (place, beat) in watchdog.beats.iter().enumerate() {
+                beat.store(if place == late { 0 } else { u64::MAX }, Ordering::Relaxed);
+            }
+            assert!(watchdog.late(Duration::ZERO).unwrap().starts_with(name));
+        }
     }
 }

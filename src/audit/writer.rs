@@ -40,6 +40,7 @@ use super::{
     sync::Syncs,
     unresolved::{UnresolvedCall, UnresolvedList},
 };
+use crate::supervisor::fault;
 
 /// How long a failed write waits.
 const RETRY: Duration = Duration::from_millis(100);
@@ -188,6 +189,7 @@ impl Writer {
     pub(super) fn run(mut self, shared: &Shared) {
         let (mut batch, mut due) = (Batch::default(), shared.begin(0));
         loop {
+            fault::look("the audit writer");
             self.anchor(shared);
             self.look_for_old(shared);
             self.rest(shared, due);

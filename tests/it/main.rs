@@ -30,6 +30,7 @@ mod configuration;
 mod reload;
 mod restart;
 mod logs;
+mod supervision;
 mod operations;
 mod secrets;
 mod budgets;
