@@ -116,7 +116,7 @@ pub fn dropped() -> u64 {
     QUEUE.dropped.load(Ordering::Relaxed)
 }
 
-/// Makes the queue the writer of a [`tracing_subscriber::fmt`] layer.
+/// Makes the queue the writer of a [`mod@tracing_subscriber::fmt`] layer.
 #[derive(Clone, Copy, Debug)]
 pub struct ToQueue;
 
