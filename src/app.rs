@@ -188,7 +188,7 @@ impl App {
         keep_up((&background, &supervisor), &bound, identity, &audit);
         background.spawn(look(audit.clone(), supervisor.vital("the look at clock and threads")));
         let (stopping, stopped) = watch::channel(Stop::No);
-        let (accepts, accepting) = watch::channel(0);
+        let (accepts, mut accepting) = watch::channel(0);
         let hands_over = bound.iter().all(|bound| bound.is_inherited);
         let watchdog = Watchdog::from_env(config.server.workers);
         let addresses: Vec<_> = bound.iter().map(|bound| bound.address.to_string()).collect();
@@ -272,9 +272,15 @@ impl App {
                 tokio::spawn(supervisor.vital("the control socket").run(bound.serve(control)));
             }
             tokio::spawn(watchdog.clone().beat_background());
-            let watching = watchdog.watch(stopping.subscribe());
-            tokio::spawn(supervisor.vital("the watchdog").run(watching));
-            let ended = serve_until(stop, &mut supervisor, accepting, config.server.workers).await;
+            let watching = supervisor.vital("the watchdog").run(watchdog.watch(stopping.subscribe()));
+            let ready = async {
+                let all = |accepting: &usize| *accepting == config.server.workers;
+                let _ = accepting.wait_for(all).await;
+                // Without systemd there is nobody to tell, and that is no error.
+                let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+                tokio::spawn(watching); // systemd hears of the start first
+            };
+            let ended = serve_until(stop, &mut supervisor, ready).await;
             drain(&config.server, hands_over, &bounds, &stopping, (alive, &mut done)).await;
             ended
         });
@@ -288,18 +294,14 @@ impl App {
     }
 }
 
-/// Says that it is ready once all workers accept connections, and serves until the stop. Returns what ended before that, if
-/// something did.
+/// Serves until the stop, and does `ready` beside that. Returns what ended before the stop, if something did.
 async fn serve_until(
     stop: impl Future<Output = ()>,
     supervisor: &mut Supervisor,
-    mut accepting: watch::Receiver<usize>,
-    workers: usize,
+    ready: impl Future<Output = ()>,
 ) -> Option<Ended> {
     let ready = async {
-        let _ = accepting.wait_for(|accepting| *accepting == workers).await;
-        // Without systemd there is nobody to tell, and that is no error.
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        ready.await;
         std::future::pending::<()>().await;
     };
     tokio::select! {
