@@ -44,9 +44,9 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
     /// Where callers connect.
     pub addresses: Vec<String>,
-    /// How many workers accept connections, and how many there are.
+    /// How many workers accept connections.
     pub accepting: watch::Receiver<usize>,
-    /// See there.
+    /// How many workers there are.
     pub workers: usize,
     pub(crate) watchdog: Arc<Watchdog>,
 }

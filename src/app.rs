@@ -285,7 +285,7 @@ impl App {
             ended
         });
         for worker in workers {
-            let _ = worker.join(); // a panic is logged, and has ended all
+            let _ = worker.join(); // a panic is logged
         }
         audit.close();
         drop(admin);

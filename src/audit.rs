@@ -565,7 +565,6 @@ impl Audit {
         self.shared().is_healthy()
     }
 
-    /// Whether the writer is still there.
     /// Whether there is a writer: it ends with [`Audit::close`], or by a panic.
     pub(crate) fn is_written(&self) -> bool {
         let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner);

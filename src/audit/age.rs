@@ -240,8 +240,8 @@ impl TrailTime {
 
 impl Ages {
     /// Finds the segment from which on to read so that all records are met that are no older than `within`: returns its index,
-    /// and the ages for its first line. `segments` are those of a trail, oldest first. Where the first line of a segment or its
-    /// first anchor was changed, reading begins before it.
+    /// and the ages for its first line. `segments` are those of a trail, oldest first. Reading does not begin with a segment of which
+    /// a record up to its first anchor was changed.
     pub(super) fn since(
         mut self,
         segments: &[PathBuf],
