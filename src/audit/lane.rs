@@ -44,7 +44,7 @@ struct Waiting {
     /// In the order in which they began to wait, which is nearly that of their records.
     requests: VecDeque<Request>,
     /// The nearest of their deadlines, as far as the lane's task knows.
-    nearest: Option<Instant>,
+    nearest: Option<u64>,
     /// The lane's task.
     task: Option<Waker>,
 }
@@ -52,7 +52,8 @@ struct Waiting {
 #[derive(Debug)]
 struct Request {
     seq: u64,
-    deadline: Instant,
+    /// In nanoseconds of this process, as all times here.
+    deadline: u64,
     waker: Waker,
 }
 
@@ -87,7 +88,7 @@ impl Lane {
         if !self.started.swap(true, Ordering::Relaxed) {
             tokio::spawn(self.clone().run(safe.clone()));
         }
-        let deadline = clock::now() + time;
+        let deadline = clock::nanos() + clock::nanos_of(time);
         let mut registered: Option<Waker> = None;
         poll_fn(|cx| {
             if safe.load(Ordering::Acquire) >= seq {
@@ -101,7 +102,7 @@ impl Lane {
                 if safe.load(Ordering::Acquire) >= seq {
                     return Poll::Ready(Ok(()));
                 }
-            } else if Instant::now() >= deadline {
+            } else if clock::nanos() >= deadline {
                 return Poll::Ready(Err(Unavailable));
             }
             Poll::Pending
@@ -137,7 +138,7 @@ impl Lane {
         poll_fn(|cx| -> Poll<()> {
             loop {
                 let next = self.release(safe.load(Ordering::Acquire), cx.waker());
-                if let Some(next) = next.filter(|next| *next < timer.deadline()) {
+                if let Some(next) = next.map(clock::instant).filter(|next| *next < timer.deadline()) {
                     timer.as_mut().reset(next);
                 }
                 if timer.as_mut().poll(cx).is_pending() {
@@ -150,7 +151,7 @@ impl Lane {
     }
 
     /// Wakes those that need not wait any more; returns the nearest deadline of those that wait on.
-    fn release(&self, safe: u64, task: &Waker) -> Option<Instant> {
+    fn release(&self, safe: u64, task: &Waker) -> Option<u64> {
         let mut waiting = self.lock();
         if !waiting.task.as_ref().is_some_and(|known| known.will_wake(task)) {
             waiting.task = Some(task.clone());
@@ -160,7 +161,7 @@ impl Lane {
         }
         let nearest = |waiting: &Waiting| waiting.requests.iter().map(|request| request.deadline).min();
         waiting.nearest = nearest(&waiting);
-        let now = clock::now();
+        let now = clock::nanos();
         if waiting.nearest.is_some_and(|nearest| nearest <= now) {
             waiting.requests.retain(|request| {
                 let waits_on = request.deadline > now;

@@ -1,6 +1,11 @@
 //! Receives a body: media type, encoding and size from the head, then the whole body within its deadline.
 
-use std::time::Duration;
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
@@ -53,7 +58,14 @@ pub async fn receive(head: &Inbound<'_>, body: &mut Incoming, bounds: Bounds) ->
     if body.size_hint().lower() > bounds.size as u64 {
         return Err(NotReceived::TooLarge(bounds.size));
     }
-    timeout(bounds.time, collect(body, bounds.size)).await.unwrap_or(Err(NotReceived::Timeout(bounds.time)))
+    let mut collected = pin!(collect(body, bounds.size));
+    // Most bodies come with their head: those need no timer.
+    if let Poll::Ready(received) = poll_fn(|cx| Poll::Ready(collected.as_mut().poll(cx))).await {
+        return received;
+    }
+    // In a box, so that the others hold no place for it.
+    let in_time = Box::pin(timeout(bounds.time, collected)).await;
+    in_time.unwrap_or(Err(NotReceived::Timeout(bounds.time)))
 }
 
 fn check_head(head: &Inbound<'_>) -> Result<(), NotReceived> {
