@@ -242,7 +242,8 @@ impl<'a> Code<'a> {
         Ok(match cursor.begins()? {
             Begins::Text => {
                 let text = cursor.string()?.decoded();
-                if std::str::from_utf8(&text).is_ok() { Self::Text(text) } else { Self::Other }
+                let is_text = text.is_ascii() || std::str::from_utf8(&text).is_ok();
+                if is_text { Self::Text(text) } else { Self::Other }
             }
             Begins::Number => {
                 let literal = std::str::from_utf8(cursor.number()?.literal).unwrap_or_default();
@@ -297,7 +298,7 @@ fn is_object(body: &[u8]) -> bool {
 fn cut(text: &[u8]) -> ResultCode {
     let is_boundary = |at: usize| text.get(at).is_none_or(|byte| byte & 0xc0 != 0x80);
     let end = (0..=text.len().min(64)).rev().find(|at| is_boundary(*at)).unwrap_or_default();
-    text[..end].into()
+    ResultCode::from_slice(&text[..end])
 }
 
 #[cfg(test)]
