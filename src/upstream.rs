@@ -436,7 +436,9 @@ impl Arrived {
     async fn read(&mut self) -> Result<(), Broken> {
         let mut more = BytesMut::new();
         while let Some(rest) = &mut self.rest {
-            let Some(frame) = rest.frame().await else {
+            // Of a body whose length is known, nothing comes behind its last byte.
+            let frame = if rest.is_end_stream() { None } else { rest.frame().await };
+            let Some(frame) = frame else {
                 if !is_whole(rest, self.version) {
                     return Err(Broken::BrokeOff);
                 }

@@ -98,7 +98,10 @@ fn is_utf8_charset(parameter: &str) -> bool {
 async fn collect(body: &mut Incoming, limit: usize) -> Result<Bytes, NotReceived> {
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
-    while let Some(frame) = body.frame().await {
+    // Of a body whose length is known, nothing comes behind its last byte.
+    while !body.is_end_stream()
+        && let Some(frame) = body.frame().await
+    {
         let frame = frame.map_err(|_| NotReceived::Incomplete)?;
         let data = frame.into_data().map_err(|_| NotReceived::Trailers)?;
         if first.len() + rest.len() + data.len() > limit {
