@@ -153,8 +153,7 @@ impl CheckedBody {
             }
             out.extend_from_slice(member.opening.as_bytes());
             let before = out.len();
-            let most = if member.is_list { usize::MAX } else { 1 };
-            for scalar in self.captured.iter().filter(|scalar| scalar.is_of(index)).take(most) {
+            for scalar in self.captured.iter().filter(|scalar| scalar.is_of(index)) {
                 if out.len() > before {
                     out.push(b',');
                 }
@@ -166,6 +165,9 @@ impl CheckedBody {
                         let hidden = hidden(mark(&[b"field", member.name.as_bytes(), literal]));
                         out.extend_from_slice(format!("\"{hidden}\"").as_bytes());
                     }
+                }
+                if !member.is_list {
+                    break;
                 }
             }
             if member.is_list {

@@ -537,7 +537,7 @@ impl Facts {
         ];
         line.raw(b",\"ms\":{");
         let mut comma = "";
-        for (key, spent) in KEYS.into_iter().zip(self.spent) {
+        for (key, spent) in KEYS.iter().zip(&self.spent) {
             let micros = spent / 1000;
             if micros > 0 {
                 line.raw(comma.as_bytes());
