@@ -107,7 +107,7 @@ impl Gateway {
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
             Ok(reply) => {
                 self.metrics.replied(reply.outcome, took(begin));
-                answer(*reply, from.presence)
+                answer(reply, from.presence)
             }
             Err(mut error) => {
                 let stage = record.stage();
@@ -180,7 +180,7 @@ impl Gateway {
             route: &route.name,
             operator: routed.operator,
             digest: &digest,
-            id: record.id(),
+            id: record.id().uuid(),
         };
         if routed.is_dry_run {
             return Box::pin(self.rehearse(state, from, &routed, (call, head), &checked, record)).await;
@@ -381,16 +381,17 @@ impl Body for Answer {
 }
 
 /// Passes the upstream's reply on.
-fn answer(reply: Reply, presence: &Presence) -> Response<Answer> {
-    let content = match reply.body {
+fn answer(reply: Box<Reply>, presence: &Presence) -> Response<Answer> {
+    let Reply { status, headers, body, outcome, retry, first, delivery } = *reply;
+    let content = match body {
         ReplyBody::Whole(bytes) => Content::Whole(Some(bytes)),
         ReplyBody::Long(pieces) => Content::Long(Some(pieces)),
     };
     let mut response = Response::new(Answer(content));
-    *response.status_mut() = reply.status;
-    *response.headers_mut() = reply.headers;
-    say(response.headers_mut(), reply.outcome, reply.retry, reply.first);
-    if let Some(delivery) = reply.delivery {
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    say(response.headers_mut(), outcome, retry, first);
+    if let Some(delivery) = delivery {
         presence.hand_over(delivery);
     }
     response

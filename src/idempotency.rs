@@ -107,8 +107,8 @@ pub struct Call<'a> {
     pub operator: &'a HeaderValue,
     /// The keyed digest of the body.
     pub digest: &'a Hash,
-    /// The request's id.
-    pub id: RequestId,
+    /// The request's id, without the text.
+    pub id: Uuid,
 }
 
 /// What a call is.
@@ -330,7 +330,7 @@ impl Idempotency {
         force: Option<Uuid>,
     ) -> Result<Begun, Refusal> {
         let (key, print) = (self.key_mark(call, key)?, self.print(call));
-        let id = call.id.uuid();
+        let id = call.id;
         let wanted = self.wanted(call, key, print, force);
         if self.is_lost() {
             let verdict = self.claims().look(wanted, now());
@@ -379,9 +379,9 @@ impl Idempotency {
             let begun = self.duplicates().begin(mark, duplicate, force, call.is_alone, now());
             (first, forced) = begun.map_err(|rejection| self.refuse(rejection, mark, call))?;
         }
-        let (table, id) = (self.clone(), call.id.uuid());
         let (mark, forced) = (compared.map(|(mark, _)| mark), forced.map(Box::new));
-        Ok(Claim { table, id, print, mark, key, first, forced, step: Step::Claimed })
+        let table = self.clone();
+        Ok(Claim { table, id: call.id, print, mark, key, first, forced, step: Step::Claimed })
     }
 
     /// A refusal that tells of an undelivered success ends that doubt, once it is delivered.
@@ -487,7 +487,7 @@ impl Idempotency {
             WithoutKey::Block if !self.is_rebuilt.load(Ordering::Acquire) => Err(Refused::Rebuilding),
             WithoutKey::RequireKey | WithoutKey::Off => Ok(None),
             WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {
-                Ok(Some(self.compared_of(call.caller, print, call.id.uuid(), key)))
+                Ok(Some(self.compared_of(call.caller, print, call.id, key)))
             }
         }
     }

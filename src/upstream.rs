@@ -567,7 +567,7 @@ impl Exchanges {
                 Progress { answered: 0, mark, refused: None, is_rejected: false, arrived: None };
             let mut timer = exchange.connection.take_timer();
             let status = timer.until(deadline, pin!(exchange.attempts(&mut progress))).await;
-            let arrived = progress.arrived.take().filter(|_| matches!(status, Some(Ok(_))));
+            let arrived = if let Some(Ok(_)) = status { progress.arrived.take() } else { None };
             exchange.connection.keep_timer(timer);
             let health = match status {
                 Some(Ok(status)) => Health::of(status),

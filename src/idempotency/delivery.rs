@@ -178,7 +178,7 @@ mod tests {
             route: "appointQualityTask",
             operator: &operator,
             digest: &digest,
-            id: Uuid::from_u128(2).into(),
+            id: Uuid::from_u128(2),
         };
         let mut delivery = Delivery::of_other_answer(&table, mark, id, caller);
         delivery.hand_over();

@@ -499,6 +499,7 @@ pub(super) mod tests {
         let operator = HeaderValue::from_static(OPERATOR);
         let digest = audit.keys().digest(&number.to_be_bytes());
         let (caller, route) = ("qa-console", "appointQualityTask");
+        let id = id.uuid();
         let call =
             Call { caller, is_alone: true, max_keys: None, route, operator: &operator, digest: &digest, id };
         (digest, table.begin_keyed(call, number.to_string().as_bytes(), None).unwrap())
@@ -573,7 +574,7 @@ pub(super) mod tests {
             let settings = config::Idempotency { without_key, ..settings() };
             let table = Arc::new(Idempotency::new(&settings, &audit, None));
             let (operator, digest) = (HeaderValue::from_static(OPERATOR), audit.keys().digest(b"body"));
-            let (caller, route, id) = ("qa-console", "appointQualityTask", Uuid::from_u128(1).into());
+            let (caller, route, id) = ("qa-console", "appointQualityTask", Uuid::from_u128(1));
             let call = Call {
                 caller,
                 is_alone: true,

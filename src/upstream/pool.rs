@@ -461,7 +461,9 @@ impl Reserved {
     ) -> Result<Response<Incoming>, SendError> {
         self.clean = false;
         match (self.place.as_mut(), &self.pool.http2) {
-            (Some(Place::Http1(connection, _)), _) => Ok(connection.sender.send_request(request()).await?),
+            (Some(Place::Http1(connection, _)), _) => {
+                connection.sender.send_request(request()).await.map_err(SendError::Http)
+            }
             (Some(Place::Http2(stream)), Some(http2)) => {
                 let answer = stream.send(http2.adapt(request()));
                 answer.await.map_err(|why| {
