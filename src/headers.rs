@@ -1,5 +1,6 @@
 //! What goes out to the upstream, an allow-list, and what does not come back to the caller, a deny-list.
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Version, header, request::Parts};
 
 use crate::token::Token;
@@ -80,7 +81,7 @@ fn decimal(number: usize) -> HeaderValue {
     match SMALL.get(number) {
         Some(digits) => {
             let zeros = usize::from(number < 100) + usize::from(number < 10);
-            HeaderValue::from_static(str::from_utf8(&digits[zeros..]).expect("ASCII"))
+            HeaderValue::from_maybe_shared(Bytes::from_static(&digits[zeros..])).expect("ASCII")
         }
         None => HeaderValue::from_str(itoa::Buffer::new().format(number)).expect("ASCII"),
     }
