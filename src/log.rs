@@ -16,7 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::retry_on_intr,
+};
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -206,17 +209,18 @@ impl Queue {
             drop(state);
 
             let is_written = write(stderr, &piece).is_ok();
-            let mut state = self.lock();
-            (state.is_writing, state.written) = (false, state.written + 1);
-            let is_empty = state.bytes.is_empty();
-            drop(state);
-            self.moved.notify_all();
+            let is_empty = self.lock().bytes.is_empty();
             // Once the reader has caught up, and not for each line that it missed.
             let dropped = self.dropped.load(Ordering::Relaxed);
             if is_written && is_empty && dropped > told {
                 tracing::warn!(lines = dropped - told, "log lines were dropped: nobody read them in time");
                 told = dropped;
             }
+            // Only now, so that a flush waits for that line, too.
+            let mut state = self.lock();
+            (state.is_writing, state.written) = (false, state.written + 1);
+            drop(state);
+            self.moved.notify_all();
         }
     }
 
@@ -243,7 +247,8 @@ fn write(stderr: &mut impl Write, mut piece: &[u8]) -> io::Result<()> {
             Ok(length) => piece = &piece[length..],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                poll(&mut [PollFd::from_borrowed_fd(rustix::stdio::stderr(), PollFlags::OUT)], None)?;
+                let stderr = PollFd::from_borrowed_fd(rustix::stdio::stderr(), PollFlags::OUT);
+                retry_on_intr(|| poll(&mut [stderr.clone()], None))?;
             }
             Err(error) => return Err(error),
         }

@@ -54,6 +54,7 @@ impl Unread {
         let mut command = Command::new(BINARY);
         command.args(["serve", "--config"]).arg(folder.path().join("gateway.toml"));
         command.args(set.iter().flat_map(|set| ["--set", set])).stderr(writer);
+        command.env("CCSQM_GATEWAY_FAULT_FILE", folder.path().join("fault"));
         let child = command.spawn().unwrap();
         let gateway = Self { child, address, admin, folder, pipe };
         wait_for("the gateway", || {
@@ -166,6 +167,18 @@ fn nothing_waits_for_a_log_that_nobody_reads() {
             command(&["audit", "verify", gateway.folder.path().join("audit").to_str().unwrap()]);
         assert_eq!(code, 0, "{error}");
     }
+}
+
+#[test]
+fn panic_does_not_wait_for_a_log_that_nobody_reads() {
+    let sandbox = sandbox();
+    let mut gateway = Unread::start(&sandbox, &["server.workers=2"]);
+    assert_eq!(prompt("a call", || gateway.call()).outcome(), "succeeded");
+    fs::write(gateway.folder.path().join("fault"), "panic worker 1").unwrap();
+    let began = Instant::now();
+    let status = wait_for("the end", || gateway.child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(70));
+    assert!(began.elapsed() < Duration::from_secs(1), "the end took {:?}", began.elapsed());
 }
 
 #[test]
