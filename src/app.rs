@@ -6,6 +6,7 @@ use std::{
     fmt,
     future::Future,
     io, net,
+    panic::{self, AssertUnwindSafe},
     sync::Arc,
     thread::{self, JoinHandle},
     time::Duration,
@@ -35,9 +36,9 @@ use crate::{
     log,
     metrics::Metrics,
     reload::{Reload, Source},
-    server::{self, Bound, Stop, connection::Deadlines, inherited::Inherited},
+    server::{self, Bound, Listen, Stop, connection::Deadlines, inherited::Inherited},
     state::State,
-    supervisor::{Supervisor, Vital, fault},
+    supervisor::{Supervisor, Vital, Vitals, fault},
     token::Slot,
     upstream::pool::{self, Pool},
     watchdog::Watchdog,
@@ -53,6 +54,9 @@ const INTENT_DEADLINE: Duration = Duration::from_millis(250);
 
 /// What lies before the idempotency window may still matter in it: a call that began before and ended within.
 const RETAIN_SLACK: Duration = Duration::from_secs(60 * 60);
+
+/// A worker that has not ended so long after the drain hangs.
+const WORKERS_END: Duration = Duration::from_secs(3);
 
 /// How often the wall clock is looked at, and whether the threads of trail and log are there.
 const LOOK: Duration = Duration::from_secs(1);
@@ -186,8 +190,9 @@ impl App {
         let mut supervisor = Supervisor::new();
         read_past(&config, &audit, &idempotency, supervisor.vital("the reading of the trail"))?;
         keep_up((&background, &supervisor), &bound, identity, &audit);
-        background.spawn(look(audit.clone(), supervisor.vital("the look at clock and threads")));
+        background.spawn(look(audit.clone(), supervisor.vitals()));
         let (stopping, stopped) = watch::channel(Stop::No);
+        let (begin, may_begin) = watch::channel(false);
         let (accepts, mut accepting) = watch::channel(0);
         let hands_over = bound.iter().all(|bound| bound.is_inherited);
         let watchdog = Watchdog::from_env(config.server.workers);
@@ -209,7 +214,7 @@ impl App {
                     state: state.clone(),
                     pool: Arc::new(pool),
                     exchanges: Arc::default(),
-                    audit: audit.for_worker(),
+                    audit: audit.for_worker(of_worker(&supervisor.vitals(), worker, "the audit lane")),
                     idempotency: idempotency.clone(),
                     bounds: bounds.clone(),
                     metrics: metrics.clone(),
@@ -235,16 +240,13 @@ impl App {
                     stopped: stopped.clone(),
                     drain: config.server.drain_timeout.saturating_sub(grace),
                     watchdog: watchdog.clone(),
+                    may_begin: may_begin.clone(),
                     accepts: accepts.clone(),
+                    vitals: supervisor.vitals(),
                 };
-                let vital = supervisor.vital(worker.name());
-                thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-                    if let Err(error) = worker.run(listeners) {
-                        vital.fail(error);
-                    }
-                })
+                worker.start(listeners)
             })
-            .collect::<io::Result<Vec<JoinHandle<()>>>>()?;
+            .collect::<io::Result<Vec<_>>>()?;
         let admin_state = Admin {
             hosts: config.admin.hosts.clone(),
             state: state.clone(),
@@ -258,6 +260,7 @@ impl App {
             watchdog: watchdog.clone(),
         };
         let admin = serve_admin(admin, Arc::new(admin_state), supervisor.vital("the admin listener"))?;
+        begin.send_replace(true); // all threads are there
         let ended = background.block_on(async {
             for slot in &state.load().terms.slots {
                 let vital = supervisor.vital(format!("the token fetcher of {}", slot.name()));
@@ -267,51 +270,47 @@ impl App {
                 tokio::spawn(supervisor.vital("the reload of the configuration").run(reload.run()));
             }
             if let Some(bound) = control {
-                let (audit, directory) = (audit.for_worker(), config.audit.directory.clone());
+                let vital = supervisor.vital("the audit lane of the control socket");
+                let (audit, directory) = (audit.for_worker(vital), config.audit.directory.clone());
                 let control = Arc::new(Control { audit, directory, idempotency: idempotency.clone() });
                 tokio::spawn(supervisor.vital("the control socket").run(bound.serve(control)));
             }
             tokio::spawn(watchdog.clone().beat_background());
-            let watching = supervisor.vital("the watchdog").run(watchdog.watch(stopping.subscribe()));
-            let ready = async {
+            let watching = watchdog.watch(stopping.subscribe());
+            let ready = async move {
                 let all = |accepting: &usize| *accepting == config.server.workers;
                 let _ = accepting.wait_for(all).await;
-                // Without systemd there is nobody to tell, and that is no error.
+                // Without systemd there is nobody to tell, and that is no error. It hears of the start first.
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-                tokio::spawn(watching); // systemd hears of the start first
+                watching.await;
             };
-            let ended = serve_until(stop, &mut supervisor, ready).await;
+            tokio::spawn(supervisor.vital("the watchdog").run(ready));
+            let ended = tokio::select! {
+                () = stop => None,
+                ended = supervisor.ended() => Some(ended),
+            };
             drain(&config.server, hands_over, &bounds, &stopping, (alive, &mut done)).await;
             ended
         });
-        for worker in workers {
-            let _ = worker.join(); // a panic is logged
-        }
-        audit.close();
+        let hangs = join(&workers);
+        let ended = ended.or_else(|| supervisor.has_ended()).or(hangs);
+        let is_written = audit.close();
+        let ended = ended.or_else(|| (!is_written).then(|| Ended::logged("the audit writer", "a panic")));
         drop(admin);
         background.shutdown_background();
         ended.map_or(Ok(()), |ended| Err(ended.into()))
     }
 }
 
-/// Serves until the stop, and does `ready` beside that. Returns what ended before the stop, if something did.
-async fn serve_until(
-    stop: impl Future<Output = ()>,
-    supervisor: &mut Supervisor,
-    ready: impl Future<Output = ()>,
-) -> Option<Ended> {
-    let ready = async {
-        ready.await;
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        () = stop => None,
-        ended = supervisor.ended() => {
-            tracing::error!("{ended}; the gateway stops");
-            Some(ended)
-        }
-        () = ready => None,
+/// Waits until the workers have ended, as they do soon after the drain. Returns the first one that has not: it hangs.
+fn join(workers: &[JoinHandle<()>]) -> Option<Ended> {
+    let end = std::time::Instant::now() + WORKERS_END;
+    let hangs = |worker: &JoinHandle<()>| !worker.is_finished();
+    while workers.iter().any(hangs) && std::time::Instant::now() < end {
+        thread::sleep(Duration::from_millis(1));
     }
+    let worker = workers.iter().position(hangs)?;
+    Some(Ended::logged(&format!("worker {worker}"), "it hangs, and is not waited for"))
 }
 
 /// A worker: its thread, and all that runs on it.
@@ -322,17 +321,33 @@ struct Worker {
     stopped: watch::Receiver<Stop>,
     drain: Duration,
     watchdog: Arc<Watchdog>,
+    /// Set once every thread is there, so that a start that fails has served nobody.
+    may_begin: watch::Receiver<bool>,
     /// Counts the workers that accept connections.
     accepts: watch::Sender<usize>,
+    vitals: Vitals,
+}
+
+/// For a task of a worker.
+fn of_worker(vitals: &Vitals, number: usize, what: &str) -> Vital {
+    vitals.until_stop(format!("{what} of worker {number}"))
 }
 
 impl Worker {
-    fn name(&self) -> String {
-        format!("worker {}", self.number)
+    /// Starts its thread.
+    fn start(self, listeners: Vec<Listen>) -> io::Result<JoinHandle<()>> {
+        let name = format!("worker {}", self.number);
+        let thread = thread::Builder::new().name(format!("worker-{}", self.number));
+        let vital = self.vitals.vital(name.clone());
+        let run = move || match self.run(&name, listeners) {
+            Ok(()) => vital.done(),
+            Err(error) => vital.fail(error),
+        };
+        thread.spawn(run)
     }
 
     /// Runs as long as its connections and the exchanges that outlived theirs do.
-    fn run(self, listeners: Vec<impl FnOnce() -> io::Result<server::Listener>>) -> io::Result<()> {
+    fn run(self, name: &str, listeners: Vec<Listen>) -> io::Result<()> {
         Audit::defer_wake_ups();
         clock::turns();
         let audit = self.gateway.audit.clone();
@@ -343,14 +358,24 @@ impl Worker {
                 clock::next_turn();
             })
             .build()?;
-        runtime.block_on(fault::beside(&self.name(), async {
-            let listeners = listeners.into_iter().map(|listener| listener()).collect::<io::Result<_>>()?;
-            tokio::spawn(self.watchdog.beat(self.number));
-            self.accepts.send_modify(|accepting| *accepting += 1);
-            serve_until_drained(self.gateway.clone(), listeners, self.deadlines, self.stopped, self.drain)
-                .await
-        }))?;
+        let work = AssertUnwindSafe(|| runtime.block_on(fault::beside(name, self.serve(listeners))));
+        let served = panic::catch_unwind(work).unwrap_or_else(|_| Err(io::Error::other("a panic")));
         runtime.shutdown_background(); // a resolver that hangs must not hold the stop
+        served
+    }
+
+    async fn serve(mut self, listeners: Vec<Listen>) -> io::Result<()> {
+        if self.may_begin.wait_for(|may_begin| *may_begin).await.is_err() {
+            return Ok(());
+        }
+        let listeners = listeners.into_iter().map(|listener| listener()).collect::<io::Result<_>>()?;
+        let (number, vitals) = (self.number, self.vitals);
+        let beats = of_worker(&vitals, number, "the watchdog").run(self.watchdog.clone().beat(number));
+        tokio::spawn(beats);
+        self.accepts.send_modify(|accepting| *accepting += 1);
+        let vital = move |what: &str| of_worker(&vitals, number, what);
+        serve_until_drained(self.gateway, listeners, self.deadlines, self.stopped, self.drain, vital).await;
+        self.watchdog.retire(number);
         Ok(())
     }
 }
@@ -433,21 +458,21 @@ fn keep_up(
 }
 
 /// Looks at the wall clock once a second, and whether the threads of trail and log are there.
-async fn look(audit: Audit, vital: Vital) {
+async fn look(audit: Audit, vitals: Vitals) {
     let looks = async {
         loop {
             sleep(LOOK).await;
             audit.look_at_clock();
             if !audit.is_written() {
-                return "the audit writer";
+                return vitals.vital("the audit writer");
             }
             if log::has_ended() {
-                return "the log";
+                return vitals.vital("the log");
             }
         }
     };
-    let what = fault::beside("the look at clock and threads", looks).await;
-    vital.fail(format!("{what} is gone"));
+    let gone = vitals.until_stop("the look at clock and threads").run(looks).await;
+    gone.fail("a panic");
 }
 
 fn certificate_change<E: fmt::Display>(
@@ -496,14 +521,11 @@ async fn serve_until_drained(
     deadlines: Deadlines,
     mut stopped: watch::Receiver<Stop>,
     drain: Duration,
-) -> io::Result<()> {
+    vital: impl Fn(&str) -> Vital + Send + 'static,
+) {
     let bounds = gateway.bounds.clone();
-    let mut served = tokio::spawn(server::run(gateway, listeners, deadlines, stopped.clone()));
-    tokio::select! {
-        biased;
-        _ = stopped.wait_for(|stop| *stop == Stop::Now) => {}
-        _ = &mut served => return Err(io::Error::other("a part of it ended")),
-    }
+    let served = tokio::spawn(server::run(gateway, listeners, deadlines, stopped.clone(), vital));
+    let _ = stopped.wait_for(|stop| *stop == Stop::Now).await;
     let idle = async {
         let _ = served.await;
         while bounds.in_flight() > 0 {
@@ -511,7 +533,6 @@ async fn serve_until_drained(
         }
     };
     let _ = timeout(drain, idle).await;
-    Ok(())
 }
 
 fn slots(

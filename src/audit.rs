@@ -50,7 +50,7 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::sync::SemaphorePermit;
 
-use crate::{admission::Peer, clock, config::Shown};
+use crate::{admission::Peer, clock, config::Shown, supervisor::Vital};
 use age::{Ages, Newer};
 use batch::Batch;
 use chain::{KeyError, Keys};
@@ -389,7 +389,7 @@ impl Audit {
         let writing = shared.clone();
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
-        let (lane, writer) = (shared.new_lane(), Arc::new(Mutex::new(Some(writer))));
+        let (lane, writer) = (shared.new_lane(None), Arc::new(Mutex::new(Some(writer))));
         let (intent_deadline, shown) = (options.intent_deadline, options.shown);
         Ok(Self(Arc::new(Handle {
             shared,
@@ -405,9 +405,9 @@ impl Audit {
         })))
     }
 
-    /// The same trail, for a worker of its own.
-    pub fn for_worker(&self) -> Self {
-        Self(Arc::new(Handle { lane: self.shared().new_lane(), ..Handle::clone(&self.0) }))
+    /// The same trail, for a worker of its own. `vital` is for the task that wakes its requests.
+    pub(crate) fn for_worker(&self, vital: Vital) -> Self {
+        Self(Arc::new(Handle { lane: self.shared().new_lane(Some(vital)), ..Handle::clone(&self.0) }))
     }
 
     fn shared(&self) -> &Shared {
@@ -571,18 +571,17 @@ impl Audit {
         writer.as_ref().is_some_and(|writer| !writer.is_finished())
     }
 
-    /// Records the stop and waits, for a while, until all is written.
-    pub fn close(&self) {
+    /// Records the stop and waits, for a while, until all is written. Returns false if the writer had
+    /// ended by a panic.
+    pub fn close(&self) -> bool {
         self.shared().close();
         let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(writer) = writer else { return };
+        let Some(writer) = writer else { return true };
         let deadline = Instant::now() + CLOSE_TIME;
         while !writer.is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
-        if writer.is_finished() {
-            let _ = writer.join();
-        }
+        !writer.is_finished() || writer.join().is_ok()
     }
 }
 

@@ -13,6 +13,7 @@ use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use ccsqm_gateway::{
+    app::Ended,
     config::{Config, Log, LogFormat, Problems},
     log,
 };
@@ -21,6 +22,9 @@ use tracing_subscriber::{filter::Targets, prelude::*, reload};
 
 /// Exit code of a bad configuration (`EX_CONFIG`).
 const BAD_CONFIGURATION: u8 = 78;
+
+/// Exit code of a gateway of which a thread or a task ended that must not (`EX_SOFTWARE`).
+const PART_ENDED: u8 = 70;
 
 /// Lets internal apps call CCSQM without holding a credential.
 #[derive(Parser)]
@@ -83,6 +87,9 @@ pub(crate) fn run() -> ExitCode {
         Command::Audit(args) => audit::run(&args),
     };
     result.unwrap_or_else(|error| {
+        if error.is::<Ended>() {
+            return ExitCode::from(PART_ENDED); // it was logged when it ended
+        }
         log::say(&format!("ccsqm-gateway: {error:#}"));
         ExitCode::FAILURE
     })

@@ -20,7 +20,6 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::{mpsc, watch},
-    task::JoinSet,
     time::{interval, sleep},
 };
 
@@ -29,6 +28,7 @@ use crate::{
     config::{self, ListenAddress},
     gateway::Gateway,
     log::OncePerSecond,
+    supervisor::Vital,
 };
 use connection::{Deadlines, Stream};
 use inherited::Inherited;
@@ -48,6 +48,9 @@ pub struct Bound {
     pub is_inherited: bool,
     sockets: Vec<Socket>,
 }
+
+/// Makes the listener of one worker. To be called on the worker's runtime.
+pub(crate) type Listen = Box<dyn FnOnce() -> io::Result<Listener> + Send>;
 
 /// A listener of one worker.
 #[derive(Debug)]
@@ -97,22 +100,23 @@ impl Bound {
         self.tls.as_ref()
     }
 
-    /// Hands each worker its listener. To be called on the worker's runtime.
-    pub fn split(self) -> Vec<impl FnOnce() -> io::Result<Listener> + Send> {
+    /// Hands each worker its listener.
+    pub(crate) fn split(self) -> Vec<Listen> {
         let hosts = Arc::new(self.hosts);
         let is_unix = matches!(self.address, ListenAddress::Unix { .. });
         self.sockets
             .into_iter()
             .map(|socket| {
                 let (hosts, tls, is_inherited) = (hosts.clone(), self.tls.clone(), self.is_inherited);
-                move || {
+                let listen: Listen = Box::new(move || {
                     let socket = if is_unix {
                         Accepting::Unix(UnixListener::from_std(socket.into())?)
                     } else {
                         Accepting::Tcp(TcpListener::from_std(socket.into())?)
                     };
                     Ok(Listener { hosts, tls, is_inherited, socket })
-                }
+                });
+                listen
             })
             .collect()
     }
@@ -194,39 +198,31 @@ pub enum Stop {
     Now,
 }
 
-/// Runs one worker until the stop: accepts on all its listeners, then waits until its connections are done. Returns before
-/// the stop if a task that it needs ended.
-pub async fn run(
+/// Runs one worker until the stop: accepts on all its listeners, then waits until its connections are done.
+/// `vital` makes a [`Vital`] for a task of this worker.
+pub(crate) async fn run(
     gateway: Arc<Gateway>,
     listeners: Vec<Listener>,
     deadlines: Deadlines,
     mut stop: watch::Receiver<Stop>,
+    vital: impl Fn(&str) -> Vital,
 ) {
     let (alive, mut done) = mpsc::channel::<()>(1);
-    let mut tasks = JoinSet::new();
     for listener in listeners {
-        tasks.spawn(accept(gateway.clone(), listener, deadlines, stop.clone(), alive.clone()));
+        let accepts = accept(gateway.clone(), listener, deadlines, stop.clone(), alive.clone());
+        tokio::spawn(vital("the accept loop").run(accepts));
     }
     drop(alive);
     let pool = gateway.pool.clone();
-    tasks.spawn(async move {
+    let sweeps = async move {
         let mut second = interval(Duration::from_secs(1));
         loop {
             second.tick().await;
             pool.sweep();
         }
-    });
-    loop {
-        tokio::select! {
-            biased;
-            _ = stop.wait_for(|stop| *stop == Stop::Now) => break,
-            _ = tasks.join_next() => {}
-        }
-        // An inherited listener ends when the stop begins.
-        if *stop.borrow() == Stop::No {
-            return;
-        }
-    }
+    };
+    tokio::spawn(vital("the sweep of the pool").run(sweeps));
+    let _ = stop.wait_for(|stop| *stop == Stop::Now).await;
     let _ = done.recv().await;
 }
 

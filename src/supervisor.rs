@@ -16,44 +16,89 @@ pub struct Ended {
     why: String,
 }
 
+impl Ended {
+    /// Logs that something ended.
+    pub(crate) fn logged(what: &str, why: &str) -> Self {
+        let ended = Self { what: what.to_owned(), why: why.to_owned() };
+        ended.log();
+        ended
+    }
+
+    fn log(&self) {
+        tracing::error!("{self}; the gateway stops");
+    }
+}
+
 /// Learns of what ends.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
-    sender: mpsc::UnboundedSender<Ended>,
+    vitals: Vitals,
     ended: mpsc::UnboundedReceiver<Ended>,
 }
+
+/// Makes a [`Vital`] for each thread and task.
+#[derive(Clone, Debug)]
+pub(crate) struct Vitals(mpsc::UnboundedSender<Ended>);
 
 /// Held by a thread or a task that must not end. Dropped, it says that it did.
 #[derive(Debug)]
 pub(crate) struct Vital {
     what: String,
     why: Option<String>,
-    /// `None`: it may end.
-    sender: Option<mpsc::UnboundedSender<Ended>>,
+    /// Only a panic is reported.
+    may_end: bool,
+    vitals: Vitals,
 }
 
 impl Supervisor {
     pub(crate) fn new() -> Self {
         let (sender, ended) = mpsc::unbounded_channel();
-        Self { sender, ended }
+        Self { vitals: Vitals(sender), ended }
+    }
+
+    /// For threads and tasks to be started.
+    pub(crate) fn vitals(&self) -> Vitals {
+        self.vitals.clone()
     }
 
     /// For a thread or a task of this name.
     pub(crate) fn vital(&self, what: impl Into<String>) -> Vital {
-        Vital { what: what.into(), why: None, sender: Some(self.sender.clone()) }
+        self.vitals.vital(what)
     }
 
-    /// Waits for the first one that ends.
+    /// Waits for the first one that ends, and logs it.
     pub(crate) async fn ended(&mut self) -> Ended {
         match self.ended.recv().await {
-            Some(ended) => ended,
+            Some(ended) => {
+                ended.log();
+                ended
+            }
             None => std::future::pending().await, // it holds a sender itself
         }
+    }
+
+    /// Returns the first one that has ended, if there is one, and logs it.
+    pub(crate) fn has_ended(&mut self) -> Option<Ended> {
+        self.ended.try_recv().ok().inspect(Ended::log)
+    }
+}
+
+impl Vitals {
+    /// For a thread or a task of this name, which must not end.
+    pub(crate) fn vital(&self, what: impl Into<String>) -> Vital {
+        Vital { what: what.into(), why: None, may_end: false, vitals: self.clone() }
+    }
+
+    /// For one of this name that may end at the stop, but never by a panic.
+    pub(crate) fn until_stop(&self, what: impl Into<String>) -> Vital {
+        let mut vital = self.vital(what);
+        vital.may_end = true;
+        vital
     }
 }
 
 impl Vital {
-    /// Runs work that must not end.
+    /// Runs its work.
     pub(crate) async fn run<F: Future>(self, work: F) -> F::Output {
         fault::beside(&self.what, work).await
     }
@@ -65,17 +110,20 @@ impl Vital {
 
     /// It ended as it should.
     pub(crate) fn done(mut self) {
-        self.sender = None;
+        self.may_end = true;
     }
 }
 
 impl Drop for Vital {
     fn drop(&mut self) {
-        let Some(sender) = self.sender.take() else { return };
-        let by = if thread::panicking() { "a panic" } else { "it had nothing left to do" };
-        let why = self.why.take().unwrap_or_else(|| by.to_owned());
+        let why = match self.why.take() {
+            Some(why) => why,
+            None if thread::panicking() => "a panic".to_owned(),
+            None if self.may_end => return,
+            None => "it had nothing left to do".to_owned(),
+        };
         // Nobody listens once the process stops.
-        let _ = sender.send(Ended { what: std::mem::take(&mut self.what), why });
+        let _ = self.vitals.0.send(Ended { what: std::mem::take(&mut self.what), why });
     }
 }
 

@@ -44,6 +44,11 @@ impl Watchdog {
         }
     }
 
+    /// A worker has ended in order: from now on it counts as one that turns.
+    pub(crate) fn retire(&self, worker: usize) {
+        self.beats[worker].store(u64::MAX, Ordering::Relaxed);
+    }
+
     /// Beats for the background.
     pub(crate) async fn beat_background(self: Arc<Self>) {
         let background = self.beats.len() - 1;

@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::Unavailable;
-use crate::clock;
+use crate::{clock, supervisor::Vital};
 
 /// A day: how long the timer sleeps while nobody waits.
 const LONG: Duration = Duration::from_secs(24 * 60 * 60);
@@ -36,6 +36,8 @@ pub(super) struct Lane {
     permits: Semaphore,
     /// Whether the task of this lane was spawned.
     started: AtomicBool,
+    /// For that task.
+    vital: Mutex<Option<Vital>>,
     waiting: Mutex<Waiting>,
 }
 
@@ -57,13 +59,17 @@ struct Request {
     waker: Waker,
 }
 
-impl Default for Lane {
-    fn default() -> Self {
-        Self { permits: Semaphore::new(ABREAST), started: AtomicBool::default(), waiting: Mutex::default() }
-    }
-}
-
 impl Lane {
+    /// For one worker. `vital` is for the lane's task.
+    pub(super) fn new(vital: Option<Vital>) -> Self {
+        Self {
+            permits: Semaphore::new(ABREAST),
+            started: AtomicBool::default(),
+            vital: Mutex::new(vital),
+            waiting: Mutex::default(),
+        }
+    }
+
     /// The permit to reserve a connection and begin an intent, if few others have one.
     ///
     /// A worker that has more to do than it can would otherwise take each step with all of its requests before it
@@ -86,7 +92,14 @@ impl Lane {
         time: Duration,
     ) -> Result<(), Unavailable> {
         if !self.started.swap(true, Ordering::Relaxed) {
-            tokio::spawn(self.clone().run(safe.clone()));
+            let vital = self.vital.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let work = self.clone().run(safe.clone());
+            tokio::spawn(async move {
+                match vital {
+                    Some(vital) => vital.run(work).await,
+                    None => work.await,
+                }
+            });
         }
         let deadline = clock::nanos() + clock::nanos_of(time);
         let mut registered: Option<Waker> = None;
@@ -201,7 +214,7 @@ pub(super) mod tests {
 
     #[test]
     fn of_a_crowd_half_as_many_have_a_permit_as_without_one() {
-        let lane = Lane::default();
+        let lane = Lane::new(None);
         let first: Vec<_> = (0..32).map(|_| lane.permit().unwrap()).collect();
         assert!(lane.permit().is_none());
         let mut crowd: Vec<_> = (0..48).map(|_| Box::pin(lane.permit_in_turn())).collect();
@@ -223,7 +236,7 @@ pub(super) mod tests {
 
     #[test]
     fn who_waits_for_a_connection_hands_its_permit_on() {
-        let lane = Lane::default();
+        let lane = Lane::new(None);
         let permit = || Permit { _held: Some(lane.permit().unwrap()), waited: Duration::ZERO };
         let mut held: Vec<_> = (0..32).map(|_| permit()).collect();
         assert_eq!(done(&mut vec![Box::pin(held[0].during(pin!(std::future::ready(7))))]), [7]);
@@ -235,7 +248,7 @@ pub(super) mod tests {
     /// An exchange whose caller leaves goes on in a task of its own.
     #[tokio::test]
     async fn a_wait_that_moves_to_another_task_is_woken_there() {
-        let (lane, safe) = (Arc::new(Lane::default()), Arc::new(AtomicU64::new(0)));
+        let (lane, safe) = (Arc::new(Lane::new(None)), Arc::new(AtomicU64::new(0)));
         let (waits, proven) = (lane.clone(), safe.clone());
         let mut wait = Box::pin(async move { waits.wait(&proven, 1, Duration::from_secs(60)).await });
         assert!(wait.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
@@ -249,7 +262,7 @@ pub(super) mod tests {
 
     #[tokio::test]
     async fn a_wait_of_less_time_is_over_before_those_that_began_earlier() {
-        let (lane, safe) = (Arc::new(Lane::default()), Arc::new(AtomicU64::new(0)));
+        let (lane, safe) = (Arc::new(Lane::new(None)), Arc::new(AtomicU64::new(0)));
         let wait = |time| {
             let (lane, safe) = (lane.clone(), safe.clone());
             tokio::spawn(async move { lane.wait(&safe, 1, time).await })

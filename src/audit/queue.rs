@@ -23,7 +23,7 @@ use super::{
     sync::Syncs,
     unresolved::UnresolvedList,
 };
-use crate::clock;
+use crate::{clock, supervisor::Vital};
 
 /// Refusals of one kind that are recorded in full each second; the rest of the second is one record.
 const FULL_REFUSALS: u32 = 10;
@@ -185,8 +185,8 @@ impl Shared {
     }
 
     /// A place to wait for what is safe.
-    pub(super) fn new_lane(&self) -> Arc<Lane> {
-        let lane = Arc::new(Lane::default());
+    pub(super) fn new_lane(&self, vital: Option<Vital>) -> Arc<Lane> {
+        let lane = Arc::new(Lane::new(vital));
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane.clone());
         lane
     }

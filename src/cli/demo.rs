@@ -62,7 +62,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let running = thread::spawn(move || app.run(async { drop(stopped.await) }, None));
     let shown = show_one(address, &sandbox, folder.path());
     let _ = stop.send(());
-    running.join().map_err(|_| anyhow::anyhow!("the gateway panicked"))??;
+    let ran = running.join().map_err(|_| anyhow::anyhow!("the gateway panicked"))?;
+    ran.inspect_err(|error| eprintln!("ccsqm-gateway: {error}"))?; // nothing is logged here
     shown?;
     Ok(ExitCode::SUCCESS)
 }

@@ -2,12 +2,7 @@
 
 use std::{process::ExitCode, sync::Arc};
 
-use ccsqm_gateway::{
-    app::{App, Ended},
-    audit::StartError,
-    log,
-    reload::Source,
-};
+use ccsqm_gateway::{app::App, audit::StartError, log, reload::Source};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -18,9 +13,6 @@ use super::{BAD_CONFIGURATION, Configured};
 
 /// Files beside connections: listeners, audit, admin, token calls, the runtimes' own.
 const OTHER_FILES: u64 = 128;
-
-/// Exit code of a gateway of which a thread or a task ended that must not (`EX_SOFTWARE`).
-const PART_ENDED: u8 = 70;
 
 /// What to serve.
 #[derive(clap::Args)]
@@ -54,11 +46,7 @@ pub(super) fn run(Args { configured, accept_loss }: &Args) -> anyhow::Result<Exi
     };
     let Configured { config: path, overrides } = configured;
     let source = Source { path: path.clone(), overrides: overrides.clone(), set_level };
-    match app.run(stopped(), Some(source)) {
-        // It was told, when it was.
-        Err(error) if error.is::<Ended>() => Ok(ExitCode::from(PART_ENDED)),
-        ran => ran.map(|()| ExitCode::SUCCESS),
-    }
+    app.run(stopped(), Some(source)).map(|()| ExitCode::SUCCESS)
 }
 
 /// A core dump would hold the secret.

@@ -9,6 +9,7 @@ use std::{
     process::{Command, Stdio},
     sync::Arc,
     thread,
+    time::{Duration, Instant},
 };
 
 use ccsqm_gateway::sandbox::Sandbox;
@@ -45,6 +46,10 @@ fn the_end_of_a_part_ends_the_process_behind_a_drain() {
         ("the control socket", true),
         ("the watchdog", true),
         ("the look at clock and threads", true),
+        ("the accept loop of worker 0", true),
+        ("the sweep of the pool of worker 0", true),
+        ("the audit lane of worker 0", true),
+        ("the watchdog of worker 0", true),
     ] {
         let sandbox = sandbox();
         let workers = if part == "worker 1" { 2 } else { 1 };
@@ -95,6 +100,45 @@ fn a_loop_that_hangs_turns_livez_red_until_it_turns_again() {
         fs::remove_file(&file).unwrap();
         wait_for("green", || (gateway.admin("/livez").status == 200).then_some(()));
     }
+}
+
+/// A gateway with a call under way that the upstream answers after so many milliseconds.
+fn start_faulty_with_call(sandbox: &Sandbox, workers: usize, delay_ms: u64) -> (Gateway, PathBuf) {
+    let (gateway, file) = start_faulty(sandbox, workers);
+    faults(sandbox, json!({ "business": [{ "delay_ms": delay_ms, "times": 1 }] }));
+    let address = gateway.address;
+    thread::spawn(move || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        write!(stream, "{}{BODY}", head(BODY.len(), "")).unwrap();
+        let _ = stream.read_to_string(&mut String::new());
+    });
+    wait_for("the call under way", || (sandbox.requests().len() == 1).then_some(()));
+    (gateway, file)
+}
+
+#[test]
+fn what_ends_or_hangs_while_the_gateway_stops_is_named_and_no_success() {
+    for (part, fault, said) in [
+        ("worker 0", "panic", "worker 0 ended: a panic"),
+        ("worker 0", "hang", "worker 0 ended: it hangs"),
+        ("the audit lane of worker 0", "panic", "the audit lane of worker 0 ended: a panic"),
+    ] {
+        let sandbox = sandbox();
+        let (mut gateway, file) = start_faulty_with_call(&sandbox, 1, 2000);
+        gateway.signal("-TERM");
+        wait_for("the stop", || gateway.log().contains("stopping").then_some(()));
+        let stopping = Instant::now();
+        fs::write(&file, format!("{fault} {part}")).unwrap();
+        assert_eq!(gateway.wait().code(), Some(70), "{fault} {part}: {}", gateway.log());
+        assert!(stopping.elapsed() < Duration::from_secs(30), "{fault} {part}: {:?}", stopping.elapsed());
+        assert!(gateway.log().contains(said), "{fault} {part}: {}", gateway.log());
+        let (is_whole, said) = verify(&gateway.audit_directory());
+        assert!(is_whole, "{fault} {part}: {said}");
+    }
+    let sandbox = sandbox();
+    let (mut gateway, _) = start_faulty_with_call(&sandbox, 1, 2000);
+    gateway.signal("-TERM");
+    assert_eq!(gateway.wait().code(), Some(0), "the control: {}", gateway.log());
 }
 
 /// How many sockets listen on a port.
