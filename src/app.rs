@@ -36,6 +36,7 @@ use crate::{
     log,
     metrics::Metrics,
     reload::{Reload, Source},
+    secret::needles,
     server::{self, Bound, Listen, Stop, connection::Deadlines, inherited::Inherited},
     state::State,
     supervisor::{Supervisor, Vital, Vitals, fault},
@@ -111,7 +112,8 @@ impl App {
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit, accept_loss));
         let slots = slots(&config, &egress, &parts.token, &audit)?;
-        let state = Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.breaker)?));
+        let state =
+            Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.breaker, parts.withheld)?));
         let (alive, done) = mpsc::channel(1);
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
         let bound = config.listeners.iter().map(|listener| {
@@ -180,7 +182,8 @@ impl App {
         if config.trusts_loopback() {
             tracing::warn!("{LOOPBACK_NOTICE}");
         }
-        if let Some(notice) = MemoryBound::new(&config.idempotency).notice() {
+        let memory = MemoryBound::new(&config.idempotency).notice();
+        for notice in memory.into_iter().chain(needles::notices(&config)) {
             tracing::warn!("{notice}");
         }
         for listener in &bound {

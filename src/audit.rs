@@ -64,7 +64,7 @@ use queue::Shared;
 use record::Entry;
 pub use record::{Answer, FirstCall, MEMBERS, Names, Queued, Record, RequestId};
 use recovery::{DAMAGED, Damage, Found};
-pub use reply::StoredReply;
+pub use reply::{StoredReply, withheld};
 use retention::Place;
 use segment::Segment;
 pub use sync::Durability;

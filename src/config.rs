@@ -327,6 +327,8 @@ pub struct Upstream {
     pub proxy: Option<ProxyUrl>,
     /// Static headers of every upstream request.
     pub headers: HeaderMap,
+    /// Further reply headers that pass to callers.
+    pub reply_headers: Vec<HeaderName>,
 }
 
 /// A certificate, with what leads from it to its root, and its key: PEM files.

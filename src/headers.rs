@@ -1,11 +1,15 @@
-//! What goes out to the upstream, an allow-list, and what does not come back to the caller, a deny-list.
+//! What goes out to the upstream, and what comes back to the caller: two allow-lists.
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Version, header, request::Parts};
 
+use smallvec::SmallVec;
+
 use crate::token::Token;
 
 const X_APP_KEY: HeaderName = HeaderName::from_static("x-app-key");
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-gateway-upstream-request-id");
 const X_USER_ID: HeaderName = HeaderName::from_static("x-userid");
 const JSON: HeaderValue = HeaderValue::from_static("application/json; charset=UTF-8");
 const ANY: HeaderValue = HeaderValue::from_static("*/*");
@@ -225,53 +229,98 @@ pub fn looks_like_credential(name: &str) -> bool {
     })
 }
 
-/// Strips a reply's head of what is not for the caller: hop-by-hop headers, those that `Connection` names,
-/// cookies, the server's name, and whatever could be taken for a word of the gateway.
-pub fn clean_reply(headers: &mut HeaderMap) {
-    if headers.keys().any(|name| is_not_for_callers(name.as_str())) {
-        strip(headers);
-    }
+/// What is left out of a reply's head, beside what never passes.
+#[derive(Debug, Default)]
+pub struct Cleaned {
+    /// The upstream's own id of the request, if it is plain text.
+    pub upstream_id: Option<HeaderValue>,
+    /// How many headers were dropped because they quote a secret.
+    pub quoting: usize,
 }
 
-#[cold]
-fn strip(headers: &mut HeaderMap) {
-    let named = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|option| option.trim().parse().ok());
-    let unwanted = headers.keys().filter(|name| is_not_for_callers(name.as_str())).cloned();
-    for name in named.chain(unwanted).collect::<Vec<HeaderName>>() {
+/// Leaves of a reply's head what is for the caller: an allow-list, and `more` names from the configuration. What
+/// `quotes` a secret is dropped, and so are headers that `Connection` names. The upstream's `x-request-id` takes
+/// another name, since callers send that one themselves.
+pub fn clean_reply(
+    headers: &mut HeaderMap,
+    more: &[HeaderName],
+    quotes: impl Fn(&HeaderValue) -> bool,
+) -> Cleaned {
+    let passes = |name: &HeaderName| is_for_callers(name.as_str()) || more.contains(name);
+    let is_clean = headers.iter().all(|(name, value)| passes(name) && !quotes(value));
+    if is_clean { Cleaned::default() } else { strip(headers, passes, quotes) }
+}
+
+fn strip(
+    headers: &mut HeaderMap,
+    passes: impl Fn(&HeaderName) -> bool,
+    quotes: impl Fn(&HeaderValue) -> bool,
+) -> Cleaned {
+    let is_id =
+        |id: &HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+    let upstream_id = headers.remove(X_REQUEST_ID).filter(|id| is_id(id) && !quotes(id));
+    let named = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let named = named.flat_map(|value| value.split(',')).filter_map(|option| option.trim().parse().ok());
+    let mut unwanted: SmallVec<[HeaderName; 8]> = named.collect();
+    let mut quoting = 0;
+    for (name, value) in &*headers {
+        let is_quoting = passes(name) && quotes(value);
+        quoting += usize::from(is_quoting);
+        if is_quoting || !passes(name) {
+            unwanted.push(name.clone());
+        }
+    }
+    for name in unwanted {
         headers.remove(name);
     }
+    if let Some(id) = &upstream_id {
+        headers.insert(UPSTREAM_REQUEST_ID, id.clone());
+    }
+    Cleaned { upstream_id, quoting }
 }
 
-fn is_not_for_callers(name: &str) -> bool {
+/// What says something of the body, of its age, or of when to come back.
+fn is_for_callers(name: &str) -> bool {
     matches!(
         name,
-        // A client that follows it would send the task somewhere else.
-        "location"
-            | "connection"
+        "content-type"
+            | "content-length"
+            | "date"
+            | "content-encoding"
+            | "content-language"
+            | "content-range"
+            | "allow"
+            | "vary"
+            | "age"
+            | "expires"
+            | "cache-control"
+            | "retry-after"
+    )
+}
+
+/// Whether a header of a reply can pass to callers if the configuration wants it: not what belongs to one connection, sets
+/// cookies, sends a client elsewhere, holds a credential or asks for one, or is the gateway's own word.
+pub fn may_pass(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    let never = matches!(
+        name,
+        "connection"
             | "keep-alive"
             | "proxy-authenticate"
-            | "proxy-authorization"
             | "proxy-connection"
             | "te"
             | "trailer"
             | "transfer-encoding"
             | "upgrade"
+            | "location"
+            | "refresh"
             | "set-cookie"
             | "set-cookie2"
-            | "server"
-            | "refresh"
-            // An upstream that echoes our head would give the credential away; and callers have none to ask for.
-            | "authorization"
-            | "x-app-key"
             | "x-userid"
             | "www-authenticate"
             | "x-request-id"
-    ) || name.starts_with("x-gateway-")
+    );
+    !never && !looks_like_credential(name) && !name.starts_with("x-gateway-")
 }
 
 #[cfg(test)]
@@ -304,7 +353,7 @@ mod tests {
         ] {
             headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
-        clean_reply(&mut headers);
+        clean_reply(&mut headers, &[HeaderName::from_static("x-hop")], |_| false);
         assert_eq!(headers.keys().collect::<Vec<_>>(), [header::CONTENT_TYPE]);
     }
 }

@@ -70,6 +70,8 @@ pub struct Parts {
     pub pool: pool::Metrics,
     /// Of the upstream's breaker.
     pub breaker: breaker::Metrics,
+    /// What of the upstream's replies was withheld because it quotes a secret, by place.
+    pub withheld: IntCounterVec,
 }
 
 impl Metrics {
@@ -107,6 +109,11 @@ impl Metrics {
             "Ids of 2^53 and more that callers sent as bare numbers, refused ones included.",
             &["caller"],
         )?;
+        let withheld = counters(
+            "withheld_total",
+            "What of the upstream's replies was withheld because it quotes a secret.",
+            &["place"],
+        )?;
         let duration = Histogram::with_opts(
             HistogramOpts::new("ccsqm_gateway_request_duration_seconds", "From the head to the answer.")
                 .buckets(vec![
@@ -127,6 +134,7 @@ impl Metrics {
             token: token::Metrics::new(&registry)?,
             pool: pool::Metrics::new(&registry)?,
             breaker: breaker::Metrics::new(&registry)?,
+            withheld,
         };
         let audit = audit::Metrics::new(&registry)?;
         let metrics = Self {

@@ -1,5 +1,7 @@
 //! Secrets in zeroised buffers: not printable, not serialisable.
 
+pub mod needles;
+
 use std::{fmt, io};
 
 use thiserror::Error;

@@ -3,6 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use http::HeaderValue;
+use prometheus::IntCounterVec;
 
 use crate::{
     admission::Admission,
@@ -39,6 +40,7 @@ impl State {
         config: &Config,
         slots: Vec<Arc<Slot>>,
         breaker: breaker::Metrics,
+        withheld: IntCounterVec,
     ) -> Result<Self, RouteError> {
         Ok(Self {
             admission: Admission::new(&config.callers, &HashMap::new()),
@@ -50,6 +52,8 @@ impl State {
                 breaker: Arc::new(Breaker::new(&config.upstream, breaker)),
                 quota: Quota::new(config.quota),
                 slots,
+                reply_headers: config.upstream.reply_headers.clone(),
+                withheld,
             }),
             trusts_loopback: config.trusts_loopback(),
         })

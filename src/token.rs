@@ -33,10 +33,11 @@ use tokio::{
 use crate::{
     config,
     connect::{Egress, TlsError},
+    secret::needles::Needles,
     watched::Watched,
 };
 pub use cooldown::Cooldown;
-use endpoint::Endpoint;
+use endpoint::{Endpoint, SCHEME};
 use fetcher::{Candidate, Fetcher};
 pub use metrics::Metrics;
 pub use pair::PairError;
@@ -54,13 +55,23 @@ struct Parts {
     authorization: HeaderValue,
     app_key: HeaderValue,
     generation: u64,
+    needles: Needles,
     /// The head of all requests that are sent with it.
     head: OnceLock<HeaderMap>,
 }
 
 impl Token {
-    fn new(authorization: HeaderValue, app_key: HeaderValue, generation: u64) -> Self {
-        Self(Arc::new(Parts { authorization, app_key, generation, head: OnceLock::new() }))
+    fn new(authorization: HeaderValue, pair: &Pair, generation: u64) -> Self {
+        let token = authorization.as_bytes();
+        let token = token.strip_prefix(SCHEME.as_bytes()).unwrap_or(token);
+        let needles = Needles::new(&[token, pair.app_key.expose(), pair.app_secret.expose()]);
+        let app_key = pair.header.clone();
+        Self(Arc::new(Parts { authorization, app_key, generation, needles, head: OnceLock::new() }))
+    }
+
+    /// The token, its app key and its app secret, as something to look for in what the other side says.
+    pub fn needles(&self) -> &Needles {
+        &self.0.needles
     }
 
     /// What `make` makes, the first time.

@@ -21,9 +21,10 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body as _, Incoming};
+use prometheus::IntCounterVec;
 use thiserror::Error;
 use tokio::{
     sync::mpsc,
@@ -33,14 +34,16 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use crate::{
     admission::Room,
-    audit::{Answer, FirstCall, Record, StoredReply},
+    audit::{Answer, FirstCall, Record, RequestId, StoredReply, withheld},
     clock,
     error::Code,
-    headers::{Outbound, clean_reply},
+    headers::{Cleaned, Outbound, clean_reply},
     idempotency::{Claim, Delivery, Finished, NotCommitted, Pending},
+    log::OncePerSecond,
     outcome::{Outcome, Reply as Judged, Retry, Verdict},
     rate_limit::Quota,
     route::Route,
+    secret::needles,
     token::{Cooldown, NoOther, Slot, Token},
 };
 use breaker::{Breaker, Health, Passage};
@@ -62,9 +65,22 @@ pub struct Terms {
     pub quota: Quota,
     /// Where tokens come from: one slot per credential, in the configuration's order.
     pub slots: Vec<Arc<Slot>>,
+    /// Reply headers that pass to callers, beside those that always do.
+    pub reply_headers: Vec<HeaderName>,
+    /// What was withheld because it quotes a secret, by place.
+    pub withheld: IntCounterVec,
 }
 
 impl Terms {
+    /// Counts and tells that something of a reply quotes a secret.
+    fn withhold(&self, place: &'static str, id: RequestId, route: &str) {
+        static QUOTED: OncePerSecond = OncePerSecond::new();
+        self.withheld.with_label_values(&[place]).inc();
+        if let Some(times) = QUOTED.times() {
+            tracing::warn!(%id, route, place, times, "the upstream's reply quotes the credential, and was not passed on");
+        }
+    }
+
     fn request(
         &self,
         route: &Route,
@@ -173,6 +189,8 @@ struct Progress {
     mark: u64,
     /// The answer that refused the token.
     refused: Option<StatusCode>,
+    /// The token that was refused, if another one was sent behind it.
+    first_token: Option<Token>,
     /// Another token does not help: a fresh one was refused too, or the same one was handed out again.
     is_rejected: bool,
     /// The last answer. Here, since it would be moved with each step back.
@@ -219,7 +237,7 @@ impl Exchange {
             first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
         }
         let Some(token) = self.another_token(progress).await else { return Ok(first) };
-        self.token = token;
+        progress.first_token = Some(std::mem::replace(&mut self.token, token));
         self.terms.quota.overdraw(); // a replay is a request, too
         let second = self.attempt(progress).await?;
         progress.is_rejected = self.is_refusal(second);
@@ -309,24 +327,41 @@ impl Exchange {
         progress: &Progress,
         deadline: Instant,
     ) -> (Told, Option<Box<Pending>>) {
-        let Arrived { version, status, mut headers, body, rest } = arrived;
+        let Arrived { version, status, mut headers, mut body, mut rest } = arrived;
         let judged = Judged { status, headers: &headers, body: &body, truncated: rest.is_some() };
-        let Verdict { outcome, result_code } = self.route.result.classify(judged);
+        let Verdict { outcome, mut result_code } = self.route.result.classify(judged);
         // A proxy in front can answer anything; a result code comes from behind the check of the token.
         let answered_by_business = result_code.is_some();
         let rejected = match progress.refused {
             Some(_) if self.is_refusal(status) => Some(progress.refusal()),
             _ => (status == StatusCode::UNAUTHORIZED).then_some(Code::CredentialRejected),
         };
+        let secrets = Secrets { token: self.token.clone(), first_token: progress.first_token.clone() };
+        let (is_withheld, mut is_cut) = (secrets.are_in(&body), false);
+        if is_withheld {
+            result_code = result_code.filter(|code| code.len() < needles::SHORTEST);
+            body = withheld(self.route.result.field(), result_code.as_deref());
+            is_cut = rest.take().is_some(); // nobody reads it, so that its connection closes
+            self.withhold("body");
+        }
+        let Cleaned { upstream_id, quoting } =
+            clean_reply(&mut headers, &self.terms.reply_headers, |value| secrets.are_in(value.as_bytes()));
+        if quoting > 0 {
+            self.withhold("header");
+        }
+        if is_withheld {
+            describe_withheld(&mut headers);
+        }
         let mut answer = Answer {
             outcome,
             code: rejected,
             status: Some(rejected.map_or(status, Code::status).as_u16()),
             upstream_status: Some(status.as_u16()),
+            upstream_id,
             result_code,
             attempts: progress.answered,
             token_generation: self.token.generation(),
-            note: None,
+            note: is_withheld.then_some("the reply quoted the credential and was withheld"),
             reply: None,
         };
         if let Some(code) = rejected {
@@ -344,7 +379,6 @@ impl Exchange {
         if status == StatusCode::TOO_MANY_REQUESTS {
             self.terms.quota.shrink(pause(&headers).unwrap_or(DEFAULT_RETRY));
         }
-        clean_reply(&mut headers);
         settle_retry_after(outcome, &mut headers);
         let retry = Retry::of_reply(outcome, status, self.claim.is_keyed());
         let mut finished = Finished::default();
@@ -354,19 +388,28 @@ impl Exchange {
                     headers.remove(header::CONTENT_LENGTH);
                 }
                 finished = self.claim.finish(self.record, &answer);
-                self.connection.give_back();
+                if !is_cut {
+                    self.connection.give_back();
+                }
                 ReplyBody::Whole(body)
             }
             Some(rest) => {
                 let (sender, receiver) = mpsc::channel(1);
                 let open = Some((self.record, answer, self.claim));
-                let tail = Tail { version, rest, sender: Some(sender), open, _room: self.room };
+                let (terms, route, sender, _room) = (self.terms, self.route, Some(sender), self.room);
+                let tail = Tail { version, rest, terms, route, secrets, sender, open, _room };
                 tokio::spawn(tail.run(body, self.connection, deadline));
                 ReplyBody::Long(receiver)
             }
         };
         let Finished { delivery, pending } = finished;
         (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
+    }
+
+    /// Counts and tells that something of a reply quotes a secret.
+    #[cold]
+    fn withhold(&self, place: &'static str) {
+        self.terms.withhold(place, self.record.id(), &self.route.name);
     }
 
     /// Records an exchange that brought no answer.
@@ -382,6 +425,7 @@ impl Exchange {
             code: Some(code),
             status: Some(code.status().as_u16()),
             upstream_status: progress.refused.filter(|_| !sent).map(|status| status.as_u16()),
+            upstream_id: None,
             result_code: None,
             attempts: progress.answered + u32::from(sent),
             token_generation: self.token.generation(),
@@ -392,6 +436,41 @@ impl Exchange {
         let retry_after = (outcome == Outcome::Refused).then_some(DEFAULT_RETRY);
         (Err(Failure { code, outcome, retry_after }), pending)
     }
+}
+
+/// What an exchange must not let through.
+#[derive(Debug)]
+struct Secrets {
+    token: Token,
+    /// The token before it, if that was refused.
+    first_token: Option<Token>,
+}
+
+impl Secrets {
+    /// Whether one of them stands in a text.
+    fn are_in(&self, text: &[u8]) -> bool {
+        self.tokens().any(|token| token.needles().are_in(text))
+    }
+
+    /// How many bytes one of them may take.
+    fn longest(&self) -> usize {
+        self.tokens().map(|token| token.needles().longest()).max().unwrap_or(0)
+    }
+
+    fn tokens(&self) -> impl Iterator<Item = &Token> {
+        [Some(&self.token), self.first_token.as_ref()].into_iter().flatten()
+    }
+}
+
+/// The head of a reply whose body was withheld: what stands in its place is JSON of another length.
+#[cold]
+fn describe_withheld(headers: &mut HeaderMap) {
+    for name in
+        [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::CONTENT_LANGUAGE, header::CONTENT_RANGE]
+    {
+        headers.remove(name);
+    }
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
 }
 
 /// When to come back after a refusal that names no time.
@@ -472,6 +551,9 @@ fn is_whole(body: &Incoming, version: Version) -> bool {
 struct Tail {
     version: Version,
     rest: Incoming,
+    terms: Arc<Terms>,
+    route: Arc<Route>,
+    secrets: Secrets,
     /// `None` once the caller is gone or does not take what comes.
     sender: Option<mpsc::Sender<Piece>>,
     /// The record, what it will say, and the claim; `None` once they are closed.
@@ -480,14 +562,26 @@ struct Tail {
 }
 
 impl Tail {
-    /// Hands on each piece once the next one is there, so that the outcome is recorded before the last.
+    /// Holds back as much as may begin a secret that is quoted, and at least one byte, so that the outcome is recorded
+    /// before the last one.
     async fn run(mut self, first: Bytes, connection: Reserved, deadline: Instant) {
+        let kept = self.secrets.longest().max(1);
         let mut held = first;
         loop {
+            if held.len() > kept {
+                let piece = held.split_to(held.len() - kept);
+                self.hand_on(Piece::More(piece), deadline).await;
+            }
             match timeout_at(deadline, self.rest.frame()).await {
                 Ok(Some(Ok(frame))) => {
                     let Ok(data) = frame.into_data() else { continue };
-                    self.hand_on(Piece::More(std::mem::replace(&mut held, data)), deadline).await;
+                    held = [&held[..], &data].concat().into();
+                    if self.secrets.are_in(&held) {
+                        self.withhold();
+                        let finished = self.close(Some("the reply quoted the credential and was cut off"));
+                        self.settle(committed(finished, deadline).await.ok().flatten());
+                        return;
+                    }
                 }
                 Ok(None) if is_whole(&self.rest, self.version) => {
                     let finished = self.close(self.not_taken());
@@ -507,6 +601,12 @@ impl Tail {
                 }
             }
         }
+    }
+
+    #[cold]
+    fn withhold(&self) {
+        let Some((record, ..)) = &self.open else { return };
+        self.terms.withhold("tail", record.id(), &self.route.name);
     }
 
     fn not_taken(&self) -> Option<&'static str> {
@@ -563,8 +663,14 @@ impl Exchanges {
         let run = async move {
             let deadline = clock::now() + exchange.route.timeout;
             let mark = exchange.connection.written();
-            let mut progress =
-                Progress { answered: 0, mark, refused: None, is_rejected: false, arrived: None };
+            let mut progress = Progress {
+                answered: 0,
+                mark,
+                refused: None,
+                first_token: None,
+                is_rejected: false,
+                arrived: None,
+            };
             let mut timer = exchange.connection.take_timer();
             let status = timer.until(deadline, pin!(exchange.attempts(&mut progress))).await;
             let arrived = if let Some(Ok(_)) = status { progress.arrived.take() } else { None };

@@ -100,7 +100,7 @@ impl fmt::Debug for RequestId {
 }
 
 /// The members that records have of their own; a contract's have other names.
-pub const MEMBERS: [&str; 28] = [
+pub const MEMBERS: [&str; 29] = [
     "seq",
     "time",
     "kind",
@@ -123,6 +123,7 @@ pub const MEMBERS: [&str; 28] = [
     "stage",
     "status",
     "upstream_status",
+    "upstream_request_id",
     "result_code",
     "reply",
     "ms",
@@ -165,6 +166,8 @@ pub struct Answer {
     pub status: Option<u16>,
     /// The upstream's status.
     pub upstream_status: Option<u16>,
+    /// The upstream's own id of the request.
+    pub upstream_id: Option<HeaderValue>,
     /// The upstream's result code.
     pub result_code: Option<ResultCode>,
     /// How often a request was sent.
@@ -466,6 +469,7 @@ impl Answer {
             code: Some(code),
             status: Some(status),
             upstream_status: None,
+            upstream_id: None,
             result_code: None,
             attempts: 0,
             token_generation: 0,
@@ -653,6 +657,7 @@ impl Answer {
         if let Some(status) = self.upstream_status {
             line.number(",\"upstream_status\":", u64::from(status));
         }
+        line.optional(",\"upstream_request_id\":", self.upstream_id.as_ref());
         line.optional(",\"result_code\":", self.result_code.as_ref());
         line.number(",\"attempts\":", u64::from(self.attempts));
         line.number(",\"token_generation\":", self.token_generation);

@@ -53,6 +53,16 @@ impl StoredReply {
     }
 }
 
+/// What takes the place of a body that quotes a secret: the result code, if it is known, and that the rest is withheld.
+pub fn withheld(field: &str, result_code: Option<&[u8]>) -> Bytes {
+    let mut members = Map::new();
+    if let Some(code) = result_code {
+        members.insert(field.to_owned(), String::from_utf8_lossy(code).into());
+    }
+    members.insert("withheld".into(), true.into());
+    json!(members).to_string().into()
+}
+
 impl StoredReply {
     /// For a call that a person resolved as done: the code of success, and that it is not the upstream's.
     pub fn of_resolved(rule: &ResultRule) -> Self {

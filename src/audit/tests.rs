@@ -54,6 +54,7 @@ fn answer() -> Answer {
         code: None,
         status: Some(200),
         upstream_status: Some(200),
+        upstream_id: None,
         result_code: Some(b"0409000"[..].into()),
         attempts: 1,
         token_generation: 3,

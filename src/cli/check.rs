@@ -7,6 +7,7 @@ use ccsqm_gateway::{
     audit::init,
     config::{Access, Audit, Config, LOOPBACK_NOTICE},
     idempotency::memory::{MemoryBound, mebibytes},
+    secret::needles,
 };
 use serde_json::{Map, Value, json};
 
@@ -102,7 +103,8 @@ fn machine_readable(file: &str, config: &Config) -> Value {
 
 fn notices(config: &Config) -> Vec<String> {
     let loopback = config.trusts_loopback().then(|| LOOPBACK_NOTICE.to_owned());
-    loopback.into_iter().chain(MemoryBound::new(&config.idempotency).notice()).collect()
+    let memory = MemoryBound::new(&config.idempotency).notice();
+    loopback.into_iter().chain(memory).chain(needles::notices(config)).collect()
 }
 
 fn user(access: &Access) {

@@ -39,7 +39,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let sandbox = Sandbox::start(Options::default()).context("the sandbox")?;
+    let sandbox = Sandbox::start(options()).context("the sandbox")?;
     let folder = TempDir::with_prefix("ccsqm-gateway-demo-")?;
     let (listen, admin) = if args.once {
         (SocketAddr::from(([127, 0, 0, 1], 0)), SocketAddr::from(([127, 0, 0, 1], 0)))
@@ -68,13 +68,18 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// With an app key that is long enough to be looked for in replies.
+fn options() -> Options {
+    Options { app_key: "app-key-of-the-demo".into(), ..Options::default() }
+}
+
 fn write_configuration(
     folder: &Path,
     sandbox: &Sandbox,
     listen: SocketAddr,
     admin: SocketAddr,
 ) -> anyhow::Result<std::path::PathBuf> {
-    let options = Options::default();
+    let options = options();
     fs::write(folder.join("app_key"), options.app_key)?;
     fs::write(folder.join("app_secret"), options.app_secret)?;
     let path = folder.join("gateway.toml");

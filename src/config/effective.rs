@@ -88,6 +88,7 @@ impl Config {
                 "client_key_file": upstream.identity.as_ref().map(|files| whole_path(&files.key_file)),
                 "proxy": upstream.proxy.as_ref().map(ToString::to_string),
                 "headers": headers,
+                "reply_headers": upstream.reply_headers.iter().map(http::HeaderName::as_str).collect::<Vec<_>>(),
             },
             "token": {
                 "url": token.url.to_string(),

@@ -10,7 +10,12 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
-use crate::{audit::Durability, connect::Identity, headers::looks_like_credential, server::tls::Tls};
+use crate::{
+    audit::Durability,
+    connect::Identity,
+    headers::{looks_like_credential, may_pass},
+    server::tls::Tls,
+};
 
 use super::{
     Admin, Audit, BareIds, Caller, Config, ContractSource, Control, Credential, Http2, Idempotency,
@@ -252,6 +257,7 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
         identity: read_identity(context, &mut table),
         proxy: table.parsed(context, "proxy", None, |text| parse_proxy(text).map(Some)),
         headers: read_headers(context, &mut table),
+        reply_headers: read_reply_headers(context, &mut table),
     };
     table.close(context);
     upstream
@@ -273,6 +279,18 @@ fn read_identity(context: &mut Context<'_>, table: &mut Table) -> Option<Identit
         context.problem_at(&table.key("client_cert_file"), error.to_string());
     }
     Some(files)
+}
+
+fn read_reply_headers(context: &mut Context<'_>, table: &mut Table) -> Vec<HeaderName> {
+    let mut names = Vec::new();
+    for Found { value, place, key } in table.texts(context, "reply_headers").unwrap_or_default() {
+        match HeaderName::try_from(&value) {
+            Ok(name) if may_pass(&name) => names.push(name),
+            Ok(name) => context.problem(&place, key, format!("{name} never passes to callers")),
+            Err(_) => context.problem(&place, key, "must be a list of header names, as in [\"x-trace-id\"]"),
+        }
+    }
+    names
 }
 
 fn read_headers(context: &mut Context<'_>, table: &mut Table) -> HeaderMap {

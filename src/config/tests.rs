@@ -117,6 +117,7 @@ fn the_reference_file_shows_the_defaults() {
     for shown in [
         "/upstream/ca_file",
         "/upstream/headers",
+        "/upstream/reply_headers",
         "/upstream/client_cert_file",
         "/upstream/client_key_file",
         "/upstream/proxy",
@@ -133,6 +134,7 @@ fn the_reference_file_shows_the_defaults() {
     for (section, key) in [
         ("upstream", "ca_file"),
         ("upstream", "headers"),
+        ("upstream", "reply_headers"),
         ("upstream", "client_cert_file"),
         ("upstream", "client_key_file"),
         ("upstream", "proxy"),

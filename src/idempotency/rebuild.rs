@@ -486,6 +486,7 @@ pub(super) mod tests {
             code: None,
             status: Some(200),
             upstream_status: Some(200),
+            upstream_id: None,
             result_code: Some(b"0409000"[..].into()),
             attempts: 1,
             token_generation: 1,

@@ -26,7 +26,7 @@ const MAX_REPLY: usize = 64 * 1024;
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(600);
 
 /// The scheme, case-insensitive by RFC 9110 §11.1.
-const SCHEME: &str = "Bearer ";
+pub(super) const SCHEME: &str = "Bearer ";
 
 /// Why a call brought no token. Says nothing of the reply's body.
 #[derive(Debug, Error)]

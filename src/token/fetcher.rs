@@ -144,8 +144,7 @@ impl Fetcher {
         self.metrics.generation.with_label_values(&[&slot.name]).set(generation);
         let Fetched { authorization, lifetime, .. } = fetched;
         tracing::info!(credential = slot.name, generation, lifetime = lifetime.as_secs(), "new token");
-        let app_key = self.proven.pair.header.clone();
-        let token = Token::new(authorization, app_key, self.generation);
+        let token = Token::new(authorization, &self.proven.pair, self.generation);
         Live::new(token, lifetime, Plan::new(lifetime, jitter()), sent)
     }
 

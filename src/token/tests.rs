@@ -455,7 +455,9 @@ async fn the_same_token_keeps_its_earlier_end_and_is_used_up_to_it() {
 
 #[test]
 fn a_life_that_the_server_restates_shorter_ends_earlier_but_not_for_rounding() {
-    let token = Token::new(HeaderValue::from_static("Bearer t"), HeaderValue::from_static("k"), 1);
+    let source = || SecretSource::Env("CARGO_PKG_NAME".into());
+    let pair = Pair::load(&(source(), source())).unwrap();
+    let token = Token::new(HeaderValue::from_static("Bearer t"), &pair, 1);
     let lifetime = Duration::from_secs(600);
     let live = Live::new(token, lifetime, Plan::new(lifetime, 0.0), Moment::now());
     let minutes_later = Moment {

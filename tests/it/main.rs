@@ -33,6 +33,7 @@ mod logs;
 mod supervision;
 mod operations;
 mod secrets;
+mod quotes;
 mod budgets;
 mod hostile;
 mod kills;

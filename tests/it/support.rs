@@ -334,7 +334,7 @@ pub(crate) fn read_reply(stream: &mut TcpStream) -> Reply {
 
 /// The last reply in a text; nothing in one that is cut.
 pub(crate) fn parse_reply(text: &str) -> Reply {
-    const ALLOWED: [&str; 16] = [
+    const ALLOWED: [&str; 17] = [
         "allow",
         "connection",
         "content-length",
@@ -349,6 +349,7 @@ pub(crate) fn parse_reply(text: &str) -> Reply {
         "x-gateway-request-id",
         "x-gateway-resolved",
         "x-gateway-retry",
+        "x-gateway-upstream-request-id",
         "x-request-id",
         "content-encoding",
     ];

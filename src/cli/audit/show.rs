@@ -51,6 +51,7 @@ fn line(record: &Value, id: &str) -> String {
             "stage",
             "status",
             "upstream_status",
+            "upstream_request_id",
             "result_code",
             "attempts",
             "note",

@@ -1,0 +1,209 @@
+//! The credential as something to look for in what the other side says: a server that echoes a request would give it away.
+
+use std::borrow::Cow;
+
+use memchr::{memchr, memchr_iter};
+use zeroize::Zeroizing;
+
+use super::Secret;
+use crate::config::Config;
+
+/// A shorter one is not looked for: it would be found where nobody quoted it.
+pub const SHORTEST: usize = 16;
+
+/// JSON within JSON is escaped once more; so deep is looked.
+const DEPTH: usize = 3;
+
+/// `\u00xx`: so many bytes may stand for one.
+const ESCAPED: usize = 6;
+
+/// Says which secrets of a configuration are too short to be looked for. One that cannot be read is not told here.
+pub fn notices(config: &Config) -> Vec<String> {
+    let secrets = config
+        .credentials
+        .iter()
+        .flat_map(|of| [(&of.name, "app key", &of.app_key), (&of.name, "app secret", &of.app_secret)]);
+    let short = secrets
+        .filter(|(.., source)| Secret::load(source).is_ok_and(|secret| secret.expose().len() < SHORTEST));
+    let notice = |(credential, what, _)| {
+        format!(
+            "the {what} of credential {credential} has fewer than {SHORTEST} bytes: replies that quote it are not noticed"
+        )
+    };
+    short.map(notice).collect()
+}
+
+/// What must not be quoted, in buffers that are overwritten.
+#[derive(Clone)]
+pub struct Needles(Vec<Needle>);
+
+#[derive(Clone)]
+struct Needle {
+    text: Zeroizing<Vec<u8>>,
+    /// The place of a byte that is rare in JSON and in headers.
+    rare: usize,
+}
+
+impl Needles {
+    /// Of these texts, those that are long enough.
+    pub fn new(texts: &[&[u8]]) -> Self {
+        let long = texts.iter().filter(|text| text.len() >= SHORTEST);
+        Self(long.map(|text| Needle::new(text)).collect())
+    }
+
+    /// Whether one of them stands in a text, literally or with JSON's escapes.
+    pub fn are_in(&self, text: &[u8]) -> bool {
+        if text.len() < SHORTEST {
+            return false;
+        }
+        let mut text = Cow::Borrowed(text);
+        for _ in 0..DEPTH {
+            if self.0.iter().any(|needle| needle.is_in(&text)) {
+                return true;
+            }
+            match memchr(b'\\', &text) {
+                Some(first) => text = Cow::Owned(unescaped(&text, first)),
+                None => return false,
+            }
+        }
+        self.0.iter().any(|needle| needle.is_in(&text))
+    }
+
+    /// How many bytes one of them may take, escaped once.
+    pub fn longest(&self) -> usize {
+        self.0.iter().map(|needle| ESCAPED * needle.text.len()).max().unwrap_or(0)
+    }
+}
+
+impl Needle {
+    fn new(text: &[u8]) -> Self {
+        let rarity = |byte: u8| match byte {
+            b'A'..=b'Z' => 2,
+            b'a'..=b'z' | b'-' => 1,
+            _ => 0,
+        };
+        let rare = (0..text.len()).max_by_key(|place| rarity(text[*place])).unwrap_or(0);
+        Self { text: Zeroizing::new(text.to_vec()), rare }
+    }
+
+    fn is_in(&self, text: &[u8]) -> bool {
+        text.len() >= self.text.len()
+            && memchr_iter(self.text[self.rare], text)
+                .filter_map(|place| text.get(place.checked_sub(self.rare)?..))
+                .any(|rest| rest.starts_with(&self.text))
+    }
+}
+
+/// A text without JSON's escapes, of which the first stands at `first`. What is no escape stays.
+fn unescaped(text: &[u8], first: usize) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(text.len());
+    let (mut rest, mut next) = (text, Some(first));
+    while let Some(place) = next {
+        plain.extend_from_slice(&rest[..place]);
+        rest = &rest[place + 1..];
+        rest = match rest {
+            [b'u', after @ ..] => match code_point(after) {
+                Some((character, after)) => {
+                    plain.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes());
+                    after
+                }
+                None => {
+                    plain.push(b'\\');
+                    rest
+                }
+            },
+            [escaped, after @ ..] => {
+                let byte = match escaped {
+                    b'b' => 8,
+                    b'f' => 12,
+                    b'n' => b'\n',
+                    b'r' => b'\r',
+                    b't' => b'\t',
+                    other => *other,
+                };
+                plain.push(byte);
+                after
+            }
+            [] => rest,
+        };
+        next = memchr(b'\\', rest);
+    }
+    plain.extend_from_slice(rest);
+    plain
+}
+
+/// The character of `\u` and what stands behind it.
+fn code_point(text: &[u8]) -> Option<(char, &[u8])> {
+    let unit = |text: &[u8]| -> Option<u32> {
+        let digits = text.get(..4).filter(|digits| digits.iter().all(u8::is_ascii_hexdigit))?;
+        u32::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
+    };
+    let (high, rest) = (unit(text)?, &text[4..]);
+    if let Some(character) = char::from_u32(high) {
+        return Some((character, rest));
+    }
+    let low = rest.strip_prefix(b"\\u").and_then(unit).filter(|low| (0xDC00..0xE000).contains(low));
+    match low.filter(|_| (0xD800..0xDC00).contains(&high)) {
+        Some(low) => Some((char::from_u32(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00))?, &rest[6..])),
+        None => Some((char::REPLACEMENT_CHARACTER, rest)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECRET: &str = "AbC/d\"e\\f+0123456789é\u{1F600}=";
+
+    /// Each character as `\u`.
+    fn spelled(text: &str) -> String {
+        text.encode_utf16().map(|unit| format!("\\u{unit:04x}")).collect()
+    }
+
+    #[test]
+    fn secret_is_found_literally_and_escaped() {
+        let needles = Needles::new(&[SECRET.as_bytes()]);
+        let escaped = serde_json::to_string(SECRET).unwrap();
+        let once = escaped.trim_matches('"');
+        let twice = serde_json::to_string(&format!("{{\"a\":{escaped}}}")).unwrap();
+        let upper = spelled(SECRET).to_uppercase().replace("\\U", "\\u");
+        for quoted in [
+            SECRET.to_owned(),
+            once.to_owned(),
+            once.replace('/', "\\/"),
+            spelled(SECRET),
+            upper,
+            twice.clone(),
+            serde_json::to_string(&twice).unwrap(),
+            format!("\\u00{SECRET}"),
+            format!("\\\\\\u0041{}", &once[1..]),
+        ] {
+            assert!(needles.are_in(quoted.as_bytes()), "{quoted}");
+            assert!(needles.are_in(format!("{{\"x\":\"{quoted}\\n\"}}").as_bytes()), "{quoted}");
+        }
+        for other in [&SECRET[1..], &SECRET[..SECRET.len() - 1], "", "\\", "\\u", "\\u12", "A\\"] {
+            assert!(!needles.are_in(format!("a text that holds no secret: {other}").as_bytes()), "{other}");
+        }
+    }
+
+    #[test]
+    fn needle_that_is_too_short_is_not_looked_for() {
+        let text = b"resultCode 0123456789abcdef";
+        assert!(Needles::new(&[b"0123456789abcdef"]).are_in(text), "the control");
+        assert!(!Needles::new(&[b"123456789abcdef"]).are_in(text));
+    }
+
+    #[test]
+    fn what_is_left_of_a_text_without_escapes_is_what_json_says() {
+        for text in ["", "plain", SECRET, "\u{8}\u{c}\n\r\t\u{0}", "\u{FFFF}\u{10000}\u{10FFFF}"] {
+            for json in [serde_json::to_string(text).unwrap(), format!("\"{}\"", spelled(text))] {
+                let first = memchr(b'\\', json.as_bytes()).unwrap_or(json.len());
+                let plain = match first < json.len() {
+                    true => unescaped(json.as_bytes(), first),
+                    false => json.into_bytes(),
+                };
+                assert_eq!(plain, format!("\"{text}\"").into_bytes());
+            }
+        }
+    }
+}
