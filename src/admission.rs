@@ -4,6 +4,8 @@
 //! read. Guarantees that whoever passes is exactly one configured caller, speaks to a name of this
 //! listener, and is not a browser. Does not decide what the caller may do: that is `route`.
 
+mod shares;
+
 use std::{
     collections::HashMap,
     fmt,
@@ -24,6 +26,8 @@ use crate::{
     headers::Inbound,
     rate_limit::Limiter,
 };
+use shares::Shares;
+pub(crate) use shares::{Stranger, Unproven};
 
 /// Who is at the other end of a connection, as the kernel tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -235,6 +239,16 @@ impl Admission {
         found.map(Known).ok_or(Denied::Caller)
     }
 
+    /// Whether a caller is known by its address or user.
+    pub(crate) fn knows(&self, peer: Peer) -> bool {
+        self.find(peer).is_some()
+    }
+
+    /// Whether a caller is known by the names in its certificate.
+    pub(crate) fn knows_name(&self, names: &[String]) -> bool {
+        self.find_name(names).is_some()
+    }
+
     /// A certificate that names two callers is neither's.
     fn find_name(&self, names: &[String]) -> Option<&Arc<Caller>> {
         let mut found = names.iter().filter_map(|name| self.names.get(name));
@@ -364,6 +378,7 @@ pub struct Bounds {
     in_flight: AtomicUsize,
     max_connections: usize,
     max_in_flight: usize,
+    shares: Arc<Shares>,
     alive: mpsc::WeakSender<()>,
 }
 
@@ -393,6 +408,7 @@ impl Bounds {
             in_flight: AtomicUsize::new(0),
             max_connections: server.max_connections,
             max_in_flight: server.max_in_flight,
+            shares: Arc::new(Shares::new(server.max_connections)),
             alive: alive.downgrade(),
         }
     }
@@ -403,6 +419,16 @@ impl Bounds {
         let surplus = room.is_err();
         let room = room.or_else(|_| self.take(|bounds| &bounds.surplus, MAX_SURPLUS))?;
         Ok(Place { surplus, _room: room })
+    }
+
+    /// A place for a connection of which no caller is known; `None`: strangers, or those of its address or user, have no more.
+    pub(crate) fn stranger(&self, peer: Peer) -> Option<Stranger> {
+        self.shares.stranger(peer)
+    }
+
+    /// A place for a handshake that must show a certificate.
+    pub(crate) fn unproven(&self) -> Unproven {
+        self.shares.unproven()
     }
 
     /// Room for a request. It goes with the exchange, so that a stop waits for an exchange whose caller left.

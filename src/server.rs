@@ -245,9 +245,19 @@ async fn accept(
         };
         match accepted {
             Ok((stream, peer)) => {
+                // Who is over a bound is closed before the next one is accepted, so that strangers use up no files.
+                let asks = listener.tls.as_ref().is_some_and(|tls| tls.asks_for_certificates());
+                let stranger = if asks || gateway.state.load().admission.knows(peer) {
+                    None
+                } else if let Some(stranger) = gateway.bounds.stranger(peer) {
+                    Some(stranger)
+                } else {
+                    gateway.metrics.connection_closed("too_many_strangers");
+                    continue;
+                };
                 let Ok(place) = gateway.bounds.connection() else {
                     gateway.metrics.connection_closed("overloaded");
-                    continue; // closed before the next one is accepted, so that strangers use up no files
+                    continue;
                 };
                 let served = connection::serve(
                     gateway.clone(),
@@ -261,7 +271,7 @@ async fn accept(
                 let alive = alive.clone();
                 tokio::spawn(async move {
                     served.await;
-                    drop(alive);
+                    drop((stranger, alive));
                 });
             }
             // A connection that was gone before it was accepted is no reason to pause; no file

@@ -33,7 +33,7 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use crate::{
-    admission::{Hosts, Peer, Place},
+    admission::{Hosts, Peer, Place, Unproven},
     clock::{self, nanos_of},
     config,
     gateway::{Arrival, Gateway},
@@ -308,17 +308,29 @@ pub async fn serve(
     }
     let (stream, certificate) = match (stream, tls) {
         (Stream::Tcp(stream), Some(tls)) => {
-            let shaken = Box::pin(shake_hands(&tls, stream, deadlines.header, stop.clone())).await;
-            match shaken {
+            let unproven = tls.asks_for_certificates().then(|| gateway.bounds.unproven());
+            let shaken = shake_hands(&tls, stream, deadlines.header, stop.clone(), unproven);
+            match Box::pin(shaken).await {
                 Ok((stream, certificate)) => (Stream::Tls(stream), certificate),
                 Err(error) => {
-                    gateway.metrics.connection_closed("tls_failed");
+                    let is_displaced = error.kind() == io::ErrorKind::ConnectionAborted;
+                    let reason = if is_displaced { "too_many_handshakes" } else { "tls_failed" };
+                    gateway.metrics.connection_closed(reason);
                     tracing::debug!(%peer, %error, "no TLS");
                     return;
                 }
             }
         }
         (stream, _) => (stream, None),
+    };
+    let names = certificate.as_ref().map(Certificate::names);
+    let _stranger = if names.is_none_or(|names| gateway.state.load().admission.knows_name(names)) {
+        None
+    } else if let Some(stranger) = gateway.bounds.stranger(peer) {
+        Some(stranger)
+    } else {
+        gateway.metrics.connection_closed("too_many_strangers");
+        return;
     };
     let watch = Arc::new(Watch::new());
     let socket = Watched { stream, watch: watch.clone(), linger: None, reset: None };
@@ -391,7 +403,14 @@ async fn shake_hands(
     stream: TcpStream,
     header: u64,
     mut stop: watch::Receiver<Stop>,
+    mut unproven: Option<Unproven>,
 ) -> io::Result<(Box<TlsStream<TcpStream>>, Option<Certificate>)> {
+    let displaced = async {
+        match &mut unproven {
+            Some(unproven) => unproven.displaced().await,
+            None => std::future::pending().await,
+        }
+    };
     let late = async {
         tokio::select! {
             () = sleep(Duration::from_nanos(header)) => {}
@@ -405,6 +424,7 @@ async fn shake_hands(
         biased;
         shaken = tls.accept(stream) => shaken?,
         () = late => return Err(io::ErrorKind::TimedOut.into()),
+        () = displaced => return Err(io::ErrorKind::ConnectionAborted.into()),
     };
     Ok((Box::new(stream), certificate))
 }

@@ -104,6 +104,11 @@ impl Tls {
         Ok(Arc::new(Self { files: files.clone(), current: ArcSwap::from_pointee(current) }))
     }
 
+    /// Whether callers are known by their certificates.
+    pub fn asks_for_certificates(&self) -> bool {
+        self.files.client_ca_file.is_some()
+    }
+
     /// Shakes hands. Returns the caller's certificate, too, where one is asked for.
     pub async fn accept(
         self: &Arc<Self>,

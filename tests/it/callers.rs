@@ -74,7 +74,7 @@ impl Ca {
     }
 
     /// A revocation list of these serial numbers.
-    fn revoke(&self, serials: &[u64], until: i32) -> String {
+    pub(crate) fn revoke(&self, serials: &[u64], until: i32) -> String {
         let revoked = |serial: &u64| RevokedCertParams {
             serial_number: SerialNumber::from(*serial),
             revocation_time: date_time_ymd(2024, 1, 1),
@@ -120,7 +120,7 @@ impl Ca {
     }
 
     /// The example request; `None` if there is no TLS with this identity.
-    fn call(&self, address: SocketAddr, identity: Option<&Identity>) -> Option<Reply> {
+    pub(crate) fn call(&self, address: SocketAddr, identity: Option<&Identity>) -> Option<Reply> {
         let mut stream = self.connect(address, identity).unwrap();
         stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).ok()?;
         let mut bytes = Vec::new();
@@ -169,11 +169,15 @@ fn listener(folder: &TempDir, identity: &Identity, more: &str) -> String {
 }
 
 /// A gateway whose second listener asks for certificates of `ca`, but for those on the list.
-fn start_with_certificates(sandbox: &ccsqm_gateway::sandbox::Sandbox, ca: &Ca, list: &str) -> Gateway {
+pub(crate) fn start_with_certificates(
+    sandbox: &ccsqm_gateway::sandbox::Sandbox,
+    ca: &Ca,
+    list: &str,
+) -> Gateway {
     start_with_certificates_and(sandbox, ca, list, Setup::default())
 }
 
-fn start_with_certificates_and(
+pub(crate) fn start_with_certificates_and(
     sandbox: &ccsqm_gateway::sandbox::Sandbox,
     ca: &Ca,
     list: &str,

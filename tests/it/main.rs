@@ -9,6 +9,7 @@ mod http2_upstream;
 
 mod admission;
 mod callers;
+mod strangers;
 mod body;
 mod contract;
 mod idempotency;
