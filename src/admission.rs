@@ -4,6 +4,7 @@
 //! read. Guarantees that whoever passes is exactly one configured caller, speaks to a name of this
 //! listener, and is not a browser. Does not decide what the caller may do: that is `route`.
 
+mod budget;
 mod shares;
 
 use std::{
@@ -26,6 +27,8 @@ use crate::{
     headers::Inbound,
     rate_limit::Limiter,
 };
+use budget::Budget;
+pub(crate) use budget::Part;
 use shares::Shares;
 pub(crate) use shares::{Stranger, Unproven};
 
@@ -379,6 +382,7 @@ pub struct Bounds {
     max_connections: usize,
     max_in_flight: usize,
     shares: Arc<Shares>,
+    unfinished: Arc<Budget>,
     alive: mpsc::WeakSender<()>,
 }
 
@@ -409,6 +413,7 @@ impl Bounds {
             max_connections: server.max_connections,
             max_in_flight: server.max_in_flight,
             shares: Arc::new(Shares::new(server.max_connections)),
+            unfinished: Budget::new(server.max_unfinished),
             alive: alive.downgrade(),
         }
     }
@@ -429,6 +434,11 @@ impl Bounds {
     /// A place for a handshake that must show a certificate.
     pub(crate) fn unproven(&self) -> Unproven {
         self.shares.unproven()
+    }
+
+    /// What a head or a body that begins may hold.
+    pub(crate) fn unfinished(&self) -> Part {
+        self.unfinished.part()
     }
 
     /// Room for a request. It goes with the exchange, so that a stop waits for an exchange whose caller left.

@@ -288,6 +288,10 @@ pub struct Server {
     pub max_in_flight: usize,
     /// Bytes of one body.
     pub max_body: usize,
+    /// Bytes of a head.
+    pub max_head: usize,
+    /// Bytes of all unfinished heads and bodies together, beyond the first 4 KiB of each.
+    pub max_unfinished: usize,
     /// From the first byte of a head to its last.
     pub header_timeout: Duration,
     /// From the end of the head to the end of the body.

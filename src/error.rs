@@ -511,6 +511,7 @@ impl From<NotReceived> for Error {
             NotReceived::Expectation => Code::ExpectationFailed,
             NotReceived::MediaType | NotReceived::ContentCoding => Code::MediaTypeUnsupported,
             NotReceived::TooLarge(_) => Code::BodyTooLarge,
+            NotReceived::NoRoom => Code::Overloaded,
             NotReceived::Timeout(_) => Code::BodyTimeout,
             NotReceived::Incomplete => Code::BodyIncomplete,
             NotReceived::Trailers => Code::Trailers,

@@ -165,7 +165,7 @@ impl Gateway {
 
         record.enter(Stage::Contract);
         let Checked { result, large_ids } =
-            route.contract.check(receive(head, body, state.body).await?, caller.bare_ids);
+            route.contract.check(receive(head, body, state.body, &self.bounds).await?, caller.bare_ids);
         if large_ids > 0 {
             self.large_ids(caller, &route.name, record.id(), large_ids);
         }

@@ -68,6 +68,8 @@ impl Config {
                 "max_connections": server.max_connections,
                 "max_in_flight": server.max_in_flight,
                 "max_body": size(server.max_body as u64),
+                "max_head": size(server.max_head as u64),
+                "max_unfinished": size(server.max_unfinished as u64),
                 "header_timeout": duration(server.header_timeout),
                 "body_timeout": duration(server.body_timeout),
                 "idle_timeout": duration(server.idle_timeout),

@@ -216,6 +216,10 @@ fn read_server(context: &mut Context<'_>, root: &mut Table) -> Server {
         max_in_flight: table.integer(context, "max_in_flight", 1024, 1..=100_000),
         max_body: usize::try_from(table.size(context, "max_body", 256 * 1024, ("1KiB", "16MiB")))
             .unwrap_or(usize::MAX),
+        max_head: usize::try_from(table.size(context, "max_head", 16 * 1024, ("8KiB", "64KiB")))
+            .unwrap_or(usize::MAX),
+        max_unfinished: usize::try_from(table.size(context, "max_unfinished", 32 << 20, ("1MiB", "16GiB")))
+            .unwrap_or(usize::MAX),
         header_timeout: table.duration(context, "header_timeout", "10s", ("100ms", "5m")),
         body_timeout: table.duration(context, "body_timeout", "10s", ("100ms", "5m")),
         idle_timeout: table.duration(context, "idle_timeout", "60s", ("100ms", "1h")),

@@ -13,7 +13,7 @@ use hyper::body::{Body, Incoming};
 use thiserror::Error;
 use tokio::time::timeout;
 
-use crate::headers::Inbound;
+use crate::{admission::Bounds as Room, headers::Inbound};
 
 /// Why a body was not received.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -30,6 +30,9 @@ pub enum NotReceived {
     /// Larger than `max_body` bytes.
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
+    /// Unfinished heads and bodies hold as much as they may.
+    #[error("the gateway holds as many unfinished requests as it may; call again shortly")]
+    NoRoom,
     /// Not whole within `body_timeout`.
     #[error("the body did not arrive within {0:?}")]
     Timeout(Duration),
@@ -53,12 +56,18 @@ pub struct Bounds {
 
 /// Receives a whole body. What the head alone rules out is refused before a byte is read, so that a caller
 /// that waits for `100 Continue` sends nothing in vain.
-pub async fn receive(head: &Inbound<'_>, body: &mut Incoming, bounds: Bounds) -> Result<Bytes, NotReceived> {
+/// What there is of a body that is not whole yet takes `room`.
+pub(crate) async fn receive(
+    head: &Inbound<'_>,
+    body: &mut Incoming,
+    bounds: Bounds,
+    room: &Room,
+) -> Result<Bytes, NotReceived> {
     check_head(head)?;
     if body.size_hint().lower() > bounds.size as u64 {
         return Err(NotReceived::TooLarge(bounds.size));
     }
-    let mut collected = pin!(collect(body, bounds.size));
+    let mut collected = pin!(collect(body, bounds.size, room));
     // Most bodies come with their head: those need no timer.
     if let Poll::Ready(received) = poll_fn(|cx| Poll::Ready(collected.as_mut().poll(cx))).await {
         return received;
@@ -95,9 +104,10 @@ fn is_utf8_charset(parameter: &str) -> bool {
     name.eq_ignore_ascii_case("charset") && value.trim_matches('"').eq_ignore_ascii_case("utf-8")
 }
 
-async fn collect(body: &mut Incoming, limit: usize) -> Result<Bytes, NotReceived> {
+async fn collect(body: &mut Incoming, limit: usize, room: &Room) -> Result<Bytes, NotReceived> {
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
+    let mut held = None;
     // Of a body whose length is known, nothing comes behind its last byte.
     while !body.is_end_stream()
         && let Some(frame) = body.frame().await
@@ -106,6 +116,9 @@ async fn collect(body: &mut Incoming, limit: usize) -> Result<Bytes, NotReceived
         let data = frame.into_data().map_err(|_| NotReceived::Trailers)?;
         if first.len() + rest.len() + data.len() > limit {
             return Err(NotReceived::TooLarge(limit));
+        }
+        if !body.is_end_stream() && !held.get_or_insert_with(|| room.unfinished()).grow(data.len()) {
+            return Err(NotReceived::NoRoom);
         }
         if first.is_empty() {
             first = data; // the common case: one piece, passed on without a copy

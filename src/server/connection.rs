@@ -7,6 +7,7 @@
 
 use std::{
     convert::Infallible,
+    error::Error as _,
     future::{Future, poll_fn},
     io,
     os::fd::AsFd,
@@ -33,7 +34,7 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use crate::{
-    admission::{Hosts, Peer, Place, Unproven},
+    admission::{Hosts, Part, Peer, Place, Unproven},
     clock::{self, nanos_of},
     config,
     gateway::{Arrival, Gateway},
@@ -43,9 +44,6 @@ use crate::{
         tls::{Certificate, Tls},
     },
 };
-
-/// A head may be this large; hyper answers a larger one with 431.
-const MAX_HEAD: usize = 64 * 1024;
 
 /// How long and how much a closing connection is read on, so that the caller receives the last answer.
 const LINGER_TIME: Duration = Duration::from_secs(1);
@@ -69,17 +67,20 @@ const STOP_HEADER: u64 = 1_000_000_000;
 /// What the last answer of a connection says.
 const CLOSE: HeaderValue = HeaderValue::from_static("close");
 
-/// The deadlines of a connection, in nanoseconds.
+/// The deadlines of a connection, in nanoseconds, and how large a head may be.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
     header: u64,
     idle: u64,
+    /// hyper answers a larger one with 431.
+    max_head: usize,
 }
 
 impl Deadlines {
     /// From the configuration.
     pub fn new(server: &config::Server) -> Self {
-        Self { header: nanos_of(server.header_timeout), idle: nanos_of(server.idle_timeout) }
+        let (header, idle) = (nanos_of(server.header_timeout), nanos_of(server.idle_timeout));
+        Self { header, idle, max_head: server.max_head }
     }
 }
 
@@ -113,6 +114,10 @@ struct Watch {
     since: AtomicU64,
     /// The caller may still be sending what nobody reads.
     unread: AtomicBool,
+    /// What there is of a head.
+    head: Part,
+    /// There was no room for the last piece of it.
+    has_no_room: AtomicBool,
     presence: Presence,
 }
 
@@ -178,15 +183,23 @@ impl Presence {
 }
 
 impl Watch {
-    fn new() -> Self {
+    fn new(head: Part) -> Self {
         let watch = Self {
             phase: AtomicU8::new(0),
             since: AtomicU64::new(0),
             unread: AtomicBool::new(false),
+            head,
+            has_no_room: AtomicBool::new(false),
             presence: Presence::default(),
         };
         watch.enter(Phase::Head); // a new connection has as long for its first head as a begun one
         watch
+    }
+
+    fn has_whole_head(&self) {
+        self.enter(Phase::Busy);
+        self.head.finish();
+        self.has_no_room.store(false, Ordering::Relaxed);
     }
 
     fn enter(&self, phase: Phase) {
@@ -332,11 +345,11 @@ pub async fn serve(
         gateway.metrics.connection_closed("too_many_strangers");
         return;
     };
-    let watch = Arc::new(Watch::new());
+    let watch = Arc::new(Watch::new(gateway.bounds.unfinished()));
     let socket = Watched { stream, watch: watch.clone(), linger: None, reset: None };
     let (gateway, hosts, watch, certificate) = (&*gateway, &*hosts, &*watch, certificate.as_ref());
     let service = service_fn(|request| {
-        watch.enter(Phase::Busy);
+        watch.has_whole_head();
         async move {
             let names = certificate.map(Certificate::names);
             let from = Arrival { peer, names, hosts, presence: &watch.presence, surplus };
@@ -356,8 +369,8 @@ pub async fn serve(
             .half_close(true)
             .keep_alive(!surplus)
             .writev(false) // one buffer and send(2) cost less than two and writev(2)
-            .max_buf_size(MAX_HEAD)
-            .max_header_size(MAX_HEAD) // by itself the bound above lets a head of twice the size pass
+            .max_buf_size(deadlines.max_head)
+            .max_header_size(deadlines.max_head) // by itself the bound above lets a head of twice the size pass
             .serve_connection(TokioIo::new(socket), service)
     );
     let mut alarm = Alarm::new();
@@ -369,6 +382,8 @@ pub async fn serve(
                 if let Err(error) = ended {
                     if error.is_parse() {
                         gateway.metrics.connection_closed("head_invalid");
+                    } else if has_no_room(&error) {
+                        gateway.metrics.connection_closed("too_many_unfinished");
                     }
                     tracing::debug!(%peer, %error, "connection ended");
                 }
@@ -395,6 +410,12 @@ pub async fn serve(
         Poll::Pending
     })
     .await;
+}
+
+/// Whether a connection ended because unfinished heads hold as much as they may.
+fn has_no_room(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::OutOfMemory)
 }
 
 /// Who stops or is over a cap gives a handshake no longer than a head.
@@ -457,6 +478,10 @@ impl AsyncRead for Watched {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // With the last piece the head may have been whole: only one that needs more ends here.
+        if self.watch.has_no_room.load(Ordering::Relaxed) && self.watch.is(Phase::Head) {
+            return Poll::Ready(Err(io::ErrorKind::OutOfMemory.into()));
+        }
         let before = buf.filled().len();
         let read = ready!(self.stream.poll_read(cx, buf));
         // The end of a TLS stream without close_notify is an error, too, and no reset.
@@ -467,6 +492,9 @@ impl AsyncRead for Watched {
         if buf.filled().len() > before && self.watch.is(Phase::Idle) {
             self.watch.was_delivered();
             self.watch.enter(Phase::Head);
+        }
+        if self.watch.is(Phase::Head) && !self.watch.head.grow(buf.filled().len() - before) {
+            self.watch.has_no_room.store(true, Ordering::Relaxed);
         }
         Poll::Ready(Ok(()))
     }

@@ -318,7 +318,7 @@ fn a_head_that_is_too_large_or_no_http_is_refused_and_counted() {
         let frame = head(BODY.len(), "x-large: \r\n").len();
         gateway.post_with(&format!("x-large: {}\r\n", "x".repeat(size - frame))).status
     };
-    assert_eq!([sized(8_000), sized(64 * 1024), sized(64 * 1024 + 1)], [200, 200, 431]);
+    assert_eq!([sized(8_000), sized(16 * 1024), sized(16 * 1024 + 1)], [200, 200, 431]);
 }
 
 #[test]

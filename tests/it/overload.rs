@@ -328,6 +328,50 @@ fn ten_thousand_idle_connections_and_a_thousand_slow_ones_cost_a_good_caller_not
     assert!(each < 40_000, "{each} bytes for an idle connection");
 }
 
+#[test]
+fn unfinished_heads_and_bodies_stay_within_the_memory_of_the_examples() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let most = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() / 1024
+    };
+    let send = |text: &str| {
+        let mut stream = TcpStream::connect(gateway.address).unwrap();
+        let _ = stream.write_all(text.as_bytes()); // one without room is closed meanwhile
+        stream
+    };
+    let closed = |reason: &str| {
+        let metrics = gateway.admin("/metrics").body;
+        let name = format!("ccsqm_gateway_connections_closed_total{{reason=\"{reason}\"}} ");
+        metrics
+            .lines()
+            .find_map(|line| line.strip_prefix(&name))
+            .map_or(0, |count| count.parse::<usize>().unwrap())
+    };
+    let half_head = head(0, &format!("x-long: {}", "x".repeat(16_000)))[..16_000].to_owned();
+    let heads: Vec<_> = (0..4096).map(|_| send(&half_head)).collect();
+    wait_for("the end of heads without room", || (closed("too_many_unfinished") > 500).then_some(()));
+    assert_eq!(gateway.call().outcome(), "succeeded", "while heads hold all that they may");
+    drop(heads);
+    wait_for("their end", || gateway.admin("/metrics").body.contains("_connections 0\n").then_some(()));
+    let half_body = head(256 * 1024, "") + &" ".repeat(255 * 1024);
+    let mut bodies: Vec<_> = (0..4000).map(|_| send(&half_body)).collect();
+    assert_eq!(gateway.call().outcome(), "succeeded", "while bodies hold all that they may");
+    let reply = read_reply(bodies.last_mut().unwrap());
+    assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "overloaded", "not_sent"));
+    drop(bodies);
+    let begun = Instant::now();
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?} for 1 s", begun.elapsed());
+    assert!(most() < 256, "{} MiB", most());
+    let body = format!("{BODY}{}", " ".repeat(200 * 1024));
+    assert_eq!(gateway.post(&body).outcome(), "succeeded", "what they held was given back");
+}
+
 /// A machine that was suspended is one whose wall clock has jumped.
 #[test]
 fn jumps_of_the_wall_clock_change_nothing_but_the_token() {

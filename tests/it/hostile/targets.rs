@@ -181,8 +181,8 @@ pub(super) fn targets() -> Vec<Case> {
         PATH.replace("appoint", "\u{c3}\u{a0}ppoint"),
     ];
     cases.extend(spellings.iter().map(|text| target(text, &["404 route_unknown"])));
-    cases.push(target(&format!("/{}", "x".repeat(60_000)), &["404 route_unknown"]));
-    cases.push(target(&format!("{{}}{}", "/x".repeat(20_000)), &["404 route_unknown"]));
+    cases.push(target(&format!("/{}", "x".repeat(15_000)), &["404 route_unknown"]));
+    cases.push(target(&format!("{{}}{}", "/x".repeat(7_000)), &["404 route_unknown"]));
     cases.push(target(&format!("/{}", "x".repeat(64 * 1024)), &["431 bare"]));
     // Nobody sends a fragment; it is cut off before we see it, and what goes out is our own target.
     cases.push(target("{}#x", ONE));
