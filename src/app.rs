@@ -104,6 +104,7 @@ impl App {
             queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
             intent_deadline: INTENT_DEADLINE,
             shown: audit::SHOWN.map(|name| config.audit.shown(name)),
+            refusals: config.audit.refusals,
             retain: config.audit.retain.map(|retain| retain + RETAIN_SLACK),
             window: config.idempotency.window,
             low_water: LOW_WATER,

@@ -14,6 +14,7 @@ mod clocks;
 mod directory;
 pub mod history;
 pub mod init;
+mod folds;
 mod lane;
 mod ledger;
 mod line;
@@ -57,6 +58,7 @@ use chain::{KeyError, Keys};
 pub use clocks::ClockDoubt;
 use clocks::Clocks;
 use directory::Directory;
+pub use folds::RefusalBudget;
 use init::Absent;
 use lane::Lane;
 use lock::{Lock, Statement};
@@ -99,6 +101,8 @@ pub struct Options {
     pub shown: [Shown; SHOWN.len()],
     /// How long records are kept, at least; `None`: for ever.
     pub retain: Option<Duration>,
+    /// How many bytes refusals may take an hour.
+    pub refusals: RefusalBudget,
     /// The idempotency window: a trail without a record in it makes the clock doubtful, and no younger record is removed.
     pub window: Duration,
     /// Below this much free space, in bytes, refusals are no longer recorded: no stranger may fill the disk.
@@ -132,6 +136,7 @@ impl Options {
             intent_deadline: Duration::ZERO,
             shown: Default::default(),
             retain: None,
+            refusals: RefusalBudget::default(),
             window: Duration::ZERO,
             low_water: 0,
             accept_loss: None,
@@ -153,6 +158,7 @@ impl Options {
             intent_deadline: Duration::from_secs(5),
             shown: Default::default(),
             retain: None,
+            refusals: RefusalBudget::default(),
             window: Duration::ZERO,
             low_water: 0,
             accept_loss: None,
@@ -380,7 +386,7 @@ impl Audit {
         let keys = Arc::new(keys);
         let Recovered { writer, begun, unresolved, damage } =
             recover(options, keys.clone(), (directory, lock), &statement).map_err(fail)?;
-        let shared = Arc::new(Shared::new(metrics, options.queue, begun, unresolved));
+        let shared = Arc::new(Shared::new(metrics, (options.queue, options.refusals), begun, unresolved));
         let clocks = writer.clocks.clone();
         clocks.look(&shared);
         if let Some(aside) = aside {

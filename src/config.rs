@@ -25,7 +25,7 @@ use std::{
 use http::{HeaderMap, HeaderName, StatusCode};
 use serde_json::json;
 
-use crate::audit::Durability;
+use crate::audit::{Durability, RefusalBudget};
 pub use effective::Access;
 use peer::meets_loopback;
 pub use peer::{DNS, PeerRule, SPIFFE};
@@ -479,6 +479,8 @@ pub struct Audit {
     pub segment_size: u64,
     /// How long records are kept, at least; `None`: for ever.
     pub retain: Option<Duration>,
+    /// How many bytes refusals may take an hour.
+    pub refusals: RefusalBudget,
     /// The chain's key. `None`: one is made in the directory.
     pub key_file: Option<PathBuf>,
     /// How members of a record are written; others are written in clear.

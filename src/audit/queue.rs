@@ -3,8 +3,6 @@
 
 use std::{
     cell::Cell,
-    collections::HashMap,
-    net::IpAddr,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -18,20 +16,13 @@ use uuid::Uuid;
 use super::{
     Metrics, Unavailable,
     batch::Batch,
+    folds::{Folds, RefusalBudget},
     lane::Lane,
-    record::{Entry, Facts, Refusal, Why},
+    record::{Entry, Facts, Why},
     sync::Syncs,
     unresolved::UnresolvedList,
 };
 use crate::{clock, supervisor::Vital};
-
-/// Refusals of one kind that are recorded in full each second; the rest of the second is one record.
-const FULL_REFUSALS: u32 = 10;
-
-/// So many kinds of strangers' refusals are told apart each second; further strangers share one kind a code.
-/// Addresses cost a stranger nothing, so their number must not decide how fast the trail grows. Callers are
-/// as many as are configured.
-const STRANGERS: usize = 10;
 
 /// Beyond so many bytes that wait for the disk no intent is queued: records name up to a thousand inspectors each.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
@@ -99,21 +90,6 @@ struct Queue {
     folds: Folds,
 }
 
-/// The refusals of the present second.
-struct Folds {
-    since: Instant,
-    kinds: HashMap<(Who, Why), Fold>,
-    strangers: usize,
-    /// Refusals that were not recorded since the last record that says so.
-    unrecorded: u64,
-}
-
-#[derive(Default)]
-struct Fold {
-    seen: u32,
-    more: Option<Refusal>,
-}
-
 /// What a new segment is to carry over from those before it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Carried {
@@ -133,18 +109,14 @@ pub(super) enum Next {
     End,
 }
 
-/// Whose refusals are folded together.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Who {
-    Caller(Arc<str>),
-    Address(IpAddr),
-    Uid(u32),
-    Others,
-}
-
 impl Shared {
     /// Behind the record of this number.
-    pub(super) fn new(metrics: Metrics, capacity: usize, seq: u64, unresolved: UnresolvedList) -> Self {
+    pub(super) fn new(
+        metrics: Metrics,
+        (capacity, refusals): (usize, RefusalBudget),
+        seq: u64,
+        unresolved: UnresolvedList,
+    ) -> Self {
         Self {
             queue: Mutex::new(Queue {
                 batch: Batch::behind(seq),
@@ -152,7 +124,7 @@ impl Shared {
                 deferred: None,
                 reserved: 0,
                 closing: false,
-                folds: Folds { since: Instant::now(), kinds: HashMap::new(), strangers: 0, unrecorded: 0 },
+                folds: Folds::new(refusals),
             }),
             filled: Condvar::new(),
             safe: Arc::new(AtomicU64::new(seq)),
@@ -265,7 +237,7 @@ impl Shared {
     /// outcomes.
     pub(super) fn push_refusal(&self, facts: Box<Facts>, why: Why, status: u16) {
         let mut queue = self.lock();
-        if queue.folds.since.elapsed() >= SECOND {
+        if queue.folds.is_due() {
             queue.fold_up(&self.metrics);
             if self.takes_refusals(&queue) {
                 queue.close_gap();
@@ -276,23 +248,8 @@ impl Shared {
             self.metrics.dropped.inc();
             return;
         }
-        let who = queue.folds.place(facts.who(), why);
-        let several = who == Who::Others;
-        let fold = queue.folds.kinds.entry((who, why)).or_default();
-        fold.seen += 1;
-        let full = fold.seen <= FULL_REFUSALS;
-        match &mut fold.more {
-            Some(more) => more.count += 1,
-            more => {
-                let time = clock::unix_nanos() / 1000;
-                let refusal = Refusal { time, facts, why, status, count: 1, several: several && !full };
-                if full {
-                    queue.batch.push(&Entry::Refusal(&refusal));
-                } else {
-                    *more = Some(refusal);
-                }
-            }
-        }
+        let Queue { folds, batch, .. } = &mut *queue;
+        folds.push(facts, (why, status), batch, &self.metrics);
         self.filled(queue);
     }
 
@@ -308,7 +265,7 @@ impl Shared {
         let begun = Instant::now();
         loop {
             let pending = queue.folds.is_pending() && self.takes_refusals(&queue);
-            if pending && queue.folds.since.elapsed() >= SECOND {
+            if pending && queue.folds.is_due() {
                 queue.fold_up(&self.metrics);
                 queue.close_gap();
             }
@@ -376,6 +333,7 @@ impl Shared {
     pub(super) fn close(&self) {
         let mut queue = self.lock();
         queue.fold_up(&self.metrics);
+        queue.end_hour();
         queue.close_gap();
         queue.batch.event("stop", json!({}));
         queue.closing = true;
@@ -443,6 +401,18 @@ impl Shared {
 }
 
 impl Queue {
+    fn fold_up(&mut self, metrics: &Metrics) {
+        self.folds.fold_up(&mut self.batch, metrics);
+    }
+
+    fn end_hour(&mut self) {
+        self.folds.end_hour(&mut self.batch);
+    }
+
+    fn close_gap(&mut self) {
+        self.folds.close_gap(&mut self.batch);
+    }
+
     /// Whether waking the writer may be deferred once more.
     fn may_wait(&mut self) -> bool {
         let now = clock::nanos();
@@ -452,44 +422,5 @@ impl Queue {
             self.deferred = None;
         }
         !is_overdue
-    }
-
-    /// The second is over: what was only counted becomes one record each.
-    fn fold_up(&mut self, metrics: &Metrics) {
-        self.folds.since = Instant::now();
-        self.folds.strangers = 0;
-        for (_, fold) in std::mem::take(&mut self.folds.kinds) {
-            if let Some(refusal) = fold.more {
-                metrics.folded.inc_by(refusal.count);
-                self.batch.push(&Entry::Refusal(&refusal));
-            }
-        }
-    }
-
-    /// Records how many refusals were not recorded.
-    fn close_gap(&mut self) {
-        let unrecorded = std::mem::take(&mut self.folds.unrecorded);
-        if unrecorded > 0 {
-            let what = "refusals were not recorded, for want of room or space";
-            self.batch.event("gap", json!({ "what": what, "count": unrecorded }));
-        }
-    }
-}
-
-impl Folds {
-    fn is_pending(&self) -> bool {
-        self.unrecorded > 0 || self.kinds.values().any(|fold| fold.more.is_some())
-    }
-
-    /// The kind under which a refusal is folded.
-    fn place(&mut self, who: Who, why: Why) -> Who {
-        if matches!(who, Who::Caller(_)) || self.kinds.contains_key(&(who.clone(), why)) {
-            return who;
-        }
-        if self.strangers == STRANGERS {
-            return Who::Others;
-        }
-        self.strangers += 1;
-        who
     }
 }

@@ -17,8 +17,8 @@ use super::{
     Audit, Kind, Permit, StoredReply, Unavailable,
     batch::Change,
     chain::{Hash, to_hex},
+    folds::Who,
     line::{Line, Second},
-    queue::Who,
     unresolved::{self, UnresolvedList},
 };
 use crate::{

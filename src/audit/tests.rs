@@ -649,7 +649,7 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
     let Recovered { mut writer, begun, unresolved, .. } = recover_trail(options);
     writer.clocks.know(Vec::new());
     prepare(&mut writer);
-    let shared = Shared::new(metrics(), 64, begun, unresolved);
+    let shared = Shared::new(metrics(), (64, RefusalBudget::default()), begun, unresolved);
     thread::scope(|scope| {
         scope.spawn(|| writer.run(&shared));
         for number in 1..=events {
@@ -743,7 +743,7 @@ fn no_wall_clock_takes_a_call_off_the_list_of_the_unresolved() {
             state: CallState::Undelivered,
             ..UnresolvedCall::of(uuid::Uuid::from_u128(5))
         };
-        let shared = Shared::new(metrics(), 64, begun, UnresolvedList::default());
+        let shared = Shared::new(metrics(), (64, RefusalBudget::default()), begun, UnresolvedList::default());
         shared.change_unresolved(|list| list.insert(call));
         shared.event("test", json!({}));
         shared.close();
@@ -1107,6 +1107,46 @@ fn refusals_of_many_strangers_are_folded_into_few_records() {
     let seconds = usize::try_from(begun.elapsed().as_secs()).unwrap() + 1;
     let several = refusals.iter().filter(|record| record["peers"] == "several").count();
     assert!(refusals.len() <= 61 * seconds && (1..=seconds).contains(&several), "{}", refusals.len());
+}
+
+/// Hours of a test last two seconds.
+#[test]
+fn refusals_beyond_the_budget_of_an_hour_are_counted_and_callers_have_a_budget_of_their_own() {
+    let folder = TempDir::new().unwrap();
+    let refusals = RefusalBudget { strangers: 8_000, callers: 20_000, hour: Duration::from_secs(2) };
+    let audit = start(&Options { queue: 100_000, refusals, ..Options::small(folder.path()) });
+    let (begun, mut sent) = (Instant::now(), [0_u64; 2]);
+    let mut address = 0;
+    while begun.elapsed() < Duration::from_secs(9) {
+        for _ in 0..50 {
+            address += 1;
+            let peer = Peer::Tcp((std::net::Ipv4Addr::from(0x0a00_0000 + address), 5000).into());
+            audit.open(peer).refuse(Code::HostUnknown, 421);
+            audit.open(peer).refuse(Code::CallerDenied, 403);
+            sent[0] += 2;
+        }
+        for code in [Code::RouteUnknown, Code::RateLimited] {
+            record(&audit).refuse(code, 404);
+            sent[1] += 1;
+        }
+        thread::sleep(Duration::from_millis(20)); // a flood that goes on for some hours
+    }
+    let hours = begun.elapsed().as_secs() / 2 + 1;
+    audit.close();
+    let refused: Vec<_> =
+        trail(folder.path()).into_iter().filter(|record| record["kind"] == "refusal").collect();
+    for (of, budget) in [(0, refusals.strangers), (1, refusals.callers)] {
+        let of: Vec<_> =
+            refused.iter().filter(|record| record.get("caller").is_some() == (of == 1)).collect();
+        let counts = of.iter().map(|record| record["count"].as_u64().unwrap_or(1)).sum::<u64>();
+        assert_eq!(counts, sent[usize::from(of[0].get("caller").is_some())], "each is counted");
+        let bytes = of.iter().map(|record| record.to_string().len() as u64).sum::<u64>();
+        // The last one that is recorded goes beyond the budget; then come one first and one sum for each code.
+        assert!(bytes < (budget + 5 * 700) * hours, "{bytes} in {hours} hours");
+        assert!(bytes > budget * (hours - 1) / 2, "what the budget allows is recorded: {bytes}");
+    }
+    let several = refused.iter().filter(|record| record["peers"] == "several");
+    assert!(several.count() as u64 >= hours, "what is counted becomes a record each hour");
 }
 
 #[test]

@@ -108,6 +108,8 @@ impl Config {
                 "durability": audit.durability.as_str(),
                 "segment_size": size(audit.segment_size),
                 "retain": audit.retain.map_or("forever".to_owned(), duration),
+                "stranger_refusals": size(audit.refusals.strangers),
+                "caller_refusals": size(audit.refusals.callers),
                 "key_file": audit.key_file.as_deref().map(whole_path),
                 "fields": audit.fields.iter().map(|(name, shown)| (name.clone(), json!(self::shown(*shown)))).collect::<Map<_, _>>(),
             },

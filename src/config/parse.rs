@@ -11,7 +11,7 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::{
-    audit::Durability,
+    audit::{Durability, RefusalBudget},
     connect::Identity,
     headers::{looks_like_credential, may_pass},
     server::tls::Tls,
@@ -659,6 +659,12 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
         table.path(context, "key_file").and_then(|found| good_file(context, found, files::audit_key));
     let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
     let fields = read_fields(context, &mut table);
+    let RefusalBudget { strangers, callers, hour } = RefusalBudget::default();
+    let refusals = RefusalBudget {
+        strangers: table.size(context, "stranger_refusals", strangers, ("64KiB", "1GiB")),
+        callers: table.size(context, "caller_refusals", callers, ("64KiB", "1GiB")),
+        hour,
+    };
     table.close(context);
     // A misspelt key, or one on a line that is no TOML, may be the one that says where the chain's key is.
     let may_be_named = context.is_doubtful("audit.key_file") || context.syntax != Syntax::Whole;
@@ -669,7 +675,7 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     {
         context.problem_at("audit.directory", reason);
     }
-    Audit { directory, must_exist, durability, segment_size, retain, key_file, fields }
+    Audit { directory, must_exist, durability, segment_size, retain, refusals, key_file, fields }
 }
 
 fn read_fields(context: &mut Context<'_>, table: &mut Table) -> Vec<(String, Shown)> {

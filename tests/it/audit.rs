@@ -745,6 +745,49 @@ fn a_flood_of_refused_requests_adds_less_than_a_megabyte_and_every_one_is_counte
     assert!(verify(&audit).0);
 }
 
+#[test]
+fn refusals_of_changing_strangers_stay_within_their_budget_and_displace_none_of_callers() {
+    let sandbox = sandbox();
+    let folder = start(&sandbox).kill();
+    let config = folder.path().join("gateway.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let text = text.replace("\"loopback\"", "\"127.0.0.1/32\"") + "[audit]\nstranger_refusals = \"64KiB\"\n";
+    fs::write(&config, text).unwrap();
+    let mut gateway = serve(&folder);
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+    let audit = gateway.audit_directory();
+    let size = || segments(&audit).iter().map(|path| fs::metadata(path).unwrap().len()).sum::<u64>();
+    let (before, begun) = (size(), Instant::now());
+    let request = format!("GET {PATH} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+    let ask = |source: Ipv4Addr| {
+        let mut stream = connect_from(source, gateway.address);
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).unwrap();
+        reply
+    };
+    let mut strangers = 0;
+    while begun.elapsed() < Duration::from_secs(8) {
+        strangers += 1;
+        let reply = ask(Ipv4Addr::from(0x7f01_0000 + strangers));
+        assert!(reply.contains("caller_denied"), "{reply}");
+    }
+    let reply = ask(Ipv4Addr::LOCALHOST);
+    assert!(reply.contains("method_not_allowed"), "{reply}");
+    let added = size() - before;
+    assert!(strangers > 1000 && added < 64 * 1024 + 4096, "{added} bytes for {strangers} refusals");
+    wait_for("the caller's refusal", || {
+        let refusals = records(&audit, "refusal");
+        refusals.iter().any(|record| record["caller"] == "qa-console").then_some(())
+    });
+    gateway.signal("-TERM");
+    assert!(gateway.wait().success());
+    let count = |record: &Value| record["count"].as_u64().unwrap_or(1);
+    let denied = records(&audit, "refusal").into_iter().filter(|record| record["code"] == "caller_denied");
+    assert_eq!(denied.map(|record| count(&record)).sum::<u64>(), u64::from(strangers), "each is counted");
+    assert!(verify(&audit).0);
+}
+
 /// Connects from one of the many addresses that a local stranger has.
 fn connect_from(source: Ipv4Addr, target: SocketAddr) -> TcpStream {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
