@@ -64,7 +64,7 @@ impl Token {
     fn new(authorization: HeaderValue, pair: &Pair, generation: u64) -> Self {
         let token = authorization.as_bytes();
         let token = token.strip_prefix(SCHEME.as_bytes()).unwrap_or(token);
-        let needles = Needles::new(&[token, pair.app_key.expose(), pair.app_secret.expose()]);
+        let needles = Needles::new([token, pair.app_key.expose(), pair.app_secret.expose()]);
         let app_key = pair.header.clone();
         Self(Arc::new(Parts { authorization, app_key, generation, needles, head: OnceLock::new() }))
     }

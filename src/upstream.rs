@@ -336,8 +336,8 @@ impl Exchange {
             Some(_) if self.is_refusal(status) => Some(progress.refusal()),
             _ => (status == StatusCode::UNAUTHORIZED).then_some(Code::CredentialRejected),
         };
-        let secrets = Secrets { token: self.token.clone(), first_token: progress.first_token.clone() };
-        let (is_withheld, mut is_cut) = (secrets.are_in(&body), false);
+        let is_quoted = |text: &[u8]| quotes(text, &self.token, progress.first_token.as_ref());
+        let (is_withheld, mut is_cut) = (is_quoted(&body), false);
         if is_withheld {
             result_code = result_code.filter(|code| code.len() < needles::SHORTEST);
             body = withheld(self.route.result.field(), result_code.as_deref());
@@ -345,7 +345,7 @@ impl Exchange {
             self.withhold("body");
         }
         let Cleaned { upstream_id, quoting } =
-            clean_reply(&mut headers, &self.terms.reply_headers, |value| secrets.are_in(value.as_bytes()));
+            clean_reply(&mut headers, &self.terms.reply_headers, |value| is_quoted(value.as_bytes()));
         if quoting > 0 {
             self.withhold("header");
         }
@@ -396,8 +396,17 @@ impl Exchange {
             Some(rest) => {
                 let (sender, receiver) = mpsc::channel(1);
                 let open = Some((self.record, answer, self.claim));
-                let (terms, route, sender, _room) = (self.terms, self.route, Some(sender), self.room);
-                let tail = Tail { version, rest, terms, route, secrets, sender, open, _room };
+                let tail = Tail {
+                    version,
+                    rest,
+                    terms: self.terms,
+                    route: self.route,
+                    token: self.token,
+                    first_token: progress.first_token.clone(),
+                    sender: Some(sender),
+                    open,
+                    _room: self.room,
+                };
                 tokio::spawn(tail.run(body, self.connection, deadline));
                 ReplyBody::Long(receiver)
             }
@@ -438,28 +447,9 @@ impl Exchange {
     }
 }
 
-/// What an exchange must not let through.
-#[derive(Debug)]
-struct Secrets {
-    token: Token,
-    /// The token before it, if that was refused.
-    first_token: Option<Token>,
-}
-
-impl Secrets {
-    /// Whether one of them stands in a text.
-    fn are_in(&self, text: &[u8]) -> bool {
-        self.tokens().any(|token| token.needles().are_in(text))
-    }
-
-    /// How many bytes one of them may take.
-    fn longest(&self) -> usize {
-        self.tokens().map(|token| token.needles().longest()).max().unwrap_or(0)
-    }
-
-    fn tokens(&self) -> impl Iterator<Item = &Token> {
-        [Some(&self.token), self.first_token.as_ref()].into_iter().flatten()
-    }
+/// Whether a text quotes a token, or what it was fetched with: the present one, or the one that was refused before it.
+fn quotes(text: &[u8], token: &Token, first_token: Option<&Token>) -> bool {
+    token.needles().are_in(text) || first_token.is_some_and(|token| token.needles().are_in(text))
 }
 
 /// The head of a reply whose body was withheld: what stands in its place is JSON of another length.
@@ -553,7 +543,8 @@ struct Tail {
     rest: Incoming,
     terms: Arc<Terms>,
     route: Arc<Route>,
-    secrets: Secrets,
+    token: Token,
+    first_token: Option<Token>,
     /// `None` once the caller is gone or does not take what comes.
     sender: Option<mpsc::Sender<Piece>>,
     /// The record, what it will say, and the claim; `None` once they are closed.
@@ -565,7 +556,8 @@ impl Tail {
     /// Holds back as much as may begin a secret that is quoted, and at least one byte, so that the outcome is recorded
     /// before the last one.
     async fn run(mut self, first: Bytes, connection: Reserved, deadline: Instant) {
-        let kept = self.secrets.longest().max(1);
+        let first_token = self.first_token.as_ref().map_or(0, |token| token.needles().longest());
+        let kept = self.token.needles().longest().max(first_token).max(1);
         let mut held = first;
         loop {
             if held.len() > kept {
@@ -576,7 +568,7 @@ impl Tail {
                 Ok(Some(Ok(frame))) => {
                     let Ok(data) = frame.into_data() else { continue };
                     held = [&held[..], &data].concat().into();
-                    if self.secrets.are_in(&held) {
+                    if quotes(&held, &self.token, self.first_token.as_ref()) {
                         self.withhold();
                         let finished = self.close(Some("the reply quoted the credential and was cut off"));
                         self.settle(committed(finished, deadline).await.ok().flatten());

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use memchr::{memchr, memchr_iter};
+use memchr::{memchr, memchr3_iter};
 use zeroize::Zeroizing;
 
 use super::Secret;
@@ -33,45 +33,59 @@ pub fn notices(config: &Config) -> Vec<String> {
     short.map(notice).collect()
 }
 
-/// What must not be quoted, in buffers that are overwritten.
-#[derive(Clone)]
-pub struct Needles(Vec<Needle>);
+/// What must not be quoted: three texts at most, in buffers that are overwritten.
+pub struct Needles {
+    needles: Vec<Needle>,
+    /// A byte of each that is rare in JSON and in headers: all are looked for in one pass.
+    rare: [u8; 3],
+    /// The length of the shortest one.
+    shortest: usize,
+}
 
-#[derive(Clone)]
 struct Needle {
     text: Zeroizing<Vec<u8>>,
-    /// The place of a byte that is rare in JSON and in headers.
+    /// The place of its rare byte.
     rare: usize,
 }
 
 impl Needles {
     /// Of these texts, those that are long enough.
-    pub fn new(texts: &[&[u8]]) -> Self {
-        let long = texts.iter().filter(|text| text.len() >= SHORTEST);
-        Self(long.map(|text| Needle::new(text)).collect())
+    pub fn new(texts: [&[u8]; 3]) -> Self {
+        let long = texts.into_iter().filter(|text| text.len() >= SHORTEST);
+        let needles: Vec<_> = long.map(Needle::new).collect();
+        let rare = |index: usize| {
+            needles.get(index).or(needles.first()).map_or(0, |needle| needle.text[needle.rare])
+        };
+        let shortest = needles.iter().map(|needle| needle.text.len()).min().unwrap_or(usize::MAX);
+        Self { rare: [rare(0), rare(1), rare(2)], shortest, needles }
     }
 
     /// Whether one of them stands in a text, literally or with JSON's escapes.
     pub fn are_in(&self, text: &[u8]) -> bool {
-        if text.len() < SHORTEST {
-            return false;
-        }
+        text.len() >= self.shortest && (self.are_literally_in(text) || self.are_escaped_in(text))
+    }
+
+    fn are_escaped_in(&self, text: &[u8]) -> bool {
         let mut text = Cow::Borrowed(text);
         for _ in 0..DEPTH {
-            if self.0.iter().any(|needle| needle.is_in(&text)) {
+            let Some(first) = memchr(b'\\', &text) else { return false };
+            text = unescaped(&text, first).into();
+            if self.are_literally_in(&text) {
                 return true;
             }
-            match memchr(b'\\', &text) {
-                Some(first) => text = Cow::Owned(unescaped(&text, first)),
-                None => return false,
-            }
         }
-        self.0.iter().any(|needle| needle.is_in(&text))
+        false
+    }
+
+    fn are_literally_in(&self, text: &[u8]) -> bool {
+        let [first, second, third] = self.rare;
+        memchr3_iter(first, second, third, text)
+            .any(|place| self.needles.iter().any(|needle| needle.stands_around(place, text)))
     }
 
     /// How many bytes one of them may take, escaped once.
     pub fn longest(&self) -> usize {
-        self.0.iter().map(|needle| ESCAPED * needle.text.len()).max().unwrap_or(0)
+        self.needles.iter().map(|needle| ESCAPED * needle.text.len()).max().unwrap_or(0)
     }
 }
 
@@ -86,11 +100,9 @@ impl Needle {
         Self { text: Zeroizing::new(text.to_vec()), rare }
     }
 
-    fn is_in(&self, text: &[u8]) -> bool {
-        text.len() >= self.text.len()
-            && memchr_iter(self.text[self.rare], text)
-                .filter_map(|place| text.get(place.checked_sub(self.rare)?..))
-                .any(|rest| rest.starts_with(&self.text))
+    /// Whether it stands in a text so that its rare byte is at this place.
+    fn stands_around(&self, place: usize, text: &[u8]) -> bool {
+        place.checked_sub(self.rare).is_some_and(|start| text[start..].starts_with(&self.text))
     }
 }
 
@@ -162,7 +174,7 @@ mod tests {
 
     #[test]
     fn secret_is_found_literally_and_escaped() {
-        let needles = Needles::new(&[SECRET.as_bytes()]);
+        let needles = Needles::new([SECRET.as_bytes(), b"", b""]);
         let escaped = serde_json::to_string(SECRET).unwrap();
         let once = escaped.trim_matches('"');
         let twice = serde_json::to_string(&format!("{{\"a\":{escaped}}}")).unwrap();
@@ -189,8 +201,8 @@ mod tests {
     #[test]
     fn needle_that_is_too_short_is_not_looked_for() {
         let text = b"resultCode 0123456789abcdef";
-        assert!(Needles::new(&[b"0123456789abcdef"]).are_in(text), "the control");
-        assert!(!Needles::new(&[b"123456789abcdef"]).are_in(text));
+        assert!(Needles::new([b"", b"x", b"0123456789abcdef"]).are_in(text), "the control");
+        assert!(!Needles::new([b"", b"x", b"123456789abcdef"]).are_in(text));
     }
 
     #[test]
