@@ -20,7 +20,7 @@ use crate::{
 
 const SILENT: usize = 5000;
 
-/// Opens connections that send nothing, opens a thousand a second anew of those that are closed, and holds them until it
+/// Opens connections that send nothing, opens two hundred a second anew of those that are closed, and holds them until it
 /// is killed.
 const OPENER: &str = r#"
 import ipaddress, select, socket, sys, time
@@ -48,7 +48,7 @@ for _ in range(count):
 print("ready", flush=True)
 while True:
     time.sleep(0.05)
-    for number, _ in poll.poll(0)[:50]:
+    for number, _ in poll.poll(0)[:10]:
         poll.unregister(number)
         open_ones.pop(number).close()
         add()
