@@ -115,6 +115,9 @@ impl fmt::Display for Problem {
     }
 }
 
+/// The route that is there without being configured. A `contract_file` takes the place of its contract.
+pub const BUILT_IN_ROUTE: &str = "appointQualityTask";
+
 /// What a `loopback` caller means. Said in the README, by `check`, in the start log and at `/status`.
 pub const LOOPBACK_NOTICE: &str = "a `loopback` caller is every process in this network namespace: other users, \
      host-network containers, whoever holds a port-forward, an app that can be made to send requests (SSRF). On a \

@@ -25,6 +25,7 @@ use smallvec::SmallVec;
 
 pub use crate::json::NotJson;
 use crate::json::{self, Begins, Cursor, Halt, Number, Token, check_encoding};
+use crate::plain;
 use crate::{
     audit::chain::{Mark, hidden},
     config::{BareIds, Shown},
@@ -144,8 +145,8 @@ impl CheckedBody {
 
     /// What the contract wants in the audit trail, as JSON members with a comma in front of each. A member that stands in
     /// the items of an array is a list with one value for each item, so that lists of the same items match by
-    /// position. What is absent is `null`. The values are the caller's scalars, verbatim: strict JSON has no raw control
-    /// character, so that a line stays one. What is to be hidden is left out, or written as its `mark`.
+    /// position. What is absent is `null`. The values are the caller's scalars, verbatim but for characters that may be taken
+    /// for something else: strict JSON has no raw control character, so that a line stays one. What is to be hidden is left out, or written as its `mark`.
     pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
         for (index, member) in self.members.iter().enumerate() {
             if member.shown == Shown::Omit {
@@ -160,7 +161,11 @@ impl CheckedBody {
                 let literal = scalar.literal(&self.bytes);
                 match member.shown {
                     _ if literal.is_empty() => out.extend_from_slice(b"null"),
-                    Shown::Clear | Shown::Omit => out.extend_from_slice(literal),
+                    Shown::Clear | Shown::Omit => {
+                        let from = out.len();
+                        out.extend_from_slice(literal);
+                        plain::escape(out, from);
+                    }
                     Shown::Hmac => {
                         let hidden = hidden(mark(&[b"field", member.name.as_bytes(), literal]));
                         out.extend_from_slice(format!("\"{hidden}\"").as_bytes());

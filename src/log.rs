@@ -23,7 +23,7 @@ use rustix::{
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::supervisor::fault;
+use crate::{plain, supervisor::fault};
 
 /// So many bytes wait at most.
 const CAPACITY: usize = 1 << 20;
@@ -151,7 +151,13 @@ fn is_kept(event: &Metadata<'_>) -> bool {
 impl Write for EventWriter {
     /// A whole event is written at once.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        QUEUE.push(line, self.up_to);
+        if line.is_ascii() {
+            QUEUE.push(line, self.up_to);
+        } else {
+            let mut plain = line.to_vec();
+            plain::escape(&mut plain, 0);
+            QUEUE.push(&plain, self.up_to);
+        }
         Ok(line.len())
     }
 

@@ -3,6 +3,8 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::plain;
+
 /// A line under construction. Every key is given with the comma before it and the colon behind it; that of a
 /// word with the opening quote, too.
 pub(super) struct Line<'a>(pub(super) &'a mut Vec<u8>);
@@ -76,8 +78,10 @@ impl Line<'_> {
     }
 
     fn serialized(&mut self, value: &(impl Serialize + ?Sized)) {
+        let from = self.0.len();
         // Writing strings, numbers and maps of them into memory cannot fail.
         let _ = serde_json::to_writer(&mut *self.0, value);
+        plain::escape(self.0, from);
     }
 
     /// The last six digits of a number, or the last three.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use ccsqm_gateway::{
     audit::init,
-    config::{Access, Audit, Config, LOOPBACK_NOTICE},
+    config::{Access, Audit, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE},
     idempotency::memory::{MemoryBound, mebibytes},
     secret::needles,
 };
@@ -130,13 +130,17 @@ fn sections(configuration: &Value) {
 }
 
 fn members(header: &str, table: &Value) {
-    // A route without a contract's file is the built-in one, of which no file may hold these.
-    let built_in = table.get("contract_file").is_some_and(Value::is_null);
+    // Of the built-in route no file may hold these.
+    let built_in = header == "[[routes]]" && table["name"] == BUILT_IN_ROUTE;
     let is_fixed = |key: &str| built_in && ["path", "result_field", "success_codes"].contains(&key);
     println!("\n{header}");
     for (key, value) in table.as_object().into_iter().flatten() {
         match value {
+            Value::Null if built_in && key == "contract_file" => println!("# {key}: built in"),
             Value::Null => println!("# {key}: not set"),
+            _ if built_in && key == "contract_file" => {
+                println!("{key} = {} # replaces the built-in contract", toml(value));
+            }
             _ if is_fixed(key) => println!("# {key}: {}, built in", toml(value)),
             _ => println!("{key} = {}", toml(value)),
         }

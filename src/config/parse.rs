@@ -18,9 +18,9 @@ use crate::{
 };
 
 use super::{
-    Admin, Audit, BareIds, Caller, Config, ContractSource, Control, Credential, Http2, Idempotency,
-    IdentityFiles, Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, PeerRule, Problems, Route,
-    SecretSource, Server, Shown, Token, Upstream, Url, WithoutKey, files,
+    Admin, Audit, BUILT_IN_ROUTE, BareIds, Caller, Config, ContractSource, Control, Credential, Http2,
+    Idempotency, IdentityFiles, Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, PeerRule,
+    Problems, Route, SecretSource, Server, Shown, Token, Upstream, Url, WithoutKey, files,
     peer::parse_peer,
     raw::{Kind, Layers, Syntax, Value},
     relations,
@@ -35,7 +35,6 @@ use super::{
 const EXCHANGE: (&str, &str) = ("50ms", "10m");
 
 const TOKEN_PATH: &str = "/apigovernance/api/oauth/tokenByAkSk";
-const BUILT_IN: &str = "appointQualityTask";
 const BUILT_IN_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 
 /// Validates a raw configuration. Relative paths are relative to `folder`. Returns the keys that were looked
@@ -481,10 +480,13 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
         let name = read_name(context, &mut table, &mut names);
         // One whose name cannot be read may be either.
         let has_more = ["path", "contract_file"].iter().any(|key| table.members.contains_key(*key));
-        if name == BUILT_IN || (name.is_empty() && !has_more) {
+        if name == BUILT_IN_ROUTE || (name.is_empty() && !has_more) {
+            let contract = table
+                .path(context, "contract_file")
+                .and_then(|found| good_file(context, found, files::contract));
             let terms = read_terms(context, &mut table);
             table.close(context);
-            built_in = Some(built_in_route(terms));
+            built_in = Some(built_in_route(contract, terms));
             continue;
         }
         let path = table.required(context, "path", String::new(), parse_route_path);
@@ -515,11 +517,11 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
             frozen,
         });
     }
-    routes.insert(0, built_in.unwrap_or_else(|| built_in_route(Terms::default())));
+    routes.insert(0, built_in.unwrap_or_else(|| built_in_route(None, Terms::default())));
     routes
 }
 
-/// On which terms a route is used: all that can be said of the built-in one.
+/// On which terms a route is used: all that can be said of the built-in one, beside another contract.
 #[derive(Default)]
 struct Terms {
     credential: Option<String>,
@@ -535,11 +537,11 @@ fn read_terms(context: &mut Context<'_>, table: &mut Table) -> Terms {
     Terms { credential, timeout: has_timeout.then_some(timeout), frozen: table.boolean(context, "frozen") }
 }
 
-fn built_in_route(Terms { credential, timeout, frozen }: Terms) -> Route {
+fn built_in_route(contract: Option<PathBuf>, Terms { credential, timeout, frozen }: Terms) -> Route {
     Route {
-        name: BUILT_IN.into(),
+        name: BUILT_IN_ROUTE.into(),
         path: BUILT_IN_PATH.into(),
-        contract: ContractSource::BuiltIn,
+        contract: contract.map_or(ContractSource::BuiltIn, ContractSource::File),
         result_field: "resultCode".into(),
         success_codes: vec!["0409000".into()],
         credential,

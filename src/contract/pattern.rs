@@ -56,6 +56,12 @@ impl Pattern {
         &self.source
     }
 
+    /// As it is shown to callers: a long one is cut.
+    pub(super) fn shown(&self) -> String {
+        let begin: String = self.source.chars().take(60).collect();
+        if begin.len() < self.source.len() { format!("{begin}…") } else { begin }
+    }
+
     /// Bytes of memory.
     pub(super) fn size(&self) -> usize {
         self.table.memory_usage()

@@ -170,7 +170,7 @@ impl Node {
             self.max_length.map(|length| ("maxLength", format!("{length} or fewer characters long"))),
             self.pattern
                 .as_ref()
-                .map(|pattern| ("pattern", format!("text that matches `{}`", pattern.source()))),
+                .map(|pattern| ("pattern", format!("text that matches `{}`", pattern.shown()))),
         ];
         wants.into_iter().flatten().collect()
     }

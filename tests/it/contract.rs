@@ -9,6 +9,8 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visi
 use serde_json::{Map, Value, json};
 use std::{collections::HashSet, fmt};
 
+use crate::support::*;
+
 const GOOD: &str = r#"{"qualityTaskId":"954125366","setCountsType":1,"isTakeEffect":0,
     "setCounts":[{"personID":"160","count":2},{"personID":"161"}]}"#;
 
@@ -85,7 +87,14 @@ fn every_rule_of_appoint_quality_task_has_both_its_sides() {
         (r#""isTakeEffect":0"#, r#""isTakeEffect":null"#, "/isTakeEffect", "type", r#""isTakeEffect":0"#),
         (person, r#""""#, "/setCounts/0/personID", "minLength", r#""x""#),
         (person, &too_long, "/setCounts/0/personID", "maxLength", &longest),
-        (person, r#""a\u0000""#, "/setCounts/0/personID", "pattern", r#""a b é 😀""#),
+        (person, r#""a\u0000""#, "/setCounts/0/personID", "pattern", r#""aé😀漢""#),
+        (person, r#"" 16""#, "/setCounts/0/personID", "pattern", r#""16""#),
+        (person, r#""1 6""#, "/setCounts/0/personID", "pattern", r#""1_6""#),
+        (person, r#""16\u00a0""#, "/setCounts/0/personID", "pattern", r#""16\u00a1""#),
+        (person, "\"16\u{200b}\"", "/setCounts/0/personID", "pattern", "\"16\u{2010}\""),
+        (person, "\"16\u{2028}\"", "/setCounts/0/personID", "pattern", "\"16\u{2030}\""),
+        (person, r#""16\u00ad""#, "/setCounts/0/personID", "pattern", r#""16-""#),
+        (person, r#""16\udb40\udc20""#, "/setCounts/0/personID", "pattern", r#""16\ud83d\ude00""#),
         (person, r#""\u007f""#, "/setCounts/0/personID", "pattern", r#""~""#),
         (person, r#""\n""#, "/setCounts/0/personID", "pattern", r#""\\n""#),
         (person, "160", "/setCounts/0/personID", "type", r#""162""#),
@@ -931,4 +940,84 @@ fn strict_json_is_what_serde_json_takes_without_repeated_keys_and_deep_nesting()
         }
     }
     assert!(taken > 1000 && refused > 1000, "{taken} taken, {refused} refused");
+}
+
+/// A gateway whose appointQualityTask has another contract.
+fn start_with_contract(sandbox: &ccsqm_gateway::sandbox::Sandbox, contract: &Value) -> Gateway {
+    let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
+    std::fs::write(folder.path().join("other.json"), contract.to_string()).unwrap();
+    let caller = "[[routes]]\nname = \"appointQualityTask\"\ncontract_file = \"other.json\"\n".to_owned();
+    start_with(sandbox, Setup { folder: Some(folder), caller, ..Setup::default() })
+}
+
+#[test]
+fn contract_of_a_file_replaces_the_built_in_one_and_check_says_so() {
+    let sandbox = sandbox();
+    let built_in = include_str!("../../config/contracts/appointQualityTask.json");
+    let mut contract: Value = serde_json::from_str(built_in).unwrap();
+    contract["properties"]["note"] = json!({ "type": "string", "maxLength": 10 });
+    let body = BODY.replacen('{', r#"{"note":"x","#, 1);
+    assert_eq!(start(&sandbox).post(&body).code(), "contract_violation", "the control");
+    let gateway = start_with_contract(&sandbox, &contract);
+    assert_eq!(gateway.post(&body).outcome(), "succeeded");
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    let config = gateway.folder.path().join("gateway.toml");
+    let (code, said, error) = command(&["check", "--config", config.to_str().unwrap()]);
+    assert!(code == 0 && said.contains("other.json\" # replaces the built-in contract"), "{said} {error}");
+    // What `check` prints is a configuration itself.
+    let again = gateway.folder.path().join("again.toml");
+    std::fs::write(&again, said).unwrap();
+    let (code, _, error) = command(&["check", "--config", again.to_str().unwrap()]);
+    assert_eq!(code, 0, "{error}");
+}
+
+#[test]
+fn no_character_that_may_be_taken_for_another_stands_raw_in_the_trail() {
+    let sandbox = sandbox();
+    let contract = json!({
+        "type": "object",
+        "additionalProperties": false,
+        "required": ["task", "who"],
+        "properties": {
+            "task": { "type": "string", "x-audit": "task" },
+            "who": { "type": "array", "maxItems": 9, "items": { "type": "string", "x-audit": "inspectors" } }
+        }
+    });
+    let gateway = start_with_contract(&sandbox, &contract);
+    let odd = "a\u{7f}\u{85}\u{9b}\u{a0}\u{ad}\u{200b}\u{2028}\u{202e}\u{feff}\u{e0020}é";
+    let body = json!({ "task": odd, "who": [odd, "plain"] }).to_string();
+    assert!(body.contains('\u{2028}'), "it is sent raw");
+    let _ = gateway.post(&body);
+    let traces = [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", true),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\u{85}", false),
+        ("a\u{9b}31m", false),
+        ("00-00000000000000000000000000000000-00f067aa0ba902b7-01", false),
+    ];
+    for (trace, _) in traces {
+        let head = head(body.len(), &format!("traceparent: {trace}\r\n"));
+        let _ = gateway.send(&head, &body);
+    }
+    let intents = gateway.records("intent", 5);
+    assert!(
+        intents.iter().all(|intent| intent["task"] == odd && intent["inspectors"] == json!([odd, "plain"]))
+    );
+    for (intent, (trace, is_recorded)) in intents[1..].iter().zip(traces) {
+        assert_eq!(
+            intent.get("traceparent").is_some_and(|recorded| *recorded == trace),
+            is_recorded,
+            "{trace:?}"
+        );
+        assert_eq!(intent.get("traceparent").is_some(), is_recorded, "{trace:?}");
+    }
+    let trail: String = std::fs::read_dir(gateway.audit_directory())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
+        .map(|path| std::fs::read_to_string(path).unwrap())
+        .collect();
+    let raw: String =
+        trail.chars().filter(|character| odd.contains(*character) && *character > '~').collect();
+    assert!(raw.chars().all(|character| character == 'é') && !raw.is_empty(), "{raw:?}");
+    assert!(crate::audit::verify(&gateway.audit_directory()).0);
 }
