@@ -1,6 +1,7 @@
 //! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`. GET only, no CORS.
 //!
-//! It has a thread of its own, so that neither a busy data plane nor a background that hangs can starve it.
+//! It has a thread of its own, so that neither a busy data plane nor a background that hangs can starve it. Nor can its
+//! own peers: connections, their requests and their time are bounded, and a new one always finds room.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -9,11 +10,13 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::{
-    net::TcpListener,
-    sync::{Semaphore, watch},
+    net::{TcpListener, TcpStream},
+    sync::{Notify, watch},
+    task::yield_now,
+    time::{Instant, sleep},
 };
 
 use crate::{
@@ -24,6 +27,7 @@ use crate::{
     idempotency::Idempotency,
     log::OncePerSecond,
     metrics::Metrics,
+    seats::{Seat, Seats},
     state::State,
     watchdog::Watchdog,
 };
@@ -51,15 +55,18 @@ pub struct Admin {
     pub(crate) watchdog: Arc<Watchdog>,
 }
 
-/// Open connections; further ones are closed at once.
+/// Open connections. A further one takes the place of the one that has been idle longest.
 const MAX_CONNECTIONS: usize = 64;
+
+/// A head must be there within this time, and its answer must be taken.
+const DEADLINE: Duration = Duration::from_secs(3);
 
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
 
 /// Serves until the runtime ends.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let seats = Seats::new(MAX_CONNECTIONS);
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -68,24 +75,37 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
                 if let Some(times) = FAILED.times() {
                     tracing::warn!(%error, times, "accept failed (admin)");
                 }
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
-        let Ok(permit) = connections.clone().try_acquire_owned() else { continue };
-        let admin = admin.clone();
-        tokio::spawn(async move {
-            let _permit = permit;
-            let service = service_fn(|request| {
-                let response = admin.answer(&request);
-                async move { Ok::<_, Infallible>(response) }
-            });
-            let _ = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(Duration::from_secs(30))
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
-        });
+        let seat = seats.take().await;
+        tokio::spawn(converse(stream, seat, admin.clone()));
+        yield_now().await; // so that who asks at once is answered before others can take its seat
+    }
+}
+
+/// One request, one answer: who sends many and reads nothing costs no more than one.
+async fn converse(stream: TcpStream, seat: Seat, admin: Arc<Admin>) {
+    let is_asked = Notify::new();
+    let service = service_fn(|request| {
+        seat.steps();
+        is_asked.notify_one();
+        let response = admin.answer(&request);
+        async move { Ok::<_, Infallible>(response) }
+    });
+    let mut server = http1::Builder::new();
+    server.keep_alive(false).half_close(true); // who has asked may have ended its side
+    let connection = server.serve_connection(TokioIo::new(stream), service);
+    let deadline = sleep(DEADLINE);
+    tokio::pin!(connection, deadline);
+    loop {
+        tokio::select! {
+            _ = &mut connection => return,
+            () = is_asked.notified() => deadline.as_mut().reset(Instant::now() + DEADLINE),
+            () = &mut deadline => return,
+            () = seat.is_taken() => return,
+        }
     }
 }
 

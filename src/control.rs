@@ -22,7 +22,7 @@ use serde_json::{Map, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
-    sync::Semaphore,
+    task::yield_now,
     time::{sleep, timeout},
 };
 
@@ -34,6 +34,7 @@ use crate::{
     config,
     idempotency::Idempotency,
     log::OncePerSecond,
+    seats::{Seat, Seats},
     server::bind_unix,
 };
 
@@ -46,7 +47,7 @@ const POINTER: &str = "control";
 /// The longest line, in bytes.
 const MAX_LINE: u64 = 8 * 1024;
 
-/// Open connections; further ones are closed at once.
+/// Open connections. A further one takes the place of the one that has been idle longest, and waits while all are at work.
 const MAX_CONNECTIONS: usize = 8;
 
 /// A request must be there within this time, and its answer must be taken.
@@ -166,20 +167,20 @@ impl Bound {
             Err(error) => return tracing::error!(%error, "the control socket cannot be served"),
         };
         tracing::info!(path = %self.path.display(), "listening (control)");
-        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let seats = Seats::new(MAX_CONNECTIONS);
         loop {
             let Ok((stream, _)) = listener.accept().await else {
                 sleep(RETRY).await;
                 continue;
             };
-            let Ok(permit) = connections.clone().try_acquire_owned() else { continue };
+            let seat = seats.take().await;
             let control = control.clone();
             tokio::spawn(async move {
-                let _permit = permit;
-                if let Err(error) = control.converse(stream).await {
+                if let Err(error) = control.converse(stream, &seat).await {
                     tracing::debug!(%error, "a control connection failed");
                 }
             });
+            yield_now().await; // so that who asks at once is at work before others can take its seat
         }
     }
 }
@@ -214,14 +215,17 @@ pub struct Control {
 }
 
 impl Control {
-    async fn converse(&self, stream: UnixStream) -> io::Result<()> {
+    async fn converse(&self, stream: UnixStream, seat: &Seat) -> io::Result<()> {
         let uid = stream.peer_cred()?.uid();
         let (read, mut write) = stream.into_split();
         let answer = if uid == 0 || uid == geteuid().as_raw() {
             let mut line = Vec::new();
             let mut read = tokio::io::BufReader::new(read.take(MAX_LINE));
-            timeout(DEADLINE, read.read_until(b'\n', &mut line)).await??;
-            self.answer(&line, uid).await
+            in_time(seat, read.read_until(b'\n', &mut line)).await?;
+            seat.works();
+            let answer = self.answer(&line, uid).await;
+            seat.steps();
+            answer
         } else {
             static REFUSED: OncePerSecond = OncePerSecond::new();
             if let Some(times) = REFUSED.times() {
@@ -231,7 +235,7 @@ impl Control {
         };
         let mut line = serde_json::to_vec(&answer)?;
         line.push(b'\n');
-        timeout(DEADLINE, write.write_all(&line)).await?
+        in_time(seat, write.write_all(&line)).await
     }
 
     async fn answer(&self, line: &[u8], uid: u32) -> Answer {
@@ -258,6 +262,14 @@ impl Control {
                 }
             }
         }
+    }
+}
+
+/// Waits for a peer, within the deadline and until somebody takes its seat.
+async fn in_time<T>(seat: &Seat, peer: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    tokio::select! {
+        done = timeout(DEADLINE, peer) => done?,
+        () = seat.is_taken() => Err(io::Error::other("another connection took its place")),
     }
 }
 

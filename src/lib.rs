@@ -59,6 +59,7 @@ pub mod metrics; // what is counted
 pub mod log; // log lines on their way to stderr
 mod supervisor; // what must not end before the process does
 mod watchdog; // whether all event loops go round
+mod seats; // connections that make room for others
 pub mod admin; // /livez, /readyz, /metrics, /status
 pub mod control; // the control socket: resolutions, the clock
 pub mod sandbox; // the cloud in one process, for demo and tests

@@ -33,6 +33,7 @@ mod restart;
 mod logs;
 mod supervision;
 mod operations;
+mod admin;
 mod secrets;
 mod quotes;
 mod budgets;

@@ -1,0 +1,240 @@
+//! The admin listener and the control socket, beside peers that only hold connections.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::{Shutdown, SocketAddr, TcpStream},
+    os::unix::net::UnixStream,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use socket2::{Domain, Socket, Type};
+use tempfile::TempDir;
+
+use crate::support::*;
+
+/// As many connections as the admin listener holds.
+const ALL: usize = 64;
+
+/// So long a probe may take.
+const SOON: Duration = Duration::from_secs(1);
+
+/// A deadline of the admin listener, and what a busy machine adds to it.
+const DEADLINE: Duration = Duration::from_secs(3);
+const LATE: Duration = Duration::from_secs(20);
+
+fn ask(admin: SocketAddr, path: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(admin)?;
+    stream.set_read_timeout(Some(SOON))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: {admin}\r\n\r\n")?;
+    let mut head = [0; 15];
+    stream.read_exact(&mut head)?;
+    Ok(String::from_utf8_lossy(&head).into_owned())
+}
+
+/// Probes on new connections are all answered, soon.
+fn assert_probes_pass(admin: SocketAddr, what: &str) {
+    for round in 0..10 {
+        for path in ["/livez", "/readyz"] {
+            let begin = Instant::now();
+            let answer = ask(admin, path);
+            let took = begin.elapsed();
+            assert!(
+                answer.as_ref().is_ok_and(|head| head == "HTTP/1.1 200 OK") && took < SOON,
+                "{what}, round {round}, {path}: {answer:?} after {took:?}"
+            );
+        }
+    }
+}
+
+fn ready(sandbox: &ccsqm_gateway::sandbox::Sandbox) -> Gateway {
+    let gateway = start(sandbox);
+    wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));
+    gateway
+}
+
+#[test]
+fn whoever_holds_admin_connections_keeps_no_probe_out() {
+    let sandbox = sandbox();
+    let gateway = ready(&sandbox);
+    let admin = gateway.admin;
+    assert_probes_pass(admin, "the control");
+    let connect = || (0..ALL).map(|_| TcpStream::connect(admin).unwrap()).collect::<Vec<_>>();
+
+    let silent = connect();
+    assert_probes_pass(admin, "silent");
+    drop(silent);
+
+    // A head that never ends, a byte at a time.
+    let (stop, sent) = (AtomicBool::new(false), AtomicBool::new(false));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut slow = connect();
+            for stream in &mut slow {
+                let _ = stream.write_all(b"GET /livez HTTP/1.1\r\nx: ");
+            }
+            while !stop.load(Ordering::Relaxed) {
+                for stream in &mut slow {
+                    if stream.write_all(b"x").is_err() {
+                        *stream = TcpStream::connect(admin).unwrap();
+                        let _ = stream.write_all(b"GET /livez HTTP/1.1\r\nx: ");
+                    }
+                }
+                sent.store(true, Ordering::Relaxed);
+            }
+        });
+        wait_for("slow heads", || sent.load(Ordering::Relaxed).then_some(()));
+        let probes = std::panic::catch_unwind(|| assert_probes_pass(admin, "a byte at a time"));
+        stop.store(true, Ordering::Relaxed);
+        probes.unwrap();
+    });
+
+    // So many requests that their answers fill every buffer, if they are answered.
+    let requests = "GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n".repeat(2000);
+    let deaf: Vec<_> = connect()
+        .into_iter()
+        .map(|mut stream| {
+            stream.set_nonblocking(true).unwrap();
+            let _ = stream.write(requests.as_bytes());
+            stream
+        })
+        .collect();
+    assert_probes_pass(admin, "who reads no answer");
+    drop(deaf);
+}
+
+#[test]
+fn of_admin_connections_the_one_that_is_idle_longest_makes_room() {
+    let sandbox = sandbox();
+    let gateway = ready(&sandbox);
+    // One that was used would be younger by that; here only the age tells them apart.
+    let mut all: Vec<_> = (0..ALL).map(|_| TcpStream::connect(gateway.admin).unwrap()).collect();
+    let newer = TcpStream::connect(gateway.admin).unwrap();
+    let mut oldest = all.remove(0);
+    oldest.set_read_timeout(Some(DEADLINE / 2)).unwrap();
+    let end = oldest.read(&mut [0; 1]);
+    assert!(!matches!(&end, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock), "{end:?}");
+    // The control: nobody else had to go.
+    assert!(!all.iter().chain([&newer]).any(is_readable));
+    for mut stream in all.into_iter().chain([newer]) {
+        write!(stream, "GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+        assert_eq!(read_reply(&mut stream).status, 200);
+    }
+}
+
+#[test]
+fn an_admin_connection_without_a_whole_head_ends_after_three_seconds() {
+    let sandbox = sandbox();
+    let gateway = ready(&sandbox);
+    for (part, bytes) in [("nothing", ""), ("half a head", "GET /livez HTTP/1.1\r\nhost: loc")] {
+        let begin = Instant::now();
+        let mut stream = TcpStream::connect(gateway.admin).unwrap();
+        stream.write_all(bytes.as_bytes()).unwrap();
+        stream.set_read_timeout(Some(LATE)).unwrap();
+        let mut rest = Vec::new();
+        let end = stream.read_to_end(&mut rest);
+        assert!(
+            !matches!(&end, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock),
+            "{part}: {end:?}"
+        );
+        let took = begin.elapsed();
+        assert!(took > DEADLINE - SOON && took < LATE, "{part}: {took:?}");
+        assert!(!String::from_utf8_lossy(&rest).contains("200 OK"), "{part}");
+    }
+}
+
+#[test]
+fn an_admin_connection_carries_one_request() {
+    let sandbox = sandbox();
+    let gateway = ready(&sandbox);
+    let mut stream = TcpStream::connect(gateway.admin).unwrap();
+    let request = "GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    stream.write_all(request.repeat(3).as_bytes()).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert_eq!(text.matches("HTTP/1.1 200 OK").count(), 1, "{text}");
+    assert!(text.to_ascii_lowercase().contains("connection: close"), "{text}");
+    // A caller that ends its side first is answered all the same.
+    let mut stream = TcpStream::connect(gateway.admin).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_reply(&mut stream).status, 200);
+}
+
+#[test]
+fn whoever_holds_control_connections_keeps_no_command_out() {
+    let sandbox = sandbox();
+    let gateway = ready(&sandbox);
+    let audit = gateway.audit_directory();
+    let accept = || {
+        let (code, told, error) = command(&["audit", "accept-clock", audit.to_str().unwrap(), "--json"]);
+        assert_eq!(code, 0, "{told}{error}");
+        assert_eq!(serde_json::from_str::<Value>(&told).unwrap()["ok"], true, "{told}");
+    };
+    let socket = audit.join("control.sock");
+    wait_for("the socket", || socket.exists().then_some(()));
+    accept();
+    let _silent: Vec<_> = (0..16).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    let begin = Instant::now();
+    accept();
+    assert!(begin.elapsed() < DEADLINE, "{:?}", begin.elapsed());
+    // Who has asked and reads no answer.
+    let _deaf: Vec<_> = (0..16)
+        .map(|_| {
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            stream.write_all(b"{\"do\":\"accept-clock\"}\n").unwrap();
+            stream
+        })
+        .collect();
+    accept();
+}
+
+#[test]
+fn who_takes_no_answer_of_the_admin_listener_is_cut_off_after_three_seconds() {
+    let sandbox = sandbox();
+    // So many that what `/status` says of them fits in no buffer.
+    let routes: String = (0..1000)
+        .map(|number| {
+            format!(
+                "[[routes]]\nname = \"r{number}\"\npath = \"/apiaccess/{}{number}\"\ncontract_file = \"contract.json\"\n\
+                 success_codes = [\"0\"]\n",
+                "x".repeat(100)
+            )
+        })
+        .collect();
+    let folder = Arc::new(TempDir::new().unwrap());
+    fs::write(folder.path().join("contract.json"), r#"{ "type": "string" }"#).unwrap();
+    let gateway = start_with(&sandbox, Setup { caller: routes, folder: Some(folder), ..Setup::default() });
+    wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));
+    let whole = gateway.admin("/status").body.len();
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(1).unwrap();
+    socket.set_tcp_mss(536).unwrap(); // the sender's buffer is made for so many segments
+    socket.connect(&gateway.admin.into()).unwrap();
+    let mut stream = TcpStream::from(socket);
+    let begin = Instant::now();
+    write!(stream, "GET /status HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+    wait_for("the answer", || is_readable(&stream).then_some(()));
+    // The gateway's end of the connection. It stays in the kernel, with what was not taken, but is nobody's file then.
+    let port = stream.local_addr().unwrap().port();
+    let is_held = || {
+        let connections = fs::read_to_string("/proc/net/tcp").unwrap();
+        connections.lines().any(|line| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            words[2].ends_with(&format!(":{port:04X}")) && words[9] != "0"
+        })
+    };
+    assert!(is_held(), "the control");
+    wait_for("the end of the connection", || (!is_held()).then_some(()));
+    let took = begin.elapsed();
+    assert!(took > DEADLINE - SOON && took < LATE, "{took:?}");
+    let mut rest = Vec::new();
+    let _ = stream.read_to_end(&mut rest);
+    assert!(rest.len() < whole, "the control: it was not all sent: {} of {whole}", rest.len());
+}
