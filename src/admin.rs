@@ -3,6 +3,8 @@
 //! It has a thread of its own, so that neither a busy data plane nor a background that hangs can starve it. Nor can its
 //! own peers: connections, their requests and their time are bounded, and a new one always finds room.
 
+mod hosts;
+
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
@@ -20,7 +22,7 @@ use tokio::{
 };
 
 use crate::{
-    admission::{Bounds, Hosts},
+    admission::Bounds,
     audit::{Audit, ClockDoubt},
     clock,
     config::LOOPBACK_NOTICE,
@@ -31,10 +33,11 @@ use crate::{
     state::State,
     watchdog::Watchdog,
 };
+use hosts::Hosts;
 
 /// What the admin listener tells of.
 pub struct Admin {
-    /// Further names of `Host` at `/status`.
+    /// Further names of `Host`.
     pub hosts: Vec<String>,
     /// The compiled configuration.
     pub state: Arc<ArcSwap<State>>,
@@ -66,7 +69,7 @@ const JSON: &str = "application/json";
 
 /// Serves until the runtime ends.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
-    let seats = Seats::new(MAX_CONNECTIONS);
+    let (seats, hosts) = (Seats::new(MAX_CONNECTIONS), Arc::new(Hosts::new(&admin.hosts)));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -80,18 +83,21 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
             }
         };
         let seat = seats.take().await;
-        tokio::spawn(converse(stream, seat, admin.clone()));
+        tokio::spawn(converse(stream, seat, (admin.clone(), hosts.clone())));
         yield_now().await; // so that who asks at once is answered before others can take its seat
     }
 }
 
 /// One request, one answer: who sends many and reads nothing costs no more than one.
-async fn converse(stream: TcpStream, seat: Seat, admin: Arc<Admin>) {
+async fn converse(stream: TcpStream, seat: Seat, (admin, hosts): (Arc<Admin>, Arc<Hosts>)) {
     let is_asked = Notify::new();
     let service = service_fn(|request| {
         seat.steps();
         is_asked.notify_one();
-        let response = admin.answer(&request);
+        let response = match hosts.check(&request) {
+            Ok(()) => admin.answer(&request),
+            Err(refused) => reply(StatusCode::MISDIRECTED_REQUEST, TEXT, refused),
+        };
         async move { Ok::<_, Infallible>(response) }
     });
     let mut server = http1::Builder::new();
@@ -133,14 +139,7 @@ impl Admin {
                     Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
                 }
             }
-            "/status" => {
-                let mut names: Vec<_> = ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).into();
-                names.extend(self.hosts.iter().cloned());
-                match Hosts::new(Some(names)).check(request.headers().get(header::HOST)) {
-                    Ok(()) => reply(StatusCode::OK, JSON, format!("{:#}\n", self.status())),
-                    Err(denied) => reply(StatusCode::MISDIRECTED_REQUEST, TEXT, format!("{denied}\n")),
-                }
-            }
+            "/status" => reply(StatusCode::OK, JSON, format!("{:#}\n", self.status())),
             _ => reply(StatusCode::NOT_FOUND, TEXT, "there are /livez, /readyz, /metrics and /status\n"),
         }
     }

@@ -263,7 +263,7 @@ pub enum ListenAddress {
 pub struct Admin {
     /// Where the admin listener listens.
     pub address: SocketAddr,
-    /// Further names that `Host` may carry at `/status`, lower case, without port.
+    /// Further names that `Host` may carry, lower case, without port.
     pub hosts: Vec<String>,
     /// Where the control socket is.
     pub control: Control,

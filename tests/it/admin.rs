@@ -238,3 +238,115 @@ fn who_takes_no_answer_of_the_admin_listener_is_cut_off_after_three_seconds() {
     let _ = stream.read_to_end(&mut rest);
     assert!(rest.len() < whole, "the control: it was not all sent: {} of {whole}", rest.len());
 }
+
+/// An answer of the admin listener to a head.
+fn answer(gateway: &Gateway, head: &str) -> Reply {
+    let mut stream = TcpStream::connect(gateway.admin).unwrap();
+    stream.write_all(head.as_bytes()).unwrap();
+    read_reply(&mut stream)
+}
+
+#[test]
+fn the_admin_listener_answers_to_its_names_only() {
+    let sandbox = sandbox();
+    let gateway = start_with(&sandbox, Setup::default().set("admin.hosts", "ops.example.com"));
+    wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));
+    let status = |path: &str, host: &str| {
+        let reply = answer(&gateway, &format!("GET {path} HTTP/1.1\r\nhost: {host}\r\n\r\n"));
+        assert!(
+            reply.status != 421 || reply.body.contains("`[admin] hosts`"),
+            "{path} {host}: {}",
+            reply.body
+        );
+        reply.status
+    };
+    let paths = ["/livez", "/readyz", "/metrics", "/nowhere"];
+    let found = |path| if path == "/nowhere" { 404 } else { 200 };
+    for host in [
+        "127.0.0.1",
+        "10.1.2.3:9090",
+        "[::1]",
+        "[fd00::1]:9090",
+        "localhost",
+        "LocalHost:9090",
+        "localhost.",
+        "gateway",
+        "gateway:9090",
+        "ccsqm-gateway_1",
+        "gateway.qa.svc",
+        "gateway.qa.svc.cluster.local.:9090",
+        "GATEWAY.qa.svc.CLUSTER.local",
+        "gateway.internal",
+        "printer.local",
+        "ops.example.com",
+        "OPS.example.com:1",
+    ] {
+        for path in paths {
+            assert_eq!(status(path, host), found(path), "{path} {host}");
+        }
+    }
+    for host in [
+        "evil.example",
+        "evil.example:9090",
+        "example.com",
+        "x.ops.example.com",
+        "ops.example.com.evil.example",
+        "127.0.0.1.evil.example",
+        "127.0.0.1@evil.example",
+        "localhost.evil.example",
+        "svc.evil.example",
+        "evilsvc.example",
+        "notinternal.com",
+        ".internal",
+        "..svc",
+        "a..svc",
+        "ai.",
+        "256.1.1.1",
+        "1.2.3",
+        "::1",
+        "[::1",
+        "[evil]",
+        "localhost:80:80",
+        "localhost:x",
+        "evil example",
+        "a\u{e9}.internal",
+        ":9090",
+    ] {
+        for path in paths.into_iter().chain(["/status"]) {
+            assert_eq!(status(path, host), 421, "{path} {host}");
+        }
+    }
+    // What names routes and callers takes fewer.
+    for (host, expected) in [
+        ("localhost", 200),
+        ("127.0.0.1:9090", 200),
+        ("[::1]", 200),
+        ("ops.example.com", 200),
+        ("10.1.2.3", 421),
+        ("gateway", 421),
+        ("gateway.qa.svc", 421),
+    ] {
+        assert_eq!(status("/status", host), expected, "{host}");
+    }
+    // A browser always sends Host; other probes may not.
+    for (path, expected) in
+        [("/livez", 200), ("/readyz", 200), ("/metrics", 421), ("/status", 421), ("/nowhere", 421)]
+    {
+        for head in ["HTTP/1.0\r\n\r\n", "HTTP/1.1\r\nhost:\r\n\r\n"] {
+            let reply = answer(&gateway, &format!("GET {path} {head}"));
+            assert_eq!(reply.status, expected, "{path} {head}");
+        }
+    }
+    // Of several names none may be foreign, wherever they stand; and it is no matter of the method.
+    for (head, expected) in [
+        ("GET /livez HTTP/1.1\r\nhost: localhost\r\nhost: localhost\r\n", 200),
+        ("GET /livez HTTP/1.1\r\nhost: localhost\r\nhost: evil.example\r\n", 421),
+        ("GET http://localhost/livez HTTP/1.1\r\nhost: localhost\r\n", 200),
+        ("GET http://evil.example/livez HTTP/1.1\r\nhost: localhost\r\n", 421),
+        ("GET http://localhost/livez HTTP/1.1\r\nhost: evil.example\r\n", 421),
+        ("POST /livez HTTP/1.1\r\nhost: localhost\r\n", 405),
+        ("POST /livez HTTP/1.1\r\nhost: evil.example\r\n", 421),
+    ] {
+        assert_eq!(answer(&gateway, &format!("{head}\r\n")).status, expected, "{head}");
+    }
+}
