@@ -18,6 +18,7 @@ use ccsqm_gateway::{
     log,
 };
 use clap::{Parser, Subcommand};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use tracing_subscriber::{filter::Targets, prelude::*, reload};
 
 /// Exit code of a bad configuration (`EX_CONFIG`).
@@ -77,6 +78,7 @@ fn parse_override(text: &str) -> Result<(String, String), String> {
 /// Runs the command.
 pub(crate) fn run() -> ExitCode {
     let _flushed = Flushed;
+    let _ = hide_memory(); // `check` reads secrets, too, and `audit` the chain's key; `serve` tells when it fails
     let result = match Arguments::parse().command {
         Command::Serve(args) => serve::run(&args),
         Command::Check(args) => Ok(check::run(&args)),
@@ -93,6 +95,12 @@ pub(crate) fn run() -> ExitCode {
         log::say(&format!("ccsqm-gateway: {error:#}"));
         ExitCode::FAILURE
     })
+}
+
+/// A core dump would hold the secrets; so does the memory, which other processes of the same user could read.
+fn hide_memory() -> rustix::io::Result<()> {
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 
 /// Writes what is left of the log when the command ends, be it by a panic.

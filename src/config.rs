@@ -10,6 +10,7 @@ mod peer;
 mod files;
 mod parse;
 mod relations;
+mod exposure;
 mod effective;
 
 use std::{

@@ -7,9 +7,13 @@
 //! A command finds the socket through the audit directory: it is `control.sock` there, or the file `control` names it.
 
 use std::{
-    fs, io,
+    fs::{self, OpenOptions, Permissions},
+    io,
     io::{BufRead as _, BufReader, Read as _, Write as _},
-    os::unix::{fs::MetadataExt, net::UnixStream as BlockingStream},
+    os::unix::{
+        fs::{MetadataExt, OpenOptionsExt as _, PermissionsExt as _},
+        net::UnixStream as BlockingStream,
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -154,7 +158,11 @@ impl Bound {
             };
         }
         let unfinished = directory.join(format!("{POINTER}.new"));
-        fs::write(&unfinished, self.path.as_os_str().as_encoded_bytes())?;
+        // A command believes it, so that nobody else may change it, whatever the umask.
+        let mut options = OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
+        file.set_permissions(Permissions::from_mode(0o600))?;
+        file.write_all(self.path.as_os_str().as_encoded_bytes())?;
         fs::rename(unfinished, &pointer)?;
         Ok(Some(pointer))
     }

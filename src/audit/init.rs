@@ -6,6 +6,7 @@
 use std::{
     fs::{self, Metadata},
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -20,9 +21,12 @@ use super::{
     sync::make_directory,
 };
 
-/// What a start lacks.
+/// What a start lacks: what must be there, and be the gateway's alone to change.
 #[derive(Debug, Error)]
 pub enum Absent {
+    /// A directory, or a key, that others cannot change: whoever can, can make the gateway forget or forge calls.
+    #[error("every user can change {0} (mode {1:04o}), so that no record could be believed: chmod o-w {0}")]
+    Privacy(String, u32),
     /// The directory, which must exist.
     #[error(
         "{0} is missing, and must_exist is set: mount or restore it; for a new trail, `ccsqm-gateway audit init {1}` makes it once"
@@ -56,10 +60,18 @@ pub fn check(directory: &Path, key_file: Option<&Path>, must_exist: bool) -> Res
         None => directory.display().to_string(),
     };
     // It may be a symbolic link, even one that leads nowhere.
-    if is_absent(&fs::metadata(directory)) {
+    let found = fs::metadata(directory);
+    if let Ok(found) = &found {
+        refuse_open(directory, found)?;
+    }
+    if is_absent(&found) {
         return if must_exist { Err(Absent::Directory(directory.into(), arguments())) } else { Ok(()) };
     }
     let key = key_path(directory);
+    let key_in_use = fs::metadata(key_file.unwrap_or(&key));
+    if let Ok(found) = &key_in_use {
+        refuse_open(key_file.unwrap_or(&key), found)?;
+    }
     if key_file.is_some() || !is_absent(&fs::symlink_metadata(&key)) {
         return Ok(());
     }
@@ -67,6 +79,18 @@ pub fn check(directory: &Path, key_file: Option<&Path>, must_exist: bool) -> Res
         return Err(Absent::KeyOfSegments { key, word: word_without_key(&segments) });
     }
     if must_exist { Err(Absent::Key(key, arguments())) } else { Ok(()) }
+}
+
+/// Refuses what every user can change. For a symbolic link its target counts.
+pub(crate) fn refuse_open(path: &Path, found: &Metadata) -> Result<(), Absent> {
+    let is_open = is_open_to_all(found);
+    if is_open { Err(Absent::Privacy(path.display().to_string(), found.mode() & 0o7777)) } else { Ok(()) }
+}
+
+/// Whether every user can change it. In a sticky directory they can make files, but touch nobody else's.
+pub(crate) fn is_open_to_all(found: &Metadata) -> bool {
+    let is_sticky = found.is_dir() && found.mode() & 0o1000 != 0;
+    found.mode() & 0o002 != 0 && !is_sticky
 }
 
 fn is_absent(found: &io::Result<Metadata>) -> bool {

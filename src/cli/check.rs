@@ -37,7 +37,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
             ExitCode::from(BAD_CONFIGURATION)
         }
         Ok(config) if args.json => {
-            println!("{:#}", machine_readable(&file, &config));
+            println!("{:#}", machine_readable(&args.configured, &config));
             ExitCode::SUCCESS
         }
         Ok(config) => {
@@ -45,7 +45,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
             sections(&config.effective());
             access(&config);
             memory(&config);
-            for notice in notices(&config) {
+            for notice in notices(&args.configured, &config) {
                 println!("#\n# Note: {notice}");
             }
             ExitCode::SUCCESS
@@ -89,22 +89,23 @@ fn memory(config: &Config) {
     );
 }
 
-fn machine_readable(file: &str, config: &Config) -> Value {
+fn machine_readable(configured: &Configured, config: &Config) -> Value {
     let MemoryBound { keys, replies } = MemoryBound::new(&config.idempotency);
     json!({
         "good": true,
-        "file": file,
+        "file": configured.config.display().to_string(),
         "configuration": config.effective(),
         "access": config.access(),
         "memory": { "keys_bytes": keys, "replies_bytes": replies },
-        "notices": notices(config),
+        "notices": notices(configured, config),
     })
 }
 
-fn notices(config: &Config) -> Vec<String> {
+fn notices(configured: &Configured, config: &Config) -> Vec<String> {
     let loopback = config.trusts_loopback().then(|| LOOPBACK_NOTICE.to_owned());
     let memory = MemoryBound::new(&config.idempotency).notice();
-    loopback.into_iter().chain(memory).chain(needles::notices(config)).collect()
+    let exposures = config.exposures(&configured.config);
+    loopback.into_iter().chain(memory).chain(needles::notices(config)).chain(exposures).collect()
 }
 
 fn user(access: &Access) {

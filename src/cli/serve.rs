@@ -27,6 +27,7 @@ pub(super) struct Args {
 
 pub(super) fn run(Args { configured, accept_loss }: &Args) -> anyhow::Result<ExitCode> {
     log::start()?; // so that not even a start waits for who reads its errors
+    let hidden = super::hide_memory(); // before there is a secret in it
     let config = match configured.load() {
         Ok(config) => config,
         Err(problems) => {
@@ -35,7 +36,12 @@ pub(super) fn run(Args { configured, accept_loss }: &Args) -> anyhow::Result<Exi
         }
     };
     let set_level = super::begin_log(&config.log)?;
-    no_core_dumps();
+    if let Err(error) = hidden {
+        tracing::warn!(%error, "core dumps, or looks into this process, cannot be turned off");
+    }
+    for exposure in config.exposures(&configured.config) {
+        tracing::warn!("{exposure}");
+    }
     allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = match App::build(config, accept_loss.clone()) {
         Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..) | StartError::Absent(_))) => {
@@ -47,14 +53,6 @@ pub(super) fn run(Args { configured, accept_loss }: &Args) -> anyhow::Result<Exi
     let Configured { config: path, overrides } = configured;
     let source = Source { path: path.clone(), overrides: overrides.clone(), set_level };
     app.run(stopped(), Some(source)).map(|()| ExitCode::SUCCESS)
-}
-
-/// A core dump would hold the secret.
-fn no_core_dumps() {
-    let none = Rlimit { current: Some(0), maximum: Some(0) };
-    if let Err(error) = setrlimit(Resource::Core, none) {
-        tracing::warn!(%error, "core dumps cannot be turned off");
-    }
 }
 
 /// Each connection is a file, and the soft limit is 1,024 where nobody raised it.

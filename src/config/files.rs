@@ -62,6 +62,8 @@ pub(super) fn system_roots() -> Result<(), String> {
 /// The audit chain's key.
 pub(super) fn audit_key(path: &Path) -> Result<(), String> {
     regular(path)?;
+    let found = fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    init::refuse_open(path, &found).map_err(|refused| refused.to_string())?;
     Keys::load(path).map(drop).map_err(|error| error.to_string())
 }
 

@@ -69,6 +69,10 @@ impl<'a> Context<'a> {
     pub(super) fn problem(&mut self, place: &Place, key: impl Into<String>, reason: impl Into<String>) {
         let key = key.into();
         self.doubtful.insert(key.clone());
+        self.tell(place, key, reason);
+    }
+
+    fn tell(&mut self, place: &Place, key: String, reason: impl Into<String>) {
         if self.syntax != Syntax::Lost || !matches!(place, Place::File { .. }) {
             self.problems.push(Problem { place: place.clone(), key, reason: reason.into() });
         }
@@ -379,6 +383,8 @@ impl Table {
     /// Whatever was not asked for is unknown.
     pub(super) fn close(self, context: &mut Context<'_>) {
         for (name, value) in &self.members {
+            // Where secrets are named, somebody may have pasted one.
+            let key = if self.names_secrets() { self.path.clone() } else { self.key(name) };
             let reason = match self.meant(name) {
                 Some(meant) => {
                     context.misspelt.insert(self.key(meant));
@@ -387,8 +393,14 @@ impl Table {
                 }
                 None => format!("unknown key; known here: {}", self.known.join(", ")),
             };
-            context.problem(&value.place, self.key(name), reason);
+            context.doubtful.insert(self.key(name));
+            context.tell(&value.place, key, reason);
         }
+    }
+
+    fn names_secrets(&self) -> bool {
+        let (path, _) = self.path.split_once('[').unwrap_or((&self.path, ""));
+        matches!(path, "credentials" | "upstream" | "audit") || self.path.ends_with(".tls")
     }
 }
 

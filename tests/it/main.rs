@@ -36,6 +36,7 @@ mod operations;
 mod admin;
 mod secrets;
 mod quotes;
+mod permissions;
 mod budgets;
 mod hostile;
 mod kills;

@@ -5,7 +5,7 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -73,16 +73,6 @@ fn a_stop_lets_work_in_flight_finish() {
     let all = records(&gateway.audit_directory(), "");
     assert_eq!(all.last().unwrap()["event"], "stop");
     assert_eq!(all[all.len() - 2]["outcome"], "succeeded");
-}
-
-/// Killed on drop.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]

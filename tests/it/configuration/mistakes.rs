@@ -15,6 +15,13 @@ impl Key {
         format!("{}.{}", self.section, self.name)
     }
 
+    /// How a key that is unknown in the same section is named: not by itself where it may be a pasted secret.
+    fn unknown(&self, name: &str) -> String {
+        let names_secrets = ["credentials[0]", "listeners[2].tls", "upstream", "audit"];
+        let is_quoted = !names_secrets.contains(&self.section.as_str());
+        if is_quoted { format!("{}.{name}", self.section) } else { self.section.clone() }
+    }
+
     /// Its path without the index of a list.
     fn kind(&self) -> String {
         self.path().replace("[0]", "").replace("[1]", "").replace("[2]", "")
@@ -98,13 +105,13 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
     let middle = 1 + random.below(name.len() - 1);
     let misspelt = format!("{}x{}", &name[..middle], &name[middle..]);
     let mut ways = vec![
-        mistake("misspelt", format!("{misspelt} = {value}"), format!("{}.{misspelt}", key.section)),
+        mistake("misspelt", format!("{misspelt} = {value}"), key.unknown(&misspelt)),
         Mistake {
             offset: 1,
             ..mistake(
                 "unknown",
                 format!("{name} = {value}\nnot_{name} = 1"),
-                format!("{}.not_{name}", key.section),
+                key.unknown(&format!("not_{name}")),
             )
         },
         value_is("type", "1979-05-27"),
