@@ -24,7 +24,7 @@ pub enum PeerRule {
     Certificate(String),
     /// A process of this user at a Unix socket.
     Uid(u32),
-    /// A process of this group at a Unix socket.
+    /// A process whose primary group this is, at a Unix socket: the kernel names no others.
     Gid(u32),
 }
 
@@ -47,11 +47,11 @@ impl PeerRule {
             Self::Network(network) => format!("every process with an address of {network}"),
             Self::Certificate(name) => format!("whoever holds a certificate for {name}"),
             Self::Uid(uid) => format!("every process of user {uid}"),
-            Self::Gid(gid) => format!("every process of group {gid}"),
+            Self::Gid(gid) => format!("every process whose primary group is {gid}"),
         }
     }
 
-    /// Whether one peer can be both. A process has a user and a group, so that any `uid` and any `gid` can meet in one. Of
+    /// Whether one peer can be both. A process has a user and a primary group, so that any `uid` and any `gid` can meet in one. Of
     /// nested networks the smaller one counts.
     pub(super) fn can_be(&self, other: &Self) -> bool {
         match (self, other) {

@@ -707,6 +707,20 @@ fn check_says_who_can_use_which_credential() {
 }
 
 #[test]
+fn check_and_documents_say_that_a_group_is_the_primary_one() {
+    let (folder, text) = shipped("minimal.toml");
+    let text = with(&text, "\"loopback\"", "\"gid:1000\"")
+        + "\n[[listeners]]\naddress = \"unix:/run/gateway.sock\"\n";
+    let (code, out, error) = check(&folder, &text);
+    assert_eq!(code, 0, "{error}");
+    assert!(out.contains("#   qa-console: every process whose primary group is 1000, at unix:"), "{out}");
+    for file in ["README.md", "config/gateway.toml"] {
+        let text = fs::read_to_string(format!("{}/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        assert!(text.contains("gid:") && text.contains("primary group"), "{file}");
+    }
+}
+
+#[test]
 fn check_speaks_json_of_mistakes_too() {
     let (folder, text) = shipped("gateway.toml");
     let path = write(&folder, &with(&text, "workers = 1 ", "workers = 0 "));

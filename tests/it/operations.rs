@@ -189,6 +189,42 @@ fn at_a_unix_socket_the_kernel_says_who_calls() {
 }
 
 #[test]
+fn of_the_groups_of_a_process_only_the_primary_one_makes_it_a_caller() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let sandbox = sandbox();
+    let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
+    if fs::metadata(folder.path()).unwrap().uid() != 0 {
+        return; // only root can have any groups
+    }
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let socket = folder.path().join("gateway.sock");
+    let caller = format!(
+        "[[listeners]]\naddress = \"unix:{}\"\nmode = \"0666\"\n[[callers]]\nname = \"by-gid\"\npeer = \"gid:4343\"\n\
+         operator_id = \"7\"\ncredential = \"default\"\nroutes = [\"appointQualityTask\"]\n",
+        socket.display()
+    );
+    let _gateway = start_with(&sandbox, Setup { caller, folder: Some(folder), ..Setup::default() });
+    for (groups, is_caller) in
+        [(["--regid=4242", "--groups=4343"], false), (["--regid=4343", "--groups=4242"], true)]
+    {
+        let output = Command::new("setpriv")
+            .arg("--reuid=4242")
+            .args(groups)
+            .args(["curl", "-s", "--unix-socket"])
+            .arg(&socket)
+            .args([&format!("http://localhost{PATH}"), "-H", "Content-Type: application/json", "-d", BODY])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(
+            (said.contains("0409000"), said.contains("caller_denied")),
+            (is_caller, !is_caller),
+            "{said}"
+        );
+    }
+}
+
+#[test]
 fn a_unix_socket_that_somebody_listens_on_is_not_taken_over() {
     use std::os::unix::net::{UnixListener, UnixStream};
 
