@@ -28,15 +28,16 @@ impl Config {
     /// the configuration's own.
     pub fn exposures(&self, file: &Path) -> Vec<String> {
         let key = self.audit.key_file.clone().unwrap_or_else(|| key_path(&self.audit.directory));
+        let of_key_file = if self.audit.key_file.is_some() { "audit.key_file" } else { "audit.directory" };
         let mut told = of_file(file);
         let secrets: Vec<_> = self.secret_files().collect();
         for (name, path) in
-            secrets.iter().map(|(name, path)| (name.as_str(), *path)).chain([("audit.key_file", &*key)])
+            secrets.iter().map(|(name, path)| (name.as_str(), *path)).chain([(of_key_file, &*key)])
         {
             told.extend(of_secret(name, path));
         }
         told.extend(of_directory(&self.audit.directory));
-        told.extend(of_key(&key));
+        told.extend(of_key(of_key_file, &key));
         let paths = secrets.iter().map(|(_, path)| *path).chain([file, &*key, &*self.audit.directory]);
         told.extend(of_folders(paths));
         told
@@ -103,13 +104,13 @@ fn of_directory(path: &Path) -> Option<String> {
     }
 }
 
-fn of_key(path: &Path) -> Option<String> {
+fn of_key(name: &str, path: &Path) -> Option<String> {
     let bytes =
         Zeroizing::new(fs::metadata(path).ok().filter(Metadata::is_file).and_then(|_| fs::read(path).ok())?);
     let different = bytes.iter().collect::<HashSet<_>>().len();
     (different < FEW_BYTES).then(|| {
         format!(
-            "audit.key_file: {} has only {different} different bytes, so that it can be guessed, and the trail forged. Make one \
+            "{name}: {} has only {different} different bytes, so that it can be guessed, and the trail forged. Make one \
              with `head -c 32 /dev/urandom`, for a new trail",
             path.display()
         )

@@ -112,7 +112,7 @@ fn what_others_can_read_or_change_is_a_warning() {
         ("app_key", 0o604, &["credentials[0].app_key_file: ", "read", "chmod o-rwx "][..]),
         ("app_secret", 0o644, &["credentials[0].app_secret_file: ", "read", "chmod o-rwx "]),
         ("app_secret", 0o602, &["credentials[0].app_secret_file: ", "change", "chmod o-rwx "]),
-        ("audit/audit.key", 0o644, &["audit.key", "read", "chmod o-rwx "]),
+        ("audit/audit.key", 0o644, &["audit.directory: ", "audit.key", "read", "chmod o-rwx "]),
         ("audit", 0o770, &["audit.directory: ", "group ", "chmod g-w "]),
         ("audit", 0o1777, &["audit.directory: ", "every user", "chmod o-w "]),
         ("gateway.toml", 0o646, &["gateway.toml", "change", "chmod o-w "]),
