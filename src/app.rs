@@ -153,6 +153,11 @@ impl App {
         self.bound.iter().map(|bound| &bound.address)
     }
 
+    /// Closes the audit trail. It has served nobody.
+    pub fn discard(self) {
+        self.audit.close();
+    }
+
     /// Serves until `stop` is over, then drains: no new connections, work in flight runs to its end or to
     /// `drain_timeout`, and the audit trail closes last.
     /// With a `source` the configuration changes while it serves: see [`crate::reload`]. Fails with [`Ended`] if a thread or a
@@ -175,11 +180,7 @@ impl App {
             admin,
             control,
         } = self;
-        // Before anybody is told that it runs.
-        let reload = source.map(|source| {
-            let _runtime = background.enter();
-            Reload::new(source, config.clone(), state.clone(), audit.clone())
-        });
+        let reload = source.map(|source| Reload::new(source, config.clone(), state.clone(), audit.clone()));
         if config.trusts_loopback() {
             tracing::warn!("{LOOPBACK_NOTICE}");
         }

@@ -8,6 +8,7 @@ mod demo;
 mod healthcheck;
 mod sandbox;
 mod serve;
+mod signals;
 
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
@@ -79,16 +80,17 @@ fn parse_override(text: &str) -> Result<(String, String), String> {
 pub(crate) fn run() -> ExitCode {
     let _flushed = Flushed;
     let _ = hide_memory(); // `check` reads secrets, too, and `audit` the chain's key; `serve` tells when it fails
-    let result = match Arguments::parse().command {
-        Command::Serve(args) => serve::run(&args),
+    let arguments = Arguments::parse();
+    let run = || match arguments.command {
+        Command::Serve(args) => serve::run(args),
         Command::Check(args) => Ok(check::run(&args)),
-        Command::Demo(args) => demo::run(&args),
+        Command::Demo(args) => demo::run(args),
         Command::Sandbox(args) => sandbox::run(args),
         Command::Healthcheck(args) => healthcheck::run(&args),
         Command::Contract(args) => contract::run(args),
         Command::Audit(args) => audit::run(&args),
     };
-    result.unwrap_or_else(|error| {
+    run().unwrap_or_else(|error| {
         if error.is::<Ended>() {
             return ExitCode::from(PART_ENDED); // it was logged when it ended
         }

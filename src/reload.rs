@@ -10,7 +10,7 @@ use std::{convert::Infallible, fs, path::PathBuf, sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use serde_json::{Map, Value, json};
 use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
+    sync::Notify,
     task::spawn_blocking,
     time::{Instant, sleep},
 };
@@ -28,7 +28,7 @@ const CHANGEABLE: [&str; 3] = ["callers", "routes", "quota"];
 /// What was refused is tried again after this time.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Where a configuration comes from, and who hears of a new log level.
+/// Where a configuration comes from, who asks for it again, and who hears of a new log level.
 pub struct Source {
     /// The file.
     pub path: PathBuf,
@@ -36,12 +36,13 @@ pub struct Source {
     pub overrides: Vec<(String, String)>,
     /// Sets the level of the log.
     pub set_level: Box<dyn Fn(&str) + Send>,
+    /// Whoever wants it read again, such as SIGHUP, notifies. It may have done so before the start was over.
+    pub asked: Arc<Notify>,
 }
 
 /// The one task that changes the configuration.
 pub(crate) struct Reload {
     source: Source,
-    asked: Option<Signal>,
     /// What is in effect.
     config: Config,
     contracts: [u8; 32],
@@ -52,13 +53,10 @@ pub(crate) struct Reload {
 }
 
 impl Reload {
-    /// `config` is what is in effect. From now on SIGHUP no longer ends the process. To be called within a runtime.
+    /// `config` is what is in effect.
     pub(crate) fn new(source: Source, config: Config, state: Arc<ArcSwap<State>>, audit: Audit) -> Self {
         let contracts = contents(&contract_files(&config));
-        let asked = signal(SignalKind::hangup())
-            .inspect_err(|error| tracing::error!(%error, "SIGHUP cannot be listened to"))
-            .ok();
-        Self { source, asked, config, contracts, state, audit, told: None }
+        Self { source, config, contracts, state, audit, told: None }
     }
 
     /// Runs until its runtime ends.
@@ -70,7 +68,7 @@ impl Reload {
         let mut again = Some(Instant::now() + POLL);
         loop {
             let is_asked = tokio::select! {
-                () = hung_up(&mut self.asked) => true,
+                () = self.source.asked.notified() => true,
                 () = sleep(wait) => false,
             };
             let noticed = watched.look();
@@ -178,12 +176,4 @@ fn contents(files: &[PathBuf]) -> [u8; 32] {
     let parts: Vec<_> =
         files.iter().map(|file| fs::read(file).unwrap_or_else(|error| error.to_string().into())).collect();
     digest(parts.iter().map(Vec::as_slice))
-}
-
-/// Waits for a signal; for ever, if none can come.
-async fn hung_up(signal: &mut Option<Signal>) {
-    match signal {
-        Some(signal) => drop(signal.recv().await),
-        None => std::future::pending().await,
-    }
 }

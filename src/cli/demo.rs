@@ -19,6 +19,8 @@ use ccsqm_gateway::{
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 
+use super::signals::{Asked, HangUp, while_listening};
+
 const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 
 /// The vendor's own example.
@@ -38,7 +40,16 @@ pub(super) struct Args {
     admin: SocketAddr,
 }
 
-pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    if args.once {
+        return demo(&args, None);
+    }
+    // The terminal that shows it may go away; its directory goes with it.
+    while_listening(HangUp::Stops, move |asked| demo(&args, Some(&asked)))
+}
+
+/// With nobody asked for a stop, one request is shown.
+fn demo(args: &Args, asked: Option<&Asked>) -> anyhow::Result<ExitCode> {
     let sandbox = Sandbox::start(options()).context("the sandbox")?;
     let folder = TempDir::with_prefix("ccsqm-gateway-demo-")?;
     let (listen, admin) = if args.once {
@@ -53,9 +64,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let app = App::build(config, None)?;
     let Some(ListenAddress::Tcp(address)) = app.addresses().next().cloned() else { bail!("no TCP listener") };
-    if !args.once {
+    if let Some(asked) = asked {
         introduce(address, admin, &sandbox, folder.path());
-        app.run(super::serve::stopped(), None)?;
+        if asked.started() {
+            app.run(asked.clone().stopped(), None)?;
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let (stop, stopped) = oneshot::channel::<()>();

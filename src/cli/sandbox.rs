@@ -11,6 +11,8 @@ use std::{
 use anyhow::{Context, ensure};
 use ccsqm_gateway::sandbox::{APPOINT_PATH, Options, Sandbox, Tls};
 
+use super::signals::{Asked, HangUp, while_listening};
+
 /// Run a local stand-in for the cloud: tokenByAkSk and appointQualityTask, with scripted faults.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -30,6 +32,10 @@ pub(crate) struct Args {
 
 /// Runs until Ctrl-C.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    while_listening(HangUp::Stops, move |asked| sandbox(args, &asked))
+}
+
+fn sandbox(args: Args, asked: &Asked) -> anyhow::Result<ExitCode> {
     ensure!(
         args.allow_remote || args.listen.ip().is_loopback(),
         "{} can be reached by other machines; give --allow-remote if that is meant",
@@ -39,8 +45,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (app_key, app_secret) = (options.app_key.clone(), options.app_secret.clone());
     let sandbox = Sandbox::start(options).with_context(|| format!("can't start on {}", args.listen))?;
     introduce(&sandbox, &app_key, &app_secret)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(tokio::signal::ctrl_c()).context("can't wait for Ctrl-C")?;
+    if asked.started() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+        runtime.block_on(asked.clone().stopped());
+    }
     Ok(ExitCode::SUCCESS)
 }
 

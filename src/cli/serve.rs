@@ -1,15 +1,14 @@
 //! `serve`.
 
-use std::{process::ExitCode, sync::Arc};
+use std::process::ExitCode;
 
 use ccsqm_gateway::{app::App, audit::StartError, log, reload::Source};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::Notify,
-};
 
-use super::{BAD_CONFIGURATION, Configured};
+use super::{
+    BAD_CONFIGURATION, Configured,
+    signals::{Asked, HangUp, while_listening},
+};
 
 /// Files beside connections: listeners, audit, admin, token calls, the runtimes' own.
 const OTHER_FILES: u64 = 128;
@@ -25,8 +24,12 @@ pub(super) struct Args {
     accept_loss: Option<String>,
 }
 
-pub(super) fn run(Args { configured, accept_loss }: &Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
     log::start()?; // so that not even a start waits for who reads its errors
+    while_listening(HangUp::Reloads, move |asked| serve(args, &asked))
+}
+
+fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Result<ExitCode> {
     let hidden = super::hide_memory(); // before there is a secret in it
     let config = match configured.load() {
         Ok(config) => config,
@@ -43,16 +46,20 @@ pub(super) fn run(Args { configured, accept_loss }: &Args) -> anyhow::Result<Exi
         tracing::warn!("{exposure}");
     }
     allow_files(config.server.max_connections + config.upstream.max_connections);
-    let app = match App::build(config, accept_loss.clone()) {
+    let app = match App::build(config, accept_loss) {
         Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..) | StartError::Absent(_))) => {
             log::say(&format!("ccsqm-gateway: audit.directory: {error}"));
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
         built => built?,
     };
+    if !asked.started() {
+        app.discard();
+        return Ok(ExitCode::SUCCESS);
+    }
     let Configured { config: path, overrides } = configured;
-    let source = Source { path: path.clone(), overrides: overrides.clone(), set_level };
-    app.run(stopped(), Some(source)).map(|()| ExitCode::SUCCESS)
+    let source = Source { path, overrides, set_level, asked: asked.reload.clone() };
+    app.run(asked.clone().stopped(), Some(source)).map(|()| ExitCode::SUCCESS)
 }
 
 /// Each connection is a file, and the soft limit is 1,024 where nobody raised it.
@@ -65,22 +72,4 @@ fn allow_files(connections: usize) {
     if let Some(limit) = maximum.filter(|limit| *limit < needed) {
         tracing::warn!(limit, needed, "fewer files may be open than max_connections needs");
     }
-}
-
-/// SIGTERM or SIGINT.
-pub(super) async fn stopped() {
-    let asked = Arc::new(Notify::new());
-    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
-        match signal(kind) {
-            Ok(mut signal) => {
-                let asked = asked.clone();
-                tokio::spawn(async move {
-                    signal.recv().await;
-                    asked.notify_one();
-                });
-            }
-            Err(error) => tracing::error!(%error, "a signal cannot be listened to"),
-        }
-    }
-    asked.notified().await;
 }

@@ -30,6 +30,7 @@ mod resolution;
 mod configuration;
 mod reload;
 mod restart;
+mod signals;
 mod logs;
 mod supervision;
 mod operations;

@@ -1,0 +1,139 @@
+//! Signals that a command takes, from before anything is read until it ends.
+//!
+//! What a process has no handler for ends it, or is dropped by the kernel where it is the first process of a container. So the
+//! handlers come first. They belong to a thread that does nothing else: whatever the work waits for, a stop is heard of.
+
+use std::{
+    panic::resume_unwind,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use ccsqm_gateway::log;
+use tokio::{
+    runtime::{Builder, Runtime},
+    signal::unix::{SignalKind, signal},
+    sync::{Notify, oneshot, watch},
+    time::{Instant, sleep_until},
+};
+
+/// A start that is asked to stop may take so long to end by itself. What it reads may be long, or hang.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// The stack of the work, as large as the first thread's.
+const STACK: usize = 8 << 20;
+
+/// What SIGHUP means.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum HangUp {
+    /// The configuration is read again.
+    Reloads,
+    /// The terminal is gone: stop.
+    Stops,
+}
+
+/// What signals have asked for so far.
+#[derive(Clone)]
+pub(super) struct Asked {
+    stop: watch::Receiver<bool>,
+    /// SIGHUP came, perhaps before anybody waited for it.
+    pub(super) reload: Arc<Notify>,
+    /// Somebody has decided whether the start ends in service or in a stop.
+    is_decided: Arc<AtomicBool>,
+}
+
+impl Asked {
+    /// Whether a stop was asked for.
+    pub(super) fn to_stop(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    /// Waits until a stop is asked for.
+    pub(super) async fn stopped(mut self) {
+        let _ = self.stop.wait_for(|stop| *stop).await;
+    }
+
+    /// The start is over: from now on a stop waits for the work. Returns false if a stop came before.
+    pub(super) fn started(&self) -> bool {
+        !self.to_stop() && self.decide()
+    }
+
+    fn decide(&self) -> bool {
+        !self.is_decided.swap(true, Ordering::SeqCst)
+    }
+}
+
+fn runtime() -> anyhow::Result<Runtime> {
+    Builder::new_current_thread().enable_all().build().context("the runtime of the signals")
+}
+
+/// Runs work on a thread of its own, and listens for signals meanwhile. Work that has not called [`Asked::started`] when a stop is
+/// asked for is left behind after a while: it has served nobody.
+pub(super) fn while_listening(
+    hang_up: HangUp,
+    work: impl FnOnce(Asked) -> anyhow::Result<ExitCode> + Send + 'static,
+) -> anyhow::Result<ExitCode> {
+    let runtime = runtime()?;
+    let within = runtime.enter();
+    let listen = |kind: SignalKind| signal(kind).context("signals cannot be listened to");
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let mut hung_up = listen(SignalKind::hangup())?;
+    drop(within);
+
+    let (stop, asked) = watch::channel(false);
+    let asked = Asked { stop: asked, reload: Arc::default(), is_decided: Arc::default() };
+    let (done, mut finished) = oneshot::channel();
+    let thread = thread::Builder::new().name("gateway".into()).stack_size(STACK);
+    let thread = thread.spawn({
+        let asked = asked.clone();
+        move || drop(done.send(work(asked)))
+    })?;
+    let result = runtime.block_on(async {
+        let mut end = None;
+        loop {
+            let patience = async {
+                match end {
+                    Some(end) => sleep_until(end).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                result = &mut finished => return Some(result),
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+                _ = hung_up.recv() => {
+                    asked.reload.notify_one();
+                    if hang_up == HangUp::Reloads {
+                        continue;
+                    }
+                }
+                () = patience => {
+                    if asked.decide() {
+                        return None;
+                    }
+                    end = None; // it serves, and drains
+                    continue;
+                }
+            }
+            stop.send_replace(true);
+            end = end.or(Some(Instant::now() + PATIENCE));
+        }
+    });
+    match result {
+        Some(Ok(result)) => result,
+        Some(Err(_)) => match thread.join() {
+            Err(panic) => resume_unwind(panic),
+            Ok(()) => unreachable!("it had sent its result"),
+        },
+        None => {
+            log::say("ccsqm-gateway: stopped while it started; it has served nobody");
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
