@@ -1,5 +1,6 @@
 //! Arguments, logs, exit codes: 0 done, 1 found wrong, 2 usage, 70 a part of the gateway ended, 78 bad configuration.
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to its terminal")]
+
+mod out;
 
 mod audit;
 mod check;
@@ -12,6 +13,7 @@ mod signals;
 
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
+use self::out::{complain, out};
 use anyhow::Context as _;
 use ccsqm_gateway::{
     app::Ended,
@@ -80,7 +82,10 @@ fn parse_override(text: &str) -> Result<(String, String), String> {
 pub(crate) fn run() -> ExitCode {
     let _flushed = Flushed;
     let _ = hide_memory(); // `check` reads secrets, too, and `audit` the chain's key; `serve` tells when it fails
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(said) => return out::exit_code(usage(&said)),
+    };
     let run = || match arguments.command {
         Command::Serve(args) => serve::run(args),
         Command::Check(args) => Ok(check::run(&args)),
@@ -90,13 +95,26 @@ pub(crate) fn run() -> ExitCode {
         Command::Contract(args) => contract::run(args),
         Command::Audit(args) => audit::run(&args),
     };
-    run().unwrap_or_else(|error| {
+    let code = run().unwrap_or_else(|error| {
         if error.is::<Ended>() {
             return ExitCode::from(PART_ENDED); // it was logged when it ended
         }
-        log::say(&format!("ccsqm-gateway: {error:#}"));
+        complain!("ccsqm-gateway: {error:#}");
         ExitCode::FAILURE
-    })
+    });
+    out::exit_code(code)
+}
+
+/// Prints help, or what is wrong with the arguments.
+fn usage(said: &clap::Error) -> ExitCode {
+    let text = said.render().to_string();
+    let text = text.trim_end();
+    if said.use_stderr() {
+        complain!("{text}");
+    } else {
+        out!("{text}");
+    }
+    ExitCode::from(u8::try_from(said.exit_code()).unwrap_or(1))
 }
 
 /// A core dump would hold the secrets; so does the memory, which other processes of the same user could read.

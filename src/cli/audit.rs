@@ -20,7 +20,10 @@ use rustix::process::geteuid;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::BAD_CONFIGURATION;
+use super::{
+    BAD_CONFIGURATION,
+    out::{complain, out},
+};
 
 /// Make, verify and read an audit trail. All work beside a running gateway, but for those that say otherwise.
 #[derive(clap::Args)]
@@ -148,7 +151,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("ccsqm-gateway: {error}");
+            complain!("ccsqm-gateway: {error}");
             ExitCode::from(BAD_CONFIGURATION)
         }
     })
@@ -157,7 +160,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 fn make(Place { directory, key_file }: &Place) -> anyhow::Result<bool> {
     let is_new = init::init(directory, key_file.as_deref())?;
     let what = if is_new { "is ready for a new trail" } else { "was ready before; nothing was changed" };
-    println!("{} {what}", directory.display());
+    out!("{} {what}", directory.display());
     Ok(true)
 }
 
@@ -188,36 +191,30 @@ fn verify(trail: &Trail, found: &Found) -> bool {
     if trail.json {
         let torn = torn.map(|(file, offset, _)| json!({ "file": file, "offset": offset }));
         let (records, missing) = (found.seq, &found.damage);
-        println!(
+        out!(
             "{}",
             json!({ "whole": whole, "records": records, "faults": faults, "missing": missing, "torn": torn })
         );
         return whole;
     }
     for fault in faults {
-        println!("{}:{}: record {}: {}", fault.file.display(), fault.line, fault.seq, fault.reason);
+        out!("{}:{}: record {}: {}", fault.file.display(), fault.line, fault.seq, fault.reason);
     }
     let directory = &trail.place.directory;
     for damage in &found.damage {
-        println!("{}: {}", name(&directory.join(&damage.file)), damage.reason);
+        out!("{}: {}", name(&directory.join(&damage.file)), damage.reason);
     }
     if found.is_lock_unreadable {
-        println!(
-            "{}: cannot be read, so that a missing end would not be noticed",
-            name(&directory.join("lock"))
-        );
+        out!("{}: cannot be read, so that a missing end would not be noticed", name(&directory.join("lock")));
     }
     if let Some((file, offset, _)) = torn {
-        println!("{}: byte {offset}: the last line is torn; the next start cuts it off", name(file));
+        out!("{}: byte {offset}: the last line is torn; the next start cuts it off", name(file));
     }
     if is_empty && found.damage.is_empty() {
-        println!(
-            "{}: there are no records; either none was written yet, or all were removed",
-            name(directory)
-        );
+        out!("{}: there are no records; either none was written yet, or all were removed", name(directory));
     }
     if whole {
-        println!("whole: {} records, head {}", found.seq, hex(&found.hash));
+        out!("whole: {} records, head {}", found.seq, hex(&found.hash));
     }
     whole
 }
@@ -230,7 +227,7 @@ fn name(path: &Path) -> String {
 fn warn(trail: &Trail, found: &Found) {
     for damage in &found.damage {
         let file = trail.place.directory.join(&damage.file);
-        eprintln!("ccsqm-gateway: {}: {}", name(&file), damage.reason);
+        complain!("ccsqm-gateway: {}: {}", name(&file), damage.reason);
     }
 }
 
@@ -239,10 +236,10 @@ fn in_doubt(trail: &Trail, found: &Found) -> bool {
     let open: Vec<_> = found.unresolved.at_work().collect();
     list(trail, &open);
     if !trail.json {
-        println!("{} in doubt", open.len());
+        out!("{} in doubt", open.len());
         let unknown = found.unresolved.unknown().count();
         if unknown > 0 {
-            println!("{unknown} more of unknown outcome: see `ccsqm-gateway audit unresolved`");
+            out!("{unknown} more of unknown outcome: see `ccsqm-gateway audit unresolved`");
         }
     }
     open.is_empty()
@@ -253,10 +250,10 @@ fn unresolved(trail: &Trail, found: &Found) -> bool {
     let unknown: Vec<_> = found.unresolved.unknown().collect();
     list(trail, &unknown);
     if !trail.json {
-        println!("{} unresolved", unknown.len());
+        out!("{} unresolved", unknown.len());
         let open = found.unresolved.at_work().count();
         if open > 0 && !is_live(&trail.place.directory) {
-            println!("{open} more without an outcome: the next start makes them unknown");
+            out!("{open} more without an outcome: the next start makes them unknown");
         }
     }
     unknown.is_empty()
@@ -265,13 +262,13 @@ fn unresolved(trail: &Trail, found: &Found) -> bool {
 fn list(trail: &Trail, calls: &[&UnresolvedCall]) {
     for call in calls {
         if trail.json {
-            println!("{}", json!(call));
+            out!("{}", json!(call));
             continue;
         }
         let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".into());
         let task = call.task.as_ref().map_or("-".to_owned(), ToString::to_string);
         let (caller, route) = (text(&call.caller), text(&call.route));
-        println!("{} {} caller {caller} route {route} task {task}", call.time, call.id);
+        out!("{} {} caller {caller} route {route} task {task}", call.time, call.id);
     }
 }
 
@@ -279,9 +276,9 @@ fn head(trail: &Trail, found: &Found) -> bool {
     warn(trail, found);
     let hash = hex(&found.hash);
     if trail.json {
-        println!("{}", json!({ "seq": found.seq, "hash": hash }));
+        out!("{}", json!({ "seq": found.seq, "hash": hash }));
     } else {
-        println!("{} {hash}", found.seq);
+        out!("{} {hash}", found.seq);
     }
     true
 }
@@ -290,7 +287,7 @@ fn accept(trail: &Trail) -> anyhow::Result<bool> {
     let Place { directory, key_file } = &trail.place;
     if let Err(init::Absent::KeyOfSegments { .. }) = init::check(directory, key_file.as_deref(), false) {
         let aside = accept_lost_key(directory)?;
-        println!(
+        out!(
             "accepted: the segments without a key are in {}; a new trail begins",
             directory.join(aside).display()
         );
@@ -298,12 +295,12 @@ fn accept(trail: &Trail) -> anyhow::Result<bool> {
     }
     let found = trail.read()?;
     for fault in found.faults.iter().chain(&found.recorded) {
-        println!("{}:{}: record {}: {}", fault.file.display(), fault.line, fault.seq, fault.reason);
+        out!("{}:{}: record {}: {}", fault.file.display(), fault.line, fault.seq, fault.reason);
     }
     warn(trail, &found);
     match accept_loss(directory, trail.place.keys()?)? {
-        Some(seq) => println!("accepted by record {seq}: Idempotency-Keys that are not found count as new"),
-        None => println!("nothing is lost that was not accepted before"),
+        Some(seq) => out!("accepted by record {seq}: Idempotency-Keys that are not found count as new"),
+        None => out!("nothing is lost that was not accepted before"),
     }
     Ok(true)
 }
@@ -362,11 +359,11 @@ fn ask_or_append(
 
 fn tell(asking: &Asking, answer: &Answer) -> bool {
     if asking.json {
-        println!("{}", json!(answer));
+        out!("{}", json!(answer));
     } else if answer.ok {
-        println!("{}", answer.text);
+        out!("{}", answer.text);
     } else {
-        eprintln!("ccsqm-gateway: {}", answer.text);
+        complain!("ccsqm-gateway: {}", answer.text);
     }
     answer.ok
 }

@@ -11,7 +11,10 @@ use ccsqm_gateway::{
 };
 use serde_json::{Map, Value, json};
 
-use super::{BAD_CONFIGURATION, Configured};
+use super::{
+    BAD_CONFIGURATION, Configured,
+    out::{complain, out},
+};
 
 /// A configuration, and how to speak about it.
 #[derive(clap::Args)]
@@ -30,32 +33,32 @@ pub(super) fn run(args: &Args) -> ExitCode {
             let reason = key_is_lost(&config).unwrap_or_default();
             if args.json {
                 let problem = json!({ "key": "audit.directory", "reason": reason });
-                println!("{:#}", json!({ "good": false, "file": file, "problems": [problem] }));
+                out!("{:#}", json!({ "good": false, "file": file, "problems": [problem] }));
             } else {
-                eprintln!("{file}: audit.directory: {reason}");
+                complain!("{file}: audit.directory: {reason}");
             }
             ExitCode::from(BAD_CONFIGURATION)
         }
         Ok(config) if args.json => {
-            println!("{:#}", machine_readable(&args.configured, &config));
+            out!("{:#}", machine_readable(&args.configured, &config));
             ExitCode::SUCCESS
         }
         Ok(config) => {
-            println!("# {file} is a good configuration. In effect, with environment, flags and defaults:");
+            out!("# {file} is a good configuration. In effect, with environment, flags and defaults:");
             sections(&config.effective());
             access(&config);
             memory(&config);
             for notice in notices(&args.configured, &config) {
-                println!("#\n# Note: {notice}");
+                out!("#\n# Note: {notice}");
             }
             ExitCode::SUCCESS
         }
         Err(problems) => {
             if args.json {
                 let problems: Vec<_> = problems.iter().map(|problem| problem.to_json()).collect();
-                println!("{:#}", json!({ "good": false, "file": file, "problems": problems }));
+                out!("{:#}", json!({ "good": false, "file": file, "problems": problems }));
             } else {
-                eprintln!("{problems}");
+                complain!("{problems}");
             }
             ExitCode::from(BAD_CONFIGURATION)
         }
@@ -69,19 +72,19 @@ fn key_is_lost(config: &Config) -> Option<String> {
 }
 
 fn access(config: &Config) {
-    println!("\n# Who can use which credential:");
+    out!("\n# Who can use which credential:");
     let access = config.access();
     for name in config.effective()["credentials"].as_array().into_iter().flatten().map(|c| &c["name"]) {
         let mut users = access.iter().filter(|access| *name == *access.credential).peekable();
         let nobody = if users.peek().is_none() { " nobody" } else { "" };
-        println!("# {}:{nobody}", name.as_str().unwrap_or_default());
+        out!("# {}:{nobody}", name.as_str().unwrap_or_default());
         users.for_each(user);
     }
 }
 
 fn memory(config: &Config) {
     let MemoryBound { keys, replies } = MemoryBound::new(&config.idempotency);
-    println!(
+    out!(
         "\n# Memory: {} keys take at most {} MiB, stored replies {} MiB.",
         config.idempotency.max_keys,
         mebibytes(keys),
@@ -110,7 +113,7 @@ fn notices(configured: &Configured, config: &Config) -> Vec<String> {
 
 fn user(access: &Access) {
     let (who, is_frozen) = (&access.who, if access.is_frozen { "; FROZEN" } else { "" });
-    println!(
+    out!(
         "#   {}: {who}, at {}; on {}; as operator {}; {}, burst {}{is_frozen}",
         access.caller,
         access.listeners.join(" and "),
@@ -134,16 +137,16 @@ fn members(header: &str, table: &Value) {
     // Of the built-in route no file may hold these.
     let built_in = header == "[[routes]]" && table["name"] == BUILT_IN_ROUTE;
     let is_fixed = |key: &str| built_in && ["path", "result_field", "success_codes"].contains(&key);
-    println!("\n{header}");
+    out!("\n{header}");
     for (key, value) in table.as_object().into_iter().flatten() {
         match value {
-            Value::Null if built_in && key == "contract_file" => println!("# {key}: built in"),
-            Value::Null => println!("# {key}: not set"),
+            Value::Null if built_in && key == "contract_file" => out!("# {key}: built in"),
+            Value::Null => out!("# {key}: not set"),
             _ if built_in && key == "contract_file" => {
-                println!("{key} = {} # replaces the built-in contract", toml(value));
+                out!("{key} = {} # replaces the built-in contract", toml(value));
             }
-            _ if is_fixed(key) => println!("# {key}: {}, built in", toml(value)),
-            _ => println!("{key} = {}", toml(value)),
+            _ if is_fixed(key) => out!("# {key}: {}, built in", toml(value)),
+            _ => out!("{key} = {}", toml(value)),
         }
     }
 }

@@ -13,7 +13,10 @@ use ccsqm_gateway::{
 };
 use serde_json::{Value, json};
 
-use super::BAD_CONFIGURATION;
+use super::{
+    BAD_CONFIGURATION,
+    out::{complain, out},
+};
 
 /// Check a body against a contract.
 #[derive(clap::Args)]
@@ -42,16 +45,16 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
         Ok(contract) => contract,
         Err(reason) => {
             if json {
-                println!("{}", json!({ "good": false, "contract": reason }));
+                out!("{}", json!({ "good": false, "contract": reason }));
             } else {
-                eprintln!("{schema}: {reason}");
+                complain!("{schema}: {reason}");
             }
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
     };
     let fault = contract.check(read(&body)?.into(), BareIds::Detect).result.err();
     if json {
-        println!("{}", machine_text(fault.as_ref()));
+        out!("{}", machine_text(fault.as_ref()));
     } else {
         print(fault.as_ref());
     }
@@ -77,13 +80,13 @@ fn read(body: &Path) -> anyhow::Result<Vec<u8>> {
 
 fn print(fault: Option<&Fault>) {
     match fault {
-        None => println!("the body keeps the contract"),
-        Some(Fault::NotJson(fault)) => println!("not strict JSON: {fault}"),
+        None => out!("the body keeps the contract"),
+        Some(Fault::NotJson(fault)) => out!("not strict JSON: {fault}"),
         Some(Fault::Violations(violations)) => {
             for violation in &violations.list {
-                println!("{}: {} ({})", violation.pointer, violation.detail, violation.code);
+                out!("{}: {} ({})", violation.pointer, violation.detail, violation.code);
             }
-            println!("{} in all", violations.total);
+            out!("{} in all", violations.total);
         }
     }
 }

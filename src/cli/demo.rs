@@ -19,7 +19,10 @@ use ccsqm_gateway::{
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 
-use super::signals::{Asked, HangUp, while_listening};
+use super::{
+    out::{complain, out},
+    signals::{Asked, HangUp, while_listening},
+};
 
 const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 
@@ -76,7 +79,7 @@ fn demo(args: &Args, asked: Option<&Asked>) -> anyhow::Result<ExitCode> {
     let shown = show_one(address, &sandbox, folder.path());
     let _ = stop.send(());
     let ran = running.join().map_err(|_| anyhow::anyhow!("the gateway panicked"))?;
-    ran.inspect_err(|error| eprintln!("ccsqm-gateway: {error}"))?; // nothing is logged here
+    ran.inspect_err(|error| complain!("ccsqm-gateway: {error}"))?; // nothing is logged here
     shown?;
     Ok(ExitCode::SUCCESS)
 }
@@ -125,13 +128,13 @@ routes = ["appointQualityTask"]
 }
 
 fn introduce(address: SocketAddr, admin: SocketAddr, sandbox: &Sandbox, folder: &Path) {
-    println!("gateway  http://{address}");
-    println!("admin    http://{admin}/status");
-    println!("sandbox  {}/_sandbox/requests", sandbox.url());
-    println!("audit    {}", folder.join("audit").display());
-    println!("\nTry it:\n");
-    println!("curl -i http://{address}{PATH} -H 'Content-Type: application/json' -d '{EXAMPLE}'\n");
-    println!("Ctrl-C stops it.");
+    out!("gateway  http://{address}");
+    out!("admin    http://{admin}/status");
+    out!("sandbox  {}/_sandbox/requests", sandbox.url());
+    out!("audit    {}", folder.join("audit").display());
+    out!("\nTry it:\n");
+    out!("curl -i http://{address}{PATH} -H 'Content-Type: application/json' -d '{EXAMPLE}'\n");
+    out!("Ctrl-C stops it.");
 }
 
 fn show_one(address: SocketAddr, sandbox: &Sandbox, folder: &Path) -> anyhow::Result<()> {
@@ -173,11 +176,11 @@ fn mask(line: &str) -> String {
 }
 
 fn show(title: &str, text: &str) {
-    println!("{title}\n");
+    out!("{title}\n");
     for line in text.trim_end().lines() {
-        println!("  {line}");
+        out!("  {line}");
     }
-    println!();
+    out!("");
 }
 
 /// The request's two records. The outcome is queued before the reply's last byte, and written soon after.

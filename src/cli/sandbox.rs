@@ -1,17 +1,14 @@
 //! `sandbox`: the cloud in one process, for people who build against it.
 
-use std::{
-    fs,
-    io::{self, Write},
-    net::SocketAddr,
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{fs, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, ensure};
 use ccsqm_gateway::sandbox::{APPOINT_PATH, Options, Sandbox, Tls};
 
-use super::signals::{Asked, HangUp, while_listening};
+use super::{
+    out::out,
+    signals::{Asked, HangUp, while_listening},
+};
 
 /// Run a local stand-in for the cloud: tokenByAkSk and appointQualityTask, with scripted faults.
 #[derive(clap::Args)]
@@ -44,7 +41,7 @@ fn sandbox(args: Args, asked: &Asked) -> anyhow::Result<ExitCode> {
     let options = Options { listen: args.listen, tls: tls(args.cert, args.key)?, ..Options::default() };
     let (app_key, app_secret) = (options.app_key.clone(), options.app_secret.clone());
     let sandbox = Sandbox::start(options).with_context(|| format!("can't start on {}", args.listen))?;
-    introduce(&sandbox, &app_key, &app_secret)?;
+    introduce(&sandbox, &app_key, &app_secret);
     if asked.started() {
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         runtime.block_on(asked.clone().stopped());
@@ -59,10 +56,9 @@ fn tls(cert: Option<PathBuf>, key: Option<PathBuf>) -> anyhow::Result<Option<Tls
     Ok(Some(Tls { cert_pem: read(cert)?, key_pem: read(key)? }))
 }
 
-fn introduce(sandbox: &Sandbox, app_key: &str, app_secret: &str) -> io::Result<()> {
+fn introduce(sandbox: &Sandbox, app_key: &str, app_secret: &str) {
     let (url, token_url) = (sandbox.url(), sandbox.token_url());
-    writeln!(
-        io::stdout(),
+    out!(
         "sandbox    {url}\n\
          app key    {app_key}\n\
          app secret {app_secret}\n\
@@ -78,5 +74,5 @@ fn introduce(sandbox: &Sandbox, app_key: &str, app_secret: &str) -> io::Result<(
          revoke     POST {url}/_sandbox/revoke\n\
          \n\
          Ctrl-C stops it."
-    )
+    );
 }

@@ -35,6 +35,7 @@ mod logs;
 mod supervision;
 mod operations;
 mod admin;
+mod output;
 mod secrets;
 mod quotes;
 mod permissions;

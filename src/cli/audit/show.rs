@@ -6,19 +6,21 @@ use ccsqm_gateway::audit::history::records_of;
 use serde_json::Value;
 use uuid::Uuid;
 
+use crate::cli::out::{complain, out};
+
 /// Prints all records that name a request, as lines for people or as JSON; false if there is none.
 pub(super) fn show(directory: &Path, id: Uuid, json: bool) -> anyhow::Result<bool> {
     let records =
         records_of(directory, id).map_err(|error| anyhow::anyhow!("{}: {error}", directory.display()))?;
     if records.is_empty() {
-        eprintln!("ccsqm-gateway: the trail has no request {id}");
+        complain!("ccsqm-gateway: the trail has no request {id}");
         return Ok(false);
     }
     for record in &records {
         if json {
-            println!("{record}");
+            out!("{record}");
         } else {
-            println!("{}", line(record, &id.to_string()));
+            out!("{}", line(record, &id.to_string()));
         }
     }
     Ok(true)
