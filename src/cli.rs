@@ -82,6 +82,10 @@ fn parse_override(text: &str) -> Result<(String, String), String> {
 pub(crate) fn run() -> ExitCode {
     let _flushed = Flushed;
     let _ = hide_memory(); // `check` reads secrets, too, and `audit` the chain's key; `serve` tells when it fails
+    if let Err(error) = signals::survive_file_size_limit() {
+        complain!("ccsqm-gateway: {error:#}");
+        return ExitCode::FAILURE;
+    }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(said) => return out::exit_code(usage(&said)),

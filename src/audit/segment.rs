@@ -8,6 +8,7 @@ use std::{fs, fs::File, io, ops::Range, os::unix::fs::FileExt, path::PathBuf};
 use rustix::{
     fs::{FallocateFlags, OFlags, fallocate, fcntl_setfl},
     io::Errno,
+    process::{Resource, getrlimit},
 };
 
 use super::{
@@ -69,9 +70,14 @@ impl Segment {
         if needed <= self.allocated {
             return Ok(());
         }
-        let more = needed + AHEAD - self.length;
-        let is_reserved = allocate(&self.file, self.length, more)?;
-        self.allocated = if is_reserved { needed + AHEAD } else { u64::MAX };
+        // The kernel reserves space beyond the limit on a file's size, and then refuses to write there.
+        let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
+        if needed > limit {
+            return Err(Errno::FBIG.into());
+        }
+        let end = limit.min(needed + AHEAD);
+        let is_reserved = allocate(&self.file, self.length, end - self.length)?;
+        self.allocated = if is_reserved { end } else { limit };
         Ok(())
     }
 

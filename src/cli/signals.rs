@@ -16,6 +16,7 @@ use std::{
 
 use anyhow::Context as _;
 use ccsqm_gateway::log;
+use rustix::process::Signal;
 use tokio::{
     runtime::{Builder, Runtime},
     signal::unix::{SignalKind, signal},
@@ -67,6 +68,16 @@ impl Asked {
     fn decide(&self) -> bool {
         !self.is_decided.swap(true, Ordering::SeqCst)
     }
+}
+
+/// From now on a file that would grow beyond RLIMIT_FSIZE is an error of who writes it, as on a full disk; by default SIGXFSZ ends
+/// the process.
+pub(super) fn survive_file_size_limit() -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let _within = runtime.enter();
+    // The handler stays when nobody listens any more.
+    drop(signal(SignalKind::from_raw(Signal::XFSZ.as_raw())).context("SIGXFSZ")?);
+    Ok(())
 }
 
 fn runtime() -> anyhow::Result<Runtime> {
