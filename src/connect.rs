@@ -67,6 +67,11 @@ pub enum ConnectError {
     /// The name did not resolve.
     #[error("the name does not resolve: {0}")]
     Resolve(io::Error),
+    /// In clear the credential goes to loopback only, and the name has no such address.
+    #[error(
+        "{0} has no loopback address, and without TLS nothing is sent elsewhere; see the hosts file, or use https://"
+    )]
+    NotLoopback(Arc<str>),
     /// No address answered.
     #[error("no address answers: {0}")]
     Connect(#[from] io::Error),
@@ -86,6 +91,7 @@ impl ConnectError {
     pub fn class(&self) -> &'static str {
         match self {
             Self::Resolve(_) => "resolve",
+            Self::NotLoopback(_) => "not_loopback",
             Self::Connect(_) => "connect",
             Self::Proxy(_) => "proxy",
             Self::Tls(_) => "tls",
@@ -161,7 +167,7 @@ pub struct Connector {
     behind: Option<Arc<str>>,
     tls: Option<(TlsConnector, ServerName<'static>)>,
     timeout: Duration,
-    addresses: Arc<Addresses>,
+    addresses: Addresses,
 }
 
 impl std::fmt::Debug for Connector {
@@ -175,7 +181,7 @@ impl Connector {
     pub fn new(url: &Url, egress: &Egress, timeout: Duration) -> Result<Self, TlsError> {
         let name = || ServerName::try_from(url.host.clone());
         let tls = if url.tls { Some((TlsConnector::from(egress.tls.clone()), name()?)) } else { None };
-        let addresses = Arc::default();
+        let addresses = Addresses::default();
         Ok(match egress.proxy.as_ref().filter(|_| url.tls) {
             Some(ProxyUrl { host, port }) => {
                 let behind = Some(url.authority_with_port().into());
@@ -219,10 +225,23 @@ impl Connector {
             Ok(ip) => vec![SocketAddr::new(ip, self.port)],
             Err(_) => self.addresses.resolve(&self.host, self.port).await.map_err(ConnectError::Resolve)?,
         };
+        let addresses = self.allowed(addresses)?;
         let dialed = dial_any(&addresses, self.timeout.saturating_sub(begin.elapsed())).await;
         let (stream, address) = dialed.inspect_err(|_| self.addresses.doubt())?;
+        self.allowed(vec![stream.peer_addr()?])?; // before the first byte
         self.addresses.prefer(address);
         Ok(stream)
+    }
+
+    /// Where it may connect. Without TLS that is loopback alone, whatever the name means: the hosts file may say something else.
+    fn allowed(&self, mut addresses: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, ConnectError> {
+        if self.tls.is_none() {
+            addresses.retain(|address| address.ip().to_canonical().is_loopback());
+            if addresses.is_empty() {
+                return Err(ConnectError::NotLoopback(self.host.clone()));
+            }
+        }
+        Ok(addresses)
     }
 }
 
