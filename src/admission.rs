@@ -25,6 +25,7 @@ use tokio::sync::mpsc;
 use crate::{
     config::{self, BareIds, PeerRule},
     headers::Inbound,
+    ids,
     rate_limit::Limiter,
 };
 use budget::Budget;
@@ -262,7 +263,10 @@ impl Admission {
     fn find(&self, peer: Peer) -> Option<&Arc<Caller>> {
         match peer {
             Peer::Tcp(address) => self.find_address(address.ip().to_canonical()),
-            Peer::Unix { uid, gid } => self.uids.get(&uid).or_else(|| self.gids.get(&gid)),
+            Peer::Unix { uid, gid } => {
+                let by_uid = self.uids.get(&uid).filter(|_| !ids::users().is_nobody(uid));
+                by_uid.or_else(|| self.gids.get(&gid).filter(|_| !ids::groups().is_nobody(gid)))
+            }
         }
     }
 

@@ -37,6 +37,7 @@ use crate::{
     },
     config,
     idempotency::Idempotency,
+    ids,
     log::OncePerSecond,
     seats::{Seat, Seats},
     server::bind_unix,
@@ -226,7 +227,8 @@ impl Control {
     async fn converse(&self, stream: UnixStream, seat: &Seat) -> io::Result<()> {
         let uid = stream.peer_cred()?.uid();
         let (read, mut write) = stream.into_split();
-        let answer = if uid == 0 || uid == geteuid().as_raw() {
+        let is_own = uid == geteuid().as_raw() && !ids::users().is_nobody(uid);
+        let answer = if uid == 0 || is_own {
             let mut line = Vec::new();
             let mut read = tokio::io::BufReader::new(read.take(MAX_LINE));
             in_time(seat, read.read_until(b'\n', &mut line)).await?;

@@ -14,6 +14,7 @@ use crate::{
     audit::{Durability, RefusalBudget},
     connect::Identity,
     headers::{looks_like_credential, may_pass},
+    ids,
     server::tls::Tls,
 };
 
@@ -561,7 +562,15 @@ fn read_callers(context: &mut Context<'_>, root: &mut Table) -> Vec<Caller> {
 
 fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<String>) -> Caller {
     let name = read_name(context, &mut table, names);
-    let peer = table.required(context, "peer", PeerRule::Loopback, parse_peer);
+    let peer = table.required(context, "peer", PeerRule::Loopback, |text| {
+        let peer = parse_peer(text)?;
+        match peer {
+            PeerRule::Uid(uid) => ids::users().check(uid)?,
+            PeerRule::Gid(gid) => ids::groups().check(gid)?,
+            PeerRule::Loopback | PeerRule::Network(_) | PeerRule::Certificate(_) => {}
+        }
+        Ok(peer)
+    });
     let operator_id = table.required(context, "operator_id", String::new(), parse_operator);
     let mut operators = Vec::new();
     for Found { value, place, key } in table.texts(context, "operators").unwrap_or_default() {

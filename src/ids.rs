@@ -1,0 +1,104 @@
+//! Which user and group ids the kernel can show to this process.
+//!
+//! In a user namespace (containers, `PrivateUsers=`, `unshare --user`) ids are mapped. All that are not look alike: the overflow
+//! id, 65534 unless the system says otherwise (user_namespaces(7)). So it names nobody.
+
+use std::{fs, ops::Range, sync::LazyLock};
+
+/// Ids of users, or of groups.
+#[derive(Debug)]
+pub(crate) struct Ids {
+    /// What is mapped. `None`: each id is itself.
+    mapped: Option<Vec<Range<u64>>>,
+    overflow: u32,
+}
+
+/// What is mapped where every id is itself.
+const IDENTITY: [u64; 3] = [0, 0, 4_294_967_295];
+
+/// What the overflow id is unless the system says otherwise.
+const OVERFLOW: u32 = 65534;
+
+/// The users of this process's namespace.
+pub(crate) fn users() -> &'static Ids {
+    static USERS: LazyLock<Ids> = LazyLock::new(|| Ids::read("uid_map", "overflowuid"));
+    &USERS
+}
+
+/// The groups of this process's namespace.
+pub(crate) fn groups() -> &'static Ids {
+    static GROUPS: LazyLock<Ids> = LazyLock::new(|| Ids::read("gid_map", "overflowgid"));
+    &GROUPS
+}
+
+impl Ids {
+    fn read(map: &str, overflow: &str) -> Self {
+        let overflow = fs::read_to_string(format!("/proc/sys/kernel/{overflow}")).ok();
+        let overflow = overflow.and_then(|text| text.trim().parse().ok()).unwrap_or(OVERFLOW);
+        Self::parse(fs::read_to_string(format!("/proc/self/{map}")).ok().as_deref(), overflow)
+    }
+
+    /// Without a map nobody knows what is mapped: all but the overflow id may be.
+    fn parse(map: Option<&str>, overflow: u32) -> Self {
+        let lines: Vec<[u64; 3]> = map
+            .unwrap_or("0 1 4294967295")
+            .lines()
+            .filter_map(|line| {
+                let mut numbers = line.split_whitespace().map_while(|number| number.parse().ok());
+                Some([numbers.next()?, numbers.next()?, numbers.next()?])
+            })
+            .collect();
+        let is_identity = lines == [IDENTITY];
+        let mapped =
+            lines.into_iter().map(|[inside, _, count]| inside..inside.saturating_add(count)).collect();
+        Self { mapped: (!is_identity).then_some(mapped), overflow }
+    }
+
+    /// Whether this id, when the kernel shows it, may be that of any number of others: it is nobody's then.
+    pub(crate) fn is_nobody(&self, id: u32) -> bool {
+        self.mapped.is_some() && id == self.overflow
+    }
+
+    /// Says why the kernel cannot show this id to this process, if it cannot.
+    pub(crate) fn check(&self, id: u32) -> Result<(), String> {
+        if self.is_nobody(id) {
+            return Err(format!(
+                "{id} stands for every id that is not mapped in this user namespace, so that it names nobody; take an id that is mapped"
+            ));
+        }
+        let shows = |mapped: &Vec<Range<u64>>| mapped.iter().any(|ids| ids.contains(&u64::from(id)));
+        if self.mapped.as_ref().is_none_or(shows) {
+            return Ok(());
+        }
+        Err(format!(
+            "{id} is not mapped in this user namespace (/proc/self/uid_map, gid_map), so that the kernel cannot show it; run the gateway \
+             without PrivateUsers= or a namespace of its own, or map the id"
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_mapped_can_be_shown_and_the_overflow_id_is_nobody() {
+        let identity = Ids::parse(Some("         0          0 4294967295\n"), 65534);
+        for id in [0, 1000, 65534] {
+            assert!(identity.check(id).is_ok() && !identity.is_nobody(id), "{id}");
+        }
+        let two = Ids::parse(Some("0 100000 1\n1000 1000 1\n"), 65534);
+        assert!(two.check(0).is_ok() && two.check(1000).is_ok() && !two.is_nobody(1000));
+        assert!(two.check(1).is_err() && two.check(65534).is_err() && two.is_nobody(65534));
+        let container = Ids::parse(Some("0 100000 65536\n"), 65534);
+        assert!(container.check(4242).is_ok() && container.check(70000).is_err());
+        assert!(container.check(65534).is_err(), "mapped, and not to be told from what is not");
+        let other = Ids::parse(Some("0 100000 65536\n"), 7);
+        assert!(other.check(65534).is_ok() && other.is_nobody(7));
+        for unknown in [Ids::parse(None, 65534), Ids::parse(Some(""), 65534)] {
+            assert!(unknown.is_nobody(65534));
+        }
+        assert!(Ids::parse(Some(""), 65534).check(0).is_err(), "nothing is mapped yet");
+        assert!(Ids::parse(None, 65534).check(1000).is_ok(), "without /proc");
+    }
+}
