@@ -618,7 +618,8 @@ fn beyond_the_limit_on_file_sizes_what_was_sent_gets_its_outcome_and_nothing_new
         wait_for("the limit", || {
             let reply = gateway.send_once(&head(long.len(), ""), &long);
             assert!(!gateway.has_ended(), "{}", gateway.log());
-            (reply.status == 503).then_some(())
+            // On a busy machine an intent may also be late.
+            (reply.status == 503 && gateway.log().contains("no space can be reserved")).then_some(())
         });
         let sent = sandbox.requests().len();
         assert_refused(&gateway, &sandbox);
