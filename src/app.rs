@@ -3,7 +3,6 @@
 //! Builds all, binds all, and only then serves, so that a start that fails has served nobody.
 
 use std::{
-    fmt,
     future::Future,
     io, net,
     panic::{self, AssertUnwindSafe},
@@ -480,11 +479,11 @@ async fn look(audit: Audit, vitals: Vitals) {
     gone.fail("a panic");
 }
 
-fn certificate_change<E: fmt::Display>(
+fn certificate_change(
     whose: &'static str,
     name: String,
     audit: &Audit,
-) -> impl Fn(Result<(), E>) + use<E> {
+) -> impl Fn(Result<(), String>) + use<> {
     let audit = audit.clone();
     move |taken| {
         let mut details = Map::from_iter([(whose.to_owned(), json!(name))]);
@@ -496,7 +495,7 @@ fn certificate_change<E: fmt::Display>(
             Err(error) => {
                 tracing::warn!(whose, name, %error, "the certificates cannot be used; the old ones stay in use");
                 details.insert("result".into(), json!("refused"));
-                details.insert("reason".into(), json!(error.to_string()));
+                details.insert("reason".into(), json!(error));
             }
         }
         audit.event("certificate_change", details);

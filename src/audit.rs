@@ -34,10 +34,10 @@ pub mod unresolved;
 mod writer;
 
 use std::{
-    fs::{File, TryLockError},
+    fs::{File, OpenOptions, TryLockError},
     future::{Future, poll_fn},
     io,
-    os::unix::fs::{MetadataExt, chown},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, chown},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -47,6 +47,7 @@ use std::{
 
 use http::HeaderValue;
 use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use rustix::fs::OFlags;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::sync::SemaphorePermit;
@@ -57,7 +58,7 @@ use batch::Batch;
 use chain::{KeyError, Keys};
 pub use clocks::ClockDoubt;
 use clocks::Clocks;
-use directory::Directory;
+use directory::{Directory, open_regular};
 pub use folds::RefusalBudget;
 use init::Absent;
 use lane::Lane;
@@ -626,11 +627,14 @@ fn locked(directory: &Path, error: TryLockError) -> StartError {
 /// Whether a process holds the lock of a trail, so that its last line may be half-written. Changes nothing
 /// in the directory. An older version locks only the file in it.
 pub fn is_live(directory: &Path) -> bool {
-    let is_locked = |path: &Path| {
-        let held = File::open(path).map(|file| file.try_lock_shared());
-        matches!(held, Ok(Err(TryLockError::WouldBlock)))
+    let is_locked = |file: io::Result<File>| {
+        matches!(file.map(|file| file.try_lock_shared()), Ok(Err(TryLockError::WouldBlock)))
     };
-    is_locked(directory) || is_locked(&directory.join(lock::NAME))
+    // No pipe in the place of either may hold the caller.
+    let whole =
+        OpenOptions::new().read(true).custom_flags(OFlags::DIRECTORY.bits().cast_signed()).open(directory);
+    let lock = open_regular(&directory.join(lock::NAME), OpenOptions::new().read(true));
+    is_locked(whole) || is_locked(lock)
 }
 
 /// What a start found, and who goes on.

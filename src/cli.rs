@@ -11,7 +11,7 @@ mod sandbox;
 mod serve;
 mod signals;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration};
 
 use self::out::{complain, out};
 use anyhow::Context as _;
@@ -29,6 +29,9 @@ const BAD_CONFIGURATION: u8 = 78;
 
 /// Exit code of a gateway of which a thread or a task ended that must not (`EX_SOFTWARE`).
 const PART_ENDED: u8 = 70;
+
+/// A configuration that is not read by then hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Lets internal apps call CCSQM without holding a credential.
 #[derive(Parser)]
@@ -69,7 +72,7 @@ struct Configured {
 
 impl Configured {
     fn load(&self) -> Result<Config, Problems> {
-        Config::load(&self.config, &self.overrides, std::env::vars_os())
+        Config::load_in_time(&self.config, &self.overrides, std::env::vars_os(), PATIENCE)
     }
 }
 

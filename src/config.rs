@@ -20,6 +20,11 @@ use std::{
     net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
+    sync::{
+        PoisonError,
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
     time::Duration,
 };
 
@@ -30,6 +35,7 @@ use crate::audit::{Durability, RefusalBudget};
 pub use effective::Access;
 use peer::meets_loopback;
 pub use peer::{DNS, PeerRule, SPIFFE};
+use table::Reading;
 
 /// A whole configuration. Made only by [`Config::load`].
 #[derive(Clone, Debug)]
@@ -132,20 +138,56 @@ impl Config {
         overrides: &[(String, String)],
         environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<Self, Problems> {
-        Self::load_with_keys(path, overrides, environment).map(|(config, _)| config)
+        Self::load_with_keys(path, overrides, environment, Reading::default()).map(|(config, _)| config)
+    }
+
+    /// The same on a thread of its own, for at most so long. Of a file that does not answer the problem is at the key that names it.
+    pub fn load_in_time(
+        path: &Path,
+        overrides: &[(String, String)],
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+        patience: Duration,
+    ) -> Result<Self, Problems> {
+        let environment: Vec<_> = environment.into_iter().collect();
+        let (own_path, overrides) = (path.to_owned(), overrides.to_vec());
+        let reading = Reading::default();
+        let (done, result) = mpsc::channel();
+        let load = {
+            let reading = reading.clone();
+            move || drop(done.send(Self::load_with_keys(&own_path, &overrides, environment, reading)))
+        };
+        let own =
+            || (raw::Place::File { path: path.display().to_string().into(), line: 1 }, "file".to_owned());
+        let problem = |(place, key), reason| Err(Problems(vec![Problem { place, key, reason }]));
+        if let Err(error) = thread::Builder::new().name("configuration".into()).spawn(load) {
+            return problem(own(), format!("cannot be read: {error}"));
+        }
+        match result.recv_timeout(patience) {
+            Ok(result) => result.map(|(config, _)| config),
+            Err(RecvTimeoutError::Timeout) => {
+                let at = reading.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let reason = format!(
+                    "does not answer within {} s: a pipe that nobody writes to, or a mount that is dead",
+                    patience.as_secs()
+                );
+                problem(at.unwrap_or_else(own), reason)
+            }
+            Err(RecvTimeoutError::Disconnected) => problem(own(), "cannot be read: a panic".into()),
+        }
     }
 
     fn load_with_keys(
         path: &Path,
         overrides: &[(String, String)],
         environment: impl IntoIterator<Item = (OsString, OsString)>,
+        reading: Reading,
     ) -> Result<(Self, Vec<String>), Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
         let set = environment.iter().filter_map(|(name, value)| Some((name.to_str()?, value.to_str()?)));
         let set = set.filter(|(_, value)| !value.trim_end_matches(['\r', '\n']).is_empty());
         let variables: HashSet<String> = set.map(|(name, _)| name.to_owned()).collect();
         let layers = raw::read(path, overrides, &environment)?;
-        parse::validate(layers, path.parent().unwrap_or(Path::new(".")), &variables)
+        parse::validate(layers, path.parent().unwrap_or(Path::new(".")), &variables, reading)
     }
 
     /// The listeners at which a caller can be seen.

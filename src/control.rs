@@ -35,7 +35,7 @@ use crate::{
         Audit,
         resolution::{Finding, ResolveError, Resolved},
     },
-    config,
+    config, files,
     idempotency::Idempotency,
     ids,
     log::OncePerSecond,
@@ -303,7 +303,7 @@ pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow
 }
 
 fn find(directory: &Path) -> io::Result<PathBuf> {
-    match fs::read_to_string(directory.join(POINTER)) {
+    match files::read_text(&directory.join(POINTER)) {
         Ok(path) => Ok(path.into()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(directory.join(SOCKET)),
         Err(error) => Err(error),

@@ -55,7 +55,8 @@ mod json; // strict JSON, for bodies and replies
 pub mod connect; // TCP and TLS to the upstream and to the token endpoint
 pub mod secret; // zeroised buffers
 mod pem; // certificates, keys, revocation lists
-mod watched; // files, read again to notice a change
+mod files; // reading what others may replace
+mod watched; // files, looked at to notice a change
 pub mod metrics; // what is counted
 pub mod log; // log lines on their way to stderr
 mod supervisor; // what must not end before the process does

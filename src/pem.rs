@@ -1,10 +1,6 @@
 //! PEM files: certificates, keys, revocation lists.
 
-use std::{
-    fs,
-    io::{self, Read as _},
-    path::Path,
-};
+use std::{io, path::Path};
 
 use rustls::pki_types::{
     CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
@@ -13,8 +9,7 @@ use rustls::pki_types::{
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-/// Nobody has a larger file.
-const MAX_FILE: u64 = 16 << 20;
+use crate::files;
 
 /// What a key's file is called. Its path is not told: somebody may have put the key itself there.
 const KEY_FILE: &str = "the key's file";
@@ -44,9 +39,7 @@ pub(crate) fn read_key(path: &Path) -> Result<Zeroizing<Vec<u8>>, PemError> {
 }
 
 fn read_as(path: &Path, name: String) -> Result<Vec<u8>, PemError> {
-    let mut bytes = Vec::new();
-    let read = fs::File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut bytes));
-    read.map(|_| bytes).map_err(|error| PemError::Read(name, error))
+    files::read(path).map_err(|error| PemError::Read(name, error))
 }
 
 /// All certificates that a file holds; at least one.

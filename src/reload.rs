@@ -5,19 +5,27 @@
 //! of them, and tokens, connections, keys and the breaker are not touched. One that is bad, or that changes what
 //! cannot change, changes nothing; it is told once.
 
-use std::{convert::Infallible, fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    convert::Infallible,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use serde_json::{Map, Value, json};
 use tokio::{
     sync::Notify,
-    task::spawn_blocking,
     time::{Instant, sleep},
 };
 
 use crate::{
     audit::Audit,
     config::{Config, ContractSource},
+    files::{Aside, read},
+    route::Routes,
     state::State,
     watched::{Noticed, POLL, SETTLE, Watched, digest},
 };
@@ -42,96 +50,118 @@ pub struct Source {
 
 /// The one task that changes the configuration.
 pub(crate) struct Reload {
-    source: Source,
-    /// What is in effect.
-    config: Config,
-    contracts: [u8; 32],
+    /// `None`: it came through a pipe, and can be read only once.
+    reader: Option<Aside<Reader, Read>>,
+    asked: Arc<Notify>,
+    set_level: Box<dyn Fn(&str) + Send>,
     state: Arc<ArcSwap<State>>,
     audit: Audit,
     /// Why the last one was refused.
     told: Option<String>,
 }
 
+/// Reads and compiles, on a thread of its own: files may hang, and contracts take time.
+struct Reader {
+    path: PathBuf,
+    overrides: Vec<(String, String)>,
+    watched: Watched<[u8; 32], Infallible>,
+    /// What is in effect.
+    config: Config,
+    contracts: [u8; 32],
+    state: Arc<ArcSwap<State>>,
+}
+
+/// What a reader found.
+enum Read {
+    /// Nothing, or nothing new.
+    Nothing,
+    /// A change that may go on.
+    Settling,
+    /// A configuration like the one in effect.
+    Same,
+    /// One that cannot be taken, and why.
+    Refused(String),
+    /// Another one.
+    New(Box<New>),
+}
+
+/// Another configuration, compiled.
+struct New {
+    config: Config,
+    routes: Routes,
+    /// What is new in it.
+    changed: Vec<&'static str>,
+}
+
 impl Reload {
     /// `config` is what is in effect.
     pub(crate) fn new(source: Source, config: Config, state: Arc<ArcSwap<State>>, audit: Audit) -> Self {
-        let contracts = contents(&contract_files(&config));
-        Self { source, config, contracts, state, audit, told: None }
+        let Source { path, overrides, set_level, asked } = source;
+        let is_file = fs::metadata(&path).map_or(true, |found| found.is_file());
+        let reader = is_file.then(|| {
+            let contracts = contents(&contract_files(&config));
+            let watched = watch(&path, &config);
+            Aside::new(Reader { path, overrides, watched, config, contracts, state: state.clone() })
+        });
+        Self { reader, asked, set_level, state, audit, told: None }
     }
 
     /// Runs until its runtime ends.
     pub(crate) async fn run(mut self) {
-        let mut watched = self.watch();
+        let Some(mut reader) = self.reader.take() else {
+            tracing::info!(
+                "the configuration comes from no regular file: it is read once, and does not change"
+            );
+            loop {
+                self.asked.notified().await;
+                tracing::warn!("the configuration comes from no regular file, and is not read again");
+            }
+        };
         let mut wait = POLL;
         // Another look is due: what was refused may be good by then, and what was taken, now or at the start, may have
         // changed while it was.
         let mut again = Some(Instant::now() + POLL);
         loop {
             let is_asked = tokio::select! {
-                () = self.source.asked.notified() => true,
+                () = self.asked.notified() => true,
                 () = sleep(wait) => false,
             };
-            let noticed = watched.look();
-            wait = if matches!(noticed, Noticed::Settling) { SETTLE } else { POLL };
-            let is_due = again.is_some_and(|again| again <= Instant::now());
-            if is_asked || is_due || matches!(noticed, Noticed::Changed(_)) {
-                let is_changed = self.reload().await;
-                if is_changed {
-                    watched = self.watch();
+            let is_due = is_asked || again.is_some_and(|again| again <= Instant::now());
+            let read = loop {
+                match reader.run(move |reader| reader.turn(is_due)).await {
+                    Ok(read) => break read,
+                    Err(hangs) => self.tell(Err(hangs.to_string())),
                 }
-                let later = if is_changed { Some(POLL) } else { self.told.is_some().then_some(RETRY) };
-                again = later.map(|later| Instant::now() + later);
-            }
+            };
+            wait = if matches!(read, Read::Settling) { SETTLE } else { POLL };
+            let taken = match read {
+                Read::Nothing | Read::Settling => continue,
+                Read::Same => Ok(Vec::new()),
+                Read::Refused(reason) => Err(reason),
+                Read::New(new) => Ok(self.take(*new)),
+            };
+            let is_changed = taken.as_ref().is_ok_and(|changed| !changed.is_empty());
+            self.tell(taken);
+            let later = if is_changed { Some(POLL) } else { self.told.is_some().then_some(RETRY) };
+            again = later.map(|later| Instant::now() + later);
         }
     }
 
-    /// The files that make up the configuration.
-    fn watch(&self) -> Watched<[u8; 32], Infallible> {
-        let mut files = contract_files(&self.config);
-        files.push(self.source.path.clone());
-        let seen = contents(&files);
-        Watched::new(move || Ok(contents(&files)), seen)
-    }
-
-    /// Whether another configuration is in effect.
-    #[expect(clippy::disallowed_methods, reason = "on the background runtime, where no request waits")]
-    async fn reload(&mut self) -> bool {
-        let (path, overrides) = (self.source.path.clone(), self.source.overrides.clone());
-        let load = move || Config::load(&path, &overrides, std::env::vars_os());
-        let taken = match spawn_blocking(load).await {
-            Ok(Ok(config)) => self.take(config),
-            Ok(Err(problems)) => Err(problems.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        let is_changed = taken.as_ref().is_ok_and(|changed| !changed.is_empty());
-        self.tell(taken);
-        is_changed
-    }
-
-    /// Puts a configuration into effect, and says what is new in it.
-    fn take(&mut self, config: Config) -> Result<Vec<&'static str>, String> {
-        let (old, new) = (self.config.effective(), config.effective());
-        if let Some(fixed) = fixed(&old, &new) {
-            return Err(format!("{fixed} cannot change while the gateway runs: restart it"));
-        }
-        let contracts = contents(&contract_files(&config));
-        let mut changed: Vec<_> =
-            CHANGEABLE.into_iter().filter(|section| old[section] != new[section]).collect();
-        changed.extend((contracts != self.contracts).then_some("contracts"));
-        changed.extend((self.config.log.level != config.log.level).then_some("log.level"));
-        if !changed.is_empty() {
-            let state = self.state.load().successor(&config).map_err(|error| error.to_string())?;
-            self.state.store(Arc::new(state));
-            (self.source.set_level)(&config.log.level);
-            (self.config, self.contracts) = (config, contracts);
-        }
-        Ok(changed)
+    /// Puts a configuration into effect.
+    fn take(&self, New { config, routes, changed }: New) -> Vec<&'static str> {
+        let state = self.state.load().successor(&config, routes);
+        self.state.store(Arc::new(state));
+        (self.set_level)(&config.log.level);
+        changed
     }
 
     fn tell(&mut self, taken: Result<Vec<&'static str>, String>) {
         match taken {
             Ok(changed) => {
-                self.told = None;
+                let was_bad = self.told.take().is_some();
+                if was_bad && changed.is_empty() {
+                    tracing::info!("the configuration is good again; nothing in it is new");
+                }
                 if !changed.is_empty() {
                     tracing::info!(changed = changed.join(", "), "the configuration changed");
                     self.record([("result", json!("accepted")), ("changed", json!(changed))]);
@@ -152,6 +182,56 @@ impl Reload {
     }
 }
 
+impl Reader {
+    /// Looks whether something has changed, and reads everything if it has, or if that is due.
+    fn turn(&mut self, is_due: bool) -> Read {
+        match self.watched.look() {
+            Noticed::Settling if !is_due => Read::Settling,
+            Noticed::Nothing if !is_due => Read::Nothing,
+            _ => self.read().unwrap_or_else(Read::Refused),
+        }
+    }
+
+    /// Reads and compiles all. What is new will be in effect before the next turn.
+    fn read(&mut self) -> Result<Read, String> {
+        is_regular(&self.path)?;
+        let config = Config::load(&self.path, &self.overrides, std::env::vars_os());
+        let config = config.map_err(|problems| problems.to_string())?;
+        let (old, new) = (self.config.effective(), config.effective());
+        if let Some(fixed) = fixed(&old, &new) {
+            return Err(format!("{fixed} cannot change while the gateway runs: restart it"));
+        }
+        let contracts = contents(&contract_files(&config));
+        let mut changed: Vec<_> =
+            CHANGEABLE.into_iter().filter(|section| old[section] != new[section]).collect();
+        changed.extend((contracts != self.contracts).then_some("contracts"));
+        changed.extend((self.config.log.level != config.log.level).then_some("log.level"));
+        if changed.is_empty() {
+            return Ok(Read::Same);
+        }
+        let routes =
+            Routes::new(&config, Some(&self.state.load().routes)).map_err(|error| error.to_string())?;
+        self.watched = watch(&self.path, &config);
+        (self.config, self.contracts) = (config.clone(), contracts);
+        Ok(Read::New(Box::new(New { config, routes, changed })))
+    }
+}
+
+/// Only a start reads a configuration from anything else.
+fn is_regular(path: &Path) -> Result<(), String> {
+    let is_other = fs::metadata(path).is_ok_and(|found| !found.is_file());
+    if is_other { Err(format!("{} is not a regular file", path.display())) } else { Ok(()) }
+}
+
+/// The files that make up a configuration, as they are now.
+fn watch(path: &Path, config: &Config) -> Watched<[u8; 32], Infallible> {
+    let mut files = contract_files(config);
+    files.push(path.to_owned());
+    let seen = contents(&files);
+    let watched = files.clone();
+    Watched::new(watched, move || Ok(contents(&files)), seen)
+}
+
 /// What of a configuration would change that cannot.
 fn fixed(old: &Value, new: &Value) -> Option<String> {
     let sections = new.as_object()?.keys();
@@ -168,12 +248,13 @@ fn contract_files(config: &Config) -> Vec<PathBuf> {
         ContractSource::BuiltIn => None,
         ContractSource::File(path) => Some(path.clone()),
     };
-    config.routes.iter().filter_map(|route| file(&route.contract)).collect()
+    let files: BTreeSet<_> = config.routes.iter().filter_map(|route| file(&route.contract)).collect();
+    files.into_iter().collect()
 }
 
 /// A file that cannot be read is told from any that can, by why.
 fn contents(files: &[PathBuf]) -> [u8; 32] {
     let parts: Vec<_> =
-        files.iter().map(|file| fs::read(file).unwrap_or_else(|error| error.to_string().into())).collect();
+        files.iter().map(|file| read(file).unwrap_or_else(|error| error.to_string().into())).collect();
     digest(parts.iter().map(Vec::as_slice))
 }

@@ -13,6 +13,7 @@ use crate::{
     admission::{Admitted, Caller},
     config,
     contract::{Contract, SchemaError},
+    files,
     headers::Inbound,
     outcome::ResultRule,
     token::Cooldown,
@@ -212,7 +213,7 @@ fn compile(raw: &config::Route) -> Result<Contract, RouteError> {
         config::ContractSource::BuiltIn => ("built in".to_owned(), Contract::APPOINT_QUALITY_TASK.to_owned()),
         config::ContractSource::File(path) => {
             let shown = path.display().to_string();
-            match std::fs::read_to_string(path) {
+            match files::read_text(path) {
                 Ok(text) => (shown, text),
                 Err(source) => return Err(RouteError::Read { route, path: shown, source }),
             }

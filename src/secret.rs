@@ -7,7 +7,7 @@ use std::{fmt, io};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-use crate::config::SecretSource;
+use crate::{config::SecretSource, files};
 
 /// A secret's bytes, overwritten on drop.
 #[derive(Clone, PartialEq, Eq)]
@@ -33,7 +33,7 @@ impl Secret {
         let (mut bytes, place) = match source {
             SecretSource::File(path) => {
                 let place = path.display().to_string();
-                let bytes = std::fs::read(path).map_err(|error| SecretError::File(place.clone(), error))?;
+                let bytes = files::read(path).map_err(|error| SecretError::File(place.clone(), error))?;
                 (Zeroizing::new(bytes), place)
             }
             SecretSource::Env(name) => {

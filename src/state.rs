@@ -59,17 +59,16 @@ impl State {
         })
     }
 
-    /// Compiles a configuration that takes the place of this one. All that is remembered goes on.
-    pub fn successor(&self, config: &Config) -> Result<Self, RouteError> {
-        let routes = Routes::new(config, Some(&self.routes))?;
-        self.terms.quota.set(config.quota); // behind all that can fail
-        Ok(Self {
+    /// A configuration that takes the place of this one, with its compiled routes. All that is remembered goes on.
+    pub fn successor(&self, config: &Config, routes: Routes) -> Self {
+        self.terms.quota.set(config.quota);
+        Self {
             admission: Admission::new(&config.callers, &self.admission.limits()),
             routes,
             body: self.body,
             terms: self.terms.clone(),
             trusts_loopback: config.trusts_loopback(),
-        })
+        }
     }
 }
 

@@ -34,11 +34,10 @@ use crate::{
     config,
     connect::{Egress, TlsError},
     secret::needles::Needles,
-    watched::Watched,
 };
 pub use cooldown::Cooldown;
 use endpoint::{Endpoint, SCHEME};
-use fetcher::{Candidate, Fetcher};
+use fetcher::{Candidate, Fetcher, Secrets};
 pub use metrics::Metrics;
 pub use pair::PairError;
 use pair::{Pair, Sources};
@@ -228,7 +227,7 @@ impl Slot {
         let (sources, pair) = read(credential)?;
         let fetcher = Fetcher {
             endpoint: Endpoint::new(token, egress)?,
-            secrets: Watched::new(move || Pair::load(&sources), pair.clone()),
+            secrets: Secrets::new(sources, pair.clone()),
             proven: Candidate::new(pair),
             trial: None,
             last_begun: None,

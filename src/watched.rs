@@ -1,15 +1,21 @@
-//! What is kept in files, read again to notice a change.
+//! What is kept in files, looked at to notice a change. At rest they are not read.
 //!
 //! What belongs together may be kept in several files and written one after the other, each perhaps in two steps
 //! (truncate, write), so that a reading may be torn. A change counts once two readings in a row agree; what cannot
 //! be read is no change.
 
-use std::time::Duration;
+use std::{
+    fmt,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
 
-/// How often files are read again. Polling notices what a watch on a file misses: Kubernetes swaps a link, and a
+use crate::files::{Aside, Stamp};
+
+/// How often files are looked at. Polling notices what a watch on a file misses: Kubernetes swaps a link, and a
 /// mount can be replaced whole.
 pub(crate) const POLL: Duration = Duration::from_secs(1);
 
@@ -26,13 +32,24 @@ pub(crate) fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 32] 
     digest.finalize().into()
 }
 
+/// A file system may keep times in steps of up to two seconds: a file that changed twice in one step looks as it did between. So
+/// it is read for so long after it was seen to change.
+const GRAIN: Duration = Duration::from_secs(3);
+
 /// Looks at one thing again and again.
 pub(crate) struct Watched<T, E> {
+    /// Where it is kept.
+    files: Vec<PathBuf>,
     load: Box<dyn Fn() -> Result<T, E> + Send>,
+    /// How the files looked last, and since when.
+    stamps: Option<(Vec<Stamp>, Instant)>,
+    /// When they were last read.
+    read: Option<Instant>,
     seen: T,
     /// A change, read once.
     settling: Option<T>,
-    unusable: bool,
+    /// Why it cannot be used, as it was told.
+    unusable: Option<String>,
 }
 
 /// What a look found.
@@ -43,27 +60,37 @@ pub(crate) enum Noticed<T, E> {
     Settling,
     /// A change that stays.
     Changed(T),
-    /// It cannot be read or used any more. Told once.
+    /// It cannot be read or used any more. Told once for each reason.
     Unusable(E),
 }
 
-impl<T: Clone + PartialEq, E> Watched<T, E> {
-    /// `seen` is what is known.
-    pub(crate) fn new(load: impl Fn() -> Result<T, E> + Send + 'static, seen: T) -> Self {
-        Self { load: Box::new(load), seen, settling: None, unusable: false }
+impl<T: Clone + PartialEq, E: fmt::Display> Watched<T, E> {
+    /// What these files hold; `seen` is what is known of it.
+    pub(crate) fn new(
+        files: Vec<PathBuf>,
+        load: impl Fn() -> Result<T, E> + Send + 'static,
+        seen: T,
+    ) -> Self {
+        let (load, stamps, read) = (Box::new(load), None, None);
+        Self { files, load, stamps, read, seen, settling: None, unusable: None }
     }
 
-    /// Reads it again.
+    /// Looks at it again, and reads it only where it may have changed.
     pub(crate) fn look(&mut self) -> Noticed<T, E> {
+        if self.is_at_rest() {
+            return Noticed::Nothing;
+        }
+        self.read = Some(Instant::now());
         let found = match (self.load)() {
             Ok(found) => found,
             Err(error) => {
                 self.settling = None;
-                let known = std::mem::replace(&mut self.unusable, true);
-                return if known { Noticed::Nothing } else { Noticed::Unusable(error) };
+                let known = self.unusable.replace(error.to_string());
+                let is_known = known == self.unusable;
+                return if is_known { Noticed::Nothing } else { Noticed::Unusable(error) };
             }
         };
-        self.unusable = false;
+        self.unusable = None;
         if found == self.seen {
             self.settling = None;
             return Noticed::Nothing;
@@ -76,33 +103,104 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
         self.seen = found.clone();
         Noticed::Changed(found)
     }
+
+    /// Whether the files look as they did when they were last read, and had done so for a while then.
+    fn is_at_rest(&mut self) -> bool {
+        let stamps: Vec<_> = self.files.iter().map(|file| Stamp::of(file)).collect();
+        match &self.stamps {
+            Some((known, since)) if *known == stamps => {
+                let is_certain = self.read.is_some_and(|read| read >= *since + GRAIN);
+                is_certain && self.settling.is_none() && self.unusable.is_none()
+            }
+            _ => {
+                self.stamps = Some((stamps, Instant::now()));
+                false
+            }
+        }
+    }
 }
 
-/// Looks for ever. `take` takes what has changed, if it can be used; `tell` hears of each change, and what came of it.
-/// What could not be used is tried again, and told of when it can be.
-pub(crate) async fn follow<T: Clone + PartialEq, E>(
-    mut watched: Watched<T, E>,
-    take: impl Fn(T) -> Result<(), E>,
-    tell: impl Fn(Result<(), E>),
-) {
-    let mut refused = None;
-    loop {
-        let mut wait = POLL;
-        match watched.look() {
+/// What is followed, and what could not be used of it.
+struct Followed<T, E> {
+    watched: Watched<T, E>,
+    take: Box<dyn Fn(T) -> Result<(), E> + Send>,
+    refused: Option<T>,
+}
+
+impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
+    /// Looks, and takes what has changed. Returns what came of it, and when to look again.
+    fn turn(&mut self) -> (Option<Result<(), String>>, Duration) {
+        let told = match self.watched.look() {
             Noticed::Nothing => {
-                if let Some(found) = refused.take_if(|found: &mut T| take(found.clone()).is_ok()) {
-                    drop(found);
-                    tell(Ok(()));
-                }
+                let taken = self.refused.take_if(|found: &mut T| (self.take)(found.clone()).is_ok());
+                taken.map(|_| Ok(()))
             }
-            Noticed::Settling => wait = SETTLE,
+            Noticed::Settling => return (None, SETTLE),
             Noticed::Changed(found) => {
-                let taken = take(found.clone());
-                refused = taken.is_err().then_some(found);
-                tell(taken);
+                let taken = (self.take)(found.clone());
+                self.refused = taken.is_err().then_some(found);
+                Some(taken)
             }
-            Noticed::Unusable(error) => tell(Err(error)),
+            Noticed::Unusable(error) => Some(Err(error)),
+        };
+        (told.map(|told| told.map_err(|error| error.to_string())), POLL)
+    }
+}
+
+/// Looks for ever, on a thread of its own. `take` takes what has changed, if it can be used; `tell` hears of each change, and what
+/// came of it. What could not be used is tried again, and told of when it can be.
+pub(crate) async fn follow<T, E>(
+    watched: Watched<T, E>,
+    take: impl Fn(T) -> Result<(), E> + Send + 'static,
+    tell: impl Fn(Result<(), String>),
+) where
+    T: Clone + PartialEq + Send + 'static,
+    E: fmt::Display + 'static,
+{
+    let mut followed = Aside::new(Followed { watched, take: Box::new(take), refused: None });
+    loop {
+        match followed.run(Followed::turn).await {
+            Ok((told, wait)) => {
+                told.into_iter().for_each(&tell);
+                sleep(wait).await;
+            }
+            Err(hangs) => tell(Err(hangs.to_string())),
         }
-        sleep(wait).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, sync::Arc, sync::atomic::AtomicUsize, sync::atomic::Ordering::SeqCst};
+
+    use super::*;
+
+    #[test]
+    fn a_file_at_rest_is_only_looked_at() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (path, reads) = (file.path().to_owned(), Arc::new(AtomicUsize::new(0)));
+        let load = {
+            let (path, reads) = (path.clone(), reads.clone());
+            move || {
+                reads.fetch_add(1, SeqCst);
+                fs::read(&path)
+            }
+        };
+        let mut watched = Watched::new(vec![path.clone()], load, Vec::new());
+        let mut looks = |count: usize| {
+            reads.store(0, SeqCst);
+            let changed = (0..count).filter(|_| matches!(watched.look(), Noticed::Changed(_))).count();
+            // Some time has passed.
+            watched.read = watched.read.map(|read| read + GRAIN);
+            (reads.load(SeqCst), changed)
+        };
+        assert_eq!(looks(3), (3, 0), "it may have changed in the step of time in which it was read");
+        assert_eq!(looks(3), (0, 0));
+        fs::write(&path, "new").unwrap();
+        assert_eq!(looks(3), (3, 1));
+        assert_eq!(looks(3), (0, 0));
+        fs::remove_file(&path).unwrap();
+        assert_eq!(looks(3), (3, 0), "what cannot be read is tried again");
+        assert_eq!(looks(3), (3, 0));
     }
 }

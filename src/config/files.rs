@@ -17,11 +17,9 @@ use crate::{
     },
     connect,
     contract::Contract,
+    files::{MAX_SIZE, read, read_text},
     secret::Secret,
 };
-
-/// So large may a file be that is read whole.
-const MAX_SIZE: u64 = 16 << 20;
 
 /// A secret. Its path is not told: somebody may have put the secret itself there.
 pub(super) fn secret(path: &Path) -> Result<(), String> {
@@ -43,7 +41,7 @@ fn read_secret(path: &Path) -> Result<Secret, String> {
         _ => format!("cannot be read: {error}"),
     };
     is_regular(&fs::metadata(path).map_err(nameless)?)?;
-    fs::File::open(path).map_err(nameless)?;
+    read(path).map_err(nameless)?;
     let source = SecretSource::File(path.to_owned());
     Secret::load(&source).map_err(|_| "is empty".into())
 }
@@ -71,7 +69,7 @@ pub(super) fn audit_key(path: &Path) -> Result<(), String> {
 pub(super) fn contract(path: &Path) -> Result<(), String> {
     regular(path)?;
     let shown = path.display();
-    let text = fs::read_to_string(path).map_err(|error| format!("{shown}: {error}"))?;
+    let text = read_text(path).map_err(|error| format!("{shown}: {error}"))?;
     Contract::compile(&text).map(drop).map_err(|error| format!("{shown}: {error}"))
 }
 
@@ -79,7 +77,7 @@ pub(super) fn contract(path: &Path) -> Result<(), String> {
 pub(super) fn audit_names(route: &Route) -> Vec<String> {
     let text = match &route.contract {
         ContractSource::BuiltIn => Ok(Contract::APPOINT_QUALITY_TASK.to_owned()),
-        ContractSource::File(path) => fs::read_to_string(path),
+        ContractSource::File(path) => read_text(path),
     };
     let contract = text.ok().and_then(|text| Contract::compile(&text).ok());
     contract.map(|contract| contract.audit_names().map(str::to_owned).collect()).unwrap_or_default()

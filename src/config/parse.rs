@@ -25,7 +25,7 @@ use super::{
     peer::parse_peer,
     raw::{Kind, Layers, Syntax, Value},
     relations,
-    table::{Context, Found, Referent, Table},
+    table::{Context, Found, Reading, Referent, Table},
     values::{
         parse_level, parse_listen_address, parse_operator, parse_proxy, parse_rate, parse_route_path,
         parse_url,
@@ -44,9 +44,10 @@ pub(super) fn validate(
     layers: Layers,
     folder: &Path,
     variables: &HashSet<String>,
+    reading: Reading,
 ) -> Result<(Config, Vec<String>), Problems> {
     let Layers { root, mut problems, syntax } = layers;
-    let mut context = Context::new(folder, variables, syntax);
+    let mut context = Context::new(folder, variables, syntax, reading);
     let config = read_config(&mut context, root);
     context.tell_what_lacks();
     if syntax == Syntax::Whole {
@@ -463,6 +464,7 @@ fn good_file(
     found: Found<PathBuf>,
     check: impl FnOnce(&Path) -> Result<(), String>,
 ) -> Option<PathBuf> {
+    context.reads(&found.place, &found.key);
     match check(&found.value) {
         Ok(()) => Some(found.value),
         Err(reason) => {
@@ -680,6 +682,7 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     // A misspelt key, or one on a line that is no TOML, may be the one that says where the chain's key is.
     let may_be_named = context.is_doubtful("audit.key_file") || context.syntax != Syntax::Whole;
     let is_elsewhere = may_be_named.then_some(Path::new("FILE"));
+    context.reads_at("audit.directory");
     if !context.is_doubtful("audit.directory")
         && let Err(reason) =
             files::audit_directory(&directory, key_file.as_deref().or(is_elsewhere), must_exist)

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     ffi::OsString,
     fmt,
-    fs::File,
+    fs::{self, File},
     io::{self, Read as _},
     ops::Range,
     path::Path,
@@ -17,6 +17,7 @@ use std::{
 use toml::de::{DeTable, DeValue};
 
 use super::{Problem, Problems};
+use crate::files;
 
 /// The prefix of the variables that override the file. Kubernetes' own variables for a service of this name
 /// (`CCSQM_GATEWAY_SERVICE_HOST`, …) do not have the second underscore.
@@ -116,8 +117,16 @@ pub(super) fn read(
 
 fn read_text(path: &Path) -> Result<String, (usize, String)> {
     let refused = |error: io::Error| (1, format!("cannot be read: {error}"));
-    let mut bytes = Vec::new();
-    File::open(path).map_err(refused)?.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(refused)?;
+    let bytes = match fs::metadata(path) {
+        // Only a start reads a pipe, which is waited for.
+        Ok(found) if !found.is_file() && !found.is_dir() => {
+            let mut bytes = Vec::new();
+            let read = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes));
+            read.map(|_| bytes)
+        }
+        _ => files::read(path),
+    };
+    let bytes = bytes.map_err(refused)?;
     if bytes.len() as u64 > MAX_FILE {
         return Err((1, "is larger than 4 MiB, so it is no configuration".into()));
     }

@@ -38,6 +38,7 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must be at least server.workers";
         between(context, ["upstream.max_connections", "server.workers"], reason);
     }
+    context.reads_at("upstream.ca_file");
     if (upstream.base_url.tls || config.token.url.tls)
         && upstream.ca_file.is_none()
         && !context.is_doubtful("upstream.ca_file")

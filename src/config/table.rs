@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -19,6 +20,7 @@ pub(super) struct Context<'a> {
     pub(super) folder: &'a Path,
     pub(super) variables: &'a HashSet<String>,
     pub(super) syntax: Syntax,
+    reading: Reading,
     pub(super) problems: Vec<Problem>,
     /// Every key that was looked for, for the test that holds the reference file against the code.
     pub(super) asked: Vec<String>,
@@ -35,6 +37,9 @@ pub(super) struct Context<'a> {
     misspelt: HashSet<String>,
 }
 
+/// Where the value stands whose file is being read, and its key. `None`: the configuration itself is.
+pub(super) type Reading = Arc<Mutex<Option<(Place, String)>>>;
+
 /// A name that must be that of something else.
 pub(super) struct Reference {
     pub(super) to: Referent,
@@ -49,11 +54,17 @@ pub(super) enum Referent {
 }
 
 impl<'a> Context<'a> {
-    pub(super) fn new(folder: &'a Path, variables: &'a HashSet<String>, syntax: Syntax) -> Self {
+    pub(super) fn new(
+        folder: &'a Path,
+        variables: &'a HashSet<String>,
+        syntax: Syntax,
+        reading: Reading,
+    ) -> Self {
         Self {
             folder,
             variables,
             syntax,
+            reading,
             problems: Vec::new(),
             asked: Vec::new(),
             references: Vec::new(),
@@ -61,6 +72,18 @@ impl<'a> Context<'a> {
             doubtful: HashSet::new(),
             lacking: Vec::new(),
             misspelt: HashSet::new(),
+        }
+    }
+
+    /// From now on what a value names is read.
+    pub(super) fn reads(&self, place: &Place, key: &str) {
+        *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Some((place.clone(), key.to_owned()));
+    }
+
+    /// The same, of a value that may stand nowhere.
+    pub(super) fn reads_at(&self, key: &str) {
+        if let Some(place) = ancestors(key).find_map(|key| self.places.get(key)) {
+            self.reads(place, key);
         }
     }
 

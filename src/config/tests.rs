@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Config, Problems, raw};
+use super::{Config, Problems, raw, table::Reading};
 
 const REFERENCE: &str = include_str!("../../config/gateway.toml");
 const MINIMAL: &str = include_str!("../../config/minimal.toml");
@@ -55,7 +55,7 @@ fn revocation_list() -> String {
 fn load(folder: &TempDir, text: &str) -> Result<(Config, Vec<String>), Problems> {
     let path = folder.path().join("gateway.toml");
     fs::write(&path, text).unwrap();
-    Config::load_with_keys(&path, &[], [])
+    Config::load_with_keys(&path, &[], [], Reading::default())
 }
 
 fn effective(text: &str) -> Value {

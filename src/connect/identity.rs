@@ -36,14 +36,16 @@ impl Identity {
     }
 
     /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
-    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), TlsError>)) {
+    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
         let files = (self.cert_file.clone(), self.key_file.clone());
         let look = move || contents(&files.0, &files.1);
-        let take = |_| {
+        let paths = vec![self.cert_file.clone(), self.key_file.clone()];
+        let watched = Watched::new(paths, look, self.digest);
+        let take = move |_| {
             self.current.store(read(&self.cert_file, &self.key_file)?);
             Ok(())
         };
-        follow(Watched::new(look, self.digest), take, tell).await;
+        follow(watched, take, tell).await;
     }
 }
 

@@ -131,11 +131,14 @@ impl Tls {
     }
 
     /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
-    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), TlsError>)) {
+    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
         let files = self.files.clone();
         let look = move || Contents::read(&files).map(|contents| contents.digest());
-        let watched = Watched::new(look, self.current.load().digest);
-        follow(watched, |_| self.reload(), tell).await;
+        let ListenerTls { cert_file, key_file, client_ca_file, client_crl_file } = &self.files;
+        let paths = [Some(cert_file), Some(key_file), client_ca_file.as_ref(), client_crl_file.as_ref()];
+        let paths = paths.into_iter().flatten().cloned().collect();
+        let watched = Watched::new(paths, look, self.current.load().digest);
+        follow(watched, move |_| self.reload(), tell).await;
     }
 }
 

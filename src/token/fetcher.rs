@@ -14,10 +14,14 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     Events, Live, Metrics, Slot, Token,
     endpoint::{Endpoint, FetchError, Fetched},
-    pair::{Pair, PairError},
+    pair::{Pair, PairError, Sources},
     schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
 };
-use crate::watched::{Noticed, POLL, SETTLE, Watched};
+use crate::{
+    config::SecretSource,
+    files::{Aside, Hangs},
+    watched::{Noticed, POLL, SETTLE, Watched},
+};
 
 /// A token that is handed out again this long after its end is taken as a new one: that server has no other.
 const GRACE: Duration = Duration::from_secs(2);
@@ -28,7 +32,7 @@ const ROUNDING: Duration = Duration::from_secs(1);
 /// What only the fetching task knows.
 pub(super) struct Fetcher {
     pub(super) endpoint: Endpoint,
-    pub(super) secrets: Watched<Pair, PairError>,
+    pub(super) secrets: Secrets,
     /// The pair in use.
     pub(super) proven: Candidate,
     /// A changed pair that has not proved itself.
@@ -37,6 +41,12 @@ pub(super) struct Fetcher {
     pub(super) generation: u64,
     pub(super) metrics: Metrics,
     pub(super) events: Events,
+}
+
+/// The files of a pair. They are looked at on a thread of their own, so that no file that hangs delays a fetch.
+pub(super) struct Secrets {
+    watched: Aside<Watched<Pair, PairError>, Noticed<Pair, PairError>>,
+    due: Instant,
 }
 
 /// A pair and when it may be tried.
@@ -62,23 +72,32 @@ impl Candidate {
 impl Fetcher {
     /// Runs until its runtime ends.
     pub(super) async fn run(mut self, slot: &Slot) {
-        let mut poll = Instant::now() + POLL;
+        // Secrets that hang are no reason to keep the metric as it is.
+        let mut poll = Instant::now() + 2 * POLL;
         loop {
             if poll <= Instant::now() {
-                poll = Instant::now() + self.notice_secrets(slot);
-                let usable = slot.current().is_some();
-                self.metrics.usable.with_label_values(&[&slot.name]).set(usable.into());
+                poll = Instant::now() + 2 * POLL;
+                self.tell_usable(slot);
             }
             let next = self.next(slot);
             if next.at <= Instant::now() {
                 self.fetch(slot, next.is_trial).await;
                 continue;
             }
-            tokio::select! {
-                () = sleep_until(next.at.min(poll)) => {}
-                () = slot.wake.notified() => {}
-            }
+            let noticed = tokio::select! {
+                () = sleep_until(next.at.min(poll)) => continue,
+                () = slot.wake.notified() => continue,
+                noticed = self.secrets.next() => noticed,
+            };
+            self.notice(slot, noticed);
+            poll = Instant::now() + 2 * POLL;
+            self.tell_usable(slot);
         }
+    }
+
+    fn tell_usable(&self, slot: &Slot) {
+        let usable = slot.current().is_some();
+        self.metrics.usable.with_label_values(&[&slot.name]).set(usable.into());
     }
 
     /// When the next fetch is due: when there is reason for one, but not before the back-off allows it.
@@ -187,22 +206,53 @@ impl Fetcher {
         }
     }
 
-    /// Looks for a changed pair, and says when to look again.
-    pub(super) fn notice_secrets(&mut self, slot: &Slot) -> Duration {
-        match self.secrets.look() {
-            Noticed::Nothing => {}
-            Noticed::Settling => return SETTLE,
-            Noticed::Unusable(error) => {
-                tracing::warn!(credential = slot.name, %error, "the secret cannot be used; the old one stays in use");
-            }
-            Noticed::Changed(pair) => {
+    /// Waits for the next look at the pair, and takes it if it has changed.
+    #[cfg(test)]
+    pub(super) async fn notice_secrets(&mut self, slot: &Slot) {
+        let noticed = self.secrets.next().await;
+        self.notice(slot, noticed);
+    }
+
+    fn notice(&mut self, slot: &Slot, noticed: Result<Noticed<Pair, PairError>, Hangs>) {
+        let unusable = |error: String| {
+            tracing::warn!(
+                credential = slot.name,
+                error,
+                "the secret cannot be used; the old one stays in use"
+            );
+        };
+        match noticed {
+            Ok(Noticed::Nothing | Noticed::Settling) => {}
+            Ok(Noticed::Unusable(error)) => unusable(error.to_string()),
+            Err(hangs) => unusable(hangs.to_string()),
+            Ok(Noticed::Changed(pair)) => {
                 tracing::info!(credential = slot.name, "the secret changed");
                 self.proven.retry.forget_refusals(Instant::now());
                 self.trial = (pair != self.proven.pair).then(|| Candidate::new(pair));
                 slot.fetches_are_held(self.held());
             }
         }
-        POLL
+    }
+}
+
+impl Secrets {
+    pub(super) fn new(sources: Sources, known: Pair) -> Self {
+        let file = |source: &SecretSource| match source {
+            SecretSource::File(path) => Some(path.clone()),
+            SecretSource::Env(_) => None,
+        };
+        let files = [&sources.0, &sources.1].into_iter().filter_map(file).collect();
+        let watched = Watched::new(files, move || Pair::load(&sources), known);
+        Self { watched: Aside::new(watched), due: Instant::now() + POLL }
+    }
+
+    /// The next look at them, when it is due. Can be cancelled.
+    async fn next(&mut self) -> Result<Noticed<Pair, PairError>, Hangs> {
+        sleep_until(self.due).await;
+        let noticed = self.watched.run(Watched::look).await?;
+        let wait = if matches!(noticed, Noticed::Settling) { SETTLE } else { POLL };
+        self.due = Instant::now() + wait;
+        Ok(noticed)
     }
 }
 

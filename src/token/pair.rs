@@ -68,7 +68,11 @@ mod tests {
 
     fn watch(sources: Sources) -> Secrets {
         let pair = Pair::load(&sources).unwrap();
-        Watched::new(move || Pair::load(&sources), pair)
+        let files = [&sources.0, &sources.1].map(|source| match source {
+            SecretSource::File(path) => path.clone(),
+            SecretSource::Env(_) => unreachable!(),
+        });
+        Watched::new(files.into(), move || Pair::load(&sources), pair)
     }
 
     fn watched(key: &str, secret: &str) -> (TempDir, Secrets) {

@@ -535,7 +535,7 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
     fetcher.fetch(&rig.slot, false).await;
     rig.write("app_secret", "of-tomorrow");
     for _ in 0..2 {
-        fetcher.notice_secrets(&rig.slot);
+        fetcher.notice_secrets(&rig.slot).await;
     }
     assert!(fetcher.next(&rig.slot).is_trial);
     fetcher.fetch(&rig.slot, true).await;
@@ -565,7 +565,7 @@ async fn a_refusal_of_the_pair_in_use_is_final_only_when_no_trial_is_left() {
     assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })), "the control");
     rig.write("app_secret", "wrong");
     for _ in 0..2 {
-        fetcher.notice_secrets(&rig.slot);
+        fetcher.notice_secrets(&rig.slot).await;
     }
     assert!(matches!(rig.slot.token().await, Err(TokenError::Unavailable { .. })), "a trial is to come");
     fetcher.fetch(&rig.slot, true).await;
@@ -580,7 +580,7 @@ async fn a_failed_trial_does_not_answer_a_refusal_of_the_token_in_use() {
     fetcher.fetch(&rig.slot, false).await;
     rig.write("app_secret", "wrong");
     for _ in 0..2 {
-        fetcher.notice_secrets(&rig.slot);
+        fetcher.notice_secrets(&rig.slot).await;
     }
     let slot = rig.slot.clone();
     let replacement = beside(async move { slot.replace(1).await.map(|token| token.generation()) });

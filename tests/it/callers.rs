@@ -159,7 +159,7 @@ pub(crate) fn caller(name: &str, peer: &str, more: &str) -> String {
 }
 
 /// A listener with TLS whose files lie in the folder; `more` are further keys of its `tls`.
-fn listener(folder: &TempDir, identity: &Identity, more: &str) -> String {
+pub(crate) fn listener(folder: &TempDir, identity: &Identity, more: &str) -> String {
     fs::write(folder.path().join("server.pem"), &identity.certificate).unwrap();
     fs::write(folder.path().join("server.key"), &identity.key).unwrap();
     format!(

@@ -373,7 +373,11 @@ fn hostile_files_are_refused_in_clear_lines() {
         fs::write(&file, bytes).unwrap();
         refused(name, &shown, reason);
     }
-    refused("a directory", folder.path().to_str().unwrap(), ":1: file: cannot be read: Is a directory");
+    refused(
+        "a directory",
+        folder.path().to_str().unwrap(),
+        ":1: file: cannot be read: is not a regular file, but a directory",
+    );
     refused("absent", &format!("{shown}.absent"), ":1: file: cannot be read: No such file");
     refused("endless", "/dev/zero", ":1: file: is larger than");
 }

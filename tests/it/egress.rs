@@ -133,7 +133,7 @@ fn a_proxy_that_opens_no_tunnel_is_an_upstream_that_cannot_be_reached() {
 }
 
 /// A relay in front of the sandbox that asks for a certificate of this CA.
-fn guard(ca: &Ca, upstream: SocketAddr) -> SocketAddr {
+pub(crate) fn guard(ca: &Ca, upstream: SocketAddr) -> SocketAddr {
     let server = ca.issue(SERVER);
     let mut roots = RootCertStore::empty();
     roots.add(ca.0.der().clone()).unwrap();

@@ -30,6 +30,7 @@ mod states;
 mod resolution;
 mod configuration;
 mod reload;
+mod files;
 mod restart;
 mod signals;
 mod logs;

@@ -137,6 +137,12 @@ pub(crate) fn inheriting(folder: &Arc<TempDir>, socket: &TcpListener) -> Command
     command
 }
 
+/// A gateway, by a command that becomes it.
+pub(crate) fn spawn(mut command: Command, folder: &Arc<TempDir>) -> Gateway {
+    command.stderr(Stdio::piped());
+    Gateway::spawn(command, folder.clone())
+}
+
 fn serve_with(
     folder: &Arc<TempDir>,
     through: &[String],
