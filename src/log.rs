@@ -17,7 +17,7 @@ use std::{
 };
 
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::retry_on_intr,
 };
 use tracing::{Level, Metadata};
@@ -238,11 +238,19 @@ impl Queue {
             let (next, waited) =
                 self.moved.wait_timeout(state, STALLED).unwrap_or_else(PoisonError::into_inner);
             state = next;
-            if waited.timed_out() && state.written == before {
+            // On a busy machine it may be the thread that did not get its turn.
+            if waited.timed_out() && state.written == before && !takes_more() {
                 return;
             }
         }
     }
+}
+
+/// Whether stderr takes more at once. A pipe does while a page of it is free.
+fn takes_more() -> bool {
+    let mut stderr = [PollFd::from_borrowed_fd(rustix::stdio::stderr(), PollFlags::OUT)];
+    let ready = retry_on_intr(|| poll(&mut stderr, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })));
+    ready.is_ok_and(|ready| ready > 0)
 }
 
 /// Writes all of it, though stderr may be one that does not block: it shares that with whoever else has it.
