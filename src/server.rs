@@ -123,21 +123,21 @@ impl Bound {
 }
 
 /// The first bind is a plain one: it proves that nobody else has the port. Only then is the port shared
-/// among the workers.
+/// among the workers. It is never free in between.
 fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<Socket>> {
-    let probe = tcp_socket(address)?;
-    probe.bind(&address.into())?;
-    let address = probe.local_addr()?.as_socket().unwrap_or(address);
-    drop(probe);
-    (0..workers)
-        .map(|_| {
-            let socket = tcp_socket(address)?;
-            socket.set_reuse_port(true)?;
-            socket.bind(&address.into())?;
-            socket.listen(BACKLOG)?;
-            Ok(socket)
-        })
-        .collect()
+    let first = tcp_socket(address)?;
+    first.bind(&address.into())?;
+    let address = first.local_addr()?.as_socket().unwrap_or(address);
+    first.set_reuse_port(true)?;
+    let mut sockets = vec![first];
+    for _ in 1..workers {
+        let socket = tcp_socket(address)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&address.into())?;
+        sockets.push(socket);
+    }
+    sockets.iter().try_for_each(|socket| socket.listen(BACKLOG))?;
+    Ok(sockets)
 }
 
 fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {

@@ -150,7 +150,7 @@ impl Lane {
         let mut timer = pin!(sleep_until(Instant::now() + LONG));
         poll_fn(|cx| -> Poll<()> {
             loop {
-                let next = self.release(safe.load(Ordering::Acquire), cx.waker());
+                let next = self.release(&safe, cx.waker());
                 if let Some(next) = next.map(clock::instant).filter(|next| *next < timer.deadline()) {
                     timer.as_mut().reset(next);
                 }
@@ -164,8 +164,10 @@ impl Lane {
     }
 
     /// Wakes those that need not wait any more; returns the nearest deadline of those that wait on.
-    fn release(&self, safe: u64, task: &Waker) -> Option<u64> {
+    fn release(&self, safe: &AtomicU64, task: &Waker) -> Option<u64> {
         let mut waiting = self.lock();
+        // Behind the lock: whoever made more safe since then finds this task, and wakes it.
+        let safe = safe.load(Ordering::Acquire);
         if !waiting.task.as_ref().is_some_and(|known| known.will_wake(task)) {
             waiting.task = Some(task.clone());
         }

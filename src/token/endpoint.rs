@@ -173,7 +173,7 @@ impl Endpoint {
         let lifetime =
             reply.expires.as_ref().and_then(integer).filter(|seconds| (1..=86_400).contains(seconds));
         let lifetime = lifetime.map_or(fallback, |seconds| Duration::from_secs(seconds.unsigned_abs()));
-        let skew = reply.created.as_ref().and_then(integer).map(|created| created - now());
+        let skew = reply.created.as_ref().and_then(integer).map(|created| created.saturating_sub(now()));
         Ok(Fetched { authorization, lifetime, skew })
     }
 }
@@ -309,6 +309,8 @@ mod tests {
             let reply = json!({ "AccessToken": "t", "CreateTime": created });
             assert_eq!(read(None, &reply).unwrap().skew, None);
         }
+        let reply = json!({ "AccessToken": "t", "Expires": 60, "CreateTime": i64::MIN });
+        assert_eq!(read(None, &reply).unwrap().skew, Some(i64::MIN), "absurd, and no overflow");
     }
 
     #[test]

@@ -92,6 +92,7 @@ impl Connections {
 
     pub(super) fn add(&self, connection: Arc<Connection>) {
         self.open().push(connection);
+        self.freed.notify_waiters(); // it has room for many
     }
 
     /// A stream on the first connection that has room, so that few carry many and the others idle out.
