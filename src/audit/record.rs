@@ -31,7 +31,12 @@ use crate::{
 thread_local! {
     /// Seeded by the system's randomness: ids must differ, and nobody need be unable to guess them.
     static RANDOM: RefCell<Rng> = RefCell::new(Rng::with_seed(RandomState::new().hash_one(())));
+    /// The further members of an intent, until they are in its line.
+    static FURTHER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
+
+/// So much of that memory is kept for the next intent, in bytes.
+const MAX_KEPT: usize = 64 * 1024;
 
 /// A request's id: a UUIDv7, and its text.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -211,8 +216,8 @@ pub(super) enum Entry<'a> {
         body_size: usize,
         /// The keyed digest of the body, in hex.
         digest: &'a [u8],
-        /// Writes further members, as JSON text with a comma in front.
-        members: &'a dyn Fn(&mut Vec<u8>),
+        /// Further members, as JSON text with a comma in front.
+        members: &'a [u8],
     },
     Outcome {
         facts: &'a Facts,
@@ -425,8 +430,13 @@ impl Record {
         members: &dyn Fn(&mut Vec<u8>),
     ) -> Result<u64, Unavailable> {
         let facts = self.open.as_ref().ok_or(Unavailable)?;
-        let entry = Entry::Intent { facts, body_size, digest: &to_hex(digest), members };
-        let queued = self.audit.shared().push_intent(&entry)?;
+        let queued = FURTHER.with_borrow_mut(|text| {
+            text.clear();
+            text.shrink_to(MAX_KEPT);
+            members(text); // before the lock of the queue: each hidden value is a hash
+            let entry = Entry::Intent { facts, body_size, digest: &to_hex(digest), members: text };
+            self.audit.shared().push_intent(&entry)
+        })?;
         self.step = Step::Intended;
         Ok(queued)
     }
@@ -594,7 +604,7 @@ impl Entry<'_> {
         match self {
             Self::Intent { facts, body_size, digest, members } => {
                 facts.write(&mut line);
-                members(line.0);
+                line.raw(members);
                 line.number(",\"body_size\":", *body_size as u64);
                 line.word(",\"digest\":\"", digest);
             }
