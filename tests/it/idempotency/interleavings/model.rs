@@ -415,6 +415,10 @@ impl Model {
                 let may = past.may | if mode == Mode::Warn { *before } else { 0 };
                 assert!(may & passing > 0, "{call:?} was sent: {self:#?}");
             }
+            // What it repeats by force was over, and is at work no more, though its caller had left.
+            for past in self.0[..earlier].iter_mut().filter(|past| past.is_forced_by(&call)) {
+                past.may &= if past.may & !AT_WORK > 0 { !AT_WORK } else { past.may };
+            }
             assert!(ends.contains(&ended), "{call:?}: {said:?}, not of {ends:?}");
             self.sent(call, &id, ended, mode, ends);
         }
