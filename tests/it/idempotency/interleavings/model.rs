@@ -410,14 +410,17 @@ impl Model {
         for (call, id, said) in sent {
             let Said::Sent(ended) = said else { continue };
             let passing = self.passing(&call, mode);
-            for ((past, passing), before) in self.0[..earlier].iter().zip(passing).zip(&before) {
+            for ((past, passing), before) in self.0[..earlier].iter().zip(&passing).zip(&before) {
                 // Under `warn` nothing is refused for another call at work: two may repeat one doubt at once.
                 let may = past.may | if mode == Mode::Warn { *before } else { 0 };
                 assert!(may & passing > 0, "{call:?} was sent: {self:#?}");
             }
-            // What it repeats by force was over, and is at work no more, though its caller had left.
-            for past in self.0[..earlier].iter_mut().filter(|past| past.is_forced_by(&call)) {
-                past.may &= if past.may & !AT_WORK > 0 { !AT_WORK } else { past.may };
+            // What it repeats by force was over, and is at work no more, though its caller had left. Of a call that it is not
+            // compared with it tells nothing.
+            for (past, passing) in self.0[..earlier].iter_mut().zip(passing) {
+                if past.is_forced_by(&call) && passing & AT_WORK == 0 && past.may & !AT_WORK > 0 {
+                    past.may &= !AT_WORK;
+                }
             }
             assert!(ends.contains(&ended), "{call:?}: {said:?}, not of {ends:?}");
             self.sent(call, &id, ended, mode, ends);
