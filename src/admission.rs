@@ -436,8 +436,8 @@ impl Bounds {
     }
 
     /// A place for a handshake that must show a certificate.
-    pub(crate) fn unproven(&self) -> Unproven {
-        self.shares.unproven()
+    pub(crate) fn unproven(&self, peer: Peer) -> Unproven {
+        self.shares.unproven(peer)
     }
 
     /// What a head or a body that begins may hold.

@@ -22,7 +22,11 @@ use ccsqm_gateway::{
 };
 use clap::{Parser, Subcommand};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
-use tracing_subscriber::{filter::Targets, prelude::*, reload};
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    prelude::*,
+    reload,
+};
 
 /// Exit code of a bad configuration (`EX_CONFIG`).
 const BAD_CONFIGURATION: u8 = 78;
@@ -145,7 +149,7 @@ type SetLevel = Box<dyn Fn(&str) + Send>;
 /// Logs to stderr, as configured. A panic is logged, too.
 fn begin_log(settings: &Log) -> anyhow::Result<SetLevel> {
     log::start().context("the thread of the log")?;
-    let filter: Targets = settings.level.parse().unwrap_or_default();
+    let filter = targets(&settings.level);
     let json = match settings.format {
         LogFormat::Auto => !std::io::stderr().is_terminal(),
         LogFormat::Text => false,
@@ -156,5 +160,10 @@ fn begin_log(settings: &Log) -> anyhow::Result<SetLevel> {
     let (filter, level) = reload::Layer::new(filter);
     tracing_subscriber::registry().with(layer.with_filter(filter)).init();
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "panic")));
-    Ok(Box::new(move |text| drop(level.reload(text.parse::<Targets>().unwrap_or_default()))))
+    Ok(Box::new(move |text| drop(level.reload(targets(text)))))
+}
+
+/// What is logged. The HTTP/2 library would log frames with texts of the upstream, which may quote the credential.
+fn targets(text: &str) -> Targets {
+    text.parse::<Targets>().unwrap_or_default().with_target("h2", LevelFilter::OFF)
 }

@@ -1,6 +1,7 @@
 //! How many connections those may hold of whom no caller is known: silent strangers never shut callers out.
 
 use std::{
+    cmp::Reverse,
     collections::{HashMap, VecDeque},
     net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -16,7 +17,8 @@ pub(super) struct Shares {
     /// The most connections of all strangers, and of one of them.
     max_strangers: (usize, usize),
     strangers: Mutex<Strangers>,
-    max_unproven: usize,
+    /// The most handshakes of all, and of one address.
+    max_unproven: (usize, usize),
     unproven: Mutex<Handshakes>,
 }
 
@@ -34,11 +36,12 @@ enum Origin {
     Uid(u32),
 }
 
-/// The handshakes that go on, oldest first.
+/// The handshakes that go on, by where they come from, oldest first.
 #[derive(Debug, Default)]
 struct Handshakes {
     begun: u64,
-    open: VecDeque<(u64, oneshot::Sender<()>)>,
+    all: usize,
+    of: HashMap<Origin, VecDeque<(u64, oneshot::Sender<()>)>>,
 }
 
 /// A stranger's place; given back on drop.
@@ -52,12 +55,14 @@ pub(crate) struct Stranger {
 #[derive(Debug)]
 pub(crate) struct Unproven {
     shares: Arc<Shares>,
+    origin: Origin,
     number: u64,
     displaced: oneshot::Receiver<()>,
 }
 
 impl Shares {
-    /// Of so many connections strangers get a sixteenth, and one of them a quarter of that; handshakes get a quarter. Small
+    /// Of so many connections strangers get a sixteenth, and one of them a quarter of that; handshakes get a quarter, and
+    /// those of one address a quarter of that. Small
     /// caps leave strangers some places, and callers at least half.
     pub(super) fn new(max_connections: usize) -> Self {
         let at_most = max_connections.div_ceil(2);
@@ -66,7 +71,7 @@ impl Shares {
         Self {
             max_strangers: (strangers, strangers.div_ceil(4)),
             strangers: Mutex::default(),
-            max_unproven,
+            max_unproven: (max_unproven, max_unproven.div_ceil(4)),
             unproven: Mutex::default(),
         }
     }
@@ -84,17 +89,28 @@ impl Shares {
         Some(Stranger { shares: self.clone(), origin })
     }
 
-    /// A place for a handshake. If there is none left, the oldest one is closed: a caller's is over in a moment.
-    pub(super) fn unproven(self: &Arc<Self>) -> Unproven {
+    /// A place for a handshake. If there is none left, the oldest one of the address that has most is closed: a caller's is over in
+    /// a moment, and whoever opens many displaces its own.
+    pub(super) fn unproven(self: &Arc<Self>, peer: Peer) -> Unproven {
         let (sender, displaced) = oneshot::channel();
+        let origin = Origin::of(peer);
+        let (max, max_each) = self.max_unproven;
         let mut handshakes = lock(&self.unproven);
         handshakes.begun += 1;
         let number = handshakes.begun;
-        handshakes.open.push_back((number, sender));
-        if handshakes.open.len() > self.max_unproven {
-            handshakes.open.pop_front(); // its sender is dropped
+        let own = handshakes.of.entry(origin).or_default();
+        own.push_back((number, sender));
+        if own.len() > max_each {
+            own.pop_front(); // its sender is dropped
+        } else if handshakes.all == max {
+            let age = |open: &VecDeque<_>| Reverse(open.front().map(|(number, _)| *number));
+            if let Some(most) = handshakes.of.values_mut().max_by_key(|open| (open.len(), age(open))) {
+                most.pop_front();
+            }
+        } else {
+            handshakes.all += 1;
         }
-        Unproven { shares: self.clone(), number, displaced }
+        Unproven { shares: self.clone(), origin, number, displaced }
     }
 }
 
@@ -133,8 +149,16 @@ impl Drop for Stranger {
 impl Drop for Unproven {
     fn drop(&mut self) {
         let mut handshakes = lock(&self.shares.unproven);
-        if let Ok(place) = handshakes.open.binary_search_by_key(&self.number, |(number, _)| *number) {
-            handshakes.open.remove(place);
+        let Some(own) = handshakes.of.get_mut(&self.origin) else { return };
+        let place = own.binary_search_by_key(&self.number, |(number, _)| *number);
+        if let Ok(place) = place {
+            own.remove(place);
+        }
+        if own.is_empty() {
+            handshakes.of.remove(&self.origin);
+        }
+        if place.is_ok() {
+            handshakes.all -= 1;
         }
     }
 }
@@ -182,21 +206,31 @@ mod tests {
     fn small_caps_leave_callers_at_least_half() {
         for (max, strangers, unproven) in [(1, 1, 1), (10, 5, 5), (100, 16, 25), (1024, 64, 256)] {
             let shares = Shares::new(max);
-            assert_eq!((shares.max_strangers.0, shares.max_unproven), (strangers, unproven), "{max}");
+            assert_eq!((shares.max_strangers.0, shares.max_unproven.0), (strangers, unproven), "{max}");
         }
     }
 
     #[tokio::test]
-    async fn oldest_handshake_makes_room_for_a_new_one() {
-        let shares = Arc::new(Shares::new(32));
-        let mut first = shares.unproven();
-        let second = shares.unproven();
-        drop(second);
-        let _more: Vec<_> = (0..15).map(|_| shares.unproven()).collect();
-        assert!(first.displaced.try_recv().is_err_and(|error| error == oneshot::error::TryRecvError::Empty));
-        let _one_more = shares.unproven();
-        first.displaced().await;
-        drop(first);
-        assert_eq!(lock(&shares.unproven).open.len(), 16);
+    async fn oldest_handshake_of_the_address_that_has_most_makes_room() {
+        let shares = Arc::new(Shares::new(64)); // 16 handshakes, 4 of one address
+        let is_open = |handshake: &mut Unproven| {
+            handshake.displaced.try_recv().is_err_and(|error| error == oneshot::error::TryRecvError::Empty)
+        };
+        let mut own: Vec<_> = (0..4).map(|_| shares.unproven(tcp("10.0.0.1:1"))).collect();
+        drop(own.remove(1));
+        own.push(shares.unproven(tcp("10.0.0.1:1")));
+        assert!(own.iter_mut().all(is_open));
+        own.push(shares.unproven(tcp("10.0.0.1:1")));
+        own[0].displaced().await;
+        assert!(own[1..].iter_mut().all(is_open), "its own oldest");
+        let mut others: Vec<_> =
+            (2..14).map(|last| shares.unproven(tcp(&format!("10.0.0.{last}:1")))).collect();
+        assert!(own[1..].iter_mut().chain(&mut others).all(is_open), "16 in all");
+        let mut one_more = shares.unproven(tcp("10.0.0.99:1"));
+        own[1].displaced().await;
+        assert!(is_open(&mut one_more) && others.iter_mut().all(is_open), "who has one keeps it");
+        drop((own, others, one_more));
+        let handshakes = lock(&shares.unproven);
+        assert_eq!((handshakes.all, handshakes.of.len()), (0, 0));
     }
 }

@@ -1113,7 +1113,7 @@ fn refusals_of_many_strangers_are_folded_into_few_records() {
 #[test]
 fn refusals_beyond_the_budget_of_an_hour_are_counted_and_callers_have_a_budget_of_their_own() {
     let folder = TempDir::new().unwrap();
-    let refusals = RefusalBudget { strangers: 8_000, callers: 20_000, hour: Duration::from_secs(2) };
+    let refusals = RefusalBudget { strangers: 8_000, callers: 5_000, hour: Duration::from_secs(2) };
     let audit = start(&Options { queue: 100_000, refusals, ..Options::small(folder.path()) });
     let (begun, mut sent) = (Instant::now(), [0_u64; 2]);
     let mut address = 0;

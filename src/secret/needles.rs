@@ -11,7 +11,7 @@ use crate::config::Config;
 /// A shorter one is not looked for: it would be found where nobody quoted it.
 pub const SHORTEST: usize = 16;
 
-/// JSON within JSON is escaped once more; so deep is looked.
+/// JSON within JSON is escaped once more. We look this deep.
 const DEPTH: usize = 3;
 
 /// `\u00xx`: so many bytes may stand for one.
@@ -81,6 +81,12 @@ impl Needles {
         let [first, second, third] = self.rare;
         memchr3_iter(first, second, third, text)
             .any(|place| self.needles.iter().any(|needle| needle.stands_around(place, text)))
+    }
+
+    /// Whether this is one of them, or is too short to be.
+    pub(crate) fn are_of(&self, secret: &Secret) -> bool {
+        let secret = secret.expose();
+        secret.len() < SHORTEST || self.needles.iter().any(|needle| *needle.text == secret)
     }
 
     /// How many bytes one of them may take, escaped once.

@@ -321,7 +321,7 @@ pub async fn serve(
     }
     let (stream, certificate) = match (stream, tls) {
         (Stream::Tcp(stream), Some(tls)) => {
-            let unproven = tls.asks_for_certificates().then(|| gateway.bounds.unproven());
+            let unproven = tls.asks_for_certificates().then(|| gateway.bounds.unproven(peer));
             let shaken = shake_hands(&tls, stream, deadlines.header, stop.clone(), unproven);
             match Box::pin(shaken).await {
                 Ok((stream, certificate)) => (Stream::Tls(stream), certificate),

@@ -154,6 +154,7 @@ impl Fetcher {
         let token = &old.token;
         *token.authorization() == fetched.authorization
             && *token.app_key() == self.proven.pair.header
+            && token.needles().are_of(&self.proven.pair.app_secret) // replies are searched for the present one
             && old.age() < old.lifetime + GRACE
     }
 

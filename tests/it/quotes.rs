@@ -31,6 +31,7 @@ fn start_quoted(sandbox: &Sandbox, set: &[(&'static str, &str)]) -> (Gateway, [S
     }
     fs::write(&config, text).unwrap();
     let gateway = serve(&folder);
+    wait_for("the keys", || gateway.log().contains("Idempotency-Keys of the window are known").then_some(()));
     assert_eq!(gateway.call().outcome(), "succeeded");
     let token = sandbox.token_calls().last().unwrap().issued.clone().unwrap();
     assert!(token.len() >= 16, "{token}");
