@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{ErrorKind, PipeReader, Read, Write, pipe},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     os::fd::AsFd,
     process::{Child, Command, ExitStatus},
     sync::Arc,
@@ -27,11 +27,6 @@ struct Unread {
     admin: SocketAddr,
     folder: Arc<TempDir>,
     pipe: PipeReader,
-}
-
-/// An address that is free.
-fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 /// The configuration of a usual gateway, with addresses that are known beforehand.

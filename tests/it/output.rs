@@ -151,7 +151,7 @@ fn commands_keep_their_exit_code_whatever_becomes_of_their_output() {
 fn sandbox_and_demo_serve_on_when_nobody_reads_what_they_print() {
     for args in [&["sandbox", "--listen"][..], &["demo", "--admin", "127.0.0.1:0", "--listen"]] {
         for full in [false, true] {
-            let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+            let address = free();
             let mut command = Command::new(BINARY);
             command.args(args).arg(address.to_string()).stderr(Stdio::piped());
             if full {

@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpStream},
     path::PathBuf,
     process::{Command, Stdio},
     sync::Arc,
@@ -141,13 +141,14 @@ fn what_ends_or_hangs_while_the_gateway_stops_is_named_and_no_success() {
     assert_eq!(gateway.wait().code(), Some(0), "the control: {}", gateway.log());
 }
 
-/// How many sockets listen on a port.
+/// How many sockets listen on an address.
 fn listening(address: SocketAddr) -> usize {
-    let port = format!(":{:04X}", address.port());
+    let IpAddr::V4(ip) = address.ip() else { return 0 };
+    let it = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), address.port());
     let sockets = fs::read_to_string("/proc/net/tcp").unwrap();
     let is_it = |line: &&str| {
         let mut words = line.split_whitespace().skip(1);
-        words.next().is_some_and(|local| local.ends_with(&port)) && words.nth(1) == Some("0A")
+        words.next() == Some(&*it) && words.nth(1) == Some("0A")
     };
     sockets.lines().filter(is_it).count()
 }
@@ -162,8 +163,7 @@ fn with_too_few_files_it_is_ready_with_all_workers_or_ends() {
     let mut served = 0;
     for (workers, limits) in [(1, 14..46), (64, 200..228)] {
         for limit in limits.step_by(if workers == 1 { 1 } else { 4 }) {
-            let [address, admin] =
-                [0; 2].map(|_| TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+            let [address, admin] = [free(), free()];
             let text = [address, admin].iter().fold(text.clone(), |text, address| {
                 text.replacen("\"127.0.0.1:0\"", &format!("\"{address}\""), 1)
             });

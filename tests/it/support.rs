@@ -429,6 +429,12 @@ pub(crate) fn in_time(mut call: impl FnMut() -> Reply) -> Reply {
     reply
 }
 
+/// An address that is free, and stays so: on a loopback address of its own, since outgoing connections take ports of 127.0.0.1.
+pub(crate) fn free() -> SocketAddr {
+    let ip = [127, fastrand::u8(1..), fastrand::u8(..), fastrand::u8(1..255)];
+    TcpListener::bind(SocketAddr::from((ip, 0))).unwrap().local_addr().unwrap()
+}
+
 /// Polls for something that must come about soon.
 pub(crate) fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + Duration::from_secs(30);
