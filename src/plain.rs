@@ -31,7 +31,8 @@ const UNPLAIN: [(char, char); 24] = [
 /// Writes such characters of a text, from a place on, as JSON's `\u` escapes. Within a JSON string they mean the same; anywhere
 /// else JSON has none of them. What is not UTF-8 stays.
 pub(crate) fn escape(text: &mut Vec<u8>, from: usize) {
-    if text[from..].iter().all(|byte| *byte < 0x7F) {
+    // Without an early exit, so that many bytes are looked at in one instruction.
+    if !text[from..].iter().fold(false, |odd, byte| odd | (*byte >= 0x7F)) {
         return;
     }
     let Ok(tail) = str::from_utf8(&text[from..]) else { return };
