@@ -77,10 +77,13 @@ pub fn turns() {
 
 /// The next look reads the time anew.
 pub fn next_turn() {
-    CLOCK.with(|clock| {
-        clock.left.set(0);
-        clock.turn.set(clock.turn.get() + 1);
-    });
+    CLOCK.with(|clock| clock.turn.set(clock.turn.get() + 1));
+    refresh();
+}
+
+/// The next look reads the time anew, because this turn has taken long.
+pub fn refresh() {
+    CLOCK.with(|clock| clock.left.set(0));
 }
 
 /// Counts the turns. Between two of them the event loop has looked at all sockets.

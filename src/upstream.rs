@@ -554,33 +554,32 @@ struct Tail {
 
 impl Tail {
     /// Holds back as much as may begin a secret that is quoted, and at least one byte, so that the outcome is recorded
-    /// before the last one.
+    /// before the last one. It searches when as much again has come: each byte is searched twice at most, however small
+    /// the pieces are.
     async fn run(mut self, first: Bytes, connection: Reserved, deadline: Instant) {
         let first_token = self.first_token.as_ref().map_or(0, |token| token.needles().longest());
         let kept = self.token.needles().longest().max(first_token).max(1);
-        let mut held = first;
+        let mut held = BytesMut::from(first);
         loop {
-            if held.len() > kept {
-                let piece = held.split_to(held.len() - kept);
+            if held.len() >= 2 * kept {
+                if quotes(&held, &self.token, self.first_token.as_ref()) {
+                    return self.cut_off(deadline).await;
+                }
+                let piece = held.split_to(held.len() - kept).freeze();
                 self.hand_on(Piece::More(piece), deadline).await;
+                clock::refresh(); // pieces may come without a pause, and the search takes time
             }
             match timeout_at(deadline, self.rest.frame()).await {
-                Ok(Some(Ok(frame))) => {
-                    let Ok(data) = frame.into_data() else { continue };
-                    held = [&held[..], &data].concat().into();
-                    if quotes(&held, &self.token, self.first_token.as_ref()) {
-                        self.withhold();
-                        let finished = self.close(Some("the reply quoted the credential and was cut off"));
-                        self.settle(committed(finished, deadline).await.ok().flatten());
-                        return;
-                    }
-                }
+                Ok(Some(Ok(frame))) => held.extend_from_slice(&frame.into_data().unwrap_or_default()),
                 Ok(None) if is_whole(&self.rest, self.version) => {
+                    if quotes(&held, &self.token, self.first_token.as_ref()) {
+                        return self.cut_off(deadline).await;
+                    }
                     let finished = self.close(self.not_taken());
                     connection.give_back();
                     // If it fails, the caller sees the reply break off, and asks again with its key.
                     if let Ok(delivery) = committed(finished, deadline).await {
-                        self.hand_on(Piece::Last(held), deadline).await;
+                        self.hand_on(Piece::Last(held.freeze()), deadline).await;
                         self.settle(delivery);
                     }
                     return;
@@ -595,10 +594,14 @@ impl Tail {
         }
     }
 
+    /// What has come quotes a secret: nothing more is handed on.
     #[cold]
-    fn withhold(&self) {
-        let Some((record, ..)) = &self.open else { return };
-        self.terms.withhold("tail", record.id(), &self.route.name);
+    async fn cut_off(mut self, deadline: Instant) {
+        if let Some((record, ..)) = &self.open {
+            self.terms.withhold("tail", record.id(), &self.route.name);
+        }
+        let finished = self.close(Some("the reply quoted the credential and was cut off"));
+        self.settle(committed(finished, deadline).await.ok().flatten());
     }
 
     fn not_taken(&self) -> Option<&'static str> {

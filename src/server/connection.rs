@@ -268,8 +268,11 @@ impl Watch {
         if deadline >= alarm.due && !alarm.sleep.is_elapsed() {
             return false;
         }
-        if alarm.sleep.is_elapsed() && deadline <= clock::nanos() {
-            return true;
+        if alarm.sleep.is_elapsed() {
+            clock::refresh(); // the timer does not wait for a long turn's end
+            if deadline <= clock::nanos() {
+                return true;
+            }
         }
         let is_busy = deadline == u64::MAX;
         let gone_off = alarm.set(if is_busy { clock::nanos() + deadlines.header } else { deadline }, cx);
