@@ -148,6 +148,7 @@ impl CheckedBody {
     /// position. What is absent is `null`. The values are the caller's scalars, verbatim but for characters that may be taken
     /// for something else: strict JSON has no raw control character, so that a line stays one. What is to be hidden is left out, or written as its `mark`.
     pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
+        let from = out.len();
         for (index, member) in self.members.iter().enumerate() {
             if member.shown == Shown::Omit {
                 continue;
@@ -161,11 +162,7 @@ impl CheckedBody {
                 let literal = scalar.literal(&self.bytes);
                 match member.shown {
                     _ if literal.is_empty() => out.extend_from_slice(b"null"),
-                    Shown::Clear | Shown::Omit => {
-                        let from = out.len();
-                        out.extend_from_slice(literal);
-                        plain::escape(out, from);
-                    }
+                    Shown::Clear | Shown::Omit => out.extend_from_slice(literal),
                     Shown::Hmac => {
                         let hidden = hidden(mark(&[b"field", member.name.as_bytes(), literal]));
                         out.extend_from_slice(format!("\"{hidden}\"").as_bytes());
@@ -181,6 +178,7 @@ impl CheckedBody {
                 out.extend_from_slice(b"null");
             }
         }
+        plain::escape(out, from);
     }
 }
 

@@ -158,7 +158,17 @@ impl<'a> Inbound<'a> {
         let mut inbound =
             Self { is_old: head.version != Version::HTTP_11, all: Some(&head.headers), ..Self::default() };
         for (name, value) in &head.headers {
-            inbound.note(name.as_str(), value);
+            // The usual ones first. Names that the crate knows are compared as numbers, others as text.
+            if *name == header::HOST {
+                inbound.host.note(value);
+            } else if *name == header::CONTENT_TYPE {
+                inbound.content_type.note(value);
+            } else if *name != header::CONTENT_LENGTH
+                && *name != header::ACCEPT
+                && *name != header::USER_AGENT
+            {
+                inbound.note(name.as_str(), value);
+            }
         }
         inbound.is_transfer_coded = match inbound.transfer_encoding.count {
             0 => false,
@@ -174,8 +184,7 @@ impl<'a> Inbound<'a> {
 
     fn note(&mut self, name: &str, value: &'a HeaderValue) {
         match name {
-            "host" => self.host.note(value),
-            "content-type" => self.content_type.note(value),
+            "x-userid" => self.operator.note(value),
             "transfer-encoding" => self.transfer_encoding.note(value),
             "content-encoding" => self.is_coded = true,
             "connection" => self.drops_end_to_end |= names_end_to_end(value),
@@ -184,7 +193,6 @@ impl<'a> Inbound<'a> {
             }
             "expect" => self.expects_more = true,
             "origin" | "sec-fetch-site" => self.is_browser = true,
-            "x-userid" => self.operator.note(value),
             "x-request-id" => self.caller_id.note(value),
             "traceparent" => self.traceparent.note(value),
             "idempotency-key" => self.idempotency_key.note(value),
@@ -246,7 +254,7 @@ pub fn clean_reply(
     more: &[HeaderName],
     quotes: impl Fn(&HeaderValue) -> bool,
 ) -> Cleaned {
-    let passes = |name: &HeaderName| is_for_callers(name.as_str()) || more.contains(name);
+    let passes = |name: &HeaderName| FOR_CALLERS.contains(name) || more.contains(name);
     let is_clean = headers.iter().all(|(name, value)| passes(name) && !quotes(value));
     if is_clean { Cleaned::default() } else { strip(headers, passes, quotes) }
 }
@@ -279,24 +287,21 @@ fn strip(
     Cleaned { upstream_id, quoting }
 }
 
-/// What says something of the body, of its age, or of when to come back.
-fn is_for_callers(name: &str) -> bool {
-    matches!(
-        name,
-        "content-type"
-            | "content-length"
-            | "date"
-            | "content-encoding"
-            | "content-language"
-            | "content-range"
-            | "allow"
-            | "vary"
-            | "age"
-            | "expires"
-            | "cache-control"
-            | "retry-after"
-    )
-}
+/// What says something of the body, of its age, or of when to come back. The usual ones first.
+static FOR_CALLERS: [HeaderName; 12] = [
+    header::CONTENT_TYPE,
+    header::CONTENT_LENGTH,
+    header::DATE,
+    header::CONTENT_ENCODING,
+    header::CONTENT_LANGUAGE,
+    header::CONTENT_RANGE,
+    header::ALLOW,
+    header::VARY,
+    header::AGE,
+    header::EXPIRES,
+    header::CACHE_CONTROL,
+    header::RETRY_AFTER,
+];
 
 /// Whether a header of a reply can pass to callers if the configuration wants it: not what belongs to one connection, sets
 /// cookies, sends a client elsewhere, holds a credential or asks for one, or is the gateway's own word.

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use memchr::{memchr, memchr3_iter};
+use memchr::{memchr, memmem};
 use zeroize::Zeroizing;
 
 use super::Secret;
@@ -13,6 +13,12 @@ pub const SHORTEST: usize = 16;
 
 /// JSON within JSON is escaped once more. We look this deep.
 const DEPTH: usize = 3;
+
+/// What JSON's escapes begin with.
+const ESCAPE: u8 = b'\\';
+
+/// So many bytes are looked at in one step.
+const LANES: usize = 16;
 
 /// `\u00xx`: so many bytes may stand for one.
 const ESCAPED: usize = 6;
@@ -35,40 +41,62 @@ pub fn notices(config: &Config) -> Vec<String> {
 
 /// What must not be quoted: three texts at most, in buffers that are overwritten.
 pub struct Needles {
-    needles: Vec<Needle>,
-    /// A byte of each that is rare in JSON and in headers: all are looked for in one pass.
-    rare: [u8; 3],
+    needles: Vec<Zeroizing<Vec<u8>>>,
+    /// Two neighbours out of each that are rare in JSON and in headers, each so often that it can be compared with as many
+    /// bytes of a text. One without them and without escapes need not be searched.
+    pairs: [[[u8; LANES]; 2]; 3],
     /// The length of the shortest one.
     shortest: usize,
-}
-
-struct Needle {
-    text: Zeroizing<Vec<u8>>,
-    /// The place of its rare byte.
-    rare: usize,
 }
 
 impl Needles {
     /// Of these texts, those that are long enough.
     pub fn new(texts: [&[u8]; 3]) -> Self {
         let long = texts.into_iter().filter(|text| text.len() >= SHORTEST);
-        let needles: Vec<_> = long.map(Needle::new).collect();
-        let rare = |index: usize| {
-            needles.get(index).or(needles.first()).map_or(0, |needle| needle.text[needle.rare])
+        let needles: Vec<_> = long.map(|text| Zeroizing::new(text.to_vec())).collect();
+        let pair = |index: usize| {
+            let needle = needles.get(index).or(needles.first());
+            needle.map_or([0; 2], |needle| rarest_pair(needle)).map(|byte| [byte; LANES])
         };
-        let shortest = needles.iter().map(|needle| needle.text.len()).min().unwrap_or(usize::MAX);
-        Self { rare: [rare(0), rare(1), rare(2)], shortest, needles }
+        let shortest = needles.iter().map(|needle| needle.len()).min().unwrap_or(usize::MAX);
+        Self { pairs: [pair(0), pair(1), pair(2)], shortest, needles }
     }
 
     /// Whether one of them stands in a text, literally or with JSON's escapes.
     pub fn are_in(&self, text: &[u8]) -> bool {
-        text.len() >= self.shortest && (self.are_literally_in(text) || self.are_escaped_in(text))
+        text.len() >= self.shortest
+            && self.may_be_in(text)
+            && (self.are_literally_in(text) || self.are_escaped_in(text))
+    }
+
+    /// Whether one of the pairs, or an escape, stands in a text. Most replies are short and have none: this costs a quarter of
+    /// a search. Without an early exit, so that many places are looked at in one instruction.
+    fn may_be_in(&self, text: &[u8]) -> bool {
+        let (Some((_, left)), Some((_, right))) = (text.split_last(), text.split_first()) else {
+            return false;
+        };
+        let (Some(last_left), Some(last_right)) = (left.last_chunk(), right.last_chunk()) else {
+            return true;
+        };
+        let pieces = left.as_chunks().0.iter().zip(right.as_chunks().0);
+        let mut found = [0; LANES];
+        let mut look = |left: &[u8; LANES], right: &[u8; LANES]| {
+            for place in 0..LANES {
+                let is = |[a, b]: &[[u8; LANES]; 2]| (left[place] == a[place]) & (right[place] == b[place]);
+                let [first, second, third] = &self.pairs;
+                let is_any = is(first) | is(second) | is(third) | (left[place] == ESCAPE);
+                found[place] |= u8::from(is_any);
+            }
+        };
+        pieces.for_each(|(left, right)| look(left, right));
+        look(last_left, last_right);
+        found != [0; LANES]
     }
 
     fn are_escaped_in(&self, text: &[u8]) -> bool {
         let mut text = Cow::Borrowed(text);
         for _ in 0..DEPTH {
-            let Some(first) = memchr(b'\\', &text) else { return false };
+            let Some(first) = memchr(ESCAPE, &text) else { return false };
             text = unescaped(&text, first).into();
             if self.are_literally_in(&text) {
                 return true;
@@ -78,41 +106,32 @@ impl Needles {
     }
 
     fn are_literally_in(&self, text: &[u8]) -> bool {
-        let [first, second, third] = self.rare;
-        memchr3_iter(first, second, third, text)
-            .any(|place| self.needles.iter().any(|needle| needle.stands_around(place, text)))
+        self.needles.iter().any(|needle| memmem::find(text, needle).is_some())
     }
 
     /// Whether this is one of them, or is too short to be.
     pub(crate) fn are_of(&self, secret: &Secret) -> bool {
         let secret = secret.expose();
-        secret.len() < SHORTEST || self.needles.iter().any(|needle| *needle.text == secret)
+        secret.len() < SHORTEST || self.needles.iter().any(|needle| **needle == secret)
     }
 
     /// How many bytes one of them may take, escaped once.
     pub fn longest(&self) -> usize {
-        self.needles.iter().map(|needle| ESCAPED * needle.text.len()).max().unwrap_or(0)
+        self.needles.iter().map(|needle| ESCAPED * needle.len()).max().unwrap_or(0)
     }
 }
 
-impl Needle {
-    fn new(text: &[u8]) -> Self {
-        // In English words, numbers and dates. A byte that is found often costs more than it saves.
-        let rarity = |byte: u8| match byte {
-            b'j' | b'q' | b'x' | b'z' | b'K' | b'Q' | b'X' | b'Y' | b'Z' => 4,
-            b'A'..=b'Z' => 3,
-            b'b' | b'f' | b'k' | b'v' | b'w' => 2,
-            b'1'..=b'9' | b'g' | b'h' | b'm' | b'y' => 1,
-            _ => 0,
-        };
-        let rare = (0..text.len()).max_by_key(|place| rarity(text[*place])).unwrap_or(0);
-        Self { text: Zeroizing::new(text.to_vec()), rare }
-    }
-
-    /// Whether it stands in a text so that its rare byte is at this place.
-    fn stands_around(&self, place: usize, text: &[u8]) -> bool {
-        place.checked_sub(self.rare).is_some_and(|start| text[start..].starts_with(&self.text))
-    }
+/// The two neighbours that English words, numbers and dates have most seldom: what is found often costs more than it saves.
+fn rarest_pair(text: &[u8]) -> [u8; 2] {
+    let rarity = |byte: u8| match byte {
+        b'j' | b'q' | b'x' | b'z' | b'K' | b'Q' | b'X' | b'Y' | b'Z' => 4,
+        b'A'..=b'Z' => 3,
+        b'b' | b'f' | b'k' | b'v' | b'w' => 2,
+        b'1'..=b'9' | b'g' | b'h' | b'm' | b'y' => 1,
+        _ => 0,
+    };
+    let pairs = text.array_windows().copied();
+    pairs.max_by_key(|[left, right]| rarity(*left) + rarity(*right)).unwrap_or_default()
 }
 
 /// A text without JSON's escapes, of which the first stands at `first`. What is no escape stays.
@@ -147,7 +166,7 @@ fn unescaped(text: &[u8], first: usize) -> Vec<u8> {
             }
             [] => rest,
         };
-        next = memchr(b'\\', rest);
+        next = memchr(ESCAPE, rest);
     }
     plain.extend_from_slice(rest);
     plain
@@ -204,6 +223,25 @@ mod tests {
         }
         for other in [&SECRET[1..], &SECRET[..SECRET.len() - 1], "", "\\", "\\u", "\\u12", "A\\"] {
             assert!(!needles.are_in(format!("a text that holds no secret: {other}").as_bytes()), "{other}");
+        }
+    }
+
+    #[test]
+    fn secret_is_found_at_each_place_of_a_text_of_any_length() {
+        let key = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE";
+        for secret in [key, "0123456789abcdef", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "-----BEGIN KEY-----"] {
+            let needles = Needles::new([secret.as_bytes(), b"another-secret-0", b""]);
+            for (before, behind) in (0..40).flat_map(|before| (0..40).map(move |behind| (before, behind))) {
+                let [before, behind] = [before, behind].map(|length| "t".repeat(length));
+                assert!(
+                    needles.are_in(format!("{before}{secret}{behind}").as_bytes()),
+                    "{before}{secret}{behind}"
+                );
+                let control = format!("{before}{}{behind}", &secret[1..]);
+                assert_eq!(needles.are_in(control.as_bytes()), control.contains(secret), "{control}");
+                let escaped = format!("{before}\\u00{:02x}{}{behind}", secret.as_bytes()[0], &secret[1..]);
+                assert!(needles.are_in(escaped.as_bytes()), "{escaped}");
+            }
         }
     }
 
