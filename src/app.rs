@@ -25,7 +25,7 @@ use tokio::{
 use crate::{
     admin::{self, Admin},
     admission::Bounds,
-    audit::{self, Audit},
+    audit::{self, Audit, Early},
     clock,
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
     connect::{Connector, Egress, Identity},
@@ -52,17 +52,11 @@ const AUDIT_QUEUE: usize = 16 * 1024;
 /// An intent that is not safe by then is refused.
 const INTENT_DEADLINE: Duration = Duration::from_millis(250);
 
-/// What lies before the idempotency window may still matter in it: a call that began before and ended within.
-const RETAIN_SLACK: Duration = Duration::from_secs(60 * 60);
-
 /// A worker that has not ended so long after the drain hangs.
 const WORKERS_END: Duration = Duration::from_secs(3);
 
 /// How often the wall clock is looked at, and whether the threads of trail and log are there.
 const LOOK: Duration = Duration::from_secs(1);
-
-/// Below this much free space refusals are no longer recorded.
-const LOW_WATER: u64 = 64 << 20;
 
 /// A gateway that is built and bound, and serves nobody yet.
 pub struct App {
@@ -94,21 +88,7 @@ impl App {
         let egress = Egress::new(&config.upstream, has_tls)?;
         let identity = egress.identity().cloned();
         let connector = Connector::new(&config.upstream.base_url, &egress, config.upstream.connect_timeout)?;
-        let options = audit::Options {
-            directory: config.audit.directory.clone(),
-            must_exist: config.audit.must_exist,
-            durability: config.audit.durability,
-            segment_size: config.audit.segment_size,
-            key_file: config.audit.key_file.clone(),
-            queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
-            intent_deadline: INTENT_DEADLINE,
-            shown: audit::SHOWN.map(|name| config.audit.shown(name)),
-            refusals: config.audit.refusals,
-            retain: config.audit.retain.map(|retain| retain + RETAIN_SLACK),
-            window: config.idempotency.window,
-            low_water: LOW_WATER,
-            accept_loss: accept_loss.clone(),
-        };
+        let options = audit_options(&config, accept_loss.clone());
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit, accept_loss));
         let slots = slots(&config, &egress, &parts.token, &audit)?;
@@ -458,6 +438,27 @@ fn keep_up(
         let vital = supervisor.vital("the client certificate");
         let change = certificate_change("upstream", "client_cert_file".into(), audit);
         background.spawn(vital.run(identity.keep_up(change)));
+    }
+}
+
+/// Where and how the trail is kept. `accept_loss` is the word of a loss that the operator accepts.
+fn audit_options(config: &Config, accept_loss: Option<String>) -> audit::Options {
+    let window = config.idempotency.window;
+    audit::Options {
+        directory: config.audit.directory.clone(),
+        must_exist: config.audit.must_exist,
+        durability: config.audit.durability,
+        segment_size: config.audit.segment_size,
+        key_file: config.audit.key_file.clone(),
+        queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
+        intent_deadline: INTENT_DEADLINE,
+        shown: audit::SHOWN.map(|name| config.audit.shown(name)),
+        refusals: config.audit.refusals,
+        retain: config.audit.retain.map(|retain| retain + audit::SLACK),
+        early: config.audit.max_size.map(|max_size| Early { max_size, after: window + audit::SLACK }),
+        window,
+        low_water: audit::LOW_WATER,
+        accept_loss,
     }
 }
 

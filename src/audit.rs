@@ -68,6 +68,7 @@ use record::Entry;
 pub use record::{Answer, FirstCall, MEMBERS, Names, Queued, Record, RequestId};
 use recovery::{DAMAGED, Damage, Found};
 pub use reply::{StoredReply, withheld};
+pub use retention::Early;
 use retention::Place;
 use segment::Segment;
 pub use sync::Durability;
@@ -77,6 +78,12 @@ use writer::Writer;
 
 /// How long a stop waits for the last write.
 const CLOSE_TIME: Duration = Duration::from_secs(3);
+
+/// What lies before the idempotency window may still matter in it: a call that began before and ended within.
+pub const SLACK: Duration = Duration::from_secs(60 * 60);
+
+/// Below this much free space refusals are no longer recorded, in bytes.
+pub const LOW_WATER: u64 = 64 << 20;
 
 /// Members of its own that a trail may hide, beside those of contracts.
 pub const SHOWN: [&str; 4] = ["operator", "peer", "caller_id", "traceparent"];
@@ -102,6 +109,8 @@ pub struct Options {
     pub shown: [Shown; SHOWN.len()],
     /// How long records are kept, at least; `None`: for ever.
     pub retain: Option<Duration>,
+    /// From which size on segments go before that; `None`: from none.
+    pub early: Option<Early>,
     /// How many bytes refusals may take an hour.
     pub refusals: RefusalBudget,
     /// The idempotency window: a trail without a record in it makes the clock doubtful, and no younger record is removed.
@@ -137,6 +146,7 @@ impl Options {
             intent_deadline: Duration::ZERO,
             shown: Default::default(),
             retain: None,
+            early: None,
             refusals: RefusalBudget::default(),
             window: Duration::ZERO,
             low_water: 0,
@@ -159,6 +169,7 @@ impl Options {
             intent_deadline: Duration::from_secs(5),
             shown: Default::default(),
             retain: None,
+            early: None,
             refusals: RefusalBudget::default(),
             window: Duration::ZERO,
             low_water: 0,
@@ -203,6 +214,7 @@ pub struct Metrics {
     sync_errors: IntCounter,
     sync_seconds: Counter,
     removed: IntCounter,
+    removed_early: IntCounter,
     /// Restored, and lost.
     files_lost: [IntCounter; 2],
     folded: IntCounter,
@@ -242,7 +254,11 @@ impl Metrics {
             syncs: counter("syncs_total", "Times that fdatasync succeeded; only with durability disk.")?,
             sync_errors: counter("sync_errors_total", "Times that fdatasync failed.")?,
             sync_seconds,
-            removed: counter("removed_segments_total", "Segments removed since all in them was too old.")?,
+            removed: counter("removed_segments_total", "Segments removed since all in them was old enough.")?,
+            removed_early: counter(
+                "removed_early_total",
+                "Of these, those removed before `retain` had passed, since the trail was larger than max_size.",
+            )?,
             files_lost: ["restored", "lost"].map(|result| files_lost.with_label_values(&[result])),
             folded: counter("folded_refusals_total", "Refusals that were recorded by count only.")?,
             dropped: counter("dropped_refusals_total", "Refusals that were not recorded.")?,

@@ -525,6 +525,8 @@ pub struct Audit {
     pub segment_size: u64,
     /// How long records are kept, at least; `None`: for ever.
     pub retain: Option<Duration>,
+    /// Beyond so many bytes segments are removed before that; `None`: never.
+    pub max_size: Option<u64>,
     /// How many bytes refusals may take an hour.
     pub refusals: RefusalBudget,
     /// The chain's key. `None`: one is made in the directory.

@@ -1,6 +1,9 @@
 //! What is older than `retain` goes, a segment at a time, the oldest first. How old a record is says [`super::age`], whatever a
 //! wall clock shows; while that is doubtful, nothing goes.
 //!
+//! While the trail is larger than `max_size`, segments go early: before `retain` has passed, but never with a record that the
+//! idempotency window may need. Where none may go, the trail grows on, and the log says so.
+//!
 //! The chain stays verifiable: before a segment is removed, an event `retention` tells the number and the hash of its
 //! last record, and so where the trail begins from then on. Without such an event a trail that does not begin at its
 //! first record is damaged.
@@ -8,18 +11,49 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    age,
+    Options, age,
     chain::{Hash, Keys, Line, Lines, hex, parse_hex, segments},
+    clocks::{ClockDoubt, Clocks},
+    directory::Directory,
 };
 
 /// The name of the event.
 pub(super) const EVENT: &str = "retention";
+
+/// How often it is said that the trail is too large and nothing may go.
+const REMIND: Duration = Duration::from_secs(60 * 60);
+
+/// From which size on segments go before `retain` has passed.
+#[derive(Clone, Copy, Debug)]
+pub struct Early {
+    /// The bytes of all segments together.
+    pub max_size: u64,
+    /// No segment goes with a record that is no older.
+    pub after: Duration,
+}
+
+/// How long a trail is kept, and how much of it.
+pub(super) struct Keeping {
+    /// Records are kept for as long, at least, unless the trail is too large.
+    retain: Option<Duration>,
+    early: Option<Early>,
+    /// When it was last said that the trail is too large and nothing may go.
+    told: Option<Instant>,
+}
+
+/// The trail is larger than it may be, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Excess {
+    pub(super) size: u64,
+    pub(super) max_size: u64,
+}
 
 /// A segment of which every record is old enough to go.
 #[derive(Debug)]
@@ -27,6 +61,8 @@ pub(super) struct Old {
     pub(super) path: PathBuf,
     /// Its last record.
     last: Place,
+    /// Why it goes before `retain` has passed, if it does.
+    pub(super) early: Option<Excess>,
 }
 
 /// A record's place in the chain.
@@ -58,6 +94,79 @@ struct Said<'a> {
     last_hash: &'a str,
 }
 
+impl Keeping {
+    pub(super) fn new(options: &Options) -> Self {
+        // What is within the window never goes, whatever else is asked for.
+        let at_least = |time: Duration| time.max(options.window);
+        let early = options.early.map(|early| Early { after: at_least(early.after), ..early });
+        Self { retain: options.retain.map(at_least), early, told: None }
+    }
+
+    /// Whether anything may ever go.
+    pub(super) fn is_bounded(&self) -> bool {
+        self.retain.is_some() || self.early.is_some()
+    }
+
+    /// Finds the segment that is to go, if there is one. None does while the clock is doubtful, and before all that was there at
+    /// the start was read.
+    pub(super) fn find(
+        &mut self,
+        directory: &Directory,
+        keys: &Keys,
+        clocks: &Clocks,
+    ) -> io::Result<Option<Old>> {
+        let Some(anchors) = clocks.anchors() else { return Ok(None) };
+        let (doubt, ages) = (clocks.doubt(), clocks.ages());
+        let older_than = |limit: Duration| {
+            let is_old = |seq, time| ages.clone().at(seq, anchors).age(time) > limit;
+            oldest(directory.path(), keys, is_old)
+        };
+        let retain = self.retain.filter(|_| doubt.is_none());
+        let old = retain.map(older_than).transpose()?.flatten();
+        let Some((early, excess)) = self.early.filter(|_| old.is_none()).zip(self.excess(directory)?) else {
+            return Ok(old);
+        };
+        let old = if doubt.is_none() { older_than(early.after)? } else { None };
+        if old.is_none() {
+            self.tell(excess, doubt);
+        }
+        Ok(old.map(|old| Old { early: Some(excess), ..old }))
+    }
+
+    /// By what the trail is too large, if it is.
+    fn excess(&self, directory: &Directory) -> io::Result<Option<Excess>> {
+        let Some(Early { max_size, .. }) = self.early else { return Ok(None) };
+        let mut size = 0;
+        for path in segments(directory.path())? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            size += directory.find(&name)?.map_or(0, |found| found.length);
+        }
+        Ok((size > max_size).then_some(Excess { size, max_size }))
+    }
+
+    /// Says that nothing may go, once in a while.
+    fn tell(&mut self, Excess { size, max_size }: Excess, doubt: Option<ClockDoubt>) {
+        if self.told.is_some_and(|told| told.elapsed() < REMIND) {
+            return;
+        }
+        self.told = Some(Instant::now());
+        match doubt {
+            Some(doubt) => tracing::warn!(
+                size, max_size, %doubt,
+                "the audit trail is larger than max_size, and no segment is removed while the clock is doubtful: if the clock is \
+                 right, run `ccsqm-gateway audit accept-clock`; watch the free space until then"
+            ),
+            None => tracing::warn!(
+                size,
+                max_size,
+                "the audit trail is larger than max_size, and no segment may be removed: even the oldest has records that the \
+                 idempotency window needs. Raise [audit] max_size, and its volume with it, or lower the rate_limit of callers, \
+                 [quota] rate or [idempotency] window; when the volume is full, calls are refused"
+            ),
+        }
+    }
+}
+
 /// The oldest segment, if the one behind it begins with a record that is old by its number and its time, in milliseconds since
 /// 1970. Of records that were changed neither counts. The last segment never goes.
 pub(super) fn oldest(
@@ -74,7 +183,7 @@ pub(super) fn oldest(
         {
             let is_old = age::millis(time).is_some_and(|time| is_old(seq, time));
             let old = before(next)?.filter(|_| is_old);
-            return Ok(old.map(|last| Old { path: oldest.clone(), last }));
+            return Ok(old.map(|last| Old { path: oldest.clone(), last, early: None }));
         }
     }
     Ok(None)
@@ -93,7 +202,16 @@ impl Old {
     /// What its event says.
     pub(super) fn details(&self) -> Value {
         let file = self.path.file_name().map(|name| name.to_string_lossy().into_owned());
-        json!({ "what": "removed", "file": file, "last_seq": self.last.seq, "last_hash": hex(&self.last.hash) })
+        let mut details = json!({
+            "what": "removed",
+            "file": file,
+            "last_seq": self.last.seq,
+            "last_hash": hex(&self.last.hash),
+        });
+        if let Some(Excess { size, max_size }) = self.early {
+            details["early"] = json!({ "why": "max_size", "trail_size": size, "max_size": max_size });
+        }
+        details
     }
 }
 

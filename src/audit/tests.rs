@@ -711,6 +711,53 @@ async fn each_look_removes_one_segment_and_none_within_the_window() {
     }
 }
 
+#[tokio::test]
+async fn beyond_max_size_each_look_removes_one_segment_early_and_none_that_is_too_new() {
+    let hour = Duration::from_secs(3600);
+    for (max_size, after, window, gone) in [
+        (0, Duration::ZERO, Duration::ZERO, 1),
+        (u64::MAX, Duration::ZERO, Duration::ZERO, 0),
+        (0, hour, Duration::ZERO, 0),
+        (0, Duration::ZERO, hour, 0),
+    ] {
+        for retain in [None, Some(hour)] {
+            let folder = TempDir::new().unwrap();
+            let early = Some(Early { max_size, after });
+            let options = Options { retain, early, window, ..Options::small(folder.path()) };
+            let (events, removed) = go_on(&options, |_| (), 20).await;
+            let said = events.iter().filter(|name| *name == "retention").count();
+            assert_eq!((removed, said), (gone, gone), "{early:?} {window:?} {retain:?}: {events:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn only_what_goes_before_its_time_is_said_to_go_early() {
+    let hour = Duration::from_secs(3600);
+    for (retain, is_early) in [(Some(hour), true), (None, true), (Some(Duration::ZERO), false)] {
+        let folder = TempDir::new().unwrap();
+        let early = Some(Early { max_size: 5, after: Duration::ZERO });
+        let options = Options { retain, early, ..Options::small(folder.path()) };
+        let size = |folder: &TempDir| -> u64 {
+            let segments = segments(folder.path()).unwrap();
+            segments.iter().map(|path| fs::metadata(path).unwrap().len()).sum()
+        };
+        go_on(&options, |_| (), 20).await;
+        let events = trail(folder.path()).into_iter();
+        let [event] = &events.filter(|record| record["event"] == "retention").collect::<Vec<_>>()[..] else {
+            panic!("one look")
+        };
+        assert_eq!(event.get("early").is_some(), is_early, "{event}");
+        if is_early {
+            let told = event["early"]["trail_size"].as_u64().unwrap();
+            assert!(
+                event["early"]["max_size"] == 5 && (5000..size(&folder) + 5000).contains(&told),
+                "{event}"
+            );
+        }
+    }
+}
+
 /// A trail of one start at this time, in milliseconds since 1970, with these members.
 fn started(time: i64, members: &str) -> TempDir {
     let time = age::text(time);

@@ -35,7 +35,7 @@ use super::{
     ledger::Ledger,
     lock::{self, Lock, Stated},
     queue::{Carried, LOOK_AROUND, Next, Shared},
-    retention::{self, Old, Place},
+    retention::{self, Excess, Keeping, Old, Place},
     segment::{AHEAD, Segment},
     sync::Syncs,
     unresolved::{UnresolvedCall, UnresolvedList},
@@ -94,8 +94,7 @@ pub(super) struct Writer {
     looked_around: Option<Instant>,
     /// What is not in its place, of directory and lock file.
     away: Option<&'static str>,
-    /// Records are kept for as long, at least.
-    retain: Option<Duration>,
+    keeping: Keeping,
     pub(super) clocks: Arc<Clocks>,
     window: Duration,
     ledger: Ledger,
@@ -159,7 +158,7 @@ impl Writer {
             low_water: options.low_water,
             looked_around: None,
             away: None,
-            retain: options.retain.map(|retain| retain.max(options.window)),
+            keeping: Keeping::new(options),
             clocks,
             window: options.window,
             ledger: Ledger::default(),
@@ -502,20 +501,16 @@ impl Writer {
 
     /// Looks for a segment that is to go, and queues the record that says so.
     fn look_for_old(&mut self, shared: &Shared) {
-        let Some(retain) = self.retain.filter(|_| self.looked.is_none_or(|looked| looked.elapsed() >= LOOK))
-        else {
+        if !self.keeping.is_bounded() || self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
             return;
-        };
+        }
         // In another directory there are other segments.
         if shared.is_closing() || self.directory.check().is_err() {
             return;
         }
         self.looked = Some(Instant::now());
         self.clocks.look(shared);
-        let Some(anchors) = self.clocks.anchors().filter(|_| self.clocks.doubt().is_none()) else { return };
-        let ages = self.clocks.ages();
-        let is_old = |seq, time| ages.clone().at(seq, anchors).age(time) > retain;
-        match retention::oldest(self.directory.path(), &self.keys, is_old) {
+        match self.keeping.find(&self.directory, &self.keys, &self.clocks) {
             Ok(old) => self.old = old,
             Err(error) => tracing::warn!(%error, "old segments of the audit trail cannot be looked for"),
         }
@@ -532,6 +527,17 @@ impl Writer {
             Ok(()) => {
                 self.closed.remove(&*name);
                 shared.metrics.removed.inc();
+                if let Some(Excess { size, max_size }) = old.early {
+                    shared.metrics.removed_early.inc();
+                    tracing::warn!(
+                        file = &*name,
+                        size,
+                        max_size,
+                        "a segment of the audit trail was removed before `retain` had passed, since the trail was larger than \
+                         max_size; none of its records is of the idempotency window. To keep records for longer, raise [audit] \
+                         max_size, and its volume with it, or copy segments elsewhere before they go"
+                    );
+                }
             }
             Err(error) => tracing::warn!(%error, "an old segment of the audit trail cannot be removed"),
         }

@@ -108,6 +108,7 @@ impl Config {
                 "durability": audit.durability.as_str(),
                 "segment_size": size(audit.segment_size),
                 "retain": audit.retain.map_or("forever".to_owned(), duration),
+                "max_size": audit.max_size.map_or("none".to_owned(), size),
                 "stranger_refusals": size(audit.refusals.strangers),
                 "caller_refusals": size(audit.refusals.callers),
                 "key_file": audit.key_file.as_deref().map(whole_path),

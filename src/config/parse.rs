@@ -668,6 +668,7 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
         }
         _ => Some(table.duration(context, "retain", "30d", ("1d", "3650d"))),
     };
+    let max_size = read_max_size(context, &mut table);
     let key_file =
         table.path(context, "key_file").and_then(|found| good_file(context, found, files::audit_key));
     let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
@@ -689,7 +690,17 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     {
         context.problem_at("audit.directory", reason);
     }
-    Audit { directory, must_exist, durability, segment_size, retain, refusals, key_file, fields }
+    Audit { directory, must_exist, durability, segment_size, retain, max_size, refusals, key_file, fields }
+}
+
+fn read_max_size(context: &mut Context<'_>, table: &mut Table) -> Option<u64> {
+    match table.members.get("max_size").map(|value| &value.kind) {
+        Some(Kind::Text(text) | Kind::Loose(text)) if text == "none" => {
+            drop(table.take(context, "max_size"));
+            None
+        }
+        _ => Some(table.size(context, "max_size", 0, ("256KiB", "8192GiB"))).filter(|size| *size > 0),
+    }
 }
 
 fn read_fields(context: &mut Context<'_>, table: &mut Table) -> Vec<(String, Shown)> {

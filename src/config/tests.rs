@@ -123,6 +123,7 @@ fn the_reference_file_shows_the_defaults() {
         "/upstream/proxy",
         "/audit/key_file",
         "/audit/must_exist",
+        "/audit/max_size",
         "/admin/control",
         "/listeners/1",
         "/routes/1",
@@ -140,6 +141,7 @@ fn the_reference_file_shows_the_defaults() {
         ("upstream", "proxy"),
         ("audit", "key_file"),
         ("audit", "must_exist"),
+        ("audit", "max_size"),
         ("admin", "control"),
     ] {
         reference[section].as_object_mut().unwrap().remove(key);

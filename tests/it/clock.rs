@@ -16,39 +16,44 @@ use crate::{
 };
 
 const HOUR: i64 = 3600;
-const DAY: i64 = 24 * HOUR;
+pub(crate) const DAY: i64 = 24 * HOUR;
 
 /// The library that moves the wall clock, compiled once.
 static PRELOAD: LazyLock<PathBuf> = LazyLock::new(|| compile("overload/clock"));
 
 /// A machine whose wall clock obeys the test, and its gateway's cloud and folder. The boot time is the real one.
-struct Machine {
+pub(crate) struct Machine {
     sandbox: Sandbox,
     folder: Arc<TempDir>,
     /// Nothing under /proc/sys can be read, as with `ProcSubset=pid`.
     is_hidden: bool,
-    /// Segments are as small as they may be, and kept for a day.
-    has_small_segments: bool,
+    /// What its gateway is started with, beside what all have.
+    pub(crate) set: Vec<(&'static str, &'static str)>,
     sent: usize,
+}
+
+/// Segments are as small as they may be, and kept for a day.
+fn small_segments() -> Vec<(&'static str, &'static str)> {
+    vec![("audit.segment_size", "64KiB"), ("audit.retain", "1d")]
 }
 
 /// How a gateway ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum End {
+pub(crate) enum End {
     Stop,
     Crash,
 }
 
 impl Machine {
-    fn new(is_hidden: bool) -> Self {
+    pub(crate) fn new(is_hidden: bool) -> Self {
         let folder = Arc::new(TempDir::new().unwrap());
-        let machine = Self { sandbox: sandbox(), folder, is_hidden, has_small_segments: false, sent: 0 };
+        let machine = Self { sandbox: sandbox(), folder, is_hidden, set: Vec::new(), sent: 0 };
         machine.set_clock(0);
         machine
     }
 
     /// The wall clock is ahead by so many seconds.
-    fn set_clock(&self, ahead: i64) {
+    pub(crate) fn set_clock(&self, ahead: i64) {
         let unfinished = self.folder.path().join("clock.new");
         fs::write(&unfinished, ahead.to_string()).unwrap();
         fs::rename(unfinished, self.folder.path().join("clock")).unwrap();
@@ -60,15 +65,15 @@ impl Machine {
         ["env".into(), format!("LD_PRELOAD={}", PRELOAD.display()), format!("CLOCK={}", clock.display())]
     }
 
-    fn start(&self) -> Gateway {
+    pub(crate) fn start(&self) -> Gateway {
         const HIDE: &str = "mount -t tmpfs -o ro none /proc/sys && exec \"$@\"";
         let hide = ["unshare", "--mount", "sh", "-c", HIDE, "sh"].map(str::to_owned);
         let mut through: Vec<_> = hide.into_iter().filter(|_| self.is_hidden).collect();
         through.extend(self.with_clock());
         let mut setup = Setup { through, folder: Some(self.folder.clone()), ..Setup::default() }
             .set("admin.control", "off");
-        if self.has_small_segments {
-            setup = setup.set("audit.segment_size", "64KiB").set("audit.retain", "1d");
+        for (key, value) in &self.set {
+            setup = setup.set(key, value);
         }
         let gateway = start_with(&self.sandbox, setup);
         until_keys_are_known(&gateway);
@@ -76,7 +81,7 @@ impl Machine {
         gateway
     }
 
-    fn end(mut gateway: Gateway, end: End) {
+    pub(crate) fn end(mut gateway: Gateway, end: End) {
         if end == End::Stop {
             gateway.signal("-TERM");
             assert!(gateway.wait().success());
@@ -84,12 +89,12 @@ impl Machine {
         gateway.kill();
     }
 
-    fn audit_directory(&self) -> PathBuf {
+    pub(crate) fn audit_directory(&self) -> PathBuf {
         self.folder.path().join("audit")
     }
 
     /// A call with a key that succeeds, and was not made before.
-    fn succeed(&mut self, gateway: &Gateway, name: &str) {
+    pub(crate) fn succeed(&mut self, gateway: &Gateway, name: &str) {
         assert_eq!(sent(gateway, name).outcome(), "succeeded", "{name}");
         self.sent += 1;
         assert_eq!(self.sandbox.requests().len(), self.sent);
@@ -104,7 +109,7 @@ impl Machine {
     }
 
     /// Keys from 0 to so many are known, and none is sent again.
-    fn assert_known(&self, gateway: &Gateway, keys: usize) {
+    pub(crate) fn assert_known(&self, gateway: &Gateway, keys: usize) {
         for number in 0..keys {
             assert_eq!(gateway.post_with(&key(&format!("done-{number}"))).outcome(), "replayed", "{number}");
         }
@@ -112,7 +117,7 @@ impl Machine {
     }
 
     /// Calls with keys from this number on until there are so many segments; returns the next number.
-    fn fill(&mut self, gateway: &Gateway, mut number: usize, count: usize) -> usize {
+    pub(crate) fn fill(&mut self, gateway: &Gateway, mut number: usize, count: usize) -> usize {
         while segments(&self.audit_directory()).len() < count {
             assert!(number < 2000, "segments are removed as fast as they are begun");
             self.succeed(gateway, &format!("done-{number}"));
@@ -122,7 +127,7 @@ impl Machine {
     }
 
     /// Runs a command of `audit` on the trail, at the machine's clock.
-    fn audit(&self, command: &str) -> (i32, String, String) {
+    pub(crate) fn audit(&self, command: &str) -> (i32, String, String) {
         let [env, words @ ..] = self.with_clock();
         let output = Command::new(env)
             .args(words)
@@ -133,7 +138,7 @@ impl Machine {
         (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
     }
 
-    fn events(&self, name: &str) -> Vec<Value> {
+    pub(crate) fn events(&self, name: &str) -> Vec<Value> {
         let mut events = records(&self.audit_directory(), "event");
         events.retain(|event| event["event"] == name);
         events
@@ -163,7 +168,7 @@ fn doubt(gateway: &Gateway) -> Option<String> {
     if agree { reason } else { doubt(gateway) }
 }
 
-fn until_doubtful(gateway: &Gateway, is_doubtful: bool) {
+pub(crate) fn until_doubtful(gateway: &Gateway, is_doubtful: bool) {
     wait_for("the doubt", || (doubt(gateway).is_some() == is_doubtful).then_some(()));
 }
 
@@ -174,7 +179,7 @@ fn variants() -> impl Iterator<Item = (bool, End)> {
 #[test]
 fn a_wall_clock_that_is_set_ahead_for_a_moment_removes_no_segment_and_no_key() {
     for (is_hidden, end) in variants() {
-        let mut machine = Machine { has_small_segments: true, ..Machine::new(is_hidden) };
+        let mut machine = Machine { set: small_segments(), ..Machine::new(is_hidden) };
         let gateway = machine.start();
         let next = machine.fill(&gateway, 0, 3);
         let before = segments(&machine.audit_directory());
@@ -198,7 +203,7 @@ fn a_wall_clock_that_is_set_ahead_for_a_moment_removes_no_segment_and_no_key() {
 
 #[test]
 fn old_segments_go_one_at_a_time_and_none_while_the_clock_is_doubtful() {
-    let mut machine = Machine { has_small_segments: true, ..Machine::new(true) };
+    let mut machine = Machine { set: small_segments(), ..Machine::new(true) };
     let gateway = machine.start();
     let next = machine.fill(&gateway, 0, 4);
     Machine::end(gateway, End::Crash);

@@ -26,6 +26,7 @@ mod audit;
 mod losses;
 mod stored_trail;
 mod clock;
+mod trail_size;
 mod states;
 mod resolution;
 mod configuration;

@@ -1,0 +1,178 @@
+//! What goes early beyond `max_size`.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+
+use crate::{
+    audit::{segments, verify},
+    clock::{DAY, End, Machine, until_doubtful},
+    idempotency::until_keys_are_known,
+    support::*,
+};
+
+/// What a machine has before it has a `max_size`: no rate that bounds the trail.
+const UNBOUNDED: [(&str, &str); 1] = [("audit.segment_size", "64KiB")];
+
+/// What holds the window of these rates, and less than the trail that was there before.
+const BOUNDED: [(&str, &str); 4] = [
+    ("audit.segment_size", "64KiB"),
+    ("audit.max_size", "768KiB"),
+    ("quota.rate", "1/h"),
+    ("quota.burst", "400"),
+];
+
+/// So many segments are larger than `max_size`, by four.
+const SEGMENTS: usize = 16;
+
+fn size(directory: &Path) -> u64 {
+    segments(directory).iter().map(|path| fs::metadata(path).unwrap().len()).sum()
+}
+
+/// A machine with a trail that is larger than the `max_size` that its next start has, and the number of its next call. The calls
+/// so far were so many days ago.
+fn large(days: i64) -> (Machine, usize) {
+    let mut machine = Machine::new(true);
+    machine.set = UNBOUNDED.into();
+    let gateway = machine.start();
+    let next = machine.fill(&gateway, 0, SEGMENTS);
+    Machine::end(gateway, End::Stop);
+    machine.set_clock(days * DAY);
+    if days > 0 {
+        assert_eq!(machine.audit("accept-clock").0, 0); // by this clock the records so far are old
+    }
+    machine.set = BOUNDED.into();
+    assert!(size(&machine.audit_directory()) > 768 << 10);
+    (machine, next)
+}
+
+/// Calls until so many further segments have begun, however many go meanwhile. At each that begins an old one is looked for.
+fn begin_segments(machine: &mut Machine, gateway: &Gateway, next: &mut usize, count: usize) {
+    let newest = |machine: &Machine| segments(&machine.audit_directory()).pop().unwrap();
+    for _ in 0..count {
+        let last = newest(machine);
+        while newest(machine) == last {
+            machine.succeed(gateway, &format!("done-{next}"));
+            *next += 1;
+        }
+    }
+}
+
+fn metric(gateway: &Gateway, name: &str) -> u64 {
+    let (metrics, begin) = (gateway.admin("/metrics").body, format!("ccsqm_gateway_{name} "));
+    metrics.lines().find_map(|line| line.strip_prefix(&begin)).unwrap().parse().unwrap()
+}
+
+/// What was removed early, as trail and metrics tell.
+fn removed_early(machine: &Machine, gateway: &Gateway) -> Vec<Value> {
+    // A segment goes behind its record.
+    wait_for("the removal of what is on record", || {
+        let told = machine.events("retention");
+        let counts = ["removed_early_total", "removed_segments_total"]
+            .map(|name| metric(gateway, &format!("audit_{name}")));
+        (counts == [told.len() as u64; 2]).then_some(told)
+    })
+}
+
+/// So many WARNs that hold a text, and no more: the log comes some time after what it tells of.
+fn warned(gateway: &Gateway, text: &str, count: usize) -> Vec<Value> {
+    let said = wait_for(text, || Some(warnings(gateway, text)).filter(|said| said.len() >= count));
+    assert_eq!(said.len(), count, "{said:?}");
+    said
+}
+
+/// The WARNs that hold a text.
+fn warnings(gateway: &Gateway, text: &str) -> Vec<Value> {
+    let lines = gateway.log();
+    let events = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    events.filter(|event| event["level"] == "WARN" && event.to_string().contains(text)).collect()
+}
+
+const REMOVED: &str = "was removed before `retain` had passed";
+const NONE_MAY: &str = "no segment may be removed";
+const DOUBT: &str = "no segment is removed while the clock is doubtful";
+
+#[test]
+fn beyond_max_size_segments_outside_the_window_go_early_and_the_trail_stays_whole() {
+    let (mut machine, first) = large(2);
+    let (directory, mut next) = (machine.audit_directory(), first);
+    let before = segments(&directory);
+    let gateway = machine.start();
+    begin_segments(&mut machine, &gateway, &mut next, 3);
+    let told = removed_early(&machine, &gateway);
+    assert!(told.len() >= 2, "{told:?}");
+    for (event, path) in told.iter().zip(&before) {
+        assert_eq!(event["file"], path.file_name().unwrap().to_str().unwrap());
+        assert!(!path.exists(), "{event}");
+        let early = &event["early"];
+        assert!(early["why"] == "max_size" && early["max_size"] == 768 << 10, "{event}");
+        assert!(early["trail_size"].as_u64() > early["max_size"].as_u64(), "{event}");
+    }
+    let said = warned(&gateway, REMOVED, told.len());
+    assert!(
+        said[0]["fields"]["file"] == told[0]["file"]
+            && said[0].to_string().contains("raise [audit] max_size")
+    );
+    assert_eq!(warnings(&gateway, NONE_MAY), [] as [Value; 0]);
+
+    Machine::end(gateway, End::Crash);
+    let (whole, said) = verify(&directory);
+    assert!(whole, "{said}");
+    // A start knows all keys of the window, and that nothing is lost.
+    let gateway = machine.start();
+    until_keys_are_known(&gateway);
+    for number in [first, next - 1] {
+        let reply = gateway.post_with(&format!("idempotency-key: done-{number}\r\n"));
+        assert_eq!(reply.outcome(), "replayed", "{number}");
+    }
+    assert_eq!(metric(&gateway, "audit_damaged"), 0);
+    machine.succeed(&gateway, "new");
+    let id = records(&directory, "intent")[0]["id"].as_str().unwrap().to_owned();
+    assert_eq!(command(&["audit", "show", directory.to_str().unwrap(), &id]).0, 0);
+    Machine::end(gateway, End::Stop);
+    assert!(verify(&directory).0);
+    assert_eq!(machine.audit("in-doubt").0, 0);
+}
+
+#[test]
+fn nothing_goes_early_while_the_trail_is_no_larger_than_max_size() {
+    let (mut machine, mut next) = large(2);
+    let before = segments(&machine.audit_directory());
+    let small = ("audit.max_size", "16MiB");
+    machine.set =
+        BOUNDED.iter().map(|(key, value)| if *key == small.0 { small } else { (*key, *value) }).collect();
+    let gateway = machine.start();
+    begin_segments(&mut machine, &gateway, &mut next, 2);
+    assert!(segments(&machine.audit_directory()).starts_with(&before));
+    assert_eq!(removed_early(&machine, &gateway), [] as [Value; 0]);
+}
+
+#[test]
+fn within_the_window_nothing_goes_early_and_the_log_says_once_that_max_size_is_too_small() {
+    let (mut machine, mut next) = large(0);
+    let before = segments(&machine.audit_directory());
+    let gateway = machine.start();
+    begin_segments(&mut machine, &gateway, &mut next, 3);
+    assert!(segments(&machine.audit_directory()).starts_with(&before));
+    assert_eq!(removed_early(&machine, &gateway), [] as [Value; 0]);
+    let said = warned(&gateway, NONE_MAY, 1);
+    assert_eq!(said[0]["fields"]["max_size"], 768 << 10);
+    machine.assert_known(&gateway, 3);
+}
+
+#[test]
+fn while_the_clock_is_doubtful_nothing_goes_early() {
+    let (mut machine, mut next) = large(2);
+    let before = segments(&machine.audit_directory());
+    let gateway = machine.start();
+    machine.set_clock(4 * DAY);
+    until_doubtful(&gateway, true);
+    begin_segments(&mut machine, &gateway, &mut next, 2);
+    assert!(segments(&machine.audit_directory()).starts_with(&before));
+    assert_eq!(removed_early(&machine, &gateway), [] as [Value; 0]);
+    warned(&gateway, DOUBT, 1);
+    machine.set_clock(2 * DAY);
+    until_doubtful(&gateway, false);
+    begin_segments(&mut machine, &gateway, &mut next, 2);
+    assert!(!removed_early(&machine, &gateway).is_empty(), "the control");
+}
