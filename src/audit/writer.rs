@@ -508,6 +508,10 @@ impl Writer {
         if shared.is_closing() || self.directory.check().is_err() {
             return;
         }
+        // A start looks as soon as it may.
+        if self.clocks.anchors().is_none() {
+            return;
+        }
         self.looked = Some(Instant::now());
         self.clocks.look(shared);
         match self.keeping.find(&self.directory, &self.keys, &self.clocks) {
