@@ -164,7 +164,8 @@ impl App {
             tracing::warn!("{LOOPBACK_NOTICE}");
         }
         let memory = MemoryBound::new(&config.idempotency).notice();
-        for notice in memory.into_iter().chain(needles::notices(&config)) {
+        for notice in memory.into_iter().chain(config.trail_size().notice()).chain(needles::notices(&config))
+        {
             tracing::warn!("{notice}");
         }
         for listener in &bound {

@@ -12,6 +12,7 @@ mod parse;
 mod relations;
 mod exposure;
 mod effective;
+pub mod trail;
 
 use std::{
     collections::HashSet,

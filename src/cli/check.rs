@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use ccsqm_gateway::{
     audit::init,
-    config::{Access, Audit, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE},
+    config::{Access, Audit, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, trail::CALL},
     idempotency::memory::{MemoryBound, mebibytes},
     secret::needles,
 };
@@ -48,6 +48,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
             sections(&config.effective());
             access(&config);
             memory(&config);
+            config.trail_size().lines().iter().for_each(|line| out!("# {line}"));
             for notice in notices(&args.configured, &config) {
                 out!("#\n# Note: {notice}");
             }
@@ -94,12 +95,23 @@ fn memory(config: &Config) {
 
 fn machine_readable(configured: &Configured, config: &Config) -> Value {
     let MemoryBound { keys, replies } = MemoryBound::new(&config.idempotency);
+    let trail = config.trail_size();
+    let lasts = |with_refusals| trail.max_size_lasts(with_refusals).map(|time| time.as_secs());
     json!({
         "good": true,
         "file": configured.config.display().to_string(),
         "configuration": config.effective(),
         "access": config.access(),
         "memory": { "keys_bytes": keys, "replies_bytes": replies },
+        "trail": {
+            "call_bytes": CALL,
+            "calls_per_hour": trail.calls_per_hour(),
+            "calls_bytes_per_day": trail.calls_per_day(),
+            "refusals_bytes_per_day": trail.refusals_per_day(),
+            "max_size_lasts_seconds": lasts(false),
+            "max_size_lasts_with_refusals_seconds": lasts(true),
+            "retain_needs_bytes": trail.retain_needs(),
+        },
         "notices": notices(configured, config),
     })
 }
@@ -107,8 +119,9 @@ fn machine_readable(configured: &Configured, config: &Config) -> Value {
 fn notices(configured: &Configured, config: &Config) -> Vec<String> {
     let loopback = config.trusts_loopback().then(|| LOOPBACK_NOTICE.to_owned());
     let memory = MemoryBound::new(&config.idempotency).notice();
+    let trail = config.trail_size().notice();
     let exposures = config.exposures(&configured.config);
-    loopback.into_iter().chain(memory).chain(needles::notices(config)).chain(exposures).collect()
+    loopback.into_iter().chain(memory).chain(trail).chain(needles::notices(config)).chain(exposures).collect()
 }
 
 fn user(access: &Access) {

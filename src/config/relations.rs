@@ -33,6 +33,7 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must not be longer than idempotency.window: a start reads no older calls";
         between(context, ["idempotency.fingerprint_window", "idempotency.window"], reason);
     }
+    trail_size(context, config);
     shares(context, config);
     if upstream.max_connections < config.server.workers {
         let reason = "must be at least server.workers";
@@ -83,6 +84,20 @@ fn fields(context: &mut Context<'_>, config: &Config) {
                 format!("`{name}` cannot be hidden; there are {own}, and what contracts name with x-audit");
             context.problem_at("audit.fields", reason);
         }
+    }
+}
+
+/// What the window needs is never removed, so that a trail that cannot hold it would fill its volume all the same.
+fn trail_size(context: &mut Context<'_>, config: &Config) {
+    let limits = (0..config.callers.len())
+        .flat_map(|i| ["rate_limit", "burst"].map(|key| format!("callers[{i}].{key}")))
+        .chain(["quota.rate", "quota.burst"].map(str::to_owned));
+    let sizes = ["audit.max_size", "audit.segment_size", "idempotency.window"].map(str::to_owned);
+    if sizes.into_iter().chain(limits).any(|key| context.is_doubtful(&key)) {
+        return;
+    }
+    if let Some(reason) = config.trail_size().refusal() {
+        context.problem_at("audit.max_size", reason);
     }
 }
 

@@ -1,11 +1,11 @@
 //! The reference file against the code: keys, defaults, bounds.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Config, Problems, raw, table::Reading};
+use super::{Config, Problems, raw, table::Reading, trail::CALL};
 
 const REFERENCE: &str = include_str!("../../config/gateway.toml");
 const MINIMAL: &str = include_str!("../../config/minimal.toml");
@@ -179,6 +179,88 @@ fn the_reference_file_shows_the_defaults_of_lists_too() {
         let without = effective(&REFERENCE.replace(line, "# "));
         assert_eq!(without.pointer(pointer), Some(&json!(null)), "{pointer}");
     }
+}
+
+/// The minimal configuration with these values, which stand in the place of others there or go over the file.
+fn minimal(replaced: (&str, &str), set: &[(&str, &str)]) -> Result<Config, Problems> {
+    let (folder, text) = placed(MINIMAL);
+    let path = folder.path().join("gateway.toml");
+    fs::write(&path, text.replace(replaced.0, replaced.1)).unwrap();
+    let set: Vec<_> = set.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    Config::load(&path, &set, [])
+}
+
+#[test]
+fn the_trail_grows_as_fast_as_callers_and_quota_allow() {
+    let caller = "routes = [\"appointQualityTask\"]";
+    let limit = |limit: &str| format!("{caller}\n{limit}");
+    let second = |limit: &str| {
+        let second = "[[callers]]\nname = \"other\"\npeer = \"10.0.0.0/8\"\noperator_id = \"1\"\ncredential = \"default\"";
+        let listener = "[[listeners]]\naddress = \"10.0.0.1:1\"\nhosts = [\"a\"]\nallow_plaintext = true";
+        format!("{caller}\n{second}\n{caller}\n{limit}\n{listener}\n[[listeners]]\naddress = \"127.0.0.1:2\"")
+    };
+    for (callers, set, hourly) in [
+        (limit(""), vec![], 72_000), // 20/s
+        (limit("rate_limit = \"3/m\""), vec![], 180),
+        (limit("rate_limit = \"100/s\""), vec![], 180_000), // the quota: 50/s
+        (limit("rate_limit = \"100/s\""), vec![("quota.rate", "7/h")], 7),
+        (second(""), vec![], 144_000),
+        (second("frozen = true"), vec![], 144_000), // it may thaw
+    ] {
+        let config = minimal((caller, &callers), &set).unwrap();
+        let size = config.trail_size();
+        assert_eq!(size.calls_per_hour(), hourly, "{callers} {set:?}");
+        assert_eq!(size.calls_per_day(), hourly * 24 * CALL);
+        assert_eq!(size.max_size_lasts(false), None);
+    }
+}
+
+#[test]
+fn max_size_must_hold_the_window_and_what_does_lasts_for_it() {
+    let set = |size: u64| [("audit.max_size", format!("{size}B")), ("idempotency.window", "2h".to_owned())];
+    let load = |size: u64| {
+        let set = set(size);
+        minimal(("", ""), &set.each_ref().map(|(key, value)| (*key, &**value)))
+    };
+    // 20/s for three hours, a burst, two segments.
+    let least = (20 * 3600 * 3 + 40) * CALL + (128 << 20);
+    let config = load(least).unwrap();
+    let lasts = |config: &Config, with_refusals| config.trail_size().max_size_lasts(with_refusals).unwrap();
+    assert_eq!(lasts(&config, false), Duration::from_secs(3 * 3600));
+    assert!(lasts(&config, true) < Duration::from_secs(3 * 3600));
+    assert!(lasts(&load(2 * least).unwrap(), false) > Duration::from_secs(6 * 3600));
+    let told = load(least - 1).unwrap_err().to_string();
+    assert!(told.contains("audit.max_size: must be 395.9 MiB or more"), "{told}");
+    assert!(told.contains("last 3 hours") && told.contains("72000 calls an hour"), "{told}");
+    // One mistake is one line: nothing is said of what a value that is not good might need.
+    let told = minimal(("", ""), &[("audit.max_size", "2GiB"), ("quota.rate", "many")]).unwrap_err();
+    assert_eq!(told.iter().count(), 1, "{told}");
+    assert_eq!(minimal(("", ""), &[("audit.max_size", "none")]).unwrap().audit.max_size, None);
+}
+
+#[test]
+fn max_size_holds_four_segments_at_least() {
+    let load = |size| minimal(("", ""), &[("audit.max_size", size), ("quota.rate", "1/h")]).map(drop);
+    assert!(load("256MiB").is_ok());
+    let told = load("255MiB").unwrap_err().to_string();
+    assert!(told.contains("audit.max_size: must hold 4 segments of audit.segment_size: 256 MiB"), "{told}");
+}
+
+#[test]
+fn what_retain_needs_is_told_where_nothing_else_bounds_the_trail() {
+    let lines = |set: &[(&str, &str)]| minimal(("", ""), set).unwrap().trail_size().lines().join("\n");
+    let told = lines(&[]);
+    assert!(told.contains("72000 calls an hour are allowed, which take 2.1 GiB a day"), "{told}");
+    assert!(told.contains("retain = 30 days needs 63 GiB for calls"), "{told}");
+    let told = lines(&[("audit.max_size", "4GiB")]);
+    assert!(
+        told.contains(
+            "max_size = 4 GiB holds 44.4 hours of these calls, or 25.2 hours of calls and refusals"
+        ),
+        "{told}"
+    );
+    let told = lines(&[("audit.retain", "forever")]);
+    assert!(told.contains("Nothing bounds the trail"), "{told}");
 }
 
 #[test]

@@ -819,3 +819,68 @@ fn check_says_how_much_memory_keys_may_take_and_examples_allow_it() {
         assert!(keys + replies + room <= limit, "{example}: {limit}");
     }
 }
+
+#[test]
+fn check_and_start_refuse_a_max_size_that_the_window_cannot_fit_into() {
+    let (folder, text) = shipped("minimal.toml");
+    let path = write(&folder, &text);
+    let told = |command: &str, set: &[&str]| {
+        let flags = set.iter().flat_map(|set| ["--set", set]);
+        run(&[command, "--config", &path].into_iter().chain(flags).collect::<Vec<_>>(), &[])
+    };
+    // 20/s for 25 hours are 1.8 million calls.
+    for (good, bad) in [
+        (&["audit.max_size=3GiB"][..], &["audit.max_size=2GiB"][..]),
+        (
+            &["audit.max_size=2GiB", "idempotency.window=12h"],
+            &["audit.max_size=2GiB", "idempotency.window=36h"],
+        ),
+        (&["audit.max_size=2GiB", "quota.rate=10/s"], &["audit.max_size=2GiB", "quota.rate=30/s"]),
+        (&["audit.max_size=256MiB", "quota.rate=1/s"], &["audit.max_size=255MiB", "quota.rate=1/s"]),
+        (
+            &["audit.max_size=256KiB", "quota.rate=1/h", "audit.segment_size=64KiB", "quota.burst=1"],
+            &["audit.max_size=256KiB", "quota.rate=1/h", "audit.segment_size=64KiB"],
+        ),
+    ] {
+        let (code, out, error) = told("check", good);
+        assert!(code == 0 && out.contains("\n# max_size = "), "{good:?}: {out} {error}");
+        for command in ["check", "serve"] {
+            let (code, _, error) = told(command, bad);
+            assert!(code == 78 && error.contains("audit.max_size: must "), "{command} {bad:?}: {error}");
+            assert_eq!(error.lines().count(), 1, "{error}");
+        }
+    }
+}
+
+#[test]
+fn check_says_how_long_max_size_lasts_or_what_retain_needs() {
+    let (folder, text) = shipped("minimal.toml");
+    let (code, out, _) = check(&folder, &text);
+    let says = "\n# Audit trail: a call takes about 1300 bytes. 72000 calls an hour are allowed, which take 2.1 GiB a day.";
+    assert!(code == 0 && out.contains(says) && out.contains("\n# retain = 30 days needs 63 GiB"), "{out}");
+    let path = write(&folder, &text);
+    let (_, out, _) = run(&["check", "--config", &path, "--set", "audit.max_size=16GiB"], &[]);
+    assert!(
+        out.contains(
+            "\n# max_size = 16 GiB holds 7.5 days of these calls, or 4.3 days of calls and refusals."
+        ),
+        "{out}"
+    );
+    let trail = |set: &str| effective(&path, &[set], &[])["trail"].take();
+    let (with, without) = (trail("audit.max_size=4GiB"), trail("audit.max_size=none"));
+    assert_eq!((&with["call_bytes"], &with["calls_per_hour"]), (&json!(1300), &json!(72_000)));
+    assert!(with["max_size_lasts_seconds"].as_u64().unwrap() > 25 * 3600, "{with}");
+    assert_eq!(without["max_size_lasts_seconds"], Value::Null);
+    assert!(without["retain_needs_bytes"].as_u64().unwrap() > 60 << 30, "{without}");
+}
+
+#[test]
+fn check_warns_of_a_file_system_that_is_smaller_than_max_size() {
+    let (folder, text) = shipped("minimal.toml");
+    let path = write(&folder, &text);
+    let notices = |size| effective(&path, &[size, "quota.rate=1/s"], &[])["notices"].to_string();
+    let (small, large) = (notices("audit.max_size=256MiB"), notices("audit.max_size=8192GiB"));
+    assert!(!small.contains("it may be full before"), "{small}");
+    assert!(large.contains("audit.max_size is 8192 GiB, and the file system of"), "{large}");
+    assert!(large.contains("it may be full before"), "{large}");
+}

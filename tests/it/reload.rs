@@ -297,3 +297,24 @@ fn a_thousand_signals_in_a_second_under_load_cost_no_request() {
     assert_eq!((sandbox.requests().len(), gateway.records("outcome", calls).len()), (calls, calls));
     assert_eq!(sandbox.token_calls().len(), 1);
 }
+
+#[test]
+fn limits_for_which_max_size_is_too_small_are_refused() {
+    let sandbox = sandbox();
+    let folder = start(&sandbox).kill();
+    let path = folder.path().join("gateway.toml");
+    let (large, small) = (
+        "rate = \"1000000/s\"\nburst = 1000000\n[idem",
+        "rate = \"1/s\"\nburst = 10\n[audit]\nmax_size = \"256MiB\"\n[idem",
+    );
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.contains(large));
+    fs::write(&path, text.replace(large, small)).unwrap();
+    let gateway = serve(&folder);
+    edit(&gateway, "rate = \"1/s\"", "rate = \"30/m\"");
+    assert_eq!(reload(&gateway, 1)["result"], "accepted", "the control");
+    edit(&gateway, "rate = \"30/m\"", "rate = \"2/s\"");
+    let event = reload(&gateway, 2);
+    assert_eq!(event["result"], "refused");
+    assert!(gateway.log().contains("audit.max_size: must be"), "{}", gateway.log());
+}

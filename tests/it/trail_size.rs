@@ -1,7 +1,8 @@
-//! What goes early beyond `max_size`.
+//! How large the trail becomes: what a call takes, and what goes early beyond `max_size`.
 
 use std::{fs, path::Path};
 
+use ccsqm_gateway::config::trail::CALL;
 use serde_json::Value;
 
 use crate::{
@@ -177,4 +178,44 @@ fn while_the_clock_is_doubtful_nothing_goes_early() {
     until_doubtful(&gateway, false);
     begin_segments(&mut machine, &gateway, &mut next, 2);
     removed_early(&machine, &gateway, removed + 1); // the control
+}
+
+#[test]
+fn a_start_warns_of_a_file_system_that_is_smaller_than_max_size() {
+    let sandbox = sandbox();
+    for (max_size, is_told) in [("256MiB", false), ("8192GiB", true)] {
+        let setup =
+            Setup::default().set("audit.max_size", max_size).set("quota.rate", "1/s").set("quota.burst", 10);
+        let gateway = start_with(&sandbox, setup);
+        // What a start warns of comes before it listens.
+        assert_eq!(
+            !warnings(&gateway, "it may be full before a segment is removed early").is_empty(),
+            is_told
+        );
+    }
+}
+
+/// The figure with which `check` reckons: the example call, with a key, takes a tenth more or less.
+#[test]
+fn a_call_takes_as_many_bytes_of_the_trail_as_check_reckons_with() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let (directory, mut took) = (gateway.audit_directory(), Vec::new());
+    for with_key in [false, true] {
+        // Once what was answered is on record, nothing else is written.
+        let calls = || {
+            let calls = records(&directory, "intent").len();
+            gateway.records("outcome", calls);
+            calls
+        };
+        let before = (calls(), size(&directory));
+        for number in 0..50 {
+            let key = if with_key { format!("idempotency-key: key-{number}\r\n") } else { String::new() };
+            assert_eq!(gateway.post_with(&key).outcome(), "succeeded");
+        }
+        let after = (calls(), size(&directory));
+        took.push((after.1 - before.1) / (after.0 - before.0) as u64);
+    }
+    println!("bytes of a call, without a key and with one: {took:?}");
+    assert!(took[0] < took[1] && took[1].abs_diff(CALL) <= CALL / 10, "{took:?}");
 }
