@@ -884,3 +884,31 @@ fn check_warns_of_a_file_system_that_is_smaller_than_max_size() {
     assert!(large.contains("audit.max_size is 8192 GiB, and the file system of"), "{large}");
     assert!(large.contains("it may be full before"), "{large}");
 }
+
+#[test]
+fn the_kubernetes_example_has_a_volume_for_its_max_size_and_that_holds_the_window_with_all_refusals() {
+    let (folder, _) = shipped("minimal.toml");
+    let audit = folder.path().join("audit");
+    fs::create_dir(&audit).unwrap();
+    fs::write(audit.join("audit.key"), SECRET).unwrap();
+    let of_sidecar = of_sidecar().replace("/run/secrets/ccsqm/", "");
+    let path = write(&folder, &with(&of_sidecar, "/var/lib/ccsqm-gateway/audit", audit.to_str().unwrap()));
+    let checked = effective(&path, &[], &[]);
+    let lasts = checked["trail"]["max_size_lasts_with_refusals_seconds"].as_u64().unwrap();
+    assert!(lasts >= 25 * 3600, "{lasts}");
+    let [size, segment] = ["max_size", "segment_size"].map(|key| {
+        let size = checked["configuration"]["audit"][key].as_str().unwrap();
+        let units = [("GiB", 30), ("MiB", 20)];
+        let (number, shift) =
+            units.iter().find_map(|(unit, shift)| Some((size.strip_suffix(unit)?, shift))).unwrap();
+        number.parse::<u64>().unwrap() << shift
+    });
+    for file in ["sidecar.yaml", "audit-init.yaml"] {
+        let text =
+            fs::read_to_string(format!("{}/deploy/kubernetes/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let volume = text.split_once("{ storage: ").and_then(|(_, rest)| rest.split_once("Gi }")).unwrap().0;
+        let volume = volume.parse::<u64>().unwrap() << 30;
+        // A file system takes some for itself.
+        assert!(size + segment + (64 << 20) <= volume - volume / 16, "{file}: {volume}");
+    }
+}
