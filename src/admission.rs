@@ -230,7 +230,7 @@ impl Admission {
     /// listener that asks for one.
     pub fn recognise(
         &self,
-        (peer, names): (Peer, Option<&[String]>),
+        who: (Peer, Option<&[String]>),
         hosts: &Hosts,
         head: &Inbound<'_>,
     ) -> Result<Known<'_>, Denied> {
@@ -239,8 +239,12 @@ impl Admission {
         if head.is_browser {
             return Err(Denied::Browser);
         }
-        let found = names.map_or_else(|| self.find(peer), |names| self.find_name(names));
-        found.map(Known).ok_or(Denied::Caller)
+        self.who(who).map(Known).ok_or(Denied::Caller)
+    }
+
+    /// Whose connection it is, whatever comes on it; names as in [`Admission::recognise`].
+    pub fn who(&self, (peer, names): (Peer, Option<&[String]>)) -> Option<&Arc<Caller>> {
+        names.map_or_else(|| self.find(peer), |names| self.find_name(names))
     }
 
     /// Whether a caller is known by its address or user.

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 use tokio::time::timeout;
 
 use crate::{
-    admission::{Bounds, Caller, Hosts, Peer},
+    admission::{Bounds, Caller, Denied, Hosts, Peer},
     audit::{Audit, FirstCall, Record, RequestId},
     clock,
     config::BareIds,
@@ -145,8 +145,13 @@ impl Gateway {
         body: &mut Incoming,
         record: &mut Record,
     ) -> Result<Box<Reply>, Error> {
-        let room = self.bounds.request(from.surplus)?;
-        let known = state.admission.recognise((from.peer, from.names), from.hosts, head)?;
+        let who = (from.peer, from.names);
+        let denied = |denied: Denied| name_denied(state, who, record, denied);
+        let (room, known) = self
+            .bounds
+            .request(from.surplus)
+            .and_then(|room| Ok((room, state.admission.recognise(who, from.hosts, head)?)))
+            .map_err(denied)?;
         let caller = known.caller();
         record.caller(caller.name.clone());
         let admitted = known.admit(head)?;
@@ -378,6 +383,16 @@ impl Body for Answer {
             Content::Long(_) => SizeHint::default(),
         }
     }
+}
+
+/// Names the caller of a request that is denied before it was asked for, so that the trail holds it against that caller and not
+/// against strangers.
+#[cold]
+fn name_denied(state: &State, who: (Peer, Option<&[String]>), record: &mut Record, denied: Denied) -> Denied {
+    if let Some(caller) = state.admission.who(who) {
+        record.caller(caller.name.clone());
+    }
+    denied
 }
 
 /// Passes the upstream's reply on.

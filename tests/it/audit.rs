@@ -858,6 +858,58 @@ fn refusals_of_changing_strangers_stay_within_their_budget_and_displace_none_of_
     assert!(verify(&audit).0);
 }
 
+#[test]
+fn what_a_caller_is_denied_before_it_is_asked_for_is_held_against_it_and_not_against_strangers() {
+    let sandbox = sandbox();
+    let folder = start(&sandbox).kill();
+    let config = folder.path().join("gateway.toml");
+    let settings = fs::read_to_string(&config).unwrap().replace("\"loopback\"", "\"127.0.0.1/32\"");
+    fs::write(&config, settings.replace("[server]\n", "[server]\nmax_in_flight = 1\n")).unwrap();
+    let mut gateway = serve(&folder);
+    let stranger = Ipv4Addr::new(127, 1, 2, 3);
+    let ask = |mut stream: TcpStream, request: &str| {
+        stream.write_all(request.as_bytes()).unwrap();
+        read_reply(&mut stream)
+    };
+    let good = head(BODY.len(), "") + BODY;
+    let kinds = [
+        ("host_unknown", good.replace("host: localhost", "host: elsewhere")),
+        ("browser_refused", good.replace("connection:", "origin: http://evil\r\nconnection:")),
+        ("head_invalid", good.replace("HTTP/1.1", "HTTP/1.0")),
+    ];
+    for (code, request) in &kinds {
+        for source in [Ipv4Addr::LOCALHOST, stranger] {
+            assert_eq!(ask(connect_from(source, gateway.address), request).code(), *code, "{source}");
+        }
+    }
+    let silent = [Ipv4Addr::LOCALHOST, stranger].map(|source| connect_from(source, gateway.address));
+    faults(&sandbox, json!({ "business": [{ "delay_ms": 2000 }] }));
+    let sent = sandbox.requests().len();
+    thread::scope(|scope| {
+        let held = scope.spawn(|| gateway.call());
+        wait_for("the call", || (sandbox.requests().len() > sent).then_some(()));
+        for source in [Ipv4Addr::LOCALHOST, stranger] {
+            assert_eq!(ask(connect_from(source, gateway.address), &good).code(), "overloaded", "{source}");
+        }
+        gateway.signal("-TERM");
+        wait_for("the stop", || gateway.log().contains("stopping").then_some(()));
+        for stream in silent {
+            assert_eq!(ask(stream, &good).code(), "draining");
+        }
+        assert_eq!(held.join().unwrap().outcome(), "succeeded", "the control");
+    });
+    assert!(gateway.wait().success());
+    let refusals = records(&gateway.audit_directory(), "refusal");
+    for code in kinds.iter().map(|(code, _)| *code).chain(["overloaded", "draining"]) {
+        let of = |source: &str| {
+            let is_it = |record: &&Value| record["code"] == code && text(&record["peer"]).starts_with(source);
+            refusals.iter().filter(is_it).map(|record| record["caller"].clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(of("127.0.0.1:"), [json!("qa-console")], "{code}: {refusals:#?}");
+        assert_eq!(of("127.1.2.3:"), [Value::Null], "{code}: {refusals:#?}");
+    }
+}
+
 /// Connects from one of the many addresses that a local stranger has.
 fn connect_from(source: Ipv4Addr, target: SocketAddr) -> TcpStream {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
