@@ -25,7 +25,7 @@ use tokio::{
 use crate::{
     admin::{self, Admin},
     admission::Bounds,
-    audit::{self, Audit, Early},
+    audit::{self, Audit, Early, Unfinished},
     clock,
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
     connect::{Connector, Egress, Identity},
@@ -132,9 +132,9 @@ impl App {
         self.bound.iter().map(|bound| &bound.address)
     }
 
-    /// Closes the audit trail. It has served nobody.
-    pub fn discard(self) {
-        self.audit.close();
+    /// Closes the audit trail. It has served nobody. Fails with [`Ended`] if the trail lacks its end.
+    pub fn discard(self) -> anyhow::Result<()> {
+        close(&self.audit, None).map_or(Ok(()), |ended| Err(ended.into()))
     }
 
     /// Serves until `stop` is over, then drains: no new connections, work in flight runs to its end or to
@@ -279,12 +279,19 @@ impl App {
         });
         let hangs = join(&workers);
         let ended = ended.or_else(|| supervisor.has_ended()).or(hangs);
-        let is_written = audit.close();
-        let ended = ended.or_else(|| (!is_written).then(|| Ended::logged("the audit writer", "a panic")));
+        let ended = close(&audit, ended);
         drop(admin);
         background.shutdown_background();
         ended.map_or(Ok(()), |ended| Err(ended.into()))
     }
+}
+
+/// Closes the audit trail, and logs what keeps it from being written to its end. Returns what ended first.
+fn close(audit: &Audit, ended: Option<Ended>) -> Option<Ended> {
+    // A panic of the writer was told when it happened, unless it happens now.
+    let unfinished = audit.close().filter(|why| ended.is_none() || *why != Unfinished::Panic);
+    let unfinished = unfinished.map(|why| Ended::logged("the audit writer", &why.to_string()));
+    ended.or(unfinished)
 }
 
 /// Waits until the workers have ended, as they do soon after the drain. Returns the first one that has not: it hangs.

@@ -203,6 +203,20 @@ pub enum StartError {
 #[error("the intent could not be made safe")]
 pub struct Unavailable;
 
+/// Why a trail was closed without all that was queued.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum Unfinished {
+    /// Its writer ended before.
+    #[error("a panic")]
+    Panic,
+    /// The last write failed.
+    #[error("the end of the audit trail could not be written")]
+    Unwritten,
+    /// Its writer is not done, as with a disk that hangs.
+    #[error("it hangs, and is not waited for; the end of the audit trail is missing")]
+    Hangs,
+}
+
 /// Counts of the trail.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -359,6 +373,9 @@ impl Permit<'_> {
     }
 }
 
+/// The writer's thread.
+type Writing = JoinHandle<Result<(), Unfinished>>;
+
 /// The trail, as one worker sees it. Cheap to clone.
 #[derive(Clone)]
 pub struct Audit(Arc<Handle>);
@@ -369,7 +386,7 @@ struct Handle {
     lane: Arc<Lane>,
     keys: Arc<Keys>,
     clocks: Arc<Clocks>,
-    writer: Arc<Mutex<Option<JoinHandle<()>>>>,
+    writer: Arc<Mutex<Option<Writing>>>,
     intent_deadline: Duration,
     begun: u64,
     damage: Arc<[Damage]>,
@@ -594,17 +611,18 @@ impl Audit {
         writer.as_ref().is_some_and(|writer| !writer.is_finished())
     }
 
-    /// Records the stop and waits, for a while, until all is written. Returns false if the writer had
-    /// ended by a panic.
-    pub fn close(&self) -> bool {
+    /// Records the stop and waits, for a while, until all is written. Returns why it is not, if so.
+    pub fn close(&self) -> Option<Unfinished> {
         self.shared().close();
-        let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(writer) = writer else { return true };
+        let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         let deadline = Instant::now() + CLOSE_TIME;
         while !writer.is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
-        !writer.is_finished() || writer.join().is_ok()
+        if !writer.is_finished() {
+            return Some(Unfinished::Hangs);
+        }
+        writer.join().map_or(Some(Unfinished::Panic), |written| written.err())
     }
 }
 

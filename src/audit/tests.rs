@@ -794,7 +794,7 @@ fn no_wall_clock_takes_a_call_off_the_list_of_the_unresolved() {
         shared.change_unresolved(|list| list.insert(call));
         shared.event("test", json!({}));
         shared.close();
-        writer.run(&shared);
+        assert_eq!(writer.run(&shared), Ok(()));
         assert_eq!(shared.unresolved().calls().count(), usize::from(is_kept), "{time} {booted}");
     }
 }

@@ -27,7 +27,7 @@ use std::{
 use serde_json::{Map, Value, json};
 
 use super::{
-    Durability, Options, age,
+    Durability, Options, Unfinished, age,
     batch::Batch,
     chain::{Keys, Link, segment_name, segments},
     clocks::{self, Clocks},
@@ -184,8 +184,8 @@ impl Writer {
         })
     }
 
-    /// Writes until the trail is closed and everything queued is written.
-    pub(super) fn run(mut self, shared: &Shared) {
+    /// Writes until the trail is closed and everything queued is written, or the last write failed.
+    pub(super) fn run(mut self, shared: &Shared) -> Result<(), Unfinished> {
         let (mut batch, mut due) = (Batch::default(), shared.begin(0));
         loop {
             fault::look("the audit writer");
@@ -201,7 +201,10 @@ impl Writer {
                     self.reserve(shared, 0);
                     continue;
                 }
-                Next::End => return self.close(),
+                Next::End => {
+                    self.close();
+                    return Ok(());
+                }
             }
             if batch.has_list() {
                 self.fill_list(&mut batch, shared);
@@ -213,7 +216,7 @@ impl Writer {
                     records = batch.len(),
                     "the audit trail closes with records that could not be written"
                 );
-                return;
+                return Err(Unfinished::Unwritten);
             }
             self.commit(link, batch.last());
             if let Some(segment) = &self.segment {

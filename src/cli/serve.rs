@@ -54,8 +54,7 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
         built => built?,
     };
     if !asked.started() {
-        app.discard();
-        return Ok(ExitCode::SUCCESS);
+        return app.discard().map(|()| ExitCode::SUCCESS);
     }
     let Configured { config: path, overrides } = configured;
     let source = Source { path, overrides, set_level, asked: asked.reload.clone() };

@@ -380,6 +380,51 @@ fn after_a_failed_fdatasync_its_records_are_written_again_to_a_new_segment() {
 }
 
 #[test]
+fn a_stop_that_cannot_write_the_trail_to_its_end_says_so_and_is_no_success() {
+    // The last one: what a start finds, where the machine did not go down.
+    for (durability, fault, said, found) in [
+        ("kernel", "fail-writes", "the end of the audit trail could not be written", "unknown"),
+        ("kernel", "hang-writes", "the audit writer ended: it hangs", "unknown"),
+        ("disk", "fail", "the end of the audit trail could not be written", "succeeded"),
+        ("disk", "hang", "the audit writer ended: it hangs", "succeeded"),
+        ("disk", "", "", ""),
+    ] {
+        let (sandbox, disk) = (sandbox(), Disk::new());
+        let mut gateway = start_with(&sandbox, disk.setup(durability));
+        assert_eq!(gateway.call().outcome(), "succeeded", "{fault}");
+        faults(&sandbox, json!({ "business": [{ "delay_ms": 1000, "times": 1 }] }));
+        let reply = thread::scope(|scope| {
+            let under_way = scope.spawn(|| gateway.call_once());
+            wait_for("the call under way", || (sandbox.requests().len() == 2).then_some(()));
+            if !fault.is_empty() {
+                disk.ask_for(fault, "5"); // EIO
+            }
+            gateway.signal("-TERM");
+            under_way.join().unwrap()
+        });
+        assert_eq!(reply.outcome(), "succeeded", "{fault}: what was sent is answered");
+        let code = gateway.wait().code();
+        let log = gateway.log();
+        if fault.is_empty() {
+            assert_eq!(code, Some(0), "the control: {log}");
+            continue;
+        }
+        assert_eq!(code, Some(70), "{fault}: {log}");
+        assert!(log.contains(said), "{fault}: {log}");
+        disk.no_more(fault);
+        let audit = gateway.audit_directory();
+        let outcome = || {
+            let id = reply.headers["x-gateway-request-id"].as_str();
+            let outcomes = records(&audit, "outcome").into_iter();
+            outcomes.filter(|outcome| outcome["id"] == id).map(|it| text(&it["outcome"])).collect::<Vec<_>>()
+        };
+        assert_eq!(outcome().len(), usize::from(found != "unknown"), "{fault}");
+        let _next = start_with(&sandbox, Setup { folder: Some(gateway.folder.clone()), ..Setup::default() });
+        wait_for("its outcome", || (outcome() == [found]).then_some(()));
+    }
+}
+
+#[test]
 fn a_disk_that_fails_for_a_while_refuses_new_requests_and_nothing_is_lost() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let mut gateway = start_with(&sandbox, disk.setup("disk"));
