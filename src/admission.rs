@@ -29,7 +29,7 @@ use crate::{
     rate_limit::Limiter,
 };
 use budget::Budget;
-pub(crate) use budget::Part;
+pub(crate) use budget::{FREE, Part};
 use shares::Shares;
 pub(crate) use shares::{Stranger, Unproven};
 

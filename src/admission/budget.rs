@@ -1,5 +1,5 @@
-//! The bytes that unfinished heads and bodies may hold, all connections together: who sends half of something and waits cannot
-//! make the gateway run out of memory.
+//! The bytes that unfinished heads and bodies, and what is sent behind a request at work, may hold, all connections together: who
+//! sends half of something and waits cannot make the gateway run out of memory.
 
 use std::sync::{
     Arc,
@@ -8,7 +8,7 @@ use std::sync::{
 
 /// So many bytes of a head or a body are not counted, so that small calls pass while others have used up the budget. Their sum is
 /// bounded by the bounds on connections and requests.
-const FREE: usize = 4 * 1024;
+pub(crate) const FREE: usize = 4 * 1024;
 
 /// What is left for all.
 #[derive(Debug)]
@@ -49,8 +49,28 @@ impl Part {
 
     /// The head or the body is finished.
     pub(crate) fn finish(&self) {
-        let counted = beyond(self.bytes.load(Ordering::Relaxed));
-        self.bytes.store(0, Ordering::Relaxed);
+        self.shrink(0);
+    }
+
+    /// How many bytes it holds.
+    pub(crate) fn held(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// It holds so many bytes from now on. Returns whether there is room for them; without, it holds what it held.
+    pub(crate) fn hold(&self, bytes: usize) -> bool {
+        match bytes.checked_sub(self.held()) {
+            Some(more) => self.grow(more),
+            None => {
+                self.shrink(bytes);
+                true
+            }
+        }
+    }
+
+    fn shrink(&self, bytes: usize) {
+        let counted = beyond(self.held()) - beyond(bytes);
+        self.bytes.store(bytes, Ordering::Relaxed);
         if counted > 0 {
             self.budget.0.fetch_add(counted, Ordering::Relaxed);
         }
@@ -83,6 +103,8 @@ mod tests {
         assert!(budget.part().grow(FREE), "small ones pass");
         first.finish();
         assert!(second.grow(6_000) && !second.grow(1));
+        assert!(second.hold(FREE + 4_000) && first.hold(FREE + 6_000), "what is less is given back, too");
+        assert!(!first.hold(FREE + 6_001) && first.held() == FREE + 6_000);
         drop((first, second));
         assert_eq!(budget.0.load(Ordering::Relaxed), 10_000);
     }

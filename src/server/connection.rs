@@ -14,14 +14,18 @@ use std::{
     pin::{Pin, pin},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use http::HeaderValue;
-use hyper::{server::conn::http1, service::service_fn};
+use http::{HeaderName, HeaderValue, Request};
+use hyper::{
+    body::{Body, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::net::RecvFlags;
 use thiserror::Error;
@@ -34,7 +38,7 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use crate::{
-    admission::{Hosts, Part, Peer, Place, Unproven},
+    admission::{FREE, Hosts, Part, Peer, Place, Unproven},
     clock::{self, nanos_of},
     config,
     gateway::{Arrival, Gateway},
@@ -63,6 +67,9 @@ const HALF_CLOSE: u64 = 200_000_000;
 
 /// A head has no longer than this once the gateway stops, or on a connection over the cap, in nanoseconds.
 const STOP_HEADER: u64 = 1_000_000_000;
+
+/// Why a connection ends for which there is no room among what is unfinished.
+const NO_ROOM: &str = "too_many_unfinished";
 
 /// What the last answer of a connection says.
 const CLOSE: HeaderValue = HeaderValue::from_static("close");
@@ -114,10 +121,12 @@ struct Watch {
     since: AtomicU64,
     /// The caller may still be sending what nobody reads.
     unread: AtomicBool,
-    /// What there is of a head.
+    /// What there is of a head, and while a request is worked on, of what its caller has sent behind it.
     head: Part,
     /// There was no room for the last piece of it.
     has_no_room: AtomicBool,
+    /// So much of a body is still to come, at least.
+    missing: AtomicUsize,
     presence: Presence,
 }
 
@@ -190,16 +199,42 @@ impl Watch {
             unread: AtomicBool::new(false),
             head,
             has_no_room: AtomicBool::new(false),
+            missing: AtomicUsize::new(0),
             presence: Presence::default(),
         };
         watch.enter(Phase::Head); // a new connection has as long for its first head as a begun one
         watch
     }
 
-    fn has_whole_head(&self) {
+    /// What was read with the head may hold the body, and what the caller sends behind that. A head is as long as it is read
+    /// here, at least, so that no more is counted than there is.
+    fn has_whole_head(&self, request: &Request<Incoming>) {
         self.enter(Phase::Busy);
-        self.head.finish();
-        self.has_no_room.store(false, Ordering::Relaxed);
+        let held = self.head.held();
+        let read = if held > FREE { held.saturating_sub(least_length(request)) } else { held };
+        // Of a chunked body all that is read may lie behind its end.
+        let body = request
+            .body()
+            .size_hint()
+            .exact()
+            .map_or(0, |length| usize::try_from(length).unwrap_or(usize::MAX));
+        self.missing.store(body.saturating_sub(read), Ordering::Relaxed);
+        self.head.hold(if held > FREE { read.saturating_sub(body) } else { 0 });
+    }
+
+    /// So many bytes came while a request is worked on: its body, and what the caller sends behind that. hyper reads only when
+    /// it has passed on what it read before, and no more behind the end of the body.
+    fn has_more(&self, bytes: usize) {
+        let missing = self.missing.load(Ordering::Relaxed);
+        self.missing.store(missing.saturating_sub(bytes), Ordering::Relaxed);
+        if !self.head.hold(bytes.saturating_sub(missing)) {
+            self.has_no_room.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether what the caller has sent behind its request finds no room: the connection ends behind the answer.
+    fn must_end(&self) -> bool {
+        self.has_no_room.load(Ordering::Relaxed)
     }
 
     fn enter(&self, phase: Phase) {
@@ -352,12 +387,15 @@ pub async fn serve(
     let socket = Watched { stream, watch: watch.clone(), linger: None, reset: None };
     let (gateway, hosts, watch, certificate) = (&*gateway, &*hosts, &*watch, certificate.as_ref());
     let service = service_fn(|request| {
-        watch.has_whole_head();
+        watch.has_whole_head(&request);
         async move {
             let names = certificate.map(Certificate::names);
             let from = Arrival { peer, names, hosts, presence: &watch.presence, surplus };
             let mut response = gateway.handle(from, request).await;
-            if gateway.bounds.is_stopping() {
+            if watch.must_end() {
+                gateway.metrics.connection_closed(NO_ROOM);
+            }
+            if gateway.bounds.is_stopping() || watch.must_end() {
                 response.headers_mut().insert(http::header::CONNECTION, CLOSE);
             }
             watch.unread.store(response.headers().contains_key(http::header::CONNECTION), Ordering::Relaxed);
@@ -386,7 +424,7 @@ pub async fn serve(
                     if error.is_parse() {
                         gateway.metrics.connection_closed("head_invalid");
                     } else if has_no_room(&error) {
-                        gateway.metrics.connection_closed("too_many_unfinished");
+                        gateway.metrics.connection_closed(NO_ROOM);
                     }
                     tracing::debug!(%peer, %error, "connection ended");
                 }
@@ -413,6 +451,16 @@ pub async fn serve(
         Poll::Pending
     })
     .await;
+}
+
+/// A head is no shorter than this, however it was written.
+#[cold]
+fn least_length(request: &Request<Incoming>) -> usize {
+    let target = request.uri().path_and_query().map_or(0, |target| target.as_str().len());
+    let line = request.method().as_str().len() + target + "  HTTP/1.1\r\n".len();
+    let field =
+        |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + ":\r\n".len();
+    line + request.headers().iter().map(field).sum::<usize>() + "\r\n".len()
 }
 
 /// Whether a connection ended because unfinished heads hold as much as they may.
@@ -496,7 +544,10 @@ impl AsyncRead for Watched {
             self.watch.was_delivered();
             self.watch.enter(Phase::Head);
         }
-        if self.watch.is(Phase::Head) && !self.watch.head.grow(buf.filled().len() - before) {
+        let more = buf.filled().len() - before;
+        if self.watch.is(Phase::Busy) {
+            self.watch.has_more(more);
+        } else if !self.watch.head.grow(more) {
             self.watch.has_no_room.store(true, Ordering::Relaxed);
         }
         Poll::Ready(Ok(()))

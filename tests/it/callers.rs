@@ -413,6 +413,46 @@ fn a_caller_that_leaves_over_tls_while_its_request_waits_is_not_forwarded() {
     }
 }
 
+/// What the TLS library decrypts ahead is in no budget, so that it must be little.
+#[test]
+fn over_tls_a_connection_holds_little_of_what_is_sent_behind_its_request() {
+    const CONNECTIONS: usize = 40; // the burst of a caller
+    let each_takes = |behind: usize| {
+        let (sandbox, ca) = (sandbox(), Ca::new());
+        let faults = serde_json::json!({ "business": [{ "delay_ms": 8000 }] });
+        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        let setup =
+            Setup::default().set("upstream.max_connections", CONNECTIONS).set("server.max_head", "8KiB");
+        let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[], 2124), setup);
+        let caller = ca.issue(CALLER);
+        let memory = || {
+            let status = fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
+            let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()
+        };
+        let open = |_| ca.connect(gateway.second.unwrap(), Some(&caller)).unwrap();
+        let mut streams: Vec<_> = (0..CONNECTIONS).map(open).collect();
+        let before = memory();
+        let whole = head(BODY.len(), "").replace("connection: close\r\n", "") + BODY;
+        for stream in &mut streams {
+            stream.write_all(whole.as_bytes()).unwrap();
+            stream.write_all(&vec![b'x'; behind]).unwrap();
+            stream.flush().unwrap();
+        }
+        wait_for("all requests", || (sandbox.requests().len() == CONNECTIONS).then_some(()));
+        // They are worked on, and woken now and then.
+        let seen = std::time::Instant::now();
+        wait_for("time", || (seen.elapsed() > Duration::from_millis(1500)).then_some(()));
+        memory().saturating_sub(before) / CONNECTIONS
+    };
+    let (without, with) = (each_takes(0), each_takes(160 * 1024));
+    println!("{without} and {with} KiB");
+    assert!(
+        with < without + 64,
+        "{with} KiB for each connection, {without} without anything behind its request"
+    );
+}
+
 #[test]
 fn a_caller_may_have_to_show_that_it_can_set_a_header() {
     let sandbox = sandbox();

@@ -372,6 +372,73 @@ fn unfinished_heads_and_bodies_stay_within_the_memory_of_the_examples() {
     assert_eq!(gateway.post(&body).outcome(), "succeeded", "what they held was given back");
 }
 
+/// What a caller sends behind a whole request, and stops. In one piece with it, with the last byte of its body, and behind a
+/// chunked body.
+#[test]
+fn what_is_sent_behind_a_whole_request_counts_as_unfinished() {
+    const CALLERS: usize = 400;
+    let behind = format!("POST {PATH} HTTP/1.1\r\nx-long: {}", "x".repeat(11_000));
+    let whole = head(BODY.len(), "").replace("connection: close\r\n", "");
+    let chunked = whole.replace(&format!("content-length: {}", BODY.len()), "transfer-encoding: chunked");
+    let chunk = format!("{:x}\r\n{BODY}\r\n0\r\n\r\n", BODY.len());
+    let (most, last) = BODY.split_at(BODY.len() - 1);
+    let (most_chunks, last_chunk) = chunk.split_at(chunk.len() - 1);
+    let sandbox = sandbox();
+    // 400 times 7 KiB, beyond the first 4 of each, fit into one budget and not into the other.
+    for (budget, has_room) in [("1MiB", false), ("32MiB", true)] {
+        for (how, first, second) in [
+            ("in one piece", whole.clone() + BODY, ""),
+            ("with the last byte", whole.clone() + most, last),
+            ("behind chunks", chunked.clone() + most_chunks, last_chunk),
+        ] {
+            let gateway = start_with(&sandbox, Setup::default().set("server.max_unfinished", budget));
+            let open = |_| {
+                let mut stream = TcpStream::connect(gateway.address).unwrap();
+                let middle = if second.is_empty() { &behind[..] } else { "" };
+                stream.write_all((first.clone() + middle).as_bytes()).unwrap();
+                stream
+            };
+            let mut streams: Vec<_> = (0..CALLERS).map(open).collect();
+            wait_for("their requests", || {
+                let metrics = gateway.admin("/metrics").body;
+                let line = metrics.lines().find_map(|line| line.strip_prefix("ccsqm_gateway_connections "));
+                (line == Some(&CALLERS.to_string()) || second.is_empty()).then_some(())
+            });
+            if !second.is_empty() {
+                for stream in &mut streams {
+                    let _ = stream.write_all((second.to_owned() + &behind).as_bytes());
+                }
+            }
+            let mut ended = 0;
+            for stream in &mut streams {
+                let mut reply = [0; 1024];
+                let length = stream.read(&mut reply).unwrap();
+                let reply = String::from_utf8_lossy(&reply[..length]);
+                assert!(reply.starts_with("HTTP/1.1 200"), "{how}: each request is served: {reply}");
+                ended += usize::from(reply.contains("connection: close"));
+            }
+            let closed = || {
+                let metrics = gateway.admin("/metrics").body;
+                let name = "ccsqm_gateway_connections_closed_total{reason=\"too_many_unfinished\"} ";
+                let line = metrics.lines().find_map(|line| line.strip_prefix(name));
+                line.map_or(0, |count| count.parse::<usize>().unwrap())
+            };
+            if has_room {
+                assert_eq!((ended, closed()), (0, 0), "{how}: the control");
+            } else {
+                wait_for("the end of those without room", || (closed() > 200).then_some(()));
+            }
+            println!("{budget}, {how}: {ended} told, {} closed", closed());
+            drop(streams);
+            wait_for("their end", || {
+                gateway.admin("/metrics").body.contains("_connections 0\n").then_some(())
+            });
+            let body = format!("{BODY}{}", " ".repeat(200 * 1024));
+            assert_eq!(gateway.post(&body).outcome(), "succeeded", "{how}: what they held was given back");
+        }
+    }
+}
+
 /// A machine that was suspended is one whose wall clock has jumped.
 #[test]
 fn jumps_of_the_wall_clock_change_nothing_but_the_token() {
