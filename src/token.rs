@@ -232,6 +232,7 @@ impl Slot {
             trial: None,
             last_begun: None,
             generation: 0,
+            told_short: false,
             metrics,
             events,
         };

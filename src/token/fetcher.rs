@@ -13,13 +13,14 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     Events, Live, Metrics, Slot, Token,
-    endpoint::{Endpoint, FetchError, Fetched},
+    endpoint::{Endpoint, FetchError, Fetched, SCHEME},
     pair::{Pair, PairError, Sources},
     schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
 };
 use crate::{
     config::SecretSource,
     files::{Aside, Hangs},
+    secret::needles::SHORTEST,
     watched::{Noticed, POLL, SETTLE, Watched},
 };
 
@@ -39,6 +40,8 @@ pub(super) struct Fetcher {
     pub(super) trial: Option<Candidate>,
     pub(super) last_begun: Option<Instant>,
     pub(super) generation: u64,
+    /// It was told that a token is too short to be looked for in replies.
+    pub(super) told_short: bool,
     pub(super) metrics: Metrics,
     pub(super) events: Events,
 }
@@ -164,6 +167,12 @@ impl Fetcher {
         self.metrics.generation.with_label_values(&[&slot.name]).set(generation);
         let Fetched { authorization, lifetime, .. } = fetched;
         tracing::info!(credential = slot.name, generation, lifetime = lifetime.as_secs(), "new token");
+        if authorization.len() < SCHEME.len() + SHORTEST && !std::mem::replace(&mut self.told_short, true) {
+            tracing::warn!(
+                "the token of credential {} has fewer than {SHORTEST} bytes: replies that quote it are not noticed",
+                slot.name
+            );
+        }
         let token = Token::new(authorization, &self.proven.pair, self.generation);
         Live::new(token, lifetime, Plan::new(lifetime, jitter()), sent)
     }

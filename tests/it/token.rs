@@ -269,6 +269,26 @@ fn a_changed_secret_is_tried_before_it_replaces_the_old() {
 }
 
 #[test]
+fn a_token_that_is_too_short_to_be_looked_for_is_told_once() {
+    for (length, told) in [(15, 1), (16, 0)] {
+        let sandbox = sandbox();
+        let token = |first: char| {
+            let token = format!("{first}{}", "0".repeat(length - 1));
+            json!({ "with": { "AccessToken": token, "Expires": 2 }, "times": 1 })
+        };
+        script(&sandbox, json!({ "token": [token('a'), token('b'), token('c')] }));
+        let gateway = start(&sandbox);
+        let new = |log: &str| log.matches("\"new token\"").count();
+        wait_for("three tokens", || (new(&gateway.log()) >= 3).then_some(()));
+        let log = gateway.log();
+        let said =
+            "the token of credential default has fewer than 16 bytes: replies that quote it are not noticed";
+        assert_eq!(log.matches(said).count(), told, "{length}: {log}");
+        assert!(!log.contains(&"0".repeat(length - 1)), "it is not quoted");
+    }
+}
+
+#[test]
 fn a_secret_that_is_missing_or_cannot_be_used_stops_the_start() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
