@@ -20,7 +20,8 @@ use super::{
 use crate::{
     config::SecretSource,
     files::{Aside, Hangs},
-    secret::needles::SHORTEST,
+    plain,
+    secret::needles::{Needles, SHORTEST},
     watched::{Noticed, POLL, SETTLE, Watched},
 };
 
@@ -29,6 +30,9 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// A server that restates what is left of a token's life rounds it down to whole seconds.
 const ROUNDING: Duration = Duration::from_secs(1);
+
+/// So much of an error's text is logged, in bytes.
+const MAX_TEXT: usize = 256;
 
 /// What only the fetching task knows.
 pub(super) struct Fetcher {
@@ -178,16 +182,17 @@ impl Fetcher {
     }
 
     fn fail(&mut self, slot: &Slot, error: &FetchError) {
-        tracing::warn!(credential = slot.name, %error, "no token");
+        tracing::warn!(credential = slot.name, error = said(error, &self.proven.pair, slot), "no token");
         let urgent = slot.usable().is_none() && slot.is_awaited();
         self.proven.retry.failed(error.failure(), urgent, Instant::now(), jitter());
         slot.fetch_failed(error.class(), self.held());
     }
 
     fn fail_trial(&mut self, slot: &Slot, error: &FetchError) {
+        let pair = self.trial.as_ref().map_or(&self.proven.pair, |trial| &trial.pair);
         tracing::warn!(
             credential = slot.name,
-            %error,
+            error = said(error, pair, slot),
             "the changed secret brought no token; the old one stays in use"
         );
         let urgent = slot.usable().is_none() && slot.is_awaited();
@@ -281,6 +286,24 @@ impl Live {
             ..*self
         }
     }
+}
+
+/// What an error says, for the log. The other side has a say in some, such as by the names in its certificate: they may be long,
+/// odd, or quote the credential.
+fn said(error: &FetchError, pair: &Pair, slot: &Slot) -> String {
+    let text = error.to_string();
+    let pair = Needles::new([b"", pair.app_key.expose(), pair.app_secret.expose()]);
+    let live = slot.live.load();
+    let token = live.as_ref().map(|live| live.token.needles());
+    if [Some(&pair), token].into_iter().flatten().any(|needles| needles.are_in(text.as_bytes())) {
+        return format!("{}: what it says quotes the credential", error.class());
+    }
+    let cut = text.char_indices().map(|(place, _)| place).find(|place| *place >= MAX_TEXT);
+    let mut plain =
+        text[..cut.unwrap_or(text.len())].replace(|c: char| c.is_ascii_control(), " ").into_bytes();
+    plain::escape(&mut plain, 0);
+    plain.extend_from_slice(cut.map_or(b"", |_| b" (cut)"));
+    String::from_utf8(plain).unwrap_or_default()
 }
 
 /// A number from 0 to 1.

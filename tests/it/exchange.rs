@@ -288,11 +288,16 @@ pub(crate) fn secure_sandbox() -> (Sandbox, Setup) {
 
 /// A CA, and a server certificate that it signs.
 pub(crate) fn certificate(name: &str, expired: bool) -> (String, Tls) {
+    certificate_of([name.to_owned()].into(), expired)
+}
+
+/// The same with several names.
+fn certificate_of(names: Vec<String>, expired: bool) -> (String, Tls) {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
     let mut ca = CertificateParams::new(Vec::new()).unwrap();
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate().unwrap()).unwrap();
-    let mut leaf = CertificateParams::new([name.to_owned()]).unwrap();
+    let mut leaf = CertificateParams::new(names).unwrap();
     if expired {
         leaf.not_after = date_time_ymd(2020, 1, 1);
     }
@@ -334,5 +339,36 @@ fn nothing_is_sent_to_a_server_whose_certificate_is_not_right() {
             "{case}"
         );
         assert_eq!(secure.connections().application_bytes, 0, "{case}");
+    }
+}
+
+/// The names in its certificate are the other side's words.
+#[test]
+fn what_a_token_endpoint_says_of_itself_is_cut_in_the_log_and_quotes_no_secret() {
+    let plain = sandbox();
+    let many = |first: &str| {
+        let others = (0..100).map(|number| format!("name-{number}.example.org"));
+        [first.to_owned()].into_iter().chain(others).collect::<Vec<_>>()
+    };
+    let secret = Options::default().app_secret;
+    for (case, names, is_there, is_not_there) in [
+        ("many names", many("first.example.org"), "first.example.org", "name-50.example.org"),
+        ("a name that quotes", many(&secret), "quotes the credential", &*secret),
+        ("the control", vec!["last.example.org".to_owned()], "last.example.org", "(cut)"),
+    ] {
+        let (ca, tls) = certificate_of(names, false);
+        let secure = Sandbox::start(Options { tls: Some(tls), ..Options::default() }).unwrap();
+        let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
+        let ca_file = folder.path().join("ca.pem");
+        std::fs::write(&ca_file, ca).unwrap();
+        let token_url = Some(secure.token_url().replace("127.0.0.1", "localhost"));
+        let setup = Setup { token_url, folder: Some(folder), ..Setup::default() };
+        let gateway = start_with(&plain, setup.set("upstream.ca_file", ca_file.display()));
+        let line = wait_for("the warning", || {
+            let log = gateway.log();
+            log.lines().find(|line| line.contains("\"no token\"")).map(str::to_owned)
+        });
+        assert!(line.contains(is_there) && !line.contains(is_not_there), "{case}: {line}");
+        assert!(line.len() < 600, "{case}: {line}");
     }
 }
