@@ -364,9 +364,7 @@ pub async fn serve(
             match Box::pin(shaken).await {
                 Ok((stream, certificate)) => (Stream::Tls(stream), certificate),
                 Err(error) => {
-                    let is_displaced = error.kind() == io::ErrorKind::ConnectionAborted;
-                    let reason = if is_displaced { "too_many_handshakes" } else { "tls_failed" };
-                    gateway.metrics.connection_closed(reason);
+                    gateway.metrics.connection_closed(error.reason());
                     tracing::debug!(%peer, %error, "no TLS");
                     return;
                 }
@@ -469,6 +467,29 @@ fn has_no_room(error: &hyper::Error) -> bool {
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::OutOfMemory)
 }
 
+/// Why a handshake came to no end.
+#[derive(Debug, Error)]
+enum NoTls {
+    /// A newer one took its place.
+    #[error("a newer handshake took its place")]
+    Displaced,
+    #[error("not in time")]
+    Late,
+    /// The peer, or what it sent.
+    #[error(transparent)]
+    Failed(#[from] io::Error),
+}
+
+impl NoTls {
+    /// What to call it in the metric.
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Displaced => "too_many_handshakes",
+            Self::Late | Self::Failed(_) => "tls_failed",
+        }
+    }
+}
+
 /// Who stops or is over a cap gives a handshake no longer than a head.
 async fn shake_hands(
     tls: &Arc<Tls>,
@@ -476,7 +497,7 @@ async fn shake_hands(
     header: u64,
     mut stop: watch::Receiver<Stop>,
     mut unproven: Option<Unproven>,
-) -> io::Result<(Box<TlsStream<TcpStream>>, Option<Certificate>)> {
+) -> Result<(Box<TlsStream<TcpStream>>, Option<Certificate>), NoTls> {
     let displaced = async {
         match &mut unproven {
             Some(unproven) => unproven.displaced().await,
@@ -495,8 +516,8 @@ async fn shake_hands(
     let (stream, certificate) = tokio::select! {
         biased;
         shaken = tls.accept(stream) => shaken?,
-        () = late => return Err(io::ErrorKind::TimedOut.into()),
-        () = displaced => return Err(io::ErrorKind::ConnectionAborted.into()),
+        () = late => return Err(NoTls::Late),
+        () = displaced => return Err(NoTls::Displaced),
     };
     Ok((Box::new(stream), certificate))
 }

@@ -413,6 +413,32 @@ fn a_caller_that_leaves_over_tls_while_its_request_waits_is_not_forwarded() {
     }
 }
 
+/// What counts in the metric as closed for this reason.
+fn closed(gateway: &Gateway, reason: &str) -> u64 {
+    let metrics = gateway.admin("/metrics").body;
+    let name = format!("ccsqm_gateway_connections_closed_total{{reason=\"{reason}\"}} ");
+    metrics.lines().find_map(|line| line.strip_prefix(&name)).map_or(0, |count| count.parse().unwrap())
+}
+
+#[test]
+fn a_handshake_that_its_peer_aborts_displaced_nobody() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let files = TempDir::new().unwrap();
+    let abort = files.path().join("abort");
+    let library = compile("callers/abort");
+    let through =
+        ["env", &format!("LD_PRELOAD={}", library.display()), &format!("ABORT={}", abort.display())];
+    let setup = Setup { through: through.map(str::to_owned).into(), ..Setup::default() };
+    let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[], 2124), setup);
+    let (address, caller) = (gateway.second.unwrap(), ca.issue(CALLER));
+    assert_eq!(ca.call(address, Some(&caller)).unwrap().outcome(), "succeeded", "the control");
+    fs::write(&abort, address.port().to_string()).unwrap();
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(&[22]).unwrap();
+    wait_for("its end", || (closed(&gateway, "tls_failed") == 1).then_some(()));
+    assert_eq!(closed(&gateway, "too_many_handshakes"), 0);
+}
+
 /// What the TLS library decrypts ahead is in no budget, so that it must be little.
 #[test]
 fn over_tls_a_connection_holds_little_of_what_is_sent_behind_its_request() {
