@@ -553,6 +553,7 @@ impl From<Refusal> for Error {
             Refused::NoMoreKeys
             | Refused::NoMoreKeysOfCaller
             | Refused::NoMoreDoubts
+            | Refused::NoMoreSuccesses
             | Refused::Lost
             | Refused::Rebuilding => Code::IdempotencyUnavailable,
         };

@@ -196,6 +196,12 @@ pub enum Refused {
         "too many calls are of unknown outcome, so that a further one could be lost; the operators must resolve them"
     )]
     NoMoreDoubts,
+    /// No more successes of calls without a key, where they refuse equal calls.
+    #[error(
+        "no more calls without an Idempotency-Key can be remembered at the moment, so that an equal one could pass; call again \
+         later, or give each task a key"
+    )]
+    NoMoreSuccesses,
     /// A part of the trail is lost, and the key is not in the rest.
     #[error(
         "a part of the audit trail is lost, so that nobody knows whether this Idempotency-Key was used; keep the key and call \
@@ -222,6 +228,7 @@ impl Refused {
             | Self::NoMoreKeys
             | Self::NoMoreKeysOfCaller
             | Self::NoMoreDoubts
+            | Self::NoMoreSuccesses
             | Self::Lost
             | Self::Rebuilding => None,
         }
@@ -271,7 +278,12 @@ impl Idempotency {
             marks: audit.keys().clone(),
             hasher: RandomState::default(),
             claims: Mutex::new(Claims::new(settings.max_keys, window)),
-            duplicates: Mutex::new(DuplicateDetector::new(settings.without_key, window, success_window)),
+            duplicates: Mutex::new(DuplicateDetector::new(
+                settings.without_key,
+                window,
+                success_window,
+                settings.max_keys,
+            )),
             replies: Cache::builder()
                 .eviction_policy(EvictionPolicy::lru())
                 .weigher(|_: &Uuid, reply: &Arc<StoredReply>| weigh(reply))
@@ -390,7 +402,7 @@ impl Idempotency {
             Rejection::Duplicate(First::Succeeded(id)) => {
                 Some(Box::new(Delivery::of_other_answer(self, mark, id, call)))
             }
-            Rejection::Duplicate(First::Open(_)) | Rejection::Full => None,
+            Rejection::Duplicate(First::Open(_)) | Rejection::Full | Rejection::FullOfSuccesses => None,
         };
         Refusal { reason: rejected(rejection), delivery }
     }
@@ -680,6 +692,7 @@ fn rejected(rejection: Rejection) -> Refused {
         Rejection::Duplicate(First::Open(id)) => Refused::Duplicate(id.into()),
         Rejection::Duplicate(First::Succeeded(id)) => Refused::Done(id.into()),
         Rejection::Full => Refused::NoMoreDoubts,
+        Rejection::FullOfSuccesses => Refused::NoMoreSuccesses,
     }
 }
 

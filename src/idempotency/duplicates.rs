@@ -5,20 +5,20 @@
 //! do not, since the keys say that both are meant. Successes without a key are remembered for a shorter time, to
 //! flag an equal call, or to refuse it (`without_key = "block"`).
 //!
-//! No doubt is ever evicted. The table is bounded by refusing new calls.
+//! No doubt is ever evicted, and under `block` no success. The table is bounded by refusing new calls.
 
 use std::collections::{BTreeSet, HashMap, hash_map::Entry};
 
 use smallvec::SmallVec;
 use uuid::Uuid;
 
-use super::recent::Recent;
+use super::recent::{self, Recent};
 use crate::{
     audit::{chain::Mark, unresolved::AT_MOST as MAX_DOUBTS},
     config::WithoutKey,
 };
 
-/// So many calls that succeeded are remembered, to be flagged.
+/// So many calls that succeeded are remembered, where they are only flagged.
 const MAX_SUCCEEDED: usize = 32 * 1024;
 
 type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
@@ -29,6 +29,9 @@ pub(super) struct DuplicateDetector {
     /// When doubts began. A doubt may be gone by then.
     began: BTreeSet<(u32, Mark)>,
     succeeded: Recent,
+    /// So many successes are remembered where they refuse an equal call, and by caller how many there are.
+    max_successes: usize,
+    successes: Table<u32, usize>,
     /// Doubts by caller.
     held: Table<u32, usize>,
     doubts: usize,
@@ -132,12 +135,21 @@ pub(super) enum Rejection {
     Duplicate(First),
     /// No more doubts can be remembered.
     Full,
+    /// No more successes can be remembered, which are to refuse equal calls.
+    FullOfSuccesses,
 }
 
 impl DuplicateDetector {
-    pub(super) fn new(mode: WithoutKey, window: u32, success_window: u32) -> Self {
-        let (calls, began, succeeded, held) = <_>::default();
-        Self { calls, began, succeeded, held, doubts: 0, mode, window, success_window }
+    /// `max_successes` counts under `block`.
+    pub(super) fn new(mode: WithoutKey, window: u32, success_window: u32, max_successes: usize) -> Self {
+        let (calls, began, succeeded, successes, held) = <_>::default();
+        let doubts = 0;
+        Self { calls, began, succeeded, max_successes, successes, held, doubts, mode, window, success_window }
+    }
+
+    /// The most memory that successes take under `block`, in bytes.
+    pub(super) const fn max_bytes(max_successes: usize) -> usize {
+        Recent::max_bytes(max_successes)
     }
 
     /// Whether equal calls are looked for at all.
@@ -201,7 +213,21 @@ impl DuplicateDetector {
         let share = if is_alone { MAX_DOUBTS } else { MAX_DOUBTS / 2 };
         let is_full =
             self.doubts >= MAX_DOUBTS || self.held.get(&call.caller).is_some_and(|held| *held >= share);
-        if is_full { Err(Rejection::Full) } else { Ok(first) }
+        if is_full {
+            Err(Rejection::Full)
+        } else if call.key.is_none() && self.is_full_of_successes(call.caller, is_alone) {
+            Err(Rejection::FullOfSuccesses)
+        } else {
+            Ok(first)
+        }
+    }
+
+    /// Whether a success of this caller could not be remembered, where it is to refuse an equal call. Of callers each may hold
+    /// half.
+    fn is_full_of_successes(&self, caller: u32, is_alone: bool) -> bool {
+        let share = if is_alone { self.max_successes } else { self.max_successes.div_ceil(2) };
+        let holds = || self.successes.get(&caller).copied().unwrap_or_default();
+        self.mode == WithoutKey::Block && (self.succeeded.len() >= self.max_successes || holds() >= share)
     }
 
     /// The equal call that matters most: one that is open, else one that is undelivered, else one that succeeded.
@@ -285,7 +311,10 @@ impl DuplicateDetector {
     /// Remembers a success whose caller knows of it.
     pub(super) fn succeed(&mut self, mark: Mark, call: Duplicate, since: u32) {
         if call.key.is_none() && self.is_on() {
-            self.succeeded.push(mark, call.id, since);
+            let call = recent::Call { mark, id: call.id, since, caller: call.caller };
+            if self.succeeded.push(call) && self.mode == WithoutKey::Block {
+                *self.successes.entry(call.caller).or_default() += 1;
+            }
         }
     }
 
@@ -345,11 +374,17 @@ impl DuplicateDetector {
 
     fn expire(&mut self, now: u32) {
         let max = if self.mode == WithoutKey::Block { usize::MAX } else { MAX_SUCCEEDED };
-        let Self { succeeded, success_window, .. } = self;
+        let Self { succeeded, success_window, successes, .. } = self;
         while succeeded.len() > max
             || succeeded.oldest().is_some_and(|call| is_old(call.since, now, *success_window))
         {
-            succeeded.forget_oldest();
+            let forgotten = succeeded.forget_oldest();
+            if let Some(Entry::Occupied(mut held)) = forgotten.map(|call| successes.entry(call.caller)) {
+                *held.get_mut() -= 1;
+                if *held.get() == 0 {
+                    held.remove();
+                }
+            }
         }
         let window = self.window;
         while let Some((since, mark)) = self.began.first().copied()
@@ -404,7 +439,7 @@ mod tests {
     }
 
     fn detector(mode: WithoutKey) -> DuplicateDetector {
-        DuplicateDetector::new(mode, WINDOW, SUCCESS_WINDOW)
+        DuplicateDetector::new(mode, WINDOW, SUCCESS_WINDOW, 5 * MAX_SUCCEEDED)
     }
 
     fn begin(detector: &mut DuplicateDetector, number: u128, now: u32) -> Result<Option<First>, Rejection> {
@@ -647,6 +682,41 @@ mod tests {
             let first = detector.begin(mark(1), call(9, false), None, false, SUCCESS_WINDOW);
             assert_eq!(first.is_err(), is_kept, "{mode:?}");
             assert!(begin(&mut detector, 9, 0).is_err(), "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn successes_that_refuse_are_bounded_by_refusing_new_calls_and_none_is_forgotten() {
+        let mark = |number: u128| (number << 32).to_be_bytes();
+        for (mode, is_bounded) in [(WithoutKey::Guard, false), (WithoutKey::Block, true)] {
+            let mut detector = DuplicateDetector::new(mode, WINDOW, SUCCESS_WINDOW, 4);
+            let of = |caller, number| Duplicate { caller, ..call(number, false) };
+            let mut send = |caller, number, now| {
+                let begun = detector.begin(mark(number), of(caller, number), None, false, now);
+                if begun.is_ok() {
+                    detector.end(mark(number), id(number), Completion::Succeeded, now);
+                }
+                begun.map(drop)
+            };
+            let full = if is_bounded { Err(Rejection::FullOfSuccesses) } else { Ok(()) };
+            assert_eq!([send(1, 1, 0), send(1, 2, 1)], [Ok(()); 2]);
+            assert_eq!(send(1, 3, 1), full, "{mode:?}: half of all is one caller's");
+            assert_eq!([send(2, 4, 1), send(3, 5, 1)], [Ok(()); 2], "{mode:?}");
+            assert_eq!(send(4, 6, 1), full, "{mode:?}: all");
+            let equal = detector.look(mark(1), of(4, 9), None, false, SUCCESS_WINDOW);
+            assert_eq!(equal.is_err(), is_bounded, "{mode:?}: none is forgotten: {equal:?}");
+            assert_eq!(
+                detector.look(mark(9), call(9, true), None, false, 1),
+                Ok(None),
+                "a key needs no room"
+            );
+            assert_eq!(detector.begin(mark(7), of(1, 7), None, false, SUCCESS_WINDOW + 1), Ok((None, None)));
+            let left = if is_bounded { 2 } else { 0 };
+            assert_eq!(
+                detector.successes.values().sum::<usize>(),
+                left + usize::from(is_bounded),
+                "{mode:?}"
+            );
         }
     }
 

@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use super::claims::Claims;
-use crate::config;
+use super::{claims::Claims, duplicates::DuplicateDetector};
+use crate::config::{self, WithoutKey};
 
 /// What the rest of the gateway takes, beside keys and replies, in bytes: a rough figure, with some connections.
 const REST: u64 = 64 << 20;
@@ -14,7 +14,7 @@ const LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/m
 /// Memory that keys and replies may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryBound {
-    /// All keys that may be held, in bytes.
+    /// All keys that may be held, in bytes; under `without_key = "block"` with the successes of calls without one.
     pub keys: u64,
     /// All replies that are stored, in bytes.
     pub replies: u64,
@@ -23,7 +23,12 @@ pub struct MemoryBound {
 impl MemoryBound {
     /// The bound of a configuration.
     pub fn new(settings: &config::Idempotency) -> Self {
-        Self { keys: Claims::max_bytes(settings.max_keys) as u64, replies: settings.reply_memory }
+        let keys = Claims::max_bytes(settings.max_keys);
+        let successes = match settings.without_key {
+            WithoutKey::Block => DuplicateDetector::max_bytes(settings.max_keys),
+            WithoutKey::Off | WithoutKey::Warn | WithoutKey::Guard | WithoutKey::RequireKey => 0,
+        };
+        Self { keys: (keys + successes) as u64, replies: settings.reply_memory }
     }
 
     /// A warning, if the container that this process runs in allows less memory than it may come to need.

@@ -23,12 +23,22 @@ pub(super) struct Recent {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Call {
-    mark: Mark,
+    pub(super) mark: Mark,
     pub(super) id: Uuid,
     pub(super) since: u32,
+    /// The caller, hashed.
+    pub(super) caller: u32,
 }
 
+/// The most that the index takes per call, in bytes: see [`super::slots`].
+const INDEX_BYTES: usize = 35;
+
 impl Recent {
+    /// The most memory that so many calls take, in bytes. While the row grows, the old one exists beside one of twice its size.
+    pub(super) const fn max_bytes(count: usize) -> usize {
+        count * (3 * size_of::<Call>() + INDEX_BYTES)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.row.len()
     }
@@ -45,28 +55,31 @@ impl Recent {
     }
 
     /// Puts a call in. One that is older than another of its mark tells nothing, nor does the same one again; the trail,
-    /// which may be read more than once, has such.
-    pub(super) fn push(&mut self, mark: Mark, id: Uuid, since: u32) {
+    /// which may be read more than once, has such. Returns whether it was put in.
+    pub(super) fn push(&mut self, call: Call) -> bool {
+        let Call { mark, id, since, .. } = call;
         let Self { row, first, youngest, hasher } = self;
         #[expect(clippy::cast_possible_truncation, reason = "so many do not fit into memory")]
         let number = first.wrapping_add(row.len() as u32);
-        row.push_back(Call { mark, id, since });
+        row.push_back(call);
         let is_same = |&number: &u32| at(row, *first, number).mark == mark;
         let is_newer = |known: &Call| known.since > since || known.id == id;
         let hash = |&number: &u32| hasher.hash_one(at(row, *first, number).mark);
         match youngest.entry(hasher.hash_one(mark), is_same, hash) {
             Entry::Occupied(place) if is_newer(at(row, *first, *place.get())) => {
                 row.pop_back();
+                return false;
             }
             Entry::Occupied(mut place) => *place.get_mut() = number,
             Entry::Vacant(place) => {
                 place.insert(number);
             }
         }
+        true
     }
 
-    pub(super) fn forget_oldest(&mut self) {
-        let Some(oldest) = self.row.pop_front() else { return };
+    pub(super) fn forget_oldest(&mut self) -> Option<Call> {
+        let oldest = self.row.pop_front()?;
         let number = self.first;
         self.first = number.wrapping_add(1);
         // A younger call of the mark has its place.
@@ -75,6 +88,7 @@ impl Recent {
         {
             place.remove();
         }
+        Some(oldest)
     }
 }
 
@@ -100,9 +114,10 @@ mod tests {
             let (mut all, mut youngest) = (VecDeque::new(), HashMap::new());
             for (count, step) in (0..).zip(steps) {
                 if let Some((number, since)) = step {
-                    let call = Call { mark: [number; 16], id: Uuid::from_u128(count), since };
-                    recent.push(call.mark, call.id, call.since);
-                    if youngest.get(&call.mark).is_none_or(|known: &Call| known.since <= since) {
+                    let call = Call { mark: [number; 16], id: Uuid::from_u128(count), since, caller: 1 };
+                    let is_newer = youngest.get(&call.mark).is_none_or(|known: &Call| known.since <= since);
+                    prop_assert_eq!(recent.push(call), is_newer);
+                    if is_newer {
                         all.push_back(call);
                         youngest.insert(call.mark, call);
                     }

@@ -458,3 +458,29 @@ fn each_mode_for_calls_without_a_key() {
         assert_eq!(gateway.post(&body).code(), while_unknown, "{mode}");
     }
 }
+
+#[test]
+fn under_block_successes_beyond_max_keys_refuse_further_calls_without_a_key_until_some_expire() {
+    let sandbox = sandbox();
+    for (mode, is_bounded) in [("guard", false), ("block", true)] {
+        let setup = Setup::default().set("idempotency.without_key", mode).set("idempotency.max_keys", 3);
+        let gateway = start_with(&sandbox, setup.set("idempotency.fingerprint_window", "8s"));
+        until_keys_are_known(&gateway);
+        let bodies: Vec<_> =
+            (1..5).map(|count| BODY.replace("\"count\":2", &format!("\"count\":{count}"))).collect();
+        for body in &bodies[..3] {
+            assert_eq!(gateway.post(body).outcome(), "succeeded", "{mode}");
+        }
+        let reply = gateway.post(&bodies[3]);
+        if !is_bounded {
+            assert_eq!(reply.outcome(), "succeeded", "the control");
+            continue;
+        }
+        let said = (reply.status, reply.code(), reply.outcome());
+        assert_eq!(said, (503, "idempotency_unavailable", "not_sent"), "{reply:?}");
+        assert_eq!(gateway.post(&bodies[0]).code(), "duplicate_suspected", "none is forgotten");
+        let keyed = gateway.send(&head(bodies[3].len(), "idempotency-key: one\r\n"), &bodies[3]);
+        assert_eq!(keyed.outcome(), "succeeded", "a key needs no room among them: {keyed:?}");
+        wait_for("room", || (gateway.post(&bodies[3]).outcome() == "succeeded").then_some(()));
+    }
+}
