@@ -366,7 +366,8 @@ fn unfinished_heads_and_bodies_stay_within_the_memory_of_the_examples() {
     drop(bodies);
     let begun = Instant::now();
     assert_eq!(gateway.call().outcome(), "succeeded");
-    assert!(begun.elapsed() < Duration::from_secs(4), "{:?} for 1 s", begun.elapsed());
+    // It takes less than 1 s. On a busy machine it may take four times that.
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}, of 4 s at most", begun.elapsed());
     assert!(most() < 256, "{} MiB", most());
     let body = format!("{BODY}{}", " ".repeat(200 * 1024));
     assert_eq!(gateway.post(&body).outcome(), "succeeded", "what they held was given back");

@@ -111,7 +111,8 @@ fn header_that_quotes_the_credential_does_not_pass() {
         for secret in &secrets {
             for form in [secret.clone(), spelled(secret), format!("key=\"{secret}\"; x")] {
                 let reply = answer(&form);
-                assert!(!reply.contains(name) && !shows(&reply, secret), "{name}: {reply}");
+                let passes = reply.to_ascii_lowercase().contains(&format!("\r\n{name}:"));
+                assert!(!passes && !shows(&reply, secret), "{name}: {reply}");
                 assert!(reply.starts_with("HTTP/1.1 200") && reply.contains("0409000"), "{name}: {reply}");
                 quoted += 1;
             }
