@@ -462,6 +462,7 @@ fn audit_options(config: &Config, accept_loss: Option<String>) -> audit::Options
         intent_deadline: INTENT_DEADLINE,
         shown: audit::SHOWN.map(|name| config.audit.shown(name)),
         refusals: config.audit.refusals,
+        hour: audit::HOUR,
         retain: config.audit.retain.map(|retain| retain + audit::SLACK),
         early: config.audit.max_size.map(|max_size| Early { max_size, after: window + audit::SLACK }),
         window,

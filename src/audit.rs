@@ -85,6 +85,9 @@ pub const SLACK: Duration = Duration::from_secs(60 * 60);
 /// Below this much free space refusals are no longer recorded, in bytes.
 pub const LOW_WATER: u64 = 64 << 20;
 
+/// How long the hour lasts that budgets of refusals are for.
+pub const HOUR: Duration = Duration::from_secs(60 * 60);
+
 /// Members of its own that a trail may hide, beside those of contracts.
 pub const SHOWN: [&str; 4] = ["operator", "peer", "caller_id", "traceparent"];
 
@@ -113,6 +116,8 @@ pub struct Options {
     pub early: Option<Early>,
     /// How many bytes refusals may take an hour.
     pub refusals: RefusalBudget,
+    /// How long that hour lasts: [`HOUR`], but in tests.
+    pub hour: Duration,
     /// The idempotency window: a trail without a record in it makes the clock doubtful, and no younger record is removed.
     pub window: Duration,
     /// Below this much free space, in bytes, refusals are no longer recorded: no stranger may fill the disk.
@@ -148,6 +153,7 @@ impl Options {
             retain: None,
             early: None,
             refusals: RefusalBudget::default(),
+            hour: HOUR,
             window: Duration::ZERO,
             low_water: 0,
             accept_loss: None,
@@ -171,6 +177,7 @@ impl Options {
             retain: None,
             early: None,
             refusals: RefusalBudget::default(),
+            hour: HOUR,
             window: Duration::ZERO,
             low_water: 0,
             accept_loss: None,
@@ -420,7 +427,13 @@ impl Audit {
         let keys = Arc::new(keys);
         let Recovered { writer, begun, unresolved, damage } =
             recover(options, keys.clone(), (directory, lock), &statement).map_err(fail)?;
-        let shared = Arc::new(Shared::new(metrics, (options.queue, options.refusals), begun, unresolved));
+        let shared = Arc::new(Shared::new(
+            metrics,
+            options.queue,
+            (options.refusals, options.hour),
+            begun,
+            unresolved,
+        ));
         let clocks = writer.clocks.clone();
         clocks.look(&shared);
         if let Some(aside) = aside {

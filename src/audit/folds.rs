@@ -34,14 +34,12 @@ pub struct RefusalBudget {
     pub strangers: u64,
     /// Those of all callers, with calls that were replayed or not meant to be sent.
     pub callers: u64,
-    /// How long an hour lasts. A test may have a short one.
-    pub hour: Duration,
 }
 
 impl Default for RefusalBudget {
     /// What the configuration begins with.
     fn default() -> Self {
-        Self { strangers: 4 << 20, callers: 64 << 20, hour: Duration::from_secs(60 * 60) }
+        Self { strangers: 4 << 20, callers: 64 << 20 }
     }
 }
 
@@ -73,6 +71,7 @@ pub(super) enum Who {
 /// What was recorded in this hour.
 struct Hour {
     budget: RefusalBudget,
+    lasts: Duration,
     since: Instant,
     /// By strangers and by callers, in bytes.
     spent: [u64; 2],
@@ -81,9 +80,10 @@ struct Hour {
 }
 
 impl Folds {
-    pub(super) fn new(budget: RefusalBudget) -> Self {
+    /// `hour`: how long an hour lasts.
+    pub(super) fn new(budget: RefusalBudget, hour: Duration) -> Self {
         let now = Instant::now();
-        let hour = Hour { budget, since: now, spent: [0; 2], kinds: HashMap::new() };
+        let hour = Hour { budget, lasts: hour, since: now, spent: [0; 2], kinds: HashMap::new() };
         Self { since: now, kinds: HashMap::new(), strangers: 0, hour, unrecorded: 0 }
     }
 
@@ -191,7 +191,7 @@ impl Folds {
 
 impl Hour {
     fn is_over(&self) -> bool {
-        self.since.elapsed() >= self.budget.hour
+        self.since.elapsed() >= self.lasts
     }
 
     fn is_pending(&self) -> bool {

@@ -113,7 +113,8 @@ impl Shared {
     /// Behind the record of this number.
     pub(super) fn new(
         metrics: Metrics,
-        (capacity, refusals): (usize, RefusalBudget),
+        capacity: usize,
+        (refusals, hour): (RefusalBudget, Duration),
         seq: u64,
         unresolved: UnresolvedList,
     ) -> Self {
@@ -124,7 +125,7 @@ impl Shared {
                 deferred: None,
                 reserved: 0,
                 closing: false,
-                folds: Folds::new(refusals),
+                folds: Folds::new(refusals, hour),
             }),
             filled: Condvar::new(),
             safe: Arc::new(AtomicU64::new(seq)),

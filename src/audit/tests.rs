@@ -649,7 +649,7 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
     let Recovered { mut writer, begun, unresolved, .. } = recover_trail(options);
     writer.clocks.know(Vec::new());
     prepare(&mut writer);
-    let shared = Shared::new(metrics(), (64, RefusalBudget::default()), begun, unresolved);
+    let shared = Shared::new(metrics(), 64, (RefusalBudget::default(), HOUR), begun, unresolved);
     thread::scope(|scope| {
         scope.spawn(|| writer.run(&shared));
         for number in 1..=events {
@@ -790,7 +790,8 @@ fn no_wall_clock_takes_a_call_off_the_list_of_the_unresolved() {
             state: CallState::Undelivered,
             ..UnresolvedCall::of(uuid::Uuid::from_u128(5))
         };
-        let shared = Shared::new(metrics(), (64, RefusalBudget::default()), begun, UnresolvedList::default());
+        let shared =
+            Shared::new(metrics(), 64, (RefusalBudget::default(), HOUR), begun, UnresolvedList::default());
         shared.change_unresolved(|list| list.insert(call));
         shared.event("test", json!({}));
         shared.close();
@@ -1160,8 +1161,9 @@ fn refusals_of_many_strangers_are_folded_into_few_records() {
 #[test]
 fn refusals_beyond_the_budget_of_an_hour_are_counted_and_callers_have_a_budget_of_their_own() {
     let folder = TempDir::new().unwrap();
-    let refusals = RefusalBudget { strangers: 8_000, callers: 5_000, hour: Duration::from_secs(2) };
-    let audit = start(&Options { queue: 100_000, refusals, ..Options::small(folder.path()) });
+    let refusals = RefusalBudget { strangers: 8_000, callers: 5_000 };
+    let hour = Duration::from_secs(2);
+    let audit = start(&Options { queue: 100_000, refusals, hour, ..Options::small(folder.path()) });
     let (begun, mut sent) = (Instant::now(), [0_u64; 2]);
     let mut address = 0;
     while begun.elapsed() < Duration::from_secs(9) {

@@ -673,11 +673,10 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
         table.path(context, "key_file").and_then(|found| good_file(context, found, files::audit_key));
     let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
     let fields = read_fields(context, &mut table);
-    let RefusalBudget { strangers, callers, hour } = RefusalBudget::default();
+    let RefusalBudget { strangers, callers } = RefusalBudget::default();
     let refusals = RefusalBudget {
         strangers: table.size(context, "stranger_refusals", strangers, ("64KiB", "1GiB")),
         callers: table.size(context, "caller_refusals", callers, ("64KiB", "1GiB")),
-        hour,
     };
     table.close(context);
     // A misspelt key, or one on a line that is no TOML, may be the one that says where the chain's key is.
