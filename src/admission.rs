@@ -375,6 +375,10 @@ fn without_port(host: &str) -> &str {
 /// So many connections over the cap are told so at once; what goes beyond is closed without a word.
 const MAX_SURPLUS: usize = 64;
 
+/// Of these, so many at most go to those of whom no caller is known, and to those that have not shown their certificate yet: who
+/// they are is known only behind the handshake. The rest is for known callers.
+const MAX_UNKNOWN_SURPLUS: usize = MAX_SURPLUS / 2;
+
 /// How far a stop has come.
 const SERVING: u8 = 0;
 const CLOSING: u8 = 1;
@@ -426,11 +430,13 @@ impl Bounds {
         }
     }
 
-    /// Room for a connection. One over the cap finds room only to be told so, within bounds of its own.
-    pub fn connection(self: &Arc<Self>) -> Result<Place, Denied> {
+    /// Room for a connection. One over the cap finds room only to be told so, within bounds of its own. `is_known`: a caller is
+    /// known by its address or user.
+    pub fn connection(self: &Arc<Self>, is_known: bool) -> Result<Place, Denied> {
         let room = self.take(|bounds| &bounds.connections, self.max_connections);
         let surplus = room.is_err();
-        let room = room.or_else(|_| self.take(|bounds| &bounds.surplus, MAX_SURPLUS))?;
+        let max_surplus = if is_known { MAX_SURPLUS } else { MAX_UNKNOWN_SURPLUS };
+        let room = room.or_else(|_| self.take(|bounds| &bounds.surplus, max_surplus))?;
         Ok(Place { surplus, _room: room })
     }
 

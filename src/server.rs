@@ -255,7 +255,8 @@ async fn accept(
                     gateway.metrics.connection_closed("too_many_strangers");
                     continue;
                 };
-                let Ok(place) = gateway.bounds.connection() else {
+                let is_known = !asks && stranger.is_none();
+                let Ok(place) = gateway.bounds.connection(is_known) else {
                     gateway.metrics.connection_closed("overloaded");
                     continue;
                 };

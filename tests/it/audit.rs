@@ -911,7 +911,7 @@ fn what_a_caller_is_denied_before_it_is_asked_for_is_held_against_it_and_not_aga
 }
 
 /// Connects from one of the many addresses that a local stranger has.
-fn connect_from(source: Ipv4Addr, target: SocketAddr) -> TcpStream {
+pub(crate) fn connect_from(source: Ipv4Addr, target: SocketAddr) -> TcpStream {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.bind(&SocketAddr::from((source, 0)).into()).unwrap();
     socket.connect(&target.into()).unwrap();

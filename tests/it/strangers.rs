@@ -1,12 +1,16 @@
 //! Thousands of silent connections of those who are no callers: a caller does not notice.
 
 use std::{
+    collections::VecDeque,
     fs,
     io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
+    net::{Ipv4Addr, TcpStream},
     os::unix::{fs::PermissionsExt, net::UnixStream},
     process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread,
 };
 
@@ -14,6 +18,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 
 use crate::{
+    audit::connect_from,
     callers::{CALLER, Ca, start_with_certificates},
     support::*,
 };
@@ -156,6 +161,47 @@ fn silent_strangers_over_a_unix_socket_shut_no_caller_out() {
     });
     let closed = metric(&gateway, "connections_closed_total{reason=\"too_many_strangers\"}");
     assert!(closed > 4000, "{closed} connections of strangers were closed");
+}
+
+/// Over the cap, who is told so: strangers leave callers a part of the places for that.
+#[test]
+fn over_the_cap_strangers_leave_callers_places_to_be_told_so() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    let sandbox = sandbox();
+    let folder = start(&sandbox).kill();
+    let config = folder.path().join("gateway.toml");
+    let text = fs::read_to_string(&config).unwrap().replace("\"loopback\"", "\"127.0.0.1/32\"");
+    // Of so many connections strangers get 64.
+    let bounds = "[server]\nmax_connections = 1024\nheader_timeout = \"5m\"\n";
+    fs::write(&config, text.replace("[server]\n", bounds)).unwrap();
+    let gateway = serve(&folder);
+    let kept: Vec<_> = (0..1024).map(|_| TcpStream::connect(gateway.address).unwrap()).collect();
+    wait_for("the callers", || (metric(&gateway, "connections") >= 1024).then_some(()));
+    assert_eq!(gateway.call_once().code(), "overloaded", "the control");
+    let is_over = AtomicBool::new(false);
+    let opened = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // A silent one is closed after a second: the oldest are opened anew all the time.
+            let mut strangers = VecDeque::new();
+            while !is_over.load(Ordering::Relaxed) {
+                let number = opened.fetch_add(1, Ordering::Relaxed);
+                strangers
+                    .push_back(connect_from(Ipv4Addr::new(127, 1, 0, number as u8 % 8), gateway.address));
+                if strangers.len() > 400 {
+                    strangers.pop_front();
+                }
+            }
+        });
+        wait_for("a flood", || (opened.load(Ordering::Relaxed) > 1000).then_some(()));
+        let told: Vec<_> = (0..50).map(|_| gateway.call_once().code().to_owned()).collect();
+        is_over.store(true, Ordering::Relaxed);
+        assert!(told.iter().all(|code| code == "overloaded"), "{told:?}");
+    });
+    let closed = metric(&gateway, "connections_closed_total{reason=\"overloaded\"}");
+    assert!(closed > 100, "strangers had their part: {closed}");
+    drop(kept);
 }
 
 #[test]
