@@ -1,31 +1,42 @@
 //! Characters that a terminal, or a reader of lines, may take for something else. They stand raw in neither trail nor log.
 
-/// Control, format and separator characters of Unicode 14 (categories Cc, Cf, Z), from DEL on, as ranges.
-const UNPLAIN: [(char, char); 24] = [
+/// What shows nothing, or moves what stands beside it, from DEL on, as ranges in their order. Of Unicode: controls, format
+/// characters and separators (categories Cc, Cf, Z), and what is left out where it is not supported
+/// (`Default_Ignorable_Code_Point`, with what is kept free for more of them). Beside them, what belongs to no such class and is
+/// drawn as a blank or not at all: braille without a dot, two fillers, the place of an object, and the rest of the block of
+/// hieroglyph format controls. The built-in contract refuses the same in an inspector's id.
+const UNPLAIN: [(char, char); 31] = [
     ('\u{7F}', '\u{A0}'),
     ('\u{AD}', '\u{AD}'),
+    ('\u{34F}', '\u{34F}'),
     ('\u{600}', '\u{605}'),
     ('\u{61C}', '\u{61C}'),
     ('\u{6DD}', '\u{6DD}'),
     ('\u{70F}', '\u{70F}'),
     ('\u{890}', '\u{891}'),
     ('\u{8E2}', '\u{8E2}'),
+    ('\u{115F}', '\u{1160}'),
     ('\u{1680}', '\u{1680}'),
-    ('\u{180E}', '\u{180E}'),
+    ('\u{17B4}', '\u{17B5}'),
+    ('\u{180B}', '\u{180F}'),
     ('\u{2000}', '\u{200F}'),
     ('\u{2028}', '\u{202F}'),
-    ('\u{205F}', '\u{2064}'),
-    ('\u{2066}', '\u{206F}'),
+    ('\u{205F}', '\u{206F}'),
+    ('\u{2800}', '\u{2800}'),
     ('\u{3000}', '\u{3000}'),
+    ('\u{3164}', '\u{3164}'),
+    ('\u{FE00}', '\u{FE0F}'),
     ('\u{FEFF}', '\u{FEFF}'),
-    ('\u{FFF9}', '\u{FFFB}'),
+    ('\u{FFA0}', '\u{FFA0}'),
+    ('\u{FFF0}', '\u{FFFC}'),
     ('\u{110BD}', '\u{110BD}'),
     ('\u{110CD}', '\u{110CD}'),
-    ('\u{13430}', '\u{13438}'),
+    ('\u{13430}', '\u{1345F}'),
+    ('\u{16FE4}', '\u{16FE4}'),
     ('\u{1BCA0}', '\u{1BCA3}'),
+    ('\u{1D159}', '\u{1D159}'),
     ('\u{1D173}', '\u{1D17A}'),
-    ('\u{E0001}', '\u{E0001}'),
-    ('\u{E0020}', '\u{E007F}'),
+    ('\u{E0000}', '\u{E0FFF}'),
 ];
 
 /// Writes such characters of a text, from a place on, as JSON's `\u` escapes. Within a JSON string they mean the same; anywhere
@@ -54,12 +65,73 @@ pub(crate) fn escape(text: &mut Vec<u8>, from: usize) {
 }
 
 fn is_unplain(character: char) -> bool {
-    character >= '\u{7F}' && UNPLAIN.iter().any(|(first, last)| (*first..=*last).contains(&character))
+    let next = UNPLAIN.partition_point(|(first, _)| *first <= character);
+    next > 0 && character <= UNPLAIN[next - 1].1
 }
 
 #[cfg(test)]
 mod tests {
+    use regex_syntax::hir::{Class, ClassUnicode, ClassUnicodeRange, HirKind};
+
     use super::*;
+
+    fn set(ranges: &[(char, char)]) -> ClassUnicode {
+        ClassUnicode::new(ranges.iter().map(|(first, last)| ClassUnicodeRange::new(*first, *last)))
+    }
+
+    fn class(text: &str) -> ClassUnicode {
+        match regex_syntax::parse(text).unwrap().into_kind() {
+            HirKind::Class(Class::Unicode(class)) => class,
+            kind => panic!("{text} is no class: {kind:?}"),
+        }
+    }
+
+    /// Against the tables of a crate that follows Unicode: a new version of it may have more.
+    #[test]
+    fn what_is_not_plain_is_what_unicode_says_and_the_blanks_that_it_does_not_name() {
+        let own = set(&UNPLAIN);
+        assert_eq!(own.ranges().len(), UNPLAIN.len(), "in order, and none touches another");
+        let mut unicode = class(r"[\p{Default_Ignorable_Code_Point}\p{Cc}\p{Cf}\p{Z}]");
+        unicode.intersect(&set(&[('\u{7F}', char::MAX)]));
+        let mut missing = unicode.clone();
+        missing.difference(&own);
+        assert_eq!(missing, set(&[]), "Unicode has these");
+        let mut more = own.clone();
+        more.difference(&unicode);
+        let blanks = set(&[
+            ('\u{2800}', '\u{2800}'),
+            ('\u{FFFC}', '\u{FFFC}'),
+            ('\u{13440}', '\u{1345F}'),
+            ('\u{16FE4}', '\u{16FE4}'),
+            ('\u{1D159}', '\u{1D159}'),
+        ]);
+        assert_eq!(more, blanks, "only these are beside it");
+        for range in own.ranges() {
+            assert!(is_unplain(range.start()) && is_unplain(range.end()), "{range:?}");
+        }
+        for range in {
+            let mut other = own.clone();
+            other.negate();
+            other
+        }
+        .ranges()
+        {
+            assert!(!is_unplain(range.start()) && !is_unplain(range.end()), "{range:?}");
+        }
+    }
+
+    #[test]
+    fn the_built_in_contract_refuses_in_an_inspectors_id_what_is_not_plain() {
+        let contract: serde_json::Value =
+            serde_json::from_str(crate::contract::Contract::APPOINT_QUALITY_TASK).unwrap();
+        let id = &contract["properties"]["setCounts"]["items"]["properties"]["personID"];
+        let taken = id["pattern"].as_str().unwrap().strip_prefix('^').unwrap().strip_suffix("*$").unwrap();
+        let mut refused = class(taken);
+        refused.negate();
+        let mut expected = set(&UNPLAIN);
+        expected.union(&set(&[('\0', ' ')]));
+        assert_eq!(refused, expected);
+    }
 
     #[test]
     fn what_is_escaped_means_the_same_in_json() {

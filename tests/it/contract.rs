@@ -115,6 +115,50 @@ fn every_rule_of_appoint_quality_task_has_both_its_sides() {
 }
 
 #[test]
+fn an_inspector_id_that_differs_by_what_nobody_sees_is_refused() {
+    let inspectors = |id: &str| with(r#"{"personID":"161"}"#, &format!(r#"{{"personID":"160{id}"}}"#));
+    let unseen = [
+        0x200B, 0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180F, 0x2065, 0x206F, 0x2800, 0x3164,
+        0xFE00, 0xFE0F, 0xFFA0, 0xFFF0, 0xFFF8, 0xFFFC, 0x13439, 0x1343F, 0x1345F, 0x16FE4, 0x1D159, 0xE0000,
+        0xE0002, 0xE0100, 0xE0FFF,
+    ];
+    for code in unseen {
+        let unseen = char::from_u32(code).unwrap();
+        let escaped: String =
+            unseen.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect();
+        for id in [unseen.to_string(), escaped] {
+            let refused = [("/setCounts/1/personID".to_owned(), "pattern")];
+            assert_eq!(found(appoint(&inspectors(&id))), refused, "U+{code:04X}");
+        }
+    }
+    // Those that stand beside them and are seen.
+    for seen in [
+        "",
+        "\u{350}",
+        "\u{115E}",
+        "\u{1161}",
+        "\u{17B6}",
+        "\u{180A}",
+        "\u{2801}",
+        "\u{3165}",
+        "\u{FE10}",
+        "\u{FFA1}",
+        "\u{FFFD}",
+        "\u{1342F}",
+        "\u{13460}",
+    ] {
+        if seen.is_empty() {
+            assert_eq!(
+                found(appoint(&inspectors(seen))),
+                [("/setCounts/1/personID".to_owned(), "x-uniqueBy")]
+            );
+        } else {
+            assert!(appoint(&inspectors(seen)).is_ok(), "{seen:?}");
+        }
+    }
+}
+
+#[test]
 fn the_inspector_list_has_one_to_a_thousand_objects() {
     let body = |items: &str| {
         format!(r#"{{"qualityTaskId":1,"setCountsType":1,"isTakeEffect":1,"setCounts":{items}}}"#)
@@ -984,7 +1028,7 @@ fn no_character_that_may_be_taken_for_another_stands_raw_in_the_trail() {
         }
     });
     let gateway = start_with_contract(&sandbox, &contract);
-    let odd = "a\u{7f}\u{85}\u{9b}\u{a0}\u{ad}\u{200b}\u{2028}\u{202e}\u{feff}\u{e0020}é";
+    let odd = "a\u{7f}\u{85}\u{9b}\u{a0}\u{ad}\u{34f}\u{115f}\u{200b}\u{2028}\u{202e}\u{2800}\u{3164}\u{feff}\u{e0020}\u{e0100}é";
     let body = json!({ "task": odd, "who": [odd, "plain"] }).to_string();
     assert!(body.contains('\u{2028}'), "it is sent raw");
     let _ = gateway.post(&body);
