@@ -12,7 +12,7 @@ use std::{
 
 use zeroize::Zeroizing;
 
-use super::{Config, SecretSource};
+use super::{Config, ContractSource, Control, ListenAddress, SecretSource};
 use crate::audit::{chain::key_path, init::is_open_to_all};
 
 /// Permission bits.
@@ -23,69 +23,124 @@ const GROUP_WRITE: u32 = 0o020;
 /// A key with fewer different bytes was typed, not drawn: 32 random hex digits have fewer once in billions.
 const FEW_BYTES: usize = 8;
 
+/// What a setting names.
+struct Named<'a> {
+    setting: String,
+    path: &'a Path,
+    what: What,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// A file that others must neither read nor change.
+    Secret,
+    /// A file that others must not change.
+    Plain,
+    /// Something whose folders alone are looked at here.
+    Place,
+}
+
 impl Config {
     /// What other users can read or change though they should not, and a key that can be guessed: a line each. `file` is
     /// the configuration's own.
     pub fn exposures(&self, file: &Path) -> Vec<String> {
         let key = self.audit.key_file.clone().unwrap_or_else(|| key_path(&self.audit.directory));
         let of_key_file = if self.audit.key_file.is_some() { "audit.key_file" } else { "audit.directory" };
-        let mut told = of_file(file);
-        let secrets: Vec<_> = self.secret_files().collect();
-        for (name, path) in
-            secrets.iter().map(|(name, path)| (name.as_str(), *path)).chain([(of_key_file, &*key)])
-        {
-            told.extend(of_secret(name, path));
-        }
+        let mut named = vec![Named { setting: "--config".into(), path: file, what: What::Plain }];
+        self.name_files(&mut named);
+        named.push(Named { setting: of_key_file.into(), path: &key, what: What::Secret });
+        let mut told = of_files(&named);
         told.extend(of_directory(&self.audit.directory));
         told.extend(of_key(of_key_file, &key));
-        let paths = secrets.iter().map(|(_, path)| *path).chain([file, &*key, &*self.audit.directory]);
-        told.extend(of_folders(paths));
+        told.extend(of_folders(&named));
         told
     }
 
-    /// The files that hold secrets, but for the audit key.
-    fn secret_files(&self) -> impl Iterator<Item = (String, &Path)> {
-        let credentials = self.credentials.iter().enumerate().flat_map(|(i, credential)| {
-            [("app_key_file", &credential.app_key), ("app_secret_file", &credential.app_secret)].map(
-                |(key, source)| match source {
-                    SecretSource::File(path) => Some((format!("credentials[{i}].{key}"), &**path)),
+    /// All that the settings name, but for the audit key.
+    fn name_files<'a>(&'a self, named: &mut Vec<Named<'a>>) {
+        let mut name = |setting: String, path: Option<&'a Path>, what| {
+            named.extend(path.map(|path| Named { setting, path, what }));
+        };
+        for (i, credential) in self.credentials.iter().enumerate() {
+            for (key, source) in
+                [("app_key_file", &credential.app_key), ("app_secret_file", &credential.app_secret)]
+            {
+                let path = match source {
+                    SecretSource::File(path) => Some(&**path),
                     SecretSource::Env(_) => None,
-                },
-            )
-        });
-        let listeners = self.listeners.iter().enumerate().map(|(i, listener)| {
-            let tls = listener.tls.as_ref()?;
-            Some((format!("listeners[{i}].tls.key_file"), &*tls.key_file))
-        });
-        let upstream = self.upstream.identity.iter();
-        let upstream = upstream.map(|it| Some(("upstream.client_key_file".to_owned(), &*it.key_file)));
-        credentials.chain(listeners).chain(upstream).flatten()
+                };
+                name(format!("credentials[{i}].{key}"), path, What::Secret);
+            }
+        }
+        for (i, listener) in self.listeners.iter().enumerate() {
+            if let ListenAddress::Unix { path, .. } = &listener.address {
+                name(format!("listeners[{i}].address"), Some(path), What::Place);
+            }
+            let Some(tls) = &listener.tls else { continue };
+            name(format!("listeners[{i}].tls.key_file"), Some(&tls.key_file), What::Secret);
+            for (key, path) in [
+                ("cert_file", Some(&*tls.cert_file)),
+                ("client_ca_file", tls.client_ca_file.as_deref()),
+                ("client_crl_file", tls.client_crl_file.as_deref()),
+            ] {
+                name(format!("listeners[{i}].tls.{key}"), path, What::Plain);
+            }
+        }
+        let identity = self.upstream.identity.as_ref();
+        name("upstream.ca_file".into(), self.upstream.ca_file.as_deref(), What::Plain);
+        name("upstream.client_cert_file".into(), identity.map(|it| &*it.cert_file), What::Plain);
+        name("upstream.client_key_file".into(), identity.map(|it| &*it.key_file), What::Secret);
+        for route in &self.routes {
+            if let ContractSource::File(path) = &route.contract {
+                name(format!("contract_file of the route {}", route.name), Some(path), What::Plain);
+            }
+        }
+        if let Control::Path(path) = &self.admin.control {
+            name("admin.control".into(), Some(path), What::Place);
+        }
+        name("audit.directory".into(), Some(&self.audit.directory), What::Place);
     }
 }
 
-fn of_file(file: &Path) -> Vec<String> {
-    let found = fs::metadata(file).ok().filter(|found| found.is_file() && found.mode() & OTHERS_WRITE != 0);
-    found
-        .map(|found| {
-            format!("every user can change {0} (mode {1}): chmod o-w {0}", file.display(), mode(&found))
-        })
-        .into_iter()
-        .collect()
+/// One line for each file.
+fn of_files(named: &[Named<'_>]) -> Vec<String> {
+    let mut files: Vec<&Path> = Vec::new();
+    for one in named.iter().filter(|one| one.what != What::Place) {
+        if !files.contains(&one.path) {
+            files.push(one.path);
+        }
+    }
+    let line = |path: &Path| {
+        let of_path = || named.iter().filter(|one| one.what != What::Place && one.path == path);
+        let is_secret = of_path().any(|one| one.what == What::Secret);
+        of_file(&settings(of_path()), path, is_secret)
+    };
+    files.into_iter().filter_map(line).collect()
 }
 
-fn of_secret(name: &str, path: &Path) -> Option<String> {
-    let found = fs::metadata(path).ok()?;
-    let can = match (found.mode() & OTHERS_READ != 0, found.mode() & OTHERS_WRITE != 0) {
+/// The settings, each once.
+fn settings<'a>(named: impl Iterator<Item = &'a Named<'a>>) -> String {
+    let mut settings: Vec<&str> = Vec::new();
+    for one in named {
+        if !settings.contains(&&*one.setting) {
+            settings.push(&one.setting);
+        }
+    }
+    settings.join(", ")
+}
+
+fn of_file(settings: &str, path: &Path, is_secret: bool) -> Option<String> {
+    let found = fs::metadata(path).ok().filter(Metadata::is_file)?;
+    let bits = found.mode();
+    let can = match (is_secret && bits & OTHERS_READ != 0, bits & OTHERS_WRITE != 0) {
         (true, true) => "read and change",
         (true, false) => "read",
         (false, true) => "change",
         (false, false) => return None,
     };
-    Some(format!(
-        "{name}: every user can {can} {0} (mode {1}): chmod o-rwx {0}",
-        path.display(),
-        mode(&found)
-    ))
+    let take = if is_secret { "o-rwx" } else { "o-w" };
+    let (mode, path) = (mode(&found), path.display());
+    Some(format!("{settings}: every user can {can} {path} (mode {mode}): chmod {take} {path}"))
 }
 
 fn of_directory(path: &Path) -> Option<String> {
@@ -117,32 +172,32 @@ fn of_key(name: &str, path: &Path) -> Option<String> {
     })
 }
 
-/// Whoever can change a folder can put something else in the place of what lies in it.
-fn of_folders<'a>(paths: impl Iterator<Item = &'a Path>) -> Vec<String> {
-    let mut told: Vec<PathBuf> = Vec::new();
-    let mut lines = Vec::new();
-    for path in paths {
-        // Where it is named, and where it lies.
-        let whole = std::path::absolute(path).ok();
-        for folder in [whole, fs::canonicalize(path).ok()]
-            .into_iter()
-            .flatten()
-            .filter_map(|path| Some(path.parent()?.to_owned()))
-        {
-            let Ok(found) = fs::metadata(&folder) else { continue };
-            if !is_open_to_all(&found) || told.contains(&folder) {
-                continue;
+/// Whoever can change a folder can put something else in the place of what lies in it. One line for each folder.
+fn of_folders(named: &[Named<'_>]) -> Vec<String> {
+    let mut folders: Vec<(PathBuf, Vec<&Named<'_>>)> = Vec::new();
+    for one in named {
+        for folder in folders_of(one.path) {
+            match folders.iter_mut().find(|(known, _)| *known == folder) {
+                Some((_, known)) => known.push(one),
+                None => folders.push((folder, vec![one])),
             }
-            lines.push(format!(
-                "every user can replace {} (the folder has mode {}): chmod o-w {}",
-                path.display(),
-                mode(&found),
-                folder.display()
-            ));
-            told.push(folder);
         }
     }
-    lines
+    let line = |(folder, named): (PathBuf, Vec<&Named<'_>>)| {
+        let found = fs::metadata(&folder).ok().filter(is_open_to_all)?;
+        let (settings, mode, folder) = (settings(named.into_iter()), mode(&found), folder.display());
+        Some(format!(
+            "{settings}: every user can put something else in the place of what is named, since the folder {folder} has mode \
+             {mode}: chmod o-w {folder}"
+        ))
+    };
+    folders.into_iter().filter_map(line).collect()
+}
+
+/// Where it is named, and where it lies.
+fn folders_of(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let whole = [std::path::absolute(path).ok(), fs::canonicalize(path).ok()];
+    whole.into_iter().flatten().filter_map(|path| Some(path.parent()?.to_owned()))
 }
 
 fn mode(found: &Metadata) -> String {

@@ -4,6 +4,7 @@
 use std::{
     fs::{self, Metadata},
     io,
+    os::unix::fs::MetadataExt as _,
     path::Path,
 };
 
@@ -63,6 +64,20 @@ pub(super) fn audit_key(path: &Path) -> Result<(), String> {
     let found = fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
     init::refuse_open(path, &found).map_err(|refused| refused.to_string())?;
     Keys::load(path).map(drop).map_err(|error| error.to_string())
+}
+
+/// What says who may call: client CAs and their revocation lists.
+pub(super) fn of_clients(path: &Path) -> Result<(), String> {
+    regular(path)?;
+    let shown = path.display();
+    let found = fs::metadata(path).map_err(|error| format!("{shown}: {error}"))?;
+    if !init::is_open_to_all(&found) {
+        return Ok(());
+    }
+    let mode = found.mode() & 0o7777;
+    Err(format!(
+        "every user can change {shown} (mode {mode:04o}), so that anybody could say who may call: chmod o-w {shown}"
+    ))
 }
 
 /// A contract.

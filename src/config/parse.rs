@@ -165,8 +165,10 @@ fn read_tls(context: &mut Context<'_>, mut table: Table) -> Option<ListenerTls> 
     if table.members.contains_key("client_crl_file") && !table.members.contains_key("client_ca_file") {
         table.lacks(context, "client_ca_file", "is needed for client_crl_file");
     }
-    let [cert_file, client_ca_file, client_crl_file] = ["cert_file", "client_ca_file", "client_crl_file"]
-        .map(|name| table.path(context, name).and_then(|found| good_file(context, found, files::regular)));
+    let cert_file =
+        table.path(context, "cert_file").and_then(|found| good_file(context, found, files::regular));
+    let [client_ca_file, client_crl_file] = ["client_ca_file", "client_crl_file"]
+        .map(|name| table.path(context, name).and_then(|found| good_file(context, found, files::of_clients)));
     let key_file = table.path(context, "key_file").and_then(|found| good_file(context, found, files::secret));
     let path = table.path.clone();
     table.close(context);

@@ -11,10 +11,14 @@ use std::{
     sync::Arc,
 };
 
+use ccsqm_gateway::contract::Contract;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::*;
+use crate::{
+    callers::{CALLER, Ca, SERVER},
+    support::*,
+};
 
 const KEY: &str = "Qm4v8sXz1Lr0TgYc7WbNe5KdJh2Ua9Fp";
 
@@ -121,9 +125,7 @@ fn what_others_can_read_or_change_is_a_warning() {
         let (path, before) = (at(file), fs::metadata(at(file)).unwrap().permissions());
         set_mode(&path, mode);
         let notices = notices(&config);
-        // A folder holds several of them.
-        let told = if file.is_empty() { &notices[..1] } else { &notices[..] };
-        assert!(is_told(told, parts), "{file} {mode:o}: {notices:?}");
+        assert!(is_told(&notices, parts), "{file} {mode:o}: {notices:?}");
         fs::set_permissions(&path, before).unwrap();
     }
     for (key, is_weak) in [
@@ -140,6 +142,116 @@ fn what_others_can_read_or_change_is_a_warning() {
         assert!(told == is_weak && notices.is_empty() != is_weak, "{key}: {notices:?}");
         assert!(!notices.concat().contains(&key));
     }
+}
+
+/// A configuration that names a file by each of its settings, and what the settings are called.
+fn with_every_file() -> (TempDir, String, [(&'static str, &'static str); 12]) {
+    let (folder, text) = folder();
+    let ca = Ca::new();
+    let (server, client) = (ca.issue(SERVER), ca.issue(CALLER));
+    let contract = Contract::APPOINT_QUALITY_TASK;
+    for (name, content, mode) in [
+        ("roots.pem", &*ca.0.pem(), 0o644),
+        ("client.pem", &client.certificate, 0o644),
+        ("client.key", &client.key, 0o600),
+        ("server.pem", &server.certificate, 0o644),
+        ("server.key", &server.key, 0o600),
+        ("ca.pem", &ca.0.pem(), 0o644),
+        ("revoked.pem", &ca.revoke(&[], 2124), 0o644),
+        ("contract.json", contract, 0o644),
+    ] {
+        fs::write(folder.path().join(name), content).unwrap();
+        set_mode(&folder.path().join(name), mode);
+    }
+    let upstream = "[upstream]\nca_file = \"roots.pem\"\nclient_cert_file = \"client.pem\"\nclient_key_file = \"client.key\"\n";
+    let more = "key_file = \"own.key\"\n[[listeners]]\naddress = \"127.0.0.1:0\"\n[listeners.tls]\n\
+         cert_file = \"server.pem\"\nkey_file = \"server.key\"\nclient_ca_file = \"ca.pem\"\n\
+         client_crl_file = \"revoked.pem\"\n[[routes]]\nname = \"appointQualityTask\"\ncontract_file = \"contract.json\"\n";
+    let files = [
+        ("gateway.toml", "--config"),
+        ("app_key", "credentials[0].app_key_file"),
+        ("app_secret", "credentials[0].app_secret_file"),
+        ("roots.pem", "upstream.ca_file"),
+        ("client.pem", "upstream.client_cert_file"),
+        ("client.key", "upstream.client_key_file"),
+        ("server.pem", "listeners[1].tls.cert_file"),
+        ("server.key", "listeners[1].tls.key_file"),
+        ("ca.pem", "listeners[1].tls.client_ca_file"),
+        ("revoked.pem", "listeners[1].tls.client_crl_file"),
+        ("contract.json", "contract_file of the route appointQualityTask"),
+        ("own.key", "audit.key_file"),
+    ];
+    (folder, text.replacen("[upstream]\n", upstream, 1) + more, files)
+}
+
+#[test]
+fn no_file_that_the_configuration_names_is_changed_by_every_user_unnoticed() {
+    let (folder, text, files) = with_every_file();
+    let reference = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/config/gateway.toml")).unwrap();
+    let keys = reference.lines().filter_map(|line| line.trim_start_matches(['#', ' ']).split_once(" = "));
+    let keys: Vec<_> = keys.map(|(key, _)| key).filter(|key| key.ends_with("_file")).collect();
+    let is_walked = |key: &&str| files.iter().any(|(_, setting)| setting.contains(*key));
+    assert!(keys.len() >= 11 && keys.iter().all(is_walked), "each key of the reference: {keys:?}");
+    let config = configure(&folder, &text);
+    assert_eq!(notices(&config), Vec::<String>::new(), "the control");
+    for (file, setting) in files {
+        let path = folder.path().join(file);
+        let before = fs::metadata(&path).unwrap().permissions();
+        set_mode(&path, before.mode() | 0o002);
+        if ["listeners[1].tls.client_ca_file", "listeners[1].tls.client_crl_file", "audit.key_file"]
+            .contains(&setting)
+        {
+            for name in ["check", "serve"] {
+                let (code, out, error) = command(&[name, "--config", &config]);
+                assert!(code == 78 && out.is_empty(), "{name} {file}: {out}{error}");
+                assert!(error.contains(&format!(": {setting}: every user can change ")), "{error}");
+                assert!(error.contains("chmod o-w ") && error.lines().count() == 1, "{error}");
+            }
+        } else {
+            let told = notices(&config);
+            assert!(
+                told.len() == 1 && told[0].starts_with(&format!("{setting}: every user can ")),
+                "{file}: {told:?}"
+            );
+            assert!(told[0].contains("change") && told[0].contains("chmod o-"), "{told:?}");
+        }
+        // Of the group, nothing is said here.
+        set_mode(&path, before.mode() | 0o020);
+        assert_eq!(notices(&config), Vec::<String>::new(), "the control: {file}");
+        fs::set_permissions(&path, before).unwrap();
+    }
+}
+
+#[test]
+fn a_folder_that_every_user_can_change_is_one_line_with_all_settings() {
+    let (folder, text, files) = with_every_file();
+    let config = configure(&folder, &text);
+    set_mode(folder.path(), 0o777);
+    let told = notices(&config);
+    assert_eq!(told.len(), 1, "{told:?}");
+    for (_, setting) in files {
+        assert!(told[0].contains(setting), "{setting}: {told:?}");
+    }
+    assert!(told[0].contains("audit.directory") && !told[0].contains("listeners[0].address"), "{told:?}");
+    assert!(
+        told[0].contains("mode 0777") && told[0].ends_with(&format!("chmod o-w {}", folder.path().display())),
+        "{told:?}"
+    );
+    set_mode(folder.path(), 0o1777);
+    assert_eq!(notices(&config), Vec::<String>::new(), "the control: sticky");
+    // Another folder is another line, with its own setting alone; so is that of a socket.
+    set_mode(folder.path(), 0o755);
+    for name in ["keys", "run"] {
+        fs::create_dir(folder.path().join(name)).unwrap();
+        set_mode(&folder.path().join(name), 0o757);
+    }
+    fs::rename(folder.path().join("app_key"), folder.path().join("keys/app_key")).unwrap();
+    let socket = folder.path().join("run/gateway.sock");
+    let text = text.replacen("\"app_key\"", "\"keys/app_key\"", 1);
+    let config = configure(&folder, &text.replacen("/nowhere/gateway.sock", socket.to_str().unwrap(), 1));
+    let told = notices(&config);
+    assert!(told.len() == 2 && told[0].starts_with("credentials[0].app_key_file: every user"), "{told:?}");
+    assert!(told[1].starts_with("listeners[0].address: every user"), "{told:?}");
 }
 
 #[test]
