@@ -19,7 +19,7 @@ use anyhow::Context as _;
 use ccsqm_gateway::{
     app::Ended,
     config::{Config, Log, LogFormat, Problems},
-    log,
+    log, plain,
 };
 use clap::{Parser, Subcommand};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
@@ -119,12 +119,15 @@ pub(crate) fn run() -> ExitCode {
 
 /// Prints help, or what is wrong with the arguments.
 fn usage(said: &clap::Error) -> ExitCode {
-    let text = said.render().to_string();
+    // What is said of them has lines, which no argument may add to: it is said of the same ones, made plain.
+    let made_plain = std::env::args_os().map(|argument| plain::line(&argument.to_string_lossy()));
+    let of_plain = Arguments::try_parse_from(made_plain).err();
+    let text = of_plain.as_ref().unwrap_or(said).render().to_string();
     let text = text.trim_end();
     if said.use_stderr() {
-        complain!("{text}");
+        out::complain_lines(text);
     } else {
-        out!("{text}");
+        out::lines(text);
     }
     ExitCode::from(u8::try_from(said.exit_code()).unwrap_or(1))
 }

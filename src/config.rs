@@ -32,7 +32,10 @@ use std::{
 use http::{HeaderMap, HeaderName, StatusCode};
 use serde_json::json;
 
-use crate::audit::{Durability, RefusalBudget};
+use crate::{
+    audit::{Durability, RefusalBudget},
+    plain,
+};
 pub use effective::Access;
 use peer::meets_loopback;
 pub use peer::{DNS, PeerRule, SPIFFE};
@@ -111,14 +114,11 @@ impl fmt::Display for Problems {
 }
 
 impl fmt::Display for Problem {
-    /// One line, whatever the file holds: a key may be quoted, long, and full of control characters.
+    /// One line, whatever the file holds: a key may be quoted, long, and full of characters that are not plain.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { place, key, reason } = self;
         let cut = key.char_indices().nth(200).map_or(key.len(), |(at, _)| at);
-        let mut line = String::new();
-        for c in format!("{place}: {}: {reason}", &key[..cut]).chars() {
-            if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
-        }
+        let line = plain::line(&format!("{place}: {}: {reason}", &key[..cut]));
         f.write_str(&line) // at once: standard error has no buffer
     }
 }

@@ -50,7 +50,7 @@ pub mod config; // the validated configuration
 pub mod reload; // a configuration that changes
 pub mod clock; // the time, read once a turn
 mod ids; // which users and groups the kernel can show
-mod plain; // characters that may be taken for something else
+pub mod plain; // characters that may be taken for something else
 mod json; // strict JSON, for bodies and replies
 pub mod connect; // TCP and TLS to the upstream and to the token endpoint
 pub mod secret; // zeroised buffers

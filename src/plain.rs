@@ -1,4 +1,5 @@
-//! Characters that a terminal, or a reader of lines, may take for something else. They stand raw in neither trail nor log.
+//! Characters that a terminal, or a reader of lines, may take for something else. They stand raw in neither trail nor log, nor in
+//! what commands print.
 
 /// What shows nothing, or moves what stands beside it, from DEL on, as ranges in their order. Of Unicode: controls, format
 /// characters and separators (categories Cc, Cf, Z), and what is left out where it is not supported
@@ -50,18 +51,35 @@ pub(crate) fn escape(text: &mut Vec<u8>, from: usize) {
     if !tail.contains(is_unplain) {
         return;
     }
-    let mut escaped = String::with_capacity(tail.len() + 32);
-    for character in tail.chars() {
-        if is_unplain(character) {
-            for unit in character.encode_utf16(&mut [0; 2]) {
-                escaped.push_str(&format!("\\u{unit:04x}"));
-            }
-        } else {
-            escaped.push(character);
-        }
-    }
+    let escaped = escaped(tail, is_unplain);
     text.truncate(from);
     text.extend_from_slice(escaped.as_bytes());
+}
+
+/// A text in one line: what is not plain stands as JSON's escapes, and so do line breaks and other controls.
+pub fn line(text: &str) -> String {
+    escaped(text, |character| character < ' ' || is_unplain(character))
+}
+
+/// The same of a text of several lines.
+pub fn lines(text: &str) -> String {
+    escaped(text, |character| (character < ' ' && character != '\n') || is_unplain(character))
+}
+
+fn escaped(text: &str, is_odd: impl Fn(char) -> bool) -> String {
+    let mut escaped = String::with_capacity(text.len() + 32);
+    for character in text.chars() {
+        match character {
+            _ if !is_odd(character) => escaped.push(character),
+            '\n' => escaped.push_str("\\n"),
+            _ => {
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    escaped.push_str(&format!("\\u{unit:04x}"));
+                }
+            }
+        }
+    }
+    escaped
 }
 
 fn is_unplain(character: char) -> bool {
@@ -131,6 +149,21 @@ mod tests {
         let mut expected = set(&UNPLAIN);
         expected.union(&set(&[('\0', ' ')]));
         assert_eq!(refused, expected);
+    }
+
+    #[test]
+    fn line_is_one_and_lines_stay_lines() {
+        let odd = "a\u{1b}[31m\r\n\tb\u{202e}\u{e0020}é";
+        let json = serde_json::to_string(odd).unwrap();
+        assert_eq!(line(odd), "a\\u001b[31m\\u000d\\n\\u0009b\\u202e\\udb40\\udc20é");
+        assert_eq!(lines(odd), "a\\u001b[31m\\u000d\n\\u0009b\\u202e\\udb40\\udc20é");
+        assert_eq!(serde_json::from_str::<String>(&line(&json)).unwrap(), odd);
+        assert_eq!(line(&json), lines(&json));
+        assert_eq!(
+            (line("plain é \\u001b"), lines("")),
+            ("plain é \\u001b".to_owned(), String::new()),
+            "the control"
+        );
     }
 
     #[test]

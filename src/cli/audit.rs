@@ -265,11 +265,17 @@ fn list(trail: &Trail, calls: &[&UnresolvedCall]) {
             out!("{}", json!(call));
             continue;
         }
-        let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".into());
+        let text = |value: &Option<String>| value.as_ref().map_or("-".to_owned(), |text| word(text));
         let task = call.task.as_ref().map_or("-".to_owned(), ToString::to_string);
         let (caller, route) = (text(&call.caller), text(&call.route));
         out!("{} {} caller {caller} route {route} task {task}", call.time, call.id);
     }
+}
+
+/// A text among others in a line: in quotes where it could pass for more than one word.
+fn word(text: &str) -> String {
+    let is_word = !text.is_empty() && text.chars().all(|it| it > ' ' && it != '"');
+    if is_word { text.to_owned() } else { json!(text).to_string() }
 }
 
 fn head(trail: &Trail, found: &Found) -> bool {

@@ -7,13 +7,14 @@ use ccsqm_gateway::{
     audit::init,
     config::{Access, Audit, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, trail::CALL},
     idempotency::memory::{MemoryBound, mebibytes},
+    plain,
     secret::needles,
 };
 use serde_json::{Map, Value, json};
 
 use super::{
     BAD_CONFIGURATION, Configured,
-    out::{complain, out},
+    out::{self, complain, out},
 };
 
 /// A configuration, and how to speak about it.
@@ -33,14 +34,14 @@ pub(super) fn run(args: &Args) -> ExitCode {
             let reason = key_is_lost(&config).unwrap_or_default();
             if args.json {
                 let problem = json!({ "key": "audit.directory", "reason": reason });
-                out!("{:#}", json!({ "good": false, "file": file, "problems": [problem] }));
+                document(&json!({ "good": false, "file": file, "problems": [problem] }));
             } else {
                 complain!("{file}: audit.directory: {reason}");
             }
             ExitCode::from(BAD_CONFIGURATION)
         }
         Ok(config) if args.json => {
-            out!("{:#}", machine_readable(&args.configured, &config));
+            document(&machine_readable(&args.configured, &config));
             ExitCode::SUCCESS
         }
         Ok(config) => {
@@ -50,20 +51,26 @@ pub(super) fn run(args: &Args) -> ExitCode {
             memory(&config);
             config.trail_size().lines().iter().for_each(|line| out!("# {line}"));
             for notice in notices(&args.configured, &config) {
-                out!("#\n# Note: {notice}");
+                out!("#");
+                out!("# Note: {notice}");
             }
             ExitCode::SUCCESS
         }
         Err(problems) => {
             if args.json {
                 let problems: Vec<_> = problems.iter().map(|problem| problem.to_json()).collect();
-                out!("{:#}", json!({ "good": false, "file": file, "problems": problems }));
+                document(&json!({ "good": false, "file": file, "problems": problems }));
             } else {
-                complain!("{problems}");
+                out::complain_lines(&problems.to_string());
             }
             ExitCode::from(BAD_CONFIGURATION)
         }
     }
+}
+
+/// One that has lines, as JSON.
+fn document(value: &Value) {
+    out::lines(&format!("{value:#}"));
 }
 
 /// What a start without `--accept-loss` would be refused for, although the configuration is good.
@@ -73,7 +80,8 @@ fn key_is_lost(config: &Config) -> Option<String> {
 }
 
 fn access(config: &Config) {
-    out!("\n# Who can use which credential:");
+    out!("");
+    out!("# Who can use which credential:");
     let access = config.access();
     for name in config.effective()["credentials"].as_array().into_iter().flatten().map(|c| &c["name"]) {
         let mut users = access.iter().filter(|access| *name == *access.credential).peekable();
@@ -85,8 +93,9 @@ fn access(config: &Config) {
 
 fn memory(config: &Config) {
     let MemoryBound { keys, replies } = MemoryBound::new(&config.idempotency);
+    out!("");
     out!(
-        "\n# Memory: {} keys take at most {} MiB, stored replies {} MiB.",
+        "# Memory: {} keys take at most {} MiB, stored replies {} MiB.",
         config.idempotency.max_keys,
         mebibytes(keys),
         mebibytes(replies)
@@ -150,7 +159,8 @@ fn members(header: &str, table: &Value) {
     // Of the built-in route no file may hold these.
     let built_in = header == "[[routes]]" && table["name"] == BUILT_IN_ROUTE;
     let is_fixed = |key: &str| built_in && ["path", "result_field", "success_codes"].contains(&key);
-    out!("\n{header}");
+    out!("");
+    out!("{header}");
     for (key, value) in table.as_object().into_iter().flatten() {
         match value {
             Value::Null if built_in && key == "contract_file" => out!("# {key}: built in"),
@@ -168,9 +178,14 @@ fn toml(value: &Value) -> String {
     match value {
         Value::Array(items) => format!("[{}]", items.iter().map(toml).collect::<Vec<_>>().join(", ")),
         Value::Object(members) => inline_table(members),
-        // JSON's escapes are TOML's; only DEL must be escaped in one and need not be in the other.
-        _ => value.to_string().replace('\u{7f}', "\\u007f"),
+        _ => value.to_string().chars().map(escaped).collect(),
     }
+}
+
+/// JSON's escapes are TOML's, but for those of characters beyond U+FFFF.
+fn escaped(character: char) -> String {
+    let (escaped, code) = (plain::line(character.encode_utf8(&mut [0; 4])), u32::from(character));
+    if escaped.len() > 6 { format!("\\U{code:08x}") } else { escaped }
 }
 
 fn inline_table(members: &Map<String, Value>) -> String {
@@ -178,6 +193,7 @@ fn inline_table(members: &Map<String, Value>) -> String {
         return "{}".into();
     }
     let set = members.iter().filter(|(_, value)| !value.is_null());
-    let members: Vec<_> = set.map(|(key, value)| format!("{} = {}", json!(key), toml(value))).collect();
+    let members: Vec<_> =
+        set.map(|(key, value)| format!("{} = {}", toml(&json!(key)), toml(value))).collect();
     format!("{{ {} }}", members.join(", "))
 }

@@ -132,8 +132,11 @@ fn introduce(address: SocketAddr, admin: SocketAddr, sandbox: &Sandbox, folder: 
     out!("admin    http://{admin}/status");
     out!("sandbox  {}/_sandbox/requests", sandbox.url());
     out!("audit    {}", folder.join("audit").display());
-    out!("\nTry it:\n");
-    out!("curl -i http://{address}{PATH} -H 'Content-Type: application/json' -d '{EXAMPLE}'\n");
+    out!("");
+    out!("Try it:");
+    out!("");
+    out!("curl -i http://{address}{PATH} -H 'Content-Type: application/json' -d '{EXAMPLE}'");
+    out!("");
     out!("Ctrl-C stops it.");
 }
 
@@ -176,7 +179,8 @@ fn mask(line: &str) -> String {
 }
 
 fn show(title: &str, text: &str) {
-    out!("{title}\n");
+    out!("{title}");
+    out!("");
     for line in text.trim_end().lines() {
         out!("  {line}");
     }

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::Context as _;
 
-use super::out::out;
+use super::out;
 
 /// Ask a running gateway whether it lives, or is ready.
 #[derive(clap::Args)]
@@ -28,7 +28,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let path = if args.ready { "/readyz" } else { "/livez" };
     let reply = ask(args.admin, path).with_context(|| format!("no answer from {}", args.admin))?;
     let (head, body) = reply.split_once("\r\n\r\n").unwrap_or((&reply, ""));
-    out!("{}", body.trim_end());
+    out::lines(body.trim_end());
     let is_good = head.starts_with("HTTP/1.1 200 ");
     Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

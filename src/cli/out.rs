@@ -1,5 +1,8 @@
 //! What commands print. Whatever becomes of it, a command does its work, and nothing panics: a reader that left is no error,
 //! and of anything else one line on stderr tells.
+//!
+//! What is printed may hold texts of others: of the upstream, of callers, of file names, of arguments. None of them moves the cursor,
+//! hides a part or begins a line of its own: see [`plain`].
 
 use std::{
     fmt, io,
@@ -7,7 +10,7 @@ use std::{
     sync::atomic::{AtomicU8, Ordering},
 };
 
-use ccsqm_gateway::log;
+use ccsqm_gateway::{log, plain};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::{Errno, retry_on_intr, write},
@@ -21,7 +24,7 @@ macro_rules! out {
 
 /// Prints a line to stderr. In the place of `eprintln!`, which panics.
 macro_rules! complain {
-    ($($text:tt)*) => { ccsqm_gateway::log::say(&format!($($text)*)) };
+    ($($text:tt)*) => { $crate::cli::out::complain_line(format_args!($($text)*)) };
 }
 
 pub(super) use {complain, out};
@@ -37,12 +40,33 @@ const FAILED: u8 = 2;
 
 static STATE: AtomicU8 = AtomicU8::new(GOOD);
 
-/// Prints a line, unless an earlier one could not be printed.
+/// Prints one line, whatever is in it.
 pub(super) fn line(text: fmt::Arguments<'_>) {
+    print(plain::line(&text.to_string()));
+}
+
+/// Prints a text whose line breaks are this program's own.
+pub(super) fn lines(text: &str) {
+    print(plain::lines(text));
+}
+
+/// Prints one line to stderr, whatever is in it.
+pub(super) fn complain_line(text: fmt::Arguments<'_>) {
+    log::say(&plain::line(&text.to_string()));
+}
+
+/// Prints a text to stderr whose line breaks are this program's own.
+pub(super) fn complain_lines(text: &str) {
+    log::say(&plain::lines(text));
+}
+
+/// Prints a text, unless an earlier one could not be printed.
+fn print(mut text: String) {
     if STATE.load(Ordering::Relaxed) != GOOD {
         return;
     }
-    match write_all(format!("{text}\n").as_bytes()) {
+    text.push('\n');
+    match write_all(text.as_bytes()) {
         Ok(()) => {}
         Err(Errno::PIPE) => STATE.store(UNREAD, Ordering::Relaxed),
         Err(error) => {

@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use ccsqm_gateway::sandbox::{APPOINT_PATH, Options, Sandbox, Tls};
 
 use super::{
-    out::out,
+    out,
     signals::{Asked, HangUp, while_listening},
 };
 
@@ -58,7 +58,7 @@ fn tls(cert: Option<PathBuf>, key: Option<PathBuf>) -> anyhow::Result<Option<Tls
 
 fn introduce(sandbox: &Sandbox, app_key: &str, app_secret: &str) {
     let (url, token_url) = (sandbox.url(), sandbox.token_url());
-    out!(
+    out::lines(&format!(
         "sandbox    {url}\n\
          app key    {app_key}\n\
          app secret {app_secret}\n\
@@ -74,5 +74,5 @@ fn introduce(sandbox: &Sandbox, app_key: &str, app_secret: &str) {
          revoke     POST {url}/_sandbox/revoke\n\
          \n\
          Ctrl-C stops it."
-    );
+    ));
 }

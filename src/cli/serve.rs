@@ -7,6 +7,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{
     BAD_CONFIGURATION, Configured,
+    out::{self, complain},
     signals::{Asked, HangUp, while_listening},
 };
 
@@ -34,7 +35,7 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
     let config = match configured.load() {
         Ok(config) => config,
         Err(problems) => {
-            log::say(&problems.to_string());
+            out::complain_lines(&problems.to_string());
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
     };
@@ -48,7 +49,7 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
     allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = match App::build(config, accept_loss) {
         Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..) | StartError::Absent(_))) => {
-            log::say(&format!("ccsqm-gateway: audit.directory: {error}"));
+            complain!("ccsqm-gateway: audit.directory: {error}");
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
         built => built?,

@@ -15,6 +15,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use ccsqm_gateway::contract::Contract;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -649,6 +650,25 @@ fn what_check_prints_is_the_same_configuration_again() {
         assert_eq!(first["configuration"]["server"]["idle_timeout"], "1500ms");
         assert_eq!(first["access"], second["access"]);
     }
+}
+
+#[test]
+fn what_check_prints_of_odd_names_is_toml() {
+    let (folder, text) = shipped("minimal.toml");
+    let odd = "a\u{1b}\u{7f}\u{202e}\u{e0020}\u{1f600}é \\ \" .json";
+    fs::write(folder.path().join(odd), Contract::APPOINT_QUALITY_TASK).unwrap();
+    let name = r#""a\u001b\u007f\u202e\U000e0020😀é \\ \" .json""#;
+    let path = write(
+        &folder,
+        &format!("{text}\n[[routes]]\nname = \"appointQualityTask\"\ncontract_file = {name}\n"),
+    );
+    let (code, out, error) = run(&["check", "--config", &path], &[]);
+    assert_eq!(code, 0, "{error}");
+    let line = out.lines().find(|line| line.starts_with("contract_file = ")).unwrap();
+    assert!(line.contains(&name[1..name.len() - 1]), "{line}");
+    let again = write(&folder, &out);
+    let shown = effective(&again, &[], &[])["configuration"]["routes"][0]["contract_file"].clone();
+    assert_eq!(shown, folder.path().join(odd).to_str().unwrap(), "{out}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::{
     fs,
     io::Read,
     process::{Command, Output, Stdio},
+    sync::Arc,
 };
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -145,6 +146,101 @@ fn commands_keep_their_exit_code_whatever_becomes_of_their_output() {
         let full = redirected(&args, ">/dev/full 2>/dev/full");
         assert_eq!(full.status.code(), Some(wanted), "{words}, both full");
     }
+}
+
+/// Texts of others that would move the cursor, hide a part, or begin a line of their own.
+const ODD: &str =
+    "1\n2026-01-01 forged outcome succeeded \u{1b}[2K\r\u{9b}31m\u{202e}\u{2028}\u{e0020}\u{2800}";
+
+/// What a command prints is plain, and has as many lines as the same command with plain texts.
+fn assert_plain(words: &[&str], lines: usize, stdout: &str, stderr: &str) {
+    for text in [stdout, stderr] {
+        let odd = |it: char| it != '\n' && (it.is_control() || ODD[1..].contains(it) && !it.is_ascii());
+        assert!(!text.contains(odd), "{words:?}: {text:?}");
+        assert!(!text.lines().any(|line| line.starts_with("2026-01-01 forged")), "{words:?}: {text}");
+    }
+    assert_eq!(stdout.lines().count() + stderr.lines().count(), lines, "{words:?}: {stdout}{stderr}");
+}
+
+#[test]
+fn no_command_prints_what_a_terminal_takes_for_something_else() {
+    let sandbox = sandbox();
+    let contract = serde_json::json!({
+        "type": "object",
+        "additionalProperties": false,
+        "properties": { "task": { "type": "string", "x-audit": "task" } }
+    });
+    let told = |text: &str| {
+        let folder = Arc::new(TempDir::new().unwrap());
+        fs::write(folder.path().join("other.json"), contract.to_string()).unwrap();
+        let caller = "[[routes]]\nname = \"appointQualityTask\"\ncontract_file = \"other.json\"\n".to_owned();
+        let gateway = start_with(&sandbox, Setup { folder: Some(folder), caller, ..Setup::default() });
+        let reply = serde_json::json!({ "resultCode": text }).to_string();
+        faults(
+            &sandbox,
+            serde_json::json!({ "business": [{ "status": 200, "body": reply, "times": 1 }, { "instead": "reset", "times": 1 }] }),
+        );
+        let body = serde_json::json!({ "task": text }).to_string();
+        assert_eq!((gateway.post(&body).outcome(), gateway.post(&body).outcome()), ("failed", "unknown"));
+        let ids: Vec<_> =
+            gateway.records("outcome", 2).iter().map(|it| it["id"].as_str().unwrap().to_owned()).collect();
+        assert_eq!(gateway.records("outcome", 2)[0]["result_code"], text);
+        let trail = gateway.audit_directory().display().to_string();
+        let lines: Vec<usize> = [
+            &["show", &trail, &ids[0]][..],
+            &["show", "--json", &trail, &ids[0]],
+            &["unresolved", &trail],
+            &["unresolved", "--json", &trail],
+        ]
+        .map(|words| {
+            let words = [&["audit"], words].concat();
+            let (code, out, error) = command(&words);
+            assert_eq!(code, i32::from(words[1] == "unresolved"), "{words:?}: {error}");
+            let lines = out.lines().count();
+            assert_plain(&words, lines, &out, &error);
+            lines
+        })
+        .into();
+        (lines, gateway)
+    };
+    let (plain, _) = told("1");
+    let (lines, gateway) = told(ODD);
+    assert_eq!(lines, plain, "the control: texts that are plain");
+
+    // Names of files, arguments, bodies, and what is wrong with a configuration.
+    let odd = gateway.folder.path().join(ODD.replace('/', ""));
+    fs::copy(gateway.folder.path().join("gateway.toml"), &odd).unwrap();
+    fs::write(gateway.folder.path().join("body.json"), serde_json::json!({ ODD: 1 }).to_string()).unwrap();
+    let bad = format!("[server]\n\"{}\" = 1\n", "\\u001b[2K\\n2026-01-01 forged\\u202e");
+    fs::write(gateway.folder.path().join("bad.toml"), bad).unwrap();
+    let at = |name: &str| gateway.folder.path().join(name).display().to_string();
+    let (odd, body, bad) = (odd.display().to_string(), at("body.json"), at("bad.toml"));
+    let absent = format!("{odd}-absent");
+    let good = [&["check", "--config", &odd][..], &["check", "--json", "--config", &odd]];
+    for words in good {
+        let (code, out, error) = command(words);
+        assert_eq!(code, 0, "{out}{error}");
+        assert_plain(words, out.lines().count(), &out, &error);
+    }
+    for (words, wrong, lines) in [
+        (&["check", "--config", &absent][..], 78, 1),
+        (&["serve", "--config", &absent], 78, 1),
+        (&["check", "--config", &bad], 78, 4),
+        (&["contract", "check", "appointQualityTask", &body], 1, 6),
+        (&["contract", "check", "--json", "appointQualityTask", &body], 1, 1),
+        (&["contract", "check", &absent, &body], 78, 1),
+        (&["audit", "verify", &absent], 78, 1),
+        (&["audit", "verify", "--json", &absent], 78, 1),
+        (&["healthcheck", "--admin", ODD], 2, 3),
+        (&[ODD], 2, 5),
+        (&["audit", ODD], 2, 5),
+    ] {
+        let (code, out, error) = command(words);
+        assert_eq!(code, wrong, "{words:?}: {out}{error}");
+        assert_plain(words, lines, &out, &error);
+    }
+    let (_, out, _) = command(&["--help"]);
+    assert!(out.lines().count() > 9, "the control: lines of our own stay lines");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use ccsqm_gateway::audit::history::records_of;
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::word;
 use crate::cli::out::{complain, out};
 
 /// Prints all records that name a request, as lines for people or as JSON; false if there is none.
@@ -29,8 +30,8 @@ pub(super) fn show(directory: &Path, id: Uuid, json: bool) -> anyhow::Result<boo
 /// One record of the request, or of another one that names it.
 fn line(record: &Value, id: &str) -> String {
     let kind = record["kind"].as_str().unwrap_or_default();
-    let time = record["time"].as_str().unwrap_or_default();
-    let event = record["event"].as_str().unwrap_or(kind);
+    let time = word(record["time"].as_str().unwrap_or("-"));
+    let event = word(record["event"].as_str().unwrap_or(kind));
     let members: &[&str] = match kind {
         "intent" => &[
             "caller",
@@ -62,7 +63,7 @@ fn line(record: &Value, id: &str) -> String {
     };
     let mut text = format!("{time} {event}");
     if record["id"] != id {
-        let other = record["id"].as_str().unwrap_or("-");
+        let other = word(record["id"].as_str().unwrap_or("-"));
         text += &format!(
             " of {other}, which {}",
             if record["forced"] == id { "repeats it by force" } else { "follows it" }
@@ -71,12 +72,12 @@ fn line(record: &Value, id: &str) -> String {
     for name in members {
         match &record[*name] {
             Value::Null => {}
-            Value::String(value) => text += &format!(" {name} {value}"),
+            Value::String(value) => text += &format!(" {name} {}", word(value)),
             value => text += &format!(" {name} {value}"),
         }
     }
     if let Some(stages) = record["ms"].as_object() {
-        let stages: Vec<_> = stages.iter().map(|(stage, ms)| format!("{stage} {ms}")).collect();
+        let stages: Vec<_> = stages.iter().map(|(stage, ms)| format!("{} {ms}", word(stage))).collect();
         text += &format!(" ms [{}]", stages.join(", "));
     }
     if let Some(reply) = record["reply"].as_object() {
