@@ -20,10 +20,19 @@ use super::{
 /// A record's time may lie before the time in its id by so much.
 const SLACK: Duration = Duration::from_secs(60 * 60);
 
+/// A record that names a call.
+#[derive(Debug)]
+pub struct Naming {
+    /// As it stands in the trail, without its line break.
+    pub line: String,
+    /// What that means.
+    pub record: Value,
+}
+
 /// Returns all records that name this call, in the order of the trail: its own, those of calls that repeat or equal it,
 /// and events about it. Lists of unresolved calls are left out. A line that cannot be read is passed over:
 /// `audit verify` names it.
-pub fn records_of(directory: &Path, id: Uuid) -> io::Result<Vec<Value>> {
+pub fn records_of(directory: &Path, id: Uuid) -> io::Result<Vec<Naming>> {
     let mut tries = 10;
     loop {
         match read(directory, id) {
@@ -36,7 +45,7 @@ pub fn records_of(directory: &Path, id: Uuid) -> io::Result<Vec<Value>> {
     }
 }
 
-fn read(directory: &Path, id: Uuid) -> io::Result<Vec<Value>> {
+fn read(directory: &Path, id: Uuid) -> io::Result<Vec<Naming>> {
     let segments = segments(directory)?;
     let text = id.hyphenated().to_string();
     let mut records = Vec::new();
@@ -48,7 +57,7 @@ fn read(directory: &Path, id: Uuid) -> io::Result<Vec<Value>> {
                 && let Ok(record) = serde_json::from_str::<Value>(line)
                 && is_about(&record, &text)
             {
-                records.push(record);
+                records.push(Naming { line: line.to_owned(), record });
             }
         }
     }

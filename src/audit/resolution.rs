@@ -16,7 +16,7 @@ use super::{
     Audit, StartError, append,
     chain::Keys,
     check_trail,
-    history::records_of,
+    history::{Naming, records_of},
     record::Entry,
     start_error,
     unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList},
@@ -149,7 +149,9 @@ impl History {
     fn read(directory: &Path, id: Uuid) -> io::Result<Self> {
         let mut history = Self::default();
         let text = json!(id);
-        for record in records_of(directory, id)?.into_iter().filter(|record| record["id"] == text) {
+        for Naming { record, .. } in
+            records_of(directory, id)?.into_iter().filter(|it| it.record["id"] == text)
+        {
             history.take(record);
         }
         Ok(history)

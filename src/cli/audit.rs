@@ -92,7 +92,8 @@ struct Show {
     directory: PathBuf,
     /// The request id.
     id: Uuid,
-    /// The records as they stand in the trail.
+    /// The lines as they stand in the trail, so that their hashes can be recomputed. In those of older versions, or that somebody
+    /// else wrote, characters that a terminal may take for something else are escaped.
     #[arg(long)]
     json: bool,
 }

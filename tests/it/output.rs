@@ -244,6 +244,26 @@ fn no_command_prints_what_a_terminal_takes_for_something_else() {
 }
 
 #[test]
+fn shown_lines_are_those_of_the_trail() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    // Written anew, a number or an escape would be another text.
+    let body = BODY.replace("1600226476732482572", "16\\u0030\\/é");
+    assert_eq!(gateway.post(&body).outcome(), "succeeded");
+    let id = gateway.records("outcome", 1)[0]["id"].as_str().unwrap().to_owned();
+    let trail = gateway.audit_directory();
+    let (code, out, _) = command(&["audit", "show", "--json", trail.to_str().unwrap(), &id]);
+    let segments = fs::read_dir(&trail).unwrap().map(|entry| entry.unwrap().path());
+    let text: String = segments
+        .filter(|path| path.extension().is_some_and(|it| it == "jsonl"))
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect();
+    let lines: Vec<_> = text.lines().filter(|line| line.contains(&id)).collect();
+    assert!(code == 0 && lines.len() == 2 && lines[0].contains("16\\u0030\\/é"), "the control: {lines:?}");
+    assert_eq!(out.lines().collect::<Vec<_>>(), lines);
+}
+
+#[test]
 fn sandbox_and_demo_serve_on_when_nobody_reads_what_they_print() {
     for args in [&["sandbox", "--listen"][..], &["demo", "--admin", "127.0.0.1:0", "--listen"]] {
         for full in [false, true] {

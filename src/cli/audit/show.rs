@@ -17,11 +17,11 @@ pub(super) fn show(directory: &Path, id: Uuid, json: bool) -> anyhow::Result<boo
         complain!("ccsqm-gateway: the trail has no request {id}");
         return Ok(false);
     }
-    for record in &records {
+    for naming in &records {
         if json {
-            out!("{record}");
+            out!("{}", naming.line);
         } else {
-            out!("{}", line(record, &id.to_string()));
+            out!("{}", line(&naming.record, &id.to_string()));
         }
     }
     Ok(true)
