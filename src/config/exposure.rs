@@ -4,16 +4,23 @@
 //! [`crate::audit::init`]. The rest is told and not refused: volumes come with modes that nobody chose.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     fs::{self, Metadata},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
+use rustix::{
+    fs::{StatVfsMountFlags, statvfs},
+    process::geteuid,
+};
 use zeroize::Zeroizing;
 
 use super::{Config, ContractSource, Control, ListenAddress, SecretSource};
-use crate::audit::{chain::key_path, init::is_open_to_all};
+use crate::{
+    audit::{chain::key_path, init::is_open_to_all},
+    ids,
+};
 
 /// Permission bits.
 const OTHERS_READ: u32 = 0o004;
@@ -53,6 +60,7 @@ impl Config {
         told.extend(of_directory(&self.audit.directory));
         told.extend(of_key(of_key_file, &key));
         told.extend(of_folders(&named));
+        told.extend(of_owners(&named, &self.audit.directory));
         told
     }
 
@@ -172,11 +180,11 @@ fn of_key(name: &str, path: &Path) -> Option<String> {
     })
 }
 
-/// Whoever can change a folder can put something else in the place of what lies in it. One line for each folder.
+/// Whoever can change a folder can put something else in the place of what lies in it, or below. One line for each folder.
 fn of_folders(named: &[Named<'_>]) -> Vec<String> {
     let mut folders: Vec<(PathBuf, Vec<&Named<'_>>)> = Vec::new();
     for one in named {
-        for folder in folders_of(one.path) {
+        for folder in Way::to(one.path).folders {
             match folders.iter_mut().find(|(known, _)| *known == folder) {
                 Some((_, known)) => known.push(one),
                 None => folders.push((folder, vec![one])),
@@ -194,10 +202,96 @@ fn of_folders(named: &[Named<'_>]) -> Vec<String> {
     folders.into_iter().filter_map(line).collect()
 }
 
-/// Where it is named, and where it lies.
-fn folders_of(path: &Path) -> impl Iterator<Item = PathBuf> {
-    let whole = [std::path::absolute(path).ok(), fs::canonicalize(path).ok()];
-    whole.into_iter().flatten().filter_map(|path| Some(path.parent()?.to_owned()))
+/// Whoever owns a file or a folder can change it, whatever its mode. One line for each owner that is neither root nor the user of the
+/// gateway. That user is who runs this; for root it may as well be who owns the audit directory, and without one nothing is told.
+fn of_owners(named: &[Named<'_>], directory: &Path) -> Vec<String> {
+    let own = geteuid().as_raw();
+    let of_trail = fs::metadata(directory).ok().map(|found| found.uid());
+    if own == 0 && of_trail.is_none() {
+        return Vec::new();
+    }
+    let is_trusted = |uid: u32| uid == 0 || uid == own || (own == 0 && of_trail == Some(uid));
+    let mut owners: BTreeMap<u32, (Vec<&Named<'_>>, Vec<PathBuf>)> = BTreeMap::new();
+    for one in named {
+        let Way { folders, links, end } = Way::to(one.path);
+        for place in
+            folders.into_iter().chain(links).chain((one.what != What::Place && end.is_file()).then_some(end))
+        {
+            let Ok(found) = fs::symlink_metadata(&place) else { continue };
+            // An id that is not mapped may be anybody's, root's included. On a mount that is read-only here nobody changes anything,
+            // but where the files come from.
+            if is_trusted(found.uid()) || ids::users().is_nobody(found.uid()) || is_read_only(&place) {
+                continue;
+            }
+            let (settings, places) = owners.entry(found.uid()).or_default();
+            settings.push(one);
+            if !places.contains(&place) {
+                places.push(place);
+            }
+        }
+    }
+    let line = |(uid, (named, places)): (u32, (Vec<&Named<'_>>, Vec<PathBuf>))| {
+        let places: Vec<_> = places.iter().map(|place| place.display().to_string()).collect();
+        format!(
+            "{}: user {uid}, who is neither root nor the gateway's own, can change what is named, since {uid} owns {}: chown it",
+            settings(named.into_iter()),
+            places.join(", ")
+        )
+    };
+    owners.into_iter().map(line).collect()
+}
+
+fn is_read_only(path: &Path) -> bool {
+    statvfs(path).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::RDONLY))
+}
+
+/// What the kernel goes through to reach a path.
+#[derive(Default)]
+struct Way {
+    /// All folders that a name is looked up in, symbolic links resolved.
+    folders: Vec<PathBuf>,
+    /// Links in folders where every user can make files, and their owners change them.
+    links: Vec<PathBuf>,
+    /// Where it ends.
+    end: PathBuf,
+}
+
+impl Way {
+    fn to(path: &Path) -> Self {
+        /// More links in a row lead nowhere.
+        const MAX_LINKS: usize = 40;
+        let mut way = Self { end: "/".into(), ..Self::default() };
+        let Ok(path) = std::path::absolute(path) else { return way };
+        let parts =
+            |path: &Path| path.components().rev().map(|it| it.as_os_str().to_owned()).collect::<Vec<_>>();
+        let mut rest = parts(&path);
+        let mut links = 0;
+        while let Some(part) = rest.pop() {
+            if part == "/" {
+                way.end = "/".into();
+                continue;
+            }
+            if part == ".." {
+                way.end.pop();
+                continue;
+            }
+            if !way.folders.contains(&way.end) {
+                way.folders.push(way.end.clone());
+            }
+            let next = way.end.join(&part);
+            match fs::read_link(&next) {
+                Ok(target) if links < MAX_LINKS => {
+                    links += 1;
+                    if fs::metadata(&way.end).is_ok_and(|found| found.mode() & OTHERS_WRITE != 0) {
+                        way.links.push(next);
+                    }
+                    rest.extend(parts(&target));
+                }
+                _ => way.end = next,
+            }
+        }
+        way
+    }
 }
 
 fn mode(found: &Metadata) -> String {

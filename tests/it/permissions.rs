@@ -3,7 +3,7 @@
 use std::{
     fs,
     os::unix::{
-        fs::{MetadataExt, PermissionsExt, symlink},
+        fs::{MetadataExt, PermissionsExt, chown, lchown, symlink},
         process::CommandExt,
     },
     path::Path,
@@ -252,6 +252,117 @@ fn a_folder_that_every_user_can_change_is_one_line_with_all_settings() {
     let told = notices(&config);
     assert!(told.len() == 2 && told[0].starts_with("credentials[0].app_key_file: every user"), "{told:?}");
     assert!(told[1].starts_with("listeners[0].address: every user"), "{told:?}");
+}
+
+#[test]
+fn a_folder_further_up_or_on_the_way_of_a_link_is_told_of() {
+    let (outer, text) = folder();
+    let config = configure(&outer, &text);
+    let at = |name: &str| outer.path().join(name);
+    for name in ["up", "up/in", "up/in/deep", "links", "links/more"] {
+        fs::create_dir(at(name)).unwrap();
+        set_mode(&at(name), 0o755);
+    }
+    fs::rename(at("app_key"), at("up/in/deep/key")).unwrap();
+    // A link to a link, by way of a folder in which neither lies.
+    symlink("links/more/second", at("app_key")).unwrap();
+    symlink(at("up/in/../in/deep/key"), at("links/more/second")).unwrap();
+    assert_eq!(notices(&config), Vec::<String>::new(), "the control");
+    for (name, mode) in
+        [("up", 0o777), ("up/in", 0o757), ("up/in/deep", 0o702), ("links", 0o777), ("links/more", 0o777)]
+    {
+        set_mode(&at(name), mode);
+        let told = notices(&config);
+        assert!(
+            told.len() == 1 && told[0].starts_with("credentials[0].app_key_file: every user can put"),
+            "{name}: {told:?}"
+        );
+        assert!(
+            told[0].ends_with(&format!("chmod o-w {}", fs::canonicalize(at(name)).unwrap().display())),
+            "{told:?}"
+        );
+        set_mode(&at(name), 0o1777);
+        assert_eq!(notices(&config), Vec::<String>::new(), "the control: sticky {name}");
+        set_mode(&at(name), 0o755);
+    }
+}
+
+#[test]
+fn owners_that_are_neither_root_nor_the_gateways_user_are_told() {
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        return; // only root gives files away
+    }
+    let (folder, text, files) = with_every_file();
+    let config = configure(&folder, &text);
+    let own = |path: &Path, uid: u32| chown(path, Some(uid), Some(uid)).unwrap();
+    for (file, setting) in files {
+        let path = folder.path().join(file);
+        own(&path, 4242);
+        let told = notices(&config);
+        assert!(
+            told.len() == 1 && told[0].starts_with(&format!("{setting}: user 4242, ")),
+            "{file}: {told:?}"
+        );
+        assert!(told[0].contains(path.to_str().unwrap()), "{told:?}");
+        own(&path, 0);
+        assert_eq!(notices(&config), Vec::<String>::new(), "the control: {file}");
+    }
+    // A folder, for all that lies in it.
+    own(folder.path(), 4242);
+    let told = notices(&config);
+    assert!(told.len() == 1 && files.iter().all(|(_, setting)| told[0].contains(setting)), "{told:?}");
+    // Who owns the audit directory is who the gateway runs as; without one nobody knows, when root asks.
+    let audit = folder.path().join("audit");
+    own(&audit, 4242);
+    assert_eq!(notices(&config), Vec::<String>::new(), "the gateway's user");
+    own(&audit, 0);
+    assert_eq!(notices(&config).len(), 1, "the control");
+    fs::rename(&audit, folder.path().join("away")).unwrap();
+    assert_eq!(notices(&config), Vec::<String>::new(), "who it is, is not known");
+    fs::rename(folder.path().join("away"), &audit).unwrap();
+    own(folder.path(), 0);
+    // Where a link can be changed by its owner alone, that one counts.
+    let link = folder.path().join("link.pem");
+    symlink("roots.pem", &link).unwrap();
+    lchown(&link, Some(4242), Some(4242)).unwrap();
+    let config = configure(&folder, &text.replacen("\"roots.pem\"", "\"link.pem\"", 1));
+    assert_eq!(notices(&config), Vec::<String>::new(), "the control: only root changes this folder");
+    set_mode(folder.path(), 0o1777);
+    let told = notices(&config);
+    assert!(told.len() == 1 && told[0].starts_with("upstream.ca_file: user 4242, "), "{told:?}");
+}
+
+#[test]
+fn owners_are_told_only_where_that_is_sure() {
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        return;
+    }
+    let (folder, text, _) = with_every_file();
+    let config = configure(&folder, &text.replacen("uid:1", "uid:0", 1));
+    let other = folder.path().join("roots.pem");
+    chown(&other, Some(4242), Some(4242)).unwrap();
+    assert_eq!(notices(&config).len(), 1, "the control");
+    let said = |wrapper: &[&str]| {
+        let command = Command::new(wrapper[0])
+            .args(&wrapper[1..])
+            .arg(BINARY)
+            .args(["check", "--config", &config])
+            .output()
+            .unwrap();
+        let text = String::from_utf8(command.stdout).unwrap();
+        assert_eq!(command.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&command.stderr));
+        text.matches("# Note: ").count()
+    };
+    assert_eq!(said(&["env"]), 1, "the control");
+    // Nobody else is mapped: all other users look alike.
+    assert_eq!(said(&["unshare", "--user", "--map-root-user"]), 0);
+    // Read-only here, but for the trail.
+    let place = folder.path().display();
+    let bind = format!(
+        "mount --bind {place} {place} && mount -o remount,bind,ro {place} && mount --bind {place}/audit {place}/audit && \
+         mount -o remount,bind,rw {place}/audit && exec \"$@\""
+    );
+    assert_eq!(said(&["unshare", "--mount", "sh", "-c", &bind, "sh"]), 0);
 }
 
 #[test]
