@@ -27,8 +27,8 @@ use super::{
     relations,
     table::{Context, Found, Reading, Referent, Table},
     values::{
-        parse_level, parse_listen_address, parse_operator, parse_proxy, parse_rate, parse_route_path,
-        parse_url,
+        parse_code, parse_host, parse_level, parse_listen_address, parse_member, parse_operator, parse_proxy,
+        parse_rate, parse_route_path, parse_url,
     },
 };
 
@@ -106,13 +106,11 @@ fn read_listeners(context: &mut Context<'_>, root: &mut Table) -> Vec<Listener> 
 fn read_listener(context: &mut Context<'_>, mut table: Table) -> Listener {
     let fallback = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
     let mut address = table.required(context, "address", fallback, parse_listen_address);
-    let named = table.texts(context, "hosts");
+    let named = read_list(context, &mut table, "hosts", parse_host);
     let allow_plaintext = table.boolean(context, "allow_plaintext");
     let tls = table.section_if_any(context, "tls");
     let has_tls = tls.is_some() || context.is_doubtful(&table.key("tls"));
     let tls = tls.and_then(|section| read_tls(context, section));
-    let named =
-        named.map(|hosts| hosts.into_iter().map(|host| host.value.to_ascii_lowercase()).collect::<Vec<_>>());
     let mode = table.parsed(context, "mode", None, |text| {
         let bits = u32::from_str_radix(text, 8).ok().filter(|bits| *bits <= 0o777);
         bits.map(Some).ok_or_else(|| "must be octal permission bits, as in \"0660\"".into())
@@ -189,8 +187,7 @@ fn read_admin(context: &mut Context<'_>, root: &mut Table) -> Admin {
         text.parse::<SocketAddr>()
             .map_err(|_| "must be an address with a port, as in \"127.0.0.1:9090\"".into())
     });
-    let hosts = table.texts(context, "hosts").unwrap_or_default();
-    let hosts = hosts.into_iter().map(|host| host.value.to_ascii_lowercase()).collect();
+    let hosts = read_list(context, &mut table, "hosts", parse_host).unwrap_or_default();
     let control = match table.path(context, "control") {
         None => Control::Default,
         Some(path) if path.value == context.folder.join("off") => Control::Off,
@@ -503,9 +500,8 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
         }
         let contract =
             table.path(context, "contract_file").and_then(|found| good_file(context, found, files::contract));
-        let result_field =
-            table.parsed(context, "result_field", "resultCode".to_owned(), |text| Ok(text.to_owned()));
-        let codes = table.texts(context, "success_codes").unwrap_or_default();
+        let result_field = table.parsed(context, "result_field", "resultCode".to_owned(), parse_member);
+        let codes = read_list(context, &mut table, "success_codes", parse_code).unwrap_or_default();
         if codes.is_empty() && !context.is_doubtful(&table.key("success_codes")) {
             table.lacks(context, "success_codes", "at least one is needed, as in [\"0409000\"]");
         }
@@ -516,7 +512,7 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
             path,
             contract: ContractSource::File(contract.unwrap_or_default()),
             result_field,
-            success_codes: codes.into_iter().map(|code| code.value).collect(),
+            success_codes: codes,
             credential,
             timeout,
             frozen,
@@ -576,13 +572,7 @@ fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<
         Ok(peer)
     });
     let operator_id = table.required(context, "operator_id", String::new(), parse_operator);
-    let mut operators = Vec::new();
-    for Found { value, place, key } in table.texts(context, "operators").unwrap_or_default() {
-        match parse_operator(&value) {
-            Ok(operator) => operators.push(operator),
-            Err(reason) => context.problem(&place, key, reason),
-        }
-    }
+    let operators = read_list(context, &mut table, "operators", parse_operator).unwrap_or_default();
     if !table.members.contains_key("credential") {
         table.lacks(context, "credential", "is missing");
     }
@@ -619,6 +609,23 @@ fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<
         max_keys: has_max_keys.then_some(max_keys),
         frozen,
     }
+}
+
+/// A list of texts that `parse` understands; a mistake for each of the others.
+fn read_list<T>(
+    context: &mut Context<'_>,
+    table: &mut Table,
+    name: &'static str,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Option<Vec<T>> {
+    let mut values = Vec::new();
+    for Found { value, place, key } in table.texts(context, name)? {
+        match parse(&value) {
+            Ok(value) => values.push(value),
+            Err(reason) => context.problem(&place, key, reason),
+        }
+    }
+    Some(values)
 }
 
 /// Generic clients must not send it by themselves, and it is no place for a secret.

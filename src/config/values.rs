@@ -77,6 +77,28 @@ pub(super) fn parse_operator(text: &str) -> Result<String, String> {
     fits.then(|| text.to_owned()).ok_or_else(|| "must be 1 to 64 letters, digits, '.', '_' or '-'".into())
 }
 
+/// What a reply gives as its result code: compared byte by byte, so it holds nothing that nobody sees.
+pub(super) fn parse_code(text: &str) -> Result<String, String> {
+    let fits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+    fits.then(|| text.to_owned()).ok_or_else(|| "must be visible ASCII characters, without blanks".into())
+}
+
+/// The name of a member of a reply, likewise; with blanks inside, as JSON may have them.
+pub(super) fn parse_member(text: &str) -> Result<String, String> {
+    let fits =
+        !text.is_empty() && text.trim() == text && text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
+    fits.then(|| text.to_owned())
+        .ok_or_else(|| "must be visible ASCII characters, with blanks at most between them".into())
+}
+
+/// A name that `Host` may carry, in lower case.
+pub(super) fn parse_host(text: &str) -> Result<String, String> {
+    let fits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+    fits.then(|| text.to_ascii_lowercase()).ok_or_else(|| {
+        "must be visible ASCII characters, without blanks: no Host header that is taken has others".into()
+    })
+}
+
 pub(super) fn parse_route_path(text: &str) -> Result<String, String> {
     if !text.starts_with("/apiaccess/") {
         return Err("must start with /apiaccess/: the token is for those paths only".into());

@@ -672,6 +672,59 @@ fn what_check_prints_of_odd_names_is_toml() {
 }
 
 #[test]
+fn what_is_compared_byte_by_byte_holds_nothing_that_nobody_sees() {
+    let (folder, text) = shipped("gateway.toml");
+    assert_eq!(check(&folder, &text).0, 0, "the control");
+    let odd = [
+        "",
+        "\\u200b0",
+        "0\\u2800",
+        "0\\u00a0",
+        "0\\t",
+        "0\\u001b[2K",
+        "0\\n",
+        "\u{e9}",
+        "\\u202e0",
+        " 0",
+        "0 ",
+    ];
+    for (line, key, blank_is_good) in [
+        ("success_codes = [\"{}\"]", "routes[0].success_codes", false),
+        ("success_codes = [\"0409000\", \"{}\"]", "routes[0].success_codes", false),
+        ("result_field = \"{}\"", "routes[0].result_field", true),
+        ("hosts = [\"localhost\", \"{}\"]", "listeners[0].hosts", false),
+        ("hosts = [\"{}\"]", "listeners[2].hosts", false),
+        ("hosts = [\"{}\"] # of ops", "admin.hosts", false),
+    ] {
+        let name = line.split(' ').next().unwrap();
+        let section = match key.split('.').next().unwrap() {
+            "listeners[0]" => "[[listeners]]",
+            "listeners[2]" => "hosts = [\"gateway.internal",
+            "admin" => "[admin]",
+            _ => "[[routes]]",
+        };
+        let at = text.find(section).unwrap();
+        let old = text[at..].lines().find(|line| line.starts_with(&format!("{name} = "))).unwrap();
+        let put = |value: &str| {
+            let new = line.replace("{}", value);
+            text[..at].to_owned() + &text[at..].replacen(old, &new, 1)
+        };
+        for value in odd.into_iter().chain((!blank_is_good).then_some("0 1")) {
+            let (code, _, error) = check(&folder, &put(value));
+            assert!(code == 78 && error.lines().count() == 1, "{key} {value}: {error}");
+            assert!(
+                error.contains(&format!(": {key}: must be visible ASCII characters")),
+                "{key} {value}: {error}"
+            );
+        }
+        for value in ["0409000", "A-b_c.9~"].into_iter().chain(blank_is_good.then_some("result code")) {
+            let (code, _, error) = check(&folder, &put(value));
+            assert_eq!(code, 0, "the control: {key} {value}: {error}");
+        }
+    }
+}
+
+#[test]
 fn check_says_who_can_use_which_credential() {
     let (folder, _) = shipped("minimal.toml");
     let credential = |name: &str| {
