@@ -40,7 +40,9 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         between(context, ["upstream.max_connections", "server.workers"], reason);
     }
     context.reads_at("upstream.ca_file");
-    if (upstream.base_url.tls || config.token.url.tls)
+    let is_known = !["upstream.base_url", "token.url"].iter().any(|key| context.is_doubtful(key));
+    if is_known
+        && (upstream.base_url.tls || config.token.url.tls)
         && upstream.ca_file.is_none()
         && !context.is_doubtful("upstream.ca_file")
         && let Err(reason) = files::system_roots()
@@ -74,8 +76,12 @@ fn references(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// A name that no record has is a misspelt one, and what it should hide stands there in clear.
+/// A name that no record has is a misspelt one, and what it should hide stands there in clear. A contract that cannot be read may have
+/// any name.
 fn fields(context: &mut Context<'_>, config: &Config) {
+    if context.is_doubtful_within("routes") {
+        return;
+    }
     for (name, _) in &config.audit.fields {
         let of_contracts = || config.routes.iter().any(|route| files::audit_names(route).contains(name));
         if !audit::SHOWN.contains(&name.as_str()) && !of_contracts() {
@@ -114,8 +120,11 @@ const NEVER_SEEN: &str = "no listener can ever see this peer: loopback and netwo
      beyond loopback one that is not on loopback; spiffe: and dns: need one with client_ca_file, uid and gid a Unix socket";
 
 fn peers(context: &mut Context<'_>, config: &Config) {
-    let doubtful_listeners = (0..config.listeners.len())
-        .any(|i| ["address", "tls"].iter().any(|key| context.is_doubtful(&format!("listeners[{i}].{key}"))));
+    let doubtful_listeners = (0..config.listeners.len()).any(|i| {
+        let listener = format!("listeners[{i}]");
+        context.is_doubtful(&format!("{listener}.address"))
+            || context.is_doubtful_within(&format!("{listener}.tls"))
+    });
     for (i, caller) in config.callers.iter().enumerate() {
         let key = format!("callers[{i}].peer");
         if context.is_doubtful(&key) {

@@ -133,6 +133,16 @@ impl<'a> Context<'a> {
     pub(super) fn is_doubtful(&self, key: &str) -> bool {
         ancestors(key).any(|key| self.doubtful.contains(key))
     }
+
+    /// The same of a section as a whole: with anything in it.
+    pub(super) fn is_doubtful_within(&self, section: &str) -> bool {
+        self.is_doubtful(section) || self.doubtful.iter().any(|key| is_within(key, section))
+    }
+}
+
+/// Whether a key stands in a section, or in an item of a list.
+fn is_within(key: &str, section: &str) -> bool {
+    key.strip_prefix(section).is_some_and(|rest| rest.starts_with(['.', '[']))
 }
 
 /// A key and the sections around it, the whole configuration (an empty key) last.

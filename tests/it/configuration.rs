@@ -672,6 +672,44 @@ fn what_check_prints_of_odd_names_is_toml() {
 }
 
 #[test]
+fn a_bad_file_is_one_mistake() {
+    let (folder, text) = shipped("gateway.toml");
+    fs::write(folder.path().join("bad"), "neither PEM nor JSON").unwrap();
+    let mut contract: Value = serde_json::from_str(Contract::APPOINT_QUALITY_TASK).unwrap();
+    contract["properties"]["isTakeEffect"]["x-audit"] = json!("only_here");
+    fs::write(folder.path().join("own.json"), contract.to_string()).unwrap();
+    // A caller that only this listener sees, and a field that only this contract has.
+    let text = with(&text, "contracts/deleteQualityTask.json", "own.json");
+    let fields = text.lines().find(|line| line.starts_with("fields = ")).unwrap().to_owned();
+    let text = with(&text, &fields, "fields = { only_here = \"omit\" }");
+    let text = text
+        + "[[callers]]\nname = \"by-certificate\"\npeer = \"dns:qa.internal\"\noperator_id = \"7\"\n\
+         credential = \"default\"\nroutes = [\"appointQualityTask\"]\n";
+    let (code, _, error) = check(&folder, &text);
+    assert_eq!(code, 0, "the control: {error}");
+    for (key, file) in [
+        ("cert_file", "cert.pem"),
+        ("key_file", "tls.key"),
+        ("client_ca_file", "client-ca.pem"),
+        ("client_crl_file", "crl.pem"),
+        ("contract_file", "own.json"),
+    ] {
+        for bad in ["bad", "absent"] {
+            let wrong = with(&text, &format!("{key} = \"{file}\""), &format!("{key} = \"{bad}\""));
+            let (code, _, error) = check(&folder, &wrong);
+            assert!(code == 78 && error.lines().count() == 1, "{key} {bad}: {error}");
+        }
+    }
+    // A listener without TLS explains nothing: the control.
+    let wrong = with(&text, "client_ca_file = \"client-ca.pem\"", "# ");
+    let wrong = with(&wrong, "client_crl_file = \"crl.pem\"", "# ");
+    let (_, _, error) = check(&folder, &wrong);
+    assert!(error.contains(".peer: no listener can ever see this peer"), "{error}");
+    let wrong = with(&text, "only_here", "nowhere");
+    assert!(check(&folder, &wrong).2.contains("audit.fields: `nowhere` cannot be hidden"), "the control");
+}
+
+#[test]
 fn what_is_compared_byte_by_byte_holds_nothing_that_nobody_sees() {
     let (folder, text) = shipped("gateway.toml");
     assert_eq!(check(&folder, &text).0, 0, "the control");
