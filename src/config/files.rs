@@ -19,6 +19,7 @@ use crate::{
     connect,
     contract::Contract,
     files::{MAX_SIZE, read, read_text},
+    pem,
     secret::Secret,
 };
 
@@ -66,9 +67,40 @@ pub(super) fn audit_key(path: &Path) -> Result<(), String> {
     Keys::load(path).map(drop).map_err(|error| error.to_string())
 }
 
-/// What says who may call: client CAs and their revocation lists.
-pub(super) fn of_clients(path: &Path) -> Result<(), String> {
+/// Certificates.
+pub(super) fn certificates(path: &Path) -> Result<(), String> {
     regular(path)?;
+    pem::read(path)
+        .and_then(|bytes| pem::certificates(&bytes, path))
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
+/// The key of a certificate.
+pub(super) fn private_key(path: &Path) -> Result<(), String> {
+    secret(path)?;
+    pem::read_key(path).and_then(|bytes| pem::key(&bytes)).map(drop).map_err(|error| error.to_string())
+}
+
+/// The CAs of callers' certificates.
+pub(super) fn client_ca(path: &Path) -> Result<(), String> {
+    regular(path)?;
+    refuse_open(path)?;
+    certificates(path)
+}
+
+/// Revocation lists of callers' certificates.
+pub(super) fn client_crl(path: &Path) -> Result<(), String> {
+    regular(path)?;
+    refuse_open(path)?;
+    pem::read(path)
+        .and_then(|bytes| pem::revocation_lists(&bytes, path))
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
+/// Refuses what every user can change of that which says who may call.
+fn refuse_open(path: &Path) -> Result<(), String> {
     let shown = path.display();
     let found = fs::metadata(path).map_err(|error| format!("{shown}: {error}"))?;
     if !init::is_open_to_all(&found) {

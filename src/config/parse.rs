@@ -15,7 +15,7 @@ use crate::{
     connect::Identity,
     headers::{looks_like_credential, may_pass},
     ids,
-    server::tls::Tls,
+    server::tls::{Tls, TlsError},
 };
 
 use super::{
@@ -163,16 +163,25 @@ fn read_tls(context: &mut Context<'_>, mut table: Table) -> Option<ListenerTls> 
     if table.members.contains_key("client_crl_file") && !table.members.contains_key("client_ca_file") {
         table.lacks(context, "client_ca_file", "is needed for client_crl_file");
     }
-    let cert_file =
-        table.path(context, "cert_file").and_then(|found| good_file(context, found, files::regular));
-    let [client_ca_file, client_crl_file] = ["client_ca_file", "client_crl_file"]
-        .map(|name| table.path(context, name).and_then(|found| good_file(context, found, files::of_clients)));
-    let key_file = table.path(context, "key_file").and_then(|found| good_file(context, found, files::secret));
+    let mut file = |name, check: fn(&Path) -> Result<(), String>| {
+        table.path(context, name).and_then(|found| good_file(context, found, check))
+    };
+    let cert_file = file("cert_file", files::certificates);
+    let client_ca_file = file("client_ca_file", files::client_ca);
+    let client_crl_file = file("client_crl_file", files::client_crl);
+    let key_file = file("key_file", files::private_key);
     let path = table.path.clone();
     table.close(context);
     let tls = ListenerTls { cert_file: cert_file?, key_file: key_file?, client_ca_file, client_crl_file };
     if let Err(error) = Tls::load(&tls) {
-        context.problem_at(&path, error.to_string());
+        // Each of them can be read by itself.
+        let key = match &error {
+            TlsError::Refused(key, _) if key.ends_with("_file") => key.split(',').next().unwrap_or_default(),
+            TlsError::Clients(_) if tls.client_crl_file.is_some() => "client_crl_file",
+            TlsError::Clients(_) => "client_ca_file",
+            TlsError::Mismatch | TlsError::Pem(_) | TlsError::Refused(..) => "cert_file",
+        };
+        context.problem_at(&format!("{path}.{key}"), error.to_string());
     }
     Some(tls)
 }
@@ -274,10 +283,12 @@ fn read_identity(context: &mut Context<'_>, table: &mut Table) -> Option<Identit
             table.lacks(context, name, format!("is needed for {other}"));
         }
     }
-    let cert_file =
-        table.path(context, "client_cert_file").and_then(|found| good_file(context, found, files::regular));
-    let key_file =
-        table.path(context, "client_key_file").and_then(|found| good_file(context, found, files::secret));
+    let cert_file = table
+        .path(context, "client_cert_file")
+        .and_then(|found| good_file(context, found, files::certificates));
+    let key_file = table
+        .path(context, "client_key_file")
+        .and_then(|found| good_file(context, found, files::private_key));
     let files = IdentityFiles { cert_file: cert_file?, key_file: key_file? };
     if let Err(error) = Identity::load(files.cert_file.clone(), files.key_file.clone()) {
         context.problem_at(&table.key("client_cert_file"), error.to_string());

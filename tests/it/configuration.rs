@@ -384,6 +384,49 @@ fn hostile_files_are_refused_in_clear_lines() {
 }
 
 #[test]
+fn a_file_without_permission_is_told_at_the_key_that_names_it() {
+    let (folder, text) = shipped("gateway.toml");
+    let path = write(&folder, &text);
+    let binary = folder.path().join("binary");
+    assert!(Command::new("cp").arg(BINARY).arg(&binary).status().unwrap().success());
+    let is_root = fs::metadata(folder.path()).unwrap().uid() == 0;
+    if is_root {
+        assert!(
+            Command::new("chown").args(["-R", "65534:65534"]).arg(folder.path()).status().unwrap().success()
+        );
+    }
+    let check = || {
+        let mut command = Command::new(&binary);
+        command.args(["check", "--config", &path]).env_clear();
+        if is_root {
+            command.uid(65_534).gid(65_534);
+        }
+        let output = command.output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    for (name, file, key) in [
+        ("cert_file", "cert.pem", "listeners[2].tls.cert_file"),
+        ("key_file", "tls.key", "listeners[2].tls.key_file"),
+        ("client_ca_file", "client-ca.pem", "listeners[2].tls.client_ca_file"),
+        ("client_crl_file", "crl.pem", "listeners[2].tls.client_crl_file"),
+        ("ca_file", "ca.pem", "upstream.ca_file"),
+        ("client_cert_file", "client.pem", "upstream.client_cert_file"),
+        ("client_key_file", "client.key", "upstream.client_key_file"),
+        ("contract_file", "contracts/deleteQualityTask.json", "routes[0].contract_file"),
+        ("key_file", "audit.key", "audit.key_file"),
+    ] {
+        let file_at = folder.path().join(file);
+        assert_eq!(check().0, 0, "the control: {file} {}", check().1);
+        fs::set_permissions(&file_at, fs::Permissions::from_mode(0o000)).unwrap();
+        let (code, error) = check();
+        let place = at(&folder, &text, &format!("{name} = \"{file}\""), key);
+        assert!(code == 78 && error.starts_with(&place), "{place}: {error}");
+        assert!(error.contains("Permission denied") && error.lines().count() == 1, "{error}");
+        fs::set_permissions(&file_at, fs::Permissions::from_mode(0o600)).unwrap();
+    }
+}
+
+#[test]
 fn a_file_without_permission_is_refused() {
     let (folder, text) = shipped("minimal.toml");
     let path = write(&folder, &text);
@@ -581,6 +624,31 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
     let other = rcgen::generate_simple_self_signed(vec!["other".to_owned()]).unwrap();
     fs::write(folder.path().join("other.pem"), other.cert.pem()).unwrap();
     let before = files();
+    let client_ca = "client_ca_file";
+    cases.push((
+        "listeners[2].tls.cert_file",
+        set("cert_file", "cert.pem", "other.pem"),
+        "key_file is not the key",
+    ));
+    cases.push(("listeners[2].tls.client_ca_file", set(client_ca, "client-ca.pem", "broken.pem"), client_ca));
+    for (key, file, reason) in [
+        ("listeners[2].tls.cert_file", "cert.pem", "holds no certificate"),
+        ("listeners[2].tls.key_file", "tls.key", "holds no private key"),
+        ("listeners[2].tls.client_ca_file", "client-ca.pem", "holds no certificate"),
+        ("listeners[2].tls.client_crl_file", "crl.pem", "holds no revocation list"),
+    ] {
+        cases.push((key, set(key.rsplit('.').next().unwrap(), file, "not_pem"), reason));
+    }
+    cases.push((
+        "upstream.client_cert_file",
+        set("client_cert_file", "client.pem", "not_pem"),
+        "no certificate",
+    ));
+    cases.push((
+        "upstream.client_key_file",
+        set("client_key_file", "client.key", "not_pem"),
+        "no private key",
+    ));
     let mismatch = "client_key_file is not the key";
     cases.push(("upstream.client_cert_file", set("client_cert_file", "client.pem", "other.pem"), mismatch));
     for (file, reason) in [("absent", "no such file"), ("trail", "is not a regular file")] {
