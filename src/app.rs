@@ -25,7 +25,7 @@ use tokio::{
 use crate::{
     admin::{self, Admin},
     admission::Bounds,
-    audit::{self, Audit, Early, Unfinished},
+    audit::{self, Audit, Early, StartError, Unfinished},
     clock,
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
     connect::{Connector, Egress, Identity},
@@ -89,6 +89,7 @@ impl App {
         let identity = egress.identity().cloned();
         let connector = Connector::new(&config.upstream.base_url, &egress, config.upstream.connect_timeout)?;
         let options = audit_options(&config, accept_loss.clone());
+        audit::limit::check().map_err(StartError::from)?;
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit, accept_loss));
         let slots = slots(&config, &egress, &parts.token, &audit)?;
@@ -164,8 +165,8 @@ impl App {
             tracing::warn!("{LOOPBACK_NOTICE}");
         }
         let memory = MemoryBound::new(&config.idempotency).notice();
-        for notice in memory.into_iter().chain(config.trail_size().notice()).chain(needles::notices(&config))
-        {
+        let (limit, size) = (audit::limit::notice(&config), config.trail_size().notice());
+        for notice in memory.into_iter().chain(size).chain(limit).chain(needles::notices(&config)) {
             tracing::warn!("{notice}");
         }
         for listener in &bound {

@@ -17,6 +17,7 @@ pub mod init;
 mod folds;
 mod lane;
 mod ledger;
+pub mod limit;
 mod line;
 mod lock;
 pub mod loss;
@@ -203,6 +204,9 @@ pub enum StartError {
     /// Something must be there first.
     #[error("{0}")]
     Absent(#[from] Absent),
+    /// No segment has room.
+    #[error("{0}")]
+    Limit(#[from] limit::TooLow),
 }
 
 /// The intent could not be made safe in time.
@@ -856,7 +860,8 @@ fn resume(
 fn reopen(durability: Durability, directory: &Directory, first: u64, length: u64) -> io::Result<Segment> {
     let file = directory.open_file(&chain::segment_name(first))?;
     if durability == Durability::Disk {
-        write_again(&file, length)?; // before the segment only appends
+        // Before the segment only appends.
+        write_again(&file, length).map_err(|error| limit::explain(error, &chain::segment_name(first)))?;
     }
     Segment::new(directory, first, file, length)
 }

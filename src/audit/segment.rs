@@ -8,12 +8,12 @@ use std::{fs, fs::File, io, ops::Range, os::unix::fs::FileExt, path::PathBuf};
 use rustix::{
     fs::{FallocateFlags, OFlags, fallocate, fcntl_setfl},
     io::Errno,
-    process::{Resource, getrlimit},
 };
 
 use super::{
     chain::{Link, segment_name},
     directory::{Directory, Identity},
+    limit,
     sync::{Syncs, UNFINISHED},
 };
 
@@ -70,11 +70,7 @@ impl Segment {
         if needed <= self.allocated {
             return Ok(());
         }
-        // The kernel reserves space beyond the limit on a file's size, and then refuses to write there.
-        let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
-        if needed > limit {
-            return Err(Errno::FBIG.into());
-        }
+        let limit = within_limit(needed)?;
         let end = limit.min(needed + AHEAD);
         let is_reserved = allocate(&self.file, self.length, end - self.length)?;
         self.allocated = if is_reserved { end } else { limit };
@@ -207,6 +203,23 @@ impl Segment {
         }
         Ok(())
     }
+}
+
+/// Looks whether there is space for a file of so many bytes. None is left.
+pub(super) fn has_space_for(directory: &Directory, bytes: u64) -> io::Result<()> {
+    within_limit(bytes)?;
+    directory.remove(UNFINISHED)?;
+    let probe = directory.create(UNFINISHED)?;
+    let reserved = allocate(&probe, 0, bytes);
+    directory.remove(UNFINISHED)?;
+    reserved.map(drop)
+}
+
+/// The limit on the size of files, which a file of so many bytes must keep: the kernel reserves space beyond it, and then refuses
+/// to write there.
+fn within_limit(bytes: u64) -> io::Result<u64> {
+    let limit = limit::of_files();
+    if bytes > limit { Err(Errno::FBIG.into()) } else { Ok(limit) }
 }
 
 /// Reserves space for bytes of a file, without making it longer. False if the file system reserves nothing.

@@ -1,7 +1,8 @@
 //! The writer's thread: chains and writes, one write a batch.
 //!
 //! Space is reserved ahead of what is written, for the outcomes of all that is in flight and some more: once that
-//! can't be had, new intents are refused, and what was sent already still gets its outcome on a full disk.
+//! can't be had, new intents are refused, and what was sent already still gets its outcome on a full disk. A limit on the size
+//! of files is no full disk: there the next batch begins a new segment, after a look whether it can have that space.
 //!
 //! Nothing that failed is believed: the segment is cut back to its last good length and the batch is tried
 //! again, while intents time out. A stuck disk holds this thread, never a worker.
@@ -36,7 +37,7 @@ use super::{
     lock::{self, Lock, Stated},
     queue::{Carried, LOOK_AROUND, Next, Shared},
     retention::{self, Excess, Keeping, Old, Place},
-    segment::{AHEAD, Segment},
+    segment::{self, AHEAD, Segment},
     sync::Syncs,
     unresolved::{UnresolvedCall, UnresolvedList},
 };
@@ -55,7 +56,7 @@ const RETRY_SEGMENT: Duration = Duration::from_secs(1);
 const PRUNE_SLACK: Duration = Duration::from_secs(60 * 60);
 
 /// An outcome takes no more than this, but for one with a long reply or code.
-const OUTCOME: u64 = 2 * 1024;
+pub(super) const OUTCOME: u64 = 2 * 1024;
 
 /// How often an old segment is looked for while there is something to write, beside each time that one is begun. One goes at
 /// a time.
@@ -106,6 +107,10 @@ pub(super) struct Writer {
     lacks_list: bool,
     /// When there was no space for a new segment.
     list_refused: Option<Instant>,
+    /// The open segment is at the limit on file sizes, and there is space for a new one.
+    is_outgrown: bool,
+    /// What was to be reserved last, behind what is written.
+    room: u64,
     /// When the last anchor was written, by `CLOCK_BOOTTIME` in milliseconds, and whether the segment has none yet.
     pub(super) anchored: i64,
     is_unanchored: bool,
@@ -166,6 +171,8 @@ impl Writer {
             list_filled: 0,
             lacks_list: false,
             list_refused: None,
+            is_outgrown: false,
+            room: AHEAD,
             anchored: clocks::boottime(),
             is_unanchored: false,
             looked: None,
@@ -234,17 +241,20 @@ impl Writer {
     /// What the next batch is to carry over, if it begins a segment. Where there is no space for one, that is tried once a
     /// second.
     fn begins(&self, shared: &Shared) -> Option<Carried> {
-        let is_due = self.list_refused.is_none_or(|refused| refused.elapsed() >= RETRY_SEGMENT);
         let is_full = self.segment.as_ref().is_none_or(|segment| self.is_full(segment));
-        let begins = is_due && (is_full || self.lacks_list);
+        let begins = self.may_begin() && (is_full || self.lacks_list);
         begins.then(|| Carried {
             at_work: !self.ledger.is_empty(),
             listed: shared.unresolved().calls().next().is_some(),
         })
     }
 
+    fn may_begin(&self) -> bool {
+        self.list_refused.is_none_or(|refused| refused.elapsed() >= RETRY_SEGMENT)
+    }
+
     fn is_full(&self, segment: &Segment) -> bool {
-        segment.length.saturating_sub(self.list_length) >= self.segment_size
+        self.is_outgrown || segment.length.saturating_sub(self.list_length) >= self.segment_size
     }
 
     /// Writes the list of the unresolved, as it is behind the batch, into the place that the batch keeps for it.
@@ -328,14 +338,26 @@ impl Writer {
         self.state(true);
     }
 
-    /// Reserves space for so many bytes, and for the outcomes of all that is in flight; tells whether there is.
+    /// Reserves space for so many bytes, and for the outcomes of all that is in flight; tells whether there is. At the limit
+    /// on file sizes the next batch begins a new segment.
     fn reserve(&mut self, shared: &Shared, bytes: u64) {
-        let room = AHEAD + OUTCOME * shared.in_flight();
-        let reserved = self.segment.as_mut().map_or(Ok(()), |segment| segment.reserve(bytes + room));
+        self.room = AHEAD + OUTCOME * shared.in_flight();
+        let needed = bytes + self.room;
+        let mut reserved = self.segment.as_mut().map_or(Ok(()), |segment| segment.reserve(needed));
+        let is_limit = reserved.as_ref().is_err_and(is_too_large);
+        self.is_outgrown &= is_limit;
+        if is_limit && !self.is_outgrown && self.may_begin() {
+            self.is_outgrown = segment::has_space_for(&self.directory, needed).is_ok();
+            self.list_refused = (!self.is_outgrown).then(Instant::now);
+        }
+        if self.is_outgrown {
+            reserved = Ok(());
+        }
         if let Err(error) = &reserved
             && shared.has_room()
         {
-            tracing::error!(%error, "no space can be reserved for the audit trail; nothing new is sent meanwhile");
+            let hint = is_limit.then_some("it is the limit on the size of files: LimitFSIZE=, ulimit -f");
+            tracing::error!(%error, hint, "no space can be reserved for the audit trail; nothing new is sent meanwhile");
         }
         shared.set_room(reserved.is_ok());
     }
@@ -600,19 +622,33 @@ impl Writer {
     fn try_write(&mut self, batch: &Batch) -> io::Result<bool> {
         let is_full = self.segment.as_ref().is_some_and(|segment| self.is_full(segment));
         match &mut self.segment {
-            Some(_) if !is_full || !batch.begins_segment => self.append_to_segment(batch.text()),
+            Some(_) if !is_full || !batch.begins_segment => match self.append_to_segment(batch.text()) {
+                Err(error) if is_too_large(&error) => self.go_on_elsewhere(batch, error),
+                appended => appended,
+            },
             // It can be put back for as long as it is open.
             Some(segment) if !segment.is_in_place() => Ok(false),
             Some(_) => match self.begin_segment(batch) {
                 // For a new one there is no space; here some is reserved.
                 Err(error) if is_disk_full(&error) => {
-                    self.list_refused = Some(Instant::now());
+                    (self.list_refused, self.is_outgrown) = (Some(Instant::now()), false);
                     self.append_to_segment(batch.text())
                 }
                 begun => begun.map(|()| true),
             },
             None => self.begin_segment(batch).map(|()| true),
         }
+    }
+
+    /// The open segment cannot grow by these records, though there may be space: they begin a new one, if there is space for
+    /// the outcomes, too. `error` is why.
+    fn go_on_elsewhere(&mut self, batch: &Batch, error: io::Error) -> io::Result<bool> {
+        segment::has_space_for(&self.directory, batch.size() as u64 + self.room).map_err(|_| error)?;
+        match &self.segment {
+            Some(segment) if segment.is_in_place() => self.ledger.leave(segment),
+            _ => return Ok(false),
+        }
+        self.begin_segment(batch).map(|()| true)
     }
 
     fn append_to_segment(&mut self, text: &[u8]) -> io::Result<bool> {
@@ -636,7 +672,7 @@ impl Writer {
         let segment = self.make_segment(batch.first(), batch.text())?;
         self.list_length = if batch.has_list() { self.list_filled } else { 0 };
         self.lacks_list = !batch.begins_segment;
-        self.list_refused = None;
+        (self.list_refused, self.is_outgrown) = (None, false);
         if let Some(full) = self.segment.replace(segment) {
             full.release();
             self.closed.insert(full.name(), full.identity());
@@ -710,6 +746,11 @@ fn begin(directory: &Directory, name: &str, text: &[u8]) -> io::Result<File> {
 }
 
 fn is_disk_full(error: &io::Error) -> bool {
-    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded) || is_too_large(error)
+}
+
+/// It is this file that cannot grow; another one may.
+fn is_too_large(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::FileTooLarge
 }

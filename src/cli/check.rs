@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use ccsqm_gateway::{
-    audit::init,
+    audit::{init, limit},
     config::{Access, Audit, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, trail::CALL},
     idempotency::memory::{MemoryBound, mebibytes},
     plain,
@@ -30,32 +30,25 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> ExitCode {
     let file = args.configured.config.display().to_string();
     match args.configured.load() {
-        Ok(config) if key_is_lost(&config).is_some() => {
-            let reason = key_is_lost(&config).unwrap_or_default();
-            if args.json {
+        Ok(config) => match refusal(&config) {
+            Some(reason) if args.json => {
                 let problem = json!({ "key": "audit.directory", "reason": reason });
                 document(&json!({ "good": false, "file": file, "problems": [problem] }));
-            } else {
+                ExitCode::from(BAD_CONFIGURATION)
+            }
+            Some(reason) => {
                 complain!("{file}: audit.directory: {reason}");
+                ExitCode::from(BAD_CONFIGURATION)
             }
-            ExitCode::from(BAD_CONFIGURATION)
-        }
-        Ok(config) if args.json => {
-            document(&machine_readable(&args.configured, &config));
-            ExitCode::SUCCESS
-        }
-        Ok(config) => {
-            out!("# {file} is a good configuration. In effect, with environment, flags and defaults:");
-            sections(&config.effective());
-            access(&config);
-            memory(&config);
-            config.trail_size().lines().iter().for_each(|line| out!("# {line}"));
-            for notice in notices(&args.configured, &config) {
-                out!("#");
-                out!("# Note: {notice}");
+            None if args.json => {
+                document(&machine_readable(&args.configured, &config));
+                ExitCode::SUCCESS
             }
-            ExitCode::SUCCESS
-        }
+            None => {
+                print(&args.configured, &config);
+                ExitCode::SUCCESS
+            }
+        },
         Err(problems) => {
             if args.json {
                 let problems: Vec<_> = problems.iter().map(|problem| problem.to_json()).collect();
@@ -73,10 +66,25 @@ fn document(value: &Value) {
     out::lines(&format!("{value:#}"));
 }
 
+fn print(configured: &Configured, config: &Config) {
+    let file = configured.config.display();
+    out!("# {file} is a good configuration. In effect, with environment, flags and defaults:");
+    sections(&config.effective());
+    access(config);
+    memory(config);
+    config.trail_size().lines().iter().for_each(|line| out!("# {line}"));
+    for notice in notices(configured, config) {
+        out!("#");
+        out!("# Note: {notice}");
+    }
+}
+
 /// What a start without `--accept-loss` would be refused for, although the configuration is good.
-fn key_is_lost(config: &Config) -> Option<String> {
+fn refusal(config: &Config) -> Option<String> {
     let Audit { directory, key_file, must_exist, .. } = &config.audit;
-    init::check(directory, key_file.as_deref(), *must_exist).err().map(|absent| absent.to_string())
+    let absent =
+        init::check(directory, key_file.as_deref(), *must_exist).err().map(|absent| absent.to_string());
+    absent.or_else(|| limit::check().err().map(|limit| limit.to_string()))
 }
 
 fn access(config: &Config) {
@@ -128,9 +136,16 @@ fn machine_readable(configured: &Configured, config: &Config) -> Value {
 fn notices(configured: &Configured, config: &Config) -> Vec<String> {
     let loopback = config.trusts_loopback().then(|| LOOPBACK_NOTICE.to_owned());
     let memory = MemoryBound::new(&config.idempotency).notice();
-    let trail = config.trail_size().notice();
+    let (limit, trail) = (limit::notice(config), config.trail_size().notice());
     let exposures = config.exposures(&configured.config);
-    loopback.into_iter().chain(memory).chain(trail).chain(needles::notices(config)).chain(exposures).collect()
+    let of_trail = trail.into_iter().chain(limit);
+    loopback
+        .into_iter()
+        .chain(memory)
+        .chain(of_trail)
+        .chain(needles::notices(config))
+        .chain(exposures)
+        .collect()
 }
 
 fn user(access: &Access) {

@@ -1,6 +1,7 @@
 //! Stage 8: the trail, through crashes, through faults of its disk, and through floods.
 
 pub(crate) mod disk;
+mod limits;
 mod places;
 
 use std::{
@@ -595,69 +596,6 @@ fn on_a_full_file_system_what_was_sent_gets_its_outcome_and_nothing_new_is_sent(
         assert!(whole, "{durability}: {said}");
         let empty = |segment: &PathBuf| fs::metadata(segment).unwrap().len() == 0;
         assert!(!segments(&small.0).iter().any(empty), "what could not be begun is gone");
-    }
-}
-
-#[test]
-fn beyond_the_limit_on_file_sizes_what_was_sent_gets_its_outcome_and_nothing_new_is_sent() {
-    for durability in ["kernel", "disk"] {
-        let sandbox = sandbox();
-        // Of the trail's open segment, two MiB are reserved ahead.
-        let limit = ["sh", "-c", "ulimit -Sf 6144 && exec \"$@\"", "sh"].map(str::to_owned);
-        let setup = || Setup { through: limit.to_vec(), ..Setup::default() };
-        let setup = setup().set("audit.durability", durability).set("upstream.max_connections", 8);
-        let gateway = start_with(&sandbox, setup);
-        assert_eq!(gateway.call().outcome(), "succeeded", "the control");
-        faults(&sandbox, json!({ "business": [{ "times": 1, "delay_ms": 6_000 }] }));
-        let mut in_flight = TcpStream::connect(gateway.address).unwrap();
-        in_flight.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
-        wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
-        let mut long: Value = serde_json::from_str(BODY).unwrap(); // makes a long record
-        long["setCounts"] = (0..500).map(|person| json!({ "personID": format!("{person:019}") })).collect();
-        let long = long.to_string();
-        wait_for("the limit", || {
-            let reply = gateway.send_once(&head(long.len(), ""), &long);
-            assert!(!gateway.has_ended(), "{}", gateway.log());
-            // On a busy machine an intent may also be late.
-            (reply.status == 503 && gateway.log().contains("no space can be reserved")).then_some(())
-        });
-        let sent = sandbox.requests().len();
-        assert_refused(&gateway, &sandbox);
-        assert_eq!(gateway.admin("/readyz").status, 503);
-        assert_eq!(gateway.admin("/livez").status, 200);
-        let reply = read_reply(&mut in_flight);
-        assert_eq!(reply.outcome(), "succeeded", "{reply:?}");
-        let id = &reply.headers["x-gateway-request-id"];
-        wait_for("its outcome", || outcomes(&gateway.audit_directory()).contains_key(id).then_some(()));
-        assert_eq!(sandbox.requests().len(), sent, "nothing new was sent");
-        assert!(gateway.log().contains("File too large"), "{}", gateway.log());
-        let id = gateway.id().to_string();
-        assert!(
-            Command::new("prlimit").args(["--fsize=unlimited", "--pid", &id]).status().unwrap().success()
-        );
-        assert_resumed(&gateway, &sandbox);
-        let (whole, said) = verify(&gateway.audit_directory());
-        assert!(whole, "{durability}: {said}");
-    }
-}
-
-#[test]
-fn commands_beyond_the_limit_on_file_sizes_fail_with_an_error() {
-    let folder = tempfile::TempDir::new().unwrap();
-    let run = |limit: &str| {
-        let line = format!("ulimit -f {limit}; exec \"$@\" >\"$0\"");
-        let (output, trail) = (folder.path().join("output"), folder.path().join(limit));
-        let command = |args: &[&str]| {
-            Command::new("sh").args(["-c", &line]).arg(&output).arg(BINARY).args(args).output().unwrap()
-        };
-        [command(&["--help"]), command(&["audit", "init", trail.to_str().unwrap()])]
-            .map(|output| (output.status.code(), String::from_utf8(output.stderr).unwrap()))
-    };
-    for (code, said) in run("0") {
-        assert!(matches!(code, Some(1 | 78)) && said.contains("File too large"), "{code:?}: {said}");
-    }
-    for (code, said) in run("unlimited") {
-        assert_eq!(code, Some(0), "the control: {said}");
     }
 }
 
