@@ -1,7 +1,7 @@
 //! Log lines on their way to stderr.
 //!
 //! stderr may be a pipe that nobody reads. Nobody who logs waits for it: lines go into a queue that is bounded in bytes, and
-//! a thread of its own writes them out. A line that finds no room is dropped and counted. The last quarter of the queue is kept for
+//! a thread of its own writes them out. A line that finds no room is dropped and counted, and so is one that cannot be written. The last quarter of the queue is kept for
 //! what an operator must not miss (calls of unknown outcome, the trail, configuration, tokens), so that no flood of other
 //! lines displaces it.
 
@@ -114,7 +114,7 @@ pub(crate) fn has_ended() -> bool {
     QUEUE.has_ended.load(Ordering::Relaxed)
 }
 
-/// How many lines were dropped so far.
+/// How many lines were dropped so far, or could not be written.
 pub fn dropped() -> u64 {
     QUEUE.dropped.load(Ordering::Relaxed)
 }
@@ -201,7 +201,7 @@ impl Queue {
 
     /// Writes what comes, for ever.
     fn write_all_to(&self, stderr: &mut impl Write) {
-        let (mut piece, mut told) = (Vec::with_capacity(PIECE), 0);
+        let (mut piece, mut told, mut cut) = (Vec::with_capacity(PIECE), 0, false);
         loop {
             fault::look("the log");
             let mut state = self.lock();
@@ -214,12 +214,22 @@ impl Queue {
             state.is_writing = true;
             drop(state);
 
-            let is_written = write(stderr, &piece).is_ok();
+            let lost = &piece[write(stderr, &piece)..];
+            let is_written = lost.is_empty();
+            // The end of a line whose begin was lost counts no more.
+            let is_same = cut && !piece[..piece.len() - lost.len()].contains(&b'\n');
+            let lines =
+                lost.split_inclusive(|byte| *byte == b'\n').count() - usize::from(is_same && !is_written);
+            self.dropped.fetch_add(lines as u64, Ordering::Relaxed);
+            cut = lost.last().is_some_and(|last| *last != b'\n');
             let is_empty = self.lock().bytes.is_empty();
             // Once the reader has caught up, and not for each line that it missed.
             let dropped = self.dropped.load(Ordering::Relaxed);
             if is_written && is_empty && dropped > told {
-                tracing::warn!(lines = dropped - told, "log lines were dropped: nobody read them in time");
+                tracing::warn!(
+                    lines = dropped - told,
+                    "log lines are missing: nobody read them in time, or they could not be written"
+                );
                 told = dropped;
             }
             // Only now, so that a flush waits for that line, too.
@@ -253,21 +263,25 @@ fn takes_more() -> bool {
     ready.is_ok_and(|ready| ready > 0)
 }
 
-/// Writes all of it, though stderr may be one that does not block: it shares that with whoever else has it.
-fn write(stderr: &mut impl Write, mut piece: &[u8]) -> io::Result<()> {
-    while !piece.is_empty() {
-        match stderr.write(piece) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(length) => piece = &piece[length..],
+/// Writes all of it, though stderr may be one that does not block: it shares that with whoever else has it. Returns how many
+/// bytes were written before an error.
+fn write(stderr: &mut impl Write, piece: &[u8]) -> usize {
+    let mut written = 0;
+    while written < piece.len() {
+        match stderr.write(&piece[written..]) {
+            Ok(0) => break,
+            Ok(length) => written += length,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let stderr = PollFd::from_borrowed_fd(rustix::stdio::stderr(), PollFlags::OUT);
-                retry_on_intr(|| poll(&mut [stderr.clone()], None))?;
+                if retry_on_intr(|| poll(&mut [stderr.clone()], None)).is_err() {
+                    break;
+                }
             }
-            Err(error) => return Err(error),
+            Err(_) => break,
         }
     }
-    Ok(())
+    written
 }
 
 /// The last place up to `end` where no character is cut.

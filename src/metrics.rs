@@ -127,7 +127,7 @@ impl Metrics {
         let quota_percent = gauge("quota_percent", "How much of the quota the upstream's 429s have left.")?;
         let log_lines_dropped = IntCounter::new(
             "ccsqm_gateway_log_lines_dropped_total",
-            "Log lines that were dropped because nobody read stderr in time.",
+            "Log lines that are missing on stderr: nobody read it in time, or it could not be written.",
         )?;
         registry.register(Box::new(log_lines_dropped.clone()))?;
         let parts = Parts {

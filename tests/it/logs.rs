@@ -79,9 +79,7 @@ impl Unread {
     }
 
     fn dropped(&self) -> u64 {
-        let text = self.admin("/metrics").body;
-        let value = text.lines().find_map(|line| line.strip_prefix("ccsqm_gateway_log_lines_dropped_total "));
-        value.unwrap().parse().unwrap()
+        missing(self.admin)
     }
 
     /// Refusals until lines are dropped. At the level `debug` each is a line.
@@ -146,6 +144,45 @@ fn prompt<T>(what: &str, work: impl FnOnce() -> T) -> T {
     let result = work();
     assert!(began.elapsed() < PROMPT, "{what} took {:?}", began.elapsed());
     result
+}
+
+/// How many lines are missing.
+fn missing(admin: SocketAddr) -> u64 {
+    let text = get(TcpStream::connect(admin).unwrap(), "/metrics").body;
+    let value = text.lines().find_map(|line| line.strip_prefix("ccsqm_gateway_log_lines_dropped_total "));
+    value.unwrap().parse().unwrap()
+}
+
+#[test]
+fn lines_that_cannot_be_written_are_counted() {
+    let sandbox = sandbox();
+    let (folder, [address, admin]) = configured(&sandbox);
+    for path in ["/dev/full", "log"] {
+        let log = fs::OpenOptions::new().create(true).append(true).open(folder.path().join(path)).unwrap();
+        let mut command = Command::new(BINARY);
+        command
+            .args(["serve", "--set", "log.level=debug", "--config"])
+            .arg(folder.path().join("gateway.toml"));
+        let _gateway = Running(command.stderr(log).spawn().unwrap());
+        wait_for("the gateway", || {
+            let stream = TcpStream::connect(admin).ok()?;
+            (get(stream, "/readyz").status == 200).then_some(())
+        });
+        let before = missing(admin);
+        for _ in 0..20 {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.write_all(head(0, "").replace(PATH, "/nowhere").as_bytes()).unwrap();
+            assert_eq!(read_reply(&mut stream).status, 404);
+        }
+        if path == "log" {
+            let lines = || fs::read_to_string(folder.path().join(path)).unwrap().lines().count();
+            wait_for("the lines", || (lines() > 20).then_some(()));
+            assert_eq!(missing(admin), 0, "the control");
+        } else {
+            assert!(before > 0, "the lines of the start");
+            wait_for("a count of the lines", || (missing(admin) >= before + 20).then_some(()));
+        }
+    }
 }
 
 #[test]
@@ -226,12 +263,12 @@ fn unknown_outcomes_are_told_though_other_lines_fill_the_queue() {
     assert_eq!(unknown.outcome(), "unknown");
     let id = &unknown.headers["x-gateway-request-id"];
     let dropped = gateway.dropped();
-    let lines = read_on(&mut gateway, "log lines were dropped");
+    let lines = read_on(&mut gateway, "log lines are missing");
     let said =
         |text: &str| lines.iter().find(|line| line["fields"]["message"].as_str().unwrap().contains(text));
     let warning = said("the outcome of a call is unknown").expect("the warning");
     assert_eq!((&warning["level"], &warning["fields"]["id"]), (&json!("WARN"), &json!(id)));
     assert!(said("listening (admin)").is_some(), "the oldest lines are there");
-    let counted = said("log lines were dropped").unwrap()["fields"]["lines"].as_u64().unwrap();
+    let counted = said("log lines are missing").unwrap()["fields"]["lines"].as_u64().unwrap();
     assert!(counted >= dropped, "{counted} {dropped}");
 }
