@@ -105,6 +105,7 @@ impl App {
         inherited.finish()?;
         let admin = net::TcpListener::bind(config.admin.address)
             .with_context(|| format!("listening on {} (admin)", config.admin.address))?;
+        rustix::net::listen(&admin, server::BACKLOG)?; // std's own is 128, which a burst of strangers fills: see [`admin`]
         admin.set_nonblocking(true)?;
         let control = control::Bound::bind(&config.admin.control, &config.audit.directory)?;
         let metrics = Arc::new(metrics);

@@ -35,7 +35,7 @@ use inherited::Inherited;
 use tls::Tls;
 
 /// How many connections the kernel keeps for us until they are accepted.
-const BACKLOG: i32 = 4096;
+pub(crate) const BACKLOG: i32 = 4096;
 
 /// A bound listener, one socket per worker.
 #[derive(Debug)]

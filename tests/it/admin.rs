@@ -350,3 +350,21 @@ fn the_admin_listener_answers_to_its_names_only() {
         assert_eq!(answer(&gateway, &format!("{head}\r\n")).status, expected, "{head}");
     }
 }
+
+/// The kernel drops what finds no place among them, and the peer tries again only a second later.
+#[test]
+fn a_burst_of_connections_waits_in_the_kernel_for_the_admin_listener() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let connect = |address| {
+        let connect = |_| TcpStream::connect_timeout(&address, Duration::from_millis(900)).ok();
+        (0..400).map_while(connect).collect::<Vec<_>>()
+    };
+    gateway.signal("-STOP");
+    let burst = connect(gateway.admin);
+    gateway.signal("-CONT");
+    assert_eq!(burst.len(), 400);
+    assert_eq!(gateway.admin("/livez").status, 200);
+    let usual = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    assert!(connect(usual.local_addr().unwrap()).len() < 400, "the control: a queue as the library makes it");
+}
