@@ -14,7 +14,10 @@ mod signals;
 
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration};
 
-use self::out::{complain, out};
+use self::{
+    out::{complain, out},
+    signals::Signals,
+};
 use anyhow::Context as _;
 use ccsqm_gateway::{
     app::Ended,
@@ -88,21 +91,25 @@ fn parse_override(text: &str) -> Result<(String, String), String> {
 
 /// Runs the command.
 pub(crate) fn run() -> ExitCode {
+    let signals = Signals::take();
     let _flushed = Flushed;
     let _ = hide_memory(); // `check` reads secrets, too, and `audit` the chain's key; `serve` tells when it fails
-    if let Err(error) = signals::survive_file_size_limit() {
-        complain!("ccsqm-gateway: {error:#}");
-        return ExitCode::FAILURE;
-    }
+    let signals = match signals {
+        Ok(signals) => signals,
+        Err(error) => {
+            complain!("ccsqm-gateway: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(said) => return out::exit_code(usage(&said)),
     };
     let run = || match arguments.command {
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(args, signals),
         Command::Check(args) => Ok(check::run(&args)),
-        Command::Demo(args) => demo::run(args),
-        Command::Sandbox(args) => sandbox::run(args),
+        Command::Demo(args) => demo::run(args, signals),
+        Command::Sandbox(args) => sandbox::run(args, signals),
         Command::Healthcheck(args) => healthcheck::run(&args),
         Command::Contract(args) => contract::run(args),
         Command::Audit(args) => audit::run(&args),

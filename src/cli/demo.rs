@@ -21,7 +21,7 @@ use tokio::sync::oneshot;
 
 use super::{
     out::{complain, out},
-    signals::{Asked, HangUp, while_listening},
+    signals::{Asked, HangUp, Signals, while_listening},
 };
 
 const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
@@ -43,12 +43,12 @@ pub(super) struct Args {
     admin: SocketAddr,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: Args, signals: Signals) -> anyhow::Result<ExitCode> {
     if args.once {
         return demo(&args, None);
     }
     // The terminal that shows it may go away; its directory goes with it.
-    while_listening(HangUp::Stops, move |asked| demo(&args, Some(&asked)))
+    while_listening(signals, HangUp::Stops, move |asked| demo(&args, Some(&asked)))
 }
 
 /// With nobody asked for a stop, one request is shown.

@@ -7,7 +7,7 @@ use ccsqm_gateway::sandbox::{APPOINT_PATH, Options, Sandbox, Tls};
 
 use super::{
     out,
-    signals::{Asked, HangUp, while_listening},
+    signals::{Asked, HangUp, Signals, while_listening},
 };
 
 /// Run a local stand-in for the cloud: tokenByAkSk and appointQualityTask, with scripted faults.
@@ -28,8 +28,8 @@ pub(crate) struct Args {
 }
 
 /// Runs until Ctrl-C.
-pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    while_listening(HangUp::Stops, move |asked| sandbox(args, &asked))
+pub(crate) fn run(args: Args, signals: Signals) -> anyhow::Result<ExitCode> {
+    while_listening(signals, HangUp::Stops, move |asked| sandbox(args, &asked))
 }
 
 fn sandbox(args: Args, asked: &Asked) -> anyhow::Result<ExitCode> {

@@ -8,7 +8,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::{
     BAD_CONFIGURATION, Configured,
     out::{self, complain},
-    signals::{Asked, HangUp, while_listening},
+    signals::{Asked, HangUp, Signals, while_listening},
 };
 
 /// Files beside connections: listeners, audit, admin, token calls, the runtimes' own.
@@ -25,9 +25,9 @@ pub(super) struct Args {
     accept_loss: Option<String>,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: Args, signals: Signals) -> anyhow::Result<ExitCode> {
     log::start()?; // so that not even a start waits for who reads its errors
-    while_listening(HangUp::Reloads, move |asked| serve(args, &asked))
+    while_listening(signals, HangUp::Reloads, move |asked| serve(args, &asked))
 }
 
 fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Result<ExitCode> {

@@ -4,6 +4,7 @@
 //! handlers come first. They belong to a thread that does nothing else: whatever the work waits for, a stop is heard of.
 
 use std::{
+    env,
     panic::resume_unwind,
     process::ExitCode,
     sync::{
@@ -16,10 +17,10 @@ use std::{
 
 use anyhow::Context as _;
 use ccsqm_gateway::log;
-use rustix::process::Signal;
+use rustix::process::Signal as Number;
 use tokio::{
     runtime::{Builder, Runtime},
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{Notify, oneshot, watch},
     time::{Instant, sleep_until},
 };
@@ -70,32 +71,62 @@ impl Asked {
     }
 }
 
-/// From now on a file that would grow beyond RLIMIT_FSIZE is an error of who writes it, as on a full disk; by default SIGXFSZ ends
-/// the process.
-pub(super) fn survive_file_size_limit() -> anyhow::Result<()> {
-    let runtime = runtime()?;
-    let _within = runtime.enter();
-    // The handler stays when nobody listens any more.
-    drop(signal(SignalKind::from_raw(Signal::XFSZ.as_raw())).context("SIGXFSZ")?);
-    Ok(())
+/// The handlers of signals, and what hears of them.
+pub(super) struct Signals {
+    runtime: Runtime,
+    stops: Option<Stops>,
 }
 
-fn runtime() -> anyhow::Result<Runtime> {
-    Builder::new_current_thread().enable_all().build().context("the runtime of the signals")
+struct Stops {
+    terminate: Signal,
+    interrupt: Signal,
+    hung_up: Signal,
+}
+
+impl Signals {
+    /// To be called before anything else: what comes before a handler is lost to the first process of a container. Of commands
+    /// that end by themselves a signal does what it always does.
+    pub(super) fn take() -> anyhow::Result<Self> {
+        let runtime =
+            Builder::new_current_thread().enable_all().build().context("the runtime of the signals")?;
+        let within = runtime.enter();
+        let stops = serves().then(Stops::listen).transpose()?;
+        // From now on a file that would grow beyond RLIMIT_FSIZE is an error of who writes it, as on a full disk; by default
+        // SIGXFSZ ends the process. The handler stays when nobody listens any more.
+        drop(signal(SignalKind::from_raw(Number::XFSZ.as_raw())).context("SIGXFSZ")?);
+        drop(within);
+        Ok(Self { runtime, stops })
+    }
+}
+
+/// Whether the command is one that runs until it is stopped. The arguments are not parsed yet: that takes milliseconds.
+fn serves() -> bool {
+    env::args_os().nth(1).is_some_and(|command| command == "serve" || command == "sandbox")
+}
+
+impl Stops {
+    fn listen() -> anyhow::Result<Self> {
+        let listen = |kind: SignalKind| signal(kind).context("signals cannot be listened to");
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hung_up: listen(SignalKind::hangup())?,
+        })
+    }
 }
 
 /// Runs work on a thread of its own, and listens for signals meanwhile. Work that has not called [`Asked::started`] when a stop is
 /// asked for is left behind after a while: it has served nobody.
 pub(super) fn while_listening(
+    Signals { runtime, stops }: Signals,
     hang_up: HangUp,
     work: impl FnOnce(Asked) -> anyhow::Result<ExitCode> + Send + 'static,
 ) -> anyhow::Result<ExitCode> {
-    let runtime = runtime()?;
-    let within = runtime.enter();
-    let listen = |kind: SignalKind| signal(kind).context("signals cannot be listened to");
-    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
-    let mut hung_up = listen(SignalKind::hangup())?;
-    drop(within);
+    let listen = || {
+        let _within = runtime.enter();
+        Stops::listen()
+    };
+    let Stops { mut terminate, mut interrupt, mut hung_up } = stops.map_or_else(listen, Ok)?;
 
     let (stop, asked) = watch::channel(false);
     let asked = Asked { stop: asked, reload: Arc::default(), is_decided: Arc::default() };

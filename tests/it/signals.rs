@@ -291,3 +291,33 @@ impl WaitOrKill for Child {
         }
     }
 }
+
+/// Where it is the first process of a container, the kernel drops what comes before a handler.
+#[test]
+fn a_process_that_serves_has_handlers_before_it_does_anything_else() {
+    let folder = TempDir::new().unwrap();
+    let trace = folder.path().join("trace");
+    let calls = |args: &[&str]| {
+        let only = "trace=rt_sigaction,prctl,prlimit64,openat";
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-e", only, "-o"]).arg(&trace).arg(BINARY).args(args);
+        strace.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
+        fs::read_to_string(&trace).unwrap().lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let place = |calls: &[String], texts: &[&str]| {
+        calls.iter().position(|call| texts.iter().all(|text| call.contains(text)))
+    };
+    let set = ["sa_handler=0x", "rt_sigaction("];
+    let config = folder.path().join("nowhere.toml").display().to_string();
+    for command in [["serve", "--config", &config].as_slice(), &["sandbox", "--listen", "nowhere"]] {
+        let calls = calls(command);
+        let hides = place(&calls, &["RLIMIT_CORE", "rlim_cur=0"]).unwrap();
+        for signal in ["(SIGTERM", "(SIGINT", "(SIGHUP"] {
+            let taken = place(&calls, &[set[0], set[1], signal]);
+            assert!(taken.is_some_and(|taken| taken < hides), "{command:?} {signal}: {taken:?}, {calls:#?}");
+        }
+    }
+    let calls = calls(&["check", "--config", &config]);
+    assert!(place(&calls, &["RLIMIT_CORE", "rlim_cur=0"]).is_some(), "the control: {calls:#?}");
+    assert_eq!(place(&calls, &[set[0], set[1], "(SIGTERM"]), None, "a command that ends by itself is ended");
+}
