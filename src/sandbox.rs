@@ -24,6 +24,7 @@ use std::{
     collections::VecDeque,
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener as StdListener},
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -39,6 +40,8 @@ use tokio::{
     sync::{oneshot, watch},
 };
 use tokio_rustls::TlsAcceptor;
+
+use crate::files;
 
 use self::{faults::Script, journal::Journal, tokens::Tokens};
 pub use self::{
@@ -94,6 +97,19 @@ pub struct Tls {
     pub cert_pem: String,
     /// The private key: PKCS#8, PKCS#1 or SEC1.
     pub key_pem: String,
+}
+
+impl Tls {
+    /// Reads both from regular files: a pipe in the place of one holds nobody.
+    pub fn read(cert: &Path, key: &Path) -> io::Result<Self> {
+        let read = |file: &Path| {
+            let read = files::read_text(file);
+            read.map_err(|error| {
+                io::Error::new(error.kind(), format!("can't read {}: {error}", file.display()))
+            })
+        };
+        Ok(Self { cert_pem: read(cert)?, key_pem: read(key)? })
+    }
 }
 
 /// What is known about the connections of all listeners, control connections included.

@@ -12,6 +12,7 @@ use sha2::Sha256;
 use thiserror::Error;
 
 use super::directory::{Directory, open_regular};
+use crate::files;
 
 const PREV: &[u8] = b",\"prev\":\"";
 const HASH: &[u8] = b",\"hash\":\"";
@@ -82,9 +83,9 @@ pub enum KeyError {
 }
 
 impl Keys {
-    /// Reads a key file.
+    /// Reads a key file. A pipe in its place holds nobody.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
-        Self::from_bytes(path, fs::read(path))
+        Self::from_bytes(path, files::read(path))
     }
 
     /// Reads the key that lies in a directory. It is a file of ours, so that no symbolic link is followed.

@@ -1,6 +1,6 @@
 //! `sandbox`: the cloud in one process, for people who build against it.
 
-use std::{fs, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, ensure};
 use ccsqm_gateway::sandbox::{APPOINT_PATH, Options, Sandbox, Tls};
@@ -38,7 +38,8 @@ fn sandbox(args: Args, asked: &Asked) -> anyhow::Result<ExitCode> {
         "{} can be reached by other machines; give --allow-remote if that is meant",
         args.listen
     );
-    let options = Options { listen: args.listen, tls: tls(args.cert, args.key)?, ..Options::default() };
+    let tls = args.cert.zip(args.key).map(|(cert, key)| Tls::read(&cert, &key)).transpose()?;
+    let options = Options { listen: args.listen, tls, ..Options::default() };
     let (app_key, app_secret) = (options.app_key.clone(), options.app_secret.clone());
     let sandbox = Sandbox::start(options).with_context(|| format!("can't start on {}", args.listen))?;
     introduce(&sandbox, &app_key, &app_secret);
@@ -47,13 +48,6 @@ fn sandbox(args: Args, asked: &Asked) -> anyhow::Result<ExitCode> {
         runtime.block_on(asked.clone().stopped());
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn tls(cert: Option<PathBuf>, key: Option<PathBuf>) -> anyhow::Result<Option<Tls>> {
-    let (Some(cert), Some(key)) = (cert, key) else { return Ok(None) };
-    let read =
-        |file: PathBuf| fs::read_to_string(&file).with_context(|| format!("can't read {}", file.display()));
-    Ok(Some(Tls { cert_pem: read(cert)?, key_pem: read(key)? }))
 }
 
 fn introduce(sandbox: &Sandbox, app_key: &str, app_secret: &str) {

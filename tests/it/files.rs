@@ -288,6 +288,37 @@ fn no_pipe_in_a_trail_holds_a_command() {
 }
 
 #[test]
+fn no_pipe_in_the_place_of_a_key_or_certificate_holds_a_command() {
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (trail, key, pipe) = (path("audit"), path("key"), path("pipe"));
+    let (cert, cert_key) = (path("cert.pem"), path("key.pem"));
+    let server = Ca::new().issue(SERVER);
+    fs::write(&key, "0123456789abcdef0123456789abcdef").unwrap();
+    fs::write(&cert, server.certificate).unwrap();
+    fs::write(&cert_key, server.key).unwrap();
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let run = |args: &[&str]| {
+        let output = Command::new("timeout").args(["20", BINARY]).args(args).output().unwrap();
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        (output.status.code().unwrap(), said)
+    };
+    for command in ["init", "verify", "head"] {
+        let (code, said) = run(&["audit", command, "--key-file", &pipe, &trail]);
+        assert!(code == 78 && said.contains("is not a regular file"), "{command}: {code} {said}");
+        let (code, said) = run(&["audit", command, "--key-file", &key, &trail]);
+        assert!(code < 2, "the control: {command}: {code} {said}");
+    }
+    for (cert, cert_key) in [(&pipe, &cert_key), (&cert, &pipe)] {
+        let (code, said) = run(&["sandbox", "--listen", "127.0.0.1:0", "--cert", cert, "--key", cert_key]);
+        assert!(code == 1 && said.contains("is not a regular file"), "sandbox: {code} {said}");
+    }
+    let args = ["2", BINARY, "sandbox", "--listen", "127.0.0.1:0", "--cert", &cert, "--key", &cert_key];
+    let output = Command::new("timeout").args(args).output().unwrap();
+    assert!(String::from_utf8(output.stdout).unwrap().contains("https://"), "the control");
+}
+
+#[test]
 fn a_configuration_from_a_pipe_is_read_once() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
