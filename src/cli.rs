@@ -1,4 +1,4 @@
-//! Arguments, logs, exit codes: 0 done, 1 found wrong, 2 usage, 70 a part of the gateway ended or the
+//! Arguments, logs, exit codes: 0 done, 1 found wrong or failed, 2 usage, 70 a part of the gateway ended or the
 //! trail lacks its end, 78 bad configuration.
 
 mod out;

@@ -27,8 +27,8 @@ pub(super) fn of_files() -> u64 {
 /// Says what an error of a file means that is larger than the limit already.
 pub(super) fn explain(error: io::Error, name: &str) -> io::Error {
     match error.kind() {
-        io::ErrorKind::FileTooLarge => {
-            io::Error::other(format!("{name} is larger than {RAISE} allows: raise it"))
+        kind @ io::ErrorKind::FileTooLarge => {
+            io::Error::new(kind, format!("{name} is larger than {RAISE} allows: {error}"))
         }
         _ => error,
     }

@@ -3,6 +3,7 @@
 mod show;
 
 use std::{
+    io::{self, ErrorKind},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -153,8 +154,22 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             complain!("ccsqm-gateway: {error}");
-            ExitCode::from(BAD_CONFIGURATION)
+            if is_fault(&error) { ExitCode::FAILURE } else { ExitCode::from(BAD_CONFIGURATION) }
         }
+    })
+}
+
+/// Whether it is none of what the arguments name, but the machine's: a full disk, a limit, a device that fails.
+fn is_fault(error: &anyhow::Error) -> bool {
+    use ErrorKind::{IsADirectory, NotADirectory, NotFound, Other, PermissionDenied};
+    let error = match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(StartError::Directory(_, error) | StartError::Key(KeyError::File(_, error))), _)
+        | (_, Some(KeyError::File(_, error))) => Some(error),
+        _ => error.downcast_ref(),
+    };
+    let kind = error.map(io::Error::kind);
+    kind.is_some_and(|kind| {
+        !matches!(kind, NotFound | NotADirectory | IsADirectory | PermissionDenied | Other)
     })
 }
 
@@ -178,8 +193,10 @@ impl Place {
 impl Trail {
     fn read(&self) -> anyhow::Result<Found> {
         let directory = self.place.directory.display();
-        read(&self.place.directory, &self.place.keys()?)
-            .map_err(|error| anyhow::anyhow!("{directory}: {error}"))
+        read(&self.place.directory, &self.place.keys()?).map_err(|error| {
+            let kind = error.kind();
+            io::Error::new(kind, format!("{directory}: {error}")).into()
+        })
     }
 }
 

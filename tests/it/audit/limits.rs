@@ -178,21 +178,36 @@ fn a_limit_on_file_sizes_below_a_segment_is_told_and_one_below_any_refuses_the_s
 }
 
 #[test]
-fn commands_beyond_the_limit_on_file_sizes_fail_with_an_error() {
-    let folder = tempfile::TempDir::new().unwrap();
-    let run = |limit: &str| {
+fn commands_beyond_the_limit_on_file_sizes_fail_with_an_error_and_are_no_bad_configuration() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    let id = gateway.call().headers["x-gateway-request-id"].clone();
+    gateway.records("outcome", 1);
+    let folder = gateway.kill();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (trail, new, output) = (path("audit"), path("new"), path("output"));
+    let run = |limit: &str, args: &[&str]| {
         let line = format!("ulimit -f {limit}; exec \"$@\" >\"$0\"");
-        let (output, trail) = (folder.path().join("output"), folder.path().join(limit));
-        let command = |args: &[&str]| {
-            Command::new("sh").args(["-c", &line]).arg(&output).arg(BINARY).args(args).output().unwrap()
-        };
-        [command(&["--help"]), command(&["audit", "init", trail.to_str().unwrap()])]
-            .map(|output| (output.status.code(), String::from_utf8(output.stderr).unwrap()))
+        let output = Command::new("sh").args(["-c", &line, &output, BINARY]).args(args).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
-    for (code, said) in run("0") {
-        assert!(matches!(code, Some(1 | 78)) && said.contains("File too large"), "{code:?}: {said}");
+    let commands = [
+        vec!["--help"],
+        vec!["audit", "init", &new],
+        vec!["audit", "resolve", &trail, &id, "done", "--by", "me"],
+        vec!["audit", "accept-clock", &trail],
+    ];
+    for limit in ["0", "unlimited"] {
+        for command in &commands {
+            let (code, said) = run(limit, command);
+            if limit == "0" {
+                assert!(code == Some(1) && said.contains("File too large"), "{command:?}: {code:?} {said}");
+            } else {
+                assert_eq!(code, Some(0), "the control: {command:?}: {said}");
+            }
+        }
     }
-    for (code, said) in run("unlimited") {
-        assert_eq!(code, Some(0), "the control: {said}");
-    }
+    let (code, said) = run("unlimited", &["audit", "accept-clock", "/nowhere"]);
+    assert!(code == Some(78), "a directory that is not there is one: {code:?} {said}");
 }
