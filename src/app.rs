@@ -28,7 +28,7 @@ use crate::{
     audit::{self, Audit, Early, StartError, Unfinished},
     clock,
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
-    connect::{Connector, Egress, Identity},
+    connect::{Connector, Egress, Identity, Roots},
     control::{self, Control},
     gateway::Gateway,
     idempotency::{Idempotency, memory::MemoryBound},
@@ -69,6 +69,7 @@ pub struct App {
     pool_metrics: pool::Metrics,
     connector: Connector,
     identity: Option<Arc<Identity>>,
+    roots: Option<Roots>,
     bounds: Arc<Bounds>,
     alive: mpsc::Sender<()>,
     done: mpsc::Receiver<()>,
@@ -86,7 +87,7 @@ impl App {
         let (metrics, parts, audit_metrics) = Metrics::new()?;
         let has_tls = config.upstream.base_url.tls || config.token.url.tls;
         let egress = Egress::new(&config.upstream, has_tls)?;
-        let identity = egress.identity().cloned();
+        let (identity, roots) = (egress.identity().cloned(), egress.roots().cloned());
         let connector = Connector::new(&config.upstream.base_url, &egress, config.upstream.connect_timeout)?;
         let options = audit_options(&config, accept_loss.clone());
         audit::limit::check().map_err(StartError::from)?;
@@ -120,6 +121,7 @@ impl App {
             pool_metrics,
             connector,
             identity,
+            roots,
             bounds,
             alive,
             done,
@@ -154,6 +156,7 @@ impl App {
             pool_metrics,
             connector,
             identity,
+            roots,
             bounds,
             alive,
             mut done,
@@ -176,7 +179,7 @@ impl App {
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
         let mut supervisor = Supervisor::new();
         read_past(&config, &audit, &idempotency, supervisor.vital("the reading of the trail"))?;
-        keep_up((&background, &supervisor), &bound, identity, &audit);
+        keep_up((&background, &supervisor), &bound, (identity, roots), &audit);
         background.spawn(look(audit.clone(), supervisor.vitals()));
         let (stopping, stopped) = watch::channel(Stop::No);
         let (begin, may_begin) = watch::channel(false);
@@ -437,7 +440,7 @@ async fn drain(
 fn keep_up(
     (background, supervisor): (&Runtime, &Supervisor),
     bound: &[Bound],
-    identity: Option<Arc<Identity>>,
+    (identity, roots): (Option<Arc<Identity>>, Option<Roots>),
     audit: &Audit,
 ) {
     for (tls, address) in bound.iter().filter_map(|bound| Some((bound.tls()?, bound.address.to_string()))) {
@@ -448,6 +451,10 @@ fn keep_up(
         let vital = supervisor.vital("the client certificate");
         let change = certificate_change("upstream", "client_cert_file".into(), audit);
         background.spawn(vital.run(identity.keep_up(change)));
+    }
+    if let Some(roots) = roots {
+        let vital = supervisor.vital("the roots of the upstream");
+        background.spawn(vital.run(roots.keep_up(certificate_change("upstream", "ca_file".into(), audit))));
     }
 }
 

@@ -6,6 +6,7 @@
 mod addresses;
 mod identity;
 pub(crate) mod proxy;
+mod roots;
 
 use std::{
     io,
@@ -18,7 +19,7 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, RootCertStore,
+    RootCertStore,
     pki_types::{InvalidDnsNameError, ServerName},
 };
 use thiserror::Error;
@@ -31,11 +32,13 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
     config::{self, ProxyUrl, Url},
-    pem::{self, PemError},
+    pem::PemError,
 };
 use addresses::Addresses;
 pub use identity::Identity;
 pub use proxy::ProxyError;
+pub use roots::Roots;
+use roots::Trust;
 
 /// Names of protocols in a TLS handshake (RFC 7301).
 pub(crate) const HTTP1: &[u8] = b"http/1.1";
@@ -103,7 +106,8 @@ impl ConnectError {
 /// How the gateway gets to the cloud.
 #[derive(Clone, Debug)]
 pub struct Egress {
-    tls: Arc<ClientConfig>,
+    trust: Arc<Trust>,
+    roots: Option<Roots>,
     /// For what is spoken to over TLS; the rest is on loopback.
     proxy: Option<ProxyUrl>,
     identity: Option<Arc<Identity>>,
@@ -114,8 +118,17 @@ impl Egress {
     pub fn new(upstream: &config::Upstream, has_tls: bool) -> Result<Self, TlsError> {
         let identity = upstream.identity.clone().filter(|_| has_tls);
         let identity = identity.map(|files| Identity::load(files.cert_file, files.key_file)).transpose()?;
-        let roots = if has_tls { roots(upstream.ca_file.as_deref())? } else { RootCertStore::empty() };
-        Ok(Self { tls: client_tls(roots, identity.clone())?, proxy: upstream.proxy.clone(), identity })
+        let ca_file = upstream.ca_file.as_deref().filter(|_| has_tls);
+        let digest = ca_file.map(roots::contents).transpose()?; // before it is read: what changes in between is noticed later
+        let store = if has_tls { roots(ca_file)? } else { RootCertStore::empty() };
+        let trust = Arc::new(Trust::new(store, identity.clone())?);
+        let roots = ca_file.zip(digest).map(|(path, digest)| Roots::new(path.into(), trust.clone(), digest));
+        Ok(Self { trust, roots, proxy: upstream.proxy.clone(), identity })
+    }
+
+    /// The file of its roots, if it has one.
+    pub fn roots(&self) -> Option<&Roots> {
+        self.roots.as_ref()
     }
 
     /// The gateway's own certificate, if it has one.
@@ -126,35 +139,19 @@ impl Egress {
     /// Trusts nobody, and reads no root from anywhere.
     #[cfg(test)]
     pub(crate) fn plain() -> Self {
-        Self { tls: client_tls(RootCertStore::empty(), None).unwrap(), proxy: None, identity: None }
+        let trust = Arc::new(Trust::new(RootCertStore::empty(), None).unwrap());
+        Self { trust, roots: None, proxy: None, identity: None }
     }
 }
 
 /// Whom a client trusts: the roots of `ca_file` alone, or the system's.
 pub fn roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
-    let mut roots = RootCertStore::empty();
-    match ca_file {
-        Some(path) => {
-            for certificate in pem::certificates(&pem::read(path)?, path)? {
-                roots.add(certificate)?;
-            }
-        }
-        None => drop(roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs)),
-    }
-    if roots.is_empty() { Err(TlsError::NoRoots) } else { Ok(roots) }
-}
-
-fn client_tls(roots: RootCertStore, identity: Option<Arc<Identity>>) -> Result<Arc<ClientConfig>, TlsError> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots);
-    let mut config = match identity {
-        Some(identity) => builder.with_client_cert_resolver(identity),
-        None => builder.with_no_client_auth(),
+    let Some(path) = ca_file else {
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        return if roots.is_empty() { Err(TlsError::NoRoots) } else { Ok(roots) };
     };
-    config.alpn_protocols = vec![HTTP1.to_vec()];
-    Ok(Arc::new(config))
+    roots::read(path)
 }
 
 /// Connects to one host. Clones share what is known of its addresses.
@@ -165,9 +162,17 @@ pub struct Connector {
     port: u16,
     /// Behind the proxy: the host itself, with its port.
     behind: Option<Arc<str>>,
-    tls: Option<(TlsConnector, ServerName<'static>)>,
+    tls: Option<Tls>,
     timeout: Duration,
     addresses: Addresses,
+}
+
+/// How it speaks TLS.
+#[derive(Clone)]
+struct Tls {
+    trust: Arc<Trust>,
+    name: ServerName<'static>,
+    offers_http2: bool,
 }
 
 impl std::fmt::Debug for Connector {
@@ -179,8 +184,8 @@ impl std::fmt::Debug for Connector {
 impl Connector {
     /// A connector for the host of a URL. `timeout` covers resolving, connecting, the proxy and TLS together.
     pub fn new(url: &Url, egress: &Egress, timeout: Duration) -> Result<Self, TlsError> {
-        let name = || ServerName::try_from(url.host.clone());
-        let tls = if url.tls { Some((TlsConnector::from(egress.tls.clone()), name()?)) } else { None };
+        let name = url.tls.then(|| ServerName::try_from(url.host.clone())).transpose()?;
+        let tls = name.map(|name| Tls { trust: egress.trust.clone(), name, offers_http2: false });
         let addresses = Addresses::default();
         Ok(match egress.proxy.as_ref().filter(|_| url.tls) {
             Some(ProxyUrl { host, port }) => {
@@ -195,12 +200,15 @@ impl Connector {
 
     /// The same connector, offering HTTP/2 before HTTP/1.1 where it speaks TLS.
     pub fn offering_http2(mut self) -> Self {
-        if let Some((tls, _)) = &mut self.tls {
-            let mut config = ClientConfig::clone(tls.config());
-            config.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
-            *tls = TlsConnector::from(Arc::new(config));
+        if let Some(tls) = &mut self.tls {
+            tls.offers_http2 = true;
         }
         self
+    }
+
+    /// Which roots new connections are made under: it grows when others are taken.
+    pub fn generation(&self) -> u64 {
+        self.tls.as_ref().map_or(0, |tls| tls.trust.generation())
     }
 
     /// A new connection.
@@ -214,7 +222,8 @@ impl Connector {
         if let Some(authority) = &self.behind {
             proxy::tunnel(&mut stream, authority).await?;
         }
-        let Some((tls, name)) = &self.tls else { return Ok(Stream::Plain(stream)) };
+        let Some(Tls { trust, name, offers_http2 }) = &self.tls else { return Ok(Stream::Plain(stream)) };
+        let tls = TlsConnector::from(trust.config(*offers_http2));
         let stream = tls.connect(name.clone(), stream).await.map_err(ConnectError::Tls)?;
         Ok(Stream::Tls(Box::new(stream)))
     }

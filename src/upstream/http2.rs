@@ -97,11 +97,16 @@ impl Connections {
 
     /// A stream on the first connection that has room, so that few carry many and the others idle out.
     /// Connections that cannot be used any more are given up on the way.
-    pub(super) fn stream(&self, but: Option<&Weak<Connection>>, idle_timeout: u64) -> Option<Stream> {
+    pub(super) fn stream(
+        &self,
+        but: Option<&Weak<Connection>>,
+        idle_timeout: u64,
+        generation: u64,
+    ) -> Option<Stream> {
         let mut open = self.open();
         let mut i = 0;
         while let Some(connection) = open.get(i) {
-            if connection.is_spent(idle_timeout) {
+            if connection.is_spent(idle_timeout, generation) {
                 open.remove(i);
                 continue;
             }
@@ -125,9 +130,10 @@ impl Connections {
         connection
     }
 
-    /// Closes what has idled too long or was closed by the upstream.
-    pub(super) fn sweep(&self, idle_timeout: u64) {
-        self.open().retain(|connection| !connection.is_spent(idle_timeout));
+    /// Closes what has idled too long, was closed by the upstream, or was made under other roots; the streams that it has yet run
+    /// to their end.
+    pub(super) fn sweep(&self, idle_timeout: u64, generation: u64) {
+        self.open().retain(|connection| !connection.is_spent(idle_timeout, generation));
     }
 
     /// The request as HTTP/2 has it: no `Host`, but the whole URI.
@@ -159,6 +165,8 @@ pub(super) struct Connection {
     _driver: Driver,
     /// The same socket once more, to ask the kernel whether anything came.
     probe: OwnedFd,
+    /// Which roots it was made under.
+    generation: u64,
     reads: Arc<Reads>,
     /// The upstream's limit on streams.
     limit: Arc<AtomicUsize>,
@@ -236,7 +244,7 @@ impl Connection {
     pub(super) async fn open(
         io: Counted,
         reads: Arc<Reads>,
-        probe: OwnedFd,
+        (probe, generation): (OwnedFd, u64),
         permit: OwnedSemaphorePermit,
         patience: Duration,
     ) -> Result<Self, hyper::Error> {
@@ -270,7 +278,7 @@ impl Connection {
         let dispatch = tokio::spawn(unconstrained(dispatch(connection, limit.clone(), companions)));
         let usage = Mutex::new(Usage { sender, streams: 0, since: clock::nanos() });
         let dispatch = dispatch.abort_handle();
-        Ok(Self { dispatch, _driver: driver, probe, reads, limit, usage, _permit: permit })
+        Ok(Self { dispatch, _driver: driver, probe, generation, reads, limit, usage, _permit: permit })
     }
 
     /// Whether the upstream allows any stream at all.
@@ -289,9 +297,10 @@ impl Connection {
     }
 
     /// Whether it takes no stream any more.
-    fn is_spent(&self, idle_timeout: u64) -> bool {
+    fn is_spent(&self, idle_timeout: u64, generation: u64) -> bool {
         let usage = self.usage();
-        usage.sender.is_closed()
+        self.generation != generation
+            || usage.sender.is_closed()
             || self.reads.are_contradicted()
             || usage.streams == 0 && clock::nanos().saturating_sub(usage.since) >= idle_timeout
     }

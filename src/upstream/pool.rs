@@ -139,8 +139,11 @@ struct Idle {
 }
 
 impl Idle {
-    fn is_too_old(&self, idle_timeout: u64) -> bool {
+    /// Whether it idled too long, was closed, or was made under other roots.
+    fn is_spent(&self, idle_timeout: u64, generation: u64) -> bool {
         clock::nanos().saturating_sub(self.since) >= idle_timeout
+            || self.connection.sender.is_closed()
+            || self.connection.generation != generation
     }
 }
 
@@ -152,6 +155,8 @@ struct Connection {
     written: Arc<AtomicU64>,
     /// The same socket once more, to ask the kernel whether the upstream closed it.
     probe: OwnedFd,
+    /// Which roots it was made under.
+    generation: u64,
 }
 
 impl Drop for Connection {
@@ -238,7 +243,7 @@ impl Pool {
     /// Reserves a connection: an idle one that is still alive, a part of one that is shared, or a new one.
     pub async fn reserve(self: &Arc<Self>) -> Result<Reserved, NoConnection> {
         let (place, timer) = match self.http2.as_ref().filter(|http2| http2.are_to_be_had()) {
-            Some(http2) => match http2.stream(None, self.idle_timeout) {
+            Some(http2) => match http2.stream(None, self.idle_timeout, self.connector.generation()) {
                 Some(stream) => (Place::Http2(stream), self.timers().pop()),
                 None => Box::pin(self.shared(http2, None)).await?,
             },
@@ -247,11 +252,12 @@ impl Pool {
         Ok(Reserved { pool: self.clone(), place: Some(place), timer, reserved: clock::turn(), clean: true })
     }
 
-    /// Closes what has idled too long or was closed by the upstream. To be called about once a second.
+    /// Closes what has idled too long, was closed by the upstream, or was made under other roots. To be called about once a second.
     pub fn sweep(&self) {
-        self.idle().retain(|idle| !idle.is_too_old(self.idle_timeout) && !idle.connection.sender.is_closed());
+        let generation = self.connector.generation();
+        self.idle().retain(|idle| !idle.is_spent(self.idle_timeout, generation));
         if let Some(http2) = &self.http2 {
-            http2.sweep(self.idle_timeout);
+            http2.sweep(self.idle_timeout, generation);
         }
     }
 
@@ -287,7 +293,7 @@ impl Pool {
         while http2.are_to_be_had() {
             let mut freed = pin!(http2.freed.notified());
             freed.as_mut().enable(); // what comes free from here on is not missed
-            let dialing = match http2.stream(but, self.idle_timeout) {
+            let dialing = match http2.stream(but, self.idle_timeout, self.connector.generation()) {
                 Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
                 None => self.dial(http2),
             };
@@ -309,7 +315,7 @@ impl Pool {
                     }
                 }
                 // As many connections as may be are open, and all are full.
-                None => match http2.stream(None, self.idle_timeout) {
+                None => match http2.stream(None, self.idle_timeout, self.connector.generation()) {
                     Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
                     None => {
                         let left = give_up.saturating_duration_since(Instant::now());
@@ -355,9 +361,9 @@ impl Pool {
 
     /// The connection that was used last; the others may then idle out.
     fn take_idle(&self) -> Option<(Connection, Option<Timer>)> {
-        let mut idle = self.idle();
+        let (mut idle, generation) = (self.idle(), self.connector.generation());
         while let Some(last) = idle.pop() {
-            if !last.is_too_old(self.idle_timeout) && !last.connection.sender.is_closed() {
+            if !last.is_spent(self.idle_timeout, generation) {
                 return Some((last.connection, last.timer));
             }
         }
@@ -365,13 +371,14 @@ impl Pool {
     }
 
     async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Opened, NoConnection> {
+        let generation = self.connector.generation(); // first: it may change meanwhile
         let stream = self.connector.connect().await.map_err(|error| {
             self.metrics.connects.with_label_values(&[error.class()]).inc();
             Arc::new(error)
         })?;
         let opened = match &self.http2 {
             Some(http2) if stream.is_http2() => {
-                let opened = timeout(self.wait, self.greet_http2(stream, permit)).await;
+                let opened = timeout(self.wait, self.greet_http2(stream, generation, permit)).await;
                 let connection = Arc::new(opened.map_err(|_| NoConnection::Closed)??);
                 if !connection.is_usable() {
                     return Err(NoConnection::Closed);
@@ -381,7 +388,7 @@ impl Pool {
                 Opened::Http2(connection)
             }
             _ => {
-                let connection = self.greet_http1(stream).await?;
+                let connection = self.greet_http1(stream, generation).await?;
                 if let Some(http2) = &self.http2 {
                     http2.picked(false);
                 }
@@ -392,7 +399,7 @@ impl Pool {
         Ok(opened)
     }
 
-    async fn greet_http1(&self, stream: Stream) -> Result<Connection, NoConnection> {
+    async fn greet_http1(&self, stream: Stream, generation: u64) -> Result<Connection, NoConnection> {
         let (written, probe) = (Arc::new(AtomicU64::new(0)), probe(&stream)?);
         let io = Counted {
             stream,
@@ -411,18 +418,19 @@ impl Pool {
                 tracing::debug!(%error, "upstream connection ended");
             }
         });
-        Ok(Connection { sender, task: task.abort_handle(), written, probe })
+        Ok(Connection { sender, task: task.abort_handle(), written, probe, generation })
     }
 
     async fn greet_http2(
         &self,
         stream: Stream,
+        generation: u64,
         permit: OwnedSemaphorePermit,
     ) -> Result<http2::Connection, NoConnection> {
         let (received, probe) = (Received::default(), probe(&stream)?);
         let (reads, open) = (received.reads(), Open::count(&self.metrics.open));
         let io = Counted { stream, written: Arc::default(), received: Some(received), _open: open };
-        let opened = http2::Connection::open(io, reads, probe, permit, self.wait).await;
+        let opened = http2::Connection::open(io, reads, (probe, generation), permit, self.wait).await;
         opened.map_err(|error| {
             tracing::debug!(%error, "the upstream closed a new connection");
             NoConnection::Closed

@@ -251,3 +251,40 @@ fn an_address_that_changes_is_noticed_and_one_that_is_lost_is_used_on() {
     fs::write(&hosts, format!("127.0.0.1 {name}\n")).unwrap();
     wait_for("the old address", || (outcome() == "succeeded").then_some(()));
 }
+
+#[test]
+fn a_root_that_is_taken_from_ca_file_is_trusted_no_more() {
+    let (sandbox, setup) = secure_sandbox();
+    let folder = setup.folder.clone().unwrap();
+    let own = fs::read_to_string(folder.path().join("ca.pem")).unwrap();
+    let (other, _) = crate::exchange::certificate("localhost", false);
+    let gateway = start_with(&sandbox, setup.set("upstream.idle_timeout", "1h"));
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    let open = || sandbox.connections().open;
+    assert_eq!(open(), 1, "the control: it is kept for the next one");
+
+    swap(&folder, "ca.pem", "rubbish");
+    assert_eq!(change(&gateway, 1), "refused");
+    assert_eq!(gateway.call().outcome(), "succeeded", "the old ones stay in use");
+    assert_eq!(open(), 1);
+    swap(&folder, "ca.pem", &(other.clone() + &own));
+    assert_eq!(change(&gateway, 2), "accepted");
+    assert_eq!(gateway.call().outcome(), "succeeded", "one more");
+
+    swap(&folder, "ca.pem", &other);
+    assert_eq!(change(&gateway, 3), "accepted");
+    let (sent, bytes) = (sandbox.requests().len(), sandbox.connections().application_bytes);
+    let reply = gateway.call_once();
+    assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"), "{reply:?}");
+    wait_for("the end of what was open", || (open() == 0).then_some(()));
+    // The token endpoint has the same roots: a secret that changed is tried there.
+    let tokens = sandbox.token_calls().len();
+    swap(&folder, "app_secret", "another-secret");
+    wait_for("a trial", || gateway.log().contains("invalid peer certificate").then_some(()));
+    assert_eq!((sandbox.requests().len(), sandbox.token_calls().len()), (sent, tokens));
+    assert_eq!(sandbox.connections().application_bytes, bytes, "nothing is sent");
+
+    swap(&folder, "ca.pem", &own);
+    assert_eq!(change(&gateway, 4), "accepted");
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}

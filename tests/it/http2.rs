@@ -12,6 +12,7 @@ use std::{
 use ccsqm_gateway::sandbox::Sandbox;
 
 use crate::{
+    callers::{change, swap},
     exchange::secure_sandbox,
     http2_upstream::{Received, SUCCESS, Upstream, Wire},
     support::*,
@@ -836,4 +837,33 @@ fn narrow(gateway: &Gateway) -> TcpStream {
 fn open_connections(gateway: &Gateway, count: usize) -> Option<()> {
     let metrics = gateway.admin("/metrics").body;
     metrics.contains(&format!("ccsqm_gateway_upstream_connections {count}\n")).then_some(())
+}
+
+#[test]
+fn under_other_roots_a_connection_takes_no_new_request_and_ends_those_that_it_has() {
+    let sandbox = sandbox();
+    let held = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let keep = held.clone();
+    let upstream = Upstream::start(move |wire, request| match request.nth {
+        1 => keep.lock().unwrap().push((wire.clone(), request.stream)),
+        _ => wire.answer(request.stream, SUCCESS),
+    });
+    let gateway = start(&sandbox, &upstream, auto().set("upstream.idle_timeout", "1h"));
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    let in_flight = calls(&gateway, 1);
+    wait_for("the request", || (upstream.received().len() == 2).then_some(()));
+    assert_eq!(upstream.offers().len(), 1, "the control: one connection for all");
+    let (other, _) = crate::exchange::certificate("localhost", false);
+    swap(&gateway.folder, "upstream-ca.pem", &(upstream.ca.clone() + &other));
+    assert_eq!(change(&gateway, 1), "accepted");
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_eq!(upstream.offers().len(), 2, "a new connection");
+    swap(&gateway.folder, "upstream-ca.pem", &other);
+    assert_eq!(change(&gateway, 2), "accepted");
+    let reply = gateway.call_once();
+    assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"), "{reply:?}");
+    let (wire, stream) = held.lock().unwrap().pop().unwrap();
+    wire.answer(stream, SUCCESS);
+    assert_eq!(outcomes(&join(in_flight)), ["succeeded"], "what is in flight comes to its end");
+    every_intent_has_its_outcome(&gateway, 3);
 }
