@@ -1,5 +1,5 @@
 //! Files that are read while the gateway serves, and what takes their place: a pipe that nobody writes to, a device that never
-//! ends, a folder, a mount that is dead.
+//! ends, a folder, a mount that is dead. For such a mount a library stands in that holds the reading of a file: see [`hanging`].
 
 use std::{
     fs::{self, File},
