@@ -104,6 +104,24 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn calls_take_no_more_memory_than_is_said() {
+        let mut recent = Recent::default();
+        for number in 0..40_000_u32 {
+            let mark = (u128::from(number) << 32).to_be_bytes();
+            assert!(recent.push(Call { mark, id: Uuid::from_u128(number.into()), since: 0, caller: 1 }));
+            // A row that grows has just been copied from one of half its size.
+            let row = recent.row.capacity() * size_of::<Call>() / 2 * 3;
+            let index = recent.youngest.allocation_size() / 2 * 3;
+            let said = Recent::max_bytes(recent.len());
+            assert!(
+                recent.len() < 64 || row + index <= said,
+                "{}: {row} and {index} of {said}",
+                recent.len()
+            );
+        }
+    }
+
     proptest! {
         /// Beside a list and a map; numbers begin shortly before they wrap.
         #[test]
