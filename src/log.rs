@@ -1,9 +1,9 @@
 //! Log lines on their way to stderr.
 //!
 //! stderr may be a pipe that nobody reads. Nobody who logs waits for it: lines go into a queue that is bounded in bytes, and
-//! a thread of its own writes them out. A line that finds no room is dropped and counted, and so is one that cannot be written. The last quarter of the queue is kept for
-//! what an operator must not miss (calls of unknown outcome, the trail, configuration, tokens), so that no flood of other
-//! lines displaces it.
+//! a thread of its own writes them out. A line that finds no room is dropped and counted, and so is one that cannot be written.
+//! The last quarter of the queue is kept for what an operator must not miss (calls of unknown outcome, the trail, configuration,
+//! tokens), so that no flood of other lines displaces it.
 
 use std::{
     collections::VecDeque,

@@ -173,6 +173,11 @@ fn is_fault(error: &anyhow::Error) -> bool {
     })
 }
 
+/// An error with the directory that it is about.
+fn named(directory: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", directory.display()))
+}
+
 fn make(Place { directory, key_file }: &Place) -> anyhow::Result<bool> {
     let is_new = init::init(directory, key_file.as_deref())?;
     let what = if is_new { "is ready for a new trail" } else { "was ready before; nothing was changed" };
@@ -192,11 +197,8 @@ impl Place {
 
 impl Trail {
     fn read(&self) -> anyhow::Result<Found> {
-        let directory = self.place.directory.display();
-        read(&self.place.directory, &self.place.keys()?).map_err(|error| {
-            let kind = error.kind();
-            io::Error::new(kind, format!("{directory}: {error}")).into()
-        })
+        let directory = &self.place.directory;
+        Ok(read(directory, &self.place.keys()?).map_err(|error| named(directory, &error))?)
     }
 }
 

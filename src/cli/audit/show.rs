@@ -6,13 +6,12 @@ use ccsqm_gateway::audit::history::records_of;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::word;
+use super::{named, word};
 use crate::cli::out::{complain, out};
 
 /// Prints all records that name a request, as lines for people or as JSON; false if there is none.
 pub(super) fn show(directory: &Path, id: Uuid, json: bool) -> anyhow::Result<bool> {
-    let records =
-        records_of(directory, id).map_err(|error| anyhow::anyhow!("{}: {error}", directory.display()))?;
+    let records = records_of(directory, id).map_err(|error| named(directory, &error))?;
     if records.is_empty() {
         complain!("ccsqm-gateway: the trail has no request {id}");
         return Ok(false);
