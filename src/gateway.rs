@@ -145,13 +145,10 @@ impl Gateway {
         body: &mut Incoming,
         record: &mut Record,
     ) -> Result<Box<Reply>, Error> {
-        let who = (from.peer, from.names);
-        let denied = |denied: Denied| name_denied(state, who, record, denied);
-        let (room, known) = self
-            .bounds
-            .request(from.surplus)
-            .and_then(|room| Ok((room, state.admission.recognise(who, from.hosts, head)?)))
-            .map_err(denied)?;
+        let room = self.bounds.request(from.surplus);
+        let room = room.map_err(|denied| name_denied(state, &from, record, denied))?;
+        let known = state.admission.recognise((from.peer, from.names), from.hosts, head);
+        let known = known.map_err(|denied| name_denied(state, &from, record, denied))?;
         let caller = known.caller();
         record.caller(caller.name.clone());
         let admitted = known.admit(head)?;
@@ -388,8 +385,8 @@ impl Body for Answer {
 /// Names the caller of a request that is denied before it was asked for, so that the trail holds it against that caller and not
 /// against strangers.
 #[cold]
-fn name_denied(state: &State, who: (Peer, Option<&[String]>), record: &mut Record, denied: Denied) -> Denied {
-    if let Some(caller) = state.admission.who(who) {
+fn name_denied(state: &State, from: &Arrival<'_>, record: &mut Record, denied: Denied) -> Denied {
+    if let Some(caller) = state.admission.who((from.peer, from.names)) {
         record.caller(caller.name.clone());
     }
     denied
