@@ -1,6 +1,7 @@
 //! One connection: read a request, record it, answer it as the rules and the script say, go on or end.
 
 use std::{
+    future::poll_fn,
     io,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
@@ -103,7 +104,9 @@ async fn accept(cloud: Arc<Cloud>, role: Role) {
 
 async fn accept_while_up(cloud: &Arc<Cloud>, role: Role, connections: &mut JoinSet<()>) {
     if let Ok(listener) = role.door(cloud).listener() {
-        while let Ok((tcp, _)) = listener.accept().await {
+        // Not `accept`: on a socket that was shut down and listens again it tries for ever, and nothing else of this task
+        // has its turn. This one gives way.
+        while let Ok((tcp, _)) = poll_fn(|cx| listener.poll_accept(cx)).await {
             while connections.try_join_next().is_some() {}
             connections.spawn(serve(Arc::clone(cloud), role, tcp));
         }
