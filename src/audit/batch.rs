@@ -57,9 +57,19 @@ impl Batch {
 
     /// Writes a line; returns its number.
     pub(super) fn push(&mut self, entry: &Entry<'_>) -> u64 {
+        self.push_with(entry, |text| entry.members(text))
+    }
+
+    /// Writes the line of a record whose members are written already; returns its number.
+    pub(super) fn push_written(&mut self, entry: &Entry<'_>, members: &[u8]) -> u64 {
+        self.push_with(entry, |text| text.extend_from_slice(members))
+    }
+
+    fn push_with(&mut self, entry: &Entry<'_>, members: impl FnOnce(&mut Vec<u8>)) -> u64 {
         // What a panic left of a line counts for nothing.
         self.text.truncate(self.size());
-        entry.format(self.seq + 1, &mut self.second, &mut self.text);
+        entry.begin(self.seq + 1, &mut self.second, &mut self.text);
+        members(&mut self.text);
         self.text.extend_from_slice(OPEN_LINKS);
         self.seq += 1;
         self.ends.push(self.text.len());

@@ -2,7 +2,7 @@
 //! for a disk.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -43,7 +43,12 @@ const SECOND: Duration = Duration::from_secs(1);
 
 thread_local! {
     static DEFERS: Cell<bool> = const { Cell::new(false) };
+    /// The members of a record, until they are in its line.
+    static MEMBERS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
+
+/// So much of that memory is kept for the next record, in bytes.
+const MAX_KEPT: usize = 64 * 1024;
 
 /// From now on this thread does not wake the writer: whoever calls this calls [`super::Audit::flush`] before
 /// the thread sleeps.
@@ -213,25 +218,29 @@ impl Shared {
 
     /// Returns the number of the record.
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
-        let mut queue = self.lock();
-        let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.has_room();
-        if queue.closing || is_full || queue.batch.size() > MAX_QUEUED || !self.is_in_place() {
-            self.wake(queue); // whatever is deferred: nothing more comes to wake it
-            return Err(Unavailable);
-        }
-        let seq = queue.batch.push(entry);
-        queue.reserved += 1;
-        self.filled(queue);
-        Ok(seq)
+        with_members(entry, |members| {
+            let mut queue = self.lock();
+            let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.has_room();
+            if queue.closing || is_full || queue.batch.size() > MAX_QUEUED || !self.is_in_place() {
+                self.wake(queue); // whatever is deferred: nothing more comes to wake it
+                return Err(Unavailable);
+            }
+            let seq = queue.batch.push_written(entry, members);
+            queue.reserved += 1;
+            self.filled(queue);
+            Ok(seq)
+        })
     }
 
     /// Returns the number of the record.
     pub(super) fn push_outcome(&self, entry: &Entry<'_>) -> u64 {
-        let mut queue = self.lock();
-        queue.reserved = queue.reserved.saturating_sub(1);
-        let seq = queue.batch.push(entry);
-        self.filled(queue);
-        seq
+        with_members(entry, |members| {
+            let mut queue = self.lock();
+            queue.reserved = queue.reserved.saturating_sub(1);
+            let seq = queue.batch.push_written(entry, members);
+            self.filled(queue);
+            seq
+        })
     }
 
     /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
@@ -399,6 +408,17 @@ impl Shared {
         let waited = self.filled.wait_timeout_while(queue, wait, |queue| !queue.closing);
         waited.unwrap_or_else(PoisonError::into_inner).0.closing
     }
+}
+
+/// Hands over what a record's members are in its line. They are written before the queue is locked: a hidden value is a hash, and a
+/// stored reply is long.
+fn with_members<T>(entry: &Entry<'_>, push: impl FnOnce(&[u8]) -> T) -> T {
+    MEMBERS.with_borrow_mut(|text| {
+        text.clear();
+        text.shrink_to(MAX_KEPT);
+        entry.members(text);
+        push(text)
+    })
 }
 
 impl Queue {

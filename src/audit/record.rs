@@ -31,12 +31,7 @@ use crate::{
 thread_local! {
     /// Seeded by the system's randomness: ids must differ, and nobody need be unable to guess them.
     static RANDOM: RefCell<Rng> = RefCell::new(Rng::with_seed(RandomState::new().hash_one(())));
-    /// The further members of an intent, until they are in its line.
-    static FURTHER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
-
-/// So much of that memory is kept for the next intent, in bytes.
-const MAX_KEPT: usize = 64 * 1024;
 
 /// A request's id: a UUIDv7, and its text.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -216,8 +211,8 @@ pub(super) enum Entry<'a> {
         body_size: usize,
         /// The keyed digest of the body, in hex.
         digest: &'a [u8],
-        /// Further members, as JSON text with a comma in front.
-        members: &'a [u8],
+        /// Writes further members, as JSON text with a comma in front.
+        further: &'a dyn Fn(&mut Vec<u8>),
     },
     Outcome {
         facts: &'a Facts,
@@ -409,16 +404,16 @@ impl Record {
         self.audit.shared().push_outcome(&Entry::Outcome { facts, answer })
     }
 
-    /// Queues the intent of a body of this size and digest, and waits until it is safe. `members` writes further
+    /// Queues the intent of a body of this size and digest, and waits until it is safe. `further` writes further
     /// members of the record, as JSON text with a comma in front.
     pub fn intent<'a>(
         &'a mut self,
         permit: &Permit<'_>,
         (body_size, digest): (usize, &Hash),
-        members: &dyn Fn(&mut Vec<u8>),
+        further: &dyn Fn(&mut Vec<u8>),
     ) -> impl Future<Output = Result<(), Unavailable>> + use<'a> {
         // Not within the future, which would carry the arguments along.
-        let queued = self.queue_intent(body_size, digest, members);
+        let queued = self.queue_intent(body_size, digest, further);
         let (audit, waited) = (&self.audit, permit.waited);
         async move { audit.safe(queued?, waited).await.inspect_err(|_| audit.shared().metrics.late.inc()) }
     }
@@ -427,16 +422,11 @@ impl Record {
         &mut self,
         body_size: usize,
         digest: &Hash,
-        members: &dyn Fn(&mut Vec<u8>),
+        further: &dyn Fn(&mut Vec<u8>),
     ) -> Result<u64, Unavailable> {
         let facts = self.open.as_ref().ok_or(Unavailable)?;
-        let queued = FURTHER.with_borrow_mut(|text| {
-            text.clear();
-            text.shrink_to(MAX_KEPT);
-            members(text); // before the lock of the queue: each hidden value is a hash
-            let entry = Entry::Intent { facts, body_size, digest: &to_hex(digest), members: text };
-            self.audit.shared().push_intent(&entry)
-        })?;
+        let entry = Entry::Intent { facts, body_size, digest: &to_hex(digest), further };
+        let queued = self.audit.shared().push_intent(&entry)?;
         self.step = Step::Intended;
         Ok(queued)
     }
@@ -595,25 +585,30 @@ impl Entry<'_> {
         if let Self::Refusal(refusal) = self { refusal.time } else { clock::unix_nanos() / 1000 }
     }
 
-    /// The record as JSON, but for its links and closing brace.
-    pub(super) fn format(&self, seq: u64, second: &mut Second, text: &mut Vec<u8>) {
+    /// What the record's line begins with: its number, time and kind.
+    pub(super) fn begin(&self, seq: u64, second: &mut Second, text: &mut Vec<u8>) {
         let mut line = Line(text);
         line.number("{\"seq\":", seq);
         line.time(",\"time\":\"", self.time(), second);
         line.word(",\"kind\":\"", self.kind().as_str());
+    }
+
+    /// The members behind that, but for the links.
+    pub(super) fn members(&self, text: &mut Vec<u8>) {
+        let line = &mut Line(text);
         match self {
-            Self::Intent { facts, body_size, digest, members } => {
-                facts.write(&mut line);
-                line.raw(members);
+            Self::Intent { facts, body_size, digest, further } => {
+                facts.write(line);
+                further(line.0);
                 line.number(",\"body_size\":", *body_size as u64);
                 line.word(",\"digest\":\"", digest);
             }
             Self::Outcome { facts, answer } => {
-                facts.write_briefly(&mut line);
-                answer.write(facts.stage, &mut line);
-                facts.write_times(&mut line);
+                facts.write_briefly(line);
+                answer.write(facts.stage, line);
+                facts.write_times(line);
             }
-            Self::Refusal(refusal) => refusal.write(&mut line),
+            Self::Refusal(refusal) => refusal.write(line),
             Self::Event { name, details } => {
                 line.text(",\"event\":", name.as_bytes());
                 for (key, value) in *details {
