@@ -28,6 +28,31 @@ pub(crate) const MAX_SIZE: u64 = 16 << 20;
 
 /// Reads a regular file of at most [`MAX_SIZE`].
 pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    read_if(path, check)
+}
+
+/// The same, of a file that says who may call: one that every user can change is refused.
+pub(crate) fn read_guarded(path: &Path) -> io::Result<Vec<u8>> {
+    read_if(path, |found| {
+        check(found)?;
+        if !is_open_to_all(found) {
+            return Ok(());
+        }
+        let (mode, path) = (found.mode() & 0o7777, path.display());
+        let text = format!(
+            "every user can change it (mode {mode:04o}), so that anybody could say who may call: chmod o-w {path}"
+        );
+        Err(io::Error::other(text))
+    })
+}
+
+/// Whether every user can change it. In a sticky directory they can make files, but touch nobody else's.
+pub(crate) fn is_open_to_all(found: &Metadata) -> bool {
+    let is_sticky = found.is_dir() && found.mode() & 0o1000 != 0;
+    found.mode() & 0o002 != 0 && !is_sticky
+}
+
+fn read_if(path: &Path, check: impl Fn(&Metadata) -> io::Result<()>) -> io::Result<Vec<u8>> {
     check(&fs::metadata(path)?)?; // a device may do something when it is opened
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;

@@ -33,6 +33,11 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, PemError> {
     read_as(path, path.display().to_string())
 }
 
+/// The bytes of a file that says who may call; one that every user can change is refused.
+pub(crate) fn read_guarded(path: &Path) -> Result<Vec<u8>, PemError> {
+    files::read_guarded(path).map_err(|error| PemError::Read(path.display().to_string(), error))
+}
+
 /// A key's bytes.
 pub(crate) fn read_key(path: &Path) -> Result<Zeroizing<Vec<u8>>, PemError> {
     read_as(path, KEY_FILE.into()).map(Zeroizing::new)

@@ -83,14 +83,8 @@ pub fn check(directory: &Path, key_file: Option<&Path>, must_exist: bool) -> Res
 
 /// Refuses what every user can change. For a symbolic link its target counts.
 pub(crate) fn refuse_open(path: &Path, found: &Metadata) -> Result<(), Absent> {
-    let is_open = is_open_to_all(found);
+    let is_open = crate::files::is_open_to_all(found);
     if is_open { Err(Absent::Privacy(path.display().to_string(), found.mode() & 0o7777)) } else { Ok(()) }
-}
-
-/// Whether every user can change it. In a sticky directory they can make files, but touch nobody else's.
-pub(crate) fn is_open_to_all(found: &Metadata) -> bool {
-    let is_sticky = found.is_dir() && found.mode() & 0o1000 != 0;
-    found.mode() & 0o002 != 0 && !is_sticky
 }
 
 fn is_absent(found: &io::Result<Metadata>) -> bool {

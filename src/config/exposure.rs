@@ -17,10 +17,7 @@ use rustix::{
 use zeroize::Zeroizing;
 
 use super::{Config, ContractSource, Control, ListenAddress, SecretSource};
-use crate::{
-    audit::{chain::key_path, init::is_open_to_all},
-    ids,
-};
+use crate::{audit::chain::key_path, files::is_open_to_all, ids};
 
 /// Permission bits.
 const OTHERS_READ: u32 = 0o004;

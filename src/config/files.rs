@@ -4,7 +4,6 @@
 use std::{
     fs::{self, Metadata},
     io,
-    os::unix::fs::MetadataExt as _,
     path::Path,
 };
 
@@ -84,32 +83,17 @@ pub(super) fn private_key(path: &Path) -> Result<(), String> {
 
 /// The CAs of callers' certificates.
 pub(super) fn client_ca(path: &Path) -> Result<(), String> {
-    regular(path)?;
-    refuse_open(path)?;
-    certificates(path)
+    guarded(path, |bytes| pem::certificates(bytes, path))
 }
 
 /// Revocation lists of callers' certificates.
 pub(super) fn client_crl(path: &Path) -> Result<(), String> {
-    regular(path)?;
-    refuse_open(path)?;
-    pem::read(path)
-        .and_then(|bytes| pem::revocation_lists(&bytes, path))
-        .map(drop)
-        .map_err(|error| error.to_string())
+    guarded(path, |bytes| pem::revocation_lists(bytes, path))
 }
 
-/// Refuses what every user can change of that which says who may call.
-fn refuse_open(path: &Path) -> Result<(), String> {
-    let shown = path.display();
-    let found = fs::metadata(path).map_err(|error| format!("{shown}: {error}"))?;
-    if !init::is_open_to_all(&found) {
-        return Ok(());
-    }
-    let mode = found.mode() & 0o7777;
-    Err(format!(
-        "every user can change {shown} (mode {mode:04o}), so that anybody could say who may call: chmod o-w {shown}"
-    ))
+fn guarded<T>(path: &Path, parse: impl Fn(&[u8]) -> Result<T, pem::PemError>) -> Result<(), String> {
+    regular(path)?;
+    pem::read_guarded(path).and_then(|bytes| parse(&bytes)).map(drop).map_err(|error| error.to_string())
 }
 
 /// A contract.

@@ -144,7 +144,7 @@ impl Tls {
 
 impl Contents {
     fn read(files: &ListenerTls) -> Result<Self, TlsError> {
-        let optional = |path: &Option<PathBuf>| path.as_deref().map(pem::read).transpose();
+        let optional = |path: &Option<PathBuf>| path.as_deref().map(pem::read_guarded).transpose();
         Ok(Self {
             certificate: pem::read(&files.cert_file)?,
             key: pem::read_key(&files.key_file)?,

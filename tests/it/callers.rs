@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{self, Read, Write},
     net::{SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt as _,
     sync::Arc,
     time::Duration,
 };
@@ -382,6 +383,26 @@ fn certificates_change_while_the_gateway_runs_and_bad_files_change_nothing() {
     wait_for("the new certificate", || (shown() != first).then_some(()));
     let log = gateway.log();
     assert_eq!(log.matches("the old ones stay in use").count(), 4, "{log}");
+}
+
+#[test]
+fn a_list_that_every_user_can_change_by_now_lets_nobody_in() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[666], 2124));
+    let address = gateway.second.unwrap();
+    let revoked = ca.issue(Subject { serial: 666, ..CALLER });
+    let path = gateway.folder.path().join("revoked.pem");
+    let mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o666);
+    fs::write(&path, ca.revoke(&[], 2124)).unwrap();
+    assert_eq!(change(&gateway, 1), "refused");
+    assert!(ca.call(address, Some(&revoked)).is_none(), "the old one stays in use");
+    assert!(gateway.log().contains("every user can change it (mode 0666)"), "{}", gateway.log());
+    mode(0o644);
+    fs::write(&path, ca.revoke(&[], 2125)).unwrap();
+    assert_eq!(change(&gateway, 2), "accepted");
+    assert_eq!(ca.call(address, Some(&revoked)).unwrap().outcome(), "succeeded", "the control");
+    assert_eq!(sandbox.requests().len(), 1);
 }
 
 #[test]
