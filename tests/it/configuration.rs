@@ -750,6 +750,7 @@ fn a_bad_file_is_one_mistake() {
     let text = with(&text, "contracts/deleteQualityTask.json", "own.json");
     let fields = text.lines().find(|line| line.starts_with("fields = ")).unwrap().to_owned();
     let text = with(&text, &fields, "fields = { only_here = \"omit\" }");
+    let text = with(&text, "max_size = \"4GiB\"", "max_size = \"8GiB\""); // room for one more caller's calls
     let text = text
         + "[[callers]]\nname = \"by-certificate\"\npeer = \"dns:qa.internal\"\noperator_id = \"7\"\n\
          credential = \"default\"\nroutes = [\"appointQualityTask\"]\n";
