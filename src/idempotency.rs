@@ -321,7 +321,10 @@ impl Idempotency {
         let Some((mark, duplicate)) = self.compared(call, print, key)? else {
             return Ok(Would::BeSent(None));
         };
-        let first = self.duplicates().look(mark, duplicate, force, call.is_alone, now());
+        let mut duplicates = self.duplicates();
+        duplicates.expire(now());
+        let first = duplicates.look(mark, duplicate, force, call.is_alone, now());
+        drop(duplicates);
         Ok(Would::BeSent(first.map_err(rejected)?.map(FirstCall::from)))
     }
 

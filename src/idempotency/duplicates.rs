@@ -372,13 +372,15 @@ impl DuplicateDetector {
         }
     }
 
-    fn expire(&mut self, now: u32) {
-        let max = if self.mode == WithoutKey::Block { usize::MAX } else { MAX_SUCCEEDED };
+    /// Forgets what no longer counts. [`Self::look`] takes what is still there for what counts.
+    pub(super) fn expire(&mut self, now: u32) {
+        let blocks = self.mode == WithoutKey::Block;
+        let max = if blocks { usize::MAX } else { MAX_SUCCEEDED };
         let Self { succeeded, success_window, successes, .. } = self;
         while succeeded.len() > max
             || succeeded.oldest().is_some_and(|call| is_old(call.since, now, *success_window))
         {
-            let forgotten = succeeded.forget_oldest();
+            let forgotten = succeeded.forget_oldest().filter(|_| blocks);
             if let Some(Entry::Occupied(mut held)) = forgotten.map(|call| successes.entry(call.caller)) {
                 *held.get_mut() -= 1;
                 if *held.get() == 0 {

@@ -143,3 +143,18 @@ fn a_dry_run_tells_of_earlier_calls_and_takes_no_key() {
     assert_eq!(answer["first_request_id"], unkeyed.headers["x-gateway-request-id"].as_str());
     assert_eq!(sandbox.requests().len(), 2);
 }
+
+#[test]
+fn a_dry_run_tells_as_soon_as_a_call_does_that_there_is_room_for_another_success() {
+    let sandbox = sandbox();
+    let setup = Setup::default().set("idempotency.without_key", "block").set("idempotency.max_keys", 3);
+    let gateway = start_with(&sandbox, setup.set("idempotency.fingerprint_window", "1s"));
+    until_keys_are_known(&gateway);
+    let body = |count: usize| BODY.replace("\"count\":2", &format!("\"count\":{count}"));
+    for count in 1..4 {
+        assert_eq!(gateway.post(&body(count)).outcome(), "succeeded");
+    }
+    // Nothing but dry runs comes from here on.
+    assert_eq!(rehearse(&gateway, "", &body(4)).code(), "idempotency_unavailable", "the control");
+    wait_for("room", || (rehearse(&gateway, "", &body(4)).status == 200).then_some(()));
+}
