@@ -44,8 +44,8 @@ pub(super) struct Keeping {
     /// Records are kept for as long, at least, unless the trail is too large.
     retain: Option<Duration>,
     early: Option<Early>,
-    /// When it was last said that the trail is too large and nothing may go.
-    told: Option<Instant>,
+    /// When it was last said that the trail is too large and nothing may go, and whether because of a doubtful clock.
+    told: Option<(Instant, bool)>,
 }
 
 /// The trail is larger than it may be, in bytes.
@@ -123,9 +123,10 @@ impl Keeping {
         };
         let retain = self.retain.filter(|_| doubt.is_none());
         let old = retain.map(older_than).transpose()?.flatten();
-        let Some((early, excess)) = self.early.filter(|_| old.is_none()).zip(self.excess(directory)?) else {
+        if old.is_some() {
             return Ok(old);
-        };
+        }
+        let Some((early, excess)) = self.early.zip(self.excess(directory)?) else { return Ok(None) };
         let old = if doubt.is_none() { older_than(early.after)? } else { None };
         if old.is_none() {
             self.tell(excess, doubt);
@@ -146,10 +147,11 @@ impl Keeping {
 
     /// Says that nothing may go, once in a while.
     fn tell(&mut self, Excess { size, max_size }: Excess, doubt: Option<ClockDoubt>) {
-        if self.told.is_some_and(|told| told.elapsed() < REMIND) {
+        let is_doubtful = doubt.is_some();
+        if self.told.is_some_and(|(told, which)| which == is_doubtful && told.elapsed() < REMIND) {
             return;
         }
-        self.told = Some(Instant::now());
+        self.told = Some((Instant::now(), is_doubtful));
         match doubt {
             Some(doubt) => tracing::warn!(
                 size, max_size, %doubt,
