@@ -100,18 +100,19 @@ fn access(config: &Config) {
 }
 
 fn memory(config: &Config) {
-    let MemoryBound { keys, replies } = MemoryBound::new(&config.idempotency);
+    let MemoryBound { keys, successes, replies } = MemoryBound::new(&config.idempotency);
+    let max_keys = config.idempotency.max_keys;
+    let (keys, replies) = (mebibytes(keys), mebibytes(replies));
     out!("");
-    out!(
-        "# Memory: {} keys take at most {} MiB, stored replies {} MiB.",
-        config.idempotency.max_keys,
-        mebibytes(keys),
-        mebibytes(replies)
-    );
+    out!("# Memory: {max_keys} keys take at most {keys} MiB, stored replies {replies} MiB.");
+    if successes > 0 {
+        let successes = mebibytes(successes);
+        out!("# Memory: {max_keys} successes of calls without a key take at most {successes} MiB.");
+    }
 }
 
 fn machine_readable(configured: &Configured, config: &Config) -> Value {
-    let MemoryBound { keys, replies } = MemoryBound::new(&config.idempotency);
+    let MemoryBound { keys, successes, replies } = MemoryBound::new(&config.idempotency);
     let trail = config.trail_size();
     let lasts = |with_refusals| trail.max_size_lasts(with_refusals).map(|time| time.as_secs());
     json!({
@@ -119,7 +120,7 @@ fn machine_readable(configured: &Configured, config: &Config) -> Value {
         "file": configured.config.display().to_string(),
         "configuration": config.effective(),
         "access": config.access(),
-        "memory": { "keys_bytes": keys, "replies_bytes": replies },
+        "memory": { "keys_bytes": keys, "successes_bytes": successes, "replies_bytes": replies },
         "trail": {
             "call_bytes": CALL,
             "calls_per_hour": trail.calls_per_hour(),

@@ -14,8 +14,10 @@ const LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/m
 /// Memory that keys and replies may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryBound {
-    /// All keys that may be held, in bytes; under `without_key = "block"` with the successes of calls without one.
+    /// All keys that may be held, in bytes.
     pub keys: u64,
+    /// All successes of calls without a key that may be held, in bytes; 0 but under `without_key = "block"`.
+    pub successes: u64,
     /// All replies that are stored, in bytes.
     pub replies: u64,
 }
@@ -23,12 +25,12 @@ pub struct MemoryBound {
 impl MemoryBound {
     /// The bound of a configuration.
     pub fn new(settings: &config::Idempotency) -> Self {
-        let keys = Claims::max_bytes(settings.max_keys);
         let successes = match settings.without_key {
             WithoutKey::Block => DuplicateDetector::max_bytes(settings.max_keys),
             WithoutKey::Off | WithoutKey::Warn | WithoutKey::Guard | WithoutKey::RequireKey => 0,
         };
-        Self { keys: (keys + successes) as u64, replies: settings.reply_memory }
+        let keys = Claims::max_bytes(settings.max_keys) as u64;
+        Self { keys, successes: successes as u64, replies: settings.reply_memory }
     }
 
     /// A warning, if the container that this process runs in allows less memory than it may come to need.
@@ -39,14 +41,15 @@ impl MemoryBound {
 
     /// The same for a limit in bytes.
     fn notice_of(self, limit: u64) -> Option<String> {
-        let Self { keys, replies } = self;
-        let needed = keys + replies + REST;
+        let Self { keys, successes, replies } = self;
+        let needed = keys + successes + replies + REST;
         (needed > limit).then(|| {
             format!(
-                "this container may use {} MiB of memory; keys may take {} MiB, stored replies {} MiB and the rest about {} MiB: \
+                "this container may use {} MiB of memory; keys may take {} MiB, successes of calls without one {} MiB, stored replies {} MiB and the rest about {} MiB: \
                  raise its limit, or lower idempotency.max_keys or idempotency.reply_memory",
                 limit >> 20,
                 mebibytes(keys),
+                mebibytes(successes),
                 mebibytes(replies),
                 mebibytes(REST),
             )
@@ -65,7 +68,7 @@ mod tests {
 
     #[test]
     fn limit_below_what_may_be_needed_is_told() {
-        let bound = MemoryBound { keys: (100 << 20) - 1, replies: 64 << 20 };
+        let bound = MemoryBound { keys: (100 << 20) - 1, successes: 0, replies: 64 << 20 };
         assert_eq!(bound.notice_of(228 << 20), None);
         let notice = bound.notice_of(227 << 20).unwrap();
         assert!(notice.contains("may use 227 MiB") && notice.contains("keys may take 100 MiB"), "{notice}");

@@ -988,6 +988,11 @@ fn check_says_how_much_memory_keys_may_take_and_examples_allow_it() {
     let [few, small] =
         memory(&["--set", "idempotency.max_keys=10000", "--set", "idempotency.reply_memory=1MiB"]);
     assert!(few < 3 << 20 && small == 1 << 20, "{few} {small}");
+    assert!(!out.contains("successes"), "{out}");
+    let blocks = with(&text, "[[callers]]", "[idempotency]\nwithout_key = \"block\"\n[[callers]]");
+    let (code, out, error) = check(&folder, &blocks);
+    let line = "# Memory: 1000000 successes of calls without a key take at most ";
+    assert!(code == 0 && out.contains(line), "{out}{error}");
 
     for (example, member, unit) in
         [("kubernetes/sidecar.yaml", "limits: { memory: ", "Mi"), ("compose.yaml", "mem_limit: ", "m")]
