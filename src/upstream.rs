@@ -554,8 +554,8 @@ struct Tail {
 
 impl Tail {
     /// Holds back as much as may begin a secret that is quoted, and at least one byte, so that the outcome is recorded
-    /// before the last one. It searches when as much again has come: each byte is searched twice at most, however small
-    /// the pieces are.
+    /// before the last one. It searches when as much again has come, so that small pieces do
+    /// not make it search the same bytes over and over.
     async fn run(mut self, first: Bytes, connection: Reserved, deadline: Instant) {
         let first_token = self.first_token.as_ref().map_or(0, |token| token.needles().longest());
         let kept = self.token.needles().longest().max(first_token).max(1);

@@ -161,7 +161,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 /// Whether it is none of what the arguments name, but the machine's: a full disk, a limit, a device that fails.
 fn is_fault(error: &anyhow::Error) -> bool {
-    use ErrorKind::{IsADirectory, NotADirectory, NotFound, Other, PermissionDenied};
+    use ErrorKind::{InvalidFilename, IsADirectory, NotADirectory, NotFound, Other, PermissionDenied};
     let error = match (error.downcast_ref(), error.downcast_ref()) {
         (Some(StartError::Directory(_, error) | StartError::Key(KeyError::File(_, error))), _)
         | (_, Some(KeyError::File(_, error))) => Some(error),
@@ -169,7 +169,7 @@ fn is_fault(error: &anyhow::Error) -> bool {
     };
     let kind = error.map(io::Error::kind);
     kind.is_some_and(|kind| {
-        !matches!(kind, NotFound | NotADirectory | IsADirectory | PermissionDenied | Other)
+        !matches!(kind, NotFound | NotADirectory | IsADirectory | PermissionDenied | InvalidFilename | Other)
     })
 }
 

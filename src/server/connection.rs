@@ -206,9 +206,9 @@ impl Watch {
         watch
     }
 
-    /// What was read with the head may hold the body, and what the caller sends behind that. A head is as long as it is read
-    /// here, at least, so that no more is counted than there is.
-    fn has_whole_head(&self, request: &Request<Incoming>) {
+    /// A head came whole. What was read with it may hold the body, and what the caller sends behind that; a head is taken for as
+    /// short as it can be written.
+    fn head_came(&self, request: &Request<Incoming>) {
         self.enter(Phase::Busy);
         let held = self.head.held();
         let read = if held > FREE { held.saturating_sub(least_length(request)) } else { held };
@@ -224,7 +224,7 @@ impl Watch {
 
     /// So many bytes came while a request is worked on: its body, and what the caller sends behind that. hyper reads only when
     /// it has passed on what it read before, and no more behind the end of the body.
-    fn has_more(&self, bytes: usize) {
+    fn more_came(&self, bytes: usize) {
         let missing = self.missing.load(Ordering::Relaxed);
         self.missing.store(missing.saturating_sub(bytes), Ordering::Relaxed);
         if !self.head.hold(bytes.saturating_sub(missing)) {
@@ -385,7 +385,7 @@ pub async fn serve(
     let socket = Watched { stream, watch: watch.clone(), linger: None, reset: None };
     let (gateway, hosts, watch, certificate) = (&*gateway, &*hosts, &*watch, certificate.as_ref());
     let service = service_fn(|request| {
-        watch.has_whole_head(&request);
+        watch.head_came(&request);
         async move {
             let names = certificate.map(Certificate::names);
             let from = Arrival { peer, names, hosts, presence: &watch.presence, surplus };
@@ -421,7 +421,7 @@ pub async fn serve(
                 if let Err(error) = ended {
                     if error.is_parse() {
                         gateway.metrics.connection_closed("head_invalid");
-                    } else if has_no_room(&error) {
+                    } else if ended_for_room(&error) {
                         gateway.metrics.connection_closed(NO_ROOM);
                     }
                     tracing::debug!(%peer, %error, "connection ended");
@@ -451,7 +451,7 @@ pub async fn serve(
     .await;
 }
 
-/// A head is no shorter than this, however it was written.
+/// How many bytes a head takes that has no blanks beside its values.
 #[cold]
 fn least_length(request: &Request<Incoming>) -> usize {
     let target = request.uri().path_and_query().map_or(0, |target| target.as_str().len());
@@ -462,7 +462,7 @@ fn least_length(request: &Request<Incoming>) -> usize {
 }
 
 /// Whether a connection ended because unfinished heads hold as much as they may.
-fn has_no_room(error: &hyper::Error) -> bool {
+fn ended_for_room(error: &hyper::Error) -> bool {
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::OutOfMemory)
 }
@@ -567,7 +567,7 @@ impl AsyncRead for Watched {
         }
         let more = buf.filled().len() - before;
         if self.watch.is(Phase::Busy) {
-            self.watch.has_more(more);
+            self.watch.more_came(more);
         } else if !self.watch.head.grow(more) {
             self.watch.has_no_room.store(true, Ordering::Relaxed);
         }

@@ -204,7 +204,10 @@ fn no_file_that_the_configuration_names_is_changed_by_every_user_unnoticed() {
             for name in ["check", "serve"] {
                 let (code, out, error) = command(&[name, "--config", &config]);
                 assert!(code == 78 && out.is_empty(), "{name} {file}: {out}{error}");
-                assert!(error.contains(&format!(": {setting}: every user can change ")), "{error}");
+                assert!(
+                    error.contains(&format!(": {setting}: ")) && error.contains("every user can change "),
+                    "{error}"
+                );
                 assert!(error.contains("chmod o-w ") && error.lines().count() == 1, "{error}");
             }
         } else {
