@@ -13,8 +13,8 @@ pub(crate) struct Ids {
     overflow: u32,
 }
 
-/// What is mapped where every id is itself.
-const IDENTITY: [u64; 3] = [0, 0, 4_294_967_295];
+/// So many ids there are. The last number of 32 bits is none: it says "no change" to the kernel.
+const ALL: u64 = 4_294_967_295;
 
 /// What the overflow id is unless the system says otherwise.
 const OVERFLOW: u32 = 65534;
@@ -48,7 +48,9 @@ impl Ids {
                 Some([numbers.next()?, numbers.next()?, numbers.next()?])
             })
             .collect();
-        let is_identity = lines == [IDENTITY];
+        // Every id is itself. The kernel takes no ranges that overlap.
+        let is_identity = lines.iter().all(|[inside, outside, _]| inside == outside)
+            && lines.iter().map(|[.., count]| count).sum::<u64>() == ALL;
         let mapped =
             lines.into_iter().map(|[inside, _, count]| inside..inside.saturating_add(count)).collect();
         Self { mapped: (!is_identity).then_some(mapped), overflow }
@@ -61,6 +63,9 @@ impl Ids {
 
     /// Says why the kernel cannot show this id to this process, if it cannot.
     pub(crate) fn check(&self, id: u32) -> Result<(), String> {
+        if u64::from(id) >= ALL {
+            return Err(format!("{id} is the id of nobody: ids end at {}", ALL - 1));
+        }
         if self.is_nobody(id) {
             return Err(format!(
                 "{id} stands for every id that is not mapped in this user namespace, so that it names nobody; take an id that is mapped"
@@ -87,6 +92,9 @@ mod tests {
         for id in [0, 1000, 65534] {
             assert!(identity.check(id).is_ok() && !identity.is_nobody(id), "{id}");
         }
+        assert!(identity.check(u32::MAX).is_err());
+        let in_lines = Ids::parse(Some("0 0 65536\n65536 65536 4294901759\n"), 65534);
+        assert!(in_lines.check(65534).is_ok() && !in_lines.is_nobody(65534));
         let two = Ids::parse(Some("0 100000 1\n1000 1000 1\n"), 65534);
         assert!(two.check(0).is_ok() && two.check(1000).is_ok() && !two.is_nobody(1000));
         assert!(two.check(1).is_err() && two.check(65534).is_err() && two.is_nobody(65534));
