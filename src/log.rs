@@ -6,6 +6,7 @@
 //! tokens), so that no flood of other lines displaces it.
 
 use std::{
+    borrow::Cow,
     collections::VecDeque,
     io::{self, Write},
     sync::{
@@ -151,18 +152,23 @@ fn is_kept(event: &Metadata<'_>) -> bool {
 impl Write for EventWriter {
     /// A whole event is written at once.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if line.is_ascii() {
-            QUEUE.push(line, self.up_to);
-        } else {
-            let mut plain = line.to_vec();
-            plain::escape(&mut plain, 0);
-            QUEUE.push(&plain, self.up_to);
-        }
+        QUEUE.push(&in_one_line(line), self.up_to);
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// An event as one line without characters that a terminal takes for something else: in the text format a value may hold line
+/// breaks. Colours stay.
+fn in_one_line(event: &[u8]) -> Cow<'_, [u8]> {
+    let body = event.strip_suffix(b"\n").unwrap_or(event);
+    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~' | 0x1B);
+    match str::from_utf8(body) {
+        Ok(text) if !body.iter().all(is_plain) => (plain::colored(text) + "\n").into_bytes().into(),
+        _ => event.into(),
     }
 }
 
@@ -323,6 +329,16 @@ mod tests {
 
     fn text(queue: &Queue) -> String {
         String::from_utf8(queue.lock().bytes.iter().copied().collect()).unwrap()
+    }
+
+    #[test]
+    fn event_is_one_line_whatever_its_values_hold() {
+        let forged = "error=broken\nERROR all is lost\r\u{202e}x\u{9b}1m \u{1b}[2mdim\u{1b}[0m é\n";
+        let event = String::from_utf8(in_one_line(forged.as_bytes()).into_owned()).unwrap();
+        let wanted = "error=broken\\nERROR all is lost\\u000d\\u202ex\\u009b1m \u{1b}[2mdim\u{1b}[0m é\n";
+        assert_eq!(event, wanted);
+        let plain = b"\x1b[32m INFO\x1b[0m ready\n";
+        assert!(matches!(in_one_line(plain), Cow::Borrowed(same) if same == plain), "the control");
     }
 
     #[test]

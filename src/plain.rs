@@ -61,6 +61,11 @@ pub fn line(text: &str) -> String {
     escaped(text, |character| character < ' ' || is_unplain(character))
 }
 
+/// The same of a text with colours.
+pub(crate) fn colored(text: &str) -> String {
+    escaped(text, |character| (character < ' ' && character != '\x1B') || is_unplain(character))
+}
+
 /// The same of a text of several lines.
 pub fn lines(text: &str) -> String {
     escaped(text, |character| (character < ' ' && character != '\n') || is_unplain(character))
