@@ -211,9 +211,26 @@ impl Connector {
         self.tls.as_ref().map_or(0, |tls| tls.trust.generation())
     }
 
-    /// A new connection.
+    /// A new connection, made under the roots that are in use when it is there.
     pub async fn connect(&self) -> Result<Stream, ConnectError> {
-        timeout(self.timeout, self.dial()).await.unwrap_or(Err(ConnectError::Timeout(self.timeout)))
+        self.connect_under().await.map(|(stream, _)| stream)
+    }
+
+    /// The same, and which roots these are.
+    pub async fn connect_under(&self) -> Result<(Stream, u64), ConnectError> {
+        let dialed = timeout(self.timeout, self.dial_under()).await;
+        dialed.unwrap_or(Err(ConnectError::Timeout(self.timeout)))
+    }
+
+    /// Dials again where the roots changed meanwhile: whom the old ones let in may be trusted no more.
+    async fn dial_under(&self) -> Result<(Stream, u64), ConnectError> {
+        loop {
+            let generation = self.generation();
+            let stream = self.dial().await?;
+            if self.generation() == generation {
+                return Ok((stream, generation));
+            }
+        }
     }
 
     async fn dial(&self) -> Result<Stream, ConnectError> {

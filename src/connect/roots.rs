@@ -1,7 +1,7 @@
 //! Whom a client trusts, as it is at present: `ca_file` is read again when it changes.
 //!
-//! What was agreed under other roots counts for nothing from then on: TLS sessions are not resumed, and connections that
-//! were made before are not used for another request.
+//! What was agreed under other roots counts for nothing from then on: TLS sessions are not resumed, connections that
+//! were made before are not used for another request, and one that is being made is made anew.
 
 use std::{
     path::{Path, PathBuf},

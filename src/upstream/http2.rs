@@ -166,7 +166,7 @@ pub(super) struct Connection {
     /// The same socket once more, to ask the kernel whether anything came.
     probe: OwnedFd,
     /// Which roots it was made under.
-    generation: u64,
+    pub(super) generation: u64,
     reads: Arc<Reads>,
     /// The upstream's limit on streams.
     limit: Arc<AtomicUsize>,

@@ -1,8 +1,8 @@
 //! The upstream connections of one worker, over hyper's client connections.
 //!
 //! Guarantees that at most `max_connections` are open, that a wait for one is bounded, that a connection
-//! which the upstream closed or which idled too long is not used, and that for every request it is known
-//! whether it may have been sent. Does not decide whether to send again: that is `upstream`.
+//! which the upstream closed, which idled too long or which was made under other roots is not used, and that for
+//! every request it is known whether it may have been sent. Does not decide whether to send again: that is `upstream`.
 //!
 //! An HTTP/1.1 connection is reserved for one exchange; one of HTTP/2 is shared by many, and so is the attempt
 //! to open it. Who reserves does not see the difference.
@@ -252,7 +252,8 @@ impl Pool {
         Ok(Reserved { pool: self.clone(), place: Some(place), timer, reserved: clock::turn(), clean: true })
     }
 
-    /// Closes what has idled too long, was closed by the upstream, or was made under other roots. To be called about once a second.
+    /// Closes what has idled too long, was closed by the upstream, or was made under other roots. To be called about once a
+    /// second.
     pub fn sweep(&self) {
         let generation = self.connector.generation();
         self.idle().retain(|idle| !idle.is_spent(self.idle_timeout, generation));
@@ -371,8 +372,7 @@ impl Pool {
     }
 
     async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Opened, NoConnection> {
-        let generation = self.connector.generation(); // first: it may change meanwhile
-        let stream = self.connector.connect().await.map_err(|error| {
+        let (stream, generation) = self.connector.connect_under().await.map_err(|error| {
             self.metrics.connects.with_label_values(&[error.class()]).inc();
             Arc::new(error)
         })?;
@@ -447,18 +447,27 @@ impl Pool {
 }
 
 impl Reserved {
-    /// Waits until a request can be sent: the last one must be over.
+    /// Waits until a request can be sent: the last one must be over. It is to be sent without another wait then: the roots
+    /// under which the connection was made are known to be in use now.
     pub async fn ready(&mut self) -> Result<(), SendError> {
         self.clean = false;
-        match self.place.as_mut().ok_or(SendError::Closed)? {
-            Place::Http1(connection, _) => Ok(connection.sender.ready().await?),
+        let generation = match self.place.as_mut().ok_or(SendError::Closed)? {
+            Place::Http1(connection, _) => {
+                connection.sender.ready().await?;
+                connection.generation
+            }
             Place::Http2(stream) => {
                 if clock::turn() == self.reserved {
                     stream.look().await;
                 }
-                if stream.is_closed() { Err(SendError::Closed) } else { Ok(()) }
+                if stream.is_closed() {
+                    return Err(SendError::Closed);
+                }
+                stream.connection.generation
             }
-        }
+        };
+        // Asked here, since much may lie between the reservation and this: the wait for the intent, and that for another token.
+        if generation == self.pool.connector.generation() { Ok(()) } else { Err(SendError::Closed) }
     }
 
     /// Sends a request and waits for the head of the answer. The request is made here, so that the future does
@@ -528,7 +537,8 @@ impl Reserved {
         }
     }
 
-    /// Whether it can carry another request.
+    /// Whether the upstream closed it, or is not believed any more. Whether it may carry another request under the present roots
+    /// is for [`Reserved::ready`] to say.
     pub fn is_closed(&self) -> bool {
         match &self.place {
             Some(Place::Http1(connection, _)) => connection.sender.is_closed(),

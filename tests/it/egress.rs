@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
-    sync::{Arc, Mutex},
+    sync::{Arc, Condvar, Mutex},
     thread,
     time::Duration,
 };
@@ -14,12 +14,14 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     server::WebPkiClientVerifier,
 };
+use serde_json::json;
 use tempfile::TempDir;
 use tokio::{io::copy_bidirectional, net, runtime::Builder};
 
 use crate::{
     callers::{CALLER, Ca, SERVER, change, swap},
     exchange::secure_sandbox,
+    http2_upstream::SUCCESS,
     support::*,
 };
 
@@ -287,4 +289,163 @@ fn a_root_that_is_taken_from_ca_file_is_trusted_no_more() {
     swap(&folder, "ca.pem", &own);
     assert_eq!(change(&gateway, 4), "accepted");
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}
+
+/// A relay that holds new connections while it is shut.
+pub(crate) struct Gate {
+    /// The server's, but leading here.
+    pub(crate) url: String,
+    state: Arc<GateState>,
+}
+
+/// Whether it is shut, and how many wait at it.
+type GateState = (Mutex<(bool, usize)>, Condvar);
+
+impl Gate {
+    /// An open one before the server of a URL.
+    pub(crate) fn before(url: &str) -> Self {
+        let port = url.rsplit(':').next().and_then(|rest| rest.split('/').next()).unwrap();
+        let server = SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let own = listener.local_addr().unwrap().port();
+        let state = Arc::<GateState>::default();
+        let held = state.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let state = held.clone();
+                thread::spawn(move || relay(&stream, server, &state));
+            }
+        });
+        Self { url: url.replace(&format!(":{port}"), &format!(":{own}")), state }
+    }
+
+    pub(crate) fn shut(&self) {
+        self.state.0.lock().unwrap().0 = true;
+    }
+
+    pub(crate) fn open(&self) {
+        *self.state.0.lock().unwrap() = (false, 0);
+        self.state.1.notify_all();
+    }
+
+    pub(crate) fn wait_for_somebody(&self) {
+        wait_for("somebody at the gate", || (self.state.0.lock().unwrap().1 > 0).then_some(()));
+    }
+}
+
+fn relay(stream: &TcpStream, server: SocketAddr, (gate, opened): &GateState) -> Option<()> {
+    let mut found = gate.lock().unwrap();
+    found.1 += usize::from(found.0);
+    drop(opened.wait_while(found, |found| found.0).unwrap());
+    let server = TcpStream::connect(server).ok()?;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let _ = std::io::copy(&mut &*stream, &mut &server);
+            let _ = server.shutdown(Shutdown::Write);
+        });
+        let _ = std::io::copy(&mut &server, &mut &*stream);
+        let _ = stream.shutdown(Shutdown::Write);
+    });
+    Some(())
+}
+
+/// What may happen to `ca_file` while something waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Roots {
+    /// Nothing: the control.
+    Stay,
+    /// Another root comes before the one that is there.
+    Grow,
+    /// Another root takes the place of the one that is there.
+    Change,
+}
+
+impl Roots {
+    pub(crate) const ALL: [Self; 3] = [Self::Stay, Self::Grow, Self::Change];
+
+    /// Does it, and waits until it is taken.
+    pub(crate) fn happen(self, gateway: &Gateway, name: &str) {
+        let (other, _) = crate::exchange::certificate("localhost", false);
+        let own = fs::read_to_string(gateway.folder.path().join(name)).unwrap();
+        let roots = match self {
+            Self::Stay => return,
+            Self::Grow => other + &own,
+            Self::Change => other,
+        };
+        swap(&gateway.folder, name, &roots);
+        assert_eq!(change(gateway, 1), "accepted");
+    }
+}
+
+#[test]
+fn under_other_roots_no_fresh_token_goes_out_on_the_connection_of_the_refused_one() {
+    for roots in Roots::ALL {
+        let (secure, setup) = secure_sandbox();
+        let faults = json!({ "business": [{ "status": 401, "times": 1 }, { "body": SUCCESS }] });
+        secure.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        // Tokens come from where no roots are asked for.
+        let tokens = sandbox();
+        let gate = Gate::before(&tokens.token_url());
+        let setup = Setup { token_url: Some(gate.url.clone()), ..setup };
+        let gateway = start_with(&secure, setup.set("token.timeout", "30s"));
+        wait_for("the first token", || (tokens.token_calls().len() == 1).then_some(()));
+        gate.shut();
+        let (reply, bytes) = thread::scope(|scope| {
+            let reply = scope.spawn(|| gateway.call());
+            gate.wait_for_somebody();
+            let bytes = secure.connections().application_bytes;
+            roots.happen(&gateway, "ca.pem");
+            gate.open();
+            (reply.join().unwrap(), bytes)
+        });
+        let connections: Vec<_> = secure.requests().iter().map(|request| request.connection).collect();
+        match roots {
+            Roots::Stay => assert_eq!((reply.outcome(), &connections[..]), ("succeeded", &[1, 1][..])),
+            Roots::Grow => assert_eq!((reply.outcome(), &connections[..]), ("succeeded", &[1, 2][..])),
+            Roots::Change => {
+                assert_eq!((reply.code(), reply.outcome()), ("token_unavailable", "refused"), "{reply:?}");
+                assert_eq!((secure.connections().application_bytes, connections.len()), (bytes, 1));
+            }
+        }
+        assert_eq!(tokens.token_calls().len(), 2, "{roots:?}: there was a fresh token");
+    }
+}
+
+#[test]
+fn under_other_roots_a_connection_that_is_being_made_is_made_anew() {
+    for (roots, to_tokens) in Roots::ALL.into_iter().flat_map(|roots| [(roots, false), (roots, true)]) {
+        let (secure, setup) = secure_sandbox();
+        let server = if to_tokens { &setup.token_url } else { &setup.base_url };
+        let gate = Gate::before(server.as_ref().unwrap());
+        gate.shut();
+        let setup = match to_tokens {
+            true => Setup { token_url: Some(gate.url.clone()), ..setup },
+            false => Setup { base_url: Some(gate.url.clone()), ..setup },
+        };
+        // Where no token will come, nobody waits for one.
+        let wait = if to_tokens && roots == Roots::Change { "0s" } else { "1m" };
+        let setup = setup.set("token.timeout", "30s").set("token.wait", wait);
+        let gateway = start_with(&secure, setup.set("upstream.connect_timeout", "30s"));
+        let (reply, bytes) = thread::scope(|scope| {
+            let reply = scope.spawn(|| gateway.call());
+            gate.wait_for_somebody();
+            let bytes = secure.connections().application_bytes;
+            roots.happen(&gateway, "ca.pem");
+            gate.open();
+            (reply.join().unwrap(), bytes)
+        });
+        let case = format!("{roots:?} {to_tokens} {reply:?} {:?}", secure.connections());
+        if roots == Roots::Change {
+            if to_tokens {
+                let is_told = || gateway.log().contains("invalid peer certificate").then_some(());
+                wait_for("a handshake under the new root", is_told);
+            }
+            assert_eq!(reply.outcome(), "not_sent", "{case}");
+            assert_eq!(reply.code() == "upstream_unreachable", !to_tokens, "{case}");
+            assert_eq!(secure.connections().application_bytes, bytes, "{case}");
+        } else {
+            assert_eq!(reply.outcome(), "succeeded", "{case}");
+            assert_eq!(secure.connections().accepted, 2 + u64::from(roots == Roots::Grow), "{case}");
+        }
+    }
 }

@@ -13,6 +13,7 @@ use ccsqm_gateway::sandbox::Sandbox;
 
 use crate::{
     callers::{change, swap},
+    egress::{Gate, Roots},
     exchange::secure_sandbox,
     http2_upstream::{Received, SUCCESS, Upstream, Wire},
     support::*,
@@ -866,4 +867,34 @@ fn under_other_roots_a_connection_takes_no_new_request_and_ends_those_that_it_ha
     wire.answer(stream, SUCCESS);
     assert_eq!(outcomes(&join(in_flight)), ["succeeded"], "what is in flight comes to its end");
     every_intent_has_its_outcome(&gateway, 3);
+}
+
+#[test]
+fn under_other_roots_a_refused_token_is_replaced_on_another_connection_or_not_at_all() {
+    for roots in Roots::ALL {
+        let sandbox = sandbox();
+        let upstream = Upstream::speaking_whole(|request| match request.nth {
+            0 => (401, "{}".into()),
+            _ => (200, SUCCESS.into()),
+        });
+        let gate = Gate::before(&sandbox.token_url());
+        let setup = Setup { token_url: Some(gate.url.clone()), ..auto() };
+        let gateway = start(&sandbox, &upstream, setup.set("token.timeout", "30s"));
+        wait_for("the first token", || (sandbox.token_calls().len() == 1).then_some(()));
+        gate.shut();
+        let call = calls(&gateway, 1);
+        gate.wait_for_somebody();
+        roots.happen(&gateway, "upstream-ca.pem");
+        gate.open();
+        let reply = join(call).remove(0);
+        let (requests, connections) = (upstream.seen().len(), upstream.connections());
+        let expected = match roots {
+            Roots::Stay => ("succeeded", 2, 1),
+            Roots::Grow => ("succeeded", 2, 2),
+            Roots::Change => ("refused", 1, 1),
+        };
+        assert_eq!((reply.outcome(), requests, connections), expected, "{roots:?}: {reply:?}");
+        assert_eq!(sandbox.token_calls().len(), 2, "{roots:?}: there was a fresh token");
+        every_intent_has_its_outcome(&gateway, 1);
+    }
 }
