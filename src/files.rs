@@ -31,8 +31,8 @@ pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     read_if(path, check)
 }
 
-/// The same, of a file that says who may call: one that every user can change is refused.
-pub(crate) fn read_guarded(path: &Path) -> io::Result<Vec<u8>> {
+/// The same, but a file that every user can change is refused. `harm` is what anybody could do with it otherwise.
+pub(crate) fn read_guarded(path: &Path, harm: &str) -> io::Result<Vec<u8>> {
     read_if(path, |found| {
         check(found)?;
         if !is_open_to_all(found) {
@@ -40,7 +40,7 @@ pub(crate) fn read_guarded(path: &Path) -> io::Result<Vec<u8>> {
         }
         let (mode, path) = (found.mode() & 0o7777, path.display());
         let text = format!(
-            "every user can change it (mode {mode:04o}), so that anybody could say who may call: chmod o-w {path}"
+            "every user can change it (mode {mode:04o}), so that anybody could {harm}: chmod o-w {path}"
         );
         Err(io::Error::other(text))
     })

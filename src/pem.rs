@@ -35,7 +35,16 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, PemError> {
 
 /// The bytes of a file that says who may call; one that every user can change is refused.
 pub(crate) fn read_guarded(path: &Path) -> Result<Vec<u8>, PemError> {
-    files::read_guarded(path).map_err(|error| PemError::Read(path.display().to_string(), error))
+    read_unless_open(path, "say who may call")
+}
+
+/// The bytes of a file that says who is the cloud; one that every user can change is refused.
+pub(crate) fn read_roots(path: &Path) -> Result<Vec<u8>, PemError> {
+    read_unless_open(path, "say who gets the credential")
+}
+
+fn read_unless_open(path: &Path, harm: &str) -> Result<Vec<u8>, PemError> {
+    files::read_guarded(path, harm).map_err(|error| PemError::Read(path.display().to_string(), error))
 }
 
 /// A key's bytes.

@@ -47,7 +47,7 @@ fn read_secret(path: &Path) -> Result<Secret, String> {
     Secret::load(&source).map_err(|_| "is empty".into())
 }
 
-/// PEM roots.
+/// PEM roots, in a file that not every user can change.
 pub(super) fn roots(path: &Path) -> Result<(), String> {
     regular(path)?;
     connect::roots(Some(path)).map(drop).map_err(|error| error.to_string())

@@ -105,15 +105,15 @@ impl Roots {
     }
 }
 
-/// The roots of a file; at least one.
+/// The roots of a file, at least one. A file that every user can change is refused, here and in [`contents`].
 pub(super) fn read(path: &Path) -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();
-    for certificate in pem::certificates(&pem::read(path)?, path)? {
+    for certificate in pem::certificates(&pem::read_roots(path)?, path)? {
         roots.add(certificate)?;
     }
     Ok(roots)
 }
 
 pub(super) fn contents(path: &Path) -> Result<[u8; 32], TlsError> {
-    Ok(digest([&*pem::read(path)?]))
+    Ok(digest([&*pem::read_roots(path)?]))
 }

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt,
     sync::{Arc, Condvar, Mutex},
     thread,
     time::Duration,
@@ -289,6 +290,30 @@ fn a_root_that_is_taken_from_ca_file_is_trusted_no_more() {
     swap(&folder, "ca.pem", &own);
     assert_eq!(change(&gateway, 4), "accepted");
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}
+
+#[test]
+fn roots_that_every_user_can_change_by_now_are_not_taken() {
+    let (sandbox, setup) = secure_sandbox();
+    let (other, _) = crate::exchange::certificate("localhost", false);
+    let path = setup.folder.as_ref().unwrap().path().join("ca.pem");
+    let gateway = start_with(&sandbox, setup.set("upstream.idle_timeout", "1h"));
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    let accepted = sandbox.connections().accepted;
+    let mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o646);
+    fs::write(&path, &other).unwrap();
+    assert_eq!(change(&gateway, 1), "refused");
+    let told =
+        "every user can change it (mode 0646), so that anybody could say who gets the credential: chmod o-w ";
+    assert!(gateway.log().contains(told), "{}", gateway.log());
+    assert_eq!(gateway.call().outcome(), "succeeded", "the old ones stay in use");
+    assert_eq!(sandbox.connections().accepted, accepted, "so does the connection");
+    // The control: the same content, which its owner alone can change.
+    mode(0o644);
+    assert_eq!(change(&gateway, 2), "accepted");
+    let reply = gateway.call_once();
+    assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"), "{reply:?}");
 }
 
 /// A relay that holds new connections while it is shut.

@@ -198,16 +198,21 @@ fn no_file_that_the_configuration_names_is_changed_by_every_user_unnoticed() {
         let path = folder.path().join(file);
         let before = fs::metadata(&path).unwrap().permissions();
         set_mode(&path, before.mode() | 0o002);
-        if ["listeners[1].tls.client_ca_file", "listeners[1].tls.client_crl_file", "audit.key_file"]
-            .contains(&setting)
-        {
+        // Of those that are refused: what anybody could do, or that no record could be believed.
+        let harm = match setting {
+            "upstream.ca_file" => Some("so that anybody could say who gets the credential"),
+            "listeners[1].tls.client_ca_file" | "listeners[1].tls.client_crl_file" => {
+                Some("so that anybody could say who may call")
+            }
+            "audit.key_file" => Some("so that no record could be believed"),
+            _ => None,
+        };
+        if let Some(harm) = harm {
             for name in ["check", "serve"] {
                 let (code, out, error) = command(&[name, "--config", &config]);
                 assert!(code == 78 && out.is_empty(), "{name} {file}: {out}{error}");
-                assert!(
-                    error.contains(&format!(": {setting}: ")) && error.contains("every user can change "),
-                    "{error}"
-                );
+                assert!(error.contains(&format!(": {setting}: ")), "{error}");
+                assert!(error.contains("every user can change ") && error.contains(harm), "{error}");
                 assert!(error.contains("chmod o-w ") && error.lines().count() == 1, "{error}");
             }
         } else {
