@@ -90,7 +90,7 @@ impl App {
         let (identity, roots) = (egress.identity().cloned(), egress.roots().cloned());
         let connector = Connector::new(&config.upstream.base_url, &egress, config.upstream.connect_timeout)?;
         let options = audit_options(&config, accept_loss.clone());
-        audit::limit::check().map_err(StartError::from)?;
+        audit::limit::check(&config).map_err(StartError::from)?;
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit, accept_loss));
         let slots = slots(&config, &egress, &parts.token, &audit)?;

@@ -767,7 +767,9 @@ fn append<T, E: From<StartError>>(
     if !batch.is_empty() {
         let mut writer =
             Writer::new(&options, keys, (directory, lock), clocks, last, segment).map_err(fail)?;
-        writer.append(&mut batch).and_then(|()| give_to_owner(&owned)).map_err(fail)?;
+        let appended = writer.append(&mut batch);
+        let appended = appended.map_err(|error| limit::explain(error, "what is to be recorded"));
+        appended.and_then(|()| give_to_owner(&owned)).map_err(fail)?;
         writer.close();
     }
     Ok((filled?, batch.last()))
@@ -810,7 +812,7 @@ fn recover(
     start[unresolved::LIST] = found.unresolved.to_json();
     batch.event(age::START, start);
     let mut writer = Writer::new(options, keys, (directory, lock), clocks, last, segment)?;
-    writer.append(&mut batch)?;
+    writer.append(&mut batch).map_err(|error| limit::explain(error, "what the start records"))?;
     let Found { unresolved, damage, .. } = found;
     Ok(Recovered { writer, begun: batch.last(), unresolved, damage: damage.into() })
 }

@@ -177,6 +177,22 @@ impl Batch {
         std::mem::swap(self, other);
     }
 
+    /// Moves the first lines over, if all are longer than `most` bytes: as many as are not, and one at least. False if there is
+    /// nothing to cut. How many of a kind there are is told by what stays, which is written last.
+    pub(super) fn cut(&mut self, most: usize, first: &mut Self) -> bool {
+        let count = self.ends.partition_point(|end| *end <= most).max(1);
+        if self.size() <= most || count == self.len() {
+            return false;
+        }
+        let length = self.ends[count - 1];
+        *first = Self { seq: self.first() + count as u64 - 1, ..Self::default() };
+        first.text.extend(self.text.drain(..length));
+        first.ends.extend(self.ends.drain(..count));
+        first.changes.extend(self.changes.drain(..count));
+        self.ends.iter_mut().for_each(|end| *end -= length);
+        true
+    }
+
     /// Gives memory back beyond so many bytes of text.
     pub(super) fn shrink_to(&mut self, bytes: usize) {
         self.text.clear();

@@ -55,6 +55,11 @@ impl Ledger {
         }
     }
 
+    /// How many calls are at work.
+    pub(super) fn len(&self) -> usize {
+        self.at_work.len()
+    }
+
     /// Whether no call is at work.
     pub(super) fn is_empty(&self) -> bool {
         self.at_work.is_empty()

@@ -5,19 +5,43 @@ use std::io;
 use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
 
-use super::{segment::AHEAD, writer::OUTCOME};
+use super::{
+    segment::AHEAD,
+    writer::{MOST_AT_ONCE, OUTCOME},
+};
 use crate::config::Config;
 
-/// Below this no segment has room for what is reserved and some records: nothing would ever be served.
-const LEAST: u64 = AHEAD + (64 << 10);
+/// What a segment takes in any case. A new one begins with the list of unresolved calls: 10,000 take 5 MiB, with 512 bytes each. The
+/// batch with that list and what it adds to it take twice [`MOST_AT_ONCE`], and 1 MiB is reserved. What is left is for records: each
+/// new segment takes so much that the lists do not fill the disk.
+const LEAST: u64 = 16 << 20;
+
+// A longer list is possible: a call younger than the idempotency window never leaves it. There the writer stays in its segment and
+// refuses what is new: see `Writer::begins` and `Writer::reserve`.
+const _: () = assert!(super::unresolved::AT_MOST as u64 * 512 + 2 * MOST_AT_ONCE as u64 + AHEAD < LEAST);
+
+/// A record may be so many times as long as the body that it tells of: hidden values are hashes. It may stand beyond the
+/// [`MOST_AT_ONCE`], and so may its call on the list.
+const RECORD: u64 = 2 * 4;
+
+/// What a call in flight takes: the space kept for its outcome, and its place on the list, which may be long.
+const IN_FLIGHT: u64 = OUTCOME + CALL;
+
+/// A call at work takes no more on the list, but for one with a long task.
+pub(super) const CALL: u64 = 1024;
 
 /// What must be raised, and by which names.
-const RAISE: &str = "the limit on the size of files (LimitFSIZE=, ulimit -f)";
+pub(super) const RAISE: &str = "the limit on the size of files (LimitFSIZE=, ulimit -f)";
 
 /// No segment has room.
 #[derive(Clone, Copy, Debug, Error)]
-#[error("a file may have {0} bytes here, and a segment needs {LEAST} at least: raise {RAISE}")]
-pub struct TooLow(u64);
+#[error(
+    "a file may have {limit} bytes here, and a segment of the audit trail needs {needed} at least: raise {RAISE}"
+)]
+pub struct TooLow {
+    limit: u64,
+    needed: u64,
+}
 
 /// So large may a file of this process be.
 pub(super) fn of_files() -> u64 {
@@ -34,10 +58,15 @@ pub(super) fn explain(error: io::Error, name: &str) -> io::Error {
     }
 }
 
-/// Looks whether a segment has room at all.
-pub fn check() -> Result<(), TooLow> {
-    let limit = of_files();
-    if limit < LEAST { Err(TooLow(limit)) } else { Ok(()) }
+/// Looks whether any segment has room: 16 MiB, 8 times `server.max_body`, and 3 KiB for each of `server.max_in_flight`.
+///
+/// Only so can every write be done under the limit, one that begins a segment with a full list, too. Below that the trail might stop
+/// for good with calls in flight, so that such a limit is refused at the start.
+pub fn check(config: &Config) -> Result<(), TooLow> {
+    let server = &config.server;
+    let (limit, needed) =
+        (of_files(), LEAST + RECORD * server.max_body as u64 + IN_FLIGHT * server.max_in_flight as u64);
+    if limit < needed { Err(TooLow { limit, needed }) } else { Ok(()) }
 }
 
 /// What is to be told of the limit: that segments end before they are full.

@@ -372,6 +372,12 @@ impl Shared {
         self.room.store(room, Ordering::Relaxed);
     }
 
+    /// Whether nothing waits for the writer.
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().batch.is_empty()
+    }
+
     pub(super) fn is_closing(&self) -> bool {
         self.lock().closing
     }

@@ -575,6 +575,35 @@ impl<'a> Stuck<'a> {
     }
 }
 
+#[test]
+fn what_waits_is_written_in_parts_and_the_last_one_begins_the_segment() {
+    for (length, parts) in [(10, 1), (1 << 20, 4)] {
+        let folder = TempDir::new().unwrap();
+        let metrics = metrics();
+        let options = Options { segment_size: 1, ..Options::small(folder.path()) };
+        let audit = Audit::start(&options, metrics.clone()).unwrap();
+        let stuck = Stuck::new(&audit);
+        audit.event("first", Map::new());
+        wait_for(|| (audit.shared().is_empty()).then_some(()));
+        let details = Map::from_iter([("text".to_owned(), json!("x".repeat(length)))]);
+        (0..10).for_each(|_| audit.event("long", details.clone()));
+        audit.shared().change_unresolved(|list| list.insert(UnresolvedCall::of(uuid::Uuid::from_u128(7))));
+        let before = metrics.batches.get();
+        stuck.release();
+        assert_eq!(audit.close(), None);
+        let written = metrics.batches.get() - before - 1; // that of the first, and perhaps that of the stop
+        assert!(written == parts || written == parts + 1, "{length}: {written}");
+        assert_eq!(trail(folder.path()).iter().filter(|it| it["event"] == "long").count(), 10);
+        assert_whole(folder.path());
+        let most = segments(folder.path()).unwrap().into_iter().map(|path| fs::read(path).unwrap());
+        let lists =
+            most.filter(|text| trail_of(text).iter().any(|it| it["event"] == unresolved::LIST)).count();
+        assert!(lists >= 1, "{length}");
+        let seqs: Vec<_> = trail(folder.path()).iter().map(|it| it["seq"].as_u64().unwrap()).collect();
+        assert!(seqs.iter().copied().eq(1..=seqs.len() as u64), "{seqs:?}");
+    }
+}
+
 /// Begins an intent.
 fn begin(record: &mut Record) -> Poll<Result<(), Unavailable>> {
     let permit = Permit::default();

@@ -10,6 +10,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    io,
     sync::Arc,
 };
 
@@ -455,6 +456,22 @@ impl UnresolvedList {
             self.calls.remove(&call.id);
         }
         forgotten
+    }
+
+    /// How long it is in the trail, in bytes.
+    pub(super) fn size(&self) -> u64 {
+        struct Count(u64);
+        impl io::Write for Count {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0 += bytes.len() as u64;
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let mut count = Count(0);
+        serde_json::to_writer(&mut count, self).map_or(u64::MAX, |()| count.0)
     }
 
     /// As the trail holds it.

@@ -2,7 +2,9 @@
 //!
 //! Space is reserved ahead of what is written, for the outcomes of all that is in flight and some more: once that
 //! can't be had, new intents are refused, and what was sent already still gets its outcome on a full disk. A limit on the size
-//! of files is no full disk: there the next batch begins a new segment, after a look whether it can have that space.
+//! of files is no full disk: there the next batch begins a new segment, after a look whether it can have that space and has more
+//! room than the list of unresolved calls takes, with which it begins. Many records are written in parts, none longer than a file
+//! may be.
 //!
 //! Nothing that failed is believed: the segment is cut back to its last good length and the batch is tried
 //! again, while intents time out. A stuck disk holds this thread, never a worker.
@@ -34,6 +36,7 @@ use super::{
     clocks::{self, Clocks},
     directory::{Directory, Identity},
     ledger::Ledger,
+    limit,
     lock::{self, Lock, Stated},
     queue::{Carried, LOOK_AROUND, Next, Shared},
     retention::{self, Excess, Keeping, Old, Place},
@@ -57,6 +60,11 @@ const PRUNE_SLACK: Duration = Duration::from_secs(60 * 60);
 
 /// An outcome takes no more than this, but for one with a long reply or code.
 pub(super) const OUTCOME: u64 = 2 * 1024;
+
+/// So many bytes of queued records are written at once: under any limit on file sizes that [`limit::check`] lets pass, each such
+/// part has room in a file. Queued may be 64 MiB and the outcomes of all in flight. To refuse each limit below that would be as
+/// simple, and would refuse limits that are of use.
+pub(super) const MOST_AT_ONCE: usize = 4 << 20;
 
 /// How often an old segment is looked for while there is something to write, beside each time that one is begun. One goes at
 /// a time.
@@ -109,8 +117,6 @@ pub(super) struct Writer {
     list_refused: Option<Instant>,
     /// The open segment is at the limit on file sizes, and there is space for a new one.
     is_outgrown: bool,
-    /// What was to be reserved last, behind what is written.
-    room: u64,
     /// When the last anchor was written, by `CLOCK_BOOTTIME` in milliseconds, and whether the segment has none yet.
     pub(super) anchored: i64,
     is_unanchored: bool,
@@ -172,7 +178,6 @@ impl Writer {
             lacks_list: false,
             list_refused: None,
             is_outgrown: false,
-            room: AHEAD,
             anchored: clocks::boottime(),
             is_unanchored: false,
             looked: None,
@@ -193,14 +198,15 @@ impl Writer {
 
     /// Writes until the trail is closed and everything queued is written, or the last write failed.
     pub(super) fn run(mut self, shared: &Shared) -> Result<(), Unfinished> {
-        let (mut batch, mut due) = (Batch::default(), shared.begin(0));
+        let (mut batch, mut part, mut due) = (Batch::default(), Batch::default(), shared.begin(0));
         loop {
             fault::look("the audit writer");
             self.anchor(shared);
             self.look_for_old(shared);
             self.rest(shared, due);
             self.look_around_in_turn(shared);
-            let next = shared.next_batch(&mut batch, self.begins(shared));
+            let begins = self.begins(shared);
+            let next = shared.next_batch(&mut batch, begins);
             due = shared.begin(batch.len());
             match next {
                 Next::Write => {}
@@ -213,40 +219,64 @@ impl Writer {
                     return Ok(());
                 }
             }
-            if batch.has_list() {
-                self.fill_list(&mut batch, shared);
+            // Only the last part may begin a segment: it has the list.
+            while batch.cut(MOST_AT_ONCE, &mut part) {
+                self.put(&mut part, &batch, shared)?;
             }
-            let link = self.link(&mut batch);
-            self.reserve(shared, batch.size() as u64);
-            if !self.write_persistently(&batch, shared) {
-                tracing::error!(
-                    records = batch.len(),
-                    "the audit trail closes with records that could not be written"
-                );
-                return Err(Unfinished::Unwritten);
-            }
-            self.commit(link, batch.last());
-            if let Some(segment) = &self.segment {
-                self.ledger.take(&batch, segment, shared);
-            }
-            self.lacks_list &= !batch.begins_segment;
-            shared.written(&batch);
-            self.reserve(shared, 0); // a new segment has none yet
+            self.put(&mut batch, &Batch::default(), shared)?;
             self.remove_old(shared);
             batch.shrink_to(KEPT_TEXT);
             self.report(shared);
         }
     }
 
+    /// Writes and commits a batch, before another one that waits.
+    fn put(&mut self, batch: &mut Batch, behind: &Batch, shared: &Shared) -> Result<(), Unfinished> {
+        if batch.has_list() {
+            self.fill_list(batch, shared);
+        }
+        let link = self.link(batch);
+        let waiting = behind.size() as u64;
+        self.reserve(shared, batch.size() as u64 + waiting);
+        if !self.write_persistently(batch, shared) {
+            let records = batch.len() + behind.len();
+            tracing::error!(records, "the audit trail closes with records that could not be written");
+            return Err(Unfinished::Unwritten);
+        }
+        self.commit(link, batch.last());
+        if let Some(segment) = &self.segment {
+            self.ledger.take(batch, segment, shared);
+        }
+        self.lacks_list &= !batch.begins_segment;
+        shared.written(batch);
+        self.reserve(shared, waiting); // a new segment has none yet
+        Ok(())
+    }
+
     /// What the next batch is to carry over, if it begins a segment. Where there is no space for one, that is tried once a
-    /// second.
-    fn begins(&self, shared: &Shared) -> Option<Carried> {
+    /// second. A batch is never given a list that makes it larger than a file may be: it could not be written at all.
+    fn begins(&mut self, shared: &Shared) -> Option<Carried> {
         let is_full = self.segment.as_ref().is_none_or(|segment| self.is_full(segment));
-        let begins = self.may_begin() && (is_full || self.lacks_list);
-        begins.then(|| Carried {
+        if !self.may_begin() || !(is_full || self.lacks_list) {
+            return None;
+        }
+        let limit = limit::of_files();
+        if !self.is_outgrown && limit < u64::MAX && self.of_new_segment(shared) > limit {
+            self.list_refused = Some(Instant::now());
+            return None;
+        }
+        Some(Carried {
             at_work: !self.ledger.is_empty(),
             listed: shared.unresolved().calls().next().is_some(),
         })
+    }
+
+    /// What a new segment takes at most with its first batch, and what is to be reserved behind that: the list as it is, a batch,
+    /// and what that adds to the list, which is no longer.
+    fn of_new_segment(&self, shared: &Shared) -> u64 {
+        let list = shared.unresolved().clone();
+        let at_work = limit::CALL * self.ledger.len() as u64;
+        list.size() + at_work + 2 * MOST_AT_ONCE as u64 + room(shared)
     }
 
     fn may_begin(&self) -> bool {
@@ -339,14 +369,15 @@ impl Writer {
     }
 
     /// Reserves space for so many bytes, and for the outcomes of all that is in flight; tells whether there is. At the limit
-    /// on file sizes the next batch begins a new segment.
+    /// on file sizes the next batch begins a new segment, but only where that has more room: its list may be longer than all records
+    /// for which there is room behind it.
     fn reserve(&mut self, shared: &Shared, bytes: u64) {
-        self.room = AHEAD + OUTCOME * shared.in_flight();
-        let needed = bytes + self.room;
+        let needed = bytes + room(shared);
         let mut reserved = self.segment.as_mut().map_or(Ok(()), |segment| segment.reserve(needed));
         let is_limit = reserved.as_ref().is_err_and(is_too_large);
         self.is_outgrown &= is_limit;
         if is_limit && !self.is_outgrown && self.may_begin() {
+            let needed = self.of_new_segment(shared);
             self.is_outgrown = segment::has_space_for(&self.directory, needed).is_ok();
             self.list_refused = (!self.is_outgrown).then(Instant::now);
         }
@@ -356,8 +387,8 @@ impl Writer {
         if let Err(error) = &reserved
             && shared.has_room()
         {
-            let hint = is_limit.then_some("it is the limit on the size of files: LimitFSIZE=, ulimit -f");
-            tracing::error!(%error, hint, "no space can be reserved for the audit trail; nothing new is sent meanwhile");
+            let raise = is_limit.then_some(limit::RAISE);
+            tracing::error!(%error, raise, "no space can be reserved for the audit trail; nothing new is sent meanwhile");
         }
         shared.set_room(reserved.is_ok());
     }
@@ -593,7 +624,8 @@ impl Writer {
                     shared.count_error();
                     self.look_for_place(shared);
                     if !failed {
-                        tracing::error!(%error, "the audit trail cannot be written; nothing is sent meanwhile");
+                        let raise = is_too_large(&error).then_some(limit::RAISE);
+                        tracing::error!(%error, raise, "the audit trail cannot be written; nothing is sent meanwhile");
                     }
                     failed = true;
                     shared.set_healthy(false);
@@ -640,10 +672,11 @@ impl Writer {
         }
     }
 
-    /// The open segment cannot grow by these records, though there may be space: they begin a new one, if there is space for
-    /// the outcomes, too. `error` is why.
+    /// The open segment cannot grow by these records, though there may be space: they begin a new one, if that has space for them.
+    /// Whether it has space for more does not matter here: what is queued must be written, and the next [`Self::reserve`] refuses
+    /// what is new. `error` is why.
     fn go_on_elsewhere(&mut self, batch: &Batch, error: io::Error) -> io::Result<bool> {
-        segment::has_space_for(&self.directory, batch.size() as u64 + self.room).map_err(|_| error)?;
+        segment::has_space_for(&self.directory, batch.size() as u64).map_err(|_| error)?;
         match &self.segment {
             Some(segment) if segment.is_in_place() => self.ledger.leave(segment),
             _ => return Ok(false),
@@ -731,6 +764,11 @@ impl Lost {
         }
         Value::Object(details)
     }
+}
+
+/// What is to be reserved behind what is written.
+fn room(shared: &Shared) -> u64 {
+    AHEAD + OUTCOME * shared.in_flight()
 }
 
 /// Makes a segment; if that fails, nothing of it is left.

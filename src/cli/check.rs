@@ -31,13 +31,14 @@ pub(super) fn run(args: &Args) -> ExitCode {
     let file = args.configured.config.display().to_string();
     match args.configured.load() {
         Ok(config) => match refusal(&config) {
-            Some(reason) if args.json => {
-                let problem = json!({ "key": "audit.directory", "reason": reason });
+            Some(Refusal { key, reason }) if args.json => {
+                let problem = json!({ "key": key, "reason": reason });
                 document(&json!({ "good": false, "file": file, "problems": [problem] }));
                 ExitCode::from(BAD_CONFIGURATION)
             }
-            Some(reason) => {
-                complain!("{file}: audit.directory: {reason}");
+            Some(Refusal { key, reason }) => {
+                let key = key.map(|key| format!("{file}: {key}: ")).unwrap_or_default();
+                complain!("{key}{reason}");
                 ExitCode::from(BAD_CONFIGURATION)
             }
             None if args.json => {
@@ -80,11 +81,18 @@ fn print(configured: &Configured, config: &Config) {
 }
 
 /// What a start without `--accept-loss` would be refused for, although the configuration is good.
-fn refusal(config: &Config) -> Option<String> {
+struct Refusal {
+    /// What it is about, if that is a setting.
+    key: Option<&'static str>,
+    reason: String,
+}
+
+fn refusal(config: &Config) -> Option<Refusal> {
     let Audit { directory, key_file, must_exist, .. } = &config.audit;
-    let absent =
-        init::check(directory, key_file.as_deref(), *must_exist).err().map(|absent| absent.to_string());
-    absent.or_else(|| limit::check().err().map(|limit| limit.to_string()))
+    if let Err(absent) = init::check(directory, key_file.as_deref(), *must_exist) {
+        return Some(Refusal { key: Some("audit.directory"), reason: absent.to_string() });
+    }
+    limit::check(config).err().map(|limit| Refusal { key: None, reason: limit.to_string() })
 }
 
 fn access(config: &Config) {

@@ -48,12 +48,11 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
     }
     allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = match App::build(config, accept_loss) {
-        Err(error)
-            if matches!(
-                error.downcast_ref(),
-                Some(StartError::Newer(..) | StartError::Absent(_) | StartError::Limit(_))
-            ) =>
-        {
+        Err(error) if matches!(error.downcast_ref(), Some(StartError::Limit(_))) => {
+            complain!("ccsqm-gateway: {error}"); // no setting is wrong
+            return Ok(ExitCode::from(BAD_CONFIGURATION));
+        }
+        Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..) | StartError::Absent(_))) => {
             complain!("ccsqm-gateway: audit.directory: {error}");
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }

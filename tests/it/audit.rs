@@ -456,6 +456,9 @@ fn a_full_disk_refuses_new_requests_and_holds_no_answer_back() {
     let audit = gateway.audit_directory();
     let segment = segments(&audit).remove(0);
     let length = fs::metadata(&segment).unwrap().len();
+    // On a full disk there is no place for another segment either: each is made by this name.
+    let obstacle = audit.join("segment.new");
+    fs::create_dir(&obstacle).unwrap();
     limit_files(&gateway, &(length + 100).to_string());
     assert_refused(&gateway, &sandbox);
     assert_refused(&gateway, &sandbox);
@@ -471,6 +474,7 @@ fn a_full_disk_refuses_new_requests_and_holds_no_answer_back() {
         (fs::metadata(&segment).unwrap().len() == length).then_some(())
     });
 
+    fs::remove_dir(&obstacle).unwrap();
     limit_files(&gateway, "unlimited");
     assert_resumed(&gateway, &sandbox);
     assert_eq!(outcomes(&audit)[id][0]["outcome"], "succeeded", "its outcome is written once there is space");
