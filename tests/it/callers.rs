@@ -469,7 +469,7 @@ fn over_tls_a_connection_holds_little_of_what_is_sent_behind_its_request() {
         let faults = serde_json::json!({ "business": [{ "delay_ms": 8000 }] });
         sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
         let setup =
-            Setup::default().set("upstream.max_connections", CONNECTIONS).set("server.max_head", "8KiB");
+            Setup::default().set("upstream.max_connections", 2 * CONNECTIONS).set("server.max_head", "8KiB");
         let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[], 2124), setup);
         let caller = ca.issue(CALLER);
         let memory = || {

@@ -261,7 +261,8 @@ fn a_root_that_is_taken_from_ca_file_is_trusted_no_more() {
     let folder = setup.folder.clone().unwrap();
     let own = fs::read_to_string(folder.path().join("ca.pem")).unwrap();
     let (other, _) = crate::exchange::certificate("localhost", false);
-    let gateway = start_with(&sandbox, setup.set("upstream.idle_timeout", "1h"));
+    // One worker: each has connections of its own.
+    let gateway = start_with(&sandbox, setup.set("upstream.idle_timeout", "1h").set("server.workers", 1));
     assert_eq!(gateway.call().outcome(), "succeeded");
     let open = || sandbox.connections().open;
     assert_eq!(open(), 1, "the control: it is kept for the next one");
@@ -297,7 +298,8 @@ fn roots_that_every_user_can_change_by_now_are_not_taken() {
     let (sandbox, setup) = secure_sandbox();
     let (other, _) = crate::exchange::certificate("localhost", false);
     let path = setup.folder.as_ref().unwrap().path().join("ca.pem");
-    let gateway = start_with(&sandbox, setup.set("upstream.idle_timeout", "1h"));
+    // One worker: each has connections of its own.
+    let gateway = start_with(&sandbox, setup.set("upstream.idle_timeout", "1h").set("server.workers", 1));
     assert_eq!(gateway.call().outcome(), "succeeded");
     let accepted = sandbox.connections().accepted;
     let mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
