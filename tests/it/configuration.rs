@@ -11,6 +11,7 @@ use std::{
         fs::{MetadataExt, PermissionsExt},
         process::CommandExt,
     },
+    path::Path,
     process::Command,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -383,6 +384,17 @@ fn hostile_files_are_refused_in_clear_lines() {
     refused("endless", "/dev/zero", ":1: file: is larger than");
 }
 
+/// Exit code and errors of `check`, run by somebody who may not read everything, as root may.
+fn check_as_nobody(binary: &Path, path: &str, is_root: bool) -> (i32, String) {
+    let mut command = Command::new(binary);
+    command.args(["check", "--config", path]).env_clear();
+    if is_root {
+        command.uid(65_534).gid(65_534);
+    }
+    let output = command.output().unwrap();
+    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
 #[test]
 fn a_file_without_permission_is_told_at_the_key_that_names_it() {
     let (folder, text) = shipped("gateway.toml");
@@ -395,15 +407,7 @@ fn a_file_without_permission_is_told_at_the_key_that_names_it() {
             Command::new("chown").args(["-R", "65534:65534"]).arg(folder.path()).status().unwrap().success()
         );
     }
-    let check = || {
-        let mut command = Command::new(&binary);
-        command.args(["check", "--config", &path]).env_clear();
-        if is_root {
-            command.uid(65_534).gid(65_534);
-        }
-        let output = command.output().unwrap();
-        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
-    };
+    let check = || check_as_nobody(&binary, &path, is_root);
     for (name, file, key) in [
         ("cert_file", "cert.pem", "listeners[2].tls.cert_file"),
         ("key_file", "tls.key", "listeners[2].tls.key_file"),
@@ -437,15 +441,7 @@ fn a_file_without_permission_is_refused() {
     // Not by this process: what another test starts meanwhile would hold the file open for writing.
     assert!(Command::new("cp").arg(BINARY).arg(&binary).status().unwrap().success());
     let is_root = fs::metadata(folder.path()).unwrap().uid() == 0;
-    let check = || {
-        let mut command = Command::new(&binary);
-        command.args(["check", "--config", &path]).env_clear();
-        if is_root {
-            command.uid(65_534).gid(65_534);
-        }
-        let output = command.output().unwrap();
-        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
-    };
+    let check = || check_as_nobody(&binary, &path, is_root);
     let wrong_directory = check();
     if is_root {
         // The folder is root's: no audit directory can be made in it.

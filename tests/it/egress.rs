@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use ccsqm_gateway::sandbox::Sandbox;
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
@@ -221,7 +222,7 @@ fn an_address_that_changes_is_noticed_and_one_that_is_lost_is_used_on() {
     let name = "ccsqm.example";
     let (ca, tls) = crate::exchange::certificate(name, false);
     let options = ccsqm_gateway::sandbox::Options { tls: Some(tls), ..Default::default() };
-    let sandbox = ccsqm_gateway::sandbox::Sandbox::start(options).unwrap();
+    let sandbox = Sandbox::start(options).unwrap();
     let folder = Arc::new(TempDir::new().unwrap());
     let hosts = folder.path().join("hosts");
     fs::write(folder.path().join("ca.pem"), ca).unwrap();
@@ -404,6 +405,18 @@ impl Roots {
     }
 }
 
+/// Calls, and lets this happen while the call waits at the gate. Returns its answer, and how many bytes the upstream had by then.
+fn call_while(roots: Roots, gateway: &Gateway, secure: &Sandbox, gate: &Gate) -> (Reply, u64) {
+    thread::scope(|scope| {
+        let reply = scope.spawn(|| gateway.call());
+        gate.wait_for_somebody();
+        let bytes = secure.connections().application_bytes;
+        roots.happen(gateway, "ca.pem");
+        gate.open();
+        (reply.join().unwrap(), bytes)
+    })
+}
+
 #[test]
 fn under_other_roots_no_fresh_token_goes_out_on_the_connection_of_the_refused_one() {
     for roots in Roots::ALL {
@@ -417,14 +430,7 @@ fn under_other_roots_no_fresh_token_goes_out_on_the_connection_of_the_refused_on
         let gateway = start_with(&secure, setup.set("token.timeout", "30s"));
         wait_for("the first token", || (tokens.token_calls().len() == 1).then_some(()));
         gate.shut();
-        let (reply, bytes) = thread::scope(|scope| {
-            let reply = scope.spawn(|| gateway.call());
-            gate.wait_for_somebody();
-            let bytes = secure.connections().application_bytes;
-            roots.happen(&gateway, "ca.pem");
-            gate.open();
-            (reply.join().unwrap(), bytes)
-        });
+        let (reply, bytes) = call_while(roots, &gateway, &secure, &gate);
         let connections: Vec<_> = secure.requests().iter().map(|request| request.connection).collect();
         match roots {
             Roots::Stay => assert_eq!((reply.outcome(), &connections[..]), ("succeeded", &[1, 1][..])),
@@ -453,14 +459,7 @@ fn under_other_roots_a_connection_that_is_being_made_is_made_anew() {
         let wait = if to_tokens && roots == Roots::Change { "0s" } else { "1m" };
         let setup = setup.set("token.timeout", "30s").set("token.wait", wait);
         let gateway = start_with(&secure, setup.set("upstream.connect_timeout", "30s"));
-        let (reply, bytes) = thread::scope(|scope| {
-            let reply = scope.spawn(|| gateway.call());
-            gate.wait_for_somebody();
-            let bytes = secure.connections().application_bytes;
-            roots.happen(&gateway, "ca.pem");
-            gate.open();
-            (reply.join().unwrap(), bytes)
-        });
+        let (reply, bytes) = call_while(roots, &gateway, &secure, &gate);
         let case = format!("{roots:?} {to_tokens} {reply:?} {:?}", secure.connections());
         if roots == Roots::Change {
             if to_tokens {
