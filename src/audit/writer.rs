@@ -30,7 +30,7 @@ use std::{
 use serde_json::{Map, Value, json};
 
 use super::{
-    Durability, Options, Unfinished, age,
+    Durability, Options, SLACK, Unfinished, age,
     batch::Batch,
     chain::{Keys, Link, segment_name, segments},
     clocks::{self, Clocks},
@@ -54,9 +54,6 @@ const KEPT_TEXT: usize = 1 << 20;
 
 /// How long a segment that cannot be begun waits.
 const RETRY_SEGMENT: Duration = Duration::from_secs(1);
-
-/// A call may be older than its outcome by so much.
-const PRUNE_SLACK: Duration = Duration::from_secs(60 * 60);
 
 /// An outcome takes no more than this, but for one with a long reply or code.
 pub(super) const OUTCOME: u64 = 2 * 1024;
@@ -309,7 +306,7 @@ impl Writer {
     /// Forgets calls whose window is certainly over. Returns those of unknown outcome.
     fn prune(&self, list: &mut UnresolvedList) -> Vec<Arc<UnresolvedCall>> {
         let Some(anchors) = self.clocks.anchors() else { return Vec::new() };
-        let (ages, window) = (self.clocks.ages(), self.window + PRUNE_SLACK);
+        let (ages, window) = (self.clocks.ages(), self.window + SLACK);
         list.prune(|call| {
             let place = call.seq.zip(age::millis(&call.time));
             place.is_some_and(|(seq, time)| ages.clone().at(seq, anchors).age(time) > window)

@@ -17,7 +17,11 @@ use rustix::{
 use zeroize::Zeroizing;
 
 use super::{Config, ContractSource, Control, ListenAddress, SecretSource};
-use crate::{audit::chain::key_path, files::is_open_to_all, ids};
+use crate::{
+    audit::chain::key_path,
+    files::{self, is_open_to_all},
+    ids,
+};
 
 /// Permission bits.
 const OTHERS_READ: u32 = 0o004;
@@ -165,8 +169,7 @@ fn of_directory(path: &Path) -> Option<String> {
 }
 
 fn of_key(name: &str, path: &Path) -> Option<String> {
-    let bytes =
-        Zeroizing::new(fs::metadata(path).ok().filter(Metadata::is_file).and_then(|_| fs::read(path).ok())?);
+    let bytes = Zeroizing::new(files::read(path).ok()?);
     let different = bytes.iter().collect::<HashSet<_>>().len();
     (different < FEW_BYTES).then(|| {
         format!(
