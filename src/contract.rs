@@ -96,6 +96,8 @@ pub struct CheckedBody {
     bytes: Bytes,
     members: Arc<[AuditMember]>,
     captured: Captured,
+    /// It has nothing from DEL on, so that nothing is to be escaped.
+    is_plain: bool,
 }
 
 /// The scalars for the audit trail. Three inspectors with their counts need no allocation; room for more would be paid by
@@ -124,16 +126,16 @@ impl AuditScalar {
 
     /// The scalar's literal; empty if there is none.
     fn literal(self, body: &[u8]) -> &[u8] {
-        let rest = body.get(self.start as usize..).unwrap_or_default();
-        let end = if self.length == u16::MAX { end_of_value(rest) } else { usize::from(self.length) };
-        rest.get(..end).unwrap_or_default()
+        let start = self.start as usize;
+        let length = if self.length == u16::MAX { length_at(start, body) } else { usize::from(self.length) };
+        body.get(start..start + length).unwrap_or_default()
     }
 }
 
-/// Where a value ends that was read once already.
+/// How long a value is that was read once already.
 #[cold]
-fn end_of_value(text: &[u8]) -> usize {
-    let mut cursor = Cursor::new(text);
+fn length_at(start: usize, body: &[u8]) -> usize {
+    let mut cursor = Cursor::new(body.get(start..).unwrap_or_default());
     cursor.skip_value().map_or(0, |()| cursor.position())
 }
 
@@ -148,14 +150,14 @@ impl CheckedBody {
     /// position. What is absent is `null`. The values are the caller's scalars, verbatim but for characters that may be taken
     /// for something else: strict JSON has no raw control character, so that a line stays one. What is to be hidden is left out, or written as its `mark`.
     pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
-        let from = out.len();
+        let (from, captured) = (out.len(), &self.captured[..]);
         for (index, member) in self.members.iter().enumerate() {
             if member.shown == Shown::Omit {
                 continue;
             }
             out.extend_from_slice(member.opening.as_bytes());
             let before = out.len();
-            for scalar in self.captured.iter().filter(|scalar| scalar.is_of(index)) {
+            for scalar in captured.iter().filter(|scalar| scalar.is_of(index)) {
                 if out.len() > before {
                     out.push(b',');
                 }
@@ -178,7 +180,9 @@ impl CheckedBody {
                 out.extend_from_slice(b"null");
             }
         }
-        plain::escape(out, from);
+        if !self.is_plain {
+            plain::escape(out, from);
+        }
     }
 }
 
@@ -211,8 +215,8 @@ impl Contract {
     /// Checks a body. `bare_ids` says which ids its caller may send as bare numbers.
     pub fn check(&self, body: Bytes, bare_ids: BareIds) -> Checked {
         match Walk::over(&body, &self.0.nodes, Some(self.0.root), bare_ids, Verdict) {
-            Ok(Walked { captured, large_ids, findings: Verdict }) => {
-                let checked = CheckedBody { members: self.0.audit.clone(), captured, bytes: body };
+            Ok(Walked { is_plain, captured, large_ids, findings: Verdict }) => {
+                let checked = CheckedBody { members: self.0.audit.clone(), captured, is_plain, bytes: body };
                 Checked { result: Ok(checked), large_ids }
             }
             Err(Stop::NotJson(fault)) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
@@ -264,6 +268,7 @@ struct Walk<'a, F> {
 
 /// What a walk that came to the end of its document noted.
 struct Walked<F> {
+    is_plain: bool,
     captured: Captured,
     large_ids: usize,
     findings: F,
@@ -347,14 +352,14 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         bare_ids: BareIds,
         findings: F,
     ) -> Result<Walked<F>, Stop> {
-        check_encoding(document).map_err(Stop::NotJson)?;
+        let is_plain = check_encoding(document).map_err(Stop::NotJson)?;
         let cursor = Cursor::new(document);
         let captured = Captured::new();
         let mut walk = Walk { nodes, cursor, bare_ids, captured, large_ids: 0, identity: None, findings };
         match walk.whole(root) {
             Ok(()) => {
                 let Walk { captured, large_ids, findings, .. } = walk;
-                Ok(Walked { captured, large_ids, findings })
+                Ok(Walked { is_plain, captured, large_ids, findings })
             }
             Err(Halt) => Err(walk.cursor.fault().map_or(Stop::Broken, Stop::NotJson)),
         }

@@ -234,13 +234,18 @@ impl Shared {
 
     /// Returns the number of the record.
     pub(super) fn push_outcome(&self, entry: &Entry<'_>) -> u64 {
-        with_members(entry, |members| {
+        let push = |write: &dyn Fn(&mut Batch) -> u64| {
             let mut queue = self.lock();
             queue.reserved = queue.reserved.saturating_sub(1);
-            let seq = queue.batch.push_written(entry, members);
+            let seq = write(&mut queue.batch);
             self.filled(queue);
             seq
-        })
+        };
+        if entry.is_brief() {
+            push(&|batch| batch.push(entry))
+        } else {
+            with_members(entry, |members| push(&|batch| batch.push_written(entry, members)))
+        }
     }
 
     /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and

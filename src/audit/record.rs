@@ -529,24 +529,23 @@ impl Facts {
     /// Milliseconds by stage, of those that took any time.
     fn write_times(&self, line: &mut Line<'_>) {
         const KEYS: [&str; Stage::COUNT] = [
-            "\"admission\":",
-            "\"route\":",
-            "\"rate_limit\":",
-            "\"contract\":",
-            "\"idempotency\":",
-            "\"token\":",
-            "\"quota\":",
-            "\"audit\":",
-            "\"upstream\":",
+            ",\"admission\":",
+            ",\"route\":",
+            ",\"rate_limit\":",
+            ",\"contract\":",
+            ",\"idempotency\":",
+            ",\"token\":",
+            ",\"quota\":",
+            ",\"audit\":",
+            ",\"upstream\":",
         ];
         line.raw(b",\"ms\":{");
-        let mut comma = "";
+        let mut comma = 1; // none before the first one
         for (key, spent) in KEYS.iter().zip(&self.spent) {
             let micros = spent / 1000;
             if micros > 0 {
-                line.raw(comma.as_bytes());
-                line.thousandths(key, micros);
-                comma = ",";
+                line.thousandths(&key[comma..], micros);
+                comma = 0;
             }
         }
         line.raw(b"}");
@@ -579,6 +578,11 @@ impl Entry<'_> {
             // A doubt is of a start, which has put it on the list.
             Self::Event { .. } | Self::Refusal(_) | Self::Doubt { .. } => Change::None,
         }
+    }
+
+    /// Whether its members are few and short.
+    pub(super) fn is_brief(&self) -> bool {
+        matches!(self, Self::Outcome { answer: Answer { reply: None, .. }, .. })
     }
 
     fn time(&self) -> u64 {
