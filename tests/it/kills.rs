@@ -143,8 +143,7 @@ impl Connection {
 }
 
 /// Calls with new tasks until the connection ends.
-fn call_on(address: SocketAddr, next: &AtomicU64) -> Vec<Call> {
-    let mut connection = Connection::open(address);
+fn call_on(mut connection: Connection, next: &AtomicU64) -> Vec<Call> {
     let mut calls = Vec::new();
     loop {
         let task = next.fetch_add(1, Ordering::Relaxed);
@@ -302,10 +301,12 @@ impl Rounds {
     fn drive(&mut self, gateway: Gateway, shape: Shape) -> (Vec<Call>, Snapshots) {
         misbehave(&self.sandbox);
         let (address, moment) = (gateway.address, Duration::from_millis(LOAD + random(MORE_LOAD)));
+        let connections: Vec<_> = (0..CALLERS).map(|_| Connection::open(address)).collect();
         let begun = Instant::now();
         let (calls, took, [before, behind]) = thread::scope(|scope| {
             let next = &self.next;
-            let callers: Vec<_> = (0..CALLERS).map(|_| scope.spawn(move || call_on(address, next))).collect();
+            let call = |connection| scope.spawn(move || call_on(connection, next));
+            let callers: Vec<_> = connections.into_iter().map(call).collect();
             thread::sleep(moment);
             let took = begun.elapsed();
             let snapshots = self.kill(gateway, shape);
