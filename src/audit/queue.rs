@@ -21,6 +21,7 @@ use super::{
     record::{Entry, Facts, Why},
     sync::Syncs,
     unresolved::UnresolvedList,
+    writer::MOST_AT_ONCE,
 };
 use crate::{clock, supervisor::Vital};
 
@@ -285,8 +286,10 @@ impl Shared {
                 queue.close_gap();
             }
             if !queue.batch.is_empty() {
+                // Of what is written in parts, all but the last one stays in the segment before: its intents are carried over.
+                let is_cut = queue.batch.size() > MOST_AT_ONCE;
                 if let Some(Carried { at_work, listed }) = begins
-                    && (listed || at_work && queue.reserved > 0 || queue.batch.changes_list())
+                    && (listed || (at_work || is_cut) && queue.reserved > 0 || queue.batch.changes_list())
                 {
                     queue.batch.reserve_list();
                 }

@@ -1071,6 +1071,31 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
     tokio::time::timeout(Duration::from_secs(60), again).await.unwrap();
 }
 
+/// Of what waits, all but the last part goes to the end of the segment before.
+#[tokio::test]
+async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_carried_over() {
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options { segment_size: 1, queue: 64, ..Options::small(folder.path()) });
+    let stuck = Stuck::new(&audit);
+    audit.event("first", Map::new());
+    wait_for(|| audit.shared().is_empty().then_some(()));
+    let members = format!(",\"inspectors\":\"{}\"", "1".repeat(1 << 20));
+    let mut records: Vec<_> = (0..10).map(|_| record(&audit)).collect();
+    for record in &mut records {
+        let mut intent = pin!(record.intent(&Permit::default(), (2, &[0; 32]), &|line: &mut Vec<u8>| {
+            line.extend_from_slice(members.as_bytes());
+        }));
+        assert!(intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    }
+    stuck.release();
+    wait_for(|| (segments(folder.path()).unwrap().len() > 1).then_some(()));
+    records.iter_mut().for_each(|record| drop(record.take()));
+    wait_for(|| (audit.shared().unresolved().calls().count() == 10).then_some(()));
+    for call in audit.shared().unresolved().calls() {
+        assert_eq!(call.caller.as_deref(), Some("qa-console"));
+    }
+}
+
 #[tokio::test]
 async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_not_sent() {
     let folder = TempDir::new().unwrap();
