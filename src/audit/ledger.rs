@@ -55,9 +55,9 @@ impl Ledger {
         }
     }
 
-    /// How many calls are at work.
-    pub(super) fn len(&self) -> usize {
-        self.at_work.len()
+    /// How much the calls at work take on the list of a new segment, at most, in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.at_work.values().map(Intent::size).sum()
     }
 
     /// Whether no call is at work.
@@ -91,6 +91,14 @@ impl Ledger {
 }
 
 impl Intent {
+    /// On the list a call is shorter than the line of its intent, which has all of it and more.
+    fn size(&self) -> u64 {
+        match self {
+            Self::Line(range) => range.end - range.start,
+            Self::Read(call) => call.size(),
+        }
+    }
+
     /// The call. Of an intent that cannot be read, its id.
     fn read(self, id: Uuid, segment: &Segment) -> UnresolvedCall {
         match self {

@@ -27,8 +27,8 @@ const RECORD: u64 = 2 * 4;
 /// What a call in flight takes: the space kept for its outcome, and its place on the list, which may be long.
 const IN_FLIGHT: u64 = OUTCOME + CALL;
 
-/// A call at work takes no more on the list, but for one with a long task.
-pub(super) const CALL: u64 = 1024;
+/// A call takes no more on the list, but for one with a long task.
+const CALL: u64 = 1024;
 
 /// What must be raised, and by which names.
 pub(super) const RAISE: &str = "the limit on the size of files (LimitFSIZE=, ulimit -f)";

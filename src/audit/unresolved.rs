@@ -106,7 +106,28 @@ pub enum CallState {
     Done,
 }
 
+/// How long a value is as JSON, in bytes.
+fn size_of_json(value: &impl Serialize) -> u64 {
+    struct Count(u64);
+    impl io::Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += bytes.len() as u64;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(0);
+    serde_json::to_writer(&mut count, value).map_or(u64::MAX, |()| count.0)
+}
+
 impl UnresolvedCall {
+    /// How long it is on the list in the trail, in bytes.
+    pub(super) fn size(&self) -> u64 {
+        size_of_json(self)
+    }
+
     /// A call of which nothing but the id is known.
     pub(super) fn of(id: Uuid) -> Self {
         Self {
@@ -460,18 +481,7 @@ impl UnresolvedList {
 
     /// How long it is in the trail, in bytes.
     pub(super) fn size(&self) -> u64 {
-        struct Count(u64);
-        impl io::Write for Count {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                self.0 += bytes.len() as u64;
-                Ok(bytes.len())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        let mut count = Count(0);
-        serde_json::to_writer(&mut count, self).map_or(u64::MAX, |()| count.0)
+        size_of_json(self)
     }
 
     /// As the trail holds it.

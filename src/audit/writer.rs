@@ -272,8 +272,7 @@ impl Writer {
     /// and what that adds to the list, which is no longer.
     fn of_new_segment(&self, shared: &Shared) -> u64 {
         let list = shared.unresolved().clone();
-        let at_work = limit::CALL * self.ledger.len() as u64;
-        list.size() + at_work + 2 * MOST_AT_ONCE as u64 + room(shared)
+        list.size() + self.ledger.size() + 2 * MOST_AT_ONCE as u64 + room(shared)
     }
 
     fn may_begin(&self) -> bool {
@@ -373,7 +372,7 @@ impl Writer {
         let mut reserved = self.segment.as_mut().map_or(Ok(()), |segment| segment.reserve(needed));
         let is_limit = reserved.as_ref().is_err_and(is_too_large);
         self.is_outgrown &= is_limit;
-        if is_limit && !self.is_outgrown && self.may_begin() {
+        if is_limit && self.may_begin() {
             let needed = self.of_new_segment(shared);
             self.is_outgrown = segment::has_space_for(&self.directory, needed).is_ok();
             self.list_refused = (!self.is_outgrown).then(Instant::now);
