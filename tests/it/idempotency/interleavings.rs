@@ -376,6 +376,11 @@ impl Block {
         let number = call.number;
         self.subjects[subject].model.left(call, &[Ended::Succeeded], mode);
         if is_in_time && !self.random.is_one_in(3) {
+            let outcome = wait_for("its outcome", || {
+                self.read_trail();
+                self.trail.outcome(number).cloned()
+            });
+            self.note(outcome.to_string());
             wait_for("the record that a success is undelivered", || {
                 self.read_trail();
                 let id = text(&self.trail.intent(number)?["id"]);

@@ -407,14 +407,21 @@ impl Model {
             .partition(|(_, _, said)| is_sent(said));
         sent.sort_by_key(|(call, ..)| call.force.is_none());
         let before: Vec<_> = self.0[..earlier].iter().map(|past| past.may).collect();
-        for (call, id, said) in sent {
+        // In an order in which each could be sent: one that comes late may follow another that stands for what was in its way.
+        while !sent.is_empty() {
+            let may_be_next = |model: &Self, call: &Call| {
+                let passing = model.passing(call, mode);
+                let pasts = model.0[..earlier].iter().zip(passing).zip(&before);
+                // Under `warn` nothing is refused for another call at work: two may repeat one doubt at once.
+                let may =
+                    |past: &Past, before: States| past.may | if mode == Mode::Warn { before } else { 0 };
+                pasts.into_iter().all(|((past, passing), before)| may(past, *before) & passing > 0)
+            };
+            let next = sent.iter().position(|(call, ..)| may_be_next(self, call));
+            let next = next.unwrap_or_else(|| panic!("{sent:?} were sent: {self:#?}"));
+            let (call, id, said) = sent.remove(next);
             let Said::Sent(ended) = said else { continue };
             let passing = self.passing(&call, mode);
-            for ((past, passing), before) in self.0[..earlier].iter().zip(&passing).zip(&before) {
-                // Under `warn` nothing is refused for another call at work: two may repeat one doubt at once.
-                let may = past.may | if mode == Mode::Warn { *before } else { 0 };
-                assert!(may & passing > 0, "{call:?} was sent: {self:#?}");
-            }
             // What it repeats by force was over, and is at work no more, though its caller had left. Of a call that it is not
             // compared with it tells nothing.
             for (past, passing) in self.0[..earlier].iter_mut().zip(passing) {
