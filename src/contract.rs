@@ -96,7 +96,7 @@ pub struct CheckedBody {
     bytes: Bytes,
     members: Arc<[AuditMember]>,
     captured: Captured,
-    /// It has nothing from DEL on, so that nothing is to be escaped.
+    /// Every byte is below DEL, so that the members in the trail need no escape.
     is_plain: bool,
 }
 

@@ -11,7 +11,7 @@ use thiserror::Error;
 /// How deep arrays and objects may nest.
 const MAX_DEPTH: usize = 32;
 
-/// The first byte that may have to be escaped for those who read a line.
+/// The lowest byte that `plain` may have to escape.
 const DEL: u8 = 0x7F;
 
 /// A body that is not strict JSON.
@@ -40,8 +40,8 @@ pub(super) enum Token<'a> {
     Object,
 }
 
-/// Whether a document is UTF-8 without a byte order mark, and no longer than places in it can be told. True if it has nothing
-/// from DEL on.
+/// Checks that a document is UTF-8 without a byte order mark, and no longer than an offset can tell. Returns whether every byte is
+/// below DEL.
 pub(super) fn check_encoding(document: &[u8]) -> Result<bool, NotJson> {
     if u32::try_from(document.len()).is_err() {
         return Err(NotJson { offset: 0, reason: "longer than 4 GiB" });
@@ -57,12 +57,12 @@ pub(super) fn check_encoding(document: &[u8]) -> Result<bool, NotJson> {
     Ok(is_plain)
 }
 
-/// Whether a document has nothing from DEL on. Eight bytes are looked at in one step, and the last step overlaps the one before.
+/// Whether every byte is below DEL. It looks at eight bytes a step; the last step overlaps the one before.
 fn is_plain(document: &[u8]) -> bool {
     const LOW: u64 = u64::from_ne_bytes([0x7F; 8]);
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     let Some(last) = document.last_chunk() else { return document.iter().all(|byte| *byte < DEL) };
-    // The highest bit of a byte is set if it is not ASCII, or if one more than it is not.
+    // Adding one sets the highest bit of DEL, and carries into no other byte.
     let look = |bytes: [u8; 8]| {
         let bytes = u64::from_ne_bytes(bytes);
         bytes | ((bytes & LOW) + ONES)

@@ -55,7 +55,7 @@ impl Ledger {
         }
     }
 
-    /// How much the calls at work take on the list of a new segment, at most, in bytes.
+    /// An upper bound on what the calls at work take on the list, in bytes.
     pub(super) fn size(&self) -> u64 {
         self.at_work.values().map(Intent::size).sum()
     }
@@ -91,7 +91,7 @@ impl Ledger {
 }
 
 impl Intent {
-    /// On the list a call is shorter than the line of its intent, which has all of it and more.
+    /// An upper bound on its length on the list: the line of an intent holds all that the list does, and two hashes.
     fn size(&self) -> u64 {
         match self {
             Self::Line(range) => range.end - range.start,

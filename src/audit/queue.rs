@@ -286,7 +286,7 @@ impl Shared {
                 queue.close_gap();
             }
             if !queue.batch.is_empty() {
-                // Of what is written in parts, all but the last one stays in the segment before: its intents are carried over.
+                // Only the last part begins the segment: the intents of the other parts lie in the segment before.
                 let is_cut = queue.batch.size() > MOST_AT_ONCE;
                 if let Some(Carried { at_work, listed }) = begins
                     && (listed || (at_work || is_cut) && queue.reserved > 0 || queue.batch.changes_list())

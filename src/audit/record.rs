@@ -580,7 +580,7 @@ impl Entry<'_> {
         }
     }
 
-    /// Whether its members are few and short.
+    /// Whether its members are short enough to be written while the queue is locked: all but a stored reply are.
     pub(super) fn is_brief(&self) -> bool {
         matches!(self, Self::Outcome { answer: Answer { reply: None, .. }, .. })
     }

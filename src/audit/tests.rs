@@ -1071,7 +1071,7 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
     tokio::time::timeout(Duration::from_secs(60), again).await.unwrap();
 }
 
-/// Of what waits, all but the last part goes to the end of the segment before.
+/// A batch of more than 4 MiB is written in parts, and only its last part begins the segment.
 #[tokio::test]
 async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_carried_over() {
     let folder = TempDir::new().unwrap();

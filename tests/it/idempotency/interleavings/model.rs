@@ -407,7 +407,7 @@ impl Model {
             .partition(|(_, _, said)| is_sent(said));
         sent.sort_by_key(|(call, ..)| call.force.is_none());
         let before: Vec<_> = self.0[..earlier].iter().map(|past| past.may).collect();
-        // In an order in which each could be sent: one that comes late may follow another that stands for what was in its way.
+        // A late call may follow a forced one that cleared its way, so any order counts in which each could be sent.
         while !sent.is_empty() {
             let may_be_next = |model: &Self, call: &Call| {
                 let passing = model.passing(call, mode);
