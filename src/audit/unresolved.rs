@@ -10,7 +10,6 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    io,
     sync::Arc,
 };
 
@@ -18,7 +17,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::outcome::Outcome;
+use crate::{outcome::Outcome, plain};
 
 /// The name of the event that begins a segment.
 pub(super) const LIST: &str = "unresolved";
@@ -106,26 +105,12 @@ pub enum CallState {
     Done,
 }
 
-/// How long a value is as JSON, in bytes.
-fn size_of_json(value: &impl Serialize) -> u64 {
-    struct Count(u64);
-    impl io::Write for Count {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0 += bytes.len() as u64;
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut count = Count(0);
-    serde_json::to_writer(&mut count, value).map_or(u64::MAX, |()| count.0)
-}
-
 impl UnresolvedCall {
     /// How long it is on the list in the trail, in bytes.
     pub(super) fn size(&self) -> u64 {
-        size_of_json(self)
+        let mut json = serde_json::to_vec(self).unwrap_or_default();
+        plain::escape(&mut json, 0);
+        json.len() as u64
     }
 
     /// A call of which nothing but the id is known.
@@ -481,7 +466,7 @@ impl UnresolvedList {
 
     /// How long it is in the trail, in bytes.
     pub(super) fn size(&self) -> u64 {
-        size_of_json(self)
+        2 + self.calls().map(|call| 1 + call.size()).sum::<u64>()
     }
 
     /// As the trail holds it.
@@ -506,7 +491,7 @@ fn micros(time: &str) -> i64 {
 mod tests {
     #![allow(clippy::needless_pass_by_value, reason = "json!(…) reads better without an ampersand")]
 
-    use super::*;
+    use super::{super::batch::Batch, *};
 
     fn id(number: u128) -> Uuid {
         Uuid::from_u128(number)
@@ -694,6 +679,23 @@ mod tests {
         list.insert(of(3, CallState::Done));
         assert_eq!(list.prune(|_| true).len(), 0);
         assert_eq!(states(&list), [(1, CallState::Unknown)]);
+    }
+
+    #[test]
+    fn the_length_of_the_list_is_that_which_it_takes_in_the_trail() {
+        let mut list = UnresolvedList::default();
+        let written = |list: &UnresolvedList| {
+            let mut batch = Batch::default();
+            batch.reserve_list();
+            batch.fill_list(list, &[]) as u64
+        };
+        let empty = written(&list);
+        for number in 1..=5 {
+            let task = Some(json!("\u{7F}\u{200B}\"\u{E0001}é\n".repeat(100)));
+            list.insert(UnresolvedCall { task, ..UnresolvedCall::of(id(number)) });
+        }
+        let size = list.size();
+        assert!((empty + size - 3..=empty + size - 2).contains(&written(&list)), "{empty} {size}");
     }
 
     #[test]
