@@ -103,6 +103,9 @@ pub(super) struct Carried {
     pub(super) at_work: bool,
     /// There are calls on the list.
     pub(super) listed: bool,
+    /// So much of the new segment is left for what is written at once and for what that adds to the list, beyond
+    /// [`MOST_AT_ONCE`] of each, in bytes.
+    pub(super) spare: u64,
 }
 
 /// What the writer has to do.
@@ -274,8 +277,8 @@ impl Shared {
         usable && queue.batch.len() + queue.reserved < self.capacity / 2
     }
 
-    /// Waits for records and moves them out whole. If they are to begin a segment, there is a place for the list of the
-    /// unresolved at their end, unless it would be empty.
+    /// Waits for records and moves them out whole. If they are to begin a segment and their list can stand in it, there is a
+    /// place for the list of the unresolved at their end, unless it would be empty.
     pub(super) fn next_batch(&self, batch: &mut Batch, begins: Option<Carried>) -> Next {
         let mut queue = self.lock();
         let begun = Instant::now();
@@ -287,8 +290,9 @@ impl Shared {
             }
             if !queue.batch.is_empty() {
                 // Only the last part begins the segment: the intents of the other parts lie in the segment before.
-                let is_cut = queue.batch.size() > MOST_AT_ONCE;
-                if let Some(Carried { at_work, listed }) = begins
+                let beyond = queue.batch.size().saturating_sub(MOST_AT_ONCE) as u64;
+                let (is_cut, begins) = (beyond > 0, begins.filter(|carried| 2 * beyond <= carried.spare));
+                if let Some(Carried { at_work, listed, .. }) = begins
                     && (listed || (at_work || is_cut) && queue.reserved > 0 || queue.batch.changes_list())
                 {
                     queue.batch.reserve_list();

@@ -4,11 +4,13 @@ mod places;
 
 use std::{
     collections::BTreeSet,
+    env,
     fs::{self, OpenOptions},
     future::Future,
     os::unix::fs::FileExt,
     path::PathBuf,
     pin::{Pin, pin},
+    process::Command,
     sync::MutexGuard,
     task::{Context, Poll, Waker},
 };
@@ -187,7 +189,7 @@ async fn changed_format_is_a_changed_record_and_no_newer_trail() {
 /// Whether the long trail is changed in every bit and cut at every byte, and not at samples: half a million trails are
 /// verified then, and eighty thousand recovered.
 fn is_whole_sweep() -> bool {
-    std::env::var("CCSQM_GATEWAY_TEST_SWEEP").is_ok_and(|sweep| sweep == "whole")
+    env::var("CCSQM_GATEWAY_TEST_SWEEP").is_ok_and(|sweep| sweep == "whole")
 }
 
 /// The step is prime, so that it comes to every part of a line.
@@ -1093,6 +1095,46 @@ async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_
     wait_for(|| (audit.shared().unresolved().calls().count() == 10).then_some(()));
     for call in audit.shared().unresolved().calls() {
         assert_eq!(call.caller.as_deref(), Some("qa-console"));
+    }
+}
+
+/// In a process of its own, since the limit is that of all its files.
+#[tokio::test]
+async fn many_long_calls_that_wait_are_promised_no_list_that_is_longer_than_a_file_may_be() {
+    const LIMIT: u64 = 24 << 20;
+    if limit::of_files() > LIMIT {
+        let line = format!("trap '' XFSZ; exec prlimit --fsize={LIMIT}: \"$0\" --exact \"$1\"");
+        let name = thread::current().name().unwrap().to_owned();
+        let run = Command::new("sh").args(["-c", &line]).arg(env::current_exe().unwrap()).arg(name).output();
+        let run = run.unwrap();
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout));
+        assert!(String::from_utf8_lossy(&run.stdout).contains("1 passed"));
+        return;
+    }
+    let member = format!(",\"task\":\"{}\"", "1".repeat(1 << 20));
+    for (count, lists) in [(6, 1), (40, 0)] {
+        let folder = TempDir::new().unwrap();
+        let audit = start(&Options { segment_size: 1, queue: 256, ..Options::small(folder.path()) });
+        let stuck = Stuck::new(&audit);
+        audit.event("first", Map::new());
+        wait_for(|| audit.shared().is_empty().then_some(()));
+        let mut records: Vec<_> = (0..count).map(|_| record(&audit)).collect();
+        for record in &mut records {
+            let mut intent = pin!(record.intent(&Permit::default(), (2, &[0; 32]), &|line: &mut Vec<u8>| {
+                line.extend_from_slice(member.as_bytes());
+            }));
+            assert!(intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        }
+        stuck.release();
+        wait_for(|| audit.shared().is_empty().then_some(()));
+        for record in records {
+            record.finish(&answer());
+        }
+        assert_eq!(audit.close(), None, "{count}");
+        let all = trail(folder.path());
+        assert_eq!(all.iter().filter(|it| it["kind"] == "outcome").count(), count);
+        assert_eq!(all.iter().filter(|it| it["event"] == unresolved::LIST).count(), lists, "{count}");
+        assert_whole(folder.path());
     }
 }
 

@@ -257,14 +257,18 @@ impl Writer {
         if !self.may_begin() || !(is_full || self.lacks_list) {
             return None;
         }
-        let limit = limit::of_files();
-        if !self.is_outgrown && limit < u64::MAX && self.of_new_segment(shared) > limit {
+        let spare = match limit::of_files() {
+            u64::MAX => Some(u64::MAX),
+            limit => limit.checked_sub(self.of_new_segment(shared)),
+        };
+        if spare.is_none() && !self.is_outgrown {
             self.list_refused = Some(Instant::now());
             return None;
         }
         Some(Carried {
             at_work: !self.ledger.is_empty(),
             listed: shared.unresolved().calls().next().is_some(),
+            spare: spare.unwrap_or(0),
         })
     }
 
