@@ -79,7 +79,7 @@ const TAKING: States = 64;
 /// Unknown to its key only: a call without that key was forced, and stands for it towards all others.
 const KEY_UNKNOWN: States = 128;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Past {
     pub(super) call: Call,
     pub(super) mode: Mode,
@@ -103,7 +103,7 @@ enum Stands {
 }
 
 /// What is known of the calls with one body.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Model(Vec<Past>);
 
 impl Past {
@@ -408,30 +408,8 @@ impl Model {
         sent.sort_by_key(|(call, ..)| call.force.is_none());
         let before: Vec<_> = self.0[..earlier].iter().map(|past| past.may).collect();
         // A late call may follow a forced one that cleared its way, so any order counts in which each could be sent.
-        while !sent.is_empty() {
-            let may_be_next = |model: &Self, call: &Call| {
-                let passing = model.passing(call, mode);
-                let pasts = model.0[..earlier].iter().zip(passing).zip(&before);
-                // Under `warn` nothing is refused for another call at work: two may repeat one doubt at once.
-                let may =
-                    |past: &Past, before: States| past.may | if mode == Mode::Warn { before } else { 0 };
-                pasts.into_iter().all(|((past, passing), before)| may(past, *before) & passing > 0)
-            };
-            let next = sent.iter().position(|(call, ..)| may_be_next(self, call));
-            let next = next.unwrap_or_else(|| panic!("{sent:?} were sent: {self:#?}"));
-            let (call, id, said) = sent.remove(next);
-            let Said::Sent(ended) = said else { continue };
-            let passing = self.passing(&call, mode);
-            // What it repeats by force was over, and is at work no more, though its caller had left. Of a call that it is not
-            // compared with it tells nothing.
-            for (past, passing) in self.0[..earlier].iter_mut().zip(passing) {
-                if past.is_forced_by(&call) && passing & AT_WORK == 0 && past.may & !AT_WORK > 0 {
-                    past.may &= !AT_WORK;
-                }
-            }
-            assert!(ends.contains(&ended), "{call:?}: {said:?}, not of {ends:?}");
-            self.sent(call, &id, ended, mode, ends);
-        }
+        let ordered = self.in_some_order(&sent, &before, ends, mode);
+        *self = ordered.unwrap_or_else(|| panic!("{sent:?} were sent: {self:#?}"));
         let (not_sent, told): (Vec<_>, Vec<_>) =
             told.into_iter().partition(|(.., said)| *said == Said::NotSent);
         let holders: Vec<_> = told.iter().chain(&not_sent).filter_map(Holder::new).collect();
@@ -460,6 +438,55 @@ impl Model {
             }
             self.add(call, mode, &[]).id = Some(id);
         }
+    }
+
+    /// The model behind calls that were sent at once, in the first order in which each could be sent; `before` is what earlier
+    /// calls may have been when the first of them came.
+    fn in_some_order(
+        &self,
+        sent: &[(Call, String, Said)],
+        before: &[States],
+        ends: &[Ended],
+        mode: Mode,
+    ) -> Option<Self> {
+        if sent.is_empty() {
+            return Some(self.clone());
+        }
+        (0..sent.len()).filter(|next| self.may_be_next(&sent[*next].0, before, mode)).find_map(|next| {
+            let (mut model, mut rest) = (self.clone(), sent.to_vec());
+            let (call, id, said) = rest.remove(next);
+            model.sent_next(call, &id, &said, before.len(), (ends, mode));
+            model.in_some_order(&rest, before, ends, mode)
+        })
+    }
+
+    fn may_be_next(&self, call: &Call, before: &[States], mode: Mode) -> bool {
+        (0..).zip(&self.0).zip(self.passing(call, mode)).all(|((place, past), passing)| {
+            // Under `warn` nothing is refused for another call at work: two may repeat one doubt at once.
+            let before = before.get::<usize>(place).copied().filter(|_| mode == Mode::Warn).unwrap_or(0);
+            (past.may | before) & passing > 0
+        })
+    }
+
+    fn sent_next(
+        &mut self,
+        call: Call,
+        id: &str,
+        said: &Said,
+        earlier: usize,
+        (ends, mode): (&[Ended], Mode),
+    ) {
+        let Said::Sent(ended) = *said else { return };
+        let passing = self.passing(&call, mode);
+        // What it repeats by force was over, and is at work no more, though its caller had left. Of a call that it is not
+        // compared with it tells nothing.
+        for (past, passing) in self.0[..earlier].iter_mut().zip(passing) {
+            if past.is_forced_by(&call) && passing & AT_WORK == 0 && past.may & !AT_WORK > 0 {
+                past.may &= !AT_WORK;
+            }
+        }
+        assert!(ends.contains(&ended), "{call:?}: {said:?}, not of {ends:?}");
+        self.sent(call, id, ended, mode, ends);
     }
 
     /// A call whose caller left: it may be at work, or be over, or never have been read.
@@ -591,4 +618,29 @@ fn call_that_was_told_before_its_outcome_was_on_record_may_be_in_doubt_behind_a_
     model.answered(call(1), "first", &Said::Sent(Ended::Failed), &[Ended::Failed], Mode::Guard, false);
     model.restarted(&HashMap::from([(1, Ended::Unknown)]), true);
     model.answered(call(2), "second", &Said::Duplicate("first".into()), &[], Mode::Guard, false);
+}
+
+#[test]
+fn of_two_calls_at_once_one_is_sent_behind_the_other() {
+    use Ended::{Failed, Succeeded, Unknown};
+    for (forced, late, is_late_forced, mode, is_explained) in [
+        (Succeeded, Succeeded, false, Mode::Guard, true),
+        (Succeeded, Succeeded, false, Mode::Block, false),
+        (Failed, Succeeded, false, Mode::Guard, false),
+        (Unknown, Succeeded, false, Mode::Guard, false),
+        (Succeeded, Succeeded, true, Mode::Guard, true),
+        (Succeeded, Succeeded, true, Mode::Block, false),
+        (Unknown, Failed, true, Mode::Block, true),
+        (Unknown, Unknown, true, Mode::Block, false),
+    ] {
+        let call = |number, is_forced: bool, ended| {
+            let force = is_forced.then(|| "first".to_owned());
+            (Call { number, key: None, force }, Some((number.to_string(), Said::Sent(ended))))
+        };
+        let calls = vec![call(2, is_late_forced, late), call(3, true, forced)];
+        let explained = std::panic::catch_unwind(|| {
+            with_doubt().answered_together(calls, &[Succeeded, Failed, Unknown], mode);
+        });
+        assert_eq!(explained.is_ok(), is_explained, "{forced:?} {late:?} {is_late_forced} {mode:?}");
+    }
 }
