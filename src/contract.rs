@@ -132,6 +132,12 @@ impl AuditScalar {
     }
 }
 
+/// Whether it is a number whose magnitude no double has. The least has five characters, 1e309.
+fn is_beyond_a_double(literal: &[u8]) -> bool {
+    let may_be = literal.len() >= 5 && matches!(literal[0], b'-' | b'0'..=b'9');
+    may_be && str::from_utf8(literal).is_ok_and(|text| text.parse().is_ok_and(f64::is_infinite))
+}
+
 /// How long a value is that was read once already.
 #[cold]
 fn length_at(start: usize, body: &[u8]) -> usize {
@@ -148,7 +154,9 @@ impl CheckedBody {
     /// What the contract wants in the audit trail, as JSON members with a comma in front of each. A member that stands in
     /// the items of an array is a list with one value for each item, so that lists of the same items match by
     /// position. What is absent is `null`. The values are the caller's scalars, verbatim but for characters that may be taken
-    /// for something else: strict JSON has no raw control character, so that a line stays one. What is to be hidden is left out, or written as its `mark`.
+    /// for something else: strict JSON has no raw control character, so that a line stays one. A number beyond a double is a
+    /// string, since many readers refuse a line that has one (RFC 8259, section 6). What is to be hidden is left out, or written
+    /// as its `mark`.
     pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
         let (from, captured) = (out.len(), &self.captured[..]);
         for (index, member) in self.members.iter().enumerate() {
@@ -164,6 +172,9 @@ impl CheckedBody {
                 let literal = scalar.literal(&self.bytes);
                 match member.shown {
                     _ if literal.is_empty() => out.extend_from_slice(b"null"),
+                    Shown::Clear | Shown::Omit if is_beyond_a_double(literal) => {
+                        out.extend_from_slice(&[b"\"", literal, b"\""].concat());
+                    }
                     Shown::Clear | Shown::Omit => out.extend_from_slice(literal),
                     Shown::Hmac => {
                         let hidden = hidden(mark(&[b"field", member.name.as_bytes(), literal]));

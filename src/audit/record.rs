@@ -99,8 +99,8 @@ impl fmt::Debug for RequestId {
     }
 }
 
-/// The members that records have of their own; a contract's have other names.
-pub const MEMBERS: [&str; 29] = [
+/// The members that records, and calls on the list of the unresolved, have of their own; a contract's have other names.
+pub const MEMBERS: [&str; 33] = [
     "seq",
     "time",
     "kind",
@@ -128,6 +128,10 @@ pub const MEMBERS: [&str; 29] = [
     "reply",
     "ms",
     "note",
+    "event",
+    "state",
+    "superseded",
+    "presumed",
     "prev",
     "hash",
 ];

@@ -327,6 +327,19 @@ fn a_checked_body_is_the_callers_bytes_and_names_what_is_audited() {
     assert_eq!(out, br#","a":null"#);
 }
 
+/// Many readers refuse a line with such a number, the list of unresolved calls among them.
+#[test]
+fn an_audited_number_beyond_a_double_is_a_string_in_the_trail() {
+    let contract = compile(r#"{"type":"array","items":{"type":"number","x-audit":"sizes"}}"#);
+    let long = "9".repeat(400);
+    let body = format!("[1e308,-1e308,1e309,-1E999,{long},0e999,1e-999,12345]");
+    let mut line = b"{\"seq\":1".to_vec();
+    check(&contract, &body).unwrap().audit_members(&|_| [0; 16], &mut line);
+    line.push(b'}');
+    let record: Value = serde_json::from_slice(&line).unwrap();
+    assert_eq!(record["sizes"], json!([1e308, -1e308, "1e309", "-1E999", long, 0.0, 0.0, 12345]));
+}
+
 #[test]
 fn audited_lists_match_item_by_item() {
     let item = |properties: Value| json!({ "type": "object", "additionalProperties": true, "properties": properties });
@@ -407,6 +420,7 @@ fn a_schema_that_would_not_be_checked_whole_is_refused_with_its_place() {
         (r#"{"type":"string","x-audit":"Task"}"#, "#/x-audit"),
         (r#"{"type":"string","x-audit":"key"}"#, "#/x-audit"),
         (r#"{"type":"string","x-audit":"outcome"}"#, "#/x-audit"),
+        (r#"{"type":"boolean","x-audit":"superseded"}"#, "#/x-audit"),
         (r#"{"x-audit":"task"}"#, "#/x-audit"),
         (r#"{"x-uniqueBy":"a"}"#, "#/x-uniqueBy"),
         (r#"{"type":"integer","x-refuseRounded":1}"#, "#/x-refuseRounded"),
