@@ -577,9 +577,11 @@ impl Audit {
             self.shared().event("recovery", details);
         }
         for call in found.unresolved.orphans() {
-            self.shared().doubt(call.id);
             let call = UnresolvedCall { state: CallState::Unknown, ..call.clone() };
+            let id = call.id;
+            // A segment that the doubt begins must have it on its list.
             self.shared().change_unresolved(|list| list.insert(call));
+            self.shared().doubt(id);
         }
         Ok(())
     }

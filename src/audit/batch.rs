@@ -10,7 +10,7 @@ use super::{
     chain::OPEN_LINKS,
     line::Second,
     record::Entry,
-    unresolved::{LIST, UnresolvedList},
+    unresolved::{LIST, LIST_LEFT_OUT, UnresolvedList},
 };
 use crate::outcome::Outcome;
 
@@ -107,13 +107,25 @@ impl Batch {
 
     /// Writes the list into the place that was kept for it; returns its length in bytes.
     pub(super) fn fill_list(&mut self, list: &UnresolvedList, forgotten: &[Uuid]) -> usize {
+        self.take_last();
+        let before = self.size();
+        self.push(&Entry::Unresolved { list, forgotten });
+        self.size() - before
+    }
+
+    /// Says in the place of the list that it is left out. Its number is given away.
+    pub(super) fn leave_list_out(&mut self, details: Value) {
+        self.take_last();
+        self.event(LIST_LEFT_OUT, details);
+        self.begins_segment = false;
+    }
+
+    /// Takes the last line off, which is an event.
+    fn take_last(&mut self) {
         self.ends.pop();
         self.changes.pop();
         self.kinds[Kind::Event as usize] -= 1;
         self.seq -= 1;
-        let before = self.size();
-        self.push(&Entry::Unresolved { list, forgotten });
-        self.size() - before
     }
 
     /// What each line changes, and where it lies in the text, without its newline.

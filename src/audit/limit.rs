@@ -20,8 +20,8 @@ const LEAST: u64 = 16 << 20;
 // refuses what is new: see `Writer::begins` and `Writer::reserve`.
 const _: () = assert!(super::unresolved::AT_MOST as u64 * 512 + 2 * MOST_AT_ONCE as u64 + AHEAD < LEAST);
 
-/// A record may be so many times as long as the body that it tells of: hidden values are hashes. It may stand beyond the
-/// [`MOST_AT_ONCE`], and so may its call on the list.
+/// A record is rarely longer than so many times the body that it tells of, and its call on the list as long: both may stand beyond
+/// the [`MOST_AT_ONCE`]. One of many short values that are hidden is longer; `Shared::push_intent` refuses what no file can hold.
 const RECORD: u64 = 2 * 4;
 
 /// What a call in flight takes: the space kept for its outcome, and its place on the list, which may be long.
@@ -60,8 +60,8 @@ pub(super) fn explain(error: io::Error, name: &str) -> io::Error {
 
 /// Looks whether any segment has room: 16 MiB, 8 times `server.max_body`, and 3 KiB for each of `server.max_in_flight`.
 ///
-/// Only so can every write be done under the limit, one that begins a segment with a full list, too. Below that the trail might stop
-/// for good with calls in flight, so that such a limit is refused at the start.
+/// So a segment has room for a full list and for records behind it. Below that new calls might be refused for good, so that such a
+/// limit is refused at the start.
 pub fn check(config: &Config) -> Result<(), TooLow> {
     let server = &config.server;
     let (limit, needed) =

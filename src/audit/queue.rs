@@ -18,6 +18,7 @@ use super::{
     batch::Batch,
     folds::{Folds, RefusalBudget},
     lane::Lane,
+    limit,
     record::{Entry, Facts, Why},
     sync::Syncs,
     unresolved::UnresolvedList,
@@ -103,9 +104,6 @@ pub(super) struct Carried {
     pub(super) at_work: bool,
     /// There are calls on the list.
     pub(super) listed: bool,
-    /// So much of the new segment is left for what is written at once and for what that adds to the list, beyond
-    /// [`MOST_AT_ONCE`] of each, in bytes.
-    pub(super) spare: u64,
 }
 
 /// What the writer has to do.
@@ -223,6 +221,15 @@ impl Shared {
     /// Returns the number of the record.
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
         with_members(entry, |members| {
+            if members.len() > MOST_AT_ONCE && members.len() as u64 > limit::of_files() / 4 {
+                let (bytes, raise) = (members.len(), limit::RAISE);
+                tracing::error!(
+                    bytes,
+                    raise,
+                    "a call is refused: a file has no room for its record, what is reserved and a list"
+                );
+                return Err(Unavailable);
+            }
             let mut queue = self.lock();
             let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.has_room();
             if queue.closing || is_full || queue.batch.size() > MAX_QUEUED || !self.is_in_place() {
@@ -277,8 +284,8 @@ impl Shared {
         usable && queue.batch.len() + queue.reserved < self.capacity / 2
     }
 
-    /// Waits for records and moves them out whole. If they are to begin a segment and their list can stand in it, there is a
-    /// place for the list of the unresolved at their end, unless it would be empty.
+    /// Waits for records and moves them out whole. If they are to begin a segment, there is a place for the list of the
+    /// unresolved at their end, unless it would be empty.
     pub(super) fn next_batch(&self, batch: &mut Batch, begins: Option<Carried>) -> Next {
         let mut queue = self.lock();
         let begun = Instant::now();
@@ -290,9 +297,8 @@ impl Shared {
             }
             if !queue.batch.is_empty() {
                 // Only the last part begins the segment: the intents of the other parts lie in the segment before.
-                let beyond = queue.batch.size().saturating_sub(MOST_AT_ONCE) as u64;
-                let (is_cut, begins) = (beyond > 0, begins.filter(|carried| 2 * beyond <= carried.spare));
-                if let Some(Carried { at_work, listed, .. }) = begins
+                let is_cut = queue.batch.size() > MOST_AT_ONCE;
+                if let Some(Carried { at_work, listed }) = begins
                     && (listed || (at_work || is_cut) && queue.reserved > 0 || queue.batch.changes_list())
                 {
                     queue.batch.reserve_list();

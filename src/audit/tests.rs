@@ -1100,7 +1100,7 @@ async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_
 
 /// In a process of its own, since the limit is that of all its files.
 #[tokio::test]
-async fn many_long_calls_that_wait_are_promised_no_list_that_is_longer_than_a_file_may_be() {
+async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no_other_is_lost() {
     const LIMIT: u64 = 24 << 20;
     if limit::of_files() > LIMIT {
         let line = format!("trap '' XFSZ; exec prlimit --fsize={LIMIT}: \"$0\" --exact \"$1\"");
@@ -1111,17 +1111,20 @@ async fn many_long_calls_that_wait_are_promised_no_list_that_is_longer_than_a_fi
         assert!(String::from_utf8_lossy(&run.stdout).contains("1 passed"));
         return;
     }
-    let member = format!(",\"task\":\"{}\"", "1".repeat(1 << 20));
-    for (count, lists) in [(6, 1), (40, 0)] {
+    let long = format!("\"{}\"", "1".repeat(1 << 20));
+    // On the list a number is written out: 1000000000000000.0.
+    let numbers = format!("[{}1]", "1e15,".repeat(200_000));
+    for (task, count, is_left_out) in [(&long, 6, false), (&long, 40, true), (&numbers, 6, true)] {
         let folder = TempDir::new().unwrap();
         let audit = start(&Options { segment_size: 1, queue: 256, ..Options::small(folder.path()) });
         let stuck = Stuck::new(&audit);
         audit.event("first", Map::new());
         wait_for(|| audit.shared().is_empty().then_some(()));
+        let members = format!(",\"task\":{task}");
         let mut records: Vec<_> = (0..count).map(|_| record(&audit)).collect();
         for record in &mut records {
             let mut intent = pin!(record.intent(&Permit::default(), (2, &[0; 32]), &|line: &mut Vec<u8>| {
-                line.extend_from_slice(member.as_bytes());
+                line.extend_from_slice(members.as_bytes());
             }));
             assert!(intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
         }
@@ -1133,9 +1136,24 @@ async fn many_long_calls_that_wait_are_promised_no_list_that_is_longer_than_a_fi
         assert_eq!(audit.close(), None, "{count}");
         let all = trail(folder.path());
         assert_eq!(all.iter().filter(|it| it["kind"] == "outcome").count(), count);
-        assert_eq!(all.iter().filter(|it| it["event"] == unresolved::LIST).count(), lists, "{count}");
+        let left_out = all.iter().find(|it| it["event"] == unresolved::LIST_LEFT_OUT);
+        assert_eq!(left_out.is_some(), is_left_out, "{count}");
+        assert!(left_out.is_none_or(|it| it["calls"] == count), "{left_out:?}");
         assert_whole(folder.path());
     }
+
+    let folder = TempDir::new().unwrap();
+    let audit = start(&Options::small(folder.path()));
+    for (length, is_recorded) in [(5 << 20, true), (25 << 20, false), (5 << 20, true)] {
+        let member = format!(",\"task\":\"{}\"", "1".repeat(length));
+        let (mut record, permit) = (record(&audit), Permit::default());
+        let write = |line: &mut Vec<u8>| line.extend_from_slice(member.as_bytes());
+        let intent = record.intent(&permit, (2, &[0; 32]), &write).await;
+        assert_eq!(intent.is_ok(), is_recorded, "{length}");
+        record.take().finish(&answer());
+    }
+    assert_eq!(audit.close(), None);
+    assert_whole(folder.path());
 }
 
 #[tokio::test]

@@ -250,30 +250,26 @@ impl Writer {
         Ok(())
     }
 
-    /// What the next batch is to carry over, if it begins a segment. Where there is no space for one, that is tried once a
-    /// second. A batch is never given a list that makes it larger than a file may be: it could not be written at all.
+    /// What the next batch is to carry over, if it begins a segment. Where there is no space for one, or a file may not be as long as
+    /// the list makes it, that is tried once a second.
     fn begins(&mut self, shared: &Shared) -> Option<Carried> {
         let is_full = self.segment.as_ref().is_none_or(|segment| self.is_full(segment));
         if !self.may_begin() || !(is_full || self.lacks_list) {
             return None;
         }
-        let spare = match limit::of_files() {
-            u64::MAX => Some(u64::MAX),
-            limit => limit.checked_sub(self.of_new_segment(shared)),
-        };
-        if spare.is_none() && !self.is_outgrown {
+        let limit = limit::of_files();
+        if !self.is_outgrown && limit < u64::MAX && self.of_new_segment(shared) > limit {
             self.list_refused = Some(Instant::now());
             return None;
         }
         Some(Carried {
             at_work: !self.ledger.is_empty(),
             listed: shared.unresolved().calls().next().is_some(),
-            spare: spare.unwrap_or(0),
         })
     }
 
-    /// What a new segment takes at most with its first batch, and what is to be reserved behind that: the list as it is, a batch,
-    /// and what that adds to the list, which is no longer.
+    /// About what a new segment takes with its first batch, and what is to be reserved behind that: the list as it is, a batch, and
+    /// as much again for what that adds to the list.
     fn of_new_segment(&self, shared: &Shared) -> u64 {
         let list = shared.unresolved().clone();
         list.size() + self.ledger.size() + 2 * MOST_AT_ONCE as u64 + room(shared)
@@ -287,7 +283,9 @@ impl Writer {
         self.is_outgrown || segment.length.saturating_sub(self.list_length) >= self.segment_size
     }
 
-    /// Writes the list of the unresolved, as it is behind the batch, into the place that the batch keeps for it.
+    /// Writes the list of the unresolved, as it is behind the batch, into the place that the batch keeps for it. A list that makes
+    /// the batch longer than a file may be is left out, and no segment begins with it: that could not be written at all. How long the
+    /// list is, is certain only here: the batch adds to it, and a number may be longer there than in its intent.
     fn fill_list(&mut self, batch: &mut Batch, shared: &Shared) {
         if let Some(segment) = &self.segment {
             self.ledger.leave(segment);
@@ -304,6 +302,17 @@ impl Writer {
         let forgotten: Vec<_> = forgotten.iter().map(|call| call.id).collect();
         let behind = self.ledger.list_behind(list, batch);
         self.list_filled = batch.fill_list(&behind, &forgotten) as u64;
+        if batch.size() as u64 + room(shared) > limit::of_files() {
+            let (calls, bytes) = (behind.calls().count(), self.list_filled);
+            tracing::error!(
+                calls,
+                bytes,
+                raise = limit::RAISE,
+                "the list of unresolved calls is longer than a file may be"
+            );
+            batch.leave_list_out(json!({ "calls": calls, "bytes": bytes }));
+            self.list_refused = Some(Instant::now());
+        }
     }
 
     /// Forgets calls whose window is certainly over. Returns those of unknown outcome.
