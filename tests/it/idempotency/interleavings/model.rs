@@ -409,7 +409,15 @@ impl Model {
         let before: Vec<_> = self.0[..earlier].iter().map(|past| past.may).collect();
         // A late call may follow a forced one that cleared its way, so any order counts in which each could be sent.
         let ordered = self.in_some_order(&sent, &before, ends, mode);
-        *self = ordered.unwrap_or_else(|| panic!("{sent:?} were sent: {self:#?}"));
+        let ordered = ordered.unwrap_or_else(|| panic!("{sent:?} were sent: {self:#?}"));
+        let origin = std::mem::replace(self, ordered);
+        // What one stands for depends on the order, which may have been another one.
+        for past in &mut self.0[earlier..] {
+            let first = past.call.force.as_deref().and_then(|force| origin.place(force));
+            if past.stands != first.map_or(Stands::No, |first| origin.0[first].stood_for()) {
+                past.stands = Stands::Maybe;
+            }
+        }
         let (not_sent, told): (Vec<_>, Vec<_>) =
             told.into_iter().partition(|(.., said)| *said == Said::NotSent);
         let holders: Vec<_> = told.iter().chain(&not_sent).filter_map(Holder::new).collect();
@@ -461,10 +469,10 @@ impl Model {
     }
 
     fn may_be_next(&self, call: &Call, before: &[States], mode: Mode) -> bool {
-        (0..).zip(&self.0).zip(self.passing(call, mode)).all(|((place, past), passing)| {
+        self.0.iter().zip(self.passing(call, mode)).enumerate().all(|(place, (past, passing))| {
             // Under `warn` nothing is refused for another call at work: two may repeat one doubt at once.
-            let before = before.get::<usize>(place).copied().filter(|_| mode == Mode::Warn).unwrap_or(0);
-            (past.may | before) & passing > 0
+            let before = if mode == Mode::Warn { before.get(place).copied() } else { None };
+            (past.may | before.unwrap_or(0)) & passing > 0
         })
     }
 
