@@ -199,7 +199,10 @@ impl Admin {
                 "doubtful": self.audit.clock_doubt().map(ClockDoubt::as_str),
                 "wall_ahead_seconds": clock::wall_ahead() / 1_000_000_000,
             },
-            "upstream_suspended": state.terms.breaker.is_suspended(),
+            "upstream": {
+                "suspended": state.terms.breaker.is_suspended(),
+                "last_error": state.terms.failures.last(),
+            },
             "idempotency": self.idempotency.status(),
             "routes": routes,
             "credentials": credentials,

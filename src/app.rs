@@ -94,8 +94,7 @@ impl App {
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit, accept_loss));
         let slots = slots(&config, &egress, &parts.token, &audit)?;
-        let state =
-            Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.breaker, parts.withheld)?));
+        let state = Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.upstream)?));
         let (alive, done) = mpsc::channel(1);
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
         let bound = config.listeners.iter().map(|listener| {

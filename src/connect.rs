@@ -31,6 +31,7 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
+    cause::{Cause, Reason},
     config::{self, ProxyUrl, Url},
     pem::PemError,
 };
@@ -90,15 +91,14 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
-    /// One word for metric labels.
-    pub fn class(&self) -> &'static str {
+    /// The word for it.
+    pub fn cause(&self) -> Cause {
         match self {
-            Self::Resolve(_) => "resolve",
-            Self::NotLoopback(_) => "not_loopback",
-            Self::Connect(_) => "connect",
-            Self::Proxy(_) => "proxy",
-            Self::Tls(_) => "tls",
-            Self::Timeout(_) => "timeout",
+            Self::Resolve(_) => Cause::Dns,
+            Self::NotLoopback(_) => Cause::NotLoopback,
+            Self::Connect(error) | Self::Tls(error) => Cause::of_io(error),
+            Self::Proxy(error) => error.cause(),
+            Self::Timeout(_) => Cause::Timeout,
         }
     }
 }
@@ -181,6 +181,16 @@ impl std::fmt::Debug for Connector {
     }
 }
 
+/// Where it connects.
+impl std::fmt::Display for Connector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.behind {
+            Some(behind) => write!(f, "{behind} through the proxy {}:{}", self.host, self.port),
+            None => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
 impl Connector {
     /// A connector for the host of a URL. `timeout` covers resolving, connecting, the proxy and TLS together.
     pub fn new(url: &Url, egress: &Egress, timeout: Duration) -> Result<Self, TlsError> {
@@ -212,14 +222,15 @@ impl Connector {
     }
 
     /// A new connection, made under the roots that are in use when it is there.
-    pub async fn connect(&self) -> Result<Stream, ConnectError> {
+    pub async fn connect(&self) -> Result<Stream, Reason> {
         self.connect_under().await.map(|(stream, _)| stream)
     }
 
     /// The same, and which roots these are.
-    pub async fn connect_under(&self) -> Result<(Stream, u64), ConnectError> {
+    pub async fn connect_under(&self) -> Result<(Stream, u64), Reason> {
         let dialed = timeout(self.timeout, self.dial_under()).await;
-        dialed.unwrap_or(Err(ConnectError::Timeout(self.timeout)))
+        let dialed = dialed.unwrap_or(Err(ConnectError::Timeout(self.timeout)));
+        dialed.map_err(|error| Reason::new(error.cause(), format!("{self}: {error}")))
     }
 
     /// Dials again where the roots changed meanwhile: whom the old ones let in may be trusted no more.

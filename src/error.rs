@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::{
     admission::Denied,
     audit::{FirstCall, RequestId, Unavailable},
+    cause::{Cause, Reason},
     contract::{Fault, Violation, body::NotReceived},
     idempotency::{Delivery, Refusal, Refused},
     outcome::{Outcome, Retry},
@@ -406,6 +407,8 @@ pub struct Error {
     pub violations: Vec<Violation>,
     /// The earlier call that this one repeats or equals.
     pub first: Option<FirstCall>,
+    /// Why, where the other side failed.
+    pub cause: Option<Cause>,
     /// When to come back.
     pub retry_after: Option<Duration>,
     /// The answer tells that the first call succeeded; to be settled once it is delivered.
@@ -422,6 +425,7 @@ impl Error {
             detail: detail.to_string(),
             violations: Vec::new(),
             first: None,
+            cause: None,
             retry_after: busy.then_some(Duration::from_secs(1)),
             delivery: None,
         }
@@ -454,6 +458,9 @@ impl Error {
             "retry": retry.as_str(),
             "request_id": request_id.to_string(),
         });
+        if let Some(cause) = self.cause {
+            problem["cause"] = cause.as_str().into();
+        }
         if let Some(first) = self.first {
             problem["first_request_id"] = first.request_id().as_str().into();
             problem["first_outcome"] = first.outcome.as_str().into();
@@ -572,11 +579,19 @@ impl From<Refusal> for Error {
 impl From<TokenError> for Error {
     fn from(error: TokenError) -> Self {
         match error {
-            TokenError::Unavailable { retry_after } => Self {
+            TokenError::Unavailable { cause, retry_after } => Self {
+                cause: Some(cause),
                 retry_after: Some(retry_after),
-                ..Self::not_sent(Code::TokenUnavailable, "no token could be had in time; nothing was sent")
+                ..Self::not_sent(
+                    Code::TokenUnavailable,
+                    format!(
+                        "no token could be had in time (the token endpoint: {}); nothing was sent",
+                        cause.meaning()
+                    ),
+                )
             },
             TokenError::CredentialRefused { retry_after } => Self {
+                cause: Some(Cause::TokenRefused),
                 retry_after: Some(retry_after),
                 ..Self::not_sent(
                     Code::CredentialRefused,
@@ -595,8 +610,8 @@ impl From<Left> for Error {
 
 impl From<Suspended> for Error {
     fn from(suspended: Suspended) -> Self {
-        let retry_after = Some(suspended.retry_after);
-        Self { retry_after, ..Self::not_sent(Code::UpstreamSuspended, suspended) }
+        let (cause, retry_after) = (Some(suspended.cause), Some(suspended.retry_after));
+        Self { cause, retry_after, ..Self::not_sent(Code::UpstreamSuspended, suspended) }
     }
 }
 
@@ -604,8 +619,9 @@ impl From<NoConnection> for Error {
     fn from(none: NoConnection) -> Self {
         match none {
             NoConnection::Busy => Self::not_sent(Code::Overloaded, "all upstream connections are busy"),
-            NoConnection::Connect(_) | NoConnection::Closed => {
-                Self::not_sent(Code::UpstreamUnreachable, "no connection to the upstream; nothing was sent")
+            NoConnection::Failed(Reason { cause, .. }) => {
+                let detail = format!("no connection to the upstream: {}; nothing was sent", cause.meaning());
+                Self { cause: Some(cause), ..Self::not_sent(Code::UpstreamUnreachable, detail) }
             }
         }
     }
@@ -619,26 +635,26 @@ impl From<Unavailable> for Error {
 
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
-        let Failure { code, outcome, retry_after } = failure;
+        let Failure { code, outcome, cause, retry_after } = failure;
+        let why = cause.map_or("no reason is known", Cause::meaning);
         let detail = match (code, outcome) {
-            (Code::CredentialRejected, _) => {
-                "the upstream refuses the gateway's token, and a fresh one did not help: the service may not be \
-                 purchased, or the account's status may be bad (vendor's page, status 401)"
-            }
-            (Code::TokenUnavailable, _) => {
-                "the upstream refused the gateway's token, and no other one can be had at the moment; nothing was done"
-            }
-            (Code::RequestInProgress, _) => {
-                "the upstream has answered, and that cannot be put on record at the moment: ask again with the same \
-                 Idempotency-Key"
-            }
-            (_, Outcome::Unknown) => {
-                "the request may have reached the upstream and no clear answer came: look whether the task is \
-                 assigned before you repeat the call"
-            }
-            _ => "nothing was sent, or the upstream said that it did not process it",
+            (Code::CredentialRejected, _) => "the upstream refuses the gateway's token, and a fresh one did not help: the service \
+                                              may not be purchased, or the account's status may be bad (vendor's page, status 401)"
+                .to_owned(),
+            (Code::TokenUnavailable, _) => format!(
+                "the upstream refused the gateway's token, and no other one can be had at the moment ({why}); nothing was done"
+            ),
+            (Code::RequestInProgress, _) => "the upstream has answered, and that cannot be put on record at the moment: ask \
+                                             again with the same Idempotency-Key"
+                .to_owned(),
+            (_, Outcome::Unknown) => format!(
+                "the request may have reached the upstream and no clear answer came ({why}): look whether the task is assigned \
+                 before you repeat the call"
+            ),
+            (Code::Overloaded, _) => "all upstream connections are busy".to_owned(),
+            _ => format!("nothing was sent, or the upstream said that it did not process it ({why})"),
         };
-        Self { outcome, retry_after, ..Self::not_sent(code, detail) }
+        Self { outcome, cause, retry_after, ..Self::not_sent(code, detail) }
     }
 }
 

@@ -398,6 +398,7 @@ mod tests {
         let answer = Answer {
             outcome: Outcome::Succeeded,
             code: None,
+            cause: None,
             status: Some(200),
             upstream_status: Some(200),
             upstream_id: None,

@@ -114,7 +114,7 @@ impl Gateway {
                 if let Some(first) = error.first {
                     record.first(first);
                 }
-                record.refuse(error.code, error.code.status().as_u16());
+                record.refuse_for(error.code, error.code.status().as_u16(), error.cause);
                 self.metrics.refused(stage, error.own_outcome(), error.code, took(begin));
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
                 let is_read = Box::pin(linger(&inbound, body)).await;
@@ -215,10 +215,9 @@ impl Gateway {
 
         record.enter(Stage::Audit);
         let mut permit = from.presence.during(pin!(self.audit.permit())).await?;
-        let breaker = &state.terms.breaker;
-        let mut passage = breaker.pass()?;
+        let mut passage = state.terms.breaker.pass()?;
         let reserved = from.presence.during(permit.during(pin!(self.pool.reserve()))).await?;
-        let connection = breaker.reserved(&mut passage, reserved)?;
+        let connection = state.terms.reserved(&mut passage, reserved, record.id())?;
         let members = |line: &mut Vec<u8>| {
             checked.audit_members(&|parts| self.audit.keys().mark(parts), line);
             claim.audit_members(line);

@@ -929,7 +929,7 @@ impl Failure {
     /// The upstream has answered, and that can't be put on record.
     fn not_on_record() -> Self {
         let retry_after = Some(Duration::from_secs(1));
-        Self { code: Code::RequestInProgress, outcome: Outcome::Unknown, retry_after }
+        Self { code: Code::RequestInProgress, outcome: Outcome::Unknown, cause: None, retry_after }
     }
 }
 

@@ -42,6 +42,7 @@ pub mod headers; // what goes out and what comes back
 pub mod upstream; // stage 9: pool, exchange, classification
 pub mod outcome; // what became of the task
 pub mod error; // failure to status, code and text
+pub mod cause; // why a step on the way to the cloud failed
 
 // Beside the way.
 pub mod app; // composition root

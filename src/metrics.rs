@@ -17,7 +17,7 @@ use crate::{
     log,
     outcome::Outcome,
     token,
-    upstream::{breaker, pool},
+    upstream::{self, breaker, pool},
 };
 
 /// The limits that a request is checked against.
@@ -68,10 +68,8 @@ pub struct Parts {
     pub token: token::Metrics,
     /// Of the upstream pools.
     pub pool: pool::Metrics,
-    /// Of the upstream's breaker.
-    pub breaker: breaker::Metrics,
-    /// What of the upstream's replies was withheld because it quotes a secret, by place.
-    pub withheld: IntCounterVec,
+    /// Of the exchanges with the upstream.
+    pub upstream: upstream::Metrics,
 }
 
 impl Metrics {
@@ -109,6 +107,11 @@ impl Metrics {
             "Ids of 2^53 and more that callers sent as bare numbers, refused ones included.",
             &["caller"],
         )?;
+        let failures = counters(
+            "upstream_failures_total",
+            "Requests that the upstream failed, or that could not reach it, by cause.",
+            &["cause"],
+        )?;
         let withheld = counters(
             "withheld_total",
             "What of the upstream's replies was withheld because it quotes a secret.",
@@ -133,8 +136,7 @@ impl Metrics {
         let parts = Parts {
             token: token::Metrics::new(&registry)?,
             pool: pool::Metrics::new(&registry)?,
-            breaker: breaker::Metrics::new(&registry)?,
-            withheld,
+            upstream: upstream::Metrics { breaker: breaker::Metrics::new(&registry)?, failures, withheld },
         };
         let audit = audit::Metrics::new(&registry)?;
         let metrics = Self {

@@ -2,9 +2,6 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use http::HeaderValue;
-use prometheus::IntCounterVec;
-
 use crate::{
     admission::Admission,
     config::Config,
@@ -13,11 +10,9 @@ use crate::{
     rate_limit::Quota,
     route::{RouteError, Routes},
     token::Slot,
-    upstream::{
-        Terms,
-        breaker::{self, Breaker},
-    },
+    upstream::{self, Terms, breaker::Breaker, failures::Failures},
 };
+use http::HeaderValue;
 
 /// One configuration, compiled.
 #[derive(Debug)]
@@ -39,8 +34,7 @@ impl State {
     pub fn new(
         config: &Config,
         slots: Vec<Arc<Slot>>,
-        breaker: breaker::Metrics,
-        withheld: IntCounterVec,
+        metrics: upstream::Metrics,
     ) -> Result<Self, RouteError> {
         Ok(Self {
             admission: Admission::new(&config.callers, &HashMap::new()),
@@ -49,11 +43,12 @@ impl State {
             terms: Arc::new(Terms {
                 outbound: Outbound::new(authority(config), &config.upstream.headers),
                 refused_statuses: config.token.refused_statuses.clone(),
-                breaker: Arc::new(Breaker::new(&config.upstream, breaker)),
+                breaker: Arc::new(Breaker::new(&config.upstream, metrics.breaker)),
+                failures: Failures::new(metrics.failures),
                 quota: Quota::new(config.quota),
                 slots,
                 reply_headers: config.upstream.reply_headers.clone(),
-                withheld,
+                withheld: metrics.withheld,
             }),
             trusts_loopback: config.trusts_loopback(),
         })

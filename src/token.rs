@@ -14,7 +14,7 @@ mod schedule;
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -31,6 +31,7 @@ use tokio::{
 };
 
 use crate::{
+    cause::{Cause, LastError},
     config,
     connect::{Egress, TlsError},
     secret::needles::Needles,
@@ -106,6 +107,8 @@ pub enum TokenError {
     /// None came within `token.wait`.
     #[error("no token came in time")]
     Unavailable {
+        /// Why the last fetch brought none; that it takes too long, if none has ended.
+        cause: Cause,
         /// When to come back.
         retry_after: Duration,
     },
@@ -122,8 +125,8 @@ pub enum TokenError {
 pub enum NoOther {
     /// The endpoint handed the same token out again.
     Same,
-    /// No fetch brought one.
-    Failed,
+    /// No fetch brought one: why the last one did not.
+    Failed(Cause),
 }
 
 /// Why a slot could not be made.
@@ -148,8 +151,8 @@ pub struct Status {
     pub generation: u64,
     /// How long it may still be used.
     pub seconds_left: Option<u64>,
-    /// The class of the last failure since the last success.
-    pub last_error: Option<&'static str>,
+    /// The last fetch that failed.
+    pub last_error: Option<LastError>,
 }
 
 /// The token of one credential.
@@ -162,6 +165,8 @@ pub struct Slot {
     wake: Notify,
     /// Its lock makes a fetch's end and a token's retirement one step each.
     fetches: watch::Sender<Fetches>,
+    /// The last fetch that failed, with its text.
+    last_error: Mutex<Option<LastError>>,
     fetcher: Mutex<Option<Fetcher>>,
 }
 
@@ -171,7 +176,8 @@ struct Fetches {
     begun: u64,
     ended: u64,
     held: Option<Held>,
-    last_error: Option<&'static str>,
+    /// Why the last one failed, if it did.
+    failed: Option<Cause>,
     had_token: bool,
 }
 
@@ -243,6 +249,7 @@ impl Slot {
             waiting: AtomicUsize::new(0),
             wake: Notify::new(),
             fetches: watch::Sender::new(Fetches::default()),
+            last_error: Mutex::default(),
             fetcher: Mutex::new(Some(fetcher)),
         }))
     }
@@ -277,16 +284,17 @@ impl Slot {
         let looked_into = self.retire(refused, deadline);
         self.wake.notify_one();
         loop {
-            let Fetches { ended, last_error, .. } = *fetches.borrow_and_update();
+            let Fetches { ended, failed, .. } = *fetches.borrow_and_update();
+            let none = NoOther::Failed(failed.unwrap_or(Cause::Timeout));
             if let Some(token) = self.newer(refused) {
                 return Ok(token);
             }
             if looked_into.is_none_or(|fetch| fetch <= ended) {
-                let same = looked_into.is_some() && last_error.is_none();
-                return Err(if same { NoOther::Same } else { NoOther::Failed });
+                let same = looked_into.is_some() && failed.is_none();
+                return Err(if same { NoOther::Same } else { none });
             }
             if !matches!(timeout_at(deadline, fetches.changed()).await, Ok(Ok(()))) {
-                return Err(NoOther::Failed);
+                return Err(none);
             }
         }
     }
@@ -306,7 +314,7 @@ impl Slot {
             had_token: fetches.had_token,
             generation: live.as_ref().map_or(0, |live| live.token.generation()),
             seconds_left: left.map(|left| left.as_secs()),
-            last_error: fetches.last_error,
+            last_error: self.last_error().clone(),
         }
     }
 
@@ -348,7 +356,8 @@ impl Slot {
         let _waiting = Waiting::new(&self.waiting);
         self.wake.notify_one();
         loop {
-            let held = fetches.borrow_and_update().held;
+            let Fetches { held, failed, .. } = *fetches.borrow_and_update();
+            let cause = failed.unwrap_or(Cause::Timeout);
             if let Some(token) = self.current() {
                 return Ok(token);
             }
@@ -358,11 +367,11 @@ impl Slot {
                 return Err(if refused {
                     TokenError::CredentialRefused { retry_after }
                 } else {
-                    TokenError::Unavailable { retry_after }
+                    TokenError::Unavailable { cause, retry_after }
                 });
             }
             if !matches!(timeout_at(deadline, fetches.changed()).await, Ok(Ok(()))) {
-                return Err(TokenError::Unavailable { retry_after: Duration::from_secs(1) });
+                return Err(TokenError::Unavailable { cause, retry_after: Duration::from_secs(1) });
             }
         }
     }
@@ -381,15 +390,24 @@ impl Slot {
     fn fetch_succeeded(&self, live: Live, held: Option<Held>) {
         self.fetches.send_modify(|fetches| {
             self.live.store(Some(Arc::new(live)));
-            *fetches = Fetches { ended: fetches.begun, held, last_error: None, had_token: true, ..*fetches };
+            *fetches = Fetches { ended: fetches.begun, held, failed: None, had_token: true, ..*fetches };
+        });
+        if let Some(last) = &mut *self.last_error() {
+            last.is_over();
+        }
+    }
+
+    fn fetch_failed(&self, error: LastError, held: Option<Held>) {
+        let failed = Some(error.cause);
+        *self.last_error() = Some(error);
+        self.fetches.send_modify(|fetches| {
+            self.put_back();
+            *fetches = Fetches { ended: fetches.begun, held, failed, ..*fetches };
         });
     }
 
-    fn fetch_failed(&self, error: &'static str, held: Option<Held>) {
-        self.fetches.send_modify(|fetches| {
-            self.put_back();
-            *fetches = Fetches { ended: fetches.begun, held, last_error: Some(error), ..*fetches };
-        });
+    fn last_error(&self) -> MutexGuard<'_, Option<LastError>> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A trial's failure says nothing of the pair in use: whoever waits for that goes on waiting, unless it

@@ -7,6 +7,7 @@
 
 pub mod breaker;
 mod companions;
+pub mod failures;
 mod frames;
 mod http2;
 pub mod pool;
@@ -35,6 +36,7 @@ use tokio_util::sync::ReusableBoxFuture;
 use crate::{
     admission::Room,
     audit::{Answer, FirstCall, Record, RequestId, StoredReply, withheld},
+    cause::{Cause, Reason},
     clock,
     error::Code,
     headers::{Cleaned, Outbound, clean_reply},
@@ -47,7 +49,8 @@ use crate::{
     token::{Cooldown, NoOther, Slot, Token},
 };
 use breaker::{Breaker, Health, Passage};
-use pool::Reserved;
+use failures::Failures;
+use pool::{NoConnection, Reserved};
 
 /// As much of a reply is read before its head goes out, and decides the outcome.
 const DECISIVE: usize = 64 * 1024;
@@ -65,13 +68,47 @@ pub struct Terms {
     pub quota: Quota,
     /// Where tokens come from: one slot per credential, in the configuration's order.
     pub slots: Vec<Arc<Slot>>,
+    /// What failed so far.
+    pub failures: Failures,
     /// Reply headers that pass to callers, beside those that always do.
     pub reply_headers: Vec<HeaderName>,
     /// What was withheld because it quotes a secret, by place.
     pub withheld: IntCounterVec,
 }
 
+/// What is counted of exchanges.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    /// Of the breaker.
+    pub breaker: breaker::Metrics,
+    /// Requests that failed, by cause.
+    pub failures: IntCounterVec,
+    /// What was withheld because it quotes a secret, by place.
+    pub withheld: IntCounterVec,
+}
+
 impl Terms {
+    /// A connection was reserved for a request, or not.
+    pub fn reserved(
+        &self,
+        passage: &mut Passage,
+        reserved: Result<Reserved, NoConnection>,
+        id: RequestId,
+    ) -> Result<Reserved, NoConnection> {
+        if let Err(NoConnection::Failed(reason)) = &reserved {
+            self.breaker.judge(passage, Health::Down(reason.cause));
+            self.failed(reason, id);
+        }
+        reserved
+    }
+
+    /// Tells operators that a request failed.
+    #[cold]
+    fn failed(&self, reason: &Reason, id: RequestId) {
+        let tokens: Vec<_> = self.slots.iter().filter_map(|slot| slot.newer(0)).collect();
+        self.failures.failed(reason, id, tokens.iter().map(Token::needles));
+    }
+
     /// Counts and tells that something of a reply quotes a secret.
     fn withhold(&self, place: &'static str, id: RequestId, route: &str) {
         static QUOTED: OncePerSecond = OncePerSecond::new();
@@ -173,6 +210,8 @@ pub struct Failure {
     pub code: Code,
     /// What became of the task.
     pub outcome: Outcome,
+    /// Why, where the other side failed.
+    pub cause: Option<Cause>,
     /// When the caller may come back, where repeating is safe.
     pub retry_after: Option<Duration>,
 }
@@ -193,6 +232,8 @@ struct Progress {
     first_token: Option<Token>,
     /// Another token does not help: a fresh one was refused too, or the same one was handed out again.
     is_rejected: bool,
+    /// Why no other token could be had.
+    no_token: Option<Cause>,
     /// The last answer. Here, since it would be moved with each step back.
     arrived: Option<Arrived>,
 }
@@ -205,10 +246,25 @@ impl Progress {
 }
 
 /// Why an attempt brought no answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Broken {
-    Unreachable,
-    BrokeOff,
+    /// There is no connection, and nothing of this attempt was sent.
+    Unreachable(NoConnection),
+    /// It may have been sent.
+    BrokeOff(Reason),
+}
+
+/// In a box, since each answer would be as large.
+type NoAnswer = Box<Broken>;
+
+impl Broken {
+    fn unreachable(none: NoConnection) -> NoAnswer {
+        Box::new(Self::Unreachable(none))
+    }
+
+    fn broke_off(reason: Reason) -> NoAnswer {
+        Box::new(Self::BrokeOff(reason))
+    }
 }
 
 /// An answer whose head and first bytes are read.
@@ -224,14 +280,14 @@ struct Arrived {
 
 impl Exchange {
     /// Returns the status of the answer, which is with the progress.
-    async fn attempts(&mut self, progress: &mut Progress) -> Result<StatusCode, Broken> {
+    async fn attempts(&mut self, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
         let first = self.attempt(progress).await?;
         if self.is_refusal(first) { Box::pin(self.replay(first, progress)).await } else { Ok(first) }
     }
 
     /// The token was refused: sends once more, if there is a different one.
     #[cold]
-    async fn replay(&mut self, first: StatusCode, progress: &mut Progress) -> Result<StatusCode, Broken> {
+    async fn replay(&mut self, first: StatusCode, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
         progress.refused = Some(first);
         if let Some(first) = &mut progress.arrived {
             first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
@@ -257,12 +313,15 @@ impl Exchange {
             progress.is_rejected = true;
             return None;
         }
-        let other = self.slot().replace(refused).await;
-        progress.is_rejected = other.as_ref().is_err_and(|none| *none == NoOther::Same);
-        if progress.is_rejected {
-            self.cooldown().rejected();
+        match self.slot().replace(refused).await {
+            Ok(token) => return Some(token),
+            Err(NoOther::Failed(cause)) => progress.no_token = Some(cause),
+            Err(NoOther::Same) => {
+                progress.is_rejected = true;
+                self.cooldown().rejected();
+            }
         }
-        other.ok()
+        None
     }
 
     /// Where another token comes from.
@@ -280,11 +339,11 @@ impl Exchange {
     }
 
     /// Sends once and reads the answer. A connection that dies before a byte was written is replaced, once.
-    async fn attempt(&mut self, progress: &mut Progress) -> Result<StatusCode, Broken> {
+    async fn attempt(&mut self, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
         let mut fresh = false;
         loop {
             if self.connection.is_stale() {
-                self.connection.reconnect().await.map_err(|_| Broken::Unreachable)?;
+                self.connection.reconnect().await.map_err(Broken::unreachable)?;
                 fresh = true;
             }
             progress.mark = self.connection.written();
@@ -298,7 +357,8 @@ impl Exchange {
             match sent {
                 Ok(response) => {
                     if response.status().is_informational() {
-                        return Err(Broken::BrokeOff); // 101: we asked for no other protocol
+                        let text = format!("status {}: no other protocol was asked for", response.status());
+                        return Err(Broken::broke_off(Reason::new(Cause::ReplyUnreadable, text)));
                     }
                     let arrived = progress.arrived.insert(Arrived::new(response));
                     arrived.read().await?;
@@ -308,12 +368,11 @@ impl Exchange {
                     return Ok(status);
                 }
                 Err(error) if self.connection.written() != progress.mark => {
-                    tracing::debug!(%error, "upstream broke off");
-                    return Err(Broken::BrokeOff);
+                    return Err(Broken::broke_off(error.reason()));
                 }
-                Err(_) if fresh => return Err(Broken::Unreachable),
+                Err(error) if fresh => return Err(Broken::unreachable(error.reason().into())),
                 Err(_) => {
-                    self.connection.reconnect().await.map_err(|_| Broken::Unreachable)?;
+                    self.connection.reconnect().await.map_err(Broken::unreachable)?;
                     fresh = true;
                 }
             }
@@ -352,9 +411,16 @@ impl Exchange {
         if is_withheld {
             describe_withheld(&mut headers);
         }
+        let reason = self.failure(status, rejected, progress);
+        let cause = reason.as_ref().map(|reason| reason.cause);
+        match &reason {
+            Some(reason) => self.terms.failed(reason, self.record.id()),
+            None => self.terms.failures.succeeded(),
+        }
         let mut answer = Answer {
             outcome,
             code: rejected,
+            cause,
             status: Some(rejected.map_or(status, Code::status).as_u16()),
             upstream_status: Some(status.as_u16()),
             upstream_id,
@@ -367,7 +433,7 @@ impl Exchange {
         if let Some(code) = rejected {
             let retry_after = Some(self.cooldown().remaining().unwrap_or(DEFAULT_RETRY));
             let finished = self.claim.finish(self.record, &Answer { outcome: Outcome::Refused, ..answer });
-            let failure = Failure { code, outcome: Outcome::Refused, retry_after };
+            let failure = Failure { code, outcome: Outcome::Refused, cause, retry_after };
             return (Err(failure), finished.pending);
         }
         if self.claim.is_keyed() && matches!(outcome, Outcome::Succeeded | Outcome::Failed) {
@@ -415,23 +481,47 @@ impl Exchange {
         (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
     }
 
+    /// Why an answer is a failure, if it is one.
+    fn failure(&self, status: StatusCode, rejected: Option<Code>, progress: &Progress) -> Option<Reason> {
+        let (cause, text) = match (rejected, Health::of(status)) {
+            (Some(Code::CredentialRejected), _) => (Cause::TokenRejected, "refuses a fresh token"),
+            (Some(_), _) => (progress.no_token?, "refuses the token, and no other one can be had"),
+            (None, Health::Down(cause)) => (cause, "is out of service"),
+            (None, Health::Up | Health::Unclear) => return None,
+        };
+        Some(Reason::new(cause, format!("the upstream {text}: status {status}")))
+    }
+
     /// Counts and tells that something of a reply quotes a secret.
     #[cold]
     fn withhold(&self, place: &'static str) {
         self.terms.withhold(place, self.record.id(), &self.route.name);
     }
 
-    /// Records an exchange that brought no answer.
-    fn fail(self, progress: &Progress, code: Code) -> (Told, Option<Box<Pending>>) {
+    /// Records an exchange that took too long.
+    #[cold]
+    fn time_out(self, progress: &Progress) -> (Told, Option<Box<Pending>>) {
+        let reason = Reason::new(Cause::Timeout, format!("no answer within {:?}", self.route.timeout));
+        self.fail(progress, Code::UpstreamTimeout, Some(&reason))
+    }
+
+    /// Records an exchange that brought no answer. Without a reason all connections were busy.
+    fn fail(self, progress: &Progress, code: Code, reason: Option<&Reason>) -> (Told, Option<Box<Pending>>) {
         let sent = self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
             (false, Some(_)) => (progress.refusal(), Outcome::Refused),
+            (false, None) if reason.is_none() => (Code::Overloaded, Outcome::NotSent),
             (false, None) => (Code::UpstreamUnreachable, Outcome::NotSent),
         };
+        if let Some(reason) = reason {
+            self.terms.failed(reason, self.record.id());
+        }
+        let cause = reason.map(|reason| reason.cause);
         let answer = Answer {
             outcome,
             code: Some(code),
+            cause,
             status: Some(code.status().as_u16()),
             upstream_status: progress.refused.filter(|_| !sent).map(|status| status.as_u16()),
             upstream_id: None,
@@ -443,7 +533,26 @@ impl Exchange {
         };
         let Finished { pending, .. } = self.claim.finish(self.record, &answer);
         let retry_after = (outcome == Outcome::Refused).then_some(DEFAULT_RETRY);
-        (Err(Failure { code, outcome, retry_after }), pending)
+        (Err(Failure { code, outcome, cause, retry_after }), pending)
+    }
+}
+
+impl Broken {
+    /// What it tells of the upstream's health.
+    fn health(&self) -> Health {
+        match self {
+            Self::Unreachable(NoConnection::Failed(reason)) => Health::Down(reason.cause),
+            Self::Unreachable(NoConnection::Busy) | Self::BrokeOff(_) => Health::Unclear,
+        }
+    }
+
+    /// The code for what may have been sent, and why; without a reason all connections were busy.
+    fn told(&self) -> (Code, Option<&Reason>) {
+        match self {
+            Self::Unreachable(NoConnection::Failed(reason)) => (Code::UpstreamUnreachable, Some(reason)),
+            Self::Unreachable(NoConnection::Busy) => (Code::Overloaded, None),
+            Self::BrokeOff(reason) => (Code::UpstreamBroken, Some(reason)),
+        }
     }
 }
 
@@ -502,19 +611,20 @@ impl Arrived {
     }
 
     /// Reads the body to its end, or as far as it decides.
-    async fn read(&mut self) -> Result<(), Broken> {
+    async fn read(&mut self) -> Result<(), NoAnswer> {
         let mut more = BytesMut::new();
         while let Some(rest) = &mut self.rest {
             // Of a body whose length is known, nothing comes behind its last byte.
             let frame = if rest.is_end_stream() { None } else { rest.frame().await };
             let Some(frame) = frame else {
                 if !is_whole(rest, self.version) {
-                    return Err(Broken::BrokeOff);
+                    return Err(Broken::broke_off(cut_short()));
                 }
                 self.rest = None;
                 break;
             };
-            let Ok(data) = frame.map_err(|_| Broken::BrokeOff)?.into_data() else { continue };
+            let frame = frame.map_err(|error| Broken::broke_off(Reason::of_exchange(&error)))?;
+            let Ok(data) = frame.into_data() else { continue };
             if self.body.is_empty() {
                 self.body = data; // the common case: one piece, passed on without a copy
             } else {
@@ -529,6 +639,11 @@ impl Arrived {
         }
         Ok(())
     }
+}
+
+/// A reply ended before its end.
+fn cut_short() -> Reason {
+    Reason::new(Cause::ReplyCut, "the stream of the reply was reset before its end")
 }
 
 /// Whether a body without a next frame has come to its end. Over HTTP/2 hyper ends it, too, when the stream is reset or
@@ -584,7 +699,16 @@ impl Tail {
                     }
                     return;
                 }
-                Ok(Some(Err(_)) | None) | Err(_) => {
+                broken => {
+                    let reason = match broken {
+                        Ok(Some(Err(error))) => Reason::of_exchange(&error),
+                        Ok(_) => cut_short(),
+                        Err(_) => Reason::new(Cause::Timeout, "the reply did not end in time"),
+                    };
+                    if let Some((record, answer, _)) = &mut self.open {
+                        answer.cause = Some(reason.cause);
+                        self.terms.failed(&reason, record.id());
+                    }
                     let broken = "the reply broke off behind its first 64 KiB";
                     let finished = self.close(self.not_taken().or(Some(broken)));
                     self.settle(committed(finished, deadline).await.ok().flatten());
@@ -664,27 +788,30 @@ impl Exchanges {
                 refused: None,
                 first_token: None,
                 is_rejected: false,
+                no_token: None,
                 arrived: None,
             };
             let mut timer = exchange.connection.take_timer();
             let status = timer.until(deadline, pin!(exchange.attempts(&mut progress))).await;
             let arrived = if let Some(Ok(_)) = status { progress.arrived.take() } else { None };
             exchange.connection.keep_timer(timer);
-            let health = match status {
-                Some(Ok(status)) => Health::of(status),
-                Some(Err(Broken::BrokeOff)) => Health::Unclear,
+            let health = match &status {
+                Some(Ok(status)) => Health::of(*status),
+                Some(Err(broken)) => broken.health(),
                 // It has answered; what took so long was another token.
                 None if progress.refused.is_some() && exchange.connection.written() == progress.mark => {
                     Health::Unclear
                 }
-                Some(Err(Broken::Unreachable)) | None => Health::Down,
+                None => Health::Down(Cause::Timeout),
             };
             exchange.terms.breaker.judge(&mut exchange.passage, health);
             let (told, pending) = match (arrived, status) {
                 (Some(arrived), _) => exchange.conclude(arrived, &progress, deadline),
-                (None, Some(Err(Broken::Unreachable))) => exchange.fail(&progress, Code::UpstreamUnreachable),
-                (None, Some(_)) => exchange.fail(&progress, Code::UpstreamBroken),
-                (None, None) => exchange.fail(&progress, Code::UpstreamTimeout),
+                (None, Some(Err(broken))) => {
+                    let (code, reason) = broken.told();
+                    exchange.fail(&progress, code, reason)
+                }
+                (None, _) => exchange.time_out(&progress),
             };
             match pending {
                 None => told,

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     admission::Peer,
+    cause::Cause,
     clock,
     error::{Code, Stage},
     outcome::{Outcome, ResultCode},
@@ -100,7 +101,7 @@ impl fmt::Debug for RequestId {
 }
 
 /// The members that records, and calls on the list of the unresolved, have of their own; a contract's have other names.
-pub const MEMBERS: [&str; 33] = [
+pub const MEMBERS: [&str; 34] = [
     "seq",
     "time",
     "kind",
@@ -120,6 +121,7 @@ pub const MEMBERS: [&str; 33] = [
     "forced",
     "outcome",
     "code",
+    "cause",
     "stage",
     "status",
     "upstream_status",
@@ -166,6 +168,8 @@ pub struct Answer {
     pub outcome: Outcome,
     /// The gateway's own code, if it has one to say.
     pub code: Option<Code>,
+    /// Why, where the upstream or the token endpoint failed.
+    pub cause: Option<Cause>,
     /// The status that the caller gets.
     pub status: Option<u16>,
     /// The upstream's status.
@@ -241,7 +245,8 @@ pub(super) enum Entry<'a> {
 /// Why a request has a record without an intent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Why {
-    Refused(Code),
+    /// The other side's failure is named.
+    Refused(Code, Option<Cause>),
     /// It was answered from what is stored.
     Replayed,
     /// It was not meant to be sent.
@@ -373,12 +378,20 @@ impl Record {
 
     /// Closes the record of a request that was refused here. Does nothing to one that is closed or taken.
     pub fn refuse(&mut self, code: Code, status: u16) {
+        self.refuse_for(code, status, None);
+    }
+
+    /// The same, of a request that was refused since the other side failed.
+    pub fn refuse_for(&mut self, code: Code, status: u16, cause: Option<Cause>) {
         let Some(mut facts) = self.open.take() else { return };
         facts.enter(self.stage);
         match self.step {
-            Step::Open | Step::Taken => self.audit.shared().push_refusal(facts, Why::Refused(code), status),
+            Step::Open | Step::Taken => {
+                self.audit.shared().push_refusal(facts, Why::Refused(code, cause), status);
+            }
             Step::Intended => {
-                self.outcome(&facts, &Answer::without_reply(Outcome::NotSent, code, status));
+                let answer = Answer::without_reply(Outcome::NotSent, code, status);
+                self.outcome(&facts, &Answer { cause, ..answer });
             }
             Step::Exchanged => {
                 let answer = Answer::without_reply(Outcome::Unknown, code, status);
@@ -471,6 +484,7 @@ impl Answer {
         Self {
             outcome,
             code: Some(code),
+            cause: None,
             status: Some(status),
             upstream_status: None,
             upstream_id: None,
@@ -642,13 +656,14 @@ impl Entry<'_> {
 impl Refusal {
     fn write(&self, line: &mut Line<'_>) {
         self.facts.write(line);
-        let (outcome, code, note) = match self.why {
-            Why::Refused(code) => (Outcome::NotSent, Some(code.as_str()), None),
-            Why::Replayed => (Outcome::Replayed, None, None),
-            Why::DryRun => (Outcome::NotSent, None, Some("dry run")),
+        let (outcome, code, cause, note) = match self.why {
+            Why::Refused(code, cause) => (Outcome::NotSent, Some(code.as_str()), cause, None),
+            Why::Replayed => (Outcome::Replayed, None, None, None),
+            Why::DryRun => (Outcome::NotSent, None, None, Some("dry run")),
         };
         line.word(",\"outcome\":\"", outcome.as_str());
         line.optional(",\"code\":", code);
+        line.optional(",\"cause\":", cause.map(Cause::as_str));
         line.optional(",\"note\":", note);
         line.word(",\"stage\":\"", self.facts.stage.as_str());
         line.number(",\"status\":", u64::from(self.status));
@@ -663,6 +678,7 @@ impl Answer {
     fn write(&self, stage: Stage, line: &mut Line<'_>) {
         line.word(",\"outcome\":\"", self.outcome.as_str());
         line.optional(",\"code\":", self.code.map(Code::as_str));
+        line.optional(",\"cause\":", self.cause.map(Cause::as_str));
         line.word(",\"stage\":\"", stage.as_str());
         if let Some(status) = self.status {
             line.number(",\"status\":", u64::from(status));

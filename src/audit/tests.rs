@@ -54,6 +54,7 @@ fn answer() -> Answer {
     Answer {
         outcome: Outcome::Succeeded,
         code: None,
+        cause: None,
         status: Some(200),
         upstream_status: Some(200),
         upstream_id: None,

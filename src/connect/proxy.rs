@@ -10,6 +10,8 @@ use tokio::{
     net::TcpStream,
 };
 
+use crate::cause::Cause;
+
 /// A proxy has no more to say than this.
 const MAX_HEAD: usize = 8 * 1024;
 
@@ -27,6 +29,17 @@ pub enum ProxyError {
     /// The connection broke off.
     #[error("the proxy closed the connection: {0}")]
     Closed(#[from] std::io::Error),
+}
+
+impl ProxyError {
+    /// The word for it.
+    pub fn cause(&self) -> Cause {
+        match self {
+            Self::Refused(_) => Cause::ProxyRefused,
+            Self::NoAnswer => Cause::ProxyUnreadable,
+            Self::Closed(_) => Cause::ProxyCut,
+        }
+    }
 }
 
 /// Opens a tunnel to `authority`, a host and port.

@@ -484,6 +484,7 @@ pub(super) mod tests {
         Answer {
             outcome: Outcome::Succeeded,
             code: None,
+            cause: None,
             status: Some(200),
             upstream_status: Some(200),
             upstream_id: None,

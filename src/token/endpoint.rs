@@ -14,8 +14,9 @@ use zeroize::Zeroizing;
 
 use super::schedule::Failure;
 use crate::{
+    cause::{Cause, Reason},
     config,
-    connect::{ConnectError, Connector, Egress, TlsError},
+    connect::{Connector, Egress, TlsError},
     secret::Secret,
 };
 
@@ -40,28 +41,37 @@ pub(super) enum FetchError {
     /// A 200 without a usable token.
     #[error("the reply holds no usable token: {0}")]
     Invalid(&'static str),
-    /// No connection.
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    /// The exchange broke off.
-    #[error("the exchange broke off")]
-    Http,
+    /// No connection, or the exchange broke off.
+    #[error("{0}")]
+    Broken(Reason),
     /// It took too long.
-    #[error("no answer in time")]
-    Timeout,
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+}
+
+impl From<Reason> for FetchError {
+    fn from(reason: Reason) -> Self {
+        Self::Broken(reason)
+    }
+}
+
+impl From<hyper::Error> for FetchError {
+    fn from(error: hyper::Error) -> Self {
+        Self::Broken(Reason::of_exchange(&error))
+    }
 }
 
 impl FetchError {
-    /// One word for metrics and status.
-    pub(super) fn class(&self) -> &'static str {
-        match self {
-            Self::Refused(_) => "refused",
-            Self::Status(..) => "status",
-            Self::Invalid(_) => "invalid",
-            Self::Connect(error) => error.class(),
-            Self::Http => "broken",
-            Self::Timeout => "timeout",
-        }
+    /// The word for it, and the text.
+    pub(super) fn reason(&self) -> Reason {
+        let cause = match self {
+            Self::Refused(_) => Cause::TokenRefused,
+            Self::Status(..) => Cause::TokenStatus,
+            Self::Invalid(_) => Cause::TokenUnreadable,
+            Self::Broken(reason) => return reason.clone(),
+            Self::Timeout(_) => Cause::Timeout,
+        };
+        Reason::new(cause, self)
     }
 
     /// What it means for the next call.
@@ -69,9 +79,7 @@ impl FetchError {
         match self {
             Self::Refused(_) => Failure::Refused,
             Self::Status(_, Some(wait)) => Failure::NotBefore(*wait),
-            Self::Status(_, None) | Self::Invalid(_) | Self::Connect(_) | Self::Http | Self::Timeout => {
-                Failure::Passing
-            }
+            Self::Status(_, None) | Self::Invalid(_) | Self::Broken(_) | Self::Timeout(_) => Failure::Passing,
         }
     }
 }
@@ -118,20 +126,24 @@ impl Endpoint {
 
     /// One call on a connection of its own.
     pub(super) async fn fetch(&self, app_key: &Secret, app_secret: &Secret) -> Result<Fetched, FetchError> {
-        timeout(self.timeout, self.call(app_key, app_secret)).await.unwrap_or(Err(FetchError::Timeout))
+        let called = timeout(self.timeout, self.call(app_key, app_secret)).await;
+        called.unwrap_or(Err(FetchError::Timeout(self.timeout)))
     }
 
     async fn call(&self, app_key: &Secret, app_secret: &Secret) -> Result<Fetched, FetchError> {
         let request = self.request(app_key, app_secret)?;
         let stream = self.connector.connect().await?;
-        let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|_| FetchError::Http)?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         let driver = tokio::spawn(connection);
         let result = async {
-            let response = sender.send_request(request).await.map_err(|_| FetchError::Http)?;
-            let (head, body) = response.into_parts();
-            let body = Limited::new(body, MAX_REPLY).collect().await;
-            let body = body.map_err(|_| FetchError::Http)?.to_bytes();
+            let (head, body) = sender.send_request(request).await?.into_parts();
+            let body = Limited::new(body, MAX_REPLY).collect().await.map_err(|error| {
+                match error.downcast::<hyper::Error>() {
+                    Ok(error) => FetchError::from(*error),
+                    Err(_) => FetchError::Invalid("it is longer than 64 KiB"),
+                }
+            })?;
+            let body = body.to_bytes();
             check_status(&head)?;
             self.read(&body)
         }
@@ -158,7 +170,7 @@ impl Endpoint {
         if let Some(lifetime) = self.lifetime {
             request = request.header("x-token-expire", lifetime.as_secs());
         }
-        request.body(Full::new(body)).map_err(|_| FetchError::Http)
+        request.body(Full::new(body)).map_err(|_| FetchError::Invalid("no request can be made"))
     }
 
     fn read(&self, body: &[u8]) -> Result<Fetched, FetchError> {

@@ -18,9 +18,9 @@ use super::{
     schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
 };
 use crate::{
+    cause::{LastError, Reason, shown},
     config::SecretSource,
     files::{Aside, Hangs},
-    plain,
     secret::needles::{Needles, SHORTEST},
     watched::{Noticed, POLL, SETTLE, Watched},
 };
@@ -30,9 +30,6 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// A server that restates what is left of a token's life rounds it down to whole seconds.
 const ROUNDING: Duration = Duration::from_secs(1);
-
-/// So much of an error's text is logged, in bytes.
-const MAX_TEXT: usize = 256;
 
 /// What only the fetching task knows.
 pub(super) struct Fetcher {
@@ -131,7 +128,7 @@ impl Fetcher {
         slot.fetch_begins();
         let candidate = self.trial.as_ref().filter(|_| is_trial).unwrap_or(&self.proven);
         let result = self.endpoint.fetch(&candidate.pair.app_key, &candidate.pair.app_secret).await;
-        let label = result.as_ref().map_or_else(FetchError::class, |_| "ok");
+        let label = result.as_ref().map_or_else(|error| error.reason().cause.as_str(), |_| "ok");
         self.metrics.fetches.with_label_values(&[&slot.name, label]).inc();
         match result {
             Ok(fetched) => self.succeed(slot, fetched, sent, is_trial),
@@ -182,17 +179,20 @@ impl Fetcher {
     }
 
     fn fail(&mut self, slot: &Slot, error: &FetchError) {
-        tracing::warn!(credential = slot.name, error = said(error, &self.proven.pair, slot), "no token");
+        let (reason, text) = said(error, &self.proven.pair, slot);
+        tracing::warn!(credential = slot.name, cause = %reason.cause, error = text, "no token");
         let urgent = slot.usable().is_none() && slot.is_awaited();
         self.proven.retry.failed(error.failure(), urgent, Instant::now(), jitter());
-        slot.fetch_failed(error.class(), self.held());
+        slot.fetch_failed(LastError::now(reason.cause, text), self.held());
     }
 
     fn fail_trial(&mut self, slot: &Slot, error: &FetchError) {
         let pair = self.trial.as_ref().map_or(&self.proven.pair, |trial| &trial.pair);
+        let (reason, text) = said(error, pair, slot);
         tracing::warn!(
             credential = slot.name,
-            error = said(error, pair, slot),
+            cause = %reason.cause,
+            error = text,
             "the changed secret brought no token; the old one stays in use"
         );
         let urgent = slot.usable().is_none() && slot.is_awaited();
@@ -288,22 +288,14 @@ impl Live {
     }
 }
 
-/// What an error says, for the log. The other side has a say in some, such as by the names in its certificate: they may be long,
-/// odd, or quote the credential.
-fn said(error: &FetchError, pair: &Pair, slot: &Slot) -> String {
-    let text = error.to_string();
+/// Why a fetch failed, and what is shown of it.
+fn said(error: &FetchError, pair: &Pair, slot: &Slot) -> (Reason, String) {
+    let reason = error.reason();
     let pair = Needles::new([b"", pair.app_key.expose(), pair.app_secret.expose()]);
     let live = slot.live.load();
     let token = live.as_ref().map(|live| live.token.needles());
-    if [Some(&pair), token].into_iter().flatten().any(|needles| needles.are_in(text.as_bytes())) {
-        return format!("{}: what it says quotes the credential", error.class());
-    }
-    let cut = text.char_indices().map(|(place, _)| place).find(|place| *place >= MAX_TEXT);
-    let mut plain =
-        text[..cut.unwrap_or(text.len())].replace(|c: char| c.is_ascii_control(), " ").into_bytes();
-    plain::escape(&mut plain, 0);
-    plain.extend_from_slice(cut.map_or(b"", |_| b" (cut)"));
-    String::from_utf8(plain).unwrap_or_default()
+    let text = shown(&reason, [Some(&pair), token].into_iter().flatten());
+    (reason, text)
 }
 
 /// A number from 0 to 1.

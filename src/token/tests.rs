@@ -21,6 +21,11 @@ use crate::{
 };
 use endpoint::FetchError;
 
+/// Why fetches fail, if they do.
+fn failing(slot: &Slot) -> Option<Cause> {
+    slot.status().last_error.filter(|last| last.over.is_none()).map(|last| last.cause)
+}
+
 /// The margin of promised deadlines: the machine may be busy.
 const MARGIN: u32 = 4;
 
@@ -205,9 +210,9 @@ async fn a_fetch_that_is_under_way_and_fails_answers_all_who_wait_for_it() {
     let first = beside(async move { slot.replace(1).await.map(|token| token.generation()) });
     until("the second fetch", || rig.calls() == 2).await;
     let begin = Instant::now();
-    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed);
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
-    assert_eq!((first.await.unwrap(), rig.calls()), (Err(NoOther::Failed), 2));
+    assert_eq!((first.await.unwrap(), rig.calls()), (Err(NoOther::Failed(Cause::TokenStatus)), 2));
 }
 
 #[tokio::test]
@@ -225,7 +230,7 @@ async fn a_refused_token_is_not_handed_out_while_another_is_fetched() {
 async fn a_failed_refresh_puts_the_refused_token_back_into_use() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed);
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
     assert_eq!((rig.generation().await, rig.calls()), (1, 2));
 }
 
@@ -254,10 +259,10 @@ async fn a_refusal_during_a_long_back_off_is_looked_into_soon() {
 async fn a_refusal_while_the_endpoint_refuses_the_pair_is_answered_at_once_and_the_token_stays() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 403 }] }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed);
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed(Cause::TokenRefused));
     assert_eq!(rig.calls(), 2);
     let begin = Instant::now();
-    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed);
+    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed(Cause::TokenRefused));
     assert!(begin.elapsed() < Duration::from_secs(10), "no wait for a fetch that cannot come");
     assert_eq!((rig.generation().await, rig.calls()), (1, 2));
 }
@@ -323,7 +328,7 @@ async fn no_token_in_time_says_when_to_come_back() {
         token.wait = Duration::from_millis(100);
     });
     let error = rig.slot.token().await.unwrap_err();
-    assert_eq!(error, TokenError::Unavailable { retry_after: Duration::from_secs(1) });
+    assert_eq!(error, TokenError::Unavailable { cause: Cause::Timeout, retry_after: Duration::from_secs(1) });
 }
 
 #[tokio::test]
@@ -334,10 +339,10 @@ async fn a_time_that_the_endpoint_names_is_kept_up_to_a_minute() {
     );
     for _ in 0..2 {
         match rig.slot.token().await.unwrap_err() {
-            TokenError::Unavailable { retry_after } => {
+            TokenError::Unavailable { cause: Cause::TokenStatus, retry_after } => {
                 assert!((30..=60).contains(&retry_after.as_secs()), "{retry_after:?}");
             }
-            error @ TokenError::CredentialRefused { .. } => panic!("{error}"),
+            error => panic!("{error}"),
         }
     }
     assert_eq!(rig.calls(), 1);
@@ -379,7 +384,7 @@ async fn a_token_in_hand_serves_while_the_endpoint_refuses_the_pair_and_not_beyo
     let rig = Rig::start(json!({ "lifetime_ms": 6000, "token": [{ "after": 1, "status": 403 }] }));
     assert_eq!(rig.generation().await, 1);
     until("the refused refresh", || rig.calls() == 2).await;
-    until("the end of the fetch", || rig.slot.status().last_error == Some("refused")).await;
+    until("the end of the fetch", || failing(&rig.slot) == Some(Cause::TokenRefused)).await;
     assert_eq!(rig.generation().await, 1);
     until("the end of the token", || rig.slot.current().is_none()).await;
     assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })));
@@ -544,12 +549,12 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
     let pause = next.at - Instant::now();
     assert!(next.is_trial && (20..=30).contains(&pause.as_secs()), "{pause:?}");
     assert!(fetcher.proven.retry.at(false, None) <= Instant::now(), "the old pair may be used at any time");
-    assert!(rig.slot.token().await.is_ok() && rig.slot.status().last_error.is_none());
+    assert!(rig.slot.token().await.is_ok() && failing(&rig.slot).is_none());
 
     // The cloud now takes the new secret only. The old pair fails when it is due, and the new one serves.
     rig.sandbox.secret("sandbox-app-key", "of-tomorrow");
     fetcher.fetch(&rig.slot, false).await;
-    assert_eq!(rig.slot.status().last_error, Some("refused"));
+    assert_eq!(failing(&rig.slot), Some(Cause::TokenRefused));
     fetcher.fetch(&rig.slot, true).await;
     assert_eq!((rig.told(), rig.generation().await), (vec!["refused".to_owned(), "accepted".to_owned()], 2));
     assert!(fetcher.trial.is_none() && fetcher.next(&rig.slot).at > next.at);

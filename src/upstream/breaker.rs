@@ -17,8 +17,7 @@ use http::StatusCode;
 use prometheus::{IntCounter, IntGauge, Registry};
 use thiserror::Error;
 
-use super::pool::{NoConnection, Reserved};
-use crate::{clock, config};
+use crate::{cause::Cause, clock, config};
 
 /// The longest pause, in nanoseconds.
 const LONGEST: u64 = 30_000_000_000;
@@ -32,7 +31,7 @@ pub enum Health {
     /// Somebody answered.
     Up,
     /// Nobody is at work there.
-    Down,
+    Down(Cause),
     /// It told nothing.
     Unclear,
 }
@@ -42,7 +41,7 @@ impl Health {
     pub fn of(status: StatusCode) -> Self {
         match status {
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
-                Self::Down
+                Self::Down(Cause::ReplyStatus)
             }
             _ => Self::Up,
         }
@@ -51,8 +50,13 @@ impl Health {
 
 /// The upstream is left alone.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("the upstream failed several times in a row and is left alone for a moment; nothing was sent")]
+#[error(
+    "the upstream failed several times in a row (last: {}) and is left alone for a moment; nothing was sent",
+    .cause.meaning()
+)]
 pub struct Suspended {
+    /// Why it failed last.
+    pub cause: Cause,
     /// When to come back.
     pub retry_after: Duration,
 }
@@ -107,21 +111,10 @@ impl Breaker {
         if self.is_calm.load(Ordering::Relaxed) {
             return Ok(Passage { probe: None });
         }
-        let passed = self.circuit().pass(clock::nanos());
-        let is_probe = passed.map_err(|wait| Suspended { retry_after: wait })?;
+        let mut circuit = self.circuit();
+        let passed = circuit.pass(clock::nanos());
+        let is_probe = passed.map_err(|retry_after| Suspended { cause: circuit.cause, retry_after })?;
         Ok(Passage { probe: is_probe.then(|| self.clone()) })
-    }
-
-    /// A connection was reserved, or not.
-    pub fn reserved(
-        &self,
-        passage: &mut Passage,
-        reserved: Result<Reserved, NoConnection>,
-    ) -> Result<Reserved, NoConnection> {
-        if let Err(NoConnection::Connect(_) | NoConnection::Closed) = reserved {
-            self.judge(passage, Health::Down);
-        }
-        reserved
     }
 
     /// A request that passed has told something.
@@ -139,11 +132,14 @@ impl Breaker {
             return;
         }
         self.metrics.suspended.set(is_open.into());
+        let cause = circuit.cause;
         drop(circuit);
         if is_open {
             self.metrics.suspensions.inc();
             tracing::warn!(
-                "the upstream failed several times in a row: requests are refused, and it is probed"
+                %cause,
+                "the upstream failed several times in a row, and last {}: requests are refused, and it is probed",
+                cause.meaning()
             );
         } else {
             tracing::info!("the upstream answers again");
@@ -176,6 +172,8 @@ struct Circuit {
     first_pause: u64,
     /// In a row.
     failures: u32,
+    /// Of the last failure.
+    cause: Cause,
     open: Option<Open>,
 }
 
@@ -188,7 +186,7 @@ struct Open {
 
 impl Circuit {
     fn new(threshold: u32, first_pause: u64) -> Self {
-        Self { threshold, first_pause, failures: 0, open: None }
+        Self { threshold, first_pause, failures: 0, cause: Cause::Timeout, open: None }
     }
 
     /// Whether a request that passes is a probe; when to come back, if none may.
@@ -206,22 +204,25 @@ impl Circuit {
 
     /// What began before a suspension has no say in it.
     fn judge(&mut self, is_probe: bool, health: Health, now: u64) {
+        if let Health::Down(cause) = health {
+            self.cause = cause;
+        }
         match (&mut self.open, is_probe, health) {
             (Some(_), true, Health::Up) => (self.open, self.failures) = (None, 0),
-            (Some(open), true, Health::Down) => {
+            (Some(open), true, Health::Down(_)) => {
                 let pause = (open.pause * 2).min(LONGEST.max(self.first_pause));
                 *open = Open { until: now + pause, pause, is_probed: false };
             }
             (Some(open), true, Health::Unclear) => open.is_probed = false,
             (None, _, Health::Up) => self.failures = 0,
-            (None, _, Health::Down) if self.threshold > 0 => {
+            (None, _, Health::Down(_)) if self.threshold > 0 => {
                 self.failures += 1;
                 if self.failures >= self.threshold {
                     let pause = self.first_pause;
                     self.open = Some(Open { until: now + pause, pause, is_probed: false });
                 }
             }
-            (Some(_), false, _) | (None, _, Health::Down | Health::Unclear) => {}
+            (Some(_), false, _) | (None, _, Health::Down(_) | Health::Unclear) => {}
         }
     }
 }
@@ -233,17 +234,18 @@ mod tests {
     use super::*;
 
     const PAUSE: u64 = 1_000_000_000;
+    const DOWN: Health = Health::Down(Cause::Refused);
 
     #[test]
     fn only_failures_in_a_row_suspend_and_a_probe_ends_it() {
         let mut circuit = Circuit::new(3, PAUSE);
-        for health in [Health::Down, Health::Down, Health::Up, Health::Down, Health::Down] {
+        for health in [DOWN, DOWN, Health::Up, DOWN, DOWN] {
             assert_eq!(circuit.pass(0), Ok(false));
             circuit.judge(false, health, 0);
         }
         circuit.judge(false, Health::Unclear, 0);
         assert_eq!(circuit.pass(0), Ok(false), "the control");
-        circuit.judge(false, Health::Down, 0);
+        circuit.judge(false, DOWN, 0);
         assert_eq!(circuit.pass(PAUSE - 1), Err(Duration::from_nanos(1)));
         assert_eq!(circuit.pass(PAUSE), Ok(true));
         assert_eq!(circuit.pass(PAUSE), Err(SOON), "one probe");
@@ -251,19 +253,19 @@ mod tests {
         assert_eq!(circuit.pass(PAUSE), Err(SOON));
         circuit.judge(true, Health::Unclear, PAUSE);
         assert_eq!(circuit.pass(PAUSE), Ok(true), "the next probe");
-        circuit.judge(true, Health::Down, PAUSE);
+        circuit.judge(true, DOWN, PAUSE);
         assert_eq!(circuit.pass(3 * PAUSE - 1), Err(Duration::from_nanos(1)), "twice as long");
         assert_eq!(circuit.pass(3 * PAUSE), Ok(true));
         circuit.judge(true, Health::Up, 3 * PAUSE);
         assert_eq!(circuit.pass(3 * PAUSE), Ok(false));
-        circuit.judge(false, Health::Down, 3 * PAUSE);
+        circuit.judge(false, DOWN, 3 * PAUSE);
         assert_eq!(circuit.pass(3 * PAUSE), Ok(false), "the count begins anew");
     }
 
     #[test]
     fn without_a_threshold_nothing_suspends() {
         let mut circuit = Circuit::new(0, PAUSE);
-        (0..1000).for_each(|_| circuit.judge(false, Health::Down, 0));
+        (0..1000).for_each(|_| circuit.judge(false, DOWN, 0));
         assert_eq!(circuit.pass(0), Ok(false));
     }
 
@@ -274,7 +276,7 @@ mod tests {
     }
 
     fn event() -> impl Strategy<Value = Event> {
-        let health = prop_oneof![Just(Health::Up), Just(Health::Down), Just(Health::Unclear)];
+        let health = prop_oneof![Just(Health::Up), Just(DOWN), Just(Health::Unclear)];
         prop_oneof![
             (0..2 * PAUSE).prop_map(Event::Pass),
             (any::<usize>(), health).prop_map(|(which, health)| Event::Judge(which, health)),

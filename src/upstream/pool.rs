@@ -40,8 +40,9 @@ use super::{
     queue::Queue,
 };
 use crate::{
+    cause::{Cause, Reason},
     clock,
-    connect::{ConnectError, Connector, Stream},
+    connect::{Connector, Stream},
 };
 
 /// The upstream's answer may have this much head; hyper's own bound is far higher.
@@ -56,23 +57,42 @@ pub enum NoConnection {
     /// All connections were busy for as long as a caller may wait.
     #[error("all upstream connections are busy")]
     Busy,
-    /// None could be made.
-    #[error(transparent)]
-    Connect(#[from] Arc<ConnectError>),
-    /// The connection closed before the first request.
-    #[error("the upstream closed a new connection")]
-    Closed,
+    /// None could be made, or it closed before the first request.
+    #[error("{0}")]
+    Failed(Reason),
+}
+
+impl From<Reason> for NoConnection {
+    fn from(reason: Reason) -> Self {
+        Self::Failed(reason)
+    }
 }
 
 /// Why a request got no answer.
 #[derive(Debug, Error)]
 pub enum SendError {
-    /// There is no connection.
-    #[error("no connection")]
+    /// There is no connection, or it takes no more.
+    #[error("the connection takes no more requests")]
     Closed,
     /// The exchange broke off.
     #[error(transparent)]
     Http(#[from] hyper::Error),
+}
+
+impl SendError {
+    /// Why, for who is told.
+    #[cold]
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Closed => closed(),
+            Self::Http(error) => Reason::of_exchange(error),
+        }
+    }
+}
+
+/// A connection was closed before it had a request.
+fn closed() -> Reason {
+    Reason::new(Cause::Reset, "the upstream closed a new connection")
 }
 
 /// Counts of upstream connections.
@@ -278,7 +298,9 @@ impl Pool {
     async fn new_place(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Result<Place, NoConnection> {
         match self.connect(permit).await? {
             Opened::Http1(connection, permit) => Ok(Place::Http1(connection, permit)),
-            Opened::Http2(connection) => connection.stream().map(Place::Http2).ok_or(NoConnection::Closed),
+            Opened::Http2(connection) => {
+                connection.stream().map(Place::Http2).ok_or_else(|| NoConnection::Failed(no_streams()))
+            }
         }
     }
 
@@ -372,34 +394,37 @@ impl Pool {
     }
 
     async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Opened, NoConnection> {
-        let (stream, generation) = self.connector.connect_under().await.map_err(|error| {
-            self.metrics.connects.with_label_values(&[error.class()]).inc();
-            Arc::new(error)
-        })?;
-        let opened = match &self.http2 {
+        let opened = self.open(permit).await;
+        let result = opened.as_ref().map_or_else(|reason| reason.cause.as_str(), |_| "ok");
+        self.metrics.connects.with_label_values(&[result]).inc();
+        Ok(opened?)
+    }
+
+    async fn open(&self, permit: OwnedSemaphorePermit) -> Result<Opened, Reason> {
+        let (stream, generation) = self.connector.connect_under().await?;
+        match &self.http2 {
             Some(http2) if stream.is_http2() => {
                 let opened = timeout(self.wait, self.greet_http2(stream, generation, permit)).await;
-                let connection = Arc::new(opened.map_err(|_| NoConnection::Closed)??);
+                let late = |_| Reason::new(Cause::Timeout, "the upstream did not greet over HTTP/2 in time");
+                let connection = Arc::new(opened.map_err(late)??);
                 if !connection.is_usable() {
-                    return Err(NoConnection::Closed);
+                    return Err(no_streams());
                 }
                 http2.picked(true);
                 http2.add(connection.clone());
-                Opened::Http2(connection)
+                Ok(Opened::Http2(connection))
             }
             _ => {
                 let connection = self.greet_http1(stream, generation).await?;
                 if let Some(http2) = &self.http2 {
                     http2.picked(false);
                 }
-                Opened::Http1(connection, permit)
+                Ok(Opened::Http1(connection, permit))
             }
-        };
-        self.metrics.connects.with_label_values(&["ok"]).inc();
-        Ok(opened)
+        }
     }
 
-    async fn greet_http1(&self, stream: Stream, generation: u64) -> Result<Connection, NoConnection> {
+    async fn greet_http1(&self, stream: Stream, generation: u64) -> Result<Connection, Reason> {
         let (written, probe) = (Arc::new(AtomicU64::new(0)), probe(&stream)?);
         let io = Counted {
             stream,
@@ -412,7 +437,7 @@ impl Pool {
             .writev(false) // one buffer and send(2) cost less than two and writev(2)
             .handshake(TokioIo::new(io))
             .await
-            .map_err(|_| NoConnection::Closed)?;
+            .map_err(|error| Reason::of_exchange(&error))?;
         let task = tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "upstream connection ended");
@@ -426,15 +451,12 @@ impl Pool {
         stream: Stream,
         generation: u64,
         permit: OwnedSemaphorePermit,
-    ) -> Result<http2::Connection, NoConnection> {
+    ) -> Result<http2::Connection, Reason> {
         let (received, probe) = (Received::default(), probe(&stream)?);
         let (reads, open) = (received.reads(), Open::count(&self.metrics.open));
         let io = Counted { stream, written: Arc::default(), received: Some(received), _open: open };
         let opened = http2::Connection::open(io, reads, (probe, generation), permit, self.wait).await;
-        opened.map_err(|error| {
-            tracing::debug!(%error, "the upstream closed a new connection");
-            NoConnection::Closed
-        })
+        opened.map_err(|error| Reason::of_exchange(&error))
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
@@ -511,7 +533,7 @@ impl Reserved {
                 let but = http2.release(stream);
                 Box::pin(self.pool.shared(http2, Some(&but))).await?.0
             }
-            (None, _) | (_, None) => return Err(NoConnection::Closed),
+            (None, _) | (_, None) => return Err(closed().into()),
         });
         Ok(())
     }
@@ -574,9 +596,14 @@ impl Drop for Reserved {
     }
 }
 
-fn probe(stream: &Stream) -> Result<OwnedFd, NoConnection> {
+fn probe(stream: &Stream) -> Result<OwnedFd, Reason> {
     let probe = stream.socket().as_fd().try_clone_to_owned();
-    Ok(probe.map_err(|error| Arc::new(ConnectError::from(error)))?)
+    probe.map_err(|error| Reason::new(Cause::of_io(&error), error))
+}
+
+/// The upstream allows no stream on a new connection.
+fn no_streams() -> Reason {
+    Reason::new(Cause::NotProcessed, "the upstream allows no request on a new HTTP/2 connection")
 }
 
 /// Nothing to read and no end in sight: an idle connection has nothing to say.

@@ -20,6 +20,7 @@ mod http2;
 mod bounds;
 mod overload;
 mod egress;
+mod causes;
 mod namespaces;
 mod token;
 mod audit;

@@ -49,7 +49,7 @@ fn an_upstream_that_is_down_is_left_alone() {
         }
         calls(&gateway, 20).iter().for_each(assert_suspended);
         assert_eq!((sandbox.requests().len(), gateway.records("intent", 3).len()), (3, 3));
-        assert_eq!(gateway.admin("/status").json()["upstream_suspended"], true);
+        assert_eq!(gateway.admin("/status").json()["upstream"]["suspended"], true);
         let metrics = gateway.admin("/metrics").body;
         assert!(metrics.contains("ccsqm_gateway_upstream_suspended 1"), "{metrics}");
         assert!(metrics.contains("ccsqm_gateway_upstream_suspensions_total 1"), "{metrics}");

@@ -1,0 +1,334 @@
+//! Why a step on the way to the cloud failed: one word, the same in problem, trail, metric, `/status` and log.
+//!
+//! The word is for everybody. The full text is for operators only: it may name addresses, and the other side has a say in
+//! it, such as by the names in its certificate.
+
+use std::{error::Error as _, fmt, io, sync::Arc};
+
+use jiff::Timestamp;
+use rustls::{AlertDescription, CertificateError};
+use serde::{Serialize, Serializer};
+
+use crate::{plain, secret::needles::Needles};
+
+/// So much of a text is shown, in bytes.
+const MAX_TEXT: usize = 256;
+
+/// The cause of a failure. Stable: callers and alerts may match on its word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// The name does not resolve.
+    Dns,
+    /// Without TLS nothing is sent beyond loopback, and the name leads there.
+    NotLoopback,
+    /// Nobody listens at the address.
+    Refused,
+    /// There is no way to the address.
+    Unreachable,
+    /// It took too long.
+    Timeout,
+    /// The other side closed or reset the connection.
+    Reset,
+    /// The gateway's own machine denies it: files, ports or memory.
+    Local,
+    /// The certificate is of no root that is trusted, or is revoked or malformed.
+    TlsUntrusted,
+    /// The certificate has expired, or is not valid yet.
+    TlsExpired,
+    /// The certificate is for another name.
+    TlsName,
+    /// The other side refuses the gateway's own certificate, or wants one.
+    TlsIdentity,
+    /// No TLS, or none that both sides speak.
+    TlsProtocol,
+    /// The proxy opens no tunnel.
+    ProxyRefused,
+    /// The proxy's answer is not one to CONNECT.
+    ProxyUnreadable,
+    /// The proxy closed the connection before its answer was whole.
+    ProxyCut,
+    /// The upstream says that it did not process the request, or allows none.
+    NotProcessed,
+    /// The answer is not HTTP, or not within bounds.
+    ReplyUnreadable,
+    /// The answer broke off.
+    ReplyCut,
+    /// The upstream answered with 502, 503 or 504.
+    ReplyStatus,
+    /// The upstream refuses a token that was just fetched.
+    TokenRejected,
+    /// The token endpoint refuses the credential.
+    TokenRefused,
+    /// The token endpoint answered with a status that may pass.
+    TokenStatus,
+    /// The token endpoint's answer holds no usable token.
+    TokenUnreadable,
+}
+
+impl Cause {
+    /// How many there are.
+    pub const COUNT: usize = 23;
+
+    /// All of them.
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::Dns,
+        Self::NotLoopback,
+        Self::Refused,
+        Self::Unreachable,
+        Self::Timeout,
+        Self::Reset,
+        Self::Local,
+        Self::TlsUntrusted,
+        Self::TlsExpired,
+        Self::TlsName,
+        Self::TlsIdentity,
+        Self::TlsProtocol,
+        Self::ProxyRefused,
+        Self::ProxyUnreadable,
+        Self::ProxyCut,
+        Self::NotProcessed,
+        Self::ReplyUnreadable,
+        Self::ReplyCut,
+        Self::ReplyStatus,
+        Self::TokenRejected,
+        Self::TokenRefused,
+        Self::TokenStatus,
+        Self::TokenUnreadable,
+    ];
+
+    /// The word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Dns => "dns",
+            Self::NotLoopback => "not_loopback",
+            Self::Refused => "refused",
+            Self::Unreachable => "unreachable",
+            Self::Timeout => "timeout",
+            Self::Reset => "reset",
+            Self::Local => "local",
+            Self::TlsUntrusted => "tls_untrusted",
+            Self::TlsExpired => "tls_expired",
+            Self::TlsName => "tls_name",
+            Self::TlsIdentity => "tls_identity",
+            Self::TlsProtocol => "tls_protocol",
+            Self::ProxyRefused => "proxy_refused",
+            Self::ProxyUnreadable => "proxy_unreadable",
+            Self::ProxyCut => "proxy_cut",
+            Self::NotProcessed => "not_processed",
+            Self::ReplyUnreadable => "reply_unreadable",
+            Self::ReplyCut => "reply_cut",
+            Self::ReplyStatus => "reply_status",
+            Self::TokenRejected => "token_rejected",
+            Self::TokenRefused => "token_refused",
+            Self::TokenStatus => "token_status",
+            Self::TokenUnreadable => "token_unreadable",
+        }
+    }
+
+    /// What it means of the other side, *it*, in words that a caller may read.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Self::Dns => "its name does not resolve",
+            Self::NotLoopback => "its name leads beyond loopback, where nothing is sent without TLS",
+            Self::Refused => "nobody listens at its address",
+            Self::Unreachable => "there is no way to its address",
+            Self::Timeout => "it took too long",
+            Self::Reset => "it closed the connection",
+            Self::Local => "the gateway's own machine has no file, port or memory left for it",
+            Self::TlsUntrusted => "its certificate is not trusted",
+            Self::TlsExpired => "its certificate has expired, or is not valid yet",
+            Self::TlsName => "its certificate is for another name",
+            Self::TlsIdentity => "it refuses the gateway's own certificate, or wants one",
+            Self::TlsProtocol => "it does not speak TLS, or none of the gateway's versions",
+            Self::ProxyRefused => "the proxy on the way to it refuses",
+            Self::ProxyUnreadable => "the proxy on the way to it gives no answer to CONNECT",
+            Self::ProxyCut => "the proxy on the way to it closed the connection",
+            Self::NotProcessed => "it takes no request at the moment",
+            Self::ReplyUnreadable => "its answer cannot be read",
+            Self::ReplyCut => "its answer broke off",
+            Self::ReplyStatus => "it answers that it is out of service",
+            Self::TokenRejected => "it refuses a token that was just fetched",
+            Self::TokenRefused => "it refuses the credential",
+            Self::TokenStatus => "it answers with an error",
+            Self::TokenUnreadable => "its answer holds no usable token",
+        }
+    }
+
+    /// The cause of an error of a socket, or of TLS on it.
+    pub fn of_io(error: &io::Error) -> Self {
+        use io::ErrorKind as Kind;
+        if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref()) {
+            return Self::of_tls(tls);
+        }
+        match error.kind() {
+            Kind::ConnectionRefused => Self::Refused,
+            Kind::TimedOut => Self::Timeout,
+            Kind::ConnectionReset
+            | Kind::ConnectionAborted
+            | Kind::BrokenPipe
+            | Kind::NotConnected
+            | Kind::UnexpectedEof => Self::Reset,
+            Kind::HostUnreachable | Kind::NetworkUnreachable | Kind::NetworkDown => Self::Unreachable,
+            _ => Self::Local,
+        }
+    }
+
+    fn of_tls(error: &rustls::Error) -> Self {
+        use CertificateError as Certificate;
+        match error {
+            rustls::Error::InvalidCertificate(why) => match why {
+                Certificate::Expired
+                | Certificate::ExpiredContext { .. }
+                | Certificate::NotValidYet
+                | Certificate::NotValidYetContext { .. } => Self::TlsExpired,
+                Certificate::NotValidForName | Certificate::NotValidForNameContext { .. } => Self::TlsName,
+                _ => Self::TlsUntrusted,
+            },
+            rustls::Error::AlertReceived(alert) if is_of_certificate(*alert) => Self::TlsIdentity,
+            _ => Self::TlsProtocol,
+        }
+    }
+
+    /// The cause of an exchange's failure. What broke it lies in the errors below hyper's.
+    pub fn of_exchange(error: &hyper::Error) -> Self {
+        let mut below = error.source();
+        while let Some(source) = below {
+            if let Some(error) = source.downcast_ref::<h2::Error>() {
+                return Self::of_http2(error);
+            }
+            if let Some(error) = source.downcast_ref::<io::Error>() {
+                return Self::of_reply(error);
+            }
+            below = source.source();
+        }
+        match error {
+            _ if error.is_parse() => Self::ReplyUnreadable,
+            _ if error.is_incomplete_message() => Self::ReplyCut,
+            _ => Self::Reset,
+        }
+    }
+
+    fn of_http2(error: &h2::Error) -> Self {
+        match error.get_io() {
+            Some(error) => Self::of_reply(error),
+            None if error.reason() == Some(h2::Reason::REFUSED_STREAM) => Self::NotProcessed,
+            None if error.is_remote() => Self::Reset,
+            None => Self::ReplyUnreadable,
+        }
+    }
+
+    /// Of an error while an answer is read: hyper tells bad framing by it, too.
+    fn of_reply(error: &io::Error) -> Self {
+        let is_of_tls = error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => Self::ReplyCut,
+            io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput if !is_of_tls => Self::ReplyUnreadable,
+            _ => Self::of_io(error),
+        }
+    }
+}
+
+/// Whether an alert is about the gateway's own certificate (RFC 8446, section 6.2).
+fn is_of_certificate(alert: AlertDescription) -> bool {
+    matches!(
+        alert,
+        AlertDescription::NoCertificate
+            | AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::UnknownCA
+            | AlertDescription::AccessDenied
+            | AlertDescription::CertificateRequired
+    )
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl Serialize for Cause {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+/// A cause with its full text.
+#[derive(Clone, Debug)]
+pub struct Reason {
+    /// The word.
+    pub cause: Cause,
+    /// What the error says, as it came: see [`shown`].
+    pub text: Arc<str>,
+}
+
+impl Reason {
+    /// A reason of its own words.
+    pub fn new(cause: Cause, text: impl fmt::Display) -> Self {
+        Self { cause, text: text.to_string().into() }
+    }
+
+    /// Why an exchange failed.
+    pub fn of_exchange(error: &hyper::Error) -> Self {
+        let mut text = error.to_string();
+        let mut below = error.source();
+        while let Some(source) = below {
+            text = format!("{text}: {source}");
+            below = source.source();
+        }
+        Self::new(Cause::of_exchange(error), text)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// The last failure, as `/status` tells it.
+#[derive(Clone, Debug, Serialize)]
+pub struct LastError {
+    /// The word.
+    pub cause: Cause,
+    /// The full text, [shown](shown).
+    pub detail: String,
+    /// When it happened (RFC 3339).
+    pub time: String,
+    /// When it worked again; absent while it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub over: Option<String>,
+}
+
+impl LastError {
+    /// One that happens now.
+    pub fn now(cause: Cause, detail: String) -> Self {
+        Self { cause, detail, time: now(), over: None }
+    }
+
+    /// It works again.
+    pub fn is_over(&mut self) {
+        self.over.get_or_insert_with(now);
+    }
+}
+
+/// Now, to the second.
+fn now() -> String {
+    Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default().to_string()
+}
+
+/// What an error says, for operators: in one line, and without what quotes the credential. The other side has a say in some
+/// texts, such as by the names in its certificate: they may be long, odd, or quote.
+pub fn shown<'a>(reason: &Reason, needles: impl IntoIterator<Item = &'a Needles>) -> String {
+    let text = &*reason.text;
+    if needles.into_iter().any(|needles| needles.are_in(text.as_bytes())) {
+        return format!("{}: what it says quotes the credential", reason.cause);
+    }
+    let cut = text.char_indices().map(|(place, _)| place).find(|place| *place >= MAX_TEXT);
+    let mut plain = plain::line(&text[..cut.unwrap_or(text.len())]);
+    plain.push_str(cut.map_or("", |_| " (cut)"));
+    plain
+}

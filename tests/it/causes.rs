@@ -1,0 +1,375 @@
+//! Why a call failed: one word in reply, trail, metric, `/status` and log.
+
+use std::{
+    any::Any,
+    collections::HashSet,
+    fs,
+    io::Write,
+    net::{SocketAddr, TcpStream},
+    process::Command,
+    sync::Arc,
+};
+
+use ccsqm_gateway::{
+    cause::Cause,
+    sandbox::{Options, Sandbox},
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{
+    callers::Ca,
+    egress::{Proxy, guard},
+    exchange::certificate,
+    http2_upstream::Upstream,
+    support::*,
+};
+
+/// RFC 9113, section 7.
+const REFUSED_STREAM: u32 = 7;
+
+/// Who fails.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Upstream,
+    Token,
+}
+use Side::{Token, Upstream as Business};
+
+/// A gateway whose call fails, and what must live as long.
+struct Broken {
+    gateway: Gateway,
+    _kept: Vec<Box<dyn Any>>,
+}
+
+/// One way to fail.
+struct Row {
+    side: Side,
+    cause: Cause,
+    start: fn() -> Broken,
+}
+
+/// A fresh sandbox and what a row makes of its settings.
+fn broken(side: Side, change: impl FnOnce(&Sandbox, Setup) -> Setup) -> Broken {
+    let sandbox = sandbox();
+    let setup = Setup::default().set("token.wait", "2s").set("upstream.connect_timeout", "1s");
+    let setup = match side {
+        Business => setup.set("upstream.timeout", "2s"),
+        Token => setup.set("token.timeout", "1s"),
+    };
+    let gateway = start_with(&sandbox, change(&sandbox, setup));
+    Broken { gateway, _kept: vec![Box::new(sandbox)] }
+}
+
+/// Somewhere else, on one side.
+fn at(side: Side, url: String) -> Broken {
+    broken(side, |_, setup| elsewhere(side, setup, url))
+}
+
+fn elsewhere(side: Side, setup: Setup, url: String) -> Setup {
+    match side {
+        Business => Setup { base_url: Some(url), ..setup },
+        Token => Setup { token_url: Some(format!("{url}/apigovernance/api/oauth/tokenByAkSk")), ..setup },
+    }
+}
+
+/// A fault of the sandbox, on one side.
+fn fault(side: Side, fault: Value) -> Broken {
+    broken(side, |sandbox, setup| {
+        let faults = match side {
+            Business => json!({ "business": [fault] }),
+            Token => json!({ "token": [fault] }),
+        };
+        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        setup
+    })
+}
+
+/// A server with such a certificate.
+fn with_certificate(side: Side, name: &str, is_expired: bool, is_trusted: bool) -> Broken {
+    let (ca, tls) = certificate(name, is_expired);
+    let secure = Sandbox::start(Options { tls: Some(tls), ..Options::default() }).unwrap();
+    let ca = if is_trusted { ca } else { certificate(name, false).0 };
+    let mut broken = trusting(side, &ca, secure.address());
+    broken._kept.push(Box::new(secure));
+    broken
+}
+
+/// A gateway that speaks TLS to this address.
+fn trusting(side: Side, ca: &str, address: SocketAddr) -> Broken {
+    broken(side, |_, setup| {
+        let folder = TempDir::new().unwrap();
+        fs::write(folder.path().join("ca.pem"), ca).unwrap();
+        let setup = Setup { folder: Some(Arc::new(folder)), ..setup }.set("upstream.ca_file", "ca.pem");
+        elsewhere(side, setup, format!("https://localhost:{}", address.port()))
+    })
+}
+
+/// A proxy that answers so.
+fn behind_proxy(side: Side, answer: &'static str) -> Broken {
+    let proxy = Proxy::start(answer);
+    broken(side, |_, setup| {
+        let setup = elsewhere(side, setup, "https://localhost:1".into());
+        setup.set("upstream.proxy", proxy.url())
+    })
+}
+
+/// A gateway that sees this file in the place of that one.
+fn with_file(side: Side, path: &str, text: &str, url: &str) -> Broken {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    let mount = format!("mount --bind {} {path} && exec \"$@\"", file.path().display());
+    let through = ["unshare", "--mount", "sh", "-c", &mount, "sh"].map(str::to_owned).into();
+    let mut broken = broken(side, |_, setup| elsewhere(side, Setup { through, ..setup }, url.to_owned()));
+    broken._kept.push(Box::new(file));
+    broken
+}
+
+fn refused_streams() -> Broken {
+    let upstream = Upstream::start(|wire, request| wire.reset(request.stream, REFUSED_STREAM));
+    let ca = upstream.ca.clone();
+    let mut broken = broken(Business, |_, setup| {
+        let folder = TempDir::new().unwrap();
+        fs::write(folder.path().join("ca.pem"), ca).unwrap();
+        let setup = Setup { folder: Some(Arc::new(folder)), ..setup };
+        let setup = setup.set("upstream.ca_file", "ca.pem").set("upstream.http2", "auto");
+        elsewhere(Business, setup, upstream.url())
+    });
+    broken._kept.push(Box::new(upstream));
+    broken
+}
+
+/// A server that refuses the gateway's certificate, of which it has none.
+fn without_identity(side: Side) -> Broken {
+    let (ca, behind) = (Ca::new(), sandbox());
+    let address = guard(&ca, behind.address());
+    let mut broken = trusting(side, &ca.0.pem(), address);
+    broken._kept.push(Box::new(behind));
+    broken
+}
+
+const NO_DNS: &str = "hosts: files\n";
+const OUTSIDE: &str = "192.0.2.1 localhost\n";
+const TLS: &str = "https://127.0.0.1";
+
+/// Each cause, and more than one way to the commonest.
+const ROWS: &[Row] = &[
+    Row {
+        side: Business,
+        cause: Cause::Dns,
+        start: || with_file(Business, "/etc/nsswitch.conf", NO_DNS, "https://ccsqm.invalid"),
+    },
+    Row {
+        side: Token,
+        cause: Cause::Dns,
+        start: || with_file(Token, "/etc/nsswitch.conf", NO_DNS, "https://ccsqm.invalid"),
+    },
+    Row {
+        side: Business,
+        cause: Cause::NotLoopback,
+        start: || with_file(Business, "/etc/hosts", OUTSIDE, "http://localhost:1"),
+    },
+    Row { side: Business, cause: Cause::Refused, start: || at(Business, format!("http://{}", free())) },
+    Row { side: Token, cause: Cause::Refused, start: || at(Token, format!("http://{}", free())) },
+    // A connection to a group of machines there cannot be.
+    Row { side: Business, cause: Cause::Unreachable, start: || at(Business, "https://224.0.0.1".into()) },
+    Row { side: Business, cause: Cause::Timeout, start: || fault(Business, json!({ "instead": "hang" })) },
+    Row { side: Token, cause: Cause::Timeout, start: || fault(Token, json!({ "instead": "hang" })) },
+    Row { side: Business, cause: Cause::Reset, start: || fault(Business, json!({ "instead": "reset" })) },
+    Row { side: Token, cause: Cause::Reset, start: || fault(Token, json!({ "instead": "reset" })) },
+    Row { side: Business, cause: Cause::Local, start: || at(Business, format!("http://{}", free())) },
+    Row {
+        side: Business,
+        cause: Cause::TlsUntrusted,
+        start: || with_certificate(Business, "localhost", false, false),
+    },
+    Row {
+        side: Token,
+        cause: Cause::TlsUntrusted,
+        start: || with_certificate(Token, "localhost", false, false),
+    },
+    Row {
+        side: Business,
+        cause: Cause::TlsExpired,
+        start: || with_certificate(Business, "localhost", true, true),
+    },
+    Row {
+        side: Business,
+        cause: Cause::TlsName,
+        start: || with_certificate(Business, "other.test", false, true),
+    },
+    Row { side: Business, cause: Cause::TlsIdentity, start: || without_identity(Business) },
+    Row { side: Token, cause: Cause::TlsIdentity, start: || without_identity(Token) },
+    Row {
+        side: Business,
+        cause: Cause::TlsProtocol,
+        start: || {
+            broken(Business, |sandbox, setup| {
+                elsewhere(Business, setup, format!("{TLS}:{}", sandbox.address().port()))
+            })
+        },
+    },
+    Row {
+        side: Business,
+        cause: Cause::ProxyRefused,
+        start: || {
+            behind_proxy(Business, "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
+        },
+    },
+    Row {
+        side: Business,
+        cause: Cause::ProxyUnreadable,
+        start: || behind_proxy(Business, "220 smtp.example.org\r\n\r\n"),
+    },
+    Row {
+        side: Business,
+        cause: Cause::ProxyUnreadable,
+        start: || behind_proxy(Business, "HTTP/1.1 200 OK\r\n\r\nand more"),
+    },
+    Row { side: Business, cause: Cause::ProxyCut, start: || behind_proxy(Business, "") },
+    Row { side: Token, cause: Cause::ProxyCut, start: || behind_proxy(Token, "HTTP/1.1 200 OK\r\n") },
+    Row { side: Business, cause: Cause::NotProcessed, start: refused_streams },
+    Row {
+        side: Business,
+        cause: Cause::ReplyUnreadable,
+        start: || fault(Business, json!({ "instead": "garbage" })),
+    },
+    Row {
+        side: Token,
+        cause: Cause::ReplyUnreadable,
+        start: || fault(Token, json!({ "instead": "garbage" })),
+    },
+    Row {
+        side: Business,
+        cause: Cause::ReplyCut,
+        start: || fault(Business, json!({ "framing": "half_body" })),
+    },
+    Row {
+        side: Business,
+        cause: Cause::ReplyCut,
+        start: || fault(Business, json!({ "framing": "half_head" })),
+    },
+    Row { side: Token, cause: Cause::ReplyCut, start: || fault(Token, json!({ "framing": "half_body" })) },
+    Row { side: Business, cause: Cause::ReplyStatus, start: || fault(Business, json!({ "status": 503 })) },
+    Row { side: Business, cause: Cause::TokenRejected, start: || fault(Business, json!({ "status": 401 })) },
+    Row { side: Token, cause: Cause::TokenRefused, start: || fault(Token, json!({ "status": 401 })) },
+    Row { side: Token, cause: Cause::TokenStatus, start: || fault(Token, json!({ "status": 500 })) },
+    Row { side: Token, cause: Cause::TokenUnreadable, start: || fault(Token, json!({ "body": "{}" })) },
+];
+
+/// A call over a connection that is open already, while the process may open no other.
+fn call_without_files(gateway: &Gateway) -> Reply {
+    let mut stream = TcpStream::connect(gateway.address).unwrap();
+    stream.write_all(head(BODY.len(), "").as_bytes()).unwrap();
+    wait_for("the head", || (gateway.admin("/status").json()["requests_in_flight"] == 1).then_some(()));
+    let limit = |files: &str| {
+        let pid = gateway.pid().to_string();
+        let run = Command::new("prlimit").args(["--pid", &pid, &format!("--nofile={files}:")]).status();
+        assert!(run.unwrap().success());
+    };
+    limit("1");
+    stream.write_all(BODY.as_bytes()).unwrap();
+    let reply = read_reply(&mut stream);
+    limit("1024");
+    reply
+}
+
+fn check(row: &Row) {
+    let word = row.cause.as_str();
+    let Broken { gateway, .. } = &(row.start)();
+    let told = |reply: &Reply| format!("{word}: {reply:?} {}", gateway.log());
+    let reply = if row.cause == Cause::Local { call_without_files(gateway) } else { gateway.call() };
+    if row.cause == Cause::ReplyStatus {
+        assert_eq!(reply.status, 503, "it is passed on: {}", told(&reply));
+    } else {
+        let problem = serde_json::from_str::<Value>(&reply.body).unwrap_or_default();
+        assert_eq!(problem["cause"], word, "{}", told(&reply));
+    }
+    let id = &reply.headers["x-gateway-request-id"];
+    let record = wait_for("its record", || {
+        let mut records = records(&gateway.audit_directory(), "");
+        records.retain(|record| record["id"] == **id && record["kind"] != "intent");
+        records.pop()
+    });
+    assert_eq!(record["cause"], word, "{record}");
+
+    let metric = match row.side {
+        Business => format!("upstream_failures_total{{cause=\"{word}\"}} 1\n"),
+        Token => format!("token_fetches_total{{credential=\"default\",result=\"{word}\"}} "),
+    };
+    let metrics = gateway.admin("/metrics").body;
+    assert!(metrics.contains(&metric), "{word}: {metrics}");
+    let status = gateway.admin("/status").json();
+    let last = match row.side {
+        Business => &status["upstream"]["last_error"],
+        Token => &status["credentials"][0]["last_error"],
+    };
+    assert_eq!((&last["cause"], &last["over"]), (&json!(word), &Value::Null), "{status}");
+    let line = wait_for("the line", || {
+        let log = gateway.log();
+        let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines.map(|mut line| line["fields"].take()).find(|line| line["cause"] == word)
+    });
+    assert_eq!(line["error"], last["detail"], "{line}");
+    assert!(line["error"].as_str().unwrap().len() > 5, "{line}");
+}
+
+#[test]
+fn each_cause_of_a_failure_is_one_word_in_reply_trail_metric_status_and_log() {
+    let provoked: HashSet<_> = ROWS.iter().map(|row| row.cause).collect();
+    let missing: Vec<_> = Cause::ALL.into_iter().filter(|cause| !provoked.contains(cause)).collect();
+    assert!(missing.is_empty(), "no row provokes {missing:?}");
+    let rows = std::sync::Mutex::new(ROWS.iter());
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while let Some(row) = { rows.lock().unwrap().next() } {
+                    check(row);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_refused_token_without_another_has_the_cause_of_the_fetch() {
+    for (fault, cause) in [
+        (json!({ "after": 1, "status": 500 }), "token_status"),
+        (json!({ "after": 1, "instead": "reset" }), "reset"),
+    ] {
+        let sandbox = sandbox();
+        let faults = json!({ "business": [{ "times": 1, "status": 401 }], "token": [fault] });
+        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        let gateway = start(&sandbox);
+        let reply = gateway.call();
+        let said = (reply.status, reply.code(), reply.outcome());
+        assert_eq!(said, (503, "token_unavailable", "refused"), "{reply:?}");
+        assert_eq!(reply.json()["cause"], cause, "{reply:?}");
+        assert!(!reply.body.contains("purchased"), "{reply:?}");
+        assert_eq!(gateway.records("outcome", 1)[0]["cause"], cause);
+    }
+}
+
+#[test]
+fn the_readme_lists_each_cause() {
+    let readme = include_str!("../../README.md");
+    let begin = readme.find("| cause | means |").unwrap();
+    let table = readme[begin..].split("\n\n").next().unwrap();
+    let listed: Vec<_> = table.lines().skip(2).map(|line| line.split('`').nth(1).unwrap()).collect();
+    assert_eq!(listed, Cause::ALL.map(Cause::as_str));
+}
+
+#[test]
+fn a_failure_that_is_over_says_since_when() {
+    let sandbox = sandbox();
+    let faults = |faults| sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+    faults(json!({ "business": [{ "times": 1, "instead": "garbage" }] }));
+    let gateway = start(&sandbox);
+    let last = || gateway.admin("/status").json()["upstream"]["last_error"].take();
+    assert!(last().is_null(), "none yet");
+    assert_eq!(gateway.call().json()["cause"], "reply_unreadable");
+    assert!(last()["time"].is_string() && last()["over"].is_null());
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    assert_eq!(last()["cause"], "reply_unreadable");
+    assert!(last()["over"].is_string());
+}
