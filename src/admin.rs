@@ -203,6 +203,7 @@ impl Admin {
                 "suspended": state.terms.breaker.is_suspended(),
                 "last_error": state.terms.failures.last(),
             },
+            "caller_tls": { "last_error": self.metrics.caller_tls.last() },
             "idempotency": self.idempotency.status(),
             "routes": routes,
             "credentials": credentials,

@@ -3,13 +3,21 @@
 //! The word is for everybody. The full text is for operators only: it may name addresses, and the other side has a say in
 //! it, such as by the names in its certificate.
 
-use std::{error::Error as _, fmt, io, sync::Arc};
+use std::{
+    error::Error as _,
+    fmt, io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use jiff::Timestamp;
+use prometheus::IntCounterVec;
 use rustls::{AlertDescription, CertificateError};
 use serde::{Serialize, Serializer};
 
-use crate::{plain, secret::needles::Needles};
+use crate::{log::OncePerSecond, plain, secret::needles::Needles};
 
 /// So much of a text is shown, in bytes.
 const MAX_TEXT: usize = 256;
@@ -31,7 +39,7 @@ pub enum Cause {
     Reset,
     /// The gateway's own machine denies it: files, ports or memory.
     Local,
-    /// The certificate is of no root that is trusted, or is revoked or malformed.
+    /// The certificate is of no root that is trusted, or is revoked or malformed; or there is none.
     TlsUntrusted,
     /// The certificate has expired, or is not valid yet.
     TlsExpired,
@@ -184,6 +192,7 @@ impl Cause {
                 Certificate::NotValidForName | Certificate::NotValidForNameContext { .. } => Self::TlsName,
                 _ => Self::TlsUntrusted,
             },
+            rustls::Error::NoCertificatesPresented => Self::TlsUntrusted,
             rustls::Error::AlertReceived(alert) if is_of_certificate(*alert) => Self::TlsIdentity,
             _ => Self::TlsProtocol,
         }
@@ -228,7 +237,7 @@ impl Cause {
     }
 }
 
-/// Whether an alert is about the gateway's own certificate (RFC 8446, section 6.2).
+/// Whether an alert is about the gateway's own certificate, or a signature made for it (RFC 8446, section 6.2).
 fn is_of_certificate(alert: AlertDescription) -> bool {
     matches!(
         alert,
@@ -240,6 +249,7 @@ fn is_of_certificate(alert: AlertDescription) -> bool {
             | AlertDescription::CertificateUnknown
             | AlertDescription::UnknownCA
             | AlertDescription::AccessDenied
+            | AlertDescription::DecryptError
             | AlertDescription::CertificateRequired
     )
 }
@@ -312,6 +322,64 @@ impl LastError {
     /// It works again.
     pub fn is_over(&mut self) {
         self.over.get_or_insert_with(now);
+    }
+}
+
+/// Failures of one kind, told to operators: counted, logged, and the last one for `/status`.
+#[derive(Debug)]
+pub struct Failures {
+    count: IntCounterVec,
+    /// Each cause has a line a second.
+    lines: [OncePerSecond; Cause::COUNT],
+    /// The last one is not over.
+    is_failing: AtomicBool,
+    last: Mutex<Option<LastError>>,
+}
+
+impl Failures {
+    /// None so far; `count` has one label, the cause.
+    pub fn new(count: IntCounterVec) -> Self {
+        let lines = [const { OncePerSecond::new() }; Cause::COUNT];
+        Self { count, lines, is_failing: AtomicBool::new(false), last: Mutex::default() }
+    }
+
+    /// Something failed. `needles` are what must not be quoted. Returns the text, and how often it happened since it was
+    /// logged last, if it is to be logged now.
+    #[cold]
+    pub fn failed<'a>(
+        &self,
+        reason: &Reason,
+        needles: impl IntoIterator<Item = &'a Needles>,
+    ) -> Option<(String, u64)> {
+        let (cause, text) = (reason.cause, shown(reason, needles));
+        self.count.with_label_values(&[cause.as_str()]).inc();
+        *self.lock() = Some(LastError::now(cause, text.clone()));
+        self.is_failing.store(true, Ordering::Relaxed);
+        self.lines[cause as usize].times().map(|times| (text, times))
+    }
+
+    /// It works.
+    pub fn succeeded(&self) {
+        if self.is_failing.load(Ordering::Relaxed) {
+            self.end();
+        }
+    }
+
+    #[cold]
+    fn end(&self) {
+        self.is_failing.store(false, Ordering::Relaxed);
+        if let Some(last) = &mut *self.lock() {
+            last.is_over();
+        }
+    }
+
+    /// The last one.
+    pub fn last(&self) -> Option<LastError> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<LastError>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

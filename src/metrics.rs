@@ -13,6 +13,7 @@ use prometheus::{
 use crate::{
     admission::Bounds,
     audit,
+    cause::Failures,
     error::{Code, Stage},
     log,
     outcome::Outcome,
@@ -59,6 +60,8 @@ pub struct Metrics {
     keys: IntGauge,
     quota_percent: IntGauge,
     log_lines_dropped: IntCounter,
+    /// Callers' TLS handshakes that failed.
+    pub caller_tls: Failures,
 }
 
 /// The metrics of the parts, made in the same registry.
@@ -112,6 +115,11 @@ impl Metrics {
             "Requests that the upstream failed, or that could not reach it, by cause.",
             &["cause"],
         )?;
+        let caller_tls = counters(
+            "caller_tls_failures_total",
+            "Callers' TLS handshakes that failed, by cause.",
+            &["cause"],
+        )?;
         let withheld = counters(
             "withheld_total",
             "What of the upstream's replies was withheld because it quotes a secret.",
@@ -154,6 +162,7 @@ impl Metrics {
             keys,
             quota_percent,
             log_lines_dropped,
+            caller_tls: Failures::new(caller_tls),
         };
         Ok((metrics, parts, audit))
     }

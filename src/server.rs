@@ -4,6 +4,7 @@
 //! of the one Unix socket. Guarantees the caps and the deadlines of a connection.
 
 pub mod connection;
+mod handshake;
 pub mod inherited;
 pub mod tls;
 

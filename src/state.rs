@@ -4,13 +4,14 @@ use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     admission::Admission,
+    cause::Failures,
     config::Config,
     contract::body,
     headers::Outbound,
     rate_limit::Quota,
     route::{RouteError, Routes},
     token::Slot,
-    upstream::{self, Terms, breaker::Breaker, failures::Failures},
+    upstream::{self, Terms, breaker::Breaker},
 };
 use http::HeaderValue;
 

@@ -7,7 +7,6 @@
 
 pub mod breaker;
 mod companions;
-pub mod failures;
 mod frames;
 mod http2;
 pub mod pool;
@@ -36,7 +35,7 @@ use tokio_util::sync::ReusableBoxFuture;
 use crate::{
     admission::Room,
     audit::{Answer, FirstCall, Record, RequestId, StoredReply, withheld},
-    cause::{Cause, Reason},
+    cause::{Cause, Failures, Reason},
     clock,
     error::Code,
     headers::{Cleaned, Outbound, clean_reply},
@@ -49,7 +48,6 @@ use crate::{
     token::{Cooldown, NoOther, Slot, Token},
 };
 use breaker::{Breaker, Health, Passage};
-use failures::Failures;
 use pool::{NoConnection, Reserved};
 
 /// As much of a reply is read before its head goes out, and decides the outcome.
@@ -106,7 +104,9 @@ impl Terms {
     #[cold]
     fn failed(&self, reason: &Reason, id: RequestId) {
         let tokens: Vec<_> = self.slots.iter().filter_map(|slot| slot.newer(0)).collect();
-        self.failures.failed(reason, id, tokens.iter().map(Token::needles));
+        if let Some((error, times)) = self.failures.failed(reason, tokens.iter().map(Token::needles)) {
+            tracing::warn!(cause = %reason.cause, error, %id, times, "the upstream failed");
+        }
     }
 
     /// Counts and tells that something of a reply quotes a secret.

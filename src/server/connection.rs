@@ -38,20 +38,21 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use crate::{
-    admission::{FREE, Hosts, Part, Peer, Place, Unproven},
+    admission::{FREE, Hosts, Part, Peer, Place},
     clock::{self, nanos_of},
     config,
     gateway::{Arrival, Gateway},
     idempotency::Delivery,
     server::{
         Stop,
+        handshake::shake_hands,
         tls::{Certificate, Tls},
     },
 };
 
 /// How long and how much a closing connection is read on, so that the caller receives the last answer.
 const LINGER_TIME: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 256 * 1024;
+pub(super) const LINGER_BYTES: usize = 256 * 1024;
 
 /// How long a connection that its caller had closed before the answer is watched for a reset, and how often. Whoever has
 /// closed both sides resets it when the answer arrives (RFC 9293 §3.10.7.4); whoever closed its sending side only, reads it.
@@ -66,7 +67,7 @@ const RESET_BEHIND: u64 = 1_000_000_000;
 const HALF_CLOSE: u64 = 200_000_000;
 
 /// A head has no longer than this once the gateway stops, or on a connection over the cap, in nanoseconds.
-const STOP_HEADER: u64 = 1_000_000_000;
+pub(super) const STOP_HEADER: u64 = 1_000_000_000;
 
 /// Why a connection ends for which there is no room among what is unfinished.
 const NO_ROOM: &str = "too_many_unfinished";
@@ -364,9 +365,7 @@ pub async fn serve(
             match Box::pin(shaken).await {
                 Ok((stream, certificate)) => (Stream::Tls(stream), certificate),
                 Err(error) => {
-                    gateway.metrics.connection_closed(error.reason());
-                    tracing::debug!(%peer, %error, "no TLS");
-                    return;
+                    return error.tell(peer, &gateway.metrics);
                 }
             }
         }
@@ -465,61 +464,6 @@ fn least_length(request: &Request<Incoming>) -> usize {
 fn ended_for_room(error: &hyper::Error) -> bool {
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::OutOfMemory)
-}
-
-/// Why a handshake came to no end.
-#[derive(Debug, Error)]
-enum NoTls {
-    /// A newer one took its place.
-    #[error("a newer handshake took its place")]
-    Displaced,
-    #[error("not in time")]
-    Late,
-    /// The peer, or what it sent.
-    #[error(transparent)]
-    Failed(#[from] io::Error),
-}
-
-impl NoTls {
-    /// What to call it in the metric.
-    fn reason(&self) -> &'static str {
-        match self {
-            Self::Displaced => "too_many_handshakes",
-            Self::Late | Self::Failed(_) => "tls_failed",
-        }
-    }
-}
-
-/// Who stops or is over a cap gives a handshake no longer than a head.
-async fn shake_hands(
-    tls: &Arc<Tls>,
-    stream: TcpStream,
-    header: u64,
-    mut stop: watch::Receiver<Stop>,
-    mut unproven: Option<Unproven>,
-) -> Result<(Box<TlsStream<TcpStream>>, Option<Certificate>), NoTls> {
-    let displaced = async {
-        match &mut unproven {
-            Some(unproven) => unproven.displaced().await,
-            None => std::future::pending().await,
-        }
-    };
-    let late = async {
-        tokio::select! {
-            () = sleep(Duration::from_nanos(header)) => {}
-            () = async {
-                let _ = stop.wait_for(|stop| *stop == Stop::Now).await;
-                sleep(Duration::from_nanos(STOP_HEADER)).await;
-            } => {}
-        }
-    };
-    let (stream, certificate) = tokio::select! {
-        biased;
-        shaken = tls.accept(stream) => shaken?,
-        () = late => return Err(NoTls::Late),
-        () = displaced => return Err(NoTls::Displaced),
-    };
-    Ok((Box::new(stream), certificate))
 }
 
 /// The socket under hyper: notices when a head begins, and lingers when it closes on unread bytes.

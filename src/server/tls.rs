@@ -6,6 +6,7 @@
 //! hold is read again while the gateway runs; what cannot be used changes nothing.
 
 use std::{
+    cell::Cell,
     io,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
@@ -13,15 +14,17 @@ use std::{
 
 use arc_swap::ArcSwap;
 use rustls::{
-    InconsistentKeys, RootCertStore, ServerConfig,
+    DigitallySignedStruct, DistinguishedName, InconsistentKeys, RootCertStore, ServerConfig, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
     crypto::aws_lc_rs::default_provider,
     pki_types::{CertificateDer, UnixTime},
     server::{
-        NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier, danger::ClientCertVerifier,
+        NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
     },
 };
 use thiserror::Error;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, task_local};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use webpki::EndEntityCert;
 use zeroize::Zeroizing;
@@ -79,6 +82,72 @@ struct Current {
     digest: [u8; 32],
 }
 
+/// A caller's handshake failed.
+#[derive(Debug, Error)]
+#[error("{error}")]
+pub struct NotAccepted {
+    /// Why.
+    pub error: io::Error,
+    /// The names in the caller's certificate, if it was refused.
+    pub names: Option<Vec<String>>,
+}
+
+task_local! {
+    /// The names in a certificate that is refused in this handshake.
+    static REFUSED: Cell<Option<Vec<String>>>;
+}
+
+/// Notes the names of whom the verifier below refuses: rustls forgets them, and who must be let in wants to know.
+#[derive(Debug)]
+struct Noting(Arc<dyn ClientCertVerifier>);
+
+impl ClientCertVerifier for Noting {
+    fn verify_client_cert(
+        &self,
+        own: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.0.verify_client_cert(own, others, now).inspect_err(|_| {
+            let _ = REFUSED.try_with(|refused| refused.set(Some(names_in(own))));
+        })
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.0.root_hint_subjects()
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, certificate, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
+
+    fn offer_client_auth(&self) -> bool {
+        self.0.offer_client_auth()
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        self.0.client_auth_mandatory()
+    }
+}
+
 /// A caller's certificate, on one connection.
 #[derive(Debug)]
 pub struct Certificate {
@@ -113,9 +182,13 @@ impl Tls {
     pub async fn accept(
         self: &Arc<Self>,
         stream: TcpStream,
-    ) -> io::Result<(TlsStream<TcpStream>, Option<Certificate>)> {
+    ) -> Result<(TlsStream<TcpStream>, Option<Certificate>), NotAccepted> {
         let current = self.current.load_full();
-        let stream = TlsAcceptor::from(current.config.clone()).accept(stream).await?;
+        let accepted = REFUSED.scope(Cell::new(None), async {
+            let accepted = TlsAcceptor::from(current.config.clone()).accept(stream).await;
+            accepted.map_err(|error| NotAccepted { error, names: REFUSED.with(Cell::take) })
+        });
+        let stream = accepted.await?;
         let certificate = current.clients.as_ref().map(|_| {
             let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
             Certificate::new(self.clone(), chain, current.generation)
@@ -174,7 +247,7 @@ impl Current {
             .with_safe_default_protocol_versions()
             .map_err(|error| TlsError::Refused("TLS", error))?;
         let builder = match &clients {
-            Some(clients) => builder.with_client_cert_verifier(clients.clone()),
+            Some(clients) => builder.with_client_cert_verifier(Arc::new(Noting(clients.clone()))),
             None => builder.with_no_client_auth(),
         };
         let mut config = builder.with_single_cert(certificates, key).map_err(|error| match error {

@@ -34,13 +34,13 @@ pub(crate) struct Identity {
 
 #[derive(Clone, Copy)]
 pub(crate) struct Subject<'a> {
-    names: &'a [&'a str],
-    is_server: bool,
-    is_expired: bool,
-    serial: u64,
+    pub(crate) names: &'a [&'a str],
+    pub(crate) is_server: bool,
+    pub(crate) is_expired: bool,
+    pub(crate) serial: u64,
 }
 
-const CONSOLE: &str = "spiffe://example.org/qa/console";
+pub(crate) const CONSOLE: &str = "spiffe://example.org/qa/console";
 
 pub(crate) const CALLER: Subject<'static> =
     Subject { names: &[CONSOLE], is_server: false, is_expired: false, serial: 100 };
@@ -99,8 +99,16 @@ impl Ca {
         address: SocketAddr,
         identity: Option<&Identity>,
     ) -> io::Result<StreamOwned<ClientConnection, TcpStream>> {
+        Self::connect_trusting(self.0.der(), address, identity)
+    }
+
+    fn connect_trusting(
+        root: &CertificateDer<'static>,
+        address: SocketAddr,
+        identity: Option<&Identity>,
+    ) -> io::Result<StreamOwned<ClientConnection, TcpStream>> {
         let mut roots = RootCertStore::empty();
-        roots.add(self.0.der().clone()).unwrap();
+        roots.add(root.clone()).unwrap();
         let builder =
             ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
                 .with_safe_default_protocol_versions()
@@ -122,7 +130,16 @@ impl Ca {
 
     /// The example request; `None` if there is no TLS with this identity.
     pub(crate) fn call(&self, address: SocketAddr, identity: Option<&Identity>) -> Option<Reply> {
-        let mut stream = self.connect(address, identity).unwrap();
+        Self::call_trusting(self.0.der(), address, identity)
+    }
+
+    /// The same of a caller that trusts this root.
+    pub(crate) fn call_trusting(
+        root: &CertificateDer<'static>,
+        address: SocketAddr,
+        identity: Option<&Identity>,
+    ) -> Option<Reply> {
+        let mut stream = Self::connect_trusting(root, address, identity).unwrap();
         stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).ok()?;
         let mut bytes = Vec::new();
         let _ = stream.read_to_end(&mut bytes);
@@ -258,7 +275,9 @@ fn over_tls_a_network_says_who_calls_and_nothing_is_spoken_without_it() {
     assert!(Ca::new().call(address, None).is_none(), "who trusts another CA goes away");
     let mut plain = TcpStream::connect(address).unwrap();
     plain.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
-    assert_eq!(read_reply(&mut plain).status, 0, "plain HTTP on a TLS port");
+    let reply = read_reply(&mut plain);
+    let said = (reply.status, reply.outcome(), reply.body.contains("use https://"));
+    assert_eq!(said, (400, "not_sent", true), "plain HTTP on a TLS port: {reply:?}");
     assert_eq!(sandbox.requests().len(), 1);
     wait_for("the metric", || {
         let metrics = gateway.admin("/metrics").body;

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    callers::Ca,
+    callers::{CALLER, CONSOLE, Ca, Identity, Subject, start_with_certificates_and},
     egress::{Proxy, guard},
     exchange::certificate,
     http2_upstream::Upstream,
@@ -329,6 +329,77 @@ fn each_cause_of_a_failure_is_one_word_in_reply_trail_metric_status_and_log() {
             });
         }
     });
+}
+
+/// Each on a gateway of its own, whose last error it then is.
+#[test]
+fn each_failed_handshake_of_a_caller_has_its_cause_and_a_refused_certificate_its_names() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let raw = |bytes: &'static [u8]| {
+        move |gateway: &Gateway| {
+            let mut stream = TcpStream::connect(gateway.second.unwrap()).unwrap();
+            stream.write_all(bytes).unwrap();
+            if bytes.first() != Some(&b'P') && bytes.len() < 6 {
+                return drop(stream);
+            }
+            let _ = read_reply(&mut stream);
+        }
+    };
+    let with = |trusted: &Ca, identity: Option<Identity>| {
+        let trusted = trusted.0.der().clone();
+        move |gateway: &Gateway| {
+            let call = Ca::call_trusting(&trusted, gateway.second.unwrap(), identity.as_ref());
+            assert!(call.is_none());
+        }
+    };
+    type Way<'a> = Box<dyn Fn(&Gateway) + 'a>;
+    let ways: Vec<(&str, &str, bool, Way<'_>)> = vec![
+        ("no certificate", "tls_untrusted", false, Box::new(with(&ca, None))),
+        ("another CA", "tls_untrusted", true, Box::new(with(&ca, Some(Ca::new().issue(CALLER))))),
+        (
+            "revoked",
+            "tls_untrusted",
+            true,
+            Box::new(with(&ca, Some(ca.issue(Subject { serial: 666, ..CALLER })))),
+        ),
+        (
+            "expired",
+            "tls_expired",
+            true,
+            Box::new(with(&ca, Some(ca.issue(Subject { is_expired: true, ..CALLER })))),
+        ),
+        ("trusts another CA", "tls_identity", false, Box::new(with(&Ca::new(), Some(ca.issue(CALLER))))),
+        ("plain HTTP", "tls_protocol", false, Box::new(raw(b"POST / HTTP/1.1\r\nhost: localhost\r\n\r\n"))),
+        ("no TLS at all", "tls_protocol", false, Box::new(raw(b"\x05\x01\x00 and more"))),
+        ("says half and waits", "timeout", false, Box::new(raw(b"\x16\x03\x01\x02\x00\x01"))),
+        ("says half and leaves", "reset", false, Box::new(raw(b"\x16\x03\x01"))),
+    ];
+    for (what, cause, is_named, fail) in ways {
+        let setup = Setup::default().set("server.header_timeout", "1s");
+        let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[666], 2124), setup);
+        // A probe of the port is no failure that somebody could mend.
+        drop(TcpStream::connect(gateway.second.unwrap()).unwrap());
+        wait_for("its end", || {
+            gateway.admin("/metrics").body.contains("{reason=\"tls_failed\"} 1\n").then_some(())
+        });
+        assert!(gateway.admin("/status").json()["caller_tls"]["last_error"].is_null(), "{what}");
+        fail(&gateway);
+        let line = wait_for("the line", || {
+            let log = gateway.log();
+            let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            lines.map(|mut line| line["fields"].take()).find(|line| line["cause"].is_string())
+        });
+        assert_eq!((&line["cause"], line["peer"].is_string()), (&json!(cause), true), "{what}: {line}");
+        let text = line["error"].as_str().unwrap();
+        assert_eq!(text.contains(CONSOLE), is_named, "{what}: {line}");
+        let metrics = gateway.admin("/metrics").body;
+        assert!(
+            metrics.contains(&format!("caller_tls_failures_total{{cause=\"{cause}\"}} 1\n")),
+            "{metrics}"
+        );
+        let last = gateway.admin("/status").json()["caller_tls"]["last_error"].take();
+        assert_eq!((&last["cause"], &last["detail"]), (&json!(cause), &json!(text)), "{what}");
+    }
 }
 
 #[test]
