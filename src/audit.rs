@@ -66,7 +66,7 @@ use lane::Lane;
 use lock::{Lock, Statement};
 use queue::Shared;
 use record::Entry;
-pub use record::{Answer, FirstCall, MEMBERS, Names, Queued, Record, RequestId};
+pub use record::{Answer, Detail, FirstCall, MEMBERS, Names, Queued, Record, RequestId};
 use recovery::{DAMAGED, Damage, Found};
 pub use reply::{StoredReply, withheld};
 pub use retention::Early;

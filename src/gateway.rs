@@ -20,10 +20,10 @@ use tokio::time::timeout;
 
 use crate::{
     admission::{Bounds, Caller, Denied, Hosts, Peer},
-    audit::{Audit, FirstCall, Record, RequestId},
+    audit::{Audit, Detail, FirstCall, Record, RequestId},
     clock,
     config::BareIds,
-    contract::{Checked, CheckedBody, body::receive},
+    contract::{Checked, CheckedBody, Violation, body::receive},
     error::{Code, Error, Stage, spent},
     headers::Inbound,
     idempotency::{Begun, Call, Idempotency, Would},
@@ -57,6 +57,10 @@ pub struct Gateway {
 /// How much of a refused body is read and thrown away, so that the connection stays usable.
 const LINGER_BYTES: u64 = 256 * 1024;
 const LINGER_TIME: Duration = Duration::from_secs(1);
+
+/// So many names or violations of a refused request are on record, and so many characters of a name or path.
+const MAX_DETAILS: usize = 5;
+const MAX_DETAIL: usize = 128;
 
 const OUTCOME: HeaderName = HeaderName::from_static("x-gateway-outcome");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-gateway-request-id");
@@ -113,6 +117,9 @@ impl Gateway {
                 let stage = record.stage();
                 if let Some(first) = error.first {
                     record.first(first);
+                }
+                if let Some(detail) = detail(&error, &from, &head.uri) {
+                    record.detail(detail);
                 }
                 record.refuse_for(error.code, error.code.status().as_u16(), error.cause);
                 self.metrics.refused(stage, error.own_outcome(), error.code, took(begin));
@@ -389,6 +396,37 @@ fn name_denied(state: &State, from: &Arrival<'_>, record: &mut Record, denied: D
         record.caller(caller.name.clone());
     }
     denied
+}
+
+/// What the trail tells of a refusal beyond its code: enough to mend it, and of the body places only.
+#[cold]
+fn detail(error: &Error, from: &Arrival<'_>, target: &Uri) -> Option<Box<Detail>> {
+    let cut = |text: &str| text.chars().take(MAX_DETAIL).collect::<String>();
+    let detail = match error.code {
+        Code::CallerDenied => {
+            let names = from.names.unwrap_or_default().iter().take(MAX_DETAILS).map(|name| cut(name));
+            Detail { names: names.collect(), ..Detail::default() }
+        }
+        Code::RouteUnknown
+        | Code::RouteDenied
+        | Code::MethodNotAllowed
+        | Code::TargetInvalid
+        | Code::OperatorDenied
+        | Code::Frozen => Detail { path: Some(cut(target.path())), ..Detail::default() },
+        Code::ContractViolation => {
+            let first = error.violations.iter().take(MAX_DETAILS);
+            let errors = first.map(|Violation { pointer, code, .. }| {
+                // The name of an unknown member is the caller's text: its parent's place says enough.
+                let is_unknown = *code == "additionalProperties";
+                let parent = pointer.rsplit_once('/').filter(|_| is_unknown).map(|(parent, _)| parent);
+                (parent.unwrap_or(pointer).to_owned(), *code)
+            });
+            let errors = errors.collect();
+            Detail { errors, ..Detail::default() }
+        }
+        _ => return None,
+    };
+    Some(Box::new(detail))
 }
 
 /// Passes the upstream's reply on.

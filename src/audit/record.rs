@@ -10,7 +10,7 @@ use std::{
 
 use fastrand::Rng;
 use http::HeaderValue;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use uuid::{Builder, Uuid};
 
 use super::{
@@ -265,6 +265,30 @@ pub(super) struct Refusal {
     pub(super) several: bool,
 }
 
+/// Why a request was refused, beyond the code.
+#[derive(Debug, Default)]
+pub struct Detail {
+    /// The path that was asked for.
+    pub path: Option<String>,
+    /// The names in the caller's certificate.
+    pub names: Vec<String>,
+    /// Where the body breaks the contract, and which keyword of it.
+    pub errors: Vec<(String, &'static str)>,
+}
+
+impl Detail {
+    fn write(&self, line: &mut Line<'_>) {
+        line.optional(",\"path\":", self.path.as_ref());
+        if !self.names.is_empty() {
+            line.any("names", &self.names);
+        }
+        if !self.errors.is_empty() {
+            let told = |(pointer, code): &(String, &str)| json!({ "pointer": pointer, "code": code });
+            line.any("errors", &self.errors.iter().map(told).collect::<Vec<_>>());
+        }
+    }
+}
+
 /// What is known of a request.
 pub(super) struct Facts {
     id: RequestId,
@@ -280,6 +304,8 @@ pub(super) struct Facts {
     first: Option<FirstCall>,
     /// It repeats a call of unknown outcome by force.
     is_forced: bool,
+    /// What further is told of it, if it is refused.
+    detail: Option<Box<Detail>>,
     stage: Stage,
     /// In nanoseconds of this process.
     entered: u64,
@@ -307,6 +333,7 @@ impl Record {
             operator: None,
             first: None,
             is_forced: false,
+            detail: None,
             stage: Stage::Admission,
             entered: clock::nanos(),
             spent: [0; Stage::COUNT],
@@ -368,6 +395,11 @@ impl Record {
     /// The call repeats one of unknown outcome by force.
     pub fn forced(&mut self) {
         self.set(|facts| facts.is_forced = true);
+    }
+
+    /// What further is told of the request, which is to be refused.
+    pub fn detail(&mut self, detail: Box<Detail>) {
+        self.set(|facts| facts.detail = Some(detail));
     }
 
     fn set(&mut self, change: impl FnOnce(&mut Facts)) {
@@ -667,6 +699,9 @@ impl Refusal {
         line.optional(",\"note\":", note);
         line.word(",\"stage\":\"", self.facts.stage.as_str());
         line.number(",\"status\":", u64::from(self.status));
+        if let Some(detail) = &self.facts.detail {
+            detail.write(line);
+        }
         if self.count > 1 {
             line.number(",\"count\":", self.count);
         }

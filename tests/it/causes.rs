@@ -18,10 +18,11 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    callers::{CALLER, CONSOLE, Ca, Identity, Subject, start_with_certificates_and},
+    callers::{CALLER, CONSOLE, Ca, Identity, Subject, caller, start_with_certificates_and},
     egress::{Proxy, guard},
     exchange::certificate,
     http2_upstream::Upstream,
+    outcomes::triggers::with_other_route,
     support::*,
 };
 
@@ -419,6 +420,57 @@ fn a_refused_token_without_another_has_the_cause_of_the_fetch() {
         assert!(!reply.body.contains("purchased"), "{reply:?}");
         assert_eq!(gateway.records("outcome", 1)[0]["cause"], cause);
     }
+}
+
+#[test]
+fn the_trail_tells_of_a_refusal_what_is_to_be_mended() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[], 2124), Setup::default());
+    let refused = |gateway: &Gateway, reply: Reply| {
+        let id = reply.headers["x-gateway-request-id"].clone();
+        let found = || records(&gateway.audit_directory(), "refusal").into_iter().find(|it| it["id"] == *id);
+        wait_for("the refusal", found)
+    };
+    let at = |target: &str, method: &str| {
+        let head = head(2, "").replace(&format!("POST {PATH}"), &format!("{method} {target}"));
+        refused(&gateway, gateway.send(&head, "{}"))
+    };
+    let record = at("/no/such/path", "POST");
+    assert_eq!((&record["code"], &record["path"]), (&json!("route_unknown"), &json!("/no/such/path")));
+    let record = at(&format!("{PATH}?secret=x"), "POST");
+    assert_eq!((&record["code"], &record["path"]), (&json!("target_invalid"), &json!(PATH)), "no query");
+    let record = at(PATH, "PUT");
+    assert_eq!((&record["code"], &record["path"]), (&json!("method_not_allowed"), &json!(PATH)));
+    let record = at(&format!("/{}", "x".repeat(500)), "POST");
+    assert_eq!(record["path"].as_str().unwrap().len(), 128, "cut");
+    assert!(at("/%22%0a", "POST")["path"].is_string());
+
+    let body = r#"{"qualityTaskId":7.5,"setCountsType":9,"isTakeEffect":5,"mine":"a-value","setCounts":[{"personID":"1","count":-2,"own":1},{}]}"#;
+    let record = refused(&gateway, gateway.post(body));
+    let errors = record["errors"].as_array().unwrap();
+    assert_eq!((errors.len(), &record["code"]), (5, &json!("contract_violation")), "{record}");
+    assert!(errors.iter().all(|it| it["pointer"].is_string() && it["code"].is_string()), "{record}");
+    assert!(errors.contains(&json!({ "pointer": "/setCountsType", "code": "const" })), "{record}");
+    assert!(errors.contains(&json!({ "pointer": "", "code": "additionalProperties" })), "{record}");
+    assert!(
+        !record.to_string().contains("mine")
+            && !record.to_string().contains("a-value")
+            && !record.to_string().contains("7.5"),
+        "{record}"
+    );
+
+    let stranger = ca.issue(Subject { names: &["dns.qa.internal", "spiffe://example.org/qa/x"], ..CALLER });
+    let reply = ca.call(gateway.second.unwrap(), Some(&stranger)).unwrap();
+    let record = refused(&gateway, reply);
+    assert_eq!(record["names"], json!(["spiffe://example.org/qa/x", "dns:dns.qa.internal"]), "{record}");
+    let reply = ca.call(gateway.second.unwrap(), Some(&ca.issue(CALLER))).unwrap();
+    assert_eq!(reply.outcome(), "succeeded", "the control");
+    assert!(gateway.records("intent", 1)[0]["names"].is_null());
+
+    let (setup, path) = with_other_route(&caller("other", "127.0.0.2/32", ""));
+    let gateway = start_with(&sandbox, setup);
+    let record = refused(&gateway, gateway.send(&head(2, "").replace(PATH, &path), "{}"));
+    assert_eq!((&record["code"], &record["path"]), (&json!("route_denied"), &json!(path)), "{record}");
 }
 
 #[test]

@@ -301,7 +301,7 @@ pub(super) fn caller_denied(key: &str) -> Trial {
 }
 
 /// A second route, for callers of whom `caller` tells.
-pub(super) fn with_other_route(caller: &str) -> (Setup, String) {
+pub(crate) fn with_other_route(caller: &str) -> (Setup, String) {
     let folder = Arc::new(TempDir::new().unwrap());
     let contract = format!("{}/config/contracts/appointQualityTask.json", env!("CARGO_MANIFEST_DIR"));
     fs::copy(contract, folder.path().join("contract.json")).unwrap();
