@@ -485,6 +485,7 @@ async fn look(audit: Audit, vitals: Vitals) {
         loop {
             sleep(LOOK).await;
             audit.look_at_clock();
+            log::requests::fold_up();
             if !audit.is_written() {
                 return vitals.vital("the audit writer");
             }

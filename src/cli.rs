@@ -154,11 +154,11 @@ impl Drop for Flushed {
     }
 }
 
-/// Sets another level of the log.
-type SetLevel = Box<dyn Fn(&str) + Send>;
+/// Sets another level of the log, and which requests have a line.
+type SetLog = Box<dyn Fn(&Log) + Send>;
 
 /// Logs to stderr, as configured. A panic is logged, too.
-fn begin_log(settings: &Log) -> anyhow::Result<SetLevel> {
+fn begin_log(settings: &Log) -> anyhow::Result<SetLog> {
     log::start().context("the thread of the log")?;
     let filter = targets(&settings.level);
     let json = match settings.format {
@@ -171,7 +171,11 @@ fn begin_log(settings: &Log) -> anyhow::Result<SetLevel> {
     let (filter, level) = reload::Layer::new(filter);
     tracing_subscriber::registry().with(layer.with_filter(filter)).init();
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "panic")));
-    Ok(Box::new(move |text| drop(level.reload(targets(text)))))
+    log::requests::set(settings.requests);
+    Ok(Box::new(move |settings| {
+        let _ = level.reload(targets(&settings.level));
+        log::requests::set(settings.requests);
+    }))
 }
 
 /// What is logged. The HTTP/2 library would log frames with texts of the upstream, which may quote the credential.

@@ -638,6 +638,31 @@ pub struct Log {
     pub level: String,
     /// How a line looks.
     pub format: LogFormat,
+    /// Which requests have a line.
+    pub requests: LogRequests,
+}
+
+/// Which requests have a log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum LogRequests {
+    /// None.
+    Off,
+    /// Those of outcome `unknown`, `failed` or `refused`, and those that got a 5xx.
+    Failures,
+    /// All.
+    All,
+}
+
+impl LogRequests {
+    /// As in the configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Failures => "failures",
+            Self::All => "all",
+        }
+    }
 }
 
 /// How a log line looks.

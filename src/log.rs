@@ -5,6 +5,8 @@
 //! The last quarter of the queue is kept for what an operator must not miss (calls of unknown outcome, the trail, configuration,
 //! tokens), so that no flood of other lines displaces it.
 
+pub mod requests;
+
 use std::{
     borrow::Cow,
     collections::VecDeque,

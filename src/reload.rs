@@ -23,7 +23,7 @@ use tokio::{
 
 use crate::{
     audit::Audit,
-    config::{Config, ContractSource},
+    config::{Config, ContractSource, Log},
     files::{Aside, read},
     route::Routes,
     state::State,
@@ -36,14 +36,14 @@ const CHANGEABLE: [&str; 3] = ["callers", "routes", "quota"];
 /// What was refused is tried again after this time.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Where a configuration comes from, who asks for it again, and who hears of a new log level.
+/// Where a configuration comes from, who asks for it again, and who hears of what is new for the log.
 pub struct Source {
     /// The file.
     pub path: PathBuf,
     /// What goes over it, after the environment.
     pub overrides: Vec<(String, String)>,
-    /// Sets the level of the log.
-    pub set_level: Box<dyn Fn(&str) + Send>,
+    /// Sets the level of the log, and which requests have a line.
+    pub set_log: Box<dyn Fn(&Log) + Send>,
     /// Whoever wants it read again, such as SIGHUP, notifies. It may have done so before the start was over.
     pub asked: Arc<Notify>,
 }
@@ -53,7 +53,7 @@ pub(crate) struct Reload {
     /// `None`: it came through a pipe, and can be read only once.
     reader: Option<Aside<Reader, Read>>,
     asked: Arc<Notify>,
-    set_level: Box<dyn Fn(&str) + Send>,
+    set_log: Box<dyn Fn(&Log) + Send>,
     state: Arc<ArcSwap<State>>,
     audit: Audit,
     /// Why the last one was refused.
@@ -96,14 +96,14 @@ struct New {
 impl Reload {
     /// `config` is what is in effect.
     pub(crate) fn new(source: Source, config: Config, state: Arc<ArcSwap<State>>, audit: Audit) -> Self {
-        let Source { path, overrides, set_level, asked } = source;
+        let Source { path, overrides, set_log, asked } = source;
         let is_file = fs::metadata(&path).map_or(true, |found| found.is_file());
         let reader = is_file.then(|| {
             let contracts = contents(&contract_files(&config));
             let watched = watch(&path, &config);
             Aside::new(Reader { path, overrides, watched, config, contracts, state: state.clone() })
         });
-        Self { reader, asked, set_level, state, audit, told: None }
+        Self { reader, asked, set_log, state, audit, told: None }
     }
 
     /// Runs until its runtime ends.
@@ -151,7 +151,7 @@ impl Reload {
     fn take(&self, New { config, routes, changed }: New) -> Vec<&'static str> {
         let state = self.state.load().successor(&config, routes);
         self.state.store(Arc::new(state));
-        (self.set_level)(&config.log.level);
+        (self.set_log)(&config.log);
         changed
     }
 
@@ -206,6 +206,7 @@ impl Reader {
             CHANGEABLE.into_iter().filter(|section| old[section] != new[section]).collect();
         changed.extend((contracts != self.contracts).then_some("contracts"));
         changed.extend((self.config.log.level != config.log.level).then_some("log.level"));
+        changed.extend((self.config.log.requests != config.log.requests).then_some("log.requests"));
         if changed.is_empty() {
             return Ok(Read::Same);
         }

@@ -26,6 +26,7 @@ use crate::{
     cause::Cause,
     clock,
     error::{Code, Stage},
+    log::requests::{self, Ended},
     outcome::{Outcome, ResultCode},
 };
 
@@ -253,6 +254,16 @@ pub(super) enum Why {
     DryRun,
 }
 
+impl Why {
+    fn told(self) -> (Outcome, Option<Code>, Option<Cause>) {
+        match self {
+            Self::Refused(code, cause) => (Outcome::NotSent, Some(code), cause),
+            Self::Replayed => (Outcome::Replayed, None, None),
+            Self::DryRun => (Outcome::NotSent, None, None),
+        }
+    }
+}
+
 /// One refusal, or several of one kind.
 pub(super) struct Refusal {
     /// Of the first one, in microseconds since 1970.
@@ -418,9 +429,7 @@ impl Record {
         let Some(mut facts) = self.open.take() else { return };
         facts.enter(self.stage);
         match self.step {
-            Step::Open | Step::Taken => {
-                self.audit.shared().push_refusal(facts, Why::Refused(code, cause), status);
-            }
+            Step::Open | Step::Taken => self.push_refusal(facts, Why::Refused(code, cause), status),
             Step::Intended => {
                 let answer = Answer::without_reply(Outcome::NotSent, code, status);
                 self.outcome(&facts, &Answer { cause, ..answer });
@@ -445,11 +454,18 @@ impl Record {
     fn close(&mut self, why: Why, status: u16) {
         if let Some(mut facts) = self.open.take() {
             facts.enter(self.stage);
-            self.audit.shared().push_refusal(facts, why, status);
+            self.push_refusal(facts, why, status);
         }
     }
 
+    fn push_refusal(&self, facts: Box<Facts>, why: Why, status: u16) {
+        let (outcome, code, cause) = why.told();
+        facts.tell(outcome, code, cause, status);
+        self.audit.shared().push_refusal(facts, why, status);
+    }
+
     fn outcome(&self, facts: &Facts, answer: &Answer) -> u64 {
+        facts.tell(answer.outcome, answer.code, answer.cause, answer.status.unwrap_or_default());
         self.audit.shared().push_outcome(&Entry::Outcome { facts, answer })
     }
 
@@ -542,6 +558,14 @@ impl Facts {
             (Some(caller), _) => Who::Caller(caller.clone()),
             (None, Peer::Tcp(address)) => Who::Address(address.ip()),
             (None, Peer::Unix { uid, .. }) => Who::Uid(uid),
+        }
+    }
+
+    /// Logs that the request is over.
+    fn tell(&self, outcome: Outcome, code: Option<Code>, cause: Option<Cause>, status: u16) {
+        if requests::may_have_line(outcome, code, status) {
+            let (id, caller, route) = (self.id, self.caller.as_ref(), self.route.as_deref());
+            Ended { id, caller, route, outcome, code, cause, status, took: &self.spent }.tell();
         }
     }
 
@@ -688,13 +712,10 @@ impl Entry<'_> {
 impl Refusal {
     fn write(&self, line: &mut Line<'_>) {
         self.facts.write(line);
-        let (outcome, code, cause, note) = match self.why {
-            Why::Refused(code, cause) => (Outcome::NotSent, Some(code.as_str()), cause, None),
-            Why::Replayed => (Outcome::Replayed, None, None, None),
-            Why::DryRun => (Outcome::NotSent, None, None, Some("dry run")),
-        };
+        let (outcome, code, cause) = self.why.told();
+        let note = (self.why == Why::DryRun).then_some("dry run");
         line.word(",\"outcome\":\"", outcome.as_str());
-        line.optional(",\"code\":", code);
+        line.optional(",\"code\":", code.map(Code::as_str));
         line.optional(",\"cause\":", cause.map(Cause::as_str));
         line.optional(",\"note\":", note);
         line.word(",\"stage\":\"", self.facts.stage.as_str());

@@ -39,7 +39,7 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
     };
-    let set_level = super::begin_log(&config.log)?;
+    let set_log = super::begin_log(&config.log)?;
     if let Err(error) = hidden {
         tracing::warn!(%error, "core dumps, or looks into this process, cannot be turned off");
     }
@@ -62,7 +62,7 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
         return app.discard().map(|()| ExitCode::SUCCESS);
     }
     let Configured { config: path, overrides } = configured;
-    let source = Source { path, overrides, set_level, asked: asked.reload.clone() };
+    let source = Source { path, overrides, set_log, asked: asked.reload.clone() };
     app.run(asked.clone().stopped(), Some(source)).map(|()| ExitCode::SUCCESS)
 }
 

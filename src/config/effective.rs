@@ -121,7 +121,7 @@ impl Config {
                 "without_key": without_key(idempotency.without_key),
                 "fingerprint_window": duration(idempotency.fingerprint_window),
             },
-            "log": { "level": log.level, "format": format(log.format) },
+            "log": { "level": log.level, "format": format(log.format), "requests": log.requests.as_str() },
             "routes": routes.iter().map(route).collect::<Vec<_>>(),
         })
     }

@@ -20,8 +20,8 @@ use crate::{
 
 use super::{
     Admin, Audit, BUILT_IN_ROUTE, BareIds, Caller, Config, ContractSource, Control, Credential, Http2,
-    Idempotency, IdentityFiles, Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, PeerRule,
-    Problems, Route, SecretSource, Server, Shown, Token, Upstream, Url, WithoutKey, files,
+    Idempotency, IdentityFiles, Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, LogRequests,
+    PeerRule, Problems, Route, SecretSource, Server, Shown, Token, Upstream, Url, WithoutKey, files,
     peer::parse_peer,
     raw::{Kind, Layers, Syntax, Value},
     relations,
@@ -774,6 +774,11 @@ fn read_log(context: &mut Context<'_>, root: &mut Table) -> Log {
         "json" => Ok(LogFormat::Json),
         _ => Err("must be \"auto\", \"text\" or \"json\"".into()),
     });
+    let requests = table.parsed(context, "requests", LogRequests::Failures, |text| {
+        let all = [LogRequests::Off, LogRequests::Failures, LogRequests::All];
+        let found = all.into_iter().find(|requests| requests.as_str() == text);
+        found.ok_or_else(|| "must be \"off\", \"failures\" or \"all\"".into())
+    });
     table.close(context);
-    Log { level, format }
+    Log { level, format, requests }
 }

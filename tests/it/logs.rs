@@ -153,6 +153,86 @@ fn missing(admin: SocketAddr) -> u64 {
     value.unwrap().parse().unwrap()
 }
 
+/// The lines about requests that a gateway has written.
+fn about_requests(gateway: &Gateway) -> Vec<Value> {
+    let log = gateway.log();
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    lines.filter(|line| line["target"] == "ccsqm_gateway::log::requests").collect()
+}
+
+#[test]
+fn requests_that_fail_have_a_line_each_or_all_have_or_none() {
+    let sandbox = sandbox();
+    for (setting, told) in
+        [("off", [false; 6]), ("failures", [false, true, true, true, true, false]), ("all", [true; 6])]
+    {
+        let gateway = start_with(&sandbox, Setup::default().set("log.requests", setting));
+        let failing = |fault: Value| {
+            faults(&sandbox, json!({ "business": [fault] }));
+            let reply = gateway.call();
+            faults(&sandbox, json!({}));
+            reply
+        };
+        let replies = [
+            gateway.call(),
+            failing(json!({ "times": 1, "instead": "reset" })),
+            failing(json!({ "times": 1, "code": { "failure": "0409001" } })),
+            failing(json!({ "times": 1, "status": 403 })),
+            failing(json!({ "status": 401 })),
+            gateway.post("{}"),
+        ];
+        let outcomes = replies.each_ref().map(|reply| reply.outcome().to_owned());
+        assert_eq!(outcomes, ["succeeded", "unknown", "failed", "refused", "refused", "not_sent"]);
+        let wanted = told.iter().filter(|told| **told).count();
+        wait_for("the lines", || (about_requests(&gateway).len() >= wanted).then_some(()));
+        let lines = about_requests(&gateway);
+        for (reply, told) in replies.iter().zip(told) {
+            let id = &reply.headers["x-gateway-request-id"];
+            let line = lines.iter().find(|line| line["fields"]["id"] == **id);
+            assert_eq!(line.is_some(), told, "{setting}: {reply:?} {lines:?}");
+            let Some(line) = line else { continue };
+            let fields = &line["fields"];
+            assert_eq!(
+                (&fields["caller"], &fields["route"]),
+                (&json!("qa-console"), &json!("appointQualityTask"))
+            );
+            assert_eq!(
+                (&fields["outcome"], &fields["status"]),
+                (&json!(reply.outcome()), &json!(reply.status))
+            );
+            assert!(fields["ms"].is_u64(), "{line}");
+            let is_failure = !["succeeded", "not_sent"].contains(&reply.outcome());
+            assert_eq!(line["level"], if is_failure { "WARN" } else { "INFO" });
+            assert_eq!(fields["code"].as_str().unwrap_or_default(), reply.code());
+            assert_eq!(fields["cause"], serde_json::from_str::<Value>(&reply.body).unwrap()["cause"]);
+        }
+        assert_eq!(lines.len(), wanted, "{setting}: {lines:?}");
+    }
+}
+
+#[test]
+fn of_many_failures_of_a_kind_ten_a_second_have_a_line_and_the_rest_is_counted() {
+    const CALLS: usize = 300;
+    let sandbox = sandbox();
+    let gateway =
+        start_with(&sandbox, Setup { base_url: Some(format!("http://{}", free())), ..Setup::default() });
+    let begun = Instant::now();
+    for _ in 0..CALLS {
+        assert_eq!(gateway.call().code(), "upstream_unreachable");
+    }
+    let seconds = usize::try_from(begun.elapsed().as_secs()).unwrap() + 2;
+    assert_eq!(gateway.post("{}").code(), "contract_violation", "the control: no failure of that kind");
+    let counted = || {
+        let lines = about_requests(&gateway);
+        let times = lines.iter().map(|line| line["fields"]["times"].as_u64().unwrap_or(1));
+        (lines.len(), times.sum::<u64>() as usize)
+    };
+    wait_for("all of them", || (counted().1 >= CALLS).then_some(()));
+    let (lines, calls) = counted();
+    assert_eq!(calls, CALLS, "each is told once");
+    assert!(lines <= 11 * seconds, "{lines} lines in {seconds} s");
+}
+
 #[test]
 fn lines_that_cannot_be_written_are_counted() {
     let sandbox = sandbox();

@@ -93,6 +93,12 @@ fn callers_routes_and_levels_change_and_what_is_remembered_stays() {
     assert_eq!(reload(&gateway, 5)["changed"], serde_json::json!(["log.level"]));
     gateway.call();
     wait_for("more log", || gateway.log().contains("\"DEBUG\"").then_some(()));
+
+    assert!(!gateway.log().contains("a request ended"), "the control");
+    edit(&gateway, "level = \"debug\"", "level = \"debug\"\nrequests = \"all\"");
+    assert_eq!(reload(&gateway, 6)["changed"], serde_json::json!(["log.requests"]));
+    gateway.call();
+    wait_for("a line of a request", || gateway.log().contains("a request ended").then_some(()));
 }
 
 #[test]
@@ -316,5 +322,5 @@ fn limits_for_which_max_size_is_too_small_are_refused() {
     edit(&gateway, "rate = \"30/m\"", "rate = \"2/s\"");
     let event = reload(&gateway, 2);
     assert_eq!(event["result"], "refused");
-    assert!(gateway.log().contains("audit.max_size: must be"), "{}", gateway.log());
+    wait_for("the reason", || gateway.log().contains("audit.max_size: must be").then_some(()));
 }

@@ -1,0 +1,117 @@
+//! Log lines about requests: one for each that failed, or for each at all. See `[log] requests`.
+//!
+//! Of failures of one caller with one code ten a second have a line of their own; the rest of the second is one line with
+//! their number, so that an outage is no flood. Strangers share one kind.
+
+use std::{
+    collections::HashMap,
+    mem,
+    sync::{
+        Arc, LazyLock, Mutex, PoisonError,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use crate::{audit::RequestId, cause::Cause, config::LogRequests, error::Code, outcome::Outcome};
+
+/// So many failures of a kind have a line of their own each second.
+const FULL: u64 = 10;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+static MODE: AtomicU8 = AtomicU8::new(LogRequests::Off as u8);
+static FOLDS: LazyLock<Mutex<Folds>> = LazyLock::new(Mutex::default);
+
+/// A request that is over.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ended<'a> {
+    pub(crate) id: RequestId,
+    pub(crate) caller: Option<&'a Arc<str>>,
+    pub(crate) route: Option<&'a str>,
+    pub(crate) outcome: Outcome,
+    pub(crate) code: Option<Code>,
+    pub(crate) cause: Option<Cause>,
+    /// What the caller got.
+    pub(crate) status: u16,
+    /// What its stages took, in nanoseconds.
+    pub(crate) took: &'a [u64],
+}
+
+/// Failures of this second, by caller and by what they are called.
+#[derive(Debug)]
+struct Folds {
+    since: Instant,
+    counts: HashMap<(Option<Arc<str>>, &'static str), u64>,
+}
+
+impl Default for Folds {
+    fn default() -> Self {
+        Self { since: Instant::now(), counts: HashMap::new() }
+    }
+}
+
+/// Sets which requests have a line. None has one before this is called.
+pub fn set(requests: LogRequests) {
+    MODE.store(requests as u8, Ordering::Relaxed);
+}
+
+/// Whether a request that ends so may have a line.
+pub(crate) fn may_have_line(outcome: Outcome, code: Option<Code>, status: u16) -> bool {
+    match MODE.load(Ordering::Relaxed) {
+        mode if mode == LogRequests::Off as u8 => false,
+        mode if mode == LogRequests::All as u8 => true,
+        _ => is_failure(outcome, code, status),
+    }
+}
+
+/// Whether somebody may want to know why. Who left was answered nothing.
+fn is_failure(outcome: Outcome, code: Option<Code>, status: u16) -> bool {
+    let is_bad = matches!(outcome, Outcome::Unknown | Outcome::Failed | Outcome::Refused);
+    is_bad || status >= 500 && code != Some(Code::CallerLeft)
+}
+
+/// Logs how many failures of the last second had no line of their own. To be called about once a second.
+pub(crate) fn fold_up() {
+    let mut folds = FOLDS.lock().unwrap_or_else(PoisonError::into_inner);
+    if folds.since.elapsed() < SECOND {
+        return;
+    }
+    let ended = mem::take(&mut *folds).counts;
+    drop(folds);
+    for ((caller, code), count) in ended {
+        if let Some(times) = count.checked_sub(FULL).filter(|times| *times > 0) {
+            tracing::warn!(caller = caller.as_deref(), code, times, "more requests failed");
+        }
+    }
+}
+
+impl Ended<'_> {
+    /// Logs it, unless it is one of many.
+    #[cold]
+    pub(crate) fn tell(&self) {
+        let Self { id, caller, route, outcome, code, cause, status, took } = *self;
+        let is_failure = is_failure(outcome, code, status);
+        if MODE.load(Ordering::Relaxed) != LogRequests::All as u8 && !self.has_a_line() {
+            return;
+        }
+        let (caller, outcome, ms) =
+            (caller.map(|caller| &**caller), outcome.as_str(), took.iter().sum::<u64>() / 1_000_000);
+        let (code, cause) = (code.map(Code::as_str), cause.map(Cause::as_str));
+        if is_failure {
+            tracing::warn!(%id, caller, route, outcome, code, cause, status, ms, "a request failed");
+        } else {
+            tracing::info!(%id, caller, route, outcome, code, cause, status, ms, "a request ended");
+        }
+    }
+
+    /// Counts it, and returns whether it has a line of its own.
+    fn has_a_line(&self) -> bool {
+        fold_up();
+        let kind = self.code.map_or(self.outcome.as_str(), Code::as_str);
+        let mut folds = FOLDS.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = folds.counts.entry((self.caller.cloned(), kind)).or_default();
+        *count += 1;
+        *count <= FULL
+    }
+}
