@@ -194,7 +194,8 @@ impl Admin {
             "draining": self.bounds.is_stopping(),
             "connections": self.bounds.connections(),
             "requests_in_flight": self.bounds.in_flight(),
-            "audit_healthy": self.audit.healthy(),
+            "audit": self.audit.status(),
+            "config": self.metrics.changes.status(),
             "clock": {
                 "doubtful": self.audit.clock_doubt().map(ClockDoubt::as_str),
                 "wall_ahead_seconds": clock::wall_ahead() / 1_000_000_000,

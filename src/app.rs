@@ -26,6 +26,7 @@ use crate::{
     admin::{self, Admin},
     admission::Bounds,
     audit::{self, Audit, Early, StartError, Unfinished},
+    changes::Changes,
     clock,
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
     connect::{Connector, Egress, Identity, Roots},
@@ -163,7 +164,9 @@ impl App {
             admin,
             control,
         } = self;
-        let reload = source.map(|source| Reload::new(source, config.clone(), state.clone(), audit.clone()));
+        let change = metrics.changes.of("configuration");
+        let reload =
+            source.map(|source| Reload::new(source, config.clone(), (state.clone(), audit.clone(), change)));
         if config.trusts_loopback() {
             tracing::warn!("{LOOPBACK_NOTICE}");
         }
@@ -178,7 +181,7 @@ impl App {
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
         let mut supervisor = Supervisor::new();
         read_past(&config, &audit, &idempotency, supervisor.vital("the reading of the trail"))?;
-        keep_up((&background, &supervisor), &bound, (identity, roots), &audit);
+        keep_up((&background, &supervisor), &bound, (identity, roots), (&audit, &metrics.changes));
         background.spawn(look(audit.clone(), supervisor.vitals()));
         let (stopping, stopped) = watch::channel(Stop::No);
         let (begin, may_begin) = watch::channel(false);
@@ -440,20 +443,22 @@ fn keep_up(
     (background, supervisor): (&Runtime, &Supervisor),
     bound: &[Bound],
     (identity, roots): (Option<Arc<Identity>>, Option<Roots>),
-    audit: &Audit,
+    (audit, changes): (&Audit, &Changes),
 ) {
     for (tls, address) in bound.iter().filter_map(|bound| Some((bound.tls()?, bound.address.to_string()))) {
         let vital = supervisor.vital(format!("the certificates of {address}"));
-        background.spawn(vital.run(tls.clone().keep_up(certificate_change("listener", address, audit))));
+        let change = certificate_change("listener", address, (audit, changes));
+        background.spawn(vital.run(tls.clone().keep_up(change)));
     }
     if let Some(identity) = identity {
         let vital = supervisor.vital("the client certificate");
-        let change = certificate_change("upstream", "client_cert_file".into(), audit);
+        let change = certificate_change("upstream", "client_cert_file".into(), (audit, changes));
         background.spawn(vital.run(identity.keep_up(change)));
     }
     if let Some(roots) = roots {
         let vital = supervisor.vital("the roots of the upstream");
-        background.spawn(vital.run(roots.keep_up(certificate_change("upstream", "ca_file".into(), audit))));
+        let change = certificate_change("upstream", "ca_file".into(), (audit, changes));
+        background.spawn(vital.run(roots.keep_up(change)));
     }
 }
 
@@ -501,17 +506,19 @@ async fn look(audit: Audit, vitals: Vitals) {
 fn certificate_change(
     whose: &'static str,
     name: String,
-    audit: &Audit,
+    (audit, changes): (&Audit, &Changes),
 ) -> impl Fn(Result<(), String>) + use<> {
-    let audit = audit.clone();
+    let (audit, change) = (audit.clone(), changes.of(format!("{whose} {name}")));
     move |taken| {
         let mut details = Map::from_iter([(whose.to_owned(), json!(name))]);
         match taken {
             Ok(()) => {
-                tracing::info!(whose, name, "the certificates changed");
+                change.accepted();
+                tracing::info!(whose, name, "the certificates were read again and are in use");
                 details.insert("result".into(), json!("accepted"));
             }
             Err(error) => {
+                change.refused(&error);
                 tracing::warn!(whose, name, %error, "the certificates cannot be used; the old ones stay in use");
                 details.insert("result".into(), json!("refused"));
                 details.insert("reason".into(), json!(error));

@@ -249,6 +249,8 @@ pub struct Metrics {
     doubtful: IntGauge,
     unresolved: IntGauge,
     damaged: IntGauge,
+    healthy: IntGauge,
+    free: IntGauge,
 }
 
 impl Metrics {
@@ -301,11 +303,21 @@ impl Metrics {
                 "ccsqm_gateway_audit_damaged",
                 "Whether a part of the trail within the idempotency window is lost and nobody has accepted that.",
             )?,
+            healthy: IntGauge::new(
+                "ccsqm_gateway_audit_healthy",
+                "Whether new calls can be put on record; without that none is sent.",
+            )?,
+            free: IntGauge::new(
+                "ccsqm_gateway_audit_free_bytes",
+                "What is free on the trail's file system.",
+            )?,
         };
         registry.register(Box::new(metrics.queue.clone()))?;
         registry.register(Box::new(metrics.doubtful.clone()))?;
         registry.register(Box::new(metrics.unresolved.clone()))?;
         registry.register(Box::new(metrics.damaged.clone()))?;
+        registry.register(Box::new(metrics.healthy.clone()))?;
+        registry.register(Box::new(metrics.free.clone()))?;
         Ok(metrics)
     }
 
@@ -612,6 +624,18 @@ impl Audit {
     /// Counts what is only counted when it is asked for.
     pub fn count(&self) {
         self.shared().metrics.set_unresolved(self.unresolved().unknown().count());
+        self.shared().metrics.healthy.set(self.healthy().into());
+    }
+
+    /// For `/status`: how the trail stands, and the last error.
+    pub fn status(&self) -> Value {
+        let metrics = &self.shared().metrics;
+        json!({
+            "healthy": self.healthy(),
+            "free_bytes": metrics.free.get(),
+            "damaged": metrics.damaged.get() == 1,
+            "last_error": self.shared().trouble(),
+        })
     }
 
     /// Tells the metric whether a loss is open.

@@ -299,29 +299,49 @@ impl fmt::Display for Reason {
     }
 }
 
+/// Something that went wrong, as `/status` tells it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Trouble {
+    /// The full text.
+    pub detail: String,
+    /// When it began (RFC 3339).
+    pub time: String,
+    /// When it was over; absent while it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub over: Option<String>,
+}
+
+impl Trouble {
+    /// It begins now.
+    pub fn now(detail: String) -> Self {
+        Self { detail, time: now(), over: None }
+    }
+
+    /// It is over now, unless it was before.
+    pub fn is_over(&mut self) {
+        self.over.get_or_insert_with(now);
+    }
+
+    /// Whether it is this one, and not over.
+    pub fn is_still(&self, detail: &str) -> bool {
+        self.over.is_none() && self.detail == detail
+    }
+}
+
 /// The last failure, as `/status` tells it.
 #[derive(Clone, Debug, Serialize)]
 pub struct LastError {
     /// The word.
     pub cause: Cause,
-    /// The full text, [shown](shown).
-    pub detail: String,
-    /// When it happened (RFC 3339).
-    pub time: String,
-    /// When it worked again; absent while it does not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub over: Option<String>,
+    /// The full text, [shown](shown), and when.
+    #[serde(flatten)]
+    pub trouble: Trouble,
 }
 
 impl LastError {
     /// One that happens now.
     pub fn now(cause: Cause, detail: String) -> Self {
-        Self { cause, detail, time: now(), over: None }
-    }
-
-    /// It works again.
-    pub fn is_over(&mut self) {
-        self.over.get_or_insert_with(now);
+        Self { cause, trouble: Trouble::now(detail) }
     }
 }
 
@@ -369,7 +389,7 @@ impl Failures {
     fn end(&self) {
         self.is_failing.store(false, Ordering::Relaxed);
         if let Some(last) = &mut *self.lock() {
-            last.is_over();
+            last.trouble.is_over();
         }
     }
 

@@ -57,6 +57,7 @@ pub mod connect; // TCP and TLS to the upstream and to the token endpoint
 pub mod secret; // zeroised buffers
 mod pem; // certificates, keys, revocation lists
 mod files; // reading what others may replace
+pub mod changes; // what came of changes of files
 mod watched; // files, looked at to notice a change
 pub mod metrics; // what is counted
 pub mod log; // log lines on their way to stderr

@@ -14,6 +14,7 @@ use crate::{
     admission::Bounds,
     audit,
     cause::Failures,
+    changes::Changes,
     error::{Code, Stage},
     log,
     outcome::Outcome,
@@ -62,6 +63,8 @@ pub struct Metrics {
     log_lines_dropped: IntCounter,
     /// Callers' TLS handshakes that failed.
     pub caller_tls: Failures,
+    /// What came of changes of files.
+    pub changes: Changes,
 }
 
 /// The metrics of the parts, made in the same registry.
@@ -141,8 +144,9 @@ impl Metrics {
             "Log lines that are missing on stderr: nobody read it in time, or it could not be written.",
         )?;
         registry.register(Box::new(log_lines_dropped.clone()))?;
+        let changes = Changes::new(&registry)?;
         let parts = Parts {
-            token: token::Metrics::new(&registry)?,
+            token: token::Metrics::new(&registry, changes.clone())?,
             pool: pool::Metrics::new(&registry)?,
             upstream: upstream::Metrics { breaker: breaker::Metrics::new(&registry)?, failures, withheld },
         };
@@ -163,6 +167,7 @@ impl Metrics {
             quota_percent,
             log_lines_dropped,
             caller_tls: Failures::new(caller_tls),
+            changes,
         };
         Ok((metrics, parts, audit))
     }

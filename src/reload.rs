@@ -23,6 +23,7 @@ use tokio::{
 
 use crate::{
     audit::Audit,
+    changes::Change,
     config::{Config, ContractSource, Log},
     files::{Aside, read},
     route::Routes,
@@ -58,6 +59,7 @@ pub(crate) struct Reload {
     audit: Audit,
     /// Why the last one was refused.
     told: Option<String>,
+    change: Change,
 }
 
 /// Reads and compiles, on a thread of its own: files may hang, and contracts take time.
@@ -95,7 +97,11 @@ struct New {
 
 impl Reload {
     /// `config` is what is in effect.
-    pub(crate) fn new(source: Source, config: Config, state: Arc<ArcSwap<State>>, audit: Audit) -> Self {
+    pub(crate) fn new(
+        source: Source,
+        config: Config,
+        (state, audit, change): (Arc<ArcSwap<State>>, Audit, Change),
+    ) -> Self {
         let Source { path, overrides, set_log, asked } = source;
         let is_file = fs::metadata(&path).map_or(true, |found| found.is_file());
         let reader = is_file.then(|| {
@@ -103,7 +109,7 @@ impl Reload {
             let watched = watch(&path, &config);
             Aside::new(Reader { path, overrides, watched, config, contracts, state: state.clone() })
         });
-        Self { reader, asked, set_log, state, audit, told: None }
+        Self { reader, asked, set_log, state, audit, told: None, change }
     }
 
     /// Runs until its runtime ends.
@@ -159,6 +165,9 @@ impl Reload {
         match taken {
             Ok(changed) => {
                 let was_bad = self.told.take().is_some();
+                if was_bad || !changed.is_empty() {
+                    self.change.accepted();
+                }
                 if was_bad && changed.is_empty() {
                     tracing::info!("the configuration is good again; nothing in it is new");
                 }
@@ -169,6 +178,7 @@ impl Reload {
             }
             Err(reason) if self.told.as_ref() == Some(&reason) => {}
             Err(reason) => {
+                self.change.refused(&reason);
                 tracing::error!(reason, "the configuration is not taken; the old one stays in effect");
                 self.record([("result", json!("refused")), ("reason", json!(reason))]);
                 self.told = Some(reason);

@@ -239,6 +239,7 @@ impl Slot {
             last_begun: None,
             generation: 0,
             told_short: false,
+            change: metrics.changes.of(format!("credential {}", credential.name)),
             metrics,
             events,
         };
@@ -393,7 +394,7 @@ impl Slot {
             *fetches = Fetches { ended: fetches.begun, held, failed: None, had_token: true, ..*fetches };
         });
         if let Some(last) = &mut *self.last_error() {
-            last.is_over();
+            last.trouble.is_over();
         }
     }
 

@@ -62,6 +62,8 @@ pub(crate) enum Noticed<T, E> {
     Changed(T),
     /// It cannot be read or used any more. Told once for each reason.
     Unusable(E),
+    /// It can be again, and is what it was.
+    AsBefore,
 }
 
 impl<T: Clone + PartialEq, E: fmt::Display> Watched<T, E> {
@@ -90,10 +92,10 @@ impl<T: Clone + PartialEq, E: fmt::Display> Watched<T, E> {
                 return if is_known { Noticed::Nothing } else { Noticed::Unusable(error) };
             }
         };
-        self.unusable = None;
+        let was_unusable = self.unusable.take().is_some();
         if found == self.seen {
             self.settling = None;
-            return Noticed::Nothing;
+            return if was_unusable { Noticed::AsBefore } else { Noticed::Nothing };
         }
         if self.settling.as_ref() != Some(&found) {
             self.settling = Some(found);
@@ -135,6 +137,8 @@ impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
                 let taken = self.refused.take_if(|found: &mut T| (self.take)(found.clone()).is_ok());
                 taken.map(|_| Ok(()))
             }
+            Noticed::AsBefore if self.refused.is_some() => None,
+            Noticed::AsBefore => Some(Ok(())),
             Noticed::Settling => return (None, SETTLE),
             Noticed::Changed(found) => {
                 let taken = (self.take)(found.clone());

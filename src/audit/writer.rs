@@ -397,6 +397,7 @@ impl Writer {
             && shared.has_room()
         {
             let raise = is_limit.then_some(limit::RAISE);
+            shared.fails(format!("no space can be reserved: {error}"));
             tracing::error!(%error, raise, "no space can be reserved for the audit trail; nothing new is sent meanwhile");
         }
         shared.set_room(reserved.is_ok());
@@ -419,7 +420,9 @@ impl Writer {
     /// Looks whether there is space for refusals, and whether every file is in its place. Here, since asking a stuck
     /// disk takes for ever.
     fn look_around(&mut self, shared: &Shared) {
-        shared.set_space_left(self.directory.free_space() >= self.low_water);
+        let free = self.directory.free_space();
+        shared.metrics.free.set(i64::try_from(free).unwrap_or(i64::MAX));
+        shared.set_space_left(free >= self.low_water);
         if self.look_for_place(shared) {
             let listed = self.look_for_closed();
             let was_listed = std::mem::replace(&mut self.is_listed, listed.is_ok());
@@ -432,6 +435,7 @@ impl Writer {
             self.state(false);
         }
         self.report(shared);
+        shared.may_work();
     }
 
     /// Whether directory and lock file are those that were opened. Says once that they are not, and that they are again.
@@ -448,6 +452,7 @@ impl Writer {
         self.away = lost;
         match lost {
             Some(what) => {
+                shared.fails(what.to_owned());
                 let directory = self.directory.path().display();
                 tracing::error!(%directory, "{what}; nothing is sent until it is back");
                 shared.metrics.files_lost(false);
@@ -497,6 +502,7 @@ impl Writer {
         if let Err(error) = rescued
             && was_healthy
         {
+            shared.fails(format!("the open segment is lost and cannot be put back: {error}"));
             tracing::error!(%error, "the open segment of the audit trail is lost and cannot be put back yet");
         }
     }
@@ -631,9 +637,12 @@ impl Writer {
                 }
                 Err(error) => {
                     shared.count_error();
-                    self.look_for_place(shared);
+                    let is_in_place = self.look_for_place(shared);
                     if !failed {
                         let raise = is_too_large(&error).then_some(limit::RAISE);
+                        if is_in_place {
+                            shared.fails(format!("the audit trail cannot be written: {error}"));
+                        }
                         tracing::error!(%error, raise, "the audit trail cannot be written; nothing is sent meanwhile");
                     }
                     failed = true;

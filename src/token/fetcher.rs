@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     cause::{LastError, Reason, shown},
+    changes::Change,
     config::SecretSource,
     files::{Aside, Hangs},
     secret::needles::{Needles, SHORTEST},
@@ -44,6 +45,8 @@ pub(super) struct Fetcher {
     /// It was told that a token is too short to be looked for in replies.
     pub(super) told_short: bool,
     pub(super) metrics: Metrics,
+    /// What came of the last change of the secrets.
+    pub(super) change: Change,
     pub(super) events: Events,
 }
 
@@ -149,6 +152,7 @@ impl Fetcher {
         };
         slot.fetch_succeeded(live, self.held());
         if adopted {
+            self.change.accepted();
             self.tell(slot, "accepted"); // behind the deed: from here on no request takes the old token
         }
     }
@@ -192,9 +196,10 @@ impl Fetcher {
         tracing::warn!(
             credential = slot.name,
             cause = %reason.cause,
-            error = text,
+            error = &*text,
             "the changed secret brought no token; the old one stays in use"
         );
+        self.change.refused(&format!("it brought no token ({}): {text}", reason.cause));
         let urgent = slot.usable().is_none() && slot.is_awaited();
         let failure = error.failure();
         if let Some(trial) = &mut self.trial {
@@ -230,6 +235,7 @@ impl Fetcher {
 
     fn notice(&mut self, slot: &Slot, noticed: Result<Noticed<Pair, PairError>, Hangs>) {
         let unusable = |error: String| {
+            self.change.refused(&error);
             tracing::warn!(
                 credential = slot.name,
                 error,
@@ -238,12 +244,17 @@ impl Fetcher {
         };
         match noticed {
             Ok(Noticed::Nothing | Noticed::Settling) => {}
+            Ok(Noticed::AsBefore) if self.trial.is_some() => {}
+            Ok(Noticed::AsBefore) => self.change.accepted(),
             Ok(Noticed::Unusable(error)) => unusable(error.to_string()),
             Err(hangs) => unusable(hangs.to_string()),
             Ok(Noticed::Changed(pair)) => {
                 tracing::info!(credential = slot.name, "the secret changed");
                 self.proven.retry.forget_refusals(Instant::now());
                 self.trial = (pair != self.proven.pair).then(|| Candidate::new(pair));
+                if self.trial.is_none() {
+                    self.change.accepted();
+                }
                 slot.fetches_are_held(self.held());
             }
         }

@@ -2,9 +2,13 @@
 
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
 
+use crate::changes::Changes;
+
 /// Counts of the token's life.
 #[derive(Clone, Debug)]
 pub struct Metrics {
+    /// What came of changed secrets.
+    pub(super) changes: Changes,
     pub(super) fetches: IntCounterVec,
     pub(super) reloads: IntCounterVec,
     pub(super) generation: IntGaugeVec,
@@ -14,12 +18,13 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them.
-    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+    pub fn new(registry: &Registry, changes: Changes) -> Result<Self, prometheus::Error> {
         let opts = |name: &str, help: &str| Opts::new(format!("ccsqm_gateway_token_{name}"), help);
         let gauge = |name, help| IntGaugeVec::new(opts(name, help), &["credential"]);
         let fetches = opts("fetches_total", "Calls of the token endpoint, by result.");
         let reloads = opts("secret_reloads_total", "Changed secrets that were tried, by result.");
         let metrics = Self {
+            changes,
             fetches: IntCounterVec::new(fetches, &["credential", "result"])?,
             reloads: IntCounterVec::new(reloads, &["credential", "result"])?,
             generation: gauge("generation", "Counts the different tokens since the start.")?,

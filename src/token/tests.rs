@@ -16,6 +16,7 @@ use tokio::time::sleep;
 
 use super::*;
 use crate::{
+    changes::Changes,
     config::{Credential, SecretSource, Url},
     sandbox::{Options, Sandbox, TOKEN_PATH},
 };
@@ -23,7 +24,7 @@ use endpoint::FetchError;
 
 /// Why fetches fail, if they do.
 fn failing(slot: &Slot) -> Option<Cause> {
-    slot.status().last_error.filter(|last| last.over.is_none()).map(|last| last.cause)
+    slot.status().last_error.filter(|last| last.trouble.over.is_none()).map(|last| last.cause)
 }
 
 /// The margin of promised deadlines: the machine may be busy.
@@ -71,7 +72,7 @@ impl Rig {
         let mut token = configured(sandbox.address());
         set(&mut token);
         let (registry, told) = (Registry::new(), Arc::new(Mutex::new(Vec::new())));
-        let metrics = Metrics::new(&registry).unwrap();
+        let metrics = Metrics::new(&registry, Changes::new(&registry).unwrap()).unwrap();
         let tell = told.clone();
         let events =
             Box::new(move |_: &'static str, details| tell.lock().unwrap().push(Value::Object(details)));

@@ -465,6 +465,9 @@ fn a_full_disk_refuses_new_requests_and_holds_no_answer_back() {
     assert_eq!(gateway.admin("/readyz").status, 503);
     let metrics = gateway.admin("/metrics").body;
     assert!(!metrics.contains("ccsqm_gateway_audit_write_errors_total 0\n"), "{metrics}");
+    assert!(metrics.contains("ccsqm_gateway_audit_healthy 0\n"), "{metrics}");
+    let last = gateway.admin("/status").json()["audit"]["last_error"].take();
+    assert!(last["detail"].as_str().unwrap().contains("File too large") && last["over"].is_null(), "{last}");
     assert!(gateway.admin("/readyz").body.contains("audit"), "{}", gateway.admin("/readyz").body);
     let reply = read_reply(&mut in_flight);
     assert_eq!(reply.outcome(), "succeeded", "what was sent before is answered");
@@ -477,6 +480,7 @@ fn a_full_disk_refuses_new_requests_and_holds_no_answer_back() {
     fs::remove_dir(&obstacle).unwrap();
     limit_files(&gateway, "unlimited");
     assert_resumed(&gateway, &sandbox);
+    assert!(gateway.admin("/metrics").body.contains("ccsqm_gateway_audit_healthy 1\n"));
     assert_eq!(outcomes(&audit)[id][0]["outcome"], "succeeded", "its outcome is written once there is space");
 }
 

@@ -32,6 +32,7 @@ mod states;
 mod resolution;
 mod configuration;
 mod reload;
+mod changes;
 mod files;
 mod restart;
 mod signals;

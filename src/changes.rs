@@ -1,0 +1,98 @@
+//! What came of changes of the files that are read again while the gateway runs: configuration, secrets, certificates.
+//!
+//! The log tells each once; metrics and `/status` tell how things stand, and since when.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use jiff::Timestamp;
+use prometheus::{IntGauge, IntGaugeVec, Opts, Registry};
+use serde_json::{Map, Value, json};
+
+use crate::cause::Trouble;
+
+/// All that is read again, by name.
+#[derive(Clone, Debug)]
+pub struct Changes {
+    successful: IntGaugeVec,
+    succeeded: IntGaugeVec,
+    all: Arc<Mutex<BTreeMap<String, Change>>>,
+}
+
+/// One thing that is read again. Clones share what is known of it.
+#[derive(Clone, Debug)]
+pub struct Change {
+    successful: IntGauge,
+    succeeded: IntGauge,
+    last: Arc<Mutex<Option<Trouble>>>,
+}
+
+impl Changes {
+    /// Registers the metrics.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let gauges = |name: &str, help: &str| {
+            let name = format!("ccsqm_gateway_config_last_reload_{name}");
+            let gauges = IntGaugeVec::new(Opts::new(name, help), &["what"])?;
+            registry.register(Box::new(gauges.clone()))?;
+            Ok::<_, prometheus::Error>(gauges)
+        };
+        Ok(Self {
+            successful: gauges(
+                "successful",
+                "Whether what lies in the files is in use, as far as it could be read when it was last looked at.",
+            )?,
+            succeeded: gauges("success_timestamp_seconds", "When it was last taken into use, since 1970.")?,
+            all: Arc::default(),
+        })
+    }
+
+    /// Something that was read at the start and will be read again.
+    pub fn of(&self, what: impl Into<String>) -> Change {
+        let what = what.into();
+        let (successful, succeeded) =
+            (self.successful.with_label_values(&[&what]), self.succeeded.with_label_values(&[&what]));
+        let change = Change { successful, succeeded, last: Arc::default() };
+        change.accepted();
+        self.lock().insert(what, change.clone());
+        change
+    }
+
+    /// For `/status`: of each whether it is in use, and the last error.
+    pub fn status(&self) -> Map<String, Value> {
+        let told = |change: &Change| {
+            let last = change.lock().clone();
+            json!({ "successful": change.successful.get() == 1, "last_error": last })
+        };
+        self.lock().iter().map(|(what, change)| (what.clone(), told(change))).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Change>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Change {
+    /// What lies in the files is in use.
+    pub fn accepted(&self) {
+        self.successful.set(1);
+        self.succeeded.set(Timestamp::now().as_second());
+        if let Some(last) = &mut *self.lock() {
+            last.is_over();
+        }
+    }
+
+    /// It cannot be used, and what was read before stays in use. The same reason again changes nothing.
+    pub fn refused(&self, reason: &str) {
+        self.successful.set(0);
+        let mut last = self.lock();
+        if !last.as_ref().is_some_and(|last| last.is_still(reason)) {
+            *last = Some(Trouble::now(reason.to_owned()));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Trouble>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

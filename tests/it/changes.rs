@@ -1,0 +1,107 @@
+//! What came of changed files is told by `/status`, metrics and log, and cleared when it is mended.
+
+use std::{fs, sync::Arc};
+
+use ccsqm_gateway::sandbox::Options;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    callers::{CALLER, Ca, SERVER, listener, swap},
+    support::*,
+};
+
+/// How one thing stands: whether it is in use, its last error, and whether that is over.
+fn stands(gateway: &Gateway, what: &str) -> (bool, String, bool) {
+    let status = gateway.admin("/status").json();
+    let of = &status["config"][what];
+    let last = &of["last_error"];
+    let is_good = of["successful"].as_bool().unwrap_or_else(|| panic!("{what}: {status}"));
+    (is_good, last["detail"].as_str().unwrap_or_default().to_owned(), last["over"].is_string())
+}
+
+fn metric(gateway: &Gateway, name: &str, what: &str) -> i64 {
+    let metrics = gateway.admin("/metrics").body;
+    let begin = format!("ccsqm_gateway_config_last_reload_{name}{{what=\"{what}\"}} ");
+    let line = metrics.lines().find_map(|line| line.strip_prefix(&begin));
+    line.unwrap_or_else(|| panic!("{begin}: {metrics}")).parse().unwrap()
+}
+
+#[test]
+fn a_change_that_fails_is_told_with_its_time_and_cleared_when_it_is_mended() {
+    let (sandbox, ca) = (sandbox(), Ca::new());
+    let folder = Arc::new(TempDir::new().unwrap());
+    let own = ca.issue(CALLER);
+    for (name, text) in [("ca.pem", ca.0.pem()), ("own.pem", own.certificate), ("own.key", own.key)] {
+        fs::write(folder.path().join(name), text).unwrap();
+    }
+    let caller = listener(&folder, &ca.issue(SERVER), "");
+    let setup = Setup { folder: Some(folder.clone()), caller, ..Setup::default() };
+    let setup = setup.set("upstream.ca_file", "ca.pem").set("upstream.client_cert_file", "own.pem");
+    // The files of TLS are read where something is spoken to over TLS.
+    let setup = Setup { base_url: Some(format!("https://{}", free())), ..setup };
+    let gateway = start_with(&sandbox, setup.set("upstream.client_key_file", "own.key"));
+    wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));
+
+    let listener = format!("listener {}", gateway.second.unwrap());
+    let config = fs::read_to_string(folder.path().join("gateway.toml")).unwrap();
+    let unread = config.replace("qa-console", "qa console");
+    let refused = Options::default().app_secret + "-of-nobody";
+    let cases: [(&str, &str, &str, &str); 7] = [
+        ("configuration", "gateway.toml", &unread, "callers[0].name"),
+        ("credential default", "app_secret", "", "app_secret"),
+        ("credential default", "app_secret", &refused, "token_refused"),
+        (&listener, "server.pem", "rubbish", "server.pem"),
+        ("upstream client_cert_file", "own.pem", "rubbish", "own.pem"),
+        ("upstream ca_file", "ca.pem", "rubbish", "ca.pem"),
+        ("upstream ca_file", "ca.pem", "", "ca.pem"),
+    ];
+    for (what, file, bad, says) in cases {
+        let good = fs::read_to_string(folder.path().join(file)).unwrap();
+        assert!(stands(&gateway, what).0, "the control of {what}");
+        let (lines, began) = (gateway.log().len(), metric(&gateway, "success_timestamp_seconds", what));
+        swap(&folder, file, bad);
+        let (_, detail, is_over) = wait_for(what, || Some(stands(&gateway, what)).filter(|it| !it.0));
+        assert!(detail.contains(says) && !is_over, "{what}: {detail}");
+        assert_eq!(metric(&gateway, "successful", what), 0, "{what}");
+        assert_eq!(metric(&gateway, "success_timestamp_seconds", what), began, "{what}");
+        wait_for("the log", || gateway.log()[lines..].contains(says).then_some(()));
+        let others: Vec<_> = cases.iter().map(|case| case.0).filter(|other| *other != what).collect();
+        assert!(others.iter().all(|other| stands(&gateway, other).0), "{what}");
+
+        swap(&folder, file, &good);
+        let (_, detail, is_over) = wait_for(what, || Some(stands(&gateway, what)).filter(|it| it.0));
+        assert!(detail.contains(says) && is_over, "{what}: {detail}");
+        assert_eq!(metric(&gateway, "successful", what), 1, "{what}");
+        assert!(metric(&gateway, "success_timestamp_seconds", what) >= began, "{what}");
+    }
+}
+
+#[test]
+fn a_trail_that_cannot_be_written_is_told_with_its_time_and_cleared_when_it_can() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let told = || {
+        let metrics = gateway.admin("/metrics").body;
+        let value = |name: &str| {
+            let line =
+                metrics.lines().find_map(|line| line.strip_prefix(&format!("ccsqm_gateway_audit_{name} ")));
+            line.unwrap().parse::<u64>().unwrap()
+        };
+        let audit = gateway.admin("/status").json()["audit"].take();
+        assert_eq!(audit["healthy"] == true, value("healthy") == 1);
+        (value("healthy") == 1, value("free_bytes"), audit["last_error"].clone())
+    };
+    let (_, free, last) = wait_for("the free space", || Some(told()).filter(|told| told.1 > 0));
+    assert!(last.is_null() && free > 1 << 20);
+    let (audit, away) = (gateway.audit_directory(), gateway.folder.path().join("away"));
+    fs::rename(&audit, &away).unwrap();
+    let (.., last) = wait_for("the loss", || Some(told()).filter(|told| !told.0));
+    assert!(last["detail"].as_str().unwrap().contains("directory was moved"), "{last}");
+    assert!(last["time"].is_string() && last["over"].is_null(), "{last}");
+    assert_eq!(gateway.call().code(), "audit_unavailable");
+    fs::rename(&away, &audit).unwrap();
+    let over = wait_for("its end", || Some(told()).filter(|told| told.0 && told.2["over"] != Value::Null));
+    assert_eq!(over.2["time"], last["time"]);
+    assert_eq!(gateway.call().outcome(), "succeeded");
+}
