@@ -326,6 +326,11 @@ impl Found {
         age::millis(&self.time)
     }
 
+    /// Whether the key proves any record, unless there is none.
+    pub fn fits_its_key(&self) -> bool {
+        self.proven > 0 || self.seq == 0
+    }
+
     fn fault(&mut self, path: &Path, line: usize, reason: &'static str) {
         if self.faults.len() < MAX_FAULTS {
             self.faults.push(Fault { file: path.into(), line, seq: self.seq, reason });

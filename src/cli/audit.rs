@@ -8,9 +8,10 @@ use std::{
     process::ExitCode,
 };
 
+use anyhow::bail;
 use ccsqm_gateway::audit::{
     StartError, accept_clock, accept_loss, accept_lost_key,
-    chain::{KeyError, Keys, hex},
+    chain::{KeyError, Keys, hex, key_path},
     init, is_live,
     recovery::{Found, read},
     resolution::{Finding, ResolveError, resolve},
@@ -198,7 +199,18 @@ impl Place {
 impl Trail {
     fn read(&self) -> anyhow::Result<Found> {
         let directory = &self.place.directory;
-        Ok(read(directory, &self.place.keys()?).map_err(|error| named(directory, &error))?)
+        let found = read(directory, &self.place.keys()?).map_err(|error| named(directory, &error))?;
+        let record = found.faults.first().map(|fault| fault.seq).filter(|_| !found.fits_its_key());
+        if let Some(record) = record {
+            let key = self.place.key_file.clone().unwrap_or_else(|| key_path(directory));
+            bail!(
+                "{}: the key in {} does not fit record {record}, nor any other: it is the key of another trail, or each record \
+                 was changed. Name the trail's own with --key-file",
+                directory.display(),
+                key.display()
+            );
+        }
+        Ok(found)
     }
 }
 

@@ -196,6 +196,29 @@ fn verify_names_the_line_that_was_changed() {
 }
 
 #[test]
+fn a_key_of_another_trail_is_told_in_one_line() {
+    let (sandbox, other) = (sandbox(), tempfile::TempDir::new().unwrap());
+    let mut gateway = start(&sandbox);
+    let id = gateway.call().headers["x-gateway-request-id"].clone();
+    gateway.records("outcome", 1);
+    gateway.signal("-TERM");
+    assert!(gateway.wait().success());
+    let audit = gateway.audit_directory();
+    let (trail, key) = (audit.to_str().unwrap(), other.path().join("audit.key"));
+    assert_eq!(command(&["audit", "init", other.path().to_str().unwrap()]).0, 0);
+    for words in [&["verify"][..], &["in-doubt"], &["unresolved"], &["head"]] {
+        let run = |key: &Path| {
+            command(&[&["audit"], words, &[trail, "--key-file", key.to_str().unwrap()]].concat())
+        };
+        assert_eq!(run(&audit.join("audit.key")).0, 0, "the control");
+        let (code, out, error) = run(&key);
+        assert_eq!((code, out.as_str(), error.lines().count()), (78, "", 1), "{words:?}: {error}");
+        assert!(error.contains("does not fit record 1") && error.contains("--key-file"), "{error}");
+    }
+    assert_eq!(command(&["audit", "show", trail, &id]).0, 0, "it needs no key");
+}
+
+#[test]
 fn a_torn_last_line_is_cut_off_and_recorded() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
