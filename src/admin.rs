@@ -1,4 +1,4 @@
-//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`. GET only, no CORS.
+//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`. GET and HEAD only, no CORS.
 //!
 //! It has a thread of its own, so that neither a busy data plane nor a background that hangs can starve it. Nor can its
 //! own peers: connections, their requests and their time are bounded, and a new one always finds room.
@@ -117,9 +117,10 @@ async fn converse(stream: TcpStream, seat: Seat, (admin, hosts): (Arc<Admin>, Ar
 
 impl Admin {
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if request.method() != Method::GET {
-            let mut response = reply(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET only\n");
-            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+        // hyper leaves the body of an answer to HEAD away (RFC 9110, section 9.3.2).
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut response = reply(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET and HEAD only\n");
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
             return response;
         }
         match request.uri().path() {

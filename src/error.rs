@@ -516,7 +516,9 @@ impl From<NotReceived> for Error {
     fn from(not_received: NotReceived) -> Self {
         let code = match not_received {
             NotReceived::Expectation => Code::ExpectationFailed,
-            NotReceived::MediaType | NotReceived::ContentCoding => Code::MediaTypeUnsupported,
+            NotReceived::MediaType | NotReceived::MediaTypes | NotReceived::ContentCoding => {
+                Code::MediaTypeUnsupported
+            }
             NotReceived::TooLarge(_) => Code::BodyTooLarge,
             NotReceived::NoRoom => Code::Overloaded,
             NotReceived::Timeout(_) => Code::BodyTimeout,

@@ -8,7 +8,7 @@
 use std::{collections::BTreeMap, fmt, fs, path::Path, sync::LazyLock, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode};
+use http::{HeaderName, HeaderValue, Request, StatusCode};
 use prometheus::Registry;
 use serde::{
     Deserialize, Deserializer,
@@ -90,8 +90,7 @@ pub fn reply(bytes: &[u8]) {
     let truncated = kind & 8 > 0;
     let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
     let status = StatusCode::from_u16(status).unwrap();
-    let headers = HeaderMap::new();
-    let verdict = rule.classify(Reply { status, headers: &headers, body, truncated });
+    let verdict = rule.classify(Reply { status, body, truncated });
     assert!(verdict.result_code.is_none_or(|code| code.len() <= 64));
     if status == StatusCode::OK && !truncated && depth(body) <= 32 {
         let plain = serde_json::from_slice(body).map(|Members(members)| plain_outcome(&members));

@@ -1,5 +1,7 @@
 //! What goes out to the upstream, and what comes back to the caller: two allow-lists.
 
+use std::time::{Duration, SystemTime};
+
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Version, header, request::Parts};
 
@@ -60,6 +62,25 @@ impl Outbound {
     }
 }
 
+/// For how long `Retry-After` asks to wait: seconds, or a date (RFC 9110, section 10.2.3), which is measured by the `Date` beside it,
+/// where there is one, since the other side's clock may be another than ours. `None` without one that can be read.
+pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
+    let asked = text(header::RETRY_AFTER)?;
+    if let Ok(seconds) = asked.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let until = httpdate::parse_http_date(asked).ok()?;
+    let now = text(header::DATE).and_then(|date| httpdate::parse_http_date(date).ok());
+    Some(until.duration_since(now.unwrap_or_else(SystemTime::now)).unwrap_or_default())
+}
+
+/// Whether a `Content-Encoding` names a coding. `identity` is none, and ought not to be sent (RFC 9110, section 8.4.1); many do.
+pub fn is_coding(value: &HeaderValue) -> bool {
+    let mut named = value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+    named.any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity"))
+}
+
 /// Fills in a header that has its place. To insert it would first look for room.
 fn fill(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
     match headers.get_mut(&name) {
@@ -113,7 +134,7 @@ pub struct Inbound<'a> {
     pub expects_continue: bool,
     /// Any other `Expect`.
     pub expects_more: bool,
-    /// `Content-Encoding`.
+    /// `Content-Encoding` names a coding.
     pub is_coded: bool,
     /// `Origin` or `Sec-Fetch-Site`. `Sec-Fetch-Mode` alone is no browser: Node's fetch sends it.
     pub is_browser: bool,
@@ -186,7 +207,7 @@ impl<'a> Inbound<'a> {
         match name {
             "x-userid" => self.operator.note(value),
             "transfer-encoding" => self.transfer_encoding.note(value),
-            "content-encoding" => self.is_coded = true,
+            "content-encoding" => self.is_coded |= is_coding(value),
             "connection" => self.drops_end_to_end |= names_end_to_end(value),
             "expect" if is_token(value, "100-continue") => {
                 self.expects_continue = true;

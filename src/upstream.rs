@@ -38,7 +38,7 @@ use crate::{
     cause::{Cause, Failures, Reason},
     clock,
     error::Code,
-    headers::{Cleaned, Outbound, clean_reply},
+    headers::{Cleaned, Outbound, clean_reply, retry_after},
     idempotency::{Claim, Delivery, Finished, NotCommitted, Pending},
     log::OncePerSecond,
     outcome::{Outcome, Reply as Judged, Retry, Verdict},
@@ -387,7 +387,7 @@ impl Exchange {
         deadline: Instant,
     ) -> (Told, Option<Box<Pending>>) {
         let Arrived { version, status, mut headers, mut body, mut rest } = arrived;
-        let judged = Judged { status, headers: &headers, body: &body, truncated: rest.is_some() };
+        let judged = Judged { status, body: &body, truncated: rest.is_some() };
         let Verdict { outcome, mut result_code } = self.route.result.classify(judged);
         // A proxy in front can answer anything; a result code comes from behind the check of the token.
         let answered_by_business = result_code.is_some();
@@ -443,7 +443,7 @@ impl Exchange {
             self.cooldown().accepted();
         }
         if status == StatusCode::TOO_MANY_REQUESTS {
-            self.terms.quota.shrink(pause(&headers).unwrap_or(DEFAULT_RETRY));
+            self.terms.quota.shrink(retry_after(&headers).unwrap_or(DEFAULT_RETRY));
         }
         settle_retry_after(outcome, &mut headers);
         let retry = Retry::of_reply(outcome, status, self.claim.is_keyed());
@@ -585,12 +585,6 @@ fn settle_retry_after(outcome: Outcome, headers: &mut HeaderMap) {
         }
         Outcome::Refused | Outcome::NotSent | Outcome::Succeeded | Outcome::Failed | Outcome::Replayed => {}
     }
-}
-
-/// What `Retry-After` asks for, in seconds; its other form, a date, counts as none.
-fn pause(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.parse().ok()?;
-    Some(Duration::from_secs(seconds))
 }
 
 /// Whether the head states just this body's length, so that it need not be stated anew.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, se
 use serde_json::{Map, json};
 
 use super::RequestId;
-use crate::outcome::ResultRule;
+use crate::{headers::is_coding, outcome::ResultRule};
 
 /// A longer body is not kept.
 const MAX_BODY: usize = 8 * 1024;
@@ -28,7 +28,7 @@ pub struct StoredReply {
 impl StoredReply {
     /// Of a reply that was read whole, if it can be given again as it is.
     pub fn new(status: StatusCode, headers: &HeaderMap, body: &Bytes) -> Option<Self> {
-        if body.len() > MAX_BODY || headers.contains_key(header::CONTENT_ENCODING) {
+        if body.len() > MAX_BODY || headers.get_all(header::CONTENT_ENCODING).iter().any(is_coding) {
             return None;
         }
         let content_type = headers.get(header::CONTENT_TYPE).filter(|value| value.len() <= MAX_TYPE);

@@ -24,6 +24,9 @@ pub enum NotReceived {
     /// Not `application/json`, or not in UTF-8.
     #[error("Content-Type must be application/json, with charset=utf-8 at most")]
     MediaType,
+    /// It stands more than once.
+    #[error("Content-Type must stand once")]
+    MediaTypes,
     /// Compressed.
     #[error("the body must be sent without Content-Encoding")]
     ContentCoding,
@@ -86,6 +89,7 @@ fn check_head(head: &Inbound<'_>) -> Result<(), NotReceived> {
     }
     match head.content_type.only().and_then(|value| value.to_str().ok()) {
         Some(media_type) if is_json(media_type) => Ok(()),
+        _ if head.content_type.count > 1 => Err(NotReceived::MediaTypes),
         _ => Err(NotReceived::MediaType),
     }
 }
@@ -101,7 +105,10 @@ fn is_json(media_type: &str) -> bool {
 
 fn is_utf8_charset(parameter: &str) -> bool {
     let Some((name, value)) = parameter.split_once('=') else { return parameter.is_empty() };
-    name.eq_ignore_ascii_case("charset") && value.trim_matches('"').eq_ignore_ascii_case("utf-8")
+    let value = value.trim_matches('"');
+    // The second is no registered name, and means the same.
+    let is_utf8 = value.eq_ignore_ascii_case("utf-8") || value.eq_ignore_ascii_case("utf8");
+    name.eq_ignore_ascii_case("charset") && is_utf8
 }
 
 async fn collect(body: &mut Incoming, limit: usize, room: &Room) -> Result<Bytes, NotReceived> {
@@ -140,6 +147,7 @@ mod tests {
             "Application/JSON",
             "application/json;charset=UTF-8",
             "application/json; charset=\"utf-8\"",
+            "application/json; charset=utf8",
             "application/json;",
         ] {
             assert!(is_json(good), "{good}");

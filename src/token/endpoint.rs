@@ -17,11 +17,15 @@ use crate::{
     cause::{Cause, Reason},
     config,
     connect::{Connector, Egress, TlsError},
+    headers::{is_coding, retry_after},
     secret::Secret,
 };
 
 /// A reply is read this far.
 const MAX_REPLY: usize = 64 * 1024;
+
+/// No longer does a `Retry-After` hold a fetch back.
+const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// What counts when neither the reply nor the configuration is of use.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(600);
@@ -41,6 +45,9 @@ pub(super) enum FetchError {
     /// A 200 without a usable token.
     #[error("the reply holds no usable token: {0}")]
     Invalid(&'static str),
+    /// A 200 in a coding, though none was asked for.
+    #[error("the reply has the content coding {0:?}, and was asked for without one")]
+    Coded(HeaderValue),
     /// No connection, or the exchange broke off.
     #[error("{0}")]
     Broken(Reason),
@@ -67,7 +74,7 @@ impl FetchError {
         let cause = match self {
             Self::Refused(_) => Cause::TokenRefused,
             Self::Status(..) => Cause::TokenStatus,
-            Self::Invalid(_) => Cause::TokenUnreadable,
+            Self::Invalid(_) | Self::Coded(_) => Cause::TokenUnreadable,
             Self::Broken(reason) => return reason.clone(),
             Self::Timeout(_) => Cause::Timeout,
         };
@@ -79,7 +86,11 @@ impl FetchError {
         match self {
             Self::Refused(_) => Failure::Refused,
             Self::Status(_, Some(wait)) => Failure::NotBefore(*wait),
-            Self::Status(_, None) | Self::Invalid(_) | Self::Broken(_) | Self::Timeout(_) => Failure::Passing,
+            Self::Status(_, None)
+            | Self::Invalid(_)
+            | Self::Coded(_)
+            | Self::Broken(_)
+            | Self::Timeout(_) => Failure::Passing,
         }
     }
 }
@@ -145,7 +156,10 @@ impl Endpoint {
             })?;
             let body = body.to_bytes();
             check_status(&head)?;
-            self.read(&body)
+            match head.headers.get(header::CONTENT_ENCODING).filter(|value| is_coding(value)) {
+                Some(coding) => Err(FetchError::Coded(coding.clone())),
+                None => self.read(&body),
+            }
         }
         .await;
         driver.abort();
@@ -166,6 +180,7 @@ impl Endpoint {
             .header(header::CONTENT_TYPE, "application/json; charset=UTF-8")
             .header(header::CONTENT_LENGTH, body.len())
             .header(header::ACCEPT, "*/*")
+            .header(header::ACCEPT_ENCODING, "identity")
             .header(header::USER_AGENT, concat!("ccsqm-gateway/", env!("CARGO_PKG_VERSION")));
         if let Some(lifetime) = self.lifetime {
             request = request.header("x-token-expire", lifetime.as_secs());
@@ -214,12 +229,9 @@ fn check_status(head: &http::response::Parts) -> Result<(), FetchError> {
         200 => Ok(()),
         400 | 401 | 403 | 418 => Err(FetchError::Refused(head.status)),
         _ => {
-            let wait =
-                head.headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
             // 0 names no time: the back-off of our own is kinder to a server that is in trouble.
-            let wait =
-                wait.filter(|seconds| *seconds > 0).map(|seconds: u64| Duration::from_secs(seconds.min(60)));
-            Err(FetchError::Status(head.status, wait))
+            let wait = retry_after(&head.headers).filter(|wait| !wait.is_zero());
+            Err(FetchError::Status(head.status, wait.map(|wait| wait.min(MAX_WAIT))))
         }
     }
 }
@@ -351,7 +363,9 @@ mod tests {
             (503, "0", Err(Failure::Passing)),
             (503, "-1", Err(Failure::Passing)),
             (503, "soon", Err(Failure::Passing)),
-            (503, "Wed, 21 Oct 2026 07:28:00 GMT", Err(Failure::Passing)),
+            (503, "Wed, 21 Oct 2015 07:28:00 GMT", Err(Failure::Passing)),
+            (503, "Sat, 06 Nov 2094 08:49:37 GMT", wait(60)),
+            (503, "Sunday, 07-Nov-93 08:49:37 GMT", wait(60)),
         ] {
             assert_eq!(failure(status, Some(value)), failed, "{status} {value}");
         }

@@ -15,6 +15,7 @@ mod contract;
 mod idempotency;
 mod dry_run;
 mod exchange;
+mod habits;
 mod outcomes;
 mod http2;
 mod bounds;

@@ -1,0 +1,126 @@
+//! The other side's habits, which are no faults: each is taken, or refused with the true reason.
+
+use std::{
+    io::Write,
+    net::TcpStream,
+    time::{Duration, SystemTime},
+};
+
+use ccsqm_gateway::sandbox::Sandbox;
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+fn script(sandbox: &Sandbox, faults: Value) {
+    sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+}
+
+const GZIP: &str = "\u{1f}\u{fffd}not JSON";
+
+#[test]
+fn a_reply_is_read_whatever_name_it_gives_to_no_coding() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let coded = |codings: &[&str], body: Option<&str>| {
+        let headers: Vec<_> = codings.iter().map(|coding| json!(["Content-Encoding", coding])).collect();
+        let mut fault = json!({ "headers": headers });
+        if let Some(body) = body {
+            fault["body"] = json!(body);
+        }
+        script(&sandbox, json!({ "business": [fault] }));
+        gateway.call().outcome().to_owned()
+    };
+    for codings in [&[][..], &[""], &["identity"], &["Identity"], &["IDENTITY, identity"], &["identity", ""]]
+    {
+        assert_eq!(coded(codings, None), "succeeded", "{codings:?}");
+        assert_eq!(coded(codings, Some(GZIP)), "unknown", "the control: {codings:?}");
+    }
+    assert_eq!(coded(&["gzip"], Some(GZIP)), "unknown");
+    assert_eq!(coded(&["gzip"], None), "succeeded", "it is not coded, whatever its head says");
+    assert_eq!(coded(&["gzip"], Some(r#"{"resultCode":"0409001"}"#)), "failed");
+}
+
+#[test]
+fn a_request_may_say_that_it_has_no_coding_and_name_utf8_as_it_likes() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    let call = |headers: &str| {
+        let head = head(BODY.len(), "").replace("content-type: application/json\r\n", headers);
+        let reply = gateway.send(&head, BODY);
+        (reply.status, reply.json()["detail"].as_str().unwrap_or_default().to_owned())
+    };
+    let json = "content-type: application/json\r\n";
+    for good in ["content-encoding: identity\r\n", "content-encoding: Identity\r\n", "content-encoding:\r\n"]
+    {
+        assert_eq!(call(&format!("{json}{good}")).0, 200, "{good}");
+    }
+    assert_eq!(call("content-type: application/json; charset=utf8\r\n").0, 200);
+    let (status, detail) = call(&format!("{json}content-encoding: gzip\r\n"));
+    assert!(status == 415 && detail.contains("Content-Encoding"), "{detail}");
+    let (status, detail) = call("content-type: application/json; charset=latin1\r\n");
+    assert!(status == 415 && detail.contains("charset=utf-8"), "{detail}");
+    let (status, detail) = call(&format!("{json}{json}"));
+    assert!(status == 415 && detail.contains("must stand once"), "{detail}");
+    assert_eq!(sandbox.requests().len(), 4);
+}
+
+#[test]
+fn a_coded_token_reply_is_told_as_that_and_none_is_asked_for() {
+    let sandbox = sandbox();
+    script(&sandbox, json!({ "token": [{ "headers": [["Content-Encoding", "gzip"]], "body": GZIP }] }));
+    let gateway = start_with(&sandbox, Setup::default().set("token.wait", "1s"));
+    assert_eq!(gateway.call().json()["cause"], "token_unreadable");
+    wait_for("the reason", || gateway.log().contains("has the content coding \\\"gzip\\\"").then_some(()));
+    let asked = &sandbox.token_calls()[0];
+    assert!(
+        String::from_utf8_lossy(&asked.request.head)
+            .to_lowercase()
+            .contains("\r\naccept-encoding: identity\r\n"),
+        "{asked:?}"
+    );
+
+    script(&sandbox, json!({ "token": [{ "headers": [["Content-Encoding", "Identity"]] }] }));
+    let gateway = start(&sandbox);
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
+}
+
+#[test]
+fn a_date_in_retry_after_holds_token_calls_back() {
+    let date = |after: u64| httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(after));
+    for (value, calls) in [(Some(date(3600)), 1..=1), (Some("3600".into()), 1..=1), (None, 2..=9)] {
+        let sandbox = sandbox();
+        let headers: Vec<_> = value.iter().map(|value| json!(["Retry-After", value])).collect();
+        script(&sandbox, json!({ "token": [{ "status": 503, "headers": headers }] }));
+        let gateway = start_with(&sandbox, Setup::default().set("token.wait", "3s"));
+        let reply = gateway.call();
+        assert_eq!(reply.code(), "token_unavailable", "{value:?}");
+        if value.is_some() {
+            let wait: u64 = reply.headers["retry-after"].parse().unwrap();
+            assert!((50..=60).contains(&wait), "{value:?}: {wait}");
+        }
+        assert!(calls.contains(&sandbox.token_calls().len()), "{value:?}: {}", sandbox.token_calls().len());
+    }
+}
+
+#[test]
+fn a_probe_may_ask_for_the_head_alone() {
+    let sandbox = sandbox();
+    let gateway = start(&sandbox);
+    wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));
+    let ask = |method: &str, path: &str| {
+        let mut stream = TcpStream::connect(gateway.admin).unwrap();
+        write!(stream, "{method} {path} HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut stream, &mut text).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        (head[9..12].parse::<u16>().unwrap(), body.len(), head.to_lowercase())
+    };
+    for path in ["/livez", "/readyz", "/metrics", "/status"] {
+        let (status, length, head) = ask("HEAD", path);
+        assert!(status == 200 && length == 0 && head.contains("content-length: "), "{path}: {head}");
+        assert!(ask("GET", path).1 > 0, "the control");
+    }
+    assert_eq!(ask("HEAD", "/nowhere").0, 404);
+    let (status, _, head) = ask("POST", "/livez");
+    assert!(status == 405 && head.contains("allow: get, head"), "{head}");
+}
