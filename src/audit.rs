@@ -634,7 +634,7 @@ impl Audit {
             "healthy": self.healthy(),
             "free_bytes": metrics.free.get(),
             "damaged": metrics.damaged.get() == 1,
-            "last_error": self.shared().trouble(),
+            "last_error": self.shared().trouble.get(),
         })
     }
 

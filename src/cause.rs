@@ -1,4 +1,5 @@
-//! Why a step on the way to the cloud failed: one word, the same in problem, trail, metric, `/status` and log.
+//! Why a step on the way to the cloud, or a caller's TLS handshake, failed: one word, the same in problem, trail, metric, `/status`
+//! and log.
 //!
 //! The word is for everybody. The full text is for operators only: it may name addresses, and the other side has a say in
 //! it, such as by the names in its certificate.
@@ -7,17 +8,21 @@ use std::{
     error::Error as _,
     fmt, io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use jiff::Timestamp;
 use prometheus::IntCounterVec;
 use rustls::{AlertDescription, CertificateError};
 use serde::{Serialize, Serializer};
 
-use crate::{log::OncePerSecond, plain, secret::needles::Needles};
+use crate::{
+    log::OncePerSecond,
+    plain,
+    secret::needles::Needles,
+    trouble::{LastTrouble, Trouble},
+};
 
 /// So much of a text is shown, in bytes.
 const MAX_TEXT: usize = 256;
@@ -37,7 +42,7 @@ pub enum Cause {
     Timeout,
     /// The other side closed or reset the connection.
     Reset,
-    /// The gateway's own machine denies it: files, ports or memory.
+    /// The gateway's own machine denies it: it has no file, port or memory left, or a rule of its forbids the way.
     Local,
     /// The certificate is of no root that is trusted, or is revoked or malformed; or there is none.
     TlsUntrusted,
@@ -142,7 +147,7 @@ impl Cause {
             Self::Unreachable => "there is no way to its address",
             Self::Timeout => "it took too long",
             Self::Reset => "it closed the connection",
-            Self::Local => "the gateway's own machine has no file, port or memory left for it",
+            Self::Local => "the gateway's own machine denies the way to it",
             Self::TlsUntrusted => "its certificate is not trusted",
             Self::TlsExpired => "its certificate has expired, or is not valid yet",
             Self::TlsName => "its certificate is for another name",
@@ -220,6 +225,7 @@ impl Cause {
     fn of_http2(error: &h2::Error) -> Self {
         match error.get_io() {
             Some(error) => Self::of_reply(error),
+            None if error.is_remote() && error.is_go_away() => Self::NotProcessed,
             None if error.reason() == Some(h2::Reason::REFUSED_STREAM) => Self::NotProcessed,
             None if error.is_remote() => Self::Reset,
             None => Self::ReplyUnreadable,
@@ -299,52 +305,6 @@ impl fmt::Display for Reason {
     }
 }
 
-/// Something that went wrong, as `/status` tells it.
-#[derive(Clone, Debug, Serialize)]
-pub struct Trouble {
-    /// The full text.
-    pub detail: String,
-    /// When it began (RFC 3339).
-    pub time: String,
-    /// When it was over; absent while it is not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub over: Option<String>,
-}
-
-impl Trouble {
-    /// It begins now.
-    pub fn now(detail: String) -> Self {
-        Self { detail, time: now(), over: None }
-    }
-
-    /// It is over now, unless it was before.
-    pub fn is_over(&mut self) {
-        self.over.get_or_insert_with(now);
-    }
-
-    /// Whether it is this one, and not over.
-    pub fn is_still(&self, detail: &str) -> bool {
-        self.over.is_none() && self.detail == detail
-    }
-}
-
-/// The last failure, as `/status` tells it.
-#[derive(Clone, Debug, Serialize)]
-pub struct LastError {
-    /// The word.
-    pub cause: Cause,
-    /// The full text, [shown](shown), and when.
-    #[serde(flatten)]
-    pub trouble: Trouble,
-}
-
-impl LastError {
-    /// One that happens now.
-    pub fn now(cause: Cause, detail: String) -> Self {
-        Self { cause, trouble: Trouble::now(detail) }
-    }
-}
-
 /// Failures of one kind, told to operators: counted, logged, and the last one for `/status`.
 #[derive(Debug)]
 pub struct Failures {
@@ -353,14 +313,14 @@ pub struct Failures {
     lines: [OncePerSecond; Cause::COUNT],
     /// The last one is not over.
     is_failing: AtomicBool,
-    last: Mutex<Option<LastError>>,
+    last: LastTrouble,
 }
 
 impl Failures {
     /// None so far; `count` has one label, the cause.
     pub fn new(count: IntCounterVec) -> Self {
         let lines = [const { OncePerSecond::new() }; Cause::COUNT];
-        Self { count, lines, is_failing: AtomicBool::new(false), last: Mutex::default() }
+        Self { count, lines, is_failing: AtomicBool::new(false), last: LastTrouble::default() }
     }
 
     /// Something failed. `needles` are what must not be quoted. Returns the text, and how often it happened since it was
@@ -373,7 +333,7 @@ impl Failures {
     ) -> Option<(String, u64)> {
         let (cause, text) = (reason.cause, shown(reason, needles));
         self.count.with_label_values(&[cause.as_str()]).inc();
-        *self.lock() = Some(LastError::now(cause, text.clone()));
+        self.last.begins(Some(cause), text.clone());
         self.is_failing.store(true, Ordering::Relaxed);
         self.lines[cause as usize].times().map(|times| (text, times))
     }
@@ -388,24 +348,13 @@ impl Failures {
     #[cold]
     fn end(&self) {
         self.is_failing.store(false, Ordering::Relaxed);
-        if let Some(last) = &mut *self.lock() {
-            last.trouble.is_over();
-        }
+        self.last.ends();
     }
 
     /// The last one.
-    pub fn last(&self) -> Option<LastError> {
-        self.lock().clone()
+    pub fn last(&self) -> Option<Trouble> {
+        self.last.get()
     }
-
-    fn lock(&self) -> MutexGuard<'_, Option<LastError>> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Now, to the second.
-fn now() -> String {
-    Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default().to_string()
 }
 
 /// What an error says, for operators: in one line, and without what quotes the credential. The other side has a say in some

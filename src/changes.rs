@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use prometheus::{IntGauge, IntGaugeVec, Opts, Registry};
 use serde_json::{Map, Value, json};
 
-use crate::cause::Trouble;
+use crate::trouble::LastTrouble;
 
 /// All that is read again, by name.
 #[derive(Clone, Debug)]
@@ -26,7 +26,7 @@ pub struct Changes {
 pub struct Change {
     successful: IntGauge,
     succeeded: IntGauge,
-    last: Arc<Mutex<Option<Trouble>>>,
+    last: Arc<LastTrouble>,
 }
 
 impl Changes {
@@ -43,7 +43,10 @@ impl Changes {
                 "successful",
                 "Whether what lies in the files is in use, as far as it could be read when it was last looked at.",
             )?,
-            succeeded: gauges("success_timestamp_seconds", "When it was last taken into use, since 1970.")?,
+            succeeded: gauges(
+                "success_timestamp_seconds",
+                "When it was last found to be in use behind a change, since 1970.",
+            )?,
             all: Arc::default(),
         })
     }
@@ -62,8 +65,8 @@ impl Changes {
     /// For `/status`: of each whether it is in use, and the last error.
     pub fn status(&self) -> Map<String, Value> {
         let told = |change: &Change| {
-            let last = change.lock().clone();
-            json!({ "successful": change.successful.get() == 1, "last_error": last })
+            let last = change.last.get();
+            json!({ "successful": last.as_ref().is_none_or(|last| last.over.is_some()), "last_error": last })
         };
         self.lock().iter().map(|(what, change)| (what.clone(), told(change))).collect()
     }
@@ -78,21 +81,12 @@ impl Change {
     pub fn accepted(&self) {
         self.successful.set(1);
         self.succeeded.set(Timestamp::now().as_second());
-        if let Some(last) = &mut *self.lock() {
-            last.is_over();
-        }
+        self.last.ends();
     }
 
     /// It cannot be used, and what was read before stays in use. The same reason again changes nothing.
     pub fn refused(&self, reason: &str) {
         self.successful.set(0);
-        let mut last = self.lock();
-        if !last.as_ref().is_some_and(|last| last.is_still(reason)) {
-            *last = Some(Trouble::now(reason.to_owned()));
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Trouble>> {
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+        self.last.begins(None, reason.to_owned());
     }
 }

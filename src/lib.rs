@@ -42,7 +42,7 @@ pub mod headers; // what goes out and what comes back
 pub mod upstream; // stage 9: pool, exchange, classification
 pub mod outcome; // what became of the task
 pub mod error; // failure to status, code and text
-pub mod cause; // why a step on the way to the cloud failed
+pub mod cause; // why a step on the way to the cloud, or a handshake, failed
 
 // Beside the way.
 pub mod app; // composition root
@@ -58,6 +58,7 @@ pub mod secret; // zeroised buffers
 mod pem; // certificates, keys, revocation lists
 mod files; // reading what others may replace
 pub mod changes; // what came of changes of files
+pub mod trouble; // the last trouble of one part
 mod watched; // files, looked at to notice a change
 pub mod metrics; // what is counted
 pub mod log; // log lines on their way to stderr

@@ -1,4 +1,5 @@
-//! A configuration that changes while the gateway runs: callers, limits, routes, contracts, quota, log level.
+//! A configuration that changes while the gateway runs: callers, limits, routes, contracts, quota, log level, and which
+//! requests have a log line.
 //!
 //! On SIGHUP, and when the file or a contract has changed, everything is read anew, validated and compiled; then it is
 //! swapped at once, so that each request sees one configuration. What is remembered stays: limits keep what is spent
@@ -31,7 +32,7 @@ use crate::{
     watched::{Noticed, POLL, SETTLE, Watched, digest},
 };
 
-/// The sections that may change, and the log's level. The rest is bound to sockets, files and threads.
+/// The sections that may change, and the log's level and requests. The rest is bound to sockets, files and threads.
 const CHANGEABLE: [&str; 3] = ["callers", "routes", "quota"];
 
 /// What was refused is tried again after this time.
@@ -133,11 +134,14 @@ impl Reload {
                 () = sleep(wait) => false,
             };
             let is_due = is_asked || again.is_some_and(|again| again <= Instant::now());
+            let mut has_hung = false;
             let read = loop {
+                let is_due = is_due || has_hung; // even if nothing has changed, what is told of it has
                 match reader.run(move |reader| reader.turn(is_due)).await {
                     Ok(read) => break read,
                     Err(hangs) => self.tell(Err(hangs.to_string())),
                 }
+                has_hung = true;
             };
             wait = if matches!(read, Read::Settling) { SETTLE } else { POLL };
             let taken = match read {
@@ -197,7 +201,7 @@ impl Reader {
     fn turn(&mut self, is_due: bool) -> Read {
         match self.watched.look() {
             Noticed::Settling if !is_due => Read::Settling,
-            Noticed::Nothing if !is_due => Read::Nothing,
+            Noticed::Nothing | Noticed::StillUnusable if !is_due => Read::Nothing,
             _ => self.read().unwrap_or_else(Read::Refused),
         }
     }

@@ -14,7 +14,7 @@ mod schedule;
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -31,10 +31,11 @@ use tokio::{
 };
 
 use crate::{
-    cause::{Cause, LastError},
+    cause::Cause,
     config,
     connect::{Egress, TlsError},
     secret::needles::Needles,
+    trouble::{LastTrouble, Trouble},
 };
 pub use cooldown::Cooldown;
 use endpoint::{Endpoint, SCHEME};
@@ -152,7 +153,7 @@ pub struct Status {
     /// How long it may still be used.
     pub seconds_left: Option<u64>,
     /// The last fetch that failed.
-    pub last_error: Option<LastError>,
+    pub last_error: Option<Trouble>,
 }
 
 /// The token of one credential.
@@ -166,7 +167,7 @@ pub struct Slot {
     /// Its lock makes a fetch's end and a token's retirement one step each.
     fetches: watch::Sender<Fetches>,
     /// The last fetch that failed, with its text.
-    last_error: Mutex<Option<LastError>>,
+    last_error: LastTrouble,
     fetcher: Mutex<Option<Fetcher>>,
 }
 
@@ -240,6 +241,7 @@ impl Slot {
             generation: 0,
             told_short: false,
             change: metrics.changes.of(format!("credential {}", credential.name)),
+            is_unusable: false,
             metrics,
             events,
         };
@@ -250,7 +252,7 @@ impl Slot {
             waiting: AtomicUsize::new(0),
             wake: Notify::new(),
             fetches: watch::Sender::new(Fetches::default()),
-            last_error: Mutex::default(),
+            last_error: LastTrouble::default(),
             fetcher: Mutex::new(Some(fetcher)),
         }))
     }
@@ -274,6 +276,11 @@ impl Slot {
             return Ok(token);
         }
         Box::pin(self.wait_for_token()).await
+    }
+
+    /// The last token, whether it may be sent or not.
+    pub fn last_token(&self) -> Option<Token> {
+        self.live.load().as_ref().map(|live| live.token.clone())
     }
 
     /// Another token than the refused one, if one can be had. All who ask at once share one fetch, and one
@@ -315,7 +322,7 @@ impl Slot {
             had_token: fetches.had_token,
             generation: live.as_ref().map_or(0, |live| live.token.generation()),
             seconds_left: left.map(|left| left.as_secs()),
-            last_error: self.last_error().clone(),
+            last_error: self.last_error.get(),
         }
     }
 
@@ -393,22 +400,16 @@ impl Slot {
             self.live.store(Some(Arc::new(live)));
             *fetches = Fetches { ended: fetches.begun, held, failed: None, had_token: true, ..*fetches };
         });
-        if let Some(last) = &mut *self.last_error() {
-            last.trouble.is_over();
-        }
+        self.last_error.ends();
     }
 
-    fn fetch_failed(&self, error: LastError, held: Option<Held>) {
-        let failed = Some(error.cause);
-        *self.last_error() = Some(error);
+    fn fetch_failed(&self, cause: Cause, error: String, held: Option<Held>) {
+        let failed = Some(cause);
+        self.last_error.begins(failed, error);
         self.fetches.send_modify(|fetches| {
             self.put_back();
             *fetches = Fetches { ended: fetches.begun, held, failed, ..*fetches };
         });
-    }
-
-    fn last_error(&self) -> MutexGuard<'_, Option<LastError>> {
-        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A trial's failure says nothing of the pair in use: whoever waits for that goes on waiting, unless it

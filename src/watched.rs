@@ -54,7 +54,7 @@ pub(crate) struct Watched<T, E> {
 
 /// What a look found.
 pub(crate) enum Noticed<T, E> {
-    /// Nothing new.
+    /// It can be used, and is what it was.
     Nothing,
     /// A change; the next look, [`SETTLE`] later, tells whether it stays.
     Settling,
@@ -62,8 +62,8 @@ pub(crate) enum Noticed<T, E> {
     Changed(T),
     /// It cannot be read or used any more. Told once for each reason.
     Unusable(E),
-    /// It can be again, and is what it was.
-    AsBefore,
+    /// The same still.
+    StillUnusable,
 }
 
 impl<T: Clone + PartialEq, E: fmt::Display> Watched<T, E> {
@@ -89,13 +89,13 @@ impl<T: Clone + PartialEq, E: fmt::Display> Watched<T, E> {
                 self.settling = None;
                 let known = self.unusable.replace(error.to_string());
                 let is_known = known == self.unusable;
-                return if is_known { Noticed::Nothing } else { Noticed::Unusable(error) };
+                return if is_known { Noticed::StillUnusable } else { Noticed::Unusable(error) };
             }
         };
-        let was_unusable = self.unusable.take().is_some();
+        self.unusable = None;
         if found == self.seen {
             self.settling = None;
-            return if was_unusable { Noticed::AsBefore } else { Noticed::Nothing };
+            return Noticed::Nothing;
         }
         if self.settling.as_ref() != Some(&found) {
             self.settling = Some(found);
@@ -129,25 +129,40 @@ struct Followed<T, E> {
     refused: Option<T>,
 }
 
+/// What came of a look.
+enum Turn {
+    /// What lies in the files is in use, or is so now.
+    Good { is_new: bool },
+    /// It cannot be used: why, if that is new.
+    Bad(Option<String>),
+    /// It is not known yet.
+    Settling,
+}
+
 impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
-    /// Looks, and takes what has changed. Returns what came of it, and when to look again.
-    fn turn(&mut self) -> (Option<Result<(), String>>, Duration) {
-        let told = match self.watched.look() {
-            Noticed::Nothing => {
-                let taken = self.refused.take_if(|found: &mut T| (self.take)(found.clone()).is_ok());
-                taken.map(|_| Ok(()))
-            }
-            Noticed::AsBefore if self.refused.is_some() => None,
-            Noticed::AsBefore => Some(Ok(())),
-            Noticed::Settling => return (None, SETTLE),
-            Noticed::Changed(found) => {
-                let taken = (self.take)(found.clone());
-                self.refused = taken.is_err().then_some(found);
-                Some(taken)
-            }
-            Noticed::Unusable(error) => Some(Err(error)),
-        };
-        (told.map(|told| told.map_err(|error| error.to_string())), POLL)
+    /// Looks, and takes what has changed.
+    fn turn(&mut self) -> Turn {
+        match self.watched.look() {
+            Noticed::Nothing => match self.refused.take() {
+                None => Turn::Good { is_new: false },
+                Some(found) => {
+                    self.take(found).map_or_else(|_| Turn::Bad(None), |()| Turn::Good { is_new: true })
+                }
+            },
+            Noticed::Settling => Turn::Settling,
+            Noticed::Changed(found) => match self.take(found) {
+                Ok(()) => Turn::Good { is_new: true },
+                Err(error) => Turn::Bad(Some(error.to_string())),
+            },
+            Noticed::Unusable(error) => Turn::Bad(Some(error.to_string())),
+            Noticed::StillUnusable => Turn::Bad(None),
+        }
+    }
+
+    fn take(&mut self, found: T) -> Result<(), E> {
+        let taken = (self.take)(found.clone());
+        self.refused = taken.is_err().then_some(found);
+        taken
     }
 }
 
@@ -162,14 +177,31 @@ pub(crate) async fn follow<T, E>(
     E: fmt::Display + 'static,
 {
     let mut followed = Aside::new(Followed { watched, take: Box::new(take), refused: None });
+    let mut was_bad = false;
     loop {
-        match followed.run(Followed::turn).await {
-            Ok((told, wait)) => {
-                told.into_iter().for_each(&tell);
-                sleep(wait).await;
+        let turn = match followed.run(Followed::turn).await {
+            Ok(turn) => turn,
+            Err(hangs) => {
+                was_bad = true;
+                tell(Err(hangs.to_string()));
+                continue;
             }
-            Err(hangs) => tell(Err(hangs.to_string())),
+        };
+        let wait = if matches!(turn, Turn::Settling) { SETTLE } else { POLL };
+        match turn {
+            Turn::Good { is_new } => {
+                if is_new || was_bad {
+                    tell(Ok(()));
+                }
+                was_bad = false;
+            }
+            Turn::Bad(why) => {
+                was_bad = true;
+                why.into_iter().for_each(|why| tell(Err(why)));
+            }
+            Turn::Settling => {}
         }
+        sleep(wait).await;
     }
 }
 

@@ -24,7 +24,7 @@ use super::{
     unresolved::UnresolvedList,
     writer::MOST_AT_ONCE,
 };
-use crate::{cause::Trouble, clock, supervisor::Vital};
+use crate::{clock, supervisor::Vital, trouble::LastTrouble};
 
 /// Beyond so many bytes that wait for the disk no intent is queued: records name up to a thousand inspectors each.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
@@ -78,7 +78,7 @@ pub(super) struct Shared {
     space_left: AtomicBool,
     unresolved: Mutex<UnresolvedList>,
     /// Why nothing could be put on record last.
-    trouble: Mutex<Option<Trouble>>,
+    pub(super) trouble: LastTrouble,
     pub(super) metrics: Metrics,
     capacity: usize,
     /// While a test holds it, the disk is stuck.
@@ -145,7 +145,7 @@ impl Shared {
             room: AtomicBool::new(true),
             space_left: AtomicBool::new(true),
             unresolved: Mutex::new(unresolved),
-            trouble: Mutex::default(),
+            trouble: LastTrouble::default(),
             metrics,
             capacity,
             #[cfg(test)]
@@ -403,26 +403,11 @@ impl Shared {
         self.lock().closing
     }
 
-    /// Nothing can be put on record. The same reason again changes nothing.
-    pub(super) fn fails(&self, reason: String) {
-        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        if !trouble.as_ref().is_some_and(|trouble| trouble.is_still(&reason)) {
-            *trouble = Some(Trouble::now(reason));
-        }
-    }
-
-    /// It can be again, if it can.
+    /// It can be put on record again, if it can.
     pub(super) fn may_work(&self) {
-        if self.is_healthy()
-            && let Some(trouble) = &mut *self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
-        {
-            trouble.is_over();
+        if self.is_healthy() {
+            self.trouble.ends();
         }
-    }
-
-    /// Why nothing could be put on record last.
-    pub(super) fn trouble(&self) -> Option<Trouble> {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Intents without an outcome.

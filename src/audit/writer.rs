@@ -397,7 +397,7 @@ impl Writer {
             && shared.has_room()
         {
             let raise = is_limit.then_some(limit::RAISE);
-            shared.fails(format!("no space can be reserved: {error}"));
+            shared.trouble.begins(None, format!("no space can be reserved: {error}"));
             tracing::error!(%error, raise, "no space can be reserved for the audit trail; nothing new is sent meanwhile");
         }
         shared.set_room(reserved.is_ok());
@@ -452,7 +452,7 @@ impl Writer {
         self.away = lost;
         match lost {
             Some(what) => {
-                shared.fails(what.to_owned());
+                shared.trouble.begins(None, what.to_owned());
                 let directory = self.directory.path().display();
                 tracing::error!(%directory, "{what}; nothing is sent until it is back");
                 shared.metrics.files_lost(false);
@@ -502,7 +502,7 @@ impl Writer {
         if let Err(error) = rescued
             && was_healthy
         {
-            shared.fails(format!("the open segment is lost and cannot be put back: {error}"));
+            shared.trouble.begins(None, format!("the open segment is lost and cannot be put back: {error}"));
             tracing::error!(%error, "the open segment of the audit trail is lost and cannot be put back yet");
         }
     }
@@ -641,7 +641,9 @@ impl Writer {
                     if !failed {
                         let raise = is_too_large(&error).then_some(limit::RAISE);
                         if is_in_place {
-                            shared.fails(format!("the audit trail cannot be written: {error}"));
+                            shared
+                                .trouble
+                                .begins(None, format!("the audit trail cannot be written: {error}"));
                         }
                         tracing::error!(%error, raise, "the audit trail cannot be written; nothing is sent meanwhile");
                     }

@@ -148,6 +148,7 @@ impl Endpoint {
         let driver = tokio::spawn(connection);
         let result = async {
             let (head, body) = sender.send_request(request).await?.into_parts();
+            check_status(&head)?;
             let body = Limited::new(body, MAX_REPLY).collect().await.map_err(|error| {
                 match error.downcast::<hyper::Error>() {
                     Ok(error) => FetchError::from(*error),
@@ -155,7 +156,6 @@ impl Endpoint {
                 }
             })?;
             let body = body.to_bytes();
-            check_status(&head)?;
             match head.headers.get(header::CONTENT_ENCODING).filter(|value| is_coding(value)) {
                 Some(coding) => Err(FetchError::Coded(coding.clone())),
                 None => self.read(&body),
@@ -365,7 +365,7 @@ mod tests {
             (503, "soon", Err(Failure::Passing)),
             (503, "Wed, 21 Oct 2015 07:28:00 GMT", Err(Failure::Passing)),
             (503, "Sat, 06 Nov 2094 08:49:37 GMT", wait(60)),
-            (503, "Sunday, 07-Nov-93 08:49:37 GMT", wait(60)),
+            (503, "Sunday, 06-Nov-94 08:49:37 GMT", Err(Failure::Passing)),
         ] {
             assert_eq!(failure(status, Some(value)), failed, "{status} {value}");
         }

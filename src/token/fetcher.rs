@@ -18,7 +18,7 @@ use super::{
     schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
 };
 use crate::{
-    cause::{LastError, Reason, shown},
+    cause::{Reason, shown},
     changes::Change,
     config::SecretSource,
     files::{Aside, Hangs},
@@ -47,6 +47,8 @@ pub(super) struct Fetcher {
     pub(super) metrics: Metrics,
     /// What came of the last change of the secrets.
     pub(super) change: Change,
+    /// The files could not be read, or held no usable pair, when they were last looked at.
+    pub(super) is_unusable: bool,
     pub(super) events: Events,
 }
 
@@ -152,7 +154,9 @@ impl Fetcher {
         };
         slot.fetch_succeeded(live, self.held());
         if adopted {
-            self.change.accepted();
+            if !self.is_unusable {
+                self.change.accepted();
+            }
             self.tell(slot, "accepted"); // behind the deed: from here on no request takes the old token
         }
     }
@@ -187,7 +191,7 @@ impl Fetcher {
         tracing::warn!(credential = slot.name, cause = %reason.cause, error = text, "no token");
         let urgent = slot.usable().is_none() && slot.is_awaited();
         self.proven.retry.failed(error.failure(), urgent, Instant::now(), jitter());
-        slot.fetch_failed(LastError::now(reason.cause, text), self.held());
+        slot.fetch_failed(reason.cause, text, self.held());
     }
 
     fn fail_trial(&mut self, slot: &Slot, error: &FetchError) {
@@ -243,12 +247,23 @@ impl Fetcher {
             );
         };
         match noticed {
-            Ok(Noticed::Nothing | Noticed::Settling) => {}
-            Ok(Noticed::AsBefore) if self.trial.is_some() => {}
-            Ok(Noticed::AsBefore) => self.change.accepted(),
-            Ok(Noticed::Unusable(error)) => unusable(error.to_string()),
-            Err(hangs) => unusable(hangs.to_string()),
+            Ok(Noticed::Settling | Noticed::StillUnusable) => {}
+            Ok(Noticed::Nothing) => {
+                // What could not be read is what it was, and in use, unless it was on trial.
+                if std::mem::take(&mut self.is_unusable) && self.trial.is_none() {
+                    self.change.accepted();
+                }
+            }
+            Ok(Noticed::Unusable(error)) => {
+                unusable(error.to_string());
+                self.is_unusable = true;
+            }
+            Err(hangs) => {
+                unusable(hangs.to_string());
+                self.is_unusable = true;
+            }
             Ok(Noticed::Changed(pair)) => {
+                self.is_unusable = false;
                 tracing::info!(credential = slot.name, "the secret changed");
                 self.proven.retry.forget_refusals(Instant::now());
                 self.trial = (pair != self.proven.pair).then(|| Candidate::new(pair));

@@ -24,7 +24,7 @@ use endpoint::FetchError;
 
 /// Why fetches fail, if they do.
 fn failing(slot: &Slot) -> Option<Cause> {
-    slot.status().last_error.filter(|last| last.trouble.over.is_none()).map(|last| last.cause)
+    slot.status().last_error.filter(|last| last.over.is_none()).and_then(|last| last.cause)
 }
 
 /// The margin of promised deadlines: the machine may be busy.

@@ -175,11 +175,18 @@ fn a_dead_mount_holds_neither_calls_nor_tokens_nor_the_stop() {
         gateway.signal("-HUP");
         wait_for(&format!("a word of {file}"), || (is_told() > before).then_some(()));
         assert_lives(&gateway, &sandbox, file);
+        let not_in_use = || {
+            let config = gateway.admin("/status").json()["config"].take();
+            let config = config.as_object().unwrap().values().filter(|of| of["successful"] == false);
+            config.map(|of| of["last_error"]["detail"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert!(not_in_use().iter().any(|detail| detail.contains(silent)), "{file}: {:?}", not_in_use());
         let good = told(&gateway, "is good again");
         fs::remove_file(&hang).unwrap();
         if line.starts_with("the configuration") {
             wait_for("the end of it", || (told(&gateway, "is good again") > good).then_some(()));
         }
+        wait_for("all to be in use", || not_in_use().is_empty().then_some(()));
     }
     // The control: what was held goes on.
     let text = fs::read_to_string(folder.path().join("gateway.toml")).unwrap();
