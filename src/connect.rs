@@ -13,7 +13,10 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -86,8 +89,41 @@ pub enum ConnectError {
     #[error("TLS: {0}")]
     Tls(io::Error),
     /// All of it took too long.
-    #[error("not within {0:?}")]
-    Timeout(Duration),
+    #[error("{0} was not over within {1:?}")]
+    Timeout(Step, Duration),
+}
+
+/// What a connection needs, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Step {
+    /// The addresses of its name.
+    Resolve,
+    /// An address that answers.
+    Connect,
+    /// A tunnel through the proxy.
+    Proxy,
+    /// TLS.
+    Tls,
+}
+
+impl Step {
+    fn of(step: &AtomicU8) -> Self {
+        let step = step.load(Ordering::Relaxed);
+        let all = [Self::Resolve, Self::Connect, Self::Proxy, Self::Tls];
+        all.into_iter().find(|it| *it as u8 == step).unwrap_or(Self::Connect)
+    }
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Resolve => "the look-up of the name",
+            Self::Connect => "the connection",
+            Self::Proxy => "the proxy's answer",
+            Self::Tls => "the TLS handshake",
+        })
+    }
 }
 
 impl ConnectError {
@@ -98,7 +134,8 @@ impl ConnectError {
             Self::NotLoopback(_) => Cause::NotLoopback,
             Self::Connect(error) | Self::Tls(error) => Cause::of_io(error),
             Self::Proxy(error) => error.cause(),
-            Self::Timeout(_) => Cause::Timeout,
+            Self::Timeout(Step::Resolve, _) => Cause::Dns,
+            Self::Timeout(..) => Cause::Timeout,
         }
     }
 }
@@ -228,41 +265,47 @@ impl Connector {
 
     /// The same, and which roots these are.
     pub async fn connect_under(&self) -> Result<(Stream, u64), Reason> {
-        let dialed = timeout(self.timeout, self.dial_under()).await;
-        let dialed = dialed.unwrap_or(Err(ConnectError::Timeout(self.timeout)));
+        let step = AtomicU8::new(Step::Resolve as u8);
+        let dialed = timeout(self.timeout, self.dial_under(&step)).await;
+        let late = |_| Err(ConnectError::Timeout(Step::of(&step), self.timeout));
+        let dialed = dialed.unwrap_or_else(late);
         dialed.map_err(|error| Reason::new(error.cause(), format!("{self}: {error}")))
     }
 
     /// Dials again where the roots changed meanwhile: whom the old ones let in may be trusted no more.
-    async fn dial_under(&self) -> Result<(Stream, u64), ConnectError> {
+    async fn dial_under(&self, step: &AtomicU8) -> Result<(Stream, u64), ConnectError> {
         loop {
             let generation = self.generation();
-            let stream = self.dial().await?;
+            let stream = self.dial(step).await?;
             if self.generation() == generation {
                 return Ok((stream, generation));
             }
         }
     }
 
-    async fn dial(&self) -> Result<Stream, ConnectError> {
-        let mut stream = self.dial_tcp().await?;
+    async fn dial(&self, step: &AtomicU8) -> Result<Stream, ConnectError> {
+        let mut stream = self.dial_tcp(step).await?;
         stream.set_nodelay(true)?;
         if let Some(authority) = &self.behind {
+            step.store(Step::Proxy as u8, Ordering::Relaxed);
             proxy::tunnel(&mut stream, authority).await?;
         }
         let Some(Tls { trust, name, offers_http2 }) = &self.tls else { return Ok(Stream::Plain(stream)) };
+        step.store(Step::Tls as u8, Ordering::Relaxed);
         let tls = TlsConnector::from(trust.config(*offers_http2));
         let stream = tls.connect(name.clone(), stream).await.map_err(ConnectError::Tls)?;
         Ok(Stream::Tls(Box::new(stream)))
     }
 
-    async fn dial_tcp(&self) -> Result<TcpStream, ConnectError> {
+    async fn dial_tcp(&self, step: &AtomicU8) -> Result<TcpStream, ConnectError> {
+        step.store(Step::Resolve as u8, Ordering::Relaxed);
         let begin = Instant::now();
         let addresses = match self.host.parse::<IpAddr>() {
             Ok(ip) => vec![SocketAddr::new(ip, self.port)],
             Err(_) => self.addresses.resolve(&self.host, self.port).await.map_err(ConnectError::Resolve)?,
         };
         let addresses = self.allowed(addresses)?;
+        step.store(Step::Connect as u8, Ordering::Relaxed);
         let dialed = dial_any(&addresses, self.timeout.saturating_sub(begin.elapsed())).await;
         let (stream, address) = dialed.inspect_err(|_| self.addresses.doubt())?;
         self.allowed(vec![stream.peer_addr()?])?; // before the first byte

@@ -638,13 +638,14 @@ impl From<Unavailable> for Error {
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         let Failure { code, outcome, cause, retry_after } = failure;
-        let why = cause.map_or("no reason is known", Cause::meaning);
+        let why = cause.map_or("all connections are busy", Cause::meaning);
         let detail = match (code, outcome) {
             (Code::CredentialRejected, _) => "the upstream refuses the gateway's token, and a fresh one did not help: the service \
                                               may not be purchased, or the account's status may be bad (vendor's page, status 401)"
                 .to_owned(),
             (Code::TokenUnavailable, _) => format!(
-                "the upstream refused the gateway's token, and no other one can be had at the moment ({why}); nothing was done"
+                "the upstream refused the gateway's token, and the call could not be sent with another one ({why}); nothing was \
+                 done"
             ),
             (Code::RequestInProgress, _) => "the upstream has answered, and that cannot be put on record at the moment: ask \
                                              again with the same Idempotency-Key"
@@ -656,7 +657,9 @@ impl From<Failure> for Error {
             (Code::Overloaded, _) => "all upstream connections are busy".to_owned(),
             _ => format!("nothing was sent, or the upstream said that it did not process it ({why})"),
         };
-        Self { outcome, cause, retry_after, ..Self::not_sent(code, detail) }
+        let error = Self::not_sent(code, detail);
+        let soon = error.retry_after.filter(|_| outcome == Outcome::NotSent);
+        Self { outcome, cause, retry_after: retry_after.or(soon), ..error }
     }
 }
 

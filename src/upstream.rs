@@ -95,15 +95,16 @@ impl Terms {
     ) -> Result<Reserved, NoConnection> {
         if let Err(NoConnection::Failed(reason)) = &reserved {
             self.breaker.judge(passage, Health::Down(reason.cause));
-            self.failed(reason, id);
+            self.failed(reason, id, []);
         }
         reserved
     }
 
-    /// Tells operators that a request failed.
+    /// Tells operators that a request failed. Neither the tokens that it was sent with may be quoted, nor those of the slots.
     #[cold]
-    fn failed(&self, reason: &Reason, id: RequestId) {
-        let tokens: Vec<_> = self.slots.iter().filter_map(|slot| slot.newer(0)).collect();
+    fn failed<'a>(&self, reason: &Reason, id: RequestId, sent_with: impl IntoIterator<Item = &'a Token>) {
+        let held = self.slots.iter().filter_map(|slot| slot.last_token());
+        let tokens: Vec<_> = held.chain(sent_with.into_iter().cloned()).collect();
         if let Some((error, times)) = self.failures.failed(reason, tokens.iter().map(Token::needles)) {
             tracing::warn!(cause = %reason.cause, error, %id, times, "the upstream failed");
         }
@@ -411,10 +412,10 @@ impl Exchange {
         if is_withheld {
             describe_withheld(&mut headers);
         }
-        let reason = self.failure(status, rejected, progress);
+        let reason = failure((status, outcome), rejected, progress);
         let cause = reason.as_ref().map(|reason| reason.cause);
         match &reason {
-            Some(reason) => self.terms.failed(reason, self.record.id()),
+            Some(reason) => self.tell(reason, progress),
             None => self.terms.failures.succeeded(),
         }
         let mut answer = Answer {
@@ -481,15 +482,11 @@ impl Exchange {
         (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
     }
 
-    /// Why an answer is a failure, if it is one.
-    fn failure(&self, status: StatusCode, rejected: Option<Code>, progress: &Progress) -> Option<Reason> {
-        let (cause, text) = match (rejected, Health::of(status)) {
-            (Some(Code::CredentialRejected), _) => (Cause::TokenRejected, "refuses a fresh token"),
-            (Some(_), _) => (progress.no_token?, "refuses the token, and no other one can be had"),
-            (None, Health::Down(cause)) => (cause, "is out of service"),
-            (None, Health::Up | Health::Unclear) => return None,
-        };
-        Some(Reason::new(cause, format!("the upstream {text}: status {status}")))
+    /// Tells operators that the exchange failed.
+    #[cold]
+    fn tell(&self, reason: &Reason, progress: &Progress) {
+        let tokens = progress.first_token.iter().chain([&self.token]);
+        self.terms.failed(reason, self.record.id(), tokens);
     }
 
     /// Counts and tells that something of a reply quotes a secret.
@@ -498,26 +495,26 @@ impl Exchange {
         self.terms.withhold(place, self.record.id(), &self.route.name);
     }
 
-    /// Records an exchange that took too long.
+    /// Records an exchange that took too long. Where that was a fetch of another token, its own failures are told.
     #[cold]
     fn time_out(self, progress: &Progress) -> (Told, Option<Box<Pending>>) {
-        let reason = Reason::new(Cause::Timeout, format!("no answer within {:?}", self.route.timeout));
-        self.fail(progress, Code::UpstreamTimeout, Some(&reason))
+        let is_sent = self.connection.written() > progress.mark;
+        if is_sent || progress.refused.is_none() {
+            let text = format!("no answer within {:?}", self.route.timeout);
+            self.tell(&Reason::new(Cause::Timeout, text), progress);
+        }
+        self.fail(progress, Code::UpstreamTimeout, Some(Cause::Timeout))
     }
 
-    /// Records an exchange that brought no answer. Without a reason all connections were busy.
-    fn fail(self, progress: &Progress, code: Code, reason: Option<&Reason>) -> (Told, Option<Box<Pending>>) {
+    /// Records an exchange that brought no answer. Without a cause all connections were busy.
+    fn fail(self, progress: &Progress, code: Code, cause: Option<Cause>) -> (Told, Option<Box<Pending>>) {
         let sent = self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
             (false, Some(_)) => (progress.refusal(), Outcome::Refused),
-            (false, None) if reason.is_none() => (Code::Overloaded, Outcome::NotSent),
+            (false, None) if cause.is_none() => (Code::Overloaded, Outcome::NotSent),
             (false, None) => (Code::UpstreamUnreachable, Outcome::NotSent),
         };
-        if let Some(reason) = reason {
-            self.terms.failed(reason, self.record.id());
-        }
-        let cause = reason.map(|reason| reason.cause);
         let answer = Answer {
             outcome,
             code: Some(code),
@@ -554,6 +551,24 @@ impl Broken {
             Self::BrokeOff(reason) => (Code::UpstreamBroken, Some(reason)),
         }
     }
+}
+
+/// Why an answer is a failure, if it is one.
+fn failure(
+    (status, outcome): (StatusCode, Outcome),
+    rejected: Option<Code>,
+    progress: &Progress,
+) -> Option<Reason> {
+    let (cause, text) = match (rejected, Health::of(status), outcome) {
+        (Some(Code::CredentialRejected), ..) => (Cause::TokenRejected, "refuses a fresh token"),
+        (Some(_), ..) => (progress.no_token?, "refuses the token, and no other one can be had"),
+        (None, Health::Down(cause), _) => (cause, "is out of service"),
+        (None, _, Outcome::Unknown) => {
+            (Cause::ReplyUnreadable, "answers nothing that tells what became of the task")
+        }
+        (None, ..) => return None,
+    };
+    Some(Reason::new(cause, format!("the upstream {text}: status {status}")))
 }
 
 /// Whether a text quotes a token, or what it was fetched with: the present one, or the one that was refused before it.
@@ -701,7 +716,8 @@ impl Tail {
                     };
                     if let Some((record, answer, _)) = &mut self.open {
                         answer.cause = Some(reason.cause);
-                        self.terms.failed(&reason, record.id());
+                        let tokens = self.first_token.iter().chain([&self.token]);
+                        self.terms.failed(&reason, record.id(), tokens);
                     }
                     let broken = "the reply broke off behind its first 64 KiB";
                     let finished = self.close(self.not_taken().or(Some(broken)));
@@ -803,7 +819,8 @@ impl Exchanges {
                 (Some(arrived), _) => exchange.conclude(arrived, &progress, deadline),
                 (None, Some(Err(broken))) => {
                     let (code, reason) = broken.told();
-                    exchange.fail(&progress, code, reason)
+                    reason.into_iter().for_each(|reason| exchange.tell(reason, &progress));
+                    exchange.fail(&progress, code, reason.map(|reason| reason.cause))
                 }
                 (None, _) => exchange.time_out(&progress),
             };

@@ -204,18 +204,17 @@ impl Circuit {
 
     /// What began before a suspension has no say in it.
     fn judge(&mut self, is_probe: bool, health: Health, now: u64) {
-        if let Health::Down(cause) = health {
-            self.cause = cause;
-        }
         match (&mut self.open, is_probe, health) {
             (Some(_), true, Health::Up) => (self.open, self.failures) = (None, 0),
-            (Some(open), true, Health::Down(_)) => {
+            (Some(open), true, Health::Down(cause)) => {
+                self.cause = cause;
                 let pause = (open.pause * 2).min(LONGEST.max(self.first_pause));
                 *open = Open { until: now + pause, pause, is_probed: false };
             }
             (Some(open), true, Health::Unclear) => open.is_probed = false,
             (None, _, Health::Up) => self.failures = 0,
-            (None, _, Health::Down(_)) if self.threshold > 0 => {
+            (None, _, Health::Down(cause)) if self.threshold > 0 => {
+                self.cause = cause;
                 self.failures += 1;
                 if self.failures >= self.threshold {
                     let pause = self.first_pause;

@@ -7,7 +7,8 @@ use std::{
     io::Write,
     net::{SocketAddr, TcpStream},
     process::Command,
-    sync::Arc,
+    sync::{Arc, Mutex},
+    thread,
 };
 
 use ccsqm_gateway::{
@@ -320,8 +321,8 @@ fn each_cause_of_a_failure_is_one_word_in_reply_trail_metric_status_and_log() {
     let provoked: HashSet<_> = ROWS.iter().map(|row| row.cause).collect();
     let missing: Vec<_> = Cause::ALL.into_iter().filter(|cause| !provoked.contains(cause)).collect();
     assert!(missing.is_empty(), "no row provokes {missing:?}");
-    let rows = std::sync::Mutex::new(ROWS.iter());
-    std::thread::scope(|scope| {
+    let rows = Mutex::new(ROWS.iter());
+    thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
                 while let Some(row) = { rows.lock().unwrap().next() } {
@@ -340,10 +341,9 @@ fn each_failed_handshake_of_a_caller_has_its_cause_and_a_refused_certificate_its
         move |gateway: &Gateway| {
             let mut stream = TcpStream::connect(gateway.second.unwrap()).unwrap();
             stream.write_all(bytes).unwrap();
-            if bytes.first() != Some(&b'P') && bytes.len() < 6 {
-                return drop(stream);
+            if bytes.len() > 3 {
+                read_reply(&mut stream);
             }
-            let _ = read_reply(&mut stream);
         }
     };
     let with = |trusted: &Ca, identity: Option<Identity>| {
@@ -370,6 +370,26 @@ fn each_failed_handshake_of_a_caller_has_its_cause_and_a_refused_certificate_its
             Box::new(with(&ca, Some(ca.issue(Subject { is_expired: true, ..CALLER })))),
         ),
         ("trusts another CA", "tls_identity", false, Box::new(with(&Ca::new(), Some(ca.issue(CALLER))))),
+        (
+            "plain HTTP that reads nothing",
+            "tls_protocol",
+            false,
+            Box::new(|gateway: &Gateway| {
+                let mut stream = TcpStream::connect(gateway.second.unwrap()).unwrap();
+                stream.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+            }),
+        ),
+        (
+            "plain HTTP that stays",
+            "tls_protocol",
+            false,
+            Box::new(|gateway: &Gateway| {
+                let mut stream = TcpStream::connect(gateway.second.unwrap()).unwrap();
+                stream.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+                assert!(wait_for("the 400", || is_readable(&stream).then_some(true)));
+                wait_for("its end", || gateway.log().contains("handshake failed").then_some(()));
+            }),
+        ),
         ("plain HTTP", "tls_protocol", false, Box::new(raw(b"POST / HTTP/1.1\r\nhost: localhost\r\n\r\n"))),
         ("no TLS at all", "tls_protocol", false, Box::new(raw(b"\x05\x01\x00 and more"))),
         ("says half and waits", "timeout", false, Box::new(raw(b"\x16\x03\x01\x02\x00\x01"))),
@@ -378,10 +398,13 @@ fn each_failed_handshake_of_a_caller_has_its_cause_and_a_refused_certificate_its
     for (what, cause, is_named, fail) in ways {
         let setup = Setup::default().set("server.header_timeout", "1s");
         let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[666], 2124), setup);
-        // A probe of the port is no failure that somebody could mend.
+        // A probe of the port is no failure that somebody could mend, however it leaves.
         drop(TcpStream::connect(gateway.second.unwrap()).unwrap());
+        let resets = socket2::Socket::from(TcpStream::connect(gateway.second.unwrap()).unwrap());
+        resets.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        drop(resets);
         wait_for("its end", || {
-            gateway.admin("/metrics").body.contains("{reason=\"tls_failed\"} 1\n").then_some(())
+            gateway.admin("/metrics").body.contains("{reason=\"tls_failed\"} 2\n").then_some(())
         });
         assert!(gateway.admin("/status").json()["caller_tls"]["last_error"].is_null(), "{what}");
         fail(&gateway);
@@ -443,7 +466,9 @@ fn the_trail_tells_of_a_refusal_what_is_to_be_mended() {
     assert_eq!((&record["code"], &record["path"]), (&json!("method_not_allowed"), &json!(PATH)));
     let record = at(&format!("/{}", "x".repeat(500)), "POST");
     assert_eq!(record["path"].as_str().unwrap().len(), 128, "cut");
-    assert!(at("/%22%0a", "POST")["path"].is_string());
+    assert_eq!(at("/a\"\u{9b}b", "POST")["path"], "/a\"\u{9b}b");
+    let trail = fs::read_to_string(crate::audit::segments(&gateway.audit_directory()).pop().unwrap());
+    assert!(trail.unwrap().contains(r#""path":"/a\"\u009bb""#), "escaped");
 
     let body = r#"{"qualityTaskId":7.5,"setCountsType":9,"isTakeEffect":5,"mine":"a-value","setCounts":[{"personID":"1","count":-2,"own":1},{}]}"#;
     let record = refused(&gateway, gateway.post(body));
@@ -482,6 +507,53 @@ fn the_readme_lists_each_cause() {
     assert_eq!(listed, Cause::ALL.map(Cause::as_str));
 }
 
+/// The token that the upstream quotes was replaced meanwhile, and is good all the same.
+#[test]
+fn what_the_upstream_says_of_a_failure_is_not_told_where_it_quotes_a_token_that_was_sent() {
+    let sandbox = sandbox();
+    sandbox.faults(serde_json::from_value(json!({ "lifetime_ms": 6_000 })).unwrap()).unwrap();
+    // What the upstream says, once it may.
+    let says = Arc::new(Mutex::new(None::<String>));
+    let upstream = Upstream::start({
+        let says = says.clone();
+        move |wire, _| {
+            let debug = wait_for("the text", || says.lock().unwrap().clone());
+            let mut frame = vec![0, 0, 0, 7, 0, 0, 0, 0, 0]; // GOAWAY
+            frame[2] = u8::try_from(8 + debug.len()).unwrap();
+            frame.extend([0; 4]); // no stream was processed
+            frame.extend(11_u32.to_be_bytes()); // ENHANCE_YOUR_CALM
+            frame.extend(debug.as_bytes());
+            wire.raw(frame);
+        }
+    });
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("ca.pem"), &upstream.ca).unwrap();
+    let setup = Setup { base_url: Some(upstream.url()), folder: Some(Arc::new(folder)), ..Setup::default() };
+    let gateway = start_with(&sandbox, setup.set("upstream.ca_file", "ca.pem").set("upstream.http2", "auto"));
+    wait_for("a token", || (gateway.admin("/readyz").status == 200).then_some(()));
+    let call = || {
+        assert_eq!(gateway.call().outcome(), "not_sent");
+        let status = gateway.admin("/status").json();
+        status["upstream"]["last_error"]["detail"].as_str().unwrap().to_owned()
+    };
+    *says.lock().unwrap() = Some("nothing in particular".into());
+    let said = call();
+    assert!(said.contains("nothing in particular"), "the control: {said}");
+    *says.lock().unwrap() = None;
+    let (said, token) = thread::scope(|scope| {
+        let (before, calls) = (sandbox.token_calls().len(), scope.spawn(call));
+        let token = sandbox.token_calls().pop().unwrap().issued.unwrap();
+        wait_for("another token", || {
+            let generation = gateway.admin("/status").json()["credentials"][0]["generation"].as_u64();
+            (generation > Some(before as u64)).then_some(())
+        });
+        *says.lock().unwrap() = Some(token.clone());
+        (calls.join().unwrap(), token)
+    });
+    assert!(said.contains("quotes the credential") && !said.contains(&token), "{said}");
+    assert!(!gateway.log().contains(&token), "{}", gateway.log());
+}
+
 #[test]
 fn a_failure_that_is_over_says_since_when() {
     let sandbox = sandbox();
@@ -491,7 +563,7 @@ fn a_failure_that_is_over_says_since_when() {
     let last = || gateway.admin("/status").json()["upstream"]["last_error"].take();
     assert!(last().is_null(), "none yet");
     assert_eq!(gateway.call().json()["cause"], "reply_unreadable");
-    assert!(last()["time"].is_string() && last()["over"].is_null());
+    assert!(last()["since"].is_string() && last()["over"].is_null());
     assert_eq!(gateway.call().outcome(), "succeeded");
     assert_eq!(last()["cause"], "reply_unreadable");
     assert!(last()["over"].is_string());
