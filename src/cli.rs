@@ -150,6 +150,7 @@ struct Flushed;
 
 impl Drop for Flushed {
     fn drop(&mut self) {
+        log::requests::finish();
         log::flush();
     }
 }

@@ -403,7 +403,7 @@ fn name_denied(state: &State, from: &Arrival<'_>, record: &mut Record, denied: D
 fn detail(error: &Error, from: &Arrival<'_>, target: &Uri) -> Option<Box<Detail>> {
     let cut = |text: &str| text.chars().take(MAX_DETAIL).collect::<String>();
     let detail = match error.code {
-        Code::CallerDenied => {
+        Code::CallerDenied if from.names.is_some_and(|names| !names.is_empty()) => {
             let names = from.names.unwrap_or_default().iter().take(MAX_DETAILS).map(|name| cut(name));
             Detail { names: names.collect(), ..Detail::default() }
         }

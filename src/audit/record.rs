@@ -101,8 +101,9 @@ impl fmt::Debug for RequestId {
     }
 }
 
-/// The members that records, and calls on the list of the unresolved, have of their own; a contract's have other names.
-pub const MEMBERS: [&str; 34] = [
+/// Members that a contract may not name: those that intents, and calls on the list of the unresolved, have of their own, and those
+/// by which a call's outcome is known.
+pub const MEMBERS: [&str; 33] = [
     "seq",
     "time",
     "kind",
@@ -122,7 +123,6 @@ pub const MEMBERS: [&str; 34] = [
     "forced",
     "outcome",
     "code",
-    "cause",
     "stage",
     "status",
     "upstream_status",

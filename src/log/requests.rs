@@ -1,13 +1,13 @@
 //! Log lines about requests: one for each that failed, or for each at all. See `[log] requests`.
 //!
 //! Of failures of one caller with one code ten a second have a line of their own; the rest of the second is one line with
-//! their number, so that an outage is no flood. Strangers share one kind.
+//! their number, so that an outage is no flood. Strangers count as one caller, and theirs are always folded.
 
 use std::{
     collections::HashMap,
     mem,
     sync::{
-        Arc, LazyLock, Mutex, PoisonError,
+        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
     time::{Duration, Instant},
@@ -38,16 +38,26 @@ pub(crate) struct Ended<'a> {
     pub(crate) took: &'a [u64],
 }
 
-/// Failures of this second, by caller and by what they are called.
+/// By caller and by what they are called: how many requests there were, and whether they are failures.
+type Counts = HashMap<(Option<Arc<str>>, &'static str), (u64, bool)>;
+
+/// The requests of this second that are counted.
 #[derive(Debug)]
 struct Folds {
     since: Instant,
-    counts: HashMap<(Option<Arc<str>>, &'static str), u64>,
+    counts: Counts,
 }
 
 impl Default for Folds {
     fn default() -> Self {
         Self { since: Instant::now(), counts: HashMap::new() }
+    }
+}
+
+impl Folds {
+    /// The counts of a second that is over.
+    fn over(&mut self) -> Option<Counts> {
+        (self.since.elapsed() >= SECOND).then(|| mem::take(self).counts)
     }
 }
 
@@ -71,17 +81,30 @@ fn is_failure(outcome: Outcome, code: Option<Code>, status: u16) -> bool {
     is_bad || status >= 500 && code != Some(Code::CallerLeft)
 }
 
-/// Logs how many failures of the last second had no line of their own. To be called about once a second.
+/// Logs how many requests of the last second had no line of their own. To be called about once a second.
 pub(crate) fn fold_up() {
-    let mut folds = FOLDS.lock().unwrap_or_else(PoisonError::into_inner);
-    if folds.since.elapsed() < SECOND {
-        return;
-    }
-    let ended = mem::take(&mut *folds).counts;
-    drop(folds);
-    for ((caller, code), count) in ended {
-        if let Some(times) = count.checked_sub(FULL).filter(|times| *times > 0) {
-            tracing::warn!(caller = caller.as_deref(), code, times, "more requests failed");
+    let over = folds().over();
+    over.into_iter().for_each(tell);
+}
+
+/// The same at the end of the process, whether the second is over or not.
+pub fn finish() {
+    let last = mem::take(&mut *folds()).counts;
+    tell(last);
+}
+
+fn folds() -> MutexGuard<'static, Folds> {
+    FOLDS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn tell(counts: Counts) {
+    for ((caller, code), (count, is_failure)) in counts {
+        let Some(times) = count.checked_sub(FULL).filter(|times| *times > 0) else { continue };
+        let caller = caller.as_deref();
+        if is_failure {
+            tracing::warn!(caller, code, times, "more requests failed");
+        } else {
+            tracing::info!(caller, code, times, "more requests ended");
         }
     }
 }
@@ -92,7 +115,9 @@ impl Ended<'_> {
     pub(crate) fn tell(&self) {
         let Self { id, caller, route, outcome, code, cause, status, took } = *self;
         let is_failure = is_failure(outcome, code, status);
-        if MODE.load(Ordering::Relaxed) != LogRequests::All as u8 && !self.has_a_line() {
+        // Anybody can be a stranger, as often as they like.
+        let is_folded = MODE.load(Ordering::Relaxed) != LogRequests::All as u8 || caller.is_none();
+        if is_folded && !self.has_a_line(is_failure) {
             return;
         }
         let (caller, outcome, ms) =
@@ -106,12 +131,15 @@ impl Ended<'_> {
     }
 
     /// Counts it, and returns whether it has a line of its own.
-    fn has_a_line(&self) -> bool {
-        fold_up();
+    fn has_a_line(&self, is_failure: bool) -> bool {
         let kind = self.code.map_or(self.outcome.as_str(), Code::as_str);
-        let mut folds = FOLDS.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = folds.counts.entry((self.caller.cloned(), kind)).or_default();
+        let mut folds = folds();
+        let over = folds.over();
+        let (count, _) = folds.counts.entry((self.caller.cloned(), kind)).or_insert((0, is_failure));
         *count += 1;
-        *count <= FULL
+        let has_a_line = *count <= FULL;
+        drop(folds);
+        over.into_iter().for_each(tell);
+        has_a_line
     }
 }

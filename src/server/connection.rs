@@ -51,7 +51,7 @@ use crate::{
 };
 
 /// How long and how much a closing connection is read on, so that the caller receives the last answer.
-const LINGER_TIME: Duration = Duration::from_secs(1);
+pub(super) const LINGER_TIME: Duration = Duration::from_secs(1);
 pub(super) const LINGER_BYTES: usize = 256 * 1024;
 
 /// How long a connection that its caller had closed before the answer is watched for a reset, and how often. Whoever has

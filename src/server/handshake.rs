@@ -7,13 +7,13 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     sync::watch,
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tokio_rustls::server::TlsStream;
 
 use super::{
     Stop,
-    connection::{LINGER_BYTES, STOP_HEADER},
+    connection::{LINGER_BYTES, LINGER_TIME, STOP_HEADER},
     tls::{Certificate, NotAccepted, Tls},
 };
 use crate::{
@@ -40,10 +40,10 @@ pub(super) enum NoTls {
     Displaced,
     #[error("the handshake was not over in time")]
     Late,
-    /// The peer closed the connection before it had said anything, as a probe does.
+    /// The peer closed or reset the connection before it had said anything, as a probe does.
     #[error("the caller said nothing")]
     Silent,
-    #[error("plain HTTP at a port with TLS")]
+    #[error("no TLS, but what looks like plain HTTP, or a line of the PROXY protocol")]
     Plain,
     /// The connection.
     #[error(transparent)]
@@ -66,11 +66,15 @@ impl NoTls {
             Self::Failed(failed) => (Cause::of_io(&failed.error), failed.names.as_deref()),
         };
         metrics.connection_closed("tls_failed");
-        let said = names.map(|names| format!("{self}; the caller's certificate has the names {names:?}"));
+        let said = names.map(|names| match names {
+            [] => format!("{self}; the caller's certificate has no SPIFFE ID and no DNS name"),
+            names => format!("{self}; the caller's certificate has the names {names:?}"),
+        });
         let reason = Reason::new(cause, said.unwrap_or_else(|| self.to_string()));
         if let Some((error, times)) = metrics.caller_tls.failed(&reason, []) {
             tracing::warn!(%cause, %peer, error, times, "a caller's TLS handshake failed");
         }
+        metrics.caller_tls.succeeded(); // it is over at once: the next one is another matter
     }
 }
 
@@ -110,14 +114,16 @@ async fn accept(
     stream: TcpStream,
 ) -> Result<(Box<TlsStream<TcpStream>>, Option<Certificate>), NoTls> {
     let mut first = [0];
-    match stream.peek(&mut first).await? {
-        0 => Err(NoTls::Silent),
-        // No TLS record begins with a letter (RFC 8446, section 5.1), and each method of HTTP does.
-        _ if first[0].is_ascii_uppercase() => {
-            refuse_plain_http(stream).await?;
+    match stream.peek(&mut first).await {
+        Ok(0) => Err(NoTls::Silent),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(NoTls::Silent),
+        Err(error) => Err(error.into()),
+        // No TLS record begins with a letter (RFC 8446, section 5.1), and the methods of HTTP do.
+        Ok(_) if first[0].is_ascii_uppercase() => {
+            let _ = timeout(LINGER_TIME, refuse_plain_http(stream)).await;
             Err(NoTls::Plain)
         }
-        _ => {
+        Ok(_) => {
             let (stream, certificate) = tls.accept(stream).await?;
             Ok((Box::new(stream), certificate))
         }

@@ -185,6 +185,9 @@ fn requests_that_fail_have_a_line_each_or_all_have_or_none() {
         assert_eq!(outcomes, ["succeeded", "unknown", "failed", "refused", "refused", "not_sent"]);
         let wanted = told.iter().filter(|told| **told).count();
         wait_for("the lines", || (about_requests(&gateway).len() >= wanted).then_some(()));
+        // A later line is there, and so is what was before it.
+        fs::write(gateway.folder.path().join("app_secret"), "").unwrap();
+        wait_for("another line", || gateway.log().contains("the secret cannot be used").then_some(()));
         let lines = about_requests(&gateway);
         for (reply, told) in replies.iter().zip(told) {
             let id = &reply.headers["x-gateway-request-id"];
