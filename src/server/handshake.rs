@@ -25,7 +25,7 @@ use crate::{
 /// What a caller gets that speaks HTTP without TLS. It was no request to us, and it cannot be one.
 const PLAIN_HTTP: &str = "HTTP/1.1 400 Bad Request\r\n\
     content-type: text/plain\r\n\
-    content-length: 60\r\n\
+    content-length: 61\r\n\
     connection: close\r\n\
     x-gateway-outcome: not_sent\r\n\
     x-gateway-retry: after-correction\r\n\
