@@ -32,7 +32,10 @@ use crate::{
     route::Routed,
     server::connection::Presence,
     state::State,
-    upstream::{BrokenOff, Exchange, Exchanges, Piece, Reply, ReplyBody, pool::Pool},
+    upstream::{
+        BrokenOff, Exchange, Exchanges, Piece, Reply, ReplyBody,
+        pool::{NoConnection, Pool},
+    },
 };
 
 /// What one worker needs to answer requests.
@@ -224,7 +227,8 @@ impl Gateway {
         let mut permit = from.presence.during(pin!(self.audit.permit())).await?;
         let mut passage = state.terms.breaker.pass()?;
         let reserved = from.presence.during(permit.during(pin!(self.pool.reserve()))).await?;
-        let connection = state.terms.reserved(&mut passage, reserved, record.id())?;
+        let unreachable = |none: &NoConnection| state.terms.unreachable(&mut passage, none, record.id());
+        let connection = reserved.inspect_err(unreachable)?;
         let members = |line: &mut Vec<u8>| {
             checked.audit_members(&|parts| self.audit.keys().mark(parts), line);
             claim.audit_members(line);
@@ -340,7 +344,18 @@ pub struct Arrival<'a> {
 
 /// A response's body.
 #[derive(Debug)]
-pub struct Answer(Content);
+pub struct Answer {
+    content: Content,
+    /// Its connection ends behind it.
+    ends_connection: bool,
+}
+
+impl Answer {
+    /// Whether the connection ends behind it, as its head says.
+    pub fn ends_connection(&self) -> bool {
+        self.ends_connection
+    }
+}
 
 #[derive(Debug)]
 enum Content {
@@ -358,7 +373,7 @@ impl Body for Answer {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
-        match &mut self.get_mut().0 {
+        match &mut self.get_mut().content {
             Content::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Content::Long(pieces) => {
                 let Some(coming) = pieces else { return Poll::Ready(None) };
@@ -375,11 +390,11 @@ impl Body for Answer {
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self.0, Content::Whole(None) | Content::Long(None))
+        matches!(self.content, Content::Whole(None) | Content::Long(None))
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.0 {
+        match &self.content {
             Content::Whole(bytes) => {
                 SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
             }
@@ -436,7 +451,7 @@ fn answer(reply: Box<Reply>, presence: &Presence) -> Response<Answer> {
         ReplyBody::Whole(bytes) => Content::Whole(Some(bytes)),
         ReplyBody::Long(pieces) => Content::Long(Some(pieces)),
     };
-    let mut response = Response::new(Answer(content));
+    let mut response = Response::new(Answer { content, ends_connection: false });
     *response.status_mut() = status;
     *response.headers_mut() = headers;
     say(response.headers_mut(), outcome, retry, first);
@@ -459,7 +474,7 @@ fn say(headers: &mut HeaderMap, outcome: Outcome, retry: Retry, first: Option<Fi
 /// Tells the caller of a failure.
 fn refuse(error: &Error, stage: Stage, id: RequestId, retry: Retry, keep_alive: bool) -> Response<Answer> {
     let content = Content::Whole(Some(error.problem(stage, id, retry)));
-    let mut response = Response::new(Answer(content));
+    let mut response = Response::new(Answer { content, ends_connection: !keep_alive });
     *response.status_mut() = error.code.status();
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, PROBLEM);

@@ -86,18 +86,13 @@ pub struct Metrics {
 }
 
 impl Terms {
-    /// A connection was reserved for a request, or not.
-    pub fn reserved(
-        &self,
-        passage: &mut Passage,
-        reserved: Result<Reserved, NoConnection>,
-        id: RequestId,
-    ) -> Result<Reserved, NoConnection> {
-        if let Err(NoConnection::Failed(reason)) = &reserved {
+    /// No connection was had for a request.
+    #[cold]
+    pub fn unreachable(&self, passage: &mut Passage, none: &NoConnection, id: RequestId) {
+        if let NoConnection::Failed(reason) = none {
             self.breaker.judge(passage, Health::Down(reason.cause));
             self.failed(reason, id, []);
         }
-        reserved
     }
 
     /// Tells operators that a request failed. Neither the tokens that it was sent with may be quoted, nor those of the slots.
@@ -381,6 +376,7 @@ impl Exchange {
     }
 
     /// Classifies an answer, records the outcome and hands the answer on. Returns what must be safe before, too.
+    #[inline(always)] // or what it takes is moved once more
     fn conclude(
         self,
         arrived: Arrived,
@@ -412,10 +408,9 @@ impl Exchange {
         if is_withheld {
             describe_withheld(&mut headers);
         }
-        let reason = failure((status, outcome), rejected, progress);
-        let cause = reason.as_ref().map(|reason| reason.cause);
-        match &reason {
-            Some(reason) => self.tell(reason, progress),
+        let cause = failure((status, outcome), rejected, progress);
+        match cause {
+            Some(cause) => self.tell_answer(cause, status, progress),
             None => self.terms.failures.succeeded(),
         }
         let mut answer = Answer {
@@ -480,6 +475,18 @@ impl Exchange {
         };
         let Finished { delivery, pending } = finished;
         (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
+    }
+
+    /// Tells operators that an answer is a failure.
+    #[cold]
+    fn tell_answer(&self, cause: Cause, status: StatusCode, progress: &Progress) {
+        let what = match cause {
+            Cause::TokenRejected => "refuses a fresh token",
+            Cause::ReplyStatus => "is out of service",
+            Cause::ReplyUnreadable => "answers nothing that tells what became of the task",
+            _ => "refuses the token, and no other one can be had",
+        };
+        self.tell(&Reason::new(cause, format!("the upstream {what}: status {status}")), progress);
     }
 
     /// Tells operators that the exchange failed.
@@ -558,17 +565,14 @@ fn failure(
     (status, outcome): (StatusCode, Outcome),
     rejected: Option<Code>,
     progress: &Progress,
-) -> Option<Reason> {
-    let (cause, text) = match (rejected, Health::of(status), outcome) {
-        (Some(Code::CredentialRejected), ..) => (Cause::TokenRejected, "refuses a fresh token"),
-        (Some(_), ..) => (progress.no_token?, "refuses the token, and no other one can be had"),
-        (None, Health::Down(cause), _) => (cause, "is out of service"),
-        (None, _, Outcome::Unknown) => {
-            (Cause::ReplyUnreadable, "answers nothing that tells what became of the task")
-        }
-        (None, ..) => return None,
-    };
-    Some(Reason::new(cause, format!("the upstream {text}: status {status}")))
+) -> Option<Cause> {
+    match (rejected, Health::of(status), outcome) {
+        (Some(Code::CredentialRejected), ..) => Some(Cause::TokenRejected),
+        (Some(_), ..) => progress.no_token,
+        (None, Health::Down(cause), _) => Some(cause),
+        (None, _, Outcome::Unknown) => Some(Cause::ReplyUnreadable),
+        (None, ..) => None,
+    }
 }
 
 /// Whether a text quotes a token, or what it was fetched with: the present one, or the one that was refused before it.

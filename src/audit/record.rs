@@ -522,6 +522,9 @@ impl Record {
 /// The caller left before the intent was safe, or an exchange was cut off.
 impl Drop for Record {
     fn drop(&mut self) {
+        if self.open.is_none() {
+            return;
+        }
         let code = if self.step == Step::Exchanged { Code::Internal } else { Code::CallerLeft };
         self.refuse(code, code.status().as_u16());
     }

@@ -392,10 +392,11 @@ pub async fn serve(
             if watch.must_end() {
                 gateway.metrics.connection_closed(NO_ROOM);
             }
-            if gateway.bounds.is_stopping() || watch.must_end() {
+            let is_last = gateway.bounds.is_stopping() || watch.must_end();
+            if is_last {
                 response.headers_mut().insert(http::header::CONNECTION, CLOSE);
             }
-            watch.unread.store(response.headers().contains_key(http::header::CONNECTION), Ordering::Relaxed);
+            watch.unread.store(is_last || response.body().ends_connection(), Ordering::Relaxed);
             watch.enter(Phase::Idle);
             Ok::<_, Infallible>(response)
         }
