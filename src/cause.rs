@@ -42,7 +42,7 @@ pub enum Cause {
     Timeout,
     /// The other side closed or reset the connection.
     Reset,
-    /// The gateway's own machine denies it: it has no file, port or memory left, or a rule of its forbids the way.
+    /// The gateway's own machine denies it: it has no file, port or memory left, or a rule of its own forbids the way.
     Local,
     /// The certificate is of no root that is trusted, or is revoked or malformed; or there is none.
     TlsUntrusted,

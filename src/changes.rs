@@ -45,7 +45,7 @@ impl Changes {
             )?,
             succeeded: gauges(
                 "success_timestamp_seconds",
-                "When it was last found to be in use behind a change, since 1970.",
+                "When that was last found, at the start or behind a change or an error, since 1970.",
             )?,
             all: Arc::default(),
         })

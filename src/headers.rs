@@ -269,13 +269,16 @@ pub struct Cleaned {
 
 /// Leaves of a reply's head what is for the caller: an allow-list, and `more` names from the configuration. What
 /// `quotes` a secret is dropped, and so are headers that `Connection` names. The upstream's `x-request-id` takes
-/// another name, since callers send that one themselves.
+/// another name, since callers send that one themselves. Of a body that `is_read` as it is, no `Content-Encoding` is told: it would
+/// be false.
 pub fn clean_reply(
     headers: &mut HeaderMap,
     more: &[HeaderName],
+    is_read: bool,
     quotes: impl Fn(&HeaderValue) -> bool,
 ) -> Cleaned {
-    let passes = |name: &HeaderName| FOR_CALLERS.contains(name) || more.contains(name);
+    let is_false = |name: &HeaderName| is_read && *name == header::CONTENT_ENCODING;
+    let passes = |name: &HeaderName| (FOR_CALLERS.contains(name) || more.contains(name)) && !is_false(name);
     let is_clean = headers.iter().all(|(name, value)| passes(name) && !quotes(value));
     if is_clean { Cleaned::default() } else { strip(headers, passes, quotes) }
 }
@@ -379,7 +382,7 @@ mod tests {
         ] {
             headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
-        clean_reply(&mut headers, &[HeaderName::from_static("x-hop")], |_| false);
+        clean_reply(&mut headers, &[HeaderName::from_static("x-hop")], false, |_| false);
         assert_eq!(headers.keys().collect::<Vec<_>>(), [header::CONTENT_TYPE]);
     }
 }

@@ -164,7 +164,7 @@ impl ResultRule {
 
     fn classify_ok(&self, reply: Reply<'_>) -> Verdict {
         let unknown = Verdict { outcome: Outcome::Unknown, result_code: None };
-        // Whatever `Content-Encoding` says: of a body that is coded no byte begins an object, and one that is not is read.
+        // Whatever `Content-Encoding` says: a body that is coded is no JSON object, and one that is not is read.
         self.judge(reply.body, reply.truncated)
             .or_else(|| self.judge(&quote_slip(reply.body, &self.field)?, reply.truncated))
             .unwrap_or(unknown)

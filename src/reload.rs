@@ -136,13 +136,14 @@ impl Reload {
             let is_due = is_asked || again.is_some_and(|again| again <= Instant::now());
             let mut has_hung = false;
             let read = loop {
-                let is_due = is_due || has_hung; // even if nothing has changed, what is told of it has
                 match reader.run(move |reader| reader.turn(is_due)).await {
                     Ok(read) => break read,
                     Err(hangs) => self.tell(Err(hangs.to_string())),
                 }
                 has_hung = true;
             };
+            // What answers now was asked before: the next look is due, so that what was told of the hang is taken back.
+            again = if has_hung { Some(Instant::now()) } else { again };
             wait = if matches!(read, Read::Settling) { SETTLE } else { POLL };
             let taken = match read {
                 Read::Nothing | Read::Settling => continue,

@@ -401,7 +401,9 @@ impl Exchange {
             self.withhold("body");
         }
         let Cleaned { upstream_id, quoting } =
-            clean_reply(&mut headers, &self.terms.reply_headers, |value| is_quoted(value.as_bytes()));
+            clean_reply(&mut headers, &self.terms.reply_headers, answered_by_business, |value| {
+                is_quoted(value.as_bytes())
+            });
         if quoting > 0 {
             self.withhold("header");
         }
@@ -502,11 +504,11 @@ impl Exchange {
         self.terms.withhold(place, self.record.id(), &self.route.name);
     }
 
-    /// Records an exchange that took too long. Where that was a fetch of another token, its own failures are told.
+    /// Records an exchange that took too long. A fetch of another token that did is told by its fetcher.
     #[cold]
     fn time_out(self, progress: &Progress) -> (Told, Option<Box<Pending>>) {
         let is_sent = self.connection.written() > progress.mark;
-        if is_sent || progress.refused.is_none() {
+        if is_sent || progress.refused.is_none() || progress.first_token.is_some() {
             let text = format!("no answer within {:?}", self.route.timeout);
             self.tell(&Reason::new(Cause::Timeout, text), progress);
         }

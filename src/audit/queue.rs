@@ -24,7 +24,7 @@ use super::{
     unresolved::UnresolvedList,
     writer::MOST_AT_ONCE,
 };
-use crate::{clock, supervisor::Vital, trouble::LastTrouble};
+use crate::{clock, log::OncePerSecond, supervisor::Vital, trouble::LastTrouble};
 
 /// Beyond so many bytes that wait for the disk no intent is queued: records name up to a thousand inspectors each.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
@@ -225,12 +225,17 @@ impl Shared {
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
         with_members(entry, |members| {
             if members.len() > MOST_AT_ONCE && members.len() as u64 > limit::of_files() / 4 {
-                let (bytes, raise) = (members.len(), limit::RAISE);
-                tracing::error!(
-                    bytes,
-                    raise,
-                    "a call is refused: a file has no room for its record, what is reserved and a list"
-                );
+                static TOO_LONG: OncePerSecond = OncePerSecond::new();
+                if let Some(times) = TOO_LONG.times() {
+                    let (bytes, raise) = (members.len(), limit::RAISE);
+                    tracing::error!(
+                        bytes,
+                        raise,
+                        times,
+                        "a call is refused: a file has no room for its record, what is reserved and a list"
+                    );
+                }
+                self.flush(); // whatever is deferred: nothing more comes to wake the writer
                 return Err(Unavailable);
             }
             let mut queue = self.lock();

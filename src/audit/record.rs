@@ -101,8 +101,8 @@ impl fmt::Debug for RequestId {
     }
 }
 
-/// Members that a contract may not name: those that intents, and calls on the list of the unresolved, have of their own, and those
-/// by which a call's outcome is known.
+/// Members that a contract may not name: those that intents, and calls on the list of the unresolved, have of their own, and most
+/// of those of outcomes.
 pub const MEMBERS: [&str; 33] = [
     "seq",
     "time",

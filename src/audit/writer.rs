@@ -308,9 +308,9 @@ impl Writer {
                 calls,
                 bytes,
                 raise = limit::RAISE,
-                "the list of unresolved calls is longer than a file may be"
+                "the list of unresolved calls has no room in a file"
             );
-            batch.leave_list_out(json!({ "calls": calls, "bytes": bytes }));
+            batch.leave_list_out(json!({ "calls": calls, "bytes": bytes, "forgotten": forgotten }));
             self.list_refused = Some(Instant::now());
         }
     }

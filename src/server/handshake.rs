@@ -101,31 +101,39 @@ pub(super) async fn shake_hands(
             } => {}
         }
     };
-    tokio::select! {
+    let accepted = tokio::select! {
         biased;
-        shaken = accept(tls, stream) => shaken,
-        () = late => Err(NoTls::Late),
-        () = displaced => Err(NoTls::Displaced),
+        accepted = accept(tls, stream) => accepted?,
+        () = late => return Err(NoTls::Late),
+        () = displaced => return Err(NoTls::Displaced),
+    };
+    match accepted {
+        Accepted::Tls(stream, certificate) => Ok((stream, certificate)),
+        Accepted::Plain(stream) => {
+            let _ = timeout(LINGER_TIME, refuse_plain_http(stream)).await;
+            Err(NoTls::Plain)
+        }
     }
 }
 
-async fn accept(
-    tls: &Arc<Tls>,
-    stream: TcpStream,
-) -> Result<(Box<TlsStream<TcpStream>>, Option<Certificate>), NoTls> {
+/// What a connection turned out to be.
+enum Accepted {
+    Tls(Box<TlsStream<TcpStream>>, Option<Certificate>),
+    /// Plain HTTP, of which nothing is read.
+    Plain(TcpStream),
+}
+
+async fn accept(tls: &Arc<Tls>, stream: TcpStream) -> Result<Accepted, NoTls> {
     let mut first = [0];
     match stream.peek(&mut first).await {
         Ok(0) => Err(NoTls::Silent),
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(NoTls::Silent),
         Err(error) => Err(error.into()),
         // No TLS record begins with a letter (RFC 8446, section 5.1), and the methods of HTTP do.
-        Ok(_) if first[0].is_ascii_uppercase() => {
-            let _ = timeout(LINGER_TIME, refuse_plain_http(stream)).await;
-            Err(NoTls::Plain)
-        }
+        Ok(_) if first[0].is_ascii_uppercase() => Ok(Accepted::Plain(stream)),
         Ok(_) => {
             let (stream, certificate) = tls.accept(stream).await?;
-            Ok((Box::new(stream), certificate))
+            Ok(Accepted::Tls(Box::new(stream), certificate))
         }
     }
 }

@@ -283,8 +283,8 @@ fn the_audit_commands_answer_people_and_machines() {
 
     let other_key = gateway.folder.path().join("other.key");
     fs::write(&other_key, [7; 32]).unwrap();
-    let (code, out, _) = run(&format!("verify --key-file {}", other_key.display()));
-    assert!(code == 1 && out.contains(".jsonl:1: record 1: "), "{out}");
+    let (code, _, error) = run(&format!("verify --key-file {}", other_key.display()));
+    assert!(code == 78 && error.contains("does not fit record 1"), "{error}");
     let (code, _, error) = run("verify --key-file /nowhere");
     assert!(code == 78 && error.contains("/nowhere"), "{error}");
     let (code, _, error) = command(&["audit", "verify", "/nowhere"]);

@@ -37,6 +37,11 @@ fn a_reply_is_read_whatever_name_it_gives_to_no_coding() {
     }
     assert_eq!(coded(&["gzip"], Some(GZIP)), "unknown");
     assert_eq!(coded(&["gzip"], None), "succeeded", "it is not coded, whatever its head says");
+    // Nor is the caller told that it is: its client would fail on it, and call again.
+    let reply = gateway.post_with("idempotency-key: told-to-be-gzip\r\n");
+    assert!(reply.outcome() == "succeeded" && !reply.headers.contains_key("content-encoding"), "{reply:?}");
+    let again = gateway.post_with("idempotency-key: told-to-be-gzip\r\n");
+    assert_eq!((again.outcome(), &again.body), ("replayed", &reply.body));
     assert_eq!(coded(&["gzip"], Some(r#"{"resultCode":"0409001"}"#)), "failed");
 }
 

@@ -70,8 +70,14 @@ pub(super) fn media_types() -> Vec<Case> {
         more(&format!("{line}Content-Type: text/plain\r\n"), refused),
         more(&format!("content-type: text/plain\r\n{line}"), refused),
     ]);
-    for coding in ["gzip", "br", "deflate", "identity", "", "gzip, gzip", "utf-8", "chunked"] {
+    for coding in
+        ["gzip", "br", "deflate", "gzip, gzip", "identity, gzip", "utf-8", "chunked", "identity;q=1"]
+    {
         cases.push(more(&format!("{line}content-encoding: {coding}\r\n"), refused));
+    }
+    // No coding has many names.
+    for coding in ["identity", "Identity, identity", ""] {
+        cases.push(more(&format!("{line}content-encoding: {coding}\r\n"), BOTH));
     }
     cases
 }
