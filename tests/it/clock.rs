@@ -23,13 +23,13 @@ static PRELOAD: LazyLock<PathBuf> = LazyLock::new(|| compile("overload/clock"));
 
 /// A machine whose wall clock obeys the test, and its gateway's cloud and folder. The boot time is the real one.
 pub(crate) struct Machine {
-    sandbox: Sandbox,
-    folder: Arc<TempDir>,
+    pub(crate) sandbox: Sandbox,
+    pub(crate) folder: Arc<TempDir>,
     /// Nothing under /proc/sys can be read, as with `ProcSubset=pid`.
-    is_hidden: bool,
+    pub(crate) is_hidden: bool,
     /// What its gateway is started with, beside what all have.
     pub(crate) set: Vec<(&'static str, &'static str)>,
-    sent: usize,
+    pub(crate) sent: usize,
 }
 
 /// Segments are as small as they may be, and kept for a day.

@@ -2,18 +2,22 @@
 
 use std::{fs, path::Path, sync::Arc};
 
+use jiff::Timestamp;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{idempotency::until_keys_are_known, support::*};
+use crate::{clock::Machine, support::*};
 
-fn stored(folder: &Path) {
+/// Copies the stored trail; returns when its last record was written.
+fn stored(audit: &Path) -> Timestamp {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/trails/format-1");
-    fs::create_dir(folder.join("audit")).unwrap();
+    fs::create_dir(audit).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
-        fs::copy(&path, folder.join("audit").join(path.file_name().unwrap())).unwrap();
+        fs::copy(&path, audit.join(path.file_name().unwrap())).unwrap();
     }
+    let last = records(audit, "").pop().unwrap();
+    last["time"].as_str().unwrap().parse().unwrap()
 }
 
 fn body(task: u32) -> String {
@@ -28,9 +32,11 @@ fn call(gateway: &Gateway, task: u32, key: &str) -> Reply {
 
 #[test]
 fn stored_trail_of_format_1_is_read() {
-    let folder = Arc::new(TempDir::new().unwrap());
-    stored(folder.path());
-    let audit = folder.path().join("audit");
+    let machine = Machine { set: vec![("idempotency.without_key", "guard")], ..Machine::new(false) };
+    let audit = machine.audit_directory();
+    // Its keys are remembered for a day: the gateway is started a minute after the last record.
+    let age = Timestamp::now().as_second() - stored(&audit).as_second();
+    machine.set_clock(60 - age);
     let path = audit.to_str().unwrap();
     let (code, said, error) = command(&["audit", "verify", path]);
     assert_eq!(code, 0, "{said}{error}");
@@ -39,10 +45,7 @@ fn stored_trail_of_format_1_is_read() {
         said.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["task"].clone()).collect();
     assert_eq!((code, tasks), (1, vec!["103".into(), "104".into()]));
 
-    let sandbox = sandbox();
-    let setup = Setup { folder: Some(folder), ..Setup::default() };
-    let gateway = start_with(&sandbox, setup.set("idempotency.without_key", "guard"));
-    until_keys_are_known(&gateway);
+    let gateway = machine.start();
     let success = call(&gateway, 101, "stored-success");
     assert_eq!((success.status, success.outcome()), (200, "replayed"), "{success:?}");
     assert_eq!(success.json()["resultCode"], "0409000");
@@ -53,7 +56,7 @@ fn stored_trail_of_format_1_is_read() {
     assert_eq!((unknown.code(), unknown.outcome()), ("duplicate_suspected", "unknown"));
     let undelivered = call(&gateway, 106, "");
     assert_eq!((undelivered.code(), undelivered.outcome()), ("duplicate_suspected", "succeeded"));
-    assert_eq!(sandbox.requests().len(), 0);
+    assert_eq!(machine.sandbox.requests().len(), 0);
     assert_eq!(call(&gateway, 107, "new").outcome(), "succeeded", "the control");
 }
 
