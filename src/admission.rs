@@ -151,11 +151,13 @@ pub enum Denied {
     Head(&'static str),
     /// `Host` is not a name of the listener.
     #[error(
-        "the Host header names a host that this listener does not answer to; see `hosts` of the listener"
+        "the gateway does not answer to the name in Host; call it by the name that its operators gave you, or ask them to add yours to `hosts` of the listener"
     )]
     Host,
     /// `Origin` or `Sec-Fetch-Site` is present.
-    #[error("requests from browsers are refused; call from a server-side process")]
+    #[error(
+        "requests from browsers, which send Origin or Sec-Fetch-Site, are refused; call from a server-side process"
+    )]
     Browser,
     /// No caller is configured for the peer.
     #[error("no caller is configured for this peer; ask the operators of the gateway to add one")]
@@ -164,7 +166,7 @@ pub enum Denied {
     #[error("requests of this caller must carry the header {0}, with any value")]
     HeaderMissing(HeaderName),
     /// The caller is `frozen`.
-    #[error("this caller is frozen; ask the operators of the gateway")]
+    #[error("the operators of the gateway have frozen this caller, so that nothing is sent for it; ask them")]
     Frozen,
 }
 
@@ -317,20 +319,20 @@ fn operator(id: &str) -> HeaderValue {
 /// Rules that keep a head unambiguous, whoever reads it.
 fn check_head(head: &Inbound<'_>) -> Result<(), Denied> {
     if head.is_old {
-        return Err(Denied::Head("HTTP/1.1 is needed"));
+        return Err(Denied::Head("the request is not HTTP/1.1; set the client to that version"));
     }
     if head.is_transfer_coded {
-        return Err(Denied::Head("Transfer-Encoding must be chunked, and nothing else"));
+        return Err(Denied::Head("the only Transfer-Encoding that is supported is `chunked`, given once"));
     }
     if head.host.count != 1 {
-        return Err(Denied::Head("exactly one Host header is needed"));
+        return Err(Denied::Head("Host is missing, or is given more than once; send it once"));
     }
     if head.operator.count > 1 {
-        return Err(Denied::Head("x-userid must not be given more than once"));
+        return Err(Denied::Head("x-userid is given more than once; send it once, or leave it out"));
     }
     if head.drops_end_to_end {
         return Err(Denied::Head(
-            "Connection must not name an end-to-end header such as x-userid (RFC 9110 §7.6.1)",
+            "Connection names an end-to-end header such as x-userid (RFC 9110 §7.6.1); take it out of Connection",
         ));
     }
     Ok(())

@@ -46,7 +46,7 @@ pub const MAY_BE_ROUNDED: &str = "number_may_be_rounded";
 /// The code of an id that is a bare number, from a caller of which none are taken.
 pub const MUST_BE_STRING: &str = "number_must_be_string";
 
-const TWICE: &str = "a key stands twice in one object";
+const TWICE: &str = "this key stands twice in the object";
 
 /// A compiled contract.
 #[derive(Debug)]
@@ -529,7 +529,12 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             if let (Some(UniqueBy { name, .. }), Some(identity)) = (unique_by, self.identity.take())
                 && !identities.insert(identity)
             {
-                let detail = || (Some(name.clone()), format!("another item has the same `{name}`"));
+                let detail = || {
+                    (
+                        Some(name.clone()),
+                        format!("an earlier item has the same `{name}`; each must have its own"),
+                    )
+                };
                 self.findings.note("x-uniqueBy", detail)?;
             }
             self.findings.leave();

@@ -17,7 +17,7 @@ use crate::{
     contract::{Fault, Violation, body::NotReceived},
     idempotency::{Delivery, Refusal, Refused},
     outcome::{Outcome, Retry},
-    rate_limit::Spent,
+    rate_limit::{Exhausted, Spent},
     route::NoRoute,
     server::connection::Left,
     token::TokenError,
@@ -506,10 +506,18 @@ impl From<NoRoute> for Error {
     }
 }
 
-/// A spent limit: whose it is decides the code.
-pub fn spent(code: Code, spent: Spent) -> Error {
-    let retry_after = Some(spent.retry_after);
-    Error { retry_after, ..Error::not_sent(code, "the limit is spent; come back after Retry-After seconds") }
+impl From<Spent> for Error {
+    fn from(spent: Spent) -> Self {
+        let retry_after = Some(spent.retry_after);
+        Self { retry_after, ..Self::not_sent(Code::RateLimited, spent) }
+    }
+}
+
+impl From<Exhausted> for Error {
+    fn from(exhausted: Exhausted) -> Self {
+        let retry_after = Some(exhausted.retry_after());
+        Self { retry_after, ..Self::not_sent(Code::QuotaExhausted, exhausted) }
+    }
 }
 
 impl From<NotReceived> for Error {
@@ -535,14 +543,18 @@ impl From<Fault> for Error {
             Fault::NotJson(not_json) => Self::not_sent(Code::BodyNotJson, not_json),
             Fault::Violations(found) => {
                 let detail = match found.total {
-                    1 => "one violation of the route's contract".to_owned(),
+                    1 => "the body breaks the route's contract in one place, which `errors` tells".to_owned(),
                     total if total > found.list.len() => {
                         format!(
-                            "{total} violations of the route's contract; the first {} are listed",
+                            "the body breaks the route's contract in {total} places; `errors` tells the first {}",
                             found.list.len()
                         )
                     }
-                    total => format!("{total} violations of the route's contract"),
+                    total => {
+                        format!(
+                            "the body breaks the route's contract in {total} places, which `errors` tells"
+                        )
+                    }
                 };
                 Self { violations: found.list, ..Self::not_sent(Code::ContractViolation, detail) }
             }
@@ -587,7 +599,7 @@ impl From<TokenError> for Error {
                 ..Self::not_sent(
                     Code::TokenUnavailable,
                     format!(
-                        "no token could be had in time (the token endpoint: {}); nothing was sent",
+                        "the gateway got no token in time ({} at the token endpoint); nothing was sent. Call again later",
                         cause.meaning()
                     ),
                 )
@@ -597,7 +609,7 @@ impl From<TokenError> for Error {
                 retry_after: Some(retry_after),
                 ..Self::not_sent(
                     Code::CredentialRefused,
-                    "the token endpoint refuses the gateway's credential; only its operators can mend that",
+                    "the token endpoint refuses the gateway's credential; nothing was sent. Tell the operators of the gateway",
                 )
             },
         }
@@ -620,9 +632,15 @@ impl From<Suspended> for Error {
 impl From<NoConnection> for Error {
     fn from(none: NoConnection) -> Self {
         match none {
-            NoConnection::Busy => Self::not_sent(Code::Overloaded, "all upstream connections are busy"),
+            NoConnection::Busy => Self::not_sent(
+                Code::Overloaded,
+                "all connections to the upstream are busy; nothing was sent. Call again shortly",
+            ),
             NoConnection::Failed(Reason { cause, .. }) => {
-                let detail = format!("no connection to the upstream: {}; nothing was sent", cause.meaning());
+                let detail = format!(
+                    "no connection to the upstream ({}); nothing was sent. Call again later",
+                    cause.meaning()
+                );
                 Self { cause: Some(cause), ..Self::not_sent(Code::UpstreamUnreachable, detail) }
             }
         }
@@ -631,7 +649,10 @@ impl From<NoConnection> for Error {
 
 impl From<Unavailable> for Error {
     fn from(_: Unavailable) -> Self {
-        Self::not_sent(Code::AuditUnavailable, "the intent could not be put on record; nothing was sent")
+        Self::not_sent(
+            Code::AuditUnavailable,
+            "the call could not be put on record, so it was not sent; call again later",
+        )
     }
 }
 
@@ -640,8 +661,9 @@ impl From<Failure> for Error {
         let Failure { code, outcome, cause, retry_after } = failure;
         let why = cause.map_or("all connections are busy", Cause::meaning);
         let detail = match (code, outcome) {
-            (Code::CredentialRejected, _) => "the upstream refuses the gateway's token, and a fresh one did not help: the service \
-                                              may not be purchased, or the account's status may be bad (vendor's page, status 401)"
+            (Code::CredentialRejected, _) => "the upstream refuses the gateway's token, and a fresh one, too: the service may not be \
+                                              purchased, or the account may be blocked (vendor's page, status 401). Tell the operators of \
+                                              the gateway"
                 .to_owned(),
             (Code::TokenUnavailable, _) => format!(
                 "the upstream refused the gateway's token, and the call could not be sent with another one ({why}); nothing was \
@@ -651,10 +673,10 @@ impl From<Failure> for Error {
                                              again with the same Idempotency-Key"
                 .to_owned(),
             (_, Outcome::Unknown) => format!(
-                "the request may have reached the upstream and no clear answer came ({why}): look whether the task is assigned \
-                 before you repeat the call"
+                "the request may have reached the upstream and no clear answer came ({why}): look in the cloud whether the task is \
+                 assigned before you repeat the call"
             ),
-            (Code::Overloaded, _) => "all upstream connections are busy".to_owned(),
+            (Code::Overloaded, _) => "all connections to the upstream are busy; nothing was sent. Call again shortly".to_owned(),
             _ => format!("nothing was sent, or the upstream said that it did not process it ({why})"),
         };
         let error = Self::not_sent(code, detail);

@@ -24,7 +24,7 @@ use crate::{
     clock,
     config::BareIds,
     contract::{Checked, CheckedBody, Violation, body::receive},
-    error::{Code, Error, Stage, spent},
+    error::{Code, Error, Stage},
     headers::Inbound,
     idempotency::{Begun, Call, Idempotency, Would},
     metrics::{Limit, Metrics},
@@ -173,7 +173,7 @@ impl Gateway {
         record.enter(Stage::RateLimit);
         let within = caller.limit.take();
         self.metrics.limit_checked(Limit::Caller, within.is_ok());
-        within.map_err(|limit| spent(Code::RateLimited, limit))?;
+        within?;
 
         record.enter(Stage::Contract);
         let Checked { result, large_ids } =
@@ -221,7 +221,7 @@ impl Gateway {
         record.enter(Stage::Quota);
         let within = state.terms.quota.take();
         self.metrics.limit_checked(Limit::Quota, within.is_ok());
-        within.map_err(|limit| spent(Code::QuotaExhausted, limit))?;
+        within?;
 
         record.enter(Stage::Audit);
         let mut permit = from.presence.during(pin!(self.audit.permit())).await?;
@@ -286,7 +286,7 @@ impl Gateway {
         let token = from.presence.during(pin!(slot.token())).await??;
 
         record.enter(Stage::Quota);
-        state.terms.quota.look().map_err(|limit| spent(Code::QuotaExhausted, limit))?;
+        state.terms.quota.look()?;
 
         let size = body.bytes().len();
         let headers = state.terms.outbound.with(&token, routed.operator, size);

@@ -14,14 +14,39 @@ const MAX_DEPTH: usize = 32;
 /// The lowest byte that `plain` may have to escape.
 const DEL: u8 = 0x7F;
 
+/// What stands where a value must.
+const A_VALUE: &str = "expected a value: a string in double quotes, a number, true, false, null, `[` or `{`";
+
+/// Half of a character beyond the first 65,536.
+const SURROGATE: &str = "`\\uD800` to `\\uDFFF` must come in pairs";
+
 /// A body that is not strict JSON.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("byte {offset}: {reason}")]
+#[error("line {line}, column {column}: {reason}")]
 pub struct NotJson {
-    /// Where, in bytes from the start.
-    pub offset: usize,
+    /// The line, from 1.
+    pub line: usize,
+    /// The character of the line, from 1.
+    pub column: usize,
     /// What is wrong; holds nothing of the body.
     pub reason: &'static str,
+}
+
+impl NotJson {
+    fn at(document: &[u8], offset: usize, reason: &'static str) -> Self {
+        let before = document.get(..offset).unwrap_or(document);
+        let lines: Vec<_> = before.split(|byte| *byte == b'\n').collect();
+        let last = lines.last().copied().unwrap_or_default();
+        let goes_on = |byte: &&u8| **byte & 0xC0 == 0x80; // UTF-8: not the first byte of a character
+        Self { line: lines.len(), column: last.len() - last.iter().filter(goes_on).count() + 1, reason }
+    }
+}
+
+/// Where a walk halted, in bytes from the start, and why.
+#[derive(Clone, Copy, Debug)]
+struct Halted {
+    offset: usize,
+    reason: &'static str,
 }
 
 /// The walk cannot go on; a fault of the document is the cursor's to tell. Empty, since it is part of the result
@@ -44,15 +69,15 @@ pub(super) enum Token<'a> {
 /// below DEL.
 pub(super) fn check_encoding(document: &[u8]) -> Result<bool, NotJson> {
     if u32::try_from(document.len()).is_err() {
-        return Err(NotJson { offset: 0, reason: "longer than 4 GiB" });
+        return Err(NotJson::at(document, 0, "the text is longer than 4 GiB"));
     }
     let is_plain = is_plain(document);
     if !is_plain {
         std::str::from_utf8(document)
-            .map_err(|error| NotJson { offset: error.valid_up_to(), reason: "not UTF-8" })?;
+            .map_err(|error| NotJson::at(document, error.valid_up_to(), "this byte is not UTF-8"))?;
     }
     if document.starts_with("\u{feff}".as_bytes()) {
-        return Err(NotJson { offset: 0, reason: "a byte order mark must not stand here" });
+        return Err(NotJson::at(document, 0, "there is a byte order mark (BOM); leave it out"));
     }
     Ok(is_plain)
 }
@@ -106,23 +131,23 @@ pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
     position: usize,
     depth: usize,
-    fault: Option<NotJson>,
+    halted: Option<Halted>,
 }
 
 impl<'a> Cursor<'a> {
     /// Before the document.
     pub(super) fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, position: 0, depth: 0, fault: None }
+        Self { bytes, position: 0, depth: 0, halted: None }
     }
 
     /// What is wrong with the document, if the walk halted for that.
     pub(super) fn fault(&self) -> Option<NotJson> {
-        self.fault
+        self.halted.map(|halted| NotJson::at(self.bytes, halted.offset, halted.reason))
     }
 
     /// Whether the walk halted since there is no more of the document.
     pub(super) fn is_cut(&self) -> bool {
-        self.fault.is_some_and(|fault| fault.offset >= self.bytes.len())
+        self.halted.is_some_and(|halted| halted.offset >= self.bytes.len())
     }
 
     pub(super) fn position(&self) -> usize {
@@ -151,7 +176,7 @@ impl<'a> Cursor<'a> {
             Some(b'{') => Ok(Begins::Object),
             Some(b'[') => Ok(Begins::Array),
             Some(b't' | b'f' | b'n') => Ok(Begins::Word),
-            _ => Err(self.halt("a value must stand here")),
+            _ => Err(self.halt(A_VALUE)),
         }
     }
 
@@ -163,7 +188,7 @@ impl<'a> Cursor<'a> {
             if words.iter().any(|(word, _)| word.as_bytes().starts_with(self.rest())) {
                 self.position = self.bytes.len();
             }
-            return Err(self.halt("a value must stand here"));
+            return Err(self.halt(A_VALUE));
         };
         self.position += word.len();
         Ok(token)
@@ -174,7 +199,7 @@ impl<'a> Cursor<'a> {
     pub(super) fn open(&mut self, close: u8) -> Result<bool, Halt> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {
-            return Err(self.halt("nested deeper than 32"));
+            return Err(self.halt("arrays and objects are nested more than 32 deep"));
         }
         self.position += 1;
         self.skip_space();
@@ -198,7 +223,9 @@ impl<'a> Cursor<'a> {
                 self.leave();
                 Ok(false)
             }
-            _ => Err(self.halt("a comma or the closing bracket must stand here")),
+            Some(b'0'..=b'9') => Err(self.halt("a number has no 0 in front")),
+            _ if close == b']' => Err(self.halt("expected `,` or `]`")),
+            _ => Err(self.halt("expected `,` or `}`")),
         }
     }
 
@@ -206,7 +233,8 @@ impl<'a> Cursor<'a> {
     pub(super) fn key(&mut self) -> Result<Text<'a>, Halt> {
         match self.peek() {
             Some(b'"') => self.string(),
-            _ => Err(self.halt("a key in quotes must stand here")),
+            Some(b'}') => Err(self.halt("expected a key: remove the comma before `}`")),
+            _ => Err(self.halt("expected a key in double quotes")),
         }
     }
 
@@ -225,7 +253,7 @@ impl<'a> Cursor<'a> {
     pub(super) fn colon(&mut self) -> Result<(), Halt> {
         self.skip_space();
         if self.peek() != Some(b':') {
-            return Err(self.halt("a colon must stand here"));
+            return Err(self.halt("expected `:` behind the key"));
         }
         self.position += 1;
         Ok(())
@@ -266,7 +294,7 @@ impl<'a> Cursor<'a> {
         if self.skip_space() == self.bytes.len() {
             Ok(())
         } else {
-            Err(self.halt("nothing may stand behind the value"))
+            Err(self.halt("expected the end: a JSON text is one value"))
         }
     }
 
@@ -274,7 +302,11 @@ impl<'a> Cursor<'a> {
     #[cold]
     #[inline(never)]
     fn halt(&mut self, reason: &'static str) -> Halt {
-        let reason = if self.position >= self.bytes.len() { "the body ends too early" } else { reason };
+        let reason = if self.position >= self.bytes.len() {
+            "the text ends before its value is whole"
+        } else {
+            reason
+        };
         self.halt_at(self.position, reason)
     }
 
@@ -282,7 +314,7 @@ impl<'a> Cursor<'a> {
     #[cold]
     #[inline(never)]
     pub(super) fn halt_at(&mut self, offset: usize, reason: &'static str) -> Halt {
-        self.fault = Some(NotJson { offset, reason });
+        self.halted = Some(Halted { offset, reason });
         Halt
     }
 
@@ -321,7 +353,7 @@ impl<'a> Cursor<'a> {
     fn escape(&mut self) -> Result<(), Halt> {
         let start = self.position;
         if self.peek() != Some(b'\\') {
-            return Err(self.halt("a control character must be escaped"));
+            return Err(self.halt("a control character within a string must be escaped, as in `\\n`"));
         }
         self.position += 1;
         match self.peek() {
@@ -335,15 +367,15 @@ impl<'a> Cursor<'a> {
                     }
                     0xd800..=0xdbff if b"\\u".starts_with(self.rest()) => {
                         self.position = self.bytes.len();
-                        return Err(self.halt("the other half of a character must stand here"));
+                        return Err(self.halt(SURROGATE));
                     }
                     _ => !matches!(unit, 0xd800..=0xdfff),
                 };
                 if !is_whole {
-                    return Err(self.halt_at(start, "a lone surrogate"));
+                    return Err(self.halt_at(start, SURROGATE));
                 }
             }
-            _ => return Err(self.halt("not an escape of JSON")),
+            _ => return Err(self.halt("unknown escape; JSON has `\\\"`, `\\\\`, `\\/`, `\\b`, `\\f`, `\\n`, `\\r`, `\\t` and `\\uXXXX`")),
         }
         Ok(())
     }
@@ -354,7 +386,7 @@ impl<'a> Cursor<'a> {
         let mut unit = 0;
         for _ in 0..4 {
             let Some(digit) = self.peek().and_then(|byte| char::from(byte).to_digit(16)) else {
-                return Err(self.halt("four hex digits must stand here"));
+                return Err(self.halt("expected four hexadecimal digits behind `\\u`"));
             };
             unit = unit << 4 | digit;
             self.position += 1;
@@ -413,7 +445,7 @@ impl<'a> Cursor<'a> {
             value = value.wrapping_mul(10).wrapping_add(i64::from(byte - b'0'));
             self.position += 1;
         }
-        if self.position == start { Err(self.halt("a digit must stand here")) } else { Ok(value) }
+        if self.position == start { Err(self.halt("expected a digit")) } else { Ok(value) }
     }
 }
 
@@ -629,11 +661,12 @@ mod tests {
 
     #[test]
     fn a_fault_has_its_place() {
-        let at = |text: &str| read(text.as_bytes()).map_err(|fault| (fault.offset, fault.reason));
-        assert_eq!(at(r#"{"a":1, "a":2}"#), Err((8, "a key stands twice in one object")));
-        assert_eq!(at(r#"["x\ud800"]"#), Err((3, "a lone surrogate")));
-        assert_eq!(at("[1,"), Err((3, "the body ends too early")));
-        assert_eq!(at("[1] x"), Err((4, "nothing may stand behind the value")));
+        let at = |text: &str| read(text.as_bytes()).map_err(|fault| (fault.line, fault.column, fault.reason));
+        assert_eq!(at(r#"{"a":1, "a":2}"#), Err((1, 9, "this key stands twice in the object")));
+        assert_eq!(at(r#"["x\ud800"]"#), Err((1, 4, SURROGATE)));
+        assert_eq!(at("[1,"), Err((1, 4, "the text ends before its value is whole")));
+        assert_eq!(at("[\n \"é\" x]"), Err((2, 6, "expected `,` or `]`")), "a character is a column");
+        assert_eq!(at("[1] x"), Err((1, 5, "expected the end: a JSON text is one value")));
     }
 
     #[test]

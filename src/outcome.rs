@@ -199,7 +199,7 @@ impl<'a> Codes<'a> {
     fn read(&mut self, cursor: &mut Cursor<'a>, field: &str) -> Result<(), Halt> {
         cursor.skip_space();
         if !matches!(cursor.begins()?, Begins::Object) {
-            return Err(cursor.halt_at(cursor.position(), "an object must stand here"));
+            return Err(cursor.halt_at(cursor.position(), "expected an object"));
         }
         let mut more = cursor.open(b'}')?;
         while more {

@@ -13,7 +13,7 @@ use std::{
 use thiserror::Error;
 
 use crate::{clock, config::Limit};
-pub use quota::Quota;
+pub use quota::{Exhausted, Quota};
 
 /// A limit and its state. Times are in nanoseconds.
 #[derive(Debug)]
@@ -26,9 +26,9 @@ pub struct Limiter {
     arrival: AtomicU64,
 }
 
-/// The limit is spent.
+/// A limit is spent.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("the limit is spent")]
+#[error("the rate limit of this caller is spent; call again after Retry-After seconds")]
 pub struct Spent {
     /// When one more request would pass, if nobody else asks.
     pub retry_after: Duration,

@@ -69,13 +69,13 @@ pub enum NoRoute {
     #[error("no route has this path; you may use: {}", .0.join(", "))]
     Unknown(Vec<String>),
     /// The path is right, the method is not.
-    #[error("this route is used with POST")]
+    #[error("this route takes POST only")]
     Method,
     /// The caller's `routes` do not list it.
     #[error("this caller may not use this route; you may use: {}", .0.join(", "))]
     Denied(Vec<String>),
     /// The route is `frozen`.
-    #[error("this route is frozen; ask the operators of the gateway")]
+    #[error("the operators of the gateway have frozen this route, so that nothing is sent on it; ask them")]
     Frozen,
     /// The operator in `x-userid` is not one of the caller's.
     #[error(
@@ -231,10 +231,14 @@ fn target(path: &str) -> Uri {
 /// another path.
 fn plain_path(uri: &Uri) -> Result<&str, NoRoute> {
     if uri.scheme().is_some() || uri.authority().is_some() {
-        return Err(NoRoute::Target("the request target must be a path (origin-form), not a full URL"));
+        return Err(NoRoute::Target(
+            "the request target is a full URL, as clients send it to a proxy; is http_proxy set? Call the gateway itself, with a path",
+        ));
     }
     if uri.query().is_some() {
-        return Err(NoRoute::Target("the request target must not have a query"));
+        return Err(NoRoute::Target(
+            "the request target has a query, which no route takes; send the path alone",
+        ));
     }
     Ok(uri.path())
 }

@@ -156,7 +156,7 @@ fn addresses(context: &mut Context<'_>, config: &Config) {
             && !context.is_doubtful(key)
             && !context.is_doubtful(other)
         {
-            context.problem_at(key, format!("cannot listen where {other} does"));
+            context.problem_at(key, format!("is taken by {other}: choose another address or port"));
         }
     }
 }

@@ -94,9 +94,8 @@ pub(super) fn parse_member(text: &str) -> Result<String, String> {
 /// A name that `Host` may carry, in lower case.
 pub(super) fn parse_host(text: &str) -> Result<String, String> {
     let fits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
-    fits.then(|| text.to_ascii_lowercase()).ok_or_else(|| {
-        "must be visible ASCII characters, without blanks: no Host header that is taken has others".into()
-    })
+    fits.then(|| text.to_ascii_lowercase())
+        .ok_or_else(|| "must be visible ASCII characters without blanks, as in \"gateway.internal\"".into())
 }
 
 pub(super) fn parse_route_path(text: &str) -> Result<String, String> {
@@ -129,15 +128,16 @@ pub(super) fn parse_proxy(text: &str) -> Result<ProxyUrl, String> {
 }
 
 pub(super) fn parse_url(text: &str) -> Result<Url, String> {
-    let uri: http::Uri = text.parse().map_err(|_| "is not a URL".to_owned())?;
+    let not_url = || "is not a URL, as in \"https://service.besclouds.com\"".to_owned();
+    let uri: http::Uri = text.parse().map_err(|_| not_url())?;
     let tls = match uri.scheme_str() {
         Some("https") => true,
         Some("http") => false,
-        _ => return Err("must start with https://".into()),
+        _ => return Err("must start with https://, as in \"https://service.besclouds.com\"".into()),
     };
     let authority = uri.authority().ok_or("has no host")?;
     if authority.as_str().contains('@') || uri.query().is_some() {
-        return Err("must hold neither a user nor a query".into());
+        return Err("must have neither a user (`name@`) nor a query (`?…`)".into());
     }
     let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
     let is_loopback =

@@ -19,32 +19,34 @@ use crate::{admission::Bounds as Room, headers::Inbound};
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum NotReceived {
     /// An `Expect` other than `100-continue`.
-    #[error("only `Expect: 100-continue` is understood")]
+    #[error("the only Expect that is understood is `100-continue`; leave the header out")]
     Expectation,
     /// Not `application/json`, or not in UTF-8.
-    #[error("Content-Type must be application/json, with charset=utf-8 at most")]
+    #[error("send `Content-Type: application/json`; the only parameter that may follow is `charset=utf-8`")]
     MediaType,
     /// It stands more than once.
-    #[error("Content-Type must stand once")]
+    #[error("Content-Type is given more than once; send it once")]
     MediaTypes,
     /// Compressed.
-    #[error("the body must be sent without Content-Encoding")]
+    #[error("Content-Encoding is not supported; send the body uncompressed and without this header")]
     ContentCoding,
     /// Larger than `max_body` bytes.
-    #[error("the body is larger than {0} bytes")]
+    #[error(
+        "the body is larger than {0} bytes; make it smaller, or ask the operators of the gateway to raise max_body"
+    )]
     TooLarge(usize),
     /// Unfinished heads and bodies hold as much as they may.
-    #[error("the gateway holds as many unfinished requests as it may; call again shortly")]
+    #[error("the gateway holds as many unfinished requests as it may (max_unfinished); call again shortly")]
     NoRoom,
     /// Not whole within `body_timeout`.
-    #[error("the body did not arrive within {0:?}")]
+    #[error("the body did not arrive within {0:?}; send the whole of it at once")]
     Timeout(Duration),
     /// Ended early, or its framing is broken.
-    #[error("the body ended before its announced length, or its chunks are malformed")]
+    #[error("the body ended before its announced length, or its chunks are malformed; nothing was sent")]
     Incomplete,
     /// Fields behind the last chunk. Nobody needs them, and hyper reads on to the next empty line when they begin
     /// with a bare LF, where others see the end of the body.
-    #[error("the body must be sent without trailers")]
+    #[error("the body has trailer fields behind its last chunk; send it without them")]
     Trailers,
 }
 

@@ -160,14 +160,14 @@ impl Ecma<'_> {
                 };
                 if !is_plain {
                     return self
-                        .refuse(&group.span, "only (…), (?:…) and (?<name>…) are taken of the groups");
+                        .refuse(&group.span, "of the groups only (…), (?:…) and (?<name>…) are supported");
                 }
                 self.take(&mut group.ast)
             }
             Ast::Alternation(list) => list.asts.iter_mut().try_for_each(|ast| self.take(ast)),
             Ast::Concat(list) => list.asts.iter_mut().try_for_each(|ast| self.take(ast)),
-            Ast::Flags(flags) => self.refuse(&flags.span, "flags are not taken"),
-            Ast::ClassUnicode(class) => self.refuse(&class.span, "classes of Unicode are not taken"),
+            Ast::Flags(flags) => self.refuse(&flags.span, "flags such as (?i) are not supported"),
+            Ast::ClassUnicode(class) => self.refuse(&class.span, "\\p{…} is not supported"),
         }
     }
 
@@ -178,7 +178,7 @@ impl Ecma<'_> {
         }
         match &mut class.kind {
             ClassSet::Item(item) => self.item(item),
-            ClassSet::BinaryOp(op) => self.refuse(&op.span, "a class of classes is not taken"),
+            ClassSet::BinaryOp(op) => self.refuse(&op.span, "a class within a class is not supported"),
         }
     }
 
@@ -193,7 +193,7 @@ impl Ecma<'_> {
             }
             ClassSetItem::Union(union) => union.items.iter_mut().try_for_each(|item| self.item(item)),
             ClassSetItem::Ascii(_) | ClassSetItem::Unicode(_) | ClassSetItem::Bracketed(_) => {
-                self.refuse(item.span(), "a class of classes is not taken")
+                self.refuse(item.span(), "a class within a class is not supported")
             }
         }
     }

@@ -252,13 +252,16 @@ impl Compiler<'_> {
         }
         node.members = self.members(keywords, &node, at, place)?;
         if node.audit.is_some() && !node.is_scalar() {
-            return fail(step(at, "x-audit"), "only a scalar can be recorded: say a scalar type");
+            return fail(
+                step(at, "x-audit"),
+                "only a string, a number, a boolean or null can be recorded: give the schema such a `type`",
+            );
         }
         if let Some(name) = keywords.get("x-uniqueBy") {
             node.unique_by = Some(self.unique_by(node.items, name, &step(at, "x-uniqueBy"))?);
         }
         if keywords.contains_key("x-refuseRounded") && node.types & INTEGER == 0 {
-            return fail(step(at, "x-refuseRounded"), "no integer can stand here");
+            return fail(step(at, "x-refuseRounded"), "has no effect: the schema allows no integer");
         }
         node.has_ids = node.is_id || node.any_of.iter().flatten().any(|node| self.nodes[*node].has_ids);
         if self.nodes.len() == MAX_NODES {
@@ -298,7 +301,12 @@ impl Compiler<'_> {
             "x-uniqueBy" => {}                                       // once the items are known
             "$defs" if at == "#/$defs" => {}
             _ if is_annotation(keyword) => {}
-            _ => return fail(at, "unknown keyword: it would not be checked"),
+            _ => {
+                return fail(
+                    at,
+                    format!("unknown keyword `{keyword}`, which would not be checked: remove it"),
+                );
+            }
         }
         Ok(())
     }
@@ -322,15 +330,20 @@ impl Compiler<'_> {
                 "$ref" => target = text(value, &step(at, keyword))?,
                 "$defs" if at == "#" => {}
                 other if is_annotation(other) => {}
-                other => return fail(step(at, other), "only annotations may stand beside $ref"),
+                other => {
+                    return fail(
+                        step(at, other),
+                        "must not stand beside $ref, where only annotations such as `title` may",
+                    );
+                }
             }
         }
         let found = target.strip_prefix("#/$defs/").and_then(|name| self.document.get("$defs")?.get(name));
         let Some(found) = found else {
-            return fail(step(at, "$ref"), "must be #/$defs/ and a name that stands there");
+            return fail(step(at, "$ref"), "must be #/$defs/NAME, with a NAME that `$defs` has");
         };
         if self.open.iter().any(|open| open == target) {
-            return fail(step(at, "$ref"), "must not lead back to itself");
+            return fail(step(at, "$ref"), "refers to itself, at once or by way of others");
         }
         self.open.push(target.to_owned());
         let node = self.node(found, target, place);
@@ -361,7 +374,7 @@ impl Compiler<'_> {
             return Ok(None);
         }
         let Some(Value::Bool(additional)) = keywords.get("additionalProperties") else {
-            return fail(at, "an object must say additionalProperties: true or false");
+            return fail(at, "an object must have `additionalProperties`, true or false");
         };
         let mut members =
             Members { list: Vec::new(), additional: *additional, required: 0, by_name: Vec::new() };
@@ -379,7 +392,7 @@ impl Compiler<'_> {
             }
         }
         if members.list.len() > MAX_MEMBERS {
-            return fail(at, "more than 128 properties");
+            return fail(at, "has more than 128 properties");
         }
         for (index, member) in members.list.iter_mut().enumerate() {
             member.bit = 1 << index;
@@ -396,7 +409,7 @@ impl Compiler<'_> {
             let at = step(at, &i.to_string());
             let node = self.node(schema, &at, Place::InAnyOf)?;
             if !self.nodes[node].is_scalar() {
-                return fail(&at, "an alternative must be a scalar and say its type");
+                return fail(&at, "each schema in anyOf must have a `type`, and none of object and array");
             }
             nodes.push(node);
         }
@@ -409,10 +422,13 @@ impl Compiler<'_> {
             return fail(at, "must stand beside anyOf, not in it");
         }
         if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
-            return fail(at, "must be a name of a-z and _");
+            return fail(at, "must be a name of the letters a-z and _");
         }
         if self.audit.iter().any(|member| member.name == name) || crate::audit::MEMBERS.contains(&name) {
-            return fail(at, "this name is taken");
+            return fail(
+                at,
+                format!("`{name}` is taken by another x-audit or by the trail itself: choose another name"),
+            );
         }
         let is_list = place == Place::InItems;
         let opening = format!(",\"{name}\":{}", if is_list { "[" } else { "" });
@@ -431,7 +447,7 @@ impl Compiler<'_> {
         let found = found.filter(|(_, member)| member.node.is_some_and(|node| self.nodes[node].is_scalar()));
         match found {
             Some((index, _)) => Ok(UniqueBy { name: name.to_owned(), index }),
-            None => fail(at, "must name a scalar property of the items"),
+            None => fail(at, "must name a property of the items whose `type` is neither object nor array"),
         }
     }
 
@@ -443,7 +459,7 @@ impl Compiler<'_> {
         let pattern = Arc::new(Pattern::compile(source).or_else(|reason| fail(at, reason))?);
         self.patterns.push(pattern.clone());
         if self.patterns.iter().map(|pattern| pattern.size()).sum::<usize>() > MAX_PATTERN_BYTES {
-            return fail(at, "the patterns are too large together");
+            return fail(at, "the patterns of the contract are too large together: simplify them");
         }
         Ok(pattern)
     }
@@ -462,7 +478,12 @@ impl Members {
             None if self.additional => {
                 self.list.push(Member::new(name, None, true));
             }
-            None => return fail(at, "names a key that additionalProperties forbids"),
+            None => {
+                return fail(
+                    at,
+                    format!("`{name}` is not among the properties, and additionalProperties is false"),
+                );
+            }
         }
         Ok(())
     }
@@ -510,7 +531,7 @@ fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
 
 fn filled<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
     let list = list(value, at)?;
-    if list.is_empty() { fail(at, "must have something in it") } else { Ok(list) }
+    if list.is_empty() { fail(at, "must not be empty") } else { Ok(list) }
 }
 
 fn size(value: &Value, at: &str) -> Result<usize, SchemaError> {
@@ -521,7 +542,10 @@ fn size(value: &Value, at: &str) -> Result<usize, SchemaError> {
 fn limit(value: &Value, at: &str) -> Result<Limit, SchemaError> {
     let Value::Number(number) = value else { return fail(at, "must be a number") };
     if number.is_f64() && number.as_f64().is_none_or(|float| float.abs() >= FLOAT_EXACT) {
-        return fail(at, "too large to be compared exactly");
+        return fail(
+            at,
+            "is too large to be compared exactly: 2^53 is the bound for numbers with a fraction or an exponent",
+        );
     }
     let literal = number.to_string();
     let Some(Number { is_integer, small, .. }) = Number::known(&literal) else {
@@ -536,7 +560,7 @@ fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {
         Value::Bool(value) => Ok(Scalar::Boolean(*value)),
         Value::Number(_) => limit(value, at).map(Scalar::Number),
         Value::String(text) => Ok(Scalar::Text(text.clone())),
-        Value::Array(_) | Value::Object(_) => fail(at, "must be a scalar"),
+        Value::Array(_) | Value::Object(_) => fail(at, "must be a string, a number, a boolean or null"),
     }
 }
 
@@ -550,5 +574,9 @@ fn types(value: &Value, at: &str) -> Result<u8, SchemaError> {
 fn kind(value: &Value, at: &str) -> Result<u8, SchemaError> {
     let name = text(value, at)?;
     let found = TYPES.iter().find(|(known, ..)| *known == name);
-    found.map_or_else(|| fail(at, "unknown type"), |(_, kind, _)| Ok(*kind))
+    let unknown = || {
+        let known: Vec<_> = TYPES.iter().map(|(known, ..)| *known).collect();
+        fail(at, format!("unknown type `{name}`; there are {}", known.join(", ")))
+    };
+    found.map_or_else(unknown, |(_, kind, _)| Ok(*kind))
 }

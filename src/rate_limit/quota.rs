@@ -12,6 +12,8 @@ use std::{
     time::Duration,
 };
 
+use thiserror::Error;
+
 use super::{Limiter, Spent};
 use crate::{clock, config::Limit};
 
@@ -44,6 +46,28 @@ struct Shrunk {
     until: u64,
 }
 
+/// The quota is spent.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum Exhausted {
+    /// The configured one.
+    #[error("the quota that all callers share is spent; call again after Retry-After seconds")]
+    Whole(Spent),
+    /// What the upstream left of it.
+    #[error(
+        "the upstream answered 429 (too many requests), so that the gateway sends less for some time; call again after Retry-After \
+         seconds"
+    )]
+    Shrunk(Spent),
+}
+
+impl Exhausted {
+    /// When one more request would pass, if nobody else asks.
+    pub fn retry_after(self) -> Duration {
+        let (Self::Whole(spent) | Self::Shrunk(spent)) = self;
+        spent.retry_after
+    }
+}
+
 impl Shrunk {
     fn share(&self, now: u64) -> f64 {
         self.share + Duration::from_nanos(now.saturating_sub(self.until)).as_secs_f64() * RECOVERY
@@ -72,15 +96,21 @@ impl Quota {
     }
 
     /// Takes one request's worth, or says when to come back.
-    pub fn take(&self) -> Result<(), Spent> {
+    pub fn take(&self) -> Result<(), Exhausted> {
         self.recover(clock::nanos());
-        self.limiter.take()
+        self.limiter.take().map_err(|spent| self.exhausted(spent))
     }
 
     /// Says what [`Quota::take`] would, and takes nothing.
-    pub fn look(&self) -> Result<(), Spent> {
+    pub fn look(&self) -> Result<(), Exhausted> {
         self.recover(clock::nanos());
-        self.limiter.look()
+        self.limiter.look().map_err(|spent| self.exhausted(spent))
+    }
+
+    #[cold]
+    fn exhausted(&self, spent: Spent) -> Exhausted {
+        let is_shrunk = self.is_shrunk.load(Ordering::Relaxed);
+        if is_shrunk { Exhausted::Shrunk(spent) } else { Exhausted::Whole(spent) }
     }
 
     /// Takes one request's worth even if none is left: for what must go on anyway and yet be counted.

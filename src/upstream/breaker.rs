@@ -51,7 +51,7 @@ impl Health {
 /// The upstream is left alone.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
-    "the upstream failed several times in a row (last: {}) and is left alone for a moment; nothing was sent",
+    "the upstream failed several times in a row (last: {}) and is left alone for a moment; nothing was sent. Call again after Retry-After seconds",
     .cause.meaning()
 )]
 pub struct Suspended {

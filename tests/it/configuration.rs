@@ -241,7 +241,7 @@ fn what_would_be_dangerous_is_refused() {
         (with(&text, header, &format!("{header}\nheaders = {{ x_api_key = \"x\" }}")), "looks like a secret"),
         (
             text.clone() + "[[listeners]]\naddress = \"127.0.0.1:9090\"\n",
-            "admin.address: cannot listen where listeners[0].address does",
+            "admin.address: is taken by listeners[0].address",
         ),
         (text.clone() + "[log]\nlevel = \"inof\"\n", "log.level"),
         (

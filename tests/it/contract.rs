@@ -297,7 +297,7 @@ fn an_id_is_one_if_every_alternative_that_takes_it_says_so() {
 #[test]
 fn what_is_not_json_is_told_before_any_violation() {
     let fault = not_json(appoint(&(with(r#""setCountsType":1"#, r#""setCountsType":2"#) + "x")));
-    assert_eq!(fault.reason, "nothing may stand behind the value");
+    assert_eq!(fault.reason, "expected the end: a JSON text is one value");
     not_json(appoint(&with(r#""count":2"#, r#""unknown":{"a":1,"\u0061":2}"#)));
     for end in 0..GOOD.len() {
         not_json(appoint(&GOOD[..end]));

@@ -17,6 +17,7 @@ mod dry_run;
 mod exchange;
 mod habits;
 mod outcomes;
+mod messages;
 mod http2;
 mod bounds;
 mod overload;

@@ -23,7 +23,7 @@ use ccsqm_gateway::{
 };
 use serde_json::Value;
 
-use crate::support::*;
+use crate::{messages, support::*};
 use triggers::*;
 
 /// An answer, and how it is brought about.
@@ -58,6 +58,14 @@ struct Trial {
     received: usize,
     /// Ends what keeps the call's record from being written, and holds what must stay open until then.
     end: Box<dyn FnOnce()>,
+}
+
+impl Row {
+    /// Code and case.
+    fn name(&self) -> String {
+        let parts = [self.code, self.case];
+        parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")
+    }
 }
 
 const UNCHANGED: [&str; 2] = ["safe", "same-key"];
@@ -339,6 +347,12 @@ fn each_code_has_a_row_and_each_row_a_code() {
 }
 
 #[test]
+fn each_answer_has_a_text_and_each_text_an_answer() {
+    let answers: BTreeSet<_> = ROWS.iter().filter(|row| !row.code.is_empty()).map(Row::name).collect();
+    assert_eq!(messages::answers(), answers);
+}
+
+#[test]
 fn each_answer_says_what_the_table_says() {
     let calls: Vec<_> = ROWS.iter().flat_map(|row| [(row, ""), (row, KEY)]).collect();
     let (next, differences) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
@@ -382,10 +396,10 @@ fn differences_of(row: &Row, key: &str) -> Vec<String> {
     if retry.is_empty() {
         return Vec::new();
     }
-    let name = format!("{} {}, {}", row.code, row.case, if key.is_empty() { "no key" } else { "key" });
+    let name = format!("{}, {}", row.name(), if key.is_empty() { "no key" } else { "key" });
     let look = || {
         let mut found = Differences(Vec::new());
-        found.look_at((row.trigger)(key), row, retry);
+        found.look_at((row.trigger)(key), row, !key.is_empty());
         found.0
     };
     let found = caught(look).unwrap_or_else(|panic| vec![format!("panicked: {panic}")]);
@@ -410,7 +424,8 @@ impl Differences {
         }
     }
 
-    fn look_at(&mut self, trial: Trial, row: &Row, retry: &str) {
+    fn look_at(&mut self, trial: Trial, row: &Row, is_keyed: bool) {
+        let retry = row.retry[usize::from(is_keyed)];
         let Trial { sandbox, gateway, reply, first, received, end } = trial;
         let header = |name: &str| reply.headers.get(name).map_or("", String::as_str);
         let first = first.as_deref().unwrap_or_default();
@@ -425,6 +440,7 @@ impl Differences {
         self.compare("what the upstream received", received, row.received);
         if !row.code.is_empty() {
             self.look_at_problem(&reply, row, retry, first);
+            self.look_at_detail(&reply, row, is_keyed);
         }
         end();
         let id = header("x-gateway-request-id");
@@ -453,6 +469,12 @@ impl Differences {
                 must_be,
             );
         }
+    }
+
+    /// Its text is the one of `tests/messages.toml`.
+    fn look_at_detail(&mut self, reply: &Reply, row: &Row, is_keyed: bool) {
+        let detail = reply.json()["detail"].as_str().unwrap_or_default().to_owned();
+        self.compare("the detail", &*messages::without_ids(&detail), messages::answer(&row.name(), is_keyed));
     }
 
     /// The call's last record keeps its own outcome and names the call that the answer is about.
