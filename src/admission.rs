@@ -332,7 +332,7 @@ fn check_head(head: &Inbound<'_>) -> Result<(), Denied> {
     }
     if head.drops_end_to_end {
         return Err(Denied::Head(
-            "Connection names an end-to-end header such as x-userid (RFC 9110 §7.6.1); take it out of Connection",
+            "Connection names a header that the gateway reads or passes on, such as x-userid (RFC 9110 §7.6.1); take its name out of Connection",
         ));
     }
     Ok(())

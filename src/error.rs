@@ -651,7 +651,7 @@ impl From<Unavailable> for Error {
     fn from(_: Unavailable) -> Self {
         Self::not_sent(
             Code::AuditUnavailable,
-            "the call could not be put on record, so it was not sent; call again later",
+            "the call could not be put on record, so that it was not sent; call again later, and tell the operators of the gateway if that goes on",
         )
     }
 }

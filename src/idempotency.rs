@@ -163,8 +163,9 @@ pub enum Refused {
     InProgress(RequestId),
     /// Nobody knows what became of the first call with this key.
     #[error(
-        "the first call with this Idempotency-Key may have reached the upstream: look in the cloud whether the task is \
-         assigned; if it is not, repeat the call with `Idempotency-Force: {0}`, or with a new key if that is refused, too"
+        "the first call with this Idempotency-Key may have reached the upstream, so that this one was not sent: look in the \
+         cloud whether the task is assigned; if it is not, repeat the call with the same key and `Idempotency-Force: {0}`; if \
+         that is refused, too, take a new key"
     )]
     Unknown(RequestId),
     /// The key stands for another call.
@@ -172,14 +173,15 @@ pub enum Refused {
     Mismatch(FirstCall),
     /// An equal call is at work or of unknown outcome.
     #[error(
-        "an equal call (same body, same operator) is still at work or may have reached the upstream: look in the cloud \
-         whether the task is assigned; if it is not, or if it is meant twice, repeat the call with `Idempotency-Force: {0}`"
+        "an equal call (same body, same x-userid) is at work or may have reached the upstream, so that this one was not sent: \
+         look in the cloud whether the task is assigned; if it is not, or if it is meant twice, repeat the call with \
+         `Idempotency-Force: {0}`"
     )]
     Duplicate(RequestId),
     /// An equal call succeeded.
     #[error(
-        "an equal call (same body, same operator) succeeded, so the task is assigned; if it is meant twice, repeat the \
-         call with `Idempotency-Force: {0}`"
+        "an equal call (same body, same x-userid) succeeded, so that the task is assigned and this one was not sent; if it is \
+         meant twice, repeat the call with `Idempotency-Force: {0}`"
     )]
     Done(RequestId),
     /// No more keys within the window.

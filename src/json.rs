@@ -18,7 +18,7 @@ const DEL: u8 = 0x7F;
 const A_VALUE: &str = "expected a value: a string in double quotes, a number, true, false, null, `[` or `{`";
 
 /// Half of a character beyond the first 65,536.
-const SURROGATE: &str = "`\\uD800` to `\\uDFFF` must come in pairs";
+const SURROGATE: &str = "half a character: `\\uD800` to `\\uDBFF` must come before `\\uDC00` to `\\uDFFF`";
 
 /// A body that is not strict JSON.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -223,7 +223,7 @@ impl<'a> Cursor<'a> {
                 self.leave();
                 Ok(false)
             }
-            Some(b'0'..=b'9') => Err(self.halt("a number has no 0 in front")),
+            Some(b'0'..=b'9') => Err(self.halt("a number must not begin with an extra 0: write 7, not 07")),
             _ if close == b']' => Err(self.halt("expected `,` or `]`")),
             _ => Err(self.halt("expected `,` or `}`")),
         }

@@ -205,7 +205,7 @@ impl Trail {
             let key = self.place.key_file.clone().unwrap_or_else(|| key_path(directory));
             bail!(
                 "{}: the key in {} does not fit record {record}, nor any other: it is the key of another trail, or each record \
-                 was changed. Name the trail's own with --key-file",
+                 was changed. Name the trail's own key with --key-file; if that does not fit either, the records were changed",
                 directory.display(),
                 key.display()
             );

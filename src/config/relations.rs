@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use crate::audit;
 
 use super::{
-    Config, ListenAddress, files,
+    Config, ListenAddress, PeerRule, files,
     table::{Context, Referent},
 };
 
@@ -116,8 +116,20 @@ fn shares(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-const NEVER_SEEN: &str = "no listener can ever see this peer: loopback and networks need a TCP listener without client_ca_file, and networks \
-     beyond loopback one that is not on loopback; spiffe: and dns: need one with client_ca_file, uid and gid a Unix socket";
+/// What a listener must be so that it can see such a peer.
+fn needed_listener(peer: &PeerRule) -> &'static str {
+    match peer {
+        PeerRule::Loopback => "loopback needs a TCP listener without client_ca_file",
+        PeerRule::Network(network) if network.addr().is_loopback() => {
+            "a network needs a TCP listener without client_ca_file"
+        }
+        PeerRule::Network(_) => {
+            "a network beyond loopback needs a TCP listener without client_ca_file that is not on loopback"
+        }
+        PeerRule::Certificate(_) => "a name in a certificate needs a TCP listener with client_ca_file",
+        PeerRule::Uid(_) | PeerRule::Gid(_) => "users and groups need a listener on a Unix socket",
+    }
+}
 
 fn peers(context: &mut Context<'_>, config: &Config) {
     let doubtful_listeners = (0..config.listeners.len()).any(|i| {
@@ -138,7 +150,8 @@ fn peers(context: &mut Context<'_>, config: &Config) {
             let other = &config.callers[other].name;
             context.problem_at(&key, format!("one peer can be both `{other}` and `{}`", caller.name));
         } else if !doubtful_listeners && config.listeners_of(caller).next().is_none() {
-            context.problem_at(&key, NEVER_SEEN);
+            let needed = needed_listener(&caller.peer);
+            context.problem_at(&key, format!("no listener can see this peer: {needed}"));
         }
     }
 }
@@ -156,7 +169,8 @@ fn addresses(context: &mut Context<'_>, config: &Config) {
             && !context.is_doubtful(key)
             && !context.is_doubtful(other)
         {
-            context.problem_at(key, format!("is taken by {other}: choose another address or port"));
+            context
+                .problem_at(key, format!("overlaps with {other}: give one of them another address or port"));
         }
     }
 }

@@ -230,7 +230,7 @@ fn max_size_must_hold_the_window_and_what_does_lasts_for_it() {
     assert!(lasts(&config, true) < Duration::from_secs(3 * 3600));
     assert!(lasts(&load(2 * least).unwrap(), false) > Duration::from_secs(6 * 3600));
     let told = load(least - 1).unwrap_err().to_string();
-    assert!(told.contains("audit.max_size: must be 395.9 MiB or more"), "{told}");
+    assert!(told.contains("audit.max_size: must be \"396MiB\" or more"), "{told}");
     assert!(told.contains("last 3 hours") && told.contains("72000 calls an hour"), "{told}");
     // One mistake is one line: nothing is said of what a value that is not good might need.
     let told = minimal(("", ""), &[("audit.max_size", "2GiB"), ("quota.rate", "many")]).unwrap_err();
@@ -243,7 +243,7 @@ fn max_size_holds_four_segments_at_least() {
     let load = |size| minimal(("", ""), &[("audit.max_size", size), ("quota.rate", "1/h")]).map(drop);
     assert!(load("256MiB").is_ok());
     let told = load("255MiB").unwrap_err().to_string();
-    assert!(told.contains("audit.max_size: must hold 4 segments of audit.segment_size: 256 MiB"), "{told}");
+    assert!(told.contains("audit.max_size: must be \"256MiB\" or more, which is 4 times audit.segment_size"), "{told}");
 }
 
 #[test]

@@ -79,16 +79,16 @@ impl TrailSize<'_> {
         let least = LEAST_SEGMENTS * self.config.audit.segment_size;
         if max_size < least {
             return Some(format!(
-                "must hold {LEAST_SEGMENTS} segments of audit.segment_size: {}",
-                text(least)
+                "must be \"{}\" or more, which is {LEAST_SEGMENTS} times audit.segment_size",
+                setting(least)
             ));
         }
         let needed = self.of(self.kept());
         (max_size < needed).then(|| {
             format!(
-                "must be {} or more: no record of the last {} hours is removed (idempotency.window and one hour), callers may send {} \
-                 calls an hour (rate_limit, quota.rate), and a call takes about {CALL} bytes",
-                text(needed),
+                "must be \"{}\" or more, or rate_limit, quota.rate or idempotency.window must be lower: no record of the last {} \
+                 hours is removed (idempotency.window and one hour), {} calls an hour are allowed, and a call takes about {CALL} bytes",
+                setting(needed),
                 self.kept().as_secs().div_ceil(HOUR.as_secs()),
                 self.calls_per_hour(),
             )
@@ -197,6 +197,11 @@ fn text(bytes: u64) -> String {
         (whole, 0) => format!("{whole} {name}"),
         (whole, rest) => format!("{whole}.{rest} {name}"),
     }
+}
+
+/// A size as it can be set, rounded up.
+fn setting(bytes: u64) -> String {
+    format!("{}MiB", bytes.div_ceil(1 << 20))
 }
 
 /// A time for people, rounded down.

@@ -254,7 +254,7 @@ impl Compiler<'_> {
         if node.audit.is_some() && !node.is_scalar() {
             return fail(
                 step(at, "x-audit"),
-                "only a string, a number, a boolean or null can be recorded: give the schema such a `type`",
+                "only a string, a number, a boolean or null can be recorded: give the schema such a `type`, or move x-audit to a property that has one",
             );
         }
         if let Some(name) = keywords.get("x-uniqueBy") {
@@ -304,7 +304,7 @@ impl Compiler<'_> {
             _ => {
                 return fail(
                     at,
-                    format!("unknown keyword `{keyword}`, which would not be checked: remove it"),
+                    format!("the keyword `{keyword}` is not supported and would not be checked: remove it"),
                 );
             }
         }
@@ -343,7 +343,10 @@ impl Compiler<'_> {
             return fail(step(at, "$ref"), "must be #/$defs/NAME, with a NAME that `$defs` has");
         };
         if self.open.iter().any(|open| open == target) {
-            return fail(step(at, "$ref"), "refers to itself, at once or by way of others");
+            return fail(
+                step(at, "$ref"),
+                "refers to itself, at once or by way of others: schemas cannot be recursive",
+            );
         }
         self.open.push(target.to_owned());
         let node = self.node(found, target, place);

@@ -54,8 +54,8 @@ pub enum Exhausted {
     Whole(Spent),
     /// What the upstream left of it.
     #[error(
-        "the upstream answered 429 (too many requests), so that the gateway sends less for some time; call again after Retry-After \
-         seconds"
+        "nothing was sent: the upstream answered 429 (too many requests) to earlier calls, so that the gateway sends less for some \
+         time; call again after Retry-After seconds"
     )]
     Shrunk(Spent),
 }

@@ -241,7 +241,7 @@ fn what_would_be_dangerous_is_refused() {
         (with(&text, header, &format!("{header}\nheaders = {{ x_api_key = \"x\" }}")), "looks like a secret"),
         (
             text.clone() + "[[listeners]]\naddress = \"127.0.0.1:9090\"\n",
-            "admin.address: is taken by listeners[0].address",
+            "admin.address: overlaps with listeners[0].address",
         ),
         (text.clone() + "[log]\nlevel = \"inof\"\n", "log.level"),
         (
@@ -769,7 +769,7 @@ fn a_bad_file_is_one_mistake() {
     let wrong = with(&text, "client_ca_file = \"client-ca.pem\"", "# ");
     let wrong = with(&wrong, "client_crl_file = \"crl.pem\"", "# ");
     let (_, _, error) = check(&folder, &wrong);
-    assert!(error.contains(".peer: no listener can ever see this peer"), "{error}");
+    assert!(error.contains(".peer: no listener can see this peer"), "{error}");
     let wrong = with(&text, "only_here", "nowhere");
     assert!(check(&folder, &wrong).2.contains("audit.fields: `nowhere` cannot be hidden"), "the control");
 }
