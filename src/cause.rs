@@ -18,6 +18,7 @@ use rustls::{AlertDescription, CertificateError};
 use serde::{Serialize, Serializer};
 
 use crate::{
+    connect::{MAX_FIELDS, MAX_HEAD},
     log::OncePerSecond,
     plain,
     secret::needles::Needles,
@@ -295,8 +296,26 @@ impl Reason {
             text = format!("{text}: {source}");
             below = source.source();
         }
+        text.push_str(more_of(error).unwrap_or_default());
         Self::new(Cause::of_exchange(error), text)
     }
+}
+
+/// What may be wrong with a reply, where the libraries tell no more than that something is. They keep apart neither the bounds
+/// that a head has, nor what a reply over HTTP/2 breaks.
+fn more_of(error: &hyper::Error) -> Option<&'static str> {
+    const {
+        assert!(MAX_HEAD == 64 * 1024 && MAX_FIELDS == 256, "they stand in these texts");
+    }
+    if error.is_parse_too_large() {
+        return Some(
+            ": it has more than 64 KiB or 256 fields, or states a Content-Length that no body can have",
+        );
+    }
+    let http2 = error.source()?.downcast_ref::<h2::Error>()?;
+    http2.is_library().then_some(
+        ": the reply breaks RFC 9113 (as by a Content-Length that is not its body's), or its head is larger than 64 KiB",
+    )
 }
 
 impl fmt::Display for Reason {

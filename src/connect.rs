@@ -21,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use hyper::client::conn::http1;
 use rustls::{
     RootCertStore,
     pki_types::{InvalidDnsNameError, ServerName},
@@ -47,6 +48,25 @@ use roots::Trust;
 /// Names of protocols in a TLS handshake (RFC 7301).
 pub(crate) const HTTP1: &[u8] = b"http/1.1";
 const HTTP2: &[u8] = b"h2";
+
+/// A reply may have this much head; hyper's own bound is far higher.
+pub const MAX_HEAD: usize = 64 * 1024;
+
+/// A reply over HTTP/1.1 may have so many header fields. Over HTTP/2 only their size counts.
+pub const MAX_FIELDS: usize = 256;
+
+/// How HTTP/1.1 is spoken to the cloud. Who passes a reply on removes blanks between a field's name and its colon (RFC 9112,
+/// section 5.1). Folded lines, which it may refuse (section 5.2), are refused.
+pub(crate) fn http1() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder
+        .max_buf_size(MAX_HEAD)
+        .max_header_size(MAX_HEAD) // by itself the bound above lets a head of twice the size pass
+        .max_headers(MAX_FIELDS)
+        .allow_spaces_after_header_name_in_responses(true)
+        .writev(false); // one buffer and send(2) cost less than two and writev(2)
+    builder
+}
 
 /// Why TLS could not be set up.
 #[derive(Debug, Error)]

@@ -386,7 +386,7 @@ impl Code {
             Self::UpstreamUnreachable => "The upstream cannot be reached",
             Self::AuditUnavailable => "The audit trail cannot be written",
             Self::UpstreamTimeout => "The upstream did not answer in time",
-            Self::UpstreamBroken => "The upstream's answer broke off",
+            Self::UpstreamBroken => "The upstream's answer broke off or cannot be read",
             Self::CredentialRejected => "The upstream refuses the credential",
             Self::CallerLeft => "The caller left",
             Self::Internal => "Internal error",

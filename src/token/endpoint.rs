@@ -5,7 +5,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use thiserror::Error;
@@ -16,7 +15,7 @@ use super::schedule::Failure;
 use crate::{
     cause::{Cause, Reason},
     config,
-    connect::{Connector, Egress, TlsError},
+    connect::{self, Connector, Egress, TlsError},
     headers::{is_coding, retry_after},
     secret::Secret,
 };
@@ -144,7 +143,7 @@ impl Endpoint {
     async fn call(&self, app_key: &Secret, app_secret: &Secret) -> Result<Fetched, FetchError> {
         let request = self.request(app_key, app_secret)?;
         let stream = self.connector.connect().await?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        let (mut sender, connection) = connect::http1().handshake(TokioIo::new(stream)).await?;
         let driver = tokio::spawn(connection);
         let result = async {
             let (head, body) = sender.send_request(request).await?.into_parts();

@@ -35,9 +35,9 @@ use tokio::{
 use super::{
     companions::Companions,
     frames::FrameReader,
-    pool::{Counted, MAX_HEAD, NoConnection, is_quiet},
+    pool::{Counted, NoConnection, is_quiet},
 };
-use crate::{clock, log::OncePerSecond};
+use crate::{clock, connect::MAX_HEAD, log::OncePerSecond};
 
 /// So many exchanges share a connection at most, whatever the upstream allows: what one lost packet delays,
 /// and what one lost connection leaves in doubt, stays bounded.

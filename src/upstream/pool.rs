@@ -42,11 +42,8 @@ use super::{
 use crate::{
     cause::{Cause, Reason},
     clock,
-    connect::{Connector, Stream},
+    connect::{self, Connector, Stream},
 };
-
-/// The upstream's answer may have this much head; hyper's own bound is far higher.
-pub(super) const MAX_HEAD: usize = 64 * 1024;
 
 /// So many timers are kept for exchanges over HTTP/2, whose connections have none of their own.
 const KEPT_TIMERS: usize = 256;
@@ -432,12 +429,8 @@ impl Pool {
             received: None,
             _open: Open::count(&self.metrics.open),
         };
-        let (sender, connection) = http1::Builder::new()
-            .max_buf_size(MAX_HEAD)
-            .writev(false) // one buffer and send(2) cost less than two and writev(2)
-            .handshake(TokioIo::new(io))
-            .await
-            .map_err(|error| Reason::of_exchange(&error))?;
+        let greeted = connect::http1().handshake(TokioIo::new(io)).await;
+        let (sender, connection) = greeted.map_err(|error| Reason::of_exchange(&error))?;
         let task = tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "upstream connection ended");

@@ -409,6 +409,17 @@ impl Wire {
         self.raw(frame(HEADERS, END_HEADERS, stream, &block));
     }
 
+    /// A head with these fields, in as many frames as it takes.
+    pub(crate) fn head_with(&self, stream: u32, fields: &[(String, String)]) {
+        let fields = fields.iter().map(|(name, value)| header(name, value)).collect::<Vec<_>>().concat();
+        let block = [literal(8, "200"), fields].concat();
+        let chunks: Vec<_> = block.chunks(16_000).collect();
+        for (i, chunk) in chunks.iter().enumerate() {
+            let (kind, last) = (if i == 0 { HEADERS } else { CONTINUATION }, i + 1 == chunks.len());
+            self.raw(frame(kind, if last { END_HEADERS } else { 0 }, stream, chunk));
+        }
+    }
+
     pub(crate) fn data(&self, stream: u32, bytes: &[u8], end: bool) {
         if end {
             self.open.lock().unwrap().remove(&stream);
@@ -470,15 +481,7 @@ impl Wire {
     }
 
     pub(crate) fn huge_head(&self, stream: u32, size: usize) {
-        let mut block = literal(8, "200");
-        while block.len() < size {
-            block.extend(header("x-huge", &"x".repeat(10_000)));
-        }
-        let chunks: Vec<_> = block.chunks(16_000).collect();
-        for (i, chunk) in chunks.iter().enumerate() {
-            let (kind, last) = (if i == 0 { HEADERS } else { CONTINUATION }, i + 1 == chunks.len());
-            self.raw(frame(kind, if last { END_HEADERS } else { 0 }, stream, chunk));
-        }
+        self.head_with(stream, &vec![("x-huge".to_owned(), "x".repeat(10_000)); size / 10_000]);
     }
 
     pub(crate) fn continuation_flood(&self, stream: u32) {

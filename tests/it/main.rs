@@ -16,6 +16,7 @@ mod idempotency;
 mod dry_run;
 mod exchange;
 mod habits;
+mod replies;
 mod outcomes;
 mod messages;
 mod http2;
