@@ -446,11 +446,11 @@ impl Exchange {
         settle_retry_after(outcome, &mut headers);
         let retry = Retry::of_reply(outcome, status, self.claim.is_keyed());
         let mut finished = Finished::default();
+        if !states_length(&headers, length(&body, rest.as_ref())) {
+            headers.remove(header::CONTENT_LENGTH);
+        }
         let body = match rest {
             None => {
-                if !states_length(&headers, &body) {
-                    headers.remove(header::CONTENT_LENGTH);
-                }
                 finished = self.claim.finish(self.record, &answer);
                 if !is_cut {
                     self.connection.give_back();
@@ -608,13 +608,21 @@ fn settle_retry_after(outcome: Outcome, headers: &mut HeaderMap) {
     }
 }
 
-/// Whether the head states just this body's length, so that it need not be stated anew.
-fn states_length(headers: &HeaderMap, body: &Bytes) -> bool {
+/// How long a body is. Of one that is not read to its end this is known only if its `Content-Length` frames it.
+fn length(body: &Bytes, rest: Option<&Incoming>) -> Option<u64> {
+    let more = rest.map_or(Some(0), |rest| rest.size_hint().exact());
+    more.map(|more| body.len() as u64 + more)
+}
+
+/// Whether the head states just this length, in one plain number, so that it can pass. A reply may state several, or one that
+/// means nothing beside `Transfer-Encoding` (RFC 9112, section 6.3).
+fn states_length(headers: &HeaderMap, known: Option<u64>) -> bool {
+    let Some(known) = known.filter(|known| *known > 0) else { return false };
     // A reply has few headers: to look at them is less than to hash a name.
     let mut stated = headers.iter().filter(|(name, _)| **name == header::CONTENT_LENGTH);
     let (first, more) = (stated.next(), stated.next());
-    let mut length = itoa::Buffer::new();
-    !body.is_empty() && more.is_none() && first.is_some_and(|(_, first)| first == length.format(body.len()))
+    let mut digits = itoa::Buffer::new();
+    more.is_none() && first.is_some_and(|(_, first)| first == digits.format(known))
 }
 
 impl Arrived {

@@ -110,12 +110,88 @@ fn fields(count: usize) -> String {
     (0..count).map(|number| format!("x-more-{number}: a\r\n")).collect()
 }
 
+/// A success of so many bytes, none of which is like another one in its place.
+fn success(size: usize) -> String {
+    let text = (SUCCESS.len()..size).map(|place| char::from(b'a' + (place % 23) as u8));
+    SUCCESS.replace("success", &format!("success{}", text.collect::<String>()))
+}
+
+fn chunked(body: &str) -> String {
+    let (front, back) = body.split_at(body.len() / 2);
+    format!("{:x}\r\n{front}\r\n{:x}\r\n{back}\r\n0\r\n\r\n", front.len(), back.len())
+}
+
+/// The body that a caller sees.
+fn decoded(reply: &Reply) -> Option<String> {
+    match (reply.headers.get("content-length"), reply.headers.get("transfer-encoding")) {
+        (Some(length), None) => {
+            Some(reply.body.clone()).filter(|body| body.len() == length.parse::<usize>().unwrap())
+        }
+        (None, Some(coding)) if coding == "chunked" => {
+            let (mut rest, mut body) = (&*reply.body, String::new());
+            loop {
+                let (size, more) = rest.split_once("\r\n")?;
+                let size = usize::from_str_radix(size, 16).ok()?;
+                body.push_str(more.get(..size)?);
+                rest = more.get(size..)?.strip_prefix("\r\n")?;
+                if size == 0 {
+                    return Some(body).filter(|_| rest.is_empty());
+                }
+            }
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
 /// The record of a reply.
 fn recorded(gateway: &Gateway, reply: &Reply) -> Value {
     let id = &reply.headers["x-gateway-request-id"];
     wait_for("the outcome", || {
         records(&gateway.audit_directory(), "outcome").into_iter().find(|record| record["id"] == **id)
     })
+}
+
+#[test]
+fn a_length_passes_to_the_caller_only_if_it_is_one_plain_number_that_frames_the_body() {
+    let (sandbox, server) = (sandbox(), Server::start());
+    let gateway = server.gateway(&sandbox);
+    for size in [100, 70_000, 300_000] {
+        let body = success(size);
+        assert_eq!(body.len(), size);
+        let (stated, chunks) = (format!("content-length: {size}\r\n"), chunked(&body));
+        let coding = "transfer-encoding: chunked\r\n";
+        // The head's lines, what is behind it, whether the connection ends there; whether the stated length is the body's.
+        let cases = [
+            (stated.clone(), &body, false, true),
+            (format!("content-length: \t{size} \t\r\n"), &body, false, true),
+            (coding.into(), &chunks, false, false),
+            (String::new(), &body, true, false),
+            (format!("content-length: 10\r\n{coding}"), &chunks, false, false),
+            (format!("{coding}content-length: 10\r\n"), &chunks, false, false),
+            (format!("{coding}content-length: +10\r\n"), &chunks, false, false),
+            (format!("{coding}content-length: 400000\r\n"), &chunks, false, false),
+            (format!("{coding}{stated}"), &chunks, false, false),
+            (format!("{coding}content-length: 10\r\n{stated}"), &chunks, false, false),
+            ("transfer-encoding: identity\r\ncontent-length: 10\r\n".into(), &body, true, false),
+            (format!("{stated}{stated}"), &body, false, false),
+            (format!("content-length: {size}, {size}\r\n"), &body, false, false),
+            (format!("content-length: 0{size}\r\n"), &body, false, false),
+        ];
+        for (lines, sent, closes, is_stated) in cases {
+            let (before, answer) = (server.requests(), reply(&lines, sent));
+            *server.answer.lock().unwrap() = Answer { bytes: answer, closes };
+            let reply = gateway.call();
+            let told = format!("{size} bytes, {lines:?}: {:?}", reply.headers);
+            assert_eq!((reply.status, reply.outcome()), (200, "succeeded"), "{told}");
+            assert_eq!(decoded(&reply).as_ref(), Some(&body), "{told}");
+            // Of a reply that was read whole, the gateway knows the length itself.
+            let is_known = is_stated || size < 65_536;
+            assert_eq!(reply.headers.contains_key("content-length"), is_known, "{told}");
+            assert_eq!(server.requests(), before + 1, "{told}");
+            let record = recorded(&gateway, &reply);
+            assert_eq!((&record["outcome"], &record["note"]), (&json!("succeeded"), &Value::Null), "{told}");
+        }
+    }
 }
 
 /// Replies that say what they may not, and what the operator is told of each. A length is what a body is cut by, so that a
@@ -305,5 +381,32 @@ fn over_http2_what_cannot_be_read_is_told_as_that() {
         assert!(detail.contains("breaks RFC 9113") && detail.contains("64 KiB"), "{told}");
         assert_eq!(recorded(&gateway, &reply)["cause"], "reply_unreadable", "{told}");
         assert_eq!(call(&[]).outcome(), "succeeded", "the next one, behind {told}");
+    }
+}
+
+/// Each on a connection of its own, since the upstream of the tests keeps to the flow control of one long reply.
+#[test]
+fn over_http2_a_long_reply_states_its_length_only_in_one_plain_number() {
+    const SIZE: usize = 300_000;
+    let sandbox = sandbox();
+    for stated in [&[SIZE][..], &[SIZE, SIZE], &[], &[SIZE - 100_000], &[SIZE + 100_000]] {
+        let (gateway, upstream, whole) = over_http2(&sandbox);
+        *whole.lock().unwrap() = (lengths(stated), SIZE);
+        let reply = gateway.call();
+        let (told, body) = (format!("{stated:?}: {:?}", reply.headers), decoded(&reply));
+        assert_eq!((reply.status, reply.outcome()), (200, "succeeded"), "{told}");
+        assert_eq!(reply.headers.contains_key("content-length"), stated.len() == 1, "{told}");
+        assert_eq!(upstream.received().len(), 1, "{told}");
+        let record = recorded(&gateway, &reply);
+        if stated.first().is_none_or(|length| *length == SIZE) {
+            let body = body.unwrap();
+            assert_eq!((body.trim_end(), body.len()), (SUCCESS, SIZE), "{told}");
+            assert_eq!((&record["cause"], &record["note"]), (&Value::Null, &Value::Null), "{told}");
+        } else {
+            // What decides was read before that was seen, and the caller sees that the rest is none.
+            assert_eq!(body, None, "{told}");
+            assert_eq!(record["cause"], "reply_unreadable", "{told}");
+            assert!(record["note"].as_str().unwrap().contains("broke off"), "{record}");
+        }
     }
 }
