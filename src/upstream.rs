@@ -239,6 +239,12 @@ impl Progress {
     fn refusal(&self) -> Code {
         if self.is_rejected { Code::CredentialRejected } else { Code::TokenUnavailable }
     }
+
+    /// Whether the token was refused and no other one is at hand yet: what takes long then is the token endpoint. Bytes may
+    /// yet leave, since the upstream may have refused the request before it had all of it.
+    fn awaits_token(&self) -> bool {
+        self.refused.is_some() && self.first_token.is_none()
+    }
 }
 
 /// Why an attempt brought no answer.
@@ -507,8 +513,7 @@ impl Exchange {
     /// Records an exchange that took too long. A fetch of another token that did is told by its fetcher.
     #[cold]
     fn time_out(self, progress: &Progress) -> (Told, Option<Box<Pending>>) {
-        let is_sent = self.connection.written() > progress.mark;
-        if is_sent || progress.refused.is_none() || progress.first_token.is_some() {
+        if !progress.awaits_token() {
             let text = format!("no answer within {:?}", self.route.timeout);
             self.tell(&Reason::new(Cause::Timeout, text), progress);
         }
@@ -517,7 +522,7 @@ impl Exchange {
 
     /// Records an exchange that brought no answer. Without a cause all connections were busy.
     fn fail(self, progress: &Progress, code: Code, cause: Option<Cause>) -> (Told, Option<Box<Pending>>) {
-        let sent = self.connection.written() > progress.mark;
+        let sent = !progress.awaits_token() && self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
             (false, Some(_)) => (progress.refusal(), Outcome::Refused),
@@ -823,9 +828,7 @@ impl Exchanges {
                 Some(Ok(status)) => Health::of(*status),
                 Some(Err(broken)) => broken.health(),
                 // It has answered; what took so long was another token.
-                None if progress.refused.is_some() && exchange.connection.written() == progress.mark => {
-                    Health::Unclear
-                }
+                None if progress.awaits_token() => Health::Unclear,
                 None => Health::Down(Cause::Timeout),
             };
             exchange.terms.breaker.judge(&mut exchange.passage, health);

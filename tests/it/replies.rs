@@ -3,14 +3,16 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{Arc, Mutex},
     thread,
+    time::Duration,
 };
 
 use ccsqm_gateway::sandbox::Sandbox;
 use serde_json::{Value, json};
+use socket2::SockRef;
 use tempfile::TempDir;
 
 use crate::{
@@ -409,4 +411,50 @@ fn over_http2_a_long_reply_states_its_length_only_in_one_plain_number() {
             assert!(record["note"].as_str().unwrap().contains("broke off"), "{record}");
         }
     }
+}
+
+/// An upstream that refuses a request before it has read it, and reads it while another token is fetched.
+#[test]
+fn a_request_that_was_refused_early_is_not_in_doubt_while_its_rest_leaves() {
+    let sandbox = sandbox();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    SockRef::from(&listener).set_recv_buffer_size(4096).unwrap();
+    let address = listener.local_addr().unwrap();
+    let setup = Setup { base_url: Some(format!("http://{address}")), ..Setup::default() }
+        .set("server.max_body", "16MiB")
+        .set("upstream.timeout", "3s")
+        .set("upstream.breaker_failures", 1)
+        .set("token.timeout", "20s")
+        .set("token.wait", "20s");
+    let gateway = start_with(&sandbox, setup);
+    wait_for("the token", || (gateway.admin("/readyz").status == 200).then_some(()));
+    sandbox.faults(serde_json::from_value(json!({ "token": [{ "instead": "hang" }] })).unwrap()).unwrap();
+    let body = format!("{BODY}{}", " ".repeat(15_000_000));
+    let (reply, read) = thread::scope(|scope| {
+        let call = scope.spawn(|| gateway.post(&body));
+        let (mut stream, _) = listener.accept().unwrap();
+        let length = length_in(&read_head(&mut stream).unwrap());
+        stream.write_all(b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n").unwrap();
+        wait_for("the next fetch", || (sandbox.token_calls().len() == 2).then_some(()));
+        SockRef::from(&stream).set_recv_buffer_size(1 << 20).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let (mut read, mut piece) = (0, vec![0; 65_536]);
+        while !call.is_finished() && read < length {
+            match stream.read(&mut piece) {
+                Ok(0) => break,
+                Ok(more) => read += more,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => break,
+            }
+        }
+        (call.join().unwrap(), read)
+    });
+    assert!(read > 6_000_000, "it is no test if hardly anything leaves behind the answer: {read}");
+    assert_eq!(
+        (reply.status, reply.code(), reply.outcome()),
+        (503, "token_unavailable", "refused"),
+        "{reply:?}"
+    );
+    assert_eq!(recorded(&gateway, &reply)["outcome"], "refused");
+    assert_eq!(gateway.admin("/status").json()["upstream"]["suspended"], false, "the upstream has answered");
 }
