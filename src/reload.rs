@@ -202,7 +202,7 @@ impl Reader {
     fn turn(&mut self, is_due: bool) -> Read {
         match self.watched.look() {
             Noticed::Settling if !is_due => Read::Settling,
-            Noticed::Nothing | Noticed::StillUnusable if !is_due => Read::Nothing,
+            Noticed::Nothing if !is_due => Read::Nothing,
             _ => self.read().unwrap_or_else(Read::Refused),
         }
     }

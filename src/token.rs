@@ -241,7 +241,7 @@ impl Slot {
             generation: 0,
             told_short: false,
             change: metrics.changes.of(format!("credential {}", credential.name)),
-            is_unusable: false,
+            unusable: None,
             metrics,
             events,
         };

@@ -48,8 +48,8 @@ pub(crate) struct Watched<T, E> {
     seen: T,
     /// A change, read once.
     settling: Option<T>,
-    /// Why it cannot be used, as it was told.
-    unusable: Option<String>,
+    /// It could not be read or used when it was last looked at.
+    is_unusable: bool,
 }
 
 /// What a look found.
@@ -60,13 +60,11 @@ pub(crate) enum Noticed<T, E> {
     Settling,
     /// A change that stays.
     Changed(T),
-    /// It cannot be read or used any more. Told once for each reason.
+    /// It cannot be read or used now.
     Unusable(E),
-    /// The same still.
-    StillUnusable,
 }
 
-impl<T: Clone + PartialEq, E: fmt::Display> Watched<T, E> {
+impl<T: Clone + PartialEq, E> Watched<T, E> {
     /// What these files hold; `seen` is what is known of it.
     pub(crate) fn new(
         files: Vec<PathBuf>,
@@ -74,7 +72,7 @@ impl<T: Clone + PartialEq, E: fmt::Display> Watched<T, E> {
         seen: T,
     ) -> Self {
         let (load, stamps, read) = (Box::new(load), None, None);
-        Self { files, load, stamps, read, seen, settling: None, unusable: None }
+        Self { files, load, stamps, read, seen, settling: None, is_unusable: false }
     }
 
     /// Looks at it again, and reads it only where it may have changed.
@@ -87,12 +85,11 @@ impl<T: Clone + PartialEq, E: fmt::Display> Watched<T, E> {
             Ok(found) => found,
             Err(error) => {
                 self.settling = None;
-                let known = self.unusable.replace(error.to_string());
-                let is_known = known == self.unusable;
-                return if is_known { Noticed::StillUnusable } else { Noticed::Unusable(error) };
+                self.is_unusable = true;
+                return Noticed::Unusable(error);
             }
         };
-        self.unusable = None;
+        self.is_unusable = false;
         if found == self.seen {
             self.settling = None;
             return Noticed::Nothing;
@@ -112,7 +109,7 @@ impl<T: Clone + PartialEq, E: fmt::Display> Watched<T, E> {
         match &self.stamps {
             Some((known, since)) if *known == stamps => {
                 let is_certain = self.read.is_some_and(|read| read >= *since + GRAIN);
-                is_certain && self.settling.is_none() && self.unusable.is_none()
+                is_certain && self.settling.is_none() && !self.is_unusable
             }
             _ => {
                 self.stamps = Some((stamps, Instant::now()));
@@ -133,8 +130,8 @@ struct Followed<T, E> {
 enum Turn {
     /// What lies in the files is in use, or is so now.
     Good { is_new: bool },
-    /// It cannot be used: why, if that is new.
-    Bad(Option<String>),
+    /// It cannot be used, and why.
+    Bad { why: String, is_new: bool },
     /// It is not known yet.
     Settling,
 }
@@ -145,24 +142,22 @@ impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
         match self.watched.look() {
             Noticed::Nothing => match self.refused.take() {
                 None => Turn::Good { is_new: false },
-                Some(found) => {
-                    self.take(found).map_or_else(|_| Turn::Bad(None), |()| Turn::Good { is_new: true })
-                }
+                Some(found) => self.take(found, false),
             },
             Noticed::Settling => Turn::Settling,
-            Noticed::Changed(found) => match self.take(found) {
-                Ok(()) => Turn::Good { is_new: true },
-                Err(error) => Turn::Bad(Some(error.to_string())),
-            },
-            Noticed::Unusable(error) => Turn::Bad(Some(error.to_string())),
-            Noticed::StillUnusable => Turn::Bad(None),
+            Noticed::Changed(found) => self.take(found, true),
+            Noticed::Unusable(error) => Turn::Bad { why: error.to_string(), is_new: false },
         }
     }
 
-    fn take(&mut self, found: T) -> Result<(), E> {
-        let taken = (self.take)(found.clone());
-        self.refused = taken.is_err().then_some(found);
-        taken
+    fn take(&mut self, found: T, is_new: bool) -> Turn {
+        match (self.take)(found.clone()) {
+            Ok(()) => Turn::Good { is_new: true },
+            Err(error) => {
+                self.refused = Some(found);
+                Turn::Bad { why: error.to_string(), is_new }
+            }
+        }
     }
 }
 
@@ -177,27 +172,25 @@ pub(crate) async fn follow<T, E>(
     E: fmt::Display + 'static,
 {
     let mut followed = Aside::new(Followed { watched, take: Box::new(take), refused: None });
-    let mut was_bad = false;
+    // What was told last, while it is bad: each reason is told once, and again when another one was told in between.
+    let mut bad: Option<String> = None;
     loop {
         let turn = match followed.run(Followed::turn).await {
             Ok(turn) => turn,
-            Err(hangs) => {
-                was_bad = true;
-                tell(Err(hangs.to_string()));
-                continue;
-            }
+            Err(hangs) => Turn::Bad { why: hangs.to_string(), is_new: true },
         };
         let wait = if matches!(turn, Turn::Settling) { SETTLE } else { POLL };
         match turn {
             Turn::Good { is_new } => {
-                if is_new || was_bad {
+                if bad.take().is_some() || is_new {
                     tell(Ok(()));
                 }
-                was_bad = false;
             }
-            Turn::Bad(why) => {
-                was_bad = true;
-                why.into_iter().for_each(|why| tell(Err(why)));
+            Turn::Bad { why, is_new } => {
+                if is_new || bad.as_ref() != Some(&why) {
+                    tell(Err(why.clone()));
+                }
+                bad = Some(why);
             }
             Turn::Settling => {}
         }
@@ -207,9 +200,41 @@ pub(crate) async fn follow<T, E>(
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, sync::Arc, sync::atomic::AtomicUsize, sync::atomic::Ordering::SeqCst};
+    use std::{
+        fs,
+        sync::{
+            Arc, Mutex,
+            atomic::{AtomicUsize, Ordering::SeqCst},
+        },
+    };
 
     use super::*;
+
+    #[test]
+    fn what_could_not_be_taken_is_tried_again_and_says_what_is_wrong_now() {
+        let wrong = Arc::new(Mutex::new(Some("first")));
+        let take = {
+            let wrong = wrong.clone();
+            move |_| wrong.lock().unwrap().map_or(Ok(()), Err)
+        };
+        let watched = Watched::new(Vec::new(), || Ok(2), 1);
+        let mut followed = Followed { watched, take: Box::new(take), refused: None };
+        assert!(matches!(followed.turn(), Turn::Settling));
+        let mut says = |why: &str, new: bool| {
+            let turn = followed.turn();
+            assert!(
+                matches!(&turn, Turn::Bad { why: told, is_new } if told == why && *is_new == new),
+                "{why}"
+            );
+        };
+        says("first", true);
+        says("first", false);
+        *wrong.lock().unwrap() = Some("second");
+        says("second", false);
+        *wrong.lock().unwrap() = None;
+        assert!(matches!(followed.turn(), Turn::Good { is_new: true }));
+        assert!(matches!(followed.turn(), Turn::Good { is_new: false }));
+    }
 
     #[test]
     fn a_file_at_rest_is_only_looked_at() {

@@ -47,8 +47,8 @@ pub(super) struct Fetcher {
     pub(super) metrics: Metrics,
     /// What came of the last change of the secrets.
     pub(super) change: Change,
-    /// The files could not be read, or held no usable pair, when they were last looked at.
-    pub(super) is_unusable: bool,
+    /// Why the files could not be read, or held no usable pair, when they were last looked at.
+    pub(super) unusable: Option<String>,
     pub(super) events: Events,
 }
 
@@ -64,6 +64,8 @@ pub(super) struct Candidate {
     pub(super) retry: Retry,
     /// What the audit trail was told of this trial.
     told: Option<&'static str>,
+    /// Why the last call with it brought no token, while it is on trial.
+    refused: Option<String>,
 }
 
 /// The next fetch.
@@ -74,7 +76,7 @@ pub(super) struct Next {
 
 impl Candidate {
     pub(super) fn new(pair: Pair) -> Self {
-        Self { pair, retry: Retry::new(Instant::now()), told: None }
+        Self { pair, retry: Retry::new(Instant::now()), told: None, refused: None }
     }
 }
 
@@ -154,7 +156,7 @@ impl Fetcher {
         };
         slot.fetch_succeeded(live, self.held());
         if adopted {
-            if !self.is_unusable {
+            if self.unusable.is_none() {
                 self.change.accepted();
             }
             self.tell(slot, "accepted"); // behind the deed: from here on no request takes the old token
@@ -203,11 +205,15 @@ impl Fetcher {
             error = &*text,
             "the changed secret brought no token; the old one stays in use"
         );
-        self.change.refused(&format!("it brought no token ({}): {text}", reason.cause));
+        let refused = format!("it brought no token ({}): {text}", reason.cause);
+        if self.unusable.is_none() {
+            self.change.refused(&refused);
+        }
         let urgent = slot.usable().is_none() && slot.is_awaited();
         let failure = error.failure();
         if let Some(trial) = &mut self.trial {
             trial.retry.failed(failure, urgent, Instant::now(), jitter());
+            trial.refused = Some(refused);
         }
         slot.trial_failed(self.held());
         self.tell(slot, if failure == Failure::Refused { "refused" } else { "postponed" });
@@ -238,32 +244,21 @@ impl Fetcher {
     }
 
     fn notice(&mut self, slot: &Slot, noticed: Result<Noticed<Pair, PairError>, Hangs>) {
-        let unusable = |error: String| {
-            self.change.refused(&error);
-            tracing::warn!(
-                credential = slot.name,
-                error,
-                "the secret cannot be used; the old one stays in use"
-            );
-        };
         match noticed {
-            Ok(Noticed::Settling | Noticed::StillUnusable) => {}
+            Ok(Noticed::Settling) => {}
             Ok(Noticed::Nothing) => {
-                // What could not be read is what it was, and in use, unless it was on trial.
-                if std::mem::take(&mut self.is_unusable) && self.trial.is_none() {
-                    self.change.accepted();
+                // What could not be read is what it was: in use, or on trial as before.
+                if self.unusable.take().is_some() {
+                    match &self.trial {
+                        None => self.change.accepted(),
+                        Some(trial) => trial.refused.iter().for_each(|why| self.change.refused(why)),
+                    }
                 }
             }
-            Ok(Noticed::Unusable(error)) => {
-                unusable(error.to_string());
-                self.is_unusable = true;
-            }
-            Err(hangs) => {
-                unusable(hangs.to_string());
-                self.is_unusable = true;
-            }
+            Ok(Noticed::Unusable(error)) => self.tell_unusable(slot, error.to_string()),
+            Err(hangs) => self.tell_unusable(slot, hangs.to_string()),
             Ok(Noticed::Changed(pair)) => {
-                self.is_unusable = false;
+                self.unusable = None;
                 tracing::info!(credential = slot.name, "the secret changed");
                 self.proven.retry.forget_refusals(Instant::now());
                 self.trial = (pair != self.proven.pair).then(|| Candidate::new(pair));
@@ -273,6 +268,16 @@ impl Fetcher {
                 slot.fetches_are_held(self.held());
             }
         }
+    }
+
+    /// Each reason is told once, and again when another one was told in between.
+    fn tell_unusable(&mut self, slot: &Slot, error: String) {
+        if self.unusable.as_ref() == Some(&error) {
+            return;
+        }
+        self.change.refused(&error);
+        tracing::warn!(credential = slot.name, error, "the secret cannot be used; the old one stays in use");
+        self.unusable = Some(error);
     }
 }
 

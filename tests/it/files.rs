@@ -8,6 +8,7 @@ use std::{
     path::Path,
     process::{Command, Stdio},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -198,6 +199,49 @@ fn a_dead_mount_holds_neither_calls_nor_tokens_nor_the_stop() {
     wait_for("all to hang", || (begun.elapsed() > Duration::from_secs(2)).then_some(()));
     fs::write(&hang, "app_").unwrap(); // the trail is written to the end
     assert_stops(gateway, "all");
+}
+
+/// Something is wrong with a file, then it hangs, then the same is wrong with it.
+fn is_told_behind_a_hang(what: &str, file: &str, bad: &str, says: &str) {
+    let (sandbox, folder) = (sandbox(), Arc::new(TempDir::new().unwrap()));
+    let hang = folder.path().join("dead");
+    let gateway = start_with_files(&sandbox, hanging(&hang), &folder);
+    let stands = || {
+        let config = gateway.admin("/status").json()["config"].take();
+        let mut all = config.as_object().unwrap().iter();
+        let (_, of) = all.find(|(name, _)| name.starts_with(what)).unwrap();
+        let detail = of["last_error"]["detail"].as_str().unwrap_or_default().to_owned();
+        (of["successful"] == true, detail)
+    };
+    let wait_until_bad = |says: &str, when: &str| {
+        let is_so = || Some(stands()).filter(|(is_good, detail)| !is_good && detail.contains(says)).map(drop);
+        wait_for(&format!("{what}: {when}"), is_so);
+    };
+    assert_eq!(stands(), (true, String::new()), "the control of {what}");
+    let good = fs::read_to_string(folder.path().join(file)).unwrap();
+    swap(&folder, file, bad);
+    wait_until_bad(says, "the fault");
+    fs::write(&hang, file).unwrap();
+    wait_until_bad("does not answer within 10 s", "the hang");
+    fs::remove_file(&hang).unwrap();
+    wait_until_bad(says, "the fault behind the hang");
+    swap(&folder, file, &good);
+    wait_for(&format!("the end of {what}"), || stands().0.then_some(()));
+}
+
+#[test]
+fn behind_a_hang_it_is_told_what_is_wrong_now() {
+    thread::scope(|scope| {
+        for (what, file, bad, says) in [
+            ("configuration", "gateway.toml", "rubbish", "gateway.toml:1"),
+            ("credential default", "app_secret", "", "is empty"),
+            ("credential default", "app_secret", "of-nobody", "token_refused"),
+            ("listener", "server.pem", "rubbish", "server.pem"),
+            ("upstream client_cert_file", "client.pem", "rubbish", "client.pem"),
+        ] {
+            scope.spawn(move || is_told_behind_a_hang(what, file, bad, says));
+        }
+    });
 }
 
 #[test]
