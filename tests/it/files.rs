@@ -245,6 +245,30 @@ fn behind_a_hang_it_is_told_what_is_wrong_now() {
 }
 
 #[test]
+fn a_pipe_in_the_place_of_configuration_or_contract_is_noticed_without_a_signal() {
+    let (sandbox, folder) = (sandbox(), Arc::new(TempDir::new().unwrap()));
+    let gateway = start_with_files(&sandbox, Vec::new(), &folder);
+    for name in ["gateway.toml", "contract.json"] {
+        let text = fs::read_to_string(folder.path().join(name)).unwrap();
+        let good = told(&gateway, "is good again");
+        put(&folder, name, "pipe");
+        let is_told = || {
+            let log = gateway.log();
+            let mut lines = log.lines().filter(|line| line.contains("the configuration is not taken"));
+            lines.any(|line| line.contains(name) && line.contains("is not a regular file")).then_some(())
+        };
+        wait_for(&format!("a word of {name}"), is_told);
+        assert_lives(&gateway, &sandbox, name);
+        swap(&folder, name, &text);
+        wait_for(&format!("{name} to be good"), || (told(&gateway, "is good again") > good).then_some(()));
+    }
+    // The control: a change is noticed without a signal, too.
+    let text = fs::read_to_string(folder.path().join("gateway.toml")).unwrap();
+    swap(&folder, "gateway.toml", &text.replace("name = \"console\"", "name = \"terminal\""));
+    wait_for("the change", || (told(&gateway, "the configuration changed") > 0).then_some(()));
+}
+
+#[test]
 fn a_start_refuses_what_is_no_file_within_a_deadline() {
     let (sandbox, folder) = (sandbox(), Arc::new(TempDir::new().unwrap()));
     drop(start_with_files(&sandbox, Vec::new(), &folder));
