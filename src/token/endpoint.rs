@@ -1,6 +1,6 @@
 //! One call of tokenByAkSk (`POST …/apigovernance/api/oauth/tokenByAkSk`, vendor's page). Not RFC 6749.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode, Uri, header};
@@ -29,6 +29,9 @@ const MAX_WAIT: Duration = Duration::from_secs(60);
 /// What counts when neither the reply nor the configuration is of use.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(600);
 
+/// So many answers in a row of status 200 and no token are a refusal.
+const ANSWERS_WITHOUT_TOKEN: u32 = 3;
+
 /// The scheme, case-insensitive by RFC 9110 §11.1.
 pub(super) const SCHEME: &str = "Bearer ";
 
@@ -38,10 +41,18 @@ pub(super) enum FetchError {
     /// The endpoint refuses the pair.
     #[error("the endpoint refuses the credential with status {0}")]
     Refused(StatusCode),
+    /// So does an endpoint that goes on answering 200 without a token.
+    #[error(
+        "the endpoint refuses the credential: {ANSWERS_WITHOUT_TOKEN} answers in a row have status 200 and no usable token; {0}"
+    )]
+    RefusedWithoutToken(NoToken),
     /// It may work later.
     #[error("status {0}")]
     Status(StatusCode, Option<Duration>),
-    /// A 200 without a usable token.
+    /// A 200 of the endpoint's own JSON, without a usable token.
+    #[error("the reply holds no usable token: {0}")]
+    NoToken(NoToken),
+    /// A 200 that cannot be read.
     #[error("the reply holds no usable token: {0}")]
     Invalid(&'static str),
     /// A 200 in a coding, though none was asked for.
@@ -53,6 +64,21 @@ pub(super) enum FetchError {
     /// It took too long.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
+}
+
+/// Why a reply of the endpoint's own JSON is none with a token.
+#[derive(Debug)]
+pub(super) struct NoToken {
+    what: &'static str,
+    /// The code in it, as it came: see [`crate::cause::shown`].
+    code: Option<String>,
+}
+
+impl fmt::Display for NoToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.what)?;
+        self.code.as_ref().map_or(Ok(()), |code| write!(f, "; its code is {code}"))
+    }
 }
 
 impl From<Reason> for FetchError {
@@ -71,9 +97,9 @@ impl FetchError {
     /// The word for it, and the text.
     pub(super) fn reason(&self) -> Reason {
         let cause = match self {
-            Self::Refused(_) => Cause::TokenRefused,
+            Self::Refused(_) | Self::RefusedWithoutToken(_) => Cause::TokenRefused,
             Self::Status(..) => Cause::TokenStatus,
-            Self::Invalid(_) | Self::Coded(_) => Cause::TokenUnreadable,
+            Self::NoToken(_) | Self::Invalid(_) | Self::Coded(_) => Cause::TokenUnreadable,
             Self::Broken(reason) => return reason.clone(),
             Self::Timeout(_) => Cause::Timeout,
         };
@@ -83,9 +109,10 @@ impl FetchError {
     /// What it means for the next call.
     pub(super) fn failure(&self) -> Failure {
         match self {
-            Self::Refused(_) => Failure::Refused,
+            Self::Refused(_) | Self::RefusedWithoutToken(_) => Failure::Refused,
             Self::Status(_, Some(wait)) => Failure::NotBefore(*wait),
             Self::Status(_, None)
+            | Self::NoToken(_)
             | Self::Invalid(_)
             | Self::Coded(_)
             | Self::Broken(_)
@@ -100,6 +127,26 @@ pub(super) struct Fetched {
     pub(super) lifetime: Duration,
     /// The endpoint's clock minus ours, in seconds.
     pub(super) skew: Option<i64>,
+}
+
+/// Counts the answers in a row that have status 200 and no token. Some services tell a wrong secret so.
+#[derive(Debug, Default)]
+pub(super) struct WithoutToken(u32);
+
+impl WithoutToken {
+    /// Makes a refusal of what was called with one pair, if there are too many.
+    pub(super) fn judge(&mut self, fetched: Result<Fetched, FetchError>) -> Result<Fetched, FetchError> {
+        let Err(FetchError::NoToken(why)) = fetched else {
+            self.0 = 0;
+            return fetched;
+        };
+        self.0 = self.0.saturating_add(1);
+        Err(if self.0 < ANSWERS_WITHOUT_TOKEN {
+            FetchError::NoToken(why)
+        } else {
+            FetchError::RefusedWithoutToken(why)
+        })
+    }
 }
 
 /// Where tokens come from.
@@ -120,6 +167,18 @@ struct Reply {
     expires: Option<serde_json::Value>,
     #[serde(rename = "CreateTime")]
     created: Option<serde_json::Value>,
+}
+
+/// Where a reply without a token may say why: the vendor's services use several names.
+#[derive(Deserialize)]
+struct ErrorReply {
+    #[serde(rename = "resultCode")]
+    result_code: Option<serde_json::Value>,
+    error_code: Option<serde_json::Value>,
+    #[serde(rename = "errorCode")]
+    camel_code: Option<serde_json::Value>,
+    code: Option<serde_json::Value>,
+    error: Option<serde_json::Value>,
 }
 
 impl Endpoint {
@@ -188,10 +247,18 @@ impl Endpoint {
     }
 
     fn read(&self, body: &[u8]) -> Result<Fetched, FetchError> {
-        let reply: Reply = serde_json::from_slice(body)
-            .map_err(|_| FetchError::Invalid("not the JSON that is documented"))?;
+        let Ok(reply) = serde_json::from_slice::<Reply>(body) else {
+            return Err(no_token(body, "its AccessToken is no text"));
+        };
         let token = reply.token.unwrap_or_default();
-        let value = bearer(&token).ok_or(FetchError::Invalid("no AccessToken"))?;
+        let token = bare(&token);
+        if token.is_empty() {
+            return Err(no_token(body, "it has no AccessToken"));
+        }
+        if !is_bearer_token(token) {
+            return Err(no_token(body, "its AccessToken is none by RFC 6750, section 2.1"));
+        }
+        let value = Zeroizing::new(format!("{SCHEME}{token}"));
         let mut authorization =
             HeaderValue::from_str(&value).map_err(|_| FetchError::Invalid("not a header value"))?;
         authorization.set_sensitive(true);
@@ -204,15 +271,40 @@ impl Endpoint {
     }
 }
 
-/// The value of `Authorization`. A token that names its scheme already is not given another.
-fn bearer(token: &str) -> Option<Zeroizing<String>> {
+/// The error for a reply without a token.
+#[cold]
+fn no_token(body: &[u8], what: &'static str) -> FetchError {
+    // Lists can be read as structures, too.
+    if !body.trim_ascii_start().starts_with(b"{") {
+        return FetchError::Invalid("not the JSON that is documented");
+    }
+    let Ok(reply) = serde_json::from_slice::<ErrorReply>(body) else {
+        return FetchError::Invalid("not the JSON that is documented");
+    };
+    let ErrorReply { result_code, error_code, camel_code, code, error } = reply;
+    let codes = [result_code, error_code, camel_code, code, error].into_iter().flatten();
+    let code = codes.into_iter().find_map(|code| match code {
+        serde_json::Value::String(code) => Some(code),
+        serde_json::Value::Number(code) => Some(code.to_string()),
+        _ => None,
+    });
+    FetchError::NoToken(NoToken { what, code })
+}
+
+/// A token without its scheme, which it may name already.
+fn bare(token: &str) -> &str {
     let token = token.trim();
-    let bare = match token.split_at_checked(SCHEME.len()) {
+    match token.split_at_checked(SCHEME.len()) {
         Some((scheme, rest)) if scheme.eq_ignore_ascii_case(SCHEME) => rest.trim_start(),
         _ if token.eq_ignore_ascii_case(SCHEME.trim_end()) => "",
         _ => token,
-    };
-    (!bare.is_empty()).then(|| Zeroizing::new(format!("{SCHEME}{bare}")))
+    }
+}
+
+/// Whether it is a `b64token` (RFC 6750 §2.1): what else stands in a header may mean something to who reads it.
+fn is_bearer_token(token: &str) -> bool {
+    let text = token.trim_end_matches('=');
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte))
 }
 
 struct Zeroed(Zeroizing<Vec<u8>>);
@@ -235,9 +327,17 @@ fn check_status(head: &http::response::Parts) -> Result<(), FetchError> {
     }
 }
 
-/// All of the endpoint's values are strings on the vendor's page, numbers elsewhere.
+/// All of the endpoint's values are strings on the vendor's page, numbers elsewhere. A fraction is rounded down.
 fn integer(value: &serde_json::Value) -> Option<i64> {
-    value.as_i64().or_else(|| value.as_str()?.trim().parse().ok())
+    /// From here on a floating-point number does not tell each whole number.
+    const MOST: f64 = (1_u64 << 53) as f64;
+    let text = value.as_str().map(str::trim);
+    let whole = value.as_i64().or_else(|| text?.parse().ok());
+    let rounded = || {
+        let number = value.as_f64().or_else(|| text?.parse().ok())?.floor();
+        (number.abs() < MOST).then_some(number as i64)
+    };
+    whole.or_else(rounded)
 }
 
 fn now() -> i64 {
@@ -275,9 +375,20 @@ mod tests {
             (json!("99999999999999999999"), None),
             (json!("abc"), None),
             (json!(""), None),
-            (json!("1.5"), None),
-            (json!(1.5), None),
+            (json!("4.5"), Some(4)),
+            (json!(" 4.5 "), Some(4)),
+            (json!(4.5), Some(4)),
+            (json!("1.999"), Some(1)),
+            (json!("86400.9"), Some(86_400)),
+            (json!("86401.0"), None),
+            (json!("0.9"), None),
+            (json!("-0.5"), None),
+            (json!("4,5"), None),
+            (json!("4.5s"), None),
+            (json!("NaN"), None),
+            (json!("inf"), None),
             (json!(1e300), None),
+            (json!("1e300"), None),
             (json!(true), None),
             (json!([600]), None),
             (Value::Null, None),
@@ -303,11 +414,76 @@ mod tests {
             json!({ "AccessToken": "Bearer" }),
             json!({ "AccessToken": "Bearer  " }),
             json!({ "AccessToken": 7 }),
-            json!({ "AccessToken": "a\r\nb" }),
-            json!(["AccessToken", "t"]),
-            json!("t"),
         ] {
+            assert!(matches!(read(None, &reply), Err(FetchError::NoToken(_))), "{reply}");
+        }
+        for reply in [json!(["AccessToken", "t"]), json!([7, 600, 0]), json!("t"), json!(null)] {
             assert!(matches!(read(None, &reply), Err(FetchError::Invalid(_))), "{reply}");
+        }
+    }
+
+    #[test]
+    fn a_token_has_the_characters_of_rfc_6750() {
+        for token in ["t", "AZaz09-._~+/", "YQ==", "a=", "Bearer YQ=="] {
+            assert!(read(None, &json!({ "AccessToken": token })).is_ok(), "{token}");
+        }
+        for token in [
+            "tökén",
+            "a b",
+            "Bearer a b",
+            "a\tb",
+            "a\r\nb",
+            "a\0b",
+            "a\"b",
+            "a,b",
+            "a;b",
+            "a:b",
+            "a=b",
+            "=",
+            "\u{7f}a",
+        ] {
+            let read = read(None, &json!({ "AccessToken": token }));
+            let Err(error @ FetchError::NoToken(_)) = read else { panic!("{token}") };
+            assert!(!error.to_string().contains(token), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_third_answer_in_a_row_without_a_token_is_a_refusal() {
+        let mut answers = WithoutToken::default();
+        let mut judge =
+            |reply: Value| answers.judge(read(None, &reply)).map_err(|error| error.reason().cause);
+        let (bad, good) = (json!({ "resultCode": "1" }), json!({ "AccessToken": "t" }));
+        for _ in 0..2 {
+            for cause in
+                [Cause::TokenUnreadable, Cause::TokenUnreadable, Cause::TokenRefused, Cause::TokenRefused]
+            {
+                assert_eq!(judge(bad.clone()).err(), Some(cause));
+            }
+            assert!(judge(good.clone()).is_ok());
+        }
+        for _ in 0..9 {
+            assert_eq!(
+                judge(json!("a page of something that stands between")).err(),
+                Some(Cause::TokenUnreadable)
+            );
+        }
+        assert_eq!(judge(bad).err(), Some(Cause::TokenUnreadable));
+    }
+
+    #[test]
+    fn the_code_of_a_reply_without_a_token_is_told() {
+        for (reply, code) in [
+            (json!({ "resultCode": "1007", "resultDesc": "wrong secret" }), Some("1007")),
+            (json!({ "error_code": "APIG.0301", "error_msg": "x" }), Some("APIG.0301")),
+            (json!({ "errorCode": 7 }), Some("7")),
+            (json!({ "code": "a b", "AccessToken": "" }), Some("a b")),
+            (json!({ "error": "invalid_client", "AccessToken": 7 }), Some("invalid_client")),
+            (json!({ "error": { "code": "x" } }), None),
+            (json!({}), None),
+        ] {
+            let error = read(None, &reply).err().unwrap().to_string();
+            assert_eq!(error.split_once("; its code is ").map(|(_, code)| code), code, "{error}");
         }
     }
 

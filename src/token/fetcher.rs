@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     Events, Live, Metrics, Slot, Token,
-    endpoint::{Endpoint, FetchError, Fetched, SCHEME},
+    endpoint::{Endpoint, FetchError, Fetched, SCHEME, WithoutToken},
     pair::{Pair, PairError, Sources},
     schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
 };
@@ -62,6 +62,7 @@ pub(super) struct Secrets {
 pub(super) struct Candidate {
     pair: Pair,
     pub(super) retry: Retry,
+    without_token: WithoutToken,
     /// What the audit trail was told of this trial.
     told: Option<&'static str>,
     /// Why the last call with it brought no token, while it is on trial.
@@ -76,7 +77,8 @@ pub(super) struct Next {
 
 impl Candidate {
     pub(super) fn new(pair: Pair) -> Self {
-        Self { pair, retry: Retry::new(Instant::now()), told: None, refused: None }
+        let (retry, without_token) = (Retry::new(Instant::now()), WithoutToken::default());
+        Self { pair, retry, without_token, told: None, refused: None }
     }
 }
 
@@ -133,8 +135,9 @@ impl Fetcher {
         let sent = Moment::now();
         self.last_begun = Some(sent.monotonic);
         slot.fetch_begins();
-        let candidate = self.trial.as_ref().filter(|_| is_trial).unwrap_or(&self.proven);
+        let candidate = self.trial.as_mut().filter(|_| is_trial).unwrap_or(&mut self.proven);
         let result = self.endpoint.fetch(&candidate.pair.app_key, &candidate.pair.app_secret).await;
+        let result = candidate.without_token.judge(result);
         let label = result.as_ref().map_or_else(|error| error.reason().cause.as_str(), |_| "ok");
         self.metrics.fetches.with_label_values(&[&slot.name, label]).inc();
         match result {
@@ -189,7 +192,7 @@ impl Fetcher {
     }
 
     fn fail(&mut self, slot: &Slot, error: &FetchError) {
-        let (reason, text) = said(error, &self.proven.pair, slot);
+        let (reason, text) = self.said(error, slot);
         tracing::warn!(credential = slot.name, cause = %reason.cause, error = text, "no token");
         let urgent = slot.usable().is_none() && slot.is_awaited();
         self.proven.retry.failed(error.failure(), urgent, Instant::now(), jitter());
@@ -197,8 +200,7 @@ impl Fetcher {
     }
 
     fn fail_trial(&mut self, slot: &Slot, error: &FetchError) {
-        let pair = self.trial.as_ref().map_or(&self.proven.pair, |trial| &trial.pair);
-        let (reason, text) = said(error, pair, slot);
+        let (reason, text) = self.said(error, slot);
         tracing::warn!(
             credential = slot.name,
             cause = %reason.cause,
@@ -217,6 +219,20 @@ impl Fetcher {
         }
         slot.trial_failed(self.held());
         self.tell(slot, if failure == Failure::Refused { "refused" } else { "postponed" });
+    }
+
+    /// Why a fetch failed, and what is shown of it: nothing that quotes either pair or the token.
+    fn said(&self, error: &FetchError, slot: &Slot) -> (Reason, String) {
+        let reason = error.reason();
+        let pairs = [Some(&self.proven), self.trial.as_ref()].into_iter().flatten();
+        let pairs: Vec<_> = pairs
+            .map(|Candidate { pair, .. }| {
+                Needles::new([b"", pair.app_key.expose(), pair.app_secret.expose()])
+            })
+            .collect();
+        let token = slot.last_token();
+        let text = shown(&reason, pairs.iter().chain(token.as_ref().map(Token::needles)));
+        (reason, text)
     }
 
     /// What no request can shorten: each pair is held back.
@@ -261,6 +277,7 @@ impl Fetcher {
                 self.unusable = None;
                 tracing::info!(credential = slot.name, "the secret changed");
                 self.proven.retry.forget_refusals(Instant::now());
+                self.proven.without_token = WithoutToken::default();
                 self.trial = (pair != self.proven.pair).then(|| Candidate::new(pair));
                 if self.trial.is_none() {
                     self.change.accepted();
@@ -317,16 +334,6 @@ impl Live {
             ..*self
         }
     }
-}
-
-/// Why a fetch failed, and what is shown of it.
-fn said(error: &FetchError, pair: &Pair, slot: &Slot) -> (Reason, String) {
-    let reason = error.reason();
-    let pair = Needles::new([b"", pair.app_key.expose(), pair.app_secret.expose()]);
-    let live = slot.live.load();
-    let token = live.as_ref().map(|live| live.token.needles());
-    let text = shown(&reason, [Some(&pair), token].into_iter().flatten());
-    (reason, text)
 }
 
 /// A number from 0 to 1.

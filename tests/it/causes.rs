@@ -256,7 +256,7 @@ const ROWS: &[Row] = &[
     Row { side: Business, cause: Cause::TokenRejected, start: || fault(Business, json!({ "status": 401 })) },
     Row { side: Token, cause: Cause::TokenRefused, start: || fault(Token, json!({ "status": 401 })) },
     Row { side: Token, cause: Cause::TokenStatus, start: || fault(Token, json!({ "status": 500 })) },
-    Row { side: Token, cause: Cause::TokenUnreadable, start: || fault(Token, json!({ "body": "{}" })) },
+    Row { side: Token, cause: Cause::TokenUnreadable, start: || fault(Token, json!({ "body": "<html>" })) },
 ];
 
 /// A call over a connection that is open already, while the process may open no other.

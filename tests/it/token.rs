@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Options, Sandbox};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
@@ -266,6 +266,50 @@ fn a_changed_secret_is_tried_before_it_replaces_the_old() {
     for hidden in ["new-secret", "sandbox-app-secret"] {
         assert!(!gateway.log().contains(hidden));
     }
+}
+
+/// Some services tell a wrong secret by a 200 whose body says so.
+#[test]
+fn a_200_without_a_token_is_a_refusal_the_third_time() {
+    let (long, secret) = (format!("CODE\u{202e}{}", "7".repeat(10_000)), Options::default().app_secret);
+    for (body, says) in [
+        (json!({ "resultCode": "1007", "resultDesc": "wrong secret" }), "; its code is 1007"),
+        (json!({ "AccessToken": "", "error_code": long }), "; its code is CODE\\u202e777"),
+        (json!({ "AccessToken": "tökén" }), "its AccessToken is none by RFC 6750"),
+        (json!({ "code": format!("no {secret}") }), "quotes the credential"),
+    ] {
+        let sandbox = sandbox();
+        script(&sandbox, json!({ "token": [{ "body": body.to_string() }] }));
+        let gateway = start_with(&sandbox, Setup::default().set("token.wait", "20s"));
+        let reply = gateway.call();
+        let said = (reply.status, reply.code(), reply.outcome(), reply.json()["cause"].clone());
+        assert_eq!(said, (502, "credential_refused", "not_sent", json!("token_refused")), "{reply:?}");
+        let wait: u64 = reply.headers["retry-after"].parse().unwrap();
+        assert!((1..=30).contains(&wait), "{reply:?}");
+        let status = gateway.admin("/status").json();
+        let last = &status["credentials"][0]["last_error"];
+        let detail = last["detail"].as_str().unwrap();
+        assert!(last["cause"] == "token_refused" && detail.contains(says), "{status}");
+        assert!(detail.len() < 300 && !detail.contains(&secret), "{status}");
+        assert!(!gateway.log().contains(&secret) && !gateway.log().contains(&long));
+        assert!(gateway.log().lines().any(|line| line.contains("token_refused") && line.len() < 600));
+        let begun = Instant::now();
+        wait_for("more calls", || {
+            assert_eq!(gateway.call().code(), "credential_refused");
+            (begun.elapsed() > Duration::from_secs(4)).then_some(())
+        });
+        assert_eq!((sandbox.token_calls().len(), sandbox.requests().len()), (3, 0), "{body}");
+    }
+}
+
+#[test]
+fn a_200_that_is_not_the_endpoints_is_no_refusal_and_nor_are_two_without_a_token() {
+    let sandbox = sandbox();
+    let unreadable = json!({ "times": 3, "body": "<html>" });
+    script(&sandbox, json!({ "token": [unreadable, { "times": 2, "body": "{}" }] }));
+    let gateway = start_with(&sandbox, Setup::default().set("token.wait", "30s"));
+    assert_success(&gateway.call());
+    assert_eq!(sandbox.token_calls().len(), 6);
 }
 
 #[test]
