@@ -4,6 +4,7 @@
 //! fetches; all waiters share what it brings, and a caller that goes away cancels nothing. Guarantees that a
 //! token whose life is over is never handed out, and that two fetches are never closer than a second.
 
+mod contest;
 mod cooldown;
 mod endpoint;
 mod fetcher;
@@ -37,6 +38,7 @@ use crate::{
     secret::needles::Needles,
     trouble::{LastTrouble, Trouble},
 };
+use contest::Contest;
 pub use cooldown::Cooldown;
 use endpoint::{Endpoint, SCHEME};
 use fetcher::{Candidate, Fetcher, Secrets};
@@ -154,6 +156,8 @@ pub struct Status {
     pub seconds_left: Option<u64>,
     /// The last fetch that failed.
     pub last_error: Option<Trouble>,
+    /// Somebody else ends this gateway's tokens by fetching others.
+    pub contested: Option<Trouble>,
 }
 
 /// The token of one credential.
@@ -168,6 +172,7 @@ pub struct Slot {
     fetches: watch::Sender<Fetches>,
     /// The last fetch that failed, with its text.
     last_error: LastTrouble,
+    contested: LastTrouble,
     fetcher: Mutex<Option<Fetcher>>,
 }
 
@@ -194,13 +199,16 @@ struct Live {
     took: Duration,
     /// The upstream refused it, and no fetch has looked into that yet.
     retired: AtomicBool,
+    /// It had worked where it was refused.
+    had_worked: AtomicBool,
 }
 
 impl Live {
     fn new(token: Token, lifetime: Duration, plan: Plan, sent: Moment) -> Self {
         let took = sent.age(Moment::now());
         let end = sent.end(plan.stop);
-        Self { token, lifetime, plan, sent, end, took, retired: AtomicBool::new(false) }
+        let (retired, had_worked) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { token, lifetime, plan, sent, end, took, retired, had_worked }
     }
 
     fn age(&self) -> Duration {
@@ -240,6 +248,7 @@ impl Slot {
             last_begun: None,
             generation: 0,
             told_short: false,
+            contest: Contest::default(),
             change: metrics.changes.of(format!("credential {}", credential.name)),
             unusable: None,
             metrics,
@@ -253,6 +262,7 @@ impl Slot {
             wake: Notify::new(),
             fetches: watch::Sender::new(Fetches::default()),
             last_error: LastTrouble::default(),
+            contested: LastTrouble::default(),
             fetcher: Mutex::new(Some(fetcher)),
         }))
     }
@@ -284,12 +294,12 @@ impl Slot {
     }
 
     /// Another token than the refused one, if one can be had. All who ask at once share one fetch, and one
-    /// that is under way is as good.
-    pub async fn replace(&self, refused: u64) -> Result<Token, NoOther> {
+    /// that is under way is as good. `had_worked`: it had worked where it is refused now.
+    pub async fn replace(&self, refused: u64, had_worked: bool) -> Result<Token, NoOther> {
         let deadline = Instant::now() + self.wait;
         let mut fetches = self.fetches.subscribe();
         let _waiting = Waiting::new(&self.waiting);
-        let looked_into = self.retire(refused, deadline);
+        let looked_into = self.retire(refused, had_worked, deadline);
         self.wake.notify_one();
         loop {
             let Fetches { ended, failed, .. } = *fetches.borrow_and_update();
@@ -323,6 +333,7 @@ impl Slot {
             generation: live.as_ref().map_or(0, |live| live.token.generation()),
             seconds_left: left.map(|left| left.as_secs()),
             last_error: self.last_error.get(),
+            contested: self.contested.get(),
         }
     }
 
@@ -340,7 +351,7 @@ impl Slot {
 
     /// Takes a generation out of use until a fetch has looked into it, and tells which one will. With no
     /// fetch to come before `deadline` it stays: nothing better can be had.
-    fn retire(&self, refused: u64, deadline: Instant) -> Option<u64> {
+    fn retire(&self, refused: u64, had_worked: bool, deadline: Instant) -> Option<u64> {
         let mut looked_into = None;
         self.fetches.send_if_modified(|fetches| {
             let now = Instant::now();
@@ -349,6 +360,8 @@ impl Slot {
                 if let Some(live) = &*self.live.load()
                     && live.token.generation() <= refused
                 {
+                    live.had_worked
+                        .fetch_or(had_worked && live.token.generation() == refused, Ordering::Relaxed);
                     live.retired.store(true, Ordering::Release);
                 }
             }

@@ -315,7 +315,8 @@ impl Exchange {
             progress.is_rejected = true;
             return None;
         }
-        match self.slot().replace(refused).await {
+        let had_worked = self.cooldown().has_accepted(refused);
+        match self.slot().replace(refused, had_worked).await {
             Ok(token) => return Some(token),
             Err(NoOther::Failed(cause)) => progress.no_token = Some(cause),
             Err(NoOther::Same) => {
@@ -444,7 +445,7 @@ impl Exchange {
             answer.reply = StoredReply::new(status, &headers, &body).filter(|_| rest.is_none()).map(Arc::new);
         }
         if answered_by_business {
-            self.cooldown().accepted();
+            self.cooldown().accepted(self.token.generation());
         }
         if status == StatusCode::TOO_MANY_REQUESTS {
             self.terms.quota.shrink(retry_after(&headers).unwrap_or(DEFAULT_RETRY));

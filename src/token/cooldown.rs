@@ -24,6 +24,8 @@ struct Cooling {
     count: u32,
     /// The generation that is being replaced because it was refused, and since when.
     doubted: Option<(u64, Instant)>,
+    /// The newest generation that was accepted; 0: none.
+    accepted: u64,
 }
 
 impl Cooldown {
@@ -42,9 +44,14 @@ impl Cooldown {
         self.lock().rejected(Instant::now());
     }
 
-    /// A token was accepted.
-    pub fn accepted(&self) {
-        self.lock().accepted();
+    /// A token of this generation was accepted.
+    pub fn accepted(&self, generation: u64) {
+        self.lock().accepted(generation);
+    }
+
+    /// Whether a token of this generation is the newest that was accepted.
+    pub fn has_accepted(&self, generation: u64) -> bool {
+        self.lock().accepted == generation
     }
 
     fn lock(&self) -> MutexGuard<'_, Cooling> {
@@ -83,8 +90,8 @@ impl Cooling {
         }
     }
 
-    fn accepted(&mut self) {
-        *self = Self::default();
+    fn accepted(&mut self, generation: u64) {
+        *self = Self { accepted: self.accepted.max(generation), ..Self::default() };
     }
 }
 
@@ -122,7 +129,7 @@ mod tests {
     fn a_success_or_half_a_minute_in_between_makes_a_refusal_the_first() {
         let (mut cooling, now) = (Cooling::default(), Instant::now());
         assert!(cooling.may_fetch(1, now));
-        cooling.accepted();
+        cooling.accepted(1);
         assert!(cooling.may_fetch(2, now));
         assert!(cooling.may_fetch(3, now + Duration::from_secs(30)));
     }
@@ -134,7 +141,7 @@ mod tests {
         cooling.rejected(begin);
         cooling.rejected(later);
         assert_eq!(cooling.remaining(later), Some(Duration::from_secs(60)));
-        cooling.accepted();
+        cooling.accepted(1);
         assert_eq!(cooling.remaining(later), None);
         cooling.rejected(later);
         assert_eq!(cooling.remaining(later), Some(Duration::from_secs(30)));

@@ -5,14 +5,17 @@
 //! way, neither delays nor ends the old pair's refreshes. It goes on being tried as a refused pair is,
 //! since the cloud may learn of a new secret later than the gateway.
 
-use std::{sync::atomic::AtomicBool, time::Duration};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde_json::{Map, json};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    Events, Live, Metrics, Slot, Token,
+    Contest, Events, Live, Metrics, Slot, Token, contest,
     endpoint::{Endpoint, FetchError, Fetched, SCHEME, WithoutToken},
     pair::{Pair, PairError, Sources},
     schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
@@ -44,6 +47,7 @@ pub(super) struct Fetcher {
     pub(super) generation: u64,
     /// It was told that a token is too short to be looked for in replies.
     pub(super) told_short: bool,
+    pub(super) contest: Contest,
     pub(super) metrics: Metrics,
     /// What came of the last change of the secrets.
     pub(super) change: Change,
@@ -92,6 +96,7 @@ impl Fetcher {
                 poll = Instant::now() + 2 * POLL;
                 self.tell_usable(slot);
             }
+            self.look_at_contest(slot);
             let next = self.next(slot);
             if next.at <= Instant::now() {
                 self.fetch(slot, next.is_trial).await;
@@ -108,6 +113,27 @@ impl Fetcher {
         }
     }
 
+    /// Notices that somebody else ends the tokens of this gateway, and that it is over.
+    pub(super) fn look_at_contest(&mut self, slot: &Slot) {
+        let gauge = self.metrics.contested.with_label_values(&[&slot.name]);
+        let live = slot.live.load();
+        let Some(live) = live.as_ref() else { return };
+        let (generation, age, refresh) = (live.token.generation(), live.age(), live.plan.refresh);
+        if !live.is_retired() {
+            if self.contest.works(age, refresh) {
+                gauge.set(0);
+                slot.contested.ends();
+                tracing::info!(credential = slot.name, "tokens last again");
+            }
+        } else if live.had_worked.load(Ordering::Relaxed)
+            && self.contest.refused(generation, age, refresh, contest::pause(slot.wait, jitter()))
+        {
+            gauge.set(1);
+            slot.contested.begins(None, contest::SAID.to_owned());
+            tracing::warn!(credential = slot.name, "{}", contest::SAID);
+        }
+    }
+
     fn tell_usable(&self, slot: &Slot) {
         let usable = slot.current().is_some();
         self.metrics.usable.with_label_values(&[&slot.name]).set(usable.into());
@@ -118,7 +144,8 @@ impl Fetcher {
         let now = Instant::now();
         let reason = match slot.live.load().as_ref() {
             Some(live) if !live.is_retired() => now + live.plan.refresh.saturating_sub(live.age()),
-            _ => now,
+            Some(_) => self.contest.not_before().unwrap_or(now),
+            None => now,
         };
         let urgent = slot.current().is_none() && slot.is_awaited();
         let earliest = self.last_begun.map_or(now, |begun| begun + MIN_GAP);
@@ -331,6 +358,7 @@ impl Live {
             plan,
             end: self.sent.end(plan.stop),
             retired: AtomicBool::new(false),
+            had_worked: AtomicBool::new(false),
             ..*self
         }
     }

@@ -13,6 +13,7 @@ pub struct Metrics {
     pub(super) reloads: IntCounterVec,
     pub(super) generation: IntGaugeVec,
     pub(super) usable: IntGaugeVec,
+    pub(super) contested: IntGaugeVec,
     pub(super) skew: IntGaugeVec,
 }
 
@@ -29,11 +30,15 @@ impl Metrics {
             reloads: IntCounterVec::new(reloads, &["credential", "result"])?,
             generation: gauge("generation", "Counts the different tokens since the start.")?,
             usable: gauge("usable", "Whether there is a usable token.")?,
+            contested: gauge(
+                "contested",
+                "Whether somebody else ends this gateway's tokens by fetching others with the same app key.",
+            )?,
             skew: gauge("skew_seconds", "The endpoint's clock minus ours.")?,
         };
         registry.register(Box::new(metrics.fetches.clone()))?;
         registry.register(Box::new(metrics.reloads.clone()))?;
-        for gauge in [&metrics.generation, &metrics.usable, &metrics.skew] {
+        for gauge in [&metrics.generation, &metrics.usable, &metrics.contested, &metrics.skew] {
             registry.register(Box::new(gauge.clone()))?;
         }
         Ok(metrics)

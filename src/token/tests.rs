@@ -181,15 +181,41 @@ async fn a_thousand_refusals_of_one_token_make_one_fetch() {
     let replacements: Vec<_> = (0..1000)
         .map(|_| {
             let slot = rig.slot.clone();
-            beside(async move { slot.replace(1).await.unwrap().generation() })
+            beside(async move { slot.replace(1, false).await.unwrap().generation() })
         })
         .collect();
     for replacement in replacements {
         assert_eq!(replacement.await.unwrap(), 2);
     }
-    assert_eq!(rig.slot.replace(1).await.unwrap().generation(), 2, "who comes late needs no fetch");
-    assert_eq!(rig.slot.replace(0).await.unwrap().generation(), 2, "nor who comes from before the first");
+    assert_eq!(rig.slot.replace(1, false).await.unwrap().generation(), 2, "who comes late needs no fetch");
+    assert_eq!(
+        rig.slot.replace(0, false).await.unwrap().generation(),
+        2,
+        "nor who comes from before the first"
+    );
     assert_eq!(rig.calls(), 2);
+}
+
+/// As where the account may not use a service.
+#[tokio::test]
+async fn tokens_that_end_soon_are_contested_if_they_had_worked() {
+    for had_worked in [false, true] {
+        let rig = Rig::start_with(json!({}), |token| token.wait = Duration::from_secs(8));
+        assert_eq!(rig.generation().await, 1);
+        for refused in 1..=4 {
+            let begin = Instant::now();
+            assert_eq!(rig.slot.replace(refused, had_worked).await.unwrap().generation(), refused + 1);
+            let is_slowed = had_worked && refused >= 3;
+            assert!(
+                !is_slowed || begin.elapsed() >= Duration::from_secs(4),
+                "{refused}: {:?}",
+                begin.elapsed()
+            );
+        }
+        assert_eq!(rig.slot.status().contested.is_some(), had_worked);
+        let gauge = u8::from(had_worked);
+        assert!(rig.metric(&format!(r#"contested{{credential="default"}} {gauge}"#)));
+    }
 }
 
 #[tokio::test]
@@ -197,9 +223,9 @@ async fn a_fetch_that_is_under_way_serves_a_refusal_too() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 500 }] }));
     assert_eq!(rig.generation().await, 1);
     let slot = rig.slot.clone();
-    let first = beside(async move { slot.replace(1).await.unwrap().generation() });
+    let first = beside(async move { slot.replace(1, false).await.unwrap().generation() });
     until("the second fetch", || rig.calls() == 2).await;
-    assert_eq!(rig.slot.replace(1).await.unwrap().generation(), 2);
+    assert_eq!(rig.slot.replace(1, false).await.unwrap().generation(), 2);
     assert_eq!((first.await.unwrap(), rig.calls()), (2, 2));
 }
 
@@ -208,10 +234,10 @@ async fn a_fetch_that_is_under_way_and_fails_answers_all_who_wait_for_it() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 500, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
     let slot = rig.slot.clone();
-    let first = beside(async move { slot.replace(1).await.map(|token| token.generation()) });
+    let first = beside(async move { slot.replace(1, false).await.map(|token| token.generation()) });
     until("the second fetch", || rig.calls() == 2).await;
     let begin = Instant::now();
-    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     assert_eq!((first.await.unwrap(), rig.calls()), (Err(NoOther::Failed(Cause::TokenStatus)), 2));
 }
@@ -221,7 +247,7 @@ async fn a_refused_token_is_not_handed_out_while_another_is_fetched() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 300 }] }));
     assert_eq!(rig.generation().await, 1);
     let slot = rig.slot.clone();
-    let replacement = beside(async move { slot.replace(1).await.unwrap().generation() });
+    let replacement = beside(async move { slot.replace(1, false).await.unwrap().generation() });
     until("the second fetch", || rig.calls() == 2).await;
     assert_eq!(rig.generation().await, 2);
     assert_eq!(replacement.await.unwrap(), 2);
@@ -231,7 +257,7 @@ async fn a_refused_token_is_not_handed_out_while_another_is_fetched() {
 async fn a_failed_refresh_puts_the_refused_token_back_into_use() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
     assert_eq!((rig.generation().await, rig.calls()), (1, 2));
 }
 
@@ -247,7 +273,7 @@ async fn a_refusal_during_a_long_back_off_is_looked_into_soon() {
     let begun = fetcher.last_begun.unwrap();
     assert!(fetcher.next(&rig.slot).at > begun + Duration::from_secs(50), "the control");
     let slot = rig.slot.clone();
-    let replacement = beside(async move { slot.replace(1).await.map(|token| token.generation()) });
+    let replacement = beside(async move { slot.replace(1, false).await.map(|token| token.generation()) });
     until("the wait", || rig.slot.is_awaited()).await;
     assert!(rig.slot.current().is_none());
     let at = fetcher.next(&rig.slot).at;
@@ -260,10 +286,10 @@ async fn a_refusal_during_a_long_back_off_is_looked_into_soon() {
 async fn a_refusal_while_the_endpoint_refuses_the_pair_is_answered_at_once_and_the_token_stays() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 403 }] }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed(Cause::TokenRefused));
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenRefused));
     assert_eq!(rig.calls(), 2);
     let begin = Instant::now();
-    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Failed(Cause::TokenRefused));
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenRefused));
     assert!(begin.elapsed() < Duration::from_secs(10), "no wait for a fetch that cannot come");
     assert_eq!((rig.generation().await, rig.calls()), (1, 2));
 }
@@ -272,7 +298,7 @@ async fn a_refusal_while_the_endpoint_refuses_the_pair_is_answered_at_once_and_t
 async fn the_same_token_again_is_no_other() {
     let rig = Rig::start(json!({ "habit": "same_until_expiry" }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.replace(1).await.unwrap_err(), NoOther::Same);
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Same);
     assert_eq!((rig.generation().await, rig.calls()), (1, 2));
 }
 
@@ -280,7 +306,7 @@ async fn the_same_token_again_is_no_other() {
 async fn two_fetches_are_never_closer_than_a_second() {
     let rig = Rig::start(json!({ "token": [{ "times": 2, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.replace(1).await.unwrap().generation(), 2);
+    assert_eq!(rig.slot.replace(1, false).await.unwrap().generation(), 2);
     let at: Vec<_> = rig.sandbox.token_calls().iter().map(|call| call.request.at).collect();
     assert_eq!(at.len(), 4);
     for pair in at.windows(2) {
@@ -589,7 +615,7 @@ async fn a_failed_trial_does_not_answer_a_refusal_of_the_token_in_use() {
         fetcher.notice_secrets(&rig.slot).await;
     }
     let slot = rig.slot.clone();
-    let replacement = beside(async move { slot.replace(1).await.map(|token| token.generation()) });
+    let replacement = beside(async move { slot.replace(1, false).await.map(|token| token.generation()) });
     until("the wait", || rig.slot.is_awaited()).await;
     fetcher.fetch(&rig.slot, true).await;
     assert!(rig.slot.current().is_none() && !replacement.is_finished());

@@ -4,7 +4,7 @@ use std::{
     fs,
     io::Write,
     net::TcpStream,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -232,10 +232,80 @@ fn survive(habit: &str) -> String {
     assert_eq!(outcomes.len(), served, "{habit}");
     assert!(outcomes.iter().all(|outcome| outcome["outcome"] == "succeeded"), "{habit}");
     assert_eq!(sandbox.tasks().len(), served, "{habit}");
+    // Its own next token ends the one before.
+    let status = gateway.admin("/status").json();
+    assert!(status["credentials"][0]["contested"].is_null(), "{habit}: {status}");
     if habit == "independent" {
         assert!(no_dead_token_was_sent(&sandbox));
     }
     format!("{served} served, {replayed} replayed, {fetches} token calls")
+}
+
+/// Calls gateways that share a credential, each one call after the other, while something is waited for. Returns how many succeeded.
+fn call_both_while(gateways: &[Gateway], wait: impl FnOnce()) -> usize {
+    let (begun, stop, succeeded) = (Instant::now(), AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for gateway in gateways {
+            let (stop, succeeded) = (&stop, &succeeded);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) && begun.elapsed() < Duration::from_secs(60) {
+                    let reply = gateway.call();
+                    // Refused is what was refused twice: both fetched at once.
+                    assert!(["succeeded", "refused"].contains(&reply.outcome()), "{reply:?}");
+                    succeeded.fetch_add(usize::from(reply.outcome() == "succeeded"), Ordering::Relaxed);
+                    thread::sleep(Duration::from_millis(20)); // the pace of a caller
+                }
+            });
+        }
+        wait();
+        stop.store(true, Ordering::Relaxed);
+    });
+    succeeded.into_inner()
+}
+
+#[test]
+fn gateways_that_end_each_others_tokens_notice_it_slow_down_and_say_so() {
+    const SAID: &str = "somebody else fetches tokens with the same app key";
+    let sandbox = sandbox();
+    script(&sandbox, json!({ "habit": "last_wins", "lifetime_ms": 30_000 }));
+    let setup = || Setup::default().set("token.wait", "6s");
+    let gateways = [start_with(&sandbox, setup()), start_with(&sandbox, setup())];
+    let contested = |gateway: &Gateway| gateway.admin("/status").json()["credentials"][0]["contested"].take();
+    let gauge = |gateway: &Gateway, value: u8| {
+        let line = format!("ccsqm_gateway_token_contested{{credential=\"default\"}} {value}\n");
+        gateway.admin("/metrics").body.contains(&line)
+    };
+    for gateway in &gateways {
+        assert!(contested(gateway).is_null() && gauge(gateway, 0), "the control");
+    }
+    let succeeded = call_both_while(&gateways, || {
+        for gateway in &gateways {
+            let found = wait_for("the notice", || Some(contested(gateway)).filter(Value::is_object));
+            assert!(found["detail"].as_str().unwrap().contains(SAID), "{found}");
+            assert!(found["since"].is_string() && found["over"].is_null() && gauge(gateway, 1), "{found}");
+        }
+        // From here on each leaves the other's token alone for 3 s at least.
+        let (before, begun) = (sandbox.token_calls().len(), Instant::now());
+        wait_for("some time", || (begun.elapsed() > Duration::from_secs(15)).then_some(()));
+        let calls = sandbox.token_calls().len() - before;
+        println!("{before} token calls until both noticed, {calls} in the 15 s behind that");
+        assert!((2..=6).contains(&calls), "{calls} token calls in 15 s");
+    });
+    assert_eq!(sandbox.tasks().len(), succeeded, "no task twice, and none that was not told");
+    for gateway in &gateways {
+        let lines: Vec<_> =
+            gateway.log().lines().filter(|line| line.contains(SAID)).map(str::to_owned).collect();
+        assert!(lines.len() == 1 && lines[0].contains("WARN"), "{lines:?}");
+    }
+    // The other one is gone: a token lasts.
+    let [gateway, other] = gateways;
+    other.kill();
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    wait_for("the end of it", || {
+        assert_eq!(gateway.call().outcome(), "succeeded");
+        contested(&gateway)["over"].is_string().then_some(())
+    });
+    assert!(gauge(&gateway, 0));
 }
 
 #[test]
