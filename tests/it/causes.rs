@@ -540,13 +540,20 @@ fn what_the_upstream_says_of_a_failure_is_not_told_where_it_quotes_a_token_that_
     let said = call();
     assert!(said.contains("nothing in particular"), "the control: {said}");
     *says.lock().unwrap() = None;
+    let generation = || gateway.admin("/status").json()["credentials"][0]["generation"].as_u64();
     let (said, token) = thread::scope(|scope| {
-        let (before, calls) = (sandbox.token_calls().len(), scope.spawn(call));
-        let token = sandbox.token_calls().pop().unwrap().issued.unwrap();
-        wait_for("another token", || {
-            let generation = gateway.admin("/status").json()["credentials"][0]["generation"].as_u64();
-            (generation > Some(before as u64)).then_some(())
+        // One that was just fetched, so that the call has it and not the next one.
+        let known = sandbox.token_calls().len();
+        let (before, token) = wait_for("a fresh token", || {
+            let calls = sandbox.token_calls();
+            let is_fresh = calls.len() > known && generation() == Some(calls.len() as u64);
+            is_fresh.then(|| (calls.len(), calls.last().unwrap().issued.clone().unwrap()))
         });
+        let received = upstream.received().len();
+        let calls = scope.spawn(call);
+        wait_for("the request", || (upstream.received().len() > received).then_some(()));
+        assert_eq!(sandbox.token_calls().len(), before, "it was sent with the token that is to be quoted");
+        wait_for("another token", || (generation() > Some(before as u64)).then_some(()));
         *says.lock().unwrap() = Some(token.clone());
         (calls.join().unwrap(), token)
     });
