@@ -287,7 +287,13 @@ impl Connector {
     pub async fn connect_under(&self) -> Result<(Stream, u64), Reason> {
         let step = AtomicU8::new(Step::Resolve as u8);
         let dialed = timeout(self.timeout, self.dial_under(&step)).await;
-        let late = |_| Err(ConnectError::Timeout(Step::of(&step), self.timeout));
+        let late = |_| {
+            let step = Step::of(&step);
+            if step == Step::Connect {
+                self.addresses.doubt(); // the timer for the last address ends at the same time, or just behind
+            }
+            Err(ConnectError::Timeout(step, self.timeout))
+        };
         let dialed = dialed.unwrap_or_else(late);
         dialed.map_err(|error| Reason::new(error.cause(), format!("{self}: {error}")))
     }

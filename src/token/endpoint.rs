@@ -8,14 +8,14 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use thiserror::Error;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use zeroize::Zeroizing;
 
 use super::schedule::Failure;
 use crate::{
     cause::{Cause, Reason},
     config,
-    connect::{self, Connector, Egress, TlsError},
+    connect::{self, Connector, Egress, Stream, TlsError},
     headers::{is_coding, retry_after},
     secret::Secret,
 };
@@ -193,15 +193,16 @@ impl Endpoint {
         })
     }
 
-    /// One call on a connection of its own.
+    /// One call on a connection of its own. To connect has no timer but its own, which tells what took too long.
     pub(super) async fn fetch(&self, app_key: &Secret, app_secret: &Secret) -> Result<Fetched, FetchError> {
-        let called = timeout(self.timeout, self.call(app_key, app_secret)).await;
+        let end = Instant::now() + self.timeout;
+        let request = self.request(app_key, app_secret)?;
+        let stream = self.connector.connect().await?;
+        let called = timeout_at(end, self.call(stream, request)).await;
         called.unwrap_or(Err(FetchError::Timeout(self.timeout)))
     }
 
-    async fn call(&self, app_key: &Secret, app_secret: &Secret) -> Result<Fetched, FetchError> {
-        let request = self.request(app_key, app_secret)?;
-        let stream = self.connector.connect().await?;
+    async fn call(&self, stream: Stream, request: Request<Full<Bytes>>) -> Result<Fetched, FetchError> {
         let (mut sender, connection) = connect::http1().handshake(TokioIo::new(stream)).await?;
         let driver = tokio::spawn(connection);
         let result = async {

@@ -5,7 +5,7 @@ use std::{
     collections::HashSet,
     fs,
     io::Write,
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream, UdpSocket},
     process::Command,
     sync::{Arc, Mutex},
     thread,
@@ -127,6 +127,22 @@ fn with_file(side: Side, path: &str, text: &str, url: &str) -> Broken {
     broken
 }
 
+/// A gateway whose resolver hears every question and never answers.
+fn with_deaf_resolver(side: Side) -> Broken {
+    let (resolver, text) = deaf_resolver();
+    let mut broken = with_file(side, "/etc/resolv.conf", &text, "https://ccsqm.example");
+    broken._kept.push(Box::new(resolver));
+    broken
+}
+
+/// A resolver that never answers, and a `resolv.conf` that asks nobody else. Root can have its port.
+fn deaf_resolver() -> (UdpSocket, String) {
+    let ip = [127, fastrand::u8(1..), fastrand::u8(..), fastrand::u8(1..255)];
+    let resolver = UdpSocket::bind(SocketAddr::from((ip, 53))).unwrap();
+    let address = resolver.local_addr().unwrap().ip();
+    (resolver, format!("nameserver {address}\noptions timeout:30 attempts:1\n"))
+}
+
 fn refused_streams() -> Broken {
     let upstream = Upstream::start(|wire, request| wire.reset(request.stream, REFUSED_STREAM));
     let ca = upstream.ca.clone();
@@ -166,6 +182,8 @@ const ROWS: &[Row] = &[
         cause: Cause::Dns,
         start: || with_file(Token, "/etc/nsswitch.conf", NO_DNS, "https://ccsqm.invalid"),
     },
+    Row { side: Business, cause: Cause::Dns, start: || with_deaf_resolver(Business) },
+    Row { side: Token, cause: Cause::Dns, start: || with_deaf_resolver(Token) },
     Row {
         side: Business,
         cause: Cause::NotLoopback,
@@ -331,6 +349,38 @@ fn each_cause_of_a_failure_is_one_word_in_reply_trail_metric_status_and_log() {
             });
         }
     });
+}
+
+/// Many credentials, so that a timer that is sometimes the first to end shows.
+#[test]
+fn a_look_up_that_hangs_is_always_told_as_that() {
+    const CREDENTIALS: usize = 64;
+    const FETCHES: u64 = 256;
+    let (_resolver, text) = deaf_resolver();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    let mount = format!("mount --bind {} /etc/resolv.conf && exec \"$@\"", file.path().display());
+    let more = |number| {
+        format!(
+            "[[credentials]]\nname = \"c-{number}\"\napp_key_file = \"app_key\"\napp_secret_file = \"app_secret\"\n"
+        )
+    };
+    let setup = Setup {
+        token_url: Some("https://ccsqm.example/token".into()),
+        caller: (1..CREDENTIALS).map(more).collect(),
+        through: ["unshare", "--mount", "sh", "-c", &mount, "sh"].map(str::to_owned).into(),
+        ..Setup::default()
+    };
+    let gateway = start_with(&sandbox(), setup.set("token.timeout", "50ms"));
+    let fetches = |result: &str| -> u64 {
+        let metrics = gateway.admin("/metrics").body;
+        let lines = metrics.lines().filter(|line| line.contains("token_fetches_total{"));
+        let counts = lines.filter(|line| line.contains(result)).filter_map(|line| line.rsplit(' ').next());
+        counts.map(|count| count.parse::<u64>().unwrap()).sum()
+    };
+    let told = wait_for("the fetches", || Some(fetches("result=")).filter(|told| *told >= FETCHES));
+    assert_eq!(fetches("result=\"timeout\""), 0, "of {told}");
+    assert!(fetches("result=\"dns\"") >= told, "of {told}");
 }
 
 /// Each on a gateway of its own, whose last error it then is.
