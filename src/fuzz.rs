@@ -247,7 +247,8 @@ pub fn configuration(bytes: &[u8]) {
 
 /// A proxy's answer: it is a tunnel only when its head ends where the bytes do, and not before.
 pub fn tunnel(bytes: &[u8]) {
-    let is_open = |bytes| proxy::status(bytes).is_ok_and(|status| status.is_some_and(|it| it.is_success()));
+    let is_open =
+        |bytes| proxy::final_head(bytes).is_ok_and(|head| head.is_some_and(|it| it.status.is_success()));
     if is_open(bytes) {
         assert!(bytes.ends_with(b"\n"), "{}", bytes.escape_ascii());
         assert!((0..bytes.len()).all(|end| !is_open(&bytes[..end])));
@@ -444,7 +445,11 @@ mod tests {
 
     #[test]
     fn whatever_a_proxy_answers_a_tunnel_begins_behind_its_head() {
-        let good = ["HTTP/1.1 200 Connection established\r\n\r\n", "HTTP/1.0 407 No\r\nvia: x\r\n\r\nno"];
+        let good = [
+            "HTTP/1.1 200 Connection established\r\n\r\n",
+            "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+            "HTTP/1.0 407 No\r\nvia: x\r\n\r\nno",
+        ];
         try_all(tunnel, 2000, texts(&good));
     }
 }

@@ -4,6 +4,8 @@
 //! refuses.
 
 use http::StatusCode;
+use httparse::{EMPTY_HEADER, ParserConfig, Response, Status};
+use memchr::memchr_iter;
 use thiserror::Error;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -12,20 +14,30 @@ use tokio::{
 
 use crate::cause::Cause;
 
-/// A proxy has no more to say than this.
-const MAX_HEAD: usize = 8 * 1024;
+/// So much of an answer is read, in bytes: of its interim heads (RFC 9110 §15.2) and the final one together.
+const MAX_ANSWER: usize = 64 * 1024;
 
-const MAX_HEADERS: usize = 64;
+/// So many header fields may one head have.
+const MAX_FIELDS: usize = 256;
 
-/// Why there is no tunnel.
+/// What an answer begins with.
+const HTTP: &[u8] = b"HTTP/1.";
+
+/// Why there is no tunnel. Says nothing in the proxy's words.
 #[derive(Debug, Error)]
 pub enum ProxyError {
     /// It answered, but not with a tunnel.
     #[error("the proxy refuses with status {0}")]
     Refused(StatusCode),
-    /// Its answer is not HTTP, too long, or is followed by something.
+    /// Its answer is not HTTP, or is followed by something.
     #[error("the proxy's answer is not one to CONNECT")]
     NoAnswer,
+    /// Its answer has no end within bounds.
+    #[error("the proxy's answer is longer than {} KiB", MAX_ANSWER / 1024)]
+    TooLong,
+    /// A head of its answer has more fields than are read.
+    #[error("the proxy's answer has more than {MAX_FIELDS} header fields")]
+    TooManyFields,
     /// The connection broke off.
     #[error("the proxy closed the connection: {0}")]
     Closed(#[from] std::io::Error),
@@ -36,7 +48,7 @@ impl ProxyError {
     pub fn cause(&self) -> Cause {
         match self {
             Self::Refused(_) => Cause::ProxyRefused,
-            Self::NoAnswer => Cause::ProxyUnreadable,
+            Self::NoAnswer | Self::TooLong | Self::TooManyFields => Cause::ProxyUnreadable,
             Self::Closed(_) => Cause::ProxyCut,
         }
     }
@@ -44,53 +56,87 @@ impl ProxyError {
 
 /// Opens a tunnel to `authority`, a host and port.
 pub(super) async fn tunnel(stream: &mut TcpStream, authority: &str) -> Result<(), ProxyError> {
-    let head = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n");
-    stream.write_all(head.as_bytes()).await?;
+    let request = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     loop {
-        if answer.len() >= MAX_HEAD {
-            return Err(ProxyError::NoAnswer);
-        }
         if stream.read_buf(&mut answer).await? == 0 {
             return Err(ProxyError::Closed(std::io::ErrorKind::UnexpectedEof.into()));
         }
-        match status(&answer)? {
-            Some(status) if status.is_success() => return Ok(()),
-            Some(status) => return Err(ProxyError::Refused(status)),
-            None => {}
-        }
+        let Some(head) = final_head(&answer)? else { continue };
+        return if head.status.is_success() { Ok(()) } else { Err(ProxyError::Refused(head.status)) };
     }
 }
 
-/// The status of an answer that is whole. Of a tunnel nothing comes behind the head before we speak; what says that it
-/// does is no tunnel to the cloud.
-pub(crate) fn status(answer: &[u8]) -> Result<Option<StatusCode>, ProxyError> {
-    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
-    let mut response = httparse::Response::new(&mut headers);
-    match response.parse(answer) {
-        Ok(httparse::Status::Partial) => Ok(None),
-        Ok(httparse::Status::Complete(length)) => {
-            let status = response.code.and_then(|code| StatusCode::from_u16(code).ok());
-            let status = status.ok_or(ProxyError::NoAnswer)?;
-            if status.is_success() && length < answer.len() {
-                Err(ProxyError::NoAnswer)
-            } else {
-                Ok(Some(status))
-            }
+/// A head that is whole.
+pub(crate) struct Head {
+    pub(crate) status: StatusCode,
+    length: usize,
+}
+
+/// The head of an answer that is no interim one, once it is whole. Of a tunnel nothing comes behind the head before we
+/// speak; what says that it does is no tunnel to the cloud.
+pub(crate) fn final_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
+    let mut rest = &answer[..answer.len().min(MAX_ANSWER)];
+    while let Some(head) = whole_head(rest)? {
+        rest = &rest[head.length..];
+        let is_interim = head.status.is_informational() && head.status != StatusCode::SWITCHING_PROTOCOLS;
+        if is_interim {
+            continue;
         }
-        Err(_) => Err(ProxyError::NoAnswer),
+        let is_followed = !rest.is_empty() || answer.len() > MAX_ANSWER;
+        return if head.status.is_success() && is_followed {
+            Err(ProxyError::NoAnswer)
+        } else {
+            Ok(Some(head))
+        };
     }
+    if answer.len() >= MAX_ANSWER { Err(ProxyError::TooLong) } else { Ok(None) }
+}
+
+/// Parses only what is whole: who sends a long head byte by byte makes no work.
+fn whole_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
+    if !answer.starts_with(HTTP) {
+        return if HTTP.starts_with(answer) { Ok(None) } else { Err(ProxyError::NoAnswer) };
+    }
+    let Some(length) = end_of_head(answer) else { return Ok(None) };
+    let mut fields = [EMPTY_HEADER; MAX_FIELDS];
+    let mut response = Response::new(&mut fields);
+    let mut parser = ParserConfig::default();
+    parser.allow_spaces_after_header_name_in_responses(true);
+    match parser.parse_response(&mut response, &answer[..length]) {
+        Ok(Status::Complete(_)) => {}
+        Ok(Status::Partial) => return Err(ProxyError::NoAnswer),
+        Err(httparse::Error::TooManyHeaders) => return Err(ProxyError::TooManyFields),
+        Err(_) => return Err(ProxyError::NoAnswer),
+    }
+    let status =
+        response.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(ProxyError::NoAnswer)?;
+    Ok(Some(Head { status, length }))
+}
+
+/// Behind the first empty line.
+fn end_of_head(answer: &[u8]) -> Option<usize> {
+    memchr_iter(b'\n', answer).find_map(|line| match &answer[line + 1..] {
+        [b'\n', ..] => Some(line + 2),
+        [b'\r', b'\n', ..] => Some(line + 3),
+        _ => None,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn said(answer: &str) -> Option<u16> {
+        final_head(answer.as_bytes()).ok().flatten().map(|head| head.status.as_u16())
+    }
+
     #[test]
     fn only_a_whole_head_with_nothing_behind_it_is_a_tunnel() {
-        let said = |answer: &str| status(answer.as_bytes()).ok().flatten().map(|status| status.as_u16());
         assert_eq!(said("HTTP/1.1 200 Connection established\r\n\r\n"), Some(200));
         assert_eq!(said("HTTP/1.0 200 OK\r\nVia: x\r\n\r\n"), Some(200));
+        assert_eq!(said("HTTP/1.1 200 OK\nVia : x\n\n"), Some(200));
         assert_eq!(
             said("HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 2\r\n\r\nno"),
             Some(407)
@@ -98,5 +144,38 @@ mod tests {
         for wrong in ["HTTP/1.1 200 OK\r\n", "HTTP/1.1 200 OK\r\n\r\nx", "SSH-2.0\r\n\r\n", ""] {
             assert_eq!(said(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn interim_heads_are_skipped_and_no_other() {
+        let interim = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n";
+        assert_eq!(said(interim), None);
+        assert_eq!(said(&format!("{interim}HTTP/1.1 200 OK\r\n\r\n")), Some(200));
+        assert_eq!(said(&format!("{interim}HTTP/1.1 403 No\r\n\r\n")), Some(403));
+        assert_eq!(said(&format!("{interim}HTTP/1.1 200 OK\r\n\r\nx")), None);
+        assert_eq!(said("HTTP/1.1 101 Switching Protocols\r\n\r\n"), Some(101), "nobody asked for that");
+    }
+
+    #[test]
+    fn an_answer_is_read_up_to_its_bounds_and_the_error_names_the_one_that_was_hit() {
+        let long = |length: usize| {
+            let empty = "HTTP/1.1 200 OK\r\nx: \r\n\r\n";
+            empty.replace("x: ", &format!("x: {}", "y".repeat(length - empty.len())))
+        };
+        let many = |count| format!("HTTP/1.1 200 OK\r\n{}\r\n", "x: y\r\n".repeat(count));
+        let error = |answer: &str| final_head(answer.as_bytes()).err().map(|error| error.to_string());
+        for good in [long(64 * 1024), many(256)] {
+            assert_eq!(said(&good), Some(200));
+        }
+        for (bad, told) in [
+            (long(64 * 1024 + 1), "longer than 64 KiB"),
+            ("HTTP/1.1 100 Continue\r\n\r\n".repeat(3000), "longer than 64 KiB"),
+            (many(257), "more than 256 header fields"),
+        ] {
+            let error = error(&bad).unwrap();
+            assert!(error.contains(told), "{error}");
+        }
+        // What refuses is believed with all that follows.
+        assert_eq!(said(&format!("HTTP/1.1 403 No\r\n\r\n{}", "x".repeat(1 << 17))), Some(403));
     }
 }

@@ -36,14 +36,20 @@ pub(crate) struct Proxy {
 
 impl Proxy {
     pub(crate) fn start(answer: &'static str) -> Self {
+        Self::answering(move |_| answer.to_owned())
+    }
+
+    /// One whose answer depends on the head.
+    fn answering(answer: impl Fn(&str) -> String + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (heads, bytes) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<Mutex<Vec<_>>>::default());
         let proxy = Self { address, heads: heads.clone(), bytes: bytes.clone() };
+        let answer = Arc::new(answer);
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                let (heads, bytes) = (heads.clone(), bytes.clone());
-                thread::spawn(move || serve_tunnel(stream, answer, &heads, &bytes));
+                let (answer, heads, bytes) = (answer.clone(), heads.clone(), bytes.clone());
+                thread::spawn(move || serve_tunnel(stream, &*answer, &heads, &bytes));
             }
         });
         proxy
@@ -56,7 +62,7 @@ impl Proxy {
 
 fn serve_tunnel(
     mut stream: TcpStream,
-    answer: &str,
+    answer: &dyn Fn(&str) -> String,
     heads: &Mutex<Vec<String>>,
     bytes: &Arc<Mutex<Vec<u8>>>,
 ) -> Option<()> {
@@ -68,9 +74,10 @@ fn serve_tunnel(
     }
     let head = String::from_utf8(head).unwrap();
     let port = head.split(' ').nth(1)?.rsplit(':').next()?.to_owned();
+    let answer = answer(&head);
     heads.lock().unwrap().push(head);
     stream.write_all(answer.as_bytes()).ok()?;
-    if !answer.contains("200") {
+    if !answer.contains(" 200 ") {
         return None;
     }
     let upstream = TcpStream::connect(format!("127.0.0.1:{port}")).ok()?;
@@ -134,6 +141,56 @@ fn a_proxy_that_opens_no_tunnel_is_an_upstream_that_cannot_be_reached() {
         let metrics = gateway.admin("/metrics").body;
         assert!(metrics.contains(r#"upstream_connects_total{result="proxy_"#), "{answer}: {metrics}");
     }
+}
+
+/// Tokens come from elsewhere, so that a request gets as far as the upstream.
+fn with_other_tokens(setup: Setup, other: &Sandbox) -> Setup {
+    Setup { token_url: Some(other.token_url()), ..setup }
+}
+
+/// What a gateway behind such a proxy answers, and what it tells operators; the upstream has the requests.
+fn through(proxy: &Proxy, is_good: bool) -> (Reply, Gateway, Sandbox) {
+    let (secure, setup) = secure_sandbox();
+    let plain = sandbox();
+    let setup = if is_good { setup } else { with_other_tokens(setup, &plain) };
+    let gateway = start_with(&plain, setup.set("upstream.proxy", proxy.url()));
+    (gateway.call(), gateway, secure)
+}
+
+#[test]
+fn a_proxys_answer_is_read_behind_interim_heads_and_up_to_bounds_that_the_log_names() {
+    let fields = |count: usize| format!("HTTP/1.1 200 OK\r\n{}\r\n", "x: y\r\n".repeat(count));
+    let long = |length: usize| {
+        let around = "HTTP/1.1 200 OK\r\nx: \r\n\r\n".len();
+        format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(length - around))
+    };
+    let interim = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n".to_owned();
+    for answer in [interim.clone() + &fields(0), fields(70), fields(256), long(9 << 10), long(64 << 10)] {
+        let said = answer.clone();
+        let (reply, gateway, secure) = through(&Proxy::answering(move |_| said.clone()), true);
+        assert_eq!(reply.outcome(), "succeeded", "{:.99}: {reply:?} {}", answer, gateway.log());
+        assert_eq!(secure.requests().len(), 1);
+    }
+    for (answer, bound) in [
+        (fields(257), "the proxy's answer has more than 256 header fields"),
+        (long((64 << 10) + 1), "the proxy's answer is longer than 64 KiB"),
+        (interim.repeat(1100) + &fields(0), "the proxy's answer is longer than 64 KiB"),
+    ] {
+        let (reply, gateway, secure) = through(&Proxy::answering(move |_| answer.clone()), false);
+        assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"), "{bound}");
+        assert_eq!(reply.json()["cause"], "proxy_unreadable", "{bound}");
+        let detail = gateway.admin("/status").json()["upstream"]["last_error"]["detail"].take();
+        assert!(detail.as_str().unwrap().contains(bound), "{detail}");
+        assert!(gateway.log().contains(bound), "{}", gateway.log());
+        wait_for("the record", || {
+            let records = records(&gateway.audit_directory(), "");
+            records.iter().any(|record| record["cause"] == "proxy_unreadable").then_some(())
+        });
+        assert_eq!((secure.requests().len(), secure.connections().application_bytes), (0, 0), "{bound}");
+    }
+    // What is no HTTP is told before it ends.
+    let (reply, ..) = through(&Proxy::start("\x15\x03\x01"), false);
+    assert_eq!(reply.json()["cause"], "proxy_unreadable");
 }
 
 /// A relay in front of the sandbox that asks for a certificate of this CA.
