@@ -29,7 +29,7 @@ use crate::{
     changes::Changes,
     clock,
     config::{self, Config, LOOPBACK_NOTICE, ListenAddress},
-    connect::{Connector, Egress, Identity, Roots},
+    connect::{Connector, Egress},
     control::{self, Control},
     gateway::Gateway,
     idempotency::{Idempotency, memory::MemoryBound},
@@ -69,8 +69,7 @@ pub struct App {
     metrics: Arc<Metrics>,
     pool_metrics: pool::Metrics,
     connector: Connector,
-    identity: Option<Arc<Identity>>,
-    roots: Option<Roots>,
+    egress: Egress,
     bounds: Arc<Bounds>,
     alive: mpsc::Sender<()>,
     done: mpsc::Receiver<()>,
@@ -88,7 +87,6 @@ impl App {
         let (metrics, parts, audit_metrics) = Metrics::new()?;
         let has_tls = config.upstream.base_url.tls || config.token.url.tls;
         let egress = Egress::new(&config.upstream, has_tls)?;
-        let (identity, roots) = (egress.identity().cloned(), egress.roots().cloned());
         let connector = Connector::new(&config.upstream.base_url, &egress, config.upstream.connect_timeout)?;
         let options = audit_options(&config, accept_loss.clone());
         audit::limit::check(&config).map_err(StartError::from)?;
@@ -120,8 +118,7 @@ impl App {
             metrics,
             pool_metrics,
             connector,
-            identity,
-            roots,
+            egress,
             bounds,
             alive,
             done,
@@ -155,8 +152,7 @@ impl App {
             metrics,
             pool_metrics,
             connector,
-            identity,
-            roots,
+            egress,
             bounds,
             alive,
             mut done,
@@ -181,7 +177,7 @@ impl App {
         tracing::info!(address = %admin.local_addr()?, "listening (admin)");
         let mut supervisor = Supervisor::new();
         read_past(&config, &audit, &idempotency, supervisor.vital("the reading of the trail"))?;
-        keep_up((&background, &supervisor), &bound, (identity, roots), (&audit, &metrics.changes));
+        keep_up((&background, &supervisor), &bound, &egress, (&audit, &metrics.changes));
         background.spawn(look(audit.clone(), supervisor.vitals()));
         let (stopping, stopped) = watch::channel(Stop::No);
         let (begin, may_begin) = watch::channel(false);
@@ -438,27 +434,33 @@ async fn drain(
     }
 }
 
-/// Takes certificates that change while the gateway runs, and puts on record what came of it.
+/// Takes certificates, and user and password for the proxy, that change while the gateway runs, and puts on record what
+/// came of it.
 fn keep_up(
     (background, supervisor): (&Runtime, &Supervisor),
     bound: &[Bound],
-    (identity, roots): (Option<Arc<Identity>>, Option<Roots>),
+    egress: &Egress,
     (audit, changes): (&Audit, &Changes),
 ) {
     for (tls, address) in bound.iter().filter_map(|bound| Some((bound.tls()?, bound.address.to_string()))) {
         let vital = supervisor.vital(format!("the certificates of {address}"));
-        let change = certificate_change("listener", address, (audit, changes));
+        let change = file_change(&CERTIFICATES, "listener", address, (audit, changes));
         background.spawn(vital.run(tls.clone().keep_up(change)));
     }
-    if let Some(identity) = identity {
+    if let Some(identity) = egress.identity().cloned() {
         let vital = supervisor.vital("the client certificate");
-        let change = certificate_change("upstream", "client_cert_file".into(), (audit, changes));
+        let change = file_change(&CERTIFICATES, "upstream", "client_cert_file".into(), (audit, changes));
         background.spawn(vital.run(identity.keep_up(change)));
     }
-    if let Some(roots) = roots {
+    if let Some(roots) = egress.roots().cloned() {
         let vital = supervisor.vital("the roots of the upstream");
-        let change = certificate_change("upstream", "ca_file".into(), (audit, changes));
+        let change = file_change(&CERTIFICATES, "upstream", "ca_file".into(), (audit, changes));
         background.spawn(vital.run(roots.keep_up(change)));
+    }
+    if let Some(login) = egress.login().cloned() {
+        let vital = supervisor.vital("user and password for the proxy");
+        let change = file_change(&LOGIN, "upstream", "proxy_password_file".into(), (audit, changes));
+        background.spawn(vital.run(login.keep_up(change)));
     }
 }
 
@@ -503,7 +505,17 @@ async fn look(audit: Audit, vitals: Vitals) {
     gone.fail("a panic");
 }
 
-fn certificate_change(
+/// What is read again: the event in the trail, and its name in the log.
+struct Kind {
+    event: &'static str,
+    what: &'static str,
+}
+
+const CERTIFICATES: Kind = Kind { event: "certificate_change", what: "the certificates" };
+const LOGIN: Kind = Kind { event: "secret_change", what: "user and password for the proxy" };
+
+fn file_change(
+    Kind { event, what }: &'static Kind,
     whose: &'static str,
     name: String,
     (audit, changes): (&Audit, &Changes),
@@ -514,17 +526,17 @@ fn certificate_change(
         match taken {
             Ok(()) => {
                 change.accepted();
-                tracing::info!(whose, name, "the certificates were read again and are in use");
+                tracing::info!(whose, name, "{what} were read again and are in use");
                 details.insert("result".into(), json!("accepted"));
             }
             Err(error) => {
                 change.refused(&error);
-                tracing::warn!(whose, name, %error, "the certificates cannot be used; the old ones stay in use");
+                tracing::warn!(whose, name, %error, "{what} cannot be used; the old ones stay in use");
                 details.insert("result".into(), json!("refused"));
                 details.insert("reason".into(), json!(error));
             }
         }
-        audit.event("certificate_change", details);
+        audit.event(event, details);
     }
 }
 

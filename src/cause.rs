@@ -57,6 +57,8 @@ pub enum Cause {
     TlsProtocol,
     /// The proxy opens no tunnel.
     ProxyRefused,
+    /// The proxy wants credentials, or refuses the gateway's.
+    ProxyCredentials,
     /// The proxy's answer is not one to CONNECT.
     ProxyUnreadable,
     /// The proxy closed the connection before its answer was whole.
@@ -81,7 +83,7 @@ pub enum Cause {
 
 impl Cause {
     /// How many there are.
-    pub const COUNT: usize = 23;
+    pub const COUNT: usize = 24;
 
     /// All of them.
     pub const ALL: [Self; Self::COUNT] = [
@@ -98,6 +100,7 @@ impl Cause {
         Self::TlsIdentity,
         Self::TlsProtocol,
         Self::ProxyRefused,
+        Self::ProxyCredentials,
         Self::ProxyUnreadable,
         Self::ProxyCut,
         Self::NotProcessed,
@@ -126,6 +129,7 @@ impl Cause {
             Self::TlsIdentity => "tls_identity",
             Self::TlsProtocol => "tls_protocol",
             Self::ProxyRefused => "proxy_refused",
+            Self::ProxyCredentials => "proxy_credentials",
             Self::ProxyUnreadable => "proxy_unreadable",
             Self::ProxyCut => "proxy_cut",
             Self::NotProcessed => "not_processed",
@@ -155,6 +159,9 @@ impl Cause {
             Self::TlsIdentity => "it refuses the gateway's own certificate, or wants one",
             Self::TlsProtocol => "it does not speak TLS, or none of the gateway's versions",
             Self::ProxyRefused => "the proxy on the way to it refuses",
+            Self::ProxyCredentials => {
+                "the proxy on the way to it wants credentials, or refuses the gateway's"
+            }
             Self::ProxyUnreadable => "the proxy on the way to it gives no answer to CONNECT",
             Self::ProxyCut => "the proxy on the way to it closed the connection",
             Self::NotProcessed => "it takes no request at the moment",

@@ -376,6 +376,8 @@ pub struct Upstream {
     pub identity: Option<IdentityFiles>,
     /// The proxy on the way to it, and to the token endpoint.
     pub proxy: Option<ProxyUrl>,
+    /// Who the gateway is to that proxy.
+    pub proxy_login: Option<LoginFiles>,
     /// Static headers of every upstream request.
     pub headers: HeaderMap,
     /// Further reply headers that pass to callers.
@@ -389,6 +391,15 @@ pub struct IdentityFiles {
     pub cert_file: PathBuf,
     /// Its key.
     pub key_file: PathBuf,
+}
+
+/// A user and a password: files that hold nothing else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoginFiles {
+    /// The user's name.
+    pub user: PathBuf,
+    /// The password.
+    pub password: PathBuf,
 }
 
 /// An HTTP proxy.

@@ -5,6 +5,7 @@
 
 mod addresses;
 mod identity;
+pub(crate) mod login;
 pub(crate) mod proxy;
 mod roots;
 
@@ -41,6 +42,7 @@ use crate::{
 };
 use addresses::Addresses;
 pub use identity::Identity;
+pub use login::{Login, LoginError};
 pub use proxy::ProxyError;
 pub use roots::Roots;
 use roots::Trust;
@@ -86,6 +88,17 @@ pub enum TlsError {
     /// rustls refuses the set-up.
     #[error(transparent)]
     Rustls(#[from] rustls::Error),
+}
+
+/// Why there is no way out.
+#[derive(Debug, Error)]
+pub enum EgressError {
+    /// TLS cannot be set up.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// User and password for the proxy cannot be used.
+    #[error(transparent)]
+    Login(#[from] LoginError),
 }
 
 /// Why no connection came about. Addresses in it are for logs, never for callers.
@@ -167,12 +180,14 @@ pub struct Egress {
     roots: Option<Roots>,
     /// For what is spoken to over TLS; the rest is on loopback.
     proxy: Option<ProxyUrl>,
+    login: Option<Arc<Login>>,
     identity: Option<Arc<Identity>>,
 }
 
 impl Egress {
-    /// From a configuration; reads roots and the gateway's own certificate only where there is TLS.
-    pub fn new(upstream: &config::Upstream, has_tls: bool) -> Result<Self, TlsError> {
+    /// From a configuration; reads roots, the gateway's own certificate, and user and password for the proxy only where
+    /// there is TLS.
+    pub fn new(upstream: &config::Upstream, has_tls: bool) -> Result<Self, EgressError> {
         let identity = upstream.identity.clone().filter(|_| has_tls);
         let identity = identity.map(|files| Identity::load(files.cert_file, files.key_file)).transpose()?;
         let ca_file = upstream.ca_file.as_deref().filter(|_| has_tls);
@@ -180,7 +195,8 @@ impl Egress {
         let store = if has_tls { roots(ca_file)? } else { RootCertStore::empty() };
         let trust = Arc::new(Trust::new(store, identity.clone())?);
         let roots = ca_file.zip(digest).map(|(path, digest)| Roots::new(path.into(), trust.clone(), digest));
-        Ok(Self { trust, roots, proxy: upstream.proxy.clone(), identity })
+        let login = upstream.proxy_login.clone().filter(|_| has_tls).map(Login::load).transpose()?;
+        Ok(Self { trust, roots, proxy: upstream.proxy.clone(), login, identity })
     }
 
     /// The file of its roots, if it has one.
@@ -193,11 +209,16 @@ impl Egress {
         self.identity.as_ref()
     }
 
+    /// User and password for the proxy, if it has them.
+    pub fn login(&self) -> Option<&Arc<Login>> {
+        self.login.as_ref()
+    }
+
     /// Trusts nobody, and reads no root from anywhere.
     #[cfg(test)]
     pub(crate) fn plain() -> Self {
         let trust = Arc::new(Trust::new(RootCertStore::empty(), None).unwrap());
-        Self { trust, roots: None, proxy: None, identity: None }
+        Self { trust, roots: None, proxy: None, login: None, identity: None }
     }
 }
 
@@ -219,6 +240,8 @@ pub struct Connector {
     port: u16,
     /// Behind the proxy: the host itself, with its port.
     behind: Option<Arc<str>>,
+    /// Who we are to the proxy.
+    login: Option<Arc<Login>>,
     tls: Option<Tls>,
     timeout: Duration,
     addresses: Addresses,
@@ -253,16 +276,14 @@ impl Connector {
     pub fn new(url: &Url, egress: &Egress, timeout: Duration) -> Result<Self, TlsError> {
         let name = url.tls.then(|| ServerName::try_from(url.host.clone())).transpose()?;
         let tls = name.map(|name| Tls { trust: egress.trust.clone(), name, offers_http2: false });
-        let addresses = Addresses::default();
-        Ok(match egress.proxy.as_ref().filter(|_| url.tls) {
+        let (host, port, behind, login) = match egress.proxy.as_ref().filter(|_| url.tls) {
             Some(ProxyUrl { host, port }) => {
-                let behind = Some(url.authority_with_port().into());
-                Self { host: host.as_str().into(), port: *port, behind, tls, timeout, addresses }
+                (host, *port, Some(url.authority_with_port().into()), egress.login.clone())
             }
-            None => {
-                Self { host: url.host.as_str().into(), port: url.port, behind: None, tls, timeout, addresses }
-            }
-        })
+            None => (&url.host, url.port, None, None),
+        };
+        let (host, addresses) = (host.as_str().into(), Addresses::default());
+        Ok(Self { host, port, behind, login, tls, timeout, addresses })
     }
 
     /// The same connector, offering HTTP/2 before HTTP/1.1 where it speaks TLS.
@@ -295,7 +316,16 @@ impl Connector {
             Err(ConnectError::Timeout(step, self.timeout))
         };
         let dialed = dialed.unwrap_or_else(late);
-        dialed.map_err(|error| Reason::new(error.cause(), format!("{self}: {error}")))
+        dialed.map_err(|error| self.reason(&error))
+    }
+
+    /// What is told. A proxy that breaks TLS open has a say in some texts, such as by the names in its certificate.
+    #[cold]
+    fn reason(&self, error: &ConnectError) -> Reason {
+        let text = format!("{self}: {error}");
+        let is_quoted = self.login.as_ref().is_some_and(|login| login.current().is_in(&text));
+        let text = if is_quoted { format!("{self}: what it says quotes the proxy's password") } else { text };
+        Reason::new(error.cause(), text)
     }
 
     /// Dials again where the roots changed meanwhile: whom the old ones let in may be trusted no more.
@@ -314,7 +344,8 @@ impl Connector {
         stream.set_nodelay(true)?;
         if let Some(authority) = &self.behind {
             step.store(Step::Proxy as u8, Ordering::Relaxed);
-            proxy::tunnel(&mut stream, authority).await?;
+            let login = self.login.as_ref().map(|login| login.current());
+            proxy::tunnel(&mut stream, authority, login.as_deref()).await?;
         }
         let Some(Tls { trust, name, offers_http2 }) = &self.tls else { return Ok(Stream::Plain(stream)) };
         step.store(Step::Tls as u8, Ordering::Relaxed);

@@ -89,6 +89,8 @@ impl Config {
                 "client_cert_file": upstream.identity.as_ref().map(|files| whole_path(&files.cert_file)),
                 "client_key_file": upstream.identity.as_ref().map(|files| whole_path(&files.key_file)),
                 "proxy": upstream.proxy.as_ref().map(ToString::to_string),
+                "proxy_user_file": upstream.proxy_login.as_ref().map(|files| whole_path(&files.user)),
+                "proxy_password_file": upstream.proxy_login.as_ref().map(|files| whole_path(&files.password)),
                 "headers": headers,
                 "reply_headers": upstream.reply_headers.iter().map(http::HeaderName::as_str).collect::<Vec<_>>(),
             },

@@ -99,6 +99,9 @@ impl Config {
         name("upstream.ca_file".into(), self.upstream.ca_file.as_deref(), What::Plain);
         name("upstream.client_cert_file".into(), identity.map(|it| &*it.cert_file), What::Plain);
         name("upstream.client_key_file".into(), identity.map(|it| &*it.key_file), What::Secret);
+        let login = self.upstream.proxy_login.as_ref();
+        name("upstream.proxy_user_file".into(), login.map(|it| &*it.user), What::Secret);
+        name("upstream.proxy_password_file".into(), login.map(|it| &*it.password), What::Secret);
         for route in &self.routes {
             if let ContractSource::File(path) = &route.contract {
                 name(format!("contract_file of the route {}", route.name), Some(path), What::Plain);

@@ -15,7 +15,7 @@ use crate::{
         chain::{Keys, key_path},
         init::{self, Absent},
     },
-    connect,
+    connect::{self, login},
     contract::Contract,
     files::{MAX_SIZE, read, read_text},
     pem,
@@ -32,6 +32,16 @@ pub(super) fn app_key(path: &Path) -> Result<(), String> {
     let secret = read_secret(path)?;
     let fits = http::HeaderValue::from_bytes(secret.expose()).is_ok();
     fits.then_some(()).ok_or_else(|| "holds what a header cannot".into())
+}
+
+/// The user of a proxy.
+pub(super) fn proxy_user(path: &Path) -> Result<(), String> {
+    Ok(login::check_user(read_secret(path)?.expose())?)
+}
+
+/// The password of a proxy.
+pub(super) fn proxy_password(path: &Path) -> Result<(), String> {
+    Ok(login::check_password(read_secret(path)?.expose())?)
 }
 
 fn read_secret(path: &Path) -> Result<Secret, String> {

@@ -21,7 +21,8 @@ use crate::{
 use super::{
     Admin, Audit, BUILT_IN_ROUTE, BareIds, Caller, Config, ContractSource, Control, Credential, Http2,
     Idempotency, IdentityFiles, Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, LogRequests,
-    PeerRule, Problems, Route, SecretSource, Server, Shown, Token, Upstream, Url, WithoutKey, files,
+    LoginFiles, PeerRule, Problems, Route, SecretSource, Server, Shown, Token, Upstream, Url, WithoutKey,
+    files,
     peer::parse_peer,
     raw::{Kind, Layers, Syntax, Value},
     relations,
@@ -268,6 +269,7 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
         }),
         ca_file,
         identity: read_identity(context, &mut table),
+        proxy_login: read_proxy_login(context, &mut table),
         proxy: table.parsed(context, "proxy", None, |text| parse_proxy(text).map(Some)),
         headers: read_headers(context, &mut table),
         reply_headers: read_reply_headers(context, &mut table),
@@ -278,11 +280,8 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
 
 /// The gateway's own certificate: both files, or none.
 fn read_identity(context: &mut Context<'_>, table: &mut Table) -> Option<IdentityFiles> {
-    for (name, other) in [("client_cert_file", "client_key_file"), ("client_key_file", "client_cert_file")] {
-        if table.seems_given(other) && !table.members.contains_key(name) {
-            table.lacks(context, name, format!("is needed for {other}"));
-        }
-    }
+    needed(context, table, "client_cert_file", &["client_key_file"]);
+    needed(context, table, "client_key_file", &["client_cert_file"]);
     let cert_file = table
         .path(context, "client_cert_file")
         .and_then(|found| good_file(context, found, files::certificates));
@@ -294,6 +293,27 @@ fn read_identity(context: &mut Context<'_>, table: &mut Table) -> Option<Identit
         context.problem_at(&table.key("client_cert_file"), error.to_string());
     }
     Some(files)
+}
+
+/// Who the gateway is to the proxy: both files, or none, and never without a proxy.
+fn read_proxy_login(context: &mut Context<'_>, table: &mut Table) -> Option<LoginFiles> {
+    needed(context, table, "proxy_user_file", &["proxy_password_file"]);
+    needed(context, table, "proxy_password_file", &["proxy_user_file"]);
+    needed(context, table, "proxy", &["proxy_user_file", "proxy_password_file"]);
+    let mut file = |name, check: fn(&Path) -> Result<(), String>| {
+        table.path(context, name).and_then(|found| good_file(context, found, check))
+    };
+    let user = file("proxy_user_file", files::proxy_user);
+    let password = file("proxy_password_file", files::proxy_password);
+    Some(LoginFiles { user: user?, password: password? })
+}
+
+/// A key must be there where one of the others is.
+fn needed(context: &mut Context<'_>, table: &mut Table, name: &'static str, others: &[&str]) {
+    let other = others.iter().find(|other| table.seems_given(other));
+    if let Some(other) = other.filter(|_| !table.members.contains_key(name)) {
+        table.lacks(context, name, format!("is needed for {other}"));
+    }
 }
 
 fn read_reply_headers(context: &mut Context<'_>, table: &mut Table) -> Vec<HeaderName> {

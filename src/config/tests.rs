@@ -13,7 +13,7 @@ const MINIMAL: &str = include_str!("../../config/minimal.toml");
 /// A folder with what a shipped file names, and the file's text for it.
 fn placed(text: &str) -> (TempDir, String) {
     let folder = TempDir::new().unwrap();
-    for secret in ["app_key", "app_secret", "audit.key"] {
+    for secret in ["app_key", "app_secret", "audit.key", "proxy_user", "proxy_password"] {
         fs::write(folder.path().join(secret), "0123456789abcdef0123456789abcdef").unwrap();
     }
     let root = rcgen::generate_simple_self_signed(vec!["root".to_owned()]).unwrap();
@@ -121,6 +121,8 @@ fn the_reference_file_shows_the_defaults() {
         "/upstream/client_cert_file",
         "/upstream/client_key_file",
         "/upstream/proxy",
+        "/upstream/proxy_user_file",
+        "/upstream/proxy_password_file",
         "/audit/key_file",
         "/audit/must_exist",
         "/audit/max_size",
@@ -139,6 +141,8 @@ fn the_reference_file_shows_the_defaults() {
         ("upstream", "client_cert_file"),
         ("upstream", "client_key_file"),
         ("upstream", "proxy"),
+        ("upstream", "proxy_user_file"),
+        ("upstream", "proxy_password_file"),
         ("audit", "key_file"),
         ("audit", "must_exist"),
         ("audit", "max_size"),

@@ -116,7 +116,7 @@ pub(super) fn parse_proxy(text: &str) -> Result<ProxyUrl, String> {
     }
     let authority = uri.authority().ok_or("has no host")?;
     if authority.as_str().contains('@') {
-        return Err("must hold no user: a proxy that wants credentials is not supported".into());
+        return Err("must hold no user: name the files of user and password in proxy_user_file and proxy_password_file".into());
     }
     if uri.path() != "/" || uri.query().is_some() {
         return Err("must have neither a path nor a query".into());

@@ -1,17 +1,19 @@
 //! A tunnel through an HTTP proxy (`CONNECT`, RFC 9110 §9.3.6): the cloud may know the company by the proxy's address.
 //!
-//! The proxy sees the name and port of the host, and TLS. It is not told who we are: one that wants credentials
-//! refuses.
+//! The proxy sees the name and port of the host, and TLS. It is told who we are only where there is a user and a password
+//! for it, with the first request: `Basic` needs no challenge. That crosses the network to the proxy in clear.
 
 use http::StatusCode;
-use httparse::{EMPTY_HEADER, ParserConfig, Response, Status};
+use httparse::{EMPTY_HEADER, Header, ParserConfig, Response, Status};
 use memchr::memchr_iter;
 use thiserror::Error;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
+use zeroize::Zeroizing;
 
+use super::login::Basic;
 use crate::cause::Cause;
 
 /// So much of an answer is read, in bytes: of its interim heads (RFC 9110 §15.2) and the final one together.
@@ -29,6 +31,24 @@ pub enum ProxyError {
     /// It answered, but not with a tunnel.
     #[error("the proxy refuses with status {0}")]
     Refused(StatusCode),
+    /// It wants to know who we are, and there is nothing to tell.
+    #[error(
+        "the proxy wants credentials (status 407): name the files of a user and a password in [upstream] \
+         proxy_user_file and proxy_password_file"
+    )]
+    NoLogin,
+    /// It refuses who we are.
+    #[error(
+        "the proxy refuses the user and password of proxy_user_file and proxy_password_file (status 407): put \
+         those that it takes into these files; they are read again when they change"
+    )]
+    WrongLogin,
+    /// It wants to know who we are in a way that we do not have.
+    #[error(
+        "the proxy wants credentials (status 407), but not by Basic (RFC 7617), the only scheme that the gateway \
+         has: let the proxy offer Basic, or let the gateway's address pass without credentials"
+    )]
+    NotBasic,
     /// Its answer is not HTTP, or is followed by something.
     #[error("the proxy's answer is not one to CONNECT")]
     NoAnswer,
@@ -48,6 +68,7 @@ impl ProxyError {
     pub fn cause(&self) -> Cause {
         match self {
             Self::Refused(_) => Cause::ProxyRefused,
+            Self::NoLogin | Self::WrongLogin | Self::NotBasic => Cause::ProxyCredentials,
             Self::NoAnswer | Self::TooLong | Self::TooManyFields => Cause::ProxyUnreadable,
             Self::Closed(_) => Cause::ProxyCut,
         }
@@ -55,23 +76,46 @@ impl ProxyError {
 }
 
 /// Opens a tunnel to `authority`, a host and port.
-pub(super) async fn tunnel(stream: &mut TcpStream, authority: &str) -> Result<(), ProxyError> {
-    let request = format!("CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
+pub(super) async fn tunnel(
+    stream: &mut TcpStream,
+    authority: &str,
+    login: Option<&Basic>,
+) -> Result<(), ProxyError> {
+    stream.write_all(&request(authority, login)).await?;
     let mut answer = Vec::new();
     loop {
         if stream.read_buf(&mut answer).await? == 0 {
             return Err(ProxyError::Closed(std::io::ErrorKind::UnexpectedEof.into()));
         }
         let Some(head) = final_head(&answer)? else { continue };
-        return if head.status.is_success() { Ok(()) } else { Err(ProxyError::Refused(head.status)) };
+        return match head.status {
+            status if status.is_success() => Ok(()),
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED if !head.takes_basic => Err(ProxyError::NotBasic),
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED if login.is_some() => Err(ProxyError::WrongLogin),
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED => Err(ProxyError::NoLogin),
+            status => Err(ProxyError::Refused(status)),
+        };
     }
+}
+
+/// In a buffer of its length, which is overwritten: it may hold a password.
+fn request(authority: &str, login: Option<&Basic>) -> Zeroizing<Vec<u8>> {
+    let authority = authority.as_bytes();
+    let [name, login, end] = match login {
+        Some(login) => [b"Proxy-Authorization: Basic ".as_slice(), login.encoded(), b"\r\n"],
+        None => [b"".as_slice(); 3],
+    };
+    let parts =
+        [b"CONNECT ", authority, b" HTTP/1.1\r\nHost: ", authority, b"\r\n", name, login, end, b"\r\n"];
+    Zeroizing::new(parts.concat())
 }
 
 /// A head that is whole.
 pub(crate) struct Head {
     pub(crate) status: StatusCode,
     length: usize,
+    /// No challenge is there, or one of them is `Basic`.
+    takes_basic: bool,
 }
 
 /// The head of an answer that is no interim one, once it is whole. Of a tunnel nothing comes behind the head before we
@@ -112,7 +156,7 @@ fn whole_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
     }
     let status =
         response.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(ProxyError::NoAnswer)?;
-    Ok(Some(Head { status, length }))
+    Ok(Some(Head { status, length, takes_basic: takes_basic(response.headers) }))
 }
 
 /// Behind the first empty line.
@@ -122,6 +166,19 @@ fn end_of_head(answer: &[u8]) -> Option<usize> {
         [b'\r', b'\n', ..] => Some(line + 3),
         _ => None,
     })
+}
+
+/// Whether one of the challenges (RFC 9110 §11.7.1) is `Basic`. Where there is none, nobody says that it is not.
+fn takes_basic(fields: &[Header<'_>]) -> bool {
+    let mut challenges =
+        fields.iter().filter(|field| field.name.eq_ignore_ascii_case("proxy-authenticate")).peekable();
+    challenges.peek().is_none()
+        || challenges.any(|field| field.value.split(|byte| *byte == b',').any(is_basic))
+}
+
+fn is_basic(challenge: &[u8]) -> bool {
+    let scheme = challenge.trim_ascii_start().split(u8::is_ascii_whitespace).next();
+    scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"basic"))
 }
 
 #[cfg(test)]
@@ -177,5 +234,25 @@ mod tests {
         }
         // What refuses is believed with all that follows.
         assert_eq!(said(&format!("HTTP/1.1 403 No\r\n\r\n{}", "x".repeat(1 << 17))), Some(403));
+    }
+
+    #[test]
+    fn challenges_tell_whether_basic_helps() {
+        let takes = |fields: &str| {
+            let answer = format!("HTTP/1.1 407 No\r\n{fields}\r\n");
+            final_head(answer.as_bytes()).unwrap().unwrap().takes_basic
+        };
+        for basic in [
+            "",
+            "Proxy-Authenticate: Basic realm=\"x\"\r\n",
+            "proxy-authenticate: basic\r\n",
+            "proxy-authenticate: Negotiate, Basic realm=\"x\"\r\n",
+            "proxy-authenticate: NTLM\r\nproxy-authenticate: BASIC realm=x\r\n",
+        ] {
+            assert!(takes(basic), "{basic}");
+        }
+        for other in ["proxy-authenticate: NTLM\r\n", "proxy-authenticate: Digest realm=\"basic\"\r\n"] {
+            assert!(!takes(other), "{other}");
+        }
     }
 }

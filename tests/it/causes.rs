@@ -232,9 +232,17 @@ const ROWS: &[Row] = &[
     Row {
         side: Business,
         cause: Cause::ProxyRefused,
-        start: || {
-            behind_proxy(Business, "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
-        },
+        start: || behind_proxy(Business, "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n"),
+    },
+    Row {
+        side: Business,
+        cause: Cause::ProxyCredentials,
+        start: || behind_proxy(Business, "HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"),
+    },
+    Row {
+        side: Token,
+        cause: Cause::ProxyCredentials,
+        start: || behind_proxy(Token, "HTTP/1.1 407 No\r\nproxy-authenticate: NTLM\r\n\r\n"),
     },
     Row {
         side: Business,

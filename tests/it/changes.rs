@@ -37,12 +37,18 @@ fn a_change_that_fails_is_told_with_its_time_and_cleared_when_it_is_mended() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let folder = Arc::new(TempDir::new().unwrap());
     let own = ca.issue(CALLER);
-    for (name, text) in [("ca.pem", ca.0.pem()), ("own.pem", own.certificate), ("own.key", own.key)] {
+    for (name, text) in [("ca.pem", ca.0.pem()), ("own.pem", own.certificate), ("own.key", own.key)]
+        .into_iter()
+        .chain(["proxy_user", "proxy_password"].map(|name| (name, "gateway".to_owned())))
+    {
         fs::write(folder.path().join(name), text).unwrap();
     }
     let caller = listener(&folder, &ca.issue(SERVER), "");
     let setup = Setup { folder: Some(folder.clone()), caller, ..Setup::default() };
     let setup = setup.set("upstream.ca_file", "ca.pem").set("upstream.client_cert_file", "own.pem");
+    let setup = setup.set("upstream.proxy", format!("http://{}", free()));
+    let setup = setup.set("upstream.proxy_user_file", "proxy_user");
+    let setup = setup.set("upstream.proxy_password_file", "proxy_password");
     // The files of TLS are read where something is spoken to over TLS.
     let setup = Setup { base_url: Some(format!("https://{}", free())), ..setup };
     let gateway = start_with(&sandbox, setup.set("upstream.client_key_file", "own.key"));
@@ -52,7 +58,7 @@ fn a_change_that_fails_is_told_with_its_time_and_cleared_when_it_is_mended() {
     let config = fs::read_to_string(folder.path().join("gateway.toml")).unwrap();
     let unread = config.replace("qa-console", "qa console");
     let refused = Options::default().app_secret + "-of-nobody";
-    let cases: [(&str, &str, &str, &str); 7] = [
+    let cases: [(&str, &str, &str, &str); 9] = [
         ("configuration", "gateway.toml", &unread, "callers[0].name"),
         ("credential default", "app_secret", "", "app_secret"),
         ("credential default", "app_secret", &refused, "token_refused"),
@@ -60,6 +66,8 @@ fn a_change_that_fails_is_told_with_its_time_and_cleared_when_it_is_mended() {
         ("upstream client_cert_file", "own.pem", "rubbish", "own.pem"),
         ("upstream ca_file", "ca.pem", "rubbish", "ca.pem"),
         ("upstream ca_file", "ca.pem", "", "ca.pem"),
+        ("upstream proxy_password_file", "proxy_user", "gate:way", "proxy_user_file holds a colon"),
+        ("upstream proxy_password_file", "proxy_password", "", "proxy_password is empty"),
     ];
     for (what, file, bad, says) in cases {
         let good = fs::read_to_string(folder.path().join(file)).unwrap();

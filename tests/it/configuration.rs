@@ -37,7 +37,7 @@ fn shipped(name: &str) -> (TempDir, String) {
             fs::copy(&from, to.join(from.file_name().unwrap())).unwrap();
         }
     }
-    for secret in ["app_key", "app_secret", "audit.key"] {
+    for secret in ["app_key", "app_secret", "audit.key", "proxy_user", "proxy_password"] {
         fs::write(folder.path().join(secret), SECRET).unwrap();
     }
     let root_certificate = rcgen::generate_simple_self_signed(vec!["root".to_owned()]).unwrap();
@@ -245,6 +245,30 @@ fn what_would_be_dangerous_is_refused() {
         ),
         (text.clone() + "[log]\nlevel = \"inof\"\n", "log.level"),
         (
+            with(&text, header, &format!("{header}\nproxy = \"http://u:p@egress.internal:3128\"")),
+            "upstream.proxy: must hold no user: name the files",
+        ),
+        (
+            with(&text, header, &format!("{header}\nproxy = \"http://e:1\"\nproxy_user_file = \"app_key\"")),
+            "upstream.proxy_password_file: is needed for proxy_user_file",
+        ),
+        (
+            with(
+                &text,
+                header,
+                &format!("{header}\nproxy = \"http://e:1\"\nproxy_password_file = \"app_key\""),
+            ),
+            "upstream.proxy_user_file: is needed for proxy_password_file",
+        ),
+        (
+            with(
+                &text,
+                header,
+                &format!("{header}\nproxy_user_file = \"app_key\"\nproxy_password_file = \"app_key\""),
+            ),
+            "upstream.proxy: is needed for proxy_user_file",
+        ),
+        (
             with(&text, header, &format!("{header}\nhttp2 = \"on\"")),
             "upstream.http2: must be \"off\" or \"auto\"",
         ),
@@ -416,6 +440,8 @@ fn a_file_without_permission_is_told_at_the_key_that_names_it() {
         ("ca_file", "ca.pem", "upstream.ca_file"),
         ("client_cert_file", "client.pem", "upstream.client_cert_file"),
         ("client_key_file", "client.key", "upstream.client_key_file"),
+        ("proxy_user_file", "proxy_user", "upstream.proxy_user_file"),
+        ("proxy_password_file", "proxy_password", "upstream.proxy_password_file"),
         ("contract_file", "contracts/deleteQualityTask.json", "routes[0].contract_file"),
         ("key_file", "audit.key", "audit.key_file"),
     ] {
@@ -570,6 +596,8 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
     make("newline", b"\n");
     make("two_lines", b"a\nb\n");
     make("short", b"too short");
+    make("colon", b"user:password");
+    make("nul", b"a\0b");
     make("not_pem", b"no certificate");
     make("no_json", b"{");
     make("no_schema", br#"{ "type": "object", "additionalProperties": false, "oneOf": [] }"#);
@@ -603,12 +631,24 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
     ] {
         cases.push(("credentials[0].app_key_file", set("app_key_file", "app_key", file), reason));
         cases.push(("credentials[0].app_secret_file", set("app_secret_file", "app_secret", file), reason));
+        cases.push(("upstream.proxy_user_file", set("proxy_user_file", "proxy_user", file), reason));
+        let password = set("proxy_password_file", "proxy_password", file);
+        cases.push(("upstream.proxy_password_file", password, reason));
     }
     cases.push((
         "credentials[0].app_key_file",
         set("app_key_file", "app_key", "two_lines"),
         "a header cannot",
     ));
+    for (file, reason) in
+        [("colon", "holds a colon"), ("two_lines", "a control character"), ("nul", "a control")]
+    {
+        cases.push(("upstream.proxy_user_file", set("proxy_user_file", "proxy_user", file), reason));
+        if file != "colon" {
+            let password = set("proxy_password_file", "proxy_password", file);
+            cases.push(("upstream.proxy_password_file", password, reason));
+        }
+    }
     for (file, reason) in [
         ("absent", "No such file"),
         ("not_pem", "certificate"),

@@ -24,6 +24,7 @@ use crate::{
     callers::{CALLER, Ca, SERVER, change, swap},
     exchange::secure_sandbox,
     http2_upstream::SUCCESS,
+    secrets::shows,
     support::*,
 };
 
@@ -181,7 +182,7 @@ fn a_proxys_answer_is_read_behind_interim_heads_and_up_to_bounds_that_the_log_na
         assert_eq!(reply.json()["cause"], "proxy_unreadable", "{bound}");
         let detail = gateway.admin("/status").json()["upstream"]["last_error"]["detail"].take();
         assert!(detail.as_str().unwrap().contains(bound), "{detail}");
-        assert!(gateway.log().contains(bound), "{}", gateway.log());
+        wait_for("its line", || gateway.log().contains(bound).then_some(()));
         wait_for("the record", || {
             let records = records(&gateway.audit_directory(), "");
             records.iter().any(|record| record["cause"] == "proxy_unreadable").then_some(())
@@ -191,6 +192,156 @@ fn a_proxys_answer_is_read_behind_interim_heads_and_up_to_bounds_that_the_log_na
     // What is no HTTP is told before it ends.
     let (reply, ..) = through(&Proxy::start("\x15\x03\x01"), false);
     assert_eq!(reply.json()["cause"], "proxy_unreadable");
+}
+
+const PROXY_USER: &str = "gateway";
+const PROXY_PASSWORD: &str = "proxy-password-0.example";
+/// Both, as they are sent.
+const LOGIN: &str = "Proxy-Authorization: Basic Z2F0ZXdheTpwcm94eS1wYXNzd29yZC0wLmV4YW1wbGU=\r\n";
+
+/// A proxy that lets in who sends this, and challenges others so.
+fn guarded_proxy(challenge: &'static str) -> Proxy {
+    Proxy::answering(move |head| match head.contains(LOGIN) {
+        true => "HTTP/1.1 200 OK\r\n\r\n".to_owned(),
+        // It quotes all that it heard, too.
+        false => format!("HTTP/1.1 407 {}\r\n{challenge}\r\n", head.replace("\r\n", " ")),
+    })
+}
+
+fn with_login(setup: Setup, password: &str) -> Setup {
+    let folder = setup.folder.as_ref().unwrap();
+    fs::write(folder.path().join("proxy_user"), PROXY_USER.to_owned() + "\n").unwrap();
+    fs::write(folder.path().join("proxy_password"), password.to_owned() + "\n").unwrap();
+    let setup = setup.set("upstream.proxy_user_file", "proxy_user");
+    setup.set("upstream.proxy_password_file", "proxy_password")
+}
+
+#[test]
+fn a_proxy_that_wants_credentials_gets_those_of_the_files_which_may_change() {
+    const WRONG: &str = "another-password-of-the-gateway";
+    let (secure, setup) = secure_sandbox();
+    let folder = setup.folder.clone().unwrap();
+    let proxy = guarded_proxy("Proxy-Authenticate: Basic realm=\"egress\"\r\n");
+    let setup = setup.set("upstream.proxy", proxy.url()).set("log.level", "trace").set("token.wait", "10s");
+    let gateway = start_with(&secure, with_login(setup, WRONG));
+    let refused =
+        "the proxy refuses the user and password of proxy_user_file and proxy_password_file (status 407)";
+    wait_for("the refusal", || gateway.log().contains(refused).then_some(()));
+    let status = gateway.admin("/status");
+    assert_eq!(
+        status.json()["credentials"][0]["last_error"]["cause"],
+        "proxy_credentials",
+        "{}",
+        status.body
+    );
+    assert_eq!(secure.connections().accepted, 0);
+
+    let change = |count: usize| {
+        let is_change = |event: &serde_json::Value| event["event"] == "secret_change";
+        let events = || records(&gateway.audit_directory(), "event").into_iter().filter(is_change);
+        let event = wait_for("the event", || events().nth(count - 1));
+        assert_eq!(event["upstream"], "proxy_password_file", "{event}");
+        event["result"].as_str().unwrap().to_owned()
+    };
+    swap(&folder, "proxy_password", PROXY_PASSWORD);
+    assert_eq!(change(1), "accepted");
+    let reply = gateway.call();
+    assert_eq!(reply.outcome(), "succeeded", "{reply:?} {}", gateway.log());
+    assert_eq!((secure.requests().len(), secure.token_calls().len()), (1, 1));
+    let token_head = secure.token_calls()[0].request.head.clone();
+    for head in [&secure.requests()[0].head, &token_head] {
+        assert!(!String::from_utf8_lossy(head).to_lowercase().contains("proxy"), "it is the proxy's alone");
+    }
+    let head = proxy.heads.lock().unwrap().last().unwrap().clone();
+    assert!(head.starts_with("CONNECT localhost:") && head.ends_with(&format!("\r\n{LOGIN}\r\n")), "{head}");
+
+    swap(&folder, "proxy_password", "two\nlines");
+    assert_eq!(change(2), "refused");
+    assert_eq!(gateway.call().outcome(), "succeeded", "the old ones stay in use");
+
+    let config = folder.path().join("gateway.toml").display().to_string();
+    let named = ["proxy", "proxy_user_file", "proxy_password_file"].map(|key| {
+        format!("upstream.{key}={}", if key == "proxy" { proxy.url() } else { key.replace("_file", "") })
+    });
+    let mut check = vec!["check", "--config", &config];
+    named.iter().for_each(|set| check.extend(["--set", set]));
+    swap(&folder, "proxy_password", PROXY_PASSWORD);
+    let (code, out, error) = command(&check);
+    assert!(code == 0 && out.contains("proxy_password_file = "), "{out}{error}");
+    let trail = records(&gateway.audit_directory(), "").iter().map(ToString::to_string).collect();
+    for (sink, text) in [
+        ("log", gateway.log()),
+        ("reply", reply.text()),
+        ("status", status.body + &gateway.admin("/status").body),
+        ("metrics", gateway.admin("/metrics").body),
+        ("trail", trail),
+        ("check", out + &error),
+    ] {
+        for secret in [WRONG, PROXY_PASSWORD] {
+            assert!(!shows(&text, secret), "{secret} shows in the {sink}");
+        }
+    }
+}
+
+#[test]
+fn a_proxys_challenge_is_told_with_what_is_to_be_done() {
+    let basic = "Proxy-Authenticate: Basic realm=\"egress\"\r\n";
+    let ntlm = "Proxy-Authenticate: NTLM\r\nProxy-Authenticate: Negotiate\r\n";
+    for (challenge, password, told) in [
+        (basic, None, "name the files of a user and a password in [upstream] proxy_user_file"),
+        ("", None, "name the files of a user and a password in [upstream] proxy_user_file"),
+        (basic, Some("wrong-password"), "put those that it takes into these files"),
+        (ntlm, None, "but not by Basic"),
+        (ntlm, Some("wrong-password"), "but not by Basic"),
+        (ntlm, Some(PROXY_PASSWORD), ""), // the control
+    ] {
+        let (secure, setup) = secure_sandbox();
+        let plain = sandbox();
+        let proxy = guarded_proxy(challenge);
+        let setup = if told.is_empty() { setup } else { with_other_tokens(setup, &plain) };
+        let setup = setup.set("upstream.proxy", proxy.url());
+        let setup = match password {
+            Some(password) => with_login(setup, password),
+            None => setup,
+        };
+        let gateway = start_with(&plain, setup);
+        let reply = gateway.call();
+        assert_eq!(proxy.heads.lock().unwrap().iter().any(|head| head.contains("Basic")), password.is_some());
+        if told.is_empty() {
+            assert_eq!(reply.outcome(), "succeeded", "{reply:?} {}", gateway.log());
+            continue;
+        }
+        assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"), "{challenge}");
+        assert_eq!(reply.json()["cause"], "proxy_credentials");
+        let detail = gateway.admin("/status").json()["upstream"]["last_error"]["detail"].take();
+        assert!(detail.as_str().unwrap().contains(told), "{challenge} {password:?}: {detail}");
+        wait_for("its line", || gateway.log().contains(told).then_some(()));
+        assert_eq!(secure.connections().accepted, 0);
+    }
+}
+
+/// A proxy that breaks TLS open shows a certificate of its own, and knows the password.
+#[test]
+fn what_a_proxy_says_in_a_certificate_quotes_no_password() {
+    for (name, told) in [(PROXY_PASSWORD, "quotes the proxy's password"), ("other.example", "other.example")]
+    {
+        let (ca, tls) = crate::exchange::certificate(name, false);
+        let options = ccsqm_gateway::sandbox::Options { tls: Some(tls), ..Default::default() };
+        let (plain, opens) = (sandbox(), Sandbox::start(options).unwrap());
+        let folder = Arc::new(TempDir::new().unwrap());
+        fs::write(folder.path().join("ca.pem"), ca).unwrap();
+        let proxy = guarded_proxy("");
+        let base_url = Some(format!("https://localhost:{}", opens.address().port()));
+        let setup = Setup { base_url, folder: Some(folder), ..Setup::default() };
+        let setup = setup.set("upstream.ca_file", "ca.pem").set("upstream.proxy", proxy.url());
+        let gateway = start_with(&plain, with_login(setup, PROXY_PASSWORD));
+        assert_eq!(gateway.call().json()["cause"], "tls_name");
+        wait_for("its line", || gateway.log().contains(told).then_some(()));
+        let status = gateway.admin("/status").body;
+        for text in [&status, &gateway.log()] {
+            assert!(text.contains(told) && !text.contains(PROXY_PASSWORD), "{text}");
+        }
+    }
 }
 
 /// A relay in front of the sandbox that asks for a certificate of this CA.

@@ -49,6 +49,8 @@ fn start_with_files(sandbox: &Sandbox, through: Vec<String>, folder: &Arc<TempDi
     let client = ca.issue(CALLER);
     place("client.pem", &client.certificate);
     place("client.key", &client.key);
+    place("proxy_user", "gateway");
+    place("proxy_password", "password");
     let more = ", client_ca_file = \"ca.pem\", client_crl_file = \"revoked.pem\"";
     let caller = listener(folder, &ca.issue(SERVER), more)
         + &caller("console", "dns:batch.qa.internal", "")
@@ -277,6 +279,9 @@ fn a_start_refuses_what_is_no_file_within_a_deadline() {
         "upstream.ca_file=ca.pem",
         "upstream.client_cert_file=client.pem",
         "upstream.client_key_file=client.key",
+        "upstream.proxy=http://127.0.0.1:1",
+        "upstream.proxy_user_file=proxy_user",
+        "upstream.proxy_password_file=proxy_password",
     ];
     let run = |command: &str, through: &[String], config: &Path| {
         let mut words = through.to_vec();
@@ -305,6 +310,8 @@ fn a_start_refuses_what_is_no_file_within_a_deadline() {
         ("revoked.pem", "client_crl_file"),
         ("client.pem", "client_cert_file"),
         ("client.key", "client_key_file"),
+        ("proxy_user", "proxy_user_file"),
+        ("proxy_password", "proxy_password_file"),
     ] {
         let text = fs::read_to_string(folder.path().join(name)).unwrap();
         for kind in ["pipe", "device"] {

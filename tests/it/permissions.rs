@@ -145,7 +145,7 @@ fn what_others_can_read_or_change_is_a_warning() {
 }
 
 /// A configuration that names a file by each of its settings, and what the settings are called.
-fn with_every_file() -> (TempDir, String, [(&'static str, &'static str); 12]) {
+fn with_every_file() -> (TempDir, String, [(&'static str, &'static str); 14]) {
     let (folder, text) = folder();
     let ca = Ca::new();
     let (server, client) = (ca.issue(SERVER), ca.issue(CALLER));
@@ -154,6 +154,8 @@ fn with_every_file() -> (TempDir, String, [(&'static str, &'static str); 12]) {
         ("roots.pem", &*ca.0.pem(), 0o644),
         ("client.pem", &client.certificate, 0o644),
         ("client.key", &client.key, 0o600),
+        ("proxy_user", "gateway", 0o600),
+        ("proxy_password", "password", 0o600),
         ("server.pem", &server.certificate, 0o644),
         ("server.key", &server.key, 0o600),
         ("ca.pem", &ca.0.pem(), 0o644),
@@ -163,7 +165,8 @@ fn with_every_file() -> (TempDir, String, [(&'static str, &'static str); 12]) {
         fs::write(folder.path().join(name), content).unwrap();
         set_mode(&folder.path().join(name), mode);
     }
-    let upstream = "[upstream]\nca_file = \"roots.pem\"\nclient_cert_file = \"client.pem\"\nclient_key_file = \"client.key\"\n";
+    let upstream = "[upstream]\nca_file = \"roots.pem\"\nclient_cert_file = \"client.pem\"\nclient_key_file = \"client.key\"\n\
+        proxy = \"http://egress.internal:3128\"\nproxy_user_file = \"proxy_user\"\nproxy_password_file = \"proxy_password\"\n";
     let more = "key_file = \"own.key\"\n[[listeners]]\naddress = \"127.0.0.1:0\"\n[listeners.tls]\n\
          cert_file = \"server.pem\"\nkey_file = \"server.key\"\nclient_ca_file = \"ca.pem\"\n\
          client_crl_file = \"revoked.pem\"\n[[routes]]\nname = \"appointQualityTask\"\ncontract_file = \"contract.json\"\n";
@@ -174,6 +177,8 @@ fn with_every_file() -> (TempDir, String, [(&'static str, &'static str); 12]) {
         ("roots.pem", "upstream.ca_file"),
         ("client.pem", "upstream.client_cert_file"),
         ("client.key", "upstream.client_key_file"),
+        ("proxy_user", "upstream.proxy_user_file"),
+        ("proxy_password", "upstream.proxy_password_file"),
         ("server.pem", "listeners[1].tls.cert_file"),
         ("server.key", "listeners[1].tls.key_file"),
         ("ca.pem", "listeners[1].tls.client_ca_file"),

@@ -35,7 +35,7 @@ fn base64(bytes: &[u8], last_two: &[u8]) -> String {
     (0..bytes.len() * 8).step_by(6).map(letter).collect()
 }
 
-fn shows(sink: &str, text: &str) -> bool {
+pub(crate) fn shows(sink: &str, text: &str) -> bool {
     forms(text).iter().any(|form| sink.contains(form))
 }
 

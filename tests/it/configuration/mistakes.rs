@@ -131,6 +131,8 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
         "listeners.tls.key_file",
         "upstream.base_url",
         "upstream.client_cert_file", // both, or none
+        "upstream.proxy",
+        "upstream.proxy_user_file", // both, or none
         "credentials.name",
         "credentials.app_key_file",
         "credentials.app_secret_file",
@@ -202,6 +204,8 @@ fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
         | "routes.contract_file"
         | "upstream.client_cert_file"
         | "upstream.client_key_file"
+        | "upstream.proxy_user_file"
+        | "upstream.proxy_password_file"
         | "listeners.tls.cert_file"
         | "listeners.tls.key_file"
         | "listeners.tls.client_ca_file"

@@ -1,0 +1,174 @@
+//! User and password for a proxy that wants credentials (`Basic`, RFC 7617). Read again when their files change.
+//!
+//! Guarantees that neither can be printed. Does not ask whether the proxy takes them: a connection shows that.
+
+use std::{fmt, path::Path, sync::Arc};
+
+use arc_swap::ArcSwap;
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+use crate::{
+    config::{LoginFiles, SecretSource},
+    secret::{Secret, SecretError, needles::Needles},
+    watched::{Watched, digest, follow},
+};
+
+/// Why user and password cannot be used. Names places, never a content.
+#[derive(Debug, Error)]
+pub enum LoginError {
+    /// A file could not be read.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// A user that cannot be sent.
+    #[error("proxy_user_file {0}")]
+    User(&'static str),
+    /// A password that cannot be sent.
+    #[error("proxy_password_file {0}")]
+    Password(&'static str),
+}
+
+/// User and password, as they are at present.
+#[derive(Debug)]
+pub struct Login {
+    files: LoginFiles,
+    current: ArcSwap<Basic>,
+    /// Of what was read first.
+    digest: [u8; 32],
+}
+
+impl Login {
+    /// Reads both files.
+    pub fn load(files: LoginFiles) -> Result<Arc<Self>, LoginError> {
+        let digest = contents(&files)?; // before they are read: what changes in between is noticed later
+        let current = ArcSwap::from_pointee(Basic::load(&files)?);
+        Ok(Arc::new(Self { files, current, digest }))
+    }
+
+    /// What is sent now.
+    pub(super) fn current(&self) -> Arc<Basic> {
+        self.current.load_full()
+    }
+
+    /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
+    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
+        let files = self.files.clone();
+        let paths = vec![files.user.clone(), files.password.clone()];
+        let watched = Watched::new(paths, move || contents(&files), self.digest);
+        let take = move |_| {
+            self.current.store(Arc::new(Basic::load(&self.files)?));
+            Ok(())
+        };
+        follow(watched, take, tell).await;
+    }
+}
+
+/// User and password of these files, such that they can be sent.
+fn read(files: &LoginFiles) -> Result<[Secret; 2], LoginError> {
+    let load = |path: &Path| Secret::load(&SecretSource::File(path.to_owned()));
+    let (user, password) = (load(&files.user)?, load(&files.password)?);
+    check_user(user.expose()).map_err(LoginError::User)?;
+    check_password(password.expose()).map_err(LoginError::Password)?;
+    Ok([user, password])
+}
+
+fn contents(files: &LoginFiles) -> Result<[u8; 32], LoginError> {
+    Ok(digest(read(files)?.each_ref().map(Secret::expose)))
+}
+
+/// A user has no colon, which ends it, and no control characters (RFC 7617, section 2).
+pub(crate) fn check_user(user: &[u8]) -> Result<(), &'static str> {
+    if user.contains(&b':') {
+        return Err("holds a colon, which no user's name can have: the password has a file of its own");
+    }
+    check_password(user)
+}
+
+/// A password has no control characters (RFC 7617, section 2).
+pub(crate) fn check_password(password: &[u8]) -> Result<(), &'static str> {
+    let is_plain = !password.iter().any(u8::is_ascii_control);
+    is_plain.then_some(()).ok_or("holds a control character, such as a second line")
+}
+
+/// User and password as they are sent. Cannot be printed.
+pub(super) struct Basic {
+    encoded: Zeroizing<Vec<u8>>,
+    needles: Needles,
+}
+
+impl Basic {
+    fn load(files: &LoginFiles) -> Result<Self, LoginError> {
+        let [user, password] = read(files)?;
+        Ok(Self::new(user.expose(), password.expose()))
+    }
+
+    pub(super) fn new(user: &[u8], password: &[u8]) -> Self {
+        let encoded = base64(&Zeroizing::new([user, b":", password].concat()));
+        let needles = Needles::new([&encoded, password, b""]);
+        Self { encoded, needles }
+    }
+
+    /// In base64, as they stand behind the name of the scheme.
+    pub(super) fn encoded(&self) -> &[u8] {
+        &self.encoded
+    }
+
+    /// Whether a text quotes the password.
+    pub(super) fn is_in(&self, text: &str) -> bool {
+        self.needles.are_in(text.as_bytes())
+    }
+}
+
+impl fmt::Debug for Basic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Basic")
+    }
+}
+
+/// Base64 (RFC 4648, section 4). In one buffer, so that nothing is left behind where it grew.
+fn base64(bytes: &[u8]) -> Zeroizing<Vec<u8>> {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = Zeroizing::new(Vec::with_capacity(bytes.len().div_ceil(3) * 4));
+    for three in bytes.chunks(3) {
+        let mut group = [0; 4];
+        group[1..=three.len()].copy_from_slice(three);
+        let group = u32::from_be_bytes(group);
+        for (place, shift) in [18, 12, 6, 0].into_iter().enumerate() {
+            let letter = LETTERS[(group >> shift & 63) as usize];
+            text.push(if place <= three.len() { letter } else { b'=' });
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn user_and_password_are_sent_as_the_rfc_shows() {
+        // RFC 7617, sections 2 and 2.1.
+        assert_eq!(Basic::new(b"Aladdin", b"open sesame").encoded(), b"QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
+        assert_eq!(Basic::new(b"test", "123\u{a3}".as_bytes()).encoded(), b"dGVzdDoxMjPCow==");
+        // RFC 4648, section 10.
+        for (bytes, text) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg==")]
+        {
+            assert_eq!(base64(bytes.as_bytes())[..], *text.as_bytes());
+        }
+        assert_eq!(base64(&[0xfb, 0xff, 0xbf])[..], *b"+/+/");
+    }
+
+    #[test]
+    fn what_basic_cannot_hold_is_refused() {
+        assert!(check_user(b"DOMAIN\\user name").is_ok() && check_password("a:b \u{a3}".as_bytes()).is_ok());
+        for bad in ["a:b", "a\nb", "a\0", "\u{7f}"] {
+            assert!(check_user(bad.as_bytes()).is_err(), "{bad:?}");
+            assert_eq!(check_password(bad.as_bytes()).is_err(), bad != "a:b", "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn neither_shows_in_debug() {
+        assert_eq!(format!("{:?}", Basic::new(b"user", b"s3cret")), "Basic");
+    }
+}
