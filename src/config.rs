@@ -11,6 +11,7 @@ mod files;
 mod parse;
 mod relations;
 mod exposure;
+mod variables;
 mod effective;
 pub mod trail;
 
@@ -187,8 +188,18 @@ impl Config {
         let set = environment.iter().filter_map(|(name, value)| Some((name.to_str()?, value.to_str()?)));
         let set = set.filter(|(_, value)| !value.trim_end_matches(['\r', '\n']).is_empty());
         let variables: HashSet<String> = set.map(|(name, _)| name.to_owned()).collect();
-        let layers = raw::read(path, overrides, &environment)?;
+        let layers = raw::read(Some(path), overrides, &environment)?;
         parse::validate(layers, path.parent().unwrap_or(Path::new(".")), &variables, reading)
+    }
+
+    /// Where the admin listener is, by the file, if one is named, and the environment. Looks at nothing else: what became of
+    /// other settings or files after a start says nothing of the gateway that runs.
+    pub fn admin_address(
+        path: Option<&Path>,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<SocketAddr, Problems> {
+        let environment: Vec<_> = environment.into_iter().collect();
+        parse::admin_address(raw::read(path, &[], &environment)?)
     }
 
     /// The listeners at which a caller can be seen.

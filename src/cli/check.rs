@@ -146,6 +146,7 @@ fn notices(configured: &Configured, config: &Config) -> Vec<String> {
     let loopback = config.trusts_loopback().then(|| LOOPBACK_NOTICE.to_owned());
     let memory = MemoryBound::new(&config.idempotency).notice();
     let (limit, trail) = (limit::notice(config), config.trail_size().notice());
+    let misnamed = config.misnamed_variables(std::env::vars_os());
     let exposures = config.exposures(&configured.config);
     let of_trail = trail.into_iter().chain(limit);
     loopback
@@ -153,6 +154,7 @@ fn notices(configured: &Configured, config: &Config) -> Vec<String> {
         .chain(memory)
         .chain(of_trail)
         .chain(needles::notices(config))
+        .chain(misnamed)
         .chain(exposures)
         .collect()
 }

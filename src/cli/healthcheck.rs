@@ -1,22 +1,28 @@
 //! `healthcheck`: for containers without curl.
 
 use std::{
-    io::{Read, Write},
-    net::{SocketAddr, TcpStream},
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpStream, ToSocketAddrs},
+    path::PathBuf,
     process::ExitCode,
     time::Duration,
 };
 
 use anyhow::Context as _;
+use ccsqm_gateway::config::Config;
 
-use super::out;
+use super::{BAD_CONFIGURATION, out};
 
 /// Ask a running gateway whether it lives, or is ready.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The admin listener.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090")]
-    admin: SocketAddr,
+    /// The admin listener, such as localhost:9090. Without it, the one of the environment
+    /// (CCSQM_GATEWAY__ADMIN__ADDRESS) or of the configuration file counts, else 127.0.0.1:9090.
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse_admin)]
+    admin: Option<String>,
+    /// The configuration file that names the admin listener.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Ask for readiness, not just for life.
     #[arg(long)]
     ready: bool,
@@ -24,17 +30,46 @@ pub(super) struct Args {
 
 const DEADLINE: Duration = Duration::from_secs(3);
 
+fn parse_admin(text: &str) -> Result<String, String> {
+    let (host, port) = text.rsplit_once(':').unwrap_or_default();
+    let is_plain = !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic());
+    let fits = is_plain && port.parse::<u16>().is_ok();
+    fits.then(|| text.to_owned()).ok_or_else(|| "must be HOST:PORT, as in localhost:9090".into())
+}
+
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let admin = match &args.admin {
+        Some(admin) => admin.clone(),
+        None => match Config::admin_address(args.config.as_deref(), std::env::vars_os()) {
+            Ok(address) => address.to_string(),
+            Err(problems) => {
+                out::complain_lines(&problems.to_string());
+                return Ok(ExitCode::from(BAD_CONFIGURATION));
+            }
+        },
+    };
     let path = if args.ready { "/readyz" } else { "/livez" };
-    let reply = ask(args.admin, path).with_context(|| format!("no answer from {}", args.admin))?;
+    let reply = ask(&admin, path).with_context(|| format!("no answer from {admin}"))?;
     let (head, body) = reply.split_once("\r\n\r\n").unwrap_or((&reply, ""));
     out::lines(body.trim_end());
     let is_good = head.starts_with("HTTP/1.1 200 ");
     Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn ask(admin: SocketAddr, path: &str) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&admin, DEADLINE)?;
+/// Asks the first address of the name at which somebody listens.
+fn ask(admin: &str, path: &str) -> io::Result<String> {
+    let mut failed = io::Error::other("the name has no address");
+    for address in admin.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, DEADLINE) {
+            Ok(stream) => return converse(stream, address, path),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
+}
+
+/// `Host` is the address, which every admin listener takes; a name might have to be listed.
+fn converse(mut stream: TcpStream, admin: SocketAddr, path: &str) -> io::Result<String> {
     stream.set_read_timeout(Some(DEADLINE))?;
     write!(stream, "GET {path} HTTP/1.1\r\nhost: {admin}\r\nconnection: close\r\n\r\n")?;
     let mut reply = String::new();

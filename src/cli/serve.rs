@@ -43,8 +43,9 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
     if let Err(error) = hidden {
         tracing::warn!(%error, "core dumps, or looks into this process, cannot be turned off");
     }
-    for exposure in config.exposures(&configured.config) {
-        tracing::warn!("{exposure}");
+    let misnamed = config.misnamed_variables(std::env::vars_os());
+    for notice in misnamed.into_iter().chain(config.exposures(&configured.config)) {
+        tracing::warn!("{notice}");
     }
     allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = match App::build(config, accept_loss) {

@@ -49,7 +49,8 @@ pub(super) fn validate(
 ) -> Result<(Config, Vec<String>), Problems> {
     let Layers { root, mut problems, syntax } = layers;
     let mut context = Context::new(folder, variables, syntax, reading);
-    let config = read_config(&mut context, root);
+    let mut config = read_config(&mut context, root);
+    relations::let_defaults_give_way(&context, &mut config);
     context.tell_what_lacks();
     if syntax == Syntax::Whole {
         relations::check(&mut context, &config);
@@ -62,12 +63,25 @@ pub(super) fn validate(
     Err(Problems(problems))
 }
 
+/// The admin listener's address alone. A line that is no TOML may be the one that names it.
+pub(super) fn admin_address(layers: Layers) -> Result<SocketAddr, Problems> {
+    let Layers { root, mut problems, syntax } = layers;
+    let variables = HashSet::new();
+    let mut context = Context::new(Path::new("."), &variables, syntax, Reading::default());
+    let mut root = Table::open(&mut context, String::new(), root);
+    let mut table = root.section(&mut context, "admin");
+    let address = read_admin_address(&mut context, &mut table);
+    problems.append(&mut context.problems);
+    problems.retain(|problem| syntax != Syntax::Whole || problem.key.starts_with("admin"));
+    if problems.is_empty() { Ok(address) } else { Err(Problems(problems)) }
+}
+
 fn read_config(context: &mut Context<'_>, root: Value) -> Config {
     let mut root = Table::open(context, String::new(), root);
     let listeners = read_listeners(context, &mut root);
     let admin = read_admin(context, &mut root);
-    let server = read_server(context, &mut root);
     let upstream = read_upstream(context, &mut root);
+    let server = read_server(context, &mut root, upstream.max_connections);
     let token = read_token(context, &mut root, &upstream.base_url);
     let credentials = read_credentials(context, &mut root);
     let routes = read_routes(context, &mut root);
@@ -191,12 +205,16 @@ fn loopback_names() -> Vec<String> {
     ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).into()
 }
 
-fn read_admin(context: &mut Context<'_>, root: &mut Table) -> Admin {
-    let mut table = root.section(context, "admin");
-    let address = table.parsed(context, "address", ([127, 0, 0, 1], 9090).into(), |text| {
+fn read_admin_address(context: &mut Context<'_>, table: &mut Table) -> SocketAddr {
+    table.parsed(context, "address", ([127, 0, 0, 1], 9090).into(), |text| {
         text.parse::<SocketAddr>()
             .map_err(|_| "must be an address with a port, as in \"127.0.0.1:9090\"".into())
-    });
+    })
+}
+
+fn read_admin(context: &mut Context<'_>, root: &mut Table) -> Admin {
+    let mut table = root.section(context, "admin");
+    let address = read_admin_address(context, &mut table);
     let hosts = read_list(context, &mut table, "hosts", parse_host).unwrap_or_default();
     let control = match table.path(context, "control") {
         None => Control::Default,
@@ -207,9 +225,10 @@ fn read_admin(context: &mut Context<'_>, root: &mut Table) -> Admin {
     Admin { address, hosts, control }
 }
 
-fn read_server(context: &mut Context<'_>, root: &mut Table) -> Server {
+/// No worker is without a connection to the upstream, of which there are `connections`.
+fn read_server(context: &mut Context<'_>, root: &mut Table, connections: usize) -> Server {
     let mut table = root.section(context, "server");
-    let auto = || std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4));
+    let auto = || std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4).min(connections));
     let workers = match table.members.get("workers").map(|value| &value.kind) {
         Some(Kind::Text(text) | Kind::Loose(text)) if text == "auto" => {
             drop(table.take(context, "workers"));
@@ -217,9 +236,6 @@ fn read_server(context: &mut Context<'_>, root: &mut Table) -> Server {
         }
         _ => table.integer(context, "workers", 1, 1..=64),
     };
-    let drain_timeout = table.duration(context, "drain_timeout", "10s", ("0s", "10m"));
-    let names_grace = table.members.contains_key("drain_grace");
-    let grace = table.duration(context, "drain_grace", "1s", ("0s", "5m"));
     let server = Server {
         workers,
         max_connections: table.integer(context, "max_connections", 4096, 1..=1_000_000),
@@ -233,8 +249,8 @@ fn read_server(context: &mut Context<'_>, root: &mut Table) -> Server {
         header_timeout: table.duration(context, "header_timeout", "10s", ("100ms", "5m")),
         body_timeout: table.duration(context, "body_timeout", "10s", ("100ms", "5m")),
         idle_timeout: table.duration(context, "idle_timeout", "60s", ("100ms", "1h")),
-        drain_grace: if names_grace { grace } else { grace.min(drain_timeout / 2) },
-        drain_timeout,
+        drain_grace: table.duration(context, "drain_grace", "1s", ("0s", "5m")),
+        drain_timeout: table.duration(context, "drain_timeout", "10s", ("0s", "10m")),
     };
     table.close(context);
     server
@@ -336,6 +352,9 @@ fn read_headers(context: &mut Context<'_>, table: &mut Table) -> HeaderMap {
         context.problem(&value.place, key, "must be a table, as in { x-tenantspaceid = \"…\" }");
         return headers;
     };
+    // A name in other capitals is the same header: the later layer's value counts.
+    let mut members: Vec<_> = members.into_iter().collect();
+    members.sort_by(|(_, a), (_, b)| a.place.cmp(&b.place));
     for (name, value) in members {
         let key = format!("{key}.{name}");
         match (HeaderName::try_from(&name), &value.kind) {
@@ -350,7 +369,7 @@ fn read_headers(context: &mut Context<'_>, table: &mut Table) -> HeaderMap {
                 );
             }
             (Ok(header), Kind::Text(text) | Kind::Loose(text)) if HeaderValue::from_str(text).is_ok() => {
-                headers.extend(HeaderValue::from_str(text).ok().map(|value| (header, value)));
+                HeaderValue::from_str(text).ok().and_then(|value| headers.insert(header, value));
             }
             (Ok(_), _) => context.problem(&value.place, key, "must be a text that a header can hold"),
             (Err(_), _) => context.problem(&value.place, key, "is not a header name"),

@@ -23,6 +23,9 @@ use crate::files;
 /// (`CCSQM_GATEWAY_SERVICE_HOST`, …) do not have the second underscore.
 pub(super) const PREFIX: &str = "CCSQM_GATEWAY__";
 
+/// The table whose keys are names of headers.
+const HEADERS: &str = "upstream.headers.";
+
 /// Nobody writes a longer one; whatever is longer is some other file.
 const MAX_FILE: u64 = 4 << 20;
 
@@ -92,16 +95,17 @@ impl fmt::Display for Place {
     }
 }
 
-/// Reads the file and lays the environment and the flags over it.
+/// Reads the file, if there is one, and lays the environment and the flags over it.
 pub(super) fn read(
-    path: &Path,
+    path: Option<&Path>,
     overrides: &[(String, String)],
     environment: &[(OsString, OsString)],
 ) -> Result<Layers, Problems> {
-    let shown: Arc<str> = path.display().to_string().into();
+    let shown: Arc<str> = path.map(|path| path.display().to_string()).unwrap_or_default().into();
     let at = |line| Place::File { path: shown.clone(), line };
     let problem = |(line, reason)| Problem { place: at(line), key: "file".into(), reason };
-    let text = read_text(path).map_err(|mistake| Problems(vec![problem(mistake)]))?;
+    let text = path.map_or_else(|| Ok(String::new()), read_text);
+    let text = text.map_err(|mistake| Problems(vec![problem(mistake)]))?;
     let (table, mistakes, syntax) = parse(text, &at);
     let mut layers = Layers { root: table, problems: mistakes.into_iter().map(problem).collect(), syntax };
     let mut variables: Vec<_> = environment.iter().filter_map(Override::variable).collect();
@@ -232,7 +236,11 @@ impl Override {
         } else {
             value.to_str().map(str::to_owned).ok_or("is not UTF-8")
         };
-        let key = rest.to_ascii_lowercase().replace("__", ".");
+        let mut key = rest.to_ascii_lowercase().replace("__", ".");
+        // A shell cannot name a variable with dashes, and headers have no underscores.
+        if let Some(header) = key.strip_prefix(HEADERS) {
+            key = format!("{HEADERS}{}", header.replace('_', "-"));
+        }
         Some(Self { place: Place::Variable(shown.clone().into_owned()), key, text })
     }
 

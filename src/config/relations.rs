@@ -8,7 +8,34 @@ use crate::audit;
 use super::{
     Config, ListenAddress, PeerRule, files,
     table::{Context, Referent},
+    trail::LEAST_SEGMENTS,
 };
+
+/// What nobody set gives way to what somebody set, where the two must stand in a relation. Limits of callers, the window of
+/// keys and addresses give way to nothing: another value there would be another promise.
+pub(super) fn let_defaults_give_way(context: &Context<'_>, config: &mut Config) {
+    let is_set = |key: &str| context.is_set(key);
+    let Config { server, upstream, audit, idempotency, callers, .. } = config;
+    if !is_set("upstream.connect_timeout") {
+        upstream.connect_timeout = upstream.connect_timeout.min(upstream.timeout);
+    } else if !is_set("upstream.timeout") {
+        upstream.timeout = upstream.timeout.max(upstream.connect_timeout);
+    }
+    if !is_set("server.drain_grace") {
+        server.drain_grace = server.drain_grace.min(server.drain_timeout / 2);
+    } else if !is_set("server.drain_timeout") {
+        server.drain_timeout = server.drain_timeout.max(server.drain_grace * 2);
+    }
+    if let Some(max_size) = audit.max_size
+        && !is_set("audit.segment_size")
+    {
+        audit.segment_size = audit.segment_size.min(max_size / LEAST_SEGMENTS & !0x3ff); // whole KiB
+    }
+    if !is_set("idempotency.max_keys") {
+        let shares = callers.iter().filter_map(|caller| caller.max_keys);
+        idempotency.max_keys = shares.fold(idempotency.max_keys, usize::max);
+    }
+}
 
 /// Looks at all of them.
 pub(super) fn check(context: &mut Context<'_>, config: &Config) {

@@ -75,6 +75,11 @@ impl<'a> Context<'a> {
         }
     }
 
+    /// Whether somebody set this key, well or not.
+    pub(super) fn is_set(&self, key: &str) -> bool {
+        self.places.contains_key(key)
+    }
+
     /// From now on what a value names is read.
     pub(super) fn reads(&self, place: &Place, key: &str) {
         *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Some((place.clone(), key.to_owned()));

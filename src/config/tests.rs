@@ -83,7 +83,7 @@ fn keys_of_the_file(path: &Path) -> BTreeSet<String> {
         }
     }
     let mut keys = BTreeSet::new();
-    gather(&raw::read(path, &[], &[]).unwrap().root, "", &mut keys);
+    gather(&raw::read(Some(path), &[], &[]).unwrap().root, "", &mut keys);
     keys
 }
 
@@ -244,10 +244,15 @@ fn max_size_must_hold_the_window_and_what_does_lasts_for_it() {
 
 #[test]
 fn max_size_holds_four_segments_at_least() {
-    let load = |size| minimal(("", ""), &[("audit.max_size", size), ("quota.rate", "1/h")]).map(drop);
-    assert!(load("256MiB").is_ok());
-    let told = load("255MiB").unwrap_err().to_string();
-    assert!(told.contains("audit.max_size: must be \"256MiB\" or more, which is 4 times audit.segment_size"), "{told}");
+    let load = |size, more: &[(&str, &str)]| {
+        let set = [&[("audit.max_size", size), ("quota.rate", "1/h")], more].concat();
+        minimal(("", ""), &set)
+    };
+    let segments = [("audit.segment_size", "64MiB")];
+    assert!(load("256MiB", &segments).is_ok());
+    let told = load("255MiB", &segments).unwrap_err().to_string();
+    assert!(told.contains(r#"audit.max_size: must be "256MiB" or more, which is 4 times audit.segment_size"#), "{told}");
+    assert_eq!(load("255MiB", &[]).unwrap().audit.segment_size, 65_280 << 10, "nobody set it");
 }
 
 #[test]

@@ -15,7 +15,7 @@ pub const CALL: u64 = 1300;
 const PARTIAL: u64 = 2;
 
 /// The fewest segments that `max_size` may hold.
-const LEAST_SEGMENTS: u64 = 4;
+pub(super) const LEAST_SEGMENTS: u64 = 4;
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);

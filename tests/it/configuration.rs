@@ -277,7 +277,8 @@ fn what_would_be_dangerous_is_refused() {
             "callers[0].bare_ids: must be \"detect\", \"exact\" or \"refuse\"",
         ),
         (
-            with(&text, "peer = \"loopback\"", "peer = \"loopback\"\nmax_keys = 1000001"),
+            with(&text, "peer = \"loopback\"", "peer = \"loopback\"\nmax_keys = 1000001")
+                + "[idempotency]\nmax_keys = 1000000\n",
             "callers[0].max_keys: must not be more than idempotency.max_keys",
         ),
     ] {
@@ -516,6 +517,7 @@ fn environment_goes_over_the_file_and_flags_over_both() {
         ("UPSTREAM__BASE_URL", "http://127.0.0.1:1", "/upstream/base_url", json!("http://127.0.0.1:1")),
         ("UPSTREAM__BASE_URL", "http://127.0.0.1:1", "/token/url", file["token"]["url"].clone()),
         ("UPSTREAM__HEADERS__X-TENANTSPACEID", "7", "/upstream/headers/x-tenantspaceid", json!("7")),
+        ("UPSTREAM__HEADERS__X_TENANTSPACEID", "7", "/upstream/headers/x-tenantspaceid", json!("7")),
         ("TOKEN__REFUSED_STATUSES", "[401, 403]", "/token/refused_statuses", json!([401, 403])),
         ("TOKEN__LIFETIME", "none", "/token/lifetime", json!("none")),
         ("ADMIN__HOSTS", "ops.internal", "/admin/hosts", json!(["ops.internal"])),
@@ -1057,7 +1059,10 @@ fn check_and_start_refuse_a_max_size_that_the_window_cannot_fit_into() {
             &["audit.max_size=2GiB", "idempotency.window=36h"],
         ),
         (&["audit.max_size=2GiB", "quota.rate=10/s"], &["audit.max_size=2GiB", "quota.rate=30/s"]),
-        (&["audit.max_size=256MiB", "quota.rate=1/s"], &["audit.max_size=255MiB", "quota.rate=1/s"]),
+        (
+            &["audit.max_size=256MiB", "quota.rate=1/s", "audit.segment_size=64MiB"],
+            &["audit.max_size=255MiB", "quota.rate=1/s", "audit.segment_size=64MiB"],
+        ),
         (
             &["audit.max_size=256KiB", "quota.rate=1/h", "audit.segment_size=64KiB", "quota.burst=1"],
             &["audit.max_size=256KiB", "quota.rate=1/h", "audit.segment_size=64KiB"],

@@ -34,6 +34,7 @@ mod trail_size;
 mod states;
 mod resolution;
 mod configuration;
+mod environment;
 mod reload;
 mod changes;
 mod files;

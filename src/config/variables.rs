@@ -1,0 +1,73 @@
+//! Variables that were meant as settings, and are none since their underscores are not doubled.
+//!
+//! They cannot be refused: Kubernetes sets `CCSQM_GATEWAY_PORT` and others for a service of this name. So only what becomes
+//! a setting with other underscores is told.
+
+use std::ffi::OsString;
+
+use serde_json::Value;
+
+use super::{Config, raw::PREFIX};
+
+impl Config {
+    /// A line for each variable that is not read, though with other underscores or capitals it would be.
+    pub fn misnamed_variables(
+        &self,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Vec<String> {
+        let settings = self.settings();
+        let names = environment.into_iter().filter_map(|(name, _)| name.into_string().ok());
+        let misnamed = names.filter(|name| !name.starts_with(PREFIX));
+        let mut told: Vec<_> = misnamed
+            .filter_map(|name| {
+                let meant = settings.iter().find_map(|setting| setting.meant_by(&name))?;
+                Some(format!("the variable {name} is not read: the setting is named {meant}"))
+            })
+            .collect();
+        told.sort();
+        told
+    }
+
+    /// All that a variable can set.
+    fn settings(&self) -> Vec<Setting> {
+        let effective = self.effective();
+        let sections = effective.as_object().into_iter().flatten();
+        let members = sections.filter_map(|(name, section)| Some((name, section.as_object()?)));
+        members.flat_map(|(name, members)| members.iter().map(|member| Setting::new(name, member))).collect()
+    }
+}
+
+/// A setting by the name of its variable.
+struct Setting {
+    name: String,
+    /// It is a table: what follows is a name that nobody here knows.
+    is_table: bool,
+}
+
+impl Setting {
+    fn new(section: &str, (key, value): (&String, &Value)) -> Self {
+        let name = format!("{PREFIX}{section}__{key}").to_ascii_uppercase();
+        Self { name, is_table: value.is_object() }
+    }
+
+    /// The right name of a variable that is this one but for its underscores and capitals.
+    fn meant_by(&self, variable: &str) -> Option<String> {
+        let (own, other) = (single(&self.name), single(&variable.to_ascii_uppercase()));
+        let rest = other.strip_prefix(&own)?;
+        match rest.strip_prefix('_') {
+            Some(rest) if self.is_table && !rest.is_empty() => Some(format!("{}__{rest}", self.name)),
+            _ => (rest.is_empty() && !self.is_table).then(|| self.name.clone()),
+        }
+    }
+}
+
+/// A name with no two underscores in a row.
+fn single(name: &str) -> String {
+    let mut single = String::with_capacity(name.len());
+    for character in name.chars() {
+        if character != '_' || !single.ends_with('_') {
+            single.push(character);
+        }
+    }
+    single
+}
