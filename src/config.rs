@@ -16,10 +16,9 @@ mod effective;
 pub mod trail;
 
 use std::{
-    collections::HashSet,
     ffi::OsString,
     fmt,
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr},
     num::NonZeroU32,
     path::{Path, PathBuf},
     sync::{
@@ -185,11 +184,8 @@ impl Config {
         reading: Reading,
     ) -> Result<(Self, Vec<String>), Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
-        let set = environment.iter().filter_map(|(name, value)| Some((name.to_str()?, value.to_str()?)));
-        let set = set.filter(|(_, value)| !value.trim_end_matches(['\r', '\n']).is_empty());
-        let variables: HashSet<String> = set.map(|(name, _)| name.to_owned()).collect();
         let layers = raw::read(Some(path), overrides, &environment)?;
-        parse::validate(layers, path.parent().unwrap_or(Path::new(".")), &variables, reading)
+        parse::validate(layers, path.parent().unwrap_or(Path::new(".")), reading)
     }
 
     /// Where the admin listener is, by the file, if one is named, and the environment. Looks at nothing else: what became of
@@ -205,6 +201,17 @@ impl Config {
     /// The listeners at which a caller can be seen.
     fn listeners_of(&self, caller: &Caller) -> impl Iterator<Item = &Listener> {
         self.listeners.iter().filter(|listener| listener.can_see(&caller.peer))
+    }
+
+    /// Whether a socket at this address must leave IPv4 alone, since another one has the port there. `[::]` takes both otherwise.
+    pub fn is_only_v6(&self, address: SocketAddr) -> bool {
+        let is_v4 = |other: SocketAddr| other.port() == address.port() && other.ip().to_canonical().is_ipv4();
+        let listeners = self.listeners.iter().filter_map(|listener| match listener.address {
+            ListenAddress::Tcp(other) => Some(other),
+            ListenAddress::Unix { .. } => None,
+        });
+        let mut others = listeners.chain([self.admin.address]);
+        address.ip() == Ipv6Addr::UNSPECIFIED && address.port() != 0 && others.any(is_v4)
     }
 
     /// Whether any caller is known by a loopback address alone, so that [`LOOPBACK_NOTICE`] must be said.
@@ -262,6 +269,16 @@ impl fmt::Display for ListenAddress {
         match self {
             Self::Tcp(address) => address.fmt(f),
             Self::Unix { path, .. } => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl fmt::Display for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "unix:{}", path.display()),
+            Self::Default => f.write_str("its default place"),
+            Self::Off => f.write_str("no place"),
         }
     }
 }

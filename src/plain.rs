@@ -56,6 +56,11 @@ pub(crate) fn escape(text: &mut Vec<u8>, from: usize) {
     text.extend_from_slice(escaped.as_bytes());
 }
 
+/// Whether a text is one plain line.
+pub(crate) fn is_plain(text: &str) -> bool {
+    !text.contains(|character| character < ' ' || is_unplain(character))
+}
+
 /// A text in one line: what is not plain stands as JSON's escapes, and so do line breaks and other controls.
 pub fn line(text: &str) -> String {
     escaped(text, |character| character < ' ' || is_unplain(character))

@@ -44,6 +44,7 @@ use endpoint::{Endpoint, SCHEME};
 use fetcher::{Candidate, Fetcher, Secrets};
 pub use metrics::Metrics;
 pub use pair::PairError;
+pub(crate) use pair::header as app_key_header;
 use pair::{Pair, Sources};
 use schedule::{End, Held, Moment, Plan};
 

@@ -17,44 +17,57 @@ use crate::{
     },
     connect::{self, login},
     contract::Contract,
-    files::{MAX_SIZE, read, read_text},
+    files::{MAX_SIZE, read_text},
     pem,
-    secret::Secret,
+    secret::{Impossible, Secret, SecretError},
+    token::app_key_header,
 };
 
-/// A secret. Its path is not told: somebody may have put the secret itself there.
-pub(super) fn secret(path: &Path) -> Result<(), String> {
-    read_secret(path).map(drop)
+const NO_VARIABLE: &str = "the environment has no variable of this name, or it is empty";
+
+/// A secret. Its place is not told: somebody may have put the secret itself there.
+pub(super) fn secret(source: &SecretSource) -> Result<(), String> {
+    read_secret(source).map(drop)
 }
 
 /// An app key: a secret that a header can hold.
-pub(super) fn app_key(path: &Path) -> Result<(), String> {
-    let secret = read_secret(path)?;
-    let fits = http::HeaderValue::from_bytes(secret.expose()).is_ok();
-    fits.then_some(()).ok_or_else(|| "holds what a header cannot".into())
+pub(super) fn app_key(source: &SecretSource) -> Result<(), String> {
+    app_key_header(&read_secret(source)?).map(drop).map_err(|_| "holds what a header cannot".into())
 }
 
 /// The user of a proxy.
 pub(super) fn proxy_user(path: &Path) -> Result<(), String> {
-    Ok(login::check_user(read_secret(path)?.expose())?)
+    Ok(login::check_user(read_secret(&SecretSource::File(path.to_owned()))?.expose())?)
 }
 
 /// The password of a proxy.
 pub(super) fn proxy_password(path: &Path) -> Result<(), String> {
-    Ok(login::check_password(read_secret(path)?.expose())?)
+    Ok(login::check_password(read_secret(&SecretSource::File(path.to_owned()))?.expose())?)
 }
 
-fn read_secret(path: &Path) -> Result<Secret, String> {
-    let nameless = |error: io::Error| match error.kind() {
+fn read_secret(source: &SecretSource) -> Result<Secret, String> {
+    if let SecretSource::File(path) = source {
+        nameless_regular(path)?;
+    }
+    Secret::load(source).map_err(|error| match error {
+        SecretError::File(_, error) => format!("cannot be read: {error}"),
+        SecretError::Impossible(_, Impossible::Empty) if matches!(source, SecretSource::Env(_)) => {
+            NO_VARIABLE.into()
+        }
+        SecretError::Impossible(_, why) => why.to_string(),
+        SecretError::Variable(_) => NO_VARIABLE.into(),
+    })
+}
+
+/// The same as [`regular`], but the path is not told.
+fn nameless_regular(path: &Path) -> Result<(), String> {
+    let found = fs::metadata(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => {
             "there is no such file (a relative path starts at this file's folder)".into()
         }
         _ => format!("cannot be read: {error}"),
-    };
-    is_regular(&fs::metadata(path).map_err(nameless)?)?;
-    read(path).map_err(nameless)?;
-    let source = SecretSource::File(path.to_owned());
-    Secret::load(&source).map_err(|_| "is empty".into())
+    })?;
+    is_regular(&found)
 }
 
 /// PEM roots, in a file that not every user can change.
@@ -87,7 +100,7 @@ pub(super) fn certificates(path: &Path) -> Result<(), String> {
 
 /// The key of a certificate.
 pub(super) fn private_key(path: &Path) -> Result<(), String> {
-    secret(path)?;
+    nameless_regular(path)?;
     pem::read_key(path).and_then(|bytes| pem::key(&bytes)).map(drop).map_err(|error| error.to_string())
 }
 
@@ -151,9 +164,13 @@ pub(super) fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: 
 
 fn can_be_made(path: &Path) -> Result<(), String> {
     let path = std::path::absolute(path).map_err(|error| error.to_string())?;
-    let Some(parent) = path.ancestors().skip(1).find(|parent| parent.exists()) else { return Ok(()) };
+    let is_there = |parent: &&Path| parent.symlink_metadata().is_ok();
+    let Some(parent) = path.ancestors().find(is_there) else { return Ok(()) };
     let fail =
         |reason: String| Err(format!("{} cannot be made: {} {reason}", path.display(), parent.display()));
+    if !parent.exists() {
+        return fail("is a symbolic link that leads nowhere".into());
+    }
     if !parent.is_dir() {
         return fail("is not a directory".into());
     }

@@ -24,7 +24,7 @@ use super::{
     LoginFiles, PeerRule, Problems, Route, SecretSource, Server, Shown, Token, Upstream, Url, WithoutKey,
     files,
     peer::parse_peer,
-    raw::{Kind, Layers, Syntax, Value},
+    raw::{Kind, Layers, Place, Syntax, Value},
     relations,
     table::{Context, Found, Reading, Referent, Table},
     values::{
@@ -44,11 +44,10 @@ const BUILT_IN_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appoint
 pub(super) fn validate(
     layers: Layers,
     folder: &Path,
-    variables: &HashSet<String>,
     reading: Reading,
 ) -> Result<(Config, Vec<String>), Problems> {
     let Layers { root, mut problems, syntax } = layers;
-    let mut context = Context::new(folder, variables, syntax, reading);
+    let mut context = Context::new(folder, syntax, reading);
     let mut config = read_config(&mut context, root);
     relations::let_defaults_give_way(&context, &mut config);
     context.tell_what_lacks();
@@ -66,8 +65,7 @@ pub(super) fn validate(
 /// The admin listener's address alone. A line that is no TOML may be the one that names it.
 pub(super) fn admin_address(layers: Layers) -> Result<SocketAddr, Problems> {
     let Layers { root, mut problems, syntax } = layers;
-    let variables = HashSet::new();
-    let mut context = Context::new(Path::new("."), &variables, syntax, Reading::default());
+    let mut context = Context::new(Path::new("."), syntax, Reading::default());
     let mut root = Table::open(&mut context, String::new(), root);
     let mut table = root.section(&mut context, "admin");
     let address = read_admin_address(&mut context, &mut table);
@@ -482,16 +480,11 @@ fn read_secret(
         return SecretSource::Env(String::new());
     }
     match (from_file, from_env) {
-        (Some(found), None) => {
-            let check = if inline == "app_key" { files::app_key } else { files::secret };
-            SecretSource::File(good_file(context, found, check).unwrap_or_default())
+        (Some(Found { value, place, key }), None) => {
+            good_secret(context, inline == "app_key", (SecretSource::File(value), &place, key))
         }
         (None, Some(Found { value, place, key })) => {
-            // The name is not told: somebody may have put the secret itself there.
-            if !context.variables.contains(&value) {
-                context.problem(&place, key, "the environment has no variable of this name, or it is empty");
-            }
-            SecretSource::Env(value)
+            good_secret(context, inline == "app_key", (SecretSource::Env(value), &place, key))
         }
         (Some(found), Some(_)) => {
             context.problem(&found.place, found.key, format!("either {file} or {env}, not both"));
@@ -505,6 +498,20 @@ fn read_secret(
             SecretSource::Env(String::new())
         }
     }
+}
+
+/// A secret, looked at as a start does.
+fn good_secret(
+    context: &mut Context<'_>,
+    is_app_key: bool,
+    (source, place, key): (SecretSource, &Place, String),
+) -> SecretSource {
+    context.reads(place, &key);
+    let checked = if is_app_key { files::app_key(&source) } else { files::secret(&source) };
+    if let Err(reason) = checked {
+        context.problem(place, key, reason);
+    }
+    source
 }
 
 /// A file of which `check` has nothing to say.

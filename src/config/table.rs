@@ -18,7 +18,6 @@ use super::{
 /// What is known across all tables.
 pub(super) struct Context<'a> {
     pub(super) folder: &'a Path,
-    pub(super) variables: &'a HashSet<String>,
     pub(super) syntax: Syntax,
     reading: Reading,
     pub(super) problems: Vec<Problem>,
@@ -54,15 +53,9 @@ pub(super) enum Referent {
 }
 
 impl<'a> Context<'a> {
-    pub(super) fn new(
-        folder: &'a Path,
-        variables: &'a HashSet<String>,
-        syntax: Syntax,
-        reading: Reading,
-    ) -> Self {
+    pub(super) fn new(folder: &'a Path, syntax: Syntax, reading: Reading) -> Self {
         Self {
             folder,
-            variables,
             syntax,
             reading,
             problems: Vec::new(),

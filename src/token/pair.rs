@@ -20,9 +20,6 @@ pub enum PairError {
     /// An app key that no header can hold.
     #[error("the app key holds characters that a header cannot hold")]
     AppKey,
-    /// A secret that JSON cannot hold.
-    #[error("the app secret is not UTF-8")]
-    AppSecret,
 }
 
 /// An app key and an app secret that can be sent. Cannot be printed.
@@ -37,12 +34,18 @@ pub(super) struct Pair {
 impl Pair {
     pub(super) fn load((app_key, app_secret): &Sources) -> Result<Self, PairError> {
         let (app_key, app_secret) = (Secret::load(app_key)?, Secret::load(app_secret)?);
-        let text = std::str::from_utf8(app_key.expose()).map_err(|_| PairError::AppKey)?;
-        let mut header = HeaderValue::from_str(text).map_err(|_| PairError::AppKey)?;
-        header.set_sensitive(true);
-        std::str::from_utf8(app_secret.expose()).map_err(|_| PairError::AppSecret)?;
+        let header = header(&app_key)?;
         Ok(Self { app_key, app_secret, header })
     }
+}
+
+/// An app key as it is injected; marked sensitive.
+pub(crate) fn header(app_key: &Secret) -> Result<HeaderValue, PairError> {
+    // Beyond ASCII each server would read something else.
+    let bytes = Some(app_key.expose()).filter(|bytes| bytes.is_ascii()).ok_or(PairError::AppKey)?;
+    let mut header = HeaderValue::from_bytes(bytes).map_err(|_| PairError::AppKey)?;
+    header.set_sensitive(true);
+    Ok(header)
 }
 
 #[cfg(test)]
@@ -150,11 +153,11 @@ mod tests {
         let (folder, _) = watched("key", "secret");
         let load = || Pair::load(&sources(folder.path()));
         assert!(load().is_ok_and(|pair| pair.header.is_sensitive()), "the control");
-        write(folder.path(), "k\ney", "secret");
+        write(folder.path(), "k\u{e9}y", "secret");
         assert!(matches!(load(), Err(PairError::AppKey)));
         fs::write(folder.path().join("app_key"), "key").unwrap();
         fs::write(folder.path().join("app_secret"), [0xff]).unwrap();
-        assert!(matches!(load(), Err(PairError::AppSecret)));
+        assert!(matches!(load(), Err(PairError::Secret(_))));
         fs::remove_file(folder.path().join("app_secret")).unwrap();
         let error = load().err().unwrap().to_string();
         assert!(error.contains("app_secret"), "{error}");

@@ -640,7 +640,7 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
     cases.push((
         "credentials[0].app_key_file",
         set("app_key_file", "app_key", "two_lines"),
-        "a header cannot",
+        "more than one line",
     ));
     for (file, reason) in
         [("colon", "holds a colon"), ("two_lines", "a control character"), ("nul", "a control")]
