@@ -5,7 +5,13 @@
 
 mod hosts;
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io::{self, Read as _, Write as _},
+    net::{SocketAddr, TcpStream as BlockingStream},
+    sync::Arc,
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -66,6 +72,17 @@ const DEADLINE: Duration = Duration::from_secs(3);
 
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
+
+/// Asks the admin listener of a gateway, as a probe does. Returns its answer, head and body.
+pub fn ask(address: SocketAddr, path: &str) -> io::Result<String> {
+    let mut stream = BlockingStream::connect_timeout(&address, DEADLINE)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    // An address every admin listener takes as its host; a name might have to be listed.
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
 
 /// Serves until the runtime ends.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {

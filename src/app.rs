@@ -2,6 +2,8 @@
 //!
 //! Builds all, binds all, and only then serves, so that a start that fails has served nobody.
 
+mod sockets;
+
 use std::{
     future::Future,
     io, net,
@@ -11,7 +13,6 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use http::uri::Authority;
 use serde_json::{Map, Value, json};
@@ -36,6 +37,7 @@ use crate::{
     log,
     metrics::Metrics,
     reload::{Reload, Source},
+    route::Routes,
     secret::needles,
     server::{self, Bound, Listen, Stop, connection::Deadlines, inherited::Inherited},
     state::State,
@@ -46,6 +48,7 @@ use crate::{
 };
 
 pub use crate::supervisor::Ended;
+pub use sockets::BindError;
 
 /// So many records may wait for the audit writer, at least; each exchange keeps room for two.
 const AUDIT_QUEUE: usize = 16 * 1024;
@@ -69,6 +72,8 @@ pub struct App {
     metrics: Arc<Metrics>,
     pool_metrics: pool::Metrics,
     connector: Connector,
+    /// What `:authority` holds, where HTTP/2 is offered.
+    http2: Option<Authority>,
     egress: Egress,
     bounds: Arc<Bounds>,
     alive: mpsc::Sender<()>,
@@ -85,9 +90,7 @@ impl App {
         let mut inherited = Inherited::from_env()?; // before there are threads
         let background = Builder::new_current_thread().enable_all().build()?;
         let (metrics, parts, audit_metrics) = Metrics::new()?;
-        let has_tls = config.upstream.base_url.tls || config.token.url.tls;
-        let egress = Egress::new(&config.upstream, has_tls)?;
-        let connector = Connector::new(&config.upstream.base_url, &egress, config.upstream.connect_timeout)?;
+        let (egress, connector, http2) = outward(&config)?;
         let options = audit_options(&config, accept_loss.clone());
         audit::limit::check(&config).map_err(StartError::from)?;
         let audit = Audit::start(&options, audit_metrics)?;
@@ -96,17 +99,10 @@ impl App {
         let state = Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.upstream)?));
         let (alive, done) = mpsc::channel(1);
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
-        let bound = config.listeners.iter().map(|listener| {
-            Bound::bind(listener, &mut inherited, config.server.workers)
-                .with_context(|| format!("listening on {}", listener.address))
-        });
-        let bound = bound.collect::<anyhow::Result<_>>()?;
+        let bound = sockets::bind(&config, &mut inherited)?;
         inherited.finish()?;
-        let admin = net::TcpListener::bind(config.admin.address)
-            .with_context(|| format!("listening on {} (admin)", config.admin.address))?;
-        rustix::net::listen(&admin, server::BACKLOG)?; // std's own is 128, which a burst of strangers fills: see [`admin`]
-        admin.set_nonblocking(true)?;
-        let control = control::Bound::bind(&config.admin.control, &config.audit.directory)?;
+        let admin = sockets::bind_admin(&config)?;
+        let control = sockets::bind_control(&config)?;
         let metrics = Arc::new(metrics);
         let pool_metrics = parts.pool;
         Ok(Self {
@@ -118,6 +114,7 @@ impl App {
             metrics,
             pool_metrics,
             connector,
+            http2,
             egress,
             bounds,
             alive,
@@ -126,6 +123,16 @@ impl App {
             admin,
             control,
         })
+    }
+
+    /// Looks whether a start would succeed, if the gateway that runs with this configuration, if there is one, were gone. Fails as
+    /// [`App::build`] would. Makes and changes nothing. Returns what may stop a start all the same.
+    pub fn rehearse(config: &Config) -> anyhow::Result<Vec<String>> {
+        outward(config)?;
+        audit::limit::check(config).map_err(StartError::from)?;
+        audit::rehearse(&audit_options(config, None))?;
+        Routes::new(config, None)?;
+        sockets::look(config)
     }
 
     /// Where callers connect, with the real ports.
@@ -152,6 +159,7 @@ impl App {
             metrics,
             pool_metrics,
             connector,
+            http2,
             egress,
             bounds,
             alive,
@@ -185,7 +193,6 @@ impl App {
         let hands_over = bound.iter().all(|bound| bound.is_inherited);
         let watchdog = Watchdog::from_env(config.server.workers);
         let addresses: Vec<_> = bound.iter().map(|bound| bound.address.to_string()).collect();
-        let http2 = http2(&config.upstream)?;
         let gateways: Vec<_> = (0..config.server.workers)
             .map(|worker| {
                 let max = share(config.upstream.max_connections, config.server.workers, worker);
@@ -597,10 +604,15 @@ fn slots(
         .collect()
 }
 
-/// What `:authority` holds, where HTTP/2 is offered: over TLS only, since nothing picks it on a plain connection.
-fn http2(upstream: &config::Upstream) -> anyhow::Result<Option<Authority>> {
+/// The way out: TLS and proxy, the connector to the upstream, and what `:authority` holds where HTTP/2 is offered: over TLS only,
+/// since nothing picks it on a plain connection.
+fn outward(config: &Config) -> anyhow::Result<(Egress, Connector, Option<Authority>)> {
+    let upstream = &config.upstream;
+    let egress = Egress::new(upstream, upstream.base_url.tls || config.token.url.tls)?;
+    let connector = Connector::new(&upstream.base_url, &egress, upstream.connect_timeout)?;
     let offered = upstream.http2 == config::Http2::Auto && upstream.base_url.tls;
-    offered.then(|| Ok(upstream.base_url.authority().parse()?)).transpose()
+    let http2 = offered.then(|| upstream.base_url.authority().parse()).transpose()?;
+    Ok((egress, connector, http2))
 }
 
 /// A worker's part of a cap that is for all workers together.

@@ -701,6 +701,34 @@ fn locked(directory: &Path, error: TryLockError) -> StartError {
     }
 }
 
+/// Looks whether a trail could be opened, were it not locked. Makes and changes nothing, and takes no lock.
+pub fn rehearse(options: &Options) -> Result<(), StartError> {
+    init::check(&options.directory, options.key_file.as_deref(), options.must_exist)?;
+    let fail = |error| start_error(&options.directory, error);
+    let directory = match Directory::open(&options.directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => opened.map_err(fail)?,
+    };
+    let keys = match &options.key_file {
+        Some(path) => Keys::load(path)?,
+        None if directory.find(chain::KEY).map_err(fail)?.is_none() => return Ok(()), // there are no segments either
+        None => Keys::load_own(&options.directory)?,
+    };
+    let is_writable = |name: &str| match directory.open_file(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        opened => opened.map(drop),
+    };
+    is_writable(lock::NAME).map_err(fail)?;
+    let statement = lock::read(directory.path()).map_err(fail)?;
+    let read = || recovery::read_end(directory.path(), &keys, &statement).map(drop);
+    // A gateway that runs may have removed a segment meanwhile.
+    let again = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { read() } else { Err(error) };
+    read().or_else(again).map_err(fail)?;
+    let last = chain::segments(directory.path()).map_err(fail)?.pop();
+    let name = last.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy());
+    name.map_or(Ok(()), |name| is_writable(&name).map_err(fail))
+}
+
 /// Whether a process holds the lock of a trail, so that its last line may be half-written. Changes nothing
 /// in the directory. An older version locks only the file in it.
 pub fn is_live(directory: &Path) -> bool {

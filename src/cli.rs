@@ -8,6 +8,7 @@ mod check;
 mod contract;
 mod demo;
 mod healthcheck;
+mod refusal;
 mod sandbox;
 mod serve;
 mod signals;

@@ -121,7 +121,7 @@ pub struct Bound {
 impl Bound {
     /// Binds the socket of a gateway whose trail lies in `directory`; `None` if it is off. A socket that nobody serves any
     /// more is replaced. A default socket that cannot be bound is a warning: the gateway serves without it.
-    pub fn bind(control: &config::Control, directory: &Path) -> anyhow::Result<Option<Self>> {
+    pub fn bind(control: &config::Control, directory: &Path) -> io::Result<Option<Self>> {
         let path = match control {
             config::Control::Off => return Ok(None),
             config::Control::Path(path) => path.clone(),
@@ -133,9 +133,7 @@ impl Bound {
                 tracing::warn!(path = %path.display(), %error, "there is no control socket: set admin.control");
                 Ok(None)
             }
-            Err(error) => {
-                Err(error).with_context(|| format!("listening on {} (admin.control)", path.display()))
-            }
+            Err(error) => Err(error),
         }
     }
 

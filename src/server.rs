@@ -9,7 +9,7 @@ pub mod inherited;
 pub mod tls;
 
 use std::{
-    io,
+    fs, io,
     net::SocketAddr,
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::Path,
@@ -17,7 +17,9 @@ use std::{
     time::Duration,
 };
 
+use rustix::fs::{Access, access};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use thiserror::Error;
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::{mpsc, watch},
@@ -33,7 +35,7 @@ use crate::{
 };
 use connection::{Deadlines, Stream};
 use inherited::Inherited;
-use tls::Tls;
+use tls::{Tls, TlsError};
 
 /// How many connections the kernel keeps for us until they are accepted.
 pub(crate) const BACKLOG: i32 = 4096;
@@ -48,6 +50,17 @@ pub struct Bound {
     /// The socket outlives this process.
     pub is_inherited: bool,
     sockets: Vec<Socket>,
+}
+
+/// Why there is no listener.
+#[derive(Debug, Error)]
+pub enum ListenError {
+    /// Its files cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Its socket cannot be had.
+    #[error(transparent)]
+    Socket(#[from] io::Error),
 }
 
 /// Makes the listener of one worker. To be called on the worker's runtime.
@@ -69,12 +82,14 @@ enum Accepting {
 }
 
 impl Bound {
-    /// Reads the files of a listener, and binds it for so many workers, unless its socket is inherited.
+    /// Reads the files of a listener, and binds it for so many workers, unless its socket is inherited. With `only_v6`, `[::]`
+    /// takes no address of IPv4.
     pub fn bind(
         listener: &config::Listener,
         inherited: &mut Inherited,
         workers: usize,
-    ) -> anyhow::Result<Self> {
+        only_v6: bool,
+    ) -> Result<Self, ListenError> {
         let tls = listener.tls.as_ref().map(Tls::load).transpose()?;
         let hosts = Hosts::new(listener.hosts.clone());
         let inherited = inherited.take(&listener.address);
@@ -85,7 +100,7 @@ impl Bound {
                 (address.clone(), shared(&socket, workers)?)
             }
             (ListenAddress::Tcp(address), None) => {
-                let sockets = bind_tcp(*address, workers)?;
+                let sockets = bind_tcp(*address, workers, only_v6)?;
                 let real = sockets[0].local_addr()?.as_socket().unwrap_or(*address);
                 (ListenAddress::Tcp(real), sockets)
             }
@@ -125,14 +140,15 @@ impl Bound {
 
 /// The first bind is a plain one: it proves that nobody else has the port. Only then is the port shared
 /// among the workers. It is never free in between.
-fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<Socket>> {
-    let first = tcp_socket(address)?;
-    first.bind(&address.into())?;
+pub(crate) fn bind_tcp(address: SocketAddr, workers: usize, only_v6: bool) -> io::Result<Vec<Socket>> {
+    let first = bound_tcp(address, only_v6)?;
     let address = first.local_addr()?.as_socket().unwrap_or(address);
-    first.set_reuse_port(true)?;
+    if workers > 1 {
+        first.set_reuse_port(true)?;
+    }
     let mut sockets = vec![first];
     for _ in 1..workers {
-        let socket = tcp_socket(address)?;
+        let socket = tcp_socket(address, only_v6)?;
         socket.set_reuse_port(true)?;
         socket.bind(&address.into())?;
         sockets.push(socket);
@@ -141,29 +157,76 @@ fn bind_tcp(address: SocketAddr, workers: usize) -> io::Result<Vec<Socket>> {
     Ok(sockets)
 }
 
-fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
+/// A socket that is bound and does not listen. Who binds the same address meanwhile, and listens, is not disturbed.
+fn bound_tcp(address: SocketAddr, only_v6: bool) -> io::Result<Socket> {
+    let socket = tcp_socket(address, only_v6)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+fn tcp_socket(address: SocketAddr, only_v6: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() && address.ip().is_unspecified() {
+        socket.set_only_v6(only_v6)?; // whatever the machine's default is
+    }
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     Ok(socket)
 }
 
+/// Looks whether an address could be bound, and leaves everything as it is.
+pub(crate) fn try_tcp(address: SocketAddr, only_v6: bool) -> io::Result<()> {
+    bound_tcp(address, only_v6).map(drop)
+}
+
 /// Binds a Unix socket for so many workers. One that nobody serves any more is replaced.
 pub(crate) fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Vec<Socket>> {
-    let address = SockAddr::unix(path)?;
-    if path.symlink_metadata().is_ok_and(|meta| meta.file_type().is_socket()) {
-        match Socket::new(Domain::UNIX, Type::STREAM, None)?.connect(&address) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-            Ok(()) | Err(_) => return Err(io::ErrorKind::AddrInUse.into()),
-        }
-        std::fs::remove_file(path)?; // left behind by a process that is gone
+    try_unix(path)?;
+    if path.symlink_metadata().is_ok() {
+        fs::remove_file(path)?; // left behind by a process that is gone
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
-    socket.bind(&address)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     socket.listen(BACKLOG)?;
     shared(&socket, workers)
+}
+
+/// Looks whether a Unix socket could be bound: in a directory where files can be made, and in the place of nothing but a socket
+/// that nobody serves.
+pub(crate) fn try_unix(path: &Path) -> io::Result<()> {
+    let address = SockAddr::unix(path)?;
+    let fail = |kind, reason: String| Err(io::Error::new(kind, reason));
+    match path.symlink_metadata() {
+        Ok(found) if found.file_type().is_socket() => {
+            match Socket::new(Domain::UNIX, Type::STREAM, None)?.connect(&address) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                Ok(()) | Err(_) => return Err(io::ErrorKind::AddrInUse.into()),
+            }
+        }
+        Ok(_) => {
+            return fail(
+                io::ErrorKind::AlreadyExists,
+                "something else than a socket is there: remove it".into(),
+            );
+        }
+        Err(_) => {}
+    }
+    let folder = path.parent().unwrap_or(path);
+    let shown = folder.display();
+    match fs::metadata(folder) {
+        Ok(found) if found.is_dir() => {}
+        Ok(_) => return fail(io::ErrorKind::NotADirectory, format!("{shown} is not a directory")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return fail(error.kind(), format!("its directory {shown} is missing: make it"));
+        }
+        Err(error) => return fail(error.kind(), format!("{shown}: {error}")),
+    }
+    access(folder, Access::WRITE_OK | Access::EXEC_OK).or_else(|error| {
+        let error = io::Error::from(error);
+        fail(error.kind(), format!("no socket can be made in {shown}: {error}"))
+    })
 }
 
 /// One socket for all workers.

@@ -226,7 +226,7 @@ pub fn parse_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
 }
 
 /// The name of the key file in a directory, and what it has until it is complete.
-const KEY: &str = "audit.key";
+pub(super) const KEY: &str = "audit.key";
 const UNFINISHED_KEY: &str = "audit.key.new";
 
 /// The key file of a directory.

@@ -4,8 +4,9 @@
 use std::process::ExitCode;
 
 use ccsqm_gateway::{
-    audit::{init, limit},
-    config::{Access, Audit, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, trail::CALL},
+    app::App,
+    audit::limit,
+    config::{Access, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, trail::CALL},
     idempotency::memory::{MemoryBound, mebibytes},
     plain,
     secret::needles,
@@ -15,6 +16,7 @@ use serde_json::{Map, Value, json};
 use super::{
     BAD_CONFIGURATION, Configured,
     out::{self, complain, out},
+    refusal::Refusal,
 };
 
 /// A configuration, and how to speak about it.
@@ -30,23 +32,23 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> ExitCode {
     let file = args.configured.config.display().to_string();
     match args.configured.load() {
-        Ok(config) => match refusal(&config) {
-            Some(Refusal { key, reason }) if args.json => {
-                let problem = json!({ "key": key, "reason": reason });
-                document(&json!({ "good": false, "file": file, "problems": [problem] }));
-                ExitCode::from(BAD_CONFIGURATION)
+        Ok(config) => match App::rehearse(&config) {
+            Err(error) => {
+                let refusal = Refusal::of(&error);
+                if args.json {
+                    let problems = [refusal.to_json()];
+                    document(&json!({ "good": false, "file": file, "problems": problems }));
+                } else {
+                    complain!("{}", refusal.line(&args.configured.config));
+                }
+                ExitCode::from(refusal.code)
             }
-            Some(Refusal { key, reason }) => {
-                let key = key.map(|key| format!("{file}: {key}: ")).unwrap_or_default();
-                complain!("{key}{reason}");
-                ExitCode::from(BAD_CONFIGURATION)
-            }
-            None if args.json => {
-                document(&machine_readable(&args.configured, &config));
+            Ok(notes) if args.json => {
+                document(&machine_readable(&args.configured, &config, notes));
                 ExitCode::SUCCESS
             }
-            None => {
-                print(&args.configured, &config);
+            Ok(notes) => {
+                print(&args.configured, &config, notes);
                 ExitCode::SUCCESS
             }
         },
@@ -67,32 +69,17 @@ fn document(value: &Value) {
     out::lines(&format!("{value:#}"));
 }
 
-fn print(configured: &Configured, config: &Config) {
+fn print(configured: &Configured, config: &Config, notes: Vec<String>) {
     let file = configured.config.display();
     out!("# {file} is a good configuration. In effect, with environment, flags and defaults:");
     sections(&config.effective());
     access(config);
     memory(config);
     config.trail_size().lines().iter().for_each(|line| out!("# {line}"));
-    for notice in notices(configured, config) {
+    for notice in notices(configured, config).into_iter().chain(notes) {
         out!("#");
         out!("# Note: {notice}");
     }
-}
-
-/// What a start without `--accept-loss` would be refused for, although the configuration is good.
-struct Refusal {
-    /// What it is about, if that is a setting.
-    key: Option<&'static str>,
-    reason: String,
-}
-
-fn refusal(config: &Config) -> Option<Refusal> {
-    let Audit { directory, key_file, must_exist, .. } = &config.audit;
-    if let Err(absent) = init::check(directory, key_file.as_deref(), *must_exist) {
-        return Some(Refusal { key: Some("audit.directory"), reason: absent.to_string() });
-    }
-    limit::check(config).err().map(|limit| Refusal { key: None, reason: limit.to_string() })
 }
 
 fn access(config: &Config) {
@@ -119,7 +106,7 @@ fn memory(config: &Config) {
     }
 }
 
-fn machine_readable(configured: &Configured, config: &Config) -> Value {
+fn machine_readable(configured: &Configured, config: &Config, notes: Vec<String>) -> Value {
     let MemoryBound { keys, successes, replies } = MemoryBound::new(&config.idempotency);
     let trail = config.trail_size();
     let lasts = |with_refusals| trail.max_size_lasts(with_refusals).map(|time| time.as_secs());
@@ -138,7 +125,7 @@ fn machine_readable(configured: &Configured, config: &Config) -> Value {
             "max_size_lasts_with_refusals_seconds": lasts(true),
             "retain_needs_bytes": trail.retain_needs(),
         },
-        "notices": notices(configured, config),
+        "notices": notices(configured, config).into_iter().chain(notes).collect::<Vec<_>>(),
     })
 }
 

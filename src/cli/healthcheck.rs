@@ -1,15 +1,9 @@
 //! `healthcheck`: for containers without curl.
 
-use std::{
-    io::{self, Read, Write},
-    net::{SocketAddr, TcpStream, ToSocketAddrs},
-    path::PathBuf,
-    process::ExitCode,
-    time::Duration,
-};
+use std::{io, net::ToSocketAddrs, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
-use ccsqm_gateway::config::Config;
+use ccsqm_gateway::{admin, config::Config};
 
 use super::{BAD_CONFIGURATION, out};
 
@@ -28,8 +22,6 @@ pub(super) struct Args {
     ready: bool,
 }
 
-const DEADLINE: Duration = Duration::from_secs(3);
-
 fn parse_admin(text: &str) -> Result<String, String> {
     let (host, port) = text.rsplit_once(':').unwrap_or_default();
     let is_plain = !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic());
@@ -38,7 +30,7 @@ fn parse_admin(text: &str) -> Result<String, String> {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let admin = match &args.admin {
+    let at = match &args.admin {
         Some(admin) => admin.clone(),
         None => match Config::admin_address(args.config.as_deref(), std::env::vars_os()) {
             Ok(address) => address.to_string(),
@@ -49,7 +41,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         },
     };
     let path = if args.ready { "/readyz" } else { "/livez" };
-    let reply = ask(&admin, path).with_context(|| format!("no answer from {admin}"))?;
+    let reply = ask(&at, path).with_context(|| format!("no answer from {at}"))?;
     let (head, body) = reply.split_once("\r\n\r\n").unwrap_or((&reply, ""));
     out::lines(body.trim_end());
     let is_good = head.starts_with("HTTP/1.1 200 ");
@@ -57,22 +49,13 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 /// Asks the first address of the name at which somebody listens.
-fn ask(admin: &str, path: &str) -> io::Result<String> {
+fn ask(at: &str, path: &str) -> io::Result<String> {
     let mut failed = io::Error::other("the name has no address");
-    for address in admin.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, DEADLINE) {
-            Ok(stream) => return converse(stream, address, path),
-            Err(error) => failed = error,
+    for address in at.to_socket_addrs()? {
+        match admin::ask(address, path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => failed = error,
+            answered => return answered,
         }
     }
     Err(failed)
-}
-
-/// `Host` is the address, which every admin listener takes; a name might have to be listed.
-fn converse(mut stream: TcpStream, admin: SocketAddr, path: &str) -> io::Result<String> {
-    stream.set_read_timeout(Some(DEADLINE))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: {admin}\r\nconnection: close\r\n\r\n")?;
-    let mut reply = String::new();
-    stream.read_to_string(&mut reply)?;
-    Ok(reply)
 }

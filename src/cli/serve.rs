@@ -2,12 +2,13 @@
 
 use std::process::ExitCode;
 
-use ccsqm_gateway::{app::App, audit::StartError, log, reload::Source};
+use ccsqm_gateway::{app::App, log, reload::Source};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{
     BAD_CONFIGURATION, Configured,
     out::{self, complain},
+    refusal::Refusal,
     signals::{Asked, HangUp, Signals, while_listening},
 };
 
@@ -49,15 +50,12 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
     }
     allow_files(config.server.max_connections + config.upstream.max_connections);
     let app = match App::build(config, accept_loss) {
-        Err(error) if matches!(error.downcast_ref(), Some(StartError::Limit(_))) => {
-            complain!("ccsqm-gateway: {error}"); // no setting is wrong
-            return Ok(ExitCode::from(BAD_CONFIGURATION));
+        Ok(app) => app,
+        Err(error) => {
+            let refusal = Refusal::of(&error);
+            complain!("{}", refusal.line(&configured.config));
+            return Ok(ExitCode::from(refusal.code));
         }
-        Err(error) if matches!(error.downcast_ref(), Some(StartError::Newer(..) | StartError::Absent(_))) => {
-            complain!("ccsqm-gateway: audit.directory: {error}");
-            return Ok(ExitCode::from(BAD_CONFIGURATION));
-        }
-        built => built?,
     };
     if !asked.started() {
         return app.discard().map(|()| ExitCode::SUCCESS);

@@ -1,12 +1,15 @@
 //! What must hold between values. Looked at when all is read, and only where each of the values is what
 //! somebody meant: one mistake is told once.
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use crate::audit;
 
 use super::{
-    Config, ListenAddress, PeerRule, files,
+    Config, Control, ListenAddress, PeerRule, files,
     table::{Context, Referent},
     trail::LEAST_SEGMENTS,
 };
@@ -29,7 +32,7 @@ pub(super) fn let_defaults_give_way(context: &Context<'_>, config: &mut Config) 
     if let Some(max_size) = audit.max_size
         && !is_set("audit.segment_size")
     {
-        audit.segment_size = audit.segment_size.min(max_size / LEAST_SEGMENTS & !0x3ff); // whole KiB
+        audit.segment_size = audit.segment_size.min((max_size / LEAST_SEGMENTS) & !0x3ff); // whole KiB
     }
     if !is_set("idempotency.max_keys") {
         let shares = callers.iter().filter_map(|caller| caller.max_keys);
@@ -189,7 +192,15 @@ fn addresses(context: &mut Context<'_>, config: &Config) {
     let listener = |(i, listener): (usize, &super::Listener)| {
         (format!("listeners[{i}].address"), listener.address.clone())
     };
-    let all: Vec<_> = config.listeners.iter().enumerate().map(listener).chain([admin]).collect();
+    let control = match &config.admin.control {
+        Control::Path(path) => {
+            let address = ListenAddress::Unix { path: path.clone(), mode: 0 };
+            Some(("admin.control".to_owned(), address))
+        }
+        Control::Default | Control::Off => None,
+    };
+    let listeners = config.listeners.iter().enumerate().map(listener);
+    let all: Vec<_> = listeners.chain([admin]).chain(control).collect();
     for (i, (key, address)) in all.iter().enumerate() {
         let clash = all[..i].iter().find(|(_, other)| clash(address, other));
         if let Some((other, _)) = clash
@@ -207,11 +218,21 @@ fn clash(a: &ListenAddress, b: &ListenAddress) -> bool {
         (ListenAddress::Tcp(a), ListenAddress::Tcp(b)) => {
             a.port() == b.port() && a.port() != 0 && meet(*a, *b)
         }
-        (ListenAddress::Unix { path: a, .. }, ListenAddress::Unix { path: b, .. }) => a == b,
+        (ListenAddress::Unix { path: a, .. }, ListenAddress::Unix { path: b, .. }) => whole(a) == whole(b),
         _ => false,
     }
 }
 
+/// A socket's path by the real path of its directory.
+fn whole(path: &Path) -> PathBuf {
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    let whole = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
+    whole.unwrap_or_else(|| path.to_owned())
+}
+
+/// Whether two addresses are of one kind of socket and meet. IPv6 has the addresses of IPv4, too, and `[::]` leaves them to
+/// whoever has one of the same port: see [`Config::is_only_v6`].
 fn meet(a: SocketAddr, b: SocketAddr) -> bool {
-    a.ip() == b.ip() || (a.is_ipv4() == b.is_ipv4() && (a.ip().is_unspecified() || b.ip().is_unspecified()))
+    let (a, b) = (a.ip().to_canonical(), b.ip().to_canonical());
+    a == b || (a.is_ipv4() == b.is_ipv4() && (a.is_unspecified() || b.is_unspecified()))
 }

@@ -381,7 +381,9 @@ fn a_trail_that_a_newer_version_wrote_is_left_alone() {
         assert!(code == 78 && error.contains(said), "{command}: {code} {error}");
     }
     let config = machine.folder.path().join("gateway.toml");
-    let (code, _, error) = command(&["serve", "--config", config.to_str().unwrap()]);
-    assert!(code == 78 && error.contains(said), "{code} {error}");
+    for name in ["check", "serve"] {
+        let (code, _, error) = command(&[name, "--config", config.to_str().unwrap()]);
+        assert!(code == 78 && error.contains(said), "{name}: {code} {error}");
+    }
     assert_eq!(fs::read(segments(&directory).pop().unwrap()).unwrap(), before);
 }

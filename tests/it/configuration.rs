@@ -54,7 +54,9 @@ fn shipped(name: &str) -> (TempDir, String) {
     }
     let text =
         text.replace("/run/secrets/ccsqm/", "").replace("/etc/ssl/certs/ca-certificates.crt", "ca.pem");
-    let text = text.replace("/etc/ccsqm-gateway/tls/", "");
+    let text = text.replace("/etc/ccsqm-gateway/tls/", "").replace("10.0.0.5:8443", "0.0.0.0:8443");
+    let runtime = format!("{}/", folder.path().display());
+    let text = text.replace("/run/ccsqm-gateway/", &runtime);
     (folder, text)
 }
 

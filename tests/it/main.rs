@@ -35,6 +35,7 @@ mod states;
 mod resolution;
 mod configuration;
 mod environment;
+mod check;
 mod reload;
 mod changes;
 mod files;

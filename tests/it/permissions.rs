@@ -36,9 +36,15 @@ fn folder() -> (TempDir, String) {
     let text = "[upstream]\nbase_url = \"http://127.0.0.1:9\"\n[[credentials]]\nname = \"default\"\napp_key_file = \"app_key\"\n\
          app_secret_file = \"app_secret\"\n[[listeners]]\naddress = \"unix:/nowhere/gateway.sock\"\n[[callers]]\nname = \"a\"\n\
          peer = \"uid:1\"\noperator_id = \"1\"\ncredential = \"default\"\nroutes = [\"appointQualityTask\"]\n[audit]\n";
+    // Beside the folder, whose own mode is another matter.
+    let text = text.replace("/nowhere/gateway.sock", &socket(&folder));
     let audit = folder.path().join("audit");
     assert_eq!(command(&["audit", "init", audit.to_str().unwrap()]).0, 0);
-    (folder, text.to_owned())
+    (folder, text)
+}
+
+fn socket(folder: &TempDir) -> String {
+    folder.path().with_extension("sock").display().to_string()
 }
 
 fn configure(folder: &TempDir, text: &str) -> String {
@@ -261,7 +267,7 @@ fn a_folder_that_every_user_can_change_is_one_line_with_all_settings() {
     fs::rename(folder.path().join("app_key"), folder.path().join("keys/app_key")).unwrap();
     let socket = folder.path().join("run/gateway.sock");
     let text = text.replacen("\"app_key\"", "\"keys/app_key\"", 1);
-    let config = configure(&folder, &text.replacen("/nowhere/gateway.sock", socket.to_str().unwrap(), 1));
+    let config = configure(&folder, &text.replacen(&self::socket(&folder), socket.to_str().unwrap(), 1));
     let told = notices(&config);
     assert!(told.len() == 2 && told[0].starts_with("credentials[0].app_key_file: every user"), "{told:?}");
     assert!(told[1].starts_with("listeners[0].address: every user"), "{told:?}");
