@@ -251,7 +251,10 @@ fn max_size_holds_four_segments_at_least() {
     let segments = [("audit.segment_size", "64MiB")];
     assert!(load("256MiB", &segments).is_ok());
     let told = load("255MiB", &segments).unwrap_err().to_string();
-    assert!(told.contains(r#"audit.max_size: must be "256MiB" or more, which is 4 times audit.segment_size"#), "{told}");
+    assert!(
+        told.contains(r#"audit.max_size: must be "256MiB" or more, which is 4 times audit.segment_size"#),
+        "{told}"
+    );
     assert_eq!(load("255MiB", &[]).unwrap().audit.segment_size, 65_280 << 10, "nobody set it");
 }
 
