@@ -13,7 +13,7 @@ mod sandbox;
 mod serve;
 mod signals;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration};
+use std::{io::IsTerminal, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use self::{
     out::{complain, out},
@@ -32,6 +32,7 @@ use tracing_subscriber::{
     prelude::*,
     reload,
 };
+use uuid::Uuid;
 
 /// Exit code of a bad configuration (`EX_CONFIG`).
 const BAD_CONFIGURATION: u8 = 78;
@@ -83,6 +84,14 @@ impl Configured {
     fn load(&self) -> Result<Config, Problems> {
         Config::load_in_time(&self.config, &self.overrides, std::env::vars_os(), PATIENCE)
     }
+}
+
+fn parse_address(text: &str) -> Result<SocketAddr, &'static str> {
+    text.parse().map_err(|_| "must be an address with a port, as in 127.0.0.1:8080")
+}
+
+fn parse_id(text: &str) -> Result<Uuid, &'static str> {
+    text.parse().map_err(|_| "must be a request id, as x-gateway-request-id and the trail have it")
 }
 
 fn parse_override(text: &str) -> Result<(String, String), String> {

@@ -185,6 +185,8 @@ impl Config {
     ) -> Result<(Self, Vec<String>), Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
         let layers = raw::read(Some(path), overrides, &environment)?;
+        // What is said of a file names it whole.
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         parse::validate(layers, path.parent().unwrap_or(Path::new(".")), reading)
     }
 

@@ -8,7 +8,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use ccsqm_gateway::audit::{
     StartError, accept_clock, accept_loss, accept_lost_key,
     chain::{KeyError, Keys, hex, key_path},
@@ -25,6 +25,7 @@ use uuid::Uuid;
 use super::{
     BAD_CONFIGURATION,
     out::{complain, out},
+    parse_id,
 };
 
 /// Make, verify and read an audit trail. All work beside a running gateway, but for those that say otherwise.
@@ -65,6 +66,7 @@ struct Resolve {
     #[command(flatten)]
     place: Place,
     /// The call's request id, as `audit unresolved` lists it.
+    #[arg(value_parser = parse_id)]
     id: Uuid,
     /// What you found: the task is assigned, or not.
     #[arg(value_enum)]
@@ -93,6 +95,7 @@ struct Show {
     /// The audit directory.
     directory: PathBuf,
     /// The request id.
+    #[arg(value_parser = parse_id)]
     id: Uuid,
     /// The lines as they stand in the trail, so that their hashes can be recomputed. In those of older versions, or that somebody
     /// else wrote, characters that a terminal may take for something else are escaped.
@@ -187,12 +190,17 @@ fn make(Place { directory, key_file }: &Place) -> anyhow::Result<bool> {
 }
 
 impl Place {
-    fn keys(&self) -> Result<Keys, KeyError> {
+    fn keys(&self) -> anyhow::Result<Keys> {
         let Self { directory, key_file } = self;
-        match key_file {
+        ensure!(directory.is_dir(), "{}: there is no such directory", directory.display());
+        let keys = match key_file {
             Some(path) => Keys::load(path),
             None => Keys::load_own(directory),
-        }
+        };
+        keys.map_err(|error| {
+            let text = format!("{error}; --key-file names another file with the key of the trail");
+            anyhow::Error::new(error).context(text)
+        })
     }
 }
 

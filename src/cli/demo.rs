@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 
 use super::{
     out::{complain, out},
+    parse_address,
     signals::{Asked, HangUp, Signals, while_listening},
 };
 
@@ -36,10 +37,10 @@ pub(super) struct Args {
     #[arg(long)]
     once: bool,
     /// Where callers connect; with `--once` any free port.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_address, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
     /// Where ops look; with `--once` any free port.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_address, default_value = "127.0.0.1:9090")]
     admin: SocketAddr,
 }
 

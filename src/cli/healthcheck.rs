@@ -2,7 +2,7 @@
 
 use std::{io, net::ToSocketAddrs, path::PathBuf, process::ExitCode};
 
-use anyhow::Context as _;
+use anyhow::anyhow;
 use ccsqm_gateway::{admin, config::Config};
 
 use super::{BAD_CONFIGURATION, out};
@@ -41,7 +41,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         },
     };
     let path = if args.ready { "/readyz" } else { "/livez" };
-    let reply = ask(&at, path).with_context(|| format!("no answer from {at}"))?;
+    let reply = ask(&at, path).map_err(|error| {
+        anyhow!("no answer from the admin listener at {at}: {error}; is the gateway running, and is this its admin.address?")
+    })?;
     let (head, body) = reply.split_once("\r\n\r\n").unwrap_or((&reply, ""));
     out::lines(body.trim_end());
     let is_good = head.starts_with("HTTP/1.1 200 ");

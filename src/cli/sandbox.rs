@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use ccsqm_gateway::sandbox::{APPOINT_PATH, Options, Sandbox, Tls};
 
 use super::{
-    out,
+    out, parse_address,
     signals::{Asked, HangUp, Signals, while_listening},
 };
 
@@ -14,7 +14,7 @@ use super::{
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Where to listen.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:18080")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_address, default_value = "127.0.0.1:18080")]
     listen: SocketAddr,
     /// Server certificate chain (PEM); switches TLS on.
     #[arg(long, value_name = "FILE", requires = "key")]

@@ -23,6 +23,9 @@ use crate::{
     token::app_key_header,
 };
 
+/// Where the configuration may hold the secret itself instead of a path, the folder alone is told: see `parse`.
+pub(super) const NO_FILE: &str = "there is no such file";
+
 const NO_VARIABLE: &str = "the environment has no variable of this name, or it is empty";
 
 /// A secret. Its place is not told: somebody may have put the secret itself there.
@@ -32,7 +35,9 @@ pub(super) fn secret(source: &SecretSource) -> Result<(), String> {
 
 /// An app key: a secret that a header can hold.
 pub(super) fn app_key(source: &SecretSource) -> Result<(), String> {
-    app_key_header(&read_secret(source)?).map(drop).map_err(|_| "holds what a header cannot".into())
+    app_key_header(&read_secret(source)?)
+        .map(drop)
+        .map_err(|_| "holds a character that a header cannot have, such as one beyond ASCII".into())
 }
 
 /// The user of a proxy.
@@ -62,9 +67,7 @@ fn read_secret(source: &SecretSource) -> Result<Secret, String> {
 /// The same as [`regular`], but the path is not told.
 fn nameless_regular(path: &Path) -> Result<(), String> {
     let found = fs::metadata(path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => {
-            "there is no such file (a relative path starts at this file's folder)".into()
-        }
+        io::ErrorKind::NotFound => NO_FILE.to_owned(),
         _ => format!("cannot be read: {error}"),
     })?;
     is_regular(&found)

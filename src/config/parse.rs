@@ -509,9 +509,17 @@ fn good_secret(
     context.reads(place, &key);
     let checked = if is_app_key { files::app_key(&source) } else { files::secret(&source) };
     if let Err(reason) = checked {
-        context.problem(place, key, reason);
+        context.problem(place, key, in_folder(context, reason));
     }
     source
+}
+
+/// A reason that names no path says where a relative one starts.
+fn in_folder(context: &Context<'_>, reason: String) -> String {
+    match &*reason {
+        files::NO_FILE => format!("{reason}; a relative path starts at {}", context.folder.display()),
+        _ => reason,
+    }
 }
 
 /// A file of which `check` has nothing to say.
@@ -524,7 +532,7 @@ fn good_file(
     match check(&found.value) {
         Ok(()) => Some(found.value),
         Err(reason) => {
-            context.problem(&found.place, found.key, reason);
+            context.problem(&found.place, found.key, in_folder(context, reason));
             None
         }
     }

@@ -319,7 +319,7 @@ const SECRETS: &[Case] = &[
     (
         "a key beyond ASCII",
         |it| it.put("app_key", "k\u{e9}y"),
-        Bad(78, "app_key_file: holds what a header cannot"),
+        Bad(78, "app_key_file: holds a character that a header cannot have"),
     ),
     (
         "no key",
@@ -663,7 +663,7 @@ const SOCKETS: &[Case] = &[
             it.listen_unix(&it.shown("a.sock"));
             it.listen_unix(&it.shown("./a.sock"));
         },
-        Bad(78, "cannot listen where listeners[1].address does"),
+        Bad(78, "overlaps with listeners[1].address"),
     ),
     (
         "a control socket",
@@ -689,7 +689,7 @@ const SOCKETS: &[Case] = &[
             it.listen_unix(&it.shown("a.sock"));
             it.set("admin.control", "a.sock");
         },
-        Bad(78, "admin.control: cannot listen where"),
+        Bad(78, "admin.control: overlaps with listeners"),
     ),
 ];
 
@@ -721,17 +721,17 @@ const ADDRESSES: &[Case] = &[
     (
         "all and one of IPv4",
         |it| both(it, "0.0.0.0", "127.0.0.1"),
-        Bad(78, "listeners[2].address: cannot listen where listeners[1].address does"),
+        Bad(78, "listeners[2].address: overlaps with listeners[1].address"),
     ),
     (
         "IPv4 as IPv6",
         |it| both(it, "127.0.0.1", "[::ffff:127.0.0.1]"),
-        Bad(78, "cannot listen where listeners[1].address does"),
+        Bad(78, "overlaps with listeners[1].address"),
     ),
     (
         "admin where a listener is",
         |it| it.set("admin.address", it.address),
-        Bad(78, "admin.address: cannot listen where"),
+        Bad(78, "admin.address: overlaps with listeners"),
     ),
     (
         "no address of this machine",

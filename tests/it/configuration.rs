@@ -645,7 +645,7 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
         "more than one line",
     ));
     for (file, reason) in
-        [("colon", "holds a colon"), ("two_lines", "a control character"), ("nul", "a control")]
+        [("colon", "holds a colon"), ("two_lines", "more than one line"), ("nul", "a control")]
     {
         cases.push(("upstream.proxy_user_file", set("proxy_user_file", "proxy_user", file), reason));
         if file != "colon" {

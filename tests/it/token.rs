@@ -414,7 +414,7 @@ fn a_secret_that_is_missing_or_cannot_be_used_stops_the_start() {
         ("app_key", None, "there is no such file"),
         ("app_secret", Some(""), "is empty"),
         ("app_secret", Some("\n"), "is empty"),
-        ("app_key", Some("two\nlines"), "holds what a header cannot"),
+        ("app_key", Some("two\nlines"), "holds more than one line"),
     ] {
         let path = folder.path().join(file);
         let good = fs::read(&path).unwrap();
