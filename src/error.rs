@@ -599,7 +599,7 @@ impl From<TokenError> for Error {
                 ..Self::not_sent(
                     Code::TokenUnavailable,
                     format!(
-                        "the gateway got no token in time ({} at the token endpoint); nothing was sent. Call again later",
+                        "the gateway got no token in time (the token endpoint: {}); nothing was sent. Call again later",
                         cause.meaning()
                     ),
                 )

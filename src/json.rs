@@ -35,10 +35,10 @@ pub struct NotJson {
 impl NotJson {
     fn at(document: &[u8], offset: usize, reason: &'static str) -> Self {
         let before = document.get(..offset).unwrap_or(document);
-        let lines: Vec<_> = before.split(|byte| *byte == b'\n').collect();
-        let last = lines.last().copied().unwrap_or_default();
+        let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+        let last = before.rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
         let goes_on = |byte: &&u8| **byte & 0xC0 == 0x80; // UTF-8: not the first byte of a character
-        Self { line: lines.len(), column: last.len() - last.iter().filter(goes_on).count() + 1, reason }
+        Self { line, column: last.len() - last.iter().filter(goes_on).count() + 1, reason }
     }
 }
 
@@ -223,7 +223,10 @@ impl<'a> Cursor<'a> {
                 self.leave();
                 Ok(false)
             }
-            Some(b'0'..=b'9') => Err(self.halt("a number must not begin with an extra 0: write 7, not 07")),
+            // A number reads all its digits, but for those behind a 0 in front.
+            Some(b'0'..=b'9') if self.bytes[..self.position].ends_with(b"0") => {
+                Err(self.halt("a number must not begin with an extra 0: write 7, not 07"))
+            }
             _ if close == b']' => Err(self.halt("expected `,` or `]`")),
             _ => Err(self.halt("expected `,` or `}`")),
         }
