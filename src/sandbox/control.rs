@@ -12,6 +12,7 @@ use super::{
     journal::{Received, TokenCall},
     lock,
 };
+use crate::base64::base64;
 
 /// What all control paths start with.
 pub(super) const PREFIX: &str = "/_sandbox/";
@@ -90,38 +91,4 @@ fn received(request: &Received) -> Value {
         "body": std::str::from_utf8(&request.body).ok(),
         "body_base64": base64(&request.body),
     })
-}
-
-/// Base64 with padding (RFC 4648 §4); not worth a dependency.
-fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for group in bytes.chunks(3) {
-        let bits = group.iter().fold(0_usize, |bits, byte| bits << 8 | usize::from(*byte))
-            << (8 * (3 - group.len()));
-        for place in 0..4 {
-            let filled = place <= group.len();
-            text.push(if filled { char::from(ALPHABET[bits >> (18 - 6 * place) & 63]) } else { '=' });
-        }
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::base64;
-
-    #[test]
-    fn base64_gives_the_vectors_of_rfc_4648() {
-        for (bytes, text) in [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foob", "Zm9vYg=="),
-            ("fooba", "Zm9vYmE="),
-        ] {
-            assert_eq!(base64(bytes.as_bytes()), text);
-        }
-    }
 }
