@@ -47,7 +47,7 @@ pub(super) fn proxy_user(path: &Path) -> Result<(), String> {
 
 /// The password of a proxy.
 pub(super) fn proxy_password(path: &Path) -> Result<(), String> {
-    Ok(login::check_password(read_secret(&SecretSource::File(path.to_owned()))?.expose())?)
+    secret(&SecretSource::File(path.to_owned()))
 }
 
 fn read_secret(source: &SecretSource) -> Result<Secret, String> {
