@@ -26,8 +26,8 @@ pub enum LoginError {
     User(&'static str),
 }
 
-/// User and password, as they are at present.
-#[derive(Debug)]
+/// User and password, as they are at present. Cannot be printed, and neither can their digest: it would tell who guesses
+/// whether a guess is right.
 pub struct Login {
     files: LoginFiles,
     current: ArcSwap<Basic>,
@@ -58,6 +58,12 @@ impl Login {
             Ok(())
         };
         follow(watched, take, tell).await;
+    }
+}
+
+impl fmt::Debug for Login {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Login")
     }
 }
 
@@ -119,6 +125,7 @@ impl fmt::Debug for Basic {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connect::Egress;
 
     #[test]
     fn user_and_password_are_sent_as_the_rfc_shows() {
@@ -136,7 +143,14 @@ mod tests {
     }
 
     #[test]
-    fn neither_shows_in_debug() {
+    fn neither_they_nor_their_digest_show_in_debug() {
         assert_eq!(format!("{:?}", Basic::new(b"user", b"s3cret")), "Basic");
+        let folder = tempfile::TempDir::new().unwrap();
+        let [user, password] = ["user", "s3cret"].map(|name| folder.path().join(name));
+        [&user, &password].iter().for_each(|path| std::fs::write(path, "s3cret").unwrap());
+        let login = Login::load(LoginFiles { user, password }).unwrap();
+        assert_eq!(format!("{login:?}"), "Login");
+        let egress = Egress { login: Some(login), ..Egress::plain() };
+        assert!(format!("{egress:?}").contains("login: Some(Login)"), "{egress:?}");
     }
 }
