@@ -59,7 +59,7 @@ pub enum Cause {
     ProxyRefused,
     /// The proxy wants credentials, or refuses the gateway's.
     ProxyCredentials,
-    /// The proxy's answer is not one to CONNECT.
+    /// The proxy's answer is not one to CONNECT, or not within bounds.
     ProxyUnreadable,
     /// The proxy closed the connection before its answer was whole.
     ProxyCut,
@@ -162,7 +162,7 @@ impl Cause {
             Self::ProxyCredentials => {
                 "the proxy on the way to it wants credentials, or refuses the gateway's"
             }
-            Self::ProxyUnreadable => "the proxy on the way to it gives no answer to CONNECT",
+            Self::ProxyUnreadable => "the proxy on the way to it gives no answer to CONNECT that can be read",
             Self::ProxyCut => "the proxy on the way to it closed the connection",
             Self::NotProcessed => "it takes no request at the moment",
             Self::ReplyUnreadable => "its answer cannot be read",

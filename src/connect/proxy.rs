@@ -138,7 +138,7 @@ pub(crate) fn final_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
     if answer.len() >= MAX_ANSWER { Err(ProxyError::TooLong) } else { Ok(None) }
 }
 
-/// Parses only what is whole: who sends a long head byte by byte makes no work.
+/// Parses only what is whole. Each read has the whole answer looked at again: it is short, as a rule, and bounded.
 fn whole_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
     if !answer.starts_with(HTTP) {
         return if HTTP.starts_with(answer) { Ok(None) } else { Err(ProxyError::NoAnswer) };
