@@ -42,6 +42,7 @@ use crate::{
 };
 use addresses::Addresses;
 pub use identity::Identity;
+use login::Basic;
 pub use login::{Login, LoginError};
 pub use proxy::ProxyError;
 pub use roots::Roots;
@@ -340,11 +341,12 @@ impl Connector {
     }
 
     async fn dial(&self, step: &AtomicU8) -> Result<Stream, ConnectError> {
+        let login = self.login.as_ref().map(|login| login.current());
+        login.as_deref().map_or(Ok(()), Basic::check)?;
         let mut stream = self.dial_tcp(step).await?;
         stream.set_nodelay(true)?;
         if let Some(authority) = &self.behind {
             step.store(Step::Proxy as u8, Ordering::Relaxed);
-            let login = self.login.as_ref().map(|login| login.current());
             proxy::tunnel(&mut stream, authority, login.as_deref()).await?;
         }
         let Some(Tls { trust, name, offers_http2 }) = &self.tls else { return Ok(Stream::Plain(stream)) };

@@ -1,19 +1,31 @@
 //! User and password for a proxy that wants credentials (`Basic`, RFC 7617). Read again when their files change.
 //!
-//! Guarantees that neither can be printed. Does not ask whether the proxy takes them: a connection shows that.
+//! Guarantees that neither can be printed, and that those which the proxy refuses are not sent by each connection: a directory
+//! behind it locks an account after a few wrong tries. Does not ask whether the proxy takes them: a connection shows that.
 
-use std::{fmt, path::Path, sync::Arc};
+use std::{
+    fmt,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use arc_swap::ArcSwap;
 use thiserror::Error;
+use tokio::sync;
 use zeroize::Zeroizing;
 
+use super::ProxyError;
 use crate::{
     base64::base64,
     config::{LoginFiles, SecretSource},
     secret::{Secret, SecretError, needles::Needles},
     watched::{Watched, digest, follow},
 };
+
+/// What the proxy refuses is not sent for so long. Each further refusal doubles it, as far as [`LONGEST`].
+const PAUSE: Duration = Duration::from_secs(30);
+const LONGEST: Duration = Duration::from_secs(300);
 
 /// Why user and password cannot be used. Names places, never a content.
 #[derive(Debug, Error)]
@@ -87,10 +99,36 @@ pub(crate) fn check_user(user: &[u8]) -> Result<(), &'static str> {
         .ok_or("holds a colon, which no user's name can have: the password has a file of its own")
 }
 
-/// User and password as they are sent. Cannot be printed.
+/// User and password as they are sent, and what the proxy says to them. Cannot be printed.
 pub(super) struct Basic {
     encoded: Zeroizing<String>,
     needles: Needles,
+    standing: Mutex<Standing>,
+    /// Who has it may send them while they are unproven.
+    turn: sync::Mutex<()>,
+}
+
+/// What the proxy says to user and password.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Standing {
+    /// Nothing so far.
+    Unproven,
+    /// They opened the last tunnel.
+    Taken,
+    /// It refuses them. They are sent once more behind the pause.
+    Refused { until: Instant, pause: Duration, takes_basic: bool },
+}
+
+impl Standing {
+    /// Behind a refusal. One that was on its way when another came adds nothing.
+    fn refused(self, now: Instant, takes_basic: bool) -> Self {
+        let pause = match self {
+            Self::Refused { until, .. } if now < until => return self,
+            Self::Refused { pause, .. } => LONGEST.min(pause * 2),
+            Self::Unproven | Self::Taken => PAUSE,
+        };
+        Self::Refused { until: now + pause, pause, takes_basic }
+    }
 }
 
 impl Basic {
@@ -102,7 +140,48 @@ impl Basic {
     pub(super) fn new(user: &[u8], password: &[u8]) -> Self {
         let encoded = Zeroizing::new(base64(&Zeroizing::new([user, b":", password].concat())));
         let needles = Needles::new([encoded.as_bytes(), password, b""]);
-        Self { encoded, needles }
+        Self { encoded, needles, standing: Mutex::new(Standing::Unproven), turn: sync::Mutex::default() }
+    }
+
+    /// Fails during the pause that follows a refusal.
+    pub(super) fn check(&self) -> Result<(), ProxyError> {
+        self.is_taken().map(drop)
+    }
+
+    /// Waits for leave to send them. While they are unproven one connection has it, and the others wait for what comes of it.
+    pub(super) async fn leave(&self) -> Result<Option<sync::MutexGuard<'_, ()>>, ProxyError> {
+        if self.is_taken()? {
+            return Ok(None);
+        }
+        let turn = self.turn.lock().await;
+        let is_taken = self.is_taken()?; // by now
+        Ok(Some(turn).filter(|_| !is_taken))
+    }
+
+    fn is_taken(&self) -> Result<bool, ProxyError> {
+        match *self.standing() {
+            Standing::Refused { until, takes_basic, .. } if Instant::now() < until => {
+                Err(refusal(takes_basic))
+            }
+            Standing::Taken => Ok(true),
+            Standing::Unproven | Standing::Refused { .. } => Ok(false),
+        }
+    }
+
+    /// They opened a tunnel.
+    pub(super) fn taken(&self) {
+        *self.standing() = Standing::Taken;
+    }
+
+    /// The proxy refuses them. `takes_basic`: it may take others.
+    pub(super) fn refused(&self, takes_basic: bool) -> ProxyError {
+        let mut standing = self.standing();
+        *standing = standing.refused(Instant::now(), takes_basic);
+        refusal(takes_basic)
+    }
+
+    fn standing(&self) -> MutexGuard<'_, Standing> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// In base64, as they stand behind the name of the scheme.
@@ -114,6 +193,10 @@ impl Basic {
     pub(super) fn is_in(&self, text: &str) -> bool {
         self.needles.are_in(text.as_bytes())
     }
+}
+
+fn refusal(takes_basic: bool) -> ProxyError {
+    if takes_basic { ProxyError::WrongLogin } else { ProxyError::NotBasic }
 }
 
 impl fmt::Debug for Basic {
@@ -140,6 +223,20 @@ mod tests {
         for bad in [":", "user:", ":password", "user:password"] {
             assert!(check_user(bad.as_bytes()).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_refusal_is_remembered_from_thirty_seconds_to_five_minutes() {
+        let (mut now, mut standing) = (Instant::now(), Standing::Unproven);
+        for seconds in [30, 60, 120, 240, 300, 300] {
+            standing = standing.refused(now, true);
+            let pause = Duration::from_secs(seconds);
+            assert_eq!(standing, Standing::Refused { until: now + pause, pause, takes_basic: true });
+            assert_eq!(standing.refused(now + pause / 2, true), standing, "it was on its way");
+            now += pause;
+        }
+        let Standing::Refused { pause, .. } = Standing::Taken.refused(now, true) else { panic!() };
+        assert_eq!(pause, PAUSE, "what was taken begins anew");
     }
 
     #[test]

@@ -81,20 +81,34 @@ pub(super) async fn tunnel(
     authority: &str,
     login: Option<&Basic>,
 ) -> Result<(), ProxyError> {
-    stream.write_all(&request(authority, login)).await?;
+    let _leave = match login {
+        Some(login) => Some(login.leave().await?),
+        None => None,
+    };
+    let head = ask(stream, &request(authority, login)).await?;
+    match (head.status, login) {
+        (status, login) if status.is_success() => {
+            login.inspect(|login| login.taken());
+            Ok(())
+        }
+        (StatusCode::PROXY_AUTHENTICATION_REQUIRED, Some(login)) => Err(login.refused(head.takes_basic)),
+        (StatusCode::PROXY_AUTHENTICATION_REQUIRED, None) if head.takes_basic => Err(ProxyError::NoLogin),
+        (StatusCode::PROXY_AUTHENTICATION_REQUIRED, None) => Err(ProxyError::NotBasic),
+        (status, _) => Err(ProxyError::Refused(status)),
+    }
+}
+
+/// Sends a request, and reads the head of its answer.
+async fn ask(stream: &mut TcpStream, request: &[u8]) -> Result<Head, ProxyError> {
+    stream.write_all(request).await?;
     let mut answer = Vec::new();
     loop {
         if stream.read_buf(&mut answer).await? == 0 {
             return Err(ProxyError::Closed(std::io::ErrorKind::UnexpectedEof.into()));
         }
-        let Some(head) = final_head(&answer)? else { continue };
-        return match head.status {
-            status if status.is_success() => Ok(()),
-            StatusCode::PROXY_AUTHENTICATION_REQUIRED if !head.takes_basic => Err(ProxyError::NotBasic),
-            StatusCode::PROXY_AUTHENTICATION_REQUIRED if login.is_some() => Err(ProxyError::WrongLogin),
-            StatusCode::PROXY_AUTHENTICATION_REQUIRED => Err(ProxyError::NoLogin),
-            status => Err(ProxyError::Refused(status)),
-        };
+        if let Some(head) = final_head(&answer)? {
+            return Ok(head);
+        }
     }
 }
 

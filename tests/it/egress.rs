@@ -320,6 +320,47 @@ fn a_proxys_challenge_is_told_with_what_is_to_be_done() {
     }
 }
 
+/// A directory behind a proxy locks an account after a few wrong tries.
+#[test]
+fn a_wrong_proxy_password_is_sent_once_by_all_calls_together_and_the_right_one_at_once() {
+    const CALLERS: usize = 8;
+    // Each side alone dials: tokens are wanted, or they come from elsewhere.
+    for for_tokens in [true, false] {
+        let (secure, setup) = secure_sandbox();
+        let (folder, plain) = (setup.folder.clone().unwrap(), sandbox());
+        let setup = if for_tokens { setup } else { with_other_tokens(setup, &plain) };
+        // The upstream takes those of elsewhere, too.
+        let faults = json!({ "business": [{ "body": SUCCESS }] });
+        secure.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        let proxy = guarded_proxy("Proxy-Authenticate: Basic realm=\"egress\"\r\n");
+        let setup = setup.set("upstream.proxy", proxy.url()).set("token.wait", "500ms");
+        let gateway = start_with(&secure, with_login(setup, "wrong-password-of-the-gateway"));
+        let tries = || proxy.heads.lock().unwrap().iter().filter(|head| head.contains("Basic")).count();
+        let code = if for_tokens { "token_unavailable" } else { "upstream_unreachable" };
+        let begin = std::time::Instant::now();
+        while begin.elapsed() < Duration::from_secs(5) {
+            let replies: Vec<_> = thread::scope(|scope| {
+                let calls: Vec<_> = (0..CALLERS).map(|_| scope.spawn(|| gateway.call())).collect();
+                calls.into_iter().map(|call| call.join().unwrap()).collect()
+            });
+            for reply in replies {
+                assert_eq!((reply.code(), reply.outcome()), (code, "not_sent"), "{reply:?}");
+                assert_eq!(reply.json()["cause"], "proxy_credentials", "{reply:?}");
+                assert!(!for_tokens || reply.headers.contains_key("retry-after"), "{reply:?}");
+            }
+        }
+        assert_eq!(tries(), 1, "for tokens: {for_tokens}");
+        assert_eq!(secure.connections().accepted, 0);
+
+        // The control: the right ones end the wait.
+        swap(&folder, "proxy_password", PROXY_PASSWORD);
+        wait_for("a call", || (gateway.call().outcome() == "succeeded").then_some(()));
+        assert!(begin.elapsed() < Duration::from_secs(25), "within the pause after a refusal");
+        assert_eq!(secure.requests().len(), 1);
+        assert!(tries() > 1, "the proxy is asked again");
+    }
+}
+
 /// A proxy that breaks TLS open shows a certificate of its own, and knows the password.
 #[test]
 fn what_a_proxy_says_in_a_certificate_quotes_no_password() {
