@@ -6,7 +6,7 @@ use memchr::{memchr, memmem};
 use zeroize::Zeroizing;
 
 use super::Secret;
-use crate::config::Config;
+use crate::config::{Config, SecretSource};
 
 /// A shorter one is not looked for: it would be found where nobody quoted it.
 pub const SHORTEST: usize = 16;
@@ -25,18 +25,25 @@ const ESCAPED: usize = 6;
 
 /// Says which secrets of a configuration are too short to be looked for. One that cannot be read is not told here.
 pub fn notices(config: &Config) -> Vec<String> {
-    let secrets = config
+    let is_short =
+        |source: &SecretSource| Secret::load(source).is_ok_and(|secret| secret.expose().len() < SHORTEST);
+    let notice = |what: &str, quoting: &str| {
+        format!("{what} has fewer than {SHORTEST} bytes: {quoting} that quote it are not noticed")
+    };
+    let of_credentials = config
         .credentials
         .iter()
-        .flat_map(|of| [(&of.name, "app key", &of.app_key), (&of.name, "app secret", &of.app_secret)]);
-    let short = secrets
-        .filter(|(.., source)| Secret::load(source).is_ok_and(|secret| secret.expose().len() < SHORTEST));
-    let notice = |(credential, what, _)| {
-        format!(
-            "the {what} of credential {credential} has fewer than {SHORTEST} bytes: replies that quote it are not noticed"
+        .flat_map(|of| [(&of.name, "app key", &of.app_key), (&of.name, "app secret", &of.app_secret)])
+        .filter(|(.., source)| is_short(source))
+        .map(|(credential, what, _)| notice(&format!("the {what} of credential {credential}"), "replies"));
+    let login = config.upstream.proxy_login.as_ref().map(|login| SecretSource::File(login.password.clone()));
+    let of_proxy = login.filter(is_short).map(|_| {
+        notice(
+            "the password in upstream.proxy_password_file",
+            "certificates, as of a proxy that breaks TLS open,",
         )
-    };
-    short.map(notice).collect()
+    });
+    of_credentials.chain(of_proxy).collect()
 }
 
 /// What must not be quoted: three texts at most, in buffers that are overwritten.

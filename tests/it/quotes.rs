@@ -344,4 +344,20 @@ fn secrets_that_are_too_short_to_be_looked_for_are_named() {
     let gateway = serve(&folder);
     wait_for("the WARN", || gateway.log().contains(told).then_some(()));
     assert!(!check("1234567890123456").contains(told), "the control");
+    drop(gateway);
+
+    let text = fs::read_to_string(&config).unwrap();
+    let login =
+        "proxy = \"http://127.0.0.1:1\"\nproxy_user_file = \"user\"\nproxy_password_file = \"password\"";
+    fs::write(&config, text.replace("[upstream]\n", &format!("[upstream]\n{login}\n"))).unwrap();
+    fs::write(folder.path().join("user"), "gateway").unwrap();
+    let check = |password: &str| {
+        fs::write(folder.path().join("password"), password).unwrap();
+        command(&["check", "--config", config.to_str().unwrap()]).1
+    };
+    let told = "the password in upstream.proxy_password_file has fewer than 16 bytes";
+    assert!(!check("1234567890123456").contains(told), "the control");
+    assert!(check("123456789012345").contains(told));
+    let gateway = serve(&folder);
+    wait_for("the WARN", || gateway.log().contains(told).then_some(()));
 }
