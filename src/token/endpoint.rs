@@ -249,7 +249,7 @@ impl Endpoint {
 
     fn read(&self, body: &[u8]) -> Result<Fetched, FetchError> {
         let Ok(reply) = serde_json::from_slice::<Reply>(body) else {
-            return Err(no_token(body, "its AccessToken is no text"));
+            return Err(no_token(body, "its AccessToken is no text, or stands twice"));
         };
         let token = reply.token.unwrap_or_default();
         let token = bare(&token);
@@ -353,9 +353,13 @@ mod tests {
     use crate::token::tests::configured;
 
     fn read(lifetime: Option<u64>, reply: &Value) -> Result<Fetched, FetchError> {
+        read_text(lifetime, &reply.to_string())
+    }
+
+    fn read_text(lifetime: Option<u64>, reply: &str) -> Result<Fetched, FetchError> {
         let address = "127.0.0.1:1".parse().unwrap();
         let token = config::Token { lifetime: lifetime.map(Duration::from_secs), ..configured(address) };
-        Endpoint::new(&token, &Egress::plain()).unwrap().read(reply.to_string().as_bytes())
+        Endpoint::new(&token, &Egress::plain()).unwrap().read(reply.as_bytes())
     }
 
     #[test]
@@ -446,6 +450,15 @@ mod tests {
             let read = read(None, &json!({ "AccessToken": token }));
             let Err(error @ FetchError::NoToken(_)) = read else { panic!("{token}") };
             assert!(!error.to_string().contains(token), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_token_that_is_no_text_or_stands_twice_is_told() {
+        assert!(read_text(None, r#"{"AccessToken":"t"}"#).is_ok(), "the control");
+        for reply in [r#"{"AccessToken":7}"#, r#"{"AccessToken":"t","AccessToken":"t"}"#] {
+            let error = read_text(None, reply).err().unwrap().to_string();
+            assert!(error.contains("its AccessToken is no text, or stands twice"), "{reply}: {error}");
         }
     }
 
