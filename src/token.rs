@@ -16,7 +16,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -174,6 +174,8 @@ pub struct Slot {
     /// The last fetch that failed, with its text.
     last_error: LastTrouble,
     contested: LastTrouble,
+    /// The newest generation that somebody else ended.
+    ended: AtomicU64,
     fetcher: Mutex<Option<Fetcher>>,
 }
 
@@ -200,7 +202,7 @@ struct Live {
     took: Duration,
     /// The upstream refused it, and no fetch has looked into that yet.
     retired: AtomicBool,
-    /// It had worked where it was refused.
+    /// It had worked where it was refused, and no fetch of this gateway can have ended it.
     had_worked: AtomicBool,
 }
 
@@ -264,6 +266,7 @@ impl Slot {
             fetches: watch::Sender::new(Fetches::default()),
             last_error: LastTrouble::default(),
             contested: LastTrouble::default(),
+            ended: AtomicU64::new(0),
             fetcher: Mutex::new(Some(fetcher)),
         }))
     }
@@ -295,7 +298,7 @@ impl Slot {
     }
 
     /// Another token than the refused one, if one can be had. All who ask at once share one fetch, and one
-    /// that is under way is as good. `had_worked`: it had worked where it is refused now.
+    /// that is under way is as good. `had_worked`: it had worked where it is refused now, and [`Slot::has_left_alone`] held then.
     pub async fn replace(&self, refused: u64, had_worked: bool) -> Result<Token, NoOther> {
         let deadline = Instant::now() + self.wait;
         let mut fetches = self.fetches.subscribe();
@@ -316,6 +319,20 @@ impl Slot {
                 return Err(none);
             }
         }
+    }
+
+    /// Whether no fetch of this gateway, done or under way, can have ended a token of this generation.
+    pub fn has_left_alone(&self, generation: u64) -> bool {
+        let fetches = self.fetches.borrow(); // holds up the end of a fetch
+        let live = self.live.load();
+        fetches.begun == fetches.ended
+            && live.as_ref().is_some_and(|live| live.token.generation() == generation)
+    }
+
+    /// A call was refused with a token of this generation, which had worked and was left alone, and succeeded with another one.
+    pub fn was_ended(&self, generation: u64) {
+        self.ended.fetch_max(generation, Ordering::Relaxed);
+        self.wake.notify_one();
     }
 
     /// A token of a later generation, if there is one already. Fetches nothing.

@@ -294,19 +294,24 @@ impl Exchange {
         if let Some(first) = &mut progress.arrived {
             first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
         }
-        let Some(token) = self.another_token(progress).await else { return Ok(first) };
+        let refused = self.token.generation();
+        // Looked at before another fetch may end it.
+        let had_worked = self.cooldown().has_accepted(refused) && self.slot().has_left_alone(refused);
+        let Some(token) = self.another_token(had_worked, progress).await else { return Ok(first) };
         progress.first_token = Some(std::mem::replace(&mut self.token, token));
         self.terms.quota.overdraw(); // a replay is a request, too
         let second = self.attempt(progress).await?;
         progress.is_rejected = self.is_refusal(second);
         if progress.is_rejected {
             self.cooldown().rejected();
+        } else if had_worked && second.is_success() {
+            self.slot().was_ended(refused); // the same call succeeds, so that it was the token
         }
         Ok(second)
     }
 
     /// Another token than the one that was refused. A cool-down causes no fetch.
-    async fn another_token(&self, progress: &mut Progress) -> Option<Token> {
+    async fn another_token(&self, had_worked: bool, progress: &mut Progress) -> Option<Token> {
         let refused = self.token.generation();
         if let Some(token) = self.slot().newer(refused) {
             return Some(token);
@@ -315,7 +320,6 @@ impl Exchange {
             progress.is_rejected = true;
             return None;
         }
-        let had_worked = self.cooldown().has_accepted(refused);
         match self.slot().replace(refused, had_worked).await {
             Ok(token) => return Some(token),
             Err(NoOther::Failed(cause)) => progress.no_token = Some(cause),

@@ -116,21 +116,25 @@ impl Fetcher {
     /// Notices that somebody else ends the tokens of this gateway, and that it is over.
     pub(super) fn look_at_contest(&mut self, slot: &Slot) {
         let gauge = self.metrics.contested.with_label_values(&[&slot.name]);
-        let live = slot.live.load();
-        let Some(live) = live.as_ref() else { return };
-        let (generation, age, refresh) = (live.token.generation(), live.age(), live.plan.refresh);
-        if !live.is_retired() {
-            if self.contest.works(age, refresh) {
-                gauge.set(0);
-                slot.contested.ends();
-                tracing::info!(credential = slot.name, "tokens last again");
-            }
-        } else if live.had_worked.load(Ordering::Relaxed)
-            && self.contest.refused(generation, age, refresh, contest::pause(slot.wait, jitter()))
-        {
+        if self.contest.was_ended(slot.ended.load(Ordering::Relaxed)) {
             gauge.set(1);
             slot.contested.begins(None, contest::SAID.to_owned());
             tracing::warn!(credential = slot.name, "{}", contest::SAID);
+        }
+        let live = slot.live.load();
+        let Some(live) = live.as_ref() else { return };
+        let (generation, age, refresh) = (live.token.generation(), live.age(), live.plan.refresh);
+        let is_over = if live.is_retired() {
+            live.had_worked.load(Ordering::Relaxed)
+                && self.contest.refused(generation, age, refresh, contest::pause(slot.wait, jitter()))
+        } else {
+            self.contest.lives(age, refresh)
+        };
+        if is_over {
+            gauge.set(0);
+            slot.contested.ends();
+            let age = age.as_secs();
+            tracing::info!(credential = slot.name, age, "{}", contest::OVER);
         }
     }
 

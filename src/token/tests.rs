@@ -196,26 +196,57 @@ async fn a_thousand_refusals_of_one_token_make_one_fetch() {
     assert_eq!(rig.calls(), 2);
 }
 
-/// As where the account may not use a service.
+/// Not so where no token ever worked, as for an account that may not use the service, and not so where another one does not help.
 #[tokio::test]
-async fn tokens_that_end_soon_are_contested_if_they_had_worked() {
-    for had_worked in [false, true] {
+async fn tokens_that_end_soon_are_contested_if_they_had_worked_and_another_one_works() {
+    for (had_worked, other_works) in [(false, true), (true, false), (true, true)] {
+        let is_contested = had_worked && other_works;
         let rig = Rig::start_with(json!({}), |token| token.wait = Duration::from_secs(8));
         assert_eq!(rig.generation().await, 1);
         for refused in 1..=4 {
             let begin = Instant::now();
             assert_eq!(rig.slot.replace(refused, had_worked).await.unwrap().generation(), refused + 1);
-            let is_slowed = had_worked && refused >= 3;
+            if other_works {
+                rig.slot.was_ended(refused);
+            }
+            let is_slowed = is_contested && refused > 3;
             assert!(
                 !is_slowed || begin.elapsed() >= Duration::from_secs(4),
                 "{refused}: {:?}",
                 begin.elapsed()
             );
         }
-        assert_eq!(rig.slot.status().contested.is_some(), had_worked);
-        let gauge = u8::from(had_worked);
+        assert_eq!(rig.slot.status().contested.is_some(), is_contested);
+        let gauge = u8::from(is_contested);
         assert!(rig.metric(&format!(r#"contested{{credential="default"}} {gauge}"#)));
     }
+}
+
+/// Driven by hand, since a token lasts for a minute.
+#[tokio::test]
+async fn a_contest_that_ends_with_a_late_refusal_is_told() {
+    let rig = Rig::idle(json!({}), |_| {});
+    let mut fetcher = rig.fetcher();
+    let gauge = |value: u8| rig.metric(&format!(r#"contested{{credential="default"}} {value}"#));
+    let retire = |generation| rig.slot.retire(generation, true, Instant::now() + Duration::from_secs(9));
+    fetcher.fetch(&rig.slot, false).await;
+    for generation in 1..=3 {
+        assert!(rig.slot.status().contested.is_none(), "the control");
+        retire(generation);
+        fetcher.look_at_contest(&rig.slot);
+        fetcher.fetch(&rig.slot, false).await;
+        rig.slot.was_ended(generation);
+        fetcher.look_at_contest(&rig.slot);
+    }
+    assert!(gauge(1) && rig.slot.status().contested.unwrap().over.is_none());
+    let live = rig.slot.live.load_full().unwrap();
+    let sent = Moment { wall: live.sent.wall - Duration::from_secs(60), ..live.sent };
+    let late = Live::new(live.token.clone(), live.lifetime, live.plan, sent);
+    rig.slot.live.store(Some(Arc::new(late)));
+    retire(4);
+    fetcher.look_at_contest(&rig.slot);
+    assert!(gauge(0) && rig.slot.status().contested.unwrap().over.is_some());
+    assert!(fetcher.next(&rig.slot).at <= Instant::now() + schedule::MIN_GAP, "and nothing is slowed down");
 }
 
 #[tokio::test]

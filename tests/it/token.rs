@@ -2,8 +2,8 @@
 
 use std::{
     fs,
-    io::Write,
-    net::TcpStream,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
     sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
@@ -306,6 +306,119 @@ fn gateways_that_end_each_others_tokens_notice_it_slow_down_and_say_so() {
         contested(&gateway)["over"].is_string().then_some(())
     });
     assert!(gauge(&gateway, 0));
+}
+
+/// A way to the sandbox on which a proxy refuses each request whose body has a mark.
+struct Refusing(SocketAddr);
+
+const MARK: &str = "77777777";
+
+impl Refusing {
+    fn start(sandbox: &Sandbox, status: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, upstream) = (listener.local_addr().unwrap(), sandbox.address());
+        thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                thread::spawn(move || pass_on(stream, upstream, status));
+            }
+        });
+        Self(address)
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.0)
+    }
+}
+
+fn pass_on(mut stream: TcpStream, upstream: SocketAddr, status: u16) -> Option<()> {
+    let mut upstream = TcpStream::connect(upstream).ok()?;
+    loop {
+        let request = read_message(&mut stream)?;
+        if request.contains(MARK) {
+            stream.write_all(format!("HTTP/1.1 {status} No\r\ncontent-length: 0\r\n\r\n").as_bytes()).ok()?;
+        } else {
+            upstream.write_all(request.as_bytes()).ok()?;
+            stream.write_all(read_message(&mut upstream)?.as_bytes()).ok()?;
+        }
+    }
+}
+
+/// A request or an answer of stated length.
+fn read_message(stream: &mut TcpStream) -> Option<String> {
+    let mut message = Vec::new();
+    while !message.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).ok()?;
+        message.push(byte[0]);
+    }
+    let head = String::from_utf8(message).unwrap();
+    let mut fields = head.lines().filter_map(|line| line.split_once(": "));
+    let (_, length) = fields.find(|(name, _)| name.eq_ignore_ascii_case("content-length")).unwrap();
+    let mut body = vec![0; length.parse().unwrap()];
+    stream.read_exact(&mut body).ok()?;
+    Some(head + std::str::from_utf8(&body).unwrap())
+}
+
+#[test]
+fn calls_that_are_refused_with_any_token_blame_nobody_and_hold_up_no_others() {
+    thread::scope(|scope| {
+        for (habit, status) in [("independent", 403), ("last_wins", 401)] {
+            scope.spawn(move || refuse_some_of_many(habit, status));
+        }
+    });
+}
+
+fn refuse_some_of_many(habit: &str, status: u16) {
+    const BAD: usize = 6;
+    let sandbox = sandbox();
+    script(&sandbox, json!({ "habit": habit }));
+    let way = Refusing::start(&sandbox, status);
+    // In a contest, calls would wait for 10 s at least.
+    let setup = Setup { base_url: Some(way.url()), token_url: Some(sandbox.token_url()), ..Setup::default() }
+        .set("token.wait", "20s")
+        .set("token.refused_statuses", "[401, 403]");
+    let gateway = start_with(&sandbox, setup);
+    assert_success(&gateway.call());
+    let good = |count: &AtomicUsize| {
+        let begun = Instant::now();
+        assert_success(&gateway.call());
+        assert!(begun.elapsed() < Duration::from_secs(8), "{habit}: {:?}", begun.elapsed());
+        count.fetch_add(1, Ordering::Relaxed);
+    };
+    let (begun, stop, count) = (Instant::now(), AtomicBool::new(false), AtomicUsize::new(1));
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) && begun.elapsed() < Duration::from_secs(60) {
+                    good(&count);
+                    thread::sleep(Duration::from_millis(10)); // the pace of a caller
+                }
+            });
+        }
+        let bad = BODY.replace("\"count\":2", &format!("\"count\":{MARK}"));
+        for _ in 0..BAD {
+            let reply = gateway.post(&bad);
+            let said = (reply.status, reply.code(), reply.outcome());
+            assert_eq!(said, (502, "credential_rejected", "refused"), "{habit}: {reply:?}");
+            good(&count); // ends the cool-down
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let count = count.into_inner();
+    assert_eq!(sandbox.tasks().len(), count, "{habit}");
+    assert_eq!(
+        sandbox.token_calls().len(),
+        1 + BAD,
+        "{habit}: the control: each was sent with a fresh one, too"
+    );
+    let outcomes = gateway.records("outcome", count + BAD);
+    let refused: Vec<_> = outcomes.iter().filter(|outcome| outcome["outcome"] == "refused").collect();
+    assert!(refused.len() == BAD && refused.iter().all(|outcome| outcome["attempts"] == 2), "{refused:?}");
+    let status = gateway.admin("/status").json();
+    assert!(status["credentials"][0]["contested"].is_null(), "{habit}: {status}");
+    let metrics = gateway.admin("/metrics").body;
+    assert!(metrics.contains("ccsqm_gateway_token_contested{credential=\"default\"} 0\n"), "{habit}");
+    assert!(!gateway.log().contains("somebody else fetches tokens"), "{habit}");
 }
 
 #[test]
