@@ -196,6 +196,8 @@ def costs(machine, results, plan):
             "## Bars\n\nMet: the whole 95 % interval of the median lies under the bar. Open: the bar lies within it.\n\n"
             + table(["#", "figure", "bar", "found", ""], rows)
         )
+    if not plan.is_part:
+        parts.append(read(os.path.join(os.path.dirname(os.path.abspath(__file__)), "machines.md")))
     titles = {
         "plain-32": "Plain upstream, 32 connections",
         "plain-256": "Plain upstream, 256 connections",
