@@ -161,7 +161,7 @@ fn with_every_file() -> (TempDir, String, [(&'static str, &'static str); 14]) {
         ("client.pem", &client.certificate, 0o644),
         ("client.key", &client.key, 0o600),
         ("proxy_user", "gateway", 0o600),
-        ("proxy_password", "password", 0o600),
+        ("proxy_password", "a-password-of-the-proxy", 0o600),
         ("server.pem", &server.certificate, 0o644),
         ("server.key", &server.key, 0o600),
         ("ca.pem", &ca.0.pem(), 0o644),
