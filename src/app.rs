@@ -125,8 +125,12 @@ impl App {
         })
     }
 
-    /// Looks whether a start would succeed, if the gateway that runs with this configuration, if there is one, were gone. Fails as
-    /// [`App::build`] would. Makes and changes nothing. Returns what may stop a start all the same.
+    /// Checks whether a start would succeed once a gateway that now runs with this configuration has stopped. Makes and changes
+    /// nothing. Returns warnings: what may stop a start nevertheless.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`App::build`] would.
     pub fn rehearse(config: &Config) -> anyhow::Result<Vec<String>> {
         outward(config)?;
         audit::limit::check(config).map_err(StartError::from)?;

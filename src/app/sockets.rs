@@ -69,8 +69,8 @@ pub(super) fn bind_control(config: &Config) -> Result<Option<control::Bound>, Bi
     bound.map_err(|error| BindError::new(CONTROL, &config.admin.control, error))
 }
 
-/// Looks whether all sockets could be bound. One that is in use belongs to the gateway that runs, if one does. Where systemd runs, it
-/// may be held for one that does not; that is only told.
+/// Checks whether all sockets could be bound. One that is in use belongs to the gateway that runs, if one does. Where systemd runs,
+/// it may hold the socket for a gateway that does not run yet: that is a warning.
 pub(super) fn look(config: &Config) -> anyhow::Result<Vec<String>> {
     let listeners = config.listeners.iter().enumerate();
     let listeners = listeners.map(|(i, listener)| (listener_key(i), listener.address.clone()));

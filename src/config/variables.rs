@@ -15,12 +15,21 @@ impl Config {
         &self,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Vec<String> {
-        let settings = self.settings();
         let names = environment.into_iter().filter_map(|(name, _)| name.into_string().ok());
-        let misnamed = names.filter(|name| !name.starts_with(PREFIX));
+        let ours = single(PREFIX);
+        let misnamed: Vec<_> = names
+            .filter(|name| !name.starts_with(PREFIX))
+            .map(|name| (single(&name.to_ascii_uppercase()), name))
+            .filter(|(plain, _)| plain.starts_with(&ours))
+            .collect();
+        if misnamed.is_empty() {
+            return Vec::new(); // as a rule
+        }
+        let settings = self.settings();
         let mut told: Vec<_> = misnamed
-            .filter_map(|name| {
-                let meant = settings.iter().find_map(|setting| setting.meant_by(&name))?;
+            .iter()
+            .filter_map(|(plain, name)| {
+                let meant = settings.iter().find_map(|setting| setting.meant_by(plain))?;
                 Some(format!("the variable {name} is not read: the setting is named {meant}"))
             })
             .collect();
@@ -50,10 +59,10 @@ impl Setting {
         Self { name, is_table: value.is_object() }
     }
 
-    /// The right name of a variable that is this one but for its underscores and capitals.
-    fn meant_by(&self, variable: &str) -> Option<String> {
-        let (own, other) = (single(&self.name), single(&variable.to_ascii_uppercase()));
-        let rest = other.strip_prefix(&own)?;
+    /// The right name of a variable that is this one but for its underscores and capitals. `plain` is its name in capitals, with
+    /// no two underscores in a row.
+    fn meant_by(&self, plain: &str) -> Option<String> {
+        let rest = plain.strip_prefix(&single(&self.name))?;
         match rest.strip_prefix('_') {
             Some(rest) if self.is_table && !rest.is_empty() => Some(format!("{}__{rest}", self.name)),
             _ => (rest.is_empty() && !self.is_table).then(|| self.name.clone()),
