@@ -16,7 +16,7 @@ use crate::{
     cause::{Cause, Reason},
     contract::{Fault, Violation, body::NotReceived},
     idempotency::{Delivery, Refusal, Refused},
-    outcome::{Outcome, Retry},
+    model::outcome::{Outcome, Retry},
     rate_limit::{Exhausted, Spent},
     route::NoRoute,
     server::connection::Left,

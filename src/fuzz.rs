@@ -24,13 +24,13 @@ use crate::{
         chain::{Keys, key_path},
         recovery::{Fault, Found, read},
     },
-    config::BareIds,
-    config::{self, Config, WithoutKey},
+    config::{self, BareIds, Config, WithoutKey},
     connect::proxy,
     contract::Contract,
     headers::Inbound,
     idempotency::{Idempotency, key},
-    outcome::{Outcome, Reply, ResultRule},
+    model::outcome::Outcome,
+    result_rule::{Reply, ResultRule},
 };
 
 /// The reader of this name, for a command line.

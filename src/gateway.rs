@@ -28,7 +28,7 @@ use crate::{
     headers::Inbound,
     idempotency::{Begun, Call, Idempotency, Would},
     metrics::{Limit, Metrics},
-    outcome::{Outcome, Retry},
+    model::outcome::{Outcome, Retry},
     route::Routed,
     server::connection::Presence,
     state::State,

@@ -46,7 +46,8 @@ use crate::{
     config::{self, WithoutKey},
     error::Code,
     headers::Inbound,
-    outcome::{Outcome, ResultRule, Retry},
+    model::outcome::{Outcome, Retry},
+    result_rule::ResultRule,
     upstream::{Failure, Reply, ReplyBody, Told},
 };
 use claims::{Claims, Ending, How, Verdict, Wanted};

@@ -40,9 +40,12 @@ pub mod token; // stage 6: the slot
 pub mod audit; // stage 8: record, chain, recovery
 pub mod headers; // what goes out and what comes back
 pub mod upstream; // stage 9: pool, exchange, classification
-pub mod outcome; // what became of the task
+pub mod result_rule; // what a reply says of the task
 pub mod error; // failure to status, code and text
 pub mod cause; // why a step on the way to the cloud, or a handshake, failed
+
+// What all of it speaks in.
+pub mod model; // plain data
 
 // Beside the way.
 pub mod app; // composition root

@@ -17,7 +17,7 @@ use crate::{
     changes::Changes,
     error::{Code, Stage},
     log,
-    outcome::Outcome,
+    model::outcome::Outcome,
     token,
     upstream::{self, breaker, pool},
 };

@@ -15,7 +15,7 @@ use crate::{
     contract::{Contract, SchemaError},
     files,
     headers::Inbound,
-    outcome::ResultRule,
+    result_rule::ResultRule,
     token::Cooldown,
 };
 

@@ -12,7 +12,7 @@ use super::{
     record::Entry,
     unresolved::{LIST, LIST_LEFT_OUT, UnresolvedList},
 };
-use crate::outcome::Outcome;
+use crate::model::outcome::Outcome;
 
 /// What a record changes in the list of the unresolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use super::{
     segment::Segment,
     unresolved::{LIST, UnresolvedCall, UnresolvedList},
 };
-use crate::outcome::Outcome;
+use crate::model::outcome::Outcome;
 
 /// The calls whose intents are committed and whose outcomes are not.
 #[derive(Default)]

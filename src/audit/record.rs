@@ -27,7 +27,8 @@ use crate::{
     clock,
     error::{Code, Stage},
     log::requests::{self, Ended},
-    outcome::{Outcome, ResultCode},
+    model::outcome::Outcome,
+    result_rule::ResultCode,
 };
 
 thread_local! {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, se
 use serde_json::{Map, json};
 
 use super::RequestId;
-use crate::{headers::is_coding, outcome::ResultRule};
+use crate::{headers::is_coding, result_rule::ResultRule};
 
 /// A longer body is not kept.
 const MAX_BODY: usize = 8 * 1024;

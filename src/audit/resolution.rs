@@ -21,7 +21,7 @@ use super::{
     start_error,
     unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList},
 };
-use crate::outcome::Outcome;
+use crate::model::outcome::Outcome;
 
 /// The longest name of a person, in bytes.
 const MAX_NAME: usize = 128;

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use super::{chain::segments, lane::tests::done, recovery::Found, *};
 use crate::{
     error::{Code, Stage},
-    outcome::Outcome,
+    model::outcome::Outcome,
 };
 
 fn start(options: &Options) -> Audit {

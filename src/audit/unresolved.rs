@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::{outcome::Outcome, plain};
+use crate::{model::outcome::Outcome, plain};
 
 /// The name of the event that begins a segment.
 pub(super) const LIST: &str = "unresolved";

@@ -38,7 +38,7 @@ use crate::{
         unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall},
     },
     config,
-    outcome::Outcome,
+    model::outcome::Outcome,
 };
 
 /// A call that began this long before the window may have ended in it, in seconds.

@@ -18,7 +18,7 @@ use std::{
 use ccsqm_gateway::{
     audit::RequestId,
     error::{Code, Error, Stage},
-    outcome::Outcome,
+    model::outcome::Outcome,
     sandbox::Sandbox,
 };
 use serde_json::Value;

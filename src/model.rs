@@ -1,0 +1,5 @@
+//! The words that the rest of the gateway speaks in: plain data without I/O, which imports nothing but tools.
+//!
+//! An enum here has `as_str`, the word of the wire, and `ALL`, in the order of the documentation.
+
+pub mod outcome; // what became of the task, and what a client may do about it
