@@ -268,7 +268,7 @@ mod tests {
     use crate::{
         admission::Peer,
         audit::Answer,
-        error::{Code, Stage},
+        model::{code::Code, stage::Stage},
     };
 
     /// What readers look for.

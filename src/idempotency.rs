@@ -44,9 +44,11 @@ use crate::{
     },
     clock,
     config::{self, WithoutKey},
-    error::Code,
     headers::Inbound,
-    model::outcome::{Outcome, Retry},
+    model::{
+        code::Code,
+        outcome::{Outcome, Retry},
+    },
     result_rule::ResultRule,
     upstream::{Failure, Reply, ReplyBody, Told},
 };

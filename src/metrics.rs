@@ -15,9 +15,8 @@ use crate::{
     audit,
     cause::Failures,
     changes::Changes,
-    error::{Code, Stage},
     log,
-    model::outcome::Outcome,
+    model::{code::Code, outcome::Outcome, stage::Stage},
     token,
     upstream::{self, breaker, pool},
 };

@@ -2,4 +2,6 @@
 //!
 //! An enum here has `as_str`, the word of the wire, and `ALL`, in the order of the documentation.
 
+pub mod code; // why the gateway itself answered
 pub mod outcome; // what became of the task, and what a client may do about it
+pub mod stage; // the steps of a request

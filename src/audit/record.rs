@@ -25,9 +25,8 @@ use crate::{
     admission::Peer,
     cause::Cause,
     clock,
-    error::{Code, Stage},
     log::requests::{self, Ended},
-    model::outcome::Outcome,
+    model::{code::Code, outcome::Outcome, stage::Stage},
     result_rule::ResultCode,
 };
 

@@ -18,10 +18,7 @@ use std::{
 use tempfile::TempDir;
 
 use super::{chain::segments, lane::tests::done, recovery::Found, *};
-use crate::{
-    error::{Code, Stage},
-    model::outcome::Outcome,
-};
+use crate::model::{code::Code, outcome::Outcome, stage::Stage};
 
 fn start(options: &Options) -> Audit {
     let audit = Audit::start(options, metrics()).unwrap();

@@ -445,8 +445,8 @@ pub(super) mod tests {
         admission::Peer,
         audit::{self, Answer, Permit, RequestId, chain::Hash, unresolved::UNDELIVERED},
         config::WithoutKey,
-        error::Stage,
         idempotency::{Begun, Call, Refused},
+        model::stage::Stage,
     };
 
     const OPERATOR: &str = "1611917095665261978";

@@ -13,7 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{audit::RequestId, cause::Cause, config::LogRequests, error::Code, model::outcome::Outcome};
+use crate::{
+    audit::RequestId,
+    cause::Cause,
+    config::LogRequests,
+    model::{code::Code, outcome::Outcome},
+};
 
 /// So many failures of a kind have a line of their own each second.
 const FULL: u64 = 10;

@@ -17,8 +17,8 @@ use std::{
 
 use ccsqm_gateway::{
     audit::RequestId,
-    error::{Code, Error, Stage},
-    model::outcome::Outcome,
+    error::Error,
+    model::{code::Code, outcome::Outcome, stage::Stage},
     sandbox::Sandbox,
 };
 use serde_json::Value;
