@@ -9,9 +9,7 @@ mod shares;
 
 use std::{
     collections::HashMap,
-    fmt,
-    io::{self, Write as _},
-    net::{IpAddr, SocketAddr, SocketAddrV4},
+    net::IpAddr,
     sync::Arc,
     sync::atomic::{AtomicU8, AtomicUsize, Ordering},
 };
@@ -26,52 +24,13 @@ use crate::{
     config::{self, BareIds, PeerRule},
     headers::Inbound,
     ids,
+    model::peer::Peer,
     rate_limit::Limiter,
 };
 use budget::Budget;
 pub(crate) use budget::{FREE, Part};
 use shares::Shares;
 pub(crate) use shares::{Stranger, Unproven};
-
-/// Who is at the other end of a connection, as the kernel tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Peer {
-    /// A TCP peer.
-    Tcp(SocketAddr),
-    /// The process at the other end of a Unix socket, when it connected.
-    Unix {
-        /// Effective user id.
-        uid: u32,
-        /// Effective group id.
-        gid: u32,
-    },
-}
-
-impl Peer {
-    /// The longest text of a peer, in bytes.
-    pub const TEXT: usize = 64;
-
-    /// What [`fmt::Display`] writes, without an allocation.
-    pub fn text<'a>(&self, buffer: &'a mut [u8; Self::TEXT]) -> &'a [u8] {
-        let mut rest = &mut buffer[..];
-        let _ = match self {
-            Self::Tcp(SocketAddr::V4(address)) => write_v4(&mut rest, address),
-            _ => write!(rest, "{self}"),
-        };
-        let written = Self::TEXT - rest.len();
-        &buffer[..written]
-    }
-}
-
-/// Formatting an address through [`fmt`] costs as much as parsing a head.
-fn write_v4(rest: &mut &mut [u8], address: &SocketAddrV4) -> io::Result<()> {
-    let mut number = itoa::Buffer::new();
-    for (octet, behind) in address.ip().octets().into_iter().zip([b".", b".", b".", b":"]) {
-        rest.write_all(number.format(octet).as_bytes())?;
-        rest.write_all(behind)?;
-    }
-    rest.write_all(number.format(address.port()).as_bytes())
-}
 
 /// A configured caller.
 #[derive(Debug)]
@@ -506,32 +465,11 @@ impl Drop for Room {
     }
 }
 
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => address.fmt(f),
-            Self::Unix { uid, gid } => write!(f, "unix:uid={uid},gid={gid}"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::net::SocketAddr;
 
-    #[test]
-    fn a_peers_text_is_what_it_displays() {
-        let unix = Peer::Unix { uid: u32::MAX, gid: u32::MAX };
-        let tcp = [
-            "127.0.0.1:1",
-            "255.255.255.255:65535",
-            "[::1]:80",
-            "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535",
-        ];
-        for peer in tcp.map(|address| Peer::Tcp(address.parse().unwrap())).into_iter().chain([unix]) {
-            assert_eq!(peer.text(&mut [0; Peer::TEXT]), peer.to_string().as_bytes());
-        }
-    }
+    use super::*;
 
     #[test]
     fn a_host_is_compared_without_its_port() {

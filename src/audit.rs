@@ -53,7 +53,7 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::sync::SemaphorePermit;
 
-use crate::{admission::Peer, clock, config::Shown, supervisor::Vital};
+use crate::{clock, config::Shown, model::peer::Peer, supervisor::Vital};
 use age::{Ages, Newer};
 use batch::Batch;
 use chain::{KeyError, Keys};
@@ -66,7 +66,7 @@ use lane::Lane;
 use lock::{Lock, Statement};
 use queue::Shared;
 use record::Entry;
-pub use record::{Answer, Detail, FirstCall, MEMBERS, Names, Queued, Record, RequestId};
+pub use record::{Answer, Detail, MEMBERS, Names, Queued, Record};
 use recovery::{DAMAGED, Damage, Found};
 pub use reply::{StoredReply, withheld};
 pub use retention::Early;

@@ -11,13 +11,14 @@ use serde_json::json;
 
 use crate::{
     admission::Denied,
-    audit::{FirstCall, RequestId, Unavailable},
+    audit::Unavailable,
     cause::{Cause, Reason},
     contract::{Fault, Violation, body::NotReceived},
     idempotency::{Delivery, Refusal, Refused},
     model::{
         code::Code,
         outcome::{Outcome, Retry},
+        request_id::{FirstCall, RequestId},
         stage::Stage,
     },
     rate_limit::{Exhausted, Spent},

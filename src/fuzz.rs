@@ -266,9 +266,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        admission::Peer,
         audit::Answer,
-        model::{code::Code, stage::Stage},
+        model::{code::Code, peer::Peer, stage::Stage},
     };
 
     /// What readers look for.

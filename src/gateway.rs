@@ -19,8 +19,8 @@ use serde_json::{Map, Value, json};
 use tokio::time::timeout;
 
 use crate::{
-    admission::{Bounds, Caller, Denied, Hosts, Peer},
-    audit::{Audit, Detail, FirstCall, Record, RequestId},
+    admission::{Bounds, Caller, Denied, Hosts},
+    audit::{Audit, Detail, Record},
     clock,
     config::BareIds,
     contract::{Checked, CheckedBody, Violation, body::receive},
@@ -31,6 +31,8 @@ use crate::{
     model::{
         code::Code,
         outcome::{Outcome, Retry},
+        peer::Peer,
+        request_id::{FirstCall, RequestId},
         stage::Stage,
     },
     route::Routed,

@@ -37,7 +37,7 @@ use uuid::Uuid;
 
 use crate::{
     audit::{
-        Answer, Audit, FirstCall, Names, Queued, Record, RequestId, StoredReply,
+        Answer, Audit, Names, Queued, Record, StoredReply,
         chain::{Hash, Keys, Mark, parse_hex, push_hex},
         loss::{self, Fault, Loss},
         unresolved::{CallState, Resolution, UnresolvedCall},
@@ -48,6 +48,7 @@ use crate::{
     model::{
         code::Code,
         outcome::{Outcome, Retry},
+        request_id::{FirstCall, RequestId},
     },
     result_rule::ResultRule,
     upstream::{Failure, Reply, ReplyBody, Told},

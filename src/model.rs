@@ -4,4 +4,6 @@
 
 pub mod code; // why the gateway itself answered
 pub mod outcome; // what became of the task, and what a client may do about it
+pub mod peer; // the other end of a connection
+pub mod request_id; // the ids of requests
 pub mod stage; // the steps of a request

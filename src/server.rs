@@ -27,10 +27,11 @@ use tokio::{
 };
 
 use crate::{
-    admission::{Hosts, Peer},
+    admission::Hosts,
     config::{self, ListenAddress},
     gateway::Gateway,
     log::OncePerSecond,
+    model::peer::Peer,
     supervisor::Vital,
 };
 use connection::{Deadlines, Stream};

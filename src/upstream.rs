@@ -34,7 +34,7 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use crate::{
     admission::Room,
-    audit::{Answer, FirstCall, Record, RequestId, StoredReply, withheld},
+    audit::{Answer, Record, StoredReply, withheld},
     cause::{Cause, Failures, Reason},
     clock,
     headers::{Cleaned, Outbound, clean_reply, retry_after},
@@ -43,6 +43,7 @@ use crate::{
     model::{
         code::Code,
         outcome::{Outcome, Retry},
+        request_id::{FirstCall, RequestId},
     },
     rate_limit::Quota,
     result_rule::{Reply as Judged, Verdict},

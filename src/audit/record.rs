@@ -1,17 +1,10 @@
 //! The record of one request, and every record's form in the trail.
 
-use std::{
-    cell::RefCell,
-    fmt,
-    hash::{BuildHasher, RandomState},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
-use fastrand::Rng;
 use http::HeaderValue;
 use serde_json::{Map, Value, json};
-use uuid::{Builder, Uuid};
+use uuid::Uuid;
 
 use super::{
     Audit, Kind, Permit, StoredReply, Unavailable,
@@ -22,84 +15,18 @@ use super::{
     unresolved::{self, UnresolvedList},
 };
 use crate::{
-    admission::Peer,
     cause::Cause,
     clock,
     log::requests::{self, Ended},
-    model::{code::Code, outcome::Outcome, stage::Stage},
+    model::{
+        code::Code,
+        outcome::Outcome,
+        peer::Peer,
+        request_id::{FirstCall, RequestId},
+        stage::Stage,
+    },
     result_rule::ResultCode,
 };
-
-thread_local! {
-    /// Seeded by the system's randomness: ids must differ, and nobody need be unable to guess them.
-    static RANDOM: RefCell<Rng> = RefCell::new(Rng::with_seed(RandomState::new().hash_one(())));
-}
-
-/// A request's id: a UUIDv7, and its text.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct RequestId {
-    uuid: Uuid,
-    text: [u8; 36],
-}
-
-impl RequestId {
-    fn new() -> Self {
-        let random = RANDOM.with_borrow_mut(|generator| generator.u128(..).to_ne_bytes());
-        let [random @ .., _, _, _, _, _, _] = random;
-        Builder::from_unix_timestamp_millis(clock::unix_nanos() / 1_000_000, &random).into_uuid().into()
-    }
-
-    /// The same in 16 bytes.
-    pub fn uuid(&self) -> Uuid {
-        self.uuid
-    }
-
-    /// Its text, as bytes of ASCII.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.text
-    }
-
-    /// Its text.
-    pub fn as_str(&self) -> &str {
-        std::str::from_utf8(&self.text).unwrap_or_default()
-    }
-}
-
-impl From<Uuid> for RequestId {
-    fn from(uuid: Uuid) -> Self {
-        let mut text = [0; 36];
-        uuid.hyphenated().encode_lower(&mut text);
-        Self { uuid, text }
-    }
-}
-
-/// An earlier call that a call repeats or equals.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FirstCall {
-    /// Its request id, without the text.
-    pub id: Uuid,
-    /// What became of it: `unknown` while it is at work or in doubt.
-    pub outcome: Outcome,
-}
-
-impl FirstCall {
-    /// Its request id.
-    pub fn request_id(&self) -> RequestId {
-        self.id.into()
-    }
-}
-
-impl fmt::Display for RequestId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl fmt::Debug for RequestId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
 
 /// Members that a contract may not name: those that intents, and calls on the list of the unresolved, have of their own, and most
 /// of those of outcomes.
@@ -584,7 +511,7 @@ impl Facts {
             line.word(",\"operator\":\"", operator);
         }
         if let Some(first) = &self.first {
-            line.word(",\"first\":\"", first.request_id().text);
+            line.word(",\"first\":\"", *first.request_id().as_bytes());
             line.word(",\"first_outcome\":\"", first.outcome.as_str());
         }
         line.optional(",\"caller_id\":", self.caller_id.as_ref());
@@ -593,7 +520,7 @@ impl Facts {
 
     /// As much as tells which intent an outcome belongs to, and whose it is.
     fn write_briefly(&self, line: &mut Line<'_>) {
-        line.word(",\"id\":\"", self.id.text);
+        line.word(",\"id\":\"", *self.id.as_bytes());
         // Names and operators are of plain characters, as validated.
         if let Some(caller) = &self.caller {
             line.word(",\"caller\":\"", caller.as_bytes());
@@ -704,7 +631,7 @@ impl Entry<'_> {
                 }
             }
             Self::Doubt { id } => {
-                line.word(",\"id\":\"", RequestId::from(*id).text);
+                line.word(",\"id\":\"", *RequestId::from(*id).as_bytes());
                 line.word(",\"outcome\":\"", Outcome::Unknown.as_str());
                 line.word(",\"note\":\"", "the process ended between intent and outcome");
             }

@@ -442,11 +442,10 @@ pub(super) mod tests {
 
     use super::*;
     use crate::{
-        admission::Peer,
-        audit::{self, Answer, Permit, RequestId, chain::Hash, unresolved::UNDELIVERED},
+        audit::{self, Answer, Permit, chain::Hash, unresolved::UNDELIVERED},
         config::WithoutKey,
         idempotency::{Begun, Call, Refused},
-        model::stage::Stage,
+        model::{peer::Peer, request_id::RequestId, stage::Stage},
     };
 
     const OPERATOR: &str = "1611917095665261978";

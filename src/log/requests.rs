@@ -14,10 +14,9 @@ use std::{
 };
 
 use crate::{
-    audit::RequestId,
     cause::Cause,
     config::LogRequests,
-    model::{code::Code, outcome::Outcome},
+    model::{code::Code, outcome::Outcome, request_id::RequestId},
 };
 
 /// So many failures of a kind have a line of their own each second.

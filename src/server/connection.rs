@@ -38,11 +38,12 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use crate::{
-    admission::{FREE, Hosts, Part, Peer, Place},
+    admission::{FREE, Hosts, Part, Place},
     clock::{self, nanos_of},
     config,
     gateway::{Arrival, Gateway},
     idempotency::Delivery,
+    model::peer::Peer,
     server::{
         Stop,
         handshake::shake_hands,

@@ -17,9 +17,10 @@ use super::{
     tls::{Certificate, NotAccepted, Tls},
 };
 use crate::{
-    admission::{Peer, Unproven},
+    admission::Unproven,
     cause::{Cause, Reason},
     metrics::Metrics,
+    model::peer::Peer,
 };
 
 /// What a caller gets that speaks HTTP without TLS. It was no request to us, and it cannot be one.

@@ -16,9 +16,8 @@ use std::{
 };
 
 use ccsqm_gateway::{
-    audit::RequestId,
     error::Error,
-    model::{code::Code, outcome::Outcome, stage::Stage},
+    model::{code::Code, outcome::Outcome, request_id::RequestId, stage::Stage},
     sandbox::Sandbox,
 };
 use serde_json::Value;
