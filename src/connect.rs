@@ -36,9 +36,13 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
-    cause::{Cause, Reason},
     config::{self, ProxyUrl, Url},
+    model::{
+        cause::Cause,
+        reply::{MAX_FIELDS, MAX_HEAD},
+    },
     pem::PemError,
+    reason::Reason,
 };
 use addresses::Addresses;
 pub use identity::Identity;
@@ -51,12 +55,6 @@ use roots::Trust;
 /// Names of protocols in a TLS handshake (RFC 7301).
 pub(crate) const HTTP1: &[u8] = b"http/1.1";
 const HTTP2: &[u8] = b"h2";
-
-/// A reply may have this much head; hyper's own bound is far higher.
-pub const MAX_HEAD: usize = 64 * 1024;
-
-/// A reply over HTTP/1.1 may have so many header fields. Over HTTP/2 only their size counts.
-pub const MAX_FIELDS: usize = 256;
 
 /// How HTTP/1.1 is spoken to the cloud. Who passes a reply on removes blanks between a field's name and its colon (RFC 9112,
 /// section 5.1). Folded lines, which it may refuse (section 5.2), are refused.

@@ -12,16 +12,17 @@ use serde_json::json;
 use crate::{
     admission::Denied,
     audit::Unavailable,
-    cause::{Cause, Reason},
     contract::{Fault, Violation, body::NotReceived},
     idempotency::{Delivery, Refusal, Refused},
     model::{
+        cause::Cause,
         code::Code,
         outcome::{Outcome, Retry},
         request_id::{FirstCall, RequestId},
         stage::Stage,
     },
     rate_limit::{Exhausted, Spent},
+    reason::Reason,
     route::NoRoute,
     server::connection::Left,
     token::TokenError,

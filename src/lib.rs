@@ -42,7 +42,7 @@ pub mod headers; // what goes out and what comes back
 pub mod upstream; // stage 9: pool, exchange, classification
 pub mod result_rule; // what a reply says of the task
 pub mod error; // failure to status, code and text
-pub mod cause; // why a step on the way to the cloud, or a handshake, failed
+pub mod reason; // a cause with its full text, for operators
 
 // What all of it speaks in.
 pub mod model; // plain data

@@ -13,10 +13,10 @@ use prometheus::{
 use crate::{
     admission::Bounds,
     audit,
-    cause::Failures,
     changes::Changes,
     log,
     model::{code::Code, outcome::Outcome, stage::Stage},
+    reason::Failures,
     token,
     upstream::{self, breaker, pool},
 };

@@ -4,11 +4,11 @@ use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     admission::Admission,
-    cause::Failures,
     config::Config,
     contract::body,
     headers::Outbound,
     rate_limit::Quota,
+    reason::Failures,
     route::{RouteError, Routes},
     token::Slot,
     upstream::{self, Terms, breaker::Breaker},

@@ -32,9 +32,9 @@ use tokio::{
 };
 
 use crate::{
-    cause::Cause,
     config,
     connect::{Egress, TlsError},
+    model::cause::Cause,
     secret::needles::Needles,
     trouble::{LastTrouble, Trouble},
 };

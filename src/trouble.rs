@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::cause::Cause;
+use crate::model::cause::Cause;
 
 /// Something that went wrong.
 #[derive(Clone, Debug, Serialize)]

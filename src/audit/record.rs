@@ -15,10 +15,10 @@ use super::{
     unresolved::{self, UnresolvedList},
 };
 use crate::{
-    cause::Cause,
     clock,
     log::requests::{self, Ended},
     model::{
+        cause::Cause,
         code::Code,
         outcome::Outcome,
         peer::Peer,

@@ -14,7 +14,7 @@ use tokio::{
 use zeroize::Zeroizing;
 
 use super::login::Basic;
-use crate::cause::Cause;
+use crate::model::cause::Cause;
 
 /// So much of an answer is read, in bytes: of its interim heads (RFC 9110 §15.2) and the final one together.
 const MAX_ANSWER: usize = 64 * 1024;

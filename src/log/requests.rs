@@ -14,9 +14,8 @@ use std::{
 };
 
 use crate::{
-    cause::Cause,
     config::LogRequests,
-    model::{code::Code, outcome::Outcome, request_id::RequestId},
+    model::{cause::Cause, code::Code, outcome::Outcome, request_id::RequestId},
 };
 
 /// So many failures of a kind have a line of their own each second.

@@ -18,9 +18,9 @@ use super::{
 };
 use crate::{
     admission::Unproven,
-    cause::{Cause, Reason},
     metrics::Metrics,
-    model::peer::Peer,
+    model::{cause::Cause, peer::Peer},
+    reason::Reason,
 };
 
 /// What a caller gets that speaks HTTP without TLS. It was no request to us, and it cannot be one.

@@ -13,10 +13,11 @@ use zeroize::Zeroizing;
 
 use super::schedule::Failure;
 use crate::{
-    cause::{Cause, Reason},
     config,
     connect::{self, Connector, Egress, Stream, TlsError},
     headers::{is_coding, retry_after},
+    model::cause::Cause,
+    reason::Reason,
     secret::Secret,
 };
 
@@ -70,7 +71,7 @@ pub(super) enum FetchError {
 #[derive(Debug)]
 pub(super) struct NoToken {
     what: &'static str,
-    /// The code in it, as it came: see [`crate::cause::shown`].
+    /// The code in it, as it came: see [`crate::reason::shown`].
     code: Option<String>,
 }
 

@@ -21,10 +21,10 @@ use super::{
     schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
 };
 use crate::{
-    cause::{Reason, shown},
     changes::Change,
     config::SecretSource,
     files::{Aside, Hangs},
+    reason::{Reason, shown},
     secret::needles::{Needles, SHORTEST},
     watched::{Noticed, POLL, SETTLE, Watched},
 };

@@ -17,7 +17,7 @@ use http::StatusCode;
 use prometheus::{IntCounter, IntGauge, Registry};
 use thiserror::Error;
 
-use crate::{cause::Cause, clock, config};
+use crate::{clock, config, model::cause::Cause};
 
 /// The longest pause, in nanoseconds.
 const LONGEST: u64 = 30_000_000_000;

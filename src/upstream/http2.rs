@@ -37,7 +37,7 @@ use super::{
     frames::FrameReader,
     pool::{Counted, NoConnection, is_quiet},
 };
-use crate::{clock, connect::MAX_HEAD, log::OncePerSecond};
+use crate::{clock, log::OncePerSecond, model::reply::MAX_HEAD};
 
 /// So many exchanges share a connection at most, whatever the upstream allows: what one lost packet delays,
 /// and what one lost connection leaves in doubt, stays bounded.

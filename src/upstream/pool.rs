@@ -40,9 +40,10 @@ use super::{
     queue::Queue,
 };
 use crate::{
-    cause::{Cause, Reason},
     clock,
     connect::{self, Connector, Stream},
+    model::cause::Cause,
+    reason::Reason,
 };
 
 /// So many timers are kept for exchanges over HTTP/2, whose connections have none of their own.

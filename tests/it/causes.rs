@@ -12,7 +12,7 @@ use std::{
 };
 
 use ccsqm_gateway::{
-    cause::Cause,
+    model::cause::Cause,
     sandbox::{Options, Sandbox},
 };
 use serde_json::{Value, json};
