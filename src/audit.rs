@@ -53,26 +53,30 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::sync::SemaphorePermit;
 
-use crate::{clock, config::Shown, model::peer::Peer, supervisor::Vital};
+use crate::{
+    clock,
+    config::{RefusalBudget, trail::SLACK},
+    model::{audit_fields::SHOWN, durability::Durability, peer::Peer, redaction::Shown},
+    supervisor::Vital,
+};
 use age::{Ages, Newer};
 use batch::Batch;
 use chain::{KeyError, Keys};
 pub use clocks::ClockDoubt;
 use clocks::Clocks;
 use directory::{Directory, open_regular};
-pub use folds::RefusalBudget;
 use init::Absent;
 use lane::Lane;
 use lock::{Lock, Statement};
 use queue::Shared;
 use record::Entry;
-pub use record::{Answer, Detail, MEMBERS, Names, Queued, Record};
+pub use record::{Answer, Detail, Names, Queued, Record};
 use recovery::{DAMAGED, Damage, Found};
 pub use reply::{StoredReply, withheld};
 pub use retention::Early;
 use retention::Place;
 use segment::Segment;
-pub use sync::Durability;
+
 use sync::{Syncs, UNFINISHED, make_directory, sync_all, write_again};
 use unresolved::{CallState, UnresolvedCall, UnresolvedList};
 use writer::Writer;
@@ -80,17 +84,8 @@ use writer::Writer;
 /// How long a stop waits for the last write.
 const CLOSE_TIME: Duration = Duration::from_secs(3);
 
-/// What lies before the idempotency window may still matter in it: a call that began before and ended within.
-pub const SLACK: Duration = Duration::from_secs(60 * 60);
-
-/// Below this much free space refusals are no longer recorded, in bytes.
-pub const LOW_WATER: u64 = 64 << 20;
-
 /// How long the hour lasts that budgets of refusals are for.
 pub const HOUR: Duration = Duration::from_secs(60 * 60);
-
-/// Members of its own that a trail may hide, beside those of contracts.
-pub const SHOWN: [&str; 4] = ["operator", "peer", "caller_id", "traceparent"];
 
 /// Where and how a trail is kept.
 #[derive(Clone, Debug)]

@@ -33,7 +33,7 @@ use http::{HeaderMap, HeaderName, StatusCode};
 use serde_json::json;
 
 use crate::{
-    audit::{Durability, RefusalBudget},
+    model::{durability::Durability, redaction::Shown},
     plain,
 };
 pub use effective::Access;
@@ -577,21 +577,20 @@ pub struct Audit {
     pub fields: Vec<(String, Shown)>,
 }
 
-/// How a member of an audit record is written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Shown {
-    /// As it is.
-    #[default]
-    Clear,
-    /// As a keyed hash: who knows the value finds it.
-    Hmac,
-    /// Not at all.
-    Omit,
+/// How many bytes refusals may take an hour.
+#[derive(Clone, Copy, Debug)]
+pub struct RefusalBudget {
+    /// Those of all who are no callers.
+    pub strangers: u64,
+    /// Those of all callers, with calls that were replayed or not meant to be sent.
+    pub callers: u64,
 }
 
-impl Shown {
-    /// All, with their words.
-    pub const ALL: [(Self, &str); 3] = [(Self::Clear, "clear"), (Self::Hmac, "hmac"), (Self::Omit, "omit")];
+impl Default for RefusalBudget {
+    /// What the configuration begins with.
+    fn default() -> Self {
+        Self { strangers: 4 << 20, callers: 64 << 20 }
+    }
 }
 
 impl Audit {

@@ -28,7 +28,8 @@ use crate::json::{self, Begins, Cursor, Halt, Number, Token, check_encoding};
 use crate::plain;
 use crate::{
     audit::chain::{Mark, hidden},
-    config::{BareIds, Shown},
+    config::BareIds,
+    model::redaction::Shown,
 };
 
 pub use self::schema::SchemaError;

@@ -15,7 +15,7 @@ use super::{
     batch::Batch,
     record::{Entry, Facts, Refusal, Why},
 };
-use crate::clock;
+use crate::{clock, config::RefusalBudget};
 
 /// Refusals of one kind that are recorded in full each second; the rest of the second is one record.
 const FULL_REFUSALS: u32 = 10;
@@ -26,22 +26,6 @@ const FULL_REFUSALS: u32 = 10;
 const STRANGERS: usize = 10;
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// How many bytes refusals may take an hour.
-#[derive(Clone, Copy, Debug)]
-pub struct RefusalBudget {
-    /// Those of all who are no callers.
-    pub strangers: u64,
-    /// Those of all callers, with calls that were replayed or not meant to be sent.
-    pub callers: u64,
-}
-
-impl Default for RefusalBudget {
-    /// What the configuration begins with.
-    fn default() -> Self {
-        Self { strangers: 4 << 20, callers: 64 << 20 }
-    }
-}
 
 /// The refusals of the present second and hour.
 pub(super) struct Folds {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::{
     Metrics, Unavailable,
     batch::Batch,
-    folds::{Folds, RefusalBudget},
+    folds::Folds,
     lane::Lane,
     limit,
     record::{Entry, Facts, Why},
@@ -24,7 +24,7 @@ use super::{
     unresolved::UnresolvedList,
     writer::MOST_AT_ONCE,
 };
-use crate::{clock, log::OncePerSecond, supervisor::Vital, trouble::LastTrouble};
+use crate::{clock, config::RefusalBudget, log::OncePerSecond, supervisor::Vital, trouble::LastTrouble};
 
 /// Beyond so many bytes that wait for the disk no intent is queued: records name up to a thousand inspectors each.
 pub(super) const MAX_QUEUED: usize = 64 << 20;

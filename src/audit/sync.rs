@@ -15,31 +15,10 @@ use std::{
 
 use super::directory::{Directory, open_regular};
 
+use crate::model::durability::Durability;
+
 /// The name of a segment until it is whole and on the disk.
 pub(super) const UNFINISHED: &str = "segment.new";
-
-/// When a record is safe.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Durability {
-    /// When its write returned: a crash of the process loses nothing, one of the machine the last seconds.
-    #[default]
-    Kernel,
-    /// When fdatasync returned after it: a crash of the machine loses nothing either.
-    Disk,
-}
-
-impl Durability {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Kernel, Self::Disk];
-
-    /// As it is configured.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Kernel => "kernel",
-            Self::Disk => "disk",
-        }
-    }
-}
 
 /// Counts of fdatasync since they were last taken.
 #[derive(Debug, Default)]

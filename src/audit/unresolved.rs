@@ -494,10 +494,8 @@ fn micros(time: &str) -> i64 {
 mod tests {
     #![allow(clippy::needless_pass_by_value, reason = "json!(…) reads better without an ampersand")]
 
-    use super::{
-        super::{MEMBERS, batch::Batch},
-        *,
-    };
+    use super::{super::batch::Batch, *};
+    use crate::model::audit_fields::MEMBERS;
 
     fn id(number: u128) -> Uuid {
         Uuid::from_u128(number)

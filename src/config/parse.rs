@@ -11,18 +11,20 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::{
-    audit::{Durability, RefusalBudget},
     connect::Identity,
-    headers::{looks_like_credential, may_pass},
     ids,
+    model::{
+        durability::Durability,
+        header_names::{looks_like_credential, may_pass},
+    },
     server::tls::{Tls, TlsError},
 };
 
 use super::{
     Admin, Audit, BUILT_IN_ROUTE, BareIds, Caller, Config, ContractSource, Control, Credential, Http2,
     Idempotency, IdentityFiles, Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, LogRequests,
-    LoginFiles, PeerRule, Problems, Route, SecretSource, Server, Shown, Token, Upstream, Url, WithoutKey,
-    files,
+    LoginFiles, PeerRule, Problems, RefusalBudget, Route, SecretSource, Server, Shown, Token, Upstream, Url,
+    WithoutKey, files,
     peer::parse_peer,
     raw::{Kind, Layers, Place, Syntax, Value},
     relations,

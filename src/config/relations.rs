@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::audit;
+use crate::model::audit_fields::SHOWN;
 
 use super::{
     Config, Control, ListenAddress, PeerRule, files,
@@ -114,8 +114,8 @@ fn fields(context: &mut Context<'_>, config: &Config) {
     }
     for (name, _) in &config.audit.fields {
         let of_contracts = || config.routes.iter().any(|route| files::audit_names(route).contains(name));
-        if !audit::SHOWN.contains(&name.as_str()) && !of_contracts() {
-            let own = audit::SHOWN.join(", ");
+        if !SHOWN.contains(&name.as_str()) && !of_contracts() {
+            let own = SHOWN.join(", ");
             let reason =
                 format!("`{name}` cannot be hidden; there are {own}, and what contracts name with x-audit");
             context.problem_at("audit.fields", reason);

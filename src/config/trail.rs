@@ -5,7 +5,12 @@ use std::{fs, path::Path, time::Duration};
 use rustix::fs::statvfs;
 
 use super::{Config, Limit};
-use crate::audit::{LOW_WATER, SLACK};
+
+/// What lies before the idempotency window may still matter in it: a call that began before and ended within.
+pub const SLACK: Duration = Duration::from_secs(60 * 60);
+
+/// Below this much free space refusals are no longer recorded, in bytes.
+pub const LOW_WATER: u64 = 64 << 20;
 
 /// What a call takes of the trail, in bytes: intent and outcome of the example call with a key, 1,268 were measured. One without a
 /// key takes 1,074; a longer answer and more inspectors take more. A test measures it anew.

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use super::pattern::Pattern;
-use crate::{config::Shown, json::Number};
+use crate::{json::Number, model::redaction::Shown};
 
 pub(super) const NULL: u8 = 1;
 pub(super) const BOOLEAN: u8 = 2;
@@ -427,7 +427,9 @@ impl Compiler<'_> {
         if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
             return fail(at, "must be a name of the letters a-z and _");
         }
-        if self.audit.iter().any(|member| member.name == name) || crate::audit::MEMBERS.contains(&name) {
+        if self.audit.iter().any(|member| member.name == name)
+            || crate::model::audit_fields::MEMBERS.contains(&name)
+        {
             return fail(
                 at,
                 format!("`{name}` is taken by another x-audit or by the trail itself: choose another name"),
