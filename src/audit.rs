@@ -56,12 +56,13 @@ use tokio::sync::SemaphorePermit;
 use crate::{
     clock,
     config::{RefusalBudget, trail::SLACK},
+    keyed_hash::{Keys, hidden},
     model::{audit_fields::SHOWN, durability::Durability, peer::Peer, redaction::Shown},
     supervisor::Vital,
 };
 use age::{Ages, Newer};
 use batch::Batch;
-use chain::{KeyError, Keys};
+use chain::KeyError;
 pub use clocks::ClockDoubt;
 use clocks::Clocks;
 use directory::{Directory, open_regular};
@@ -528,7 +529,7 @@ impl Audit {
             Shown::Omit => None,
             Shown::Hmac => {
                 let mark = self.keys().mark(&[b"field", SHOWN[field].as_bytes(), value.as_bytes()]);
-                HeaderValue::from_str(&chain::hidden(mark)).ok()
+                HeaderValue::from_str(&hidden(mark)).ok()
             }
         }
     }

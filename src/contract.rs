@@ -27,8 +27,8 @@ pub use crate::json::NotJson;
 use crate::json::{self, Begins, Cursor, Halt, Number, Token, check_encoding};
 use crate::plain;
 use crate::{
-    audit::chain::{Mark, hidden},
     config::BareIds,
+    keyed_hash::{Mark, hidden},
     model::redaction::Shown,
 };
 

@@ -21,7 +21,7 @@ use crate::{
     admission::Hosts,
     audit::{
         Audit, Metrics, Options, Permit,
-        chain::{Keys, key_path},
+        chain::key_path,
         recovery::{Fault, Found, read},
     },
     config::{self, BareIds, Config, WithoutKey},
@@ -29,6 +29,7 @@ use crate::{
     contract::Contract,
     headers::Inbound,
     idempotency::{Idempotency, key},
+    keyed_hash::Keys,
     model::outcome::Outcome,
     result_rule::{Reply, ResultRule},
 };

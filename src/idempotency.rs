@@ -38,13 +38,13 @@ use uuid::Uuid;
 use crate::{
     audit::{
         Answer, Audit, Names, Queued, Record, StoredReply,
-        chain::{Hash, Keys, Mark, parse_hex, push_hex},
         loss::{self, Fault, Loss},
         unresolved::{CallState, Resolution, UnresolvedCall},
     },
     clock,
     config::{self, WithoutKey},
     headers::Inbound,
+    keyed_hash::{Hash, Keys, Mark, parse_hex, push_hex},
     model::{
         code::Code,
         outcome::{Outcome, Retry},

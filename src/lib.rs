@@ -57,6 +57,7 @@ mod ids; // which users and groups the kernel can show
 pub mod plain; // characters that may be taken for something else
 mod base64; // bytes as text, for the proxy and the sandbox
 mod json; // strict JSON, for bodies and replies
+pub mod keyed_hash; // HMAC, hex
 pub mod connect; // TCP and TLS to the upstream and to the token endpoint
 pub mod secret; // zeroised buffers
 mod pem; // certificates, keys, revocation lists

@@ -29,9 +29,11 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::{
-    chain::{Keys, Lines, first_seq, number_of},
+    chain::{Lines, first_seq, number_of},
     retention,
 };
+
+use crate::keyed_hash::Keys;
 
 /// The format of the trail that this version writes and knows.
 pub const FORMAT: u64 = 1;

@@ -6,13 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use hmac::{Hmac, KeyInit, Mac};
 use rustix::rand::{GetRandomFlags, getrandom};
-use sha2::Sha256;
 use thiserror::Error;
 
 use super::directory::{Directory, open_regular};
-use crate::files;
+use crate::{
+    files,
+    keyed_hash::{Hash, Keys, hex, parse_hex, to_hex},
+};
 
 const PREV: &[u8] = b",\"prev\":\"";
 const HASH: &[u8] = b",\"hash\":\"";
@@ -29,12 +30,6 @@ pub(super) const MAX_SEQ: u64 = 1 << 60;
 
 /// So much of a segment is read at once, in bytes.
 const BLOCK: usize = 64 * 1024;
-
-/// A record's hash.
-pub type Hash = [u8; 32];
-
-/// The keyed digest of something that is to be recognised, cut to 128 bits.
-pub type Mark = [u8; 16];
 
 /// A record's hash, and the same in hex: it is needed twice, in its own line and in the next.
 #[derive(Clone, Debug)]
@@ -64,13 +59,6 @@ impl Link {
     }
 }
 
-/// The key of a chain, and those derived from it for digests of bodies and for marks.
-pub struct Keys {
-    chain: Hmac<Sha256>,
-    digest: Hmac<Sha256>,
-    mark: Hmac<Sha256>,
-}
-
 /// Why there is no key.
 #[derive(Debug, Error)]
 pub enum KeyError {
@@ -98,13 +86,7 @@ impl Keys {
 
     fn from_bytes(path: &Path, bytes: io::Result<Vec<u8>>) -> Result<Self, KeyError> {
         let bytes = bytes.map_err(|error| KeyError::File(path.into(), error))?;
-        if bytes.len() < 32 {
-            return Err(KeyError::Short(path.into()));
-        }
-        let chain = keyed(&bytes);
-        let digest = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway digest of bodies")));
-        let mark = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway marks")));
-        Ok(Self { chain, digest, mark })
+        Self::new(&bytes).ok_or_else(|| KeyError::Short(path.into()))
     }
 
     /// Reads the key of a directory, making a random one if there is none.
@@ -116,43 +98,12 @@ impl Keys {
         Self::load_own(directory.path())
     }
 
-    /// The keyed digest of a body.
-    pub fn digest(&self, body: &[u8]) -> Hash {
-        hmac(&self.digest, |mac| mac.update(body))
-    }
-
-    /// The mark of some parts, each with its length in front, so that none runs into the next.
-    pub fn mark(&self, parts: &[&[u8]]) -> Mark {
-        let whole = hmac(&self.mark, |mac| {
-            for part in parts {
-                mac.update(&(part.len() as u64).to_be_bytes());
-                mac.update(part);
-            }
-        });
-        let mut mark = Mark::default();
-        mark.copy_from_slice(&whole[..16]);
-        mark
-    }
-
-    /// The hash of a record: `bytes` are those before `,"hash":`.
-    pub fn hash(&self, previous: &Hash, bytes: &[u8]) -> Hash {
-        hmac(&self.chain, |mac| {
-            mac.update(previous);
-            mac.update(bytes);
-        })
-    }
-
     /// Links a record, which ends with [`OPEN_LINKS`], to the one before. Returns its own link.
     pub fn seal(&self, line: &mut [u8], previous: &Link) -> Link {
         let (members, links) = line.split_at_mut(line.len() - OPEN_LINKS.len());
         let (prev, hash) = links.split_at_mut(PREV.len() + 64 + 1);
         prev[PREV.len()..][..64].copy_from_slice(&previous.hex);
-        let hash_of_all = hmac(&self.chain, |mac| {
-            mac.update(&previous.hash);
-            mac.update(members);
-            mac.update(prev);
-        });
-        let link = Link::new(hash_of_all);
+        let link = Link::new(self.hash(&previous.hash, &[members, prev]));
         hash[HASH.len()..][..64].copy_from_slice(&link.hex);
         link
     }
@@ -160,7 +111,7 @@ impl Keys {
     /// Checks one line, without its newline, against the previous record's hash.
     pub fn check(&self, line: &[u8], previous: &Hash) -> Result<Hash, &'static str> {
         let (bytes, stated) = split(line).ok_or("the record has no hash")?;
-        let hash = self.hash(previous, bytes);
+        let hash = self.hash(previous, &[bytes]);
         if hex(&hash).as_bytes() == stated {
             Ok(hash)
         } else {
@@ -176,19 +127,6 @@ impl Keys {
         });
         previous.is_some_and(|previous| self.check(line, &previous).is_ok())
     }
-}
-
-#[expect(clippy::expect_used, reason = "HMAC takes keys of any length")]
-fn keyed(key: &[u8]) -> Hmac<Sha256> {
-    Hmac::new_from_slice(key).expect("any length")
-}
-
-/// Never inlined, so that a profile tells hashing from the rest.
-#[inline(never)]
-fn hmac(key: &Hmac<Sha256>, feed: impl FnOnce(&mut Hmac<Sha256>)) -> Hash {
-    let mut mac = key.clone();
-    feed(&mut mac);
-    mac.finalize().into_bytes().into()
 }
 
 /// A line's bytes before `,"hash":`, and the stated hash.
@@ -212,19 +150,6 @@ pub(super) fn number_of(line: &[u8]) -> Option<u64> {
     std::str::from_utf8(&rest[..end]).ok()?.parse().ok()
 }
 
-/// Bytes from just so many hex digits.
-pub fn parse_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let mut bytes = [0; N];
-    if text.len() != 2 * N {
-        return None;
-    }
-    let digit = |byte: u8| u8::try_from(char::from(byte).to_digit(16)?).ok();
-    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
-    }
-    Some(bytes)
-}
-
 /// The name of the key file in a directory, and what it has until it is complete.
 pub(super) const KEY: &str = "audit.key";
 const UNFINISHED_KEY: &str = "audit.key.new";
@@ -246,39 +171,6 @@ fn make(directory: &Directory) -> io::Result<()> {
     file.write_all(&key)?;
     file.sync_all()?;
     directory.rename(UNFINISHED_KEY, KEY)
-}
-
-/// Lower-case hex of a hash.
-pub fn hex(hash: &Hash) -> String {
-    String::from_utf8_lossy(&to_hex(hash)).into_owned()
-}
-
-/// Writes bytes in lower-case hex. Without a table, so that many are written at once.
-#[inline(always)]
-fn write_hex(bytes: &[u8], text: &mut [u8]) {
-    let digit = |number: u8| number + b'0' + if number > 9 { b'a' - b'9' - 1 } else { 0 };
-    for (pair, byte) in text.chunks_exact_mut(2).zip(bytes) {
-        pair[0] = digit(byte >> 4);
-        pair[1] = digit(byte & 15);
-    }
-}
-
-pub(super) fn to_hex(hash: &Hash) -> [u8; 64] {
-    let mut text = [0; 64];
-    write_hex(hash, &mut text);
-    text
-}
-
-/// Appends a mark in lower-case hex.
-pub fn push_hex(mark: &Mark, text: &mut Vec<u8>) {
-    let mut hex = [0; 32];
-    write_hex(mark, &mut hex);
-    text.extend_from_slice(&hex);
-}
-
-/// A mark in the place of what it hides.
-pub fn hidden(mark: Mark) -> String {
-    format!("hmac:{:032x}", u128::from_be_bytes(mark))
 }
 
 /// The name of the segment whose first record has this number.

@@ -14,12 +14,14 @@ use thiserror::Error;
 
 use super::{
     Durability, StartError,
-    chain::{Keys, key_path, segments},
+    chain::{key_path, segments},
     directory::Directory,
     lock, lock_file,
     loss::word_without_key,
     sync::make_directory,
 };
+
+use crate::keyed_hash::Keys;
 
 /// What a start lacks: what must be there, and be the gateway's alone to change.
 #[derive(Debug, Error)]

@@ -16,10 +16,12 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    chain::{MAX_SEQ, first_seq, hex, parse_hex, segment_name},
+    chain::{MAX_SEQ, first_seq, segment_name},
     directory::{Directory, Identity, open_regular},
     retention::Place,
 };
+
+use crate::keyed_hash::{hex, parse_hex};
 
 /// Its name.
 pub(super) const NAME: &str = "lock";

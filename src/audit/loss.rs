@@ -23,11 +23,13 @@ use sha2::{Digest, Sha256};
 
 use super::{
     StartError,
-    chain::{self, Hash, Keys, Lines, first_seq, number_of, stated},
+    chain::{self, Lines, first_seq, number_of, stated},
     directory::{Directory, open_regular},
     recovery::Damage,
     retention::{self, Place},
 };
+
+use crate::keyed_hash::{Hash, Keys, hex};
 
 /// The name of the event.
 pub(crate) const ACCEPTED: &str = "loss_accepted";
@@ -88,7 +90,7 @@ fn word(texts: impl IntoIterator<Item = impl AsRef<[u8]>>) -> String {
         hash.update((text.as_ref().len() as u64).to_be_bytes());
         hash.update(text);
     }
-    chain::hex(&hash.finalize().into())[..8].to_owned()
+    hex(&hash.finalize().into())[..8].to_owned()
 }
 
 /// The word for segments whose key is missing. Names alone would not do: the first segment of every trail has the same.

@@ -9,13 +9,13 @@ use uuid::Uuid;
 use super::{
     Audit, Kind, Permit, StoredReply, Unavailable,
     batch::Change,
-    chain::{Hash, to_hex},
     folds::Who,
     line::{Line, Second},
     unresolved::{self, UnresolvedList},
 };
 use crate::{
     clock,
+    keyed_hash::{Hash, to_hex},
     log::requests::{self, Ended},
     model::{
         cause::Cause,

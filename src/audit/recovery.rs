@@ -25,12 +25,14 @@ use uuid::Uuid;
 
 use super::{
     age::{self, Anchor, FORMAT, Newer},
-    chain::{Hash, Keys, Lines, MAX_SEQ, first_seq, segment_name, segments, stated},
+    chain::{Lines, MAX_SEQ, first_seq, segment_name, segments, stated},
     directory::open_regular,
     lock::{self, Stated, Statement},
     retention::{self, Place},
     unresolved::{Step, UnresolvedList},
 };
+
+use crate::keyed_hash::{Hash, Keys};
 
 /// What an event says of a trail that is not whole.
 pub(super) const DAMAGED: &str = "damaged";

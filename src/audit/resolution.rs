@@ -13,15 +13,13 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::{
-    Audit, StartError, append,
-    chain::Keys,
-    check_trail,
+    Audit, StartError, append, check_trail,
     history::{Naming, records_of},
     record::Entry,
     start_error,
     unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList},
 };
-use crate::model::outcome::Outcome;
+use crate::{keyed_hash::Keys, model::outcome::Outcome};
 
 /// The longest name of a person, in bytes.
 const MAX_NAME: usize = 128;

@@ -19,10 +19,12 @@ use serde_json::{Value, json};
 
 use super::{
     Options, age,
-    chain::{Hash, Keys, Line, Lines, hex, parse_hex, segments},
+    chain::{Line, Lines, segments},
     clocks::{ClockDoubt, Clocks},
     directory::Directory,
 };
+
+use crate::keyed_hash::{Hash, Keys, hex, parse_hex};
 
 /// The name of the event.
 pub(super) const EVENT: &str = "retention";

@@ -18,7 +18,10 @@ use std::{
 use tempfile::TempDir;
 
 use super::{chain::segments, lane::tests::done, recovery::Found, *};
-use crate::model::{code::Code, outcome::Outcome, stage::Stage};
+use crate::{
+    keyed_hash::{Hash, hex},
+    model::{code::Code, outcome::Outcome, stage::Stage},
+};
 
 fn start(options: &Options) -> Audit {
     let audit = Audit::start(options, metrics()).unwrap();
@@ -795,7 +798,7 @@ fn started(time: i64, members: &str) -> TempDir {
     let mut line = [head.as_bytes(), chain::OPEN_LINKS].concat();
     let folder = directory(&[], &[7; 32]);
     let keys = Keys::load(&chain::key_path(folder.path())).unwrap();
-    keys.seal(&mut line, &chain::Link::new(chain::Hash::default()));
+    keys.seal(&mut line, &chain::Link::new(Hash::default()));
     fs::write(chain::segment_path(folder.path(), 1), line).unwrap();
     folder
 }
@@ -916,7 +919,7 @@ async fn a_copy_of_an_earlier_record_says_nothing_and_gives_no_number_away_again
     let folder = directory(&[], &[7; 32]);
     let keys = Keys::load(&chain::key_path(folder.path())).unwrap();
     let doubt = uuid::Uuid::from_u128(5);
-    let (mut text, mut link) = (Vec::new(), chain::Link::new(chain::Hash::default()));
+    let (mut text, mut link) = (Vec::new(), chain::Link::new(Hash::default()));
     for (seq, members) in (1..).zip([
         r#""kind":"event","event":"start""#.to_owned(),
         r#""kind":"event","event":"unresolved","unresolved":[]"#.to_owned(),
@@ -929,7 +932,7 @@ async fn a_copy_of_an_earlier_record_says_nothing_and_gives_no_number_away_again
         text.extend(line);
     }
     let first = lines_of(&text)[0].to_vec();
-    let stated = chain::hex(&chain::stated(first.strip_suffix(b"\n").unwrap()).unwrap());
+    let stated = hex(&chain::stated(first.strip_suffix(b"\n").unwrap()).unwrap());
     let changed = format!("{{\"seq\":5,\"hash\":\"{stated}\"}}\n");
     let copied = [&text, changed.as_bytes(), lines_of(&text)[1]].concat();
     for (text, is_whole) in [(text, true), (copied, false)] {

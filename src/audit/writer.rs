@@ -32,7 +32,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Durability, Options, SLACK, Unfinished, age,
     batch::Batch,
-    chain::{Keys, Link, segment_name, segments},
+    chain::{Link, segment_name, segments},
     clocks::{self, Clocks},
     directory::{Directory, Identity},
     ledger::Ledger,
@@ -44,7 +44,7 @@ use super::{
     sync::Syncs,
     unresolved::{UnresolvedCall, UnresolvedList},
 };
-use crate::supervisor::fault;
+use crate::{keyed_hash::Keys, supervisor::fault};
 
 /// How long a failed write waits.
 const RETRY: Duration = Duration::from_millis(100);

@@ -9,15 +9,18 @@ use std::{
 };
 
 use anyhow::{bail, ensure};
-use ccsqm_gateway::audit::{
-    StartError, accept_clock, accept_loss, accept_lost_key,
-    chain::{KeyError, Keys, hex, key_path},
-    init, is_live,
-    recovery::{Found, read},
-    resolution::{Finding, ResolveError, resolve},
-    unresolved::{Resolution, UnresolvedCall},
-};
 use ccsqm_gateway::control::{self, Answer, Request};
+use ccsqm_gateway::{
+    audit::{
+        StartError, accept_clock, accept_loss, accept_lost_key,
+        chain::{KeyError, key_path},
+        init, is_live,
+        recovery::{Found, read},
+        resolution::{Finding, ResolveError, resolve},
+        unresolved::{Resolution, UnresolvedCall},
+    },
+    keyed_hash::{Keys, hex},
+};
 use rustix::process::geteuid;
 use serde_json::json;
 use uuid::Uuid;

@@ -12,12 +12,13 @@ use rustix::fs::{Access, access};
 use super::{ContractSource, Route, SecretSource};
 use crate::{
     audit::{
-        chain::{Keys, key_path},
+        chain::key_path,
         init::{self, Absent},
     },
     connect::{self, login},
     contract::Contract,
     files::{MAX_SIZE, read_text},
+    keyed_hash::Keys,
     pem,
     secret::{Impossible, Secret, SecretError},
     token::app_key_header,

@@ -9,7 +9,7 @@ use std::{collections::HashMap, sync::Arc};
 use uuid::Uuid;
 
 use super::slots::{Number, Slots};
-use crate::audit::chain::Mark;
+use crate::keyed_hash::Mark;
 
 /// Different result codes that are told apart. An upstream has some dozens.
 const MAX_CODES: usize = 4096;

@@ -14,10 +14,12 @@ use super::{
     duplicates::{Completion, Doubt, DoubtKind, Duplicate},
     now,
 };
-use crate::audit::{
-    Names,
-    chain::Mark,
-    unresolved::{DELIVERED, UNDELIVERED},
+use crate::{
+    audit::{
+        Names,
+        unresolved::{DELIVERED, UNDELIVERED},
+    },
+    keyed_hash::Mark,
 };
 
 /// A success on its way to a caller.

@@ -13,10 +13,7 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::recent::{self, Recent};
-use crate::{
-    audit::{chain::Mark, unresolved::AT_MOST as MAX_DOUBTS},
-    config::WithoutKey,
-};
+use crate::{audit::unresolved::AT_MOST as MAX_DOUBTS, config::WithoutKey, keyed_hash::Mark};
 
 /// So many calls that succeeded are remembered, where they are only flagged.
 const MAX_SUCCEEDED: usize = 32 * 1024;

@@ -33,11 +33,12 @@ use crate::{
     audit::{
         Audit, StoredReply,
         age::Ages,
-        chain::{Lines, Mark, first_seq, parse_hex, segments},
+        chain::{Lines, first_seq, segments},
         loss::{ChainCheck, Checked, Loss},
         unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall},
     },
     config,
+    keyed_hash::{Mark, parse_hex},
     model::outcome::Outcome,
 };
 
@@ -442,9 +443,10 @@ pub(super) mod tests {
 
     use super::*;
     use crate::{
-        audit::{self, Answer, Permit, chain::Hash, unresolved::UNDELIVERED},
+        audit::{self, Answer, Permit, unresolved::UNDELIVERED},
         config::WithoutKey,
         idempotency::{Begun, Call, Refused},
+        keyed_hash::Hash,
         model::{peer::Peer, request_id::RequestId, stage::Stage},
     };
 

@@ -8,7 +8,7 @@ use std::{collections::VecDeque, hash::BuildHasher};
 use hashbrown::{HashTable, hash_table::Entry};
 use uuid::Uuid;
 
-use crate::audit::chain::Mark;
+use crate::keyed_hash::Mark;
 
 /// Times are in seconds since 1970.
 #[derive(Default)]

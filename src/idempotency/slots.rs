@@ -7,7 +7,7 @@ use std::hash::BuildHasher;
 
 use hashbrown::HashTable;
 
-use crate::audit::chain::Mark;
+use crate::keyed_hash::Mark;
 
 /// Entries of a block.
 const BLOCK: usize = 4096;

@@ -3,7 +3,8 @@
 use std::{fs, path::PathBuf, process::Command, sync::Arc, sync::LazyLock};
 
 use ccsqm_gateway::{
-    audit::chain::{Keys, Link, OPEN_LINKS, key_path, parse_hex},
+    audit::chain::{Link, OPEN_LINKS, key_path},
+    keyed_hash::{Keys, parse_hex},
     sandbox::Sandbox,
 };
 use serde_json::{Value, json};

@@ -10,7 +10,8 @@ use std::{
 };
 
 use ccsqm_gateway::{
-    audit::chain::{Keys, Link, OPEN_LINKS, key_path, parse_hex},
+    audit::chain::{Link, OPEN_LINKS, key_path},
+    keyed_hash::{Keys, parse_hex},
     sandbox::Sandbox,
 };
 use serde_json::{Value, json};
