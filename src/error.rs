@@ -13,6 +13,7 @@ use crate::{
     admission::Denied,
     audit::Unavailable,
     contract::{Fault, Violation, body::NotReceived},
+    disconnect::CallerDisconnected,
     idempotency::{Delivery, Refusal, Refused},
     model::{
         cause::Cause,
@@ -24,7 +25,6 @@ use crate::{
     rate_limit::{Exhausted, Spent},
     reason::Reason,
     route::NoRoute,
-    server::connection::Left,
     token::TokenError,
     upstream::{Failure, breaker::Suspended, pool::NoConnection},
 };
@@ -251,8 +251,8 @@ impl From<TokenError> for Error {
     }
 }
 
-impl From<Left> for Error {
-    fn from(left: Left) -> Self {
+impl From<CallerDisconnected> for Error {
+    fn from(left: CallerDisconnected) -> Self {
         Self::not_sent(Code::CallerLeft, left)
     }
 }

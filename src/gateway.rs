@@ -24,9 +24,10 @@ use crate::{
     clock,
     config::BareIds,
     contract::{Checked, CheckedBody, Violation, body::receive},
+    disconnect::CallerPresence,
     error::Error,
     headers::Inbound,
-    idempotency::{Begun, Call, Idempotency, Would},
+    idempotency::{Begun, Call, DeliverySlot, Idempotency, Would},
     metrics::{Limit, Metrics},
     model::{
         code::Code,
@@ -36,7 +37,6 @@ use crate::{
         stage::Stage,
     },
     route::Routed,
-    server::connection::Presence,
     state::State,
     upstream::{
         BrokenOff, Exchange, Exchanges, Piece, Reply, ReplyBody,
@@ -120,7 +120,7 @@ impl Gateway {
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
             Ok(reply) => {
                 self.metrics.replied(reply.outcome, took(begin));
-                answer(reply, from.presence)
+                answer(reply, &from)
             }
             Err(mut error) => {
                 let stage = record.stage();
@@ -137,7 +137,7 @@ impl Gateway {
                 let clean = is_read && !from.surplus && !error.code.is_ambiguous();
                 let retry = error.code.retry(error.outcome, inbound.idempotency_key.count > 0);
                 if let Some(delivery) = error.delivery.take() {
-                    from.presence.hand_over(*delivery);
+                    from.delivery.put(*delivery, !from.presence.has_ended());
                 }
                 refuse(&error, stage, id, retry, clean)
             }
@@ -343,7 +343,9 @@ pub struct Arrival<'a> {
     /// The names of the listener.
     pub hosts: &'a Hosts,
     /// Whether the caller is still there.
-    pub presence: &'a Presence,
+    pub presence: &'a CallerPresence,
+    /// Where the connection keeps the success that an answer tells of.
+    pub delivery: &'a DeliverySlot,
     /// The connection is over the cap: its one request is refused.
     pub surplus: bool,
 }
@@ -451,7 +453,7 @@ fn detail(error: &Error, from: &Arrival<'_>, target: &Uri) -> Option<Box<Detail>
 }
 
 /// Passes the upstream's reply on.
-fn answer(reply: Box<Reply>, presence: &Presence) -> Response<Answer> {
+fn answer(reply: Box<Reply>, from: &Arrival<'_>) -> Response<Answer> {
     let Reply { status, headers, body, outcome, retry, first, delivery } = *reply;
     let content = match body {
         ReplyBody::Whole(bytes) => Content::Whole(Some(bytes)),
@@ -462,7 +464,7 @@ fn answer(reply: Box<Reply>, presence: &Presence) -> Response<Answer> {
     *response.headers_mut() = headers;
     say(response.headers_mut(), outcome, retry, first);
     if let Some(delivery) = delivery {
-        presence.hand_over(delivery);
+        from.delivery.put(delivery, !from.presence.has_ended());
     }
     response
 }

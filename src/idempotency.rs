@@ -54,7 +54,7 @@ use crate::{
     upstream::{Failure, Reply, ReplyBody, Told},
 };
 use claims::{Claims, Ending, How, Verdict, Wanted};
-pub use delivery::Delivery;
+pub use delivery::{Delivery, DeliverySlot};
 use duplicates::{Completion, Doubt, DoubtKind, Duplicate, DuplicateDetector, First, Forced, Rejection};
 pub use key::BadKey;
 use key::Given;

@@ -53,6 +53,7 @@ pub mod state; // the compiled configuration
 pub mod config; // the validated configuration
 pub mod reload; // a configuration that changes
 pub mod clock; // the time, read once a turn
+pub mod disconnect; // whether the caller is still there
 mod ids; // which users and groups the kernel can show
 pub mod plain; // characters that may be taken for something else
 mod base64; // bytes as text, for the proxy and the sandbox

@@ -4,7 +4,10 @@
 //! *undelivered*: to the caller that is doubt, and it will most likely call again. The answer carries a [`Delivery`]
 //! to the connection, which settles it. Dropped before that, the success is undelivered.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use serde_json::{Map, json};
 use uuid::Uuid;
@@ -35,6 +38,35 @@ pub struct Delivery {
     stands_for_unkeyed: bool,
     names: Names,
     step: Step,
+}
+
+/// Where a connection keeps the success that its last answer told of, until it is known whether the caller got it.
+#[derive(Debug, Default)]
+pub struct DeliverySlot(Mutex<Option<Delivery>>);
+
+impl DeliverySlot {
+    /// The answer that tells of a success goes to the socket. If the caller `is_there`, it counts as handed over; else
+    /// whether it gets it is to be seen.
+    pub fn put(&self, mut delivery: Delivery, is_there: bool) {
+        if is_there {
+            delivery.hand_over();
+        }
+        *self.lock() = Some(delivery);
+    }
+
+    /// Takes it, to settle it.
+    pub fn take(&self) -> Option<Delivery> {
+        self.lock().take()
+    }
+
+    /// Whether there is one.
+    pub fn is_full(&self) -> bool {
+        self.lock().is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Delivery>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

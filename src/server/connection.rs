@@ -1,6 +1,6 @@
 //! One caller's connection: hyper's HTTP/1.1, under deadlines of ours.
 //!
-//! Settles whether a caller got the answer that tells of a success: see [`Delivery`].
+//! Settles whether a caller got the answer that tells of a success: see [`DeliverySlot`].
 //!
 //! hyper's `header_read_timeout` is also its keep-alive idle time-out, so it is not used: a small state
 //! shared by the socket, the service and the timer tells a head that is slow from a connection that idles.
@@ -13,7 +13,7 @@ use std::{
     os::fd::AsFd,
     pin::{Pin, pin},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
@@ -28,7 +28,6 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::net::RecvFlags;
-use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpStream, UnixStream},
@@ -41,8 +40,9 @@ use crate::{
     admission::{FREE, Hosts, Part, Place},
     clock::{self, nanos_of},
     config,
+    disconnect::CallerPresence,
     gateway::{Arrival, Gateway},
-    idempotency::Delivery,
+    idempotency::DeliverySlot,
     model::peer::Peer,
     server::{
         Stop,
@@ -129,68 +129,9 @@ struct Watch {
     has_no_room: AtomicBool,
     /// So much of a body is still to come, at least.
     missing: AtomicUsize,
-    presence: Presence,
-}
-
-/// Whether the caller is still there while its request waits, and whether it gets its answer.
-///
-/// A caller that gave up may call again, so that a request which had to wait for something must not go out
-/// behind its back. A sending side that was closed looks the same whether the caller left or has nothing more
-/// to say; but who has nothing more to say closes it with its request, and who gives up does so later.
-#[derive(Debug, Default)]
-pub struct Presence {
-    waits: AtomicBool,
-    half_closed: AtomicBool,
-    gone: AtomicBool,
+    presence: CallerPresence,
     /// The success that the last answer told of, until it is known whether the caller got it.
-    delivery: Mutex<Option<Delivery>>,
-}
-
-/// The caller closed its connection, or its side of it, while its request waited.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("the caller closed its side of the connection while the request waited; nothing was sent")]
-pub struct Left;
-
-impl Presence {
-    /// Runs something to its end whether the caller leaves or not, and notices whether it does.
-    pub fn beside<F: Future + Unpin>(&self, mut work: F) -> impl Future<Output = F::Output> {
-        poll_fn(move |cx| {
-            let polled = Pin::new(&mut work).poll(cx);
-            self.waits.store(polled.is_pending(), Ordering::Relaxed);
-            polled
-        })
-    }
-
-    /// Whether the caller closed its side, or all, of the connection while its request was worked on.
-    fn has_ended(&self) -> bool {
-        self.gone.load(Ordering::Relaxed) || self.half_closed.load(Ordering::Relaxed)
-    }
-
-    /// An answer that tells of a success goes to the socket. If the caller has closed its side, whether it gets it is to
-    /// be seen.
-    pub fn hand_over(&self, mut delivery: Delivery) {
-        if !self.has_ended() {
-            delivery.hand_over();
-        }
-        *self.delivery() = Some(delivery);
-    }
-
-    fn delivery(&self) -> MutexGuard<'_, Option<Delivery>> {
-        self.delivery.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits for something, unless the caller leaves meanwhile. What is there at once costs nothing.
-    pub fn during<F: Future + Unpin>(&self, mut wait: F) -> impl Future<Output = Result<F::Output, Left>> {
-        poll_fn(move |cx| {
-            if self.gone.load(Ordering::Relaxed) {
-                self.waits.store(false, Ordering::Relaxed);
-                return Poll::Ready(Err(Left));
-            }
-            let polled = Pin::new(&mut wait).poll(cx);
-            self.waits.store(polled.is_pending(), Ordering::Relaxed);
-            polled.map(Ok)
-        })
-    }
+    delivery: DeliverySlot,
 }
 
 impl Watch {
@@ -202,7 +143,8 @@ impl Watch {
             head,
             has_no_room: AtomicBool::new(false),
             missing: AtomicUsize::new(0),
-            presence: Presence::default(),
+            presence: CallerPresence::default(),
+            delivery: DeliverySlot::default(),
         };
         watch.enter(Phase::Head); // a new connection has as long for its first head as a begun one
         watch
@@ -246,7 +188,7 @@ impl Watch {
 
     /// The caller has the last answer, or sends on.
     fn was_delivered(&self) {
-        if let Some(mut delivery) = self.take_delivery() {
+        if let Some(mut delivery) = self.delivery.take() {
             delivery.hand_over();
         }
     }
@@ -260,13 +202,9 @@ impl Watch {
 
     /// The caller did not get the last answer.
     fn was_not_delivered(&self) {
-        if let Some(delivery) = self.take_delivery() {
+        if let Some(delivery) = self.delivery.take() {
             delivery.fail();
         }
-    }
-
-    fn take_delivery(&self) -> Option<Delivery> {
-        self.presence.delivery().take()
     }
 
     fn is(&self, phase: Phase) -> bool {
@@ -287,14 +225,16 @@ impl Watch {
 
     /// The caller's side has ended while its request waits: has the caller left?
     fn is_gone(&self, end: End) -> bool {
-        let Presence { half_closed, gone, .. } = &self.presence;
-        let since = self.since.load(Ordering::Relaxed);
         match end {
-            End::Closed if half_closed.load(Ordering::Relaxed) => return false,
-            End::Closed if clock::nanos() < since + HALF_CLOSE => half_closed.store(true, Ordering::Relaxed),
-            End::Closed | End::Reset => gone.store(true, Ordering::Relaxed),
+            End::Closed => {
+                let since = self.since.load(Ordering::Relaxed);
+                self.presence.closed(clock::nanos() < since + HALF_CLOSE)
+            }
+            End::Reset => {
+                self.presence.reset();
+                true
+            }
         }
-        gone.load(Ordering::Relaxed)
     }
 
     /// Whether the present phase has lasted too long. To be asked behind the connection, which moves the
@@ -388,7 +328,8 @@ pub async fn serve(
         watch.head_came(&request);
         async move {
             let names = certificate.map(Certificate::names);
-            let from = Arrival { peer, names, hosts, presence: &watch.presence, surplus };
+            let Watch { presence, delivery, .. } = &*watch;
+            let from = Arrival { peer, names, hosts, presence, delivery, surplus };
             let mut response = gateway.handle(from, request).await;
             if watch.must_end() {
                 gateway.metrics.connection_closed(NO_ROOM);
@@ -550,9 +491,7 @@ impl AsyncWrite for Watched {
 
     /// hyper does not read while a request is worked on, but it flushes whenever it was woken.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let presence = &self.watch.presence;
-        if presence.waits.load(Ordering::Relaxed)
-            && !presence.gone.load(Ordering::Relaxed)
+        if self.watch.presence.is_in_question()
             && let Poll::Ready(end) = self.stream.poll_end(cx)
             && self.watch.is_gone(end)
         {
@@ -600,7 +539,7 @@ impl Watched {
 
     /// Settles whether a caller that had closed its side before the answer got it.
     fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let is_open = self.watch.presence.delivery().is_some() && self.watch.presence.has_ended();
+        let is_open = self.watch.presence.has_ended() && self.watch.delivery.is_full();
         if !is_open {
             return Poll::Ready(());
         }
