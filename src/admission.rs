@@ -22,10 +22,10 @@ use tokio::sync::mpsc;
 
 use crate::{
     config::{self, BareIds, PeerRule},
-    headers::Inbound,
     ids,
     model::peer::Peer,
     rate_limit::Limiter,
+    request_head::Inbound,
 };
 use budget::Budget;
 pub(crate) use budget::{FREE, Part};

@@ -27,10 +27,10 @@ use crate::{
     config::{self, BareIds, Config, WithoutKey},
     connect::proxy,
     contract::Contract,
-    headers::Inbound,
     idempotency::{Idempotency, key},
     keyed_hash::Keys,
     model::outcome::Outcome,
+    request_head::Inbound,
     result_rule::{Reply, ResultRule},
 };
 

@@ -26,7 +26,6 @@ use crate::{
     contract::{Checked, CheckedBody, Violation, body::receive},
     disconnect::CallerPresence,
     error::Error,
-    headers::Inbound,
     idempotency::{Begun, Call, DeliverySlot, Idempotency, Would},
     metrics::{Limit, Metrics},
     model::{
@@ -36,6 +35,7 @@ use crate::{
         request_id::{FirstCall, RequestId},
         stage::Stage,
     },
+    request_head::Inbound,
     route::Routed,
     state::State,
     upstream::{

@@ -43,13 +43,13 @@ use crate::{
     },
     clock,
     config::{self, WithoutKey},
-    headers::Inbound,
     keyed_hash::{Hash, Keys, Mark, parse_hex, push_hex},
     model::{
         code::Code,
         outcome::{Outcome, Retry},
         request_id::{FirstCall, RequestId},
     },
+    request_head::Inbound,
     result_rule::ResultRule,
     upstream::{Failure, Reply, ReplyBody, Told},
 };

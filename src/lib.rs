@@ -22,7 +22,7 @@
 //! * Only [`gateway`] calls stages; stages never call each other.
 //! * Nothing leaves before its intent is safe, and everything refusable is refused before the intent.
 //! * From the intent on nobody cancels: the exchange belongs to itself, not to the caller's connection.
-//! * Only [`headers`] makes an upstream head; nothing of the caller's head is in it.
+//! * Only [`upstream::head`] makes an upstream head; nothing of the caller's head is in it.
 //! * Only [`error`] turns a failure into a status, a code and a text.
 //! * Only [`secret`] and [`token`] ever hold a credential, and neither can be printed; the keys of certificates live in
 //!   rustls' own types.
@@ -38,7 +38,6 @@ pub mod contract; // stage 4: body to CheckedBody
 pub mod idempotency; // stage 5: the same call twice is one task
 pub mod token; // stage 6: the slot
 pub mod audit; // stage 8: record, chain, recovery
-pub mod headers; // what goes out and what comes back
 pub mod upstream; // stage 9: pool, exchange, classification
 pub mod result_rule; // what a reply says of the task
 pub mod error; // failure to status, code and text
@@ -54,6 +53,8 @@ pub mod config; // the validated configuration
 pub mod reload; // a configuration that changes
 pub mod clock; // the time, read once a turn
 pub mod disconnect; // whether the caller is still there
+mod field_values; // what values of header fields say
+pub mod request_head; // a caller's head
 mod ids; // which users and groups the kernel can show
 pub mod plain; // characters that may be taken for something else
 mod base64; // bytes as text, for the proxy and the sandbox

@@ -14,7 +14,7 @@ use crate::{
     config,
     contract::{Contract, SchemaError},
     files,
-    headers::Inbound,
+    request_head::Inbound,
     result_rule::ResultRule,
     token::Cooldown,
 };

@@ -6,12 +6,11 @@ use crate::{
     admission::Admission,
     config::Config,
     contract::body,
-    headers::Outbound,
     rate_limit::Quota,
     reason::Failures,
     route::{RouteError, Routes},
     token::Slot,
-    upstream::{self, Terms, breaker::Breaker},
+    upstream::{self, Terms, breaker::Breaker, head::Outbound},
 };
 use http::HeaderValue;
 

@@ -8,6 +8,7 @@
 pub mod breaker;
 mod companions;
 mod frames;
+pub mod head;
 mod http2;
 pub mod pool;
 mod queue;
@@ -36,7 +37,7 @@ use crate::{
     admission::Room,
     audit::{Answer, Record, StoredReply, withheld},
     clock,
-    headers::{Cleaned, Outbound, clean_reply, retry_after},
+    field_values::retry_after,
     idempotency::{Claim, Delivery, Finished, NotCommitted, Pending},
     log::OncePerSecond,
     model::{
@@ -51,6 +52,7 @@ use crate::{
     route::Route,
     secret::needles,
     token::{Cooldown, NoOther, Slot, Token},
+    upstream::head::{Cleaned, Outbound, clean_reply},
 };
 use breaker::{Breaker, Health, Passage};
 use pool::{NoConnection, Reserved};

@@ -5,7 +5,7 @@ use http::{HeaderMap, StatusCode, header};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeStruct};
 use serde_json::{Map, json};
 
-use crate::{headers::is_coding, model::request_id::RequestId, result_rule::ResultRule};
+use crate::{field_values::is_coding, model::request_id::RequestId, result_rule::ResultRule};
 
 /// A longer body is not kept.
 const MAX_BODY: usize = 8 * 1024;

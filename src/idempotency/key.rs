@@ -4,7 +4,7 @@ use http::HeaderValue;
 use thiserror::Error;
 use uuid::Uuid;
 
-use crate::headers::Inbound;
+use crate::request_head::Inbound;
 
 /// A header that breaks its rules.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use super::schedule::Failure;
 use crate::{
     config,
     connect::{self, Connector, Egress, Stream, TlsError},
-    headers::{is_coding, retry_after},
+    field_values::{is_coding, retry_after},
     model::cause::Cause,
     reason::Reason,
     secret::Secret,
