@@ -28,9 +28,9 @@ use tokio::{
 };
 
 use crate::{
-    admission::Bounds,
     audit::{Audit, ClockDoubt},
     clock,
+    concurrency::Bounds,
     config::LOOPBACK_NOTICE,
     idempotency::Idempotency,
     log::OncePerSecond,

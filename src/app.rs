@@ -25,10 +25,10 @@ use tokio::{
 
 use crate::{
     admin::{self, Admin},
-    admission::Bounds,
     audit::{self, Audit, Early, StartError, Unfinished},
     changes::Changes,
     clock,
+    concurrency::Bounds,
     config::{
         self, Config, LOOPBACK_NOTICE, ListenAddress,
         trail::{LOW_WATER, SLACK},

@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::{
     admission::Denied,
     audit::Unavailable,
+    concurrency::NoRoom,
     contract::{Fault, Violation, body::NotReceived},
     disconnect::CallerDisconnected,
     idempotency::{Delivery, Refusal, Refused},
@@ -114,8 +115,8 @@ impl Error {
 impl From<Denied> for Error {
     fn from(denied: Denied) -> Self {
         let code = match &denied {
-            Denied::Draining => Code::Draining,
-            Denied::Overloaded => Code::Overloaded,
+            Denied::Room(NoRoom::Draining) => Code::Draining,
+            Denied::Room(NoRoom::Overloaded) => Code::Overloaded,
             Denied::Head(_) => Code::HeadInvalid,
             Denied::Host => Code::HostUnknown,
             Denied::Browser => Code::BrowserRefused,

@@ -19,9 +19,10 @@ use serde_json::{Map, Value, json};
 use tokio::time::timeout;
 
 use crate::{
-    admission::{Bounds, Caller, Denied, Hosts},
+    admission::{Caller, Denied, Hosts},
     audit::{Audit, Detail, Record},
     clock,
+    concurrency::Bounds,
     config::BareIds,
     contract::{Checked, CheckedBody, Violation, body::receive},
     disconnect::CallerPresence,
@@ -162,7 +163,7 @@ impl Gateway {
         record: &mut Record,
     ) -> Result<Box<Reply>, Error> {
         let room = self.bounds.request(from.surplus);
-        let room = room.map_err(|denied| name_denied(state, &from, record, denied))?;
+        let room = room.map_err(|none| name_denied(state, &from, record, none.into()))?;
         let known = state.admission.recognise((from.peer, from.names), from.hosts, head);
         let known = known.map_err(|denied| name_denied(state, &from, record, denied))?;
         let caller = known.caller();

@@ -52,6 +52,7 @@ pub mod state; // the compiled configuration
 pub mod config; // the validated configuration
 pub mod reload; // a configuration that changes
 pub mod clock; // the time, read once a turn
+pub mod concurrency; // bounds on concurrent work
 pub mod disconnect; // whether the caller is still there
 mod field_values; // what values of header fields say
 pub mod request_head; // a caller's head

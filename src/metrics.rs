@@ -11,9 +11,9 @@ use prometheus::{
 };
 
 use crate::{
-    admission::Bounds,
     audit,
     changes::Changes,
+    concurrency::Bounds,
     log,
     model::{code::Code, outcome::Outcome, stage::Stage},
     reason::Failures,

@@ -34,9 +34,9 @@ use tokio::{
 use tokio_util::sync::ReusableBoxFuture;
 
 use crate::{
-    admission::Room,
     audit::{Answer, Record, StoredReply, withheld},
     clock,
+    concurrency::Room,
     field_values::retry_after,
     idempotency::{Claim, Delivery, Finished, NotCommitted, Pending},
     log::OncePerSecond,

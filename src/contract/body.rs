@@ -13,7 +13,7 @@ use hyper::body::{Body, Incoming};
 use thiserror::Error;
 use tokio::time::timeout;
 
-use crate::{admission::Bounds as Room, request_head::Inbound};
+use crate::{concurrency::Bounds as Room, request_head::Inbound};
 
 /// Why a body was not received.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]

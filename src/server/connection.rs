@@ -37,8 +37,9 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use crate::{
-    admission::{FREE, Hosts, Part, Place},
+    admission::Hosts,
     clock::{self, nanos_of},
+    concurrency::{FREE, Part, Place},
     config,
     disconnect::CallerPresence,
     gateway::{Arrival, Gateway},

@@ -17,7 +17,7 @@ use super::{
     tls::{Certificate, NotAccepted, Tls},
 };
 use crate::{
-    admission::Unproven,
+    concurrency::Unproven,
     metrics::Metrics,
     model::{cause::Cause, peer::Peer},
     reason::Reason,

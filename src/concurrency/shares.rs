@@ -9,7 +9,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::Peer;
+use crate::model::peer::Peer;
 
 /// The connections of strangers, and of those that have not shown a certificate yet.
 #[derive(Debug)]
