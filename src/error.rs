@@ -15,6 +15,7 @@ use crate::{
     concurrency::NoRoom,
     contract::{Fault, Violation, body::NotReceived},
     disconnect::CallerDisconnected,
+    exchange::Failure,
     idempotency::{Delivery, Refusal, Refused},
     model::{
         cause::Cause,
@@ -27,7 +28,7 @@ use crate::{
     reason::Reason,
     route::NoRoute,
     token::TokenError,
-    upstream::{Failure, breaker::Suspended, pool::NoConnection},
+    upstream::{breaker::Suspended, pool::NoConnection},
 };
 
 /// A failure as the caller is told of it.

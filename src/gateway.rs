@@ -27,6 +27,7 @@ use crate::{
     contract::{Checked, CheckedBody, Violation, body::receive},
     disconnect::CallerPresence,
     error::Error,
+    exchange::{BrokenOff, Exchange, Exchanges, Piece, Reply, ReplyBody},
     idempotency::{Begun, Call, DeliverySlot, Idempotency, Would},
     metrics::{Limit, Metrics},
     model::{
@@ -39,10 +40,7 @@ use crate::{
     request_head::Inbound,
     route::Routed,
     state::State,
-    upstream::{
-        BrokenOff, Exchange, Exchanges, Piece, Reply, ReplyBody,
-        pool::{NoConnection, Pool},
-    },
+    upstream::pool::{NoConnection, Pool},
 };
 
 /// What one worker needs to answer requests.

@@ -43,6 +43,7 @@ use crate::{
     },
     clock,
     config::{self, WithoutKey},
+    exchange::{Failure, Reply, ReplyBody, Told},
     keyed_hash::{Hash, Keys, Mark, parse_hex, push_hex},
     model::{
         code::Code,
@@ -51,7 +52,6 @@ use crate::{
     },
     request_head::Inbound,
     result_rule::ResultRule,
-    upstream::{Failure, Reply, ReplyBody, Told},
 };
 use claims::{Claims, Ending, How, Verdict, Wanted};
 pub use delivery::{Delivery, DeliverySlot};

@@ -38,7 +38,8 @@ pub mod contract; // stage 4: body to CheckedBody
 pub mod idempotency; // stage 5: the same call twice is one task
 pub mod token; // stage 6: the slot
 pub mod audit; // stage 8: record, chain, recovery
-pub mod upstream; // stage 9: pool, exchange, classification
+pub mod upstream; // stage 9: pool, HTTP/1.1 and HTTP/2, breaker
+pub mod exchange; // from the intent on: send, replay once, classify, settle
 pub mod result_rule; // what a reply says of the task
 pub mod error; // failure to status, code and text
 pub mod reason; // a cause with its full text, for operators

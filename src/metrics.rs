@@ -14,11 +14,11 @@ use crate::{
     audit,
     changes::Changes,
     concurrency::Bounds,
-    log,
+    exchange, log,
     model::{code::Code, outcome::Outcome, stage::Stage},
     reason::Failures,
     token,
-    upstream::{self, breaker, pool},
+    upstream::{breaker, pool},
 };
 
 /// The limits that a request is checked against.
@@ -74,7 +74,7 @@ pub struct Parts {
     /// Of the upstream pools.
     pub pool: pool::Metrics,
     /// Of the exchanges with the upstream.
-    pub upstream: upstream::Metrics,
+    pub upstream: exchange::Metrics,
 }
 
 impl Metrics {
@@ -147,7 +147,7 @@ impl Metrics {
         let parts = Parts {
             token: token::Metrics::new(&registry, changes.clone())?,
             pool: pool::Metrics::new(&registry)?,
-            upstream: upstream::Metrics { breaker: breaker::Metrics::new(&registry)?, failures, withheld },
+            upstream: exchange::Metrics { breaker: breaker::Metrics::new(&registry)?, failures, withheld },
         };
         let audit = audit::Metrics::new(&registry)?;
         let metrics = Self {

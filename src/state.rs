@@ -6,11 +6,12 @@ use crate::{
     admission::Admission,
     config::Config,
     contract::body,
+    exchange::{self, Terms},
     rate_limit::Quota,
     reason::Failures,
     route::{RouteError, Routes},
     token::Slot,
-    upstream::{self, Terms, breaker::Breaker, head::Outbound},
+    upstream::{breaker::Breaker, head::Outbound},
 };
 use http::HeaderValue;
 
@@ -34,7 +35,7 @@ impl State {
     pub fn new(
         config: &Config,
         slots: Vec<Arc<Slot>>,
-        metrics: upstream::Metrics,
+        metrics: exchange::Metrics,
     ) -> Result<Self, RouteError> {
         Ok(Self {
             admission: Admission::new(&config.callers, &HashMap::new()),
