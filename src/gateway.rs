@@ -206,7 +206,7 @@ impl Gateway {
             Begun::Claim(claim) => claim,
             Begun::Replay(replay) => {
                 record.first(replay.first());
-                let reply = replay.into_reply(&route.result);
+                let reply = Reply::replayed(replay, &route.result);
                 record.replayed(reply.status.as_u16());
                 return Ok(Box::new(reply));
             }

@@ -28,26 +28,23 @@ use std::{
 };
 
 use foldhash::fast::RandomState;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use http::HeaderValue;
 use moka::{policy::EvictionPolicy, sync::Cache};
 use serde_json::{Value, json};
 use thiserror::Error;
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
     audit::{
-        Answer, Audit, Names, Queued, Record, StoredReply,
+        Answer, Audit, Names, StoredReply,
         loss::{self, Fault, Loss},
         unresolved::{CallState, Resolution, UnresolvedCall},
     },
     clock,
     config::{self, WithoutKey},
-    exchange::{Failure, Reply, ReplyBody, Told},
     keyed_hash::{Hash, Keys, Mark, parse_hex, push_hex},
     model::{
-        code::Code,
-        outcome::{Outcome, Retry},
+        outcome::Outcome,
         request_id::{FirstCall, RequestId},
     },
     request_head::Inbound,
@@ -58,9 +55,6 @@ pub use delivery::{Delivery, DeliverySlot};
 use duplicates::{Completion, Doubt, DoubtKind, Duplicate, DuplicateDetector, First, Forced, Rejection};
 pub use key::BadKey;
 use key::Given;
-
-/// Says that a person resolved the first call.
-const RESOLVED: HeaderName = HeaderName::from_static("x-gateway-resolved");
 
 /// What a stored reply takes beside its body, in bytes: measured, most of it the cache's.
 const REPLY_OVERHEAD: usize = 450;
@@ -771,19 +765,27 @@ impl Claim {
         self.key.is_some()
     }
 
-    /// Puts the outcome on record. A call with a key is over only when that is committed; a success only when it is
-    /// delivered.
-    pub fn finish(mut self, record: Record, answer: &Answer) -> Finished {
-        let Some((queued, names)) = record.finish(answer) else { return Finished::default() };
+    /// The call is over, and its record closed; of a call with a key the record is committed, and its reply is kept. Returns
+    /// what a success still waits for.
+    pub fn end(mut self, answer: &Answer, names: Names) -> Option<Delivery> {
+        let mut ending = None;
         if self.is_keyed() {
-            let pending = Pending { queued, names, answer: answer.clone(), claim: self };
-            return Finished { delivery: None, pending: Some(Box::new(pending)) };
+            if let Some(reply) = &answer.reply {
+                self.table.replies.insert(self.id, reply.clone());
+            }
+            let (is_success, code) = (answer.outcome == Outcome::Succeeded, answer.result_code.as_ref());
+            ending = answer.status.map(|status| Ending {
+                is_success,
+                status,
+                result_code: code.map(|code| code[..].into()),
+                is_resolved: false,
+            });
         }
-        Finished { delivery: self.end(answer.outcome, None, names), pending: None }
+        self.end_in_tables(answer.outcome, ending, names)
     }
 
     /// Ends the call in the tables. Returns what a success still waits for.
-    fn end(&mut self, outcome: Outcome, ending: Option<Ending>, names: Names) -> Option<Delivery> {
+    fn end_in_tables(&mut self, outcome: Outcome, ending: Option<Ending>, names: Names) -> Option<Delivery> {
         self.step = Step::Ended;
         if let Some(key) = self.key {
             let how = match outcome {
@@ -820,74 +822,9 @@ impl Drop for Claim {
             Step::Sent => Outcome::Unknown,
             Step::Ended => return,
         };
-        self.end(outcome, None, Names::default());
+        self.end_in_tables(outcome, None, Names::default());
     }
 }
-
-/// What the end of a call still waits for.
-#[derive(Debug, Default)]
-pub struct Finished {
-    /// A success, until its caller has it.
-    pub delivery: Option<Delivery>,
-    /// A call with a key, until its outcome is committed.
-    pub pending: Option<Box<Pending>>,
-}
-
-/// The end of a call with a key, while its outcome is not committed yet. The caller learns of it afterwards, so that
-/// what it was told is what a restart reads.
-#[derive(Debug)]
-pub struct Pending {
-    queued: Queued,
-    names: Names,
-    answer: Answer,
-    claim: Claim,
-}
-
-impl Pending {
-    /// Hands on what the caller is to be told, once it is committed. If that takes too long, the caller is told to
-    /// ask again, and the claim is settled later.
-    pub async fn settle(self, told: Told, deadline: Instant) -> Told {
-        match self.committed_by(deadline).await {
-            Ok(delivery) => told.map(|mut reply| {
-                reply.delivery = delivery;
-                reply
-            }),
-            Err(NotCommitted) => Err(Failure::not_on_record()),
-        }
-    }
-
-    /// Settles the claim once its outcome is committed. Fails if that was not in time.
-    pub async fn committed_by(self, deadline: Instant) -> Result<Option<Delivery>, NotCommitted> {
-        while !self.queued.is_safe().await {
-            if Instant::now() >= deadline {
-                tokio::spawn(async move {
-                    while !self.queued.is_safe().await {}
-                    drop(self.close()); // a success is undelivered: its caller was told to ask again
-                });
-                return Err(NotCommitted);
-            }
-        }
-        Ok(self.close())
-    }
-
-    fn close(self) -> Option<Delivery> {
-        let Self { answer: Answer { outcome, status, result_code, reply, .. }, mut claim, names, .. } = self;
-        if let Some(reply) = reply {
-            claim.table.replies.insert(claim.id, reply);
-        }
-        let result_code = result_code.map(|code| code[..].into());
-        let is_success = outcome == Outcome::Succeeded;
-        claim.end(
-            outcome,
-            status.map(|status| Ending { is_success, status, result_code, is_resolved: false }),
-            names,
-        )
-    }
-}
-
-/// The outcome of a call with a key was not committed in time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NotCommitted;
 
 impl Replay {
     /// The call that was answered first.
@@ -895,8 +832,9 @@ impl Replay {
         self.first
     }
 
-    /// The answer, as the first caller got it. Of a call that was resolved as done: that it is done.
-    pub fn into_reply(self, rule: &ResultRule) -> Reply {
+    /// What is stored of the answer, and what tells that its success is delivered. Of a call that was resolved as done: that
+    /// it is done.
+    pub fn into_parts(self, rule: &ResultRule) -> (Arc<StoredReply>, Delivery) {
         let Self { first, ending: Ending { status, result_code, is_resolved, .. }, stored, delivery } = self;
         let stored = stored.unwrap_or_else(|| {
             Arc::new(match is_resolved {
@@ -909,33 +847,12 @@ impl Replay {
                 ),
             })
         });
-        let mut headers = HeaderMap::new();
-        if let Some(media_type) =
-            stored.content_type.as_ref().and_then(|text| HeaderValue::from_str(text).ok())
-        {
-            headers.insert(header::CONTENT_TYPE, media_type);
-        }
-        if is_resolved {
-            headers.insert(RESOLVED, HeaderValue::from_static(Resolution::Done.as_str()));
-        }
-        let is_success = first.outcome == Outcome::Succeeded;
-        Reply {
-            status: StatusCode::from_u16(stored.status).unwrap_or_default(),
-            headers,
-            body: ReplyBody::Whole(stored.body.clone()),
-            outcome: Outcome::Replayed,
-            retry: if is_success { Retry::NotNeeded } else { Retry::AfterCorrection },
-            first: Some(first),
-            delivery: is_success.then_some(delivery),
-        }
+        (stored, delivery)
     }
-}
 
-impl Failure {
-    /// The upstream has answered, and that can't be put on record.
-    fn not_on_record() -> Self {
-        let retry_after = Some(Duration::from_secs(1));
-        Self { code: Code::RequestInProgress, outcome: Outcome::Unknown, cause: None, retry_after }
+    /// Whether a person resolved the first call.
+    pub fn is_resolved(&self) -> bool {
+        self.ending.is_resolved
     }
 }
 

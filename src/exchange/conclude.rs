@@ -1,0 +1,268 @@
+//! What an answer means, or that none came: classified, on record, and told to the caller.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use hyper::body::{Body as _, Incoming};
+use tokio::{sync::mpsc, time::Instant};
+
+use super::{
+    Exchange, Failure, Progress, Reply, ReplyBody, Told,
+    attempt::Arrived,
+    settlement::{Finished, Pending, finish},
+    streaming::Tail,
+};
+use crate::{
+    audit::{Answer, StoredReply, withheld},
+    field_values::retry_after,
+    model::{
+        cause::Cause,
+        code::Code,
+        outcome::{Outcome, Retry},
+    },
+    reason::Reason,
+    result_rule::{Reply as Judged, Verdict},
+    secret::needles,
+    token::Token,
+    upstream::{
+        breaker::Health,
+        head::{Cleaned, clean_reply},
+    },
+};
+
+/// When to come back after a refusal that names no time.
+const DEFAULT_RETRY: Duration = Duration::from_secs(30);
+
+impl Exchange {
+    /// Classifies an answer, records the outcome and hands the answer on. Returns what must be safe before, too.
+    #[inline(always)] // or what it takes is moved once more
+    pub(super) fn conclude(
+        self,
+        arrived: Arrived,
+        progress: &Progress,
+        deadline: Instant,
+    ) -> (Told, Option<Box<Pending>>) {
+        let Arrived { version, status, mut headers, mut body, mut rest } = arrived;
+        let judged = Judged { status, body: &body, truncated: rest.is_some() };
+        let Verdict { outcome, mut result_code } = self.route.result.classify(judged);
+        // A proxy in front can answer anything; a result code comes from behind the check of the token.
+        let answered_by_business = result_code.is_some();
+        let rejected = match progress.refused {
+            Some(_) if self.is_refusal(status) => Some(progress.refusal()),
+            _ => (status == StatusCode::UNAUTHORIZED).then_some(Code::CredentialRejected),
+        };
+        let is_quoted = |text: &[u8]| quotes(text, &self.token, progress.first_token.as_ref());
+        let (is_withheld, mut is_cut) = (is_quoted(&body), false);
+        if is_withheld {
+            result_code = result_code.filter(|code| code.len() < needles::SHORTEST);
+            body = withheld(self.route.result.field(), result_code.as_deref());
+            is_cut = rest.take().is_some(); // nobody reads it, so that its connection closes
+            self.withhold("body");
+        }
+        let Cleaned { upstream_id, quoting } =
+            clean_reply(&mut headers, &self.terms.reply_headers, answered_by_business, |value| {
+                is_quoted(value.as_bytes())
+            });
+        if quoting > 0 {
+            self.withhold("header");
+        }
+        if is_withheld {
+            describe_withheld(&mut headers);
+        }
+        let cause = failure((status, outcome), rejected, progress);
+        match cause {
+            Some(cause) => self.tell_answer(cause, status, progress),
+            None => self.terms.failures.succeeded(),
+        }
+        let mut answer = Answer {
+            outcome,
+            code: rejected,
+            cause,
+            status: Some(rejected.map_or(status, Code::status).as_u16()),
+            upstream_status: Some(status.as_u16()),
+            upstream_id,
+            result_code,
+            attempts: progress.answered,
+            token_generation: self.token.generation(),
+            note: is_withheld.then_some("the reply quoted the credential and was withheld"),
+            reply: None,
+        };
+        if let Some(code) = rejected {
+            let retry_after = Some(self.cooldown().remaining().unwrap_or(DEFAULT_RETRY));
+            let finished = finish(self.claim, self.record, &Answer { outcome: Outcome::Refused, ..answer });
+            let failure = Failure { code, outcome: Outcome::Refused, cause, retry_after };
+            return (Err(failure), finished.pending);
+        }
+        if self.claim.is_keyed() && matches!(outcome, Outcome::Succeeded | Outcome::Failed) {
+            answer.reply = StoredReply::new(status, &headers, &body).filter(|_| rest.is_none()).map(Arc::new);
+        }
+        if answered_by_business {
+            self.cooldown().accepted(self.token.generation());
+        }
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            self.terms.quota.shrink(retry_after(&headers).unwrap_or(DEFAULT_RETRY));
+        }
+        settle_retry_after(outcome, &mut headers);
+        let retry = Retry::of_reply(outcome, status, self.claim.is_keyed());
+        let mut finished = Finished::default();
+        if !states_length(&headers, length(&body, rest.as_ref())) {
+            headers.remove(header::CONTENT_LENGTH);
+        }
+        let body = match rest {
+            None => {
+                finished = finish(self.claim, self.record, &answer);
+                if !is_cut {
+                    self.connection.give_back();
+                }
+                ReplyBody::Whole(body)
+            }
+            Some(rest) => {
+                let (sender, receiver) = mpsc::channel(1);
+                let open = Some((self.record, answer, self.claim));
+                let tail = Tail {
+                    version,
+                    rest,
+                    terms: self.terms,
+                    route: self.route,
+                    token: self.token,
+                    first_token: progress.first_token.clone(),
+                    sender: Some(sender),
+                    open,
+                    _room: self.room,
+                };
+                tokio::spawn(tail.run(body, self.connection, deadline));
+                ReplyBody::Long(receiver)
+            }
+        };
+        let Finished { delivery, pending } = finished;
+        (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
+    }
+
+    /// Tells operators that an answer is a failure.
+    #[cold]
+    fn tell_answer(&self, cause: Cause, status: StatusCode, progress: &Progress) {
+        let what = match cause {
+            Cause::TokenRejected => "refuses a fresh token",
+            Cause::ReplyStatus => "is out of service",
+            Cause::ReplyUnreadable => "answers nothing that tells what became of the task",
+            _ => "refuses the token, and no other one can be had",
+        };
+        self.tell(&Reason::new(cause, format!("the upstream {what}: status {status}")), progress);
+    }
+
+    /// Tells operators that the exchange failed.
+    #[cold]
+    pub(super) fn tell(&self, reason: &Reason, progress: &Progress) {
+        let tokens = progress.first_token.iter().chain([&self.token]);
+        self.terms.failed(reason, self.record.id(), tokens);
+    }
+
+    /// Counts and tells that something of a reply quotes a secret.
+    #[cold]
+    fn withhold(&self, place: &'static str) {
+        self.terms.withhold(place, self.record.id(), &self.route.name);
+    }
+
+    /// Records an exchange that took too long. A fetch of another token that did is told by its fetcher.
+    #[cold]
+    pub(super) fn time_out(self, progress: &Progress) -> (Told, Option<Box<Pending>>) {
+        if !progress.awaits_token() {
+            let text = format!("no answer within {:?}", self.route.timeout);
+            self.tell(&Reason::new(Cause::Timeout, text), progress);
+        }
+        self.fail(progress, Code::UpstreamTimeout, Some(Cause::Timeout))
+    }
+
+    /// Records an exchange that brought no answer. Without a cause all connections were busy.
+    pub(super) fn fail(
+        self,
+        progress: &Progress,
+        code: Code,
+        cause: Option<Cause>,
+    ) -> (Told, Option<Box<Pending>>) {
+        let sent = !progress.awaits_token() && self.connection.written() > progress.mark;
+        let (code, outcome) = match (sent, progress.refused) {
+            (true, _) => (code, Outcome::Unknown),
+            (false, Some(_)) => (progress.refusal(), Outcome::Refused),
+            (false, None) if cause.is_none() => (Code::Overloaded, Outcome::NotSent),
+            (false, None) => (Code::UpstreamUnreachable, Outcome::NotSent),
+        };
+        let answer = Answer {
+            outcome,
+            code: Some(code),
+            cause,
+            status: Some(code.status().as_u16()),
+            upstream_status: progress.refused.filter(|_| !sent).map(|status| status.as_u16()),
+            upstream_id: None,
+            result_code: None,
+            attempts: progress.answered + u32::from(sent),
+            token_generation: self.token.generation(),
+            note: None,
+            reply: None,
+        };
+        let Finished { pending, .. } = finish(self.claim, self.record, &answer);
+        let retry_after = (outcome == Outcome::Refused).then_some(DEFAULT_RETRY);
+        (Err(Failure { code, outcome, cause, retry_after }), pending)
+    }
+}
+
+/// Why an answer is a failure, if it is one.
+fn failure(
+    (status, outcome): (StatusCode, Outcome),
+    rejected: Option<Code>,
+    progress: &Progress,
+) -> Option<Cause> {
+    match (rejected, Health::of(status), outcome) {
+        (Some(Code::CredentialRejected), ..) => Some(Cause::TokenRejected),
+        (Some(_), ..) => progress.no_token,
+        (None, Health::Down(cause), _) => Some(cause),
+        (None, _, Outcome::Unknown) => Some(Cause::ReplyUnreadable),
+        (None, ..) => None,
+    }
+}
+
+/// Whether a text quotes a token, or what it was fetched with: the present one, or the one that was refused before it.
+pub(super) fn quotes(text: &[u8], token: &Token, first_token: Option<&Token>) -> bool {
+    token.needles().are_in(text) || first_token.is_some_and(|token| token.needles().are_in(text))
+}
+
+/// The head of a reply whose body was withheld: what stands in its place is JSON of another length.
+#[cold]
+fn describe_withheld(headers: &mut HeaderMap) {
+    for name in
+        [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::CONTENT_LANGUAGE, header::CONTENT_RANGE]
+    {
+        headers.remove(name);
+    }
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+}
+
+/// `Retry-After` stands on every refusal and never on an unknown outcome: generic clients obey it, and
+/// would assign twice.
+fn settle_retry_after(outcome: Outcome, headers: &mut HeaderMap) {
+    match outcome {
+        Outcome::Unknown => drop(headers.remove(header::RETRY_AFTER)),
+        Outcome::Refused if !headers.contains_key(header::RETRY_AFTER) => {
+            headers.insert(header::RETRY_AFTER, DEFAULT_RETRY.as_secs().into());
+        }
+        Outcome::Refused | Outcome::NotSent | Outcome::Succeeded | Outcome::Failed | Outcome::Replayed => {}
+    }
+}
+
+/// How long a body is. Of one that is not read to its end this is known only if its `Content-Length` frames it.
+fn length(body: &Bytes, rest: Option<&Incoming>) -> Option<u64> {
+    let more = rest.map_or(Some(0), |rest| rest.size_hint().exact());
+    more.map(|more| body.len() as u64 + more)
+}
+
+/// Whether the head states just this length, in one plain number, so that it can pass. A reply may state several, or one that
+/// means nothing beside `Transfer-Encoding` (RFC 9112, section 6.3).
+fn states_length(headers: &HeaderMap, known: Option<u64>) -> bool {
+    let Some(known) = known.filter(|known| *known > 0) else { return false };
+    // A reply has few headers: to look at them is less than to hash a name.
+    let mut stated = headers.iter().filter(|(name, _)| **name == header::CONTENT_LENGTH);
+    let (first, more) = (stated.next(), stated.next());
+    let mut digits = itoa::Buffer::new();
+    more.is_none() && first.is_some_and(|(_, first)| first == digits.format(known))
+}

@@ -1,0 +1,139 @@
+//! The rest of a long reply.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use http::Version;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout_at},
+};
+
+use super::{
+    Piece, Terms,
+    attempt::{cut_short, is_whole},
+    conclude::quotes,
+    settlement::{Finished, committed, finish},
+};
+use crate::{
+    audit::{Answer, Record},
+    clock,
+    concurrency::Room,
+    idempotency::{Claim, Delivery},
+    model::cause::Cause,
+    reason::Reason,
+    route::Route,
+    token::Token,
+    upstream::pool::Reserved,
+};
+
+/// The rest of a long reply. Reads on when the caller is gone, so that the record says how it ended.
+pub(super) struct Tail {
+    pub(super) version: Version,
+    pub(super) rest: Incoming,
+    pub(super) terms: Arc<Terms>,
+    pub(super) route: Arc<Route>,
+    pub(super) token: Token,
+    pub(super) first_token: Option<Token>,
+    /// `None` once the caller is gone or does not take what comes.
+    pub(super) sender: Option<mpsc::Sender<Piece>>,
+    /// The record, what it will say, and the claim; `None` once they are closed.
+    pub(super) open: Option<(Record, Answer, Claim)>,
+    pub(super) _room: Room,
+}
+
+impl Tail {
+    /// Holds back as much as may begin a secret that is quoted, and at least one byte, so that the outcome is recorded
+    /// before the last one. It searches when as much again has come, so that small pieces do
+    /// not make it search the same bytes over and over.
+    pub(super) async fn run(mut self, first: Bytes, connection: Reserved, deadline: Instant) {
+        let first_token = self.first_token.as_ref().map_or(0, |token| token.needles().longest());
+        let kept = self.token.needles().longest().max(first_token).max(1);
+        let mut held = BytesMut::from(first);
+        loop {
+            if held.len() >= 2 * kept {
+                if quotes(&held, &self.token, self.first_token.as_ref()) {
+                    return self.cut_off(deadline).await;
+                }
+                let piece = held.split_to(held.len() - kept).freeze();
+                self.hand_on(Piece::More(piece), deadline).await;
+                clock::refresh(); // pieces may come without a pause, and the search takes time
+            }
+            match timeout_at(deadline, self.rest.frame()).await {
+                Ok(Some(Ok(frame))) => held.extend_from_slice(&frame.into_data().unwrap_or_default()),
+                Ok(None) if is_whole(&self.rest, self.version) => {
+                    if quotes(&held, &self.token, self.first_token.as_ref()) {
+                        return self.cut_off(deadline).await;
+                    }
+                    let finished = self.close(self.not_taken());
+                    connection.give_back();
+                    // If it fails, the caller sees the reply break off, and asks again with its key.
+                    if let Ok(delivery) = committed(finished, deadline).await {
+                        self.hand_on(Piece::Last(held.freeze()), deadline).await;
+                        self.settle(delivery);
+                    }
+                    return;
+                }
+                broken => {
+                    let reason = match broken {
+                        Ok(Some(Err(error))) => Reason::of_exchange(&error),
+                        Ok(_) => cut_short(),
+                        Err(_) => Reason::new(Cause::Timeout, "the reply did not end in time"),
+                    };
+                    if let Some((record, answer, _)) = &mut self.open {
+                        answer.cause = Some(reason.cause);
+                        let tokens = self.first_token.iter().chain([&self.token]);
+                        self.terms.failed(&reason, record.id(), tokens);
+                    }
+                    let broken = "the reply broke off behind its first 64 KiB";
+                    let finished = self.close(self.not_taken().or(Some(broken)));
+                    self.settle(committed(finished, deadline).await.ok().flatten());
+                    return;
+                }
+            }
+        }
+    }
+
+    /// What has come quotes a secret: nothing more is handed on.
+    #[cold]
+    async fn cut_off(mut self, deadline: Instant) {
+        if let Some((record, ..)) = &self.open {
+            self.terms.withhold("tail", record.id(), &self.route.name);
+        }
+        let finished = self.close(Some("the reply quoted the credential and was cut off"));
+        self.settle(committed(finished, deadline).await.ok().flatten());
+    }
+
+    fn not_taken(&self) -> Option<&'static str> {
+        self.sender.is_none().then_some("the caller did not take all of the reply")
+    }
+
+    /// A piece that is lost must be the last one that is tried: the caller shall see the break.
+    async fn hand_on(&mut self, piece: Piece, deadline: Instant) {
+        let Some(sender) = &self.sender else { return };
+        if !matches!(timeout_at(deadline, sender.send(piece)).await, Ok(Ok(()))) {
+            self.sender = None;
+        }
+    }
+
+    fn close(&mut self, note: Option<&'static str>) -> Finished {
+        let Some((record, answer, claim)) = self.open.take() else { return Finished::default() };
+        finish(claim, record, &Answer { note, ..answer })
+    }
+
+    /// The head, which a caller that took the rest has, tells of the success.
+    fn settle(&self, delivery: Option<Delivery>) {
+        if let Some(mut delivery) = delivery.filter(|_| self.sender.is_some()) {
+            delivery.hand_over();
+        }
+    }
+}
+
+/// Cut off by a stop: what the caller was told is what the record says.
+impl Drop for Tail {
+    fn drop(&mut self) {
+        drop(self.close(Some("the gateway stopped while the reply was passed on")));
+    }
+}
