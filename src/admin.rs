@@ -36,7 +36,7 @@ use crate::{
     log::OncePerSecond,
     metrics::Metrics,
     seats::{Seat, Seats},
-    state::State,
+    state::{Route, State},
     watchdog::Watchdog,
 };
 use hosts::Hosts;
@@ -203,8 +203,12 @@ impl Admin {
 
     fn status(&self) -> Value {
         let state = self.state.load();
-        let routes: Vec<_> =
-            state.routes.iter().map(|route| json!({ "name": *route.name, "path": route.path })).collect();
+        let routes: Vec<_> = state
+            .routes
+            .iter()
+            .map(Route::as_ref)
+            .map(|it| json!({ "name": *it.name, "path": it.path }))
+            .collect();
         let credentials: Vec<_> = state.terms.slots.iter().map(|slot| json!(slot.status())).collect();
         json!({
             "version": env!("CARGO_PKG_VERSION"),

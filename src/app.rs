@@ -41,10 +41,9 @@ use crate::{
     metrics::Metrics,
     model::audit_fields::SHOWN,
     reload::{Reload, Source},
-    route::Routes,
     secret::needles,
     server::{self, Bound, Listen, Stop, connection::Deadlines, inherited::Inherited},
-    state::State,
+    state::{State, compile_routes},
     supervisor::{Supervisor, Vital, Vitals, fault},
     token::Slot,
     upstream::pool::{self, Pool},
@@ -139,7 +138,7 @@ impl App {
         outward(config)?;
         audit::limit::check(config).map_err(StartError::from)?;
         audit::rehearse(&audit_options(config, None))?;
-        Routes::new(config, None)?;
+        compile_routes(config, None)?;
         sockets::look(config)
     }
 

@@ -7,8 +7,10 @@
 
 mod attempt;
 mod conclude;
+mod cooldown;
 mod detached;
 mod reply;
+mod route;
 mod settlement;
 mod streaming;
 mod terms;
@@ -24,7 +26,6 @@ use crate::{
     concurrency::Room,
     idempotency::Claim,
     model::{cause::Cause, code::Code},
-    route::Route,
     token::Token,
     upstream::{
         breaker::{Health, Passage},
@@ -32,8 +33,10 @@ use crate::{
     },
 };
 use attempt::Arrived;
+pub use cooldown::Cooldown;
 pub use detached::{Detached, Exchanges};
 pub use reply::{BrokenOff, Failure, Piece, Reply, ReplyBody, Told};
+pub use route::Route;
 pub use terms::{Metrics, Terms};
 
 /// One exchange with the upstream under one intent.

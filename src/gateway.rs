@@ -39,7 +39,7 @@ use crate::{
     },
     request_head::Inbound,
     route::Routed,
-    state::State,
+    state::{Route, State},
     upstream::pool::{NoConnection, Pool},
 };
 
@@ -171,7 +171,7 @@ impl Gateway {
 
         record.enter(Stage::Route);
         let routed = state.routes.find(&admitted, target, head)?;
-        let route = routed.route;
+        let Route { contract, exchange: route, .. } = routed.route;
         record.route(route.name.clone());
         record.operator(routed.operator.clone());
 
@@ -182,7 +182,7 @@ impl Gateway {
 
         record.enter(Stage::Contract);
         let Checked { result, large_ids } =
-            route.contract.check(receive(head, body, state.body, &self.bounds).await?, caller.bare_ids);
+            contract.check(receive(head, body, state.body, &self.bounds).await?, caller.bare_ids);
         if large_ids > 0 {
             self.large_ids(caller, &route.name, record.id(), large_ids);
         }
@@ -279,7 +279,7 @@ impl Gateway {
         &self,
         state: &State,
         from: Arrival<'_>,
-        routed: &Routed<'_>,
+        routed: &Routed<'_, Route>,
         (call, head): (Call<'_>, &Inbound<'_>),
         body: &CheckedBody,
         record: &mut Record,
@@ -310,7 +310,7 @@ impl Gateway {
             "credential": slot.name(),
             "request": {
                 "method": "POST",
-                "target": routed.route.path,
+                "target": routed.route.exchange.target.path(),
                 "headers": masked(&headers),
                 "body_size": size,
             },

@@ -52,6 +52,7 @@ pub mod app; // composition root
 pub mod state; // the compiled configuration
 pub mod config; // the validated configuration
 pub mod reload; // a configuration that changes
+mod backoff; // pauses behind refused credentials
 pub mod clock; // the time, read once a turn
 pub mod concurrency; // bounds on concurrent work
 pub mod disconnect; // whether the caller is still there

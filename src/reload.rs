@@ -28,7 +28,7 @@ use crate::{
     config::{Config, ContractSource, Log},
     files::{Aside, read},
     route::Routes,
-    state::State,
+    state::{Route, State, compile_routes},
     watched::{Noticed, POLL, SETTLE, Watched, digest},
 };
 
@@ -91,7 +91,7 @@ enum Read {
 /// Another configuration, compiled.
 struct New {
     config: Config,
-    routes: Routes,
+    routes: Routes<Route>,
     /// What is new in it.
     changed: Vec<&'static str>,
 }
@@ -226,7 +226,7 @@ impl Reader {
             return Ok(Read::Same);
         }
         let routes =
-            Routes::new(&config, Some(&self.state.load().routes)).map_err(|error| error.to_string())?;
+            compile_routes(&config, Some(&self.state.load().routes)).map_err(|error| error.to_string())?;
         self.watched = watch(&self.path, &config);
         (self.config, self.contracts) = (config.clone(), contracts);
         Ok(Read::New(Box::new(New { config, routes, changed })))

@@ -3,7 +3,7 @@
 //! A route is found by the exact bytes of its path: no decoding, no normalising, no prefix. What matches
 //! nothing is refused, never forwarded.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc};
 
 use foldhash::fast::RandomState;
 use http::{HeaderValue, Method, Uri};
@@ -11,42 +11,33 @@ use thiserror::Error;
 
 use crate::{
     admission::{Admitted, Caller},
-    config,
-    contract::{Contract, SchemaError},
-    files,
     request_head::Inbound,
-    result_rule::ResultRule,
-    token::Cooldown,
 };
 
-/// A compiled route.
+/// Who may use a route.
 #[derive(Debug)]
-pub struct Route {
-    /// Its name in the configuration, the audit trail and the metrics.
+pub struct Access {
+    /// The route's name in the configuration, the audit trail and the metrics.
     pub name: Arc<str>,
     /// Its path, the same on both sides.
     pub path: String,
-    /// The same path as the upstream request's target.
-    pub target: Uri,
-    /// What a body must be.
-    pub contract: Contract,
-    /// How a reply says what became of the task.
-    pub result: ResultRule,
-    /// The longest that an exchange may take.
-    pub timeout: Duration,
     /// Its requests are refused for now.
-    frozen: bool,
-    /// By credential.
-    cooldowns: Vec<Arc<Cooldown>>,
-    /// With which credential each caller may use this route, by the caller's index.
-    access: Vec<Option<usize>>,
+    pub frozen: bool,
+    /// With which credential each caller may use it, by the caller's index.
+    pub credentials: Vec<Option<usize>>,
+}
+
+impl Access {
+    fn credential_of(&self, caller: &Caller) -> Option<usize> {
+        *self.credentials.get(caller.index)?
+    }
 }
 
 /// A route that the caller may use, as the operator it may act as.
 #[derive(Debug)]
-pub struct Routed<'a> {
+pub struct Routed<'a, R> {
     /// The route.
-    pub route: &'a Arc<Route>,
+    pub route: &'a R,
     /// Who acts, for `x-UserId`.
     pub operator: &'a HeaderValue,
     /// Index of the credential.
@@ -84,61 +75,19 @@ pub enum NoRoute {
     Operator,
 }
 
-/// Why a route could not be compiled.
-#[derive(Debug, Error)]
-pub enum RouteError {
-    /// The contract file could not be read.
-    #[error("route {route}: contract {path}: {source}")]
-    Read {
-        /// The route's name.
-        route: String,
-        /// The contract's file.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The contract's schema is not one that the checker understands.
-    #[error("route {route}: contract {path}: {source}")]
-    Schema {
-        /// The route's name.
-        route: String,
-        /// The contract's file.
-        path: String,
-        /// Where and why.
-        source: SchemaError,
-    },
+/// All routes, by exact path. What else a route is made of is of no interest here.
+#[derive(Debug)]
+pub struct Routes<R>(HashMap<String, R, RandomState>);
+
+impl<R: AsRef<Access>> FromIterator<R> for Routes<R> {
+    fn from_iter<I: IntoIterator<Item = R>>(routes: I) -> Self {
+        Self(routes.into_iter().map(|route| (route.as_ref().path.clone(), route)).collect())
+    }
 }
 
-/// All routes, by exact path.
-#[derive(Debug)]
-pub struct Routes(HashMap<String, Arc<Route>, RandomState>);
-
-impl Routes {
-    /// Compiles the routes of a configuration, contracts included.
-    /// Those that `old` has, too, go on with what is known of their credentials.
-    pub fn new(config: &config::Config, old: Option<&Self>) -> Result<Self, RouteError> {
-        let mut routes = HashMap::with_hasher(RandomState::default());
-        for raw in &config.routes {
-            let known = old.and_then(|old| old.iter().find(|route| *route.name == *raw.name));
-            let cooldowns: Vec<Arc<Cooldown>> = match known {
-                Some(known) => known.cooldowns.clone(),
-                None => config.credentials.iter().map(|_| Arc::default()).collect(),
-            };
-            let access_of = |caller: &config::Caller| {
-                let name = raw.credential.as_ref().unwrap_or(&caller.credential);
-                let credential = config.credentials.iter().position(|credential| credential.name == *name)?;
-                let may_use = caller.routes.contains(&raw.name);
-                may_use.then_some(credential)
-            };
-            let access = config.callers.iter().map(access_of).collect();
-            let route = Route::new(raw, config, cooldowns, access)?;
-            routes.insert(raw.path.clone(), Arc::new(route));
-        }
-        Ok(Self(routes))
-    }
-
+impl<R: AsRef<Access>> Routes<R> {
     /// The routes, in no order.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Route>> {
+    pub fn iter(&self) -> impl Iterator<Item = &R> {
         self.0.values()
     }
 
@@ -148,18 +97,19 @@ impl Routes {
         admitted: &Admitted<'a>,
         (method, target): (&Method, &Uri),
         head: &Inbound<'_>,
-    ) -> Result<Routed<'a>, NoRoute> {
+    ) -> Result<Routed<'a, R>, NoRoute> {
         let caller = admitted.caller();
         let path = plain_path(target)?;
         let dry_run = path.strip_prefix(DRY_RUN);
         let (path, is_dry_run) = (dry_run.unwrap_or(path), dry_run.is_some());
         let route = self.0.get(path).ok_or_else(|| NoRoute::Unknown(self.usable_by(caller)))?;
+        let access = route.as_ref();
         if *method != Method::POST {
             return Err(NoRoute::Method);
         }
         let credential =
-            route.credential_of(caller).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
-        if route.frozen {
+            access.credential_of(caller).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
+        if access.frozen {
             return Err(NoRoute::Frozen);
         }
         let operator = acting_operator(caller, head)?;
@@ -167,64 +117,11 @@ impl Routes {
     }
 
     fn usable_by(&self, caller: &Caller) -> Vec<String> {
-        let mut paths: Vec<_> = self
-            .iter()
-            .filter(|route| route.credential_of(caller).is_some())
-            .map(|route| route.path.clone())
-            .collect();
+        let usable = self.iter().map(R::as_ref).filter(|access| access.credential_of(caller).is_some());
+        let mut paths: Vec<_> = usable.map(|access| access.path.clone()).collect();
         paths.sort();
         paths
     }
-}
-
-impl Route {
-    /// Whether refused tokens of this credential on this route still cause fetches.
-    pub fn cooldown(&self, credential: usize) -> &Cooldown {
-        &self.cooldowns[credential]
-    }
-
-    fn credential_of(&self, caller: &Caller) -> Option<usize> {
-        *self.access.get(caller.index)?
-    }
-
-    fn new(
-        raw: &config::Route,
-        config: &config::Config,
-        cooldowns: Vec<Arc<Cooldown>>,
-        access: Vec<Option<usize>>,
-    ) -> Result<Self, RouteError> {
-        Ok(Self {
-            name: raw.name.as_str().into(),
-            path: raw.path.clone(),
-            target: target(&raw.path),
-            contract: compile(raw)?.shown(|name| config.audit.shown(name)),
-            result: ResultRule::new(&raw.result_field, &raw.success_codes),
-            timeout: raw.timeout.unwrap_or(config.upstream.timeout),
-            frozen: raw.frozen,
-            cooldowns,
-            access,
-        })
-    }
-}
-
-fn compile(raw: &config::Route) -> Result<Contract, RouteError> {
-    let route = raw.name.clone();
-    let (path, text) = match &raw.contract {
-        config::ContractSource::BuiltIn => ("built in".to_owned(), Contract::APPOINT_QUALITY_TASK.to_owned()),
-        config::ContractSource::File(path) => {
-            let shown = path.display().to_string();
-            match files::read_text(path) {
-                Ok(text) => (shown, text),
-                Err(source) => return Err(RouteError::Read { route, path: shown, source }),
-            }
-        }
-    };
-    Contract::compile(&text).map_err(|source| RouteError::Schema { route, path, source })
-}
-
-#[expect(clippy::expect_used, reason = "validation allows plain path characters only")]
-fn target(path: &str) -> Uri {
-    path.parse().expect("a validated path")
 }
 
 /// The path of an origin-form target without a query. Exact bytes: an encoded or doubled slash is simply

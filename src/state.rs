@@ -1,5 +1,7 @@
 //! Everything compiled from the configuration: immutable, shared by all workers.
 
+mod routes;
+
 use std::{collections::HashMap, sync::Arc};
 
 use crate::{
@@ -9,11 +11,13 @@ use crate::{
     exchange::{self, Terms},
     rate_limit::Quota,
     reason::Failures,
-    route::{RouteError, Routes},
+    route::Routes,
     token::Slot,
     upstream::{breaker::Breaker, head::Outbound},
 };
 use http::HeaderValue;
+
+pub use routes::{Route, RouteError, compile as compile_routes};
 
 /// One configuration, compiled.
 #[derive(Debug)]
@@ -21,7 +25,7 @@ pub struct State {
     /// Whom the gateway knows.
     pub admission: Admission,
     /// The routes.
-    pub routes: Routes,
+    pub routes: Routes<Route>,
     /// Bounds of a body.
     pub body: body::Bounds,
     /// What is common to all exchanges.
@@ -39,7 +43,7 @@ impl State {
     ) -> Result<Self, RouteError> {
         Ok(Self {
             admission: Admission::new(&config.callers, &HashMap::new()),
-            routes: Routes::new(config, None)?,
+            routes: routes::compile(config, None)?,
             body: body::Bounds { size: config.server.max_body, time: config.server.body_timeout },
             terms: Arc::new(Terms {
                 outbound: Outbound::new(authority(config), &config.upstream.headers),
@@ -56,7 +60,7 @@ impl State {
     }
 
     /// A configuration that takes the place of this one, with its compiled routes. All that is remembered goes on.
-    pub fn successor(&self, config: &Config, routes: Routes) -> Self {
+    pub fn successor(&self, config: &Config, routes: Routes<Route>) -> Self {
         self.terms.quota.set(config.quota);
         Self {
             admission: Admission::new(&config.callers, &self.admission.limits()),

@@ -5,7 +5,6 @@
 //! token whose life is over is never handed out, and that two fetches are never closer than a second.
 
 mod contest;
-mod cooldown;
 mod endpoint;
 mod fetcher;
 mod metrics;
@@ -39,7 +38,6 @@ use crate::{
     trouble::{LastTrouble, Trouble},
 };
 use contest::Contest;
-pub use cooldown::Cooldown;
 use endpoint::{Endpoint, SCHEME};
 use fetcher::{Candidate, Fetcher, Secrets};
 pub use metrics::Metrics;

@@ -5,11 +5,11 @@ use http::{HeaderMap, Response, StatusCode, Version};
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 
-use super::{Exchange, Progress};
+use super::{Cooldown, Exchange, Progress};
 use crate::{
     model::{cause::Cause, code::Code},
     reason::Reason,
-    token::{Cooldown, NoOther, Slot, Token},
+    token::{NoOther, Slot, Token},
     upstream::{breaker::Health, pool::NoConnection},
 };
 
@@ -115,7 +115,7 @@ impl Exchange {
 
     /// Whether a refused token causes a fetch.
     pub(super) fn cooldown(&self) -> &Cooldown {
-        self.route.cooldown(self.credential)
+        &self.route.cooldowns[self.credential]
     }
 
     pub(super) fn is_refusal(&self, status: StatusCode) -> bool {

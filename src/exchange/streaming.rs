@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::{
-    Piece, Terms,
+    Piece, Route, Terms,
     attempt::{cut_short, is_whole},
     conclude::quotes,
     settlement::{Finished, committed, finish},
@@ -24,7 +24,6 @@ use crate::{
     idempotency::{Claim, Delivery},
     model::cause::Cause,
     reason::Reason,
-    route::Route,
     token::Token,
     upstream::pool::Reserved,
 };

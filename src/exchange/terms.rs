@@ -7,12 +7,12 @@ use http::{HeaderName, HeaderValue, Method, Request, StatusCode};
 use http_body_util::Full;
 use prometheus::IntCounterVec;
 
+use super::Route;
 use crate::{
     log::OncePerSecond,
     model::request_id::RequestId,
     rate_limit::Quota,
     reason::{Failures, Reason},
-    route::Route,
     token::{Slot, Token},
     upstream::{
         breaker::{self, Breaker, Health, Passage},

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use crate::clock;
+use crate::{backoff::after_refusals, clock};
 
 /// Two fetches are never closer than this.
 pub(super) const MIN_GAP: Duration = Duration::from_secs(1);
@@ -145,7 +145,7 @@ impl Retry {
         let wait = match failure {
             Failure::Refused => {
                 self.refusals += 1;
-                refusal(self.refusals - 1)
+                after_refusals(self.refusals - 1)
             }
             Failure::NotBefore(wait) => wait,
             Failure::Passing => self.back_off(urgent, jitter),
@@ -170,11 +170,6 @@ impl Retry {
             self.not_before = now;
         }
     }
-}
-
-/// How long a refusal is remembered: 30 s, doubling to 5 min.
-pub(super) fn refusal(count: u32) -> Duration {
-    Duration::from_secs((30_u64 << count.min(4)).min(300))
 }
 
 #[cfg(test)]

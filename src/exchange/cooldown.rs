@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::schedule::refusal;
+use crate::backoff::after_refusals;
 
 /// Whether refused tokens of one credential on one route still cause fetches.
 ///
@@ -69,7 +69,8 @@ impl Cooling {
         if self.remaining(now).is_some() {
             return false;
         }
-        let recent = self.doubted.filter(|(_, since)| now.saturating_duration_since(*since) < refusal(0));
+        let recent =
+            self.doubted.filter(|(_, since)| now.saturating_duration_since(*since) < after_refusals(0));
         match recent {
             Some((doubted, _)) if generation > doubted => self.rejected(now),
             Some(_) => return true,
@@ -84,7 +85,7 @@ impl Cooling {
     /// Those who learn of it together start one cool-down, not one each.
     fn rejected(&mut self, now: Instant) {
         if self.remaining(now).is_none() {
-            self.until = Some(now + refusal(self.count));
+            self.until = Some(now + after_refusals(self.count));
             self.count += 1;
             self.doubted = None;
         }

@@ -1,0 +1,114 @@
+//! The routes of a configuration, compiled.
+
+use std::sync::Arc;
+
+use http::Uri;
+use thiserror::Error;
+
+use crate::{
+    config::{self, Config},
+    contract::{Contract, SchemaError},
+    exchange::{self, Cooldown},
+    files,
+    result_rule::ResultRule,
+    route::{Access, Routes},
+};
+
+/// A compiled route.
+#[derive(Debug)]
+pub struct Route {
+    access: Access,
+    /// What a body must be.
+    pub contract: Contract,
+    /// What an exchange needs of it.
+    pub exchange: Arc<exchange::Route>,
+}
+
+impl AsRef<Access> for Route {
+    fn as_ref(&self) -> &Access {
+        &self.access
+    }
+}
+
+/// Why a route could not be compiled.
+#[derive(Debug, Error)]
+pub enum RouteError {
+    /// The contract file could not be read.
+    #[error("route {route}: contract {path}: {source}")]
+    Read {
+        /// The route's name.
+        route: String,
+        /// The contract's file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The contract's schema is not one that the checker understands.
+    #[error("route {route}: contract {path}: {source}")]
+    Schema {
+        /// The route's name.
+        route: String,
+        /// The contract's file.
+        path: String,
+        /// Where and why.
+        source: SchemaError,
+    },
+}
+
+/// Compiles the routes of a configuration, contracts included.
+/// Those that `old` has, too, go on with what is known of their credentials.
+pub fn compile(config: &Config, old: Option<&Routes<Route>>) -> Result<Routes<Route>, RouteError> {
+    let compiled = |raw: &config::Route| {
+        let known = old.and_then(|old| old.iter().find(|route| *route.access.name == *raw.name));
+        let cooldowns = match known {
+            Some(known) => known.exchange.cooldowns.clone(),
+            None => config.credentials.iter().map(|_| Arc::default()).collect(),
+        };
+        Route::new(raw, config, cooldowns)
+    };
+    config.routes.iter().map(compiled).collect()
+}
+
+impl Route {
+    fn new(raw: &config::Route, config: &Config, cooldowns: Vec<Arc<Cooldown>>) -> Result<Self, RouteError> {
+        let name: Arc<str> = raw.name.as_str().into();
+        let credential_of = |caller: &config::Caller| {
+            let name = raw.credential.as_ref().unwrap_or(&caller.credential);
+            let credential = config.credentials.iter().position(|credential| credential.name == *name)?;
+            let may_use = caller.routes.contains(&raw.name);
+            may_use.then_some(credential)
+        };
+        let credentials = config.callers.iter().map(credential_of).collect();
+        Ok(Self {
+            contract: contract(raw)?.shown(|name| config.audit.shown(name)),
+            exchange: Arc::new(exchange::Route {
+                name: name.clone(),
+                target: target(&raw.path),
+                result: ResultRule::new(&raw.result_field, &raw.success_codes),
+                timeout: raw.timeout.unwrap_or(config.upstream.timeout),
+                cooldowns,
+            }),
+            access: Access { name, path: raw.path.clone(), frozen: raw.frozen, credentials },
+        })
+    }
+}
+
+fn contract(raw: &config::Route) -> Result<Contract, RouteError> {
+    let route = raw.name.clone();
+    let (path, text) = match &raw.contract {
+        config::ContractSource::BuiltIn => ("built in".to_owned(), Contract::APPOINT_QUALITY_TASK.to_owned()),
+        config::ContractSource::File(path) => {
+            let shown = path.display().to_string();
+            match files::read_text(path) {
+                Ok(text) => (shown, text),
+                Err(source) => return Err(RouteError::Read { route, path: shown, source }),
+            }
+        }
+    };
+    Contract::compile(&text).map_err(|source| RouteError::Schema { route, path, source })
+}
+
+#[expect(clippy::expect_used, reason = "validation allows plain path characters only")]
+fn target(path: &str) -> Uri {
+    path.parse().expect("a validated path")
+}
