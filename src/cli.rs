@@ -23,7 +23,7 @@ use anyhow::Context as _;
 use ccsqm_gateway::{
     app::Ended,
     config::{Config, Log, LogFormat, Problems},
-    log, plain,
+    log, plain, preflight,
 };
 use clap::{Parser, Subcommand};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
@@ -82,7 +82,7 @@ struct Configured {
 
 impl Configured {
     fn load(&self) -> Result<Config, Problems> {
-        Config::load_in_time(&self.config, &self.overrides, std::env::vars_os(), PATIENCE)
+        preflight::load_in_time(&self.config, &self.overrides, std::env::vars_os(), PATIENCE)
     }
 }
 

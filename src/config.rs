@@ -7,10 +7,9 @@ mod raw;
 mod table;
 mod values;
 mod peer;
-mod files;
+pub mod named_files;
 mod parse;
 mod relations;
-mod exposure;
 mod variables;
 mod effective;
 pub mod trail;
@@ -37,6 +36,7 @@ use crate::{
     plain,
 };
 pub use effective::Access;
+use named_files::NamedFiles;
 use peer::meets_loopback;
 pub use peer::{DNS, PeerRule, SPIFFE};
 use table::Reading;
@@ -133,13 +133,15 @@ pub const LOOPBACK_NOTICE: &str = "a `loopback` caller is every process in this 
 
 impl Config {
     /// Loads a file, then the environment (`CCSQM_GATEWAY__SECTION__KEY`), then `--set` flags, and validates it.
-    /// Looks at every file that the configuration names, and makes none.
+    /// Has `files` look at every file that the configuration names.
     pub fn load(
         path: &Path,
         overrides: &[(String, String)],
         environment: impl IntoIterator<Item = (OsString, OsString)>,
+        files: &dyn NamedFiles,
     ) -> Result<Self, Problems> {
-        Self::load_with_keys(path, overrides, environment, Reading::default()).map(|(config, _)| config)
+        let loaded = Self::load_with_keys(path, overrides, environment, files, Reading::default());
+        loaded.map(|(config, _)| config)
     }
 
     /// The same on a thread of its own, for at most so long. Of a file that does not answer the problem is at the key that names it.
@@ -147,6 +149,7 @@ impl Config {
         path: &Path,
         overrides: &[(String, String)],
         environment: impl IntoIterator<Item = (OsString, OsString)>,
+        files: &'static dyn NamedFiles,
         patience: Duration,
     ) -> Result<Self, Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
@@ -155,7 +158,7 @@ impl Config {
         let (done, result) = mpsc::channel();
         let load = {
             let reading = reading.clone();
-            move || drop(done.send(Self::load_with_keys(&own_path, &overrides, environment, reading)))
+            move || drop(done.send(Self::load_with_keys(&own_path, &overrides, environment, files, reading)))
         };
         let own =
             || (raw::Place::File { path: path.display().to_string().into(), line: 1 }, "file".to_owned());
@@ -181,13 +184,14 @@ impl Config {
         path: &Path,
         overrides: &[(String, String)],
         environment: impl IntoIterator<Item = (OsString, OsString)>,
+        files: &dyn NamedFiles,
         reading: Reading,
     ) -> Result<(Self, Vec<String>), Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
         let layers = raw::read(Some(path), overrides, &environment)?;
         // What is said of a file names it whole.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        parse::validate(layers, path.parent().unwrap_or(Path::new(".")), reading)
+        parse::validate(layers, path.parent().unwrap_or(Path::new(".")), files, reading)
     }
 
     /// Where the admin listener is, by the file, if one is named, and the environment. Looks at nothing else: what became of
@@ -195,9 +199,10 @@ impl Config {
     pub fn admin_address(
         path: Option<&Path>,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
+        files: &dyn NamedFiles,
     ) -> Result<SocketAddr, Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
-        parse::admin_address(raw::read(path, &[], &environment)?)
+        parse::admin_address(raw::read(path, &[], &environment)?, files)
     }
 
     /// The listeners at which a caller can be seen.

@@ -24,12 +24,13 @@ use crate::{
         chain::key_path,
         recovery::{Fault, Found, read},
     },
-    config::{self, BareIds, Config, WithoutKey},
+    config::{self, BareIds, WithoutKey},
     connect::proxy,
     contract::Contract,
     idempotency::{Idempotency, key},
     keyed_hash::Keys,
     model::outcome::Outcome,
+    preflight,
     request_head::Inbound,
     result_rule::{Reply, ResultRule},
 };
@@ -238,7 +239,7 @@ pub fn configuration(bytes: &[u8]) {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("gateway.toml");
     fs::write(&path, bytes).unwrap();
-    if let Err(problems) = Config::load(&path, &[], []) {
+    if let Err(problems) = preflight::load(&path, &[], []) {
         assert!(problems.iter().count() > 0);
         for line in problems.iter().map(ToString::to_string) {
             assert!(!line.is_empty() && !line.chars().any(char::is_control), "{line:?}");

@@ -51,6 +51,7 @@ pub mod model; // plain data
 pub mod app; // composition root
 pub mod state; // the compiled configuration
 pub mod config; // the validated configuration
+pub mod preflight; // loads a configuration, and looks at the files that it names
 pub mod reload; // a configuration that changes
 mod backoff; // pauses behind refused credentials
 pub mod clock; // the time, read once a turn

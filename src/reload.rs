@@ -27,6 +27,7 @@ use crate::{
     changes::Change,
     config::{Config, ContractSource, Log},
     files::{Aside, read},
+    preflight,
     route::Routes,
     state::{Route, State, compile_routes},
     watched::{Noticed, POLL, SETTLE, Watched, digest},
@@ -210,7 +211,7 @@ impl Reader {
     /// Reads and compiles all. What is new will be in effect before the next turn.
     fn read(&mut self) -> Result<Read, String> {
         is_regular(&self.path)?;
-        let config = Config::load(&self.path, &self.overrides, std::env::vars_os());
+        let config = preflight::load(&self.path, &self.overrides, std::env::vars_os());
         let config = config.map_err(|problems| problems.to_string())?;
         let (old, new) = (self.config.effective(), config.effective());
         if let Some(fixed) = fixed(&old, &new) {

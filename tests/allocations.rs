@@ -17,6 +17,7 @@ use ccsqm_gateway::{
     app::App,
     config::{self, Config, ListenAddress},
     idempotency::memory::MemoryBound,
+    preflight,
 };
 use tempfile::TempDir;
 use tokio::sync::oneshot;
@@ -83,7 +84,7 @@ burst = 1000000
     );
     let path = folder.path().join("gateway.toml");
     fs::write(&path, text).unwrap();
-    Config::load(&path, &[], []).unwrap()
+    preflight::load(&path, &[], []).unwrap()
 }
 
 /// A gateway in this process. Stopped on drop.

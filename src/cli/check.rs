@@ -9,6 +9,7 @@ use ccsqm_gateway::{
     config::{Access, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, trail::CALL},
     idempotency::memory::{MemoryBound, mebibytes},
     plain,
+    preflight::exposures,
     secret::needles,
 };
 use serde_json::{Map, Value, json};
@@ -134,7 +135,7 @@ fn notices(configured: &Configured, config: &Config) -> Vec<String> {
     let memory = MemoryBound::new(&config.idempotency).notice();
     let (limit, trail) = (limit::notice(config), config.trail_size().notice());
     let misnamed = config.misnamed_variables(std::env::vars_os());
-    let exposures = config.exposures(&configured.config);
+    let exposures = exposures(&config, &configured.config);
     let of_trail = trail.into_iter().chain(limit);
     loopback
         .into_iter()

@@ -13,7 +13,8 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use ccsqm_gateway::{
     app::App,
-    config::{Config, ListenAddress},
+    config::ListenAddress,
+    preflight,
     sandbox::{Options, Sandbox},
 };
 use tempfile::TempDir;
@@ -62,7 +63,7 @@ fn demo(args: &Args, asked: Option<&Asked>) -> anyhow::Result<ExitCode> {
         (args.listen, args.admin)
     };
     let config = write_configuration(folder.path(), &sandbox, listen, admin)?;
-    let config = Config::load(&config, &[], [])?;
+    let config = preflight::load(&config, &[], [])?;
     if !args.once {
         drop(super::begin_log(&config.log)?);
     }

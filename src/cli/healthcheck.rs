@@ -3,7 +3,7 @@
 use std::{io, net::ToSocketAddrs, path::PathBuf, process::ExitCode};
 
 use anyhow::anyhow;
-use ccsqm_gateway::{admin, config::Config};
+use ccsqm_gateway::{admin, preflight};
 
 use super::{BAD_CONFIGURATION, out};
 
@@ -32,7 +32,7 @@ fn parse_admin(text: &str) -> Result<String, String> {
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let at = match &args.admin {
         Some(admin) => admin.clone(),
-        None => match Config::admin_address(args.config.as_deref(), std::env::vars_os()) {
+        None => match preflight::admin_address(args.config.as_deref(), std::env::vars_os()) {
             Ok(address) => address.to_string(),
             Err(problems) => {
                 out::complain_lines(&problems.to_string());

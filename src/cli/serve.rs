@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use ccsqm_gateway::{app::App, log, reload::Source};
+use ccsqm_gateway::{app::App, log, preflight::exposures, reload::Source};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{
@@ -45,7 +45,7 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
         tracing::warn!(%error, "core dumps, or looks into this process, cannot be turned off");
     }
     let misnamed = config.misnamed_variables(std::env::vars_os());
-    for notice in misnamed.into_iter().chain(config.exposures(&configured.config)) {
+    for notice in misnamed.into_iter().chain(exposures(&config, &configured.config)) {
         tracing::warn!("{notice}");
     }
     allow_files(config.server.max_connections + config.upstream.max_connections);

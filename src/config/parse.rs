@@ -11,20 +11,19 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::{
-    connect::Identity,
     ids,
     model::{
         durability::Durability,
         header_names::{looks_like_credential, may_pass},
     },
-    server::tls::{Tls, TlsError},
 };
 
 use super::{
     Admin, Audit, BUILT_IN_ROUTE, BareIds, Caller, Config, ContractSource, Control, Credential, Http2,
     Idempotency, IdentityFiles, Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, LogRequests,
     LoginFiles, PeerRule, Problems, RefusalBudget, Route, SecretSource, Server, Shown, Token, Upstream, Url,
-    WithoutKey, files,
+    WithoutKey,
+    named_files::{FileKind, NO_FILE, NamedFiles},
     peer::parse_peer,
     raw::{Kind, Layers, Place, Syntax, Value},
     relations,
@@ -46,10 +45,11 @@ const BUILT_IN_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appoint
 pub(super) fn validate(
     layers: Layers,
     folder: &Path,
+    files: &dyn NamedFiles,
     reading: Reading,
 ) -> Result<(Config, Vec<String>), Problems> {
     let Layers { root, mut problems, syntax } = layers;
-    let mut context = Context::new(folder, syntax, reading);
+    let mut context = Context::new(folder, syntax, files, reading);
     let mut config = read_config(&mut context, root);
     relations::let_defaults_give_way(&context, &mut config);
     context.tell_what_lacks();
@@ -65,9 +65,9 @@ pub(super) fn validate(
 }
 
 /// The admin listener's address alone. A line that is no TOML may be the one that names it.
-pub(super) fn admin_address(layers: Layers) -> Result<SocketAddr, Problems> {
+pub(super) fn admin_address(layers: Layers, files: &dyn NamedFiles) -> Result<SocketAddr, Problems> {
     let Layers { root, mut problems, syntax } = layers;
-    let mut context = Context::new(Path::new("."), syntax, Reading::default());
+    let mut context = Context::new(Path::new("."), syntax, files, Reading::default());
     let mut root = Table::open(&mut context, String::new(), root);
     let mut table = root.section(&mut context, "admin");
     let address = read_admin_address(&mut context, &mut table);
@@ -178,25 +178,16 @@ fn read_tls(context: &mut Context<'_>, mut table: Table) -> Option<ListenerTls> 
     if table.members.contains_key("client_crl_file") && !table.members.contains_key("client_ca_file") {
         table.lacks(context, "client_ca_file", "is needed for client_crl_file");
     }
-    let mut file = |name, check: fn(&Path) -> Result<(), String>| {
-        table.path(context, name).and_then(|found| good_file(context, found, check))
-    };
-    let cert_file = file("cert_file", files::certificates);
-    let client_ca_file = file("client_ca_file", files::client_ca);
-    let client_crl_file = file("client_crl_file", files::client_crl);
-    let key_file = file("key_file", files::private_key);
+    let mut file = |name, kind| table.path(context, name).and_then(|found| good_file(context, found, kind));
+    let cert_file = file("cert_file", FileKind::Certificates);
+    let client_ca_file = file("client_ca_file", FileKind::ClientCa);
+    let client_crl_file = file("client_crl_file", FileKind::ClientCrl);
+    let key_file = file("key_file", FileKind::PrivateKey);
     let path = table.path.clone();
     table.close(context);
     let tls = ListenerTls { cert_file: cert_file?, key_file: key_file?, client_ca_file, client_crl_file };
-    if let Err(error) = Tls::load(&tls) {
-        // Each of them can be read by itself.
-        let key = match &error {
-            TlsError::Refused(key, _) if key.ends_with("_file") => key.split(',').next().unwrap_or_default(),
-            TlsError::Clients(_) if tls.client_crl_file.is_some() => "client_crl_file",
-            TlsError::Clients(_) => "client_ca_file",
-            TlsError::Mismatch | TlsError::Pem(_) | TlsError::Refused(..) => "cert_file",
-        };
-        context.problem_at(&format!("{path}.{key}"), error.to_string());
+    if let Err((key, reason)) = context.files.check_listener(&tls) {
+        context.problem_at(&format!("{path}.{key}"), reason);
     }
     Some(tls)
 }
@@ -268,7 +259,7 @@ fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upstream {
         url.path.clear();
         Ok(url)
     });
-    let ca_file = table.path(context, "ca_file").and_then(|found| good_file(context, found, files::roots));
+    let ca_file = table.path(context, "ca_file").and_then(|found| good_file(context, found, FileKind::Roots));
     let upstream = Upstream {
         base_url,
         connect_timeout: table.duration(context, "connect_timeout", "3s", ("10ms", "1m")),
@@ -300,13 +291,13 @@ fn read_identity(context: &mut Context<'_>, table: &mut Table) -> Option<Identit
     needed(context, table, "client_key_file", &["client_cert_file"]);
     let cert_file = table
         .path(context, "client_cert_file")
-        .and_then(|found| good_file(context, found, files::certificates));
+        .and_then(|found| good_file(context, found, FileKind::Certificates));
     let key_file = table
         .path(context, "client_key_file")
-        .and_then(|found| good_file(context, found, files::private_key));
+        .and_then(|found| good_file(context, found, FileKind::PrivateKey));
     let files = IdentityFiles { cert_file: cert_file?, key_file: key_file? };
-    if let Err(error) = Identity::load(files.cert_file.clone(), files.key_file.clone()) {
-        context.problem_at(&table.key("client_cert_file"), error.to_string());
+    if let Err(reason) = context.files.check_identity(&files) {
+        context.problem_at(&table.key("client_cert_file"), reason);
     }
     Some(files)
 }
@@ -316,11 +307,9 @@ fn read_proxy_login(context: &mut Context<'_>, table: &mut Table) -> Option<Logi
     needed(context, table, "proxy_user_file", &["proxy_password_file"]);
     needed(context, table, "proxy_password_file", &["proxy_user_file"]);
     needed(context, table, "proxy", &["proxy_user_file", "proxy_password_file"]);
-    let mut file = |name, check: fn(&Path) -> Result<(), String>| {
-        table.path(context, name).and_then(|found| good_file(context, found, check))
-    };
-    let user = file("proxy_user_file", files::proxy_user);
-    let password = file("proxy_password_file", files::proxy_password);
+    let mut file = |name, kind| table.path(context, name).and_then(|found| good_file(context, found, kind));
+    let user = file("proxy_user_file", FileKind::ProxyUser);
+    let password = file("proxy_password_file", FileKind::ProxyPassword);
     Some(LoginFiles { user: user?, password: password? })
 }
 
@@ -509,7 +498,8 @@ fn good_secret(
     (source, place, key): (SecretSource, &Place, String),
 ) -> SecretSource {
     context.reads(place, &key);
-    let checked = if is_app_key { files::app_key(&source) } else { files::secret(&source) };
+    let files = context.files;
+    let checked = if is_app_key { files.check_app_key(&source) } else { files.check_secret(&source) };
     if let Err(reason) = checked {
         context.problem(place, key, in_folder(context, reason));
     }
@@ -519,19 +509,15 @@ fn good_secret(
 /// A reason that names no path says where a relative one starts.
 fn in_folder(context: &Context<'_>, reason: String) -> String {
     match &*reason {
-        files::NO_FILE => format!("{reason}; a relative path starts at {}", context.folder.display()),
+        NO_FILE => format!("{reason}; a relative path starts at {}", context.folder.display()),
         _ => reason,
     }
 }
 
-/// A file of which `check` has nothing to say.
-fn good_file(
-    context: &mut Context<'_>,
-    found: Found<PathBuf>,
-    check: impl FnOnce(&Path) -> Result<(), String>,
-) -> Option<PathBuf> {
+/// A file that is what it must be.
+fn good_file(context: &mut Context<'_>, found: Found<PathBuf>, kind: FileKind) -> Option<PathBuf> {
     context.reads(&found.place, &found.key);
-    match check(&found.value) {
+    match context.files.check(kind, &found.value) {
         Ok(()) => Some(found.value),
         Err(reason) => {
             context.problem(&found.place, found.key, in_folder(context, reason));
@@ -552,7 +538,7 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
         if name == BUILT_IN_ROUTE || (name.is_empty() && !has_more) {
             let contract = table
                 .path(context, "contract_file")
-                .and_then(|found| good_file(context, found, files::contract));
+                .and_then(|found| good_file(context, found, FileKind::Contract));
             let terms = read_terms(context, &mut table);
             table.close(context);
             built_in = Some(built_in_route(contract, terms));
@@ -565,8 +551,9 @@ fn read_routes(context: &mut Context<'_>, root: &mut Table) -> Vec<Route> {
         if !table.members.contains_key("contract_file") {
             table.lacks(context, "contract_file", "is missing");
         }
-        let contract =
-            table.path(context, "contract_file").and_then(|found| good_file(context, found, files::contract));
+        let contract = table
+            .path(context, "contract_file")
+            .and_then(|found| good_file(context, found, FileKind::Contract));
         let result_field = table.parsed(context, "result_field", "resultCode".to_owned(), parse_member);
         let codes = read_list(context, &mut table, "success_codes", parse_code).unwrap_or_default();
         if codes.is_empty() && !context.is_doubtful(&table.key("success_codes")) {
@@ -746,7 +733,7 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     };
     let max_size = read_max_size(context, &mut table);
     let key_file =
-        table.path(context, "key_file").and_then(|found| good_file(context, found, files::audit_key));
+        table.path(context, "key_file").and_then(|found| good_file(context, found, FileKind::AuditKey));
     let directory = named.map_or_else(|| context.folder.join("audit"), |found| found.value);
     let fields = read_fields(context, &mut table);
     let RefusalBudget { strangers, callers } = RefusalBudget::default();
@@ -761,7 +748,7 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     context.reads_at("audit.directory");
     if !context.is_doubtful("audit.directory")
         && let Err(reason) =
-            files::audit_directory(&directory, key_file.as_deref().or(is_elsewhere), must_exist)
+            context.files.check_audit_directory(&directory, key_file.as_deref().or(is_elsewhere), must_exist)
     {
         context.problem_at("audit.directory", reason);
     }

@@ -9,7 +9,7 @@ use std::{
 use crate::model::audit_fields::SHOWN;
 
 use super::{
-    Config, Control, ListenAddress, PeerRule, files,
+    Config, Control, ListenAddress, PeerRule, Route,
     table::{Context, Referent},
     trail::LEAST_SEGMENTS,
 };
@@ -75,7 +75,7 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         && (upstream.base_url.tls || config.token.url.tls)
         && upstream.ca_file.is_none()
         && !context.is_doubtful("upstream.ca_file")
-        && let Err(reason) = files::system_roots()
+        && let Err(reason) = context.files.check_system_roots()
     {
         context.problem_at("upstream.ca_file", format!("is needed here: {reason}"));
     }
@@ -112,8 +112,10 @@ fn fields(context: &mut Context<'_>, config: &Config) {
     if context.is_doubtful_within("routes") {
         return;
     }
+    let files = context.files;
     for (name, _) in &config.audit.fields {
-        let of_contracts = || config.routes.iter().any(|route| files::audit_names(route).contains(name));
+        let has = |route: &Route| files.audit_names(&route.contract).contains(name);
+        let of_contracts = || config.routes.iter().any(has);
         if !SHOWN.contains(&name.as_str()) && !of_contracts() {
             let own = SHOWN.join(", ");
             let reason =

@@ -11,6 +11,7 @@ use std::{
 
 use super::{
     Problem,
+    named_files::NamedFiles,
     raw::{FILE_ONLY, Kind, Place, Syntax, Value},
     values::{parse_duration, parse_size},
 };
@@ -19,6 +20,8 @@ use super::{
 pub(super) struct Context<'a> {
     pub(super) folder: &'a Path,
     pub(super) syntax: Syntax,
+    /// Looks at what the values name.
+    pub(super) files: &'a dyn NamedFiles,
     reading: Reading,
     pub(super) problems: Vec<Problem>,
     /// Every key that was looked for, for the test that holds the reference file against the code.
@@ -53,10 +56,11 @@ pub(super) enum Referent {
 }
 
 impl<'a> Context<'a> {
-    pub(super) fn new(folder: &'a Path, syntax: Syntax, reading: Reading) -> Self {
+    pub(super) fn new(folder: &'a Path, syntax: Syntax, files: &'a dyn NamedFiles, reading: Reading) -> Self {
         Self {
             folder,
             syntax,
+            files,
             reading,
             problems: Vec::new(),
             asked: Vec::new(),

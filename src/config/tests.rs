@@ -7,6 +7,8 @@ use tempfile::TempDir;
 
 use super::{Config, Problems, raw, table::Reading, trail::CALL};
 
+use crate::preflight::{self, Preflight};
+
 const REFERENCE: &str = include_str!("../../config/gateway.toml");
 const MINIMAL: &str = include_str!("../../config/minimal.toml");
 
@@ -55,7 +57,7 @@ fn revocation_list() -> String {
 fn load(folder: &TempDir, text: &str) -> Result<(Config, Vec<String>), Problems> {
     let path = folder.path().join("gateway.toml");
     fs::write(&path, text).unwrap();
-    Config::load_with_keys(&path, &[], [], Reading::default())
+    Config::load_with_keys(&path, &[], [], &Preflight, Reading::default())
 }
 
 fn effective(text: &str) -> Value {
@@ -191,7 +193,7 @@ fn minimal(replaced: (&str, &str), set: &[(&str, &str)]) -> Result<Config, Probl
     let path = folder.path().join("gateway.toml");
     fs::write(&path, text.replace(replaced.0, replaced.1)).unwrap();
     let set: Vec<_> = set.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-    Config::load(&path, &set, [])
+    preflight::load(&path, &set, [])
 }
 
 #[test]

@@ -16,9 +16,9 @@ use rustix::{
 };
 use zeroize::Zeroizing;
 
-use super::{Config, ContractSource, Control, ListenAddress, SecretSource};
 use crate::{
     audit::chain::key_path,
+    config::{Config, ContractSource, Control, ListenAddress, SecretSource},
     files::{self, is_open_to_all},
     ids,
 };
@@ -48,70 +48,68 @@ enum What {
     Place,
 }
 
-impl Config {
-    /// What other users can read or change though they should not, and a key that can be guessed: a line each. `file` is
-    /// the configuration's own.
-    pub fn exposures(&self, file: &Path) -> Vec<String> {
-        let key = self.audit.key_file.clone().unwrap_or_else(|| key_path(&self.audit.directory));
-        let of_key_file = if self.audit.key_file.is_some() { "audit.key_file" } else { "audit.directory" };
-        let mut named = vec![Named { setting: "--config".into(), path: file, what: What::Plain }];
-        self.name_files(&mut named);
-        named.push(Named { setting: of_key_file.into(), path: &key, what: What::Secret });
-        let mut told = of_files(&named);
-        told.extend(of_directory(&self.audit.directory));
-        told.extend(of_key(of_key_file, &key));
-        told.extend(of_folders(&named));
-        told.extend(of_owners(&named, &self.audit.directory));
-        told
-    }
+/// What other users can read or change though they should not, and a key that can be guessed: a line each. `file` is
+/// the configuration's own.
+pub fn exposures(config: &Config, file: &Path) -> Vec<String> {
+    let key = config.audit.key_file.clone().unwrap_or_else(|| key_path(&config.audit.directory));
+    let of_key_file = if config.audit.key_file.is_some() { "audit.key_file" } else { "audit.directory" };
+    let mut named = vec![Named { setting: "--config".into(), path: file, what: What::Plain }];
+    name_files(config, &mut named);
+    named.push(Named { setting: of_key_file.into(), path: &key, what: What::Secret });
+    let mut told = of_files(&named);
+    told.extend(of_directory(&config.audit.directory));
+    told.extend(of_key(of_key_file, &key));
+    told.extend(of_folders(&named));
+    told.extend(of_owners(&named, &config.audit.directory));
+    told
+}
 
-    /// All that the settings name, but for the audit key.
-    fn name_files<'a>(&'a self, named: &mut Vec<Named<'a>>) {
-        let mut name = |setting: String, path: Option<&'a Path>, what| {
-            named.extend(path.map(|path| Named { setting, path, what }));
-        };
-        for (i, credential) in self.credentials.iter().enumerate() {
-            for (key, source) in
-                [("app_key_file", &credential.app_key), ("app_secret_file", &credential.app_secret)]
-            {
-                let path = match source {
-                    SecretSource::File(path) => Some(&**path),
-                    SecretSource::Env(_) => None,
-                };
-                name(format!("credentials[{i}].{key}"), path, What::Secret);
-            }
+/// All that the settings name, but for the audit key.
+fn name_files<'a>(config: &'a Config, named: &mut Vec<Named<'a>>) {
+    let mut name = |setting: String, path: Option<&'a Path>, what| {
+        named.extend(path.map(|path| Named { setting, path, what }));
+    };
+    for (i, credential) in config.credentials.iter().enumerate() {
+        for (key, source) in
+            [("app_key_file", &credential.app_key), ("app_secret_file", &credential.app_secret)]
+        {
+            let path = match source {
+                SecretSource::File(path) => Some(&**path),
+                SecretSource::Env(_) => None,
+            };
+            name(format!("credentials[{i}].{key}"), path, What::Secret);
         }
-        for (i, listener) in self.listeners.iter().enumerate() {
-            if let ListenAddress::Unix { path, .. } = &listener.address {
-                name(format!("listeners[{i}].address"), Some(path), What::Place);
-            }
-            let Some(tls) = &listener.tls else { continue };
-            name(format!("listeners[{i}].tls.key_file"), Some(&tls.key_file), What::Secret);
-            for (key, path) in [
-                ("cert_file", Some(&*tls.cert_file)),
-                ("client_ca_file", tls.client_ca_file.as_deref()),
-                ("client_crl_file", tls.client_crl_file.as_deref()),
-            ] {
-                name(format!("listeners[{i}].tls.{key}"), path, What::Plain);
-            }
-        }
-        let identity = self.upstream.identity.as_ref();
-        name("upstream.ca_file".into(), self.upstream.ca_file.as_deref(), What::Plain);
-        name("upstream.client_cert_file".into(), identity.map(|it| &*it.cert_file), What::Plain);
-        name("upstream.client_key_file".into(), identity.map(|it| &*it.key_file), What::Secret);
-        let login = self.upstream.proxy_login.as_ref();
-        name("upstream.proxy_user_file".into(), login.map(|it| &*it.user), What::Secret);
-        name("upstream.proxy_password_file".into(), login.map(|it| &*it.password), What::Secret);
-        for route in &self.routes {
-            if let ContractSource::File(path) = &route.contract {
-                name(format!("contract_file of the route {}", route.name), Some(path), What::Plain);
-            }
-        }
-        if let Control::Path(path) = &self.admin.control {
-            name("admin.control".into(), Some(path), What::Place);
-        }
-        name("audit.directory".into(), Some(&self.audit.directory), What::Place);
     }
+    for (i, listener) in config.listeners.iter().enumerate() {
+        if let ListenAddress::Unix { path, .. } = &listener.address {
+            name(format!("listeners[{i}].address"), Some(path), What::Place);
+        }
+        let Some(tls) = &listener.tls else { continue };
+        name(format!("listeners[{i}].tls.key_file"), Some(&tls.key_file), What::Secret);
+        for (key, path) in [
+            ("cert_file", Some(&*tls.cert_file)),
+            ("client_ca_file", tls.client_ca_file.as_deref()),
+            ("client_crl_file", tls.client_crl_file.as_deref()),
+        ] {
+            name(format!("listeners[{i}].tls.{key}"), path, What::Plain);
+        }
+    }
+    let identity = config.upstream.identity.as_ref();
+    name("upstream.ca_file".into(), config.upstream.ca_file.as_deref(), What::Plain);
+    name("upstream.client_cert_file".into(), identity.map(|it| &*it.cert_file), What::Plain);
+    name("upstream.client_key_file".into(), identity.map(|it| &*it.key_file), What::Secret);
+    let login = config.upstream.proxy_login.as_ref();
+    name("upstream.proxy_user_file".into(), login.map(|it| &*it.user), What::Secret);
+    name("upstream.proxy_password_file".into(), login.map(|it| &*it.password), What::Secret);
+    for route in &config.routes {
+        if let ContractSource::File(path) = &route.contract {
+            name(format!("contract_file of the route {}", route.name), Some(path), What::Plain);
+        }
+    }
+    if let Control::Path(path) = &config.admin.control {
+        name("admin.control".into(), Some(path), What::Place);
+    }
+    name("audit.directory".into(), Some(&config.audit.directory), What::Place);
 }
 
 /// One line for each file.

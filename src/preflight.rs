@@ -1,54 +1,140 @@
-//! What the files that a configuration names must be, so that a start does not fail on them. Looks only: makes,
+//! Loads a configuration, and looks at all files that it names, so that a start does not fail on them. Looks only: makes,
 //! locks and changes nothing.
 
+mod exposure;
+
 use std::{
+    ffi::OsString,
     fs::{self, Metadata},
     io,
+    net::SocketAddr,
     path::Path,
+    time::Duration,
 };
 
 use rustix::fs::{Access, access};
 
-use super::{ContractSource, Route, SecretSource};
 use crate::{
     audit::{
         chain::key_path,
         init::{self, Absent},
     },
-    connect::{self, login},
+    config::{
+        Config, ContractSource, IdentityFiles, ListenerTls, Problems, SecretSource,
+        named_files::{FileKind, NO_FILE, NamedFiles},
+    },
+    connect::{self, Identity, login},
     contract::Contract,
     files::{MAX_SIZE, read_text},
     keyed_hash::Keys,
     pem,
     secret::{Impossible, Secret, SecretError},
+    server::tls::{Tls, TlsError},
     token::app_key_header,
 };
 
-/// Where the configuration may hold the secret itself instead of a path, the folder alone is told: see `parse`.
-pub(super) const NO_FILE: &str = "there is no such file";
+/// Loads a configuration, and looks at every file that it names: see [`Config::load`].
+pub fn load(
+    path: &Path,
+    overrides: &[(String, String)],
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+) -> Result<Config, Problems> {
+    Config::load(path, overrides, environment, &Preflight)
+}
+
+/// The same for at most so long: see [`Config::load_in_time`].
+pub fn load_in_time(
+    path: &Path,
+    overrides: &[(String, String)],
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+    patience: Duration,
+) -> Result<Config, Problems> {
+    Config::load_in_time(path, overrides, environment, &Preflight, patience)
+}
+
+/// Where the admin listener is: see [`Config::admin_address`].
+pub fn admin_address(
+    path: Option<&Path>,
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+) -> Result<SocketAddr, Problems> {
+    Config::admin_address(path, environment, &Preflight)
+}
+
+/// Looks at files as a start does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Preflight;
+
+impl NamedFiles for Preflight {
+    fn check(&self, kind: FileKind, path: &Path) -> Result<(), String> {
+        match kind {
+            FileKind::Roots => roots(path),
+            FileKind::Certificates => certificates(path),
+            FileKind::PrivateKey => private_key(path),
+            FileKind::ClientCa => guarded(path, |bytes| pem::certificates(bytes, path)),
+            FileKind::ClientCrl => guarded(path, |bytes| pem::revocation_lists(bytes, path)),
+            FileKind::Contract => contract(path),
+            FileKind::AuditKey => audit_key(path),
+            FileKind::ProxyUser => proxy_user(path),
+            FileKind::ProxyPassword => self.check_secret(&SecretSource::File(path.to_owned())),
+        }
+    }
+
+    fn check_secret(&self, source: &SecretSource) -> Result<(), String> {
+        read_secret(source).map(drop)
+    }
+
+    fn check_app_key(&self, source: &SecretSource) -> Result<(), String> {
+        app_key_header(&read_secret(source)?)
+            .map(drop)
+            .map_err(|_| "holds a character that a header cannot have, such as one beyond ASCII".into())
+    }
+
+    fn check_system_roots(&self) -> Result<(), String> {
+        connect::roots(None).map(drop).map_err(|error| error.to_string())
+    }
+
+    fn check_identity(&self, files: &IdentityFiles) -> Result<(), String> {
+        let identity = Identity::load(files.cert_file.clone(), files.key_file.clone());
+        identity.map(drop).map_err(|error| error.to_string())
+    }
+
+    fn check_listener(&self, tls: &ListenerTls) -> Result<(), (&'static str, String)> {
+        let Err(error) = Tls::load(tls) else { return Ok(()) };
+        let key = match &error {
+            TlsError::Refused(key, _) if key.ends_with("_file") => key.split(',').next().unwrap_or_default(),
+            TlsError::Clients(_) if tls.client_crl_file.is_some() => "client_crl_file",
+            TlsError::Clients(_) => "client_ca_file",
+            TlsError::Mismatch | TlsError::Pem(_) | TlsError::Refused(..) => "cert_file",
+        };
+        Err((key, error.to_string()))
+    }
+
+    fn check_audit_directory(
+        &self,
+        path: &Path,
+        key_file: Option<&Path>,
+        must_exist: bool,
+    ) -> Result<(), String> {
+        audit_directory(path, key_file, must_exist)
+    }
+
+    fn audit_names(&self, contract: &ContractSource) -> Vec<String> {
+        let text = match contract {
+            ContractSource::BuiltIn => Ok(Contract::APPOINT_QUALITY_TASK.to_owned()),
+            ContractSource::File(path) => read_text(path),
+        };
+        let contract = text.ok().and_then(|text| Contract::compile(&text).ok());
+        contract.map(|contract| contract.audit_names().map(str::to_owned).collect()).unwrap_or_default()
+    }
+}
+
+pub use exposure::exposures;
 
 const NO_VARIABLE: &str = "the environment has no variable of this name, or it is empty";
 
-/// A secret. Its place is not told: somebody may have put the secret itself there.
-pub(super) fn secret(source: &SecretSource) -> Result<(), String> {
-    read_secret(source).map(drop)
-}
-
-/// An app key: a secret that a header can hold.
-pub(super) fn app_key(source: &SecretSource) -> Result<(), String> {
-    app_key_header(&read_secret(source)?)
-        .map(drop)
-        .map_err(|_| "holds a character that a header cannot have, such as one beyond ASCII".into())
-}
-
 /// The user of a proxy.
-pub(super) fn proxy_user(path: &Path) -> Result<(), String> {
+fn proxy_user(path: &Path) -> Result<(), String> {
     Ok(login::check_user(read_secret(&SecretSource::File(path.to_owned()))?.expose())?)
-}
-
-/// The password of a proxy.
-pub(super) fn proxy_password(path: &Path) -> Result<(), String> {
-    secret(&SecretSource::File(path.to_owned()))
 }
 
 fn read_secret(source: &SecretSource) -> Result<Secret, String> {
@@ -75,18 +161,13 @@ fn nameless_regular(path: &Path) -> Result<(), String> {
 }
 
 /// PEM roots, in a file that not every user can change.
-pub(super) fn roots(path: &Path) -> Result<(), String> {
+fn roots(path: &Path) -> Result<(), String> {
     regular(path)?;
     connect::roots(Some(path)).map(drop).map_err(|error| error.to_string())
 }
 
-/// The system's roots.
-pub(super) fn system_roots() -> Result<(), String> {
-    connect::roots(None).map(drop).map_err(|error| error.to_string())
-}
-
 /// The audit chain's key.
-pub(super) fn audit_key(path: &Path) -> Result<(), String> {
+fn audit_key(path: &Path) -> Result<(), String> {
     regular(path)?;
     let found = fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
     init::refuse_open(path, &found).map_err(|refused| refused.to_string())?;
@@ -94,7 +175,7 @@ pub(super) fn audit_key(path: &Path) -> Result<(), String> {
 }
 
 /// Certificates.
-pub(super) fn certificates(path: &Path) -> Result<(), String> {
+fn certificates(path: &Path) -> Result<(), String> {
     regular(path)?;
     pem::read(path)
         .and_then(|bytes| pem::certificates(&bytes, path))
@@ -103,19 +184,9 @@ pub(super) fn certificates(path: &Path) -> Result<(), String> {
 }
 
 /// The key of a certificate.
-pub(super) fn private_key(path: &Path) -> Result<(), String> {
+fn private_key(path: &Path) -> Result<(), String> {
     nameless_regular(path)?;
     pem::read_key(path).and_then(|bytes| pem::key(&bytes)).map(drop).map_err(|error| error.to_string())
-}
-
-/// The CAs of callers' certificates.
-pub(super) fn client_ca(path: &Path) -> Result<(), String> {
-    guarded(path, |bytes| pem::certificates(bytes, path))
-}
-
-/// Revocation lists of callers' certificates.
-pub(super) fn client_crl(path: &Path) -> Result<(), String> {
-    guarded(path, |bytes| pem::revocation_lists(bytes, path))
 }
 
 fn guarded<T>(path: &Path, parse: impl Fn(&[u8]) -> Result<T, pem::PemError>) -> Result<(), String> {
@@ -124,25 +195,15 @@ fn guarded<T>(path: &Path, parse: impl Fn(&[u8]) -> Result<T, pem::PemError>) ->
 }
 
 /// A contract.
-pub(super) fn contract(path: &Path) -> Result<(), String> {
+fn contract(path: &Path) -> Result<(), String> {
     regular(path)?;
     let shown = path.display();
     let text = read_text(path).map_err(|error| format!("{shown}: {error}"))?;
     Contract::compile(&text).map(drop).map_err(|error| format!("{shown}: {error}"))
 }
 
-/// What a route's contract has in the audit trail; nothing of one that is told to be bad elsewhere.
-pub(super) fn audit_names(route: &Route) -> Vec<String> {
-    let text = match &route.contract {
-        ContractSource::BuiltIn => Ok(Contract::APPOINT_QUALITY_TASK.to_owned()),
-        ContractSource::File(path) => read_text(path),
-    };
-    let contract = text.ok().and_then(|text| Contract::compile(&text).ok());
-    contract.map(|contract| contract.audit_names().map(str::to_owned).collect()).unwrap_or_default()
-}
-
 /// The audit directory: usable, or such that it can be made. Without a key file the chain's key lies in it.
-pub(super) fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Result<(), String> {
+fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Result<(), String> {
     let shown = path.display();
     match init::check(path, key_file, must_exist) {
         // A start can be told to accept that: see `audit::loss`.
@@ -183,7 +244,7 @@ fn can_be_made(path: &Path) -> Result<(), String> {
 }
 
 /// Nothing that a read could hang on, or never end on.
-pub(super) fn regular(path: &Path) -> Result<(), String> {
+fn regular(path: &Path) -> Result<(), String> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
     is_regular(&meta).map_err(|reason| format!("{shown} {reason}"))
