@@ -73,7 +73,7 @@ use queue::Shared;
 use record::Entry;
 pub use record::{Answer, Detail, Names, Queued, Record};
 use recovery::{DAMAGED, Damage, Found};
-pub use reply::{StoredReply, withheld};
+pub use reply::StoredReply;
 pub use retention::Early;
 use retention::Place;
 use segment::Segment;

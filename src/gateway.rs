@@ -205,7 +205,7 @@ impl Gateway {
         let claim = match self.idempotency.begin(call, head)? {
             Begun::Claim(claim) => claim,
             Begun::Replay(replay) => {
-                record.first(replay.first());
+                record.first(replay.first);
                 let reply = Reply::replayed(replay, &route.result);
                 record.replayed(reply.status.as_u16());
                 return Ok(Box::new(reply));

@@ -5,7 +5,7 @@
 //! without keys, that may still be at work, in doubt, or done without their callers having learnt of it. Decides from
 //! key and body alone, before a token is spent. Guarantees that a claim within the window is never forgotten: a full
 //! table refuses new keys, and a start reads the audit trail before it takes any ([`rebuild`]). What a caller was
-//! told of a key is in the trail first: see [`Pending`]. Two exceptions: 503 `audit_unavailable` tells of an intent
+//! told of a key is in the trail first: the exchange sees to it. Two exceptions: 503 `audit_unavailable` tells of an intent
 //! that may still reach a stuck disk, and the head of a reply of more than 64 KiB leaves before its end is known.
 
 mod claims;
@@ -48,9 +48,9 @@ use crate::{
         request_id::{FirstCall, RequestId},
     },
     request_head::Inbound,
-    result_rule::ResultRule,
 };
-use claims::{Claims, Ending, How, Verdict, Wanted};
+pub use claims::Ending;
+use claims::{Claims, How, Verdict, Wanted};
 pub use delivery::{Delivery, DeliverySlot};
 use duplicates::{Completion, Doubt, DoubtKind, Duplicate, DuplicateDetector, First, Forced, Rejection};
 pub use key::BadKey;
@@ -130,10 +130,14 @@ pub enum Would {
 /// A stored answer, or what is left of it.
 #[derive(Debug)]
 pub struct Replay {
-    first: FirstCall,
-    ending: Ending,
-    stored: Option<Arc<StoredReply>>,
-    delivery: Delivery,
+    /// The call that was answered first.
+    pub first: FirstCall,
+    /// What the answer was, whatever else was forgotten.
+    pub ending: Ending,
+    /// The answer, unless it was not kept.
+    pub stored: Option<Arc<StoredReply>>,
+    /// To be settled once the answer is delivered, if it tells of a success.
+    pub delivery: Delivery,
 }
 
 /// Why a call goes no further, and whose success the answer tells of.
@@ -823,36 +827,6 @@ impl Drop for Claim {
             Step::Ended => return,
         };
         self.end_in_tables(outcome, None, Names::default());
-    }
-}
-
-impl Replay {
-    /// The call that was answered first.
-    pub fn first(&self) -> FirstCall {
-        self.first
-    }
-
-    /// What is stored of the answer, and what tells that its success is delivered. Of a call that was resolved as done: that
-    /// it is done.
-    pub fn into_parts(self, rule: &ResultRule) -> (Arc<StoredReply>, Delivery) {
-        let Self { first, ending: Ending { status, result_code, is_resolved, .. }, stored, delivery } = self;
-        let stored = stored.unwrap_or_else(|| {
-            Arc::new(match is_resolved {
-                true => StoredReply::of_resolved(rule),
-                false => StoredReply::without_body(
-                    status,
-                    rule.field(),
-                    result_code.as_deref(),
-                    first.request_id(),
-                ),
-            })
-        });
-        (stored, delivery)
-    }
-
-    /// Whether a person resolved the first call.
-    pub fn is_resolved(&self) -> bool {
-        self.ending.is_resolved
     }
 }
 

@@ -6,11 +6,10 @@
 use std::borrow::Cow;
 
 use http::StatusCode;
-use smallvec::SmallVec;
 
 use crate::{
     json::{Begins, Cursor, Halt},
-    model::outcome::Outcome,
+    model::outcome::{Outcome, ResultCode},
 };
 
 /// How a route's reply says what became of the task.
@@ -39,9 +38,6 @@ pub struct Verdict {
     /// The one result code, cut at 64 bytes.
     pub result_code: Option<ResultCode>,
 }
-
-/// The text of a result code: a few bytes in place, more on the heap.
-pub type ResultCode = SmallVec<[u8; 24]>;
 
 impl ResultRule {
     /// Success is a top-level member `field` with one of these values.

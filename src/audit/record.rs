@@ -20,12 +20,11 @@ use crate::{
     model::{
         cause::Cause,
         code::Code,
-        outcome::Outcome,
+        outcome::{Outcome, ResultCode},
         peer::Peer,
         request_id::{FirstCall, RequestId},
         stage::Stage,
     },
-    result_rule::ResultCode,
 };
 
 /// The record of one request. Moved, never shared.

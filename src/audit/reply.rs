@@ -3,9 +3,8 @@
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeStruct};
-use serde_json::{Map, json};
 
-use crate::{field_values::is_coding, model::request_id::RequestId, result_rule::ResultRule};
+use crate::field_values::is_coding;
 
 /// A longer body is not kept.
 const MAX_BODY: usize = 8 * 1024;
@@ -37,39 +36,6 @@ impl StoredReply {
             // A piece of a read buffer would keep all of it.
             body: Bytes::copy_from_slice(body),
         })
-    }
-
-    /// What is left of a reply whose body is not kept: the result code, where it stood.
-    pub fn without_body(status: u16, field: &str, result_code: Option<&[u8]>, first: RequestId) -> Self {
-        let mut members = Map::new();
-        if let Some(code) = result_code {
-            members.insert(field.to_owned(), String::from_utf8_lossy(code).into());
-        }
-        members.insert("truncated".into(), true.into());
-        members.insert("request_id".into(), first.as_str().into());
-        let body = json!(members).to_string().into();
-        Self { status, content_type: Some("application/json".into()), body }
-    }
-}
-
-/// What takes the place of a body that quotes a secret: the result code, if it is known, and that the rest is withheld.
-pub fn withheld(field: &str, result_code: Option<&[u8]>) -> Bytes {
-    let mut members = Map::new();
-    if let Some(code) = result_code {
-        members.insert(field.to_owned(), String::from_utf8_lossy(code).into());
-    }
-    members.insert("withheld".into(), true.into());
-    json!(members).to_string().into()
-}
-
-impl StoredReply {
-    /// For a call that a person resolved as done: the code of success, and that it is not the upstream's.
-    pub fn of_resolved(rule: &ResultRule) -> Self {
-        let mut members = Map::new();
-        members.insert(rule.field().to_owned(), rule.success_code().into());
-        members.insert("resolved".into(), true.into());
-        let body = json!(members).to_string().into();
-        Self { status: 200, content_type: Some("application/json".into()), body }
     }
 }
 

@@ -3,18 +3,19 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use hyper::body::{Body as _, Incoming};
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     Exchange, Failure, Progress, Reply, ReplyBody, Told,
     attempt::Arrived,
+    reply::{JSON, stand_in},
     settlement::{Finished, Pending, finish},
     streaming::Tail,
 };
 use crate::{
-    audit::{Answer, StoredReply, withheld},
+    audit::{Answer, StoredReply},
     field_values::retry_after,
     model::{
         cause::Cause,
@@ -56,7 +57,7 @@ impl Exchange {
         let (is_withheld, mut is_cut) = (is_quoted(&body), false);
         if is_withheld {
             result_code = result_code.filter(|code| code.len() < needles::SHORTEST);
-            body = withheld(self.route.result.field(), result_code.as_deref());
+            body = stand_in(self.route.result.field(), result_code.as_deref(), "withheld", None);
             is_cut = rest.take().is_some(); // nobody reads it, so that its connection closes
             self.withhold("body");
         }
@@ -235,7 +236,7 @@ fn describe_withheld(headers: &mut HeaderMap) {
     {
         headers.remove(name);
     }
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(header::CONTENT_TYPE, JSON);
 }
 
 /// `Retry-After` stands on every refusal and never on an unknown outcome: generic clients obey it, and

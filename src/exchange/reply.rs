@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use serde_json::{Map, json};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
 use crate::{
     audit::unresolved::Resolution,
-    idempotency::{Delivery, Replay},
+    idempotency::{Delivery, Ending, Replay},
     model::{
         cause::Cause,
         code::Code,
@@ -21,6 +22,9 @@ use crate::{
 
 /// Says that a person resolved the first call.
 const RESOLVED: HeaderName = HeaderName::from_static("x-gateway-resolved");
+
+/// The media type of what the gateway writes itself.
+pub(super) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// The upstream's reply, on its way to the caller.
 #[derive(Debug)]
@@ -82,28 +86,54 @@ pub struct Failure {
 pub type Told = Result<Box<Reply>, Failure>;
 
 impl Reply {
-    /// The answer of the first call with the same key, as its caller got it.
+    /// The answer of the first call with the same key, as its caller got it. Of a call that was resolved as done: that it is
+    /// done.
     pub fn replayed(replay: Replay, rule: &ResultRule) -> Self {
-        let (first, is_resolved) = (replay.first(), replay.is_resolved());
-        let (stored, delivery) = replay.into_parts(rule);
+        let Replay {
+            first,
+            ending: Ending { is_success, status, result_code, is_resolved },
+            stored,
+            delivery,
+        } = replay;
         let mut headers = HeaderMap::new();
-        if let Some(media_type) =
-            stored.content_type.as_ref().and_then(|text| HeaderValue::from_str(text).ok())
-        {
-            headers.insert(header::CONTENT_TYPE, media_type);
-        }
+        let (media_type, body) = match stored {
+            Some(stored) => {
+                let media_type = stored.content_type.as_deref().map(HeaderValue::from_str);
+                (media_type.and_then(Result::ok), stored.body.clone())
+            }
+            None => {
+                let body = match is_resolved {
+                    true => stand_in(rule.field(), Some(rule.success_code().as_bytes()), "resolved", None),
+                    false => stand_in(rule.field(), result_code.as_deref(), "truncated", Some(first)),
+                };
+                (Some(JSON), body)
+            }
+        };
+        headers.extend(media_type.map(|media_type| (header::CONTENT_TYPE, media_type)));
         if is_resolved {
             headers.insert(RESOLVED, HeaderValue::from_static(Resolution::Done.as_str()));
         }
-        let is_success = first.outcome == Outcome::Succeeded;
         Self {
-            status: StatusCode::from_u16(stored.status).unwrap_or_default(),
+            status: StatusCode::from_u16(status).unwrap_or_default(),
             headers,
-            body: ReplyBody::Whole(stored.body.clone()),
+            body: ReplyBody::Whole(body),
             outcome: Outcome::Replayed,
             retry: if is_success { Retry::NotNeeded } else { Retry::AfterCorrection },
             first: Some(first),
             delivery: is_success.then_some(delivery),
         }
     }
+}
+
+/// What takes the place of a body that cannot be given: the result code, where it is known, `why`, and of which call it was.
+pub(super) fn stand_in(field: &str, result_code: Option<&[u8]>, why: &str, of: Option<FirstCall>) -> Bytes {
+    let mut members = Map::new();
+    if let Some(code) = result_code {
+        members.insert(field.to_owned(), String::from_utf8_lossy(code).into());
+    }
+    members.insert(why.to_owned(), true.into());
+    if let Some(first) = of {
+        members.insert("request_id".into(), first.request_id().as_str().into());
+    }
+    json!(members).to_string().into()
 }

@@ -123,13 +123,15 @@ pub(super) struct Wanted {
 
 /// What is known of an answer, whatever else was forgotten.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Ending {
+pub struct Ending {
     /// It succeeded; else it failed.
-    pub(super) is_success: bool,
-    pub(super) status: u16,
-    pub(super) result_code: Option<Arc<[u8]>>,
+    pub is_success: bool,
+    /// The status that the caller got.
+    pub status: u16,
+    /// The upstream's result code.
+    pub result_code: Option<Arc<[u8]>>,
     /// There was no answer: a person found that the call is done.
-    pub(super) is_resolved: bool,
+    pub is_resolved: bool,
 }
 
 #[cfg(test)]

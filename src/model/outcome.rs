@@ -3,6 +3,7 @@
 use std::fmt;
 
 use http::StatusCode;
+use smallvec::SmallVec;
 
 /// The outcome of a request, sent as `x-gateway-outcome` and recorded in the audit trail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -97,3 +98,6 @@ impl Retry {
         }
     }
 }
+
+/// The text of a result code: a few bytes in place, more on the heap.
+pub type ResultCode = SmallVec<[u8; 24]>;
