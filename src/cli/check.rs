@@ -135,7 +135,7 @@ fn notices(configured: &Configured, config: &Config) -> Vec<String> {
     let memory = MemoryBound::new(&config.idempotency).notice();
     let (limit, trail) = (limit::notice(config), config.trail_size().notice());
     let misnamed = config.misnamed_variables(std::env::vars_os());
-    let exposures = exposures(&config, &configured.config);
+    let exposures = exposures(config, &configured.config);
     let of_trail = trail.into_iter().chain(limit);
     loopback
         .into_iter()
