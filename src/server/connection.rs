@@ -42,7 +42,7 @@ use crate::{
     concurrency::{FREE, Part, Place},
     config,
     disconnect::CallerPresence,
-    gateway::{Arrival, Gateway},
+    gateway::{Gateway, RequestOrigin},
     idempotency::DeliverySlot,
     model::peer::Peer,
     server::{
@@ -330,7 +330,7 @@ pub async fn serve(
         async move {
             let names = certificate.map(Certificate::names);
             let Watch { presence, delivery, .. } = &*watch;
-            let from = Arrival { peer, names, hosts, presence, delivery, surplus };
+            let from = RequestOrigin { peer, names, hosts, presence, delivery, surplus };
             let mut response = gateway.handle(from, request).await;
             if watch.must_end() {
                 gateway.metrics.connection_closed(NO_ROOM);

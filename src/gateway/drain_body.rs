@@ -1,0 +1,38 @@
+//! The rest of a body that is refused.
+
+use std::time::Duration;
+
+use http_body_util::BodyExt;
+use hyper::body::{Body as _, Incoming};
+use tokio::time::timeout;
+
+use crate::request_head::Inbound;
+
+/// How much of a refused body is read and thrown away, so that the connection stays usable.
+const MAX_BYTES: u64 = 256 * 1024;
+
+const MAX_TIME: Duration = Duration::from_secs(1);
+
+/// Reads and throws away the rest of a refused body, within bounds. Says whether the connection is clean
+/// for another request. A caller that waits for `100 Continue` is not asked to go on.
+pub(super) async fn drain_body(head: &Inbound<'_>, mut body: Incoming) -> bool {
+    if body.is_end_stream() {
+        return true;
+    }
+    if head.expects_continue || head.expects_more || body.size_hint().lower() > MAX_BYTES {
+        return false;
+    }
+    let drained = async {
+        let mut left = MAX_BYTES;
+        while let Some(frame) = body.frame().await {
+            let read =
+                frame.ok().and_then(|frame| frame.into_data().ok()).map_or(0, |data| data.len() as u64);
+            left = match left.checked_sub(read) {
+                Some(left) if read > 0 => left,
+                _ => return false,
+            };
+        }
+        true
+    };
+    timeout(MAX_TIME, drained).await.unwrap_or(false)
+}

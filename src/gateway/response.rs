@@ -1,0 +1,201 @@
+//! Responses: what a caller is told, and in which form.
+
+use std::{
+    cell::RefCell,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
+use hyper::body::{Body, Frame, SizeHint};
+
+use super::RequestOrigin;
+use crate::{
+    error::Error,
+    exchange::{BrokenOff, Piece, Reply, ReplyBody},
+    model::{
+        code::Code,
+        outcome::{Outcome, Retry},
+        request_id::{FirstCall, RequestId},
+        stage::Stage,
+    },
+};
+
+const OUTCOME: HeaderName = HeaderName::from_static("x-gateway-outcome");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-gateway-request-id");
+const ERROR: HeaderName = HeaderName::from_static("x-gateway-error");
+const RETRY: HeaderName = HeaderName::from_static("x-gateway-retry");
+const FIRST: HeaderName = HeaderName::from_static("x-gateway-first-request-id");
+const FIRST_OUTCOME: HeaderName = HeaderName::from_static("x-gateway-first-outcome");
+const CALLER_ID: HeaderName = HeaderName::from_static("x-request-id");
+const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+json");
+
+/// The words of outcomes and of what a client may do, made once: each is looked at byte by byte.
+static OUTCOMES: [HeaderValue; 6] = {
+    const fn word(index: usize) -> HeaderValue {
+        HeaderValue::from_static(Outcome::ALL[index].as_str())
+    }
+    [word(0), word(1), word(2), word(3), word(4), word(5)]
+};
+
+static RETRIES: [HeaderValue; 6] = {
+    const fn word(index: usize) -> HeaderValue {
+        HeaderValue::from_static(Retry::ALL[index].as_str())
+    }
+    [word(0), word(1), word(2), word(3), word(4), word(5)]
+};
+
+/// A response's body.
+#[derive(Debug)]
+pub struct ResponseBody {
+    content: Content,
+    /// Its connection ends behind it.
+    ends_connection: bool,
+}
+
+impl ResponseBody {
+    /// Whether the connection ends behind it, as its head says.
+    pub fn ends_connection(&self) -> bool {
+        self.ends_connection
+    }
+}
+
+#[derive(Debug)]
+enum Content {
+    /// All there is.
+    Whole(Option<Bytes>),
+    /// Pieces of a long reply; `None` behind the last one.
+    Long(Option<tokio::sync::mpsc::Receiver<Piece>>),
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BrokenOff;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        match &mut self.get_mut().content {
+            Content::Whole(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Content::Long(pieces) => {
+                let Some(coming) = pieces else { return Poll::Ready(None) };
+                Poll::Ready(Some(match ready!(coming.poll_recv(cx)) {
+                    Some(Piece::More(bytes)) => Ok(Frame::data(bytes)),
+                    Some(Piece::Last(bytes)) => {
+                        *pieces = None;
+                        Ok(Frame::data(bytes))
+                    }
+                    None => Err(BrokenOff),
+                }))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self.content, Content::Whole(None) | Content::Long(None))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Whole(bytes) => {
+                SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
+            }
+            Content::Long(_) => SizeHint::default(),
+        }
+    }
+}
+
+/// Passes the upstream's reply on.
+pub(super) fn answer(reply: Box<Reply>, from: &RequestOrigin<'_>) -> Response<ResponseBody> {
+    let Reply { status, headers, body, outcome, retry, first, delivery } = *reply;
+    let content = match body {
+        ReplyBody::Whole(bytes) => Content::Whole(Some(bytes)),
+        ReplyBody::Long(pieces) => Content::Long(Some(pieces)),
+    };
+    let mut response = Response::new(ResponseBody { content, ends_connection: false });
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    say(response.headers_mut(), outcome, retry, first);
+    if let Some(delivery) = delivery {
+        from.delivery.put(delivery, !from.presence.has_ended());
+    }
+    response
+}
+
+/// Tells the caller of a failure.
+pub(super) fn refuse(
+    error: &Error,
+    stage: Stage,
+    id: RequestId,
+    retry: Retry,
+    keep_alive: bool,
+) -> Response<ResponseBody> {
+    let content = Content::Whole(Some(error.problem(stage, id, retry)));
+    let mut response = Response::new(ResponseBody { content, ends_connection: !keep_alive });
+    *response.status_mut() = error.code.status();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, PROBLEM);
+    say(headers, error.outcome, retry, error.first);
+    headers.insert(ERROR, HeaderValue::from_static(error.code.as_str()));
+    // Clients obey it, and a call whose outcome is unknown must not be repeated; but with the key of one at work it may.
+    let may_repeat = error.outcome != Outcome::Unknown || error.code == Code::RequestInProgress;
+    if let Some(wait) = error.retry_after.filter(|_| may_repeat) {
+        headers.insert(header::RETRY_AFTER, whole_seconds(wait).into());
+    }
+    if error.code == Code::MethodNotAllowed {
+        headers.insert(header::ALLOW, HeaderValue::from_static("POST"));
+    }
+    if !keep_alive {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// Names the request, as the trail does and as its caller does.
+pub(super) fn name(headers: &mut HeaderMap, id: RequestId, caller_id: Option<&HeaderValue>) {
+    headers.insert(REQUEST_ID, request_id(id));
+    if let Some(id) = caller_id {
+        headers.insert(CALLER_ID, id.clone());
+    }
+}
+
+/// Tells what became of the call and of the first one, and what the caller may do.
+fn say(headers: &mut HeaderMap, outcome: Outcome, retry: Retry, first: Option<FirstCall>) {
+    headers.insert(OUTCOME, OUTCOMES[outcome as usize].clone());
+    headers.insert(RETRY, RETRIES[retry as usize].clone());
+    if let Some(first) = first {
+        headers.insert(FIRST, request_id(first.request_id()));
+        headers.insert(FIRST_OUTCOME, OUTCOMES[first.outcome as usize].clone());
+    }
+}
+
+/// `Retry-After` counts in seconds, so that a part of one is a whole one, and none is none at all.
+fn whole_seconds(wait: Duration) -> u64 {
+    wait.as_secs() + u64::from(wait.subsec_nanos() > 0).max(u64::from(wait.is_zero()))
+}
+
+#[expect(clippy::expect_used, reason = "a UUID is plain ASCII")]
+fn request_id(id: RequestId) -> HeaderValue {
+    thread_local! {
+        /// A hundred ids share an allocation.
+        static TEXT: RefCell<BytesMut> = RefCell::new(BytesMut::with_capacity(4096));
+    }
+    TEXT.with_borrow_mut(|text| {
+        text.extend_from_slice(id.as_bytes());
+        HeaderValue::from_maybe_shared(text.split().freeze()).expect("ASCII")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_stand_in_the_places_of_what_they_mean() {
+        assert!(Outcome::ALL.iter().all(|outcome| OUTCOMES[*outcome as usize] == outcome.as_str()));
+        assert!(Retry::ALL.iter().all(|retry| RETRIES[*retry as usize] == retry.as_str()));
+    }
+}
