@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use hyper::body::{Body as _, Incoming};
 use tokio::{sync::mpsc, time::Instant};
 
@@ -20,7 +20,7 @@ use crate::{
     model::{
         cause::Cause,
         code::Code,
-        outcome::{Outcome, Retry},
+        outcome::{Outcome, ResultCode, Retry},
     },
     reason::Reason,
     result_rule::{Reply as Judged, Verdict},
@@ -35,92 +35,64 @@ use crate::{
 /// When to come back after a refusal that names no time.
 const DEFAULT_RETRY: Duration = Duration::from_secs(30);
 
+/// What an answer means.
+struct View {
+    outcome: Outcome,
+    result_code: Option<ResultCode>,
+    /// It comes from behind the check of the token.
+    is_from_business: bool,
+    /// It refuses the token.
+    rejected: Option<Code>,
+    /// Why it is a failure, if it is one.
+    cause: Option<Cause>,
+    upstream_id: Option<HeaderValue>,
+    /// Its body quoted the credential.
+    is_withheld: bool,
+    /// It is not read to its end.
+    is_cut: bool,
+}
+
 impl Exchange {
-    /// Classifies an answer, records the outcome and hands the answer on. Returns what must be safe before, too.
+    /// Classifies an answer, records the outcome and hands the answer on. Returns what must be committed before, too.
     #[inline(always)] // or what it takes is moved once more
     pub(super) fn conclude(
         self,
-        arrived: Arrived,
+        mut arrived: Arrived,
         progress: &Progress,
         deadline: Instant,
     ) -> (Told, Option<Box<Pending>>) {
-        let Arrived { version, status, mut headers, mut body, mut rest } = arrived;
-        let judged = Judged { status, body: &body, truncated: rest.is_some() };
-        let Verdict { outcome, mut result_code } = self.route.result.classify(judged);
-        // A proxy in front can answer anything; a result code comes from behind the check of the token.
-        let answered_by_business = result_code.is_some();
-        let rejected = match progress.refused {
-            Some(_) if self.is_refusal(status) => Some(progress.refusal()),
-            _ => (status == StatusCode::UNAUTHORIZED).then_some(Code::CredentialRejected),
-        };
-        let is_quoted = |text: &[u8]| quotes(text, &self.token, progress.first_token.as_ref());
-        let (is_withheld, mut is_cut) = (is_quoted(&body), false);
-        if is_withheld {
-            result_code = result_code.filter(|code| code.len() < needles::SHORTEST);
-            body = stand_in(self.route.result.field(), result_code.as_deref(), "withheld", None);
-            is_cut = rest.take().is_some(); // nobody reads it, so that its connection closes
-            self.withhold("body");
-        }
-        let Cleaned { upstream_id, quoting } =
-            clean_reply(&mut headers, &self.terms.reply_headers, answered_by_business, |value| {
-                is_quoted(value.as_bytes())
-            });
-        if quoting > 0 {
-            self.withhold("header");
-        }
-        if is_withheld {
-            describe_withheld(&mut headers);
-        }
-        let cause = failure((status, outcome), rejected, progress);
-        match cause {
-            Some(cause) => self.tell_answer(cause, status, progress),
-            None => self.terms.failures.succeeded(),
-        }
-        let mut answer = Answer {
-            outcome,
-            code: rejected,
-            cause,
-            status: Some(rejected.map_or(status, Code::status).as_u16()),
-            upstream_status: Some(status.as_u16()),
-            upstream_id,
-            result_code,
-            attempts: progress.answered,
-            token_generation: self.token.generation(),
-            note: is_withheld.then_some("the reply quoted the credential and was withheld"),
-            reply: None,
-        };
+        let (status, view) = (arrived.status, self.view(&mut arrived, progress));
+        let View { outcome, rejected, cause, is_from_business, is_cut, .. } = view;
+        let mut answer = self.answer(status, view, progress);
         if let Some(code) = rejected {
             let retry_after = Some(self.cooldown().remaining().unwrap_or(DEFAULT_RETRY));
             let finished = finish(self.claim, self.record, &Answer { outcome: Outcome::Refused, ..answer });
             let failure = Failure { code, outcome: Outcome::Refused, cause, retry_after };
             return (Err(failure), finished.pending);
         }
-        if self.claim.is_keyed() && matches!(outcome, Outcome::Succeeded | Outcome::Failed) {
-            answer.reply = StoredReply::new(status, &headers, &body).filter(|_| rest.is_none()).map(Arc::new);
+        let Arrived { version, mut headers, body, rest, .. } = arrived;
+        let is_keyed = self.claim.is_keyed();
+        if is_keyed && rest.is_none() && matches!(outcome, Outcome::Succeeded | Outcome::Failed) {
+            answer.reply = StoredReply::new(status, &headers, &body).map(Arc::new);
         }
-        if answered_by_business {
+        if is_from_business {
             self.cooldown().accepted(self.token.generation());
         }
         if status == StatusCode::TOO_MANY_REQUESTS {
             self.terms.quota.shrink(retry_after(&headers).unwrap_or(DEFAULT_RETRY));
         }
-        settle_retry_after(outcome, &mut headers);
-        let retry = Retry::of_reply(outcome, status, self.claim.is_keyed());
-        let mut finished = Finished::default();
-        if !states_length(&headers, length(&body, rest.as_ref())) {
-            headers.remove(header::CONTENT_LENGTH);
-        }
-        let body = match rest {
+        settle_headers(outcome, &mut headers, length(&body, rest.as_ref()));
+        let retry = Retry::of_reply(outcome, status, is_keyed);
+        let (body, Finished { delivery, pending }) = match rest {
             None => {
-                finished = finish(self.claim, self.record, &answer);
+                let finished = finish(self.claim, self.record, &answer);
                 if !is_cut {
                     self.connection.give_back();
                 }
-                ReplyBody::Whole(body)
+                (ReplyBody::Whole(body), finished)
             }
             Some(rest) => {
                 let (sender, receiver) = mpsc::channel(1);
-                let open = Some((self.record, answer, self.claim));
                 let tail = Tail {
                     version,
                     rest,
@@ -129,15 +101,69 @@ impl Exchange {
                     token: self.token,
                     first_token: progress.first_token.clone(),
                     sender: Some(sender),
-                    open,
+                    open: Some((self.record, answer, self.claim)),
                     _room: self.room,
                 };
                 tokio::spawn(tail.run(body, self.connection, deadline));
-                ReplyBody::Long(receiver)
+                (ReplyBody::Long(receiver), Finished::default())
             }
         };
-        let Finished { delivery, pending } = finished;
         (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
+    }
+
+    /// What an answer means. Takes out of it what the caller must not see.
+    #[inline]
+    fn view(&self, arrived: &mut Arrived, progress: &Progress) -> View {
+        let Arrived { status, headers, body, rest, .. } = arrived;
+        let judged = Judged { status: *status, body, truncated: rest.is_some() };
+        let Verdict { outcome, mut result_code } = self.route.result.classify(judged);
+        // A proxy in front can answer anything; a result code comes from behind the check of the token.
+        let is_from_business = result_code.is_some();
+        let rejected = match progress.refused {
+            Some(_) if self.is_refusal(*status) => Some(progress.refusal()),
+            _ => (*status == StatusCode::UNAUTHORIZED).then_some(Code::CredentialRejected),
+        };
+        let is_quoted = |text: &[u8]| quotes(text, &self.token, progress.first_token.as_ref());
+        let (is_withheld, mut is_cut) = (is_quoted(body), false);
+        if is_withheld {
+            result_code = result_code.filter(|code| code.len() < needles::SHORTEST);
+            *body = stand_in(self.route.result.field(), result_code.as_deref(), "withheld", None);
+            is_cut = rest.take().is_some(); // nobody reads it, so that its connection closes
+            self.withhold("body");
+        }
+        let is_quoting = |value: &HeaderValue| is_quoted(value.as_bytes());
+        let Cleaned { upstream_id, quoting } =
+            clean_reply(headers, &self.terms.reply_headers, is_from_business, is_quoting);
+        if quoting > 0 {
+            self.withhold("header");
+        }
+        if is_withheld {
+            describe_withheld(headers);
+        }
+        let cause = failure((*status, outcome), rejected, progress);
+        match cause {
+            Some(cause) => self.tell_answer(cause, *status, progress),
+            None => self.terms.failures.succeeded(),
+        }
+        View { outcome, result_code, is_from_business, rejected, cause, upstream_id, is_withheld, is_cut }
+    }
+
+    /// The same for the record.
+    #[inline]
+    fn answer(&self, status: StatusCode, view: View, progress: &Progress) -> Answer {
+        Answer {
+            outcome: view.outcome,
+            code: view.rejected,
+            cause: view.cause,
+            status: Some(view.rejected.map_or(status, Code::status).as_u16()),
+            upstream_status: Some(status.as_u16()),
+            upstream_id: view.upstream_id,
+            result_code: view.result_code,
+            attempts: progress.answered,
+            token_generation: self.token.generation(),
+            note: view.is_withheld.then_some("the reply quoted the credential and was withheld"),
+            reply: None,
+        }
     }
 
     /// Tells operators that an answer is a failure.
@@ -241,7 +267,12 @@ fn describe_withheld(headers: &mut HeaderMap) {
 
 /// `Retry-After` stands on every refusal and never on an unknown outcome: generic clients obey it, and
 /// would assign twice.
-fn settle_retry_after(outcome: Outcome, headers: &mut HeaderMap) {
+///
+/// The length passes only where it frames the body.
+fn settle_headers(outcome: Outcome, headers: &mut HeaderMap, length: Option<u64>) {
+    if !states_length(headers, length) {
+        headers.remove(header::CONTENT_LENGTH);
+    }
     match outcome {
         Outcome::Unknown => drop(headers.remove(header::RETRY_AFTER)),
         Outcome::Refused if !headers.contains_key(header::RETRY_AFTER) => {
