@@ -8,10 +8,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use prometheus::{IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{IntGauge, IntGaugeVec, Registry};
 use serde_json::{Map, Value, json};
 
-use crate::trouble::LastTrouble;
+use crate::{registry::gauges, trouble::LastTrouble};
 
 /// All that is read again, by name.
 #[derive(Clone, Debug)]
@@ -32,19 +32,14 @@ pub struct Change {
 impl Changes {
     /// Registers the metrics.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let gauges = |name: &str, help: &str| {
-            let name = format!("ccsqm_gateway_config_last_reload_{name}");
-            let gauges = IntGaugeVec::new(Opts::new(name, help), &["what"])?;
-            registry.register(Box::new(gauges.clone()))?;
-            Ok::<_, prometheus::Error>(gauges)
-        };
+        let gauges = |name, help| gauges(registry, name, help, &["what"]);
         Ok(Self {
             successful: gauges(
-                "successful",
+                "config_last_reload_successful",
                 "Whether what lies in the files is in use, as far as it could be read when it was last looked at.",
             )?,
             succeeded: gauges(
-                "success_timestamp_seconds",
+                "config_last_reload_success_timestamp_seconds",
                 "When that was last found, at the start or behind a change or an error, since 1970.",
             )?,
             all: Arc::default(),

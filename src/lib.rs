@@ -100,6 +100,7 @@ mod json; // strict JSON, for bodies and replies
 pub mod keyed_hash; // HMAC, hex
 mod pem; // certificates, keys, revocation lists
 pub mod plain; // characters that may be taken for something else
+mod registry; // metrics, made and registered in one step
 mod seats; // connections that make room for others
 mod supervisor; // what must not end before the process does
 mod watched; // files, looked at to notice a change

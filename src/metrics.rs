@@ -6,9 +6,7 @@ use std::{
     time::Duration,
 };
 
-use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
-};
+use prometheus::{Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
 
 use crate::{
     audit,
@@ -17,6 +15,7 @@ use crate::{
     exchange, log,
     model::{code::Code, outcome::Outcome, stage::Stage},
     reason::Failures,
+    registry::{counter, counters, gauge, histogram},
     token,
     upstream::{breaker, pool},
 };
@@ -77,96 +76,78 @@ pub struct Parts {
     pub upstream: exchange::Metrics,
 }
 
+/// Of how long requests take, in seconds.
+const BUCKETS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+impl Parts {
+    fn new(registry: &Registry, changes: Changes) -> Result<Self, prometheus::Error> {
+        let failures = "Requests that the upstream failed, or that could not reach it, by cause.";
+        let withheld = "What of the upstream's replies was withheld because it quotes a secret.";
+        Ok(Self {
+            token: token::Metrics::new(registry, changes)?,
+            pool: pool::Metrics::new(registry)?,
+            upstream: exchange::Metrics {
+                breaker: breaker::Metrics::new(registry)?,
+                failures: counters(registry, "upstream_failures_total", failures, &["cause"])?,
+                withheld: counters(registry, "withheld_total", withheld, &["place"])?,
+            },
+        })
+    }
+}
+
 impl Metrics {
     /// Registers everything.
     pub fn new() -> Result<(Self, Parts, audit::Metrics), prometheus::Error> {
         let registry = Registry::new();
-        let counters = |name: &str, help: &str, labels: &[&str]| {
-            let counters = IntCounterVec::new(Opts::new(format!("ccsqm_gateway_{name}"), help), labels)?;
-            registry.register(Box::new(counters.clone()))?;
-            Ok::<_, prometheus::Error>(counters)
-        };
-        let gauge = |name: &str, help: &str| {
-            let gauge = IntGauge::new(format!("ccsqm_gateway_{name}"), help)?;
-            registry.register(Box::new(gauge.clone()))?;
-            Ok::<_, prometheus::Error>(gauge)
-        };
-        let requests = counters(
-            "requests_total",
-            "Answered requests, by the stage that they reached, outcome and error code.",
-            &["stage", "outcome", "code"],
-        )?;
+        let counter = |name, help| counter(&registry, name, help);
+        let counters = |name, help, labels: &[&str]| counters(&registry, name, help, labels);
+        let gauge = |name, help| gauge(&registry, name, help);
         let limit_checks = counters("limit_checks_total", "Limit checks.", &["limit", "result"])?;
-        let limit_checks = Limit::ALL.map(|limit| {
-            ["refused", "passed"].map(|result| limit_checks.with_label_values(&[limit.as_str(), result]))
-        });
-        let connections_closed =
-            counters("connections_closed_total", "Caller connections that the gateway closed.", &["reason"])?;
-        let credentials_dropped = IntCounter::new(
-            "ccsqm_gateway_credential_headers_dropped_total",
-            "Headers of callers that looked like a credential. None is ever forwarded.",
-        )?;
-        registry.register(Box::new(credentials_dropped.clone()))?;
-        let bare_ids = counters(
-            "bare_ids_total",
-            "Ids of 2^53 and more that callers sent as bare numbers, refused ones included.",
-            &["caller"],
-        )?;
-        let failures = counters(
-            "upstream_failures_total",
-            "Requests that the upstream failed, or that could not reach it, by cause.",
-            &["cause"],
-        )?;
-        let caller_tls = counters(
-            "caller_tls_failures_total",
-            "Callers' TLS handshakes that failed, by cause.",
-            &["cause"],
-        )?;
-        let withheld = counters(
-            "withheld_total",
-            "What of the upstream's replies was withheld because it quotes a secret.",
-            &["place"],
-        )?;
-        let duration = Histogram::with_opts(
-            HistogramOpts::new("ccsqm_gateway_request_duration_seconds", "From the head to the answer.")
-                .buckets(vec![
-                    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
-                ]),
-        )?;
-        registry.register(Box::new(duration.clone()))?;
-        let connections = gauge("connections", "Open caller connections.")?;
-        let in_flight = gauge("requests_in_flight", "Requests between head and answer.")?;
-        let keys = gauge("idempotency_keys", "Idempotency-Keys that are remembered.")?;
-        let quota_percent = gauge("quota_percent", "How much of the quota the upstream's 429s have left.")?;
-        let log_lines_dropped = IntCounter::new(
-            "ccsqm_gateway_log_lines_dropped_total",
-            "Log lines that are missing on stderr: nobody read it in time, or it could not be written.",
-        )?;
-        registry.register(Box::new(log_lines_dropped.clone()))?;
+        let checks = |limit: Limit, result| limit_checks.with_label_values(&[limit.as_str(), result]);
+        let caller_tls = "Callers' TLS handshakes that failed, by cause.";
         let changes = Changes::new(&registry)?;
-        let parts = Parts {
-            token: token::Metrics::new(&registry, changes.clone())?,
-            pool: pool::Metrics::new(&registry)?,
-            upstream: exchange::Metrics { breaker: breaker::Metrics::new(&registry)?, failures, withheld },
-        };
-        let audit = audit::Metrics::new(&registry)?;
+        let (parts, audit) = (Parts::new(&registry, changes.clone())?, audit::Metrics::new(&registry)?);
         let metrics = Self {
-            registry,
-            requests,
+            requests: counters(
+                "requests_total",
+                "Answered requests, by the stage that they reached, outcome and error code.",
+                &["stage", "outcome", "code"],
+            )?,
             replied: Default::default(),
-            duration,
-            limit_checks,
-            credentials_dropped,
-            bare_ids,
+            duration: histogram(
+                &registry,
+                "request_duration_seconds",
+                "From the head to the answer.",
+                &BUCKETS,
+            )?,
+            limit_checks: Limit::ALL.map(|limit| ["refused", "passed"].map(|result| checks(limit, result))),
+            credentials_dropped: counter(
+                "credential_headers_dropped_total",
+                "Headers of callers that looked like a credential. None is ever forwarded.",
+            )?,
+            bare_ids: counters(
+                "bare_ids_total",
+                "Ids of 2^53 and more that callers sent as bare numbers, refused ones included.",
+                &["caller"],
+            )?,
             bare_ids_told: Mutex::default(),
-            connections_closed,
-            connections,
-            in_flight,
-            keys,
-            quota_percent,
-            log_lines_dropped,
-            caller_tls: Failures::new(caller_tls),
+            connections_closed: counters(
+                "connections_closed_total",
+                "Caller connections that the gateway closed.",
+                &["reason"],
+            )?,
+            connections: gauge("connections", "Open caller connections.")?,
+            in_flight: gauge("requests_in_flight", "Requests between head and answer.")?,
+            keys: gauge("idempotency_keys", "Idempotency-Keys that are remembered.")?,
+            quota_percent: gauge("quota_percent", "How much of the quota the upstream's 429s have left.")?,
+            log_lines_dropped: counter(
+                "log_lines_dropped_total",
+                "Log lines that are missing on stderr: nobody read it in time, or it could not be written.",
+            )?,
+            caller_tls: Failures::new(counters("caller_tls_failures_total", caller_tls, &["cause"])?),
             changes,
+            registry: registry.clone(),
         };
         Ok((metrics, parts, audit))
     }

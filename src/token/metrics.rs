@@ -1,8 +1,11 @@
 //! What is counted of a token's life.
 
-use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{IntCounterVec, IntGaugeVec, Registry};
 
-use crate::changes::Changes;
+use crate::{
+    changes::Changes,
+    registry::{counters, gauges},
+};
 
 /// Counts of the token's life.
 #[derive(Clone, Debug)]
@@ -20,27 +23,19 @@ pub struct Metrics {
 impl Metrics {
     /// Registers them.
     pub fn new(registry: &Registry, changes: Changes) -> Result<Self, prometheus::Error> {
-        let opts = |name: &str, help: &str| Opts::new(format!("ccsqm_gateway_token_{name}"), help);
-        let gauge = |name, help| IntGaugeVec::new(opts(name, help), &["credential"]);
-        let fetches = opts("fetches_total", "Calls of the token endpoint, by result.");
-        let reloads = opts("secret_reloads_total", "Changed secrets that were tried, by result.");
-        let metrics = Self {
+        let counters = |name, help| counters(registry, name, help, &["credential", "result"]);
+        let gauges = |name, help| gauges(registry, name, help, &["credential"]);
+        Ok(Self {
             changes,
-            fetches: IntCounterVec::new(fetches, &["credential", "result"])?,
-            reloads: IntCounterVec::new(reloads, &["credential", "result"])?,
-            generation: gauge("generation", "Counts the different tokens since the start.")?,
-            usable: gauge("usable", "Whether there is a usable token.")?,
-            contested: gauge(
-                "contested",
+            fetches: counters("token_fetches_total", "Calls of the token endpoint, by result.")?,
+            reloads: counters("token_secret_reloads_total", "Changed secrets that were tried, by result.")?,
+            generation: gauges("token_generation", "Counts the different tokens since the start.")?,
+            usable: gauges("token_usable", "Whether there is a usable token.")?,
+            contested: gauges(
+                "token_contested",
                 "Whether somebody else ends this gateway's tokens by fetching others with the same app key.",
             )?,
-            skew: gauge("skew_seconds", "The endpoint's clock minus ours.")?,
-        };
-        registry.register(Box::new(metrics.fetches.clone()))?;
-        registry.register(Box::new(metrics.reloads.clone()))?;
-        for gauge in [&metrics.generation, &metrics.usable, &metrics.contested, &metrics.skew] {
-            registry.register(Box::new(gauge.clone()))?;
-        }
-        Ok(metrics)
+            skew: gauges("token_skew_seconds", "The endpoint's clock minus ours.")?,
+        })
     }
 }

@@ -17,7 +17,11 @@ use http::StatusCode;
 use prometheus::{IntCounter, IntGauge, Registry};
 use thiserror::Error;
 
-use crate::{clock, config, model::cause::Cause};
+use crate::{
+    clock, config,
+    model::cause::Cause,
+    registry::{counter, gauge},
+};
 
 /// The longest pause, in nanoseconds.
 const LONGEST: u64 = 30_000_000_000;
@@ -71,15 +75,14 @@ pub struct Metrics {
 impl Metrics {
     /// Registers the breaker's metrics.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let suspended =
-            IntGauge::new("ccsqm_gateway_upstream_suspended", "1 while the upstream is left alone.")?;
-        let suspensions = IntCounter::new(
-            "ccsqm_gateway_upstream_suspensions_total",
-            "How often the upstream was left alone.",
-        )?;
-        registry.register(Box::new(suspended.clone()))?;
-        registry.register(Box::new(suspensions.clone()))?;
-        Ok(Self { suspended, suspensions })
+        Ok(Self {
+            suspended: gauge(registry, "upstream_suspended", "1 while the upstream is left alone.")?,
+            suspensions: counter(
+                registry,
+                "upstream_suspensions_total",
+                "How often the upstream was left alone.",
+            )?,
+        })
     }
 }
 
