@@ -345,7 +345,11 @@ impl Connector {
         stream.set_nodelay(true)?;
         if let Some(authority) = &self.behind {
             step.store(Step::Proxy as u8, Ordering::Relaxed);
-            proxy::tunnel(&mut stream, authority, login.as_deref()).await?;
+            let leave = match login {
+                Some(login) => Some(login.leave().await?),
+                None => None,
+            };
+            stream = proxy::tunnel(stream, authority, leave).await?;
         }
         let Some(Tls { trust, name, offers_http2 }) = &self.tls else { return Ok(Stream::Plain(stream)) };
         step.store(Step::Tls as u8, Ordering::Relaxed);

@@ -12,7 +12,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use thiserror::Error;
-use tokio::sync;
+use tokio::sync::{self, OwnedMutexGuard};
 use zeroize::Zeroizing;
 
 use super::ProxyError;
@@ -26,6 +26,10 @@ use crate::{
 /// What the proxy refuses is not sent for so long. Each further refusal doubles it, as far as [`LONGEST`].
 const PAUSE: Duration = Duration::from_secs(30);
 const LONGEST: Duration = Duration::from_secs(300);
+
+/// Connections send user and password side by side for so long after the proxy last took them. After that one connection goes first:
+/// they may have expired, and as many wrong tries as there are connections would go out at once.
+const FRESH: Duration = Duration::from_secs(5);
 
 /// Why user and password cannot be used. Names places, never a content.
 #[derive(Debug, Error)]
@@ -104,30 +108,79 @@ pub(super) struct Basic {
     encoded: Zeroizing<String>,
     needles: Needles,
     standing: Mutex<Standing>,
-    /// Who has it may send them while they are unproven.
-    turn: sync::Mutex<()>,
+    /// Held by the only connection that may send them while it is not known whether the proxy takes them.
+    turn: Arc<sync::Mutex<()>>,
+}
+
+/// Leave to send user and password once.
+pub(super) struct Leave {
+    pub(super) login: Arc<Basic>,
+    /// No other connection sends them while this is held; `None`: others may.
+    pub(super) turn: Option<OwnedMutexGuard<()>>,
 }
 
 /// What the proxy says to user and password.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Standing {
-    /// Nothing so far.
-    Unproven,
-    /// They opened the last tunnel.
-    Taken,
-    /// It refuses them. They are sent once more behind the pause.
-    Refused { until: Instant, pause: Duration, takes_basic: bool },
+    /// Nothing so far. `is_unanswered`: the last try had no answer.
+    Unproven { is_unanswered: bool },
+    /// It last took them at this time.
+    Taken(Instant),
+    /// It refuses them. They are sent once more after the pause.
+    Refused { until: Instant, pause: Duration, why: Why },
+}
+
+/// Why user and password are held back.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Why {
+    /// The proxy refuses them.
+    Wrong,
+    /// The proxy takes nothing by Basic.
+    NotBasic,
+    /// Two tries in a row had no answer.
+    Unanswered,
 }
 
 impl Standing {
-    /// Behind a refusal. One that was on its way when another came adds nothing.
-    fn refused(self, now: Instant, takes_basic: bool) -> Self {
+    /// After a refusal. One that was on its way when another came adds nothing.
+    fn refused(self, now: Instant, why: Why) -> Self {
         let pause = match self {
             Self::Refused { until, .. } if now < until => return self,
             Self::Refused { pause, .. } => LONGEST.min(pause * 2),
-            Self::Unproven | Self::Taken => PAUSE,
+            Self::Unproven { .. } | Self::Taken(_) => PAUSE,
         };
-        Self::Refused { until: now + pause, pause, takes_basic }
+        Self::Refused { until: now + pause, pause, why }
+    }
+
+    /// After a try that had no answer. The second one in a row counts as a refusal: a proxy may need long to refuse, or refuse by
+    /// closing the connection. Where the proxy took them before, it is more likely that the host behind it does not answer.
+    fn unanswered(self, now: Instant) -> Self {
+        match self {
+            Self::Taken(_) => self,
+            Self::Unproven { is_unanswered: false } => Self::Unproven { is_unanswered: true },
+            Self::Unproven { is_unanswered: true } | Self::Refused { .. } => {
+                self.refused(now, Why::Unanswered)
+            }
+        }
+    }
+
+    /// Whether they may be sent side by side. Fails during the pause after a refusal.
+    fn is_fresh(self, now: Instant) -> Result<bool, ProxyError> {
+        match self {
+            Self::Refused { until, why, .. } if now < until => Err(why.error()),
+            Self::Taken(at) => Ok(now < at + FRESH),
+            Self::Unproven { .. } | Self::Refused { .. } => Ok(false),
+        }
+    }
+}
+
+impl Why {
+    fn error(self) -> ProxyError {
+        match self {
+            Self::Wrong => ProxyError::WrongLogin,
+            Self::NotBasic => ProxyError::NotBasic,
+            Self::Unanswered => ProxyError::Unanswered,
+        }
     }
 }
 
@@ -140,44 +193,53 @@ impl Basic {
     pub(super) fn new(user: &[u8], password: &[u8]) -> Self {
         let encoded = Zeroizing::new(base64(&Zeroizing::new([user, b":", password].concat())));
         let needles = Needles::new([encoded.as_bytes(), password, b""]);
-        Self { encoded, needles, standing: Mutex::new(Standing::Unproven), turn: sync::Mutex::default() }
+        let standing = Mutex::new(Standing::Unproven { is_unanswered: false });
+        Self { encoded, needles, standing, turn: Arc::default() }
     }
 
     /// Fails during the pause that follows a refusal.
     pub(super) fn check(&self) -> Result<(), ProxyError> {
-        self.is_taken().map(drop)
+        self.is_fresh().map(drop)
     }
 
-    /// Waits for leave to send them. While they are unproven one connection has it, and the others wait for what comes of it.
-    pub(super) async fn leave(&self) -> Result<Option<sync::MutexGuard<'_, ()>>, ProxyError> {
-        if self.is_taken()? {
-            return Ok(None);
+    /// Waits for leave to send them. While it is not known whether the proxy takes them, one connection has it, and the others wait
+    /// for what comes of it.
+    pub(super) async fn leave(self: Arc<Self>) -> Result<Leave, ProxyError> {
+        let mut turn = None;
+        if !self.is_fresh()? {
+            let mine = self.turn.clone().lock_owned().await;
+            let is_fresh = self.is_fresh()?; // by now
+            turn = (!is_fresh).then_some(mine);
         }
-        let turn = self.turn.lock().await;
-        let is_taken = self.is_taken()?; // by now
-        Ok(Some(turn).filter(|_| !is_taken))
+        Ok(Leave { login: self, turn })
     }
 
-    fn is_taken(&self) -> Result<bool, ProxyError> {
-        match *self.standing() {
-            Standing::Refused { until, takes_basic, .. } if Instant::now() < until => {
-                Err(refusal(takes_basic))
-            }
-            Standing::Taken => Ok(true),
-            Standing::Unproven | Standing::Refused { .. } => Ok(false),
-        }
+    fn is_fresh(&self) -> Result<bool, ProxyError> {
+        self.standing().is_fresh(Instant::now())
     }
 
-    /// They opened a tunnel.
+    /// Whether the proxy took them, and has not refused them since.
+    pub(super) fn is_proven(&self) -> bool {
+        matches!(*self.standing(), Standing::Taken(_))
+    }
+
+    /// The proxy takes them.
     pub(super) fn taken(&self) {
-        *self.standing() = Standing::Taken;
+        *self.standing() = Standing::Taken(Instant::now());
     }
 
     /// The proxy refuses them. `takes_basic`: it may take others.
     pub(super) fn refused(&self, takes_basic: bool) -> ProxyError {
+        let why = if takes_basic { Why::Wrong } else { Why::NotBasic };
         let mut standing = self.standing();
-        *standing = standing.refused(Instant::now(), takes_basic);
-        refusal(takes_basic)
+        *standing = standing.refused(Instant::now(), why);
+        why.error()
+    }
+
+    /// They were sent, and no answer came.
+    pub(super) fn unanswered(&self) {
+        let mut standing = self.standing();
+        *standing = standing.unanswered(Instant::now());
     }
 
     fn standing(&self) -> MutexGuard<'_, Standing> {
@@ -193,10 +255,6 @@ impl Basic {
     pub(super) fn is_in(&self, text: &str) -> bool {
         self.needles.are_in(text.as_bytes())
     }
-}
-
-fn refusal(takes_basic: bool) -> ProxyError {
-    if takes_basic { ProxyError::WrongLogin } else { ProxyError::NotBasic }
 }
 
 impl fmt::Debug for Basic {
@@ -225,18 +283,44 @@ mod tests {
         }
     }
 
+    const UNPROVEN: Standing = Standing::Unproven { is_unanswered: false };
+
     #[test]
     fn a_refusal_is_remembered_from_thirty_seconds_to_five_minutes() {
-        let (mut now, mut standing) = (Instant::now(), Standing::Unproven);
+        let (mut now, mut standing) = (Instant::now(), UNPROVEN);
         for seconds in [30, 60, 120, 240, 300, 300] {
-            standing = standing.refused(now, true);
+            standing = standing.refused(now, Why::Wrong);
             let pause = Duration::from_secs(seconds);
-            assert_eq!(standing, Standing::Refused { until: now + pause, pause, takes_basic: true });
-            assert_eq!(standing.refused(now + pause / 2, true), standing, "it was on its way");
+            assert_eq!(standing, Standing::Refused { until: now + pause, pause, why: Why::Wrong });
+            assert_eq!(standing.refused(now + pause / 2, Why::Wrong), standing, "it was on its way");
             now += pause;
         }
-        let Standing::Refused { pause, .. } = Standing::Taken.refused(now, true) else { panic!() };
+        let taken = Standing::Taken(now);
+        let Standing::Refused { pause, .. } = taken.refused(now, Why::Wrong) else { panic!() };
         assert_eq!(pause, PAUSE, "what was taken begins anew");
+    }
+
+    #[test]
+    fn two_tries_without_an_answer_are_a_refusal_unless_the_proxy_took_them_before() {
+        let now = Instant::now();
+        let once = UNPROVEN.unanswered(now);
+        assert!(once.is_fresh(now).is_ok(), "{once:?}");
+        let twice = once.unanswered(now);
+        let until = now + PAUSE;
+        assert_eq!(twice, Standing::Refused { until, pause: PAUSE, why: Why::Unanswered });
+        assert_eq!(twice.unanswered(now), twice, "it was on its way");
+        let Standing::Refused { pause, .. } = twice.unanswered(until) else { panic!() };
+        assert_eq!(pause, PAUSE * 2);
+        let taken = Standing::Taken(now);
+        assert_eq!(taken.unanswered(now).unanswered(now), taken);
+    }
+
+    #[test]
+    fn what_the_proxy_took_is_sent_side_by_side_for_five_seconds() {
+        let (now, moment) = (Instant::now(), Duration::from_millis(1));
+        let is_fresh = |after| Standing::Taken(now).is_fresh(now + after).unwrap();
+        assert_eq!([FRESH - moment, FRESH].map(is_fresh), [true, false]);
+        assert!(!UNPROVEN.is_fresh(now).unwrap());
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! The proxy sees the name and port of the host, and TLS. It is told who we are only where there is a user and a password
 //! for it, with the first request: `Basic` needs no challenge. That crosses the network to the proxy in clear.
 
+use std::{io, time::Duration};
+
 use http::StatusCode;
 use httparse::{EMPTY_HEADER, Header, ParserConfig, Response, Status};
 use memchr::memchr_iter;
@@ -10,10 +12,11 @@ use thiserror::Error;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    time::timeout,
 };
 use zeroize::Zeroizing;
 
-use super::login::Basic;
+use super::login::{Basic, Leave};
 use crate::model::cause::Cause;
 
 /// So much of an answer is read, in bytes: of its interim heads (RFC 9110 §15.2) and the final one together.
@@ -21,6 +24,9 @@ const MAX_ANSWER: usize = 64 * 1024;
 
 /// So many header fields may one head have.
 const MAX_FIELDS: usize = 256;
+
+/// So long is an answer waited for that says whether the proxy takes user and password. Some proxies take seconds to refuse.
+const LATEST: Duration = Duration::from_secs(30);
 
 /// What an answer begins with.
 const HTTP: &[u8] = b"HTTP/1.";
@@ -49,6 +55,12 @@ pub enum ProxyError {
          has: let the proxy offer Basic, or let the gateway's address pass without credentials"
     )]
     NotBasic,
+    /// It may refuse who we are.
+    #[error(
+        "the proxy left the user and password of proxy_user_file and proxy_password_file without an answer twice in a \
+         row, as if it refused them: they are held back for a while; see whether they are right, and the proxy's log"
+    )]
+    Unanswered,
     /// Its answer is not HTTP, or is followed by something.
     #[error("the proxy's answer is not one to CONNECT")]
     NoAnswer,
@@ -60,7 +72,7 @@ pub enum ProxyError {
     TooManyFields,
     /// The connection broke off.
     #[error("the proxy closed the connection: {0}")]
-    Closed(#[from] std::io::Error),
+    Closed(#[from] io::Error),
 }
 
 impl ProxyError {
@@ -68,46 +80,69 @@ impl ProxyError {
     pub fn cause(&self) -> Cause {
         match self {
             Self::Refused(_) => Cause::ProxyRefused,
-            Self::NoLogin | Self::WrongLogin | Self::NotBasic => Cause::ProxyCredentials,
+            Self::NoLogin | Self::WrongLogin | Self::NotBasic | Self::Unanswered => Cause::ProxyCredentials,
             Self::NoAnswer | Self::TooLong | Self::TooManyFields => Cause::ProxyUnreadable,
             Self::Closed(_) => Cause::ProxyCut,
         }
     }
 }
 
-/// Opens a tunnel to `authority`, a host and port.
+/// Opens a tunnel to `authority`, a host and port, through a connection to the proxy.
+///
+/// A connection that has the turn goes on in a task of its own when the caller stops to wait: a refusal counts however late it
+/// comes, or the next connection would send the same password again.
 pub(super) async fn tunnel(
-    stream: &mut TcpStream,
+    stream: TcpStream,
     authority: &str,
-    login: Option<&Basic>,
-) -> Result<(), ProxyError> {
-    let _leave = match login {
-        Some(login) => Some(login.leave().await?),
-        None => None,
+    leave: Option<Leave>,
+) -> Result<TcpStream, ProxyError> {
+    let request = request(authority, leave.as_ref().map(|leave| &*leave.login));
+    let Some(Leave { login, turn }) = leave else {
+        let (stream, head) = ask(stream, &request).await?;
+        return match head.status {
+            status if status.is_success() => Ok(stream),
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED if head.takes_basic => Err(ProxyError::NoLogin),
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED => Err(ProxyError::NotBasic),
+            status => Err(ProxyError::Refused(status)),
+        };
     };
-    let head = ask(stream, &request(authority, login)).await?;
-    match (head.status, login) {
-        (status, login) if status.is_success() => {
-            login.inspect(|login| login.taken());
-            Ok(())
-        }
-        (StatusCode::PROXY_AUTHENTICATION_REQUIRED, Some(login)) => Err(login.refused(head.takes_basic)),
-        (StatusCode::PROXY_AUTHENTICATION_REQUIRED, None) if head.takes_basic => Err(ProxyError::NoLogin),
-        (StatusCode::PROXY_AUTHENTICATION_REQUIRED, None) => Err(ProxyError::NotBasic),
-        (status, _) => Err(ProxyError::Refused(status)),
+    let Some(turn) = turn else { return settle(&login, ask(stream, &request).await) };
+    // While they are unproven, nobody else may send them before the answer. Else it is more likely that the host behind the
+    // proxy does not answer, and connections to another host must not wait for that.
+    let (held_here, held_there) = if login.is_proven() { (Some(turn), None) } else { (None, Some(turn)) };
+    let asking = tokio::spawn(async move {
+        let asked = timeout(LATEST, ask(stream, &request)).await;
+        let opened =
+            settle(&login, asked.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into())));
+        drop(held_there);
+        opened
+    });
+    let opened = asking.await.unwrap_or_else(|error| Err(io::Error::other(error).into()));
+    drop(held_here);
+    opened
+}
+
+/// What came of a request with user and password, and what that says of them.
+fn settle(login: &Basic, asked: Result<(TcpStream, Head), ProxyError>) -> Result<TcpStream, ProxyError> {
+    let (stream, head) = asked.inspect_err(|_| login.unanswered())?;
+    match head.status {
+        StatusCode::PROXY_AUTHENTICATION_REQUIRED => return Err(login.refused(head.takes_basic)),
+        status if status.is_success() => login.taken(),
+        _ => {}
     }
+    if head.status.is_success() { Ok(stream) } else { Err(ProxyError::Refused(head.status)) }
 }
 
 /// Sends a request, and reads the head of its answer.
-async fn ask(stream: &mut TcpStream, request: &[u8]) -> Result<Head, ProxyError> {
+async fn ask(mut stream: TcpStream, request: &[u8]) -> Result<(TcpStream, Head), ProxyError> {
     stream.write_all(request).await?;
     let mut answer = Vec::new();
     loop {
         if stream.read_buf(&mut answer).await? == 0 {
-            return Err(ProxyError::Closed(std::io::ErrorKind::UnexpectedEof.into()));
+            return Err(ProxyError::Closed(io::ErrorKind::UnexpectedEof.into()));
         }
         if let Some(head) = final_head(&answer)? {
-            return Ok(head);
+            return Ok((stream, head));
         }
     }
 }

@@ -5,7 +5,10 @@ use std::{
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
-    sync::{Arc, Condvar, Mutex},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -59,6 +62,11 @@ impl Proxy {
     pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
+
+    /// How often a password was sent to it.
+    fn tries(&self) -> usize {
+        self.heads.lock().unwrap().iter().filter(|head| head.contains("Basic")).count()
+    }
 }
 
 fn serve_tunnel(
@@ -75,8 +83,8 @@ fn serve_tunnel(
     }
     let head = String::from_utf8(head).unwrap();
     let port = head.split(' ').nth(1)?.rsplit(':').next()?.to_owned();
+    heads.lock().unwrap().push(head.clone());
     let answer = answer(&head);
-    heads.lock().unwrap().push(head);
     stream.write_all(answer.as_bytes()).ok()?;
     if !answer.contains(" 200 ") {
         return None;
@@ -199,13 +207,19 @@ const PROXY_PASSWORD: &str = "proxy-password-0.example";
 /// Both, as they are sent.
 const LOGIN: &str = "Proxy-Authorization: Basic Z2F0ZXdheTpwcm94eS1wYXNzd29yZC0wLmV4YW1wbGU=\r\n";
 
+const OPENED: &str = "HTTP/1.1 200 OK\r\n\r\n";
+
 /// A proxy that lets in who sends this, and challenges others so.
 fn guarded_proxy(challenge: &'static str) -> Proxy {
-    Proxy::answering(move |head| match head.contains(LOGIN) {
-        true => "HTTP/1.1 200 OK\r\n\r\n".to_owned(),
+    Proxy::answering(move |head| guard_tunnel(head, challenge))
+}
+
+fn guard_tunnel(head: &str, challenge: &str) -> String {
+    match head.contains(LOGIN) {
+        true => OPENED.to_owned(),
         // It quotes all that it heard, too.
         false => format!("HTTP/1.1 407 {}\r\n{challenge}\r\n", head.replace("\r\n", " ")),
-    })
+    }
 }
 
 fn with_login(setup: Setup, password: &str) -> Setup {
@@ -335,7 +349,6 @@ fn a_wrong_proxy_password_is_sent_once_by_all_calls_together_and_the_right_one_a
         let proxy = guarded_proxy("Proxy-Authenticate: Basic realm=\"egress\"\r\n");
         let setup = setup.set("upstream.proxy", proxy.url()).set("token.wait", "500ms");
         let gateway = start_with(&secure, with_login(setup, "wrong-password-of-the-gateway"));
-        let tries = || proxy.heads.lock().unwrap().iter().filter(|head| head.contains("Basic")).count();
         let code = if for_tokens { "token_unavailable" } else { "upstream_unreachable" };
         let begin = std::time::Instant::now();
         while begin.elapsed() < Duration::from_secs(5) {
@@ -349,7 +362,7 @@ fn a_wrong_proxy_password_is_sent_once_by_all_calls_together_and_the_right_one_a
                 assert!(!for_tokens || reply.headers.contains_key("retry-after"), "{reply:?}");
             }
         }
-        assert_eq!(tries(), 1, "for tokens: {for_tokens}");
+        assert_eq!(proxy.tries(), 1, "for tokens: {for_tokens}");
         assert_eq!(secure.connections().accepted, 0);
 
         // The control: the right ones end the wait.
@@ -357,8 +370,95 @@ fn a_wrong_proxy_password_is_sent_once_by_all_calls_together_and_the_right_one_a
         wait_for("a call", || (gateway.call().outcome() == "succeeded").then_some(()));
         assert!(begin.elapsed() < Duration::from_secs(25), "within the pause after a refusal");
         assert_eq!(secure.requests().len(), 1);
-        assert!(tries() > 1, "the proxy is asked again");
+        assert!(proxy.tries() > 1, "the proxy is asked again");
     }
+}
+
+/// A gateway with a password for the proxy; tokens come from elsewhere, and the upstream takes them.
+fn with_password(proxy: &Proxy, password: &str, connect_timeout: &str) -> (Gateway, [Sandbox; 2]) {
+    let (secure, setup) = secure_sandbox();
+    let plain = sandbox();
+    let faults = json!({ "business": [{ "body": SUCCESS }] });
+    secure.faults(serde_json::from_value(faults).unwrap()).unwrap();
+    let setup = with_other_tokens(setup, &plain).set("upstream.proxy", proxy.url());
+    // Each call needs a connection of its own.
+    let setup = setup.set("upstream.idle_timeout", "10ms").set("upstream.connect_timeout", connect_timeout);
+    (start_with(&plain, with_login(setup, password)), [secure, plain])
+}
+
+/// So many calls at once.
+fn calls(gateway: &Gateway, count: usize) -> Vec<Reply> {
+    thread::scope(|scope| {
+        let calls: Vec<_> = (0..count).map(|_| scope.spawn(|| gateway.call())).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    })
+}
+
+fn last_error(gateway: &Gateway) -> String {
+    gateway.admin("/status").json()["upstream"]["last_error"]["detail"].as_str().unwrap().to_owned()
+}
+
+/// The right password ends what holds a wrong one back.
+fn succeeds_with_the_right_password(gateway: &Gateway) {
+    swap(&gateway.folder, "proxy_password", PROXY_PASSWORD);
+    wait_for("a call", || (gateway.call().outcome() == "succeeded").then_some(()));
+}
+
+#[test]
+fn a_proxys_refusal_that_comes_after_connect_timeout_holds_the_password_back() {
+    let answers = Arc::new(Mutex::new(())); // whoever has it holds them back
+    let gate = answers.clone();
+    let proxy = Proxy::answering(move |head| {
+        drop(gate.lock().unwrap());
+        guard_tunnel(head, "")
+    });
+    let (gateway, _sandboxes) = with_password(&proxy, "wrong-password-of-the-gateway", "300ms");
+    let held = answers.lock().unwrap();
+    for _ in 0..3 {
+        for reply in calls(&gateway, 4) {
+            assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"), "{reply:?}");
+            assert_eq!(reply.json()["cause"], "timeout", "{reply:?}");
+        }
+    }
+    assert_eq!(proxy.tries(), 1, "while the answer is on its way");
+    drop(held);
+    wait_for("the refusal", || (gateway.call().json()["cause"] == "proxy_credentials").then_some(()));
+    assert_eq!(proxy.tries(), 1, "after the answer");
+    succeeds_with_the_right_password(&gateway);
+}
+
+#[test]
+fn a_password_that_a_proxy_leaves_without_an_answer_is_held_back_after_two_tries() {
+    let proxy = Proxy::answering(|head| if head.contains(LOGIN) { OPENED } else { "" }.to_owned());
+    let (gateway, _sandboxes) = with_password(&proxy, "wrong-password-of-the-gateway", "3s");
+    for cause in ["proxy_cut", "proxy_cut", "proxy_credentials", "proxy_credentials"] {
+        let reply = gateway.call();
+        assert_eq!((reply.outcome(), &reply.json()["cause"]), ("not_sent", &cause.into()), "{reply:?}");
+    }
+    assert_eq!(proxy.tries(), 2);
+    let told = last_error(&gateway);
+    assert!(told.contains("without an answer twice in a row"), "{told}");
+    succeeds_with_the_right_password(&gateway);
+}
+
+#[test]
+fn a_proxy_password_that_expired_in_a_lull_is_sent_once_by_all_calls_together() {
+    let expired = Arc::new(AtomicBool::new(false));
+    let has_expired = expired.clone();
+    let proxy = Proxy::answering(move |head| {
+        guard_tunnel(if has_expired.load(Ordering::SeqCst) { "" } else { head }, "")
+    });
+    let (gateway, _sandboxes) = with_password(&proxy, PROXY_PASSWORD, "3s");
+    for reply in calls(&gateway, 8) {
+        assert_eq!(reply.outcome(), "succeeded", "the control: {reply:?}");
+    }
+    let before = proxy.tries();
+    expired.store(true, Ordering::SeqCst);
+    thread::sleep(Duration::from_secs(6)); // the lull itself: nothing tells that it is over
+    for reply in calls(&gateway, 8) {
+        assert_eq!(reply.json()["cause"], "proxy_credentials", "{reply:?}");
+    }
+    assert_eq!(proxy.tries(), before + 1);
 }
 
 /// A proxy that breaks TLS open shows a certificate of its own, and knows the password.
