@@ -133,6 +133,8 @@ pub enum Step {
     Resolve,
     /// An address that answers.
     Connect,
+    /// Leave to send the proxy user and password.
+    Turn,
     /// A tunnel through the proxy.
     Proxy,
     /// TLS.
@@ -142,7 +144,7 @@ pub enum Step {
 impl Step {
     fn of(step: &AtomicU8) -> Self {
         let step = step.load(Ordering::Relaxed);
-        let all = [Self::Resolve, Self::Connect, Self::Proxy, Self::Tls];
+        let all = [Self::Resolve, Self::Connect, Self::Turn, Self::Proxy, Self::Tls];
         all.into_iter().find(|it| *it as u8 == step).unwrap_or(Self::Connect)
     }
 }
@@ -152,6 +154,9 @@ impl std::fmt::Display for Step {
         f.write_str(match self {
             Self::Resolve => "the look-up of the name",
             Self::Connect => "the connection",
+            Self::Turn => {
+                "the wait for the proxy's answer to another connection, which tries its user and password"
+            }
             Self::Proxy => "the proxy's answer",
             Self::Tls => "the TLS handshake",
         })
@@ -344,11 +349,12 @@ impl Connector {
         let mut stream = self.dial_tcp(step).await?;
         stream.set_nodelay(true)?;
         if let Some(authority) = &self.behind {
-            step.store(Step::Proxy as u8, Ordering::Relaxed);
+            step.store(Step::Turn as u8, Ordering::Relaxed);
             let leave = match login {
                 Some(login) => Some(login.leave().await?),
                 None => None,
             };
+            step.store(Step::Proxy as u8, Ordering::Relaxed);
             stream = proxy::tunnel(stream, authority, leave).await?;
         }
         let Some(Tls { trust, name, offers_http2 }) = &self.tls else { return Ok(Stream::Plain(stream)) };

@@ -122,12 +122,13 @@ pub(super) async fn tunnel(
     opened
 }
 
-/// What came of a request with user and password, and what that says of them.
+/// What came of a request with user and password, and what that says of them. A proxy that reports an error of its own, or of
+/// the host behind it, does not refuse them.
 fn settle(login: &Basic, asked: Result<(TcpStream, Head), ProxyError>) -> Result<TcpStream, ProxyError> {
     let (stream, head) = asked.inspect_err(|_| login.unanswered())?;
     match head.status {
         StatusCode::PROXY_AUTHENTICATION_REQUIRED => return Err(login.refused(head.takes_basic)),
-        status if status.is_success() => login.taken(),
+        status if status.is_success() || status.is_server_error() => login.taken(),
         _ => {}
     }
     if head.status.is_success() { Ok(stream) } else { Err(ProxyError::Refused(head.status)) }

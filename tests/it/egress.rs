@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::Duration,
@@ -421,6 +421,8 @@ fn a_proxys_refusal_that_comes_after_connect_timeout_holds_the_password_back() {
         }
     }
     assert_eq!(proxy.tries(), 1, "while the answer is on its way");
+    let told = last_error(&gateway);
+    assert!(told.contains("the proxy's answer to another connection"), "{told}");
     drop(held);
     wait_for("the refusal", || (gateway.call().json()["cause"] == "proxy_credentials").then_some(()));
     assert_eq!(proxy.tries(), 1, "after the answer");
@@ -459,6 +461,32 @@ fn a_proxy_password_that_expired_in_a_lull_is_sent_once_by_all_calls_together() 
         assert_eq!(reply.json()["cause"], "proxy_credentials", "{reply:?}");
     }
     assert_eq!(proxy.tries(), before + 1);
+}
+
+#[test]
+fn a_proxy_that_does_not_reach_the_host_is_asked_by_all_connections_side_by_side() {
+    let (answers, asked, is_good) =
+        (Arc::new(Mutex::new(())), AtomicUsize::new(0), Arc::new(AtomicBool::new(false)));
+    let (gate, opens) = (answers.clone(), is_good.clone());
+    let proxy = Proxy::answering(move |_| {
+        if asked.fetch_add(1, Ordering::SeqCst) > 0 {
+            drop(gate.lock().unwrap());
+        }
+        if opens.load(Ordering::SeqCst) { OPENED } else { "HTTP/1.1 504 Gateway Timeout\r\n\r\n" }.to_owned()
+    });
+    let (gateway, _sandboxes) = with_password(&proxy, PROXY_PASSWORD, "10s");
+    assert_eq!(gateway.call().json()["cause"], "proxy_refused");
+    let held = answers.lock().unwrap();
+    thread::scope(|scope| {
+        let calls = scope.spawn(|| calls(&gateway, 4));
+        wait_for("all connections at the proxy", || (proxy.tries() == 5).then_some(()));
+        drop(held);
+        for reply in calls.join().unwrap() {
+            assert_eq!(reply.json()["cause"], "proxy_refused", "{reply:?}");
+        }
+    });
+    is_good.store(true, Ordering::SeqCst);
+    assert_eq!(gateway.call().outcome(), "succeeded", "the control");
 }
 
 /// A proxy that breaks TLS open shows a certificate of its own, and knows the password.
