@@ -70,7 +70,7 @@ pub(super) fn bind_control(config: &Config) -> Result<Option<control::Bound>, Bi
 }
 
 /// Checks whether all sockets could be bound. One that is in use belongs to the gateway that runs, if one does. Where systemd runs,
-/// it may hold the socket for a gateway that does not run yet: that is a warning.
+/// it may hold the socket of a listener for a gateway that does not run yet: that is a warning.
 pub(super) fn look(config: &Config) -> anyhow::Result<Vec<String>> {
     let listeners = config.listeners.iter().enumerate();
     let listeners = listeners.map(|(i, listener)| (listener_key(i), listener.address.clone()));
@@ -92,7 +92,8 @@ pub(super) fn look(config: &Config) -> anyhow::Result<Vec<String>> {
                 return Err(BindError::new(key, &address, error).into());
             }
             Err(error) if !runs(config) => {
-                if !sd_notify::booted()? {
+                let may_be_inherited = key.starts_with("listeners");
+                if !may_be_inherited || !sd_notify::booted()? {
                     return Err(BindError::new(key, &address, error).into());
                 }
                 notes.push(format!(
