@@ -70,18 +70,40 @@ const MAX_CONNECTIONS: usize = 64;
 /// A head must be there within this time, and its answer must be taken.
 const DEADLINE: Duration = Duration::from_secs(3);
 
+/// So long an answer may be, in bytes: `/status` names each route and credential.
+const MAX_ANSWER: usize = 1 << 20;
+
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
 
 /// Asks the admin listener of a gateway, as a probe does. Returns its answer, head and body.
+///
+/// # Errors
+///
+/// Fails if there is no whole answer within 3 s after the connection, or if it has more than [`MAX_ANSWER`]: any program may
+/// listen there.
 pub fn ask(address: SocketAddr, path: &str) -> io::Result<String> {
     let mut stream = BlockingStream::connect_timeout(&address, DEADLINE)?;
-    stream.set_read_timeout(Some(DEADLINE))?;
-    // An address every admin listener takes as its host; a name might have to be listed.
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
+    let deadline = std::time::Instant::now() + DEADLINE;
+    // The one name that each admin listener takes for each path.
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
+    let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
+    loop {
+        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut piece) {
+            Ok(0) => return String::from_utf8(answer).map_err(io::Error::other),
+            Ok(read) => answer.extend_from_slice(&piece[..read]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {} // the time is over
+            Err(error) => return Err(error),
+        }
+        if answer.len() > MAX_ANSWER {
+            return Err(io::Error::other("the answer has no end"));
+        }
+    }
 }
 
 /// Serves until the runtime ends.

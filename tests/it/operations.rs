@@ -3,9 +3,10 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     path::Path,
     process::{Command, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -58,6 +59,34 @@ fn readiness_waits_for_the_first_token_and_says_so() {
     sandbox.faults(serde_json::from_value(json!({})).unwrap()).unwrap();
     gateway.call();
     wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));
+}
+
+#[test]
+fn an_answer_without_an_end_at_the_admin_address_holds_no_healthcheck() {
+    const HEAD: &str = "HTTP/1.1 200 OK\r\n\r\n";
+    let listeners = [Duration::from_millis(50), Duration::ZERO].map(|pause| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(HEAD.as_bytes()).unwrap();
+            while stream.write_all(&[b'x'; 1024]).is_ok() {
+                thread::sleep(pause);
+            }
+        });
+        address
+    });
+    for (address, told) in listeners.into_iter().zip(["timed out", "has no end"]) {
+        let mut child = Command::new(BINARY);
+        child.args(["healthcheck", "--admin", &address.to_string()]);
+        let mut child = Running(child.stderr(Stdio::piped()).spawn().unwrap());
+        let code = wait_for("the end", || child.0.try_wait().unwrap()).code();
+        let mut said = String::new();
+        child.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert!(code == Some(1) && said.contains(told), "{said}");
+    }
+    let gateway = start(&sandbox());
+    assert_eq!(command(&["healthcheck", "--admin", &gateway.admin.to_string()]).0, 0, "the control");
 }
 
 #[test]
