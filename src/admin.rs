@@ -9,6 +9,7 @@ use std::{
     convert::Infallible,
     io::{self, Read as _, Write as _},
     net::{SocketAddr, TcpStream as BlockingStream},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -19,6 +20,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -57,11 +59,24 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
     /// Where callers connect.
     pub addresses: Vec<String>,
+    /// What belongs to this gateway alone.
+    pub place: Place,
     /// How many workers accept connections.
     pub accepting: watch::Receiver<usize>,
     /// How many workers there are.
     pub workers: usize,
     pub(crate) watchdog: Arc<Watchdog>,
+}
+
+/// Where a gateway is: tells `check` which sockets are those of the gateway that a configuration would replace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// The configuration file, unless it is no regular file.
+    pub file: Option<PathBuf>,
+    /// The audit directory.
+    pub audit_directory: PathBuf,
+    /// The addresses of all its sockets.
+    pub sockets: Vec<String>,
 }
 
 /// Open connections. A further one takes the place of the one that has been idle longest.
@@ -235,6 +250,7 @@ impl Admin {
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "listeners": self.addresses,
+            "place": self.place,
             "draining": self.bounds.is_stopping(),
             "connections": self.bounds.connections(),
             "requests_in_flight": self.bounds.in_flight(),

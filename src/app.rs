@@ -11,6 +11,7 @@ mod worker;
 use std::{
     future::Future,
     io, net,
+    path::{Path, PathBuf},
     sync::Arc,
     thread::{self, JoinHandle},
     time::Duration,
@@ -126,17 +127,17 @@ impl App {
     }
 
     /// Checks whether a start would succeed once a gateway that now runs with this configuration has stopped. Makes and changes
-    /// nothing. Returns warnings: what may stop a start nevertheless.
+    /// nothing. Returns warnings: what may stop a start nevertheless. `file` is the configuration's own.
     ///
     /// # Errors
     ///
     /// Fails as [`App::build`] would.
-    pub fn rehearse(config: &Config) -> anyhow::Result<Vec<String>> {
+    pub fn rehearse(config: &Config, file: &Path) -> anyhow::Result<Vec<String>> {
         outward(config)?;
         audit::limit::check(config).map_err(StartError::from)?;
         audit::rehearse(&audit_options(config, None))?;
         compile_routes(config, None)?;
-        sockets::look(config)
+        sockets::look(config, file)
     }
 
     /// Where callers connect, with the real ports.
@@ -154,6 +155,7 @@ impl App {
     /// With a `source` the configuration changes while it serves: see [`crate::reload`]. Fails with [`Ended`] if a thread or a
     /// task ended that must not; it drains before that.
     pub fn run(mut self, stop: impl Future<Output = ()>, source: Option<Source>) -> anyhow::Result<()> {
+        let file = source.as_ref().map(|source| source.path.clone());
         let reload = source.map(|source| {
             let change = self.metrics.changes.of("configuration");
             Reload::new(source, self.config.clone(), (self.state.clone(), self.audit.clone(), change))
@@ -169,7 +171,7 @@ impl App {
         let (accepts, accepting) = watch::channel(0);
         let hands_over = self.bound.iter().all(|bound| bound.is_inherited);
         let watchdog = Watchdog::from_env(self.config.server.workers);
-        let admin = self.admin_state(accepting.clone(), watchdog.clone());
+        let admin = self.admin_state(file, accepting.clone(), watchdog.clone())?;
         let workers = self.start_workers(&WorkerTerms {
             stopped,
             grace: if hands_over { Duration::ZERO } else { self.config.server.drain_grace },
@@ -232,19 +234,26 @@ impl App {
         Ok(())
     }
 
-    fn admin_state(&self, accepting: watch::Receiver<usize>, watchdog: Arc<Watchdog>) -> Admin {
-        Admin {
+    fn admin_state(
+        &self,
+        file: Option<PathBuf>,
+        accepting: watch::Receiver<usize>,
+        watchdog: Arc<Watchdog>,
+    ) -> anyhow::Result<Admin> {
+        let addresses: Vec<_> = self.addresses().map(ToString::to_string).collect();
+        Ok(Admin {
             hosts: self.config.admin.hosts.clone(),
             state: self.state.clone(),
             audit: self.audit.clone(),
             idempotency: self.idempotency.clone(),
             bounds: self.bounds.clone(),
             metrics: self.metrics.clone(),
-            addresses: self.addresses().map(ToString::to_string).collect(),
+            place: sockets::place(&self.config, file.as_deref(), &addresses, self.admin.local_addr()?)?,
+            addresses,
             accepting,
             workers: self.config.server.workers,
             watchdog,
-        }
+        })
     }
 
     /// Starts the threads of all workers, each with a part of every listener. They begin when they are told to.

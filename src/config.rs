@@ -39,6 +39,7 @@ pub use effective::Access;
 use named_files::NamedFiles;
 use peer::meets_loopback;
 pub use peer::{DNS, PeerRule, SPIFFE};
+pub(crate) use relations::socket_path;
 use table::Reading;
 
 /// A whole configuration. Made only by [`Config::load`].

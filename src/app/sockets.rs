@@ -1,12 +1,19 @@
 //! The sockets of a gateway: to bind them, and to look whether they could be bound.
 
-use std::{io, net};
+use std::{
+    cell::LazyCell,
+    io,
+    net::{self, SocketAddr},
+    path::{Path, PathBuf},
+};
 
+use serde_json::Value;
 use thiserror::Error;
 
 use crate::{
-    admin, audit,
-    config::{self, Config, ListenAddress},
+    admin::{self, Place},
+    audit,
+    config::{self, Config, ListenAddress, socket_path},
     control,
     server::{self, Bound, ListenError, inherited::Inherited},
 };
@@ -69,9 +76,39 @@ pub(super) fn bind_control(config: &Config) -> Result<Option<control::Bound>, Bi
     bound.map_err(|error| BindError::new(CONTROL, &config.admin.control, error))
 }
 
-/// Checks whether all sockets could be bound. One that is in use belongs to the gateway that runs, if one does. Where systemd runs,
-/// it may hold the socket of a listener for a gateway that does not run yet: that is a warning.
-pub(super) fn look(config: &Config) -> anyhow::Result<Vec<String>> {
+/// Checks whether all sockets could be bound, if the gateway that this configuration would replace were gone. Returns warnings: what
+/// may stop a start nevertheless. `file` is the configuration's own.
+pub(super) fn look(config: &Config, file: &Path) -> anyhow::Result<Vec<String>> {
+    let present = LazyCell::new(|| Present::find(config, file));
+    let mut notes = Vec::new();
+    for (key, address) in addresses(config)? {
+        let tried = match &address {
+            ListenAddress::Tcp(address) => server::try_tcp(*address, config.is_only_v6(*address)),
+            ListenAddress::Unix { path, .. } => server::try_unix(path),
+        };
+        let Err(error) = tried else { continue };
+        if error.kind() != io::ErrorKind::AddrInUse {
+            return Err(BindError::new(key, &address, error).into());
+        }
+        match &*present {
+            Present::At(sockets) if sockets.iter().any(|socket| covers(socket, &address)) => {}
+            Present::Silent => notes.push(format!(
+                "{key}: {address} is in use. A gateway writes this audit trail, and does not say at admin.address where it listens. \
+                 If another program has that socket, a start fails"
+            )),
+            // Only those of callers are ever inherited.
+            _ if key.starts_with("listeners") && sd_notify::booted()? => notes.push(format!(
+                "{key}: {address} is in use, and not by a gateway with this configuration. If that is no socket of a systemd unit \
+                 for the gateway, but another program, a start fails"
+            )),
+            _ => return Err(BindError::new(key, &address, error).into()),
+        }
+    }
+    Ok(notes)
+}
+
+/// The keys and addresses of all sockets that a start cannot do without.
+fn addresses(config: &Config) -> io::Result<Vec<(String, ListenAddress)>> {
     let listeners = config.listeners.iter().enumerate();
     let listeners = listeners.map(|(i, listener)| (listener_key(i), listener.address.clone()));
     let admin = (ADMIN.to_owned(), ListenAddress::Tcp(config.admin.address));
@@ -81,36 +118,79 @@ pub(super) fn look(config: &Config) -> anyhow::Result<Vec<String>> {
         }
         config::Control::Default | config::Control::Off => None,
     };
-    let mut notes = Vec::new();
-    for (key, address) in listeners.chain([admin]).chain(control) {
-        let tried = match &address {
-            ListenAddress::Tcp(address) => server::try_tcp(*address, config.is_only_v6(*address)),
-            ListenAddress::Unix { path, .. } => server::try_unix(path),
-        };
-        match tried {
-            Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
-                return Err(BindError::new(key, &address, error).into());
-            }
-            Err(error) if !runs(config) => {
-                let may_be_inherited = key.starts_with("listeners");
-                if !may_be_inherited || !sd_notify::booted()? {
-                    return Err(BindError::new(key, &address, error).into());
-                }
-                notes.push(format!(
-                    "{key}: {address} is in use, and no gateway runs with this configuration. If that is no socket of a systemd unit \
-                     for the gateway, but another program, a start fails"
-                ));
-            }
-            _ => {}
-        }
-    }
-    Ok(notes)
+    Ok(listeners.chain([admin]).chain(control).collect())
 }
 
-/// Whether a gateway runs with this configuration, or with one that differs in part: it writes the same trail, or answers at the same
-/// admin listener.
-fn runs(config: &Config) -> bool {
-    let answers =
-        || admin::ask(config.admin.address, "/livez").is_ok_and(|answer| answer.ends_with("\r\n\r\nok\n"));
-    audit::is_live(&config.audit.directory) || answers()
+/// The gateway that a configuration would replace.
+enum Present {
+    /// There is none.
+    No,
+    /// It writes the same trail, and does not say where it listens.
+    Silent,
+    /// It has these sockets.
+    At(Vec<String>),
+}
+
+impl Present {
+    /// A gateway that writes the same trail, or that was started with the same file.
+    fn find(config: &Config, file: &Path) -> Self {
+        let place = || -> Option<Place> {
+            let answer = admin::ask(config.admin.address, "/status").ok()?;
+            let (_, body) = answer.split_once("\r\n\r\n")?;
+            let mut status: Value = serde_json::from_str(body).ok()?;
+            serde_json::from_value(status["place"].take()).ok()
+        };
+        let is_it = |place: &Place| {
+            let has_trail = place.audit_directory == whole(&config.audit.directory);
+            let has_file = place.file.is_some() && place.file == regular(file);
+            // In another container the same paths lead elsewhere.
+            (has_trail || has_file) && audit::is_live(&place.audit_directory)
+        };
+        match place().filter(is_it) {
+            Some(place) => Self::At(place.sockets),
+            None if audit::is_live(&config.audit.directory) => Self::Silent,
+            None => Self::No,
+        }
+    }
+}
+
+/// Where a gateway with this configuration is, by the real addresses of its listeners.
+pub(super) fn place(
+    config: &Config,
+    file: Option<&Path>,
+    listeners: &[String],
+    admin: SocketAddr,
+) -> io::Result<Place> {
+    let control = addresses(config)?.into_iter().filter(|(key, _)| key == CONTROL);
+    let others = control.map(|(_, address)| address.to_string()).chain([admin.to_string()]);
+    Ok(Place {
+        file: file.and_then(regular),
+        audit_directory: whole(&config.audit.directory),
+        sockets: listeners.iter().cloned().chain(others).collect(),
+    })
+}
+
+/// A path without links, as far as it leads anywhere.
+fn whole(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
+}
+
+/// The same of a file; `None` for a pipe, by which each process could mean another configuration.
+fn regular(file: &Path) -> Option<PathBuf> {
+    file.canonicalize().ok().filter(|file| file.is_file())
+}
+
+/// Whether a socket keeps another one from this address: it is at the same, or one of both is at all addresses.
+fn covers(socket: &str, address: &ListenAddress) -> bool {
+    match (socket.strip_prefix("unix:"), address) {
+        (Some(socket), ListenAddress::Unix { path, .. }) => {
+            socket_path(Path::new(socket)) == socket_path(path)
+        }
+        (None, ListenAddress::Tcp(address)) => socket.parse().is_ok_and(|socket: SocketAddr| {
+            let [theirs, ours] = [socket.ip(), address.ip()].map(|ip| ip.to_canonical());
+            let meet = theirs == ours || theirs.is_unspecified() || ours.is_unspecified();
+            meet && socket.port() == address.port()
+        }),
+        _ => false,
+    }
 }

@@ -33,7 +33,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> ExitCode {
     let file = args.configured.config.display().to_string();
     match args.configured.load() {
-        Ok(config) => match App::rehearse(&config) {
+        Ok(config) => match App::rehearse(&config, &args.configured.config) {
             Err(error) => {
                 let refusal = Refusal::of(&error);
                 if args.json {

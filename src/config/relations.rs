@@ -220,13 +220,15 @@ fn clash(a: &ListenAddress, b: &ListenAddress) -> bool {
         (ListenAddress::Tcp(a), ListenAddress::Tcp(b)) => {
             a.port() == b.port() && a.port() != 0 && meet(*a, *b)
         }
-        (ListenAddress::Unix { path: a, .. }, ListenAddress::Unix { path: b, .. }) => whole(a) == whole(b),
+        (ListenAddress::Unix { path: a, .. }, ListenAddress::Unix { path: b, .. }) => {
+            socket_path(a) == socket_path(b)
+        }
         _ => false,
     }
 }
 
 /// A socket's path by the real path of its directory.
-fn whole(path: &Path) -> PathBuf {
+pub(crate) fn socket_path(path: &Path) -> PathBuf {
     let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
     let whole = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
     whole.unwrap_or_else(|| path.to_owned())

@@ -195,8 +195,12 @@ app_secret_file = "app_secret"
 
     /// Exit code of `check`, and all that it says, on a machine that systemd runs, or on one that it does not.
     fn check_where(&self, systemd_runs: bool) -> (i32, String) {
-        let make = if systemd_runs { "mkdir -p /run/systemd/system" } else { "true" };
-        let mount = format!("mount -t tmpfs none /run && {make} && exec \"$@\"");
+        self.check_behind(if systemd_runs { "mkdir -p /run/systemd/system" } else { "true" })
+    }
+
+    /// The same behind a command, on a machine that systemd does not run unless the command says so.
+    fn check_behind(&self, first: &str) -> (i32, String) {
+        let mount = format!("mount -t tmpfs none /run && {first} && exec \"$@\"");
         let check = self.command("check");
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-c", &mount, "sh"]).arg(check.get_program()).args(check.get_args());
@@ -914,4 +918,59 @@ fn where_systemd_runs_a_socket_in_use_is_a_note_for_a_listener_and_a_mistake_for
         let (elsewhere, said) = draft.check_where(false);
         assert!(elsewhere == i32::from(!key.is_empty()) && said.contains(key), "{key}: {said}");
     }
+}
+
+#[test]
+fn beside_a_gateway_its_own_sockets_count_as_free_and_those_of_other_programs_do_not() {
+    let sandbox = sandbox();
+    let other = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = other.local_addr().unwrap();
+    let mut draft = Draft::new();
+    draft.set("admin.control", "c.sock");
+    draft.listen_unix(&draft.shown("a.sock"));
+    draft.write(&sandbox);
+    let _running = draft.serve().map_err(|told| panic!("{told:?}"));
+    assert_eq!(draft.check_where(false).0, 0, "the control");
+    let refused = |draft: &Draft, part: &str| {
+        draft.write(&sandbox);
+        let (code, said) = draft.check_where(false);
+        assert!(code == 1 && said.contains(part) && said.contains("in use"), "{part}: {code} {said}");
+    };
+    let good = |draft: &Draft, part: &str| {
+        draft.write(&sandbox);
+        let (code, said) = draft.check_where(false);
+        assert!(code == 0 && said.contains(part), "{part}: {code} {said}");
+    };
+
+    // An edit of the file: another listener, then another trail.
+    let (listeners, flags) = (draft.listeners.clone(), draft.flags.clone());
+    draft.listen_openly(&taken.to_string());
+    refused(&draft, "listeners[2].address");
+    draft.listeners = listeners.clone();
+    draft.listen_openly(&free().to_string());
+    good(&draft, "a good configuration");
+    draft.set("audit.directory", "another");
+    good(&draft, "a good configuration");
+    (draft.listeners, draft.flags) = (listeners, flags.clone());
+    // At another admin address it cannot be asked.
+    draft.set("admin.address", free());
+    good(&draft, "does not say at admin.address where it listens");
+    draft.flags = flags;
+
+    // Another file for the same trail, and another gateway.
+    draft.write(&sandbox);
+    fs::copy(draft.at("gateway.toml"), draft.at("next.toml")).unwrap();
+    let next = draft.shown("next.toml");
+    let check = ["check", "--config", &next, "--set", "admin.control=c.sock"];
+    let (code, said, _) = command(&check);
+    assert!(code == 0, "{said}");
+    let folder = draft.folder.path().display();
+    let other = format!("cp -a {folder} /run/other && mount --bind /run/other {folder}");
+    let (code, said) = draft.check_behind(&other);
+    assert!(code == 1 && said.contains("in use"), "the same paths in another container: {said}");
+    let mut second = Draft::new();
+    second.admin = draft.admin;
+    refused(&second, "admin.address");
+    second.admin = free();
+    good(&second, "a good configuration");
 }
