@@ -10,9 +10,12 @@ use std::{
     fs::{self, OpenOptions, Permissions},
     io,
     io::{BufRead as _, BufReader, Read as _, Write as _},
-    os::unix::{
-        fs::{MetadataExt, OpenOptionsExt as _, PermissionsExt as _},
-        net::UnixStream as BlockingStream,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{MetadataExt, OpenOptionsExt as _, PermissionsExt as _},
+            net::UnixStream as BlockingStream,
+        },
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -23,6 +26,7 @@ use anyhow::Context as _;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
@@ -55,7 +59,7 @@ const MAX_LINE: u64 = 8 * 1024;
 /// Open connections. A further one takes the place of the one that has been idle longest, and waits while all are at work.
 const MAX_CONNECTIONS: usize = 8;
 
-/// A request must be there within this time, and its answer must be taken.
+/// A request must be there within this time, and its answer must be taken; a command waits as long for the connection.
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// How long a command waits for its answer.
@@ -111,7 +115,7 @@ impl Answer {
 /// A bound control socket. Removed on drop.
 #[derive(Debug)]
 pub struct Bound {
-    socket: socket2::Socket,
+    socket: Socket,
     path: PathBuf,
     inode: u64,
     /// The file that names it.
@@ -288,7 +292,10 @@ pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow
         None => find(directory)?,
     };
     let no_answer = || format!("the control socket {} does not answer", path.display());
-    let mut stream = BlockingStream::connect(&path).with_context(no_answer)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_write_timeout(Some(DEADLINE))?; // also for the connection, where the queue of who listens there is full
+    socket.connect(&SockAddr::unix(&path)?).with_context(no_answer)?;
+    let mut stream = BlockingStream::from(OwnedFd::from(socket));
     stream.set_read_timeout(Some(ANSWER_TIME))?;
     stream.set_write_timeout(Some(ANSWER_TIME))?;
     let mut line = serde_json::to_vec(request)?;

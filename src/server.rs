@@ -201,7 +201,8 @@ pub(crate) fn try_unix(path: &Path) -> io::Result<()> {
     let fail = |kind, reason: String| Err(io::Error::new(kind, reason));
     match path.symlink_metadata() {
         Ok(found) if found.file_type().is_socket() => {
-            match Socket::new(Domain::UNIX, Type::STREAM, None)?.connect(&address) {
+            // Of a kind that is never accepted, so that nobody is woken by it, as systemd would be, and a full queue holds nobody.
+            match Socket::new(Domain::UNIX, Type::DGRAM, None)?.connect(&address) {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
                 Ok(()) | Err(_) => return Err(io::ErrorKind::AddrInUse.into()),
             }

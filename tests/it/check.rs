@@ -4,7 +4,7 @@
 use std::{
     any::Any,
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::{
         fs::{PermissionsExt, symlink},
@@ -22,6 +22,7 @@ use std::{
 };
 
 use ccsqm_gateway::sandbox::{Options, Sandbox};
+use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
 use crate::{
@@ -973,4 +974,52 @@ fn beside_a_gateway_its_own_sockets_count_as_free_and_those_of_other_programs_do
     refused(&second, "admin.address");
     second.admin = free();
     good(&second, "a good configuration");
+}
+
+/// A queue that is full, so that who connects has to wait.
+pub(crate) fn full_queue(path: &Path) -> Vec<Socket> {
+    let socket = || Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    let (listener, address) = (socket(), SockAddr::unix(path).unwrap());
+    listener.bind(&address).unwrap();
+    listener.listen(0).unwrap();
+    let mut all = vec![listener];
+    loop {
+        let caller = socket();
+        caller.set_nonblocking(true).unwrap();
+        if caller.connect(&address).is_err() {
+            return all;
+        }
+        all.push(caller);
+    }
+}
+
+#[test]
+fn nobody_is_woken_by_check_or_start_at_a_unix_socket_and_nothing_waits_for_its_queue() {
+    let sandbox = sandbox();
+    for name in ["listener", "full"] {
+        let mut draft = Draft::new();
+        let path = draft.at("a.sock");
+        let (listener, queue) = match name {
+            "full" => (None, full_queue(&path)),
+            _ => (Some(UnixListener::bind(&path).unwrap()), Vec::new()),
+        };
+        draft.listen_unix(&draft.shown("a.sock"));
+        draft.write(&sandbox);
+        for command in ["check", "serve"] {
+            let mut child = draft.command(command);
+            let mut child = Running(child.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+            let is_note = command == "check" && is_booted();
+            assert_eq!(end(&mut child.0), i32::from(!is_note), "{name}: {command}");
+        }
+        if let Some(listener) = listener {
+            listener.set_nonblocking(true).unwrap();
+            let came = listener.accept().map(drop).unwrap_err();
+            assert_eq!(came.kind(), ErrorKind::WouldBlock, "somebody connected");
+            let _control = UnixStream::connect(&path).unwrap();
+            assert!(listener.accept().is_ok());
+        }
+        drop(queue);
+        // What is left is a name that nobody answers to: the control.
+        drop(draft.serve().map_err(|told| panic!("{name}: {told:?}")));
+    }
 }

@@ -5,6 +5,7 @@ use std::{
     io::{Read, Write},
     os::unix::{fs::PermissionsExt, net::UnixStream},
     path::Path,
+    process::{Command, Stdio},
     sync::Arc,
     thread,
 };
@@ -373,4 +374,26 @@ fn unresolved_calls_outlive_segments_and_restarts_though_the_operator_is_hidden(
     assert_done(&sandbox, &gateway, &first, KEY);
     let reply = gateway.post(&BODY.replace("954645333549048833", "7"));
     assert_eq!((reply.status, reply.outcome()), (409, "succeeded"));
+}
+
+#[test]
+fn a_command_does_not_wait_for_a_control_socket_whose_queue_is_full() {
+    let sandbox = sandbox();
+    let (gateway, unknown) = start_with_unknown(&sandbox, "");
+    let folder = TempDir::new().unwrap();
+    let socket = folder.path().join("s");
+    let _queue = crate::check::full_queue(&socket);
+    let resolve = |more: &[&str]| {
+        let audit = gateway.audit_directory();
+        let words = ["audit", "resolve", audit.to_str().unwrap(), &unknown, "done", "--by", "a"];
+        let mut child = Command::new(BINARY);
+        let mut child = Running(child.args(words).args(more).stderr(Stdio::piped()).spawn().unwrap());
+        let code = wait_for("the end", || child.0.try_wait().unwrap()).code();
+        let mut said = String::new();
+        child.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        (code, said)
+    };
+    let (code, said) = resolve(&["--control", socket.to_str().unwrap()]);
+    assert!(code == Some(1) && said.contains("does not answer"), "{said}");
+    assert_eq!(resolve(&[]).0, Some(0), "the control");
 }
