@@ -13,7 +13,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::fs::OFlags;
+use rustix::{
+    fs::{Access, AtFlags, CWD, OFlags, accessat},
+    io::Errno,
+};
 use thiserror::Error;
 use tokio::{
     task::{JoinHandle, spawn_blocking},
@@ -50,6 +53,18 @@ pub(crate) fn read_guarded(path: &Path, harm: &str) -> io::Result<Vec<u8>> {
 pub(crate) fn is_open_to_all(found: &Metadata) -> bool {
     let is_sticky = found.is_dir() && found.mode() & 0o1000 != 0;
     found.mode() & 0o002 != 0 && !is_sticky
+}
+
+/// Fails where this process cannot do that with a file or folder. Its capabilities count, which `access(2)` passes over for any user
+/// but root.
+pub(crate) fn access(path: &Path, access: Access) -> io::Result<()> {
+    let by_capabilities = accessat(CWD, path, access, AtFlags::EACCESS);
+    // A container of old may forbid that call, which is of Linux 5.8.
+    let looked = by_capabilities.or_else(|error| match error {
+        Errno::PERM => accessat(CWD, path, access, AtFlags::empty()),
+        _ => Err(error),
+    });
+    looked.map_err(io::Error::from)
 }
 
 fn read_if(path: &Path, check: impl Fn(&Metadata) -> io::Result<()>) -> io::Result<Vec<u8>> {

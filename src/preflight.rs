@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::fs::{Access, access};
+use rustix::fs::Access;
 
 use crate::{
     audit::{
@@ -25,7 +25,7 @@ use crate::{
     },
     connect::{self, Identity, login},
     contract::Contract,
-    files::{MAX_SIZE, read_text},
+    files::{MAX_SIZE, access, read_text},
     keyed_hash::Keys,
     pem,
     secret::{Impossible, Secret, SecretError},
@@ -214,7 +214,7 @@ fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Re
         Ok(meta) if !meta.is_dir() => Err(format!("{shown} is not a directory")),
         Ok(_) => {
             let writable = access(path, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK);
-            writable.map_err(|error| format!("{shown} cannot be used: {}", io::Error::from(error)))?;
+            writable.map_err(|error| format!("{shown} cannot be used: {error}"))?;
             let key = key_path(path);
             if key_file.is_some() || key.symlink_metadata().is_err() {
                 return Ok(());
@@ -239,8 +239,7 @@ fn can_be_made(path: &Path) -> Result<(), String> {
     if !parent.is_dir() {
         return fail("is not a directory".into());
     }
-    access(parent, Access::WRITE_OK | Access::EXEC_OK)
-        .or_else(|error| fail(format!("refuses it: {}", io::Error::from(error))))
+    access(parent, Access::WRITE_OK | Access::EXEC_OK).or_else(|error| fail(format!("refuses it: {error}")))
 }
 
 /// Nothing that a read could hang on, or never end on.

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::fs::{Access, access};
+use rustix::fs::Access;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use thiserror::Error;
 use tokio::{
@@ -29,6 +29,7 @@ use tokio::{
 use crate::{
     admission::Hosts,
     config::{self, ListenAddress},
+    files::access,
     gateway::Gateway,
     log::OncePerSecond,
     model::peer::Peer,
@@ -225,10 +226,8 @@ pub(crate) fn try_unix(path: &Path) -> io::Result<()> {
         }
         Err(error) => return fail(error.kind(), format!("{shown}: {error}")),
     }
-    access(folder, Access::WRITE_OK | Access::EXEC_OK).or_else(|error| {
-        let error = io::Error::from(error);
-        fail(error.kind(), format!("no socket can be made in {shown}: {error}"))
-    })
+    access(folder, Access::WRITE_OK | Access::EXEC_OK)
+        .or_else(|error| fail(error.kind(), format!("no socket can be made in {shown}: {error}")))
 }
 
 /// One socket for all workers.

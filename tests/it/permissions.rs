@@ -512,3 +512,43 @@ fn whatever_the_umask_others_can_change_nothing_of_the_trail() {
         assert_eq!(mode & 0o077, 0, "{}: {mode:o}", path.display());
     }
 }
+
+#[test]
+fn a_capability_to_pass_over_permissions_counts_in_check_and_start() {
+    let sandbox = sandbox();
+    let folder = start(&sandbox).kill();
+    if fs::metadata(folder.path()).unwrap().uid() != 0 {
+        return; // only root can give it
+    }
+    // Another user reads all of it, and may make nothing in it.
+    fs::remove_dir_all(folder.path().join("audit")).unwrap();
+    set_mode(folder.path(), 0o755);
+    let config = folder.path().join("gateway.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let socket = folder.path().join("gateway.sock").display().to_string();
+    fs::write(
+        &config,
+        text.replacen("\"127.0.0.1:0\"", &format!("\"unix:{socket}\""), 1)
+            .replace("peer = \"loopback\"", "peer = \"uid:0\""),
+    )
+    .unwrap();
+    let run = |command: &str, capability: &[&str]| {
+        let mut process = Command::new("setpriv");
+        process.args(["--reuid=4242", "--regid=4242", "--clear-groups"]).args(capability).arg(BINARY);
+        process.args([command, "--config"]).arg(&config).stdout(Stdio::null()).stderr(Stdio::piped());
+        process.spawn().unwrap()
+    };
+    let told = |command, capability: &[&str]| {
+        let output = run(command, capability).wait_with_output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let may = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"];
+    assert_eq!(told("check", &may), (Some(0), String::new()));
+    let running = Running(run("serve", &may));
+    wait_for("the socket", || std::os::unix::net::UnixStream::connect(&socket).ok());
+    drop(running);
+    for command in ["check", "serve"] {
+        let (code, said) = told(command, &[]);
+        assert!(code == Some(78) && said.contains("Permission denied"), "the control: {command}: {said}");
+    }
+}
