@@ -3,12 +3,13 @@
 mod show;
 
 use std::{
+    fs,
     io::{self, ErrorKind},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
-use anyhow::{bail, ensure};
+use anyhow::bail;
 use ccsqm_gateway::control::{self, Answer, Request};
 use ccsqm_gateway::{
     audit::{
@@ -195,14 +196,16 @@ fn make(Place { directory, key_file }: &Place) -> anyhow::Result<bool> {
 impl Place {
     fn keys(&self) -> anyhow::Result<Keys> {
         let Self { directory, key_file } = self;
-        ensure!(directory.is_dir(), "{}: there is no such directory", directory.display());
-        let keys = match key_file {
-            Some(path) => Keys::load(path),
-            None => Keys::load_own(directory),
-        };
-        keys.map_err(|error| {
-            let text = format!("{error}; --key-file names another file with the key of the trail");
-            anyhow::Error::new(error).context(text)
+        fs::metadata(directory).map_err(|error| named(directory, &error))?;
+        if let Some(path) = key_file {
+            return Ok(Keys::load(path)?);
+        }
+        Keys::load_own(directory).map_err(|error| match &error {
+            KeyError::File(_, cause) if cause.kind() == ErrorKind::NotFound => {
+                let text = format!("{error}; --key-file names another file with the key of the trail");
+                anyhow::Error::new(error).context(text)
+            }
+            _ => error.into(),
         })
     }
 }

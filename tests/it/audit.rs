@@ -288,7 +288,7 @@ fn the_audit_commands_answer_people_and_machines() {
     let (code, _, error) = run("verify --key-file /nowhere");
     assert!(code == 78 && error.contains("/nowhere"), "{error}");
     let (code, _, error) = command(&["audit", "verify", "/nowhere"]);
-    assert!(code == 78 && error.contains("/nowhere: there is no such directory"), "{error}");
+    assert!(code == 78 && error.contains("/nowhere: No such file or directory"), "{error}");
 
     // A line that is being written is no fault of a live trail, and one of a dead trail.
     let folder = gateway.kill();

@@ -493,6 +493,40 @@ fn other_processes_of_its_user_cannot_look_into_the_gateway() {
 }
 
 #[test]
+fn audit_commands_tell_what_they_may_not_read_from_what_is_missing() {
+    if fs::metadata("/proc/self").unwrap().uid() != 0 {
+        return; // it takes another user
+    }
+    let (folder, _) = folder();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let (binary, trail) = (at("binary"), at("audit"));
+    assert!(Command::new("cp").args([BINARY, &binary]).status().unwrap().success());
+    set_mode(folder.path(), 0o755);
+    fs::create_dir_all(at("closed/audit")).unwrap();
+    set_mode(&folder.path().join("closed"), 0o700);
+    let says = |args: &[&str]| {
+        let mut command = Command::new(&binary);
+        let output = command.args(["audit", "unresolved"]).args(args).uid(4242).gid(4242).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        (output.status.code().unwrap(), said.contains("--key-file names another file"), said)
+    };
+    for (args, reason) in [
+        (&[&*trail][..], "audit/audit.key: Permission denied"),
+        (&[&at("closed/audit")], "closed/audit: Permission denied"),
+        (&[&trail, "--key-file", &at("own.key")], "own.key: Permission denied"),
+        (&[&trail, "--key-file", &at("missing")], "missing: No such file"),
+        (&[&at("missing")], "missing: No such file"),
+    ] {
+        let (code, is_hinted, said) = says(args);
+        assert!(code == 78 && said.contains(reason) && !is_hinted, "{args:?}: {said}");
+    }
+    set_mode(Path::new(&trail), 0o755);
+    fs::remove_file(at("audit/audit.key")).unwrap();
+    let (code, is_hinted, said) = says(&[&trail]);
+    assert!(code == 78 && said.contains("audit.key: No such file") && is_hinted, "the control: {said}");
+}
+
+#[test]
 fn whatever_the_umask_others_can_change_nothing_of_the_trail() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
