@@ -191,9 +191,12 @@ pub enum StartError {
     /// The directory cannot be used.
     #[error("audit directory {0}: {1}")]
     Directory(PathBuf, io::Error),
-    /// The key cannot be used.
+    /// The key in the directory cannot be used.
     #[error("audit key {0}")]
     Key(#[from] KeyError),
+    /// The key of [`Options::key_file`] cannot be used.
+    #[error("audit key {0}")]
+    KeyFile(KeyError),
     /// The trail is another program's.
     #[error("audit directory {0}: {1}")]
     Newer(PathBuf, Newer),
@@ -429,7 +432,7 @@ impl Audit {
         let directory = Directory::open(&options.directory).map_err(fail)?;
         lock(&directory)?;
         let keys = match &options.key_file {
-            Some(path) => Keys::load(path)?,
+            Some(path) => Keys::load(path).map_err(StartError::KeyFile)?,
             None => Keys::load_or_make(&directory)?,
         };
         let (lock, statement) = lock_file(&directory)?;
@@ -706,7 +709,7 @@ pub fn rehearse(options: &Options) -> Result<(), StartError> {
         opened => opened.map_err(fail)?,
     };
     let keys = match &options.key_file {
-        Some(path) => Keys::load(path)?,
+        Some(path) => Keys::load(path).map_err(StartError::KeyFile)?,
         None if directory.find(chain::KEY).map_err(fail)?.is_none() => return Ok(()), // there are no segments either
         None => Keys::load_own(&options.directory)?,
     };

@@ -100,7 +100,7 @@ pub fn init(directory: &Path, key_file: Option<&Path>) -> Result<bool, StartErro
     check(directory, key_file, false)?;
     let is_there = check(directory, key_file, true).is_ok();
     if let Some(key) = key_file {
-        Keys::load(key)?;
+        Keys::load(key).map_err(StartError::KeyFile)?;
     } else if is_there {
         Keys::load_own(directory)?;
     }

@@ -27,9 +27,9 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::{
-    BAD_CONFIGURATION,
     out::{complain, out},
     parse_id,
+    refusal::code_of,
 };
 
 /// Make, verify and read an audit trail. All work beside a running gateway, but for those that say otherwise.
@@ -162,22 +162,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             complain!("ccsqm-gateway: {error}");
-            if is_fault(&error) { ExitCode::FAILURE } else { ExitCode::from(BAD_CONFIGURATION) }
+            ExitCode::from(code_of(&error))
         }
-    })
-}
-
-/// Whether it is none of what the arguments name, but the machine's: a full disk, a limit, a device that fails.
-fn is_fault(error: &anyhow::Error) -> bool {
-    use ErrorKind::{InvalidFilename, IsADirectory, NotADirectory, NotFound, Other, PermissionDenied};
-    let error = match (error.downcast_ref(), error.downcast_ref()) {
-        (Some(StartError::Directory(_, error) | StartError::Key(KeyError::File(_, error))), _)
-        | (_, Some(KeyError::File(_, error))) => Some(error),
-        _ => error.downcast_ref(),
-    };
-    let kind = error.map(io::Error::kind);
-    kind.is_some_and(|kind| {
-        !matches!(kind, NotFound | NotADirectory | IsADirectory | PermissionDenied | InvalidFilename | Other)
     })
 }
 

@@ -1,4 +1,5 @@
-//! Why a start is refused though its configuration is good: what `serve` and `check` say of it, and their exit code.
+//! Why a start is refused though its configuration is good: what `serve` and `check` say of it. The exit code of that, and
+//! of an `audit` command that fails.
 
 use std::{io, path::Path};
 
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::BAD_CONFIGURATION;
 
-/// Exit code of a refusal that may be over without anybody's doing: see [`is_lasting`].
+/// Exit code of what failed and may succeed without anybody's doing: see [`is_lasting`].
 const FAILED: u8 = 1;
 
 /// Why a start is refused.
@@ -24,14 +25,9 @@ pub(super) struct Refusal {
 impl Refusal {
     /// Of an error of [`ccsqm_gateway::app::App`].
     pub(super) fn of(error: &anyhow::Error) -> Self {
-        let bind = error
-            .downcast_ref::<BindError>()
-            .map(|error| (Some(error.key.clone()), is_lasting(&error.error)));
-        let start = error.downcast_ref::<StartError>().map(of_trail);
-        let system = error.downcast_ref::<io::Error>().map(|error| (None, is_lasting(error)));
-        let (key, is_lasting) = bind.or(start).or(system).unwrap_or((None, true));
-        let code = if is_lasting { BAD_CONFIGURATION } else { FAILED };
-        Self { key, reason: format!("{error:#}"), code }
+        let bind = error.downcast_ref::<BindError>().map(|error| error.key.clone());
+        let key = bind.or_else(|| key_of(error.downcast_ref()?).map(str::to_owned));
+        Self { key, reason: format!("{error:#}"), code: code_of(error) }
     }
 
     /// In one line.
@@ -47,28 +43,48 @@ impl Refusal {
     }
 }
 
-fn of_trail(error: &StartError) -> (Option<String>, bool) {
-    let is_lasting = match error {
-        StartError::Directory(_, error) | StartError::Key(KeyError::File(_, error)) => is_lasting(error),
-        StartError::Locked(_) => false,
-        StartError::Key(KeyError::Short(_))
-        | StartError::Newer(..)
-        | StartError::Absent(_)
-        | StartError::Limit(_) => true,
-    };
-    let key = if matches!(error, StartError::Limit(_)) { None } else { Some("audit.directory".to_owned()) };
-    (key, is_lasting)
+/// The setting that an error of the audit trail is about.
+fn key_of(error: &StartError) -> Option<&'static str> {
+    match error {
+        StartError::Limit(_) => None,
+        StartError::KeyFile(_) => Some("audit.key_file"),
+        _ => Some("audit.directory"),
+    }
 }
 
-/// Whether an operator must change something. A full disk, an address that another process has, or that the machine does
-/// not have yet: all that may pass, so that a supervisor may try again.
+/// The exit code of an error of a start, or of an `audit` command.
+pub(super) fn code_of(error: &anyhow::Error) -> u8 {
+    let is_locked = matches!(error.downcast_ref(), Some(StartError::Locked(_)));
+    let may_pass = is_locked || system_error(error).is_some_and(|error| !is_lasting(error));
+    if may_pass { FAILED } else { BAD_CONFIGURATION }
+}
+
+fn system_error(error: &anyhow::Error) -> Option<&io::Error> {
+    if let Some(error) = error.downcast_ref::<BindError>() {
+        return Some(&error.error);
+    }
+    let key = match error.downcast_ref() {
+        Some(StartError::Directory(_, error)) => return Some(error),
+        Some(StartError::Key(key) | StartError::KeyFile(key)) => Some(key),
+        _ => error.downcast_ref(),
+    };
+    match key {
+        Some(KeyError::File(_, error)) => Some(error),
+        _ => error.downcast_ref(),
+    }
+}
+
+/// Whether an operator must change something, such as a limit on the size of files. A full disk, an address that another
+/// process has, or that the machine does not have yet: all that may pass, so that a supervisor may try again.
 fn is_lasting(error: &io::Error) -> bool {
     use io::ErrorKind::{
-        AlreadyExists, InvalidInput, IsADirectory, NotADirectory, NotFound, Other, PermissionDenied,
-        ReadOnlyFilesystem, Unsupported,
+        AlreadyExists, FileTooLarge, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound,
+        Other, PermissionDenied, ReadOnlyFilesystem, Unsupported,
     };
     let lasting = [
         AlreadyExists,
+        FileTooLarge,
+        InvalidFilename,
         InvalidInput,
         IsADirectory,
         NotADirectory,
@@ -79,4 +95,42 @@ fn is_lasting(error: &io::Error) -> bool {
         Unsupported,
     ];
     lasting.contains(&error.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ErrorKind::{FileTooLarge, NotFound, PermissionDenied, ReadOnlyFilesystem, StorageFull};
+    use std::io::ErrorKind;
+
+    #[test]
+    fn a_start_and_an_audit_command_agree_whether_something_must_be_changed() {
+        for (kind, code) in [
+            (NotFound, BAD_CONFIGURATION),
+            (PermissionDenied, BAD_CONFIGURATION),
+            (ReadOnlyFilesystem, BAD_CONFIGURATION),
+            (FileTooLarge, BAD_CONFIGURATION),
+            (StorageFull, FAILED),
+        ] {
+            let of_key = || KeyError::File("key".into(), kind.into());
+            let of_trail: [anyhow::Error; 5] = [
+                StartError::Directory("trail".into(), kind.into()).into(),
+                StartError::Key(of_key()).into(),
+                StartError::KeyFile(of_key()).into(),
+                anyhow::Error::new(of_key()).context("with a hint"),
+                io::Error::from(kind).into(),
+            ];
+            for error in of_trail {
+                assert_eq!(code_of(&error), code, "{error:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_bad_key_is_told_at_the_setting_that_names_it() {
+        let key = |error: StartError| Refusal::of(&error.into()).key;
+        let short = || KeyError::Short("key".into());
+        assert_eq!(key(StartError::KeyFile(short())).as_deref(), Some("audit.key_file"));
+        assert_eq!(key(StartError::Key(short())).as_deref(), Some("audit.directory"), "the control");
+    }
 }

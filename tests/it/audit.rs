@@ -583,6 +583,28 @@ impl Small {
 }
 
 #[test]
+fn an_audit_command_fails_with_the_exit_code_that_a_start_has() {
+    let sandbox = sandbox();
+    let folder = Arc::new(tempfile::TempDir::new().unwrap());
+    let Some(small) = Small::mount(folder.path().join("audit")) else { return };
+    let serve = || command(&["serve", "--config", folder.path().join("gateway.toml").to_str().unwrap()]);
+    let audit = |verb: &str| command(&["audit", verb, small.0.to_str().unwrap()]);
+    let gateway = start_with(&sandbox, Setup { folder: Some(folder.clone()), ..Setup::default() });
+    for (code, _, said) in [serve(), audit("accept-loss")] {
+        assert!(code == 1 && said.contains("another process writes here"), "{code}: {said}");
+    }
+    drop(gateway.kill());
+    for verb in ["accept-loss", "accept-clock"] {
+        let (code, _, said) = audit(verb);
+        assert_eq!(code, 0, "the control: {verb}: {said}");
+    }
+    let _read_only = small.read_only();
+    for (code, _, said) in [serve(), audit("accept-clock")] {
+        assert!(code == 78 && said.contains("Read-only file system"), "{code}: {said}");
+    }
+}
+
+#[test]
 fn on_a_full_file_system_what_was_sent_gets_its_outcome_and_nothing_new_is_sent() {
     const IN_FLIGHT: usize = 50;
     for durability in ["kernel", "disk"] {
