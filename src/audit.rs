@@ -48,7 +48,7 @@ use std::{
 
 use http::HeaderValue;
 use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
-use rustix::fs::OFlags;
+use rustix::{fs::OFlags, io::Errno};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::sync::SemaphorePermit;
@@ -65,7 +65,7 @@ use batch::Batch;
 use chain::KeyError;
 pub use clocks::ClockDoubt;
 use clocks::Clocks;
-use directory::{Directory, open_regular};
+use directory::{Directory, look_for_space, open_regular};
 use init::Absent;
 use lane::Lane;
 use lock::{Lock, Statement};
@@ -704,28 +704,64 @@ fn locked(directory: &Path, error: TryLockError) -> StartError {
 pub fn rehearse(options: &Options) -> Result<(), StartError> {
     init::check(&options.directory, options.key_file.as_deref(), options.must_exist)?;
     let fail = |error| start_error(&options.directory, error);
+    let of_key = |error| StartError::from(KeyError::File(chain::key_path(&options.directory), error));
     let directory = match Directory::open(&options.directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let path = std::path::absolute(&options.directory).map_err(fail)?;
+            let folder = path.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
+            return match options.key_file {
+                Some(_) => look_for_space(folder, 1, 0).map_err(fail),
+                None => look_for_space(folder, 2, 0).map_err(of_key),
+            };
+        }
         opened => opened.map_err(fail)?,
     };
     let keys = match &options.key_file {
-        Some(path) => Keys::load(path).map_err(StartError::KeyFile)?,
-        None if directory.find(chain::KEY).map_err(fail)?.is_none() => return Ok(()), // there are no segments either
-        None => Keys::load_own(&options.directory)?,
+        Some(path) => Some(Keys::load(path).map_err(StartError::KeyFile)?),
+        None if directory.find(chain::KEY).map_err(fail)?.is_some() => {
+            Some(Keys::load_own(&options.directory)?)
+        }
+        None => {
+            directory.check_removable(chain::UNFINISHED_KEY).map_err(of_key)?;
+            look_for_space(&options.directory, 2, 0).map_err(of_key)?;
+            None
+        }
     };
-    let is_writable = |name: &str| match directory.open_file(name) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+    let is_writable = |name: &str, unfinished: &str| match directory.open_file(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => directory.check_removable(unfinished),
         opened => opened.map(drop),
     };
-    is_writable(lock::NAME).map_err(fail)?;
+    is_writable(lock::NAME, lock::UNFINISHED).map_err(fail)?;
+    directory.check_removable(UNFINISHED).map_err(fail)?;
+    let Some(keys) = keys else { return Ok(()) }; // there are no segments either
     let statement = lock::read(directory.path()).map_err(fail)?;
-    let read = || recovery::read_end(directory.path(), &keys, &statement).map(drop);
+    let read = || recovery::read_end(directory.path(), &keys, &statement);
     // A gateway that runs may have removed a segment meanwhile.
     let again = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { read() } else { Err(error) };
-    read().or_else(again).map_err(fail)?;
-    let last = chain::segments(directory.path()).map_err(fail)?.pop();
-    let name = last.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy());
-    name.map_or(Ok(()), |name| is_writable(&name).map_err(fail))
+    let found = read().or_else(again).map_err(fail)?;
+    if let Some(name) = found.last.as_ref().and_then(|(path, _)| path.file_name()) {
+        is_writable(&name.to_string_lossy(), UNFINISHED).map_err(fail)?;
+    }
+    look_for_room(options, &directory, &found).map_err(fail)
+}
+
+/// A start writes no fewer bytes, beside the list of the unresolved.
+const LEAST_START: u64 = 384;
+
+/// Looks whether a start could write what it does: the end of the trail once more, and its own record.
+fn look_for_room(options: &Options, directory: &Directory, found: &Found) -> io::Result<()> {
+    let bytes = LEAST_START + found.unresolved.size();
+    let Some((first, length)) = found.resume().1 else {
+        return look_for_space(directory.path(), 1, bytes);
+    };
+    let name = chain::segment_name(first);
+    if options.durability == Durability::Disk && length > limit::of_files() {
+        return Err(limit::explain(Errno::FBIG.into(), &name));
+    }
+    // A crash leaves the space that was reserved behind the records.
+    let segment = std::fs::metadata(directory.path().join(name))?;
+    let reserved = (segment.blocks() * 512).saturating_sub(length);
+    look_for_space(directory.path(), 0, bytes.saturating_sub(reserved))
 }
 
 /// Whether a process holds the lock of a trail, so that its last line may be half-written. Changes nothing

@@ -152,7 +152,7 @@ pub(super) fn number_of(line: &[u8]) -> Option<u64> {
 
 /// The name of the key file in a directory, and what it has until it is complete.
 pub(super) const KEY: &str = "audit.key";
-const UNFINISHED_KEY: &str = "audit.key.new";
+pub(super) const UNFINISHED_KEY: &str = "audit.key.new";
 
 /// The key file of a directory.
 pub fn key_path(directory: &Path) -> PathBuf {

@@ -17,8 +17,9 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, Dir, OFlags, RenameFlags, fstatvfs, renameat, renameat_with, statat, unlinkat},
+    fs::{AtFlags, Dir, OFlags, RenameFlags, fstatvfs, renameat, renameat_with, statat, statvfs, unlinkat},
     io::Errno,
+    process::geteuid,
 };
 
 use crate::clock;
@@ -151,8 +152,15 @@ impl Directory {
     pub(super) fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.handle, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(Errno::ISDIR) => Err(folder_in_place(name)),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Fails where [`Directory::remove`] would because a directory has the name.
+    pub(super) fn check_removable(&self, name: &str) -> io::Result<()> {
+        let found = fs::symlink_metadata(self.path.join(name));
+        if found.is_ok_and(|found| found.is_dir()) { Err(folder_in_place(name)) } else { Ok(()) }
     }
 
     /// Removes a name, if it leads to this file.
@@ -216,6 +224,23 @@ pub(super) fn open_regular(path: &Path, options: &mut OpenOptions) -> io::Result
             Err(io::Error::other(format!("{name} is no regular file")))
         }
     }
+}
+
+/// Fails if the file system of a folder has no space for so many small files, and so many bytes beside them. One that does not
+/// tell its size, such as a tmpfs without a bound, has space.
+pub(super) fn look_for_space(folder: &Path, files: u64, bytes: u64) -> io::Result<()> {
+    let Ok(stat) = statvfs(folder) else { return Ok(()) };
+    // ext4 keeps some back for root.
+    let free = if geteuid().is_root() { stat.f_bfree } else { stat.f_bavail };
+    let has_space = free.checked_sub(files).is_some_and(|free| free.saturating_mul(stat.f_frsize) >= bytes);
+    if has_space || stat.f_blocks == 0 { Ok(()) } else { Err(Errno::NOSPC.into()) }
+}
+
+fn folder_in_place(name: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::IsADirectory,
+        format!("a directory is in the place of the file {name}: remove it"),
+    )
 }
 
 fn aside(name: &str) -> String {

@@ -27,7 +27,7 @@ use crate::keyed_hash::{hex, parse_hex};
 pub(super) const NAME: &str = "lock";
 
 /// Its name until it is complete.
-const UNFINISHED: &str = "lock.new";
+pub(super) const UNFINISHED: &str = "lock.new";
 
 /// Its length, in bytes; the text is filled up with blanks.
 const LENGTH: usize = 256;

@@ -582,6 +582,75 @@ impl Small {
     }
 }
 
+/// Both say whether a start finds the space that it needs: also where some was reserved, or is left in the last block.
+#[test]
+fn check_tells_of_a_full_file_system_exactly_when_a_start_fails_on_it() {
+    const BLOCK: u64 = 4096;
+    let sandbox = sandbox();
+    let folder = Arc::new(tempfile::TempDir::new().unwrap());
+    let Some(small) = Small::mount(folder.path().join("audit")) else { return };
+    let config = folder.path().join("gateway.toml").display().to_string();
+    let newest = || segments(&small.0).pop().unwrap();
+    let length = || fs::metadata(newest()).unwrap().len();
+    let stop = |mut gateway: Gateway| {
+        gateway.signal("-TERM");
+        assert!(gateway.wait().success());
+    };
+    let both_tell_of_it = |case: &str, set: &[&str]| {
+        let set: Vec<_> = set.iter().flat_map(|set| ["--set", set]).collect();
+        for verb in ["check", "serve"] {
+            let (code, _, said) = command(&[&[verb, "--config", &config], &set[..]].concat());
+            assert!(code == 1 && said.contains("No space left on device"), "{case}: {verb}: {code} {said}");
+        }
+    };
+    let both_pass = |case: &str| {
+        let (code, _, said) = command(&["check", "--config", &config]);
+        assert_eq!(code, 0, "{case}: {said}");
+        serve(&folder)
+    };
+    let gateway = start_with(&sandbox, Setup { folder: Some(folder.clone()), ..Setup::default() });
+    assert_eq!(gateway.call().outcome(), "succeeded");
+    gateway.kill();
+    let filler = small.fill();
+    drop(both_pass("a crash leaves what was reserved"));
+    fs::remove_file(filler).unwrap();
+
+    // An event fills the last block but for so many bytes.
+    for (left, passes) in [(40, false), (BLOCK / 2, true)] {
+        stop(serve(&folder));
+        let before = length();
+        limits::append(&small.0, [limits::event(0)]);
+        let event = length() - before;
+        let missing = (2 * BLOCK - left - event - length() % BLOCK) % BLOCK;
+        limits::append(&small.0, [limits::event(missing as usize)]);
+        assert_eq!(length() % BLOCK, BLOCK - left);
+        stop_reserving(&newest());
+        let filler = small.fill();
+        if passes {
+            drop(both_pass("some is left in the last block"));
+        } else {
+            both_tell_of_it("the last block is full", &[]);
+        }
+        fs::remove_file(filler).unwrap();
+        drop(both_pass("the control"));
+    }
+
+    let key = folder.path().join("key").display().to_string();
+    fs::write(&key, [7; 32]).unwrap();
+    let (missing, empty) = (small.0.join("a/b"), small.0.join("c"));
+    fs::create_dir(&empty).unwrap();
+    let filler = small.fill();
+    for directory in [missing, empty] {
+        let directory = format!("audit.directory={}", directory.display());
+        both_tell_of_it("a new trail", &[&directory]);
+        both_tell_of_it("a new trail with a key elsewhere", &[&directory, &format!("audit.key_file={key}")]);
+        fs::remove_file(&filler).unwrap();
+        let (code, _, said) = command(&["check", "--config", &config, "--set", &directory]);
+        assert_eq!(code, 0, "the control: {said}");
+        small.fill();
+    }
+}
+
 #[test]
 fn an_audit_command_fails_with_the_exit_code_that_a_start_has() {
     let sandbox = sandbox();
@@ -602,6 +671,12 @@ fn an_audit_command_fails_with_the_exit_code_that_a_start_has() {
     for (code, _, said) in [serve(), audit("accept-clock")] {
         assert!(code == 78 && said.contains("Read-only file system"), "{code}: {said}");
     }
+}
+
+/// Takes back what is reserved behind the end of a file.
+fn stop_reserving(file: &Path) {
+    let file = OpenOptions::new().write(true).open(file).unwrap();
+    file.set_len(file.metadata().unwrap().len()).unwrap();
 }
 
 #[test]

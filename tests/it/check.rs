@@ -617,6 +617,36 @@ const DIRECTORIES: &[Case] = &[
         Bad(78, "lock is no regular file"),
     ),
     (
+        "a folder in the lock's place, and no key",
+        |it| folder_in(it, "lock", false),
+        Bad(78, "audit directory"),
+    ),
+    (
+        "a link in the lock's place, and no key",
+        |it| {
+            fs::create_dir_all(it.at("trail")).unwrap();
+            symlink("nowhere", it.at("trail/lock")).unwrap();
+            it.set("audit.directory", "trail");
+        },
+        Bad(78, "lock is no regular file"),
+    ),
+    (
+        "a folder where the key is made",
+        |it| folder_in(it, "audit.key.new", false),
+        Bad(78, "in the place of the file audit.key.new"),
+    ),
+    (
+        "a folder where the lock is made",
+        |it| folder_in(it, "lock.new", true),
+        Bad(78, "in the place of the file lock.new"),
+    ),
+    (
+        "a folder where segments are made",
+        |it| folder_in(it, "segment.new", true),
+        Bad(78, "in the place of the file segment.new"),
+    ),
+    ("a folder that nothing is made in", |it| folder_in(it, "other.new", false), Good),
+    (
         "a folder in a segment's place",
         |it| {
             fs::create_dir_all(it.at(&segment())).unwrap();
@@ -635,6 +665,15 @@ const DIRECTORIES: &[Case] = &[
         Bad(78, "audit.key is missing"),
     ),
 ];
+
+/// An audit directory that holds a folder of this name, and perhaps a key.
+fn folder_in(it: &mut Draft, name: &str, has_key: bool) {
+    fs::create_dir_all(it.at("trail").join(name)).unwrap();
+    if has_key {
+        it.put("trail/audit.key", [7; 32]);
+    }
+    it.set("audit.directory", "trail");
+}
 
 fn segment() -> String {
     format!("trail/audit-{:020}.jsonl", 1)

@@ -77,7 +77,7 @@ fn newest(audit: &Path) -> u64 {
 }
 
 /// Appends records to a trail that nobody writes. Of each the head up to its number and the time is made here.
-fn append(audit: &Path, members: impl IntoIterator<Item = String>) {
+pub(super) fn append(audit: &Path, members: impl IntoIterator<Item = String>) {
     let last = records(audit, "").pop().unwrap();
     let (mut seq, time) = (last["seq"].as_u64().unwrap(), text(&last["time"]));
     let keys = Keys::load(&key_path(audit)).unwrap();
@@ -94,10 +94,14 @@ fn append(audit: &Path, members: impl IntoIterator<Item = String>) {
     OpenOptions::new().append(true).open(segment).unwrap().write_all(&lines).unwrap();
 }
 
+/// The members of an event that is as long as this, and some more.
+pub(super) fn event(length: usize) -> String {
+    format!(r#""kind":"event","event":"test","text":"{}""#, "x".repeat(length))
+}
+
 /// Makes the newest segment of a trail that nobody writes as long as this, but for less than a kilobyte.
 fn pad(audit: &Path, until: u64) {
     let missing = until.saturating_sub(newest(audit)) as usize;
-    let event = |length| format!(r#""kind":"event","event":"test","text":"{}""#, "x".repeat(length));
     let most = 64 << 10;
     append(audit, (0..missing / (most + 300)).map(|_| event(most)));
     append(audit, [event((missing % (most + 300)).saturating_sub(500))]);
@@ -161,10 +165,15 @@ fn at_the_limit_on_file_sizes_the_trail_goes_on_in_a_new_segment_also_behind_a_r
             let config = folder.path().join("gateway.toml");
             let config = config.to_str().unwrap();
             let sets = ["audit.durability=disk", "server.max_in_flight=64", "server.max_body=64KiB"];
-            let words =
-                [&["serve", "--config", config][..], &sets.map(|set| ["--set", set]).concat()].concat();
-            let (code, said) = run(limit, &words);
-            assert!(code == Some(78) && said.contains("larger than the limit"), "{said}");
+            let words = |command| {
+                [&[command, "--config", config][..], &sets.map(|set| ["--set", set]).concat()].concat()
+            };
+            let (code, said) = run(u64::MAX >> 1, &words("check"));
+            assert_eq!(code, Some(0), "the control: {said}");
+            for command in ["check", "serve"] {
+                let (code, said) = run(limit, &words(command));
+                assert!(code == Some(78) && said.contains("larger than the limit"), "{command}: {said}");
+            }
         }
         let (whole, said) = verify(&audit);
         assert!(whole, "{durability}: {said}");
