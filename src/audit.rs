@@ -193,7 +193,7 @@ pub enum StartError {
     Directory(PathBuf, io::Error),
     /// The key in the directory cannot be used.
     #[error("audit key {0}")]
-    Key(#[from] KeyError),
+    Key(KeyError),
     /// The key of [`Options::key_file`] cannot be used.
     #[error("audit key {0}")]
     KeyFile(KeyError),
@@ -201,11 +201,17 @@ pub enum StartError {
     #[error("audit directory {0}: {1}")]
     Newer(PathBuf, Newer),
     /// Something must be there first.
-    #[error("{0}")]
+    #[error(transparent)]
     Absent(#[from] Absent),
     /// No segment has room.
-    #[error("{0}")]
+    #[error(transparent)]
     Limit(#[from] limit::TooLow),
+}
+
+impl From<KeyError> for StartError {
+    fn from(error: KeyError) -> Self {
+        Self::Key(error)
+    }
 }
 
 /// The intent could not be made safe in time.
