@@ -613,6 +613,8 @@ pub struct Idempotency {
     pub window: Duration,
     /// So many keys at once; further ones are refused.
     pub max_keys: usize,
+    /// Somebody set `max_keys`. Else it follows the callers' own.
+    pub is_max_keys_set: bool,
     /// Bytes of stored answers that are kept in memory.
     pub reply_memory: u64,
     /// What becomes of calls without a key.

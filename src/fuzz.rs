@@ -173,6 +173,7 @@ const KEY: [u8; 32] = [7; 32];
 const IDEMPOTENCY: config::Idempotency = config::Idempotency {
     window: Duration::from_secs(24 * 60 * 60),
     max_keys: 1000,
+    is_max_keys_set: true,
     reply_memory: 1 << 20,
     without_key: WithoutKey::Guard,
     fingerprint_window: Duration::from_secs(60),

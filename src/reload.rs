@@ -212,7 +212,8 @@ impl Reader {
     fn read(&mut self) -> Result<Read, String> {
         is_regular(&self.path)?;
         let config = preflight::load(&self.path, &self.overrides, std::env::vars_os());
-        let config = config.map_err(|problems| problems.to_string())?;
+        let mut config = config.map_err(|problems| problems.to_string())?;
+        keep_max_keys(&self.config, &mut config)?;
         let (old, new) = (self.config.effective(), config.effective());
         if let Some(fixed) = fixed(&old, &new) {
             return Err(format!("{fixed} cannot change while the gateway runs: restart it"));
@@ -247,6 +248,23 @@ fn watch(path: &Path, config: &Config) -> Watched<[u8; 32], Infallible> {
     let seen = contents(&files);
     let watched = files.clone();
     Watched::new(watched, move || Ok(contents(&files)), seen)
+}
+
+/// A default of `idempotency.max_keys` follows the callers, who may change. While the gateway runs, the one in effect stays: it
+/// must suffice for them.
+fn keep_max_keys(old: &Config, new: &mut Config) -> Result<(), String> {
+    if old.idempotency.is_max_keys_set || new.idempotency.is_max_keys_set {
+        return Ok(());
+    }
+    let max_keys = old.idempotency.max_keys;
+    if let Some(i) = new.callers.iter().position(|caller| caller.max_keys > Some(max_keys)) {
+        return Err(format!(
+            "callers[{i}].max_keys is more than idempotency.max_keys, which is {max_keys} and cannot change while the gateway \
+             runs: restart it"
+        ));
+    }
+    new.idempotency.max_keys = max_keys;
+    Ok(())
 }
 
 /// What of a configuration would change that cannot.

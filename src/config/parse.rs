@@ -792,6 +792,7 @@ fn read_fields(context: &mut Context<'_>, table: &mut Table) -> Vec<(String, Sho
 fn read_idempotency(context: &mut Context<'_>, root: &mut Table) -> Idempotency {
     let mut table = root.section(context, "idempotency");
     let idempotency = Idempotency {
+        is_max_keys_set: table.members.contains_key("max_keys"),
         window: table.duration(context, "window", "24h", ("1h", "7d")),
         max_keys: table.integer(context, "max_keys", 1_000_000, 1..=10_000_000),
         reply_memory: table.size(context, "reply_memory", 64 << 20, ("64KiB", "16GiB")),

@@ -34,7 +34,7 @@ pub(super) fn let_defaults_give_way(context: &Context<'_>, config: &mut Config) 
     {
         audit.segment_size = audit.segment_size.min((max_size / LEAST_SEGMENTS) & !0x3ff); // whole KiB
     }
-    if !is_set("idempotency.max_keys") {
+    if !idempotency.is_max_keys_set {
         let shares = callers.iter().filter_map(|caller| caller.max_keys);
         idempotency.max_keys = shares.fold(idempotency.max_keys, usize::max);
     }

@@ -456,6 +456,7 @@ pub(super) mod tests {
         config::Idempotency {
             window: Duration::from_secs(24 * 60 * 60),
             max_keys: 1_000_000,
+            is_max_keys_set: false,
             reply_memory: 64 << 20,
             without_key: WithoutKey::Guard,
             fingerprint_window: Duration::from_secs(600),

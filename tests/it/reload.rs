@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{callers::caller, idempotency::until_keys_are_known, support::*};
+use crate::{audit::text, callers::caller, idempotency::until_keys_are_known, support::*};
 
 fn file(gateway: &Gateway) -> PathBuf {
     gateway.folder.path().join("gateway.toml")
@@ -323,4 +323,26 @@ fn limits_for_which_max_size_is_too_small_are_refused() {
     let event = reload(&gateway, 2);
     assert_eq!(event["result"], "refused");
     wait_for("the reason", || gateway.log().contains("audit.max_size: must be").then_some(()));
+}
+
+#[test]
+fn a_caller_whose_max_keys_the_default_followed_changes_while_the_gateway_runs() {
+    let sandbox = sandbox();
+    let config = caller("other", "127.0.0.2/32", "frozen = false\nmax_keys = 1500000");
+    let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });
+    edit(&gateway, "max_keys = 1500000", "max_keys = 1200000");
+    assert_eq!(reload(&gateway, 1)["result"], "accepted");
+    edit(&gateway, "max_keys = 1200000\n", "");
+    assert_eq!(reload(&gateway, 2)["result"], "accepted");
+    edit(&gateway, "frozen = false", "max_keys = 1500000");
+    assert_eq!(reload(&gateway, 3)["result"], "accepted", "as many as at the start");
+    edit(&gateway, "max_keys = 1500000", "max_keys = 1500001");
+    let refused = reload(&gateway, 4);
+    let reason = text(&refused["reason"]);
+    assert!(refused["result"] == "refused" && reason.starts_with("callers[1].max_keys is more"), "{refused}");
+    assert!(reason.contains("idempotency.max_keys, which is 1500000"), "{reason}");
+    // Where somebody sets it, that is a change of its own.
+    edit(&gateway, "[idempotency]", "[idempotency]\nmax_keys = 1500001");
+    let reason = text(&reload(&gateway, 5)["reason"]);
+    assert!(reason.starts_with("idempotency cannot change"), "the control: {reason}");
 }
