@@ -52,6 +52,7 @@ pub(super) fn validate(
     let mut context = Context::new(folder, syntax, files, reading);
     let mut config = read_config(&mut context, root);
     relations::let_defaults_give_way(&context, &mut config);
+    config.name_unknown_variables(&mut context);
     context.tell_what_lacks();
     if syntax == Syntax::Whole {
         relations::check(&mut context, &config);

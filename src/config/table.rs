@@ -37,6 +37,8 @@ pub(super) struct Context<'a> {
     lacking: Vec<Problem>,
     /// Keys of which a misspelling was found.
     misspelt: HashSet<String>,
+    /// Indexes of the problems that are unknown keys of variables.
+    unknown_variables: Vec<usize>,
 }
 
 /// Where the value stands whose file is being read, and its key. `None`: the configuration itself is.
@@ -69,6 +71,7 @@ impl<'a> Context<'a> {
             doubtful: HashSet::new(),
             lacking: Vec::new(),
             misspelt: HashSet::new(),
+            unknown_variables: Vec::new(),
         }
     }
 
@@ -122,6 +125,21 @@ impl<'a> Context<'a> {
             !doubtful && !self.misspelt.contains(&problem.key)
         });
         self.problems.extend(unexplained);
+    }
+
+    /// Tells of each variable with an unknown key which setting was meant. `meant` finds that by the variable's name: the
+    /// setting's key, and the name of its variable.
+    pub(super) fn name_unknown_variables(&mut self, meant: impl Fn(&str) -> Option<(String, String)>) {
+        for index in std::mem::take(&mut self.unknown_variables) {
+            let Problem { place: Place::Variable(name), reason, .. } = &mut self.problems[index] else {
+                continue;
+            };
+            if let Some((key, name)) = meant(name) {
+                *reason = format!("unknown key; the setting is named {name}");
+                self.misspelt.insert(key.clone());
+                self.doubtful.insert(key);
+            }
+        }
     }
 
     /// Notes a name that must be that of something else.
@@ -429,6 +447,9 @@ impl Table {
                 None => format!("unknown key; known here: {}", self.known.join(", ")),
             };
             context.doubtful.insert(self.key(name));
+            if matches!(value.place, Place::Variable(_)) {
+                context.unknown_variables.push(context.problems.len());
+            }
             context.tell(&value.place, key, reason);
         }
     }

@@ -1,13 +1,13 @@
 //! Variables that were meant as settings, and are none since their underscores are not doubled.
 //!
-//! They cannot be refused: Kubernetes sets `CCSQM_GATEWAY_PORT` and others for a service of this name. So only what becomes
-//! a setting with other underscores is told.
+//! Those without the prefix cannot be refused: Kubernetes sets `CCSQM_GATEWAY_PORT` and others for a service of this name. So
+//! only what becomes a setting with other underscores is told.
 
-use std::ffi::OsString;
+use std::{cell::LazyCell, ffi::OsString};
 
 use serde_json::Value;
 
-use super::{Config, raw::PREFIX};
+use super::{Config, raw::PREFIX, table::Context};
 
 impl Config {
     /// A line for each variable that is not read, though with other underscores or capitals it would be.
@@ -35,6 +35,15 @@ impl Config {
             .collect();
         told.sort();
         told
+    }
+
+    /// Tells of each variable with an unknown key which setting it would be with other underscores.
+    pub(super) fn name_unknown_variables(&self, context: &mut Context<'_>) {
+        let settings = LazyCell::new(|| self.settings());
+        context.name_unknown_variables(|name| {
+            let meant = settings.iter().find_map(|setting| setting.meant_by(&single(name)))?;
+            Some((meant.strip_prefix(PREFIX)?.to_ascii_lowercase().replace("__", "."), meant))
+        });
     }
 
     /// All that a variable can set.
