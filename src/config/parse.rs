@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    mem::discriminant,
     net::SocketAddr,
     num::NonZeroU32,
     path::{Path, PathBuf},
@@ -345,8 +346,13 @@ fn read_headers(context: &mut Context<'_>, table: &mut Table) -> HeaderMap {
     // A name in other capitals is the same header: the later layer's value counts.
     let mut members: Vec<_> = members.into_iter().collect();
     members.sort_by(|(_, a), (_, b)| a.place.cmp(&b.place));
+    let mut spellings = HashSet::new();
     for (name, value) in members {
         let key = format!("{key}.{name}");
+        if !spellings.insert((discriminant(&value.place), name.to_ascii_lowercase())) {
+            context.problem(&value.place, key, "is set already, in other capitals: leave one of them");
+            continue;
+        }
         match (HeaderName::try_from(&name), &value.kind) {
             (Ok(header), _) if is_ours(&header) => {
                 context.problem(&value.place, key, "is set by the gateway itself");
