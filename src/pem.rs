@@ -29,8 +29,8 @@ pub enum PemError {
     Nothing(String, &'static str),
     /// It holds more than was read.
     #[error(
-        "{0} holds a {1} that is not read: each must begin with a line of its own, `-----BEGIN {2}-----`, with nothing before or \
-         behind it"
+        "{0} holds a {1} that is not read: each must stand between two lines of their own, `-----BEGIN {2}-----` and \
+         `-----END {2}-----`, with nothing before or behind them"
     )]
     Skipped(String, &'static str, &'static str),
     /// A key with a passphrase.
@@ -110,6 +110,9 @@ pub(crate) fn key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, PemError> {
     match PrivateKeyDer::from_pem_slice(pem) {
         Ok(_) if begins(pem, "PRIVATE KEY") > 1 => Err(PemError::Keys),
         Err(_) if is_encrypted() => Err(PemError::Encrypted),
+        Err(pem::Error::NoItemsFound) if begins(pem, "PRIVATE KEY") > 0 => {
+            Err(PemError::Skipped(KEY_FILE.into(), "private key", "PRIVATE KEY"))
+        }
         Err(pem::Error::NoItemsFound) => Err(PemError::Nothing(KEY_FILE.into(), "private key")),
         Err(error) => Err(PemError::Content(KEY_FILE.into(), fault(&error))),
         Ok(key) => Ok(key),
@@ -136,7 +139,7 @@ fn fault(error: &pem::Error) -> &'static str {
             "a section does not end; each line of it must be a line of its own"
         }
         pem::Error::IllegalSectionStart { .. } => "a section does not begin as it should",
-        pem::Error::Base64Decode(_) => "a section is not base64",
+        pem::Error::Base64Decode(_) => "a section is not base64, or does not end",
         _ => "it cannot be read",
     }
 }
@@ -168,6 +171,13 @@ mod tests {
             let told = of(&skipped).unwrap_err().to_string();
             assert!(told.contains("roots.pem holds a certificate that is not read"), "{told}\n{skipped}");
         }
+        // Without padding, so that what two sections hold can be read as one.
+        let unpadded =
+            (1..).map(|length| certificate(&"a".repeat(length))).find(|pem| !pem.contains('=')).unwrap();
+        let endless = unpadded.replace("-----END CERTIFICATE-----\n", "");
+        assert!(of(&unpadded).is_ok(), "the control");
+        let told = of(&format!("{endless}{b}")).unwrap_err().to_string();
+        assert!(told.contains("is not read") && told.contains("`-----END CERTIFICATE-----`"), "{told}");
         let request = format!("{a}{}", b.replace("CERTIFICATE", "CERTIFICATE REQUEST"));
         assert_eq!(count(&request), 1, "that is none");
     }
@@ -178,10 +188,16 @@ mod tests {
         let of = |pem: &str| key(pem.as_bytes()).map(drop).map_err(|error| error.to_string());
         assert_eq!(of(&format!("\u{feff}{good}")), Ok(()), "a byte order mark is passed over");
         let encrypted = good.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY");
+        let glued = format!("{}{good}", certificate("a").trim_end());
         let old = good.replacen("-----\n", "-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\n", 1);
-        for (bad, why) in
-            [(&encrypted, "an encrypted key"), (&old, "an encrypted key"), (&good.repeat(2), "more than one")]
-        {
+        for (bad, why) in [
+            (&encrypted, "an encrypted key"),
+            (&old, "an encrypted key"),
+            (&good.repeat(2), "more than one"),
+            (&format!(" {good}"), "a private key that is not read"),
+            (&glued, "a private key that is not read"),
+            (&certificate("a"), "holds no private key"),
+        ] {
             assert!(of(bad).is_err_and(|told| told.contains(why)), "{bad}");
         }
     }

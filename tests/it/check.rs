@@ -428,6 +428,15 @@ const CERTIFICATES: &[Case] = &[
     ),
     ("a key encrypted as of old", |it| tls(it, str::to_owned, encrypt), Bad(78, "an encrypted key")),
     ("two keys", |it| tls(it, str::to_owned, |key| key.repeat(2)), Bad(78, "more than one private key")),
+    ("an indented key", |it| tls(it, str::to_owned, |key| format!(" {key}")), Bad(78, "is not read")),
+    (
+        "a key glued to a certificate",
+        |it| {
+            it.put("both", it.server.certificate.trim_end().to_owned() + &it.server.key);
+            it.listen_tls("both", "both");
+        },
+        Bad(78, "a private key that is not read"),
+    ),
     ("no key in it", |it| tls(it, str::to_owned, |_| "none".into()), Bad(78, "no private key")),
     ("an empty key", |it| tls(it, str::to_owned, |_| String::new()), Bad(78, "key_file: is empty")),
     ("an empty certificate", |it| tls(it, |_| String::new(), str::to_owned), Bad(78, "server.pem is empty")),
