@@ -149,6 +149,25 @@ fn every_shipped_deployment_has_its_trail_made_once() {
 }
 
 #[test]
+fn every_shipped_healthcheck_asks_where_the_configuration_says() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    for (file, probes) in [("Dockerfile", 1), ("kubernetes/sidecar.yaml", 3)] {
+        let text = fs::read_to_string(format!("{root}/deploy/{file}")).unwrap().replace('"', "");
+        let asks: Vec<_> = text.lines().filter(|line| line.contains("ccsqm-gateway, healthcheck")).collect();
+        assert_eq!(asks.len(), probes, "{file}: {asks:?}");
+        for line in asks {
+            assert!(
+                line.contains("healthcheck, --config, /etc/ccsqm-gateway/gateway.toml"),
+                "{file}: {line}"
+            );
+        }
+    }
+    // There the image's configuration lies, and the example's is mounted.
+    let image = fs::read_to_string(format!("{root}/deploy/Dockerfile")).unwrap();
+    assert!(image.contains(r#"CMD ["serve", "--config", "/etc/ccsqm-gateway/gateway.toml"]"#), "{image}");
+}
+
+#[test]
 fn five_mistakes_are_five_lines_with_their_places() {
     let (folder, text) = shipped("gateway.toml");
     let (code, _, error) = check(&folder, &text);
