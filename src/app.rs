@@ -11,7 +11,7 @@ mod worker;
 use std::{
     future::Future,
     io, net,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     thread::{self, JoinHandle},
     time::Duration,
@@ -155,11 +155,6 @@ impl App {
     /// With a `source` the configuration changes while it serves: see [`crate::reload`]. Fails with [`Ended`] if a thread or a
     /// task ended that must not; it drains before that.
     pub fn run(mut self, stop: impl Future<Output = ()>, source: Option<Source>) -> anyhow::Result<()> {
-        let file = source.as_ref().map(|source| source.path.clone());
-        let reload = source.map(|source| {
-            let change = self.metrics.changes.of("configuration");
-            Reload::new(source, self.config.clone(), (self.state.clone(), self.audit.clone(), change))
-        });
         self.log_start()?;
         let mut supervisor = Supervisor::new();
         read_past(&self, supervisor.vital("the reading of the trail"))?;
@@ -171,7 +166,11 @@ impl App {
         let (accepts, accepting) = watch::channel(0);
         let hands_over = self.bound.iter().all(|bound| bound.is_inherited);
         let watchdog = Watchdog::from_env(self.config.server.workers);
-        let admin = self.admin_state(file, accepting.clone(), watchdog.clone())?;
+        let admin = self.admin_state(source.as_ref(), accepting.clone(), watchdog.clone())?;
+        let reload = source.map(|source| {
+            let change = self.metrics.changes.of("configuration");
+            Reload::new(source, self.config.clone(), (self.state.clone(), self.audit.clone(), change))
+        });
         let workers = self.start_workers(&WorkerTerms {
             stopped,
             grace: if hands_over { Duration::ZERO } else { self.config.server.drain_grace },
@@ -236,10 +235,11 @@ impl App {
 
     fn admin_state(
         &self,
-        file: Option<PathBuf>,
+        source: Option<&Source>,
         accepting: watch::Receiver<usize>,
         watchdog: Arc<Watchdog>,
     ) -> anyhow::Result<Admin> {
+        let (file, admin) = (source.map(|source| &*source.path), self.admin.local_addr()?);
         let addresses: Vec<_> = self.addresses().map(ToString::to_string).collect();
         Ok(Admin {
             hosts: self.config.admin.hosts.clone(),
@@ -248,7 +248,7 @@ impl App {
             idempotency: self.idempotency.clone(),
             bounds: self.bounds.clone(),
             metrics: self.metrics.clone(),
-            place: sockets::place(&self.config, file.as_deref(), &addresses, self.admin.local_addr()?)?,
+            place: sockets::place(&self.config, file, &addresses, admin)?,
             addresses,
             accepting,
             workers: self.config.server.workers,
