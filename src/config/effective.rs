@@ -6,9 +6,11 @@ use std::{path::Path, time::Duration};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use crate::model::redaction::Shown;
+
 use super::{
     BareIds, Caller, Config, ContractSource, Control, Credential, Http2, Limit, ListenAddress, Listener,
-    ListenerTls, LogFormat, Route, SecretSource, Shown, WithoutKey,
+    ListenerTls, LogFormat, Route, SecretSource, WithoutKey,
 };
 
 /// A caller that can use a credential.
