@@ -28,6 +28,7 @@ use tokio::{
 
 use crate::{
     admission::Hosts,
+    concurrency::Stranger,
     config::{self, ListenAddress},
     files::access,
     gateway::Gateway,
@@ -35,7 +36,7 @@ use crate::{
     model::peer::Peer,
     supervisor::Vital,
 };
-use connection::{Deadlines, Stream};
+use connection::{Accepted, Deadlines, Stream, stranger};
 use inherited::Inherited;
 use tls::{Tls, TlsError};
 
@@ -311,34 +312,14 @@ async fn accept(
         match accepted {
             Ok((stream, peer)) => {
                 // Who is over a bound is closed before the next one is accepted, so that strangers use up no files.
-                let asks = listener.tls.as_ref().is_some_and(|tls| tls.asks_for_certificates());
-                let stranger = if asks || gateway.state.load().admission.knows(peer) {
-                    None
-                } else if let Some(stranger) = gateway.bounds.stranger(peer) {
-                    Some(stranger)
-                } else {
-                    gateway.metrics.connection_closed("too_many_strangers");
-                    continue;
-                };
-                let is_known = !asks && stranger.is_none();
-                let Ok(place) = gateway.bounds.connection(is_known) else {
-                    gateway.metrics.connection_closed("overloaded");
-                    continue;
-                };
-                let served = connection::serve(
-                    gateway.clone(),
-                    listener.hosts.clone(),
-                    (stream, listener.tls.clone()),
-                    peer,
-                    place,
-                    deadlines,
-                    stop.clone(),
-                );
-                let alive = alive.clone();
-                tokio::spawn(async move {
-                    served.await;
-                    drop((stranger, alive));
-                });
+                if let Some((accepted, stranger)) = place(&gateway, &listener, stream, peer) {
+                    let served = connection::serve(gateway.clone(), accepted, deadlines, stop.clone());
+                    let alive = alive.clone();
+                    tokio::spawn(async move {
+                        served.await;
+                        drop((stranger, alive));
+                    });
+                }
             }
             // A connection that was gone before it was accepted is no reason to pause; no file
             // descriptors left is one.
@@ -352,4 +333,20 @@ async fn accept(
             }
         }
     }
+}
+
+/// Gives a connection its place. `None`: there is none, and it is closed.
+fn place(
+    gateway: &Gateway,
+    listener: &Listener,
+    stream: Stream,
+    peer: Peer,
+) -> Option<(Accepted, Option<Stranger>)> {
+    let (tls, hosts) = (listener.tls.clone(), listener.hosts.clone());
+    // Who is to show a certificate is known later.
+    let asks = tls.as_ref().is_some_and(|tls| tls.asks_for_certificates());
+    let stranger = stranger(gateway, asks || gateway.state.load().admission.knows(peer), peer)?;
+    let place = gateway.bounds.connection(!asks && stranger.is_none());
+    let place = place.inspect_err(|_| gateway.metrics.connection_closed("overloaded")).ok()?;
+    Some((Accepted { stream, tls, hosts, peer, place }, stranger))
 }

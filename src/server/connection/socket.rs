@@ -1,0 +1,198 @@
+//! The socket under hyper: notices when a head begins, whether the caller leaves and whether it gets its answer, and lingers when
+//! it closes on unread bytes.
+
+use std::{
+    future::Future as _,
+    io,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Sleep, sleep},
+};
+
+use super::{
+    phase::{Phase, Watch},
+    stream::Stream,
+};
+use crate::clock;
+
+/// How long and how much a closing connection is read on, so that the caller receives the last answer.
+pub(in super::super) const LINGER_TIME: Duration = Duration::from_secs(1);
+pub(in super::super) const LINGER_BYTES: usize = 256 * 1024;
+
+/// How long a connection that its caller had closed before the answer is watched for a reset, and how often. Whoever has
+/// closed both sides resets it when the answer arrives (RFC 9293 §3.10.7.4); whoever closed its sending side only, reads it.
+const RESET_TIME: Duration = Duration::from_millis(250);
+const RESET_LOOK: Duration = Duration::from_millis(2);
+
+/// The socket under hyper: notices when a head begins, and lingers when it closes on unread bytes.
+#[derive(Debug)]
+pub(super) struct Watched {
+    stream: Stream,
+    watch: Arc<Watch>,
+    linger: Option<Linger>,
+    reset: Option<ResetWatch>,
+}
+
+/// Looks for a reset of a connection that its caller had closed before the answer.
+#[derive(Debug)]
+struct ResetWatch {
+    until: Pin<Box<Sleep>>,
+    look: Pin<Box<Sleep>>,
+}
+
+#[derive(Debug)]
+struct Linger {
+    until: Pin<Box<Sleep>>,
+    left: usize,
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        // With the last piece the head may have been whole: only one that needs more ends here.
+        if self.watch.has_no_room.load(Ordering::Relaxed) && self.watch.is(Phase::Head) {
+            return Poll::Ready(Err(io::ErrorKind::OutOfMemory.into()));
+        }
+        let before = buf.filled().len();
+        let read = ready!(self.stream.poll_read(cx, buf));
+        // The end of a TLS stream without close_notify is an error, too, and no reset.
+        if read.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::UnexpectedEof) {
+            self.watch.was_reset();
+        }
+        read?;
+        if buf.filled().len() > before && self.watch.is(Phase::Idle) {
+            self.watch.was_delivered();
+            self.watch.enter(Phase::Head);
+        }
+        let more = buf.filled().len() - before;
+        if self.watch.is(Phase::Busy) {
+            self.watch.more_came(more);
+        } else if !self.watch.head.grow(more) {
+            self.watch.has_no_room.store(true, Ordering::Relaxed);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+        };
+        self.went_on(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = match &mut self.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        };
+        self.went_on(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// hyper does not read while a request is worked on, but it flushes whenever it was woken.
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.watch.presence.is_in_question()
+            && let Poll::Ready(end) = self.stream.poll_end(cx)
+            && self.watch.is_gone(end)
+        {
+            cx.waker().wake_by_ref();
+        }
+        match &mut self.stream {
+            Stream::Tcp(_) | Stream::Unix(_) => Poll::Ready(Ok(())), // no buffer of their own
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.linger.is_none() {
+            if self.reset.is_none() {
+                ready!(self.stream.poll_shutdown(cx)).inspect_err(|_| self.watch.was_reset())?;
+            }
+            ready!(self.poll_reset(cx));
+            if !self.watch.unread.load(Ordering::Relaxed) {
+                return Poll::Ready(Ok(()));
+            }
+            self.linger = Some(Linger { until: Box::pin(sleep(LINGER_TIME)), left: LINGER_BYTES });
+        }
+        self.poll_linger(cx)
+    }
+}
+
+impl Watched {
+    pub(super) fn new(stream: Stream, watch: Arc<Watch>) -> Self {
+        Self { stream, watch, linger: None, reset: None }
+    }
+
+    /// A long answer is written piece by piece; a caller that takes the pieces does not idle.
+    fn went_on(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if matches!(written, Poll::Ready(Err(_))) {
+            self.watch.was_not_delivered();
+        }
+        if written.is_ready() && self.watch.is(Phase::Idle) {
+            self.watch.enter(Phase::Idle);
+        }
+        written
+    }
+
+    /// Settles whether a caller that had closed its side before the answer got it.
+    fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let is_open = self.watch.presence.has_ended() && self.watch.delivery.is_full();
+        if !is_open {
+            return Poll::Ready(());
+        }
+        let reset = self.reset.get_or_insert_with(|| ResetWatch {
+            until: Box::pin(sleep(RESET_TIME)),
+            look: Box::pin(sleep(RESET_LOOK)),
+        });
+        loop {
+            if self.stream.is_reset() {
+                self.watch.was_not_delivered();
+                return Poll::Ready(());
+            }
+            if reset.until.as_mut().poll(cx).is_ready() {
+                self.watch.was_delivered();
+                return Poll::Ready(());
+            }
+            ready!(reset.look.as_mut().poll(cx));
+            reset.look.as_mut().reset(clock::now() + RESET_LOOK);
+        }
+    }
+
+    /// A socket that is closed with unread bytes sends a reset, and a reset may overtake the answer: so the
+    /// rest is read and thrown away, within bounds.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Self { stream, linger: Some(linger), .. } = self else { return Poll::Ready(Ok(())) };
+        while linger.left > 0 && linger.until.as_mut().poll(cx).is_pending() {
+            let mut scratch = [0; 4096];
+            let mut buf = ReadBuf::new(&mut scratch);
+            match ready!(stream.poll_read(cx, &mut buf)) {
+                Ok(()) if !buf.filled().is_empty() => {
+                    linger.left = linger.left.saturating_sub(buf.filled().len());
+                }
+                Ok(()) | Err(_) => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
