@@ -1134,6 +1134,7 @@ async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no
         for record in records {
             record.finish(&answer());
         }
+        wait_for(|| audit.shared().is_empty().then_some(())); // a close waits 3 s only
         assert_eq!(audit.close(), None, "{count}");
         let all = trail(folder.path());
         assert_eq!(all.iter().filter(|it| it["kind"] == "outcome").count(), count);
