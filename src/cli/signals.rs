@@ -126,7 +126,7 @@ pub(super) fn while_listening(
         let _within = runtime.enter();
         Stops::listen()
     };
-    let Stops { mut terminate, mut interrupt, mut hung_up } = stops.map_or_else(listen, Ok)?;
+    let mut stops = stops.map_or_else(listen, Ok)?;
 
     let (stop, asked) = watch::channel(false);
     let asked = Asked { stop: asked, reload: Arc::default(), is_decided: Arc::default() };
@@ -136,37 +136,7 @@ pub(super) fn while_listening(
         let asked = asked.clone();
         move || drop(done.send(work(asked)))
     })?;
-    let result = runtime.block_on(async {
-        let mut end = None;
-        loop {
-            let patience = async {
-                match end {
-                    Some(end) => sleep_until(end).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                result = &mut finished => return Some(result),
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-                _ = hung_up.recv() => {
-                    asked.reload.notify_one();
-                    if hang_up == HangUp::Reloads {
-                        continue;
-                    }
-                }
-                () = patience => {
-                    if asked.decide() {
-                        return None;
-                    }
-                    end = None; // it serves, and drains
-                    continue;
-                }
-            }
-            stop.send_replace(true);
-            end = end.or(Some(Instant::now() + PATIENCE));
-        }
-    });
+    let result = runtime.block_on(wait(&mut finished, &mut stops, hang_up, (&stop, &asked)));
     match result {
         Some(Ok(result)) => result,
         Some(Err(_)) => match thread.join() {
@@ -177,5 +147,43 @@ pub(super) fn while_listening(
             log::say("ccsqm-gateway: stopped while it started; it has served nobody");
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// Waits for the result of the work, and passes signals on to it meanwhile. `None`: the work was to stop, and had not started.
+async fn wait<T>(
+    finished: &mut oneshot::Receiver<T>,
+    Stops { terminate, interrupt, hung_up }: &mut Stops,
+    hang_up: HangUp,
+    (stop, asked): (&watch::Sender<bool>, &Asked),
+) -> Option<Result<T, oneshot::error::RecvError>> {
+    let mut end = None;
+    loop {
+        let patience = async {
+            match end {
+                Some(end) => sleep_until(end).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            result = &mut *finished => return Some(result),
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hung_up.recv() => {
+                asked.reload.notify_one();
+                if hang_up == HangUp::Reloads {
+                    continue;
+                }
+            }
+            () = patience => {
+                if asked.decide() {
+                    return None;
+                }
+                end = None; // it serves, and drains
+                continue;
+            }
+        }
+        stop.send_replace(true);
+        end = end.or(Some(Instant::now() + PATIENCE));
     }
 }

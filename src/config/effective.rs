@@ -9,8 +9,9 @@ use serde_json::{Map, Value, json};
 use crate::model::redaction::Shown;
 
 use super::{
-    BareIds, Caller, Config, ContractSource, Control, Credential, Http2, Limit, ListenAddress, Listener,
-    ListenerTls, LogFormat, Route, SecretSource, WithoutKey,
+    Admin, Audit, BareIds, Caller, Config, ContractSource, Control, Credential, Http2, Idempotency, Limit,
+    ListenAddress, Listener, ListenerTls, LogFormat, Route, SecretSource, Server, Token, Upstream,
+    WithoutKey,
 };
 
 /// A caller that can use a credential.
@@ -42,91 +43,19 @@ pub struct Access {
 impl Config {
     /// Everything that is in effect, in the form of the file; what is not set is `null`.
     pub fn effective(&self) -> Value {
-        let Self {
-            listeners,
-            admin,
-            server,
-            upstream,
-            token,
-            credentials,
-            callers,
-            quota,
-            audit,
-            idempotency,
-            routes,
-            log,
-        } = self;
-        let headers: Map<String, Value> = upstream
-            .headers
-            .iter()
-            .map(|(name, value)| (name.to_string(), json!(value.to_str().unwrap_or_default())))
-            .collect();
-        let statuses: Vec<_> = token.refused_statuses.iter().map(|status| status.as_u16()).collect();
         json!({
-            "listeners": listeners.iter().map(listener).collect::<Vec<_>>(),
-            "admin": { "address": admin.address.to_string(), "hosts": admin.hosts, "control": control(&admin.control) },
-            "server": {
-                "workers": server.workers,
-                "max_connections": server.max_connections,
-                "max_in_flight": server.max_in_flight,
-                "max_body": size(server.max_body as u64),
-                "max_head": size(server.max_head as u64),
-                "max_unfinished": size(server.max_unfinished as u64),
-                "header_timeout": duration(server.header_timeout),
-                "body_timeout": duration(server.body_timeout),
-                "idle_timeout": duration(server.idle_timeout),
-                "drain_grace": duration(server.drain_grace),
-                "drain_timeout": duration(server.drain_timeout),
-            },
-            "upstream": {
-                "base_url": upstream.base_url.to_string(),
-                "connect_timeout": duration(upstream.connect_timeout),
-                "timeout": duration(upstream.timeout),
-                "idle_timeout": duration(upstream.idle_timeout),
-                "max_connections": upstream.max_connections,
-                "breaker_failures": upstream.breaker_failures,
-                "breaker_pause": duration(upstream.breaker_pause),
-                "http2": http2(upstream.http2),
-                "ca_file": upstream.ca_file.as_deref().map(whole_path),
-                "client_cert_file": upstream.identity.as_ref().map(|files| whole_path(&files.cert_file)),
-                "client_key_file": upstream.identity.as_ref().map(|files| whole_path(&files.key_file)),
-                "proxy": upstream.proxy.as_ref().map(ToString::to_string),
-                "proxy_user_file": upstream.proxy_login.as_ref().map(|files| whole_path(&files.user)),
-                "proxy_password_file": upstream.proxy_login.as_ref().map(|files| whole_path(&files.password)),
-                "headers": headers,
-                "reply_headers": upstream.reply_headers.iter().map(http::HeaderName::as_str).collect::<Vec<_>>(),
-            },
-            "token": {
-                "url": token.url.to_string(),
-                "lifetime": token.lifetime.map_or("none".to_owned(), duration),
-                "timeout": duration(token.timeout),
-                "wait": duration(token.wait),
-                "refused_statuses": statuses,
-            },
-            "credentials": credentials.iter().map(credential).collect::<Vec<_>>(),
-            "callers": callers.iter().map(caller).collect::<Vec<_>>(),
-            "quota": { "rate": rate(quota), "burst": quota.burst },
-            "audit": {
-                "directory": whole_path(&audit.directory),
-                "must_exist": audit.must_exist,
-                "durability": audit.durability.as_str(),
-                "segment_size": size(audit.segment_size),
-                "retain": audit.retain.map_or("forever".to_owned(), duration),
-                "max_size": audit.max_size.map_or("none".to_owned(), size),
-                "stranger_refusals": size(audit.refusals.strangers),
-                "caller_refusals": size(audit.refusals.callers),
-                "key_file": audit.key_file.as_deref().map(whole_path),
-                "fields": audit.fields.iter().map(|(name, shown)| (name.clone(), json!(self::shown(*shown)))).collect::<Map<_, _>>(),
-            },
-            "idempotency": {
-                "window": duration(idempotency.window),
-                "max_keys": idempotency.max_keys,
-                "reply_memory": size(idempotency.reply_memory),
-                "without_key": without_key(idempotency.without_key),
-                "fingerprint_window": duration(idempotency.fingerprint_window),
-            },
-            "log": { "level": log.level, "format": format(log.format), "requests": log.requests.as_str() },
-            "routes": routes.iter().map(route).collect::<Vec<_>>(),
+            "listeners": self.listeners.iter().map(listener).collect::<Vec<_>>(),
+            "admin": admin(&self.admin),
+            "server": server(&self.server),
+            "upstream": upstream(&self.upstream),
+            "token": token(&self.token),
+            "credentials": self.credentials.iter().map(credential).collect::<Vec<_>>(),
+            "callers": self.callers.iter().map(caller).collect::<Vec<_>>(),
+            "quota": { "rate": rate(&self.quota), "burst": self.quota.burst },
+            "audit": audit(&self.audit),
+            "idempotency": idempotency(&self.idempotency),
+            "log": { "level": self.log.level, "format": format(self.log.format), "requests": self.log.requests.as_str() },
+            "routes": self.routes.iter().map(route).collect::<Vec<_>>(),
         })
     }
 
@@ -171,6 +100,88 @@ fn control(control: &Control) -> Value {
 fn who(caller: &Caller) -> String {
     let who = caller.peer.who();
     caller.require_header.as_ref().map_or(who.clone(), |name| format!("{who} that sends {name}"))
+}
+
+fn admin(admin: &Admin) -> Value {
+    json!({ "address": admin.address.to_string(), "hosts": admin.hosts, "control": control(&admin.control) })
+}
+
+fn server(server: &Server) -> Value {
+    json!({
+        "workers": server.workers,
+        "max_connections": server.max_connections,
+        "max_in_flight": server.max_in_flight,
+        "max_body": size(server.max_body as u64),
+        "max_head": size(server.max_head as u64),
+        "max_unfinished": size(server.max_unfinished as u64),
+        "header_timeout": duration(server.header_timeout),
+        "body_timeout": duration(server.body_timeout),
+        "idle_timeout": duration(server.idle_timeout),
+        "drain_grace": duration(server.drain_grace),
+        "drain_timeout": duration(server.drain_timeout),
+    })
+}
+
+fn upstream(upstream: &Upstream) -> Value {
+    let headers: Map<String, Value> = upstream
+        .headers
+        .iter()
+        .map(|(name, value)| (name.to_string(), json!(value.to_str().unwrap_or_default())))
+        .collect();
+    json!({
+        "base_url": upstream.base_url.to_string(),
+        "connect_timeout": duration(upstream.connect_timeout),
+        "timeout": duration(upstream.timeout),
+        "idle_timeout": duration(upstream.idle_timeout),
+        "max_connections": upstream.max_connections,
+        "breaker_failures": upstream.breaker_failures,
+        "breaker_pause": duration(upstream.breaker_pause),
+        "http2": http2(upstream.http2),
+        "ca_file": upstream.ca_file.as_deref().map(whole_path),
+        "client_cert_file": upstream.identity.as_ref().map(|files| whole_path(&files.cert_file)),
+        "client_key_file": upstream.identity.as_ref().map(|files| whole_path(&files.key_file)),
+        "proxy": upstream.proxy.as_ref().map(ToString::to_string),
+        "proxy_user_file": upstream.proxy_login.as_ref().map(|files| whole_path(&files.user)),
+        "proxy_password_file": upstream.proxy_login.as_ref().map(|files| whole_path(&files.password)),
+        "headers": headers,
+        "reply_headers": upstream.reply_headers.iter().map(http::HeaderName::as_str).collect::<Vec<_>>(),
+    })
+}
+
+fn token(token: &Token) -> Value {
+    let statuses: Vec<_> = token.refused_statuses.iter().map(|status| status.as_u16()).collect();
+    json!({
+        "url": token.url.to_string(),
+        "lifetime": token.lifetime.map_or("none".to_owned(), duration),
+        "timeout": duration(token.timeout),
+        "wait": duration(token.wait),
+        "refused_statuses": statuses,
+    })
+}
+
+fn audit(audit: &Audit) -> Value {
+    json!({
+        "directory": whole_path(&audit.directory),
+        "must_exist": audit.must_exist,
+        "durability": audit.durability.as_str(),
+        "segment_size": size(audit.segment_size),
+        "retain": audit.retain.map_or("forever".to_owned(), duration),
+        "max_size": audit.max_size.map_or("none".to_owned(), size),
+        "stranger_refusals": size(audit.refusals.strangers),
+        "caller_refusals": size(audit.refusals.callers),
+        "key_file": audit.key_file.as_deref().map(whole_path),
+        "fields": audit.fields.iter().map(|(name, shown)| (name.clone(), json!(self::shown(*shown)))).collect::<Map<_, _>>(),
+    })
+}
+
+fn idempotency(idempotency: &Idempotency) -> Value {
+    json!({
+        "window": duration(idempotency.window),
+        "max_keys": idempotency.max_keys,
+        "reply_memory": size(idempotency.reply_memory),
+        "without_key": without_key(idempotency.without_key),
+        "fingerprint_window": duration(idempotency.fingerprint_window),
+    })
 }
 
 fn listener(Listener { address, hosts, allow_plaintext, tls }: &Listener) -> Value {
