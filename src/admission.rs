@@ -15,7 +15,7 @@ use crate::{
     concurrency::NoRoom,
     config::{self, BareIds, PeerRule},
     ids,
-    model::peer::Peer,
+    model::{index::CallerIndex, peer::Peer},
     rate_limit::Limiter,
     request_head::Inbound,
 };
@@ -24,7 +24,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Caller {
     /// Its place in the configuration.
-    pub index: usize,
+    pub index: CallerIndex,
     /// There is no other caller.
     pub is_alone: bool,
     /// The most keys that it may hold; `None`: half of all, or all if it is alone.
@@ -241,7 +241,7 @@ impl Caller {
             None => Arc::new(Limiter::new(raw.rate_limit)),
         };
         Self {
-            index,
+            index: CallerIndex(index),
             is_alone: count == 1,
             max_keys: raw.max_keys,
             name: raw.name.as_str().into(),
@@ -341,7 +341,7 @@ mod tests {
         let mut admission = Admission::default();
         let add = |admission: &mut Admission, name: &str, rule: PeerRule| {
             let caller = Arc::new(Caller {
-                index: 0,
+                index: CallerIndex(0),
                 is_alone: false,
                 max_keys: None,
                 name: name.into(),

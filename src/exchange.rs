@@ -25,7 +25,7 @@ use crate::{
     clock,
     concurrency::Room,
     idempotency::Claim,
-    model::{cause::Cause, code::Code},
+    model::{cause::Cause, code::Code, index::CredentialIndex},
     token::Token,
     upstream::{
         breaker::{Health, Passage},
@@ -46,8 +46,8 @@ pub struct Exchange {
     pub terms: Arc<Terms>,
     /// The route.
     pub route: Arc<Route>,
-    /// Index of the credential.
-    pub credential: usize,
+    /// Which credential.
+    pub credential: CredentialIndex,
     /// Its leave to meet the upstream.
     pub passage: Passage,
     /// The connection reserved before the intent.

@@ -153,7 +153,7 @@ impl Gateway {
         let first = record_first(&claim, record);
 
         record.enter(Stage::Token);
-        let token = from.presence.during(pin!(terms.slots[entered.routed.credential].token())).await??;
+        let token = from.presence.during(pin!(terms.slot(entered.routed.credential).token())).await??;
 
         record.enter(Stage::Quota);
         self.count_limit(Limit::Quota, terms.quota.take())?;

@@ -7,6 +7,7 @@ pub mod cause; // why a step on the way to the cloud failed
 pub mod code; // why the gateway itself answered
 pub mod durability; // when a record is safe
 pub mod header_names; // which header fields mean something
+pub mod index; // places in the lists of the configuration
 pub mod outcome; // what became of the task, and what a client may do about it
 pub mod peer; // the other end of a connection
 pub mod redaction; // what the trail hides

@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::{
     admission::{Admitted, Caller},
+    model::index::CredentialIndex,
     request_head::Inbound,
 };
 
@@ -24,12 +25,12 @@ pub struct Access {
     /// Its requests are refused for now.
     pub frozen: bool,
     /// With which credential each caller may use it, by the caller's index.
-    pub credentials: Vec<Option<usize>>,
+    pub credentials: Vec<Option<CredentialIndex>>,
 }
 
 impl Access {
-    fn credential_of(&self, caller: &Caller) -> Option<usize> {
-        *self.credentials.get(caller.index)?
+    fn credential_of(&self, caller: &Caller) -> Option<CredentialIndex> {
+        *self.credentials.get(caller.index.0)?
     }
 }
 
@@ -40,8 +41,8 @@ pub struct Routed<'a, R> {
     pub route: &'a R,
     /// Who acts, for `x-UserId`.
     pub operator: &'a HeaderValue,
-    /// Index of the credential.
-    pub credential: usize,
+    /// Which credential.
+    pub credential: CredentialIndex,
     /// Nothing is to be sent.
     pub is_dry_run: bool,
 }

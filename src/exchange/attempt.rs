@@ -110,12 +110,12 @@ impl Exchange {
 
     /// Where another token comes from.
     fn slot(&self) -> &Slot {
-        &self.terms.slots[self.credential]
+        self.terms.slot(self.credential)
     }
 
     /// Whether a refused token causes a fetch.
     pub(super) fn cooldown(&self) -> &Cooldown {
-        &self.route.cooldowns[self.credential]
+        &self.route.cooldowns[self.credential.0]
     }
 
     pub(super) fn is_refusal(&self, status: StatusCode) -> bool {

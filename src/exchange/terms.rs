@@ -10,7 +10,7 @@ use prometheus::IntCounterVec;
 use super::Route;
 use crate::{
     log::OncePerSecond,
-    model::request_id::RequestId,
+    model::{index::CredentialIndex, request_id::RequestId},
     rate_limit::Quota,
     reason::{Failures, Reason},
     token::{Slot, Token},
@@ -54,6 +54,11 @@ pub struct Metrics {
 }
 
 impl Terms {
+    /// Where the tokens of a credential come from.
+    pub fn slot(&self, CredentialIndex(index): CredentialIndex) -> &Slot {
+        &self.slots[index]
+    }
+
     /// No connection was had for a request.
     #[cold]
     pub fn unreachable(&self, passage: &mut Passage, none: &NoConnection, id: RequestId) {

@@ -32,7 +32,7 @@ impl Gateway {
         let would = self.idempotency.look(call, head)?;
 
         record.enter(Stage::Token);
-        let slot = &state.terms.slots[routed.credential];
+        let slot = state.terms.slot(routed.credential);
         let token = from.presence.during(pin!(slot.token())).await??;
 
         record.enter(Stage::Quota);

@@ -10,6 +10,7 @@ use crate::{
     contract::{Contract, SchemaError},
     exchange::{self, Cooldown},
     files,
+    model::index::CredentialIndex,
     result_rule::ResultRule,
     route::{Access, Routes},
 };
@@ -76,7 +77,7 @@ impl Route {
             let name = raw.credential.as_ref().unwrap_or(&caller.credential);
             let credential = config.credentials.iter().position(|credential| credential.name == *name)?;
             let may_use = caller.routes.contains(&raw.name);
-            may_use.then_some(credential)
+            may_use.then_some(CredentialIndex(credential))
         };
         let credentials = config.callers.iter().map(credential_of).collect();
         Ok(Self {
