@@ -137,13 +137,13 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
             }
         };
         let seat = seats.take().await;
-        tokio::spawn(converse(stream, seat, (admin.clone(), hosts.clone())));
+        tokio::spawn(converse(stream, seat, admin.clone(), hosts.clone()));
         yield_now().await; // so that who asks at once is answered before others can take its seat
     }
 }
 
 /// One request, one answer: who sends many and reads nothing costs no more than one.
-async fn converse(stream: TcpStream, seat: Seat, (admin, hosts): (Arc<Admin>, Arc<Hosts>)) {
+async fn converse(stream: TcpStream, seat: Seat, admin: Arc<Admin>, hosts: Arc<Hosts>) {
     let is_asked = Notify::new();
     let service = service_fn(|request| {
         seat.steps();

@@ -133,7 +133,7 @@ impl Admission {
     pub fn new(callers: &[config::Caller], limits: &HashMap<Arc<str>, Arc<Limiter>>) -> Self {
         let mut admission = Self::default();
         for (index, raw) in callers.iter().enumerate() {
-            let caller = Arc::new(Caller::new((index, callers.len()), raw, limits.get(raw.name.as_str())));
+            let caller = Arc::new(Caller::new(index, callers.len(), raw, limits.get(raw.name.as_str())));
             match &raw.peer {
                 PeerRule::Loopback | PeerRule::Network(_) => {
                     raw.peer.networks().iter().for_each(|network| admission.add(*network, &caller));
@@ -176,7 +176,8 @@ impl Admission {
     /// listener that asks for one.
     pub fn recognise(
         &self,
-        who: (Peer, Option<&[String]>),
+        peer: Peer,
+        names: Option<&[String]>,
         hosts: &Hosts,
         head: &Inbound<'_>,
     ) -> Result<Known<'_>, Denied> {
@@ -185,11 +186,11 @@ impl Admission {
         if head.is_browser {
             return Err(Denied::Browser);
         }
-        self.who(who).map(Known).ok_or(Denied::Caller)
+        self.who(peer, names).map(Known).ok_or(Denied::Caller)
     }
 
     /// Whose connection it is, whatever comes on it; names as in [`Admission::recognise`].
-    pub fn who(&self, (peer, names): (Peer, Option<&[String]>)) -> Option<&Arc<Caller>> {
+    pub fn who(&self, peer: Peer, names: Option<&[String]>) -> Option<&Arc<Caller>> {
         names.map_or_else(|| self.find(peer), |names| self.find_name(names))
     }
 
@@ -232,7 +233,7 @@ impl Admission {
 
 impl Caller {
     /// The caller of this index among so many.
-    fn new((index, count): (usize, usize), raw: &config::Caller, limit: Option<&Arc<Limiter>>) -> Self {
+    fn new(index: usize, count: usize, raw: &config::Caller, limit: Option<&Arc<Limiter>>) -> Self {
         let limit = match limit {
             Some(limit) => {
                 limit.set(raw.rate_limit);

@@ -158,8 +158,7 @@ impl App {
         self.log_start()?;
         let mut supervisor = Supervisor::new();
         read_past(&self, supervisor.vital("the reading of the trail"))?;
-        let changes = (&self.audit, &self.metrics.changes);
-        keep_up((&self.background, &supervisor), &self.bound, &self.egress, changes);
+        keep_up(&self, &supervisor);
         self.background.spawn(look(self.audit.clone(), supervisor.vitals()));
         let (stopping, stopped) = watch::channel(Stop::No);
         let (begin, may_begin) = watch::channel(false);
@@ -169,7 +168,7 @@ impl App {
         let admin = self.admin_state(source.as_ref(), accepting.clone(), watchdog.clone())?;
         let reload = source.map(|source| {
             let change = self.metrics.changes.of("configuration");
-            Reload::new(source, self.config.clone(), (self.state.clone(), self.audit.clone(), change))
+            Reload::new(source, self.config.clone(), self.state.clone(), self.audit.clone(), change)
         });
         let workers = self.start_workers(&WorkerTerms {
             stopped,
@@ -205,7 +204,7 @@ impl App {
                 () = stop => None,
                 ended = supervisor.ended() => Some(ended),
             };
-            drain(&config.server, hands_over, &bounds, &stopping, (alive, &mut done)).await;
+            drain(&config.server, hands_over, &bounds, &stopping, alive, &mut done).await;
             ended
         });
         let hangs = join(&workers);

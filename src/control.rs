@@ -258,7 +258,7 @@ impl Control {
             Err(error) => Answer::refused(&format!("not a request: {error}")),
             Ok(Request::Resolve(finding)) => {
                 let apply = |call: &_| self.idempotency.resolve(call, finding.result);
-                let resolved = self.audit.resolve(&self.directory, (&finding, uid), apply).await;
+                let resolved = self.audit.resolve(&self.directory, &finding, uid, apply).await;
                 Answer::of_resolution(&finding, resolved)
             }
             Ok(Request::AcceptClock) => {

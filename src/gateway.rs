@@ -191,7 +191,7 @@ impl Gateway {
         let &RequestParts { state, ref from, method, target, head } = request;
         let room = self.bounds.request(from.surplus);
         let room = room.map_err(|none| name_denied(state, from, record, none.into()))?;
-        let known = state.admission.recognise((from.peer, from.names), from.hosts, head);
+        let known = state.admission.recognise(from.peer, from.names, from.hosts, head);
         let known = known.map_err(|denied| name_denied(state, from, record, denied))?;
         let caller = known.caller();
         record.caller(caller.name.clone());
@@ -199,7 +199,7 @@ impl Gateway {
         self.metrics.credentials_dropped(head.credentials);
 
         record.enter(Stage::Route);
-        let routed = state.routes.find(&admitted, (method, target), head)?;
+        let routed = state.routes.find(&admitted, method, target, head)?;
         record.route(routed.route.exchange.name.clone());
         record.operator(routed.operator.clone());
 

@@ -76,7 +76,7 @@ fn read_as(path: &Path, name: String) -> Result<Vec<u8>, PemError> {
 
 /// All certificates that a file holds; at least one.
 pub(crate) fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, PemError> {
-    list(pem, path, ("certificate", "CERTIFICATE"))
+    list(pem, path, "certificate", "CERTIFICATE")
 }
 
 /// All revocation lists that a file holds; at least one.
@@ -84,14 +84,15 @@ pub(crate) fn revocation_lists(
     pem: &[u8],
     path: &Path,
 ) -> Result<Vec<CertificateRevocationListDer<'static>>, PemError> {
-    list(pem, path, ("revocation list", "X509 CRL"))
+    list(pem, path, "revocation list", "X509 CRL")
 }
 
 /// All sections of a kind, each of which must be read: a root that is passed over is missed when somebody calls.
 fn list<T: PemObject>(
     pem: &[u8],
     path: &Path,
-    (what, label): (&'static str, &'static str),
+    what: &'static str,
+    label: &'static str,
 ) -> Result<Vec<T>, PemError> {
     let (pem, name) = (unmarked(pem), || path.display().to_string());
     let items = T::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();

@@ -102,7 +102,9 @@ impl Reload {
     pub(crate) fn new(
         source: Source,
         config: Config,
-        (state, audit, change): (Arc<ArcSwap<State>>, Audit, Change),
+        state: Arc<ArcSwap<State>>,
+        audit: Audit,
+        change: Change,
     ) -> Self {
         let Source { path, overrides, set_log, asked } = source;
         let is_file = fs::metadata(&path).map_or(true, |found| found.is_file());

@@ -96,7 +96,8 @@ impl<R: AsRef<Access>> Routes<R> {
     pub fn find<'a>(
         &'a self,
         admitted: &Admitted<'a>,
-        (method, target): (&Method, &Uri),
+        method: &Method,
+        target: &Uri,
         head: &Inbound<'_>,
     ) -> Result<Routed<'a, R>, NoRoute> {
         let caller = admitted.caller();

@@ -14,7 +14,8 @@ pub(super) async fn drain(
     hands_over: bool,
     bounds: &Bounds,
     stopping: &watch::Sender<Stop>,
-    (alive, done): (mpsc::Sender<()>, &mut mpsc::Receiver<()>),
+    alive: mpsc::Sender<()>,
+    done: &mut mpsc::Receiver<()>,
 ) {
     let end = Instant::now() + server.drain_timeout;
     if hands_over || !server.drain_grace.is_zero() {

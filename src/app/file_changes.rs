@@ -1,36 +1,33 @@
 //! Certificates, and user and password for the proxy, that change while the gateway runs.
 
 use serde_json::{Map, json};
-use tokio::runtime::Runtime;
 
-use crate::{audit::Audit, changes::Changes, connect::Egress, server::Bound, supervisor::Supervisor};
+use super::App;
+use crate::{audit::Audit, changes::Changes, supervisor::Supervisor};
 
 /// Takes certificates, and user and password for the proxy, that change while the gateway runs, and puts on record what
 /// came of it.
-pub(super) fn keep_up(
-    (background, supervisor): (&Runtime, &Supervisor),
-    bound: &[Bound],
-    egress: &Egress,
-    (audit, changes): (&Audit, &Changes),
-) {
+pub(super) fn keep_up(app: &App, supervisor: &Supervisor) {
+    let App { background, bound, egress, audit, metrics, .. } = app;
+    let changes = &metrics.changes;
     for (tls, address) in bound.iter().filter_map(|bound| Some((bound.tls()?, bound.address.to_string()))) {
         let vital = supervisor.vital(format!("the certificates of {address}"));
-        let change = file_change(&CERTIFICATES, "listener", address, (audit, changes));
+        let change = file_change(&CERTIFICATES, "listener", address, audit, changes);
         background.spawn(vital.run(tls.clone().keep_up(change)));
     }
     if let Some(identity) = egress.identity().cloned() {
         let vital = supervisor.vital("the client certificate");
-        let change = file_change(&CERTIFICATES, "upstream", "client_cert_file".into(), (audit, changes));
+        let change = file_change(&CERTIFICATES, "upstream", "client_cert_file".into(), audit, changes);
         background.spawn(vital.run(identity.keep_up(change)));
     }
     if let Some(roots) = egress.roots().cloned() {
         let vital = supervisor.vital("the roots of the upstream");
-        let change = file_change(&CERTIFICATES, "upstream", "ca_file".into(), (audit, changes));
+        let change = file_change(&CERTIFICATES, "upstream", "ca_file".into(), audit, changes);
         background.spawn(vital.run(roots.keep_up(change)));
     }
     if let Some(login) = egress.login().cloned() {
         let vital = supervisor.vital("user and password for the proxy");
-        let change = file_change(&LOGIN, "upstream", "proxy_password_file".into(), (audit, changes));
+        let change = file_change(&LOGIN, "upstream", "proxy_password_file".into(), audit, changes);
         background.spawn(vital.run(login.keep_up(change)));
     }
 }
@@ -48,7 +45,8 @@ fn file_change(
     Kind { event, what }: &'static Kind,
     whose: &'static str,
     name: String,
-    (audit, changes): (&Audit, &Changes),
+    audit: &Audit,
+    changes: &Changes,
 ) -> impl Fn(Result<(), String>) + use<> {
     let (audit, change) = (audit.clone(), changes.of(format!("{whose} {name}")));
     move |taken| {

@@ -222,7 +222,8 @@ impl Audit {
     pub async fn resolve(
         &self,
         directory: &Path,
-        (finding, uid): (&Finding, u32),
+        finding: &Finding,
+        uid: u32,
         apply: impl FnOnce(&UnresolvedCall),
     ) -> Result<Resolved, ResolveError> {
         finding.check()?;

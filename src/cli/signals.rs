@@ -136,7 +136,7 @@ pub(super) fn while_listening(
         let asked = asked.clone();
         move || drop(done.send(work(asked)))
     })?;
-    let result = runtime.block_on(wait(&mut finished, &mut stops, hang_up, (&stop, &asked)));
+    let result = runtime.block_on(wait(&mut finished, &mut stops, hang_up, &stop, &asked));
     match result {
         Some(Ok(result)) => result,
         Some(Err(_)) => match thread.join() {
@@ -155,7 +155,8 @@ async fn wait<T>(
     finished: &mut oneshot::Receiver<T>,
     Stops { terminate, interrupt, hung_up }: &mut Stops,
     hang_up: HangUp,
-    (stop, asked): (&watch::Sender<bool>, &Asked),
+    stop: &watch::Sender<bool>,
+    asked: &Asked,
 ) -> Option<Result<T, oneshot::error::RecvError>> {
     let mut end = None;
     loop {

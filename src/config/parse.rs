@@ -80,7 +80,7 @@ fn read_config(context: &mut Context<'_>, root: Value) -> Config {
     let routes = read_routes(context, &mut root);
     let callers = read_callers(context, &mut root);
     let mut section = root.section(context, "quota");
-    let quota = read_limit(context, &mut section, "rate", (50, 1), 100);
+    let quota = read_limit(context, &mut section, "rate", 50, 100);
     section.close(context);
     let audit = read_audit(context, &mut root);
     let idempotency = read_idempotency(context, &mut root);
@@ -162,11 +162,11 @@ fn read_limit(
     context: &mut Context<'_>,
     table: &mut Table,
     rate: &'static str,
-    (count, seconds): (u32, u64),
+    per_second: u32,
     burst: u32,
 ) -> Limit {
     let one = NonZeroU32::MIN;
-    let default = (NonZeroU32::new(count).unwrap_or(one), Duration::from_secs(seconds));
+    let default = (NonZeroU32::new(per_second).unwrap_or(one), Duration::from_secs(1));
     let (count, period) = table.parsed(context, rate, default, parse_rate);
     let burst = table.integer(context, "burst", burst as usize, 1..=1_000_000);
     Limit { count, period, burst: u32::try_from(burst).ok().and_then(NonZeroU32::new).unwrap_or(one) }

@@ -51,7 +51,9 @@ impl Config {
         let effective = self.effective();
         let sections = effective.as_object().into_iter().flatten();
         let members = sections.filter_map(|(name, section)| Some((name, section.as_object()?)));
-        members.flat_map(|(name, members)| members.iter().map(|member| Setting::new(name, member))).collect()
+        members
+            .flat_map(|(name, members)| members.iter().map(|(key, value)| Setting::new(name, key, value)))
+            .collect()
     }
 }
 
@@ -63,7 +65,7 @@ struct Setting {
 }
 
 impl Setting {
-    fn new(section: &str, (key, value): (&String, &Value)) -> Self {
+    fn new(section: &str, key: &str, value: &Value) -> Self {
         let name = format!("{PREFIX}{section}__{key}").to_ascii_uppercase();
         Self { name, is_table: value.is_object() }
     }

@@ -140,7 +140,7 @@ impl Exchange {
         if is_withheld {
             describe_withheld(headers);
         }
-        let cause = failure((*status, outcome), rejected, progress);
+        let cause = failure(*status, outcome, rejected, progress);
         match cause {
             Some(cause) => self.tell_answer(cause, *status, progress),
             None => self.terms.failures.succeeded(),
@@ -236,7 +236,8 @@ impl Exchange {
 
 /// Why an answer is a failure, if it is one.
 fn failure(
-    (status, outcome): (StatusCode, Outcome),
+    status: StatusCode,
+    outcome: Outcome,
     rejected: Option<Code>,
     progress: &Progress,
 ) -> Option<Cause> {

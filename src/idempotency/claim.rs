@@ -120,7 +120,7 @@ impl Claim {
         let completion = match outcome {
             Outcome::Succeeded => {
                 let forced = self.forced.as_deref().map(|forced| forced.id);
-                return Some(Delivery::of_own_answer(&self.table, mark, (self.id, self.key, forced), names));
+                return Some(Delivery::of_own_answer(&self.table, mark, self.id, self.key, forced, names));
             }
             Outcome::NotSent | Outcome::Refused | Outcome::Failed => Completion::NotDone,
             Outcome::Unknown | Outcome::Replayed => Completion::Doubt(DoubtKind::Unknown),

@@ -84,7 +84,9 @@ impl Delivery {
     pub(super) fn of_own_answer(
         table: &Arc<Idempotency>,
         mark: Mark,
-        (id, key, forced): (Uuid, Option<Mark>, Option<Uuid>),
+        id: Uuid,
+        key: Option<Mark>,
+        forced: Option<Uuid>,
         names: Names,
     ) -> Self {
         let stands_for_unkeyed = false; // the table knows

@@ -27,9 +27,9 @@ pub(super) fn read_credentials(context: &mut Context<'_>, root: &mut Table) -> V
         .into_iter()
         .map(|mut table| {
             let name = read_name(context, &mut table, &mut names);
-            let app_key = read_secret(context, &mut table, ("app_key", "app_key_file", "app_key_env"));
+            let app_key = read_secret(context, &mut table, "app_key", "app_key_file", "app_key_env");
             let app_secret =
-                read_secret(context, &mut table, ("app_secret", "app_secret_file", "app_secret_env"));
+                read_secret(context, &mut table, "app_secret", "app_secret_file", "app_secret_env");
             table.close(context);
             Credential { name, app_key, app_secret }
         })
@@ -39,7 +39,9 @@ pub(super) fn read_credentials(context: &mut Context<'_>, root: &mut Table) -> V
 fn read_secret(
     context: &mut Context<'_>,
     table: &mut Table,
-    (inline, file, env): (&'static str, &'static str, &'static str),
+    inline: &'static str,
+    file: &'static str,
+    env: &'static str,
 ) -> SecretSource {
     let from_inline = table.members.remove(inline);
     let from_file = table.path(context, file);
@@ -53,10 +55,10 @@ fn read_secret(
     }
     match (from_file, from_env) {
         (Some(Found { value, place, key }), None) => {
-            good_secret(context, inline == "app_key", (SecretSource::File(value), &place, key))
+            good_secret(context, inline == "app_key", SecretSource::File(value), &place, key)
         }
         (None, Some(Found { value, place, key })) => {
-            good_secret(context, inline == "app_key", (SecretSource::Env(value), &place, key))
+            good_secret(context, inline == "app_key", SecretSource::Env(value), &place, key)
         }
         (Some(found), Some(_)) => {
             context.problem(&found.place, found.key, format!("either {file} or {env}, not both"));
@@ -76,7 +78,9 @@ fn read_secret(
 fn good_secret(
     context: &mut Context<'_>,
     is_app_key: bool,
-    (source, place, key): (SecretSource, &Place, String),
+    source: SecretSource,
+    place: &Place,
+    key: String,
 ) -> SecretSource {
     context.reads(place, &key);
     let files = context.files;
@@ -119,7 +123,7 @@ fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<
         table.lacks(context, "routes", "at least one is needed, as in [\"appointQualityTask\"]");
     }
     let routes = routes.into_iter().map(|found| context.refer(Referent::Route, found)).collect();
-    let rate_limit = read_limit(context, &mut table, "rate_limit", (20, 1), 40);
+    let rate_limit = read_limit(context, &mut table, "rate_limit", 20, 40);
     let require_header =
         table.parsed(context, "require_header", None, |text| parse_required_header(text).map(Some));
     let bare_ids = table.parsed(context, "bare_ids", BareIds::Detect, |text| {
