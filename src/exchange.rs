@@ -32,10 +32,10 @@ use crate::{
         pool::Reserved,
     },
 };
-use attempt::Arrived;
+use attempt::BufferedReply;
 pub use cooldown::Cooldown;
 pub use detached::{Detached, Exchanges};
-pub use reply::{BrokenOff, Failure, Piece, Reply, ReplyBody, Told};
+pub use reply::{BodyPart, BrokenOff, Failure, Reply, ReplyBody, Told};
 pub use route::Route;
 pub use terms::{Metrics, Terms};
 
@@ -82,7 +82,7 @@ struct Progress {
     /// Why no other token could be had.
     no_token: Option<Cause>,
     /// The last answer. Here, since it would be moved with each step back.
-    arrived: Option<Arrived>,
+    arrived: Option<BufferedReply>,
 }
 
 impl Progress {

@@ -32,7 +32,7 @@ use crate::{
     model::outcome::Outcome,
     preflight,
     request_head::Inbound,
-    result_rule::{Reply, ResultRule},
+    result_rule::{ReplyView, ResultRule},
 };
 
 /// The reader of this name, for a command line.
@@ -92,7 +92,7 @@ pub fn reply(bytes: &[u8]) {
     let truncated = kind & 8 > 0;
     let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
     let status = StatusCode::from_u16(status).unwrap();
-    let verdict = rule.classify(Reply { status, body, truncated });
+    let verdict = rule.classify(ReplyView { status, body, truncated });
     assert!(verdict.result_code.is_none_or(|code| code.len() <= 64));
     if status == StatusCode::OK && !truncated && depth(body) <= 32 {
         let plain = serde_json::from_slice(body).map(|Members(members)| plain_outcome(&members));

@@ -21,7 +21,7 @@ pub struct ResultRule {
 
 /// An upstream reply, as far as it is known when its outcome is decided.
 #[derive(Clone, Copy, Debug)]
-pub struct Reply<'a> {
+pub struct ReplyView<'a> {
     /// The status.
     pub status: StatusCode,
     /// The body, or its first bytes.
@@ -32,7 +32,7 @@ pub struct Reply<'a> {
 
 /// What a reply means.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Verdict {
+pub struct Classification {
     /// The outcome.
     pub outcome: Outcome,
     /// The one result code, cut at 64 bytes.
@@ -56,8 +56,8 @@ impl ResultRule {
     }
 
     /// Classifies a reply that arrived. A reply that broke off before its end is not for here: unknown.
-    pub fn classify(&self, reply: Reply<'_>) -> Verdict {
-        let plain = |outcome| Verdict { outcome, result_code: None };
+    pub fn classify(&self, reply: ReplyView<'_>) -> Classification {
+        let plain = |outcome| Classification { outcome, result_code: None };
         match reply.status.as_u16() {
             200 => self.classify_ok(reply),
             400 | 404 | 405 | 411 | 413 | 414 | 415 | 422 | 431 => plain(Outcome::Failed),
@@ -67,8 +67,8 @@ impl ResultRule {
         }
     }
 
-    fn classify_ok(&self, reply: Reply<'_>) -> Verdict {
-        let unknown = Verdict { outcome: Outcome::Unknown, result_code: None };
+    fn classify_ok(&self, reply: ReplyView<'_>) -> Classification {
+        let unknown = Classification { outcome: Outcome::Unknown, result_code: None };
         // Whatever `Content-Encoding` says: a body that is coded is no JSON object, and one that is not is read.
         self.judge(reply.body, reply.truncated)
             .or_else(|| self.judge(&quote_slip(reply.body, &self.field)?, reply.truncated))
@@ -76,7 +76,7 @@ impl ResultRule {
     }
 
     /// What a body means; `None` when it is not a JSON object.
-    fn judge(&self, body: &[u8], truncated: bool) -> Option<Verdict> {
+    fn judge(&self, body: &[u8], truncated: bool) -> Option<Classification> {
         let mut codes = Codes::default();
         let mut cursor = Cursor::new(body);
         if codes.read(&mut cursor, &self.field).is_err() && !(truncated && cursor.is_cut()) {
@@ -88,7 +88,7 @@ impl ResultRule {
             Some(code) if self.success.iter().any(|success| code.equals(success)) => Outcome::Succeeded,
             Some(_) => Outcome::Failed,
         };
-        Some(Verdict { outcome, result_code: code.and_then(Code::text) })
+        Some(Classification { outcome, result_code: code.and_then(Code::text) })
     }
 }
 
@@ -208,7 +208,7 @@ mod tests {
         verdict(status, body, false).outcome
     }
 
-    fn verdict(status: u16, body: &str, truncated: bool) -> Verdict {
+    fn verdict(status: u16, body: &str, truncated: bool) -> Classification {
         judged(status, body.as_bytes(), truncated)
     }
 
@@ -216,10 +216,10 @@ mod tests {
         judged(200, body, truncated).outcome
     }
 
-    fn judged(status: u16, body: &[u8], truncated: bool) -> Verdict {
+    fn judged(status: u16, body: &[u8], truncated: bool) -> Classification {
         let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
         let status = StatusCode::from_u16(status).unwrap();
-        rule.classify(Reply { status, body, truncated })
+        rule.classify(ReplyView { status, body, truncated })
     }
 
     #[test]

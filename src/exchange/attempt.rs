@@ -144,7 +144,7 @@ impl Exchange {
                         let text = format!("status {}: no other protocol was asked for", response.status());
                         return Err(Broken::broke_off(Reason::new(Cause::ReplyUnreadable, text)));
                     }
-                    let arrived = progress.arrived.insert(Arrived::new(response));
+                    let arrived = progress.arrived.insert(BufferedReply::new(response));
                     arrived.read().await?;
                     let status = arrived.status;
                     progress.mark = self.connection.written();
@@ -166,7 +166,7 @@ impl Exchange {
 
 /// An answer whose head and first bytes are read.
 #[derive(Debug)]
-pub(super) struct Arrived {
+pub(super) struct BufferedReply {
     pub(super) version: Version,
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
@@ -175,7 +175,7 @@ pub(super) struct Arrived {
     pub(super) rest: Option<Incoming>,
 }
 
-impl Arrived {
+impl BufferedReply {
     /// An answer of which nothing but the head is read.
     fn new(response: Response<Incoming>) -> Self {
         let (head, rest) = response.into_parts();

@@ -9,10 +9,10 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     Exchange, Failure, Progress, Reply, ReplyBody, Told,
-    attempt::Arrived,
+    attempt::BufferedReply,
     reply::{JSON, stand_in},
     settlement::{Finished, Pending, finish},
-    streaming::Tail,
+    streaming::StreamedReply,
 };
 use crate::{
     audit::{Answer, StoredReply},
@@ -23,7 +23,7 @@ use crate::{
         outcome::{Outcome, ResultCode, Retry},
     },
     reason::Reason,
-    result_rule::{Reply as Judged, Verdict},
+    result_rule::{Classification, ReplyView},
     secret::needles,
     token::Token,
     upstream::{
@@ -57,7 +57,7 @@ impl Exchange {
     #[inline(always)] // or what it takes is moved once more
     pub(super) fn conclude(
         self,
-        mut arrived: Arrived,
+        mut arrived: BufferedReply,
         progress: &Progress,
         deadline: Instant,
     ) -> (Told, Option<Box<Pending>>) {
@@ -70,7 +70,7 @@ impl Exchange {
             let failure = Failure { code, outcome: Outcome::Refused, cause, retry_after };
             return (Err(failure), finished.pending);
         }
-        let Arrived { version, mut headers, body, rest, .. } = arrived;
+        let BufferedReply { version, mut headers, body, rest, .. } = arrived;
         let is_keyed = self.claim.is_keyed();
         if is_keyed && rest.is_none() && matches!(outcome, Outcome::Succeeded | Outcome::Failed) {
             answer.reply = StoredReply::new(status, &headers, &body).map(Arc::new);
@@ -93,7 +93,7 @@ impl Exchange {
             }
             Some(rest) => {
                 let (sender, receiver) = mpsc::channel(1);
-                let tail = Tail {
+                let tail = StreamedReply {
                     version,
                     rest,
                     terms: self.terms,
@@ -113,10 +113,10 @@ impl Exchange {
 
     /// What an answer means. Takes out of it what the caller must not see.
     #[inline]
-    fn view(&self, arrived: &mut Arrived, progress: &Progress) -> View {
-        let Arrived { status, headers, body, rest, .. } = arrived;
-        let judged = Judged { status: *status, body, truncated: rest.is_some() };
-        let Verdict { outcome, mut result_code } = self.route.result.classify(judged);
+    fn view(&self, arrived: &mut BufferedReply, progress: &Progress) -> View {
+        let BufferedReply { status, headers, body, rest, .. } = arrived;
+        let judged = ReplyView { status: *status, body, truncated: rest.is_some() };
+        let Classification { outcome, mut result_code } = self.route.result.classify(judged);
         // A proxy in front can answer anything; a result code comes from behind the check of the token.
         let is_from_business = result_code.is_some();
         let rejected = match progress.refused {

@@ -50,14 +50,14 @@ pub struct Reply {
 pub enum ReplyBody {
     /// Read whole.
     Whole(Bytes),
-    /// Longer than what decides: handed on as it comes. Without a [`Piece::Last`] it broke off, and the
+    /// Longer than what decides: handed on as it comes. Without a [`BodyPart::Last`] it broke off, and the
     /// caller's connection is aborted.
-    Long(mpsc::Receiver<Piece>),
+    Long(mpsc::Receiver<BodyPart>),
 }
 
 /// A piece of a long reply.
 #[derive(Debug)]
-pub enum Piece {
+pub enum BodyPart {
     /// More will come.
     More(Bytes),
     /// The end.

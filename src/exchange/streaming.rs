@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::{
-    Piece, Route, Terms,
+    BodyPart, Route, Terms,
     attempt::{cut_short, is_whole},
     conclude::quotes,
     settlement::{Finished, committed, finish},
@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The rest of a long reply. Reads on when the caller is gone, so that the record says how it ended.
-pub(super) struct Tail {
+pub(super) struct StreamedReply {
     pub(super) version: Version,
     pub(super) rest: Incoming,
     pub(super) terms: Arc<Terms>,
@@ -37,13 +37,13 @@ pub(super) struct Tail {
     pub(super) token: Token,
     pub(super) first_token: Option<Token>,
     /// `None` once the caller is gone or does not take what comes.
-    pub(super) sender: Option<mpsc::Sender<Piece>>,
+    pub(super) sender: Option<mpsc::Sender<BodyPart>>,
     /// The record, what it will say, and the claim; `None` once they are closed.
     pub(super) open: Option<(Record, Answer, Claim)>,
     pub(super) _room: Room,
 }
 
-impl Tail {
+impl StreamedReply {
     /// Holds back as much as may begin a secret that is quoted, and at least one byte, so that the outcome is recorded
     /// before the last one. It searches when as much again has come, so that small pieces do
     /// not make it search the same bytes over and over.
@@ -57,7 +57,7 @@ impl Tail {
                     return self.cut_off(deadline).await;
                 }
                 let piece = held.split_to(held.len() - kept).freeze();
-                self.hand_on(Piece::More(piece), deadline).await;
+                self.hand_on(BodyPart::More(piece), deadline).await;
                 clock::refresh(); // pieces may come without a pause, and the search takes time
             }
             match timeout_at(deadline, self.rest.frame()).await {
@@ -70,7 +70,7 @@ impl Tail {
                     connection.give_back();
                     // If it fails, the caller sees the reply break off, and asks again with its key.
                     if let Ok(delivery) = committed(finished, deadline).await {
-                        self.hand_on(Piece::Last(held.freeze()), deadline).await;
+                        self.hand_on(BodyPart::Last(held.freeze()), deadline).await;
                         self.settle(delivery);
                     }
                     return;
@@ -110,7 +110,7 @@ impl Tail {
     }
 
     /// A piece that is lost must be the last one that is tried: the caller shall see the break.
-    async fn hand_on(&mut self, piece: Piece, deadline: Instant) {
+    async fn hand_on(&mut self, piece: BodyPart, deadline: Instant) {
         let Some(sender) = &self.sender else { return };
         if !matches!(timeout_at(deadline, sender.send(piece)).await, Ok(Ok(()))) {
             self.sender = None;
@@ -131,7 +131,7 @@ impl Tail {
 }
 
 /// Cut off by a stop: what the caller was told is what the record says.
-impl Drop for Tail {
+impl Drop for StreamedReply {
     fn drop(&mut self) {
         drop(self.close(Some("the gateway stopped while the reply was passed on")));
     }

@@ -14,7 +14,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use super::RequestOrigin;
 use crate::{
     error::Error,
-    exchange::{BrokenOff, Piece, Reply, ReplyBody},
+    exchange::{BodyPart, BrokenOff, Reply, ReplyBody},
     model::{
         code::Code,
         outcome::{Outcome, Retry},
@@ -67,7 +67,7 @@ enum Content {
     /// All there is.
     Whole(Option<Bytes>),
     /// Pieces of a long reply; `None` behind the last one.
-    Long(Option<tokio::sync::mpsc::Receiver<Piece>>),
+    Long(Option<tokio::sync::mpsc::Receiver<BodyPart>>),
 }
 
 impl Body for ResponseBody {
@@ -83,8 +83,8 @@ impl Body for ResponseBody {
             Content::Long(pieces) => {
                 let Some(coming) = pieces else { return Poll::Ready(None) };
                 Poll::Ready(Some(match ready!(coming.poll_recv(cx)) {
-                    Some(Piece::More(bytes)) => Ok(Frame::data(bytes)),
-                    Some(Piece::Last(bytes)) => {
+                    Some(BodyPart::More(bytes)) => Ok(Frame::data(bytes)),
+                    Some(BodyPart::Last(bytes)) => {
                         *pieces = None;
                         Ok(Frame::data(bytes))
                     }
