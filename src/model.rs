@@ -1,6 +1,34 @@
 //! The words that the rest of the gateway speaks in: plain data without I/O, which imports nothing but tools.
 //!
-//! An enum here has `as_str`, the word of the wire, and `ALL`, in the order of the documentation.
+//! Enums are tables of the words of the wire.
+
+/// Makes an enum of a table of its variants and their words: with `ALL`, `COUNT`, `as_str` and `Display`.
+macro_rules! words {
+    ($(#[$of_all:meta])* $name:ident { $($(#[$of_one:meta])* $variant:ident = $word:literal,)+ }) => {
+        $(#[$of_all])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$of_one])* $variant,)+ }
+
+        impl $name {
+            /// All of them, in the order of the documentation.
+            pub const ALL: [Self; Self::COUNT] = [$(Self::$variant),+];
+
+            /// How many there are.
+            pub const COUNT: usize = [$($word),+].len();
+
+            /// The word.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word),+ }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    };
+}
 
 pub mod audit_fields; // the members of the trail's records
 pub mod cause; // why a step on the way to the cloud failed

@@ -1,125 +1,63 @@
 //! Why a step on the way to the cloud, or a caller's TLS handshake, failed: one word, the same in problem, trail, metric, `/status`
 //! and log.
 
-use std::fmt;
-
 use serde::{Serialize, Serializer};
 
-/// The cause of a failure. Stable: callers and alerts may match on its word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Cause {
-    /// The name does not resolve.
-    Dns,
-    /// Without TLS nothing is sent beyond loopback, and the name leads there.
-    NotLoopback,
-    /// Nobody listens at the address.
-    Refused,
-    /// There is no way to the address.
-    Unreachable,
-    /// It took too long.
-    Timeout,
-    /// The other side closed or reset the connection.
-    Reset,
-    /// The gateway's own machine denies it: it has no file, port or memory left, or a rule of its own forbids the way.
-    Local,
-    /// The certificate is of no root that is trusted, or is revoked or malformed; or there is none.
-    TlsUntrusted,
-    /// The certificate has expired, or is not valid yet.
-    TlsExpired,
-    /// The certificate is for another name.
-    TlsName,
-    /// The other side refuses the gateway's own certificate, or wants one.
-    TlsIdentity,
-    /// No TLS, or none that both sides speak.
-    TlsProtocol,
-    /// The proxy opens no tunnel.
-    ProxyRefused,
-    /// The proxy wants credentials, or refuses the gateway's.
-    ProxyCredentials,
-    /// The proxy's answer is not one to CONNECT, or not within bounds.
-    ProxyUnreadable,
-    /// The proxy closed the connection before its answer was whole.
-    ProxyCut,
-    /// The upstream says that it did not process the request, or allows none.
-    NotProcessed,
-    /// The answer is not HTTP, or not within bounds.
-    ReplyUnreadable,
-    /// The answer broke off.
-    ReplyCut,
-    /// The upstream answered with 502, 503 or 504.
-    ReplyStatus,
-    /// The upstream refuses a token that was just fetched.
-    TokenRejected,
-    /// The token endpoint refuses the credential.
-    TokenRefused,
-    /// The token endpoint answered with a status that may pass.
-    TokenStatus,
-    /// The token endpoint's answer holds no usable token.
-    TokenUnreadable,
+words! {
+    /// The cause of a failure. Stable: callers and alerts may match on its word.
+    Cause {
+        /// The name does not resolve.
+        Dns = "dns",
+        /// Without TLS nothing is sent beyond loopback, and the name leads there.
+        NotLoopback = "not_loopback",
+        /// Nobody listens at the address.
+        Refused = "refused",
+        /// There is no way to the address.
+        Unreachable = "unreachable",
+        /// It took too long.
+        Timeout = "timeout",
+        /// The other side closed or reset the connection.
+        Reset = "reset",
+        /// The gateway's own machine denies it: it has no file, port or memory left, or a rule of its own forbids the way.
+        Local = "local",
+        /// The certificate is of no root that is trusted, or is revoked or malformed; or there is none.
+        TlsUntrusted = "tls_untrusted",
+        /// The certificate has expired, or is not valid yet.
+        TlsExpired = "tls_expired",
+        /// The certificate is for another name.
+        TlsName = "tls_name",
+        /// The other side refuses the gateway's own certificate, or wants one.
+        TlsIdentity = "tls_identity",
+        /// No TLS, or none that both sides speak.
+        TlsProtocol = "tls_protocol",
+        /// The proxy opens no tunnel.
+        ProxyRefused = "proxy_refused",
+        /// The proxy wants credentials, or refuses the gateway's.
+        ProxyCredentials = "proxy_credentials",
+        /// The proxy's answer is not one to CONNECT, or not within bounds.
+        ProxyUnreadable = "proxy_unreadable",
+        /// The proxy closed the connection before its answer was whole.
+        ProxyCut = "proxy_cut",
+        /// The upstream says that it did not process the request, or allows none.
+        NotProcessed = "not_processed",
+        /// The answer is not HTTP, or not within bounds.
+        ReplyUnreadable = "reply_unreadable",
+        /// The answer broke off.
+        ReplyCut = "reply_cut",
+        /// The upstream answered with 502, 503 or 504.
+        ReplyStatus = "reply_status",
+        /// The upstream refuses a token that was just fetched.
+        TokenRejected = "token_rejected",
+        /// The token endpoint refuses the credential.
+        TokenRefused = "token_refused",
+        /// The token endpoint answered with a status that may pass.
+        TokenStatus = "token_status",
+        /// The token endpoint's answer holds no usable token.
+        TokenUnreadable = "token_unreadable",
+    }
 }
 
 impl Cause {
-    /// How many there are.
-    pub const COUNT: usize = 24;
-
-    /// All of them.
-    pub const ALL: [Self; Self::COUNT] = [
-        Self::Dns,
-        Self::NotLoopback,
-        Self::Refused,
-        Self::Unreachable,
-        Self::Timeout,
-        Self::Reset,
-        Self::Local,
-        Self::TlsUntrusted,
-        Self::TlsExpired,
-        Self::TlsName,
-        Self::TlsIdentity,
-        Self::TlsProtocol,
-        Self::ProxyRefused,
-        Self::ProxyCredentials,
-        Self::ProxyUnreadable,
-        Self::ProxyCut,
-        Self::NotProcessed,
-        Self::ReplyUnreadable,
-        Self::ReplyCut,
-        Self::ReplyStatus,
-        Self::TokenRejected,
-        Self::TokenRefused,
-        Self::TokenStatus,
-        Self::TokenUnreadable,
-    ];
-
-    /// The word.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Dns => "dns",
-            Self::NotLoopback => "not_loopback",
-            Self::Refused => "refused",
-            Self::Unreachable => "unreachable",
-            Self::Timeout => "timeout",
-            Self::Reset => "reset",
-            Self::Local => "local",
-            Self::TlsUntrusted => "tls_untrusted",
-            Self::TlsExpired => "tls_expired",
-            Self::TlsName => "tls_name",
-            Self::TlsIdentity => "tls_identity",
-            Self::TlsProtocol => "tls_protocol",
-            Self::ProxyRefused => "proxy_refused",
-            Self::ProxyCredentials => "proxy_credentials",
-            Self::ProxyUnreadable => "proxy_unreadable",
-            Self::ProxyCut => "proxy_cut",
-            Self::NotProcessed => "not_processed",
-            Self::ReplyUnreadable => "reply_unreadable",
-            Self::ReplyCut => "reply_cut",
-            Self::ReplyStatus => "reply_status",
-            Self::TokenRejected => "token_rejected",
-            Self::TokenRefused => "token_refused",
-            Self::TokenStatus => "token_status",
-            Self::TokenUnreadable => "token_unreadable",
-        }
-    }
-
     /// What it means of the other side, *it*, in words that a caller may read.
     pub const fn meaning(self) -> &'static str {
         match self {
@@ -150,12 +88,6 @@ impl Cause {
             Self::TokenStatus => "it answers with an error",
             Self::TokenUnreadable => "its answer holds no usable token",
         }
-    }
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
     }
 }
 

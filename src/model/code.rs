@@ -1,183 +1,94 @@
 //! Why the gateway itself answered: one word, its status, its title, and what a client may do.
 
-use std::fmt;
-
 use http::StatusCode;
 
 use super::outcome::{Outcome, Retry};
 
-/// Why the gateway itself answered. One word per cause; stable, callers may match on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Code {
-    /// The gateway is stopping.
-    Draining,
-    /// A bound on concurrent work is reached.
-    Overloaded,
-    /// The head breaks a rule that keeps requests unambiguous.
-    HeadInvalid,
-    /// `Host` is not one of the listener's names.
-    HostUnknown,
-    /// The request comes from a browser.
-    BrowserRefused,
-    /// No configured caller matches this peer.
-    CallerDenied,
-    /// A header is missing that this caller's requests must carry.
-    HeaderMissing,
-    /// The caller, or the route, is refused for now.
-    Frozen,
-    /// No route has this path.
-    RouteUnknown,
-    /// The route exists, the method is another.
-    MethodNotAllowed,
-    /// Absolute-form, query, or a path that is not in its plain spelling.
-    TargetInvalid,
-    /// This caller may not use this route.
-    RouteDenied,
-    /// This caller may not act as this operator.
-    OperatorDenied,
-    /// The caller's own limit is spent.
-    RateLimited,
-    /// The body is larger than `max_body`.
-    BodyTooLarge,
-    /// Not `application/json` in UTF-8, or content-coded.
-    MediaTypeUnsupported,
-    /// An `Expect` other than `100-continue`.
-    ExpectationFailed,
-    /// The body did not arrive in time.
-    BodyTimeout,
-    /// The body ended early, or its framing is not plain.
-    BodyIncomplete,
-    /// The body has trailer fields.
-    Trailers,
-    /// The body is not strict JSON.
-    BodyNotJson,
-    /// The body breaks the route's contract.
-    ContractViolation,
-    /// `Idempotency-Key` or `Idempotency-Force` breaks its rules, or a key is needed.
-    IdempotencyKeyInvalid,
-    /// The key stands for another call.
-    IdempotencyMismatch,
-    /// The first call with this key is not over.
-    RequestInProgress,
-    /// Nobody knows what became of the first call with this key.
-    OutcomeUnknown,
-    /// An equal call is at work, of unknown outcome, or done without its caller having learnt of it.
-    DuplicateSuspected,
-    /// No call can be remembered: too many are, or those before the start are still being read.
-    IdempotencyUnavailable,
-    /// No usable token, and none came in time.
-    TokenUnavailable,
-    /// The token endpoint refuses the credential.
-    CredentialRefused,
-    /// The shared quota is spent.
-    QuotaExhausted,
-    /// The upstream failed too often and is left alone.
-    UpstreamSuspended,
-    /// No connection to the upstream.
-    UpstreamUnreachable,
-    /// The intent could not be made safe.
-    AuditUnavailable,
-    /// No answer within the exchange's deadline.
-    UpstreamTimeout,
-    /// The answer broke off or is not HTTP.
-    UpstreamBroken,
-    /// The upstream refuses every token we can get.
-    CredentialRejected,
-    /// The caller went away before its request was sent. Never answered, only recorded.
-    CallerLeft,
-    /// A fault of the gateway's own.
-    Internal,
+words! {
+    /// Why the gateway itself answered. One word per cause; stable, callers may match on it.
+    Code {
+        /// The gateway is stopping.
+        Draining = "draining",
+        /// A bound on concurrent work is reached.
+        Overloaded = "overloaded",
+        /// The head breaks a rule that keeps requests unambiguous.
+        HeadInvalid = "head_invalid",
+        /// `Host` is not one of the listener's names.
+        HostUnknown = "host_unknown",
+        /// The request comes from a browser.
+        BrowserRefused = "browser_refused",
+        /// No configured caller matches this peer.
+        CallerDenied = "caller_denied",
+        /// A header is missing that this caller's requests must carry.
+        HeaderMissing = "header_missing",
+        /// The caller, or the route, is refused for now.
+        Frozen = "frozen",
+        /// No route has this path.
+        RouteUnknown = "route_unknown",
+        /// The route exists, the method is another.
+        MethodNotAllowed = "method_not_allowed",
+        /// Absolute-form, query, or a path that is not in its plain spelling.
+        TargetInvalid = "target_invalid",
+        /// This caller may not use this route.
+        RouteDenied = "route_denied",
+        /// This caller may not act as this operator.
+        OperatorDenied = "operator_denied",
+        /// The caller's own limit is spent.
+        RateLimited = "rate_limited",
+        /// The body is larger than `max_body`.
+        BodyTooLarge = "body_too_large",
+        /// Not `application/json` in UTF-8, or content-coded.
+        MediaTypeUnsupported = "media_type_unsupported",
+        /// An `Expect` other than `100-continue`.
+        ExpectationFailed = "expectation_failed",
+        /// The body did not arrive in time.
+        BodyTimeout = "body_timeout",
+        /// The body ended early, or its framing is not plain.
+        BodyIncomplete = "body_incomplete",
+        /// The body has trailer fields.
+        Trailers = "trailers",
+        /// The body is not strict JSON.
+        BodyNotJson = "body_not_json",
+        /// The body breaks the route's contract.
+        ContractViolation = "contract_violation",
+        /// `Idempotency-Key` or `Idempotency-Force` breaks its rules, or a key is needed.
+        IdempotencyKeyInvalid = "idempotency_key_invalid",
+        /// The key stands for another call.
+        IdempotencyMismatch = "idempotency_mismatch",
+        /// The first call with this key is not over.
+        RequestInProgress = "request_in_progress",
+        /// Nobody knows what became of the first call with this key.
+        OutcomeUnknown = "outcome_unknown",
+        /// An equal call is at work, of unknown outcome, or done without its caller having learnt of it.
+        DuplicateSuspected = "duplicate_suspected",
+        /// No call can be remembered: too many are, or those before the start are still being read.
+        IdempotencyUnavailable = "idempotency_unavailable",
+        /// No usable token, and none came in time.
+        TokenUnavailable = "token_unavailable",
+        /// The token endpoint refuses the credential.
+        CredentialRefused = "credential_refused",
+        /// The shared quota is spent.
+        QuotaExhausted = "quota_exhausted",
+        /// The upstream failed too often and is left alone.
+        UpstreamSuspended = "upstream_suspended",
+        /// No connection to the upstream.
+        UpstreamUnreachable = "upstream_unreachable",
+        /// The intent could not be made safe.
+        AuditUnavailable = "audit_unavailable",
+        /// No answer within the exchange's deadline.
+        UpstreamTimeout = "upstream_timeout",
+        /// The answer broke off or is not HTTP.
+        UpstreamBroken = "upstream_broken",
+        /// The upstream refuses every token we can get.
+        CredentialRejected = "credential_rejected",
+        /// The caller went away before its request was sent. Never answered, only recorded.
+        CallerLeft = "caller_left",
+        /// A fault of the gateway's own.
+        Internal = "internal",
+    }
 }
 
 impl Code {
-    /// All codes, in the order of the stages.
-    pub const ALL: [Self; 39] = [
-        Self::Draining,
-        Self::Overloaded,
-        Self::HeadInvalid,
-        Self::HostUnknown,
-        Self::BrowserRefused,
-        Self::CallerDenied,
-        Self::HeaderMissing,
-        Self::Frozen,
-        Self::RouteUnknown,
-        Self::MethodNotAllowed,
-        Self::TargetInvalid,
-        Self::RouteDenied,
-        Self::OperatorDenied,
-        Self::RateLimited,
-        Self::BodyTooLarge,
-        Self::MediaTypeUnsupported,
-        Self::ExpectationFailed,
-        Self::BodyTimeout,
-        Self::BodyIncomplete,
-        Self::Trailers,
-        Self::BodyNotJson,
-        Self::ContractViolation,
-        Self::IdempotencyKeyInvalid,
-        Self::IdempotencyMismatch,
-        Self::RequestInProgress,
-        Self::OutcomeUnknown,
-        Self::DuplicateSuspected,
-        Self::IdempotencyUnavailable,
-        Self::TokenUnavailable,
-        Self::CredentialRefused,
-        Self::QuotaExhausted,
-        Self::UpstreamSuspended,
-        Self::UpstreamUnreachable,
-        Self::AuditUnavailable,
-        Self::UpstreamTimeout,
-        Self::UpstreamBroken,
-        Self::CredentialRejected,
-        Self::CallerLeft,
-        Self::Internal,
-    ];
-
-    /// The word used in problems, `x-gateway-error`, audit records and metric labels.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Draining => "draining",
-            Self::Overloaded => "overloaded",
-            Self::HeadInvalid => "head_invalid",
-            Self::HostUnknown => "host_unknown",
-            Self::BrowserRefused => "browser_refused",
-            Self::CallerDenied => "caller_denied",
-            Self::HeaderMissing => "header_missing",
-            Self::Frozen => "frozen",
-            Self::RouteUnknown => "route_unknown",
-            Self::MethodNotAllowed => "method_not_allowed",
-            Self::TargetInvalid => "target_invalid",
-            Self::RouteDenied => "route_denied",
-            Self::OperatorDenied => "operator_denied",
-            Self::RateLimited => "rate_limited",
-            Self::BodyTooLarge => "body_too_large",
-            Self::MediaTypeUnsupported => "media_type_unsupported",
-            Self::ExpectationFailed => "expectation_failed",
-            Self::BodyTimeout => "body_timeout",
-            Self::BodyIncomplete => "body_incomplete",
-            Self::Trailers => "trailers",
-            Self::BodyNotJson => "body_not_json",
-            Self::ContractViolation => "contract_violation",
-            Self::IdempotencyKeyInvalid => "idempotency_key_invalid",
-            Self::IdempotencyMismatch => "idempotency_mismatch",
-            Self::RequestInProgress => "request_in_progress",
-            Self::OutcomeUnknown => "outcome_unknown",
-            Self::DuplicateSuspected => "duplicate_suspected",
-            Self::IdempotencyUnavailable => "idempotency_unavailable",
-            Self::TokenUnavailable => "token_unavailable",
-            Self::CredentialRefused => "credential_refused",
-            Self::QuotaExhausted => "quota_exhausted",
-            Self::UpstreamSuspended => "upstream_suspended",
-            Self::UpstreamUnreachable => "upstream_unreachable",
-            Self::AuditUnavailable => "audit_unavailable",
-            Self::UpstreamTimeout => "upstream_timeout",
-            Self::UpstreamBroken => "upstream_broken",
-            Self::CredentialRejected => "credential_rejected",
-            Self::CallerLeft => "caller_left",
-            Self::Internal => "internal",
-        }
-    }
-
     /// The status that the caller gets.
     pub const fn status(self) -> StatusCode {
         match self {
@@ -314,11 +225,5 @@ impl Code {
             Self::CallerLeft => "The caller left",
             Self::Internal => "Internal error",
         }
-    }
-}
-
-impl fmt::Display for Code {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
     }
 }
