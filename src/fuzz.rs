@@ -54,7 +54,7 @@ pub fn body(bytes: &[u8]) {
     static CONTRACT: LazyLock<Contract> =
         LazyLock::new(|| Contract::compile(Contract::APPOINT_QUALITY_TASK).unwrap());
     let check = |bare_ids| CONTRACT.check(Bytes::copy_from_slice(bytes), bare_ids).result;
-    let is_taken = |(bare_ids, _)| check(bare_ids).is_ok();
+    let is_taken = |bare_ids| check(bare_ids).is_ok();
     let [detected, exact, refused] = BareIds::ALL.map(is_taken);
     assert!((exact || !detected) && (detected || !refused));
     let violations = CONTRACT.violations(bytes, BareIds::Exact);

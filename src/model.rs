@@ -2,6 +2,12 @@
 //!
 //! Enums are tables of the words of the wire.
 
+/// An enum whose variants have words.
+pub trait Words: Copy + 'static {
+    /// The variants with their words.
+    const TABLE: &[(Self, &str)];
+}
+
 /// Makes an enum of a table of its variants and their words: with `ALL`, `COUNT`, `as_str` and `Display`.
 macro_rules! words {
     ($(#[$of_all:meta])* $name:ident { $($(#[$of_one:meta])* $variant:ident = $word:literal,)+ }) => {
@@ -22,6 +28,10 @@ macro_rules! words {
             }
         }
 
+        impl $crate::model::Words for $name {
+            const TABLE: &[(Self, &str)] = &[$((Self::$variant, $word)),+];
+        }
+
         impl std::fmt::Display for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str(self.as_str())
@@ -29,6 +39,8 @@ macro_rules! words {
         }
     };
 }
+
+pub(crate) use words;
 
 pub mod audit_fields; // the members of the trail's records
 pub mod cause; // why a step on the way to the cloud failed

@@ -6,12 +6,9 @@ use std::{path::Path, time::Duration};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::model::redaction::Shown;
-
 use super::{
-    Admin, Audit, BareIds, Caller, Config, ContractSource, Control, Credential, Http2, Idempotency, Limit,
-    ListenAddress, Listener, ListenerTls, LogFormat, Route, SecretSource, Server, Token, Upstream,
-    WithoutKey,
+    Admin, Audit, Caller, Config, ContractSource, Control, Credential, Idempotency, Limit, ListenAddress,
+    Listener, ListenerTls, Route, SecretSource, Server, Token, Upstream,
 };
 
 /// A caller that can use a credential.
@@ -54,7 +51,7 @@ impl Config {
             "quota": { "rate": rate(&self.quota), "burst": self.quota.burst },
             "audit": audit(&self.audit),
             "idempotency": idempotency(&self.idempotency),
-            "log": { "level": self.log.level, "format": format(self.log.format), "requests": self.log.requests.as_str() },
+            "log": { "level": self.log.level, "format": self.log.format.as_str(), "requests": self.log.requests.as_str() },
             "routes": self.routes.iter().map(route).collect::<Vec<_>>(),
         })
     }
@@ -136,7 +133,7 @@ fn upstream(upstream: &Upstream) -> Value {
         "max_connections": upstream.max_connections,
         "breaker_failures": upstream.breaker_failures,
         "breaker_pause": duration(upstream.breaker_pause),
-        "http2": http2(upstream.http2),
+        "http2": upstream.http2.as_str(),
         "ca_file": upstream.ca_file.as_deref().map(whole_path),
         "client_cert_file": upstream.identity.as_ref().map(|files| whole_path(&files.cert_file)),
         "client_key_file": upstream.identity.as_ref().map(|files| whole_path(&files.key_file)),
@@ -170,7 +167,7 @@ fn audit(audit: &Audit) -> Value {
         "stranger_refusals": size(audit.refusals.strangers),
         "caller_refusals": size(audit.refusals.callers),
         "key_file": audit.key_file.as_deref().map(whole_path),
-        "fields": audit.fields.iter().map(|(name, shown)| (name.clone(), json!(self::shown(*shown)))).collect::<Map<_, _>>(),
+        "fields": audit.fields.iter().map(|(name, shown)| (name.clone(), json!(shown.as_str()))).collect::<Map<_, _>>(),
     })
 }
 
@@ -179,7 +176,7 @@ fn idempotency(idempotency: &Idempotency) -> Value {
         "window": duration(idempotency.window),
         "max_keys": idempotency.max_keys,
         "reply_memory": size(idempotency.reply_memory),
-        "without_key": without_key(idempotency.without_key),
+        "without_key": idempotency.without_key.as_str(),
         "fingerprint_window": duration(idempotency.fingerprint_window),
     })
 }
@@ -236,7 +233,7 @@ fn caller(caller: &Caller) -> Value {
         "rate_limit": rate(&caller.rate_limit),
         "burst": caller.rate_limit.burst,
         "require_header": caller.require_header.as_ref().map(|name| name.as_str()),
-        "bare_ids": bare_ids(caller.bare_ids),
+        "bare_ids": caller.bare_ids.as_str(),
         "max_keys": caller.max_keys,
         "frozen": caller.frozen,
     })
@@ -258,33 +255,6 @@ fn route(route: &Route) -> Value {
         "timeout": route.timeout.map(duration),
         "frozen": route.frozen,
     })
-}
-
-fn http2(http2: Http2) -> &'static str {
-    match http2 {
-        Http2::Off => "off",
-        Http2::Auto => "auto",
-    }
-}
-
-fn shown(shown: Shown) -> &'static str {
-    Shown::ALL.into_iter().find(|(other, _)| *other == shown).map_or("", |(_, word)| word)
-}
-
-fn bare_ids(bare_ids: BareIds) -> &'static str {
-    BareIds::ALL.into_iter().find(|(other, _)| *other == bare_ids).map_or("", |(_, word)| word)
-}
-
-fn without_key(mode: WithoutKey) -> &'static str {
-    WithoutKey::ALL.into_iter().find(|(other, _)| *other == mode).map_or("", |(_, word)| word)
-}
-
-fn format(format: LogFormat) -> &'static str {
-    match format {
-        LogFormat::Auto => "auto",
-        LogFormat::Text => "text",
-        LogFormat::Json => "json",
-    }
 }
 
 /// A relative path says little to who does not know the folder.

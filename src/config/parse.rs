@@ -26,7 +26,7 @@ use super::{
     raw::{Kind, Layers, Syntax, Value},
     relations,
     table::{Context, Found, Reading, Table},
-    values::{parse_level, parse_rate},
+    values::{parse_level, parse_rate, parse_word},
 };
 
 /// Bounds of a whole exchange.
@@ -176,10 +176,7 @@ fn read_audit(context: &mut Context<'_>, root: &mut Table) -> Audit {
     let mut table = root.section(context, "audit");
     let named = table.path(context, "directory");
     let must_exist = table.boolean(context, "must_exist");
-    let durability = table.parsed(context, "durability", Durability::default(), |text| {
-        let named = Durability::ALL.into_iter().find(|durability| durability.as_str() == text);
-        named.ok_or_else(|| "must be \"kernel\" or \"disk\"".into())
-    });
+    let durability = table.parsed(context, "durability", Durability::default(), parse_word);
     let segment_size = table.size(context, "segment_size", 64 << 20, ("64KiB", "1GiB"));
     let retain = match table.members.get("retain").map(|value| &value.kind) {
         Some(Kind::Text(text) | Kind::Loose(text)) if text == "forever" => {
@@ -231,16 +228,13 @@ fn read_fields(context: &mut Context<'_>, table: &mut Table) -> Vec<(String, Sho
     };
     let mut fields = Vec::new();
     for (name, value) in members {
-        let shown = match &value.kind {
-            Kind::Text(text) | Kind::Loose(text) => Shown::ALL.into_iter().find(|(_, word)| word == text),
-            _ => None,
+        let word = match &value.kind {
+            Kind::Text(text) | Kind::Loose(text) => text,
+            _ => "",
         };
-        match shown {
-            Some((shown, _)) => fields.push((name, shown)),
-            None => {
-                let reason = "must be \"clear\", \"hmac\" or \"omit\"";
-                context.problem(&value.place, format!("{key}.{name}"), reason);
-            }
+        match parse_word(word) {
+            Ok(shown) => fields.push((name, shown)),
+            Err(reason) => context.problem(&value.place, format!("{key}.{name}"), reason),
         }
     }
     fields
@@ -253,13 +247,7 @@ fn read_idempotency(context: &mut Context<'_>, root: &mut Table) -> Idempotency 
         window: table.duration(context, "window", "24h", ("1h", "7d")),
         max_keys: table.integer(context, "max_keys", 1_000_000, 1..=10_000_000),
         reply_memory: table.size(context, "reply_memory", 64 << 20, ("64KiB", "16GiB")),
-        without_key: table.parsed(context, "without_key", WithoutKey::Guard, |text| {
-            let named = WithoutKey::ALL.into_iter().find(|(_, word)| *word == text);
-            named.map(|(mode, _)| mode).ok_or_else(|| {
-                let words = WithoutKey::ALL.map(|(_, word)| format!("\"{word}\""));
-                format!("must be one of {}", words.join(", "))
-            })
-        }),
+        without_key: table.parsed(context, "without_key", WithoutKey::Guard, parse_word),
         fingerprint_window: table.duration(context, "fingerprint_window", "10m", ("1s", "24h")),
     };
     table.close(context);
@@ -269,17 +257,8 @@ fn read_idempotency(context: &mut Context<'_>, root: &mut Table) -> Idempotency 
 fn read_log(context: &mut Context<'_>, root: &mut Table) -> Log {
     let mut table = root.section(context, "log");
     let level = table.parsed(context, "level", "info".to_owned(), parse_level);
-    let format = table.parsed(context, "format", LogFormat::Auto, |text| match text {
-        "auto" => Ok(LogFormat::Auto),
-        "text" => Ok(LogFormat::Text),
-        "json" => Ok(LogFormat::Json),
-        _ => Err("must be \"auto\", \"text\" or \"json\"".into()),
-    });
-    let requests = table.parsed(context, "requests", LogRequests::Failures, |text| {
-        let all = [LogRequests::Off, LogRequests::Failures, LogRequests::All];
-        let found = all.into_iter().find(|requests| requests.as_str() == text);
-        found.ok_or_else(|| "must be \"off\", \"failures\" or \"all\"".into())
-    });
+    let format = table.parsed(context, "format", LogFormat::Auto, parse_word);
+    let requests = table.parsed(context, "requests", LogRequests::Failures, parse_word);
     table.close(context);
     Log { level, format, requests }
 }

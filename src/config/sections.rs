@@ -5,7 +5,7 @@ use std::{fmt, net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
 use http::{HeaderMap, HeaderName, StatusCode};
 
 use super::{PeerRule, ProxyUrl, Url, peer::meets_loopback};
-use crate::model::{durability::Durability, redaction::Shown};
+use crate::model::{durability::Durability, redaction::Shown, words};
 
 /// One socket that callers connect to.
 #[derive(Clone, Debug)]
@@ -186,13 +186,14 @@ pub struct LoginFiles {
     pub password: PathBuf,
 }
 
-/// Whether HTTP/2 is spoken with the upstream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Http2 {
-    /// Never: HTTP/1.1.
-    Off,
-    /// Over TLS, where the upstream picks it; else HTTP/1.1.
-    Auto,
+words! {
+    /// Whether HTTP/2 is spoken with the upstream.
+    Http2 {
+        /// Never: HTTP/1.1.
+        Off = "off",
+        /// Over TLS, where the upstream picks it; else HTTP/1.1.
+        Auto = "auto",
+    }
 }
 
 /// `[token]`.
@@ -257,22 +258,18 @@ pub struct Caller {
     pub frozen: bool,
 }
 
-/// Which ids a caller may send as bare numbers, where a contract says `x-refuseRounded`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum BareIds {
-    /// Those that do not look as if a client had rounded them.
-    #[default]
-    Detect,
-    /// All: the caller holds them as integers.
-    Exact,
-    /// None.
-    Refuse,
-}
-
-impl BareIds {
-    /// All, with their words.
-    pub const ALL: [(Self, &str); 3] =
-        [(Self::Detect, "detect"), (Self::Exact, "exact"), (Self::Refuse, "refuse")];
+words! {
+    /// Which ids a caller may send as bare numbers, where a contract says `x-refuseRounded`.
+    #[derive(Default)]
+    BareIds {
+        /// Those that do not look as if a client had rounded them.
+        #[default]
+        Detect = "detect",
+        /// All: the caller holds them as integers.
+        Exact = "exact",
+        /// None.
+        Refuse = "refuse",
+    }
 }
 
 /// A rate with a burst.
@@ -349,30 +346,20 @@ pub struct Idempotency {
     pub fingerprint_window: Duration,
 }
 
-/// What becomes of a call without a key that equals an earlier one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WithoutKey {
-    /// Refused while the first is at work or in doubt; flagged after it succeeded.
-    Guard,
-    /// Refused after it succeeded, too.
-    Block,
-    /// Flagged.
-    Warn,
-    /// Nothing.
-    Off,
-    /// Any call without a key is refused.
-    RequireKey,
-}
-
-impl WithoutKey {
-    /// All, with their words.
-    pub const ALL: [(Self, &str); 5] = [
-        (Self::Guard, "guard"),
-        (Self::Block, "block"),
-        (Self::Warn, "warn"),
-        (Self::Off, "off"),
-        (Self::RequireKey, "require_key"),
-    ];
+words! {
+    /// What becomes of a call without a key that equals an earlier one.
+    WithoutKey {
+        /// Refused while the first is at work or in doubt; flagged after it succeeded.
+        Guard = "guard",
+        /// Refused after it succeeded, too.
+        Block = "block",
+        /// Flagged.
+        Warn = "warn",
+        /// Nothing.
+        Off = "off",
+        /// Any call without a key is refused.
+        RequireKey = "require_key",
+    }
 }
 
 /// `[[routes]]`.
@@ -416,36 +403,27 @@ pub struct Log {
     pub requests: LogRequests,
 }
 
-/// Which requests have a log line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum LogRequests {
-    /// None.
-    Off,
-    /// Those of outcome `unknown`, `failed` or `refused`, and those that got a 5xx.
-    Failures,
-    /// All.
-    All,
-}
-
-impl LogRequests {
-    /// As in the configuration.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Failures => "failures",
-            Self::All => "all",
-        }
+words! {
+    /// Which requests have a log line.
+    #[repr(u8)]
+    LogRequests {
+        /// None.
+        Off = "off",
+        /// Those of outcome `unknown`, `failed` or `refused`, and those that got a 5xx.
+        Failures = "failures",
+        /// All.
+        All = "all",
     }
 }
 
-/// How a log line looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    /// Text on a terminal, JSON elsewhere.
-    Auto,
-    /// For people.
-    Text,
-    /// For machines.
-    Json,
+words! {
+    /// How a log line looks.
+    LogFormat {
+        /// Text on a terminal, JSON elsewhere.
+        Auto = "auto",
+        /// For people.
+        Text = "text",
+        /// For machines.
+        Json = "json",
+    }
 }

@@ -7,6 +7,8 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use super::{ListenAddress, ProxyUrl, Url};
 
+use crate::model::Words;
+
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
     let number: u64 = text[..digits].parse().ok()?;
@@ -148,4 +150,16 @@ pub(super) fn parse_url(text: &str) -> Result<Url, String> {
     ServerName::try_from(host.as_str()).map_err(|_| "has a host that is neither a name nor an address")?;
     let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
     Ok(Url { tls, host, port, path: uri.path().to_owned() })
+}
+
+/// One of the words of an enum.
+pub(super) fn parse_word<T: Words>(text: &str) -> Result<T, String> {
+    let named = T::TABLE.iter().find(|(_, word)| *word == text);
+    named.map(|(value, _)| *value).ok_or_else(|| {
+        let words: Vec<_> = T::TABLE.iter().map(|(_, word)| format!("\"{word}\"")).collect();
+        match &words[..] {
+            [words @ .., last] if words.len() < 3 => format!("must be {} or {last}", words.join(", ")),
+            words => format!("must be one of {}", words.join(", ")),
+        }
+    })
 }

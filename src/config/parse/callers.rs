@@ -11,7 +11,7 @@ use crate::{
         peer::parse_peer,
         raw::Place,
         table::{Context, Found, Referent, Table},
-        values::parse_operator,
+        values::{parse_operator, parse_word},
     },
     ids,
     model::header_names::looks_like_credential,
@@ -126,12 +126,7 @@ fn read_caller(context: &mut Context<'_>, mut table: Table, names: &mut HashSet<
     let rate_limit = read_limit(context, &mut table, "rate_limit", 20, 40);
     let require_header =
         table.parsed(context, "require_header", None, |text| parse_required_header(text).map(Some));
-    let bare_ids = table.parsed(context, "bare_ids", BareIds::Detect, |text| {
-        let named = BareIds::ALL.into_iter().find(|(_, word)| *word == text);
-        named
-            .map(|(bare_ids, _)| bare_ids)
-            .ok_or_else(|| "must be \"detect\", \"exact\" or \"refuse\"".into())
-    });
+    let bare_ids = table.parsed(context, "bare_ids", BareIds::default(), parse_word);
     let has_max_keys = table.members.contains_key("max_keys");
     let max_keys = table.integer(context, "max_keys", 1, 1..=10_000_000);
     let frozen = table.boolean(context, "frozen");

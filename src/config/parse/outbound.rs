@@ -11,7 +11,7 @@ use crate::{
         named_files::FileKind,
         raw::Kind,
         table::{Context, Found, Table},
-        values::{parse_proxy, parse_url},
+        values::{parse_proxy, parse_url, parse_word},
     },
     model::header_names::{looks_like_credential, may_pass},
 };
@@ -40,11 +40,7 @@ pub(super) fn read_upstream(context: &mut Context<'_>, root: &mut Table) -> Upst
         breaker_failures: u32::try_from(table.integer(context, "breaker_failures", 10, 0..=1000))
             .unwrap_or(0),
         breaker_pause: table.duration(context, "breaker_pause", "1s", ("100ms", "1m")),
-        http2: table.parsed(context, "http2", Http2::Off, |text| match text {
-            "off" => Ok(Http2::Off),
-            "auto" => Ok(Http2::Auto),
-            _ => Err("must be \"off\" or \"auto\"".into()),
-        }),
+        http2: table.parsed(context, "http2", Http2::Off, parse_word),
         ca_file,
         identity: read_identity(context, &mut table),
         proxy_login: read_proxy_login(context, &mut table),
