@@ -103,16 +103,22 @@ pub(super) async fn serve(
         }
         (stream, _) => (stream, None),
     };
+    // Anew for each request: a certificate that was revoked has no names any more.
+    let names = || certificate.as_ref().map(Certificate::names);
     let is_known = |names| gateway.state.load().admission.knows_name(names);
-    let names = certificate.as_ref().map(Certificate::names);
-    let Some(_stranger) = stranger(&gateway, names.is_none_or(is_known), peer) else { return };
+    let Some(_stranger) = stranger(&gateway, names().is_none_or(is_known), peer) else { return };
     let watch = Arc::new(Watch::new(gateway.bounds.unfinished()));
     let socket = Watched::new(stream, watch.clone());
     let (gateway, hosts, watch) = (&*gateway, &*hosts, &*watch);
     let service = service_fn(|request| {
         watch.head_came(&request);
         let Watch { presence, delivery, .. } = watch;
-        answer(gateway, RequestOrigin { peer, names, hosts, presence, delivery, surplus }, watch, request)
+        answer(
+            gateway,
+            RequestOrigin { peer, names: names(), hosts, presence, delivery, surplus },
+            watch,
+            request,
+        )
     });
     let connection = pin!(
         http1::Builder::new()

@@ -687,7 +687,7 @@ fn roots_that_every_user_can_change_by_now_are_not_taken() {
     assert_eq!(change(&gateway, 1), "refused");
     let told =
         "every user can change it (mode 0646), so that anybody could say who gets the credential: chmod o-w ";
-    assert!(gateway.log().contains(told), "{}", gateway.log());
+    wait_for(told, || gateway.log().contains(told).then_some(()));
     assert_eq!(gateway.call().outcome(), "succeeded", "the old ones stay in use");
     assert_eq!(sandbox.connections().accepted, accepted, "so does the connection");
     // The control: the same content, which its owner alone can change.
