@@ -515,7 +515,7 @@ fn fail<T>(pointer: impl Into<String>, reason: impl Into<String>) -> Result<T, S
 }
 
 fn step(at: &str, name: &str) -> String {
-    format!("{at}/{}", super::escape(name))
+    format!("{at}/{}", super::findings::escape(name))
 }
 
 fn object<'a>(value: &'a Value, at: &str) -> Result<&'a Map<String, Value>, SchemaError> {

@@ -1,0 +1,85 @@
+//! What becomes of the violations that a walk finds.
+//!
+//! The first walk ends at the first violation. The second one, over a body that is refused, lists them with their places.
+
+use super::{Violation, Violations};
+use crate::json::Halt;
+
+/// So many violations are listed; all are counted.
+const MAX_LISTED: usize = 100;
+
+/// The member that is meant, and what is wanted.
+pub(super) type Told = (Option<String>, String);
+
+/// What becomes of violations.
+pub(super) trait Findings<'a> {
+    /// The walk goes down to a member of the contract, or to an item.
+    fn enter(&mut self, step: Step<'a>);
+
+    /// And up again.
+    fn leave(&mut self);
+
+    /// A violation at the present place, or at the member that is told together with the detail.
+    fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt>;
+}
+
+/// Ends the walk at the first one: the body is refused.
+pub(super) struct Verdict;
+
+/// Goes on and tells of all.
+pub(super) struct Gathered<'a> {
+    /// Names of the contract and indices only: below an unknown key nothing is checked.
+    pub(super) path: Vec<Step<'a>>,
+    pub(super) violations: Violations,
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum Step<'a> {
+    Key(&'a str),
+    Index(usize),
+}
+
+impl<'a> Findings<'a> for Verdict {
+    fn enter(&mut self, _: Step<'a>) {}
+
+    fn leave(&mut self) {}
+
+    fn note(&mut self, _: &'static str, _: impl FnOnce() -> Told) -> Result<(), Halt> {
+        Err(Halt)
+    }
+}
+
+impl<'a> Findings<'a> for Gathered<'a> {
+    fn enter(&mut self, step: Step<'a>) {
+        self.path.push(step);
+    }
+
+    fn leave(&mut self) {
+        self.path.pop();
+    }
+
+    fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt> {
+        self.violations.total += 1;
+        if self.violations.list.len() < MAX_LISTED {
+            let (member, detail) = told();
+            let pointer = self.pointer(member.as_deref());
+            self.violations.list.push(Violation { pointer, code, detail });
+        }
+        Ok(())
+    }
+}
+
+impl Gathered<'_> {
+    fn pointer(&self, member: Option<&str>) -> String {
+        let steps = self.path.iter().map(|step| match step {
+            Step::Key(key) => format!("/{}", escape(key)),
+            Step::Index(index) => format!("/{index}"),
+        });
+        steps.chain(member.map(|member| format!("/{}", escape(member)))).collect()
+    }
+}
+
+/// A key as a step of a JSON Pointer (RFC 6901 §3).
+pub(super) fn escape(key: &str) -> String {
+    key.replace('~', "~0").replace('/', "~1")
+}
