@@ -1,11 +1,15 @@
 //! Compiles a JSON Schema into a table of nodes. What it does not know, or what would not be checked, stops
 //! the start with its place.
 
+mod values;
+mod words;
+
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use self::values::{boolean, fail, filled, limit, list, object, scalar, size, step, text, types};
 use super::pattern::Pattern;
 use crate::{json::Number, model::redaction::Shown};
 
@@ -37,9 +41,6 @@ const MAX_MEMBERS: usize = 128;
 
 /// What the tables of all patterns may take together.
 const MAX_PATTERN_BYTES: usize = 16 << 20;
-
-/// From here on neighbouring integers share a float.
-const FLOAT_EXACT: f64 = 9_007_199_254_740_992.0;
 
 /// A schema that cannot be used.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -156,31 +157,6 @@ impl Schema {
 }
 
 impl Node {
-    /// What this wants, in words, by keyword. Holds values of the schema only.
-    fn wants(&self, nodes: &[Self]) -> Vec<(&'static str, String)> {
-        let shown = |list: &[Scalar]| list.iter().map(Scalar::shown).collect::<Vec<_>>().join(", ");
-        let wants = [
-            (self.types != ANY).then(|| ("type", kind_words(self.types))),
-            self.any_of.as_ref().map(|list| ("anyOf", alternatives(nodes, list))),
-            self.constant.as_ref().map(|value| ("const", value.shown())),
-            self.enumeration.as_ref().map(|list| ("enum", format!("one of {}", shown(list)))),
-            self.minimum.as_ref().map(|limit| ("minimum", format!("at least {}", limit.literal))),
-            self.maximum.as_ref().map(|limit| ("maximum", format!("at most {}", limit.literal))),
-            self.min_length.map(|length| ("minLength", format!("{length} or more characters long"))),
-            self.max_length.map(|length| ("maxLength", format!("{length} or fewer characters long"))),
-            self.pattern
-                .as_ref()
-                .map(|pattern| ("pattern", format!("text that matches `{}`", pattern.shown()))),
-        ];
-        wants.into_iter().flatten().collect()
-    }
-
-    /// What one keyword wants, in words.
-    pub(super) fn wanted(&self, nodes: &[Self], keyword: &str) -> String {
-        let wants = self.wants(nodes).into_iter();
-        wants.filter(|(known, _)| *known == keyword).map(|(_, words)| words).collect()
-    }
-
     /// True if neither an array nor an object can pass.
     fn is_scalar(&self) -> bool {
         self.types & (ARRAY | OBJECT) == 0
@@ -194,30 +170,6 @@ impl Limit {
     pub(super) fn number(&self) -> Number<'_> {
         Number { literal: self.literal.as_bytes(), is_integer: self.is_integer, small: self.small }
     }
-}
-
-impl Scalar {
-    fn shown(&self) -> String {
-        match self {
-            Self::Null => "null".into(),
-            Self::Boolean(value) => value.to_string(),
-            Self::Number(number) => number.literal.clone(),
-            Self::Text(text) => format!("{text:?}"),
-        }
-    }
-}
-
-fn alternatives(nodes: &[Node], list: &[usize]) -> String {
-    let words =
-        |node: &usize| nodes[*node].wants(nodes).into_iter().map(|(_, words)| words).collect::<Vec<_>>();
-    list.iter().map(|node| words(node).join(", ")).collect::<Vec<_>>().join("; or ")
-}
-
-fn kind_words(types: u8) -> String {
-    let is_meant = |kind: u8| types & kind == kind && (kind != INTEGER || types & FRACTION == 0);
-    let words: Vec<_> =
-        TYPES.iter().filter(|(_, kind, _)| is_meant(*kind)).map(|(_, _, words)| *words).collect();
-    words.join(" or ")
 }
 
 /// Where a schema stands; decides what `x-audit` means there.
@@ -508,80 +460,4 @@ impl Member {
 
 fn is_annotation(keyword: &str) -> bool {
     matches!(keyword, "title" | "description" | "$comment" | "examples" | "default" | "$schema" | "$id")
-}
-
-fn fail<T>(pointer: impl Into<String>, reason: impl Into<String>) -> Result<T, SchemaError> {
-    Err(SchemaError { pointer: pointer.into(), reason: reason.into() })
-}
-
-fn step(at: &str, name: &str) -> String {
-    format!("{at}/{}", super::findings::escape(name))
-}
-
-fn object<'a>(value: &'a Value, at: &str) -> Result<&'a Map<String, Value>, SchemaError> {
-    value.as_object().map_or_else(|| fail(at, "must be an object"), Ok)
-}
-
-fn boolean(value: &Value, at: &str) -> Result<bool, SchemaError> {
-    value.as_bool().map_or_else(|| fail(at, "must be true or false"), Ok)
-}
-
-fn text<'a>(value: &'a Value, at: &str) -> Result<&'a str, SchemaError> {
-    value.as_str().map_or_else(|| fail(at, "must be a string"), Ok)
-}
-
-fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
-    value.as_array().map_or_else(|| fail(at, "must be an array"), |list| Ok(list.as_slice()))
-}
-
-fn filled<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
-    let list = list(value, at)?;
-    if list.is_empty() { fail(at, "must not be empty") } else { Ok(list) }
-}
-
-fn size(value: &Value, at: &str) -> Result<usize, SchemaError> {
-    let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
-    size.map_or_else(|| fail(at, "must be a whole number"), Ok)
-}
-
-fn limit(value: &Value, at: &str) -> Result<Limit, SchemaError> {
-    let Value::Number(number) = value else { return fail(at, "must be a number") };
-    if number.is_f64() && number.as_f64().is_none_or(|float| float.abs() >= FLOAT_EXACT) {
-        return fail(
-            at,
-            "is too large to be compared exactly: 2^53 is the bound for numbers with a fraction or an exponent",
-        );
-    }
-    let literal = number.to_string();
-    let Some(Number { is_integer, small, .. }) = Number::known(&literal) else {
-        return fail(at, "must be a number");
-    };
-    Ok(Limit { literal, is_integer, small })
-}
-
-fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {
-    match value {
-        Value::Null => Ok(Scalar::Null),
-        Value::Bool(value) => Ok(Scalar::Boolean(*value)),
-        Value::Number(_) => limit(value, at).map(Scalar::Number),
-        Value::String(text) => Ok(Scalar::Text(text.clone())),
-        Value::Array(_) | Value::Object(_) => fail(at, "must be a string, a number, a boolean or null"),
-    }
-}
-
-fn types(value: &Value, at: &str) -> Result<u8, SchemaError> {
-    match value {
-        Value::Array(_) => filled(value, at)?.iter().try_fold(0, |types, one| Ok(types | kind(one, at)?)),
-        _ => kind(value, at),
-    }
-}
-
-fn kind(value: &Value, at: &str) -> Result<u8, SchemaError> {
-    let name = text(value, at)?;
-    let found = TYPES.iter().find(|(known, ..)| *known == name);
-    let unknown = || {
-        let known: Vec<_> = TYPES.iter().map(|(known, ..)| *known).collect();
-        fail(at, format!("unknown type `{name}`; there are {}", known.join(", ")))
-    };
-    found.map_or_else(unknown, |(_, kind, _)| Ok(*kind))
 }

@@ -1,0 +1,85 @@
+//! Reads the values of a schema's keywords. What is no such value is an error with its place.
+
+use serde_json::{Map, Value};
+
+use super::{Limit, Scalar, SchemaError, TYPES};
+use crate::{contract::findings::escape, json::Number};
+
+/// From here on neighbouring integers share a float.
+const FLOAT_EXACT: f64 = 9_007_199_254_740_992.0;
+
+pub(super) fn fail<T>(pointer: impl Into<String>, reason: impl Into<String>) -> Result<T, SchemaError> {
+    Err(SchemaError { pointer: pointer.into(), reason: reason.into() })
+}
+
+pub(super) fn step(at: &str, name: &str) -> String {
+    format!("{at}/{}", escape(name))
+}
+
+pub(super) fn object<'a>(value: &'a Value, at: &str) -> Result<&'a Map<String, Value>, SchemaError> {
+    value.as_object().map_or_else(|| fail(at, "must be an object"), Ok)
+}
+
+pub(super) fn boolean(value: &Value, at: &str) -> Result<bool, SchemaError> {
+    value.as_bool().map_or_else(|| fail(at, "must be true or false"), Ok)
+}
+
+pub(super) fn text<'a>(value: &'a Value, at: &str) -> Result<&'a str, SchemaError> {
+    value.as_str().map_or_else(|| fail(at, "must be a string"), Ok)
+}
+
+pub(super) fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
+    value.as_array().map_or_else(|| fail(at, "must be an array"), |list| Ok(list.as_slice()))
+}
+
+pub(super) fn filled<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
+    let list = list(value, at)?;
+    if list.is_empty() { fail(at, "must not be empty") } else { Ok(list) }
+}
+
+pub(super) fn size(value: &Value, at: &str) -> Result<usize, SchemaError> {
+    let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
+    size.map_or_else(|| fail(at, "must be a whole number"), Ok)
+}
+
+pub(super) fn limit(value: &Value, at: &str) -> Result<Limit, SchemaError> {
+    let Value::Number(number) = value else { return fail(at, "must be a number") };
+    if number.is_f64() && number.as_f64().is_none_or(|float| float.abs() >= FLOAT_EXACT) {
+        return fail(
+            at,
+            "is too large to be compared exactly: 2^53 is the bound for numbers with a fraction or an exponent",
+        );
+    }
+    let literal = number.to_string();
+    let Some(Number { is_integer, small, .. }) = Number::known(&literal) else {
+        return fail(at, "must be a number");
+    };
+    Ok(Limit { literal, is_integer, small })
+}
+
+pub(super) fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {
+    match value {
+        Value::Null => Ok(Scalar::Null),
+        Value::Bool(value) => Ok(Scalar::Boolean(*value)),
+        Value::Number(_) => limit(value, at).map(Scalar::Number),
+        Value::String(text) => Ok(Scalar::Text(text.clone())),
+        Value::Array(_) | Value::Object(_) => fail(at, "must be a string, a number, a boolean or null"),
+    }
+}
+
+pub(super) fn types(value: &Value, at: &str) -> Result<u8, SchemaError> {
+    match value {
+        Value::Array(_) => filled(value, at)?.iter().try_fold(0, |types, one| Ok(types | kind(one, at)?)),
+        _ => kind(value, at),
+    }
+}
+
+fn kind(value: &Value, at: &str) -> Result<u8, SchemaError> {
+    let name = text(value, at)?;
+    let found = TYPES.iter().find(|(known, ..)| *known == name);
+    let unknown = || {
+        let known: Vec<_> = TYPES.iter().map(|(known, ..)| *known).collect();
+        fail(at, format!("unknown type `{name}`; there are {}", known.join(", ")))
+    };
+    found.map_or_else(unknown, |(_, kind, _)| Ok(*kind))
+}
