@@ -1,12 +1,14 @@
 //! Strict JSON, piece by piece: no lone surrogate, depth ≤ 32, nothing behind the value. UTF-8 without a BOM, if
 //! [`check_encoding`] says so.
 //!
-//! Knows no schema and keeps no tree: a token borrows the bytes. Strings are searched eight bytes at a time.
-//! Keys that stand twice are the walk's matter.
+//! Knows no schema and keeps no tree: a token borrows the bytes. Keys that stand twice are the walk's matter.
 
-use std::{borrow::Cow, cmp::Ordering};
+mod number;
+mod text;
 
 use thiserror::Error;
+
+pub(super) use self::{number::Number, text::Text};
 
 /// How deep arrays and objects may nest.
 const MAX_DEPTH: usize = 32;
@@ -16,9 +18,6 @@ const DEL: u8 = 0x7F;
 
 /// What stands where a value must.
 const A_VALUE: &str = "expected a value: a string in double quotes, a number, true, false, null, `[` or `{`";
-
-/// Half of a character beyond the first 65,536.
-const SURROGATE: &str = "half a character: `\\uD800` to `\\uDBFF` must come before `\\uDC00` to `\\uDFFF`";
 
 /// A body that is not strict JSON.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -105,26 +104,6 @@ pub(super) enum Begins {
     Array,
     Object,
 }
-
-/// A string, still escaped, without its quotes. UTF-8 if the document is.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Text<'a> {
-    escaped: &'a [u8],
-    has_escapes: bool,
-}
-
-/// A number literal.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Number<'a> {
-    pub(super) literal: &'a [u8],
-    /// An optional minus and digits, but not `-0`.
-    pub(super) is_integer: bool,
-    /// An integer that is not long.
-    pub(super) small: Option<i64>,
-}
-
-/// Integers up to so many digits fit an `i64` for certain.
-const SMALL_DIGITS: usize = 18;
 
 /// Where the walk stands.
 pub(super) struct Cursor<'a> {
@@ -335,121 +314,6 @@ impl<'a> Cursor<'a> {
         self.position += 1;
         self.depth -= 1;
     }
-
-    /// Reads the string that begins here.
-    #[inline(always)]
-    pub(super) fn string(&mut self) -> Result<Text<'a>, Halt> {
-        let start = self.position + 1;
-        let mut has_escapes = false;
-        self.position = plain_end(self.bytes, start);
-        while self.peek() != Some(b'"') {
-            has_escapes = true;
-            self.escape()?;
-            self.position = plain_end(self.bytes, self.position);
-        }
-        let escaped = &self.bytes[start..self.position];
-        self.position += 1;
-        Ok(Text { escaped, has_escapes })
-    }
-
-    #[inline(never)]
-    fn escape(&mut self) -> Result<(), Halt> {
-        let start = self.position;
-        if self.peek() != Some(b'\\') {
-            return Err(self.halt("a control character within a string must be escaped, as in `\\n`"));
-        }
-        self.position += 1;
-        match self.peek() {
-            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => self.position += 1,
-            Some(b'u') => {
-                let unit = self.unit()?;
-                let is_whole = match unit {
-                    0xd800..=0xdbff if self.rest().starts_with(b"\\u") => {
-                        self.position += 1;
-                        matches!(self.unit()?, 0xdc00..=0xdfff)
-                    }
-                    0xd800..=0xdbff if b"\\u".starts_with(self.rest()) => {
-                        self.position = self.bytes.len();
-                        return Err(self.halt(SURROGATE));
-                    }
-                    _ => !matches!(unit, 0xd800..=0xdfff),
-                };
-                if !is_whole {
-                    return Err(self.halt_at(start, SURROGATE));
-                }
-            }
-            _ => return Err(self.halt("unknown escape; JSON has `\\\"`, `\\\\`, `\\/`, `\\b`, `\\f`, `\\n`, `\\r`, `\\t` and `\\uXXXX`")),
-        }
-        Ok(())
-    }
-
-    /// Reads `uXXXX`.
-    fn unit(&mut self) -> Result<u32, Halt> {
-        self.position += 1;
-        let mut unit = 0;
-        for _ in 0..4 {
-            let Some(digit) = self.peek().and_then(|byte| char::from(byte).to_digit(16)) else {
-                return Err(self.halt("expected four hexadecimal digits behind `\\u`"));
-            };
-            unit = unit << 4 | digit;
-            self.position += 1;
-        }
-        Ok(unit)
-    }
-
-    /// Reads the number that begins here.
-    #[inline(always)]
-    pub(super) fn number(&mut self) -> Result<Number<'a>, Halt> {
-        let start = self.position;
-        let is_negative = self.skip(|byte| byte == b'-');
-        let first = self.position;
-        let mut magnitude = 0;
-        if !self.skip(|byte| byte == b'0') {
-            magnitude = self.digits()?;
-        }
-        let digits = self.position - first;
-        if let Some(b'.' | b'e' | b'E') = self.peek() {
-            return self.fraction(start);
-        }
-        let small = (digits <= SMALL_DIGITS).then(|| if is_negative { -magnitude } else { magnitude });
-        Ok(Number {
-            literal: self.since(start),
-            is_integer: !is_negative || magnitude != 0 || digits > 1,
-            small,
-        })
-    }
-
-    /// A number that has more than an integer part.
-    #[inline(never)]
-    fn fraction(&mut self, start: usize) -> Result<Number<'a>, Halt> {
-        if self.skip(|byte| byte == b'.') {
-            self.digits()?;
-        }
-        if self.skip(|byte| matches!(byte, b'e' | b'E')) {
-            self.skip(|byte| matches!(byte, b'+' | b'-'));
-            self.digits()?;
-        }
-        Ok(Number { literal: self.since(start), is_integer: false, small: None })
-    }
-
-    #[inline(always)]
-    fn skip(&mut self, is_meant: impl Fn(u8) -> bool) -> bool {
-        let found = self.peek().is_some_and(is_meant);
-        self.position += usize::from(found);
-        found
-    }
-
-    /// Reads digits; their value counts if they are not too many.
-    #[inline(always)]
-    fn digits(&mut self) -> Result<i64, Halt> {
-        let start = self.position;
-        let mut value = 0_i64;
-        while let Some(byte @ b'0'..=b'9') = self.peek() {
-            value = value.wrapping_mul(10).wrapping_add(i64::from(byte - b'0'));
-            self.position += 1;
-        }
-        if self.position == start { Err(self.halt("expected a digit")) } else { Ok(value) }
-    }
 }
 
 /// Without a call for the lengths that most keys have: two words that may overlap.
@@ -464,100 +328,10 @@ fn begins_with(bytes: &[u8], literal: &[u8]) -> bool {
     }
 }
 
-/// Where the next quote, backslash or control character stands, or the end; eight bytes at a time.
-#[inline(always)]
-fn plain_end(bytes: &[u8], mut at: usize) -> usize {
-    while let Some(word) = bytes.get(at..).and_then(<[u8]>::first_chunk) {
-        let special = special(u64::from_le_bytes(*word));
-        if special != 0 {
-            return at + special.trailing_zeros() as usize / 8;
-        }
-        at += 8;
-    }
-    let is_plain = |byte: &u8| !matches!(byte, b'"' | b'\\' | 0..=0x1f);
-    while bytes.get(at).is_some_and(is_plain) {
-        at += 1;
-    }
-    at
-}
-
-/// Sets the high bit of the first quote, backslash or control character of eight bytes, and none below. (A
-/// subtraction borrows from the bytes above only, so that what it spoils stands behind a find.)
-#[inline(always)]
-fn special(word: u64) -> u64 {
-    const ONES: u64 = u64::MAX / 255;
-    let below = |word: u64, bound: u64| word.wrapping_sub(ONES * bound) & !word;
-    // The first swaps 0x20 and 0x22, the space and the quote: then the quote, too, lies below the rest.
-    (below(word ^ (ONES * 0x02), 0x21) | below(word ^ (ONES * 0x5c), 1)) & (ONES * 0x80)
-}
-
-impl<'a> Text<'a> {
-    /// What the string means. If it is not UTF-8, as it stands.
-    #[inline(always)]
-    pub(super) fn decoded(&self) -> Cow<'a, [u8]> {
-        if self.has_escapes { self.unescaped().into() } else { self.escaped.into() }
-    }
-
-    #[cold]
-    fn unescaped(&self) -> Vec<u8> {
-        let literal = [b"\"", self.escaped, b"\""].concat();
-        serde_json::from_slice(&literal).map_or_else(|_| self.escaped.to_vec(), String::into_bytes)
-    }
-}
-
-/// A key for a violation: cut at 64 bytes, control characters escaped.
-pub(super) fn shown(key: &[u8]) -> String {
-    let key = String::from_utf8_lossy(key);
-    let mut shown = String::new();
-    for char in key[..key.floor_char_boundary(64)].chars() {
-        if char.is_control() { shown.extend(char.escape_default()) } else { shown.push(char) }
-    }
-    shown
-}
-
-impl<'a> Number<'a> {
-    /// A literal that is known to be a number.
-    pub(super) fn known(literal: &'a str) -> Option<Self> {
-        Cursor::new(literal.as_bytes()).number().ok()
-    }
-
-    /// Integers are compared exactly, however long; others as floats.
-    #[inline(always)]
-    pub(super) fn compare(&self, other: &Self) -> Ordering {
-        match (self.small, other.small) {
-            (Some(a), Some(b)) => a.cmp(&b),
-            _ => self.compare_literals(other),
-        }
-    }
-
-    fn compare_literals(&self, other: &Self) -> Ordering {
-        if !self.is_integer || !other.is_integer {
-            return self.float().total_cmp(&other.float());
-        }
-        match (self.literal.strip_prefix(b"-"), other.literal.strip_prefix(b"-")) {
-            (None, None) => magnitude(self.literal, other.literal),
-            (Some(a), Some(b)) => magnitude(b, a),
-            (Some(_), None) => Ordering::Less,
-            (None, Some(_)) => Ordering::Greater,
-        }
-    }
-
-    /// Adding zero makes `-0` and `0` one.
-    fn float(&self) -> f64 {
-        let literal = std::str::from_utf8(self.literal).unwrap_or_default();
-        literal.parse::<f64>().unwrap_or(f64::NAN) + 0.0
-    }
-}
-
-/// Literals have no leading zeros, so that the longer one is the larger one.
-fn magnitude(a: &[u8], b: &[u8]) -> Ordering {
-    a.len().cmp(&b.len()).then_with(|| a.cmp(b))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::contract::is_strict_json as read;
+    use crate::{contract::is_strict_json as read, json::text::SURROGATE};
 
     fn nested(depth: usize) -> String {
         "[".repeat(depth) + &"]".repeat(depth)
@@ -682,26 +456,6 @@ mod tests {
     }
 
     #[test]
-    fn integers_are_compared_exactly_and_fractions_as_floats() {
-        let compare = |a: &str, b: &str| Number::known(a).unwrap().compare(&Number::known(b).unwrap());
-        assert_eq!(compare("18446744073709551615", "18446744073709551615"), Ordering::Equal);
-        assert_eq!(compare("18446744073709551616", "18446744073709551615"), Ordering::Greater);
-        assert_eq!(compare("-9223372036854775809", "-9223372036854775808"), Ordering::Less);
-        assert_eq!(compare(&"9".repeat(400), "18446744073709551615"), Ordering::Greater);
-        assert_eq!(compare("-1", "0"), Ordering::Less);
-        assert_eq!(compare("1.50", "15e-1"), Ordering::Equal);
-        assert_eq!(compare("-0", "0"), Ordering::Equal);
-        assert_eq!(compare("1e999", "18446744073709551615"), Ordering::Greater);
-    }
-
-    #[test]
-    fn a_shown_key_is_cut_and_holds_no_control_character() {
-        assert_eq!(shown("a\0\n\u{85}b".as_bytes()), r"a\u{0}\n\u{85}b");
-        assert_eq!(shown("é".repeat(40).as_bytes()).len(), 64);
-        assert_eq!(shown(("x".to_owned() + &"é".repeat(40)).as_bytes()).len(), 63);
-    }
-
-    #[test]
     fn a_literal_of_any_length_is_told_from_one_that_differs_anywhere() {
         for length in 0..40 {
             let literal: Vec<u8> = (0..length).collect();
@@ -712,30 +466,6 @@ mod tests {
                 let mut other = longer.clone();
                 other[at] ^= 0x80;
                 assert!(!begins_with(&other, &literal), "{length} {at}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_special_byte_is_found_wherever_it_stands_in_a_word() {
-        for byte in 0..=255_u8 {
-            let is_special = matches!(byte, b'"' | b'\\' | 0..=0x1f);
-            for filler in [b' ', b'!', b'#', b'[', b']', 0x7f, 0x80, 0x9f, 0xff] {
-                for at in 0..20 {
-                    let mut bytes = [filler; 20];
-                    bytes[at] = byte;
-                    assert_eq!(
-                        plain_end(&bytes, 0),
-                        if is_special { at } else { 20 },
-                        "{byte} {filler} {at}"
-                    );
-                    bytes[at..].fill(byte); // the first one counts
-                    assert_eq!(
-                        plain_end(&bytes, 0),
-                        if is_special { at } else { 20 },
-                        "{byte} {filler} {at}"
-                    );
-                }
             }
         }
     }

@@ -83,3 +83,25 @@ impl Gathered<'_> {
 pub(super) fn escape(key: &str) -> String {
     key.replace('~', "~0").replace('/', "~1")
 }
+
+/// A key for a violation: cut at 64 bytes, control characters escaped.
+pub(super) fn shown(key: &[u8]) -> String {
+    let key = String::from_utf8_lossy(key);
+    let mut shown = String::new();
+    for char in key[..key.floor_char_boundary(64)].chars() {
+        if char.is_control() { shown.extend(char.escape_default()) } else { shown.push(char) }
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shown_key_is_cut_and_holds_no_control_character() {
+        assert_eq!(shown("a\0\n\u{85}b".as_bytes()), r"a\u{0}\n\u{85}b");
+        assert_eq!(shown("é".repeat(40).as_bytes()).len(), 64);
+        assert_eq!(shown(("x".to_owned() + &"é".repeat(40)).as_bytes()).len(), 63);
+    }
+}

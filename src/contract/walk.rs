@@ -11,14 +11,14 @@ use std::{
 use super::{
     MAY_BE_ROUNDED, MUST_BE_STRING,
     captured::{AuditScalar, Captured},
-    findings::{Findings, Step},
+    findings::{Findings, Step, shown},
     rounded,
     schema::{Member, Members, Node, UniqueBy},
     seen::Seen,
 };
 use crate::{
     config::BareIds,
-    json::{self, Begins, Cursor, Halt, NotJson, Number, Token, check_encoding},
+    json::{Begins, Cursor, Halt, NotJson, Number, Token, check_encoding},
 };
 
 const TWICE: &str = "this key stands twice in the object";
@@ -234,9 +234,9 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     #[cold]
     fn unknown(&mut self, name: &[u8]) -> Result<(), Halt> {
         self.findings.note("additionalProperties", || {
-            let shown = json::shown(name);
-            let detail = format!("unknown key `{shown}`");
-            (Some(shown), detail)
+            let key = shown(name);
+            let detail = format!("unknown key `{key}`");
+            (Some(key), detail)
         })
     }
 

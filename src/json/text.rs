@@ -1,0 +1,151 @@
+//! Strings: where one ends, which escapes it may have, and what it means.
+//!
+//! Searched eight bytes at a time. One without escapes is not copied.
+
+use std::borrow::Cow;
+
+use super::{Cursor, Halt};
+
+/// Half of a character beyond the first 65,536.
+pub(super) const SURROGATE: &str =
+    "half a character: `\\uD800` to `\\uDBFF` must come before `\\uDC00` to `\\uDFFF`";
+
+/// A string, still escaped, without its quotes. UTF-8 if the document is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Text<'a> {
+    escaped: &'a [u8],
+    has_escapes: bool,
+}
+
+impl<'a> Cursor<'a> {
+    /// Reads the string that begins here.
+    #[inline(always)]
+    pub(crate) fn string(&mut self) -> Result<Text<'a>, Halt> {
+        let start = self.position + 1;
+        let mut has_escapes = false;
+        self.position = plain_end(self.bytes, start);
+        while self.peek() != Some(b'"') {
+            has_escapes = true;
+            self.escape()?;
+            self.position = plain_end(self.bytes, self.position);
+        }
+        let escaped = &self.bytes[start..self.position];
+        self.position += 1;
+        Ok(Text { escaped, has_escapes })
+    }
+
+    #[inline(never)]
+    fn escape(&mut self) -> Result<(), Halt> {
+        let start = self.position;
+        if self.peek() != Some(b'\\') {
+            return Err(self.halt("a control character within a string must be escaped, as in `\\n`"));
+        }
+        self.position += 1;
+        match self.peek() {
+            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => self.position += 1,
+            Some(b'u') => {
+                let unit = self.unit()?;
+                let is_whole = match unit {
+                    0xd800..=0xdbff if self.rest().starts_with(b"\\u") => {
+                        self.position += 1;
+                        matches!(self.unit()?, 0xdc00..=0xdfff)
+                    }
+                    0xd800..=0xdbff if b"\\u".starts_with(self.rest()) => {
+                        self.position = self.bytes.len();
+                        return Err(self.halt(SURROGATE));
+                    }
+                    _ => !matches!(unit, 0xd800..=0xdfff),
+                };
+                if !is_whole {
+                    return Err(self.halt_at(start, SURROGATE));
+                }
+            }
+            _ => return Err(self.halt("unknown escape; JSON has `\\\"`, `\\\\`, `\\/`, `\\b`, `\\f`, `\\n`, `\\r`, `\\t` and `\\uXXXX`")),
+        }
+        Ok(())
+    }
+
+    /// Reads `uXXXX`.
+    fn unit(&mut self) -> Result<u32, Halt> {
+        self.position += 1;
+        let mut unit = 0;
+        for _ in 0..4 {
+            let Some(digit) = self.peek().and_then(|byte| char::from(byte).to_digit(16)) else {
+                return Err(self.halt("expected four hexadecimal digits behind `\\u`"));
+            };
+            unit = unit << 4 | digit;
+            self.position += 1;
+        }
+        Ok(unit)
+    }
+}
+
+impl<'a> Text<'a> {
+    /// What the string means. If it is not UTF-8, as it stands.
+    #[inline(always)]
+    pub(crate) fn decoded(&self) -> Cow<'a, [u8]> {
+        if self.has_escapes { self.unescaped().into() } else { self.escaped.into() }
+    }
+
+    #[cold]
+    fn unescaped(&self) -> Vec<u8> {
+        let literal = [b"\"", self.escaped, b"\""].concat();
+        serde_json::from_slice(&literal).map_or_else(|_| self.escaped.to_vec(), String::into_bytes)
+    }
+}
+
+/// Where the next quote, backslash or control character stands, or the end; eight bytes at a time.
+#[inline(always)]
+fn plain_end(bytes: &[u8], mut at: usize) -> usize {
+    while let Some(word) = bytes.get(at..).and_then(<[u8]>::first_chunk) {
+        let special = special(u64::from_le_bytes(*word));
+        if special != 0 {
+            return at + special.trailing_zeros() as usize / 8;
+        }
+        at += 8;
+    }
+    let is_plain = |byte: &u8| !matches!(byte, b'"' | b'\\' | 0..=0x1f);
+    while bytes.get(at).is_some_and(is_plain) {
+        at += 1;
+    }
+    at
+}
+
+/// Sets the high bit of the first quote, backslash or control character of eight bytes, and none below. (A
+/// subtraction borrows from the bytes above only, so that what it spoils stands behind a find.)
+#[inline(always)]
+fn special(word: u64) -> u64 {
+    const ONES: u64 = u64::MAX / 255;
+    let below = |word: u64, bound: u64| word.wrapping_sub(ONES * bound) & !word;
+    // The first swaps 0x20 and 0x22, the space and the quote: then the quote, too, lies below the rest.
+    (below(word ^ (ONES * 0x02), 0x21) | below(word ^ (ONES * 0x5c), 1)) & (ONES * 0x80)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_special_byte_is_found_wherever_it_stands_in_a_word() {
+        for byte in 0..=255_u8 {
+            let is_special = matches!(byte, b'"' | b'\\' | 0..=0x1f);
+            for filler in [b' ', b'!', b'#', b'[', b']', 0x7f, 0x80, 0x9f, 0xff] {
+                for at in 0..20 {
+                    let mut bytes = [filler; 20];
+                    bytes[at] = byte;
+                    assert_eq!(
+                        plain_end(&bytes, 0),
+                        if is_special { at } else { 20 },
+                        "{byte} {filler} {at}"
+                    );
+                    bytes[at..].fill(byte); // the first one counts
+                    assert_eq!(
+                        plain_end(&bytes, 0),
+                        if is_special { at } else { 20 },
+                        "{byte} {filler} {at}"
+                    );
+                }
+            }
+        }
+    }
+}
