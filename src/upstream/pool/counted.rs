@@ -1,0 +1,100 @@
+//! The stream under hyper. Counts what was written, so that it is known whether a request may have been sent.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+};
+
+use prometheus::IntGauge;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::{connect::Stream, upstream::http2::Received};
+
+/// The stream under hyper: counts what was written, and over HTTP/2 looks at what is received.
+#[derive(Debug)]
+pub(in crate::upstream) struct Counted {
+    pub(super) stream: Stream,
+    pub(super) written: Arc<AtomicU64>,
+    pub(super) received: Option<Received>,
+    pub(super) _open: Open,
+}
+
+impl Counted {
+    fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        let bytes = match (&written, &self.stream) {
+            (Poll::Ready(Ok(bytes)), _) => *bytes as u64,
+            // A TLS record may have left in part before the error.
+            (Poll::Ready(Err(_)), Stream::Tls(_)) => 1,
+            (Poll::Ready(Err(_)), Stream::Plain(_)) | (Poll::Pending, _) => 0,
+        };
+        self.written.fetch_add(bytes, Ordering::Relaxed);
+        written
+    }
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let Self { stream, received, .. } = &mut *self;
+        let Some(received) = received else { return Pin::new(stream).poll_read(cx, buf) };
+        let before = buf.filled().len();
+        let read = Pin::new(stream).poll_read(cx, buf);
+        if read.is_ready() {
+            received.came(&buf.filled()[before..]);
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.count(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.count(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// Counts a connection as open while it lives.
+#[derive(Debug)]
+pub(super) struct Open(IntGauge);
+
+impl Open {
+    pub(super) fn count(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}

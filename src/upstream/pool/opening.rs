@@ -1,0 +1,100 @@
+//! Opens connections: connects, greets over what the upstream picked, and counts the attempt.
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, atomic::AtomicU64},
+};
+
+use hyper_util::rt::TokioIo;
+use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+
+use super::{
+    Connection, NoConnection, Pool,
+    counted::{Counted, Open},
+};
+use crate::{
+    connect::{self, Stream},
+    model::cause::Cause,
+    reason::Reason,
+    upstream::http2::{self, Received},
+};
+
+/// A connection that was opened just now.
+pub(super) enum Opened {
+    Http1(Connection, OwnedSemaphorePermit),
+    Http2(Arc<http2::Connection>),
+}
+
+impl Pool {
+    pub(super) async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Opened, NoConnection> {
+        let opened = self.open(permit).await;
+        let result = opened.as_ref().map_or_else(|reason| reason.cause.as_str(), |_| "ok");
+        self.metrics.connects.with_label_values(&[result]).inc();
+        Ok(opened?)
+    }
+
+    async fn open(&self, permit: OwnedSemaphorePermit) -> Result<Opened, Reason> {
+        let (stream, generation) = self.connector.connect_under().await?;
+        match &self.http2 {
+            Some(http2) if stream.is_http2() => {
+                let opened = timeout(self.wait, self.greet_http2(stream, generation, permit)).await;
+                let late = |_| Reason::new(Cause::Timeout, "the upstream did not greet over HTTP/2 in time");
+                let connection = Arc::new(opened.map_err(late)??);
+                if !connection.is_usable() {
+                    return Err(no_streams());
+                }
+                http2.picked(true);
+                http2.add(connection.clone());
+                Ok(Opened::Http2(connection))
+            }
+            _ => {
+                let connection = self.greet_http1(stream, generation).await?;
+                if let Some(http2) = &self.http2 {
+                    http2.picked(false);
+                }
+                Ok(Opened::Http1(connection, permit))
+            }
+        }
+    }
+
+    async fn greet_http1(&self, stream: Stream, generation: u64) -> Result<Connection, Reason> {
+        let (written, probe) = (Arc::new(AtomicU64::new(0)), probe(&stream)?);
+        let io = Counted {
+            stream,
+            written: written.clone(),
+            received: None,
+            _open: Open::count(&self.metrics.open),
+        };
+        let greeted = connect::http1().handshake(TokioIo::new(io)).await;
+        let (sender, connection) = greeted.map_err(|error| Reason::of_exchange(&error))?;
+        let task = tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "upstream connection ended");
+            }
+        });
+        Ok(Connection { sender, task: task.abort_handle(), written, probe, generation })
+    }
+
+    async fn greet_http2(
+        &self,
+        stream: Stream,
+        generation: u64,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<http2::Connection, Reason> {
+        let (received, probe) = (Received::default(), probe(&stream)?);
+        let (reads, open) = (received.reads(), Open::count(&self.metrics.open));
+        let io = Counted { stream, written: Arc::default(), received: Some(received), _open: open };
+        let opened = http2::Connection::open(io, reads, (probe, generation), permit, self.wait).await;
+        opened.map_err(|error| Reason::of_exchange(&error))
+    }
+}
+
+fn probe(stream: &Stream) -> Result<OwnedFd, Reason> {
+    let probe = stream.socket().as_fd().try_clone_to_owned();
+    probe.map_err(|error| Reason::new(Cause::of_io(&error), error))
+}
+
+/// The upstream allows no stream on a new connection.
+pub(super) fn no_streams() -> Reason {
+    Reason::new(Cause::NotProcessed, "the upstream allows no request on a new HTTP/2 connection")
+}

@@ -1,0 +1,46 @@
+//! The timer of a connection's exchanges.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::Pin,
+    task::{Poll, ready},
+    time::Duration,
+};
+
+use tokio::time::{Instant, Sleep, sleep};
+
+/// The timer of a connection's exchanges. Their deadlines follow each other, and a timer that is only ever
+/// moved forward is hardly touched.
+#[derive(Debug)]
+pub struct Timer(Pin<Box<Sleep>>);
+
+impl Timer {
+    /// Polls something until a deadline.
+    pub fn until<F: Future>(
+        &mut self,
+        deadline: Instant,
+        mut what: Pin<&mut F>,
+    ) -> impl Future<Output = Option<F::Output>> {
+        poll_fn(move |cx| {
+            if let Poll::Ready(output) = what.as_mut().poll(cx) {
+                return Poll::Ready(Some(output));
+            }
+            if self.0.deadline() > deadline {
+                self.0.as_mut().reset(deadline);
+            }
+            loop {
+                ready!(self.0.as_mut().poll(cx));
+                if Instant::now() >= deadline {
+                    return Poll::Ready(None);
+                }
+                self.0.as_mut().reset(deadline);
+            }
+        })
+    }
+}
+
+impl Default for Timer {
+    fn default() -> Self {
+        Self(Box::pin(sleep(Duration::from_secs(30))))
+    }
+}
