@@ -1,6 +1,6 @@
 //! Stage 4: the whole body against the route's contract.
 //!
-//! A contract is a JSON Schema (2020-12, a subset) compiled at start into a table. The check walks the bytes
+//! A contract is a JSON Schema (2020-12, a subset) compiled at start into a tree of rules. The check walks the bytes
 //! once and builds no tree. A body that breaks it is walked a second time, by the same rules, to gather all
 //! violations; a body that is not strict JSON is told so instead, wherever the fault stands. Stricter than JSON
 //! Schema in two points: an integer is an optional minus and digits; `-0`, a fraction or an exponent is refused. And where
@@ -117,7 +117,7 @@ impl Contract {
 
     /// Checks a body. `bare_ids` says which ids its caller may send as bare numbers.
     pub fn check(&self, body: Bytes, bare_ids: BareIds) -> Checked {
-        match Walk::over(&body, &self.0.nodes, Some(self.0.root), bare_ids, Verdict) {
+        match Walk::over(&body, Some(&self.0.root), bare_ids, Verdict) {
             Ok(Walked { is_plain, captured, large_ids, findings: Verdict }) => {
                 let checked = CheckedBody { members: self.0.audit.clone(), captured, is_plain, bytes: body };
                 Checked { result: Ok(checked), large_ids }
@@ -141,7 +141,7 @@ impl Contract {
     #[cold]
     fn gather(&self, body: &[u8], bare_ids: BareIds) -> Result<(Violations, usize), NotJson> {
         let gathered = Gathered { path: Vec::new(), violations: Violations::default() };
-        match Walk::over(body, &self.0.nodes, Some(self.0.root), bare_ids, gathered) {
+        match Walk::over(body, Some(&self.0.root), bare_ids, gathered) {
             Ok(walked) => Ok((walked.findings.violations, walked.large_ids)),
             Err(Stop::NotJson(fault)) => Err(fault),
             Err(Stop::Broken) => Ok(Default::default()), // this kind of walk goes on
@@ -158,7 +158,7 @@ impl CheckedBody {
 
 /// Walks a document without a contract.
 pub(crate) fn is_strict_json(document: &[u8]) -> Result<(), NotJson> {
-    match Walk::over(document, &[], None, BareIds::Exact, Verdict) {
+    match Walk::over(document, None, BareIds::Exact, Verdict) {
         Ok(_) | Err(Stop::Broken) => Ok(()), // without a contract nothing is broken
         Err(Stop::NotJson(fault)) => Err(fault),
     }

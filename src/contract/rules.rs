@@ -10,7 +10,6 @@ impl Node {
     #[inline(always)]
     pub(super) fn broken(
         &self,
-        nodes: &[Node],
         token: &Token<'_>,
         found: &mut impl FnMut(&'static str) -> Result<(), Halt>,
     ) -> Result<(), Halt> {
@@ -19,7 +18,7 @@ impl Node {
         }
         let mut check = |code, keeps: bool| if keeps { Ok(()) } else { found(code) };
         if let Some(list) = &self.any_of {
-            check("anyOf", list.iter().any(|node| nodes[*node].accepts(nodes, token)))?;
+            check("anyOf", list.iter().any(|node| node.accepts(token)))?;
         }
         if let Some(value) = &self.constant {
             check("const", equals(value, token))?;
@@ -47,17 +46,16 @@ impl Node {
     }
 
     /// Whether an integer that is accepted here is an id: of alternatives those count that accept it.
-    pub(super) fn is_id(&self, nodes: &[Node], number: &Number<'_>) -> bool {
+    pub(super) fn is_id(&self, number: &Number<'_>) -> bool {
         let token = Token::Number(*number);
-        let mut accepting = self.any_of.iter().flatten().map(|node| &nodes[*node]);
+        let mut alternatives = self.any_of.iter().flatten();
         number.is_integer
             && (self.is_id
-                || self.has_ids
-                    && accepting.all(|node| !node.accepts(nodes, &token) || node.is_id(nodes, number)))
+                || self.has_ids && alternatives.all(|node| !node.accepts(&token) || node.is_id(number)))
     }
 
-    fn accepts(&self, nodes: &[Node], token: &Token<'_>) -> bool {
-        self.broken(nodes, token, &mut |_| Err(Halt)).is_ok()
+    fn accepts(&self, token: &Token<'_>) -> bool {
+        self.broken(token, &mut |_| Err(Halt)).is_ok()
     }
 
     fn speaks_of_text(&self) -> bool {

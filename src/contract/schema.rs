@@ -1,4 +1,4 @@
-//! Compiles a JSON Schema into a table of nodes. What it does not know, or what would not be checked, stops
+//! Compiles a JSON Schema into a tree of rules. What it does not know, or what would not be checked, stops
 //! the start with its place.
 
 mod values;
@@ -52,11 +52,10 @@ pub struct SchemaError {
     pub reason: String,
 }
 
-/// The table.
+/// The rules of a whole schema.
 #[derive(Debug)]
 pub(super) struct Schema {
-    pub(super) nodes: Vec<Node>,
-    pub(super) root: usize,
+    pub(super) root: Node,
     pub(super) audit: Arc<[AuditMember]>,
 }
 
@@ -71,15 +70,15 @@ pub(super) struct AuditMember {
     pub(super) shown: Shown,
 }
 
-/// The rules of one place. A number names another node of the table.
+/// The rules of one place.
 #[derive(Debug, Default)]
 pub(super) struct Node {
     pub(super) types: u8,
     pub(super) constant: Option<Scalar>,
     pub(super) enumeration: Option<Vec<Scalar>>,
-    pub(super) any_of: Option<Vec<usize>>,
+    pub(super) any_of: Option<Vec<Node>>,
     pub(super) members: Option<Members>,
-    pub(super) items: Option<usize>,
+    pub(super) items: Option<Box<Node>>,
     /// The audit members that each item has one value of.
     pub(super) audited: Vec<usize>,
     pub(super) min_items: Option<usize>,
@@ -137,7 +136,7 @@ pub(super) struct Member {
     pub(super) name: String,
     /// The name in quotes with its colon, as most bodies spell it.
     pub(super) literal: Vec<u8>,
-    pub(super) node: Option<usize>,
+    pub(super) node: Option<Box<Node>>,
     pub(super) required: bool,
     /// One bit, at its index.
     pub(super) bit: u128,
@@ -146,13 +145,12 @@ pub(super) struct Member {
 impl Schema {
     pub(super) fn compile(text: &str) -> Result<Self, SchemaError> {
         let document: Value = serde_json::from_str(text).or_else(|error| fail("#", error.to_string()))?;
-        let (nodes, audit, open, patterns) = Default::default();
-        let mut compiler =
-            Compiler { document: &document, nodes, audit, audited: Vec::new(), open, patterns };
+        let (audit, audited, open, patterns) = Default::default();
+        let mut compiler = Compiler { document: &document, nodes: 0, audit, audited, open, patterns };
         let root = compiler.node(&document, "#", Place::Single)?;
         let audit = std::mem::take(&mut compiler.audit).into();
         compiler.definitions()?;
-        Ok(Self { nodes: compiler.nodes, root, audit })
+        Ok(Self { root, audit })
     }
 }
 
@@ -182,7 +180,8 @@ enum Place {
 
 struct Compiler<'a> {
     document: &'a Value,
-    nodes: Vec<Node>,
+    /// How many were compiled.
+    nodes: usize,
     audit: Vec<AuditMember>,
     /// Those of the items that are being compiled.
     audited: Vec<usize>,
@@ -193,7 +192,7 @@ struct Compiler<'a> {
 }
 
 impl Compiler<'_> {
-    fn node(&mut self, schema: &Value, at: &str, place: Place) -> Result<usize, SchemaError> {
+    fn node(&mut self, schema: &Value, at: &str, place: Place) -> Result<Node, SchemaError> {
         let keywords = object(schema, at)?;
         if keywords.contains_key("$ref") {
             return self.reference(keywords, at, place);
@@ -210,17 +209,17 @@ impl Compiler<'_> {
             );
         }
         if let Some(name) = keywords.get("x-uniqueBy") {
-            node.unique_by = Some(self.unique_by(node.items, name, &step(at, "x-uniqueBy"))?);
+            node.unique_by = Some(unique_by(node.items.as_deref(), name, &step(at, "x-uniqueBy"))?);
         }
         if keywords.contains_key("x-refuseRounded") && node.types & INTEGER == 0 {
             return fail(step(at, "x-refuseRounded"), "has no effect: the schema allows no integer");
         }
-        node.has_ids = node.is_id || node.any_of.iter().flatten().any(|node| self.nodes[*node].has_ids);
-        if self.nodes.len() == MAX_NODES {
+        node.has_ids = node.is_id || node.any_of.iter().flatten().any(|node| node.has_ids);
+        if self.nodes == MAX_NODES {
             return fail(at, "the schema is too large");
         }
-        self.nodes.push(node);
-        Ok(self.nodes.len() - 1)
+        self.nodes += 1;
+        Ok(node)
     }
 
     fn keyword(
@@ -265,7 +264,7 @@ impl Compiler<'_> {
 
     fn items(&mut self, node: &mut Node, value: &Value, at: &str) -> Result<(), SchemaError> {
         let outer = std::mem::take(&mut self.audited);
-        node.items = Some(self.node(value, at, Place::InItems)?);
+        node.items = Some(self.node(value, at, Place::InItems)?.into());
         node.audited = std::mem::replace(&mut self.audited, outer);
         Ok(())
     }
@@ -275,7 +274,7 @@ impl Compiler<'_> {
         keywords: &Map<String, Value>,
         at: &str,
         place: Place,
-    ) -> Result<usize, SchemaError> {
+    ) -> Result<Node, SchemaError> {
         let mut target = "";
         for (keyword, value) in keywords {
             match keyword.as_str() {
@@ -337,7 +336,7 @@ impl Compiler<'_> {
             let at = step(at, "properties");
             for (name, schema) in object(properties, &at)? {
                 let node = self.node(schema, &step(&at, name), place)?;
-                members.list.push(Member::new(name, Some(node), false));
+                members.list.push(Member::new(name, Some(node.into()), false));
             }
         }
         if let Some(required) = keywords.get("required") {
@@ -358,12 +357,12 @@ impl Compiler<'_> {
         Ok(Some(members))
     }
 
-    fn any_of(&mut self, value: &Value, at: &str) -> Result<Vec<usize>, SchemaError> {
+    fn any_of(&mut self, value: &Value, at: &str) -> Result<Vec<Node>, SchemaError> {
         let mut nodes = Vec::new();
         for (i, schema) in filled(value, at)?.iter().enumerate() {
             let at = step(at, &i.to_string());
             let node = self.node(schema, &at, Place::InAnyOf)?;
-            if !self.nodes[node].is_scalar() {
+            if !node.is_scalar() {
                 return fail(&at, "each schema in anyOf must have a `type`, and none of object and array");
             }
             nodes.push(node);
@@ -395,17 +394,6 @@ impl Compiler<'_> {
             self.audited.push(index);
         }
         Ok(index)
-    }
-
-    fn unique_by(&self, items: Option<usize>, name: &Value, at: &str) -> Result<UniqueBy, SchemaError> {
-        let name = text(name, at)?;
-        let members = items.and_then(|items| self.nodes[items].members.as_ref());
-        let found = members.and_then(|members| members.find(name.as_bytes()));
-        let found = found.filter(|(_, member)| member.node.is_some_and(|node| self.nodes[node].is_scalar()));
-        match found {
-            Some((index, _)) => Ok(UniqueBy { name: name.to_owned(), index }),
-            None => fail(at, "must name a property of the items whose `type` is neither object nor array"),
-        }
     }
 
     fn pattern(&mut self, value: &Value, at: &str) -> Result<Arc<Pattern>, SchemaError> {
@@ -447,7 +435,7 @@ impl Members {
 }
 
 impl Member {
-    fn new(name: &str, node: Option<usize>, required: bool) -> Self {
+    fn new(name: &str, node: Option<Box<Node>>, required: bool) -> Self {
         Self {
             name: name.to_owned(),
             literal: format!("{}:", Value::from(name)).into(),
@@ -455,6 +443,15 @@ impl Member {
             required,
             bit: 0,
         }
+    }
+}
+
+fn unique_by(items: Option<&Node>, name: &Value, at: &str) -> Result<UniqueBy, SchemaError> {
+    let name = text(name, at)?;
+    let found = items.and_then(|items| items.members.as_ref()?.find(name.as_bytes()));
+    match found.filter(|(_, member)| member.node.as_ref().is_some_and(|node| node.is_scalar())) {
+        Some((index, _)) => Ok(UniqueBy { name: name.to_owned(), index }),
+        None => fail(at, "must name a property of the items whose `type` is neither object nor array"),
     }
 }
 

@@ -25,7 +25,6 @@ const TWICE: &str = "this key stands twice in the object";
 
 /// One walk over a body. All rules are here; what becomes of a violation is the findings' matter.
 pub(super) struct Walk<'a, F> {
-    nodes: &'a [Node],
     cursor: Cursor<'a>,
     bare_ids: BareIds,
     captured: Captured,
@@ -85,15 +84,14 @@ enum Key<'a> {
 impl<'a, F: Findings<'a>> Walk<'a, F> {
     pub(super) fn over(
         document: &'a [u8],
-        nodes: &'a [Node],
-        root: Option<usize>,
+        root: Option<&'a Node>,
         bare_ids: BareIds,
         findings: F,
     ) -> Result<Walked<F>, Stop> {
         let is_plain = check_encoding(document).map_err(Stop::NotJson)?;
         let cursor = Cursor::new(document);
         let captured = Captured::new();
-        let mut walk = Walk { nodes, cursor, bare_ids, captured, large_ids: 0, identity: None, findings };
+        let mut walk = Walk { cursor, bare_ids, captured, large_ids: 0, identity: None, findings };
         match walk.whole(root) {
             Ok(()) => {
                 let Walk { captured, large_ids, findings, .. } = walk;
@@ -103,16 +101,15 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         }
     }
 
-    fn whole(&mut self, root: Option<usize>) -> Result<(), Halt> {
+    fn whole(&mut self, root: Option<&'a Node>) -> Result<(), Halt> {
         self.cursor.skip_space();
         self.value(root, Noted::Nothing)?;
         self.cursor.end()
     }
 
-    /// Walks the value that begins here; without a node only its syntax is checked.
+    /// Walks the value that begins here; without a rule only its syntax is checked.
     #[inline(always)]
-    fn value(&mut self, node: Option<usize>, noted: Noted<'a>) -> Result<(), Halt> {
-        let rule = node.map(|node| &self.nodes[node]);
+    fn value(&mut self, rule: Option<&'a Node>, noted: Noted<'a>) -> Result<(), Halt> {
         let start = self.cursor.position();
         // A branch for each, so that the rule is looked at with the kind known.
         match self.cursor.begins()? {
@@ -185,7 +182,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
                     let is_noted = noted.is_some_and(|noted| noted.index == index);
                     self.cursor.skip_space();
                     self.findings.enter(Step::Key(&member.name));
-                    self.value(member.node, if is_noted { Noted::This } else { Noted::Nothing })?;
+                    self.value(member.node.as_deref(), if is_noted { Noted::This } else { Noted::Nothing })?;
                     self.findings.leave();
                 }
                 Key::Other(name) => {
@@ -242,7 +239,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
 
     fn array(&mut self, rule: Option<&'a Node>) -> Result<(), Halt> {
         let unique_by = rule.and_then(|rule| rule.unique_by.as_ref());
-        let (items, mut identities, mut count) = (rule.and_then(|rule| rule.items), Seen::new(), 0);
+        let (items, mut identities, mut count) =
+            (rule.and_then(|rule| rule.items.as_deref()), Seen::new(), 0);
         let outer = self.identity.take();
         let mut more = self.cursor.open(b']')?;
         while more {
@@ -297,10 +295,10 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     #[inline(always)]
     fn kept(&mut self, rule: Option<&'a Node>, token: &Token<'_>) -> Result<Option<&'a Node>, Halt> {
         let Some(rule) = rule else { return Ok(None) };
-        let (nodes, findings, mut is_kept) = (self.nodes, &mut self.findings, true);
-        rule.broken(nodes, token, &mut |code| {
+        let (findings, mut is_kept) = (&mut self.findings, true);
+        rule.broken(token, &mut |code| {
             is_kept = false;
-            findings.note(code, || (None, format!("must be {}", rule.wanted(nodes, code))))
+            findings.note(code, || (None, format!("must be {}", rule.wanted(code))))
         })?;
         if rule.has_ids
             && let Token::Number(number) = token
@@ -315,7 +313,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     #[inline(never)]
     fn bare_id(&mut self, rule: &Node, number: &Number<'_>) -> Result<bool, Halt> {
         let is_large = rounded::is_large(number);
-        if !(is_large || self.bare_ids == BareIds::Refuse) || !rule.is_id(self.nodes, number) {
+        if !(is_large || self.bare_ids == BareIds::Refuse) || !rule.is_id(number) {
             return Ok(true);
         }
         self.large_ids += usize::from(is_large);

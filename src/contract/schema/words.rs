@@ -6,17 +6,17 @@ use super::{ANY, FRACTION, INTEGER, Node, Scalar, TYPES};
 
 impl Node {
     /// What one keyword wants, in words.
-    pub(in crate::contract) fn wanted(&self, nodes: &[Self], keyword: &str) -> String {
-        let wants = self.wants(nodes).into_iter();
+    pub(in crate::contract) fn wanted(&self, keyword: &str) -> String {
+        let wants = self.wants().into_iter();
         wants.filter(|(known, _)| *known == keyword).map(|(_, words)| words).collect()
     }
 
     /// What this wants, in words, by keyword. Holds values of the schema only.
-    fn wants(&self, nodes: &[Self]) -> Vec<(&'static str, String)> {
+    fn wants(&self) -> Vec<(&'static str, String)> {
         let shown = |list: &[Scalar]| list.iter().map(Scalar::shown).collect::<Vec<_>>().join(", ");
         let wants = [
             (self.types != ANY).then(|| ("type", kind_words(self.types))),
-            self.any_of.as_ref().map(|list| ("anyOf", alternatives(nodes, list))),
+            self.any_of.as_ref().map(|list| ("anyOf", alternatives(list))),
             self.constant.as_ref().map(|value| ("const", value.shown())),
             self.enumeration.as_ref().map(|list| ("enum", format!("one of {}", shown(list)))),
             self.minimum.as_ref().map(|limit| ("minimum", format!("at least {}", limit.literal))),
@@ -42,9 +42,8 @@ impl Scalar {
     }
 }
 
-fn alternatives(nodes: &[Node], list: &[usize]) -> String {
-    let words =
-        |node: &usize| nodes[*node].wants(nodes).into_iter().map(|(_, words)| words).collect::<Vec<_>>();
+fn alternatives(list: &[Node]) -> String {
+    let words = |node: &Node| node.wants().into_iter().map(|(_, words)| words).collect::<Vec<_>>();
     list.iter().map(|node| words(node).join(", ")).collect::<Vec<_>>().join("; or ")
 }
 
