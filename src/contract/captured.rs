@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::CheckedBody;
+use super::{CheckedBody, schema::AuditIndex};
 use crate::{
     json::Cursor,
     keyed_hash::{Mark, hidden},
@@ -22,14 +22,14 @@ impl CheckedBody {
     /// string, since many readers refuse a line that has one (RFC 8259, section 6). What is to be hidden is left out, or written
     /// as its `mark`.
     pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
-        let (from, captured) = (out.len(), &self.captured[..]);
-        for (index, member) in self.members.iter().enumerate() {
+        let from = out.len();
+        for (index, member) in (0..).map(AuditIndex).zip(&*self.members) {
             if member.shown == Shown::Omit {
                 continue;
             }
             out.extend_from_slice(member.opening.as_bytes());
             let before = out.len();
-            for scalar in captured.iter().filter(|scalar| scalar.is_of(index)) {
+            for scalar in self.captured.iter().filter(|scalar| scalar.member == index) {
                 if out.len() > before {
                     out.push(b',');
                 }
@@ -68,21 +68,16 @@ pub(super) type Captured = SmallVec<[AuditScalar; 9]>;
 /// A scalar for the audit trail, or that an item of a list has none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AuditScalar {
-    /// Index of the audit member; a schema has at most 4096 nodes.
-    pub(super) member: u16,
+    pub(super) member: AuditIndex,
     /// In bytes; 0 if there is no scalar, [`u16::MAX`] if it is longer than fits.
     length: u16,
     start: u32,
 }
 
 impl AuditScalar {
-    pub(super) fn new(member: usize, place: Range<usize>) -> Self {
+    pub(super) fn new(member: AuditIndex, place: Range<usize>) -> Self {
         let length = u16::try_from(place.len()).unwrap_or(u16::MAX);
-        Self { member: member as u16, length, start: place.start as u32 }
-    }
-
-    pub(super) fn is_of(self, member: usize) -> bool {
-        usize::from(self.member) == member
+        Self { member, length, start: place.start as u32 }
     }
 
     /// The scalar's literal; empty if there is none.

@@ -59,6 +59,10 @@ pub(super) struct Schema {
     pub(super) audit: Arc<[AuditMember]>,
 }
 
+/// The place of a member among those of the audit record; a schema has at most 4096 nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct AuditIndex(pub(super) u16);
+
 /// A member of the audit record.
 #[derive(Clone, Debug)]
 pub(super) struct AuditMember {
@@ -80,7 +84,7 @@ pub(super) struct Node {
     pub(super) members: Option<Members>,
     pub(super) items: Option<Box<Node>>,
     /// The audit members that each item has one value of.
-    pub(super) audited: Vec<usize>,
+    pub(super) audited: Vec<AuditIndex>,
     pub(super) min_items: Option<usize>,
     pub(super) max_items: Option<usize>,
     pub(super) unique_by: Option<UniqueBy>,
@@ -93,7 +97,7 @@ pub(super) struct Node {
     pub(super) is_id: bool,
     /// The same here or in an alternative.
     pub(super) has_ids: bool,
-    pub(super) audit: Option<usize>,
+    pub(super) audit: Option<AuditIndex>,
 }
 
 /// The member in which the items of an array must differ.
@@ -184,7 +188,7 @@ struct Compiler<'a> {
     nodes: usize,
     audit: Vec<AuditMember>,
     /// Those of the items that are being compiled.
-    audited: Vec<usize>,
+    audited: Vec<AuditIndex>,
     /// References that are being compiled.
     open: Vec<String>,
     /// Each is compiled once, however often it stands there.
@@ -370,7 +374,7 @@ impl Compiler<'_> {
         Ok(nodes)
     }
 
-    fn audit_member(&mut self, value: &Value, at: &str, place: Place) -> Result<usize, SchemaError> {
+    fn audit_member(&mut self, value: &Value, at: &str, place: Place) -> Result<AuditIndex, SchemaError> {
         let name = text(value, at)?;
         if place == Place::InAnyOf {
             return fail(at, "must stand beside anyOf, not in it");
@@ -388,7 +392,7 @@ impl Compiler<'_> {
         }
         let is_list = place == Place::InItems;
         let opening = format!(",\"{name}\":{}", if is_list { "[" } else { "" });
-        let index = self.audit.len();
+        let index = AuditIndex(self.audit.len() as u16);
         self.audit.push(AuditMember { name: name.to_owned(), opening, is_list, shown: Shown::Clear });
         if is_list {
             self.audited.push(index);

@@ -280,12 +280,12 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     /// Notes which scalars for the audit trail an item does not have. `captured` is how many there were before it.
     #[inline(always)]
     fn note_absent(&mut self, list: &Node, captured: usize) {
-        let found = self.captured[captured..].iter().map(|scalar| usize::from(scalar.member));
+        let found = self.captured[captured..].iter().map(|scalar| scalar.member);
         if found.eq(list.audited.iter().copied()) {
             return; // the usual case: all, in the order of the contract
         }
         for member in &list.audited {
-            if !self.captured[captured..].iter().any(|scalar| scalar.is_of(*member)) {
+            if !self.captured[captured..].iter().any(|scalar| scalar.member == *member) {
                 self.captured.push(AuditScalar::new(*member, 0..0));
             }
         }
