@@ -25,7 +25,7 @@ pub use self::schema::SchemaError;
 use self::{
     captured::Captured,
     findings::{Gathered, Verdict},
-    schema::{AuditMember, Schema},
+    schema::{AuditMember, Node},
     walk::{Stop, Walk, Walked},
 };
 pub use crate::json::NotJson;
@@ -39,7 +39,10 @@ pub const MUST_BE_STRING: &str = "number_must_be_string";
 
 /// A compiled contract.
 #[derive(Debug)]
-pub struct Contract(Schema);
+pub struct Contract {
+    root: Node,
+    audit: Arc<[AuditMember]>,
+}
 
 /// What a check found.
 #[derive(Debug)]
@@ -97,29 +100,29 @@ impl Contract {
     /// is a key that stands twice, since one of the two would be.
     pub fn compile(schema: &str) -> Result<Self, SchemaError> {
         match is_strict_json(schema.as_bytes()) {
-            Ok(()) => Schema::compile(schema).map(Self),
+            Ok(()) => schema::compile(schema),
             Err(error) => Err(SchemaError { pointer: "#".into(), reason: error.to_string() }),
         }
     }
 
     /// What it wants in the audit trail.
     pub fn audit_names(&self) -> impl Iterator<Item = &str> {
-        self.0.audit.iter().map(|member| member.name.as_str())
+        self.audit.iter().map(|member| member.name.as_str())
     }
 
     /// Decides how each of that is written.
     #[must_use]
     pub fn shown(mut self, shown: impl Fn(&str) -> Shown) -> Self {
-        let members = self.0.audit.iter().cloned();
-        self.0.audit = members.map(|member| AuditMember { shown: shown(&member.name), ..member }).collect();
+        let members = self.audit.iter().cloned();
+        self.audit = members.map(|member| AuditMember { shown: shown(&member.name), ..member }).collect();
         self
     }
 
     /// Checks a body. `bare_ids` says which ids its caller may send as bare numbers.
     pub fn check(&self, body: Bytes, bare_ids: BareIds) -> Checked {
-        match Walk::over(&body, Some(&self.0.root), bare_ids, Verdict) {
+        match Walk::over(&body, Some(&self.root), bare_ids, Verdict) {
             Ok(Walked { is_plain, captured, large_ids, findings: Verdict }) => {
-                let checked = CheckedBody { members: self.0.audit.clone(), captured, is_plain, bytes: body };
+                let checked = CheckedBody { members: self.audit.clone(), captured, is_plain, bytes: body };
                 Checked { result: Ok(checked), large_ids }
             }
             Err(Stop::NotJson(fault)) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
@@ -140,8 +143,7 @@ impl Contract {
     /// All violations of a body, and how many large ids in it are bare numbers.
     #[cold]
     fn gather(&self, body: &[u8], bare_ids: BareIds) -> Result<(Violations, usize), NotJson> {
-        let gathered = Gathered { path: Vec::new(), violations: Violations::default() };
-        match Walk::over(body, Some(&self.0.root), bare_ids, gathered) {
+        match Walk::over(body, Some(&self.root), bare_ids, Gathered::default()) {
             Ok(walked) => Ok((walked.findings.violations, walked.large_ids)),
             Err(Stop::NotJson(fault)) => Err(fault),
             Err(Stop::Broken) => Ok(Default::default()), // this kind of walk goes on

@@ -27,9 +27,10 @@ pub(super) trait Findings<'a> {
 pub(super) struct Verdict;
 
 /// Goes on and tells of all.
+#[derive(Default)]
 pub(super) struct Gathered<'a> {
     /// Names of the contract and indices only: below an unknown key nothing is checked.
-    pub(super) path: Vec<Step<'a>>,
+    path: Vec<Step<'a>>,
     pub(super) violations: Violations,
 }
 

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use self::values::{boolean, fail, filled, limit, list, object, scalar, size, step, text, types};
-use super::pattern::Pattern;
+use super::{Contract, pattern::Pattern};
 use crate::{json::Number, model::redaction::Shown};
 
 pub(super) const NULL: u8 = 1;
@@ -50,13 +50,6 @@ pub struct SchemaError {
     pub pointer: String,
     /// Why.
     pub reason: String,
-}
-
-/// The rules of a whole schema.
-#[derive(Debug)]
-pub(super) struct Schema {
-    pub(super) root: Node,
-    pub(super) audit: Arc<[AuditMember]>,
 }
 
 /// The place of a member among those of the audit record; a schema has at most 4096 nodes.
@@ -141,21 +134,18 @@ pub(super) struct Member {
     /// The name in quotes with its colon, as most bodies spell it.
     pub(super) literal: Vec<u8>,
     pub(super) node: Option<Box<Node>>,
-    pub(super) required: bool,
     /// One bit, at its index.
     pub(super) bit: u128,
 }
 
-impl Schema {
-    pub(super) fn compile(text: &str) -> Result<Self, SchemaError> {
-        let document: Value = serde_json::from_str(text).or_else(|error| fail("#", error.to_string()))?;
-        let (audit, audited, open, patterns) = Default::default();
-        let mut compiler = Compiler { document: &document, nodes: 0, audit, audited, open, patterns };
-        let root = compiler.node(&document, "#", Place::Single)?;
-        let audit = std::mem::take(&mut compiler.audit).into();
-        compiler.definitions()?;
-        Ok(Self { root, audit })
-    }
+pub(super) fn compile(text: &str) -> Result<Contract, SchemaError> {
+    let document: Value = serde_json::from_str(text).or_else(|error| fail("#", error.to_string()))?;
+    let (audit, audited, open, patterns) = Default::default();
+    let mut compiler = Compiler { document: &document, nodes: 0, audit, audited, open, patterns };
+    let root = compiler.node(&document, "#", Place::Single)?;
+    let audit = std::mem::take(&mut compiler.audit).into();
+    compiler.definitions()?;
+    Ok(Contract { root, audit })
 }
 
 impl Node {
@@ -340,7 +330,7 @@ impl Compiler<'_> {
             let at = step(at, "properties");
             for (name, schema) in object(properties, &at)? {
                 let node = self.node(schema, &step(&at, name), place)?;
-                members.list.push(Member::new(name, Some(node.into()), false));
+                members.add(name, Some(node.into()));
             }
         }
         if let Some(required) = keywords.get("required") {
@@ -351,10 +341,6 @@ impl Compiler<'_> {
         }
         if members.list.len() > MAX_MEMBERS {
             return fail(at, "has more than 128 properties");
-        }
-        for (index, member) in members.list.iter_mut().enumerate() {
-            member.bit = 1 << index;
-            members.required |= if member.required { member.bit } else { 0 };
         }
         members.by_name = (0..members.list.len()).collect();
         members.by_name.sort_by_key(|index| &members.list[*index].name);
@@ -422,31 +408,25 @@ impl Members {
     }
 
     fn require(&mut self, name: &str, at: &str) -> Result<(), SchemaError> {
-        match self.list.iter_mut().find(|member| member.name == name) {
-            Some(member) => member.required = true,
-            None if self.additional => {
-                self.list.push(Member::new(name, None, true));
-            }
+        self.required |= match self.list.iter().find(|member| member.name == name) {
+            Some(member) => member.bit,
+            None if self.additional => self.add(name, None),
             None => {
                 return fail(
                     at,
                     format!("`{name}` is not among the properties, and additionalProperties is false"),
                 );
             }
-        }
+        };
         Ok(())
     }
-}
 
-impl Member {
-    fn new(name: &str, node: Option<Box<Node>>, required: bool) -> Self {
-        Self {
-            name: name.to_owned(),
-            literal: format!("{}:", Value::from(name)).into(),
-            node,
-            required,
-            bit: 0,
-        }
+    /// Returns its bit; behind [`MAX_MEMBERS`] there is none.
+    fn add(&mut self, name: &str, node: Option<Box<Node>>) -> u128 {
+        let bit = 1_u128.checked_shl(self.list.len() as u32).unwrap_or_default();
+        let literal = format!("{}:", Value::from(name)).into();
+        self.list.push(Member { name: name.to_owned(), literal, node, bit });
+        bit
     }
 }
 

@@ -207,8 +207,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
 
     #[cold]
     fn missing(&mut self, members: &Members, seen: u128) -> Result<(), Halt> {
-        let missing = members.list.iter().filter(|member| member.required && seen & member.bit == 0);
-        for Member { name, .. } in missing {
+        let missing = members.required & !seen;
+        for Member { name, .. } in members.list.iter().filter(|member| missing & member.bit != 0) {
             self.findings.note("required", || (Some(name.clone()), format!("`{name}` is missing")))?;
         }
         Ok(())
@@ -254,13 +254,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             if let (Some(UniqueBy { name, .. }), Some(identity)) = (unique_by, self.identity.take())
                 && !identities.insert(identity)
             {
-                let detail = || {
-                    (
-                        Some(name.clone()),
-                        format!("an earlier item has the same `{name}`; each must have its own"),
-                    )
-                };
-                self.findings.note("x-uniqueBy", detail)?;
+                let detail = || format!("an earlier item has the same `{name}`; each must have its own");
+                self.findings.note("x-uniqueBy", || (Some(name.clone()), detail()))?;
             }
             self.findings.leave();
             count += 1;
