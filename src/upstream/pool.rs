@@ -231,7 +231,7 @@ impl Pool {
         match self.connect(permit).await? {
             Opened::Http1(connection, permit) => Ok(Place::Http1(connection, permit)),
             Opened::Http2(connection) => {
-                connection.stream().map(Place::Http2).ok_or_else(|| NoConnection::Failed(no_streams()))
+                connection.stream().map(Place::Http2).ok_or_else(|| no_streams().into())
             }
         }
     }
@@ -253,22 +253,10 @@ impl Pool {
                 None => self.dial(http2),
             };
             match dialing {
-                Some(mut dialing) => {
-                    let dialed = async {
-                        match dialing
-                            .wait_for(|dialing| !matches!(dialing, Dialing::UnderWay))
-                            .await
-                            .as_deref()
-                        {
-                            Ok(Dialing::Failed(why)) => Err(why.clone()),
-                            Ok(Dialing::UnderWay | Dialing::Done) | Err(_) => Ok(()),
-                        }
-                    };
-                    tokio::select! {
-                        dialed = dialed => dialed?,
-                        () = freed => {}
-                    }
-                }
+                Some(mut dialing) => tokio::select! {
+                    dialed = dialed(&mut dialing) => dialed?,
+                    () = freed => {}
+                },
                 // As many connections as may be are open, and all are full.
                 None => match http2.stream(None, self.idle_timeout, self.connector.generation()) {
                     Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
@@ -331,5 +319,13 @@ impl Pool {
 
     fn timers(&self) -> MutexGuard<'_, Vec<Timer>> {
         self.timers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits until an attempt to connect is over.
+async fn dialed(dialing: &mut watch::Receiver<Dialing>) -> Result<(), NoConnection> {
+    match dialing.wait_for(|dialing| !matches!(dialing, Dialing::UnderWay)).await.as_deref() {
+        Ok(Dialing::Failed(why)) => Err(why.clone()),
+        Ok(Dialing::UnderWay | Dialing::Done) | Err(_) => Ok(()),
     }
 }

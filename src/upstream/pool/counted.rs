@@ -15,16 +15,21 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{connect::Stream, upstream::http2::Received};
 
-/// The stream under hyper: counts what was written, and over HTTP/2 looks at what is received.
+/// Counts itself as open while it lives, and what was written; over HTTP/2 looks at what is received.
 #[derive(Debug)]
 pub(in crate::upstream) struct Counted {
-    pub(super) stream: Stream,
+    stream: Stream,
     pub(super) written: Arc<AtomicU64>,
-    pub(super) received: Option<Received>,
-    pub(super) _open: Open,
+    received: Option<Received>,
+    open: IntGauge,
 }
 
 impl Counted {
+    pub(super) fn new(stream: Stream, received: Option<Received>, open: IntGauge) -> Self {
+        open.inc();
+        Self { stream, written: Arc::default(), received, open }
+    }
+
     fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         let bytes = match (&written, &self.stream) {
             (Poll::Ready(Ok(bytes)), _) => *bytes as u64,
@@ -34,6 +39,12 @@ impl Counted {
         };
         self.written.fetch_add(bytes, Ordering::Relaxed);
         written
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.open.dec();
     }
 }
 
@@ -79,22 +90,5 @@ impl AsyncWrite for Counted {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-/// Counts a connection as open while it lives.
-#[derive(Debug)]
-pub(super) struct Open(IntGauge);
-
-impl Open {
-    pub(super) fn count(gauge: &IntGauge) -> Self {
-        gauge.inc();
-        Self(gauge.clone())
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.dec();
     }
 }

@@ -2,16 +2,13 @@
 
 use std::{
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, atomic::AtomicU64},
+    sync::Arc,
 };
 
 use hyper_util::rt::TokioIo;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
-use super::{
-    Connection, NoConnection, Pool,
-    counted::{Counted, Open},
-};
+use super::{Connection, Counted, NoConnection, Pool};
 use crate::{
     connect::{self, Stream},
     model::cause::Cause,
@@ -58,13 +55,9 @@ impl Pool {
     }
 
     async fn greet_http1(&self, stream: Stream, generation: u64) -> Result<Connection, Reason> {
-        let (written, probe) = (Arc::new(AtomicU64::new(0)), probe(&stream)?);
-        let io = Counted {
-            stream,
-            written: written.clone(),
-            received: None,
-            _open: Open::count(&self.metrics.open),
-        };
+        let probe = probe(&stream)?;
+        let io = Counted::new(stream, None, self.metrics.open.clone());
+        let written = io.written.clone();
         let greeted = connect::http1().handshake(TokioIo::new(io)).await;
         let (sender, connection) = greeted.map_err(|error| Reason::of_exchange(&error))?;
         let task = tokio::spawn(async move {
@@ -82,8 +75,8 @@ impl Pool {
         permit: OwnedSemaphorePermit,
     ) -> Result<http2::Connection, Reason> {
         let (received, probe) = (Received::default(), probe(&stream)?);
-        let (reads, open) = (received.reads(), Open::count(&self.metrics.open));
-        let io = Counted { stream, written: Arc::default(), received: Some(received), _open: open };
+        let reads = received.reads();
+        let io = Counted::new(stream, Some(received), self.metrics.open.clone());
         let opened = http2::Connection::open(io, reads, (probe, generation), permit, self.wait).await;
         opened.map_err(|error| Reason::of_exchange(&error))
     }
