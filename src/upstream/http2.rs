@@ -281,11 +281,6 @@ impl Connection {
         Ok(Self { dispatch, _driver: driver, probe, generation, reads, limit, usage, _permit: permit })
     }
 
-    /// Whether the upstream allows any stream at all.
-    pub(super) fn is_usable(&self) -> bool {
-        self.limit.load(Ordering::Relaxed) > 0
-    }
-
     /// Opens a stream, if there is room. Nothing is sent yet.
     pub(super) fn stream(self: &Arc<Self>) -> Option<Stream> {
         let mut usage = self.usage();

@@ -31,7 +31,6 @@ use tokio::{
     time::Instant,
 };
 
-use self::opening::{Opened, no_streams};
 pub(super) use self::{counted::Counted, reserved::is_quiet};
 pub use self::{reserved::Reserved, timer::Timer};
 use super::{
@@ -215,24 +214,14 @@ impl Pool {
     }
 
     /// A connection for one exchange alone.
-    async fn own(self: &Arc<Self>) -> Result<(Place, Option<Timer>), NoConnection> {
+    async fn own(&self) -> Result<(Place, Option<Timer>), NoConnection> {
         let permit = match self.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
             Err(_) => Box::pin(self.wait_for_permit()).await?,
         };
         match self.take_idle() {
             Some((connection, timer)) => Ok((Place::Http1(connection, permit), timer)),
-            None => Ok((Box::pin(self.new_place(permit)).await?, None)),
-        }
-    }
-
-    /// A new connection, or a part of it, should the upstream have changed its mind about HTTP/2.
-    async fn new_place(self: &Arc<Self>, permit: OwnedSemaphorePermit) -> Result<Place, NoConnection> {
-        match self.connect(permit).await? {
-            Opened::Http1(connection, permit) => Ok(Place::Http1(connection, permit)),
-            Opened::Http2(connection) => {
-                connection.stream().map(Place::Http2).ok_or_else(|| no_streams().into())
-            }
+            None => Ok((Box::pin(self.connect(permit)).await?, None)),
         }
     }
 
@@ -283,8 +272,8 @@ impl Pool {
         let pool = self.clone();
         tokio::spawn(async move {
             let dialed = match pool.connect(permit).await {
-                Ok(Opened::Http2(_)) => Dialing::Done,
-                Ok(Opened::Http1(connection, _permit)) => {
+                Ok(Place::Http2(_)) => Dialing::Done,
+                Ok(Place::Http1(connection, _permit)) => {
                     pool.idle().push(Idle { connection, timer: None, since: clock::nanos() });
                     Dialing::Done
                 }

@@ -8,7 +8,7 @@ use std::{
 use hyper_util::rt::TokioIo;
 use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
-use super::{Connection, Counted, NoConnection, Pool};
+use super::{Connection, Counted, NoConnection, Place, Pool};
 use crate::{
     connect::{self, Stream},
     model::cause::Cause,
@@ -16,40 +16,36 @@ use crate::{
     upstream::http2::{self, Received},
 };
 
-/// A connection that was opened just now.
-pub(super) enum Opened {
-    Http1(Connection, OwnedSemaphorePermit),
-    Http2(Arc<http2::Connection>),
-}
-
 impl Pool {
-    pub(super) async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Opened, NoConnection> {
+    /// A new connection, or a stream of it, as the upstream picked.
+    pub(super) async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Place, NoConnection> {
         let opened = self.open(permit).await;
         let result = opened.as_ref().map_or_else(|reason| reason.cause.as_str(), |_| "ok");
         self.metrics.connects.with_label_values(&[result]).inc();
         Ok(opened?)
     }
 
-    async fn open(&self, permit: OwnedSemaphorePermit) -> Result<Opened, Reason> {
+    async fn open(&self, permit: OwnedSemaphorePermit) -> Result<Place, Reason> {
         let (stream, generation) = self.connector.connect_under().await?;
         match &self.http2 {
             Some(http2) if stream.is_http2() => {
                 let opened = timeout(self.wait, self.greet_http2(stream, generation, permit)).await;
                 let late = |_| Reason::new(Cause::Timeout, "the upstream did not greet over HTTP/2 in time");
                 let connection = Arc::new(opened.map_err(late)??);
-                if !connection.is_usable() {
-                    return Err(no_streams());
-                }
+                let stream = connection.stream().ok_or_else(|| {
+                    let why = "the upstream allows no request on a new HTTP/2 connection";
+                    Reason::new(Cause::NotProcessed, why)
+                })?;
                 http2.picked(true);
-                http2.add(connection.clone());
-                Ok(Opened::Http2(connection))
+                http2.add(connection);
+                Ok(Place::Http2(stream))
             }
             _ => {
                 let connection = self.greet_http1(stream, generation).await?;
                 if let Some(http2) = &self.http2 {
                     http2.picked(false);
                 }
-                Ok(Opened::Http1(connection, permit))
+                Ok(Place::Http1(connection, permit))
             }
         }
     }
@@ -85,9 +81,4 @@ impl Pool {
 fn probe(stream: &Stream) -> Result<OwnedFd, Reason> {
     let probe = stream.socket().as_fd().try_clone_to_owned();
     probe.map_err(|error| Reason::new(Cause::of_io(&error), error))
-}
-
-/// The upstream allows no stream on a new connection.
-pub(super) fn no_streams() -> Reason {
-    Reason::new(Cause::NotProcessed, "the upstream allows no request on a new HTTP/2 connection")
 }

@@ -96,7 +96,7 @@ impl Reserved {
     #[cold]
     pub async fn reconnect(&mut self) -> Result<(), NoConnection> {
         self.place = Some(match (self.place.take(), &self.pool.http2) {
-            (Some(Place::Http1(_, permit)), _) => Box::pin(self.pool.new_place(permit)).await?,
+            (Some(Place::Http1(_, permit)), _) => Box::pin(self.pool.connect(permit)).await?,
             (Some(Place::Http2(stream)), Some(http2)) => {
                 let but = http2.release(stream);
                 Box::pin(self.pool.shared(http2, Some(&but))).await?.0
