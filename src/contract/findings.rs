@@ -14,10 +14,10 @@ pub(super) type Told = (Option<String>, String);
 /// What becomes of violations.
 pub(super) trait Findings<'a> {
     /// The walk goes down to a member of the contract, or to an item.
-    fn enter(&mut self, step: Step<'a>);
+    fn enter(&mut self, _: Step<'a>) {}
 
     /// And up again.
-    fn leave(&mut self);
+    fn leave(&mut self) {}
 
     /// A violation at the present place, or at the member that is told together with the detail.
     fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt>;
@@ -41,10 +41,6 @@ pub(super) enum Step<'a> {
 }
 
 impl<'a> Findings<'a> for Verdict {
-    fn enter(&mut self, _: Step<'a>) {}
-
-    fn leave(&mut self) {}
-
     fn note(&mut self, _: &'static str, _: impl FnOnce() -> Told) -> Result<(), Halt> {
         Err(Halt)
     }

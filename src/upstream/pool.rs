@@ -13,6 +13,7 @@ mod reserved;
 mod timer;
 
 use std::{
+    iter,
     os::fd::OwnedFd,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicU64},
@@ -294,12 +295,8 @@ impl Pool {
     /// The connection that was used last; the others may then idle out.
     fn take_idle(&self) -> Option<(Connection, Option<Timer>)> {
         let (mut idle, generation) = (self.idle(), self.connector.generation());
-        while let Some(last) = idle.pop() {
-            if !last.is_spent(self.idle_timeout, generation) {
-                return Some((last.connection, last.timer));
-            }
-        }
-        None
+        let live = iter::from_fn(|| idle.pop()).find(|last| !last.is_spent(self.idle_timeout, generation));
+        live.map(|last| (last.connection, last.timer))
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {

@@ -76,10 +76,8 @@ pub(super) fn types(value: &Value, at: &str) -> Result<u8, SchemaError> {
 
 fn kind(value: &Value, at: &str) -> Result<u8, SchemaError> {
     let name = text(value, at)?;
-    let found = TYPES.iter().find(|(known, ..)| *known == name);
-    let unknown = || {
-        let known: Vec<_> = TYPES.iter().map(|(known, ..)| *known).collect();
-        fail(at, format!("unknown type `{name}`; there are {}", known.join(", ")))
-    };
-    found.map_or_else(unknown, |(_, kind, _)| Ok(*kind))
+    if let Some((_, kind, _)) = TYPES.iter().find(|(known, ..)| *known == name) {
+        return Ok(*kind);
+    }
+    fail(at, format!("unknown type `{name}`; there are {}", TYPES.map(|(known, ..)| known).join(", ")))
 }
