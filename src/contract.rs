@@ -1,10 +1,12 @@
-//! Stage 4: the whole body against the route's contract.
+//! Stage 4: checks the whole body against the route's contract.
 //!
-//! A contract is a JSON Schema (2020-12, a subset) compiled at start into a tree of rules. The check walks the bytes
-//! once and builds no tree. A body that breaks it is walked a second time, by the same rules, to gather all
-//! violations; a body that is not strict JSON is told so instead, wherever the fault stands. Stricter than JSON
-//! Schema in two points: an integer is an optional minus and digits; `-0`, a fraction or an exponent is refused. And where
-//! a contract says `x-refuseRounded`, an id that is a bare number is refused if a client may have rounded it.
+//! A contract is a JSON Schema (2020-12, a subset) that is compiled at start into a tree of rules. One walk checks the bytes
+//! and builds no tree of the body. If it finds a violation, a second walk by the same rules lists all violations. A body that
+//! is not strict JSON gets that error instead, wherever in the body the error is.
+//!
+//! Two points are stricter than JSON Schema. An integer is an optional minus and digits: `-0`, a fraction and an exponent are
+//! refused. Where a contract says `x-refuseRounded`, an id that is a bare number is refused if a client may have rounded it.
+//!
 //! The bytes that were checked are the bytes that are sent.
 
 pub mod body;
@@ -62,7 +64,7 @@ pub enum Fault {
     Violations(Violations),
 }
 
-/// What breaks the contract.
+/// The violations of one body.
 #[derive(Debug, Default)]
 pub struct Violations {
     /// The first hundred.
@@ -96,8 +98,8 @@ impl Contract {
     /// The contract of appointQualityTask, after the vendor's page.
     pub const APPOINT_QUALITY_TASK: &str = include_str!("../config/contracts/appointQualityTask.json");
 
-    /// Compiles a schema. A keyword that is not known is an error, since it would silently not be checked; so
-    /// is a key that stands twice, since one of the two would be.
+    /// Compiles a schema. An unknown keyword is an error, since it would silently not be checked. A key that stands twice in an
+    /// object is an error, since one of the two would be ignored.
     pub fn compile(schema: &str) -> Result<Self, SchemaError> {
         match is_strict_json(schema.as_bytes()) {
             Ok(()) => schema::compile(schema),
@@ -105,12 +107,12 @@ impl Contract {
         }
     }
 
-    /// What it wants in the audit trail.
+    /// The names of the members that it adds to the audit record.
     pub fn audit_names(&self) -> impl Iterator<Item = &str> {
         self.audit.iter().map(|member| member.name.as_str())
     }
 
-    /// Decides how each of that is written.
+    /// Decides for each of these members how its values are written.
     #[must_use]
     pub fn shown(mut self, shown: impl Fn(&str) -> Shown) -> Self {
         let members = self.audit.iter().cloned();
@@ -135,18 +137,18 @@ impl Contract {
         }
     }
 
-    /// All that breaks the contract in a body; nothing, if [`Contract::check`] takes it.
+    /// Lists the violations of a body; empty if [`Contract::check`] accepts it.
     pub fn violations(&self, body: &[u8], bare_ids: BareIds) -> Result<Violations, NotJson> {
         self.gather(body, bare_ids).map(|(violations, _)| violations)
     }
 
-    /// All violations of a body, and how many large ids in it are bare numbers.
+    /// The second walk: all violations, and how many large ids are bare numbers.
     #[cold]
     fn gather(&self, body: &[u8], bare_ids: BareIds) -> Result<(Violations, usize), NotJson> {
         match Walk::over(body, Some(&self.root), bare_ids, Gathered::default()) {
             Ok(walked) => Ok((walked.findings.violations, walked.large_ids)),
             Err(Stop::NotJson(fault)) => Err(fault),
-            Err(Stop::Broken) => Ok(Default::default()), // this kind of walk goes on
+            Err(Stop::Broken) => Ok(Default::default()), // not reached: this walk does not end at a violation
         }
     }
 }
@@ -158,10 +160,10 @@ impl CheckedBody {
     }
 }
 
-/// Walks a document without a contract.
+/// Checks the syntax of a document only.
 pub(crate) fn is_strict_json(document: &[u8]) -> Result<(), NotJson> {
     match Walk::over(document, None, BareIds::Exact, Verdict) {
-        Ok(_) | Err(Stop::Broken) => Ok(()), // without a contract nothing is broken
+        Ok(_) | Err(Stop::Broken) => Ok(()), // not reached: without a contract there is no violation
         Err(Stop::NotJson(fault)) => Err(fault),
     }
 }

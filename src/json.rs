@@ -1,7 +1,7 @@
-//! Strict JSON, piece by piece: no lone surrogate, depth ≤ 32, nothing behind the value. UTF-8 without a BOM, if
-//! [`check_encoding`] says so.
+//! Reads strict JSON, token by token: no lone surrogate, at most 32 levels, nothing behind the value.
 //!
-//! Knows no schema and keeps no tree: a token borrows the bytes. Keys that stand twice are the walk's matter.
+//! Tokens borrow the bytes; no tree is built. [`check_encoding`] checks that the bytes are UTF-8 without a BOM. A key that
+//! stands twice is not noticed here.
 
 mod number;
 mod text;
@@ -64,8 +64,8 @@ pub(super) enum Token<'a> {
     Object,
 }
 
-/// Checks that a document is UTF-8 without a byte order mark, and no longer than an offset can tell. Returns whether every byte is
-/// below DEL.
+/// Checks that a document is UTF-8 without a byte order mark, and no longer than an offset can tell. Returns whether every byte
+/// is below DEL.
 pub(super) fn check_encoding(document: &[u8]) -> Result<bool, NotJson> {
     if u32::try_from(document.len()).is_err() {
         return Err(NotJson::at(document, 0, "the text is longer than 4 GiB"));

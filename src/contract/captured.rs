@@ -15,12 +15,13 @@ use crate::{
 };
 
 impl CheckedBody {
-    /// What the contract wants in the audit trail, as JSON members with a comma in front of each. A member that stands in
-    /// the items of an array is a list with one value for each item, so that lists of the same items match by
-    /// position. What is absent is `null`. The values are the caller's scalars, verbatim but for characters that may be taken
-    /// for something else: strict JSON has no raw control character, so that a line stays one. A number beyond a double is a
-    /// string, since many readers refuse a line that has one (RFC 8259, section 6). What is to be hidden is left out, or written
-    /// as its `mark`.
+    /// Appends the members that the contract adds to the audit record, each as JSON with a comma in front.
+    ///
+    /// A member in the items of an array is a list with one value for each item, so that lists of the same items match by
+    /// position. An absent value is `null`. A value is the caller's literal. Characters that may be taken for others are
+    /// escaped; control characters cannot occur, since strict JSON has no raw ones. A number beyond a double becomes a string,
+    /// since many readers reject a line that has one (RFC 8259, section 6). A member that is hidden is left out, or written as
+    /// its `mark`.
     pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
         let from = out.len();
         for (index, member) in (0..).map(AuditIndex).zip(&*self.members) {
@@ -61,11 +62,11 @@ impl CheckedBody {
     }
 }
 
-/// The scalars for the audit trail. Three inspectors with their counts need no allocation; room for more would be paid by
-/// every request's future.
+/// The scalars for the audit trail. Up to nine need no allocation, which is three inspectors with their counts. Room for more
+/// would make every request's future larger.
 pub(super) type Captured = SmallVec<[AuditScalar; 9]>;
 
-/// A scalar for the audit trail, or that an item of a list has none.
+/// Where a scalar for the audit trail is in the body; or that an item of a list has none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AuditScalar {
     pub(super) member: AuditIndex,
@@ -88,13 +89,13 @@ impl AuditScalar {
     }
 }
 
-/// Whether it is a number whose magnitude no double has. The least has five characters, 1e309.
+/// Whether a literal is a number that is infinite as a double. The shortest has five characters, 1e309.
 fn is_beyond_a_double(literal: &[u8]) -> bool {
     let may_be = literal.len() >= 5 && matches!(literal[0], b'-' | b'0'..=b'9');
     may_be && str::from_utf8(literal).is_ok_and(|text| text.parse().is_ok_and(f64::is_infinite))
 }
 
-/// How long a value is that was read once already.
+/// The length of a value, which was read once already, by reading it again.
 #[cold]
 fn length_at(start: usize, body: &[u8]) -> usize {
     let mut cursor = Cursor::new(body.get(start..).unwrap_or_default());

@@ -5,31 +5,31 @@
 use super::{Violation, Violations};
 use crate::json::Halt;
 
-/// So many violations are listed; all are counted.
+/// How many violations are listed. All are counted.
 const MAX_LISTED: usize = 100;
 
-/// The member that is meant, and what is wanted.
+/// The member at fault, if it is not the present place, and the detail.
 pub(super) type Told = (Option<String>, String);
 
-/// What becomes of violations.
+/// What a walk does with violations.
 pub(super) trait Findings<'a> {
-    /// The walk goes down to a member of the contract, or to an item.
+    /// The walk enters a member of the contract, or an item.
     fn enter(&mut self, _: Step<'a>) {}
 
-    /// And up again.
+    /// The walk leaves it.
     fn leave(&mut self) {}
 
-    /// A violation at the present place, or at the member that is told together with the detail.
+    /// Takes a violation; an error ends the walk. `told` is called only if the detail is needed.
     fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt>;
 }
 
-/// Ends the walk at the first one: the body is refused.
+/// Ends the walk at the first violation.
 pub(super) struct Verdict;
 
-/// Goes on and tells of all.
+/// Goes on, and lists the violations with their places.
 #[derive(Default)]
 pub(super) struct Gathered<'a> {
-    /// Names of the contract and indices only: below an unknown key nothing is checked.
+    /// From the root to the present place. Has names of the contract and indices only: below an unknown key nothing is checked.
     path: Vec<Step<'a>>,
     pub(super) violations: Violations,
 }
@@ -81,7 +81,7 @@ pub(super) fn escape(key: &str) -> String {
     key.replace('~', "~0").replace('/', "~1")
 }
 
-/// A key for a violation: cut at 64 bytes, control characters escaped.
+/// An unknown key as a violation names it: cut at 64 bytes, control characters escaped.
 pub(super) fn shown(key: &[u8]) -> String {
     let key = String::from_utf8_lossy(key);
     let mut shown = String::new();

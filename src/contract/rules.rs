@@ -1,12 +1,12 @@
-//! Whether a value keeps the keywords of its place.
+//! Checks one value against the keywords of its place.
 //!
-//! Looks at the value by itself: a scalar is whole, of an array or an object only the type is looked at here.
+//! A scalar is checked whole. Of an array or an object only the type is checked here; [`super::walk`] checks what is in it.
 
 use super::schema::{self, Limit, Node, Scalar};
 use crate::json::{Halt, Number, Token};
 
 impl Node {
-    /// Names every keyword that the value breaks by itself; of a wrong type nothing else is said.
+    /// Calls `found` with each keyword that the value breaks. A value of a wrong type breaks `type` only.
     #[inline(always)]
     pub(super) fn broken(
         &self,
@@ -45,7 +45,7 @@ impl Node {
         }
     }
 
-    /// Whether an integer that is accepted here is an id: of alternatives those count that accept it.
+    /// Whether an integer that is accepted here is an id. Only alternatives that accept it count.
     pub(super) fn is_id(&self, number: &Number<'_>) -> bool {
         let token = Token::Number(*number);
         let mut alternatives = self.any_of.iter().flatten();
@@ -63,8 +63,7 @@ impl Node {
     }
 }
 
-/// Whether a text has so many characters or more. Each takes one to four bytes, so that most texts need not
-/// be counted.
+/// Whether a text has at least `count` characters. A character takes one to four bytes, so that most texts need not be counted.
 fn has_chars(text: &[u8], count: usize) -> bool {
     let begins_char = |byte: &&u8| **byte & 0xc0 != 0x80;
     text.len() >= count

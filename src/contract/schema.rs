@@ -1,5 +1,6 @@
-//! Compiles a JSON Schema into a tree of rules. What it does not know, or what would not be checked, stops
-//! the start with its place.
+//! Compiles a JSON Schema into a tree of rules.
+//!
+//! An unknown keyword, or one that would have no effect, is an error with its place, and stops the start.
 
 mod values;
 mod words;
@@ -22,7 +23,7 @@ pub(super) const ARRAY: u8 = 32;
 pub(super) const OBJECT: u8 = 64;
 const ANY: u8 = 127;
 
-/// The names of the types, and how a person calls them. `number` comes last: it is two of them.
+/// Each type: its name, its bits, and its words for people. `number` comes last, since it is two types.
 const TYPES: [(&str, u8, &str); 7] = [
     ("null", NULL, "null"),
     ("boolean", BOOLEAN, "true or false"),
@@ -33,13 +34,14 @@ const TYPES: [(&str, u8, &str); 7] = [
     ("number", INTEGER | FRACTION, "a number"),
 ];
 
-/// A reference is compiled anew at each use; this bounds what a chain of doublings can cost.
+/// Bounds what references can cost: each is compiled anew at each use, so that a chain of them can double the rules at each
+/// step.
 const MAX_NODES: usize = 4096;
 
-/// As many as a `u128` has bits to remember which were seen.
+/// A `u128` has one bit for each member, to note which were seen.
 const MAX_MEMBERS: usize = 128;
 
-/// What the tables of all patterns may take together.
+/// How much memory the tables of all patterns may take together.
 const MAX_PATTERN_BYTES: usize = 16 << 20;
 
 /// A schema that cannot be used.
@@ -52,7 +54,7 @@ pub struct SchemaError {
     pub reason: String,
 }
 
-/// The place of a member among those of the audit record; a schema has at most 4096 nodes.
+/// The index of a member that a contract adds to the audit record. Fits, since a schema has at most 4096 nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct AuditIndex(pub(super) u16);
 
@@ -62,7 +64,7 @@ pub(super) struct AuditMember {
     pub(super) name: String,
     /// `,"name":`, and the bracket of a list.
     pub(super) opening: String,
-    /// It stands in the items of an array, and has a value for each of them.
+    /// It is in the items of an array, and has a value for each item.
     pub(super) is_list: bool,
     pub(super) shown: Shown,
 }
@@ -76,7 +78,7 @@ pub(super) struct Node {
     pub(super) any_of: Option<Vec<Node>>,
     pub(super) members: Option<Members>,
     pub(super) items: Option<Box<Node>>,
-    /// The audit members that each item has one value of.
+    /// The audit members of which each item has one value.
     pub(super) audited: Vec<AuditIndex>,
     pub(super) min_items: Option<usize>,
     pub(super) max_items: Option<usize>,
@@ -86,9 +88,9 @@ pub(super) struct Node {
     pub(super) pattern: Option<Arc<Pattern>>,
     pub(super) minimum: Option<Limit>,
     pub(super) maximum: Option<Limit>,
-    /// An integer here is an id, and its digits count.
+    /// An integer here is an id, so that no digit may be lost.
     pub(super) is_id: bool,
-    /// The same here or in an alternative.
+    /// The same is true here or in an alternative.
     pub(super) has_ids: bool,
     pub(super) audit: Option<AuditIndex>,
 }
@@ -122,7 +124,7 @@ pub(super) struct Limit {
 pub(super) struct Members {
     pub(super) list: Vec<Member>,
     pub(super) additional: bool,
-    /// A bit for each member of the list that must be there.
+    /// The bits of the members that must be present.
     pub(super) required: u128,
     /// Indices of the list, in the order of the names.
     by_name: Vec<usize>,
@@ -131,10 +133,10 @@ pub(super) struct Members {
 #[derive(Debug)]
 pub(super) struct Member {
     pub(super) name: String,
-    /// The name in quotes with its colon, as most bodies spell it.
+    /// The name in quotes and the colon, as most bodies write them.
     pub(super) literal: Vec<u8>,
     pub(super) node: Option<Box<Node>>,
-    /// One bit, at its index.
+    /// The bit at its index in the list.
     pub(super) bit: u128,
 }
 
@@ -149,7 +151,7 @@ pub(super) fn compile(text: &str) -> Result<Contract, SchemaError> {
 }
 
 impl Node {
-    /// True if neither an array nor an object can pass.
+    /// Whether only scalars are accepted.
     fn is_scalar(&self) -> bool {
         self.types & (ARRAY | OBJECT) == 0
             || self.constant.is_some()
@@ -164,7 +166,7 @@ impl Limit {
     }
 }
 
-/// Where a schema stands; decides what `x-audit` means there.
+/// Where in a contract a schema is. Decides what `x-audit` means there.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
     Single,
@@ -174,14 +176,14 @@ enum Place {
 
 struct Compiler<'a> {
     document: &'a Value,
-    /// How many were compiled.
+    /// How many rules were compiled.
     nodes: usize,
     audit: Vec<AuditMember>,
-    /// Those of the items that are being compiled.
+    /// The audit members of the items that are being compiled.
     audited: Vec<AuditIndex>,
     /// References that are being compiled.
     open: Vec<String>,
-    /// Each is compiled once, however often it stands there.
+    /// Each pattern is compiled once, however often it occurs.
     patterns: Vec<Arc<Pattern>>,
 }
 
@@ -303,7 +305,7 @@ impl Compiler<'_> {
     fn definitions(&mut self) -> Result<(), SchemaError> {
         let Some(definitions) = self.document.get("$defs") else { return Ok(()) };
         for (name, schema) in object(definitions, "#/$defs")? {
-            self.audit.clear(); // these nodes are never walked: their names are free
+            self.audit.clear(); // these rules are only checked: names may be taken again
             self.node(schema, &step("#/$defs", name), Place::Single)?;
         }
         Ok(())
@@ -421,7 +423,7 @@ impl Members {
         Ok(())
     }
 
-    /// Returns its bit; behind [`MAX_MEMBERS`] there is none.
+    /// Adds a member. Returns its bit; 0 beyond [`MAX_MEMBERS`], which the caller refuses.
     fn add(&mut self, name: &str, node: Option<Box<Node>>) -> u128 {
         let bit = 1_u128.checked_shl(self.list.len() as u32).unwrap_or_default();
         let literal = format!("{}:", Value::from(name)).into();

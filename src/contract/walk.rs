@@ -1,7 +1,7 @@
-//! One walk over a body: its syntax, its keys and its values, by the rules of a contract.
+//! Walks once over a body, by the rules of a contract.
 //!
-//! Checks what a value by itself cannot show: keys that stand twice, are missing or are unknown, the number of items, and items that
-//! must differ. What a value shows by itself is for [`super::rules`].
+//! Checks what concerns several values: keys that stand twice, are missing or are unknown, the number of items, and items that
+//! must differ. Single values are checked by [`super::rules`], the syntax by [`crate::json`].
 
 use std::{
     borrow::Cow,
@@ -23,18 +23,18 @@ use crate::{
 
 const TWICE: &str = "this key stands twice in the object";
 
-/// One walk over a body. All rules are here; what becomes of a violation is the findings' matter.
+/// One walk over a body. `F` decides what happens at a violation.
 pub(super) struct Walk<'a, F> {
     cursor: Cursor<'a>,
     bare_ids: BareIds,
     captured: Captured,
     large_ids: usize,
-    /// Of the present item, if it must differ from the others.
+    /// That of the present item, if items must differ.
     identity: Option<Identity<'a>>,
     findings: F,
 }
 
-/// What a walk that came to the end of its document noted.
+/// What a walk noted that reached the end of the document.
 pub(super) struct Walked<F> {
     pub(super) is_plain: bool,
     pub(super) captured: Captured,
@@ -48,7 +48,7 @@ pub(super) enum Stop {
     Broken,
 }
 
-/// A value of an item's member, for `x-uniqueBy`.
+/// The value by which an item must differ from others (`x-uniqueBy`).
 #[derive(PartialEq, Eq)]
 enum Identity<'a> {
     Text(Cow<'a, [u8]>),
@@ -64,11 +64,11 @@ impl Hash for Identity<'_> {
     }
 }
 
-/// What of a value is noted as an identity.
+/// What part of a value is noted as an identity.
 #[derive(Clone, Copy)]
 enum Noted<'a> {
     Nothing,
-    /// A member of it, if it is an object.
+    /// One of its members, if it is an object.
     Member(&'a UniqueBy),
     /// The value itself.
     This,
@@ -111,7 +111,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     #[inline(always)]
     fn value(&mut self, rule: Option<&'a Node>, noted: Noted<'a>) -> Result<(), Halt> {
         let start = self.cursor.position();
-        // A branch for each, so that the rule is looked at with the kind known.
+        // A branch for each, so that the compiler checks the rule with the kind known.
         match self.cursor.begins()? {
             Begins::Text => {
                 let text = self.cursor.string()?;
@@ -129,7 +129,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         }
     }
 
-    /// Not inlined, so that only what nests pays for a call.
+    /// Walks an array or an object. Not inlined, so that scalars cost no call.
     #[inline(never)]
     fn container(&mut self, rule: Option<&'a Node>, start: usize, noted: Noted<'a>) -> Result<(), Halt> {
         if let Begins::Object = self.cursor.begins()? {
@@ -214,8 +214,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(())
     }
 
-    /// Reads a key and its colon. Most callers write the members in the order of the contract: the next one
-    /// is tried first.
+    /// Reads a key and its colon. Tries the next member of the contract first, since most callers write the members in its
+    /// order.
     #[inline(always)]
     fn key(&mut self, members: Option<&'a Members>, expected: usize) -> Result<Key<'a>, Halt> {
         let next = members.and_then(|members| members.list.get(expected));
@@ -249,7 +249,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             let captured = self.captured.len();
             self.value(items, unique_by.map_or(Noted::Nothing, Noted::Member))?;
             if let Some(rule) = rule.filter(|rule| rule.max_items.is_none_or(|most| count < most)) {
-                self.note_absent(rule, captured); // of too many items nothing is recorded: they cost no memory
+                self.note_absent(rule, captured); // nothing of items beyond `maxItems`, so that they cost no memory
             }
             if let (Some(UniqueBy { name, .. }), Some(identity)) = (unique_by, self.identity.take())
                 && !identities.insert(identity)
@@ -272,7 +272,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(())
     }
 
-    /// Notes which scalars for the audit trail an item does not have. `captured` is how many there were before it.
+    /// Notes which scalars for the audit trail an item lacks. `captured` is how many there were before the item.
     #[inline(always)]
     fn note_absent(&mut self, list: &Node, captured: usize) {
         let found = self.captured[captured..].iter().map(|scalar| scalar.member);
@@ -286,7 +286,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         }
     }
 
-    /// The rule, if the value by itself keeps it: of what is no such thing, no parts are checked.
+    /// Checks `token` against the rule's own keywords. Returns the rule if the value keeps it; otherwise `None`, so that the
+    /// parts of the value are not checked.
     #[inline(always)]
     fn kept(&mut self, rule: Option<&'a Node>, token: &Token<'_>) -> Result<Option<&'a Node>, Halt> {
         let Some(rule) = rule else { return Ok(None) };
@@ -304,7 +305,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(is_kept.then_some(rule))
     }
 
-    /// Whether a bare number may stand where a contract takes ids.
+    /// Whether a bare number is accepted where the contract takes ids.
     #[inline(never)]
     fn bare_id(&mut self, rule: &Node, number: &Number<'_>) -> Result<bool, Halt> {
         let is_large = rounded::is_large(number);

@@ -1,10 +1,10 @@
-//! Numbers: literals, and which of two is larger.
+//! Reads and compares numbers.
 
 use std::cmp::Ordering;
 
 use super::{Cursor, Halt};
 
-/// Integers up to so many digits fit an `i64` for certain.
+/// An integer of at most so many digits fits an `i64`.
 const SMALL_DIGITS: usize = 18;
 
 /// A number literal.

@@ -1,6 +1,6 @@
-//! Strings: where one ends, which escapes it may have, and what it means.
+//! Reads strings: finds the end, checks the escapes, and decodes them.
 //!
-//! Searched eight bytes at a time. One without escapes is not copied.
+//! The end is searched eight bytes at a time. A string without escapes is not copied.
 
 use std::borrow::Cow;
 

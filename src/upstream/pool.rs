@@ -1,11 +1,11 @@
-//! The upstream connections of one worker, over hyper's client connections.
+//! Connection pool of one worker, over hyper's client connections.
 //!
-//! Guarantees that at most `max_connections` are open, that a wait for one is bounded, that a connection
-//! which the upstream closed, which idled too long or which was made under other roots is not used, and that for
-//! every request it is known whether it may have been sent. Does not decide whether to send again: that is `upstream`.
+//! Guarantees that at most `max_connections` are open, and that a wait for one is bounded. A connection is not used if the
+//! upstream closed it, if it idled too long, or if it was made under other roots. Of every request it is known whether it may
+//! have been sent. Does not decide whether to send again: that is for the exchange.
 //!
-//! An HTTP/1.1 connection is reserved for one exchange; one of HTTP/2 is shared by many, and so is the attempt
-//! to open it. Who reserves does not see the difference.
+//! An HTTP/1.1 connection is reserved for one exchange. An HTTP/2 connection is shared by many exchanges, and so is the attempt
+//! to open one (single flight). [`Pool::reserve`] hides the difference.
 
 mod counted;
 mod opening;
@@ -69,7 +69,7 @@ pub enum SendError {
 }
 
 impl SendError {
-    /// Why, for who is told.
+    /// The cause and its text, for operators.
     #[cold]
     pub fn reason(&self) -> Reason {
         match self {
@@ -79,7 +79,7 @@ impl SendError {
     }
 }
 
-/// A connection was closed before it had a request.
+/// The reason if a connection closed before its first request.
 fn closed() -> Reason {
     Reason::new(Cause::Reset, "the upstream closed a new connection")
 }
@@ -114,7 +114,7 @@ pub struct Pool {
     connector: Connector,
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Idle>>,
-    /// The connections that are shared; `None`: none ever is.
+    /// The shared connections; `None` if HTTP/2 is not offered.
     http2: Option<http2::Connections>,
     timers: Mutex<Vec<Timer>>,
     queue: Queue,
@@ -124,12 +124,12 @@ pub struct Pool {
     metrics: Metrics,
 }
 
-/// What an exchange is run on.
+/// The connection of one exchange.
 #[derive(Debug)]
 enum Place {
-    /// A connection of its own, and its place under the cap.
+    /// One that no other exchange uses, with its permit under the cap.
     Http1(Connection, OwnedSemaphorePermit),
-    /// A part of a shared one, which has its place itself.
+    /// A stream of a shared one, which holds the permit itself.
     Http2(http2::Stream),
 }
 
@@ -156,9 +156,9 @@ struct Connection {
     sender: http1::SendRequest<Full<Bytes>>,
     task: AbortHandle,
     written: Arc<AtomicU64>,
-    /// The same socket once more, to ask the kernel whether the upstream closed it.
+    /// A duplicate of the socket, to ask the kernel whether the upstream closed it.
     probe: OwnedFd,
-    /// Which roots it was made under.
+    /// The generation of the roots that it was made under.
     generation: u64,
 }
 
@@ -192,7 +192,7 @@ impl Pool {
         }
     }
 
-    /// Reserves a connection: an idle one that is still alive, a part of one that is shared, or a new one.
+    /// Reserves a connection: a stream of a shared one, an idle one that is still alive, or a new one.
     pub async fn reserve(self: &Arc<Self>) -> Result<Reserved, NoConnection> {
         let (place, timer) = match self.http2.as_ref().filter(|http2| http2.are_to_be_had()) {
             Some(http2) => match http2.stream(None, self.idle_timeout, self.connector.generation()) {
@@ -226,8 +226,8 @@ impl Pool {
         }
     }
 
-    /// A part of a shared connection other than `but`, as far as there is one or can be. All who wait for a
-    /// new one wait for the same. Where the upstream turns out to pick HTTP/1.1, a connection of one's own.
+    /// A stream of a shared connection other than `but`, if there is another or can be. All who need a new connection wait for
+    /// the same attempt. If the upstream picks HTTP/1.1 after all, an unshared connection.
     #[cold]
     async fn shared(
         self: &Arc<Self>,
@@ -237,7 +237,7 @@ impl Pool {
         let give_up = Instant::now() + self.wait;
         while http2.are_to_be_had() {
             let mut freed = pin!(http2.freed.notified());
-            freed.as_mut().enable(); // what comes free from here on is not missed
+            freed.as_mut().enable(); // a stream that is freed from here on is not missed
             let dialing = match http2.stream(but, self.idle_timeout, self.connector.generation()) {
                 Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
                 None => self.dial(http2),
@@ -247,7 +247,7 @@ impl Pool {
                     dialed = dialed(&mut dialing) => dialed?,
                     () = freed => {}
                 },
-                // As many connections as may be are open, and all are full.
+                // All connections that the cap allows are open and full.
                 None => match http2.stream(None, self.idle_timeout, self.connector.generation()) {
                     Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
                     None => {
@@ -260,14 +260,14 @@ impl Pool {
         self.own().await
     }
 
-    /// The attempt to connect that is under way, or a new one; `None` if there is no place for a connection.
-    /// It outlives who asked for it, as others wait for it, too.
+    /// The attempt to connect that is under way, or a new one; `None` if the cap allows no more connections. It runs as a task
+    /// of its own, since others wait for it, too.
     fn dial(self: &Arc<Self>, http2: &http2::Connections) -> Option<watch::Receiver<Dialing>> {
         let mut dialing = http2.dialing();
         if let Some(under_way) = dialing.as_ref().filter(|dialing| dialing.has_changed().is_ok()) {
             return Some(under_way.clone());
         }
-        self.idle().clear(); // of HTTP/1.1, and as good as gone: they have no place under the cap
+        self.idle().clear(); // these are HTTP/1.1, and hold no permit
         let permit = self.permits.clone().try_acquire_owned().ok()?;
         let (sender, receiver) = watch::channel(Dialing::UnderWay);
         let pool = self.clone();
@@ -292,7 +292,7 @@ impl Pool {
         permit.and_then(Result::ok).ok_or(NoConnection::Busy)
     }
 
-    /// The connection that was used last; the others may then idle out.
+    /// The connection that was used last, so that the others may idle out.
     fn take_idle(&self) -> Option<(Connection, Option<Timer>)> {
         let (mut idle, generation) = (self.idle(), self.connector.generation());
         let live = iter::from_fn(|| idle.pop()).find(|last| !last.is_spent(self.idle_timeout, generation));

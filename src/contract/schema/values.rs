@@ -1,11 +1,11 @@
-//! Reads the values of a schema's keywords. What is no such value is an error with its place.
+//! Reads the values of a schema's keywords. A value of a wrong kind is an error with its place.
 
 use serde_json::{Map, Value};
 
 use super::{Limit, Scalar, SchemaError, TYPES};
 use crate::{contract::findings::escape, json::Number};
 
-/// From here on neighbouring integers share a float.
+/// 2^53: from here on a double cannot hold every integer.
 const FLOAT_EXACT: f64 = 9_007_199_254_740_992.0;
 
 pub(super) fn fail<T>(pointer: impl Into<String>, reason: impl Into<String>) -> Result<T, SchemaError> {

@@ -1,17 +1,17 @@
-//! What a contract wants, in words, for the details of violations.
+//! Says in words what a rule wants, for the details of violations.
 //!
-//! The words hold values of the schema only.
+//! The words hold values of the schema only, and none of the caller's.
 
 use super::{ANY, FRACTION, INTEGER, Node, Scalar, TYPES};
 
 impl Node {
-    /// What one keyword wants, in words.
+    /// What one keyword wants.
     pub(in crate::contract) fn wanted(&self, keyword: &str) -> String {
         let wants = self.wants().into_iter();
         wants.filter(|(known, _)| *known == keyword).map(|(_, words)| words).collect()
     }
 
-    /// What this wants, in words, by keyword. Holds values of the schema only.
+    /// What each keyword wants.
     fn wants(&self) -> Vec<(&'static str, String)> {
         let shown = |list: &[Scalar]| list.iter().map(Scalar::shown).collect::<Vec<_>>().join(", ");
         let wants = [

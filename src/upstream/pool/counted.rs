@@ -1,4 +1,6 @@
-//! The stream under hyper. Counts what was written, so that it is known whether a request may have been sent.
+//! The stream of bytes under hyper.
+//!
+//! It counts what was written, so that it is known whether a request may have been sent.
 
 use std::{
     io,
@@ -15,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{connect::Stream, upstream::http2::Received};
 
-/// Counts itself as open while it lives, and what was written; over HTTP/2 looks at what is received.
+/// One stream. Counts itself as open while it exists; over HTTP/2 it looks at what is received.
 #[derive(Debug)]
 pub(in crate::upstream) struct Counted {
     stream: Stream,

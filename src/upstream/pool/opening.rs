@@ -1,4 +1,6 @@
-//! Opens connections: connects, greets over what the upstream picked, and counts the attempt.
+//! Opens connections.
+//!
+//! Connects, does the handshake of the protocol that the upstream picked, and counts the attempt by its result.
 
 use std::{
     os::fd::{AsFd, OwnedFd},
@@ -17,7 +19,7 @@ use crate::{
 };
 
 impl Pool {
-    /// A new connection, or a stream of it, as the upstream picked.
+    /// Opens a connection; one of HTTP/2 is shared, and gives a stream.
     pub(super) async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Place, NoConnection> {
         let opened = self.open(permit).await;
         let result = opened.as_ref().map_or_else(|reason| reason.cause.as_str(), |_| "ok");

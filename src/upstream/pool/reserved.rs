@@ -1,4 +1,6 @@
-//! A connection while one exchange has it: sends, says whether something may have been sent, and goes back to the pool.
+//! A connection while one exchange has it.
+//!
+//! It sends requests, says whether one may have been sent, and goes back to the pool.
 
 use std::{
     os::fd::OwnedFd,
@@ -14,21 +16,22 @@ use rustix::net::RecvFlags;
 use super::{Idle, NoConnection, Place, Pool, SendError, Timer, closed};
 use crate::clock;
 
-/// So many timers are kept for exchanges over HTTP/2, whose connections have none of their own.
+/// How many timers are kept for exchanges over HTTP/2, whose connections have none of their own.
 const KEPT_TIMERS: usize = 256;
 
-/// A connection reserved for one exchange, or a part of a shared one. It goes back to the pool by
-/// [`Reserved::give_back`], or dropped before it was used. Any other is closed, if it is the exchange's own,
-/// since nobody knows what still lies in it; of a shared one just the exchange's stream is.
+/// A connection that is reserved for one exchange, or a stream of a shared one.
+///
+/// It goes back to the pool by [`Reserved::give_back`], or if it is dropped unused. Dropped otherwise, an unshared connection
+/// is closed, since part of a reply may still be in it; of a shared one only the stream is closed.
 #[derive(Debug)]
 pub struct Reserved {
     pool: Arc<Pool>,
-    /// `None` while this is dropped, or got no other one instead of a dead one.
+    /// `None` during drop, and after a [`Reserved::reconnect`] that failed.
     place: Option<Place>,
     timer: Option<Timer>,
     /// The turn of the event loop in which it was reserved.
     reserved: u64,
-    /// Nothing lies in it that belongs to somebody else.
+    /// No part of another exchange is in it.
     clean: bool,
 }
 
@@ -37,8 +40,8 @@ impl Reserved {
         Self { pool, place: Some(place), timer, reserved: clock::turn(), clean: true }
     }
 
-    /// Waits until a request can be sent: the last one must be over. It is to be sent without another wait then: the roots
-    /// under which the connection was made are known to be in use now.
+    /// Waits until a request can be sent, which is when the last exchange is over. Send without another wait then: it is known
+    /// only now that the roots under which the connection was made are still in use.
     pub async fn ready(&mut self) -> Result<(), SendError> {
         self.clean = false;
         let generation = match self.place.as_mut().ok_or(SendError::Closed)? {
@@ -56,12 +59,11 @@ impl Reserved {
                 stream.connection.generation
             }
         };
-        // Asked here, since much may lie between the reservation and this: the wait for the intent, and that for another token.
+        // Asked here, since the reservation may be old: the waits for the intent and for another token are in between.
         if generation == self.pool.connector.generation() { Ok(()) } else { Err(SendError::Closed) }
     }
 
-    /// Sends a request and waits for the head of the answer. The request is made here, so that the future does
-    /// not hold it.
+    /// Sends a request and waits for the head of the reply. The request is made here, so that the future does not hold it.
     pub async fn send(
         &mut self,
         request: impl FnOnce() -> Request<Full<Bytes>>,
@@ -82,8 +84,8 @@ impl Reserved {
         }
     }
 
-    /// A number that moves when something may have been sent: bytes written on a connection of one's own, or
-    /// requests on a shared one, but for those that the upstream did not process.
+    /// A number that grows when something may have been sent: the bytes written on an unshared connection, or the requests on a
+    /// shared one that the upstream may have processed.
     pub fn written(&self) -> u64 {
         match &self.place {
             Some(Place::Http1(connection, _)) => connection.written.load(Ordering::Relaxed),
@@ -92,7 +94,7 @@ impl Reserved {
         }
     }
 
-    /// Replaces a connection that is dead, or refuses requests, by another one. The place under the cap stays.
+    /// Replaces a connection that is dead or refuses requests. The permit under the cap is kept.
     #[cold]
     pub async fn reconnect(&mut self) -> Result<(), NoConnection> {
         self.place = Some(match (self.place.take(), &self.pool.http2) {
@@ -106,18 +108,18 @@ impl Reserved {
         Ok(())
     }
 
-    /// The timer of this connection, for as long as the exchange needs it.
+    /// Takes the timer of this connection, for as long as the exchange needs it.
     pub fn take_timer(&mut self) -> Timer {
         self.timer.take().unwrap_or_default()
     }
 
-    /// Gives the timer back.
+    /// Puts the timer back.
     pub fn keep_timer(&mut self, timer: Timer) {
         self.timer = Some(timer);
     }
 
-    /// Whether the upstream is known to have closed it: by what the event loop saw, if it has looked since the
-    /// connection was reserved; else the kernel is asked, which costs a system call.
+    /// Whether the upstream is known to have closed it. Asks the kernel, which costs a system call, unless the event loop has
+    /// looked since the connection was reserved.
     pub fn is_stale(&self) -> bool {
         match &self.place {
             Some(Place::Http1(connection, _)) if clock::turn() == self.reserved => {
@@ -127,8 +129,7 @@ impl Reserved {
         }
     }
 
-    /// Whether the upstream closed it, or is not believed any more. Whether it may carry another request under the present roots
-    /// is for [`Reserved::ready`] to say.
+    /// Whether the upstream closed it, or contradicted itself on it. Does not check the roots: see [`Reserved::ready`].
     pub fn is_closed(&self) -> bool {
         match &self.place {
             Some(Place::Http1(connection, _)) => connection.sender.is_closed(),
@@ -137,7 +138,7 @@ impl Reserved {
         }
     }
 
-    /// Gives the connection back after its answer was read to the end.
+    /// Returns the connection to the pool, after the reply was read to its end.
     pub fn give_back(mut self) {
         self.clean = true;
     }
@@ -164,7 +165,7 @@ impl Drop for Reserved {
     }
 }
 
-/// Nothing to read and no end in sight: an idle connection has nothing to say.
+/// Whether there is nothing to read and no end of the stream. An idle HTTP/1.1 connection that is alive is quiet.
 pub(in crate::upstream) fn is_quiet(socket: &OwnedFd) -> bool {
     let mut byte = [0_u8; 1];
     let peeked = rustix::net::recv(socket, &mut byte[..], RecvFlags::PEEK | RecvFlags::DONTWAIT);

@@ -1,4 +1,4 @@
-//! The timer of a connection's exchanges.
+//! The deadline timer of a connection's exchanges.
 
 use std::{
     future::{Future, poll_fn},
@@ -9,8 +9,8 @@ use std::{
 
 use tokio::time::{Instant, Sleep, sleep};
 
-/// The timer of a connection's exchanges. Their deadlines follow each other, and a timer that is only ever
-/// moved forward is hardly touched.
+/// A timer that one exchange after another uses. Their deadlines follow each other, and moving a timer forward costs tokio next
+/// to nothing.
 #[derive(Debug)]
 pub struct Timer(Pin<Box<Sleep>>);
 
