@@ -129,9 +129,7 @@ impl Contract {
             }
             Err(Stop::NotJson(fault)) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
             Err(Stop::Broken) => match self.gather(&body, bare_ids) {
-                Ok((violations, large_ids)) => {
-                    Checked { result: Err(Fault::Violations(violations)), large_ids }
-                }
+                Ok((found, large_ids)) => Checked { result: Err(Fault::Violations(found)), large_ids },
                 Err(fault) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
             },
         }

@@ -29,8 +29,8 @@ impl CheckedBody {
                 continue;
             }
             out.extend_from_slice(member.opening.as_bytes());
-            let before = out.len();
-            for scalar in self.captured.iter().filter(|scalar| scalar.member == index) {
+            let (before, most) = (out.len(), if member.is_list { usize::MAX } else { 1 });
+            for scalar in self.captured.iter().filter(|scalar| scalar.member == index).take(most) {
                 if out.len() > before {
                     out.push(b',');
                 }
@@ -45,9 +45,6 @@ impl CheckedBody {
                         let hidden = hidden(mark(&[b"field", member.name.as_bytes(), literal]));
                         out.extend_from_slice(format!("\"{hidden}\"").as_bytes());
                     }
-                }
-                if !member.is_list {
-                    break;
                 }
             }
             if member.is_list {

@@ -32,7 +32,7 @@ impl Node {
                 check("minimum", self.minimum.as_ref().is_none_or(|limit| against(limit).is_ge()))?;
                 check("maximum", self.maximum.as_ref().is_none_or(|limit| against(limit).is_le()))
             }
-            Token::Text(text) if self.speaks_of_text() => {
+            Token::Text(text) if self.min_length.or(self.max_length).is_some() || self.pattern.is_some() => {
                 let text = text.decoded();
                 check("minLength", self.min_length.is_none_or(|least| has_chars(&text, least)))?;
                 check(
@@ -56,10 +56,6 @@ impl Node {
 
     fn accepts(&self, token: &Token<'_>) -> bool {
         self.broken(token, &mut |_| Err(Halt)).is_ok()
-    }
-
-    fn speaks_of_text(&self) -> bool {
-        self.min_length.is_some() || self.max_length.is_some() || self.pattern.is_some()
     }
 }
 

@@ -120,7 +120,7 @@ pub(super) struct Limit {
 }
 
 /// The members of an object.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Members {
     pub(super) list: Vec<Member>,
     pub(super) additional: bool,
@@ -234,7 +234,11 @@ impl Compiler<'_> {
                 node.enumeration = Some(values.collect::<Result<_, _>>()?);
             }
             "anyOf" => node.any_of = Some(self.any_of(value, at)?),
-            "items" => self.items(node, value, at)?,
+            "items" => {
+                let outer = std::mem::take(&mut self.audited);
+                node.items = Some(self.node(value, at, Place::InItems)?.into());
+                node.audited = std::mem::replace(&mut self.audited, outer);
+            }
             "minItems" => node.min_items = Some(size(value, at)?),
             "maxItems" => node.max_items = Some(size(value, at)?),
             "minLength" => node.min_length = Some(size(value, at)?),
@@ -255,13 +259,6 @@ impl Compiler<'_> {
                 );
             }
         }
-        Ok(())
-    }
-
-    fn items(&mut self, node: &mut Node, value: &Value, at: &str) -> Result<(), SchemaError> {
-        let outer = std::mem::take(&mut self.audited);
-        node.items = Some(self.node(value, at, Place::InItems)?.into());
-        node.audited = std::mem::replace(&mut self.audited, outer);
         Ok(())
     }
 
@@ -326,8 +323,7 @@ impl Compiler<'_> {
         let Some(Value::Bool(additional)) = keywords.get("additionalProperties") else {
             return fail(at, "an object must have `additionalProperties`, true or false");
         };
-        let mut members =
-            Members { list: Vec::new(), additional: *additional, required: 0, by_name: Vec::new() };
+        let mut members = Members { additional: *additional, ..Members::default() };
         if let Some(properties) = keywords.get("properties") {
             let at = step(at, "properties");
             for (name, schema) in object(properties, &at)? {

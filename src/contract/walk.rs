@@ -92,19 +92,14 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         let cursor = Cursor::new(document);
         let captured = Captured::new();
         let mut walk = Walk { cursor, bare_ids, captured, large_ids: 0, identity: None, findings };
-        match walk.whole(root) {
+        walk.cursor.skip_space();
+        match walk.value(root, Noted::Nothing).and_then(|()| walk.cursor.end()) {
             Ok(()) => {
                 let Walk { captured, large_ids, findings, .. } = walk;
                 Ok(Walked { is_plain, captured, large_ids, findings })
             }
             Err(Halt) => Err(walk.cursor.fault().map_or(Stop::Broken, Stop::NotJson)),
         }
-    }
-
-    fn whole(&mut self, root: Option<&'a Node>) -> Result<(), Halt> {
-        self.cursor.skip_space();
-        self.value(root, Noted::Nothing)?;
-        self.cursor.end()
     }
 
     /// Walks the value that begins here; without a rule only its syntax is checked.

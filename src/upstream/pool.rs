@@ -73,15 +73,10 @@ impl SendError {
     #[cold]
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Closed => closed(),
+            Self::Closed => Reason::new(Cause::Reset, "the upstream closed a new connection"),
             Self::Http(error) => Reason::of_exchange(error),
         }
     }
-}
-
-/// The reason if a connection closed before its first request.
-fn closed() -> Reason {
-    Reason::new(Cause::Reset, "the upstream closed a new connection")
 }
 
 /// Counts of upstream connections.

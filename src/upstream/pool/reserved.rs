@@ -13,7 +13,7 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use rustix::net::RecvFlags;
 
-use super::{Idle, NoConnection, Place, Pool, SendError, Timer, closed};
+use super::{Idle, NoConnection, Place, Pool, SendError, Timer};
 use crate::clock;
 
 /// How many timers are kept for exchanges over HTTP/2, whose connections have none of their own.
@@ -103,7 +103,7 @@ impl Reserved {
                 let but = http2.release(stream);
                 Box::pin(self.pool.shared(http2, Some(&but))).await?.0
             }
-            (None, _) | (_, None) => return Err(closed().into()),
+            (None, _) | (_, None) => return Err(SendError::Closed.reason().into()),
         });
         Ok(())
     }
