@@ -1,6 +1,7 @@
 //! Whether the caller of a request is still there.
 //!
-//! The connection notices that its caller closes it; the request asks before each wait. Neither knows the other.
+//! `server/connection` notices that a caller closes it; a request asks where it waits for a token, a permit or a connection. Neither
+//! knows the other.
 
 use std::{
     future::{Future, poll_fn},

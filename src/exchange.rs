@@ -71,7 +71,7 @@ pub struct Exchange {
 struct Progress {
     /// Attempts that were answered.
     answered: u32,
-    /// Where the connection's counter stood before the last request, or behind the last answer.
+    /// Bytes that were written beyond this belong to an attempt without an answer.
     mark: u64,
     /// The answer that refused the token.
     refused: Option<StatusCode>,

@@ -69,9 +69,8 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Answers one request. Cannot fail: an error becomes a response, a panic becomes 500, and the record
-    /// closes itself if the caller leaves before the intent. After the intent the exchange goes on without
-    /// the caller.
+    /// Answers one request. Cannot fail: an error becomes a response, a panic becomes 500. If this future is
+    /// dropped, the record closes itself; an exchange goes on.
     pub async fn handle(
         &self,
         from: RequestOrigin<'_>,

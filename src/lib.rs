@@ -2,45 +2,47 @@
 //!
 //! # The way of a request
 //!
-//! [`server`] accepts a connection. [`gateway`] walks each request through nine stages, in one straight function. What it
-//! cannot refuse any more it hands to the [`exchange`], whose answer it passes to the caller.
+//! [`server`] accepts a connection. [`gateway`] walks each request through nine stages: the first three in `Gateway::enter`, the
+//! others in `Gateway::proxy`. What it cannot refuse any more it hands to the [`exchange`], whose reply it passes to the caller.
 //!
-//! | stage | decides | module |
-//! |---|---|---|
-//! | admission | is there room, and who calls | [`concurrency`], [`admission`] |
-//! | route | which route, may this caller use it, as this operator | [`route`] |
-//! | rate_limit | the caller's own limit | [`rate_limit`] |
-//! | contract | the whole body against the route's contract | [`contract`] |
-//! | idempotency | was the same call made before | [`idempotency`] |
-//! | token | a usable token | [`token`] |
-//! | quota | the upstream's budget | [`rate_limit`] |
-//! | audit | connection reserved, intent on record | [`upstream::pool`], [`audit`] |
-//! | upstream | send, replay once after a refused token, classify | [`exchange`], on a connection of [`upstream`] |
+//! | | stage | decides | module |
+//! |---|---|---|---|
+//! | 1 | admission | is there room, and who calls | [`concurrency`], [`admission`] |
+//! | 2 | route | which route, may this caller use it, as this operator | [`route`] |
+//! | 3 | rate_limit | the caller's own limit | [`rate_limit`] |
+//! | 4 | contract | the whole body against the route's contract | [`contract`] |
+//! | 5 | idempotency | was the same call made before | [`idempotency`] |
+//! | 6 | token | a usable token | [`token`] |
+//! | 7 | quota | the upstream's budget | [`rate_limit`] |
+//! | 8 | audit | connection reserved, intent on record | [`upstream::pool`], [`audit`] |
+//! | 9 | upstream | send, replay once, classify | [`exchange`], on a connection of [`upstream`] |
 //!
 //! Where to look:
 //!
-//! * The token goes into the request in [`upstream::head`].
-//! * What became of the task is decided by [`result_rule`] from a reply, and by `exchange/conclude.rs` where there is none.
-//! * `exchange/settlement.rs` closes the audit record, then the claim on the call. A request that is refused before its intent
-//!   has its record closed by [`gateway`].
-//! * Whether the caller is still there, [`disconnect`] knows: before the intent the request ends with its caller, and its
-//!   record closes itself; the exchange goes on without the caller.
-//! * Each failure becomes a status, a code and a text in [`error`].
+//! * **The token** goes into the headers in [`upstream::head`]; `exchange/terms.rs` makes the request with them.
+//! * **The outcome** of a reply is decided by [`result_rule`], unless `exchange/conclude.rs` finds that the upstream refused the
+//!   token. `Exchange::fail` decides it where there is no reply, which includes one that breaks off within its first 64 KiB.
+//! * **The record** of a request is closed by `exchange/settlement.rs`, which then ends its claim; by [`gateway`] if nothing was
+//!   sent (refused, replayed, dry run); by its `Drop` if its future is dropped; by the next start after a crash.
+//! * **A caller that leaves** is noticed by `server/connection`, which tells [`disconnect`]. Where the request waits for a token, a
+//!   permit or a connection, it is refused. The exchange goes on without the caller (`exchange/detached.rs`). Whether a success
+//!   reached its caller is settled by `idempotency/delivery.rs`.
+//! * **A failure** gets its code from the stage's error in [`error`], which writes the text; [`model::code`] has the statuses.
 //!
 //! # Layers
 //!
-//! The modules below stand by layers, the upper ones first. A module and its children are one room. A room names rooms of
-//! lower layers, and of its own without a circle. Stages do not name each other, but for proofs of earlier stages (such as
-//! [`admission::Admitted`]) and for the trail, which is the memory of [`idempotency`]. `tests/layers.rs` holds all of this.
+//! The modules below are listed by layers, the upper ones first. A module and its children are one unit. A unit names units of
+//! lower layers, and of its own layer without a circle. Stages do not name each other, but for proofs of earlier stages (such
+//! as [`admission::Admitted`]) and for the trail, which is the memory of [`idempotency`]. `tests/layers.rs` holds all of this.
 //!
 //! # Invariants
 //!
-//! * Nothing leaves before its intent is on record, and everything refusable is refused before the intent.
-//! * From the intent on nobody cancels: the exchange belongs to itself, not to the caller's connection.
-//! * Only [`upstream::head`] makes an upstream head; nothing of the caller's head is in it.
-//! * Only [`error`] turns a failure into a status, a code and a text.
-//! * Only [`secret`] and [`token`] ever hold a credential, and neither can be printed; the keys of certificates live in
-//!   rustls' own types.
+//! * Nothing leaves before its intent is on record, and everything refusable is refused before that.
+//! * Once an exchange has the record, nobody cancels it: it belongs to itself, not to the caller's connection.
+//! * Only [`upstream::head`] makes the headers of an upstream request; of the caller's head only the operator is in them.
+//! * Each stage has an error of its own; only [`error`] turns it into a code and a text.
+//! * Only [`secret`] and [`token`] hold a credential, and neither can be printed; elsewhere it is a header value that is marked
+//!   sensitive. The keys of certificates live in rustls' own types.
 //! * A request sees one [`state`]: what [`reload`] swaps, it swaps whole.
 
 // Around the way of a request.
@@ -59,17 +61,17 @@ pub mod error; // failure to status, code and text
 pub mod metrics; // what is counted
 
 // Behind the intent.
-pub mod exchange; // send, replay once, classify, settle; with or without the caller
+pub mod exchange; // stage 9: send, replay once, classify, settle; with or without the caller
 
 // Stages.
 pub mod admission; // stage 1: who calls
 pub mod route; // stage 2: exact path and method, caller, operator
 pub mod contract; // stage 4: body to CheckedBody
-pub mod idempotency; // stage 5: the same call twice is one task
+pub mod idempotency; // stage 5: the same call twice is one task; undelivered successes
 pub mod token; // stage 6: the slot
 pub mod audit; // stage 8: record, chain, recovery
-pub mod upstream; // stage 9: pool, HTTP/1.1 and HTTP/2, breaker
-pub mod result_rule; // what a reply says of the task
+pub mod upstream; // stages 8 and 9: pool, HTTP/1.1 and HTTP/2, breaker, head
+pub mod result_rule; // stage 9: what a reply says of the task
 
 // Parts of stages.
 pub mod concurrency; // stage 1: bounds on concurrent work

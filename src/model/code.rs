@@ -81,7 +81,7 @@ words! {
         UpstreamBroken = "upstream_broken",
         /// The upstream refuses every token we can get.
         CredentialRejected = "credential_rejected",
-        /// The caller went away before its request was sent. Never answered, only recorded.
+        /// The caller went away before its request was sent. Its answer is read by nobody; it is on record.
         CallerLeft = "caller_left",
         /// A fault of the gateway's own.
         Internal = "internal",
