@@ -232,13 +232,8 @@ impl Writer {
         let behind = self.ledger.list_behind(list, batch);
         self.list_filled = batch.fill_list(&behind, &forgotten) as u64;
         if batch.size() as u64 + room(shared) > limit::of_files() {
-            let (calls, bytes) = (behind.calls().count(), self.list_filled);
-            tracing::error!(
-                calls,
-                bytes,
-                raise = limit::RAISE,
-                "the list of unresolved calls has no room in a file"
-            );
+            let (calls, bytes, raise) = (behind.calls().count(), self.list_filled, limit::RAISE);
+            tracing::error!(calls, bytes, raise, "the list of unresolved calls has no room in a file");
             batch.leave_list_out(json!({ "calls": calls, "bytes": bytes, "forgotten": forgotten }));
             self.list_refused = Some(Instant::now());
         }
@@ -322,12 +317,8 @@ impl Writer {
         if !self.keeping.is_bounded() || self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
             return;
         }
-        // In another directory there are other segments.
-        if shared.is_closing() || self.directory.check().is_err() {
-            return;
-        }
-        // A start looks as soon as it may.
-        if self.clocks.anchors().is_none() {
+        // In another directory there are other segments. A start looks as soon as it may.
+        if shared.is_closing() || self.directory.check().is_err() || self.clocks.anchors().is_none() {
             return;
         }
         self.looked = Some(Instant::now());
@@ -345,23 +336,21 @@ impl Writer {
     fn remove_old(&mut self, shared: &Shared) {
         let Some(old) = self.old.take() else { return };
         let name = old.path.file_name().unwrap_or_default().to_string_lossy();
-        match self.directory.remove(&name) {
-            Ok(()) => {
-                self.closed.remove(&*name);
-                shared.metrics.removed.inc();
-                if let Some(Excess { size, max_size }) = old.early {
-                    shared.metrics.removed_early.inc();
-                    tracing::warn!(
-                        file = &*name,
-                        size,
-                        max_size,
-                        "a segment of the audit trail was removed before `retain` had passed, since the trail was larger than \
-                         max_size; none of its records is of the idempotency window. To keep records for longer, raise [audit] \
-                         max_size, and its volume with it, or copy segments elsewhere before they go"
-                    );
-                }
-            }
-            Err(error) => tracing::warn!(%error, "an old segment of the audit trail cannot be removed"),
+        if let Err(error) = self.directory.remove(&name) {
+            return tracing::warn!(%error, "an old segment of the audit trail cannot be removed");
+        }
+        self.closed.remove(&*name);
+        shared.metrics.removed.inc();
+        if let Some(Excess { size, max_size }) = old.early {
+            shared.metrics.removed_early.inc();
+            tracing::warn!(
+                file = &*name,
+                size,
+                max_size,
+                "a segment of the audit trail was removed before `retain` had passed, since the trail was larger than \
+                 max_size; none of its records is of the idempotency window. To keep records for longer, raise [audit] \
+                 max_size, and its volume with it, or copy segments elsewhere before they go"
+            );
         }
     }
 }

@@ -33,33 +33,27 @@ impl Writer {
             drop(shared.disk.lock());
             let written = self.write(batch);
             shared.count_syncs(&std::mem::take(&mut self.syncs));
-            match written {
-                Ok(()) => {
-                    if failed {
-                        tracing::info!("the audit trail can be written again");
-                        self.look_for_place(shared);
-                    }
-                    shared.set_healthy(true);
-                    return true;
+            let Err(error) = written else {
+                if failed {
+                    tracing::info!("the audit trail can be written again");
+                    self.look_for_place(shared);
                 }
-                Err(error) => {
-                    shared.count_error();
-                    let is_in_place = self.look_for_place(shared);
-                    if !failed {
-                        let raise = is_too_large(&error).then_some(limit::RAISE);
-                        if is_in_place {
-                            shared
-                                .trouble
-                                .begins(None, format!("the audit trail cannot be written: {error}"));
-                        }
-                        tracing::error!(%error, raise, "the audit trail cannot be written; nothing is sent meanwhile");
-                    }
-                    failed = true;
-                    shared.set_healthy(false);
-                    if shared.wait_for_retry(RETRY) {
-                        return self.write(batch).is_ok();
-                    }
+                shared.set_healthy(true);
+                return true;
+            };
+            shared.count_error();
+            let is_in_place = self.look_for_place(shared);
+            if !failed {
+                let raise = is_too_large(&error).then_some(limit::RAISE);
+                if is_in_place {
+                    shared.trouble.begins(None, format!("the audit trail cannot be written: {error}"));
                 }
+                tracing::error!(%error, raise, "the audit trail cannot be written; nothing is sent meanwhile");
+            }
+            failed = true;
+            shared.set_healthy(false);
+            if shared.wait_for_retry(RETRY) {
+                return self.write(batch).is_ok();
             }
         }
     }
@@ -71,10 +65,9 @@ impl Writer {
         }
         self.rescue(batch.text())?;
         if self.try_write(batch)? {
-            Ok(())
-        } else {
-            Err(io::Error::other("the open segment was moved again"))
+            return Ok(());
         }
+        Err(io::Error::other("the open segment was moved again"))
     }
 
     /// Writes once; false if the segment is not in its place then.
@@ -175,13 +168,11 @@ impl Writer {
 /// Makes a segment; if that fails, nothing of it is left.
 fn begin(directory: &Directory, name: &str, text: &[u8]) -> io::Result<File> {
     let file = directory.create(name)?;
-    match file.write_all_at(text, 0) {
-        Ok(()) => Ok(file),
-        Err(error) => {
-            directory.remove_if(name, &file)?;
-            Err(error)
-        }
+    if let Err(error) = file.write_all_at(text, 0) {
+        directory.remove_if(name, &file)?;
+        return Err(error);
     }
+    Ok(file)
 }
 
 fn is_disk_full(error: &io::Error) -> bool {

@@ -5,7 +5,7 @@
 
 use std::{io, time::Instant};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{Durability, Identity, Shared, Writer};
 use crate::audit::{lock, queue::LOOK_AROUND};
@@ -158,12 +158,9 @@ impl Writer {
 
     /// Leaves the open segment for a new one. What is left of it counts as a closed one.
     fn give_up_segment(&mut self) -> io::Result<()> {
-        if let Some(segment) = &self.segment {
-            self.ledger.leave(segment);
-        }
-        if let Some(segment) = self.segment.take()
-            && self.directory.leads_to(&segment.name(), segment.identity())?
-        {
+        let Some(segment) = self.segment.take() else { return Ok(()) };
+        self.ledger.leave(&segment);
+        if self.directory.leads_to(&segment.name(), segment.identity())? {
             self.closed.insert(segment.name(), segment.identity());
         }
         Ok(())
@@ -198,15 +195,12 @@ impl Lost {
 
     /// What the event says.
     fn details(&self) -> Value {
-        let mut details = Map::new();
-        details.insert("what".into(), json!(self.what));
-        details.insert("file".into(), json!(self.file));
-        details.insert("result".into(), json!(self.result()));
+        let mut details = json!({ "what": self.what, "file": self.file, "result": self.result() });
         for (name, value) in [("aside", &self.aside), ("found_as", &self.found_as)] {
             if let Some(value) = value {
-                details.insert(name.into(), json!(value));
+                details[name] = json!(value);
             }
         }
-        Value::Object(details)
+        details
     }
 }
