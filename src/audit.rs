@@ -47,7 +47,7 @@ use std::{
 };
 
 use http::HeaderValue;
-use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
 use rustix::{fs::OFlags, io::Errno};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
@@ -262,30 +262,31 @@ impl Metrics {
     /// Registers them.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let counter = |name: &str, help: &str| {
-            let counter = IntCounter::new(format!("ccsqm_gateway_audit_{name}"), help)?;
-            registry.register(Box::new(counter.clone()))?;
-            Ok::<_, prometheus::Error>(counter)
+            registered(registry, IntCounter::new(format!("ccsqm_gateway_audit_{name}"), help))
         };
-        let records = Opts::new("ccsqm_gateway_audit_records_total", "Records written, by kind.");
-        let records = IntCounterVec::new(records, &["kind"])?;
-        registry.register(Box::new(records.clone()))?;
-        let files_lost = Opts::new(
-            "ccsqm_gateway_audit_files_lost_total",
+        let counters = |name: &str, help: &str, label: &str| {
+            let opts = Opts::new(format!("ccsqm_gateway_audit_{name}"), help);
+            registered(registry, IntCounterVec::new(opts, &[label]))
+        };
+        let gauge = |name: &str, help: &str| {
+            registered(registry, IntGauge::new(format!("ccsqm_gateway_{name}"), help))
+        };
+        let records = counters("records_total", "Records written, by kind.", "kind")?;
+        let files_lost = counters(
+            "files_lost_total",
             "Files of the trail that were moved, deleted, replaced or cut by others, by result.",
-        );
-        let files_lost = IntCounterVec::new(files_lost, &["result"])?;
-        registry.register(Box::new(files_lost.clone()))?;
+            "result",
+        )?;
         let sync_seconds =
-            Counter::new("ccsqm_gateway_audit_sync_seconds_total", "Seconds spent in fdatasync.")?;
-        registry.register(Box::new(sync_seconds.clone()))?;
-        let metrics = Self {
+            Counter::new("ccsqm_gateway_audit_sync_seconds_total", "Seconds spent in fdatasync.");
+        Ok(Self {
             records: Kind::ALL.map(|kind| records.with_label_values(&[kind.as_str()])),
             bytes: counter("bytes_total", "Bytes written.")?,
             batches: counter("batches_total", "Batches written.")?,
             errors: counter("write_errors_total", "Writes that failed, fdatasync included.")?,
             syncs: counter("syncs_total", "Times that fdatasync succeeded; only with durability disk.")?,
             sync_errors: counter("sync_errors_total", "Times that fdatasync failed.")?,
-            sync_seconds,
+            sync_seconds: registered(registry, sync_seconds)?,
             removed: counter("removed_segments_total", "Segments removed since all in them was old enough.")?,
             removed_early: counter(
                 "removed_early_total",
@@ -295,35 +296,22 @@ impl Metrics {
             folded: counter("folded_refusals_total", "Refusals that were recorded by count only.")?,
             dropped: counter("dropped_refusals_total", "Refusals that were not recorded.")?,
             late: counter("late_intents_total", "Intents that were not safe in time.")?,
-            queue: IntGauge::new("ccsqm_gateway_audit_queue_records", "Records that wait to be written.")?,
-            doubtful: IntGauge::new(
-                "ccsqm_gateway_clock_doubtful",
+            queue: gauge("audit_queue_records", "Records that wait to be written.")?,
+            doubtful: gauge(
+                "clock_doubtful",
                 "Whether the wall clock is doubtful, so that no audit segment is removed.",
             )?,
-            unresolved: IntGauge::new(
-                "ccsqm_gateway_unresolved_outcomes",
-                "Calls of unknown outcome that nobody has resolved.",
-            )?,
-            damaged: IntGauge::new(
-                "ccsqm_gateway_audit_damaged",
+            unresolved: gauge("unresolved_outcomes", "Calls of unknown outcome that nobody has resolved.")?,
+            damaged: gauge(
+                "audit_damaged",
                 "Whether a part of the trail within the idempotency window is lost and nobody has accepted that.",
             )?,
-            healthy: IntGauge::new(
-                "ccsqm_gateway_audit_healthy",
+            healthy: gauge(
+                "audit_healthy",
                 "Whether new calls can be put on record; without that none is sent.",
             )?,
-            free: IntGauge::new(
-                "ccsqm_gateway_audit_free_bytes",
-                "What is free on the trail's file system.",
-            )?,
-        };
-        registry.register(Box::new(metrics.queue.clone()))?;
-        registry.register(Box::new(metrics.doubtful.clone()))?;
-        registry.register(Box::new(metrics.unresolved.clone()))?;
-        registry.register(Box::new(metrics.damaged.clone()))?;
-        registry.register(Box::new(metrics.healthy.clone()))?;
-        registry.register(Box::new(metrics.free.clone()))?;
-        Ok(metrics)
+            free: gauge("audit_free_bytes", "What is free on the trail's file system.")?,
+        })
     }
 
     fn set_unresolved(&self, count: usize) {
@@ -356,6 +344,16 @@ impl Metrics {
         self.sync_errors.inc_by(syncs.failed);
         self.sync_seconds.inc_by(syncs.took.as_secs_f64());
     }
+}
+
+/// Registers a metric.
+fn registered<T: Collector + Clone + 'static>(
+    registry: &Registry,
+    metric: Result<T, prometheus::Error>,
+) -> Result<T, prometheus::Error> {
+    let metric = metric?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
 }
 
 /// The kinds of records.
