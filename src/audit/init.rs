@@ -13,15 +13,14 @@ use std::{
 use thiserror::Error;
 
 use super::{
-    Durability, StartError,
     chain::{key_path, segments},
     directory::Directory,
-    lock, lock_file,
     loss::word_without_key,
+    start::{StartError, lock, lock_file},
     sync::make_directory,
 };
 
-use crate::keyed_hash::Keys;
+use crate::{keyed_hash::Keys, model::durability::Durability};
 
 /// What a start lacks: what must be there, and be the gateway's alone to change.
 #[derive(Debug, Error)]

@@ -27,6 +27,7 @@ use super::{
     directory::{Directory, open_regular},
     recovery::Damage,
     retention::{self, Place},
+    start,
 };
 
 use crate::keyed_hash::{Hash, Keys, hex};
@@ -265,7 +266,7 @@ pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
 pub(super) fn set_aside(directory: &Path) -> Result<String, StartError> {
     let fail = |error| StartError::Directory(directory.into(), error);
     let opened = Directory::open(directory).map_err(fail)?;
-    super::lock(&opened)?;
+    start::lock(&opened)?;
     let segments = chain::segments(directory).map_err(fail)?;
     let name = format!("lost-{}", word_without_key(&segments));
     let aside = directory.join(&name);

@@ -13,10 +13,11 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::{
-    Audit, StartError, append, check_trail,
+    Audit, StartError,
     history::{Naming, records_of},
+    offline::{append, check_trail},
     record::Entry,
-    start_error,
+    start::start_error,
     unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList},
 };
 use crate::{keyed_hash::Keys, model::outcome::Outcome};

@@ -15,12 +15,23 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
+use prometheus::Registry;
 use tempfile::TempDir;
 
-use super::{chain::segments, lane::tests::done, recovery::Found, *};
+use super::{
+    chain::segments,
+    directory::Directory,
+    lane::tests::done,
+    lock::Statement,
+    recovery::Found,
+    start::{Recovered, lock, lock_file, recover},
+    writer::Writer,
+    *,
+};
 use crate::{
+    config::RefusalBudget,
     keyed_hash::{Hash, hex},
-    model::{code::Code, outcome::Outcome, stage::Stage},
+    model::{code::Code, durability::Durability, outcome::Outcome, stage::Stage},
 };
 
 fn start(options: &Options) -> Audit {

@@ -19,7 +19,7 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{
-    Durability, Options, SLACK, Unfinished, age,
+    Options, Unfinished, age,
     batch::Batch,
     chain::{Link, segments},
     clocks::{self, Clocks},
@@ -33,7 +33,7 @@ use super::{
     sync::Syncs,
     unresolved::{UnresolvedCall, UnresolvedList},
 };
-use crate::{keyed_hash::Keys, supervisor::fault};
+use crate::{config::trail::SLACK, keyed_hash::Keys, model::durability::Durability, supervisor::fault};
 use lost_files::Mishap;
 use space::room;
 

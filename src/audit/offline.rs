@@ -1,0 +1,112 @@
+//! Appends to a trail that nobody writes.
+
+use std::{
+    io,
+    os::unix::fs::{MetadataExt, chown},
+    path::Path,
+    sync::Arc,
+};
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    Options, age,
+    batch::Batch,
+    chain,
+    clocks::Clocks,
+    directory::Directory,
+    init, limit, lock, loss,
+    recovery::Found,
+    start::{Resumed, StartError, lock, lock_file, resume, start_error},
+    writer::Writer,
+};
+use crate::keyed_hash::Keys;
+
+/// Accepts the wall clock for a trail that nobody writes: see [`super::Audit::accept_clock`]. Returns the number of the event, which is
+/// on the disk then. Fails with [`StartError::Locked`] while a gateway writes the trail.
+pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
+    check_trail(directory)?;
+    append_event(directory, keys.into(), |clocks| (age::ACCEPTED, clocks.accepted()))
+}
+
+/// Accepts what is lost of a trail that nobody writes: see [`loss`]. Returns the number of the event, which is on the disk then;
+/// `None` if nothing is lost, and nothing was removed. Fails with [`StartError::Locked`] while a gateway writes the trail.
+pub fn accept_loss(directory: &Path, keys: Keys) -> Result<Option<u64>, StartError> {
+    check_trail(directory)?;
+    let keys = Arc::new(keys);
+    // What is missing at the end is on record before the faults are looked for, as it is when a gateway starts.
+    append(directory, keys.clone(), |_, _, _| Ok::<_, StartError>(()))?;
+    let loss = loss::look(directory, &keys).map_err(|error| start_error(directory, error))?;
+    loss.map(|loss| append_event(directory, keys, |_| (loss::ACCEPTED, loss.details()))).transpose()
+}
+
+/// Sets segments aside whose key is missing, and begins a new trail with a new key, whose first record says so. Returns the
+/// name of the directory in which they are now.
+pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
+    let aside = loss::set_aside(directory)?;
+    init::init(directory, None)?;
+    let details = json!({ "reason": "the key was missing", "aside": aside });
+    let details = details.as_object().cloned().unwrap_or_default();
+    append_event(directory, Keys::load_own(directory)?.into(), |_| (loss::ACCEPTED, details))?;
+    Ok(aside)
+}
+
+pub(super) fn check_trail(directory: &Path) -> Result<(), StartError> {
+    let fail = |error| start_error(directory, error);
+    if chain::segments(directory).map_err(fail)?.is_empty() {
+        return Err(fail(io::Error::new(io::ErrorKind::NotFound, "there is no audit trail")));
+    }
+    Ok(())
+}
+
+/// Appends an event to a trail that nobody writes. Returns its number.
+fn append_event(
+    directory: &Path,
+    keys: Arc<Keys>,
+    event: impl FnOnce(&Clocks) -> (&'static str, Map<String, Value>),
+) -> Result<u64, StartError> {
+    let ((), seq) = append(directory, keys, |batch, _, clocks| {
+        let (name, details) = event(clocks);
+        batch.event(name, Value::Object(details));
+        Ok::<_, StartError>(())
+    })?;
+    Ok(seq)
+}
+
+/// Appends to a trail that nobody writes, under its lock: what reading its end found, and what `fill` adds to that. Returns
+/// what `fill` returned, and the number of the last record. What reading found is recorded even if `fill` fails.
+pub(super) fn append<T, E: From<StartError>>(
+    directory: &Path,
+    keys: Arc<Keys>,
+    fill: impl FnOnce(&mut Batch, &Found, &Clocks) -> Result<T, E>,
+) -> Result<(T, u64), E> {
+    let fail = |error| start_error(directory, error);
+    let directory = Directory::open(directory).map_err(fail)?;
+    lock(&directory)?;
+    let (lock, statement) = lock_file(&directory)?;
+    let (options, owned) = (Options::to_append(directory.path()), directory.path().to_owned());
+    let Resumed { mut batch, found, last, segment } =
+        resume(&options, &directory, &keys, &statement).map_err(fail)?;
+    let clocks = Arc::new(Clocks::go_on(&found, options.window));
+    let filled = fill(&mut batch, &found, &clocks);
+    if !batch.is_empty() {
+        let mut writer =
+            Writer::new(&options, keys, (directory, lock), clocks, last, segment).map_err(fail)?;
+        let appended = writer.append(&mut batch);
+        let appended = appended.map_err(|error| limit::explain(error, "what is to be recorded"));
+        appended.and_then(|()| give_to_owner(&owned)).map_err(fail)?;
+        writer.close();
+    }
+    Ok((filled?, batch.last()))
+}
+
+/// Gives the newest segment and the lock file to whom the directory belongs: root may have made them.
+fn give_to_owner(directory: &Path) -> io::Result<()> {
+    let owner = std::fs::metadata(directory)?;
+    for path in chain::segments(directory)?.pop().into_iter().chain([directory.join(lock::NAME)]) {
+        if std::fs::metadata(&path)?.uid() != owner.uid() {
+            chown(&path, Some(owner.uid()), Some(owner.gid()))?;
+        }
+    }
+    Ok(())
+}
