@@ -113,7 +113,6 @@ pub fn init(directory: &Path, key_file: Option<&Path>) -> Result<bool, StartErro
     if key_file.is_none() {
         Keys::load_or_make(&directory)?;
     }
-    lock_file(&directory)?;
-    directory.sync().map_err(fail)?;
+    lock_file(directory)?.directory.sync().map_err(fail)?;
     Ok(true)
 }

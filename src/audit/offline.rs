@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{
     Options, age,
@@ -15,9 +15,9 @@ use super::{
     chain,
     clocks::Clocks,
     directory::Directory,
-    init, limit, lock, loss,
+    init, lock, loss,
     recovery::Found,
-    start::{Resumed, StartError, lock, lock_file, resume, start_error},
+    start::{StartError, lock, lock_file, resume, start_error},
     writer::Writer,
 };
 use crate::keyed_hash::Keys;
@@ -26,7 +26,7 @@ use crate::keyed_hash::Keys;
 /// on the disk then. Fails with [`StartError::Locked`] while a gateway writes the trail.
 pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
     check_trail(directory)?;
-    append_event(directory, keys.into(), |clocks| (age::ACCEPTED, clocks.accepted()))
+    append_event(directory, keys.into(), age::ACCEPTED, |clocks| clocks.accepted().into())
 }
 
 /// Accepts what is lost of a trail that nobody writes: see [`loss`]. Returns the number of the event, which is on the disk then;
@@ -37,7 +37,7 @@ pub fn accept_loss(directory: &Path, keys: Keys) -> Result<Option<u64>, StartErr
     // What is missing at the end is on record before the faults are looked for, as it is when a gateway starts.
     append(directory, keys.clone(), |_, _, _| Ok::<_, StartError>(()))?;
     let loss = loss::look(directory, &keys).map_err(|error| start_error(directory, error))?;
-    loss.map(|loss| append_event(directory, keys, |_| (loss::ACCEPTED, loss.details()))).transpose()
+    loss.map(|loss| append_event(directory, keys, loss::ACCEPTED, |_| loss.details().into())).transpose()
 }
 
 /// Sets segments aside whose key is missing, and begins a new trail with a new key, whose first record says so. Returns the
@@ -46,8 +46,7 @@ pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
     let aside = loss::set_aside(directory)?;
     init::init(directory, None)?;
     let details = json!({ "reason": "the key was missing", "aside": aside });
-    let details = details.as_object().cloned().unwrap_or_default();
-    append_event(directory, Keys::load_own(directory)?.into(), |_| (loss::ACCEPTED, details))?;
+    append_event(directory, Keys::load_own(directory)?.into(), loss::ACCEPTED, |_| details)?;
     Ok(aside)
 }
 
@@ -59,18 +58,18 @@ pub(super) fn check_trail(directory: &Path) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Appends an event to a trail that nobody writes. Returns its number.
+/// Appends an event to a trail that nobody writes; `details` returns an object. Returns its number.
 fn append_event(
     directory: &Path,
     keys: Arc<Keys>,
-    event: impl FnOnce(&Clocks) -> (&'static str, Map<String, Value>),
+    name: &'static str,
+    details: impl FnOnce(&Clocks) -> Value,
 ) -> Result<u64, StartError> {
-    let ((), seq) = append(directory, keys, |batch, _, clocks| {
-        let (name, details) = event(clocks);
-        batch.event(name, Value::Object(details));
+    let append = append(directory, keys, |batch, _, clocks| {
+        batch.event(name, details(clocks));
         Ok::<_, StartError>(())
-    })?;
-    Ok(seq)
+    });
+    append.map(|((), seq)| seq)
 }
 
 /// Appends to a trail that nobody writes, under its lock: what reading its end found, and what `fill` adds to that. Returns
@@ -81,23 +80,20 @@ pub(super) fn append<T, E: From<StartError>>(
     fill: impl FnOnce(&mut Batch, &Found, &Clocks) -> Result<T, E>,
 ) -> Result<(T, u64), E> {
     let fail = |error| start_error(directory, error);
-    let directory = Directory::open(directory).map_err(fail)?;
-    lock(&directory)?;
-    let (lock, statement) = lock_file(&directory)?;
-    let (options, owned) = (Options::to_append(directory.path()), directory.path().to_owned());
-    let Resumed { mut batch, found, last, segment } =
-        resume(&options, &directory, &keys, &statement).map_err(fail)?;
-    let clocks = Arc::new(Clocks::go_on(&found, options.window));
-    let filled = fill(&mut batch, &found, &clocks);
-    if !batch.is_empty() {
-        let mut writer =
-            Writer::new(&options, keys, (directory, lock), clocks, last, segment).map_err(fail)?;
-        let appended = writer.append(&mut batch);
-        let appended = appended.map_err(|error| limit::explain(error, "what is to be recorded"));
-        appended.and_then(|()| give_to_owner(&owned)).map_err(fail)?;
+    let opened = Directory::open(directory).map_err(fail)?;
+    lock(&opened)?;
+    let (locked, options) = (lock_file(opened)?, Options::to_append(directory));
+    let mut resumed = resume(&options, &keys, locked).map_err(fail)?;
+    let clocks = Arc::new(Clocks::go_on(&resumed.found, options.window));
+    let filled = fill(&mut resumed.batch, &resumed.found, &clocks);
+    let last = resumed.batch.last();
+    if !resumed.batch.is_empty() {
+        let writer = Writer::go_on(&options, keys, clocks, resumed, "what is to be recorded");
+        let mut writer = writer.map_err(fail)?;
+        give_to_owner(directory).map_err(fail)?;
         writer.close();
     }
-    Ok((filled?, batch.last()))
+    Ok((filled?, last))
 }
 
 /// Gives the newest segment and the lock file to whom the directory belongs: root may have made them.

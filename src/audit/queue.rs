@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{
-    Metrics, Unavailable,
+    Metrics, Options, Unavailable,
     batch::Batch,
     folds::Folds,
     lane::Lane,
@@ -24,7 +24,7 @@ use super::{
     unresolved::UnresolvedList,
     writer::MOST_AT_ONCE,
 };
-use crate::{clock, config::RefusalBudget, log::OncePerSecond, supervisor::Vital, trouble::LastTrouble};
+use crate::{clock, log::OncePerSecond, supervisor::Vital, trouble::LastTrouble};
 
 /// Beyond so many bytes that wait for the disk no intent is queued: records name up to a thousand inspectors each.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
@@ -120,13 +120,7 @@ pub(super) enum Next {
 
 impl Shared {
     /// Behind the record of this number.
-    pub(super) fn new(
-        metrics: Metrics,
-        capacity: usize,
-        (refusals, hour): (RefusalBudget, Duration),
-        seq: u64,
-        unresolved: UnresolvedList,
-    ) -> Self {
+    pub(super) fn new(options: &Options, metrics: Metrics, seq: u64, unresolved: UnresolvedList) -> Self {
         Self {
             queue: Mutex::new(Queue {
                 batch: Batch::behind(seq),
@@ -134,7 +128,7 @@ impl Shared {
                 deferred: None,
                 reserved: 0,
                 closing: false,
-                folds: Folds::new(refusals, hour),
+                folds: Folds::new(options.refusals, options.hour),
             }),
             filled: Condvar::new(),
             safe: Arc::new(AtomicU64::new(seq)),
@@ -147,7 +141,7 @@ impl Shared {
             unresolved: Mutex::new(unresolved),
             trouble: LastTrouble::default(),
             metrics,
-            capacity,
+            capacity: options.queue,
             #[cfg(test)]
             disk: Mutex::default(),
         }

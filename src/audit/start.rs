@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io,
+    mem::take,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -92,20 +93,14 @@ impl Audit {
             Some(path) => Keys::load(path).map_err(StartError::KeyFile)?,
             None => Keys::load_or_make(&directory)?,
         };
-        let (lock, statement) = lock_file(&directory)?;
+        let locked = lock_file(directory)?;
         if options.durability == Durability::Disk {
-            directory.sync().map_err(fail)?; // the key's name, the lock's, and the segments'
+            locked.directory.sync().map_err(fail)?; // the key's name, the lock's, and the segments'
         }
         let keys = Arc::new(keys);
         let Recovered { writer, begun, unresolved, damage } =
-            recover(options, keys.clone(), (directory, lock), &statement).map_err(fail)?;
-        let shared = Arc::new(Shared::new(
-            metrics,
-            options.queue,
-            (options.refusals, options.hour),
-            begun,
-            unresolved,
-        ));
+            recover(options, keys.clone(), locked).map_err(fail)?;
+        let shared = Arc::new(Shared::new(options, metrics, begun, unresolved));
         let clocks = writer.clocks.clone();
         clocks.look(&shared);
         if let Some(aside) = aside {
@@ -114,18 +109,16 @@ impl Audit {
         let writing = shared.clone();
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
-        let (lane, writer) = (shared.new_lane(None), Arc::new(Mutex::new(Some(writer))));
-        let (intent_deadline, shown) = (options.intent_deadline, options.shown);
         Ok(Self(Arc::new(Handle {
+            lane: shared.new_lane(None),
             shared,
-            lane,
             keys,
             clocks,
-            writer,
-            intent_deadline,
+            writer: Arc::new(Mutex::new(Some(writer))),
+            intent_deadline: options.intent_deadline,
             begun,
             damage,
-            shown,
+            shown: options.shown,
             resolving: Arc::default(),
         })))
     }
@@ -144,16 +137,29 @@ pub(super) fn lock(directory: &Directory) -> Result<(), StartError> {
     }
 }
 
+/// A trail that this process has locked.
+pub(super) struct Locked {
+    pub(super) directory: Directory,
+    lock: Lock,
+    /// What the lock file says.
+    statement: Statement,
+}
+
 /// Opens and locks the lock file, or makes it, and reads what it says.
-pub(super) fn lock_file(directory: &Directory) -> Result<(Lock, Statement), StartError> {
+pub(super) fn lock_file(directory: Directory) -> Result<Locked, StartError> {
     let (path, fail) = (directory.path(), |error| StartError::Directory(directory.path().into(), error));
-    if let Some(lock) = Lock::open(directory).map_err(|error| locked(path, error))? {
-        let statement = lock.read().map_err(fail)?;
-        return Ok((lock, statement));
-    }
-    let has_segments = !chain::segments(path).map_err(fail)?.is_empty();
-    let lock = Lock::make(directory, has_segments).map_err(|error| locked(path, error))?;
-    Ok((lock, if has_segments { Statement::Missing } else { Statement::Nothing }))
+    let (lock, statement) = match Lock::open(&directory).map_err(|error| locked(path, error))? {
+        Some(lock) => {
+            let statement = lock.read().map_err(fail)?;
+            (lock, statement)
+        }
+        None => {
+            let has_segments = !chain::segments(path).map_err(fail)?.is_empty();
+            let lock = Lock::make(&directory, has_segments).map_err(|error| locked(path, error))?;
+            (lock, if has_segments { Statement::Missing } else { Statement::Nothing })
+        }
+    };
+    Ok(Locked { directory, lock, statement })
 }
 
 fn locked(directory: &Path, error: TryLockError) -> StartError {
@@ -259,29 +265,27 @@ pub(super) fn start_error(directory: &Path, error: io::Error) -> StartError {
 /// Reads the end of the trail, cuts a torn line off, gives every intent that is open there its outcome, and
 /// records all that. One write does it, so that a crash in between leaves either nothing or a torn line for the next
 /// start. Returns the number of the last record and what was open, too.
-pub(super) fn recover(
-    options: &Options,
-    keys: Arc<Keys>,
-    (directory, lock): (Directory, Lock),
-    statement: &Statement,
-) -> io::Result<Recovered> {
-    directory.remove(UNFINISHED)?;
-    let Resumed { mut batch, mut found, last, segment } = resume(options, &directory, &keys, statement)?;
+pub(super) fn recover(options: &Options, keys: Arc<Keys>, locked: Locked) -> io::Result<Recovered> {
+    locked.directory.remove(UNFINISHED)?;
+    let mut resumed = resume(options, &keys, locked)?;
+    let Resumed { batch, found, .. } = &mut resumed;
     for id in found.unresolved.close() {
         batch.push(&Entry::Doubt { id });
     }
-    let clocks = Arc::new(Clocks::go_on(&found, options.window));
-    let mut start = clocks.start(&found);
+    let clocks = Arc::new(Clocks::go_on(found, options.window));
+    let mut start = clocks.start(found);
     start[unresolved::LIST] = found.unresolved.to_json();
     batch.event(age::START, start);
-    let mut writer = Writer::new(options, keys, (directory, lock), clocks, last, segment)?;
-    writer.append(&mut batch).map_err(|error| limit::explain(error, "what the start records"))?;
-    let Found { unresolved, damage, .. } = found;
-    Ok(Recovered { writer, begun: batch.last(), unresolved, damage: damage.into() })
+    let begun = batch.last();
+    let (unresolved, damage) = (take(&mut found.unresolved), take(&mut found.damage).into());
+    let writer = Writer::go_on(options, keys, clocks, resumed, "what the start records")?;
+    Ok(Recovered { writer, begun, unresolved, damage })
 }
 
 /// What a trail goes on behind.
 pub(super) struct Resumed {
+    pub(super) directory: Directory,
+    pub(super) lock: Lock,
     /// Tells what was found.
     pub(super) batch: Batch,
     pub(super) found: Found,
@@ -290,13 +294,9 @@ pub(super) struct Resumed {
 }
 
 /// Reads the end of the trail, and cuts a torn line off.
-pub(super) fn resume(
-    options: &Options,
-    directory: &Directory,
-    keys: &Keys,
-    statement: &Statement,
-) -> io::Result<Resumed> {
-    let found = recovery::read_end(directory.path(), keys, statement)?;
+pub(super) fn resume(options: &Options, keys: &Keys, locked: Locked) -> io::Result<Resumed> {
+    let Locked { directory, lock, statement } = locked;
+    let found = recovery::read_end(directory.path(), keys, &statement)?;
     let (seq, segment) = found.resume();
     let mut batch = Batch::behind(seq);
     if let Some((path, offset, length)) = &found.torn {
@@ -313,12 +313,13 @@ pub(super) fn resume(
         tracing::error!(file = damage.file, reason = damage.reason, "the audit trail is damaged");
         batch.event("recovery", damage.details());
     }
-    let segment = segment.map(|(first, length)| reopen(options.durability, directory, first, length));
+    let segment = segment.map(|(first, length)| reopen(options.durability, &directory, first, length));
     if options.durability == Durability::Disk {
         sync_all(&chain::segments(directory.path())?)?;
     }
     let last = Place { seq, hash: found.hash };
-    Ok(Resumed { batch, found, last, segment: segment.transpose()? })
+    let segment = segment.transpose()?;
+    Ok(Resumed { directory, lock, batch, found, last, segment })
 }
 
 /// Opens the segment that a writer goes on with. With `disk` all of it is on the disk afterwards.

@@ -141,8 +141,7 @@ fn recovered(path: &Path) -> u64 {
     let keys = Keys::load_own(path).unwrap();
     let directory = Directory::open(path).unwrap();
     lock(&directory).unwrap();
-    let (lock, statement) = lock_file(&directory).unwrap();
-    drop(recover(&Options::small(path), keys.into(), (directory, lock), &statement).unwrap());
+    drop(recover(&Options::small(path), keys.into(), lock_file(directory).unwrap()).unwrap());
     fs::metadata(chain::segment_path(path, 1)).unwrap().len()
 }
 
@@ -674,8 +673,7 @@ fn recover_trail(options: &Options) -> Recovered {
     let keys = Keys::load(&chain::key_path(&options.directory)).unwrap();
     let opened = Directory::open(&options.directory).unwrap();
     lock(&opened).unwrap();
-    let (lock, statement) = lock_file(&opened).unwrap();
-    recover(options, keys.into(), (opened, lock), &statement).unwrap()
+    recover(options, keys.into(), lock_file(opened).unwrap()).unwrap()
 }
 
 /// Makes a trail of ten segments and more, then goes on with it: a writer that knows of no anchors before its start writes so
@@ -692,7 +690,7 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
     let Recovered { mut writer, begun, unresolved, .. } = recover_trail(options);
     writer.clocks.know(Vec::new());
     prepare(&mut writer);
-    let shared = Shared::new(metrics(), 64, (RefusalBudget::default(), HOUR), begun, unresolved);
+    let shared = Shared::new(options, metrics(), begun, unresolved);
     thread::scope(|scope| {
         scope.spawn(|| writer.run(&shared));
         for number in 1..=events {
@@ -833,8 +831,7 @@ fn no_wall_clock_takes_a_call_off_the_list_of_the_unresolved() {
             state: CallState::Undelivered,
             ..UnresolvedCall::of(uuid::Uuid::from_u128(5))
         };
-        let shared =
-            Shared::new(metrics(), 64, (RefusalBudget::default(), HOUR), begun, UnresolvedList::default());
+        let shared = Shared::new(&options, metrics(), begun, UnresolvedList::default());
         shared.change_unresolved(|list| list.insert(call));
         shared.event("test", json!({}));
         shared.close();

@@ -30,6 +30,7 @@ use super::{
     queue::{Next, Shared},
     retention::{self, Excess, Keeping, Old, Place},
     segment::Segment,
+    start::Resumed,
     sync::Syncs,
     unresolved::{UnresolvedCall, UnresolvedList},
 };
@@ -104,15 +105,15 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// A writer that goes on behind this record, in the segment if there is one.
-    pub(super) fn new(
+    /// A writer that goes on behind what was found, and has written what that tells. `what` names that for people.
+    pub(super) fn go_on(
         options: &Options,
         keys: Arc<Keys>,
-        (directory, lock): (Directory, Lock),
         clocks: Arc<Clocks>,
-        last: Place,
-        segment: Option<Segment>,
+        resumed: Resumed,
+        what: &str,
     ) -> io::Result<Self> {
+        let Resumed { directory, lock, mut batch, last, segment, .. } = resumed;
         let open = segment.as_ref().map(Segment::name);
         let mut closed = BTreeMap::new();
         for path in segments(directory.path())? {
@@ -121,7 +122,7 @@ impl Writer {
                 closed.insert(name, found.identity);
             }
         }
-        Ok(Self {
+        let mut writer = Self {
             directory,
             segment_size: options.segment_size,
             durability: options.durability,
@@ -152,7 +153,9 @@ impl Writer {
             mishaps: Vec::new(),
             lock,
             is_stated: true,
-        })
+        };
+        writer.append(&mut batch).map_err(|error| limit::explain(error, what))?;
+        Ok(writer)
     }
 
     /// Writes until the trail is closed and everything queued is written, or the last write failed.
@@ -257,7 +260,7 @@ impl Writer {
     }
 
     /// Links and writes records, once.
-    pub(super) fn append(&mut self, batch: &mut Batch) -> io::Result<()> {
+    fn append(&mut self, batch: &mut Batch) -> io::Result<()> {
         let link = self.link(batch);
         self.write(batch)?;
         self.commit(link, batch.last());

@@ -461,7 +461,7 @@ async fn a_start_that_finds_less_than_the_lock_file_says_records_the_damage() {
 async fn that_there_was_no_lock_file_outlives_a_start_that_was_cut_short() {
     let folder = several_segments(true).await;
     fs::remove_file(folder.path().join(lock::NAME)).unwrap();
-    drop(lock_file(&Directory::open(folder.path()).unwrap()).unwrap());
+    drop(lock_file(Directory::open(folder.path()).unwrap()).unwrap());
     let audit = start(&Options::small(folder.path()));
     assert_eq!(audit.damage()[0].lacks, Lacking::LockFile);
     audit.close();
