@@ -287,7 +287,7 @@ impl Audit {
             let call = UnresolvedCall { state: CallState::Unknown, ..call.clone() };
             let id = call.id;
             // A segment that the doubt begins must have it on its list.
-            self.shared().change_unresolved(|list| list.insert(call));
+            self.unresolved().insert(call);
             self.shared().doubt(id);
         }
         Ok(())

@@ -177,7 +177,7 @@ impl Clocks {
             }
             None => {}
         }
-        shared.metrics.set_doubtful(self.doubt().is_some());
+        shared.metrics.doubtful.set(self.doubt().is_some().into());
     }
 
     /// An operator accepts the wall clock as it is: doubt ends, on record.
@@ -186,7 +186,7 @@ impl Clocks {
         members.extend(details);
         tracing::info!("the wall clock was accepted");
         let seq = shared.event(ACCEPTED, Value::Object(members));
-        shared.metrics.set_doubtful(false);
+        shared.metrics.doubtful.set(0);
         seq
     }
 

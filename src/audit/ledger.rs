@@ -49,7 +49,7 @@ impl Ledger {
                     }
                 }
                 Change::Event { name, id } => {
-                    shared.change_unresolved(|list| list.take_event(name, id, &batch.text()[line]));
+                    shared.unresolved().take_event(name, id, &batch.text()[line]);
                 }
             }
         }
@@ -122,5 +122,5 @@ fn end(call: UnresolvedCall, outcome: Outcome, shared: &Shared) {
             "the outcome of a call is unknown: look whether the task is done, then run `ccsqm-gateway audit resolve`"
         );
     }
-    shared.change_unresolved(|list| list.finish(call, outcome));
+    shared.unresolved().finish(call, outcome);
 }

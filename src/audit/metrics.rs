@@ -89,10 +89,6 @@ impl Metrics {
         self.unresolved.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
-    pub(super) fn set_doubtful(&self, is_doubtful: bool) {
-        self.doubtful.set(is_doubtful.into());
-    }
-
     pub(super) fn files_lost(&self, is_restored: bool) {
         self.files_lost[usize::from(!is_restored)].inc();
     }

@@ -20,7 +20,6 @@ use super::{
     lane::Lane,
     limit,
     record::{Entry, Facts, Why},
-    sync::Syncs,
     unresolved::UnresolvedList,
     writer::MOST_AT_ONCE,
 };
@@ -154,11 +153,6 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Changes the list.
-    pub(super) fn change_unresolved(&self, change: impl FnOnce(&mut UnresolvedList)) {
-        change(&mut self.unresolved());
     }
 
     /// A place to wait for what is safe.
@@ -425,14 +419,6 @@ impl Shared {
 
     pub(super) fn set_space_left(&self, space_left: bool) {
         self.space_left.store(space_left, Ordering::Relaxed);
-    }
-
-    pub(super) fn count_error(&self) {
-        self.metrics.errors.inc();
-    }
-
-    pub(super) fn count_syncs(&self, syncs: &Syncs) {
-        self.metrics.synced(syncs);
     }
 
     /// Waits before a retry; true if the trail is closing, so that the next try is the last.

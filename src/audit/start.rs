@@ -274,7 +274,7 @@ pub(super) fn recover(options: &Options, keys: Arc<Keys>, locked: Locked) -> io:
     }
     let clocks = Arc::new(Clocks::go_on(found, options.window));
     let mut start = clocks.start(found);
-    start[unresolved::LIST] = found.unresolved.to_json();
+    start[unresolved::LIST] = json!(found.unresolved);
     batch.event(age::START, start);
     let begun = batch.last();
     let (unresolved, damage) = (take(&mut found.unresolved), take(&mut found.damage).into());

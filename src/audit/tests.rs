@@ -600,7 +600,7 @@ fn what_waits_is_written_in_parts_and_the_last_one_begins_the_segment() {
         wait_for(|| (audit.shared().is_empty()).then_some(()));
         let details = Map::from_iter([("text".to_owned(), json!("x".repeat(length)))]);
         (0..10).for_each(|_| audit.event("long", details.clone()));
-        audit.shared().change_unresolved(|list| list.insert(UnresolvedCall::of(uuid::Uuid::from_u128(7))));
+        audit.shared().unresolved().insert(UnresolvedCall::of(uuid::Uuid::from_u128(7)));
         let before = metrics.batches.get();
         stuck.release();
         assert_eq!(audit.close(), None);
@@ -832,7 +832,7 @@ fn no_wall_clock_takes_a_call_off_the_list_of_the_unresolved() {
             ..UnresolvedCall::of(uuid::Uuid::from_u128(5))
         };
         let shared = Shared::new(&options, metrics(), begun, UnresolvedList::default());
-        shared.change_unresolved(|list| list.insert(call));
+        shared.unresolved().insert(call);
         shared.event("test", json!({}));
         shared.close();
         assert_eq!(writer.run(&shared), Ok(()));

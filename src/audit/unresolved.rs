@@ -14,7 +14,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize, Serializer};
-use serde_json::{Value, json};
+use serde_json::Value;
 use uuid::Uuid;
 
 use crate::{model::outcome::Outcome, plain};
@@ -48,7 +48,7 @@ const PRESUMED: usize = 2 * ON_THEIR_WAY;
 pub(crate) const AT_MOST: usize = 10_000;
 
 /// A call on the list.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct UnresolvedCall {
     /// The number of its intent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -118,26 +118,9 @@ impl UnresolvedCall {
 
     /// A call of which nothing but the id is known.
     pub(super) fn of(id: Uuid) -> Self {
-        Self {
-            seq: None,
-            id,
-            time: String::new(),
-            state: CallState::AtWork,
-            caller: None,
-            route: None,
-            operator: None,
-            task: None,
-            digest: None,
-            key: None,
-            print: None,
-            forced: None,
-            superseded: false,
-            presumed: false,
-        }
+        Self { id, ..Self::default() }
     }
-}
 
-impl UnresolvedCall {
     /// The call that the event of a resolution tells of, and what was found.
     pub fn resolved_by(event: &[u8]) -> Option<(Self, Resolution)> {
         let resolved: Resolved = serde_json::from_slice(event).ok()?;
@@ -471,11 +454,6 @@ impl UnresolvedList {
     pub(super) fn size(&self) -> u64 {
         2 + self.calls().map(|call| 1 + call.size()).sum::<u64>()
     }
-
-    /// As the trail holds it.
-    pub(super) fn to_json(&self) -> Value {
-        json!(self)
-    }
 }
 
 /// As the trail holds it.
@@ -496,6 +474,7 @@ mod tests {
 
     use super::{super::batch::Batch, *};
     use crate::model::audit_fields::MEMBERS;
+    use serde_json::json;
 
     fn id(number: u128) -> Uuid {
         Uuid::from_u128(number)
@@ -541,7 +520,7 @@ mod tests {
     #[test]
     fn list_in_the_trail_takes_the_place_of_what_lies_before_it() {
         let before = read([intent(1), outcome(1, Outcome::Unknown, 0), intent(2)]);
-        let event = event(LIST, json!({ "unresolved": before.to_json() }));
+        let event = event(LIST, json!({ "unresolved": before }));
         let behind = read([intent(8), event, outcome(2, Outcome::Failed, 0)]);
         assert_eq!(states(&behind), [(1, CallState::Unknown)]);
         assert_eq!(behind.get(id(1)), before.get(id(1)));

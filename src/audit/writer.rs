@@ -55,17 +55,14 @@ const LOOK: Duration = Duration::from_secs(60);
 
 /// Where the trail stands.
 pub(super) struct Writer {
+    options: Options,
     directory: Directory,
-    segment_size: u64,
-    durability: Durability,
-    low_water: u64,
     /// When the files were last looked at.
     looked_around: Option<Instant>,
     /// What is not in its place, of directory and lock file.
     away: Option<&'static str>,
     keeping: Keeping,
     pub(super) clocks: Arc<Clocks>,
-    window: Duration,
     ledger: Ledger,
     /// How much of the open segment is the list in its first batch, in bytes.
     list_length: u64,
@@ -123,15 +120,12 @@ impl Writer {
             }
         }
         let mut writer = Self {
+            options: options.clone(),
             directory,
-            segment_size: options.segment_size,
-            durability: options.durability,
-            low_water: options.low_water,
             looked_around: None,
             away: None,
             keeping: Keeping::new(options),
             clocks,
-            window: options.window,
             ledger: Ledger::default(),
             list_length: 0,
             list_filled: 0,
@@ -245,7 +239,7 @@ impl Writer {
     /// Forgets calls whose window is certainly over. Returns those of unknown outcome.
     fn prune(&self, list: &mut UnresolvedList) -> Vec<Arc<UnresolvedCall>> {
         let Some(anchors) = self.clocks.anchors() else { return Vec::new() };
-        let (ages, window) = (self.clocks.ages(), self.window + SLACK);
+        let (ages, window) = (self.clocks.ages(), self.options.window + SLACK);
         list.prune(|call| {
             let place = call.seq.zip(age::millis(&call.time));
             place.is_some_and(|(seq, time)| ages.clone().at(seq, anchors).age(time) > window)
@@ -254,7 +248,7 @@ impl Writer {
 
     /// A writer that waits for the disk is never prompt: what is queued meanwhile shares the next fdatasync.
     fn rest(&self, shared: &Shared, due: u64) {
-        if self.durability == Durability::Kernel {
+        if self.options.durability == Durability::Kernel {
             shared.rest(due);
         }
     }
@@ -287,7 +281,7 @@ impl Writer {
         let stated = Stated { newest: segment.first, last, is_stopped };
         // What is said each second may be lost with the machine: then it says less than there is.
         let is_news = is_stopped || self.lock.newest() != Some(segment.first);
-        let done = self.lock.state(&stated, is_news && self.durability == Durability::Disk);
+        let done = self.lock.state(&stated, is_news && self.options.durability == Durability::Disk);
         let was_stated = std::mem::replace(&mut self.is_stated, done.is_ok());
         if let Err(error) = done
             && was_stated

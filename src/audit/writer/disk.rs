@@ -32,7 +32,7 @@ impl Writer {
             #[cfg(test)]
             drop(shared.disk.lock());
             let written = self.write(batch);
-            shared.count_syncs(&std::mem::take(&mut self.syncs));
+            shared.metrics.synced(&std::mem::take(&mut self.syncs));
             let Err(error) = written else {
                 if failed {
                     tracing::info!("the audit trail can be written again");
@@ -41,7 +41,7 @@ impl Writer {
                 shared.set_healthy(true);
                 return true;
             };
-            shared.count_error();
+            shared.metrics.errors.inc();
             let is_in_place = self.look_for_place(shared);
             if !failed {
                 let raise = is_too_large(&error).then_some(limit::RAISE);
@@ -107,7 +107,7 @@ impl Writer {
     fn append_to_segment(&mut self, text: &[u8]) -> io::Result<bool> {
         let Some(segment) = &mut self.segment else { return Ok(false) };
         segment.append(text)?;
-        if self.durability == Durability::Disk
+        if self.options.durability == Durability::Disk
             && let Err(error) = self.syncs.sync(&segment.file)
         {
             self.disproven = self.segment.take();
@@ -152,7 +152,7 @@ impl Writer {
             let lost = Lost { file: file.clone(), what, is_restored: true, aside, found_as: None };
             self.mishaps.push(Mishap::Lost(lost));
         }
-        let made = match self.durability {
+        let made = match self.options.durability {
             Durability::Kernel => begin(&self.directory, &file, text)?,
             Durability::Disk => self.syncs.begin(&self.directory, &file, text)?,
         };

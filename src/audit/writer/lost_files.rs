@@ -52,7 +52,7 @@ impl Writer {
     fn look_around(&mut self, shared: &Shared) {
         let free = self.directory.free_space();
         shared.metrics.free.set(i64::try_from(free).unwrap_or(i64::MAX));
-        shared.set_space_left(free >= self.low_water);
+        shared.set_space_left(free >= self.options.low_water);
         if self.look_for_place(shared) {
             let listed = self.look_for_closed();
             let was_listed = std::mem::replace(&mut self.is_listed, listed.is_ok());
@@ -146,7 +146,7 @@ impl Writer {
         let is_whole = segment.is_whole(&self.link)?;
         let mut aside = None;
         if is_whole {
-            let syncs = (self.durability == Durability::Disk).then_some(&mut self.syncs);
+            let syncs = (self.options.durability == Durability::Disk).then_some(&mut self.syncs);
             (*segment, aside) = segment.copy_back(&self.directory, syncs)?;
         } else {
             segment.take_back(pending)?;

@@ -50,7 +50,7 @@ impl Writer {
     }
 
     pub(super) fn is_full(&self, segment: &Segment) -> bool {
-        self.is_outgrown || segment.length.saturating_sub(self.list_length) >= self.segment_size
+        self.is_outgrown || segment.length.saturating_sub(self.list_length) >= self.options.segment_size
     }
 
     /// Reserves space for so many bytes, and for the outcomes of all that is in flight; tells whether there is. At the limit
