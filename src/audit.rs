@@ -11,10 +11,13 @@
 //! writes; `record` is what a request writes, `queue` where that waits, and `writer` the thread that writes it.
 
 pub mod age;
+mod answer;
 mod batch;
 pub mod chain;
 mod clocks;
 mod directory;
+mod entry;
+mod facts;
 pub mod history;
 pub mod init;
 mod folds;
@@ -61,14 +64,16 @@ use crate::{
     supervisor::Vital,
 };
 use age::Ages;
+pub use answer::Answer;
 pub use clocks::ClockDoubt;
 use clocks::Clocks;
+pub use facts::Detail;
 use lane::Lane;
 pub use metrics::Metrics;
 pub use offline::{accept_clock, accept_loss, accept_lost_key};
 pub use options::{HOUR, Options};
 use queue::Shared;
-pub use record::{Answer, Detail, Names, Queued, Record};
+pub use record::{Names, Queued, Record};
 use recovery::{DAMAGED, Damage};
 pub use reply::StoredReply;
 pub use retention::Early;
@@ -95,28 +100,6 @@ pub enum Unfinished {
     /// Its writer is not done, as with a disk that hangs.
     #[error("it hangs, and is not waited for; the end of the audit trail is missing")]
     Hangs,
-}
-
-/// The kinds of records.
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Intent,
-    Outcome,
-    Refusal,
-    Event,
-}
-
-impl Kind {
-    const ALL: [Self; 4] = [Self::Intent, Self::Outcome, Self::Refusal, Self::Event];
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Intent => "intent",
-            Self::Outcome => "outcome",
-            Self::Refusal => "refusal",
-            Self::Event => "event",
-        }
-    }
 }
 
 /// The permit to reserve a connection and queue an intent, until this is dropped.

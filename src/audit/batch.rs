@@ -6,10 +6,9 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{
-    Kind,
     chain::OPEN_LINKS,
+    entry::{Entry, Kind},
     line::Second,
-    record::Entry,
     unresolved::{LIST, LIST_LEFT_OUT, UnresolvedList},
 };
 use crate::model::outcome::Outcome;

@@ -13,7 +13,8 @@ use serde_json::json;
 use super::{
     Metrics,
     batch::Batch,
-    record::{Entry, Facts, Refusal, Why},
+    entry::{Entry, Refusal, Why},
+    facts::Facts,
 };
 use crate::{clock, config::RefusalBudget};
 

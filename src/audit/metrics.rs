@@ -2,7 +2,7 @@
 
 use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
 
-use super::{Kind, batch::Batch, sync::Syncs};
+use super::{batch::Batch, entry::Kind, sync::Syncs};
 
 /// Counts of the trail.
 #[derive(Clone, Debug)]

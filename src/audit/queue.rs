@@ -16,10 +16,11 @@ use uuid::Uuid;
 use super::{
     Metrics, Options, Unavailable,
     batch::Batch,
+    entry::{Entry, Why},
+    facts::Facts,
     folds::Folds,
     lane::Lane,
     limit,
-    record::{Entry, Facts, Why},
     unresolved::UnresolvedList,
     writer::MOST_AT_ONCE,
 };

@@ -14,9 +14,9 @@ use uuid::Uuid;
 
 use super::{
     Audit, StartError,
+    entry::Entry,
     history::{Naming, records_of},
     offline::{append, check_trail},
-    record::Entry,
     start::start_error,
     unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList},
 };
