@@ -73,7 +73,7 @@ pub use metrics::Metrics;
 pub use offline::{accept_clock, accept_loss, accept_lost_key};
 pub use options::{HOUR, Options};
 use queue::Shared;
-pub use record::{Names, Queued, Record};
+pub use record::{IntendedRecord, Names, OpenRecord, Queued};
 use recovery::{DAMAGED, Damage};
 pub use reply::StoredReply;
 pub use retention::Early;
@@ -106,8 +106,8 @@ pub enum Unfinished {
 #[derive(Debug, Default)]
 pub struct Permit<'a> {
     _held: Option<SemaphorePermit<'a>>,
-    /// What the wait for it took of the time that an intent may take.
-    waited: Duration,
+    /// What the wait for it took of the time that an intent may take, in nanoseconds.
+    waited: u64,
 }
 
 impl Permit<'_> {
@@ -180,17 +180,17 @@ impl Audit {
             return Permit::default();
         }
         if let Some(permit) = lane.permit() {
-            return Permit { _held: Some(permit), waited: Duration::ZERO };
+            return Permit { _held: Some(permit), waited: 0 };
         }
         shared.nudge();
         let asked = clock::nanos();
         let permit = Box::pin(lane.permit_in_turn()).await.filter(|_| shared.is_prompt());
-        Permit { _held: permit, waited: Duration::from_nanos(clock::nanos().saturating_sub(asked)) }
+        Permit { _held: permit, waited: clock::nanos().saturating_sub(asked) }
     }
 
-    /// Waits until the record of this number is safe, for as long as an intent may take, of which so much is over.
-    fn safe(&self, seq: u64, waited: Duration) -> impl Future<Output = Result<(), Unavailable>> {
-        let left = self.0.intent_deadline.saturating_sub(waited);
+    /// Waits until the record of this number is safe, for as long as an intent may take, of which so many nanoseconds are over.
+    fn safe(&self, seq: u64, waited: u64) -> impl Future<Output = Result<(), Unavailable>> {
+        let left = self.0.intent_deadline.saturating_sub(Duration::from_nanos(waited));
         self.0.lane.wait(&self.shared().safe, seq, left)
     }
 
@@ -229,8 +229,8 @@ impl Audit {
     }
 
     /// Opens the record of a request.
-    pub fn open(&self, peer: Peer) -> Record {
-        Record::open(self.clone(), peer)
+    pub fn open(&self, peer: Peer) -> OpenRecord {
+        OpenRecord::new(self.clone(), peer)
     }
 
     /// Records an event of the gateway itself.

@@ -21,7 +21,7 @@ use bytes::Bytes;
 use http::{HeaderValue, StatusCode};
 
 use crate::{
-    audit::Record,
+    audit::IntendedRecord,
     clock,
     concurrency::Room,
     idempotency::Claim,
@@ -59,7 +59,7 @@ pub struct Exchange {
     /// The checked body.
     pub body: Bytes,
     /// The request's record; its intent is safe.
-    pub record: Record,
+    pub record: IntendedRecord,
     /// Its right to be sent.
     pub claim: Claim,
     /// The request's place under the bound on concurrent work.

@@ -415,13 +415,12 @@ mod tests {
             let mut record = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into()));
             record.caller("qa-console".into());
             record.enter(Stage::Audit);
-            let intent = record.intent(&Permit::default(), (2, &[0; 32]), &|line| {
+            let intent = record.intent(&Permit::default(), 2, &[0; 32], &|line| {
                 line.extend_from_slice(members.as_bytes());
             });
-            runtime.block_on(intent).unwrap();
-            record.take().finish(&answer);
+            runtime.block_on(intent.unwrap()).unwrap().sent().finish(&answer);
         }
-        audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into())).refuse(Code::RouteUnknown, 404);
+        audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into())).refuse(Code::RouteUnknown, None);
         audit.close();
         let whole = fs::read(folder.path().join("audit-00000000000000000001.jsonl")).unwrap();
         let is_end = |(_, byte): &(usize, &u8)| **byte == b'\n';

@@ -22,7 +22,7 @@ use hyper::body::Incoming;
 
 use crate::{
     admission::{Caller, Hosts},
-    audit::{Audit, Record},
+    audit::{Audit, OpenRecord},
     clock,
     concurrency::{Bounds, Room},
     config::BareIds,
@@ -107,7 +107,7 @@ impl Gateway {
                 if let Some(detail) = detail(&error, &from, &parts.uri) {
                     record.detail(detail);
                 }
-                record.refuse_for(error.code, error.code.status().as_u16(), error.cause);
+                record.refuse(error.code, error.cause);
                 self.metrics.refused(stage, error.own_outcome(), error.code, took(begin));
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
                 let is_drained = Box::pin(drain_body(&head, body)).await;
@@ -130,7 +130,7 @@ impl Gateway {
         &self,
         request: &RequestParts<'_>,
         body: &mut Incoming,
-        record: &mut Record,
+        record: &mut OpenRecord,
     ) -> Result<Box<Reply>, Error> {
         let RequestParts { state: State { terms, body: limits, .. }, from, head, .. } = request;
         let entered = self.enter(request, record)?;
@@ -163,7 +163,7 @@ impl Gateway {
         let reserved = from.presence.during(permit.during(pin!(self.pool.reserve()))).await?;
         let connection = reserved.inspect_err(|none| terms.unreachable(&mut passage, none, record.id()))?;
         let size = checked.bytes().len();
-        record.intent(&permit, (size, &digest), &self.members(&checked, &claim)).await?;
+        let intended = record.intent(&permit, size, &digest, &self.members(&checked, &claim))?.await?;
         drop(permit);
 
         record.enter(Stage::Upstream);
@@ -177,7 +177,7 @@ impl Gateway {
             operator: entered.routed.operator.clone(),
             body: checked.bytes().clone(),
             claim: claim.sent(),
-            record: record.take(),
+            record: intended.sent(),
             room: entered.room,
         };
         let mut reply = from.presence.beside(self.exchanges.run(exchange)).await?;
@@ -186,7 +186,7 @@ impl Gateway {
     }
 
     /// The stages that look at no body: admission, route and rate limit.
-    fn enter<'a>(&self, request: &RequestParts<'a>, record: &mut Record) -> Result<Entered<'a>, Error> {
+    fn enter<'a>(&self, request: &RequestParts<'a>, record: &mut OpenRecord) -> Result<Entered<'a>, Error> {
         let &RequestParts { state, ref from, method, target, head } = request;
         let room = self.bounds.request(from.surplus);
         let room = room.map_err(|none| name_denied(state, from, record, none.into()))?;
@@ -280,7 +280,7 @@ impl<'a> Entered<'a> {
 }
 
 /// Puts on record which earlier call this one repeats or equals, and whether by force. Returns that call.
-fn record_first(claim: &Claim, record: &mut Record) -> Option<FirstCall> {
+fn record_first(claim: &Claim, record: &mut OpenRecord) -> Option<FirstCall> {
     let first = claim.first();
     if let Some(first) = first {
         record.first(first);
@@ -293,7 +293,7 @@ fn record_first(claim: &Claim, record: &mut Record) -> Option<FirstCall> {
 
 /// Answers a call as the first one with its key was.
 #[cold]
-fn replayed(replay: Replay, route: &exchange::Route, record: &mut Record) -> Reply {
+fn replayed(replay: Replay, route: &exchange::Route, record: &mut OpenRecord) -> Reply {
     record.first(replay.first);
     let reply = Reply::replayed(replay, &route.result);
     record.replayed(reply.status.as_u16());

@@ -40,12 +40,12 @@ pub struct Answer {
 }
 
 impl Answer {
-    pub(super) fn without_reply(outcome: Outcome, code: Code, status: u16) -> Self {
+    pub(super) fn without_reply(outcome: Outcome, code: Code) -> Self {
         Self {
             outcome,
             code: Some(code),
             cause: None,
-            status: Some(status),
+            status: Some(code.status().as_u16()),
             upstream_status: None,
             upstream_id: None,
             result_code: None,

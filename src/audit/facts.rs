@@ -55,6 +55,25 @@ pub struct Detail {
 }
 
 impl Facts {
+    pub(super) fn new(id: RequestId, peer: Peer, peer_shown: Option<Option<HeaderValue>>) -> Self {
+        Self {
+            id,
+            peer,
+            peer_shown,
+            caller: None,
+            caller_id: None,
+            traceparent: None,
+            route: None,
+            operator: None,
+            first: None,
+            is_forced: false,
+            detail: None,
+            stage: Stage::Admission,
+            entered: clock::nanos(),
+            spent: [0; Stage::COUNT],
+        }
+    }
+
     pub(super) fn enter(&mut self, stage: Stage) {
         let now = clock::nanos();
         self.spent[self.stage as usize] += now.saturating_sub(self.entered);

@@ -239,7 +239,7 @@ pub(super) mod tests {
     #[test]
     fn who_waits_for_a_connection_hands_its_permit_on() {
         let lane = Lane::new(None);
-        let permit = || Permit { _held: Some(lane.permit().unwrap()), waited: Duration::ZERO };
+        let permit = || Permit { _held: Some(lane.permit().unwrap()), waited: 0 };
         let mut held: Vec<_> = (0..32).map(|_| permit()).collect();
         assert_eq!(done(&mut vec![Box::pin(held[0].during(pin!(std::future::ready(7))))]), [7]);
         assert!(lane.permit().is_none(), "the control: at once there, so that it keeps it");

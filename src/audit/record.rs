@@ -1,6 +1,9 @@
-//! The record of one request.
+//! The record of one request: open until its intent is queued, intended from then on.
+//!
+//! Whichever is dropped closes itself. An open one is a rejection, since its caller left. An intended one has the outcome
+//! `not_sent`, or `unknown` if an exchange had it.
 
-use std::{sync::Arc, time::Duration};
+use std::{sync::Arc, thread};
 
 use http::HeaderValue;
 
@@ -10,7 +13,6 @@ use super::{
     facts::Facts,
 };
 use crate::{
-    clock,
     keyed_hash::{Hash, to_hex},
     model::{
         cause::Cause,
@@ -22,27 +24,27 @@ use crate::{
     },
 };
 
-/// The record of one request. Moved, never shared.
+/// The record of a request without an intent. Behind the intent it still knows id and stage, and records nothing.
 #[derive(Debug)]
-pub struct Record {
-    audit: Audit,
+pub struct OpenRecord {
     id: RequestId,
     stage: Stage,
-    step: Step,
-    open: Option<Box<Facts>>,
+    open: Option<Open>,
 }
 
-/// How far a record got: what it means that it is closed without an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
-    /// No intent was queued.
-    Open,
-    /// The intent is queued, and nobody sends yet.
-    Intended,
-    /// An exchange owns it: bytes may be on their way.
-    Exchanged,
-    /// It was handed over to an exchange, and this is what is left.
-    Taken,
+#[derive(Debug)]
+struct Open {
+    audit: Audit,
+    facts: Box<Facts>,
+}
+
+/// The record of a request whose intent is queued. Moved, never shared.
+#[derive(Debug)]
+pub struct IntendedRecord {
+    audit: Audit,
+    facts: Box<Facts>,
+    /// It has its outcome.
+    is_closed: bool,
 }
 
 /// Whose request a record was of.
@@ -58,37 +60,22 @@ pub struct Names {
 #[derive(Debug)]
 pub struct Queued {
     /// Closed, and with the way to its trail.
-    record: Record,
+    record: IntendedRecord,
     seq: u64,
 }
 
 impl Queued {
     /// Waits until it is safe, for as long as an intent may take.
     pub async fn is_safe(&self) -> bool {
-        self.record.audit.safe(self.seq, Duration::ZERO).await.is_ok()
+        self.record.audit.safe(self.seq, 0).await.is_ok()
     }
 }
 
-impl Record {
-    pub(super) fn open(audit: Audit, peer: Peer) -> Self {
+impl OpenRecord {
+    pub(super) fn new(audit: Audit, peer: Peer) -> Self {
         let id = RequestId::new();
-        let facts = Facts {
-            id,
-            peer,
-            peer_shown: audit.hides_peer(peer),
-            caller: None,
-            caller_id: None,
-            traceparent: None,
-            route: None,
-            operator: None,
-            first: None,
-            is_forced: false,
-            detail: None,
-            stage: Stage::Admission,
-            entered: clock::nanos(),
-            spent: [0; Stage::COUNT],
-        };
-        Self { audit, id, stage: Stage::Admission, step: Step::Open, open: Some(Box::new(facts)) }
+        let facts = Box::new(Facts::new(id, peer, audit.hides_peer(peer)));
+        Self { id, stage: Stage::Admission, open: Some(Open { audit, facts }) }
     }
 
     /// The request's id.
@@ -101,83 +88,67 @@ impl Record {
         self.stage
     }
 
+    /// Whether an exchange may have taken the request over.
+    pub fn is_taken(&self) -> bool {
+        self.stage == Stage::Upstream
+    }
+
     /// The request goes on to the next stage.
     pub fn enter(&mut self, stage: Stage) {
         self.stage = stage;
-        if let Some(facts) = &mut self.open {
-            facts.enter(stage);
-        }
+        self.set(|_, facts| facts.enter(stage));
     }
 
     /// The caller's own id of the request.
     pub fn caller_id(&mut self, id: HeaderValue) {
-        let id = self.audit.show(2, id);
-        self.set(|facts| facts.caller_id = id);
+        self.set(|audit, facts| facts.caller_id = audit.show(2, id));
     }
 
     /// The caller's `traceparent`.
     pub fn traceparent(&mut self, parent: HeaderValue) {
-        let parent = self.audit.show(3, parent);
-        self.set(|facts| facts.traceparent = parent);
+        self.set(|audit, facts| facts.traceparent = audit.show(3, parent));
     }
 
     /// Who calls.
     pub fn caller(&mut self, name: Arc<str>) {
-        self.set(|facts| facts.caller = Some(name));
+        self.set(|_, facts| facts.caller = Some(name));
     }
 
     /// Which route.
     pub fn route(&mut self, name: Arc<str>) {
-        self.set(|facts| facts.route = Some(name));
+        self.set(|_, facts| facts.route = Some(name));
     }
 
     /// Who acts.
     pub fn operator(&mut self, id: HeaderValue) {
-        let id = self.audit.show(0, id);
-        self.set(|facts| facts.operator = id);
+        self.set(|audit, facts| facts.operator = audit.show(0, id));
     }
 
     /// Sets the earlier call that this one repeats or equals.
     pub fn first(&mut self, first: FirstCall) {
-        self.set(|facts| facts.first = Some(first));
+        self.set(|_, facts| facts.first = Some(first));
     }
 
     /// The call repeats one of unknown outcome by force.
     pub fn forced(&mut self) {
-        self.set(|facts| facts.is_forced = true);
+        self.set(|_, facts| facts.is_forced = true);
     }
 
     /// What further is told of the request, which is to be refused.
     pub fn detail(&mut self, detail: Box<Detail>) {
-        self.set(|facts| facts.detail = Some(detail));
+        self.set(|_, facts| facts.detail = Some(detail));
     }
 
-    fn set(&mut self, change: impl FnOnce(&mut Facts)) {
-        if let Some(facts) = &mut self.open {
-            change(facts);
+    fn set(&mut self, change: impl FnOnce(&Audit, &mut Facts)) {
+        if let Some(Open { audit, facts }) = &mut self.open {
+            change(audit, facts);
         }
     }
 
-    /// Closes the record of a request that was refused here. Does nothing to one that is closed or taken.
-    pub fn refuse(&mut self, code: Code, status: u16) {
-        self.refuse_for(code, status, None);
-    }
-
-    /// The same, of a request that was refused since the other side failed.
-    pub fn refuse_for(&mut self, code: Code, status: u16, cause: Option<Cause>) {
-        let Some(mut facts) = self.open.take() else { return };
-        facts.enter(self.stage);
-        match self.step {
-            Step::Open | Step::Taken => self.push_refusal(facts, Why::Refused(code, cause), status),
-            Step::Intended => {
-                let answer = Answer::without_reply(Outcome::NotSent, code, status);
-                self.outcome(&facts, &Answer { cause, ..answer });
-            }
-            Step::Exchanged => {
-                let answer = Answer::without_reply(Outcome::Unknown, code, status);
-                self.outcome(&facts, &Answer { note: Some("cut off"), ..answer });
-            }
-        }
+    /// Closes the record of a request that was refused, perhaps since the other side failed. Does nothing to one that is closed
+    /// or intended.
+    pub fn refuse(&mut self, code: Code, cause: Option<Cause>) {
+        self.close(Why::Refused(code, cause), code.status().as_u16());
     }
 
     /// Closes the record of a request that was answered from what is stored.
@@ -191,80 +162,87 @@ impl Record {
     }
 
     fn close(&mut self, why: Why, status: u16) {
-        if let Some(mut facts) = self.open.take() {
-            facts.enter(self.stage);
-            self.push_refusal(facts, why, status);
-        }
-    }
-
-    fn push_refusal(&self, facts: Box<Facts>, why: Why, status: u16) {
+        let Some(Open { audit, mut facts }) = self.open.take() else { return };
+        facts.enter(self.stage);
         let (outcome, code, cause) = why.told();
         facts.tell(outcome, code, cause, status);
-        self.audit.shared().push_refusal(facts, why, status);
+        audit.shared().push_refusal(facts, why, status);
     }
 
-    fn outcome(&self, facts: &Facts, answer: &Answer) -> u64 {
-        facts.tell(answer.outcome, answer.code, answer.cause, answer.status.unwrap_or_default());
-        self.audit.shared().push_outcome(&Entry::Outcome { facts, answer })
-    }
-
-    /// Queues the intent of a body of this size and digest, and waits until it is safe. `further` writes further
+    /// Queues the intent of a body of this size and digest. The future waits until it is safe. `further` writes further
     /// members of the record, as JSON text with a comma in front.
-    pub fn intent<'a>(
-        &'a mut self,
-        permit: &Permit<'_>,
-        (body_size, digest): (usize, &Hash),
-        further: &dyn Fn(&mut Vec<u8>),
-    ) -> impl Future<Output = Result<(), Unavailable>> + use<'a> {
-        // Not within the future, which would carry the arguments along.
-        let queued = self.queue_intent(body_size, digest, further);
-        let (audit, waited) = (&self.audit, permit.waited);
-        async move { audit.safe(queued?, waited).await.inspect_err(|_| audit.shared().metrics.late.inc()) }
-    }
-
-    fn queue_intent(
+    pub fn intent(
         &mut self,
+        permit: &Permit<'_>,
         body_size: usize,
         digest: &Hash,
         further: &dyn Fn(&mut Vec<u8>),
-    ) -> Result<u64, Unavailable> {
-        let facts = self.open.as_ref().ok_or(Unavailable)?;
+    ) -> Result<impl Future<Output = Result<IntendedRecord, Unavailable>> + use<>, Unavailable> {
+        // Not within the future, which would carry the arguments along.
+        let Open { audit, facts } = self.open.as_ref().ok_or(Unavailable)?;
         let entry = Entry::Intent { facts, body_size, digest: &to_hex(digest), further };
-        let queued = self.audit.shared().push_intent(&entry)?;
-        self.step = Step::Intended;
-        Ok(queued)
+        let (seq, waited) = (audit.shared().push_intent(&entry)?, permit.waited);
+        let Open { audit, facts } = self.open.take().ok_or(Unavailable)?;
+        let mut record = IntendedRecord { audit, facts, is_closed: false };
+        Ok(async move {
+            if record.audit.safe(seq, waited).await.is_ok() {
+                return Ok(record);
+            }
+            record.audit.shared().metrics.late.inc();
+            record.close(&Answer::without_reply(Outcome::NotSent, Code::AuditUnavailable));
+            Err(Unavailable)
+        })
+    }
+}
+
+/// The caller left before the intent.
+impl Drop for OpenRecord {
+    fn drop(&mut self) {
+        self.refuse(Code::CallerLeft, None);
+    }
+}
+
+impl IntendedRecord {
+    /// The request's id.
+    pub fn id(&self) -> RequestId {
+        self.facts.id
     }
 
-    /// Hands the open record over to an exchange, which begins to send. What is left knows its id and stage
-    /// and records nothing.
-    pub fn take(&mut self) -> Self {
-        self.step = Step::Taken;
-        let (audit, open) = (self.audit.clone(), self.open.take());
-        Self { audit, id: self.id, stage: self.stage, step: Step::Exchanged, open }
+    /// From now on an exchange has it: bytes may be on their way.
+    pub fn sent(mut self) -> Self {
+        self.facts.enter(Stage::Upstream);
+        self
     }
 
-    /// Whether it was handed over.
-    pub fn is_taken(&self) -> bool {
-        self.step == Step::Taken
+    /// Closes the record with the outcome of its exchange.
+    pub fn finish(mut self, answer: &Answer) -> (Queued, Names) {
+        let seq = self.close(answer);
+        let names = Names { caller: self.facts.caller.take(), route: self.facts.route.take() };
+        (Queued { record: self, seq }, names)
     }
 
-    /// Closes the record with the outcome of its exchange. `None` if it was closed before.
-    pub fn finish(mut self, answer: &Answer) -> Option<(Queued, Names)> {
-        let mut facts = self.open.take()?;
-        facts.enter(self.stage);
-        let seq = self.outcome(&facts, answer);
-        let names = Names { caller: facts.caller, route: facts.route };
-        Some((Queued { record: self, seq }, names))
+    fn close(&mut self, answer: &Answer) -> u64 {
+        self.is_closed = true;
+        let (audit, facts) = (&self.audit, &mut *self.facts);
+        facts.enter(facts.stage);
+        facts.tell(answer.outcome, answer.code, answer.cause, answer.status.unwrap_or_default());
+        audit.shared().push_outcome(&Entry::Outcome { facts, answer })
     }
 }
 
 /// The caller left before the intent was safe, or an exchange was cut off.
-impl Drop for Record {
+impl Drop for IntendedRecord {
     fn drop(&mut self) {
-        if self.open.is_none() {
+        if self.is_closed {
             return;
         }
-        let code = if self.step == Step::Exchanged { Code::Internal } else { Code::CallerLeft };
-        self.refuse(code, code.status().as_u16());
+        let answer = match self.facts.stage {
+            Stage::Upstream => {
+                Answer { note: Some("cut off"), ..Answer::without_reply(Outcome::Unknown, Code::Internal) }
+            }
+            _ if thread::panicking() => Answer::without_reply(Outcome::NotSent, Code::Internal),
+            _ => Answer::without_reply(Outcome::NotSent, Code::CallerLeft),
+        };
+        self.close(&answer);
     }
 }

@@ -247,7 +247,7 @@ impl Audit {
 
     /// Waits until a record is committed, however long that takes, or the writer has ended.
     pub async fn committed(&self, seq: u64) -> Result<(), ResolveError> {
-        while self.safe(seq, std::time::Duration::ZERO).await.is_err() {
+        while self.safe(seq, 0).await.is_err() {
             if !self.is_written() {
                 return Err(ResolveError::NotCommitted);
             }

@@ -9,10 +9,10 @@ use std::{
     future::Future,
     os::unix::fs::FileExt,
     path::PathBuf,
-    pin::{Pin, pin},
+    pin::Pin,
     process::Command,
     sync::MutexGuard,
-    task::{Context, Poll, Waker},
+    task::{Context, Waker},
 };
 
 use prometheus::Registry;
@@ -44,21 +44,34 @@ fn metrics() -> Metrics {
     Metrics::new(&Registry::new()).unwrap()
 }
 
-fn record(audit: &Audit) -> Record {
+fn record(audit: &Audit) -> OpenRecord {
     let mut record = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into()));
     record.caller("qa-console".into());
     record
 }
 
 /// The record of a request whose intent is safe.
-async fn intended(audit: &Audit) -> Record {
+async fn intended(audit: &Audit) -> IntendedRecord {
     let mut record = record(audit);
     record.enter(Stage::Audit);
-    record
-        .intent(&Permit::default(), (2, &[0; 32]), &|line| line.extend_from_slice(b",\"task\":7"))
-        .await
-        .unwrap();
-    record
+    queued(&mut record, ",\"task\":7").unwrap().await.unwrap()
+}
+
+/// An intent on its way to the disk.
+type Intent = Pin<Box<dyn Future<Output = Result<IntendedRecord, Unavailable>>>>;
+
+/// Queues an intent.
+fn queued(record: &mut OpenRecord, members: &str) -> Result<Intent, Unavailable> {
+    let further = |line: &mut Vec<u8>| line.extend_from_slice(members.as_bytes());
+    Ok(Box::pin(record.intent(&Permit::default(), 2, &[0; 32], &further)?))
+}
+
+/// Queues an intent, and waits until it is safe. Tells why it cannot be.
+async fn refused(mut record: OpenRecord) -> Option<Unavailable> {
+    match queued(&mut record, "") {
+        Ok(intent) => intent.await.err(),
+        Err(unavailable) => Some(unavailable),
+    }
 }
 
 fn answer() -> Answer {
@@ -78,7 +91,7 @@ fn answer() -> Answer {
 }
 
 fn refuse(audit: &Audit) {
-    record(audit).refuse(Code::RouteUnknown, 404);
+    record(audit).refuse(Code::RouteUnknown, None);
 }
 
 /// All records of a trail.
@@ -107,7 +120,7 @@ async fn sample() -> (Vec<u8>, Vec<u8>) {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     let open = intended(&audit).await;
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     refuse(&audit);
     audit.event("secret change", Map::new());
     let open_too = intended(&audit).await; // the last, so that all of it is written
@@ -151,7 +164,7 @@ async fn long_sample() -> (Vec<u8>, Vec<u8>) {
     let audit = start(&Options::small(folder.path()));
     let open = intended(&audit).await;
     for round in 0..100 {
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
         if round % 20 == 0 {
             refuse(&audit);
             audit.event("secret change", Map::new());
@@ -251,7 +264,7 @@ async fn a_deleted_segment_is_found_unless_it_was_the_last() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     for _ in 0..4 {
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
     }
     audit.close();
     assert_whole(folder.path());
@@ -291,7 +304,7 @@ async fn a_damaged_trail_is_never_written_over() {
         let damaged = [&text[..text.len() - last.len()], forged.as_bytes()].concat();
         let folder = directory(&damaged, &key);
         let audit = start(&Options::small(folder.path()));
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
         audit.close();
         let all = segments(folder.path()).unwrap();
         assert_eq!((all.len(), fs::read(&all[0]).unwrap()), (2, damaged), "{number}");
@@ -495,25 +508,23 @@ async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
 
-    let finished = intended(&audit).await.take();
-    let mut refused = intended(&audit).await;
+    let finished = intended(&audit).await.sent();
+    let not_sent = intended(&audit).await;
     let left = intended(&audit).await;
-    let cut_off = intended(&audit).await.take();
-    let mut panicked = intended(&audit).await;
-    let ids = [&finished, &refused, &left, &cut_off, &panicked].map(|record| json!(record.id().to_string()));
+    let cut_off = intended(&audit).await.sent();
+    let panicked = intended(&audit).await.sent();
+    let ids = [&finished, &not_sent, &left, &cut_off, &panicked].map(|record| json!(record.id().to_string()));
 
     finished.finish(&answer());
-    refused.refuse(Code::Internal, 500);
     drop(left);
     drop(cut_off);
-    let exchange = panicked.take();
-    assert!(panicked.is_taken(), "the caller of a panicked exchange is told `unknown`");
-    panicked.refuse(Code::Internal, 500);
-    let panic = tokio::spawn(async move {
-        let _exchange = exchange;
-        panic!("on purpose");
-    });
-    assert!(panic.await.unwrap_err().is_panic());
+    for record in [not_sent, panicked] {
+        let panic = tokio::spawn(async move {
+            let _record = record;
+            panic!("on purpose");
+        });
+        assert!(panic.await.unwrap_err().is_panic());
+    }
     audit.close();
 
     let said = ids.map(|id| {
@@ -537,11 +548,11 @@ async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
 async fn a_panic_in_the_middle_of_a_record_leaves_nothing_of_it_in_the_trail() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     let mut broken = record(&audit);
     breaks_off(&mut broken);
-    broken.refuse(Code::Internal, 500);
-    intended(&audit).await.take().finish(&answer());
+    broken.refuse(Code::Internal, None);
+    intended(&audit).await.sent().finish(&answer());
     audit.close();
     assert_whole(folder.path());
     let kinds: Vec<_> = trail(folder.path()).iter().map(|record| record["kind"].to_string()).collect();
@@ -550,13 +561,13 @@ async fn a_panic_in_the_middle_of_a_record_leaves_nothing_of_it_in_the_trail() {
 }
 
 /// Begins an intent that panics in the middle of its line.
-fn breaks_off(record: &mut Record) {
+fn breaks_off(record: &mut OpenRecord) {
     let panics = |line: &mut Vec<u8>| {
         line.extend_from_slice(b",\"half");
         panic!("on purpose");
     };
     let begun =
-        std::panic::AssertUnwindSafe(|| drop(record.intent(&Permit::default(), (2, &[0; 32]), &panics)));
+        std::panic::AssertUnwindSafe(|| drop(record.intent(&Permit::default(), 2, &[0; 32], &panics)));
     assert!(std::panic::catch_unwind(begun).is_err());
 }
 
@@ -564,7 +575,7 @@ fn breaks_off(record: &mut Record) {
 async fn what_a_panic_left_of_a_record_is_not_written_with_those_before_it() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
-    let sent = intended(&audit).await.take();
+    let sent = intended(&audit).await.sent();
     Audit::defer_wake_ups();
     sent.finish(&answer()); // waits for the writer to be woken
     let mut broken = record(&audit);
@@ -617,21 +628,10 @@ fn what_waits_is_written_in_parts_and_the_last_one_begins_the_segment() {
     }
 }
 
-/// Begins an intent.
-fn begin(record: &mut Record) -> Poll<Result<(), Unavailable>> {
-    let permit = Permit::default();
-    let mut intent = pin!(record.intent(&permit, (2, &[0; 32]), &|_| ()));
-    intent.as_mut().poll(&mut Context::from_waker(Waker::noop()))
-}
-
-/// Begins an intent; true if it was queued.
-fn finds_room(record: &mut Record) -> bool {
-    begin(record) != Poll::Ready(Err(Unavailable))
-}
-
-/// Begins an intent; true if it was queued, so that it waits.
-fn begins_to_wait(record: &mut Record) -> bool {
-    begin(record).is_pending()
+/// Queues an intent and begins to wait for it.
+fn waiting(record: &mut OpenRecord, members: &str) -> Option<Intent> {
+    let mut intent = queued(record, members).ok()?;
+    intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending().then_some(intent)
 }
 
 #[tokio::test]
@@ -642,7 +642,7 @@ async fn old_segments_go_and_the_chain_stays_verifiable() {
     let deadline = Instant::now() + Duration::from_secs(20);
     while segments(folder.path()).unwrap()[0] == chain::segment_path(folder.path(), 1) {
         assert!(Instant::now() < deadline, "nothing was removed");
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
     }
     audit.close();
     assert_whole(folder.path());
@@ -651,7 +651,7 @@ async fn old_segments_go_and_the_chain_stays_verifiable() {
 
     // The next start goes on behind it, and the trail is still whole.
     let audit = start(&Options::small(folder.path()));
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     audit.close();
     assert_whole(folder.path());
     assert!(trail(folder.path()).iter().all(|record| record["what"] != "damaged"));
@@ -682,7 +682,7 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
     let directory = &options.directory;
     let audit = start(&Options { segment_size: 1, ..Options::small(directory) });
     for _ in 0..10 {
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
     }
     audit.close();
     drop(audit);
@@ -712,7 +712,7 @@ async fn each_list_stands_at_a_segments_begin_and_names_what_is_open_there() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 4096, ..Options::small(folder.path()) });
     for _ in 0..100 {
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
     }
     audit.close();
     assert_eq!(verify(folder.path()).unresolved.calls().count(), 0);
@@ -894,7 +894,7 @@ async fn the_last_anchor_is_found_before_the_last_two_segments() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     for _ in 0..5 {
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
     }
     audit.close();
     let keys = Keys::load(&chain::key_path(folder.path())).unwrap();
@@ -959,7 +959,7 @@ async fn a_copy_of_an_earlier_record_says_nothing_and_gives_no_number_away_again
 async fn a_writer_that_is_not_prompt_needs_no_permits() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
     audit.shared().rest(u64::MAX); // as if its batch had taken no time
     let crowd = || (0..40).map(|_| Box::pin(audit.permit()) as Pin<Box<dyn Future<Output = _>>>).collect();
@@ -982,14 +982,14 @@ async fn what_a_permit_took_counts_to_the_time_that_an_intent_may_take() {
     let deadline = Duration::from_secs(60);
     let options = Options { segment_size: 1, intent_deadline: deadline, ..Options::small(folder.path()) };
     let audit = start(&options);
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
     let stuck = Stuck::new(&audit);
     let mut late = record(&audit);
-    let permit = Permit { _held: None, waited: deadline };
-    let intent = late.intent(&permit, (2, &[0; 32]), &|_| ());
+    let permit = Permit { _held: None, waited: clock::nanos_of(deadline) };
+    let intent = late.intent(&permit, 2, &[0; 32], &|_| ()).unwrap();
     let refused = tokio::time::timeout(deadline / 3, intent).await;
-    assert_eq!(refused.unwrap(), Err(Unavailable));
+    assert_eq!(refused.unwrap().err(), Some(Unavailable));
     stuck.release();
 }
 
@@ -1000,7 +1000,7 @@ async fn behind_a_stuck_disk_a_crowd_is_refused_in_time() {
     let deadline = Duration::from_millis(250);
     let small = Options::small(folder.path());
     let audit = start(&Options { segment_size: 1, queue: 4096, intent_deadline: deadline, ..small });
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
     let stuck = Stuck::new(&audit);
     let begun = Instant::now();
@@ -1009,7 +1009,7 @@ async fn behind_a_stuck_disk_a_crowd_is_refused_in_time() {
             let audit = audit.clone();
             tokio::spawn(async move {
                 let mut record = record(&audit);
-                record.intent(&audit.permit().await, (2, &[0; 32]), &|_| ()).await
+                record.intent(&audit.permit().await, 2, &[0; 32], &|_| ())?.await.map(drop)
             })
         })
         .collect();
@@ -1028,11 +1028,9 @@ async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
     Audit::defer_wake_ups();
     // One each millisecond: on a quick machine twenty of them were over before a turn counts as a long one.
     let mut records: Vec<_> = (0..1000).map(|_| record(&audit)).collect();
-    let mut next = records.iter_mut();
+    let (mut next, mut intents) = (records.iter_mut(), Vec::new());
     wait_for(|| {
-        if let Some(record) = next.next() {
-            begins_to_wait(record); // or is safe at once, when the writer is at work already
-        }
+        intents.extend(next.next().map(|record| queued(record, "")));
         trail(folder.path()).iter().any(|record| record["kind"] == "intent").then_some(())
     });
 }
@@ -1044,11 +1042,11 @@ async fn a_worker_that_is_never_done_and_fills_the_queue_wakes_the_writer() {
     Audit::defer_wake_ups();
     // A machine that is busy for longer than a turn may last has the writer woken before it is full.
     let mut waiting = Vec::new();
-    while waiting.last_mut().is_none_or(finds_room) {
+    while let Ok(intent) = queued(&mut record(&audit), "") {
         assert!(waiting.len() < 100_000, "it is never full");
-        waiting.push(record(&audit));
+        waiting.push(intent);
     }
-    assert!(waiting.len() > 2, "the control: one found room");
+    assert!(waiting.len() > 1, "the control: one found room");
     wait_for(|| trail(folder.path()).iter().any(|record| record["kind"] == "intent").then_some(()));
 }
 
@@ -1057,25 +1055,20 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
     const MEMBERS: usize = 4 << 20;
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, queue: 1024, ..Options::small(folder.path()) });
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
     let stuck = Stuck::new(&audit);
     let members = format!(",\"inspectors\":\"{}\"", "1".repeat(MEMBERS));
-    let queue = |record: &mut Record| {
-        let mut intent = pin!(record.intent(&Permit::default(), (2, &[0; 32]), &|line: &mut Vec<u8>| {
-            line.extend_from_slice(members.as_bytes());
-        }));
-        intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
-    };
     let mut records: Vec<_> = (0..64).map(|_| record(&audit)).collect();
-    let queued = records.iter_mut().map(queue).filter(|queued| *queued).count();
+    let intents: Vec<_> = records.iter_mut().filter_map(|record| waiting(record, &members)).collect();
+    let queued = intents.len();
     let full = queue::MAX_QUEUED / MEMBERS;
     // As much again may have gone along with the writer before it got stuck.
     assert!((full..=2 * full + 2).contains(&queued), "{queued}");
     stuck.release();
-    drop(records);
+    drop((records, intents));
     let again = async {
-        while record(&audit).intent(&Permit::default(), (2, &[0; 32]), &|_| ()).await.is_err() {
+        while refused(record(&audit)).await.is_some() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
@@ -1092,15 +1085,12 @@ async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_
     wait_for(|| audit.shared().is_empty().then_some(()));
     let members = format!(",\"inspectors\":\"{}\"", "1".repeat(1 << 20));
     let mut records: Vec<_> = (0..10).map(|_| record(&audit)).collect();
-    for record in &mut records {
-        let mut intent = pin!(record.intent(&Permit::default(), (2, &[0; 32]), &|line: &mut Vec<u8>| {
-            line.extend_from_slice(members.as_bytes());
-        }));
-        assert!(intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-    }
+    let intents: Vec<_> = records.iter_mut().map(|record| waiting(record, &members).unwrap()).collect();
     stuck.release();
     wait_for(|| (segments(folder.path()).unwrap().len() > 1).then_some(()));
-    records.iter_mut().for_each(|record| drop(record.take()));
+    for intent in intents {
+        drop(intent.await.unwrap().sent());
+    }
     wait_for(|| (audit.shared().unresolved().calls().count() == 10).then_some(()));
     for call in audit.shared().unresolved().calls() {
         assert_eq!(call.caller.as_deref(), Some("qa-console"));
@@ -1131,16 +1121,11 @@ async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no
         wait_for(|| audit.shared().is_empty().then_some(()));
         let members = format!(",\"task\":{task}");
         let mut records: Vec<_> = (0..count).map(|_| record(&audit)).collect();
-        for record in &mut records {
-            let mut intent = pin!(record.intent(&Permit::default(), (2, &[0; 32]), &|line: &mut Vec<u8>| {
-                line.extend_from_slice(members.as_bytes());
-            }));
-            assert!(intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-        }
+        let intents: Vec<_> = records.iter_mut().map(|record| waiting(record, &members).unwrap()).collect();
         stuck.release();
         wait_for(|| audit.shared().is_empty().then_some(()));
-        for record in records {
-            record.finish(&answer());
+        for intent in intents {
+            intent.await.unwrap().finish(&answer());
         }
         wait_for(|| audit.shared().is_empty().then_some(())); // a close waits 3 s only
         assert_eq!(audit.close(), None, "{count}");
@@ -1156,11 +1141,11 @@ async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no
     let audit = start(&Options::small(folder.path()));
     for (length, is_recorded) in [(5 << 20, true), (25 << 20, false), (5 << 20, true)] {
         let member = format!(",\"task\":\"{}\"", "1".repeat(length));
-        let (mut record, permit) = (record(&audit), Permit::default());
-        let write = |line: &mut Vec<u8>| line.extend_from_slice(member.as_bytes());
-        let intent = record.intent(&permit, (2, &[0; 32]), &write).await;
+        let intent = queued(&mut record(&audit), &member);
         assert_eq!(intent.is_ok(), is_recorded, "{length}");
-        record.take().finish(&answer());
+        if let Ok(intent) = intent {
+            intent.await.unwrap().sent().finish(&answer());
+        }
     }
     assert_eq!(audit.close(), None);
     assert_whole(folder.path());
@@ -1172,19 +1157,17 @@ async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_no
     let deadline = Duration::from_millis(250);
     let options = Options { segment_size: 1, intent_deadline: deadline, ..Options::small(folder.path()) };
     let audit = start(&options);
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     let control = wait_for(|| (trail(folder.path()).len() == 3).then(|| trail(folder.path())[1].clone()));
     let stuck = Stuck::new(&audit);
 
-    let mut late = record(&audit);
-    let begun = Instant::now();
-    assert_eq!(late.intent(&Permit::default(), (2, &[0; 32]), &|_| ()).await, Err(Unavailable));
-    assert!((deadline..deadline * 4).contains(&begun.elapsed()), "{:?}", begun.elapsed());
-    late.refuse(Code::AuditUnavailable, 503);
+    let late = record(&audit);
     let mut left = record(&audit);
-    assert!(begins_to_wait(&mut left));
     let ids = [&late, &left].map(|record| json!({ "id": record.id().to_string() }));
-    drop(left);
+    let begun = Instant::now();
+    assert_eq!(refused(late).await, Some(Unavailable));
+    assert!((deadline..deadline * 4).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    drop(waiting(&mut left, "").unwrap());
     let begun = Instant::now();
     (0..1000).for_each(|_| refuse(&audit));
     assert!(begun.elapsed() < Duration::from_secs(1), "no request waits for the disk but an intent");
@@ -1205,34 +1188,32 @@ async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_no
 async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, queue: 16, ..Options::small(folder.path()) });
-    let mut in_flight = vec![intended(&audit).await.take(), intended(&audit).await.take()];
+    let in_flight = vec![intended(&audit).await.sent(), intended(&audit).await.sent()];
     // The segment of the second intent has the list, with the first call in it.
     wait_for(|| (trail(folder.path()).len() == 4).then_some(()));
     let stuck = Stuck::new(&audit);
 
-    let mut waiting = Vec::new();
+    let mut ids: Vec<_> = in_flight.iter().map(IntendedRecord::id).collect();
+    let mut intents = Vec::new();
     loop {
         let mut record = record(&audit);
-        if !begins_to_wait(&mut record) {
-            record.refuse(Code::AuditUnavailable, 503);
-            break;
-        }
-        waiting.push(record);
+        let Some(intent) = waiting(&mut record, "") else { break };
+        ids.push(record.id());
+        intents.push(intent);
     }
-    assert!((5..=16).contains(&waiting.len()), "{}", waiting.len());
+    assert!((5..=16).contains(&intents.len()), "{}", intents.len());
     for _ in 0..100 {
         refuse(&audit);
     }
     assert_eq!(audit.shared().metrics.dropped.get(), 101, "the one that found no room, and the others");
-    let ids: Vec<_> = in_flight.iter().chain(&waiting).map(|r| json!({ "id": r.id().to_string() })).collect();
-    in_flight.drain(..).for_each(|record| drop(record.finish(&answer())));
-    waiting.clear();
+    in_flight.into_iter().for_each(|record| drop(record.finish(&answer())));
+    drop(intents);
 
     stuck.release();
     audit.close();
     assert_whole(folder.path());
     for (place, id) in ids.iter().enumerate() {
-        let outcomes = outcomes_of(folder.path(), id);
+        let outcomes = outcomes_of(folder.path(), &json!({ "id": id.to_string() }));
         assert_eq!(outcomes.len(), 1, "{outcomes:?}");
         assert_eq!(outcomes[0]["outcome"], if place < 2 { "succeeded" } else { "not_sent" });
     }
@@ -1249,7 +1230,7 @@ async fn below_the_low_water_mark_refusals_are_counted_and_requests_go_on() {
         let audit = start(&Options { low_water, ..Options::small(folder.path()) });
         wait_for(|| (audit.shared().has_space() == (low_water == 0)).then_some(()));
         (0..3).for_each(|_| refuse(&audit));
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
         audit.close();
         let all = trail(folder.path());
         let count = |kind: &str| all.iter().filter(|record| record["kind"] == kind).count();
@@ -1267,7 +1248,7 @@ fn refusals_of_many_strangers_are_folded_into_few_records() {
     for address in 0..2_000_u32 {
         for _ in 0..5 {
             let peer = Peer::Tcp((std::net::Ipv4Addr::from(0x7f00_0000 + address), 5000).into());
-            audit.open(peer).refuse(Code::HostUnknown, 421);
+            audit.open(peer).refuse(Code::HostUnknown, None);
         }
     }
     audit.close();
@@ -1294,12 +1275,12 @@ fn refusals_beyond_the_budget_of_an_hour_are_counted_and_callers_have_a_budget_o
         for _ in 0..50 {
             address += 1;
             let peer = Peer::Tcp((std::net::Ipv4Addr::from(0x0a00_0000 + address), 5000).into());
-            audit.open(peer).refuse(Code::HostUnknown, 421);
-            audit.open(peer).refuse(Code::CallerDenied, 403);
+            audit.open(peer).refuse(Code::HostUnknown, None);
+            audit.open(peer).refuse(Code::CallerDenied, None);
             sent[0] += 2;
         }
         for code in [Code::RouteUnknown, Code::RateLimited] {
-            record(&audit).refuse(code, 404);
+            record(&audit).refuse(code, None);
             sent[1] += 1;
         }
         thread::sleep(Duration::from_millis(20)); // a flood that goes on for some hours
@@ -1349,7 +1330,7 @@ async fn files_are_for_the_gateways_user_only() {
     let folder = TempDir::new().unwrap();
     let directory = folder.path().join("made/here");
     let audit = start(&Options::small(&directory));
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     audit.close();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&directory), 0o700);
@@ -1362,9 +1343,7 @@ async fn files_are_for_the_gateways_user_only() {
 async fn a_record_ends_with_its_links_and_says_who_what_and_how() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
-    let mut record = intended(&audit).await.take();
-    record.enter(Stage::Upstream);
-    record.finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     audit.close();
     let all = trail(folder.path());
     for (previous, record) in all.iter().zip(&all[1..]) {

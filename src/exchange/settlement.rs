@@ -6,15 +6,15 @@ use tokio::time::Instant;
 
 use super::{Failure, Told};
 use crate::{
-    audit::{Answer, Names, Queued, Record},
+    audit::{Answer, IntendedRecord, Names, Queued},
     idempotency::{Claim, Delivery},
     model::{code::Code, outcome::Outcome},
 };
 
 /// Puts the outcome on record. A call with a key is over only when that is committed; a success only when it is
 /// delivered.
-pub(super) fn finish(claim: Claim, record: Record, answer: &Answer) -> Finished {
-    let Some((queued, names)) = record.finish(answer) else { return Finished::default() };
+pub(super) fn finish(claim: Claim, record: IntendedRecord, answer: &Answer) -> Finished {
+    let (queued, names) = record.finish(answer);
     if claim.is_keyed() {
         let pending = Pending { queued, names, answer: answer.clone(), claim };
         return Finished { delivery: None, pending: Some(Box::new(pending)) };

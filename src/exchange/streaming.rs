@@ -18,7 +18,7 @@ use super::{
     settlement::{Finished, committed, finish},
 };
 use crate::{
-    audit::{Answer, Record},
+    audit::{Answer, IntendedRecord},
     clock,
     concurrency::Room,
     idempotency::{Claim, Delivery},
@@ -39,7 +39,7 @@ pub(super) struct StreamedReply {
     /// `None` once the caller is gone or does not take what comes.
     pub(super) sender: Option<mpsc::Sender<BodyPart>>,
     /// The record, what it will say, and the claim; `None` once they are closed.
-    pub(super) open: Option<(Record, Answer, Claim)>,
+    pub(super) open: Option<(IntendedRecord, Answer, Claim)>,
     pub(super) _room: Room,
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Entered, Gateway, RequestParts};
 use crate::{
-    audit::Record,
+    audit::OpenRecord,
     contract::CheckedBody,
     error::Error,
     exchange::{Reply, ReplyBody},
@@ -27,7 +27,7 @@ impl Gateway {
         Entered { routed, .. }: &Entered<'_>,
         call: Call<'_>,
         body: &CheckedBody,
-        record: &mut Record,
+        record: &mut OpenRecord,
     ) -> Result<Box<Reply>, Error> {
         let would = self.idempotency.look(call, head)?;
 

@@ -5,7 +5,7 @@ use http::Uri;
 use super::RequestOrigin;
 use crate::{
     admission::Denied,
-    audit::{Detail, Record},
+    audit::{Detail, OpenRecord},
     contract::Violation,
     error::Error,
     model::code::Code,
@@ -22,7 +22,7 @@ const MAX_DETAIL: usize = 128;
 pub(super) fn name_denied(
     state: &State,
     from: &RequestOrigin<'_>,
-    record: &mut Record,
+    record: &mut OpenRecord,
     denied: Denied,
 ) -> Denied {
     if let Some(caller) = state.admission.who(from.peer, from.names) {

@@ -520,20 +520,20 @@ pub(super) mod tests {
             record.operator(HeaderValue::from_static(OPERATOR));
             record.enter(Stage::Idempotency);
             let (digest, Begun::Claim(claim)) = begin(audit, table, record.id(), number) else { panic!() };
-            let intent = record.intent(&Permit::default(), (8, &digest), &|line| claim.audit_members(line));
+            let members = |line: &mut Vec<u8>| claim.audit_members(line);
+            let intent = record.intent(&Permit::default(), 8, &digest, &members).unwrap();
             if number == keys {
-                intent.await.unwrap();
-                std::mem::forget(record); // as a kill would leave it
+                std::mem::forget(intent.await.unwrap()); // as a kill would leave it
                 return;
             }
+            pending.push((intent, claim));
             if number % 1000 == 999 {
-                intent.await.unwrap();
-            } else {
-                drop(intent);
-            }
-            pending.push((record.take().finish(&answer()).unwrap(), claim.sent()));
-            if number % 1000 == 999 {
-                for ((queued, names), claim) in pending.drain(..) {
+                let mut finished = Vec::new();
+                for (intent, claim) in pending.drain(..) {
+                    let record = intent.await.unwrap().sent();
+                    finished.push((record.finish(&answer()), claim.sent()));
+                }
+                for ((queued, names), claim) in finished {
                     assert!(queued.is_safe().await);
                     claim.end(&answer(), names).unwrap().hand_over();
                 }

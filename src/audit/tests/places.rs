@@ -78,10 +78,10 @@ async fn an_open_segment_that_loses_its_name_is_copied_back_whole() {
         for (how, is_aside, damage) in LOSSES {
             let folder = TempDir::new().unwrap();
             let audit = start(&Options { durability, ..Options::small(folder.path()) });
-            let in_flight = intended(&audit).await.take();
+            let in_flight = intended(&audit).await.sent();
             damage(&segment(folder.path()));
             in_flight.finish(&answer());
-            intended(&audit).await.take().finish(&answer());
+            intended(&audit).await.sent().finish(&answer());
             let gaps = wait_for_gaps(folder.path(), 1);
             assert_eq!((&gaps[0]["result"], files_lost(&audit)), (&json!("restored"), [1, 0]), "{how}");
             assert_eq!(gaps[0]["file"], "audit-00000000000000000001.jsonl");
@@ -107,7 +107,7 @@ async fn a_start_resumes_a_segment_that_was_copied_back() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     fs::remove_file(segment(folder.path())).unwrap();
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     audit.close();
     let audit = start(&Options::small(folder.path()));
     assert!(audit.damage().is_empty());
@@ -121,7 +121,7 @@ async fn a_start_resumes_a_segment_that_was_copied_back() {
 async fn at_rest_a_lost_segment_is_noticed_within_a_second() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
     let begun = Instant::now();
     fs::rename(segment(folder.path()), folder.path().join("audit.1")).unwrap();
@@ -138,14 +138,14 @@ async fn an_open_segment_that_was_cut_is_a_loss_and_a_new_one_is_begun() {
     for (how, is_at_rest) in [(0, false), (1, false), (2, false), (0, true), (1, true), (2, true)] {
         let folder = TempDir::new().unwrap();
         let audit = start(&Options::small(folder.path()));
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
         wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
         let path = segment(folder.path());
         let text = fs::read(&path).unwrap();
         let left = [0, text.len() - 1, text.len() - lines_of(&text).pop().unwrap().len()][how];
         cut(&path, left as u64);
         if !is_at_rest {
-            intended(&audit).await.take().finish(&answer());
+            intended(&audit).await.sent().finish(&answer());
         }
         let next = chain::segment_path(folder.path(), 4);
         let text_of = || fs::read_to_string(&next).unwrap_or_default();
@@ -163,12 +163,12 @@ async fn an_open_segment_that_was_cut_is_a_loss_and_a_new_one_is_begun() {
 async fn a_call_at_work_in_a_segment_that_was_cut_is_still_known_when_it_ends() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
-    let at_work = intended(&audit).await.take();
+    let at_work = intended(&audit).await.sent();
     let id = at_work.id().uuid();
     let left = length(&segment(folder.path()));
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     cut(&segment(folder.path()), left);
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     drop(at_work); // of unknown outcome
     let list = || audit.shared().unresolved();
     let call = wait_for(|| list().calls().find(|call| call.id == id).cloned());
@@ -181,7 +181,7 @@ async fn a_lost_closed_segment_is_recorded_once() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     for _ in 0..4 {
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
     }
     let is_request = |record: &Value| record["kind"] != "event";
     wait_for(|| (trail(folder.path()).iter().filter(|it| is_request(it)).count() == 8).then_some(()));
@@ -216,15 +216,15 @@ async fn what_retention_removes_is_no_loss() {
     // For so long that the places were looked at between two removals.
     while audit.shared().metrics.removed.get() < 15 {
         assert!(Instant::now() < deadline, "nothing was removed");
-        intended(&audit).await.take().finish(&answer());
+        intended(&audit).await.sent().finish(&answer());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert_eq!(files_lost(&audit), [0, 0]);
     audit.close();
     // The control, by a trail that removes nothing itself.
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
-    intended(&audit).await.take().finish(&answer());
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     fs::remove_file(&segments(folder.path()).unwrap()[0]).unwrap();
     wait_for(|| (files_lost(&audit) == [0, 1]).then_some(()));
     audit.close();
@@ -239,7 +239,7 @@ async fn without_directory_or_lock_file_nothing_is_sent_until_they_are_back() {
             let options =
                 Options { intent_deadline: Duration::from_millis(50), ..Options::small(&directory) };
             let audit = start(&options);
-            let in_flight = intended(&audit).await.take();
+            let in_flight = intended(&audit).await.sent();
             let id = json!({ "id": in_flight.id().to_string() });
             let (path, away) = (folder.path().join(lost), folder.path().join("away"));
             fs::rename(&path, &away).unwrap();
@@ -249,9 +249,7 @@ async fn without_directory_or_lock_file_nothing_is_sent_until_they_are_back() {
                 _ => {}
             }
             wait_for(|| (!audit.healthy()).then_some(()));
-            let mut late = record(&audit);
-            let refused = late.intent(&Permit::default(), (2, &[0; 32]), &|_| ()).await;
-            assert_eq!(refused, Err(Unavailable), "{lost}, {foreign}");
+            assert_eq!(refused(record(&audit)).await, Some(Unavailable), "{lost}, {foreign}");
             assert_eq!(files_lost(&audit), [0, 1]);
             in_flight.finish(&answer());
             if foreign == "a directory" {
@@ -262,7 +260,7 @@ async fn without_directory_or_lock_file_nothing_is_sent_until_they_are_back() {
             }
             fs::rename(&away, &path).unwrap();
             wait_for(|| audit.healthy().then_some(()));
-            intended(&audit).await.take().finish(&answer());
+            intended(&audit).await.sent().finish(&answer());
             audit.close();
             assert_whole(&directory);
             assert_eq!(outcomes_of(&directory, &id)[0]["outcome"], "succeeded");
@@ -280,7 +278,7 @@ async fn in_a_directory_that_was_replaced_nothing_is_written() {
     let directory = folder.path().join("audit");
     let deadline = Duration::from_millis(50);
     let audit = start(&Options { intent_deadline: deadline, segment_size: 1, ..Options::small(&directory) });
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     wait_for(|| (trail(&directory).len() == 3).then_some(()));
     fs::rename(&directory, folder.path().join("away")).unwrap();
     fs::create_dir(&directory).unwrap();
@@ -288,8 +286,7 @@ async fn in_a_directory_that_was_replaced_nothing_is_written() {
         fs::copy(entry.path(), directory.join(entry.file_name())).unwrap();
     }
     let before = trail(&directory).len();
-    let mut late = record(&audit);
-    assert_eq!(late.intent(&Permit::default(), (2, &[0; 32]), &|_| ()).await, Err(Unavailable));
+    assert_eq!(refused(record(&audit)).await, Some(Unavailable));
     wait_for(|| (!audit.healthy()).then_some(()));
     assert_eq!((trail(&directory).len(), segments(&directory).unwrap().len()), (before, 3));
     assert!(others(&directory).is_empty(), "{:?}", others(&directory));
@@ -312,7 +309,7 @@ async fn a_file_in_the_place_of_the_next_segment_is_kept_aside() {
             let folder = TempDir::new().unwrap();
             let audit = start(&Options { durability, segment_size: 1, ..Options::small(folder.path()) });
             make(&chain::segment_path(folder.path(), 2));
-            intended(&audit).await.take().finish(&answer());
+            intended(&audit).await.sent().finish(&answer());
             let gaps = wait_for_gaps(folder.path(), 1);
             assert_eq!(gaps[0]["what"], "a file stood in the place of a new segment");
             audit.close();
@@ -336,7 +333,7 @@ async fn the_lock_file_names_the_newest_segment_and_its_last_record() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     assert_eq!((statement(folder.path()).newest, statement(folder.path()).is_stopped), (1, false));
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     wait_for(|| (statement(folder.path()).last.seq == 3).then_some(())); // within a second
     assert_eq!(statement(folder.path()).newest, 3);
     audit.close();
@@ -389,7 +386,7 @@ fn a_lock_file_that_was_torn_says_nothing() {
 async fn several_segments(is_stopped: bool) -> TempDir {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
-    intended(&audit).await.take().finish(&answer());
+    intended(&audit).await.sent().finish(&answer());
     wait_for(|| (statement(folder.path()).last.seq == 3).then_some(()));
     let copy = TempDir::new().unwrap();
     if is_stopped {
