@@ -69,13 +69,14 @@ pub(super) struct Shared {
     /// When the writer is due to be done with its batch, in nanoseconds of this process; [`u64::MAX`] while it rests. It
     /// stays in the past behind a batch that took longer.
     due: AtomicU64,
-    healthy: AtomicBool,
+    /// Whether the last write succeeded.
+    pub(super) writable: Flag,
     /// Whether directory and lock file are where they were.
-    in_place: AtomicBool,
+    pub(super) in_place: Flag,
     /// Whether new intents may be recorded: space is reserved for them and all outcomes.
-    room: AtomicBool,
+    pub(super) room: Flag,
     /// Whether refusals may be recorded: there is space behind the last write, above the low-water mark.
-    space_left: AtomicBool,
+    pub(super) space_left: Flag,
     unresolved: Mutex<UnresolvedList>,
     /// Why nothing could be put on record last.
     pub(super) trouble: LastTrouble,
@@ -84,6 +85,24 @@ pub(super) struct Shared {
     /// While a test holds it, the disk is stuck.
     #[cfg(test)]
     pub(super) disk: Mutex<()>,
+}
+
+/// A state that the writer sets.
+pub(super) struct Flag(AtomicBool);
+
+impl Flag {
+    fn set() -> Self {
+        Self(AtomicBool::new(true))
+    }
+
+    pub(super) fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Returns what it was before.
+    pub(super) fn replace(&self, is_set: bool) -> bool {
+        self.0.swap(is_set, Ordering::Relaxed)
+    }
 }
 
 struct Queue {
@@ -134,10 +153,10 @@ impl Shared {
             safe: Arc::new(AtomicU64::new(seq)),
             lanes: Mutex::default(),
             due: AtomicU64::new(u64::MAX),
-            healthy: AtomicBool::new(true),
-            in_place: AtomicBool::new(true),
-            room: AtomicBool::new(true),
-            space_left: AtomicBool::new(true),
+            writable: Flag::set(),
+            in_place: Flag::set(),
+            room: Flag::set(),
+            space_left: Flag::set(),
             unresolved: Mutex::new(unresolved),
             trouble: LastTrouble::default(),
             metrics,
@@ -217,19 +236,15 @@ impl Shared {
                 static TOO_LONG: OncePerSecond = OncePerSecond::new();
                 if let Some(times) = TOO_LONG.times() {
                     let (bytes, raise) = (members.len(), limit::RAISE);
-                    tracing::error!(
-                        bytes,
-                        raise,
-                        times,
-                        "a call is refused: a file has no room for its record, what is reserved and a list"
-                    );
+                    let what = "a file has no room for its record, what is reserved and a list";
+                    tracing::error!(bytes, raise, times, "a call is refused: {what}");
                 }
                 self.flush(); // whatever is deferred: nothing more comes to wake the writer
                 return Err(Unavailable);
             }
             let mut queue = self.lock();
-            let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.has_room();
-            if queue.closing || is_full || queue.batch.size() > MAX_QUEUED || !self.is_in_place() {
+            let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.room.is_set();
+            if queue.closing || is_full || queue.batch.size() > MAX_QUEUED || !self.in_place.is_set() {
                 self.wake(queue); // whatever is deferred: nothing more comes to wake it
                 return Err(Unavailable);
             }
@@ -277,7 +292,7 @@ impl Shared {
     }
 
     fn takes_refusals(&self, queue: &Queue) -> bool {
-        let usable = self.is_healthy() && self.has_space();
+        let usable = self.is_healthy() && self.space_left.is_set();
         usable && queue.batch.len() + queue.reserved < self.capacity / 2
     }
 
@@ -308,8 +323,8 @@ impl Shared {
             if queue.closing {
                 return Next::End;
             }
-            let wait = match (pending, self.has_space()) {
-                _ if !self.has_room() => SECOND / 10,
+            let wait = match (pending, self.space_left.is_set()) {
+                _ if !self.room.is_set() => SECOND / 10,
                 (true, true) => SECOND / 5,
                 _ => LOOK_AROUND,
             };
@@ -319,7 +334,7 @@ impl Shared {
             woken.writer_sleeps = false;
             // Not only when nobody wakes it: those who are refused meanwhile do.
             let is_time = waited.timed_out() || begun.elapsed() >= wait;
-            if is_time && (!pending || !self.has_room()) && woken.batch.is_empty() {
+            if is_time && (!pending || !self.room.is_set()) && woken.batch.is_empty() {
                 return Next::Look;
             }
             queue = woken;
@@ -357,10 +372,11 @@ impl Shared {
     /// Queues the last record; what is queued is still written.
     pub(super) fn close(&self) {
         let mut queue = self.lock();
-        queue.fold_up(&self.metrics);
-        queue.end_hour();
-        queue.close_gap();
-        queue.batch.event("stop", json!({}));
+        let Queue { folds, batch, .. } = &mut *queue;
+        folds.fold_up(batch, &self.metrics);
+        folds.end_hour(batch);
+        folds.close_gap(batch);
+        batch.event("stop", json!({}));
         queue.closing = true;
         drop(queue);
         self.filled.notify_all();
@@ -368,23 +384,7 @@ impl Shared {
 
     /// Whether the last write succeeded, there is room for more, and directory and lock file are in their place.
     pub(super) fn is_healthy(&self) -> bool {
-        self.healthy.load(Ordering::Relaxed) && self.has_room() && self.is_in_place()
-    }
-
-    fn is_in_place(&self) -> bool {
-        self.in_place.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn set_in_place(&self, in_place: bool) {
-        self.in_place.store(in_place, Ordering::Relaxed);
-    }
-
-    pub(super) fn has_room(&self) -> bool {
-        self.room.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn set_room(&self, room: bool) {
-        self.room.store(room, Ordering::Relaxed);
+        self.writable.is_set() && self.room.is_set() && self.in_place.is_set()
     }
 
     /// Whether nothing waits for the writer.
@@ -397,29 +397,9 @@ impl Shared {
         self.lock().closing
     }
 
-    /// It can be put on record again, if it can.
-    pub(super) fn may_work(&self) {
-        if self.is_healthy() {
-            self.trouble.ends();
-        }
-    }
-
     /// Intents without an outcome.
     pub(super) fn in_flight(&self) -> u64 {
         self.lock().reserved as u64
-    }
-
-    /// Returns what it was before.
-    pub(super) fn set_healthy(&self, healthy: bool) -> bool {
-        self.healthy.swap(healthy, Ordering::Relaxed)
-    }
-
-    pub(super) fn has_space(&self) -> bool {
-        self.space_left.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn set_space_left(&self, space_left: bool) {
-        self.space_left.store(space_left, Ordering::Relaxed);
     }
 
     /// Waits before a retry; true if the trail is closing, so that the next try is the last.
@@ -444,10 +424,6 @@ fn with_members<T>(entry: &Entry<'_>, push: impl FnOnce(&[u8]) -> T) -> T {
 impl Queue {
     fn fold_up(&mut self, metrics: &Metrics) {
         self.folds.fold_up(&mut self.batch, metrics);
-    }
-
-    fn end_hour(&mut self) {
-        self.folds.end_hour(&mut self.batch);
     }
 
     fn close_gap(&mut self) {

@@ -1228,7 +1228,7 @@ async fn below_the_low_water_mark_refusals_are_counted_and_requests_go_on() {
     for (low_water, recorded) in [(0, 3), (u64::MAX, 0)] {
         let folder = TempDir::new().unwrap();
         let audit = start(&Options { low_water, ..Options::small(folder.path()) });
-        wait_for(|| (audit.shared().has_space() == (low_water == 0)).then_some(()));
+        wait_for(|| (audit.shared().space_left.is_set() == (low_water == 0)).then_some(()));
         (0..3).for_each(|_| refuse(&audit));
         intended(&audit).await.sent().finish(&answer());
         audit.close();

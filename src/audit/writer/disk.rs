@@ -38,7 +38,7 @@ impl Writer {
                     tracing::info!("the audit trail can be written again");
                     self.look_for_place(shared);
                 }
-                shared.set_healthy(true);
+                shared.writable.replace(true);
                 return true;
             };
             shared.metrics.errors.inc();
@@ -51,7 +51,7 @@ impl Writer {
                 tracing::error!(%error, raise, "the audit trail cannot be written; nothing is sent meanwhile");
             }
             failed = true;
-            shared.set_healthy(false);
+            shared.writable.replace(false);
             if shared.wait_for_retry(RETRY) {
                 return self.write(batch).is_ok();
             }

@@ -52,7 +52,7 @@ impl Writer {
     fn look_around(&mut self, shared: &Shared) {
         let free = self.directory.free_space();
         shared.metrics.free.set(i64::try_from(free).unwrap_or(i64::MAX));
-        shared.set_space_left(free >= self.options.low_water);
+        shared.space_left.replace(free >= self.options.low_water);
         if self.look_for_place(shared) {
             let listed = self.look_for_closed();
             let was_listed = std::mem::replace(&mut self.is_listed, listed.is_ok());
@@ -65,7 +65,9 @@ impl Writer {
             self.state(false);
         }
         self.report(shared);
-        shared.may_work();
+        if shared.is_healthy() {
+            shared.trouble.ends();
+        }
     }
 
     /// Whether directory and lock file are those that were opened. Says once that they are not, and that they are again.
@@ -75,7 +77,7 @@ impl Writer {
             (Ok(()), Ok(true)) => None,
             (Ok(()), _) => Some("the lock file was moved, deleted or replaced"),
         };
-        shared.set_in_place(lost.is_none());
+        shared.in_place.replace(lost.is_none());
         if lost == self.away {
             return lost.is_none();
         }
@@ -83,10 +85,9 @@ impl Writer {
         match lost {
             Some(what) => {
                 shared.trouble.begins(None, what.to_owned());
-                let directory = self.directory.path().display();
+                let directory = self.directory.path().display().to_string();
                 tracing::error!(%directory, "{what}; nothing is sent until it is back");
                 shared.metrics.files_lost(false);
-                let directory = directory.to_string();
                 shared.event("gap", json!({ "what": what, "directory": directory, "result": "lost" }));
             }
             None => {
@@ -128,7 +129,7 @@ impl Writer {
     fn look_for_open(&mut self, shared: &Shared) {
         let is_lost = self.segment.as_ref().is_some_and(|segment| !segment.is_in_place());
         let rescued = if is_lost { self.rescue(&[]) } else { Ok(()) };
-        let was_healthy = shared.set_healthy(rescued.is_ok());
+        let was_healthy = shared.writable.replace(rescued.is_ok());
         if let Err(error) = rescued
             && was_healthy
         {

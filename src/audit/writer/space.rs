@@ -32,10 +32,8 @@ impl Writer {
             self.list_refused = Some(Instant::now());
             return None;
         }
-        Some(Carried {
-            at_work: !self.ledger.is_empty(),
-            listed: shared.unresolved().calls().next().is_some(),
-        })
+        let listed = shared.unresolved().calls().next().is_some();
+        Some(Carried { at_work: !self.ledger.is_empty(), listed })
     }
 
     /// About what a new segment takes with its first batch, and what is to be reserved behind that: the list as it is, a batch, and
@@ -70,13 +68,13 @@ impl Writer {
             reserved = Ok(());
         }
         if let Err(error) = &reserved
-            && shared.has_room()
+            && shared.room.is_set()
         {
             let raise = is_limit.then_some(limit::RAISE);
             shared.trouble.begins(None, format!("no space can be reserved: {error}"));
             tracing::error!(%error, raise, "no space can be reserved for the audit trail; nothing new is sent meanwhile");
         }
-        shared.set_room(reserved.is_ok());
+        shared.room.replace(reserved.is_ok());
     }
 }
 
