@@ -11,7 +11,6 @@
 //! writes; `record` is what a request writes, `queue` where that waits, and `writer` the thread that writes it.
 
 pub mod age;
-mod answer;
 mod batch;
 pub mod chain;
 mod clocks;
@@ -64,7 +63,6 @@ use crate::{
     supervisor::Vital,
 };
 use age::Ages;
-pub use answer::Answer;
 pub use clocks::ClockDoubt;
 use clocks::Clocks;
 pub use facts::Detail;
@@ -73,7 +71,7 @@ pub use metrics::Metrics;
 pub use offline::{accept_clock, accept_loss, accept_lost_key};
 pub use options::{HOUR, Options};
 use queue::Shared;
-pub use record::{IntendedRecord, Names, OpenRecord, Queued};
+pub use record::{Answer, IntendedRecord, Names, OpenRecord, Queued};
 use recovery::{DAMAGED, Damage};
 pub use reply::StoredReply;
 pub use retention::Early;
@@ -251,13 +249,8 @@ impl Audit {
     /// Verifies what was there before the start, and records the first fault; gives every intent its outcome that was
     /// left open there. Takes as long as the trail is long: to be called beside everything else.
     pub fn verify_past(&self, directory: &Path) -> io::Result<()> {
-        let found = match recovery::read(directory, self.keys()) {
-            Ok(found) => found,
-            Err(error) => {
-                self.0.clocks.know(Vec::new());
-                return Err(error);
-            }
-        };
+        let found = recovery::read(directory, self.keys());
+        let found = found.inspect_err(|_| self.0.clocks.know(Vec::new()))?;
         self.0.clocks.know(found.anchors);
         if let Some(fault) = found.faults.iter().find(|fault| fault.seq <= self.begun()) {
             let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -301,8 +294,9 @@ impl Audit {
 
     /// Counts what is only counted when it is asked for.
     pub fn count(&self) {
-        self.shared().metrics.set_unresolved(self.unresolved().unknown().count());
-        self.shared().metrics.healthy.set(self.healthy().into());
+        let (metrics, unknown) = (&self.shared().metrics, self.unresolved().unknown().count());
+        metrics.unresolved.set(i64::try_from(unknown).unwrap_or(i64::MAX));
+        metrics.healthy.set(self.healthy().into());
     }
 
     /// For `/status`: how the trail stands, and the last error.

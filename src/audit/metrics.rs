@@ -85,10 +85,6 @@ impl Metrics {
         })
     }
 
-    pub(super) fn set_unresolved(&self, count: usize) {
-        self.unresolved.set(i64::try_from(count).unwrap_or(i64::MAX));
-    }
-
     pub(super) fn files_lost(&self, is_restored: bool) {
         self.files_lost[usize::from(!is_restored)].inc();
     }

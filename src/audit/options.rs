@@ -19,7 +19,7 @@ pub const HOUR: Duration = Duration::from_secs(60 * 60);
 pub struct Options {
     /// The directory of the segments.
     pub directory: PathBuf,
-    /// Directory and key must be there: see [`init`].
+    /// Directory and key must be there: see [`super::init`].
     pub must_exist: bool,
     /// When a record is safe.
     pub durability: Durability,
@@ -45,7 +45,7 @@ pub struct Options {
     pub window: Duration,
     /// Below this much free space, in bytes, refusals are no longer recorded: no stranger may fill the disk.
     pub low_water: u64,
-    /// The word of a loss that the operator accepts: see [`loss`].
+    /// The word of a loss that the operator accepts: see [`super::loss`].
     pub accept_loss: Option<String>,
 }
 
@@ -78,21 +78,12 @@ impl Options {
     /// For tests: one segment, a short queue, nothing hidden or removed.
     pub(crate) fn small(directory: &Path) -> Self {
         Self {
-            directory: directory.into(),
             must_exist: false,
             durability: Durability::Kernel,
             segment_size: 1 << 30,
-            key_file: None,
             queue: 64,
             intent_deadline: Duration::from_secs(5),
-            shown: Default::default(),
-            retain: None,
-            early: None,
-            refusals: RefusalBudget::default(),
-            hour: HOUR,
-            window: Duration::ZERO,
-            low_water: 0,
-            accept_loss: None,
+            ..Self::to_append(directory)
         }
     }
 }

@@ -8,16 +8,17 @@ use std::{sync::Arc, thread};
 use http::HeaderValue;
 
 use super::{
-    Answer, Audit, Detail, Permit, Unavailable,
+    Audit, Detail, Permit, StoredReply, Unavailable,
     entry::{Entry, Why},
     facts::Facts,
+    line::Line,
 };
 use crate::{
     keyed_hash::{Hash, to_hex},
     model::{
         cause::Cause,
         code::Code,
-        outcome::Outcome,
+        outcome::{Outcome, ResultCode},
         peer::Peer,
         request_id::{FirstCall, RequestId},
         stage::Stage,
@@ -45,6 +46,33 @@ pub struct IntendedRecord {
     facts: Box<Facts>,
     /// It has its outcome.
     is_closed: bool,
+}
+
+/// How an exchange ended.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// What became of the task.
+    pub outcome: Outcome,
+    /// The gateway's own code, if it has one to say.
+    pub code: Option<Code>,
+    /// Why, where the upstream or the token endpoint failed.
+    pub cause: Option<Cause>,
+    /// The status that the caller gets.
+    pub status: Option<u16>,
+    /// The upstream's status.
+    pub upstream_status: Option<u16>,
+    /// The upstream's own id of the request.
+    pub upstream_id: Option<HeaderValue>,
+    /// The upstream's result code.
+    pub result_code: Option<ResultCode>,
+    /// How often a request was sent.
+    pub attempts: u32,
+    /// Which token was used last.
+    pub token_generation: u64,
+    /// What else is to be said.
+    pub note: Option<&'static str>,
+    /// What is kept of the reply, if the call has a key.
+    pub reply: Option<Arc<StoredReply>>,
 }
 
 /// Whose request a record was of.
@@ -244,5 +272,44 @@ impl Drop for IntendedRecord {
             _ => Answer::without_reply(Outcome::NotSent, Code::CallerLeft),
         };
         self.close(&answer);
+    }
+}
+
+impl Answer {
+    fn without_reply(outcome: Outcome, code: Code) -> Self {
+        Self {
+            outcome,
+            code: Some(code),
+            cause: None,
+            status: Some(code.status().as_u16()),
+            upstream_status: None,
+            upstream_id: None,
+            result_code: None,
+            attempts: 0,
+            token_generation: 0,
+            note: None,
+            reply: None,
+        }
+    }
+
+    pub(super) fn write(&self, stage: Stage, line: &mut Line<'_>) {
+        line.word(",\"outcome\":\"", self.outcome.as_str());
+        line.optional(",\"code\":", self.code.map(Code::as_str));
+        line.optional(",\"cause\":", self.cause.map(Cause::as_str));
+        line.word(",\"stage\":\"", stage.as_str());
+        if let Some(status) = self.status {
+            line.number(",\"status\":", u64::from(status));
+        }
+        if let Some(status) = self.upstream_status {
+            line.number(",\"upstream_status\":", u64::from(status));
+        }
+        line.optional(",\"upstream_request_id\":", self.upstream_id.as_ref());
+        line.optional(",\"result_code\":", self.result_code.as_ref());
+        line.number(",\"attempts\":", u64::from(self.attempts));
+        line.number(",\"token_generation\":", self.token_generation);
+        line.optional(",\"note\":", self.note);
+        if let Some(reply) = &self.reply {
+            line.any("reply", &**reply);
+        }
     }
 }

@@ -148,17 +148,14 @@ pub(super) struct Locked {
 /// Opens and locks the lock file, or makes it, and reads what it says.
 pub(super) fn lock_file(directory: Directory) -> Result<Locked, StartError> {
     let (path, fail) = (directory.path(), |error| StartError::Directory(directory.path().into(), error));
-    let (lock, statement) = match Lock::open(&directory).map_err(|error| locked(path, error))? {
-        Some(lock) => {
-            let statement = lock.read().map_err(fail)?;
-            (lock, statement)
-        }
-        None => {
-            let has_segments = !chain::segments(path).map_err(fail)?.is_empty();
-            let lock = Lock::make(&directory, has_segments).map_err(|error| locked(path, error))?;
-            (lock, if has_segments { Statement::Missing } else { Statement::Nothing })
-        }
+    let opened = Lock::open(&directory).map_err(|error| locked(path, error))?;
+    let statement = match &opened {
+        Some(lock) => lock.read().map_err(fail)?,
+        None if chain::segments(path).map_err(fail)?.is_empty() => Statement::Nothing,
+        None => Statement::Missing,
     };
+    let make = || Lock::make(&directory, matches!(statement, Statement::Missing));
+    let lock = opened.map_or_else(make, Ok).map_err(|error| locked(path, error))?;
     Ok(Locked { directory, lock, statement })
 }
 

@@ -167,12 +167,13 @@ impl Resolution {
 }
 
 /// A record, as far as it changes the list.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Deserialize)]
 pub(super) struct Step<'a> {
     pub(super) kind: &'a str,
     pub(super) event: Option<&'a str>,
     pub(super) id: Option<Uuid>,
     pub(super) outcome: Option<&'a str>,
+    #[serde(default)]
     pub(super) time: &'a str,
 }
 
@@ -239,8 +240,8 @@ impl UnresolvedList {
     pub(super) fn take(&mut self, step: &Step<'_>, line: &[u8]) {
         match (step.kind, step.id) {
             ("intent", Some(_)) => {
-                if let Ok(call) = serde_json::from_slice(line) {
-                    self.begin(call);
+                if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
+                    self.insert(UnresolvedCall { state: CallState::AtWork, ..call });
                 }
             }
             ("outcome", Some(id)) => {
@@ -257,7 +258,8 @@ impl UnresolvedList {
     pub(super) fn take_unproven(&mut self, step: &Step<'_>, line: &[u8]) {
         let state = match (step.kind, step.event) {
             ("outcome", _) => {
-                if let Some(id) = step.id.filter(|id| self.is_at_work(*id)) {
+                let call = step.id.and_then(|id| self.get(id));
+                if let Some(id) = call.filter(|call| call.state == CallState::AtWork).map(|call| call.id) {
                     self.end(id, Outcome::Unknown, step.time);
                 }
                 return;
@@ -281,23 +283,10 @@ impl UnresolvedList {
         self.calls.entry(call.id).or_insert_with(|| Arc::new(UnresolvedCall { forced: None, ..call }));
     }
 
-    fn is_at_work(&self, id: Uuid) -> bool {
-        self.get(id).is_some_and(|call| call.state == CallState::AtWork)
-    }
-
     /// Follows the trail by one line.
     pub(super) fn follow(&mut self, line: &[u8]) {
-        #[derive(Deserialize)]
-        struct Head<'a> {
-            kind: &'a str,
-            event: Option<&'a str>,
-            id: Option<Uuid>,
-            outcome: Option<&'a str>,
-            #[serde(default)]
-            time: &'a str,
-        }
-        if let Ok(Head { kind, event, id, outcome, time }) = serde_json::from_slice(line) {
-            self.take(&Step { kind, event, id, outcome, time }, line);
+        if let Ok(step) = serde_json::from_slice(line) {
+            self.take(&step, line);
         }
     }
 
@@ -339,10 +328,6 @@ impl UnresolvedList {
             }
             _ => {}
         }
-    }
-
-    fn begin(&mut self, call: UnresolvedCall) {
-        self.insert(UnresolvedCall { state: CallState::AtWork, ..call });
     }
 
     pub(super) fn insert(&mut self, call: impl Into<Arc<UnresolvedCall>>) {
