@@ -172,6 +172,7 @@ async fn converse(stream: TcpStream, seat: Seat, admin: Arc<Admin>, hosts: Arc<H
 impl Admin {
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         // hyper leaves the body of an answer to HEAD away (RFC 9110, section 9.3.2).
+        // tests/hyper.rs: hyper_leaves_the_body_of_an_answer_to_head_away
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut response = reply(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET and HEAD only\n");
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));

@@ -58,11 +58,13 @@ const HTTP2: &[u8] = b"h2";
 
 /// How HTTP/1.1 is spoken to the cloud. Who passes a reply on removes blanks between a field's name and its colon (RFC 9112,
 /// section 5.1). Folded lines, which it may refuse (section 5.2), are refused.
+// tests/hyper.rs: blanks_before_the_colon_of_a_reply_are_removed_and_folded_lines_refused
+// tests/hyper.rs: a_reply_over_any_bound_is_the_same_error
 pub(crate) fn http1() -> http1::Builder {
     let mut builder = http1::Builder::new();
     builder
         .max_buf_size(MAX_HEAD)
-        .max_header_size(MAX_HEAD) // by itself the bound above lets a head of twice the size pass
+        .max_header_size(MAX_HEAD) // the bound above alone lets a head of nearly twice its size pass
         .max_headers(MAX_FIELDS)
         .allow_spaces_after_header_name_in_responses(true)
         .writev(false); // one buffer and send(2) cost less than two and writev(2)

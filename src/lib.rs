@@ -28,6 +28,7 @@
 //!   permit or a connection, it is refused. The exchange goes on without the caller (`exchange/detached.rs`). Whether a success
 //!   reached its caller is settled by `idempotency/delivery.rs`.
 //! * **A failure** gets its code from the stage's error in [`error`], which writes the text; [`model::code`] has the statuses.
+//! * **hyper** is relied on beyond its documentation in some places: `tests/hyper.rs` has a test for each.
 //!
 //! # Layers
 //!

@@ -67,6 +67,7 @@ impl Cause {
     }
 
     /// The cause of an exchange's failure. What broke it lies in the errors below hyper's.
+    // tests/hyper.rs: an_http1_reply_that_is_cut_short_or_badly_framed_is_an_error_that_tells_it
     pub fn of_exchange(error: &hyper::Error) -> Self {
         let mut below = error.source();
         while let Some(source) = below {
@@ -153,6 +154,8 @@ impl Reason {
 
 /// What may be wrong with a reply, where the libraries tell no more than that something is. They keep apart neither the bounds
 /// that a head has, nor what a reply over HTTP/2 breaks.
+// tests/hyper.rs: a_reply_over_any_bound_is_the_same_error
+// tests/hyper.rs: a_large_head_and_a_wrong_length_are_the_same_error_over_http2
 fn more_of(error: &hyper::Error) -> Option<&'static str> {
     const {
         assert!(MAX_HEAD == 64 * 1024 && MAX_FIELDS == 256, "they stand in these texts");

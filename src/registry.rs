@@ -50,7 +50,8 @@ fn options(name: &str, help: &str) -> Opts {
     Opts::new(format!("ccsqm_gateway_{name}"), help)
 }
 
-fn registered<C: Collector + Clone + 'static>(
+/// A metric of another kind.
+pub(crate) fn registered<C: Collector + Clone + 'static>(
     registry: &Registry,
     made: Result<C, Error>,
 ) -> Result<C, Error> {

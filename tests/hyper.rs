@@ -1,6 +1,6 @@
 //! What the gateway takes for granted about hyper, h2 and hyper-util beyond their documentation: one test for each assumption,
 //! named after it. They use hyper directly and nothing of the gateway, so that a test which fails with a new version of hyper
-//! says what the gateway must do without.
+//! says which place of the gateway to look at: the comment there names the test.
 //!
 //! Connections are polled by hand over pipes in memory, so that a test also sees what hyper does not do.
 
@@ -9,8 +9,10 @@
 use std::{
     cell::{Cell, RefCell},
     error::Error as _,
+    fs,
     future::{Future, poll_fn},
     io,
+    path::Path,
     pin::{Pin, pin},
     rc::Rc,
     sync::{
@@ -995,4 +997,32 @@ async fn a_large_head_and_a_wrong_length_are_the_same_error_over_http2() {
         assert!(cause.is_library() && !cause.is_remote(), "{error:?}");
         assert_eq!(cause.reason(), Some(h2::Reason::PROTOCOL_ERROR));
     }
+}
+
+/// The texts of all files in a folder.
+fn texts(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(texts(&path)),
+            false => found.push(fs::read_to_string(path).unwrap()),
+        }
+    }
+    found
+}
+
+#[test]
+fn each_test_is_named_where_it_is_relied_on() {
+    let mut named: Vec<String> = texts(Path::new("src"))
+        .iter()
+        .flat_map(|text| text.split("tests/hyper.rs: ").skip(1))
+        .map(|rest| rest.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap().to_owned())
+        .collect();
+    named.sort();
+    named.dedup();
+    let here = include_str!("hyper.rs").split("#[tokio::test]\nasync fn ").skip(1);
+    let mut here: Vec<_> = here.map(|rest| rest.split('(').next().unwrap()).collect();
+    here.sort_unstable();
+    assert_eq!(named, here);
 }

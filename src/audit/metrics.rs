@@ -1,8 +1,10 @@
 //! What the trail counts.
 
-use prometheus::{Counter, IntCounter, IntCounterVec, IntGauge, Opts, Registry, core::Collector};
+use prometheus::{Counter, IntCounter, IntGauge, Registry};
 
 use super::{batch::Batch, entry::Kind, sync::Syncs};
+
+use crate::registry::{counter, counters, gauge, registered};
 
 /// Counts of the trail.
 #[derive(Clone, Debug)]
@@ -32,19 +34,12 @@ pub struct Metrics {
 impl Metrics {
     /// Registers them.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counter = |name: &str, help: &str| {
-            registered(registry, IntCounter::new(format!("ccsqm_gateway_audit_{name}"), help))
-        };
-        let counters = |name: &str, help: &str, label: &str| {
-            let opts = Opts::new(format!("ccsqm_gateway_audit_{name}"), help);
-            registered(registry, IntCounterVec::new(opts, &[label]))
-        };
-        let gauge = |name: &str, help: &str| {
-            registered(registry, IntGauge::new(format!("ccsqm_gateway_{name}"), help))
-        };
-        let records = counters("records_total", "Records written, by kind.", "kind")?;
+        let counter = |name, help| counter(registry, name, help);
+        let counters = |name, help, label| counters(registry, name, help, &[label]);
+        let gauge = |name, help| gauge(registry, name, help);
+        let records = counters("audit_records_total", "Records written, by kind.", "kind")?;
         let files_lost = counters(
-            "files_lost_total",
+            "audit_files_lost_total",
             "Files of the trail that were moved, deleted, replaced or cut by others, by result.",
             "result",
         )?;
@@ -52,21 +47,27 @@ impl Metrics {
             Counter::new("ccsqm_gateway_audit_sync_seconds_total", "Seconds spent in fdatasync.");
         Ok(Self {
             records: Kind::ALL.map(|kind| records.with_label_values(&[kind.as_str()])),
-            bytes: counter("bytes_total", "Bytes written.")?,
-            batches: counter("batches_total", "Batches written.")?,
-            errors: counter("write_errors_total", "Writes that failed, fdatasync included.")?,
-            syncs: counter("syncs_total", "Times that fdatasync succeeded; only with durability disk.")?,
-            sync_errors: counter("sync_errors_total", "Times that fdatasync failed.")?,
+            bytes: counter("audit_bytes_total", "Bytes written.")?,
+            batches: counter("audit_batches_total", "Batches written.")?,
+            errors: counter("audit_write_errors_total", "Writes that failed, fdatasync included.")?,
+            syncs: counter(
+                "audit_syncs_total",
+                "Times that fdatasync succeeded; only with durability disk.",
+            )?,
+            sync_errors: counter("audit_sync_errors_total", "Times that fdatasync failed.")?,
             sync_seconds: registered(registry, sync_seconds)?,
-            removed: counter("removed_segments_total", "Segments removed since all in them was old enough.")?,
+            removed: counter(
+                "audit_removed_segments_total",
+                "Segments removed since all in them was old enough.",
+            )?,
             removed_early: counter(
-                "removed_early_total",
+                "audit_removed_early_total",
                 "Of these, those removed before `retain` had passed, since the trail was larger than max_size.",
             )?,
             files_lost: ["restored", "lost"].map(|result| files_lost.with_label_values(&[result])),
-            folded: counter("folded_refusals_total", "Refusals that were recorded by count only.")?,
-            dropped: counter("dropped_refusals_total", "Refusals that were not recorded.")?,
-            late: counter("late_intents_total", "Intents that were not safe in time.")?,
+            folded: counter("audit_folded_refusals_total", "Refusals that were recorded by count only.")?,
+            dropped: counter("audit_dropped_refusals_total", "Refusals that were not recorded.")?,
+            late: counter("audit_late_intents_total", "Intents that were not safe in time.")?,
             queue: gauge("audit_queue_records", "Records that wait to be written.")?,
             doubtful: gauge(
                 "clock_doubtful",
@@ -107,14 +108,4 @@ impl Metrics {
         self.sync_errors.inc_by(syncs.failed);
         self.sync_seconds.inc_by(syncs.took.as_secs_f64());
     }
-}
-
-/// Registers a metric.
-fn registered<T: Collector + Clone + 'static>(
-    registry: &Registry,
-    metric: Result<T, prometheus::Error>,
-) -> Result<T, prometheus::Error> {
-    let metric = metric?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
 }

@@ -46,6 +46,7 @@ pub enum NotReceived {
     Incomplete,
     /// Fields behind the last chunk. Nobody needs them, and hyper reads on to the next empty line when they begin
     /// with a bare LF, where others see the end of the body.
+    // tests/hyper.rs: a_bare_lf_behind_the_last_chunk_begins_a_trailer
     #[error("the body has trailer fields behind its last chunk; send it without them")]
     Trailers,
 }
@@ -62,6 +63,7 @@ pub struct Bounds {
 /// Receives a whole body. What the head alone rules out is refused before a byte is read, so that a caller
 /// that waits for `100 Continue` sends nothing in vain.
 /// What there is of a body that is not whole yet takes `room`.
+// tests/hyper.rs: hyper_says_continue_only_when_the_body_is_asked_for
 pub(crate) async fn receive(
     head: &Inbound<'_>,
     body: &mut Incoming,
@@ -118,6 +120,7 @@ async fn collect(body: &mut Incoming, limit: usize, room: &Room) -> Result<Bytes
     let mut rest = BytesMut::new();
     let mut held = None;
     // Of a body whose length is known, nothing comes behind its last byte.
+    // tests/hyper.rs: a_body_of_known_length_is_at_its_end_behind_its_last_byte
     while !body.is_end_stream()
         && let Some(frame) = body.frame().await
     {

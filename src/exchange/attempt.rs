@@ -69,6 +69,7 @@ impl Exchange {
     async fn replay(&mut self, first: StatusCode, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
         progress.refused = Some(first);
         if let Some(first) = &mut progress.arrived {
+            // tests/hyper.rs: a_reply_that_is_dropped_before_its_end_takes_its_connection_along
             first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
         }
         let refused = self.token.generation();
@@ -140,6 +141,7 @@ impl Exchange {
             };
             match sent {
                 Ok(response) => {
+                    // tests/hyper.rs: only_the_interim_answer_101_is_handed_out
                     if response.status().is_informational() {
                         let text = format!("status {}: no other protocol was asked for", response.status());
                         return Err(Broken::broke_off(Reason::new(Cause::ReplyUnreadable, text)));
@@ -188,6 +190,7 @@ impl BufferedReply {
         let mut more = BytesMut::new();
         while let Some(rest) = &mut self.rest {
             // Of a body whose length is known, nothing comes behind its last byte.
+            // tests/hyper.rs: a_body_of_known_length_is_at_its_end_behind_its_last_byte
             let frame = if rest.is_end_stream() { None } else { rest.frame().await };
             let Some(frame) = frame else {
                 if !is_whole(rest, self.version) {
@@ -221,6 +224,8 @@ pub(super) fn cut_short() -> Reason {
 
 /// Whether a body without a next frame has come to its end. Over HTTP/2 hyper ends it, too, when the stream is reset or
 /// denied by a GOAWAY with the reason NO_ERROR, at whatever byte.
+// tests/hyper.rs: no_error_ends_an_http2_body_at_any_byte_and_only_its_end_stream_tells
+// tests/hyper.rs: an_http1_reply_that_is_cut_short_or_badly_framed_is_an_error_that_tells_it
 pub(super) fn is_whole(body: &Incoming, version: Version) -> bool {
     version != Version::HTTP_2 || body.is_end_stream()
 }

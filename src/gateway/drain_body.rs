@@ -15,6 +15,7 @@ const MAX_TIME: Duration = Duration::from_secs(1);
 
 /// Reads and throws away the rest of a refused body, within bounds. Says whether the connection is clean
 /// for another request. A caller that waits for `100 Continue` is not asked to go on.
+// tests/hyper.rs: hyper_says_continue_only_when_the_body_is_asked_for
 pub(super) async fn drain_body(head: &Inbound<'_>, mut body: Incoming) -> bool {
     if body.is_end_stream() {
         return true;

@@ -88,6 +88,8 @@ impl Body for ResponseBody {
                         *pieces = None;
                         Ok(Frame::data(bytes))
                     }
+                    // hyper ends the connection without the end of the body. Test in tests/it/http2.rs:
+                    // a_long_answer_that_is_reset_without_an_error_aborts_the_callers_connection
                     None => Err(BrokenOff),
                 }))
             }

@@ -4,6 +4,7 @@
 //!
 //! hyper's `header_read_timeout` is also its keep-alive idle time-out, so it is not used: a small state
 //! shared by the socket, the service and the timer tells a head that is slow from a connection that idles.
+//! (tests/hyper.rs: the_timeout_of_a_head_counts_while_a_connection_idles)
 
 mod phase;
 mod socket;
@@ -124,11 +125,13 @@ pub(super) async fn serve(
         http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(None)
+            // tests/hyper.rs: a_caller_that_has_closed_its_side_gets_its_answer
             .half_close(true)
             .keep_alive(!surplus)
             .writev(false) // one buffer and send(2) cost less than two and writev(2)
+            // tests/hyper.rs: the_bound_of_the_buffer_alone_lets_a_head_of_nearly_twice_its_size_pass
             .max_buf_size(deadlines.max_head)
-            .max_header_size(deadlines.max_head) // by itself the bound above lets a head of twice the size pass
+            .max_header_size(deadlines.max_head) // the bound above alone lets a head of nearly twice its size pass
             .serve_connection(TokioIo::new(socket), service)
     );
     let ended = drive(gateway, connection, watch, deadlines, stop).await;
@@ -199,6 +202,7 @@ where
             stopping = true;
             deadlines.header = deadlines.header.min(STOP_HEADER);
             if watch.is(Phase::Idle) {
+                // tests/hyper.rs: a_graceful_shutdown_ends_an_idle_connection_at_once
                 connection.as_mut().graceful_shutdown();
             }
         }
@@ -222,6 +226,7 @@ fn count_end(gateway: &Gateway, error: &hyper::Error) {
 }
 
 /// Whether a connection ended because unfinished heads hold as much as they may.
+// tests/hyper.rs: an_error_of_a_read_is_the_source_of_the_connections_error
 fn ended_for_room(error: &hyper::Error) -> bool {
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::OutOfMemory)

@@ -233,6 +233,7 @@ impl Endpoint {
         };
         let (key, secret) = (text(app_key)?, text(app_secret)?);
         // `Zeroed` overwrites the body when hyper has let go of it.
+        // tests/hyper.rs: hyper_lets_go_of_a_body_once_it_is_written
         let body = format!(r#"{{"app_key":{},"app_secret":{}}}"#, *key, *secret);
         let body = Bytes::from_owner(Zeroed(Zeroizing::new(body.into_bytes())));
         let mut request = Request::post(self.target.clone())

@@ -7,6 +7,7 @@
 //!
 //! Guarantees that a contradiction is reported with the bytes that complete it. Checks nothing else: malformed frames
 //! are hyper's to refuse.
+//! (tests/hyper.rs: hyper_hides_interim_answers_over_http2)
 
 use std::collections::VecDeque;
 
@@ -121,6 +122,7 @@ impl Streams {
         let Some((word, bit)) = place(stream) else { return };
         if word >= self.first + self.words.len() + WORDS {
             // Nobody opened it. hyper ends the connection for that.
+            // tests/hyper.rs: an_answer_on_a_stream_that_nobody_opened_ends_the_connection
             self.words.clear();
             self.first = word;
         }

@@ -50,6 +50,7 @@ const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
 
 /// Stands for the limit on streams until the upstream has told it. None that it can tell: theirs have 32 bits.
+// tests/hyper.rs: the_limit_on_streams_is_the_initial_one_until_the_settings_come
 const UNTOLD: usize = usize::MAX - 1;
 
 /// The HTTP/2 connections of one worker.
@@ -161,6 +162,7 @@ impl Connections {
 #[derive(Debug)]
 pub(super) struct Connection {
     /// What hands requests over; it ends behind a GOAWAY, with streams still open.
+    // tests/hyper.rs: behind_a_goaway_the_handover_ends_with_streams_still_open
     dispatch: AbortHandle,
     _driver: Driver,
     /// The same socket once more, to ask the kernel whether anything came.
@@ -307,6 +309,7 @@ impl Connection {
 
 /// Hands requests over until the connection takes no more, and answers back until all are there. In this order:
 /// who is told that its request was given back by a GOAWAY finds the connection closed to new ones.
+// tests/hyper.rs: a_connection_is_closed_before_a_goaway_gives_its_request_back
 async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, companions: Companions) {
     let mut connection = Some(connection);
     poll_fn(|cx| {
@@ -361,6 +364,7 @@ impl Stream {
 
     /// A request got no answer. It does not count as sent if hyper never wrote it and gives it back, or if the upstream
     /// says that it was not processed, and can be believed.
+    // tests/hyper.rs: hyper_gives_back_only_a_request_that_it_has_not_written
     pub(super) fn failed(&mut self, why: &Unanswered) {
         let is_denied = was_denied(why) && !self.connection.reads.are_contradicted();
         self.sent -= u64::from(why.message().is_some() || is_denied);
@@ -389,6 +393,8 @@ pub(super) type Unanswered = TrySendError<Request<Full<Bytes>>>;
 /// Whether the upstream says that a request was not processed: it refused its stream (RFC 9113 §8.7), or went away and
 /// named an earlier stream as its last one (§6.8). Of a GOAWAY h2 tells only streams beyond the last one; those that
 /// it covers go on, and end by an I/O error if the connection does.
+// tests/hyper.rs: a_refused_stream_is_told_as_one_that_the_other_side_reset
+// tests/hyper.rs: a_goaway_is_told_only_to_the_streams_beyond_the_one_that_it_names
 fn was_denied(why: &Unanswered) -> bool {
     let cause = why.error().source().and_then(|cause| cause.downcast_ref::<h2::Error>());
     cause.is_some_and(|cause| {
@@ -409,6 +415,7 @@ impl Drop for Driver {
 }
 
 /// Runs what hyper spawns: the driver, which is the first, and what belongs to one request.
+// tests/hyper.rs: hyper_spawns_the_driver_first_and_the_rest_for_one_request_each
 #[derive(Clone)]
 struct Spawn {
     driver: Arc<OnceLock<AbortHandle>>,

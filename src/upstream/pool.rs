@@ -24,7 +24,7 @@ use bytes::Bytes;
 use http::uri::Authority;
 use http_body_util::Full;
 use hyper::client::conn::http1;
-use prometheus::{IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{IntCounterVec, IntGauge, Registry};
 use thiserror::Error;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, watch},
@@ -38,7 +38,13 @@ use super::{
     http2::{self, Dialing},
     queue::Queue,
 };
-use crate::{clock, connect::Connector, model::cause::Cause, reason::Reason};
+use crate::{
+    clock,
+    connect::Connector,
+    model::cause::Cause,
+    reason::Reason,
+    registry::{counters, gauge},
+};
 
 /// Why no connection was had.
 #[derive(Clone, Debug, Error)]
@@ -89,17 +95,11 @@ pub struct Metrics {
 impl Metrics {
     /// Registers the pool's metrics.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let open = IntGauge::new("ccsqm_gateway_upstream_connections", "Open upstream connections.")?;
-        let connects = IntCounterVec::new(
-            Opts::new(
-                "ccsqm_gateway_upstream_connects_total",
-                "Attempts to connect to the upstream, by result.",
-            ),
-            &["result"],
-        )?;
-        registry.register(Box::new(open.clone()))?;
-        registry.register(Box::new(connects.clone()))?;
-        Ok(Self { open, connects })
+        let connects = "Attempts to connect to the upstream, by result.";
+        Ok(Self {
+            open: gauge(registry, "upstream_connections", "Open upstream connections.")?,
+            connects: counters(registry, "upstream_connects_total", connects, &["result"])?,
+        })
     }
 }
 

@@ -91,6 +91,8 @@ impl Watch {
 
     /// So many bytes came while a request is worked on: its body, and what the caller sends behind that. hyper reads only when
     /// it has passed on what it read before, and no more behind the end of the body.
+    // tests/hyper.rs: hyper_reads_on_only_when_it_has_passed_on_what_it_read
+    // tests/hyper.rs: hyper_reads_no_more_behind_the_end_of_a_body
     pub(super) fn more_came(&self, bytes: usize) {
         let missing = self.missing.load(Ordering::Relaxed);
         self.missing.store(missing.saturating_sub(bytes), Ordering::Relaxed);

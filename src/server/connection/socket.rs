@@ -111,6 +111,8 @@ impl AsyncWrite for Watched {
     }
 
     /// hyper does not read while a request is worked on, but it flushes whenever it was woken.
+    // tests/hyper.rs: hyper_does_not_read_while_a_request_is_worked_on
+    // tests/hyper.rs: hyper_flushes_whenever_it_is_woken_while_a_request_is_worked_on
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.watch.presence.is_in_question()
             && let Poll::Ready(end) = self.stream.poll_end(cx)
@@ -124,6 +126,7 @@ impl AsyncWrite for Watched {
         }
     }
 
+    // tests/hyper.rs: a_connection_ends_with_the_shutdown_of_its_socket_behind_the_last_answer
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.linger.is_none() {
             if self.reset.is_none() {

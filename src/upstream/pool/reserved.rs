@@ -46,6 +46,7 @@ impl Reserved {
         self.clean = false;
         let generation = match self.place.as_mut().ok_or(SendError::Closed)? {
             Place::Http1(connection, _) => {
+                // tests/hyper.rs: a_sender_is_ready_only_when_the_last_exchange_is_over
                 connection.sender.ready().await?;
                 connection.generation
             }
@@ -86,6 +87,7 @@ impl Reserved {
 
     /// A number that grows when something may have been sent: the bytes written on an unshared connection, or the requests on a
     /// shared one that the upstream may have processed.
+    // tests/hyper.rs: no_answer_counts_that_came_before_the_request_was_written
     pub fn written(&self) -> u64 {
         match &self.place {
             Some(Place::Http1(connection, _)) => connection.written.load(Ordering::Relaxed),
