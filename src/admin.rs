@@ -5,42 +5,39 @@
 
 mod hosts;
 
-use std::{
-    convert::Infallible,
-    io::{self, Read as _, Write as _},
-    net::{SocketAddr, TcpStream as BlockingStream},
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::convert::Infallible;
+use std::io;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream as BlockingStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{Notify, watch},
-    task::yield_now,
-    time::{Instant, sleep},
-};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, watch};
+use tokio::task::yield_now;
+use tokio::time::{Instant, sleep};
 
-use crate::{
-    audit::{Audit, ClockDoubt},
-    clock,
-    concurrency::Bounds,
-    config::LOOPBACK_NOTICE,
-    idempotency::Idempotency,
-    log::OncePerSecond,
-    metrics::Metrics,
-    seats::{Seat, Seats},
-    state::{Route, State},
-    watchdog::Watchdog,
-};
+use crate::audit::{Audit, ClockDoubt};
+use crate::clock;
+use crate::concurrency::Bounds;
+use crate::config::LOOPBACK_NOTICE;
+use crate::idempotency::Idempotency;
+use crate::log::OncePerSecond;
+use crate::metrics::Metrics;
+use crate::seats::{Seat, Seats};
+use crate::state::{Route, State};
+use crate::watchdog::Watchdog;
 use hosts::Hosts;
 
 /// What the admin listener tells of.

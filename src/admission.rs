@@ -4,21 +4,22 @@
 //! read. Guarantees that whoever passes is exactly one configured caller, speaks to a name of this
 //! listener, and is not a browser. Does not decide what the caller may do: that is `route`.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 use thiserror::Error;
 
-use crate::{
-    concurrency::NoRoom,
-    config::{self, BareIds, PeerRule},
-    ids,
-    model::{index::CallerIndex, peer::Peer},
-    rate_limit::Limiter,
-    request_head::Inbound,
-};
+use crate::concurrency::NoRoom;
+use crate::config::{BareIds, PeerRule};
+use crate::model::index::CallerIndex;
+use crate::model::peer::Peer;
+use crate::rate_limit::Limiter;
+use crate::request_head::Inbound;
+use crate::{config, ids};
 
 /// A configured caller.
 #[derive(Debug)]

@@ -8,47 +8,44 @@ mod file_changes;
 mod sockets;
 mod worker;
 
-use std::{
-    future::Future,
-    io, net,
-    path::Path,
-    sync::Arc,
-    thread::{self, JoinHandle},
-    time::Duration,
-};
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use std::{io, net, thread};
 
 use arc_swap::ArcSwap;
 use http::uri::Authority;
 use serde_json::{Map, Value, json};
-use tokio::{
-    net::TcpListener,
-    runtime::{Builder, Runtime},
-    sync::{mpsc, oneshot, watch},
-};
+use tokio::net::TcpListener;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::{
-    admin::{self, Admin},
-    audit::{self, Audit, Early, StartError, Unfinished},
-    concurrency::Bounds,
-    config::{
-        self, Config, LOOPBACK_NOTICE, ListenAddress,
-        trail::{LOW_WATER, SLACK},
-    },
-    connect::{Connector, Egress},
-    control::{self, Control},
-    gateway::Gateway,
-    idempotency::{Idempotency, memory::MemoryBound},
-    metrics::Metrics,
-    model::audit_fields::SHOWN,
-    reload::{Reload, Source},
-    secret::needles,
-    server::{Bound, Stop, connection::Deadlines, inherited::Inherited},
-    state::{State, compile_routes},
-    supervisor::{Supervisor, Vital, Vitals, fault},
-    token::Slot,
-    upstream::pool::{self, Pool},
-    watchdog::Watchdog,
-};
+use crate::admin::Admin;
+use crate::audit::{Audit, Early, StartError, Unfinished};
+use crate::concurrency::Bounds;
+use crate::config::trail::{LOW_WATER, SLACK};
+use crate::config::{Config, LOOPBACK_NOTICE, ListenAddress};
+use crate::connect::{Connector, Egress};
+use crate::control::Control;
+use crate::gateway::Gateway;
+use crate::idempotency::Idempotency;
+use crate::idempotency::memory::MemoryBound;
+use crate::metrics::Metrics;
+use crate::model::audit_fields::SHOWN;
+use crate::reload::{Reload, Source};
+use crate::secret::needles;
+use crate::server::connection::Deadlines;
+use crate::server::inherited::Inherited;
+use crate::server::{Bound, Stop};
+use crate::state::{State, compile_routes};
+use crate::supervisor::{Supervisor, Vital, Vitals, fault};
+use crate::token::Slot;
+use crate::upstream::pool;
+use crate::upstream::pool::Pool;
+use crate::watchdog::Watchdog;
+use crate::{admin, audit, config, control};
 use beside::{look, read_past};
 use drain::drain;
 use file_changes::keep_up;

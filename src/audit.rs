@@ -41,27 +41,25 @@ mod sync;
 pub mod unresolved;
 mod writer;
 
-use std::{
-    future::{Future, poll_fn},
-    io,
-    path::{Path, PathBuf},
-    pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    thread::{self, JoinHandle},
-    time::{Duration, Instant},
-};
+use std::future::{Future, poll_fn};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{io, thread};
 
 use http::HeaderValue;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::sync::SemaphorePermit;
 
-use crate::{
-    clock,
-    keyed_hash::{Keys, hidden},
-    model::{audit_fields::SHOWN, peer::Peer, redaction::Shown},
-    supervisor::Vital,
-};
+use crate::clock;
+use crate::keyed_hash::{Keys, hidden};
+use crate::model::audit_fields::SHOWN;
+use crate::model::peer::Peer;
+use crate::model::redaction::Shown;
+use crate::supervisor::Vital;
 use age::Ages;
 pub use clocks::ClockDoubt;
 use clocks::Clocks;

@@ -2,16 +2,15 @@
 //!
 //! The log tells each once; metrics and `/status` tell how things stand, and since when.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use prometheus::{IntGauge, IntGaugeVec, Registry};
 use serde_json::{Map, Value, json};
 
-use crate::{registry::gauges, trouble::LastTrouble};
+use crate::registry::gauges;
+use crate::trouble::LastTrouble;
 
 /// All that is read again, by name.
 #[derive(Clone, Debug)]

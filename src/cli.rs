@@ -13,25 +13,23 @@ mod sandbox;
 mod serve;
 mod signals;
 
-use std::{io::IsTerminal, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
 
-use self::{
-    out::{complain, out},
-    signals::Signals,
-};
+use self::out::{complain, out};
+use self::signals::Signals;
 use anyhow::Context as _;
-use ccsqm_gateway::{
-    app::Ended,
-    config::{Config, Log, LogFormat, Problems},
-    log, plain, preflight,
-};
+use ccsqm_gateway::app::Ended;
+use ccsqm_gateway::config::{Config, Log, LogFormat, Problems};
+use ccsqm_gateway::{log, plain, preflight};
 use clap::{Parser, Subcommand};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
-use tracing_subscriber::{
-    filter::{LevelFilter, Targets},
-    prelude::*,
-    reload,
-};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::reload;
 use uuid::Uuid;
 
 /// Exit code of a bad configuration (`EX_CONFIG`).

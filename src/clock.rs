@@ -12,12 +12,10 @@
 //! * [`wall`], the wall clock as it is at the moment. It may jump. A token's life is judged by it and by *now*, whichever
 //!   ends it sooner; certificates and revocation lists are judged by it alone.
 
-use std::{
-    cell::Cell,
-    fs,
-    sync::LazyLock,
-    time::{Duration, SystemTime},
-};
+use std::cell::Cell;
+use std::fs;
+use std::sync::LazyLock;
+use std::time::{Duration, SystemTime};
 
 use rustix::time::{ClockId, clock_gettime};
 use tokio::time::Instant;
@@ -223,7 +221,8 @@ fn signed(nanos: u64) -> i64 {
 
 #[cfg(test)]
 mod tests {
-    use std::{thread, time::Duration};
+    use std::thread;
+    use std::time::Duration;
 
     use super::*;
 

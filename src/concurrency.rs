@@ -3,15 +3,14 @@
 mod budget;
 mod shares;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU8, AtomicUsize, Ordering},
-};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use crate::{config, model::peer::Peer};
+use crate::config;
+use crate::model::peer::Peer;
 use budget::Budget;
 pub(crate) use budget::{FREE, Part};
 use shares::Shares;

@@ -17,17 +17,13 @@ mod variables;
 mod effective;
 pub mod trail;
 
-use std::{
-    ffi::OsString,
-    net::{Ipv6Addr, SocketAddr},
-    path::Path,
-    sync::{
-        PoisonError,
-        mpsc::{self, RecvTimeoutError},
-    },
-    thread,
-    time::Duration,
-};
+use std::ffi::OsString;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
 
 pub use effective::Access;
 use named_files::NamedFiles;

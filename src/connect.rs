@@ -9,41 +9,31 @@ pub(crate) mod login;
 pub(crate) mod proxy;
 mod roots;
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-    path::Path,
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU8, Ordering},
-    },
-    task::{Context, Poll},
-    time::{Duration, Instant},
-};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use hyper::client::conn::http1;
-use rustls::{
-    RootCertStore,
-    pki_types::{InvalidDnsNameError, ServerName},
-};
+use rustls::RootCertStore;
+use rustls::pki_types::{InvalidDnsNameError, ServerName};
 use thiserror::Error;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-    time::timeout,
-};
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
-use crate::{
-    config::{self, ProxyUrl, Url},
-    model::{
-        cause::Cause,
-        reply::{MAX_FIELDS, MAX_HEAD},
-    },
-    pem::PemError,
-    reason::Reason,
-};
+use crate::config;
+use crate::config::{ProxyUrl, Url};
+use crate::model::cause::Cause;
+use crate::model::reply::{MAX_FIELDS, MAX_HEAD};
+use crate::pem::PemError;
+use crate::reason::Reason;
 use addresses::Addresses;
 pub use identity::Identity;
 use login::Basic;

@@ -23,15 +23,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use self::captured::Captured;
+use self::findings::{Gathered, Verdict};
 pub use self::schema::SchemaError;
-use self::{
-    captured::Captured,
-    findings::{Gathered, Verdict},
-    schema::{AuditMember, Node},
-    walk::{Stop, Walk, Walked},
-};
+use self::schema::{AuditMember, Node};
+use self::walk::{Stop, Walk, Walked};
+use crate::config::BareIds;
 pub use crate::json::NotJson;
-use crate::{config::BareIds, model::redaction::Shown};
+use crate::model::redaction::Shown;
 
 /// The code of an id that a client may have rounded.
 pub const MAY_BE_ROUNDED: &str = "number_may_be_rounded";

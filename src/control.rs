@@ -6,46 +6,33 @@
 //!
 //! A command finds the socket through the audit directory: it is `control.sock` there, or the file `control` names it.
 
-use std::{
-    fs::{self, OpenOptions, Permissions},
-    io,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
-    os::{
-        fd::OwnedFd,
-        unix::{
-            fs::{MetadataExt, OpenOptionsExt as _, PermissionsExt as _},
-            net::UnixStream as BlockingStream,
-        },
-    },
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::fs::{OpenOptions, Permissions};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream as BlockingStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::Context as _;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt},
-    net::{UnixListener, UnixStream},
-    task::yield_now,
-    time::{sleep, timeout},
-};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::yield_now;
+use tokio::time::{sleep, timeout};
 
-use crate::{
-    audit::{
-        Audit,
-        resolution::{Finding, ResolveError, Resolved},
-    },
-    config, files,
-    idempotency::Idempotency,
-    ids,
-    log::OncePerSecond,
-    seats::{Seat, Seats},
-    server::bind_unix,
-};
+use crate::audit::Audit;
+use crate::audit::resolution::{Finding, ResolveError, Resolved};
+use crate::idempotency::Idempotency;
+use crate::log::OncePerSecond;
+use crate::seats::{Seat, Seats};
+use crate::server::bind_unix;
+use crate::{config, files, ids};
 
 /// The socket's name in a directory.
 const SOCKET: &str = "control.sock";

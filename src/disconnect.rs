@@ -3,12 +3,10 @@
 //! `server/connection` notices that a caller closes it; a request asks where it waits for a token, a permit or a connection. Neither
 //! knows the other.
 
-use std::{
-    future::{Future, poll_fn},
-    pin::Pin,
-    sync::atomic::{AtomicBool, Ordering},
-    task::Poll,
-};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 
 use thiserror::Error;
 

@@ -4,32 +4,31 @@
 //! that a new failure does not compile until somebody decided how it is told. A detail never holds a
 //! caller's value, a secret or an internal address.
 
-use std::{fmt, time::Duration};
+use std::fmt;
+use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::json;
 
-use crate::{
-    admission::Denied,
-    audit::Unavailable,
-    concurrency::NoRoom,
-    contract::{Fault, Violation, body::NotReceived},
-    disconnect::CallerDisconnected,
-    exchange::Failure,
-    idempotency::{Delivery, Refusal, Refused},
-    model::{
-        cause::Cause,
-        code::Code,
-        outcome::{Outcome, Retry},
-        request_id::{FirstCall, RequestId},
-        stage::Stage,
-    },
-    rate_limit::{Exhausted, Spent},
-    reason::Reason,
-    route::NoRoute,
-    token::TokenError,
-    upstream::{breaker::Suspended, pool::NoConnection},
-};
+use crate::admission::Denied;
+use crate::audit::Unavailable;
+use crate::concurrency::NoRoom;
+use crate::contract::body::NotReceived;
+use crate::contract::{Fault, Violation};
+use crate::disconnect::CallerDisconnected;
+use crate::exchange::Failure;
+use crate::idempotency::{Delivery, Refusal, Refused};
+use crate::model::cause::Cause;
+use crate::model::code::Code;
+use crate::model::outcome::{Outcome, Retry};
+use crate::model::request_id::{FirstCall, RequestId};
+use crate::model::stage::Stage;
+use crate::rate_limit::{Exhausted, Spent};
+use crate::reason::Reason;
+use crate::route::NoRoute;
+use crate::token::TokenError;
+use crate::upstream::breaker::Suspended;
+use crate::upstream::pool::NoConnection;
 
 /// A failure as the caller is told of it.
 #[derive(Debug)]

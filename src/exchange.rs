@@ -15,23 +15,22 @@ mod settlement;
 mod streaming;
 mod terms;
 
-use std::{pin::pin, sync::Arc};
+use std::pin::pin;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode};
 
-use crate::{
-    audit::IntendedRecord,
-    clock,
-    concurrency::Room,
-    idempotency::Claim,
-    model::{cause::Cause, code::Code, index::CredentialIndex},
-    token::Token,
-    upstream::{
-        breaker::{Health, Passage},
-        pool::Reserved,
-    },
-};
+use crate::audit::IntendedRecord;
+use crate::clock;
+use crate::concurrency::Room;
+use crate::idempotency::Claim;
+use crate::model::cause::Cause;
+use crate::model::code::Code;
+use crate::model::index::CredentialIndex;
+use crate::token::Token;
+use crate::upstream::breaker::{Health, Passage};
+use crate::upstream::pool::Reserved;
 use attempt::BufferedReply;
 pub use cooldown::Cooldown;
 pub use detached::{Detached, Exchanges};

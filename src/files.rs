@@ -4,24 +4,19 @@
 //! Only regular files are read, so that no pipe or device holds the reader. A dead mount does: what is read while the gateway
 //! serves is read on a thread of its own, and nobody waits for that but who follows these files.
 
-use std::{
-    fs::{self, Metadata, OpenOptions},
-    io::{self, Read as _},
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
-    panic::resume_unwind,
-    path::Path,
-    time::Duration,
-};
+use std::fs::{Metadata, OpenOptions};
+use std::io::Read as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::panic::resume_unwind;
+use std::path::Path;
+use std::time::Duration;
+use std::{fs, io};
 
-use rustix::{
-    fs::{Access, AtFlags, CWD, OFlags, accessat},
-    io::Errno,
-};
+use rustix::fs::{Access, AtFlags, CWD, OFlags, accessat};
+use rustix::io::Errno;
 use thiserror::Error;
-use tokio::{
-    task::{JoinHandle, spawn_blocking},
-    time::{Instant, timeout_at},
-};
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, timeout_at};
 
 /// A file that does not answer for so long is told of.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -191,7 +186,8 @@ impl<S: Send + 'static, T: Send + 'static> Aside<S, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::fs::symlink, sync::mpsc};
+    use std::os::unix::fs::symlink;
+    use std::sync::mpsc;
 
     use super::*;
 

@@ -5,35 +5,33 @@
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a target tells")]
 
-use std::{collections::BTreeMap, fmt, fs, path::Path, sync::LazyLock, time::Duration};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::LazyLock;
+use std::time::Duration;
+use std::{fmt, fs};
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Request, StatusCode};
 use prometheus::Registry;
-use serde::{
-    Deserialize, Deserializer,
-    de::{MapAccess, Visitor},
-};
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{
-    admission::Hosts,
-    audit::{
-        Audit, Metrics, Options, Permit,
-        chain::key_path,
-        recovery::{Fault, Found, read},
-    },
-    config::{self, BareIds, WithoutKey},
-    connect::proxy,
-    contract::Contract,
-    idempotency::{Idempotency, key},
-    keyed_hash::Keys,
-    model::outcome::Outcome,
-    preflight,
-    request_head::Inbound,
-    result_rule::{ReplyView, ResultRule},
-};
+use crate::admission::Hosts;
+use crate::audit::chain::key_path;
+use crate::audit::recovery::{Fault, Found, read};
+use crate::audit::{Audit, Metrics, Options, Permit};
+use crate::config::{BareIds, WithoutKey};
+use crate::connect::proxy;
+use crate::contract::Contract;
+use crate::idempotency::{Idempotency, key};
+use crate::keyed_hash::Keys;
+use crate::model::outcome::Outcome;
+use crate::request_head::Inbound;
+use crate::result_rule::{ReplyView, ResultRule};
+use crate::{config, preflight};
 
 /// The reader of this name, for a command line.
 pub fn reader(name: &str) -> Option<fn(&[u8])> {
@@ -260,18 +258,16 @@ pub fn tunnel(bytes: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    use proptest::{
-        collection::vec,
-        prelude::*,
-        sample::{Index, select},
-        test_runner::{Config as Cases, TestRunner},
-    };
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::{Index, select};
+    use proptest::test_runner::{Config as Cases, TestRunner};
 
     use super::*;
-    use crate::{
-        audit::Answer,
-        model::{code::Code, peer::Peer, stage::Stage},
-    };
+    use crate::audit::Answer;
+    use crate::model::code::Code;
+    use crate::model::peer::Peer;
+    use crate::model::stage::Stage;
 
     /// What readers look for.
     const PIECES: [&str; 40] = [

@@ -6,43 +6,38 @@ mod dry_run;
 mod refusal;
 mod response;
 
-use std::{
-    future::{Future, poll_fn},
-    panic::{AssertUnwindSafe, catch_unwind},
-    pin::{Pin, pin},
-    sync::Arc,
-    task::Poll,
-    time::Duration,
-};
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{Method, Request, Response, Uri};
 use hyper::body::Incoming;
 
-use crate::{
-    admission::{Caller, Hosts},
-    audit::{Audit, OpenRecord},
-    clock,
-    concurrency::{Bounds, Room},
-    config::BareIds,
-    contract::{Checked, CheckedBody, Fault, body::receive},
-    disconnect::CallerPresence,
-    error::Error,
-    exchange::{self, Exchange, Exchanges, Reply},
-    idempotency::{Begun, Call, Claim, DeliverySlot, Idempotency, Replay},
-    keyed_hash::Hash,
-    metrics::{Limit, Metrics},
-    model::{
-        peer::Peer,
-        request_id::{FirstCall, RequestId},
-        stage::Stage,
-    },
-    request_head::Inbound,
-    route::Routed,
-    state::{Route, State},
-    upstream::pool::Pool,
-};
+use crate::admission::{Caller, Hosts};
+use crate::audit::{Audit, OpenRecord};
+use crate::concurrency::{Bounds, Room};
+use crate::config::BareIds;
+use crate::contract::body::receive;
+use crate::contract::{Checked, CheckedBody, Fault};
+use crate::disconnect::CallerPresence;
+use crate::error::Error;
+use crate::exchange::{Exchange, Exchanges, Reply};
+use crate::idempotency::{Begun, Call, Claim, DeliverySlot, Idempotency, Replay};
+use crate::keyed_hash::Hash;
+use crate::metrics::{Limit, Metrics};
+use crate::model::peer::Peer;
+use crate::model::request_id::{FirstCall, RequestId};
+use crate::model::stage::Stage;
+use crate::request_head::Inbound;
+use crate::route::Routed;
+use crate::state::{Route, State};
+use crate::upstream::pool::Pool;
+use crate::{clock, exchange};
 use caller_ids::{can_be_echoed, is_traceparent};
 use drain_body::drain_body;
 use refusal::{detail, name_denied};

@@ -21,33 +21,27 @@ mod recent;
 mod refusal;
 mod slots;
 
-use std::{
-    fmt,
-    hash::BuildHasher,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::fmt;
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use foldhash::fast::RandomState;
 use http::HeaderValue;
-use moka::{policy::EvictionPolicy, sync::Cache};
+use moka::policy::EvictionPolicy;
+use moka::sync::Cache;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::{
-    audit::{Audit, StoredReply, loss::Loss},
-    clock,
-    config::{self, WithoutKey},
-    keyed_hash::{Hash, Keys, Mark},
-    model::{
-        outcome::Outcome,
-        request_id::{FirstCall, RequestId},
-    },
-    request_head::Inbound,
-};
+use crate::audit::loss::Loss;
+use crate::audit::{Audit, StoredReply};
+use crate::config::WithoutKey;
+use crate::keyed_hash::{Hash, Keys, Mark};
+use crate::model::outcome::Outcome;
+use crate::model::request_id::{FirstCall, RequestId};
+use crate::request_head::Inbound;
+use crate::{clock, config};
 pub use claim::Claim;
 use claim::Step;
 pub use claims::Ending;

@@ -3,7 +3,9 @@
 //! In a user namespace (containers, `PrivateUsers=`, `unshare --user`) ids are mapped. All that are not look alike: the overflow
 //! id, 65534 unless the system says otherwise (user_namespaces(7)). So it names nobody.
 
-use std::{fs, ops::Range, sync::LazyLock};
+use std::fs;
+use std::ops::Range;
+use std::sync::LazyLock;
 
 /// Ids of users, or of groups.
 #[derive(Debug)]

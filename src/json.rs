@@ -8,7 +8,8 @@ mod text;
 
 use thiserror::Error;
 
-pub(super) use self::{number::Number, text::Text};
+pub(super) use self::number::Number;
+pub(super) use self::text::Text;
 
 /// How deep arrays and objects may nest.
 const MAX_DEPTH: usize = 32;
@@ -331,7 +332,8 @@ fn begins_with(bytes: &[u8], literal: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{contract::is_strict_json as read, json::text::SURROGATE};
+    use crate::contract::is_strict_json as read;
+    use crate::json::text::SURROGATE;
 
     fn nested(depth: usize) -> String {
         "[".repeat(depth) + &"]".repeat(depth)

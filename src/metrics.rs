@@ -1,24 +1,20 @@
 //! Metrics, in the text format. Each name starts with `ccsqm_gateway_`; each is moved by some test.
 
-use std::{
-    collections::HashSet,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
-    time::Duration,
-};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use prometheus::{Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
 
-use crate::{
-    audit,
-    changes::Changes,
-    concurrency::Bounds,
-    exchange, log,
-    model::{code::Code, outcome::Outcome, stage::Stage},
-    reason::Failures,
-    registry::{counter, counters, gauge, histogram},
-    token,
-    upstream::{breaker, pool},
-};
+use crate::changes::Changes;
+use crate::concurrency::Bounds;
+use crate::model::code::Code;
+use crate::model::outcome::Outcome;
+use crate::model::stage::Stage;
+use crate::reason::Failures;
+use crate::registry::{counter, counters, gauge, histogram};
+use crate::upstream::{breaker, pool};
+use crate::{audit, exchange, log, token};
 
 /// The limits that a request is checked against.
 #[derive(Clone, Copy, Debug)]

@@ -1,12 +1,11 @@
 //! PEM files: certificates, keys, revocation lists.
 
-use std::{io, path::Path};
+use std::io;
+use std::path::Path;
 
 use memchr::memmem::{find, find_iter};
-use rustls::pki_types::{
-    CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
-    pem::{self, PemObject},
-};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, pem};
 use thiserror::Error;
 use zeroize::Zeroizing;
 

@@ -3,35 +3,28 @@
 
 mod exposure;
 
-use std::{
-    ffi::OsString,
-    fs::{self, Metadata},
-    io,
-    net::SocketAddr,
-    path::Path,
-    time::Duration,
-};
+use std::ffi::OsString;
+use std::fs::Metadata;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+use std::{fs, io};
 
 use rustix::fs::Access;
 
-use crate::{
-    audit::{
-        chain::key_path,
-        init::{self, Absent},
-    },
-    config::{
-        Config, ContractSource, IdentityFiles, ListenerTls, Problems, SecretSource,
-        named_files::{FileKind, NO_FILE, NamedFiles},
-    },
-    connect::{self, Identity, login},
-    contract::Contract,
-    files::{MAX_SIZE, access, read_text},
-    keyed_hash::Keys,
-    pem,
-    secret::{Impossible, Secret, SecretError},
-    server::tls::{Tls, TlsError},
-    token::app_key_header,
-};
+use crate::audit::chain::key_path;
+use crate::audit::init;
+use crate::audit::init::Absent;
+use crate::config::named_files::{FileKind, NO_FILE, NamedFiles};
+use crate::config::{Config, ContractSource, IdentityFiles, ListenerTls, Problems, SecretSource};
+use crate::connect::{Identity, login};
+use crate::contract::Contract;
+use crate::files::{MAX_SIZE, access, read_text};
+use crate::keyed_hash::Keys;
+use crate::secret::{Impossible, Secret, SecretError};
+use crate::server::tls::{Tls, TlsError};
+use crate::token::app_key_header;
+use crate::{connect, pem};
 
 /// Loads a configuration, and looks at every file that it names: see [`Config::load`].
 pub fn load(

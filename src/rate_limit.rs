@@ -5,14 +5,13 @@
 
 mod quota;
 
-use std::{
-    sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
-};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::{clock, config::Limit};
+use crate::clock;
+use crate::config::Limit;
 pub use quota::{Exhausted, Quota};
 
 /// A limit and its state. Times are in nanoseconds.
@@ -128,7 +127,8 @@ fn tolerance(limit: Limit) -> u64 {
 mod tests {
     use std::num::NonZeroU32;
 
-    use governor::{Quota, RateLimiter, clock::FakeRelativeClock};
+    use governor::clock::FakeRelativeClock;
+    use governor::{Quota, RateLimiter};
     use proptest::prelude::*;
 
     use super::*;

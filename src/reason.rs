@@ -3,28 +3,20 @@
 //! The word of the cause is for everybody. The full text is for operators only: it may name addresses, and the other side has a say
 //! in it, such as by the names in its certificate.
 
-use std::{
-    error::Error as _,
-    fmt, io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::error::Error as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{fmt, io};
 
 use prometheus::IntCounterVec;
 use rustls::{AlertDescription, CertificateError};
 
-use crate::{
-    log::OncePerSecond,
-    model::{
-        cause::Cause,
-        reply::{MAX_FIELDS, MAX_HEAD},
-    },
-    plain,
-    secret::needles::Needles,
-    trouble::{LastTrouble, Trouble},
-};
+use crate::log::OncePerSecond;
+use crate::model::cause::Cause;
+use crate::model::reply::{MAX_FIELDS, MAX_HEAD};
+use crate::plain;
+use crate::secret::needles::Needles;
+use crate::trouble::{LastTrouble, Trouble};
 
 /// So much of a text is shown, in bytes.
 const MAX_TEXT: usize = 256;

@@ -1,8 +1,8 @@
 //! Metrics, made and registered in one step. Each name starts with `ccsqm_gateway_`.
 
+use prometheus::core::Collector;
 use prometheus::{
     Error, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    core::Collector,
 };
 
 /// A counter.

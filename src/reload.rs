@@ -6,32 +6,26 @@
 //! of them, and tokens, connections, keys and the breaker are not touched. One that is bad, or that changes what
 //! cannot change, changes nothing; it is told once.
 
-use std::{
-    collections::BTreeSet,
-    convert::Infallible,
-    fs,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use serde_json::{Map, Value, json};
-use tokio::{
-    sync::Notify,
-    time::{Instant, sleep},
-};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep};
 
-use crate::{
-    audit::Audit,
-    changes::Change,
-    config::{Config, ContractSource, Log},
-    files::{Aside, read},
-    preflight,
-    route::Routes,
-    state::{Route, State, compile_routes},
-    watched::{Noticed, POLL, SETTLE, Watched, digest},
-};
+use crate::audit::Audit;
+use crate::changes::Change;
+use crate::config::{Config, ContractSource, Log};
+use crate::files::{Aside, read};
+use crate::preflight;
+use crate::route::Routes;
+use crate::state::{Route, State, compile_routes};
+use crate::watched::{Noticed, POLL, SETTLE, Watched, digest};
 
 /// The sections that may change, and the log's level and requests. The rest is bound to sockets, files and threads.
 const CHANGEABLE: [&str; 3] = ["callers", "routes", "quota"];

@@ -1,8 +1,10 @@
 //! A caller's head, as far as the stages want to know of it.
 
-use http::{HeaderMap, HeaderName, HeaderValue, Version, header, request::Parts};
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
 
-use crate::{field_values::is_coding, model::header_names::looks_like_credential};
+use crate::field_values::is_coding;
+use crate::model::header_names::looks_like_credential;
 
 /// What the stages want to know of a caller's head, read in one pass.
 #[derive(Debug, Default)]

@@ -7,10 +7,8 @@ use std::borrow::Cow;
 
 use http::StatusCode;
 
-use crate::{
-    json::{Begins, Cursor, Halt},
-    model::outcome::{Outcome, ResultCode},
-};
+use crate::json::{Begins, Cursor, Halt};
+use crate::model::outcome::{Outcome, ResultCode};
 
 /// How a route's reply says what became of the task.
 #[derive(Debug)]

@@ -3,17 +3,16 @@
 //! A route is found by the exact bytes of its path: no decoding, no normalising, no prefix. What matches
 //! nothing is refused, never forwarded.
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use http::{HeaderValue, Method, Uri};
 use thiserror::Error;
 
-use crate::{
-    admission::{Admitted, Caller},
-    model::index::CredentialIndex,
-    request_head::Inbound,
-};
+use crate::admission::{Admitted, Caller};
+use crate::model::index::CredentialIndex;
+use crate::request_head::Inbound;
 
 /// Who may use a route.
 #[derive(Debug)]

@@ -20,35 +20,30 @@ mod journal;
 mod rules;
 mod tokens;
 
-use std::{
-    collections::VecDeque,
-    io,
-    net::{Ipv4Addr, SocketAddr, TcpListener as StdListener},
-    path::Path,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    thread,
-};
+use std::collections::VecDeque;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener as StdListener};
+use std::path::Path;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{io, thread};
 
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Serialize;
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
-use tokio::{
-    net::TcpListener,
-    sync::{oneshot, watch},
-};
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
 use tokio_rustls::TlsAcceptor;
 
 use crate::files;
 
-use self::{faults::Script, journal::Journal, tokens::Tokens};
-pub use self::{
-    faults::{Code, ConnectionFault, Fault, Faults, Framing, Habit, Instead, Then},
-    journal::{KEPT, Received, TokenCall},
-    rules::{Inspector, Task},
-};
+use self::faults::Script;
+pub use self::faults::{Code, ConnectionFault, Fault, Faults, Framing, Habit, Instead, Then};
+use self::journal::Journal;
+pub use self::journal::{KEPT, Received, TokenCall};
+pub use self::rules::{Inspector, Task};
+use self::tokens::Tokens;
 
 /// Path of the token endpoint.
 pub const TOKEN_PATH: &str = "/apigovernance/api/oauth/tokenByAkSk";

@@ -114,10 +114,8 @@ mod tests {
     use super::*;
 
     fn is_told(seat: &Seat) -> bool {
-        use std::{
-            pin::pin,
-            task::{Context, Waker},
-        };
+        use std::pin::pin;
+        use std::task::{Context, Waker};
         pin!(seat.is_taken()).poll(&mut Context::from_waker(Waker::noop())).is_ready()
     }
 

@@ -7,7 +7,8 @@ use std::{fmt, io};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-use crate::{config::SecretSource, files, plain};
+use crate::config::SecretSource;
+use crate::{files, plain};
 
 /// A secret's bytes, overwritten on drop.
 #[derive(Clone, PartialEq, Eq)]

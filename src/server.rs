@@ -8,34 +8,29 @@ mod handshake;
 pub mod inherited;
 pub mod tls;
 
-use std::{
-    fs, io,
-    net::SocketAddr,
-    os::unix::fs::{FileTypeExt, PermissionsExt},
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fs, io};
 
 use rustix::fs::Access;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use thiserror::Error;
-use tokio::{
-    net::{TcpListener, UnixListener},
-    sync::{mpsc, watch},
-    time::{interval, sleep},
-};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{interval, sleep};
 
-use crate::{
-    admission::Hosts,
-    concurrency::Stranger,
-    config::{self, ListenAddress},
-    files::access,
-    gateway::Gateway,
-    log::OncePerSecond,
-    model::peer::Peer,
-    supervisor::Vital,
-};
+use crate::admission::Hosts;
+use crate::concurrency::Stranger;
+use crate::config;
+use crate::config::ListenAddress;
+use crate::files::access;
+use crate::gateway::Gateway;
+use crate::log::OncePerSecond;
+use crate::model::peer::Peer;
+use crate::supervisor::Vital;
 use connection::{Accepted, Deadlines, Stream, stranger};
 use inherited::Inherited;
 use tls::{Tls, TlsError};

@@ -2,19 +2,20 @@
 
 mod routes;
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
+use std::sync::Arc;
 
-use crate::{
-    admission::Admission,
-    config::Config,
-    contract::body,
-    exchange::{self, Terms},
-    rate_limit::Quota,
-    reason::Failures,
-    route::Routes,
-    token::Slot,
-    upstream::{breaker::Breaker, head::Outbound},
-};
+use crate::admission::Admission;
+use crate::config::Config;
+use crate::contract::body;
+use crate::exchange;
+use crate::exchange::Terms;
+use crate::rate_limit::Quota;
+use crate::reason::Failures;
+use crate::route::Routes;
+use crate::token::Slot;
+use crate::upstream::breaker::Breaker;
+use crate::upstream::head::Outbound;
 use http::HeaderValue;
 
 pub use routes::{Route, RouteError, compile as compile_routes};

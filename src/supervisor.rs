@@ -3,7 +3,8 @@
 //! Each long-lived thread and task holds a [`Vital`]. If one ends before the stop, by an error or a panic, the process drains,
 //! closes the trail and exits with 70, so that whoever watches it starts another one.
 
-use std::{fmt, future::Future, thread};
+use std::future::Future;
+use std::{fmt, thread};
 
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -130,7 +131,11 @@ impl Drop for Vital {
 /// Faults that no test can make from outside. In a test build the file that `CCSQM_GATEWAY_FAULT_FILE` names says what is to
 /// panic or to hang, as in `panic worker 0`.
 pub(crate) mod fault {
-    use std::{fs, future::Future, path::PathBuf, sync::LazyLock, thread, time::Duration};
+    use std::future::Future;
+    use std::path::PathBuf;
+    use std::sync::LazyLock;
+    use std::time::Duration;
+    use std::{fs, thread};
 
     const LOOK: Duration = Duration::from_millis(20);
 

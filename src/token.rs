@@ -11,32 +11,24 @@ mod metrics;
 mod pair;
 mod schedule;
 
-use std::{
-    fmt,
-    sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use http::{HeaderMap, HeaderValue};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use thiserror::Error;
-use tokio::{
-    sync::{Notify, watch},
-    time::{Instant, timeout_at},
-};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, timeout_at};
 
-use crate::{
-    config,
-    connect::{Egress, TlsError},
-    model::cause::Cause,
-    secret::needles::Needles,
-    trouble::{LastTrouble, Trouble},
-};
+use crate::config;
+use crate::connect::{Egress, TlsError};
+use crate::model::cause::Cause;
+use crate::secret::needles::Needles;
+use crate::trouble::{LastTrouble, Trouble};
 use contest::Contest;
 use endpoint::{Endpoint, SCHEME};
 use fetcher::{Candidate, Fetcher, Secrets};

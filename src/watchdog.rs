@@ -1,17 +1,15 @@
 //! Whether every event loop goes round: that of each worker, and the one behind them. `/livez` says it, and systemd's watchdog
 //! (`WatchdogSec=`) is told, so that a loop that hangs is a restart and not an outage.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use tokio::{sync::watch, time::interval};
+use tokio::sync::watch;
+use tokio::time::interval;
 
-use crate::{clock, server::Stop};
+use crate::clock;
+use crate::server::Stop;
 
 /// A loop that has not turned for so long hangs.
 const HANGS: Duration = Duration::from_secs(10);

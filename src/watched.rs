@@ -4,11 +4,9 @@
 //! (truncate, write), so that a reading may be torn. A change counts once two readings in a row agree; what cannot
 //! be read is no change.
 
-use std::{
-    fmt,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::fmt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
@@ -200,13 +198,10 @@ pub(crate) async fn follow<T, E>(
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        fs,
-        sync::{
-            Arc, Mutex,
-            atomic::{AtomicUsize, Ordering::SeqCst},
-        },
-    };
+    use std::fs;
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::Ordering::SeqCst;
+    use std::sync::{Arc, Mutex};
 
     use super::*;
 

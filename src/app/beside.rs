@@ -1,15 +1,14 @@
 //! What runs beside the requests: looks at clock and threads, and the reading of the trail.
 
-use std::{io, thread, time::Duration};
+use std::time::Duration;
+use std::{io, thread};
 
 use tokio::time::sleep;
 
 use super::App;
-use crate::{
-    audit::Audit,
-    log,
-    supervisor::{Vital, Vitals},
-};
+use crate::audit::Audit;
+use crate::log;
+use crate::supervisor::{Vital, Vitals};
 
 /// How often the wall clock is looked at, and whether the threads of trail and log are there.
 const LOOK: Duration = Duration::from_secs(1);

@@ -1,11 +1,11 @@
 //! The stop: in steps, and within `drain_timeout`.
 
-use tokio::{
-    sync::{mpsc, watch},
-    time::{Instant, sleep, timeout_at},
-};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::{concurrency::Bounds, config, server::Stop};
+use crate::concurrency::Bounds;
+use crate::config;
+use crate::server::Stop;
 
 /// Stops, step by step, within `drain_timeout`. Who comes next takes over inherited sockets; nobody does others, so that
 /// callers get a grace to look elsewhere.

@@ -3,7 +3,9 @@
 use serde_json::{Map, json};
 
 use super::App;
-use crate::{audit::Audit, changes::Changes, supervisor::Supervisor};
+use crate::audit::Audit;
+use crate::changes::Changes;
+use crate::supervisor::Supervisor;
 
 /// Takes certificates, and user and password for the proxy, that change while the gateway runs, and puts on record what
 /// came of it.

@@ -1,22 +1,18 @@
 //! The sockets of a gateway: to bind them, and to look whether they could be bound.
 
-use std::{
-    cell::LazyCell,
-    io,
-    net::{self, SocketAddr},
-    path::{Path, PathBuf},
-};
+use std::cell::LazyCell;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::{io, net};
 
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::{
-    admin::{self, Place},
-    audit,
-    config::{self, Config, ListenAddress, socket_path},
-    control,
-    server::{self, Bound, ListenError, inherited::Inherited},
-};
+use crate::admin::Place;
+use crate::config::{Config, ListenAddress, socket_path};
+use crate::server::inherited::Inherited;
+use crate::server::{Bound, ListenError};
+use crate::{admin, audit, config, control, server};
 
 /// The key of the admin listener's address.
 const ADMIN: &str = "admin.address";

@@ -1,27 +1,22 @@
 //! The threads that serve callers: each has a runtime, a pool and a queue of intents of its own.
 
-use std::{
-    io,
-    panic::{self, AssertUnwindSafe},
-    sync::Arc,
-    thread::{self, JoinHandle},
-    time::Duration,
-};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use std::{io, panic, thread};
 
-use tokio::{
-    runtime::{Builder, Runtime},
-    sync::watch,
-    time::{sleep, timeout},
-};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 
-use crate::{
-    audit::Audit,
-    clock,
-    gateway::Gateway,
-    server::{self, Listen, Stop, connection::Deadlines},
-    supervisor::{Ended, Vital, Vitals, fault},
-    watchdog::Watchdog,
-};
+use crate::audit::Audit;
+use crate::gateway::Gateway;
+use crate::server::connection::Deadlines;
+use crate::server::{Listen, Stop};
+use crate::supervisor::{Ended, Vital, Vitals, fault};
+use crate::watchdog::Watchdog;
+use crate::{clock, server};
 
 /// A worker that has not ended so long after the drain hangs.
 const WORKERS_END: Duration = Duration::from_secs(3);

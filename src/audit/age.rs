@@ -17,21 +17,17 @@
 //! A reader that goes through the trail in its order begins with [`Ages::since`], which also says in which segment to begin,
 //! shows each line that the chain proves to [`Ages::anchor`], and asks [`Ages::age`] about the times of the lines that follow.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::{
-    chain::{Lines, first_seq, number_of},
-    retention,
-};
+use super::chain::{Lines, first_seq, number_of};
+use super::retention;
 
 use crate::keyed_hash::Keys;
 
@@ -394,10 +390,8 @@ mod tests {
     use proptest::prelude::*;
     use tempfile::TempDir;
 
-    use super::{
-        super::chain::{Link, OPEN_LINKS, segment_path},
-        *,
-    };
+    use super::super::chain::{Link, OPEN_LINKS, segment_path};
+    use super::*;
 
     const HOUR: i64 = EVERY;
 

@@ -5,12 +5,10 @@ use std::ops::Range;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{
-    chain::OPEN_LINKS,
-    entry::{Entry, Kind},
-    line::Second,
-    unresolved::{LIST, LIST_LEFT_OUT, UnresolvedList},
-};
+use super::chain::OPEN_LINKS;
+use super::entry::{Entry, Kind};
+use super::line::Second;
+use super::unresolved::{LIST, LIST_LEFT_OUT, UnresolvedList};
 use crate::model::outcome::Outcome;
 
 /// What a record changes in the list of the unresolved.

@@ -1,19 +1,16 @@
 //! The chain: each record ends with an HMAC over the previous record's hash and its own bytes.
 
-use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, BufRead, BufReader, Read, Write},
-    path::{Path, PathBuf},
-};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
 
 use super::directory::{Directory, open_regular};
-use crate::{
-    files,
-    keyed_hash::{Hash, Keys, hex, parse_hex, to_hex},
-};
+use crate::files;
+use crate::keyed_hash::{Hash, Keys, hex, parse_hex, to_hex};
 
 const PREV: &[u8] = b",\"prev\":\"";
 const HASH: &[u8] = b",\"hash\":\"";

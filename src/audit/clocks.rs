@@ -8,19 +8,15 @@
 //! Doubt ends when the process has run for one window since it began, when the wall clock comes back to within a minute of
 //! *now*, or when an operator accepts the clock. *Now* stays what it is in each case; the next start takes the wall clock.
 
-use std::{
-    fmt,
-    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
-    time::Duration,
-};
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use super::{
-    age::{ACCEPTED, Ages, Anchor, TrailTime, text},
-    queue::Shared,
-    recovery::Found,
-};
+use super::age::{ACCEPTED, Ages, Anchor, TrailTime, text};
+use super::queue::Shared;
+use super::recovery::Found;
 use crate::clock;
 
 /// Clocks that differ by no more are taken for equal, in milliseconds.

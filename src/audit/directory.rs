@@ -4,23 +4,19 @@
 //! goes into such a file is lost to every reader. So each file is known by device and inode, too, and a name counts
 //! only while it leads to that identity. No symbolic link in the directory is followed.
 
-use std::{
-    collections::HashMap,
-    ffi::OsStr,
-    fs::{self, File, Metadata, OpenOptions, TryLockError},
-    io,
-    os::unix::{
-        ffi::OsStrExt,
-        fs::{MetadataExt, OpenOptionsExt},
-    },
-    path::{Path, PathBuf},
-};
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
-use rustix::{
-    fs::{AtFlags, Dir, OFlags, RenameFlags, fstatvfs, renameat, renameat_with, statat, statvfs, unlinkat},
-    io::Errno,
-    process::geteuid,
+use rustix::fs::{
+    AtFlags, Dir, OFlags, RenameFlags, fstatvfs, renameat, renameat_with, statat, statvfs, unlinkat,
 };
+use rustix::io::Errno;
+use rustix::process::geteuid;
 
 use crate::clock;
 

@@ -3,17 +3,16 @@
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::{
-    Answer,
-    batch::Change,
-    facts::Facts,
-    line::{Line, Second},
-    unresolved::{self, UnresolvedList},
-};
-use crate::{
-    clock,
-    model::{cause::Cause, code::Code, outcome::Outcome, request_id::RequestId},
-};
+use super::batch::Change;
+use super::facts::Facts;
+use super::line::{Line, Second};
+use super::unresolved::UnresolvedList;
+use super::{Answer, unresolved};
+use crate::clock;
+use crate::model::cause::Cause;
+use crate::model::code::Code;
+use crate::model::outcome::Outcome;
+use crate::model::request_id::RequestId;
 
 /// A record to be written.
 pub(super) enum Entry<'a> {

@@ -1,23 +1,22 @@
 //! What is known of a request, and how the records of it tell that.
 
-use std::{fmt, sync::Arc};
+use std::fmt;
+use std::sync::Arc;
 
 use http::HeaderValue;
 use serde_json::json;
 
-use super::{folds::Who, line::Line};
-use crate::{
-    clock,
-    log::requests::{self, Ended},
-    model::{
-        cause::Cause,
-        code::Code,
-        outcome::Outcome,
-        peer::Peer,
-        request_id::{FirstCall, RequestId},
-        stage::Stage,
-    },
-};
+use super::folds::Who;
+use super::line::Line;
+use crate::clock;
+use crate::log::requests;
+use crate::log::requests::Ended;
+use crate::model::cause::Cause;
+use crate::model::code::Code;
+use crate::model::outcome::Outcome;
+use crate::model::peer::Peer;
+use crate::model::request_id::{FirstCall, RequestId};
+use crate::model::stage::Stage;
 
 /// What is known of a request.
 pub(super) struct Facts {

@@ -1,22 +1,19 @@
 //! How many refusals are recorded one by one: some of each kind a second, and a budget of bytes an hour for those of strangers and
 //! another one for those of callers. What goes beyond is counted, so that nobody fills the disk with refusals.
 
-use std::{
-    collections::HashMap,
-    net::IpAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{
-    Metrics,
-    batch::Batch,
-    entry::{Entry, Refusal, Why},
-    facts::Facts,
-};
-use crate::{clock, config::RefusalBudget};
+use super::Metrics;
+use super::batch::Batch;
+use super::entry::{Entry, Refusal, Why};
+use super::facts::Facts;
+use crate::clock;
+use crate::config::RefusalBudget;
 
 /// Refusals of one kind that are recorded in full each second; the rest of the second is one record.
 const FULL_REFUSALS: u32 = 10;

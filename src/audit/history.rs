@@ -2,20 +2,16 @@
 //!
 //! A request id is a UUIDv7 and so tells when the call began: segments that end before that are not read.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{
-    age,
-    chain::{Lines, segments},
-    unresolved::LIST,
-};
+use super::age;
+use super::chain::{Lines, segments};
+use super::unresolved::LIST;
 
 /// A record's time may lie before the time in its id by so much.
 const SLACK: Duration = Duration::from_secs(60 * 60);

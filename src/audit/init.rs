@@ -3,24 +3,21 @@
 //! A directory that is made when it is missing hides that one was lost: a volume that is not mounted, a path that was
 //! changed. Keys of the window are forgotten then, and sent again. With `must_exist` such a start is refused.
 
-use std::{
-    fs::{self, Metadata},
-    io,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-};
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use thiserror::Error;
 
-use super::{
-    chain::{key_path, segments},
-    directory::Directory,
-    loss::word_without_key,
-    start::{StartError, lock, lock_file},
-    sync::make_directory,
-};
+use super::chain::{key_path, segments};
+use super::directory::Directory;
+use super::loss::word_without_key;
+use super::start::{StartError, lock, lock_file};
+use super::sync::make_directory;
 
-use crate::{keyed_hash::Keys, model::durability::Durability};
+use crate::keyed_hash::Keys;
+use crate::model::durability::Durability;
 
 /// What a start lacks: what must be there, and be the gateway's alone to change.
 #[derive(Debug, Error)]

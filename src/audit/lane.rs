@@ -3,25 +3,20 @@
 //! The writer wakes a worker once a batch, however many requests wait there: a task of the worker's own then
 //! wakes each of them, which costs no system call. It also watches the deadline, with one timer for all.
 
-use std::{
-    collections::VecDeque,
-    future::{Future, poll_fn},
-    pin::pin,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    task::{Poll, Waker},
-    time::Duration,
-};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::Duration;
 
-use tokio::{
-    sync::{Semaphore, SemaphorePermit},
-    time::{Instant, sleep_until},
-};
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::{Instant, sleep_until};
 
 use super::Unavailable;
-use crate::{clock, supervisor::Vital};
+use crate::clock;
+use crate::supervisor::Vital;
 
 /// A day: how long the timer sleeps while nobody waits.
 const LONG: Duration = Duration::from_secs(24 * 60 * 60);
@@ -197,9 +192,11 @@ impl Lane {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::{pin::Pin, task::Context};
+    use std::pin::Pin;
+    use std::task::Context;
 
-    use super::{super::Permit, *};
+    use super::super::Permit;
+    use super::*;
 
     /// Polls futures; those that are done are taken out.
     pub(in super::super) fn done<F: Future + Unpin>(waiting: &mut Vec<F>) -> Vec<F::Output> {

@@ -4,16 +4,16 @@
 //! Of a call at work it keeps only where its intent lies in the open segment: nearly all end before that line is ever
 //! read again.
 
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{
-    batch::{Batch, Change},
-    queue::Shared,
-    segment::Segment,
-    unresolved::{LIST, UnresolvedCall, UnresolvedList},
-};
+use super::batch::{Batch, Change};
+use super::queue::Shared;
+use super::segment::Segment;
+use super::unresolved::{LIST, UnresolvedCall, UnresolvedList};
 use crate::model::outcome::Outcome;
 
 /// The calls whose intents are committed and whose outcomes are not.

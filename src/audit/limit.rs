@@ -5,10 +5,8 @@ use std::io;
 use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
 
-use super::{
-    segment::AHEAD,
-    writer::{MOST_AT_ONCE, OUTCOME},
-};
+use super::segment::AHEAD;
+use super::writer::{MOST_AT_ONCE, OUTCOME};
 use crate::config::Config;
 
 /// What a segment takes in any case. A new one begins with the list of unresolved calls: 10,000 take 5 MiB, with 512 bytes each. The

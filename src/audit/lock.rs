@@ -6,20 +6,16 @@
 //! written in its place, at one length and by one write, so that its inode stays. An older version leaves it empty:
 //! then it says nothing.
 
-use std::{
-    fs::{File, OpenOptions, TryLockError},
-    io,
-    os::unix::fs::FileExt,
-    path::Path,
-};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    chain::{MAX_SEQ, first_seq, segment_name},
-    directory::{Directory, Identity, open_regular},
-    retention::Place,
-};
+use super::chain::{MAX_SEQ, first_seq, segment_name};
+use super::directory::{Directory, Identity, open_regular};
+use super::retention::Place;
 
 use crate::keyed_hash::{hex, parse_hex};
 

@@ -9,26 +9,22 @@
 //! operator accepts only what the gateway has told. The event lists the words of the faults and covers no others: later damage is
 //! a new loss, wherever it lies.
 
-use std::{
-    borrow::Cow,
-    collections::HashSet,
-    fs::{self, OpenOptions},
-    io::{self, Read},
-    path::{Path, PathBuf},
-};
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{
-    StartError,
-    chain::{self, Lines, first_seq, number_of, stated},
-    directory::{Directory, open_regular},
-    recovery::Damage,
-    retention::{self, Place},
-    start,
-};
+use super::chain::{Lines, first_seq, number_of, stated};
+use super::directory::{Directory, open_regular};
+use super::recovery::Damage;
+use super::retention::Place;
+use super::{StartError, chain, retention, start};
 
 use crate::keyed_hash::{Hash, Keys, hex};
 

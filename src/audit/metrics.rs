@@ -2,7 +2,9 @@
 
 use prometheus::{Counter, IntCounter, IntGauge, Registry};
 
-use super::{batch::Batch, entry::Kind, sync::Syncs};
+use super::batch::Batch;
+use super::entry::Kind;
+use super::sync::Syncs;
 
 use crate::registry::{counter, counters, gauge, registered};
 

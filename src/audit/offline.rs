@@ -1,25 +1,19 @@
 //! Appends to a trail that nobody writes.
 
-use std::{
-    io,
-    os::unix::fs::{MetadataExt, chown},
-    path::Path,
-    sync::Arc,
-};
+use std::io;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{
-    Options, age,
-    batch::Batch,
-    chain,
-    clocks::Clocks,
-    directory::Directory,
-    init, lock, loss,
-    recovery::Found,
-    start::{StartError, lock, lock_file, resume, start_error},
-    writer::Writer,
-};
+use super::batch::Batch;
+use super::clocks::Clocks;
+use super::directory::Directory;
+use super::recovery::Found;
+use super::start::{StartError, lock, lock_file, resume, start_error};
+use super::writer::Writer;
+use super::{Options, age, chain, init, lock, loss};
 use crate::keyed_hash::Keys;
 
 /// Accepts the wall clock for a trail that nobody writes: see [`super::Audit::accept_clock`]. Returns the number of the event, which is

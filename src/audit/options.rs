@@ -1,15 +1,13 @@
 //! Where and how a trail is kept.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use crate::{
-    audit::retention::Early,
-    config::RefusalBudget,
-    model::{audit_fields::SHOWN, durability::Durability, redaction::Shown},
-};
+use crate::audit::retention::Early;
+use crate::config::RefusalBudget;
+use crate::model::audit_fields::SHOWN;
+use crate::model::durability::Durability;
+use crate::model::redaction::Shown;
 
 /// How long the hour lasts that budgets of refusals are for.
 pub const HOUR: Duration = Duration::from_secs(60 * 60);

@@ -1,30 +1,26 @@
 //! The queue between the requests and the writer: room kept for outcomes, refusals folded, nothing that waits
 //! for a disk.
 
-use std::{
-    cell::{Cell, RefCell},
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::cell::{Cell, RefCell};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{
-    Metrics, Options, Unavailable,
-    batch::Batch,
-    entry::{Entry, Why},
-    facts::Facts,
-    folds::Folds,
-    lane::Lane,
-    limit,
-    unresolved::UnresolvedList,
-    writer::MOST_AT_ONCE,
-};
-use crate::{clock, log::OncePerSecond, supervisor::Vital, trouble::LastTrouble};
+use super::batch::Batch;
+use super::entry::{Entry, Why};
+use super::facts::Facts;
+use super::folds::Folds;
+use super::lane::Lane;
+use super::unresolved::UnresolvedList;
+use super::writer::MOST_AT_ONCE;
+use super::{Metrics, Options, Unavailable, limit};
+use crate::clock;
+use crate::log::OncePerSecond;
+use crate::supervisor::Vital;
+use crate::trouble::LastTrouble;
 
 /// Beyond so many bytes that wait for the disk no intent is queued: records name up to a thousand inspectors each.
 pub(super) const MAX_QUEUED: usize = 64 << 20;

@@ -3,27 +3,22 @@
 //! Whichever is dropped closes itself. An open one is a rejection, since its caller left. An intended one has the outcome
 //! `not_sent`, or `unknown` if an exchange had it.
 
-use std::{sync::Arc, thread};
+use std::sync::Arc;
+use std::thread;
 
 use http::HeaderValue;
 
-use super::{
-    Audit, Detail, Permit, StoredReply, Unavailable,
-    entry::{Entry, Why},
-    facts::Facts,
-    line::Line,
-};
-use crate::{
-    keyed_hash::{Hash, to_hex},
-    model::{
-        cause::Cause,
-        code::Code,
-        outcome::{Outcome, ResultCode},
-        peer::Peer,
-        request_id::{FirstCall, RequestId},
-        stage::Stage,
-    },
-};
+use super::entry::{Entry, Why};
+use super::facts::Facts;
+use super::line::Line;
+use super::{Audit, Detail, Permit, StoredReply, Unavailable};
+use crate::keyed_hash::{Hash, to_hex};
+use crate::model::cause::Cause;
+use crate::model::code::Code;
+use crate::model::outcome::{Outcome, ResultCode};
+use crate::model::peer::Peer;
+use crate::model::request_id::{FirstCall, RequestId};
+use crate::model::stage::Stage;
 
 /// The record of a request without an intent. Behind the intent it still knows id and stage, and records nothing.
 #[derive(Debug)]

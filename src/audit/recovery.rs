@@ -12,25 +12,23 @@
 //! record that was there. A start that finds less records that, and goes on with a higher number in a new segment, so
 //! that the gap stays to be seen.
 
-use std::{
-    borrow::Cow,
-    fs::{self, OpenOptions},
-    io::{self, BufReader, Read, Seek, SeekFrom},
-    path::{Path, PathBuf},
-};
+use std::borrow::Cow;
+use std::fs::OpenOptions;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{
-    age::{self, Anchor, FORMAT, Newer},
-    chain::{Lines, MAX_SEQ, first_seq, segment_name, segments, stated},
-    directory::open_regular,
-    lock::{self, Stated, Statement},
-    retention::{self, Place},
-    unresolved::{Step, UnresolvedList},
-};
+use super::age::{Anchor, FORMAT, Newer};
+use super::chain::{Lines, MAX_SEQ, first_seq, segment_name, segments, stated};
+use super::directory::open_regular;
+use super::lock::{Stated, Statement};
+use super::retention::Place;
+use super::unresolved::{Step, UnresolvedList};
+use super::{age, lock, retention};
 
 use crate::keyed_hash::{Hash, Keys};
 

@@ -5,22 +5,22 @@
 //! after the event `resolution` is committed. The event has the members of the call's intent, so that it is complete
 //! when retention has removed the intent.
 
-use std::{io, path::Path};
+use std::io;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::{
-    Audit, StartError,
-    entry::Entry,
-    history::{Naming, records_of},
-    offline::{append, check_trail},
-    start::start_error,
-    unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList},
-};
-use crate::{keyed_hash::Keys, model::outcome::Outcome};
+use super::entry::Entry;
+use super::history::{Naming, records_of};
+use super::offline::{append, check_trail};
+use super::start::start_error;
+use super::unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList};
+use super::{Audit, StartError};
+use crate::keyed_hash::Keys;
+use crate::model::outcome::Outcome;
 
 /// The longest name of a person, in bytes.
 const MAX_NAME: usize = 128;

@@ -8,21 +8,17 @@
 //! last record, and so where the trail begins from then on. Without such an event a trail that does not begin at its
 //! first record is damaged.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    time::{Duration, Instant},
-};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{
-    Options, age,
-    chain::{Line, Lines, segments},
-    clocks::{ClockDoubt, Clocks},
-    directory::Directory,
-};
+use super::chain::{Line, Lines, segments};
+use super::clocks::{ClockDoubt, Clocks};
+use super::directory::Directory;
+use super::{Options, age};
 
 use crate::keyed_hash::{Hash, Keys, hex, parse_hex};
 

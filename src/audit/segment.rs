@@ -3,19 +3,19 @@
 //! Records are written at the end of the file (`O_APPEND`), so that of a file that was cut shorter the length tells it
 //! after the next write, too. One look at the name after each write tells the rest: it must lead to this very file.
 
-use std::{fs, fs::File, io, ops::Range, os::unix::fs::FileExt, path::PathBuf};
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::{fs, io};
 
-use rustix::{
-    fs::{FallocateFlags, OFlags, fallocate, fcntl_setfl},
-    io::Errno,
-};
+use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_setfl};
+use rustix::io::Errno;
 
-use super::{
-    chain::{Link, segment_name},
-    directory::{Directory, Identity},
-    limit,
-    sync::{Syncs, UNFINISHED},
-};
+use super::chain::{Link, segment_name};
+use super::directory::{Directory, Identity};
+use super::limit;
+use super::sync::{Syncs, UNFINISHED};
 
 /// So much space is reserved at once, in bytes: a reservation is a system call of its own.
 pub(super) const AHEAD: u64 = 1 << 20;

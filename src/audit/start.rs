@@ -1,40 +1,35 @@
 //! A start: takes the lock, reads the end of the trail, gives every intent that is open there its outcome.
 
-use std::{
-    fs::{self, File, OpenOptions, TryLockError},
-    io,
-    mem::take,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex},
-    thread,
-};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::mem::take;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::{fs, io, thread};
 
-use rustix::{fs::OFlags, io::Errno};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use serde_json::json;
 use thiserror::Error;
 
-use super::{
-    Audit, Handle, Metrics, Options,
-    age::{self, Newer},
-    batch::Batch,
-    chain::{self, KeyError},
-    clocks::Clocks,
-    directory::{Directory, look_for_space, open_regular},
-    entry::Entry,
-    init::{self, Absent},
-    limit,
-    lock::{self, Lock, Statement},
-    loss,
-    queue::Shared,
-    recovery::{self, Damage, Found},
-    retention::Place,
-    segment::Segment,
-    sync::{UNFINISHED, make_directory, sync_all, write_again},
-    unresolved::{self, UnresolvedList},
-    writer::Writer,
-};
-use crate::{keyed_hash::Keys, model::durability::Durability};
+use super::age::Newer;
+use super::batch::Batch;
+use super::chain::KeyError;
+use super::clocks::Clocks;
+use super::directory::{Directory, look_for_space, open_regular};
+use super::entry::Entry;
+use super::init::Absent;
+use super::lock::{Lock, Statement};
+use super::queue::Shared;
+use super::recovery::{Damage, Found};
+use super::retention::Place;
+use super::segment::Segment;
+use super::sync::{UNFINISHED, make_directory, sync_all, write_again};
+use super::unresolved::UnresolvedList;
+use super::writer::Writer;
+use super::{Audit, Handle, Metrics, Options, age, chain, init, limit, lock, loss, recovery, unresolved};
+use crate::keyed_hash::Keys;
+use crate::model::durability::Durability;
 
 /// Why a trail could not be opened.
 #[derive(Debug, Error)]

@@ -5,13 +5,11 @@
 //! dropped those pages, believes them clean, and reports the error only once. So the next good fdatasync of the
 //! same file proves nothing; only what is written again does.
 
-use std::{
-    fs::{DirBuilder, File, OpenOptions},
-    io,
-    os::unix::fs::{DirBuilderExt, FileExt},
-    path::{Path, PathBuf},
-    time::{Duration, Instant},
-};
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::directory::{Directory, open_regular};
 

@@ -2,37 +2,34 @@
 
 mod places;
 
-use std::{
-    collections::BTreeSet,
-    env,
-    fs::{self, OpenOptions},
-    future::Future,
-    os::unix::fs::FileExt,
-    path::PathBuf,
-    pin::Pin,
-    process::Command,
-    sync::MutexGuard,
-    task::{Context, Waker},
-};
+use std::collections::BTreeSet;
+use std::fs::OpenOptions;
+use std::future::Future;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::process::Command;
+use std::sync::MutexGuard;
+use std::task::{Context, Waker};
+use std::{env, fs};
 
 use prometheus::Registry;
 use tempfile::TempDir;
 
-use super::{
-    chain::segments,
-    directory::Directory,
-    lane::tests::done,
-    lock::Statement,
-    recovery::Found,
-    start::{Recovered, lock, lock_file, recover},
-    writer::Writer,
-    *,
-};
-use crate::{
-    config::RefusalBudget,
-    keyed_hash::{Hash, hex},
-    model::{code::Code, durability::Durability, outcome::Outcome, stage::Stage},
-};
+use super::chain::segments;
+use super::directory::Directory;
+use super::lane::tests::done;
+use super::lock::Statement;
+use super::recovery::Found;
+use super::start::{Recovered, lock, lock_file, recover};
+use super::writer::Writer;
+use super::*;
+use crate::config::RefusalBudget;
+use crate::keyed_hash::{Hash, hex};
+use crate::model::code::Code;
+use crate::model::durability::Durability;
+use crate::model::outcome::Outcome;
+use crate::model::stage::Stage;
 
 fn start(options: &Options) -> Audit {
     let audit = Audit::start(options, metrics()).unwrap();

@@ -8,16 +8,15 @@
 //!
 //! [`UnresolvedList::take`] follows the trail record by record, for readers and for the writer alike.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::{model::outcome::Outcome, plain};
+use crate::model::outcome::Outcome;
+use crate::plain;
 
 /// The name of the event that begins a segment.
 pub(super) const LIST: &str = "unresolved";
@@ -457,7 +456,8 @@ fn micros(time: &str) -> i64 {
 mod tests {
     #![allow(clippy::needless_pass_by_value, reason = "json!(…) reads better without an ampersand")]
 
-    use super::{super::batch::Batch, *};
+    use super::super::batch::Batch;
+    use super::*;
     use crate::model::audit_fields::MEMBERS;
     use serde_json::json;
 

@@ -9,32 +9,30 @@ mod disk;
 mod lost_files;
 mod space;
 
-use std::{
-    collections::BTreeMap,
-    io,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{
-    Options, Unfinished, age,
-    batch::Batch,
-    chain::{Link, segments},
-    clocks::{self, Clocks},
-    directory::{Directory, Identity},
-    ledger::Ledger,
-    limit,
-    lock::{Lock, Stated},
-    queue::{Next, Shared},
-    retention::{self, Excess, Keeping, Old, Place},
-    segment::Segment,
-    start::Resumed,
-    sync::Syncs,
-    unresolved::{UnresolvedCall, UnresolvedList},
-};
-use crate::{config::trail::SLACK, keyed_hash::Keys, model::durability::Durability, supervisor::fault};
+use super::batch::Batch;
+use super::chain::{Link, segments};
+use super::clocks::Clocks;
+use super::directory::{Directory, Identity};
+use super::ledger::Ledger;
+use super::lock::{Lock, Stated};
+use super::queue::{Next, Shared};
+use super::retention::{Excess, Keeping, Old, Place};
+use super::segment::Segment;
+use super::start::Resumed;
+use super::sync::Syncs;
+use super::unresolved::{UnresolvedCall, UnresolvedList};
+use super::{Options, Unfinished, age, clocks, limit, retention};
+use crate::config::trail::SLACK;
+use crate::keyed_hash::Keys;
+use crate::model::durability::Durability;
+use crate::supervisor::fault;
 use lost_files::Mishap;
 use space::room;
 

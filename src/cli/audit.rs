@@ -2,35 +2,27 @@
 
 mod show;
 
-use std::{
-    fs,
-    io::{self, ErrorKind},
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::{fs, io};
 
 use anyhow::bail;
-use ccsqm_gateway::control::{self, Answer, Request};
-use ccsqm_gateway::{
-    audit::{
-        StartError, accept_clock, accept_loss, accept_lost_key,
-        chain::{KeyError, key_path},
-        init, is_live,
-        recovery::{Found, read},
-        resolution::{Finding, ResolveError, resolve},
-        unresolved::{Resolution, UnresolvedCall},
-    },
-    keyed_hash::{Keys, hex},
-};
+use ccsqm_gateway::audit::chain::{KeyError, key_path};
+use ccsqm_gateway::audit::recovery::{Found, read};
+use ccsqm_gateway::audit::resolution::{Finding, ResolveError, resolve};
+use ccsqm_gateway::audit::unresolved::{Resolution, UnresolvedCall};
+use ccsqm_gateway::audit::{StartError, accept_clock, accept_loss, accept_lost_key, init, is_live};
+use ccsqm_gateway::control;
+use ccsqm_gateway::control::{Answer, Request};
+use ccsqm_gateway::keyed_hash::{Keys, hex};
 use rustix::process::geteuid;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{
-    out::{complain, out},
-    parse_id,
-    refusal::code_of,
-};
+use super::out::{complain, out};
+use super::parse_id;
+use super::refusal::code_of;
 
 /// Make, verify and read an audit trail. All work beside a running gateway, but for those that say otherwise.
 #[derive(clap::Args)]

@@ -3,22 +3,19 @@
 
 use std::process::ExitCode;
 
-use ccsqm_gateway::{
-    app::App,
-    audit::limit,
-    config::{Access, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, trail::CALL},
-    idempotency::memory::{MemoryBound, mebibytes},
-    plain,
-    preflight::exposures,
-    secret::needles,
-};
+use ccsqm_gateway::app::App;
+use ccsqm_gateway::audit::limit;
+use ccsqm_gateway::config::trail::CALL;
+use ccsqm_gateway::config::{Access, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE};
+use ccsqm_gateway::idempotency::memory::{MemoryBound, mebibytes};
+use ccsqm_gateway::plain;
+use ccsqm_gateway::preflight::exposures;
+use ccsqm_gateway::secret::needles;
 use serde_json::{Map, Value, json};
 
-use super::{
-    BAD_CONFIGURATION, Configured,
-    out::{self, complain, out},
-    refusal::Refusal,
-};
+use super::out::{self, complain, out};
+use super::refusal::Refusal;
+use super::{BAD_CONFIGURATION, Configured};
 
 /// A configuration, and how to speak about it.
 #[derive(clap::Args)]

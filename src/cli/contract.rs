@@ -1,22 +1,16 @@
 //! `contract check`: a body against a contract.
 
-use std::{
-    io::Read,
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::Context as _;
-use ccsqm_gateway::{
-    config::BareIds,
-    contract::{Contract, Fault},
-};
+use ccsqm_gateway::config::BareIds;
+use ccsqm_gateway::contract::{Contract, Fault};
 use serde_json::{Value, json};
 
-use super::{
-    BAD_CONFIGURATION,
-    out::{complain, out},
-};
+use super::BAD_CONFIGURATION;
+use super::out::{complain, out};
 
 /// Check a body against a contract.
 #[derive(clap::Args)]

@@ -1,30 +1,23 @@
 //! `demo`: the gateway as users run it, on a sandbox of the cloud. The two share a URL and secret files.
 
-use std::{
-    fs,
-    io::{Read, Write},
-    net::{SocketAddr, TcpStream},
-    path::Path,
-    process::ExitCode,
-    thread,
-    time::{Duration, Instant},
-};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use std::{fs, thread};
 
 use anyhow::{Context as _, bail, ensure};
-use ccsqm_gateway::{
-    app::App,
-    config::ListenAddress,
-    preflight,
-    sandbox::{Options, Sandbox},
-};
+use ccsqm_gateway::app::App;
+use ccsqm_gateway::config::ListenAddress;
+use ccsqm_gateway::preflight;
+use ccsqm_gateway::sandbox::{Options, Sandbox};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 
-use super::{
-    out::{complain, out},
-    parse_address,
-    signals::{Asked, HangUp, Signals, while_listening},
-};
+use super::out::{complain, out};
+use super::parse_address;
+use super::signals::{Asked, HangUp, Signals, while_listening};
 
 const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 

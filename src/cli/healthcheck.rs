@@ -1,6 +1,9 @@
 //! `healthcheck`: for containers without curl.
 
-use std::{io, net::ToSocketAddrs, path::PathBuf, process::ExitCode};
+use std::io;
+use std::net::ToSocketAddrs;
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::anyhow;
 use ccsqm_gateway::{admin, preflight};

@@ -4,18 +4,14 @@
 //! What is printed may hold texts of others: of the upstream, of callers, of file names, of arguments. None of them moves the cursor,
 //! hides a part or begins a line of its own: see [`plain`].
 
-use std::{
-    fmt, io,
-    process::ExitCode,
-    sync::atomic::{AtomicU8, Ordering},
-};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::{fmt, io};
 
 use ccsqm_gateway::{log, plain};
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    io::{Errno, retry_on_intr, write},
-    stdio::stdout,
-};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{Errno, retry_on_intr, write};
+use rustix::stdio::stdout;
 
 /// Prints a line. In the place of `println!`, which panics.
 macro_rules! out {

@@ -1,12 +1,12 @@
 //! Why a start is refused though its configuration is good: what `serve` and `check` say of it. The exit code of that, and
 //! of an `audit` command that fails.
 
-use std::{io, path::Path};
+use std::io;
+use std::path::Path;
 
-use ccsqm_gateway::{
-    app::BindError,
-    audit::{StartError, chain::KeyError},
-};
+use ccsqm_gateway::app::BindError;
+use ccsqm_gateway::audit::StartError;
+use ccsqm_gateway::audit::chain::KeyError;
 use serde_json::{Value, json};
 
 use super::BAD_CONFIGURATION;

@@ -1,14 +1,14 @@
 //! `sandbox`: the cloud in one process, for people who build against it.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 use ccsqm_gateway::sandbox::{APPOINT_PATH, Options, Sandbox, Tls};
 
-use super::{
-    out, parse_address,
-    signals::{Asked, HangUp, Signals, while_listening},
-};
+use super::signals::{Asked, HangUp, Signals, while_listening};
+use super::{out, parse_address};
 
 /// Run a local stand-in for the cloud: tokenByAkSk and appointQualityTask, with scripted faults.
 #[derive(clap::Args)]

@@ -2,15 +2,16 @@
 
 use std::process::ExitCode;
 
-use ccsqm_gateway::{app::App, log, preflight::exposures, reload::Source};
+use ccsqm_gateway::app::App;
+use ccsqm_gateway::log;
+use ccsqm_gateway::preflight::exposures;
+use ccsqm_gateway::reload::Source;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::{
-    BAD_CONFIGURATION, Configured,
-    out::{self, complain},
-    refusal::Refusal,
-    signals::{Asked, HangUp, Signals, while_listening},
-};
+use super::out::complain;
+use super::refusal::Refusal;
+use super::signals::{Asked, HangUp, Signals, while_listening};
+use super::{BAD_CONFIGURATION, Configured, out};
 
 /// Files beside connections: listeners, audit, admin, token calls, the runtimes' own.
 const OTHER_FILES: u64 = 128;

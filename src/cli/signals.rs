@@ -3,27 +3,20 @@
 //! What a process has no handler for ends it, or is dropped by the kernel where it is the first process of a container. So the
 //! handlers come first. They belong to a thread that does nothing else: whatever the work waits for, a stop is heard of.
 
-use std::{
-    env,
-    panic::resume_unwind,
-    process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-    time::Duration,
-};
+use std::panic::resume_unwind;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use std::{env, thread};
 
 use anyhow::Context as _;
 use ccsqm_gateway::log;
 use rustix::process::Signal as Number;
-use tokio::{
-    runtime::{Builder, Runtime},
-    signal::unix::{Signal, SignalKind, signal},
-    sync::{Notify, oneshot, watch},
-    time::{Instant, sleep_until},
-};
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
 
 /// A start that is asked to stop may take so long to end by itself. What it reads may be long, or hang.
 const PATIENCE: Duration = Duration::from_millis(500);

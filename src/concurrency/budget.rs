@@ -1,10 +1,8 @@
 //! The bytes that unfinished heads and bodies, and what is sent behind a request at work, may hold, all connections together: who
 //! sends half of something and waits cannot make the gateway run out of memory.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// So many bytes of a head or a body are not counted, so that small calls pass while others have used up the budget. Their sum is
 /// bounded by the bounds on connections and requests.

@@ -1,11 +1,9 @@
 //! How many connections those may hold of whom no caller is known: silent strangers never shut callers out.
 
-use std::{
-    cmp::Reverse,
-    collections::{HashMap, VecDeque},
-    net::{IpAddr, Ipv6Addr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::cmp::Reverse;
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 

@@ -1,7 +1,8 @@
 //! A configuration shown as it is in effect: every key of the file, defaults included, secrets only as their
 //! place, and who can use which credential.
 
-use std::{path::Path, time::Duration};
+use std::path::Path;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};

@@ -5,28 +5,27 @@ mod inbound;
 mod outbound;
 mod routes;
 
-use std::{
-    collections::HashSet,
-    net::SocketAddr,
-    num::NonZeroU32,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use crate::model::{durability::Durability, redaction::Shown};
+use crate::model::durability::Durability;
+use crate::model::redaction::Shown;
 
 use callers::{read_callers, read_credentials};
 use inbound::{read_admin, read_listeners, read_server};
 use outbound::{is_ours, read_token, read_upstream};
 use routes::read_routes;
 
+use super::named_files::{FileKind, NO_FILE, NamedFiles};
+use super::raw::{Kind, Layers, Syntax, Value};
+use super::table::{Context, Found, Reading, Table};
+use super::values::{parse_level, parse_rate, parse_word};
 use super::{
     Audit, Config, Idempotency, Limit, Log, LogFormat, LogRequests, Problems, RefusalBudget, WithoutKey,
-    named_files::{FileKind, NO_FILE, NamedFiles},
-    raw::{Kind, Layers, Syntax, Value},
     relations,
-    table::{Context, Found, Reading, Table},
-    values::{parse_level, parse_rate, parse_word},
 };
 
 /// Bounds of a whole exchange.

@@ -3,16 +3,14 @@
 //! Knows nothing of what a key means. Layers by replacing: file, then environment, then flags. A file that is
 //! not TOML is read as far as its mistakes let it be, so that all of them are told at once.
 
-use std::{
-    collections::BTreeMap,
-    ffi::OsString,
-    fmt,
-    fs::{self, File},
-    io::{self, Read as _},
-    ops::Range,
-    path::Path,
-    sync::Arc,
-};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read as _;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::{fmt, fs, io};
 
 use toml::de::{DeTable, DeValue};
 

@@ -1,18 +1,14 @@
 //! What must hold between values. Looked at when all is read, and only where each of the values is what
 //! somebody meant: one mistake is told once.
 
-use std::{
-    net::SocketAddr,
-    path::{Path, PathBuf},
-};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 
 use crate::model::audit_fields::SHOWN;
 
-use super::{
-    Config, Control, ListenAddress, PeerRule, Route,
-    table::{Context, Referent},
-    trail::LEAST_SEGMENTS,
-};
+use super::table::{Context, Referent};
+use super::trail::LEAST_SEGMENTS;
+use super::{Config, Control, ListenAddress, PeerRule, Route};
 
 /// What nobody set gives way to what somebody set, where the two must stand in a relation. Limits of callers, the window of
 /// keys and addresses give way to nothing: another value there would be another promise.

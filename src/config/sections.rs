@@ -1,11 +1,18 @@
 //! The sections of a configuration, as values of their final types.
 
-use std::{fmt, net::SocketAddr, num::NonZeroU32, path::PathBuf, time::Duration};
+use std::fmt;
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, StatusCode};
 
-use super::{PeerRule, ProxyUrl, Url, peer::meets_loopback};
-use crate::model::{durability::Durability, redaction::Shown, words};
+use super::peer::meets_loopback;
+use super::{PeerRule, ProxyUrl, Url};
+use crate::model::durability::Durability;
+use crate::model::redaction::Shown;
+use crate::model::words;
 
 /// One socket that callers connect to.
 #[derive(Clone, Debug)]

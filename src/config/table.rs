@@ -2,19 +2,15 @@
 //!
 //! Every reading method takes a key, and goes on with a default after a mistake.
 
-use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use super::{
-    Problem,
-    named_files::NamedFiles,
-    raw::{FILE_ONLY, Kind, Place, Syntax, Value},
-    values::{parse_duration, parse_size},
-};
+use super::Problem;
+use super::named_files::NamedFiles;
+use super::raw::{FILE_ONLY, Kind, Place, Syntax, Value};
+use super::values::{parse_duration, parse_size};
 
 /// What is known across all tables.
 pub(super) struct Context<'a> {

@@ -1,13 +1,19 @@
 //! The reference file against the code: keys, defaults, bounds.
 
-use std::{collections::BTreeSet, fs, path::Path, time::Duration};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Config, Problems, raw, table::Reading, trail::CALL};
+use super::table::Reading;
+use super::trail::CALL;
+use super::{Config, Problems, raw};
 
-use crate::preflight::{self, Preflight};
+use crate::preflight;
+use crate::preflight::Preflight;
 
 const REFERENCE: &str = include_str!("../../config/gateway.toml");
 const MINIMAL: &str = include_str!("../../config/minimal.toml");

@@ -1,6 +1,8 @@
 //! How large the trail becomes when all callers call as often as they may.
 
-use std::{fs, path::Path, time::Duration};
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::statvfs;
 

@@ -1,6 +1,7 @@
 //! Texts to values: durations, sizes, rates, addresses, peers, operators, paths, URLs.
 
-use std::{num::NonZeroU32, time::Duration};
+use std::num::NonZeroU32;
+use std::time::Duration;
 
 use rustls::pki_types::ServerName;
 use tracing_subscriber::filter::{LevelFilter, Targets};

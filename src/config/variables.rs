@@ -3,11 +3,14 @@
 //! Those without the prefix cannot be refused: Kubernetes sets `CCSQM_GATEWAY_PORT` and others for a service of this name. So
 //! only what becomes a setting with other underscores is told.
 
-use std::{cell::LazyCell, ffi::OsString};
+use std::cell::LazyCell;
+use std::ffi::OsString;
 
 use serde_json::Value;
 
-use super::{Config, raw::PREFIX, table::Context};
+use super::Config;
+use super::raw::PREFIX;
+use super::table::Context;
 
 impl Config {
     /// A line for each variable that is not read, though with other underscores or capitals it would be.

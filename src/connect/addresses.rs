@@ -3,18 +3,14 @@
 //! Asks the system's resolver, no more often than every few seconds; an address that changes is noticed by then. While
 //! the resolver has no answer, the last one counts.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use tokio::{
-    net::lookup_host,
-    sync::watch,
-    time::{Instant, timeout_at},
-};
+use tokio::net::lookup_host;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 
 use crate::log::OncePerSecond;
 

@@ -1,21 +1,17 @@
 //! The gateway's own certificate, for an upstream that asks for one. Read again when its files change.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use rustls::{
-    Error, InconsistentKeys, SignatureScheme, client::ResolvesClientCert,
-    crypto::aws_lc_rs::default_provider, sign::CertifiedKey,
-};
+use rustls::client::ResolvesClientCert;
+use rustls::crypto::aws_lc_rs::default_provider;
+use rustls::sign::CertifiedKey;
+use rustls::{Error, InconsistentKeys, SignatureScheme};
 
 use super::TlsError;
-use crate::{
-    pem,
-    watched::{Watched, digest, follow},
-};
+use crate::pem;
+use crate::watched::{Watched, digest, follow};
 
 /// A certificate and its key, as they are at present.
 #[derive(Debug)]

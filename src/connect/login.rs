@@ -3,25 +3,23 @@
 //! Guarantees that neither can be printed, and that those which the proxy refuses are not sent by each connection: a directory
 //! behind it locks an account after a few wrong tries. Does not ask whether the proxy takes them: a connection shows that.
 
-use std::{
-    fmt,
-    path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use thiserror::Error;
-use tokio::sync::{self, OwnedMutexGuard};
+use tokio::sync;
+use tokio::sync::OwnedMutexGuard;
 use zeroize::Zeroizing;
 
 use super::ProxyError;
-use crate::{
-    base64::base64,
-    config::{LoginFiles, SecretSource},
-    secret::{Secret, SecretError, needles::Needles},
-    watched::{Watched, digest, follow},
-};
+use crate::base64::base64;
+use crate::config::{LoginFiles, SecretSource};
+use crate::secret::needles::Needles;
+use crate::secret::{Secret, SecretError};
+use crate::watched::{Watched, digest, follow};
 
 /// What the proxy refuses is not sent for so long. Each further refusal doubles it, as far as [`LONGEST`].
 const PAUSE: Duration = Duration::from_secs(30);

@@ -3,17 +3,16 @@
 //! The proxy sees the name and port of the host, and TLS. It is told who we are only where there is a user and a password
 //! for it, with the first request: `Basic` needs no challenge. That crosses the network to the proxy in clear.
 
-use std::{io, time::Duration};
+use std::io;
+use std::time::Duration;
 
 use http::StatusCode;
 use httparse::{EMPTY_HEADER, Header, ParserConfig, Response, Status};
 use memchr::memchr_iter;
 use thiserror::Error;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::timeout,
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use super::login::{Basic, Leave};

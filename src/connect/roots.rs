@@ -3,22 +3,16 @@
 //! What was agreed under other roots counts for nothing from then on: TLS sessions are not resumed, connections that
 //! were made before are not used for another request, and one that is being made is made anew.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::{HTTP1, HTTP2, Identity, TlsError};
-use crate::{
-    pem,
-    watched::{Watched, digest, follow},
-};
+use crate::pem;
+use crate::watched::{Watched, digest, follow};
 
 /// TLS of all connectors.
 #[derive(Debug)]

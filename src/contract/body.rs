@@ -1,11 +1,9 @@
 //! Receives a body: media type, encoding and size from the head, then the whole body within its deadline.
 
-use std::{
-    future::{Future, poll_fn},
-    pin::pin,
-    task::Poll,
-    time::Duration,
-};
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::task::Poll;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
@@ -13,7 +11,8 @@ use hyper::body::{Body, Incoming};
 use thiserror::Error;
 use tokio::time::timeout;
 
-use crate::{concurrency::Bounds as Room, request_head::Inbound};
+use crate::concurrency::Bounds as Room;
+use crate::request_head::Inbound;
 
 /// Why a body was not received.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]

@@ -6,13 +6,12 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::{CheckedBody, schema::AuditIndex};
-use crate::{
-    json::Cursor,
-    keyed_hash::{Mark, hidden},
-    model::redaction::Shown,
-    plain,
-};
+use super::CheckedBody;
+use super::schema::AuditIndex;
+use crate::json::Cursor;
+use crate::keyed_hash::{Mark, hidden};
+use crate::model::redaction::Shown;
+use crate::plain;
 
 impl CheckedBody {
     /// Appends the members that the contract adds to the audit record, each as JSON with a comma in front.

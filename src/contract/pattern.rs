@@ -4,18 +4,16 @@
 //! code points: `\d`, `\w`, `\s` and `.` are the sets that ECMA-262 names. Anything else (look-around,
 //! back-references, `\b`, `\p`, flags, other dialects' syntax) stops the start. Not anchored but as written.
 
-use regex_automata::{
-    Input, MatchKind,
-    dfa::{Automaton as _, StartKind, dense},
-    nfa::thompson,
+use regex_automata::dfa::{Automaton as _, StartKind, dense};
+use regex_automata::nfa::thompson;
+use regex_automata::{Input, MatchKind};
+use regex_syntax::ast::parse::Parser;
+use regex_syntax::ast::{
+    AssertionKind, Ast, ClassBracketed, ClassPerl, ClassPerlKind, ClassSet, ClassSetItem, GroupKind,
+    HexLiteralKind, Literal, LiteralKind, Span, SpecialLiteralKind,
 };
-use regex_syntax::{
-    ast::{
-        AssertionKind, Ast, ClassBracketed, ClassPerl, ClassPerlKind, ClassSet, ClassSetItem, GroupKind,
-        HexLiteralKind, Literal, LiteralKind, Span, SpecialLiteralKind, parse::Parser,
-    },
-    hir::{Class, Hir, HirKind, Look, translate::Translator},
-};
+use regex_syntax::hir::translate::Translator;
+use regex_syntax::hir::{Class, Hir, HirKind, Look};
 
 /// What one table, and what is needed to make it, may take.
 const TABLE_BYTES: usize = 1 << 20;

@@ -2,7 +2,8 @@
 //!
 //! A scalar is checked whole. Of an array or an object only the type is checked here; [`super::walk`] checks what is in it.
 
-use super::schema::{self, Limit, Node, Scalar};
+use super::schema;
+use super::schema::{Limit, Node, Scalar};
 use crate::json::{Halt, Number, Token};
 
 impl Node {

@@ -11,8 +11,10 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use self::values::{boolean, fail, filled, limit, list, object, scalar, size, step, text, types};
-use super::{Contract, pattern::Pattern};
-use crate::{json::Number, model::redaction::Shown};
+use super::Contract;
+use super::pattern::Pattern;
+use crate::json::Number;
+use crate::model::redaction::Shown;
 
 pub(super) const NULL: u8 = 1;
 pub(super) const BOOLEAN: u8 = 2;

@@ -1,7 +1,8 @@
 //! Which values have been seen. A few are compared one by one, without an allocation; many go into a set whose
 //! hash is seeded per process and set, so that a hostile list costs no square.
 
-use std::{collections::HashSet, hash::Hash};
+use std::collections::HashSet;
+use std::hash::Hash;
 
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;

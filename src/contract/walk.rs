@@ -3,23 +3,16 @@
 //! Checks what concerns several values: keys that stand twice, are missing or are unknown, the number of items, and items that
 //! must differ. Single values are checked by [`super::rules`], the syntax by [`crate::json`].
 
-use std::{
-    borrow::Cow,
-    hash::{Hash, Hasher},
-};
+use std::borrow::Cow;
+use std::hash::{Hash, Hasher};
 
-use super::{
-    MAY_BE_ROUNDED, MUST_BE_STRING,
-    captured::{AuditScalar, Captured},
-    findings::{Findings, Step, shown},
-    rounded,
-    schema::{Member, Members, Node, UniqueBy},
-    seen::Seen,
-};
-use crate::{
-    config::BareIds,
-    json::{Begins, Cursor, Halt, NotJson, Number, Token, check_encoding},
-};
+use super::captured::{AuditScalar, Captured};
+use super::findings::{Findings, Step, shown};
+use super::schema::{Member, Members, Node, UniqueBy};
+use super::seen::Seen;
+use super::{MAY_BE_ROUNDED, MUST_BE_STRING, rounded};
+use crate::config::BareIds;
+use crate::json::{Begins, Cursor, Halt, NotJson, Number, Token, check_encoding};
 
 const TWICE: &str = "this key stands twice in the object";
 

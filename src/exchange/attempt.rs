@@ -6,12 +6,12 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 
 use super::{Cooldown, Exchange, Progress};
-use crate::{
-    model::{cause::Cause, code::Code},
-    reason::Reason,
-    token::{NoOther, Slot, Token},
-    upstream::{breaker::Health, pool::NoConnection},
-};
+use crate::model::cause::Cause;
+use crate::model::code::Code;
+use crate::reason::Reason;
+use crate::token::{NoOther, Slot, Token};
+use crate::upstream::breaker::Health;
+use crate::upstream::pool::NoConnection;
 
 /// As much of a reply is read before its head goes out, and decides the outcome.
 const DECISIVE: usize = 64 * 1024;

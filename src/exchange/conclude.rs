@@ -1,36 +1,30 @@
 //! What an answer means, or that none came: classified, on record, and told to the caller.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use hyper::body::{Body as _, Incoming};
-use tokio::{sync::mpsc, time::Instant};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
 
-use super::{
-    Exchange, Failure, Progress, Reply, ReplyBody, Told,
-    attempt::BufferedReply,
-    reply::{JSON, stand_in},
-    settlement::{Finished, Pending, finish},
-    streaming::StreamedReply,
-};
-use crate::{
-    audit::{Answer, StoredReply},
-    field_values::retry_after,
-    model::{
-        cause::Cause,
-        code::Code,
-        outcome::{Outcome, ResultCode, Retry},
-    },
-    reason::Reason,
-    result_rule::{Classification, ReplyView},
-    secret::needles,
-    token::Token,
-    upstream::{
-        breaker::Health,
-        head::{Cleaned, clean_reply},
-    },
-};
+use super::attempt::BufferedReply;
+use super::reply::{JSON, stand_in};
+use super::settlement::{Finished, Pending, finish};
+use super::streaming::StreamedReply;
+use super::{Exchange, Failure, Progress, Reply, ReplyBody, Told};
+use crate::audit::{Answer, StoredReply};
+use crate::field_values::retry_after;
+use crate::model::cause::Cause;
+use crate::model::code::Code;
+use crate::model::outcome::{Outcome, ResultCode, Retry};
+use crate::reason::Reason;
+use crate::result_rule::{Classification, ReplyView};
+use crate::secret::needles;
+use crate::token::Token;
+use crate::upstream::breaker::Health;
+use crate::upstream::head::{Cleaned, clean_reply};
 
 /// When to come back after a refusal that names no time.
 const DEFAULT_RETRY: Duration = Duration::from_secs(30);

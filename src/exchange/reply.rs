@@ -8,17 +8,13 @@ use serde_json::{Map, json};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use crate::{
-    audit::unresolved::Resolution,
-    idempotency::{Delivery, Ending, Replay},
-    model::{
-        cause::Cause,
-        code::Code,
-        outcome::{Outcome, Retry},
-        request_id::FirstCall,
-    },
-    result_rule::ResultRule,
-};
+use crate::audit::unresolved::Resolution;
+use crate::idempotency::{Delivery, Ending, Replay};
+use crate::model::cause::Cause;
+use crate::model::code::Code;
+use crate::model::outcome::{Outcome, Retry};
+use crate::model::request_id::FirstCall;
+use crate::result_rule::ResultRule;
 
 /// Says that a person resolved the first call.
 const RESOLVED: HeaderName = HeaderName::from_static("x-gateway-resolved");

@@ -1,6 +1,7 @@
 //! What an exchange needs to know of its route.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
+use std::time::Duration;
 
 use http::Uri;
 

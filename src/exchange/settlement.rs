@@ -5,11 +5,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Failure, Told};
-use crate::{
-    audit::{Answer, IntendedRecord, Names, Queued},
-    idempotency::{Claim, Delivery},
-    model::{code::Code, outcome::Outcome},
-};
+use crate::audit::{Answer, IntendedRecord, Names, Queued};
+use crate::idempotency::{Claim, Delivery};
+use crate::model::code::Code;
+use crate::model::outcome::Outcome;
 
 /// Puts the outcome on record. A call with a key is over only when that is committed; a success only when it is
 /// delivered.

@@ -6,27 +6,21 @@ use bytes::{Bytes, BytesMut};
 use http::Version;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use tokio::{
-    sync::mpsc,
-    time::{Instant, timeout_at},
-};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
 
-use super::{
-    BodyPart, Route, Terms,
-    attempt::{cut_short, is_whole},
-    conclude::quotes,
-    settlement::{Finished, committed, finish},
-};
-use crate::{
-    audit::{Answer, IntendedRecord},
-    clock,
-    concurrency::Room,
-    idempotency::{Claim, Delivery},
-    model::cause::Cause,
-    reason::Reason,
-    token::Token,
-    upstream::pool::Reserved,
-};
+use super::attempt::{cut_short, is_whole};
+use super::conclude::quotes;
+use super::settlement::{Finished, committed, finish};
+use super::{BodyPart, Route, Terms};
+use crate::audit::{Answer, IntendedRecord};
+use crate::clock;
+use crate::concurrency::Room;
+use crate::idempotency::{Claim, Delivery};
+use crate::model::cause::Cause;
+use crate::reason::Reason;
+use crate::token::Token;
+use crate::upstream::pool::Reserved;
 
 /// The rest of a long reply. Reads on when the caller is gone, so that the record says how it ended.
 pub(super) struct StreamedReply {

@@ -8,18 +8,16 @@ use http_body_util::Full;
 use prometheus::IntCounterVec;
 
 use super::Route;
-use crate::{
-    log::OncePerSecond,
-    model::{index::CredentialIndex, request_id::RequestId},
-    rate_limit::Quota,
-    reason::{Failures, Reason},
-    token::{Slot, Token},
-    upstream::{
-        breaker::{self, Breaker, Health, Passage},
-        head::Outbound,
-        pool::NoConnection,
-    },
-};
+use crate::log::OncePerSecond;
+use crate::model::index::CredentialIndex;
+use crate::model::request_id::RequestId;
+use crate::rate_limit::Quota;
+use crate::reason::{Failures, Reason};
+use crate::token::{Slot, Token};
+use crate::upstream::breaker;
+use crate::upstream::breaker::{Breaker, Health, Passage};
+use crate::upstream::head::Outbound;
+use crate::upstream::pool::NoConnection;
 
 /// What is common to all exchanges.
 #[derive(Debug)]

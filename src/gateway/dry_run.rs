@@ -6,17 +6,13 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde_json::{Map, Value, json};
 
 use super::{Entered, Gateway, RequestParts};
-use crate::{
-    audit::OpenRecord,
-    contract::CheckedBody,
-    error::Error,
-    exchange::{Reply, ReplyBody},
-    idempotency::{Call, Would},
-    model::{
-        outcome::{Outcome, Retry},
-        stage::Stage,
-    },
-};
+use crate::audit::OpenRecord;
+use crate::contract::CheckedBody;
+use crate::error::Error;
+use crate::exchange::{Reply, ReplyBody};
+use crate::idempotency::{Call, Would};
+use crate::model::outcome::{Outcome, Retry};
+use crate::model::stage::Stage;
 
 impl Gateway {
     /// The rest of the way of a dry run, up to the quota: all that could refuse it is asked, nothing is spent or

@@ -3,14 +3,12 @@
 use http::Uri;
 
 use super::RequestOrigin;
-use crate::{
-    admission::Denied,
-    audit::{Detail, OpenRecord},
-    contract::Violation,
-    error::Error,
-    model::code::Code,
-    state::State,
-};
+use crate::admission::Denied;
+use crate::audit::{Detail, OpenRecord};
+use crate::contract::Violation;
+use crate::error::Error;
+use crate::model::code::Code;
+use crate::state::State;
 
 /// So many names or violations of a refused request are on record, and so many characters of a name or path.
 const MAX_DETAILS: usize = 5;

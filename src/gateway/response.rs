@@ -1,27 +1,21 @@
 //! Responses: what a caller is told, and in which form.
 
-use std::{
-    cell::RefCell,
-    pin::Pin,
-    task::{Context, Poll, ready},
-    time::Duration,
-};
+use std::cell::RefCell;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
 use hyper::body::{Body, Frame, SizeHint};
 
 use super::RequestOrigin;
-use crate::{
-    error::Error,
-    exchange::{BodyPart, BrokenOff, Reply, ReplyBody},
-    model::{
-        code::Code,
-        outcome::{Outcome, Retry},
-        request_id::{FirstCall, RequestId},
-        stage::Stage,
-    },
-};
+use crate::error::Error;
+use crate::exchange::{BodyPart, BrokenOff, Reply, ReplyBody};
+use crate::model::code::Code;
+use crate::model::outcome::{Outcome, Retry};
+use crate::model::request_id::{FirstCall, RequestId};
+use crate::model::stage::Stage;
 
 const OUTCOME: HeaderName = HeaderName::from_static("x-gateway-outcome");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-gateway-request-id");

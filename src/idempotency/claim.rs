@@ -1,21 +1,18 @@
 //! A call's right to be sent, from the decision that it is new to its end.
 
-use std::{fmt, sync::Arc};
+use std::fmt;
+use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{
-    Idempotency,
-    claims::{Ending, How},
-    delivery::Delivery,
-    duplicates::{Completion, DoubtKind, First, Forced},
-    now,
-};
-use crate::{
-    audit::{Answer, Names},
-    keyed_hash::{Mark, push_hex},
-    model::{outcome::Outcome, request_id::FirstCall},
-};
+use super::claims::{Ending, How};
+use super::delivery::Delivery;
+use super::duplicates::{Completion, DoubtKind, First, Forced};
+use super::{Idempotency, now};
+use crate::audit::{Answer, Names};
+use crate::keyed_hash::{Mark, push_hex};
+use crate::model::outcome::Outcome;
+use crate::model::request_id::FirstCall;
 
 /// A call's right to be sent. Dropped before it was sent, it gives its key back; dropped after that, what became
 /// of it is unknown.

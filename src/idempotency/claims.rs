@@ -4,7 +4,8 @@
 //! its key back. Nothing is ever evicted; what is older than the window goes. The table is bounded, in keys and so in bytes,
 //! by refusing new keys. Of these each caller has its share, so that one caller cannot use up all keys.
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use uuid::Uuid;
 

@@ -4,26 +4,17 @@
 //! *undelivered*: to the caller that is doubt, and it will most likely call again. The answer carries a [`Delivery`]
 //! to the connection, which settles it. Dropped before that, the success is undelivered.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Map, json};
 use uuid::Uuid;
 
-use super::{
-    Call, Idempotency, RequestId,
-    duplicates::{Completion, Doubt, DoubtKind, Duplicate},
-    now,
-};
-use crate::{
-    audit::{
-        Names,
-        unresolved::{DELIVERED, UNDELIVERED},
-    },
-    keyed_hash::Mark,
-};
+use super::duplicates::{Completion, Doubt, DoubtKind, Duplicate};
+use super::{Call, Idempotency, RequestId, now};
+use crate::audit::Names;
+use crate::audit::unresolved::{DELIVERED, UNDELIVERED};
+use crate::keyed_hash::Mark;
 
 /// A success on its way to a caller.
 pub struct Delivery {
@@ -184,10 +175,8 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::{
-        audit::chain::segments,
-        idempotency::rebuild::tests::{start, table},
-    };
+    use crate::audit::chain::segments;
+    use crate::idempotency::rebuild::tests::{start, table};
 
     /// A replay tells of a success with a key; it is handed over and cannot be written.
     #[test]

@@ -7,13 +7,17 @@
 //!
 //! No doubt is ever evicted, and under `block` no success. The table is bounded by refusing new calls.
 
-use std::collections::{BTreeSet, HashMap, hash_map::Entry};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
 
 use smallvec::SmallVec;
 use uuid::Uuid;
 
-use super::recent::{self, Recent};
-use crate::{audit::unresolved::AT_MOST as MAX_DOUBTS, config::WithoutKey, keyed_hash::Mark};
+use super::recent;
+use super::recent::Recent;
+use crate::audit::unresolved::AT_MOST as MAX_DOUBTS;
+use crate::config::WithoutKey;
+use crate::keyed_hash::Mark;
 
 /// So many calls that succeeded are remembered, where they are only flagged.
 const MAX_SUCCEEDED: usize = 32 * 1024;

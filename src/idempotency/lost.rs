@@ -2,8 +2,11 @@
 
 use std::sync::{MutexGuard, PoisonError};
 
-use super::{Idempotency, claims::Verdict, now, refusal::Refused};
-use crate::audit::loss::{self, Fault, Loss};
+use super::claims::Verdict;
+use super::refusal::Refused;
+use super::{Idempotency, now};
+use crate::audit::loss;
+use crate::audit::loss::{Fault, Loss};
 
 impl Idempotency {
     /// Refuses a key that is not found while a part of the trail is lost.

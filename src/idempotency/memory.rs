@@ -2,8 +2,10 @@
 
 use std::fs;
 
-use super::{claims::Claims, duplicates::DuplicateDetector};
-use crate::config::{self, WithoutKey};
+use super::claims::Claims;
+use super::duplicates::DuplicateDetector;
+use crate::config;
+use crate::config::WithoutKey;
 
 /// What the rest of the gateway takes, beside keys and replies, in bytes: a rough figure, with some connections.
 const REST: u64 = 64 << 20;

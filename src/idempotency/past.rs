@@ -4,16 +4,11 @@ use std::sync::{MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
-use super::{
-    Idempotency,
-    claims::{Claims, Wanted},
-    duplicates::{Doubt, DoubtKind, Duplicate},
-    now,
-};
-use crate::{
-    audit::unresolved::{CallState, Resolution, UnresolvedCall},
-    keyed_hash::{Hash, Mark, parse_hex},
-};
+use super::claims::{Claims, Wanted};
+use super::duplicates::{Doubt, DoubtKind, Duplicate};
+use super::{Idempotency, now};
+use crate::audit::unresolved::{CallState, Resolution, UnresolvedCall};
+use crate::keyed_hash::{Hash, Mark, parse_hex};
 
 /// What changes claims that are not known yet.
 #[derive(Default)]

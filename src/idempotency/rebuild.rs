@@ -5,42 +5,30 @@
 //! too. A line that cannot be read tells nothing of a call, and counts as a loss. How old a record is decides no wall clock:
 //! see [`crate::audit::age`].
 
-use std::{
-    borrow::Cow,
-    collections::{HashMap, VecDeque},
-    fs, io,
-    panic::resume_unwind,
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::Ordering,
-        mpsc::{self, SyncSender},
-    },
-    thread,
-    time::Duration,
-};
+use std::borrow::Cow;
+use std::collections::{HashMap, VecDeque};
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+use std::{fs, io, thread};
 
 use jiff::Timestamp;
 use serde::Deserialize;
 use uuid::Uuid;
 
-use super::{
-    Idempotency, Meanwhile,
-    claims::{Claims, Ending, How, Wanted},
-    now, seconds, weigh,
-};
-use crate::{
-    audit::{
-        Audit, StoredReply,
-        age::Ages,
-        chain::{Lines, first_seq, segments},
-        loss::{ChainCheck, Checked, Loss},
-        unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall},
-    },
-    config,
-    keyed_hash::{Mark, parse_hex},
-    model::outcome::Outcome,
-};
+use super::claims::{Claims, Ending, How, Wanted};
+use super::{Idempotency, Meanwhile, now, seconds, weigh};
+use crate::audit::age::Ages;
+use crate::audit::chain::{Lines, first_seq, segments};
+use crate::audit::loss::{ChainCheck, Checked, Loss};
+use crate::audit::unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall};
+use crate::audit::{Audit, StoredReply};
+use crate::config;
+use crate::keyed_hash::{Mark, parse_hex};
+use crate::model::outcome::Outcome;
 
 /// A call that began this long before the window may have ended in it, in seconds.
 const LONGEST_CALL: u32 = 15 * 60;
@@ -442,13 +430,15 @@ pub(super) mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::{
-        audit::{self, Answer, Permit, unresolved::UNDELIVERED},
-        config::WithoutKey,
-        idempotency::{Begun, Call, Refused},
-        keyed_hash::Hash,
-        model::{peer::Peer, request_id::RequestId, stage::Stage},
-    };
+    use crate::audit;
+    use crate::audit::unresolved::UNDELIVERED;
+    use crate::audit::{Answer, Permit};
+    use crate::config::WithoutKey;
+    use crate::idempotency::{Begun, Call, Refused};
+    use crate::keyed_hash::Hash;
+    use crate::model::peer::Peer;
+    use crate::model::request_id::RequestId;
+    use crate::model::stage::Stage;
 
     const OPERATOR: &str = "1611917095665261978";
 

@@ -3,9 +3,11 @@
 //! Every call adds one and, once there are many, removes one. They lie in a row that is written at one end and read at
 //! the other; what is hit at random is four bytes a call, so that it stays in the processor's cache.
 
-use std::{collections::VecDeque, hash::BuildHasher};
+use std::collections::VecDeque;
+use std::hash::BuildHasher;
 
-use hashbrown::{HashTable, hash_table::Entry};
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 use uuid::Uuid;
 
 use crate::keyed_hash::Mark;

@@ -3,16 +3,12 @@
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::{
-    claims::{Ending, Verdict},
-    delivery::Delivery,
-    duplicates::{First, Rejection},
-    key::BadKey,
-};
-use crate::model::{
-    outcome::Outcome,
-    request_id::{FirstCall, RequestId},
-};
+use super::claims::{Ending, Verdict};
+use super::delivery::Delivery;
+use super::duplicates::{First, Rejection};
+use super::key::BadKey;
+use crate::model::outcome::Outcome;
+use crate::model::request_id::{FirstCall, RequestId};
 
 /// Why a call goes no further, and whose success the answer tells of.
 #[derive(Debug)]

@@ -3,20 +3,17 @@
 //! Of failures of one caller with one code ten a second have a line of their own; the rest of the second is one line with
 //! their number, so that an outage is no flood. Strangers count as one caller, and theirs are always folded.
 
-use std::{
-    collections::HashMap,
-    mem,
-    sync::{
-        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::collections::HashMap;
+use std::mem;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use crate::{
-    config::LogRequests,
-    model::{cause::Cause, code::Code, outcome::Outcome, request_id::RequestId},
-};
+use crate::config::LogRequests;
+use crate::model::cause::Cause;
+use crate::model::code::Code;
+use crate::model::outcome::Outcome;
+use crate::model::request_id::RequestId;
 
 /// So many failures of a kind have a line of their own each second.
 const FULL: u64 = 10;

@@ -1,10 +1,8 @@
 //! The other end of a connection.
 
-use std::{
-    fmt,
-    io::{self, Write as _},
-    net::{SocketAddr, SocketAddrV4},
-};
+use std::io::Write as _;
+use std::net::{SocketAddr, SocketAddrV4};
+use std::{fmt, io};
 
 /// Who is at the other end of a connection, as the kernel tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,10 +1,8 @@
 //! The ids of requests.
 
-use std::{
-    cell::RefCell,
-    fmt,
-    hash::{BuildHasher, RandomState},
-};
+use std::cell::RefCell;
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
 
 use fastrand::Rng;
 use uuid::{Builder, Uuid};

@@ -3,25 +3,20 @@
 //! Whoever can change the trail or its key can make the gateway send a task twice, so that is refused: see
 //! [`crate::audit::init`]. The rest is told and not refused: volumes come with modes that nobody chose.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    fs::{self, Metadata},
-    os::unix::fs::{MetadataExt, PermissionsExt},
-    path::{Path, PathBuf},
-};
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::fs::Metadata;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
-use rustix::{
-    fs::{StatVfsMountFlags, statvfs},
-    process::geteuid,
-};
+use rustix::fs::{StatVfsMountFlags, statvfs};
+use rustix::process::geteuid;
 use zeroize::Zeroizing;
 
-use crate::{
-    audit::chain::key_path,
-    config::{Config, ContractSource, Control, ListenAddress, SecretSource},
-    files::{self, is_open_to_all},
-    ids,
-};
+use crate::audit::chain::key_path;
+use crate::config::{Config, ContractSource, Control, ListenAddress, SecretSource};
+use crate::files::is_open_to_all;
+use crate::{files, ids};
 
 /// Permission bits.
 const OTHERS_READ: u32 = 0o004;

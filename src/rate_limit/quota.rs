@@ -4,18 +4,15 @@
 //! and then grows back a little every second, so that the gateway finds out what it may have instead of running into
 //! the next 429 with all it has. Never more than what is configured.
 
-use std::{
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use thiserror::Error;
 
 use super::{Limiter, Spent};
-use crate::{clock, config::Limit};
+use crate::clock;
+use crate::config::Limit;
 
 /// How much of the quota comes back each second.
 const RECOVERY: f64 = 0.02;

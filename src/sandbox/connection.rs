@@ -1,28 +1,22 @@
 //! One connection: read a request, record it, answer it as the rules and the script say, go on or end.
 
-use std::{
-    future::poll_fn,
-    io,
-    sync::{Arc, atomic::Ordering::Relaxed},
-    time::Duration,
-};
+use std::future::poll_fn;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    task::JoinSet,
-    time::{sleep, timeout},
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::server::TlsStream;
 
-use super::{
-    Cloud, Door, TOKEN_PATH, control,
-    faults::{Fault, Framing, Instead, Then},
-    http::{self, Head, Reply},
-    journal::Recording,
-    rules, tokens,
-};
+use super::faults::{Fault, Framing, Instead, Then};
+use super::http::{Head, Reply};
+use super::journal::Recording;
+use super::{Cloud, Door, TOKEN_PATH, control, http, rules, tokens};
 
 /// How long the rest of a refused request is read and dropped, so that a reset does not overtake the answer.
 const DRAIN: Duration = Duration::from_secs(1);

@@ -5,13 +5,10 @@
 
 use serde_json::{Value, json};
 
-use super::{
-    Cloud,
-    faults::Faults,
-    http::{Head, Reply},
-    journal::{Received, TokenCall},
-    lock,
-};
+use super::faults::Faults;
+use super::http::{Head, Reply};
+use super::journal::{Received, TokenCall};
+use super::{Cloud, lock};
 use crate::base64::base64;
 
 /// What all control paths start with.

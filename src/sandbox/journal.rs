@@ -1,10 +1,8 @@
 //! What was received, byte for byte, from the first byte on and whatever became of it.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::{Duration, Instant, SystemTime},
-};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use super::Cloud;
 

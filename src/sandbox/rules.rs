@@ -6,12 +6,9 @@
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{
-    APPOINT_PATH, Cloud,
-    faults::Fault,
-    http::{Head, Reply},
-    lock,
-};
+use super::faults::Fault;
+use super::http::{Head, Reply};
+use super::{APPOINT_PATH, Cloud, lock};
 
 /// Where all business calls live.
 const PREFIX: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/";

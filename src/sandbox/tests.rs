@@ -1,11 +1,9 @@
 //! The rules and each fault, as a raw client socket sees them.
 
-use std::{
-    io::{ErrorKind, Read, Write},
-    net::TcpStream,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -775,7 +773,8 @@ mod records {
 
 mod encrypted {
     use super::*;
-    use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, pki_types::ServerName};
+    use rustls::pki_types::ServerName;
+    use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
     fn start() -> (Sandbox, String) {
         let pair = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();

@@ -2,20 +2,15 @@
 //!
 //! Lifetimes are judged by the monotonic clock; `CreateTime` is the only use of the wall clock.
 
-use std::{
-    collections::HashMap,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
-};
+use std::collections::HashMap;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::{
-    Cloud,
-    faults::{Fault, Habit},
-    http::{Head, Reply},
-    journal::Recording,
-    lock,
-};
+use super::faults::{Fault, Habit};
+use super::http::{Head, Reply};
+use super::journal::Recording;
+use super::{Cloud, lock};
 
 /// Lifetime without `X-Token-Expire`, in seconds. Not documented; clients that leave it out see about this.
 const DEFAULT_LIFETIME: u64 = 600;

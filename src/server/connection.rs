@@ -10,38 +10,31 @@ mod phase;
 mod socket;
 mod stream;
 
-use std::{
-    convert::Infallible,
-    error::Error as _,
-    future::{Future, poll_fn},
-    io,
-    pin::{Pin, pin},
-    sync::{Arc, atomic::Ordering},
-    task::Poll,
-};
+use std::convert::Infallible;
+use std::error::Error as _;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
 
 use http::{HeaderValue, Request, Response};
-use hyper::{
-    body::Incoming,
-    server::conn::http1,
-    service::{HttpService, service_fn},
-};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::watch;
 
-use crate::{
-    admission::Hosts,
-    clock::nanos_of,
-    concurrency::{Place, Stranger},
-    config,
-    gateway::{Gateway, RequestOrigin, ResponseBody},
-    model::peer::Peer,
-    server::{
-        Stop,
-        handshake::shake_hands,
-        tls::{Certificate, Tls},
-    },
-};
+use crate::admission::Hosts;
+use crate::clock::nanos_of;
+use crate::concurrency::{Place, Stranger};
+use crate::config;
+use crate::gateway::{Gateway, RequestOrigin, ResponseBody};
+use crate::model::peer::Peer;
+use crate::server::Stop;
+use crate::server::handshake::shake_hands;
+use crate::server::tls::{Certificate, Tls};
 use phase::{Alarm, Phase, Watch};
 use socket::Watched;
 pub(super) use socket::{LINGER_BYTES, LINGER_TIME};

@@ -1,27 +1,24 @@
 //! A caller's TLS handshake: its deadline, and what is told of one that fails.
 
-use std::{io, sync::Arc, time::Duration};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    sync::watch,
-    time::{sleep, timeout},
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::server::TlsStream;
 
-use super::{
-    Stop,
-    connection::{LINGER_BYTES, LINGER_TIME, STOP_HEADER},
-    tls::{Certificate, NotAccepted, Tls},
-};
-use crate::{
-    concurrency::Unproven,
-    metrics::Metrics,
-    model::{cause::Cause, peer::Peer},
-    reason::Reason,
-};
+use super::Stop;
+use super::connection::{LINGER_BYTES, LINGER_TIME, STOP_HEADER};
+use super::tls::{Certificate, NotAccepted, Tls};
+use crate::concurrency::Unproven;
+use crate::metrics::Metrics;
+use crate::model::cause::Cause;
+use crate::model::peer::Peer;
+use crate::reason::Reason;
 
 /// What a caller gets that speaks HTTP without TLS. It was no request to us, and it cannot be one.
 const PLAIN_HTTP: &str = "HTTP/1.1 400 Bad Request\r\n\

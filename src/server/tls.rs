@@ -5,38 +5,34 @@
 //! changed and every minute otherwise. A revocation list that is out of date lets nobody in either. What the files
 //! hold is read again while the gateway runs; what cannot be used changes nothing.
 
-use std::{
-    cell::Cell,
-    io,
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::cell::Cell;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::aws_lc_rs::default_provider;
+use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier};
 use rustls::{
     DigitallySignedStruct, DistinguishedName, InconsistentKeys, RootCertStore, ServerConfig, SignatureScheme,
-    client::danger::HandshakeSignatureValid,
-    crypto::aws_lc_rs::default_provider,
-    pki_types::{CertificateDer, UnixTime},
-    server::{
-        NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
 };
 use thiserror::Error;
-use tokio::{net::TcpStream, task_local};
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio::net::TcpStream;
+use tokio::task_local;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use webpki::EndEntityCert;
 use zeroize::Zeroizing;
 
-use crate::{
-    clock,
-    config::{self, ListenerTls},
-    connect::HTTP1,
-    log::OncePerSecond,
-    pem::{self, PemError},
-    watched::{Watched, digest, follow},
-};
+use crate::config::ListenerTls;
+use crate::connect::HTTP1;
+use crate::log::OncePerSecond;
+use crate::pem::PemError;
+use crate::watched::{Watched, digest, follow};
+use crate::{clock, config, pem};
 
 /// A certificate in use is looked at again after this time, in nanoseconds.
 const LOOK_AGAIN: u64 = 60_000_000_000;

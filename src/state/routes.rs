@@ -5,15 +5,13 @@ use std::sync::Arc;
 use http::Uri;
 use thiserror::Error;
 
-use crate::{
-    config::{self, Config},
-    contract::{Contract, SchemaError},
-    exchange::{self, Cooldown},
-    files,
-    model::index::CredentialIndex,
-    result_rule::ResultRule,
-    route::{Access, Routes},
-};
+use crate::config::Config;
+use crate::contract::{Contract, SchemaError};
+use crate::exchange::Cooldown;
+use crate::model::index::CredentialIndex;
+use crate::result_rule::ResultRule;
+use crate::route::{Access, Routes};
+use crate::{config, exchange, files};
 
 /// A compiled route.
 #[derive(Debug)]

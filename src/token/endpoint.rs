@@ -1,6 +1,7 @@
 //! One call of tokenByAkSk (`POST …/apigovernance/api/oauth/tokenByAkSk`, vendor's page). Not RFC 6749.
 
-use std::{fmt, time::Duration};
+use std::fmt;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode, Uri, header};
@@ -12,14 +13,12 @@ use tokio::time::{Instant, timeout_at};
 use zeroize::Zeroizing;
 
 use super::schedule::Failure;
-use crate::{
-    config,
-    connect::{self, Connector, Egress, Stream, TlsError},
-    field_values::{is_coding, retry_after},
-    model::cause::Cause,
-    reason::Reason,
-    secret::Secret,
-};
+use crate::connect::{Connector, Egress, Stream, TlsError};
+use crate::field_values::{is_coding, retry_after};
+use crate::model::cause::Cause;
+use crate::reason::Reason;
+use crate::secret::Secret;
+use crate::{config, connect};
 
 /// A reply is read this far.
 const MAX_REPLY: usize = 64 * 1024;

@@ -5,29 +5,23 @@
 //! way, neither delays nor ends the old pair's refreshes. It goes on being tried as a refused pair is,
 //! since the cloud may learn of a new secret later than the gateway.
 
-use std::{
-    sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
-};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde_json::{Map, json};
 use tokio::time::{Instant, sleep_until};
 
-use super::{
-    Contest, Events, Live, Metrics, Slot, Token, contest,
-    endpoint::{Endpoint, FetchError, Fetched, SCHEME, WithoutToken},
-    pair::{Pair, PairError, Sources},
-    schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry},
-};
-use crate::{
-    changes::Change,
-    config::SecretSource,
-    files::{Aside, Hangs},
-    reason::{Reason, shown},
-    secret::needles::{Needles, SHORTEST},
-    watched::{Noticed, POLL, SETTLE, Watched},
-};
+use super::endpoint::{Endpoint, FetchError, Fetched, SCHEME, WithoutToken};
+use super::pair::{Pair, PairError, Sources};
+use super::schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry};
+use super::{Contest, Events, Live, Metrics, Slot, Token, contest};
+use crate::changes::Change;
+use crate::config::SecretSource;
+use crate::files::{Aside, Hangs};
+use crate::reason::{Reason, shown};
+use crate::secret::needles::{Needles, SHORTEST};
+use crate::watched::{Noticed, POLL, SETTLE, Watched};
 
 /// A token that is handed out again this long after its end is taken as a new one: that server has no other.
 const GRACE: Duration = Duration::from_secs(2);

@@ -2,10 +2,8 @@
 
 use prometheus::{IntCounterVec, IntGaugeVec, Registry};
 
-use crate::{
-    changes::Changes,
-    registry::{counters, gauges},
-};
+use crate::changes::Changes;
+use crate::registry::{counters, gauges};
 
 /// Counts of the token's life.
 #[derive(Clone, Debug)]

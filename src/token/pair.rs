@@ -3,10 +3,8 @@
 use http::HeaderValue;
 use thiserror::Error;
 
-use crate::{
-    config::SecretSource,
-    secret::{Secret, SecretError},
-};
+use crate::config::SecretSource;
+use crate::secret::{Secret, SecretError};
 
 /// Where key and secret are kept.
 pub(super) type Sources = (SecretSource, SecretSource);
@@ -50,7 +48,9 @@ pub(crate) fn header(app_key: &Secret) -> Result<HeaderValue, PairError> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink, path::Path};
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::path::Path;
 
     use tempfile::TempDir;
 

@@ -4,7 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use crate::{backoff::after_refusals, clock};
+use crate::backoff::after_refusals;
+use crate::clock;
 
 /// Two fetches are never closer than this.
 pub(super) const MIN_GAP: Duration = Duration::from_secs(1);

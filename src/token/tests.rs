@@ -1,12 +1,10 @@
 //! The slot on the sandbox: what requests get, and what the endpoint saw.
 
-use std::{
-    fs,
-    future::Future,
-    net::SocketAddr,
-    sync::Mutex,
-    time::{Instant as StdInstant, SystemTime},
-};
+use std::fs;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use std::time::{Instant as StdInstant, SystemTime};
 
 use http::StatusCode;
 use prometheus::{Registry, TextEncoder};
@@ -15,11 +13,9 @@ use tempfile::TempDir;
 use tokio::time::sleep;
 
 use super::*;
-use crate::{
-    changes::Changes,
-    config::{Credential, SecretSource, Url},
-    sandbox::{Options, Sandbox, TOKEN_PATH},
-};
+use crate::changes::Changes;
+use crate::config::{Credential, SecretSource, Url};
+use crate::sandbox::{Options, Sandbox, TOKEN_PATH};
 use endpoint::FetchError;
 
 /// Why fetches fail, if they do.

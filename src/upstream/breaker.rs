@@ -5,23 +5,17 @@
 //! connection, no answer in time, 502, 503, 504. A 500 or a refused token is an answer. After a pause one request
 //! goes as a probe: it ends the suspension, or doubles the pause.
 
-use std::{
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use http::StatusCode;
 use prometheus::{IntCounter, IntGauge, Registry};
 use thiserror::Error;
 
-use crate::{
-    clock, config,
-    model::cause::Cause,
-    registry::{counter, gauge},
-};
+use crate::model::cause::Cause;
+use crate::registry::{counter, gauge};
+use crate::{clock, config};
 
 /// The longest pause, in nanoseconds.
 const LONGEST: u64 = 30_000_000_000;

@@ -3,16 +3,12 @@
 //! All are polled by one task, in boxes that are used again: a task of its own for each would cost as much as
 //! HTTP/2 itself does. Guarantees that a future which is done holds nothing any more.
 
-use std::{
-    any::Any,
-    future::Future,
-    pin::Pin,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll, Wake, Waker, ready},
-};
+use std::any::Any;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Wake, Waker, ready};
 
 /// The companions of one connection. Clones are the same ones.
 #[derive(Clone, Default)]
@@ -160,7 +156,8 @@ impl<F: Future<Output = ()> + Send + 'static> Companion for Boxed<F> {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::poll_fn, sync::atomic::AtomicUsize};
+    use std::future::poll_fn;
+    use std::sync::atomic::AtomicUsize;
 
     use tokio::sync::oneshot;
 

@@ -6,38 +6,30 @@
 //! on its connection that contradicts this (see [`super::frames`]). Does not connect, nor bound how many
 //! connections there are: that is the pool's.
 
-use std::{
-    error::Error as _,
-    future::{Future, poll_fn},
-    os::fd::OwnedFd,
-    pin::Pin,
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-    },
-    task::Poll,
-    time::Duration,
-};
+use std::error::Error as _;
+use std::future::{Future, poll_fn};
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::task::Poll;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response, Uri, header, uri};
 use http_body_util::Full;
-use hyper::{
-    body::Incoming,
-    client::conn::{TrySendError, http2},
-};
+use hyper::body::Incoming;
+use hyper::client::conn::{TrySendError, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, watch},
-    task::{AbortHandle, unconstrained, yield_now},
-};
+use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
+use tokio::task::{AbortHandle, unconstrained, yield_now};
 
-use super::{
-    companions::Companions,
-    frames::FrameReader,
-    pool::{Counted, NoConnection, is_quiet},
-};
-use crate::{clock, log::OncePerSecond, model::reply::MAX_HEAD};
+use super::companions::Companions;
+use super::frames::FrameReader;
+use super::pool::{Counted, NoConnection, is_quiet};
+use crate::clock;
+use crate::log::OncePerSecond;
+use crate::model::reply::MAX_HEAD;
 
 /// So many exchanges share a connection at most, whatever the upstream allows: what one lost packet delays,
 /// and what one lost connection leaves in doubt, stays bounded.

@@ -12,13 +12,12 @@ mod opening;
 mod reserved;
 mod timer;
 
-use std::{
-    iter,
-    os::fd::OwnedFd,
-    pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicU64},
-    time::Duration,
-};
+use std::iter;
+use std::os::fd::OwnedFd;
+use std::pin::pin;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::uri::Authority;
@@ -26,25 +25,22 @@ use http_body_util::Full;
 use hyper::client::conn::http1;
 use prometheus::{IntCounterVec, IntGauge, Registry};
 use thiserror::Error;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
-    task::AbortHandle,
-    time::Instant,
-};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
-pub(super) use self::{counted::Counted, reserved::is_quiet};
-pub use self::{reserved::Reserved, timer::Timer};
-use super::{
-    http2::{self, Dialing},
-    queue::Queue,
-};
-use crate::{
-    clock,
-    connect::Connector,
-    model::cause::Cause,
-    reason::Reason,
-    registry::{counters, gauge},
-};
+pub(super) use self::counted::Counted;
+pub use self::reserved::Reserved;
+pub(super) use self::reserved::is_quiet;
+pub use self::timer::Timer;
+use super::http2;
+use super::http2::Dialing;
+use super::queue::Queue;
+use crate::clock;
+use crate::connect::Connector;
+use crate::model::cause::Cause;
+use crate::reason::Reason;
+use crate::registry::{counters, gauge};
 
 /// Why no connection was had.
 #[derive(Clone, Debug, Error)]

@@ -6,14 +6,10 @@
 //! token that is fetched) is not taken for the pace. Once somebody waited in vain, only the first in line waits until
 //! somebody is served.
 
-use std::{
-    future::Future,
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::future::Future;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::time::timeout;
 

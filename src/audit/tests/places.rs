@@ -1,12 +1,11 @@
 //! Files that are not where they were: segments, the lock file, the directory.
 
-use std::{io::Write, os::unix::fs::symlink};
+use std::io::Write;
+use std::os::unix::fs::symlink;
 
-use super::{
-    lock::{Stated, Statement},
-    recovery::Lacking,
-    *,
-};
+use super::lock::{Stated, Statement};
+use super::recovery::Lacking;
+use super::*;
 
 /// The only segment of a short trail.
 fn segment(directory: &Path) -> PathBuf {

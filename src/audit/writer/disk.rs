@@ -7,19 +7,16 @@
 //! fdatasync the batch is written again, to a new segment; the old one is cut back to what was proven only when the new one is on
 //! the disk, so that a crash in between loses nothing. See [`crate::audit::sync`].
 
-use std::{
-    fs::File,
-    io,
-    os::unix::fs::FileExt,
-    time::{Duration, Instant},
-};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
-use super::{
-    Batch, Directory, Durability, Segment, Shared, Writer, limit,
-    lost_files::{Lost, Mishap},
-    space::is_too_large,
-};
-use crate::audit::{chain::segment_name, segment};
+use super::lost_files::{Lost, Mishap};
+use super::space::is_too_large;
+use super::{Batch, Directory, Durability, Segment, Shared, Writer, limit};
+use crate::audit::chain::segment_name;
+use crate::audit::segment;
 
 /// How long a failed write waits.
 const RETRY: Duration = Duration::from_millis(100);

@@ -3,12 +3,14 @@
 //! The open segment is copied back to its name; one that was cut shorter is given up for a new one. Once a second, at rest, too,
 //! the writer looks for the directory, the lock file and the closed segments. Without the first two nothing new is sent.
 
-use std::{io, time::Instant};
+use std::io;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use super::{Durability, Identity, Shared, Writer};
-use crate::audit::{lock, queue::LOOK_AROUND};
+use crate::audit::lock;
+use crate::audit::queue::LOOK_AROUND;
 
 /// To look at the files and the free space takes as long as to write so many records.
 const LOOK_AROUND_COSTS: usize = 100;

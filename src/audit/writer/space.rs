@@ -5,16 +5,13 @@
 //! begins a new segment, after a look whether it can have that space and has more room than the list of unresolved calls takes,
 //! with which it begins.
 
-use std::{
-    io,
-    time::{Duration, Instant},
-};
+use std::io;
+use std::time::{Duration, Instant};
 
 use super::{MOST_AT_ONCE, OUTCOME, Segment, Shared, Writer, limit};
-use crate::audit::{
-    queue::Carried,
-    segment::{self, AHEAD},
-};
+use crate::audit::queue::Carried;
+use crate::audit::segment;
+use crate::audit::segment::AHEAD;
 
 /// How long a segment that cannot be begun waits.
 const RETRY_SEGMENT: Duration = Duration::from_secs(1);

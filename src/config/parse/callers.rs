@@ -5,17 +5,13 @@ use std::collections::HashSet;
 use http::HeaderName;
 
 use super::{in_folder, is_ours, read_limit, read_list, read_name};
-use crate::{
-    config::{
-        BareIds, Caller, Credential, PeerRule, SecretSource,
-        peer::parse_peer,
-        raw::Place,
-        table::{Context, Found, Referent, Table},
-        values::{parse_operator, parse_word},
-    },
-    ids,
-    model::header_names::looks_like_credential,
-};
+use crate::config::peer::parse_peer;
+use crate::config::raw::Place;
+use crate::config::table::{Context, Found, Referent, Table};
+use crate::config::values::{parse_operator, parse_word};
+use crate::config::{BareIds, Caller, Credential, PeerRule, SecretSource};
+use crate::ids;
+use crate::model::header_names::looks_like_credential;
 
 pub(super) fn read_credentials(context: &mut Context<'_>, root: &mut Table) -> Vec<Credential> {
     let tables = root.tables(context, "credentials");

@@ -1,13 +1,11 @@
 //! Where callers and operators connect, and within which bounds.
 
 use super::{good_file, read_admin_address, read_list};
-use crate::config::{
-    Admin, Control, ListenAddress, Listener, ListenerTls, Server,
-    named_files::FileKind,
-    raw::Kind,
-    table::{Context, Table},
-    values::{parse_host, parse_listen_address},
-};
+use crate::config::named_files::FileKind;
+use crate::config::raw::Kind;
+use crate::config::table::{Context, Table};
+use crate::config::values::{parse_host, parse_listen_address};
+use crate::config::{Admin, Control, ListenAddress, Listener, ListenerTls, Server};
 
 pub(super) fn read_listeners(context: &mut Context<'_>, root: &mut Table) -> Vec<Listener> {
     let tables = root.tables(context, "listeners");

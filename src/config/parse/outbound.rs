@@ -1,20 +1,17 @@
 //! The upstream and the token endpoint.
 
-use std::{collections::HashSet, mem::discriminant};
+use std::collections::HashSet;
+use std::mem::discriminant;
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use super::{EXCHANGE, good_file};
-use crate::{
-    config::{
-        Http2, IdentityFiles, LoginFiles, Token, Upstream, Url,
-        named_files::FileKind,
-        raw::Kind,
-        table::{Context, Found, Table},
-        values::{parse_proxy, parse_url, parse_word},
-    },
-    model::header_names::{looks_like_credential, may_pass},
-};
+use crate::config::named_files::FileKind;
+use crate::config::raw::Kind;
+use crate::config::table::{Context, Found, Table};
+use crate::config::values::{parse_proxy, parse_url, parse_word};
+use crate::config::{Http2, IdentityFiles, LoginFiles, Token, Upstream, Url};
+use crate::model::header_names::{looks_like_credential, may_pass};
 
 const TOKEN_PATH: &str = "/apigovernance/api/oauth/tokenByAkSk";
 

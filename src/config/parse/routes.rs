@@ -1,14 +1,14 @@
 //! Routes.
 
-use std::{collections::HashSet, path::PathBuf, time::Duration};
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use super::{EXCHANGE, good_file, read_list, read_name};
-use crate::config::{
-    BUILT_IN_ROUTE, ContractSource, Route,
-    named_files::FileKind,
-    table::{Context, Referent, Table},
-    values::{parse_code, parse_member, parse_route_path},
-};
+use crate::config::named_files::FileKind;
+use crate::config::table::{Context, Referent, Table};
+use crate::config::values::{parse_code, parse_member, parse_route_path};
+use crate::config::{BUILT_IN_ROUTE, ContractSource, Route};
 
 const BUILT_IN_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 

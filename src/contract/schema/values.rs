@@ -3,7 +3,8 @@
 use serde_json::{Map, Value};
 
 use super::{Limit, Scalar, SchemaError, TYPES};
-use crate::{contract::findings::escape, json::Number};
+use crate::contract::findings::escape;
+use crate::json::Number;
 
 /// 2^53: from here on a double cannot hold every integer.
 const FLOAT_EXACT: f64 = 9_007_199_254_740_992.0;

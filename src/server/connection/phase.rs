@@ -1,24 +1,21 @@
 //! What a connection is doing, and since when: shared by its socket, its requests and its timer.
 
-use std::{
-    future::Future as _,
-    pin::Pin,
-    sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering},
-    task::Context,
-    time::Duration,
-};
+use std::future::Future as _;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::task::Context;
+use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Request};
 use hyper::body::{Body as _, Incoming};
 use tokio::time::{Sleep, sleep};
 
-use super::{Deadlines, stream::End};
-use crate::{
-    clock,
-    concurrency::{FREE, Part},
-    disconnect::CallerPresence,
-    idempotency::DeliverySlot,
-};
+use super::Deadlines;
+use super::stream::End;
+use crate::clock;
+use crate::concurrency::{FREE, Part};
+use crate::disconnect::CallerPresence;
+use crate::idempotency::DeliverySlot;
 
 /// A reset within this time of an answer is a reply to it, in nanoseconds.
 const RESET_BEHIND: u64 = 1_000_000_000;

@@ -1,24 +1,19 @@
 //! The socket under hyper: notices when a head begins, whether the caller leaves and whether it gets its answer, and lingers when
 //! it closes on unread bytes.
 
-use std::{
-    future::Future as _,
-    io,
-    pin::Pin,
-    sync::{Arc, atomic::Ordering},
-    task::{Context, Poll, ready},
-    time::Duration,
-};
+use std::future::Future as _;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Sleep, sleep},
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
-use super::{
-    phase::{Phase, Watch},
-    stream::Stream,
-};
+use super::phase::{Phase, Watch};
+use super::stream::Stream;
 use crate::clock;
 
 /// How long and how much a closing connection is read on, so that the caller receives the last answer.

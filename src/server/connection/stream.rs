@@ -1,17 +1,13 @@
 //! A caller's socket, plain or under TLS, and how the other side of it ends.
 
-use std::{
-    io,
-    os::fd::AsFd,
-    pin::Pin,
-    task::{Context, Poll, ready},
-};
+use std::io;
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use rustix::net::RecvFlags;
-use tokio::{
-    io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf},
-    net::{TcpStream, UnixStream},
-};
+use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
 
 /// A caller's socket.

@@ -2,20 +2,17 @@
 //!
 //! It counts what was written, so that it is known whether a request may have been sent.
 
-use std::{
-    io,
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    task::{Context, Poll},
-};
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 
 use prometheus::IntGauge;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::{connect::Stream, upstream::http2::Received};
+use crate::connect::Stream;
+use crate::upstream::http2::Received;
 
 /// One stream. Counts itself as open while it exists; over HTTP/2 it looks at what is received.
 #[derive(Debug)]

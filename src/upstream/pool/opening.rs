@@ -2,21 +2,20 @@
 //!
 //! Connects, does the handshake of the protocol that the upstream picked, and counts the attempt by its result.
 
-use std::{
-    os::fd::{AsFd, OwnedFd},
-    sync::Arc,
-};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use hyper_util::rt::TokioIo;
-use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::timeout;
 
 use super::{Connection, Counted, NoConnection, Place, Pool};
-use crate::{
-    connect::{self, Stream},
-    model::cause::Cause,
-    reason::Reason,
-    upstream::http2::{self, Received},
-};
+use crate::connect;
+use crate::connect::Stream;
+use crate::model::cause::Cause;
+use crate::reason::Reason;
+use crate::upstream::http2;
+use crate::upstream::http2::Received;
 
 impl Pool {
     /// Opens a connection; one of HTTP/2 is shared, and gives a stream.

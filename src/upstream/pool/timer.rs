@@ -1,11 +1,9 @@
 //! The deadline timer of a connection's exchanges.
 
-use std::{
-    future::{Future, poll_fn},
-    pin::Pin,
-    task::{Poll, ready},
-    time::Duration,
-};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::{Poll, ready};
+use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep};
 
