@@ -163,16 +163,15 @@ impl App {
         let hands_over = self.bound.iter().all(|bound| bound.is_inherited);
         let watchdog = Watchdog::from_env(self.config.server.workers);
         let admin = self.admin_state(source.as_ref(), accepting.clone(), watchdog.clone())?;
-        let reload = source.map(|source| {
-            let change = self.metrics.changes.of("configuration");
-            Reload::new(source, self.config.clone(), self.state.clone(), self.audit.clone(), change)
-        });
+        let change = self.metrics.changes.of("configuration");
+        let (config, state, audit) = (self.config.clone(), self.state.clone(), self.audit.clone());
+        let reload = source.map(|source| Reload::new(source, config, state, audit, change));
         let workers = self.start_workers(&WorkerTerms {
             stopped,
             grace: if hands_over { Duration::ZERO } else { self.config.server.drain_grace },
             watchdog: watchdog.clone(),
             may_begin,
-            accepts,
+            accepts: accepts.clone(), // so that its end is not that of the count
             vitals: supervisor.vitals(),
         })?;
         let Self { config, background, state, audit, idempotency, bounds, alive, mut done, control, .. } =

@@ -163,6 +163,7 @@ impl Gateway {
 
         record.enter(Stage::Upstream);
         let exchange = Exchange {
+            record: intended.sent(), // before anything else of it, so that the record says what `is_taken` does
             terms: terms.clone(),
             route: route.clone(),
             credential: entered.routed.credential,
@@ -172,7 +173,6 @@ impl Gateway {
             operator: entered.routed.operator.clone(),
             body: checked.bytes().clone(),
             claim: claim.sent(),
-            record: intended.sent(),
             room: entered.room,
         };
         let mut reply = from.presence.beside(self.exchanges.run(exchange)).await?;
@@ -243,7 +243,6 @@ impl Gateway {
 }
 
 /// A request whose head was read, and the configuration that holds for it.
-#[derive(Clone, Copy)]
 struct RequestParts<'a> {
     state: &'a State,
     from: RequestOrigin<'a>,

@@ -337,11 +337,11 @@ fn place(
     stream: Stream,
     peer: Peer,
 ) -> Option<(Accepted, Option<Stranger>)> {
-    let (tls, hosts) = (listener.tls.clone(), listener.hosts.clone());
     // Who is to show a certificate is known later.
-    let asks = tls.as_ref().is_some_and(|tls| tls.asks_for_certificates());
+    let asks = listener.tls.as_ref().is_some_and(|tls| tls.asks_for_certificates());
     let stranger = stranger(gateway, asks || gateway.state.load().admission.knows(peer), peer)?;
     let place = gateway.bounds.connection(!asks && stranger.is_none());
     let place = place.inspect_err(|_| gateway.metrics.connection_closed("overloaded")).ok()?;
+    let (tls, hosts) = (listener.tls.clone(), listener.hosts.clone());
     Some((Accepted { stream, tls, hosts, peer, place }, stranger))
 }

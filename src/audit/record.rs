@@ -218,7 +218,7 @@ impl OpenRecord {
     }
 }
 
-/// The caller left before the intent.
+/// The future of the request was dropped before the intent was queued: its caller left.
 impl Drop for OpenRecord {
     fn drop(&mut self) {
         self.refuse(Code::CallerLeft, None);
@@ -253,7 +253,7 @@ impl IntendedRecord {
     }
 }
 
-/// The caller left before the intent was safe, or an exchange was cut off.
+/// The future of the request or of its exchange was dropped: its caller left, it was cut off by a stop, or it panicked.
 impl Drop for IntendedRecord {
     fn drop(&mut self) {
         if self.is_closed {

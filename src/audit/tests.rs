@@ -512,6 +512,12 @@ async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
     let panicked = intended(&audit).await.sent();
     let ids = [&finished, &not_sent, &left, &cut_off, &panicked].map(|record| json!(record.id().to_string()));
 
+    let mut open = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into()));
+    open.enter(Stage::Audit);
+    assert!(!open.is_taken());
+    open.enter(Stage::Upstream);
+    assert!(open.is_taken(), "a panic from here on may have sent the task");
+    drop(open);
     finished.finish(&answer());
     drop(left);
     drop(cut_off);

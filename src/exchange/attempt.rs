@@ -36,9 +36,7 @@ impl Broken {
     fn broke_off(reason: Reason) -> NoAnswer {
         Box::new(Self::BrokeOff(reason))
     }
-}
 
-impl Broken {
     /// What it tells of the upstream's health.
     pub(super) fn health(&self) -> Health {
         match self {

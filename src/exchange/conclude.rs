@@ -260,10 +260,8 @@ fn describe_withheld(headers: &mut HeaderMap) {
     headers.insert(header::CONTENT_TYPE, JSON);
 }
 
-/// `Retry-After` stands on every refusal and never on an unknown outcome: generic clients obey it, and
-/// would assign twice.
-///
-/// The length passes only where it frames the body.
+/// The length passes only where it frames the body. `Retry-After` stands on every refusal and never on an unknown outcome:
+/// generic clients obey it, and would assign twice.
 fn settle_headers(outcome: Outcome, headers: &mut HeaderMap, length: Option<u64>) {
     if !states_length(headers, length) {
         headers.remove(header::CONTENT_LENGTH);

@@ -1,7 +1,7 @@
 //! The writes: one a batch, into the open segment or a new one.
 //!
 //! Nothing that failed is believed: the segment is cut back to its last good length and the batch is tried again, while intents
-//! time out. A batch is written only when its segment's name still leads to the file that it was written to.
+//! time out. A batch is committed only when its segment's name still leads to the file that it was written to.
 //!
 //! With durability `disk` one batch is one write and one fdatasync: what is queued meanwhile is the next batch. After a failed
 //! fdatasync the batch is written again, to a new segment; the old one is cut back to what was proven only when the new one is on

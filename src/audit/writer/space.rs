@@ -48,7 +48,7 @@ impl Writer {
         self.is_outgrown || segment.length.saturating_sub(self.list_length) >= self.options.segment_size
     }
 
-    /// Reserves space for so many bytes, and for the outcomes of all that is in flight; tells whether there is. At the limit
+    /// Reserves space for so many bytes, and for the outcomes of all that is in flight. At the limit
     /// on file sizes the next batch begins a new segment, but only where that has more room: its list may be longer than all records
     /// for which there is room behind it.
     pub(super) fn reserve(&mut self, shared: &Shared, bytes: u64) {

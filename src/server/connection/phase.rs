@@ -39,8 +39,8 @@ pub(super) enum Phase {
 /// The phase and since when, in nanoseconds of this process.
 #[derive(Debug)]
 pub(super) struct Watch {
-    pub(super) phase: AtomicU8,
-    pub(super) since: AtomicU64,
+    phase: AtomicU8,
+    since: AtomicU64,
     /// The caller may still be sending what nobody reads.
     pub(super) unread: AtomicBool,
     /// What there is of a head, and while a request is worked on, of what its caller has sent behind it.
@@ -48,7 +48,7 @@ pub(super) struct Watch {
     /// There was no room for the last piece of it.
     pub(super) has_no_room: AtomicBool,
     /// So much of a body is still to come, at least.
-    pub(super) missing: AtomicUsize,
+    missing: AtomicUsize,
     pub(super) presence: CallerPresence,
     /// The success that the last answer told of, until it is known whether the caller got it.
     pub(super) delivery: DeliverySlot,
@@ -134,7 +134,7 @@ impl Watch {
     }
 
     /// When the present phase is over; a busy request has deadlines of its own.
-    pub(super) fn deadline(&self, deadlines: Deadlines) -> u64 {
+    fn deadline(&self, deadlines: Deadlines) -> u64 {
         let since = self.since.load(Ordering::Relaxed);
         if self.is(Phase::Busy) {
             u64::MAX
