@@ -67,7 +67,8 @@ fn fill(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
     }
 }
 
-/// The numbers below a thousand as text, so that the length of a usual body is no allocation.
+/// The numbers below a thousand as text, so that the length of a usual body is no allocation: one block and 100 instructions a
+/// request, more than the budget of allocations has left.
 static SMALL: [[u8; 3]; 1000] = {
     let mut small = [[0; 3]; 1000];
     let mut number = 0;
