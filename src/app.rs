@@ -171,7 +171,7 @@ impl App {
             grace: if hands_over { Duration::ZERO } else { self.config.server.drain_grace },
             watchdog: watchdog.clone(),
             may_begin,
-            accepts: accepts.clone(), // so that its end is not that of the count
+            accepts,
             vitals: supervisor.vitals(),
         })?;
         let Self { config, background, state, audit, idempotency, bounds, alive, mut done, control, .. } =
@@ -298,9 +298,11 @@ impl App {
 
 /// Tells systemd that all workers accept connections, then that they go on: `watching`.
 async fn ready(mut accepting: watch::Receiver<usize>, workers: usize, watching: impl Future<Output = ()>) {
-    let _ = accepting.wait_for(|accepting| *accepting == workers).await;
-    // Without systemd there is nobody to tell, and that is no error. It hears of the start first.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    // The count ends with the workers, and not all of them accepted then.
+    if accepting.wait_for(|accepting| *accepting == workers).await.is_ok() {
+        // Without systemd there is nobody to tell, and that is no error. It hears of the start first.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    }
     watching.await;
 }
 
