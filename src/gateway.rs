@@ -158,12 +158,11 @@ impl Gateway {
         let reserved = from.presence.during(permit.during(pin!(self.pool.reserve()))).await?;
         let connection = reserved.inspect_err(|none| terms.unreachable(&mut passage, none, record.id()))?;
         let size = checked.bytes().len();
-        let intended = record.intent(&permit, size, &digest, &self.members(&checked, &claim))?.await?;
+        let intent = record.intent(&permit, size, &digest, &self.members(&checked, &claim))?;
+        let intended = intent.await?;
         drop(permit);
 
-        record.enter(Stage::Upstream);
         let exchange = Exchange {
-            record: intended.sent(), // before anything else of it, so that the record says what `is_taken` does
             terms: terms.clone(),
             route: route.clone(),
             credential: entered.routed.credential,
@@ -173,8 +172,10 @@ impl Gateway {
             operator: entered.routed.operator.clone(),
             body: checked.bytes().clone(),
             claim: claim.sent(),
+            record: intended.sent(),
             room: entered.room,
         };
+        record.enter(Stage::Upstream); // a panic before this has sent nothing
         let mut reply = from.presence.beside(self.exchanges.run(exchange)).await?;
         reply.first = first;
         Ok(reply)
