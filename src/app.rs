@@ -298,7 +298,7 @@ impl App {
 
 /// Tells systemd that all workers accept connections, then that they go on: `watching`.
 async fn ready(mut accepting: watch::Receiver<usize>, workers: usize, watching: impl Future<Output = ()>) {
-    // The count ends with the workers, and not all of them accepted then.
+    // If the workers end before that, the count ends, too: then the gateway was never ready.
     if accepting.wait_for(|accepting| *accepting == workers).await.is_ok() {
         // Without systemd there is nobody to tell, and that is no error. It hears of the start first.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

@@ -53,7 +53,7 @@ impl CallerPresence {
         })
     }
 
-    /// Whether a request waits whose caller, as far as is known, is there: the connection looks whether it leaves.
+    /// Whether the connection is to look for its caller: a request waits, and its caller is not known to have left.
     pub fn is_in_question(&self) -> bool {
         self.waits.load(Ordering::Relaxed) && !self.gone.load(Ordering::Relaxed)
     }

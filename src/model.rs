@@ -1,6 +1,6 @@
-//! The words that the rest of the gateway speaks in: plain data without I/O, which imports nothing but tools.
+//! Plain data that all layers above share. It does no I/O and imports tools only.
 //!
-//! Enums are tables of the words of the wire.
+//! An enum here is a table of its variants and of their words on the wire.
 
 /// An enum whose variants have words.
 pub trait Words: Copy + 'static {

@@ -1,4 +1,4 @@
-//! What runs beside the requests: looks at clock and threads, and the reading of the trail.
+//! Work beside the requests: reads the trail after the start, and looks at the clock and the threads once a second.
 
 use std::time::Duration;
 use std::{io, thread};

@@ -15,15 +15,12 @@ use tokio::sync::OwnedMutexGuard;
 use zeroize::Zeroizing;
 
 use super::ProxyError;
+use crate::backoff::after_refusals;
 use crate::base64::base64;
 use crate::config::{LoginFiles, SecretSource};
 use crate::secret::needles::Needles;
 use crate::secret::{Secret, SecretError};
 use crate::watched::{Watched, digest, follow};
-
-/// What the proxy refuses is not sent for so long. Each further refusal doubles it, as far as [`LONGEST`].
-const PAUSE: Duration = Duration::from_secs(30);
-const LONGEST: Duration = Duration::from_secs(300);
 
 /// Connections send user and password side by side for so long after the proxy last took them. After that one connection goes first:
 /// they may have expired, and as many wrong tries as there are connections would go out at once.
@@ -124,8 +121,8 @@ enum Standing {
     Unproven { is_unanswered: bool },
     /// It last took them at this time.
     Taken(Instant),
-    /// It refuses them. They are sent once more after the pause.
-    Refused { until: Instant, pause: Duration, why: Why },
+    /// It refuses them, as so often before in a row. They are sent once more after the pause.
+    Refused { until: Instant, before: u32, why: Why },
 }
 
 /// Why user and password are held back.
@@ -142,12 +139,12 @@ enum Why {
 impl Standing {
     /// After a refusal. One that was on its way when another came adds nothing.
     fn refused(self, now: Instant, why: Why) -> Self {
-        let pause = match self {
+        let before = match self {
             Self::Refused { until, .. } if now < until => return self,
-            Self::Refused { pause, .. } => LONGEST.min(pause * 2),
-            Self::Unproven { .. } | Self::Taken(_) => PAUSE,
+            Self::Refused { before, .. } => before.saturating_add(1),
+            Self::Unproven { .. } | Self::Taken(_) => 0,
         };
-        Self::Refused { until: now + pause, pause, why }
+        Self::Refused { until: now + after_refusals(before), before, why }
     }
 
     /// After a try that had no answer. The second one in a row counts as a refusal: a proxy may need long to refuse, or refuse by
@@ -286,16 +283,16 @@ mod tests {
     #[test]
     fn a_refusal_is_remembered_from_thirty_seconds_to_five_minutes() {
         let (mut now, mut standing) = (Instant::now(), UNPROVEN);
-        for seconds in [30, 60, 120, 240, 300, 300] {
+        for (before, seconds) in (0..).zip([30, 60, 120, 240, 300, 300]) {
             standing = standing.refused(now, Why::Wrong);
             let pause = Duration::from_secs(seconds);
-            assert_eq!(standing, Standing::Refused { until: now + pause, pause, why: Why::Wrong });
+            assert_eq!(standing, Standing::Refused { until: now + pause, before, why: Why::Wrong });
             assert_eq!(standing.refused(now + pause / 2, Why::Wrong), standing, "it was on its way");
             now += pause;
         }
         let taken = Standing::Taken(now);
-        let Standing::Refused { pause, .. } = taken.refused(now, Why::Wrong) else { panic!() };
-        assert_eq!(pause, PAUSE, "what was taken begins anew");
+        let Standing::Refused { before, .. } = taken.refused(now, Why::Wrong) else { panic!() };
+        assert_eq!(before, 0, "what was taken begins anew");
     }
 
     #[test]
@@ -304,11 +301,11 @@ mod tests {
         let once = UNPROVEN.unanswered(now);
         assert!(once.is_fresh(now).is_ok(), "{once:?}");
         let twice = once.unanswered(now);
-        let until = now + PAUSE;
-        assert_eq!(twice, Standing::Refused { until, pause: PAUSE, why: Why::Unanswered });
+        let until = now + Duration::from_secs(30);
+        assert_eq!(twice, Standing::Refused { until, before: 0, why: Why::Unanswered });
         assert_eq!(twice.unanswered(now), twice, "it was on its way");
-        let Standing::Refused { pause, .. } = twice.unanswered(until) else { panic!() };
-        assert_eq!(pause, PAUSE * 2);
+        let Standing::Refused { before, .. } = twice.unanswered(until) else { panic!() };
+        assert_eq!(before, 1);
         let taken = Standing::Taken(now);
         assert_eq!(taken.unanswered(now).unanswered(now), taken);
     }

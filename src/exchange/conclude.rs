@@ -30,7 +30,7 @@ use crate::upstream::head::{Cleaned, clean_reply};
 const DEFAULT_RETRY: Duration = Duration::from_secs(30);
 
 /// What an answer means.
-struct View {
+struct Conclusion {
     outcome: Outcome,
     result_code: Option<ResultCode>,
     /// It comes from behind the check of the token.
@@ -55,9 +55,9 @@ impl Exchange {
         progress: &Progress,
         deadline: Instant,
     ) -> (Told, Option<Box<Pending>>) {
-        let (status, view) = (arrived.status, self.view(&mut arrived, progress));
-        let View { outcome, rejected, cause, is_from_business, is_cut, .. } = view;
-        let mut answer = self.answer(status, view, progress);
+        let (status, conclusion) = (arrived.status, self.interpret(&mut arrived, progress));
+        let Conclusion { outcome, rejected, cause, is_from_business, is_cut, .. } = conclusion;
+        let mut answer = self.answer(status, conclusion, progress);
         if let Some(code) = rejected {
             let retry_after = Some(self.cooldown().remaining().unwrap_or(DEFAULT_RETRY));
             let finished = finish(self.claim, self.record, &Answer { outcome: Outcome::Refused, ..answer });
@@ -107,7 +107,7 @@ impl Exchange {
 
     /// What an answer means. Takes out of it what the caller must not see.
     #[inline]
-    fn view(&self, arrived: &mut BufferedReply, progress: &Progress) -> View {
+    fn interpret(&self, arrived: &mut BufferedReply, progress: &Progress) -> Conclusion {
         let BufferedReply { status, headers, body, rest, .. } = arrived;
         let judged = ReplyView { status: *status, body, truncated: rest.is_some() };
         let Classification { outcome, mut result_code } = self.route.result.classify(judged);
@@ -139,23 +139,32 @@ impl Exchange {
             Some(cause) => self.tell_answer(cause, *status, progress),
             None => self.terms.failures.succeeded(),
         }
-        View { outcome, result_code, is_from_business, rejected, cause, upstream_id, is_withheld, is_cut }
+        Conclusion {
+            outcome,
+            result_code,
+            is_from_business,
+            rejected,
+            cause,
+            upstream_id,
+            is_withheld,
+            is_cut,
+        }
     }
 
     /// The same for the record.
     #[inline]
-    fn answer(&self, status: StatusCode, view: View, progress: &Progress) -> Answer {
+    fn answer(&self, status: StatusCode, conclusion: Conclusion, progress: &Progress) -> Answer {
         Answer {
-            outcome: view.outcome,
-            code: view.rejected,
-            cause: view.cause,
-            status: Some(view.rejected.map_or(status, Code::status).as_u16()),
+            outcome: conclusion.outcome,
+            code: conclusion.rejected,
+            cause: conclusion.cause,
+            status: Some(conclusion.rejected.map_or(status, Code::status).as_u16()),
             upstream_status: Some(status.as_u16()),
-            upstream_id: view.upstream_id,
-            result_code: view.result_code,
+            upstream_id: conclusion.upstream_id,
+            result_code: conclusion.result_code,
             attempts: progress.answered,
             token_generation: self.token.generation(),
-            note: view.is_withheld.then_some("the reply quoted the credential and was withheld"),
+            note: conclusion.is_withheld.then_some("the reply quoted the credential and was withheld"),
             reply: None,
         }
     }

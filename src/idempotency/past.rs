@@ -1,4 +1,4 @@
-//! What the trail and its readers tell of earlier calls: what a start restores, and what a person resolves.
+//! Earlier calls: restores them from the trail at the start, and applies what a person resolved.
 
 use std::sync::{MutexGuard, PoisonError};
 

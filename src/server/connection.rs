@@ -133,7 +133,8 @@ pub(super) async fn serve(
     }
 }
 
-/// A place for a connection of a stranger, which whoever is known does not need. `None`: strangers have no more.
+/// Takes a stranger's place for the connection of a peer that is not known. Returns `None` if strangers hold all of theirs, and
+/// `Some(None)` for a peer that is known, which needs none.
 pub(super) fn stranger(gateway: &Gateway, is_known: bool, peer: Peer) -> Option<Option<Stranger>> {
     if is_known {
         return Some(None);
