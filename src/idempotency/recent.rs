@@ -1,7 +1,8 @@
 //! Calls without a key that succeeded, in the order in which they were told, each found by its mark.
 //!
 //! Every call adds one and, once there are many, removes one. They lie in a row that is written at one end and read at
-//! the other; what is hit at random is four bytes a call, so that it stays in the processor's cache.
+//! the other; what is hit at random is four bytes a call, so that it stays in the processor's cache. A map that holds the
+//! marks themselves took 84 MB instead of 51 for a million calls, and a fifth to a third longer for each.
 
 use std::collections::VecDeque;
 use std::hash::BuildHasher;
