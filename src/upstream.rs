@@ -3,7 +3,6 @@
 //! Knows neither callers nor tasks: [`crate::exchange`] decides what is sent, and what an answer means.
 
 pub mod breaker;
-mod companions;
 mod frames;
 pub mod head;
 mod http2;

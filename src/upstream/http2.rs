@@ -16,6 +16,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use http::{Request, Response, Uri, header, uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -24,7 +25,6 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 use tokio::task::{AbortHandle, unconstrained, yield_now};
 
-use super::companions::Companions;
 use super::frames::FrameReader;
 use super::pool::{Counted, NoConnection, is_quiet};
 use crate::clock;
@@ -242,8 +242,8 @@ impl Connection {
         permit: OwnedSemaphorePermit,
         patience: Duration,
     ) -> Result<Self, hyper::Error> {
-        let (driver, companions) = (Driver::default(), Companions::default());
-        let spawn = Spawn { driver: driver.0.clone(), companions: companions.clone() };
+        let (driver, spawned) = (Driver::default(), Spawned::default());
+        let spawn = Spawn { driver: driver.0.clone(), spawned: spawned.clone() };
         let (sender, mut connection) = http2::Builder::new(spawn)
             .timer(TokioTimer::new())
             .initial_max_send_streams(UNTOLD)
@@ -269,7 +269,7 @@ impl Connection {
             }
         }
         let limit = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
-        let dispatch = tokio::spawn(unconstrained(dispatch(connection, limit.clone(), companions)));
+        let dispatch = tokio::spawn(unconstrained(dispatch(connection, limit.clone(), spawned)));
         let usage = Mutex::new(Usage { sender, streams: 0, since: clock::nanos() });
         let dispatch = dispatch.abort_handle();
         Ok(Self { dispatch, _driver: driver, probe, generation, reads, limit, usage, _permit: permit })
@@ -299,11 +299,13 @@ impl Connection {
     }
 }
 
-/// Hands requests over until the connection takes no more, and answers back until all are there. In this order:
-/// who is told that its request was given back by a GOAWAY finds the connection closed to new ones.
+/// Hands requests over until the connection takes no more, and answers back until all are there, by way of what hyper
+/// spawned: a task of its own for each request would cost as much as HTTP/2 itself does. In this order: who is told that its
+/// request was given back by a GOAWAY finds the connection closed to new ones.
 // tests/hyper.rs: a_connection_is_closed_before_a_goaway_gives_its_request_back
-async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, companions: Companions) {
+async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, spawned: Spawned) {
     let mut connection = Some(connection);
+    let mut companions = FuturesUnordered::new();
     poll_fn(|cx| {
         if let Some(open) = &mut connection {
             let polled = Pin::new(&mut *open).poll(cx);
@@ -315,8 +317,14 @@ async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, companions: Com
                 connection = None;
             }
         }
-        let left = companions.poll(cx);
-        if connection.is_none() { left } else { Poll::Pending }
+        loop {
+            companions.extend(spawned.lock().unwrap_or_else(PoisonError::into_inner).drain(..));
+            match companions.poll_next_unpin(cx) {
+                Poll::Ready(Some(())) => {}
+                Poll::Ready(None) if connection.is_none() => return Poll::Ready(()),
+                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
+            }
+        }
     })
     .await;
 }
@@ -406,12 +414,16 @@ impl Drop for Driver {
     }
 }
 
+/// What hyper spawned for one request each, until [`dispatch`] polls it for the first time: hyper spawns from within the
+/// connection, which `dispatch` polls just before, so that nobody needs to be woken.
+type Spawned = Arc<Mutex<Vec<Pin<Box<dyn Future<Output = ()> + Send>>>>>;
+
 /// Runs what hyper spawns: the driver, which is the first, and what belongs to one request.
 // tests/hyper.rs: hyper_spawns_the_driver_first_and_the_rest_for_one_request_each
 #[derive(Clone)]
 struct Spawn {
     driver: Arc<OnceLock<AbortHandle>>,
-    companions: Companions,
+    spawned: Spawned,
 }
 
 impl<F> hyper::rt::Executor<F> for Spawn
@@ -420,7 +432,7 @@ where
 {
     fn execute(&self, future: F) {
         match self.driver.get() {
-            Some(_) => self.companions.add(future),
+            Some(_) => self.spawned.lock().unwrap_or_else(PoisonError::into_inner).push(Box::pin(future)),
             None => drop(self.driver.set(tokio::spawn(future).abort_handle())),
         }
     }
