@@ -237,10 +237,10 @@ impl Caller {
     fn new(index: usize, count: usize, raw: &config::Caller, limit: Option<&Arc<Limiter>>) -> Self {
         let limit = match limit {
             Some(limit) => {
-                limit.set(raw.rate_limit);
+                limit.set(raw.limit());
                 limit.clone()
             }
-            None => Arc::new(Limiter::new(raw.rate_limit)),
+            None => Arc::new(Limiter::new(raw.limit())),
         };
         Self {
             index: CallerIndex(index),

@@ -352,7 +352,7 @@ fn audit_options(config: &Config, accept_loss: Option<String>) -> audit::Options
         queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
         intent_deadline: INTENT_DEADLINE,
         shown: SHOWN.map(|name| config.audit.shown(name)),
-        refusals: config.audit.refusals,
+        refusals: config.audit.refusals(),
         hour: audit::HOUR,
         retain: config.audit.retain.map(|retain| retain + SLACK),
         early: config.audit.max_size.map(|max_size| Early { max_size, after: window + SLACK }),

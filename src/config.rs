@@ -3,12 +3,17 @@
 //! Three types: raw (what stands where), validated (these), compiled ([`crate::state::State`]). All mistakes
 //! are told at once, each with its place, key and reason.
 
-mod raw;
-mod table;
+mod source;
+mod context;
+mod reader;
 mod values;
+mod forms;
 mod peer;
 mod urls;
 mod sections;
+mod defaults;
+mod complete;
+mod files;
 mod problems;
 pub mod named_files;
 mod parse;
@@ -25,22 +30,24 @@ use std::sync::{PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use context::Reading;
 pub use effective::Access;
 use named_files::NamedFiles;
 use peer::meets_loopback;
 pub use peer::{DNS, PeerRule, SPIFFE};
 pub use problems::{Problem, Problems};
 pub(crate) use relations::socket_path;
+use schemars::JsonSchema;
 pub use sections::{
     Admin, Audit, BareIds, Caller, ContractSource, Control, Credential, Http2, Idempotency, IdentityFiles,
-    Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, LogRequests, LoginFiles, RefusalBudget,
-    Route, SecretSource, Server, Token, Upstream, WithoutKey,
+    Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, LogRequests, LoginFiles, Quota, Rate,
+    RefusalBudget, Route, SecretSource, Server, Token, Upstream, WithoutKey,
 };
-use table::Reading;
+use serde::Serialize;
 pub use urls::{ProxyUrl, Url};
 
 /// A whole configuration. Made only by [`Config::load`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Config {
     /// Where callers connect; at least one.
     pub listeners: Vec<Listener>,
@@ -57,15 +64,15 @@ pub struct Config {
     /// Who may call; at least one.
     pub callers: Vec<Caller>,
     /// The upstream's budget, shared by all callers.
-    pub quota: Limit,
+    pub quota: Quota,
     /// The audit trail.
     pub audit: Audit,
     /// Calls that are repeated.
     pub idempotency: Idempotency,
-    /// The built-in route and those of the file.
-    pub routes: Vec<Route>,
     /// Logs.
     pub log: Log,
+    /// The built-in route and those of the file.
+    pub routes: Vec<Route>,
 }
 
 /// The route that is there without being configured. A `contract_file` takes the place of its contract.
@@ -106,7 +113,7 @@ impl Config {
             move || drop(done.send(Self::load_with_keys(&own_path, &overrides, environment, files, reading)))
         };
         let own =
-            || (raw::Place::File { path: path.display().to_string().into(), line: 1 }, "file".to_owned());
+            || (source::Place::File { path: path.display().to_string().into(), line: 1 }, "file".to_owned());
         let problem = |(place, key), reason| Err(Problems(vec![Problem { place, key, reason }]));
         if let Err(error) = thread::Builder::new().name("configuration".into()).spawn(load) {
             return problem(own(), format!("cannot be read: {error}"));
@@ -133,7 +140,7 @@ impl Config {
         reading: Reading,
     ) -> Result<(Self, Vec<String>), Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
-        let layers = raw::read(Some(path), overrides, &environment)?;
+        let layers = source::read(Some(path), overrides, &environment)?;
         // What is said of a file names it whole.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         parse::validate(layers, path.parent().unwrap_or(Path::new(".")), files, reading)
@@ -147,7 +154,7 @@ impl Config {
         files: &dyn NamedFiles,
     ) -> Result<SocketAddr, Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
-        parse::admin_address(raw::read(path, &[], &environment)?, files)
+        parse::admin_address(source::read(path, &[], &environment)?, files)
     }
 
     /// The listeners at which a caller can be seen.

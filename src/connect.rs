@@ -184,14 +184,14 @@ impl Egress {
     /// From a configuration; reads roots, the gateway's own certificate, and user and password for the proxy only where
     /// there is TLS.
     pub fn new(upstream: &config::Upstream, has_tls: bool) -> Result<Self, EgressError> {
-        let identity = upstream.identity.clone().filter(|_| has_tls);
+        let identity = upstream.identity().filter(|_| has_tls);
         let identity = identity.map(|files| Identity::load(files.cert_file, files.key_file)).transpose()?;
         let ca_file = upstream.ca_file.as_deref().filter(|_| has_tls);
         let digest = ca_file.map(roots::contents).transpose()?; // before it is read: what changes in between is noticed later
         let store = if has_tls { roots(ca_file)? } else { RootCertStore::empty() };
         let trust = Arc::new(Trust::new(store, identity.clone())?);
         let roots = ca_file.zip(digest).map(|(path, digest)| Roots::new(path.into(), trust.clone(), digest));
-        let login = upstream.proxy_login.clone().filter(|_| has_tls).map(Login::load).transpose()?;
+        let login = upstream.proxy_login().filter(|_| has_tls).map(Login::load).transpose()?;
         Ok(Self { trust, roots, proxy: upstream.proxy.clone(), login, identity })
     }
 

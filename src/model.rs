@@ -8,7 +8,20 @@ pub trait Words: Copy + 'static {
     const TABLE: &[(Self, &str)];
 }
 
-/// Makes an enum of a table of its variants and their words: with `ALL`, `COUNT`, `as_str` and `Display`.
+/// The variant with a word, or which words there are.
+pub(crate) fn word<T: Words, E: serde::de::Error>(text: &str) -> Result<T, E> {
+    let named = T::TABLE.iter().find(|(_, word)| *word == text);
+    named.map(|(value, _)| *value).ok_or_else(|| {
+        let words: Vec<_> = T::TABLE.iter().map(|(_, word)| format!("\"{word}\"")).collect();
+        E::custom(match &words[..] {
+            [words @ .., last] if words.len() < 3 => format!("must be {} or {last}", words.join(", ")),
+            words => format!("must be one of {}", words.join(", ")),
+        })
+    })
+}
+
+/// Makes an enum of a table of its variants and their words: with `ALL`, `COUNT`, `as_str`, `Display`,
+/// and as a text of serde's.
 macro_rules! words {
     ($(#[$of_all:meta])* $name:ident { $($(#[$of_one:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$of_all])*
@@ -30,6 +43,28 @@ macro_rules! words {
 
         impl $crate::model::Words for $name {
             const TABLE: &[(Self, &str)] = &[$((Self::$variant, $word)),+];
+        }
+
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                to.serialize_str(self.as_str())
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                $crate::model::word(&<String as serde::Deserialize>::deserialize(from)?)
+            }
+        }
+
+        impl schemars::JsonSchema for $name {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                schemars::json_schema!({ "enum": [$($word),+] })
+            }
         }
 
         impl std::fmt::Display for $name {

@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::audit::Audit;
 use crate::changes::Change;
-use crate::config::{Config, ContractSource, Log};
+use crate::config::{Config, Log};
 use crate::files::{Aside, read};
 use crate::preflight;
 use crate::route::Routes;
@@ -275,11 +275,7 @@ fn fixed(old: &Value, new: &Value) -> Option<String> {
 }
 
 fn contract_files(config: &Config) -> Vec<PathBuf> {
-    let file = |source: &ContractSource| match source {
-        ContractSource::BuiltIn => None,
-        ContractSource::File(path) => Some(path.clone()),
-    };
-    let files: BTreeSet<_> = config.routes.iter().filter_map(|route| file(&route.contract)).collect();
+    let files: BTreeSet<_> = config.routes.iter().filter_map(|route| route.contract_file.clone()).collect();
     files.into_iter().collect()
 }
 

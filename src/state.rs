@@ -47,11 +47,11 @@ impl State {
             routes: routes::compile(config, None)?,
             body: body::Bounds { size: config.server.max_body, time: config.server.body_timeout },
             terms: Arc::new(Terms {
-                outbound: Outbound::new(authority(config), &config.upstream.headers),
+                outbound: Outbound::new(authority(config), &config.upstream.static_headers()),
                 refused_statuses: config.token.refused_statuses.clone(),
                 breaker: Arc::new(Breaker::new(&config.upstream, metrics.breaker)),
                 failures: Failures::new(metrics.failures),
-                quota: Quota::new(config.quota),
+                quota: Quota::new(config.quota.limit()),
                 slots,
                 reply_headers: config.upstream.reply_headers.clone(),
                 withheld: metrics.withheld,
@@ -62,7 +62,7 @@ impl State {
 
     /// A configuration that takes the place of this one, with its compiled routes. All that is remembered goes on.
     pub fn successor(&self, config: &Config, routes: Routes<Route>) -> Self {
-        self.terms.quota.set(config.quota);
+        self.terms.quota.set(config.quota.limit());
         Self {
             admission: Admission::new(&config.callers, &self.admission.limits()),
             routes,

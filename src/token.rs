@@ -458,7 +458,7 @@ impl Slot {
 }
 
 fn read(credential: &config::Credential) -> Result<(Sources, Pair), StartError> {
-    let sources = (credential.app_key.clone(), credential.app_secret.clone());
+    let sources = (credential.app_key(), credential.app_secret());
     let pair = Pair::load(&sources).map_err(|error| StartError::Pair(credential.name.clone(), error))?;
     Ok((sources, pair))
 }

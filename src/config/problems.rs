@@ -4,13 +4,13 @@ use std::fmt;
 
 use serde_json::json;
 
-use super::raw;
+use super::source;
 use crate::plain;
 
 /// One mistake.
 #[derive(Clone, Debug)]
 pub struct Problem {
-    pub(super) place: raw::Place,
+    pub(super) place: source::Place,
     pub(super) key: String,
     pub(super) reason: String,
 }
@@ -30,8 +30,8 @@ impl Problem {
     /// For machines.
     pub fn to_json(&self) -> serde_json::Value {
         let (file, line) = match &self.place {
-            raw::Place::File { path, line } => (Some(&**path), Some(line)),
-            raw::Place::Variable(_) | raw::Place::Flag(_) => (None, None),
+            source::Place::File { path, line } => (Some(&**path), Some(line)),
+            source::Place::Variable(_) | source::Place::Flag(_) => (None, None),
         };
         let place = self.place.to_string();
         json!({ "place": place, "file": file, "line": line, "key": self.key, "reason": self.reason })

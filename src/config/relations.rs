@@ -6,35 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::model::audit_fields::SHOWN;
 
-use super::table::{Context, Referent};
-use super::trail::LEAST_SEGMENTS;
+use super::context::Context;
 use super::{Config, Control, ListenAddress, PeerRule, Route};
-
-/// What nobody set gives way to what somebody set, where the two must stand in a relation. Limits of callers, the window of
-/// keys and addresses give way to nothing: another value there would be another promise.
-pub(super) fn let_defaults_give_way(context: &Context<'_>, config: &mut Config) {
-    let is_set = |key: &str| context.is_set(key);
-    let Config { server, upstream, audit, idempotency, callers, .. } = config;
-    if !is_set("upstream.connect_timeout") {
-        upstream.connect_timeout = upstream.connect_timeout.min(upstream.timeout);
-    } else if !is_set("upstream.timeout") {
-        upstream.timeout = upstream.timeout.max(upstream.connect_timeout);
-    }
-    if !is_set("server.drain_grace") {
-        server.drain_grace = server.drain_grace.min(server.drain_timeout / 2);
-    } else if !is_set("server.drain_timeout") {
-        server.drain_timeout = server.drain_timeout.max(server.drain_grace * 2);
-    }
-    if let Some(max_size) = audit.max_size
-        && !is_set("audit.segment_size")
-    {
-        audit.segment_size = audit.segment_size.min((max_size / LEAST_SEGMENTS) & !0x3ff); // whole KiB
-    }
-    if !idempotency.is_max_keys_set {
-        let shares = callers.iter().filter_map(|caller| caller.max_keys);
-        idempotency.max_keys = shares.fold(idempotency.max_keys, usize::max);
-    }
-}
 
 /// Looks at all of them.
 pub(super) fn check(context: &mut Context<'_>, config: &Config) {
@@ -65,7 +38,7 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         let reason = "must be at least server.workers";
         between(context, ["upstream.max_connections", "server.workers"], reason);
     }
-    context.reads_at("upstream.ca_file");
+    context.reads("upstream.ca_file");
     let is_known = !["upstream.base_url", "token.url"].iter().any(|key| context.is_doubtful(key));
     if is_known
         && (upstream.base_url.tls || config.token.url.tls)
@@ -73,32 +46,42 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
         && !context.is_doubtful("upstream.ca_file")
         && let Err(reason) = context.files.check_system_roots()
     {
-        context.problem_at("upstream.ca_file", format!("is needed here: {reason}"));
+        context.problem("upstream.ca_file", format!("is needed here: {reason}"));
     }
 }
 
 /// A mistake between two values, told at the first of them that stands anywhere.
 fn between(context: &mut Context<'_>, keys: [&str; 2], reason: &str) {
     if !keys.iter().any(|key| context.is_doubtful(key)) {
-        context.problem_at(keys[0], reason);
+        context.problem(keys[0], reason);
     }
 }
 
+/// Names that must be those of something else.
 fn references(context: &mut Context<'_>, config: &Config) {
-    let credentials: Vec<_> = config.credentials.iter().map(|credential| credential.name.as_str()).collect();
-    let routes: Vec<_> = config.routes.iter().map(|route| route.name.as_str()).collect();
-    for reference in std::mem::take(&mut context.references) {
-        let (list, what, names) = match reference.to {
-            Referent::Credential => ("credentials", "credential", &credentials),
-            Referent::Route => ("routes", "route", &routes),
-        };
-        // A name that could not be read may be the one that is meant.
-        let doubtful = context.is_doubtful(list) || names.contains(&"");
-        let found = reference.found;
-        if !doubtful && !names.contains(&found.value.as_str()) {
-            let reason = format!("no {what} has this name; there are: {}", names.join(", "));
-            context.problem(&found.place, found.key, reason);
+    let credentials: Vec<_> = config.credentials.iter().map(|credential| &*credential.name).collect();
+    let routes: Vec<_> = config.routes.iter().map(|route| &*route.name).collect();
+    for (i, caller) in config.callers.iter().enumerate() {
+        let key = format!("callers[{i}].credential");
+        refer(context, &key, &key, ("credential", &credentials), &caller.credential);
+        let list = format!("callers[{i}].routes");
+        for (j, route) in caller.routes.iter().enumerate() {
+            refer(context, &format!("{list}[{j}]"), &list, ("route", &routes), route);
         }
+    }
+    for (i, credential) in config.routes.iter().map(|route| &route.credential).enumerate() {
+        let key = format!("routes[{i}].credential");
+        credential.iter().for_each(|name| refer(context, &key, &key, ("credential", &credentials), name));
+    }
+}
+
+/// A name that could not be read may be the one that is meant.
+fn refer(context: &mut Context<'_>, at: &str, key: &str, (what, names): (&str, &[&str]), name: &str) {
+    let is_doubtful =
+        context.is_doubtful(&format!("{what}s")) || names.contains(&"") || context.is_doubtful(at);
+    if !is_doubtful && !names.contains(&name) {
+        let reason = format!("no {what} has this name; there are: {}", names.join(", "));
+        context.problem_of(at, key, reason);
     }
 }
 
@@ -109,14 +92,14 @@ fn fields(context: &mut Context<'_>, config: &Config) {
         return;
     }
     let files = context.files;
-    for (name, _) in &config.audit.fields {
-        let has = |route: &Route| files.audit_names(&route.contract).contains(name);
+    for name in config.audit.fields.keys() {
+        let has = |route: &Route| files.audit_names(&route.contract()).contains(name);
         let of_contracts = || config.routes.iter().any(has);
         if !SHOWN.contains(&name.as_str()) && !of_contracts() {
             let own = SHOWN.join(", ");
             let reason =
                 format!("`{name}` cannot be hidden; there are {own}, and what contracts name with x-audit");
-            context.problem_at("audit.fields", reason);
+            context.problem("audit.fields", reason);
         }
     }
 }
@@ -131,7 +114,7 @@ fn trail_size(context: &mut Context<'_>, config: &Config) {
         return;
     }
     if let Some(reason) = config.trail_size().refusal() {
-        context.problem_at("audit.max_size", reason);
+        context.problem("audit.max_size", reason);
     }
 }
 
@@ -176,10 +159,10 @@ fn peers(context: &mut Context<'_>, config: &Config) {
         });
         if let Some(other) = other {
             let other = &config.callers[other].name;
-            context.problem_at(&key, format!("one peer can be both `{other}` and `{}`", caller.name));
+            context.problem(&key, format!("one peer can be both `{other}` and `{}`", caller.name));
         } else if !doubtful_listeners && config.listeners_of(caller).next().is_none() {
             let needed = needed_listener(&caller.peer);
-            context.problem_at(&key, format!("no listener can see this peer: {needed}"));
+            context.problem(&key, format!("no listener can see this peer: {needed}"));
         }
     }
 }
@@ -205,8 +188,7 @@ fn addresses(context: &mut Context<'_>, config: &Config) {
             && !context.is_doubtful(key)
             && !context.is_doubtful(other)
         {
-            context
-                .problem_at(key, format!("overlaps with {other}: give one of them another address or port"));
+            context.problem(key, format!("overlaps with {other}: give one of them another address or port"));
         }
     }
 }

@@ -1,28 +1,47 @@
 //! The sections of a configuration, as values of their final types.
 
+mod outbound;
+
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderName, StatusCode};
+use http::HeaderName;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::forms::{
+    AdminAddress, As, ControlSocket, DAY, Each, FilePath, GIB, HOUR, Host, KIB, Level, Listen, MIB, MINUTE,
+    MaxSize, Maybe, Mode, Name, Peer, PerTime, Period, RequiredHeader, Retain, SECOND, Size, Whole, Workers,
+};
+pub use outbound::{
+    ContractSource, Credential, Http2, IdentityFiles, LoginFiles, Route, SecretSource, Token, Upstream,
+};
 
 use super::peer::meets_loopback;
-use super::{PeerRule, ProxyUrl, Url};
+use super::PeerRule;
 use crate::model::durability::Durability;
 use crate::model::redaction::Shown;
 use crate::model::words;
 
 /// One socket that callers connect to.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(default)]
 pub struct Listener {
     /// Where it listens.
+    #[serde(with = "As::<Listen>")]
     pub address: ListenAddress,
+    /// Permission bits of a Unix socket, such as `0o660`.
+    #[serde(with = "As::<Maybe<Mode>>")]
+    pub mode: Option<u32>,
     /// The names that `Host` may carry, lower case, without port. `None` on a Unix socket: any.
+    #[serde(with = "As::<Maybe<Each<Host>>>")]
     pub hosts: Option<Vec<String>>,
-    /// Somebody said that requests may cross the network unencrypted. Needed off loopback, unless there is TLS.
-    pub allow_plaintext: bool,
+    /// Requests may cross the network unencrypted: needed off loopback, unless there is TLS. `None` on a Unix socket.
+    pub allow_plaintext: Option<bool>,
     /// TLS, on a TCP listener.
     pub tls: Option<ListenerTls>,
 }
@@ -48,15 +67,20 @@ impl Listener {
 }
 
 /// `tls` of a listener: PEM files.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(default)]
 pub struct ListenerTls {
     /// The certificate, and what leads from it to its root.
+    #[serde(with = "As::<FilePath>")]
     pub cert_file: PathBuf,
     /// Its key.
+    #[serde(with = "As::<FilePath>")]
     pub key_file: PathBuf,
     /// The CAs of callers' certificates. `None`: no certificate is asked for.
+    #[serde(with = "As::<Maybe<FilePath>>")]
     pub client_ca_file: Option<PathBuf>,
     /// Which of their certificates are revoked.
+    #[serde(with = "As::<Maybe<FilePath>>")]
     pub client_crl_file: Option<PathBuf>,
 }
 
@@ -84,13 +108,17 @@ impl fmt::Display for ListenAddress {
 }
 
 /// `[admin]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(default)]
 pub struct Admin {
     /// Where the admin listener listens.
+    #[serde(with = "As::<AdminAddress>")]
     pub address: SocketAddr,
     /// Further names that `Host` may carry, lower case, without port.
+    #[serde(with = "As::<Each<Host>>")]
     pub hosts: Vec<String>,
     /// Where the control socket is.
+    #[serde(with = "As::<ControlSocket>")]
     pub control: Control,
 }
 
@@ -116,150 +144,77 @@ impl fmt::Display for Control {
 }
 
 /// `[server]`. Caps are for all workers together.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(default)]
 pub struct Server {
     /// Worker threads, 1 to 64.
+    #[serde(with = "As::<Workers>")]
     pub workers: usize,
     /// Open caller connections.
+    #[serde(with = "As::<Whole<1, 1_000_000>>")]
     pub max_connections: usize,
     /// Requests between head and answer.
+    #[serde(with = "As::<Whole<1, 100_000>>")]
     pub max_in_flight: usize,
     /// Bytes of one body.
+    #[serde(with = "As::<Size<KIB, { 16 * MIB }, usize>>")]
     pub max_body: usize,
     /// Bytes of a head.
+    #[serde(with = "As::<Size<{ 8 * KIB }, { 64 * KIB }, usize>>")]
     pub max_head: usize,
     /// Bytes of all unfinished heads and bodies together, beyond the first 4 KiB of each.
+    #[serde(with = "As::<Size<MIB, { 16 * GIB }, usize>>")]
     pub max_unfinished: usize,
     /// From the first byte of a head to its last.
+    #[serde(with = "As::<Period<100, { 5 * MINUTE }>>")]
     pub header_timeout: Duration,
     /// From the end of the head to the end of the body.
+    #[serde(with = "As::<Period<100, { 5 * MINUTE }>>")]
     pub body_timeout: Duration,
     /// Between two requests of one connection.
+    #[serde(with = "As::<Period<100, HOUR>>")]
     pub idle_timeout: Duration,
     /// From the stop signal on, requests are still served for so long, on sockets of our own.
+    #[serde(with = "As::<Period<0, { 5 * MINUTE }>>")]
     pub drain_grace: Duration,
     /// From the stop signal to the end of the process.
+    #[serde(with = "As::<Period<0, { 10 * MINUTE }>>")]
     pub drain_timeout: Duration,
 }
 
-/// `[upstream]`.
-#[derive(Clone, Debug)]
-pub struct Upstream {
-    /// Scheme, host and port of the API; its path prefix is empty.
-    pub base_url: Url,
-    /// Connect and TLS together; also the longest wait for a free connection.
-    pub connect_timeout: Duration,
-    /// The whole exchange, replay included.
-    pub timeout: Duration,
-    /// A pooled connection idle for longer is not used.
-    pub idle_timeout: Duration,
-    /// Connections, all workers together.
-    pub max_connections: usize,
-    /// So many failures in a row suspend it; 0: none do.
-    pub breaker_failures: u32,
-    /// How long it is left alone, the first time.
-    pub breaker_pause: Duration,
-    /// Which versions of HTTP are offered to it.
-    pub http2: Http2,
-    /// PEM roots that replace the system's.
-    pub ca_file: Option<PathBuf>,
-    /// The gateway's own certificate.
-    pub identity: Option<IdentityFiles>,
-    /// The proxy on the way to it, and to the token endpoint.
-    pub proxy: Option<ProxyUrl>,
-    /// Who the gateway is to that proxy.
-    pub proxy_login: Option<LoginFiles>,
-    /// Static headers of every upstream request.
-    pub headers: HeaderMap,
-    /// Further reply headers that pass to callers.
-    pub reply_headers: Vec<HeaderName>,
-}
-
-/// A certificate, with what leads from it to its root, and its key: PEM files.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IdentityFiles {
-    /// The certificate.
-    pub cert_file: PathBuf,
-    /// Its key.
-    pub key_file: PathBuf,
-}
-
-/// A user and a password: files that hold nothing else.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LoginFiles {
-    /// The user's name.
-    pub user: PathBuf,
-    /// The password.
-    pub password: PathBuf,
-}
-
-words! {
-    /// Whether HTTP/2 is spoken with the upstream.
-    Http2 {
-        /// Never: HTTP/1.1.
-        Off = "off",
-        /// Over TLS, where the upstream picks it; else HTTP/1.1.
-        Auto = "auto",
-    }
-}
-
-/// `[token]`.
-#[derive(Clone, Debug)]
-pub struct Token {
-    /// The token endpoint.
-    pub url: Url,
-    /// What `X-Token-Expire` asks for and what counts when the reply names no lifetime. `None`: not asked for.
-    pub lifetime: Option<Duration>,
-    /// One call of the token endpoint.
-    pub timeout: Duration,
-    /// The longest that a request waits for a token.
-    pub wait: Duration,
-    /// Upstream statuses that mean "token refused".
-    pub refused_statuses: Vec<StatusCode>,
-}
-
-/// `[[credentials]]`.
-#[derive(Clone, Debug)]
-pub struct Credential {
-    /// Its name, unique.
-    pub name: String,
-    /// Where the app key is.
-    pub app_key: SecretSource,
-    /// Where the app secret is.
-    pub app_secret: SecretSource,
-}
-
-/// Where a secret is kept. Never the secret itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SecretSource {
-    /// The file's content, trailing newline trimmed.
-    File(PathBuf),
-    /// The variable's value.
-    Env(String),
-}
-
 /// `[[callers]]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(default)]
 pub struct Caller {
     /// Its name, unique.
+    #[serde(with = "As::<Name>")]
     pub name: String,
     /// Which peers it is.
+    #[serde(with = "As::<Peer>")]
     pub peer: PeerRule,
     /// The operator it acts as (`x-UserId`).
+    #[serde(with = "As::<Name>")]
     pub operator_id: String,
     /// Other operators that it may name in `x-userid`.
+    #[serde(with = "As::<Each<Name>>")]
     pub operators: Vec<String>,
     /// Name of the credential used for it.
     pub credential: String,
     /// Names of the routes it may use.
     pub routes: Vec<String>,
-    /// Its own limit.
-    pub rate_limit: Limit,
+    /// How often it may call: see [`Self::limit`].
+    #[serde(with = "As::<PerTime>")]
+    pub rate_limit: Rate,
+    /// Requests that may come at once.
+    #[serde(with = "As::<Whole<1, 1_000_000, u32>>")]
+    pub burst: u32,
     /// A header that its requests must carry, whatever its value.
+    #[serde(with = "As::<Maybe<RequiredHeader>>")]
     pub require_header: Option<HeaderName>,
     /// Which ids it may send as bare numbers.
     pub bare_ids: BareIds,
     /// The most Idempotency-Keys that it may hold; `None`: half of all, or all if there is no other caller.
+    #[serde(with = "As::<Maybe<Whole<1, 10_000_000>>>")]
     pub max_keys: Option<usize>,
     /// Its requests are refused for now.
     pub frozen: bool,
@@ -279,6 +234,59 @@ words! {
     }
 }
 
+impl Caller {
+    /// Its own limit.
+    pub fn limit(&self) -> Limit {
+        self.rate_limit.with_burst(self.burst)
+    }
+}
+
+/// `[quota]`.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(default)]
+pub struct Quota {
+    /// How often the upstream may be called: see [`Self::limit`].
+    #[serde(with = "As::<PerTime>")]
+    pub rate: Rate,
+    /// Requests that may come at once.
+    #[serde(with = "As::<Whole<1, 1_000_000, u32>>")]
+    pub burst: u32,
+}
+
+impl Quota {
+    /// The limit of all callers together.
+    pub fn limit(&self) -> Limit {
+        self.rate.with_burst(self.burst)
+    }
+}
+
+/// How often something may happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// Times per `period`.
+    pub count: NonZeroU32,
+    /// One second, minute or hour.
+    pub period: Duration,
+}
+
+impl Rate {
+    fn with_burst(self, burst: u32) -> Limit {
+        let Self { count, period } = self;
+        Limit { count, period, burst: NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN) }
+    }
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = match self.period.as_secs() {
+            1 => "s",
+            60 => "m",
+            _ => "h",
+        };
+        write!(f, "{}/{unit}", self.count)
+    }
+}
+
 /// A rate with a burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit {
@@ -291,26 +299,36 @@ pub struct Limit {
 }
 
 /// `[audit]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(default)]
 pub struct Audit {
     /// The directory of the segments; made when missing, mode 0700.
+    #[serde(with = "As::<FilePath>")]
     pub directory: PathBuf,
     /// Directory and key are not made when they are missing: `audit init` made them.
     pub must_exist: bool,
     /// When a record is safe.
     pub durability: Durability,
     /// Bytes after which a new segment begins.
+    #[serde(with = "As::<Size<{ 64 * KIB }, GIB>>")]
     pub segment_size: u64,
     /// How long records are kept, at least; `None`: for ever.
+    #[serde(with = "As::<Retain>")]
     pub retain: Option<Duration>,
     /// Beyond so many bytes segments are removed before that; `None`: never.
+    #[serde(with = "As::<MaxSize>")]
     pub max_size: Option<u64>,
-    /// How many bytes refusals may take an hour.
-    pub refusals: RefusalBudget,
+    /// Bytes that refusals of peers that are no callers may take an hour: see [`Self::refusals`].
+    #[serde(with = "As::<Size<{ 64 * KIB }, GIB>>")]
+    pub stranger_refusals: u64,
+    /// The same for callers.
+    #[serde(with = "As::<Size<{ 64 * KIB }, GIB>>")]
+    pub caller_refusals: u64,
     /// The chain's key. `None`: one is made in the directory.
+    #[serde(with = "As::<Maybe<FilePath>>")]
     pub key_file: Option<PathBuf>,
     /// How members of a record are written; others are written in clear.
-    pub fields: Vec<(String, Shown)>,
+    pub fields: BTreeMap<String, Shown>,
 }
 
 /// How many bytes refusals may take an hour.
@@ -332,24 +350,35 @@ impl Default for RefusalBudget {
 impl Audit {
     /// How a member is written.
     pub fn shown(&self, name: &str) -> Shown {
-        self.fields.iter().find(|(other, _)| other == name).map_or(Shown::Clear, |(_, shown)| *shown)
+        self.fields.get(name).copied().unwrap_or_default()
+    }
+
+    /// How many bytes refusals may take an hour.
+    pub fn refusals(&self) -> RefusalBudget {
+        RefusalBudget { strangers: self.stranger_refusals, callers: self.caller_refusals }
     }
 }
 
 /// `[idempotency]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(default)]
 pub struct Idempotency {
     /// How long a key is remembered.
+    #[serde(with = "As::<Period<HOUR, { 7 * DAY }>>")]
     pub window: Duration,
     /// So many keys at once; further ones are refused.
+    #[serde(with = "As::<Whole<1, 10_000_000>>")]
     pub max_keys: usize,
     /// Somebody set `max_keys`. Else it follows the callers' own.
+    #[serde(skip)]
     pub is_max_keys_set: bool,
     /// Bytes of stored answers that are kept in memory.
+    #[serde(with = "As::<Size<{ 64 * KIB }, { 16 * GIB }>>")]
     pub reply_memory: u64,
     /// What becomes of calls without a key.
     pub without_key: WithoutKey,
     /// How long an equal call without a key is looked for.
+    #[serde(with = "As::<Period<SECOND, DAY>>")]
     pub fingerprint_window: Duration,
 }
 
@@ -369,40 +398,12 @@ words! {
     }
 }
 
-/// `[[routes]]`.
-#[derive(Clone, Debug)]
-pub struct Route {
-    /// Its name, unique.
-    pub name: String,
-    /// The exact path, the same on both sides.
-    pub path: String,
-    /// The contract's JSON Schema.
-    pub contract: ContractSource,
-    /// The member of the reply that holds the result code.
-    pub result_field: String,
-    /// Result codes that mean success.
-    pub success_codes: Vec<String>,
-    /// Credential that replaces the caller's on this route.
-    pub credential: Option<String>,
-    /// Replaces `upstream.timeout` on this route.
-    pub timeout: Option<Duration>,
-    /// Its requests are refused for now.
-    pub frozen: bool,
-}
-
-/// Where a contract comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ContractSource {
-    /// `appointQualityTask`, embedded in the binary.
-    BuiltIn,
-    /// A JSON Schema file.
-    File(PathBuf),
-}
-
 /// `[log]`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(default)]
 pub struct Log {
     /// `error`, `warn`, `info`, `debug` or `trace`, or a filter such as `info,ccsqm_gateway::token=debug`.
+    #[serde(with = "As::<Level>")]
     pub level: String,
     /// How a line looks.
     pub format: LogFormat,

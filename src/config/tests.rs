@@ -5,12 +5,13 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use ::config::ValueKind;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::table::Reading;
+use super::context::Reading;
 use super::trail::CALL;
-use super::{Config, Problems, raw};
+use super::{Config, Problems, source};
 
 use crate::preflight;
 use crate::preflight::Preflight;
@@ -75,23 +76,23 @@ fn effective(text: &str) -> Value {
 
 /// The reference file, its headers aside, with the line of each key. Of a list, all tables count together.
 fn keys_of_the_file(path: &Path) -> BTreeSet<String> {
-    fn gather(value: &raw::Value, path: &str, keys: &mut BTreeSet<String>) {
+    fn gather(value: &::config::Value, path: &str, keys: &mut BTreeSet<String>) {
         match &value.kind {
             // A section of names that the user chooses.
-            raw::Kind::Table(_) if path == "upstream.headers" => {}
-            raw::Kind::Table(members) => {
+            ValueKind::Table(_) if path == "upstream.headers" => {}
+            ValueKind::Table(members) => {
                 for (name, member) in members {
                     let key = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
                     keys.insert(key.clone());
                     gather(member, &key, keys);
                 }
             }
-            raw::Kind::List(items) => items.iter().for_each(|item| gather(item, path, keys)),
+            ValueKind::Array(items) => items.iter().for_each(|item| gather(item, path, keys)),
             _ => {}
         }
     }
     let mut keys = BTreeSet::new();
-    gather(&raw::read(Some(path), &[], &[]).unwrap().root, "", &mut keys);
+    gather(&source::read(Some(path), &[], &[]).unwrap().root, "", &mut keys);
     keys
 }
 

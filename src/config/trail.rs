@@ -44,12 +44,12 @@ impl TrailSize<'_> {
     /// What bounds the calls that are sent: the callers' limits together, and the quota. No limit is infinite. A frozen caller
     /// counts, since it may thaw.
     fn bounds(&self) -> [Pace; 2] {
-        let callers = self.config.callers.iter().map(|caller| Pace::of(&caller.rate_limit));
+        let callers = self.config.callers.iter().map(|caller| Pace::of(&caller.limit()));
         let callers = callers.fold(Pace { hourly: 0, burst: 0 }, |sum, pace| Pace {
             hourly: sum.hourly.saturating_add(pace.hourly),
             burst: sum.burst.saturating_add(pace.burst),
         });
-        [callers, Pace::of(&self.config.quota)]
+        [callers, Pace::of(&self.config.quota.limit())]
     }
 
     /// The most calls that are sent an hour, without those of a burst.
@@ -65,7 +65,7 @@ impl TrailSize<'_> {
 
     /// What refusals, replays and dry runs take in a day, at most, in bytes.
     pub fn refusals_per_day(&self) -> u64 {
-        24 * (self.config.audit.refusals.strangers + self.config.audit.refusals.callers)
+        24 * (self.config.audit.stranger_refusals + self.config.audit.caller_refusals)
     }
 
     /// The size of a trail that goes back by so much and has nothing but calls, in bytes.

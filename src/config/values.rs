@@ -1,14 +1,18 @@
 //! Texts to values: durations, sizes, rates, addresses, peers, operators, paths, URLs.
 
+use std::net::SocketAddr;
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use http::{HeaderName, HeaderValue};
 use rustls::pki_types::ServerName;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use super::{ListenAddress, ProxyUrl, Url};
-
-use crate::model::Words;
+use super::peer::parse_peer;
+use super::{ListenAddress, PeerRule, ProxyUrl, Rate, Url};
+use crate::ids;
+use crate::model::header_names::{looks_like_credential, may_pass};
 
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
@@ -37,7 +41,7 @@ pub(super) fn parse_size(text: &str) -> Option<u64> {
     number.checked_mul(unit)
 }
 
-pub(super) fn parse_rate(text: &str) -> Result<(NonZeroU32, Duration), String> {
+pub(super) fn parse_rate(text: &str) -> Result<Rate, String> {
     let reason =
         || "must be a number per second, minute or hour, as in \"20/s\", \"100/m\" or \"5/h\"".to_owned();
     let (count, unit) = text.split_once('/').ok_or_else(reason)?;
@@ -49,7 +53,8 @@ pub(super) fn parse_rate(text: &str) -> Result<(NonZeroU32, Duration), String> {
     };
     let count = count.parse::<NonZeroU32>().map_err(|_| reason())?;
     let sane = count.get() <= 1_000_000;
-    sane.then_some((count, Duration::from_secs(seconds))).ok_or_else(|| "must be at most 1000000".into())
+    sane.then_some(Rate { count, period: Duration::from_secs(seconds) })
+        .ok_or_else(|| "must be at most 1000000".into())
 }
 
 pub(super) fn parse_listen_address(text: &str) -> Result<ListenAddress, String> {
@@ -74,7 +79,7 @@ pub(super) fn parse_level(text: &str) -> Result<String, String> {
     })
 }
 
-pub(super) fn parse_operator(text: &str) -> Result<String, String> {
+pub(super) fn parse_name(text: &str) -> Result<String, String> {
     let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
     let fits = plain && (1..=64).contains(&text.len());
     fits.then(|| text.to_owned()).ok_or_else(|| "must be 1 to 64 letters, digits, '.', '_' or '-'".into())
@@ -153,14 +158,105 @@ pub(super) fn parse_url(text: &str) -> Result<Url, String> {
     Ok(Url { tls, host, port, path: uri.path().to_owned() })
 }
 
-/// One of the words of an enum.
-pub(super) fn parse_word<T: Words>(text: &str) -> Result<T, String> {
-    let named = T::TABLE.iter().find(|(_, word)| *word == text);
-    named.map(|(value, _)| *value).ok_or_else(|| {
-        let words: Vec<_> = T::TABLE.iter().map(|(_, word)| format!("\"{word}\"")).collect();
-        match &words[..] {
-            [words @ .., last] if words.len() < 3 => format!("must be {} or {last}", words.join(", ")),
-            words => format!("must be one of {}", words.join(", ")),
-        }
-    })
+pub(super) fn parse_admin_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "must be an address with a port, as in \"127.0.0.1:9090\"".into())
 }
+
+pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
+    let bits = u32::from_str_radix(text, 8).ok().filter(|bits| *bits <= 0o777);
+    bits.ok_or_else(|| "must be octal permission bits, as in \"0660\"".into())
+}
+
+pub(super) fn parse_path(text: &str) -> Result<PathBuf, String> {
+    if text.is_empty() { Err("must not be empty".into()) } else { Ok(text.into()) }
+}
+
+pub(super) fn parse_base_url(text: &str) -> Result<Url, String> {
+    let mut url = parse_url(text)?;
+    if url.path != "/" {
+        return Err("must have no path: routes have whole paths of their own".into());
+    }
+    url.path.clear();
+    Ok(url)
+}
+
+/// A peer whose user or group is one that the kernel can tell apart.
+pub(super) fn parse_peer_of_caller(text: &str) -> Result<PeerRule, String> {
+    let peer = parse_peer(text)?;
+    match peer {
+        PeerRule::Uid(uid) => ids::users().check(uid)?,
+        PeerRule::Gid(gid) => ids::groups().check(gid)?,
+        PeerRule::Loopback | PeerRule::Network(_) | PeerRule::Certificate(_) => {}
+    }
+    Ok(peer)
+}
+
+/// The names of this machine for itself.
+pub(super) fn loopback_names() -> Vec<String> {
+    ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).into()
+}
+
+/// A reply header that may pass to callers.
+pub(super) fn parse_reply_header(text: &str) -> Result<HeaderName, String> {
+    match HeaderName::try_from(text) {
+        Ok(name) if may_pass(&name) => Ok(name),
+        Ok(name) => Err(format!("{name} never passes to callers")),
+        Err(_) => Err("must be a list of header names, as in [\"x-trace-id\"]".into()),
+    }
+}
+
+/// Why a header may not be a static one, if so.
+pub(super) fn check_static_header(name: &str, value: &str) -> Result<(), &'static str> {
+    let header = HeaderName::try_from(name).map_err(|_| "is not a header name")?;
+    if is_ours(&header) {
+        return Err("is set by the gateway itself");
+    }
+    if looks_like_credential(header.as_str()) {
+        return Err("looks like a secret, which must not stand in the configuration");
+    }
+    HeaderValue::from_str(value).map(drop).map_err(|_| "must be a text that a header can hold")
+}
+
+fn is_ours(name: &HeaderName) -> bool {
+    const OURS: [&str; 19] = [
+        "accept",
+        "accept-encoding",
+        "authorization",
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "cookie",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "user-agent",
+        "x-app-key",
+        "x-userid",
+    ];
+    OURS.contains(&&*name.as_str().replace('_', "-"))
+}
+
+/// Generic clients must not send it by themselves, and it is no place for a secret.
+pub(super) fn parse_required_header(text: &str) -> Result<HeaderName, String> {
+    let name = HeaderName::try_from(text).map_err(|_| "must be the name of a header".to_owned())?;
+    let is_usual = is_ours(&name) || !name.as_str().starts_with("x-") || looks_like_credential(name.as_str());
+    let reason = "must begin with x-, and be none that clients or proxies send by themselves";
+    if is_usual || USUAL.contains(&name.as_str()) { Err(reason.into()) } else { Ok(name) }
+}
+
+/// Headers that proxies and browsers add.
+const USUAL: [&str; 7] = [
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-forwarded-port",
+    "x-real-ip",
+    "x-request-id",
+    "x-requested-with",
+];

@@ -3,14 +3,12 @@
 //! Those without the prefix cannot be refused: Kubernetes sets `CCSQM_GATEWAY_PORT` and others for a service of this name. So
 //! only what becomes a setting with other underscores is told.
 
-use std::cell::LazyCell;
 use std::ffi::OsString;
 
 use serde_json::Value;
 
 use super::Config;
-use super::raw::PREFIX;
-use super::table::Context;
+use super::source::PREFIX;
 
 impl Config {
     /// A line for each variable that is not read, though with other underscores or capitals it would be.
@@ -40,13 +38,11 @@ impl Config {
         told
     }
 
-    /// Tells of each variable with an unknown key which setting it would be with other underscores.
-    pub(super) fn name_unknown_variables(&self, context: &mut Context<'_>) {
-        let settings = LazyCell::new(|| self.settings());
-        context.name_unknown_variables(|name| {
-            let meant = settings.iter().find_map(|setting| setting.meant_by(&single(name)))?;
-            Some((meant.strip_prefix(PREFIX)?.to_ascii_lowercase().replace("__", "."), meant))
-        });
+    /// The setting that a variable with an unknown key would be with other underscores: its key, and the variable's right name.
+    pub(super) fn setting_meant_by(&self, name: &str) -> Option<(String, String)> {
+        let plain = single(name);
+        let meant = self.settings().iter().find_map(|setting| setting.meant_by(&plain))?;
+        Some((meant.strip_prefix(PREFIX)?.to_ascii_lowercase().replace("__", "."), meant))
     }
 
     /// All that a variable can set.

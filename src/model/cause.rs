@@ -1,8 +1,6 @@
 //! Why a step on the way to the cloud, or a caller's TLS handshake, failed: one word, the same in problem, trail, metric, `/status`
 //! and log.
 
-use serde::{Serialize, Serializer};
-
 words! {
     /// The cause of a failure. Stable: callers and alerts may match on its word.
     Cause {
@@ -88,11 +86,5 @@ impl Cause {
             Self::TokenStatus => "it answers with an error",
             Self::TokenUnreadable => "its answer holds no usable token",
         }
-    }
-}
-
-impl Serialize for Cause {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.as_str())
     }
 }

@@ -14,7 +14,7 @@ use rustix::process::geteuid;
 use zeroize::Zeroizing;
 
 use crate::audit::chain::key_path;
-use crate::config::{Config, ContractSource, Control, ListenAddress, SecretSource};
+use crate::config::{Config, Control, ListenAddress};
 use crate::files::is_open_to_all;
 use crate::{files, ids};
 
@@ -65,14 +65,10 @@ fn name_files<'a>(config: &'a Config, named: &mut Vec<Named<'a>>) {
         named.extend(path.map(|path| Named { setting, path, what }));
     };
     for (i, credential) in config.credentials.iter().enumerate() {
-        for (key, source) in
-            [("app_key_file", &credential.app_key), ("app_secret_file", &credential.app_secret)]
+        for (key, path) in
+            [("app_key_file", &credential.app_key_file), ("app_secret_file", &credential.app_secret_file)]
         {
-            let path = match source {
-                SecretSource::File(path) => Some(&**path),
-                SecretSource::Env(_) => None,
-            };
-            name(format!("credentials[{i}].{key}"), path, What::Secret);
+            name(format!("credentials[{i}].{key}"), path.as_deref(), What::Secret);
         }
     }
     for (i, listener) in config.listeners.iter().enumerate() {
@@ -89,17 +85,19 @@ fn name_files<'a>(config: &'a Config, named: &mut Vec<Named<'a>>) {
             name(format!("listeners[{i}].tls.{key}"), path, What::Plain);
         }
     }
-    let identity = config.upstream.identity.as_ref();
-    name("upstream.ca_file".into(), config.upstream.ca_file.as_deref(), What::Plain);
-    name("upstream.client_cert_file".into(), identity.map(|it| &*it.cert_file), What::Plain);
-    name("upstream.client_key_file".into(), identity.map(|it| &*it.key_file), What::Secret);
-    let login = config.upstream.proxy_login.as_ref();
-    name("upstream.proxy_user_file".into(), login.map(|it| &*it.user), What::Secret);
-    name("upstream.proxy_password_file".into(), login.map(|it| &*it.password), What::Secret);
+    let upstream = &config.upstream;
+    for (key, path, what) in [
+        ("ca_file", &upstream.ca_file, What::Plain),
+        ("client_cert_file", &upstream.client_cert_file, What::Plain),
+        ("client_key_file", &upstream.client_key_file, What::Secret),
+        ("proxy_user_file", &upstream.proxy_user_file, What::Secret),
+        ("proxy_password_file", &upstream.proxy_password_file, What::Secret),
+    ] {
+        name(format!("upstream.{key}"), path.as_deref(), what);
+    }
     for route in &config.routes {
-        if let ContractSource::File(path) = &route.contract {
-            name(format!("contract_file of the route {}", route.name), Some(path), What::Plain);
-        }
+        let setting = format!("contract_file of the route {}", route.name);
+        name(setting, route.contract_file.as_deref(), What::Plain);
     }
     if let Control::Path(path) = &config.admin.control {
         name("admin.control".into(), Some(path), What::Place);

@@ -33,10 +33,10 @@ pub fn notices(config: &Config) -> Vec<String> {
     let of_credentials = config
         .credentials
         .iter()
-        .flat_map(|of| [(&of.name, "app key", &of.app_key), (&of.name, "app secret", &of.app_secret)])
+        .flat_map(|of| [(&of.name, "app key", of.app_key()), (&of.name, "app secret", of.app_secret())])
         .filter(|(.., source)| is_short(source))
         .map(|(credential, what, _)| notice(&format!("the {what} of credential {credential}"), "replies"));
-    let login = config.upstream.proxy_login.as_ref().map(|login| SecretSource::File(login.password.clone()));
+    let login = config.upstream.proxy_password_file.clone().map(SecretSource::File);
     let of_proxy = login.filter(is_short).map(|_| {
         notice(
             "the password in upstream.proxy_password_file",

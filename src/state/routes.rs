@@ -94,11 +94,11 @@ impl Route {
 
 fn contract(raw: &config::Route) -> Result<Contract, RouteError> {
     let route = raw.name.clone();
-    let (path, text) = match &raw.contract {
+    let (path, text) = match raw.contract() {
         config::ContractSource::BuiltIn => ("built in".to_owned(), Contract::APPOINT_QUALITY_TASK.to_owned()),
         config::ContractSource::File(path) => {
             let shown = path.display().to_string();
-            match files::read_text(path) {
+            match files::read_text(&path) {
                 Ok(text) => (shown, text),
                 Err(source) => return Err(RouteError::Read { route, path: shown, source }),
             }

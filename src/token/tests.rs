@@ -62,8 +62,9 @@ impl Rig {
         fs::write(place("app_secret"), options.app_secret + "\n").unwrap();
         let credential = Credential {
             name: "default".into(),
-            app_key: SecretSource::File(place("app_key")),
-            app_secret: SecretSource::File(place("app_secret")),
+            app_key_file: Some(place("app_key")),
+            app_secret_file: Some(place("app_secret")),
+            ..Credential::default()
         };
         let mut token = configured(sandbox.address());
         set(&mut token);

@@ -557,6 +557,67 @@ fn environment_goes_over_the_file_and_flags_over_both() {
 }
 
 #[test]
+fn a_flag_sets_a_key_of_an_item_in_a_list_of_tables() {
+    let (folder, text) = shipped("gateway.toml");
+    let whole = write(&folder, &text);
+    let (folder, text) = shipped("minimal.toml");
+    let minimal = write(&folder, &text); // has no listener
+    for (path, flags, pointer, expected) in [
+        (&whole, &["listeners[0].address=127.0.0.1:1"][..], "/listeners/0/address", json!("127.0.0.1:1")),
+        (
+            &whole,
+            &["listeners[2].tls.client_ca_file=ca.pem"],
+            "/listeners/0/address",
+            json!("127.0.0.1:8080"),
+        ),
+        (&whole, &["callers[0].operators=1,2"], "/callers/0/operators", json!(["1", "2"])),
+        (
+            &whole,
+            &["callers[0].routes[0]=deleteQualityTask"],
+            "/callers/0/routes",
+            json!(["deleteQualityTask"]),
+        ),
+        (&minimal, &["listeners[0].address=127.0.0.1:1"], "/listeners/0/address", json!("127.0.0.1:1")),
+        (
+            &minimal,
+            &["listeners[0].address=127.0.0.1:1", "listeners[1].address=127.0.0.1:2"],
+            "/listeners/1/hosts/0",
+            json!("localhost"),
+        ),
+        (
+            &minimal,
+            &["routes[0].name=appointQualityTask", "routes[0].frozen=true"],
+            "/routes/0/frozen",
+            json!(true),
+        ),
+    ] {
+        let shown = effective(path, flags, &[]);
+        assert_eq!(shown["configuration"].pointer(pointer), Some(&expected), "{flags:?} {shown}");
+    }
+    for (set, reason) in [
+        ("listeners[9].address=127.0.0.1:1", "names no item of the list"),
+        ("callers[2].peer=uid:1", "names no item of the list"),
+        ("listeners[-1].address=127.0.0.1:1", "is no key"),
+        ("listeners[].address=127.0.0.1:1", "is no key"),
+        ("listeners[0.address=127.0.0.1:1", "is no key"),
+        ("listeners[0]address=127.0.0.1:1", "is no key"),
+        ("listeners[99999999999999999999].address=x", "is no key"),
+        ("callers[0]=x", "is a section, not a value"),
+        ("server[0].workers=1", "lies below a value"),
+        ("callers[0].peer.uid=1", "lies below a value"),
+        ("callers[0].peers=uid:1", "did you mean `peer`?"),
+        ("callers[0].peer=uid:x", "callers[0].peer: "),
+    ] {
+        let (code, _, error) = run(&["check", "--config", &whole, "--set", set], &[]);
+        assert!(code == 78 && error.lines().count() == 1, "{set}: {error}");
+        let place = format!("--set {}: ", set.split('=').next().unwrap());
+        assert!(error.starts_with(&place) && error.contains(reason), "{set}: {error}");
+    }
+}
+
+const LIST_OF_TABLES: &str = "lists of tables can be set in the file, and their items by flags";
+
+#[test]
 fn a_variable_or_flag_that_says_nothing_is_refused_by_name() {
     let (folder, text) = shipped("gateway.toml");
     let path = write(&folder, &text);
@@ -573,9 +634,9 @@ fn a_variable_or_flag_that_says_nothing_is_refused_by_name() {
         ("server__workers", OsStr::new("2"), "in capitals"),
         ("", OsStr::new("2"), "CCSQM_GATEWAY__SECTION__KEY"),
         ("SERVER__BODY_TIMEOUT", OsStr::new("10"), "a number with a unit"),
-        ("CALLERS", OsStr::new("[]"), "lists of tables can be set in the file only"),
-        ("CALLERS__0__PEER", OsStr::new("uid:0"), "lists of tables can be set in the file only"),
-        ("LISTENERS__ADDRESS", OsStr::new("127.0.0.1:1"), "lists of tables can be set in the file only"),
+        ("CALLERS", OsStr::new("[]"), LIST_OF_TABLES),
+        ("CALLERS__0__PEER", OsStr::new("uid:0"), LIST_OF_TABLES),
+        ("LISTENERS__ADDRESS", OsStr::new("127.0.0.1:1"), LIST_OF_TABLES),
     ];
     for (name, value, reason) in variables {
         let name = format!("CCSQM_GATEWAY__{name}");
@@ -589,8 +650,8 @@ fn a_variable_or_flag_that_says_nothing_is_refused_by_name() {
     let (minimal, text) = shipped("minimal.toml");
     let without_listeners = write(&minimal, &text);
     for (key, reason) in [
-        ("listeners.address", "lists of tables can be set in the file only"),
-        ("listeners", "lists of tables can be set in the file only"),
+        ("listeners.address", LIST_OF_TABLES),
+        ("listeners", LIST_OF_TABLES),
         ("server.worker", "did you mean `workers`?"),
     ] {
         let set = format!("{key}=1");

@@ -1,9 +1,8 @@
-//! What stands in the file, the environment and the flags, each value with its place.
+//! The layers of the configuration, merged by the `config` crate: the file, then the environment, then flags.
 //!
-//! Knows nothing of what a key means. Layers by replacing: file, then environment, then flags. A file that is
+//! Knows nothing of what a key means. The origin of each value is its place, which survives the merge. A file that is
 //! not TOML is read as far as its mistakes let it be, so that all of them are told at once.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read as _;
@@ -12,6 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::{fmt, fs, io};
 
+use ::config::{ConfigError, Map, Source, Value, ValueKind};
 use toml::de::{DeTable, DeValue};
 
 use super::{Problem, Problems};
@@ -24,6 +24,9 @@ pub(super) const PREFIX: &str = "CCSQM_GATEWAY__";
 /// The table whose keys are names of headers.
 const HEADERS: &str = "upstream.headers.";
 
+/// Floats, dates and integers beyond 64 bits: no key takes one.
+const NO_VALUE: ValueKind = ValueKind::Float(f64::NAN);
+
 /// Nobody writes a longer one; whatever is longer is some other file.
 const MAX_FILE: u64 = 4 << 20;
 
@@ -33,8 +36,8 @@ const MAX_SYNTAX: usize = 20;
 /// So many lines above an error are searched for the bracket that was left open.
 const MAX_OPEN: usize = 50;
 
-/// Why a variable or a flag cannot reach a list of tables.
-pub(super) const FILE_ONLY: &str = "lists of tables can be set in the file only";
+/// Why a variable cannot reach into a list of tables, and a flag not the list as a whole.
+pub(super) const LIST_OF_TABLES: &str = "lists of tables can be set in the file, and their items by flags, as in --set listeners[0].address=127.0.0.1:8080";
 
 /// Where a value stands.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,28 +47,11 @@ pub(super) enum Place {
     Flag(String),
 }
 
-#[derive(Clone, Debug)]
-pub(super) struct Value {
-    pub(super) place: Place,
-    pub(super) kind: Kind,
-}
-
-#[derive(Clone, Debug)]
-pub(super) enum Kind {
-    Text(String),
-    /// From the environment or a flag: text that may stand for a number or a list, too.
-    Loose(String),
-    Integer(i64),
-    Boolean(bool),
-    List(Vec<Value>),
-    Table(BTreeMap<String, Value>),
-    /// Floats, dates and integers beyond 64 bits: no key takes one.
-    Other,
-}
-
 /// All layers, one over the other.
 pub(super) struct Layers {
     pub(super) root: Value,
+    /// Where values stand: the origin of a value is its number here.
+    pub(super) places: Vec<Place>,
     /// What is wrong so far.
     pub(super) problems: Vec<Problem>,
     /// How far the file can be believed.
@@ -104,17 +90,68 @@ pub(super) fn read(
     let problem = |(line, reason)| Problem { place: at(line), key: "file".into(), reason };
     let text = path.map_or_else(|| Ok(String::new()), read_text);
     let text = text.map_err(|mistake| Problems(vec![problem(mistake)]))?;
-    let (table, mistakes, syntax) = parse(text, &at);
-    let mut layers = Layers { root: table, problems: mistakes.into_iter().map(problem).collect(), syntax };
+    let mut places = Vec::new();
+    let (file, mistakes, syntax) = parse(text, &mut |line, kind| located(&mut places, at(line), kind));
+    let mut problems: Vec<_> = mistakes.into_iter().map(problem).collect();
     let mut variables: Vec<_> = environment.iter().filter_map(Override::variable).collect();
     variables.sort_by(|a, b| a.place.cmp(&b.place));
+    // Not by the crate's builder, which would merge all of them once more, key by key: see [`Whole`].
+    let mut layers: Vec<Box<dyn Source + Send + Sync>> = vec![Box::new(Whole(file.clone()))];
+    let mut laid: Vec<String> = Vec::new();
     for Override { place, key, text } in variables.into_iter().chain(overrides.iter().map(Override::flag)) {
-        let laid = text.and_then(|text| lay_over(&mut layers.root, &place, &key, text));
-        if let Err(reason) = laid {
-            layers.problems.push(Problem { place, key, reason: reason.into() });
+        match text.and_then(|text| fits(&file, &laid, &place, &key).map(|()| text)) {
+            Ok(text) => {
+                let value = located(&mut places, place, ValueKind::String(text));
+                layers.push(Box::new(Single(key.clone(), value)));
+                laid.push(key);
+            }
+            Err(reason) => problems.push(Problem { place, key, reason: reason.into() }),
         }
     }
-    Ok(layers)
+    let merged = layers.collect().map_err(|error| Problems(vec![problem((1, error.to_string()))]))?;
+    // The whole stands at the file's first line.
+    let root = located(&mut places, at(1), ValueKind::Table(merged));
+    Ok(Layers { root, places, problems, syntax })
+}
+
+/// A value that remembers where it stands.
+fn located(places: &mut Vec<Place>, place: Place, kind: ValueKind) -> Value {
+    places.push(place);
+    Value::new(Some(&(places.len() - 1).to_string()), kind)
+}
+
+/// What the file says: the first layer.
+#[derive(Clone, Debug)]
+struct Whole(Value);
+
+impl Source for Whole {
+    fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
+        Box::new(self.clone())
+    }
+
+    fn collect(&self) -> Result<Map<String, Value>, ConfigError> {
+        self.0.clone().into_table()
+    }
+
+    /// Not key by key: the crate takes a key in quotes for a path if it looks like one, and forgets where tables stand.
+    fn collect_to(&self, merged: &mut Value) -> Result<(), ConfigError> {
+        *merged = self.0.clone();
+        Ok(())
+    }
+}
+
+/// A value that goes over those below it. Its key is a path.
+#[derive(Clone, Debug)]
+struct Single(String, Value);
+
+impl Source for Single {
+    fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
+        Box::new(self.clone())
+    }
+
+    fn collect(&self) -> Result<Map<String, Value>, ConfigError> {
+        Ok(Map::from([(self.0.clone(), self.1.clone())]))
+    }
 }
 
 fn read_text(path: &Path) -> Result<String, (usize, String)> {
@@ -140,7 +177,10 @@ fn read_text(path: &Path) -> Result<String, (usize, String)> {
 
 /// Parses a file, line by line where it must: a line with a mistake is told and left out, and the rest is
 /// parsed again, so that one mistake is one line, and an open bracket is not every line behind it.
-fn parse(mut text: String, at: &impl Fn(usize) -> Place) -> (Value, Vec<(usize, String)>, Syntax) {
+fn parse(
+    mut text: String,
+    make: &mut impl FnMut(usize, ValueKind) -> Value,
+) -> (Value, Vec<(usize, String)>, Syntax) {
     let mut mistakes = Vec::new();
     let mut syntax = Syntax::Whole;
     loop {
@@ -148,11 +188,8 @@ fn parse(mut text: String, at: &impl Fn(usize) -> Place) -> (Value, Vec<(usize, 
         let (table, errors) = DeTable::parse_recoverable(&text);
         let offset = |error: &toml::de::Error| error.span().map_or(usize::MAX, |span| span.start);
         let Some(error) = errors.iter().min_by_key(|error| offset(error)) else {
-            return (
-                convert_table(table.get_ref(), at(1), &|offset| at(lines.number(offset))),
-                mistakes,
-                syntax,
-            );
+            let mut make = |offset, kind| make(lines.number(offset), kind);
+            return (convert_table(table.get_ref(), 0, &mut make), mistakes, syntax);
         };
         let number = error.span().map_or_else(|| lines.first_bad(), |span| lines.number(span.start));
         let (number, reason) = lines.cause(number, error.message());
@@ -161,8 +198,7 @@ fn parse(mut text: String, at: &impl Fn(usize) -> Place) -> (Value, Vec<(usize, 
         let many = mistakes.len() == MAX_SYNTAX;
         mistakes.push((number, if many { "is no TOML either; no more is told".into() } else { reason }));
         if many || line.is_empty() {
-            let nothing = Value { place: at(1), kind: Kind::Table(BTreeMap::new()) };
-            return (nothing, mistakes, Syntax::Lost);
+            return (make(1, ValueKind::Table(Map::new())), mistakes, Syntax::Lost);
         }
         let mark = line.find(['[', ']', '"', '\'', '=', '#']).map(|at| line.as_bytes()[at]);
         let is_header = line.starts_with('[') || mark == Some(b']');
@@ -247,57 +283,115 @@ impl Override {
     }
 }
 
-fn convert_table(table: &DeTable<'_>, at: Place, place: &impl Fn(usize) -> Place) -> Value {
+/// A table and the offset at which it begins. `make` locates a value by its offset.
+fn convert_table(
+    table: &DeTable<'_>,
+    offset: usize,
+    make: &mut impl FnMut(usize, ValueKind) -> Value,
+) -> Value {
     let members = table
         .iter()
-        .map(|(key, value)| {
-            let at = place(key.span().start);
-            (key.get_ref().to_string(), convert(value.get_ref(), at, place))
-        })
+        .map(|(key, value)| (key.get_ref().to_string(), convert(value.get_ref(), key.span().start, make)))
         .collect();
-    Value { place: at, kind: Kind::Table(members) }
+    make(offset, ValueKind::Table(members))
 }
 
-fn convert(value: &DeValue<'_>, at: Place, place: &impl Fn(usize) -> Place) -> Value {
+fn convert(value: &DeValue<'_>, offset: usize, make: &mut impl FnMut(usize, ValueKind) -> Value) -> Value {
     let kind = match value {
-        DeValue::String(text) => Kind::Text(text.to_string()),
+        DeValue::String(text) => ValueKind::String(text.to_string()),
         DeValue::Integer(integer) => {
-            i64::from_str_radix(integer.as_str(), integer.radix()).map_or(Kind::Other, Kind::Integer)
+            i64::from_str_radix(integer.as_str(), integer.radix()).map_or(NO_VALUE, ValueKind::I64)
         }
-        DeValue::Boolean(boolean) => Kind::Boolean(*boolean),
-        DeValue::Float(_) => Kind::Other,
-        DeValue::Datetime(_) => Kind::Other,
-        DeValue::Array(items) => Kind::List(
-            items
-                .iter()
-                .map(|item| {
-                    // A table of an array of tables spans its header, which is the line to name.
-                    convert(item.get_ref(), place(item.span().start), place)
-                })
-                .collect(),
-        ),
-        DeValue::Table(table) => return convert_table(table, at, place),
+        DeValue::Boolean(boolean) => ValueKind::Boolean(*boolean),
+        DeValue::Float(_) | DeValue::Datetime(_) => NO_VALUE,
+        // A table of an array of tables spans its header, which is the line to name.
+        DeValue::Array(items) => {
+            let items = items.iter().map(|item| convert(item.get_ref(), item.span().start, make));
+            ValueKind::Array(items.collect())
+        }
+        DeValue::Table(table) => return convert_table(table, offset, make),
     };
-    Value { place: at, kind }
+    make(offset, kind)
 }
 
-fn lay_over(root: &mut Value, place: &Place, key: &str, text: String) -> Result<(), &'static str> {
-    let mut value = root;
+/// One step of the path of a key.
+#[derive(Clone, Copy)]
+enum Step<'a> {
+    Name(&'a str),
+    Item(usize),
+}
+
+/// The steps of a key such as `listeners[0].address`. The `config` crate reads paths of the same form.
+fn steps(key: &str) -> Option<Vec<Step<'_>>> {
+    let is_plain = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    let mut steps = Vec::new();
     for part in key.split('.') {
-        let members = match &mut value.kind {
-            Kind::Table(members) => members,
-            Kind::List(_) => return Err(FILE_ONLY),
-            _ => return Err("lies below a value, where no key can be"),
-        };
-        let empty = || Value { place: place.clone(), kind: Kind::Table(BTreeMap::new()) };
-        value = members.entry(part.to_owned()).or_insert_with(empty);
-    }
-    match &value.kind {
-        Kind::Table(members) if !members.is_empty() => Err("is a section, not a value"),
-        Kind::List(items) if items.iter().any(|item| matches!(item.kind, Kind::Table(_))) => Err(FILE_ONLY),
-        _ => {
-            *value = Value { place: place.clone(), kind: Kind::Loose(text) };
-            Ok(())
+        let (name, mut items) = part.split_at(part.find('[').unwrap_or(part.len()));
+        if name.is_empty() || !is_plain(name) {
+            return None;
         }
+        steps.push(Step::Name(name));
+        while !items.is_empty() {
+            let (number, rest) = items.strip_prefix('[')?.split_once(']')?;
+            let is_number = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+            steps.push(Step::Item(number.parse().ok().filter(|_| is_number)?));
+            items = rest;
+        }
+    }
+    Some(steps)
+}
+
+/// Whether an override goes over what the file says and the earlier ones: it replaces a value or adds one, and no table.
+fn fits(file: &Value, earlier: &[String], place: &Place, key: &str) -> Result<(), &'static str> {
+    const BELOW: &str = "lies below a value, where no key can be";
+    const SECTION: &str = "is a section, not a value";
+    let lies_in =
+        |inner: &str, outer: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with(['.', '[']));
+    let steps = steps(key).ok_or("is no key, such as server.workers or listeners[0].address")?;
+    if steps.iter().any(|step| matches!(step, Step::Item(_))) && matches!(place, Place::Variable(_)) {
+        return Err(LIST_OF_TABLES);
+    }
+    if earlier.iter().any(|other| lies_in(key, other)) {
+        return Err(BELOW);
+    }
+    if earlier.iter().any(|other| lies_in(other, key)) {
+        return Err(SECTION);
+    }
+    let mut value = Some(file);
+    let mut path = String::new();
+    for step in steps {
+        value = match (value.map(|value| &value.kind), step) {
+            (Some(ValueKind::Table(members)), Step::Name(name)) => members.get(name),
+            (Some(ValueKind::Array(_)), Step::Name(_)) => return Err(LIST_OF_TABLES),
+            (Some(ValueKind::Array(items)), Step::Item(number)) if number < items.len() => items.get(number),
+            // One more than there are, or the next of those that earlier flags added.
+            (there @ (None | Some(ValueKind::Array(_))), Step::Item(number)) => {
+                let count = match there {
+                    Some(ValueKind::Array(items)) => items.len(),
+                    _ => 0,
+                };
+                let is_next = number == count
+                    || earlier.iter().any(|other| lies_in(other, &format!("{path}[{}]", number - 1)));
+                if !is_next {
+                    return Err("names no item of the list, and not the next one: they are counted from 0");
+                }
+                None
+            }
+            (None, Step::Name(_)) => None,
+            _ => return Err(BELOW),
+        };
+        match step {
+            Step::Name(name) if path.is_empty() => name.clone_into(&mut path),
+            Step::Name(name) => path = format!("{path}.{name}"),
+            Step::Item(number) => path = format!("{path}[{number}]"),
+        }
+    }
+    let Some(value) = value else { return Ok(()) };
+    match &value.kind {
+        ValueKind::Table(members) if !members.is_empty() => Err(SECTION),
+        ValueKind::Array(items) if items.iter().any(|item| matches!(item.kind, ValueKind::Table(_))) => {
+            Err(LIST_OF_TABLES)
+        }
+        _ => Ok(()),
     }
 }

@@ -1,0 +1,201 @@
+//! What each table needs, and what must hold within it.
+
+use std::collections::{BTreeMap, HashSet};
+use std::mem::discriminant;
+
+use super::context::{Context, member};
+use super::values::{check_static_header, loopback_names};
+use super::{BUILT_IN_ROUTE, Caller, Config, Credential, ListenAddress, Listener, Route, Upstream};
+
+const BUILT_IN_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
+
+/// Looks at every table, and adds what is there without being configured.
+pub(super) fn complete(context: &mut Context<'_>, config: &mut Config) {
+    for (i, listener) in config.listeners.iter_mut().enumerate() {
+        complete_listener(context, &format!("listeners[{i}]"), listener);
+    }
+    if config.listeners.is_empty() {
+        config.listeners.push(Listener {
+            hosts: Some(loopback_names()),
+            allow_plaintext: Some(false),
+            ..Listener::default()
+        });
+    }
+    complete_upstream(context, &mut config.upstream);
+    for (list, is_empty) in
+        [("credentials", config.credentials.is_empty()), ("callers", config.callers.is_empty())]
+    {
+        if is_empty {
+            context.lacks(list, format!("at least one [[{list}]] is needed"));
+        }
+    }
+    check_names(context, "credentials", config.credentials.iter().map(|credential| &*credential.name));
+    check_names(context, "callers", config.callers.iter().map(|caller| &*caller.name));
+    check_names(context, "routes", config.routes.iter().map(|route| &*route.name));
+    for (i, credential) in config.credentials.iter().enumerate() {
+        check_credential(context, &format!("credentials[{i}]"), credential);
+    }
+    for (i, caller) in config.callers.iter().enumerate() {
+        check_caller(context, &format!("callers[{i}]"), caller);
+    }
+    complete_routes(context, &mut config.routes);
+}
+
+fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut Listener) {
+    let key = |name| member(table, name);
+    context.require(table, &["address"]);
+    if listener.tls.is_some() {
+        context.require(&key("tls"), &["cert_file", "key_file"]);
+        if context.is_set(&key("tls.client_crl_file")) && !context.is_set(&key("tls.client_ca_file")) {
+            context.lacks(&key("tls.client_ca_file"), "is needed for client_crl_file");
+        }
+    }
+    let has_tls = listener.tls.is_some() || context.is_doubtful(&key("tls"));
+    if has_tls && listener.allow_plaintext == Some(true) {
+        context.problem(
+            &key("allow_plaintext"),
+            "contradicts tls: nothing crosses the network unencrypted there",
+        );
+    }
+    match &mut listener.address {
+        ListenAddress::Unix { mode, .. } => {
+            *mode = *listener.mode.get_or_insert(*mode);
+            (listener.hosts, listener.allow_plaintext) = (None, None);
+            if listener.tls.is_some() {
+                let reason = "is for TCP listeners only: nobody can read a Unix socket on its way";
+                context.problem(&key("tls"), reason);
+            }
+        }
+        ListenAddress::Tcp(address) => {
+            if listener.mode.is_some() && !context.is_doubtful(&key("address")) {
+                context.problem(&key("mode"), "is for Unix sockets only");
+            }
+            let allow_plaintext = *listener.allow_plaintext.get_or_insert(false);
+            if address.ip().is_loopback() {
+                listener.hosts.get_or_insert_with(loopback_names);
+                return;
+            }
+            let has_hosts = listener.hosts.as_ref().is_some_and(|hosts| !hosts.is_empty());
+            if !has_hosts && !context.is_doubtful(&key("hosts")) {
+                let reason = "is needed on a listener that is not on loopback: the names that Host may carry";
+                context.lacks(&key("hosts"), reason);
+            }
+            if !allow_plaintext && !has_tls && !context.is_doubtful(&key("allow_plaintext")) {
+                let reason = "must be true on a listener that is not on loopback and has no tls: callers' requests cross the network unencrypted";
+                context.lacks(&key("allow_plaintext"), reason);
+            }
+        }
+    }
+}
+
+fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
+    context.require("upstream", &["base_url"]);
+    for (name, others) in [
+        ("client_cert_file", &["client_key_file"][..]),
+        ("client_key_file", &["client_cert_file"]),
+        ("proxy_user_file", &["proxy_password_file"]),
+        ("proxy_password_file", &["proxy_user_file"]),
+        ("proxy", &["proxy_user_file", "proxy_password_file"]),
+    ] {
+        context.require_beside("upstream", name, others);
+    }
+    // A name in other capitals is the same header: the later layer's value counts.
+    let headers = std::mem::take(&mut upstream.headers).into_iter();
+    let mut headers: Vec<_> =
+        headers.map(|(name, value)| (format!("upstream.headers.{name}"), name, value)).collect();
+    headers.sort_by(|(a, ..), (b, ..)| context.place(a).cmp(context.place(b)));
+    let mut spellings = HashSet::new();
+    let mut by_name = BTreeMap::new();
+    for (key, name, value) in headers {
+        if !spellings.insert((discriminant(context.place(&key)), name.to_ascii_lowercase())) {
+            context.problem(&key, "is set already, in other capitals: leave one of them");
+        } else if let Err(reason) = check_static_header(&name, &value) {
+            context.problem(&key, reason);
+        } else {
+            by_name.insert(name.to_ascii_lowercase(), value);
+        }
+    }
+    upstream.headers = by_name;
+}
+
+/// Names are there, and each is there once. One that cannot be read is empty.
+fn check_names<'a>(context: &mut Context<'_>, list: &str, names: impl Iterator<Item = &'a str>) {
+    let mut known = HashSet::new();
+    for (i, name) in names.enumerate() {
+        context.require(&format!("{list}[{i}]"), &["name"]);
+        if !name.is_empty() && !known.insert(name) {
+            context.problem(&format!("{list}[{i}].name"), format!("`{name}` is taken already"));
+        }
+    }
+}
+
+fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credential) {
+    let Credential { app_key_file, app_key_env, app_secret_file, app_secret_env, .. } = credential;
+    for (name, file, variable) in [
+        ("app_key", app_key_file.is_some(), app_key_env.is_some()),
+        ("app_secret", app_secret_file.is_some(), app_secret_env.is_some()),
+    ] {
+        let [inline, in_file, in_variable] = ["", "_file", "_env"].map(|of| format!("{table}.{name}{of}"));
+        let is_doubtful = context.is_doubtful(&in_file) || context.is_doubtful(&in_variable);
+        if context.is_set(&inline) {
+            let reason = format!(
+                "a secret must not stand in the configuration; put it into a file and name that as {name}_file"
+            );
+            context.problem(&inline, reason);
+            context.doubt(&[in_file, in_variable]);
+        } else if file && variable {
+            context.problem(&in_file, format!("either {name}_file or {name}_env, not both"));
+        } else if !file && !variable && !is_doubtful {
+            context.lacks(&in_file, format!("is missing ({name}_env would do, too)"));
+        }
+    }
+}
+
+fn check_caller(context: &mut Context<'_>, table: &str, caller: &Caller) {
+    context.require(table, &["peer", "operator_id", "credential"]);
+    let routes = member(table, "routes");
+    if caller.routes.is_empty() && !context.is_doubtful(&routes) {
+        context.lacks(&routes, "at least one is needed, as in [\"appointQualityTask\"]");
+    }
+}
+
+fn complete_routes(context: &mut Context<'_>, routes: &mut Vec<Route>) {
+    let mut paths = HashSet::from([BUILT_IN_PATH.to_owned()]);
+    for (i, route) in routes.iter_mut().enumerate() {
+        let table = format!("routes[{i}]");
+        let key = |name| member(&table, name);
+        // One whose name cannot be read may be either.
+        let has_more = ["path", "contract_file"].iter().any(|name| context.is_set(&key(name)));
+        if route.name == BUILT_IN_ROUTE || (route.name.is_empty() && !has_more) {
+            for fixed in ["path", "result_field", "success_codes"] {
+                if context.is_set(&key(fixed)) {
+                    let reason = "unknown key; known here: name, contract_file, credential, timeout, frozen";
+                    context.problem(&key(fixed), reason);
+                }
+            }
+            let Route { contract_file, credential, timeout, frozen, .. } = std::mem::take(route);
+            *route = Route { contract_file, credential, timeout, frozen, ..built_in() };
+            continue;
+        }
+        context.require(&table, &["path", "contract_file"]);
+        if !route.path.is_empty() && !paths.insert(route.path.clone()) {
+            context.problem(&key("path"), "another route has this path");
+        }
+        let codes = key("success_codes");
+        if route.success_codes.is_empty() && !context.is_doubtful(&codes) {
+            context.lacks(&codes, "at least one is needed, as in [\"0409000\"]");
+        }
+    }
+    if !routes.iter().any(|route| route.name == BUILT_IN_ROUTE) {
+        routes.push(built_in());
+    }
+}
+
+fn built_in() -> Route {
+    Route {
+        name: BUILT_IN_ROUTE.into(),
+        path: BUILT_IN_PATH.into(),
+        success_codes: vec!["0409000".into()],
+        ..Route::default()
+    }
+}

@@ -1,0 +1,289 @@
+//! What is known of a configuration while it is read: where each key stands, which do not have the value that somebody
+//! meant, and what is wrong.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ::config::{Value, ValueKind};
+use strsim::levenshtein;
+
+use super::Problem;
+use super::named_files::NamedFiles;
+use super::source::{Layers, Place, Syntax};
+
+pub(super) struct Context<'a> {
+    pub(super) folder: &'a Path,
+    pub(super) syntax: Syntax,
+    /// Looks at what the values name.
+    pub(super) files: &'a dyn NamedFiles,
+    reading: Reading,
+    pub(super) problems: Vec<Problem>,
+    /// The tables that were read, by their keys.
+    tables: BTreeMap<String, Table>,
+    /// Where each key stands that stands anywhere.
+    places: HashMap<String, Place>,
+    /// Keys that do not have the value that somebody meant. What seems to follow from it is not told: one
+    /// mistake is one line.
+    doubtful: HashSet<String>,
+    /// What should be somewhere and is not.
+    lacking: Vec<Problem>,
+    /// Keys of which a misspelling was found.
+    misspelt: HashSet<String>,
+}
+
+/// The names in a table: those that are known, and those that are there.
+struct Table {
+    known: &'static [&'static str],
+    given: BTreeSet<String>,
+}
+
+/// Where the value stands whose file is being read, and its key. `None`: the configuration itself is.
+pub(super) type Reading = Arc<Mutex<Option<(Place, String)>>>;
+
+impl<'a> Context<'a> {
+    pub(super) fn new(
+        layers: &Layers,
+        folder: &'a Path,
+        files: &'a dyn NamedFiles,
+        reading: Reading,
+    ) -> Self {
+        let mut places = HashMap::new();
+        locate(layers, &layers.root, String::new(), &mut places);
+        Self {
+            folder,
+            syntax: layers.syntax,
+            files,
+            reading,
+            problems: Vec::new(),
+            tables: BTreeMap::new(),
+            places,
+            doubtful: HashSet::new(),
+            lacking: Vec::new(),
+            misspelt: HashSet::new(),
+        }
+    }
+
+    /// Whether somebody set this key, well or not.
+    pub(super) fn is_set(&self, key: &str) -> bool {
+        self.places.contains_key(key)
+    }
+
+    /// Whether a value comes from a variable or a flag: it is a text, whatever it stands for.
+    pub(super) fn is_loose(&self, key: &str) -> bool {
+        !matches!(self.place(key), Place::File { .. })
+    }
+
+    /// Where a key stands, or the section around it.
+    pub(super) fn place(&self, key: &str) -> &Place {
+        let found = ancestors(key).find_map(|key| self.places.get(key));
+        found.unwrap_or(&NOWHERE)
+    }
+
+    /// All keys that the tables may have which were read.
+    pub(super) fn known(&self) -> Vec<String> {
+        let names = |(key, table): (&String, &Table)| {
+            table.known.iter().map(|name| member(key, name)).collect::<Vec<_>>()
+        };
+        self.tables.iter().flat_map(names).collect()
+    }
+
+    /// From now on what a value names is read.
+    pub(super) fn reads(&self, key: &str) {
+        let place = self.place(key).clone();
+        *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Some((place, key.to_owned()));
+    }
+
+    /// Notes which names a table may hold, and which it does.
+    pub(super) fn expect<'n>(
+        &mut self,
+        key: &str,
+        known: &'static [&'static str],
+        given: impl Iterator<Item = &'n String>,
+    ) {
+        self.tables.insert(key.to_owned(), Table { known, given: given.cloned().collect() });
+    }
+
+    /// A mistake in a value, or between values, at the place of a key. Where nobody knows which section a line of the file
+    /// belongs to, nothing is said of it.
+    pub(super) fn problem(&mut self, key: &str, reason: impl Into<String>) {
+        self.problem_of(key, key, reason);
+    }
+
+    /// The same, told as one of another key.
+    pub(super) fn problem_of(&mut self, at: &str, key: &str, reason: impl Into<String>) {
+        self.doubtful.extend([at, key].map(str::to_owned));
+        self.tell(at, key, reason.into());
+    }
+
+    fn tell(&mut self, at: &str, key: &str, reason: String) {
+        let place = self.place(at).clone();
+        if self.syntax != Syntax::Lost || !matches!(place, Place::File { .. }) {
+            self.problems.push(Problem { place, key: key.to_owned(), reason });
+        }
+    }
+
+    /// Something should be there and is not.
+    pub(super) fn lacks(&mut self, key: &str, reason: impl Into<String>) {
+        let place = self.place(outer(key).unwrap_or_default()).clone();
+        self.lacking.push(Problem { place, key: key.to_owned(), reason: reason.into() });
+        self.doubtful.insert(key.to_owned());
+    }
+
+    /// These must be in a table.
+    pub(super) fn require(&mut self, table: &str, names: &[&str]) {
+        for name in names {
+            let key = member(table, name);
+            if !self.is_set(&key) {
+                self.lacks(&key, "is missing");
+            }
+        }
+    }
+
+    /// A key must be there where one of the others is, or seems to be but for a slip in its name.
+    pub(super) fn require_beside(&mut self, table: &str, name: &str, others: &[&str]) {
+        let given = || self.tables.get(table).into_iter().flat_map(|table| &table.given);
+        let is_given = |other: &&&str| given().any(|name| distance(other, name) <= 1);
+        if let Some(other) = others.iter().find(is_given)
+            && !self.is_set(&member(table, name))
+        {
+            self.lacks(&member(table, name), format!("is needed for {other}"));
+        }
+    }
+
+    /// Tells of each name that no table has. `meant` finds the setting of a variable: its key, and the name of its variable.
+    pub(super) fn tell_unknown(&mut self, meant: impl Fn(&str) -> Option<(String, String)>) {
+        for (path, Table { known, given }) in std::mem::take(&mut self.tables) {
+            for name in given.iter().filter(|name| !known.contains(&name.as_str())) {
+                let key = member(&path, name);
+                if self.doubtful.contains(&key) {
+                    continue; // told already
+                }
+                let variable = match self.place(&key) {
+                    Place::Variable(variable) => meant(variable),
+                    Place::File { .. } | Place::Flag(_) => None,
+                };
+                let near = self.nearest(&path, name, known, &given);
+                let reason = match (&variable, near) {
+                    (Some((_, variable)), _) => format!("unknown key; the setting is named {variable}"),
+                    (None, Some(near)) => format!("unknown key; did you mean `{near}`?"),
+                    (None, None) => format!("unknown key; known here: {}", known.join(", ")),
+                };
+                let meant = variable.map(|(key, _)| key).or_else(|| near.map(|near| member(&path, near)));
+                self.misspelt.extend(meant.clone());
+                self.doubtful.extend(meant.into_iter().chain([key.clone()]));
+                // Where secrets are named, somebody may have pasted one.
+                let told = if names_secrets(&path) { path.clone() } else { key.clone() };
+                self.tell(&key, &told, reason);
+            }
+            self.tables.insert(path, Table { known, given });
+        }
+    }
+
+    /// The name that somebody probably meant: of those that are not there the nearest, rather one that lacks.
+    fn nearest(
+        &self,
+        path: &str,
+        name: &str,
+        known: &[&'static str],
+        given: &BTreeSet<String>,
+    ) -> Option<&'static str> {
+        let is_absent = |known: &&str| !given.contains(*known);
+        let lacks = |known: &&str| self.lacking.iter().any(|problem| problem.key == member(path, known));
+        let (lacking, optional): (Vec<_>, Vec<_>) = known.iter().copied().filter(is_absent).partition(lacks);
+        nearest(name, lacking.into_iter().chain(optional)).or_else(|| nearest(name, known.iter().copied()))
+    }
+
+    /// Tells what is missing, unless a misspelling here or around it, or a line that is no TOML, explains it.
+    pub(super) fn tell_what_lacks(&mut self) {
+        let lacking = std::mem::take(&mut self.lacking);
+        if self.syntax != Syntax::Whole {
+            return;
+        }
+        let unexplained = lacking.into_iter().filter(|problem| {
+            let doubtful = ancestors(&problem.key).skip(1).any(|key| self.doubtful.contains(key));
+            !doubtful && !self.misspelt.contains(&problem.key)
+        });
+        self.problems.extend(unexplained);
+    }
+
+    /// These keys do not have the value that somebody meant.
+    pub(super) fn doubt(&mut self, keys: &[String]) {
+        self.doubtful.extend(keys.iter().cloned());
+    }
+
+    /// Whether somebody set this key, and well as far as is known.
+    pub(super) fn is_good(&self, key: &str) -> bool {
+        self.is_set(key) && !self.is_doubtful(key)
+    }
+
+    /// Whether a key, or the section around it, does not have the value that somebody meant.
+    pub(super) fn is_doubtful(&self, key: &str) -> bool {
+        ancestors(key).any(|key| self.doubtful.contains(key))
+    }
+
+    /// The same of a section as a whole: with anything in it.
+    pub(super) fn is_doubtful_within(&self, section: &str) -> bool {
+        let is_within =
+            |key: &String| key.strip_prefix(section).is_some_and(|rest| rest.starts_with(['.', '[']));
+        self.is_doubtful(section) || self.doubtful.iter().any(is_within)
+    }
+}
+
+/// Of no key: the whole configuration has a place.
+static NOWHERE: Place = Place::Flag(String::new());
+
+/// Notes where each value stands. A table that variables or flags made stands where the first of them does.
+fn locate(layers: &Layers, value: &Value, key: String, places: &mut HashMap<String, Place>) {
+    let own = value.origin().and_then(|number| layers.places.get(number.parse::<usize>().ok()?));
+    let mut inner = Vec::new();
+    match &value.kind {
+        ValueKind::Table(members) => {
+            inner.extend(members.iter().map(|(name, value)| (member(&key, name), value)));
+        }
+        ValueKind::Array(items) => {
+            inner.extend(items.iter().enumerate().map(|(i, value)| (format!("{key}[{i}]"), value)));
+        }
+        _ => {}
+    }
+    let mut first = None;
+    for (key, value) in inner {
+        locate(layers, value, key.clone(), places);
+        first = first.into_iter().chain(places.get(&key).cloned()).min();
+    }
+    places.extend(own.cloned().or(first).map(|place| (key, place)));
+}
+
+/// The key of a name in a table.
+pub(super) fn member(table: &str, name: &str) -> String {
+    if table.is_empty() { name.to_owned() } else { format!("{table}.{name}") }
+}
+
+/// A key and the sections around it, the whole configuration (an empty key) last.
+fn ancestors(key: &str) -> impl Iterator<Item = &str> {
+    std::iter::successors(Some(key), |key| outer(key))
+}
+
+fn outer(key: &str) -> Option<&str> {
+    match key.rfind(['.', '[']) {
+        Some(at) => Some(&key[..at]),
+        None => (!key.is_empty()).then_some(""),
+    }
+}
+
+fn names_secrets(path: &str) -> bool {
+    let (section, _) = path.split_once('[').unwrap_or((path, ""));
+    matches!(section, "credentials" | "upstream" | "audit") || path.ends_with(".tls")
+}
+
+/// The nearest name that is near enough.
+fn nearest(name: &str, known: impl Iterator<Item = &'static str>) -> Option<&'static str> {
+    // The first of those that are equally near.
+    let near = known.map(|known| (distance(known, name), known)).min_by_key(|(distance, _)| *distance)?;
+    (near.0 <= 1 + near.1.len() / 4).then_some(near.1)
+}
+
+/// How many single edits lie between two words.
+fn distance(a: &str, b: &str) -> usize {
+    levenshtein(a, b)
+}

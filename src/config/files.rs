@@ -1,0 +1,121 @@
+//! Has every file that the configuration names looked at, as a start would.
+
+use std::path::{Path, PathBuf};
+
+use super::context::Context;
+use super::named_files::{FileKind, NO_FILE};
+use super::source::Syntax;
+use super::{Config, Control, ListenerTls, SecretSource};
+
+/// Lets relative paths start at the folder of the file, and looks at what they lead to.
+pub(super) fn look_at(context: &mut Context<'_>, config: &mut Config) {
+    for (i, credential) in config.credentials.iter_mut().enumerate() {
+        let key = |name: &str| format!("credentials[{i}].{name}");
+        path(context, &key("app_key_file"), credential.app_key_file.as_mut(), None);
+        path(context, &key("app_secret_file"), credential.app_secret_file.as_mut(), None);
+        secret(context, &key("app_key"), &credential.app_key(), true);
+        secret(context, &key("app_secret"), &credential.app_secret(), false);
+    }
+    for (i, listener) in config.listeners.iter_mut().enumerate() {
+        let Some(tls) = &mut listener.tls else { continue };
+        let section = format!("listeners[{i}].tls");
+        let mut file = |name, file, kind| path(context, &format!("{section}.{name}"), file, Some(kind));
+        file("cert_file", Some(&mut tls.cert_file), FileKind::Certificates);
+        file("client_ca_file", tls.client_ca_file.as_mut(), FileKind::ClientCa);
+        file("client_crl_file", tls.client_crl_file.as_mut(), FileKind::ClientCrl);
+        file("key_file", Some(&mut tls.key_file), FileKind::PrivateKey);
+        let is_good = |name| context.is_good(&format!("{section}.{name}"));
+        // What is wrong with a file by itself is told already.
+        let good = ListenerTls {
+            client_ca_file: tls.client_ca_file.clone().filter(|_| is_good("client_ca_file")),
+            client_crl_file: tls.client_crl_file.clone().filter(|_| is_good("client_crl_file")),
+            ..tls.clone()
+        };
+        if is_good("cert_file")
+            && is_good("key_file")
+            && let Err((key, reason)) = context.files.check_listener(&good)
+        {
+            context.problem(&format!("{section}.{key}"), reason);
+        }
+    }
+    let upstream = &mut config.upstream;
+    path(context, "upstream.ca_file", upstream.ca_file.as_mut(), Some(FileKind::Roots));
+    path(
+        context,
+        "upstream.client_cert_file",
+        upstream.client_cert_file.as_mut(),
+        Some(FileKind::Certificates),
+    );
+    path(context, "upstream.client_key_file", upstream.client_key_file.as_mut(), Some(FileKind::PrivateKey));
+    path(context, "upstream.proxy_user_file", upstream.proxy_user_file.as_mut(), Some(FileKind::ProxyUser));
+    let password = upstream.proxy_password_file.as_mut();
+    path(context, "upstream.proxy_password_file", password, Some(FileKind::ProxyPassword));
+    if let Some(identity) = upstream.identity()
+        && ["upstream.client_cert_file", "upstream.client_key_file"].iter().all(|key| context.is_good(key))
+        && let Err(reason) = context.files.check_identity(&identity)
+    {
+        context.problem("upstream.client_cert_file", reason);
+    }
+    for (i, route) in config.routes.iter_mut().enumerate() {
+        let key = format!("routes[{i}].contract_file");
+        path(context, &key, route.contract_file.as_mut(), Some(FileKind::Contract));
+    }
+    if let Control::Path(control) = &mut config.admin.control {
+        path(context, "admin.control", Some(control), None);
+    }
+    path(context, "audit.key_file", config.audit.key_file.as_mut(), Some(FileKind::AuditKey));
+    path(context, "audit.directory", Some(&mut config.audit.directory), None);
+    audit_directory(context, config);
+}
+
+/// One path, which is looked at if it must lead to a file.
+fn path(context: &mut Context<'_>, key: &str, path: Option<&mut PathBuf>, kind: Option<FileKind>) {
+    let Some(path) = path else { return };
+    *path = context.folder.join(&*path);
+    let Some(kind) = kind.filter(|_| context.is_good(key)) else { return };
+    context.reads(key);
+    if let Err(reason) = context.files.check(kind, path) {
+        let reason = in_folder(context, reason);
+        context.problem(key, reason);
+    }
+}
+
+/// A secret, looked at as a start does.
+fn secret(context: &mut Context<'_>, name: &str, source: &SecretSource, is_app_key: bool) {
+    let key = match source {
+        SecretSource::File(_) => format!("{name}_file"),
+        SecretSource::Env(_) => format!("{name}_env"),
+    };
+    if !context.is_good(&key) {
+        return;
+    }
+    context.reads(&key);
+    let files = context.files;
+    let checked = if is_app_key { files.check_app_key(source) } else { files.check_secret(source) };
+    if let Err(reason) = checked {
+        let reason = in_folder(context, reason);
+        context.problem(&key, reason);
+    }
+}
+
+/// A reason that names no path says where a relative one starts.
+fn in_folder(context: &Context<'_>, reason: String) -> String {
+    match &*reason {
+        NO_FILE => format!("{reason}; a relative path starts at {}", context.folder.display()),
+        _ => reason,
+    }
+}
+
+fn audit_directory(context: &mut Context<'_>, config: &Config) {
+    let audit = &config.audit;
+    // A misspelt key, or one on a line that is no TOML, may be the one that says where the chain's key is.
+    let is_doubtful = context.is_doubtful("audit.key_file");
+    let is_elsewhere = (is_doubtful || context.syntax != Syntax::Whole).then_some(Path::new("FILE"));
+    let key_file = audit.key_file.as_deref().filter(|_| !is_doubtful).or(is_elsewhere);
+    context.reads("audit.directory");
+    if !context.is_doubtful("audit.directory")
+        && let Err(reason) = context.files.check_audit_directory(&audit.directory, key_file, audit.must_exist)
+    {
+        context.problem("audit.directory", reason);
+    }
+}

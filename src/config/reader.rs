@@ -1,0 +1,285 @@
+//! Reads tables of the merged layers with serde. A mistake is told, what it stands in is left out, and the table is read
+//! again, so that all mistakes are told at once. No value is taken for one of another type.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::vec::IntoIter;
+
+use ::config::{Map, Value, ValueKind};
+use serde::de::value::StringDeserializer;
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor,
+};
+use serde::forward_to_deserialize_any;
+
+use super::context::Context;
+use super::source::LIST_OF_TABLES;
+
+/// So many mistakes of one table are told.
+const MAX_MISTAKES: usize = 100;
+
+/// Reads the table at a key.
+pub(super) fn table<T: DeserializeOwned + Default>(
+    context: &mut Context<'_>,
+    of_table: &str,
+    value: &Value,
+) -> T {
+    let mut left_out = HashSet::new();
+    while left_out.len() < MAX_MISTAKES {
+        let reader = Reader {
+            context,
+            left_out: &left_out,
+            value: value.clone(),
+            key: of_table.to_owned(),
+            is_item: false,
+        };
+        match T::deserialize(reader) {
+            Ok(table) => return table,
+            Err(Fault { key: at, reason }) => {
+                let key = if at.is_empty() { of_table.to_owned() } else { at };
+                // Of a list of texts the list is told.
+                let list = key.strip_suffix(']').and_then(|key| key.rsplit_once('['));
+                context.problem_of(&key, list.map_or(&*key, |(list, _)| list), reason);
+                let is_whole = key == of_table;
+                if is_whole || !left_out.insert(key) {
+                    break;
+                }
+            }
+        }
+    }
+    T::default()
+}
+
+/// Reads a section, which may be missing.
+pub(super) fn section<T: DeserializeOwned + Default>(
+    context: &mut Context<'_>,
+    root: &Value,
+    key: &str,
+) -> T {
+    let empty = Map::<String, Value>::new().into();
+    table(context, key, member(root, key).unwrap_or(&empty))
+}
+
+/// Reads a list of tables, which may be missing.
+pub(super) fn tables<T: DeserializeOwned + Default>(
+    context: &mut Context<'_>,
+    root: &Value,
+    key: &str,
+) -> Vec<T> {
+    match member(root, key).map(|value| &value.kind) {
+        None => Vec::new(),
+        Some(ValueKind::Array(items)) => {
+            let item = |(i, item)| table(context, &format!("{key}[{i}]"), item);
+            items.iter().enumerate().map(item).collect()
+        }
+        Some(_) => {
+            let written = || format!("must be written as [[{key}]]");
+            let reason = if context.is_loose(key) { LIST_OF_TABLES.to_owned() } else { written() };
+            context.problem(key, reason);
+            Vec::new()
+        }
+    }
+}
+
+fn member<'a>(root: &'a Value, key: &str) -> Option<&'a Value> {
+    match &root.kind {
+        ValueKind::Table(members) => members.get(key),
+        _ => None,
+    }
+}
+
+/// A value, to be read.
+struct Reader<'a, 'c> {
+    context: &'a mut Context<'c>,
+    /// Keys of values that cannot be read.
+    left_out: &'a HashSet<String>,
+    value: Value,
+    key: String,
+    is_item: bool,
+}
+
+/// Why a value cannot be read. The key is empty as long as it is that of the value itself.
+#[derive(Debug)]
+struct Fault {
+    key: String,
+    reason: String,
+}
+
+impl Error for Fault {
+    fn custom<T: fmt::Display>(reason: T) -> Self {
+        Self { key: String::new(), reason: reason.to_string() }
+    }
+}
+
+impl std::error::Error for Fault {}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)
+    }
+}
+
+impl Reader<'_, '_> {
+    /// Text that may stand for a number or a list, too: it is from the environment or a flag.
+    fn is_loose(&self) -> bool {
+        self.context.is_loose(&self.key)
+    }
+}
+
+impl<'de> Deserializer<'de> for Reader<'_, '_> {
+    type Error = Fault;
+
+    fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        match self.value.kind {
+            ValueKind::String(text) => visitor.visit_string(text),
+            ValueKind::I64(number) if self.is_item => visitor.visit_string(number.to_string()),
+            ValueKind::I64(_) => Err(Fault::custom(
+                "must be a text in quotes; a quantity needs its unit, as in \"10s\" or \"64MiB\"",
+            )),
+            _ if self.is_item => Err(Fault::custom("must be a list of texts")),
+            _ => Err(Fault::custom("must be a text in quotes")),
+        }
+    }
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        match &self.value.kind {
+            ValueKind::Boolean(boolean) => visitor.visit_bool(*boolean),
+            ValueKind::String(text) if self.is_loose() && (text == "true" || text == "false") => {
+                visitor.visit_bool(text == "true")
+            }
+            _ => Err(Fault::custom("must be true or false")),
+        }
+    }
+
+    fn deserialize_u64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        let number = match &self.value.kind {
+            ValueKind::I64(number) => u64::try_from(*number).ok(),
+            ValueKind::String(text) if self.is_loose() => text.parse().ok(),
+            _ => None,
+        };
+        visitor.visit_u64(number.ok_or_else(|| Fault::custom("must be a whole number"))?)
+    }
+
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        let is_loose = self.is_loose();
+        let items = match self.value.kind {
+            ValueKind::Array(items) => items,
+            ValueKind::String(text) if is_loose => {
+                let parts =
+                    text.trim_matches(['[', ']']).split(',').map(|part| part.trim().trim_matches('"'));
+                parts.filter(|part| !part.is_empty()).map(Value::from).collect()
+            }
+            _ => return Err(Fault::custom("must be a list of texts")),
+        };
+        let Self { context, left_out, key, .. } = self;
+        let items = items.into_iter().enumerate().map(|(i, item)| (i.to_string(), item));
+        visitor.visit_seq(Values::new(context, left_out, key, true, items))
+    }
+
+    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        let ValueKind::Table(members) = self.value.kind else {
+            return Err(Fault::custom("must be a table, as in { name = \"value\" }"));
+        };
+        let Self { context, left_out, key, .. } = self;
+        visitor.visit_map(Values::new(context, left_out, key, false, members))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Fault> {
+        let ValueKind::Table(mut members) = self.value.kind else {
+            return Err(Fault::custom("must be a table"));
+        };
+        let Self { context, left_out, key, .. } = self;
+        context.expect(&key, fields, members.keys());
+        members.retain(|name, _| fields.contains(&&**name));
+        visitor.visit_map(Values::new(context, left_out, key, false, members))
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_some(self)
+    }
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        match self.value.kind {
+            ValueKind::I64(_) => self.deserialize_u64(visitor),
+            ValueKind::String(ref text) if self.is_loose() && text.parse::<u64>().is_ok() => {
+                self.deserialize_u64(visitor)
+            }
+            _ => self.deserialize_string(visitor),
+        }
+    }
+
+    forward_to_deserialize_any! {
+        i8 i16 i32 i64 u8 u16 u32 f32 f64 char str bytes byte_buf unit unit_struct newtype_struct tuple tuple_struct enum
+        identifier ignored_any
+    }
+}
+
+/// What is still to be read of a table, by name, or of a list, by number.
+struct Values<'a, 'c> {
+    context: &'a mut Context<'c>,
+    left_out: &'a HashSet<String>,
+    /// The key of the table or the list.
+    key: String,
+    is_list: bool,
+    value: Option<(String, Value)>,
+    rest: IntoIter<(String, Value)>,
+}
+
+impl<'a, 'c> Values<'a, 'c> {
+    fn new(
+        context: &'a mut Context<'c>,
+        left_out: &'a HashSet<String>,
+        key: String,
+        is_list: bool,
+        values: impl IntoIterator<Item = (String, Value)>,
+    ) -> Self {
+        let mut values: Vec<_> = values.into_iter().collect();
+        values.retain(|(name, _)| !left_out.contains(&inner(&key, name, is_list)));
+        Self { context, left_out, key, is_list, value: None, rest: values.into_iter() }
+    }
+
+    /// Reads one of them. What is wrong with it is wrong there.
+    fn read<'de, S: DeserializeSeed<'de>>(
+        &mut self,
+        seed: S,
+        name: &str,
+        value: Value,
+    ) -> Result<S::Value, Fault> {
+        let key = inner(&self.key, name, self.is_list);
+        let (context, left_out, is_item) = (&mut *self.context, self.left_out, self.is_list);
+        let read = seed.deserialize(Reader { context, left_out, value, key: key.clone(), is_item });
+        read.map_err(|fault| if fault.key.is_empty() { Fault { key, ..fault } } else { fault })
+    }
+}
+
+fn inner(key: &str, name: &str, is_list: bool) -> String {
+    if is_list { format!("{key}[{name}]") } else { format!("{key}.{name}") }
+}
+
+impl<'de> SeqAccess<'de> for Values<'_, '_> {
+    type Error = Fault;
+
+    fn next_element_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<Option<S::Value>, Fault> {
+        self.rest.next().map(|(number, value)| self.read(seed, &number, value)).transpose()
+    }
+}
+
+impl<'de> MapAccess<'de> for Values<'_, '_> {
+    type Error = Fault;
+
+    fn next_key_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<Option<S::Value>, Fault> {
+        self.value = self.rest.next();
+        let name = self.value.as_ref().map(|(name, _)| name.clone().into_deserializer());
+        name.map(|name: StringDeserializer<Fault>| seed.deserialize(name)).transpose()
+    }
+
+    fn next_value_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<S::Value, Fault> {
+        let (name, value) = self.value.take().ok_or_else(|| Fault::custom("has no value"))?;
+        self.read(seed, &name, value)
+    }
+}
