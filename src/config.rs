@@ -48,6 +48,7 @@ pub use urls::{ProxyUrl, Url};
 
 /// A whole configuration. Made only by [`Config::load`].
 #[derive(Clone, Debug, Serialize, JsonSchema)]
+#[schemars(title = "Configuration of ccsqm-gateway", deny_unknown_fields, extend("required" = ["upstream", "credentials", "callers"]))]
 pub struct Config {
     /// Where callers connect; at least one.
     pub listeners: Vec<Listener>,

@@ -5,7 +5,9 @@ use std::mem::discriminant;
 
 use super::context::{Context, member};
 use super::values::{check_static_header, loopback_names};
-use super::{BUILT_IN_ROUTE, Caller, Config, Credential, ListenAddress, Listener, Route, Upstream};
+use super::{
+    BUILT_IN_ROUTE, Caller, Config, Credential, ListenAddress, Listener, ListenerTls, Route, Upstream,
+};
 
 const BUILT_IN_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 
@@ -43,9 +45,9 @@ pub(super) fn complete(context: &mut Context<'_>, config: &mut Config) {
 
 fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut Listener) {
     let key = |name| member(table, name);
-    context.require(table, &["address"]);
+    context.require(table, Listener::REQUIRED);
     if listener.tls.is_some() {
-        context.require(&key("tls"), &["cert_file", "key_file"]);
+        context.require(&key("tls"), ListenerTls::REQUIRED);
         if context.is_set(&key("tls.client_crl_file")) && !context.is_set(&key("tls.client_ca_file")) {
             context.lacks(&key("tls.client_ca_file"), "is needed for client_crl_file");
         }
@@ -89,7 +91,7 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
 }
 
 fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
-    context.require("upstream", &["base_url"]);
+    context.require("upstream", Upstream::REQUIRED);
     for (name, others) in [
         ("client_cert_file", &["client_key_file"][..]),
         ("client_key_file", &["client_cert_file"]),
@@ -118,11 +120,10 @@ fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
     upstream.headers = by_name;
 }
 
-/// Names are there, and each is there once. One that cannot be read is empty.
+/// No name is there twice. One that cannot be read is empty.
 fn check_names<'a>(context: &mut Context<'_>, list: &str, names: impl Iterator<Item = &'a str>) {
     let mut known = HashSet::new();
     for (i, name) in names.enumerate() {
-        context.require(&format!("{list}[{i}]"), &["name"]);
         if !name.is_empty() && !known.insert(name) {
             context.problem(&format!("{list}[{i}].name"), format!("`{name}` is taken already"));
         }
@@ -130,6 +131,7 @@ fn check_names<'a>(context: &mut Context<'_>, list: &str, names: impl Iterator<I
 }
 
 fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credential) {
+    context.require(table, Credential::REQUIRED);
     let Credential { app_key_file, app_key_env, app_secret_file, app_secret_env, .. } = credential;
     for (name, file, variable) in [
         ("app_key", app_key_file.is_some(), app_key_env.is_some()),
@@ -152,10 +154,14 @@ fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credent
 }
 
 fn check_caller(context: &mut Context<'_>, table: &str, caller: &Caller) {
-    context.require(table, &["peer", "operator_id", "credential"]);
-    let routes = member(table, "routes");
-    if caller.routes.is_empty() && !context.is_doubtful(&routes) {
-        context.lacks(&routes, "at least one is needed, as in [\"appointQualityTask\"]");
+    need_one(context, &member(table, "routes"), &caller.routes, "[\"appointQualityTask\"]");
+    context.require(table, Caller::REQUIRED);
+}
+
+/// A list holds something.
+fn need_one(context: &mut Context<'_>, key: &str, list: &[String], example: &str) {
+    if list.is_empty() && !context.is_doubtful(key) {
+        context.lacks(key, format!("at least one is needed, as in {example}"));
     }
 }
 
@@ -167,6 +173,7 @@ fn complete_routes(context: &mut Context<'_>, routes: &mut Vec<Route>) {
         // One whose name cannot be read may be either.
         let has_more = ["path", "contract_file"].iter().any(|name| context.is_set(&key(name)));
         if route.name == BUILT_IN_ROUTE || (route.name.is_empty() && !has_more) {
+            context.require(&table, &["name"]);
             for fixed in ["path", "result_field", "success_codes"] {
                 if context.is_set(&key(fixed)) {
                     let reason = "unknown key; known here: name, contract_file, credential, timeout, frozen";
@@ -177,13 +184,10 @@ fn complete_routes(context: &mut Context<'_>, routes: &mut Vec<Route>) {
             *route = Route { contract_file, credential, timeout, frozen, ..built_in() };
             continue;
         }
-        context.require(&table, &["path", "contract_file"]);
+        need_one(context, &key("success_codes"), &route.success_codes, "[\"0409000\"]");
+        context.require(&table, Route::REQUIRED);
         if !route.path.is_empty() && !paths.insert(route.path.clone()) {
             context.problem(&key("path"), "another route has this path");
-        }
-        let codes = key("success_codes");
-        if route.success_codes.is_empty() && !context.is_doubtful(&codes) {
-            context.lacks(&codes, "at least one is needed, as in [\"0409000\"]");
         }
     }
     if !routes.iter().any(|route| route.name == BUILT_IN_ROUTE) {

@@ -134,7 +134,7 @@ impl<'a> Context<'a> {
     pub(super) fn require(&mut self, table: &str, names: &[&str]) {
         for name in names {
             let key = member(table, name);
-            if !self.is_set(&key) {
+            if !self.is_set(&key) && !self.doubtful.contains(&key) {
                 self.lacks(&key, "is missing");
             }
         }

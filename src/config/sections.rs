@@ -21,15 +21,16 @@ pub use outbound::{
     ContractSource, Credential, Http2, IdentityFiles, LoginFiles, Route, SecretSource, Token, Upstream,
 };
 
-use super::peer::meets_loopback;
 use super::PeerRule;
+use super::peer::meets_loopback;
 use crate::model::durability::Durability;
 use crate::model::redaction::Shown;
 use crate::model::words;
 
 /// One socket that callers connect to.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(extend("required" = Listener::REQUIRED))]
 pub struct Listener {
     /// Where it listens.
     #[serde(with = "As::<Listen>")]
@@ -47,6 +48,9 @@ pub struct Listener {
 }
 
 impl Listener {
+    /// The keys that it must have.
+    pub(super) const REQUIRED: &[&str] = &["address"];
+
     pub(super) fn asks_for_certificates(&self) -> bool {
         self.tls.as_ref().is_some_and(|tls| tls.client_ca_file.is_some())
     }
@@ -68,7 +72,8 @@ impl Listener {
 
 /// `tls` of a listener: PEM files.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(extend("required" = ListenerTls::REQUIRED))]
 pub struct ListenerTls {
     /// The certificate, and what leads from it to its root.
     #[serde(with = "As::<FilePath>")]
@@ -82,6 +87,11 @@ pub struct ListenerTls {
     /// Which of their certificates are revoked.
     #[serde(with = "As::<Maybe<FilePath>>")]
     pub client_crl_file: Option<PathBuf>,
+}
+
+impl ListenerTls {
+    /// The keys that it must have.
+    pub(super) const REQUIRED: &[&str] = &["cert_file", "key_file"];
 }
 
 /// Where a listener listens.
@@ -109,7 +119,7 @@ impl fmt::Display for ListenAddress {
 
 /// `[admin]`.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Admin {
     /// Where the admin listener listens.
     #[serde(with = "As::<AdminAddress>")]
@@ -145,7 +155,7 @@ impl fmt::Display for Control {
 
 /// `[server]`. Caps are for all workers together.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Server {
     /// Worker threads, 1 to 64.
     #[serde(with = "As::<Workers>")]
@@ -184,7 +194,8 @@ pub struct Server {
 
 /// `[[callers]]`.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(extend("required" = Caller::REQUIRED))]
 pub struct Caller {
     /// Its name, unique.
     #[serde(with = "As::<Name>")]
@@ -202,7 +213,7 @@ pub struct Caller {
     pub credential: String,
     /// Names of the routes it may use.
     pub routes: Vec<String>,
-    /// How often it may call: see [`Self::limit`].
+    /// How often it may call.
     #[serde(with = "As::<PerTime>")]
     pub rate_limit: Rate,
     /// Requests that may come at once.
@@ -235,6 +246,9 @@ words! {
 }
 
 impl Caller {
+    /// The keys that it must have.
+    pub(super) const REQUIRED: &[&str] = &["name", "peer", "operator_id", "credential", "routes"];
+
     /// Its own limit.
     pub fn limit(&self) -> Limit {
         self.rate_limit.with_burst(self.burst)
@@ -243,9 +257,9 @@ impl Caller {
 
 /// `[quota]`.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Quota {
-    /// How often the upstream may be called: see [`Self::limit`].
+    /// How often the upstream may be called.
     #[serde(with = "As::<PerTime>")]
     pub rate: Rate,
     /// Requests that may come at once.
@@ -300,7 +314,7 @@ pub struct Limit {
 
 /// `[audit]`.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Audit {
     /// The directory of the segments; made when missing, mode 0700.
     #[serde(with = "As::<FilePath>")]
@@ -318,7 +332,7 @@ pub struct Audit {
     /// Beyond so many bytes segments are removed before that; `None`: never.
     #[serde(with = "As::<MaxSize>")]
     pub max_size: Option<u64>,
-    /// Bytes that refusals of peers that are no callers may take an hour: see [`Self::refusals`].
+    /// Bytes that refusals of peers that are no callers may take an hour.
     #[serde(with = "As::<Size<{ 64 * KIB }, GIB>>")]
     pub stranger_refusals: u64,
     /// The same for callers.
@@ -361,7 +375,7 @@ impl Audit {
 
 /// `[idempotency]`.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Idempotency {
     /// How long a key is remembered.
     #[serde(with = "As::<Period<HOUR, { 7 * DAY }>>")]
@@ -400,7 +414,7 @@ words! {
 
 /// `[log]`.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Log {
     /// `error`, `warn`, `info`, `debug` or `trace`, or a filter such as `info,ccsqm_gateway::token=debug`.
     #[serde(with = "As::<Level>")]

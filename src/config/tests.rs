@@ -194,6 +194,43 @@ fn the_reference_file_shows_the_defaults_of_lists_too() {
     }
 }
 
+/// TOML has no null, and a key that must be there has no default.
+fn tidy(schema: &mut Value) {
+    match schema {
+        Value::Array(items) => items.iter_mut().for_each(tidy),
+        Value::Object(members) => {
+            members.retain(|name, value| name != "default" || !value.is_null());
+            if let Some(Value::Array(types)) = members.get_mut("type") {
+                types.retain(|name| name != "null");
+                members["type"] = types[0].take();
+            }
+            if let Some(Value::Array(kinds)) = members.get_mut("anyOf") {
+                kinds.retain(|kind| kind["type"] != "null");
+            }
+            for name in members.get("required").and_then(Value::as_array).cloned().into_iter().flatten() {
+                let property = members.get_mut("properties").and_then(|all| all.get_mut(name.as_str()?));
+                property.and_then(Value::as_object_mut).map(|property| property.shift_remove("default"));
+            }
+            members.values_mut().for_each(tidy);
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn the_schema_for_editors_is_made_of_the_code() {
+    let mut schema = schemars::schema_for!(Config).to_value();
+    tidy(&mut schema);
+    let schema = format!("{schema:#}\n");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/gateway.schema.json");
+    if fs::read_to_string(&file).is_ok_and(|old| old == schema) {
+        return;
+    }
+    let made = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/gateway.schema.json");
+    fs::write(&made, schema).unwrap();
+    panic!("it is another one now: cp {} {}", made.display(), file.display());
+}
+
 /// The minimal configuration with these values, which stand in the place of others there or go over the file.
 fn minimal(replaced: (&str, &str), set: &[(&str, &str)]) -> Result<Config, Problems> {
     let (folder, text) = placed(MINIMAL);

@@ -111,6 +111,61 @@ fn every_shipped_file_is_good() {
     }
 }
 
+/// Says of each file, one a line, what the schema for editors has against it.
+const VALIDATOR: &str = r#"
+import json, sys, tomllib, jsonschema
+with open(sys.argv[1]) as file:
+    schema = json.load(file)
+jsonschema.Draft202012Validator.check_schema(schema)
+validator = jsonschema.Draft202012Validator(schema)
+for path in sys.argv[2:]:
+    with open(path, "rb") as file:
+        errors = list(validator.iter_errors(tomllib.load(file)))
+    print(" ".join(error.json_path for error in errors) or "good")
+"#;
+
+#[test]
+fn the_schema_for_editors_accepts_the_shipped_files_and_rejects_mistakes() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let validate = |files: &[String]| {
+        let python = Command::new("/usr/bin/python3")
+            .args(["-c", VALIDATOR, &format!("{root}/config/gateway.schema.json")])
+            .args(files)
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&python.stderr);
+        assert!(python.status.success(), "{error}");
+        String::from_utf8(python.stdout).unwrap().lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let shipped =
+        ["gateway.toml", "minimal.toml", "sandbox.toml"].map(|name| format!("{root}/config/{name}"));
+    assert_eq!(validate(&shipped), ["good"; 3]);
+    let good = fs::read_to_string(&shipped[0]).unwrap();
+    let folder = TempDir::new().unwrap();
+    let mistakes = [
+        ("workers = 1 ", "workers = 65 ", "$.server.workers"),
+        ("workers = 1 ", "worker = 1 ", "$.server"),
+        ("max_body = \"256KiB\"", "max_body = 262144", "$.server.max_body"),
+        ("header_timeout = \"10s\"", "header_timeout = \"10 s\"", "$.server.header_timeout"),
+        ("base_url = ", "# ", "$.upstream"),
+        ("http2 = \"off\"", "http2 = \"on\"", "$.upstream.http2"),
+        ("refused_statuses = [401]", "refused_statuses = [500]", "$.token.refused_statuses[0]"),
+        ("app_key_file = ", "app_key = ", "$.credentials[0]"),
+        ("frozen = false  ", "frozen = 0  ", "$.callers[0].frozen"),
+        ("[log]", "[logs]", "$"),
+        ("success_codes = ", "# ", "$.routes[0]"),
+        ("name = \"deleteQualityTask\"", "name = \"appointQualityTask\"", "$.routes[0]"),
+    ];
+    let files = mistakes.iter().enumerate().map(|(i, (right, wrong, _))| {
+        let path = folder.path().join(format!("{i}.toml"));
+        fs::write(&path, with(&good, right, wrong)).unwrap();
+        path.to_str().unwrap().to_owned()
+    });
+    for ((_, wrong, place), said) in mistakes.iter().zip(validate(&files.collect::<Vec<_>>())) {
+        assert!(said.split(' ').all(|said| said.starts_with(place)), "{wrong}: {said}");
+    }
+}
+
 /// The gateway's configuration in the Kubernetes example.
 fn of_sidecar() -> String {
     let text =

@@ -12,12 +12,13 @@ use crate::config::forms::{
     As, BaseUrl, Code, Each, FilePath, HOUR, Lifetime, MINUTE, Maybe, Member, Name, Period, Proxy,
     RefusedStatus, ReplyHeader, RoutePath, TokenUrl, Whole,
 };
-use crate::config::{ProxyUrl, Url};
+use crate::config::{BUILT_IN_ROUTE, ProxyUrl, Url};
 use crate::model::words;
 
 /// `[upstream]`.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(extend("required" = Upstream::REQUIRED))]
 pub struct Upstream {
     /// Scheme, host and port of the API; its path prefix is empty.
     #[serde(with = "As::<BaseUrl>")]
@@ -45,7 +46,7 @@ pub struct Upstream {
     /// PEM roots that replace the system's.
     #[serde(with = "As::<Maybe<FilePath>>")]
     pub ca_file: Option<PathBuf>,
-    /// The gateway's own certificate: see [`Self::identity`].
+    /// The gateway's own certificate.
     #[serde(with = "As::<Maybe<FilePath>>")]
     pub client_cert_file: Option<PathBuf>,
     /// Its key.
@@ -54,7 +55,7 @@ pub struct Upstream {
     /// The proxy on the way to it, and to the token endpoint.
     #[serde(with = "As::<Maybe<Proxy>>")]
     pub proxy: Option<ProxyUrl>,
-    /// Who the gateway is to that proxy: see [`Self::proxy_login`].
+    /// Who the gateway is to that proxy.
     #[serde(with = "As::<Maybe<FilePath>>")]
     pub proxy_user_file: Option<PathBuf>,
     /// Its password.
@@ -68,6 +69,9 @@ pub struct Upstream {
 }
 
 impl Upstream {
+    /// The keys that it must have: what the credential is sent to is named by somebody.
+    pub(in crate::config) const REQUIRED: &[&str] = &["base_url"];
+
     /// The gateway's own certificate.
     pub fn identity(&self) -> Option<IdentityFiles> {
         let (cert_file, key_file) = self.client_cert_file.clone().zip(self.client_key_file.clone())?;
@@ -119,7 +123,7 @@ words! {
 
 /// `[token]`.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Token {
     /// The token endpoint.
     #[serde(with = "As::<TokenUrl>")]
@@ -140,7 +144,11 @@ pub struct Token {
 
 /// `[[credentials]]`.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(extend("required" = Credential::REQUIRED, "allOf" = [
+    { "oneOf": [{ "required": ["app_key_file"] }, { "required": ["app_key_env"] }] },
+    { "oneOf": [{ "required": ["app_secret_file"] }, { "required": ["app_secret_env"] }] },
+]))]
 pub struct Credential {
     /// Its name, unique.
     #[serde(with = "As::<Name>")]
@@ -158,6 +166,9 @@ pub struct Credential {
 }
 
 impl Credential {
+    /// The keys that it must have, beside those of which one must be there.
+    pub(in crate::config) const REQUIRED: &[&str] = &["name"];
+
     /// Where the app key is.
     pub fn app_key(&self) -> SecretSource {
         SecretSource::of(self.app_key_file.as_ref(), self.app_key_env.as_ref())
@@ -188,7 +199,13 @@ impl SecretSource {
 
 /// `[[routes]]`.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(extend(
+    "required" = ["name"],
+    "if" = { "properties": { "name": { "const": BUILT_IN_ROUTE } } },
+    "then" = { "properties": { "path": false, "result_field": false, "success_codes": false } },
+    "else" = { "required": Route::REQUIRED },
+))]
 pub struct Route {
     /// Its name, unique.
     #[serde(with = "As::<Name>")]
@@ -196,7 +213,7 @@ pub struct Route {
     /// The exact path, the same on both sides.
     #[serde(with = "As::<RoutePath>")]
     pub path: String,
-    /// The contract's JSON Schema: see [`Self::contract`].
+    /// The contract's JSON Schema.
     #[serde(with = "As::<Maybe<FilePath>>")]
     pub contract_file: Option<PathBuf>,
     /// The member of the reply that holds the result code.
@@ -215,6 +232,9 @@ pub struct Route {
 }
 
 impl Route {
+    /// The keys that it must have, unless it is the built-in one.
+    pub(in crate::config) const REQUIRED: &[&str] = &["name", "path", "contract_file", "success_codes"];
+
     /// Where its contract comes from.
     pub fn contract(&self) -> ContractSource {
         self.contract_file.clone().map_or(ContractSource::BuiltIn, ContractSource::File)
