@@ -318,7 +318,7 @@ fn walk(table: &Table, history: &History, row: &Row) -> Row {
 /// Observes a gateway that starts.
 fn observe(table: &Table, history: &History, machine: &Machine, row: &Row, seen: &mut Row) {
     let audit = machine.audit_directory();
-    let mut before = segments(&audit);
+    let (mut before, mut removed_before) = (segments(&audit), 0);
     let has_old = !before.is_empty();
     let cut = calls_cut_in_two(&audit);
     let mut gateway = machine.start("30d", true);
@@ -332,9 +332,8 @@ fn observe(table: &Table, history: &History, machine: &Machine, row: &Row, seen:
         // What was removed before that is not what the row asks about.
         wait_for("the doubt", || (metric(&gateway, "clock_doubtful") == 1).then_some(()));
         until_removals_are_over(&gateway);
-        before = segments(&audit);
+        (before, removed_before) = (segments(&audit), metric(&gateway, REMOVED));
     }
-    let removed_before = metric(&gateway, REMOVED);
     let mut sent = 0;
     let mut answer = |task: u64, key: &str| {
         let reply = call(&gateway, task, key);
