@@ -143,7 +143,7 @@ impl<'a> Context<'a> {
     /// A key must be there where one of the others is, or seems to be but for a slip in its name.
     pub(super) fn require_beside(&mut self, table: &str, name: &str, others: &[&str]) {
         let given = || self.tables.get(table).into_iter().flat_map(|table| &table.given);
-        let is_given = |other: &&&str| given().any(|name| distance(other, name) <= 1);
+        let is_given = |other: &&&str| given().any(|name| levenshtein(other, name) <= 1);
         if let Some(other) = others.iter().find(is_given)
             && !self.is_set(&member(table, name))
         {
@@ -180,7 +180,7 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// The name that somebody probably meant: of those that are not there the nearest, rather one that lacks.
+    /// The name that somebody probably meant: of those that are equally near one that lacks, rather than one that is there.
     fn nearest(
         &self,
         path: &str,
@@ -188,10 +188,13 @@ impl<'a> Context<'a> {
         known: &[&'static str],
         given: &BTreeSet<String>,
     ) -> Option<&'static str> {
-        let is_absent = |known: &&str| !given.contains(*known);
-        let lacks = |known: &&str| self.lacking.iter().any(|problem| problem.key == member(path, known));
-        let (lacking, optional): (Vec<_>, Vec<_>) = known.iter().copied().filter(is_absent).partition(lacks);
-        nearest(name, lacking.into_iter().chain(optional)).or_else(|| nearest(name, known.iter().copied()))
+        let lacks = |known: &str| self.lacking.iter().any(|problem| problem.key == member(path, known));
+        let near = known
+            .iter()
+            .map(|known| (levenshtein(known, name), given.contains(*known), !lacks(known), *known));
+        let (distance, .., known) =
+            near.min_by_key(|(distance, is_given, is_optional, _)| (*distance, *is_given, *is_optional))?;
+        (distance <= 1 + known.len() / 4).then_some(known)
     }
 
     /// Tells what is missing, unless a misspelling here or around it, or a line that is no TOML, explains it.
@@ -274,16 +277,4 @@ fn outer(key: &str) -> Option<&str> {
 fn names_secrets(path: &str) -> bool {
     let (section, _) = path.split_once('[').unwrap_or((path, ""));
     matches!(section, "credentials" | "upstream" | "audit") || path.ends_with(".tls")
-}
-
-/// The nearest name that is near enough.
-fn nearest(name: &str, known: impl Iterator<Item = &'static str>) -> Option<&'static str> {
-    // The first of those that are equally near.
-    let near = known.map(|known| (distance(known, name), known)).min_by_key(|(distance, _)| *distance)?;
-    (near.0 <= 1 + near.1.len() / 4).then_some(near.1)
-}
-
-/// How many single edits lie between two words.
-fn distance(a: &str, b: &str) -> usize {
-    levenshtein(a, b)
 }

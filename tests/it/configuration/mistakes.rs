@@ -62,6 +62,39 @@ pub(super) struct Mistake {
     pub(super) offset: usize,
     /// Something is missing: told at the section's header.
     pub(super) at_header: bool,
+    /// It is made in a variable or a flag, of this name and with this text, and the file is right.
+    pub(super) layer: Option<(Layer, String, String)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layer {
+    Variable,
+    Flag,
+}
+
+impl Mistake {
+    /// The same mistake in a variable or a flag, if it can be made there.
+    fn elsewhere(mut self, key: &Key, random: &mut Random) -> Self {
+        let line = self.text.lines().last().unwrap_or_default().to_owned();
+        let Some((name, value)) = line.split_once(" = ") else { return self };
+        let text = value.trim_matches('"');
+        // A text there may be meant as a number; a table has no text.
+        let is_wrong_there = ["bounds", "file", "misspelt", "unit", "unknown", "value"].contains(&self.way)
+            && !value.starts_with('{')
+            && !text.contains('\\')
+            && (name != "mode" || self.way != "unit");
+        if is_wrong_there {
+            let path = format!("{}.{name}", key.section);
+            let is_flag = key.section.contains('[') || random.below(2) == 0;
+            let name = if is_flag {
+                path
+            } else {
+                format!("CCSQM_GATEWAY__{}", path.replace('.', "__").to_uppercase())
+            };
+            self.layer = Some((if is_flag { Layer::Flag } else { Layer::Variable }, name, text.to_owned()));
+        }
+        self
+    }
 }
 
 /// The ways to break a key. The last two do not go with `syntax`: what is missing, or means nothing, may stand
@@ -71,14 +104,15 @@ pub(super) const WAYS: [&str; 11] = [
     "missing",
 ];
 
-/// Five keys, each broken in one way; every way is as likely.
-pub(super) fn five_mistakes<'a>(
+/// So many keys, each broken in one way; every way is as likely.
+pub(super) fn mistakes<'a>(
     random: &mut Random,
     keys: &'a [Key],
     with_syntax: bool,
+    count: usize,
 ) -> Vec<(&'a Key, Mistake)> {
     let mut picked: Vec<(&Key, Mistake)> = Vec::new();
-    while picked.len() < 5 {
+    while picked.len() < count {
         let way = WAYS[random.below(WAYS.len())];
         let broken =
             keys.iter().flat_map(|key| ways_to_break(key, random).into_iter().map(move |m| (key, m)));
@@ -87,10 +121,18 @@ pub(super) fn five_mistakes<'a>(
         let fits = if with_syntax { !["dangling", "missing"].contains(&way) } else { way != "syntax" };
         // A name that cannot be read may be the one that a reference means.
         let name = |key: &Key| ["credentials.name", "routes.name"].contains(&key.kind().as_str());
+        // Files that go together may both be missing, and a route without a name is the built-in one if nothing else is set.
+        let pair = |key: &Key| key.name.starts_with("client_") || key.name.starts_with("proxy");
         let clash = picked.iter().any(|(other, earlier)| {
-            *other == key || (name(key) && earlier.way == "dangling") || (name(other) && way == "dangling")
+            let are_both = |of: &dyn Fn(&Key) -> bool| of(key) && of(other);
+            *other == key
+                || (name(key) && earlier.way == "dangling")
+                || (name(other) && way == "dangling")
+                || (are_both(&pair) && way == "missing" && earlier.way == "missing")
+                || (are_both(&|key| key.section == "routes[0]") && [way, earlier.way].contains(&"missing"))
         });
         if fits && !clash {
+            let mistake = if random.below(3) == 0 { mistake.elsewhere(key, random) } else { mistake };
             picked.push((key, mistake));
         }
     }
@@ -100,7 +142,8 @@ pub(super) fn five_mistakes<'a>(
 /// Every way to break a key that fits what it is.
 fn ways_to_break(key: &Key, random: &mut Random) -> Vec<Mistake> {
     let (name, value) = (key.name.as_str(), key.value.as_str());
-    let mistake = |way, text: String, key: String| Mistake { way, text, key, offset: 0, at_header: false };
+    let mistake =
+        |way, text: String, key: String| Mistake { way, text, key, offset: 0, at_header: false, layer: None };
     let value_is = |way, value: &str| mistake(way, format!("{name} = {value}"), key.path());
     let middle = 1 + random.below(name.len() - 1);
     let misspelt = format!("{}x{}", &name[..middle], &name[middle..]);
