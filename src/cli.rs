@@ -12,6 +12,7 @@ mod refusal;
 mod sandbox;
 mod serve;
 mod signals;
+mod snippet;
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;

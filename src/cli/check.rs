@@ -1,6 +1,8 @@
 //! `check`: the configuration in effect, and who can use which credential. What it prints is itself a
 //! configuration, with everything else in comments.
 
+use std::io;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use ccsqm_gateway::app::App;
@@ -8,14 +10,14 @@ use ccsqm_gateway::audit::limit;
 use ccsqm_gateway::config::trail::CALL;
 use ccsqm_gateway::config::{Access, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE};
 use ccsqm_gateway::idempotency::memory::{MemoryBound, mebibytes};
-use ccsqm_gateway::plain;
 use ccsqm_gateway::preflight::exposures;
 use ccsqm_gateway::secret::needles;
+use ccsqm_gateway::{log, plain};
 use serde_json::{Map, Value, json};
 
 use super::out::{self, complain, out};
 use super::refusal::Refusal;
-use super::{BAD_CONFIGURATION, Configured};
+use super::{BAD_CONFIGURATION, Configured, snippet};
 
 /// A configuration, and how to speak about it.
 #[derive(clap::Args)]
@@ -54,6 +56,8 @@ pub(super) fn run(args: &Args) -> ExitCode {
             if args.json {
                 let problems: Vec<_> = problems.iter().map(|problem| problem.to_json()).collect();
                 document(&json!({ "good": false, "file": file, "problems": problems }));
+            } else if io::stderr().is_terminal() {
+                log::say(&snippet::reports(&problems));
             } else {
                 out::complain_lines(&problems.to_string());
             }

@@ -274,7 +274,8 @@ fn outer(key: &str) -> Option<&str> {
     }
 }
 
-fn names_secrets(path: &str) -> bool {
-    let (section, _) = path.split_once('[').unwrap_or((path, ""));
-    matches!(section, "credentials" | "upstream" | "audit") || path.ends_with(".tls")
+/// Whether secrets are named at a key, or in a table.
+pub(super) fn names_secrets(key: &str) -> bool {
+    let section = key.split(['.', '[']).next();
+    matches!(section, Some("credentials" | "upstream" | "audit")) || key.split('.').any(|name| name == "tls")
 }

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde_json::json;
 
+use super::context::names_secrets;
 use super::source;
 use crate::plain;
 
@@ -27,12 +28,30 @@ impl Problems {
 }
 
 impl Problem {
+    /// File and line, if it is in a file.
+    pub fn line(&self) -> Option<(&str, usize)> {
+        match &self.place {
+            source::Place::File { path, line } => Some((path, *line)),
+            source::Place::Variable(_) | source::Place::Flag(_) => None,
+        }
+    }
+
+    /// Key and reason.
+    pub fn title(&self) -> String {
+        let Self { key, reason, .. } = self;
+        let cut = key.char_indices().nth(200).map_or(key.len(), |(at, _)| at);
+        plain::line(&format!("{}: {reason}", &key[..cut]))
+    }
+
+    /// Whether somebody may have put a secret on its line, so that no value of that is shown: where secrets are named, and where
+    /// nobody knows what it is, since it is no TOML.
+    pub fn may_show_secret(&self) -> bool {
+        self.key == "file" || names_secrets(&self.key)
+    }
+
     /// For machines.
     pub fn to_json(&self) -> serde_json::Value {
-        let (file, line) = match &self.place {
-            source::Place::File { path, line } => (Some(&**path), Some(line)),
-            source::Place::Variable(_) | source::Place::Flag(_) => (None, None),
-        };
+        let (file, line) = self.line().unzip();
         let place = self.place.to_string();
         json!({ "place": place, "file": file, "line": line, "key": self.key, "reason": self.reason })
     }
@@ -53,9 +72,7 @@ impl fmt::Display for Problems {
 impl fmt::Display for Problem {
     /// One line, whatever the file holds: a key may be quoted, long, and full of characters that are not plain.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { place, key, reason } = self;
-        let cut = key.char_indices().nth(200).map_or(key.len(), |(at, _)| at);
-        let line = plain::line(&format!("{place}: {}: {reason}", &key[..cut]));
+        let line = format!("{}: {}", plain::line(&self.place.to_string()), self.title());
         f.write_str(&line) // at once: standard error has no buffer
     }
 }

@@ -12,7 +12,7 @@ use std::{
         process::CommandExt,
     },
     path::Path,
-    process::Command,
+    process::{Command, Stdio},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -164,6 +164,48 @@ fn the_schema_for_editors_accepts_the_shipped_files_and_rejects_mistakes() {
     for ((_, wrong, place), said) in mistakes.iter().zip(validate(&files.collect::<Vec<_>>())) {
         assert!(said.split(' ').all(|said| said.starts_with(place)), "{wrong}: {said}");
     }
+}
+
+#[test]
+fn on_a_terminal_check_shows_the_line_of_a_mistake_but_no_secret() {
+    const TERMINAL: &str =
+        "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
+    let (folder, text) = shipped("gateway.toml");
+    let wrong = with(&text, "workers = 1 ", "workers = 0 ");
+    let wrong = with(&wrong, "app_key_file = \"app_key\"", "app_key = \"s3cret\"");
+    let wrong = with(&wrong, "app_secret_file = \"app_secret\"", "app_secret_file \"s3cret\"");
+    let wrong = with(&wrong, "format = \"auto\"", "format = \"\u{9b}31m\"");
+    let path = write(&folder, &wrong);
+    let check = |variable: (&str, &str)| {
+        let output = Command::new("/usr/bin/python3")
+            .args(["-c", TERMINAL, BINARY, "check", "--config", &path, "--set", "quota.burst=0"])
+            .env_clear()
+            .env("TERM", "xterm")
+            .env(variable.0, variable.1)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap().replace("\r\n", "\n"))
+    };
+    let (code, told) = check(("NO_COLOR", "1"));
+    let line = |part: &str| wrong.lines().position(|line| line.starts_with(part)).unwrap() + 1;
+    let number = line("workers = 0");
+    let margin = " ".repeat(number.to_string().len());
+    let first = format!(
+        "error: server.workers: must be a whole number from 1 to 64\n{margin}--> {path}:{number}:1\n{margin} |\n\
+         {number} | workers = 0\n{margin} | ^^^^^^^^^^^\n"
+    );
+    assert!(code == Some(78) && told.starts_with(&first), "{told}");
+    assert!(told.contains(&format!("\n{} | app_key = …\n", line("app_key = "))), "{told}");
+    assert!(told.contains(&format!("\n{} | app_secret_file …\n", line("app_secret_file "))), "{told}");
+    assert!(told.contains(&format!("\n{} | format = \"\\u009b31m\"\n", line("format = "))), "{told}");
+    assert!(
+        told.ends_with("error: --set quota.burst: quota.burst: must be a whole number from 1 to 1000000\n"),
+        "{told}"
+    );
+    assert!(!told.contains("s3cret") && !told.contains(['\u{1b}', '\u{9b}']), "{told}");
+    let (code, coloured) = check(("NO_COLOR", ""));
+    assert!(code == Some(78) && coloured.contains("\u{1b}[") && !coloured.contains("s3cret"), "{coloured}");
 }
 
 /// The gateway's configuration in the Kubernetes example.
