@@ -53,7 +53,9 @@ macro_rules! words {
 
         impl<'de> serde::Deserialize<'de> for $name {
             fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-                $crate::model::word(&<String as serde::Deserialize>::deserialize(from)?)
+                // What is no text is none of the words.
+                let text = <String as serde::Deserialize>::deserialize(from);
+                $crate::model::word(&text.unwrap_or_default())
             }
         }
 
