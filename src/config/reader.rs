@@ -1,5 +1,8 @@
 //! Reads tables of the merged layers with serde. A mistake is told, what it stands in is left out, and the table is read
-//! again, so that all mistakes are told at once. No value is taken for one of another type.
+//! again, so that all mistakes are told at once.
+//!
+//! Not with the deserializer of the `config` crate: that takes a text for a number and 1 for `true`, and only a value that
+//! comes from a variable or a flag may be taken so.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -25,28 +28,21 @@ pub(super) fn table<T: DeserializeOwned + Default>(
     value: &Value,
 ) -> T {
     let mut left_out = HashSet::new();
-    while left_out.len() < MAX_MISTAKES {
-        let reader = Reader {
-            context,
-            left_out: &left_out,
-            value: value.clone(),
-            key: of_table.to_owned(),
-            is_item: false,
-        };
-        match T::deserialize(reader) {
+    for _ in 0..MAX_MISTAKES {
+        let (value, key) = (value.clone(), of_table.to_owned());
+        match T::deserialize(Reader { context, left_out: &left_out, value, key, is_item: false }) {
             Ok(table) => return table,
-            Err(Fault { key: at, reason }) => {
-                let key = if at.is_empty() { of_table.to_owned() } else { at };
-                // Of a list of texts the list is told.
-                let list = key.strip_suffix(']').and_then(|key| key.rsplit_once('['));
-                context.problem_of(&key, list.map_or(&*key, |(list, _)| list), reason);
-                let is_whole = key == of_table;
-                if is_whole || !left_out.insert(key) {
-                    break;
-                }
+            Err(Fault { at: Some(Place { at, key }), reason }) => {
+                context.problem_of(&at, &key, reason);
+                left_out.insert(at);
+            }
+            Err(Fault { at: None, reason }) => {
+                context.problem(of_table, reason);
+                return T::default();
             }
         }
     }
+    context.problem(of_table, format!("has more mistakes than the {MAX_MISTAKES} that are told"));
     T::default()
 }
 
@@ -98,16 +94,23 @@ struct Reader<'a, 'c> {
     is_item: bool,
 }
 
-/// Why a value cannot be read. The key is empty as long as it is that of the value itself.
+/// Why a value cannot be read, and which it is, as soon as that is known.
 #[derive(Debug)]
 struct Fault {
-    key: String,
+    at: Option<Place>,
     reason: String,
+}
+
+/// A value by its own key, and the key that is told: of an item in a list that of the list.
+#[derive(Debug)]
+struct Place {
+    at: String,
+    key: String,
 }
 
 impl Error for Fault {
     fn custom<T: fmt::Display>(reason: T) -> Self {
-        Self { key: String::new(), reason: reason.to_string() }
+        Self { at: None, reason: reason.to_string() }
     }
 }
 
@@ -250,10 +253,14 @@ impl<'a, 'c> Values<'a, 'c> {
         name: &str,
         value: Value,
     ) -> Result<S::Value, Fault> {
-        let key = inner(&self.key, name, self.is_list);
+        let at = inner(&self.key, name, self.is_list);
         let (context, left_out, is_item) = (&mut *self.context, self.left_out, self.is_list);
-        let read = seed.deserialize(Reader { context, left_out, value, key: key.clone(), is_item });
-        read.map_err(|fault| if fault.key.is_empty() { Fault { key, ..fault } } else { fault })
+        let read = seed.deserialize(Reader { context, left_out, value, key: at.clone(), is_item });
+        let key = if is_item { &self.key } else { &at };
+        read.map_err(|Fault { at: known, reason }| {
+            let here = || Place { at: at.clone(), key: key.clone() };
+            Fault { at: known.or_else(|| Some(here())), reason }
+        })
     }
 }
 
