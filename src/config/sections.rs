@@ -1,10 +1,8 @@
 //! The sections of a configuration, as values of their final types.
 
-mod outbound;
-
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -27,24 +25,43 @@ use crate::model::durability::Durability;
 use crate::model::redaction::Shown;
 use crate::model::words;
 
-/// One socket that callers connect to.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-#[schemars(extend("required" = Listener::REQUIRED))]
-pub struct Listener {
-    /// Where it listens.
-    #[serde(with = "As::<Listen>")]
-    pub address: ListenAddress,
-    /// Permission bits of a Unix socket, such as `0o660`.
-    #[serde(with = "As::<Maybe<Mode>>")]
-    pub mode: Option<u32>,
-    /// The names that `Host` may carry, lower case, without port. `None` on a Unix socket: any.
-    #[serde(with = "As::<Maybe<Each<Host>>>")]
-    pub hosts: Option<Vec<String>>,
-    /// Requests may cross the network unencrypted: needed off loopback, unless there is TLS. `None` on a Unix socket.
-    pub allow_plaintext: Option<bool>,
-    /// TLS, on a TCP listener.
-    pub tls: Option<ListenerTls>,
+/// Makes a table of the file: its keys, the type of each, the form in which it is written if serde knows none, and its default.
+macro_rules! section {
+    ($(#[$of_all:meta])* $name:ident {
+        $($(#[$of_one:meta])* $key:ident: $type:ty $(as $form:literal)? = $default:expr,)+
+    }) => {
+        #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+        #[serde(default, deny_unknown_fields)]
+        $(#[$of_all])*
+        pub struct $name {
+            $($(#[$of_one])* $(#[serde(with = $form)])? pub $key: $type,)+
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($key: $default,)+ }
+            }
+        }
+    };
+}
+
+mod outbound;
+
+section! {
+    /// One socket that callers connect to.
+    #[schemars(extend("required" = Listener::REQUIRED))]
+    Listener {
+        /// Where it listens.
+        address: ListenAddress as "As::<Listen>" = ListenAddress::Tcp((Ipv4Addr::LOCALHOST, 8080).into()),
+        /// Permission bits of a Unix socket, such as `0o660`.
+        mode: Option<u32> as "As::<Maybe<Mode>>" = None,
+        /// The names that `Host` may carry, lower case, without port. `None` on a Unix socket: any.
+        hosts: Option<Vec<String>> as "As::<Maybe<Each<Host>>>" = None,
+        /// Requests may cross the network unencrypted: needed off loopback, unless there is TLS. `None` on a Unix socket.
+        allow_plaintext: Option<bool> = None,
+        /// TLS, on a TCP listener.
+        tls: Option<ListenerTls> = None,
+    }
 }
 
 impl Listener {
@@ -70,23 +87,20 @@ impl Listener {
     }
 }
 
-/// `tls` of a listener: PEM files.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-#[schemars(extend("required" = ListenerTls::REQUIRED))]
-pub struct ListenerTls {
-    /// The certificate, and what leads from it to its root.
-    #[serde(with = "As::<FilePath>")]
-    pub cert_file: PathBuf,
-    /// Its key.
-    #[serde(with = "As::<FilePath>")]
-    pub key_file: PathBuf,
-    /// The CAs of callers' certificates. `None`: no certificate is asked for.
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub client_ca_file: Option<PathBuf>,
-    /// Which of their certificates are revoked.
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub client_crl_file: Option<PathBuf>,
+section! {
+    /// `tls` of a listener: PEM files.
+    #[derive(PartialEq, Eq)]
+    #[schemars(extend("required" = ListenerTls::REQUIRED))]
+    ListenerTls {
+        /// The certificate, and what leads from it to its root.
+        cert_file: PathBuf as "As::<FilePath>" = PathBuf::new(),
+        /// Its key.
+        key_file: PathBuf as "As::<FilePath>" = PathBuf::new(),
+        /// The CAs of callers' certificates. `None`: no certificate is asked for.
+        client_ca_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// Which of their certificates are revoked.
+        client_crl_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+    }
 }
 
 impl ListenerTls {
@@ -117,19 +131,16 @@ impl fmt::Display for ListenAddress {
     }
 }
 
-/// `[admin]`.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Admin {
-    /// Where the admin listener listens.
-    #[serde(with = "As::<AdminAddress>")]
-    pub address: SocketAddr,
-    /// Further names that `Host` may carry, lower case, without port.
-    #[serde(with = "As::<Each<Host>>")]
-    pub hosts: Vec<String>,
-    /// Where the control socket is.
-    #[serde(with = "As::<ControlSocket>")]
-    pub control: Control,
+section! {
+    /// `[admin]`.
+    Admin {
+        /// Where the admin listener listens.
+        address: SocketAddr as "As::<AdminAddress>" = (Ipv4Addr::LOCALHOST, 9090).into(),
+        /// Further names that `Host` may carry, lower case, without port.
+        hosts: Vec<String> as "As::<Each<Host>>" = Vec::new(),
+        /// Where the control socket is.
+        control: Control as "As::<ControlSocket>" = Control::Default,
+    }
 }
 
 /// `[admin] control`.
@@ -153,82 +164,63 @@ impl fmt::Display for Control {
     }
 }
 
-/// `[server]`. Caps are for all workers together.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Server {
-    /// Worker threads, 1 to 64.
-    #[serde(with = "As::<Workers>")]
-    pub workers: usize,
-    /// Open caller connections.
-    #[serde(with = "As::<Whole<1, 1_000_000>>")]
-    pub max_connections: usize,
-    /// Requests between head and answer.
-    #[serde(with = "As::<Whole<1, 100_000>>")]
-    pub max_in_flight: usize,
-    /// Bytes of one body.
-    #[serde(with = "As::<Size<KIB, { 16 * MIB }, usize>>")]
-    pub max_body: usize,
-    /// Bytes of a head.
-    #[serde(with = "As::<Size<{ 8 * KIB }, { 64 * KIB }, usize>>")]
-    pub max_head: usize,
-    /// Bytes of all unfinished heads and bodies together, beyond the first 4 KiB of each.
-    #[serde(with = "As::<Size<MIB, { 16 * GIB }, usize>>")]
-    pub max_unfinished: usize,
-    /// From the first byte of a head to its last.
-    #[serde(with = "As::<Period<100, { 5 * MINUTE }>>")]
-    pub header_timeout: Duration,
-    /// From the end of the head to the end of the body.
-    #[serde(with = "As::<Period<100, { 5 * MINUTE }>>")]
-    pub body_timeout: Duration,
-    /// Between two requests of one connection.
-    #[serde(with = "As::<Period<100, HOUR>>")]
-    pub idle_timeout: Duration,
-    /// From the stop signal on, requests are still served for so long, on sockets of our own.
-    #[serde(with = "As::<Period<0, { 5 * MINUTE }>>")]
-    pub drain_grace: Duration,
-    /// From the stop signal to the end of the process.
-    #[serde(with = "As::<Period<0, { 10 * MINUTE }>>")]
-    pub drain_timeout: Duration,
+section! {
+    /// `[server]`. Caps are for all workers together.
+    Server {
+        /// Worker threads, 1 to 64.
+        workers: usize as "As::<Workers>" = 1,
+        /// Open caller connections.
+        max_connections: usize as "As::<Whole<1, 1_000_000>>" = 4096,
+        /// Requests between head and answer.
+        max_in_flight: usize as "As::<Whole<1, 100_000>>" = 1024,
+        /// Bytes of one body.
+        max_body: usize as "As::<Size<KIB, { 16 * MIB }, usize>>" = 256 << 10,
+        /// Bytes of a head.
+        max_head: usize as "As::<Size<{ 8 * KIB }, { 64 * KIB }, usize>>" = 16 << 10,
+        /// Bytes of all unfinished heads and bodies together, beyond the first 4 KiB of each.
+        max_unfinished: usize as "As::<Size<MIB, { 16 * GIB }, usize>>" = 32 << 20,
+        /// From the first byte of a head to its last.
+        header_timeout: Duration as "As::<Period<100, { 5 * MINUTE }>>" = Duration::from_secs(10),
+        /// From the end of the head to the end of the body.
+        body_timeout: Duration as "As::<Period<100, { 5 * MINUTE }>>" = Duration::from_secs(10),
+        /// Between two requests of one connection.
+        idle_timeout: Duration as "As::<Period<100, HOUR>>" = Duration::from_secs(60),
+        /// From the stop signal on, requests are still served for so long, on sockets of our own.
+        drain_grace: Duration as "As::<Period<0, { 5 * MINUTE }>>" = Duration::from_secs(1),
+        /// From the stop signal to the end of the process.
+        drain_timeout: Duration as "As::<Period<0, { 10 * MINUTE }>>" = Duration::from_secs(10),
+    }
 }
 
-/// `[[callers]]`.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-#[schemars(extend("required" = Caller::REQUIRED))]
-pub struct Caller {
-    /// Its name, unique.
-    #[serde(with = "As::<Name>")]
-    pub name: String,
-    /// Which peers it is.
-    #[serde(with = "As::<Peer>")]
-    pub peer: PeerRule,
-    /// The operator it acts as (`x-UserId`).
-    #[serde(with = "As::<Name>")]
-    pub operator_id: String,
-    /// Other operators that it may name in `x-userid`.
-    #[serde(with = "As::<Each<Name>>")]
-    pub operators: Vec<String>,
-    /// Name of the credential used for it.
-    pub credential: String,
-    /// Names of the routes it may use.
-    pub routes: Vec<String>,
-    /// How often it may call.
-    #[serde(with = "As::<PerTime>")]
-    pub rate_limit: Rate,
-    /// Requests that may come at once.
-    #[serde(with = "As::<Whole<1, 1_000_000, u32>>")]
-    pub burst: u32,
-    /// A header that its requests must carry, whatever its value.
-    #[serde(with = "As::<Maybe<RequiredHeader>>")]
-    pub require_header: Option<HeaderName>,
-    /// Which ids it may send as bare numbers.
-    pub bare_ids: BareIds,
-    /// The most Idempotency-Keys that it may hold; `None`: half of all, or all if there is no other caller.
-    #[serde(with = "As::<Maybe<Whole<1, 10_000_000>>>")]
-    pub max_keys: Option<usize>,
-    /// Its requests are refused for now.
-    pub frozen: bool,
+section! {
+    /// `[[callers]]`.
+    #[schemars(extend("required" = Caller::REQUIRED))]
+    Caller {
+        /// Its name, unique.
+        name: String as "As::<Name>" = String::new(),
+        /// Which peers it is.
+        peer: PeerRule as "As::<Peer>" = PeerRule::Loopback,
+        /// The operator it acts as (`x-UserId`).
+        operator_id: String as "As::<Name>" = String::new(),
+        /// Other operators that it may name in `x-userid`.
+        operators: Vec<String> as "As::<Each<Name>>" = Vec::new(),
+        /// Name of the credential used for it.
+        credential: String = String::new(),
+        /// Names of the routes it may use.
+        routes: Vec<String> = Vec::new(),
+        /// How often it may call.
+        rate_limit: Rate as "As::<PerTime>" = Rate::per_second(20),
+        /// Requests that may come at once.
+        burst: u32 as "As::<Whole<1, 1_000_000, u32>>" = 40,
+        /// A header that its requests must carry, whatever its value.
+        require_header: Option<HeaderName> as "As::<Maybe<RequiredHeader>>" = None,
+        /// Which ids it may send as bare numbers.
+        bare_ids: BareIds = BareIds::default(),
+        /// The most Idempotency-Keys that it may hold; `None`: half of all, or all if there is no other caller.
+        max_keys: Option<usize> as "As::<Maybe<Whole<1, 10_000_000>>>" = None,
+        /// Its requests are refused for now.
+        frozen: bool = false,
+    }
 }
 
 words! {
@@ -255,16 +247,14 @@ impl Caller {
     }
 }
 
-/// `[quota]`.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Quota {
-    /// How often the upstream may be called.
-    #[serde(with = "As::<PerTime>")]
-    pub rate: Rate,
-    /// Requests that may come at once.
-    #[serde(with = "As::<Whole<1, 1_000_000, u32>>")]
-    pub burst: u32,
+section! {
+    /// `[quota]`.
+    Quota {
+        /// How often the upstream may be called.
+        rate: Rate as "As::<PerTime>" = Rate::per_second(50),
+        /// Requests that may come at once.
+        burst: u32 as "As::<Whole<1, 1_000_000, u32>>" = 100,
+    }
 }
 
 impl Quota {
@@ -284,6 +274,10 @@ pub struct Rate {
 }
 
 impl Rate {
+    fn per_second(count: u32) -> Self {
+        Self { count: NonZeroU32::new(count).unwrap_or(NonZeroU32::MIN), period: Duration::from_secs(1) }
+    }
+
     fn with_burst(self, burst: u32) -> Limit {
         let Self { count, period } = self;
         Limit { count, period, burst: NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN) }
@@ -312,37 +306,30 @@ pub struct Limit {
     pub burst: NonZeroU32,
 }
 
-/// `[audit]`.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Audit {
-    /// The directory of the segments; made when missing, mode 0700.
-    #[serde(with = "As::<FilePath>")]
-    pub directory: PathBuf,
-    /// Directory and key are not made when they are missing: `audit init` made them.
-    pub must_exist: bool,
-    /// When a record is safe.
-    pub durability: Durability,
-    /// Bytes after which a new segment begins.
-    #[serde(with = "As::<Size<{ 64 * KIB }, GIB>>")]
-    pub segment_size: u64,
-    /// How long records are kept, at least; `None`: for ever.
-    #[serde(with = "As::<Retain>")]
-    pub retain: Option<Duration>,
-    /// Beyond so many bytes segments are removed before that; `None`: never.
-    #[serde(with = "As::<MaxSize>")]
-    pub max_size: Option<u64>,
-    /// Bytes that refusals of peers that are no callers may take an hour.
-    #[serde(with = "As::<Size<{ 64 * KIB }, GIB>>")]
-    pub stranger_refusals: u64,
-    /// The same for callers.
-    #[serde(with = "As::<Size<{ 64 * KIB }, GIB>>")]
-    pub caller_refusals: u64,
-    /// The chain's key. `None`: one is made in the directory.
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub key_file: Option<PathBuf>,
-    /// How members of a record are written; others are written in clear.
-    pub fields: BTreeMap<String, Shown>,
+section! {
+    /// `[audit]`.
+    Audit {
+        /// The directory of the segments; made when missing, mode 0700.
+        directory: PathBuf as "As::<FilePath>" = PathBuf::from("audit"),
+        /// Directory and key are not made when they are missing: `audit init` made them.
+        must_exist: bool = false,
+        /// When a record is safe.
+        durability: Durability = Durability::default(),
+        /// Bytes after which a new segment begins.
+        segment_size: u64 as "As::<Size<{ 64 * KIB }, GIB>>" = 64 << 20,
+        /// How long records are kept, at least; `None`: for ever.
+        retain: Option<Duration> as "As::<Retain>" = Some(Duration::from_secs(2592000)),
+        /// Beyond so many bytes segments are removed before that; `None`: never.
+        max_size: Option<u64> as "As::<MaxSize>" = None,
+        /// Bytes that refusals of peers that are no callers may take an hour.
+        stranger_refusals: u64 as "As::<Size<{ 64 * KIB }, GIB>>" = 4 << 20,
+        /// The same for callers.
+        caller_refusals: u64 as "As::<Size<{ 64 * KIB }, GIB>>" = 64 << 20,
+        /// The chain's key. `None`: one is made in the directory.
+        key_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// How members of a record are written; others are written in clear.
+        fields: BTreeMap<String, Shown> = BTreeMap::new(),
+    }
 }
 
 /// How many bytes refusals may take an hour.
@@ -355,9 +342,9 @@ pub struct RefusalBudget {
 }
 
 impl Default for RefusalBudget {
-    /// What the configuration begins with.
+    /// That of the configuration.
     fn default() -> Self {
-        Self { strangers: 4 << 20, callers: 64 << 20 }
+        Audit::default().refusals()
     }
 }
 
@@ -373,27 +360,23 @@ impl Audit {
     }
 }
 
-/// `[idempotency]`.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Idempotency {
-    /// How long a key is remembered.
-    #[serde(with = "As::<Period<HOUR, { 7 * DAY }>>")]
-    pub window: Duration,
-    /// So many keys at once; further ones are refused.
-    #[serde(with = "As::<Whole<1, 10_000_000>>")]
-    pub max_keys: usize,
-    /// Somebody set `max_keys`. Else it follows the callers' own.
-    #[serde(skip)]
-    pub is_max_keys_set: bool,
-    /// Bytes of stored answers that are kept in memory.
-    #[serde(with = "As::<Size<{ 64 * KIB }, { 16 * GIB }>>")]
-    pub reply_memory: u64,
-    /// What becomes of calls without a key.
-    pub without_key: WithoutKey,
-    /// How long an equal call without a key is looked for.
-    #[serde(with = "As::<Period<SECOND, DAY>>")]
-    pub fingerprint_window: Duration,
+section! {
+    /// `[idempotency]`.
+    Idempotency {
+        /// How long a key is remembered.
+        window: Duration as "As::<Period<HOUR, { 7 * DAY }>>" = Duration::from_secs(86400),
+        /// So many keys at once; further ones are refused.
+        max_keys: usize as "As::<Whole<1, 10_000_000>>" = 1_000_000,
+        /// Somebody set `max_keys`. Else it follows the callers' own.
+        #[serde(skip)]
+        is_max_keys_set: bool = false,
+        /// Bytes of stored answers that are kept in memory.
+        reply_memory: u64 as "As::<Size<{ 64 * KIB }, { 16 * GIB }>>" = 64 << 20,
+        /// What becomes of calls without a key.
+        without_key: WithoutKey = WithoutKey::Guard,
+        /// How long an equal call without a key is looked for.
+        fingerprint_window: Duration as "As::<Period<SECOND, DAY>>" = Duration::from_secs(600),
+    }
 }
 
 words! {
@@ -412,17 +395,16 @@ words! {
     }
 }
 
-/// `[log]`.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Log {
-    /// `error`, `warn`, `info`, `debug` or `trace`, or a filter such as `info,ccsqm_gateway::token=debug`.
-    #[serde(with = "As::<Level>")]
-    pub level: String,
-    /// How a line looks.
-    pub format: LogFormat,
-    /// Which requests have a line.
-    pub requests: LogRequests,
+section! {
+    /// `[log]`.
+    Log {
+        /// `error`, `warn`, `info`, `debug` or `trace`, or a filter such as `info,ccsqm_gateway::token=debug`.
+        level: String as "As::<Level>" = "info".into(),
+        /// How a line looks.
+        format: LogFormat = LogFormat::Auto,
+        /// Which requests have a line.
+        requests: LogRequests = LogRequests::Failures,
+    }
 }
 
 words! {

@@ -15,57 +15,43 @@ use crate::config::forms::{
 use crate::config::{BUILT_IN_ROUTE, ProxyUrl, Url};
 use crate::model::words;
 
-/// `[upstream]`.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-#[schemars(extend("required" = Upstream::REQUIRED))]
-pub struct Upstream {
-    /// Scheme, host and port of the API; its path prefix is empty.
-    #[serde(with = "As::<BaseUrl>")]
-    pub base_url: Url,
-    /// Connect and TLS together; also the longest wait for a free connection.
-    #[serde(with = "As::<Period<10, MINUTE>>")]
-    pub connect_timeout: Duration,
-    /// The whole exchange, replay included.
-    #[serde(with = "As::<Period<50, { 10 * MINUTE }>>")]
-    pub timeout: Duration,
-    /// A pooled connection idle for longer is not used.
-    #[serde(with = "As::<Period<10, HOUR>>")]
-    pub idle_timeout: Duration,
-    /// Connections, all workers together.
-    #[serde(with = "As::<Whole<1, 10_000>>")]
-    pub max_connections: usize,
-    /// So many failures in a row suspend it; 0: none do.
-    #[serde(with = "As::<Whole<0, 1000, u32>>")]
-    pub breaker_failures: u32,
-    /// How long it is left alone, the first time.
-    #[serde(with = "As::<Period<100, MINUTE>>")]
-    pub breaker_pause: Duration,
-    /// Which versions of HTTP are offered to it.
-    pub http2: Http2,
-    /// PEM roots that replace the system's.
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub ca_file: Option<PathBuf>,
-    /// The gateway's own certificate.
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub client_cert_file: Option<PathBuf>,
-    /// Its key.
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub client_key_file: Option<PathBuf>,
-    /// The proxy on the way to it, and to the token endpoint.
-    #[serde(with = "As::<Maybe<Proxy>>")]
-    pub proxy: Option<ProxyUrl>,
-    /// Who the gateway is to that proxy.
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub proxy_user_file: Option<PathBuf>,
-    /// Its password.
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub proxy_password_file: Option<PathBuf>,
-    /// Static headers of every upstream request.
-    pub headers: BTreeMap<String, String>,
-    /// Further reply headers that pass to callers.
-    #[serde(with = "As::<Each<ReplyHeader>>")]
-    pub reply_headers: Vec<HeaderName>,
+section! {
+    /// `[upstream]`.
+    #[schemars(extend("required" = Upstream::REQUIRED))]
+    Upstream {
+        /// Scheme, host and port of the API; its path prefix is empty.
+        base_url: Url as "As::<BaseUrl>" = unset(),
+        /// Connect and TLS together; also the longest wait for a free connection.
+        connect_timeout: Duration as "As::<Period<10, MINUTE>>" = Duration::from_secs(3),
+        /// The whole exchange, replay included.
+        timeout: Duration as "As::<Period<50, { 10 * MINUTE }>>" = Duration::from_secs(30),
+        /// A pooled connection idle for longer is not used.
+        idle_timeout: Duration as "As::<Period<10, HOUR>>" = Duration::from_secs(10),
+        /// Connections, all workers together.
+        max_connections: usize as "As::<Whole<1, 10_000>>" = 64,
+        /// So many failures in a row suspend it; 0: none do.
+        breaker_failures: u32 as "As::<Whole<0, 1000, u32>>" = 10,
+        /// How long it is left alone, the first time.
+        breaker_pause: Duration as "As::<Period<100, MINUTE>>" = Duration::from_secs(1),
+        /// Which versions of HTTP are offered to it.
+        http2: Http2 = Http2::Off,
+        /// PEM roots that replace the system's.
+        ca_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// The gateway's own certificate.
+        client_cert_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// Its key.
+        client_key_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// The proxy on the way to it, and to the token endpoint.
+        proxy: Option<ProxyUrl> as "As::<Maybe<Proxy>>" = None,
+        /// Who the gateway is to that proxy.
+        proxy_user_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// Its password.
+        proxy_password_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// Static headers of every upstream request.
+        headers: BTreeMap<String, String> = BTreeMap::new(),
+        /// Further reply headers that pass to callers.
+        reply_headers: Vec<HeaderName> as "As::<Each<ReplyHeader>>" = Vec::new(),
+    }
 }
 
 impl Upstream {
@@ -121,48 +107,46 @@ words! {
     }
 }
 
-/// `[token]`.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Token {
-    /// The token endpoint.
-    #[serde(with = "As::<TokenUrl>")]
-    pub url: Url,
-    /// What `X-Token-Expire` asks for and what counts when the reply names no lifetime. `None`: not asked for.
-    #[serde(with = "As::<Lifetime>")]
-    pub lifetime: Option<Duration>,
-    /// One call of the token endpoint.
-    #[serde(with = "As::<Period<50, MINUTE>>")]
-    pub timeout: Duration,
-    /// The longest that a request waits for a token.
-    #[serde(with = "As::<Period<0, MINUTE>>")]
-    pub wait: Duration,
-    /// Upstream statuses that mean "token refused".
-    #[serde(with = "As::<Each<RefusedStatus>>")]
-    pub refused_statuses: Vec<StatusCode>,
+/// No URL. `base_url` has no default: what the credential is sent to is named by somebody. That of the token endpoint is `base_url`
+/// with another path.
+fn unset() -> Url {
+    Url { tls: true, host: String::new(), port: 443, path: String::new() }
 }
 
-/// `[[credentials]]`.
-#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-#[schemars(extend("required" = Credential::REQUIRED, "allOf" = [
-    { "oneOf": [{ "required": ["app_key_file"] }, { "required": ["app_key_env"] }] },
-    { "oneOf": [{ "required": ["app_secret_file"] }, { "required": ["app_secret_env"] }] },
-]))]
-pub struct Credential {
-    /// Its name, unique.
-    #[serde(with = "As::<Name>")]
-    pub name: String,
-    /// Where the app key is, or this:
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub app_key_file: Option<PathBuf>,
-    /// The variable that holds it.
-    pub app_key_env: Option<String>,
-    /// Where the app secret is, or this:
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub app_secret_file: Option<PathBuf>,
-    /// The variable that holds it.
-    pub app_secret_env: Option<String>,
+section! {
+    /// `[token]`.
+    Token {
+        /// The token endpoint.
+        url: Url as "As::<TokenUrl>" = unset(),
+        /// What `X-Token-Expire` asks for and what counts when the reply names no lifetime. `None`: not asked for.
+        lifetime: Option<Duration> as "As::<Lifetime>" = Some(Duration::from_secs(600)),
+        /// One call of the token endpoint.
+        timeout: Duration as "As::<Period<50, MINUTE>>" = Duration::from_secs(5),
+        /// The longest that a request waits for a token.
+        wait: Duration as "As::<Period<0, MINUTE>>" = Duration::from_secs(5),
+        /// Upstream statuses that mean "token refused".
+        refused_statuses: Vec<StatusCode> as "As::<Each<RefusedStatus>>" = vec![StatusCode::UNAUTHORIZED],
+    }
+}
+
+section! {
+    /// `[[credentials]]`.
+    #[schemars(extend("required" = Credential::REQUIRED, "allOf" = [
+        { "oneOf": [{ "required": ["app_key_file"] }, { "required": ["app_key_env"] }] },
+        { "oneOf": [{ "required": ["app_secret_file"] }, { "required": ["app_secret_env"] }] },
+    ]))]
+    Credential {
+        /// Its name, unique.
+        name: String as "As::<Name>" = String::new(),
+        /// Where the app key is, or this:
+        app_key_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// The variable that holds it.
+        app_key_env: Option<String> = None,
+        /// Where the app secret is, or this:
+        app_secret_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// The variable that holds it.
+        app_secret_env: Option<String> = None,
+    }
 }
 
 impl Credential {
@@ -197,38 +181,32 @@ impl SecretSource {
     }
 }
 
-/// `[[routes]]`.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-#[schemars(extend(
-    "required" = ["name"],
-    "if" = { "properties": { "name": { "const": BUILT_IN_ROUTE } } },
-    "then" = { "properties": { "path": false, "result_field": false, "success_codes": false } },
-    "else" = { "required": Route::REQUIRED },
-))]
-pub struct Route {
-    /// Its name, unique.
-    #[serde(with = "As::<Name>")]
-    pub name: String,
-    /// The exact path, the same on both sides.
-    #[serde(with = "As::<RoutePath>")]
-    pub path: String,
-    /// The contract's JSON Schema.
-    #[serde(with = "As::<Maybe<FilePath>>")]
-    pub contract_file: Option<PathBuf>,
-    /// The member of the reply that holds the result code.
-    #[serde(with = "As::<Member>")]
-    pub result_field: String,
-    /// Result codes that mean success.
-    #[serde(with = "As::<Each<Code>>")]
-    pub success_codes: Vec<String>,
-    /// Credential that replaces the caller's on this route.
-    pub credential: Option<String>,
-    /// Replaces `upstream.timeout` on this route.
-    #[serde(with = "As::<Maybe<Period<50, { 10 * MINUTE }>>>")]
-    pub timeout: Option<Duration>,
-    /// Its requests are refused for now.
-    pub frozen: bool,
+section! {
+    /// `[[routes]]`.
+    #[schemars(extend(
+        "required" = ["name"],
+        "if" = { "properties": { "name": { "const": BUILT_IN_ROUTE } } },
+        "then" = { "properties": { "path": false, "result_field": false, "success_codes": false } },
+        "else" = { "required": Route::REQUIRED },
+    ))]
+    Route {
+        /// Its name, unique.
+        name: String as "As::<Name>" = String::new(),
+        /// The exact path, the same on both sides.
+        path: String as "As::<RoutePath>" = String::new(),
+        /// The contract's JSON Schema.
+        contract_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
+        /// The member of the reply that holds the result code.
+        result_field: String as "As::<Member>" = "resultCode".into(),
+        /// Result codes that mean success.
+        success_codes: Vec<String> as "As::<Each<Code>>" = Vec::new(),
+        /// Credential that replaces the caller's on this route.
+        credential: Option<String> = None,
+        /// Replaces `upstream.timeout` on this route.
+        timeout: Option<Duration> as "As::<Maybe<Period<50, { 10 * MINUTE }>>>" = None,
+        /// Its requests are refused for now.
+        frozen: bool = false,
+    }
 }
 
 impl Route {
