@@ -1,4 +1,4 @@
-//! The layers of the configuration, merged by the `config` crate: the file, then the environment, then flags.
+//! The layers of the configuration, merged by the `config` crate: the file, then variables, then flags.
 //!
 //! Knows nothing of what a key means. The origin of each value is its place, which survives the merge. A file that is
 //! not TOML is read as far as its mistakes let it be, so that all of them are told at once.
@@ -91,26 +91,23 @@ pub(super) fn read(
     let text = path.map_or_else(|| Ok(String::new()), read_text);
     let text = text.map_err(|mistake| Problems(vec![problem(mistake)]))?;
     let mut places = Vec::new();
-    let (file, mistakes, syntax) = parse(text, &mut |line, kind| located(&mut places, at(line), kind));
+    let (mut root, mistakes, syntax) = parse(text, &mut |line, kind| located(&mut places, at(line), kind));
     let mut problems: Vec<_> = mistakes.into_iter().map(problem).collect();
     let mut variables: Vec<_> = environment.iter().filter_map(Override::variable).collect();
     variables.sort_by(|a, b| a.place.cmp(&b.place));
-    // Not by the crate's builder, which would merge all of them once more, key by key: see [`Whole`].
-    let mut layers: Vec<Box<dyn Source + Send + Sync>> = vec![Box::new(Whole(file.clone()))];
-    let mut laid: Vec<String> = Vec::new();
     for Override { place, key, text } in variables.into_iter().chain(overrides.iter().map(Override::flag)) {
-        match text.and_then(|text| fits(&file, &laid, &place, &key).map(|()| text)) {
-            Ok(text) => {
-                let value = located(&mut places, place, ValueKind::String(text));
-                layers.push(Box::new(Single(key.clone(), value)));
-                laid.push(key);
-            }
-            Err(reason) => problems.push(Problem { place, key, reason: reason.into() }),
-        }
+        let laid = text.and_then(|text| fits(&root, &place, &key).map(|()| text)).map(|text| {
+            let value = located(&mut places, place.clone(), ValueKind::String(text));
+            // Not by the crate's builder, which forgets where tables stand, and takes a key in quotes for a path.
+            Layer(key.clone(), value).collect_to(&mut root)
+        });
+        let reason = match laid {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => error.to_string(),
+            Err(reason) => reason.into(),
+        };
+        problems.push(Problem { place, key, reason });
     }
-    let merged = layers.collect().map_err(|error| Problems(vec![problem((1, error.to_string()))]))?;
-    // The whole stands at the file's first line.
-    let root = located(&mut places, at(1), ValueKind::Table(merged));
     Ok(Layers { root, places, problems, syntax })
 }
 
@@ -120,31 +117,11 @@ fn located(places: &mut Vec<Place>, place: Place, kind: ValueKind) -> Value {
     Value::new(Some(&(places.len() - 1).to_string()), kind)
 }
 
-/// What the file says: the first layer.
+/// A value that goes over those below it, with its key, which is a path.
 #[derive(Clone, Debug)]
-struct Whole(Value);
+struct Layer(String, Value);
 
-impl Source for Whole {
-    fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
-        Box::new(self.clone())
-    }
-
-    fn collect(&self) -> Result<Map<String, Value>, ConfigError> {
-        self.0.clone().into_table()
-    }
-
-    /// Not key by key: the crate takes a key in quotes for a path if it looks like one, and forgets where tables stand.
-    fn collect_to(&self, merged: &mut Value) -> Result<(), ConfigError> {
-        *merged = self.0.clone();
-        Ok(())
-    }
-}
-
-/// A value that goes over those below it. Its key is a path.
-#[derive(Clone, Debug)]
-struct Single(String, Value);
-
-impl Source for Single {
+impl Source for Layer {
     fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
         Box::new(self.clone())
     }
@@ -315,7 +292,6 @@ fn convert(value: &DeValue<'_>, offset: usize, make: &mut impl FnMut(usize, Valu
 }
 
 /// One step of the path of a key.
-#[derive(Clone, Copy)]
 enum Step<'a> {
     Name(&'a str),
     Item(usize),
@@ -341,55 +317,31 @@ fn steps(key: &str) -> Option<Vec<Step<'_>>> {
     Some(steps)
 }
 
-/// Whether an override goes over what the file says and the earlier ones: it replaces a value or adds one, and no table.
-fn fits(file: &Value, earlier: &[String], place: &Place, key: &str) -> Result<(), &'static str> {
-    const BELOW: &str = "lies below a value, where no key can be";
-    const SECTION: &str = "is a section, not a value";
-    let lies_in =
-        |inner: &str, outer: &str| inner.strip_prefix(outer).is_some_and(|rest| rest.starts_with(['.', '[']));
+/// Whether an override goes over what is there: it replaces a value or adds one, and no table.
+fn fits(root: &Value, place: &Place, key: &str) -> Result<(), &'static str> {
     let steps = steps(key).ok_or("is no key, such as server.workers or listeners[0].address")?;
     if steps.iter().any(|step| matches!(step, Step::Item(_))) && matches!(place, Place::Variable(_)) {
         return Err(LIST_OF_TABLES);
     }
-    if earlier.iter().any(|other| lies_in(key, other)) {
-        return Err(BELOW);
-    }
-    if earlier.iter().any(|other| lies_in(other, key)) {
-        return Err(SECTION);
-    }
-    let mut value = Some(file);
-    let mut path = String::new();
+    let mut there = Some(root);
     for step in steps {
-        value = match (value.map(|value| &value.kind), step) {
+        there = match (there.map(|value| &value.kind), step) {
             (Some(ValueKind::Table(members)), Step::Name(name)) => members.get(name),
             (Some(ValueKind::Array(_)), Step::Name(_)) => return Err(LIST_OF_TABLES),
-            (Some(ValueKind::Array(items)), Step::Item(number)) if number < items.len() => items.get(number),
-            // One more than there are, or the next of those that earlier flags added.
-            (there @ (None | Some(ValueKind::Array(_))), Step::Item(number)) => {
-                let count = match there {
-                    Some(ValueKind::Array(items)) => items.len(),
-                    _ => 0,
-                };
-                let is_next = number == count
-                    || earlier.iter().any(|other| lies_in(other, &format!("{path}[{}]", number - 1)));
-                if !is_next {
-                    return Err("names no item of the list, and not the next one: they are counted from 0");
-                }
-                None
+            // One more than there are is added.
+            (Some(ValueKind::Array(items)), Step::Item(number)) if number <= items.len() => items.get(number),
+            (None, Step::Name(_) | Step::Item(0)) => None,
+            (None | Some(ValueKind::Array(_)), Step::Item(_)) => {
+                return Err("names no item of the list, and not the next one: they are counted from 0");
             }
-            (None, Step::Name(_)) => None,
-            _ => return Err(BELOW),
+            _ => return Err("lies below a value, where no key can be"),
         };
-        match step {
-            Step::Name(name) if path.is_empty() => name.clone_into(&mut path),
-            Step::Name(name) => path = format!("{path}.{name}"),
-            Step::Item(number) => path = format!("{path}[{number}]"),
-        }
     }
-    let Some(value) = value else { return Ok(()) };
-    match &value.kind {
-        ValueKind::Table(members) if !members.is_empty() => Err(SECTION),
-        ValueKind::Array(items) if items.iter().any(|item| matches!(item.kind, ValueKind::Table(_))) => {
+    match there.map(|value| &value.kind) {
+        Some(ValueKind::Table(members)) if !members.is_empty() => Err("is a section, not a value"),
+        Some(ValueKind::Array(items))
+            if items.iter().any(|item| matches!(item.kind, ValueKind::Table(_))) =>
+        {
             Err(LIST_OF_TABLES)
         }
         _ => Ok(()),
