@@ -474,8 +474,10 @@ fn a_200_without_a_token_is_a_refusal_the_third_time() {
         let detail = last["detail"].as_str().unwrap();
         assert!(last["cause"] == "token_refused" && detail.contains(says), "{status}");
         assert!(detail.len() < 300 && !detail.contains(&secret), "{status}");
+        wait_for("the log line", || {
+            gateway.log().lines().any(|line| line.contains("token_refused") && line.len() < 600).then_some(())
+        });
         assert!(!gateway.log().contains(&secret) && !gateway.log().contains(&long));
-        assert!(gateway.log().lines().any(|line| line.contains("token_refused") && line.len() < 600));
         let begun = Instant::now();
         wait_for("more calls", || {
             assert_eq!(gateway.call().code(), "credential_refused");
