@@ -1,7 +1,8 @@
 //! Configuration, validated: every value is of its final type and every reference resolves.
 //!
-//! Three types: raw (what stands where), validated (these), compiled ([`crate::state::State`]). All mistakes
-//! are told at once, each with its place, key and reason.
+//! Three types: layers (what stands where), validated (these), compiled ([`crate::state::State`]). All mistakes are told at once,
+//! each with its place, key and reason. The layers are merged by the `config` crate (`source`), read table by table with serde
+//! (`reader`, into the types of `sections`), completed and checked (`parse` has the order).
 
 mod source;
 mod context;
@@ -115,7 +116,8 @@ impl Config {
         };
         let own =
             || (source::Place::File { path: path.display().to_string().into(), line: 1 }, "file".to_owned());
-        let problem = |(place, key), reason| Err(Problems(vec![Problem { place, key, reason }]));
+        let problem =
+            |(place, key), reason| Err(Problems(vec![Problem { place, key, reason, written: None }]));
         if let Err(error) = thread::Builder::new().name("configuration".into()).spawn(load) {
             return problem(own(), format!("cannot be read: {error}"));
         }

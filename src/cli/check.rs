@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use ccsqm_gateway::app::App;
 use ccsqm_gateway::audit::limit;
 use ccsqm_gateway::config::trail::CALL;
-use ccsqm_gateway::config::{Access, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE};
+use ccsqm_gateway::config::{Access, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, Route};
 use ccsqm_gateway::idempotency::memory::{MemoryBound, mebibytes};
 use ccsqm_gateway::preflight::exposures;
 use ccsqm_gateway::secret::needles;
@@ -173,7 +173,7 @@ fn sections(configuration: &Value) {
 fn members(header: &str, table: &Value) {
     // Of the built-in route no file may hold these.
     let built_in = header == "[[routes]]" && table["name"] == BUILT_IN_ROUTE;
-    let is_fixed = |key: &str| built_in && ["path", "result_field", "success_codes"].contains(&key);
+    let is_fixed = |key: &str| built_in && Route::FIXED.contains(&key);
     out!("");
     out!("{header}");
     for (key, value) in table.as_object().into_iter().flatten() {

@@ -1,42 +1,30 @@
-//! Mistakes of a configuration for a terminal: each with its line of the file.
+//! Mistakes of a configuration for a terminal: each with its place, and the value where it may be shown.
 
-use std::collections::HashMap;
 use std::env;
-use std::fs;
 
-use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
+use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 use ccsqm_gateway::config::{Problem, Problems};
 use ccsqm_gateway::plain;
 
-/// One report a mistake. What is in no file, or in one that is gone meanwhile, has no line.
+/// One report a mistake.
 pub(super) fn reports(problems: &Problems) -> String {
     let is_plain = env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty())
         || env::var_os("TERM").is_none_or(|terminal| terminal == "dumb");
     let renderer = if is_plain { Renderer::plain() } else { Renderer::styled() };
-    let mut files = HashMap::new();
-    let reports: Vec<_> = problems.iter().map(|problem| report(&renderer, &mut files, problem)).collect();
+    let reports: Vec<_> = problems.iter().map(|problem| renderer.render(&[report(problem)])).collect();
     reports.join("\n\n")
 }
 
-fn report<'a>(renderer: &Renderer, files: &mut HashMap<&'a str, String>, problem: &'a Problem) -> String {
-    let found = problem.line().and_then(|(path, number)| {
-        let text = files.entry(path).or_insert_with(|| fs::read_to_string(path).unwrap_or_default());
-        Some((path, number, shown(text.lines().nth(number - 1)?, problem.may_show_secret())))
-    });
-    let Some((path, number, line)) = found.filter(|(.., line)| !line.is_empty()) else {
-        return renderer.render(&[Group::with_title(Level::ERROR.primary_title(problem.to_string()))]);
+fn report(problem: &Problem) -> Group<'static> {
+    let Some((path, line)) = problem.line() else {
+        return Group::with_title(Level::ERROR.primary_title(problem.to_string()));
     };
-    let length = line.len();
-    let snippet = Snippet::source(line).line_start(number).path(plain::line(path));
-    let snippet = snippet.annotation(AnnotationKind::Primary.span(0..length));
-    renderer.render(&[Level::ERROR.primary_title(problem.title()).element(snippet)])
-}
-
-/// A line without its comment, and without its value if that may be a secret.
-fn shown(line: &str, is_secret: bool) -> String {
-    let code = line.split(" #").next().unwrap_or_default().trim();
-    let value = code.find(['=', '"', '\'']).filter(|_| is_secret);
-    let Some(value) = value else { return plain::line(code) };
-    let name = code[..=value].trim_end_matches(['"', '\'']).trim_end();
-    plain::line(&format!("{name} …"))
+    let (title, path) = (Level::ERROR.primary_title(problem.title()), plain::line(path));
+    let Some(shown) = problem.shown() else {
+        return title.element(Origin::path(path).line(line));
+    };
+    let value = shown.find(" = ").map_or(0, |at| at + 3)..shown.len();
+    title.element(
+        Snippet::source(shown).path(path).line_start(line).annotation(AnnotationKind::Primary.span(value)),
+    )
 }

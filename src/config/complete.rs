@@ -78,7 +78,7 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
                 return;
             }
             let has_hosts = listener.hosts.as_ref().is_some_and(|hosts| !hosts.is_empty());
-            if !has_hosts && !context.is_doubtful(&key("hosts")) {
+            if !has_hosts && !context.is_doubtful_within(&key("hosts")) {
                 let reason = "is needed on a listener that is not on loopback: the names that Host may carry";
                 context.lacks(&key("hosts"), reason);
             }
@@ -104,7 +104,7 @@ fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
     // A name in other capitals is the same header: the later layer's value counts.
     let headers = std::mem::take(&mut upstream.headers).into_iter();
     let mut headers: Vec<_> =
-        headers.map(|(name, value)| (format!("upstream.headers.{name}"), name, value)).collect();
+        headers.map(|(name, value)| (member("upstream.headers", &name), name, value)).collect();
     headers.sort_by(|(a, ..), (b, ..)| context.place(a).cmp(context.place(b)));
     let mut spellings = HashSet::new();
     let mut by_name = BTreeMap::new();
@@ -160,7 +160,7 @@ fn check_caller(context: &mut Context<'_>, table: &str, caller: &Caller) {
 
 /// A list holds something.
 fn need_one(context: &mut Context<'_>, key: &str, list: &[String], example: &str) {
-    if list.is_empty() && !context.is_doubtful(key) {
+    if list.is_empty() && !context.is_doubtful_within(key) {
         context.lacks(key, format!("at least one is needed, as in {example}"));
     }
 }
@@ -174,12 +174,7 @@ fn complete_routes(context: &mut Context<'_>, routes: &mut Vec<Route>) {
         let has_more = ["path", "contract_file"].iter().any(|name| context.is_set(&key(name)));
         if route.name == BUILT_IN_ROUTE || (route.name.is_empty() && !has_more) {
             context.require(&table, &["name"]);
-            for fixed in ["path", "result_field", "success_codes"] {
-                if context.is_set(&key(fixed)) {
-                    let reason = "unknown key; known here: name, contract_file, credential, timeout, frozen";
-                    context.problem(&key(fixed), reason);
-                }
-            }
+            context.exclude(&table, &Route::FIXED);
             let Route { contract_file, credential, timeout, frozen, .. } = std::mem::take(route);
             *route = Route { contract_file, credential, timeout, frozen, ..built_in() };
             continue;

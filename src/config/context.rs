@@ -21,8 +21,8 @@ pub(super) struct Context<'a> {
     pub(super) problems: Vec<Problem>,
     /// The tables that were read, by their keys.
     tables: BTreeMap<String, Table>,
-    /// Where each key stands that stands anywhere.
-    places: HashMap<String, Place>,
+    /// Where each key stands that stands anywhere, and how its value is written there.
+    places: HashMap<String, (Place, Option<String>)>,
     /// Keys that do not have the value that somebody meant. What seems to follow from it is not told: one
     /// mistake is one line.
     doubtful: HashSet<String>,
@@ -34,7 +34,7 @@ pub(super) struct Context<'a> {
 
 /// The names in a table: those that are known, and those that are there.
 struct Table {
-    known: &'static [&'static str],
+    known: Vec<&'static str>,
     given: BTreeSet<String>,
 }
 
@@ -77,7 +77,7 @@ impl<'a> Context<'a> {
     /// Where a key stands, or the section around it.
     pub(super) fn place(&self, key: &str) -> &Place {
         let found = ancestors(key).find_map(|key| self.places.get(key));
-        found.unwrap_or(&NOWHERE)
+        found.map_or(&NOWHERE, |(place, _)| place)
     }
 
     /// All keys that the tables may have which were read.
@@ -101,7 +101,18 @@ impl<'a> Context<'a> {
         known: &'static [&'static str],
         given: impl Iterator<Item = &'n String>,
     ) {
-        self.tables.insert(key.to_owned(), Table { known, given: given.cloned().collect() });
+        self.tables.insert(key.to_owned(), Table { known: known.into(), given: given.cloned().collect() });
+    }
+
+    /// Of the names that a table may hold these are not for this one.
+    pub(super) fn exclude(&mut self, key: &str, names: &[&str]) {
+        // What is wrong with such a value is no matter.
+        let is_one = |told: &str| names.iter().any(|name| told == member(key, name));
+        self.problems.retain(|problem| !is_one(&problem.key));
+        self.doubtful.retain(|told| !is_one(told));
+        if let Some(table) = self.tables.get_mut(key) {
+            table.known.retain(|name| !names.contains(name));
+        }
     }
 
     /// A mistake in a value, or between values, at the place of a key. Where nobody knows which section a line of the file
@@ -112,21 +123,24 @@ impl<'a> Context<'a> {
 
     /// The same, told as one of another key.
     pub(super) fn problem_of(&mut self, at: &str, key: &str, reason: impl Into<String>) {
-        self.doubtful.extend([at, key].map(str::to_owned));
-        self.tell(at, key, reason.into());
+        self.doubtful.insert(at.to_owned());
+        let written = self.places.get(at).and_then(|(_, written)| written.clone());
+        let may_be_secret =
+            names_secrets(key) || ["token.url", "require_header"].iter().any(|name| key.ends_with(name));
+        self.tell(at, key, reason.into(), written.filter(|_| !may_be_secret));
     }
 
-    fn tell(&mut self, at: &str, key: &str, reason: String) {
+    fn tell(&mut self, at: &str, key: &str, reason: String, written: Option<String>) {
         let place = self.place(at).clone();
         if self.syntax != Syntax::Lost || !matches!(place, Place::File { .. }) {
-            self.problems.push(Problem { place, key: key.to_owned(), reason });
+            self.problems.push(Problem { place, key: key.to_owned(), reason, written });
         }
     }
 
     /// Something should be there and is not.
     pub(super) fn lacks(&mut self, key: &str, reason: impl Into<String>) {
         let place = self.place(outer(key).unwrap_or_default()).clone();
-        self.lacking.push(Problem { place, key: key.to_owned(), reason: reason.into() });
+        self.lacking.push(Problem { place, key: key.to_owned(), reason: reason.into(), written: None });
         self.doubtful.insert(key.to_owned());
     }
 
@@ -163,7 +177,7 @@ impl<'a> Context<'a> {
                     Place::Variable(variable) => meant(variable),
                     Place::File { .. } | Place::Flag(_) => None,
                 };
-                let near = self.nearest(&path, name, known, &given);
+                let near = self.nearest(&path, name, &known, &given);
                 let reason = match (&variable, near) {
                     (Some((_, variable)), _) => format!("unknown key; the setting is named {variable}"),
                     (None, Some(near)) => format!("unknown key; did you mean `{near}`?"),
@@ -174,13 +188,14 @@ impl<'a> Context<'a> {
                 self.doubtful.extend(meant.into_iter().chain([key.clone()]));
                 // Where secrets are named, somebody may have pasted one.
                 let told = if names_secrets(&path) { path.clone() } else { key.clone() };
-                self.tell(&key, &told, reason);
+                self.tell(&key, &told, reason, None);
             }
             self.tables.insert(path, Table { known, given });
         }
     }
 
-    /// The name that somebody probably meant: of those that are equally near one that lacks, rather than one that is there.
+    /// The name that somebody probably meant: the nearest one, with two letters more for one that is there already. Of those that are
+    /// equally near one that lacks.
     fn nearest(
         &self,
         path: &str,
@@ -189,12 +204,12 @@ impl<'a> Context<'a> {
         given: &BTreeSet<String>,
     ) -> Option<&'static str> {
         let lacks = |known: &str| self.lacking.iter().any(|problem| problem.key == member(path, known));
-        let near = known
-            .iter()
-            .map(|known| (levenshtein(known, name), given.contains(*known), !lacks(known), *known));
-        let (distance, .., known) =
-            near.min_by_key(|(distance, is_given, is_optional, _)| (*distance, *is_given, *is_optional))?;
-        (distance <= 1 + known.len() / 4).then_some(known)
+        let near = known.iter().filter_map(|known| {
+            let distance = levenshtein(known, name);
+            let is_near = distance <= 1 + known.len() / 4;
+            is_near.then_some((distance + 2 * usize::from(given.contains(*known)), !lacks(known), *known))
+        });
+        near.min_by_key(|(distance, is_optional, _)| (*distance, *is_optional)).map(|(.., known)| known)
     }
 
     /// Tells what is missing, unless a misspelling here or around it, or a line that is no TOML, explains it.
@@ -237,8 +252,13 @@ impl<'a> Context<'a> {
 static NOWHERE: Place = Place::Flag(String::new());
 
 /// Notes where each value stands. A table that variables or flags made stands where the first of them does.
-fn locate(layers: &Layers, value: &Value, key: String, places: &mut HashMap<String, Place>) {
-    let own = value.origin().and_then(|number| layers.places.get(number.parse::<usize>().ok()?));
+fn locate(
+    layers: &Layers,
+    value: &Value,
+    key: String,
+    places: &mut HashMap<String, (Place, Option<String>)>,
+) {
+    let own = value.origin().and_then(|number| layers.origins.get(number.parse::<usize>().ok()?));
     let mut inner = Vec::new();
     match &value.kind {
         ValueKind::Table(members) => {
@@ -252,14 +272,17 @@ fn locate(layers: &Layers, value: &Value, key: String, places: &mut HashMap<Stri
     let mut first = None;
     for (key, value) in inner {
         locate(layers, value, key.clone(), places);
-        first = first.into_iter().chain(places.get(&key).cloned()).min();
+        first = first.into_iter().chain(places.get(&key).map(|(place, _)| place.clone())).min();
     }
-    places.extend(own.cloned().or(first).map(|place| (key, place)));
+    let own = own.map(|origin| (origin.place.clone(), origin.written.clone()));
+    places.extend(own.or(first.map(|place| (place, None))).map(|place| (key, place)));
 }
 
 /// The key of a name in a table.
 pub(super) fn member(table: &str, name: &str) -> String {
-    if table.is_empty() { name.to_owned() } else { format!("{table}.{name}") }
+    // A name in quotes may look like a path.
+    let name = if name.contains(['.', '[', '"']) { format!("{name:?}") } else { name.to_owned() };
+    if table.is_empty() { name } else { format!("{table}.{name}") }
 }
 
 /// A key and the sections around it, the whole configuration (an empty key) last.

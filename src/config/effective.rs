@@ -34,8 +34,9 @@ pub struct Access {
 
 impl Config {
     /// Everything that is in effect, in the form of the file; what is not set is `null`.
+    #[expect(clippy::expect_used, reason = "no value of it can be no JSON")]
     pub fn effective(&self) -> Value {
-        serde_json::to_value(self).unwrap_or_default()
+        serde_json::to_value(self).expect("a configuration can be written")
     }
 
     /// Who can use which credential, credential by credential.

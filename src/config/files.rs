@@ -47,15 +47,15 @@ pub(super) fn look_at(context: &mut Context<'_>, config: &mut Config) {
         Some(FileKind::Certificates),
     );
     path(context, "upstream.client_key_file", upstream.client_key_file.as_mut(), Some(FileKind::PrivateKey));
-    path(context, "upstream.proxy_user_file", upstream.proxy_user_file.as_mut(), Some(FileKind::ProxyUser));
-    let password = upstream.proxy_password_file.as_mut();
-    path(context, "upstream.proxy_password_file", password, Some(FileKind::ProxyPassword));
     if let Some(identity) = upstream.identity()
         && ["upstream.client_cert_file", "upstream.client_key_file"].iter().all(|key| context.is_good(key))
         && let Err(reason) = context.files.check_identity(&identity)
     {
         context.problem("upstream.client_cert_file", reason);
     }
+    path(context, "upstream.proxy_user_file", upstream.proxy_user_file.as_mut(), Some(FileKind::ProxyUser));
+    let password = upstream.proxy_password_file.as_mut();
+    path(context, "upstream.proxy_password_file", password, Some(FileKind::ProxyPassword));
     for (i, route) in config.routes.iter_mut().enumerate() {
         let key = format!("routes[{i}].contract_file");
         path(context, &key, route.contract_file.as_mut(), Some(FileKind::Contract));

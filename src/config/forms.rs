@@ -13,6 +13,7 @@ use http::{HeaderName, StatusCode};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::json;
 
 use super::values::{
     parse_admin_address, parse_base_url, parse_code, parse_duration, parse_host, parse_level,
@@ -306,7 +307,7 @@ impl Form for RefusedStatus {
     }
 
     fn schema() -> Schema {
-        json_schema!({ "enum": [401, 403, 418] })
+        json_schema!({ "enum": [401, 403, 418, "401", "403", "418"] })
     }
 }
 
@@ -348,7 +349,11 @@ impl<F: Form> Form for Each<F> {
     }
 
     fn schema() -> Schema {
-        json_schema!({ "type": "array", "items": F::schema() })
+        let mut item = F::schema();
+        if item.get("type").is_some_and(|kind| kind == "string") {
+            item.insert("type".into(), json!(["string", "integer"])); // a number stands for its digits
+        }
+        json_schema!({ "type": "array", "items": item })
     }
 }
 

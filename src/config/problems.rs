@@ -4,7 +4,6 @@ use std::fmt;
 
 use serde_json::json;
 
-use super::context::names_secrets;
 use super::source;
 use crate::plain;
 
@@ -14,6 +13,8 @@ pub struct Problem {
     pub(super) place: source::Place,
     pub(super) key: String,
     pub(super) reason: String,
+    /// The value as it is written in the file, if it may be shown.
+    pub(super) written: Option<String>,
 }
 
 /// All mistakes of a configuration; displayed one a line, as `file:line: key: reason`.
@@ -43,10 +44,11 @@ impl Problem {
         plain::line(&format!("{}: {reason}", &key[..cut]))
     }
 
-    /// Whether somebody may have put a secret on its line, so that no value of that is shown: where secrets are named, and where
-    /// nobody knows what it is, since it is no TOML.
-    pub fn may_show_secret(&self) -> bool {
-        self.key == "file" || names_secrets(&self.key)
+    /// The key and its value as they are written in the file, where it is certain that no secret is among them: the value of a key that
+    /// is known, and names no secret.
+    pub fn shown(&self) -> Option<String> {
+        let (_, name) = self.key.rsplit_once('.').unwrap_or(("", &self.key));
+        self.written.as_ref().map(|written| plain::line(&format!("{name} = {written}")))
     }
 
     /// For machines.

@@ -15,11 +15,16 @@ use serde::de::{
 };
 use serde::forward_to_deserialize_any;
 
+use super::context;
 use super::context::Context;
 use super::source::LIST_OF_TABLES;
 
 /// So many mistakes of one table are told.
 const MAX_MISTAKES: usize = 100;
+
+/// What tables look like whose names the user chooses.
+const EXAMPLES: [(&str, &str); 2] =
+    [("upstream.headers", "{ x-tenantspaceid = \"…\" }"), ("audit.fields", "{ inspectors = \"hmac\" }")];
 
 /// Reads the table at a key.
 pub(super) fn table<T: DeserializeOwned + Default>(
@@ -28,10 +33,11 @@ pub(super) fn table<T: DeserializeOwned + Default>(
     value: &Value,
 ) -> T {
     let mut left_out = HashSet::new();
-    for _ in 0..MAX_MISTAKES {
+    for mistakes in 0.. {
         let (value, key) = (value.clone(), of_table.to_owned());
         match T::deserialize(Reader { context, left_out: &left_out, value, key, is_item: false }) {
             Ok(table) => return table,
+            Err(_) if mistakes == MAX_MISTAKES => break,
             Err(Fault { at: Some(Place { at, key }), reason }) => {
                 context.problem_of(&at, &key, reason);
                 left_out.insert(at);
@@ -181,7 +187,11 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
 
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
         let ValueKind::Table(members) = self.value.kind else {
-            return Err(Fault::custom("must be a table, as in { name = \"value\" }"));
+            let example = EXAMPLES
+                .iter()
+                .find(|(key, _)| *key == self.key)
+                .map_or("{ name = \"value\" }", |(_, example)| example);
+            return Err(Fault::custom(format!("must be a table, as in {example}")));
         };
         let Self { context, left_out, key, .. } = self;
         visitor.visit_map(Values::new(context, left_out, key, false, members))
@@ -265,7 +275,7 @@ impl<'a, 'c> Values<'a, 'c> {
 }
 
 fn inner(key: &str, name: &str, is_list: bool) -> String {
-    if is_list { format!("{key}[{name}]") } else { format!("{key}.{name}") }
+    if is_list { format!("{key}[{name}]") } else { context::member(key, name) }
 }
 
 impl<'de> SeqAccess<'de> for Values<'_, '_> {

@@ -65,8 +65,14 @@ fn references(context: &mut Context<'_>, config: &Config) {
         let key = format!("callers[{i}].credential");
         refer(context, &key, &key, ("credential", &credentials), &caller.credential);
         let list = format!("callers[{i}].routes");
-        for (j, route) in caller.routes.iter().enumerate() {
-            refer(context, &format!("{list}[{j}]"), &list, ("route", &routes), route);
+        // Those that could be read.
+        let items: Vec<_> = (0..)
+            .map(|j| format!("{list}[{j}]"))
+            .filter(|item| !context.is_doubtful(item))
+            .take(caller.routes.len())
+            .collect();
+        for (item, route) in items.iter().zip(&caller.routes) {
+            refer(context, item, &list, ("route", &routes), route);
         }
     }
     for (i, credential) in config.routes.iter().map(|route| &route.credential).enumerate() {
@@ -183,10 +189,9 @@ fn addresses(context: &mut Context<'_>, config: &Config) {
     let listeners = config.listeners.iter().enumerate().map(listener);
     let all: Vec<_> = listeners.chain([admin]).chain(control).collect();
     for (i, (key, address)) in all.iter().enumerate() {
-        let clash = all[..i].iter().find(|(_, other)| clash(address, other));
+        let clash = all[..i].iter().find(|(key, other)| !context.is_doubtful(key) && clash(address, other));
         if let Some((other, _)) = clash
             && !context.is_doubtful(key)
-            && !context.is_doubtful(other)
         {
             context.problem(key, format!("overlaps with {other}: give one of them another address or port"));
         }

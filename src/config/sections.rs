@@ -318,7 +318,7 @@ section! {
         /// Bytes after which a new segment begins.
         segment_size: u64 as "As::<Size<{ 64 * KIB }, GIB>>" = 64 << 20,
         /// How long records are kept, at least; `None`: for ever.
-        retain: Option<Duration> as "As::<Retain>" = Some(Duration::from_secs(2592000)),
+        retain: Option<Duration> as "As::<Retain>" = Some(Duration::from_secs(30 * 86_400)),
         /// Beyond so many bytes segments are removed before that; `None`: never.
         max_size: Option<u64> as "As::<MaxSize>" = None,
         /// Bytes that refusals of peers that are no callers may take an hour.

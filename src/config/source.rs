@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::{fmt, fs, io};
 
 use ::config::{ConfigError, Map, Source, Value, ValueKind};
-use toml::de::{DeTable, DeValue};
+use toml::Spanned;
+use toml::de::{DeString, DeTable, DeValue};
 
 use super::{Problem, Problems};
 use crate::files;
@@ -29,6 +30,12 @@ const NO_VALUE: ValueKind = ValueKind::Float(f64::NAN);
 
 /// Nobody writes a longer one; whatever is longer is some other file.
 const MAX_FILE: u64 = 4 << 20;
+
+/// Why a flag cannot reach an item.
+const NO_ITEM: &str = "names no item of the list, and not the next one: they are counted from 0";
+
+/// As deep as TOML may be nested.
+const MAX_STEPS: usize = 80;
 
 /// So many lines that are not TOML are told.
 const MAX_SYNTAX: usize = 20;
@@ -50,12 +57,18 @@ pub(super) enum Place {
 /// All layers, one over the other.
 pub(super) struct Layers {
     pub(super) root: Value,
-    /// Where values stand: the origin of a value is its number here.
-    pub(super) places: Vec<Place>,
+    /// The origin of a value is its number here.
+    pub(super) origins: Vec<Origin>,
     /// What is wrong so far.
     pub(super) problems: Vec<Problem>,
     /// How far the file can be believed.
     pub(super) syntax: Syntax,
+}
+
+/// Where a value stands, and how it is written there, if that is on one line of the file.
+pub(super) struct Origin {
+    pub(super) place: Place,
+    pub(super) written: Option<String>,
 }
 
 /// How far a file is TOML.
@@ -87,34 +100,48 @@ pub(super) fn read(
 ) -> Result<Layers, Problems> {
     let shown: Arc<str> = path.map(|path| path.display().to_string()).unwrap_or_default().into();
     let at = |line| Place::File { path: shown.clone(), line };
-    let problem = |(line, reason)| Problem { place: at(line), key: "file".into(), reason };
+    let problem = |(line, reason)| Problem { place: at(line), key: "file".into(), reason, written: None };
     let text = path.map_or_else(|| Ok(String::new()), read_text);
     let text = text.map_err(|mistake| Problems(vec![problem(mistake)]))?;
-    let mut places = Vec::new();
-    let (mut root, mistakes, syntax) = parse(text, &mut |line, kind| located(&mut places, at(line), kind));
+    let mut origins = Vec::new();
+    let mut in_file = |line, written, kind| located(&mut origins, at(line), written, kind);
+    let (mut root, mistakes, syntax) = parse(text, &mut in_file);
     let mut problems: Vec<_> = mistakes.into_iter().map(problem).collect();
     let mut variables: Vec<_> = environment.iter().filter_map(Override::variable).collect();
     variables.sort_by(|a, b| a.place.cmp(&b.place));
     for Override { place, key, text } in variables.into_iter().chain(overrides.iter().map(Override::flag)) {
-        let laid = text.and_then(|text| fits(&root, &place, &key).map(|()| text)).map(|text| {
-            let value = located(&mut places, place.clone(), ValueKind::String(text));
-            // Not by the crate's builder, which forgets where tables stand, and takes a key in quotes for a path.
-            Layer(key.clone(), value).collect_to(&mut root)
-        });
-        let reason = match laid {
-            Ok(Ok(())) => continue,
-            Ok(Err(error)) => error.to_string(),
-            Err(reason) => reason.into(),
-        };
-        problems.push(Problem { place, key, reason });
+        match text.and_then(|text| fits(&root, &place, &key).map(|()| text)) {
+            Ok(text) => {
+                let value = located(&mut origins, place, None, ValueKind::String(text));
+                lay_over(&mut root, &key, value);
+            }
+            // The item may stand on a line that is no TOML.
+            Err(NO_ITEM) if syntax != Syntax::Whole => {}
+            Err(reason) => problems.push(Problem { place, key, reason: reason.into(), written: None }),
+        }
     }
-    Ok(Layers { root, places, problems, syntax })
+    Ok(Layers { root, origins, problems, syntax })
 }
 
 /// A value that remembers where it stands.
-fn located(places: &mut Vec<Place>, place: Place, kind: ValueKind) -> Value {
-    places.push(place);
-    Value::new(Some(&(places.len() - 1).to_string()), kind)
+fn located(origins: &mut Vec<Origin>, place: Place, written: Option<String>, kind: ValueKind) -> Value {
+    origins.push(Origin { place, written });
+    Value::new(Some(&(origins.len() - 1).to_string()), kind)
+}
+
+/// Lays a value over what is there. Not by the crate's builder, which forgets where tables stand.
+fn lay_over(root: &mut Value, key: &str, value: Value) {
+    let layer = if key.contains('[') {
+        Layer(key.to_owned(), value) // the crate reads the path
+    } else {
+        let (first, rest) = key.split_once('.').map_or((key, None), |(first, rest)| (first, Some(rest)));
+        // Tables, whose names may be any.
+        let names = rest.into_iter().flat_map(|rest| rest.rsplit('.'));
+        let inner = names.fold(value, |value, name| Map::from([(name.to_owned(), value)]).into());
+        Layer(first.to_owned(), inner)
+    };
+    // No source fails here: its value is there.
+    drop(layer.collect_to(root));
 }
 
 /// A value that goes over those below it, with its key, which is a path.
@@ -156,7 +183,7 @@ fn read_text(path: &Path) -> Result<String, (usize, String)> {
 /// parsed again, so that one mistake is one line, and an open bracket is not every line behind it.
 fn parse(
     mut text: String,
-    make: &mut impl FnMut(usize, ValueKind) -> Value,
+    make: &mut impl FnMut(usize, Option<String>, ValueKind) -> Value,
 ) -> (Value, Vec<(usize, String)>, Syntax) {
     let mut mistakes = Vec::new();
     let mut syntax = Syntax::Whole;
@@ -165,7 +192,10 @@ fn parse(
         let (table, errors) = DeTable::parse_recoverable(&text);
         let offset = |error: &toml::de::Error| error.span().map_or(usize::MAX, |span| span.start);
         let Some(error) = errors.iter().min_by_key(|error| offset(error)) else {
-            let mut make = |offset, kind| make(lines.number(offset), kind);
+            let mut make = |offset, span: Range<usize>, kind| {
+                let written = text.get(span).filter(|written| !written.is_empty() && !written.contains('\n'));
+                make(lines.number(offset), written.map(str::to_owned), kind)
+            };
             return (convert_table(table.get_ref(), 0, &mut make), mistakes, syntax);
         };
         let number = error.span().map_or_else(|| lines.first_bad(), |span| lines.number(span.start));
@@ -175,7 +205,7 @@ fn parse(
         let many = mistakes.len() == MAX_SYNTAX;
         mistakes.push((number, if many { "is no TOML either; no more is told".into() } else { reason }));
         if many || line.is_empty() {
-            return (make(1, ValueKind::Table(Map::new())), mistakes, Syntax::Lost);
+            return (make(1, None, ValueKind::Table(Map::new())), mistakes, Syntax::Lost);
         }
         let mark = line.find(['[', ']', '"', '\'', '=', '#']).map(|at| line.as_bytes()[at]);
         let is_header = line.starts_with('[') || mark == Some(b']');
@@ -260,21 +290,25 @@ impl Override {
     }
 }
 
-/// A table and the offset at which it begins. `make` locates a value by its offset.
+/// A table and the offset at which it begins. `make` locates a value by its offset and its span.
 fn convert_table(
     table: &DeTable<'_>,
     offset: usize,
-    make: &mut impl FnMut(usize, ValueKind) -> Value,
+    make: &mut impl FnMut(usize, Range<usize>, ValueKind) -> Value,
 ) -> Value {
-    let members = table
-        .iter()
-        .map(|(key, value)| (key.get_ref().to_string(), convert(value.get_ref(), key.span().start, make)))
-        .collect();
-    make(offset, ValueKind::Table(members))
+    let member = |(key, value): (&Spanned<DeString<'_>>, &Spanned<DeValue<'_>>)| {
+        (key.get_ref().to_string(), convert(value, key.span().start, make))
+    };
+    let members = table.iter().map(member).collect();
+    make(offset, 0..0, ValueKind::Table(members))
 }
 
-fn convert(value: &DeValue<'_>, offset: usize, make: &mut impl FnMut(usize, ValueKind) -> Value) -> Value {
-    let kind = match value {
+fn convert(
+    value: &Spanned<DeValue<'_>>,
+    offset: usize,
+    make: &mut impl FnMut(usize, Range<usize>, ValueKind) -> Value,
+) -> Value {
+    let kind = match value.get_ref() {
         DeValue::String(text) => ValueKind::String(text.to_string()),
         DeValue::Integer(integer) => {
             i64::from_str_radix(integer.as_str(), integer.radix()).map_or(NO_VALUE, ValueKind::I64)
@@ -283,12 +317,11 @@ fn convert(value: &DeValue<'_>, offset: usize, make: &mut impl FnMut(usize, Valu
         DeValue::Float(_) | DeValue::Datetime(_) => NO_VALUE,
         // A table of an array of tables spans its header, which is the line to name.
         DeValue::Array(items) => {
-            let items = items.iter().map(|item| convert(item.get_ref(), item.span().start, make));
-            ValueKind::Array(items.collect())
+            ValueKind::Array(items.iter().map(|item| convert(item, item.span().start, make)).collect())
         }
         DeValue::Table(table) => return convert_table(table, offset, make),
     };
-    make(offset, kind)
+    make(offset, value.span(), kind)
 }
 
 /// One step of the path of a key.
@@ -297,13 +330,15 @@ enum Step<'a> {
     Item(usize),
 }
 
-/// The steps of a key such as `listeners[0].address`. The `config` crate reads paths of the same form.
+/// The steps of a key such as `listeners[0].address`. The `config` crate reads paths of the same form. A name without an item is
+/// any text: what is no name of a key is told as an unknown one.
 fn steps(key: &str) -> Option<Vec<Step<'_>>> {
     let is_plain = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    let has_items = key.contains('[');
     let mut steps = Vec::new();
     for part in key.split('.') {
         let (name, mut items) = part.split_at(part.find('[').unwrap_or(part.len()));
-        if name.is_empty() || !is_plain(name) {
+        if has_items && (name.is_empty() || !is_plain(name)) {
             return None;
         }
         steps.push(Step::Name(name));
@@ -314,7 +349,7 @@ fn steps(key: &str) -> Option<Vec<Step<'_>>> {
             items = rest;
         }
     }
-    Some(steps)
+    Some(steps).filter(|steps| steps.len() <= MAX_STEPS)
 }
 
 /// Whether an override goes over what is there: it replaces a value or adds one, and no table.
@@ -332,7 +367,7 @@ fn fits(root: &Value, place: &Place, key: &str) -> Result<(), &'static str> {
             (Some(ValueKind::Array(items)), Step::Item(number)) if number <= items.len() => items.get(number),
             (None, Step::Name(_) | Step::Item(0)) => None,
             (None | Some(ValueKind::Array(_)), Step::Item(_)) => {
-                return Err("names no item of the list, and not the next one: they are counted from 0");
+                return Err(NO_ITEM);
             }
             _ => return Err("lies below a value, where no key can be"),
         };

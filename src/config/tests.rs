@@ -202,7 +202,9 @@ fn tidy(schema: &mut Value) {
             members.retain(|name, value| name != "default" || !value.is_null());
             if let Some(Value::Array(types)) = members.get_mut("type") {
                 types.retain(|name| name != "null");
-                members["type"] = types[0].take();
+                if let [only] = &mut types[..] {
+                    members["type"] = only.take();
+                }
             }
             if let Some(Value::Array(kinds)) = members.get_mut("anyOf") {
                 kinds.retain(|kind| kind["type"] != "null");

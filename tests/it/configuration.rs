@@ -166,46 +166,136 @@ fn the_schema_for_editors_accepts_the_shipped_files_and_rejects_mistakes() {
     }
 }
 
-#[test]
-fn on_a_terminal_check_shows_the_line_of_a_mistake_but_no_secret() {
+/// Runs `check` on a pseudoterminal without colours: exit code and what it shows.
+fn check_on_terminal(path: &str, args: &[&str]) -> (Option<i32>, String) {
+    run_on_terminal(path, args, "1")
+}
+
+fn run_on_terminal(path: &str, args: &[&str], no_color: &str) -> (Option<i32>, String) {
     const TERMINAL: &str =
         "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
+    let output = Command::new("/usr/bin/python3")
+        .args(["-c", TERMINAL, BINARY, "check", "--config", path])
+        .args(args)
+        .env_clear()
+        .envs([("TERM", "xterm"), ("NO_COLOR", no_color)])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    (output.status.code(), String::from_utf8(output.stdout).unwrap().replace("\r\n", "\n"))
+}
+
+#[test]
+fn on_a_terminal_check_shows_the_line_of_a_mistake_but_no_secret() {
     let (folder, text) = shipped("gateway.toml");
     let wrong = with(&text, "workers = 1 ", "workers = 0 ");
     let wrong = with(&wrong, "app_key_file = \"app_key\"", "app_key = \"s3cret\"");
     let wrong = with(&wrong, "app_secret_file = \"app_secret\"", "app_secret_file \"s3cret\"");
     let wrong = with(&wrong, "format = \"auto\"", "format = \"\u{9b}31m\"");
     let path = write(&folder, &wrong);
-    let check = |variable: (&str, &str)| {
-        let output = Command::new("/usr/bin/python3")
-            .args(["-c", TERMINAL, BINARY, "check", "--config", &path, "--set", "quota.burst=0"])
-            .env_clear()
-            .env("TERM", "xterm")
-            .env(variable.0, variable.1)
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        (output.status.code(), String::from_utf8(output.stdout).unwrap().replace("\r\n", "\n"))
-    };
-    let (code, told) = check(("NO_COLOR", "1"));
+    let set = ["--set", "quota.burst=0"];
+    let (code, told) = check_on_terminal(&path, &set);
     let line = |part: &str| wrong.lines().position(|line| line.starts_with(part)).unwrap() + 1;
     let number = line("workers = 0");
     let margin = " ".repeat(number.to_string().len());
     let first = format!(
-        "error: server.workers: must be a whole number from 1 to 64\n{margin}--> {path}:{number}:1\n{margin} |\n\
-         {number} | workers = 0\n{margin} | ^^^^^^^^^^^\n"
+        "error: server.workers: must be a whole number from 1 to 64\n{margin}--> {path}:{number}:11\n{margin} |\n\
+         {number} | workers = 0\n{margin} |           ^\n"
     );
     assert!(code == Some(78) && told.starts_with(&first), "{told}");
-    assert!(told.contains(&format!("\n{} | app_key = …\n", line("app_key = "))), "{told}");
-    assert!(told.contains(&format!("\n{} | app_secret_file …\n", line("app_secret_file "))), "{told}");
+    for part in ["app_key = ", "app_secret_file "] {
+        assert!(told.contains(&format!("\n--> {path}:{}\n", line(part))), "{told}");
+    }
     assert!(told.contains(&format!("\n{} | format = \"\\u009b31m\"\n", line("format = "))), "{told}");
     assert!(
         told.ends_with("error: --set quota.burst: quota.burst: must be a whole number from 1 to 1000000\n"),
         "{told}"
     );
     assert!(!told.contains("s3cret") && !told.contains(['\u{1b}', '\u{9b}']), "{told}");
-    let (code, coloured) = check(("NO_COLOR", ""));
+    let (code, coloured) = run_on_terminal(&path, &set, "");
     assert!(code == Some(78) && coloured.contains("\u{1b}[") && !coloured.contains("s3cret"), "{coloured}");
+}
+
+/// The values of known keys that name no secret are shown, and nothing else of a line: somebody may have pasted a secret anywhere.
+#[test]
+fn on_a_terminal_check_shows_no_secret_wherever_it_stands() {
+    let (folder, text) = shipped("minimal.toml");
+    let pem = "\"-----BEGIN PRIVATE KEY-----\ns3cret\nczNjcmV0s3cret==\n\"";
+    for (good, bad) in [
+        ("app_secret_file = \"app_secret\"", "app_secret: s3cret"),
+        ("app_secret_file = \"app_secret\"", "app_secret =\ns3cret"),
+        ("app_secret_file = \"app_secret\"", &format!("app_secret_file = {pem}")),
+        ("app_secret_file = \"app_secret\"", "s3cret = 1\napp_secret_file = 1"),
+        ("[[credentials]]", "[credentials.s3cret]\n[[credentials]]"),
+        ("peer = \"loopback\"", "peer = \"loopback\"\npassword = \"s3cret\""),
+        ("peer = \"loopback\"", "peer = \"loopback\"\nrequire_header = \"Bearer s3cret\""),
+        ("peer = \"loopback\"", "peer = \"x\" # s3cret"),
+        ("peer = \"loopback\"", "peer = \"x\"\t# s3cret"),
+        ("peer = \"loopback\"", "peer = \"loopback\" # s3cret \u{7}"),
+        ("[[credentials]]", "[token]\nurl = \"https://ak:s3cret@x/\"\n[[credentials]]"),
+        ("[upstream]", "upstrem = { headers = { x-y = \"s3cret\" } }\n[upstream]"),
+        ("[upstream]", "credentials = [{ name = \"default\", app_key = \"s3cret\" }]\n[upstream]"),
+    ] {
+        let (code, told) = check_on_terminal(&write(&folder, &with(&text, good, bad)), &[]);
+        assert!(code == Some(78) && !told.contains("s3cret"), "{bad}: {told}");
+    }
+}
+
+#[test]
+fn a_mistake_hides_no_other_and_makes_none() {
+    let (folder, text) = shipped("minimal.toml");
+    let listener = |address: &str| format!("[[listeners]]\naddress = \"{address}\"\n");
+    let routes = "routes = [\"appointQualityTask\"]";
+    for (wrong, keys) in [
+        (with(&text, routes, "routes = [\"a\",\n\"b\"]"), &["callers[0].routes", "callers[0].routes"][..]),
+        (with(&text, routes, "routes = [true,\n\"a\"]"), &["callers[0].routes", "callers[0].routes"]),
+        (with(&text, routes, "routes = [true]"), &["callers[0].routes"]),
+        (
+            [text.clone(), listener("bad"), listener("127.0.0.1:8080").repeat(2)].concat(),
+            &["listeners[0].address", "listeners[2].address"],
+        ),
+        (text.clone() + "[[routes]]\nname = \"appointQualityTask\"\npath = \"x\"\n", &["routes[0].path"]),
+        (text.clone() + "[[routes]]\nname = \"appointQualityTask\"\npat = \"x\"\n", &["routes[0].pat"]),
+        (format!("\"callers[0]\" = 1\n{text}"), &["\"callers[0]\""]),
+        (
+            with(&format!("\"upstream.base_url\" = 1\n{text}"), "base_url = \"https", "# \""),
+            &["\"upstream.base_url\"", "upstream.base_url"],
+        ),
+        (
+            with(&text, "[[credentials]]", "[admin]\nhosts = [1.5, \"a b\"]\n[[credentials]]"),
+            &["admin.hosts"; 2],
+        ),
+    ] {
+        let (code, _, error) = check(&folder, &wrong);
+        let told: Vec<_> = error.lines().map(|line| line.split(": ").nth(1).unwrap_or_default()).collect();
+        assert!(code == 78 && told == keys, "{error}");
+        assert!(!error.contains("did you mean `path`") && !error.contains("result_field"), "{error}");
+    }
+    // A line that is no TOML may be the one that holds the item.
+    let no_toml = write(&folder, &with(&text, routes, &format!("{routes}\noperators = [ x")));
+    let (_, _, error) = run(&["check", "--config", &no_toml, "--set", "callers[0].operators[1]=5"], &[]);
+    assert!(error.lines().count() == 1 && error.contains(": file: "), "{error}");
+}
+
+#[test]
+fn a_flag_or_variable_of_any_name_is_told_as_a_key_or_taken() {
+    let (folder, text) = shipped("minimal.toml");
+    let path = write(&folder, &text);
+    let header = effective(&path, &["upstream.headers.x-a~b=v"], &[]);
+    assert_eq!(header["configuration"]["upstream"]["headers"]["x-a~b"], "v", "{header}");
+    for (name, says) in [
+        ("SERVER____WORKERS", "the setting is named CCSQM_GATEWAY__SERVER__WORKERS"),
+        ("SERVER__", "known here: workers, "),
+        ("SERVER__WORKERS ", "did you mean `workers`?"),
+    ] {
+        let (code, _, error) =
+            run(&["check", "--config", &path], &[(&format!("CCSQM_GATEWAY__{name}"), OsStr::new("2"))]);
+        assert!(code == 78 && error.lines().count() == 1 && error.contains(says), "{name}: {error}");
+    }
+    for key in ["", "a b", "listeners.größe", &format!("{}a", "a.".repeat(5000))] {
+        let (code, _, error) = run(&["check", "--config", &path, "--set", &format!("{key}=1")], &[]);
+        assert!(code == 78 && error.lines().count() == 1, "{key:.20}: {error:.300}");
+    }
 }
 
 /// The gateway's configuration in the Kubernetes example.

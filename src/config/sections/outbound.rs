@@ -210,6 +210,9 @@ section! {
 }
 
 impl Route {
+    /// The keys that the built-in one has by itself.
+    pub const FIXED: [&str; 3] = ["path", "result_field", "success_codes"];
+
     /// The keys that it must have, unless it is the built-in one.
     pub(in crate::config) const REQUIRED: &[&str] = &["name", "path", "contract_file", "success_codes"];
 
