@@ -35,6 +35,7 @@ use crate::config::LOOPBACK_NOTICE;
 use crate::idempotency::Idempotency;
 use crate::log::OncePerSecond;
 use crate::metrics::Metrics;
+use crate::registry::Format;
 use crate::seats::{Seat, Seats};
 use crate::state::{Route, State};
 use crate::watchdog::Watchdog;
@@ -183,12 +184,10 @@ impl Admin {
             "/readyz" => self.ready(),
             "/metrics" => {
                 self.audit.count();
-                match self.metrics.render(
-                    &self.bounds,
-                    self.idempotency.keys(),
-                    self.state.load().terms.quota.share(),
-                ) {
-                    Ok(text) => reply(StatusCode::OK, TEXT, text),
+                let format = Format::asked_by(request.headers());
+                let quota = self.state.load().terms.quota.share();
+                match self.metrics.render(format, &self.bounds, self.idempotency.keys(), quota) {
+                    Ok(text) => reply(StatusCode::OK, format.content_type(), text),
                     Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
                 }
             }

@@ -87,7 +87,7 @@ impl App {
     pub fn build(config: Config, accept_loss: Option<String>) -> anyhow::Result<Self> {
         let mut inherited = Inherited::from_env()?; // before there are threads
         let background = Builder::new_current_thread().enable_all().build()?;
-        let (metrics, parts, audit_metrics) = Metrics::new()?;
+        let (metrics, parts, audit_metrics) = Metrics::new();
         let (egress, connector, http2) = outward(&config)?;
         let options = audit_options(&config, accept_loss.clone());
         audit::limit::check(&config).map_err(StartError::from)?;

@@ -6,51 +6,60 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
-use prometheus::{IntGauge, IntGaugeVec, Registry};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use serde_json::{Map, Value, json};
 
-use crate::registry::gauges;
+use crate::registry::Registry;
 use crate::trouble::LastTrouble;
 
 /// All that is read again, by name.
 #[derive(Clone, Debug)]
 pub struct Changes {
-    successful: IntGaugeVec,
-    succeeded: IntGaugeVec,
+    successful: Family<WhatLabel, Gauge>,
+    succeeded: Family<WhatLabel, Gauge>,
     all: Arc<Mutex<BTreeMap<String, Change>>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WhatLabel {
+    what: String,
 }
 
 /// One thing that is read again. Clones share what is known of it.
 #[derive(Clone, Debug)]
 pub struct Change {
-    successful: IntGauge,
-    succeeded: IntGauge,
+    successful: Gauge,
+    succeeded: Gauge,
     last: Arc<LastTrouble>,
 }
 
 impl Changes {
     /// Registers the metrics.
-    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let gauges = |name, help| gauges(registry, name, help, &["what"]);
-        Ok(Self {
-            successful: gauges(
+    pub(crate) fn new(registry: &mut Registry) -> Self {
+        Self {
+            successful: registry.metric(
                 "config_last_reload_successful",
                 "Whether what lies in the files is in use, as far as it could be read when it was last looked at.",
-            )?,
-            succeeded: gauges(
+            ),
+            succeeded: registry.metric(
                 "config_last_reload_success_timestamp_seconds",
                 "When that was last found, at the start or behind a change or an error, since 1970.",
-            )?,
+            ),
             all: Arc::default(),
-        })
+        }
     }
 
     /// Something that was read at the start and will be read again.
     pub fn of(&self, what: impl Into<String>) -> Change {
         let what = what.into();
-        let (successful, succeeded) =
-            (self.successful.with_label_values(&[&what]), self.succeeded.with_label_values(&[&what]));
-        let change = Change { successful, succeeded, last: Arc::default() };
+        let label = WhatLabel { what: what.clone() };
+        let change = Change {
+            successful: self.successful.get_or_create_owned(&label),
+            succeeded: self.succeeded.get_or_create_owned(&label),
+            last: Arc::default(),
+        };
         change.accepted();
         self.lock().insert(what, change.clone());
         change

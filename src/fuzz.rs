@@ -13,7 +13,6 @@ use std::{fmt, fs};
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Request, StatusCode};
-use prometheus::Registry;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -29,6 +28,7 @@ use crate::contract::Contract;
 use crate::idempotency::{Idempotency, key};
 use crate::keyed_hash::Keys;
 use crate::model::outcome::Outcome;
+use crate::registry::Registry;
 use crate::request_head::Inbound;
 use crate::result_rule::{ReplyView, ResultRule};
 use crate::{config, preflight};
@@ -182,7 +182,7 @@ fn options(directory: &Path) -> Options {
 }
 
 fn metrics() -> Metrics {
-    Metrics::new(&Registry::new()).unwrap()
+    Metrics::new(&mut Registry::new())
 }
 
 fn verify(directory: &Path) -> Found {

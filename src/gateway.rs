@@ -33,12 +33,13 @@ use crate::metrics::{Limit, Metrics};
 use crate::model::peer::Peer;
 use crate::model::request_id::{FirstCall, RequestId};
 use crate::model::stage::Stage;
+use crate::model::trace_id::TraceId;
 use crate::request_head::Inbound;
 use crate::route::Routed;
 use crate::state::{Route, State};
 use crate::upstream::pool::Pool;
 use crate::{clock, exchange};
-use caller_ids::{can_be_echoed, is_traceparent};
+use caller_ids::can_be_echoed;
 use drain_body::drain_body;
 use refusal::{detail, name_denied};
 pub use response::ResponseBody;
@@ -80,7 +81,9 @@ impl Gateway {
         if let Some(id) = caller_id {
             record.caller_id(id.clone());
         }
-        if let Some(parent) = head.traceparent.only().filter(|value| is_traceparent(value.as_bytes())) {
+        let parent = head.traceparent.only();
+        let trace_id = parent.and_then(|parent| TraceId::of(parent.as_bytes()));
+        if let Some(parent) = parent.filter(|_| trace_id.is_some()) {
             record.traceparent(parent.clone());
         }
         let proxied = {
@@ -91,7 +94,7 @@ impl Gateway {
         };
         let mut response = match proxied.unwrap_or_else(|| Err(Error::internal(record.is_taken()))) {
             Ok(reply) => {
-                self.metrics.replied(reply.outcome, took(begin));
+                self.metrics.replied(reply.outcome, took(begin), trace_id);
                 answer(reply, &from)
             }
             Err(mut error) => {
@@ -103,7 +106,7 @@ impl Gateway {
                     record.detail(detail);
                 }
                 record.refuse(error.code, error.cause);
-                self.metrics.refused(stage, error.own_outcome(), error.code, took(begin));
+                self.metrics.refused(stage, error.own_outcome(), error.code, took(begin), trace_id);
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
                 let is_drained = Box::pin(drain_body(&head, body)).await;
                 let keep_alive = is_drained && !from.surplus && !error.code.is_ambiguous();

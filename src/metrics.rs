@@ -1,20 +1,26 @@
-//! Metrics, in the text format. Each name starts with `ccsqm_gateway_`; each is moved by some test.
+//! The metrics of the process. Each name starts with `ccsqm_gateway_`; each is moved by some test.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use prometheus::{Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::exemplar::HistogramWithExemplars;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 
 use crate::changes::Changes;
 use crate::concurrency::Bounds;
 use crate::model::code::Code;
 use crate::model::outcome::Outcome;
 use crate::model::stage::Stage;
+use crate::model::trace_id::TraceId;
 use crate::reason::Failures;
-use crate::registry::{counter, counters, gauge, histogram};
+use crate::registry::{Format, Registry};
 use crate::upstream::{breaker, pool};
-use crate::{audit, exchange, log, token};
+use crate::{audit, clock, exchange, log, token};
 
 /// The limits that a request is checked against.
 #[derive(Clone, Copy, Debug)]
@@ -40,25 +46,55 @@ impl Limit {
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    requests: IntCounterVec,
+    requests: Family<RequestLabels, Counter>,
     /// The handles of requests that ended without a code of ours, by outcome.
-    replied: [OnceLock<IntCounter>; Outcome::ALL.len()],
-    duration: Histogram,
-    limit_checks: [[IntCounter; 2]; Limit::ALL.len()],
-    credentials_dropped: IntCounter,
-    bare_ids: IntCounterVec,
+    replied: [OnceLock<Counter>; Outcome::ALL.len()],
+    duration: HistogramWithExemplars<TraceLabel>,
+    limit_checks: [[Counter; 2]; Limit::ALL.len()],
+    credentials_dropped: Counter,
+    bare_ids: Family<CallerLabel, Counter>,
     /// The callers of which the first bare id was told.
     bare_ids_told: Mutex<HashSet<Arc<str>>>,
-    connections_closed: IntCounterVec,
-    connections: IntGauge,
-    in_flight: IntGauge,
-    keys: IntGauge,
-    quota_percent: IntGauge,
-    log_lines_dropped: IntCounter,
+    connections_closed: Family<ReasonLabel, Counter>,
+    connections: Gauge,
+    in_flight: Gauge,
+    keys: Gauge,
+    quota_percent: Gauge,
+    log_lines_dropped: Counter,
     /// Callers' TLS handshakes that failed.
     pub caller_tls: Failures,
     /// What came of changes of files.
     pub changes: Changes,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    /// `None` for a reply of the upstream.
+    code: Option<Code>,
+    outcome: Outcome,
+    stage: Stage,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CheckLabels {
+    limit: &'static str,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CallerLabel {
+    caller: Arc<str>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+/// The label of an exemplar.
+#[derive(Debug, EncodeLabelSet)]
+struct TraceLabel {
+    trace_id: TraceId,
 }
 
 /// The metrics of the parts, made in the same registry.
@@ -77,94 +113,104 @@ const BUCKETS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
 impl Parts {
-    fn new(registry: &Registry, changes: Changes) -> Result<Self, prometheus::Error> {
-        let failures = "Requests that the upstream failed, or that could not reach it, by cause.";
-        let withheld = "What of the upstream's replies was withheld because it quotes a secret.";
-        Ok(Self {
-            token: token::Metrics::new(registry, changes)?,
-            pool: pool::Metrics::new(registry)?,
+    fn new(registry: &mut Registry, changes: Changes) -> Self {
+        Self {
+            token: token::Metrics::new(registry, changes),
+            pool: pool::Metrics::new(registry),
             upstream: exchange::Metrics {
-                breaker: breaker::Metrics::new(registry)?,
-                failures: counters(registry, "upstream_failures_total", failures, &["cause"])?,
-                withheld: counters(registry, "withheld_total", withheld, &["place"])?,
+                breaker: breaker::Metrics::new(registry),
+                failures: registry.metric(
+                    "upstream_failures_total",
+                    "Requests that the upstream failed, or that could not reach it, by cause.",
+                ),
+                withheld: registry.metric(
+                    "withheld_total",
+                    "What of the upstream's replies was withheld because it quotes a secret.",
+                ),
             },
-        })
+        }
     }
 }
 
 impl Metrics {
     /// Registers everything.
-    pub fn new() -> Result<(Self, Parts, audit::Metrics), prometheus::Error> {
-        let registry = Registry::new();
-        let counter = |name, help| counter(&registry, name, help);
-        let counters = |name, help, labels: &[&str]| counters(&registry, name, help, labels);
-        let gauge = |name, help| gauge(&registry, name, help);
-        let limit_checks = counters("limit_checks_total", "Limit checks.", &["limit", "result"])?;
-        let checks = |limit: Limit, result| limit_checks.with_label_values(&[limit.as_str(), result]);
-        let caller_tls = "Callers' TLS handshakes that failed, by cause.";
-        let changes = Changes::new(&registry)?;
-        let (parts, audit) = (Parts::new(&registry, changes.clone())?, audit::Metrics::new(&registry)?);
+    pub fn new() -> (Self, Parts, audit::Metrics) {
+        let mut registry = Registry::new();
+        let changes = Changes::new(&mut registry);
+        let parts = Parts::new(&mut registry, changes.clone());
+        let audit = audit::Metrics::new(&mut registry);
         let metrics = Self {
-            requests: counters(
+            requests: registry.metric(
                 "requests_total",
                 "Answered requests, by the stage that they reached, outcome and error code.",
-                &["stage", "outcome", "code"],
-            )?,
+            ),
             replied: Default::default(),
-            duration: histogram(
-                &registry,
+            duration: registry.register(
                 "request_duration_seconds",
                 "From the head to the answer.",
-                &BUCKETS,
-            )?,
-            limit_checks: Limit::ALL.map(|limit| ["refused", "passed"].map(|result| checks(limit, result))),
-            credentials_dropped: counter(
+                HistogramWithExemplars::new(BUCKETS.into_iter()),
+            ),
+            limit_checks: limit_checks(&mut registry),
+            credentials_dropped: registry.metric(
                 "credential_headers_dropped_total",
                 "Headers of callers that looked like a credential. None is ever forwarded.",
-            )?,
-            bare_ids: counters(
+            ),
+            bare_ids: registry.metric(
                 "bare_ids_total",
                 "Ids of 2^53 and more that callers sent as bare numbers, refused ones included.",
-                &["caller"],
-            )?,
+            ),
             bare_ids_told: Mutex::default(),
-            connections_closed: counters(
-                "connections_closed_total",
-                "Caller connections that the gateway closed.",
-                &["reason"],
-            )?,
-            connections: gauge("connections", "Open caller connections.")?,
-            in_flight: gauge("requests_in_flight", "Requests between head and answer.")?,
-            keys: gauge("idempotency_keys", "Idempotency-Keys that are remembered.")?,
-            quota_percent: gauge("quota_percent", "How much of the quota the upstream's 429s have left.")?,
-            log_lines_dropped: counter(
+            connections_closed: registry
+                .metric("connections_closed_total", "Caller connections that the gateway closed."),
+            connections: registry.metric("connections", "Open caller connections."),
+            in_flight: registry.metric("requests_in_flight", "Requests between head and answer."),
+            keys: registry.metric("idempotency_keys", "Idempotency-Keys that are remembered."),
+            quota_percent: registry
+                .metric("quota_percent", "How much of the quota the upstream's 429s have left."),
+            log_lines_dropped: registry.metric(
                 "log_lines_dropped_total",
                 "Log lines that are missing on stderr: nobody read it in time, or it could not be written.",
-            )?,
-            caller_tls: Failures::new(counters("caller_tls_failures_total", caller_tls, &["cause"])?),
+            ),
+            caller_tls: Failures::new(
+                registry
+                    .metric("caller_tls_failures_total", "Callers' TLS handshakes that failed, by cause."),
+            ),
             changes,
-            registry: registry.clone(),
+            registry,
         };
-        Ok((metrics, parts, audit))
+        (metrics, parts, audit)
     }
 
     /// A request was answered by the gateway itself.
-    pub fn refused(&self, stage: Stage, outcome: Outcome, code: Code, took: Duration) {
-        self.requests.with_label_values(&[stage.as_str(), outcome.as_str(), code.as_str()]).inc();
-        self.duration.observe(took.as_secs_f64());
+    pub fn refused(
+        &self,
+        stage: Stage,
+        outcome: Outcome,
+        code: Code,
+        took: Duration,
+        trace_id: Option<TraceId>,
+    ) {
+        self.requests.get_or_create(&RequestLabels { code: Some(code), outcome, stage }).inc();
+        self.took(took, trace_id);
     }
 
     /// An answer of the upstream was passed on, now or again; or a dry run ended.
-    pub fn replied(&self, outcome: Outcome, took: Duration) {
+    pub fn replied(&self, outcome: Outcome, took: Duration, trace_id: Option<TraceId>) {
         let stage = match outcome {
             Outcome::NotSent => Stage::Quota,
             Outcome::Replayed => Stage::Idempotency,
             Outcome::Succeeded | Outcome::Failed | Outcome::Refused | Outcome::Unknown => Stage::Upstream,
         };
-        let labels = [stage.as_str(), outcome.as_str(), ""];
+        let labels = RequestLabels { code: None, outcome, stage };
         let handle = &self.replied[outcome as usize];
-        handle.get_or_init(|| self.requests.with_label_values(&labels)).inc();
-        self.duration.observe(took.as_secs_f64());
+        handle.get_or_init(|| self.requests.get_or_create_owned(&labels)).inc();
+        self.took(took, trace_id);
+    }
+
+    /// How long an answered request took. The exemplar of its bucket becomes its trace, if it has one.
+    fn took(&self, took: Duration, trace_id: Option<TraceId>) {
+        let at = trace_id.map(|_| clock::wall());
+        self.duration.observe(took.as_secs_f64(), trace_id.map(|trace_id| TraceLabel { trace_id }), at);
     }
 
     /// A limit was asked.
@@ -182,7 +228,7 @@ impl Metrics {
     /// A caller sent so many ids of 2^53 and more as bare numbers. Returns whether it is to be told, since none of this
     /// caller was in this process.
     pub fn bare_ids(&self, caller: &Arc<str>, count: usize, is_of_interest: bool) -> bool {
-        self.bare_ids.with_label_values(&[caller]).inc_by(count as u64);
+        self.bare_ids.get_or_create(&CallerLabel { caller: caller.clone() }).inc_by(count as u64);
         is_of_interest && {
             let mut told = self.bare_ids_told.lock().unwrap_or_else(PoisonError::into_inner);
             !told.contains(caller) && told.insert(caller.clone())
@@ -191,18 +237,31 @@ impl Metrics {
 
     /// The gateway closed a caller's connection.
     pub fn connection_closed(&self, reason: &'static str) {
-        self.connections_closed.with_label_values(&[reason]).inc();
+        self.connections_closed.get_or_create(&ReasonLabel { reason }).inc();
     }
 
-    /// The text format.
-    pub fn render(&self, bounds: &Bounds, keys: usize, quota: f64) -> Result<Vec<u8>, prometheus::Error> {
+    /// All of them as text.
+    pub fn render(
+        &self,
+        format: Format,
+        bounds: &Bounds,
+        keys: usize,
+        quota: f64,
+    ) -> Result<String, fmt::Error> {
         self.connections.set(i64::try_from(bounds.connections()).unwrap_or(i64::MAX));
         self.in_flight.set(i64::try_from(bounds.in_flight()).unwrap_or(i64::MAX));
         self.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
         self.quota_percent.set((quota * 100.0) as i64);
         self.log_lines_dropped.inc_by(log::dropped().saturating_sub(self.log_lines_dropped.get()));
-        let mut text = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
-        Ok(text)
+        self.registry.encode(format)
     }
+}
+
+/// Counters of checks that refused, and of those that passed, by limit.
+fn limit_checks(registry: &mut Registry) -> [[Counter; 2]; Limit::ALL.len()] {
+    let checks: Family<CheckLabels, Counter> = registry.metric("limit_checks_total", "Limit checks.");
+    Limit::ALL.map(|limit| {
+        let limit = limit.as_str();
+        ["refused", "passed"].map(|result| checks.get_or_create_owned(&CheckLabels { limit, result }))
+    })
 }

@@ -21,7 +21,7 @@ pub(crate) fn word<T: Words, E: serde::de::Error>(text: &str) -> Result<T, E> {
 }
 
 /// Makes an enum of a table of its variants and their words: with `ALL`, `COUNT`, `as_str`, `Display`,
-/// and as a text of serde's.
+/// as a text of serde's, and as the value of a metric's label.
 macro_rules! words {
     ($(#[$of_all:meta])* $name:ident { $($(#[$of_one:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$of_all])*
@@ -69,6 +69,15 @@ macro_rules! words {
             }
         }
 
+        impl prometheus_client::encoding::EncodeLabelValue for $name {
+            fn encode(
+                &self,
+                to: &mut prometheus_client::encoding::LabelValueEncoder<'_>,
+            ) -> Result<(), std::fmt::Error> {
+                self.as_str().encode(to)
+            }
+        }
+
         impl std::fmt::Display for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str(self.as_str())
@@ -91,3 +100,4 @@ pub mod redaction; // what the trail hides
 pub mod reply; // what a reply may be
 pub mod request_id; // the ids of requests
 pub mod stage; // the steps of a request
+pub mod trace_id; // the trace that a request belongs to

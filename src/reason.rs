@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{fmt, io};
 
-use prometheus::IntCounterVec;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use rustls::{AlertDescription, CertificateError};
 
 use crate::log::OncePerSecond;
@@ -169,10 +171,16 @@ impl fmt::Display for Reason {
     }
 }
 
+/// The label of what is counted by cause.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CauseLabel {
+    cause: Cause,
+}
+
 /// Failures of one kind, told to operators: counted, logged, and the last one for `/status`.
 #[derive(Debug)]
 pub struct Failures {
-    count: IntCounterVec,
+    count: Family<CauseLabel, Counter>,
     /// Each cause has a line a second.
     lines: [OncePerSecond; Cause::COUNT],
     /// The last one is not over.
@@ -181,8 +189,8 @@ pub struct Failures {
 }
 
 impl Failures {
-    /// None so far; `count` has one label, the cause.
-    pub fn new(count: IntCounterVec) -> Self {
+    /// None so far.
+    pub fn new(count: Family<CauseLabel, Counter>) -> Self {
         let lines = [const { OncePerSecond::new() }; Cause::COUNT];
         Self { count, lines, is_failing: AtomicBool::new(false), last: LastTrouble::default() }
     }
@@ -196,7 +204,7 @@ impl Failures {
         needles: impl IntoIterator<Item = &'a Needles>,
     ) -> Option<(String, u64)> {
         let (cause, text) = (reason.cause, shown(reason, needles));
-        self.count.with_label_values(&[cause.as_str()]).inc();
+        self.count.get_or_create(&CauseLabel { cause }).inc();
         self.last.begins(Some(cause), text.clone());
         self.is_failing.store(true, Ordering::Relaxed);
         self.lines[cause as usize].times().map(|times| (text, times))

@@ -1,61 +1,133 @@
-//! Metrics, made and registered in one step. Each name starts with `ccsqm_gateway_`.
+//! The registry of metrics and the two formats in which it is written. Each name starts with `ccsqm_gateway_`.
 
-use prometheus::core::Collector;
-use prometheus::{
-    Error, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-};
+use std::fmt;
 
-/// A counter.
-pub(crate) fn counter(registry: &Registry, name: &str, help: &str) -> Result<IntCounter, Error> {
-    registered(registry, IntCounter::with_opts(options(name, help)))
+use http::{HeaderMap, header};
+use prometheus_client::encoding::{prometheus_text, text};
+use prometheus_client::registry;
+use prometheus_client::registry::Metric;
+
+use crate::field_values::quality;
+
+/// Metrics with their names and help texts.
+#[derive(Debug)]
+pub(crate) struct Registry(registry::Registry);
+
+impl Registry {
+    pub(crate) fn new() -> Self {
+        Self(registry::Registry::with_prefix("ccsqm_gateway"))
+    }
+
+    /// Makes and registers a metric. `name` is that of its samples, without the prefix.
+    pub(crate) fn metric<M: Metric + Clone + Default>(&mut self, name: &str, help: &str) -> M {
+        self.register(name, help, M::default())
+    }
+
+    /// Registers a metric, and returns it.
+    pub(crate) fn register<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+        // The library adds both suffixes by itself.
+        let name = name.trim_end_matches("_total");
+        let help = help.trim_end_matches('.');
+        self.0.register(name, help, metric.clone());
+        metric
+    }
+
+    /// All metrics as text.
+    pub(crate) fn encode(&self, format: Format) -> Result<String, fmt::Error> {
+        let mut to = String::new();
+        match format {
+            Format::Text => prometheus_text::encode(&mut to, &self.0)?,
+            Format::OpenMetrics => text::encode(&mut to, &self.0)?,
+        }
+        Ok(to)
+    }
 }
 
-/// Counters, by labels.
-pub(crate) fn counters(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<IntCounterVec, Error> {
-    registered(registry, IntCounterVec::new(options(name, help), labels))
+/// A format of metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The text format of Prometheus, version 0.0.4. It has no exemplars.
+    Text,
+    /// The text format of OpenMetrics 1.0, with exemplars.
+    OpenMetrics,
 }
 
-/// A gauge.
-pub(crate) fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, Error> {
-    registered(registry, IntGauge::with_opts(options(name, help)))
+impl Format {
+    /// The format that a request asks for: OpenMetrics only if `Accept` names it and prefers no other format that there is.
+    pub(crate) fn asked_by(headers: &HeaderMap) -> Self {
+        let quality = |range, version| quality(headers, header::ACCEPT, range, version);
+        let text =
+            quality("text/plain", "0.0.4").or_else(|| quality("text/*", "")).or_else(|| quality("*/*", ""));
+        match quality("application/openmetrics-text", "1.0.0") {
+            Some(quality) if quality > 0.0 && quality >= text.unwrap_or_default() => Self::OpenMetrics,
+            _ => Self::Text,
+        }
+    }
+
+    /// The value of `Content-Type`.
+    pub(crate) const fn content_type(self) -> &'static str {
+        match self {
+            Self::Text => prometheus_text::CONTENT_TYPE,
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        }
+    }
 }
 
-/// Gauges, by labels.
-pub(crate) fn gauges(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<IntGaugeVec, Error> {
-    registered(registry, IntGaugeVec::new(options(name, help), labels))
-}
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
 
-/// A histogram of seconds.
-pub(crate) fn histogram(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    buckets: &[f64],
-) -> Result<Histogram, Error> {
-    let options = HistogramOpts::from(options(name, help)).buckets(buckets.into());
-    registered(registry, Histogram::with_opts(options))
-}
+    use super::*;
 
-fn options(name: &str, help: &str) -> Opts {
-    Opts::new(format!("ccsqm_gateway_{name}"), help)
-}
-
-/// A metric of another kind.
-pub(crate) fn registered<C: Collector + Clone + 'static>(
-    registry: &Registry,
-    made: Result<C, Error>,
-) -> Result<C, Error> {
-    let metric = made?;
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
+    #[test]
+    fn openmetrics_is_written_only_if_accept_names_and_prefers_it() {
+        let asked = |values: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(header::ACCEPT, HeaderValue::from_bytes(value.as_bytes()).unwrap());
+            }
+            Format::asked_by(&headers)
+        };
+        // What Prometheus 2 and 3 send.
+        let prometheus_2 = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,\
+                            text/plain;version=0.0.4;q=0.5,*/*;q=0.1";
+        let prometheus_3 = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,\
+                            application/openmetrics-text;version=0.0.1;q=0.4,\
+                            text/plain;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.2,*/*;q=0.1";
+        for values in [
+            &[prometheus_2][..],
+            &[prometheus_3],
+            &["application/openmetrics-text"],
+            &["Application/OpenMetrics-Text ; Version=\"1.0.0\" ; Q=0.001"],
+            &["application/openmetrics-text, text/plain"],
+            &["text/plain, application/openmetrics-text"],
+            &["text/plain;q=0.9", "application/openmetrics-text"],
+            &["*/*;q=0.5, application/openmetrics-text;q=0.5"],
+            &["*/*, text/plain;q=0.1, application/openmetrics-text;q=0.5"],
+        ] {
+            assert_eq!(asked(values), Format::OpenMetrics, "{values:?}");
+        }
+        for values in [
+            &[][..],
+            &[""],
+            &["*/*"],
+            &["application/*"],
+            &["text/html, */*;q=0.8"],
+            &["text/plain"],
+            &["application/openmetrics-text;q=0"],
+            &["application/openmetrics-text;q=0.000, */*;q=0"],
+            &["application/openmetrics-text;q=0.5, text/plain"],
+            &["application/openmetrics-text;q=0.5, text/*;q=0.6"],
+            &["application/openmetrics-text;q=0.5", "*/*;q=0.6"],
+            &["application/openmetrics-text;version=0.0.1"],
+            &["application/openmetrics-text;version=2.0.0"],
+            &["application/openmetrics-text;q=2"],
+            &["application/openmetrics-text;q=nan"],
+            &["application/openmetrics-text;q="],
+            &["application/openmetrics-textual"],
+            &["application/openmetrics-text\u{e9}"],
+        ] {
+            assert_eq!(asked(values), Format::Text, "{values:?}");
+        }
+    }
 }

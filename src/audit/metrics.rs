@@ -1,91 +1,99 @@
 //! What the trail counts.
 
-use prometheus::{Counter, IntCounter, IntGauge, Registry};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 
 use super::batch::Batch;
 use super::entry::Kind;
 use super::sync::Syncs;
 
-use crate::registry::{counter, counters, gauge, registered};
+use crate::registry::Registry;
 
 /// Counts of the trail.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    pub(super) records: [IntCounter; Kind::ALL.len()],
-    pub(super) bytes: IntCounter,
-    pub(super) batches: IntCounter,
-    pub(super) errors: IntCounter,
-    pub(super) syncs: IntCounter,
-    pub(super) sync_errors: IntCounter,
-    pub(super) sync_seconds: Counter,
-    pub(super) removed: IntCounter,
-    pub(super) removed_early: IntCounter,
+    pub(super) records: [Counter; Kind::ALL.len()],
+    pub(super) bytes: Counter,
+    pub(super) batches: Counter,
+    pub(super) errors: Counter,
+    pub(super) syncs: Counter,
+    pub(super) sync_errors: Counter,
+    pub(super) sync_seconds: Counter<f64>,
+    pub(super) removed: Counter,
+    pub(super) removed_early: Counter,
     /// Restored, and lost.
-    pub(super) files_lost: [IntCounter; 2],
-    pub(super) folded: IntCounter,
-    pub(super) dropped: IntCounter,
-    pub(super) late: IntCounter,
-    pub(super) queue: IntGauge,
-    pub(super) doubtful: IntGauge,
-    pub(super) unresolved: IntGauge,
-    pub(super) damaged: IntGauge,
-    pub(super) healthy: IntGauge,
-    pub(super) free: IntGauge,
+    pub(super) files_lost: [Counter; 2],
+    pub(super) folded: Counter,
+    pub(super) dropped: Counter,
+    pub(super) late: Counter,
+    pub(super) queue: Gauge,
+    pub(super) doubtful: Gauge,
+    pub(super) unresolved: Gauge,
+    pub(super) damaged: Gauge,
+    pub(super) healthy: Gauge,
+    pub(super) free: Gauge,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabel {
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabel {
+    result: &'static str,
 }
 
 impl Metrics {
     /// Registers them.
-    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let counter = |name, help| counter(registry, name, help);
-        let counters = |name, help, label| counters(registry, name, help, &[label]);
-        let gauge = |name, help| gauge(registry, name, help);
-        let records = counters("audit_records_total", "Records written, by kind.", "kind")?;
-        let files_lost = counters(
+    pub(crate) fn new(registry: &mut Registry) -> Self {
+        let records: Family<KindLabel, Counter> =
+            registry.metric("audit_records_total", "Records written, by kind.");
+        let files_lost: Family<ResultLabel, Counter> = registry.metric(
             "audit_files_lost_total",
             "Files of the trail that were moved, deleted, replaced or cut by others, by result.",
-            "result",
-        )?;
-        let sync_seconds =
-            Counter::new("ccsqm_gateway_audit_sync_seconds_total", "Seconds spent in fdatasync.");
-        Ok(Self {
-            records: Kind::ALL.map(|kind| records.with_label_values(&[kind.as_str()])),
-            bytes: counter("audit_bytes_total", "Bytes written.")?,
-            batches: counter("audit_batches_total", "Batches written.")?,
-            errors: counter("audit_write_errors_total", "Writes that failed, fdatasync included.")?,
-            syncs: counter(
+        );
+        Self {
+            records: Kind::ALL.map(|kind| records.get_or_create_owned(&KindLabel { kind: kind.as_str() })),
+            bytes: registry.metric("audit_bytes_total", "Bytes written."),
+            batches: registry.metric("audit_batches_total", "Batches written."),
+            errors: registry.metric("audit_write_errors_total", "Writes that failed, fdatasync included."),
+            syncs: registry.metric(
                 "audit_syncs_total",
                 "Times that fdatasync succeeded; only with durability disk.",
-            )?,
-            sync_errors: counter("audit_sync_errors_total", "Times that fdatasync failed.")?,
-            sync_seconds: registered(registry, sync_seconds)?,
-            removed: counter(
+            ),
+            sync_errors: registry.metric("audit_sync_errors_total", "Times that fdatasync failed."),
+            sync_seconds: registry.metric("audit_sync_seconds_total", "Seconds spent in fdatasync."),
+            removed: registry.metric(
                 "audit_removed_segments_total",
                 "Segments removed since all in them was old enough.",
-            )?,
-            removed_early: counter(
+            ),
+            removed_early: registry.metric(
                 "audit_removed_early_total",
                 "Of these, those removed before `retain` had passed, since the trail was larger than max_size.",
-            )?,
-            files_lost: ["restored", "lost"].map(|result| files_lost.with_label_values(&[result])),
-            folded: counter("audit_folded_refusals_total", "Refusals that were recorded by count only.")?,
-            dropped: counter("audit_dropped_refusals_total", "Refusals that were not recorded.")?,
-            late: counter("audit_late_intents_total", "Intents that were not safe in time.")?,
-            queue: gauge("audit_queue_records", "Records that wait to be written.")?,
-            doubtful: gauge(
+            ),
+            files_lost: ["restored", "lost"].map(|result| files_lost.get_or_create_owned(&ResultLabel { result })),
+            folded: registry.metric("audit_folded_refusals_total", "Refusals that were recorded by count only."),
+            dropped: registry.metric("audit_dropped_refusals_total", "Refusals that were not recorded."),
+            late: registry.metric("audit_late_intents_total", "Intents that were not safe in time."),
+            queue: registry.metric("audit_queue_records", "Records that wait to be written."),
+            doubtful: registry.metric(
                 "clock_doubtful",
                 "Whether the wall clock is doubtful, so that no audit segment is removed.",
-            )?,
-            unresolved: gauge("unresolved_outcomes", "Calls of unknown outcome that nobody has resolved.")?,
-            damaged: gauge(
+            ),
+            unresolved: registry.metric("unresolved_outcomes", "Calls of unknown outcome that nobody has resolved."),
+            damaged: registry.metric(
                 "audit_damaged",
                 "Whether a part of the trail within the idempotency window is lost and nobody has accepted that.",
-            )?,
-            healthy: gauge(
+            ),
+            healthy: registry.metric(
                 "audit_healthy",
                 "Whether new calls can be put on record; without that none is sent.",
-            )?,
-            free: gauge("audit_free_bytes", "What is free on the trail's file system.")?,
-        })
+            ),
+            free: registry.metric("audit_free_bytes", "What is free on the trail's file system."),
+        }
     }
 
     pub(super) fn files_lost(&self, is_restored: bool) {

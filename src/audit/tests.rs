@@ -13,7 +13,6 @@ use std::sync::MutexGuard;
 use std::task::{Context, Waker};
 use std::{env, fs};
 
-use prometheus::Registry;
 use tempfile::TempDir;
 
 use super::chain::segments;
@@ -30,6 +29,7 @@ use crate::model::code::Code;
 use crate::model::durability::Durability;
 use crate::model::outcome::Outcome;
 use crate::model::stage::Stage;
+use crate::registry::Registry;
 
 fn start(options: &Options) -> Audit {
     let audit = Audit::start(options, metrics()).unwrap();
@@ -38,7 +38,7 @@ fn start(options: &Options) -> Audit {
 }
 
 fn metrics() -> Metrics {
-    Metrics::new(&Registry::new()).unwrap()
+    Metrics::new(&mut Registry::new())
 }
 
 fn record(audit: &Audit) -> OpenRecord {

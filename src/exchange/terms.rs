@@ -5,14 +5,16 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Request, StatusCode};
 use http_body_util::Full;
-use prometheus::IntCounterVec;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 
 use super::Route;
 use crate::log::OncePerSecond;
 use crate::model::index::CredentialIndex;
 use crate::model::request_id::RequestId;
 use crate::rate_limit::Quota;
-use crate::reason::{Failures, Reason};
+use crate::reason::{CauseLabel, Failures, Reason};
 use crate::token::{Slot, Token};
 use crate::upstream::breaker;
 use crate::upstream::breaker::{Breaker, Health, Passage};
@@ -37,7 +39,7 @@ pub struct Terms {
     /// Reply headers that pass to callers, beside those that always do.
     pub reply_headers: Vec<HeaderName>,
     /// What was withheld because it quotes a secret, by place.
-    pub withheld: IntCounterVec,
+    pub withheld: Family<PlaceLabel, Counter>,
 }
 
 /// What is counted of exchanges.
@@ -46,9 +48,15 @@ pub struct Metrics {
     /// Of the breaker.
     pub breaker: breaker::Metrics,
     /// Requests that failed, by cause.
-    pub failures: IntCounterVec,
+    pub failures: Family<CauseLabel, Counter>,
     /// What was withheld because it quotes a secret, by place.
-    pub withheld: IntCounterVec,
+    pub withheld: Family<PlaceLabel, Counter>,
+}
+
+/// The label of what was withheld.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PlaceLabel {
+    place: &'static str,
 }
 
 impl Terms {
@@ -84,7 +92,7 @@ impl Terms {
     /// Counts and tells that something of a reply quotes a secret.
     pub(super) fn withhold(&self, place: &'static str, id: RequestId, route: &str) {
         static QUOTED: OncePerSecond = OncePerSecond::new();
-        self.withheld.with_label_values(&[place]).inc();
+        self.withheld.get_or_create(&PlaceLabel { place }).inc();
         if let Some(times) = QUOTED.times() {
             tracing::warn!(%id, route, place, times, "the upstream's reply quotes the credential, and was not passed on");
         }

@@ -425,7 +425,6 @@ pub(super) mod tests {
     use std::time::Instant;
 
     use http::HeaderValue;
-    use prometheus::Registry;
     use serde_json::{Value, json};
     use tempfile::TempDir;
 
@@ -439,6 +438,7 @@ pub(super) mod tests {
     use crate::model::peer::Peer;
     use crate::model::request_id::RequestId;
     use crate::model::stage::Stage;
+    use crate::registry::Registry;
 
     const OPERATOR: &str = "1611917095665261978";
 
@@ -460,7 +460,7 @@ pub(super) mod tests {
             intent_deadline: Duration::from_secs(60),
             ..audit::Options::small(directory)
         };
-        Audit::start(&options, audit::Metrics::new(&Registry::new()).unwrap()).unwrap()
+        Audit::start(&options, audit::Metrics::new(&mut Registry::new())).unwrap()
     }
 
     pub(in super::super) fn table(audit: &Audit) -> Arc<Idempotency> {

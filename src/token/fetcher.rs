@@ -13,6 +13,7 @@ use serde_json::{Map, json};
 use tokio::time::{Instant, sleep_until};
 
 use super::endpoint::{Endpoint, FetchError, Fetched, SCHEME, WithoutToken};
+use super::metrics::{CredentialLabel, ResultLabels};
 use super::pair::{Pair, PairError, Sources};
 use super::schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry};
 use super::{Contest, Events, Live, Metrics, Slot, Token, contest};
@@ -109,7 +110,7 @@ impl Fetcher {
 
     /// Notices that somebody else ends the tokens of this gateway, and that it is over.
     pub(super) fn look_at_contest(&mut self, slot: &Slot) {
-        let gauge = self.metrics.contested.with_label_values(&[&slot.name]);
+        let gauge = self.metrics.contested.get_or_create_owned(&CredentialLabel::of(slot));
         if self.contest.was_ended(slot.ended.load(Ordering::Relaxed)) {
             gauge.set(1);
             slot.contested.begins(None, contest::SAID.to_owned());
@@ -134,7 +135,7 @@ impl Fetcher {
 
     fn tell_usable(&self, slot: &Slot) {
         let usable = slot.current().is_some();
-        self.metrics.usable.with_label_values(&[&slot.name]).set(usable.into());
+        self.metrics.usable.get_or_create(&CredentialLabel::of(slot)).set(usable.into());
     }
 
     /// When the next fetch is due: when there is reason for one, but not before the back-off allows it.
@@ -164,7 +165,7 @@ impl Fetcher {
         let result = self.endpoint.fetch(&candidate.pair.app_key, &candidate.pair.app_secret).await;
         let result = candidate.without_token.judge(result);
         let label = result.as_ref().map_or_else(|error| error.reason().cause.as_str(), |_| "ok");
-        self.metrics.fetches.with_label_values(&[&slot.name, label]).inc();
+        self.metrics.fetches.get_or_create(&ResultLabels::of(slot, label)).inc();
         match result {
             Ok(fetched) => self.succeed(slot, fetched, sent, is_trial),
             Err(error) if is_trial => self.fail_trial(slot, &error),
@@ -176,7 +177,7 @@ impl Fetcher {
         let adopted = self.trial.take_if(|_| is_trial).map(|trial| self.proven = trial).is_some();
         self.proven.retry = Retry::new(sent.monotonic);
         if let Some(skew) = fetched.skew {
-            self.metrics.skew.with_label_values(&[&slot.name]).set(skew);
+            self.metrics.skew.get_or_create(&CredentialLabel::of(slot)).set(skew);
         }
         let live = match slot.live.load_full() {
             Some(old) if self.is_same(&old, &fetched) => old.to_the_end(fetched.lifetime, sent),
@@ -203,7 +204,7 @@ impl Fetcher {
     fn new_token(&mut self, slot: &Slot, fetched: Fetched, sent: Moment) -> Live {
         self.generation += 1;
         let generation = i64::try_from(self.generation).unwrap_or(i64::MAX);
-        self.metrics.generation.with_label_values(&[&slot.name]).set(generation);
+        self.metrics.generation.get_or_create(&CredentialLabel::of(slot)).set(generation);
         let Fetched { authorization, lifetime, .. } = fetched;
         tracing::info!(credential = slot.name, generation, lifetime = lifetime.as_secs(), "new token");
         if authorization.len() < SCHEME.len() + SHORTEST && !std::mem::replace(&mut self.told_short, true) {
@@ -272,7 +273,7 @@ impl Fetcher {
     fn tell(&mut self, slot: &Slot, result: &'static str) {
         let candidate = self.trial.as_mut().unwrap_or(&mut self.proven);
         if candidate.told.replace(result) != Some(result) {
-            self.metrics.reloads.with_label_values(&[&slot.name, result]).inc();
+            self.metrics.reloads.get_or_create(&ResultLabels::of(slot, result)).inc();
             (self.events)("secret_change", Map::from_iter([("result".to_owned(), json!(result))]));
         }
     }

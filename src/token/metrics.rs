@@ -1,39 +1,65 @@
 //! What is counted of a token's life.
 
-use prometheus::{IntCounterVec, IntGaugeVec, Registry};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 
+use super::Slot;
 use crate::changes::Changes;
-use crate::registry::{counters, gauges};
+use crate::registry::Registry;
 
 /// Counts of the token's life.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     /// What came of changed secrets.
     pub(super) changes: Changes,
-    pub(super) fetches: IntCounterVec,
-    pub(super) reloads: IntCounterVec,
-    pub(super) generation: IntGaugeVec,
-    pub(super) usable: IntGaugeVec,
-    pub(super) contested: IntGaugeVec,
-    pub(super) skew: IntGaugeVec,
+    pub(super) fetches: Family<ResultLabels, Counter>,
+    pub(super) reloads: Family<ResultLabels, Counter>,
+    pub(super) generation: Family<CredentialLabel, Gauge>,
+    pub(super) usable: Family<CredentialLabel, Gauge>,
+    pub(super) contested: Family<CredentialLabel, Gauge>,
+    pub(super) skew: Family<CredentialLabel, Gauge>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct CredentialLabel {
+    credential: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ResultLabels {
+    credential: String,
+    result: &'static str,
+}
+
+impl CredentialLabel {
+    pub(super) fn of(slot: &Slot) -> Self {
+        Self { credential: slot.name.clone() }
+    }
+}
+
+impl ResultLabels {
+    pub(super) fn of(slot: &Slot, result: &'static str) -> Self {
+        Self { credential: slot.name.clone(), result }
+    }
 }
 
 impl Metrics {
     /// Registers them.
-    pub fn new(registry: &Registry, changes: Changes) -> Result<Self, prometheus::Error> {
-        let counters = |name, help| counters(registry, name, help, &["credential", "result"]);
-        let gauges = |name, help| gauges(registry, name, help, &["credential"]);
-        Ok(Self {
+    pub(crate) fn new(registry: &mut Registry, changes: Changes) -> Self {
+        Self {
             changes,
-            fetches: counters("token_fetches_total", "Calls of the token endpoint, by result.")?,
-            reloads: counters("token_secret_reloads_total", "Changed secrets that were tried, by result.")?,
-            generation: gauges("token_generation", "Counts the different tokens since the start.")?,
-            usable: gauges("token_usable", "Whether there is a usable token.")?,
-            contested: gauges(
+            fetches: registry.metric("token_fetches_total", "Calls of the token endpoint, by result."),
+            reloads: registry
+                .metric("token_secret_reloads_total", "Changed secrets that were tried, by result."),
+            generation: registry.metric("token_generation", "Counts the different tokens since the start."),
+            usable: registry.metric("token_usable", "Whether there is a usable token."),
+            contested: registry.metric(
                 "token_contested",
                 "Whether somebody else ends this gateway's tokens by fetching others with the same app key.",
-            )?,
-            skew: gauges("token_skew_seconds", "The endpoint's clock minus ours.")?,
-        })
+            ),
+            skew: registry.metric("token_skew_seconds", "The endpoint's clock minus ours."),
+        }
     }
 }

@@ -7,7 +7,6 @@ use std::sync::Mutex;
 use std::time::{Instant as StdInstant, SystemTime};
 
 use http::StatusCode;
-use prometheus::{Registry, TextEncoder};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::time::sleep;
@@ -15,8 +14,10 @@ use tokio::time::sleep;
 use super::*;
 use crate::changes::Changes;
 use crate::config::{Credential, SecretSource, Url};
+use crate::registry::{Format, Registry};
 use crate::sandbox::{Options, Sandbox, TOKEN_PATH};
 use endpoint::FetchError;
+use metrics::CredentialLabel;
 
 /// Why fetches fail, if they do.
 fn failing(slot: &Slot) -> Option<Cause> {
@@ -68,8 +69,9 @@ impl Rig {
         };
         let mut token = configured(sandbox.address());
         set(&mut token);
-        let (registry, told) = (Registry::new(), Arc::new(Mutex::new(Vec::new())));
-        let metrics = Metrics::new(&registry, Changes::new(&registry).unwrap()).unwrap();
+        let (mut registry, told) = (Registry::new(), Arc::new(Mutex::new(Vec::new())));
+        let changes = Changes::new(&mut registry);
+        let metrics = Metrics::new(&mut registry, changes);
         let tell = told.clone();
         let events =
             Box::new(move |_: &'static str, details| tell.lock().unwrap().push(Value::Object(details)));
@@ -112,7 +114,7 @@ impl Rig {
 
     /// Waits until the secrets were looked at so often: each look sets the gauge.
     async fn looks(&self, count: usize) {
-        let usable = self.metrics.usable.with_label_values(&["default"]);
+        let usable = self.metrics.usable.get_or_create_owned(&CredentialLabel::of(&self.slot));
         for _ in 0..count {
             usable.set(7);
             until("a look at the secrets", || usable.get() != 7).await;
@@ -125,7 +127,7 @@ impl Rig {
     }
 
     fn metric(&self, line: &str) -> bool {
-        let text = TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap();
+        let text = self.registry.encode(Format::Text).unwrap();
         text.lines().any(|found| found == format!("ccsqm_gateway_token_{line}"))
     }
 }

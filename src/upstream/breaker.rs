@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::StatusCode;
-use prometheus::{IntCounter, IntGauge, Registry};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
 use thiserror::Error;
 
 use crate::model::cause::Cause;
-use crate::registry::{counter, gauge};
+use crate::registry::Registry;
 use crate::{clock, config};
 
 /// The longest pause, in nanoseconds.
@@ -62,21 +63,18 @@ pub struct Suspended {
 /// What is told of the breaker.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    suspended: IntGauge,
-    suspensions: IntCounter,
+    suspended: Gauge,
+    suspensions: Counter,
 }
 
 impl Metrics {
     /// Registers the breaker's metrics.
-    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        Ok(Self {
-            suspended: gauge(registry, "upstream_suspended", "1 while the upstream is left alone.")?,
-            suspensions: counter(
-                registry,
-                "upstream_suspensions_total",
-                "How often the upstream was left alone.",
-            )?,
-        })
+    pub(crate) fn new(registry: &mut Registry) -> Self {
+        Self {
+            suspended: registry.metric("upstream_suspended", "1 while the upstream is left alone."),
+            suspensions: registry
+                .metric("upstream_suspensions_total", "How often the upstream was left alone."),
+        }
     }
 }
 

@@ -23,7 +23,10 @@ use bytes::Bytes;
 use http::uri::Authority;
 use http_body_util::Full;
 use hyper::client::conn::http1;
-use prometheus::{IntCounterVec, IntGauge, Registry};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::AbortHandle;
@@ -40,7 +43,7 @@ use crate::clock;
 use crate::connect::Connector;
 use crate::model::cause::Cause;
 use crate::reason::Reason;
-use crate::registry::{counters, gauge};
+use crate::registry::Registry;
 
 /// Why no connection was had.
 #[derive(Clone, Debug, Error)]
@@ -84,18 +87,24 @@ impl SendError {
 /// Counts of upstream connections.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    open: IntGauge,
-    connects: IntCounterVec,
+    open: Gauge,
+    connects: Family<ResultLabel, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabel {
+    /// "ok", or the cause of the failure.
+    result: &'static str,
 }
 
 impl Metrics {
     /// Registers the pool's metrics.
-    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
-        let connects = "Attempts to connect to the upstream, by result.";
-        Ok(Self {
-            open: gauge(registry, "upstream_connections", "Open upstream connections.")?,
-            connects: counters(registry, "upstream_connects_total", connects, &["result"])?,
-        })
+    pub(crate) fn new(registry: &mut Registry) -> Self {
+        Self {
+            open: registry.metric("upstream_connections", "Open upstream connections."),
+            connects: registry
+                .metric("upstream_connects_total", "Attempts to connect to the upstream, by result."),
+        }
     }
 }
 

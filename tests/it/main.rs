@@ -44,6 +44,7 @@ mod signals;
 mod logs;
 mod supervision;
 mod operations;
+mod metrics;
 mod admin;
 mod output;
 mod secrets;

@@ -240,8 +240,14 @@ impl Gateway {
     }
 
     pub(crate) fn admin(&self, path: &str) -> Reply {
+        self.admin_with(path, "")
+    }
+
+    /// Asks the admin listener, with further header lines.
+    pub(crate) fn admin_with(&self, path: &str, headers: &str) -> Reply {
         let mut stream = TcpStream::connect(self.admin).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{headers}\r\n")
+            .unwrap();
         read_reply(&mut stream)
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
-use prometheus::IntGauge;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::connect::Stream;
@@ -20,11 +20,11 @@ pub(in crate::upstream) struct Counted {
     stream: Stream,
     pub(super) written: Arc<AtomicU64>,
     received: Option<Received>,
-    open: IntGauge,
+    open: Gauge,
 }
 
 impl Counted {
-    pub(super) fn new(stream: Stream, received: Option<Received>, open: IntGauge) -> Self {
+    pub(super) fn new(stream: Stream, received: Option<Received>, open: Gauge) -> Self {
         open.inc();
         Self { stream, written: Arc::default(), received, open }
     }

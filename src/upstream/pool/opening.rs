@@ -9,7 +9,7 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
-use super::{Connection, Counted, NoConnection, Place, Pool};
+use super::{Connection, Counted, NoConnection, Place, Pool, ResultLabel};
 use crate::connect;
 use crate::connect::Stream;
 use crate::model::cause::Cause;
@@ -22,7 +22,7 @@ impl Pool {
     pub(super) async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Place, NoConnection> {
         let opened = self.open(permit).await;
         let result = opened.as_ref().map_or_else(|reason| reason.cause.as_str(), |_| "ok");
-        self.metrics.connects.with_label_values(&[result]).inc();
+        self.metrics.connects.get_or_create(&ResultLabel { result }).inc();
         Ok(opened?)
     }
 
