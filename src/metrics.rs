@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -59,6 +60,8 @@ pub struct Metrics {
     connections: Gauge,
     in_flight: Gauge,
     keys: Gauge,
+    quota_ratio: Gauge<f64, AtomicU64>,
+    /// Deprecated, and stays for one version.
     quota_percent: Gauge,
     log_lines_dropped: Counter,
     /// Callers' TLS handshakes that failed.
@@ -165,8 +168,10 @@ impl Metrics {
             connections: registry.metric("connections", "Open caller connections."),
             in_flight: registry.metric("requests_in_flight", "Requests between head and answer."),
             keys: registry.metric("idempotency_keys", "Idempotency-Keys that are remembered."),
+            quota_ratio: registry
+                .metric("quota_ratio", "How much of the quota the upstream's 429s have left, from 0 to 1."),
             quota_percent: registry
-                .metric("quota_percent", "How much of the quota the upstream's 429s have left."),
+                .metric("quota_percent", "Deprecated: use ccsqm_gateway_quota_ratio. The same in percent."),
             log_lines_dropped: registry.metric(
                 "log_lines_dropped_total",
                 "Log lines that are missing on stderr: nobody read it in time, or it could not be written.",
@@ -251,6 +256,7 @@ impl Metrics {
         self.connections.set(i64::try_from(bounds.connections()).unwrap_or(i64::MAX));
         self.in_flight.set(i64::try_from(bounds.in_flight()).unwrap_or(i64::MAX));
         self.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
+        self.quota_ratio.set(quota.min(1.0));
         self.quota_percent.set((quota * 100.0) as i64);
         self.log_lines_dropped.inc_by(log::dropped().saturating_sub(self.log_lines_dropped.get()));
         self.registry.encode(format)

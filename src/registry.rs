@@ -23,6 +23,12 @@ impl Registry {
         self.register(name, help, M::default())
     }
 
+    /// Makes a metric, and registers it under the name that it had before, too. The old name stays for one version.
+    pub(crate) fn renamed<M: Metric + Clone + Default>(&mut self, old: &str, new: &str, help: &str) -> M {
+        let metric = self.metric(new, help);
+        self.register(old, &format!("Deprecated: use ccsqm_gateway_{new}."), metric)
+    }
+
     /// Registers a metric, and returns it.
     pub(crate) fn register<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
         // The library adds both suffixes by itself.
@@ -76,6 +82,7 @@ impl Format {
 #[cfg(test)]
 mod tests {
     use http::HeaderValue;
+    use prometheus_client::metrics::counter::Counter;
 
     use super::*;
 
@@ -129,5 +136,21 @@ mod tests {
         ] {
             assert_eq!(asked(values), Format::Text, "{values:?}");
         }
+    }
+
+    #[test]
+    fn the_old_name_of_a_metric_has_the_value_of_the_new_one() {
+        let mut registry = Registry::new();
+        let counter: Counter = registry.renamed("old_total", "new_total", "What it counts.");
+        counter.inc_by(3);
+        assert_eq!(
+            registry.encode(Format::Text).unwrap(),
+            "# HELP ccsqm_gateway_new_total What it counts.\n\
+             # TYPE ccsqm_gateway_new_total counter\n\
+             ccsqm_gateway_new_total 3\n\
+             # HELP ccsqm_gateway_old_total Deprecated: use ccsqm_gateway_new_total.\n\
+             # TYPE ccsqm_gateway_old_total counter\n\
+             ccsqm_gateway_old_total 3\n"
+        );
     }
 }

@@ -75,9 +75,17 @@ impl Metrics {
                 "Of these, those removed before `retain` had passed, since the trail was larger than max_size.",
             ),
             files_lost: ["restored", "lost"].map(|result| files_lost.get_or_create_owned(&ResultLabel { result })),
-            folded: registry.metric("audit_folded_refusals_total", "Refusals that were recorded by count only."),
+            folded: registry.renamed(
+                "audit_folded_refusals_total",
+                "audit_aggregated_rejections_total",
+                "Refusals that were recorded by count only.",
+            ),
             dropped: registry.metric("audit_dropped_refusals_total", "Refusals that were not recorded."),
-            late: registry.metric("audit_late_intents_total", "Intents that were not safe in time."),
+            late: registry.renamed(
+                "audit_late_intents_total",
+                "audit_intent_timeouts_total",
+                "Intents that were not committed in time.",
+            ),
             queue: registry.metric("audit_queue_records", "Records that wait to be written."),
             doubtful: registry.metric(
                 "clock_doubtful",

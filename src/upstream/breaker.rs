@@ -63,7 +63,7 @@ pub struct Suspended {
 /// What is told of the breaker.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    suspended: Gauge,
+    open: Gauge,
     suspensions: Counter,
 }
 
@@ -71,7 +71,11 @@ impl Metrics {
     /// Registers the breaker's metrics.
     pub(crate) fn new(registry: &mut Registry) -> Self {
         Self {
-            suspended: registry.metric("upstream_suspended", "1 while the upstream is left alone."),
+            open: registry.renamed(
+                "upstream_suspended",
+                "circuit_breaker_open",
+                "1 while the circuit breaker is open: requests are refused, and the upstream is probed.",
+            ),
             suspensions: registry
                 .metric("upstream_suspensions_total", "How often the upstream was left alone."),
         }
@@ -126,7 +130,7 @@ impl Breaker {
         if is_open == was_open {
             return;
         }
-        self.metrics.suspended.set(is_open.into());
+        self.metrics.open.set(is_open.into());
         let cause = circuit.cause;
         drop(circuit);
         if is_open {

@@ -51,8 +51,9 @@ fn an_upstream_that_is_down_is_left_alone() {
         assert_eq!((sandbox.requests().len(), gateway.records("intent", 3).len()), (3, 3));
         assert_eq!(gateway.admin("/status").json()["upstream"]["suspended"], true);
         let metrics = gateway.admin("/metrics").body;
-        assert!(metrics.contains("ccsqm_gateway_upstream_suspended 1"), "{metrics}");
-        assert!(metrics.contains("ccsqm_gateway_upstream_suspensions_total 1"), "{metrics}");
+        for sample in ["circuit_breaker_open 1", "upstream_suspended 1", "upstream_suspensions_total 1"] {
+            assert!(metrics.contains(&format!("\nccsqm_gateway_{sample}\n")), "{sample} in {metrics}");
+        }
     }
 }
 
@@ -73,7 +74,10 @@ fn an_upstream_that_was_left_alone_is_probed_by_one() {
     });
     assert_eq!(sandbox.requests().len(), 4);
     assert!(calls(&gateway, 5).iter().all(|reply| reply.outcome() == "succeeded"), "it is over");
-    assert!(gateway.admin("/metrics").body.contains("ccsqm_gateway_upstream_suspended 0"));
+    let metrics = gateway.admin("/metrics").body;
+    for name in ["circuit_breaker_open", "upstream_suspended"] {
+        assert!(metrics.contains(&format!("\nccsqm_gateway_{name} 0\n")), "{name} in {metrics}");
+    }
 }
 
 #[test]
@@ -131,17 +135,19 @@ fn a_429_of_the_upstream_shrinks_the_quota_and_other_refusals_do_not() {
     for _ in 0..10 {
         assert_ne!(gateway.call().code(), "quota_exhausted", "the control");
     }
-    let percent = |gateway: &Gateway| {
+    let left = |gateway: &Gateway| {
         let metrics = gateway.admin("/metrics").body;
-        let line = metrics.lines().find(|line| line.starts_with("ccsqm_gateway_quota_percent ")).unwrap();
-        line.rsplit(' ').next().unwrap().parse::<u32>().unwrap()
+        ["quota_ratio", "quota_percent"].map(|name| {
+            let sample = format!("ccsqm_gateway_{name} ");
+            metrics.lines().find_map(|line| line.strip_prefix(&sample)).unwrap().parse::<f64>().unwrap()
+        })
     };
-    assert_eq!(percent(&gateway), 100);
+    assert_eq!(left(&gateway), [1.0, 100.0]);
     let fault = json!({ "status": 429, "headers": [["Retry-After", "60"]], "times": 1 });
     script(&sandbox, json!({ "business": [fault] }));
     let reply = gateway.call();
     assert_eq!((reply.status, reply.outcome()), (429, "refused"));
-    assert_eq!(percent(&gateway), 50);
+    assert_eq!(left(&gateway), [0.5, 50.0]);
     let reply = gateway.call();
     assert_eq!((reply.code(), reply.outcome()), ("quota_exhausted", "not_sent"));
     assert_eq!(reply.headers["retry-after"], "1", "one a second is left of two");
