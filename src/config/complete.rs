@@ -47,9 +47,11 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
     let key = |name| member(table, name);
     context.require(table, Listener::REQUIRED);
     if listener.tls.is_some() {
-        context.require(&key("tls"), ListenerTls::REQUIRED);
-        if context.is_set(&key("tls.client_crl_file")) && !context.is_set(&key("tls.client_ca_file")) {
-            context.lacks(&key("tls.client_ca_file"), "is needed for client_crl_file");
+        let tls = key("tls");
+        context.require(&tls, ListenerTls::REQUIRED);
+        let [roots, revoked] = ["client_ca_file", "client_crl_file"].map(|name| member(&tls, name));
+        if context.is_set(&revoked) && !context.is_set(&roots) {
+            context.lacks(&roots, "is needed for client_crl_file");
         }
     }
     let has_tls = listener.tls.is_some() || context.is_doubtful(&key("tls"));

@@ -1095,6 +1095,9 @@ fn a_bad_file_is_one_mistake() {
     }
     // A listener without TLS explains nothing: the control.
     let wrong = with(&text, "client_ca_file = \"client-ca.pem\"", "# ");
+    let (code, _, error) = check(&folder, &wrong);
+    let needed = "listeners[2].tls.client_ca_file: is needed for client_crl_file";
+    assert!(code == 78 && error.contains(needed), "{error}");
     let wrong = with(&wrong, "client_crl_file = \"crl.pem\"", "# ");
     let (_, _, error) = check(&folder, &wrong);
     assert!(error.contains(".peer: no listener can see this peer"), "{error}");
