@@ -104,9 +104,8 @@ impl<'a> Context<'a> {
         self.tables.insert(key.to_owned(), Table { known: known.into(), given: given.cloned().collect() });
     }
 
-    /// Of the names that a table may hold these are not for this one.
+    /// Makes names unknown to a table whose type has them. Mistakes in their values are forgotten: the names are told as unknown.
     pub(super) fn exclude(&mut self, key: &str, names: &[&str]) {
-        // What is wrong with such a value is no matter.
         let is_one = |told: &str| names.iter().any(|name| told == member(key, name));
         self.problems.retain(|problem| !is_one(&problem.key));
         self.doubtful.retain(|told| !is_one(told));
@@ -121,7 +120,7 @@ impl<'a> Context<'a> {
         self.problem_of(key, key, reason);
     }
 
-    /// The same, told as one of another key.
+    /// Adds a mistake at the place of `at` that is told under `key`: for an item of a list of texts, the key of the list.
     pub(super) fn problem_of(&mut self, at: &str, key: &str, reason: impl Into<String>) {
         self.doubtful.insert(at.to_owned());
         let written = self.places.get(at).and_then(|(_, written)| written.clone());
@@ -137,14 +136,14 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Something should be there and is not.
+    /// Notes a key that is required and missing.
     pub(super) fn lacks(&mut self, key: &str, reason: impl Into<String>) {
         let place = self.place(outer(key).unwrap_or_default()).clone();
         self.lacking.push(Problem { place, key: key.to_owned(), reason: reason.into(), written: None });
         self.doubtful.insert(key.to_owned());
     }
 
-    /// These must be in a table.
+    /// Requires keys in a table.
     pub(super) fn require(&mut self, table: &str, names: &[&str]) {
         for name in names {
             let key = member(table, name);
@@ -154,7 +153,7 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// A key must be there where one of the others is, or seems to be but for a slip in its name.
+    /// Requires a key if the table has one of the others, which may be misspelt by one letter.
     pub(super) fn require_beside(&mut self, table: &str, name: &str, others: &[&str]) {
         let given = || self.tables.get(table).into_iter().flat_map(|table| &table.given);
         let is_given = |other: &&&str| given().any(|name| levenshtein(other, name) <= 1);
@@ -194,8 +193,8 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// The name that somebody probably meant: the nearest one, with two letters more for one that is there already. Of those that are
-    /// equally near one that lacks.
+    /// Returns the known name that is closest to an unknown one by edit distance, if any is close. A name that the table already
+    /// holds counts two edits more. Of equally close names a missing required one is returned.
     fn nearest(
         &self,
         path: &str,

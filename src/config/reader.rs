@@ -256,7 +256,7 @@ impl<'a, 'c> Values<'a, 'c> {
         Self { context, left_out, key, is_list, value: None, rest: values.into_iter() }
     }
 
-    /// Reads one of them. What is wrong with it is wrong there.
+    /// Reads one value. A fault that has no place yet gets the place of this value.
     fn read<'de, S: DeserializeSeed<'de>>(
         &mut self,
         seed: S,

@@ -37,6 +37,9 @@ const NO_ITEM: &str = "names no item of the list, and not the next one: they are
 /// As deep as TOML may be nested.
 const MAX_STEPS: usize = 80;
 
+/// The longest value that is shown beside a mistake, in bytes. Nested lists would be kept once a level otherwise.
+const MAX_WRITTEN: usize = 200;
+
 /// So many lines that are not TOML are told.
 const MAX_SYNTAX: usize = 20;
 
@@ -65,7 +68,7 @@ pub(super) struct Layers {
     pub(super) syntax: Syntax,
 }
 
-/// Where a value stands, and how it is written there, if that is on one line of the file.
+/// Where a value stands, and how it is written there, if that is short and on one line of the file.
 pub(super) struct Origin {
     pub(super) place: Place,
     pub(super) written: Option<String>,
@@ -193,7 +196,8 @@ fn parse(
         let offset = |error: &toml::de::Error| error.span().map_or(usize::MAX, |span| span.start);
         let Some(error) = errors.iter().min_by_key(|error| offset(error)) else {
             let mut make = |offset, span: Range<usize>, kind| {
-                let written = text.get(span).filter(|written| !written.is_empty() && !written.contains('\n'));
+                let fits = (1..=MAX_WRITTEN).contains(&span.len());
+                let written = text.get(span).filter(|written| fits && !written.contains('\n'));
                 make(lines.number(offset), written.map(str::to_owned), kind)
             };
             return (convert_table(table.get_ref(), 0, &mut make), mistakes, syntax);
