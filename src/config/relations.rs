@@ -65,6 +65,9 @@ fn references(context: &mut Context<'_>, config: &Config) {
         let key = format!("callers[{i}].credential");
         refer(context, &key, &key, ("credential", &credentials), &caller.credential);
         let list = format!("callers[{i}].routes");
+        if context.is_doubtful(&list) {
+            continue; // so is each item of it
+        }
         // Those that could be read.
         let items: Vec<_> = (0..)
             .map(|j| format!("{list}[{j}]"))

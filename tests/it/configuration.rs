@@ -440,6 +440,21 @@ fn misspelt_key_hides_no_other_mistake() {
     }
 }
 
+/// A flag is read beside the right key of the file; a line of the file would replace it.
+#[test]
+fn misspelt_flag_beside_the_right_key_is_told_once() {
+    let (folder, text) = shipped("gateway.toml");
+    let path = write(&folder, &text);
+    for key in keys_of(&text) {
+        let (first, rest) = key.name.split_at(1);
+        let misspelt = format!("{}.{first}x{rest}", key.section);
+        let flag = format!("{misspelt}={}", key.value);
+        let (code, _, error) = run(&["check", "--config", &path, "--set", &flag], &[]);
+        assert!(code == 78 && error.lines().count() == 1, "{flag}: {error}");
+        assert!(error.starts_with(&format!("--set {misspelt}: ")), "{flag}: {error}");
+    }
+}
+
 #[test]
 fn what_would_be_dangerous_is_refused() {
     let (folder, text) = shipped("minimal.toml");
