@@ -1,14 +1,24 @@
-//! Stage 8: the audit trail. A record is opened first and closed by its outcome, its refusal, or its drop.
+//! Stage 8, the audit trail: a write-ahead log of all requests, linked as a hash chain and written by group commit.
 //!
-//! *Queued* means in the writer's queue; *safe* means that the write returned, so that `kill -9` of this
-//! process loses nothing, or, with durability `disk`, that fdatasync returned after it, so that a crash of the
-//! machine loses nothing either; and that the segment's name still led to the file then. Guarantees: an intent is
-//! safe before the first upstream byte; intents and outcomes are never dropped; refusals never wait and cannot fill
-//! the queue or the disk. Against somebody who can write as the gateway the chain proves only what lies before a
-//! head that is kept elsewhere.
+//! A record is *queued* while it waits for the writer. It is *committed* once its write has returned and the
+//! segment's name still leads to the file that was written. With durability `disk`, fdatasync must have returned
+//! after the write, too: only then is the record *durable*. A committed record survives `kill -9` of this process; a
+//! durable one also survives a crash of the machine.
 //!
-//! This file is the handle that requests and operators have. A trail is opened in `start`; `offline` appends to one that nobody
-//! writes; `record` is what a request writes, `queue` where that waits, and `writer` the thread that writes it.
+//! Guarantees:
+//!
+//! * An intent is committed before the first byte goes to the upstream (*write-ahead*).
+//! * Intents and outcomes are never dropped. Each intent gets exactly one outcome; after a crash, crash recovery at
+//!   the next start writes the missing ones as `unknown`.
+//! * A refusal never waits for the disk, and refusals cannot fill the queue or the disk: beyond a rate and a budget
+//!   they are aggregated, and then only counted.
+//!
+//! The chain does not protect against an attacker who can write files as the gateway's user and read its key. Against
+//! that attacker it proves only the records before a head that is kept elsewhere (`audit head`).
+//!
+//! This file has the handle for requests and operators. `start` opens a trail; `offline` appends to a trail that no
+//! process writes. `record` is what a request writes, `queue` is where records wait, and `writer` is the thread that
+//! writes them.
 
 pub mod age;
 mod batch;
@@ -76,42 +86,47 @@ pub use retention::Early;
 pub use start::{StartError, is_live, rehearse};
 use unresolved::{CallState, UnresolvedCall, UnresolvedList};
 
-/// How long a stop waits for the last write.
+/// How long [`Audit::close`] waits for the last write.
+// A disk that hangs must not hold up the stop: the process exits with an error instead, and an intent that has no
+// outcome then becomes `unknown` at the next start.
 const CLOSE_TIME: Duration = Duration::from_secs(3);
 
-/// The intent could not be made safe in time.
+/// The intent could not be committed in time, or could not be queued at all. Nothing was sent.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("the intent could not be made safe")]
 pub struct Unavailable;
 
-/// Why a trail was closed without all that was queued.
+/// Why a trail was closed before all queued records were written.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum Unfinished {
-    /// Its writer ended before.
+    /// The writer's thread ended earlier, by a panic.
     #[error("a panic")]
     Panic,
     /// The last write failed.
     #[error("the end of the audit trail could not be written")]
     Unwritten,
-    /// Its writer is not done, as with a disk that hangs.
+    /// The writer's thread did not end in time, for example because the disk does not answer.
     #[error("it hangs, and is not waited for; the end of the audit trail is missing")]
     Hangs,
 }
 
-/// The permit to reserve a connection and queue an intent, until this is dropped.
+/// A permit to reserve an upstream connection and queue an intent. Dropping it releases it.
 #[derive(Debug, Default)]
 pub struct Permit<'a> {
     _held: Option<SemaphorePermit<'a>>,
-    /// What the wait for it took of the time that an intent may take, in nanoseconds.
+    /// How long the request waited for the permit, in nanoseconds. This counts towards the intent's deadline.
     waited: u64,
 }
 
 impl Permit<'_> {
-    /// Runs a future, and hands the permit to the next request if that has to wait.
+    /// Runs a future, and releases the permit as soon as that future has to wait. A future that is ready at once
+    /// keeps it.
     pub fn during<F: Future>(&mut self, mut future: Pin<&mut F>) -> impl Future<Output = F::Output> {
         poll_fn(move |cx| {
             let polled = future.as_mut().poll(cx);
             if polled.is_pending() {
+                // The wait for a connection can be long. With a permit held meanwhile, 32 such requests would stop
+                // all others of the worker, including those whose connection is idle.
                 self._held = None;
             }
             polled
@@ -119,10 +134,10 @@ impl Permit<'_> {
     }
 }
 
-/// The writer's thread.
+/// The writer's thread, and how it ended.
 type Writing = JoinHandle<Result<(), Unfinished>>;
 
-/// The trail, as one worker sees it. Cheap to clone.
+/// The audit trail, as one worker sees it. Clones share everything, including the worker's waiters.
 #[derive(Clone)]
 pub struct Audit(Arc<Handle>);
 
@@ -137,10 +152,12 @@ struct Handle {
     begun: u64,
     damage: Arc<[Damage]>,
     shown: [Shown; SHOWN.len()],
-    /// Held while one call is resolved.
+    /// Held while a call is resolved, so that of two resolutions of one call at the same time exactly one is
+    /// recorded.
     resolving: Arc<tokio::sync::Mutex<()>>,
 }
 
+// By hand: the handle holds the chain's key, which must not reach a log line.
 impl std::fmt::Debug for Audit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Audit")
@@ -148,7 +165,8 @@ impl std::fmt::Debug for Audit {
 }
 
 impl Audit {
-    /// The same trail, for a worker of its own. `vital` is for the task that wakes its requests.
+    /// Returns a handle on the same trail with waiters of its own, for one worker. `vital` supervises the task that
+    /// wakes the worker's requests: if that task ends, the process drains.
     pub(crate) fn for_worker(&self, vital: Vital) -> Self {
         Self(Arc::new(Handle { lane: self.shared().new_lane(Some(vital)), ..Handle::clone(&self.0) }))
     }
@@ -157,19 +175,24 @@ impl Audit {
         &self.0.shared
     }
 
-    /// The keys of its digests and marks.
+    /// The keys of the chain, of the digests of bodies, and of keyed fingerprints.
     pub fn keys(&self) -> &Arc<Keys> {
         &self.0.keys
     }
 
-    /// The number of the last record that the start wrote: what lies before it was there before.
+    /// The number of the event `start` of this run. Records with lower numbers were there before, or were written by
+    /// crash recovery.
     pub fn begun(&self) -> u64 {
         self.0.begun
     }
 
-    /// Waits for the permit to reserve a connection and queue an intent: of a busy worker's requests only some are
-    /// at that at a time. A writer that is not prompt needs none, since the more wait for it the more it writes at
-    /// once.
+    /// Waits for a permit to reserve an upstream connection and queue an intent.
+    ///
+    /// Of a worker's requests only some hold a permit at a time, so that few connections are in use and their memory
+    /// stays in the processor's cache. The permit is empty while the writer falls behind: then all requests may
+    /// queue, since the more records wait, the more one write commits.
+    ///
+    /// Cancellation safe: a request that stops waiting leaves the queue for permits.
     pub async fn permit(&self) -> Permit<'_> {
         let (lane, shared) = (&self.0.lane, self.shared());
         if !shared.is_prompt() {
@@ -178,45 +201,58 @@ impl Audit {
         if let Some(permit) = lane.permit() {
             return Permit { _held: Some(permit), waited: 0 };
         }
+        // This worker may be too busy to sleep, and only before it sleeps does it wake the writer. Those that hold
+        // permits would then wait for a writer that was never woken, and this request for them.
         shared.nudge();
         let asked = clock::nanos();
+        // Boxed, since few requests wait here and the future of every request would otherwise be larger. The writer
+        // may have fallen behind meanwhile: a permit is then passed on at once, so that all waiters go on to the same
+        // batch.
         let permit = Box::pin(lane.permit_in_turn()).await.filter(|_| shared.is_prompt());
         Permit { _held: permit, waited: clock::nanos().saturating_sub(asked) }
     }
 
-    /// Waits until the record of this number is safe, for as long as an intent may take, of which so many nanoseconds are over.
+    /// Waits until the record `seq` is committed, for at most the deadline of an intent less `waited` nanoseconds. To
+    /// be polled on this handle's worker.
     fn safe(&self, seq: u64, waited: u64) -> impl Future<Output = Result<(), Unavailable>> {
         let left = self.0.intent_deadline.saturating_sub(Duration::from_nanos(waited));
         self.0.lane.wait(&self.shared().safe, seq, left)
     }
 
-    /// From now on this thread does not wake the writer: it calls [`Audit::flush`] before it sleeps.
+    /// Makes this thread stop waking the writer for each record: one wake-up per turn of the event loop is cheaper.
+    /// The caller must arrange that the thread calls [`Audit::flush`] before it sleeps; otherwise its records are
+    /// delayed.
     pub fn defer_wake_ups() {
         queue::defer_wake_ups();
     }
 
-    /// Wakes the writer, if there is something to write.
+    /// Wakes the writer if records wait for it.
     pub fn flush(&self) {
         self.shared().flush();
     }
 
-    /// A value as it is to be written; `field` is an index of [`SHOWN`].
+    /// Applies the configured redaction to a value: as it is, omitted (`None`), or as a keyed hash. `field` is an
+    /// index into [`SHOWN`].
     fn show(&self, field: usize, value: HeaderValue) -> Option<HeaderValue> {
         match self.0.shown[field] {
             Shown::Clear => Some(value),
             Shown::Omit => None,
             Shown::Hmac => {
+                // The field's name is hashed with the value. Otherwise equal hashes would show that an operator's id
+                // and a caller's request id are the same text.
                 let mark = self.keys().mark(&[b"field", SHOWN[field].as_bytes(), value.as_bytes()]);
                 HeaderValue::from_str(&hidden(mark)).ok()
             }
         }
     }
 
-    /// What is written in the place of a peer, if it is to be hidden: of an address without its port.
+    /// What is written instead of a peer's address; `None` if the address itself is written, `Some(None)` if nothing
+    /// is.
     fn hides_peer(&self, peer: Peer) -> Option<Option<HeaderValue>> {
         if self.0.shown[1] == Shown::Clear {
             return None;
         }
+        // Without the port: it differs for each connection, so that a hash over it would recognise nobody.
         let text = match peer {
             Peer::Tcp(address) => address.ip().to_string(),
             Peer::Unix { .. } => peer.to_string(),
@@ -224,32 +260,41 @@ impl Audit {
         Some(HeaderValue::from_str(&text).ok().and_then(|text| self.show(1, text)))
     }
 
-    /// Opens the record of a request.
+    /// Opens the record of a request. If the request's future is dropped, the record closes itself as refused.
     pub fn open(&self, peer: Peer) -> OpenRecord {
         OpenRecord::new(self.clone(), peer)
     }
 
-    /// Records an event of the gateway itself.
+    /// Queues an event of the gateway itself. Does not wait, and is not refused when the queue is full.
     pub fn event(&self, name: &'static str, details: Map<String, Value>) {
         self.shared().event(name, Value::Object(details));
     }
 
-    /// The calls that somebody must still look into.
+    /// Locks and returns the list of calls that a person must still resolve, as far as their records are committed.
+    /// The writer takes the same lock: hold it briefly.
     pub fn unresolved(&self) -> MutexGuard<'_, UnresolvedList> {
         self.shared().unresolved()
     }
 
-    /// What the start found missing without a trace in the chain: what the lock file names and the trail lacks.
+    /// Damage at the end of the trail that the chain cannot show: records or files that the lock file names and that
+    /// the start did not find.
     pub fn damage(&self) -> &[Damage] {
         &self.0.damage
     }
 
-    /// Verifies what was there before the start, and records the first fault; gives every intent its outcome that was
-    /// left open there. Takes as long as the trail is long: to be called beside everything else.
+    /// Verifies the records that were there before the start, and records the first fault as an event. Intents whose
+    /// outcome is missing there get the outcome `unknown`.
+    ///
+    /// Takes as long as the trail is long, so that it runs on a thread of its own while the gateway serves. Fails if
+    /// a segment cannot be read, or if a newer version wrote it.
     pub fn verify_past(&self, directory: &Path) -> io::Result<()> {
         let found = recovery::read(directory, self.keys());
+        // Retention waits until the clock anchors are known. An error must end that wait, too, or no segment would be
+        // removed in this run.
         let found = found.inspect_err(|_| self.0.clocks.know(Vec::new()))?;
         self.0.clocks.know(found.anchors);
+        // Reading goes on past the start's own record, into what this process is writing at the same time. A fault
+        // there is a half-written line and no damage.
         if let Some(fault) = found.faults.iter().find(|fault| fault.seq <= self.begun()) {
             let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
             tracing::error!(file, line = fault.line, reason = fault.reason, "the audit trail is damaged");
@@ -260,15 +305,17 @@ impl Audit {
         for call in found.unresolved.orphans() {
             let call = UnresolvedCall { state: CallState::Unknown, ..call.clone() };
             let id = call.id;
-            // A segment that the doubt begins must have it on its list.
+            // Before the record: if the record begins a segment, the list at that segment's beginning must contain
+            // the call.
             self.unresolved().insert(call);
             self.shared().doubt(id);
         }
         Ok(())
     }
 
-    /// Finds the segment from which on to read so that all records are met that are no older than `within`: returns its
-    /// index, and the ages for its first line. `segments` are those of this trail, oldest first. See [`age`].
+    /// Finds the segment from which to read so that no record younger than `within` is missed. Returns its index in
+    /// `segments`, and the ages that hold at its first line. `segments` are those of this trail, oldest first. See
+    /// [`age`].
     pub fn ages(&self, segments: &[PathBuf], within: Duration) -> io::Result<(usize, Ages)> {
         self.0.clocks.ages().since(segments, within, self.keys())
     }
@@ -278,26 +325,28 @@ impl Audit {
         self.0.clocks.doubt()
     }
 
-    /// Looks at the wall clock, and tells when doubt begins or ends. To be called about once a second.
+    /// Compares the clocks and reports when doubt begins or ends. To be called about once a second.
     pub fn look_at_clock(&self) {
         self.0.clocks.look(self.shared());
     }
 
-    /// An operator accepts the wall clock as it is: doubt ends, and the event `clock_accepted` says so with these details.
-    /// The next start takes records of earlier boots to be as old as that clock says. Returns the number of the record, for
-    /// [`Audit::committed`]. For a trail that nobody writes there is [`accept_clock`].
+    /// Accepts the wall clock on behalf of an operator: doubt ends, and the event `clock_accepted` is queued with
+    /// these details. The next start then takes the ages of records of earlier boots from that clock. Returns the
+    /// number of the record, for [`Audit::committed`]. For a trail that no process writes, use [`accept_clock`].
     pub fn accept_clock(&self, details: Map<String, Value>) -> u64 {
         self.0.clocks.accept(self.shared(), details)
     }
 
-    /// Counts what is only counted when it is asked for.
+    /// Updates the gauges that are computed only when metrics are read.
+    // The number of unresolved calls needs the lock of their list and a pass over it: too much for each call that
+    // ends.
     pub fn count(&self) {
         let (metrics, unknown) = (&self.shared().metrics, self.unresolved().unknown().count());
         metrics.unresolved.set(i64::try_from(unknown).unwrap_or(i64::MAX));
         metrics.healthy.set(self.healthy().into());
     }
 
-    /// For `/status`: how the trail stands, and the last error.
+    /// The state of the trail for `/status`: health, free space, damage and the last error.
     pub fn status(&self) -> Value {
         let metrics = &self.shared().metrics;
         json!({
@@ -308,27 +357,29 @@ impl Audit {
         })
     }
 
-    /// Tells the metric whether a loss is open.
+    /// Sets the metric that says whether a part of the trail is lost and the loss is not accepted.
     pub fn set_damaged(&self, is_damaged: bool) {
         self.shared().metrics.damaged.set(is_damaged.into());
     }
 
-    /// Whether the last write succeeded.
+    /// Whether new calls can be recorded: the last write succeeded, space is reserved, and the files are in place.
     pub fn healthy(&self) -> bool {
         self.shared().is_healthy()
     }
 
-    /// Whether there is a writer: it ends with [`Audit::close`], or by a panic.
+    /// Whether the writer's thread runs. It ends with [`Audit::close`], or by a panic.
     pub(crate) fn is_written(&self) -> bool {
         let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner);
         writer.as_ref().is_some_and(|writer| !writer.is_finished())
     }
 
-    /// Records the stop and waits, for a while, until all is written. Returns why it is not, if so.
+    /// Queues the event `stop` and waits up to three seconds until everything queued is written. Returns why it is
+    /// not, or `None`. Blocks the thread; a second call returns `None` at once.
     pub fn close(&self) -> Option<Unfinished> {
         self.shared().close();
         let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         let deadline = Instant::now() + CLOSE_TIME;
+        // `JoinHandle::join` has no time limit, and the writer may hang in a system call that nothing interrupts.
         while !writer.is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
