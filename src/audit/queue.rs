@@ -1,5 +1,10 @@
-//! The queue between the requests and the writer: room kept for outcomes, refusals folded, nothing that waits
-//! for a disk.
+//! The commit queue between requests and the writer, bounded in records and in bytes, with load shedding for intents.
+//!
+//! The writer takes everything that waits as one batch (group commit). Each accepted intent reserves the place of its
+//! outcome, so that an outcome is never refused. Refusals use at most half of the queue; beyond that they are only
+//! counted. Nothing here waits for a disk: a stuck disk holds up the writer's thread and never the lock of the queue.
+//!
+//! This module does not wait for commits (`lane` does) and does not write (`writer` does).
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,68 +27,77 @@ use crate::log::OncePerSecond;
 use crate::supervisor::Vital;
 use crate::trouble::LastTrouble;
 
-/// Beyond so many bytes that wait for the disk no intent is queued: records name up to a thousand inspectors each.
+/// The bytes that may wait for the disk. Beyond them intents are refused.
+// A bound in records alone is not enough: a record can name a thousand inspectors, and with a stuck disk 16,384 such
+// records would take 800 MB.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
 
-/// A worker that is busy for longer wakes the writer in between, in nanoseconds.
+/// After this time a worker that does not sleep wakes the writer within its turn, in nanoseconds.
+// Not much shorter: intents that are committed within a turn each cost another poll of their connection.
 const LONG_TURN: u64 = 50_000_000;
 
-/// So long may a batch take, and so much more for each record in it, while the writer counts as prompt, in
-/// nanoseconds. A worker needs as long for as many requests as it has permits in a crowd, so that waiting for them does not slow
-/// it down; and a batch is not called slow for being large.
+/// The time that a batch may take while the writer counts as keeping up, in nanoseconds: a fixed part, and a part for
+/// each record.
+// A worker needs about as long for as many requests as hold a permit in a crowd, so that waiting for permits does not
+// slow it down. The part for each record keeps a batch from counting as slow only because it is large.
 const PROMPT: (u64, u64) = (100_000, 10_000);
 
-/// How often the writer looks around, at least: once a second, with all that comes in between.
+/// How often the writer checks the files and the free space.
+// A bit less than a second, so that with the work in between a lost file is reported within a second.
 pub(super) const LOOK_AROUND: Duration = Duration::from_millis(900);
 
-/// A second of refusals.
+/// The period over which refusals are aggregated.
 const SECOND: Duration = Duration::from_secs(1);
 
 thread_local! {
+    /// Whether this thread defers wake-ups of the writer.
     static DEFERS: Cell<bool> = const { Cell::new(false) };
-    /// The members of a record, until they are in its line.
+    /// A buffer for the members of a record until they are copied into its line.
     static MEMBERS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// So much of that memory is kept for the next record, in bytes.
+/// How much of that buffer a thread keeps for its next record, in bytes.
+// One long record must not occupy its size on each worker for ever.
 const MAX_KEPT: usize = 64 * 1024;
 
-/// From now on this thread does not wake the writer: whoever calls this calls [`super::Audit::flush`] before
-/// the thread sleeps.
+/// Makes this thread stop waking the writer for each record. The thread must then call [`super::Audit::flush`] before
+/// it sleeps.
 pub(super) fn defer_wake_ups() {
     DEFERS.set(true);
 }
 
-/// What requests and the writer share.
+/// The state that requests and the writer share.
 pub(super) struct Shared {
     queue: Mutex<Queue>,
     filled: Condvar,
-    /// The number of the last record that is safe, and with it all before it.
+    /// The number of the last committed record. All records before it are committed, too.
     pub(super) safe: Arc<AtomicU64>,
-    /// Who waits for that.
+    /// The waiters of each worker.
     lanes: Mutex<Vec<Arc<Lane>>>,
-    /// When the writer is due to be done with its batch, in nanoseconds of this process; [`u64::MAX`] while it rests. It
-    /// stays in the past behind a batch that took longer.
+    /// When the current batch must be done, in nanoseconds of this process; [`u64::MAX`] between batches. After a
+    /// batch that took longer it stays in the past until a later batch is done in time.
     due: AtomicU64,
     /// Whether the last write succeeded.
     pub(super) writable: Flag,
-    /// Whether directory and lock file are where they were.
+    /// Whether the directory and the lock file are in their place.
     pub(super) in_place: Flag,
-    /// Whether new intents may be recorded: space is reserved for them and all outcomes.
+    /// Whether new intents may be queued: space is reserved for them and for all outcomes.
     pub(super) room: Flag,
-    /// Whether refusals may be recorded: there is space behind the last write, above the low-water mark.
+    /// Whether refusals may be queued: the free space is not below the low-water mark.
     pub(super) space_left: Flag,
     unresolved: Mutex<UnresolvedList>,
-    /// Why nothing could be put on record last.
+    /// The last error that kept records from being written, for `/status`.
     pub(super) trouble: LastTrouble,
     pub(super) metrics: Metrics,
     capacity: usize,
-    /// While a test holds it, the disk is stuck.
+    /// A test holds this lock to simulate a disk that does not answer.
     #[cfg(test)]
     pub(super) disk: Mutex<()>,
 }
 
-/// A state that the writer sets.
+/// A state that only the writer sets.
+// Relaxed: no other data is published with a flag. A request that reads the old value is as if it had come a moment
+// earlier.
 pub(super) struct Flag(AtomicBool);
 
 impl Flag {
@@ -95,46 +109,48 @@ impl Flag {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Returns what it was before.
+    /// Sets the flag and returns its previous value.
     pub(super) fn replace(&self, is_set: bool) -> bool {
         self.0.swap(is_set, Ordering::Relaxed)
     }
 }
 
 struct Queue {
-    /// What waits for the writer. A record is written into its line at once, while what it tells is at hand.
+    /// The lines that wait for the writer, complete except for their links.
+    // A record becomes its line on the worker, which has its facts at hand. Moving them to the writer cost two copies
+    // and freed memory on the wrong thread.
     batch: Batch,
-    /// The writer sleeps, so that somebody must wake it.
+    /// Whether the writer sleeps, so that a new record must wake it.
     writer_sleeps: bool,
-    /// Since when a worker has deferred to wake it, in nanoseconds of this process.
+    /// Since when a worker has deferred the wake-up, in nanoseconds of this process.
     deferred: Option<u64>,
-    /// Places kept for the outcomes of intents.
+    /// Places reserved for the outcomes of intents: the number of intents whose outcome is not queued yet.
     reserved: usize,
     closing: bool,
     folds: Folds,
 }
 
-/// What a new segment is to carry over from those before it.
+/// What a new segment must carry over from the segments before it, in its list of unresolved calls.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Carried {
-    /// There are calls at work.
+    /// Whether calls are at work.
     pub(super) at_work: bool,
-    /// There are calls on the list.
+    /// Whether calls are on the list.
     pub(super) listed: bool,
 }
 
-/// What the writer has to do.
+/// The writer's next step.
 pub(super) enum Next {
-    /// To write a batch.
+    /// Write the batch.
     Write,
-    /// To look whether there is space, and whether all files are in their place.
+    /// Check the free space and the files; there is nothing to write.
     Look,
-    /// To end: the trail is closed and all is written.
+    /// End the thread: the trail is closed and everything is written.
     End,
 }
 
 impl Shared {
-    /// Behind the record of this number.
+    /// An empty queue. The next record has the number after `seq`.
     pub(super) fn new(options: &Options, metrics: Metrics, seq: u64, unresolved: UnresolvedList) -> Self {
         Self {
             queue: Mutex::new(Queue {
@@ -162,7 +178,7 @@ impl Shared {
         }
     }
 
-    /// The calls that somebody must still look into, as far as their records are committed.
+    /// Locks and returns the list of unresolved calls, as far as their records are committed.
     pub(super) fn unresolved(&self) -> MutexGuard<'_, UnresolvedList> {
         self.unresolved.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -171,30 +187,33 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place to wait for what is safe.
+    /// Adds the waiters of one worker.
     pub(super) fn new_lane(&self, vital: Option<Vital>) -> Arc<Lane> {
         let lane = Arc::new(Lane::new(vital));
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane.clone());
         lane
     }
 
-    /// Wakes the writer, if it sleeps and there is something to write. A worker defers that until it has
-    /// nothing else to do, so that a batch is one wake-up: see [`defer_wake_ups`]. A worker that is never done must not
-    /// keep the others' records for ever.
+    /// Wakes the writer for a new record if the writer sleeps.
+    ///
+    /// A worker defers that until it has nothing else to do, so that a batch costs one wake-up: see
+    /// [`defer_wake_ups`]. A worker that always has something to do never sleeps; its deferral ends after a time, so
+    /// that neither its records nor those of other workers wait for ever.
     fn filled(&self, mut queue: MutexGuard<'_, Queue>) {
         if !queue.writer_sleeps || (DEFERS.get() && queue.may_wait()) {
             return;
         }
+        // The writer must not wake up only to wait for the lock.
         drop(queue);
         self.filled.notify_one();
     }
 
-    /// Wakes the writer for what was deferred.
+    /// Wakes the writer for records whose wake-up was deferred.
     pub(super) fn flush(&self) {
         self.wake(self.lock());
     }
 
-    /// Wakes the writer, if a worker has deferred it for too long.
+    /// Wakes the writer if a worker has deferred the wake-up for too long.
     pub(super) fn nudge(&self) {
         let queue = self.lock();
         if !queue.batch.is_empty() {
@@ -202,6 +221,8 @@ impl Shared {
         }
     }
 
+    /// Wakes the writer if it sleeps and has records or aggregated refusals to write, whether the wake-up is deferred
+    /// or not.
     fn wake(&self, queue: MutexGuard<'_, Queue>) {
         if queue.writer_sleeps && (!queue.batch.is_empty() || queue.folds.is_pending()) {
             drop(queue);
@@ -218,16 +239,23 @@ impl Shared {
         seq
     }
 
-    /// Queues the outcome of an intent that an earlier process left open.
+    /// Queues the outcome `unknown` of an intent that an earlier process left open.
     pub(super) fn doubt(&self, id: Uuid) {
         let mut queue = self.lock();
         queue.batch.push(&Entry::Doubt { id });
         self.filled(queue);
     }
 
-    /// Returns the number of the record.
+    /// Queues an intent and reserves the place of its outcome. Returns the number of the record.
+    ///
+    /// Fails at once (load shedding) if the queue is full in records or bytes, if space cannot be reserved, if the
+    /// directory or the lock file is not in its place, if the trail is closing, or if the record is too long for any
+    /// file.
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
         with_members(entry, |members| {
+            // Under a limit on file sizes the writer would try such a record for ever, and all records behind it
+            // would be lost. A quarter of the limit leaves room for the reserved space and for a list in the same
+            // segment.
             if members.len() > MOST_AT_ONCE && members.len() as u64 > limit::of_files() / 4 {
                 static TOO_LONG: OncePerSecond = OncePerSecond::new();
                 if let Some(times) = TOO_LONG.times() {
@@ -235,23 +263,29 @@ impl Shared {
                     let what = "a file has no room for its record, what is reserved and a list";
                     tracing::error!(bytes, raise, times, "a call is refused: {what}");
                 }
-                self.flush(); // whatever is deferred: nothing more comes to wake the writer
+                // Deferred records must be flushed here: their worker asks for the wake-up only when it queues a
+                // record, and if all its requests are refused it queues none.
+                self.flush();
                 return Err(Unavailable);
             }
             let mut queue = self.lock();
+            // Two places: one for this record and one for its outcome.
             let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.room.is_set();
             if queue.closing || is_full || queue.batch.size() > MAX_QUEUED || !self.in_place.is_set() {
-                self.wake(queue); // whatever is deferred: nothing more comes to wake it
+                // For the same reason as above. Without this a burst that filled the queue was refused until its
+                // worker had a rest.
+                self.wake(queue);
                 return Err(Unavailable);
             }
             let seq = queue.batch.push_written(entry, members);
+            // After the line, which can panic: a place that is reserved for no intent would never be released.
             queue.reserved += 1;
             self.filled(queue);
             Ok(seq)
         })
     }
 
-    /// Returns the number of the record.
+    /// Queues an outcome in the place that its intent reserved. Never refused. Returns the number of the record.
     pub(super) fn push_outcome(&self, entry: &Entry<'_>) -> u64 {
         let push = |write: &dyn Fn(&mut Batch) -> u64| {
             let mut queue = self.lock();
@@ -260,6 +294,7 @@ impl Shared {
             self.filled(queue);
             seq
         };
+        // A short outcome goes straight into the queue, which saves a copy. The lock is held hardly longer for it.
         if entry.is_brief() {
             push(&|batch| batch.push(entry))
         } else {
@@ -267,10 +302,11 @@ impl Shared {
         }
     }
 
-    /// Queues a refusal, counts it, or drops it; never waits, and never takes what is kept for intents and
-    /// outcomes.
+    /// Queues a refusal, adds it to an aggregate, or only counts it. Never waits, and never takes the places that are
+    /// meant for intents and outcomes.
     pub(super) fn push_refusal(&self, facts: Box<Facts>, why: Why, status: u16) {
         let mut queue = self.lock();
+        // Here as well as in the writer, which may be stuck in a write while refusals go on.
         if queue.folds.is_due() {
             queue.fold_up(&self.metrics);
             if self.takes_refusals(&queue) {
@@ -287,13 +323,18 @@ impl Shared {
         self.filled(queue);
     }
 
+    /// Whether a refusal may be queued.
+    // Half of the queue stays free for intents and outcomes: whoever is refused often must not keep others from being
+    // served.
     fn takes_refusals(&self, queue: &Queue) -> bool {
         let usable = self.is_healthy() && self.space_left.is_set();
         usable && queue.batch.len() + queue.reserved < self.capacity / 2
     }
 
-    /// Waits for records and moves them out whole. If they are to begin a segment, there is a place for the list of the
-    /// unresolved at their end, unless it would be empty.
+    /// Waits for records and moves all of them to `batch`, or returns what else is to be done.
+    ///
+    /// `begins` is set if the batch is to begin a segment. Its last line is then a placeholder for the list of
+    /// unresolved calls, unless that list would be empty.
     pub(super) fn next_batch(&self, batch: &mut Batch, begins: Option<Carried>) -> Next {
         let mut queue = self.lock();
         let begun = Instant::now();
@@ -304,7 +345,8 @@ impl Shared {
                 queue.close_gap();
             }
             if !queue.batch.is_empty() {
-                // Only the last part begins the segment: the intents of the other parts lie in the segment before.
+                // A batch that is written in parts begins the segment only with its last part. The intents of the
+                // other parts are in the segment before, so that the new one needs the list for them.
                 let is_cut = queue.batch.size() > MOST_AT_ONCE;
                 if let Some(Carried { at_work, listed }) = begins
                     && (listed || (at_work || is_cut) && queue.reserved > 0 || queue.batch.changes_list())
@@ -319,6 +361,8 @@ impl Shared {
             if queue.closing {
                 return Next::End;
             }
+            // Without space, service depends on how soon it is noticed that there is space again. Refusals that are
+            // aggregated become records soon after their second has passed.
             let wait = match (pending, self.space_left.is_set()) {
                 _ if !self.room.is_set() => SECOND / 10,
                 (true, true) => SECOND / 5,
@@ -328,7 +372,8 @@ impl Shared {
             let (mut woken, waited) =
                 self.filled.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner);
             woken.writer_sleeps = false;
-            // Not only when nobody wakes it: those who are refused meanwhile do.
+            // The time counts, too, and not only the time-out: requests that are refused wake the writer all the
+            // time, and the check for free space would never come.
             let is_time = waited.timed_out() || begun.elapsed() >= wait;
             if is_time && (!pending || !self.room.is_set()) && woken.batch.is_empty() {
                 return Next::Look;
@@ -337,26 +382,31 @@ impl Shared {
         }
     }
 
-    /// The writer begins with a batch of so many records; returns when it is due to be done.
+    /// Called when the writer begins with a batch of `records` records. Returns when it must be done, in nanoseconds
+    /// of this process.
     pub(super) fn begin(&self, records: usize) -> u64 {
         let due = clock::nanos() + PROMPT.0 + PROMPT.1 * records as u64;
+        // Only if no time is set: after a slow batch the time in the past stays, so that the writer counts as behind
+        // until it was in time again.
         let _ = self.due.compare_exchange(u64::MAX, due, Ordering::Relaxed, Ordering::Relaxed);
         due
     }
 
-    /// The writer is done with what was due by then.
+    /// Called when the writer is done with the batch that was due by `due`.
     pub(super) fn rest(&self, due: u64) {
         if clock::nanos() < due {
             self.due.store(u64::MAX, Ordering::Relaxed);
         }
     }
 
-    /// Whether the writer was done with its last batch when it was due, and still may be with the one that it is at.
+    /// Whether the writer keeps up: its last batch was done in time, and its current one can still be.
     pub(super) fn is_prompt(&self) -> bool {
         clock::nanos() < self.due.load(Ordering::Relaxed)
     }
 
+    /// Publishes that a batch is committed, and wakes each worker that has requests waiting for it.
     pub(super) fn written(&self, batch: &Batch) {
+        // Before the waiters are woken: each compares its number with this one.
         self.safe.store(batch.last(), Ordering::Release);
         for lane in &*self.lanes.lock().unwrap_or_else(PoisonError::into_inner) {
             lane.more_is_safe();
@@ -365,10 +415,11 @@ impl Shared {
         self.metrics.queue.set(i64::try_from(self.lock().batch.len()).unwrap_or(i64::MAX));
     }
 
-    /// Queues the last record; what is queued is still written.
+    /// Queues the last record, the event `stop`. From now on no intent is accepted; what is queued is still written.
     pub(super) fn close(&self) {
         let mut queue = self.lock();
         let Queue { folds, batch, .. } = &mut *queue;
+        // Refusals that are only counted get their record now: the writer ends when the queue is empty.
         folds.fold_up(batch, &self.metrics);
         folds.end_hour(batch);
         folds.close_gap(batch);
@@ -378,12 +429,13 @@ impl Shared {
         self.filled.notify_all();
     }
 
-    /// Whether the last write succeeded, there is room for more, and directory and lock file are in their place.
+    /// Whether new calls can be recorded: the last write succeeded, space is reserved, and the directory and the lock
+    /// file are in their place.
     pub(super) fn is_healthy(&self) -> bool {
         self.writable.is_set() && self.room.is_set() && self.in_place.is_set()
     }
 
-    /// Whether nothing waits for the writer.
+    /// Whether no record waits for the writer.
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.lock().batch.is_empty()
@@ -393,12 +445,13 @@ impl Shared {
         self.lock().closing
     }
 
-    /// Intents without an outcome.
+    /// The number of intents whose outcome is not queued yet.
     pub(super) fn in_flight(&self) -> u64 {
         self.lock().reserved as u64
     }
 
-    /// Waits before a retry; true if the trail is closing, so that the next try is the last.
+    /// Waits before a retry of a failed write. Returns true if the trail is closing, so that the next try is the last
+    /// one.
     pub(super) fn wait_for_retry(&self, wait: Duration) -> bool {
         let queue = self.lock();
         let waited = self.filled.wait_timeout_while(queue, wait, |queue| !queue.closing);
@@ -406,8 +459,9 @@ impl Shared {
     }
 }
 
-/// Hands over what a record's members are in its line. They are written before the queue is locked: a hidden value is a hash, and a
-/// stored reply is long.
+/// Passes the members of a record, as JSON text, to `push`.
+// They are written before the queue is locked: a redacted value needs a hash, and a stored reply is long. Both took
+// time that all workers waited for.
 fn with_members<T>(entry: &Entry<'_>, push: impl FnOnce(&[u8]) -> T) -> T {
     MEMBERS.with_borrow_mut(|text| {
         text.clear();
@@ -426,10 +480,11 @@ impl Queue {
         self.folds.close_gap(&mut self.batch);
     }
 
-    /// Whether waking the writer may be deferred once more.
+    /// Whether the wake-up of the writer may be deferred further.
     fn may_wait(&mut self) -> bool {
         let now = clock::nanos();
-        // Saturating: each worker has a clock of its own, and they differ a little.
+        // Saturating: each worker reads the clock once a turn, so that its time can lie behind the time that another
+        // worker stored.
         let is_overdue = now.saturating_sub(*self.deferred.get_or_insert(now)) > LONG_TURN;
         if is_overdue {
             self.deferred = None;
