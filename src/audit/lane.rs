@@ -1,7 +1,10 @@
-//! Where the requests of one worker wait until their intents are safe, and before that for a permit to begin one.
+//! The commit waiters of one worker: requests that wait for group commit, and before that for a permit to begin an
+//! intent.
 //!
-//! The writer wakes a worker once a batch, however many requests wait there: a task of the worker's own then
-//! wakes each of them, which costs no system call. It also watches the deadline, with one timer for all.
+//! The writer wakes each worker at most once per batch, however many of its requests wait. A task of the worker then
+//! wakes the requests, which costs no system call. The same task has one timer for all deadlines.
+//!
+//! This module does not decide what is committed: the queue publishes the number of the last committed record.
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -18,36 +21,39 @@ use super::Unavailable;
 use crate::clock;
 use crate::supervisor::Vital;
 
-/// A day: how long the timer sleeps while nobody waits.
+/// How long the timer sleeps while no request waits: a day.
 const LONG: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// So many requests of a worker get a permit without waiting. Who waits takes two, so that of a crowd half as many
-/// have one.
+/// The number of permits of a worker. A request that finds one free takes one; a request that has to wait for it
+/// takes two, so that in a crowd half as many hold one.
+// In the benchmark with 256 connections a request costs about a tenth less with permits than without.
 const ABREAST: usize = 32;
 
 /// The requests of one worker that wait for the writer.
 #[derive(Debug)]
 pub(super) struct Lane {
     permits: Semaphore,
-    /// Whether the task of this lane was spawned.
+    /// Whether this worker's waking task is spawned.
+    // Not before the first wait: the handle is made before the worker's runtime exists.
     started: AtomicBool,
-    /// For that task.
+    /// The supervision of that task, until the task takes it.
     vital: Mutex<Option<Vital>>,
     waiting: Mutex<Waiting>,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
-    /// In the order in which they began to wait, which is nearly that of their records.
+    /// In the order in which they began to wait. This is nearly the order of their numbers.
     requests: VecDeque<Request>,
-    /// The nearest of their deadlines, as far as the lane's task knows.
+    /// The nearest deadline that the task's timer knows of.
     nearest: Option<u64>,
-    /// The lane's task.
+    /// The waker of the task.
     task: Option<Waker>,
 }
 
 #[derive(Debug)]
 struct Request {
+    /// The number that must be committed.
     seq: u64,
     /// In nanoseconds of this process, as all times here.
     deadline: u64,
@@ -55,7 +61,7 @@ struct Request {
 }
 
 impl Lane {
-    /// For one worker. `vital` is for the lane's task.
+    /// The waiters of one worker. `vital` supervises their task.
     pub(super) fn new(vital: Option<Vital>) -> Self {
         Self {
             permits: Semaphore::new(ABREAST),
@@ -65,21 +71,25 @@ impl Lane {
         }
     }
 
-    /// The permit to reserve a connection and begin an intent, if few others have one.
+    /// Returns a permit to reserve a connection and begin an intent, if one is free.
     ///
-    /// A worker that has more to do than it can would otherwise take each step with all of its requests before it
-    /// takes the next with any. By then the processor's cache has lost what a request needs, and each holds a
-    /// connection to the upstream. Few at a time find both warm.
+    /// Without permits, a worker with more work than it can do takes each step with all of its requests before it
+    /// takes the next step with any. By then the processor's cache has lost what a request needs, and each request
+    /// holds a connection to the upstream. With few requests at a time both stay in the cache.
     pub(super) fn permit(&self) -> Option<SemaphorePermit<'_>> {
         self.permits.try_acquire().ok()
     }
 
-    /// Waits for it.
+    /// Waits for a permit, first come, first served. Cancellation safe. `None` only if the semaphore were closed,
+    /// which does not happen.
     pub(super) async fn permit_in_turn(&self) -> Option<SemaphorePermit<'_>> {
         self.permits.acquire_many(2).await.ok()
     }
 
-    /// Waits until the record of this number is safe. To be called on the runtime of the lane's worker.
+    /// Waits until the record `seq` is committed. Fails after `time`. To be polled on the runtime of this worker, on
+    /// which it spawns the waking task the first time.
+    ///
+    /// Cancellation safe: a waker whose future is dropped is woken for nothing, once.
     pub(super) async fn wait(
         self: &Arc<Self>,
         safe: &Arc<AtomicU64>,
@@ -102,15 +112,19 @@ impl Lane {
             if safe.load(Ordering::Acquire) >= seq {
                 return Poll::Ready(Ok(()));
             }
-            // Anew if it is another task that waits now: an exchange moves to one of its own when its caller leaves.
+            // Register again if another task polls now: an exchange moves to a task of its own when its caller
+            // disconnects. The earlier waker would wake the connection's task, and the exchange would never notice
+            // the commit.
             if !registered.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
                 registered = Some(cx.waker().clone());
                 self.register(Request { seq, deadline, waker: cx.waker().clone() });
-                // It may have become safe in between.
+                // The writer may have committed the record before this request was in the queue. It then woke nobody
+                // for it.
                 if safe.load(Ordering::Acquire) >= seq {
                     return Poll::Ready(Ok(()));
                 }
             } else if clock::nanos() >= deadline {
+                // No timer of its own is needed: the task wakes this request at its deadline.
                 return Poll::Ready(Err(Unavailable));
             }
             Poll::Pending
@@ -118,8 +132,10 @@ impl Lane {
         .await
     }
 
-    /// Tells the worker that more is safe. Called by the writer.
+    /// Wakes the worker's task after a commit. Called by the writer, on its thread.
     pub(super) fn more_is_safe(&self) {
+        // A worker without waiting requests sleeps on: the wake-up is a system call. The lock is not held while
+        // waking.
         let task = {
             let waiting = self.lock();
             if waiting.requests.is_empty() { None } else { waiting.task.clone() }
@@ -129,6 +145,7 @@ impl Lane {
         }
     }
 
+    /// Adds a request, and wakes the task if it must set its timer to a nearer deadline.
     fn register(&self, request: Request) {
         let mut waiting = self.lock();
         let is_nearer = waiting.nearest.is_none_or(|nearest| request.deadline < nearest);
@@ -136,16 +153,21 @@ impl Lane {
         let task = if is_nearer { waiting.task.clone() } else { None };
         drop(waiting);
         if let Some(task) = task {
-            task.wake(); // it watches the nearest deadline
+            // Deadlines are not in the order of registration: what a request waited for its permit counts towards its
+            // deadline.
+            task.wake();
         }
     }
 
-    /// The lane's task: wakes whose intent is safe, and whose deadline has passed.
+    /// The waking task of this worker: wakes each request whose record is committed or whose deadline has passed.
+    /// Never ends.
     async fn run(self: Arc<Self>, safe: Arc<AtomicU64>) {
         let mut timer = pin!(sleep_until(Instant::now() + LONG));
         poll_fn(|cx| -> Poll<()> {
             loop {
                 let next = self.release(&safe, cx.waker());
+                // Only to an earlier time. Most requests are woken long before their deadline, and to set the timer
+                // for each of them would cost more than one wake-up for nothing a while later.
                 if let Some(next) = next.map(clock::instant).filter(|next| *next < timer.deadline()) {
                     timer.as_mut().reset(next);
                 }
@@ -158,14 +180,18 @@ impl Lane {
         .await;
     }
 
-    /// Wakes those that need not wait any more; returns the nearest deadline of those that wait on.
+    /// Wakes the requests that need not wait any longer. Returns the nearest deadline of the others.
     fn release(&self, safe: &AtomicU64, task: &Waker) -> Option<u64> {
         let mut waiting = self.lock();
-        // Behind the lock: whoever made more safe since then finds this task, and wakes it.
+        // After the lock is taken: if the writer commits more after this load, it finds this task's waker and wakes
+        // it. With the load before the lock, a request could wait for the next batch.
         let safe = safe.load(Ordering::Acquire);
         if !waiting.task.as_ref().is_some_and(|known| known.will_wake(task)) {
             waiting.task = Some(task.clone());
         }
+        // Only from the front: the first request with a higher number ends the search. One behind it with a lower
+        // number is rare, and is woken when the numbers before it are committed, which happens with the same batch or
+        // the next.
         while let Some(first) = waiting.requests.pop_front_if(|first| first.seq <= safe) {
             first.waker.wake();
         }
@@ -198,7 +224,7 @@ pub(super) mod tests {
     use super::super::Permit;
     use super::*;
 
-    /// Polls futures; those that are done are taken out.
+    /// Polls the futures once each, and removes and returns the output of those that are ready.
     pub(in super::super) fn done<F: Future + Unpin>(waiting: &mut Vec<F>) -> Vec<F::Output> {
         let mut done = Vec::new();
         waiting.retain_mut(|one| match Pin::new(one).poll(&mut Context::from_waker(Waker::noop())) {
@@ -216,6 +242,8 @@ pub(super) mod tests {
         let lane = Lane::new(None);
         let first: Vec<_> = (0..32).map(|_| lane.permit().unwrap()).collect();
         assert!(lane.permit().is_none());
+        // More than the permits serve in two rounds, so that the third round shows that what was released is handed
+        // on again.
         let mut crowd: Vec<_> = (0..48).map(|_| Box::pin(lane.permit_in_turn())).collect();
         assert_eq!(done(&mut crowd).len(), 0);
         drop(first);
@@ -224,7 +252,7 @@ pub(super) mod tests {
             assert_eq!((next.len(), crowd.len()), (16, left));
             assert!(lane.permit().is_none());
         }
-        // All are given back, also by those who left before it was their turn.
+        // All permits are released, also by requests that stopped waiting before it was their turn.
         let held: Vec<_> = (0..32).map(|_| lane.permit().unwrap()).collect();
         let mut gone: Vec<_> = (0..48).map(|_| Box::pin(lane.permit_in_turn())).collect();
         assert_eq!(done(&mut gone).len(), 0);
@@ -239,12 +267,14 @@ pub(super) mod tests {
         let permit = || Permit { _held: Some(lane.permit().unwrap()), waited: 0 };
         let mut held: Vec<_> = (0..32).map(|_| permit()).collect();
         assert_eq!(done(&mut vec![Box::pin(held[0].during(pin!(std::future::ready(7))))]), [7]);
+        // A future that is ready at once keeps the permit. Without this control the last line would also hold if
+        // `during` always released it.
         assert!(lane.permit().is_none(), "the control: at once there, so that it keeps it");
         assert_eq!(done(&mut vec![Box::pin(held[0].during(pin!(std::future::pending::<()>())))]), []);
         assert!(lane.permit().is_some());
     }
 
-    /// An exchange whose caller leaves goes on in a task of its own.
+    /// An exchange whose caller disconnects goes on in a task of its own.
     #[tokio::test]
     async fn a_wait_that_moves_to_another_task_is_woken_there() {
         let (lane, safe) = (Arc::new(Lane::new(None)), Arc::new(AtomicU64::new(0)));
