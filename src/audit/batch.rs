@@ -1,4 +1,8 @@
-//! Lines on their way to the writer: whole, but for what links them.
+//! A batch: the lines of a group commit, complete except for the links of the hash chain.
+//!
+//! Lines get their numbers here, in the order in which they are queued. The writer later fills in the links where the
+//! lines are, without copying them. Beside each line the batch keeps what that line changes in the list of unresolved
+//! calls.
 
 use std::ops::Range;
 
@@ -11,7 +15,8 @@ use super::line::Second;
 use super::unresolved::{LIST, LIST_LEFT_OUT, UnresolvedList};
 use crate::model::outcome::Outcome;
 
-/// What a record changes in the list of the unresolved.
+/// What a record changes in the list of unresolved calls.
+// Taken from the record's facts when it is queued: the writer would otherwise have to parse each line that it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
     None,
@@ -19,7 +24,7 @@ pub(super) enum Change {
     Outcome {
         id: Uuid,
         outcome: Outcome,
-        /// The call repeats another one by force.
+        /// Whether the call repeats another one by force.
         is_forced: bool,
     },
     Event {
@@ -31,43 +36,44 @@ pub(super) enum Change {
 /// Lines in the order of their numbers.
 #[derive(Default)]
 pub(super) struct Batch {
-    /// The last number that was given away, here or in the batch before.
+    /// The last number given to a line, here or in an earlier batch.
     seq: u64,
     text: Vec<u8>,
-    /// Where each line ends.
+    /// The offset in the text at which each line ends, after its newline.
     ends: Vec<usize>,
-    /// What each line changes in the list of the unresolved.
+    /// What each line changes in the list of unresolved calls.
     changes: Vec<Change>,
-    /// How many there are, by kind.
+    /// The number of lines of each kind, for the metrics.
     pub(super) kinds: [u64; Kind::ALL.len()],
-    /// It may begin a segment.
+    /// Whether the batch may begin a segment.
     pub(super) begins_segment: bool,
-    /// The text of the last second.
+    /// The text of the last second, which many lines share.
     second: Second,
 }
 
 impl Batch {
-    /// An empty one, whose first line will have the number behind this one.
+    /// An empty batch whose first line will have the number after `seq`.
     pub(super) fn behind(seq: u64) -> Self {
         Self { seq, ..Self::default() }
     }
 
-    /// Writes a line; returns its number.
+    /// Appends a line. Returns its number.
     pub(super) fn push(&mut self, entry: &Entry<'_>) -> u64 {
         self.push_with(entry, |text| entry.members(text))
     }
 
-    /// Writes the line of a record whose members are written already; returns its number.
+    /// Appends the line of a record whose members are already JSON text. Returns its number.
     pub(super) fn push_written(&mut self, entry: &Entry<'_>, members: &[u8]) -> u64 {
         self.push_with(entry, |text| text.extend_from_slice(members))
     }
 
     fn push_with(&mut self, entry: &Entry<'_>, members: impl FnOnce(&mut Vec<u8>)) -> u64 {
-        // What a panic left of a line counts for nothing.
+        // A panic in the middle of a line leaves its beginning in the text. Only lines that have an end count.
         self.text.truncate(self.size());
         entry.begin(self.seq + 1, &mut self.second, &mut self.text);
         members(&mut self.text);
         self.text.extend_from_slice(OPEN_LINKS);
+        // Only behind the whole text: a panic in `members` must use up no number.
         self.seq += 1;
         self.ends.push(self.text.len());
         self.changes.push(entry.change());
@@ -75,19 +81,20 @@ impl Batch {
         self.seq
     }
 
-    /// Writes an event of the trail itself; `details` is an object.
+    /// Appends an event of the trail itself. `details` is a JSON object.
     pub(super) fn event(&mut self, name: &'static str, details: Value) {
         if let Value::Object(details) = details {
             self.push(&Entry::Event { name, details: &details });
         }
     }
 
-    /// Keeps the last place for the list of the unresolved, which stands in the first batch of each segment.
+    /// Appends a placeholder for the list of unresolved calls. The list is known only when all other lines of the
+    /// batch are.
     pub(super) fn reserve_list(&mut self) {
         self.event(LIST, json!({}));
     }
 
-    /// Whether it changes the list of the unresolved by more than calls that begin and end.
+    /// Whether a line changes the list by more than calls that begin or end.
     pub(super) fn changes_list(&self) -> bool {
         let is_change = |change: &Change| match change {
             Change::Outcome { outcome, is_forced, .. } => *is_forced || *outcome == Outcome::Unknown,
@@ -97,12 +104,13 @@ impl Batch {
         self.changes.iter().any(is_change)
     }
 
-    /// Whether the last place is kept for the list.
+    /// Whether the last line is the list or its placeholder.
     pub(super) fn has_list(&self) -> bool {
         matches!(self.changes.last(), Some(Change::Event { name: LIST, .. }))
     }
 
-    /// Writes the list into the place that was kept for it; returns its length in bytes.
+    /// Writes the list in place of its placeholder. Returns the length of its line in bytes. `forgotten` are calls
+    /// that were removed because the list was too long.
     pub(super) fn fill_list(&mut self, list: &UnresolvedList, forgotten: &[Uuid]) -> usize {
         self.take_last();
         let before = self.size();
@@ -110,14 +118,16 @@ impl Batch {
         self.size() - before
     }
 
-    /// Says in the place of the list that it is left out. Its number is given away.
+    /// Writes an event that says why the list is missing in place of its placeholder. The batch then begins no
+    /// segment.
+    // The placeholder's number must be used: a gap in the numbers is a fault of the chain.
     pub(super) fn leave_list_out(&mut self, details: Value) {
         self.take_last();
         self.event(LIST_LEFT_OUT, details);
         self.begins_segment = false;
     }
 
-    /// Takes the last line off, which is an event.
+    /// Removes the last line, which must be an event.
     fn take_last(&mut self) {
         self.ends.pop();
         self.changes.pop();
@@ -125,7 +135,7 @@ impl Batch {
         self.seq -= 1;
     }
 
-    /// What each line changes, and where it lies in the text, without its newline.
+    /// What each line changes, and its place in the text without its newline.
     pub(super) fn changes(&self) -> impl Iterator<Item = (&Change, Range<usize>)> {
         let begins = std::iter::once(&0).chain(&self.ends);
         self.changes
@@ -134,17 +144,17 @@ impl Batch {
             .map(|(change, (begin, end))| (change, *begin..end - 1))
     }
 
-    /// How many lines there are.
+    /// The number of lines.
     pub(super) fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// How long they are together, in bytes.
+    /// The length of all lines together, in bytes.
     pub(super) fn size(&self) -> usize {
         self.ends.last().copied().unwrap_or(0)
     }
 
-    /// Whether there is none.
+    /// Whether the batch has no line.
     pub(super) fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
@@ -159,12 +169,12 @@ impl Batch {
         self.seq
     }
 
-    /// All lines, one behind the other.
+    /// The text of all lines.
     pub(super) fn text(&self) -> &[u8] {
         &self.text[..self.size()]
     }
 
-    /// Each line, to be linked.
+    /// Each line with its newline, so that the chain can write its links into it.
     pub(super) fn lines_mut(&mut self) -> impl Iterator<Item = &mut [u8]> {
         let (mut rest, mut start) = (&mut self.text[..], 0);
         self.ends.iter().map(move |&end| {
@@ -174,7 +184,9 @@ impl Batch {
         })
     }
 
-    /// Moves all lines over; what is left goes on with the next number, in the other's memory.
+    /// Moves all lines to `other`. This batch is empty afterwards and goes on with the next number.
+    // Both buffers are swapped and used again: the queue is locked meanwhile, and neither a copy nor an allocation
+    // must take time then.
     pub(super) fn move_to(&mut self, other: &mut Self) {
         other.seq = self.seq;
         other.text.clear();
@@ -186,14 +198,16 @@ impl Batch {
         std::mem::swap(self, other);
     }
 
-    /// Moves the first lines over, if all are longer than `most` bytes: as many as are not, and one at least. False if there is
-    /// nothing to cut. How many of a kind there are is told by what stays, which is written last.
+    /// Moves the first lines to `first`: as many as fit into `most` bytes, and at least one. Returns false, and moves
+    /// nothing, if all lines fit or there is only one.
     pub(super) fn cut(&mut self, most: usize, first: &mut Self) -> bool {
         let count = self.ends.partition_point(|end| *end <= most).max(1);
         if self.size() <= most || count == self.len() {
             return false;
         }
         let length = self.ends[count - 1];
+        // `kinds` stays with the last part. The metrics count kinds when a batch is committed, and so count each line
+        // once.
         *first = Self { seq: self.first() + count as u64 - 1, ..Self::default() };
         first.text.extend(self.text.drain(..length));
         first.ends.extend(self.ends.drain(..count));
@@ -202,7 +216,7 @@ impl Batch {
         true
     }
 
-    /// Gives memory back beyond so many bytes of text.
+    /// Frees the text and all but `bytes` bytes of its memory.
     pub(super) fn shrink_to(&mut self, bytes: usize) {
         self.text.clear();
         self.text.shrink_to(bytes);
