@@ -1,7 +1,14 @@
-//! The record of one request: open until its intent is queued, intended from then on.
+//! The record of one request: an open record until its intent is queued, an intended one from then on.
 //!
-//! Whichever is dropped closes itself. An open one is a rejection, since its caller left. An intended one has the outcome
-//! `not_sent`, or `unknown` if an exchange had it.
+//! Each record has exactly one end. Dropping a record that is still open writes one:
+//!
+//! | dropped | written |
+//! |---|---|
+//! | [`OpenRecord`] | a refusal, `caller_left` |
+//! | [`IntendedRecord`] | outcome `not_sent`, `caller_left`, or `internal` in a panic |
+//! | [`IntendedRecord`] after [`IntendedRecord::sent`] | outcome `unknown`, `internal` |
+//!
+//! Only the intent makes an intended record, so that nothing can be sent without one.
 
 use std::sync::Arc;
 use std::thread;
@@ -20,7 +27,8 @@ use crate::model::peer::Peer;
 use crate::model::request_id::{FirstCall, RequestId};
 use crate::model::stage::Stage;
 
-/// The record of a request without an intent. Behind the intent it still knows id and stage, and records nothing.
+/// The record of a request without an intent. After the intent is queued it still knows the id and the stage, and
+/// writes nothing any more.
 #[derive(Debug)]
 pub struct OpenRecord {
     id: RequestId,
@@ -34,43 +42,43 @@ struct Open {
     facts: Box<Facts>,
 }
 
-/// The record of a request whose intent is queued. Moved, never shared.
+/// The record of a request whose intent is queued. It is moved, never shared: its owner alone decides its outcome.
 #[derive(Debug)]
 pub struct IntendedRecord {
     audit: Audit,
     facts: Box<Facts>,
-    /// It has its outcome.
+    /// Whether its outcome is queued.
     is_closed: bool,
 }
 
-/// How an exchange ended.
+/// How an exchange with the upstream ended. Becomes the members of the outcome's record.
 #[derive(Clone, Debug)]
 pub struct Answer {
-    /// What became of the task.
+    /// Whether the task was done.
     pub outcome: Outcome,
-    /// The gateway's own code, if it has one to say.
+    /// The gateway's own problem code, if it answers with one.
     pub code: Option<Code>,
-    /// Why, where the upstream or the token endpoint failed.
+    /// The cause, if the upstream or the token endpoint failed.
     pub cause: Option<Cause>,
-    /// The status that the caller gets.
+    /// The HTTP status that the caller gets.
     pub status: Option<u16>,
-    /// The upstream's status.
+    /// The HTTP status of the upstream.
     pub upstream_status: Option<u16>,
-    /// The upstream's own id of the request.
+    /// The upstream's own request id.
     pub upstream_id: Option<HeaderValue>,
-    /// The upstream's result code.
+    /// The result code in the upstream's reply.
     pub result_code: Option<ResultCode>,
-    /// How often a request was sent.
+    /// How many requests were sent to the upstream.
     pub attempts: u32,
-    /// Which token was used last.
+    /// The generation of the token that was used last.
     pub token_generation: u64,
-    /// What else is to be said.
+    /// A remark for whoever reads the trail.
     pub note: Option<&'static str>,
-    /// What is kept of the reply, if the call has a key.
+    /// The reply, stored so that a call with an idempotency key can be answered again.
     pub reply: Option<Arc<StoredReply>>,
 }
 
-/// Whose request a record was of.
+/// The names of a request's caller and route, as far as they were known.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
     /// The caller.
@@ -79,16 +87,17 @@ pub struct Names {
     pub route: Option<Arc<str>>,
 }
 
-/// A record that waits to be written.
+/// A record whose outcome is queued and may not be committed yet.
 #[derive(Debug)]
 pub struct Queued {
-    /// Closed, and with the way to its trail.
+    /// Closed. Kept for its handle on the trail.
     record: IntendedRecord,
     seq: u64,
 }
 
 impl Queued {
-    /// Waits until it is safe, for as long as an intent may take.
+    /// Waits until the outcome is committed, for at most the deadline of an intent. Returns whether it is.
+    /// Cancellation safe; may be called again after false.
     pub async fn is_safe(&self) -> bool {
         self.record.audit.safe(self.seq, 0).await.is_ok()
     }
@@ -111,38 +120,39 @@ impl OpenRecord {
         self.stage
     }
 
-    /// Whether an exchange may have taken the request over.
+    /// Whether the record has reached the stage at which an exchange owns the request. A panic from then on must not
+    /// be reported as `not_sent`.
     pub fn is_taken(&self) -> bool {
         self.stage == Stage::Upstream
     }
 
-    /// The request goes on to the next stage.
+    /// Enters the next stage. The time since the last call counts for the stage before.
     pub fn enter(&mut self, stage: Stage) {
         self.stage = stage;
         self.set(|_, facts| facts.enter(stage));
     }
 
-    /// The caller's own id of the request.
+    /// Sets the caller's own id of the request, as the redaction of that field allows.
     pub fn caller_id(&mut self, id: HeaderValue) {
         self.set(|audit, facts| facts.caller_id = audit.show(2, id));
     }
 
-    /// The caller's `traceparent`.
+    /// Sets the caller's `traceparent`, as the redaction of that field allows.
     pub fn traceparent(&mut self, parent: HeaderValue) {
         self.set(|audit, facts| facts.traceparent = audit.show(3, parent));
     }
 
-    /// Who calls.
+    /// Sets the caller's name.
     pub fn caller(&mut self, name: Arc<str>) {
         self.set(|_, facts| facts.caller = Some(name));
     }
 
-    /// Which route.
+    /// Sets the route's name.
     pub fn route(&mut self, name: Arc<str>) {
         self.set(|_, facts| facts.route = Some(name));
     }
 
-    /// Who acts.
+    /// Sets the operator on whose behalf the caller acts, as the redaction of that field allows.
     pub fn operator(&mut self, id: HeaderValue) {
         self.set(|audit, facts| facts.operator = audit.show(0, id));
     }
@@ -152,12 +162,12 @@ impl OpenRecord {
         self.set(|_, facts| facts.first = Some(first));
     }
 
-    /// The call repeats one of unknown outcome by force.
+    /// Notes that the call repeats, by force, one of unknown outcome.
     pub fn forced(&mut self) {
         self.set(|_, facts| facts.is_forced = true);
     }
 
-    /// What further is told of the request, which is to be refused.
+    /// Adds details for the refusal that follows.
     pub fn detail(&mut self, detail: Box<Detail>) {
         self.set(|_, facts| facts.detail = Some(detail));
     }
@@ -168,18 +178,18 @@ impl OpenRecord {
         }
     }
 
-    /// Closes the record of a request that was refused, perhaps since the other side failed. Does nothing to one that is closed
-    /// or intended.
+    /// Closes the record as refused, with the cause if the other side failed. Does nothing if the record is closed or
+    /// intended.
     pub fn refuse(&mut self, code: Code, cause: Option<Cause>) {
         self.close(Why::Refused(code, cause), code.status().as_u16());
     }
 
-    /// Closes the record of a request that was answered from what is stored.
+    /// Closes the record of a request that was answered with a stored reply.
     pub fn replayed(&mut self, status: u16) {
         self.close(Why::Replayed, status);
     }
 
-    /// Closes the record of a dry run.
+    /// Closes the record of a dry run, which is never sent.
     pub fn dry_run(&mut self, status: u16) {
         self.close(Why::DryRun, status);
     }
@@ -192,8 +202,15 @@ impl OpenRecord {
         audit.shared().push_refusal(facts, why, status);
     }
 
-    /// Queues the intent of a body of this size and digest. The future waits until it is safe. `further` writes further
-    /// members of the record, as JSON text with a comma in front.
+    /// Queues the intent of a body with this size and digest. `further` appends members to the record, as JSON text
+    /// with a comma in front.
+    ///
+    /// Fails at once if the intent cannot be queued (the record stays open), or if the record is closed. Otherwise
+    /// the returned future waits until the intent is committed and returns the intended record. If the intent is not
+    /// committed before its deadline, the outcome `not_sent` is queued and the future fails; the intent itself may
+    /// still be committed later.
+    ///
+    /// Dropping the future queues the outcome `not_sent`.
     pub fn intent(
         &mut self,
         permit: &Permit<'_>,
@@ -201,7 +218,8 @@ impl OpenRecord {
         digest: &Hash,
         further: &dyn Fn(&mut Vec<u8>),
     ) -> Result<impl Future<Output = Result<IntendedRecord, Unavailable>> + use<>, Unavailable> {
-        // Not within the future, which would carry the arguments along.
+        // Outside the future, which would otherwise carry the arguments along. The record is only borrowed until the
+        // intent is queued: if `further` panics or the queue is full, it stays open and can still be refused.
         let Open { audit, facts } = self.open.as_ref().ok_or(Unavailable)?;
         let entry = Entry::Intent { facts, body_size, digest: &to_hex(digest), further };
         let (seq, waited) = (audit.shared().push_intent(&entry)?, permit.waited);
@@ -211,6 +229,8 @@ impl OpenRecord {
             if record.audit.safe(seq, waited).await.is_ok() {
                 return Ok(record);
             }
+            // The writer may still commit the intent later, so that it needs an outcome now. Nothing can be sent
+            // without an intended record, so that `not_sent` is certain.
             record.audit.shared().metrics.late.inc();
             record.close(&Answer::without_reply(Outcome::NotSent, Code::AuditUnavailable));
             Err(Unavailable)
@@ -218,7 +238,7 @@ impl OpenRecord {
     }
 }
 
-/// The future of the request was dropped before the intent was queued: its caller left.
+/// The request's future was dropped before the intent was queued: its caller disconnected.
 impl Drop for OpenRecord {
     fn drop(&mut self) {
         self.refuse(Code::CallerLeft, None);
@@ -231,13 +251,15 @@ impl IntendedRecord {
         self.facts.id
     }
 
-    /// From now on an exchange has it: bytes may be on their way.
+    /// Marks that an exchange owns the record. From now on bytes may be on their way to the upstream, so that a drop
+    /// means `unknown`.
     pub fn sent(mut self) -> Self {
         self.facts.enter(Stage::Upstream);
         self
     }
 
-    /// Closes the record with the outcome of its exchange.
+    /// Closes the record with the outcome of its exchange. Returns what to wait for, and the names of caller and
+    /// route.
     pub fn finish(mut self, answer: &Answer) -> (Queued, Names) {
         let seq = self.close(answer);
         let names = Names { caller: self.facts.caller.take(), route: self.facts.route.take() };
@@ -245,6 +267,7 @@ impl IntendedRecord {
     }
 
     fn close(&mut self, answer: &Answer) -> u64 {
+        // First: a panic below must not make the drop queue a second outcome.
         self.is_closed = true;
         let (audit, facts) = (&self.audit, &mut *self.facts);
         facts.enter(facts.stage);
@@ -253,16 +276,20 @@ impl IntendedRecord {
     }
 }
 
-/// The future of the request or of its exchange was dropped: its caller left, it was cut off by a stop, or it panicked.
+/// The future of the request or of its exchange was dropped: the caller disconnected, a stop cut the exchange off, or
+/// it panicked.
 impl Drop for IntendedRecord {
     fn drop(&mut self) {
         if self.is_closed {
             return;
         }
         let answer = match self.facts.stage {
+            // Whether the upstream received the request is not known here. `not_sent` would tell the caller that it
+            // may send the task again.
             Stage::Upstream => {
                 Answer { note: Some("cut off"), ..Answer::without_reply(Outcome::Unknown, Code::Internal) }
             }
+            // A panic is a fault of the gateway, and the trail must not blame the caller for it.
             _ if thread::panicking() => Answer::without_reply(Outcome::NotSent, Code::Internal),
             _ => Answer::without_reply(Outcome::NotSent, Code::CallerLeft),
         };
