@@ -1,9 +1,12 @@
-//! The writer's thread: chains and writes, one write a batch.
+//! The writer's thread of the audit trail: links a batch into the hash chain, writes it and commits it (group
+//! commit).
 //!
-//! Many records are written in parts, none longer than a file may be. A stuck disk holds this thread, never a worker.
+//! There is one write per batch; a long batch is written in parts that fit into a file. Only this thread calls the
+//! disk for records, so that a stuck disk holds it and never a worker. Where the disk fails, nothing that is queued
+//! is given up before the trail closes.
 //!
-//! [`space`] reserves what outcomes need and says when a new segment begins, [`disk`] writes, and [`lost_files`] looks after what
-//! others do to the files.
+//! [`space`] reserves space for outcomes and decides when a segment begins, [`disk`] writes, and [`lost_files`]
+//! reacts to files that others moved, deleted or changed.
 
 mod disk;
 mod lost_files;
@@ -36,71 +39,80 @@ use crate::supervisor::fault;
 use lost_files::Mishap;
 use space::room;
 
-/// So much room for text is kept from batch to batch, in bytes; 256 busy connections use a third.
+/// How much of a batch's memory is kept for the next batch, in bytes. A batch of 256 busy connections takes a third
+/// of it.
 const KEPT_TEXT: usize = 1 << 20;
 
-/// An outcome takes no more than this, but for one with a long reply or code.
+/// The space that is reserved for an outcome, in bytes. Only an outcome with a stored reply or a long result code
+/// takes more.
 pub(super) const OUTCOME: u64 = 2 * 1024;
 
-/// So many bytes of queued records are written at once: under any limit on file sizes that [`limit::check`] lets pass, each such
-/// part has room in a file. Queued may be 64 MiB and the outcomes of all in flight. To refuse each limit below that would be as
-/// simple, and would refuse limits that are of use.
+/// The length of a part in which queued records are written, in bytes.
+// The queue can hold 64 MiB, and a batch of that length would not fit into a file under a low limit on file sizes.
+// Each part fits under any limit that `limit::check` accepts. To refuse all limits below 64 MiB would be as simple,
+// but such limits are in use.
 pub(super) const MOST_AT_ONCE: usize = 4 << 20;
 
-/// How often an old segment is looked for while there is something to write, beside each time that one is begun. One goes at
-/// a time.
+/// How often the writer looks for a segment that retention may remove, beside each time that a segment begins. Each
+/// look removes one segment at most.
+// One at a time: a clock or a setting that is wrong for a moment must not cost more than one segment.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// Where the trail stands.
+/// The state of the writer.
 pub(super) struct Writer {
     options: Options,
     directory: Directory,
-    /// When the files were last looked at.
+    /// When the files and the free space were last checked.
     looked_around: Option<Instant>,
-    /// What is not in its place, of directory and lock file.
+    /// What was missing at the last check: the directory or the lock file.
     away: Option<&'static str>,
     keeping: Keeping,
     pub(super) clocks: Arc<Clocks>,
     ledger: Ledger,
-    /// How much of the open segment is the list in its first batch, in bytes.
+    /// The length of the list in the open segment's first batch, in bytes.
+    // It does not count towards `segment_size`: a list that is longer than that would otherwise end each segment with
+    // its first batch.
     list_length: u64,
-    /// The length of the list that was last written into a batch, which may begin a segment yet.
+    /// The length of the list that was last written into a batch, in bytes. That batch may begin a segment.
     list_filled: u64,
-    /// The open segment was begun in the place of a lost one, with no list in its first batch: the next one has it.
+    /// Whether the open segment replaced a lost one and so began without a list. The next segment must have it.
     lacks_list: bool,
-    /// When there was no space for a new segment.
+    /// When a new segment was last given up for want of space.
     list_refused: Option<Instant>,
-    /// The open segment is at the limit on file sizes, and there is space for a new one.
+    /// Whether the open segment is at the limit on file sizes and a new one would have space.
     is_outgrown: bool,
-    /// When the last anchor was written, by `CLOCK_BOOTTIME` in milliseconds, and whether the segment has none yet.
+    /// When the last clock anchor was written, by `CLOCK_BOOTTIME` in milliseconds.
     pub(super) anchored: i64,
+    /// Whether the open segment has no clock anchor yet.
     is_unanchored: bool,
-    /// When old segments were last looked for.
+    /// When retention last looked for old segments.
     looked: Option<Instant>,
-    /// To be removed once the record that says so is written.
+    /// A segment to be removed once the record that announces it is committed.
     old: Option<Old>,
     keys: Arc<Keys>,
-    /// Of the last record that is committed, and its number.
+    /// The link of the last committed record.
     link: Link,
+    /// The number of that record.
     seq: u64,
-    /// Where records go.
+    /// The open segment. `None` until the first batch, and while a lost or failed one is being replaced.
     segment: Option<Segment>,
-    /// Those that are full, or were left for another one.
+    /// The segments that are complete, with the identity of their files, so that their loss is noticed.
     closed: BTreeMap<String, Identity>,
-    /// They could be looked for.
+    /// Whether the last look for closed segments succeeded.
     is_listed: bool,
-    /// The segment whose last fdatasync failed, until its batch is elsewhere.
+    /// The segment whose last fdatasync failed, until its batch is in another segment.
     disproven: Option<Segment>,
     syncs: Syncs,
     mishaps: Vec<Mishap>,
-    /// Held for as long as the trail is written.
+    /// Locked for as long as the trail is written.
     lock: Lock,
-    /// The last statement was written to it.
+    /// Whether the last write to the lock file succeeded.
     is_stated: bool,
 }
 
 impl Writer {
-    /// A writer that goes on behind what was found, and has written what that tells. `what` names that for people.
+    /// Returns a writer that goes on after the last record found, and has written the records of recovery. `what`
+    /// names these records in an error. Fails if they cannot be written.
     pub(super) fn go_on(
         options: &Options,
         keys: Arc<Keys>,
@@ -150,11 +162,14 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Writes until the trail is closed and everything queued is written, or the last write failed.
+    /// Runs until the trail is closed and everything queued is written. Fails if the trail is closing and the last
+    /// write failed.
     pub(super) fn run(mut self, shared: &Shared) -> Result<(), Unfinished> {
         let (mut batch, mut part, mut due) = (Batch::default(), Batch::default(), shared.begin(0));
         loop {
             fault::look("the audit writer");
+            // Before the next batch is taken: the events that these steps queue are then in it, and `remove_old`
+            // relies on that.
             self.anchor(shared);
             self.look_for_old(shared);
             self.rest(shared, due);
@@ -164,6 +179,8 @@ impl Writer {
             due = shared.begin(batch.len());
             match next {
                 Next::Write => {}
+                // Without space no intent is accepted, so that nothing but this would notice that there is space
+                // again.
                 Next::Look => {
                     self.reserve(shared, 0);
                     continue;
@@ -178,13 +195,15 @@ impl Writer {
                 self.put(&mut part, &batch, shared)?;
             }
             self.put(&mut batch, &Batch::default(), shared)?;
+            // Only now: the event that names the segment is committed.
             self.remove_old(shared);
             batch.shrink_to(KEPT_TEXT);
             self.report(shared);
         }
     }
 
-    /// Writes and commits a batch, before another one that waits.
+    /// Writes and commits a batch. `behind` holds the records that are written after it, for which space is reserved,
+    /// too. Fails if the trail closes before the batch is written.
     fn put(&mut self, batch: &mut Batch, behind: &Batch, shared: &Shared) -> Result<(), Unfinished> {
         if batch.has_list() {
             self.fill_list(batch, shared);
@@ -202,18 +221,26 @@ impl Writer {
             self.ledger.take(batch, segment, shared);
         }
         self.lacks_list &= !batch.begins_segment;
+        // After the lock file and the list are up to date: a request that is woken relies on both.
         shared.written(batch);
-        self.reserve(shared, waiting); // a new segment has none yet
+        // Once more: if the batch began a segment, that segment has no space reserved yet.
+        self.reserve(shared, waiting);
         Ok(())
     }
 
-    /// Writes the list of the unresolved, as it is behind the batch, into the place that the batch keeps for it. A list that makes
-    /// the batch longer than a file may be is left out, and no segment begins with it: that could not be written at all. How long the
-    /// list is, is certain only here: the batch adds to it, and a number may be longer there than in its intent.
+    /// Writes the list of unresolved calls, as it is after the batch, in place of the batch's placeholder.
+    ///
+    /// A list that makes the batch longer than a file may be is left out, and the batch begins no segment.
+    // Its length is known only here: the batch adds to the list, and a number may be longer on the list than in its
+    // intent. A batch that no file can hold would be tried for ever, and all records behind it would be lost at the
+    // stop.
     fn fill_list(&mut self, batch: &mut Batch, shared: &Shared) {
+        // The intents of calls at work are still only in the open segment. They must be read before another segment
+        // takes its place.
         if let Some(segment) = &self.segment {
             self.ledger.leave(segment);
         }
+        // The lock of the list is held for the copy only, since requests take it, too. The copy shares the calls.
         let (forgotten, list) = {
             let mut list = shared.unresolved();
             (self.prune(&mut list), list.clone())
@@ -234,8 +261,9 @@ impl Writer {
         }
     }
 
-    /// Forgets calls whose window is certainly over. Returns those of unknown outcome.
+    /// Removes calls whose idempotency window is certainly over. Returns those of unknown outcome among them.
     fn prune(&self, list: &mut UnresolvedList) -> Vec<Arc<UnresolvedCall>> {
+        // Without anchors no age is certain, and a wrong clock must remove no call.
         let Some(anchors) = self.clocks.anchors() else { return Vec::new() };
         let (ages, window) = (self.clocks.ages(), self.options.window + SLACK);
         list.prune(|call| {
@@ -244,14 +272,16 @@ impl Writer {
         })
     }
 
-    /// A writer that waits for the disk is never prompt: what is queued meanwhile shares the next fdatasync.
+    /// Notes that the batch is done, unless durability is `disk`.
+    // A writer that waits for fdatasync never counts as keeping up: then requests need no permit, and all that queue
+    // meanwhile share the next fdatasync.
     fn rest(&self, shared: &Shared, due: u64) {
         if self.options.durability == Durability::Kernel {
             shared.rest(due);
         }
     }
 
-    /// Links and writes records, once.
+    /// Links, writes and commits records, without a retry. Used before there are requests.
     fn append(&mut self, batch: &mut Batch) -> io::Result<()> {
         let link = self.link(batch);
         self.write(batch)?;
@@ -259,12 +289,14 @@ impl Writer {
         Ok(())
     }
 
-    /// Links each record to the one before; returns the last one's link.
+    /// Writes into each record the hash of the record before it, and its own. Returns the link of the last one.
     fn link(&self, batch: &mut Batch) -> Link {
         batch.lines_mut().fold(self.link.clone(), |link, line| self.keys.seal(line, &link))
     }
 
-    /// The records up to here are where they belong. A new segment is in the lock file before anybody relies on it.
+    /// Notes that the records up to `seq` are in their place.
+    // The lock file must name a new segment before a request relies on it. Otherwise a start could not tell that the
+    // segment was lost.
     fn commit(&mut self, link: Link, seq: u64) {
         (self.link, self.seq) = (link, seq);
         if self.segment.as_ref().map(|segment| segment.first) != self.lock.newest() {
@@ -277,7 +309,8 @@ impl Writer {
         let Some(segment) = &self.segment else { return };
         let last = Place { seq: self.seq, hash: self.link.hash() };
         let stated = Stated { newest: segment.first, last, is_stopped };
-        // What is said each second may be lost with the machine: then it says less than there is.
+        // Only a new segment and a stop need fdatasync. If the machine loses what is written each second, the lock
+        // file names an earlier record: a start then expects less than there is, and still finds it.
         let is_news = is_stopped || self.lock.newest() != Some(segment.first);
         let done = self.lock.state(&stated, is_news && self.options.durability == Durability::Disk);
         let was_stated = std::mem::replace(&mut self.is_stated, done.is_ok());
@@ -288,7 +321,7 @@ impl Writer {
         }
     }
 
-    /// Everything is written. Gives back what was reserved and not needed.
+    /// Called when everything is written. Releases the space that was reserved and not used.
     pub(super) fn close(&mut self) {
         if let Some(segment) = &self.segment {
             segment.release();
@@ -296,8 +329,9 @@ impl Writer {
         self.state(true);
     }
 
-    /// Queues what ties the times of records to the time that has passed: once an hour, and in each segment, so that nobody
-    /// has to read far for it.
+    /// Queues a clock anchor, which ties the times of records to the time that has passed: once an hour, and once in
+    /// each segment.
+    // In each segment, since a reader otherwise had to read many segments back for one on a busy trail.
     fn anchor(&mut self, shared: &Shared) {
         let boottime = clocks::boottime();
         let every = if self.is_unanchored { age::AT_MOST_EVERY } else { age::EVERY };
@@ -307,12 +341,13 @@ impl Writer {
         }
     }
 
-    /// Looks for a segment that is to go, and queues the record that says so.
+    /// Looks for a segment that retention may remove, and queues the event that announces it.
     fn look_for_old(&mut self, shared: &Shared) {
         if !self.keeping.is_bounded() || self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
             return;
         }
-        // In another directory there are other segments. A start looks as soon as it may.
+        // A directory that was replaced has other segments, which are not ours to remove. Without anchors no age is
+        // known: the time of this look is then not noted, so that the first one comes as soon as they are.
         if shared.is_closing() || self.directory.check().is_err() || self.clocks.anchors().is_none() {
             return;
         }
@@ -327,7 +362,9 @@ impl Writer {
         }
     }
 
-    /// Removes it, when that is written.
+    /// Removes the segment that was found, after the event that announces it is committed.
+    // In the other order a crash in between would leave a trail whose beginning is missing without a record of it,
+    // which counts as damage.
     fn remove_old(&mut self, shared: &Shared) {
         let Some(old) = self.old.take() else { return };
         let name = old.path.file_name().unwrap_or_default().to_string_lossy();
