@@ -1,7 +1,10 @@
-//! Files of the trail that others moved, deleted, replaced or cut.
+//! Self-repair: files of the trail that others moved, deleted, replaced or cut.
 //!
-//! The open segment is copied back to its name; one that was cut shorter is given up for a new one. Once a second, at rest, too,
-//! the writer looks for the directory, the lock file and the closed segments. Without the first two nothing new is sent.
+//! The open segment is copied back to its name. If it was cut shorter, it is closed and a new one begins. Once a
+//! second, also without load, the writer checks the directory, the lock file and the closed segments. Without the
+//! directory or the lock file no new intent is accepted.
+//!
+//! A closed segment that is gone is reported and not restored: the writer no longer has it open.
 
 use std::io;
 use std::time::Instant;
@@ -12,10 +15,12 @@ use super::{Durability, Identity, Shared, Writer};
 use crate::audit::lock;
 use crate::audit::queue::LOOK_AROUND;
 
-/// To look at the files and the free space takes as long as to write so many records.
+/// The check of the files and the free space counts as a batch of this many records when it is decided whether the
+/// writer keeps up.
+// It takes about as long as writing them. Without this allowance each check would make the writer count as behind.
 const LOOK_AROUND_COSTS: usize = 100;
 
-/// What happened to a file of the trail, while no record says so yet.
+/// Something that happened to a file of the trail and is not on record yet.
 pub(super) enum Mishap {
     /// An fdatasync of a segment failed.
     Disproven,
@@ -27,20 +32,22 @@ pub(super) enum Mishap {
 pub(super) struct Lost {
     pub(super) file: String,
     pub(super) what: &'static str,
-    /// Nothing is lost: it is there again.
+    /// Whether the file is in its place again, so that nothing is lost.
     pub(super) is_restored: bool,
-    /// What the foreign file in its place is called now.
+    /// The new name of the foreign file that was in its place.
     pub(super) aside: Option<String>,
-    /// What the lost file is called now.
+    /// The name under which the lost file was found.
     pub(super) found_as: Option<String>,
 }
 impl Writer {
-    /// Looks around once a second. That makes no prompt writer a slow one, nor a slow one prompt; a stuck disk does.
+    /// Checks files and free space, if the last check is about a second old.
     pub(super) fn look_around_in_turn(&mut self, shared: &Shared) {
         if self.looked_around.is_some_and(|looked| looked.elapsed() < LOOK_AROUND) {
             return;
         }
         self.looked_around = Some(Instant::now());
+        // A check on time must not change whether the writer counts as keeping up, in either direction. A check that
+        // hangs on a stuck disk must.
         let was_prompt = shared.is_prompt();
         let due = shared.begin(LOOK_AROUND_COSTS);
         self.look_around(shared);
@@ -49,8 +56,8 @@ impl Writer {
         }
     }
 
-    /// Looks whether there is space for refusals, and whether every file is in its place. Here, since asking a stuck
-    /// disk takes for ever.
+    /// Checks the free space, and whether every file is in its place.
+    // On this thread, since a stuck disk may never answer.
     fn look_around(&mut self, shared: &Shared) {
         let free = self.directory.free_space();
         shared.metrics.free.set(i64::try_from(free).unwrap_or(i64::MAX));
@@ -64,6 +71,8 @@ impl Writer {
                 tracing::warn!(%error, "the segments of the audit trail cannot be looked for");
             }
             self.look_for_open(shared);
+            // The lock file names the last record once a second, so that a start can tell if more than the last
+            // second is missing.
             self.state(false);
         }
         self.report(shared);
@@ -72,8 +81,11 @@ impl Writer {
         }
     }
 
-    /// Whether directory and lock file are those that were opened. Says once that they are not, and that they are again.
+    /// Whether the directory and the lock file are those that were opened. Reports once that they are not, and once
+    /// that they are again.
     pub(super) fn look_for_place(&mut self, shared: &Shared) -> bool {
+        // A lock file that was replaced locks nothing. Where the file system cannot lock directories, a second
+        // gateway could then write the same segments.
         let lost = match (self.directory.check(), self.directory.leads_to(lock::NAME, self.lock.identity())) {
             (Err(_), _) => Some("the directory was moved, deleted or replaced, or cannot be reached"),
             (Ok(()), Ok(true)) => None,
@@ -101,12 +113,13 @@ impl Writer {
         lost.is_none()
     }
 
-    /// Looks whether the closed segments are still there. What is not is said once.
+    /// Looks for closed segments that are gone, and notes each of them once. Fails if the directory cannot be listed.
     fn look_for_closed(&mut self) -> io::Result<()> {
         let names = self.directory.names()?;
         let mut lost = Vec::new();
         for (name, identity) in &self.closed {
-            // Some file systems tell other inodes in a listing.
+            // A listing has all inodes for one pass over the directory. Some file systems report other inodes there
+            // than for the file itself, so that a difference is checked at the file.
             if names.get(name.as_bytes()) != Some(&identity.inode())
                 && !self.directory.leads_to(name, *identity)?
             {
@@ -119,6 +132,8 @@ impl Writer {
             } else {
                 "a closed segment was moved or deleted"
             };
+            // Removed from the map, so that the loss is reported once. A segment that was renamed is found by its
+            // inode, and the event can name it.
             let inode = self.closed.remove(&file).map(Identity::inode);
             let found = names.iter().find(|(_, other)| Some(**other) == inode);
             let found_as = found.map(|(name, _)| String::from_utf8_lossy(name).into_owned());
@@ -127,7 +142,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Looks whether the open segment is in its place, and puts it back.
+    /// Checks whether the open segment is in its place, and restores it if it is not.
+    // The next write would notice it, too. Without load there is none, and a stop would lose the segment for good.
     fn look_for_open(&mut self, shared: &Shared) {
         let is_lost = self.segment.as_ref().is_some_and(|segment| !segment.is_in_place());
         let rescued = if is_lost { self.rescue(&[]) } else { Ok(()) };
@@ -140,8 +156,9 @@ impl Writer {
         }
     }
 
-    /// The open segment is not in its place. Copies it back from the open file, so that nothing is lost; if that does not
-    /// have all records any more, the next write begins a new one. `pending` is what was written and is not committed.
+    /// Restores the open segment, which is not in its place, from the open file. If that file no longer has all
+    /// committed records, the segment is closed, and the next write begins a new one. `pending` is text that was
+    /// written and is not committed.
     pub(super) fn rescue(&mut self, pending: &[u8]) -> io::Result<()> {
         self.directory.check()?;
         let Some(segment) = &mut self.segment else { return Ok(()) };
@@ -152,6 +169,7 @@ impl Writer {
             let syncs = (self.options.durability == Durability::Disk).then_some(&mut self.syncs);
             (*segment, aside) = segment.copy_back(&self.directory, syncs)?;
         } else {
+            // The batch goes into the new segment. Left here as well, it would follow a gap and count as damage.
             segment.take_back(pending)?;
             self.give_up_segment()?;
         }
@@ -159,7 +177,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Leaves the open segment for a new one. What is left of it counts as a closed one.
+    /// Closes the open segment so that the next write begins a new one. What is left of its file counts as a closed
+    /// segment.
     fn give_up_segment(&mut self) -> io::Result<()> {
         let Some(segment) = self.segment.take() else { return Ok(()) };
         self.ledger.leave(&segment);
@@ -169,7 +188,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Says what happened to files, in log, metrics and trail.
+    /// Reports what happened to files, in the log, in metrics and in the trail.
+    // Collected until here: a file can also be lost while the start writes, when there is no queue yet.
     pub(super) fn report(&mut self, shared: &Shared) {
         for mishap in self.mishaps.drain(..) {
             match mishap {
@@ -191,12 +211,12 @@ impl Writer {
 }
 
 impl Lost {
-    /// The value of the event's member, and of the metric's label.
+    /// The value of the event's member `result`, and of the metric's label.
     fn result(&self) -> &'static str {
         if self.is_restored { "restored" } else { "lost" }
     }
 
-    /// What the event says.
+    /// The members of the event.
     fn details(&self) -> Value {
         let mut details = json!({ "what": self.what, "file": self.file, "result": self.result() });
         for (name, value) in [("aside", &self.aside), ("found_as", &self.found_as)] {
