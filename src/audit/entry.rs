@@ -1,4 +1,8 @@
-//! Every record's form in the trail.
+//! The form of each kind of record in the trail.
+//!
+//! A record begins with its number, time and kind; then come its members, and at the end the links of the hash chain.
+//! [`Entry::begin`] needs the number and is called with the queue locked; [`Entry::members`] takes longer and is
+//! called before, where it can be.
 
 use serde_json::{Map, Value};
 use uuid::Uuid;
@@ -14,14 +18,14 @@ use crate::model::code::Code;
 use crate::model::outcome::Outcome;
 use crate::model::request_id::RequestId;
 
-/// A record to be written.
+/// A record to be queued.
 pub(super) enum Entry<'a> {
     Intent {
         facts: &'a Facts,
         body_size: usize,
         /// The keyed digest of the body, in hex.
         digest: &'a [u8],
-        /// Writes further members, as JSON text with a comma in front.
+        /// Appends further members, as JSON text with a comma in front.
         further: &'a dyn Fn(&mut Vec<u8>),
     },
     Outcome {
@@ -33,18 +37,18 @@ pub(super) enum Entry<'a> {
         name: &'static str,
         details: &'a Map<String, Value>,
     },
-    /// The list of the unresolved, and the calls that it no longer has because it was too long.
+    /// The list of unresolved calls, and the calls that were removed from it because it was too long.
     Unresolved {
         list: &'a UnresolvedList,
         forgotten: &'a [Uuid],
     },
-    /// The outcome that a restart gives to an intent left without one.
+    /// The outcome `unknown` that crash recovery gives to an intent without one.
     Doubt {
         id: Uuid,
     },
 }
 
-/// The kinds of records.
+/// The kinds of records, as the member `kind` names them.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Kind {
     Intent,
@@ -69,15 +73,16 @@ impl Kind {
 /// Why a request has a record without an intent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Why {
-    /// The other side's failure is named.
+    /// It was refused. The cause is set if the other side failed.
     Refused(Code, Option<Cause>),
-    /// It was answered from what is stored.
+    /// It was answered with a stored reply.
     Replayed,
-    /// It was not meant to be sent.
+    /// It was a dry run, which is never sent.
     DryRun,
 }
 
 impl Why {
+    /// The outcome, code and cause to be recorded.
     pub(super) fn told(self) -> (Outcome, Option<Code>, Option<Cause>) {
         match self {
             Self::Refused(code, cause) => (Outcome::NotSent, Some(code), cause),
@@ -87,15 +92,15 @@ impl Why {
     }
 }
 
-/// One refusal, or several of one kind.
+/// A refusal, or an aggregate of refusals of one kind.
 pub(super) struct Refusal {
-    /// Of the first one, in microseconds since 1970.
+    /// The time of the first one, in microseconds since 1970.
     pub(super) time: u64,
     pub(super) facts: Box<Facts>,
     pub(super) why: Why,
     pub(super) status: u16,
     pub(super) count: u64,
-    /// It counts refusals of several peers, of which the facts name the first.
+    /// Whether it counts refusals of several peers. The facts then name the first.
     pub(super) several: bool,
 }
 
@@ -109,7 +114,7 @@ impl Entry<'_> {
         }
     }
 
-    /// What it changes in the list of the unresolved.
+    /// What the record changes in the list of unresolved calls.
     pub(super) fn change(&self) -> Change {
         match self {
             Self::Intent { facts, .. } => Change::Intent(facts.id.uuid()),
@@ -122,21 +127,24 @@ impl Entry<'_> {
                 Change::Event { name, id }
             }
             Self::Unresolved { .. } => Change::Event { name: unresolved::LIST, id: None },
-            // A doubt is of a start, which has put it on the list.
+            // A doubt is from crash recovery, which has put the call on the list itself.
             Self::Event { .. } | Self::Refusal(_) | Self::Doubt { .. } => Change::None,
         }
     }
 
-    /// Whether its members are short enough to be written while the queue is locked: all but a stored reply are.
+    /// Whether its members are short enough to be written while the queue is locked. Only a stored reply makes an
+    /// outcome longer.
+    // Not an intent: its members have redacted values, each of which needs a hash.
     pub(super) fn is_brief(&self) -> bool {
         matches!(self, Self::Outcome { answer: Answer { reply: None, .. }, .. })
     }
 
+    // An aggregate is queued up to an hour after its first refusal, whose time it has.
     fn time(&self) -> u64 {
         if let Self::Refusal(refusal) = self { refusal.time } else { clock::unix_nanos() / 1000 }
     }
 
-    /// What the record's line begins with: its number, time and kind.
+    /// Appends the beginning of the line: number, time and kind.
     pub(super) fn begin(&self, seq: u64, second: &mut Second, text: &mut Vec<u8>) {
         let mut line = Line(text);
         line.number("{\"seq\":", seq);
@@ -144,7 +152,7 @@ impl Entry<'_> {
         line.word(",\"kind\":\"", self.kind().as_str());
     }
 
-    /// The members behind that, but for the links.
+    /// Appends the members that follow, without the links.
     pub(super) fn members(&self, text: &mut Vec<u8>) {
         let line = &mut Line(text);
         match self {
@@ -155,6 +163,7 @@ impl Entry<'_> {
                 line.word(",\"digest\":\"", digest);
             }
             Self::Outcome { facts, answer } => {
+                // The intent has the rest. An outcome is written for each call, so that its length counts.
                 facts.write_briefly(line);
                 answer.write(facts.stage, line);
                 facts.write_times(line);
