@@ -1,4 +1,6 @@
-//! What is known of a request, and how the records of it tell that.
+//! The facts about a request: collected while it passes the stages, then written into its records.
+//!
+//! Values are stored as they will be written, after redaction.
 
 use std::fmt;
 use std::sync::Arc;
@@ -22,38 +24,39 @@ use crate::model::stage::Stage;
 pub(super) struct Facts {
     pub(super) id: RequestId,
     pub(super) peer: Peer,
-    /// What stands in its place; `None`: the peer itself.
+    /// What is written in place of the peer; `None` if the peer itself is.
     pub(super) peer_shown: Option<Option<HeaderValue>>,
     pub(super) caller: Option<Arc<str>>,
     pub(super) caller_id: Option<HeaderValue>,
     pub(super) traceparent: Option<HeaderValue>,
     pub(super) route: Option<Arc<str>>,
     pub(super) operator: Option<HeaderValue>,
-    /// An earlier call that this one repeats or equals.
+    /// The earlier call that this one repeats or equals.
     pub(super) first: Option<FirstCall>,
-    /// It repeats a call of unknown outcome by force.
+    /// Whether it repeats, by force, a call of unknown outcome.
     pub(super) is_forced: bool,
-    /// What further is told of it, if it is refused.
+    /// Details for a refusal.
     pub(super) detail: Option<Box<Detail>>,
     pub(super) stage: Stage,
-    /// In nanoseconds of this process.
+    /// When the present stage began, in nanoseconds of this process.
     pub(super) entered: u64,
-    /// Nanoseconds by stage.
+    /// The time spent in each stage, in nanoseconds.
     pub(super) spent: [u64; Stage::COUNT],
 }
 
-/// Why a request was refused, beyond the code.
+/// Details of a refusal beyond its code.
 #[derive(Debug, Default)]
 pub struct Detail {
-    /// The path that was asked for.
+    /// The path of the request.
     pub path: Option<String>,
     /// The names in the caller's certificate.
     pub names: Vec<String>,
-    /// Where the body breaks the contract, and which keyword of it.
+    /// JSON Pointers to the places where the body breaks the contract, each with the keyword that it breaks.
     pub errors: Vec<(String, &'static str)>,
 }
 
 impl Facts {
+    /// The facts of a request that enters its first stage now.
     pub(super) fn new(id: RequestId, peer: Peer, peer_shown: Option<Option<HeaderValue>>) -> Self {
         Self {
             id,
@@ -73,6 +76,7 @@ impl Facts {
         }
     }
 
+    /// Adds the time since the last call to the stage that ends, and enters the next one.
     pub(super) fn enter(&mut self, stage: Stage) {
         let now = clock::nanos();
         self.spent[self.stage as usize] += now.saturating_sub(self.entered);
@@ -80,6 +84,8 @@ impl Facts {
         self.stage = stage;
     }
 
+    /// The peer or caller whose refusals are aggregated with this one.
+    // An address without its port: a stranger has a new port for each connection.
     pub(super) fn who(&self) -> Who {
         match (&self.caller, self.peer) {
             (Some(caller), _) => Who::Caller(caller.clone()),
@@ -88,7 +94,7 @@ impl Facts {
         }
     }
 
-    /// Logs that the request is over.
+    /// Writes the request's log line, if such requests have one.
     pub(super) fn tell(&self, outcome: Outcome, code: Option<Code>, cause: Option<Cause>, status: u16) {
         if requests::may_have_line(outcome, code, status) {
             let (id, caller, route) = (self.id, self.caller.as_ref(), self.route.as_deref());
@@ -96,7 +102,7 @@ impl Facts {
         }
     }
 
-    /// Who asked for what.
+    /// Appends who asked for what. Used for intents and refusals.
     pub(super) fn write(&self, line: &mut Line<'_>) {
         self.write_briefly(line);
         match &self.peer_shown {
@@ -104,6 +110,7 @@ impl Facts {
             Some(Some(hidden)) => line.word(",\"peer\":\"", hidden),
             Some(None) => {}
         }
+        // Needs no escape either: the operator's id was validated, or is a hash.
         if let Some(operator) = &self.operator {
             line.word(",\"operator\":\"", operator);
         }
@@ -115,10 +122,10 @@ impl Facts {
         line.optional(",\"traceparent\":", self.traceparent.as_ref());
     }
 
-    /// As much as tells which intent an outcome belongs to, and whose it is.
+    /// Appends the members that tell which intent an outcome belongs to, and whose it is.
     pub(super) fn write_briefly(&self, line: &mut Line<'_>) {
         line.word(",\"id\":\"", *self.id.as_bytes());
-        // Names and operators are of plain characters, as validated.
+        // Names need no escape: the configuration allows only plain characters in them.
         if let Some(caller) = &self.caller {
             line.word(",\"caller\":\"", caller.as_bytes());
         }
@@ -127,8 +134,9 @@ impl Facts {
         }
     }
 
-    /// Milliseconds by stage, of those that took any time.
+    /// Appends the milliseconds spent in each stage, without the stages that took less than a microsecond.
     pub(super) fn write_times(&self, line: &mut Line<'_>) {
+        // Constants with the comma, as for all members. They must be in the order of `Stage`.
         const KEYS: [&str; Stage::COUNT] = [
             ",\"admission\":",
             ",\"route\":",
@@ -141,7 +149,8 @@ impl Facts {
             ",\"upstream\":",
         ];
         line.raw(b",\"ms\":{");
-        let mut comma = 1; // none before the first one
+        // The first key goes without its comma.
+        let mut comma = 1;
         for (key, spent) in KEYS.iter().zip(&self.spent) {
             let micros = spent / 1000;
             if micros > 0 {
@@ -153,6 +162,7 @@ impl Facts {
     }
 }
 
+// Only the id: the rest may contain values that the trail redacts, and a log line must not show them.
 impl fmt::Debug for Facts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Facts({})", self.id)

@@ -1,5 +1,9 @@
-//! How many refusals are recorded one by one: some of each kind a second, and a budget of bytes an hour for those of strangers and
-//! another one for those of callers. What goes beyond is counted, so that nobody fills the disk with refusals.
+//! The aggregation of refusals: load shedding for the trail, so that no flood of refused requests fills the disk.
+//!
+//! Some refusals of each kind are recorded one by one each second; the rest of the second becomes one record with a
+//! count. In addition there is a budget of bytes an hour for strangers, and another one for callers. Beyond it,
+//! refusals of one kind become one record at the end of the hour. Each refusal is counted in some record; what is
+//! lost at a kill is only what was counted and not yet recorded.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -15,72 +19,82 @@ use super::facts::Facts;
 use crate::clock;
 use crate::config::RefusalBudget;
 
-/// Refusals of one kind that are recorded in full each second; the rest of the second is one record.
+/// How many refusals of one kind are recorded one by one each second.
 const FULL_REFUSALS: u32 = 10;
 
-/// So many kinds of strangers' refusals are told apart each second; further strangers share one kind a code.
-/// Addresses cost a stranger nothing, so their number must not decide how fast the trail grows. Callers are
-/// as many as are configured.
+/// How many kinds of strangers' refusals are distinguished each second. Further strangers share one kind for each
+/// code.
+// Addresses cost a stranger nothing, so that their number must not decide how fast the trail grows. Callers need no
+// such bound: their number is configured.
 const STRANGERS: usize = 10;
 
+/// The period of the finer aggregation.
 const SECOND: Duration = Duration::from_secs(1);
 
 /// The refusals of the present second and hour.
 pub(super) struct Folds {
     since: Instant,
+    /// What was seen in this second, by kind.
     kinds: HashMap<(Who, Why), Fold>,
+    /// How many kinds of strangers there are in this second.
     strangers: usize,
     hour: Hour,
-    /// Refusals that were not recorded since the last record that says so.
+    /// How many refusals were not recorded at all since the last event that says so.
     pub(super) unrecorded: u64,
 }
 
 #[derive(Default)]
 struct Fold {
+    /// How many came in this second.
     seen: u32,
+    /// The aggregate of those beyond the first.
     more: Option<Refusal>,
 }
 
-/// Whose refusals are folded together.
+/// The peer or caller whose refusals are aggregated.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Who {
     Caller(Arc<str>),
     Address(IpAddr),
     Uid(u32),
+    /// All further strangers.
     Others,
 }
 
-/// What was recorded in this hour.
+/// What was recorded in the present hour.
 struct Hour {
     budget: RefusalBudget,
     lasts: Duration,
     since: Instant,
-    /// By strangers and by callers, in bytes.
+    /// The bytes recorded for strangers and for callers.
     spent: [u64; 2],
-    /// Of each kind the first one is recorded whatever was spent. Strangers are one kind.
+    /// The kinds that were seen in this hour, and the aggregate beyond the budget. Strangers are one kind for each
+    /// code.
+    // The first refusal of each kind is recorded whatever was spent: a flood must not hide that something new
+    // happens.
     kinds: HashMap<(Who, Why), Option<Refusal>>,
 }
 
 impl Folds {
-    /// `hour`: how long an hour lasts.
+    /// An empty aggregation. `hour` is how long an hour lasts, which only tests change.
     pub(super) fn new(budget: RefusalBudget, hour: Duration) -> Self {
         let now = Instant::now();
         let hour = Hour { budget, lasts: hour, since: now, spent: [0; 2], kinds: HashMap::new() };
         Self { since: now, kinds: HashMap::new(), strangers: 0, hour, unrecorded: 0 }
     }
 
-    /// Whether a second or an hour is over.
+    /// Whether the second is over.
     pub(super) fn is_due(&self) -> bool {
         self.since.elapsed() >= SECOND
     }
 
-    /// Whether something is counted that is to become a record when its second or hour is over.
+    /// Whether something is counted that must become a record when its second or hour is over.
     pub(super) fn is_pending(&self) -> bool {
         let counted = self.kinds.values().any(|fold| fold.more.is_some());
         self.unrecorded > 0 || counted || self.hour.is_over() && self.hour.is_pending()
     }
 
-    /// Records a refusal, or counts it.
+    /// Records a refusal, or adds it to an aggregate.
     pub(super) fn push(
         &mut self,
         facts: Box<Facts>,
@@ -98,6 +112,7 @@ impl Folds {
             count: 1,
             several,
         };
+        // The hour is decided first: beyond its budget not even the first ten of a second are recorded.
         let is_spent = self.hour.is_spent(of);
         let kind = (if of == 0 { Who::Others } else { who.clone() }, why);
         match self.hour.kinds.get_mut(&kind) {
@@ -119,13 +134,14 @@ impl Folds {
         let full = fold.seen <= FULL_REFUSALS;
         match &mut fold.more {
             Some(more) => more.count += 1,
+            // Recorded one by one, a refusal names its own peer, even in the kind that strangers share.
             None if full => self.hour.record(of, &refusal(facts, false), batch),
             more => *more = Some(refusal(facts, several)),
         }
     }
 
-    /// The second is over: what was only counted becomes one record each. If the hour is over as well, so does what was counted
-    /// beyond its budget.
+    /// Ends the second: each aggregate of it becomes a record. If the hour is over as well, so does each aggregate of
+    /// the hour.
     pub(super) fn fold_up(&mut self, batch: &mut Batch, metrics: &Metrics) {
         self.since = Instant::now();
         self.strangers = 0;
@@ -140,7 +156,7 @@ impl Folds {
         }
     }
 
-    /// What was counted beyond the budget becomes one record each, and another hour begins.
+    /// Ends the hour: each aggregate beyond the budget becomes a record, and another hour begins.
     pub(super) fn end_hour(&mut self, batch: &mut Batch) {
         self.hour.since = Instant::now();
         self.hour.spent = [0; 2];
@@ -149,7 +165,8 @@ impl Folds {
         }
     }
 
-    /// Records how many refusals were not recorded.
+    /// Records how many refusals were not recorded, if any.
+    // So the trail is not silent about what it lacks.
     pub(super) fn close_gap(&mut self, batch: &mut Batch) {
         let unrecorded = std::mem::take(&mut self.unrecorded);
         if unrecorded > 0 {
@@ -158,7 +175,7 @@ impl Folds {
         }
     }
 
-    /// The kind under which a refusal is folded.
+    /// The kind under which a refusal is aggregated in this second.
     fn place(&mut self, who: Who, why: Why) -> Who {
         if matches!(who, Who::Caller(_)) || self.kinds.contains_key(&(who.clone(), why)) {
             return who;
@@ -172,6 +189,7 @@ impl Folds {
 }
 
 impl Hour {
+    /// Whether the hour is over.
     fn is_over(&self) -> bool {
         self.since.elapsed() >= self.lasts
     }
@@ -180,10 +198,12 @@ impl Hour {
         self.kinds.values().any(Option::is_some)
     }
 
+    /// Whether the budget is spent: `of` is 0 for strangers, 1 for callers.
     fn is_spent(&self, of: usize) -> bool {
         self.spent[of] >= [self.budget.strangers, self.budget.callers][of]
     }
 
+    /// Records a refusal at the expense of the budget.
     fn record(&mut self, of: usize, refusal: &Refusal, batch: &mut Batch) {
         let before = batch.size();
         batch.push(&Entry::Refusal(refusal));

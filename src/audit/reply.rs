@@ -1,4 +1,7 @@
-//! What an outcome keeps of the upstream's reply, to be given again to a caller that repeats its call.
+//! The stored reply: what an outcome keeps of the upstream's reply, so that a call repeated with its idempotency key
+//! gets the same answer (deduplication).
+//!
+//! A long or encoded body is not stored; the outcome then has the result code only.
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
@@ -8,26 +11,29 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::field_values::is_coding;
 
-/// A longer body is not kept.
+/// The longest body that is stored, in bytes.
+// Each call with a key writes it into the trail once and holds it in memory for the idempotency window.
 const MAX_BODY: usize = 8 * 1024;
 
-/// A longer `Content-Type` is none.
+/// The longest `Content-Type` that is stored, in bytes.
 const MAX_TYPE: usize = 256;
 
-/// A reply as it is given again.
+/// A reply that can be given again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredReply {
-    /// Its status.
+    /// The HTTP status.
     pub status: u16,
-    /// Its `Content-Type`.
+    /// The `Content-Type`, if it had a printable one that is not too long.
     pub content_type: Option<String>,
-    /// Its body, byte for byte.
+    /// The body, byte for byte.
     pub body: Bytes,
 }
 
 impl StoredReply {
-    /// Of a reply that was read whole, if it can be given again as it is.
+    /// Returns what to store of a reply that was read whole; `None` if it cannot be given again as it is.
     pub fn new(status: StatusCode, headers: &HeaderMap, body: &Bytes) -> Option<Self> {
+        // A body in a content coding could be given only to callers that accept this coding, and the repeated call
+        // may not.
         if body.len() > MAX_BODY || headers.get_all(header::CONTENT_ENCODING).iter().any(is_coding) {
             return None;
         }
@@ -35,7 +41,7 @@ impl StoredReply {
         Some(Self {
             status: status.as_u16(),
             content_type: content_type.and_then(|value| value.to_str().ok()).map(str::to_owned),
-            // A piece of a read buffer would keep all of it.
+            // A copy: the body is a slice of a read buffer, and would keep all of that buffer.
             body: Bytes::copy_from_slice(body),
         })
     }
@@ -48,7 +54,7 @@ impl Serialize for StoredReply {
         reply.serialize_field("content_type", &self.content_type)?;
         match std::str::from_utf8(&self.body) {
             Ok(text) => reply.serialize_field("body", text)?,
-            // Not UTF-8, which JSON cannot hold.
+            // A JSON string cannot hold bytes that are not UTF-8. The other name tells a reader which form this is.
             Err(_) => reply.serialize_field("body_bytes", &self.body[..])?,
         }
         reply.end()
@@ -81,6 +87,8 @@ mod tests {
     fn a_reply_is_read_back_byte_for_byte() {
         let headers =
             HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
+        // An empty body, one with an escape, one with characters that lines and JSON treat specially, and one that is
+        // not UTF-8.
         for body in [&b""[..], b"{\"a\":\"\\u00e9\"}", "é\u{0}\u{2028}\"\\".as_bytes(), b"\xff\x00{"] {
             let reply = StoredReply::new(StatusCode::OK, &headers, &Bytes::copy_from_slice(body)).unwrap();
             let text = serde_json::to_string(&reply).unwrap();
