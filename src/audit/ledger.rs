@@ -1,8 +1,8 @@
-//! What the writer keeps of calls at work, so that each of unknown outcome goes to the list of the unresolved and each
-//! segment can begin with that list.
+//! The writer's ledger of calls at work: intents that are committed and whose outcomes are not.
 //!
-//! Of a call at work it keeps only where its intent lies in the open segment: nearly all end before that line is ever
-//! read again.
+//! It adds calls of unknown outcome to the list of unresolved calls, and completes that list at the beginning of each
+//! segment. Of a call at work it keeps only where its intent is in the open segment, since nearly all calls end
+//! before that line is read again.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -22,21 +22,22 @@ pub(super) struct Ledger {
     at_work: HashMap<Uuid, Intent, foldhash::fast::RandomState>,
 }
 
-/// An intent.
+/// The intent of a call at work.
 enum Intent {
-    /// Bytes of the open segment.
+    /// The range of its line in the open segment, in bytes.
     Line(Range<u64>),
-    /// It lies in an earlier segment.
+    /// The parsed intent. Its line is in an earlier segment.
     Read(Arc<UnresolvedCall>),
 }
 
 impl Ledger {
-    /// Takes what a batch changed that was just committed to the end of a segment.
+    /// Follows a batch that was just committed at the end of `segment`.
     pub(super) fn take(&mut self, batch: &Batch, segment: &Segment, shared: &Shared) {
         let base = segment.length - batch.size() as u64;
         for (change, line) in batch.changes() {
             match *change {
-                // The list in the trail has the calls at work, too; this one has not.
+                // The list that was just written contains the calls at work, too. Taken over, they would stay on the
+                // list after they end, and the next start would give them a second outcome.
                 Change::None | Change::Event { name: LIST, .. } => {}
                 Change::Intent(id) => {
                     let range = base + line.start as u64..base + line.end as u64;
@@ -55,7 +56,7 @@ impl Ledger {
         }
     }
 
-    /// An upper bound on what the calls at work take on the list, in bytes.
+    /// An upper bound on the length of the calls at work on the list, in bytes.
     pub(super) fn size(&self) -> u64 {
         self.at_work.values().map(Intent::size).sum()
     }
@@ -65,7 +66,7 @@ impl Ledger {
         self.at_work.is_empty()
     }
 
-    /// Reads the intents that lie in a segment, before another one takes its place.
+    /// Reads the intents that are in a segment. To be called before another segment takes its place.
     pub(super) fn leave(&mut self, segment: &Segment) {
         for (id, intent) in &mut self.at_work {
             if let Intent::Line(_) = intent {
@@ -75,7 +76,7 @@ impl Ledger {
         }
     }
 
-    /// The list as it will be behind a batch. To be called after [`Self::leave`].
+    /// The list as it will be after a batch. To be called after [`Self::leave`].
     pub(super) fn list_behind(&self, mut behind: UnresolvedList, batch: &Batch) -> UnresolvedList {
         for intent in self.at_work.values() {
             if let Intent::Read(call) = intent {
@@ -83,7 +84,7 @@ impl Ledger {
             }
         }
         for (_, line) in batch.changes() {
-            // The links are not there yet, and nobody asks for them.
+            // The lines are not linked yet. The list does not depend on links.
             behind.follow(&batch.text()[line]);
         }
         behind
@@ -91,7 +92,8 @@ impl Ledger {
 }
 
 impl Intent {
-    /// An upper bound on its length on the list: the line of an intent holds all that the list does, and two hashes.
+    /// An upper bound on its length on the list, in bytes.
+    // The line of an intent has all that the list has of the call, and two hashes.
     fn size(&self) -> u64 {
         match self {
             Self::Line(range) => range.end - range.start,
@@ -99,7 +101,9 @@ impl Intent {
         }
     }
 
-    /// The call. Of an intent that cannot be read, its id.
+    /// Returns the call. If its intent cannot be read, only the id is known.
+    // An error here must not stop the writer: a call on the list without its caller is better than one that is not on
+    // it.
     fn read(self, id: Uuid, segment: &Segment) -> UnresolvedCall {
         match self {
             Self::Read(call) => Arc::unwrap_or_clone(call),
@@ -112,7 +116,7 @@ impl Intent {
     }
 }
 
-/// A call ended that somebody must look into, or that repeated one by force.
+/// Ends a call of unknown outcome, or one that repeated another by force.
 fn end(call: UnresolvedCall, outcome: Outcome, shared: &Shared) {
     if outcome == Outcome::Unknown {
         let UnresolvedCall { id, caller, route, .. } = &call;

@@ -1,4 +1,7 @@
-//! The limit on the size of files (`RLIMIT_FSIZE`: `ulimit -f`, `LimitFSIZE=`), beside what a segment takes.
+//! The limit on the size of files (`RLIMIT_FSIZE`: `ulimit -f`, `LimitFSIZE=`), compared with what a segment needs.
+//!
+//! A limit under which new calls could be refused for ever is refused at the start. Under a higher one that is still
+//! too low for full segments, segments end early, and a notice says so.
 
 use std::io;
 
@@ -9,29 +12,31 @@ use super::segment::AHEAD;
 use super::writer::{MOST_AT_ONCE, OUTCOME};
 use crate::config::Config;
 
-/// What a segment takes in any case. A new one begins with the list of unresolved calls: 10,000 take 5 MiB, with 512 bytes each. The
-/// batch with that list and what it adds to it take twice [`MOST_AT_ONCE`], and 1 MiB is reserved. What is left is for records: each
-/// new segment takes so much that the lists do not fill the disk.
+/// What a segment needs in any case, in bytes.
+// A segment begins with the list of unresolved calls: 10,000 calls with 512 bytes each take 5 MiB. The batch with
+// that list, and what the batch adds to it, take twice `MOST_AT_ONCE`, and 1 MiB is reserved. The rest is for
+// records: if each segment took the whole list and few records, lists would fill the disk.
 const LEAST: u64 = 16 << 20;
 
-// A longer list is possible: a call younger than the idempotency window never leaves it. There the writer stays in its segment and
-// refuses what is new: see `Writer::begins` and `Writer::reserve`.
+// A longer list is possible, since a call within the idempotency window is never removed from it. The writer then
+// stays in its segment and refuses new calls: see `Writer::begins` and `Writer::reserve`.
 const _: () = assert!(super::unresolved::AT_MOST as u64 * 512 + 2 * MOST_AT_ONCE as u64 + AHEAD < LEAST);
 
-/// A record is rarely longer than so many times the body that it tells of, and its call on the list as long: both may stand beyond
-/// the [`MOST_AT_ONCE`]. One of many short values that are hidden is longer; `Shared::push_intent` refuses what no file can hold.
+/// Four times the body for a record, and as much for its call on the list. Longer ones are rare.
+// Either may come in addition to `MOST_AT_ONCE`. A record of many short values that are redacted is longer;
+// `Shared::push_intent` refuses one that no file can hold.
 const RECORD: u64 = 2 * 4;
 
-/// What a call in flight takes: the space kept for its outcome, and its place on the list, which may be long.
+/// What a call in flight needs, in bytes: the space reserved for its outcome, and its place on the list.
 const IN_FLIGHT: u64 = OUTCOME + CALL;
 
-/// A call takes no more on the list, but for one with a long task.
+/// The length of a call on the list, in bytes. Only one with a long task takes more.
 const CALL: u64 = 1024;
 
-/// What must be raised, and by which names.
+/// What an operator must raise, by the names that set it.
 pub(super) const RAISE: &str = "the limit on the size of files (LimitFSIZE=, ulimit -f)";
 
-/// No segment has room.
+/// The limit is too low for any segment.
 #[derive(Clone, Copy, Debug, Error)]
 #[error(
     "a file may have {limit} bytes here, and a segment of the audit trail needs {needed} at least: raise {RAISE}"
@@ -41,12 +46,14 @@ pub struct TooLow {
     needed: u64,
 }
 
-/// So large may a file of this process be.
+/// The limit on the size of a file of this process, in bytes; [`u64::MAX`] if there is none.
+// Read each time: an operator can raise it with `prlimit` while the gateway runs, and service must then come back.
 pub(super) fn of_files() -> u64 {
     getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX)
 }
 
-/// Says what an error of a file means that is larger than the limit already.
+/// Adds to an error of the file `name` that the file is larger than the limit allows. Other errors are returned
+/// unchanged.
 pub(super) fn explain(error: io::Error, name: &str) -> io::Error {
     match error.kind() {
         kind @ io::ErrorKind::FileTooLarge => {
@@ -56,10 +63,8 @@ pub(super) fn explain(error: io::Error, name: &str) -> io::Error {
     }
 }
 
-/// Looks whether any segment has room: 16 MiB, 8 times `server.max_body`, and 3 KiB for each of `server.max_in_flight`.
-///
-/// So a segment has room for a full list and for records behind it. Below that new calls might be refused for good, so that such a
-/// limit is refused at the start.
+/// Checks that a segment has room for a full list and for records after it: 16 MiB, 8 times `server.max_body`, and 3
+/// KiB for each of `server.max_in_flight`. Fails if the limit is lower.
 pub fn check(config: &Config) -> Result<(), TooLow> {
     let server = &config.server;
     let (limit, needed) =
@@ -67,7 +72,7 @@ pub fn check(config: &Config) -> Result<(), TooLow> {
     if limit < needed { Err(TooLow { limit, needed }) } else { Ok(()) }
 }
 
-/// What is to be told of the limit: that segments end before they are full.
+/// A notice for the operator if the limit makes segments end before they are full; `None` if it does not.
 pub fn notice(config: &Config) -> Option<String> {
     let (limit, size) = (of_files(), config.audit.segment_size);
     let behind = AHEAD + OUTCOME * config.server.max_in_flight as u64;
@@ -75,6 +80,7 @@ pub fn notice(config: &Config) -> Option<String> {
     (limit < needed).then(|| {
         let fitting = limit.saturating_sub(behind) >> 10;
         let lower = match fitting {
+            // `audit.segment_size` takes no less than 64 KiB, so that the advice would be refused.
             ..64 => String::new(),
             _ => format!(", or set audit.segment_size to {fitting}KiB"),
         };

@@ -1,10 +1,14 @@
-//! The file `lock`: keeps gateways of older versions out, and says what a start must find.
+//! The lock file: keeps gateways of older versions out, and states what a start must find.
 //!
-//! The lock that counts is on the directory itself. This file is locked, too, since older versions know no other. Its
-//! text, one line of JSON, names the newest segment and a record that was committed: of a running gateway one that is
-//! about a second old, of one that was stopped the last. A trail that lacks them was cut, moved or replaced. It is
-//! written in its place, at one length and by one write, so that its inode stays. An older version leaves it empty:
-//! then it says nothing.
+//! The lock that counts is on the directory itself. This file is locked, too, since older versions know no other
+//! lock, and some file systems cannot lock directories.
+//!
+//! Its text, one line of JSON, names the newest segment and a committed record: of a running gateway one that is
+//! about a second old, of a stopped one the last. The chain cannot show that records are missing at its end. A trail
+//! that lacks what the lock file names was cut, moved or replaced.
+//!
+//! The file is written in its place, at a fixed length and by one write, so that its inode stays and a reader never
+//! finds half of a longer text. An older version leaves it empty; it then states nothing.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -19,43 +23,43 @@ use super::retention::Place;
 
 use crate::keyed_hash::{hex, parse_hex};
 
-/// Its name.
+/// The name of the lock file.
 pub(super) const NAME: &str = "lock";
 
-/// Its name until it is complete.
+/// The name of a new lock file until it is complete.
 pub(super) const UNFINISHED: &str = "lock.new";
 
-/// Its length, in bytes; the text is filled up with blanks.
+/// The length of the file in bytes. The text is padded with blanks.
 const LENGTH: usize = 256;
 
-/// The text of a file that was made for segments that had none.
+/// The text of a lock file that was created although segments existed.
 const WAS_MISSING: &str = r#"{"missing":true}"#;
 
-/// What a lock file says.
+/// What a lock file states.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Statement {
-    /// There is no file.
+    /// There is no lock file, or there was none beside the segments when this one was created.
     Missing,
-    /// It is empty: an older version made it, or nothing was recorded yet.
+    /// It is empty: an older version created it, or nothing was recorded yet.
     Nothing,
-    /// It was torn or changed.
+    /// Its text is damaged.
     Unreadable,
     /// What the trail had when it was written.
     Of(Stated),
 }
 
-/// What a trail has.
+/// What a trail must have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stated {
-    /// The number in the name of the newest segment.
+    /// The number of the newest segment's first record.
     pub(super) newest: u64,
-    /// A record in it, or the one before it.
+    /// A committed record, in that segment or the last one before it.
     pub(super) last: Place,
-    /// The gateway was stopped in order, so that nothing was written since.
+    /// Whether the gateway was stopped in order, so that no record follows.
     pub(super) is_stopped: bool,
 }
 
-/// The text.
+/// The form in the file.
 #[derive(Serialize, Deserialize)]
 struct Text {
     newest: String,
@@ -69,14 +73,15 @@ struct Text {
 pub(super) struct Lock {
     file: File,
     identity: Identity,
-    /// What it says, if this process wrote it.
+    /// What it states, if this process wrote that.
     stated: Option<Stated>,
-    /// The newest segment that this process tried to write into it.
+    /// The newest segment that this process tried to state.
+    // Set even if the write fails. Otherwise each batch would try again. The check once a second does so.
     newest: Option<u64>,
 }
 
 impl Lock {
-    /// Opens and locks the file that is there; nothing if there is none.
+    /// Opens and locks the lock file; `None` if there is none. Fails if another process has locked it.
     pub(super) fn open(directory: &Directory) -> Result<Option<Self>, TryLockError> {
         match directory.open_file(NAME) {
             Ok(file) => Self::locked(file).map(Some),
@@ -85,8 +90,10 @@ impl Lock {
         }
     }
 
-    /// Makes the file. If there are segments without one, it says so until the next statement: a crash in between must
-    /// not hide that.
+    /// Creates and locks the lock file. With `has_segments` it says that it was missing, until something else is
+    /// stated.
+    // A crash before the next statement must not hide that the lock file was gone: newer segments may have gone with
+    // it.
     pub(super) fn make(directory: &Directory, has_segments: bool) -> Result<Self, TryLockError> {
         let file = (|| {
             directory.remove(UNFINISHED)?;
@@ -96,6 +103,7 @@ impl Lock {
             }
             Ok(file)
         })();
+        // Locked before it gets its name, so that no other process can open an unlocked one.
         let lock = Self::locked(file.map_err(TryLockError::Error)?)?;
         directory.rename(UNFINISHED, NAME).map_err(TryLockError::Error)?;
         Ok(lock)
@@ -111,21 +119,22 @@ impl Lock {
         self.identity
     }
 
-    /// The newest segment that it was told of.
+    /// The newest segment that this process tried to state.
     pub(super) fn newest(&self) -> Option<u64> {
         self.newest
     }
 
-    /// What it says.
+    /// Reads what it states.
     pub(super) fn read(&self) -> io::Result<Statement> {
         Ok(parse(&read_text(&self.file)?))
     }
 
-    /// Writes what the trail has now, unless it says so already; with `is_durable` it is on the disk afterwards.
+    /// Writes what the trail has now, unless it says so already. With `is_durable` it is durable when this returns.
     pub(super) fn state(&mut self, stated: &Stated, is_durable: bool) -> io::Result<()> {
         if self.stated.as_ref() == Some(stated) {
             return Ok(());
         }
+        // What a failed write leaves in the file is not known.
         (self.stated, self.newest) = (None, Some(stated.newest));
         let text = Text {
             newest: segment_name(stated.newest),
@@ -142,13 +151,13 @@ impl Lock {
     }
 }
 
-/// What the lock file of a directory says, while a gateway may write it.
+/// Reads what the lock file of a directory states, without a lock. A gateway may be writing it.
 pub(super) fn read(directory: &Path) -> io::Result<Statement> {
     let file = match open_regular(&directory.join(NAME), OpenOptions::new().read(true)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Statement::Missing),
         opened => opened?,
     };
-    // What was read during a write may be of two statements.
+    // A read during a write may return parts of two statements. Two equal reads in a row are one statement.
     let (mut bytes, mut again) = (Vec::new(), read_text(&file)?);
     while bytes != again {
         bytes = std::mem::replace(&mut again, read_text(&file)?);
@@ -156,6 +165,7 @@ pub(super) fn read(directory: &Path) -> io::Result<Statement> {
     Ok(parse(&bytes))
 }
 
+/// Reads the text; a file that is too long is cut one byte beyond the length, which makes it unreadable.
 fn read_text(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; LENGTH + 1];
     let mut length = 0;
@@ -185,6 +195,8 @@ fn stated(bytes: &[u8]) -> Option<Stated> {
     }
     let Text { newest, seq, hash, stopped } = serde_json::from_slice(bytes).ok()?;
     let first = first_seq(Path::new(&newest));
+    // The name must be exactly as the gateway writes it, and no number may overflow: anybody who can write the
+    // directory can write this text.
     let is_sound = newest == segment_name(first) && (1..MAX_SEQ).contains(&first) && seq < MAX_SEQ;
     let last = Place { seq, hash: parse_hex(&hash)? };
     is_sound.then_some(Stated { newest: first, last, is_stopped: stopped })

@@ -1,4 +1,4 @@
-//! What the trail counts.
+//! The metrics of the audit trail.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -11,9 +11,10 @@ use super::sync::Syncs;
 
 use crate::registry::Registry;
 
-/// Counts of the trail.
+/// The counters and gauges of the trail. Clones share their values.
 #[derive(Clone, Debug)]
 pub struct Metrics {
+    /// By kind. Handles are kept, so that counting a record needs no look-up by label.
     pub(super) records: [Counter; Kind::ALL.len()],
     pub(super) bytes: Counter,
     pub(super) batches: Counter,
@@ -23,7 +24,7 @@ pub struct Metrics {
     pub(super) sync_seconds: Counter<f64>,
     pub(super) removed: Counter,
     pub(super) removed_early: Counter,
-    /// Restored, and lost.
+    /// Files restored, and files lost.
     pub(super) files_lost: [Counter; 2],
     pub(super) folded: Counter,
     pub(super) dropped: Counter,
@@ -47,7 +48,7 @@ struct ResultLabel {
 }
 
 impl Metrics {
-    /// Registers them.
+    /// Registers the metrics and returns their handles.
     pub(crate) fn new(registry: &mut Registry) -> Self {
         let records: Family<KindLabel, Counter> =
             registry.metric("audit_records_total", "Records written, by kind.");
@@ -104,10 +105,12 @@ impl Metrics {
         }
     }
 
+    /// Counts a file that was lost, or restored at once.
     pub(super) fn files_lost(&self, is_restored: bool) {
         self.files_lost[usize::from(!is_restored)].inc();
     }
 
+    /// Counts a committed batch.
     pub(super) fn written(&self, batch: &Batch) {
         for (counter, count) in self.records.iter().zip(batch.kinds) {
             if count > 0 {
@@ -118,9 +121,11 @@ impl Metrics {
         self.batches.inc();
     }
 
+    /// Counts calls of fdatasync.
     pub(super) fn synced(&self, syncs: &Syncs) {
         if syncs.good + syncs.failed == 0 {
-            return; // durability `kernel`
+            // Durability is `kernel`: without this each batch would add three zeros.
+            return;
         }
         self.syncs.inc_by(syncs.good);
         self.sync_errors.inc_by(syncs.failed);

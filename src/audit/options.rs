@@ -1,4 +1,4 @@
-//! Where and how a trail is kept.
+//! The options of a trail: where it is, and how it is written and kept.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,47 +9,51 @@ use crate::model::audit_fields::SHOWN;
 use crate::model::durability::Durability;
 use crate::model::redaction::Shown;
 
-/// How long the hour lasts that budgets of refusals are for.
+/// The hour for which budgets of refusals are given.
 pub const HOUR: Duration = Duration::from_secs(60 * 60);
 
-/// Where and how a trail is kept.
+/// Where a trail is, and how it is written and kept. Made from the section `[audit]` of the configuration.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The directory of the segments.
     pub directory: PathBuf,
-    /// Directory and key must be there: see [`super::init`].
+    /// Whether directory and key must exist. If so, a start does not create them: see [`super::init`].
+    // Without this, a volume that was not mounted would look like an empty trail, and used idempotency keys like new
+    // ones.
     pub must_exist: bool,
-    /// When a record is safe.
+    /// When a record counts as committed.
     pub durability: Durability,
-    /// Bytes after which a new segment begins.
+    /// The length in bytes at which a segment is full and a new one begins.
     pub segment_size: u64,
-    /// The chain's key; without one, a key is made in the directory.
+    /// The file of the chain's key. `None`: a key is kept in the directory.
     pub key_file: Option<PathBuf>,
-    /// How many records may wait to be written.
+    /// How many records may wait to be written, places for outcomes included.
     pub queue: usize,
-    /// An intent that is not safe by then is refused.
+    /// How long an intent may take to be committed. After that the call is refused.
     pub intent_deadline: Duration,
-    /// How operator, peer, caller_id and traceparent are written: [`SHOWN`].
+    /// The redaction of operator, peer, caller_id and traceparent, in the order of [`SHOWN`].
     pub shown: [Shown; SHOWN.len()],
-    /// How long records are kept, at least; `None`: for ever.
+    /// The least time for which records are kept; `None`: for ever.
     pub retain: Option<Duration>,
-    /// From which size on segments go before that; `None`: from none.
+    /// From which size on segments are removed before `retain` has passed; `None`: never.
     pub early: Option<Early>,
-    /// How many bytes refusals may take an hour.
+    /// How many bytes of refusals are recorded in an hour.
     pub refusals: RefusalBudget,
-    /// How long that hour lasts: [`HOUR`], but in tests.
+    /// The length of that hour: [`HOUR`], except in tests.
     pub hour: Duration,
-    /// The idempotency window: a trail without a record in it makes the clock doubtful, and no younger record is removed.
+    /// The idempotency window. No record within it is removed, and a start that finds no record within it takes the
+    /// clock for doubtful.
     pub window: Duration,
-    /// Below this much free space, in bytes, refusals are no longer recorded: no stranger may fill the disk.
+    /// The free space in bytes below which refusals are only counted: a stranger must not be able to fill the disk.
     pub low_water: u64,
-    /// The word of a loss that the operator accepts: see [`super::loss`].
+    /// The word for a loss that the operator accepts: see [`super::loss`].
     pub accept_loss: Option<String>,
 }
 
 impl Options {
-    /// To append to a trail that nobody writes. No new segment is begun there, unless the last one is damaged: it would belong to
-    /// whoever appends.
+    /// The options for appending to a trail that no process writes.
+    // Durable, since nobody waits for it and a person was told that it is on record. No new segment, unless the last
+    // one is damaged: a new file would belong to the user who runs the command.
     pub(super) fn to_append(directory: &Path) -> Self {
         Self {
             directory: directory.into(),
@@ -73,7 +77,9 @@ impl Options {
 
 #[cfg(any(test, fuzzing))]
 impl Options {
-    /// For tests: one segment, a short queue, nothing hidden or removed.
+    /// The options for tests: one segment, a short queue, nothing redacted or removed.
+    // Durability `kernel`, since hundreds of tests would wait for fdatasync. Five seconds for an intent, so that a
+    // busy machine refuses none.
     pub(crate) fn small(directory: &Path) -> Self {
         Self {
             must_exist: false,
