@@ -1,4 +1,6 @@
-//! The trail against everything that can happen to its file, its disk and its requests.
+//! Tests of the trail against crashes, changed files, slow or failing disks, and requests that end in every way.
+//!
+//! They use a real directory and the real writer's thread. Tests of files that are moved or deleted are in `places`.
 
 mod places;
 
@@ -31,6 +33,7 @@ use crate::model::outcome::Outcome;
 use crate::model::stage::Stage;
 use crate::registry::Registry;
 
+// As the gateway does: without `verify_past` no age is known, and nothing would be removed.
 fn start(options: &Options) -> Audit {
     let audit = Audit::start(options, metrics()).unwrap();
     audit.verify_past(&options.directory).unwrap();
@@ -47,14 +50,14 @@ fn record(audit: &Audit) -> OpenRecord {
     record
 }
 
-/// The record of a request whose intent is safe.
+/// The record of a request whose intent is committed.
 async fn intended(audit: &Audit) -> IntendedRecord {
     let mut record = record(audit);
     record.enter(Stage::Audit);
     queued(&mut record, ",\"task\":7").unwrap().await.unwrap()
 }
 
-/// An intent on its way to the disk.
+/// An intent that is queued and not committed yet.
 type Intent = Pin<Box<dyn Future<Output = Result<IntendedRecord, Unavailable>>>>;
 
 /// Queues an intent.
@@ -63,7 +66,7 @@ fn queued(record: &mut OpenRecord, members: &str) -> Result<Intent, Unavailable>
     Ok(Box::pin(record.intent(&Permit::default(), 2, &[0; 32], &further)?))
 }
 
-/// Queues an intent, and waits until it is safe. Tells why it cannot be.
+/// Queues an intent, and waits until it is committed. Returns the error, if any.
 async fn refused(mut record: OpenRecord) -> Option<Unavailable> {
     match queued(&mut record, "") {
         Ok(intent) => intent.await.err(),
@@ -112,7 +115,7 @@ fn assert_whole(directory: &Path) {
     assert!(is_whole && found.damage.is_empty() && found.recorded.is_empty(), "{found:?}");
 }
 
-/// The lines of a trail with two intents open, one finished, a refusal and an event; and its key.
+/// The lines of a trail with two open intents, a finished one, a refusal and an event; and the trail's key.
 async fn sample() -> (Vec<u8>, Vec<u8>) {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
@@ -120,15 +123,17 @@ async fn sample() -> (Vec<u8>, Vec<u8>) {
     intended(&audit).await.sent().finish(&answer());
     refuse(&audit);
     audit.event("secret change", Map::new());
-    let open_too = intended(&audit).await; // the last, so that all of it is written
+    // The last record: once it is committed, the whole text is in the file.
+    let open_too = intended(&audit).await;
     let segment = segments(folder.path()).unwrap().remove(0);
     let text = fs::read(segment).unwrap();
+    // Only after the text was read, since a drop writes the outcome.
     drop((open, open_too));
     audit.close();
     (text, fs::read(chain::key_path(folder.path())).unwrap())
 }
 
-/// A trail of one segment.
+/// A directory with a trail of one segment.
 fn directory(text: &[u8], key: &[u8]) -> TempDir {
     let folder = TempDir::new().unwrap();
     fs::write(chain::segment_path(folder.path(), 1), text).unwrap();
@@ -137,7 +142,8 @@ fn directory(text: &[u8], key: &[u8]) -> TempDir {
     folder
 }
 
-/// Leaves the lock file as an older version does: it says nothing.
+/// Empties the lock file, as an older version leaves it. It then states nothing.
+// The tests that cut or change a trail look for what the chain shows. The lock file would show the rest as well.
 fn silence_lock(directory: &Path) {
     fs::write(directory.join(lock::NAME), "").unwrap();
 }
@@ -146,7 +152,7 @@ fn lines_of(text: &[u8]) -> Vec<&[u8]> {
     text.split_inclusive(|byte| *byte == b'\n').collect()
 }
 
-/// What a start does before it serves, without its thread.
+/// Does what a start does before it serves, without the writer's thread. Returns the segment's length.
 fn recovered(path: &Path) -> u64 {
     let keys = Keys::load_own(path).unwrap();
     let directory = Directory::open(path).unwrap();
@@ -155,7 +161,7 @@ fn recovered(path: &Path) -> u64 {
     fs::metadata(chain::segment_path(path, 1)).unwrap().len()
 }
 
-/// The first 200 lines of a trail with records of every kind; and its key.
+/// The first 200 lines of a trail with records of every kind; and the trail's key.
 async fn long_sample() -> (Vec<u8>, Vec<u8>) {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
@@ -173,8 +179,8 @@ async fn long_sample() -> (Vec<u8>, Vec<u8>) {
     (lines_of(&text)[..200].concat(), fs::read(chain::key_path(folder.path())).unwrap())
 }
 
-/// Changes bytes, as far apart as `step`, each in each of these bits: every time the first line that is named must be
-/// that of the byte.
+/// Changes one byte after the other, `step` bytes apart, in each of the given bits. Verification must name the
+/// changed line first.
 fn check_changes((text, key): &(Vec<u8>, Vec<u8>), step: usize, bits: impl Fn(usize) -> Vec<u32>) {
     let folder = directory(text, key);
     assert_whole(folder.path());
@@ -185,20 +191,25 @@ fn check_changes((text, key): &(Vec<u8>, Vec<u8>), step: usize, bits: impl Fn(us
         for bit in bits(offset) {
             segment.write_all_at(&[text[offset] ^ (1 << bit)], offset as u64).unwrap();
             let found = verify(folder.path());
+            // A change of the last line's newline makes it a torn line, as after a crash, and no fault.
             let torn = found.torn.as_ref().map(|(_, begin, _)| line_of(usize::try_from(*begin).unwrap()));
             let named = found.faults.first().map(|fault| fault.line).or(torn);
             assert_eq!(named, Some(line), "byte {offset}, bit {bit}: {:?}", found.faults);
         }
+        // One file, repaired after each change, since a directory for each would take much longer.
         segment.write_all_at(&text[offset..=offset], offset as u64).unwrap();
     }
     assert_whole(folder.path());
 }
 
+// One bit of each byte, another one from byte to byte: all bits of all bytes are tested in the long sweep only.
 #[tokio::test]
 async fn every_changed_byte_is_found_in_its_line() {
     check_changes(&sample().await, 1, |offset| vec![offset as u32 % 8]);
 }
 
+// The format may be trusted only after the hash is checked. Otherwise anybody could make a start refuse the trail as
+// one of a newer version.
 #[tokio::test]
 async fn changed_format_is_a_changed_record_and_no_newer_trail() {
     let (text, key) = sample().await;
@@ -207,13 +218,13 @@ async fn changed_format_is_a_changed_record_and_no_newer_trail() {
     assert_eq!(found.faults.first().map(|fault| fault.line), Some(1), "{:?}", found.faults);
 }
 
-/// Whether the long trail is changed in every bit and cut at every byte, and not at samples: half a million trails are
-/// verified then, and eighty thousand recovered.
+/// Whether the long trail is changed in every bit and cut at every byte, instead of at samples. Half a million trails
+/// are then verified, and eighty thousand recovered.
 fn is_whole_sweep() -> bool {
     env::var("CCSQM_GATEWAY_TEST_SWEEP").is_ok_and(|sweep| sweep == "whole")
 }
 
-/// The step is prime, so that it comes to every part of a line.
+// The step is prime, so that it meets every part of a line.
 #[tokio::test]
 async fn a_changed_byte_is_found_in_its_line_among_200_lines() {
     let sample = long_sample().await;
@@ -226,6 +237,7 @@ async fn a_changed_byte_is_found_in_its_line_among_200_lines() {
 #[tokio::test]
 async fn records_removed_swapped_inserted_or_doubled_are_found_wherever_they_stood() {
     let (text, key) = sample().await;
+    // From a trail with another key: lines that are valid JSON with the right number, and only the hash can tell.
     let (foreign, _) = sample().await;
     let lines = lines_of(&text);
     let last = lines.len() - 1;
@@ -246,7 +258,8 @@ async fn records_removed_swapped_inserted_or_doubled_are_found_wherever_they_sto
         assert_eq!(first_fault(&swapped), Some(place.min(last - 1) + 1), "swapped at {place}");
         let mut removed = lines.clone();
         removed.remove(place);
-        // What is missing at the end is seen only by who kept the head elsewhere.
+        // Nothing in the chain shows that the last record is missing. Only a head that is kept elsewhere does, which
+        // the last lines test.
         let seen = if place == last { None } else { Some(place + 1) };
         assert_eq!(first_fault(&removed), seen, "removed at {place}");
     }
@@ -282,7 +295,8 @@ async fn a_deleted_segment_is_found_unless_it_was_the_last() {
         }
         fs::write(segment, text).unwrap();
     }
-    // A line without an end in the middle is no crash's work, and is not cut off.
+    // A crash leaves a line without an end only at the end of the trail. In the middle it is damage, which recovery
+    // must not cut off.
     let text = fs::read(&all[1]).unwrap();
     fs::write(&all[1], &text[..text.len() - 1]).unwrap();
     assert_eq!(verify(folder.path()).faults[0].reason, "the line has no end");
@@ -294,6 +308,7 @@ async fn a_deleted_segment_is_found_unless_it_was_the_last() {
 #[tokio::test]
 async fn a_damaged_trail_is_never_written_over() {
     let (text, key) = sample().await;
+    // A start that went on from these numbers would write over the first segment, or overflow.
     for number in ["0", "18446744073709551615"] {
         let last = lines_of(&text).pop().unwrap();
         let seq = format!("{{\"seq\":{}", lines_of(&text).len());
@@ -310,8 +325,8 @@ async fn a_damaged_trail_is_never_written_over() {
     }
 }
 
-/// Cuts a trail at bytes as far apart as `step`. A start keeps the whole lines, records what it cut off, and settles
-/// what is open once.
+/// Cuts a trail at one byte after the other, `step` bytes apart. A start must keep the whole lines, record what it
+/// cut off, and give each open intent exactly one outcome.
 fn check_cuts((text, key): &(Vec<u8>, Vec<u8>), step: usize) {
     let folder = directory(text, key);
     for cut in (0..=text.len()).step_by(step) {
@@ -346,6 +361,7 @@ fn check_cuts((text, key): &(Vec<u8>, Vec<u8>), step: usize) {
         }
         assert_eq!(settled, open.into_iter().collect::<Vec<_>>(), "cut at {cut}");
         assert_eq!(torn, (cut - kept) as u64, "cut at {cut}");
+        // A second start must find nothing left to do.
         let before = trail(folder.path()).len();
         assert!(recovered(folder.path()) > length);
         let all = trail(folder.path());
@@ -378,6 +394,7 @@ async fn a_recovery_that_was_cut_short_is_completed_by_the_next() {
     let open = trail_of(&text[..kept]);
     let open: Vec<_> = open.iter().filter(|record| record["kind"] == "intent").collect();
     let folder = directory(&text, &key);
+    // Recovery is one write. A crash during it leaves any part of that write.
     for cut in kept..recovered_text.len() {
         silence_lock(folder.path());
         fs::write(chain::segment_path(folder.path(), 1), &recovered_text[..cut]).unwrap();
@@ -395,8 +412,9 @@ async fn a_last_write_whose_pages_did_not_all_reach_the_disk_is_cut_off() {
     let lines = lines_of(&text);
     let begin = |line: usize| lines[..line].concat().len();
     for (first, last) in [(1, 1), (2, 4), (lines.len() - 1, lines.len() - 1)] {
-        // From the middle of one line to the middle of another one, or of the same.
+        // From the middle of one line to the middle of another, or of the same one: pages do not end where lines do.
         let (from, to) = (begin(first) + lines[first].len() / 3, begin(last) + lines[last].len() / 2);
+        // Pages that did not reach the disk read as zeros. Other bytes there were written by somebody.
         for (byte, is_crash) in [(0, true), (b'x', false)] {
             let mut torn = text.clone();
             torn[from..to].fill(byte);
@@ -426,6 +444,7 @@ async fn a_gap_far_from_the_end_is_damage_and_stays() {
     let (text, key) = sample().await;
     let mut damaged = text.clone();
     damaged[lines_of(&text)[0].len() + 5..][..20].fill(0);
+    // More than the longest last write behind the gap, so that a crash cannot have left it.
     damaged.resize(text.len() + (1 << 20), b'\n');
     let folder = directory(&damaged, &key);
     let found = verify(folder.path());
@@ -437,6 +456,8 @@ async fn a_gap_far_from_the_end_is_damage_and_stays() {
 #[tokio::test]
 async fn one_zero_is_damage_and_costs_no_record_behind_it() {
     let (text, key) = sample().await;
+    // A single zero can be a flipped bit. If it counted as a lost page, the committed records behind it would be cut
+    // off.
     let second = lines_of(&text)[0].len();
     let mut damaged = text;
     damaged[second + 40] = 0;
@@ -464,7 +485,8 @@ async fn a_batch_that_stands_at_a_segments_end_and_again_in_the_next_is_read_onc
             fs::write(&old, [&text[..good], rest].concat()).unwrap();
             verify(folder.path())
         };
-        // As much of it as had reached the disk: all, nothing, up to any byte, or without some of its pages.
+        // The copy in the old segment may have reached the disk as a whole, not at all, up to any byte, or without
+        // some of its pages.
         for kept in [good, good + 1, (good + text.len()) / 2, text.len() - 1, text.len()] {
             let mut lacking = text[good..kept].to_vec();
             lacking.iter_mut().take(100).for_each(|byte| *byte = 0);
@@ -489,6 +511,7 @@ async fn a_batch_that_stands_at_a_segments_end_and_again_in_the_next_is_read_onc
 
 #[test]
 fn a_start_removes_what_never_became_a_segment() {
+    // Both: the file may be left by a run with the other durability.
     for durability in Durability::ALL {
         let folder = TempDir::new().unwrap();
         let unfinished = folder.path().join("segment.new");
@@ -521,6 +544,7 @@ async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
     finished.finish(&answer());
     drop(left);
     drop(cut_off);
+    // In a task, since a drop in a panic is what `thread::panicking` tells from an ordinary one.
     for record in [not_sent, panicked] {
         let panic = tokio::spawn(async move {
             let _record = record;
@@ -579,8 +603,11 @@ async fn what_a_panic_left_of_a_record_is_not_written_with_those_before_it() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     let sent = intended(&audit).await.sent();
+    // The writer must not take the outcome before the panic has left its half line behind it.
     Audit::defer_wake_ups();
-    sent.finish(&answer()); // waits for the writer to be woken
+    // It waits until the writer is woken.
+    sent.finish(&answer());
+    // Bound to the end of the test: its drop would queue a refusal, whose line takes the place of the half one.
     let mut broken = record(&audit);
     breaks_off(&mut broken);
     audit.flush();
@@ -589,7 +616,7 @@ async fn what_a_panic_left_of_a_record_is_not_written_with_those_before_it() {
     assert!(segment.ends_with(b"\"}\n"), "{}", String::from_utf8_lossy(&segment));
 }
 
-/// A disk that does not answer, until it is released.
+/// A disk that does not answer until it is released.
 struct Stuck<'a>(MutexGuard<'a, ()>);
 
 impl<'a> Stuck<'a> {
@@ -613,12 +640,14 @@ fn what_waits_is_written_in_parts_and_the_last_one_begins_the_segment() {
         audit.event("first", Map::new());
         wait_for(|| (audit.shared().is_empty()).then_some(()));
         let details = Map::from_iter([("text".to_owned(), json!("x".repeat(length)))]);
+        // The writer is stuck with the first event, so that these ten wait together.
         (0..10).for_each(|_| audit.event("long", details.clone()));
         audit.shared().unresolved().insert(UnresolvedCall::of(uuid::Uuid::from_u128(7)));
         let before = metrics.batches.get();
         stuck.release();
         assert_eq!(audit.close(), None);
-        let written = metrics.batches.get() - before - 1; // that of the first, and perhaps that of the stop
+        // Without the batch of the first event. That of `stop` may be one of its own.
+        let written = metrics.batches.get() - before - 1;
         assert!(written == parts || written == parts + 1, "{length}: {written}");
         assert_eq!(trail(folder.path()).iter().filter(|it| it["event"] == "long").count(), 10);
         assert_whole(folder.path());
@@ -631,7 +660,7 @@ fn what_waits_is_written_in_parts_and_the_last_one_begins_the_segment() {
     }
 }
 
-/// Queues an intent and begins to wait for it.
+/// Queues an intent and polls it once, so that it waits.
 fn waiting(record: &mut OpenRecord, members: &str) -> Option<Intent> {
     let mut intent = queued(record, members).ok()?;
     intent.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending().then_some(intent)
@@ -662,6 +691,7 @@ async fn old_segments_go_and_the_chain_stays_verifiable() {
     // What somebody else removes no record tells of; the control is above.
     let last_said = trail(folder.path()).into_iter().rfind(|record| record["event"] == "retention").unwrap();
     let told = last_said["last_seq"].as_u64().unwrap();
+    // Deleted by hand, no event tells of it. The control is above: what retention removed verifies.
     for segment in
         segments(folder.path()).unwrap().iter().take_while(|path| chain::first_seq(path) <= told + 1)
     {
@@ -671,7 +701,7 @@ async fn old_segments_go_and_the_chain_stays_verifiable() {
     assert_eq!(found.faults[0].reason, "records before this one were removed, and no event says so");
 }
 
-/// What a start does before its thread runs.
+/// Does what a start does before its writer's thread runs.
 fn recover_trail(options: &Options) -> Recovered {
     let keys = Keys::load(&chain::key_path(&options.directory)).unwrap();
     let opened = Directory::open(&options.directory).unwrap();
@@ -679,8 +709,9 @@ fn recover_trail(options: &Options) -> Recovered {
     recover(options, keys.into(), lock_file(opened).unwrap()).unwrap()
 }
 
-/// Makes a trail of ten segments and more, then goes on with it: a writer that knows of no anchors before its start writes so
-/// many events. Returns the names of all events that it wrote, the start's among them, and how many segments are gone.
+/// Makes a trail of more than ten segments and goes on with it: a writer that knows of no anchors before its start
+/// writes `events` events, each in a batch of its own. Returns the names of all events that it wrote, the start's
+/// included, and the number of removed segments.
 async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usize) -> (Vec<String>, usize) {
     let directory = &options.directory;
     let audit = start(&Options { segment_size: 1, ..Options::small(directory) });
@@ -709,7 +740,7 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
     (names, before.iter().filter(|path| !path.exists()).count())
 }
 
-/// Calls one after the other, so that segments begin with an intent as well as with an outcome.
+// Calls come one after the other, so that segments begin with an intent as well as with an outcome.
 #[tokio::test]
 async fn each_list_stands_at_a_segments_begin_and_names_what_is_open_there() {
     let folder = TempDir::new().unwrap();
@@ -747,6 +778,7 @@ async fn each_list_stands_at_a_segments_begin_and_names_what_is_open_there() {
 async fn each_look_removes_one_segment_and_none_within_the_window() {
     for (hours, gone) in [(0, 1), (1, 0)] {
         let folder = TempDir::new().unwrap();
+        // Everything is older than no time at all, and nothing is older than an hour.
         let window = Duration::from_secs(3600 * hours);
         let options = Options { retain: Some(Duration::ZERO), window, ..Options::small(folder.path()) };
         let (events, removed) = go_on(&options, |_| (), 20).await;
@@ -780,6 +812,7 @@ async fn only_what_goes_before_its_time_is_said_to_go_early() {
     let hour = Duration::from_secs(3600);
     for (retain, is_early) in [(Some(hour), true), (None, true), (Some(Duration::ZERO), false)] {
         let folder = TempDir::new().unwrap();
+        // Five bytes: any trail is larger.
         let early = Some(Early { max_size: 5, after: Duration::ZERO });
         let options = Options { retain, early, ..Options::small(folder.path()) };
         let size = |folder: &TempDir| -> u64 {
@@ -802,7 +835,7 @@ async fn only_what_goes_before_its_time_is_said_to_go_early() {
     }
 }
 
-/// A trail of one start at this time, in milliseconds since 1970, with these members.
+/// A trail of one start at a time in milliseconds since 1970, with these members.
 fn started(time: i64, members: &str) -> TempDir {
     let time = age::text(time);
     let time = time.parse::<jiff::Timestamp>().unwrap();
@@ -815,7 +848,8 @@ fn started(time: i64, members: &str) -> TempDir {
     folder
 }
 
-/// The run before began at a time of its own clock, and by the boot time just now or three hours ago.
+// The earlier run began at a time of its own wall clock, and by the boot time just now or three hours ago. Only the
+// boot time may count.
 #[test]
 fn no_wall_clock_takes_a_call_off_the_list_of_the_unresolved() {
     let hour = 3_600_000;
@@ -853,7 +887,8 @@ async fn an_operator_accepts_a_doubtful_clock_while_the_gateway_runs() {
         let audit = start(&options);
         let told = |audit: &Audit| (audit.clock_doubt(), audit.shared().metrics.doubtful.get());
         assert_eq!(told(&audit), (doubt, doubt.is_some().into()));
-        audit.look_at_clock(); // which changes nothing
+        // A further look must neither end the doubt nor report it again.
+        audit.look_at_clock();
         audit.accept_clock(Map::from_iter([("by".to_owned(), json!("an operator"))]));
         assert_eq!(told(&audit), (None, 0));
         audit.close();
@@ -872,7 +907,7 @@ async fn an_operator_accepts_a_doubtful_clock_while_the_gateway_runs() {
 
 #[tokio::test]
 async fn each_hour_and_in_each_segment_an_event_ties_times_to_the_boot_time() {
-    // By the minutes since the last one, and the size of segments.
+    // Minutes since the last anchor, the size of segments, and how many anchors come.
     for (minutes, segment_size, count) in
         [(0, 1 << 30, 0), (59, 1 << 30, 0), (60, 1 << 30, 1), (120, 1 << 30, 1), (0, 1, 0), (1, 1, 1)]
     {
@@ -924,7 +959,8 @@ async fn a_changed_time_of_the_last_record_moves_no_trail_time() {
     }
 }
 
-/// Behind a changed line stands what that line states, so that a copy of an earlier record can be made to fit.
+// A line that was changed still states a hash, and the chain goes on from it. So a copy of an earlier record can be
+// made to fit behind it.
 #[tokio::test]
 async fn a_copy_of_an_earlier_record_says_nothing_and_gives_no_number_away_again() {
     let folder = directory(&[], &[7; 32]);
@@ -964,17 +1000,20 @@ async fn a_writer_that_is_not_prompt_needs_no_permits() {
     let audit = start(&Options::small(folder.path()));
     intended(&audit).await.sent().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
-    audit.shared().rest(u64::MAX); // as if its batch had taken no time
+    // As if its last batch had taken no time: on a busy machine it may count as behind.
+    audit.shared().rest(u64::MAX);
     let crowd = || (0..40).map(|_| Box::pin(audit.permit()) as Pin<Box<dyn Future<Output = _>>>).collect();
     let (mut first, mut next): (Vec<_>, Vec<_>) = (crowd(), crowd());
     let mut held = done(&mut first);
     assert_eq!((held.len(), done(&mut next).len()), (32, 0), "the control");
 
-    audit.shared().begin(0); // a batch that takes long
+    // A batch that is not done in time.
+    audit.shared().begin(0);
     wait_for(|| (!audit.shared().is_prompt()).then_some(()));
     assert_eq!(done(&mut crowd()).len(), 40);
     held.truncate(30);
-    let handed_on = done(&mut first); // one behind the other, since none keeps it
+    // They get the permits one after the other, since none keeps its permit.
+    let handed_on = done(&mut first);
     assert_eq!(handed_on.len(), 8);
     assert_eq!(done(&mut next).len(), 40);
 }
@@ -996,7 +1035,8 @@ async fn what_a_permit_took_counts_to_the_time_that_an_intent_may_take() {
     stuck.release();
 }
 
-/// Not 16 at a time, each time after as long as an intent may take.
+// With permits the crowd could be refused 16 at a time, each group after a whole deadline. What a request waits for
+// its permit must count.
 #[tokio::test]
 async fn behind_a_stuck_disk_a_crowd_is_refused_in_time() {
     let folder = TempDir::new().unwrap();
@@ -1023,13 +1063,13 @@ async fn behind_a_stuck_disk_a_crowd_is_refused_in_time() {
     stuck.release();
 }
 
-/// Such a worker never sleeps, and wakes the writer only before it does.
+// A worker wakes the writer before it sleeps, and this one never does.
 #[tokio::test]
 async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { queue: 4096, ..Options::small(folder.path()) });
     Audit::defer_wake_ups();
-    // One each millisecond: on a quick machine twenty of them were over before a turn counts as a long one.
+    // One each millisecond: a quick machine was done with twenty at once before the turn counted as a long one.
     let mut records: Vec<_> = (0..1000).map(|_| record(&audit)).collect();
     let (mut next, mut intents) = (records.iter_mut(), Vec::new());
     wait_for(|| {
@@ -1043,7 +1083,7 @@ async fn a_worker_that_is_never_done_and_fills_the_queue_wakes_the_writer() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     Audit::defer_wake_ups();
-    // A machine that is busy for longer than a turn may last has the writer woken before it is full.
+    // On a machine that is busy for longer than a turn may last, the writer is woken before the queue is full.
     let mut waiting = Vec::new();
     while let Ok(intent) = queued(&mut record(&audit), "") {
         assert!(waiting.len() < 100_000, "it is never full");
@@ -1065,8 +1105,9 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
     let mut records: Vec<_> = (0..64).map(|_| record(&audit)).collect();
     let intents: Vec<_> = records.iter_mut().filter_map(|record| waiting(record, &members)).collect();
     let queued = intents.len();
+    // The bound in bytes must be met before the bound of 1024 records.
     let full = queue::MAX_QUEUED / MEMBERS;
-    // As much again may have gone along with the writer before it got stuck.
+    // The writer may have taken as much again before it got stuck.
     assert!((full..=2 * full + 2).contains(&queued), "{queued}");
     stuck.release();
     drop((records, intents));
@@ -1078,7 +1119,8 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
     tokio::time::timeout(Duration::from_secs(60), again).await.unwrap();
 }
 
-/// A batch of more than 4 MiB is written in parts, and only its last part begins the segment.
+// A batch of more than 4 MiB is written in parts, and only its last part begins the segment. The list there must have
+// the calls of the first parts.
 #[tokio::test]
 async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_carried_over() {
     let folder = TempDir::new().unwrap();
@@ -1104,6 +1146,7 @@ async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_
 #[tokio::test]
 async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no_other_is_lost() {
     const LIMIT: u64 = 24 << 20;
+    // In a process of its own: the limit would hold for the files of all tests that run beside this one.
     if limit::of_files() > LIMIT {
         let line = format!("trap '' XFSZ; exec prlimit --fsize={LIMIT}: \"$0\" --exact \"$1\"");
         let name = thread::current().name().unwrap().to_owned();
@@ -1114,7 +1157,7 @@ async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no
         return;
     }
     let long = format!("\"{}\"", "1".repeat(1 << 20));
-    // On the list a number is written out: 1000000000000000.0.
+    // On the list such a number is written out as 1000000000000000.0, so that the list is longer than the intents.
     let numbers = format!("[{}1]", "1e15,".repeat(200_000));
     for (task, count, is_left_out) in [(&long, 6, false), (&long, 40, true), (&numbers, 6, true)] {
         let folder = TempDir::new().unwrap();
@@ -1130,7 +1173,8 @@ async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no
         for intent in intents {
             intent.await.unwrap().finish(&answer());
         }
-        wait_for(|| audit.shared().is_empty().then_some(())); // a close waits 3 s only
+        // Before the close, which waits for three seconds only.
+        wait_for(|| audit.shared().is_empty().then_some(()));
         assert_eq!(audit.close(), None, "{count}");
         let all = trail(folder.path());
         assert_eq!(all.iter().filter(|it| it["kind"] == "outcome").count(), count);
@@ -1192,7 +1236,7 @@ async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() 
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, queue: 16, ..Options::small(folder.path()) });
     let in_flight = vec![intended(&audit).await.sent(), intended(&audit).await.sent()];
-    // The segment of the second intent has the list, with the first call in it.
+    // The segment of the second intent has the list in its first batch, since the first call is at work.
     wait_for(|| (trail(folder.path()).len() == 4).then_some(()));
     let stuck = Stuck::new(&audit);
 
@@ -1228,6 +1272,7 @@ async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() 
 
 #[tokio::test]
 async fn below_the_low_water_mark_refusals_are_counted_and_requests_go_on() {
+    // No free space is below the first mark, and any is below the second.
     for (low_water, recorded) in [(0, 3), (u64::MAX, 0)] {
         let folder = TempDir::new().unwrap();
         let audit = start(&Options { low_water, ..Options::small(folder.path()) });
@@ -1259,13 +1304,14 @@ fn refusals_of_many_strangers_are_folded_into_few_records() {
     let refusals: Vec<_> = all.iter().filter(|record| record["kind"] == "refusal").collect();
     let count = |record: &&Value| record["count"].as_u64().unwrap_or(1);
     assert_eq!(refusals.iter().map(count).sum::<u64>(), 10_000);
-    // Ten addresses with five each, ten of the others in full, and the sum of the rest: each second anew.
+    // Each second: ten addresses with five refusals each, ten refusals of the others one by one, and one count for
+    // the rest.
     let seconds = usize::try_from(begun.elapsed().as_secs()).unwrap() + 1;
     let several = refusals.iter().filter(|record| record["peers"] == "several").count();
     assert!(refusals.len() <= 61 * seconds && (1..=seconds).contains(&several), "{}", refusals.len());
 }
 
-/// Hours of a test last two seconds.
+// An hour lasts two seconds here.
 #[test]
 fn refusals_beyond_the_budget_of_an_hour_are_counted_and_callers_have_a_budget_of_their_own() {
     let folder = TempDir::new().unwrap();
@@ -1286,7 +1332,8 @@ fn refusals_beyond_the_budget_of_an_hour_are_counted_and_callers_have_a_budget_o
             record(&audit).refuse(code, None);
             sent[1] += 1;
         }
-        thread::sleep(Duration::from_millis(20)); // a flood that goes on for some hours
+        // A flood that goes on for several hours.
+        thread::sleep(Duration::from_millis(20));
     }
     let hours = begun.elapsed().as_secs() / 2 + 1;
     audit.close();
@@ -1298,7 +1345,7 @@ fn refusals_beyond_the_budget_of_an_hour_are_counted_and_callers_have_a_budget_o
         let counts = of.iter().map(|record| record["count"].as_u64().unwrap_or(1)).sum::<u64>();
         assert_eq!(counts, sent[usize::from(of[0].get("caller").is_some())], "each is counted");
         let bytes = of.iter().map(|record| record.to_string().len() as u64).sum::<u64>();
-        // The last one that is recorded goes beyond the budget; then come one first and one sum for each code.
+        // The last refusal within the budget may go beyond it. Then come the first one and one count for each code.
         assert!(bytes < (budget + 5 * 700) * hours, "{bytes} in {hours} hours");
         assert!(bytes > budget * (hours - 1) / 2, "what the budget allows is recorded: {bytes}");
     }
@@ -1315,7 +1362,8 @@ fn a_trail_that_cannot_be_kept_stops_the_start_with_its_reason() {
         matches!(error(&Options::small(folder.path())), StartError::Locked(path) if path == folder.path())
     );
     audit.close();
-    start(&Options::small(folder.path())).close(); // the lock goes with its holder
+    // The control: the lock is released with its holder.
+    start(&Options::small(folder.path())).close();
 
     let file = folder.path().join("lock").join("audit");
     let message = error(&Options::small(&file)).to_string();
@@ -1338,6 +1386,7 @@ async fn files_are_for_the_gateways_user_only() {
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&directory), 0o700);
     let files: Vec<_> = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    // The segment, the key and the lock file.
     assert_eq!(files.len(), 3, "{files:?}");
     assert!(files.iter().all(|file| mode(file) == 0o600), "{files:?}");
 }
