@@ -126,7 +126,7 @@ impl Permit<'_> {
             let polled = future.as_mut().poll(cx);
             if polled.is_pending() {
                 // The wait for a connection can be long. With a permit held meanwhile, 32 such requests would stop
-                // all others of the worker, including those whose connection is idle.
+                // all others of the worker, including those for which a connection is idle.
                 self._held = None;
             }
             polled
@@ -252,7 +252,7 @@ impl Audit {
         if self.0.shown[1] == Shown::Clear {
             return None;
         }
-        // Without the port: it differs for each connection, so that a hash over it would recognise nobody.
+        // Without the port: it differs for each connection, so that a hash over it would recognise no peer.
         let text = match peer {
             Peer::Tcp(address) => address.ip().to_string(),
             Peer::Unix { .. } => peer.to_string(),
@@ -315,7 +315,7 @@ impl Audit {
 
     /// Finds the segment from which to read so that no record younger than `within` is missed. Returns its index in
     /// `segments`, and the ages that hold at its first line. `segments` are those of this trail, oldest first. See
-    /// [`age`].
+    /// [`age`]. Fails if a segment cannot be read.
     pub fn ages(&self, segments: &[PathBuf], within: Duration) -> io::Result<(usize, Ages)> {
         self.0.clocks.ages().since(segments, within, self.keys())
     }

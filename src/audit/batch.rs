@@ -73,7 +73,7 @@ impl Batch {
         entry.begin(self.seq + 1, &mut self.second, &mut self.text);
         members(&mut self.text);
         self.text.extend_from_slice(OPEN_LINKS);
-        // Only behind the whole text: a panic in `members` must use up no number.
+        // Only after the whole text: a panic in `members` must use up no number.
         self.seq += 1;
         self.ends.push(self.text.len());
         self.changes.push(entry.change());

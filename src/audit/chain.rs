@@ -57,7 +57,7 @@ impl Link {
         hash.is_some_and(|bytes| bytes.ends_with(HASH))
     }
 
-    /// The hash.
+    /// The record's hash.
     pub fn hash(&self) -> Hash {
         self.hash
     }
@@ -82,7 +82,7 @@ impl Keys {
     }
 
     /// Reads the key file that is in an audit directory. Fails as [`Keys::load`] does, and also on a symbolic link.
-    // The gateway makes this file itself, so that a link in its place is somebody else's.
+    // The gateway makes this file itself, so that a link in its place is foreign.
     pub fn load_own(directory: &Path) -> Result<Self, KeyError> {
         let (path, mut bytes) = (key_path(directory), Vec::new());
         let read = open_regular(&path, OpenOptions::new().read(true))
@@ -149,7 +149,7 @@ fn split(line: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((bytes, stated))
 }
 
-/// The hash that a line states, unchecked.
+/// The hash that a line states, unchecked; `None` if it does not end as records do.
 pub fn stated(line: &[u8]) -> Option<Hash> {
     let (_, stated) = split(line)?;
     parse_hex(std::str::from_utf8(stated).ok()?)

@@ -102,7 +102,7 @@ impl Facts {
         }
     }
 
-    /// Appends who asked for what. Used for intents and refusals.
+    /// Appends caller, route, peer and operator, and the ids that the caller sent. Used for intents and refusals.
     pub(super) fn write(&self, line: &mut Line<'_>) {
         self.write_briefly(line);
         match &self.peer_shown {

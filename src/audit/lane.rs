@@ -118,7 +118,7 @@ impl Lane {
             if !registered.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
                 registered = Some(cx.waker().clone());
                 self.register(Request { seq, deadline, waker: cx.waker().clone() });
-                // The writer may have committed the record before this request was in the queue. It then woke nobody
+                // The writer may have committed the record before this request was in the queue. It then woke no task
                 // for it.
                 if safe.load(Ordering::Acquire) >= seq {
                     return Poll::Ready(Ok(()));
@@ -189,7 +189,7 @@ impl Lane {
         if !waiting.task.as_ref().is_some_and(|known| known.will_wake(task)) {
             waiting.task = Some(task.clone());
         }
-        // Only from the front: the first request with a higher number ends the search. One behind it with a lower
+        // Only from the front: the first request with a higher number ends the search. A later one with a lower
         // number is rare, and is woken when the numbers before it are committed, which happens with the same batch or
         // the next.
         while let Some(first) = waiting.requests.pop_front_if(|first| first.seq <= safe) {

@@ -52,8 +52,8 @@ pub struct Options {
 
 impl Options {
     /// The options for appending to a trail that no process writes.
-    // Durable, since nobody waits for it and a person was told that it is on record. No new segment, unless the last
-    // one is damaged: a new file would belong to the user who runs the command.
+    // Durable, since the command tells a person that the record is written. No new segment, unless the last one is
+    // damaged: a new file would belong to the user who runs the command.
     pub(super) fn to_append(directory: &Path) -> Self {
         Self {
             directory: directory.into(),

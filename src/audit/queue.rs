@@ -253,9 +253,8 @@ impl Shared {
     /// file.
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
         with_members(entry, |members| {
-            // Under a limit on file sizes the writer would try such a record for ever, and all records behind it
-            // would be lost. A quarter of the limit leaves room for the reserved space and for a list in the same
-            // segment.
+            // Under a limit on file sizes the writer would try such a record for ever, and all records after it would
+            // be lost. A quarter of the limit leaves room for the reserved space and for a list in the same segment.
             if members.len() > MOST_AT_ONCE && members.len() as u64 > limit::of_files() / 4 {
                 static TOO_LONG: OncePerSecond = OncePerSecond::new();
                 if let Some(times) = TOO_LONG.times() {
@@ -302,8 +301,8 @@ impl Shared {
         }
     }
 
-    /// Queues a refusal, adds it to an aggregate, or only counts it. Never waits, and never takes the places that are
-    /// meant for intents and outcomes.
+    /// Queues a refusal, adds it to an aggregate, or only counts it. Never waits, and leaves half of the queue to
+    /// intents and outcomes. Only the aggregates of an earlier second, which are few, may exceed that.
     pub(super) fn push_refusal(&self, facts: Box<Facts>, why: Why, status: u16) {
         let mut queue = self.lock();
         // Here as well as in the writer, which may be stuck in a write while refusals go on.
@@ -324,7 +323,7 @@ impl Shared {
     }
 
     /// Whether a refusal may be queued.
-    // Half of the queue stays free for intents and outcomes: whoever is refused often must not keep others from being
+    // Half of the queue stays free for intents and outcomes: a flood of refusals must not keep calls from being
     // served.
     fn takes_refusals(&self, queue: &Queue) -> bool {
         let usable = self.is_healthy() && self.space_left.is_set();

@@ -72,7 +72,7 @@ pub struct Answer {
     pub attempts: u32,
     /// The generation of the token that was used last.
     pub token_generation: u64,
-    /// A remark for whoever reads the trail.
+    /// A remark for readers of the trail.
     pub note: Option<&'static str>,
     /// The reply, stored so that a call with an idempotency key can be answered again.
     pub reply: Option<Arc<StoredReply>>,
@@ -81,9 +81,9 @@ pub struct Answer {
 /// The names of a request's caller and route, as far as they were known.
 #[derive(Clone, Debug, Default)]
 pub struct Names {
-    /// The caller.
+    /// The caller's name in the configuration.
     pub caller: Option<Arc<str>>,
-    /// The route.
+    /// The route's name in the configuration.
     pub route: Option<Arc<str>>,
 }
 

@@ -71,8 +71,8 @@ impl Segment {
         self.identity
     }
 
-    /// Reserves space for `bytes` bytes behind the committed records. Fails if the disk or the limit on file sizes
-    /// has no room for them. A file system that cannot reserve counts as having room.
+    /// Reserves space for `bytes` bytes after the committed records. Fails if the disk or the limit on file sizes has
+    /// no room for them. A file system that cannot reserve counts as having room.
     pub(super) fn reserve(&mut self, bytes: u64) -> io::Result<()> {
         let needed = self.length + bytes;
         if needed <= self.allocated {
@@ -89,16 +89,16 @@ impl Segment {
 
     /// Releases the space that was reserved and not used.
     pub(super) fn release(&self) {
-        // `set_len` also makes a file longer. A file that somebody cut shorter must not be filled up with zeros.
+        // `set_len` also makes a file longer. A file that was cut shorter must not be filled up with zeros.
         if self.is_at_least(self.length) {
             let _ = self.file.set_len(self.length);
         }
     }
 
-    /// Writes behind the committed records. If that fails, nothing of the text is left. If an earlier try has written
+    /// Writes after the committed records. If that fails, nothing of the text is left. If an earlier try has written
     /// a text that is not committed yet, does nothing.
     pub(super) fn append(&mut self, text: &[u8]) -> io::Result<()> {
-        // The same batch is tried again after a look at the name failed. Written once more, it would stand twice.
+        // The same batch is tried again after a look at the name failed. Written once more, it would be there twice.
         if self.written > self.length {
             return Ok(());
         }
@@ -164,8 +164,7 @@ impl Segment {
     pub(super) fn is_whole(&self, last: &Link) -> io::Result<bool> {
         let mut end = vec![0; Link::END.min(usize::try_from(self.length).unwrap_or(usize::MAX))];
         let begin = self.length - end.len() as u64;
-        // A few bytes are enough: whoever cut the file has removed the last hash. Changes before it are for `audit
-        // verify` to find.
+        // A few bytes are enough: a cut has removed the last hash. Changes before it are for `audit verify` to find.
         match self.file.read_exact_at(&mut end, begin) {
             Ok(()) => Ok(end.is_empty() || last.ends(&end)),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
@@ -181,7 +180,7 @@ impl Segment {
         }
         let mut end = vec![0; text.len()];
         self.file.read_exact_at(&mut end, begin)?;
-        // Somebody else may have written behind it. What is not ours stays.
+        // Another process may have written after it. Its bytes stay.
         if end == text { self.file.set_len(begin) } else { Ok(()) }
     }
 

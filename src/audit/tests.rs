@@ -414,7 +414,7 @@ async fn a_last_write_whose_pages_did_not_all_reach_the_disk_is_cut_off() {
     for (first, last) in [(1, 1), (2, 4), (lines.len() - 1, lines.len() - 1)] {
         // From the middle of one line to the middle of another, or of the same one: pages do not end where lines do.
         let (from, to) = (begin(first) + lines[first].len() / 3, begin(last) + lines[last].len() / 2);
-        // Pages that did not reach the disk read as zeros. Other bytes there were written by somebody.
+        // Pages that did not reach the disk read as zeros. Other bytes there are no trace of a crash.
         for (byte, is_crash) in [(0, true), (b'x', false)] {
             let mut torn = text.clone();
             torn[from..to].fill(byte);
@@ -456,7 +456,7 @@ async fn a_gap_far_from_the_end_is_damage_and_stays() {
 #[tokio::test]
 async fn one_zero_is_damage_and_costs_no_record_behind_it() {
     let (text, key) = sample().await;
-    // A single zero can be a flipped bit. If it counted as a lost page, the committed records behind it would be cut
+    // A single zero can be a flipped bit. If it counted as a lost page, the committed records after it would be cut
     // off.
     let second = lines_of(&text)[0].len();
     let mut damaged = text;
@@ -603,7 +603,7 @@ async fn what_a_panic_left_of_a_record_is_not_written_with_those_before_it() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     let sent = intended(&audit).await.sent();
-    // The writer must not take the outcome before the panic has left its half line behind it.
+    // The writer must not take the outcome before the panic has left its half line.
     Audit::defer_wake_ups();
     // It waits until the writer is woken.
     sent.finish(&answer());
@@ -681,14 +681,13 @@ async fn old_segments_go_and_the_chain_stays_verifiable() {
     let said = trail(folder.path()).into_iter().filter(|record| record["event"] == "retention").count();
     assert!(said > 0);
 
-    // The next start goes on behind it, and the trail is still whole.
+    // The next start finds the trail's beginning by that event, and the trail is still whole.
     let audit = start(&Options::small(folder.path()));
     intended(&audit).await.sent().finish(&answer());
     audit.close();
     assert_whole(folder.path());
     assert!(trail(folder.path()).iter().all(|record| record["what"] != "damaged"));
 
-    // What somebody else removes no record tells of; the control is above.
     let last_said = trail(folder.path()).into_iter().rfind(|record| record["event"] == "retention").unwrap();
     let told = last_said["last_seq"].as_u64().unwrap();
     // Deleted by hand, no event tells of it. The control is above: what retention removed verifies.
@@ -1142,7 +1141,6 @@ async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_
     }
 }
 
-/// In a process of its own, since the limit is that of all its files.
 #[tokio::test]
 async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no_other_is_lost() {
     const LIMIT: u64 = 24 << 20;

@@ -232,7 +232,7 @@ impl Writer {
     ///
     /// A list that makes the batch longer than a file may be is left out, and the batch begins no segment.
     // Its length is known only here: the batch adds to the list, and a number may be longer on the list than in its
-    // intent. A batch that no file can hold would be tried for ever, and all records behind it would be lost at the
+    // intent. A batch that no file can hold would be tried for ever, and all records after it would be lost at the
     // stop.
     fn fill_list(&mut self, batch: &mut Batch, shared: &Shared) {
         // The intents of calls at work are still only in the open segment. They must be read before another segment
@@ -240,7 +240,8 @@ impl Writer {
         if let Some(segment) = &self.segment {
             self.ledger.leave(segment);
         }
-        // The lock of the list is held for the copy only, since requests take it, too. The copy shares the calls.
+        // The lock of the list is held for the pruning and the copy only, since other threads take it, too. The copy
+        // shares the calls.
         let (forgotten, list) = {
             let mut list = shared.unresolved();
             (self.prune(&mut list), list.clone())
@@ -295,8 +296,8 @@ impl Writer {
     }
 
     /// Notes that the records up to `seq` are in their place.
-    // The lock file must name a new segment before a request relies on it. Otherwise a start could not tell that the
-    // segment was lost.
+    // The lock file names a new segment before a request relies on it. Otherwise a start could not tell that the
+    // segment was lost. An error is only logged: the check once a second tries again.
     fn commit(&mut self, link: Link, seq: u64) {
         (self.link, self.seq) = (link, seq);
         if self.segment.as_ref().map(|segment| segment.first) != self.lock.newest() {

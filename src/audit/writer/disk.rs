@@ -69,8 +69,8 @@ impl Writer {
         if self.try_write(batch)? {
             return Ok(());
         }
-        // The segment was moved or changed during the write. After the rescue the batch is written once more; if
-        // somebody interferes again, this is an error like any other.
+        // The segment was moved or changed during the write. After the rescue the batch is written once more; if the
+        // segment is moved again, this is an error like any other.
         self.rescue(batch.text())?;
         if self.try_write(batch)? {
             return Ok(());
@@ -158,7 +158,7 @@ impl Writer {
     }
 
     /// Creates the segment that begins with the record `first` and writes `text` to it. If that fails, nothing of it
-    /// is left. A file that somebody else put in its place is kept under another name.
+    /// is left. A foreign file in its place is kept under another name.
     fn make_segment(&mut self, first: u64, text: &[u8]) -> io::Result<Segment> {
         let file = segment_name(first);
         // A directory that took the place of ours is another trail: it has neither our segments nor our lock.
@@ -176,7 +176,7 @@ impl Writer {
         if segment.is_in_place() && self.directory.check().is_ok() {
             return Ok(segment);
         }
-        // Only if the name still leads to our file: the file of somebody else is not ours to remove.
+        // Only if the name still leads to our file: a foreign file is not ours to remove.
         let _ = self.directory.remove_if(&file, &segment.file);
         Err(io::Error::other("a new segment was moved or replaced at once"))
     }

@@ -28,7 +28,7 @@ pub(super) enum Mishap {
     Lost(Lost),
 }
 
-/// A file that somebody else moved, deleted, replaced or cut.
+/// A file that another process moved, deleted, replaced or cut.
 pub(super) struct Lost {
     pub(super) file: String,
     pub(super) what: &'static str,

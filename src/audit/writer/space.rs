@@ -39,7 +39,7 @@ impl Writer {
         Some(Carried { at_work: !self.ledger.is_empty(), listed })
     }
 
-    /// An estimate of the space that a new segment takes with its first batch and what is reserved behind it, in
+    /// An estimate of the space that a new segment takes with its first batch and what is reserved after it, in
     /// bytes.
     // Twice a part: one for the batch, and one for what that batch adds to the list.
     fn of_new_segment(&self, shared: &Shared) -> u64 {
@@ -60,7 +60,7 @@ impl Writer {
     /// Reserves space for `bytes` bytes and for the outcomes of all calls in flight, and sets whether new intents are
     /// accepted.
     // At the limit on file sizes the next batch begins a new segment, but only if that has more room: the list in it
-    // may be longer than all the records that fit behind it. Every few records would then take a segment with the
+    // may be longer than all the records that fit after it. Every few records would then take a segment with the
     // whole list, until the disk is full.
     pub(super) fn reserve(&mut self, shared: &Shared, bytes: u64) {
         let needed = bytes + room(shared);
@@ -88,7 +88,7 @@ impl Writer {
     }
 }
 
-/// The space that must be reserved behind what is written, in bytes.
+/// The space that must be reserved after what is written, in bytes.
 pub(super) fn room(shared: &Shared) -> u64 {
     AHEAD + OUTCOME * shared.in_flight()
 }
