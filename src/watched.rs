@@ -1,8 +1,12 @@
-//! What is kept in files, looked at to notice a change. At rest they are not read.
+//! Change detection for configuration, secrets and certificates by polling: files at rest are checked with
+//! `stat` only and not read.
 //!
-//! What belongs together may be kept in several files and written one after the other, each perhaps in two steps
-//! (truncate, write), so that a reading may be torn. A change counts once two readings in a row agree; what cannot
-//! be read is no change.
+//! What belongs together may be kept in several files that are written one after the other, and each file may
+//! be written in two steps (truncate, write). One reading may therefore see a mixture. A change is reported
+//! only after two readings in a row agree. A failure to read is never a change: what was read before stays in
+//! use.
+//!
+//! This module does not use inotify. It does not parse contents either: the caller's `load` does.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -13,14 +17,16 @@ use tokio::time::sleep;
 
 use crate::files::{Aside, Stamp};
 
-/// How often files are looked at. Polling notices what a watch on a file misses: Kubernetes swaps a link, and a
-/// mount can be replaced whole.
+/// The interval between two checks.
+// Polling notices what a watch on a file misses: Kubernetes replaces a symbolic link, and a mount can be
+// replaced as a whole.
 pub(crate) const POLL: Duration = Duration::from_secs(1);
 
-/// Time between the two readings that must agree.
+/// The time between the two readings that must agree.
 pub(crate) const SETTLE: Duration = Duration::from_millis(250);
 
-/// Tells contents from others: what is watched need not be kept.
+/// Returns a SHA-256 digest of some parts, to compare contents without keeping them. Each part is hashed with
+/// its length, so that moving bytes from one part to the next changes the digest.
 pub(crate) fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 32] {
     let mut digest = Sha256::new();
     for part in parts {
@@ -30,40 +36,42 @@ pub(crate) fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 32] 
     digest.finalize().into()
 }
 
-/// A file system may keep times in steps of up to two seconds: a file that changed twice in one step looks as it did between. So
-/// it is read for so long after it was seen to change.
+/// The time for which a changed file is still read at every check.
+// Some file systems store times in steps of up to two seconds. A file that changes twice within one step has
+// the same stamp both times, so that the stamp alone would miss the second change.
 const GRAIN: Duration = Duration::from_secs(3);
 
-/// Looks at one thing again and again.
+/// One thing that is kept in files, with the state of its last check.
 pub(crate) struct Watched<T, E> {
-    /// Where it is kept.
+    /// The files to check with `stat`.
     files: Vec<PathBuf>,
     load: Box<dyn Fn() -> Result<T, E> + Send>,
-    /// How the files looked last, and since when.
+    /// The stamps of the files at the last check, and since when they are the same.
     stamps: Option<(Vec<Stamp>, Instant)>,
-    /// When they were last read.
+    /// When the files were last read.
     read: Option<Instant>,
+    /// The value that was last reported.
     seen: T,
-    /// A change, read once.
+    /// A changed value that was read once and must be read again.
     settling: Option<T>,
-    /// It could not be read or used when it was last looked at.
+    /// Whether the last reading failed.
     is_unusable: bool,
 }
 
-/// What a look found.
+/// The result of one check.
 pub(crate) enum Noticed<T, E> {
-    /// It can be used, and is what it was.
+    /// The value is readable and unchanged.
     Nothing,
-    /// A change; the next look, [`SETTLE`] later, tells whether it stays.
+    /// The value differs from the last one. Check again after [`SETTLE`] to find whether it stays.
     Settling,
-    /// A change that stays.
+    /// A new value, read twice.
     Changed(T),
-    /// It cannot be read or used now.
+    /// The value cannot be read now.
     Unusable(E),
 }
 
 impl<T: Clone + PartialEq, E> Watched<T, E> {
-    /// What these files hold; `seen` is what is known of it.
+    /// Watches `files`. `load` reads them and returns their value; `seen` is the value that is already known.
     pub(crate) fn new(
         files: Vec<PathBuf>,
         load: impl Fn() -> Result<T, E> + Send + 'static,
@@ -73,7 +81,8 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
         Self { files, load, stamps, read, seen, settling: None, is_unusable: false }
     }
 
-    /// Looks at it again, and reads it only where it may have changed.
+    /// Checks once, and calls `load` only if the files may have changed. Blocks on file I/O: a dead mount
+    /// blocks it for as long as it is dead.
     pub(crate) fn look(&mut self) -> Noticed<T, E> {
         if self.is_at_rest() {
             return Noticed::Nothing;
@@ -82,16 +91,21 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
         let found = match (self.load)() {
             Ok(found) => found,
             Err(error) => {
+                // The next two good readings must agree again. A reading before the failure may be half of a
+                // change.
                 self.settling = None;
                 self.is_unusable = true;
                 return Noticed::Unusable(error);
             }
         };
         self.is_unusable = false;
+        // A file that was rewritten with the same content, or changed and changed back, is no change.
         if found == self.seen {
             self.settling = None;
             return Noticed::Nothing;
         }
+        // A writer may be between two files, or between truncate and write. The value counts once a second
+        // reading returns the same.
         if self.settling.as_ref() != Some(&found) {
             self.settling = Some(found);
             return Noticed::Settling;
@@ -101,15 +115,21 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
         Noticed::Changed(found)
     }
 
-    /// Whether the files look as they did when they were last read, and had done so for a while then.
+    /// Whether no reading is needed: the stamps are those of the last check, and the last reading came at least
+    /// [`GRAIN`] after they were first seen.
     fn is_at_rest(&mut self) -> bool {
         let stamps: Vec<_> = self.files.iter().map(|file| Stamp::of(file)).collect();
         match &self.stamps {
             Some((known, since)) if *known == stamps => {
                 let is_certain = self.read.is_some_and(|read| read >= *since + GRAIN);
+                // A change that was read once is read again even if the stamps do not move. So is a file that
+                // could not be used: a cause such as an I/O error or the limit on open files does not show in
+                // the stamp, and the end of the trouble is to be reported.
                 is_certain && self.settling.is_none() && !self.is_unusable
             }
             _ => {
+                // The stamps are taken before the files are read. A change between the two then shows at the
+                // next check; in the other order it would be missed.
                 self.stamps = Some((stamps, Instant::now()));
                 false
             }
@@ -117,27 +137,29 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
     }
 }
 
-/// What is followed, and what could not be used of it.
+/// A watched value with the function that puts it into effect, and the last value that this function rejected.
 struct Followed<T, E> {
     watched: Watched<T, E>,
     take: Box<dyn Fn(T) -> Result<(), E> + Send>,
     refused: Option<T>,
 }
 
-/// What came of a look.
+/// The result of checking once and, if there was a change, putting it into effect.
 enum Turn {
-    /// What lies in the files is in use, or is so now.
+    /// The value of the files is in effect. `is_new`: since this check.
     Good { is_new: bool },
-    /// It cannot be used, and why.
+    /// The value cannot be read or put into effect. `is_new`: it was changed to this since the last check.
     Bad { why: String, is_new: bool },
-    /// It is not known yet.
+    /// A change was read once.
     Settling,
 }
 
 impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
-    /// Looks, and takes what has changed.
+    /// Checks once, and puts a change into effect.
     fn turn(&mut self) -> Turn {
         match self.watched.look() {
+            // A value may be rejected for a cause outside these files. It is tried again at every check until
+            // it is accepted or replaced.
             Noticed::Nothing => match self.refused.take() {
                 None => Turn::Good { is_new: false },
                 Some(found) => self.take(found, false),
@@ -148,6 +170,7 @@ impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
         }
     }
 
+    /// Puts a value into effect, or remembers it as rejected.
     fn take(&mut self, found: T, is_new: bool) -> Turn {
         match (self.take)(found.clone()) {
             Ok(()) => Turn::Good { is_new: true },
@@ -159,8 +182,13 @@ impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
     }
 }
 
-/// Looks for ever, on a thread of its own. `take` takes what has changed, if it can be used; `tell` hears of each change, and what
-/// came of it. What could not be used is tried again, and told of when it can be.
+/// Follows a value for ever. `take` puts a changed value into effect and fails if that cannot be done. `tell`
+/// gets the result of each change: `Ok` when the files are in effect, `Err` with the reason when they are not.
+/// A rejected value is tried again at every check, and `tell` gets `Ok` once it is accepted. A reason is
+/// reported once; it is reported again if the files changed, or if another reason was reported in between.
+///
+/// `load` and `take` run on the blocking pool, one at a time, so that a file that does not answer blocks
+/// neither the runtime nor other files. May be cancelled at any time; a check that has begun runs to its end.
 pub(crate) async fn follow<T, E>(
     watched: Watched<T, E>,
     take: impl Fn(T) -> Result<(), E> + Send + 'static,
@@ -170,11 +198,14 @@ pub(crate) async fn follow<T, E>(
     E: fmt::Display + 'static,
 {
     let mut followed = Aside::new(Followed { watched, take: Box::new(take), refused: None });
-    // What was told last, while it is bad: each reason is told once, and again when another one was told in between.
+    // The last reported reason, compared as text. A file that was bad, then did not answer, and is bad again
+    // for the first reason is reported again: otherwise the last line in the log would say that it does not
+    // answer.
     let mut bad: Option<String> = None;
     loop {
         let turn = match followed.run(Followed::turn).await {
             Ok(turn) => turn,
+            // `Aside` reports a hang once per job, so that it is always news.
             Err(hangs) => Turn::Bad { why: hangs.to_string(), is_new: true },
         };
         let wait = if matches!(turn, Turn::Settling) { SETTLE } else { POLL };
@@ -247,6 +278,7 @@ mod tests {
             reads.store(0, SeqCst);
             let changed = (0..count).filter(|_| matches!(watched.look(), Noticed::Changed(_))).count();
             // Some time has passed.
+            // As if time had passed: the test needs no sleep of three seconds for each step.
             watched.read = watched.read.map(|read| read + GRAIN);
             (reads.load(SeqCst), changed)
         };

@@ -1,16 +1,20 @@
-//! Reads the trail: recovery at start, `audit verify`, `audit in-doubt`, `audit head`.
+//! Crash recovery of the write-ahead trail: reads the segments, verifies the hash chain, and finds the end that
+//! a writer continues from.
 //!
-//! A start reads the end of the trail only, so that it serves at once; all of it is verified beside that, for damage
-//! and for what was left open.
+//! A start calls [`read_end`], which reads the last two segments only, so that the gateway serves at once. The
+//! whole trail is verified in the background. The commands `audit verify`, `audit in-doubt` and `audit head`
+//! call [`read`].
 //!
-//! A crash leaves traces that are no faults. The last write may be cut short; and if the machine crashed, those
-//! pages of it that did not reach the disk read as zeros. Nothing of that was safe. A batch whose fdatasync
-//! failed stands twice, if nobody came to cut it off: at the end of one segment and, proven, at the beginning of
-//! the next.
+//! Some traces of a crash are not faults. The last write may be cut short. After a crash of the machine, pages
+//! of the last write that did not reach the disk read as zeros. Nothing of such a write was committed. A batch
+//! whose fdatasync failed can be in the trail twice, if the process died before it could cut it off: at the end
+//! of one segment and, proven by the chain, at the beginning of the next.
 //!
-//! What is missing at the end leaves no trace in the chain. The lock file tells it: it names the newest segment and a
-//! record that was there. A start that finds less records that, and goes on with a higher number in a new segment, so
-//! that the gap stays to be seen.
+//! The chain does not show that records are missing at the end of the trail. The lock file does: it names the
+//! newest segment and one record of the trail. A start that finds less records the damage. It then continues
+//! with a higher number in a new segment, so that the gap stays visible.
+//!
+//! This module changes no file. [`super::start`] cuts off a torn line and records the damage.
 
 use std::borrow::Cow;
 use std::fs::OpenOptions;
@@ -32,97 +36,105 @@ use super::{age, lock, retention};
 
 use crate::keyed_hash::{Hash, Keys};
 
-/// What an event says of a trail that is not whole.
+/// The value of `what` in the event `recovery` for a trail that is not whole.
 pub(super) const DAMAGED: &str = "damaged";
 
-/// Beyond so many faults there is no more to say: it is another key, or another trail.
+/// The number of faults after which no more are collected.
+// A wrong key makes every record a fault. More of them would only cost memory.
 const MAX_FAULTS: usize = 10_000;
 
-/// So many zeros in a row are a piece of a page that did not reach the disk. A sector has 512.
+/// The number of consecutive zero bytes that count as a part of a page that did not reach the disk.
+// A sector has 512 bytes, but only a piece of it may lie within one line. 16 is still far more than a flipped
+// bit or a damaged byte produces.
 const LEAST_LOST: usize = 16;
 
-/// A last write that lacks pages is no longer than this, in bytes; if more follows a gap, the file is damaged.
+/// The largest size, in bytes, of a torn last write that counts as a trace of a crash and is cut off. If more
+/// data follows a gap, the file counts as damaged.
 const MAX_TORN: u64 = 1 << 20;
 
-/// What reading a trail found.
+/// The result of reading a trail.
 #[derive(Debug, Default)]
 pub struct Found {
-    /// The last whole record's number.
+    /// The number of the last complete record.
     pub seq: u64,
-    /// The last whole record's hash.
+    /// The hash of the last complete record.
     pub hash: Hash,
-    /// The calls at work, in doubt, or done without their callers having learnt of it.
+    /// The calls without an outcome, of unknown outcome, or completed without their callers having learnt of
+    /// it.
     pub unresolved: UnresolvedList,
-    /// What does not fit, in the order of the trail.
+    /// The lines that do not fit, in the order of the trail. At most 10,000.
     pub faults: Vec<Fault>,
-    /// What a crash left of the last write: the segment, where that begins, and its length.
+    /// The torn end of the last write: the segment, the offset where the torn part begins, and its length in
+    /// bytes.
     pub torn: Option<(PathBuf, u64, u64)>,
-    /// The last segment and its length without a torn line.
+    /// The last segment, and its length in bytes without a torn line.
     pub last: Option<(PathBuf, u64)>,
-    /// What ties the times of records to the time that has passed, in the order of the trail.
+    /// The anchors of the records that were read, in the order of the trail: see [`super::age`].
     pub(super) anchors: Vec<Anchor>,
-    /// The time of the last record that is proven.
+    /// The time of the last proven record (RFC 3339).
     time: String,
-    /// The highest format that an anchor states.
+    /// The highest format that a proven anchor states.
     format: u64,
-    /// What is missing now, as the lock file says.
+    /// What is missing compared with the statement in the lock file.
     pub damage: Vec<Damage>,
-    /// Events of earlier starts that found something missing.
+    /// The events in which earlier starts recorded that something was missing.
     pub recorded: Vec<Fault>,
-    /// The lock file has a text that is not to be read, so that it says nothing.
+    /// Whether the text of the lock file cannot be parsed. Then nothing is known about the end of the trail.
     pub is_lock_unreadable: bool,
-    /// The highest number of a record, and that of one that is proven.
+    /// The highest number of any record, proven or not.
     highest: u64,
+    /// The highest number of a proven record.
     proven: u64,
-    /// A record that the lock file names, and whether it was found.
+    /// The record that the lock file names.
     expected: Option<Place>,
+    /// Whether that record was found.
     is_reached: bool,
-    /// A number that was given away for certain.
+    /// A number that was certainly assigned, though its record may be missing. 0 if nothing is missing.
     given: u64,
-    /// Where the trail begins, if that is not its first record.
+    /// The place before the first segment, if that does not begin with the first record of the trail.
     begins_behind: Option<Place>,
-    /// An event says that what lies before was removed.
+    /// Whether an event `retention` accounts for the records before the first segment.
     is_retained: bool,
 }
 
-/// What a trail lacks.
+/// One part of the trail that the lock file names and that is missing.
 #[derive(Clone, Debug, Serialize)]
 pub struct Damage {
-    /// What is missing.
+    /// What kind of thing is missing.
     pub lacks: Lacking,
-    /// The name of the file that is missing, or from which records are.
+    /// The name of the file that is missing, or that lacks records.
     pub file: String,
-    /// Whether it lies at the end of the trail, so that what is missing may be newer than all that is left.
+    /// Whether the missing part is at the end of the trail and may be newer than everything that is left.
     pub at_end: bool,
-    /// The same in words.
+    /// A description for people.
     pub reason: String,
 }
 
-/// What can be missing without a trace in the chain.
+/// What can be missing without leaving a trace in the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Lacking {
-    /// The lock file, beside segments: nobody can say whether newer ones are missing.
+    /// The lock file, though there are segments. Without it, it is unknown whether newer segments are missing.
     LockFile,
     /// The newest segment.
     NewestSegment,
-    /// The last records of a trail that was closed in order.
+    /// The last records of a trail whose gateway was stopped in order.
     LastRecords,
-    /// The last records of a trail whose gateway was not stopped in order. Beside somebody who removed them, a crash of
-    /// the machine may have lost them where durability is `kernel`.
+    /// The last records of a trail whose gateway was not stopped in order. Where durability is `kernel`, a
+    /// crash of the machine may have lost them; otherwise they were removed.
     LastRecordsAfterCrash,
 }
 
-/// A line that does not fit.
+/// A line of a segment that does not fit.
 #[derive(Clone, Debug, Serialize)]
 pub struct Fault {
-    /// The segment.
+    /// The path of the segment.
     pub file: PathBuf,
-    /// The line, from 1.
+    /// The line, counted from 1.
     pub line: usize,
     /// The number that the record should have.
     pub seq: u64,
-    /// What is wrong.
+    /// A description for people.
     pub reason: &'static str,
 }
 
@@ -141,12 +153,17 @@ struct Head<'a> {
     outcome: Option<Cow<'a, str>>,
 }
 
-/// Reads all segments of a directory. A gateway may remove the oldest one meanwhile: then it is read anew. Fails with
-/// [`Newer`] if a newer version wrote some of it.
+/// Reads and verifies all segments of a directory. A running gateway may write the trail at the same time; if
+/// it removes a segment meanwhile, reading starts again, up to ten times.
+///
+/// Fails if a segment cannot be read, and with an error that wraps [`Newer`] if a newer version wrote a part of
+/// the trail. Faults of the trail are no errors: they are in [`Found`]. Reads every byte of the trail, so do
+/// not call it on a thread that serves requests.
 pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
     let mut tries = 10;
     loop {
-        // Before the segments, since a gateway that is running may begin others meanwhile.
+        // The lock file is read before the segments are listed. In the other order, a running gateway could
+        // begin a segment in between, and the lock file would name one that the list lacks.
         let statement = lock::read(directory).unwrap_or(Statement::Unreadable);
         match read_all(&segments(directory)?, keys, &statement) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && tries > 0 => tries -= 1,
@@ -166,8 +183,13 @@ fn read_all(segments: &[PathBuf], keys: &Keys, statement: &Statement) -> io::Res
     Ok(found)
 }
 
-/// Reads the last two segments of a directory, which is where a crash leaves a torn line. What lies before them is
-/// believed.
+/// Reads the last two segments of a directory without verifying the ones before. For the last anchor it may
+/// read further back.
+///
+/// Fails as [`read`] does.
+// Two segments and not one: the last one may hold nothing but a torn line. Then the place in the chain and the
+// list of unresolved calls are in the one before. A batch whose fdatasync failed is at the end of the last but
+// one, too.
 pub(super) fn read_end(directory: &Path, keys: &Keys, statement: &Statement) -> io::Result<Found> {
     let segments = segments(directory)?;
     let (before, end) = segments.split_at(segments.len().saturating_sub(2));
@@ -203,14 +225,17 @@ fn read_segments(
     Ok(found)
 }
 
-/// Whether a part of a line did not reach the disk: it begins with zeros, as the write did, or holds as many as no
-/// flipped bit makes. One zero is damage: what stands behind it was safe.
+/// Whether a line contains a page that did not reach the disk: it begins with a zero byte, or has at least
+/// [`LEAST_LOST`] zero bytes in a row.
+// A single zero within a line is damage and not a torn write. Treating it as torn would cut off the committed
+// records behind it.
 fn is_lost(line: &[u8]) -> bool {
     line.contains(&0)
         && (line[0] == 0 || line.windows(LEAST_LOST).any(|part| part.iter().all(|byte| *byte == 0)))
 }
 
-/// Whether the rest of a segment is how the next one begins. Pages that did not reach the disk read as zeros.
+/// Whether the segment `path` from `offset` on equals the beginning of `next`. A zero byte in `path` equals any
+/// byte, since pages that did not reach the disk read as zeros.
 fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
     let open = |path| Ok::<_, io::Error>(BufReader::new(open_regular(path, OpenOptions::new().read(true))?));
     let mut rest = open(path)?;
@@ -226,7 +251,8 @@ fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
 }
 
 impl Found {
-    /// Before a segment is read: what it says lies before it, unless it is the first one of all.
+    /// The state before a segment is read: the place that its first record names, or the beginning of the trail
+    /// for the very first segment.
     fn begin(segment: Option<&PathBuf>) -> io::Result<Self> {
         let before = match segment.filter(|path| first_seq(path) > 1) {
             Some(path) => retention::before(path)?,
@@ -235,27 +261,33 @@ impl Found {
         Ok(before.map_or_else(Self::default, |Place { seq, hash }| Self { seq, hash, ..Self::default() }))
     }
 
-    /// Reads a segment that another one follows.
+    /// Reads a segment that is followed by another one, up to a batch that the next segment repeats.
     fn read_full(&mut self, path: &Path, next: &Path, keys: &Keys) -> io::Result<()> {
         let mut lines = Lines::open(path)?;
         while let Some(line) = lines.read()? {
+            // The files are compared byte by byte only where the numbers have reached those of the next
+            // segment.
             if self.seq + 1 == first_seq(next) && is_repeated(path, line.offset, next)? {
                 break;
             }
             self.take(path, line.number, line.bytes, keys);
             if !line.whole {
                 // A crash tears the last line of all; elsewhere somebody did.
+                // A crash can tear the last line of the trail only. Here another segment follows, so the file
+                // was changed.
                 self.fault(path, line.number, "the line has no end");
             }
         }
         Ok(())
     }
 
-    /// Reads the last segment, up to what a crash left of the last write.
+    /// Reads the last segment, up to the part of the last write that a crash tore.
     fn read_last(&mut self, path: &Path, keys: &Keys) -> io::Result<()> {
         let mut lines = Lines::open(path)?;
         let size = fs::symlink_metadata(path)?.len();
         while let Some(line) = lines.read()? {
+            // A hole in the last write is a torn write as a whole: pages reach the disk in any order, so that
+            // complete lines may follow the hole. They were not committed either.
             let rest = size.saturating_sub(line.offset);
             if !line.whole || (is_lost(line.bytes) && rest <= MAX_TORN) {
                 self.torn = Some((path.into(), line.offset, rest));
@@ -267,8 +299,11 @@ impl Found {
         Ok(())
     }
 
-    /// Where a writer goes on: the last number given away, and the segment by its first one, with its length. What is damaged
-    /// stays as it is: new records then go into a new segment, whose name is that of no other.
+    /// Returns where a writer continues: the last number that was assigned, and the segment to append to as its
+    /// first number and its length in bytes. `None` instead of the segment asks for a new one.
+    // A damaged segment is not appended to: it stays as it is, as evidence, and an operator can replace it by a
+    // good copy without losing new records. The new segment is numbered above the name of the last one, so that
+    // no file is replaced.
     pub(super) fn resume(&self) -> (u64, Option<(u64, u64)>) {
         let seq = self.highest.max(self.seq).max(self.given);
         let Some((path, length)) = &self.last else { return (seq, None) };
@@ -279,7 +314,7 @@ impl Found {
         (seq.max(first), None)
     }
 
-    /// Compares what was read with what the lock file says.
+    /// Compares what was read with the statement in the lock file.
     fn compare(&mut self, segments: &[PathBuf], statement: &Statement) {
         match statement {
             Statement::Missing if !segments.is_empty() => self.damage.push(Damage {
@@ -288,16 +323,21 @@ impl Found {
                 at_end: true,
                 reason: "there is no lock file, which would tell whether newer segments are missing".into(),
             }),
+            // An empty file is the lock file of an older version, or of a start that died before its first
+            // record. Neither is evidence that something is missing.
             Statement::Missing | Statement::Nothing => {}
             Statement::Unreadable => self.is_lock_unreadable = true,
             Statement::Of(stated) => self.compare_end(segments, stated),
         }
     }
 
+    /// Records what is missing at the end of the trail, and which number was certainly assigned.
     fn compare_end(&mut self, segments: &[PathBuf], Stated { newest, last, is_stopped }: &Stated) {
         let newest_name = segment_name(*newest);
         let is_there = segments.iter().any(|path| path.ends_with(&newest_name));
         // An older version, which does not write lock files, may have gone on and removed it.
+        // A version before lock files may have continued the trail and removed the segment by retention. Then
+        // all segments begin behind the one that is named.
         let is_past = segments.first().is_some_and(|first| first_seq(first) > *newest);
         let (lacks, reason) = match () {
             () if !is_there && !is_past => (
@@ -317,16 +357,19 @@ impl Found {
                 (lacks, reason)
             }
         };
+        // No number is assigned twice, and no name of a missing segment is used again. Otherwise a copy that an
+        // operator restores later would collide with the new records.
         self.given = last.seq.max(if lacks == Lacking::NewestSegment { *newest } else { 0 });
         self.damage.push(Damage { lacks, file: newest_name, at_end: true, reason });
     }
 
-    /// The time of the last record that is proven, in milliseconds since 1970.
+    /// The time of the last proven record, in milliseconds since 1970.
     pub(super) fn newest(&self) -> Option<i64> {
         age::millis(&self.time)
     }
 
-    /// Whether the key proves any record, unless there is none.
+    /// Whether the key proves at least one record, or there are no records. If not, the key belongs to another
+    /// trail.
     pub fn fits_its_key(&self) -> bool {
         self.proven > 0 || self.seq == 0
     }
@@ -352,7 +395,8 @@ impl Found {
             Ok(hash) => self.hash = hash,
             Err(reason) => {
                 self.fault(path, number, reason);
-                // Go on from what the line states, so that one changed record is one fault.
+                // The next line is checked against the hash that this line states, so that one changed record
+                // is one fault and not a fault in every line that follows.
                 self.hash = stated(line).unwrap_or(self.hash);
             }
         }
@@ -362,11 +406,14 @@ impl Found {
         };
         if head.seq != seq {
             self.fault(path, number, "the number does not follow: records were removed, added or swapped");
-            // Go on from what the line states, unless nothing could follow it.
+            // Numbering continues from the stated number, so that a gap is one fault. A number that no record
+            // can have would leave no room for the next ones.
             self.seq = if head.seq < MAX_SEQ { head.seq } else { seq };
         }
         self.highest = self.highest.max(self.seq);
-        // Behind a changed line stands what that line states. A copy of an earlier record fits there.
+        // A changed line states any hash its author likes, so a copy of an earlier record verifies behind it.
+        // Such a copy once replaced the list of unresolved calls. A record is therefore proven only if its
+        // number is higher than all proven ones.
         let is_proven = is_linked && head.seq > self.proven;
         self.proven = if is_proven { head.seq } else { self.proven };
         let step = Step {
@@ -380,6 +427,8 @@ impl Found {
             step.time.clone_into(&mut self.time);
             self.unresolved.take(&step, line);
         } else {
+            // An unproven record may only add calls to the list. If it could remove one, whoever can write to
+            // the file could make the gateway send a call twice.
             self.unresolved.take_unproven(&step, line);
         }
         if step.kind == "event" {
@@ -391,7 +440,8 @@ impl Found {
         if self.begins_behind.is_some() {
             self.is_retained |= retention::said(bytes) == self.begins_behind;
         }
-        // A flipped bit makes no trail a newer one, and no record older.
+        // Anchors and formats of unproven lines are ignored: a flipped bit must not make the trail unreadable
+        // as "newer", and must not make a record older than it is.
         if is_proven {
             self.anchors.extend(Anchor::read(bytes));
             self.format = self.format.max(age::format(bytes).unwrap_or_default());
@@ -404,13 +454,13 @@ impl Found {
 }
 
 impl Damage {
-    /// What its event says.
+    /// The members of the event `recovery` that records this damage.
     pub(super) fn details(&self) -> Value {
         let Self { lacks, file, at_end, reason } = self;
         json!({ "what": DAMAGED, "file": file, "reason": reason, "lacks": lacks, "at_end": at_end })
     }
 
-    /// Whether a line is such an event.
+    /// Whether a line is an event that records such damage.
     pub(super) fn is_told_by(line: &[u8]) -> bool {
         #[derive(Deserialize)]
         struct Told<'a> {
