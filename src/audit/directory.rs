@@ -1,8 +1,10 @@
-//! The audit directory by its open handle, and the identity of its files.
+//! The audit directory, used through its open handle, and the identity of the files in it.
 //!
-//! A name can lead to another file, or to none, while the file is open: somebody moved, deleted or replaced it. What
-//! goes into such a file is lost to every reader. So each file is known by device and inode, too, and a name counts
-//! only while it leads to that identity. No symbolic link in the directory is followed.
+//! While a file is open, its name can come to lead to another file or to none: somebody moved, deleted or
+//! replaced it. No reader finds what is written to such a file. So each file is known by device and inode, too,
+//! and a name counts only while it leads to that identity. No symbolic link inside the directory is followed.
+//!
+//! This module finds out about replaced files. [`super::writer`] decides what to do about them.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -20,7 +22,7 @@ use rustix::process::geteuid;
 
 use crate::clock;
 
-/// Which file it is, whatever its name.
+/// The identity of a file, independent of its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Identity {
     device: u64,
@@ -28,17 +30,18 @@ pub(super) struct Identity {
 }
 
 impl Identity {
+    /// The identity of the file that this metadata describes.
     pub(super) fn of(found: &Metadata) -> Self {
         Self { device: found.dev(), inode: found.ino() }
     }
 
-    /// The inode alone, as a directory listing tells it.
+    /// The inode number alone, which is all that a directory listing contains.
     pub(super) fn inode(self) -> u64 {
         self.inode
     }
 }
 
-/// What a name in the directory leads to.
+/// A file that a name in the directory leads to.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
     pub(super) identity: Identity,
@@ -51,13 +54,15 @@ pub(super) struct Found {
 pub(super) struct Directory {
     path: PathBuf,
     handle: File,
-    /// Kept open, so that the limit on open files does not matter.
+    /// Kept open for the checks of each second: opening it anew would fail while the process is at its limit on
+    /// open files.
     listing: Dir,
     identity: Identity,
 }
 
 impl Directory {
-    /// Opens a directory. Its own name may be a symbolic link.
+    /// Opens a directory. The path itself may be a symbolic link. Fails if it leads to anything but a
+    /// directory.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::DIRECTORY.bits().cast_signed();
         let handle = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
@@ -66,12 +71,14 @@ impl Directory {
         Ok(Self { path: path.to_owned(), handle, listing, identity })
     }
 
+    /// The path by which the directory was opened.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Locks the directory itself for this process, which no removal of a file in it undoes. False where the file
-    /// system cannot lock directories.
+    /// Locks the directory for this process; returns false if the file system cannot lock directories.
+    // The lock is on the directory and not on a file in it: when somebody removed the lock file, a second
+    // gateway could lock a new one and write the same segment.
     pub(super) fn try_lock(&self) -> Result<bool, TryLockError> {
         match self.handle.try_lock() {
             Err(TryLockError::Error(error)) if cannot_lock(&error) => Ok(false),
@@ -80,13 +87,16 @@ impl Directory {
     }
 
     /// Fails unless the path still leads to this directory.
+    // Records that go to a directory that was moved away are not found by the next start.
     pub(super) fn check(&self) -> io::Result<()> {
         let found = fs::metadata(&self.path)?;
         if Identity::of(&found) == self.identity { Ok(()) } else { Err(replaced()) }
     }
 
-    /// Makes a file for reading and writing, only for this user. It is opened by its path, so that what forbids that
-    /// is obeyed; but it must lie in this directory.
+    /// Makes a new file of mode 0600, opened for reading and writing. Fails if the name is taken, or if the
+    /// path no longer leads to this directory.
+    // The file is opened by its path and not relative to the handle, so that permissions and mounts on the way
+    // apply. Afterwards the name is checked through the handle: the path may lead to another directory by now.
     pub(super) fn create(&self, name: &str) -> io::Result<File> {
         let path = self.path.join(name);
         let mut options = OpenOptions::new();
@@ -98,13 +108,14 @@ impl Directory {
         Err(replaced())
     }
 
-    /// Opens a file that is there, for reading and writing.
+    /// Opens an existing regular file for reading and writing. Fails if the path no longer leads to this
+    /// directory.
     pub(super) fn open_file(&self, name: &str) -> io::Result<File> {
         let file = open_regular(&self.path.join(name), OpenOptions::new().read(true).write(true))?;
         if self.leads_to(name, Identity::of(&file.metadata()?))? { Ok(file) } else { Err(replaced()) }
     }
 
-    /// What a name leads to; nothing if there is none.
+    /// Returns the file that a name leads to; `None` if there is none. A symbolic link is found as itself.
     pub(super) fn find(&self, name: &str) -> io::Result<Option<Found>> {
         match statat(&self.handle, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => {
@@ -121,7 +132,8 @@ impl Directory {
         Ok(self.find(name)?.is_some_and(|found| found.identity == file))
     }
 
-    /// All names with their inodes.
+    /// Returns all names of the directory with their inode numbers.
+    // One listing a second for all closed segments is cheaper than a `stat` of each: there may be hundreds.
     pub(super) fn names(&mut self) -> io::Result<HashMap<Vec<u8>, u64>> {
         self.listing.rewind();
         let entries = self.listing.by_ref();
@@ -131,10 +143,11 @@ impl Directory {
             .map_err(Into::into)
     }
 
-    /// Gives a file another name, at which nothing may stand.
+    /// Renames a file. Fails with `AlreadyExists` if something has the new name.
     pub(super) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         match renameat_with(&self.handle, from, &self.handle, to, RenameFlags::NOREPLACE) {
-            // Not every file system knows how to replace nothing.
+            // Not every file system supports `RENAME_NOREPLACE`. The check before a plain rename leaves a short
+            // race, which is accepted there.
             Err(Errno::INVAL | Errno::NOSYS) if self.find(to)?.is_none() => {
                 renameat(&self.handle, from, &self.handle, to)?;
             }
@@ -144,7 +157,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Removes a file, if it is there.
+    /// Removes a file; succeeds if there is none.
     pub(super) fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.handle, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
@@ -153,20 +166,21 @@ impl Directory {
         }
     }
 
-    /// Fails where [`Directory::remove`] would because a directory has the name.
+    /// Fails where [`Directory::remove`] would fail because a directory has the name. Changes nothing.
     pub(super) fn check_removable(&self, name: &str) -> io::Result<()> {
         let found = fs::symlink_metadata(self.path.join(name));
         if found.is_ok_and(|found| found.is_dir()) { Err(folder_in_place(name)) } else { Ok(()) }
     }
 
-    /// Removes a name, if it leads to this file.
+    /// Removes a name if it leads to this file, and succeeds without doing anything if it does not.
     pub(super) fn remove_if(&self, name: &str, file: &File) -> io::Result<()> {
         let is_its = self.leads_to(name, Identity::of(&file.metadata()?))?;
         if is_its { self.remove(name) } else { Ok(()) }
     }
 
-    /// Frees a name: whatever stands there is renamed, to what no reader takes for a segment. Returns its new name;
-    /// nothing if nothing was there.
+    /// Frees a name: what has it is renamed to a name that no reader takes for a segment. Returns the new name,
+    /// or `None` if nothing had the name.
+    // A foreign file is kept and not deleted: it may be the only copy of somebody's data.
     pub(super) fn put_aside(&self, name: &str) -> io::Result<Option<String>> {
         if self.find(name)?.is_none() {
             return Ok(None);
@@ -176,8 +190,10 @@ impl Directory {
         Ok(Some(aside))
     }
 
-    /// Renames a file to a name at which something may stand, which is put aside. The name never leads nowhere, where the
-    /// file system can exchange names. Returns the new name of what stood there.
+    /// Renames a file to a name that may be taken; what had that name is put aside. Returns the new name of
+    /// what was put aside.
+    // By exchange, where the file system can do that: the name of the segment then leads to a file at every
+    // moment, so that no reader misses it.
     pub(super) fn replace(&self, from: &str, to: &str) -> io::Result<Option<String>> {
         if self.find(to)?.is_none() {
             return self.rename(from, to).map(|()| None);
@@ -197,19 +213,21 @@ impl Directory {
         }
     }
 
-    /// Waits until the names are on the disk.
+    /// Waits until the names in the directory are on the disk.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.handle.sync_all()
     }
 
-    /// Bytes that this process may still write.
+    /// Returns the free space of the file system for unprivileged processes, in bytes; 0 if it is not known.
     pub(super) fn free_space(&self) -> u64 {
         fstatvfs(&self.handle).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 }
 
-/// Opens a regular file, neither through a symbolic link nor so that a pipe could hold the caller.
+/// Opens a regular file. Fails for a symbolic link, and for a pipe or a device without blocking.
 pub(super) fn open_regular(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    // `O_NONBLOCK`: opening a pipe that nobody writes to would block the caller for ever. It has no effect on
+    // regular files.
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
     match options.custom_flags(flags).open(path) {
         Ok(file) if file.metadata()?.is_file() => Ok(file),
@@ -222,12 +240,14 @@ pub(super) fn open_regular(path: &Path, options: &mut OpenOptions) -> io::Result
     }
 }
 
-/// Fails if the file system of a folder has no space for so many small files, and so many bytes beside them. One that does not
-/// tell its size, such as a tmpfs without a bound, has space.
+/// Fails with `ENOSPC` if the file system of a folder has no space for `files` small files and `bytes` more. A
+/// file system that does not report its size, such as a tmpfs without a bound, has space.
 pub(super) fn look_for_space(folder: &Path, files: u64, bytes: u64) -> io::Result<()> {
     let Ok(stat) = statvfs(folder) else { return Ok(()) };
-    // ext4 keeps some back for root.
+    // `f_bavail` lacks the blocks that ext4 reserves for root. Root may use them, so that a start as root
+    // succeeds there.
     let free = if geteuid().is_root() { stat.f_bfree } else { stat.f_bavail };
+    // Each small file takes at least one block.
     let has_space = free.checked_sub(files).is_some_and(|free| free.saturating_mul(stat.f_frsize) >= bytes);
     if has_space || stat.f_blocks == 0 { Ok(()) } else { Err(Errno::NOSPC.into()) }
 }
@@ -243,7 +263,7 @@ fn aside(name: &str) -> String {
     format!("{name}.foreign-{}", clock::unix_nanos())
 }
 
-/// NFS and some others lock no directories.
+/// Whether this error means that the file system does not support locks on directories, as NFS and some others.
 fn cannot_lock(error: &io::Error) -> bool {
     let errors = [Errno::BADF, Errno::OPNOTSUPP, Errno::NOLCK, Errno::NOSYS, Errno::INVAL];
     errors.iter().any(|known| error.raw_os_error() == Some(known.raw_os_error()))

@@ -1,4 +1,9 @@
-//! Appends to a trail that nobody writes.
+//! Appends to a trail while no gateway writes it: for the commands `audit accept-clock`, `audit accept-loss`
+//! and `audit resolve`.
+//!
+//! Each function takes the lock of the trail for as long as it runs, so that no gateway can start meanwhile.
+//! Like a start it first records what is torn or missing at the end. The records are on the disk when a
+//! function returns, whatever durability the gateway uses.
 
 use std::io;
 use std::os::unix::fs::{MetadataExt, chown};
@@ -16,26 +21,31 @@ use super::writer::Writer;
 use super::{Options, age, chain, init, lock, loss};
 use crate::keyed_hash::Keys;
 
-/// Accepts the wall clock for a trail that nobody writes: see [`super::Audit::accept_clock`]. Returns the number of the event, which is
-/// on the disk then. Fails with [`StartError::Locked`] while a gateway writes the trail.
+/// Accepts the wall clock for a trail that no gateway writes: see [`super::Audit::accept_clock`]. Returns the
+/// number of the event, which is on the disk then.
+///
+/// Fails with [`StartError::Locked`] while a gateway writes the trail.
 pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
     check_trail(directory)?;
     append_event(directory, keys.into(), age::ACCEPTED, |clocks| clocks.accepted().into())
 }
 
-/// Accepts what is lost of a trail that nobody writes: see [`loss`]. Returns the number of the event, which is on the disk then;
-/// `None` if nothing is lost, and nothing was removed. Fails with [`StartError::Locked`] while a gateway writes the trail.
+/// Accepts the loss of a part of a trail that no gateway writes: see [`loss`]. Returns the number of the event,
+/// which is on the disk then, or `None` if nothing is lost and nothing was removed.
+///
+/// Fails with [`StartError::Locked`] while a gateway writes the trail.
 pub fn accept_loss(directory: &Path, keys: Keys) -> Result<Option<u64>, StartError> {
     check_trail(directory)?;
     let keys = Arc::new(keys);
-    // What is missing at the end is on record before the faults are looked for, as it is when a gateway starts.
+    // Missing records at the end become an event only when a writer continues the trail. This empty append
+    // records them first, so that the acceptance covers them, as it does when a gateway has started before.
     append(directory, keys.clone(), |_, _, _| Ok::<_, StartError>(()))?;
     let loss = loss::look(directory, &keys).map_err(|error| start_error(directory, error))?;
     loss.map(|loss| append_event(directory, keys, loss::ACCEPTED, |_| loss.details().into())).transpose()
 }
 
-/// Sets segments aside whose key is missing, and begins a new trail with a new key, whose first record says so. Returns the
-/// name of the directory in which they are now.
+/// Sets aside the segments whose key is missing, and begins a new trail with a new key, whose first record says
+/// so. Returns the name of the directory to which the segments were moved.
 pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
     let aside = loss::set_aside(directory)?;
     init::init(directory, None)?;
@@ -44,6 +54,8 @@ pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
     Ok(aside)
 }
 
+/// Fails with `NotFound` if there is no segment.
+// Otherwise a mistyped path would become a new trail.
 pub(super) fn check_trail(directory: &Path) -> Result<(), StartError> {
     let fail = |error| start_error(directory, error);
     if chain::segments(directory).map_err(fail)?.is_empty() {
@@ -52,7 +64,8 @@ pub(super) fn check_trail(directory: &Path) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Appends an event to a trail that nobody writes; `details` returns an object. Returns its number.
+/// Appends one event. `details` returns its members, which must be a JSON object. Returns the number of the
+/// event.
 fn append_event(
     directory: &Path,
     keys: Arc<Keys>,
@@ -66,8 +79,11 @@ fn append_event(
     append.map(|((), seq)| seq)
 }
 
-/// Appends to a trail that nobody writes, under its lock: what reading its end found, and what `fill` adds to that. Returns
-/// what `fill` returned, and the number of the last record. What reading found is recorded even if `fill` fails.
+/// Appends to a trail under its lock: first the records about what reading its end found, then those that
+/// `fill` adds. Returns the result of `fill` and the number of the last record.
+///
+/// Fails if the lock is taken, if the trail cannot be read or written, or if `fill` fails. What reading found
+/// is recorded even if `fill` fails.
 pub(super) fn append<T, E: From<StartError>>(
     directory: &Path,
     keys: Arc<Keys>,
@@ -81,16 +97,20 @@ pub(super) fn append<T, E: From<StartError>>(
     let clocks = Arc::new(Clocks::go_on(&resumed.found, options.window));
     let filled = fill(&mut resumed.batch, &resumed.found, &clocks);
     let last = resumed.batch.last();
+    // Nothing to record means that nothing is written at all, so that asking twice does not make the trail
+    // grow.
     if !resumed.batch.is_empty() {
         let writer = Writer::go_on(&options, keys, clocks, resumed, "what is to be recorded");
         let mut writer = writer.map_err(fail)?;
+        // A root shell runs this command, the gateway runs as another user. It could not open its own trail any
+        // more if root owned these files.
         give_to_owner(directory).map_err(fail)?;
         writer.close();
     }
     Ok((filled?, last))
 }
 
-/// Gives the newest segment and the lock file to whom the directory belongs: root may have made them.
+/// Gives the newest segment and the lock file to the owner of the directory.
 fn give_to_owner(directory: &Path) -> io::Result<()> {
     let owner = std::fs::metadata(directory)?;
     for path in chain::segments(directory)?.pop().into_iter().chain([directory.join(lock::NAME)]) {

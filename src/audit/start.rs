@@ -1,4 +1,12 @@
-//! A start: takes the lock, reads the end of the trail, gives every intent that is open there its outcome.
+//! Start of the trail with crash recovery: takes the lock, reads the end of the trail, and gives every intent
+//! without an outcome the outcome `unknown`.
+//!
+//! Guarantees: at most one process writes a trail. What recovery finds is written as one batch before the first
+//! request is served. With durability `disk`, everything that the new process relies on is on the disk before
+//! that.
+//!
+//! Only the end of the trail is read: see [`super::recovery`]. [`rehearse`] makes the same checks for `check`
+//! and changes nothing.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::mem::take;
@@ -34,10 +42,10 @@ use crate::model::durability::Durability;
 /// Why a trail could not be opened.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// Another process writes it.
+    /// Another process writes the trail.
     #[error("audit directory {0}: another process writes here; each gateway needs a directory of its own")]
     Locked(PathBuf),
-    /// The directory cannot be used.
+    /// The directory, or a file in it other than the key, cannot be used.
     #[error("audit directory {0}: {1}")]
     Directory(PathBuf, io::Error),
     /// The key in the directory cannot be used.
@@ -46,13 +54,13 @@ pub enum StartError {
     /// The key of [`Options::key_file`] cannot be used.
     #[error("audit key {0}")]
     KeyFile(KeyError),
-    /// The trail is another program's.
+    /// A newer version of the gateway wrote the trail.
     #[error("audit directory {0}: {1}")]
     Newer(PathBuf, Newer),
-    /// Something must be there first.
+    /// The directory or the key is missing, or every user can change it.
     #[error(transparent)]
     Absent(#[from] Absent),
-    /// No segment has room.
+    /// The limit on file sizes is too low for a segment.
     #[error(transparent)]
     Limit(#[from] limit::TooLow),
 }
@@ -64,8 +72,8 @@ impl From<KeyError> for StartError {
 }
 
 impl Options {
-    /// Looks whether a start finds what it needs. Segments whose key is missing are set aside if that loss is accepted;
-    /// returns where they are.
+    /// Checks that the directory and the key exist if they must. Segments whose key is missing are set aside if
+    /// the options accept that loss; returns the name of the directory in which they are now.
     fn look_for_key(&self) -> Result<Option<String>, StartError> {
         match init::check(&self.directory, self.key_file.as_deref(), self.must_exist) {
             Err(Absent::KeyOfSegments { word, .. }) if self.accept_loss.as_ref() == Some(&word) => {
@@ -77,18 +85,24 @@ impl Options {
 }
 
 impl Audit {
-    /// Opens the trail: takes its lock, recovers what a crash left, starts the writer.
+    /// Opens the trail: takes its lock, recovers what a crash left, and starts the writer's thread.
+    ///
+    /// Fails with [`StartError`]. A failed start may leave the directory, the key and the lock file behind, but
+    /// no record. Blocks on disk I/O.
     pub fn start(options: &Options, metrics: Metrics) -> Result<Self, StartError> {
         let fail = |error| start_error(&options.directory, error);
         let aside = options.look_for_key()?;
         make_directory(&options.directory, options.durability).map_err(fail)?;
         let directory = Directory::open(&options.directory).map_err(fail)?;
+        // The lock comes before the key: of two gateways that start in a new directory, only one may make a
+        // key.
         lock(&directory)?;
         let keys = match &options.key_file {
             Some(path) => Keys::load(path).map_err(StartError::KeyFile)?,
             None => Keys::load_or_make(&directory)?,
         };
         let locked = lock_file(directory)?;
+        // One fsync of the directory makes the names of the key, of the lock file and of all segments durable.
         if options.durability == Durability::Disk {
             locked.directory.sync().map_err(fail)?; // the key's name, the lock's, and the segments'
         }
@@ -97,6 +111,8 @@ impl Audit {
             recover(options, keys.clone(), locked).map_err(fail)?;
         let shared = Arc::new(Shared::new(options, metrics, begun, unresolved));
         let clocks = writer.clocks.clone();
+        // A clock that is doubtful from the start is reported directly behind the event `start`, before any
+        // request.
         clocks.look(&shared);
         if let Some(aside) = aside {
             shared.event(loss::ACCEPTED, json!({ "reason": "the key was missing", "aside": aside }));
@@ -119,11 +135,13 @@ impl Audit {
     }
 }
 
-/// Locks the directory for this process.
+/// Locks the directory for this process. Fails with [`StartError::Locked`] if another process holds the lock.
 pub(super) fn lock(directory: &Directory) -> Result<(), StartError> {
     let path = directory.path();
     match directory.try_lock() {
         Ok(true) => Ok(()),
+        // Not an error: the lock on the file `lock` still keeps a second gateway out, as long as nobody
+        // replaces that file.
         Ok(false) => {
             tracing::warn!(directory = %path.display(), "the file system locks no directories; the file `lock` must stay where it is");
             Ok(())
@@ -132,7 +150,7 @@ pub(super) fn lock(directory: &Directory) -> Result<(), StartError> {
     }
 }
 
-/// A trail that this process has locked.
+/// A directory and lock file that this process has locked.
 pub(super) struct Locked {
     pub(super) directory: Directory,
     lock: Lock,
@@ -140,12 +158,14 @@ pub(super) struct Locked {
     statement: Statement,
 }
 
-/// Opens and locks the lock file, or makes it, and reads what it says.
+/// Opens and locks the lock file, or makes it, and reads its statement. Call [`lock`] first.
 pub(super) fn lock_file(directory: Directory) -> Result<Locked, StartError> {
     let (path, fail) = (directory.path(), |error| StartError::Directory(directory.path().into(), error));
     let opened = Lock::open(&directory).map_err(|error| locked(path, error))?;
     let statement = match &opened {
         Some(lock) => lock.read().map_err(fail)?,
+        // No lock file in a new directory is normal. Beside segments it means that the file was removed, and
+        // with it the only evidence of missing records at the end.
         None if chain::segments(path).map_err(fail)?.is_empty() => Statement::Nothing,
         None => Statement::Missing,
     };
@@ -161,7 +181,15 @@ fn locked(directory: &Path, error: TryLockError) -> StartError {
     }
 }
 
-/// Looks whether a trail could be opened, were it not locked. Makes and changes nothing, and takes no lock.
+/// Checks whether [`Audit::start`] would succeed if no other process held the lock. Changes nothing and takes
+/// no lock, so that it can run beside a gateway.
+///
+/// Fails with the error that the start would have, named at the same file.
+// `check` must return 0 exactly if `serve` would start. A full volume, a directory in the place of a file, and
+// a segment above the limit on file sizes were missed before. So every file that a start makes or opens is
+// checked here, also where there is no key yet.
+// A running gateway may remove a segment between the listing and the reading, so that the end is read twice if
+// need be.
 pub fn rehearse(options: &Options) -> Result<(), StartError> {
     init::check(&options.directory, options.key_file.as_deref(), options.must_exist)?;
     let fail = |error| start_error(&options.directory, error);
@@ -194,10 +222,10 @@ pub fn rehearse(options: &Options) -> Result<(), StartError> {
     };
     is_writable(lock::NAME, lock::UNFINISHED).map_err(fail)?;
     directory.check_removable(UNFINISHED).map_err(fail)?;
-    let Some(keys) = keys else { return Ok(()) }; // there are no segments either
+    // Without a key there are no segments either: `init::check` refuses those.
+    let Some(keys) = keys else { return Ok(()) };
     let statement = lock::read(directory.path()).map_err(fail)?;
     let read = || recovery::read_end(directory.path(), &keys, &statement);
-    // A gateway that runs may have removed a segment meanwhile.
     let again = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { read() } else { Err(error) };
     let found = read().or_else(again).map_err(fail)?;
     if let Some(name) = found.last.as_ref().and_then(|(path, _)| path.file_name()) {
@@ -206,10 +234,11 @@ pub fn rehearse(options: &Options) -> Result<(), StartError> {
     look_for_room(options, &directory, &found).map_err(fail)
 }
 
-/// A start writes no fewer bytes, beside the list of the unresolved.
+/// A lower bound, in bytes, of what a start writes beside the list of unresolved calls.
 const LEAST_START: u64 = 384;
 
-/// Looks whether a start could write what it does: the end of the trail once more, and its own record.
+/// Fails if a start could not write its own record, or, with durability `disk`, could not write the last
+/// segment again.
 fn look_for_room(options: &Options, directory: &Directory, found: &Found) -> io::Result<()> {
     let bytes = LEAST_START + found.unresolved.size();
     let Some((first, length)) = found.resume().1 else {
@@ -219,34 +248,42 @@ fn look_for_room(options: &Options, directory: &Directory, found: &Found) -> io:
     if options.durability == Durability::Disk && length > limit::of_files() {
         return Err(limit::explain(Errno::FBIG.into(), &name));
     }
-    // A crash leaves the space that was reserved behind the records.
+    // After a crash the file still has the space that the writer reserved behind its records. A start uses that
+    // first, so that it may succeed on a full disk.
     let segment = fs::metadata(directory.path().join(name))?;
+    // `st_blocks` counts units of 512 bytes, whatever the block size of the file system (stat(2)).
     let reserved = (segment.blocks() * 512).saturating_sub(length);
     look_for_space(directory.path(), 0, bytes.saturating_sub(reserved))
 }
 
-/// Whether a process holds the lock of a trail, so that its last line may be half-written. Changes nothing
-/// in the directory. An older version locks only the file in it.
+/// Whether a process holds the lock of a trail, so that its last line may be incomplete. Changes nothing in the
+/// directory.
+// Both locks are tried: older versions lock only the file.
 pub fn is_live(directory: &Path) -> bool {
     let is_locked = |file: io::Result<File>| {
         matches!(file.map(|file| file.try_lock_shared()), Ok(Err(TryLockError::WouldBlock)))
     };
-    // No pipe in the place of either may hold the caller.
+    // `O_DIRECTORY` here and `open_regular` below: opening a pipe in the place of either would block until
+    // somebody writes to it.
     let whole =
         OpenOptions::new().read(true).custom_flags(OFlags::DIRECTORY.bits().cast_signed()).open(directory);
     let lock = open_regular(&directory.join(lock::NAME), OpenOptions::new().read(true));
     is_locked(whole) || is_locked(lock)
 }
 
-/// What a start found, and who goes on.
+/// The result of recovery.
 pub(super) struct Recovered {
+    /// The writer, which has written what recovery found.
     pub(super) writer: Writer,
     /// The number of the last record that the start wrote.
     pub(super) begun: u64,
+    /// The calls that were unresolved before the start, and those that this start resolved to `unknown`.
     pub(super) unresolved: UnresolvedList,
+    /// What is missing at the end of the trail.
     pub(super) damage: Arc<[Damage]>,
 }
 
+/// Turns an error of reading or writing the trail into a [`StartError`].
 pub(super) fn start_error(directory: &Path, error: io::Error) -> StartError {
     match error.get_ref().and_then(|error| error.downcast_ref::<Newer>()) {
         Some(newer) => StartError::Newer(directory.into(), *newer),
@@ -254,9 +291,10 @@ pub(super) fn start_error(directory: &Path, error: io::Error) -> StartError {
     }
 }
 
-/// Reads the end of the trail, cuts a torn line off, gives every intent that is open there its outcome, and
-/// records all that. One write does it, so that a crash in between leaves either nothing or a torn line for the next
-/// start. Returns the number of the last record and what was open, too.
+/// Reads the end of the trail, cuts off a torn line, gives every intent without an outcome the outcome
+/// `unknown`, and records all of that with the event `start`.
+// One write holds all of it, so that a crash in between leaves either nothing or a torn line for the next
+// start.
 pub(super) fn recover(options: &Options, keys: Arc<Keys>, locked: Locked) -> io::Result<Recovered> {
     locked.directory.remove(UNFINISHED)?;
     let mut resumed = resume(options, &keys, locked)?;
@@ -264,6 +302,8 @@ pub(super) fn recover(options: &Options, keys: Arc<Keys>, locked: Locked) -> io:
     for id in found.unresolved.close() {
         batch.push(&Entry::Doubt { id });
     }
+    // The list goes into `start` after `close`, so that the next start and every reader finds the calls of
+    // unknown outcome there and need not read further back.
     let clocks = Arc::new(Clocks::go_on(found, options.window));
     let mut start = clocks.start(found);
     start[unresolved::LIST] = json!(found.unresolved);
@@ -274,18 +314,21 @@ pub(super) fn recover(options: &Options, keys: Arc<Keys>, locked: Locked) -> io:
     Ok(Recovered { writer, begun, unresolved, damage })
 }
 
-/// What a trail goes on behind.
+/// The end of a trail from which a writer continues.
 pub(super) struct Resumed {
     pub(super) directory: Directory,
     pub(super) lock: Lock,
-    /// Tells what was found.
+    /// The records about what was found, not written yet.
     pub(super) batch: Batch,
     pub(super) found: Found,
+    /// The place of the last record.
     pub(super) last: Place,
+    /// The segment to append to; `None` if the next batch begins a new one.
     pub(super) segment: Option<Segment>,
 }
 
-/// Reads the end of the trail, and cuts a torn line off.
+/// Reads the end of the trail, cuts off a torn line, and opens the segment that a writer continues. With
+/// durability `disk`, all segments are on the disk when this returns.
 pub(super) fn resume(options: &Options, keys: &Keys, locked: Locked) -> io::Result<Resumed> {
     let Locked { directory, lock, statement } = locked;
     let found = recovery::read_end(directory.path(), keys, &statement)?;
@@ -307,6 +350,8 @@ pub(super) fn resume(options: &Options, keys: &Keys, locked: Locked) -> io::Resu
     }
     let segment = segment.map(|(first, length)| reopen(options.durability, &directory, first, length));
     if options.durability == Durability::Disk {
+        // A run with durability `kernel` may have left segments of which only the kernel's cache has the last
+        // bytes. Records of this run must not be durable while earlier ones are not.
         sync_all(&chain::segments(directory.path())?)?;
     }
     let last = Place { seq, hash: found.hash };
@@ -314,11 +359,13 @@ pub(super) fn resume(options: &Options, keys: &Keys, locked: Locked) -> io::Resu
     Ok(Resumed { directory, lock, batch, found, last, segment })
 }
 
-/// Opens the segment that a writer goes on with. With `disk` all of it is on the disk afterwards.
+/// Opens the segment that a writer continues. With durability `disk`, all of it is on the disk afterwards.
 fn reopen(durability: Durability, directory: &Directory, first: u64, length: u64) -> io::Result<Segment> {
     let file = directory.open_file(&chain::segment_name(first))?;
     if durability == Durability::Disk {
-        // Before the segment only appends.
+        // This must come before `Segment::new`, which sets `O_APPEND`: with that flag Linux appends whatever
+        // offset is given (pwrite(2), BUGS). The bytes are written again because the last process may have died
+        // after a failed fdatasync, and then the kernel takes pages for clean that the disk does not have.
         write_again(&file, length).map_err(|error| limit::explain(error, &chain::segment_name(first)))?;
     }
     Segment::new(directory, first, file, length)
