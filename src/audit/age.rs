@@ -1,21 +1,26 @@
-//! How old records are. No wall clock decides it, so that none that is wrong makes the gateway forget a key or remove a
-//! segment.
+//! Ages of records, measured without a wall clock. A wall clock that is wrong therefore cannot make the gateway
+//! forget an idempotency key or remove a segment.
 //!
-//! The trail has a time of its own, the *trail time*: the time that has certainly passed since its first anchor.
+//! The trail has a time of its own, the *trail time*: the time that has certainly passed since its first
+//! anchor.
 //!
-//! * Within a run of the gateway it goes as `CLOCK_BOOTTIME` does, since the times of one run's records differ by just that
-//!   (see [`crate::clock`]).
-//! * From one run to the next it goes as `CLOCK_BOOTTIME` does, too, if both belong to one boot of the machine.
-//! * From one boot to the next it stands still: only a wall clock could tell how long the machine was off. A boot id that
-//!   cannot be read counts as a new boot.
+//! * Within a run of the gateway it advances as `CLOCK_BOOTTIME` does. The times of records of one run differ
+//!   by exactly that (see [`crate::clock`]).
+//! * From one run to the next it also advances as `CLOCK_BOOTTIME` does, if both runs belong to one boot of the
+//!   machine.
+//! * From one boot to the next it does not advance: only a wall clock could tell how long the machine was off.
+//!   A boot id that cannot be read counts as a new boot.
 //!
-//! A record's *age* is the trail time that has passed since it was written. It is exact for records of the present boot, and
-//! never more than the truth for others. An *anchor* ties the times of the records behind it to the trail time. Anchors are the
-//! events `start`, `clock` (once an hour, and in each segment) and `clock_accepted`; the last one says that an operator
-//! believes the wall clock: records of earlier boots are at least as old as it says.
+//! A record's *age* is the trail time that has passed since it was written. It is exact for records of the
+//! present boot. For older ones it is at most the true age, unless an operator accepted a wrong wall clock.
 //!
-//! A reader that goes through the trail in its order begins with [`Ages::since`], which also says in which segment to begin,
-//! shows each line that the chain proves to [`Ages::anchor`], and asks [`Ages::age`] about the times of the lines that follow.
+//! An *anchor* is a record that ties the times of the records behind it to the trail time. Anchors are the
+//! events `start`, `clock` (once an hour, and in each segment) and `clock_accepted`. The last one says that an
+//! operator accepts the wall clock: records of earlier boots are at least as old as it says.
+//!
+//! A reader that goes through the trail in order begins with [`Ages::since`], which also returns the segment to
+//! begin with. It passes each line that the chain proves to [`Ages::anchor`], and the times of the lines that
+//! follow to [`Ages::age`].
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -31,59 +36,65 @@ use super::retention;
 
 use crate::keyed_hash::Keys;
 
-/// The format of the trail that this version writes and knows.
+/// The format of the trail that this version writes, and the newest one that it reads.
 pub const FORMAT: u64 = 1;
 
-/// The event of a start.
+/// The name of the event that each start writes.
 pub(super) const START: &str = "start";
 
-/// The event that is written every hour, and in each segment.
+/// The name of the event that is written every hour, and in each segment.
 pub(super) const CLOCK: &str = "clock";
 
-/// The event that says that an operator believes the wall clock.
+/// The name of the event that records that an operator accepts the wall clock.
 pub(super) const ACCEPTED: &str = "clock_accepted";
 
-/// How often an anchor is written, in milliseconds.
+/// The interval between two anchors, in milliseconds.
 pub(super) const EVERY: i64 = 60 * 60 * 1000;
 
-/// How often one is written at most, however soon a new segment begins, in milliseconds.
+/// The shortest interval between two anchors, in milliseconds.
+// Each new segment asks for an anchor. With small segments that would be one every few records.
 pub(super) const AT_MOST_EVERY: i64 = 60 * 1000;
 
 /// A day, in milliseconds.
 const DAY: i64 = 24 * EVERY;
 
-/// A newer version wrote the trail.
+/// A newer version of the gateway wrote the trail. The field is its format.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("written by a newer version: format {0}, this one knows {FORMAT}")]
 pub struct Newer(pub u64);
 
-/// What ties the times of records to the trail time. All numbers are milliseconds.
+/// An anchor, as read from the trail. All numbers are milliseconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Anchor {
     seq: u64,
-    /// The record's time.
+    /// The time of the record, since 1970.
     time: i64,
+    /// The boot id of the machine; `None` if it could not be read.
     boot: Option<Uuid>,
+    /// `CLOCK_BOOTTIME` when the record was written.
     boottime: i64,
-    /// The trail time, and from when on it is exact: since the first start of this boot.
+    /// The trail time when the record was written.
     elapsed: i64,
+    /// The trail time of the first start of this boot: ages are exact from there on.
     exact_from: i64,
     accepted: Option<Accepted>,
-    /// The time of the newest record before a start.
+    /// For a start: the time of the newest record before it.
     newest: Option<i64>,
 }
 
-/// The wall clock that an operator believed, in milliseconds since 1970.
+/// A wall clock that an operator accepted. All numbers are milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Accepted {
+    /// The wall clock at that moment, since 1970.
     wall: i64,
     /// The trail time at that moment.
     elapsed: i64,
-    /// The times of records up to this trail time are believed. Of those behind it the age is known without that.
+    /// Records up to this trail time get their age from the wall clock. Later ones belong to the same boot, so
+    /// that their age is exact without it.
     until: i64,
 }
 
-/// The trail time as a process knows it, in milliseconds. The caller reads `CLOCK_BOOTTIME`.
+/// The trail time of a running process, in milliseconds. The caller reads `CLOCK_BOOTTIME` and passes it in.
 #[derive(Clone, Debug)]
 pub(super) struct TrailTime {
     boot: Option<Uuid>,
@@ -91,40 +102,41 @@ pub(super) struct TrailTime {
     offset: i64,
     exact_from: i64,
     accepted: Option<Accepted>,
-    /// What records have whose anchor is not known.
+    /// The base for records for which no anchor is known.
     unanchored: Base,
 }
 
-/// The ages of records, at one moment.
+/// Computes ages of records, as of one moment.
 #[derive(Clone, Debug)]
 pub struct Ages {
-    /// The trail time of that moment.
+    /// The trail time of that moment, in milliseconds.
     now: i64,
     accepted: Option<Accepted>,
-    /// What counts for the line that is read.
+    /// The base for the line that is read.
     base: Base,
 }
 
-/// What the beginning of a segment says of its age.
+/// What the first records of a segment say about its age.
 struct Begin {
-    /// The time of its first record. `None` if nothing is known of its age.
+    /// The time of its first record; `None` if that was changed.
     time: Option<i64>,
-    /// The first anchor, and whether that is the first record.
+    /// The first anchor.
     anchor: Option<Anchor>,
+    /// Whether that anchor is the first record.
     is_anchor: bool,
 }
 
-/// A record of this time was written at this trail time; those of other times before or after it.
+/// Pairs a record time with a trail time. Other times are converted by their difference.
 #[derive(Clone, Copy, Debug)]
 struct Base {
     time: i64,
     elapsed: i64,
-    /// No record for which this counts was written before this trail time.
+    /// The smallest trail time that any record of this base can have.
     floor: i64,
 }
 
 impl Anchor {
-    /// The anchor that a line is, if it is one.
+    /// Parses a line as an anchor; `None` if it is none.
     pub(super) fn read(line: &[u8]) -> Option<Self> {
         if !is_event(line) {
             return None;
@@ -145,19 +157,21 @@ impl Anchor {
         })
     }
 
-    /// Whether a process with this boot id belongs to the same boot. If `CLOCK_BOOTTIME` went back, the machine is a
-    /// snapshot of itself.
+    /// Whether a process with this boot id and `CLOCK_BOOTTIME` belongs to the same boot as the anchor.
+    // A restored snapshot of a virtual machine has the boot id of the original but an earlier boot time. The
+    // two must not share a trail time.
     pub(super) fn is_of_boot(&self, boot: Option<Uuid>, boottime: i64) -> bool {
         boot.is_some() && self.boot == boot && boottime >= self.boottime
     }
 
-    /// For the records behind it.
+    /// The base for records behind this anchor, up to the next one.
     fn behind(&self) -> Base {
         Base { time: self.time, elapsed: self.elapsed, floor: self.elapsed }
     }
 
-    /// For the records before it, as far as they have no anchor of their own. They are of the same run, unless this is a
-    /// start; then the last one of them counts as written at the start.
+    /// The base for records before this anchor that have no anchor of their own. They belong to the same run,
+    /// unless the anchor is a start. Then the last of them counts as written at the start, since the time in
+    /// between is unknown.
     fn before(&self) -> Base {
         let time = self.newest.unwrap_or(self.time);
         Base { time, elapsed: self.elapsed, floor: i64::MIN }
@@ -175,7 +189,8 @@ impl Accepted {
     }
 }
 
-/// The format that a line states, if it is an anchor, be it one of a newer version.
+/// The format that a line states, if it is an anchor of this or a newer version.
+// Only the name and `format` are read: other members of an anchor may change with the format.
 pub(super) fn format(line: &[u8]) -> Option<u64> {
     let event: Value = is_event(line).then(|| serde_json::from_slice(line).ok()).flatten()?;
     let is_anchor = [START, CLOCK, ACCEPTED].contains(&event["event"].as_str()?);
@@ -183,7 +198,8 @@ pub(super) fn format(line: &[u8]) -> Option<u64> {
 }
 
 impl TrailTime {
-    /// The time of a process that goes on behind the newest record, which has this time and whose anchor is `last`.
+    /// The trail time of a process that continues behind `last`, the newest anchor, and behind a newest record
+    /// of the time `newest`.
     pub(super) fn go_on(
         last: Option<&Anchor>,
         newest: Option<i64>,
@@ -192,9 +208,13 @@ impl TrailTime {
     ) -> Self {
         let recorded = last.map_or(0, |last| last.behind().elapsed_at(newest.unwrap_or(last.time)));
         let same_boot = last.filter(|last| last.is_of_boot(boot, boottime));
+        // The larger of both: the newest record is evidence that at least `recorded` has passed, even if
+        // `CLOCK_BOOTTIME` says less.
         let passed = same_boot.map_or(recorded, |last| {
             recorded.max(last.elapsed.saturating_add(boottime.saturating_sub(last.boottime)))
         });
+        // In an empty trail nothing was written before this process, so that no record may count as older than
+        // it.
         let floor = if newest.is_some() { i64::MIN } else { passed };
         Self {
             boot,
@@ -209,12 +229,12 @@ impl TrailTime {
         self.offset.saturating_add(boottime)
     }
 
-    /// An operator believes this wall clock.
+    /// Accepts this wall clock, in milliseconds since 1970, for records of earlier boots.
     pub(super) fn accept(&mut self, wall: i64, boottime: i64) {
         self.accepted = Some(Accepted { wall, elapsed: self.elapsed(boottime), until: self.exact_from });
     }
 
-    /// What an anchor says.
+    /// The members of an anchor that is written now.
     pub(super) fn members(&self, boottime: i64) -> Map<String, Value> {
         let mut members = Map::new();
         members.insert("format".into(), FORMAT.into());
@@ -230,16 +250,19 @@ impl TrailTime {
         members
     }
 
-    /// The ages of records whose anchor is not known. They count as being of one run, which ended at the start.
+    /// The ages of records for which no anchor is known, as of `boottime`. They count as records of one run
+    /// that ended at the start of this process.
     pub(super) fn ages(&self, boottime: i64) -> Ages {
         Ages { now: self.elapsed(boottime), accepted: self.accepted, base: self.unanchored }
     }
 }
 
 impl Ages {
-    /// Finds the segment from which on to read so that all records are met that are no older than `within`: returns its index,
-    /// and the ages for its first line. `segments` are those of a trail, oldest first. Reading does not begin with a segment of which
-    /// a record up to its first anchor was changed.
+    /// Finds the segment at which reading must begin to meet all records that are no older than `within`.
+    /// Returns its index in `segments` and the ages for its first line. `segments` are those of a trail, oldest
+    /// first.
+    ///
+    /// Fails if a segment cannot be read.
     pub(super) fn since(
         mut self,
         segments: &[PathBuf],
@@ -251,6 +274,9 @@ impl Ages {
             if let Some(anchor) = &begin.anchor {
                 self.base = if begin.is_anchor { anchor.behind() } else { anchor.before() };
             }
+            // A segment whose first record is too old ends the search: everything before it is older. That
+            // holds only if the record and the anchor that dates it are proven. A changed time could otherwise
+            // hide the segments before it, and with them keys of the window.
             let is_old = begin.time.is_some_and(|time| self.age(time) > within);
             if is_old && is_proven_up_to_anchor(path, keys)? {
                 return Ok((index, self));
@@ -262,14 +288,14 @@ impl Ages {
         Ok((0, self))
     }
 
-    /// Takes a line note of, which need not be an anchor; it counts for all lines behind it.
+    /// Takes note of a line if it is an anchor; it counts for all lines behind it. Pass proven lines only.
     pub fn anchor(&mut self, line: &[u8]) {
         if let Some(anchor) = Anchor::read(line) {
             self.base = anchor.behind();
         }
     }
 
-    /// The ages for the record with this number, by the anchors of a trail in their order.
+    /// The ages for the record with the number `seq`, given all anchors of a trail in order.
     pub(super) fn at(mut self, seq: u64, anchors: &[Anchor]) -> Self {
         let behind = anchors.partition_point(|anchor| anchor.seq <= seq);
         match (anchors[..behind].last(), anchors.first()) {
@@ -280,7 +306,8 @@ impl Ages {
         self
     }
 
-    /// How old a record of this time is, at least; `time` in milliseconds since 1970. Exact for the present boot.
+    /// The age of a record of this time, in milliseconds since 1970. Exact for the present boot, a lower bound
+    /// otherwise. A time in the future gives zero.
     pub fn age(&self, time: i64) -> Duration {
         let recorded = self.base.elapsed_at(time);
         let mut age = self.now.saturating_sub(recorded);
@@ -294,7 +321,9 @@ impl Ages {
 }
 
 impl Begin {
-    /// Believes the first record and the first anchor only if the gateway wrote them.
+    /// Reads a segment up to its first anchor. Fails if it cannot be read.
+    // A record is trusted only if the key proves that the gateway wrote it: a forged time or anchor would
+    // decide which segments are read.
     fn read(segment: &Path, keys: &Keys) -> io::Result<Self> {
         let (time, mut lines) = (first_time(segment, keys)?, Lines::open(segment)?);
         while let Some(line) = lines.read()? {
@@ -313,9 +342,12 @@ impl Base {
     }
 }
 
-/// The newest anchor in some segments of a trail, oldest first, of which the newest record has this time. None if there is none
-/// within a day before: a run has one at its begin and one each hour, so that a version without anchors wrote that day. Lines
-/// that were changed are passed over. Fails with [`Newer`] where an anchor of a newer version is met.
+/// Finds the newest anchor in some segments, oldest first, of a trail whose newest record has the time `newest`
+/// in milliseconds. `None` if there is none within a day before that. Skips changed lines.
+///
+/// Fails if a segment cannot be read, and with an error that wraps [`Newer`] at an anchor of a newer version.
+// Why a day: each run writes an anchor at its start and one every hour. If a day has none, a version without
+// anchors wrote it, and reading on would only delay the start.
 pub(super) fn last_anchor(segments: &[PathBuf], newest: i64, keys: &Keys) -> io::Result<Option<Anchor>> {
     for path in segments.iter().rev() {
         let (mut lines, mut last) = (Lines::open(path)?, None);
@@ -335,8 +367,10 @@ pub(super) fn last_anchor(segments: &[PathBuf], newest: i64, keys: &Keys) -> io:
     Ok(None)
 }
 
-/// Whether all records of a segment up to its first anchor stand where the gateway wrote them. Where one of them was changed, it
-/// may have been an anchor, and where a record of another segment stands first, its time says nothing.
+/// Whether all records of a segment up to its first anchor are proven and have the numbers that the segment's
+/// name promises.
+// A changed record may have been an anchor. A record copied from another segment is proven but has a time that
+// says nothing about this one, hence the check of numbers.
 fn is_proven_up_to_anchor(segment: &Path, keys: &Keys) -> io::Result<bool> {
     let (mut lines, mut seq) = (Lines::open(segment)?, first_seq(segment));
     let mut previous = retention::before(segment)?.map(|before| before.hash);
@@ -353,19 +387,21 @@ fn is_proven_up_to_anchor(segment: &Path, keys: &Keys) -> io::Result<bool> {
     Ok(true)
 }
 
-/// The time of a segment's first record, unless it was changed.
+/// The time of a segment's first record in milliseconds, unless it was changed.
 fn first_time(segment: &Path, keys: &Keys) -> io::Result<Option<i64>> {
     let mut lines = Lines::open(segment)?;
     let first = lines.read()?.filter(|line| keys.has_written(line.bytes));
     Ok(first.and_then(|line| time(line.bytes)))
 }
 
-/// A record's time in milliseconds since 1970.
+/// The time of a record, in milliseconds since 1970.
 fn time(line: &[u8]) -> Option<i64> {
     millis(serde_json::from_slice::<Value>(line).ok()?["time"].as_str()?)
 }
 
-/// Whether a line is an event, as far as its beginning shows: this is asked of every line of the window.
+/// Whether a line is an event, judged by its first bytes.
+// This is asked for every line of the window. Parsing them all as JSON would dominate the time of a rebuild;
+// the writer has one fixed form for the beginning of a line.
 fn is_event(line: &[u8]) -> bool {
     const SEQ: usize = "{\"seq\":".len();
     const TIME: usize = ",\"time\":\"2026-01-01T00:00:00.000000Z\"".len();
@@ -373,12 +409,12 @@ fn is_event(line: &[u8]) -> bool {
     line.get(SEQ + digits + TIME..).is_some_and(|rest| rest.starts_with(b",\"kind\":\"event\""))
 }
 
-/// A time as records have it, in milliseconds since 1970.
+/// Parses a record's time into milliseconds since 1970.
 pub(super) fn millis(time: &str) -> Option<i64> {
     Some(time.parse::<Timestamp>().ok()?.as_millisecond())
 }
 
-/// A time in milliseconds since 1970, as records have it.
+/// Formats milliseconds since 1970 as records have them. A time out of range becomes 1970.
 pub(super) fn text(millis: i64) -> String {
     Timestamp::from_millisecond(millis).unwrap_or(Timestamp::UNIX_EPOCH).to_string()
 }
@@ -395,7 +431,7 @@ mod tests {
 
     const HOUR: i64 = EVERY;
 
-    /// 2026-11-28.
+    /// 2026-11-28. Any date of the present will do.
     const DATE: i64 = 1_795_824_000_000;
 
     fn line(seq: u64, time: i64, event: &str, members: Map<String, Value>) -> String {
@@ -429,7 +465,7 @@ mod tests {
         fs::write(path, text.replacen(from, to, 1)).unwrap();
     }
 
-    /// A machine and its gateway: the true time, and what the clocks show of it.
+    /// A simulated machine with its gateway: the true time, and what the clocks show.
     struct World {
         /// The true time since the beginning.
         truth: i64,
@@ -442,7 +478,7 @@ mod tests {
         gateway: Option<(TrailTime, i64)>,
         newest: Option<i64>,
         trail: Vec<String>,
-        /// The records: their places in the trail, their times, the true ones, and the boots.
+        /// The records: their places in the trail, their times, their true times, and their boots.
         records: Vec<(usize, i64, i64, Option<Uuid>)>,
     }
 
@@ -509,7 +545,7 @@ mod tests {
             self.write(ACCEPTED, members);
         }
 
-        /// The machine is off for a while. Its boot id may be hidden.
+        /// Turns the machine off for a while. Its boot id may be hidden afterwards.
         fn reboot(&mut self, off: i64, is_hidden: bool) {
             self.truth += off;
             self.booted = self.truth;
@@ -520,7 +556,7 @@ mod tests {
             self.gateway.as_ref().unwrap().0.ages(self.boottime())
         }
 
-        /// The age of a record, as a reader finds it that begins at the first line.
+        /// The age of a record, as computed by a reader that begins at the first line.
         fn age(&self, record: usize) -> i64 {
             let (place, time, ..) = self.records[record];
             let mut ages = self.ages();
@@ -541,7 +577,8 @@ mod tests {
             world.record();
             world.run(HOUR);
             world.record();
-            world.truth += 3 * HOUR; // nobody runs
+            // A gap between two runs of one boot: no process writes anchors, and yet the age must include it.
+            world.truth += 3 * HOUR;
         }
         world.start();
         for (record, (_, _, truth, _)) in world.records.clone().into_iter().enumerate() {
@@ -563,7 +600,8 @@ mod tests {
         world.accept();
         world.run(HOUR);
         assert_eq!((world.age(0), world.age(1)), (3 * DAY + 7 * HOUR, 6 * HOUR));
-        world.reboot(DAY, true); // and what was accepted stays so
+        // An accepted clock must stay accepted after the next reboot, too.
+        world.reboot(DAY, true);
         world.start();
         assert_eq!((world.age(0), world.age(1)), (3 * DAY + 7 * HOUR, 6 * HOUR));
     }
@@ -571,7 +609,9 @@ mod tests {
     #[test]
     fn a_boot_id_that_cannot_be_read_or_a_boot_time_that_went_back_is_a_new_boot() {
         for (boot, boottime, age) in [
-            (Some(Uuid::from_u128(1)), 3 * HOUR, 2 * HOUR), // the control
+            // The first row is the control; the others are a new boot, a boot time that went back, and a hidden
+            // id.
+            (Some(Uuid::from_u128(1)), 3 * HOUR, 2 * HOUR),
             (Some(Uuid::from_u128(2)), 3 * HOUR, 0),
             (Some(Uuid::from_u128(1)), HOUR / 2, 0),
             (None, 3 * HOUR, 0),
@@ -612,7 +652,8 @@ mod tests {
     #[test]
     fn reading_begins_where_the_first_record_is_that_may_matter() {
         let mut world = World::new();
-        world.wall = DATE - 9 * DAY; // which nothing is decided by
+        // The wall clock is far behind at first and jumps later: no result may depend on it.
+        world.wall = DATE - 9 * DAY;
         world.start();
         let mut segments = Vec::new();
         let folder = TempDir::new().unwrap();
@@ -670,7 +711,8 @@ mod tests {
             assert!(since() <= 2, "{from} by {to}: {}", since());
             fs::write(&segments[3], &untouched).unwrap();
         }
-        // A record of another segment, and an anchor that is none any more.
+        // A proven record of another segment in front, and an anchor that is none any more: each hides the true
+        // age of the segment.
         let first = fs::read_to_string(&segments[0]).unwrap();
         let copied = [first.lines().next().unwrap().as_bytes(), b"\n", &untouched].concat();
         fs::write(&segments[3], copied).unwrap();

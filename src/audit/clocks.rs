@@ -1,12 +1,13 @@
-//! Whether the wall clock can be believed, and what the trail does while it cannot.
+//! Decides whether the wall clock can be trusted, and what the trail does while it cannot.
 //!
-//! The clock is *doubtful* when it was set by more than a minute since the start (it differs from *now*, see
-//! [`crate::clock`]), or when a start finds a newest record that lies in the future or is older than the idempotency window
-//! and comes from another boot of the machine. While it is doubtful, no segment is removed. Which keys are alive does not depend on
-//! it: see [`super::age`].
+//! The clock is *doubtful* in two cases. It was set by more than a minute since the start: it differs from
+//! *now*, see [`crate::clock`]. Or the newest record at the start comes from another boot of the machine and
+//! lies in the future or before the idempotency window. While the clock is doubtful, no segment is removed.
+//! Which idempotency keys are alive does not depend on it: see [`super::age`].
 //!
-//! Doubt ends when the process has run for one window since it began, when the wall clock comes back to within a minute of
-//! *now*, or when an operator accepts the clock. *Now* stays what it is in each case; the next start takes the wall clock.
+//! Doubt ends when the process has run for one window since it began, when the wall clock comes back to within
+//! a minute of *now*, or when an operator accepts the clock. None of them changes *now*; the next start takes
+//! the wall clock.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -19,7 +20,8 @@ use super::queue::Shared;
 use super::recovery::Found;
 use crate::clock;
 
-/// Clocks that differ by no more are taken for equal, in milliseconds.
+/// The largest difference between two clocks that count as equal, in milliseconds.
+// NTP slews and small steps are normal. A minute is far below the window and far above those.
 const TOLERANCE: i64 = 60_000;
 
 /// Why the wall clock is doubtful.
@@ -34,7 +36,7 @@ pub enum ClockDoubt {
 }
 
 impl ClockDoubt {
-    /// What it is, for people.
+    /// The reason as text for people.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Future => "the newest audit record lies in the future",
@@ -43,7 +45,8 @@ impl ClockDoubt {
         }
     }
 
-    /// What it says of the clock that the newest record of another boot has this time, in milliseconds.
+    /// What the time of the newest record, written in another boot, says about the wall clock. All times are in
+    /// milliseconds since 1970.
     fn of(newest: i64, now: i64, window: Duration) -> Option<Self> {
         match now - newest {
             age if age < -TOLERANCE => Some(Self::Future),
@@ -59,25 +62,26 @@ impl fmt::Display for ClockDoubt {
     }
 }
 
-/// Watches the wall clock; pure. Times are `CLOCK_BOOTTIME` in milliseconds; `ahead` is the wall clock minus *now*.
+/// The state of doubt, without I/O. Times are `CLOCK_BOOTTIME` in milliseconds; `ahead` is the wall clock minus
+/// *now*.
 #[derive(Debug)]
 struct Watch {
     window: i64,
-    /// What the start found, and when that was.
+    /// The doubt that the start found, and when that was.
     at_start: Option<(ClockDoubt, i64)>,
     step: Option<Step>,
-    /// By how much the wall clock is ahead without being doubtful: it was for a whole window, or was accepted.
+    /// The value of `ahead` that counts as correct: it lasted for a whole window, or an operator accepted it.
     settled: i64,
 }
 
-/// The wall clock was set.
+/// A step of the wall clock.
 #[derive(Clone, Copy, Debug)]
 struct Step {
     ahead: i64,
     since: i64,
 }
 
-/// What a look at the clocks changed.
+/// How doubt changed at the last check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
     Begins(ClockDoubt),
@@ -95,6 +99,8 @@ impl Watch {
     }
 
     fn look(&mut self, boottime: i64, ahead: i64) {
+        // Doubt must end without an operator: retention would stop for ever otherwise, and a full disk stops
+        // all calls. One window is enough, since keys older than that no longer matter.
         let is_over = |since: i64| boottime - since >= self.window;
         self.at_start = self.at_start.filter(|(_, since)| !is_over(*since));
         self.step = match self.step {
@@ -104,6 +110,8 @@ impl Watch {
                 None
             }
             Some(step) if is_near(ahead, step.ahead) => Some(step),
+            // The clock was set again. The window begins anew: the time spent at the former value says nothing
+            // about this one.
             _ => Some(Step { ahead, since: boottime }),
         };
     }
@@ -117,26 +125,29 @@ fn is_near(one: i64, other: i64) -> bool {
     (one - other).abs() <= TOLERANCE
 }
 
-/// The clocks of a trail that is written.
+/// The clocks of a trail while it is written.
 pub(super) struct Clocks {
     state: Mutex<State>,
-    /// The anchors that were there before the start, in their order; they are read beside everything else.
+    /// The anchors from before the start, in order. They are set once the background verification has read the
+    /// trail.
     anchors: OnceLock<Vec<Anchor>>,
 }
 
 struct State {
     trail: TrailTime,
     watch: Watch,
-    /// What was told last.
+    /// The doubt that was last reported.
     told: Option<ClockDoubt>,
 }
 
 impl Clocks {
-    /// The clocks of a process that goes on behind what it found.
+    /// The clocks of a process that continues behind `found`.
     pub(super) fn go_on(found: &Found, window: Duration) -> Self {
         let (last, newest) = (found.anchors.last(), found.newest());
         let (boot, boottime) = (clock::boot_id(), boottime());
         let trail = TrailTime::go_on(last, newest, boot, boottime);
+        // A newest record of the same boot needs no wall clock: `CLOCK_BOOTTIME` dates it exactly, however long
+        // ago it was.
         let known = newest.filter(|_| last.is_none_or(|last| !last.is_of_boot(boot, boottime)));
         let at_start = known.and_then(|newest| ClockDoubt::of(newest, now(), window));
         let watch = Watch::new(window, at_start, boottime);
@@ -147,14 +158,15 @@ impl Clocks {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Why the wall clock is doubtful, if it was when it was last looked at.
+    /// The reason why the wall clock was doubtful at the last check; `None` if it was not.
     pub(super) fn doubt(&self) -> Option<ClockDoubt> {
         self.lock().watch.doubt()
     }
 
-    /// Looks at the clocks, and tells when doubt begins or ends.
+    /// Checks the clocks, and reports it when doubt begins or ends.
     pub(super) fn look(&self, shared: &Shared) {
         let ahead = ahead();
+        // The lock is released before anything is logged or queued: both take locks of their own.
         let change = {
             let mut state = self.lock();
             state.watch.look(boottime(), ahead);
@@ -176,7 +188,7 @@ impl Clocks {
         shared.metrics.doubtful.set(self.doubt().is_some().into());
     }
 
-    /// An operator accepts the wall clock as it is: doubt ends, on record.
+    /// Records that an operator accepts the wall clock, which ends the doubt. Returns the number of the event.
     pub(super) fn accept(&self, shared: &Shared, details: Map<String, Value>) -> u64 {
         let mut members = self.accepted();
         members.extend(details);
@@ -186,17 +198,18 @@ impl Clocks {
         seq
     }
 
-    /// Accepts the wall clock; returns what the event says.
+    /// Accepts the wall clock, and returns the members of the event that records it.
     pub(super) fn accepted(&self) -> Map<String, Value> {
         let (ahead, boottime) = (ahead(), boottime());
         let mut state = self.lock();
         state.watch.accept(ahead);
+        // The event `clock_accepted` reports the end of doubt, so that no event `clock_trusted` follows.
         state.told = None;
         state.trail.accept(wall(ahead), boottime);
         state.trail.members(boottime)
     }
 
-    /// What a start says that found the newest record at this time.
+    /// The members of the event `start` behind what was found.
     pub(super) fn start(&self, found: &Found) -> Value {
         let mut members = Map::from_iter([("version".to_owned(), env!("CARGO_PKG_VERSION").into())]);
         members.extend(self.members());
@@ -206,28 +219,30 @@ impl Clocks {
         Value::Object(members)
     }
 
-    /// What an anchor says at this moment.
+    /// The members of an anchor that is written now.
     pub(super) fn members(&self) -> Map<String, Value> {
         self.lock().trail.members(boottime())
     }
 
-    /// The ages of records at this moment.
+    /// The ages of records as of now.
     pub(super) fn ages(&self) -> Ages {
         self.lock().trail.ages(boottime())
     }
 
-    /// The anchors that were there before the start; None while they are not read yet.
+    /// The anchors from before the start; `None` until they have been read.
     pub(super) fn anchors(&self) -> Option<&[Anchor]> {
         self.anchors.get().map(Vec::as_slice)
     }
 
-    /// These anchors were there before the start.
+    /// Sets the anchors from before the start. Further calls have no effect.
     pub(super) fn know(&self, anchors: Vec<Anchor>) {
-        let _ = self.anchors.set(anchors); // known already is as good
+        // A second set is ignored: both come from the same records.
+        let _ = self.anchors.set(anchors);
     }
 }
 
 impl State {
+    /// Returns whether doubt began or ended since the last call.
     fn change(&mut self) -> Option<Change> {
         let doubt = self.watch.doubt();
         match (std::mem::replace(&mut self.told, doubt), doubt) {
@@ -243,7 +258,7 @@ pub(super) fn boottime() -> i64 {
     millis(clock::boottime())
 }
 
-/// *Now* in milliseconds since 1970, read anew on a thread without turns.
+/// *Now* in milliseconds since 1970, read anew on a thread that does not count turns.
 pub(super) fn now() -> i64 {
     i64::try_from(clock::unix_nanos() / 1_000_000).unwrap_or(i64::MAX)
 }
@@ -301,16 +316,21 @@ mod tests {
             (0, TOLERANCE, false),
             (0, -TOLERANCE, false),
             (1, TOLERANCE + 1, true),
-            (2, 0, false),               // it came back
-            (3, 31 * 24 * HOUR, true),   // from here on one window
-            (26, 31 * 24 * HOUR, true),  // not yet over
-            (27, 31 * 24 * HOUR, false), // it is settled
+            // The clock came back.
+            (2, 0, false),
+            // One window begins here.
+            (3, 31 * 24 * HOUR, true),
+            (26, 31 * 24 * HOUR, true),
+            // The window is over, so that this value counts as correct from here on.
+            (27, 31 * 24 * HOUR, false),
             (90, 31 * 24 * HOUR + TOLERANCE, false),
             (91, -48 * HOUR, true),
-            (100, 48 * HOUR, true), // it was set again: from here on one window
+            // The clock was set again, and so the window begins again.
+            (100, 48 * HOUR, true),
             (123, 48 * HOUR, true),
             (124, 48 * HOUR, false),
-            (125, 31 * 24 * HOUR, true), // settled long ago
+            // This value was correct once, and another one has been since.
+            (125, 31 * 24 * HOUR, true),
             (126, 0, false),
         ] {
             watch.look(hour * HOUR, ahead);

@@ -1,13 +1,16 @@
-//! A part of the trail is lost: what that means, and how it is accepted.
+//! Damage of the trail within the idempotency window: what counts as lost, and how an operator accepts the
+//! loss.
 //!
-//! Keys of the window live in the trail. If a part of it is missing or was changed, nobody knows whether a key that is not
-//! found was used, so that a call with it is refused: until the window is over, or until an operator accepts the loss. Then
-//! unknown keys count as new, and the event `loss_accepted` says so. Segments without the key that they were written with are
-//! a loss as a whole: the start is refused.
+//! The trail is the memory of deduplication across restarts. If a part of it is missing or was changed, it is
+//! unknown whether a key that is not found was used. A call with such a key is rejected until the window is
+//! over or an operator accepts the loss. After that, unknown keys count as new, and the event `loss_accepted`
+//! records it. Segments without the key that they were written with are a loss as a whole: the start fails.
 //!
-//! Each fault has a word, a hash of what is wrong there. The word of a loss is a hash of the words of its faults, so that an
-//! operator accepts only what the gateway has told. The event lists the words of the faults and covers no others: later damage is
-//! a new loss, wherever it lies.
+//! Each fault has a *word*, a hash of what is wrong there. The word of a loss is a hash of the words of its
+//! faults, so that an operator accepts only what the gateway has reported. The event lists the words of the
+//! faults and covers no others: later damage is a new loss, wherever it is.
+//!
+//! This module does not repair anything.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -28,51 +31,54 @@ use super::{StartError, chain, retention, start};
 
 use crate::keyed_hash::{Hash, Keys, hex};
 
-/// The name of the event.
+/// The name of the event that records that a loss is accepted.
 pub(crate) const ACCEPTED: &str = "loss_accepted";
 
-/// The number of faults in a segment that have a word each. All further ones in it share one.
+/// The number of faults in one segment that have a word each. All further ones in it share one.
+// A segment that was encrypted or overwritten has a fault in every line. The event with their words must stay
+// short.
 const MAX_FAULTS: usize = 100;
 
-/// A segment without its key is told from others by its name, its length and so many bytes of its beginning: the first record
-/// has a time of its own.
+/// How many bytes at the beginning of a segment without its key go into its word.
+// 4 KiB hold the first record with its time, which tells the segment from that of another trail with the same
+// name and length.
 const BEGINNING: u64 = 4096;
 
 /// A part of the trail is lost, and nobody has accepted that.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Loss {
-    /// What is wrong first.
+    /// The first fault.
     #[serde(flatten)]
     pub first: Fault,
-    /// What `serve --accept-loss` must say.
+    /// The word of this loss, for `serve --accept-loss`.
     pub word: String,
     /// The words of all faults.
     #[serde(skip)]
     faults: Vec<String>,
 }
 
-/// A place where a part of the trail is lost.
+/// A place where the trail is damaged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Fault {
-    /// The segment.
+    /// The name of the segment.
     pub file: String,
-    /// The line, from 1.
+    /// The line, counted from 1.
     pub line: usize,
-    /// What is wrong there.
+    /// A description for people.
     pub reason: &'static str,
     #[serde(skip)]
     word: String,
 }
 
 impl Loss {
-    /// `None` without a fault.
+    /// The loss that these faults make up; `None` if there are none.
     fn of(faults: Vec<Fault>) -> Option<Self> {
         let words: Vec<_> = faults.iter().map(|fault| fault.word.clone()).collect();
         let first = faults.into_iter().next()?;
         Some(Self { first, word: word(words.iter()), faults: words })
     }
 
-    /// What the event of its acceptance says.
+    /// The members of the event that records the acceptance of this loss.
     pub fn details(&self) -> Map<String, Value> {
         let Self { first: Fault { file, line, reason, .. }, word, faults } = self;
         let details = json!({ "file": file, "line": line, "reason": reason, "word": word, "faults": faults });
@@ -80,21 +86,24 @@ impl Loss {
     }
 }
 
-/// Eight hex digits that stand for some texts.
+/// Eight hex digits that stand for some texts. Not a secret and not collision-resistant: it protects against
+/// mistakes, not against attacks.
 fn word(texts: impl IntoIterator<Item = impl AsRef<[u8]>>) -> String {
     let mut hash = Sha256::new();
     for text in texts {
+        // The length separates the texts. Without it, two different lists of faults could have the same word.
         hash.update((text.as_ref().len() as u64).to_be_bytes());
         hash.update(text);
     }
     hex(&hash.finalize().into())[..8].to_owned()
 }
 
-/// The word for segments whose key is missing. Names alone would not do: the first segment of every trail has the same.
+/// The word for segments whose key is missing.
+// Names alone do not identify a trail: the first segment of every trail has the same name.
 pub(super) fn word_without_key(segments: &[PathBuf]) -> String {
     word(segments.iter().flat_map(|path| {
         let (mut length, mut begin) = (0, Vec::new());
-        // What cannot be read has a word, too: the segment is set aside unread.
+        // A segment that cannot be read still has a word, by its name. It is set aside without being read.
         let _ = open_regular(path, OpenOptions::new().read(true)).and_then(|file| {
             length = file.metadata()?.len();
             file.take(BEGINNING).read_to_end(&mut begin)
@@ -104,34 +113,39 @@ pub(super) fn word_without_key(segments: &[PathBuf]) -> String {
     }))
 }
 
-/// What a line is.
+/// The result of checking one line against the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Checked {
-    /// The gateway wrote it behind the line before.
+    /// The gateway wrote the line behind the line before it.
     Proven,
-    /// It was changed, or the line before was.
+    /// This line, or the one before it, was changed.
     Changed,
-    /// What a failed fdatasync leaves at the end of a segment. It says nothing: the next segment has the batch, proven.
+    /// The line belongs to a batch whose fdatasync failed, at the end of a segment. It is to be ignored: the
+    /// next segment has the batch again, proven.
     Repeated,
 }
 
-/// Follows the chain over the lines of some segments, in their order, and remembers the faults that nobody has accepted.
+/// Checks the hash chain over segments in order, and collects the faults that nobody has accepted.
 pub(crate) struct ChainCheck<'a> {
     keys: &'a Keys,
     last: Place,
-    /// The segment that is read, and the number of the first record of the one behind it.
+    /// The segment that is read.
     segment: PathBuf,
+    /// The number of the first record of the segment behind it.
     next: Option<u64>,
-    /// The number of the last record that is proven.
+    /// The number of the last proven record.
     proven: u64,
     faults: Vec<Fault>,
-    /// How many of them are of this segment.
+    /// How many of the faults are in this segment.
     here: usize,
+    /// The words of accepted faults.
     accepted: HashSet<String>,
 }
 
 impl<'a> ChainCheck<'a> {
-    /// To begin with the first of these segments; what lies before it is believed.
+    /// A check that begins with the first of these segments. What lies before it is not verified.
+    ///
+    /// Fails if the first segment cannot be read.
     pub(crate) fn begin(keys: &'a Keys, segments: &[PathBuf]) -> io::Result<Self> {
         let first = segments.first().filter(|path| first_seq(path) > 1);
         let before = first.map(|path| retention::before(path)).transpose()?.flatten();
@@ -141,33 +155,36 @@ impl<'a> ChainCheck<'a> {
         Ok(Self { keys, last, segment, next: None, proven: 0, faults, here: 0, accepted })
     }
 
-    /// The next segment is read; `next` is the one behind it.
+    /// Call this before the lines of a segment; `next` is the segment behind it.
     pub(crate) fn enter(&mut self, segment: &Path, next: Option<&PathBuf>) {
         segment.clone_into(&mut self.segment);
         self.next = next.map(|path| first_seq(path));
         self.here = 0;
     }
 
-    /// Whether the record of this number, or one behind it, was read and is proven.
+    /// Whether a record with this number or a higher one was proven.
     pub(crate) fn has_proven(&self, seq: u64) -> bool {
         self.proven >= seq
     }
 
-    /// The trail begins behind the beginning of the window, although nothing in the window is ever removed.
+    /// Records a fault: the trail begins later than the window does. Retention never removes a segment of the
+    /// window, so that somebody else did.
     pub(crate) fn begins_late(&mut self) {
         let first = first_seq(&self.segment);
         self.fault(1, "records of the window before this one are missing", (first, first), &[]);
     }
 
-    /// Checks a line.
+    /// Checks a line without its newline. `number` is its line number, counted from 1.
     pub(crate) fn check(&mut self, number: usize, line: &[u8]) -> Checked {
         let seq = number_of(line);
         let expected = self.last.seq + 1;
+        // A failed fdatasync leaves a batch at the end of this segment whose numbers the next segment has, too.
         if self.next.is_some_and(|next| expected >= next && seq.is_none_or(|seq| seq >= next)) {
             return Checked::Repeated;
         }
         let hash = self.keys.check(line, &self.last.hash);
-        // Behind a changed line stands what that line states. A copy of an earlier record fits there.
+        // A changed line states any hash its author likes, so a copy of an earlier record verifies behind it.
+        // Its number gives it away.
         let is_proven = hash.is_ok() && seq.is_none_or(|seq| seq > self.proven);
         let reason = match (&hash, seq) {
             (_, None) => Some("a record cannot be read"),
@@ -180,13 +197,17 @@ impl<'a> ChainCheck<'a> {
         }
         let checked = if is_proven { Checked::Proven } else { Checked::Changed };
         self.proven = if is_proven { seq } else { self.proven };
-        // A number that belongs to the next segment is a changed one: what follows is still of this segment.
+        // A number of the next segment cannot be in this one. It was changed, and if it counted, all following
+        // lines would look repeated and be ignored.
         let seq = if self.next.is_some_and(|next| seq >= next) { expected } else { seq };
         self.last = Place { seq, hash: hash.ok().or_else(|| stated(line)).unwrap_or(self.last.hash) };
         checked
     }
 
-    /// An event passes that the gateway wrote: one that tells of damage, or of its acceptance.
+    /// Takes note of a proven event: of one that records damage or the acceptance of a loss. `name` is the name
+    /// of the event.
+    // The words of accepted faults are collected and applied at the end, since an acceptance is always behind
+    // the faults that it names.
     pub(crate) fn event(&mut self, number: usize, name: &str, line: &[u8]) {
         if name == ACCEPTED {
             self.accepted.extend(accepted(line));
@@ -196,8 +217,9 @@ impl<'a> ChainCheck<'a> {
         }
     }
 
-    /// `expected` is the number that the record should have, `seq` the one that it has. The word stands for its bytes, too, so
-    /// that an acceptance covers no later change of it.
+    /// Adds a fault. `expected` is the number that the record should have, `seq` the one that it has.
+    // The word covers the bytes of the line, too, so that an acceptance covers no later change of the same
+    // line.
     fn fault(&mut self, line: usize, reason: &'static str, (expected, seq): (u64, u64), bytes: &[u8]) {
         let numbers = [expected, seq].map(u64::to_be_bytes);
         let word = word([reason.as_bytes(), &numbers[0], &numbers[1], bytes]);
@@ -212,14 +234,15 @@ impl<'a> ChainCheck<'a> {
         }
     }
 
-    /// What is lost, and not accepted.
+    /// Returns what is lost and not accepted.
     pub(crate) fn loss(mut self) -> Option<Loss> {
         self.faults.retain(|fault| !self.accepted.contains(&fault.word));
         Loss::of(self.faults)
     }
 }
 
-/// The words of the faults that an event of an acceptance covers.
+/// The words of the faults that an event of an acceptance names. An event that cannot be parsed accepts
+/// nothing.
 fn accepted(event: &[u8]) -> Vec<String> {
     #[derive(Deserialize)]
     struct Accepted {
@@ -229,8 +252,10 @@ fn accepted(event: &[u8]) -> Vec<String> {
     serde_json::from_slice::<Accepted>(event).map(|event| event.faults).unwrap_or_default()
 }
 
-/// What is lost of a whole trail, and not accepted. That its beginning is missing counts as well, also where retention removed
-/// it: only a start knows whether the window reaches back to it.
+/// Returns what is lost of a whole trail and not accepted. A missing beginning counts as well, even if
+/// retention removed it: only a start knows whether the window reaches back that far.
+///
+/// Fails if a segment cannot be read. Reads the whole trail.
 pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
     #[derive(Deserialize)]
     struct Event<'a> {
@@ -257,8 +282,10 @@ pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
     Ok(chain.loss())
 }
 
-/// Moves segments whose key is missing, and the lock file that tells of them, into a directory of their own. Returns its
-/// name.
+/// Moves the segments whose key is missing, and the lock file, into a directory of their own within the audit
+/// directory. Returns its name.
+///
+/// Fails if another process has locked the directory.
 pub(super) fn set_aside(directory: &Path) -> Result<String, StartError> {
     let fail = |error| StartError::Directory(directory.into(), error);
     let opened = Directory::open(directory).map_err(fail)?;
@@ -266,12 +293,14 @@ pub(super) fn set_aside(directory: &Path) -> Result<String, StartError> {
     let segments = chain::segments(directory).map_err(fail)?;
     let name = format!("lost-{}", word_without_key(&segments));
     let aside = directory.join(&name);
-    // Not one that has segments: they would be replaced. An attempt that was cut short may have left it empty.
+    // The name of the directory depends on the segments only. An attempt that was interrupted may have made it.
+    // If it has files, `rename` would replace them.
     let is_empty = fs::read_dir(&aside).is_ok_and(|mut entries| entries.next().is_none());
     if !is_empty {
         fs::create_dir(&aside).map_err(|error| StartError::Directory(aside.clone(), error))?;
     }
     let lock = directory.join(super::lock::NAME);
+    // The lock file goes along: it names a segment of the old trail, and would make the new trail look damaged.
     for path in segments.into_iter().chain(lock.exists().then_some(lock)) {
         let target = aside.join(path.file_name().unwrap_or_default());
         fs::rename(&path, target).map_err(fail)?;

@@ -1,12 +1,18 @@
-//! What is older than `retain` goes, a segment at a time, the oldest first. How old a record is says [`super::age`], whatever a
-//! wall clock shows; while that is doubtful, nothing goes.
+//! Retention: removes segments that are older than `retain`, one at a time, the oldest first.
 //!
-//! While the trail is larger than `max_size`, segments go early: before `retain` has passed, but never with a record that the
-//! idempotency window may need. Where none may go, the trail grows on, and the log says so.
+//! The age of a record comes from [`super::age`] and not from a wall clock. While the clock is doubtful,
+//! nothing is removed.
 //!
-//! The chain stays verifiable: before a segment is removed, an event `retention` tells the number and the hash of its
-//! last record, and so where the trail begins from then on. Without such an event a trail that does not begin at its
-//! first record is damaged.
+//! While the trail is larger than `max_size`, segments are removed before `retain` has passed, but never one
+//! with a record that the idempotency window may need. If none may be removed, the trail grows further, and a
+//! warning is logged.
+//!
+//! The hash chain stays verifiable: before a segment is removed, an event `retention` states the number and the
+//! hash of its last record, and so where the trail begins from then on. Without such an event, a trail that
+//! does not begin at its first record is damaged.
+//!
+//! This module finds the segment and words the event; [`super::writer`] removes the file after the event is
+//! committed.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,44 +28,46 @@ use super::{Options, age};
 
 use crate::keyed_hash::{Hash, Keys, hex, parse_hex};
 
-/// The name of the event.
+/// The name of the event that precedes a removal.
 pub(super) const EVENT: &str = "retention";
 
-/// How often it is said that the trail is too large and nothing may go.
+/// How often a warning is repeated that the trail is too large and nothing may be removed.
 const REMIND: Duration = Duration::from_secs(60 * 60);
 
-/// From which size on segments go before `retain` has passed.
+/// The size from which on segments are removed before `retain` has passed.
 #[derive(Clone, Copy, Debug)]
 pub struct Early {
-    /// The bytes of all segments together.
+    /// The size of all segments together, in bytes.
     pub max_size: u64,
-    /// No segment goes with a record that is no older.
+    /// A segment is removed early only if all of its records are older than this.
     pub after: Duration,
 }
 
-/// How long a trail is kept, and how much of it.
+/// How long and up to which size a trail is kept.
 pub(super) struct Keeping {
-    /// Records are kept for as long, at least, unless the trail is too large.
+    /// How long records are kept at least, unless the trail is too large; `None`: for ever.
     retain: Option<Duration>,
     early: Option<Early>,
-    /// When it was last said that the trail is too large and nothing may go, and whether because of a doubtful clock.
+    /// When the last warning was logged that nothing may be removed, and whether a doubtful clock was the
+    /// reason.
     told: Option<(Instant, bool)>,
 }
 
-/// The trail is larger than it may be, in bytes.
+/// The trail is larger than its maximum. Both are in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Excess {
     pub(super) size: u64,
     pub(super) max_size: u64,
 }
 
-/// A segment of which every record is old enough to go.
+/// A segment that may be removed.
 #[derive(Debug)]
 pub(super) struct Old {
+    /// The path of the segment.
     pub(super) path: PathBuf,
-    /// Its last record.
+    /// The place of its last record.
     last: Place,
-    /// Why it goes before `retain` has passed, if it does.
+    /// The excess, if the segment is removed before `retain` has passed.
     pub(super) early: Option<Excess>,
 }
 
@@ -70,21 +78,21 @@ pub(super) struct Place {
     pub(super) hash: Hash,
 }
 
-/// What a segment's first record says of the one before it.
+/// The members of a segment's first record that tell about the record before it.
 #[derive(Deserialize)]
 struct Begin<'a> {
     seq: u64,
     prev: &'a str,
 }
 
-/// What a record says of itself.
+/// The members of a record that tell its age.
 #[derive(Deserialize)]
 struct Head<'a> {
     seq: u64,
     time: &'a str,
 }
 
-/// What the event says.
+/// The members of the event.
 #[derive(Deserialize)]
 struct Said<'a> {
     event: &'a str,
@@ -94,31 +102,35 @@ struct Said<'a> {
 
 impl Keeping {
     pub(super) fn new(options: &Options) -> Self {
-        // What is within the window never goes, whatever else is asked for.
+        // Records within the window are the memory of deduplication. They are kept even if `retain` is shorter.
         let at_least = |time: Duration| time.max(options.window);
         let early = options.early.map(|early| Early { after: at_least(early.after), ..early });
         Self { retain: options.retain.map(at_least), early, told: None }
     }
 
-    /// Whether anything may ever go.
+    /// Whether any segment may ever be removed.
     pub(super) fn is_bounded(&self) -> bool {
         self.retain.is_some() || self.early.is_some()
     }
 
-    /// Finds the segment that is to go, if there is one. None does while the clock is doubtful, and before all that was there at
-    /// the start was read.
+    /// Finds the segment to remove next, if there is one. Finds none while the clock is doubtful, and none
+    /// until all records from before the start have been read.
+    ///
+    /// Fails if a segment cannot be read.
     pub(super) fn find(
         &mut self,
         directory: &Directory,
         keys: &Keys,
         clocks: &Clocks,
     ) -> io::Result<Option<Old>> {
+        // Without all anchors a record of an earlier boot could be dated by the wrong one.
         let Some(anchors) = clocks.anchors() else { return Ok(None) };
         let (doubt, ages) = (clocks.doubt(), clocks.ages());
         let older_than = |limit: Duration| {
             let is_old = |seq, time| ages.clone().at(seq, anchors).age(time) > limit;
             oldest(directory.path(), keys, is_old)
         };
+        // Age comes first, so that an error of reading sizes does not stop it.
         let retain = self.retain.filter(|_| doubt.is_none());
         let old = retain.map(older_than).transpose()?.flatten();
         if old.is_some() {
@@ -132,7 +144,7 @@ impl Keeping {
         Ok(old.map(|old| Old { early: Some(excess), ..old }))
     }
 
-    /// By what the trail is too large, if it is.
+    /// By how much the trail exceeds its maximum; `None` if it does not, or there is none.
     fn excess(&self, directory: &Directory) -> io::Result<Option<Excess>> {
         let Some(Early { max_size, .. }) = self.early else { return Ok(None) };
         let mut size = 0;
@@ -143,7 +155,7 @@ impl Keeping {
         Ok((size > max_size).then_some(Excess { size, max_size }))
     }
 
-    /// Says that nothing may go, once in a while.
+    /// Warns that nothing may be removed, at most once an hour for each of the two reasons.
     fn tell(&mut self, Excess { size, max_size }: Excess, doubt: Option<ClockDoubt>) {
         let is_doubtful = doubt.is_some();
         if self.told.is_some_and(|(told, which)| which == is_doubtful && told.elapsed() < REMIND) {
@@ -167,8 +179,12 @@ impl Keeping {
     }
 }
 
-/// The oldest segment, if the one behind it begins with a record that is old by its number and its time, in milliseconds since
-/// 1970. Of records that were changed neither counts. The last segment never goes.
+/// Returns the oldest segment if the one behind it begins with a record for which `is_old` holds; its arguments
+/// are the number and the time of that record, in milliseconds since 1970. Never returns the last segment.
+///
+/// Fails if a segment cannot be read.
+// All records of a segment are older than the first record of the next one, so that a look at one record is
+// enough. A changed record is skipped: its time may be forged to have a segment removed.
 pub(super) fn oldest(
     directory: &Path,
     keys: &Keys,
@@ -189,7 +205,8 @@ pub(super) fn oldest(
     Ok(None)
 }
 
-/// The place before the first record of a segment.
+/// Returns the place before the first record of a segment, as that record states it. `None` if it cannot be
+/// parsed.
 pub(super) fn before(segment: &Path) -> io::Result<Option<Place>> {
     let parse = |line: Line<'_>| {
         let Begin { seq, prev } = serde_json::from_slice(line.bytes).ok()?;
@@ -199,7 +216,7 @@ pub(super) fn before(segment: &Path) -> io::Result<Option<Place>> {
 }
 
 impl Old {
-    /// What its event says.
+    /// The members of the event that precedes the removal.
     pub(super) fn details(&self) -> Value {
         let file = self.path.file_name().map(|name| name.to_string_lossy().into_owned());
         let mut details = json!({
@@ -215,7 +232,7 @@ impl Old {
     }
 }
 
-/// Up to where the trail was removed, if a record says so.
+/// Returns up to where the trail was removed, if the line is such an event.
 pub(super) fn said(line: &[u8]) -> Option<Place> {
     let Said { event, last_seq, last_hash } = serde_json::from_slice(line).ok()?;
     (event == EVENT).then_some(Place { seq: last_seq, hash: parse_hex(last_hash)? })
