@@ -1,9 +1,11 @@
-//! Resolutions: a person says what became of a call of unknown outcome.
+//! Resolutions: a person states what became of a call of unknown outcome.
 //!
-//! [`Audit::resolve`] decides for a running gateway, [`resolve`] for a trail that nobody writes. Resolutions are decided
-//! one at a time, each against the committed records of the call, so that of two at once exactly one wins. Both return
-//! after the event `resolution` is committed. The event has the members of the call's intent, so that it is complete
-//! when retention has removed the intent.
+//! [`Audit::resolve`] resolves calls of a running gateway, [`resolve`] those of a trail that no gateway writes.
+//! Resolutions are handled one at a time, each against the committed records of the call, so that of two at
+//! once exactly one is recorded. Both functions return after the event `resolution` is committed. The event
+//! repeats the members of the call's intent, so that it is complete when retention has removed the intent.
+//!
+//! The name of the person is not verified.
 
 use std::io;
 use std::path::Path;
@@ -28,7 +30,7 @@ const MAX_NAME: usize = 128;
 /// The longest note, in bytes.
 const MAX_NOTE: usize = 1024;
 
-/// What a person found about a call.
+/// What a person found out about a call.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Finding {
@@ -36,22 +38,22 @@ pub struct Finding {
     pub id: Uuid,
     /// Whether the task is done.
     pub result: Resolution,
-    /// The person's name: a claim, which nothing proves.
+    /// The person's name, which nothing verifies.
     pub by: String,
-    /// What else is to be kept.
+    /// A note to keep with the resolution.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// It may contradict an earlier resolution; both stay on record.
+    /// Whether this may contradict an earlier resolution. Both stay on record.
     #[serde(default)]
     pub correct: bool,
 }
 
-/// A resolution that is on record.
+/// The result of a request to resolve a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resolved {
-    /// It was recorded, with this number.
+    /// The resolution was recorded in the event with this number.
     Recorded(u64),
-    /// The same one was recorded before; nothing was added.
+    /// The same resolution was recorded before; nothing was added.
     Before(Earlier),
 }
 
@@ -60,16 +62,16 @@ pub enum Resolved {
 pub struct Earlier {
     /// What was found.
     pub result: Resolution,
-    /// Who said so.
+    /// The person's name.
     pub by: String,
     /// When it was recorded (RFC 3339).
     pub time: String,
 }
 
-/// Why a resolution is not recorded.
+/// Why a resolution was not recorded.
 #[derive(Debug, Error)]
 pub enum ResolveError {
-    /// A text breaks its rules.
+    /// The name or the note is empty, too long, or has control characters.
     #[error("{0}")]
     Invalid(&'static str),
     /// No record names the call.
@@ -78,27 +80,28 @@ pub enum ResolveError {
     /// The call has no outcome yet.
     #[error("the call is at work; its outcome is not known yet")]
     AtWork,
-    /// The call's outcome is not in doubt.
+    /// The call's outcome is known.
     #[error("the outcome of this call is known: {0}")]
     Known(Outcome),
-    /// It was resolved with another result.
+    /// The call was resolved with another result, and [`Finding::correct`] is not set.
     #[error(
         "the call was resolved as {} by {} at {}; `--correct` records another result beside that",
         .0.result.as_str(), .0.by, .0.time
     )]
     Otherwise(Earlier),
-    /// The event is queued, and the trail cannot be written any more.
+    /// The event is queued, but the trail closed before it was committed: it may be on record or not.
     #[error("the audit trail closes; the resolution may be on record or not: ask again")]
     NotCommitted,
     /// The trail cannot be read.
     #[error("the audit trail cannot be read: {0}")]
     Read(#[from] io::Error),
-    /// The trail cannot be written.
+    /// The trail cannot be opened or written.
     #[error(transparent)]
     Trail(#[from] StartError),
 }
 
 impl Finding {
+    // One line without control characters: the texts are printed on terminals and end up in the trail.
     fn check(&self) -> Result<(), ResolveError> {
         let is_plain = |text: &str| !text.trim().is_empty() && !text.chars().any(char::is_control);
         if self.by.len() > MAX_NAME || !is_plain(&self.by) {
@@ -110,7 +113,7 @@ impl Finding {
         Ok(())
     }
 
-    /// The event's members.
+    /// The members of the event.
     fn details(&self, call: &UnresolvedCall, uid: u32) -> Map<String, Value> {
         let mut details = Map::new();
         details.insert("id".into(), json!(self.id));
@@ -126,7 +129,10 @@ impl Finding {
         if let Value::Object(members) = json!(call) {
             for (name, value) in members {
                 match name.as_str() {
+                    // Not copied: the id is there already, and the others would describe the call before this
+                    // event.
                     "id" | "state" | "superseded" => {}
+                    // Renamed, since the event has a number and a time of its own.
                     "seq" | "time" => drop(details.insert(format!("call_{name}"), value)),
                     _ => drop(details.insert(name, value)),
                 }
@@ -136,7 +142,7 @@ impl Finding {
     }
 }
 
-/// What the segments tell of a call.
+/// What the segments say about a call.
 #[derive(Debug, Default)]
 struct History {
     call: Option<UnresolvedCall>,
@@ -167,6 +173,8 @@ impl History {
                 if let Ok(result) = serde_json::from_value(record["result"].clone()) {
                     self.last = Some(Earlier { result, by: text("by"), time: text("time") });
                 }
+                // An intent says more than a resolution does. Without one, which retention may have removed,
+                // the copy in the resolution is used.
                 if self.call.is_none() {
                     self.call = UnresolvedCall::told_by_resolution(&record);
                 }
@@ -176,18 +184,18 @@ impl History {
     }
 }
 
-/// What is to be done.
+/// What to do with a finding.
 #[derive(Debug)]
 enum Decision {
     Record {
         call: Box<UnresolvedCall>,
-        /// The call has no outcome, and nobody works at it any more.
+        /// Whether the call has no outcome and no process can still give it one.
         is_abandoned: bool,
     },
     Before(Earlier),
 }
 
-/// Decides about a finding. `is_live`: a gateway may be at work at the call.
+/// Decides what to do with a finding. `is_live`: a gateway may be processing the call.
 fn decide(
     finding: &Finding,
     list: &UnresolvedList,
@@ -202,9 +210,13 @@ fn decide(
         let call = Box::new(call.unwrap_or_else(|| UnresolvedCall::of(finding.id)));
         Ok(Decision::Record { call, is_abandoned })
     };
+    // A call can be `done` on the list while retention has removed the resolution: who found it is no longer
+    // known then.
     let unnamed = || Earlier { result: Resolution::Done, by: "-".into(), time: "-".into() };
     let earlier = history.last.or_else(|| (state == Some(CallState::Done)).then(unnamed));
     match (state, earlier, history.outcome) {
+        // The list decides: it follows proven records only, while the history is read without verifying the
+        // chain.
         (Some(CallState::Unknown), ..) => record(false),
         (Some(CallState::Undelivered), ..) => Err(ResolveError::Known(Outcome::Succeeded)),
         (_, Some(earlier), _) if earlier.result == finding.result => Ok(Decision::Before(earlier)),
@@ -218,8 +230,12 @@ fn decide(
 }
 
 impl Audit {
-    /// Records what a person found about a call, and returns when that is committed. `apply` is called between the commit and
-    /// the next resolution. `uid` is the user who asked. For a trail that nobody writes there is [`resolve`].
+    /// Records what a person found out about a call, and returns once that is committed. `uid` is the user who
+    /// asked. `apply` is called between the commit and the next resolution. For a trail that no gateway writes,
+    /// use [`resolve`].
+    ///
+    /// Fails with [`ResolveError`]. If the future is dropped, the event may be recorded or not, and `apply` may
+    /// not run.
     pub async fn resolve(
         &self,
         directory: &Path,
@@ -228,7 +244,11 @@ impl Audit {
         apply: impl FnOnce(&UnresolvedCall),
     ) -> Result<Resolved, ResolveError> {
         finding.check()?;
+        // Held until `apply` has run. Two resolutions at once would otherwise both find the call unresolved,
+        // and could be applied in another order than they are recorded.
         let _turn = self.0.resolving.lock().await;
+        // The segments are read on the blocking pool: that may take seconds, and would delay everything else on
+        // this event loop.
         let (id, path) = (finding.id, directory.to_owned());
         #[expect(clippy::disallowed_methods, reason = "on the background runtime, where no request waits")]
         let history = tokio::task::spawn_blocking(move || History::read(&path, id)).await;
@@ -245,7 +265,10 @@ impl Audit {
         Ok(Resolved::Recorded(seq))
     }
 
-    /// Waits until a record is committed, however long that takes, or the writer has ended.
+    /// Waits until the record with this number is committed, however long that takes.
+    ///
+    /// Fails with [`ResolveError::NotCommitted`] if the writer has ended.
+    // A person waits here and not a request, so that a stuck disk is waited for.
     pub async fn committed(&self, seq: u64) -> Result<(), ResolveError> {
         while self.safe(seq, 0).await.is_err() {
             if !self.is_written() {
@@ -256,9 +279,10 @@ impl Audit {
     }
 }
 
-/// Records what a person found about a call of a trail that nobody writes: see [`Audit::resolve`]. What was at work when its
-/// gateway ended gets the outcome `unknown` first. The event is on the disk afterwards. Fails with [`StartError::Locked`]
-/// while a gateway writes the trail.
+/// Records what a person found out about a call of a trail that no gateway writes. A call that had no outcome
+/// when its gateway ended gets the outcome `unknown` first. The event is on the disk afterwards.
+///
+/// Fails with [`ResolveError`]; with [`StartError::Locked`] inside it while a gateway writes the trail.
 pub fn resolve(directory: &Path, keys: Keys, finding: &Finding, uid: u32) -> Result<Resolved, ResolveError> {
     finding.check()?;
     check_trail(directory)?;

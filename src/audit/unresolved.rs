@@ -1,10 +1,13 @@
-//! The calls that somebody must still look into: the work list that outlives restarts and retention.
+//! The list of unresolved calls: a work list for people that survives restarts and retention.
 //!
-//! A call is on the list while it is at work, when its outcome is unknown, and when it succeeded without its caller having
-//! learnt of it. The first batch of each segment and each `start` have the list, unless it is empty, so that neither a removed segment nor a short
-//! read at a start loses any of it. A call of unknown outcome stays until a person resolves it; the others go with
-//! the idempotency window. Beyond 10,000 calls the oldest of unknown outcome go, too, once their window is over; of calls
-//! that are only presumed undelivered, the oldest beyond 2,048.
+//! A call is on the list while it has no outcome, when its outcome is unknown, and when it succeeded but its
+//! caller may not have got the answer (*undelivered*). Deduplication rejects equal calls because of it.
+//!
+//! The first batch of each segment and each event `start` contain the list, unless it is empty. Neither the
+//! removal of a segment nor a start that reads only the end of the trail loses an entry. A call of unknown
+//! outcome stays until a person resolves it; the others leave the list with the idempotency window. Beyond
+//! 10,000 calls the oldest of unknown outcome leave, too, once their window is over. Of calls that are only
+//! presumed undelivered, the oldest beyond 2,048 leave.
 //!
 //! [`UnresolvedList::take`] follows the trail record by record, for readers and for the writer alike.
 
@@ -18,32 +21,37 @@ use uuid::Uuid;
 use crate::model::outcome::Outcome;
 use crate::plain;
 
-/// The name of the event that begins a segment.
+/// The name of the event with the list, which begins a segment.
 pub(super) const LIST: &str = "unresolved";
 
-/// The name of the event in the place of a list that no file can hold.
+/// The name of the event that replaces a list too long for any file.
 pub(super) const LIST_LEFT_OUT: &str = "unresolved_left_out";
 
-/// The names of the events that change the list.
+/// The event that puts a success on the list because its caller did not get the answer.
 pub(crate) const UNDELIVERED: &str = "undelivered";
+/// The event that takes an undelivered success off the list.
 pub(crate) const DELIVERED: &str = "delivered";
+/// The event with which a person resolves a call of unknown outcome.
 pub(crate) const RESOLUTION: &str = "resolution";
 
-/// All events that change the list.
+/// All events that change the list while a gateway runs.
 pub(super) const EVENTS: [&str; 4] = [LIST, UNDELIVERED, DELIVERED, RESOLUTION];
 
-/// An answer leaves within this time of its outcome, in microseconds: that of a call with a key waits for the commit, for as
-/// long as an intent may.
+/// The time within which an answer leaves after its outcome was recorded, in microseconds.
+// An answer with a key waits for the commit of its outcome, which takes at most as long as that of an intent.
 const DELIVERY: i64 = 250_000;
 
-/// So many answers at most are on their way at once.
+/// The largest number of answers that can be on their way when a process is killed.
 const ON_THEIR_WAY: usize = 1024;
 
-/// So many calls that are only presumed undelivered are on the list at most: those of two processes that were killed at the
-/// height of their load.
+/// The largest number of calls on the list that are only presumed undelivered.
+// Twice the number that one kill can leave: a process that is killed again and again at the height of its load
+// must not fill the list.
 const PRESUMED: usize = 2 * ON_THEIR_WAY;
 
-/// So many calls are on the list at most, but for those whose window is not over. So many doubts are remembered, too.
+/// The largest number of calls on the list, apart from those whose window is not over. Deduplication remembers
+/// as many doubts.
+// A bound is needed since each segment begins with the list. At 512 bytes a call, 10,000 take 5 MiB.
 pub(crate) const AT_MOST: usize = 10_000;
 
 /// A call on the list.
@@ -54,40 +62,41 @@ pub struct UnresolvedCall {
     pub seq: Option<u64>,
     /// Its request id.
     pub id: Uuid,
-    /// When its intent was recorded (RFC 3339).
+    /// When its intent was recorded (RFC 3339); empty if that is not known.
     #[serde(default)]
     pub time: String,
     /// Why it is on the list.
     #[serde(default)]
     pub state: CallState,
-    /// Who called.
+    /// The caller.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub caller: Option<String>,
-    /// Which route.
+    /// The route.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub route: Option<String>,
-    /// As whom.
+    /// The operator that the call named.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operator: Option<String>,
-    /// Which task.
+    /// The task, as the contract finds it in the body.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<Value>,
     /// The keyed digest of the body, in hex.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
-    /// The mark of its `Idempotency-Key`, in hex.
+    /// The keyed fingerprint of its `Idempotency-Key`, in hex.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// The mark of body, operator and route, in hex.
+    /// The keyed fingerprint of body, operator and route, in hex, by which equal calls are found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub print: Option<String>,
     /// The call of unknown outcome that this one repeats by force.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forced: Option<Uuid>,
-    /// A later call repeats this one by force, so that it guards against nothing.
+    /// Whether a later call repeats this one by force. Then this one no longer blocks equal calls.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub superseded: bool,
-    /// Presumed undelivered: its process was killed about when the answer left. Most such answers arrived.
+    /// Whether it is only presumed undelivered: its process was killed about when the answer left. Most such
+    /// answers arrived.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub presumed: bool,
 }
@@ -99,35 +108,38 @@ pub enum CallState {
     /// It has no outcome yet.
     #[default]
     AtWork,
-    /// Nobody knows what became of it.
+    /// Its outcome is unknown: it may have been done or not.
     Unknown,
-    /// It succeeded, and its caller had left before the answer.
+    /// It succeeded, and its caller was disconnected before the answer.
     Undelivered,
-    /// It was of unknown outcome, and a person found that it is done.
+    /// Its outcome was unknown, and a person found that it is done.
     Done,
 }
 
 impl UnresolvedCall {
-    /// How long it is on the list in the trail, in bytes.
+    /// The length of its entry on the list in the trail, in bytes.
     pub(super) fn size(&self) -> u64 {
         let mut json = serde_json::to_vec(self).unwrap_or_default();
+        // The trail escapes characters that are not plain: DEL takes six bytes there and one here. Counted
+        // without that, a list could be promised that no file can hold.
         plain::escape(&mut json, 0);
         json.len() as u64
     }
 
-    /// A call of which nothing but the id is known.
+    /// A call of which only the id is known.
     pub(super) fn of(id: Uuid) -> Self {
         Self { id, ..Self::default() }
     }
 
-    /// The call that the event of a resolution tells of, and what was found.
+    /// Returns the call that an event `resolution` names, and the result that a person found. `None` if the
+    /// line is no such event.
     pub fn resolved_by(event: &[u8]) -> Option<(Self, Resolution)> {
         let resolved: Resolved = serde_json::from_slice(event).ok()?;
         let result = resolved.result;
         Some((resolved.into_call(), result))
     }
 
-    /// The same, of an event that was read.
+    /// Returns the call that an event `resolution` names, from a parsed event.
     pub(super) fn told_by_resolution(event: &Value) -> Option<Self> {
         Resolved::deserialize(event).ok().map(Resolved::into_call)
     }
@@ -145,13 +157,13 @@ impl CallState {
     }
 }
 
-/// What a person found about a call of unknown outcome.
+/// What a person found out about a call of unknown outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Resolution {
     /// The task is assigned.
     Done,
-    /// It is not.
+    /// The task is not assigned.
     NotDone,
 }
 
@@ -165,7 +177,7 @@ impl Resolution {
     }
 }
 
-/// A record, as far as it changes the list.
+/// The members of a record that can change the list.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub(super) struct Step<'a> {
     pub(super) kind: &'a str,
@@ -176,11 +188,11 @@ pub(super) struct Step<'a> {
     pub(super) time: &'a str,
 }
 
-/// What the event of a resolution says.
+/// The members of an event `resolution`.
 #[derive(Deserialize)]
 struct Resolved {
     result: Resolution,
-    /// When the call's intent was recorded, and its number: the event has its own.
+    /// When the call's intent was recorded. `seq` and `time` of the event are its own.
     #[serde(default)]
     call_time: String,
     call_seq: Option<u64>,
@@ -199,23 +211,26 @@ struct Listed {
     unresolved: Vec<UnresolvedCall>,
 }
 
-/// The list. A copy shares the calls, so that the writer can make one while calls wait for it.
+/// The list. Cloning copies only the ids and shares the calls, so that the writer can copy it while requests
+/// wait for its lock.
 #[derive(Clone, Debug, Default)]
 pub struct UnresolvedList {
+    // Ids are UUIDv7, so that the order of ids is the order of time.
     calls: BTreeMap<Uuid, Arc<UnresolvedCall>>,
-    /// The last successes: their answers may have been on their way when the trail ended.
+    /// The last successes with their times in microseconds since 1970: their answers may have been on their way
+    /// when the trail ended.
     on_their_way: VecDeque<(i64, UnresolvedCall)>,
-    /// Calls at work that the next list did not name: a version that wrote no lists left them open.
+    /// Calls without an outcome that the next list does not name: a version that wrote no lists left them open.
     orphans: Vec<UnresolvedCall>,
 }
 
 impl UnresolvedList {
-    /// All calls on the list, in the order of their ids, which is that of time.
+    /// All calls on the list, oldest first.
     pub fn calls(&self) -> impl Iterator<Item = &UnresolvedCall> {
         self.calls.values().map(|call| &**call)
     }
 
-    /// The calls that wait for a person.
+    /// The calls of unknown outcome, which wait for a person.
     pub fn unknown(&self) -> impl Iterator<Item = &UnresolvedCall> {
         self.calls().filter(|call| call.state == CallState::Unknown)
     }
@@ -230,20 +245,23 @@ impl UnresolvedList {
         &self.orphans
     }
 
-    /// One call.
+    /// The call with this id; `None` if it is not on the list.
     pub fn get(&self, id: Uuid) -> Option<&UnresolvedCall> {
         self.calls.get(&id).map(|call| &**call)
     }
 
-    /// Follows the trail by one record. A line that cannot be read changes nothing.
+    /// Applies one proven record. A line that cannot be parsed changes nothing.
     pub(super) fn take(&mut self, step: &Step<'_>, line: &[u8]) {
         match (step.kind, step.id) {
             ("intent", Some(_)) => {
                 if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
+                    // The state is set here and not read from the line: a contract once could name a member
+                    // `state`, so that a caller's body decided it.
                     self.insert(UnresolvedCall { state: CallState::AtWork, ..call });
                 }
             }
             ("outcome", Some(id)) => {
+                // An outcome word of a newer version counts as `unknown`: that keeps the call on the list.
                 let outcome = Outcome::ALL.into_iter().find(|it| step.outcome == Some(it.as_str()));
                 self.end(id, outcome.unwrap_or(Outcome::Unknown), step.time);
             }
@@ -252,11 +270,13 @@ impl UnresolvedList {
         }
     }
 
-    /// Follows the trail by one record that the chain does not prove. Such a record adds calls to the list. It takes none off,
-    /// and changes none but one at work: of that nobody knows then how it ended.
+    /// Applies one record that the chain does not prove. It can add calls to the list. It removes none and
+    /// changes none, except that a call without an outcome becomes one of unknown outcome.
     pub(super) fn take_unproven(&mut self, step: &Step<'_>, line: &[u8]) {
         let state = match (step.kind, step.event) {
             ("outcome", _) => {
+                // The line may have had any outcome before it was changed. `unknown` is the only one that
+                // blocks a second call.
                 let call = step.id.and_then(|id| self.get(id));
                 if let Some(id) = call.filter(|call| call.state == CallState::AtWork).map(|call| call.id) {
                     self.end(id, Outcome::Unknown, step.time);
@@ -277,19 +297,21 @@ impl UnresolvedList {
         }
     }
 
-    /// Adds a call that is not on the list. It may not stand for another one.
+    /// Adds a call unless it is on the list.
+    // `forced` is dropped: an unproven call must not supersede another one, which would then no longer block
+    // equal calls.
     fn add(&mut self, call: UnresolvedCall) {
         self.calls.entry(call.id).or_insert_with(|| Arc::new(UnresolvedCall { forced: None, ..call }));
     }
 
-    /// Follows the trail by one line.
+    /// Applies one proven line.
     pub(super) fn follow(&mut self, line: &[u8]) {
         if let Ok(step) = serde_json::from_slice(line) {
             self.take(&step, line);
         }
     }
 
-    /// Follows the trail by one event.
+    /// Applies one proven event. `line` is the whole record.
     pub(super) fn take_event(&mut self, name: &str, id: Option<Uuid>, line: &[u8]) {
         match (name, id) {
             (LIST | "start", _) => {
@@ -301,13 +323,15 @@ impl UnresolvedList {
                         call.state == CallState::AtWork && !self.calls.contains_key(&call.id)
                     };
                     self.orphans.extend(before.filter(is_lost));
-                    // Only a start has them on its list, as undelivered.
+                    // Only the list of a start contains the successes on their way, as undelivered. A list that
+                    // begins a segment does not.
                     if name == "start" {
                         self.on_their_way.clear();
                     }
                 }
             }
-            // Whoever stopped in order has waited for all answers. What is appended to a stopped trail changes nothing in that.
+            // A gateway that is stopped in order waits for all answers, so that none is on its way. Events
+            // appended later, by a command, do not change that.
             ("stop", _) => self.on_their_way.clear(),
             (UNDELIVERED, Some(_)) => {
                 if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
@@ -329,6 +353,7 @@ impl UnresolvedList {
         }
     }
 
+    /// Adds a call, or replaces the one with its id.
     pub(super) fn insert(&mut self, call: impl Into<Arc<UnresolvedCall>>) {
         let call = call.into();
         self.calls.insert(call.id, call);
@@ -338,6 +363,7 @@ impl UnresolvedList {
         self.calls.remove(&id).map(Arc::unwrap_or_clone)
     }
 
+    /// Applies an outcome, recorded at `time`, to a call on the list.
     fn end(&mut self, id: Uuid, outcome: Outcome, time: &str) {
         self.orphans.retain(|call| call.id != id);
         let Some(call) = self.remove(id) else { return };
@@ -347,8 +373,10 @@ impl UnresolvedList {
         self.finish(call, outcome);
     }
 
-    /// A call that is not on the list has ended so.
+    /// Applies an outcome to a call that has been taken off the list.
     pub(super) fn finish(&mut self, call: UnresolvedCall, outcome: Outcome) {
+        // After `not_sent`, `failed` or `refused` the repetition was not done, so that the first call must go
+        // on to block equal ones.
         if let Some(forced) = call.forced
             && matches!(outcome, Outcome::Unknown | Outcome::Succeeded)
         {
@@ -359,15 +387,17 @@ impl UnresolvedList {
         }
     }
 
-    /// A later call stands for this one. It stays on the list, and guards against nothing.
+    /// A later call stands for this one from now on.
     fn supersede(&mut self, id: Uuid) {
         match self.calls.get_mut(&id) {
             Some(call) if call.state == CallState::Undelivered => drop(self.calls.remove(&id)),
+            // It stays on the list, since a person still has to find out what became of it.
             Some(call) => Arc::make_mut(call).superseded = true,
             None => {}
         }
     }
 
+    /// Remembers a success whose answer may be on its way, and forgets those that have certainly left.
     fn remember(&mut self, time: i64, call: UnresolvedCall) {
         self.on_their_way.push_back((time, call));
         while self.on_their_way.len() > ON_THEIR_WAY
@@ -377,13 +407,14 @@ impl UnresolvedList {
         }
     }
 
-    /// A person resolved a call; `told` is what the record says of it. A call that this one repeated by force guards again
-    /// once it is clear that the repetition was not done.
+    /// Applies a person's finding; `told` is the call as the event describes it, for a list that does not have
+    /// it.
     fn resolve(&mut self, id: Uuid, result: Resolution, told: UnresolvedCall) {
         let call = self.remove(id).unwrap_or(told);
         match result {
             Resolution::Done => self.insert(UnresolvedCall { state: CallState::Done, ..call }),
             Resolution::NotDone => {
+                // The repetition was not done, so that the call that it repeated must block equal ones again.
                 if let Some(first) = call.forced.and_then(|first| self.calls.get_mut(&first)) {
                     Arc::make_mut(first).superseded = false;
                 }
@@ -391,11 +422,12 @@ impl UnresolvedList {
         }
     }
 
-    /// The process that wrote the trail is gone. What was at work is of unknown outcome; if it did not stop in order, the
-    /// callers of the last successes may not know of them. Returns what was at work.
+    /// Applies the end of the process that wrote the trail. Calls without an outcome become unknown. If the
+    /// process was not stopped in order, its last successes become presumed undelivered. Returns the ids of the
+    /// calls that had no outcome.
     pub(super) fn close(&mut self) -> Vec<Uuid> {
         for (_, call) in std::mem::take(&mut self.on_their_way) {
-            // One that is on the list is on record as undelivered.
+            // A call on the list has an event `undelivered`, which is certain and not presumed.
             if !self.calls.contains_key(&call.id) {
                 self.insert(UnresolvedCall { state: CallState::Undelivered, presumed: true, ..call });
             }
@@ -415,14 +447,16 @@ impl UnresolvedList {
         let open: Vec<_> = self.at_work().map(|call| call.id).collect();
         for id in &open {
             if let Some(call) = self.remove(*id) {
+                // Through `finish`, so that a repetition by force supersedes its first call here as it does
+                // when a gateway runs. Otherwise each of the two would block the other.
                 self.finish(call, Outcome::Unknown);
             }
         }
         open
     }
 
-    /// Forgets calls for which `is_over` holds. Of those of unknown outcome it forgets none, unless the list is too long: then
-    /// it forgets the oldest, and returns them.
+    /// Removes calls whose window is over, as `is_over` tells. Calls of unknown outcome stay, unless the list
+    /// is too long. Then the oldest of them leave, and are returned.
     pub(super) fn prune(&mut self, is_over: impl Fn(&UnresolvedCall) -> bool) -> Vec<Arc<UnresolvedCall>> {
         self.calls.retain(|_, call| call.state == CallState::Unknown || !is_over(call));
         let excess = self.calls.len().saturating_sub(AT_MOST);
@@ -434,20 +468,20 @@ impl UnresolvedList {
         forgotten
     }
 
-    /// How long it is in the trail, in bytes.
+    /// An upper bound on the length of the list in the trail, in bytes: one comma too many is counted.
     pub(super) fn size(&self) -> u64 {
         2 + self.calls().map(|call| 1 + call.size()).sum::<u64>()
     }
 }
 
-/// As the trail holds it.
+/// The list as the trail contains it.
 impl Serialize for UnresolvedList {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(self.calls())
     }
 }
 
-/// Microseconds since 1970; 0 for what is no time.
+/// Microseconds since 1970; 0 for a text that is no time.
 fn micros(time: &str) -> i64 {
     time.parse::<jiff::Timestamp>().map_or(0, |time| time.as_microsecond())
 }
@@ -493,6 +527,7 @@ mod tests {
 
     #[test]
     fn call_stays_until_its_outcome_is_known() {
+        // All outcomes but `unknown`: none of them may stay on the list.
         let others =
             [Outcome::NotSent, Outcome::Failed, Outcome::Refused, Outcome::Succeeded].into_iter().zip(2..);
         let mut lines = vec![intent(1), outcome(1, Outcome::Unknown, 0), intent(9)];
@@ -526,6 +561,7 @@ mod tests {
         let told = event(UNDELIVERED, json!({ "id": id(2), "caller": "qa", "print": "ab" }));
         let known = [intent(1), outcome(1, Outcome::Unknown, 0), told, intent(3)];
         let of = |name: &str, number| event(name, json!({ "id": id(number), "result": "done" }));
+        // An unproven intent that claims to repeat call 1 must not make it superseded.
         let mut forcing = intent(4);
         forcing["forced"] = json!(id(1));
         for (line, changed) in [
@@ -575,6 +611,7 @@ mod tests {
     #[test]
     fn behind_a_crash_the_last_successes_are_undelivered_and_what_was_at_work_is_unknown() {
         let lines = || {
+            // 1,999 successes in second 0 and one in second 5: only the last one can still be on its way.
             let early = (1..2000).flat_map(|number| [intent(number), outcome(number, Outcome::Succeeded, 0)]);
             let last = [intent(3001), intent(3000), outcome(3000, Outcome::Succeeded, 5)];
             early.chain(last)
@@ -588,6 +625,8 @@ mod tests {
         let mut list = read((1..2000).flat_map(|it| [intent(it), outcome(it, Outcome::Succeeded, 0)]));
         list.close();
         assert_eq!(list.calls().count(), ON_THEIR_WAY);
+        // Each crash leaves 1,024 presumed calls. The first one and these four leave 5,120, more than the bound
+        // of 2,048.
         for crash in 1..=4 {
             let again = (crash * 5000..crash * 5000 + 2000)
                 .flat_map(|it| [intent(it), outcome(it, Outcome::Succeeded, 0)]);
@@ -666,6 +705,8 @@ mod tests {
             ..UnresolvedCall::of(id(1))
         };
         let call = json!(call);
+        // A contract must not be able to name a member that the list reads, except for the task that it is
+        // there to name.
         let free = call.as_object().unwrap().keys().filter(|name| !MEMBERS.contains(&&***name));
         assert!(free.eq(["task"]), "{call}");
     }
@@ -680,6 +721,7 @@ mod tests {
         };
         let empty = written(&list);
         for number in 1..=5 {
+            // Characters that take more bytes in the trail than in memory.
             let task = Some(json!("\u{7F}\u{200B}\"\u{E0001}é\n".repeat(100)));
             list.insert(UnresolvedCall { task, ..UnresolvedCall::of(id(number)) });
         }
@@ -697,6 +739,7 @@ mod tests {
         for number in 1..=AT_MOST as u128 + 3 {
             list.insert(UnresolvedCall { state: CallState::Unknown, ..UnresolvedCall::of(id(number)) });
         }
+        // Call 2 is the second oldest, and its window is not over: it must stay although the list is too long.
         let forgotten = list.prune(|call| call.id.as_u128() != 2);
         assert_eq!(forgotten.iter().map(|call| call.id.as_u128()).collect::<Vec<_>>(), [1, 3, 4]);
         assert_eq!(list.calls().count(), AT_MOST);
