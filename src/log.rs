@@ -1,9 +1,11 @@
-//! Log lines on their way to stderr.
+//! A bounded, lossy queue of log lines, and the thread that writes them to stderr.
 //!
-//! stderr may be a pipe that nobody reads. Nobody who logs waits for it: lines go into a queue that is bounded in bytes, and
-//! a thread of its own writes them out. A line that finds no room is dropped and counted, and so is one that cannot be written.
-//! The last quarter of the queue is kept for what an operator must not miss (calls of unknown outcome, the trail, configuration,
-//! tokens), so that no flood of other lines displaces it.
+//! stderr may be a pipe that nobody reads, so no thread that logs waits for it. Lines go into a queue that is
+//! bounded in bytes. A line that does not fit is dropped and counted, and so is one that cannot be written
+//! (load shedding). The last quarter of the queue is reserved for lines that an operator must not miss: calls
+//! of unknown outcome, the trail, configuration, tokens. A flood of other lines cannot displace these.
+//!
+//! This module promises no delivery: the audit trail is the durable record, not the log.
 
 pub mod requests;
 
@@ -23,38 +25,39 @@ use tracing_subscriber::fmt::MakeWriter;
 use crate::plain;
 use crate::supervisor::fault;
 
-/// So many bytes wait at most.
+/// The size of the queue, in bytes.
 const CAPACITY: usize = 1 << 20;
 
-/// So many of them may be ordinary lines.
+/// The part of the queue that ordinary lines may use, in bytes.
 const ORDINARY: usize = CAPACITY / 4 * 3;
 
-/// A longer line is cut, in bytes.
+/// The longest line, in bytes. A longer one is cut.
 const MAX_LINE: usize = 8 << 10;
 
-/// What ends a line that was cut.
+/// The end of a line that was cut.
 const CUT: &[u8] = b" (cut)\n";
 
-/// So many bytes are written at once. A pipe that can be written to takes them whole.
+/// How many bytes are written at once.
+// PIPE_BUF: a pipe that is ready for writing takes that many bytes without blocking (pipe(7)).
 const PIECE: usize = 4096;
 
-/// At the end of the process a reader that takes nothing for so long is not waited for.
+/// At the end of the process: how long a reader may take nothing before it is given up.
 const STALLED: Duration = Duration::from_millis(50);
 
-/// No reader is waited for any longer than that.
+/// At the end of the process: how long the reader is waited for in all.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Modules of this crate whose lines have the last quarter of the queue for themselves, from level INFO on.
+/// The modules of this crate whose lines may use the whole queue, from level INFO up.
 const KEPT: [&str; 7] = ["app", "audit", "cli", "control", "idempotency", "reload", "token"];
 
 static QUEUE: Queue = Queue::new();
 
-/// Where the lines of all threads wait.
+/// The queue of all threads.
 struct Queue {
     state: Mutex<State>,
-    /// There is something to write.
+    /// Signalled when the empty queue gets a line.
     filled: Condvar,
-    /// Something was written.
+    /// Signalled after each piece that was written.
     moved: Condvar,
     dropped: AtomicU64,
     has_ended: AtomicBool,
@@ -63,17 +66,22 @@ struct Queue {
 struct State {
     bytes: VecDeque<u8>,
     is_started: bool,
-    /// The thread holds bytes that are not written yet.
+    /// Whether the thread has taken bytes that are not written yet.
     is_writing: bool,
-    /// How many pieces were written.
+    /// How many pieces have been written.
     written: u64,
 }
 
-/// Starts the thread that writes lines to stderr. Fails if there can be no thread.
+/// Starts the thread that writes lines to stderr; does nothing if it runs already. Until then, log events are
+/// queued and not written.
+///
+/// Fails if the thread cannot be created.
 pub fn start() -> io::Result<()> {
     let mut state = QUEUE.lock();
     if !state.is_started {
-        state.bytes.reserve_exact(CAPACITY); // so that it never has room for more
+        // Allocated once, so that the queue never takes more memory than its bound: a `VecDeque` that grows
+        // doubles its capacity.
+        state.bytes.reserve_exact(CAPACITY);
         thread::Builder::new().name("log".into()).spawn(|| {
             let _ended = Ending;
             QUEUE.write_all_to(&mut io::stderr());
@@ -83,7 +91,7 @@ pub fn start() -> io::Result<()> {
     Ok(())
 }
 
-/// The thread ends.
+/// Notes the end of the thread on drop, also by a panic.
 struct Ending;
 
 impl Drop for Ending {
@@ -92,7 +100,8 @@ impl Drop for Ending {
     }
 }
 
-/// Queues lines that no log event is made of. Without the thread of [`start`] they are written at once.
+/// Queues text that is not a log event, one line each. Without the thread of [`start`] it is written at once,
+/// and blocks if nobody reads stderr.
 pub fn say(text: &str) {
     if QUEUE.lock().is_started {
         text.lines().for_each(|line| QUEUE.push(format!("{line}\n").as_bytes(), CAPACITY));
@@ -101,30 +110,30 @@ pub fn say(text: &str) {
     }
 }
 
-/// Waits until all lines are written, for a second at most, or for as long as the reader takes something every 50 ms. To be
-/// called before the process ends.
+/// Waits until all queued lines are written, but at most a second, and only while the reader takes something
+/// every 50 ms. Call it before the process ends. It blocks; do not call it on an event loop.
 pub fn flush() {
     QUEUE.flush();
 }
 
-/// Whether the thread has ended, which only a panic does: then nothing is written any more.
+/// Whether the thread has ended. Only a panic ends it, and nothing is written afterwards.
 pub(crate) fn has_ended() -> bool {
     QUEUE.has_ended.load(Ordering::Relaxed)
 }
 
-/// How many lines were dropped so far, or could not be written.
+/// How many lines have been dropped or could not be written since the process began.
 pub fn dropped() -> u64 {
     QUEUE.dropped.load(Ordering::Relaxed)
 }
 
-/// Makes the queue the writer of a [`mod@tracing_subscriber::fmt`] layer.
+/// A [`MakeWriter`] for a [`mod@tracing_subscriber::fmt`] layer that writes into the queue.
 #[derive(Clone, Copy, Debug)]
 pub struct ToQueue;
 
 /// Queues one log event.
 #[derive(Debug)]
 pub struct EventWriter {
-    /// How full the queue may be with it, in bytes.
+    /// The part of the queue that this event may use, in bytes.
     up_to: usize,
 }
 
@@ -147,7 +156,8 @@ fn is_kept(event: &Metadata<'_>) -> bool {
 }
 
 impl Write for EventWriter {
-    /// A whole event is written at once.
+    /// Queues one event; the layer passes a whole event in one call. Never fails, since a line that does not
+    /// fit is dropped.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         QUEUE.push(&in_one_line(line), self.up_to);
         Ok(line.len())
@@ -158,8 +168,9 @@ impl Write for EventWriter {
     }
 }
 
-/// An event as one line without characters that a terminal takes for something else: in the text format a value may hold line
-/// breaks. Colours stay.
+/// Returns an event as one line, with control characters and line breaks escaped. Colours stay.
+// Values come from other systems, such as error texts. A line break in one would forge a line of the gateway's
+// own, and an escape sequence could change the terminal.
 fn in_one_line(event: &[u8]) -> Cow<'_, [u8]> {
     let body = event.strip_suffix(b"\n").unwrap_or(event);
     let is_plain = |byte: &u8| matches!(byte, b' '..=b'~' | 0x1B);
@@ -181,7 +192,7 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a line, if the queue then holds no more than `up_to` bytes.
+    /// Queues a line unless the queue would then hold more than `up_to` bytes.
     fn push(&self, line: &[u8], up_to: usize) {
         let (line, end) = match line.len() > MAX_LINE {
             true => (&line[..char_boundary(line, MAX_LINE - CUT.len())], CUT),
@@ -189,6 +200,7 @@ impl Queue {
         };
         let mut state = self.lock();
         if state.bytes.len() + line.len() + end.len() > up_to {
+            // The counter is updated without the lock: at this moment many threads may want it.
             drop(state);
             self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
@@ -197,12 +209,13 @@ impl Queue {
         state.bytes.extend(line);
         state.bytes.extend(end);
         drop(state);
+        // The thread sleeps only while the queue is empty, so that other lines need no wake-up.
         if was_empty {
             self.filled.notify_one();
         }
     }
 
-    /// Writes what comes, for ever.
+    /// Writes lines for ever.
     fn write_all_to(&self, stderr: &mut impl Write) {
         let (mut piece, mut told, mut cut) = (Vec::with_capacity(PIECE), 0, false);
         loop {
@@ -219,14 +232,16 @@ impl Queue {
 
             let lost = &piece[write(stderr, &piece)..];
             let is_written = lost.is_empty();
-            // The end of a line whose begin was lost counts no more.
+            // A piece may end within a line. The rest of a line that was counted as lost before must not be
+            // counted again.
             let is_same = cut && !piece[..piece.len() - lost.len()].contains(&b'\n');
             let lines =
                 lost.split_inclusive(|byte| *byte == b'\n').count() - usize::from(is_same && !is_written);
             self.dropped.fetch_add(lines as u64, Ordering::Relaxed);
             cut = lost.last().is_some_and(|last| *last != b'\n');
             let is_empty = self.lock().bytes.is_empty();
-            // Once the reader has caught up, and not for each line that it missed.
+            // Reported once the reader has caught up: a warning for each missing line would fill the queue that
+            // is too full already.
             let dropped = self.dropped.load(Ordering::Relaxed);
             if is_written && is_empty && dropped > told {
                 tracing::warn!(
@@ -235,7 +250,8 @@ impl Queue {
                 );
                 told = dropped;
             }
-            // Only now, so that a flush waits for that line, too.
+            // Only after the warning is queued does the piece count as written, so that a flush waits for the
+            // warning, too.
             let mut state = self.lock();
             (state.is_writing, state.written) = (false, state.written + 1);
             drop(state);
@@ -251,7 +267,8 @@ impl Queue {
             let (next, waited) =
                 self.moved.wait_timeout(state, STALLED).unwrap_or_else(PoisonError::into_inner);
             state = next;
-            // On a busy machine it may be the thread that did not get its turn.
+            // On a busy machine the thread may not have run for 50 ms. A flush that gave up then lost the last
+            // line of commands that fail. So it gives up only if stderr takes nothing.
             if waited.timed_out() && state.written == before && !takes_more() {
                 return;
             }
@@ -259,15 +276,16 @@ impl Queue {
     }
 }
 
-/// Whether stderr takes more at once. A pipe does while a page of it is free.
+/// Whether stderr can be written to without blocking.
 fn takes_more() -> bool {
     let mut stderr = [PollFd::from_borrowed_fd(rustix::stdio::stderr(), PollFlags::OUT)];
     let ready = retry_on_intr(|| poll(&mut stderr, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })));
     ready.is_ok_and(|ready| ready > 0)
 }
 
-/// Writes all of it, though stderr may be one that does not block: it shares that with whoever else has it. Returns how many
-/// bytes were written before an error.
+/// Writes all of a piece and returns how many bytes were written before an error.
+// stderr may be non-blocking without the gateway having asked for it: the flag belongs to the open file and is
+// shared with every process that has it (fcntl(2)).
 fn write(stderr: &mut impl Write, piece: &[u8]) -> usize {
     let mut written = 0;
     while written < piece.len() {
@@ -287,12 +305,12 @@ fn write(stderr: &mut impl Write, piece: &[u8]) -> usize {
     written
 }
 
-/// The last place up to `end` where no character is cut.
+/// The last position up to `end` that is not within a UTF-8 character.
 fn char_boundary(text: &[u8], end: usize) -> usize {
     (end.saturating_sub(3)..=end).rev().find(|place| text[*place] & 0xC0 != 0x80).unwrap_or(end)
 }
 
-/// A line that can come with every call or connection: it is let through once a second.
+/// Rate limit for a log line that any call or connection can cause: once a second, with a count.
 #[derive(Debug, Default)]
 pub struct OncePerSecond(Mutex<Repeated>);
 
@@ -303,12 +321,13 @@ struct Repeated {
 }
 
 impl OncePerSecond {
-    /// For a `static`.
+    /// A limiter that lets the first line pass; for a `static`.
     pub const fn new() -> Self {
         Self(Mutex::new(Repeated { last: None, times: 0 }))
     }
 
-    /// Whether the line is to be written now: returns how often it would have been since the last one, this time included.
+    /// Returns how many times the line was due since it was last written, this time included, if it may be
+    /// written now; `None` if it may not.
     pub fn times(&self) -> Option<u64> {
         let mut repeated = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         repeated.times += 1;
@@ -338,6 +357,7 @@ mod tests {
         assert!(matches!(in_one_line(plain), Cow::Borrowed(same) if same == plain), "the control");
     }
 
+    // The three beginnings put the cut at each of the three positions within a character of three bytes.
     #[test]
     fn line_that_is_too_long_is_cut_between_characters() {
         for begin in ["", "x", "xx"] {
@@ -369,6 +389,7 @@ mod tests {
         assert!(queue.lock().bytes.capacity() <= CAPACITY);
     }
 
+    // The only test here with real time: the limiter measures seconds by `Instant`.
     #[test]
     fn line_that_repeats_comes_once_a_second_with_the_number_of_times() {
         let line = OncePerSecond::new();

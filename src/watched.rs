@@ -277,7 +277,6 @@ mod tests {
         let mut looks = |count: usize| {
             reads.store(0, SeqCst);
             let changed = (0..count).filter(|_| matches!(watched.look(), Noticed::Changed(_))).count();
-            // Some time has passed.
             // As if time had passed: the test needs no sleep of three seconds for each step.
             watched.read = watched.read.map(|read| read + GRAIN);
             (reads.load(SeqCst), changed)

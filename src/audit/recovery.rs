@@ -272,7 +272,6 @@ impl Found {
             }
             self.take(path, line.number, line.bytes, keys);
             if !line.whole {
-                // A crash tears the last line of all; elsewhere somebody did.
                 // A crash can tear the last line of the trail only. Here another segment follows, so the file
                 // was changed.
                 self.fault(path, line.number, "the line has no end");
@@ -335,7 +334,6 @@ impl Found {
     fn compare_end(&mut self, segments: &[PathBuf], Stated { newest, last, is_stopped }: &Stated) {
         let newest_name = segment_name(*newest);
         let is_there = segments.iter().any(|path| path.ends_with(&newest_name));
-        // An older version, which does not write lock files, may have gone on and removed it.
         // A version before lock files may have continued the trail and removed the segment by retention. Then
         // all segments begin behind the one that is named.
         let is_past = segments.first().is_some_and(|first| first_seq(first) > *newest);

@@ -1,7 +1,8 @@
-//! Log lines about requests: one for each that failed, or for each at all. See `[log] requests`.
+//! Log lines about requests: for the failed ones, or for all. See `[log] requests`.
 //!
-//! Of failures of one caller with one code ten a second have a line of their own; the rest of the second is one line with
-//! their number, so that an outage is no flood. Strangers count as one caller, and theirs are always folded.
+//! Rate limit by aggregation: of failures of one caller with one code, ten a second have a line of their own.
+//! The others of that second become one line with their number, so that an outage does not flood the log.
+//! Strangers count as one caller, and their lines are always aggregated.
 
 use std::collections::HashMap;
 use std::mem;
@@ -15,7 +16,7 @@ use crate::model::code::Code;
 use crate::model::outcome::Outcome;
 use crate::model::request_id::RequestId;
 
-/// So many failures of a kind have a line of their own each second.
+/// How many requests of one caller and code have a line of their own each second.
 const FULL: u64 = 10;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -23,7 +24,7 @@ const SECOND: Duration = Duration::from_secs(1);
 static MODE: AtomicU8 = AtomicU8::new(LogRequests::Off as u8);
 static FOLDS: LazyLock<Mutex<Folds>> = LazyLock::new(Mutex::default);
 
-/// A request that is over.
+/// A request that has ended.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ended<'a> {
     pub(crate) id: RequestId,
@@ -32,16 +33,16 @@ pub(crate) struct Ended<'a> {
     pub(crate) outcome: Outcome,
     pub(crate) code: Option<Code>,
     pub(crate) cause: Option<Cause>,
-    /// What the caller got.
+    /// The status code that the caller got.
     pub(crate) status: u16,
-    /// What its stages took, in nanoseconds.
+    /// The time of each stage, in nanoseconds.
     pub(crate) took: &'a [u64],
 }
 
-/// By caller and by what they are called: how many requests there were, and whether they are failures.
+/// By caller and by code or outcome: how many requests there were, and whether they are failures.
 type Counts = HashMap<(Option<Arc<str>>, &'static str), (u64, bool)>;
 
-/// The requests of this second that are counted.
+/// The requests of the present second.
 #[derive(Debug)]
 struct Folds {
     since: Instant,
@@ -55,18 +56,18 @@ impl Default for Folds {
 }
 
 impl Folds {
-    /// The counts of a second that is over.
+    /// Returns the counts if their second is over, and begins a new one.
     fn over(&mut self) -> Option<Counts> {
         (self.since.elapsed() >= SECOND).then(|| mem::take(self).counts)
     }
 }
 
-/// Sets which requests have a line. None has one before this is called.
+/// Sets which requests have a line. Before the first call none has.
 pub fn set(requests: LogRequests) {
     MODE.store(requests as u8, Ordering::Relaxed);
 }
 
-/// Whether a request that ends so may have a line.
+/// Whether a request that ended like this may have a line. Cheap: it is asked for every request.
 pub(crate) fn may_have_line(outcome: Outcome, code: Option<Code>, status: u16) -> bool {
     match MODE.load(Ordering::Relaxed) {
         mode if mode == LogRequests::Off as u8 => false,
@@ -75,19 +76,21 @@ pub(crate) fn may_have_line(outcome: Outcome, code: Option<Code>, status: u16) -
     }
 }
 
-/// Whether somebody may want to know why. Who left was answered nothing.
+/// Whether an operator may want to know the cause. A caller that disconnected got no answer and is not a
+/// failure.
 fn is_failure(outcome: Outcome, code: Option<Code>, status: u16) -> bool {
     let is_bad = matches!(outcome, Outcome::Unknown | Outcome::Failed | Outcome::Refused);
     is_bad || status >= 500 && code != Some(Code::CallerLeft)
 }
 
-/// Logs how many requests of the last second had no line of their own. To be called about once a second.
+/// Logs how many requests of the last second had no line of their own. Call it about once a second: otherwise
+/// the number appears only with the next request.
 pub(crate) fn fold_up() {
     let over = folds().over();
     over.into_iter().for_each(tell);
 }
 
-/// The same at the end of the process, whether the second is over or not.
+/// Logs the numbers of the present second. Call it at the end of the process.
 pub fn finish() {
     let last = mem::take(&mut *folds()).counts;
     tell(last);
@@ -101,6 +104,7 @@ fn tell(counts: Counts) {
     for ((caller, code), (count, is_failure)) in counts {
         let Some(times) = count.checked_sub(FULL).filter(|times| *times > 0) else { continue };
         let caller = caller.as_deref();
+        // The lock on the counts is released by now: logging takes the lock of the queue.
         if is_failure {
             tracing::warn!(caller, code, times, "more requests failed");
         } else {
@@ -110,12 +114,14 @@ fn tell(counts: Counts) {
 }
 
 impl Ended<'_> {
-    /// Logs it, unless it is one of many.
+    /// Logs the request, unless it is aggregated.
+    // `cold`: by default only failures get here.
     #[cold]
     pub(crate) fn tell(&self) {
         let Self { id, caller, route, outcome, code, cause, status, took } = *self;
         let is_failure = is_failure(outcome, code, status);
-        // Anybody can be a stranger, as often as they like.
+        // Also with `all`, strangers are aggregated: anyone can send requests without being a known caller, as
+        // often as they like, and could fill the disk of the log.
         let is_folded = MODE.load(Ordering::Relaxed) != LogRequests::All as u8 || caller.is_none();
         if is_folded && !self.has_a_line(is_failure) {
             return;
@@ -130,7 +136,7 @@ impl Ended<'_> {
         }
     }
 
-    /// Counts it, and returns whether it has a line of its own.
+    /// Counts the request, and returns whether it has a line of its own.
     fn has_a_line(&self, is_failure: bool) -> bool {
         let kind = self.code.map_or(self.outcome.as_str(), Code::as_str);
         let mut folds = folds();

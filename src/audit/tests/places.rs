@@ -1,4 +1,4 @@
-//! Files that are not where they were: segments, the lock file, the directory.
+//! Tests of files that others move, replace or cut: segments, the lock file, the directory.
 
 use std::io::Write;
 use std::os::unix::fs::symlink;
@@ -24,7 +24,7 @@ fn length(path: &Path) -> u64 {
     fs::metadata(path).unwrap().len()
 }
 
-/// The files that are no segments, key or lock.
+/// The files that are not segments, key or lock.
 fn others(directory: &Path) -> Vec<PathBuf> {
     let mut others: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     let is_usual = |path: &PathBuf| path.extension().is_some_and(|it| it == "jsonl" || it == "key");
@@ -36,19 +36,19 @@ fn gaps(directory: &Path) -> Vec<Value> {
     trail(directory).into_iter().filter(|record| record["event"] == "gap").collect()
 }
 
-/// Restored, and lost.
+/// Files restored, and files lost.
 fn files_lost(audit: &Audit) -> [u64; 2] {
     audit.shared().metrics.files_lost.each_ref().map(|counter| counter.get())
 }
 
-/// Waits until the trail has so many records of losses.
+/// Waits until the trail has `count` events `gap`.
 fn wait_for_gaps(directory: &Path, count: usize) -> Vec<Value> {
     wait_for(|| Some(gaps(directory)).filter(|gaps| gaps.len() == count))
 }
 
 type Damage = fn(&Path);
 
-/// Ways to take the open segment's name from it, and whether something stands there then.
+/// Ways to take the open segment's name from it, and whether another file has the name then.
 const LOSSES: [(&str, bool, Damage); 7] = [
     ("renamed", false, |path| fs::rename(path, path.with_extension("jsonl.1")).unwrap()),
     ("deleted", false, |path| fs::remove_file(path).unwrap()),
@@ -73,6 +73,7 @@ const LOSSES: [(&str, bool, Damage); 7] = [
 
 #[tokio::test]
 async fn an_open_segment_that_loses_its_name_is_copied_back_whole() {
+    // Both, since the copy is synced only with `disk`.
     for durability in Durability::ALL {
         for (how, is_aside, damage) in LOSSES {
             let folder = TempDir::new().unwrap();
@@ -115,7 +116,7 @@ async fn a_start_resumes_a_segment_that_was_copied_back() {
     assert_eq!(segments(folder.path()).unwrap().len(), 1);
 }
 
-/// Nothing is written meanwhile.
+// Nothing is written meanwhile, so that only the check of each second can notice it.
 #[tokio::test]
 async fn at_rest_a_lost_segment_is_noticed_within_a_second() {
     let folder = TempDir::new().unwrap();
@@ -133,7 +134,8 @@ async fn at_rest_a_lost_segment_is_noticed_within_a_second() {
 
 #[tokio::test]
 async fn an_open_segment_that_was_cut_is_a_loss_and_a_new_one_is_begun() {
-    // To nothing; by a byte, which the next record makes up for; by a line. At rest, and when the next record is written.
+    // Cut to nothing; by a byte, which the next record makes up for in length; by a line. Each at rest, and
+    // with a record that follows.
     for (how, is_at_rest) in [(0, false), (1, false), (2, false), (0, true), (1, true), (2, true)] {
         let folder = TempDir::new().unwrap();
         let audit = start(&Options::small(folder.path()));
@@ -157,7 +159,7 @@ async fn an_open_segment_that_was_cut_is_a_loss_and_a_new_one_is_begun() {
     }
 }
 
-/// Its intent is in the part that is left.
+// Its intent is in the part that is left. The writer must read it before it moves on to a new segment.
 #[tokio::test]
 async fn a_call_at_work_in_a_segment_that_was_cut_is_still_known_when_it_ends() {
     let folder = TempDir::new().unwrap();
@@ -168,13 +170,15 @@ async fn a_call_at_work_in_a_segment_that_was_cut_is_still_known_when_it_ends() 
     intended(&audit).await.sent().finish(&answer());
     cut(&segment(folder.path()), left);
     intended(&audit).await.sent().finish(&answer());
-    drop(at_work); // of unknown outcome
+    // Without an answer the outcome is `unknown`.
+    drop(at_work);
     let list = || audit.shared().unresolved();
     let call = wait_for(|| list().calls().find(|call| call.id == id).cloned());
     assert_eq!((call.task, call.caller), (Some(json!(7)), Some("qa-console".into())));
     audit.close();
 }
 
+// With a `segment_size` of 1, every batch begins a new segment.
 #[tokio::test]
 async fn a_lost_closed_segment_is_recorded_once() {
     let folder = TempDir::new().unwrap();
@@ -205,14 +209,14 @@ async fn a_lost_closed_segment_is_recorded_once() {
     assert!(!verify(folder.path()).faults.is_empty());
 }
 
-/// One that was begun after the start counts, too, from the moment that it is full.
+// The writer must not take its own removal for a loss: also of a segment that was begun after the start.
 #[tokio::test]
 async fn what_retention_removes_is_no_loss() {
     let folder = TempDir::new().unwrap();
     let audit =
         start(&Options { segment_size: 1, retain: Some(Duration::ZERO), ..Options::small(folder.path()) });
     let deadline = Instant::now() + Duration::from_secs(20);
-    // For so long that the places were looked at between two removals.
+    // 15 removals take long enough for at least one check of the places between two of them.
     while audit.shared().metrics.removed.get() < 15 {
         assert!(Instant::now() < deadline, "nothing was removed");
         intended(&audit).await.sent().finish(&answer());
@@ -235,6 +239,7 @@ async fn without_directory_or_lock_file_nothing_is_sent_until_they_are_back() {
         for foreign in ["", "a file", "a directory"] {
             let folder = TempDir::new().unwrap();
             let directory = folder.path().join("audit");
+            // Short, since the intents of this test wait until their deadline while the files are away.
             let options =
                 Options { intent_deadline: Duration::from_millis(50), ..Options::small(&directory) };
             let audit = start(&options);
@@ -270,7 +275,7 @@ async fn without_directory_or_lock_file_nothing_is_sent_until_they_are_back() {
     }
 }
 
-/// A copy is another directory; it may be another gateway's.
+// A copy has the same names, but may belong to another gateway. Only the identity of the directory tells.
 #[tokio::test]
 async fn in_a_directory_that_was_replaced_nothing_is_written() {
     let folder = TempDir::new().unwrap();
@@ -333,7 +338,8 @@ async fn the_lock_file_names_the_newest_segment_and_its_last_record() {
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     assert_eq!((statement(folder.path()).newest, statement(folder.path()).is_stopped), (1, false));
     intended(&audit).await.sent().finish(&answer());
-    wait_for(|| (statement(folder.path()).last.seq == 3).then_some(())); // within a second
+    // The lock file is written within a second after a record.
+    wait_for(|| (statement(folder.path()).last.seq == 3).then_some(()));
     assert_eq!(statement(folder.path()).newest, 3);
     audit.close();
     let (found, stated) = (verify(folder.path()), statement(folder.path()));
@@ -362,6 +368,7 @@ fn a_lock_file_that_was_torn_says_nothing() {
     for (old, new) in [
         ("audit-00000000000000000001", "audit-00000000000000000000"),
         ("audit-00000000000000000001", "audit-99999999999999999999"),
+        // A forged name must not lead out of the directory.
         ("audit-00000000000000000001", "../..-00000000000000000001"),
         ("\"seq\":2", "\"seq\":x"),
         ("\"stopped\":true", "\"stopped\":\"no\""),
@@ -381,7 +388,7 @@ fn a_lock_file_that_was_torn_says_nothing() {
     assert_whole(folder.path());
 }
 
-/// A trail of several segments, stopped or not.
+/// A trail of several segments, of a gateway that was stopped or not.
 async fn several_segments(is_stopped: bool) -> TempDir {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
@@ -452,7 +459,7 @@ async fn a_start_that_finds_less_than_the_lock_file_says_records_the_damage() {
     }
 }
 
-/// Killed between making the lock file and recording that there was none.
+// The start was killed between making the lock file and recording that there was none.
 #[tokio::test]
 async fn that_there_was_no_lock_file_outlives_a_start_that_was_cut_short() {
     let folder = several_segments(true).await;
