@@ -1,16 +1,18 @@
-//! The time as a worker sees it: read once a turn of its event loop, not at every look.
+//! The clocks of the process. A worker reads the time once per turn of its event loop and not at every use.
 //!
-//! A look costs some 25 ns and a request looks thirty times. On a thread that called [`turns`], the time stands
-//! still until the thread has nothing left to do, or was looked at so often that the turn must be a long one;
-//! on any other thread it is always read anew. Stages that take no wait so take no time.
+//! Reading a clock costs some 25 ns, and a request uses the time about thirty times. On a thread that called
+//! [`turns`], the time does not advance until the thread has nothing left to do, or has used the time so often
+//! that the turn must be a long one. On any other thread the clock is read at every use. A stage that does not
+//! wait therefore takes no measured time.
 //!
 //! There are three times:
 //!
-//! * [`nanos`], monotonic, for deadlines, limits and what a stage took. It stops while the machine sleeps.
-//! * [`unix_nanos`], called *now*: the wall clock as this process found it at its start, plus `CLOCK_BOOTTIME` since then. It
-//!   never jumps, and it counts the time that the machine sleeps. Times of records, request ids and ages are made from it.
-//! * [`wall`], the wall clock as it is at the moment. It may jump. A token's life is judged by it and by *now*, whichever
-//!   ends it sooner; certificates and revocation lists are judged by it alone.
+//! * [`nanos`], monotonic, for deadlines, limits and durations. It stops while the machine sleeps.
+//! * [`unix_nanos`], called *now*: the wall clock at the start of this process plus `CLOCK_BOOTTIME` since
+//!   then. It never jumps, and it includes the time that the machine sleeps. Times of records, request ids and
+//!   ages are based on it.
+//! * [`wall`], the present wall clock. It may jump. A token ends when either this or *now* says so;
+//!   certificates and revocation lists depend on it alone.
 
 use std::cell::Cell;
 use std::fs;
@@ -21,29 +23,32 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-/// So many looks share a reading at most.
+/// How many uses share one reading at most.
+// A turn with more uses serves many requests. Without a bound, deadlines within a long turn would not be
+// noticed.
 const SHARED: u32 = 256;
 
-/// A reading of the wall clock serves a thread with turns for so long, in nanoseconds: it is asked at every request, and
-/// most turns are shorter.
+/// How long a reading of the wall clock is used on a thread with turns, in nanoseconds.
+// Every request asks for it, and most turns are shorter than a millisecond. A jump of the clock need not be
+// noticed any sooner.
 const WALL_SERVES: u64 = 1_000_000;
 
-/// The clock that also counts the time that the machine sleeps. The monotonic one of macOS does.
+/// The clock that includes the time that the machine sleeps. On macOS that is the monotonic one.
 #[cfg(target_os = "linux")]
 const BOOTTIME: ClockId = ClockId::Boottime;
 #[cfg(not(target_os = "linux"))]
 const BOOTTIME: ClockId = ClockId::Monotonic;
 
-/// Which boot of the machine this is.
+/// The file with the id of the present boot of the machine.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// By how much the clocks of this process's time namespace differ from the machine's.
+/// The file with the offsets of this process's time namespace (time_namespaces(7)).
 const TIME_NAMESPACE: &str = "/proc/self/timens_offsets";
 
-/// When this process first looked.
+/// The first reading of this process.
 static EPOCH: LazyLock<Epoch> = LazyLock::new(Epoch::begin);
 
-/// The first look, by all clocks.
+/// One reading of all clocks at the same moment.
 struct Epoch {
     monotonic: Instant,
     /// *Now* minus `CLOCK_BOOTTIME`, in nanoseconds.
@@ -54,42 +59,47 @@ thread_local! {
     static CLOCK: Clock = const { Clock::new() };
 }
 
-/// The clock of a thread.
+/// The clock of one thread.
 struct Clock {
     has_turns: Cell<bool>,
     turn: Cell<u64>,
-    /// Looks that may still share the reading.
+    /// How many more uses may share the reading.
     left: Cell<u32>,
-    /// The reading: nanoseconds since [`EPOCH`], and since 1970.
+    /// The reading of the monotonic clock, in nanoseconds since [`EPOCH`].
     nanos: Cell<u64>,
+    /// The reading of *now*, in nanoseconds since 1970.
     unix_nanos: Cell<u64>,
-    /// The wall clock minus *now*, in nanoseconds, and until when that serves.
+    /// The wall clock minus *now*, in nanoseconds.
     wall_ahead: Cell<i64>,
+    /// The value of *now* until which `wall_ahead` is used.
     wall_serves: Cell<u64>,
 }
 
-/// From now on this thread reads the time once a turn: it calls [`next_turn`] before it sleeps.
+/// From now on this thread reads the time once per turn. It must call [`next_turn`] whenever its event loop
+/// sleeps: otherwise its time advances only after 256 uses.
 pub fn turns() {
     CLOCK.with(|clock| clock.has_turns.set(true));
 }
 
-/// The next look reads the time anew.
+/// Begins a turn: the next use reads the clocks. Call it before the event loop sleeps.
 pub fn next_turn() {
     CLOCK.with(|clock| clock.turn.set(clock.turn.get() + 1));
     refresh();
 }
 
-/// The next look reads the time anew, because this turn has taken long.
+/// Makes the next use read the clocks, without beginning a turn. For work that takes long within one turn, such
+/// as passing on a long reply.
 pub fn refresh() {
     CLOCK.with(|clock| clock.left.set(0));
 }
 
-/// Counts the turns. Between two of them the event loop has looked at all sockets.
+/// Returns the number of turns of this thread so far. Between two turns the event loop has polled all sockets.
 pub fn turn() -> u64 {
     CLOCK.with(|clock| clock.turn.get())
 }
 
-/// The monotonic time in nanoseconds of this process: what is only compared and subtracted needs no more.
+/// The monotonic time in nanoseconds since this process first asked. For comparing and subtracting only; do not
+/// store or send it.
 pub fn nanos() -> u64 {
     CLOCK.with(|clock| {
         clock.look();
@@ -102,12 +112,12 @@ pub fn now() -> Instant {
     instant(nanos())
 }
 
-/// The instant of a number of nanoseconds of this process.
+/// Converts a value of [`nanos`] to an instant.
 pub fn instant(nanos: u64) -> Instant {
     EPOCH.monotonic + Duration::from_nanos(nanos)
 }
 
-/// *Now*, in nanoseconds since 1970: the wall clock at this process's first look, plus `CLOCK_BOOTTIME` since then.
+/// *Now*, in nanoseconds since 1970. It never goes back within a process, but may differ from the wall clock.
 pub fn unix_nanos() -> u64 {
     CLOCK.with(|clock| {
         clock.look();
@@ -115,8 +125,8 @@ pub fn unix_nanos() -> u64 {
     })
 }
 
-/// The wall clock in nanoseconds since 1970; 0 for one that stands before it. On a thread with turns a jump shows within a
-/// millisecond.
+/// The wall clock in nanoseconds since 1970; 0 if it shows an earlier time. It may jump. On a thread with turns
+/// a jump shows within a millisecond.
 pub fn wall_nanos() -> u64 {
     CLOCK.with(|clock| {
         clock.look();
@@ -125,24 +135,27 @@ pub fn wall_nanos() -> u64 {
     })
 }
 
-/// The wall clock, as [`wall_nanos`] has it.
+/// The wall clock; see [`wall_nanos`].
 pub fn wall() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_nanos(wall_nanos())
 }
 
-/// The wall clock minus *now*, in nanoseconds, read anew. It differs from 0 by as much as the wall clock was set since this
-/// process's first look.
+/// The wall clock minus *now*, in nanoseconds, read anew. It is how far the wall clock was set since this
+/// process first asked.
 pub fn wall_ahead() -> i64 {
     signed(unix_nanos_at(SystemTime::now())) - signed(EPOCH.now(boottime()))
 }
 
-/// `CLOCK_BOOTTIME`, read anew: the time since the machine was booted, with the time that it slept.
+/// The time since the machine was booted, including the time that it slept (`CLOCK_BOOTTIME`), read anew.
 pub fn boottime() -> Duration {
     Duration::try_from(clock_gettime(BOOTTIME)).unwrap_or_default()
 }
 
-/// Which boot of the machine this is; [`boottime`] of two processes can be compared if it is the same one. None if that
-/// cannot be read (`ProcSubset=pid`), or if this process's time namespace has a boot time of its own.
+/// The id of the present boot of the machine. [`boottime`] of two processes can be compared if it is the same.
+/// `None` if it cannot be read (`ProcSubset=pid`), or if the time namespace of this process has an offset of
+/// its own.
+// A wrong id would make records of another boot look exactly dated. No id counts as a new boot, which only
+// makes records look younger.
 pub fn boot_id() -> Option<Uuid> {
     let offsets = fs::read_to_string(TIME_NAMESPACE).unwrap_or_default();
     let id = fs::read_to_string(BOOT_ID).ok().filter(|_| !has_own_boottime(&offsets));
@@ -155,12 +168,12 @@ fn has_own_boottime(offsets: &str) -> bool {
     boottime.is_some_and(|offset| offset.split_whitespace().any(|part| part != "0"))
 }
 
-/// A wall's time in nanoseconds since 1970; 0 before that.
+/// A time of the wall clock in nanoseconds since 1970; 0 before that.
 pub fn unix_nanos_at(wall: SystemTime) -> u64 {
     nanos_of(wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }
 
-/// A duration in nanoseconds, at most some 584 years.
+/// A duration in nanoseconds, capped at about 584 years.
 pub fn nanos_of(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -187,7 +200,9 @@ impl Clock {
 
     #[cold]
     fn read(&self) {
-        let epoch = &*EPOCH; // before the reading, which would lie before it otherwise
+        // Initialised before the clock is read below: on the first use the reading would otherwise lie before
+        // the epoch.
+        let epoch = &*EPOCH;
         self.nanos.set(nanos_of(Instant::now().saturating_duration_since(epoch.monotonic)));
         self.unix_nanos.set(epoch.now(boottime()));
         self.left.set(if self.has_turns.get() { SHARED } else { 0 });
@@ -208,13 +223,13 @@ impl Epoch {
         Self { monotonic: Instant::now(), offset }
     }
 
-    /// *Now* at a reading of `CLOCK_BOOTTIME`.
+    /// *Now*, at a reading of `CLOCK_BOOTTIME`.
     fn now(&self, boottime: Duration) -> u64 {
         nanos_of(boottime).saturating_add_signed(self.offset)
     }
 }
 
-/// Nanoseconds up to the year 2262.
+/// Converts nanoseconds since 1970; capped at the year 2262.
 fn signed(nanos: u64) -> i64 {
     i64::try_from(nanos).unwrap_or(i64::MAX)
 }
@@ -230,7 +245,7 @@ mod tests {
     fn time_stands_still_within_a_turn_and_only_on_a_thread_that_has_turns() {
         let differs = || {
             let first = now();
-            thread::sleep(Duration::from_millis(2)); // time goes by
+            thread::sleep(Duration::from_millis(2));
             now() != first
         };
         assert!(differs(), "no turns, the control");
@@ -257,7 +272,7 @@ mod tests {
         assert!(apart(unix_nanos()) < 1_000_000_000, "nobody set the clock meanwhile");
         let booted = boottime();
         let first = unix_nanos();
-        thread::sleep(Duration::from_millis(2)); // time goes by
+        thread::sleep(Duration::from_millis(2));
         let went = Duration::from_nanos(unix_nanos() - first);
         assert!(went >= Duration::from_millis(2) && went <= boottime() - booted, "{went:?}");
     }
@@ -280,9 +295,11 @@ mod tests {
         thread::spawn(|| {
             turns();
             let first = wall_nanos();
-            CLOCK.with(|clock| clock.wall_ahead.set(-3_600_000_000_000)); // as if it had been an hour behind then
+            // As if the wall clock had been an hour behind at the last reading.
+            CLOCK.with(|clock| clock.wall_ahead.set(-3_600_000_000_000));
             assert!(wall_nanos() < first, "the same millisecond");
-            thread::sleep(Duration::from_millis(2)); // time goes by
+            // Longer than the millisecond for which a reading is used.
+            thread::sleep(Duration::from_millis(2));
             next_turn();
             assert!(wall_nanos() > first);
         })

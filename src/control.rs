@@ -1,10 +1,11 @@
-//! The control socket: what operators ask of a running gateway, and the client that asks.
+//! The control socket: requests of operators to a running gateway, and the client that sends them.
 //!
-//! A Unix socket of mode 0600. A connection carries one line of JSON, a [`Request`], and gets one line, an [`Answer`].
-//! Only root and the gateway's own user are answered. It is served on the background runtime, with a bound on the
-//! length of a line, on connections and on time. A request that was read runs to its end, whether its peer waits or not.
+//! A Unix socket of mode 0600. A connection carries one line of JSON, a [`Request`], and gets one line, an
+//! [`Answer`]. Only root and the gateway's own user are served. The length of a line, the number of connections
+//! and their time are bounded. A request that was read runs to its end, whether its peer waits or not.
 //!
-//! A command finds the socket through the audit directory: it is `control.sock` there, or the file `control` names it.
+//! A command finds the socket through the audit directory: it is `control.sock` there, or the file `control`
+//! contains its path.
 
 use std::fs::{OpenOptions, Permissions};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -34,56 +35,60 @@ use crate::seats::{Seat, Seats};
 use crate::server::bind_unix;
 use crate::{config, files, ids};
 
-/// The socket's name in a directory.
+/// The name of the socket.
 const SOCKET: &str = "control.sock";
 
-/// The file in the audit directory that names a socket elsewhere.
+/// The name of the file in the audit directory that contains the path of a socket elsewhere.
 const POINTER: &str = "control";
 
-/// The longest line, in bytes.
+/// The longest request, in bytes.
 const MAX_LINE: u64 = 8 * 1024;
 
-/// Open connections. A further one takes the place of the one that has been idle longest, and waits while all are at work.
+/// The largest number of open connections. A further one replaces the one that has been idle longest, and waits
+/// while all are being served.
 const MAX_CONNECTIONS: usize = 8;
 
-/// A request must be there within this time, and its answer must be taken; a command waits as long for the connection.
+/// The time within which a request must arrive and its answer must be read. A command waits as long for the
+/// connection.
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// How long a command waits for its answer.
+// Longer than a commit should take: giving up early leaves the operator without knowing whether it happened.
 const ANSWER_TIME: Duration = Duration::from_secs(30);
 
-/// How long the server waits after a failed accept.
+/// The pause after a failed accept.
+// Without it, a process at its limit on open files would spin.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// What an operator asks for.
+/// A request of an operator.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub enum Request {
-    /// Put a resolution on record: see [`Audit::resolve`].
+    /// Records a resolution: see [`Audit::resolve`].
     Resolve(Finding),
-    /// Accept the wall clock: see [`Audit::accept_clock`].
+    /// Accepts the wall clock: see [`Audit::accept_clock`].
     AcceptClock,
 }
 
-/// What came of it. It is given after all that it says is committed.
+/// The answer to a request. It is sent after everything that it reports is committed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// It is done, now or before.
+    /// Whether the request has been carried out, now or before.
     pub ok: bool,
     /// The number of the record that was added.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,
-    /// The same in words.
+    /// A description for people.
     pub text: String,
 }
 
 impl Answer {
-    /// Says that something is not done.
+    /// An answer that the request was not carried out.
     pub fn refused(reason: &(impl ToString + ?Sized)) -> Self {
         Self { ok: false, seq: None, text: reason.to_string() }
     }
 
-    /// Says what came of a finding.
+    /// The answer to [`Request::Resolve`].
     pub fn of_resolution(finding: &Finding, resolved: Result<Resolved, ResolveError>) -> Self {
         let result = finding.result.as_str();
         match resolved {
@@ -99,19 +104,23 @@ impl Answer {
     }
 }
 
-/// A bound control socket. Removed on drop.
+/// A bound control socket. On drop, its name is removed.
 #[derive(Debug)]
 pub struct Bound {
     socket: Socket,
     path: PathBuf,
+    /// The inode of the socket when it was bound.
     inode: u64,
-    /// The file that names it.
+    /// The file in the audit directory that contains its path.
     pointer: Option<PathBuf>,
 }
 
 impl Bound {
-    /// Binds the socket of a gateway whose trail lies in `directory`; `None` if it is off. A socket that nobody serves any
-    /// more is replaced. A default socket that cannot be bound is a warning: the gateway serves without it.
+    /// Binds the socket of a gateway whose trail is in `directory`; `None` if the configuration turns it off. A
+    /// socket that no process serves any more is replaced.
+    ///
+    /// Fails if the configured socket cannot be bound. A default socket that cannot be bound is only a warning:
+    /// the gateway works without it.
     pub fn bind(control: &config::Control, directory: &Path) -> io::Result<Option<Self>> {
         let path = match control {
             config::Control::Off => return Ok(None),
@@ -138,7 +147,7 @@ impl Bound {
         Ok(bound)
     }
 
-    /// Writes where the socket is, unless it is where it is looked for first.
+    /// Writes the path of the socket into the audit directory, unless that is where commands look first.
     fn name_in(&self, directory: &Path) -> io::Result<Option<PathBuf>> {
         let pointer = directory.join(POINTER);
         if self.path == std::path::absolute(directory.join(SOCKET))? {
@@ -147,8 +156,10 @@ impl Bound {
                 _ => Ok(None),
             };
         }
+        // Written under another name and renamed, so that a command never reads half a path.
         let unfinished = directory.join(format!("{POINTER}.new"));
-        // A command believes it, so that nobody else may change it, whatever the umask.
+        // Commands trust this file, so that no other user may change it, whatever the umask. An existing file
+        // keeps its mode when it is opened: hence the second call.
         let mut options = OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
         file.set_permissions(Permissions::from_mode(0o600))?;
@@ -178,13 +189,16 @@ impl Bound {
                     tracing::debug!(%error, "a control connection failed");
                 }
             });
-            yield_now().await; // so that who asks at once is at work before others can take its seat
+            // The new task runs first. Otherwise a flood of connections could take the seat of one that has
+            // sent its request already.
+            yield_now().await;
         }
     }
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
+        // Another gateway may have bound the same path meanwhile. Its socket has another inode and must stay.
         if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
             let _ = fs::remove_file(&self.path);
         }
@@ -194,7 +208,7 @@ impl Drop for Bound {
     }
 }
 
-/// The first of the directories that systemd made for this process.
+/// The first of the directories that systemd made for this process (`RuntimeDirectory=`).
 fn runtime_directory() -> Option<PathBuf> {
     let directories = std::env::var_os("RUNTIME_DIRECTORY")?;
     let first = std::env::split_paths(&directories).next()?;
@@ -204,11 +218,11 @@ fn runtime_directory() -> Option<PathBuf> {
 /// What the control socket works on.
 #[derive(Debug)]
 pub struct Control {
-    /// The audit trail, for the background runtime.
+    /// The audit trail, as the background runtime uses it.
     pub audit: Audit,
-    /// Its directory.
+    /// The audit directory.
     pub directory: PathBuf,
-    /// The calls of the window.
+    /// The deduplication that follows a resolution.
     pub idempotency: Arc<Idempotency>,
 }
 
@@ -216,16 +230,21 @@ impl Control {
     async fn converse(&self, stream: UnixStream, seat: &Seat) -> io::Result<()> {
         let uid = stream.peer_cred()?.uid();
         let (read, mut write) = stream.into_split();
+        // The mode of the socket is not enough: it can be changed, and in a user namespace every user without a
+        // mapping shows the same id.
         let is_own = uid == geteuid().as_raw() && !ids::users().is_nobody(uid);
         let answer = if uid == 0 || is_own {
             let mut line = Vec::new();
             let mut read = tokio::io::BufReader::new(read.take(MAX_LINE));
             in_time(seat, read.read_until(b'\n', &mut line)).await?;
+            // From here on the request must not be cut off: its event may be committed before the answer
+            // exists.
             seat.works();
             let answer = self.answer(&line, uid).await;
             seat.steps();
             answer
         } else {
+            // A user without the right could otherwise fill the log.
             static REFUSED: OncePerSecond = OncePerSecond::new();
             if let Some(times) = REFUSED.times() {
                 tracing::warn!(uid, times, "a user without the right to it opened the control socket");
@@ -264,7 +283,7 @@ impl Control {
     }
 }
 
-/// Waits for a peer, within the deadline and until somebody takes its seat.
+/// Waits for a peer until the deadline, or until another connection takes the seat.
 async fn in_time<T>(seat: &Seat, peer: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     tokio::select! {
         done = timeout(DEADLINE, peer) => done?,
@@ -272,7 +291,10 @@ async fn in_time<T>(seat: &Seat, peer: impl Future<Output = io::Result<T>>) -> i
     }
 }
 
-/// Asks the gateway that writes the trail in `directory`, at `socket` if that is given. Fails if it does not answer.
+/// Sends a request to the gateway that writes the trail in `directory`, at `socket` if that is given, and
+/// returns its answer. Blocks for up to 30 s.
+///
+/// Fails if there is no answer. After the request was sent, it may have been carried out all the same.
 pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow::Result<Answer> {
     let path = match socket {
         Some(path) => path.to_owned(),
@@ -280,7 +302,9 @@ pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow
     };
     let no_answer = || format!("the control socket {} does not answer", path.display());
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    socket.set_write_timeout(Some(DEADLINE))?; // also for the connection, where the queue of who listens there is full
+    // On Linux this bounds `connect` of a Unix socket, too. It would wait for ever while the queue of a
+    // listener that accepts nobody is full.
+    socket.set_write_timeout(Some(DEADLINE))?;
     socket.connect(&SockAddr::unix(&path)?).with_context(no_answer)?;
     let mut stream = BlockingStream::from(OwnedFd::from(socket));
     stream.set_read_timeout(Some(ANSWER_TIME))?;
@@ -294,6 +318,7 @@ pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow
         .with_context(|| format!("{}; what was asked for may be done or not: ask again", no_answer()))
 }
 
+/// The path of the socket for a trail.
 fn find(directory: &Path) -> io::Result<PathBuf> {
     match files::read_text(&directory.join(POINTER)) {
         Ok(path) => Ok(path.into()),

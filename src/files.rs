@@ -1,8 +1,9 @@
-//! Files that others may replace while the gateway runs: with a pipe that nobody writes to, a device that never ends, or what lies
-//! on a mount that is dead.
+//! Reads files that others may replace while the gateway runs: with a pipe that nobody writes to, with a device
+//! that never ends, or with something on a dead mount.
 //!
-//! Only regular files are read, so that no pipe or device holds the reader. A dead mount does: what is read while the gateway
-//! serves is read on a thread of its own, and nobody waits for that but who follows these files.
+//! Only regular files are read, so that no pipe or device can block the reader. A dead mount still can. What is
+//! read while the gateway serves is therefore read through [`Aside`], on the blocking pool, and only the task
+//! that follows these files waits for it.
 
 use std::fs::{Metadata, OpenOptions};
 use std::io::Read as _;
@@ -18,18 +19,23 @@ use thiserror::Error;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, timeout_at};
 
-/// A file that does not answer for so long is told of.
+/// How long a file may take to answer before that is reported.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// So large may a file be that is read whole.
+/// The largest file that is read, in bytes.
+// Configuration, secrets and certificates are far smaller. Without a bound, a file that grows while it is read
+// could take all memory.
 pub(crate) const MAX_SIZE: u64 = 16 << 20;
 
-/// Reads a regular file of at most [`MAX_SIZE`].
+/// Reads a regular file of at most [`MAX_SIZE`]. Symbolic links are followed.
+///
+/// Fails for anything but a regular file, for a larger one, and if it cannot be read. Blocks on file I/O.
 pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     read_if(path, check)
 }
 
-/// The same, but a file that every user can change is refused. `harm` is what anybody could do with it otherwise.
+/// Reads a file as [`read`] does, and fails if every user can change it. `harm` completes the sentence "so that
+/// anybody could …" in the error.
 pub(crate) fn read_guarded(path: &Path, harm: &str) -> io::Result<Vec<u8>> {
     read_if(path, |found| {
         check(found)?;
@@ -44,17 +50,20 @@ pub(crate) fn read_guarded(path: &Path, harm: &str) -> io::Result<Vec<u8>> {
     })
 }
 
-/// Whether every user can change it. In a sticky directory they can make files, but touch nobody else's.
+/// Whether every user can change a file or directory. In a sticky directory users can make files but not remove
+/// or rename those of others, so that it does not count.
 pub(crate) fn is_open_to_all(found: &Metadata) -> bool {
     let is_sticky = found.is_dir() && found.mode() & 0o1000 != 0;
     found.mode() & 0o002 != 0 && !is_sticky
 }
 
-/// Fails where this process cannot do that with a file or folder. Its capabilities count, which `access(2)` passes over for any user
-/// but root.
+/// Fails if this process may not access a file or directory in this way.
+// `access(2)` checks the real user and ignores capabilities of any user but root. So `check` refused
+// directories that the gateway could use by CAP_DAC_OVERRIDE. `AT_EACCESS` checks what the process can do now.
 pub(crate) fn access(path: &Path, access: Access) -> io::Result<()> {
     let by_capabilities = accessat(CWD, path, access, AtFlags::EACCESS);
-    // A container of old may forbid that call, which is of Linux 5.8.
+    // That flag needs faccessat2, new in Linux 5.8. Seccomp filters of older container engines answer it with
+    // EPERM.
     let looked = by_capabilities.or_else(|error| match error {
         Errno::PERM => accessat(CWD, path, access, AtFlags::empty()),
         _ => Err(error),
@@ -63,18 +72,23 @@ pub(crate) fn access(path: &Path, access: Access) -> io::Result<()> {
 }
 
 fn read_if(path: &Path, check: impl Fn(&Metadata) -> io::Result<()>) -> io::Result<Vec<u8>> {
-    check(&fs::metadata(path)?)?; // a device may do something when it is opened
+    // Checked before it is opened: opening a device may have effects, such as rewinding a tape.
+    check(&fs::metadata(path)?)?;
+    // A pipe may take its place between the check and the opening: `O_NONBLOCK` keeps that from blocking.
+    // `O_NOCTTY`: a terminal does not become the controlling one.
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let found = file.metadata()?;
-    check(&found)?; // another one may have been opened than was looked at
-    // Whole at once: where it grows, a secret would leave copies behind.
+    // Checked again, through the descriptor: another file may have been opened than the one that was checked.
+    check(&found)?;
+    // The buffer has its final size at once. If it grew, copies of a secret would stay in freed memory. One
+    // byte more, since the end of the file is found only by reading beyond it.
     let mut bytes = Vec::with_capacity(usize::try_from(found.len()).unwrap_or_default() + 1);
     file.take(MAX_SIZE + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_SIZE { Err(too_large()) } else { Ok(bytes) }
 }
 
-/// The same, of text.
+/// Reads a file as [`read`] does, and fails if it is not UTF-8.
 pub(crate) fn read_text(path: &Path) -> io::Result<String> {
     String::from_utf8(read(path)?).map_err(|_| io::Error::other("is not UTF-8"))
 }
@@ -92,12 +106,15 @@ fn too_large() -> io::Error {
     io::Error::other("is larger than 16 MiB")
 }
 
-/// Tells a file from what it was before, without reading it.
+/// The identity, size and times of a file, to notice a change without reading it.
+// Device and inode are part of it: a file that is renamed over another one may have the same size and an older
+// time.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Stamp(Option<[i64; 7]>);
 
 impl Stamp {
-    /// Of what a path leads to.
+    /// The stamp of what a path leads to, following links. If it cannot be determined, all such stamps are
+    /// equal.
     pub(crate) fn of(path: &Path) -> Self {
         let stamp = |found: Metadata| {
             [
@@ -114,12 +131,14 @@ impl Stamp {
     }
 }
 
-/// What is read does not answer.
+/// File work did not end within [`PATIENCE`]. It goes on.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("a file does not answer within {} s; it is waited for", PATIENCE.as_secs())]
 pub(crate) struct Hangs;
 
-/// What works with files, on a thread of its own.
+/// Runs file work on the blocking pool, one job at a time. `S` is the state that jobs work on, `T` their
+/// result.
+// One job, since a dead mount would otherwise take one more thread of the pool with every check.
 #[derive(Debug)]
 pub(crate) struct Aside<S, T> {
     at: At<S, T>,
@@ -129,22 +148,27 @@ pub(crate) struct Aside<S, T> {
 #[derive(Debug)]
 enum At<S, T> {
     Here(S),
+    /// A job runs.
     There {
         job: JoinHandle<(S, T)>,
-        /// `None`: it was told that it hangs.
+        /// When the job counts as hanging; `None` if that has been reported.
         until: Option<Instant>,
     },
-    /// It ended by a panic.
+    /// The job panicked or the runtime has ended.
     Nowhere,
 }
 
 impl<S: Send + 'static, T: Send + 'static> Aside<S, T> {
+    /// Runs jobs on this state.
     pub(crate) fn new(state: S) -> Self {
         Self { at: At::Here(state), patience: PATIENCE }
     }
 
-    /// Works, unless earlier work still goes on: then waits for that, and returns what came of it. Says once that work hangs. Can
-    /// be cancelled; the work goes on.
+    /// Runs a job and returns its result. If an earlier job still runs, `work` is dropped, and the result of
+    /// that job is waited for and returned.
+    ///
+    /// Fails with [`Hangs`] once per job, after [`PATIENCE`]. Cancellation safe: a job that has begun goes on,
+    /// and the next call waits for it. A panic of the job is resumed here.
     #[expect(clippy::disallowed_methods, reason = "on the background runtime, where no request waits")]
     pub(crate) async fn run(&mut self, work: impl FnOnce(&mut S) -> T + Send + 'static) -> Result<T, Hangs> {
         self.at = match std::mem::replace(&mut self.at, At::Nowhere) {
@@ -177,7 +201,8 @@ impl<S: Send + 'static, T: Send + 'static> Aside<S, T> {
                 self.at = At::Nowhere;
                 match error.try_into_panic() {
                     Ok(panic) => resume_unwind(panic),
-                    Err(_) => std::future::pending().await, // the runtime ends
+                    // The job was cancelled, which only the end of the runtime does.
+                    Err(_) => std::future::pending().await,
                 }
             }
         }
@@ -209,6 +234,7 @@ mod tests {
         assert_eq!(read_text(&place("to-good")).unwrap(), "text", "the control");
     }
 
+    // The channel stands for a dead mount: the job blocks until the test drops the sender.
     #[tokio::test]
     async fn work_that_hangs_is_told_once_and_waited_for() {
         let mut aside = Aside::new(1);

@@ -1,38 +1,44 @@
-//! A bounded number of connections at a listener that must always answer. At the bound the one that has been idle
-//! longest makes room, so that whoever only holds connections keeps nobody out.
+//! A bounded number of connections for a listener that must always answer. At the bound a new connection
+//! replaces the one that has been idle longest, so that a client that only holds connections cannot keep others
+//! out.
 //!
-//! A connection is idle since its last step: it came, its request was whole, its answer was ready. Bytes are no step:
-//! who sends one now and then grows old all the same.
+//! A connection is idle since its last *step*: it was accepted, its request was complete, or its answer was
+//! ready. Received bytes are not a step, so that a client that sends one now and then is replaced like a silent
+//! one (slowloris).
+//!
+//! Used by the admin listener and the control socket. Not meant for callers' connections: see
+//! [`crate::concurrency`].
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-/// The seats of a listener.
+/// The places of one listener.
 #[derive(Debug)]
 pub(crate) struct Seats {
     max: usize,
     taken: Mutex<Taken>,
-    /// Somebody left, or is idle.
+    /// Signalled when a connection ends or becomes idle.
     has_room: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Taken {
-    /// Counts steps, and tells seats apart.
+    /// The number of steps so far. It orders connections by age and numbers them.
     steps: u64,
     chairs: Vec<Chair>,
 }
 
+/// One connection at the listener.
 #[derive(Debug)]
 struct Chair {
     number: u64,
-    /// The step since which it is idle; `None`: it is at work, and stays.
+    /// The step since which it is idle; `None` while it is at work and must not be replaced.
     idle_since: Option<u64>,
     leave: Arc<Notify>,
 }
 
-/// A connection's seat. Free again on drop.
+/// The place of one connection, freed on drop.
 #[derive(Debug)]
 pub(crate) struct Seat {
     seats: Arc<Seats>,
@@ -41,12 +47,13 @@ pub(crate) struct Seat {
 }
 
 impl Seats {
+    /// A listener with at most `max` connections.
     pub(crate) fn new(max: usize) -> Arc<Self> {
         Arc::new(Self { max, taken: Mutex::default(), has_room: Notify::new() })
     }
 
-    /// Takes a seat, if need be that of the connection that has been idle longest. Waits while all are at work. For one
-    /// accept loop.
+    /// Takes a place, if necessary that of the connection that has been idle longest. Waits while all are at
+    /// work. Call it from one accept loop only: a wake-up is for one waiter.
     pub(crate) async fn take(self: &Arc<Self>) -> Seat {
         loop {
             if let Some(seat) = self.try_take() {
@@ -61,6 +68,8 @@ impl Seats {
         if taken.chairs.len() >= self.max {
             let idle = taken.chairs.iter().enumerate().filter_map(|(i, chair)| Some((chair.idle_since?, i)));
             let (_, idlest) = idle.min()?;
+            // The place is free at once, though its connection ends a little later. For that moment there is
+            // one connection more than `max`.
             taken.chairs.swap_remove(idlest).leave.notify_one();
         }
         taken.steps += 1;
@@ -75,17 +84,17 @@ impl Seats {
 }
 
 impl Seat {
-    /// From now on it is at work, and nobody takes its seat.
+    /// Marks the connection as at work: it cannot be replaced from now on.
     pub(crate) fn works(&self) {
         self.set(|_| None);
     }
 
-    /// It made a step, and is idle from now on.
+    /// Notes a step: the connection is idle from now on.
     pub(crate) fn steps(&self) {
         self.set(Some);
     }
 
-    /// Returns when another connection has taken its seat.
+    /// Returns once another connection has taken the place. Cancellation safe.
     pub(crate) async fn is_taken(&self) {
         self.leave.notified().await;
     }
@@ -94,6 +103,7 @@ impl Seat {
         let mut taken = self.seats.lock();
         taken.steps += 1;
         let now = taken.steps;
+        // Not found: the place was taken a moment ago, and the connection ends.
         if let Some(chair) = taken.chairs.iter_mut().find(|chair| chair.number == self.number) {
             chair.idle_since = idle_since(now);
         }
@@ -127,7 +137,8 @@ mod tests {
         second.works();
         let fourth = seats.try_take().unwrap();
         assert_eq!([&first, &second, &third, &fourth].map(is_told), [false, false, true, false]);
-        drop(third); // its seat is another's already
+        // The drop of a replaced connection must not free the place of the one that replaced it.
+        drop(third);
         fourth.works();
         let fifth = seats.try_take().unwrap();
         assert_eq!([&first, &second, &fourth, &fifth].map(is_told), [true, false, false, false]);

@@ -158,7 +158,7 @@ pub(super) struct Locked {
     statement: Statement,
 }
 
-/// Opens and locks the lock file, or makes it, and reads its statement. Call [`lock`] first.
+/// Opens and locks the lock file, or makes it, and reads its statement. Call [`lock()`] first.
 pub(super) fn lock_file(directory: Directory) -> Result<Locked, StartError> {
     let (path, fail) = (directory.path(), |error| StartError::Directory(directory.path().into(), error));
     let opened = Lock::open(&directory).map_err(|error| locked(path, error))?;
