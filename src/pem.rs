@@ -1,4 +1,8 @@
-//! PEM files: certificates, keys, revocation lists.
+//! PEM files (RFC 7468): certificates, private keys, revocation lists.
+//!
+//! Every section of the wanted kind must be readable. The library skips sections that are not framed exactly;
+//! here that is an error, since a CA that is skipped is noticed only when a peer fails. No error quotes the
+//! content of a file, nor the path of a key's file.
 
 use std::io;
 use std::path::Path;
@@ -11,51 +15,55 @@ use zeroize::Zeroizing;
 
 use crate::files;
 
-/// What a key's file is called. Its path is not told: somebody may have put the key itself there.
+/// The name of a key's file in errors.
+// Its path is not used: somebody may have put the key itself there.
 const KEY_FILE: &str = "the key's file";
 
-/// Why a file cannot be used.
+/// Why a PEM file cannot be used.
 #[derive(Debug, Error)]
 pub enum PemError {
-    /// It could not be read.
+    /// The file could not be read.
     #[error("{0}: {1}")]
     Read(String, io::Error),
-    /// It is not PEM. What it is instead is not told: a key with a broken frame would stand in a log.
+    /// The file is not valid PEM.
+    // What it is instead is not quoted: a key with a broken frame would be in the log.
     #[error("{0} is not PEM: {1}")]
     Content(String, &'static str),
-    /// It holds nothing of the kind.
+    /// The file has no section of the kind.
     #[error("{0} holds no {1}")]
     Nothing(String, &'static str),
-    /// It holds more than was read.
+    /// The file has a section of the kind that the library skips.
     #[error(
         "{0} holds a {1} that is not read: each must stand between two lines of their own, `-----BEGIN {2}-----` and \
          `-----END {2}-----`, with nothing before or behind them"
     )]
     Skipped(String, &'static str, &'static str),
-    /// A key with a passphrase.
+    /// The key has a passphrase.
     #[error(
         "{KEY_FILE} holds an encrypted key, and nobody can give its passphrase here: write it anew with `openssl pkey -in OLD -out NEW`"
     )]
     Encrypted,
-    /// More than one key.
+    /// The file has more than one private key.
     #[error("{KEY_FILE} holds more than one private key: leave the one of the certificate")]
     Keys,
 }
 
-/// What editors of Windows put in front of a text; with it the first section would be no section.
+/// The UTF-8 byte order mark.
+// Editors on Windows write it. With it the first line is not `-----BEGIN`, so that the first CA would be
+// skipped.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// A file's bytes.
+/// Reads a file.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, PemError> {
     read_as(path, path.display().to_string())
 }
 
-/// The bytes of a file that says who may call; one that every user can change is refused.
+/// Reads a file that determines which callers are accepted. Fails if every user can change it.
 pub(crate) fn read_guarded(path: &Path) -> Result<Vec<u8>, PemError> {
     read_unless_open(path, "say who may call")
 }
 
-/// The bytes of a file that says who is the cloud; one that every user can change is refused.
+/// Reads a file that determines which server is trusted as the cloud. Fails if every user can change it.
 pub(crate) fn read_roots(path: &Path) -> Result<Vec<u8>, PemError> {
     read_unless_open(path, "say who gets the credential")
 }
@@ -64,7 +72,7 @@ fn read_unless_open(path: &Path, harm: &str) -> Result<Vec<u8>, PemError> {
     files::read_guarded(path, harm).map_err(|error| PemError::Read(path.display().to_string(), error))
 }
 
-/// A key's bytes.
+/// Reads a key's file into a buffer that is zeroed on drop.
 pub(crate) fn read_key(path: &Path) -> Result<Zeroizing<Vec<u8>>, PemError> {
     read_as(path, KEY_FILE.into()).map(Zeroizing::new)
 }
@@ -73,12 +81,12 @@ fn read_as(path: &Path, name: String) -> Result<Vec<u8>, PemError> {
     files::read(path).map_err(|error| PemError::Read(name, error))
 }
 
-/// All certificates that a file holds; at least one.
+/// Parses all certificates of a file, which must have at least one. `path` is for errors only.
 pub(crate) fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, PemError> {
     list(pem, path, "certificate", "CERTIFICATE")
 }
 
-/// All revocation lists that a file holds; at least one.
+/// Parses all revocation lists of a file, which must have at least one. `path` is for errors only.
 pub(crate) fn revocation_lists(
     pem: &[u8],
     path: &Path,
@@ -86,7 +94,7 @@ pub(crate) fn revocation_lists(
     list(pem, path, "revocation list", "X509 CRL")
 }
 
-/// All sections of a kind, each of which must be read: a root that is passed over is missed when somebody calls.
+/// Parses all sections of a kind. Fails if any of them is skipped.
 fn list<T: PemObject>(
     pem: &[u8],
     path: &Path,
@@ -103,9 +111,11 @@ fn list<T: PemObject>(
     }
 }
 
-/// A key; the only one.
+/// Parses the only private key of a file.
 pub(crate) fn key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, PemError> {
     let pem = unmarked(pem);
+    // Two forms: PKCS #8 has a label of its own, and older files have a header within the section (RFC 1421,
+    // section 4.6.1.1).
     let is_encrypted = || begins(pem, "ENCRYPTED PRIVATE KEY") > 0 || find(pem, b"4,ENCRYPTED").is_some();
     match PrivateKeyDer::from_pem_slice(pem) {
         Ok(_) if begins(pem, "PRIVATE KEY") > 1 => Err(PemError::Keys),
@@ -123,7 +133,9 @@ fn unmarked(pem: &[u8]) -> &[u8] {
     pem.strip_prefix(BYTE_ORDER_MARK).unwrap_or(pem)
 }
 
-/// How many sections begin whose label ends like this, wherever they do: `X509 CERTIFICATE` is a certificate, too.
+/// Counts the sections whose label ends with `label`, wherever in a line they begin.
+// The end of the label, since `X509 CERTIFICATE` and `TRUSTED CERTIFICATE` are certificates, too. A
+// `CERTIFICATE REQUEST` is not.
 fn begins(pem: &[u8], label: &str) -> usize {
     let begin = b"-----BEGIN ";
     let labels = find_iter(pem, begin).map(|at| &pem[at + begin.len()..]);
@@ -132,7 +144,8 @@ fn begins(pem: &[u8], label: &str) -> usize {
         .count()
 }
 
-/// The library's own words hold parts of the file.
+/// A fixed description of an error.
+// The library's own text contains parts of the file, which may be a key.
 fn fault(error: &pem::Error) -> &'static str {
     match error {
         pem::Error::MissingSectionEnd { .. } => {
@@ -171,7 +184,7 @@ mod tests {
             let told = of(&skipped).unwrap_err().to_string();
             assert!(told.contains("roots.pem holds a certificate that is not read"), "{told}\n{skipped}");
         }
-        // Without padding, so that what two sections hold can be read as one.
+        // A certificate without padding at its end: only then can the base64 of two sections be read as one.
         let unpadded =
             (1..).map(|length| certificate(&"a".repeat(length))).find(|pem| !pem.contains('=')).unwrap();
         let endless = unpadded.replace("-----END CERTIFICATE-----\n", "");
@@ -202,11 +215,13 @@ mod tests {
         }
     }
 
+    // Each kind of damage takes another way through the library, with another error text.
     #[test]
     fn what_is_said_of_a_broken_key_holds_nothing_of_it() {
         let whole = rcgen::KeyPair::generate().unwrap().serialize_pem();
         assert!(key(whole.as_bytes()).is_ok(), "the control");
         let secret = whole.lines().nth(1).unwrap();
+        // `Debug` of the library's error shows bytes as decimal numbers.
         let decimal = format!("{:?}", secret.as_bytes());
         for broken in [
             whole.replace('\n', " "),

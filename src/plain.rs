@@ -1,11 +1,16 @@
-//! Characters that a terminal, or a reader of lines, may take for something else. They stand raw in neither trail nor log, nor in
-//! what commands print.
+//! Escapes characters that a terminal, or a reader of lines, may take for something else: invisible ones, and
+//! ones that move text.
+//!
+//! No such character is written raw to the trail, to the log, or to the output of commands. Without that, a
+//! value of another system could forge a line or hide a part of it.
 
-/// What shows nothing, or moves what stands beside it, from DEL on, as ranges in their order. Of Unicode: controls, format
-/// characters and separators (categories Cc, Cf, Z), and what is left out where it is not supported
-/// (`Default_Ignorable_Code_Point`, with what is kept free for more of them). Beside them, what belongs to no such class and is
-/// drawn as a blank or not at all: braille without a dot, two fillers, the place of an object, and the rest of the block of
-/// hieroglyph format controls. The built-in contract refuses the same in an inspector's id.
+/// The ranges of such characters from DEL on, in order.
+///
+/// They are the controls, format characters and separators of Unicode (categories Cc, Cf, Z), and the
+/// characters that are not drawn where they are not supported (`Default_Ignorable_Code_Point`, with the code
+/// points reserved for more of them). Some further ones are drawn as a blank or not at all: the empty braille
+/// pattern, two fillers, the object replacement character, and the rest of the block of hieroglyph format
+/// controls. The built-in contract rejects the same characters in an inspector's id.
 const UNPLAIN: [(char, char); 31] = [
     ('\u{7F}', '\u{A0}'),
     ('\u{AD}', '\u{AD}'),
@@ -40,10 +45,11 @@ const UNPLAIN: [(char, char); 31] = [
     ('\u{E0000}', '\u{E0FFF}'),
 ];
 
-/// Writes such characters of a text, from a place on, as JSON's `\u` escapes. Within a JSON string they mean the same; anywhere
-/// else JSON has none of them. What is not UTF-8 stays.
+/// Replaces such characters from the position `from` on by JSON's `\u` escapes. Within a JSON string they mean
+/// the same; elsewhere JSON allows none of them. Text that is not UTF-8 is not changed.
 pub(crate) fn escape(text: &mut Vec<u8>, from: usize) {
-    // Without an early exit, so that many bytes are looked at in one instruction.
+    // A fold without an early exit, so that the compiler can test many bytes in one instruction. Nearly every
+    // record is ASCII and ends here.
     if !text[from..].iter().fold(false, |odd, byte| odd | (*byte >= 0x7F)) {
         return;
     }
@@ -56,22 +62,22 @@ pub(crate) fn escape(text: &mut Vec<u8>, from: usize) {
     text.extend_from_slice(escaped.as_bytes());
 }
 
-/// Whether a text is one plain line.
+/// Whether a text is one line without such characters.
 pub(crate) fn is_plain(text: &str) -> bool {
     !text.contains(|character| character < ' ' || is_unplain(character))
 }
 
-/// A text in one line: what is not plain stands as JSON's escapes, and so do line breaks and other controls.
+/// Returns a text as one line, with such characters, line breaks and other controls escaped.
 pub fn line(text: &str) -> String {
     escaped(text, |character| character < ' ' || is_unplain(character))
 }
 
-/// The same of a text with colours.
+/// Returns a text as one line like [`line()`], but keeps escape sequences for colours.
 pub(crate) fn colored(text: &str) -> String {
     escaped(text, |character| (character < ' ' && character != '\x1B') || is_unplain(character))
 }
 
-/// The same of a text of several lines.
+/// Returns a text like [`line()`], but keeps its line breaks.
 pub fn lines(text: &str) -> String {
     escaped(text, |character| (character < ' ' && character != '\n') || is_unplain(character))
 }
@@ -114,7 +120,8 @@ mod tests {
         }
     }
 
-    /// Against the tables of a crate that follows Unicode: a new version of it may have more.
+    // The tables of `regex-syntax` follow Unicode. An update of that crate may bring more characters, and this
+    // test then names them.
     #[test]
     fn what_is_not_plain_is_what_unicode_says_and_the_blanks_that_it_does_not_name() {
         let own = set(&UNPLAIN);

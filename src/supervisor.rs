@@ -1,7 +1,11 @@
-//! What must not end before the process does.
+//! Supervision of long-lived threads and tasks: the process stops if one of them ends.
 //!
-//! Each long-lived thread and task holds a [`Vital`]. If one ends before the stop, by an error or a panic, the process drains,
-//! closes the trail and exits with 70, so that whoever watches it starts another one.
+//! Each of them holds a [`Vital`]. If one ends before the stop, by an error or a panic, the process drains,
+//! closes the trail and exits with 70, so that a service manager starts another one. Nothing is restarted
+//! within the process: a gateway without its audit writer or token fetcher would look healthy and fail every
+//! call.
+//!
+//! A thread that hangs is not noticed here, but by [`crate::watchdog`].
 
 use std::future::Future;
 use std::{fmt, thread};
@@ -9,7 +13,7 @@ use std::{fmt, thread};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-/// A thread or task ended that must not.
+/// A thread or task has ended that must not end. `Display` gives its name and the reason.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{what} ended: {why}")]
 pub struct Ended {
@@ -18,7 +22,7 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// Logs that something ended.
+    /// Makes and logs an [`Ended`] for something without a [`Vital`].
     pub(crate) fn logged(what: &str, why: &str) -> Self {
         let ended = Self { what: what.to_owned(), why: why.to_owned() };
         ended.log();
@@ -30,7 +34,7 @@ impl Ended {
     }
 }
 
-/// Learns of what ends.
+/// Receives the reports of all [`Vital`]s.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
     vitals: Vitals,
@@ -41,56 +45,60 @@ pub(crate) struct Supervisor {
 #[derive(Clone, Debug)]
 pub(crate) struct Vitals(mpsc::UnboundedSender<Ended>);
 
-/// Held by a thread or a task that must not end. Dropped, it says that it did.
+/// Held by a thread or task that must not end. Reports the end when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Vital {
     what: String,
     why: Option<String>,
-    /// Only a panic is reported.
+    /// Whether only a panic is reported.
     may_end: bool,
     vitals: Vitals,
 }
 
 impl Supervisor {
+    /// A supervisor without threads and tasks yet.
     pub(crate) fn new() -> Self {
         let (sender, ended) = mpsc::unbounded_channel();
         Self { vitals: Vitals(sender), ended }
     }
 
-    /// For threads and tasks to be started.
+    /// A maker of [`Vital`]s, for threads and tasks that are started later.
     pub(crate) fn vitals(&self) -> Vitals {
         self.vitals.clone()
     }
 
-    /// For a thread or a task of this name.
+    /// A [`Vital`] for a thread or task of this name, which must not end.
     pub(crate) fn vital(&self, what: impl Into<String>) -> Vital {
         self.vitals.vital(what)
     }
 
-    /// Waits for the first one that ends, and logs it.
+    /// Waits for the first end, logs it and returns it. Cancellation safe.
     pub(crate) async fn ended(&mut self) -> Ended {
         match self.ended.recv().await {
             Some(ended) => {
                 ended.log();
                 ended
             }
-            None => std::future::pending().await, // it holds a sender itself
+            // Cannot happen: the supervisor holds a sender itself.
+            None => std::future::pending().await,
         }
     }
 
-    /// Returns the first one that has ended, if there is one, and logs it.
+    /// Returns the first end that has been reported, if there is one, and logs it.
+    // Asked once behind the drain: nobody waits for `ended` during a stop, and an end in that time must not
+    // exit with 0.
     pub(crate) fn has_ended(&mut self) -> Option<Ended> {
         self.ended.try_recv().ok().inspect(Ended::log)
     }
 }
 
 impl Vitals {
-    /// For a thread or a task of this name, which must not end.
+    /// A [`Vital`] for a thread or task of this name, which must not end.
     pub(crate) fn vital(&self, what: impl Into<String>) -> Vital {
         Vital { what: what.into(), why: None, may_end: false, vitals: self.clone() }
     }
 
-    /// For one of this name that may end at the stop, but never by a panic.
+    /// A [`Vital`] for a thread or task of this name that may end at the stop, but not by a panic.
     pub(crate) fn until_stop(&self, what: impl Into<String>) -> Vital {
         let mut vital = self.vital(what);
         vital.may_end = true;
@@ -99,17 +107,17 @@ impl Vitals {
 }
 
 impl Vital {
-    /// Runs its work.
+    /// Runs the work of a task, and reports its end or its panic.
     pub(crate) async fn run<F: Future>(self, work: F) -> F::Output {
         fault::beside(&self.what, work).await
     }
 
-    /// It ended by an error.
+    /// Reports that the work ended by this error.
     pub(crate) fn fail(mut self, error: impl fmt::Display) {
         self.why = Some(error.to_string());
     }
 
-    /// It ended as it should.
+    /// Ends the work without a report.
     pub(crate) fn done(mut self) {
         self.may_end = true;
     }
@@ -117,19 +125,21 @@ impl Vital {
 
 impl Drop for Vital {
     fn drop(&mut self) {
+        // In `drop`, since a panic runs no other code of the task. `panicking` is true while the stack unwinds.
         let why = match self.why.take() {
             Some(why) => why,
             None if thread::panicking() => "a panic".to_owned(),
             None if self.may_end => return,
             None => "it had nothing left to do".to_owned(),
         };
-        // Nobody listens once the process stops.
+        // The receiver is gone once the process stops, and an end is no news then.
         let _ = self.vitals.0.send(Ended { what: std::mem::take(&mut self.what), why });
     }
 }
 
-/// Faults that no test can make from outside. In a test build the file that `CCSQM_GATEWAY_FAULT_FILE` names says what is to
-/// panic or to hang, as in `panic worker 0`.
+/// Fault injection for tests that cannot cause a fault from outside. In a debug build, the file that
+/// `CCSQM_GATEWAY_FAULT_FILE` names says what is to panic or to hang, such as `panic worker 0`.
+// Release builds ignore the variable, so that no file can stop a gateway that serves.
 pub(crate) mod fault {
     use std::future::Future;
     use std::path::PathBuf;
@@ -137,6 +147,7 @@ pub(crate) mod fault {
     use std::time::Duration;
     use std::{fs, thread};
 
+    /// How often the file is checked.
     const LOOK: Duration = Duration::from_millis(20);
 
     static FILE: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
@@ -144,7 +155,7 @@ pub(crate) mod fault {
         file.map(PathBuf::from)
     });
 
-    /// Panics, or hangs the thread, if a test asks for it now.
+    /// Panics, or hangs the calling thread, if the file asks for that now. Does nothing in a release build.
     pub(crate) fn look(what: &str) {
         let Some(file) = &*FILE else { return };
         let is_asked =
@@ -155,8 +166,9 @@ pub(crate) mod fault {
         }
     }
 
-    /// The work, during which a test may ask.
+    /// Runs work and checks the file beside it.
     pub(crate) async fn beside<F: Future>(what: &str, work: F) -> F::Output {
+        // Without the variable the work runs by itself, so that a test build behaves like a release build.
         if FILE.is_none() {
             return work.await;
         }

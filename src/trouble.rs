@@ -1,4 +1,7 @@
-//! The last trouble of one part of the gateway, as `/status` tells it.
+//! The last failure of one part of the gateway, as `/status` shows it.
+//!
+//! It has one beginning for as long as the same thing goes wrong, so that an operator sees since when. It keeps
+//! no history: logs do.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -7,27 +10,30 @@ use serde::Serialize;
 
 use crate::model::cause::Cause;
 
-/// Something that went wrong.
+/// A failure, past or present.
 #[derive(Clone, Debug, Serialize)]
 pub struct Trouble {
-    /// The word for it, where it has one.
+    /// The cause, for a failure that has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
-    /// The full text, of the last time.
+    /// The full text, as of the last time.
     pub detail: String,
-    /// When it began (RFC 3339).
+    /// When it began (RFC 3339, seconds).
     pub since: String,
-    /// When it was over; absent while it is not.
+    /// When it ended (RFC 3339, seconds); absent while it goes on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub over: Option<String>,
 }
 
-/// The last one.
+/// The last failure of one part.
 #[derive(Debug, Default)]
 pub struct LastTrouble(Mutex<Option<Trouble>>);
 
 impl LastTrouble {
-    /// It goes wrong. What went wrong before for the same cause, or with the same text where there is no cause, goes on.
+    /// Notes a failure. It continues the last one if that has not ended and has the same cause or, without a
+    /// cause, the same text.
+    // The text may differ each time for one cause, such as by an address. Compared by text, `since` would
+    // always be now.
     pub fn begins(&self, cause: Option<Cause>, detail: String) {
         let mut last = self.lock();
         let goes_on = |last: &&mut Trouble| {
@@ -39,14 +45,14 @@ impl LastTrouble {
         }
     }
 
-    /// It works again, or does still.
+    /// Notes success: the last failure has ended, unless it had ended before.
     pub fn ends(&self) {
         if let Some(last) = &mut *self.lock() {
             last.over.get_or_insert_with(now);
         }
     }
 
-    /// What went wrong last, if anything did.
+    /// Returns the last failure, if there was any.
     pub fn get(&self) -> Option<Trouble> {
         self.lock().clone()
     }
@@ -56,7 +62,7 @@ impl LastTrouble {
     }
 }
 
-/// Now, to the second.
+/// The present time, to the second.
 fn now() -> String {
     Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default().to_string()
 }

@@ -1,5 +1,9 @@
-//! Whether every event loop goes round: that of each worker, and the one behind them. `/livez` says it, and systemd's watchdog
-//! (`WatchdogSec=`) is told, so that a loop that hangs is a restart and not an outage.
+//! Liveness of the event loops: of each worker, and of the background runtime. `/livez` fails if one does not
+//! turn, and systemd's watchdog (`WatchdogSec=`) is fed only while all of them turn, so that a loop that hangs
+//! causes a restart and not an outage.
+//!
+//! The audit writer and the admin listener are not watched: a stuck disk makes intents fail, and probes notice
+//! a dead admin listener.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,30 +15,34 @@ use tokio::time::interval;
 use crate::clock;
 use crate::server::Stop;
 
-/// A loop that has not turned for so long hangs.
+/// How long a loop may go without turning before `/livez` fails.
+// Longer than any turn should take, even while the machine is overloaded: a false alarm restarts every replica
+// at once.
 const HANGS: Duration = Duration::from_secs(10);
 
-/// How often a loop says that it turns, at least.
+/// The longest interval between two beats of a loop.
 const BEAT: Duration = Duration::from_secs(1);
 
-/// The beats of all loops.
+/// The last beat of each loop.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
-    /// systemd waits for twice as long. `None`: it does not watch.
+    /// Half of what systemd waits for; `None` if it does not watch.
     period: Option<Duration>,
-    /// When each loop turned last, as [`clock::nanos`]. The last one is the background's.
+    /// When each loop turned last, in [`clock::nanos`]. The last entry is the background's.
     beats: Vec<AtomicU64>,
 }
 
 impl Watchdog {
-    /// For so many workers, and the background.
+    /// A watchdog for `workers` workers and the background. `WATCHDOG_USEC` and `WATCHDOG_PID` say whether
+    /// systemd watches.
     pub(crate) fn from_env(workers: usize) -> Arc<Self> {
         let period = sd_notify::watchdog_enabled().map(|wait| wait / 2);
         Arc::new(Self { period, beats: (0..=workers).map(|_| AtomicU64::new(clock::nanos())).collect() })
     }
 
-    /// Beats for a worker, as long as its loop goes round.
+    /// Beats for a worker for ever. The beats stop if the event loop hangs, since this task is on it.
     pub(crate) async fn beat(self: Arc<Self>, worker: usize) {
+        // Four beats in each period: one that is late does not count as a hang.
         let mut beats = interval(self.period.map_or(BEAT, |period| BEAT.min(period / 4)));
         loop {
             beats.tick().await;
@@ -42,18 +50,20 @@ impl Watchdog {
         }
     }
 
-    /// A worker has ended in order: from now on it counts as one that turns.
+    /// Marks a worker as ended in order. It counts as turning from now on.
+    // A worker without connections ends before the others in a long drain. `/livez` failed in that time before.
     pub(crate) fn retire(&self, worker: usize) {
         self.beats[worker].store(u64::MAX, Ordering::Relaxed);
     }
 
-    /// Beats for the background.
+    /// Beats for the background for ever.
     pub(crate) async fn beat_background(self: Arc<Self>) {
         let background = self.beats.len() - 1;
         self.beat(background).await;
     }
 
-    /// Tells systemd, if it watches, as long as all loops beat. A worker that has nothing left to do ends before the others.
+    /// Feeds systemd's watchdog, if there is one, while all loops beat. From the stop on it is fed in any case:
+    /// the drain has a deadline of its own.
     pub(crate) async fn watch(self: Arc<Self>, stop: watch::Receiver<Stop>) {
         let Some(period) = self.period else { return std::future::pending().await };
         let mut looks = interval(period);
@@ -65,12 +75,12 @@ impl Watchdog {
         }
     }
 
-    /// What hangs, if something does.
+    /// Returns the name of a loop that hangs and for how long, as text; `None` if none does.
     pub(crate) fn hangs(&self) -> Option<String> {
         self.late(HANGS)
     }
 
-    /// The first loop that has not turned for longer than this.
+    /// The first loop that has not turned for longer than `than`.
     fn late(&self, than: Duration) -> Option<String> {
         let now = clock::nanos();
         self.beats.iter().enumerate().find_map(|(place, beat)| {
