@@ -1,8 +1,10 @@
-//! Base64 with padding (RFC 4648, section 4); not worth a dependency.
+//! Base64 with padding (RFC 4648, section 4). Encoding only; two uses are not worth a dependency.
 
-/// The text for these bytes. Its buffer never grows, so that of a secret nothing is left behind elsewhere.
+/// Returns the text for these bytes.
 pub(crate) fn base64(bytes: &[u8]) -> String {
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    // The exact size: bytes may hold a password, and a buffer that grows would leave copies of a part of it in
+    // freed memory.
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for three in bytes.chunks(3) {
         let mut group = [0; 4];

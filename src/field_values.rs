@@ -1,11 +1,11 @@
-//! What the values of header fields say, whoever sent them.
+//! Values of HTTP header fields, from callers and from the upstream alike.
 
 use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-/// For how long `Retry-After` asks to wait: seconds, or a date (RFC 9110, section 10.2.3), which is measured by the `Date` beside it,
-/// where there is one, since the other side's clock may be another than ours. `None` without one that can be read.
+/// How long `Retry-After` asks to wait: a number of seconds, or the time until a date (RFC 9110, section
+/// 10.2.3). `None` if there is none, or if it cannot be parsed. A date in the past gives zero.
 pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
     let asked = text(header::RETRY_AFTER)?;
@@ -13,18 +13,22 @@ pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
         return Some(Duration::from_secs(seconds));
     }
     let until = httpdate::parse_http_date(asked).ok()?;
+    // A date is compared with the `Date` of the same message: the clock of the other side may differ from ours.
     let now = text(header::DATE).and_then(|date| httpdate::parse_http_date(date).ok());
     Some(until.duration_since(now.unwrap_or_else(SystemTime::now)).unwrap_or_default())
 }
 
-/// Whether a `Content-Encoding` names a coding. `identity` is none, and ought not to be sent (RFC 9110, section 8.4.1); many do.
+/// Whether a `Content-Encoding` names a coding. `identity` is not one.
+// A sender should not use `identity` (RFC 9110, section 8.4.1), but many do. Taken for a coding, it made every
+// success `unknown`.
 pub(crate) fn is_coding(value: &HeaderValue) -> bool {
     let mut named = value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
     named.any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity"))
 }
 
-/// The largest `q` that a field such as `Accept` gives to a range, of those with no `version` or with this one (RFC 9110, section
-/// 12.4.2). `None` if the field does not list the range. What has an invalid `q` counts as not listed.
+/// The highest `q` that a field such as `Accept` gives to `range`, of those without a parameter `version` or
+/// with this one (RFC 9110, section 12.4.2). `None` if the field does not list the range. An item with an
+/// invalid `q` counts as not listed.
 pub(crate) fn quality(headers: &HeaderMap, field: HeaderName, range: &str, version: &str) -> Option<f32> {
     let texts = headers.get_all(field).into_iter().filter_map(|value| value.to_str().ok());
     let qualities = texts.flat_map(|text| text.split(',')).filter_map(|item| {

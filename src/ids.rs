@@ -1,7 +1,8 @@
-//! Which user and group ids the kernel can show to this process.
+//! The user and group ids that the kernel can show to this process.
 //!
-//! In a user namespace (containers, `PrivateUsers=`, `unshare --user`) ids are mapped. All that are not look alike: the overflow
-//! id, 65534 unless the system says otherwise (user_namespaces(7)). So it names nobody.
+//! In a user namespace (containers, `PrivateUsers=`, `unshare --user`) ids are mapped. All ids without a
+//! mapping look alike: the kernel shows the overflow id instead, 65534 unless the system sets another
+//! (user_namespaces(7)). A caller with that id may be anybody, so that it identifies nobody.
 
 use std::fs;
 use std::ops::Range;
@@ -10,24 +11,25 @@ use std::sync::LazyLock;
 /// Ids of users, or of groups.
 #[derive(Debug)]
 pub(crate) struct Ids {
-    /// What is mapped. `None`: each id is itself.
+    /// The ids with a mapping; `None` if every id is mapped to itself.
     mapped: Option<Vec<Range<u64>>>,
+    /// The id that stands for all others.
     overflow: u32,
 }
 
-/// So many ids there are. The last number of 32 bits is none: it says "no change" to the kernel.
+/// The number of ids. The last number of 32 bits is not an id: system calls take it as "no change".
 const ALL: u64 = 4_294_967_295;
 
-/// What the overflow id is unless the system says otherwise.
+/// The overflow id of a system that sets no other.
 const OVERFLOW: u32 = 65534;
 
-/// The users of this process's namespace.
+/// The user ids of this process's namespace, read once.
 pub(crate) fn users() -> &'static Ids {
     static USERS: LazyLock<Ids> = LazyLock::new(|| Ids::read("uid_map", "overflowuid"));
     &USERS
 }
 
-/// The groups of this process's namespace.
+/// The group ids of this process's namespace, read once.
 pub(crate) fn groups() -> &'static Ids {
     static GROUPS: LazyLock<Ids> = LazyLock::new(|| Ids::read("gid_map", "overflowgid"));
     &GROUPS
@@ -40,9 +42,11 @@ impl Ids {
         Self::parse(fs::read_to_string(format!("/proc/self/{map}")).ok().as_deref(), overflow)
     }
 
-    /// Without a map nobody knows what is mapped: all but the overflow id may be.
+    /// Parses a map of ids as in `/proc/self/uid_map`. Without a map, all ids but the overflow id count as
+    /// mapped.
     fn parse(map: Option<&str>, overflow: u32) -> Self {
         let lines: Vec<[u64; 3]> = map
+            // A map that is not the identity, so that the overflow id stays nobody's.
             .unwrap_or("0 1 4294967295")
             .lines()
             .filter_map(|line| {
@@ -50,7 +54,8 @@ impl Ids {
                 Some([numbers.next()?, numbers.next()?, numbers.next()?])
             })
             .collect();
-        // Every id is itself. The kernel takes no ranges that overlap.
+        // The identity may be given in several lines. Since the kernel rejects ranges that overlap, the sum of
+        // their lengths tells whether every id is covered.
         let is_identity = lines.iter().all(|[inside, outside, _]| inside == outside)
             && lines.iter().map(|[.., count]| count).sum::<u64>() == ALL;
         let mapped =
@@ -58,12 +63,14 @@ impl Ids {
         Self { mapped: (!is_identity).then_some(mapped), overflow }
     }
 
-    /// Whether this id, when the kernel shows it, may be that of any number of others: it is nobody's then.
+    /// Whether an id that the kernel shows may be any of several ids. It must match no caller then.
     pub(crate) fn is_nobody(&self, id: u32) -> bool {
         self.mapped.is_some() && id == self.overflow
     }
 
-    /// Says why the kernel cannot show this id to this process, if it cannot.
+    /// Fails with a text for operators if the kernel cannot show this id to this process.
+    // At the start rather than at the first call: such an id in the configuration would never match, or match
+    // everybody.
     pub(crate) fn check(&self, id: u32) -> Result<(), String> {
         if u64::from(id) >= ALL {
             return Err(format!("{id} is the id of nobody: ids end at {}", ALL - 1));

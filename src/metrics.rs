@@ -1,4 +1,7 @@
-//! The metrics of the process. Each name starts with `ccsqm_gateway_`; each is moved by some test.
+//! The metrics of the process, and how requests are counted. Every name begins with `ccsqm_gateway_`.
+//!
+//! A part of the gateway registers its own metrics in the same registry: see [`Parts`]. A test moves each
+//! metric at least once.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -26,9 +29,9 @@ use crate::{audit, clock, exchange, log, token};
 /// The limits that a request is checked against.
 #[derive(Clone, Copy, Debug)]
 pub enum Limit {
-    /// The caller's own.
+    /// The caller's own rate limit.
     Caller,
-    /// The shared quota.
+    /// The shared quota of the upstream.
     Quota,
 }
 
@@ -48,28 +51,30 @@ impl Limit {
 pub struct Metrics {
     registry: Registry,
     requests: Family<RequestLabels, Counter>,
-    /// The handles of requests that ended without a code of ours, by outcome.
+    /// Handles for requests that ended without a code of ours, by outcome.
+    // Looked up once: finding a label set in a family takes a lock and a hash for each request.
     replied: [OnceLock<Counter>; Outcome::ALL.len()],
     duration: HistogramWithExemplars<TraceLabel>,
     limit_checks: [[Counter; 2]; Limit::ALL.len()],
     credentials_dropped: Counter,
     bare_ids: Family<CallerLabel, Counter>,
-    /// The callers of which the first bare id was told.
+    /// The callers for which the first bare id was logged.
     bare_ids_told: Mutex<HashSet<Arc<str>>>,
     connections_closed: Family<ReasonLabel, Counter>,
     connections: Gauge,
     in_flight: Gauge,
     keys: Gauge,
     quota_ratio: Gauge<f64, AtomicU64>,
-    /// Deprecated, and stays for one version.
+    /// Deprecated; stays for one version.
     quota_percent: Gauge,
     log_lines_dropped: Counter,
-    /// Callers' TLS handshakes that failed.
+    /// Failed TLS handshakes of callers.
     pub caller_tls: Failures,
-    /// What came of changes of files.
+    /// The results of changed files.
     pub changes: Changes,
 }
 
+// Enums and not texts: a lookup compares three numbers and allocates nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
     /// `None` for a reply of the upstream.
@@ -84,11 +89,13 @@ struct CheckLabels {
     result: &'static str,
 }
 
+// Names of callers are from the configuration, so that the number of label sets is bounded.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct CallerLabel {
     caller: Arc<str>,
 }
 
+// `'static`, so that no text of a peer can become a label and make the number of label sets grow.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {
     reason: &'static str,
@@ -100,7 +107,7 @@ struct TraceLabel {
     trace_id: TraceId,
 }
 
-/// The metrics of the parts, made in the same registry.
+/// The metrics that other parts of the gateway move.
 #[derive(Clone)]
 pub struct Parts {
     /// Of the token slots.
@@ -111,7 +118,8 @@ pub struct Parts {
     pub upstream: exchange::Metrics,
 }
 
-/// Of how long requests take, in seconds.
+/// Upper bounds for the duration of requests, in seconds.
+// From replies of the gateway itself, which take about a millisecond, to slow replies of the upstream.
 const BUCKETS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
@@ -136,7 +144,7 @@ impl Parts {
 }
 
 impl Metrics {
-    /// Registers everything.
+    /// Registers all metrics. Returns them with those that other parts move, and with those of the audit trail.
     pub fn new() -> (Self, Parts, audit::Metrics) {
         let mut registry = Registry::new();
         let changes = Changes::new(&mut registry);
@@ -186,7 +194,8 @@ impl Metrics {
         (metrics, parts, audit)
     }
 
-    /// A request was answered by the gateway itself.
+    /// Counts a request that the gateway answered itself, with the time that it took and the trace for its
+    /// exemplar.
     pub fn refused(
         &self,
         stage: Stage,
@@ -199,8 +208,9 @@ impl Metrics {
         self.took(took, trace_id);
     }
 
-    /// An answer of the upstream was passed on, now or again; or a dry run ended.
+    /// Counts a request that got an answer of the upstream, now or as a replay, or that was a dry run.
     pub fn replied(&self, outcome: Outcome, took: Duration, trace_id: Option<TraceId>) {
+        // Only a dry run ends as `NotSent` without a code, behind the quota.
         let stage = match outcome {
             Outcome::NotSent => Stage::Quota,
             Outcome::Replayed => Stage::Idempotency,
@@ -212,40 +222,46 @@ impl Metrics {
         self.took(took, trace_id);
     }
 
-    /// How long an answered request took. The exemplar of its bucket becomes its trace, if it has one.
+    /// Observes how long an answered request took. If it has a trace, that becomes the exemplar of its bucket.
     fn took(&self, took: Duration, trace_id: Option<TraceId>) {
+        // The wall clock is read only for a request with a trace.
         let at = trace_id.map(|_| clock::wall());
         self.duration.observe(took.as_secs_f64(), trace_id.map(|trace_id| TraceLabel { trace_id }), at);
     }
 
-    /// A limit was asked.
+    /// Counts one check of a limit.
     pub fn limit_checked(&self, limit: Limit, passed: bool) {
         self.limit_checks[limit as usize][usize::from(passed)].inc();
     }
 
-    /// So many headers of a caller looked like credentials.
+    /// Counts headers of a caller that looked like credentials and were dropped.
     pub fn credentials_dropped(&self, count: usize) {
+        // Nearly always zero: adding nothing would still write to memory that all workers share.
         if count > 0 {
             self.credentials_dropped.inc_by(count as u64);
         }
     }
 
-    /// A caller sent so many ids of 2^53 and more as bare numbers. Returns whether it is to be told, since none of this
-    /// caller was in this process.
+    /// Counts ids of 2^53 and more that a caller sent as bare numbers. Returns whether to log it: only for the
+    /// first ones of a caller in this process, and if `is_of_interest`.
     pub fn bare_ids(&self, caller: &Arc<str>, count: usize, is_of_interest: bool) -> bool {
         self.bare_ids.get_or_create(&CallerLabel { caller: caller.clone() }).inc_by(count as u64);
         is_of_interest && {
             let mut told = self.bare_ids_told.lock().unwrap_or_else(PoisonError::into_inner);
+            // Asked first: `insert` alone would need a clone of the name for each request.
             !told.contains(caller) && told.insert(caller.clone())
         }
     }
 
-    /// The gateway closed a caller's connection.
+    /// Counts a connection of a caller that the gateway closed.
     pub fn connection_closed(&self, reason: &'static str) {
         self.connections_closed.get_or_create(&ReasonLabel { reason }).inc();
     }
 
-    /// All of them as text.
+    /// Returns all metrics as text. `keys` is the number of remembered idempotency keys, `quota` the part of
+    /// the quota that the upstream's 429s have left, from 0 to 1.
+    ///
+    /// Fails only if a metric cannot be formatted.
     pub fn render(
         &self,
         format: Format,
@@ -258,12 +274,14 @@ impl Metrics {
         self.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
         self.quota_ratio.set(quota.min(1.0));
         self.quota_percent.set((quota * 100.0) as i64);
+        // The log counts by itself, since it must not depend on the metrics. A counter cannot be set, so that
+        // the difference is added.
         self.log_lines_dropped.inc_by(log::dropped().saturating_sub(self.log_lines_dropped.get()));
         self.registry.encode(format)
     }
 }
 
-/// Counters of checks that refused, and of those that passed, by limit.
+/// Registers the counters of limit checks: by limit, those that refused and those that passed.
 fn limit_checks(registry: &mut Registry) -> [[Counter; 2]; Limit::ALL.len()] {
     let checks: Family<CheckLabels, Counter> = registry.metric("limit_checks_total", "Limit checks.");
     Limit::ALL.map(|limit| {

@@ -1,7 +1,9 @@
-//! Failures as operators are told of them: a cause with its full text, counted, logged and remembered.
+//! Failures of the network as operators see them: a cause with its full text, counted, logged, and kept for
+//! `/status`.
 //!
-//! The word of the cause is for everybody. The full text is for operators only: it may name addresses, and the other side has a say
-//! in it, such as by the names in its certificate.
+//! The cause is one word of a fixed list and is for everybody, callers included. The full text is for operators
+//! only: it may contain addresses, and the other side influences it, for example by the names in its
+//! certificate. It is searched for credentials, escaped and cut before it is shown: see [`shown`].
 
 use std::error::Error as _;
 use std::sync::Arc;
@@ -20,13 +22,15 @@ use crate::plain;
 use crate::secret::needles::Needles;
 use crate::trouble::{LastTrouble, Trouble};
 
-/// So much of a text is shown, in bytes.
+/// The longest text that is shown, in bytes.
 const MAX_TEXT: usize = 256;
 
 impl Cause {
     /// The cause of an error of a socket, or of TLS on it.
     pub fn of_io(error: &io::Error) -> Self {
         use io::ErrorKind as Kind;
+        // rustls errors come wrapped in an `io::Error` of the kind `InvalidData`, so that the kind says less
+        // than what is inside.
         if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref()) {
             return Self::of_tls(tls);
         }
@@ -39,6 +43,8 @@ impl Cause {
             | Kind::NotConnected
             | Kind::UnexpectedEof => Self::Reset,
             Kind::HostUnreachable | Kind::NetworkUnreachable | Kind::NetworkDown => Self::Unreachable,
+            // What is left has its cause on this machine: no file, port or memory is left, or a rule forbids
+            // the connection.
             _ => Self::Local,
         }
     }
@@ -60,7 +66,8 @@ impl Cause {
         }
     }
 
-    /// The cause of an exchange's failure. What broke it lies in the errors below hyper's.
+    /// The cause of an exchange that hyper ended with an error.
+    // The cause is in the errors below hyper's own, which tells kinds apart only by methods.
     // tests/hyper.rs: an_http1_reply_that_is_cut_short_or_badly_framed_is_an_error_that_tells_it
     pub fn of_exchange(error: &hyper::Error) -> Self {
         let mut below = error.source();
@@ -83,6 +90,8 @@ impl Cause {
     fn of_http2(error: &h2::Error) -> Self {
         match error.get_io() {
             Some(error) => Self::of_reply(error),
+            // Of GOAWAY and REFUSED_STREAM the peer says that the request was not processed (RFC 9113, sections
+            // 6.8 and 8.7). Other resets say nothing about it.
             None if error.is_remote() && error.is_go_away() => Self::NotProcessed,
             None if error.reason() == Some(h2::Reason::REFUSED_STREAM) => Self::NotProcessed,
             None if error.is_remote() => Self::Reset,
@@ -90,7 +99,9 @@ impl Cause {
         }
     }
 
-    /// Of an error while an answer is read: hyper tells bad framing by it, too.
+    /// The cause of an error while an answer is read.
+    // hyper reports bad framing as an `io::Error` of the kind `InvalidData`, too. Only an error of TLS is
+    // excepted.
     fn of_reply(error: &io::Error) -> Self {
         let is_of_tls = error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
         match error.kind() {
@@ -101,7 +112,8 @@ impl Cause {
     }
 }
 
-/// Whether an alert is about the gateway's own certificate, or a signature made for it (RFC 8446, section 6.2).
+/// Whether an alert is about the gateway's own certificate, or about a signature made for it (RFC 8446, section
+/// 6.2).
 fn is_of_certificate(alert: AlertDescription) -> bool {
     matches!(
         alert,
@@ -121,19 +133,20 @@ fn is_of_certificate(alert: AlertDescription) -> bool {
 /// A cause with its full text.
 #[derive(Clone, Debug)]
 pub struct Reason {
-    /// The word.
+    /// The word for everybody.
     pub cause: Cause,
-    /// What the error says, as it came: see [`shown`].
+    /// The text of the error, for operators. It may be long and contain anything: show it through [`shown`]
+    /// only.
     pub text: Arc<str>,
 }
 
 impl Reason {
-    /// A reason of its own words.
+    /// A reason with a text of the gateway's own.
     pub fn new(cause: Cause, text: impl fmt::Display) -> Self {
         Self { cause, text: text.to_string().into() }
     }
 
-    /// Why an exchange failed.
+    /// The reason why an exchange failed, with the texts of all errors below hyper's.
     pub fn of_exchange(error: &hyper::Error) -> Self {
         let mut text = error.to_string();
         let mut below = error.source();
@@ -146,12 +159,13 @@ impl Reason {
     }
 }
 
-/// What may be wrong with a reply, where the libraries tell no more than that something is. They keep apart neither the bounds
-/// that a head has, nor what a reply over HTTP/2 breaks.
+/// A hint at what may be wrong with a reply, where the libraries report only that something is. They do not
+/// tell the bounds on a head apart, nor the rules that a reply over HTTP/2 breaks.
 // tests/hyper.rs: a_reply_over_any_bound_is_the_same_error
 // tests/hyper.rs: a_large_head_and_a_wrong_length_are_the_same_error_over_http2
 fn more_of(error: &hyper::Error) -> Option<&'static str> {
     const {
+        // A changed bound must change the texts below.
         assert!(MAX_HEAD == 64 * 1024 && MAX_FIELDS == 256, "they stand in these texts");
     }
     if error.is_parse_too_large() {
@@ -171,32 +185,35 @@ impl fmt::Display for Reason {
     }
 }
 
-/// The label of what is counted by cause.
+/// The label of metrics that count by cause.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct CauseLabel {
     cause: Cause,
 }
 
-/// Failures of one kind, told to operators: counted, logged, and the last one for `/status`.
+/// Failures of one kind: counted by cause, logged at most once a second for each cause, and the last one kept
+/// for `/status`.
 #[derive(Debug)]
 pub struct Failures {
     count: Family<CauseLabel, Counter>,
-    /// Each cause has a line a second.
+    // One limiter for each cause: a flood of one must not hide the first line of another.
     lines: [OncePerSecond; Cause::COUNT],
-    /// The last one is not over.
+    /// Whether the last failure has not ended.
+    // Success is reported for every exchange. This flag keeps it from taking the lock of `last`.
     is_failing: AtomicBool,
     last: LastTrouble,
 }
 
 impl Failures {
-    /// None so far.
+    /// Failures that count into `count`.
     pub fn new(count: Family<CauseLabel, Counter>) -> Self {
         let lines = [const { OncePerSecond::new() }; Cause::COUNT];
         Self { count, lines, is_failing: AtomicBool::new(false), last: LastTrouble::default() }
     }
 
-    /// Something failed. `needles` are what must not be quoted. Returns the text, and how often it happened since it was
-    /// logged last, if it is to be logged now.
+    /// Notes a failure. `needles` are the secrets that the text must not contain. Returns the text to log and
+    /// how often the failure happened since the last line, this time included; `None` if it is not to be logged
+    /// now.
     #[cold]
     pub fn failed<'a>(
         &self,
@@ -210,7 +227,7 @@ impl Failures {
         self.lines[cause as usize].times().map(|times| (text, times))
     }
 
-    /// It works.
+    /// Notes a success, which ends the last failure. Cheap if there is none.
     pub fn succeeded(&self) {
         if self.is_failing.load(Ordering::Relaxed) {
             self.end();
@@ -223,14 +240,16 @@ impl Failures {
         self.last.ends();
     }
 
-    /// The last one.
+    /// Returns the last failure, if there was any.
     pub fn last(&self) -> Option<Trouble> {
         self.last.get()
     }
 }
 
-/// What an error says, for operators: in one line, and without what quotes the credential. The other side has a say in some
-/// texts, such as by the names in its certificate: they may be long, odd, or quote.
+/// Returns the text of a reason for operators: one line, escaped, of at most 256 bytes. If it contains one of
+/// the secrets, it is replaced as a whole.
+// The search comes before the cut: a secret that the cut divides would not be found, and its first part be
+// shown.
 pub fn shown<'a>(reason: &Reason, needles: impl IntoIterator<Item = &'a Needles>) -> String {
     let text = &*reason.text;
     if needles.into_iter().any(|needles| needles.are_in(text.as_bytes())) {

@@ -1,4 +1,5 @@
-//! The registry of metrics and the two formats in which it is written. Each name starts with `ccsqm_gateway_`.
+//! The registry of metrics, and the two text formats in which it is written. Every name begins with
+//! `ccsqm_gateway_`.
 
 use std::fmt;
 
@@ -9,36 +10,39 @@ use prometheus_client::registry::Metric;
 
 use crate::field_values::quality;
 
-/// Metrics with their names and help texts.
+/// All metrics with their names and help texts.
 #[derive(Debug)]
 pub(crate) struct Registry(registry::Registry);
 
 impl Registry {
+    /// An empty registry.
     pub(crate) fn new() -> Self {
         Self(registry::Registry::with_prefix("ccsqm_gateway"))
     }
 
-    /// Makes and registers a metric. `name` is that of its samples, without the prefix.
+    /// Makes a metric and registers it. `name` is the name of its samples, without the prefix.
     pub(crate) fn metric<M: Metric + Clone + Default>(&mut self, name: &str, help: &str) -> M {
         self.register(name, help, M::default())
     }
 
-    /// Makes a metric, and registers it under the name that it had before, too. The old name stays for one version.
+    /// Makes a metric and registers it under its present and its former name. The former one stays for one
+    /// version, so that dashboards and alerts can be changed in time.
+    // Both names share one handle, so that nothing is counted twice on the way of a request.
     pub(crate) fn renamed<M: Metric + Clone + Default>(&mut self, old: &str, new: &str, help: &str) -> M {
         let metric = self.metric(new, help);
         self.register(old, &format!("Deprecated: use ccsqm_gateway_{new}."), metric)
     }
 
-    /// Registers a metric, and returns it.
+    /// Registers a metric and returns it.
     pub(crate) fn register<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
-        // The library adds both suffixes by itself.
+        // The library appends `_total` to counters and a full stop to help texts itself.
         let name = name.trim_end_matches("_total");
         let help = help.trim_end_matches('.');
         self.0.register(name, help, metric.clone());
         metric
     }
 
-    /// All metrics as text.
+    /// Returns all metrics as text. Fails only if a metric cannot be formatted.
     pub(crate) fn encode(&self, format: Format) -> Result<String, fmt::Error> {
         let mut to = String::new();
         match format {
@@ -49,17 +53,19 @@ impl Registry {
     }
 }
 
-/// A format of metrics.
+/// A text format for metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// The text format of Prometheus, version 0.0.4. It has no exemplars.
+    /// The text format of Prometheus, version 0.0.4, which has no exemplars.
     Text,
     /// The text format of OpenMetrics 1.0, with exemplars.
     OpenMetrics,
 }
 
 impl Format {
-    /// The format that a request asks for: OpenMetrics only if `Accept` names it and prefers no other format that there is.
+    /// Chooses the format for a request: OpenMetrics only if `Accept` names it and gives no other available
+    /// format a higher `q` (RFC 9110, section 12.5.1).
+    // A client that accepts everything gets the older format: not every tool can parse OpenMetrics.
     pub(crate) fn asked_by(headers: &HeaderMap) -> Self {
         let quality = |range, version| quality(headers, header::ACCEPT, range, version);
         let text =
@@ -95,7 +101,7 @@ mod tests {
             }
             Format::asked_by(&headers)
         };
-        // What Prometheus 2 and 3 send.
+        // The values that Prometheus 2 and 3 send.
         let prometheus_2 = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,\
                             text/plain;version=0.0.4;q=0.5,*/*;q=0.1";
         let prometheus_3 = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,\
@@ -128,6 +134,7 @@ mod tests {
             &["application/openmetrics-text;q=0.5", "*/*;q=0.6"],
             &["application/openmetrics-text;version=0.0.1"],
             &["application/openmetrics-text;version=2.0.0"],
+            // An invalid `q` counts as not listed.
             &["application/openmetrics-text;q=2"],
             &["application/openmetrics-text;q=nan"],
             &["application/openmetrics-text;q="],
