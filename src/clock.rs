@@ -140,13 +140,14 @@ pub fn wall() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_nanos(wall_nanos())
 }
 
-/// The wall clock minus *now*, in nanoseconds, read anew. It is how far the wall clock was set since this
-/// process first asked.
+/// The wall clock minus *now*, in nanoseconds, read at every call. It is how far the wall clock was set since
+/// this process first asked.
 pub fn wall_ahead() -> i64 {
     signed(unix_nanos_at(SystemTime::now())) - signed(EPOCH.now(boottime()))
 }
 
-/// The time since the machine was booted, including the time that it slept (`CLOCK_BOOTTIME`), read anew.
+/// The time since the machine was booted, including the time that it slept (`CLOCK_BOOTTIME`), read at every
+/// call.
 pub fn boottime() -> Duration {
     Duration::try_from(clock_gettime(BOOTTIME)).unwrap_or_default()
 }

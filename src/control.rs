@@ -158,8 +158,8 @@ impl Bound {
         }
         // Written under another name and renamed, so that a command never reads half a path.
         let unfinished = directory.join(format!("{POINTER}.new"));
-        // Commands trust this file, so that no other user may change it, whatever the umask. An existing file
-        // keeps its mode when it is opened: hence the second call.
+        // Commands trust this file, so no other user may change it, whatever the umask. An existing file keeps
+        // its mode when it is opened: hence the second call.
         let mut options = OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
         file.set_permissions(Permissions::from_mode(0o600))?;
@@ -302,8 +302,8 @@ pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow
     };
     let no_answer = || format!("the control socket {} does not answer", path.display());
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    // On Linux this bounds `connect` of a Unix socket, too. It would wait for ever while the queue of a
-    // listener that accepts nobody is full.
+    // On Linux this bounds `connect` of a Unix socket, too. It would wait forever while the queue of a listener
+    // that accepts nobody is full.
     socket.set_write_timeout(Some(DEADLINE))?;
     socket.connect(&SockAddr::unix(&path)?).with_context(no_answer)?;
     let mut stream = BlockingStream::from(OwnedFd::from(socket));

@@ -51,7 +51,7 @@ pub(crate) fn read_guarded(path: &Path, harm: &str) -> io::Result<Vec<u8>> {
 }
 
 /// Whether every user can change a file or directory. In a sticky directory users can make files but not remove
-/// or rename those of others, so that it does not count.
+/// or rename those of others, so it does not count.
 pub(crate) fn is_open_to_all(found: &Metadata) -> bool {
     let is_sticky = found.is_dir() && found.mode() & 0o1000 != 0;
     found.mode() & 0o002 != 0 && !is_sticky

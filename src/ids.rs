@@ -2,7 +2,7 @@
 //!
 //! In a user namespace (containers, `PrivateUsers=`, `unshare --user`) ids are mapped. All ids without a
 //! mapping look alike: the kernel shows the overflow id instead, 65534 unless the system sets another
-//! (user_namespaces(7)). A caller with that id may be anybody, so that it identifies nobody.
+//! (user_namespaces(7)). A caller with that id may be anybody, so it identifies nobody.
 
 use std::fs;
 use std::ops::Range;

@@ -209,13 +209,13 @@ impl Queue {
         state.bytes.extend(line);
         state.bytes.extend(end);
         drop(state);
-        // The thread sleeps only while the queue is empty, so that other lines need no wake-up.
+        // The thread sleeps only while the queue is empty, so other lines need no wake-up.
         if was_empty {
             self.filled.notify_one();
         }
     }
 
-    /// Writes lines for ever.
+    /// Writes lines forever.
     fn write_all_to(&self, stderr: &mut impl Write) {
         let (mut piece, mut told, mut cut) = (Vec::with_capacity(PIECE), 0, false);
         loop {

@@ -89,7 +89,7 @@ struct CheckLabels {
     result: &'static str,
 }
 
-// Names of callers are from the configuration, so that the number of label sets is bounded.
+// Names of callers are from the configuration, so the number of label sets is bounded.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct CallerLabel {
     caller: Arc<str>,
@@ -210,7 +210,7 @@ impl Metrics {
 
     /// Counts a request that got an answer of the upstream, now or as a replay, or that was a dry run.
     pub fn replied(&self, outcome: Outcome, took: Duration, trace_id: Option<TraceId>) {
-        // Only a dry run ends as `NotSent` without a code, behind the quota.
+        // Only a dry run ends as `NotSent` without a code, after the quota.
         let stage = match outcome {
             Outcome::NotSent => Stage::Quota,
             Outcome::Replayed => Stage::Idempotency,
@@ -274,8 +274,8 @@ impl Metrics {
         self.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
         self.quota_ratio.set(quota.min(1.0));
         self.quota_percent.set((quota * 100.0) as i64);
-        // The log counts by itself, since it must not depend on the metrics. A counter cannot be set, so that
-        // the difference is added.
+        // The log counts by itself, since it must not depend on the metrics. A counter cannot be set, so the
+        // difference is added.
         self.log_lines_dropped.inc_by(log::dropped().saturating_sub(self.log_lines_dropped.get()));
         self.registry.encode(format)
     }

@@ -49,8 +49,7 @@ pub enum PemError {
 }
 
 /// The UTF-8 byte order mark.
-// Editors on Windows write it. With it the first line is not `-----BEGIN`, so that the first CA would be
-// skipped.
+// Editors on Windows write it. With it the first line is not `-----BEGIN`, so the first CA would be skipped.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Reads a file.

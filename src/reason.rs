@@ -29,8 +29,8 @@ impl Cause {
     /// The cause of an error of a socket, or of TLS on it.
     pub fn of_io(error: &io::Error) -> Self {
         use io::ErrorKind as Kind;
-        // rustls errors come wrapped in an `io::Error` of the kind `InvalidData`, so that the kind says less
-        // than what is inside.
+        // rustls errors come wrapped in an `io::Error` of the kind `InvalidData`, so the kind says less than
+        // what is inside.
         if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref()) {
             return Self::of_tls(tls);
         }

@@ -85,8 +85,8 @@ impl Supervisor {
     }
 
     /// Returns the first end that has been reported, if there is one, and logs it.
-    // Asked once behind the drain: nobody waits for `ended` during a stop, and an end in that time must not
-    // exit with 0.
+    // Asked once after the drain: nobody waits for `ended` during a stop, and an end in that time must not exit
+    // with 0.
     pub(crate) fn has_ended(&mut self) -> Option<Ended> {
         self.ended.try_recv().ok().inspect(Ended::log)
     }

@@ -40,7 +40,7 @@ impl Watchdog {
         Arc::new(Self { period, beats: (0..=workers).map(|_| AtomicU64::new(clock::nanos())).collect() })
     }
 
-    /// Beats for a worker for ever. The beats stop if the event loop hangs, since this task is on it.
+    /// Beats for a worker forever. The beats stop if the event loop hangs, since this task is on it.
     pub(crate) async fn beat(self: Arc<Self>, worker: usize) {
         // Four beats in each period: one that is late does not count as a hang.
         let mut beats = interval(self.period.map_or(BEAT, |period| BEAT.min(period / 4)));
@@ -50,13 +50,13 @@ impl Watchdog {
         }
     }
 
-    /// Marks a worker as ended in order. It counts as turning from now on.
+    /// Marks a worker as ended cleanly. It counts as turning from now on.
     // A worker without connections ends before the others in a long drain. `/livez` failed in that time before.
     pub(crate) fn retire(&self, worker: usize) {
         self.beats[worker].store(u64::MAX, Ordering::Relaxed);
     }
 
-    /// Beats for the background for ever.
+    /// Beats for the background forever.
     pub(crate) async fn beat_background(self: Arc<Self>) {
         let background = self.beats.len() - 1;
         self.beat(background).await;

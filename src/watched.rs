@@ -38,7 +38,7 @@ pub(crate) fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 32] 
 
 /// The time for which a changed file is still read at every check.
 // Some file systems store times in steps of up to two seconds. A file that changes twice within one step has
-// the same stamp both times, so that the stamp alone would miss the second change.
+// the same stamp both times, so the stamp alone would miss the second change.
 const GRAIN: Duration = Duration::from_secs(3);
 
 /// One thing that is kept in files, with the state of its last check.
@@ -182,7 +182,7 @@ impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
     }
 }
 
-/// Follows a value for ever. `take` puts a changed value into effect and fails if that cannot be done. `tell`
+/// Follows a value forever. `take` puts a changed value into effect and fails if that cannot be done. `tell`
 /// gets the result of each change: `Ok` when the files are in effect, `Err` with the reason when they are not.
 /// A rejected value is tried again at every check, and `tell` gets `Ok` once it is accepted. A reason is
 /// reported once; it is reported again if the files changed, or if another reason was reported in between.
@@ -205,7 +205,7 @@ pub(crate) async fn follow<T, E>(
     loop {
         let turn = match followed.run(Followed::turn).await {
             Ok(turn) => turn,
-            // `Aside` reports a hang once per job, so that it is always news.
+            // `Aside` reports a hang once per job, so it is always news.
             Err(hangs) => Turn::Bad { why: hangs.to_string(), is_new: true },
         };
         let wait = if matches!(turn, Turn::Settling) { SETTLE } else { POLL };

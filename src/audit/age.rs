@@ -14,7 +14,7 @@
 //! A record's *age* is the trail time that has passed since it was written. It is exact for records of the
 //! present boot. For older ones it is at most the true age, unless an operator accepted a wrong wall clock.
 //!
-//! An *anchor* is a record that ties the times of the records behind it to the trail time. Anchors are the
+//! An *anchor* is a record that ties the times of the records after it to the trail time. Anchors are the
 //! events `start`, `clock` (once an hour, and in each segment) and `clock_accepted`. The last one says that an
 //! operator accepts the wall clock: records of earlier boots are at least as old as it says.
 //!
@@ -164,7 +164,7 @@ impl Anchor {
         boot.is_some() && self.boot == boot && boottime >= self.boottime
     }
 
-    /// The base for records behind this anchor, up to the next one.
+    /// The base for records after this anchor, up to the next one.
     fn behind(&self) -> Base {
         Base { time: self.time, elapsed: self.elapsed, floor: self.elapsed }
     }
@@ -198,8 +198,8 @@ pub(super) fn format(line: &[u8]) -> Option<u64> {
 }
 
 impl TrailTime {
-    /// The trail time of a process that continues behind `last`, the newest anchor, and behind a newest record
-    /// of the time `newest`.
+    /// The trail time of a process that continues after `last`, the newest anchor, and after a newest record of
+    /// the time `newest`.
     pub(super) fn go_on(
         last: Option<&Anchor>,
         newest: Option<i64>,
@@ -213,8 +213,7 @@ impl TrailTime {
         let passed = same_boot.map_or(recorded, |last| {
             recorded.max(last.elapsed.saturating_add(boottime.saturating_sub(last.boottime)))
         });
-        // In an empty trail nothing was written before this process, so that no record may count as older than
-        // it.
+        // In an empty trail nothing was written before this process, so no record may count as older than it.
         let floor = if newest.is_some() { i64::MIN } else { passed };
         Self {
             boot,
@@ -288,7 +287,7 @@ impl Ages {
         Ok((0, self))
     }
 
-    /// Takes note of a line if it is an anchor; it counts for all lines behind it. Pass proven lines only.
+    /// Takes note of a line if it is an anchor; it counts for all lines after it. Pass proven lines only.
     pub fn anchor(&mut self, line: &[u8]) {
         if let Some(anchor) = Anchor::read(line) {
             self.base = anchor.behind();
@@ -400,8 +399,8 @@ fn time(line: &[u8]) -> Option<i64> {
 }
 
 /// Whether a line is an event, judged by its first bytes.
-// This is asked for every line of the window. Parsing them all as JSON would dominate the time of a rebuild;
-// the writer has one fixed form for the beginning of a line.
+// This is asked for every line of the window. Parsing them all as JSON would dominate the time of a rebuild; the
+// writer has one fixed form for the beginning of a line.
 fn is_event(line: &[u8]) -> bool {
     const SEQ: usize = "{\"seq\":".len();
     const TIME: usize = ",\"time\":\"2026-01-01T00:00:00.000000Z\"".len();

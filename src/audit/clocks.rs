@@ -99,8 +99,8 @@ impl Watch {
     }
 
     fn look(&mut self, boottime: i64, ahead: i64) {
-        // Doubt must end without an operator: retention would stop for ever otherwise, and a full disk stops
-        // all calls. One window is enough, since keys older than that no longer matter.
+        // Doubt must end without an operator: retention would stop forever otherwise, and a full disk stops all
+        // calls. One window is enough, since keys older than that no longer matter.
         let is_over = |since: i64| boottime - since >= self.window;
         self.at_start = self.at_start.filter(|(_, since)| !is_over(*since));
         self.step = match self.step {
@@ -110,7 +110,7 @@ impl Watch {
                 None
             }
             Some(step) if is_near(ahead, step.ahead) => Some(step),
-            // The clock was set again. The window begins anew: the time spent at the former value says nothing
+            // The clock was set again. The window starts again: the time spent at the former value says nothing
             // about this one.
             _ => Some(Step { ahead, since: boottime }),
         };
@@ -141,7 +141,7 @@ struct State {
 }
 
 impl Clocks {
-    /// The clocks of a process that continues behind `found`.
+    /// The clocks of a process that continues after `found`.
     pub(super) fn go_on(found: &Found, window: Duration) -> Self {
         let (last, newest) = (found.anchors.last(), found.newest());
         let (boot, boottime) = (clock::boot_id(), boottime());
@@ -203,13 +203,13 @@ impl Clocks {
         let (ahead, boottime) = (ahead(), boottime());
         let mut state = self.lock();
         state.watch.accept(ahead);
-        // The event `clock_accepted` reports the end of doubt, so that no event `clock_trusted` follows.
+        // The event `clock_accepted` reports the end of doubt, so no event `clock_trusted` follows.
         state.told = None;
         state.trail.accept(wall(ahead), boottime);
         state.trail.members(boottime)
     }
 
-    /// The members of the event `start` behind what was found.
+    /// The members of the event `start` after what was found.
     pub(super) fn start(&self, found: &Found) -> Value {
         let mut members = Map::from_iter([("version".to_owned(), env!("CARGO_PKG_VERSION").into())]);
         members.extend(self.members());
@@ -258,7 +258,7 @@ pub(super) fn boottime() -> i64 {
     millis(clock::boottime())
 }
 
-/// *Now* in milliseconds since 1970, read anew on a thread that does not count turns.
+/// *Now* in milliseconds since 1970, read at every call on a thread that does not count turns.
 pub(super) fn now() -> i64 {
     i64::try_from(clock::unix_nanos() / 1_000_000).unwrap_or(i64::MAX)
 }
@@ -321,7 +321,7 @@ mod tests {
             // One window begins here.
             (3, 31 * 24 * HOUR, true),
             (26, 31 * 24 * HOUR, true),
-            // The window is over, so that this value counts as correct from here on.
+            // The window is over, so this value counts as correct from here on.
             (27, 31 * 24 * HOUR, false),
             (90, 31 * 24 * HOUR + TOLERANCE, false),
             (91, -48 * HOUR, true),

@@ -54,8 +54,8 @@ pub(super) struct Found {
 pub(super) struct Directory {
     path: PathBuf,
     handle: File,
-    /// Kept open for the checks of each second: opening it anew would fail while the process is at its limit on
-    /// open files.
+    /// Kept open for the checks of each second: opening it again would fail while the process is at its limit
+    /// on open files.
     listing: Dir,
     identity: Identity,
 }
@@ -193,7 +193,7 @@ impl Directory {
     /// Renames a file to a name that may be taken; what had that name is put aside. Returns the new name of
     /// what was put aside.
     // By exchange, where the file system can do that: the name of the segment then leads to a file at every
-    // moment, so that no reader misses it.
+    // moment, so no reader misses it.
     pub(super) fn replace(&self, from: &str, to: &str) -> io::Result<Option<String>> {
         if self.find(to)?.is_none() {
             return self.rename(from, to).map(|()| None);
@@ -226,7 +226,7 @@ impl Directory {
 
 /// Opens a regular file. Fails for a symbolic link, and for a pipe or a device without blocking.
 pub(super) fn open_regular(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
-    // `O_NONBLOCK`: opening a pipe that nobody writes to would block the caller for ever. It has no effect on
+    // `O_NONBLOCK`: opening a pipe that nobody writes to would block the caller forever. It has no effect on
     // regular files.
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
     match options.custom_flags(flags).open(path) {
@@ -244,8 +244,8 @@ pub(super) fn open_regular(path: &Path, options: &mut OpenOptions) -> io::Result
 /// file system that does not report its size, such as a tmpfs without a bound, has space.
 pub(super) fn look_for_space(folder: &Path, files: u64, bytes: u64) -> io::Result<()> {
     let Ok(stat) = statvfs(folder) else { return Ok(()) };
-    // `f_bavail` lacks the blocks that ext4 reserves for root. Root may use them, so that a start as root
-    // succeeds there.
+    // `f_bavail` lacks the blocks that ext4 reserves for root. Root may use them, so a start as root succeeds
+    // there.
     let free = if geteuid().is_root() { stat.f_bfree } else { stat.f_bavail };
     // Each small file takes at least one block.
     let has_space = free.checked_sub(files).is_some_and(|free| free.saturating_mul(stat.f_frsize) >= bytes);

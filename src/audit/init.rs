@@ -91,8 +91,8 @@ pub fn check(directory: &Path, key_file: Option<&Path>, must_exist: bool) -> Res
 
 /// Fails with [`Absent::Privacy`] if every user can change this. For a symbolic link `found` describes its
 /// target.
-// Only "others" count. Group permissions are often set by Kubernetes (`fsGroup`), so that they are a note of
-// `check` and not a refusal.
+// Only "others" count. Group permissions are often set by Kubernetes (`fsGroup`), so they are a note of `check`
+// and not a refusal.
 pub(crate) fn refuse_open(path: &Path, found: &Metadata) -> Result<(), Absent> {
     let is_open = crate::files::is_open_to_all(found);
     if is_open { Err(Absent::Privacy(path.display().to_string(), found.mode() & 0o7777)) } else { Ok(()) }

@@ -116,7 +116,7 @@ pub(super) fn word_without_key(segments: &[PathBuf]) -> String {
 /// The result of checking one line against the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Checked {
-    /// The gateway wrote the line behind the line before it.
+    /// The gateway wrote the line directly after the previous one.
     Proven,
     /// This line, or the one before it, was changed.
     Changed,
@@ -131,7 +131,7 @@ pub(crate) struct ChainCheck<'a> {
     last: Place,
     /// The segment that is read.
     segment: PathBuf,
-    /// The number of the first record of the segment behind it.
+    /// The number of the first record of the segment after it.
     next: Option<u64>,
     /// The number of the last proven record.
     proven: u64,
@@ -155,7 +155,7 @@ impl<'a> ChainCheck<'a> {
         Ok(Self { keys, last, segment, next: None, proven: 0, faults, here: 0, accepted })
     }
 
-    /// Call this before the lines of a segment; `next` is the segment behind it.
+    /// Call this before the lines of a segment; `next` is the segment after it.
     pub(crate) fn enter(&mut self, segment: &Path, next: Option<&PathBuf>) {
         segment.clone_into(&mut self.segment);
         self.next = next.map(|path| first_seq(path));
@@ -168,7 +168,7 @@ impl<'a> ChainCheck<'a> {
     }
 
     /// Records a fault: the trail begins later than the window does. Retention never removes a segment of the
-    /// window, so that somebody else did.
+    /// window, so somebody else did.
     pub(crate) fn begins_late(&mut self) {
         let first = first_seq(&self.segment);
         self.fault(1, "records of the window before this one are missing", (first, first), &[]);
@@ -183,7 +183,7 @@ impl<'a> ChainCheck<'a> {
             return Checked::Repeated;
         }
         let hash = self.keys.check(line, &self.last.hash);
-        // A changed line states any hash its author likes, so a copy of an earlier record verifies behind it.
+        // A changed line states any hash its author likes, so a copy of an earlier record verifies after it.
         // Its number gives it away.
         let is_proven = hash.is_ok() && seq.is_none_or(|seq| seq > self.proven);
         let reason = match (&hash, seq) {

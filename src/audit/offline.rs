@@ -97,8 +97,7 @@ pub(super) fn append<T, E: From<StartError>>(
     let clocks = Arc::new(Clocks::go_on(&resumed.found, options.window));
     let filled = fill(&mut resumed.batch, &resumed.found, &clocks);
     let last = resumed.batch.last();
-    // Nothing to record means that nothing is written at all, so that asking twice does not make the trail
-    // grow.
+    // Nothing to record means that nothing is written at all, so asking twice does not make the trail grow.
     if !resumed.batch.is_empty() {
         let writer = Writer::go_on(&options, keys, clocks, resumed, "what is to be recorded");
         let mut writer = writer.map_err(fail)?;

@@ -118,10 +118,10 @@ pub enum Lacking {
     LockFile,
     /// The newest segment.
     NewestSegment,
-    /// The last records of a trail whose gateway was stopped in order.
+    /// The last records of a trail whose gateway was stopped cleanly.
     LastRecords,
-    /// The last records of a trail whose gateway was not stopped in order. Where durability is `kernel`, a
-    /// crash of the machine may have lost them; otherwise they were removed.
+    /// The last records of a trail whose gateway was not stopped cleanly. Where durability is `kernel`, a crash
+    /// of the machine may have lost them; otherwise they were removed.
     LastRecordsAfterCrash,
 }
 
@@ -228,7 +228,7 @@ fn read_segments(
 /// Whether a line contains a page that did not reach the disk: it begins with a zero byte, or has at least
 /// [`LEAST_LOST`] zero bytes in a row.
 // A single zero within a line is damage and not a torn write. Treating it as torn would cut off the committed
-// records behind it.
+// records after it.
 fn is_lost(line: &[u8]) -> bool {
     line.contains(&0)
         && (line[0] == 0 || line.windows(LEAST_LOST).any(|part| part.iter().all(|byte| *byte == 0)))
@@ -285,7 +285,7 @@ impl Found {
         let mut lines = Lines::open(path)?;
         let size = fs::symlink_metadata(path)?.len();
         while let Some(line) = lines.read()? {
-            // A hole in the last write is a torn write as a whole: pages reach the disk in any order, so that
+            // A hole in the last write is a torn write as a whole: pages reach the disk in any order, so
             // complete lines may follow the hole. They were not committed either.
             let rest = size.saturating_sub(line.offset);
             if !line.whole || (is_lost(line.bytes) && rest <= MAX_TORN) {
@@ -335,7 +335,7 @@ impl Found {
         let newest_name = segment_name(*newest);
         let is_there = segments.iter().any(|path| path.ends_with(&newest_name));
         // A version before lock files may have continued the trail and removed the segment by retention. Then
-        // all segments begin behind the one that is named.
+        // all segments begin after the one that is named.
         let is_past = segments.first().is_some_and(|first| first_seq(first) > *newest);
         let (lacks, reason) = match () {
             () if !is_there && !is_past => (
@@ -409,7 +409,7 @@ impl Found {
             self.seq = if head.seq < MAX_SEQ { head.seq } else { seq };
         }
         self.highest = self.highest.max(self.seq);
-        // A changed line states any hash its author likes, so a copy of an earlier record verifies behind it.
+        // A changed line states any hash its author likes, so a copy of an earlier record verifies after it.
         // Such a copy once replaced the list of unresolved calls. A record is therefore proven only if its
         // number is higher than all proven ones.
         let is_proven = is_linked && head.seq > self.proven;

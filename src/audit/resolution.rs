@@ -268,7 +268,7 @@ impl Audit {
     /// Waits until the record with this number is committed, however long that takes.
     ///
     /// Fails with [`ResolveError::NotCommitted`] if the writer has ended.
-    // A person waits here and not a request, so that a stuck disk is waited for.
+    // A person waits here and not a request, so a stuck disk is waited for.
     pub async fn committed(&self, seq: u64) -> Result<(), ResolveError> {
         while self.safe(seq, 0).await.is_err() {
             if !self.is_written() {

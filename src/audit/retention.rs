@@ -45,7 +45,7 @@ pub struct Early {
 
 /// How long and up to which size a trail is kept.
 pub(super) struct Keeping {
-    /// How long records are kept at least, unless the trail is too large; `None`: for ever.
+    /// How long records are kept at least, unless the trail is too large; `None`: forever.
     retain: Option<Duration>,
     early: Option<Early>,
     /// When the last warning was logged that nothing may be removed, and whether a doubtful clock was the
@@ -179,12 +179,12 @@ impl Keeping {
     }
 }
 
-/// Returns the oldest segment if the one behind it begins with a record for which `is_old` holds; its arguments
+/// Returns the oldest segment if the one after it begins with a record for which `is_old` holds; its arguments
 /// are the number and the time of that record, in milliseconds since 1970. Never returns the last segment.
 ///
 /// Fails if a segment cannot be read.
-// All records of a segment are older than the first record of the next one, so that a look at one record is
-// enough. A changed record is skipped: its time may be forged to have a segment removed.
+// All records of a segment are older than the first record of the next one, so a look at one record is enough.
+// A changed record is skipped: its time may be forged to have a segment removed.
 pub(super) fn oldest(
     directory: &Path,
     keys: &Keys,

@@ -111,7 +111,7 @@ impl Audit {
             recover(options, keys.clone(), locked).map_err(fail)?;
         let shared = Arc::new(Shared::new(options, metrics, begun, unresolved));
         let clocks = writer.clocks.clone();
-        // A clock that is doubtful from the start is reported directly behind the event `start`, before any
+        // A clock that is doubtful from the start is reported directly after the event `start`, before any
         // request.
         clocks.look(&shared);
         if let Some(aside) = aside {
@@ -182,14 +182,13 @@ fn locked(directory: &Path, error: TryLockError) -> StartError {
 }
 
 /// Checks whether [`Audit::start`] would succeed if no other process held the lock. Changes nothing and takes
-/// no lock, so that it can run beside a gateway.
+/// no lock, so it can run beside a gateway.
 ///
 /// Fails with the error that the start would have, named at the same file.
 // `check` must return 0 exactly if `serve` would start. A full volume, a directory in the place of a file, and
 // a segment above the limit on file sizes were missed before. So every file that a start makes or opens is
-// checked here, also where there is no key yet.
-// A running gateway may remove a segment between the listing and the reading, so that the end is read twice if
-// need be.
+// checked here, also where there is no key yet. A running gateway may remove a segment between the listing and
+// the reading, so the end is read twice if need be.
 pub fn rehearse(options: &Options) -> Result<(), StartError> {
     init::check(&options.directory, options.key_file.as_deref(), options.must_exist)?;
     let fail = |error| start_error(&options.directory, error);
@@ -234,7 +233,7 @@ pub fn rehearse(options: &Options) -> Result<(), StartError> {
     look_for_room(options, &directory, &found).map_err(fail)
 }
 
-/// A lower bound, in bytes, of what a start writes beside the list of unresolved calls.
+/// A lower bound, in bytes, of what a start writes in addition to the list of unresolved calls.
 const LEAST_START: u64 = 384;
 
 /// Fails if a start could not write its own record, or, with durability `disk`, could not write the last
@@ -249,14 +248,14 @@ fn look_for_room(options: &Options, directory: &Directory, found: &Found) -> io:
         return Err(limit::explain(Errno::FBIG.into(), &name));
     }
     // After a crash the file still has the space that the writer reserved behind its records. A start uses that
-    // first, so that it may succeed on a full disk.
+    // first, so it may succeed on a full disk.
     let segment = fs::metadata(directory.path().join(name))?;
     // `st_blocks` counts units of 512 bytes, whatever the block size of the file system (stat(2)).
     let reserved = (segment.blocks() * 512).saturating_sub(length);
     look_for_space(directory.path(), 0, bytes.saturating_sub(reserved))
 }
 
-/// Whether a process holds the lock of a trail, so that its last line may be incomplete. Changes nothing in the
+/// Whether a process holds the lock of a trail, so its last line may be incomplete. Changes nothing in the
 /// directory.
 // Both locks are tried: older versions lock only the file.
 pub fn is_live(directory: &Path) -> bool {

@@ -215,7 +215,7 @@ struct Listed {
 /// wait for its lock.
 #[derive(Clone, Debug, Default)]
 pub struct UnresolvedList {
-    // Ids are UUIDv7, so that the order of ids is the order of time.
+    // Ids are UUIDv7, so the order of ids is the order of time.
     calls: BTreeMap<Uuid, Arc<UnresolvedCall>>,
     /// The last successes with their times in microseconds since 1970: their answers may have been on their way
     /// when the trail ended.
@@ -256,7 +256,7 @@ impl UnresolvedList {
             ("intent", Some(_)) => {
                 if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
                     // The state is set here and not read from the line: a contract once could name a member
-                    // `state`, so that a caller's body decided it.
+                    // `state`, so a caller's body decided it.
                     self.insert(UnresolvedCall { state: CallState::AtWork, ..call });
                 }
             }
@@ -330,8 +330,8 @@ impl UnresolvedList {
                     }
                 }
             }
-            // A gateway that is stopped in order waits for all answers, so that none is on its way. Events
-            // appended later, by a command, do not change that.
+            // A gateway that is stopped cleanly waits for all answers, so none is on its way. Events appended
+            // later, by a command, do not change that.
             ("stop", _) => self.on_their_way.clear(),
             (UNDELIVERED, Some(_)) => {
                 if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
@@ -375,8 +375,8 @@ impl UnresolvedList {
 
     /// Applies an outcome to a call that has been taken off the list.
     pub(super) fn finish(&mut self, call: UnresolvedCall, outcome: Outcome) {
-        // After `not_sent`, `failed` or `refused` the repetition was not done, so that the first call must go
-        // on to block equal ones.
+        // After `not_sent`, `failed` or `refused` the repetition was not done, so the first call must go on to
+        // block equal ones.
         if let Some(forced) = call.forced
             && matches!(outcome, Outcome::Unknown | Outcome::Succeeded)
         {
@@ -414,7 +414,7 @@ impl UnresolvedList {
         match result {
             Resolution::Done => self.insert(UnresolvedCall { state: CallState::Done, ..call }),
             Resolution::NotDone => {
-                // The repetition was not done, so that the call that it repeated must block equal ones again.
+                // The repetition was not done, so the call that it repeated must block equal ones again.
                 if let Some(first) = call.forced.and_then(|first| self.calls.get_mut(&first)) {
                     Arc::make_mut(first).superseded = false;
                 }
@@ -423,7 +423,7 @@ impl UnresolvedList {
     }
 
     /// Applies the end of the process that wrote the trail. Calls without an outcome become unknown. If the
-    /// process was not stopped in order, its last successes become presumed undelivered. Returns the ids of the
+    /// process was not stopped cleanly, its last successes become presumed undelivered. Returns the ids of the
     /// calls that had no outcome.
     pub(super) fn close(&mut self) -> Vec<Uuid> {
         for (_, call) in std::mem::take(&mut self.on_their_way) {

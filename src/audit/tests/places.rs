@@ -116,7 +116,7 @@ async fn a_start_resumes_a_segment_that_was_copied_back() {
     assert_eq!(segments(folder.path()).unwrap().len(), 1);
 }
 
-// Nothing is written meanwhile, so that only the check of each second can notice it.
+// Nothing is written meanwhile, so only the check of each second can notice it.
 #[tokio::test]
 async fn at_rest_a_lost_segment_is_noticed_within_a_second() {
     let folder = TempDir::new().unwrap();
