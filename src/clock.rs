@@ -164,6 +164,7 @@ pub fn boot_id() -> Option<Uuid> {
 }
 
 /// Whether a time namespace with these offsets has a boot time of its own.
+// `CLOCK_BOOTTIME` of such a process cannot be compared with that of another one, though both are of one boot.
 fn has_own_boottime(offsets: &str) -> bool {
     let boottime = offsets.lines().find_map(|line| line.strip_prefix("boottime"));
     boottime.is_some_and(|offset| offset.split_whitespace().any(|part| part != "0"))

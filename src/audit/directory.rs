@@ -44,8 +44,9 @@ impl Identity {
 /// A file that a name in the directory leads to.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
+    /// Which file it is.
     pub(super) identity: Identity,
-    /// In bytes.
+    /// Its length in bytes.
     pub(super) length: u64,
 }
 

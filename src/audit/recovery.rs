@@ -208,7 +208,7 @@ fn read_segments(
 ) -> io::Result<Found> {
     if let Statement::Of(stated) = statement {
         found.expected = Some(stated.last);
-        // One that lies before what is read is not looked for.
+        // A start reads the end only. A record before that cannot be found, and its absence means nothing.
         found.is_reached = stated.last.seq <= found.seq;
     }
     for (index, path) in segments.iter().enumerate() {

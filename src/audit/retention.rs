@@ -74,7 +74,9 @@ pub(super) struct Old {
 /// A record's place in the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
+    /// The number of the record.
     pub(super) seq: u64,
+    /// Its hash, which the next record contains as `prev`.
     pub(super) hash: Hash,
 }
 
@@ -101,6 +103,7 @@ struct Said<'a> {
 }
 
 impl Keeping {
+    /// The bounds that the options set.
     pub(super) fn new(options: &Options) -> Self {
         // Records within the window are the memory of deduplication. They are kept even if `retain` is shorter.
         let at_least = |time: Duration| time.max(options.window);

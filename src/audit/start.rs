@@ -104,7 +104,7 @@ impl Audit {
         let locked = lock_file(directory)?;
         // One fsync of the directory makes the names of the key, of the lock file and of all segments durable.
         if options.durability == Durability::Disk {
-            locked.directory.sync().map_err(fail)?; // the key's name, the lock's, and the segments'
+            locked.directory.sync().map_err(fail)?;
         }
         let keys = Arc::new(keys);
         let Recovered { writer, begun, unresolved, damage } =
@@ -154,7 +154,7 @@ pub(super) fn lock(directory: &Directory) -> Result<(), StartError> {
 pub(super) struct Locked {
     pub(super) directory: Directory,
     lock: Lock,
-    /// What the lock file says.
+    /// What the lock file states about the trail.
     statement: Statement,
 }
 

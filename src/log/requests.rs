@@ -22,6 +22,8 @@ const FULL: u64 = 10;
 const SECOND: Duration = Duration::from_secs(1);
 
 static MODE: AtomicU8 = AtomicU8::new(LogRequests::Off as u8);
+// Under a lock and not per worker: the bound is for the process, and only failures get here unless all requests
+// are logged.
 static FOLDS: LazyLock<Mutex<Folds>> = LazyLock::new(Mutex::default);
 
 /// A request that has ended.

@@ -202,7 +202,7 @@ async fn a_lost_closed_segment_is_recorded_once() {
     assert_eq!(of(&all[1])["what"], "a closed segment was moved or deleted");
     assert_eq!(of(&all[2])["what"], "another file took the place of a closed segment");
     assert_eq!(files_lost(&audit), [0, 3]);
-    // Each second it is looked again; the control is one that is lost later.
+    // The control: the check of the next second notices one that is lost later.
     fs::remove_file(&all[3]).unwrap();
     wait_for_gaps(folder.path(), 4);
     audit.close();
