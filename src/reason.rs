@@ -22,7 +22,7 @@ use crate::plain;
 use crate::secret::needles::Needles;
 use crate::trouble::{LastTrouble, Trouble};
 
-/// The longest text that is shown, in bytes.
+/// How many bytes of a text are shown.
 const MAX_TEXT: usize = 256;
 
 impl Cause {
@@ -246,8 +246,8 @@ impl Failures {
     }
 }
 
-/// Returns the text of a reason for operators: one line, escaped, of at most 256 bytes. If it contains one of
-/// the secrets, it is replaced as a whole.
+/// Returns the text of a reason for operators: one line, cut after 256 bytes and then escaped. If it contains
+/// one of the secrets, it is replaced as a whole.
 // The search comes before the cut: a secret that the cut divides would not be found, and its first part be
 // shown.
 pub fn shown<'a>(reason: &Reason, needles: impl IntoIterator<Item = &'a Needles>) -> String {

@@ -86,8 +86,8 @@ impl Loss {
     }
 }
 
-/// Eight hex digits that stand for some texts. Not a secret and not collision-resistant: it protects against
-/// mistakes, not against attacks.
+/// Eight hex digits that stand for some texts. They protect against mistakes and not against attacks: 32 bits
+/// are not collision-resistant.
 fn word(texts: impl IntoIterator<Item = impl AsRef<[u8]>>) -> String {
     let mut hash = Sha256::new();
     for text in texts {
@@ -206,8 +206,8 @@ impl<'a> ChainCheck<'a> {
 
     /// Takes note of a proven event: of one that records damage or the acceptance of a loss. `name` is the name
     /// of the event.
-    // The words of accepted faults are collected and applied at the end, since an acceptance is always behind
-    // the faults that it names.
+    // The words of accepted faults are collected here and applied at the end: an acceptance comes after the
+    // faults that it names.
     pub(crate) fn event(&mut self, number: usize, name: &str, line: &[u8]) {
         if name == ACCEPTED {
             self.accepted.extend(accepted(line));

@@ -255,7 +255,7 @@ fn look_for_room(options: &Options, directory: &Directory, found: &Found) -> io:
     look_for_space(directory.path(), 0, bytes.saturating_sub(reserved))
 }
 
-/// Whether a process holds the lock of a trail, so its last line may be incomplete. Changes nothing in the
+/// Whether a process holds the lock of a trail. Its last line may be incomplete then. Changes nothing in the
 /// directory.
 // Both locks are tried: older versions lock only the file.
 pub fn is_live(directory: &Path) -> bool {

@@ -37,11 +37,13 @@ pub(crate) const RESOLUTION: &str = "resolution";
 /// All events that change the list while a gateway runs.
 pub(super) const EVENTS: [&str; 4] = [LIST, UNDELIVERED, DELIVERED, RESOLUTION];
 
-/// The time within which an answer leaves after its outcome was recorded, in microseconds.
-// An answer with a key waits for the commit of its outcome, which takes at most as long as that of an intent.
+/// The time within which an answer counts as on its way after its outcome was recorded, in microseconds.
+// An answer with a key waits for the commit of its outcome. A writer that is well commits it within the
+// deadline of an intent, which is this long.
 const DELIVERY: i64 = 250_000;
 
-/// The largest number of answers that can be on their way when a process is killed.
+/// The largest number of answers that count as on their way when a process is killed: as many as requests can
+/// be in flight by default.
 const ON_THEIR_WAY: usize = 1024;
 
 /// The largest number of calls on the list that are only presumed undelivered.
@@ -110,7 +112,7 @@ pub enum CallState {
     AtWork,
     /// Its outcome is unknown: it may have been done or not.
     Unknown,
-    /// It succeeded, and its caller was disconnected before the answer.
+    /// It succeeded, and its caller had disconnected before the answer.
     Undelivered,
     /// Its outcome was unknown, and a person found that it is done.
     Done,
