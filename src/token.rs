@@ -1,8 +1,10 @@
-//! Stage 6: a usable token from the slot of the route's credential.
+//! Stage 6: caches one access token per credential and fetches it by single flight.
 //!
-//! One slot per credential, read without a lock. One task per credential, on the background runtime,
-//! fetches; all waiters share what it brings, and a caller that goes away cancels nothing. Guarantees that a
-//! token whose life is over is never handed out, and that two fetches are never closer than a second.
+//! Requests read a [`Slot`] without a lock. One task per credential, on the background runtime, is the only caller of the token
+//! endpoint. All requests that wait share its next fetch, and a caller that disconnects does not cancel it.
+//!
+//! An expired token is never returned, and two fetches begin at least one second apart. A token is not stored on disk: a restart
+//! fetches a new one. Whether the upstream still accepts a token is not checked here; the exchange reports a refusal.
 
 mod contest;
 mod endpoint;
@@ -38,10 +40,10 @@ pub(crate) use pair::header as app_key_header;
 use pair::{Pair, Sources};
 use schedule::{End, Held, Moment, Plan};
 
-/// Tells the audit trail of a change.
+/// Reports an event of one credential, by name and members, to the audit trail.
 pub type Events = Box<dyn Fn(&'static str, Map<String, Value>) + Send + Sync>;
 
-/// A token and the app key that it belongs to, ready to be injected. Cannot be printed. Cheap to clone.
+/// A token and its app key as header values. `Debug` shows the generation only. A clone costs one reference count.
 #[derive(Clone)]
 pub struct Token(Arc<Parts>);
 
@@ -50,12 +52,13 @@ struct Parts {
     app_key: HeaderValue,
     generation: u64,
     needles: Needles,
-    /// The head of all requests that are sent with it.
+    /// The headers that all requests with this token share, built at first use.
     head: OnceLock<HeaderMap>,
 }
 
 impl Token {
     fn new(authorization: HeaderValue, pair: &Pair, generation: u64) -> Self {
+        // A reply may quote the token without its scheme, so the scheme is not searched for.
         let token = authorization.as_bytes();
         let token = token.strip_prefix(SCHEME.as_bytes()).unwrap_or(token);
         let needles = Needles::new([token, pair.app_key.expose(), pair.app_secret.expose()]);
@@ -63,27 +66,27 @@ impl Token {
         Self(Arc::new(Parts { authorization, app_key, generation, needles, head: OnceLock::new() }))
     }
 
-    /// The token, its app key and its app secret, as something to look for in what the other side says.
+    /// The token, app key and app secret, for the search for quoted secrets in replies.
     pub fn needles(&self) -> &Needles {
         &self.0.needles
     }
 
-    /// What `make` makes, the first time.
+    /// Returns the headers cached with this token. Only the first call runs `make`, so every caller must build the same ones.
     pub fn head(&self, make: impl FnOnce() -> HeaderMap) -> &HeaderMap {
         self.0.head.get_or_init(make)
     }
 
-    /// `Bearer …`, marked sensitive.
+    /// The value of `Authorization`: `Bearer` and the token, marked sensitive.
     pub fn authorization(&self) -> &HeaderValue {
         &self.0.authorization
     }
 
-    /// The app key, marked sensitive.
+    /// The value of `x-app-key`, marked sensitive.
     pub fn app_key(&self) -> &HeaderValue {
         &self.0.app_key
     }
 
-    /// Counts the different tokens of this process, from 1.
+    /// The number of this token among those of its credential since the start, from 1.
     pub fn generation(&self) -> u64 {
         self.0.generation
     }
@@ -95,59 +98,59 @@ impl fmt::Debug for Token {
     }
 }
 
-/// Why there is no token.
+/// Why a request gets no token.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum TokenError {
-    /// None came within `token.wait`.
+    /// No token came within `token.wait`, or the endpoint named a time of the next call that is later.
     #[error("no token came in time")]
     Unavailable {
-        /// Why the last fetch brought none; that it takes too long, if none has ended.
+        /// Why the last fetch failed; [`Cause::Timeout`] if it did not, or none has ended.
         cause: Cause,
-        /// When to come back.
+        /// The value of `Retry-After`.
         retry_after: Duration,
     },
-    /// The endpoint refuses the credential.
+    /// The endpoint refuses the app key or the app secret, and the pause after that refusal is not over.
     #[error("the endpoint refuses the credential")]
     CredentialRefused {
-        /// When it is asked again.
+        /// The rest of that pause: the value of `Retry-After`.
         retry_after: Duration,
     },
 }
 
-/// Why there is no other token than a refused one.
+/// Why [`Slot::replace`] found no other token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoOther {
-    /// The endpoint handed the same token out again.
+    /// The endpoint returned the refused token again.
     Same,
-    /// No fetch brought one: why the last one did not.
+    /// No fetch brought a token, for this cause.
     Failed(Cause),
 }
 
-/// Why a slot could not be made.
+/// Why a slot could not be created.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// A pair that cannot be read or used.
+    /// The app key or the app secret of the named credential cannot be read or used.
     #[error("credential {0}: {1}")]
     Pair(String, PairError),
-    /// The endpoint's name or TLS.
+    /// The endpoint's host is not a server name.
     #[error(transparent)]
     Tls(#[from] TlsError),
 }
 
-/// What `/status` and `/readyz` tell of a slot.
+/// The state of a slot in `/status` and `/readyz`. Holds no secret.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
     /// The credential's name.
     pub name: String,
-    /// Whether there ever was a token.
+    /// Whether a fetch has succeeded since the start.
     pub had_token: bool,
-    /// The present token's generation, 0 for none.
+    /// The generation of the last token; 0 before the first.
     pub generation: u64,
-    /// How long it may still be used.
+    /// The whole seconds for which that token may still be sent; `None` once it has expired.
     pub seconds_left: Option<u64>,
-    /// The last fetch that failed.
+    /// The last failure of fetches; its `over` is set once a fetch succeeds.
     pub last_error: Option<Trouble>,
-    /// Somebody else ends this gateway's tokens by fetching others.
+    /// The last contest: another client's fetches with the same app key ended this gateway's tokens.
     pub contested: Option<Trouble>,
 }
 
@@ -156,43 +159,46 @@ pub struct Slot {
     name: String,
     wait: Duration,
     live: ArcSwapOption<Live>,
-    /// Requests that wait for a token.
+    /// The number of requests that wait for a token.
     waiting: AtomicUsize,
+    /// Wakes the fetcher. It stores one permit, so a wake-up during a fetch is not lost.
     wake: Notify,
-    /// Its lock makes a fetch's end and a token's retirement one step each.
+    /// Its lock makes the end of a fetch one step, and a token's retirement another.
     fetches: watch::Sender<Fetches>,
-    /// The last fetch that failed, with its text.
     last_error: LastTrouble,
     contested: LastTrouble,
-    /// The newest generation that somebody else ended.
+    /// The newest generation that another client's fetch ended.
     ended: AtomicU64,
+    /// `None` once [`Slot::run`] has taken it.
     fetcher: Mutex<Option<Fetcher>>,
 }
 
-/// How the fetches stand. What they bring wakes the waiters.
+/// The state of the fetches. A change wakes the requests that wait.
 #[derive(Clone, Copy, Debug, Default)]
 struct Fetches {
+    /// The number of the last fetch that began, from 1.
     begun: u64,
+    /// The number of the last fetch whose end answers waiting requests. A failed trial usually answers none.
     ended: u64,
     held: Option<Held>,
-    /// Why the last one failed, if it did.
+    /// Why the last fetch failed; `None` after a success.
     failed: Option<Cause>,
     had_token: bool,
 }
 
-/// A token in use.
+/// The token of a slot with its life.
 struct Live {
     token: Token,
     lifetime: Duration,
     plan: Plan,
     sent: Moment,
-    /// When it stops being sent, by either clock.
+    /// When it is no longer sent, by either clock.
     end: End,
-    /// From sending the request to having the answer.
+    /// The time from sending the request for it to reading the reply.
     took: Duration,
-    /// The upstream refused it, and no fetch has looked into that yet.
+    /// The upstream refused it, and no fetch has ended since.
     retired: AtomicBool,
-    /// It had worked where it was refused, and no fetch of this gateway can have ended it.
+    /// The route that refused it had accepted it before, and no fetch of this gateway can have ended it.
     had_worked: AtomicBool,
 }
 
@@ -224,7 +230,7 @@ impl fmt::Debug for Slot {
 }
 
 impl Slot {
-    /// A slot without a token. [`Slot::run`] fills it.
+    /// Creates a slot without a token, which [`Slot::run`] fills. Reads the app key and secret, and fails if they cannot be used.
     pub fn new(
         credential: &config::Credential,
         token: &config::Token,
@@ -266,7 +272,7 @@ impl Slot {
         &self.name
     }
 
-    /// The one task of this credential. Runs until its runtime ends; a second call returns at once.
+    /// Runs the fetching task of this credential until its runtime ends. A second call returns at once.
     pub async fn run(self: Arc<Self>) {
         let fetcher = self.fetcher.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(fetcher) = fetcher {
@@ -274,28 +280,33 @@ impl Slot {
         }
     }
 
-    /// A usable token: at once if there is one, else as soon as a fetch brings it, within `token.wait`.
+    /// Returns a usable token: at once if the slot has one, else as soon as a fetch brings one. Waits at most `token.wait`; fails
+    /// sooner if a refused credential or the endpoint's `Retry-After` rules out a fetch in that time. Cancellation safe.
     pub async fn token(&self) -> Result<Token, TokenError> {
         if let Some(token) = self.current() {
             return Ok(token);
         }
+        // Boxed, so that the rare wait does not enlarge the future of every request.
         Box::pin(self.wait_for_token()).await
     }
 
-    /// The last token, whether it may be sent or not.
+    /// The last token, though it may be expired or refused: to search replies for it, not to send it.
     pub fn last_token(&self) -> Option<Token> {
         self.live.load().as_ref().map(|live| live.token.clone())
     }
 
-    /// Another token than the refused one, if one can be had. All who ask at once share one fetch, and one
-    /// that is under way is as good. `had_worked`: it had worked where it is refused now, and [`Slot::has_left_alone`] held then.
+    /// Returns a token newer than generation `refused`, which the upstream refused. Concurrent calls share one fetch, even one
+    /// that is under way. Waits at most `token.wait`; cancellation safe. `had_worked`: the route had accepted the refused token
+    /// before, and [`Slot::has_left_alone`] was true when the refusal came.
     pub async fn replace(&self, refused: u64, had_worked: bool) -> Result<Token, NoOther> {
         let deadline = Instant::now() + self.wait;
         let mut fetches = self.fetches.subscribe();
+        // Counted before the wake-up: the fetcher tells by the count whether the fetch is urgent.
         let _waiting = Waiting::new(&self.waiting);
         let looked_into = self.retire(refused, had_worked, deadline);
         self.wake.notify_one();
         loop {
+            // Read before the slot: a fetch that ends in between then counts as a change, and the wait below returns at once.
             let Fetches { ended, failed, .. } = *fetches.borrow_and_update();
             let none = NoOther::Failed(failed.unwrap_or(Cause::Timeout));
             if let Some(token) = self.newer(refused) {
@@ -311,26 +322,27 @@ impl Slot {
         }
     }
 
-    /// Whether no fetch of this gateway, done or under way, can have ended a token of this generation.
+    /// Whether no fetch of this gateway, ended or under way, can have ended a token of this generation at the endpoint.
     pub fn has_left_alone(&self, generation: u64) -> bool {
-        let fetches = self.fetches.borrow(); // holds up the end of a fetch
+        // The lock is held to the end, so that no fetch replaces the token between the two reads.
+        let fetches = self.fetches.borrow();
         let live = self.live.load();
         fetches.begun == fetches.ended
             && live.as_ref().is_some_and(|live| live.token.generation() == generation)
     }
 
-    /// A call was refused with a token of this generation, which had worked and was left alone, and succeeded with another one.
+    /// Reports that a call which was refused with this generation succeeded with another. Only where `had_worked` was true.
     pub fn was_ended(&self, generation: u64) {
         self.ended.fetch_max(generation, Ordering::Relaxed);
         self.wake.notify_one();
     }
 
-    /// A token of a later generation, if there is one already. Fetches nothing.
+    /// Returns the present token if it is usable and of a later generation. Causes no fetch.
     pub fn newer(&self, generation: u64) -> Option<Token> {
         self.current().filter(|token| token.generation() > generation)
     }
 
-    /// How things stand, without any secret.
+    /// The state for `/status` and `/readyz`.
     pub fn status(&self) -> Status {
         let fetches = *self.fetches.borrow();
         let live = self.live.load();
@@ -345,22 +357,23 @@ impl Slot {
         }
     }
 
-    /// A token that may be sent now: alive, and not just refused.
+    /// The token if it may be sent now: neither expired nor retired.
     fn current(&self) -> Option<Token> {
         let live = self.live.load();
         live.as_ref().filter(|live| live.is_usable() && !live.is_retired()).map(|live| live.token.clone())
     }
 
-    /// A token that lives, refused or not.
+    /// The token if it has not expired, retired or not.
     fn usable(&self) -> Option<Token> {
         let live = self.live.load();
         live.as_ref().filter(|live| live.is_usable()).map(|live| live.token.clone())
     }
 
-    /// Takes a generation out of use until a fetch has looked into it, and tells which one will. With no
-    /// fetch to come before `deadline` it stays: nothing better can be had.
+    /// Retires generations up to `refused` until the next fetch ends, and returns that fetch's number. Returns `None` and changes
+    /// nothing if back-off rules out a fetch before `deadline`: the refused token is then better than none.
     fn retire(&self, refused: u64, had_worked: bool, deadline: Instant) -> Option<u64> {
         let mut looked_into = None;
+        // For its lock only: no fetch may end between the choice of its number and the mark on the token.
         self.fetches.send_if_modified(|fetches| {
             let now = Instant::now();
             if fetches.held.is_none_or(|held| !held.is_hopeless(now, deadline)) {
@@ -370,6 +383,7 @@ impl Slot {
                 {
                     live.had_worked
                         .fetch_or(had_worked && live.token.generation() == refused, Ordering::Relaxed);
+                    // Last: the fetcher reads `had_worked` only once it sees this.
                     live.retired.store(true, Ordering::Release);
                 }
             }
@@ -391,6 +405,7 @@ impl Slot {
                 return Ok(token);
             }
             let now = Instant::now();
+            // Fails now rather than after the whole wait, which no fetch can end.
             if let Some(Held { until, refused }) = held.filter(|held| held.is_hopeless(now, deadline)) {
                 let retry_after = until - now;
                 return Err(if refused {
@@ -412,7 +427,8 @@ impl Slot {
     fn fetch_begins(&self) {
         self.fetches.send_if_modified(|fetches| {
             fetches.begun += 1;
-            false // nobody waits for a beginning
+            // No request waits for the beginning of a fetch.
+            false
         });
     }
 
@@ -433,8 +449,7 @@ impl Slot {
         });
     }
 
-    /// A trial's failure says nothing of the pair in use: whoever waits for that goes on waiting, unless it
-    /// is held back.
+    /// Records that a changed pair brought no token. Requests go on waiting for the pair in use, unless both are held back.
     fn trial_failed(&self, held: Option<Held>) {
         self.fetches.send_modify(|fetches| {
             fetches.held = held;
@@ -449,7 +464,7 @@ impl Slot {
         self.fetches.send_modify(|fetches| fetches.held = held);
     }
 
-    /// The refusal was looked into; without a new token the old one is used on.
+    /// Lets a retired token be used again: no other can be had, and the refusal may have another cause than the token.
     fn put_back(&self) {
         if let Some(live) = &*self.live.load() {
             live.retired.store(false, Ordering::Release);

@@ -1,9 +1,12 @@
-//! The one fetching task of a credential: fetches first thing, refreshes ahead, backs off, tries changed
-//! secrets. Only this task calls the endpoint and puts tokens into the slot.
+//! The fetching task of a credential: single flight, exponential back-off and secret rotation.
 //!
-//! A changed pair is tried beside the old one, each on a schedule of its own: a trial that fails, in whatever
-//! way, neither delays nor ends the old pair's refreshes. It goes on being tried as a refused pair is,
-//! since the cloud may learn of a new secret later than the gateway.
+//! It fetches at the start, refreshes the token before its end and after a refusal by the upstream, and backs off after a
+//! failure. It is the only caller of the token endpoint and the only writer of the slot's token.
+//!
+//! A pair is an app key with its app secret. When the files change, the new pair is tried beside the pair in use, each on its
+//! own schedule: a trial that fails neither delays nor ends the refreshes of the pair in use. A refused trial is repeated after
+//! the same pauses as any refused pair, since the cloud may learn of a new secret later than the gateway. Only a trial that
+//! brought a token replaces the pair in use.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -24,53 +27,57 @@ use crate::reason::{Reason, shown};
 use crate::secret::needles::{Needles, SHORTEST};
 use crate::watched::{Noticed, POLL, SETTLE, Watched};
 
-/// A token that is handed out again this long after its end is taken as a new one: that server has no other.
+/// How long after its end a token that the endpoint returns again is still the old one. Later it counts as a new token with a new
+/// life: such a server has no other.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// A server that restates what is left of a token's life rounds it down to whole seconds.
+/// A stated rest of a token's life may be this much too short: servers round it down to whole seconds.
 const ROUNDING: Duration = Duration::from_secs(1);
 
-/// What only the fetching task knows.
+/// The state of the fetching task.
 pub(super) struct Fetcher {
     pub(super) endpoint: Endpoint,
     pub(super) secrets: Secrets,
-    /// The pair in use.
+    /// The pair in use: the last one that brought a token, or the one of the start.
     pub(super) proven: Candidate,
-    /// A changed pair that has not proved itself.
+    /// A changed pair that has not brought a token yet.
     pub(super) trial: Option<Candidate>,
+    /// When the last fetch began, with either pair.
     pub(super) last_begun: Option<Instant>,
     pub(super) generation: u64,
-    /// It was told that a token is too short to be looked for in replies.
+    /// Whether the log has the warning that a token is too short to be searched for in replies.
     pub(super) told_short: bool,
     pub(super) contest: Contest,
     pub(super) metrics: Metrics,
-    /// What came of the last change of the secrets.
+    /// The result of the last change of the secrets, for `/status` and metrics.
     pub(super) change: Change,
-    /// Why the files could not be read, or held no usable pair, when they were last looked at.
+    /// Why the last check of the files found no usable pair; `None` if it found one.
     pub(super) unusable: Option<String>,
     pub(super) events: Events,
 }
 
-/// The files of a pair. They are looked at on a thread of their own, so that no file that hangs delays a fetch.
+/// The files of a pair, read on a thread of their own: a dead mount would otherwise stop the refreshes.
 pub(super) struct Secrets {
     watched: Aside<Watched<Pair, PairError>, Noticed<Pair, PairError>>,
+    /// When the files are checked next.
     due: Instant,
 }
 
-/// A pair and when it may be tried.
+/// A pair with its own back-off.
 pub(super) struct Candidate {
     pair: Pair,
     pub(super) retry: Retry,
     without_token: WithoutToken,
-    /// What the audit trail was told of this trial.
+    /// The last result of this trial on record: a result that repeats is recorded once.
     told: Option<&'static str>,
-    /// Why the last call with it brought no token, while it is on trial.
+    /// Why the last trial brought no token. Shown again when a file that could not be read is back.
     refused: Option<String>,
 }
 
-/// The next fetch.
+/// When the next fetch is due, and with which pair.
 pub(super) struct Next {
     pub(super) at: Instant,
+    /// With the changed pair.
     pub(super) is_trial: bool,
 }
 
@@ -84,19 +91,22 @@ impl Candidate {
 impl Fetcher {
     /// Runs until its runtime ends.
     pub(super) async fn run(mut self, slot: &Slot) {
-        // Secrets that hang are no reason to keep the metric as it is.
+        // The gauge is set on a timer as well: while the secret files hang, no check of them ends, but the token may expire.
         let mut poll = Instant::now() + 2 * POLL;
         loop {
             if poll <= Instant::now() {
                 poll = Instant::now() + 2 * POLL;
                 self.tell_usable(slot);
             }
+            // Before `next`, which asks the contest how long a refused token is not replaced.
             self.look_at_contest(slot);
             let next = self.next(slot);
             if next.at <= Instant::now() {
+                // Awaited outside of `select!`, which would drop the call half-way at another event.
                 self.fetch(slot, next.is_trial).await;
                 continue;
             }
+            // Each wake-up computes `next` anew: a waiting request, or a changed pair, may have made a fetch due sooner.
             let noticed = tokio::select! {
                 () = sleep_until(next.at.min(poll)) => continue,
                 () = slot.wake.notified() => continue,
@@ -108,7 +118,8 @@ impl Fetcher {
         }
     }
 
-    /// Notices that somebody else ends the tokens of this gateway, and that it is over.
+    /// Detects the beginning and the end of a contest, in which another client's fetches end this gateway's tokens. Sets the
+    /// gauge and `/status`, and logs each of the two once.
     pub(super) fn look_at_contest(&mut self, slot: &Slot) {
         let gauge = self.metrics.contested.get_or_create_owned(&CredentialLabel::of(slot));
         if self.contest.was_ended(slot.ended.load(Ordering::Relaxed)) {
@@ -119,6 +130,7 @@ impl Fetcher {
         let live = slot.live.load();
         let Some(live) = live.as_ref() else { return };
         let (generation, age, refresh) = (live.token.generation(), live.age(), live.plan.refresh);
+        // A token that the route had never accepted, as for a service that is not purchased, says nothing of another client.
         let is_over = if live.is_retired() {
             live.had_worked.load(Ordering::Relaxed)
                 && self.contest.refused(generation, age, refresh, contest::pause(slot.wait, jitter()))
@@ -138,7 +150,7 @@ impl Fetcher {
         self.metrics.usable.get_or_create(&CredentialLabel::of(slot)).set(usable.into());
     }
 
-    /// When the next fetch is due: when there is reason for one, but not before the back-off allows it.
+    /// Returns the next fetch: due when there is a reason for one, but not before the pair's back-off and [`MIN_GAP`] allow it.
     pub(super) fn next(&self, slot: &Slot) -> Next {
         let now = Instant::now();
         let reason = match slot.live.load().as_ref() {
@@ -146,18 +158,22 @@ impl Fetcher {
             Some(_) => self.contest.not_before().unwrap_or(now),
             None => now,
         };
+        // Back-off gets shorter only if a request waits and no token can be sent. Then a longer pause would fail that request.
         let urgent = slot.current().is_none() && slot.is_awaited();
         let earliest = self.last_begun.map_or(now, |begun| begun + MIN_GAP);
         let allowed =
             |candidate: &Candidate| candidate.retry.at(urgent, self.last_begun).max(earliest).max(now);
         let proven = reason.max(allowed(&self.proven));
+        // A trial does not wait for the next refresh: a wrong secret would go unnoticed until the token ends.
         match self.trial.as_ref().map(allowed) {
             Some(trial) if trial <= proven => Next { at: trial, is_trial: true },
             _ => Next { at: proven, is_trial: false },
         }
     }
 
+    /// Calls the endpoint once and takes the result into the slot. `is_trial`: with the changed pair, if there is one.
     pub(super) async fn fetch(&mut self, slot: &Slot, is_trial: bool) {
+        // The life is counted from before the request: the endpoint issues the token at an unknown moment after that.
         let sent = Moment::now();
         self.last_begun = Some(sent.monotonic);
         slot.fetch_begins();
@@ -175,6 +191,7 @@ impl Fetcher {
 
     fn succeed(&mut self, slot: &Slot, fetched: Fetched, sent: Moment, is_trial: bool) {
         let adopted = self.trial.take_if(|_| is_trial).map(|trial| self.proven = trial).is_some();
+        // After the adoption above, so that it is the schedule of the pair that brought the token.
         self.proven.retry = Retry::new(sent.monotonic);
         if let Some(skew) = fetched.skew {
             self.metrics.skew.get_or_create(&CredentialLabel::of(slot)).set(skew);
@@ -185,28 +202,33 @@ impl Fetcher {
         };
         slot.fetch_succeeded(live, self.held());
         if adopted {
+            // A file that cannot be read now is the newer news: its error stays in `/status`.
             if self.unusable.is_none() {
                 self.change.accepted();
             }
-            self.tell(slot, "accepted"); // behind the deed: from here on no request takes the old token
+            // Recorded after the token is in the slot: a request behind this record must not take the token of the old pair.
+            self.tell(slot, "accepted");
         }
     }
 
-    /// Whether the server handed the token out again that it gave before.
+    /// Whether the endpoint returned the present token again, for the pair in use.
     fn is_same(&self, old: &Live, fetched: &Fetched) -> bool {
         let token = &old.token;
         *token.authorization() == fetched.authorization
             && *token.app_key() == self.proven.pair.header
-            && token.needles().are_of(&self.proven.pair.app_secret) // replies are searched for the present one
+            // With a changed secret it counts as new, so that replies are searched for the present secret.
+            && token.needles().are_of(&self.proven.pair.app_secret)
             && old.age() < old.lifetime + GRACE
     }
 
+    /// Makes the next generation of a fetched token.
     fn new_token(&mut self, slot: &Slot, fetched: Fetched, sent: Moment) -> Live {
         self.generation += 1;
         let generation = i64::try_from(self.generation).unwrap_or(i64::MAX);
         self.metrics.generation.get_or_create(&CredentialLabel::of(slot)).set(generation);
         let Fetched { authorization, lifetime, .. } = fetched;
         tracing::info!(credential = slot.name, generation, lifetime = lifetime.as_secs(), "new token");
+        // A short token would be found where nobody quoted it, so it is not searched for. Operators must know that, once.
         if authorization.len() < SCHEME.len() + SHORTEST && !std::mem::replace(&mut self.told_short, true) {
             tracing::warn!(
                 "the token of credential {} has fewer than {SHORTEST} bytes: replies that quote it are not noticed",
@@ -217,14 +239,17 @@ impl Fetcher {
         Live::new(token, lifetime, Plan::new(lifetime, jitter()), sent)
     }
 
+    /// Records a failed fetch with the pair in use.
     fn fail(&mut self, slot: &Slot, error: &FetchError) {
         let (reason, text) = self.said(error, slot);
         tracing::warn!(credential = slot.name, cause = %reason.cause, error = text, "no token");
+        // A retired token counts as usable here, unlike in `next`: this failure puts it back into use, so there is time.
         let urgent = slot.usable().is_none() && slot.is_awaited();
         self.proven.retry.failed(error.failure(), urgent, Instant::now(), jitter());
         slot.fetch_failed(reason.cause, text, self.held());
     }
 
+    /// Records a failed fetch with the changed pair, which stays on trial.
     fn fail_trial(&mut self, slot: &Slot, error: &FetchError) {
         let (reason, text) = self.said(error, slot);
         tracing::warn!(
@@ -247,9 +272,10 @@ impl Fetcher {
         self.tell(slot, if failure == Failure::Refused { "refused" } else { "postponed" });
     }
 
-    /// Why a fetch failed, and what is shown of it: nothing that quotes either pair or the token.
+    /// Returns the reason of a failed fetch, and its text for log and `/status`, which quotes neither pair nor the token.
     fn said(&self, error: &FetchError, slot: &Slot) -> (Reason, String) {
         let reason = error.reason();
+        // Both pairs: an endpoint, or a proxy before it, may quote the one that an earlier call sent.
         let pairs = [Some(&self.proven), self.trial.as_ref()].into_iter().flatten();
         let pairs: Vec<_> = pairs
             .map(|Candidate { pair, .. }| {
@@ -261,16 +287,18 @@ impl Fetcher {
         (reason, text)
     }
 
-    /// What no request can shorten: each pair is held back.
+    /// Returns until when no fetch is made, whoever waits. `None` if at least one of the pairs may be tried.
     fn held(&self) -> Option<Held> {
         let proven = self.proven.retry.held()?;
         let Some(trial) = &self.trial else { return Some(proven) };
+        // The sooner of the two ends the pause. Whether it is a refusal is the word of the pair in use, which callers depend on.
         let until = trial.retry.held()?.until.min(proven.until);
         Some(Held { until, refused: proven.refused })
     }
 
-    /// Says what became of a changed secret, once for each result.
+    /// Counts and records the result of a trial, unless it is the same as the last one.
     fn tell(&mut self, slot: &Slot, result: &'static str) {
+        // An accepted trial has become the pair in use by now.
         let candidate = self.trial.as_mut().unwrap_or(&mut self.proven);
         if candidate.told.replace(result) != Some(result) {
             self.metrics.reloads.get_or_create(&ResultLabels::of(slot, result)).inc();
@@ -278,18 +306,20 @@ impl Fetcher {
         }
     }
 
-    /// Waits for the next look at the pair, and takes it if it has changed.
+    /// Waits for the next check of the files, and puts a changed pair on trial.
     #[cfg(test)]
     pub(super) async fn notice_secrets(&mut self, slot: &Slot) {
         let noticed = self.secrets.next().await;
         self.notice(slot, noticed);
     }
 
+    /// Takes the result of a check of the files.
     fn notice(&mut self, slot: &Slot, noticed: Result<Noticed<Pair, PairError>, Hangs>) {
         match noticed {
+            // Read once only: the files of a pair are written one after the other, so this may be a mixed or half-written pair.
             Ok(Noticed::Settling) => {}
             Ok(Noticed::Nothing) => {
-                // What could not be read is what it was: in use, or on trial as before.
+                // The files can be read again and hold the known pair, so what they were before the error is reported again.
                 if self.unusable.take().is_some() {
                     match &self.trial {
                         None => self.change.accepted(),
@@ -302,18 +332,21 @@ impl Fetcher {
             Ok(Noticed::Changed(pair)) => {
                 self.unusable = None;
                 tracing::info!(credential = slot.name, "the secret changed");
+                // An operator has acted: a pair that was refused may be accepted now, even if the files hold the pair in use
+                // again.
                 self.proven.retry.forget_refusals(Instant::now());
                 self.proven.without_token = WithoutToken::default();
                 self.trial = (pair != self.proven.pair).then(|| Candidate::new(pair));
                 if self.trial.is_none() {
                     self.change.accepted();
                 }
+                // From here on requests wait for a fetch again, instead of failing at once because of the old refusal.
                 slot.fetches_are_held(self.held());
             }
         }
     }
 
-    /// Each reason is told once, and again when another one was told in between.
+    /// Reports why the files hold no usable pair. A reason that repeats at the next checks is reported once.
     fn tell_unusable(&mut self, slot: &Slot, error: String) {
         if self.unusable.as_ref() == Some(&error) {
             return;
@@ -325,7 +358,9 @@ impl Fetcher {
 }
 
 impl Secrets {
+    /// Watches the files of these sources; `known` is what they hold.
     pub(super) fn new(sources: Sources, known: Pair) -> Self {
+        // Nobody can change the environment of a running process, so only files are watched.
         let file = |source: &SecretSource| match source {
             SecretSource::File(path) => Some(path.clone()),
             SecretSource::Env(_) => None,
@@ -335,10 +370,12 @@ impl Secrets {
         Self { watched: Aside::new(watched), due: Instant::now() + POLL }
     }
 
-    /// The next look at them, when it is due. Can be cancelled.
+    /// Waits until the next check is due and returns its result. Cancellation safe: the thread that reads goes on, and the next
+    /// call takes its result.
     async fn next(&mut self) -> Result<Noticed<Pair, PairError>, Hangs> {
         sleep_until(self.due).await;
         let noticed = self.watched.run(Watched::look).await?;
+        // Two equal readings must follow each other soon, so that a change takes about a second and not two.
         let wait = if matches!(noticed, Noticed::Settling) { SETTLE } else { POLL };
         self.due = Instant::now() + wait;
         Ok(noticed)
@@ -346,8 +383,11 @@ impl Secrets {
 }
 
 impl Live {
-    /// The same token once more. It keeps its earlier end, and is used up to it: that server has no other.
+    /// Returns the life of a token that the endpoint returned again, with `lifetime`, for a request of `sent`. It ends no later
+    /// than before and is used to its very end, since that server has no other token until then.
     pub(super) fn to_the_end(&self, lifetime: Duration, sent: Moment) -> Self {
+        // Some servers state the full lifetime each time, some the rest of it. Only a rest that is clearly shorter ends it
+        // earlier.
         let restated = self.sent.age(sent) + lifetime + ROUNDING;
         let lifetime = if restated < self.lifetime { restated - ROUNDING } else { self.lifetime };
         let plan = Plan::to_the_end(lifetime, self.took);
@@ -363,10 +403,10 @@ impl Live {
     }
 }
 
-/// A number from 0 to 1.
+/// Returns a random number from 0 to 1; 0 if the kernel has no randomness.
 fn jitter() -> f64 {
     let mut bytes = [0; 4];
-    // Without randomness all gateways would refresh at once, which is no reason to refuse work.
+    // The error is ignored: without jitter many gateways would refresh at the same time, which is no reason to stop fetching.
     let _ = getrandom(&mut bytes, GetRandomFlags::empty());
     f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
 }

@@ -1,4 +1,6 @@
-//! The timing rules of a token's life, as pure functions.
+//! When to fetch a token and how long to send it: refresh ahead, exponential back-off with full jitter, expiry by two clocks.
+//!
+//! Pure rules: they fetch nothing, hold no lock and do not wait. The fetching task applies them.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,42 +9,48 @@ use tokio::time::Instant;
 use crate::backoff::after_refusals;
 use crate::clock;
 
-/// Two fetches are never closer than this.
+/// The least time between the beginnings of two fetches of one credential.
+// The vendor documents no rate limit for the token endpoint, and a sibling API locks an address out after many bad attempts.
 pub(super) const MIN_GAP: Duration = Duration::from_secs(1);
 
-/// Requests that wait make the next try come at most this long after the earliest allowed moment.
+/// While requests wait, the next fetch is due at most this long after [`MIN_GAP`] is over, however long the back-off is.
 const URGENT: Duration = Duration::from_secs(2);
 
-/// A token's moments, counted from when its request was sent.
+/// A token's moments, counted from when the request for it was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// From here on a new one is fetched.
+    /// From this age on a new token is fetched; this one is still sent.
     pub(super) refresh: Duration,
-    /// From here on it is not sent any more.
+    /// From this age on the token is no longer sent.
     pub(super) stop: Duration,
 }
 
 impl Plan {
-    /// For a token of this lifetime; `jitter` from 0 to 1 spreads the refreshes of many gateways.
+    /// The plan for a new token. `jitter`, from 0 to 1, spreads the refreshes of gateways that started together.
     pub(super) fn new(lifetime: Duration, jitter: f64) -> Self {
+        // Half of the life, at most 20 minutes: the time for repeating failed refreshes before a request notices.
         let ahead = (lifetime / 2).min(Duration::from_secs(20 * 60));
         let spread = lifetime.mul_f64(0.1 * jitter.clamp(0.0, 1.0));
+        // The last part of the life is not used: a token that is sent in it could expire on its way, and a 401 costs a replay.
         let margin =
             (lifetime / 50).clamp(Duration::from_secs(5), Duration::from_secs(30)).min(lifetime / 10);
         Self { refresh: (lifetime - ahead).saturating_sub(spread), stop: lifetime - margin }
     }
 
-    /// For a server that hands the same token out again: it has no other until this one is over, so it is
-    /// used to its very end. By the server's clock it ends later, by less than the call `took` that brought it.
+    /// The plan for a token that the endpoint returned again: it has no other until this one has expired, so the token is sent to
+    /// its very end. `took`: how long the call took that brought it.
     pub(super) fn to_the_end(lifetime: Duration, took: Duration) -> Self {
+        // The life began when the endpoint issued the token, which was up to `took` after the request. A fetch before the end by
+        // that clock would bring the same token once more.
         Self { refresh: lifetime + took.min(MIN_GAP), stop: lifetime }
     }
 }
 
-/// One moment by three clocks. The monotonic one stops while the machine sleeps, so that a life is counted by *now*, which
-/// does not ([`clock`]). A machine that its host has paused knows of that by the wall clock only, which may also jump back.
+/// One moment by three clocks. The monotonic clock stops while the machine sleeps, so a life is counted by *now*, which does not
+/// stop ([`clock`]). That a host paused its virtual machine shows in the wall clock only, which may also jump back.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moment {
+    /// For the distance between fetches and for back-off.
     pub(super) monotonic: Instant,
     /// *Now*, in nanoseconds since 1970.
     pub(super) now: u64,
@@ -50,29 +58,34 @@ pub(super) struct Moment {
 }
 
 impl Moment {
+    /// The present moment, read anew from the clocks.
     pub(super) fn now() -> Self {
         Self { monotonic: Instant::now(), now: clock::unix_nanos(), wall: SystemTime::now() }
     }
 
-    /// The present turn of a worker.
+    /// The present moment as this turn of the event loop sees it ([`clock`]): cheaper than [`Moment::now`], and exact enough
+    /// for ages.
     pub(super) fn of_turn() -> Self {
         Self { monotonic: clock::now(), now: clock::unix_nanos(), wall: clock::wall() }
     }
 
-    /// How long before `later` it was, by the clock that says more: what is left of a life is the less.
+    /// Returns the time from this moment to `later`, by the clock that says more, so that a clock which was set back or stopped
+    /// does not prolong a life.
     pub(super) fn age(&self, later: Self) -> Duration {
+        // A wall clock that was set back gives an error here: it then says nothing, and the other clock counts.
         let wall = later.wall.duration_since(self.wall).unwrap_or_default();
         Duration::from_nanos(later.now.saturating_sub(self.now)).max(wall)
     }
 
-    /// The end of a life that began then.
+    /// Returns the end of a life of this length that began at this moment.
     pub(super) fn end(&self, life: Duration) -> End {
         let life = clock::nanos_of(life);
         End { now: self.now.saturating_add(life), wall: clock::unix_nanos_at(self.wall).saturating_add(life) }
     }
 }
 
-/// The end of a life by *now* and by the wall clock, in nanoseconds since 1970: every request looks at it. See [`clock`].
+/// The end of a life by *now* and by the wall clock, in nanoseconds since 1970.
+// Two numbers and not a `Moment` with a length: every request checks them, and two comparisons are all that this takes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct End {
     now: u64,
@@ -80,68 +93,75 @@ pub(super) struct End {
 }
 
 impl End {
-    /// Whether neither clock has come to it, in the present turn of a worker.
+    /// Whether neither clock has reached the end, in the present turn of a worker.
     pub(super) fn is_ahead(&self) -> bool {
         clock::unix_nanos() < self.now && clock::wall_nanos() < self.wall
     }
 }
 
-/// How a call failed, as far as the next one is concerned.
+/// What a failed fetch means for the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
-    /// The pair is refused.
+    /// The endpoint refuses the pair. Another try may lock the account, so the pause is long.
     Refused,
-    /// The endpoint named the time of the next call.
+    /// The endpoint named the time to the next call (`Retry-After`).
     NotBefore(Duration),
-    /// It may pass at any moment.
+    /// A fault that may end at any moment.
     Passing,
 }
 
-/// Calls that are not made before a moment, whoever waits.
+/// A pause that no waiting request can shorten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Held {
+    /// When the next fetch may begin.
     pub(super) until: Instant,
-    /// The pair is refused; else the endpoint named the time.
+    /// Whether the pair is refused; else the endpoint named the time.
     pub(super) refused: bool,
 }
 
 impl Held {
-    /// Whether a request that waits until `deadline` would wait in vain. A refusal is remembered to its end.
+    /// Whether a request that can wait until `deadline` fails at once. After a refusal it does so for the whole pause.
     pub(super) fn is_hopeless(&self, now: Instant, deadline: Instant) -> bool {
+        // A refusal fails even those who could wait for the next try. It will most likely be refused as well, and a wrong secret
+        // needs an operator, who should see 502s now.
         self.until > if self.refused { now } else { deadline }
     }
 }
 
-/// When the next call with one pair may be made.
+/// The back-off of one pair: when the next fetch with it may begin.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Retry {
     not_before: Instant,
     held: Option<Held>,
-    /// Failures that may pass, since the last success.
+    /// [`Failure::Passing`] since the last success.
     failures: u32,
+    /// [`Failure::Refused`] since the last success or the last change of the secret.
     refusals: u32,
 }
 
 impl Retry {
-    /// At once.
+    /// The back-off of a pair that has not failed: a fetch may begin at `now`.
     pub(super) fn new(now: Instant) -> Self {
         Self { not_before: now, held: None, failures: 0, refusals: 0 }
     }
 
-    /// The earliest moment. What may pass is tried sooner when requests wait.
+    /// Returns when the next fetch may begin. `urgent`: there is no usable token, and requests wait. This shortens the
+    /// back-off, but not a pause after a refusal or one that the endpoint named. `last_begun`: when the last fetch began, with
+    /// any pair.
     pub(super) fn at(&self, urgent: bool, last_begun: Option<Instant>) -> Instant {
         match last_begun {
+            // The pause was chosen when there was a token in hand, and may be a minute: much longer than a request waits.
             Some(begun) if urgent && self.held.is_none() => self.not_before.min(begun + MIN_GAP + URGENT),
             _ => self.not_before,
         }
     }
 
-    /// What no waiting request can shorten.
+    /// Returns the pause that no waiting request can shorten, if the last fetch ended with one.
     pub(super) fn held(&self) -> Option<Held> {
         self.held
     }
 
-    /// Sets the next moment after a failure. `urgent`: there is no usable token, and requests wait.
+    /// Sets the pause after a failure. `urgent`: there is no usable token, and requests wait. `jitter`: from 0 to 1.
     pub(super) fn failed(&mut self, failure: Failure, urgent: bool, now: Instant, jitter: f64) {
         let wait = match failure {
             Failure::Refused => {
@@ -156,15 +176,16 @@ impl Retry {
             .then_some(Held { until: self.not_before, refused: failure == Failure::Refused });
     }
 
-    /// With a token in hand there is time; without one, requests wait. Full jitter.
+    /// Returns the pause after one more fault that may end: exponential with full jitter, at most 3 s if urgent, else 60 s.
     fn back_off(&mut self, urgent: bool, jitter: f64) -> Duration {
         let (base, most) = if urgent { (0.5, 3.0) } else { (1.0, 60.0) };
+        // The exponent is bounded, though the bound of the pause is reached far earlier: the cast and the power stay exact.
         let longest = (base * 2_f64.powi(self.failures.min(16) as i32)).min(most);
         self.failures = self.failures.saturating_add(1);
         Duration::from_secs_f64(longest * jitter.clamp(0.0, 1.0))
     }
 
-    /// Refusals say nothing once the secret changed.
+    /// Ends the pause after refusals, because the secret has changed. A pause that the endpoint named stays.
     pub(super) fn forget_refusals(&mut self, now: Instant) {
         self.refusals = 0;
         if self.held.take_if(|held| held.refused).is_some() {
@@ -185,6 +206,8 @@ mod tests {
             let plan = Plan::new(Duration::from_secs(seconds), jitter);
             (plan.refresh.as_millis(), plan.stop.as_millis())
         };
+        // 600 s is what the vendor's page shows, 3600 s the most that can be asked for. Of 6 s the least margin of 5 s would
+        // leave next to nothing.
         assert_eq!(plan(600, 0.0), (300_000, 588_000));
         assert_eq!(plan(600, 1.0), (240_000, 588_000));
         assert_eq!(plan(3600, 0.0), (2_400_000, 3_570_000));
@@ -248,6 +271,7 @@ mod tests {
         assert_eq!(wait(&mut retry, Failure::Refused, true, 0.0), Duration::from_secs(30));
     }
 
+    // `Retry-After` is about the endpoint's load or the address, not about the pair.
     #[test]
     fn a_changed_secret_does_not_shorten_a_time_that_the_endpoint_named() {
         let mut retry = Retry::new(Instant::now());
@@ -266,6 +290,7 @@ mod tests {
             (Failure::NotBefore(Duration::from_secs(40)), now + Duration::from_secs(40)),
             (Failure::Refused, now + Duration::from_secs(30)),
         ] {
+            // After 16 failures the back-off is 60 s: longer than what `URGENT` allows, so that a cut would show.
             let mut retry = Retry { failures: 16, ..Retry::new(now) };
             retry.failed(failure, false, now, 1.0);
             assert_eq!(retry.at(true, Some(now)), at, "{failure:?}");
