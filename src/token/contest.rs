@@ -1,53 +1,56 @@
-//! Tokens that the upstream refuses soon after they worked, one after the other.
+//! Contest detection: notices that another client invalidates this gateway's tokens, and slows the fetches down.
 //!
-//! Where the endpoint lets only the last token of an app key live, two gateways with the same app key end each other's tokens. If
-//! each fetched another one as soon as its own is refused, both would fetch every second, and the one that is a moment earlier
-//! would hardly ever hold a token that lives. So whoever notices it leaves the other's token alone for a while before it
-//! fetches its own: both have their turns, and no call fails for it that may wait for so long.
+//! Some token endpoints let only the last token of an app key live. Two gateways with the same app key then end each other's
+//! tokens. If each fetched a new token as soon as its own is refused, both would fetch every second, and one of them would
+//! hardly ever hold a valid token. In a contest a refused token is therefore replaced only after a pause, so that each gateway
+//! has its turn. The pause is shorter than `token.wait`, so that waiting requests still get a token in time.
 //!
-//! A refusal alone proves nothing: the upstream may refuse one caller's call with any token. A token counts only when the same
-//! call succeeds with another one.
+//! A refusal alone proves nothing, since the upstream may refuse one caller's call with any token. A token counts as ended by
+//! another client only if the same call succeeds with another token.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A token that is refused later than this was not ended by somebody who fetches in turn. Neither was one of this age that is
-/// not refused, be it that no call used it.
+/// A token that reaches this age ends a contest, whether it is refused then or not, and even if no call used it.
+// Clients that fetch in turn end a token within seconds; `pause` is 20 s at most. Whether a call used the token is not counted,
+// since that would cost each call something.
 const SOON: Duration = Duration::from_secs(60);
 
-/// So many tokens in a row that end soon are no accident.
+/// A contest begins with this many tokens in a row that another client ended soon.
+// Fewer may be an accident, such as a token that somebody fetched by hand with the same app key.
 const TOKENS: u32 = 3;
 
-/// What operators are told.
+/// The text at the beginning of a contest, in log and `/status`.
 pub(super) const SAID: &str = "each new token is refused soon after it worked: somebody else fetches tokens with the same app key, \
     such as another gateway, and the token endpoint lets only the last one live. Fetches are slowed down, and calls wait for \
     them. Give each gateway an app key of its own, or let only one use this app key";
 
-/// What operators are told in the end. Nobody may have used the token.
+/// The text at the end of a contest, in the log.
+// It does not claim that the token worked: perhaps no call used it.
 pub(super) const OVER: &str = "a token was not refused soon: fetches are no longer slowed down";
 
-/// Whether somebody else ends this gateway's tokens.
+/// Whether another client ends this gateway's tokens.
 #[derive(Debug, Default)]
 pub(super) struct Contest {
-    /// Tokens in a row that somebody else ended soon after they worked.
+    /// The tokens in a row that another client ended soon after they had worked.
     ended: u32,
-    /// The last token that was refused though it had worked.
+    /// The last token that was refused although it had worked.
     last: Option<Refused>,
 }
 
 #[derive(Debug)]
 struct Refused {
     generation: u64,
-    /// It was refused soon, and it is not known yet whether another one helps.
+    /// Whether it was refused soon, and it is unknown yet whether another token helps.
     is_open: bool,
-    /// When another one may be fetched.
+    /// When another token may be fetched.
     until: Instant,
 }
 
 impl Contest {
-    /// A token of this generation and age, due for a refresh at `refresh`, worked and is refused now. Returns whether a contest
-    /// ends with it. In one, `pause` passes before the next fetch.
+    /// Takes note that a token which had worked is refused now. Returns whether this ends a contest. During a contest the next
+    /// fetch comes after `pause`. `age`: of the token. `refresh`: the age at which it is due for a refresh.
     pub(super) fn refused(
         &mut self,
         generation: u64,
@@ -55,10 +58,12 @@ impl Contest {
         refresh: Duration,
         pause: Duration,
     ) -> bool {
+        // Asked again at each wake-up of the fetcher while the token is retired: the pause must not begin anew each time.
         if self.last.as_ref().is_some_and(|last| last.generation == generation) {
             return false;
         }
         let has_lasted = has_lasted(age, refresh);
+        // Read before the count is reset, which ends the contest.
         let is_over = has_lasted && self.is_on();
         if has_lasted {
             self.ended = 0;
@@ -69,8 +74,8 @@ impl Contest {
         is_over
     }
 
-    /// A call that was refused with a token of this generation succeeded with another one: it was the token. Returns whether a
-    /// contest begins with it.
+    /// Takes note that a call which was refused with this generation succeeded with another token. Returns whether this begins a
+    /// contest. Each token counts once.
     pub(super) fn was_ended(&mut self, generation: u64) -> bool {
         let Some(last) = self.last.as_mut().filter(|last| last.is_open && last.generation == generation)
         else {
@@ -78,10 +83,11 @@ impl Contest {
         };
         last.is_open = false;
         self.ended = self.ended.saturating_add(1);
+        // Equal, not at least: a contest that goes on is reported once.
         self.ended == TOKENS
     }
 
-    /// A token of this age is not refused. Returns whether a contest ends with it.
+    /// Takes note that the present token, of this age, is not refused. Returns whether this ends a contest.
     pub(super) fn lives(&mut self, age: Duration, refresh: Duration) -> bool {
         if !has_lasted(age, refresh) {
             return false;
@@ -89,7 +95,7 @@ impl Contest {
         std::mem::take(self).is_on()
     }
 
-    /// When another token may be fetched in the place of a refused one.
+    /// Returns when the replacement of the last refused token may be fetched.
     pub(super) fn not_before(&self) -> Option<Instant> {
         self.last.as_ref().map(|last| last.until)
     }
@@ -100,11 +106,13 @@ impl Contest {
 }
 
 fn has_lasted(age: Duration, refresh: Duration) -> bool {
+    // From `refresh` on this gateway replaces the token by itself, so a token with a short life may never reach `SOON`.
     age >= SOON.min(refresh)
 }
 
-/// How long another's token is left alone: less than a call may wait for one of its own, where that can be. `jitter` from 0 to 1 lets
-/// more than two take turns.
+/// Returns the pause before a refused token is replaced during a contest: half to three quarters of `wait`, the time that a
+/// request waits for a token, within 2 s and 20 s. `jitter` is from 0 to 1.
+// Jitter, since with equal pauses more than two gateways would fetch at the same moment, and one of them would always lose.
 pub(super) fn pause(wait: Duration, jitter: f64) -> Duration {
     wait.mul_f64(0.5 + 0.25 * jitter.clamp(0.0, 1.0)).clamp(Duration::from_secs(2), Duration::from_secs(20))
 }
@@ -124,6 +132,7 @@ mod tests {
         contest.not_before().is_some_and(|until| until > Instant::now())
     }
 
+    // The order of a real contest: the refusal, then the success of the replay with another token.
     fn in_contest() -> Contest {
         let mut contest = Contest::default();
         for generation in 1..=TOKENS {
@@ -138,9 +147,11 @@ mod tests {
         let mut contest = Contest::default();
         for (generation, age, begins, is_paused) in [
             (1, 1, false, false),
-            (1, 2, false, false), // the same one
+            // The same token again does not count.
+            (1, 2, false, false),
             (2, 59, false, false),
-            (3, 60, false, false), // it lasted
+            // It lasted for a minute, so the count begins anew.
+            (3, 60, false, false),
             (4, 1, false, false),
             (5, 1, false, false),
             (6, 59, true, false),
@@ -168,6 +179,7 @@ mod tests {
         assert!(!contest.lives(seconds(60), REFRESH), "it ends once");
     }
 
+    // One caller whose calls are refused with any token once slowed down the fetches for all callers.
     #[test]
     fn a_refusal_that_no_other_token_helps_against_counts_for_nothing() {
         let mut contest = Contest::default();
@@ -177,6 +189,7 @@ mod tests {
         }
     }
 
+    // The gateway's own refreshes of short tokens must not look like a contest.
     #[test]
     fn a_short_life_lasts_until_its_refresh() {
         let mut contest = Contest::default();

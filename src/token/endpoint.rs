@@ -1,4 +1,8 @@
-//! One call of tokenByAkSk (`POST …/apigovernance/api/oauth/tokenByAkSk`, vendor's page). Not RFC 6749.
+//! The client of the token endpoint: one call of tokenByAkSk (`POST …/apigovernance/api/oauth/tokenByAkSk`, vendor's page).
+//!
+//! The endpoint does not follow RFC 6749, so no OAuth 2 client fits. Each call has a connection of its own. A reply is read
+//! tolerantly, since the vendor's services differ in types and codes, but a token is taken only if it is a bearer token by RFC
+//! 6750. Nothing is repeated here, and no redirect is followed: the fetching task decides when to call again.
 
 use std::fmt;
 use std::time::Duration;
@@ -20,57 +24,58 @@ use crate::reason::Reason;
 use crate::secret::Secret;
 use crate::{config, connect};
 
-/// A reply is read this far.
+/// The longest body of a reply that is read, in bytes.
 const MAX_REPLY: usize = 64 * 1024;
 
-/// No longer does a `Retry-After` hold a fetch back.
+/// The longest pause that a `Retry-After` can ask for.
+// An endpoint that names an hour, perhaps by mistake, would otherwise stop all calls once the present token has expired.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
-/// What counts when neither the reply nor the configuration is of use.
+/// The lifetime of a token if neither the reply nor the configuration names a usable one: that of the vendor's example.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(600);
 
-/// So many answers in a row of status 200 and no token are a refusal.
+/// After this many replies in a row with status 200 and no token the pair counts as refused.
 const ANSWERS_WITHOUT_TOKEN: u32 = 3;
 
-/// The scheme, case-insensitive by RFC 9110 §11.1.
+/// The authentication scheme and its blank. Schemes are case-insensitive (RFC 9110, section 11.1).
 pub(super) const SCHEME: &str = "Bearer ";
 
-/// Why a call brought no token. Says nothing of the reply's body.
+/// Why a call brought no token. Of a reply's body the text holds at most an error code.
 #[derive(Debug, Error)]
 pub(super) enum FetchError {
-    /// The endpoint refuses the pair.
+    /// The endpoint refuses the pair by its status.
     #[error("the endpoint refuses the credential with status {0}")]
     Refused(StatusCode),
-    /// So does an endpoint that goes on answering 200 without a token.
+    /// The endpoint refuses the pair by replying with 200 and no token again and again.
     #[error(
         "the endpoint refuses the credential: {ANSWERS_WITHOUT_TOKEN} answers in a row have status 200 and no usable token; {0}"
     )]
     RefusedWithoutToken(NoToken),
-    /// It may work later.
+    /// Another status, after which a later call may succeed; with the pause that the endpoint named.
     #[error("status {0}")]
     Status(StatusCode, Option<Duration>),
-    /// A 200 of the endpoint's own JSON, without a usable token.
+    /// A 200 whose body is a JSON object without a usable token.
     #[error("the reply holds no usable token: {0}")]
     NoToken(NoToken),
-    /// A 200 that cannot be read.
+    /// A 200 whose body is something else.
     #[error("the reply holds no usable token: {0}")]
     Invalid(&'static str),
-    /// A 200 in a coding, though none was asked for.
+    /// A 200 with a content coding, though the request accepts none.
     #[error("the reply has the content coding {0:?}, and was asked for without one")]
     Coded(HeaderValue),
-    /// No connection, or the exchange broke off.
+    /// There was no connection, or it broke.
     #[error("{0}")]
     Broken(Reason),
-    /// It took too long.
+    /// There was no whole reply within `token.timeout`.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
 }
 
-/// Why a reply of the endpoint's own JSON is none with a token.
+/// Why a JSON object brings no usable token.
 #[derive(Debug)]
 pub(super) struct NoToken {
     what: &'static str,
-    /// The code in it, as it came: see [`crate::reason::shown`].
+    /// The error code in it, unescaped: only [`crate::reason::shown`] may bring it into a log line.
     code: Option<String>,
 }
 
@@ -94,7 +99,7 @@ impl From<hyper::Error> for FetchError {
 }
 
 impl FetchError {
-    /// The word for it, and the text.
+    /// Returns the cause and the text.
     pub(super) fn reason(&self) -> Reason {
         let cause = match self {
             Self::Refused(_) | Self::RefusedWithoutToken(_) => Cause::TokenRefused,
@@ -106,7 +111,7 @@ impl FetchError {
         Reason::new(cause, self)
     }
 
-    /// What it means for the next call.
+    /// Returns what this failure means for the next call.
     pub(super) fn failure(&self) -> Failure {
         match self {
             Self::Refused(_) | Self::RefusedWithoutToken(_) => Failure::Refused,
@@ -121,21 +126,25 @@ impl FetchError {
     }
 }
 
-/// A token as the endpoint handed it out.
+/// A token as the endpoint issued it.
 pub(super) struct Fetched {
+    /// `Bearer` and the token, marked sensitive.
     pub(super) authorization: HeaderValue,
+    /// Counted from the request.
     pub(super) lifetime: Duration,
     /// The endpoint's clock minus ours, in seconds.
     pub(super) skew: Option<i64>,
 }
 
-/// Counts the answers in a row that have status 200 and no token. Some services tell a wrong secret so.
+/// Counts the replies in a row with status 200 and no token. Some services report a wrong secret in this way.
+// Without the count such a reply was a passing fault, and a wrong secret was sent ten times in fifteen seconds.
 #[derive(Debug, Default)]
 pub(super) struct WithoutToken(u32);
 
 impl WithoutToken {
-    /// Makes a refusal of what was called with one pair, if there are too many.
+    /// Takes the result of one call with the pair, and turns it into a refusal if it is one such reply too many.
     pub(super) fn judge(&mut self, fetched: Result<Fetched, FetchError>) -> Result<Fetched, FetchError> {
+        // Any other failure ends the row, even a page of HTML: a proxy may have written it, which knows nothing of the pair.
         let Err(FetchError::NoToken(why)) = fetched else {
             self.0 = 0;
             return fetched;
@@ -149,16 +158,19 @@ impl WithoutToken {
     }
 }
 
-/// Where tokens come from.
+/// The token endpoint of the configuration.
 #[derive(Debug)]
 pub(super) struct Endpoint {
     connector: Connector,
     target: Uri,
     host: HeaderValue,
+    /// The lifetime to ask for with `x-token-expire`; `None` asks for none.
     lifetime: Option<Duration>,
+    /// For a whole call, its connection included.
     timeout: Duration,
 }
 
+/// A reply with a token. Its numbers are strings on the vendor's page.
 #[derive(Deserialize)]
 struct Reply {
     #[serde(rename = "AccessToken")]
@@ -169,7 +181,7 @@ struct Reply {
     created: Option<serde_json::Value>,
 }
 
-/// Where a reply without a token may say why: the vendor's services use several names.
+/// A reply without a token. No error body is documented; these are the names that the vendor's services use for a code.
 #[derive(Deserialize)]
 struct ErrorReply {
     #[serde(rename = "resultCode")]
@@ -182,6 +194,7 @@ struct ErrorReply {
 }
 
 impl Endpoint {
+    /// Prepares calls of the configured endpoint. Fails if its host is not a server name.
     #[expect(clippy::expect_used, reason = "validation allows host names and plain paths only")]
     pub(super) fn new(token: &config::Token, egress: &Egress) -> Result<Self, TlsError> {
         Ok(Self {
@@ -193,15 +206,18 @@ impl Endpoint {
         })
     }
 
-    /// One call on a connection of its own. To connect has no timer but its own, which tells what took too long.
+    /// Makes one call on a connection of its own, within `token.timeout`.
     pub(super) async fn fetch(&self, app_key: &Secret, app_secret: &Secret) -> Result<Fetched, FetchError> {
         let end = Instant::now() + self.timeout;
         let request = self.request(app_key, app_secret)?;
+        // Outside of `timeout_at`: the connector has the same limit. Of two timers that end together either could be the first,
+        // and only the connector's says which step took too long.
         let stream = self.connector.connect().await?;
         let called = timeout_at(end, self.call(stream, request)).await;
         called.unwrap_or(Err(FetchError::Timeout(self.timeout)))
     }
 
+    /// Sends the request and reads the reply.
     async fn call(&self, stream: Stream, request: Request<Full<Bytes>>) -> Result<Fetched, FetchError> {
         let (mut sender, connection) = connect::http1().handshake(TokioIo::new(stream)).await?;
         let driver = tokio::spawn(connection);
@@ -215,23 +231,27 @@ impl Endpoint {
                 }
             })?;
             let body = body.to_bytes();
+            // Checked after the status, which says more: a 403 with a coding is still a refusal.
             match head.headers.get(header::CONTENT_ENCODING).filter(|value| is_coding(value)) {
                 Some(coding) => Err(FetchError::Coded(coding.clone())),
                 None => self.read(&body),
             }
         }
         .await;
+        // Closes the connection. hyper would keep it open for a next request, which never comes: fetches are minutes apart.
         driver.abort();
         result
     }
 
+    /// Builds the request. Its body holds the pair.
     fn request(&self, app_key: &Secret, app_secret: &Secret) -> Result<Request<Full<Bytes>>, FetchError> {
+        // Written by hand: a `serde_json::Value` would hold copies of the secret that nothing overwrites.
         let text = |secret: &Secret| {
             let text = std::str::from_utf8(secret.expose()).map_err(|_| FetchError::Invalid("not UTF-8"))?;
             serde_json::to_string(text).map(Zeroizing::new).map_err(|_| FetchError::Invalid("not text"))
         };
         let (key, secret) = (text(app_key)?, text(app_secret)?);
-        // `Zeroed` overwrites the body when hyper has let go of it.
+        // `Zeroed` overwrites the body when hyper drops it.
         // tests/hyper.rs: hyper_lets_go_of_a_body_once_it_is_written
         let body = format!(r#"{{"app_key":{},"app_secret":{}}}"#, *key, *secret);
         let body = Bytes::from_owner(Zeroed(Zeroizing::new(body.into_bytes())));
@@ -240,6 +260,7 @@ impl Endpoint {
             .header(header::CONTENT_TYPE, "application/json; charset=UTF-8")
             .header(header::CONTENT_LENGTH, body.len())
             .header(header::ACCEPT, "*/*")
+            // Without this field a server may choose any coding (RFC 9110, section 12.5.3), and a gzip reply was not readable.
             .header(header::ACCEPT_ENCODING, "identity")
             .header(header::USER_AGENT, concat!("ccsqm-gateway/", env!("CARGO_PKG_VERSION")));
         if let Some(lifetime) = self.lifetime {
@@ -248,6 +269,7 @@ impl Endpoint {
         request.body(Full::new(body)).map_err(|_| FetchError::Invalid("no request can be made"))
     }
 
+    /// Reads the body of a reply with status 200.
     fn read(&self, body: &[u8]) -> Result<Fetched, FetchError> {
         let Ok(reply) = serde_json::from_slice::<Reply>(body) else {
             return Err(no_token(body, "its AccessToken is no text, or stands twice"));
@@ -264,7 +286,10 @@ impl Endpoint {
         let mut authorization =
             HeaderValue::from_str(&value).map_err(|_| FetchError::Invalid("not a header value"))?;
         authorization.set_sensitive(true);
+        // The configured lifetime was only asked for. If the reply does not confirm it, assuming an hour could use an expired
+        // token.
         let fallback = self.lifetime.unwrap_or(DEFAULT_LIFETIME).min(DEFAULT_LIFETIME);
+        // A day at most: beyond that a number is taken for a mistake, such as milliseconds.
         let lifetime =
             reply.expires.as_ref().and_then(integer).filter(|seconds| (1..=86_400).contains(seconds));
         let lifetime = lifetime.map_or(fallback, |seconds| Duration::from_secs(seconds.unsigned_abs()));
@@ -273,10 +298,10 @@ impl Endpoint {
     }
 }
 
-/// The error for a reply without a token.
+/// Returns the error for a reply without a token: [`FetchError::NoToken`] only if the body is a JSON object.
 #[cold]
 fn no_token(body: &[u8], what: &'static str) -> FetchError {
-    // Lists can be read as structures, too.
+    // serde also reads a list as a structure, so the first byte is checked.
     if !body.trim_ascii_start().starts_with(b"{") {
         return FetchError::Invalid("not the JSON that is documented");
     }
@@ -293,22 +318,26 @@ fn no_token(body: &[u8], what: &'static str) -> FetchError {
     FetchError::NoToken(NoToken { what, code })
 }
 
-/// A token without its scheme, which it may name already.
+/// Returns a token without the scheme.
+// A sibling product of the vendor returns its tokens with `Bearer` before them, which must not be sent twice.
 fn bare(token: &str) -> &str {
     let token = token.trim();
     match token.split_at_checked(SCHEME.len()) {
         Some((scheme, rest)) if scheme.eq_ignore_ascii_case(SCHEME) => rest.trim_start(),
+        // The trim above has removed the blank behind a scheme without a token.
         _ if token.eq_ignore_ascii_case(SCHEME.trim_end()) => "",
         _ => token,
     }
 }
 
-/// Whether it is a `b64token` (RFC 6750 §2.1): what else stands in a header may mean something to who reads it.
+/// Whether a token is a `b64token` (RFC 6750, section 2.1).
+// Another character may have a meaning in a header: a comma or a blank would begin something else for the upstream.
 fn is_bearer_token(token: &str) -> bool {
     let text = token.trim_end_matches('=');
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte))
 }
 
+/// A buffer that [`Bytes`] can own and that is overwritten on drop.
 struct Zeroed(Zeroizing<Vec<u8>>);
 
 impl AsRef<[u8]> for Zeroed {
@@ -317,21 +346,25 @@ impl AsRef<[u8]> for Zeroed {
     }
 }
 
+/// Fails for every status but 200, with what it means for the next call.
 fn check_status(head: &http::response::Parts) -> Result<(), FetchError> {
     match head.status.as_u16() {
         200 => Ok(()),
+        // The vendor documents no error body. 403 was seen for a wrong key and for an address that is not on the allow list, 418
+        // comes from the vendor's web firewall. A further call soon would not help, and a sibling API locks an address out
+        // after many.
         400 | 401 | 403 | 418 => Err(FetchError::Refused(head.status)),
         _ => {
-            // 0 names no time: the back-off of our own is kinder to a server that is in trouble.
+            // `Retry-After: 0` counts as absent: the back-off treats a server that has trouble more gently.
             let wait = retry_after(&head.headers).filter(|wait| !wait.is_zero());
             Err(FetchError::Status(head.status, wait.map(|wait| wait.min(MAX_WAIT))))
         }
     }
 }
 
-/// All of the endpoint's values are strings on the vendor's page, numbers elsewhere. A fraction is rounded down.
+/// Returns a number, or a string that holds one, as an integer. A fraction is rounded down, so that a life never gets longer.
 fn integer(value: &serde_json::Value) -> Option<i64> {
-    /// From here on a floating-point number does not tell each whole number.
+    /// From here on a floating-point number cannot represent every integer.
     const MOST: f64 = (1_u64 << 53) as f64;
     let text = value.as_str().map(str::trim);
     let whole = value.as_i64().or_else(|| text?.parse().ok());
@@ -381,6 +414,7 @@ mod tests {
             (json!("99999999999999999999"), None),
             (json!("abc"), None),
             (json!(""), None),
+            // A fraction once counted as no number, so that a token of 4.5 s was used for 600 s.
             (json!("4.5"), Some(4)),
             (json!(" 4.5 "), Some(4)),
             (json!(4.5), Some(4)),
@@ -391,6 +425,7 @@ mod tests {
             (json!("-0.5"), None),
             (json!("4,5"), None),
             (json!("4.5s"), None),
+            // What Rust reads as a floating-point number, but is no lifetime.
             (json!("NaN"), None),
             (json!("inf"), None),
             (json!(1e300), None),
@@ -399,6 +434,7 @@ mod tests {
             (json!([600]), None),
             (Value::Null, None),
         ] {
+            // Below, above and without a configured lifetime: the fallback is the smaller of it and ten minutes.
             for (configured, fallback) in [(Some(60), 60), (Some(3600), 600), (None, 600)] {
                 let fetched = read(configured, &json!({ "AccessToken": "t", "Expires": expires }));
                 let lifetime = Duration::from_secs(stated.unwrap_or(fallback));
@@ -423,6 +459,7 @@ mod tests {
         ] {
             assert!(matches!(read(None, &reply), Err(FetchError::NoToken(_))), "{reply}");
         }
+        // No object: this may come from something between the gateway and the endpoint, and says nothing of the pair.
         for reply in [json!(["AccessToken", "t"]), json!([7, 600, 0]), json!("t"), json!(null)] {
             assert!(matches!(read(None, &reply), Err(FetchError::Invalid(_))), "{reply}");
         }
@@ -450,6 +487,7 @@ mod tests {
         ] {
             let read = read(None, &json!({ "AccessToken": token }));
             let Err(error @ FetchError::NoToken(_)) = read else { panic!("{token}") };
+            // The text goes to the log, which must not hold what may be a token in a wrong form.
             assert!(!error.to_string().contains(token), "{error}");
         }
     }
@@ -469,6 +507,7 @@ mod tests {
         let mut judge =
             |reply: Value| answers.judge(read(None, &reply)).map_err(|error| error.reason().cause);
         let (bad, good) = (json!({ "resultCode": "1" }), json!({ "AccessToken": "t" }));
+        // Twice, since a token in between must begin the count anew.
         for _ in 0..2 {
             for cause in
                 [Cause::TokenUnreadable, Cause::TokenUnreadable, Cause::TokenRefused, Cause::TokenRefused]
@@ -523,6 +562,7 @@ mod tests {
             let reply = json!({ "AccessToken": "t", "CreateTime": created });
             assert_eq!(read(None, &reply).unwrap().skew, None);
         }
+        // The difference to now does not fit an i64: the subtraction overflowed here once.
         let reply = json!({ "AccessToken": "t", "Expires": 60, "CreateTime": i64::MIN });
         assert_eq!(read(None, &reply).unwrap().skew, Some(i64::MIN), "absurd, and no overflow");
     }
@@ -539,6 +579,7 @@ mod tests {
         };
         let wait = |seconds| Err(Failure::NotBefore(Duration::from_secs(seconds)));
         assert_eq!(failure(200, None), Ok(()), "the control");
+        // A refusal has its own, longer pause, whatever `Retry-After` says.
         for status in [400, 401, 403, 418] {
             assert_eq!(failure(status, Some("5")), Err(Failure::Refused), "{status}");
         }
@@ -553,6 +594,7 @@ mod tests {
             (503, "0", Err(Failure::Passing)),
             (503, "-1", Err(Failure::Passing)),
             (503, "soon", Err(Failure::Passing)),
+            // Dates (RFC 9110, section 10.2.3): one that is past is 0. The obsolete form with two digits of the year means 1994.
             (503, "Wed, 21 Oct 2015 07:28:00 GMT", Err(Failure::Passing)),
             (503, "Sat, 06 Nov 2094 08:49:37 GMT", wait(60)),
             (503, "Sunday, 06-Nov-94 08:49:37 GMT", Err(Failure::Passing)),

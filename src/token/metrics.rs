@@ -1,4 +1,4 @@
-//! What is counted of a token's life.
+//! The metrics of tokens: fetches, changed secrets, generation, usability, contest and clock skew, by credential.
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -9,10 +9,10 @@ use super::Slot;
 use crate::changes::Changes;
 use crate::registry::Registry;
 
-/// Counts of the token's life.
+/// The handles of these metrics. Clones share the counts.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    /// What came of changed secrets.
+    /// The results of changed files, which `/status` shows as well.
     pub(super) changes: Changes,
     pub(super) fetches: Family<ResultLabels, Counter>,
     pub(super) reloads: Family<ResultLabels, Counter>,
@@ -22,14 +22,17 @@ pub struct Metrics {
     pub(super) skew: Family<CredentialLabel, Gauge>,
 }
 
+/// The label of a metric that each credential has once.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct CredentialLabel {
     credential: String,
 }
 
+/// The labels of a counter by credential and result.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ResultLabels {
     credential: String,
+    // Never a text of the endpoint: each new value would be a new time series.
     result: &'static str,
 }
 
@@ -46,7 +49,7 @@ impl ResultLabels {
 }
 
 impl Metrics {
-    /// Registers them.
+    /// Registers the metrics.
     pub(crate) fn new(registry: &mut Registry, changes: Changes) -> Self {
         Self {
             changes,
@@ -59,6 +62,7 @@ impl Metrics {
                 "token_contested",
                 "Whether somebody else ends this gateway's tokens by fetching others with the same app key.",
             ),
+            // For operators only: a life is relative to the request, so that a wrong clock of the endpoint changes none.
             skew: registry.metric("token_skew_seconds", "The endpoint's clock minus ours."),
         }
     }

@@ -1,4 +1,6 @@
-//! App key and app secret.
+//! A credential's app key and app secret, loaded together and checked for what a request can carry.
+//!
+//! Whether the cloud accepts them is not checked here: only a fetch shows that.
 
 use http::HeaderValue;
 use thiserror::Error;
@@ -6,30 +8,31 @@ use thiserror::Error;
 use crate::config::SecretSource;
 use crate::secret::{Secret, SecretError};
 
-/// Where key and secret are kept.
+/// Where the app key and the app secret are stored, in this order.
 pub(super) type Sources = (SecretSource, SecretSource);
 
-/// Why a pair cannot be used. Names places, never a content.
+/// Why a pair cannot be used. The text names the file or variable, never its content.
 #[derive(Debug, Error)]
 pub enum PairError {
-    /// It could not be read.
+    /// A part could not be read, or cannot be a secret.
     #[error(transparent)]
     Secret(#[from] SecretError),
-    /// An app key that no header can hold.
+    /// The app key has characters that a header value cannot have.
     #[error("the app key holds characters that a header cannot hold")]
     AppKey,
 }
 
-/// An app key and an app secret that can be sent. Cannot be printed.
+/// An app key and an app secret that a request can carry. Has no `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Pair {
     pub(super) app_key: Secret,
     pub(super) app_secret: Secret,
-    /// The app key once more, as it is injected; marked sensitive.
+    /// The app key as the value of `x-app-key`, marked sensitive.
     pub(super) header: HeaderValue,
 }
 
 impl Pair {
+    /// Reads both parts. Blocks on files, so it runs on a thread of its own once the gateway serves.
     pub(super) fn load((app_key, app_secret): &Sources) -> Result<Self, PairError> {
         let (app_key, app_secret) = (Secret::load(app_key)?, Secret::load(app_secret)?);
         let header = header(&app_key)?;
@@ -37,9 +40,10 @@ impl Pair {
     }
 }
 
-/// An app key as it is injected; marked sensitive.
+/// Returns an app key as the value of `x-app-key`, marked sensitive. Fails if it has characters that a header value cannot have.
 pub(crate) fn header(app_key: &Secret) -> Result<HeaderValue, PairError> {
-    // Beyond ASCII each server would read something else.
+    // Bytes beyond ASCII have no agreed encoding in a header (RFC 9110, section 5.5), so each server could read another key. The
+    // error says so at the start, before the cloud refuses the key and counts a failed try.
     let bytes = Some(app_key.expose()).filter(|bytes| bytes.is_ascii()).ok_or(PairError::AppKey)?;
     let mut header = HeaderValue::from_bytes(bytes).map_err(|_| PairError::AppKey)?;
     header.set_sensitive(true);
@@ -100,6 +104,7 @@ mod tests {
         assert!(matches!(secrets.look(), Noticed::Nothing));
     }
 
+    // A mixed pair would be a failed try at the cloud, which locks an account after a few.
     #[test]
     fn files_that_are_written_one_after_the_other_are_no_mixed_pair() {
         let (folder, mut secrets) = watched("key", "secret");
@@ -125,8 +130,8 @@ mod tests {
         assert!(matches!(secrets.look(), Noticed::Settling), "the count begins anew");
     }
 
-    /// A mounted Kubernetes secret: the files are links into `..data`, which is a link to a folder of its
-    /// version; an update makes a new folder and renames a new link over `..data`.
+    /// The files of a mounted Kubernetes secret are links into `..data`, which is a link to the folder of a version. An update
+    /// makes a new folder and renames a new link over `..data`.
     #[test]
     fn the_swap_of_a_mounted_kubernetes_secret_is_noticed() {
         let folder = TempDir::new().unwrap();
@@ -143,6 +148,7 @@ mod tests {
         }
         let mut secrets = watch(sources(folder.path()));
         mount("..2");
+        // The kubelet removes the old folder at once: a watch on the files themselves would see nothing but their end.
         fs::remove_dir_all(folder.path().join("..1")).unwrap();
         assert!(matches!(secrets.look(), Noticed::Settling));
         assert_eq!(changed(secrets.look()), Some((b"key-..2".to_vec(), b"secret-..2".to_vec())));

@@ -1,4 +1,4 @@
-//! The slot on the sandbox: what requests get, and what the endpoint saw.
+//! The slot against the sandbox's token endpoint, over real sockets: what requests get, and which calls the endpoint received.
 
 use std::fs;
 use std::future::Future;
@@ -19,14 +19,17 @@ use crate::sandbox::{Options, Sandbox, TOKEN_PATH};
 use endpoint::FetchError;
 use metrics::CredentialLabel;
 
-/// Why fetches fail, if they do.
+/// Returns the cause of the present failure of fetches.
 fn failing(slot: &Slot) -> Option<Cause> {
     slot.status().last_error.filter(|last| last.over.is_none()).and_then(|last| last.cause)
 }
 
-/// The margin of promised deadlines: the machine may be busy.
+/// The factor by which a promised deadline may be missed.
+// Tests run beside each other on machines with few cores. The promises are seconds; the faults that these tests would find take
+// far longer.
 const MARGIN: u32 = 4;
 
+/// The configuration of a token endpoint at this address.
 pub(super) fn configured(address: SocketAddr) -> config::Token {
     config::Token {
         url: Url {
@@ -37,12 +40,13 @@ pub(super) fn configured(address: SocketAddr) -> config::Token {
         },
         lifetime: Some(Duration::from_secs(600)),
         timeout: Duration::from_secs(5),
+        // Longer than the pauses of a fetch that is repeated (3 s at most), so that no test on a busy machine runs out of it.
         wait: Duration::from_secs(20),
         refused_statuses: vec![StatusCode::UNAUTHORIZED],
     }
 }
 
-/// A slot on a sandbox, with its secrets in files.
+/// A slot against a sandbox, with its secrets in files that a test can change.
 struct Rig {
     sandbox: Sandbox,
     slot: Arc<Slot>,
@@ -53,13 +57,14 @@ struct Rig {
 }
 
 impl Rig {
-    /// A slot whose task does not run yet.
+    /// A slot whose fetching task does not run.
     fn idle(faults: Value, set: impl FnOnce(&mut config::Token)) -> Self {
         let sandbox = Sandbox::start(Options::default()).unwrap();
         let options = Options::default();
         let folder = TempDir::new().unwrap();
         let place = |name: &str| folder.path().join(name);
         fs::write(place("app_key"), options.app_key).unwrap();
+        // As an editor writes it: the newline is no part of the secret.
         fs::write(place("app_secret"), options.app_secret + "\n").unwrap();
         let credential = Credential {
             name: "default".into(),
@@ -107,13 +112,14 @@ impl Rig {
         fs::write(self.folder.path().join(name), content).unwrap();
     }
 
-    /// What the audit trail was told of changed secrets.
+    /// The results of changed secrets that the audit trail received.
     fn told(&self) -> Vec<String> {
         self.told.lock().unwrap().iter().map(|event| event["result"].as_str().unwrap().to_owned()).collect()
     }
 
-    /// Waits until the secrets were looked at so often: each look sets the gauge.
+    /// Waits until the secrets were checked `count` times.
     async fn looks(&self, count: usize) {
+        // Each check sets the gauge, so a value that it never sets shows that one has ended.
         let usable = self.metrics.usable.get_or_create_owned(&CredentialLabel::of(&self.slot));
         for _ in 0..count {
             usable.set(7);
@@ -121,7 +127,7 @@ impl Rig {
         }
     }
 
-    /// The fetching task's own state, taken out to be driven by hand.
+    /// The state of the fetching task, which the test then drives itself.
     fn fetcher(&self) -> Fetcher {
         self.slot.fetcher.lock().unwrap().take().unwrap()
     }
@@ -132,7 +138,7 @@ impl Rig {
     }
 }
 
-/// Polls for something that must come about soon.
+/// Waits until `ready` returns true, and fails after 20 s.
 async fn until(what: &str, mut ready: impl FnMut() -> bool) {
     let deadline = StdInstant::now() + Duration::from_secs(20);
     while !ready() {
@@ -141,13 +147,14 @@ async fn until(what: &str, mut ready: impl FnMut() -> bool) {
     }
 }
 
-/// Runs one future beside others.
+/// Spawns a future.
 fn beside<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> tokio::task::JoinHandle<T> {
     tokio::spawn(future)
 }
 
 #[tokio::test]
 async fn all_who_wait_share_one_fetch() {
+    // The delay lets all 100 begin to wait before the fetch ends.
     let rig = Rig::start(json!({ "token": [{ "delay_ms": 300 }] }));
     let waiters: Vec<_> = (0..100)
         .map(|_| {
@@ -167,6 +174,7 @@ async fn a_caller_that_goes_away_cancels_nothing() {
     let rig = Rig::start(json!({ "token": [{ "delay_ms": 300 }] }));
     let slot = rig.slot.clone();
     let leaver = beside(async move { slot.token().await.map(|_| ()) });
+    // Aborted while the fetch is under way: one that ran within the caller's future would end here.
     until("the fetch", || rig.calls() == 1).await;
     leaver.abort();
     assert!(leaver.await.unwrap_err().is_cancelled());
@@ -195,7 +203,7 @@ async fn a_thousand_refusals_of_one_token_make_one_fetch() {
     assert_eq!(rig.calls(), 2);
 }
 
-/// Not so where no token ever worked, as for an account that may not use the service, and not so where another one does not help.
+/// There is no contest where no token ever worked, as for an account without the service, nor where another token does not help.
 #[tokio::test]
 async fn tokens_that_end_soon_are_contested_if_they_had_worked_and_another_one_works() {
     for (had_worked, other_works) in [(false, true), (true, false), (true, true)] {
@@ -208,6 +216,7 @@ async fn tokens_that_end_soon_are_contested_if_they_had_worked_and_another_one_w
             if other_works {
                 rig.slot.was_ended(refused);
             }
+            // The third token begins the contest, so the fourth replacement is the first one with a pause: half of `token.wait`.
             let is_slowed = is_contested && refused > 3;
             assert!(
                 !is_slowed || begin.elapsed() >= Duration::from_secs(4),
@@ -221,7 +230,7 @@ async fn tokens_that_end_soon_are_contested_if_they_had_worked_and_another_one_w
     }
 }
 
-/// Driven by hand, since a token lasts for a minute.
+/// Without the task, since a contest ends with a token that is a minute old.
 #[tokio::test]
 async fn a_contest_that_ends_with_a_late_refusal_is_told() {
     let rig = Rig::idle(json!({}), |_| {});
@@ -238,6 +247,7 @@ async fn a_contest_that_ends_with_a_late_refusal_is_told() {
         fetcher.look_at_contest(&rig.slot);
     }
     assert!(gauge(1) && rig.slot.status().contested.unwrap().over.is_none());
+    // The age by the wall clock is enough, since the clock that says more counts.
     let live = rig.slot.live.load_full().unwrap();
     let sent = Moment { wall: live.sent.wall - Duration::from_secs(60), ..live.sent };
     let late = Live::new(live.token.clone(), live.lifetime, live.plan, sent);
@@ -255,6 +265,7 @@ async fn a_fetch_that_is_under_way_serves_a_refusal_too() {
     let slot = rig.slot.clone();
     let first = beside(async move { slot.replace(1, false).await.unwrap().generation() });
     until("the second fetch", || rig.calls() == 2).await;
+    // A fetch of its own would be call 3, a second later.
     assert_eq!(rig.slot.replace(1, false).await.unwrap().generation(), 2);
     assert_eq!((first.await.unwrap(), rig.calls()), (2, 2));
 }
@@ -268,6 +279,7 @@ async fn a_fetch_that_is_under_way_and_fails_answers_all_who_wait_for_it() {
     until("the second fetch", || rig.calls() == 2).await;
     let begin = Instant::now();
     assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
+    // Half of `token.wait`: who waits on after the failure needs all of it.
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     assert_eq!((first.await.unwrap(), rig.calls()), (Err(NoOther::Failed(Cause::TokenStatus)), 2));
 }
@@ -291,7 +303,8 @@ async fn a_failed_refresh_puts_the_refused_token_back_into_use() {
     assert_eq!((rig.generation().await, rig.calls()), (1, 2));
 }
 
-/// The upstream refuses the token while refreshes fail and back off: requests that wait shorten that.
+/// The upstream refuses the token while failed refreshes back off. A request that waits must shorten the back-off of up to a
+/// minute.
 #[tokio::test]
 async fn a_refusal_during_a_long_back_off_is_looked_into_soon() {
     let rig = Rig::idle(json!({}), |_| {});
@@ -340,6 +353,7 @@ async fn two_fetches_are_never_closer_than_a_second() {
     let at: Vec<_> = rig.sandbox.token_calls().iter().map(|call| call.request.at).collect();
     assert_eq!(at.len(), 4);
     for pair in at.windows(2) {
+        // Less than a second: the sandbox notes when a call arrives, which on a busy machine is later for the first of two.
         assert!(pair[1] - pair[0] >= Duration::from_millis(600), "{at:?}");
     }
 }
@@ -362,6 +376,7 @@ async fn what_may_pass_is_tried_again_while_requests_wait() {
             let rig = Rig::start(json!({ "token": [once] }));
             let begin = Instant::now();
             assert_eq!((rig.generation().await, rig.calls()), (1, 2), "{fault}");
+            // While a request waits, the next try comes after 3 s at most: `MIN_GAP` and `URGENT`.
             assert!(begin.elapsed() < Duration::from_secs(3) * MARGIN, "{fault}: {:?}", begin.elapsed());
         })
     });
@@ -394,6 +409,7 @@ async fn a_time_that_the_endpoint_names_is_kept_up_to_a_minute() {
         json!({ "token": [{ "status": 503, "headers": [["Retry-After", "3600"]] }] }),
         |token| token.wait = Duration::from_secs(10),
     );
+    // The second request must not cause a call, though nobody has a token.
     for _ in 0..2 {
         match rig.slot.token().await.unwrap_err() {
             TokenError::Unavailable { cause: Cause::TokenStatus, retry_after } => {
@@ -416,11 +432,13 @@ async fn a_short_time_that_the_endpoint_names_is_waited_for() {
 
 #[tokio::test]
 async fn a_refused_pair_is_remembered_and_forgotten_at_once_when_it_changes() {
+    // The secret changes for one status only: what follows is the same for all, and takes seconds.
     for status in [400, 401, 403, 418] {
         let rig = Rig::start(json!({ "token": [{ "times": 1, "status": status }] }));
         for _ in 0..2 {
             match rig.slot.token().await.unwrap_err() {
                 TokenError::CredentialRefused { retry_after } => {
+                    // The first pause is 30 s; the test may have spent a part of it.
                     assert!((15..=30).contains(&retry_after.as_secs()), "{status}: {retry_after:?}");
                 }
                 error @ TokenError::Unavailable { .. } => panic!("{status}: {error}"),
@@ -445,6 +463,7 @@ async fn a_token_in_hand_serves_while_the_endpoint_refuses_the_pair_and_not_beyo
     assert_eq!(rig.generation().await, 1);
     until("the end of the token", || rig.slot.current().is_none()).await;
     assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })));
+    // The request without a token must not shorten the pause: each call with a refused pair may lock the account.
     assert_eq!(rig.calls(), 2);
 }
 
@@ -463,6 +482,7 @@ async fn a_life_is_counted_from_the_moment_when_its_request_was_sent() {
     let begin = Instant::now();
     assert_eq!(rig.generation().await, 1);
     let live = rig.slot.live.load_full().unwrap();
+    // Counted from the reply, the token would live 1.5 s longer here than at the endpoint.
     assert!(live.sent.monotonic >= begin && live.age() >= Duration::from_millis(1500), "{:?}", live.age());
     assert_eq!(live.lifetime, Duration::from_secs(60));
 }
@@ -471,6 +491,7 @@ async fn a_life_is_counted_from_the_moment_when_its_request_was_sent() {
 async fn a_jump_of_either_clock_ends_a_token_early_and_never_late() {
     let rig = Rig::start(json!({ "lifetime_ms": 60_000 }));
     assert_eq!(rig.generation().await, 1);
+    // The clocks of the machine cannot be set here, so the token's begin is moved the other way.
     let hour = Duration::from_secs(3600);
     let jumped = |wall: SystemTime, slept: u64| {
         let live = rig.slot.live.load_full().unwrap();
@@ -495,6 +516,7 @@ async fn the_skew_of_the_clocks_is_told_and_changes_no_life() {
     let rig = Rig::start(json!({ "lifetime_ms": 60_000, "token": [{ "skew_s": -86400 }] }));
     assert_eq!(rig.generation().await, 1);
     assert_eq!(rig.slot.live.load_full().unwrap().lifetime, Duration::from_secs(60));
+    // The endpoint's clock is a day behind; a few seconds may pass between its reply and the reading of our clock.
     let told =
         (-86405..=-86395).any(|skew| rig.metric(&format!(r#"skew_seconds{{credential="default"}} {skew}"#)));
     assert!(told);
@@ -506,6 +528,7 @@ async fn the_same_token_keeps_its_earlier_end_and_is_used_up_to_it() {
     assert_eq!(rig.generation().await, 1);
     let first = rig.slot.live.load_full().unwrap();
     until("the refresh", || rig.calls() == 2).await;
+    // The plan changes once the second call has brought the same token.
     until("its end", || rig.slot.live.load().as_ref().is_some_and(|live| live.plan.stop == live.lifetime))
         .await;
     let again = rig.slot.live.load_full().unwrap();
@@ -527,6 +550,7 @@ fn a_life_that_the_server_restates_shorter_ends_earlier_but_not_for_rounding() {
         wall: live.sent.wall + Duration::from_secs(120),
         ..live.sent
     };
+    // After 120 s of 600: all of it again, the exact rest, the rest rounded down, a second less, and far less.
     for (stated, end) in [(600, 600), (480, 600), (479, 600), (478, 598), (60, 180)] {
         let again = live.to_the_end(Duration::from_secs(stated), minutes_later);
         assert_eq!((again.lifetime.as_secs(), again.plan.stop.as_secs()), (end, end), "{stated}");
@@ -543,6 +567,7 @@ async fn a_changed_pair_is_tried_and_the_token_of_the_trial_is_the_new_token() {
     until("the trial", || rig.told() == ["accepted"]).await;
     let token = rig.slot.token().await.unwrap();
     assert_eq!((token.generation(), token.app_key().as_bytes()), (2, b"key-2".as_slice()));
+    // The token of the trial itself, and no third call: a trial that is thrown away would cost a token.
     let issued = rig.sandbox.token_calls()[1].issued.clone().unwrap();
     assert_eq!(token.authorization().as_bytes(), format!("Bearer {issued}").as_bytes());
     assert_eq!(rig.calls(), 2);
@@ -554,6 +579,7 @@ async fn a_mixed_pair_is_refused_and_the_whole_pair_is_tried_at_once() {
     let rig = Rig::start(json!({}));
     assert_eq!(rig.generation().await, 1);
     rig.sandbox.secret("key-2", "secret-2");
+    // Written apart by more than two checks, so that the pair in between is read twice and counts as a change.
     rig.write("app_key", "key-2");
     until("the mixed pair's refusal", || rig.told() == ["refused"]).await;
     assert_eq!(rig.generation().await, 1, "the old token stays in use");
@@ -585,17 +611,19 @@ async fn an_empty_file_is_no_trial() {
     rig.write("app_secret", "sandbox-app-secret");
     rig.looks(2).await;
     assert_eq!((rig.calls(), rig.told().len()), (1, 0));
+    // The control: a change of this file is noticed.
     rig.write("app_secret", "wrong");
     until("the control", || rig.told() == ["refused"]).await;
 }
 
-/// Driven by hand, since a refusal is remembered for longer than a test may take.
+/// Without the task, since a refusal is remembered for longer than a test may take.
 #[tokio::test]
 async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_later() {
     let rig = Rig::idle(json!({}), |_| {});
     let mut fetcher = rig.fetcher();
     fetcher.fetch(&rig.slot, false).await;
     rig.write("app_secret", "of-tomorrow");
+    // A change counts once two checks agree.
     for _ in 0..2 {
         fetcher.notice_secrets(&rig.slot).await;
     }
@@ -608,7 +636,7 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
     assert!(fetcher.proven.retry.at(false, None) <= Instant::now(), "the old pair may be used at any time");
     assert!(rig.slot.token().await.is_ok() && failing(&rig.slot).is_none());
 
-    // The cloud now takes the new secret only. The old pair fails when it is due, and the new one serves.
+    // The cloud now accepts the new secret only. The old pair fails at its next refresh, and the next trial succeeds.
     rig.sandbox.secret("sandbox-app-key", "of-tomorrow");
     fetcher.fetch(&rig.slot, false).await;
     assert_eq!(failing(&rig.slot), Some(Cause::TokenRefused));
@@ -617,7 +645,7 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
     assert!(fetcher.trial.is_none() && fetcher.next(&rig.slot).at > next.at);
 }
 
-/// What a request learns while a changed pair is on trial.
+/// The error of a request while a changed pair is on trial.
 #[tokio::test]
 async fn a_refusal_of_the_pair_in_use_is_final_only_when_no_trial_is_left() {
     let rig = Rig::idle(json!({}), |token| token.wait = Duration::from_millis(50));
@@ -630,6 +658,7 @@ async fn a_refusal_of_the_pair_in_use_is_final_only_when_no_trial_is_left() {
         fetcher.notice_secrets(&rig.slot).await;
     }
     assert!(matches!(rig.slot.token().await, Err(TokenError::Unavailable { .. })), "a trial is to come");
+    // Both pairs are refused now, so that nothing is left to wait for.
     fetcher.fetch(&rig.slot, true).await;
     fetcher.fetch(&rig.slot, false).await;
     assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })));
@@ -647,6 +676,7 @@ async fn a_failed_trial_does_not_answer_a_refusal_of_the_token_in_use() {
     let slot = rig.slot.clone();
     let replacement = beside(async move { slot.replace(1, false).await.map(|token| token.generation()) });
     until("the wait", || rig.slot.is_awaited()).await;
+    // The trial says nothing of the refused token: it stays retired, and the request waits for the pair in use.
     fetcher.fetch(&rig.slot, true).await;
     assert!(rig.slot.current().is_none() && !replacement.is_finished());
     fetcher.fetch(&rig.slot, false).await;
