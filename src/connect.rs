@@ -1,7 +1,8 @@
-//! Connections to the cloud: TCP and TLS, for the upstream and for the token endpoint.
+//! Egress: TCP, proxy tunnel and TLS to the upstream and to the token endpoint.
 //!
-//! Guarantees that nothing is written to a server whose certificate is not right: there is no switch that
-//! turns verification off. Does not pool.
+//! Nothing is written to a server whose certificate is not valid, and no switch turns verification off. Without TLS only
+//! loopback is connected to. Connections are not pooled here, and addresses are tried one after the other, without happy
+//! eyeballs (RFC 8305).
 
 mod addresses;
 mod identity;
@@ -42,68 +43,70 @@ pub use proxy::ProxyError;
 pub use roots::Roots;
 use roots::Trust;
 
-/// Names of protocols in a TLS handshake (RFC 7301).
+/// Protocol names of a TLS handshake (ALPN, RFC 7301).
 pub(crate) const HTTP1: &[u8] = b"http/1.1";
 const HTTP2: &[u8] = b"h2";
 
-/// How HTTP/1.1 is spoken to the cloud. Who passes a reply on removes blanks between a field's name and its colon (RFC 9112,
-/// section 5.1). Folded lines, which it may refuse (section 5.2), are refused.
+/// The HTTP/1.1 client for upstream and token endpoint. In a reply it removes blanks between a field's name and its colon, as a
+/// proxy must (RFC 9112, section 5.1), and rejects folded lines, as a proxy may (section 5.2).
 // tests/hyper.rs: blanks_before_the_colon_of_a_reply_are_removed_and_folded_lines_refused
 // tests/hyper.rs: a_reply_over_any_bound_is_the_same_error
 pub(crate) fn http1() -> http1::Builder {
     let mut builder = http1::Builder::new();
     builder
         .max_buf_size(MAX_HEAD)
-        .max_header_size(MAX_HEAD) // the bound above alone lets a head of nearly twice its size pass
+        // The bound of the buffer alone lets a head of nearly twice its size pass.
+        .max_header_size(MAX_HEAD)
         .max_headers(MAX_FIELDS)
         .allow_spaces_after_header_name_in_responses(true)
-        .writev(false); // one buffer and send(2) cost less than two and writev(2)
+        // Requests are small: one buffer and send(2) cost less than two buffers and writev(2).
+        .writev(false);
     builder
 }
 
 /// Why TLS could not be set up.
 #[derive(Debug, Error)]
 pub enum TlsError {
-    /// A file cannot be read, or is not PEM.
+    /// A certificate or key file cannot be read, or is not PEM.
     #[error(transparent)]
     Pem(#[from] PemError),
-    /// The key is that of another certificate.
+    /// The key does not belong to the certificate.
     #[error("client_key_file is not the key of client_cert_file's certificate")]
     Mismatch,
-    /// There is no root certificate to trust.
+    /// The system has no root certificate.
     #[error("no root certificate: the system has none")]
     NoRoots,
     /// The URL's host cannot be a server name.
     #[error("not a server name: {0}")]
     Name(#[from] InvalidDnsNameError),
-    /// rustls refuses the set-up.
+    /// rustls rejects the settings.
     #[error(transparent)]
     Rustls(#[from] rustls::Error),
 }
 
-/// Why there is no way out.
+/// Why [`Egress::new`] failed.
 #[derive(Debug, Error)]
 pub enum EgressError {
     /// TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// User and password for the proxy cannot be used.
+    /// The user or password for the proxy cannot be used.
     #[error(transparent)]
     Login(#[from] LoginError),
 }
 
-/// Why no connection came about. Addresses in it are for logs, never for callers.
+/// Why there is no connection. The text may name addresses: it is for logs and `/status`, never for callers.
 #[derive(Debug, Error)]
 pub enum ConnectError {
     /// The name did not resolve.
     #[error("the name does not resolve: {0}")]
     Resolve(io::Error),
-    /// In clear the credential goes to loopback only, and the name has no such address.
+    /// The URL is plain `http`, and its host has no loopback address.
     #[error(
         "{0} has no loopback address, and without TLS nothing is sent elsewhere; see the hosts file, or use https://"
     )]
     NotLoopback(Arc<str>),
-    /// No address answered.
+    /// No address accepted a connection; the error is that of the last one tried.
     #[error("no address answers: {0}")]
     Connect(#[from] io::Error),
     /// The proxy opened no tunnel.
@@ -112,24 +115,24 @@ pub enum ConnectError {
     /// The TLS handshake failed.
     #[error("TLS: {0}")]
     Tls(io::Error),
-    /// All of it took too long.
+    /// The time for all steps was over during this step.
     #[error("{0} was not over within {1:?}")]
     Timeout(Step, Duration),
 }
 
-/// What a connection needs, one after the other.
+/// The steps of connecting, in their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Step {
-    /// The addresses of its name.
+    /// Resolving the host's name.
     Resolve,
-    /// An address that answers.
+    /// Connecting to an address.
     Connect,
-    /// Leave to send the proxy user and password.
+    /// Waiting for the permit to send user and password to the proxy.
     Turn,
-    /// A tunnel through the proxy.
+    /// Opening a tunnel through the proxy.
     Proxy,
-    /// TLS.
+    /// The TLS handshake.
     Tls,
 }
 
@@ -156,7 +159,7 @@ impl std::fmt::Display for Step {
 }
 
 impl ConnectError {
-    /// The word for it.
+    /// Returns the cause for metrics, audit and callers.
     pub fn cause(&self) -> Cause {
         match self {
             Self::Resolve(_) => Cause::Dns,
@@ -169,25 +172,26 @@ impl ConnectError {
     }
 }
 
-/// How the gateway gets to the cloud.
+/// The settings of all outgoing connections: roots, own certificate, proxy. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Egress {
     trust: Arc<Trust>,
     roots: Option<Roots>,
-    /// For what is spoken to over TLS; the rest is on loopback.
+    /// For `https` only: a plain URL leads to loopback, which no proxy can reach.
     proxy: Option<ProxyUrl>,
     login: Option<Arc<Login>>,
     identity: Option<Arc<Identity>>,
 }
 
 impl Egress {
-    /// From a configuration; reads roots, the gateway's own certificate, and user and password for the proxy only where
-    /// there is TLS.
+    /// Reads the roots, the gateway's own certificate and the proxy's user and password, but none of them if `has_tls` is
+    /// false. Blocks on files. Fails if one of them cannot be used.
     pub fn new(upstream: &config::Upstream, has_tls: bool) -> Result<Self, EgressError> {
         let identity = upstream.identity().filter(|_| has_tls);
         let identity = identity.map(|files| Identity::load(files.cert_file, files.key_file)).transpose()?;
         let ca_file = upstream.ca_file.as_deref().filter(|_| has_tls);
-        let digest = ca_file.map(roots::contents).transpose()?; // before it is read: what changes in between is noticed later
+        // Taken before the file is read: a change in between then differs from the digest and is noticed later.
+        let digest = ca_file.map(roots::contents).transpose()?;
         let store = if has_tls { roots(ca_file)? } else { RootCertStore::empty() };
         let trust = Arc::new(Trust::new(store, identity.clone())?);
         let roots = ca_file.zip(digest).map(|(path, digest)| Roots::new(path.into(), trust.clone(), digest));
@@ -195,22 +199,22 @@ impl Egress {
         Ok(Self { trust, roots, proxy: upstream.proxy.clone(), login, identity })
     }
 
-    /// The file of its roots, if it has one.
+    /// The watched `ca_file`, if one is configured.
     pub fn roots(&self) -> Option<&Roots> {
         self.roots.as_ref()
     }
 
-    /// The gateway's own certificate, if it has one.
+    /// The gateway's own certificate, if one is configured.
     pub fn identity(&self) -> Option<&Arc<Identity>> {
         self.identity.as_ref()
     }
 
-    /// User and password for the proxy, if it has them.
+    /// The user and password for the proxy, if they are configured.
     pub fn login(&self) -> Option<&Arc<Login>> {
         self.login.as_ref()
     }
 
-    /// Trusts nobody, and reads no root from anywhere.
+    /// Settings that trust no certificate and read no file.
     #[cfg(test)]
     pub(crate) fn plain() -> Self {
         let trust = Arc::new(Trust::new(RootCertStore::empty(), None).unwrap());
@@ -218,32 +222,33 @@ impl Egress {
     }
 }
 
-/// Whom a client trusts: the roots of `ca_file` alone, or the system's.
+/// Returns the roots of `ca_file` alone, or those of the system. Fails if there is none.
 pub fn roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
     let Some(path) = ca_file else {
         let mut roots = RootCertStore::empty();
+        // Errors are ignored here: one unreadable file among a system's hundred roots is no reason not to start.
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         return if roots.is_empty() { Err(TlsError::NoRoots) } else { Ok(roots) };
     };
     roots::read(path)
 }
 
-/// Connects to one host. Clones share what is known of its addresses.
+/// Connects to one host. Clones share the cache of its addresses.
 #[derive(Clone)]
 pub struct Connector {
-    /// Where the TCP connection goes: the host itself, or a proxy.
+    /// Where the TCP connection goes: the host, or the proxy.
     host: Arc<str>,
     port: u16,
-    /// Behind the proxy: the host itself, with its port.
+    /// The host with its port, if the connection goes through a proxy.
     behind: Option<Arc<str>>,
-    /// Who we are to the proxy.
+    /// For the proxy.
     login: Option<Arc<Login>>,
     tls: Option<Tls>,
     timeout: Duration,
     addresses: Addresses,
 }
 
-/// How it speaks TLS.
+/// The TLS of a connector.
 #[derive(Clone)]
 struct Tls {
     trust: Arc<Trust>,
@@ -257,7 +262,7 @@ impl std::fmt::Debug for Connector {
     }
 }
 
-/// Where it connects.
+/// The host and port, and the proxy on the way, as in log lines.
 impl std::fmt::Display for Connector {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.behind {
@@ -268,7 +273,7 @@ impl std::fmt::Display for Connector {
 }
 
 impl Connector {
-    /// A connector for the host of a URL. `timeout` covers resolving, connecting, the proxy and TLS together.
+    /// Creates a connector for the host of a URL. `timeout` is for all steps together. Fails if the host is not a server name.
     pub fn new(url: &Url, egress: &Egress, timeout: Duration) -> Result<Self, TlsError> {
         let name = url.tls.then(|| ServerName::try_from(url.host.clone())).transpose()?;
         let tls = name.map(|name| Tls { trust: egress.trust.clone(), name, offers_http2: false });
@@ -282,7 +287,7 @@ impl Connector {
         Ok(Self { host, port, behind, login, tls, timeout, addresses })
     }
 
-    /// The same connector, offering HTTP/2 before HTTP/1.1 where it speaks TLS.
+    /// Returns this connector, with HTTP/2 offered before HTTP/1.1 if it uses TLS.
     pub fn offering_http2(mut self) -> Self {
         if let Some(tls) = &mut self.tls {
             tls.offers_http2 = true;
@@ -290,24 +295,26 @@ impl Connector {
         self
     }
 
-    /// Which roots new connections are made under: it grows when others are taken.
+    /// The number of the roots that new connections are verified with. It grows with each change of `ca_file`; 0 without TLS.
     pub fn generation(&self) -> u64 {
         self.tls.as_ref().map_or(0, |tls| tls.trust.generation())
     }
 
-    /// A new connection, made under the roots that are in use when it is there.
+    /// Returns a new connection, verified with the roots that are in use when it is ready. Cancellation safe.
     pub async fn connect(&self) -> Result<Stream, Reason> {
         self.connect_under().await.map(|(stream, _)| stream)
     }
 
-    /// The same, and which roots these are.
+    /// Returns a new connection as [`Self::connect`] does, and the number of its roots (see [`Self::generation`]).
     pub async fn connect_under(&self) -> Result<(Stream, u64), Reason> {
+        // Outside of the future below, which is dropped when the time is over, so that the error can name the step.
         let step = AtomicU8::new(Step::Resolve as u8);
         let dialed = timeout(self.timeout, self.dial_under(&step)).await;
         let late = |_| {
             let step = Step::of(&step);
             if step == Step::Connect {
-                self.addresses.doubt(); // the timer for the last address ends at the same time, or just behind
+                // The timer of the last address ends at the same moment. Whichever is first, the addresses are doubted.
+                self.addresses.doubt();
             }
             Err(ConnectError::Timeout(step, self.timeout))
         };
@@ -315,7 +322,8 @@ impl Connector {
         dialed.map_err(|error| self.reason(&error))
     }
 
-    /// What is told. A proxy that breaks TLS open has a say in some texts, such as by the names in its certificate.
+    /// Returns the cause and text of an error, without the proxy's password.
+    // A proxy that intercepts TLS can quote the password in its certificate, whose names are a part of rustls' error.
     #[cold]
     fn reason(&self, error: &ConnectError) -> Reason {
         let text = format!("{self}: {error}");
@@ -324,7 +332,8 @@ impl Connector {
         Reason::new(error.cause(), text)
     }
 
-    /// Dials again where the roots changed meanwhile: whom the old ones let in may be trusted no more.
+    /// Dials, and dials again if the roots have changed meanwhile: the old roots may have accepted a server that is not trusted
+    /// now.
     async fn dial_under(&self, step: &AtomicU8) -> Result<(Stream, u64), ConnectError> {
         loop {
             let generation = self.generation();
@@ -335,10 +344,13 @@ impl Connector {
         }
     }
 
+    /// Goes through all steps once.
     async fn dial(&self, step: &AtomicU8) -> Result<Stream, ConnectError> {
         let login = self.login.as_ref().map(|login| login.current());
+        // Before anything is dialled: while the proxy's refusal is remembered, a connection could only be closed again.
         login.as_deref().map_or(Ok(()), Basic::check)?;
         let mut stream = self.dial_tcp(step).await?;
+        // Nagle's algorithm would hold the second of two small writes back until the first one is acknowledged.
         stream.set_nodelay(true)?;
         if let Some(authority) = &self.behind {
             step.store(Step::Turn as u8, Ordering::Relaxed);
@@ -356,6 +368,7 @@ impl Connector {
         Ok(Stream::Tls(Box::new(stream)))
     }
 
+    /// Connects to an address of the host or the proxy.
     async fn dial_tcp(&self, step: &AtomicU8) -> Result<TcpStream, ConnectError> {
         step.store(Step::Resolve as u8, Ordering::Relaxed);
         let begin = Instant::now();
@@ -367,12 +380,14 @@ impl Connector {
         step.store(Step::Connect as u8, Ordering::Relaxed);
         let dialed = dial_any(&addresses, self.timeout.saturating_sub(begin.elapsed())).await;
         let (stream, address) = dialed.inspect_err(|_| self.addresses.doubt())?;
-        self.allowed(vec![stream.peer_addr()?])?; // before the first byte
+        // Checked once more on the socket, before the first byte: that byte may begin a request with the app secret in clear.
+        self.allowed(vec![stream.peer_addr()?])?;
         self.addresses.prefer(address);
         Ok(stream)
     }
 
-    /// Where it may connect. Without TLS that is loopback alone, whatever the name means: the hosts file may say something else.
+    /// Returns the addresses that may be connected to: without TLS only those of loopback. Fails if none is left.
+    // The name proves nothing: a hosts file can map `localhost` to another machine.
     fn allowed(&self, mut addresses: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, ConnectError> {
         if self.tls.is_none() {
             addresses.retain(|address| address.ip().to_canonical().is_loopback());
@@ -384,7 +399,8 @@ impl Connector {
     }
 }
 
-/// Tries the addresses in turn. One that does not answer leaves time for the others.
+/// Connects to the first address that accepts. Each gets an equal share of the time that is left, so that one that is silent
+/// leaves time for the others.
 async fn dial_any(addresses: &[SocketAddr], time: Duration) -> io::Result<(TcpStream, SocketAddr)> {
     let begin = Instant::now();
     let mut failed = io::ErrorKind::NotFound.into();
@@ -400,17 +416,17 @@ async fn dial_any(addresses: &[SocketAddr], time: Duration) -> io::Result<(TcpSt
     Err(failed)
 }
 
-/// A connection to the cloud.
+/// A connection to the upstream or the token endpoint.
 #[derive(Debug)]
 pub enum Stream {
-    /// Plain, to loopback only.
+    /// Plain TCP, to loopback only.
     Plain(TcpStream),
-    /// TLS.
+    /// TLS, whose state is large.
     Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl Stream {
-    /// The socket below.
+    /// The TCP socket.
     pub fn socket(&self) -> &TcpStream {
         match self {
             Self::Plain(stream) => stream,
@@ -418,7 +434,7 @@ impl Stream {
         }
     }
 
-    /// Whether the server picked HTTP/2.
+    /// Whether the server chose HTTP/2.
     pub fn is_http2(&self) -> bool {
         match self {
             Self::Plain(_) => false,
@@ -481,12 +497,13 @@ impl AsyncWrite for Stream {
 mod tests {
     use super::*;
 
-    /// A listener whose queue is full, so that nobody answers there.
+    /// A listener whose queue is full, so that a further connection gets no answer.
     fn silent() -> (SocketAddr, socket2::Socket, Vec<socket2::Socket>) {
         let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
         listener.listen(0).unwrap();
         let address = listener.local_addr().unwrap();
+        // A backlog of 0 holds one connection on Linux. The kernel drops the SYNs of those behind it.
         let callers = (0..4).map(|_| {
             let caller = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
             caller.set_nonblocking(true).unwrap();
@@ -504,6 +521,7 @@ mod tests {
         let time = Duration::from_secs(2);
         let (_, address) = dial_any(&[silent, answering], time).await.unwrap();
         assert_eq!(address, answering);
+        // A listener that refuses at once would pass the test above, too.
         let error = dial_any(&[silent, silent], time / 4).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "the control");
     }

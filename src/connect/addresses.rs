@@ -1,7 +1,7 @@
-//! What is known of a host's addresses.
+//! A DNS cache for one host: single flight, a fixed lifetime, and stale answers while the resolver fails or hangs.
 //!
-//! Asks the system's resolver, no more often than every few seconds; an address that changes is noticed by then. While
-//! the resolver has no answer, the last one counts.
+//! It asks the system's resolver (getaddrinfo, which knows the hosts file as well but tells no lifetime), at most once in 5 s.
+//! It does not check that an address answers: the connector reports that.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,37 +14,40 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::log::OncePerSecond;
 
-/// An answer is not asked for again within this time.
+/// How long an answer is used without a new query.
 const FRESH: Duration = Duration::from_secs(5);
 
-/// Who knows addresses waits no longer for newer ones, counted from the question.
+/// How long a dial that has stale addresses waits for newer ones, counted from the beginning of the query.
 const PATIENCE: Duration = Duration::from_millis(300);
 
-/// The addresses of one host.
+/// The cached addresses of one host. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Addresses(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
+    // Never held across an await: while it was held during a query, the k-th dial waited k times as long for a resolver that
+    // hung.
     known: Mutex<Known>,
-    /// Wakes who waits for an answer.
+    /// Wakes the dials that wait for an answer.
     answered: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
 struct Known {
-    /// The last answer, the address that answered last in front.
+    /// The last answer; first the address that last accepted a connection.
     addresses: Vec<SocketAddr>,
-    /// When it was given.
+    /// When the last query ended; `None` asks for a new one.
     at: Option<Instant>,
-    /// Since when a question is under way. It is one for all who ask meanwhile (single flight), and outlives them, so that a
-    /// resolver that hangs holds one thread.
+    /// When the query began that is under way. All dials share it (single flight), and it outlives them, so that a resolver that
+    /// hangs occupies one thread.
     asking: Option<Instant>,
-    /// Why the last question had no answer.
+    /// Why the last query failed.
     error: String,
 }
 
 impl Known {
+    /// Returns the addresses if no new query is due.
     fn fresh(&self) -> Option<Vec<SocketAddr>> {
         self.at.filter(|at| at.elapsed() < FRESH).map(|_| self.addresses.clone())
     }
@@ -55,6 +58,7 @@ impl Shared {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Queries the resolver and wakes the waiting dials. Logs a failure only if stale addresses hide it from the callers.
     async fn ask(self: Arc<Self>, host: Arc<str>, port: u16) {
         let answer = lookup_host((&*host, port)).await.map(Vec::from_iter);
         let failed = self.known().take(answer);
@@ -69,11 +73,12 @@ impl Shared {
 }
 
 impl Known {
-    /// Takes an answer. Returns the error, if the last addresses are used on.
+    /// Stores the result of a query. Returns the error if stale addresses stay in use.
     fn take(&mut self, answer: io::Result<Vec<SocketAddr>>) -> Option<String> {
         self.asking = None;
         match answer {
             Ok(mut addresses) => {
+                // The order of the resolver stays, but for the address that is known to work.
                 let preferred = self.addresses.first().copied();
                 addresses.sort_by_key(|address| Some(*address) != preferred);
                 (self.addresses, self.at) = (addresses, Some(Instant::now()));
@@ -82,6 +87,7 @@ impl Known {
             Err(error) => {
                 self.error = error.to_string();
                 let is_known = !self.addresses.is_empty();
+                // Stale addresses count as fresh again, so that a resolver that is down is not queried by each dial.
                 self.at = is_known.then(Instant::now);
                 is_known.then_some(self.error.clone())
             }
@@ -90,14 +96,18 @@ impl Known {
 }
 
 impl Addresses {
-    /// The addresses of a host; those that answered before come first.
+    /// Returns the addresses of a host, first the one that last accepted a connection. With stale addresses at hand it waits at
+    /// most 300 ms; without, it waits until the query ends, so callers set a deadline. Cancellation safe. Fails if the query
+    /// failed and no address is known.
     pub(super) async fn resolve(&self, host: &Arc<str>, port: u16) -> io::Result<Vec<SocketAddr>> {
+        // Subscribed before the state is read: an answer in between would otherwise be missed.
         let mut answered = self.0.answered.subscribe();
         let (asked, is_known) = {
             let mut known = self.known();
             if let Some(fresh) = known.fresh() {
                 return Ok(fresh);
             }
+            // A task of its own: this future is dropped when the dial's time is over, and the next dial needs the answer.
             let asked = *known.asking.get_or_insert_with(|| {
                 tokio::spawn(self.0.clone().ask(host.clone(), port));
                 Instant::now()
@@ -105,9 +115,11 @@ impl Addresses {
             (asked, !known.addresses.is_empty())
         };
         if is_known {
+            // Counted from the query and not from this call: dials that come later do not wait once more for the same query.
             let _ = timeout_at(asked + PATIENCE, answered.changed()).await;
         } else {
-            let _ = answered.changed().await; // for as long as a connection may take
+            // The connector's timer ends this wait.
+            let _ = answered.changed().await;
         }
         let known = self.known();
         if known.addresses.is_empty() {
@@ -116,12 +128,12 @@ impl Addresses {
         Ok(known.addresses.clone())
     }
 
-    /// This one has answered.
+    /// Puts an address that has accepted a connection first.
     pub(super) fn prefer(&self, answered: SocketAddr) {
         self.known().addresses.sort_by_key(|address| *address != answered);
     }
 
-    /// None of them has answered: they may be old.
+    /// Makes the next dial query the resolver, since no address accepted a connection: they may be outdated.
     pub(super) fn doubt(&self) {
         self.known().at = None;
     }
@@ -151,19 +163,21 @@ mod tests {
         let addresses = Addresses::default();
         let resolve = async |host: &str| addresses.resolve(&host.into(), 1).await;
         let first = resolve("localhost").await.unwrap();
+        // Another name than before shows whether the resolver is queried: it would fail.
         assert_eq!(resolve("no-such-host.invalid").await.unwrap(), first, "the resolver is not asked");
         addresses.known().addresses = vec!["127.0.0.9:1".parse().unwrap()];
         addresses.doubt();
         assert_eq!(resolve("localhost").await.unwrap(), first, "it is");
     }
 
-    /// The one question goes on, and costs everybody the same time once.
+    /// The dials share one query, and its wait of 300 ms is over for all of them at the same time.
     #[tokio::test]
     async fn while_the_resolver_hangs_all_dials_share_one_wait_and_use_what_is_known() {
         let addresses = Addresses::default();
         let known: SocketAddr = "127.0.0.1:1".parse().unwrap();
         addresses.known().addresses = vec![known];
-        addresses.known().asking = Some(Instant::now()); // and no answer comes
+        // A query that never ends: nothing runs that could answer.
+        addresses.known().asking = Some(Instant::now());
         let begun = Instant::now();
         let dial = || async { addresses.resolve(&"localhost".into(), 1).await.unwrap() };
         let mut dials: Vec<_> = (0..20).map(|_| Box::pin(dial())).collect();

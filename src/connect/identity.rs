@@ -1,4 +1,6 @@
-//! The gateway's own certificate, for an upstream that asks for one. Read again when its files change.
+//! The gateway's client certificate (mutual TLS), for an upstream that asks for one. It is read again when its files change.
+//!
+//! A file that cannot be used leaves the old certificate in use. Whether the upstream trusts it is not checked here.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,25 +15,26 @@ use super::TlsError;
 use crate::pem;
 use crate::watched::{Watched, digest, follow};
 
-/// A certificate and its key, as they are at present.
+/// A certificate and its key. The TLS handshakes of all connections share them.
 #[derive(Debug)]
 pub struct Identity {
     cert_file: PathBuf,
     key_file: PathBuf,
     current: ArcSwap<CertifiedKey>,
-    /// Of what was read first.
+    /// The digest of both files at the start.
     digest: [u8; 32],
 }
 
 impl Identity {
-    /// Reads both files.
+    /// Reads both files. Fails if one cannot be read, or the key does not belong to the certificate.
     pub fn load(cert_file: PathBuf, key_file: PathBuf) -> Result<Arc<Self>, TlsError> {
-        let digest = contents(&cert_file, &key_file)?; // before they are read: what changes in between is noticed later
+        // Taken before the files are read: a change in between then differs from the digest and is noticed later.
+        let digest = contents(&cert_file, &key_file)?;
         let current = ArcSwap::new(read(&cert_file, &key_file)?);
         Ok(Arc::new(Self { cert_file, key_file, current, digest }))
     }
 
-    /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
+    /// Follows the files for ever and takes a changed certificate if it can be used. `tell` gets the result of each change.
     pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
         let files = (self.cert_file.clone(), self.key_file.clone());
         let look = move || contents(&files.0, &files.1);
@@ -48,6 +51,7 @@ impl Identity {
 fn read(cert_file: &Path, key_file: &Path) -> Result<Arc<CertifiedKey>, TlsError> {
     let chain = pem::certificates(&pem::read(cert_file)?, cert_file)?;
     let key = pem::key(&pem::read_key(key_file)?)?;
+    // rustls' text for a wrong pair names no file. It is the usual mistake during a renewal, so it has an error of its own.
     let certified = CertifiedKey::from_der(chain, key, &default_provider()).map_err(|error| match error {
         Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => TlsError::Mismatch,
         error => error.into(),
@@ -61,6 +65,8 @@ fn contents(cert_file: &Path, key_file: &Path) -> Result<[u8; 32], TlsError> {
 
 impl ResolvesClientCert for Identity {
     fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        // The issuers and schemes that the server names are ignored: there is one certificate, and a server that does not
+        // accept it says so in its alert, which tells more than a handshake without a certificate.
         Some(self.current.load_full())
     }
 

@@ -1,7 +1,11 @@
-//! User and password for a proxy that wants credentials (`Basic`, RFC 7617). Read again when their files change.
+//! User and password for a proxy (`Basic`, RFC 7617), guarded against account lock-out. They are read again when their files
+//! change.
 //!
-//! Guarantees that neither can be printed, and that those which the proxy refuses are not sent by each connection: a directory
-//! behind it locks an account after a few wrong tries. Does not ask whether the proxy takes them: a connection shows that.
+//! A directory behind the proxy may lock an account after a few wrong tries. Until the proxy has accepted a password,
+//! therefore, one connection at a time sends it, and a refused password is held back: exponential back-off from 30 s to 5 min.
+//!
+//! Neither user nor password can be printed. No request is made only to test them: the next connection shows whether they are
+//! right.
 
 use std::fmt;
 use std::path::Path;
@@ -22,49 +26,51 @@ use crate::secret::needles::Needles;
 use crate::secret::{Secret, SecretError};
 use crate::watched::{Watched, digest, follow};
 
-/// Connections send user and password side by side for so long after the proxy last took them. After that one connection goes first:
-/// they may have expired, and as many wrong tries as there are connections would go out at once.
+/// For this long after the proxy last accepted the password, connections send it at the same time. After that one connection goes
+/// first: the password may have expired, and each of many connections would make a wrong try.
 const FRESH: Duration = Duration::from_secs(5);
 
-/// Why user and password cannot be used. Names places, never a content.
+/// Why user and password cannot be used. The text names the file, never its content.
 #[derive(Debug, Error)]
 pub enum LoginError {
-    /// A file could not be read.
+    /// A file could not be read, or its content cannot be a secret.
     #[error(transparent)]
     Secret(#[from] SecretError),
-    /// A user that cannot be sent.
+    /// The user's name cannot be sent.
     #[error("proxy_user_file {0}")]
     User(&'static str),
 }
 
-/// User and password, as they are at present. Cannot be printed, and neither can their digest: it would tell who guesses
-/// whether a guess is right.
+/// The user and password of two watched files. `Debug` shows neither them nor their digest, with which guesses could be tested.
 pub struct Login {
     files: LoginFiles,
     current: ArcSwap<Basic>,
-    /// Of what was read first.
+    /// The digest of both at the start.
     digest: [u8; 32],
 }
 
 impl Login {
-    /// Reads both files.
+    /// Reads both files. Fails if their content cannot be sent; whether the proxy accepts it is not checked.
     pub fn load(files: LoginFiles) -> Result<Arc<Self>, LoginError> {
-        let digest = contents(&files)?; // before they are read: what changes in between is noticed later
+        // Taken before the files are read: a change in between then differs from the digest and is noticed later.
+        let digest = contents(&files)?;
         let current = ArcSwap::from_pointee(Basic::load(&files)?);
         Ok(Arc::new(Self { files, current, digest }))
     }
 
-    /// What is sent now.
+    /// The present user and password.
     pub(super) fn current(&self) -> Arc<Basic> {
         self.current.load_full()
     }
 
-    /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
+    /// Follows the files for ever and takes a changed user or password if they can be sent. `tell` gets the result of each
+    /// change.
     pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
         let files = self.files.clone();
         let paths = vec![files.user.clone(), files.password.clone()];
         let watched = Watched::new(paths, move || contents(&files), self.digest);
         let take = move |_| {
+            // A new value also forgets a refusal: nobody has refused the changed password.
             self.current.store(Arc::new(Basic::load(&self.files)?));
             Ok(())
         };
@@ -78,7 +84,7 @@ impl fmt::Debug for Login {
     }
 }
 
-/// User and password of these files, such that they can be sent.
+/// Returns the user and password in these files, checked for what a request can carry.
 fn read(files: &LoginFiles) -> Result<[Secret; 2], LoginError> {
     let load = |path: &Path| Secret::load(&SecretSource::File(path.to_owned()));
     let (user, password) = (load(&files.user)?, load(&files.password)?);
@@ -90,7 +96,8 @@ fn contents(files: &LoginFiles) -> Result<[u8; 32], LoginError> {
     Ok(digest(read(files)?.each_ref().map(Secret::expose)))
 }
 
-/// A user has no colon, which ends it (RFC 7617, section 2). No secret has a control character.
+/// Fails for a user's name with a colon, which ends the name (RFC 7617, section 2).
+// Control characters, which that section forbids as well, do not get here: no `Secret` has one.
 pub(crate) fn check_user(user: &[u8]) -> Result<(), &'static str> {
     let is_whole = !user.contains(&b':');
     is_whole
@@ -98,46 +105,48 @@ pub(crate) fn check_user(user: &[u8]) -> Result<(), &'static str> {
         .ok_or("holds a colon, which no user's name can have: the password has a file of its own")
 }
 
-/// User and password as they are sent, and what the proxy says to them. Cannot be printed.
+/// A user and password in the form in which they are sent, with what the proxy has said about them. `Debug` shows nothing.
 pub(super) struct Basic {
     encoded: Zeroizing<String>,
     needles: Needles,
     standing: Mutex<Standing>,
-    /// Held by the only connection that may send them while it is not known whether the proxy takes them.
+    /// Held by the one connection that may send them while it is unknown whether the proxy accepts them.
     turn: Arc<sync::Mutex<()>>,
 }
 
-/// Leave to send user and password once.
+/// The permit to send user and password once.
 pub(super) struct Leave {
     pub(super) login: Arc<Basic>,
-    /// No other connection sends them while this is held; `None`: others may.
+    /// While this is held, no other connection sends them; `None`: others may.
     pub(super) turn: Option<OwnedMutexGuard<()>>,
 }
 
-/// What the proxy says to user and password.
+/// What the proxy has said about user and password.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Standing {
-    /// Nothing so far. `is_unanswered`: the last try had no answer.
+    /// Nothing yet. `is_unanswered`: the last try got no answer.
     Unproven { is_unanswered: bool },
-    /// It last took them at this time.
+    /// It last accepted them at this time.
     Taken(Instant),
-    /// It refuses them, as so often before in a row. They are sent once more after the pause.
+    /// It refused them, and `before` times in a row before that. They are sent again after `until`.
     Refused { until: Instant, before: u32, why: Why },
 }
 
 /// Why user and password are held back.
+// Kept, so that connections that fail during the pause report the same cause and text as the one that was refused.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Why {
-    /// The proxy refuses them.
+    /// The proxy refused them.
     Wrong,
-    /// The proxy takes nothing by Basic.
+    /// The proxy does not offer `Basic`.
     NotBasic,
-    /// Two tries in a row had no answer.
+    /// Two tries in a row got no answer.
     Unanswered,
 }
 
 impl Standing {
-    /// After a refusal. One that was on its way when another came adds nothing.
+    /// Returns the standing after a refusal. One that arrives during the pause was on its way when the pause began and changes
+    /// nothing.
     fn refused(self, now: Instant, why: Why) -> Self {
         let before = match self {
             Self::Refused { until, .. } if now < until => return self,
@@ -147,8 +156,9 @@ impl Standing {
         Self::Refused { until: now + after_refusals(before), before, why }
     }
 
-    /// After a try that had no answer. The second one in a row counts as a refusal: a proxy may need long to refuse, or refuse by
-    /// closing the connection. Where the proxy took them before, it is more likely that the host behind it does not answer.
+    /// Returns the standing after a try without an answer. The second in a row counts as a refusal, since a proxy may refuse
+    /// late or by closing the connection. It does not if the proxy accepted them before: more likely the host behind it does
+    /// not answer.
     fn unanswered(self, now: Instant) -> Self {
         match self {
             Self::Taken(_) => self,
@@ -159,7 +169,7 @@ impl Standing {
         }
     }
 
-    /// Whether they may be sent side by side. Fails during the pause after a refusal.
+    /// Whether any number of connections may send them at the same time. Fails during the pause after a refusal.
     fn is_fresh(self, now: Instant) -> Result<bool, ProxyError> {
         match self {
             Self::Refused { until, why, .. } if now < until => Err(why.error()),
@@ -180,30 +190,34 @@ impl Why {
 }
 
 impl Basic {
+    /// Reads both files. They count as unproven.
     fn load(files: &LoginFiles) -> Result<Self, LoginError> {
         let [user, password] = read(files)?;
         Ok(Self::new(user.expose(), password.expose()))
     }
 
+    /// Encodes a user and a password that may be sent. They count as unproven.
     pub(super) fn new(user: &[u8], password: &[u8]) -> Self {
         let encoded = Zeroizing::new(base64(&Zeroizing::new([user, b":", password].concat())));
+        // The encoded form as well: whoever quotes the whole header quotes the password.
         let needles = Needles::new([encoded.as_bytes(), password, b""]);
         let standing = Mutex::new(Standing::Unproven { is_unanswered: false });
         Self { encoded, needles, standing, turn: Arc::default() }
     }
 
-    /// Fails during the pause that follows a refusal.
+    /// Fails during the pause after a refusal, with the error of that refusal.
     pub(super) fn check(&self) -> Result<(), ProxyError> {
         self.is_fresh().map(drop)
     }
 
-    /// Waits for leave to send them. While it is not known whether the proxy takes them, one connection has it, and the others wait
-    /// for what comes of it.
+    /// Waits for the permit to send them. While it is unknown whether the proxy accepts them, one connection has the permit,
+    /// and the others wait for its result. Fails as [`Self::check`] does. Cancellation safe.
     pub(super) async fn leave(self: Arc<Self>) -> Result<Leave, ProxyError> {
         let mut turn = None;
         if !self.is_fresh()? {
             let mine = self.turn.clone().lock_owned().await;
-            let is_fresh = self.is_fresh()?; // by now
+            // Asked again: during the wait another connection has had its answer. If that was a refusal, this one must not try.
+            let is_fresh = self.is_fresh()?;
             turn = (!is_fresh).then_some(mine);
         }
         Ok(Leave { login: self, turn })
@@ -213,17 +227,17 @@ impl Basic {
         self.standing().is_fresh(Instant::now())
     }
 
-    /// Whether the proxy took them, and has not refused them since.
+    /// Whether the proxy has accepted them, at any time, and has not refused them since.
     pub(super) fn is_proven(&self) -> bool {
         matches!(*self.standing(), Standing::Taken(_))
     }
 
-    /// The proxy takes them.
+    /// Records that the proxy accepts them.
     pub(super) fn taken(&self) {
         *self.standing() = Standing::Taken(Instant::now());
     }
 
-    /// The proxy refuses them. `takes_basic`: it may take others.
+    /// Records that the proxy refuses them, and returns the error. `takes_basic`: it may accept others.
     pub(super) fn refused(&self, takes_basic: bool) -> ProxyError {
         let why = if takes_basic { Why::Wrong } else { Why::NotBasic };
         let mut standing = self.standing();
@@ -231,7 +245,7 @@ impl Basic {
         why.error()
     }
 
-    /// They were sent, and no answer came.
+    /// Records that they were sent and no answer came.
     pub(super) fn unanswered(&self) {
         let mut standing = self.standing();
         *standing = standing.unanswered(Instant::now());
@@ -241,12 +255,12 @@ impl Basic {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// In base64, as they stand behind the name of the scheme.
+    /// The credentials of the header, behind the scheme: user, colon and password in base64.
     pub(super) fn encoded(&self) -> &[u8] {
         self.encoded.as_bytes()
     }
 
-    /// Whether a text quotes the password.
+    /// Whether a text quotes the password, plain or encoded.
     pub(super) fn is_in(&self, text: &str) -> bool {
         self.needles.are_in(text.as_bytes())
     }
@@ -272,6 +286,7 @@ mod tests {
 
     #[test]
     fn a_user_with_a_colon_is_refused() {
+        // Blanks, a backslash and letters beyond ASCII are usual in the names of a Windows domain.
         assert!(check_user("DOMAIN\\user name \u{a3}".as_bytes()).is_ok(), "the control");
         for bad in [":", "user:", ":password", "user:password"] {
             assert!(check_user(bad.as_bytes()).is_err(), "{bad}");
@@ -292,6 +307,7 @@ mod tests {
         }
         let taken = Standing::Taken(now);
         let Standing::Refused { before, .. } = taken.refused(now, Why::Wrong) else { panic!() };
+        // A refusal before the acceptance must not prolong the pause of one that comes after it.
         assert_eq!(before, 0, "what was taken begins anew");
     }
 
@@ -321,6 +337,7 @@ mod tests {
     #[test]
     fn neither_they_nor_their_digest_show_in_debug() {
         assert_eq!(format!("{:?}", Basic::new(b"user", b"s3cret")), "Basic");
+        // By way of `Egress` as well, whose `Debug` is derived.
         let folder = tempfile::TempDir::new().unwrap();
         let [user, password] = ["user", "s3cret"].map(|name| folder.path().join(name));
         [&user, &password].iter().for_each(|path| std::fs::write(path, "s3cret").unwrap());

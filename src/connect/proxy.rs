@@ -1,7 +1,8 @@
-//! A tunnel through an HTTP proxy (`CONNECT`, RFC 9110 §9.3.6): the cloud may know the company by the proxy's address.
+//! A tunnel through an HTTP proxy (`CONNECT`, RFC 9110, section 9.3.6).
 //!
-//! The proxy sees the name and port of the host, and TLS. It is told who we are only where there is a user and a password
-//! for it, with the first request: `Basic` needs no challenge. That crosses the network to the proxy in clear.
+//! The cloud may have the proxy's address on its allow list, and not the gateway's. The proxy sees the name and port of the
+//! host, and TLS. If a user and password are configured, the first request already has them, since `Basic` needs no challenge.
+//! They cross the network between gateway and proxy in clear text: TLS to the proxy itself is not implemented.
 
 use std::io;
 use std::time::Duration;
@@ -18,64 +19,65 @@ use zeroize::Zeroizing;
 use super::login::{Basic, Leave};
 use crate::model::cause::Cause;
 
-/// So much of an answer is read, in bytes: of its interim heads (RFC 9110 §15.2) and the final one together.
+/// The longest answer that is read, in bytes: all interim heads (RFC 9110, section 15.2) and the final one together.
+// This bound and the next are those of the upstream's replies.
 const MAX_ANSWER: usize = 64 * 1024;
 
-/// So many header fields may one head have.
+/// The most header fields of one head.
 const MAX_FIELDS: usize = 256;
 
-/// So long is an answer waited for that says whether the proxy takes user and password. Some proxies take seconds to refuse.
+/// How long the first connection with an unproven password waits for the proxy's answer. Some proxies delay a refusal by seconds.
 const LATEST: Duration = Duration::from_secs(30);
 
-/// What an answer begins with.
+/// The first bytes of every answer.
 const HTTP: &[u8] = b"HTTP/1.";
 
-/// Why there is no tunnel. Says nothing in the proxy's words.
+/// Why there is no tunnel. The text quotes nothing that the proxy sent.
 #[derive(Debug, Error)]
 pub enum ProxyError {
-    /// It answered, but not with a tunnel.
+    /// The proxy answered with another status.
     #[error("the proxy refuses with status {0}")]
     Refused(StatusCode),
-    /// It wants to know who we are, and there is nothing to tell.
+    /// The proxy wants credentials, and none are configured.
     #[error(
         "the proxy wants credentials (status 407): name the files of a user and a password in [upstream] \
          proxy_user_file and proxy_password_file"
     )]
     NoLogin,
-    /// It refuses who we are.
+    /// The proxy refuses the user and password.
     #[error(
         "the proxy refuses the user and password of proxy_user_file and proxy_password_file (status 407): put \
          those that it takes into these files; they are read again when they change"
     )]
     WrongLogin,
-    /// It wants to know who we are in a way that we do not have.
+    /// The proxy wants credentials by another scheme than `Basic`.
     #[error(
         "the proxy wants credentials (status 407), but not by Basic (RFC 7617), the only scheme that the gateway \
          has: let the proxy offer Basic, or let the gateway's address pass without credentials"
     )]
     NotBasic,
-    /// It may refuse who we are.
+    /// The proxy did not answer twice in a row, which may be its refusal.
     #[error(
         "the proxy left the user and password of proxy_user_file and proxy_password_file without an answer twice in a \
          row, as if it refused them: they are held back for a while; see whether they are right, and the proxy's log"
     )]
     Unanswered,
-    /// Its answer is not HTTP, or is followed by something.
+    /// The answer is not HTTP, or a success is followed by bytes.
     #[error("the proxy's answer is not one to CONNECT")]
     NoAnswer,
-    /// Its answer has no end within bounds.
+    /// The answer is longer than the bound.
     #[error("the proxy's answer is longer than {} KiB", MAX_ANSWER / 1024)]
     TooLong,
-    /// A head of its answer has more fields than are read.
+    /// A head of the answer has more fields than the bound.
     #[error("the proxy's answer has more than {MAX_FIELDS} header fields")]
     TooManyFields,
-    /// The connection broke off.
+    /// The connection to the proxy broke.
     #[error("the proxy closed the connection: {0}")]
     Closed(#[from] io::Error),
 }
 
 impl ProxyError {
-    /// The word for it.
+    /// Returns the cause for metrics, audit and callers.
     pub fn cause(&self) -> Cause {
         match self {
             Self::Refused(_) => Cause::ProxyRefused,
@@ -86,10 +88,10 @@ impl ProxyError {
     }
 }
 
-/// Opens a tunnel to `authority`, a host and port, through a connection to the proxy.
+/// Opens a tunnel to `authority`, a host and port, through a connection to the proxy, and returns that connection.
 ///
-/// A connection that has the turn goes on in a task of its own when the caller stops to wait: a refusal counts however late it
-/// comes, or the next connection would send the same password again.
+/// Cancellation: a connection that has the turn goes on in a task of its own if this future is dropped. Its answer counts
+/// however late it is, since otherwise the next connection would send a refused password again.
 pub(super) async fn tunnel(
     stream: TcpStream,
     authority: &str,
@@ -99,6 +101,7 @@ pub(super) async fn tunnel(
     let Some(Leave { login, turn }) = leave else {
         let (stream, head) = ask(stream, &request).await?;
         return match head.status {
+            // Any 2xx (RFC 9110, section 9.3.6).
             status if status.is_success() => Ok(stream),
             StatusCode::PROXY_AUTHENTICATION_REQUIRED if head.takes_basic => Err(ProxyError::NoLogin),
             StatusCode::PROXY_AUTHENTICATION_REQUIRED => Err(ProxyError::NotBasic),
@@ -106,8 +109,9 @@ pub(super) async fn tunnel(
         };
     };
     let Some(turn) = turn else { return settle(&login, ask(stream, &request).await) };
-    // While they are unproven, nobody else may send them before the answer. Else it is more likely that the host behind the
-    // proxy does not answer, and connections to another host must not wait for that.
+    // No other connection may send an unproven password before the answer, so the task holds the turn, even if this future is
+    // dropped. If it has been accepted before, a late answer is more likely the fault of the host behind the proxy. Connections
+    // to another host must not wait for that, so this future holds the turn.
     let (held_here, held_there) = if login.is_proven() { (Some(turn), None) } else { (None, Some(turn)) };
     let asking = tokio::spawn(async move {
         let asked = timeout(LATEST, ask(stream, &request)).await;
@@ -121,8 +125,9 @@ pub(super) async fn tunnel(
     opened
 }
 
-/// What came of a request with user and password, and what that says of them. A proxy that reports an error of its own, or of
-/// the host behind it, does not refuse them.
+/// Records what the result of a request says about its user and password, and returns the tunnel.
+// A 5xx is the proxy's own error, or that of the host behind it, so it has accepted them. Other statuses, such as 403, leave it
+// open: a proxy may refuse a host before it checks who asks.
 fn settle(login: &Basic, asked: Result<(TcpStream, Head), ProxyError>) -> Result<TcpStream, ProxyError> {
     let (stream, head) = asked.inspect_err(|_| login.unanswered())?;
     match head.status {
@@ -133,7 +138,7 @@ fn settle(login: &Basic, asked: Result<(TcpStream, Head), ProxyError>) -> Result
     if head.status.is_success() { Ok(stream) } else { Err(ProxyError::Refused(head.status)) }
 }
 
-/// Sends a request, and reads the head of its answer.
+/// Sends a request and reads the final head of its answer.
 async fn ask(mut stream: TcpStream, request: &[u8]) -> Result<(TcpStream, Head), ProxyError> {
     stream.write_all(request).await?;
     let mut answer = Vec::new();
@@ -147,36 +152,39 @@ async fn ask(mut stream: TcpStream, request: &[u8]) -> Result<(TcpStream, Head),
     }
 }
 
-/// In a buffer of its length, which is overwritten: it may hold a password.
+/// Returns the CONNECT request, in a buffer that is overwritten on drop, since it may hold a password.
 fn request(authority: &str, login: Option<&Basic>) -> Zeroizing<Vec<u8>> {
     let authority = authority.as_bytes();
     let [name, login, end] = match login {
         Some(login) => [b"Proxy-Authorization: Basic ".as_slice(), login.encoded(), b"\r\n"],
         None => [b"".as_slice(); 3],
     };
+    // Joined in one step: a buffer that grows would leave copies of the password in freed memory.
     let parts =
         [b"CONNECT ", authority, b" HTTP/1.1\r\nHost: ", authority, b"\r\n", name, login, end, b"\r\n"];
     Zeroizing::new(parts.concat())
 }
 
-/// A head that is whole.
+/// A complete head of an answer.
 pub(crate) struct Head {
     pub(crate) status: StatusCode,
     length: usize,
-    /// No challenge is there, or one of them is `Basic`.
+    /// Whether there is no challenge, or one of them is `Basic`.
     takes_basic: bool,
 }
 
-/// The head of an answer that is no interim one, once it is whole. Of a tunnel nothing comes behind the head before we
-/// speak; what says that it does is no tunnel to the cloud.
+/// Returns the final head of an answer, behind all interim ones; `None` until it is complete. Fails if the answer is not HTTP, or
+/// exceeds a bound, or if bytes follow a success.
 pub(crate) fn final_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
     let mut rest = &answer[..answer.len().min(MAX_ANSWER)];
     while let Some(head) = whole_head(rest)? {
         rest = &rest[head.length..];
+        // 101 is a final answer, and one that nobody asked for.
         let is_interim = head.status.is_informational() && head.status != StatusCode::SWITCHING_PROTOCOLS;
         if is_interim {
             continue;
         }
+        // In TLS the client speaks first. Bytes behind a success are not from the cloud, and must not be taken for its handshake.
         let is_followed = !rest.is_empty() || answer.len() > MAX_ANSWER;
         return if head.status.is_success() && is_followed {
             Err(ProxyError::NoAnswer)
@@ -187,8 +195,11 @@ pub(crate) fn final_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
     if answer.len() >= MAX_ANSWER { Err(ProxyError::TooLong) } else { Ok(None) }
 }
 
-/// Parses only what is whole. Each read has the whole answer looked at again: it is short, as a rule, and bounded.
+/// Returns the first head of an answer; `None` while it is incomplete.
+// Each read parses the whole answer again, which is simpler than keeping a parser's state. An answer is short as a rule, and
+// bounded.
 fn whole_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
+    // Checked before the head is complete: something that is not HTTP may never send an empty line.
     if !answer.starts_with(HTTP) {
         return if HTTP.starts_with(answer) { Ok(None) } else { Err(ProxyError::NoAnswer) };
     }
@@ -196,6 +207,7 @@ fn whole_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
     let mut fields = [EMPTY_HEADER; MAX_FIELDS];
     let mut response = Response::new(&mut fields);
     let mut parser = ParserConfig::default();
+    // As for replies of the upstream: some proxies write `Via : x`.
     parser.allow_spaces_after_header_name_in_responses(true);
     match parser.parse_response(&mut response, &answer[..length]) {
         Ok(Status::Complete(_)) => {}
@@ -208,7 +220,8 @@ fn whole_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
     Ok(Some(Head { status, length, takes_basic: takes_basic(response.headers) }))
 }
 
-/// Behind the first empty line.
+/// Returns the length of the first head: the place behind the first empty line.
+// A line may end with LF alone (RFC 9112, section 2.2).
 fn end_of_head(answer: &[u8]) -> Option<usize> {
     memchr_iter(b'\n', answer).find_map(|line| match &answer[line + 1..] {
         [b'\n', ..] => Some(line + 2),
@@ -217,7 +230,9 @@ fn end_of_head(answer: &[u8]) -> Option<usize> {
     })
 }
 
-/// Whether one of the challenges (RFC 9110 §11.7.1) is `Basic`. Where there is none, nobody says that it is not.
+/// Whether one of the challenges (RFC 9110, section 11.7.1) is `Basic`, or there is none.
+// A comma within a quoted parameter splits, too. A wrong result changes only the text of the error: both kinds hold the
+// password back.
 fn takes_basic(fields: &[Header<'_>]) -> bool {
     let mut challenges =
         fields.iter().filter(|field| field.name.eq_ignore_ascii_case("proxy-authenticate")).peekable();
@@ -247,6 +262,7 @@ mod tests {
             said("HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 2\r\n\r\nno"),
             Some(407)
         );
+        // Incomplete, followed by a byte, not HTTP, and empty.
         for wrong in ["HTTP/1.1 200 OK\r\n", "HTTP/1.1 200 OK\r\n\r\nx", "SSH-2.0\r\n\r\n", ""] {
             assert_eq!(said(wrong), None, "{wrong}");
         }
@@ -281,7 +297,7 @@ mod tests {
             let error = error(&bad).unwrap();
             assert!(error.contains(told), "{error}");
         }
-        // What refuses is believed with all that follows.
+        // A refusal may have a body of any length, which is not read.
         assert_eq!(said(&format!("HTTP/1.1 403 No\r\n\r\n{}", "x".repeat(1 << 17))), Some(403));
     }
 

@@ -1,7 +1,7 @@
-//! Whom a client trusts, as it is at present: `ca_file` is read again when it changes.
+//! The trusted roots, which are replaced while the gateway runs: `ca_file` is read again when it changes.
 //!
-//! What was agreed under other roots counts for nothing from then on: TLS sessions are not resumed, connections that
-//! were made before are not used for another request, and one that is being made is made anew.
+//! After a change nothing relies on the old roots: TLS sessions are not resumed, connections that were verified with them get no
+//! further request, and a connection that is being made is made anew. The roots of the system are read at the start only.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,40 +14,44 @@ use super::{HTTP1, HTTP2, Identity, TlsError};
 use crate::pem;
 use crate::watched::{Watched, digest, follow};
 
-/// TLS of all connectors.
+/// The TLS settings of all connectors.
 #[derive(Debug)]
 pub(super) struct Trust {
     current: ArcSwap<Configs>,
-    /// Counts the changes of the roots.
+    /// The number of changes of the roots.
     generation: AtomicU64,
     identity: Option<Arc<Identity>>,
 }
 
-/// What one set of roots gives.
+/// The TLS settings for one set of roots.
 #[derive(Debug)]
 struct Configs {
     http1: Arc<ClientConfig>,
-    /// It offers HTTP/2 before HTTP/1.1.
+    /// Offers HTTP/2 before HTTP/1.1.
     http2: Arc<ClientConfig>,
 }
 
 impl Trust {
+    /// Trusts these roots until they are replaced.
     pub(super) fn new(roots: RootCertStore, identity: Option<Arc<Identity>>) -> Result<Self, TlsError> {
         let current = ArcSwap::from_pointee(Configs::new(roots, identity.clone())?);
         Ok(Self { current, generation: AtomicU64::new(0), identity })
     }
 
+    /// The present settings.
     pub(super) fn config(&self, offers_http2: bool) -> Arc<ClientConfig> {
         let current = self.current.load();
         if offers_http2 { current.http2.clone() } else { current.http1.clone() }
     }
 
-    /// Which roots are in use. To be asked for before a connection is made with them.
+    /// The number of the roots in use. A caller must read it before it makes a connection with them.
     pub(super) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
 
     fn replace(&self, roots: RootCertStore) -> Result<(), TlsError> {
+        // The roots first: a dial that reads the new number must get the new roots. The other way round, a connection that the
+        // old roots let in could pass for one of the new roots.
         self.current.store(Arc::new(Configs::new(roots, self.identity.clone())?));
         self.generation.fetch_add(1, Ordering::Release);
         Ok(())
@@ -56,6 +60,7 @@ impl Trust {
 
 impl Configs {
     fn new(roots: RootCertStore, identity: Option<Arc<Identity>>) -> Result<Self, TlsError> {
+        // New settings have an empty session cache. A resumed TLS session would skip the check against the new roots.
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
@@ -71,22 +76,22 @@ impl Configs {
     }
 }
 
-/// The file of the roots, where they are not the system's.
+/// The watched `ca_file`.
 #[derive(Clone, Debug)]
 pub struct Roots {
     path: PathBuf,
     trust: Arc<Trust>,
-    /// Of what was read first.
+    /// The digest of the file at the start.
     digest: [u8; 32],
 }
 
 impl Roots {
-    /// A file whose roots are in use; `digest` is of what it held then.
+    /// The file whose roots `trust` uses; `digest` is of the content that was read.
     pub(super) fn new(path: PathBuf, trust: Arc<Trust>, digest: [u8; 32]) -> Self {
         Self { path, trust, digest }
     }
 
-    /// Looks for a changed file for ever, and takes what can be used. `tell` hears of each change, and what came of it.
+    /// Follows the file for ever and takes changed roots if they can be used. `tell` gets the result of each change.
     pub async fn keep_up(self, tell: impl Fn(Result<(), String>)) {
         let Self { path, trust, digest } = self;
         let paths = vec![path.clone()];
@@ -99,8 +104,9 @@ impl Roots {
     }
 }
 
-/// The roots of a file, at least one. A file that every user can change is refused, here and in [`contents`].
+/// Returns the roots of a file, at least one. Fails for a file that every user can change, as [`contents`] does.
 pub(super) fn read(path: &Path) -> Result<RootCertStore, TlsError> {
+    // One bad certificate fails the whole file: an operator who named it would not notice that it is missing.
     let mut roots = RootCertStore::empty();
     for certificate in pem::certificates(&pem::read_roots(path)?, path)? {
         roots.add(certificate)?;
@@ -108,6 +114,7 @@ pub(super) fn read(path: &Path) -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
+/// Returns the digest of a file of roots, which tells whether it has changed.
 pub(super) fn contents(path: &Path) -> Result<[u8; 32], TlsError> {
     Ok(digest([&*pem::read_roots(path)?]))
 }
