@@ -1,4 +1,8 @@
-//! Secrets in zeroised buffers: not printable, not serialisable.
+//! Secrets in zeroised buffers: overwritten on drop, without a way to print or serialise them.
+//!
+//! A value that cannot be a secret of the cloud, such as UTF-16 or one with a blank at its end, is refused when it is read.
+//! Nothing here locks memory: a secret may reach swap. Copies in header values belong to the HTTP library and are not
+//! overwritten.
 
 pub mod needles;
 
@@ -10,53 +14,55 @@ use zeroize::Zeroizing;
 use crate::config::SecretSource;
 use crate::{files, plain};
 
-/// A secret's bytes, overwritten on drop.
+/// A secret, at least one byte of UTF-8 without control characters. Overwritten on drop; `Debug` shows nothing.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Zeroizing<Vec<u8>>);
 
-/// Why a secret could not be read. Names the place, never the content.
+/// Why a secret could not be read. The text names the file or variable, never the content.
 #[derive(Debug, Error)]
 pub enum SecretError {
     /// The file could not be read.
     #[error("{0}: {1}")]
     File(String, io::Error),
-    /// What it holds cannot be one.
+    /// The file or variable holds something that cannot be a secret.
     #[error("{0} {1}")]
     Impossible(String, Impossible),
-    /// The variable is not set.
+    /// The environment variable is not set, or is not UTF-8.
     #[error("the environment has no variable {0}")]
     Variable(String),
 }
 
-/// Why something cannot be a secret that the cloud gave out. To send it would be a failed try, of which the cloud takes a few
-/// before it locks the account.
+/// Why a value cannot be a secret that the cloud issued. Sending it would be a failed try, and the cloud locks an account after
+/// a few.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum Impossible {
-    /// Nothing.
+    /// The value is empty.
     #[error("is empty")]
     Empty,
-    /// What some editors and shells of Windows write.
+    /// The encoding that some editors and shells of Windows write.
     #[error("is UTF-16: save it as UTF-8, without a byte order mark")]
     Utf16,
-    /// No text.
+    /// The bytes are no text.
     #[error("is not UTF-8")]
     NotUtf8,
-    /// An invisible beginning.
+    /// The text begins with U+FEFF.
     #[error("begins with a byte order mark: save it as UTF-8 without one")]
     ByteOrderMark,
-    /// More than the newline at the end of a file.
+    /// The text has a line break other than one at the end of the file.
     #[error("holds more than one line: it must hold the secret, and one newline at most behind it")]
     Lines,
-    /// Blanks around it.
+    /// White space before or behind the text.
     #[error("begins or ends with a blank: remove it")]
     Blank,
-    /// NUL, and other characters that show nothing.
+    /// NUL, another control character, or one that is not visible.
     #[error("holds a control character, such as NUL, or another one that nobody sees: write it anew")]
     Unseen,
 }
 
 impl Impossible {
     fn check(bytes: &[u8]) -> Result<(), Self> {
+        // UTF-16 without a byte order mark: ASCII in it has a zero in each pair. As UTF-8 it would only be told as a control
+        // character.
         let is_wide = || bytes.len().is_multiple_of(2) && bytes.chunks(2).all(|pair| pair.contains(&0));
         match bytes {
             [] => return Err(Self::Empty),
@@ -65,6 +71,7 @@ impl Impossible {
             _ => {}
         }
         let text = str::from_utf8(bytes).map_err(|_| Self::NotUtf8)?;
+        // The more specific faults first: a byte order mark and a line break are also characters that nobody sees.
         match text {
             _ if text.starts_with('\u{feff}') => Err(Self::ByteOrderMark),
             _ if text.contains(['\n', '\r']) => Err(Self::Lines),
@@ -76,9 +83,12 @@ impl Impossible {
 }
 
 impl Secret {
-    /// Takes a secret as it stands in a file or a variable: a newline at its end is not part of it.
+    /// Makes a secret of the content of a file or variable, without one newline (LF or CRLF) at its end. Fails if the rest
+    /// cannot be a secret.
     pub fn new(bytes: Vec<u8>) -> Result<Self, Impossible> {
+        // First of all, so that a refused value is overwritten as well: it may be a secret with a slip.
         let mut bytes = Zeroizing::new(bytes);
+        // One newline, which every editor writes. More than one is a mistake of which nobody knows what was meant.
         for newline in [b'\n', b'\r'] {
             if bytes.last() == Some(&newline) {
                 bytes.pop();
@@ -88,7 +98,7 @@ impl Secret {
         Ok(Self(bytes))
     }
 
-    /// Reads a secret from where it is kept.
+    /// Reads a secret from a file or an environment variable. Blocks on the file.
     pub fn load(source: &SecretSource) -> Result<Self, SecretError> {
         let (bytes, place) = match source {
             SecretSource::File(path) => {
@@ -103,7 +113,7 @@ impl Secret {
         Self::new(bytes).map_err(|why| SecretError::Impossible(place, why))
     }
 
-    /// The bytes. Whoever asks must not keep them in a buffer that is not overwritten.
+    /// The bytes. A caller must copy them only into buffers that are overwritten, or into what goes out.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }
@@ -144,6 +154,7 @@ mod tests {
             (b"\r\n", Impossible::Empty),
             (&utf16("\u{feff}s3cret\r\n"), Impossible::Utf16),
             (&utf16("s3cret"), Impossible::Utf16),
+            // Big-endian, of which the encoder above makes none.
             (b"\xfe\xff\0s", Impossible::Utf16),
             (b"s3cret\xff", Impossible::NotUtf8),
             (b"\xef\xbb\xbfs3cret", Impossible::ByteOrderMark),
@@ -154,6 +165,7 @@ mod tests {
             (b" ", Impossible::Blank),
             (b" s3cret", Impossible::Blank),
             (b"s3cret\t\n", Impossible::Blank),
+            // A no-break space, as a copy from a web page brings it.
             ("s3cret\u{a0}".as_bytes(), Impossible::Blank),
             (b"s3\0cret", Impossible::Unseen),
             (b"s3\x1bcret", Impossible::Unseen),
@@ -166,6 +178,7 @@ mod tests {
     #[test]
     fn a_variable_holds_a_secret_as_well_and_a_missing_one_is_named() {
         let load = |name: &str| Secret::load(&SecretSource::Env(name.to_owned()));
+        // A variable that cargo sets: a test that sets one itself would change the environment of the tests beside it.
         assert_eq!(load("CARGO_PKG_NAME").unwrap().expose(), b"ccsqm-gateway");
         assert!(load("NO_SUCH_VARIABLE").unwrap_err().to_string().contains("NO_SUCH_VARIABLE"));
     }

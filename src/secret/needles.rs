@@ -1,4 +1,8 @@
-//! The credential as something to look for in what the other side says: a server that echoes a request would give it away.
+//! The search for quoted secrets in replies: a server that echoes a request would otherwise disclose the credential to callers.
+//!
+//! A secret is found literally and with JSON's escapes, up to three levels deep. Secrets of fewer than 16 bytes are not
+//! searched for, nor are other encodings such as base64. A filter passes most texts in one vectorised loop before the exact
+//! search.
 
 use std::borrow::Cow;
 
@@ -8,22 +12,24 @@ use zeroize::Zeroizing;
 use super::Secret;
 use crate::config::{Config, SecretSource};
 
-/// A shorter one is not looked for: it would be found where nobody quoted it.
+/// The least length in bytes of a secret that is searched for.
+// A shorter one would be found in texts that do not quote it, and a reply would be withheld without need.
 pub const SHORTEST: usize = 16;
 
-/// JSON within JSON is escaped once more. We look this deep.
+/// How many levels of JSON's escapes are undone. Each JSON text within a JSON string adds one.
 const DEPTH: usize = 3;
 
-/// What JSON's escapes begin with.
+/// The first byte of JSON's escapes.
 const ESCAPE: u8 = b'\\';
 
-/// So many bytes are looked at in one step.
+/// The bytes that one step of the filter compares: a vector register of 128 bits, which every x86-64 and AArch64 CPU has.
 const LANES: usize = 16;
 
-/// `\u00xx`: so many bytes may stand for one.
+/// The most bytes that JSON's escapes make of one byte: `\u00xx`.
 const ESCAPED: usize = 6;
 
-/// Says which secrets of a configuration are too short to be looked for. One that cannot be read is not told here.
+/// Returns a warning for each secret of a configuration that is too short to be searched for. Reads the secrets; one that
+/// cannot be read is skipped, since it is an error elsewhere.
 pub fn notices(config: &Config) -> Vec<String> {
     let is_short =
         |source: &SecretSource| Secret::load(source).is_ok_and(|secret| secret.expose().len() < SHORTEST);
@@ -46,21 +52,22 @@ pub fn notices(config: &Config) -> Vec<String> {
     of_credentials.chain(of_proxy).collect()
 }
 
-/// What must not be quoted: three texts at most, in buffers that are overwritten.
+/// Up to three secrets that a text must not quote, in buffers that are overwritten.
 pub struct Needles {
     needles: Vec<Zeroizing<Vec<u8>>>,
-    /// Two neighbours out of each that are rare in JSON and in headers, each so often that it can be compared with as many
-    /// bytes of a text. One without them and without escapes need not be searched.
+    /// Of each secret two adjacent bytes that are rare in JSON and headers, each repeated for all lanes. A text with neither of
+    /// these pairs and no escape quotes no secret.
     pairs: [[[u8; LANES]; 2]; 3],
-    /// The length of the shortest one.
+    /// The length of the shortest secret; `usize::MAX` if there is none.
     shortest: usize,
 }
 
 impl Needles {
-    /// Of these texts, those that are long enough.
+    /// Takes those of the texts that are at least [`SHORTEST`] long. Pass empty texts for fewer than three.
     pub fn new(texts: [&[u8]; 3]) -> Self {
         let long = texts.into_iter().filter(|text| text.len() >= SHORTEST);
         let needles: Vec<_> = long.map(|text| Zeroizing::new(text.to_vec())).collect();
+        // With fewer than three secrets the first one's pair is repeated: the loop of the filter has three in any case.
         let pair = |index: usize| {
             let needle = needles.get(index).or(needles.first());
             needle.map_or([0; 2], |needle| rarest_pair(needle)).map(|byte| [byte; LANES])
@@ -69,16 +76,17 @@ impl Needles {
         Self { pairs: [pair(0), pair(1), pair(2)], shortest, needles }
     }
 
-    /// Whether one of them stands in a text, literally or with JSON's escapes.
+    /// Whether a text quotes one of the secrets, literally or with JSON's escapes.
     pub fn are_in(&self, text: &[u8]) -> bool {
         text.len() >= self.shortest
             && self.may_be_in(text)
             && (self.are_literally_in(text) || self.are_escaped_in(text))
     }
 
-    /// Whether one of the pairs, or an escape, stands in a text. Most replies are short and have none: this costs a quarter of
-    /// a search. Without an early exit, so that many places are looked at in one instruction.
+    /// The filter: whether a text has one of the pairs, or an escape. Most replies are short and have neither, and this costs a
+    /// quarter of a search. It may be true for a text without a quote, never false for one with a quote.
     fn may_be_in(&self, text: &[u8]) -> bool {
+        // Two views of the text, one byte apart, so that the bytes of a pair are compared at the same place.
         let (Some((_, left)), Some((_, right))) = (text.split_last(), text.split_first()) else {
             return false;
         };
@@ -87,6 +95,7 @@ impl Needles {
         };
         let pieces = left.as_chunks().0.iter().zip(right.as_chunks().0);
         let mut found = [0; LANES];
+        // No early exit and no short-circuit `&&` or `||`: each branch would keep the compiler from comparing all lanes at once.
         let mut look = |left: &[u8; LANES], right: &[u8; LANES]| {
             for place in 0..LANES {
                 let is = |[a, b]: &[[u8; LANES]; 2]| (left[place] == a[place]) & (right[place] == b[place]);
@@ -96,12 +105,14 @@ impl Needles {
             }
         };
         pieces.for_each(|(left, right)| look(left, right));
+        // The chunks leave a rest. The last full chunk overlaps them and covers it, without a loop over single bytes.
         look(last_left, last_right);
         found != [0; LANES]
     }
 
     fn are_escaped_in(&self, text: &[u8]) -> bool {
         let mut text = Cow::Borrowed(text);
+        // Bounded: each level copies the text, and a hostile reply could be escaped any number of times.
         for _ in 0..DEPTH {
             let Some(first) = memchr(ESCAPE, &text) else { return false };
             text = unescaped(&text, first).into();
@@ -116,19 +127,21 @@ impl Needles {
         self.needles.iter().any(|needle| memmem::find(text, needle).is_some())
     }
 
-    /// Whether this is one of them, or is too short to be.
+    /// Whether these search for `secret`, or it is too short to be searched for.
     pub(crate) fn are_of(&self, secret: &Secret) -> bool {
         let secret = secret.expose();
         secret.len() < SHORTEST || self.needles.iter().any(|needle| **needle == secret)
     }
 
-    /// How many bytes one of them may take, escaped once.
+    /// The most bytes that a quote of one of the secrets takes, escaped once; 0 without a secret. A reader of a stream holds
+    /// back as many bytes, so that no quote is passed on before it is complete.
     pub fn longest(&self) -> usize {
         self.needles.iter().map(|needle| ESCAPED * needle.len()).max().unwrap_or(0)
     }
 }
 
-/// The two neighbours that English words, numbers and dates have most seldom: what is found often costs more than it saves.
+/// Returns the two adjacent bytes of a secret that are the rarest in English words, numbers and dates.
+// A pair that is found in most replies would cost the filter and the search. A wrong guess costs time only.
 fn rarest_pair(text: &[u8]) -> [u8; 2] {
     let rarity = |byte: u8| match byte {
         b'j' | b'q' | b'x' | b'z' | b'K' | b'Q' | b'X' | b'Y' | b'Z' => 4,
@@ -141,7 +154,8 @@ fn rarest_pair(text: &[u8]) -> [u8; 2] {
     pairs.max_by_key(|[left, right]| rarity(*left) + rarity(*right)).unwrap_or_default()
 }
 
-/// A text without JSON's escapes, of which the first stands at `first`. What is no escape stays.
+/// Returns a text with one level of JSON's escapes undone, of which the first is at `first`.
+// Lenient where JSON is strict: a sender's own reader may be lenient as well, and what it reads must be searched.
 fn unescaped(text: &[u8], first: usize) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let (mut rest, mut next) = (text, Some(first));
@@ -154,6 +168,7 @@ fn unescaped(text: &[u8], first: usize) -> Vec<u8> {
                     plain.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes());
                     after
                 }
+                // `\u` without four digits is no escape, so it stays as it is.
                 None => {
                     plain.push(b'\\');
                     rest
@@ -179,7 +194,8 @@ fn unescaped(text: &[u8], first: usize) -> Vec<u8> {
     plain
 }
 
-/// The character of `\u` and what stands behind it.
+/// Returns the character of a `\u` escape and the text behind it, given the text behind the `u`. `None` without four
+/// hexadecimal digits.
 fn code_point(text: &[u8]) -> Option<(char, &[u8])> {
     let unit = |text: &[u8]| -> Option<u32> {
         let digits = text.get(..4).filter(|digits| digits.iter().all(u8::is_ascii_hexdigit))?;
@@ -189,6 +205,7 @@ fn code_point(text: &[u8]) -> Option<(char, &[u8])> {
     if let Some(character) = char::from_u32(high) {
         return Some((character, rest));
     }
+    // A surrogate (RFC 8259, section 7): a high one needs a low one behind it, and any other is replaced, as JSON readers do.
     let low = rest.strip_prefix(b"\\u").and_then(unit).filter(|low| (0xDC00..0xE000).contains(low));
     match low.filter(|_| (0xD800..0xDC00).contains(&high)) {
         Some(low) => Some((char::from_u32(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00))?, &rest[6..])),
@@ -200,9 +217,10 @@ fn code_point(text: &[u8]) -> Option<(char, &[u8])> {
 mod tests {
     use super::*;
 
+    // All that JSON escapes or may escape: a slash, quotes, a backslash, letters beyond ASCII and beyond the basic plane.
     const SECRET: &str = "AbC/d\"e\\f+0123456789é\u{1F600}=";
 
-    /// Each character as `\u`.
+    /// Spells each character as `\u` escapes.
     fn spelled(text: &str) -> String {
         text.encode_utf16().map(|unit| format!("\\u{unit:04x}")).collect()
     }
@@ -228,6 +246,7 @@ mod tests {
             assert!(needles.are_in(quoted.as_bytes()), "{quoted}");
             assert!(needles.are_in(format!("{{\"x\":\"{quoted}\\n\"}}").as_bytes()), "{quoted}");
         }
+        // Without its first or last byte, and with escapes that the text ends in.
         for other in [&SECRET[1..], &SECRET[..SECRET.len() - 1], "", "\\", "\\u", "\\u12", "A\\"] {
             assert!(!needles.are_in(format!("a text that holds no secret: {other}").as_bytes()), "{other}");
         }
@@ -236,8 +255,11 @@ mod tests {
     #[test]
     fn secret_is_found_at_each_place_of_a_text_of_any_length() {
         let key = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE";
+        // A usual key, one of the shortest length, one in which every place looks alike, and one of rare bytes in a row.
         for secret in [key, "0123456789abcdef", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "-----BEGIN KEY-----"] {
             let needles = Needles::new([secret.as_bytes(), b"another-secret-0", b""]);
+            // Up to 40 bytes on each side: more than two steps of the filter, so that a quote lies across every border of its
+            // chunks.
             for (before, behind) in (0..40).flat_map(|before| (0..40).map(move |behind| (before, behind))) {
                 let [before, behind] = [before, behind].map(|length| "t".repeat(length));
                 assert!(
