@@ -1,14 +1,15 @@
-//! Plain data that all layers above share. It does no I/O and imports tools only.
+//! Plain data that all layers above share: outcomes, codes, stages, causes, ids. It does no I/O and imports tools only.
 //!
-//! An enum here is a table of its variants and of their words on the wire.
+//! Most enums here are tables of variants and their words on the wire. A word is a promise: callers and alerts match on it.
 
-/// An enum whose variants have words.
+/// An enum whose variants have words on the wire.
 pub trait Words: Copy + 'static {
-    /// The variants with their words.
+    /// The variants with their words, in the order of the documentation.
     const TABLE: &[(Self, &str)];
 }
 
-/// The variant with a word, or which words there are.
+/// Returns the variant with this word, or an error that lists all words.
+// The list is in the error, so that an operator who misspells a word need not look it up.
 pub(crate) fn word<T: Words, E: serde::de::Error>(text: &str) -> Result<T, E> {
     let named = T::TABLE.iter().find(|(_, word)| *word == text);
     named.map(|(value, _)| *value).ok_or_else(|| {
@@ -20,8 +21,9 @@ pub(crate) fn word<T: Words, E: serde::de::Error>(text: &str) -> Result<T, E> {
     })
 }
 
-/// Makes an enum of a table of its variants and their words: with `ALL`, `COUNT`, `as_str`, `Display`,
-/// as a text of serde's, and as the value of a metric's label.
+/// Defines an enum by a table of its variants and words, with `ALL`, `COUNT`, `as_str` and `Display`. serde, the schema of the
+/// configuration and metrics' labels use the words.
+// One table: lists of variants and words that are kept apart come to differ.
 macro_rules! words {
     ($(#[$of_all:meta])* $name:ident { $($(#[$of_one:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$of_all])*
@@ -29,13 +31,13 @@ macro_rules! words {
         pub enum $name { $($(#[$of_one])* $variant,)+ }
 
         impl $name {
-            /// All of them, in the order of the documentation.
+            /// All variants, in the order of the documentation.
             pub const ALL: [Self; Self::COUNT] = [$(Self::$variant),+];
 
-            /// How many there are.
+            /// The number of variants.
             pub const COUNT: usize = [$($word),+].len();
 
-            /// The word.
+            /// The word on the wire.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word),+ }
             }
@@ -53,7 +55,7 @@ macro_rules! words {
 
         impl<'de> serde::Deserialize<'de> for $name {
             fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-                // What is no text is none of the words.
+                // A number or a list gets the same error as a wrong word: it names the words that are possible.
                 let text = <String as serde::Deserialize>::deserialize(from);
                 $crate::model::word(&text.unwrap_or_default())
             }
@@ -88,16 +90,16 @@ macro_rules! words {
 
 pub(crate) use words;
 
-pub mod audit_fields; // the members of the trail's records
-pub mod cause; // why a step on the way to the cloud failed
+pub mod audit_fields; // the members of audit records
+pub mod cause; // why a connection, an exchange or a fetch failed
 pub mod code; // why the gateway itself answered
-pub mod durability; // when a record is safe
-pub mod header_names; // which header fields mean something
-pub mod index; // places in the lists of the configuration
-pub mod outcome; // what became of the task, and what a client may do about it
+pub mod durability; // when an audit record counts as committed
+pub mod header_names; // header fields with a meaning
+pub mod index; // indices into lists of the configuration
+pub mod outcome; // the outcome of a request, and what a client may do about it
 pub mod peer; // the other end of a connection
-pub mod redaction; // what the trail hides
-pub mod reply; // what a reply may be
-pub mod request_id; // the ids of requests
-pub mod stage; // the steps of a request
-pub mod trace_id; // the trace that a request belongs to
+pub mod redaction; // how members of audit records are hidden
+pub mod reply; // the bounds of a reply's head
+pub mod request_id; // request ids
+pub mod stage; // the stages of a request
+pub mod trace_id; // W3C trace ids

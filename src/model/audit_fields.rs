@@ -1,7 +1,9 @@
-//! The members of the trail's records.
+//! The member names of audit records that the gateway itself uses.
 
-/// Members that a contract may not name: those that intents, and calls on the list of the unresolved, have of their own, and most
-/// of those of outcomes.
+/// The members that a contract may not record under the same name: all of intents and of the list of unresolved calls, and most
+/// of outcomes.
+// A contract writes its members into the same JSON object. With an equal name a caller's body could forge, say, an outcome, and a
+// restart reads outcomes from the trail.
 pub const MEMBERS: [&str; 33] = [
     "seq",
     "time",
@@ -38,5 +40,6 @@ pub const MEMBERS: [&str; 33] = [
     "hash",
 ];
 
-/// Members of its own that a trail may hide, beside those of contracts.
+/// The members of the gateway's own that the configuration may redact, beside those of contracts.
+// Others are not offered: deduplication after a restart, and the hash chain, read many of them.
 pub const SHOWN: [&str; 4] = ["operator", "peer", "caller_id", "traceparent"];

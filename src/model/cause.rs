@@ -1,63 +1,68 @@
-//! Why a step on the way to the cloud, or a caller's TLS handshake, failed: one word, the same in problem, trail, metric, `/status`
-//! and log.
+//! The cause of a failed connection, exchange or token fetch, or of a caller's failed TLS handshake: one word, the same in
+//! problem documents, audit records, metrics, `/status` and log lines.
+//!
+//! The cause is for everybody, callers included. The full text, which may name addresses, is for operators only.
 
 words! {
-    /// The cause of a failure. Stable: callers and alerts may match on its word.
+    /// The cause of a failure. Its word is stable: callers and alerts may match on it.
     Cause {
         /// The name does not resolve.
         Dns = "dns",
-        /// Without TLS nothing is sent beyond loopback, and the name leads there.
+        /// The URL has no TLS, and its name resolves to no loopback address.
         NotLoopback = "not_loopback",
         /// Nobody listens at the address.
         Refused = "refused",
-        /// There is no way to the address.
+        /// The network has no route to the address.
         Unreachable = "unreachable",
-        /// It took too long.
+        /// A deadline passed.
         Timeout = "timeout",
         /// The other side closed or reset the connection.
         Reset = "reset",
-        /// The gateway's own machine denies it: it has no file, port or memory left, or a rule of its own forbids the way.
+        /// The gateway's own machine refuses: it has no file descriptor, port or memory left, or a firewall rule of its own
+        /// forbids the connection.
         Local = "local",
-        /// The certificate is of no root that is trusted, or is revoked or malformed; or there is none.
+        /// No trusted root signed the certificate, or it is revoked, malformed or missing.
         TlsUntrusted = "tls_untrusted",
         /// The certificate has expired, or is not valid yet.
         TlsExpired = "tls_expired",
         /// The certificate is for another name.
         TlsName = "tls_name",
-        /// The other side refuses the gateway's own certificate, or wants one.
+        /// The other side refuses the gateway's own certificate, or requires one.
         TlsIdentity = "tls_identity",
-        /// No TLS, or none that both sides speak.
+        /// The other side does not speak TLS, or no version or cipher suite of the gateway's.
         TlsProtocol = "tls_protocol",
-        /// The proxy opens no tunnel.
+        /// The proxy refused to open a tunnel.
         ProxyRefused = "proxy_refused",
-        /// The proxy wants credentials, or refuses the gateway's.
+        /// The proxy requires credentials, or refuses those of the gateway.
         ProxyCredentials = "proxy_credentials",
-        /// The proxy's answer is not one to CONNECT, or not within bounds.
+        /// The proxy's answer to CONNECT cannot be read, or exceeds a bound.
         ProxyUnreadable = "proxy_unreadable",
-        /// The proxy closed the connection before its answer was whole.
+        /// The proxy closed the connection before its answer was complete.
         ProxyCut = "proxy_cut",
-        /// The upstream says that it did not process the request, or allows none.
+        /// The upstream reports that it did not process the request, or that it accepts none.
         NotProcessed = "not_processed",
-        /// The answer is not HTTP, or not within bounds.
+        /// The reply is not HTTP, or exceeds a bound.
         ReplyUnreadable = "reply_unreadable",
-        /// The answer broke off.
+        /// The connection closed before the reply was complete.
         ReplyCut = "reply_cut",
-        /// The upstream answered with 502, 503 or 504.
+        /// The upstream replied with 502, 503 or 504.
         ReplyStatus = "reply_status",
+        // `rejected` is the upstream's word on a token, `refused` the token endpoint's on the credential that would buy one.
         /// The upstream refuses a token that was just fetched.
         TokenRejected = "token_rejected",
         /// The token endpoint refuses the credential.
         TokenRefused = "token_refused",
-        /// The token endpoint answered with a status that may pass.
+        /// The token endpoint replied with an error after which a later fetch may succeed.
         TokenStatus = "token_status",
-        /// The token endpoint's answer holds no usable token.
+        /// The token endpoint's reply holds no usable token.
         TokenUnreadable = "token_unreadable",
     }
 }
 
 impl Cause {
-    /// What it means of the other side, *it*, in words that a caller may read.
+    /// Returns half a sentence about the other side, *it*, for the text of a problem document. It names no address.
     pub const fn meaning(self) -> &'static str {
+        // No `_` here: a new cause must get a text of its own.
         match self {
             Self::Dns => "its name does not resolve",
             Self::NotLoopback => "its name leads beyond loopback, where nothing is sent without TLS",

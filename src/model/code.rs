@@ -1,15 +1,17 @@
-//! Why the gateway itself answered: one word, its status, its title, and what a client may do.
+//! Why the gateway itself answered: one word, with its status, its title and the advice to the client.
+//!
+//! The detailed text of an answer is not here; it depends on the failure.
 
 use http::StatusCode;
 
 use super::outcome::{Outcome, Retry};
 
 words! {
-    /// Why the gateway itself answered. One word per cause; stable, callers may match on it.
+    /// Why the gateway itself answered. The word is stable: callers may match on it.
     Code {
         /// The gateway is stopping.
         Draining = "draining",
-        /// A bound on concurrent work is reached.
+        /// Load shedding: a bound on concurrent work is reached.
         Overloaded = "overloaded",
         /// The head breaks a rule that keeps requests unambiguous.
         HeadInvalid = "head_invalid",
@@ -19,31 +21,31 @@ words! {
         BrowserRefused = "browser_refused",
         /// No configured caller matches this peer.
         CallerDenied = "caller_denied",
-        /// A header is missing that this caller's requests must carry.
+        /// A header is missing that this caller's requests must have.
         HeaderMissing = "header_missing",
-        /// The caller, or the route, is refused for now.
+        /// The configuration refuses this caller, or this route, for now.
         Frozen = "frozen",
         /// No route has this path.
         RouteUnknown = "route_unknown",
-        /// The route exists, the method is another.
+        /// The route has another method.
         MethodNotAllowed = "method_not_allowed",
-        /// Absolute-form, query, or a path that is not in its plain spelling.
+        /// The target is in absolute form, has a query, or spells its path unusually.
         TargetInvalid = "target_invalid",
         /// This caller may not use this route.
         RouteDenied = "route_denied",
         /// This caller may not act as this operator.
         OperatorDenied = "operator_denied",
-        /// The caller's own limit is spent.
+        /// The caller's own rate limit is exceeded.
         RateLimited = "rate_limited",
         /// The body is larger than `max_body`.
         BodyTooLarge = "body_too_large",
-        /// Not `application/json` in UTF-8, or content-coded.
+        /// The body is not `application/json` in UTF-8, or has a content coding.
         MediaTypeUnsupported = "media_type_unsupported",
-        /// An `Expect` other than `100-continue`.
+        /// The request has an `Expect` other than `100-continue`.
         ExpectationFailed = "expectation_failed",
         /// The body did not arrive in time.
         BodyTimeout = "body_timeout",
-        /// The body ended early, or its framing is not plain.
+        /// The body ended early, or its framing is not valid.
         BodyIncomplete = "body_incomplete",
         /// The body has trailer fields.
         Trailers = "trailers",
@@ -53,43 +55,47 @@ words! {
         ContractViolation = "contract_violation",
         /// `Idempotency-Key` or `Idempotency-Force` breaks its rules, or a key is needed.
         IdempotencyKeyInvalid = "idempotency_key_invalid",
-        /// The key stands for another call.
+        /// The key was used for another call.
         IdempotencyMismatch = "idempotency_mismatch",
-        /// The first call with this key is not over.
+        /// The first call with this key is still in progress, or its outcome is not committed yet.
         RequestInProgress = "request_in_progress",
-        /// Nobody knows what became of the first call with this key.
+        /// The outcome of the first call with this key is unknown.
         OutcomeUnknown = "outcome_unknown",
-        /// An equal call is at work, of unknown outcome, or done without its caller having learnt of it.
+        /// An equal call is in progress, has an unknown outcome, or has succeeded. A success whose caller got the answer counts
+        /// only under `block`.
         DuplicateSuspected = "duplicate_suspected",
-        /// No call can be remembered: too many are, or those before the start are still being read.
+        /// Deduplication cannot remember the call: its table is full, or the trail before the start is still being read, or is
+        /// damaged.
         IdempotencyUnavailable = "idempotency_unavailable",
-        /// No usable token, and none came in time.
+        /// There is no usable token, and none came in time.
         TokenUnavailable = "token_unavailable",
         /// The token endpoint refuses the credential.
         CredentialRefused = "credential_refused",
-        /// The shared quota is spent.
+        /// The upstream's quota, which all callers share, is exceeded.
         QuotaExhausted = "quota_exhausted",
-        /// The upstream failed too often and is left alone.
+        /// The circuit breaker of the upstream is open.
         UpstreamSuspended = "upstream_suspended",
-        /// No connection to the upstream.
+        /// There is no connection to the upstream.
         UpstreamUnreachable = "upstream_unreachable",
-        /// The intent could not be made safe.
+        /// The intent could not be committed to the audit trail.
         AuditUnavailable = "audit_unavailable",
-        /// No answer within the exchange's deadline.
+        /// The upstream did not reply within the deadline of the exchange.
         UpstreamTimeout = "upstream_timeout",
-        /// The answer broke off or is not HTTP.
+        /// The upstream's reply broke off, or is not HTTP.
         UpstreamBroken = "upstream_broken",
-        /// The upstream refuses every token we can get.
+        // Unlike `credential_refused`, which is the token endpoint's: here fetching a token works.
+        /// The upstream refuses every token that the credential can get.
         CredentialRejected = "credential_rejected",
-        /// The caller went away before its request was sent. Its answer is read by nobody; it is on record.
+        // A code for the audit record: nobody reads this answer.
+        /// The caller disconnected before its request was sent.
         CallerLeft = "caller_left",
-        /// A fault of the gateway's own.
+        /// An error within the gateway.
         Internal = "internal",
     }
 }
 
 impl Code {
-    /// The status that the caller gets.
+    /// Returns the HTTP status of the answer.
     pub const fn status(self) -> StatusCode {
         match self {
             Self::HeadInvalid
@@ -111,10 +117,12 @@ impl Code {
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::MediaTypeUnsupported => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::ExpectationFailed => StatusCode::EXPECTATION_FAILED,
+            // RFC 9110, section 15.5.20: the connection is not for this host, so a client may try another one.
             Self::HostUnknown => StatusCode::MISDIRECTED_REQUEST,
             Self::ContractViolation | Self::IdempotencyMismatch => StatusCode::UNPROCESSABLE_ENTITY,
             Self::RateLimited | Self::QuotaExhausted => StatusCode::TOO_MANY_REQUESTS,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            // 502 also where the cloud said 401 or 403, which would tell callers that their own credentials are wrong.
             Self::CredentialRefused
             | Self::UpstreamUnreachable
             | Self::UpstreamBroken
@@ -130,8 +138,8 @@ impl Code {
         }
     }
 
-    /// What a client may do after this code, given what became of the call. `is_keyed`: the call has an
-    /// `Idempotency-Key`.
+    /// Returns the advice to the client after this code. `outcome`: that of the answer, for a duplicate that of the first call.
+    /// `is_keyed`: the call has an `Idempotency-Key`.
     pub const fn retry(self, outcome: Outcome, is_keyed: bool) -> Retry {
         match self {
             Self::Draining
@@ -167,22 +175,26 @@ impl Code {
             | Self::ContractViolation
             | Self::IdempotencyKeyInvalid
             | Self::IdempotencyMismatch => Retry::AfterCorrection,
+            // Asking again with the key sends nothing to the upstream.
             Self::RequestInProgress => Retry::SameKey,
             Self::OutcomeUnknown | Self::UpstreamTimeout | Self::UpstreamBroken => Retry::CheckFirst,
             Self::DuplicateSuspected if matches!(outcome, Outcome::Succeeded) => Retry::NotNeeded,
             Self::DuplicateSuspected => Retry::CheckFirst,
+            // After the intent the request may have been sent, even if the error is the gateway's own.
             Self::Internal if matches!(outcome, Outcome::Unknown) => Retry::CheckFirst,
             Self::Internal => Retry::unchanged(is_keyed),
         }
     }
 
-    /// Whether somebody on the way may see another request in these bytes, or another end of it, than the gateway
-    /// does: nothing behind it on its connection is believed (RFC 9112 §11.2).
+    /// Whether the connection must be closed after this code, because a proxy on the way may see another request in these
+    /// bytes, or another end of it, than the gateway does.
+    // Request smuggling (RFC 9112, section 11.2): what follows on the connection could be the part of a body that an attacker
+    // chose.
     pub const fn is_ambiguous(self) -> bool {
         matches!(self, Self::HeadInvalid | Self::BodyIncomplete | Self::Trailers)
     }
 
-    /// One line for people.
+    /// Returns the title of the problem document (RFC 9457): one line for people, the same for each answer with this code.
     pub const fn title(self) -> &'static str {
         match self {
             Self::Draining => "The gateway is stopping",

@@ -1,13 +1,14 @@
-//! When a record of the trail is safe.
+//! When an audit record counts as committed: durable across a crash of the process, or also of the machine.
 
 words! {
-    /// When a record is safe.
+    /// When a record counts as committed. A request is not sent before its intent is.
     #[derive(Default)]
     Durability {
-        /// When its write returned: a crash of the process loses nothing, one of the machine the last seconds.
+        // The default, since fdatasync may take milliseconds, and each request waits for one.
+        /// When write(2) has returned. A crash of the process loses nothing; a crash of the machine may lose the last seconds.
         #[default]
         Kernel = "kernel",
-        /// When fdatasync returned after it: a crash of the machine loses nothing either.
+        /// When fdatasync(2) has returned as well. A crash of the machine loses nothing either.
         Disk = "disk",
     }
 }

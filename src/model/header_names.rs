@@ -1,9 +1,11 @@
-//! Names of header fields that mean something.
+//! Header fields with a meaning of their own: those that hold credentials, and those of a reply that must not pass to callers.
 
 use http::HeaderName;
 
-/// Whether a header's name, in lower case, is one that credentials are sent in.
+/// Whether credentials are usually sent in the header of this name. `name` must be in lower case.
 pub fn looks_like_credential(name: &str) -> bool {
+    // With `_` for `-` as well: servers that map headers to CGI variables cannot tell the two apart, so that `x_app_key` would
+    // count.
     const SPELLINGS: [&str; 8] = [
         "authorization",
         "proxy-authorization",
@@ -20,8 +22,9 @@ pub fn looks_like_credential(name: &str) -> bool {
     })
 }
 
-/// Whether a header of a reply can pass to callers if the configuration wants it: not what belongs to one connection, sets
-/// cookies, sends a client elsewhere, holds a credential or asks for one, or is the gateway's own word.
+/// Whether the configuration may let a reply's header of this name pass to callers.
+// Never: headers of one connection (RFC 9110, section 7.6.1), cookies, redirects, which would lead a client past the gateway,
+// headers that hold or ask for credentials, and names that the gateway uses itself, which an upstream could forge.
 pub fn may_pass(name: &HeaderName) -> bool {
     let name = name.as_str();
     let never = matches!(

@@ -1,9 +1,10 @@
-//! Places in the lists of the configuration.
+//! Indices into lists of the configuration, as types of their own.
 
-/// The place of a caller.
+// Types and not `usize`: tables by caller lie beside tables by credential, and the compiler should notice a wrong index.
+/// The index of a caller in the configuration's list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallerIndex(pub usize);
 
-/// The place of a credential.
+/// The index of a credential in the configuration's list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CredentialIndex(pub usize);

@@ -1,63 +1,66 @@
-//! What became of the task, and what a client may do about it: the words of the wire.
+//! The outcome of a request, and what a client may do about it, in words of the wire.
 
 use http::StatusCode;
 use smallvec::SmallVec;
 
 words! {
-    /// The outcome of a request, sent as `x-gateway-outcome` and recorded in the audit trail.
+    /// The outcome of a request, sent as `x-gateway-outcome` and written to the audit trail.
     Outcome {
-        /// Refused here; nothing reached the upstream. Safe to repeat once the cause is gone.
+        /// Nothing was sent to the upstream. The call may be repeated once the cause is gone.
         NotSent = "not_sent",
-        /// 200 and the route's success code. No need to repeat.
+        /// The upstream replied with 200 and the route's success code. Nothing to repeat.
         Succeeded = "succeeded",
-        /// The upstream answered that it did not do it. Repeat after mending the values.
+        /// The upstream replied that it did not execute the task. The values must be corrected first.
         Failed = "failed",
-        /// The upstream refused the credential or the rate: taken as not applied (RFC 9110 §15.5.2 and the
-        /// vendor's page). Repeat later.
+        // A refused credential or rate counts as not executed, and may be repeated.
+        /// The upstream refused the credential or the rate (RFC 9110, section 15.5.2, and the vendor's page). Repeat later.
         Refused = "refused",
-        /// Bytes may have arrived and no clear answer came. Repeat only after a look.
+        // Everything that is not certain: a wrong `failed` would let a task that is not idempotent be executed twice.
+        /// Bytes may have reached the upstream, and no clear reply came. Check the cloud before anything is repeated.
         Unknown = "unknown",
-        /// The stored answer of the first call with the same `Idempotency-Key`. No need to repeat.
+        /// The gateway replayed the stored reply of the first call with the same `Idempotency-Key`. Nothing was sent.
         Replayed = "replayed",
     }
 }
 
 words! {
-    /// What a client may do about an answer, sent as `x-gateway-retry`.
+    /// What a client may do after an answer, sent as `x-gateway-retry`.
     Retry {
         /// Send the call again unchanged, after `Retry-After` or with back-off.
         Safe = "safe",
         /// Send the call again with the same `Idempotency-Key`, after `Retry-After` or with back-off; never without it.
         SameKey = "same-key",
-        /// Change the body, path or headers first; with a key, take a new one.
+        /// Change the body, path or headers first; a call with a key needs a new key.
         AfterCorrection = "after-correction",
-        /// Not now, and not by the caller's doing: the operators must act. At most once an hour.
+        /// Wait until the operators have acted; try at most once an hour.
         Later = "later",
-        /// The task may be done: look at the cloud before anything is sent again.
+        /// The task may be executed: check the cloud before anything is sent again.
         CheckFirst = "check-first",
-        /// The task is done.
+        /// The task is executed.
         NotNeeded = "not-needed",
     }
 }
 
 impl Retry {
-    /// For a call that did not reach the upstream and may be sent again. A key stays, since the first call may
-    /// have taken effect before it was lost.
+    /// The advice for a call that may be sent again unchanged. `is_keyed`: it has an `Idempotency-Key`.
     pub const fn unchanged(is_keyed: bool) -> Self {
+        // A client that drops its key loses the protection for an earlier try whose answer it never got.
         if is_keyed { Self::SameKey } else { Self::Safe }
     }
 
-    /// For a reply of the upstream that is passed on. Of refusals only 429 goes away by itself.
+    /// The advice for a reply of the upstream that is passed on, by its outcome and status.
     pub const fn of_reply(outcome: Outcome, status: StatusCode, is_keyed: bool) -> Self {
         match outcome {
             Outcome::Succeeded | Outcome::Replayed => Self::NotNeeded,
             Outcome::Failed => Self::AfterCorrection,
             Outcome::Unknown => Self::CheckFirst,
+            // A refused rate (429) ends by itself; a refused credential needs an operator.
             Outcome::Refused if status.as_u16() != 429 => Self::Later,
             Outcome::Refused | Outcome::NotSent => Self::unchanged(is_keyed),
         }
     }
 }
 
-/// The text of a result code: a few bytes in place, more on the heap.
+/// The text of a result code, as the upstream sent it.
+// The vendor's codes have 7 bytes, so 24 in place save an allocation per request.
 pub type ResultCode = SmallVec<[u8; 24]>;

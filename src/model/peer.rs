@@ -1,15 +1,16 @@
-//! The other end of a connection.
+//! The other end of a connection, as the kernel reports it. Whether it is a known caller is not decided here.
 
 use std::io::Write as _;
 use std::net::{SocketAddr, SocketAddrV4};
 use std::{fmt, io};
 
-/// Who is at the other end of a connection, as the kernel tells it.
+/// The other end of a caller's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Peer {
     /// A TCP peer.
     Tcp(SocketAddr),
-    /// The process at the other end of a Unix socket, when it connected.
+    // The kernel takes these when the peer connects (`SO_PEERCRED`): a process that changes its ids later stays who it was.
+    /// The process that connected a Unix socket.
     Unix {
         /// Effective user id.
         uid: u32,
@@ -19,10 +20,12 @@ pub enum Peer {
 }
 
 impl Peer {
-    /// The longest text of a peer, in bytes.
+    /// The length in bytes of the buffer for [`Self::text`].
+    // The longest text is that of an IPv6 address with a scope id and a port, of 58 bytes.
     pub const TEXT: usize = 64;
 
-    /// What [`fmt::Display`] writes, without an allocation.
+    /// Returns the same text as [`fmt::Display`], in a buffer of the caller.
+    // Each audit record has it: no allocation, and no formatting for the usual kind.
     pub fn text<'a>(&self, buffer: &'a mut [u8; Self::TEXT]) -> &'a [u8] {
         let mut rest = &mut buffer[..];
         let _ = match self {
@@ -34,7 +37,8 @@ impl Peer {
     }
 }
 
-/// Formatting an address through [`fmt`] costs as much as parsing a head.
+/// Writes an IPv4 address and port.
+// Formatting an address through `fmt` costs as much as parsing the head of a request.
 fn write_v4(rest: &mut &mut [u8], address: &SocketAddrV4) -> io::Result<()> {
     let mut number = itoa::Buffer::new();
     for (octet, behind) in address.ip().octets().into_iter().zip([b".", b".", b".", b":"]) {

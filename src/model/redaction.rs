@@ -1,15 +1,16 @@
-//! What the trail hides.
+//! The redaction of members of audit records.
 
 words! {
     /// How a member of an audit record is written.
     #[derive(Default)]
     Shown {
-        /// As it is.
+        /// In clear text.
         #[default]
         Clear = "clear",
-        /// As a keyed hash: who knows the value finds it.
+        // Keyed, since a plain hash of a short id can be found by trying all ids.
+        /// As a keyed hash (HMAC): whoever has the key and the value can find its records.
         Hmac = "hmac",
-        /// Not at all.
+        /// Left out.
         Omit = "omit",
     }
 }

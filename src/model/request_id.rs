@@ -1,4 +1,4 @@
-//! The ids of requests.
+//! Request ids: UUIDv7 (RFC 9562), which sort by time. They are unique, but not secret.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -11,11 +11,13 @@ use super::outcome::Outcome;
 use crate::clock;
 
 thread_local! {
-    /// Seeded by the system's randomness: ids must differ, and nobody need be unable to guess them.
+    // A small generator: a cryptographic one took 300 instructions a request, and an id that can be guessed gives no access.
+    /// The random part of ids, seeded for each thread by the system's randomness.
     static RANDOM: RefCell<Rng> = RefCell::new(Rng::with_seed(RandomState::new().hash_one(())));
 }
 
-/// A request's id: a UUIDv7, and its text.
+/// The id of a request, a UUIDv7, with its text.
+// The text is made once: headers, the audit record and log lines use it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct RequestId {
     uuid: Uuid,
@@ -23,7 +25,7 @@ pub struct RequestId {
 }
 
 impl RequestId {
-    /// A new one, of this moment.
+    /// Returns a new id with the present time, as the thread's turn sees it.
     #[expect(clippy::new_without_default, reason = "each is another")]
     pub fn new() -> Self {
         let random = RANDOM.with_borrow_mut(|generator| generator.u128(..).to_ne_bytes());
@@ -31,17 +33,17 @@ impl RequestId {
         Builder::from_unix_timestamp_millis(clock::unix_nanos() / 1_000_000, &random).into_uuid().into()
     }
 
-    /// The same in 16 bytes.
+    /// The id in 16 bytes.
     pub fn uuid(&self) -> Uuid {
         self.uuid
     }
 
-    /// Its text, as bytes of ASCII.
+    /// The text, with hyphens and in lower case, as ASCII.
     pub fn as_bytes(&self) -> &[u8; 36] {
         &self.text
     }
 
-    /// Its text.
+    /// The text, with hyphens and in lower case.
     pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.text).unwrap_or_default()
     }
@@ -55,17 +57,17 @@ impl From<Uuid> for RequestId {
     }
 }
 
-/// An earlier call that a call repeats or equals.
+/// The earlier call that a call repeats (by its key) or equals (by its bytes).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FirstCall {
-    /// Its request id, without the text.
+    /// Its request id. Without the text, of which tables with many calls would hold 36 bytes each.
     pub id: Uuid,
-    /// What became of it: `unknown` while it is at work or in doubt.
+    /// Its outcome; [`Outcome::Unknown`] while it is in progress or unresolved.
     pub outcome: Outcome,
 }
 
 impl FirstCall {
-    /// Its request id.
+    /// The request id with its text.
     pub fn request_id(&self) -> RequestId {
         self.id.into()
     }

@@ -1,27 +1,28 @@
 //! The stages of a request.
 
 words! {
-    /// The stages of a request, in their order. The same words appear in audit records, metric labels and
-    /// problem documents.
+    /// The stages of a request, in their order. The same words are in audit records, metric labels and problem documents.
+    // The order is the security argument: nothing is read for a caller over its limit, no token is spent on a body that breaks
+    // its contract, and nothing is sent before its intent is committed.
     #[derive(PartialOrd, Ord)]
     Stage {
-        /// Room for it, and who calls.
+        /// Takes a place among the concurrent requests, and identifies the caller.
         Admission = "admission",
-        /// Which route, and may this caller use it.
+        /// Finds the route, and checks that this caller may use it, as this operator.
         Route = "route",
-        /// The caller's own limit.
+        /// Applies the caller's own rate limit.
         RateLimit = "rate_limit",
-        /// The body against the route's contract.
+        /// Receives the body and checks it against the route's contract.
         Contract = "contract",
-        /// Whether the same call was made before.
+        /// Deduplication: checks whether the same call was made before.
         Idempotency = "idempotency",
-        /// A usable token.
+        /// Gets a usable token.
         Token = "token",
-        /// The upstream's budget, shared by all callers.
+        /// Takes from the upstream's quota, which all callers share.
         Quota = "quota",
-        /// Upstream connection reserved, intent made safe.
+        /// Reserves a connection to the upstream and commits the intent.
         Audit = "audit",
-        /// Send, read, classify.
+        /// Sends the request, reads the reply and classifies it.
         Upstream = "upstream",
     }
 }

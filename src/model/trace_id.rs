@@ -1,4 +1,6 @@
-//! The trace that a request belongs to.
+//! The trace id of a request (W3C Trace Context), for audit records and for exemplars of metrics.
+//!
+//! A `traceparent` is recorded only; it is not sent to the upstream.
 
 use std::fmt;
 
@@ -9,14 +11,16 @@ use prometheus_client::encoding::{EncodeLabelValue, LabelValueEncoder};
 pub struct TraceId([u8; 32]);
 
 impl TraceId {
-    /// The trace id of a value that has the form of W3C Trace Context, level 1: version, trace, parent, flags; more only
-    /// behind versions to come.
+    /// Returns the trace id of a `traceparent` in the form of W3C Trace Context, level 1: version, trace, parent, flags. `None`
+    /// for any other form.
+    // Strict, since the value is recorded: a header that was taken unchecked brought control characters into the trail.
     pub fn of(traceparent: &[u8]) -> Option<Self> {
         let (known, more) = (traceparent.get(..55)?, &traceparent[55..]);
         let is_hex = |part: &[u8]| part.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
         let parts = [&known[..2], &known[3..35], &known[36..52], &known[53..]];
         let [version, trace, parent, _] = parts;
         let is_zero = |part: &[u8]| part.iter().all(|byte| *byte == b'0');
+        // Version ff and ids of zeros are invalid by the specification. Only versions after 00 may have more behind the flags.
         let is_valid = [2, 35, 52].iter().all(|place| known[*place] == b'-')
             && parts.into_iter().all(is_hex)
             && version != b"ff"
@@ -33,7 +37,7 @@ impl EncodeLabelValue for TraceId {
     }
 }
 
-/// Visible ASCII, of 73 bytes at most: a value of 128 bytes in all.
+/// Whether a text is visible ASCII of at most 73 bytes, which makes a value of at most 128 bytes.
 fn is_short_text(text: &[u8]) -> bool {
     text.len() <= 73 && text.iter().all(u8::is_ascii_graphic)
 }
