@@ -1,7 +1,8 @@
-//! The admin listener: `/livez`, `/readyz`, `/metrics`, `/status`. GET and HEAD only, no CORS.
+//! The admin listener: liveness (`/livez`), readiness (`/readyz`), `/metrics` and `/status`. GET and HEAD only, no CORS.
 //!
-//! It has a thread of its own, so that neither a busy data plane nor a background that hangs can starve it. Nor can its
-//! own peers: connections, their requests and their time are bounded, and a new one always finds room.
+//! It runs on a thread of its own, so that neither busy workers nor a hanging background task can starve it. Its peers cannot
+//! either: a connection has one request, 3 s for its head and 3 s for the answer, and the one that has been idle longest makes
+//! room for a new one. Peers are not authenticated. Nothing can be changed here, and no secret is shown.
 
 mod hosts;
 
@@ -41,35 +42,36 @@ use crate::state::{Route, State};
 use crate::watchdog::Watchdog;
 use hosts::Hosts;
 
-/// What the admin listener tells of.
+/// What the admin listener reports on. It only reads from these parts.
 pub struct Admin {
-    /// Further names of `Host`.
+    /// The names of `[admin] hosts`.
     pub hosts: Vec<String>,
     /// The compiled configuration.
     pub state: Arc<ArcSwap<State>>,
     /// The audit trail.
     pub audit: Audit,
-    /// The calls of the window.
+    /// Deduplication.
     pub idempotency: Arc<Idempotency>,
     /// The bounds on concurrent work.
     pub bounds: Arc<Bounds>,
-    /// The metrics.
+    /// The metrics of the process.
     pub metrics: Arc<Metrics>,
-    /// Where callers connect.
+    /// The addresses of the listeners for callers.
     pub addresses: Vec<String>,
-    /// What belongs to this gateway alone.
+    /// The files and sockets of this gateway.
     pub place: Place,
-    /// How many workers accept connections.
+    /// The number of workers that accept connections.
     pub accepting: watch::Receiver<usize>,
-    /// How many workers there are.
+    /// The number of workers.
     pub workers: usize,
     pub(crate) watchdog: Arc<Watchdog>,
 }
 
-/// Where a gateway is: tells `check` which sockets are those of the gateway that a configuration would replace.
+/// The files and sockets of a running gateway, in `/status`. `check` reads them: a socket that this gateway uses is free once
+/// it has been replaced.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
-    /// The configuration file, unless it is no regular file.
+    /// The configuration file; `None` if it is not a regular file.
     pub file: Option<PathBuf>,
     /// The audit directory.
     pub audit_directory: PathBuf,
@@ -77,28 +79,30 @@ pub struct Place {
     pub sockets: Vec<String>,
 }
 
-/// Open connections. A further one takes the place of the one that has been idle longest.
+/// The most open connections. For a further one, the connection that has been idle longest is closed.
+// Closing the new one instead would let 64 silent connections fail the probes of an orchestrator, which then restarts the
+// gateway.
 const MAX_CONNECTIONS: usize = 64;
 
-/// A head must be there within this time, and its answer must be taken.
+/// How long a client may take for its head, and once more for reading the answer.
 const DEADLINE: Duration = Duration::from_secs(3);
 
-/// So long an answer may be, in bytes: `/status` names each route and credential.
+/// The longest answer that [`ask`] reads, in bytes. `/status` names each route and credential, so it may be long.
 const MAX_ANSWER: usize = 1 << 20;
 
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
 
-/// Asks the admin listener of a gateway, as a probe does. Returns its answer, head and body.
+/// Sends a GET to the admin listener of a gateway and returns the answer, head and body. Blocks for at most 6 s.
 ///
 /// # Errors
 ///
-/// Fails if there is no whole answer within 3 s after the connection, or if it has more than [`MAX_ANSWER`]: any program may
-/// listen there.
+/// Fails if there is no complete answer within 3 s after the connection, or if it is longer than 1 MiB: any program may listen at
+/// that address.
 pub fn ask(address: SocketAddr, path: &str) -> io::Result<String> {
     let mut stream = BlockingStream::connect_timeout(&address, DEADLINE)?;
     let deadline = std::time::Instant::now() + DEADLINE;
-    // The one name that each admin listener takes for each path.
+    // The one name that every admin listener accepts for every path, `/status` included.
     write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
     let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
     loop {
@@ -106,11 +110,13 @@ pub fn ask(address: SocketAddr, path: &str) -> io::Result<String> {
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
+        // Set anew for each read: else a server that sends a byte now and then would hold this command for ever.
         stream.set_read_timeout(Some(left))?;
         match stream.read(&mut piece) {
             Ok(0) => return String::from_utf8(answer).map_err(io::Error::other),
             Ok(read) => answer.extend_from_slice(&piece[..read]),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {} // the time is over
+            // The read timed out; the next turn of the loop reports it.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
         if answer.len() > MAX_ANSWER {
@@ -119,7 +125,7 @@ pub fn ask(address: SocketAddr, path: &str) -> io::Result<String> {
     }
 }
 
-/// Serves until the runtime ends.
+/// Accepts and answers connections until the runtime ends.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
     let (seats, hosts) = (Seats::new(MAX_CONNECTIONS), Arc::new(Hosts::new(&admin.hosts)));
     loop {
@@ -130,17 +136,20 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
                 if let Some(times) = FAILED.times() {
                     tracing::warn!(%error, times, "accept failed (admin)");
                 }
+                // Without file descriptors accept fails at once, again and again, and would occupy the whole thread.
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
         let seat = seats.take().await;
         tokio::spawn(converse(stream, seat, admin.clone(), hosts.clone()));
-        yield_now().await; // so that who asks at once is answered before others can take its seat
+        // Lets the new task run first. A probe that sends its request at once is answered before a flood of others takes its
+        // seat.
+        yield_now().await;
     }
 }
 
-/// One request, one answer: who sends many and reads nothing costs no more than one.
+/// Answers one request and closes the connection. A client that sends many requests and reads no answer costs as much as one.
 async fn converse(stream: TcpStream, seat: Seat, admin: Arc<Admin>, hosts: Arc<Hosts>) {
     let is_asked = Notify::new();
     let service = service_fn(|request| {
@@ -153,13 +162,15 @@ async fn converse(stream: TcpStream, seat: Seat, admin: Arc<Admin>, hosts: Arc<H
         async move { Ok::<_, Infallible>(response) }
     });
     let mut server = http1::Builder::new();
-    server.keep_alive(false).half_close(true); // who has asked may have ended its side
+    // A simple probe, such as one by netcat, closes its side once it has sent the request, and still expects an answer.
+    server.keep_alive(false).half_close(true);
     let connection = server.serve_connection(TokioIo::new(stream), service);
     let deadline = sleep(DEADLINE);
     tokio::pin!(connection, deadline);
     loop {
         tokio::select! {
             _ = &mut connection => return,
+            // The answer gets its own time, so that a slow head does not cut it short.
             () = is_asked.notified() => deadline.as_mut().reset(Instant::now() + DEADLINE),
             () = &mut deadline => return,
             () = seat.is_taken() => return,
@@ -168,8 +179,9 @@ async fn converse(stream: TcpStream, seat: Seat, admin: Arc<Admin>, hosts: Arc<H
 }
 
 impl Admin {
+    /// Answers a request. Waits for nothing, so no part of the gateway that hangs can hold it up.
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        // hyper leaves the body of an answer to HEAD away (RFC 9110, section 9.3.2).
+        // HEAD needs no code of its own: hyper leaves out the body of its answer (RFC 9110, section 9.3.2).
         // tests/hyper.rs: hyper_leaves_the_body_of_an_answer_to_head_away
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut response = reply(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET and HEAD only\n");
@@ -177,12 +189,14 @@ impl Admin {
             return response;
         }
         match request.uri().path() {
+            // Whether the event loops turn, and nothing else: a restart would not cure a cloud or a disk that fails.
             "/livez" => match self.watchdog.hangs() {
                 None => reply(StatusCode::OK, TEXT, "ok\n"),
                 Some(hangs) => reply(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("{hangs}\n")),
             },
             "/readyz" => self.ready(),
             "/metrics" => {
+                // Gauges of the trail are set when they are read, not with each record.
                 self.audit.count();
                 let format = Format::asked_by(request.headers());
                 let quota = self.state.load().terms.quota.share();
@@ -196,7 +210,7 @@ impl Admin {
         }
     }
 
-    /// Ready once each credential has had a token; never red for the token alone after that.
+    /// Answers `/readyz`: 200 if the gateway can do its work, else 503 with the reasons.
     fn ready(&self) -> Response<Full<Bytes>> {
         let mut reasons: Vec<String> = Vec::new();
         if self.bounds.is_stopping() {
@@ -212,6 +226,9 @@ impl Admin {
         if self.idempotency.holds_all_up() {
             reasons.push("the keys of earlier calls are still being read".into());
         }
+        // Only before the first token, which shows a wrong credential during a rollout. Later, all replicas would become
+        // unready at the same time when the token endpoint fails, and callers would get no answer instead of a 503 that says
+        // why.
         for status in self.state.load().terms.slots.iter().map(|slot| slot.status()) {
             if !status.had_token {
                 reasons.push(format!("no token yet for credential {}", status.name));
@@ -223,7 +240,7 @@ impl Admin {
         reply(status, JSON, format!("{said}\n"))
     }
 
-    /// What an operator should know of and no caller suffers from: it does not make the gateway unready.
+    /// Returns what operators should know, but what does not make the gateway unready.
     fn warnings(&self) -> Vec<String> {
         let clock = self.audit.clock_doubt().map(|doubt| format!("the wall clock is doubtful: {doubt}"));
         let loss = self.idempotency.loss().map(|loss| {
@@ -235,6 +252,7 @@ impl Admin {
         clock.into_iter().chain(loss).collect()
     }
 
+    /// Returns the document of `/status`. It names routes and addresses, so [`Hosts`] admits fewer names to it.
     fn status(&self) -> Value {
         let state = self.state.load();
         let routes: Vec<_> = state

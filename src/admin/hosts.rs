@@ -1,17 +1,18 @@
-//! Which `Host` the admin listener answers to.
+//! Protection of the admin listener against DNS rebinding, by the names in `Host`.
 //!
-//! A page in a browser can make a name of its own lead to this listener (DNS rebinding) and read what it answers: the
-//! request looks as if it came from here, but `Host` holds the page's name. So a name must be one that no stranger can
-//! own: an address, or a name that public DNS does not have. Others are listed in the configuration.
+//! The owner of a web page can let its name resolve to this listener's address. A browser then sends the page's requests here
+//! and lets the page read the answers. `Host` shows it: it has the page's name. So a name must be one that no stranger can own:
+//! an address, or a name that public DNS does not have. Other names are listed in the configuration. This does not authenticate
+//! anyone: a program that is no browser sends any `Host`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use http::{Request, header};
 
-/// Suffixes that are not for sale.
+/// Suffixes under which nobody can register a name in public DNS.
 const PRIVATE: [&str; 4] = [".svc", ".cluster.local", ".internal", ".local"];
 
-/// Why a request is not answered.
+/// The texts of the refusals. They name the setting, since the operator who set up a probe reads them.
 const REFUSED: &str = "This listener does not answer to this Host. It takes IP addresses, localhost, names without a dot, and names \
      under .svc, .cluster.local, .internal or .local. List another name in `[admin] hosts` of the configuration, without a port.\n";
 const REFUSED_STATUS: &str = "/status does not answer to this Host. It takes localhost and loopback addresses. List another name in \
@@ -19,31 +20,34 @@ const REFUSED_STATUS: &str = "/status does not answer to this Host. It takes loc
 const MISSING: &str = "Host is missing; without it only /livez and /readyz are answered. Send localhost, an IP address, or a name \
      that is listed in `[admin] hosts` of the configuration.\n";
 
-/// The names of the admin listener.
+/// The names that the admin listener answers to.
 #[derive(Debug)]
 pub(super) struct Hosts {
-    /// In lower case.
+    /// The names of `[admin] hosts`, in lower case, without a dot at the end.
     listed: Vec<String>,
 }
 
-/// One name of the listener, as a request has it.
+/// The name or address in a request.
 enum Name {
     Address(IpAddr),
-    /// In lower case, without port.
+    /// A name in lower case, without port.
     Text(String),
 }
 
 impl Hosts {
+    /// Admits these names beside the usual ones.
     pub(super) fn new(listed: &[String]) -> Self {
         Self { listed: listed.iter().map(|name| whole(name).to_owned()).collect() }
     }
 
-    /// Whether the request is for this listener; else what its sender should know.
+    /// Fails with a text for its sender if a request names another host.
     pub(super) fn check<B>(&self, request: &Request<B>) -> Result<(), &'static str> {
         let path = request.uri().path();
         let is_status = path == "/status";
         let in_target = request.uri().authority().map(|authority| authority.as_str().as_bytes());
         let in_heads = request.headers().get_all(header::HOST).iter().map(http::HeaderValue::as_bytes);
+        // Every name must be admitted, the one of an absolute target too: what another reader takes for the host may be any of
+        // them.
         let mut is_named = false;
         for name in in_target.into_iter().chain(in_heads).filter(|name| !name.is_empty()) {
             is_named = true;
@@ -51,10 +55,11 @@ impl Hosts {
                 return Err(if is_status { REFUSED_STATUS } else { REFUSED });
             }
         }
-        // No browser leaves it out; some load balancers do.
+        // Some load balancers probe without `Host` (HTTP/1.0). Browsers always send it, so rebinding is no risk there.
         if is_named || matches!(path, "/livez" | "/readyz") { Ok(()) } else { Err(MISSING) }
     }
 
+    /// Whether the listener answers to a name. `/status` admits only loopback and listed names: it shows addresses and routes.
     fn takes(&self, name: &Name, is_status: bool) -> bool {
         match name {
             Name::Address(address) => !is_status || address.is_loopback() || self.lists(&bracketed(*address)),
@@ -70,13 +75,14 @@ impl Hosts {
     }
 }
 
-/// Whether no stranger can own a name. A name without a dot is one of the local network.
+/// Whether no stranger can own a name.
 fn is_private(name: &str) -> bool {
+    // A name without any dot is resolved in the local network. With a dot at its end it would be a top-level domain.
     !name.contains('.')
         || PRIVATE.iter().any(|suffix| whole(name).strip_suffix(suffix).is_some_and(|name| !name.is_empty()))
 }
 
-/// A name without the dot that says that it is a whole one.
+/// Returns a name without the dot at its end, which marks it as fully qualified.
 fn whole(name: &str) -> &str {
     name.strip_suffix('.').unwrap_or(name)
 }
@@ -88,7 +94,8 @@ fn bracketed(address: IpAddr) -> String {
     }
 }
 
-/// Takes the port off. Nothing if it is neither an address nor a name.
+/// Reads a `Host`, without its port. `None` if it is neither an address nor a name.
+// Strict: a value that is read in two ways could be an admitted name here and another one to a browser.
 fn parse(host: &[u8]) -> Option<Name> {
     let host = std::str::from_utf8(host).ok()?;
     let is_port = |rest: &str| {
