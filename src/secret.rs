@@ -61,8 +61,8 @@ pub enum Impossible {
 
 impl Impossible {
     fn check(bytes: &[u8]) -> Result<(), Self> {
-        // UTF-16 without a byte order mark: ASCII in it has a zero in each pair. As UTF-8 it would only be told as a control
-        // character.
+        // UTF-16 without a byte order mark: ASCII in it has a zero in each pair. The zeros are valid UTF-8, so that it would be
+        // reported as a control character, which says nothing of the cause.
         let is_wide = || bytes.len().is_multiple_of(2) && bytes.chunks(2).all(|pair| pair.contains(&0));
         match bytes {
             [] => return Err(Self::Empty),
@@ -88,7 +88,7 @@ impl Secret {
     pub fn new(bytes: Vec<u8>) -> Result<Self, Impossible> {
         // First of all, so that a refused value is overwritten as well: it may be a secret with a slip.
         let mut bytes = Zeroizing::new(bytes);
-        // One newline, which every editor writes. More than one is a mistake of which nobody knows what was meant.
+        // One newline, which every editor writes. With more than one it is unclear what the secret is.
         for newline in [b'\n', b'\r'] {
             if bytes.last() == Some(&newline) {
                 bytes.pop();

@@ -163,7 +163,7 @@ pub struct Slot {
     waiting: AtomicUsize,
     /// Wakes the fetcher. It stores one permit, so a wake-up during a fetch is not lost.
     wake: Notify,
-    /// Its lock makes the end of a fetch one step, and a token's retirement another.
+    /// Its lock makes the end of a fetch, and the retirement of a token, one step each.
     fetches: watch::Sender<Fetches>,
     last_error: LastTrouble,
     contested: LastTrouble,

@@ -1,6 +1,6 @@
 //! A DNS cache for one host: single flight, a fixed lifetime, and stale answers while the resolver fails or hangs.
 //!
-//! It asks the system's resolver (getaddrinfo, which knows the hosts file as well but tells no lifetime), at most once in 5 s.
+//! It asks the system's resolver (getaddrinfo, which reads the hosts file, too, and reports no lifetime), at most once in 5 s.
 //! It does not check that an address answers: the connector reports that.
 
 use std::io;

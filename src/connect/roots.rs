@@ -1,7 +1,7 @@
 //! The trusted roots, which are replaced while the gateway runs: `ca_file` is read again when it changes.
 //!
 //! After a change nothing relies on the old roots: TLS sessions are not resumed, connections that were verified with them get no
-//! further request, and a connection that is being made is made anew. The roots of the system are read at the start only.
+//! further request, and a dial that is under way starts again. The roots of the system are read at the start only.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -86,7 +86,7 @@ words! {
         // Unlike `credential_refused`, which is the token endpoint's: here fetching a token works.
         /// The upstream refuses every token that the credential can get.
         CredentialRejected = "credential_rejected",
-        // A code for the audit record: nobody reads this answer.
+        // For the audit record: the answer itself reaches no one.
         /// The caller disconnected before its request was sent.
         CallerLeft = "caller_left",
         /// An error within the gateway.

@@ -425,7 +425,7 @@ mod tests {
             (json!("-0.5"), None),
             (json!("4,5"), None),
             (json!("4.5s"), None),
-            // What Rust reads as a floating-point number, but is no lifetime.
+            // Values that Rust reads as floating-point numbers, but that are no lifetimes.
             (json!("NaN"), None),
             (json!("inf"), None),
             (json!(1e300), None),

@@ -287,7 +287,7 @@ impl Fetcher {
         (reason, text)
     }
 
-    /// Returns until when no fetch is made, whoever waits. `None` if at least one of the pairs may be tried.
+    /// Returns the pause in which no fetch is made, even if requests wait. `None` if at least one of the pairs may be tried.
     fn held(&self) -> Option<Held> {
         let proven = self.proven.retry.held()?;
         let Some(trial) = &self.trial else { return Some(proven) };
@@ -319,7 +319,8 @@ impl Fetcher {
             // Read once only: the files of a pair are written one after the other, so this may be a mixed or half-written pair.
             Ok(Noticed::Settling) => {}
             Ok(Noticed::Nothing) => {
-                // The files can be read again and hold the known pair, so what they were before the error is reported again.
+                // The files can be read again and hold the same pair as before the error, so the result of that pair is reported
+                // again.
                 if self.unusable.take().is_some() {
                     match &self.trial {
                         None => self.change.accepted(),

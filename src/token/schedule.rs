@@ -122,8 +122,8 @@ pub(super) struct Held {
 impl Held {
     /// Whether a request that can wait until `deadline` fails at once. After a refusal it does so for the whole pause.
     pub(super) fn is_hopeless(&self, now: Instant, deadline: Instant) -> bool {
-        // A refusal fails even those who could wait for the next try. It will most likely be refused as well, and a wrong secret
-        // needs an operator, who should see 502s now.
+        // A refusal fails even a request that could wait until the next try. That try will most likely be refused as well,
+        // until an operator corrects the secret.
         self.until > if self.refused { now } else { deadline }
     }
 }

@@ -279,7 +279,7 @@ async fn a_fetch_that_is_under_way_and_fails_answers_all_who_wait_for_it() {
     until("the second fetch", || rig.calls() == 2).await;
     let begin = Instant::now();
     assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
-    // Half of `token.wait`: who waits on after the failure needs all of it.
+    // Half of `token.wait`: a request that waited on after the failure would need all of it.
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     assert_eq!((first.await.unwrap(), rig.calls()), (Err(NoOther::Failed(Cause::TokenStatus)), 2));
 }
@@ -409,7 +409,7 @@ async fn a_time_that_the_endpoint_names_is_kept_up_to_a_minute() {
         json!({ "token": [{ "status": 503, "headers": [["Retry-After", "3600"]] }] }),
         |token| token.wait = Duration::from_secs(10),
     );
-    // The second request must not cause a call, though nobody has a token.
+    // The second request must not cause a call, though there is no token.
     for _ in 0..2 {
         match rig.slot.token().await.unwrap_err() {
             TokenError::Unavailable { cause: Cause::TokenStatus, retry_after } => {
@@ -432,7 +432,7 @@ async fn a_short_time_that_the_endpoint_names_is_waited_for() {
 
 #[tokio::test]
 async fn a_refused_pair_is_remembered_and_forgotten_at_once_when_it_changes() {
-    // The secret changes for one status only: what follows is the same for all, and takes seconds.
+    // The secret changes for one status only: that part takes seconds and does not depend on the status.
     for status in [400, 401, 403, 418] {
         let rig = Rig::start(json!({ "token": [{ "times": 1, "status": status }] }));
         for _ in 0..2 {
