@@ -421,7 +421,7 @@ async fn dial_any(addresses: &[SocketAddr], time: Duration) -> io::Result<(TcpSt
 pub enum Stream {
     /// Plain TCP, to loopback only.
     Plain(TcpStream),
-    /// TLS, whose state is large.
+    /// TLS. Boxed, since its state is large.
     Tls(Box<TlsStream<TcpStream>>),
 }
 

@@ -1,4 +1,4 @@
-//! When an audit record counts as committed: durable across a crash of the process, or also of the machine.
+//! When an audit record counts as committed: once it survives a crash of the process, or, to be durable, a crash of the machine.
 
 words! {
     /// When a record counts as committed. A request is not sent before its intent is.

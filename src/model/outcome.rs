@@ -34,9 +34,9 @@ words! {
         AfterCorrection = "after-correction",
         /// Wait until the operators have acted; try at most once an hour.
         Later = "later",
-        /// The task may be executed: check the cloud before anything is sent again.
+        /// The task may have been executed: check the cloud before anything is sent again.
         CheckFirst = "check-first",
-        /// The task is executed.
+        /// The task has been executed.
         NotNeeded = "not-needed",
     }
 }

@@ -3,7 +3,8 @@
 //! Some token endpoints let only the last token of an app key live. Two gateways with the same app key then end each other's
 //! tokens. If each fetched a new token as soon as its own is refused, both would fetch every second, and one of them would
 //! hardly ever hold a valid token. In a contest a refused token is therefore replaced only after a pause, so that each gateway
-//! has its turn. The pause is shorter than `token.wait`, so that waiting requests still get a token in time.
+//! has its turn. The pause is shorter than `token.wait` (unless that is under 3 s), so that waiting requests still get a token
+//! in time.
 //!
 //! A refusal alone proves nothing, since the upstream may refuse one caller's call with any token. A token counts as ended by
 //! another client only if the same call succeeds with another token.
@@ -112,7 +113,7 @@ fn has_lasted(age: Duration, refresh: Duration) -> bool {
 
 /// Returns the pause before a refused token is replaced during a contest: half to three quarters of `wait`, the time that a
 /// request waits for a token, within 2 s and 20 s. `jitter` is from 0 to 1.
-// Jitter, since with equal pauses more than two gateways would fetch at the same moment, and one of them would always lose.
+// The jitter is for more than two gateways, which with equal pauses would fetch at the same moment.
 pub(super) fn pause(wait: Duration, jitter: f64) -> Duration {
     wait.mul_f64(0.5 + 0.25 * jitter.clamp(0.0, 1.0)).clamp(Duration::from_secs(2), Duration::from_secs(20))
 }
@@ -179,7 +180,7 @@ mod tests {
         assert!(!contest.lives(seconds(60), REFRESH), "it ends once");
     }
 
-    // One caller whose calls are refused with any token once slowed down the fetches for all callers.
+    // Before this rule, one caller whose calls are refused with any token slowed the fetches down for all callers.
     #[test]
     fn a_refusal_that_no_other_token_helps_against_counts_for_nothing() {
         let mut contest = Contest::default();

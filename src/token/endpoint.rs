@@ -57,7 +57,7 @@ pub(super) enum FetchError {
     /// A 200 whose body is a JSON object without a usable token.
     #[error("the reply holds no usable token: {0}")]
     NoToken(NoToken),
-    /// A 200 whose body is something else.
+    /// A 200 whose body is not a JSON object, or is too long.
     #[error("the reply holds no usable token: {0}")]
     Invalid(&'static str),
     /// A 200 with a content coding, though the request accepts none.
@@ -75,7 +75,7 @@ pub(super) enum FetchError {
 #[derive(Debug)]
 pub(super) struct NoToken {
     what: &'static str,
-    /// The error code in it, unescaped: only [`crate::reason::shown`] may bring it into a log line.
+    /// The error code in it, as the endpoint wrote it: only [`crate::reason::shown`] may put it into a log line.
     code: Option<String>,
 }
 
@@ -350,9 +350,9 @@ impl AsRef<[u8]> for Zeroed {
 fn check_status(head: &http::response::Parts) -> Result<(), FetchError> {
     match head.status.as_u16() {
         200 => Ok(()),
-        // The vendor documents no error body. 403 was seen for a wrong key and for an address that is not on the allow list, 418
-        // comes from the vendor's web firewall. A further call soon would not help, and a sibling API locks an address out
-        // after many.
+        // The vendor documents no error body. 403 was seen for a wrong key, and may mean an address that is not on the allow
+        // list; 418 comes from the vendor's web firewall. Another call soon would not help, and a sibling API locks an address
+        // out after many bad ones.
         400 | 401 | 403 | 418 => Err(FetchError::Refused(head.status)),
         _ => {
             // `Retry-After: 0` counts as absent: the back-off treats a server that has trouble more gently.

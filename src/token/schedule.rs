@@ -150,7 +150,7 @@ impl Retry {
     /// any pair.
     pub(super) fn at(&self, urgent: bool, last_begun: Option<Instant>) -> Instant {
         match last_begun {
-            // The pause was chosen when there was a token in hand, and may be a minute: much longer than a request waits.
+            // The pause may have been chosen while there was a token in hand: up to a minute, much longer than a request waits.
             Some(begun) if urgent && self.held.is_none() => self.not_before.min(begun + MIN_GAP + URGENT),
             _ => self.not_before,
         }
