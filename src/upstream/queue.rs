@@ -1,10 +1,17 @@
-//! The wait for an upstream connection: short, or not at all.
+//! Bounded wait for an upstream connection, with load shedding.
 //!
-//! Who would have to wait longer than it may is refused at once, not when its time is over: an overload then costs those
-//! who are refused nothing, and those who wait little. How long it takes is learnt from those who wait: the time, of that
-//! in which anyone waits, in which as many were served as there are connections, twice in a row, so that one stall (a
-//! token that is fetched) is not taken for the pace. Once somebody waited in vain, only the first in line waits until
-//! somebody is served.
+//! A waiter is rejected at once if `position × service_interval > max_wait / 2`, instead of when its time is over.
+//! Under overload a rejected request then costs its caller no time, and an admitted one waits only a little.
+//!
+//! The service interval is learnt from the waiters themselves. A window ends when as many waiters were served as the
+//! pool has connections; its interval is the time in which at least one request waited, divided by that number. The
+//! smaller one of the last two windows counts, so that a single stall (such as the fetch of a token) is not taken for
+//! the pace.
+//!
+//! Once a wait has timed out, only the first waiter in line is admitted, until one is served again.
+//!
+//! The queue bounds and measures a wait. It does not hand out connections, and it does not decide who gets one: that
+//! is up to the future which a waiter passes in.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,35 +22,38 @@ use tokio::time::timeout;
 
 use crate::clock;
 
-/// The queue of one pool.
+/// The waiters of one pool: how many there are, and how fast they are served.
 #[derive(Debug)]
 pub(super) struct Queue {
     waiting: AtomicUsize,
     pace: Mutex<Pace>,
 }
 
-/// How fast those who wait are served. Times are in nanoseconds of this process.
+/// The service interval, and what it is measured from. Times are in nanoseconds of [`clock::nanos`].
 #[derive(Debug)]
 struct Pace {
-    /// So many make a window.
+    /// How many served waiters end a window.
     size: u64,
-    /// When somebody began to wait, or was served while others waited.
+    /// When the line began to form, or when its last waiter was served or gave up.
     since: u64,
     served: u64,
-    /// The time in which anyone waited for them.
+    /// For how long at least one request waited in this window. It is not the age of the window: with one waiter at a
+    /// time, the pauses in between are no waits.
     took: u64,
-    /// For each one who waits, in the last two windows.
+    /// The service interval of the last two windows, the older one first; 0 until a window has ended.
     each: [u64; 2],
-    /// Somebody waited in vain, and nobody was served since.
+    /// The last wait timed out, and no waiter was served since.
     is_stalled: bool,
 }
 
 impl Pace {
     fn new(size: usize) -> Self {
+        // `max(1)`, since a size of 0 would divide by zero. The number of connections is the size because in one
+        // round of service each connection serves one waiter, so a window sees every one of them.
         Self { size: size.max(1) as u64, since: 0, served: 0, took: 0, each: [0, 0], is_stalled: false }
     }
 
-    /// Nobody waited until now.
+    /// Starts to measure: the line was empty until now.
     fn begin(&mut self, now: u64) {
         self.since = now;
     }
@@ -55,6 +65,8 @@ impl Pace {
 
     fn stall(&mut self, now: u64) {
         self.pass(now);
+        // Not counted as served: a line that does not move would look like one that does, and later waiters would
+        // wait for nothing.
         self.is_stalled = true;
     }
 
@@ -69,28 +81,38 @@ impl Pace {
     }
 
     fn expected(&self, number: usize) -> Duration {
+        // `MAX` is above every bound. It rejects all but the first in line, for which `wait` does not ask.
         if self.is_stalled {
             return Duration::MAX;
         }
+        // The smaller one: with the last window alone, one stall rejected a thousand requests that could have been
+        // served a moment later.
         Duration::from_nanos(self.each[0].min(self.each[1]).saturating_mul(number as u64))
     }
 }
 
 impl Queue {
-    /// For so many connections.
+    /// A queue for a pool of `connections` connections.
     pub(super) fn new(connections: usize) -> Self {
         Self { waiting: AtomicUsize::new(0), pace: Mutex::new(Pace::new(connections)) }
     }
 
-    /// Waits for something that others wait for, too; `None` if that took, or would take, too long. Half of the time is
-    /// kept for what a pace does not say. The first one is always let in: what it meets is learnt.
+    /// Waits for `what`, for at most `longest`. Returns `None` if the wait took too long, or at once if it is
+    /// expected to.
+    ///
+    /// The first waiter in line is always admitted, since only admitted waiters measure the pace. If the future is
+    /// dropped, the place in line becomes free and nothing is measured.
     pub(super) async fn wait<T>(&self, longest: Duration, what: impl Future<Output = T>) -> Option<T> {
+        // The place is a guard, so that a waiter whose caller disconnects does not stay in the count.
         let place = Place::behind(&self.waiting);
         if place.number == 1 {
             self.pace().begin(clock::nanos());
+        // Half, since the interval is an average of the past: a waiter that is expected to need nearly all of its
+        // time would often time out instead of being rejected early.
         } else if self.pace().expected(place.number) > longest / 2 {
             return None;
         }
+        // No lock is held here: `pace` locks for one statement only.
         let output = timeout(longest, what).await.ok();
         match output {
             Some(_) => self.pace().serve(clock::nanos()),
@@ -104,7 +126,7 @@ impl Queue {
     }
 }
 
-/// A place in the queue, the first one being 1.
+/// A position in the line, counted from 1. Dropping it leaves the line.
 struct Place<'a> {
     waiting: &'a AtomicUsize,
     number: usize,
@@ -112,6 +134,8 @@ struct Place<'a> {
 
 impl<'a> Place<'a> {
     fn behind(waiting: &'a AtomicUsize) -> Self {
+        // All others in the count came earlier, so the count is the position. It is not kept up to date: only the
+        // decision at the begin needs it.
         Self { waiting, number: waiting.fetch_add(1, Ordering::Relaxed) + 1 }
     }
 }
@@ -128,17 +152,20 @@ mod tests {
 
     use super::*;
 
-    /// One who is served each 10 ms.
+    /// A waiter that is served after `number` × 10 ms, as the one at that position is if one is served every 10 ms.
     async fn served(queue: &Queue, longest: u64, number: u32) -> Option<()> {
         queue.wait(Duration::from_millis(longest), sleep(Duration::from_millis(10) * number)).await
     }
 
     #[tokio::test]
     async fn who_would_wait_too_long_is_refused_at_once_and_who_comes_later_is_not() {
+        // With one connection each served waiter ends a window, so that the pace is known after two of them.
         let queue = Queue::new(1);
         for number in 1..=3 {
             assert_eq!(served(&queue, 200, number).await, Some(()));
         }
+        // 100 waiters × 10 ms are 1 s, where 100 ms (half of 200) are allowed: about ten may be admitted. The bounds
+        // below are wide because timers fire late on a busy machine.
         let begin = Instant::now();
         let waits = (1..=100).map(|number| {
             let queue = &queue;
@@ -160,11 +187,13 @@ mod tests {
         let (served_ones, refused): (Vec<_>, Vec<_>) = all.into_iter().partition(|(is_served, _)| *is_served);
         assert!((3..=12).contains(&served_ones.len()), "{} were let in", served_ones.len());
         assert!(refused.iter().all(|(_, took)| *took < Duration::from_millis(40)), "{refused:?}");
+        // Without this, a queue that never admits anyone again would pass.
         assert_eq!(served(&queue, 200, 1).await, Some(()), "the control");
     }
 
     #[test]
     fn one_stall_is_not_the_pace_and_two_in_a_row_are() {
+        // Four connections served after a stall of one second: 250 ms for each, 25 s for the hundredth.
         let mut pace = Pace::new(4);
         let second = 1_000_000_000;
         pace.begin(0);
@@ -176,10 +205,12 @@ mod tests {
         assert_eq!(pace.expected(100), Duration::from_millis(25), "it is fast again");
     }
 
-    /// After a slow time nobody but the first one in line is let in: those must do to learn that it is over.
+    /// After a slow time only the first in line is admitted. Its waits must be enough to learn that the slow time is
+    /// over: they were not while each of them began the window anew, and the queue then stayed at one place for good.
     #[test]
     fn those_who_wait_alone_make_the_pace_too() {
         let (mut pace, second) = (Pace::new(4), 1_000_000_000);
+        // Eight waiters are two windows of four, which is what it takes to replace both intervals.
         let mut alone = |from: u64, takes: u64| {
             for number in 0..8 {
                 pace.begin((from + number) * second);
@@ -194,9 +225,11 @@ mod tests {
     #[tokio::test]
     async fn who_waits_in_vain_waits_alone_until_somebody_is_served() {
         let queue = Queue::new(4);
+        // 100 × 10 ms is beyond the 50 ms that this waiter has.
         assert_eq!(served(&queue, 50, 100).await, None);
         let (first, second) = tokio::join!(served(&queue, 50, 100), served(&queue, 50, 1));
         assert_eq!((first, second), (None, None), "the second would have been served");
+        // One served waiter ends the stall for all that come later.
         assert_eq!(served(&queue, 50, 1).await, Some(()), "the first in line is let in");
         let (first, second) = tokio::join!(served(&queue, 50, 2), served(&queue, 50, 1));
         assert_eq!((first, second), (Some(()), Some(())), "the control");
