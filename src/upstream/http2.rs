@@ -1,10 +1,14 @@
-//! The HTTP/2 connections of one worker: each carries many exchanges at once, a stream each.
+//! HTTP/2 connections of one worker: each multiplexes many exchanges, one stream per exchange.
 //!
-//! Guarantees that no stream is opened beyond what the upstream allows, that a connection which is closed,
-//! idled too long, has nothing to say any more, or contradicted itself takes no new stream, and that a request
-//! counts as sent unless hyper never wrote it, or the upstream says that it was not processed and has said nothing
-//! on its connection that contradicts this (see [`super::frames`]). Does not connect, nor bound how many
-//! connections there are: that is the pool's.
+//! Guarantees that
+//!
+//! * no stream is opened beyond the limit that the upstream announced;
+//! * no stream is opened on a connection that is closed, has idled too long, was made under other roots, has shown no sign of
+//!   life since a request, or has contradicted itself;
+//! * a request counts as sent, unless hyper never wrote it, or the upstream said that it was not processed (RFC 9113 §8.7 and
+//!   §6.8) and nothing on the connection contradicts this (see [`super::frames`]).
+//!
+//! Does not dial, and does not bound the number of connections: the pool does both.
 
 use std::error::Error as _;
 use std::future::{Future, poll_fn};
@@ -31,65 +35,82 @@ use crate::clock;
 use crate::log::OncePerSecond;
 use crate::model::reply::MAX_HEAD;
 
-/// So many exchanges share a connection at most, whatever the upstream allows: what one lost packet delays,
-/// and what one lost connection leaves in doubt, stays bounded.
+/// The largest number of exchanges that share one connection, whatever the upstream allows. It bounds how many
+/// requests one lost packet delays (TCP delivers in order), and how many get an unknown outcome when one connection
+/// is lost.
 const MAX_STREAMS: usize = 256;
 
-/// What the upstream may send on a stream before somebody reads it: as much of a reply as decides.
+/// The flow-control window of a stream, in bytes (RFC 9113 §5.2). It is as much of a reply as decides the outcome, so
+/// that the upstream can send that much without waiting for a WINDOW_UPDATE.
 const STREAM_WINDOW: u32 = 64 * 1024;
 
-/// The same of a connection: room for all streams, so that callers who are slow to read hold up nobody else.
+/// The flow-control window of a connection, in bytes: room for all streams. With less, callers that read slowly could
+/// use it up, and the replies to all others on the connection would stop.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
 
-/// Stands for the limit on streams until the upstream has told it. None that it can tell: theirs have 32 bits.
+/// Marks that the upstream has not announced its limit on streams yet. No SETTINGS frame can announce this value,
+/// since limits have 32 bits. It is not `usize::MAX`: h2 takes that as the limit of an upstream that announces none.
 // tests/hyper.rs: the_limit_on_streams_is_the_initial_one_until_the_settings_come
 const UNTOLD: usize = usize::MAX - 1;
 
-/// The HTTP/2 connections of one worker.
+/// The HTTP/2 connections of one worker's pool.
 #[derive(Debug)]
 pub(super) struct Connections {
-    /// What `Host` would hold.
+    /// The `:authority` of each request: what `Host` is over HTTP/1.1.
     authority: uri::Authority,
     open: Mutex<Vec<Arc<Connection>>>,
-    /// The attempt to connect that is under way: all who need a connection wait for the same one.
+    /// The attempt to connect that was started last. All requests that need a connection wait for the same one
+    /// (single flight).
     dialing: Mutex<Option<watch::Receiver<Dialing>>>,
-    /// A stream came free.
+    /// Signalled when a stream has ended, and when a connection was added.
     pub(super) freed: Notify,
     /// The upstream picked HTTP/1.1 when it was asked last.
     refused: AtomicBool,
 }
 
-/// How an attempt to connect goes.
+/// State of an attempt to connect, as its waiters see it.
 #[derive(Debug)]
 pub(super) enum Dialing {
+    /// The attempt goes on.
     UnderWay,
+    /// It ended with a connection, which is in the pool.
     Done,
+    /// It ended without one.
     Failed(NoConnection),
 }
 
 impl Connections {
+    /// An empty set of connections. HTTP/2 counts as available until the upstream picks HTTP/1.1.
     pub(super) fn new(authority: uri::Authority) -> Self {
         let (open, dialing, freed) = (Mutex::default(), Mutex::default(), Notify::new());
         Self { authority, open, dialing, freed, refused: AtomicBool::new(false) }
     }
 
-    /// Whether a new connection may be one of HTTP/2, by what is known.
+    /// Returns whether a new connection may speak HTTP/2: the upstream did not pick HTTP/1.1 when it was asked last.
     pub(super) fn are_to_be_had(&self) -> bool {
         !self.refused.load(Ordering::Relaxed)
     }
 
-    /// Notes what the upstream picked.
+    /// Records which protocol the upstream picked on a new connection.
     pub(super) fn picked(&self, http2: bool) {
+        // The last pick counts, not any earlier one: behind one name may be servers of both kinds, and a server may
+        // be replaced by one that speaks HTTP/2.
         self.refused.store(!http2, Ordering::Relaxed);
     }
 
+    /// Adds a connection that is open, and wakes all requests that wait for a stream.
     pub(super) fn add(&self, connection: Arc<Connection>) {
         self.open().push(connection);
-        self.freed.notify_waiters(); // it has room for many
+        // All of them, since it has room for many. Requests in the queue watch this signal only, not the attempt to
+        // connect.
+        self.freed.notify_waiters();
     }
 
-    /// A stream on the first connection that has room, so that few carry many and the others idle out.
-    /// Connections that cannot be used any more are given up on the way.
+    /// Opens a stream on the first connection that has room, except `but`. Returns `None` if no connection has any.
+    ///
+    /// The first one is preferred, so that few connections carry many streams and the others idle out. Connections
+    /// that are no longer usable are removed on the way. `idle_timeout` is in nanoseconds; `generation` is the one of
+    /// the roots in use.
     pub(super) fn stream(
         &self,
         but: Option<&Weak<Connection>>,
@@ -103,6 +124,8 @@ impl Connections {
                 open.remove(i);
                 continue;
             }
+            // Compared by address. `but` holds a `Weak`, which keeps the allocation, so no other connection can have
+            // that address.
             let is_other = but.is_none_or(|but| but.as_ptr() != Arc::as_ptr(connection));
             if let Some(stream) = is_other.then(|| connection.stream()).flatten() {
                 return Some(stream);
@@ -112,35 +135,40 @@ impl Connections {
         None
     }
 
-    /// Takes a stream back. Returns its connection, which others may use on.
+    /// Ends a stream. Returns its connection, on which other streams may go on.
     pub(super) fn release(&self, stream: Stream) -> Weak<Connection> {
         let connection = Arc::downgrade(&stream.connection);
+        // A connection without a sign of life may belong to a server that is gone without a FIN. It gets no further
+        // request; streams that are open on it run to their end.
         if stream.is_lost() {
             self.open().retain(|open| !Arc::ptr_eq(open, &stream.connection));
         }
-        drop(stream); // and with the last one of a connection that is given up its place under the cap
+        // Before the signal: the last stream of a removed connection closes it and returns its permit, which a waiter
+        // needs in order to dial.
+        drop(stream);
         self.freed.notify_one();
         connection
     }
 
-    /// Closes what has idled too long, was closed by the upstream, or was made under other roots; the streams that it has yet run
-    /// to their end.
+    /// Removes connections that have idled for `idle_timeout` nanoseconds, were closed by the upstream, contradicted
+    /// themselves, or were made under roots other than `generation`. Streams that are still open run to their end.
     pub(super) fn sweep(&self, idle_timeout: u64, generation: u64) {
         self.open().retain(|connection| !connection.is_spent(idle_timeout, generation));
     }
 
-    /// The request as HTTP/2 has it: no `Host`, but the whole URI.
+    /// Turns a request into the form of HTTP/2 (RFC 9113 §8.3.1): without `Host`, with scheme and authority in the
+    /// URI.
     pub(super) fn adapt(&self, mut request: Request<Full<Bytes>>) -> Request<Full<Bytes>> {
         let mut parts = std::mem::take(request.uri_mut()).into_parts();
         parts.scheme = Some(uri::Scheme::HTTPS);
         parts.authority = Some(self.authority.clone());
-        // All three parts are there, so that this is a URI.
+        // All three parts are there, so this is a URI. The default only avoids a panic path.
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
         request.headers_mut().remove(header::HOST);
         request
     }
 
-    /// The attempt to connect that was made last.
+    /// The attempt to connect that was started last; it may be over.
     pub(super) fn dialing(&self) -> MutexGuard<'_, Option<watch::Receiver<Dialing>>> {
         self.dialing.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -150,51 +178,54 @@ impl Connections {
     }
 }
 
-/// A live connection. Dropped, with all its streams, it is closed at once, whatever its other side does.
+/// An open connection. Dropped with all its streams, it closes its socket at once, whatever the upstream does.
 #[derive(Debug)]
 pub(super) struct Connection {
-    /// What hands requests over; it ends behind a GOAWAY, with streams still open.
+    /// The task that hands requests over. It may end after a GOAWAY while streams are still open.
     // tests/hyper.rs: behind_a_goaway_the_handover_ends_with_streams_still_open
     dispatch: AbortHandle,
     _driver: Driver,
-    /// The same socket once more, to ask the kernel whether anything came.
+    /// A duplicate of the socket, to ask the kernel whether there is something to read.
     probe: OwnedFd,
-    /// Which roots it was made under.
+    /// The generation of the roots that it was made under.
     pub(super) generation: u64,
     reads: Arc<Reads>,
-    /// The upstream's limit on streams.
+    /// The limit on streams that the upstream announced last.
     limit: Arc<AtomicUsize>,
     usage: Mutex<Usage>,
-    /// Its place under the cap on connections.
+    /// Its permit under the pool's cap on connections.
     _permit: OwnedSemaphorePermit,
 }
 
 #[derive(Debug)]
 struct Usage {
     sender: http2::SendRequest<Full<Bytes>>,
-    /// Streams that are open.
+    /// How many streams are open.
     streams: usize,
-    /// When the last one ended, in nanoseconds of this process.
+    /// When the last one ended, in nanoseconds of [`clock::nanos`].
     since: u64,
 }
 
-/// What came from the upstream on one connection.
+/// What was received on one connection, for its streams to see.
 #[derive(Debug, Default)]
 pub(super) struct Reads {
+    /// How many reads brought something. Only compared with an earlier value.
     count: AtomicU64,
+    /// Signalled by each of them.
     next: Notify,
-    /// The upstream said of a stream that it was not processed, though it had answered on it.
+    /// The upstream denied that it had processed a stream on which it had answered.
     contradicted: AtomicBool,
 }
 
 impl Reads {
-    /// Whether the upstream contradicted itself: it is not believed any more that a stream was not processed.
+    /// Returns whether the upstream contradicted itself. If so, its word that a stream was not processed counts no
+    /// more.
     fn are_contradicted(&self) -> bool {
         self.contradicted.load(Ordering::Relaxed)
     }
 }
 
-/// The receiving side of one connection, under hyper.
+/// The receiving side of one connection, between the socket and hyper.
 #[derive(Debug, Default)]
 pub(super) struct Received {
     reads: Arc<Reads>,
@@ -202,14 +233,16 @@ pub(super) struct Received {
 }
 
 impl Received {
-    /// What the connection's streams see of it.
+    /// What was received, as the connection's streams share it.
     pub(super) fn reads(&self) -> Arc<Reads> {
         self.reads.clone()
     }
 
-    /// Something came: bytes, or none with the end or an error. To be called before hyper sees them.
+    /// Records bytes that came; none if it was the end or an error. Must be called before hyper sees them: a stream
+    /// that hyper ends because of them must find the contradiction recorded.
     pub(super) fn came(&mut self, bytes: &[u8]) {
         static CONTRADICTED: OncePerSecond = OncePerSecond::new();
+        // `swap`, so that one connection is one line, however many of its streams are denied.
         if self.frames.read(bytes)
             && !self.reads.contradicted.swap(true, Ordering::Relaxed)
             && let Some(times) = CONTRADICTED.times()
@@ -232,9 +265,15 @@ impl Drop for Connection {
 }
 
 impl Connection {
-    /// Greets the upstream, and waits until it has told its limits. While streams are open, a PING goes out when
-    /// nothing came for `patience`; without an answer within thrice that, since a stall of our own counts, too,
-    /// the connection is closed.
+    /// Opens a connection: sends the preface and waits until the upstream has announced its limits. The caller bounds
+    /// the wait.
+    ///
+    /// While streams are open, a PING is sent when nothing came for `patience`. The connection is closed if there is
+    /// no answer within three times `patience`; not sooner, since a stall of this process delays the answer, too.
+    ///
+    /// # Errors
+    ///
+    /// Fails as hyper's handshake does, or if the connection breaks before the limits came.
     pub(super) async fn open(
         io: Counted,
         reads: Arc<Reads>,
@@ -254,6 +293,8 @@ impl Connection {
             .keep_alive_timeout(3 * patience)
             .handshake(TokioIo::new(io))
             .await?;
+        // Without this wait a burst of requests would open more streams than the upstream allows, and it would refuse
+        // the rest. hyper has no future for the SETTINGS, so its limit is compared after each read.
         while connection.current_max_send_streams() == UNTOLD {
             let came = reads.next.notified();
             let ended = poll_fn(|cx| match Pin::new(&mut connection).poll(cx) {
@@ -263,19 +304,23 @@ impl Connection {
             match ended.await {
                 Some(ended) => {
                     ended?;
-                    break; // its sender is closed
+                    // The connection ended in order. Its sender is closed, so that no stream will be sent on it.
+                    break;
                 }
                 None => came.await,
             }
         }
         let limit = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
+        // Tokio gives a task a budget of operations for each poll. One task works for all streams here, and the
+        // budget of one would hold up the last of 256.
         let dispatch = tokio::spawn(unconstrained(dispatch(connection, limit.clone(), spawned)));
         let usage = Mutex::new(Usage { sender, streams: 0, since: clock::nanos() });
         let dispatch = dispatch.abort_handle();
         Ok(Self { dispatch, _driver: driver, probe, generation, reads, limit, usage, _permit: permit })
     }
 
-    /// Opens a stream, if there is room. Nothing is sent yet.
+    /// Opens a stream, or returns `None` if the limit is reached. Nothing is sent yet, so that a stream which is
+    /// dropped unused costs the upstream nothing.
     pub(super) fn stream(self: &Arc<Self>) -> Option<Stream> {
         let mut usage = self.usage();
         let room = MAX_STREAMS.min(self.limit.load(Ordering::Relaxed));
@@ -285,7 +330,8 @@ impl Connection {
         })
     }
 
-    /// Whether it takes no stream any more.
+    /// Returns whether it takes no further stream: it is closed or contradicted, has idled for `idle_timeout`
+    /// nanoseconds, or was made under roots other than `generation`.
     fn is_spent(&self, idle_timeout: u64, generation: u64) -> bool {
         let usage = self.usage();
         self.generation != generation
@@ -299,16 +345,20 @@ impl Connection {
     }
 }
 
-/// Hands requests over until the connection takes no more, and answers back until all are there, by way of what hyper
-/// spawned: a task of its own for each request would cost as much as HTTP/2 itself does. In this order: who is told that its
-/// request was given back by a GOAWAY finds the connection closed to new ones.
+/// Hands requests over until the connection takes no more, then runs until all answers are there.
+///
+/// It also polls what hyper spawns for each request. A task for each would be an aligned allocation of 1.6 KB.
 // tests/hyper.rs: a_connection_is_closed_before_a_goaway_gives_its_request_back
 async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, spawned: Spawned) {
     let mut connection = Some(connection);
+    // Measured: 62.2k instructions a request, 65.9k with a queue of our own that used its boxes again.
     let mut companions = FuturesUnordered::new();
     poll_fn(|cx| {
+        // The connection first, then the requests: a request that a GOAWAY gives back must find the connection closed
+        // to new ones, or it would be tried there again.
         if let Some(open) = &mut connection {
             let polled = Pin::new(&mut *open).poll(cx);
+            // At each poll, since SETTINGS may come at any time; hyper announces no change.
             limit.store(open.current_max_send_streams(), Ordering::Relaxed);
             if let Poll::Ready(ended) = polled {
                 if let Err(error) = ended {
@@ -329,48 +379,54 @@ async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, spawned: Spawne
     .await;
 }
 
-/// One exchange's part of a connection.
+/// One exchange's part of a connection. Dropping it makes room for another one.
 #[derive(Debug)]
 pub(super) struct Stream {
     pub(super) connection: Arc<Connection>,
-    /// Requests that may have been processed.
+    /// How many of its requests the upstream may have processed.
     pub(super) sent: u64,
-    /// How much had come when the last one was sent.
+    /// The count of [`Reads`] when the last request was sent.
     reads: u64,
 }
 
 impl Stream {
+    /// Returns whether no request can be sent: the connection is closed, or the upstream contradicted itself.
     pub(super) fn is_closed(&self) -> bool {
         self.connection.usage().sender.is_closed() || self.connection.reads.are_contradicted()
     }
 
-    /// Gives the event loop the chance to see that the upstream closed the connection, if nothing else is
-    /// under way on it and it has something to say.
+    /// Lets the event loop notice that the upstream has closed the connection. Does nothing if other streams are
+    /// open, since their traffic shows it, or if there is nothing to read. Costs one system call otherwise.
     pub(super) async fn look(&self) {
+        // A server may close an idle connection at any time. A request that goes out just then would get an unknown
+        // outcome, although the FIN was in the socket's buffer before.
         if self.connection.usage().streams == 1 && !is_quiet(&self.connection.probe) {
             yield_now().await;
         }
     }
 
-    /// Sends a request; the future waits for the head of the answer. It does not hold the request.
+    /// Sends a request. The future resolves to the head of the reply; it does not hold the request.
+    ///
+    /// Dropping the future does not unsend the request: it still counts in `sent`.
     pub(super) fn send(
         &mut self,
         request: Request<Full<Bytes>>,
     ) -> impl Future<Output = Result<Response<Incoming>, Unanswered>> + use<> {
+        // Counted before hyper has the request, and taken back by `failed`: in doubt it was sent.
         self.sent += 1;
         self.reads = self.connection.reads.count.load(Ordering::Relaxed);
         self.connection.usage().sender.try_send_request(request)
     }
 
-    /// A request got no answer. It does not count as sent if hyper never wrote it and gives it back, or if the upstream
-    /// says that it was not processed, and can be believed.
+    /// Records that a request got no answer. It is not counted as sent if hyper returned it, or if the upstream said
+    /// that it was not processed and has not contradicted itself.
     // tests/hyper.rs: hyper_gives_back_only_a_request_that_it_has_not_written
     pub(super) fn failed(&mut self, why: &Unanswered) {
         let is_denied = was_denied(why) && !self.connection.reads.are_contradicted();
         self.sent -= u64::from(why.message().is_some() || is_denied);
     }
 
-    /// Whether a request was sent and nothing at all has come since: nobody may be there any more.
+    /// Returns whether nothing at all was received since the last request was sent: the upstream may be gone.
     fn is_lost(&self) -> bool {
         self.sent > 0 && self.connection.reads.count.load(Ordering::Relaxed) == self.reads
     }
@@ -384,25 +440,29 @@ impl Drop for Stream {
     }
 }
 
-/// What hyper hands requests over with.
+/// hyper's half of a connection that hands requests over.
 type Handover = http2::Connection<TokioIo<Counted>, Full<Bytes>, Spawn>;
 
-/// Why a request got no answer, and the request, if it was not even handed over.
+/// Why a request got no answer, with the request itself if hyper has not written it.
 pub(super) type Unanswered = TrySendError<Request<Full<Bytes>>>;
 
-/// Whether the upstream says that a request was not processed: it refused its stream (RFC 9113 §8.7), or went away and
-/// named an earlier stream as its last one (§6.8). Of a GOAWAY h2 tells only streams beyond the last one; those that
-/// it covers go on, and end by an I/O error if the connection does.
+/// Returns whether the upstream said that a request was not processed: it refused the stream (RFC 9113 §8.7), or sent
+/// a GOAWAY that names an earlier stream as the last one (§6.8).
+///
+/// h2 reports a GOAWAY only to streams beyond the last one. Streams that it covers go on, and end by an I/O error if
+/// the connection does.
 // tests/hyper.rs: a_refused_stream_is_told_as_one_that_the_other_side_reset
 // tests/hyper.rs: a_goaway_is_told_only_to_the_streams_beyond_the_one_that_it_names
 fn was_denied(why: &Unanswered) -> bool {
     let cause = why.error().source().and_then(|cause| cause.downcast_ref::<h2::Error>());
     cause.is_some_and(|cause| {
+        // `is_remote`: h2 resets streams by itself, too, and such a reset says nothing about what the upstream has
+        // done.
         cause.is_remote() && (cause.is_go_away() || cause.reason() == Some(h2::Reason::REFUSED_STREAM))
     })
 }
 
-/// The task that moves a connection's bytes. Dropped, it stops, and the socket closes.
+/// The task that moves a connection's bytes. Dropping it aborts the task, which closes the socket.
 #[derive(Debug, Default)]
 struct Driver(Arc<OnceLock<AbortHandle>>);
 
@@ -414,11 +474,11 @@ impl Drop for Driver {
     }
 }
 
-/// What hyper spawned for one request each, until [`dispatch`] polls it for the first time: hyper spawns from within the
-/// connection, which `dispatch` polls just before, so that nobody needs to be woken.
+/// Futures that hyper spawned, one for each request, until [`dispatch`] polls them first. They need no waker: hyper
+/// spawns while `dispatch` polls the connection, and `dispatch` polls them next.
 type Spawned = Arc<Mutex<Vec<Pin<Box<dyn Future<Output = ()> + Send>>>>>;
 
-/// Runs what hyper spawns: the driver, which is the first, and what belongs to one request.
+/// hyper's executor: spawns the first future, the driver, as a task, and leaves the others to [`dispatch`].
 // tests/hyper.rs: hyper_spawns_the_driver_first_and_the_rest_for_one_request_each
 #[derive(Clone)]
 struct Spawn {
