@@ -1,11 +1,11 @@
 //! Connection pool of one worker, over hyper's client connections.
 //!
-//! Guarantees that at most `max_connections` are open, and that a wait for one is bounded. A connection is not used if the
-//! upstream closed it, if it idled too long, or if it was made under other roots. Of every request it is known whether it may
-//! have been sent. Does not decide whether to send again: that is for the exchange.
+//! Guarantees that at most `max_connections` are open, and that a wait for one is bounded. A connection is not reused
+//! if the upstream closed it, if it has idled too long, or if it was made under other roots. For every request the
+//! pool knows whether it may have been sent. It does not decide whether to send again: the exchange does.
 //!
-//! An HTTP/1.1 connection is reserved for one exchange. An HTTP/2 connection is shared by many exchanges, and so is the attempt
-//! to open one (single flight). [`Pool::reserve`] hides the difference.
+//! An HTTP/1.1 connection is reserved for one exchange. An HTTP/2 connection is shared by many exchanges, and so is
+//! the attempt to open one (single flight). [`Pool::reserve`] hides the difference.
 
 mod counted;
 mod opening;
@@ -45,13 +45,13 @@ use crate::model::cause::Cause;
 use crate::reason::Reason;
 use crate::registry::Registry;
 
-/// Why no connection was had.
+/// Why no connection could be reserved.
 #[derive(Clone, Debug, Error)]
 pub enum NoConnection {
-    /// All connections were busy for as long as a caller may wait.
+    /// All connections were busy: the wait for one timed out, or would have.
     #[error("all upstream connections are busy")]
     Busy,
-    /// None could be made, or it closed before the first request.
+    /// None could be opened, or it closed before the first request.
     #[error("{0}")]
     Failed(Reason),
 }
@@ -62,19 +62,19 @@ impl From<Reason> for NoConnection {
     }
 }
 
-/// Why a request got no answer.
+/// Why a request got no reply. Whether it may have been sent is not in here: compare [`Reserved::written`].
 #[derive(Debug, Error)]
 pub enum SendError {
-    /// There is no connection, or it takes no more.
+    /// There is no connection, or it takes no further request. Nothing was sent.
     #[error("the connection takes no more requests")]
     Closed,
-    /// The exchange broke off.
+    /// The connection broke while the request was written or the reply was awaited.
     #[error(transparent)]
     Http(#[from] hyper::Error),
 }
 
 impl SendError {
-    /// The cause and its text, for operators.
+    /// The cause and its full text, for operators.
     #[cold]
     pub fn reason(&self) -> Reason {
         match self {
@@ -84,7 +84,7 @@ impl SendError {
     }
 }
 
-/// Counts of upstream connections.
+/// Metrics of upstream connections, shared by the pools of all workers.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     open: Gauge,
@@ -93,7 +93,7 @@ pub struct Metrics {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ResultLabel {
-    /// "ok", or the cause of the failure.
+    /// `ok`, or the cause of the failure.
     result: &'static str,
 }
 
@@ -108,28 +108,33 @@ impl Metrics {
     }
 }
 
-/// The connections of one worker.
+/// The connections of one worker to the upstream. All methods must run on that worker's runtime.
 #[derive(Debug)]
 pub struct Pool {
     connector: Connector,
+    // A permit is held by each HTTP/1.1 connection in use, and by each HTTP/2 connection as long as it is open. Idle
+    // HTTP/1.1 connections hold none: an exchange that takes one brings its own.
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Idle>>,
-    /// The shared connections; `None` if HTTP/2 is not offered.
+    /// The shared connections; `None` if HTTP/2 is not offered to the upstream.
     http2: Option<http2::Connections>,
+    // An HTTP/1.1 connection has its timer with it. An HTTP/2 connection has many exchanges at once, so their timers
+    // are here.
     timers: Mutex<Vec<Timer>>,
     queue: Queue,
+    // `upstream.connect_timeout`: a caller must not wait longer for a connection in use than for a new one.
     wait: Duration,
-    /// In nanoseconds.
+    /// After how long an unused connection is closed, in nanoseconds.
     idle_timeout: u64,
     metrics: Metrics,
 }
 
-/// The connection of one exchange.
+/// What one exchange holds of the pool.
 #[derive(Debug)]
 enum Place {
-    /// One that no other exchange uses, with its permit under the cap.
+    /// A connection that no other exchange uses, with its permit under the cap.
     Http1(Connection, OwnedSemaphorePermit),
-    /// A stream of a shared one, which holds the permit itself.
+    /// A stream of a shared connection, which holds the permit itself.
     Http2(http2::Stream),
 }
 
@@ -137,26 +142,30 @@ enum Place {
 struct Idle {
     connection: Connection,
     timer: Option<Timer>,
-    /// In nanoseconds of this process.
+    /// When it became idle, in nanoseconds of [`clock::nanos`].
     since: u64,
 }
 
 impl Idle {
-    /// Whether it idled too long, was closed, or was made under other roots.
+    /// Returns whether it must not be reused: it has idled for `idle_timeout` nanoseconds, was closed, or was made
+    /// under roots other than `generation`.
     fn is_spent(&self, idle_timeout: u64, generation: u64) -> bool {
+        // `upstream.idle_timeout` should be below the idle time-out of the server: a request that crosses its FIN is
+        // lost, and whether it was processed is unknown.
         clock::nanos().saturating_sub(self.since) >= idle_timeout
             || self.connection.sender.is_closed()
             || self.connection.generation != generation
     }
 }
 
-/// A live HTTP/1.1 connection to the upstream. Dropped, it is closed at once, whatever its other side does.
+/// An open HTTP/1.1 connection. When it is dropped it closes at once, whatever the upstream does.
 #[derive(Debug)]
 struct Connection {
     sender: http1::SendRequest<Full<Bytes>>,
     task: AbortHandle,
+    /// Bytes written to the socket so far. If this did not move, a request was not sent.
     written: Arc<AtomicU64>,
-    /// A duplicate of the socket, to ask the kernel whether the upstream closed it.
+    /// A duplicate of the socket, to ask the kernel whether the upstream closed it: hyper owns the other one.
     probe: OwnedFd,
     /// The generation of the roots that it was made under.
     generation: u64,
@@ -164,12 +173,17 @@ struct Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        // The task owns the socket, and would hold it open for as long as the upstream does.
         self.task.abort();
     }
 }
 
 impl Pool {
-    /// A pool of at most `max` connections. `http2` is the upstream's authority, if HTTP/2 is to be offered.
+    /// A pool of at most `max` connections.
+    ///
+    /// `wait` bounds the wait for a connection in use, and the greeting of a new HTTP/2 connection; the connector
+    /// bounds the rest of opening one. `http2` is the upstream's authority if HTTP/2 is to be offered. That needs
+    /// TLS, since ALPN picks the protocol.
     pub fn new(
         connector: Connector,
         max: usize,
@@ -193,10 +207,20 @@ impl Pool {
     }
 
     /// Reserves a connection: a stream of a shared one, an idle one that is still alive, or a new one.
+    ///
+    /// Cancellation safe: a dropped future returns its permit. An attempt to open an HTTP/2 connection goes on for
+    /// others.
+    ///
+    /// # Errors
+    ///
+    /// [`NoConnection::Busy`] if the cap is reached and the wait took or would take too long,
+    /// [`NoConnection::Failed`] if no connection could be opened.
     pub async fn reserve(self: &Arc<Self>) -> Result<Reserved, NoConnection> {
         let (place, timer) = match self.http2.as_ref().filter(|http2| http2.are_to_be_had()) {
             Some(http2) => match http2.stream(None, self.idle_timeout, self.connector.generation()) {
                 Some(stream) => (Place::Http2(stream), self.timers().pop()),
+                // Boxed, as all waits here: they are rare, and inline they would make the future of every request
+                // larger.
                 None => Box::pin(self.shared(http2, None)).await?,
             },
             None => self.own().await?,
@@ -204,8 +228,8 @@ impl Pool {
         Ok(Reserved::new(self.clone(), place, timer))
     }
 
-    /// Closes what has idled too long, was closed by the upstream, or was made under other roots. To be called about once a
-    /// second.
+    /// Closes connections that have idled too long, were closed by the upstream, or were made under other roots. Must
+    /// be called about once a second: without requests nothing else does it.
     pub fn sweep(&self) {
         let generation = self.connector.generation();
         self.idle().retain(|idle| !idle.is_spent(self.idle_timeout, generation));
@@ -214,7 +238,7 @@ impl Pool {
         }
     }
 
-    /// A connection for one exchange alone.
+    /// Reserves a connection for one exchange alone.
     async fn own(&self) -> Result<(Place, Option<Timer>), NoConnection> {
         let permit = match self.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
@@ -226,8 +250,10 @@ impl Pool {
         }
     }
 
-    /// A stream of a shared connection other than `but`, if there is another or can be. All who need a new connection wait for
-    /// the same attempt. If the upstream picks HTTP/1.1 after all, an unshared connection.
+    /// Reserves a stream of a shared connection other than `but`, or an unshared connection if the upstream picks
+    /// HTTP/1.1.
+    ///
+    /// All requests that need a new connection wait for the same attempt (single flight).
     #[cold]
     async fn shared(
         self: &Arc<Self>,
@@ -237,7 +263,8 @@ impl Pool {
         let give_up = Instant::now() + self.wait;
         while http2.are_to_be_had() {
             let mut freed = pin!(http2.freed.notified());
-            freed.as_mut().enable(); // a stream that is freed from here on is not missed
+            // Enabled before the search for a stream, so that a stream which ends after it is not missed.
+            freed.as_mut().enable();
             let dialing = match http2.stream(but, self.idle_timeout, self.connector.generation()) {
                 Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
                 None => self.dial(http2),
@@ -247,33 +274,44 @@ impl Pool {
                     dialed = dialed(&mut dialing) => dialed?,
                     () = freed => {}
                 },
-                // All connections that the cap allows are open and full.
+                // The cap allows no further connection, and all others are full. The one in `but` is better than
+                // none: it refused a request, but it may take another one.
                 None => match http2.stream(None, self.idle_timeout, self.connector.generation()) {
                     Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
                     None => {
+                        // One bound for all rounds: a waiter that is woken may find the stream taken, and would begin
+                        // anew each time.
                         let left = give_up.saturating_duration_since(Instant::now());
                         self.queue.wait(left, freed).await.ok_or(NoConnection::Busy)?;
                     }
                 },
             }
         }
+        // The loop ended because the upstream picked HTTP/1.1.
         self.own().await
     }
 
-    /// The attempt to connect that is under way, or a new one; `None` if the cap allows no more connections. It runs as a task
-    /// of its own, since others wait for it, too.
+    /// Returns the attempt to connect that goes on, or starts one. Returns `None` if the cap allows no further
+    /// connection.
     fn dial(self: &Arc<Self>, http2: &http2::Connections) -> Option<watch::Receiver<Dialing>> {
+        // Locked until the new attempt is in its place, so that no second one begins.
         let mut dialing = http2.dialing();
+        // `has_changed` fails once the sender is gone. That ends an attempt whose task panicked, too.
         if let Some(under_way) = dialing.as_ref().filter(|dialing| dialing.has_changed().is_ok()) {
             return Some(under_way.clone());
         }
-        self.idle().clear(); // these are HTTP/1.1, and hold no permit
+        // These speak HTTP/1.1 and hold no permit: beside a new connection they would exceed the cap.
+        self.idle().clear();
         let permit = self.permits.clone().try_acquire_owned().ok()?;
         let (sender, receiver) = watch::channel(Dialing::UnderWay);
         let pool = self.clone();
+        // A task of its own, since others wait for it: the request that starts the attempt may be dropped when its
+        // caller disconnects.
         tokio::spawn(async move {
             let dialed = match pool.connect(permit).await {
                 Ok(Place::Http2(_)) => Dialing::Done,
+                // The upstream picked HTTP/1.1 after all. The connection goes to the idle ones, where the first
+                // waiter takes it.
                 Ok(Place::Http1(connection, _permit)) => {
                     pool.idle().push(Idle { connection, timer: None, since: clock::nanos() });
                     Dialing::Done
@@ -292,7 +330,7 @@ impl Pool {
         permit.and_then(Result::ok).ok_or(NoConnection::Busy)
     }
 
-    /// The connection that was used last, so that the others may idle out.
+    /// Takes the idle connection that was used last. The others may so idle out when there is less to do.
     fn take_idle(&self) -> Option<(Connection, Option<Timer>)> {
         let (mut idle, generation) = (self.idle(), self.connector.generation());
         let live = iter::from_fn(|| idle.pop()).find(|last| !last.is_spent(self.idle_timeout, generation));
@@ -308,10 +346,12 @@ impl Pool {
     }
 }
 
-/// Waits until an attempt to connect is over.
+/// Waits until an attempt to connect is over. Returns its error if it failed; the caller must look for a stream
+/// itself.
 async fn dialed(dialing: &mut watch::Receiver<Dialing>) -> Result<(), NoConnection> {
     match dialing.wait_for(|dialing| !matches!(dialing, Dialing::UnderWay)).await.as_deref() {
         Ok(Dialing::Failed(why)) => Err(why.clone()),
+        // `Err` means that the task of the attempt is gone without a result. The caller then starts another one.
         Ok(Dialing::UnderWay | Dialing::Done) | Err(_) => Ok(()),
     }
 }

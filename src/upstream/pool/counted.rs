@@ -1,6 +1,6 @@
-//! The stream of bytes under hyper.
+//! The byte stream under hyper, with a count of the bytes written.
 //!
-//! It counts what was written, so that it is known whether a request may have been sent.
+//! The count tells whether a request may have been sent: hyper's errors do not say how much of it was written.
 
 use std::io;
 use std::pin::Pin;
@@ -14,25 +14,30 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::connect::Stream;
 use crate::upstream::http2::Received;
 
-/// One stream. Counts itself as open while it exists; over HTTP/2 it looks at what is received.
+/// One stream. It counts as an open connection while it exists, and over HTTP/2 it reports what is received.
 #[derive(Debug)]
 pub(in crate::upstream) struct Counted {
     stream: Stream,
+    /// Bytes written so far. The pool's connection shares the count.
     pub(super) written: Arc<AtomicU64>,
+    /// `None` over HTTP/1.1: six reads a request would record what only HTTP/2 needs.
     received: Option<Received>,
     open: Gauge,
 }
 
 impl Counted {
+    /// Wraps a connected stream, and counts it in `open` until it is dropped.
     pub(super) fn new(stream: Stream, received: Option<Received>, open: Gauge) -> Self {
         open.inc();
         Self { stream, written: Arc::default(), received, open }
     }
 
+    /// Adds what a write call took to the count. Passes its result on.
     fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         let bytes = match (&written, &self.stream) {
             (Poll::Ready(Ok(bytes)), _) => *bytes as u64,
-            // A TLS record may have left in part before the error.
+            // A TLS record may have left in part before the error. One byte is enough, since the count is only
+            // compared.
             (Poll::Ready(Err(_)), Stream::Tls(_)) => 1,
             (Poll::Ready(Err(_)), Stream::Plain(_)) | (Poll::Pending, _) => 0,
         };
@@ -55,8 +60,10 @@ impl AsyncRead for Counted {
     ) -> Poll<io::Result<()>> {
         let Self { stream, received, .. } = &mut *self;
         let Some(received) = received else { return Pin::new(stream).poll_read(cx, buf) };
+        // hyper may pass a buffer that is filled in part.
         let before = buf.filled().len();
         let read = Pin::new(stream).poll_read(cx, buf);
+        // Ready without bytes is the end or an error. That is a sign of life, too, and must wake `Connection::open`.
         if read.is_ready() {
             received.came(&buf.filled()[before..]);
         }
@@ -80,6 +87,7 @@ impl AsyncWrite for Counted {
     }
 
     fn is_write_vectored(&self) -> bool {
+        // As the stream does: hyper joins buffers itself where one call cannot take several.
         self.stream.is_write_vectored()
     }
 

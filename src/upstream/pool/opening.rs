@@ -1,6 +1,7 @@
-//! Opens connections.
+//! Opens connections for the pool.
 //!
-//! Connects, does the handshake of the protocol that the upstream picked, and counts the attempt by its result.
+//! Connects, does the greeting of the protocol that the upstream picked by ALPN, and counts the attempt by its
+//! result.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -18,7 +19,12 @@ use crate::upstream::http2;
 use crate::upstream::http2::Received;
 
 impl Pool {
-    /// Opens a connection; one of HTTP/2 is shared, and gives a stream.
+    /// Opens a connection under `permit`. Returns it as what one exchange holds: an HTTP/1.1 connection, or the first
+    /// stream of an HTTP/2 connection that others may share from then on.
+    ///
+    /// # Errors
+    ///
+    /// [`NoConnection::Failed`] with the cause. The permit is then returned.
     pub(super) async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Place, NoConnection> {
         let opened = self.open(permit).await;
         let result = opened.as_ref().map_or_else(|reason| reason.cause.as_str(), |_| "ok");
@@ -30,13 +36,19 @@ impl Pool {
         let (stream, generation) = self.connector.connect_under().await?;
         match &self.http2 {
             Some(http2) if stream.is_http2() => {
+                // The connector's bound ends with the TLS handshake. An upstream that accepts and then sends no
+                // SETTINGS would hold up all who wait for this attempt.
                 let opened = timeout(self.wait, self.greet_http2(stream, generation, permit)).await;
                 let late = |_| Reason::new(Cause::Timeout, "the upstream did not greet over HTTP/2 in time");
                 let connection = Arc::new(opened.map_err(late)??);
+                // Taken before others see the connection, so that it cannot be full. `None` means that the upstream
+                // announced a limit of 0.
                 let stream = connection.stream().ok_or_else(|| {
                     let why = "the upstream allows no request on a new HTTP/2 connection";
                     Reason::new(Cause::NotProcessed, why)
                 })?;
+                // After the greeting, not after ALPN, so that an attempt which fails changes nothing for the next
+                // one.
                 http2.picked(true);
                 http2.add(connection);
                 Ok(Place::Http2(stream))
@@ -52,12 +64,15 @@ impl Pool {
     }
 
     async fn greet_http1(&self, stream: Stream, generation: u64) -> Result<Connection, Reason> {
+        // hyper takes the stream, so the socket is duplicated before.
         let probe = probe(&stream)?;
         let io = Counted::new(stream, None, self.metrics.open.clone());
         let written = io.written.clone();
         let greeted = connect::http1().handshake(TokioIo::new(io)).await;
         let (sender, connection) = greeted.map_err(|error| Reason::of_exchange(&error))?;
         let task = tokio::spawn(async move {
+            // At debug level: an exchange on the connection reports its own error, and an idle connection may end at
+            // any time.
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "upstream connection ended");
             }
@@ -79,6 +94,7 @@ impl Pool {
     }
 }
 
+/// Duplicates the socket's descriptor, to ask the kernel later what has arrived on it.
 fn probe(stream: &Stream) -> Result<OwnedFd, Reason> {
     let probe = stream.socket().as_fd().try_clone_to_owned();
     probe.map_err(|error| Reason::new(Cause::of_io(&error), error))

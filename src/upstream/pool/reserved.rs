@@ -1,6 +1,6 @@
-//! A connection while one exchange has it.
+//! A connection while one exchange holds it.
 //!
-//! It sends requests, says whether one may have been sent, and goes back to the pool.
+//! It sends requests, tells whether one may have been sent, and returns to the pool.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,32 +15,41 @@ use rustix::net::RecvFlags;
 use super::{Idle, NoConnection, Place, Pool, SendError, Timer};
 use crate::clock;
 
-/// How many timers are kept for exchanges over HTTP/2, whose connections have none of their own.
+/// How many timers a worker keeps for exchanges over HTTP/2: as many as one connection has streams.
 const KEPT_TIMERS: usize = 256;
 
-/// A connection that is reserved for one exchange, or a stream of a shared one.
+/// A connection that is reserved for one exchange, or a stream of a shared connection.
 ///
-/// It goes back to the pool by [`Reserved::give_back`], or if it is dropped unused. Dropped otherwise, an unshared connection
-/// is closed, since part of a reply may still be in it; of a shared one only the stream is closed.
+/// It returns to the pool by [`Reserved::give_back`], or if it is dropped unused. If it is dropped otherwise, an
+/// unshared connection is closed, since part of a reply may still be in it; of a shared one only the stream is
+/// closed.
 #[derive(Debug)]
 pub struct Reserved {
     pool: Arc<Pool>,
     /// `None` during drop, and after a [`Reserved::reconnect`] that failed.
     place: Option<Place>,
     timer: Option<Timer>,
-    /// The turn of the event loop in which it was reserved.
+    /// The turn of the worker's event loop in which it was reserved, see [`clock::turn`].
     reserved: u64,
-    /// No part of another exchange is in it.
+    /// No part of another exchange is in it, so that it may be reused.
     clean: bool,
 }
 
 impl Reserved {
+    /// A connection that was just taken out of `pool`.
     pub(super) fn new(pool: Arc<Pool>, place: Place, timer: Option<Timer>) -> Self {
         Self { pool, place: Some(place), timer, reserved: clock::turn(), clean: true }
     }
 
-    /// Waits until a request can be sent, which is when the last exchange is over. Send without another wait then: it is known
-    /// only now that the roots under which the connection was made are still in use.
+    /// Waits until a request can be sent, which is when the last exchange is over.
+    ///
+    /// The request must be sent without another wait: only now is it known that the roots under which the connection
+    /// was made are still in use.
+    ///
+    /// # Errors
+    ///
+    /// [`SendError::Closed`] or [`SendError::Http`] if the connection takes no further request. Nothing was sent
+    /// then, and [`Reserved::reconnect`] may help.
     pub async fn ready(&mut self) -> Result<(), SendError> {
         self.clean = false;
         let generation = match self.place.as_mut().ok_or(SendError::Closed)? {
@@ -50,6 +59,7 @@ impl Reserved {
                 connection.generation
             }
             Place::Http2(stream) => {
+                // Later the event loop has polled all sockets since, so that a close is known already.
                 if clock::turn() == self.reserved {
                     stream.look().await;
                 }
@@ -59,15 +69,27 @@ impl Reserved {
                 stream.connection.generation
             }
         };
-        // Asked here, since the reservation may be old: the waits for the intent and for another token are in between.
+        // Checked here, since the reservation may be old: the wait for the intent, and the wait for another token
+        // after a refused one, are in between. Without this check a fresh token went out on a connection whose root
+        // had been removed.
         if generation == self.pool.connector.generation() { Ok(()) } else { Err(SendError::Closed) }
     }
 
-    /// Sends a request and waits for the head of the reply. The request is made here, so that the future does not hold it.
+    /// Sends a request and waits for the head of the reply. `request` is called here, so that the future does not
+    /// hold the request.
+    ///
+    /// Must follow [`Reserved::ready`]. The wait has no bound of its own. A future that is dropped may have sent the
+    /// request.
+    ///
+    /// # Errors
+    ///
+    /// Returns a [`SendError`] if there was no reply. Compare [`Reserved::written`] to learn whether the request may
+    /// have been sent.
     pub async fn send(
         &mut self,
         request: impl FnOnce() -> Request<Full<Bytes>>,
     ) -> Result<Response<Incoming>, SendError> {
+        // Set before the first wait: dropped during it, the connection has half a request or half a reply in it.
         self.clean = false;
         match (self.place.as_mut(), &self.pool.http2) {
             (Some(Place::Http1(connection, _)), _) => {
@@ -84,8 +106,10 @@ impl Reserved {
         }
     }
 
-    /// A number that grows when something may have been sent: the bytes written on an unshared connection, or the requests on a
-    /// shared one that the upstream may have processed.
+    /// Returns a number that has grown if something may have been sent. It is only to be compared.
+    ///
+    /// On an unshared connection it counts the bytes written, on a shared one the requests that the upstream may have
+    /// processed.
     // tests/hyper.rs: no_answer_counts_that_came_before_the_request_was_written
     pub fn written(&self) -> u64 {
         match &self.place {
@@ -95,12 +119,20 @@ impl Reserved {
         }
     }
 
-    /// Replaces a connection that is dead or refuses requests. The permit under the cap is kept.
+    /// Replaces a connection that is closed or refuses requests, under the same permit.
+    ///
+    /// # Errors
+    ///
+    /// [`NoConnection::Failed`] if no other connection could be opened, over HTTP/2 also [`NoConnection::Busy`].
+    /// There is no connection then, and the permit is returned.
     #[cold]
     pub async fn reconnect(&mut self) -> Result<(), NoConnection> {
         self.place = Some(match (self.place.take(), &self.pool.http2) {
+            // Not by way of `reserve`: the permit would be released, others might take it, and an exchange whose
+            // intent is committed would wait in the queue.
             (Some(Place::Http1(_, permit)), _) => Box::pin(self.pool.connect(permit)).await?,
             (Some(Place::Http2(stream)), Some(http2)) => {
+                // Excluded below, since the connection that refused this request would often refuse it again.
                 let but = http2.release(stream);
                 Box::pin(self.pool.shared(http2, Some(&but))).await?.0
             }
@@ -109,28 +141,31 @@ impl Reserved {
         Ok(())
     }
 
-    /// Takes the timer of this connection, for as long as the exchange needs it.
+    /// Takes the connection's timer, for as long as the exchange needs it. Makes a new one if there is none.
     pub fn take_timer(&mut self) -> Timer {
         self.timer.take().unwrap_or_default()
     }
 
-    /// Puts the timer back.
+    /// Stores the timer, so that the next exchange on the connection finds it.
     pub fn keep_timer(&mut self, timer: Timer) {
         self.timer = Some(timer);
     }
 
-    /// Whether the upstream is known to have closed it. Asks the kernel, which costs a system call, unless the event loop has
-    /// looked since the connection was reserved.
+    /// Returns whether the upstream is known to have closed the connection. Asks the kernel, which costs a system
+    /// call, unless the event loop has polled all sockets since the connection was reserved.
     pub fn is_stale(&self) -> bool {
         match &self.place {
             Some(Place::Http1(connection, _)) if clock::turn() == self.reserved => {
+                // Bytes count like a close: what comes on an idle connection (such as a 408) is no reply to a
+                // request, and no later request may be matched with it.
                 connection.sender.is_closed() || !is_quiet(&connection.probe)
             }
             _ => self.is_closed(),
         }
     }
 
-    /// Whether the upstream closed it, or contradicted itself on it. Does not check the roots: see [`Reserved::ready`].
+    /// Returns whether the upstream closed the connection, or contradicted itself on it. Does not check the roots:
+    /// [`Reserved::ready`] does.
     pub fn is_closed(&self) -> bool {
         match &self.place {
             Some(Place::Http1(connection, _)) => connection.sender.is_closed(),
@@ -139,7 +174,7 @@ impl Reserved {
         }
     }
 
-    /// Returns the connection to the pool, after the reply was read to its end.
+    /// Returns the connection to the pool. Only to be called after the reply was read to its end.
     pub fn give_back(mut self) {
         self.clean = true;
     }
@@ -150,6 +185,8 @@ impl Drop for Reserved {
         match self.place.take() {
             Some(Place::Http1(connection, _permit)) if self.clean && !connection.sender.is_closed() => {
                 let idle = Idle { connection, timer: self.timer.take(), since: clock::nanos() };
+                // Before `_permit` is dropped at the end of this arm: whoever gets the permit must find the
+                // connection, or it would open another one beside it.
                 self.pool.idle().push(idle);
             }
             Some(Place::Http2(stream)) => {
@@ -166,9 +203,11 @@ impl Drop for Reserved {
     }
 }
 
-/// Whether there is nothing to read and no end of the stream. An idle HTTP/1.1 connection that is alive is quiet.
+/// Returns whether there is nothing to read and no end of the stream, as on an idle HTTP/1.1 connection that is
+/// alive.
 pub(in crate::upstream) fn is_quiet(socket: &OwnedFd) -> bool {
     let mut byte = [0_u8; 1];
+    // Peeked, so that hyper still finds the byte. Errors count as not quiet.
     let peeked = rustix::net::recv(socket, &mut byte[..], RecvFlags::PEEK | RecvFlags::DONTWAIT);
     matches!(peeked, Err(rustix::io::Errno::AGAIN))
 }
