@@ -1,9 +1,15 @@
-//! The circuit breaker: an upstream that is down is left alone for a while.
+//! Circuit breaker for the upstream, shared by all workers.
 //!
-//! A request that meets a dead upstream holds its caller up, and may leave its task in doubt; so after some failures
-//! in a row further ones are refused before anything is sent. Failures are what says that nobody is at work there: no
-//! connection, no answer in time, 502, 503, 504. A 500 or a refused token is an answer. After a pause one request
-//! goes as a probe: it ends the suspension, or doubles the pause.
+//! A request to an upstream that is down makes its caller wait, and may end with an unknown outcome. So after some
+//! failures in a row the circuit opens, and requests are rejected before anything is sent. After a pause it is
+//! half-open: one request passes as a probe. If the probe succeeds the circuit closes; if it fails, the pause
+//! doubles, up to 30 s.
+//!
+//! A failure is what shows that no application answers: no connection, no reply in time, or status 502, 503 or 504. A
+//! 500 and a refused token are replies. A connection that breaks during an exchange counts neither way.
+//!
+//! Guarantees that there is at most one probe at a time, and that a probe which ends without a result makes room for
+//! the next one. It sends no probes of its own: without requests an open circuit stays open.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,25 +24,26 @@ use crate::model::cause::Cause;
 use crate::registry::Registry;
 use crate::{clock, config};
 
-/// The longest pause, in nanoseconds.
+/// The longest pause, in nanoseconds. A longer first pause, by configuration, is kept.
 const LONGEST: u64 = 30_000_000_000;
 
-/// When to come back while a probe is under way.
+/// The `Retry-After` of a request that is rejected while a probe is in flight: the result of the probe is not known
+/// yet.
 const SOON: Duration = Duration::from_secs(1);
 
-/// What an attempt told of the upstream's health.
+/// What an attempt says about the upstream's health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// Somebody answered.
+    /// An application replied.
     Up,
-    /// Nobody is at work there.
+    /// No application replies, for this cause.
     Down(Cause),
-    /// It told nothing.
+    /// It says nothing, as when all connections were busy or the caller disconnected.
     Unclear,
 }
 
 impl Health {
-    /// What an answer tells.
+    /// What a reply of this status says.
     pub fn of(status: StatusCode) -> Self {
         match status {
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
@@ -47,20 +54,20 @@ impl Health {
     }
 }
 
-/// The upstream is left alone.
+/// The circuit is open: the request was rejected, and nothing was sent.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
     "the upstream failed several times in a row (last: {}) and is left alone for a moment; nothing was sent. Call again after Retry-After seconds",
     .cause.meaning()
 )]
 pub struct Suspended {
-    /// Why it failed last.
+    /// The cause of the last failure that counted.
     pub cause: Cause,
-    /// When to come back.
+    /// How long until a request may pass as a probe.
     pub retry_after: Duration,
 }
 
-/// What is told of the breaker.
+/// Metrics of the circuit breaker.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     open: Gauge,
@@ -82,31 +89,38 @@ impl Metrics {
     }
 }
 
-/// The breaker of the upstream, for all workers.
+/// The circuit breaker of the upstream, shared by all workers.
 #[derive(Debug)]
 pub struct Breaker {
-    /// No failure is counted and nothing is suspended: nobody needs the lock.
+    /// The circuit is closed and no failure is counted. Requests then need no lock, which all workers would contend
+    /// for.
     is_calm: AtomicBool,
     circuit: Mutex<Circuit>,
     metrics: Metrics,
 }
 
-/// A request's leave to meet the upstream. A probe that is dropped without a verdict told nothing.
+/// Permission for one request to go to the upstream. If a probe's is dropped without a result, the circuit stays open
+/// and the next request may probe.
 #[derive(Debug)]
 pub struct Passage {
-    /// The breaker whose probe it is.
+    /// The breaker whose probe this request is; `None` for a request that is none.
     probe: Option<Arc<Breaker>>,
 }
 
 impl Breaker {
-    /// A breaker that has seen no failure.
+    /// A breaker with a closed circuit and no failure.
     pub fn new(upstream: &config::Upstream, metrics: Metrics) -> Self {
         let circuit = Circuit::new(upstream.breaker_failures, clock::nanos_of(upstream.breaker_pause));
         Self { is_calm: AtomicBool::new(true), circuit: Mutex::new(circuit), metrics }
     }
 
-    /// Lets a request pass, or says when to come back.
+    /// Permits a request, as the probe if the circuit is half-open.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`Suspended`] while the circuit is open, and while another request probes.
     pub fn pass(self: &Arc<Self>) -> Result<Passage, Suspended> {
+        // `Relaxed`: a worker that reads an old value lets one request pass, as if it had come a moment earlier.
         if self.is_calm.load(Ordering::Relaxed) {
             return Ok(Passage { probe: None });
         }
@@ -116,9 +130,12 @@ impl Breaker {
         Ok(Passage { probe: is_probe.then(|| self.clone()) })
     }
 
-    /// A request that passed has told something.
+    /// Records the result of a request that was permitted.
+    ///
+    /// Only the first result of a probe counts as the probe's: it takes the permission's probe away.
     pub fn judge(&self, passage: &mut Passage, health: Health) {
         let is_probe = passage.probe.take().is_some();
+        // The usual case: a success changes nothing while no failure is counted.
         if !is_probe && health == Health::Up && self.is_calm.load(Ordering::Relaxed) {
             return;
         }
@@ -126,11 +143,13 @@ impl Breaker {
         let was_open = circuit.open.is_some();
         circuit.judge(is_probe, health, clock::nanos());
         let is_open = circuit.open.is_some();
+        // Under the lock, so that the flag never contradicts the state for longer than the lock is held.
         self.is_calm.store(!is_open && circuit.failures == 0, Ordering::Relaxed);
         if is_open == was_open {
             return;
         }
         self.metrics.open.set(is_open.into());
+        // Nothing is logged under the lock: all workers take it while failures are counted.
         let cause = circuit.cause;
         drop(circuit);
         if is_open {
@@ -145,7 +164,7 @@ impl Breaker {
         }
     }
 
-    /// Whether the upstream is left alone.
+    /// Returns whether the circuit is open or half-open.
     pub fn is_suspended(&self) -> bool {
         self.circuit().open.is_some()
     }
@@ -163,23 +182,29 @@ impl Drop for Passage {
     }
 }
 
-/// The state of the breaker, a pure one. Times are in nanoseconds.
+/// The state machine, without clock, lock and metrics. Times are in nanoseconds.
 #[derive(Debug)]
 struct Circuit {
-    /// So many failures in a row suspend; 0: none do.
+    /// How many failures in a row open the circuit; 0 turns the breaker off.
     threshold: u32,
+    /// The pause after the circuit opens.
     first_pause: u64,
-    /// In a row.
+    /// Failures in a row, while the circuit is closed.
     failures: u32,
-    /// Of the last failure.
+    /// The cause of the last failure that counted.
     cause: Cause,
+    /// `None`: the circuit is closed.
     open: Option<Open>,
 }
 
+/// An open circuit; half-open from `until` on.
 #[derive(Clone, Copy, Debug)]
 struct Open {
+    /// When the next probe may go.
     until: u64,
+    /// The present pause, which doubles if the probe fails.
     pause: u64,
+    /// A probe is in flight.
     is_probed: bool,
 }
 
@@ -188,7 +213,7 @@ impl Circuit {
         Self { threshold, first_pause, failures: 0, cause: Cause::Timeout, open: None }
     }
 
-    /// Whether a request that passes is a probe; when to come back, if none may.
+    /// Returns whether a request that passes is a probe; or, as an error, how long until one may pass.
     fn pass(&mut self, now: u64) -> Result<bool, Duration> {
         match &mut self.open {
             None => Ok(false),
@@ -201,17 +226,21 @@ impl Circuit {
         }
     }
 
-    /// What began before a suspension has no say in it.
+    /// Records a result. While the circuit is open only the probe's counts: other requests began before it opened.
     fn judge(&mut self, is_probe: bool, health: Health, now: u64) {
         match (&mut self.open, is_probe, health) {
+            // One success is enough. The upstream gets all requests at once, but each worker's pool bounds how many.
             (Some(_), true, Health::Up) => (self.open, self.failures) = (None, 0),
             (Some(open), true, Health::Down(cause)) => {
                 self.cause = cause;
+                // No jitter: there is one breaker for the process, so probes do not come in bursts.
                 let pause = (open.pause * 2).min(LONGEST.max(self.first_pause));
                 *open = Open { until: now + pause, pause, is_probed: false };
             }
+            // The pause is not doubled, since nothing was learnt. The next request may probe at once.
             (Some(open), true, Health::Unclear) => open.is_probed = false,
             (None, _, Health::Up) => self.failures = 0,
+            // Without the guard, a threshold of 0 would be reached by the first failure.
             (None, _, Health::Down(cause)) if self.threshold > 0 => {
                 self.cause = cause;
                 self.failures += 1;
@@ -220,6 +249,7 @@ impl Circuit {
                     self.open = Some(Open { until: now + pause, pause, is_probed: false });
                 }
             }
+            // Listed without a wildcard, so that a new kind of health must be placed here.
             (Some(_), false, _) | (None, _, Health::Down(_) | Health::Unclear) => {}
         }
     }
@@ -237,6 +267,7 @@ mod tests {
     #[test]
     fn only_failures_in_a_row_suspend_and_a_probe_ends_it() {
         let mut circuit = Circuit::new(3, PAUSE);
+        // Four failures, but never three in a row.
         for health in [DOWN, DOWN, Health::Up, DOWN, DOWN] {
             assert_eq!(circuit.pass(0), Ok(false));
             circuit.judge(false, health, 0);
@@ -247,7 +278,8 @@ mod tests {
         assert_eq!(circuit.pass(PAUSE - 1), Err(Duration::from_nanos(1)));
         assert_eq!(circuit.pass(PAUSE), Ok(true));
         assert_eq!(circuit.pass(PAUSE), Err(SOON), "one probe");
-        circuit.judge(false, Health::Up, PAUSE); // from before
+        // A success of a request that began before the circuit opened must not close it.
+        circuit.judge(false, Health::Up, PAUSE);
         assert_eq!(circuit.pass(PAUSE), Err(SOON));
         circuit.judge(true, Health::Unclear, PAUSE);
         assert_eq!(circuit.pass(PAUSE), Ok(true), "the next probe");
@@ -256,6 +288,7 @@ mod tests {
         assert_eq!(circuit.pass(3 * PAUSE), Ok(true));
         circuit.judge(true, Health::Up, 3 * PAUSE);
         assert_eq!(circuit.pass(3 * PAUSE), Ok(false));
+        // One failure after the circuit closed: with the old count it would open again at once.
         circuit.judge(false, DOWN, 3 * PAUSE);
         assert_eq!(circuit.pass(3 * PAUSE), Ok(false), "the count begins anew");
     }
@@ -282,8 +315,8 @@ mod tests {
     }
 
     proptest! {
-        /// However requests begin and end: one probe at a time, none before its time, no pause beyond the bound, and
-        /// an upstream that answers probes is never left alone for good.
+        /// However requests begin and end, there is one probe at a time, none before its time, and no pause beyond
+        /// the bound. An upstream that answers probes always gets its circuit closed.
         #[test]
         fn there_is_one_probe_at_a_time_and_always_a_next_one(events in prop::collection::vec(event(), 1..200)) {
             let (mut circuit, mut now) = (Circuit::new(2, PAUSE), 0);
@@ -291,6 +324,7 @@ mod tests {
             for event in events {
                 match event {
                     Event::Pass(later) => {
+                        // Up to two pauses at a time, so that both sides of `until` are met often.
                         now += later;
                         if let Ok(is_probe) = circuit.pass(now) {
                             prop_assert!(!is_probe || !under_way.contains(&true));
@@ -307,6 +341,8 @@ mod tests {
                 prop_assert!(circuit.open.is_none_or(|open| open.until <= now + LONGEST));
                 prop_assert!(circuit.open.is_none_or(|open| open.is_probed == under_way.contains(&true)));
             }
+            // What is left ends without a result, as dropped requests do. The circuit must then let the next probe
+            // pass.
             under_way.drain(..).for_each(|is_probe| circuit.judge(is_probe, Health::Unclear, now));
             now += LONGEST;
             if circuit.pass(now) == Ok(true) {
