@@ -1,6 +1,8 @@
-//! Stage 9: the way to the upstream: what is sent, on which connection, and whether any is sent at all.
+//! Stages 8 and 9: transport to the upstream: connection pool, HTTP/1.1 and HTTP/2, circuit breaker, and the headers
+//! of a request and its reply.
 //!
-//! Knows neither callers nor tasks: [`crate::exchange`] decides what is sent, and what an answer means.
+//! Guarantees bounds on connections and waits, and tells for every request whether it may have been sent. Knows
+//! neither callers nor tasks: [`crate::exchange`] decides what is sent, and what a reply means.
 
 pub mod breaker;
 mod frames;

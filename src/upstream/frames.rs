@@ -1,42 +1,44 @@
-//! Watches the HTTP/2 frames of one connection for an upstream that contradicts itself.
+//! Detects an HTTP/2 upstream that contradicts itself about whether it processed a request.
 //!
 //! RST_STREAM(REFUSED_STREAM) and GOAWAY say that a stream was not processed, so that its request may be sent again
-//! (RFC 9113 §8.7 and §6.8). They are not believed behind a HEADERS or DATA frame of the same stream. hyper hides such
-//! frames where they are interim responses (103), and tells no exchange the number of its stream. Therefore this
-//! module reads the frame heads of the wire (§4.1) before hyper does, and the verdict counts for the connection.
+//! (RFC 9113 §8.7 and §6.8). They are not believed after a HEADERS or DATA frame on the same stream. hyper hides such
+//! frames where they are interim responses (103), and does not tell an exchange the number of its stream. So this
+//! module reads the frame headers (§4.1) before hyper does, and the verdict holds for the whole connection.
 //!
 //! Guarantees that a contradiction is reported with the bytes that complete it. Checks nothing else: malformed frames
-//! are hyper's to refuse.
+//! are for hyper to refuse.
 //! (tests/hyper.rs: hyper_hides_interim_answers_over_http2)
 
 use std::collections::VecDeque;
 
-/// The bytes of a frame head.
+/// The length of a frame header in bytes.
 const HEAD: usize = 9;
 
-/// The bytes of a payload that are read: an error code, or the last stream of a GOAWAY.
+/// How many bytes of a payload are read: the error code of a RST_STREAM, or the last stream of a GOAWAY.
 const VALUE: usize = 4;
 
+// Frame types (RFC 9113 §6) and an error code (§7).
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const GOAWAY: u8 = 7;
 const REFUSED_STREAM: u32 = 7;
 
-/// A stream number without its reserved bit.
+/// The bits of a stream identifier, without the reserved one.
 const STREAM: u32 = u32::MAX >> 1;
 
-/// Reads the frames that the upstream sends on one connection, however they are cut into pieces.
+/// Reads the frames that the upstream sends on one connection, in pieces of any size.
 #[derive(Debug)]
 pub(super) struct FrameReader {
-    /// The head of the present frame, and the first bytes of its payload where they are needed.
+    /// The header of the present frame, and the first bytes of its payload where they are needed.
     head: [u8; HEAD + VALUE],
+    /// How many bytes of `head` are filled.
     filled: usize,
-    /// Bytes of the payload that are still to come and not needed.
+    /// How many bytes of the payload are still to come that are not needed.
     skip: usize,
-    /// The streams on which something came.
+    /// The streams on which HEADERS or DATA came.
     answered: Streams,
-    /// Streams behind this one were not processed, as a GOAWAY said.
+    /// Streams with a higher number were not processed, as GOAWAY frames said; the lowest number counts.
     last: u32,
 }
 
@@ -48,10 +50,11 @@ impl Default for FrameReader {
 }
 
 impl FrameReader {
-    /// Reads the next bytes of the connection. Returns whether they say of a stream that it was not processed although
-    /// the upstream has sent HEADERS or DATA on it.
+    /// Reads the next bytes of the connection. Returns whether they deny that a stream was processed on which the
+    /// upstream has sent HEADERS or DATA.
     pub(super) fn read(&mut self, mut bytes: &[u8]) -> bool {
         let mut contradicts = false;
+        // Nothing is buffered but 13 bytes: the payloads are hyper's, and their size is the upstream's choice.
         while !bytes.is_empty() {
             let wanted = if self.skip > 0 { self.skip } else { self.wanted() - self.filled };
             let (piece, rest) = bytes.split_at(wanted.min(bytes.len()));
@@ -63,24 +66,28 @@ impl FrameReader {
             self.head[self.filled..self.filled + piece.len()].copy_from_slice(piece);
             self.filled += piece.len();
             if self.filled == self.wanted() {
+                // Not returned at once: the state must follow all the bytes, which hyper gets in any case.
                 contradicts |= self.end_of_head();
             }
         }
         contradicts
     }
 
-    /// How many bytes of the present frame are needed.
+    /// How many bytes of the present frame are needed, as far as is known from what was read of it.
     fn wanted(&self) -> usize {
+        // A frame that is too short for its value is malformed. It must not make this reader take the next frame's
+        // header for it.
         let has_value = matches!(self.head[3], RST_STREAM | GOAWAY) && self.length() >= VALUE;
         if self.filled >= HEAD && has_value { HEAD + VALUE } else { HEAD }
     }
 
-    /// The length of the present frame's payload.
+    /// The length of the present frame's payload in bytes.
     fn length(&self) -> usize {
         usize::from(self.head[0]) << 16 | usize::from(self.head[1]) << 8 | usize::from(self.head[2])
     }
 
-    /// Looks at what is needed of a frame, and turns to the rest of its payload.
+    /// Evaluates the present frame and prepares to skip the rest of its payload. Returns whether it completes a
+    /// contradiction.
     fn end_of_head(&mut self) -> bool {
         let number = |at: usize| {
             let bytes = [self.head[at], self.head[at + 1], self.head[at + 2], self.head[at + 3]];
@@ -90,10 +97,14 @@ impl FrameReader {
         let contradicts = match self.head[3] {
             DATA | HEADERS => {
                 self.answered.insert(stream);
+                // The order does not matter: a reply on a stream that a GOAWAY denied before contradicts it just as
+                // well.
                 stream > self.last
             }
             RST_STREAM if has_value => number(HEAD) == REFUSED_STREAM && self.answered.contains(stream),
             GOAWAY if has_value => {
+                // `min`: a server may send several GOAWAY frames, and must not raise the number (RFC 9113 §6.8). One
+                // that does is not believed either.
                 self.last = self.last.min(number(HEAD) & STREAM);
                 self.answered.any_behind(self.last)
             }
@@ -105,11 +116,13 @@ impl FrameReader {
     }
 }
 
-/// As many words are kept: 64 streams each.
+/// How many words of 64 streams are kept: 65,536 streams in 8 KiB, far more than are ever open at once.
 const WORDS: usize = 1024;
 
-/// A set of the streams that a client opens: one bit for each, since their numbers are 1, 3, 5 and so on. What lies far
-/// behind the newest counts as a member.
+/// A set of client-initiated streams, one bit for each, since their numbers are 1, 3, 5 and so on.
+///
+/// It is bounded: streams far behind the newest one count as members. That errs towards an unknown outcome, and never
+/// towards sending a request twice.
 #[derive(Debug, Default)]
 struct Streams {
     /// The number of the first word that is kept.
@@ -121,7 +134,8 @@ impl Streams {
     fn insert(&mut self, stream: u32) {
         let Some((word, bit)) = place(stream) else { return };
         if word >= self.first + self.words.len() + WORDS {
-            // Nobody opened it. hyper ends the connection for that.
+            // Nobody opened this stream, and hyper ends the connection for it. Without the jump one frame could make
+            // the loop below fill words up to the highest number.
             // tests/hyper.rs: an_answer_on_a_stream_that_nobody_opened_ends_the_connection
             self.words.clear();
             self.first = word;
@@ -143,7 +157,7 @@ impl Streams {
         word.checked_sub(self.first).is_none_or(|at| self.words.get(at).is_some_and(|kept| kept & bit != 0))
     }
 
-    /// Whether a member has a higher number.
+    /// Returns whether a member has a number above `last`.
     fn any_behind(&self, last: u32) -> bool {
         let next = (last as usize).div_ceil(2);
         let Some(at) = (next / 64).checked_sub(self.first) else { return true };
@@ -155,7 +169,7 @@ impl Streams {
     }
 }
 
-/// The word and the bit of a stream; none for one that no client opens.
+/// The word and the bit of a stream; `None` for one that a client cannot open.
 fn place(stream: u32) -> Option<(usize, u64)> {
     let index = stream as usize / 2;
     (stream % 2 == 1).then_some((index / 64, 1 << (index % 64)))
@@ -178,7 +192,8 @@ mod tests {
         frame(GOAWAY, 0, &[&last.to_be_bytes()[..], &[0; 4], b"debug data"].concat())
     }
 
-    /// Whether the frames contradict each other: the same however they are cut.
+    /// Whether the frames contradict each other. Checks that the verdict is the same however the bytes are cut: TCP
+    /// may cut them anywhere.
     fn contradicts(frames: &[Vec<u8>]) -> bool {
         let bytes = frames.concat();
         let mut whole = FrameReader::default();
@@ -200,15 +215,16 @@ mod tests {
             assert!(contradicts(&[answer.clone(), go_away(3)]));
             assert!(contradicts(&[go_away(3), answer.clone()]));
             assert!(contradicts(&[answer.clone(), go_away(STREAM), go_away(4)]));
-            // Another stream, another reason, a GOAWAY that covers it.
+            // The controls: another stream, another reason, and a GOAWAY that covers the stream.
             assert!(!contradicts(&[answer.clone(), reset(3, REFUSED_STREAM), reset(7, REFUSED_STREAM)]));
             assert!(!contradicts(&[answer.clone(), reset(5, 8)]));
             assert!(!contradicts(&[go_away(STREAM), answer, go_away(5)]));
         }
         assert!(!contradicts(&[settings, reset(1, REFUSED_STREAM), go_away(0)]));
-        // What looks like a frame within a payload is none.
+        // The control for framing: what looks like a frame within a payload is none.
         let inner = [head, reset(5, REFUSED_STREAM)].concat();
         assert!(!contradicts(&[frame(DATA, 1, &inner)]));
+        // Too short for their values. The frame behind each must still be found.
         assert!(!contradicts(&[frame(GOAWAY, 0, b"bad"), frame(RST_STREAM, 1, b""), frame(DATA, 2, b"")]));
     }
 
@@ -216,6 +232,8 @@ mod tests {
     fn the_set_of_streams_is_bounded_and_forgets_to_the_safe_side() {
         let mut streams = Streams::default();
         let all = 64 * WORDS as u32;
+        // Four times the bound, so that old words are dropped. Steps of 6 leave gaps, whose streams must not be
+        // members.
         for stream in (1..4 * all).step_by(6) {
             assert!(!streams.contains(stream), "{stream}");
             streams.insert(stream);
@@ -227,6 +245,7 @@ mod tests {
         assert_eq!(streams.words.len(), WORDS);
         assert!(streams.contains(3), "far behind the newest");
         assert!(streams.any_behind(1));
+        // A stream that was dropped from the set already: it is a member, and must not bring its word back.
         streams.insert(1);
         streams.insert(STREAM);
         assert_eq!(streams.words.len(), 1);

@@ -1,4 +1,7 @@
-//! What goes out to the upstream, and what comes back to the caller: two allow-lists.
+//! Headers of the upstream request, and the headers of its reply that reach the caller: two allow-lists.
+//!
+//! Guarantees that nothing of a caller's head goes out but the operator, and that no header which quotes a secret
+//! comes back. Does not decide what a reply means.
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
@@ -9,19 +12,22 @@ use crate::token::Token;
 const X_APP_KEY: HeaderName = HeaderName::from_static("x-app-key");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const UPSTREAM_REQUEST_ID: HeaderName = HeaderName::from_static("x-gateway-upstream-request-id");
+// Lower case, as all names of the `http` crate. Field names are compared without case (RFC 9110 §5.1).
 const X_USER_ID: HeaderName = HeaderName::from_static("x-userid");
 const JSON: HeaderValue = HeaderValue::from_static("application/json; charset=UTF-8");
 const ANY: HeaderValue = HeaderValue::from_static("*/*");
+// A coded body cannot be read for its result code, nor searched for secrets.
 const IDENTITY: HeaderValue = HeaderValue::from_static("identity");
 const USER_AGENT: HeaderValue =
     HeaderValue::from_static(concat!("ccsqm-gateway/", env!("CARGO_PKG_VERSION")));
 
-/// The head that every upstream request shares, made once.
+/// The headers that all upstream requests share, made once for a configuration.
 #[derive(Clone, Debug)]
 pub struct Outbound(HeaderMap);
 
 impl Outbound {
-    /// `authority` is the upstream's host, with its port where it is not the scheme's own.
+    /// Makes the shared headers. `authority` is the upstream's host, with its port if that is not the scheme's own;
+    /// `configured` are the static headers of the configuration.
     pub fn new(authority: HeaderValue, configured: &HeaderMap) -> Self {
         let mut headers = HeaderMap::with_capacity(16);
         headers.insert(header::HOST, authority);
@@ -29,12 +35,16 @@ impl Outbound {
         headers.insert(header::ACCEPT, ANY);
         headers.insert(header::ACCEPT_ENCODING, IDENTITY);
         headers.insert(header::USER_AGENT, USER_AGENT);
+        // These replace none of the headers above: the configuration refuses such names.
         for (name, value) in configured {
             let mut value = value.clone();
-            value.set_sensitive(true); // nobody's business but the upstream's
+            // Only the upstream needs to know it. A sensitive value is masked in debug output, and HTTP/2 keeps it
+            // out of the table by which headers are compressed.
+            value.set_sensitive(true);
             headers.insert(name, value);
         }
-        // Places of what each request fills in, so that no copy needs to grow.
+        // Room for what each request fills in, so that no copy of the map has to grow, and so that the headers stay
+        // in this order.
         let later = HeaderValue::from_static("");
         for name in [header::AUTHORIZATION, X_APP_KEY, X_USER_ID, header::CONTENT_LENGTH] {
             headers.insert(name, later.clone());
@@ -42,8 +52,8 @@ impl Outbound {
         Self(headers)
     }
 
-    /// The headers of one upstream request with a body of so many bytes. Nothing of the caller's head is in it but
-    /// the operator, and only where the configuration lists it.
+    /// The headers of one upstream request, whose body has `length` bytes. Of the caller's head they hold nothing but
+    /// the operator, and that only if the configuration lists it.
     pub fn with(&self, token: &Token, operator: &HeaderValue, length: usize) -> HeaderMap {
         let mut headers = token.head(|| self.with_credential(token)).clone();
         fill(&mut headers, X_USER_ID, operator.clone());
@@ -52,6 +62,7 @@ impl Outbound {
     }
 
     fn with_credential(&self, token: &Token) -> HeaderMap {
+        // Called once a token, not once a request: the token keeps the result.
         let mut headers = self.0.clone();
         headers.insert(header::AUTHORIZATION, token.authorization().clone());
         headers.insert(X_APP_KEY, token.app_key().clone());
@@ -59,7 +70,7 @@ impl Outbound {
     }
 }
 
-/// Fills in a header that has its place. To insert it would first look for room.
+/// Sets a header that already has its place. `insert` would first look for room in the map.
 fn fill(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
     match headers.get_mut(&name) {
         Some(place) => *place = value,
@@ -67,8 +78,8 @@ fn fill(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
     }
 }
 
-/// The numbers below a thousand as text, so that the length of a usual body is no allocation: one block and 100 instructions a
-/// request, more than the budget of allocations has left.
+/// The numbers below 1000 as decimal text. With it, the `Content-Length` of a usual body needs no allocation; one
+/// block and 100 instructions a request would exceed the budget of allocations.
 static SMALL: [[u8; 3]; 1000] = {
     let mut small = [[0; 3]; 1000];
     let mut number = 0;
@@ -81,6 +92,7 @@ static SMALL: [[u8; 3]; 1000] = {
 };
 
 #[expect(clippy::expect_used, reason = "digits")]
+/// A number as a header value.
 fn decimal(number: usize) -> HeaderValue {
     match SMALL.get(number) {
         Some(digits) => {
@@ -91,19 +103,21 @@ fn decimal(number: usize) -> HeaderValue {
     }
 }
 
-/// What is left out of a reply's head, beside what never passes.
+/// What was taken out of the head of a reply, apart from headers that never pass.
 #[derive(Debug, Default)]
 pub struct Cleaned {
-    /// The upstream's own id of the request, if it is plain text.
+    /// The upstream's own id of the request, if it has 1 to 128 visible ASCII characters.
     pub upstream_id: Option<HeaderValue>,
-    /// How many headers were dropped because they quote a secret.
+    /// How many headers were removed because they quote a secret.
     pub quoting: usize,
 }
 
-/// Leaves of a reply's head what is for the caller: an allow-list, and `more` names from the configuration. What
-/// `quotes` a secret is dropped, and so are headers that `Connection` names. The upstream's `x-request-id` takes
-/// another name, since callers send that one themselves. Of a body that `is_read` as it is, no `Content-Encoding` is told: it would
-/// be false.
+/// Removes from the head of a reply what is not for the caller.
+///
+/// What passes is on an allow-list, or among the `more` names of the configuration. A header that `quotes` a secret
+/// is removed, and so is one that `Connection` names (RFC 9110 §7.6.1). The upstream's `x-request-id` is renamed,
+/// since callers send a header of that name themselves. If the body `is_read` as it is, `Content-Encoding` is
+/// removed, because it would be false.
 pub fn clean_reply(
     headers: &mut HeaderMap,
     more: &[HeaderName],
@@ -112,6 +126,7 @@ pub fn clean_reply(
 ) -> Cleaned {
     let is_false = |name: &HeaderName| is_read && *name == header::CONTENT_ENCODING;
     let passes = |name: &HeaderName| (FOR_CALLERS.contains(name) || more.contains(name)) && !is_false(name);
+    // The usual reply has nothing to remove, and is not copied.
     let is_clean = headers.iter().all(|(name, value)| passes(name) && !quotes(value));
     if is_clean { Cleaned::default() } else { strip(headers, passes, quotes) }
 }
@@ -123,9 +138,11 @@ fn strip(
 ) -> Cleaned {
     let is_id =
         |id: &HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+    // Searched as well: the upstream chooses this text, and it goes into the trail.
     let upstream_id = headers.remove(X_REQUEST_ID).filter(|id| is_id(id) && !quotes(id));
     let named = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
     let named = named.flat_map(|value| value.split(',')).filter_map(|option| option.trim().parse().ok());
+    // Collected first: `headers` cannot change while it is iterated.
     let mut unwanted: SmallVec<[HeaderName; 8]> = named.collect();
     let mut quoting = 0;
     for (name, value) in &*headers {
@@ -138,13 +155,18 @@ fn strip(
     for name in unwanted {
         headers.remove(name);
     }
+    // After the removal, so that a header of this name from the upstream does not pass.
     if let Some(id) = &upstream_id {
         headers.insert(UPSTREAM_REQUEST_ID, id.clone());
     }
     Cleaned { upstream_id, quoting }
 }
 
-/// What says something of the body, of its age, or of when to come back. The usual ones first.
+/// Headers that pass: they describe the body, its age, or when to call again. The usual ones come first, since the
+/// list is searched in order.
+///
+/// `Set-Cookie`, `Alt-Svc` or `Strict-Transport-Security` would make a client act on the upstream's word at the
+/// gateway's address.
 static FOR_CALLERS: [HeaderName; 12] = [
     header::CONTENT_TYPE,
     header::CONTENT_LENGTH,
@@ -166,6 +188,7 @@ mod tests {
 
     #[test]
     fn a_length_is_stated_in_decimal() {
+        // All of the table, its end, and numbers beyond it.
         for number in (0..=1100).chain([65_536]) {
             assert_eq!(decimal(number), number.to_string());
         }
@@ -183,6 +206,7 @@ mod tests {
         ] {
             headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
+        // `x-hop` is allowed by configuration, and must still go because `Connection` names it.
         clean_reply(&mut headers, &[HeaderName::from_static("x-hop")], false, |_| false);
         assert_eq!(headers.keys().collect::<Vec<_>>(), [header::CONTENT_TYPE]);
     }
