@@ -1,4 +1,9 @@
-//! The bounds on concurrent work: connections, requests, and the bytes that unfinished ones hold.
+//! Load shedding at the entrance: bounds on connections, on requests in flight, and on the bytes that unfinished ones
+//! hold.
+//!
+//! A request over a bound is rejected at once; nothing waits here. The bounds hold for all workers together. Peers
+//! that are no known caller have a share of their own (`concurrency/shares.rs`), so that they cannot take the places
+//! of callers.
 
 mod budget;
 mod shares;
@@ -16,7 +21,7 @@ pub(crate) use budget::{FREE, Part};
 use shares::Shares;
 pub(crate) use shares::{Stranger, Unproven};
 
-/// Why there is no room.
+/// Why there is no room for a connection or a request.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum NoRoom {
     /// The gateway is stopping.
@@ -27,14 +32,16 @@ pub enum NoRoom {
     Overloaded,
 }
 
-/// So many connections over the cap are told so at once; what goes beyond is closed without a word.
+/// How many connections over the cap are accepted at a time, to be answered with 503. Further ones are closed without
+/// an answer, since each costs a file descriptor and memory, too.
 const MAX_SURPLUS: usize = 64;
 
-/// Of these, so many at most go to those of whom no caller is known, and to those that have not shown their certificate yet: who
-/// they are is known only behind the handshake. The rest is for known callers.
+/// How many of these may go to peers that are no known caller, or that have yet to show their certificate (they are
+/// known only after the handshake). The rest is for known callers: strangers once held all of them, and callers were
+/// closed without a word.
 const MAX_UNKNOWN_SURPLUS: usize = MAX_SURPLUS / 2;
 
-/// How far a stop has come.
+/// How far a stop has come. Numbers, since workers read them from an atomic at each request.
 const SERVING: u8 = 0;
 const CLOSING: u8 = 1;
 const DRAINING: u8 = 2;
@@ -50,10 +57,11 @@ pub struct Bounds {
     max_in_flight: usize,
     shares: Arc<Shares>,
     unfinished: Arc<Budget>,
+    // Weak: the bounds outlive the stop, and must not keep the channel open whose end the stop waits for.
     alive: mpsc::WeakSender<()>,
 }
 
-/// Room for one connection or one request; given back on drop. The stop waits for all of them.
+/// Room for one connection or one request, released on drop. The stop waits until all of them are dropped.
 #[derive(Debug)]
 pub struct Room {
     bounds: Arc<Bounds>,
@@ -61,16 +69,17 @@ pub struct Room {
     _alive: Option<mpsc::Sender<()>>,
 }
 
-/// A connection's place among all.
+/// The place of one connection.
 #[derive(Debug)]
 pub struct Place {
-    /// It is over the cap: its one request is refused.
+    /// The connection is over the cap. It gets one request, which is rejected.
     pub surplus: bool,
     _room: Room,
 }
 
 impl Bounds {
-    /// Bounds of a configuration. The stop is over when all senders of `alive` are gone.
+    /// The bounds of a configuration. Each [`Room`] holds a sender of `alive`, so that its receiver ends with the
+    /// last one.
     pub fn new(server: &config::Server, alive: &mpsc::Sender<()>) -> Self {
         Self {
             phase: AtomicU8::new(SERVING),
@@ -85,8 +94,13 @@ impl Bounds {
         }
     }
 
-    /// Room for a connection. One over the cap finds room only to be told so, within bounds of its own. `is_known`: a caller is
-    /// known by its address or user.
+    /// Takes a place for a connection. Over the cap it is a surplus one, whose caller can be told so.
+    ///
+    /// `is_known` says whether the peer is a known caller by address or user.
+    ///
+    /// # Errors
+    ///
+    /// [`NoRoom::Overloaded`] if there is no surplus place either; the connection is then to be closed.
     pub fn connection(self: &Arc<Self>, is_known: bool) -> Result<Place, NoRoom> {
         let room = self.take(|bounds| &bounds.connections, self.max_connections);
         let surplus = room.is_err();
@@ -95,23 +109,32 @@ impl Bounds {
         Ok(Place { surplus, _room: room })
     }
 
-    /// A place for a connection of which no caller is known; `None`: strangers, or those of its address or user, have no more.
+    /// Takes a place for a peer that is no known caller. Returns `None` if all strangers together, or those of the
+    /// same address or user, have no more.
     pub(crate) fn stranger(&self, peer: Peer) -> Option<Stranger> {
         self.shares.stranger(peer)
     }
 
-    /// A place for a handshake that must show a certificate.
+    /// Takes a place for a handshake in which the peer must show a certificate. The place of an older one may be
+    /// taken for it.
     pub(crate) fn unproven(&self, peer: Peer) -> Unproven {
         self.shares.unproven(peer)
     }
 
-    /// What a head or a body that begins may hold.
+    /// Begins to count the bytes of a head or a body.
     pub(crate) fn unfinished(&self) -> Part {
         self.unfinished.part()
     }
 
-    /// Room for a request. It goes with the exchange, so that a stop waits for an exchange whose caller left.
+    /// Takes room for a request. The room moves into the exchange, so that a stop waits for an exchange whose caller
+    /// has disconnected.
+    ///
+    /// # Errors
+    ///
+    /// [`NoRoom::Draining`] during a stop, [`NoRoom::Overloaded`] if `max_in_flight` is reached or the connection is
+    /// a `surplus` one.
     pub fn request(self: &Arc<Self>, surplus: bool) -> Result<Room, NoRoom> {
+        // Before the caps: `draining` tells a caller that another gateway takes over, `overloaded` does not.
         if self.phase.load(Ordering::Relaxed) == DRAINING {
             return Err(NoRoom::Draining);
         }
@@ -121,33 +144,35 @@ impl Bounds {
         self.take(|bounds| &bounds.in_flight, self.max_in_flight)
     }
 
-    /// The gateway is stopping. Requests are served, each as the last one of its connection.
+    /// Begins a stop with a grace: requests are still served, each as the last one of its connection.
     pub fn close(&self) {
         self.phase.store(CLOSING, Ordering::Relaxed);
     }
 
-    /// From now on requests are refused.
+    /// Rejects requests from now on.
     pub fn drain(&self) {
         self.phase.store(DRAINING, Ordering::Relaxed);
     }
 
-    /// Whether the gateway is stopping.
+    /// Returns whether a stop has begun, with a grace or without.
     pub fn is_stopping(&self) -> bool {
         self.phase.load(Ordering::Relaxed) != SERVING
     }
 
-    /// Open caller connections.
+    /// The number of callers' connections, without the surplus ones.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// Requests between head and answer, and exchanges whose caller left.
+    /// The number of requests between head and reply, and of exchanges whose caller has disconnected.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
     }
 
     fn take(self: &Arc<Self>, counter: fn(&Self) -> &AtomicUsize, max: usize) -> Result<Room, NoRoom> {
+        // One atomic step. With a look before the count, several workers could take the last place together.
         let before = counter(self).fetch_add(1, Ordering::Relaxed);
+        // Made in either case: dropped without being returned, it takes the count back.
         let room = Room { bounds: self.clone(), counter, _alive: self.alive.upgrade() };
         if before < max { Ok(room) } else { Err(NoRoom::Overloaded) }
     }

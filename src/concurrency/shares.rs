@@ -1,4 +1,8 @@
-//! How many connections those may hold of whom no caller is known: silent strangers never shut callers out.
+//! Shares of the connections for peers that are no known caller.
+//!
+//! Guarantees that silent strangers never use up the connections of callers. Thousands of connections of one
+//! unprivileged process once filled `max_connections`, and callers were reset without a word. Does not limit callers:
+//! many of them may come from one address.
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
@@ -9,13 +13,13 @@ use tokio::sync::oneshot;
 
 use crate::model::peer::Peer;
 
-/// The connections of strangers, and of those that have not shown a certificate yet.
+/// The connections of strangers, and the handshakes whose peer has yet to show a certificate.
 #[derive(Debug)]
 pub(super) struct Shares {
-    /// The most connections of all strangers, and of one of them.
+    /// The largest number of strangers' connections: of all, and of one origin.
     max_strangers: (usize, usize),
     strangers: Mutex<Strangers>,
-    /// The most handshakes of all, and of one address.
+    /// The largest number of handshakes: of all, and of one origin.
     max_unproven: (usize, usize),
     unproven: Mutex<Handshakes>,
 }
@@ -26,15 +30,18 @@ struct Strangers {
     each: HashMap<Origin, usize>,
 }
 
-/// Where a stranger comes from.
+/// Where a peer comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Origin {
-    /// An IPv6 address stands for its network of 64 bits, of which one host has all.
+    /// Of IPv6 the network of 64 bits: one host usually has all of its addresses, and could come from a new one each
+    /// time.
     Address(IpAddr),
+    /// The user at the other end of a Unix socket. The group does not count, since a process may choose among
+    /// several.
     Uid(u32),
 }
 
-/// The handshakes that go on, by where they come from, oldest first.
+/// The handshakes in progress by origin, the oldest first.
 #[derive(Debug, Default)]
 struct Handshakes {
     begun: u64,
@@ -42,14 +49,14 @@ struct Handshakes {
     of: HashMap<Origin, VecDeque<(u64, oneshot::Sender<()>)>>,
 }
 
-/// A stranger's place; given back on drop.
+/// A stranger's place. Released on drop.
 #[derive(Debug)]
 pub(crate) struct Stranger {
     shares: Arc<Shares>,
     origin: Origin,
 }
 
-/// The place of a handshake that must show a certificate; given back on drop.
+/// The place of a handshake that must show a certificate. Released on drop, unless a newer handshake has taken it.
 #[derive(Debug)]
 pub(crate) struct Unproven {
     shares: Arc<Shares>,
@@ -59,9 +66,9 @@ pub(crate) struct Unproven {
 }
 
 impl Shares {
-    /// Of so many connections strangers get a sixteenth, and one of them a quarter of that; handshakes get a quarter, and
-    /// those of one address a quarter of that. Small
-    /// caps leave strangers some places, and callers at least half.
+    /// Divides `max_connections`. All strangers get a sixteenth, one origin a quarter of that; handshakes get a
+    /// quarter, one origin a quarter of that. With a small cap strangers still get some places, and callers at least
+    /// half.
     pub(super) fn new(max_connections: usize) -> Self {
         let at_most = max_connections.div_ceil(2);
         let strangers = (max_connections / 16).max(16).min(at_most);
@@ -74,7 +81,7 @@ impl Shares {
         }
     }
 
-    /// A place for a stranger; `None`: strangers, or those of its address or user, have no more.
+    /// Takes a place for a stranger. Returns `None` if all strangers, or those of its origin, have no more.
     pub(super) fn stranger(self: &Arc<Self>, peer: Peer) -> Option<Stranger> {
         let origin = Origin::of(peer);
         let mut strangers = lock(&self.strangers);
@@ -82,13 +89,17 @@ impl Shares {
         if strangers.all >= max || strangers.each.get(&origin).is_some_and(|count| *count >= max_each) {
             return None;
         }
+        // No older one is displaced, as a handshake would be: a stranger stays one, while a handshake may turn out to
+        // be a caller's.
         strangers.all += 1;
         *strangers.each.entry(origin).or_default() += 1;
         Some(Stranger { shares: self.clone(), origin })
     }
 
-    /// A place for a handshake. If there is none left, the oldest one of the address that has most is closed: a caller's is over in
-    /// a moment, and whoever opens many displaces its own.
+    /// Takes a place for a handshake. If there is none left, the oldest one of the origin that has most is displaced.
+    ///
+    /// Before its certificate nobody can tell a caller from a stranger, so a newcomer is always admitted. A caller's
+    /// handshake takes a moment only, and an origin that opens many displaces its own.
     pub(super) fn unproven(self: &Arc<Self>, peer: Peer) -> Unproven {
         let (sender, displaced) = oneshot::channel();
         let origin = Origin::of(peer);
@@ -98,9 +109,13 @@ impl Shares {
         let number = handshakes.begun;
         let own = handshakes.of.entry(origin).or_default();
         own.push_back((number, sender));
+        // The origin's own bound first. While the oldest of all made room, one address that was fast enough displaced
+        // callers.
         if own.len() > max_each {
-            own.pop_front(); // its sender is dropped
+            // Dropping the sender wakes the handshake that waits in `displaced`.
+            own.pop_front();
         } else if handshakes.all == max {
+            // Of origins with equally many, the one whose oldest handshake is the oldest: it has had the most time.
             let age = |open: &VecDeque<_>| Reverse(open.front().map(|(number, _)| *number));
             if let Some(most) = handshakes.of.values_mut().max_by_key(|open| (open.len(), age(open))) {
                 most.pop_front();
@@ -117,6 +132,8 @@ impl Origin {
         match peer {
             Peer::Unix { uid, .. } => Self::Uid(uid),
             Peer::Tcp(address) => Self::Address(match address.ip().to_canonical() {
+                // After `to_canonical`, so that an IPv4 address that is mapped into IPv6 is the same origin as
+                // without.
                 IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
                 address @ IpAddr::V4(_) => address,
             }),
@@ -125,7 +142,7 @@ impl Origin {
 }
 
 impl Unproven {
-    /// Ends when a newer handshake takes this place.
+    /// Waits until a newer handshake takes this place. Cancellation safe.
     pub(crate) async fn displaced(&mut self) {
         let _ = (&mut self.displaced).await;
     }
@@ -138,6 +155,7 @@ impl Drop for Stranger {
         if let Some(count) = strangers.each.get_mut(&self.origin) {
             *count -= 1;
             if *count == 0 {
+                // Otherwise the map would grow with each address that ever connected.
                 strangers.each.remove(&self.origin);
             }
         }
@@ -149,6 +167,7 @@ impl Drop for Unproven {
         let mut handshakes = lock(&self.shares.unproven);
         let Some(own) = handshakes.of.get_mut(&self.origin) else { return };
         let place = own.binary_search_by_key(&self.number, |(number, _)| *number);
+        // A displaced handshake is no longer in the list. Its place in `all` went to the newcomer.
         if let Ok(place) = place {
             own.remove(place);
         }
@@ -176,6 +195,7 @@ mod tests {
     #[test]
     fn stranger_gets_a_quarter_of_what_all_strangers_get() {
         let shares = Arc::new(Shares::new(1024));
+        // A sixteenth of 1024 is 64, a quarter of that 16.
         let one: Vec<_> =
             (0..16).map(|port| shares.stranger(tcp(&format!("10.0.0.1:{port}"))).unwrap()).collect();
         assert!(shares.stranger(tcp("10.0.0.1:99")).is_none());
@@ -183,6 +203,7 @@ mod tests {
             (2..50).map(|last| shares.stranger(tcp(&format!("10.0.0.{last}:1"))).unwrap()).collect();
         assert!(shares.stranger(tcp("10.1.0.1:1")).is_none(), "all have 64");
         drop(others);
+        // The control for the line above: places that are free are given to anybody.
         assert!(shares.stranger(tcp("10.1.0.1:1")).is_some());
         assert!(shares.stranger(tcp("10.0.0.1:99")).is_none(), "its own are not given back");
         drop(one);
@@ -202,6 +223,7 @@ mod tests {
 
     #[test]
     fn small_caps_leave_callers_at_least_half() {
+        // From the smallest cap to one at which the fractions count instead of the least numbers.
         for (max, strangers, unproven) in [(1, 1, 1), (10, 5, 5), (100, 16, 25), (1024, 64, 256)] {
             let shares = Shares::new(max);
             assert_eq!((shares.max_strangers.0, shares.max_unproven.0), (strangers, unproven), "{max}");
@@ -215,6 +237,7 @@ mod tests {
             handshake.displaced.try_recv().is_err_and(|error| error == oneshot::error::TryRecvError::Empty)
         };
         let mut own: Vec<_> = (0..4).map(|_| shares.unproven(tcp("10.0.0.1:1"))).collect();
+        // From the middle, so that the search by number is tested, too.
         drop(own.remove(1));
         own.push(shares.unproven(tcp("10.0.0.1:1")));
         assert!(own.iter_mut().all(is_open));
