@@ -1,7 +1,8 @@
-//! Listen, accept, and the life of a caller's connection.
+//! Listeners, accept loops, and the connections of callers.
 //!
-//! One current-thread runtime a worker; each accepts on its own socket (TCP, `SO_REUSEPORT`) or on a clone
-//! of the one Unix socket. Guarantees the caps and the deadlines of a connection.
+//! Each worker is one current-thread runtime that accepts on a socket of its own (TCP, `SO_REUSEPORT`) or on a clone
+//! of one socket (Unix, inherited). Guarantees the bounds on connections and the deadlines of each. Does not look at
+//! requests: see [`crate::gateway`].
 
 pub mod connection;
 mod handshake;
@@ -35,17 +36,18 @@ use connection::{Accepted, Deadlines, Stream, stranger};
 use inherited::Inherited;
 use tls::{Tls, TlsError};
 
-/// How many connections the kernel keeps for us until they are accepted.
+/// How many connections the kernel holds until they are accepted. std's 128 overflow in a burst: the SYN that is
+/// dropped is sent again only after a second.
 pub(crate) const BACKLOG: i32 = 4096;
 
-/// A bound listener, one socket per worker.
+/// A bound listener, with one socket per worker. It does not accept yet.
 #[derive(Debug)]
 pub struct Bound {
-    /// Where it listens, with the real port.
+    /// Where it listens, with the real port if 0 was configured.
     pub address: ListenAddress,
     hosts: Hosts,
     tls: Option<Arc<Tls>>,
-    /// The socket outlives this process.
+    /// The socket came from systemd and outlives this process.
     pub is_inherited: bool,
     sockets: Vec<Socket>,
 }
@@ -53,18 +55,18 @@ pub struct Bound {
 /// Why there is no listener.
 #[derive(Debug, Error)]
 pub enum ListenError {
-    /// Its files cannot be used.
+    /// Its TLS files cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// Its socket cannot be had.
+    /// Its socket cannot be bound or used.
     #[error(transparent)]
     Socket(#[from] io::Error),
 }
 
-/// Makes the listener of one worker. To be called on the worker's runtime.
+/// Makes the listener of one worker. Must be called on that worker's runtime, which registers the socket.
 pub(crate) type Listen = Box<dyn FnOnce() -> io::Result<Listener> + Send>;
 
-/// A listener of one worker.
+/// The listener of one worker.
 #[derive(Debug)]
 pub struct Listener {
     hosts: Arc<Hosts>,
@@ -80,20 +82,26 @@ enum Accepting {
 }
 
 impl Bound {
-    /// Reads the files of a listener, and binds it for so many workers, unless its socket is inherited. With `only_v6`, `[::]`
-    /// takes no address of IPv4.
+    /// Reads the TLS files of a listener, and binds its socket for `workers` workers, unless it is inherited. With
+    /// `only_v6`, `[::]` takes no IPv4 address.
+    ///
+    /// # Errors
+    ///
+    /// Returns a [`ListenError`] if a file cannot be used or the socket cannot be bound.
     pub fn bind(
         listener: &config::Listener,
         inherited: &mut Inherited,
         workers: usize,
         only_v6: bool,
     ) -> Result<Self, ListenError> {
+        // Files before sockets: a mistake in one must not leave a socket behind.
         let tls = listener.tls.as_ref().map(Tls::load).transpose()?;
         let hosts = Hosts::new(listener.hosts.clone());
         let inherited = inherited.take(&listener.address);
         let is_inherited = inherited.is_some();
         let (address, sockets) = match (&listener.address, inherited) {
             (address, Some(socket)) => {
+                // systemd passes blocking sockets by default. One of them would stop the worker in `accept`.
                 socket.set_nonblocking(true)?;
                 (address.clone(), shared(&socket, workers)?)
             }
@@ -109,12 +117,12 @@ impl Bound {
         Ok(Self { address, hosts, tls, is_inherited, sockets })
     }
 
-    /// Its TLS, if it has any.
+    /// The listener's TLS; `None` if it speaks plain HTTP.
     pub fn tls(&self) -> Option<&Arc<Tls>> {
         self.tls.as_ref()
     }
 
-    /// Hands each worker its listener.
+    /// Splits it into one listener per worker.
     pub(crate) fn split(self) -> Vec<Listen> {
         let hosts = Arc::new(self.hosts);
         let is_unix = matches!(self.address, ListenAddress::Unix { .. });
@@ -136,10 +144,17 @@ impl Bound {
     }
 }
 
-/// The first bind is a plain one: it proves that nobody else has the port. Only then is the port shared
-/// among the workers. It is never free in between.
+/// Binds an address for `workers` workers, one socket each, and listens.
+///
+/// # Errors
+///
+/// Fails if the address is in use by another process, or if a socket cannot be made.
 pub(crate) fn bind_tcp(address: SocketAddr, workers: usize, only_v6: bool) -> io::Result<Vec<Socket>> {
+    // Without `SO_REUSEPORT`, which proves that no other process has the port: with it another gateway of the same
+    // user would get a part of our connections. Only then is the port shared among the workers, and it is never free
+    // in between.
     let first = bound_tcp(address, only_v6)?;
+    // Port 0 is a real port by now, and the other workers need the same.
     let address = first.local_addr()?.as_socket().unwrap_or(address);
     if workers > 1 {
         first.set_reuse_port(true)?;
@@ -151,11 +166,13 @@ pub(crate) fn bind_tcp(address: SocketAddr, workers: usize, only_v6: bool) -> io
         socket.bind(&address.into())?;
         sockets.push(socket);
     }
+    // All are bound before the first one listens, so that a start which fails accepts nobody.
     sockets.iter().try_for_each(|socket| socket.listen(BACKLOG))?;
     Ok(sockets)
 }
 
-/// A socket that is bound and does not listen. Who binds the same address meanwhile, and listens, is not disturbed.
+/// A socket that is bound and does not listen. It does not disturb another process that binds the same address
+/// meanwhile.
 fn bound_tcp(address: SocketAddr, only_v6: bool) -> io::Result<Socket> {
     let socket = tcp_socket(address, only_v6)?;
     socket.bind(&address.into())?;
@@ -165,40 +182,54 @@ fn bound_tcp(address: SocketAddr, only_v6: bool) -> io::Result<Socket> {
 fn tcp_socket(address: SocketAddr, only_v6: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     if address.is_ipv6() && address.ip().is_unspecified() {
-        socket.set_only_v6(only_v6)?; // whatever the machine's default is
+        // Set in either case: the default is a setting of the machine (`net.ipv6.bindv6only`).
+        socket.set_only_v6(only_v6)?;
     }
+    // Connections of the last process in TIME_WAIT must not stop a restart.
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     Ok(socket)
 }
 
-/// Looks whether an address could be bound, and leaves everything as it is.
+/// Checks whether an address can be bound. Changes nothing.
 pub(crate) fn try_tcp(address: SocketAddr, only_v6: bool) -> io::Result<()> {
     bound_tcp(address, only_v6).map(drop)
 }
 
-/// Binds a Unix socket for so many workers. One that nobody serves any more is replaced.
+/// Binds a Unix socket with `mode` for `workers` workers, and listens. Replaces a socket file that no process serves.
+///
+/// # Errors
+///
+/// Fails as [`try_unix`] does, and if the socket cannot be made.
 pub(crate) fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Vec<Socket>> {
     try_unix(path)?;
     if path.symlink_metadata().is_ok() {
-        fs::remove_file(path)?; // left behind by a process that is gone
+        // The file of a process that is gone: `bind` would fail with EADDRINUSE.
+        fs::remove_file(path)?;
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SockAddr::unix(path)?)?;
+    // Between `bind` and `listen`: nobody can connect before the mode is right, whatever the umask is.
     fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     socket.listen(BACKLOG)?;
     shared(&socket, workers)
 }
 
-/// Looks whether a Unix socket could be bound: in a directory where files can be made, and in the place of nothing but a socket
-/// that nobody serves.
+/// Checks whether a Unix socket can be bound: the directory must be writable, and in its place may be nothing but a
+/// socket that no process serves. Changes nothing.
+///
+/// # Errors
+///
+/// `AddrInUse` if a process serves it, otherwise what an operator has to repair.
 pub(crate) fn try_unix(path: &Path) -> io::Result<()> {
     let address = SockAddr::unix(path)?;
     let fail = |kind, reason: String| Err(io::Error::new(kind, reason));
     match path.symlink_metadata() {
         Ok(found) if found.file_type().is_socket() => {
-            // Of a kind that is never accepted, so that nobody is woken by it, as systemd would be, and a full queue holds nobody.
+            // The kernel refuses a datagram socket with EPROTOTYPE where a stream socket is bound, and with
+            // ECONNREFUSED where only the file is left. A real connection would start the gateway if systemd holds
+            // the socket, and would hang if the queue of a program that accepts nobody is full.
             match Socket::new(Domain::UNIX, Type::DGRAM, None)?.connect(&address) {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
                 Ok(()) | Err(_) => return Err(io::ErrorKind::AddrInUse.into()),
@@ -212,6 +243,7 @@ pub(crate) fn try_unix(path: &Path) -> io::Result<()> {
         }
         Err(_) => {}
     }
+    // Checked before the start binds anything, since `bind` says only EACCES or ENOENT, and not of which directory.
     let folder = path.parent().unwrap_or(path);
     let shown = folder.display();
     match fs::metadata(folder) {
@@ -226,16 +258,19 @@ pub(crate) fn try_unix(path: &Path) -> io::Result<()> {
         .or_else(|error| fail(error.kind(), format!("no socket can be made in {shown}: {error}")))
 }
 
-/// One socket for all workers.
+/// Clones one socket for each worker.
 fn shared(socket: &Socket, workers: usize) -> io::Result<Vec<Socket>> {
     (0..workers).map(|_| socket.try_clone()).collect()
 }
 
 impl Listener {
+    /// Accepts one connection, and says who is at its other end.
     async fn accept(&self) -> io::Result<(Stream, Peer)> {
         match &self.socket {
             Accepting::Tcp(socket) => {
                 let (stream, address) = socket.accept().await?;
+                // A reply is written at once. Nagle's algorithm would hold back its last part until the caller
+                // acknowledges the first.
                 stream.set_nodelay(true)?;
                 Ok((Stream::Tcp(stream), Peer::Tcp(address)))
             }
@@ -248,19 +283,22 @@ impl Listener {
     }
 }
 
-/// How far a stop has come, for who accepts and for who is connected.
+/// How far a stop has come, for accept loops and connections. The order of the variants is the order in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stop {
-    /// It has not begun.
+    /// No stop has begun.
     No,
-    /// Inherited sockets are left to who comes next; on others it goes on.
+    /// The grace: inherited sockets are no longer accepted on, since the next process does that. Other listeners go
+    /// on.
     Begins,
-    /// Nobody is accepted any more, and connections end.
+    /// No connection is accepted any more, and connections end.
     Now,
 }
 
-/// Runs one worker until the stop: accepts on all its listeners, then waits until its connections are done.
-/// `vital` makes a [`Vital`] for a task of this worker.
+/// Runs one worker until the stop: accepts on its listeners, sweeps its pool, then waits until its connections are
+/// closed.
+///
+/// `vital` makes a [`Vital`] for a task of this worker. The wait has no bound: the caller bounds it.
 pub(crate) async fn run(
     gateway: Arc<Gateway>,
     listeners: Vec<Listener>,
@@ -268,6 +306,7 @@ pub(crate) async fn run(
     mut stop: watch::Receiver<Stop>,
     vital: impl Fn(&str) -> Vital,
 ) {
+    // Nothing is sent. Each accept loop and connection holds a sender, so the end of the last one ends `recv` below.
     let (alive, mut done) = mpsc::channel::<()>(1);
     for listener in listeners {
         let accepts = accept(gateway.clone(), listener, deadlines, stop.clone(), alive.clone());
@@ -287,6 +326,7 @@ pub(crate) async fn run(
     let _ = done.recv().await;
 }
 
+/// Accepts connections until the stop, and serves each in a task of its own.
 async fn accept(
     gateway: Arc<Gateway>,
     listener: Listener,
@@ -294,10 +334,12 @@ async fn accept(
     mut stop: watch::Receiver<Stop>,
     alive: mpsc::Sender<()>,
 ) {
+    // Two receivers, since each `wait_for` borrows its own.
     let mut stopped = stop.clone();
     loop {
-        // On a stop, who is connected already is still accepted, and told: a reset would leave it in doubt. Who waits
-        // in an inherited socket waits on.
+        // `biased`, with the stop behind `accept`: connections in the kernel's queue are still accepted and get a
+        // reply, since a reset would leave their callers in doubt. On an inherited socket the stop comes first: there
+        // they wait for the next process.
         let accepted = tokio::select! {
             biased;
             _ = stop.wait_for(|stop| *stop != Stop::No), if listener.is_inherited => return,
@@ -306,7 +348,8 @@ async fn accept(
         };
         match accepted {
             Ok((stream, peer)) => {
-                // Who is over a bound is closed before the next one is accepted, so that strangers use up no files.
+                // The place is taken before the next `accept`. One over a bound is closed here, so that strangers
+                // cannot use up the file descriptors.
                 if let Some((accepted, stranger)) = place(&gateway, &listener, stream, peer) {
                     let served = connection::serve(gateway.clone(), accepted, deadlines, stop.clone());
                     let alive = alive.clone();
@@ -316,10 +359,11 @@ async fn accept(
                     });
                 }
             }
-            // A connection that was gone before it was accepted is no reason to pause; no file
-            // descriptors left is one.
+            // The peer had closed it in the queue. That is no trouble of ours, and needs no pause.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
+                // Usually no file descriptors are left. The connection then stays in the queue, so that without a
+                // pause this loop would use the whole worker.
                 static FAILED: OncePerSecond = OncePerSecond::new();
                 if let Some(times) = FAILED.times() {
                     tracing::warn!(%error, times, "accept failed");
@@ -330,14 +374,16 @@ async fn accept(
     }
 }
 
-/// Gives a connection its place. `None`: there is none, and it is closed.
+/// Takes the place of a new connection, and a stranger's if its peer is no known caller. `None`: there is none, and
+/// the connection is closed by being dropped.
 fn place(
     gateway: &Gateway,
     listener: &Listener,
     stream: Stream,
     peer: Peer,
 ) -> Option<(Accepted, Option<Stranger>)> {
-    // Who is to show a certificate is known later.
+    // With certificates the caller is known only after the handshake. `connection::serve` asks for a stranger's place
+    // then.
     let asks = listener.tls.as_ref().is_some_and(|tls| tls.asks_for_certificates());
     let stranger = stranger(gateway, asks || gateway.state.load().admission.knows(peer), peer)?;
     let place = gateway.bounds.connection(!asks && stranger.is_none());

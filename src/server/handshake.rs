@@ -1,4 +1,7 @@
-//! A caller's TLS handshake: its deadline, and what is told of one that fails.
+//! The TLS handshake of a caller: its deadline, the answer to plain HTTP, and the report of a failure.
+//!
+//! Guarantees that a handshake holds a connection no longer than `header_timeout`, and that each failure is counted
+//! and named to operators. What a probe does (connect and close) is no failure.
 
 use std::io;
 use std::sync::Arc;
@@ -20,7 +23,7 @@ use crate::model::cause::Cause;
 use crate::model::peer::Peer;
 use crate::reason::Reason;
 
-/// What a caller gets that speaks HTTP without TLS. It was no request to us, and it cannot be one.
+/// The reply to plain HTTP on a TLS port. It was no request to the gateway, so it has no request id and no record.
 const PLAIN_HTTP: &str = "HTTP/1.1 400 Bad Request\r\n\
     content-type: text/plain\r\n\
     content-length: 61\r\n\
@@ -30,32 +33,35 @@ const PLAIN_HTTP: &str = "HTTP/1.1 400 Bad Request\r\n\
     \r\n\
     This port speaks TLS, and this was plain HTTP: use https://.\n";
 
-/// Why a handshake came to no end.
+/// Why a handshake did not complete.
 #[derive(Debug, Error)]
 pub(super) enum NoTls {
     /// A newer one took its place.
     #[error("a newer handshake took its place")]
     Displaced,
     #[error("the handshake was not over in time")]
+    /// It exceeded its deadline.
     Late,
     /// The peer closed or reset the connection before it had said anything, as a probe does.
     #[error("the caller said nothing")]
     Silent,
     #[error("no TLS, but what looks like plain HTTP, or a line of the PROXY protocol")]
+    /// The first byte is that of an HTTP method, or of the PROXY protocol.
     Plain,
-    /// The connection.
+    /// The connection failed before the handshake.
     #[error(transparent)]
     Broken(#[from] io::Error),
-    /// The peer, or what it sent.
+    /// The handshake failed: by what the peer sent, or by its connection.
     #[error(transparent)]
     Failed(#[from] NotAccepted),
 }
 
 impl NoTls {
-    /// Counts it, and tells operators what they can mend.
+    /// Counts the failure, and reports it to operators if they can repair its cause.
     #[cold]
     pub(super) fn tell(&self, peer: Peer, metrics: &Metrics) {
         let (cause, names) = match self {
+            // Only a handshake that we displaced counts here: operators read this label as a flood.
             Self::Displaced => return metrics.connection_closed("too_many_handshakes"),
             Self::Silent => return metrics.connection_closed("tls_failed"),
             Self::Late => (Cause::Timeout, None),
@@ -72,11 +78,19 @@ impl NoTls {
         if let Some((error, times)) = metrics.caller_tls.failed(&reason, []) {
             tracing::warn!(%cause, %peer, error, times, "a caller's TLS handshake failed");
         }
-        metrics.caller_tls.succeeded(); // it is over at once: the next one is another matter
+        // Each handshake is a matter of its own, so its trouble is over at once. Otherwise `/status` would show it
+        // for good.
+        metrics.caller_tls.succeeded();
     }
 }
 
-/// Who stops or is over a cap gives a handshake no longer than a head.
+/// Performs the handshake, within `header` nanoseconds, or within a second once the gateway stops.
+///
+/// `unproven` is the place of a handshake that asks for a certificate; the handshake ends if a newer one takes it.
+///
+/// # Errors
+///
+/// Returns a [`NoTls`]. The connection is closed then.
 pub(super) async fn shake_hands(
     tls: &Arc<Tls>,
     stream: TcpStream,
@@ -100,6 +114,7 @@ pub(super) async fn shake_hands(
         }
     };
     let accepted = tokio::select! {
+        // A handshake that is complete counts, even if its deadline has come in the same turn.
         biased;
         accepted = accept(tls, stream) => accepted?,
         () = late => return Err(NoTls::Late),
@@ -108,26 +123,30 @@ pub(super) async fn shake_hands(
     match accepted {
         Accepted::Tls(stream, certificate) => Ok((stream, certificate)),
         Accepted::Plain(stream) => {
+            // Outside the deadline of the handshake, which would report a client that reads slowly as a time-out.
             let _ = timeout(LINGER_TIME, refuse_plain_http(stream)).await;
             Err(NoTls::Plain)
         }
     }
 }
 
-/// What a connection turned out to be.
+/// What the peer of a connection speaks.
 enum Accepted {
     Tls(Box<TlsStream<TcpStream>>, Option<Certificate>),
-    /// Plain HTTP, of which nothing is read.
+    /// Plain HTTP. Nothing of it was read.
     Plain(TcpStream),
 }
 
+/// Tells TLS from plain HTTP by the first byte, and completes the handshake if it is TLS.
 async fn accept(tls: &Arc<Tls>, stream: TcpStream) -> Result<Accepted, NoTls> {
+    // Peeked, since rustls must see the whole stream.
     let mut first = [0];
     match stream.peek(&mut first).await {
         Ok(0) => Err(NoTls::Silent),
+        // A load balancer's probe often ends by a reset. Reported as a failure it would fill the log.
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(NoTls::Silent),
         Err(error) => Err(error.into()),
-        // No TLS record begins with a letter (RFC 8446, section 5.1), and the methods of HTTP do.
+        // No TLS record begins with a letter (RFC 8446 §5.1), and methods of HTTP do.
         Ok(_) if first[0].is_ascii_uppercase() => Ok(Accepted::Plain(stream)),
         Ok(_) => {
             let (stream, certificate) = tls.accept(stream).await?;
@@ -136,7 +155,8 @@ async fn accept(tls: &Arc<Tls>, stream: TcpStream) -> Result<Accepted, NoTls> {
     }
 }
 
-/// Answers, and reads what the caller still sends, so that no reset takes the answer away.
+/// Sends the reply, then reads what the peer still sends. A socket that is closed with unread bytes sends a reset,
+/// which may overtake the reply.
 async fn refuse_plain_http(mut stream: TcpStream) -> io::Result<()> {
     stream.write_all(PLAIN_HTTP.as_bytes()).await?;
     stream.shutdown().await?;
@@ -148,6 +168,7 @@ async fn refuse_plain_http(mut stream: TcpStream) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    /// The length is part of a literal. It was one too small once, and clients lost the last byte.
     #[test]
     fn the_answer_to_plain_http_states_its_length() {
         let (head, body) = PLAIN_HTTP.split_once("\r\n\r\n").unwrap();

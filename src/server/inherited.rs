@@ -1,5 +1,6 @@
-//! Sockets that were bound by somebody else (systemd socket activation): they outlive this process, so that who connects
-//! while none runs waits for the next one.
+//! Sockets that systemd bound (socket activation) and that this process inherits.
+//!
+//! They outlive the process: no connection fails during a restart, since it waits in the socket for the next process.
 
 use std::io;
 
@@ -12,10 +13,10 @@ use crate::config::ListenAddress;
 /// Why inherited sockets cannot be used.
 #[derive(Debug, Error)]
 pub enum InheritError {
-    /// One is no listening socket.
+    /// The socket of this number is no listening socket.
     #[error("inherited socket {0} is not a listening one: {1}")]
     Kind(usize, io::Error),
-    /// One is at an address that nobody asked for.
+    /// A socket has an address that no listener of the configuration has.
     #[error("a socket at {0} is inherited, and no [[listeners]] has that address")]
     Unasked(ListenAddress),
 }
@@ -25,7 +26,12 @@ pub enum InheritError {
 pub struct Inherited(Vec<(ListenAddress, Socket)>);
 
 impl Inherited {
-    /// What the environment names (`LISTEN_FDS`, `LISTEN_PID`). To be called before there are threads.
+    /// Takes the sockets that the environment names (`LISTEN_FDS`, `LISTEN_PID`). Must be called before there are
+    /// other threads, since it changes the environment.
+    ///
+    /// # Errors
+    ///
+    /// [`InheritError::Kind`] if one is no listening socket.
     pub fn from_env() -> Result<Self, InheritError> {
         let mut handed = ListenFd::from_env();
         let sockets =
@@ -33,9 +39,10 @@ impl Inherited {
         sockets.collect::<Result<Vec<_>, _>>().map(|sockets| Self(sockets.into_iter().flatten().collect()))
     }
 
-    /// The socket at an address, if there is one.
+    /// Takes the socket with this address, if there is one.
     pub(super) fn take(&mut self, address: &ListenAddress) -> Option<Socket> {
         let is_it = |other: &ListenAddress| match (address, other) {
+            // By path alone: the mode of an inherited socket is systemd's matter, and is not known here.
             (ListenAddress::Unix { path, .. }, ListenAddress::Unix { path: other, .. }) => path == other,
             (address, other) => address == other,
         };
@@ -43,24 +50,31 @@ impl Inherited {
         Some(self.0.swap_remove(found).1)
     }
 
-    /// Nothing is left: what nobody accepts from would hold callers up for ever.
+    /// Checks that each socket was taken by a listener. Nobody would accept from one that is left, and its callers
+    /// would wait for ever.
+    ///
+    /// # Errors
+    ///
+    /// [`InheritError::Unasked`] if one is left.
     pub fn finish(mut self) -> Result<(), InheritError> {
         self.0.pop().map_or(Ok(()), |(address, _)| Err(InheritError::Unasked(address)))
     }
 }
 
+/// Takes one socket out of the environment's list, with its address.
 fn take(handed: &mut ListenFd, i: usize) -> io::Result<Option<(ListenAddress, Socket)>> {
     if let Ok(listener) = handed.take_tcp_listener(i) {
         let Some(listener) = listener else { return Ok(None) };
         return listening(ListenAddress::Tcp(listener.local_addr()?), listener.into()).map(Some);
     }
+    // `take_tcp_listener` leaves a socket of another kind in the list, so this can try it.
     let Some(listener) = handed.take_unix_listener(i)? else { return Ok(None) };
     let address = listener.local_addr()?;
     let path = address.as_pathname().unwrap_or("".as_ref()).to_owned();
     listening(ListenAddress::Unix { path, mode: 0 }, listener.into()).map(Some)
 }
 
-/// A connected socket (`Accept=yes`) looks the same but for this.
+/// Checks that a socket listens. A connected one, as `Accept=yes` passes, looks the same but for this.
 fn listening(address: ListenAddress, socket: Socket) -> io::Result<(ListenAddress, Socket)> {
     if socket.is_listener()? { Ok((address, socket)) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }

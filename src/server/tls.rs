@@ -1,9 +1,11 @@
-//! TLS at a listener: its certificate, and whose certificates it takes.
+//! TLS of a listener: its certificate, and which certificates of callers it accepts.
 //!
-//! Guarantees that a certificate which has expired, was revoked, or is no longer trusted lets nobody in: sessions are
-//! not resumed where certificates are asked for, and one that is in use is looked at again, at once when the files
-//! changed and every minute otherwise. A revocation list that is out of date lets nobody in either. What the files
-//! hold is read again while the gateway runs; what cannot be used changes nothing.
+//! Guarantees that a certificate which has expired, was revoked, or is no longer trusted identifies nobody. Sessions
+//! are not resumed where certificates are asked for, and a certificate on an open connection is verified again: at
+//! once when the files have changed, and every minute otherwise. A revocation list that is out of date identifies
+//! nobody either.
+//!
+//! The files are read again while the gateway runs. Files that cannot be used change nothing.
 
 use std::cell::Cell;
 use std::io;
@@ -34,27 +36,28 @@ use crate::pem::PemError;
 use crate::watched::{Watched, digest, follow};
 use crate::{clock, config, pem};
 
-/// A certificate in use is looked at again after this time, in nanoseconds.
+/// A certificate on an open connection is verified again after this time, in nanoseconds: it may expire meanwhile.
 const LOOK_AGAIN: u64 = 60_000_000_000;
 
-/// Why the files of a listener cannot be used.
+/// Why the TLS files of a listener cannot be used.
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// A file cannot be read, or is not PEM.
     #[error(transparent)]
     Pem(#[from] PemError),
-    /// The key is that of another certificate.
+    /// The key belongs to another certificate.
     #[error("key_file is not the key of cert_file's certificate")]
     Mismatch,
-    /// Certificate, key or client CA, as rustls sees them.
+    /// rustls refuses what the named configuration keys refer to.
     #[error("{0}: {1}")]
     Refused(&'static str, rustls::Error),
-    /// The client CA or its revocation lists.
+    /// The client CA or its revocation lists cannot be used.
     #[error("client_ca_file, client_crl_file: {0}")]
     Clients(#[from] VerifierBuilderError),
 }
 
-/// What the files hold, as it was read at once.
+/// The contents of all files, read at one time, so that a key is never combined with the certificate of another
+/// reading.
 struct Contents {
     certificate: Vec<u8>,
     key: Zeroizing<Vec<u8>>,
@@ -62,38 +65,43 @@ struct Contents {
     client_crl: Option<Vec<u8>>,
 }
 
-/// TLS of one listener, shared by all workers.
+/// The TLS of one listener, shared by all workers.
 #[derive(Debug)]
 pub struct Tls {
     files: ListenerTls,
+    /// Read without a lock at each handshake, and replaced as a whole.
     current: ArcSwap<Current>,
 }
 
 #[derive(Debug)]
 struct Current {
     config: Arc<ServerConfig>,
-    /// Who takes callers' certificates, where they are asked for.
+    /// Verifies callers' certificates; `None` if none is asked for.
     clients: Option<Arc<dyn ClientCertVerifier>>,
+    /// Grows with each reload.
     generation: u64,
+    /// Tells whether the files have changed since.
     digest: [u8; 32],
 }
 
-/// A caller's handshake failed.
+/// A caller's handshake that failed.
 #[derive(Debug, Error)]
 #[error("{error}")]
 pub struct NotAccepted {
-    /// Why.
+    /// The cause.
     pub error: io::Error,
-    /// The names in the caller's certificate, if it was refused.
+    /// The names in the caller's certificate, if that was refused.
     pub names: Option<Vec<String>>,
 }
 
 task_local! {
     /// The names in a certificate that is refused in this handshake.
+    // Task-local, since rustls' verifier has no other way to hand something to the handshake that called it.
     static REFUSED: Cell<Option<Vec<String>>>;
 }
 
-/// Notes the names of whom the verifier below refuses: rustls forgets them, and who must be let in wants to know.
+/// A verifier that records the names in a certificate which it refuses. rustls forgets them, and an operator who
+/// wants to admit the caller needs them.
 #[derive(Debug)]
 struct Noting(Arc<dyn ClientCertVerifier>);
 
@@ -105,6 +113,7 @@ impl ClientCertVerifier for Noting {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         self.0.verify_client_cert(own, others, now).inspect_err(|_| {
+            // `try_with`: outside a handshake there is nothing to record, and that is no error.
             let _ = REFUSED.try_with(|refused| refused.set(Some(names_in(own))));
         })
     }
@@ -148,7 +157,7 @@ impl ClientCertVerifier for Noting {
 #[derive(Debug)]
 pub struct Certificate {
     tls: Arc<Tls>,
-    /// With what leads from it to a client CA.
+    /// The certificate, and what leads from it to a client CA.
     chain: Vec<CertificateDer<'static>>,
     names: Vec<String>,
     verified: Mutex<Verified>,
@@ -158,27 +167,39 @@ pub struct Certificate {
 struct Verified {
     is_good: bool,
     generation: u64,
-    /// In nanoseconds of this process.
+    /// When it was verified, in nanoseconds of [`clock::nanos`].
     at: u64,
 }
 
 impl Tls {
     /// Reads the files of a listener.
+    ///
+    /// # Errors
+    ///
+    /// Returns a [`TlsError`] if a file cannot be read or used.
     pub fn load(files: &ListenerTls) -> Result<Arc<Self>, TlsError> {
         let current = Current::new(files, &Contents::read(files)?, 0)?;
         Ok(Arc::new(Self { files: files.clone(), current: ArcSwap::from_pointee(current) }))
     }
 
-    /// Whether callers are known by their certificates.
+    /// Returns whether callers are identified by their certificates.
     pub fn asks_for_certificates(&self) -> bool {
         self.files.client_ca_file.is_some()
     }
 
-    /// Shakes hands. Returns the caller's certificate, too, where one is asked for.
+    /// Performs the handshake of one connection. Also returns the caller's certificate if one is asked for.
+    ///
+    /// The wait has no bound: the caller bounds it.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`NotAccepted`] if the handshake fails, with the names in a certificate that was refused.
     pub async fn accept(
         self: &Arc<Self>,
         stream: TcpStream,
     ) -> Result<(TlsStream<TcpStream>, Option<Certificate>), NotAccepted> {
+        // One reading for handshake and certificate: after a reload in between, a certificate would count as verified
+        // by a CA that has not seen it.
         let current = self.current.load_full();
         let accepted = REFUSED.scope(Cell::new(None), async {
             let accepted = TlsAcceptor::from(current.config.clone()).accept(stream).await;
@@ -192,6 +213,7 @@ impl Tls {
         Ok((stream, certificate))
     }
 
+    /// Reads the files again, and puts them into use if they can be used.
     fn reload(&self) -> Result<(), TlsError> {
         let generation = self.current.load().generation + 1;
         let contents = Contents::read(&self.files)?;
@@ -199,9 +221,11 @@ impl Tls {
         Ok(())
     }
 
-    /// Looks for changed files for ever, and takes what can be used. `tell` hears of each change, and what came of it.
+    /// Watches the files, and puts changed ones into use. Never returns. `tell` is called with the result of each
+    /// change.
     pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
         let files = self.files.clone();
+        // Contents decide: files that were only touched, or swapped for equal ones, cause no reload and no event.
         let look = move || Contents::read(&files).map(|contents| contents.digest());
         let ListenerTls { cert_file, key_file, client_ca_file, client_crl_file } = &self.files;
         let paths = [Some(cert_file), Some(key_file), client_ca_file.as_ref(), client_crl_file.as_ref()];
@@ -217,12 +241,13 @@ impl Contents {
         Ok(Self {
             certificate: pem::read(&files.cert_file)?,
             key: pem::read_key(&files.key_file)?,
+            // `read_guarded` refuses a file that every user can change: whoever can write it could admit itself.
             client_ca: optional(&files.client_ca_file)?,
             client_crl: optional(&files.client_crl_file)?,
         })
     }
 
-    /// Tells other contents from these.
+    /// A digest of all files, to tell a change.
     fn digest(&self) -> [u8; 32] {
         let Self { certificate, key, client_ca, client_crl } = self;
         let parts = [Some(certificate), Some(&**key), client_ca.as_ref(), client_crl.as_ref()];
@@ -246,13 +271,16 @@ impl Current {
             Some(clients) => builder.with_client_cert_verifier(Arc::new(Noting(clients.clone()))),
             None => builder.with_no_client_auth(),
         };
+        // The mismatch is reported in words of its own: rustls' text does not name the files.
         let mut config = builder.with_single_cert(certificates, key).map_err(|error| match error {
             rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => TlsError::Mismatch,
             error => TlsError::Refused("cert_file, key_file", error),
         })?;
+        // Only HTTP/1.1 is served. A caller that offers h2 alone gets an alert instead of a connection that it cannot
+        // use.
         config.alpn_protocols = vec![HTTP1.to_vec()];
         if clients.is_some() {
-            // Whoever resumes a session shows no certificate.
+            // A resumed session shows no certificate, so a revoked one would stay in use.
             config.session_storage = Arc::new(NoServerSessionStorage {});
             config.send_tls13_tickets = 0;
         }
@@ -260,8 +288,8 @@ impl Current {
     }
 }
 
-/// Takes the certificates of these CAs, but for those on a revocation list. With a list, every CA on the way from a
-/// certificate to its root needs one that is up to date.
+/// A verifier that accepts certificates of these CAs, except those on a revocation list. With a list, each CA on the
+/// way from a certificate to its root needs one that is up to date.
 fn clients(
     files: &ListenerTls,
     contents: &Contents,
@@ -276,6 +304,7 @@ fn clients(
         (Some(path), Some(lists)) => pem::revocation_lists(lists, path)?,
         _ => Vec::new(),
     };
+    // Without enforcement, an attacker who keeps new lists away would keep a revoked certificate in use.
     Ok(builder.with_crls(lists).enforce_revocation_expiration().build()?)
 }
 
@@ -287,19 +316,25 @@ impl Certificate {
         Self { tls, chain, names, verified }
     }
 
-    /// The names in it, as callers have them in their `peer`. None if it is no longer good.
+    /// The certificate's names, as a caller's `peer` spells them. Empty if it is no longer good.
+    ///
+    /// Verifies the certificate again if the files have changed, or if the last time was a minute ago.
     pub fn names(&self) -> &[String] {
         if self.is_good() { &self.names } else { &[] }
     }
 
+    /// Returns whether the certificate is good at present.
     fn is_good(&self) -> bool {
         static NO_LONGER_GOOD: OncePerSecond = OncePerSecond::new();
         let current = self.tls.current.load();
         let mut verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
         let now = clock::nanos();
+        // A failure is kept for the minute, too. Otherwise each request with a bad certificate would cost a
+        // verification.
         if verified.generation == current.generation && now.saturating_sub(verified.at) <= LOOK_AGAIN {
             return verified.is_good;
         }
+        // `None` does not occur, since a reload keeps the set of files. It would count as not good.
         let passed = current.clients.as_ref().map(|clients| self.pass(&**clients));
         let is_good = matches!(passed, Some(Ok(())));
         *verified = Verified { is_good, generation: current.generation, at: now };
@@ -312,13 +347,15 @@ impl Certificate {
         is_good
     }
 
+    /// Verifies the chain by the wall clock of this moment.
     fn pass(&self, clients: &dyn ClientCertVerifier) -> Result<(), rustls::Error> {
         let (own, others) = self.chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
         clients.verify_client_cert(own, others, UnixTime::now()).map(drop)
     }
 }
 
-/// SPIFFE IDs and DNS names among a certificate's subject alternative names; its common name is none.
+/// The SPIFFE IDs and DNS names among a certificate's subject alternative names. The common name does not count (RFC
+/// 9525).
 fn names_in(certificate: &CertificateDer<'_>) -> Vec<String> {
     let Ok(certificate) = EndEntityCert::try_from(certificate) else { return Vec::new() };
     let ids = certificate.valid_uri_names().filter(|uri| uri.starts_with(config::SPIFFE)).map(str::to_owned);
