@@ -1,9 +1,11 @@
-//! One caller's connection: hyper's HTTP/1.1, under deadlines of ours.
+//! One caller's connection: hyper's HTTP/1.1, under deadlines of the gateway's own.
 //!
-//! Settles whether a caller got the answer that tells of a success: see [`crate::idempotency::DeliverySlot`].
+//! Guarantees that no phase of a connection lasts longer than its deadline, and settles whether a caller received the
+//! reply that reports a success: see [`crate::idempotency::DeliverySlot`]. Does not bound the work on a request: the
+//! stages do.
 //!
-//! hyper's `header_read_timeout` is also its keep-alive idle time-out, so it is not used: a small state
-//! shared by the socket, the service and the timer tells a head that is slow from a connection that idles.
+//! hyper's `header_read_timeout` is also its keep-alive idle time-out, so it is not used. A small state, shared by
+//! the socket, the service and the timer, tells a slow head from an idle connection.
 //! (tests/hyper.rs: the_timeout_of_a_head_counts_while_a_connection_idles)
 
 mod phase;
@@ -40,33 +42,36 @@ use socket::Watched;
 pub(super) use socket::{LINGER_BYTES, LINGER_TIME};
 pub use stream::Stream;
 
-/// A head has no longer than this once the gateway stops, or on a connection over the cap, in nanoseconds.
+/// How long a head may take once the gateway stops, or on a connection over the cap, in nanoseconds.
 pub(super) const STOP_HEADER: u64 = 1_000_000_000;
 
-/// Why a connection ends for which there is no room among what is unfinished.
+/// The reason by which a connection is counted that ends because unfinished heads and bodies hold all of their
+/// budget.
 const NO_ROOM: &str = "too_many_unfinished";
 
-/// What the last answer of a connection says.
+/// The `Connection` header of the last reply on a connection.
 const CLOSE: HeaderValue = HeaderValue::from_static("close");
 
-/// The deadlines of a connection, in nanoseconds, and how large a head may be.
+/// The deadlines of a connection, in nanoseconds, and the largest head, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
+    /// From the first byte of a head to its last one; from the start for a new connection.
     header: u64,
+    /// Between two requests, and without progress while a reply is written.
     idle: u64,
-    /// hyper answers a larger one with 431.
+    /// hyper answers a larger head with 431.
     max_head: usize,
 }
 
 impl Deadlines {
-    /// From the configuration.
+    /// The deadlines that a configuration sets.
     pub fn new(server: &config::Server) -> Self {
         let (header, idle) = (nanos_of(server.header_timeout), nanos_of(server.idle_timeout));
         Self { header, idle, max_head: server.max_head }
     }
 }
 
-/// A connection that was accepted, and has a place.
+/// A connection that was accepted and has a place.
 pub(super) struct Accepted {
     pub(super) stream: Stream,
     pub(super) tls: Option<Arc<Tls>>,
@@ -75,7 +80,7 @@ pub(super) struct Accepted {
     pub(super) place: Place,
 }
 
-/// Serves a connection to its end.
+/// Serves a connection to its end. Its errors are counted and logged here, since nobody else can act on them.
 pub(super) async fn serve(
     gateway: Arc<Gateway>,
     Accepted { stream, tls, hosts, peer, place }: Accepted,
@@ -88,8 +93,11 @@ pub(super) async fn serve(
     }
     let (stream, certificate) = match (stream, tls) {
         (Stream::Tcp(stream), Some(tls)) => {
+            // Only these handshakes have a share of their own: elsewhere the peer is known by its address already.
             let unproven = tls.asks_for_certificates().then(|| gateway.bounds.unproven(peer));
             let shaken = shake_hands(&tls, stream, deadlines.header, stop.clone(), unproven);
+            // Boxed: the handshake is over before the first request, and its future would stay part of the
+            // connection's.
             match Box::pin(shaken).await {
                 Ok((stream, certificate)) => (Stream::Tls(stream), certificate),
                 Err(error) => return error.tell(peer, &gateway.metrics),
@@ -97,9 +105,10 @@ pub(super) async fn serve(
         }
         (stream, _) => (stream, None),
     };
-    // Anew for each request: a certificate that was revoked has no names any more.
+    // Asked for again at each request: a certificate that was revoked meanwhile has no names any more.
     let names = || certificate.as_ref().map(Certificate::names);
     let is_known = |names| gateway.state.load().admission.knows_name(names);
+    // A certificate that names no caller makes its peer a stranger from here on.
     let Some(_stranger) = stranger(&gateway, names().is_none_or(is_known), peer) else { return };
     let watch = Arc::new(Watch::new(gateway.bounds.unfinished()));
     let socket = Watched::new(stream, watch.clone());
@@ -119,12 +128,16 @@ pub(super) async fn serve(
             .timer(TokioTimer::new())
             .header_read_timeout(None)
             // tests/hyper.rs: a_caller_that_has_closed_its_side_gets_its_answer
+            // Otherwise hyper drops the request's future when the caller closes its side, as `nc` and some clients do
+            // with the request.
             .half_close(true)
             .keep_alive(!surplus)
-            .writev(false) // one buffer and send(2) cost less than two and writev(2)
+            // One buffer and send(2) cost less than two and writev(2): 5 to 12 % of the CPU time of a request.
+            .writev(false)
             // tests/hyper.rs: the_bound_of_the_buffer_alone_lets_a_head_of_nearly_twice_its_size_pass
             .max_buf_size(deadlines.max_head)
-            .max_header_size(deadlines.max_head) // the bound above alone lets a head of nearly twice its size pass
+            // The bound above alone lets a head of nearly twice its size pass, as its bytes happen to come in.
+            .max_header_size(deadlines.max_head)
             .serve_connection(TokioIo::new(socket), service)
     );
     let ended = drive(gateway, connection, watch, deadlines, stop).await;
@@ -133,8 +146,8 @@ pub(super) async fn serve(
     }
 }
 
-/// Takes a stranger's place for the connection of a peer that is not known. Returns `None` if strangers hold all of theirs, and
-/// `Some(None)` for a peer that is known, which needs none.
+/// Takes a stranger's place for the connection of a peer that is no known caller. Returns `None` if strangers hold
+/// all of theirs, and `Some(None)` for a known peer, which needs none.
 pub(super) fn stranger(gateway: &Gateway, is_known: bool, peer: Peer) -> Option<Option<Stranger>> {
     if is_known {
         return Some(None);
@@ -146,7 +159,7 @@ pub(super) fn stranger(gateway: &Gateway, is_known: bool, peer: Peer) -> Option<
     stranger.map(Some)
 }
 
-/// Answers one request of a connection, and says whether it is the last one.
+/// Answers one request of a connection, and marks the last reply.
 async fn answer(
     gateway: &Gateway,
     from: RequestOrigin<'_>,
@@ -157,16 +170,19 @@ async fn answer(
     if watch.must_end() {
         gateway.metrics.connection_closed(NO_ROOM);
     }
+    // Checked after the request, so that a stop which began meanwhile is seen: the caller must not send another one.
     let is_last = gateway.bounds.is_stopping() || watch.must_end();
     if is_last {
         response.headers_mut().insert(http::header::CONNECTION, CLOSE);
     }
+    // hyper stops reading behind the last reply. What the caller has sent by then would turn the close into a reset.
     watch.unread.store(is_last || response.body().ends_connection(), Ordering::Relaxed);
+    // Before hyper writes the reply: a write error from here on belongs to this reply's delivery.
     watch.enter(Phase::Idle);
     Ok(response)
 }
 
-/// Runs a connection to its end, or until a phase of it has lasted too long. Fails as the connection does.
+/// Drives a connection to its end, or until one of its phases has lasted too long. Fails as the connection does.
 async fn drive<S>(
     gateway: &Gateway,
     mut connection: Pin<&mut http1::Connection<TokioIo<Watched>, S>>,
@@ -182,17 +198,19 @@ where
     let (mut listens, mut stopping) = (false, false);
     poll_fn(|cx| {
         loop {
+            // First of all: the poll reads what is there, and so moves the phase that is judged below.
             if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
                 return Poll::Ready(ended.inspect_err(|error| count_end(gateway, error)));
             }
-            // The stop wakes this task once it was asked; before it does, asking again tells nothing.
+            // The stop wakes this task once it was polled. Until it wakes, another poll tells nothing, and costs a
+            // lock at each request.
             let asks = !stopping && (!listens || gateway.bounds.is_stopping());
             listens = true;
             if !asks || stopped.as_mut().poll(cx).is_pending() {
                 break;
             }
-            // Behind the poll, which has read what is there. Who has sent nothing on a new connection has time to: its
-            // answer will be the last one.
+            // After the poll, which has read what is there. A new connection that has sent nothing is not closed,
+            // since its request may be on the way: it gets a second for its head, and its reply is the last one.
             stopping = true;
             deadlines.header = deadlines.header.min(STOP_HEADER);
             if watch.is(Phase::Idle) {
@@ -202,6 +220,7 @@ where
         }
         if watch.is_overdue(&mut alarm, deadlines, cx) {
             gateway.metrics.connection_closed(watch.reason());
+            // Dropped, not shut down: a peer that is too slow need not be waited for again.
             return Poll::Ready(Ok(()));
         }
         Poll::Pending
@@ -209,7 +228,7 @@ where
     .await
 }
 
-/// Counts a connection that ended by what its caller sent.
+/// Counts a connection that ended because of what its caller sent.
 #[cold]
 fn count_end(gateway: &Gateway, error: &hyper::Error) {
     if error.is_parse() {
@@ -219,9 +238,10 @@ fn count_end(gateway: &Gateway, error: &hyper::Error) {
     }
 }
 
-/// Whether a connection ended because unfinished heads hold as much as they may.
+/// Returns whether a connection ended because unfinished heads hold all of their budget.
 // tests/hyper.rs: an_error_of_a_read_is_the_source_of_the_connections_error
 fn ended_for_room(error: &hyper::Error) -> bool {
+    // `Watched` fails a read with this kind, which no socket does. hyper passes it on as the source of its own error.
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::OutOfMemory)
 }

@@ -1,4 +1,6 @@
-//! What a connection is doing, and since when: shared by its socket, its requests and its timer.
+//! The phase of a connection and its deadline, shared by the socket, the requests and the timer of the connection.
+//!
+//! Atomics instead of a lock: all of them are used by one task only, but hyper's futures must be `Send`.
 
 use std::future::Future as _;
 use std::pin::Pin;
@@ -17,44 +19,50 @@ use crate::concurrency::{FREE, Part};
 use crate::disconnect::CallerPresence;
 use crate::idempotency::DeliverySlot;
 
-/// A reset within this time of an answer is a reply to it, in nanoseconds.
+/// A reset within this time after a reply means that the reply was not received: it is how a socket that was closed
+/// before answers data (RFC 9293 §3.10.7.4). A later one ends an idle connection. In nanoseconds.
 const RESET_BEHIND: u64 = 1_000_000_000;
 
-/// Who closes its side of the connection within this time of its request has nothing more to say, in
-/// nanoseconds.
+/// A caller that closes its sending side within this time after its request has nothing more to say; one that does so
+/// later has given up. In nanoseconds.
 const HALF_CLOSE: u64 = 200_000_000;
 
 /// What a connection is doing.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Phase {
-    /// Waits for a request, or writes the last answer.
+    /// It waits for a request, or writes the last reply.
     Idle,
-    /// Reads a head.
+    /// It reads a head.
     Head,
-    /// Works on a request.
+    /// A request is in flight.
     Busy,
 }
 
-/// The phase and since when, in nanoseconds of this process.
+/// The state of one connection: its phase, what it holds of the budget of unfinished bytes, and whether its caller is
+/// there.
 #[derive(Debug)]
 pub(super) struct Watch {
+    /// A [`Phase`].
     phase: AtomicU8,
+    /// When the phase began, in nanoseconds of [`clock::nanos`]; while a reply is written, when its last part went
+    /// out.
     since: AtomicU64,
-    /// The caller may still be sending what nobody reads.
+    /// The caller may still be sending, and nobody will read it.
     pub(super) unread: AtomicBool,
-    /// What there is of a head, and while a request is worked on, of what its caller has sent behind it.
+    /// The bytes of an unfinished head; while a request is in flight, those that its caller has sent after it.
     pub(super) head: Part,
-    /// There was no room for the last piece of it.
+    /// There was no room in the budget for the last piece of `head`.
     pub(super) has_no_room: AtomicBool,
-    /// So much of a body is still to come, at least.
+    /// How many bytes of the request's body are still to come, at least.
     missing: AtomicUsize,
     pub(super) presence: CallerPresence,
-    /// The success that the last answer told of, until it is known whether the caller got it.
+    /// The success that the last reply reported, until it is known whether the caller received it.
     pub(super) delivery: DeliverySlot,
 }
 
 impl Watch {
+    /// The state of a new connection.
     pub(super) fn new(head: Part) -> Self {
         let watch = Self {
             phase: AtomicU8::new(0),
@@ -66,17 +74,21 @@ impl Watch {
             presence: CallerPresence::default(),
             delivery: DeliverySlot::default(),
         };
-        watch.enter(Phase::Head); // a new connection has as long for its first head as a begun one
+        // A new connection has as long for its first head as one that has begun it: a silent one must not idle for a
+        // minute.
+        watch.enter(Phase::Head);
         watch
     }
 
-    /// A head came whole. What was read with it may hold the body, and what the caller sends behind that; a head is taken for as
-    /// short as it can be written.
+    /// Records that a head is whole. What was read with it may also hold the body, and what the caller has sent after
+    /// that.
     pub(super) fn head_came(&self, request: &Request<Incoming>) {
         self.enter(Phase::Busy);
+        // The length of a head is only known at its least, without blanks around values. Taken for shorter than it
+        // is, it leaves more to be counted, which errs to the safe side for memory.
         let held = self.head.held();
         let read = if held > FREE { held.saturating_sub(least_length(request)) } else { held };
-        // Of a chunked body all that is read may lie behind its end.
+        // The end of a chunked body is not known here: all that was read may lie behind it, so it counts.
         let body = request
             .body()
             .size_hint()
@@ -86,8 +98,10 @@ impl Watch {
         self.head.hold(if held > FREE { read.saturating_sub(body) } else { 0 });
     }
 
-    /// So many bytes came while a request is worked on: its body, and what the caller sends behind that. hyper reads only when
-    /// it has passed on what it read before, and no more behind the end of the body.
+    /// Records that `bytes` bytes came while a request is in flight: its body, and what the caller sends after it.
+    ///
+    /// hyper reads only when it has passed on what it read before, and no more after the end of the body. So at most
+    /// one read goes beyond the request.
     // tests/hyper.rs: hyper_reads_on_only_when_it_has_passed_on_what_it_read
     // tests/hyper.rs: hyper_reads_no_more_behind_the_end_of_a_body
     pub(super) fn more_came(&self, bytes: usize) {
@@ -98,31 +112,34 @@ impl Watch {
         }
     }
 
-    /// Whether what the caller has sent behind its request finds no room: the connection ends behind the answer.
+    /// Returns whether what the caller has sent after its request finds no room. The connection then ends after the
+    /// reply.
     pub(super) fn must_end(&self) -> bool {
         self.has_no_room.load(Ordering::Relaxed)
     }
 
+    /// Begins a phase now. Entering the present phase restarts its deadline.
     pub(super) fn enter(&self, phase: Phase) {
         self.since.store(clock::nanos(), Ordering::Relaxed);
         self.phase.store(phase as u8, Ordering::Relaxed);
     }
 
-    /// The caller has the last answer, or sends on.
+    /// Settles that the caller received the last reply: it sent on, or did not reset.
     pub(super) fn was_delivered(&self) {
         if let Some(mut delivery) = self.delivery.take() {
             delivery.hand_over();
         }
     }
 
-    /// The connection was reset. Right behind an answer that means that nobody was there to take it; later it does not.
+    /// Records that the connection was reset. Right after a reply this means that the caller did not receive it;
+    /// later it does not, since clients close idle connections in this way.
     pub(super) fn was_reset(&self) {
         if clock::nanos() < self.since.load(Ordering::Relaxed) + RESET_BEHIND {
             self.was_not_delivered();
         }
     }
 
-    /// The caller did not get the last answer.
+    /// Settles that the caller did not receive the last reply.
     pub(super) fn was_not_delivered(&self) {
         if let Some(delivery) = self.delivery.take() {
             delivery.fail();
@@ -133,7 +150,8 @@ impl Watch {
         self.phase.load(Ordering::Relaxed) == phase as u8
     }
 
-    /// When the present phase is over; a busy request has deadlines of its own.
+    /// When the present phase must be over, in nanoseconds of [`clock::nanos`]; `u64::MAX` while a request is in
+    /// flight, which has deadlines of its own.
     fn deadline(&self, deadlines: Deadlines) -> u64 {
         let since = self.since.load(Ordering::Relaxed);
         if self.is(Phase::Busy) {
@@ -145,10 +163,12 @@ impl Watch {
         }
     }
 
-    /// The caller's side has ended while its request waits: has the caller left?
+    /// Records that the caller's side has ended while its request waits. Returns whether the caller has disconnected.
     pub(super) fn is_gone(&self, end: End) -> bool {
         match end {
             End::Closed => {
+                // A FIN looks the same from a caller that has nothing more to say and from one that gave up. The time
+                // tells them apart: the former sends it with its request.
                 let since = self.since.load(Ordering::Relaxed);
                 self.presence.closed(clock::nanos() < since + HALF_CLOSE)
             }
@@ -159,47 +179,54 @@ impl Watch {
         }
     }
 
-    /// Whether the present phase has lasted too long. To be asked behind the connection, which moves the
-    /// phases: the timer is touched only when a deadline came nearer than it, or when it fires, so that a
-    /// request that is served within one poll costs none of that.
+    /// Returns whether the present phase has lasted too long. Otherwise sets the timer for its deadline.
+    ///
+    /// Must be called after the connection was polled, which moves the phases. The timer is touched only when a
+    /// deadline is nearer than it, or when it has fired, so that a request which is served within one poll costs
+    /// nothing here.
     pub(super) fn is_overdue(&self, alarm: &mut Alarm, deadlines: Deadlines, cx: &mut Context<'_>) -> bool {
         let deadline = self.deadline(deadlines);
         if deadline >= alarm.due && !alarm.sleep.is_elapsed() {
             return false;
         }
         if alarm.sleep.is_elapsed() {
-            clock::refresh(); // the timer does not wait for a long turn's end
+            // The turn may be long, and its reading older than the timer: the phase would then not seem to be over.
+            clock::refresh();
             if deadline <= clock::nanos() {
                 return true;
             }
         }
+        // A busy connection keeps a timer, too. It is on time for the head behind the request without being set at
+        // each request.
         let is_busy = deadline == u64::MAX;
         let gone_off = alarm.set(if is_busy { clock::nanos() + deadlines.header } else { deadline }, cx);
         if gone_off && is_busy {
-            cx.waker().wake_by_ref(); // a busy request is never overdue here; look again
+            // A request in flight is never overdue here. Polled again, this sets the timer anew.
+            cx.waker().wake_by_ref();
         }
         gone_off && !is_busy
     }
 
-    /// What to call the end of the present phase.
+    /// The reason by which the end of the present phase is counted.
     pub(super) fn reason(&self) -> &'static str {
         if self.is(Phase::Head) { "header_timeout" } else { "idle_timeout" }
     }
 }
 
-/// A timer that was polled by its connection's task, so that it wakes it.
+/// The timer of a connection. The connection's task polls it, so it wakes that task.
 pub(super) struct Alarm {
     sleep: Pin<Box<Sleep>>,
-    /// In nanoseconds of this process.
+    /// When it fires, in nanoseconds of [`clock::nanos`]; `u64::MAX` if it was never set.
     due: u64,
 }
 
 impl Alarm {
+    /// A timer that is not set.
     pub(super) fn new() -> Self {
         Self { sleep: Box::pin(sleep(Duration::ZERO)), due: u64::MAX }
     }
 
-    /// Sets it; whether it has gone off already.
+    /// Sets it. Returns whether it has fired already.
     fn set(&mut self, due: u64, cx: &mut Context<'_>) -> bool {
         self.due = due;
         self.sleep.as_mut().reset(clock::instant(due));
@@ -207,7 +234,7 @@ impl Alarm {
     }
 }
 
-/// How many bytes a head takes that has no blanks beside its values.
+/// How many bytes a head takes at least: without blanks around the values.
 #[cold]
 fn least_length(request: &Request<Incoming>) -> usize {
     let target = request.uri().path_and_query().map_or(0, |target| target.as_str().len());

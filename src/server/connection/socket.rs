@@ -1,5 +1,7 @@
-//! The socket under hyper: notices when a head begins, whether the caller leaves and whether it gets its answer, and lingers when
-//! it closes on unread bytes.
+//! The socket under hyper.
+//!
+//! It notices what hyper does not report: when a head begins, when the caller disconnects, and whether it received
+//! its reply. When it is closed with unread bytes, it lingers, so that the last reply arrives.
 
 use std::future::Future as _;
 use std::io;
@@ -16,25 +18,29 @@ use super::phase::{Phase, Watch};
 use super::stream::Stream;
 use crate::clock;
 
-/// How long and how much a closing connection is read on, so that the caller receives the last answer.
+/// For how long, and for how many bytes, a closing connection is read on so that the caller receives the last reply.
 pub(in super::super) const LINGER_TIME: Duration = Duration::from_secs(1);
 pub(in super::super) const LINGER_BYTES: usize = 256 * 1024;
 
-/// How long a connection that its caller had closed before the answer is watched for a reset, and how often. Whoever has
-/// closed both sides resets it when the answer arrives (RFC 9293 §3.10.7.4); whoever closed its sending side only, reads it.
+/// For how long a connection that its caller had closed before the reply is watched for a reset, and how often it is
+/// checked. A caller that has closed both sides resets it when the reply arrives (RFC 9293 §3.10.7.4); one that has
+/// closed its sending side only reads the reply.
 const RESET_TIME: Duration = Duration::from_millis(250);
 const RESET_LOOK: Duration = Duration::from_millis(2);
 
-/// The socket under hyper: notices when a head begins, and lingers when it closes on unread bytes.
+/// A caller's socket that keeps the connection's [`Watch`] up to date.
 #[derive(Debug)]
 pub(super) struct Watched {
     stream: Stream,
+    /// The state that the connection's requests and timer see.
     watch: Arc<Watch>,
+    /// Set once the connection lingers.
     linger: Option<Linger>,
+    /// Set while the connection is watched for a reset.
     reset: Option<ResetWatch>,
 }
 
-/// Looks for a reset of a connection that its caller had closed before the answer.
+/// Checks for a reset of a connection that its caller had closed before the reply.
 #[derive(Debug)]
 struct ResetWatch {
     until: Pin<Box<Sleep>>,
@@ -42,6 +48,7 @@ struct ResetWatch {
 }
 
 #[derive(Debug)]
+/// The bounds of lingering: a time, and a number of bytes that may still be read.
 struct Linger {
     until: Pin<Box<Sleep>>,
     left: usize,
@@ -53,24 +60,27 @@ impl AsyncRead for Watched {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        // With the last piece the head may have been whole: only one that needs more ends here.
+        // Checked at the next read, not at the one that found no room: the head may have been whole with that piece,
+        // and then needs no more.
         if self.watch.has_no_room.load(Ordering::Relaxed) && self.watch.is(Phase::Head) {
             return Poll::Ready(Err(io::ErrorKind::OutOfMemory.into()));
         }
         let before = buf.filled().len();
         let read = ready!(self.stream.poll_read(cx, buf));
-        // The end of a TLS stream without close_notify is an error, too, and no reset.
+        // A TLS stream that ends without close_notify is an error of this kind. It is common, and no reset.
         if read.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::UnexpectedEof) {
             self.watch.was_reset();
         }
         read?;
         if buf.filled().len() > before && self.watch.is(Phase::Idle) {
+            // A caller that sends its next request has read the last reply.
             self.watch.was_delivered();
             self.watch.enter(Phase::Head);
         }
         let more = buf.filled().len() - before;
         if self.watch.is(Phase::Busy) {
             self.watch.more_came(more);
+        // Of a head nothing but the sum is known here; `head_came` finds out what of it is body.
         } else if !self.watch.head.grow(more) {
             self.watch.has_no_room.store(true, Ordering::Relaxed);
         }
@@ -105,24 +115,30 @@ impl AsyncWrite for Watched {
         true
     }
 
-    /// hyper does not read while a request is worked on, but it flushes whenever it was woken.
+    /// Checks whether the caller has disconnected while its request waits.
+    ///
+    /// hyper does not read while a request is in flight, but it flushes whenever it is woken.
     // tests/hyper.rs: hyper_does_not_read_while_a_request_is_worked_on
     // tests/hyper.rs: hyper_flushes_whenever_it_is_woken_while_a_request_is_worked_on
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Only if the request waits: otherwise nobody acts on the answer, and the look costs a system call.
         if self.watch.presence.is_in_question()
             && let Poll::Ready(end) = self.stream.poll_end(cx)
             && self.watch.is_gone(end)
         {
+            // hyper polled the request before it flushes. Only another round lets the request notice.
             cx.waker().wake_by_ref();
         }
         match &mut self.stream {
-            Stream::Tcp(_) | Stream::Unix(_) => Poll::Ready(Ok(())), // no buffer of their own
+            // These have no buffer of their own.
+            Stream::Tcp(_) | Stream::Unix(_) => Poll::Ready(Ok(())),
             Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     // tests/hyper.rs: a_connection_ends_with_the_shutdown_of_its_socket_behind_the_last_answer
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // The steps of a close: shut down our side, see whether the reply was received, read what is left.
         if self.linger.is_none() {
             if self.reset.is_none() {
                 ready!(self.stream.poll_shutdown(cx)).inspect_err(|_| self.watch.was_reset())?;
@@ -138,11 +154,13 @@ impl AsyncWrite for Watched {
 }
 
 impl Watched {
+    /// Wraps a caller's socket.
     pub(super) fn new(stream: Stream, watch: Arc<Watch>) -> Self {
         Self { stream, watch, linger: None, reset: None }
     }
 
-    /// A long answer is written piece by piece; a caller that takes the pieces does not idle.
+    /// Records the result of a write. A long reply is written piece by piece, and a caller that takes the pieces is
+    /// not idle.
     fn went_on(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if matches!(written, Poll::Ready(Err(_))) {
             self.watch.was_not_delivered();
@@ -153,8 +171,9 @@ impl Watched {
         written
     }
 
-    /// Settles whether a caller that had closed its side before the answer got it.
+    /// Settles whether a caller that had closed its side before the reply received it. Ready when that is known.
     fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        // Only a success is worth the wait: its caller would call again, and the task would be done twice.
         let is_open = self.watch.presence.has_ended() && self.watch.delivery.is_full();
         if !is_open {
             return Poll::Ready(());
@@ -164,6 +183,8 @@ impl Watched {
             look: Box::pin(sleep(RESET_LOOK)),
         });
         loop {
+            // Polled by time: after the end of its reading side the socket stays readable, so readiness tells nothing
+            // new.
             if self.stream.is_reset() {
                 self.watch.was_not_delivered();
                 return Poll::Ready(());
@@ -173,15 +194,18 @@ impl Watched {
                 return Poll::Ready(());
             }
             ready!(reset.look.as_mut().poll(cx));
+            // Not at each wake-up: the interval bounds the number of system calls.
             reset.look.as_mut().reset(clock::now() + RESET_LOOK);
         }
     }
 
-    /// A socket that is closed with unread bytes sends a reset, and a reset may overtake the answer: so the
-    /// rest is read and thrown away, within bounds.
+    /// Reads and discards what the caller still sends, within bounds.
+    ///
+    /// A socket that is closed with unread bytes sends a reset, and a reset may overtake the reply.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { stream, linger: Some(linger), .. } = self else { return Poll::Ready(Ok(())) };
         while linger.left > 0 && linger.until.as_mut().poll(cx).is_pending() {
+            // On the stack of one poll, so that a lingering connection holds no buffer.
             let mut scratch = [0; 4096];
             let mut buf = ReadBuf::new(&mut scratch);
             match ready!(stream.poll_read(cx, &mut buf)) {

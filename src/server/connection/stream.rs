@@ -1,4 +1,4 @@
-//! A caller's socket, plain or under TLS, and how the other side of it ends.
+//! A caller's socket, plain or under TLS, and how its other side ends.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -10,43 +10,46 @@ use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
 
-/// A caller's socket.
+/// The socket of a caller's connection.
 #[derive(Debug)]
 pub enum Stream {
-    /// TCP.
+    /// Plain TCP.
     Tcp(TcpStream),
-    /// TLS over TCP.
+    /// TLS over TCP. Boxed, since a TLS session is much larger than a socket.
     Tls(Box<TlsStream<TcpStream>>),
-    /// Unix.
+    /// A Unix socket.
     Unix(UnixStream),
 }
 
 /// How the other side of a connection has ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum End {
-    /// It sends no more.
+    /// It sends no more. It may still read.
     Closed,
-    /// It is gone.
+    /// It is gone, and reads nothing any more.
     Reset,
 }
 
 impl Stream {
-    /// Whether the other side has reset the connection.
+    /// Returns whether the other side has reset the connection. Does not read.
     pub(super) fn is_reset(&self) -> bool {
         let error = match self {
             Self::Tcp(stream) => stream.take_error(),
             Self::Tls(stream) => stream.get_ref().0.take_error(),
             Self::Unix(stream) => stream.take_error(),
         };
+        // An error of the question itself counts as a reset: the success is then undelivered, which never sends a
+        // task twice.
         !matches!(error, Ok(None))
     }
 
-    /// Ready when the other side has closed or reset the connection; not when it has more to say.
+    /// Waits until the other side has closed or reset the connection. Stays pending while there is something to read.
     pub(super) fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         loop {
             let peeked = match self {
                 Self::Tls(stream) => return poll_tls_end(stream, cx),
                 Self::Tcp(stream) => {
+                    // Its error is found by the peek, which also tells a reset from an end.
                     let _ = ready!(stream.poll_read_ready(cx));
                     stream.try_io(Interest::READABLE, || peek(&*stream))
                 }
@@ -56,14 +59,18 @@ impl Stream {
                 }
             };
             match peeked {
+                // `try_io` has cleared tokio's readiness, so the next round waits for an event.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => return Poll::Ready(End::Reset),
                 Ok(0) => return Poll::Ready(End::Closed),
+                // Bytes of a next request. Readiness is not cleared here, so no wake-up comes for the end behind
+                // them: hyper polls again when the request goes on.
                 Ok(_) => return Poll::Pending,
             }
         }
     }
 
+    /// Reads, as [`tokio::io::AsyncRead`] does.
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
@@ -72,6 +79,7 @@ impl Stream {
         }
     }
 
+    /// Shuts down the sending side, under TLS with a close_notify before.
     pub(super) fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
@@ -81,17 +89,18 @@ impl Stream {
     }
 }
 
-/// How much can be read, without reading it.
+/// How many bytes can be read, at most 1. Does not read them.
 fn peek(socket: impl AsFd) -> io::Result<usize> {
     let mut byte = [0_u8; 1];
     let (_, bytes) = rustix::net::recv(socket, &mut byte[..], RecvFlags::PEEK | RecvFlags::DONTWAIT)?;
     Ok(bytes)
 }
 
-/// The end of a TLS stream is told within it, so that it cannot be peeked at: what comes is decrypted, and kept where
-/// it will be read.
+/// As [`Stream::poll_end`] for TLS. The end of a TLS stream is a record within it, so it cannot be peeked at: what
+/// comes is decrypted, and stays in the session until hyper reads it.
 fn poll_tls_end(stream: &mut TlsStream<TcpStream>, cx: &mut Context<'_>) -> Poll<End> {
     let (socket, session) = stream.get_mut();
+    // rustls wants no more once it holds plaintext that nobody has read, which bounds what a caller can make it keep.
     while session.wants_read() {
         match session.read_tls(&mut Present { socket, cx }) {
             Ok(0) => return Poll::Ready(End::Closed),
@@ -108,7 +117,7 @@ fn poll_tls_end(stream: &mut TlsStream<TcpStream>, cx: &mut Context<'_>) -> Poll
     Poll::Pending
 }
 
-/// What a socket has at present.
+/// A reader that gets what the socket has at present, for rustls, which reads without waiting.
 struct Present<'a, 'b> {
     socket: &'a mut TcpStream,
     cx: &'a mut Context<'b>,
@@ -119,6 +128,7 @@ impl io::Read for Present<'_, '_> {
         let mut buf = ReadBuf::new(buf);
         match Pin::new(&mut *self.socket).poll_read(self.cx, &mut buf) {
             Poll::Ready(read) => read.map(|()| buf.filled().len()),
+            // The waker is registered by then, so this end of the reading is not the last one.
             Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
