@@ -1,4 +1,7 @@
-//! A caller's head, as far as the stages want to know of it.
+//! A caller's head as the stages need it, read in one pass.
+//!
+//! Guarantees that a header which must occur once can be told from one that is repeated. Decides nothing: each stage
+//! rejects what it cannot use.
 
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
@@ -6,17 +9,17 @@ use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
 use crate::field_values::is_coding;
 use crate::model::header_names::looks_like_credential;
 
-/// What the stages want to know of a caller's head, read in one pass.
+/// What the stages need of a caller's head. Nothing of it but the operator goes to the upstream.
 #[derive(Debug, Default)]
 pub struct Inbound<'a> {
-    /// `Host`, and how often it stands there.
+    /// `Host`.
     pub host: Once<'a>,
-    /// `x-userid`.
+    /// `x-userid`: the operator in whose name the caller asks.
     pub operator: Once<'a>,
     /// `Content-Type`.
     pub content_type: Once<'a>,
     transfer_encoding: Once<'a>,
-    /// `x-request-id`.
+    /// `x-request-id`: the caller's own id of the request.
     pub caller_id: Once<'a>,
     /// `traceparent`.
     pub traceparent: Once<'a>,
@@ -24,56 +27,61 @@ pub struct Inbound<'a> {
     pub idempotency_key: Once<'a>,
     /// `Idempotency-Force`.
     pub idempotency_force: Once<'a>,
-    /// `Expect: 100-continue`.
+    /// `Expect: 100-continue` is there.
     pub expects_continue: bool,
-    /// Any other `Expect`.
+    /// Another `Expect` is there, which may be refused with 417 (RFC 9110 §10.1.1).
     pub expects_more: bool,
-    /// `Content-Encoding` names a coding.
+    /// `Content-Encoding` names a coding other than `identity`.
     pub is_coded: bool,
-    /// `Origin` or `Sec-Fetch-Site`. `Sec-Fetch-Mode` alone is no browser: Node's fetch sends it.
+    /// `Origin` or `Sec-Fetch-Site` is there, so a browser sends it. `Sec-Fetch-Mode` alone does not count: Node's
+    /// fetch sends it.
     pub is_browser: bool,
-    /// `Connection` names a header on which the gateway or the upstream relies, so that dropping it on the way
-    /// would change who acts; or cannot be read.
+    /// `Connection` names a header on which the gateway or the upstream relies, or cannot be read. An intermediary
+    /// that drops the header (RFC 9110 §7.6.1) would change who acts or what is done.
     pub drops_end_to_end: bool,
-    /// `Transfer-Encoding` is another than `chunked`, or stands twice.
+    /// `Transfer-Encoding` is other than `chunked`, or is repeated.
     pub is_transfer_coded: bool,
-    /// HTTP/1.0, which can't be told that a reply broke off.
+    /// The request is not HTTP/1.1 but 1.0, in which a reply that breaks off cannot be told from one that ends.
     pub is_old: bool,
-    /// All of them.
+    /// All headers, for [`Self::has`].
     all: Option<&'a HeaderMap>,
-    /// Headers that look like a credential. They are dropped like all others, but counted: an app that sends
+    /// How many headers look like a credential. They are dropped as all others are, but counted: an app that sends
     /// one has not understood that it needs none.
     pub credentials: usize,
 }
 
-/// A header that should stand in a head at most once.
+/// The occurrences of a header that must not be repeated.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Once<'a> {
-    /// The first one.
+    /// The first one, if there is any.
     pub first: Option<&'a HeaderValue>,
     /// How many there are.
     pub count: usize,
 }
 
 impl<'a> Once<'a> {
+    /// Records one occurrence.
     fn note(&mut self, value: &'a HeaderValue) {
+        // The first stays, and a repeated header is not joined: two values of `x-userid` are two operators, and which
+        // one counts would depend on who reads them.
         self.first.get_or_insert(value);
         self.count += 1;
     }
 
-    /// The only one; `None` if there is none, or more than one.
+    /// The value if there is exactly one; `None` if there is none or more than one.
     pub fn only(&self) -> Option<&'a HeaderValue> {
         self.first.filter(|_| self.count == 1)
     }
 }
 
 impl<'a> Inbound<'a> {
-    /// Reads a caller's head.
+    /// Reads a head. Never fails: what is wrong is left to the stages.
     pub fn read(head: &'a Parts) -> Self {
         let mut inbound =
             Self { is_old: head.version != Version::HTTP_11, all: Some(&head.headers), ..Self::default() };
         for (name, value) in &head.headers {
-            // The usual ones first. Names that the crate knows are compared as numbers, others as text.
+            // The usual ones first. Names that the `http` crate knows are compared as numbers, others as text: the
+            // chain saves some of the instructions of a request.
             if *name == header::HOST {
                 inbound.host.note(value);
             } else if *name == header::CONTENT_TYPE {
@@ -85,6 +93,8 @@ impl<'a> Inbound<'a> {
                 inbound.note(name.as_str(), value);
             }
         }
+        // Only after all headers, since a repeated one is refused: two parsers that pick different ones see different
+        // bodies (request smuggling).
         inbound.is_transfer_coded = match inbound.transfer_encoding.count {
             0 => false,
             _ => inbound.transfer_encoding.only().is_none_or(|coding| !is_token(coding, "chunked")),
@@ -92,11 +102,12 @@ impl<'a> Inbound<'a> {
         inbound
     }
 
-    /// Whether a header is there, with whatever value.
+    /// Returns whether a header is there, with any value.
     pub fn has(&self, name: &HeaderName) -> bool {
         self.all.is_some_and(|headers| headers.contains_key(name))
     }
 
+    /// Records a header that is not among the usual ones.
     fn note(&mut self, name: &str, value: &'a HeaderValue) {
         match name {
             "x-userid" => self.operator.note(value),
@@ -112,21 +123,26 @@ impl<'a> Inbound<'a> {
             "traceparent" => self.traceparent.note(value),
             "idempotency-key" => self.idempotency_key.note(value),
             "idempotency-force" => self.idempotency_force.note(value),
+            // Only the name is checked. The value of a credential is read nowhere.
             _ => self.credentials += usize::from(looks_like_credential(name)),
         }
     }
 }
 
+/// Compares a value with a token, without case.
 fn is_token(value: &HeaderValue, token: &str) -> bool {
     value.as_bytes().eq_ignore_ascii_case(token.as_bytes())
 }
 
+/// Returns whether `Connection` names a header that must arrive, or cannot be read.
 fn names_end_to_end(connection: &HeaderValue) -> bool {
     const RELIED_ON: [&str; 6] =
         ["authorization", "content-length", "content-type", "host", "x-userid", "x-app-key"];
     if matches!(connection.as_bytes(), b"keep-alive" | b"close") {
-        return false; // the usual case
+        // Clients send these two, and need no search.
+        return false;
     }
+    // Unreadable counts as naming one, since an intermediary may read it otherwise than this function.
     let Ok(options) = connection.to_str() else { return true };
     options
         .split(',')
