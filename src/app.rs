@@ -1,6 +1,7 @@
-//! The composition root: configuration in, a running gateway out. The only place that knows everything.
+//! Composition root: turns a configuration into a running gateway, supervises it and stops it.
 //!
-//! Builds all, binds all, and only then serves, so that a start that fails has served nobody.
+//! It is the only module that knows all parts. It builds and binds everything before it serves, so that a start which
+//! fails has served no request. It decides nothing about requests.
 
 mod beside;
 mod drain;
@@ -54,13 +55,15 @@ use worker::{Worker, WorkerTerms, join, of_worker, share};
 pub use crate::supervisor::Ended;
 pub use sockets::BindError;
 
-/// So many records may wait for the audit writer, at least; each exchange keeps room for two.
+/// The least number of records that may wait for the audit writer. Each exchange reserves room for two: its intent
+/// and its outcome.
 const AUDIT_QUEUE: usize = 16 * 1024;
 
-/// An intent that is not safe by then is refused.
+/// An intent that is not committed within this time is rejected with 503, so that a stuck disk does not hold callers
+/// up.
 const INTENT_DEADLINE: Duration = Duration::from_millis(250);
 
-/// A gateway that is built and bound, and serves nobody yet.
+/// A gateway that is built and bound, and does not serve yet.
 pub struct App {
     config: Config,
     background: Runtime,
@@ -70,10 +73,12 @@ pub struct App {
     metrics: Arc<Metrics>,
     pool_metrics: pool::Metrics,
     connector: Connector,
-    /// What `:authority` holds, where HTTP/2 is offered.
+    /// The `:authority` of upstream requests, if HTTP/2 is offered.
     http2: Option<Authority>,
     egress: Egress,
     bounds: Arc<Bounds>,
+    // Nothing is sent. Each `Room` of a connection or request holds a sender, so `done` ends when the last one is
+    // dropped.
     alive: mpsc::Sender<()>,
     done: mpsc::Receiver<()>,
     bound: Vec<Bound>,
@@ -82,14 +87,23 @@ pub struct App {
 }
 
 impl App {
-    /// Compiles the configuration, opens the audit trail, reads the secrets and binds every listener.
-    /// `accept_loss` is the word of a loss of the audit trail that the operator accepts.
+    /// Builds a gateway: compiles the configuration, opens the audit trail, reads the secrets and binds all
+    /// listeners.
+    ///
+    /// `accept_loss` is the word by which the operator accepts a loss of the audit trail.
+    ///
+    /// # Errors
+    ///
+    /// Fails if any of this fails. Nothing was served then; the trail may have been opened, and is closed again.
     pub fn build(config: Config, accept_loss: Option<String>) -> anyhow::Result<Self> {
-        let mut inherited = Inherited::from_env()?; // before there are threads
+        // First, before there are threads: it changes the environment.
+        let mut inherited = Inherited::from_env()?;
         let background = Builder::new_current_thread().enable_all().build()?;
         let (metrics, parts, audit_metrics) = Metrics::new();
         let (egress, connector, http2) = outward(&config)?;
         let options = audit_options(&config, accept_loss.clone());
+        // Before the trail is opened: under too low a limit on file sizes its first segment could not be written to
+        // its end.
         audit::limit::check(&config).map_err(StartError::from)?;
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit, accept_loss));
@@ -97,7 +111,9 @@ impl App {
         let state = Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.upstream)?));
         let (alive, done) = mpsc::channel(1);
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
+        // Late, since a bound socket makes callers wait: whatever can fail before has been done.
         let bound = sockets::bind(&config, &mut inherited)?;
+        // After all listeners have taken theirs. A socket that is left would hold its callers up for ever.
         inherited.finish()?;
         let admin = sockets::bind_admin(&config)?;
         let control = sockets::bind_control(&config)?;
@@ -123,34 +139,59 @@ impl App {
         })
     }
 
-    /// Checks whether a start would succeed once a gateway that now runs with this configuration has stopped. Makes and changes
-    /// nothing. Returns warnings: what may stop a start nevertheless. `file` is the configuration's own.
+    /// Checks whether a start would succeed, were the gateway that runs now with this configuration gone. Changes
+    /// nothing.
+    ///
+    /// `file` is the file of the configuration. Returns warnings: what may stop a start nevertheless.
     ///
     /// # Errors
     ///
     /// Fails as [`App::build`] would.
     pub fn rehearse(config: &Config, file: &Path) -> anyhow::Result<Vec<String>> {
         outward(config)?;
+        // In the order of `build`, so that both report the same mistake first.
         audit::limit::check(config).map_err(StartError::from)?;
         audit::rehearse(&audit_options(config, None))?;
         compile_routes(config, None)?;
         sockets::look(config, file)
     }
 
-    /// Where callers connect, with the real ports.
+    /// The addresses of the listeners, with the real ports.
     pub fn addresses(&self) -> impl Iterator<Item = &ListenAddress> {
         self.bound.iter().map(|bound| &bound.address)
     }
 
-    /// Closes the audit trail. It has served nobody. Fails with [`Ended`] if the trail lacks its end.
+    /// Closes the audit trail of a gateway that has served nothing.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`Ended`] if the trail could not be written to its end.
     pub fn discard(self) -> anyhow::Result<()> {
         close(&self.audit, None).map_or(Ok(()), |ended| Err(ended.into()))
     }
 
-    /// Serves until `stop` is over, then drains: no new connections, work in flight runs to its end or to
+    /// Serves until `stop` completes, then drains: no new connections, requests in flight run to their end or to
     /// `drain_timeout`, and the audit trail closes last.
-    /// With a `source` the configuration changes while it serves: see [`crate::reload`]. Fails with [`Ended`] if a thread or a
-    /// task ended that must not; it drains before that.
+    ///
+    /// With a `source` the configuration can change meanwhile: see [`crate::reload`]. Blocks the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`Ended`] if a thread or a task ended that must not; the gateway drains before that. Fails if a thread
+    /// cannot be started, before any request was served.
+    // The order matters in some places:
+    // * The trail is read before the workers start: until that is done, calls with a key get 503.
+    // * If all sockets are inherited (`hands_over`), the next process accepts on them at once, so callers need no grace.
+    // * `begin` is sent when all threads are there. Had one failed to start, the others would have served already, and
+    //   their requests would be cut off.
+    // * Tasks of the background runtime run only as long as `block_on` drives it, which is to the end of the drain: a
+    //   request in flight may still need a token.
+    // * `join` comes after the drain, and the trail is closed after `join`: records close themselves when a worker drops
+    //   what is left.
+    // * The first thread or task that ended counts as the cause. One that ended during the drain is still looked for, or
+    //   the exit code would hide it.
+    // * `admin` is dropped last, so that `/readyz` and `/metrics` answer to the end.
+    // * `shutdown_background` does not wait: a file or a resolver that hangs must not hold up the stop.
     pub fn run(mut self, stop: impl Future<Output = ()>, source: Option<Source>) -> anyhow::Result<()> {
         self.log_start()?;
         let mut supervisor = Supervisor::new();
@@ -177,7 +218,7 @@ impl App {
         let Self { config, background, state, audit, idempotency, bounds, alive, mut done, control, .. } =
             self;
         let admin = serve_admin(self.admin, Arc::new(admin), supervisor.vital("the admin listener"))?;
-        begin.send_replace(true); // all threads are there
+        begin.send_replace(true);
         let ended = background.block_on(async {
             for slot in &state.load().terms.slots {
                 let vital = supervisor.vital(format!("the token fetcher of {}", slot.name()));
@@ -210,7 +251,7 @@ impl App {
         ended.map_or(Ok(()), |ended| Err(ended.into()))
     }
 
-    /// Logs where it listens, and warns of what the configuration leaves open.
+    /// Logs where the gateway listens, and warns of what the configuration leaves open.
     fn log_start(&self) -> io::Result<()> {
         let Self { config, .. } = self;
         if config.trusts_loopback() {
@@ -228,6 +269,7 @@ impl App {
         Ok(())
     }
 
+    /// What the admin listener shows.
     fn admin_state(
         &self,
         source: Option<&Source>,
@@ -251,7 +293,8 @@ impl App {
         })
     }
 
-    /// Starts the threads of all workers, each with a part of every listener. They begin when they are told to.
+    /// Starts the threads of all workers, each with its part of every listener. They serve once `terms.may_begin` is
+    /// set.
     fn start_workers(&mut self, terms: &WorkerTerms) -> io::Result<Vec<JoinHandle<()>>> {
         let server = &self.config.server;
         let mut listeners: Vec<Vec<_>> = (0..server.workers).map(|_| Vec::new()).collect();
@@ -265,6 +308,7 @@ impl App {
                 number,
                 gateway: Arc::new(self.gateway(number, &terms.vitals)),
                 deadlines: Deadlines::new(server),
+                // The grace is a part of `drain_timeout`, and a worker's clock begins after it.
                 drain: server.drain_timeout.saturating_sub(terms.grace),
                 terms: terms.clone(),
             };
@@ -278,6 +322,7 @@ impl App {
         let upstream = &self.config.upstream;
         let pool = Pool::new(
             self.connector.clone(),
+            // Divided among the workers: pools share nothing, so that no connection crosses threads.
             share(upstream.max_connections, self.config.server.workers, worker),
             upstream.connect_timeout,
             upstream.idle_timeout,
@@ -296,31 +341,33 @@ impl App {
     }
 }
 
-/// Tells systemd that all workers accept connections, then that they go on: `watching`.
+/// Reports to systemd that all workers accept connections, then runs `watching`, which reports that they go on.
 async fn ready(mut accepting: watch::Receiver<usize>, workers: usize, watching: impl Future<Output = ()>) {
-    // If the workers end before that, the count ends, too: then the gateway was never ready.
+    // It fails if the workers end before: the gateway was then never ready, though the count has ended. A start that
+    // failed was once reported as ready.
     if accepting.wait_for(|accepting| *accepting == workers).await.is_ok() {
-        // Without systemd there is nobody to tell, and that is no error. It hears of the start first.
+        // Fails without systemd, which is no error. It must come before the first report of the watchdog.
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     }
     watching.await;
 }
 
-/// Closes the audit trail, and logs what keeps it from being written to its end. Returns what ended first.
+/// Closes the audit trail, and logs why it could not be written to its end. Returns what ended first.
 fn close(audit: &Audit, ended: Option<Ended>) -> Option<Ended> {
-    // A panic of the writer was told when it happened, unless it happens now.
+    // A panic of the writer was reported when it happened, unless it happens now.
     let unfinished = audit.close().filter(|why| ended.is_none() || *why != Unfinished::Panic);
     let unfinished = unfinished.map(|why| Ended::logged("the audit writer", &why.to_string()));
     ended.or(unfinished)
 }
 
-/// Serves the admin listener on a thread of its own, until what this returns is dropped.
+/// Serves the admin listener on a thread of its own, until the returned sender is dropped.
 fn serve_admin(
     listener: net::TcpListener,
     admin: Arc<Admin>,
     vital: Vital,
 ) -> io::Result<oneshot::Sender<()>> {
     let (end, ended) = oneshot::channel();
+    // A thread of its own: probes must get an answer when a worker or the background hangs, or they could not say so.
     let serve = move || -> io::Result<()> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
@@ -332,6 +379,7 @@ fn serve_admin(
             Ok(())
         })
     };
+    // Its end in order is an end as well, so `vital` is dropped, which reports it. After the stop nobody listens.
     let run = move || match serve() {
         Ok(()) => drop(vital),
         Err(error) => vital.fail(error),
@@ -340,7 +388,7 @@ fn serve_admin(
     Ok(end)
 }
 
-/// Where and how the trail is kept. `accept_loss` is the word of a loss that the operator accepts.
+/// How and where the trail is kept. `accept_loss` is the word by which the operator accepts a loss.
 fn audit_options(config: &Config, accept_loss: Option<String>) -> audit::Options {
     let window = config.idempotency.window;
     audit::Options {
@@ -349,11 +397,14 @@ fn audit_options(config: &Config, accept_loss: Option<String>) -> audit::Options
         durability: config.audit.durability,
         segment_size: config.audit.segment_size,
         key_file: config.audit.key_file.clone(),
+        // Four for each request in flight: twice what all exchanges reserve, so that records without a reservation
+        // find room, too.
         queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
         intent_deadline: INTENT_DEADLINE,
         shown: SHOWN.map(|name| config.audit.shown(name)),
         refusals: config.audit.refusals(),
         hour: audit::HOUR,
+        // A call that began before the idempotency window and ended within it still matters, so `SLACK` is added.
         retain: config.audit.retain.map(|retain| retain + SLACK),
         early: config.audit.max_size.map(|max_size| Early { max_size, after: window + SLACK }),
         window,
@@ -362,6 +413,7 @@ fn audit_options(config: &Config, accept_loss: Option<String>) -> audit::Options
     }
 }
 
+/// A token slot for each credential. Its events go to the trail with the credential's name.
 fn slots(
     config: &Config,
     egress: &Egress,
@@ -382,12 +434,12 @@ fn slots(
         .collect()
 }
 
-/// The way out: TLS and proxy, the connector to the upstream, and what `:authority` holds where HTTP/2 is offered: over TLS only,
-/// since nothing picks it on a plain connection.
+/// The way to the cloud: TLS and proxy, the connector to the upstream, and its `:authority` if HTTP/2 is offered.
 fn outward(config: &Config) -> anyhow::Result<(Egress, Connector, Option<Authority>)> {
     let upstream = &config.upstream;
     let egress = Egress::new(upstream, upstream.base_url.tls || config.token.url.tls)?;
     let connector = Connector::new(&upstream.base_url, &egress, upstream.connect_timeout)?;
+    // Over TLS only, since ALPN picks the protocol and a plain connection has no ALPN.
     let offered = upstream.http2 == config::Http2::Auto && upstream.base_url.tls;
     let http2 = offered.then(|| upstream.base_url.authority().parse()).transpose()?;
     Ok((egress, connector, http2))

@@ -1,4 +1,4 @@
-//! Work beside the requests: reads the trail after the start, and looks at the clock and the threads once a second.
+//! Work beside the requests: the reading of the trail after the start, and the checks that run once a second.
 
 use std::time::Duration;
 use std::{io, thread};
@@ -10,10 +10,13 @@ use crate::audit::Audit;
 use crate::log;
 use crate::supervisor::{Vital, Vitals};
 
-/// How often the wall clock is looked at, and whether the threads of trail and log are there.
+/// How often the wall clock, the audit thread and the log thread are checked.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Looks at the wall clock once a second, and whether the threads of trail and log are there.
+/// Once a second: compares the wall clock with *now*, writes the counts of aggregated log lines, and checks that the
+/// audit thread and the log thread live.
+///
+/// Returns when one of the two has ended. Its `Vital` then reports that, and the process drains.
 pub(super) async fn look(audit: Audit, vitals: Vitals) {
     let looks = async {
         loop {
@@ -21,6 +24,7 @@ pub(super) async fn look(audit: Audit, vitals: Vitals) {
             audit.look_at_clock();
             log::requests::fold_up();
             if !audit.is_written() {
+                // These threads hold no `Vital` themselves, so one is made in their name.
                 return vitals.vital("the audit writer");
             }
             if log::has_ended() {
@@ -29,16 +33,24 @@ pub(super) async fn look(audit: Audit, vitals: Vitals) {
         }
     };
     let gone = vitals.until_stop("the look at clock and threads").run(looks).await;
+    // Both threads run until they are closed, so a panic is all that ends them early.
     gone.fail("a panic");
 }
 
-/// Reads what was there before the start, beside everything else: calls without a key are served meanwhile.
+/// Starts the thread that reads the trail of earlier runs: first for deduplication, then to verify its hash chain.
+/// Calls without a key are served meanwhile.
+///
+/// # Errors
+///
+/// Fails if the thread cannot be started.
 pub(super) fn read_past(app: &App, vital: Vital) -> io::Result<()> {
     let (idempotency, settings) = (app.idempotency.clone(), app.config.idempotency.clone());
     let (directory, audit) = (app.config.audit.directory.clone(), app.audit.clone());
     let read = move || {
+        // First, since calls with a key get 503 until it is done; nobody waits for the verification.
         idempotency.rebuild(&settings, &directory, &audit);
         if let Err(error) = audit.verify_past(&directory) {
+            // Logged only: deduplication has read what it needs by then, so this is no reason to stop serving.
             tracing::error!(%error, "the audit trail cannot be read");
         }
         vital.done();

@@ -1,4 +1,6 @@
-//! The stop: in steps, and within `drain_timeout`.
+//! The stop: a graceful shutdown in steps, within `drain_timeout`.
+//!
+//! Guarantees that a request which has begun is not cut off before `drain_timeout`, and that no step waits beyond it.
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -7,8 +9,11 @@ use crate::concurrency::Bounds;
 use crate::config;
 use crate::server::Stop;
 
-/// Stops, step by step, within `drain_timeout`. Who comes next takes over inherited sockets; nobody does others, so that
-/// callers get a grace to look elsewhere.
+/// Stops, step by step: the grace, then no new connections, then the wait until every connection and request has
+/// ended. Returns after `drain_timeout` at the latest.
+///
+/// `hands_over` says that all sockets are inherited. The next process then takes over the connections that wait, and
+/// there is no grace; otherwise callers get `drain_grace` to find another gateway.
 pub(super) async fn drain(
     server: &config::Server,
     hands_over: bool,
@@ -18,20 +23,25 @@ pub(super) async fn drain(
     done: &mut mpsc::Receiver<()>,
 ) {
     let end = Instant::now() + server.drain_timeout;
+    // With inherited sockets, too: requests on open connections are still served, each as the last one.
     if hands_over || !server.drain_grace.is_zero() {
         bounds.close();
     } else {
         bounds.drain();
     }
-    tracing::info!("stopping"); // who reads this may rely on it
+    // Logged after the bounds have changed: whoever reads the line may rely on it.
+    tracing::info!("stopping");
+    // Fails without systemd, which is no error.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    // After `close`, so that a worker which sees the step also marks its replies as the last ones.
     let _ = stopping.send(Stop::Begins);
     if !hands_over {
         sleep(server.drain_grace).await;
         bounds.drain();
     }
     let _ = stopping.send(Stop::Now);
-    drop(alive); // behind the grace, in which others may come yet
+    // After the grace, in which new connections still take a `Room`. From here on the last one ends `done`.
+    drop(alive);
     if timeout_at(end, done.recv()).await.is_err() {
         tracing::warn!(
             connections = bounds.connections(),

@@ -1,4 +1,6 @@
-//! Certificates, and user and password for the proxy, that change while the gateway runs.
+//! Files that are followed while the gateway runs: certificates, and the user and password for the proxy.
+//!
+//! Each change is recorded in the trail, whether it was put into use or refused. A refused one changes nothing.
 
 use serde_json::{Map, json};
 
@@ -7,11 +9,11 @@ use crate::audit::Audit;
 use crate::changes::Changes;
 use crate::supervisor::Supervisor;
 
-/// Takes certificates, and user and password for the proxy, that change while the gateway runs, and puts on record what
-/// came of it.
+/// Starts one task for each thing that is followed. They run on the background runtime, until the process ends.
 pub(super) fn keep_up(app: &App, supervisor: &Supervisor) {
     let App { background, bound, egress, audit, metrics, .. } = app;
     let changes = &metrics.changes;
+    // A task for each, so that a file that hangs holds up no other one.
     for (tls, address) in bound.iter().filter_map(|bound| Some((bound.tls()?, bound.address.to_string()))) {
         let vital = supervisor.vital(format!("the certificates of {address}"));
         let change = file_change(&CERTIFICATES, "listener", address, audit, changes);
@@ -34,7 +36,7 @@ pub(super) fn keep_up(app: &App, supervisor: &Supervisor) {
     }
 }
 
-/// What is read again: the event in the trail, and its name in the log.
+/// What is read again: the event in the trail, and the words for it in the log.
 struct Kind {
     event: &'static str,
     what: &'static str,
@@ -43,6 +45,7 @@ struct Kind {
 const CERTIFICATES: Kind = Kind { event: "certificate_change", what: "the certificates" };
 const LOGIN: Kind = Kind { event: "secret_change", what: "user and password for the proxy" };
 
+/// Makes the function that reports a change of one thing: to `/status`, log and trail.
 fn file_change(
     Kind { event, what }: &'static Kind,
     whose: &'static str,
@@ -61,6 +64,7 @@ fn file_change(
             }
             Err(error) => {
                 change.refused(&error);
+                // A warning and no error: the gateway serves on with the old files, until they expire.
                 tracing::warn!(whose, name, %error, "{what} cannot be used; the old ones stay in use");
                 details.insert("result".into(), json!("refused"));
                 details.insert("reason".into(), json!(error));
