@@ -94,7 +94,7 @@ impl App {
     ///
     /// # Errors
     ///
-    /// Fails if any of this fails. Nothing was served then; the trail may have been opened, and is closed again.
+    /// Fails if any of this fails. No request was served then, but the trail may have been opened.
     pub fn build(config: Config, accept_loss: Option<String>) -> anyhow::Result<Self> {
         // First, before there are threads: it changes the environment.
         let mut inherited = Inherited::from_env()?;

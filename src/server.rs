@@ -210,7 +210,7 @@ pub(crate) fn bind_unix(path: &Path, mode: u32, workers: usize) -> io::Result<Ve
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SockAddr::unix(path)?)?;
-    // Between `bind` and `listen`: nobody can connect before the mode is right, whatever the umask is.
+    // Between `bind` and `listen`, so that no connection is possible before the mode is right, whatever the umask is.
     fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     socket.listen(BACKLOG)?;
     shared(&socket, workers)
@@ -243,7 +243,7 @@ pub(crate) fn try_unix(path: &Path) -> io::Result<()> {
         }
         Err(_) => {}
     }
-    // Checked before the start binds anything, since `bind` says only EACCES or ENOENT, and not of which directory.
+    // Checked one by one, since `bind` says only EACCES or ENOENT, and not what is wrong with which directory.
     let folder = path.parent().unwrap_or(path);
     let shown = folder.display();
     match fs::metadata(folder) {
@@ -264,7 +264,7 @@ fn shared(socket: &Socket, workers: usize) -> io::Result<Vec<Socket>> {
 }
 
 impl Listener {
-    /// Accepts one connection, and says who is at its other end.
+    /// Accepts one connection. Returns its stream and its peer.
     async fn accept(&self) -> io::Result<(Stream, Peer)> {
         match &self.socket {
             Accepting::Tcp(socket) => {

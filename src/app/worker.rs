@@ -1,6 +1,6 @@
 //! Worker threads: each has a runtime, a pool of upstream connections, and an audit lane of its own.
 //!
-//! Nothing of a request crosses threads but its audit records and the read of a token, so workers do not contend.
+//! A connection, its requests and their exchanges stay on the worker that accepted the connection.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -30,11 +30,13 @@ pub(super) struct WorkerTerms {
     pub(super) stopped: watch::Receiver<Stop>,
     /// How long callers are still served once a stop has begun, so that they can find another gateway.
     pub(super) grace: Duration,
+    /// Learns from each worker that its event loop turns.
     pub(super) watchdog: Arc<Watchdog>,
     /// Set once all threads have started, so that a start which fails has served no request.
     pub(super) may_begin: watch::Receiver<bool>,
     /// How many workers accept connections.
     pub(super) accepts: watch::Sender<usize>,
+    /// Makes a [`Vital`] for each task.
     pub(super) vitals: Vitals,
 }
 

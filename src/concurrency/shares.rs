@@ -98,7 +98,7 @@ impl Shares {
 
     /// Takes a place for a handshake. If there is none left, the oldest one of the origin that has most is displaced.
     ///
-    /// Before its certificate nobody can tell a caller from a stranger, so a newcomer is always admitted. A caller's
+    /// Before it shows its certificate, a caller looks like a stranger, so a newcomer is always admitted. A caller's
     /// handshake takes a moment only, and an origin that opens many displaces its own.
     pub(super) fn unproven(self: &Arc<Self>, peer: Peer) -> Unproven {
         let (sender, displaced) = oneshot::channel();
@@ -203,7 +203,7 @@ mod tests {
             (2..50).map(|last| shares.stranger(tcp(&format!("10.0.0.{last}:1"))).unwrap()).collect();
         assert!(shares.stranger(tcp("10.1.0.1:1")).is_none(), "all have 64");
         drop(others);
-        // The control for the line above: places that are free are given to anybody.
+        // The control: places that were released are given to anybody.
         assert!(shares.stranger(tcp("10.1.0.1:1")).is_some());
         assert!(shares.stranger(tcp("10.0.0.1:99")).is_none(), "its own are not given back");
         drop(one);

@@ -1,7 +1,7 @@
 //! The TLS handshake of a caller: its deadline, the answer to plain HTTP, and the report of a failure.
 //!
-//! Guarantees that a handshake holds a connection no longer than `header_timeout`, and that each failure is counted
-//! and named to operators. What a probe does (connect and close) is no failure.
+//! Guarantees that a handshake holds a connection no longer than `header_timeout` (the answer to plain HTTP: a second
+//! more), and that each failure is counted and reported to operators. A probe that connects and closes is no failure.
 
 use std::io;
 use std::sync::Arc;
