@@ -113,7 +113,7 @@ impl App {
         let bounds = Arc::new(Bounds::new(&config.server, &alive));
         // Late, since a bound socket makes callers wait: whatever can fail before has been done.
         let bound = sockets::bind(&config, &mut inherited)?;
-        // After all listeners have taken theirs. A socket that is left would hold its callers up for ever.
+        // After all listeners have taken theirs. A socket that is left would hold its callers up forever.
         inherited.finish()?;
         let admin = sockets::bind_admin(&config)?;
         let control = sockets::bind_control(&config)?;

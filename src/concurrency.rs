@@ -94,7 +94,7 @@ impl Bounds {
         }
     }
 
-    /// Takes a place for a connection. Over the cap it is a surplus one, whose caller can be told so.
+    /// Takes a place for a connection. Over the cap it is a surplus one: its caller gets a 503 instead of a reset.
     ///
     /// `is_known` says whether the peer is a known caller by address or user.
     ///

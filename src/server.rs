@@ -337,7 +337,7 @@ async fn accept(
     // Two receivers, since each `wait_for` borrows its own.
     let mut stopped = stop.clone();
     loop {
-        // `biased`, with the stop behind `accept`: connections in the kernel's queue are still accepted and get a
+        // `biased`, with the stop after `accept`: connections in the kernel's queue are still accepted and get a
         // reply, since a reset would leave their callers in doubt. On an inherited socket the stop comes first: there
         // they wait for the next process.
         let accepted = tokio::select! {
@@ -359,7 +359,7 @@ async fn accept(
                     });
                 }
             }
-            // The peer had closed it in the queue. That is no trouble of ours, and needs no pause.
+            // The peer had closed it in the queue. Nothing is wrong here, so no pause is needed.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 // Usually no file descriptors are left. The connection then stays in the queue, so that without a

@@ -1,4 +1,4 @@
-//! Work beside the requests: the reading of the trail after the start, and the checks that run once a second.
+//! Background work: the reading of the trail after the start, and the checks that run once a second.
 
 use std::time::Duration;
 use std::{io, thread};
@@ -38,7 +38,9 @@ pub(super) async fn look(audit: Audit, vitals: Vitals) {
 }
 
 /// Starts the thread that reads the trail of earlier runs: first for deduplication, then to verify its hash chain.
-/// Calls without a key are served meanwhile.
+///
+/// Requests are served meanwhile, except those that deduplication cannot decide yet: calls with a key, and under
+/// `block` all calls, get 503.
 ///
 /// # Errors
 ///
@@ -47,7 +49,7 @@ pub(super) fn read_past(app: &App, vital: Vital) -> io::Result<()> {
     let (idempotency, settings) = (app.idempotency.clone(), app.config.idempotency.clone());
     let (directory, audit) = (app.config.audit.directory.clone(), app.audit.clone());
     let read = move || {
-        // First, since calls with a key get 503 until it is done; nobody waits for the verification.
+        // First, since requests get 503 until it is done. The verification only finds damage.
         idempotency.rebuild(&settings, &directory, &audit);
         if let Err(error) = audit.verify_past(&directory) {
             // Logged only: deduplication has read what it needs by then, so this is no reason to stop serving.

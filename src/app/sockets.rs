@@ -1,7 +1,7 @@
 //! The sockets of a gateway: binds them, and checks for `check` whether they could be bound.
 //!
-//! The check asks a running gateway which sockets it has, so that beside it only other programs' sockets count as in
-//! use.
+//! The check asks a running gateway which sockets it has, so that only the sockets of other programs
+//! count as in use.
 
 use std::cell::LazyCell;
 use std::net::SocketAddr;

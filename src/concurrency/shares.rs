@@ -203,7 +203,7 @@ mod tests {
             (2..50).map(|last| shares.stranger(tcp(&format!("10.0.0.{last}:1"))).unwrap()).collect();
         assert!(shares.stranger(tcp("10.1.0.1:1")).is_none(), "all have 64");
         drop(others);
-        // The control: places that were released are given to anybody.
+        // The control: places that were released are given to any peer.
         assert!(shares.stranger(tcp("10.1.0.1:1")).is_some());
         assert!(shares.stranger(tcp("10.0.0.1:99")).is_none(), "its own are not given back");
         drop(one);

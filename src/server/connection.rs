@@ -175,7 +175,7 @@ async fn answer(
     if is_last {
         response.headers_mut().insert(http::header::CONNECTION, CLOSE);
     }
-    // hyper stops reading behind the last reply. What the caller has sent by then would turn the close into a reset.
+    // hyper stops reading after the last reply. What the caller has sent by then would turn the close into a reset.
     watch.unread.store(is_last || response.body().ends_connection(), Ordering::Relaxed);
     // Before hyper writes the reply: a write error from here on belongs to this reply's delivery.
     watch.enter(Phase::Idle);

@@ -78,7 +78,7 @@ impl NoTls {
         if let Some((error, times)) = metrics.caller_tls.failed(&reason, []) {
             tracing::warn!(%cause, %peer, error, times, "a caller's TLS handshake failed");
         }
-        // Each handshake is a matter of its own, so its trouble is over at once. Otherwise `/status` would show it
+        // Handshakes are independent, so a failure counts as over at once. Otherwise `/status` would show it
         // for good.
         metrics.caller_tls.succeeded();
     }

@@ -51,7 +51,7 @@ impl Inherited {
     }
 
     /// Checks that each socket was taken by a listener. Nobody would accept from one that is left, and its callers
-    /// would wait for ever.
+    /// would wait forever.
     ///
     /// # Errors
     ///

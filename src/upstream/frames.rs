@@ -224,7 +224,7 @@ mod tests {
         // The control for framing: what looks like a frame within a payload is none.
         let inner = [head, reset(5, REFUSED_STREAM)].concat();
         assert!(!contradicts(&[frame(DATA, 1, &inner)]));
-        // Too short for their values. The frame behind each must still be found.
+        // Too short for their values. The frame after each must still be found.
         assert!(!contradicts(&[frame(GOAWAY, 0, b"bad"), frame(RST_STREAM, 1, b""), frame(DATA, 2, b"")]));
     }
 

@@ -78,8 +78,8 @@ fn fill(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
     }
 }
 
-/// The numbers below 1000 as decimal text. With it, the `Content-Length` of a usual body needs no allocation; one
-/// block and 100 instructions a request would exceed the budget of allocations.
+/// The numbers below 1000 as decimal text, so that the `Content-Length` of a usual body needs no allocation. The
+/// budget of allocations has none left for it, and it would cost 100 instructions a request.
 static SMALL: [[u8; 3]; 1000] = {
     let mut small = [[0; 3]; 1000];
     let mut number = 0;

@@ -71,7 +71,6 @@ pub(super) struct Connections {
 /// State of an attempt to connect, as its waiters see it.
 #[derive(Debug)]
 pub(super) enum Dialing {
-    /// The attempt goes on.
     UnderWay,
     /// It ended with a connection, which is in the pool.
     Done,
@@ -80,7 +79,6 @@ pub(super) enum Dialing {
 }
 
 impl Connections {
-    /// An empty set of connections. HTTP/2 counts as available until the upstream picks HTTP/1.1.
     pub(super) fn new(authority: uri::Authority) -> Self {
         let (open, dialing, freed) = (Mutex::default(), Mutex::default(), Notify::new());
         Self { authority, open, dialing, freed, refused: AtomicBool::new(false) }
@@ -93,7 +91,7 @@ impl Connections {
 
     /// Records which protocol the upstream picked on a new connection.
     pub(super) fn picked(&self, http2: bool) {
-        // The last pick counts, not any earlier one: behind one name may be servers of both kinds, and a server may
+        // The last pick counts, not any earlier one: one name may lead to servers of both kinds, and a server may
         // be replaced by one that speaks HTTP/2.
         self.refused.store(!http2, Ordering::Relaxed);
     }
@@ -209,9 +207,8 @@ struct Usage {
 /// What was received on one connection, for its streams to see.
 #[derive(Debug, Default)]
 pub(super) struct Reads {
-    /// How many reads brought something. Only compared with an earlier value.
+    /// How many reads there were that brought bytes, the end or an error. Only compared with an earlier value.
     count: AtomicU64,
-    /// Signalled by each of them.
     next: Notify,
     /// The upstream denied that it had processed a stream on which it had answered.
     contradicted: AtomicBool,
@@ -233,7 +230,6 @@ pub(super) struct Received {
 }
 
 impl Received {
-    /// What was received, as the connection's streams share it.
     pub(super) fn reads(&self) -> Arc<Reads> {
         self.reads.clone()
     }
@@ -294,7 +290,7 @@ impl Connection {
             .handshake(TokioIo::new(io))
             .await?;
         // Without this wait a burst of requests would open more streams than the upstream allows, and it would refuse
-        // the rest. hyper has no future for the SETTINGS, so its limit is compared after each read.
+        // the rest. hyper offers no future for the SETTINGS, so its limit is compared after each read.
         while connection.current_max_send_streams() == UNTOLD {
             let came = reads.next.notified();
             let ended = poll_fn(|cx| match Pin::new(&mut connection).poll(cx) {

@@ -300,7 +300,7 @@ impl Pool {
         if let Some(under_way) = dialing.as_ref().filter(|dialing| dialing.has_changed().is_ok()) {
             return Some(under_way.clone());
         }
-        // These speak HTTP/1.1 and hold no permit: beside a new connection they would exceed the cap.
+        // These speak HTTP/1.1 and hold no permit: with a new connection they would exceed the cap.
         self.idle().clear();
         let permit = self.permits.clone().try_acquire_owned().ok()?;
         let (sender, receiver) = watch::channel(Dialing::UnderWay);

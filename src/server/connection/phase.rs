@@ -88,7 +88,7 @@ impl Watch {
         // is, it leaves more to be counted, which errs to the safe side for memory.
         let held = self.head.held();
         let read = if held > FREE { held.saturating_sub(least_length(request)) } else { held };
-        // The end of a chunked body is not known here: all that was read may lie behind it, so it counts.
+        // The end of a chunked body is not known here: all that was read may come after it, so it counts.
         let body = request
             .body()
             .size_hint()
@@ -196,7 +196,7 @@ impl Watch {
                 return true;
             }
         }
-        // A busy connection keeps a timer, too. It is on time for the head behind the request without being set at
+        // A busy connection keeps a timer, too. It is on time for the next head without being set at
         // each request.
         let is_busy = deadline == u64::MAX;
         let gone_off = alarm.set(if is_busy { clock::nanos() + deadlines.header } else { deadline }, cx);

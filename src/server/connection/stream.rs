@@ -63,8 +63,8 @@ impl Stream {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => return Poll::Ready(End::Reset),
                 Ok(0) => return Poll::Ready(End::Closed),
-                // Bytes of a next request. Readiness is not cleared here, so no wake-up comes for the end behind
-                // them: hyper polls again when the request goes on.
+                // Bytes of a next request. The socket stays readable, so the end after them wakes nothing: the caller
+                // counts as connected until hyper reads on.
                 Ok(_) => return Poll::Pending,
             }
         }

@@ -119,7 +119,8 @@ impl Reserved {
         }
     }
 
-    /// Replaces a connection that is closed or refuses requests, under the same permit.
+    /// Replaces a connection that is closed or refuses requests. An unshared one is replaced under the same permit,
+    /// without a wait in the queue.
     ///
     /// # Errors
     ///
@@ -128,8 +129,8 @@ impl Reserved {
     #[cold]
     pub async fn reconnect(&mut self) -> Result<(), NoConnection> {
         self.place = Some(match (self.place.take(), &self.pool.http2) {
-            // Not by way of `reserve`: the permit would be released, others might take it, and an exchange whose
-            // intent is committed would wait in the queue.
+            // Not by way of `reserve`: the permit would be released, and an exchange whose intent is committed would
+            // have to wait for one again.
             (Some(Place::Http1(_, permit)), _) => Box::pin(self.pool.connect(permit)).await?,
             (Some(Place::Http2(stream)), Some(http2)) => {
                 // Excluded below, since the connection that refused this request would often refuse it again.
@@ -186,7 +187,7 @@ impl Drop for Reserved {
             Some(Place::Http1(connection, _permit)) if self.clean && !connection.sender.is_closed() => {
                 let idle = Idle { connection, timer: self.timer.take(), since: clock::nanos() };
                 // Before `_permit` is dropped at the end of this arm: whoever gets the permit must find the
-                // connection, or it would open another one beside it.
+                // connection, or it would open one more.
                 self.pool.idle().push(idle);
             }
             Some(Place::Http2(stream)) => {

@@ -29,7 +29,7 @@ impl Timer {
                 return Poll::Ready(Some(output));
             }
             // Moved only if it would fire too late. An earlier time is the usual case, since the deadline of an
-            // exchange is behind that of the one before.
+            // exchange is later than that of the one before.
             if self.0.deadline() > deadline {
                 self.0.as_mut().reset(deadline);
             }
