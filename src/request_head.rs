@@ -80,8 +80,8 @@ impl<'a> Inbound<'a> {
         let mut inbound =
             Self { is_old: head.version != Version::HTTP_11, all: Some(&head.headers), ..Self::default() };
         for (name, value) in &head.headers {
-            // The usual ones first. Names that the `http` crate knows are compared as numbers, others as text: the
-            // chain saves some of the instructions of a request.
+            // The usual ones first. Names that the `http` crate knows are compared as numbers; the others are
+            // compared as text, which costs more.
             if *name == header::HOST {
                 inbound.host.note(value);
             } else if *name == header::CONTENT_TYPE {

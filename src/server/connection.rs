@@ -132,7 +132,7 @@ pub(super) async fn serve(
             // with the request.
             .half_close(true)
             .keep_alive(!surplus)
-            // One buffer and send(2) cost less than two and writev(2): 5 to 12 % of the CPU time of a request.
+            // One buffer and send(2) cost less than two and writev(2), as measured.
             .writev(false)
             // tests/hyper.rs: the_bound_of_the_buffer_alone_lets_a_head_of_nearly_twice_its_size_pass
             .max_buf_size(deadlines.max_head)

@@ -232,8 +232,8 @@ mod tests {
     fn the_set_of_streams_is_bounded_and_forgets_to_the_safe_side() {
         let mut streams = Streams::default();
         let all = 64 * WORDS as u32;
-        // Four times the bound, so that old words are dropped. Steps of 6 leave gaps, whose streams must not be
-        // members.
+        // Up to twice as many streams as are kept, so that old words are dropped. Steps of 6 leave gaps, whose
+        // streams must not be members.
         for stream in (1..4 * all).step_by(6) {
             assert!(!streams.contains(stream), "{stream}");
             streams.insert(stream);

@@ -164,8 +164,8 @@ mod tests {
         for number in 1..=3 {
             assert_eq!(served(&queue, 200, number).await, Some(()));
         }
-        // 100 waiters × 10 ms are 1 s, where 100 ms (half of 200) are allowed: about ten may be admitted. The bounds
-        // below are wide because timers fire late on a busy machine.
+        // The three waits above took 10, 20 and 30 ms, each alone in line, so the interval is 20 ms, and half of 200
+        // ms allows five waiters. The bounds below are wide because timers fire late on a busy machine.
         let begin = Instant::now();
         let waits = (1..=100).map(|number| {
             let queue = &queue;
