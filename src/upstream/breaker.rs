@@ -2,8 +2,8 @@
 //!
 //! A request to an upstream that is down makes its caller wait, and may end with an unknown outcome. So after some
 //! failures in a row the circuit opens, and requests are rejected before anything is sent. After a pause it is
-//! half-open: one request passes as a probe. If the probe succeeds the circuit closes; if it fails, the pause
-//! doubles, up to 30 s.
+//! half-open: one request passes as a probe. If the probe succeeds the circuit closes; if it fails, the pause doubles
+//! (exponential back-off), up to 30 s.
 //!
 //! A failure is what shows that no application answers: no connection, no reply in time, or status 502, 503 or 504. A
 //! 500 and a refused token are replies. A connection that breaks during an exchange counts neither way.
