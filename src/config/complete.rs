@@ -1,4 +1,5 @@
-//! What each table needs, and what must hold within it.
+//! Validation of single tables: required keys, keys that exclude each other, and defaults that depend on other keys
+//! of the same table.
 
 use std::collections::{BTreeMap, HashSet};
 use std::mem::discriminant;
@@ -9,9 +10,10 @@ use super::{
     BUILT_IN_ROUTE, Caller, Config, Credential, ListenAddress, Listener, ListenerTls, Route, Upstream,
 };
 
+/// The path of the documented call, the same on both sides.
 const BUILT_IN_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 
-/// Looks at every table, and adds what is there without being configured.
+/// Checks every table, and adds the default listener and the built-in route where they are not configured.
 pub(super) fn complete(context: &mut Context<'_>, config: &mut Config) {
     for (i, listener) in config.listeners.iter_mut().enumerate() {
         complete_listener(context, &format!("listeners[{i}]"), listener);
@@ -19,6 +21,8 @@ pub(super) fn complete(context: &mut Context<'_>, config: &mut Config) {
     if config.listeners.is_empty() {
         config.listeners.push(Listener {
             hosts: Some(loopback_names()),
+            // The effective configuration is printed as it can be read again, so defaults that depend on the
+            // address are filled in here, and not by the type.
             allow_plaintext: Some(false),
             ..Listener::default()
         });
@@ -43,6 +47,7 @@ pub(super) fn complete(context: &mut Context<'_>, config: &mut Config) {
     complete_routes(context, &mut config.routes);
 }
 
+/// Checks one listener. Off loopback it must name its hosts, and have TLS or say that it needs none.
 fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut Listener) {
     let key = |name| member(table, name);
     context.require(table, Listener::REQUIRED);
@@ -51,9 +56,12 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
         context.require(&tls, ListenerTls::REQUIRED);
         let [roots, revoked] = ["client_ca_file", "client_crl_file"].map(|name| member(&tls, name));
         if context.is_set(&revoked) && !context.is_set(&roots) {
+            // Without CAs no certificate is asked for, and a revocation list would look like protection and do
+            // nothing.
             context.lacks(&roots, "is needed for client_crl_file");
         }
     }
+    // A `tls` that could not be read is still meant: asking for `allow_plaintext` instead would be bad advice.
     let has_tls = listener.tls.is_some() || context.is_doubtful(&key("tls"));
     if has_tls && listener.allow_plaintext == Some(true) {
         context.problem(
@@ -64,6 +72,7 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
     match &mut listener.address {
         ListenAddress::Unix { mode, .. } => {
             *mode = *listener.mode.get_or_insert(*mode);
+            // A browser cannot connect to a Unix socket, so there is no DNS rebinding to guard against by `Host`.
             (listener.hosts, listener.allow_plaintext) = (None, None);
             if listener.tls.is_some() {
                 let reason = "is for TCP listeners only: nobody can read a Unix socket on its way";
@@ -71,14 +80,19 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
             }
         }
         ListenAddress::Tcp(address) => {
+            // A poisoned address has the default, a TCP one, and the real one may be the Unix socket that `mode`
+            // is for.
             if listener.mode.is_some() && !context.is_doubtful(&key("address")) {
                 context.problem(&key("mode"), "is for Unix sockets only");
             }
             let allow_plaintext = *listener.allow_plaintext.get_or_insert(false);
+            // On loopback nothing crosses the network, and the names are known.
             if address.ip().is_loopback() {
                 listener.hosts.get_or_insert_with(loopback_names);
                 return;
             }
+            // `Host` guards against DNS rebinding: a web page that points its own name at the gateway. Off
+            // loopback only the operator knows the right names.
             let has_hosts = listener.hosts.as_ref().is_some_and(|hosts| !hosts.is_empty());
             if !has_hosts && !context.is_doubtful_within(&key("hosts")) {
                 let reason = "is needed on a listener that is not on loopback: the names that Host may carry";
@@ -92,6 +106,7 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
     }
 }
 
+/// Checks `[upstream]`, and merges spellings of one static header.
 fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
     context.require("upstream", Upstream::REQUIRED);
     for (name, others) in [
@@ -103,7 +118,8 @@ fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
     ] {
         context.require_beside("upstream", name, others);
     }
-    // A name in other capitals is the same header: the later layer's value counts.
+    // Header names are case-insensitive (RFC 9110 section 5.1), keys are not. So `X-A` in a variable replaces
+    // `x-a` of the file: sorted by place, the later layer comes last.
     let headers = std::mem::take(&mut upstream.headers).into_iter();
     let mut headers: Vec<_> =
         headers.map(|(name, value)| (member("upstream.headers", &name), name, value)).collect();
@@ -111,6 +127,7 @@ fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
     let mut spellings = HashSet::new();
     let mut by_name = BTreeMap::new();
     for (key, name, value) in headers {
+        // Two spellings in one layer are a mistake: no rule says which of them is meant.
         if !spellings.insert((discriminant(context.place(&key)), name.to_ascii_lowercase())) {
             context.problem(&key, "is set already, in other capitals: leave one of them");
         } else if let Err(reason) = check_static_header(&name, &value) {
@@ -122,7 +139,7 @@ fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
     upstream.headers = by_name;
 }
 
-/// No name is there twice. One that cannot be read is empty.
+/// Checks that no name occurs twice in a list. An empty name is one that could not be read, and is skipped.
 fn check_names<'a>(context: &mut Context<'_>, list: &str, names: impl Iterator<Item = &'a str>) {
     let mut known = HashSet::new();
     for (i, name) in names.enumerate() {
@@ -132,6 +149,7 @@ fn check_names<'a>(context: &mut Context<'_>, list: &str, names: impl Iterator<I
     }
 }
 
+/// Checks that app key and app secret each have exactly one source, and that neither is written in the file.
 fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credential) {
     context.require(table, Credential::REQUIRED);
     let Credential { app_key_file, app_key_env, app_secret_file, app_secret_env, .. } = credential;
@@ -141,6 +159,8 @@ fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credent
     ] {
         let [inline, in_file, in_variable] = ["", "_file", "_env"].map(|of| format!("{table}.{name}{of}"));
         let is_doubtful = context.is_doubtful(&in_file) || context.is_doubtful(&in_variable);
+        // `app_key` is no key of the table. It has a text of its own, which says where a secret belongs. Its
+        // sources are poisoned, so that they are not reported as missing as well.
         if context.is_set(&inline) {
             let reason = format!(
                 "a secret must not stand in the configuration; put it into a file and name that as {name}_file"
@@ -155,28 +175,34 @@ fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credent
     }
 }
 
+/// Checks the required keys of a caller.
 fn check_caller(context: &mut Context<'_>, table: &str, caller: &Caller) {
     need_one(context, &member(table, "routes"), &caller.routes, "[\"appointQualityTask\"]");
     context.require(table, Caller::REQUIRED);
 }
 
-/// A list holds something.
+/// Notes that a list is missing if it is empty. One with poisoned items is not: its items were left out, not
+/// forgotten.
 fn need_one(context: &mut Context<'_>, key: &str, list: &[String], example: &str) {
     if list.is_empty() && !context.is_doubtful_within(key) {
         context.lacks(key, format!("at least one is needed, as in {example}"));
     }
 }
 
+/// Checks the routes, and adds the built-in one unless a table configures it.
 fn complete_routes(context: &mut Context<'_>, routes: &mut Vec<Route>) {
     let mut paths = HashSet::from([BUILT_IN_PATH.to_owned()]);
     for (i, route) in routes.iter_mut().enumerate() {
         let table = format!("routes[{i}]");
         let key = |name| member(&table, name);
-        // One whose name cannot be read may be either.
+        // A table without a readable name may be either kind. It counts as the built-in route unless it has a path
+        // or a contract file, so that a built-in one with a bad name is not asked for those.
         let has_more = ["path", "contract_file"].iter().any(|name| context.is_set(&key(name)));
         if route.name == BUILT_IN_ROUTE || (route.name.is_empty() && !has_more) {
             context.require(&table, &["name"]);
             context.exclude(&table, &Route::FIXED);
+            // Starts from the built-in route and takes over only what may be set, so that nothing in the table can
+            // change the path or the success codes that the embedded contract was written for.
             let Route { contract_file, credential, timeout, frozen, .. } = std::mem::take(route);
             *route = Route { contract_file, credential, timeout, frozen, ..built_in() };
             continue;
@@ -192,6 +218,7 @@ fn complete_routes(context: &mut Context<'_>, routes: &mut Vec<Route>) {
     }
 }
 
+/// The route of the documented call, with its result code for success.
 fn built_in() -> Route {
     Route {
         name: BUILT_IN_ROUTE.into(),

@@ -1,5 +1,8 @@
-//! What is known of a configuration while it is read: where each key stands, which do not have the value that somebody
-//! meant, and what is wrong.
+//! Diagnostics with error recovery: what is known of a configuration while it is read.
+//!
+//! Holds where each key is set, what is wrong so far, and which keys are *poisoned*. A poisoned key has a mistake,
+//! or is meant by one, so its value is not what the author intended. Checks that depend on a poisoned key are
+//! skipped: one mistake is reported once, without its consequences. Compilers recover from errors in the same way.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
@@ -12,36 +15,43 @@ use super::Problem;
 use super::named_files::NamedFiles;
 use super::source::{Layers, Place, Syntax};
 
+/// State of one validation, from the merged layers to the last check.
 pub(super) struct Context<'a> {
+    /// Where relative paths start: the directory of the configuration file.
     pub(super) folder: &'a Path,
+    /// How far the file could be parsed.
     pub(super) syntax: Syntax,
-    /// Looks at what the values name.
+    /// Checks the files that values name.
     pub(super) files: &'a dyn NamedFiles,
+    /// Read by [`super::Config::load_in_time`] if the validation hangs.
     reading: Reading,
+    /// The mistakes so far, in the order in which they were found.
     pub(super) problems: Vec<Problem>,
     /// The tables that were read, by their keys.
     tables: BTreeMap<String, Table>,
-    /// Where each key stands that stands anywhere, and how its value is written there.
+    /// The place of each key that is set, and how its value is written there.
     places: HashMap<String, (Place, Option<String>)>,
-    /// Keys that do not have the value that somebody meant. What seems to follow from it is not told: one
-    /// mistake is one line.
+    /// The poisoned keys.
     doubtful: HashSet<String>,
-    /// What should be somewhere and is not.
+    /// Required keys that are missing. Kept apart from `problems`, since a misspelt key that is found later may
+    /// explain them.
     lacking: Vec<Problem>,
-    /// Keys of which a misspelling was found.
+    /// Known keys of which a misspelling was found. They are not reported as missing.
     misspelt: HashSet<String>,
 }
 
-/// The names in a table: those that are known, and those that are there.
+/// The names that a table may have, and those that it has.
 struct Table {
     known: Vec<&'static str>,
     given: BTreeSet<String>,
 }
 
-/// Where the value stands whose file is being read, and its key. `None`: the configuration itself is.
+/// The place and key of the value whose file is being read; `None` while no such file is. Shared with the thread
+/// that waits for the validation, which names the key if a file does not answer.
 pub(super) type Reading = Arc<Mutex<Option<(Place, String)>>>;
 
 impl<'a> Context<'a> {
+    /// Returns a context that knows the places of all values, and no problem yet.
     pub(super) fn new(
         layers: &Layers,
         folder: &'a Path,
@@ -64,23 +74,24 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Whether somebody set this key, well or not.
+    /// Whether the key is set in any layer, rightly or wrongly.
     pub(super) fn is_set(&self, key: &str) -> bool {
         self.places.contains_key(key)
     }
 
-    /// Whether a value comes from a variable or a flag: it is a text, whatever it stands for.
+    /// Whether the value comes from a variable or a flag. Such a value is a text, whatever its type should be.
     pub(super) fn is_loose(&self, key: &str) -> bool {
         !matches!(self.place(key), Place::File { .. })
     }
 
-    /// Where a key stands, or the section around it.
+    /// The place of a key, or of the innermost section around it that has one. A key that is missing has no place
+    /// of its own.
     pub(super) fn place(&self, key: &str) -> &Place {
         let found = ancestors(key).find_map(|key| self.places.get(key));
         found.map_or(&NOWHERE, |(place, _)| place)
     }
 
-    /// All keys that the tables may have which were read.
+    /// All keys that the tables which were read may have, whether they are set or not.
     pub(super) fn known(&self) -> Vec<String> {
         let names = |(key, table): (&String, &Table)| {
             table.known.iter().map(|name| member(key, name)).collect::<Vec<_>>()
@@ -88,25 +99,30 @@ impl<'a> Context<'a> {
         self.tables.iter().flat_map(names).collect()
     }
 
-    /// From now on what a value names is read.
+    /// Announces that the file which the value of `key` names is read from now on.
     pub(super) fn reads(&self, key: &str) {
         let place = self.place(key).clone();
         *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Some((place, key.to_owned()));
     }
 
-    /// Notes which names a table may hold, and which it does.
+    /// Notes which names the table at `key` may have, and which it has.
     pub(super) fn expect<'n>(
         &mut self,
         key: &str,
         known: &'static [&'static str],
         given: impl Iterator<Item = &'n String>,
     ) {
+        // A table with mistakes is read several times, and each reading ends up here: the entry is replaced, not
+        // added to.
         self.tables.insert(key.to_owned(), Table { known: known.into(), given: given.cloned().collect() });
     }
 
-    /// Makes names unknown to a table whose type has them. Mistakes in their values are forgotten: the names are told as unknown.
+    /// Makes `names` unknown in the table at `key`, though its type has them, and drops the mistakes in their
+    /// values.
     pub(super) fn exclude(&mut self, key: &str, names: &[&str]) {
         let is_one = |told: &str| names.iter().any(|name| told == member(key, name));
+        // The built-in route shares its type with the others, so that a bad `path` in it was read and reported
+        // already. Without this it would be reported twice: as a bad path, and as an unknown key.
         self.problems.retain(|problem| !is_one(&problem.key));
         self.doubtful.retain(|told| !is_one(told));
         if let Some(table) = self.tables.get_mut(key) {
@@ -114,36 +130,43 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// A mistake in a value, or between values, at the place of a key. Where nobody knows which section a line of the file
-    /// belongs to, nothing is said of it.
+    /// Adds a mistake at the place of `key`, and poisons the key. Drops it if the file is [`Syntax::Lost`] and the
+    /// key is set there: with a broken header nobody knows which section the line belongs to.
     pub(super) fn problem(&mut self, key: &str, reason: impl Into<String>) {
         self.problem_of(key, key, reason);
     }
 
-    /// Adds a mistake at the place of `at` that is told under `key`: for an item of a list of texts, the key of the list.
+    /// Adds a mistake at the place of `at`, reported under `key`: for an item of a list of texts, the key of the
+    /// list.
     pub(super) fn problem_of(&mut self, at: &str, key: &str, reason: impl Into<String>) {
         self.doubtful.insert(at.to_owned());
+        // A terminal shows the value beside the mistake. It is dropped where it may be a secret: in the sections
+        // that name files of secrets, in a URL (`https://user:password@…`), and where somebody took a header's
+        // name for its value.
         let written = self.places.get(at).and_then(|(_, written)| written.clone());
         let may_be_secret =
             names_secrets(key) || ["token.url", "require_header"].iter().any(|name| key.ends_with(name));
         self.tell(at, key, reason.into(), written.filter(|_| !may_be_secret));
     }
 
+    /// Adds a mistake without poisoning a key.
     fn tell(&mut self, at: &str, key: &str, reason: String, written: Option<String>) {
         let place = self.place(at).clone();
+        // Variables and flags are still reported: they carry their whole key, so a broken header cannot mislead.
         if self.syntax != Syntax::Lost || !matches!(place, Place::File { .. }) {
             self.problems.push(Problem { place, key: key.to_owned(), reason, written });
         }
     }
 
-    /// Notes a key that is required and missing.
+    /// Notes that a required key is missing, and poisons it. Reported by [`Self::tell_what_lacks`] unless something
+    /// explains it.
     pub(super) fn lacks(&mut self, key: &str, reason: impl Into<String>) {
         let place = self.place(outer(key).unwrap_or_default()).clone();
         self.lacking.push(Problem { place, key: key.to_owned(), reason: reason.into(), written: None });
         self.doubtful.insert(key.to_owned());
     }
 
-    /// Requires keys in a table.
+    /// Notes each of `names` that the table lacks.
     pub(super) fn require(&mut self, table: &str, names: &[&str]) {
         for name in names {
             let key = member(table, name);
@@ -153,9 +176,12 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Requires a key if the table has one of the others, which may be misspelt by one letter.
+    /// Notes that `name` is missing if the table has one of `others`, even one misspelt by a letter.
     pub(super) fn require_beside(&mut self, table: &str, name: &str, others: &[&str]) {
         let given = || self.tables.get(table).into_iter().flat_map(|table| &table.given);
+        // A misspelt `client_kexy_file` still shows that a client certificate is wanted. Without this tolerance
+        // the missing `client_cert_file` would be found only after the misspelling is corrected: two rounds for
+        // one mistake each.
         let is_given = |other: &&&str| given().any(|name| levenshtein(other, name) <= 1);
         if let Some(other) = others.iter().find(is_given)
             && !self.is_set(&member(table, name))
@@ -164,7 +190,8 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Tells of each name that no table has. `meant` finds the setting of a variable: its key, and the name of its variable.
+    /// Reports each unknown name in each table, with the nearest known one. `meant` returns the setting that a
+    /// variable with other underscores would be: its key, and the right name of the variable.
     pub(super) fn tell_unknown(&mut self, meant: impl Fn(&str) -> Option<(String, String)>) {
         for (path, Table { known, given }) in std::mem::take(&mut self.tables) {
             for name in given.iter().filter(|name| !known.contains(&name.as_str())) {
@@ -172,6 +199,9 @@ impl<'a> Context<'a> {
                 if self.doubtful.contains(&key) {
                     continue; // told already
                 }
+                // A variable with the wrong underscores (SERVER_WORKERS for SERVER__WORKERS) lands at the top
+                // level, where no name is near. Comparing all settings with its name without doubled underscores
+                // finds the one that is meant.
                 let variable = match self.place(&key) {
                     Place::Variable(variable) => meant(variable),
                     Place::File { .. } | Place::Flag(_) => None,
@@ -183,12 +213,16 @@ impl<'a> Context<'a> {
                     (None, None) => format!("unknown key; known here: {}", known.join(", ")),
                 };
                 let meant = variable.map(|(key, _)| key).or_else(|| near.map(|near| member(&path, near)));
+                // The key that was meant is poisoned, too: it may have its default now, and a relation that the default
+                // breaks would be a second mistake about something that nobody wrote.
                 self.misspelt.extend(meant.clone());
                 self.doubtful.extend(meant.into_iter().chain([key.clone()]));
-                // Where secrets are named, somebody may have pasted one.
+                // Where secrets are named, somebody may have pasted a secret as the key. The table is reported
+                // instead, so that the secret does not get into logs.
                 let told = if names_secrets(&path) { path.clone() } else { key.clone() };
                 self.tell(&key, &told, reason, None);
             }
+            // Put back, since `known` lists the keys of all tables at the end.
             self.tables.insert(path, Table { known, given });
         }
     }
@@ -202,6 +236,8 @@ impl<'a> Context<'a> {
         known: &[&'static str],
         given: &BTreeSet<String>,
     ) -> Option<&'static str> {
+        // A name that is present already is rarely what a misspelling means. It is not ruled out: a misspelling
+        // that is one letter off a present key explained away a missing key that was four letters off.
         let lacks = |known: &str| self.lacking.iter().any(|problem| problem.key == member(path, known));
         let near = known.iter().filter_map(|known| {
             let distance = levenshtein(known, name);
@@ -211,35 +247,37 @@ impl<'a> Context<'a> {
         near.min_by_key(|(distance, is_optional, _)| (*distance, *is_optional)).map(|(.., known)| known)
     }
 
-    /// Tells what is missing, unless a misspelling here or around it, or a line that is no TOML, explains it.
+    /// Moves missing keys to the problems, unless a misspelling, a poisoned section around it, or a line that is
+    /// not TOML explains why the key is missing.
     pub(super) fn tell_what_lacks(&mut self) {
         let lacking = std::mem::take(&mut self.lacking);
         if self.syntax != Syntax::Whole {
             return;
         }
         let unexplained = lacking.into_iter().filter(|problem| {
+            // The key itself is skipped: `lacks` has poisoned it.
             let doubtful = ancestors(&problem.key).skip(1).any(|key| self.doubtful.contains(key));
             !doubtful && !self.misspelt.contains(&problem.key)
         });
         self.problems.extend(unexplained);
     }
 
-    /// These keys do not have the value that somebody meant.
+    /// Poisons keys.
     pub(super) fn doubt(&mut self, keys: &[String]) {
         self.doubtful.extend(keys.iter().cloned());
     }
 
-    /// Whether somebody set this key, and well as far as is known.
+    /// Whether the key is set and not poisoned.
     pub(super) fn is_good(&self, key: &str) -> bool {
         self.is_set(key) && !self.is_doubtful(key)
     }
 
-    /// Whether a key, or the section around it, does not have the value that somebody meant.
+    /// Whether the key or a section around it is poisoned.
     pub(super) fn is_doubtful(&self, key: &str) -> bool {
         ancestors(key).any(|key| self.doubtful.contains(key))
     }
 
-    /// The same of a section as a whole: with anything in it.
+    /// Whether the section, a section around it, or anything in it is poisoned.
     pub(super) fn is_doubtful_within(&self, section: &str) -> bool {
         let is_within =
             |key: &String| key.strip_prefix(section).is_some_and(|rest| rest.starts_with(['.', '[']));
@@ -247,10 +285,11 @@ impl<'a> Context<'a> {
     }
 }
 
-/// Of no key: the whole configuration has a place.
+/// Returned for no key, since the whole configuration has a place. [`Context::place`] needs something to refer to.
 static NOWHERE: Place = Place::Flag(String::new());
 
-/// Notes where each value stands. A table that variables or flags made stands where the first of them does.
+/// Notes the place of each value. A table that only variables or flags created has none, and gets the first of its
+/// members'.
 fn locate(
     layers: &Layers,
     value: &Value,
@@ -277,18 +316,20 @@ fn locate(
     places.extend(own.or(first.map(|place| (place, None))).map(|place| (key, place)));
 }
 
-/// The key of a name in a table.
+/// The key of the member `name` of a table; the table's key is empty for the whole configuration.
 pub(super) fn member(table: &str, name: &str) -> String {
-    // A name in quotes may look like a path.
+    // TOML allows any name in quotes. One such as "callers[0]" or "upstream.base_url" must not pass for the path
+    // of another key, or its mistake would poison a value that is right.
     let name = if name.contains(['.', '[', '"']) { format!("{name:?}") } else { name.to_owned() };
     if table.is_empty() { name } else { format!("{table}.{name}") }
 }
 
-/// A key and the sections around it, the whole configuration (an empty key) last.
+/// Returns a key, then the sections around it from the inside out, last the empty key of the whole configuration.
 fn ancestors(key: &str) -> impl Iterator<Item = &str> {
     std::iter::successors(Some(key), |key| outer(key))
 }
 
+/// The key of the section around a key; `None` for the whole configuration.
 fn outer(key: &str) -> Option<&str> {
     match key.rfind(['.', '[']) {
         Some(at) => Some(&key[..at]),
@@ -296,8 +337,11 @@ fn outer(key: &str) -> Option<&str> {
     }
 }
 
-/// Whether secrets are named at a key, or in a table.
+/// Whether values at this key or in this table name secrets, so that a value or a key written there may be a pasted
+/// secret.
 pub(super) fn names_secrets(key: &str) -> bool {
+    // `upstream` and `audit` count, since a proxy's password and the chain's key are named there, and `headers` is
+    // where somebody would put a token.
     let section = key.split(['.', '[']).next();
     matches!(section, Some("credentials" | "upstream" | "audit")) || key.split('.').any(|name| name == "tls")
 }

@@ -1,4 +1,7 @@
-//! The merged layers to a configuration. Goes on after a mistake, so that all are told at once.
+//! Validation pipeline: the merged layers become a [`Config`], or the list of all mistakes in them.
+//!
+//! Each step goes on after a mistake. The order of the steps is what keeps one mistake from being reported as
+//! several.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -12,7 +15,7 @@ use super::reader::{section, tables};
 use super::source::{Layers, Syntax};
 use super::{Admin, BUILT_IN_ROUTE, Config, Problems, defaults, files, relations};
 
-/// The sections and lists of tables.
+/// The names at the top level: sections and lists of tables.
 const SECTIONS: [&str; 12] = [
     "listeners",
     "admin",
@@ -28,7 +31,9 @@ const SECTIONS: [&str; 12] = [
     "routes",
 ];
 
-/// Validates what the layers hold. Relative paths are relative to `folder`. Returns the keys that there are, too.
+/// Validates the layers. Returns the configuration and all keys that it may have, or every mistake, sorted by
+/// place. Relative paths start at `folder`; `files` checks what they lead to, and `reading` names the key whose
+/// file is being read.
 pub(super) fn validate(
     layers: Layers,
     folder: &Path,
@@ -36,16 +41,24 @@ pub(super) fn validate(
     reading: Reading,
 ) -> Result<(Config, Vec<String>), Problems> {
     let mut context = Context::new(&layers, folder, files, reading);
+    // 1. Types and bounds of single values. Poisons what cannot be read, which all later steps ask for.
     let mut config = read(&mut context, &layers.root);
+    // 2. What a table needs by itself. Before unknown names, which suggest a missing key first.
     complete(&mut context, &mut config);
+    // 3. Before relations, so that a default that nobody wrote breaks none.
     defaults::give_way(&context, &mut config);
+    // 4. Before files: a misspelt `key_file` poisons `audit.key_file`. Otherwise the default place of the key
+    // would be checked, and a missing key would be a second mistake.
     context.tell_unknown(|variable| config.setting_meant_by(variable));
+    // 5. Before relations, which skip what a bad file has poisoned.
     files::look_at(&mut context, &mut config);
     context.tell_what_lacks();
+    // With lines missing, any value may be a default in the place of one that was written: no relation is certain.
     if context.syntax == Syntax::Whole {
         relations::check(&mut context, &config);
     }
-    // From here on no key is asked for by the place of its table.
+    // Keys name tables by their index in the file. So the built-in route moves to the front only when no key is
+    // needed any more.
     config.routes.sort_by_key(|route| route.name != BUILT_IN_ROUTE);
     let mut problems = layers.problems;
     problems.append(&mut context.problems);
@@ -56,7 +69,9 @@ pub(super) fn validate(
     Err(Problems(problems))
 }
 
-/// The admin listener's address alone. A line that is no TOML may be the one that names it.
+/// The address of the admin listener, for `healthcheck`. Mistakes elsewhere are ignored: the gateway that runs may
+/// have started with an older file. If a line is not TOML, all mistakes count, since that line may be the one with
+/// the address.
 pub(super) fn admin_address(layers: Layers, files: &dyn NamedFiles) -> Result<SocketAddr, Problems> {
     let mut context = Context::new(&layers, Path::new("."), files, Reading::default());
     let admin: Admin = section(&mut context, &layers.root, "admin");
@@ -68,6 +83,7 @@ pub(super) fn admin_address(layers: Layers, files: &dyn NamedFiles) -> Result<So
     if problems.is_empty() { Ok(admin.address) } else { Err(Problems(problems)) }
 }
 
+/// Reads all sections. What cannot be read has its default, and is noted in the context.
 fn read(context: &mut Context<'_>, root: &Value) -> Config {
     if let ValueKind::Table(members) = &root.kind {
         context.expect("", &SECTIONS, members.keys());

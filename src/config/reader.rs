@@ -1,8 +1,11 @@
-//! Reads tables of the merged layers with serde. A mistake is told, what it stands in is left out, and the table is read
-//! again, so that all mistakes are told at once.
+//! Typed reading with error recovery: tables of the merged layers become the serde types of `sections`.
 //!
-//! Not with the deserializer of the `config` crate: that takes a text for a number and 1 for `true`, and only a value that
-//! comes from a variable or a flag may be taken so.
+//! serde stops at the first mistake. So each mistake is noted, its value is left out, and the whole table is read
+//! again, until nothing is wrong with it. That reports all mistakes of a file at once.
+//!
+//! It does not use the deserializer of the `config` crate, which takes a text for a number and 1 for `true`. A
+//! number or a boolean in quotes is accepted here only from a variable or a flag, which have no other way to write
+//! one.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -19,19 +22,23 @@ use super::context;
 use super::context::Context;
 use super::source::LIST_OF_TABLES;
 
-/// So many mistakes of one table are told.
+/// The most mistakes that are reported of one table. Each costs one more reading of the table, so a file with
+/// thousands of them would take quadratic time.
 const MAX_MISTAKES: usize = 100;
 
-/// What tables look like whose names the user chooses.
+/// Keys of tables whose names the user chooses, and the example that the error text shows for each.
 const EXAMPLES: [(&str, &str); 2] =
     [("upstream.headers", "{ x-tenantspaceid = \"…\" }"), ("audit.fields", "{ inspectors = \"hmac\" }")];
 
-/// Reads the table at a key.
+/// Returns the table at the key `of_table`. Values with a mistake have their default; each mistake is noted in
+/// `context`.
 pub(super) fn table<T: DeserializeOwned + Default>(
     context: &mut Context<'_>,
     of_table: &str,
     value: &Value,
 ) -> T {
+    // A set of keys, not a value with holes: removing an item would shift the indices of those behind it, and
+    // later mistakes would be reported under the wrong key.
     let mut left_out = HashSet::new();
     for mistakes in 0.. {
         let (value, key) = (value.clone(), of_table.to_owned());
@@ -42,6 +49,8 @@ pub(super) fn table<T: DeserializeOwned + Default>(
                 context.problem_of(&at, &key, reason);
                 left_out.insert(at);
             }
+            // No place means that the value itself is no table. Nothing in it can be left out, so another reading
+            // would fail the same way.
             Err(Fault { at: None, reason }) => {
                 context.problem(of_table, reason);
                 return T::default();
@@ -52,7 +61,7 @@ pub(super) fn table<T: DeserializeOwned + Default>(
     T::default()
 }
 
-/// Reads a section, which may be missing.
+/// Returns the section at `key`, with all defaults if it is missing.
 pub(super) fn section<T: DeserializeOwned + Default>(
     context: &mut Context<'_>,
     root: &Value,
@@ -62,7 +71,7 @@ pub(super) fn section<T: DeserializeOwned + Default>(
     table(context, key, member(root, key).unwrap_or(&empty))
 }
 
-/// Reads a list of tables, which may be missing.
+/// Returns the items of the list of tables at `key`, empty if it is missing.
 pub(super) fn tables<T: DeserializeOwned + Default>(
     context: &mut Context<'_>,
     root: &Value,
@@ -75,6 +84,8 @@ pub(super) fn tables<T: DeserializeOwned + Default>(
             items.iter().enumerate().map(item).collect()
         }
         Some(_) => {
+            // `--set listeners=x` and `--set listeners.address=x` arrive here if the file has no such list. Advice
+            // about double brackets would not help: whoever sets a flag has no file syntax to change.
             let written = || format!("must be written as [[{key}]]");
             let reason = if context.is_loose(key) { LIST_OF_TABLES.to_owned() } else { written() };
             context.problem(key, reason);
@@ -90,24 +101,26 @@ fn member<'a>(root: &'a Value, key: &str) -> Option<&'a Value> {
     }
 }
 
-/// A value, to be read.
+/// A deserializer of one value, which knows the value's key.
 struct Reader<'a, 'c> {
     context: &'a mut Context<'c>,
-    /// Keys of values that cannot be read.
+    /// Keys of values that earlier readings of this table could not read.
     left_out: &'a HashSet<String>,
     value: Value,
     key: String,
+    /// Whether the value is an item of a list.
     is_item: bool,
 }
 
-/// Why a value cannot be read, and which it is, as soon as that is known.
+/// Why a value cannot be read. `at` is `None` until [`Values::read`], which knows the key, fills it in.
 #[derive(Debug)]
 struct Fault {
     at: Option<Place>,
     reason: String,
 }
 
-/// A value by its own key, and the key that is told: of an item in a list that of the list.
+/// The place of a faulty value: `at` is its own key, `key` the one to report. They differ for an item of a list,
+/// which is reported under the key of the list.
 #[derive(Debug)]
 struct Place {
     at: String,
@@ -129,7 +142,8 @@ impl fmt::Display for Fault {
 }
 
 impl Reader<'_, '_> {
-    /// Text that may stand for a number or a list, too: it is from the environment or a flag.
+    /// Whether a text may also be read as a number, a boolean or a list, because it comes from a variable or a
+    /// flag.
     fn is_loose(&self) -> bool {
         self.context.is_loose(&self.key)
     }
@@ -141,6 +155,8 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
     fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
         match self.value.kind {
             ValueKind::String(text) => visitor.visit_string(text),
+            // In lists of ids and statuses a number stands for its digits: `operators = [1611917095665261978]`. A
+            // single value is stricter, since `timeout = 10` lacks its unit.
             ValueKind::I64(number) if self.is_item => visitor.visit_string(number.to_string()),
             ValueKind::I64(_) => Err(Fault::custom(
                 "must be a text in quotes; a quantity needs its unit, as in \"10s\" or \"64MiB\"",
@@ -161,6 +177,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
     }
 
     fn deserialize_u64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        // Digits in quotes are refused in the file, which can hold integers: the schema for editors says the same.
         let number = match &self.value.kind {
             ValueKind::I64(number) => u64::try_from(*number).ok(),
             ValueKind::String(text) if self.is_loose() => text.parse().ok(),
@@ -174,6 +191,8 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
         let items = match self.value.kind {
             ValueKind::Array(items) => items,
             ValueKind::String(text) if is_loose => {
+                // Accepts what people write in a variable (`401, 403`) as well as what they copy from the file
+                // (`["401", "403"]`).
                 let parts =
                     text.trim_matches(['[', ']']).split(',').map(|part| part.trim().trim_matches('"'));
                 parts.filter(|part| !part.is_empty()).map(Value::from).collect()
@@ -181,6 +200,8 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
             _ => return Err(Fault::custom("must be a list of texts")),
         };
         let Self { context, left_out, key, .. } = self;
+        // Items are numbered before faulty ones are left out, so that each one keeps the index that it has in the
+        // file.
         let items = items.into_iter().enumerate().map(|(i, item)| (i.to_string(), item));
         visitor.visit_seq(Values::new(context, left_out, key, true, items))
     }
@@ -207,17 +228,23 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
             return Err(Fault::custom("must be a table"));
         };
         let Self { context, left_out, key, .. } = self;
+        // Unknown names are only noted here and reported when all tables have been read: the best suggestion
+        // depends on which keys are missing. They are removed, since `deny_unknown_fields` would end the reading
+        // at the first.
         context.expect(&key, fields, members.keys());
         members.retain(|name, _| fields.contains(&&**name));
         visitor.visit_map(Values::new(context, left_out, key, false, members))
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        // Without null in TOML a key that is present always has a value; for one that is absent serde takes the
+        // default.
         visitor.visit_some(self)
     }
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
         match self.value.kind {
+            // Reached by untagged enums only, such as that of `server.workers`, which takes a number or `auto`.
             ValueKind::I64(_) => self.deserialize_u64(visitor),
             ValueKind::String(ref text) if self.is_loose() && text.parse::<u64>().is_ok() => {
                 self.deserialize_u64(visitor)
@@ -232,7 +259,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
     }
 }
 
-/// What is still to be read of a table, by name, or of a list, by number.
+/// The values of a table, by name, or of a list, by index, that are still to be read.
 struct Values<'a, 'c> {
     context: &'a mut Context<'c>,
     left_out: &'a HashSet<String>,
@@ -256,7 +283,8 @@ impl<'a, 'c> Values<'a, 'c> {
         Self { context, left_out, key, is_list, value: None, rest: values.into_iter() }
     }
 
-    /// Reads one value. A fault that has no place yet gets the place of this value.
+    /// Reads one value. A fault without a place gets the place of this value, so the innermost value is the one
+    /// that is blamed.
     fn read<'de, S: DeserializeSeed<'de>>(
         &mut self,
         seed: S,
@@ -274,6 +302,7 @@ impl<'a, 'c> Values<'a, 'c> {
     }
 }
 
+/// The key of a member of a table or of an item of a list.
 fn inner(key: &str, name: &str, is_list: bool) -> String {
     if is_list { format!("{key}[{name}]") } else { context::member(key, name) }
 }

@@ -1,5 +1,8 @@
-//! What must hold between values. Looked at when all is read, and only where each of the values is what
-//! somebody meant: one mistake is told once.
+//! Cross-field validation: what must hold between values.
+//!
+//! Runs when all tables have been read. A relation is checked only if none of its values is poisoned (see
+//! [`Context`]), so that a mistake is reported once and not again as a broken relation. Defaults have given way to
+//! set values by then.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -9,35 +12,46 @@ use crate::model::audit_fields::SHOWN;
 use super::context::Context;
 use super::{Config, Control, ListenAddress, PeerRule, Route};
 
-/// Looks at all of them.
+/// Checks all relations, and adds each broken one to the context's problems.
 pub(super) fn check(context: &mut Context<'_>, config: &Config) {
     references(context, config);
     peers(context, config);
     addresses(context, config);
     let upstream = &config.upstream;
     if upstream.connect_timeout > upstream.timeout {
+        // The connection is part of the exchange: a longer connect time-out would never be reached.
         let reason = "must not be longer than upstream.timeout";
         between(context, ["upstream.connect_timeout", "upstream.timeout"], reason);
     }
     if config.server.drain_grace >= config.server.drain_timeout && !config.server.drain_grace.is_zero() {
+        // Both count from the stop signal. With no time between them, requests accepted within the grace would be
+        // cut off.
         let reason = "must be shorter than server.drain_timeout, so that what is in flight can end";
         between(context, ["server.drain_grace", "server.drain_timeout"], reason);
     }
     fields(context, config);
     if config.audit.retain.is_some_and(|retain| retain < config.idempotency.window) {
+        // The trail is all that remembers keys across a restart. With a shorter `retain` it would forget keys that
+        // are still valid, and a repeated call would be sent twice.
         let reason = "must not be shorter than idempotency.window: keys live in the trail";
         between(context, ["audit.retain", "idempotency.window"], reason);
     }
     if config.idempotency.fingerprint_window > config.idempotency.window {
+        // A start reads back `window` of the trail. Beyond it, an equal call would be recognised before a restart
+        // and sent again after it.
         let reason = "must not be longer than idempotency.window: a start reads no older calls";
         between(context, ["idempotency.fingerprint_window", "idempotency.window"], reason);
     }
     trail_size(context, config);
     shares(context, config);
     if upstream.max_connections < config.server.workers {
+        // Each worker has a pool of its own, with its part of the connections. One without any could forward
+        // nothing.
         let reason = "must be at least server.workers";
         between(context, ["upstream.max_connections", "server.workers"], reason);
     }
+    // The system's roots are needed only if something speaks TLS. A container may have none; it is refused here
+    // and not at the first token fetch.
     context.reads("upstream.ca_file");
     let is_known = !["upstream.base_url", "token.url"].iter().any(|key| context.is_doubtful(key));
     if is_known
@@ -50,14 +64,14 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// A mistake between two values, told at the first of them that stands anywhere.
+/// Adds a problem at the first key, unless one of the two keys is poisoned.
 fn between(context: &mut Context<'_>, keys: [&str; 2], reason: &str) {
     if !keys.iter().any(|key| context.is_doubtful(key)) {
         context.problem(keys[0], reason);
     }
 }
 
-/// Names that must be those of something else.
+/// Checks that the credentials and routes that are named exist.
 fn references(context: &mut Context<'_>, config: &Config) {
     let credentials: Vec<_> = config.credentials.iter().map(|credential| &*credential.name).collect();
     let routes: Vec<_> = config.routes.iter().map(|route| &*route.name).collect();
@@ -65,10 +79,13 @@ fn references(context: &mut Context<'_>, config: &Config) {
         let key = format!("callers[{i}].credential");
         refer(context, &key, &key, ("credential", &credentials), &caller.credential);
         let list = format!("callers[{i}].routes");
+        // A poisoned list makes each of its items poisoned, and the search below for items that are not would have
+        // no end: a misspelt key beside the right list once hung the start there.
         if context.is_doubtful(&list) {
-            continue; // so is each item of it
+            continue;
         }
-        // Those that could be read.
+        // Items that could not be read are not in `caller.routes`. Their indices are skipped, so that each name
+        // that was read is reported under the index that it has in the file.
         let items: Vec<_> = (0..)
             .map(|j| format!("{list}[{j}]"))
             .filter(|item| !context.is_doubtful(item))
@@ -84,7 +101,8 @@ fn references(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// A name that could not be read may be the one that is meant.
+/// Adds a problem if no credential or route has this name. An empty name among `names` is one that could not be
+/// read: it may be the one that is meant, so nothing is reported then.
 fn refer(context: &mut Context<'_>, at: &str, key: &str, (what, names): (&str, &[&str]), name: &str) {
     let is_doubtful =
         context.is_doubtful(&format!("{what}s")) || names.contains(&"") || context.is_doubtful(at);
@@ -94,9 +112,10 @@ fn refer(context: &mut Context<'_>, at: &str, key: &str, (what, names): (&str, &
     }
 }
 
-/// A name that no record has is a misspelt one, and what it should hide stands there in clear. A contract that cannot be read may have
-/// any name.
+/// Checks that each name in `audit.fields` is a member of some record. A misspelt one is refused, since what it
+/// should hide would be written in clear.
 fn fields(context: &mut Context<'_>, config: &Config) {
+    // A contract that cannot be read may have any name.
     if context.is_doubtful_within("routes") {
         return;
     }
@@ -113,8 +132,10 @@ fn fields(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// What the window needs is never removed, so that a trail that cannot hold it would fill its volume all the same.
+/// Checks that `audit.max_size` holds what the idempotency window needs at the configured rates. Records within the
+/// window are never removed, so with a smaller bound the trail would fill its volume all the same.
 fn trail_size(context: &mut Context<'_>, config: &Config) {
+    // The size follows from all of these. If one is poisoned, its default would give a size that nobody asked for.
     let limits = (0..config.callers.len())
         .flat_map(|i| ["rate_limit", "burst"].map(|key| format!("callers[{i}].{key}")))
         .chain(["quota.rate", "quota.burst"].map(str::to_owned));
@@ -127,6 +148,7 @@ fn trail_size(context: &mut Context<'_>, config: &Config) {
     }
 }
 
+/// Checks that no caller may hold more keys than all callers together.
 fn shares(context: &mut Context<'_>, config: &Config) {
     for (i, caller) in config.callers.iter().enumerate() {
         if caller.max_keys.is_some_and(|share| share > config.idempotency.max_keys) {
@@ -136,7 +158,7 @@ fn shares(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// What a listener must be so that it can see such a peer.
+/// Says which listener a peer needs, as the end of an error text.
 fn needed_listener(peer: &PeerRule) -> &'static str {
     match peer {
         PeerRule::Loopback => "loopback needs a TCP listener without client_ca_file",
@@ -151,7 +173,10 @@ fn needed_listener(peer: &PeerRule) -> &'static str {
     }
 }
 
+/// Checks that no peer can be two callers, and that a listener exists for each caller.
 fn peers(context: &mut Context<'_>, config: &Config) {
+    // Which peers a listener can see depends on its address and on `client_ca_file`. With either poisoned, it may
+    // be the listener that a caller seems to lack.
     let doubtful_listeners = (0..config.listeners.len()).any(|i| {
         let listener = format!("listeners[{i}]");
         context.is_doubtful(&format!("{listener}.address"))
@@ -162,6 +187,7 @@ fn peers(context: &mut Context<'_>, config: &Config) {
         if context.is_doubtful(&key) {
             continue;
         }
+        // Two callers for one peer would make its identity, credential and limits depend on the order in the file.
         let other = (0..i).find(|other| {
             !context.is_doubtful(&format!("callers[{other}].peer"))
                 && config.callers[*other].peer.can_be(&caller.peer)
@@ -176,7 +202,7 @@ fn peers(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// No two sockets can be bound to one address.
+/// Checks that no two sockets have the same address: a start could not bind the second one.
 fn addresses(context: &mut Context<'_>, config: &Config) {
     let admin = ("admin.address".to_owned(), ListenAddress::Tcp(config.admin.address));
     let listener = |(i, listener): (usize, &super::Listener)| {
@@ -184,6 +210,7 @@ fn addresses(context: &mut Context<'_>, config: &Config) {
     };
     let control = match &config.admin.control {
         Control::Path(path) => {
+            // The mode has no part in the comparison; any value does.
             let address = ListenAddress::Unix { path: path.clone(), mode: 0 };
             Some(("admin.control".to_owned(), address))
         }
@@ -201,9 +228,11 @@ fn addresses(context: &mut Context<'_>, config: &Config) {
     }
 }
 
+/// Whether two sockets cannot be bound at the same time.
 fn clash(a: &ListenAddress, b: &ListenAddress) -> bool {
     match (a, b) {
         (ListenAddress::Tcp(a), ListenAddress::Tcp(b)) => {
+            // Port 0 lets the kernel choose, a different one each time.
             a.port() == b.port() && a.port() != 0 && meet(*a, *b)
         }
         (ListenAddress::Unix { path: a, .. }, ListenAddress::Unix { path: b, .. }) => {
@@ -213,15 +242,18 @@ fn clash(a: &ListenAddress, b: &ListenAddress) -> bool {
     }
 }
 
-/// A socket's path by the real path of its directory.
+/// The path of a socket with the real path of its directory, so that two spellings of one place are equal. Returned
+/// as it is if the directory does not exist.
 pub(crate) fn socket_path(path: &Path) -> PathBuf {
+    // Only the directory is resolved: the socket itself need not exist yet.
     let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
     let whole = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
     whole.unwrap_or_else(|| path.to_owned())
 }
 
-/// Whether two addresses are of one kind of socket and meet. IPv6 has the addresses of IPv4, too, and `[::]` leaves them to
-/// whoever has one of the same port: see [`Config::is_only_v6`].
+/// Whether two IP addresses are of one family and overlap. IPv4-mapped IPv6 addresses count as IPv4. `[::]` does
+/// not overlap with an IPv4 address of the same port, which it leaves to the other socket: see
+/// [`Config::is_only_v6`].
 fn meet(a: SocketAddr, b: SocketAddr) -> bool {
     let (a, b) = (a.ip().to_canonical(), b.ip().to_canonical());
     a == b || (a.is_ipv4() == b.is_ipv4() && (a.is_unspecified() || b.is_unspecified()))
