@@ -1,7 +1,8 @@
-//! How values are written in the file: what stands in the attributes of [`super::sections`].
+//! Textual forms of values: how each is read, written and described.
 //!
-//! A form reads a value strictly, says what is wrong with one that does not fit, writes it as it can be read again, and is
-//! told to editors as a JSON Schema.
+//! A form is named in the attributes of [`super::sections`]. It reads a value strictly, with a reason if the value
+//! does not fit, writes it so that it can be read again, and describes it to editors as a JSON Schema. Bounds are
+//! part of the type, so that a reader, an error text and the schema cannot differ.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -23,24 +24,30 @@ use super::values::{
 };
 use super::{Control, ListenAddress, PeerRule, ProxyUrl, Rate, Url};
 
-/// One way to write a value.
+/// A way to write a value in the file.
 pub(super) trait Form {
+    /// The type of the value in the configuration.
     type Value;
 
+    /// Reads a value. The error is a reason that can follow the key.
     fn read<'de, D: Deserializer<'de>>(from: D) -> Result<Self::Value, D::Error>;
 
+    /// Writes a value so that [`Form::read`] returns it again.
     fn write<S: Serializer>(value: &Self::Value, to: S) -> Result<S::Ok, S::Error>;
 
+    /// The JSON Schema for editors.
     fn schema() -> Schema;
 }
 
-/// One way to write a value as a text.
+/// A way to write a value as a text. Each is a [`Form`], too.
 pub(super) trait Text {
+    /// The type of the value in the configuration.
     type Value;
 
-    /// The value, or why the text is none: a reason that can follow the key.
+    /// Returns the value, or a reason that can follow the key.
     fn parse(text: &str) -> Result<Self::Value, String>;
 
+    /// Returns a text that [`Text::parse`] takes.
     fn text(value: &Self::Value) -> String;
 
     fn schema() -> Schema {
@@ -59,12 +66,13 @@ impl<F: Text> Form for F {
         to.serialize_str(&F::text(value))
     }
 
+    /// The JSON Schema for editors: any text, unless the form says more.
     fn schema() -> Schema {
         <F as Text>::schema()
     }
 }
 
-/// Makes forms of functions that read and write.
+/// Declares forms, each with the function that parses its text and the one that writes it.
 macro_rules! texts {
     ($($name:ident: $value:ty = $parse:expr, $text:expr;)+) => {$(
         pub(super) struct $name;
@@ -103,14 +111,16 @@ texts! {
     TokenUrl: Url = parse_url, Url::to_string;
 }
 
-/// A relative path says little to who does not know the folder.
+/// Returns the absolute path as a text. The effective configuration is read elsewhere, where a relative path would
+/// mean another file.
 fn whole_path(path: &PathBuf) -> String {
     std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
 }
 
-/// A time between bounds, which are in milliseconds.
+/// A duration from `LOW` to `HIGH`, in milliseconds, both included.
 pub(super) struct Period<const LOW: u64, const HIGH: u64>;
 
+/// Milliseconds, for the bounds of [`Period`].
 pub(super) const SECOND: u64 = 1000;
 pub(super) const MINUTE: u64 = 60 * SECOND;
 pub(super) const HOUR: u64 = 60 * MINUTE;
@@ -128,18 +138,20 @@ impl<const LOW: u64, const HIGH: u64> Text for Period<LOW, HIGH> {
 
     fn text(period: &Duration) -> String {
         match period.as_millis() {
+            // In seconds whatever the unit in the file, which is not kept.
             milliseconds if milliseconds % 1000 == 0 => format!("{}s", milliseconds / 1000),
             milliseconds => format!("{milliseconds}ms"),
         }
     }
 
     fn schema() -> Schema {
+        // The bounds are a `$comment`, since a pattern cannot bound a number with a unit.
         let bounds = format!("from {} to {}", time(LOW), time(HIGH));
         json_schema!({ "type": "string", "pattern": "^[0-9]+(ms|s|m|h|d)$", "$comment": bounds })
     }
 }
 
-/// Milliseconds in the largest unit.
+/// Returns milliseconds in the largest unit that gives a whole number, for error texts.
 fn time(milliseconds: u64) -> String {
     let units = [(DAY, "d"), (HOUR, "h"), (MINUTE, "m"), (SECOND, "s"), (1, "ms")];
     let unit =
@@ -147,9 +159,10 @@ fn time(milliseconds: u64) -> String {
     unit.map_or_else(|| "0s".to_owned(), |(unit, name)| format!("{}{name}", milliseconds / unit))
 }
 
-/// A size between bounds, in bytes.
+/// A size from `LOW` to `HIGH`, in bytes, both included.
 pub(super) struct Size<const LOW: u64, const HIGH: u64, T = u64>(PhantomData<T>);
 
+/// Bytes, for the bounds of [`Size`].
 pub(super) const KIB: u64 = 1 << 10;
 pub(super) const MIB: u64 = 1 << 20;
 pub(super) const GIB: u64 = 1 << 30;
@@ -174,17 +187,19 @@ impl<const LOW: u64, const HIGH: u64, T: Copy + TryFrom<u64> + TryInto<u64>> Tex
     }
 }
 
+/// Returns bytes in the largest unit that gives a whole number.
 fn size_text(bytes: u64) -> String {
     let units = [(GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")];
     let unit = units.into_iter().find(|(unit, _)| bytes >= *unit && bytes.is_multiple_of(*unit));
     unit.map_or_else(|| format!("{bytes}B"), |(unit, name)| format!("{}{name}", bytes / unit))
 }
 
+/// Returns the number if it is from `low` to `high` and fits into the type.
 fn within<T: TryFrom<u64>>(number: u64, low: u64, high: u64) -> Option<T> {
     Some(number).filter(|number| (low..=high).contains(number)).and_then(|number| T::try_from(number).ok())
 }
 
-/// Makes forms of values that a word takes the place of.
+/// Declares forms of values that may be absent, with the word that says so, since TOML has no null.
 macro_rules! unless {
     ($($name:ident = $word:literal or $form:ty;)+) => {$(
         pub(super) struct $name;
@@ -213,13 +228,14 @@ unless! {
     MaxSize = "none" or Size<{ 256 * KIB }, { 8192 * GIB }>;
 }
 
-/// A whole number between bounds.
+/// A whole number from `LOW` to `HIGH`, both included.
 pub(super) struct Whole<const LOW: u64, const HIGH: u64, T = usize>(PhantomData<T>);
 
 impl<const LOW: u64, const HIGH: u64, T: Copy + TryFrom<u64> + TryInto<u64>> Form for Whole<LOW, HIGH, T> {
     type Value = T;
 
     fn read<'de, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+        // The reader's own reason is dropped: the one with the bounds says more, for a wrong type, too.
         let number = u64::deserialize(from).ok().and_then(|number| within(number, LOW, HIGH));
         number.ok_or_else(|| Error::custom(format!("must be a whole number from {LOW} to {HIGH}")))
     }
@@ -236,6 +252,7 @@ impl<const LOW: u64, const HIGH: u64, T: Copy + TryFrom<u64> + TryInto<u64>> For
 /// `server.workers`: a whole number, or `auto`, which is [`AUTO`] until the upstream's connections are known.
 pub(super) struct Workers;
 
+/// What `auto` is read as. [`super::defaults`] replaces it.
 pub(super) const AUTO: usize = 0;
 
 impl Form for Workers {
@@ -244,6 +261,7 @@ impl Form for Workers {
     fn read<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
         let number = match NumberOrText::deserialize(from) {
             Ok(NumberOrText::Text(text)) if text == "auto" => return Ok(AUTO),
+            // 0 is out of bounds, so that nobody gets [`AUTO`] by writing it.
             Ok(NumberOrText::Number(number)) => within(number, 1, 64),
             _ => None,
         };
@@ -259,6 +277,7 @@ impl Form for Workers {
     }
 }
 
+/// A number or a text, whichever the layer has: the file a number, a variable a text.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum NumberOrText {
@@ -290,7 +309,7 @@ impl Form for ControlSocket {
     }
 }
 
-/// A status with which the upstream refuses a token. A replay is safe only where the answer says that nothing was done.
+/// A status that may mean that the upstream refused the token.
 pub(super) struct RefusedStatus;
 
 impl Form for RefusedStatus {
@@ -298,6 +317,8 @@ impl Form for RefusedStatus {
 
     fn read<'de, D: Deserializer<'de>>(from: D) -> Result<StatusCode, D::Error> {
         let status = String::deserialize(from)?.parse::<StatusCode>().ok();
+        // The request is sent again with another token, so the status must say that nothing was done. Others, such
+        // as 500, do not say so.
         let status = status.filter(|status| matches!(status.as_u16(), 401 | 403 | 418));
         status.ok_or_else(|| Error::custom("must be a list of 401, 403 or 418"))
     }
@@ -311,7 +332,7 @@ impl Form for RefusedStatus {
     }
 }
 
-/// A value that may be missing.
+/// A value that may be absent, as `None`. An absent key is not read; one that is present must have the inner form.
 pub(super) struct Maybe<F>(PhantomData<F>);
 
 impl<F: Form> Form for Maybe<F> {
@@ -333,7 +354,7 @@ impl<F: Form> Form for Maybe<F> {
     }
 }
 
-/// A list of values.
+/// A list of values of one form.
 pub(super) struct Each<F>(PhantomData<F>);
 
 impl<F: Form> Form for Each<F> {
@@ -351,13 +372,15 @@ impl<F: Form> Form for Each<F> {
     fn schema() -> Schema {
         let mut item = F::schema();
         if item.get("type").is_some_and(|kind| kind == "string") {
-            item.insert("type".into(), json!(["string", "integer"])); // a number stands for its digits
+            // The reader takes a number in a list of texts for its digits, so the schema must not mark it as a
+            // mistake.
+            item.insert("type".into(), json!(["string", "integer"]));
         }
         json_schema!({ "type": "array", "items": item })
     }
 }
 
-/// One of them.
+/// One item, for serde's own implementation of lists.
 struct Item<F, V>(V, PhantomData<F>);
 
 impl<'de, F: Form> Deserialize<'de> for Item<F, F::Value> {
@@ -372,7 +395,7 @@ impl<F: Form> Serialize for Item<F, &F::Value> {
     }
 }
 
-/// A value in a form, as serde's attribute `with` wants it.
+/// Adapts a form to serde's attribute `with`, which wants functions of these names, and to schemars.
 pub(super) struct As<F>(PhantomData<F>);
 
 impl<F: Form> As<F> {
@@ -386,6 +409,8 @@ impl<F: Form> As<F> {
 }
 
 impl<F: Form> JsonSchema for As<F> {
+    // Else the schema would have a definition for each form, and an editor would show its name instead of the
+    // bounds.
     fn inline_schema() -> bool {
         true
     }

@@ -1,7 +1,10 @@
-//! The layers of the configuration, merged by the `config` crate: the file, then variables, then flags.
+//! Layered configuration source: the file, then environment variables, then flags, merged with the `config` crate.
 //!
-//! Knows nothing of what a key means. The origin of each value is its place, which survives the merge. A file that is
-//! not TOML is read as far as its mistakes let it be, so that all of them are told at once.
+//! Each value keeps its origin through the merge, so that a mistake can be reported at its line, variable or flag.
+//! This module does not know what a key means.
+//!
+//! A file that is not TOML is parsed with error recovery: a bad line is reported and blanked, and the rest is
+//! parsed again, so that all mistakes are reported at once.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -18,70 +21,78 @@ use toml::de::{DeString, DeTable, DeValue};
 use super::{Problem, Problems};
 use crate::files;
 
-/// The prefix of the variables that override the file. Kubernetes' own variables for a service of this name
-/// (`CCSQM_GATEWAY_SERVICE_HOST`, …) do not have the second underscore.
+/// The prefix of the variables that override the file. It ends with two underscores, since Kubernetes sets
+/// variables such as `CCSQM_GATEWAY_SERVICE_HOST` for a service of this name.
 pub(super) const PREFIX: &str = "CCSQM_GATEWAY__";
 
-/// The table whose keys are names of headers.
+/// The prefix of keys that are names of headers.
 const HEADERS: &str = "upstream.headers.";
 
-/// Floats, dates and integers beyond 64 bits: no key takes one.
+/// Stands for floats, dates and integers beyond 64 bits. No key takes one, so each is refused with the text for its
+/// key.
 const NO_VALUE: ValueKind = ValueKind::Float(f64::NAN);
 
-/// Nobody writes a longer one; whatever is longer is some other file.
+/// The largest file that is read, in bytes. A larger one is not a configuration; the bound also ends the reading of
+/// a device.
 const MAX_FILE: u64 = 4 << 20;
 
 /// Why a flag cannot reach an item.
 const NO_ITEM: &str = "names no item of the list, and not the next one: they are counted from 0";
 
-/// As deep as TOML may be nested.
+/// The most steps of a key in a variable or flag, which is also the deepest nesting that the TOML parser takes.
+// Values are walked recursively: a flag with thousands of names overflowed the stack.
 const MAX_STEPS: usize = 80;
 
-/// The longest value that is shown beside a mistake, in bytes. Nested lists would be kept once a level otherwise.
+/// The longest value that is kept to be shown beside a mistake, in bytes.
+// Each level of nested lists keeps its own text. Without a bound a file of 4 MB nested 70 deep took 578 MB.
 const MAX_WRITTEN: usize = 200;
 
-/// So many lines that are not TOML are told.
+/// The most lines that are reported as not TOML. Each costs one more parse of the whole file.
 const MAX_SYNTAX: usize = 20;
 
-/// So many lines above an error are searched for the bracket that was left open.
+/// How many lines above an error are searched for the bracket that was left open. Each costs two parses of what
+/// lies above it.
 const MAX_OPEN: usize = 50;
 
-/// Why a variable cannot reach into a list of tables, and a flag not the list as a whole.
+/// Why a variable cannot set an item of a list of tables, and a flag not the whole list.
 pub(super) const LIST_OF_TABLES: &str = "lists of tables can be set in the file, and their items by flags, as in --set listeners[0].address=127.0.0.1:8080";
 
-/// Where a value stands.
+/// Where a value was set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+// The order of the variants is the order of the layers. Problems are sorted by it, and of two spellings of a
+// header the greater one wins.
 pub(super) enum Place {
     File { path: Arc<str>, line: usize },
     Variable(String),
     Flag(String),
 }
 
-/// All layers, one over the other.
+/// All layers, merged.
 pub(super) struct Layers {
     pub(super) root: Value,
-    /// The origin of a value is its number here.
+    /// Indexed by the origin of a value, which the `config` crate carries through the merge as a text: here a
+    /// number.
     pub(super) origins: Vec<Origin>,
-    /// What is wrong so far.
+    /// Lines that are not TOML, and overrides that cannot be applied.
     pub(super) problems: Vec<Problem>,
-    /// How far the file can be believed.
+    /// How far the file could be parsed.
     pub(super) syntax: Syntax,
 }
 
-/// Where a value stands, and how it is written there, if that is short and on one line of the file.
+/// The place of a value, and its text in the file if that is on one line and not longer than [`MAX_WRITTEN`].
 pub(super) struct Origin {
     pub(super) place: Place,
     pub(super) written: Option<String>,
 }
 
-/// How far a file is TOML.
+/// How much of a file could be parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Syntax {
-    /// All of it.
+    /// Everything.
     Whole,
-    /// All but some lines: what seems to be missing may stand on one of them.
+    /// Everything but some lines. What seems to be missing may be on one of them.
     Holes,
-    /// A header is broken, or too much: nobody knows which section a value belongs to.
+    /// A header is broken, or too many lines are. Nobody knows to which section a line belongs.
     Lost,
 }
 
@@ -95,7 +106,8 @@ impl fmt::Display for Place {
     }
 }
 
-/// Reads the file, if there is one, and lays the environment and the flags over it.
+/// Reads the file, if `path` names one, and applies the variables and the flags to it, in this order. Fails if the
+/// file cannot be read; other mistakes are in [`Layers::problems`].
 pub(super) fn read(
     path: Option<&Path>,
     overrides: &[(String, String)],
@@ -111,14 +123,18 @@ pub(super) fn read(
     let (mut root, mistakes, syntax) = parse(text, &mut in_file);
     let mut problems: Vec<_> = mistakes.into_iter().map(problem).collect();
     let mut variables: Vec<_> = environment.iter().filter_map(Override::variable).collect();
+    // The environment has no fixed order. Of `SERVER` and `SERVER__WORKERS` the first one that is applied decides
+    // which is refused.
     variables.sort_by(|a, b| a.place.cmp(&b.place));
     for Override { place, key, text } in variables.into_iter().chain(overrides.iter().map(Override::flag)) {
+        // Each override is checked against all that is merged so far, since an item that one flag adds may be set
+        // further by the next.
         match text.and_then(|text| fits(&root, &place, &key).map(|()| text)) {
             Ok(text) => {
                 let value = located(&mut origins, place, None, ValueKind::String(text));
                 lay_over(&mut root, &key, value);
             }
-            // The item may stand on a line that is no TOML.
+            // The item may be on a line that is not TOML, which is reported already.
             Err(NO_ITEM) if syntax != Syntax::Whole => {}
             Err(reason) => problems.push(Problem { place, key, reason: reason.into(), written: None }),
         }
@@ -126,28 +142,30 @@ pub(super) fn read(
     Ok(Layers { root, origins, problems, syntax })
 }
 
-/// A value that remembers where it stands.
+/// Returns a value whose origin is its place.
 fn located(origins: &mut Vec<Origin>, place: Place, written: Option<String>, kind: ValueKind) -> Value {
     origins.push(Origin { place, written });
     Value::new(Some(&(origins.len() - 1).to_string()), kind)
 }
 
-/// Lays a value over what is there. Not by the crate's builder, which forgets where tables stand.
+/// Sets a value in the merged layers. The builder of the `config` crate is not used: it copies all layers once
+/// more, takes a key in quotes for a path, and loses the origins of tables.
 fn lay_over(root: &mut Value, key: &str, value: Value) {
     let layer = if key.contains('[') {
-        Layer(key.to_owned(), value) // the crate reads the path
+        // Only a key with an item is left to the crate's path parser, which takes fewer names than TOML allows.
+        Layer(key.to_owned(), value)
     } else {
         let (first, rest) = key.split_once('.').map_or((key, None), |(first, rest)| (first, Some(rest)));
-        // Tables, whose names may be any.
+        // Built from the inside out as tables, whose names may be any text, such as `x-a~b`.
         let names = rest.into_iter().flat_map(|rest| rest.rsplit('.'));
         let inner = names.fold(value, |value, name| Map::from([(name.to_owned(), value)]).into());
         Layer(first.to_owned(), inner)
     };
-    // No source fails here: its value is there.
+    // The result is dropped: `Layer::collect` cannot fail.
     drop(layer.collect_to(root));
 }
 
-/// A value that goes over those below it, with its key, which is a path.
+/// One override as a source of the `config` crate: the path of a key, and its value.
 #[derive(Clone, Debug)]
 struct Layer(String, Value);
 
@@ -161,10 +179,12 @@ impl Source for Layer {
     }
 }
 
+/// Returns the text of the file, or the line and reason of a mistake.
 fn read_text(path: &Path) -> Result<String, (usize, String)> {
     let refused = |error: io::Error| (1, format!("cannot be read: {error}"));
     let bytes = match fs::metadata(path) {
-        // Only a start reads a pipe, which is waited for.
+        // `--config /dev/stdin` and `<(…)` are pipes. Only a start reads one, and waits for it. `/dev/zero` never
+        // ends, which the bound catches. A directory goes to the reader below, whose error says what it is.
         Ok(found) if !found.is_file() && !found.is_dir() => {
             let mut bytes = Vec::new();
             let read = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes));
@@ -177,13 +197,15 @@ fn read_text(path: &Path) -> Result<String, (usize, String)> {
         return Err((1, "is larger than 4 MiB, so it is no configuration".into()));
     }
     String::from_utf8(bytes).map_err(|error| {
+        // Everything before the first bad byte is valid, so its newlines give the line.
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         (valid.iter().filter(|byte| **byte == b'\n').count() + 1, "is not UTF-8".into())
     })
 }
 
-/// Parses a file, line by line where it must: a line with a mistake is told and left out, and the rest is
-/// parsed again, so that one mistake is one line, and an open bracket is not every line behind it.
+/// Parses a file with error recovery. A line with a mistake is reported and blanked, and the rest is parsed again
+/// until nothing is wrong, so that an open bracket is not reported once for every line below it. Returns the table,
+/// the mistakes with their lines, and how far the result is complete. `make` gives a value its origin.
 fn parse(
     mut text: String,
     make: &mut impl FnMut(usize, Option<String>, ValueKind) -> Value,
@@ -194,6 +216,8 @@ fn parse(
         let lines = Lines::of(&text);
         let (table, errors) = DeTable::parse_recoverable(&text);
         let offset = |error: &toml::de::Error| error.span().map_or(usize::MAX, |span| span.start);
+        // The parser recovers by itself, but reports what follows from the first error as further ones. Only the
+        // first is certain.
         let Some(error) = errors.iter().min_by_key(|error| offset(error)) else {
             let mut make = |offset, span: Range<usize>, kind| {
                 let fits = (1..=MAX_WRITTEN).contains(&span.len());
@@ -208,18 +232,21 @@ fn parse(
         let line = text[range.clone()].trim();
         let many = mistakes.len() == MAX_SYNTAX;
         mistakes.push((number, if many { "is no TOML either; no more is told".into() } else { reason }));
+        // An empty line cannot be blanked: parsing again would give the same error for ever.
         if many || line.is_empty() {
             return (make(1, None, ValueKind::Table(Map::new())), mistakes, Syntax::Lost);
         }
+        // A header without its opening bracket (`listeners]]`) is known by the first of these marks being a
+        // closing one.
         let mark = line.find(['[', ']', '"', '\'', '=', '#']).map(|at| line.as_bytes()[at]);
         let is_header = line.starts_with('[') || mark == Some(b']');
         syntax = if is_header || syntax == Syntax::Lost { Syntax::Lost } else { Syntax::Holes };
-        // Blanks, so that every other place stays where it is.
+        // As many blanks as bytes, so that the offsets of all other values stay right.
         text.replace_range(range.clone(), &" ".repeat(range.len()));
     }
 }
 
-/// Where the lines of a text begin.
+/// A text, and the offsets at which its lines begin.
 struct Lines<'a> {
     text: &'a str,
     starts: Vec<usize>,
@@ -231,7 +258,7 @@ impl<'a> Lines<'a> {
         Self { text, starts }
     }
 
-    /// The line of an offset, from 1.
+    /// The number of the line at an offset, counted from 1. An offset beyond the text is on the last line.
     fn number(&self, offset: usize) -> usize {
         self.starts.partition_point(|start| *start <= offset)
     }
@@ -243,19 +270,21 @@ impl<'a> Lines<'a> {
         start..end
     }
 
-    /// The first line that makes a text bad, for an error that does not say where it is.
+    /// The first line with which the text no longer parses, for an error without a span.
     fn first_bad(&self) -> usize {
+        // A binary search: a few parses instead of one for each line of a long file.
         let good = |start: &usize| DeTable::parse(&self.text[..*start]).is_ok();
         self.starts.partition_point(good)
     }
 
-    /// The line to blame for the first error of a text, and the reason. A line that is good by itself is not
-    /// to blame where a bracket or a text was left open above it.
+    /// The line to blame for the first error of a text, and the reason. That is a line further up if the line of
+    /// the error is fine by itself and a bracket or a text was left open above it.
     fn cause(&self, number: usize, reason: &str) -> (usize, String) {
         let before = |number: usize| DeTable::parse(&self.text[..self.range(number).start]);
         let innocent = DeTable::parse(&self.text[self.range(number)]).is_ok();
         if innocent && before(number).is_err() {
             for above in (1..number).rev().take(MAX_OPEN) {
+                // The opening line is the one up to which everything parses, and with which it no longer does.
                 if let (Ok(_), Err(error)) = (before(above), before(above + 1)) {
                     return (above, error.message().to_owned());
                 }
@@ -265,7 +294,7 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// A value that goes over what the file says.
+/// A value from a variable or a flag, or why it cannot be used.
 struct Override {
     place: Place,
     key: String,
@@ -273,16 +302,20 @@ struct Override {
 }
 
 impl Override {
+    /// Returns the override of a variable; `None` if it does not have our prefix.
     fn variable((name, value): &(OsString, OsString)) -> Option<Self> {
         let shown = name.to_string_lossy();
         let rest = shown.strip_prefix(PREFIX)?;
+        // A name with our prefix is meant for us. It is refused and not ignored: a setting that silently does
+        // nothing is worse than a start that fails.
         let text = if rest.is_empty() || rest != rest.to_ascii_uppercase() {
             Err("must be named CCSQM_GATEWAY__SECTION__KEY, in capitals")
         } else {
             value.to_str().map(str::to_owned).ok_or("is not UTF-8")
         };
         let mut key = rest.to_ascii_lowercase().replace("__", ".");
-        // A shell cannot name a variable with dashes, and headers have no underscores.
+        // A shell cannot name a variable with dashes. Header names have no underscores here: nginx, for one, drops
+        // those that do.
         if let Some(header) = key.strip_prefix(HEADERS) {
             key = format!("{HEADERS}{}", header.replace('_', "-"));
         }
@@ -294,7 +327,7 @@ impl Override {
     }
 }
 
-/// A table and the offset at which it begins. `make` locates a value by its offset and its span.
+/// Converts a table that begins at `offset`. `make` gives a value its origin by its offset and its span.
 fn convert_table(
     table: &DeTable<'_>,
     offset: usize,
@@ -304,9 +337,11 @@ fn convert_table(
         (key.get_ref().to_string(), convert(value, key.span().start, make))
     };
     let members = table.iter().map(member).collect();
+    // An empty span, so that the text of a table is not kept: only single values are shown beside a mistake.
     make(offset, 0..0, ValueKind::Table(members))
 }
 
+/// Converts one value; `offset` is that of its key, or of the item itself.
 fn convert(
     value: &Spanned<DeValue<'_>>,
     offset: usize,
@@ -319,7 +354,7 @@ fn convert(
         }
         DeValue::Boolean(boolean) => ValueKind::Boolean(*boolean),
         DeValue::Float(_) | DeValue::Datetime(_) => NO_VALUE,
-        // A table of an array of tables spans its header, which is the line to name.
+        // The span of an item in an array of tables is its header, which is the line to name.
         DeValue::Array(items) => {
             ValueKind::Array(items.iter().map(|item| convert(item, item.span().start, make)).collect())
         }
@@ -328,26 +363,30 @@ fn convert(
     make(offset, value.span(), kind)
 }
 
-/// One step of the path of a key.
+/// One step of a key: the name of a member, or the index of an item, from 0.
 enum Step<'a> {
     Name(&'a str),
     Item(usize),
 }
 
-/// The steps of a key such as `listeners[0].address`. The `config` crate reads paths of the same form. A name without an item is
-/// any text: what is no name of a key is told as an unknown one.
+/// Returns the steps of a key such as `listeners[0].address`; `None` if it is not one or has more than
+/// [`MAX_STEPS`]. Names may be any text in a key without an item: what is not the name of a key is reported later,
+/// as an unknown one.
 fn steps(key: &str) -> Option<Vec<Step<'_>>> {
     let is_plain = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
     let has_items = key.contains('[');
     let mut steps = Vec::new();
     for part in key.split('.') {
         let (name, mut items) = part.split_at(part.find('[').unwrap_or(part.len()));
+        // The `config` crate reads such a key with a parser of its own. What that might read differently is
+        // refused.
         if has_items && (name.is_empty() || !is_plain(name)) {
             return None;
         }
         steps.push(Step::Name(name));
         while !items.is_empty() {
             let (number, rest) = items.strip_prefix('[')?.split_once(']')?;
+            // `parse` alone would take `+1`.
             let is_number = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
             steps.push(Step::Item(number.parse().ok().filter(|_| is_number)?));
             items = rest;
@@ -356,9 +395,10 @@ fn steps(key: &str) -> Option<Vec<Step<'_>>> {
     Some(steps).filter(|steps| steps.len() <= MAX_STEPS)
 }
 
-/// Whether an override goes over what is there: it replaces a value or adds one, and no table.
+/// Checks that an override replaces a value or adds one. It must not replace a section or a list of tables.
 fn fits(root: &Value, place: &Place, key: &str) -> Result<(), &'static str> {
     let steps = steps(key).ok_or("is no key, such as server.workers or listeners[0].address")?;
+    // Brackets in a variable's name are refused: no shell can set one, and the form for flags is named instead.
     if steps.iter().any(|step| matches!(step, Step::Item(_))) && matches!(place, Place::Variable(_)) {
         return Err(LIST_OF_TABLES);
     }
@@ -367,7 +407,7 @@ fn fits(root: &Value, place: &Place, key: &str) -> Result<(), &'static str> {
         there = match (there.map(|value| &value.kind), step) {
             (Some(ValueKind::Table(members)), Step::Name(name)) => members.get(name),
             (Some(ValueKind::Array(_)), Step::Name(_)) => return Err(LIST_OF_TABLES),
-            // One more than there are is added.
+            // The index behind the last item adds one. A larger one would leave holes.
             (Some(ValueKind::Array(items)), Step::Item(number)) if number <= items.len() => items.get(number),
             (None, Step::Name(_) | Step::Item(0)) => None,
             (None | Some(ValueKind::Array(_)), Step::Item(_)) => {
@@ -377,6 +417,7 @@ fn fits(root: &Value, place: &Place, key: &str) -> Result<(), &'static str> {
         };
     }
     match there.map(|value| &value.kind) {
+        // An empty table passes: `headers = {}` has nothing to lose, and its type is checked later.
         Some(ValueKind::Table(members)) if !members.is_empty() => Err("is a section, not a value"),
         Some(ValueKind::Array(items))
             if items.iter().any(|item| matches!(item.kind, ValueKind::Table(_))) =>
