@@ -1,8 +1,11 @@
-//! Configuration, validated: every value is of its final type and every reference resolves.
+//! Validated configuration: every value has its final type, and every reference resolves.
 //!
-//! Three types: layers (what stands where), validated (these), compiled ([`crate::state::State`]). All mistakes are told at once,
-//! each with its place, key and reason. The layers are merged by the `config` crate (`source`), read table by table with serde
-//! (`reader`, into the types of `sections`), completed and checked (`parse` has the order).
+//! A configuration exists in three forms: layers (where each value comes from), validated (the types here) and
+//! compiled ([`crate::state::State`]). All mistakes are reported at once, each with its place, key and reason. The
+//! layers are merged by the `config` crate (`source`), read table by table with serde (`reader`, into the types of
+//! `sections`), completed and checked (`parse` has the order).
+//!
+//! Opens no file but its own. What it names is checked by [`named_files::NamedFiles`], which the caller passes in.
 
 mod source;
 mod context;
@@ -47,47 +50,51 @@ pub use sections::{
 use serde::Serialize;
 pub use urls::{ProxyUrl, Url};
 
-/// A whole configuration. Made only by [`Config::load`].
+/// A whole configuration. Only [`Config::load`] and [`Config::load_in_time`] return one.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(title = "Configuration of ccsqm-gateway", deny_unknown_fields, extend("required" = ["upstream", "credentials", "callers"]))]
 pub struct Config {
-    /// Where callers connect; at least one.
+    /// The listeners that callers connect to. Default: one on 127.0.0.1:8080.
     pub listeners: Vec<Listener>,
-    /// Where ops look.
+    /// The admin listener, with `/livez`, `/readyz`, `/metrics` and `/status`, and the control socket.
     pub admin: Admin,
-    /// Bounds and deadlines of the data plane.
+    /// Worker threads, and bounds and deadlines of callers' connections and requests.
     pub server: Server,
-    /// The API behind the gateway.
+    /// The API that requests are forwarded to: address, connections, circuit breaker, TLS, proxy and headers.
     pub upstream: Upstream,
-    /// How tokens are obtained.
+    /// How tokens are fetched.
     pub token: Token,
-    /// App keys and secrets; at least one.
+    /// App keys and secrets, named by file or variable; at least one.
     pub credentials: Vec<Credential>,
-    /// Who may call; at least one.
+    /// The callers, each with its peer, operator, credential, routes and limits; at least one.
     pub callers: Vec<Caller>,
-    /// The upstream's budget, shared by all callers.
+    /// The rate limit of the upstream, shared by all callers.
     pub quota: Quota,
-    /// The audit trail.
+    /// The audit trail: where it is, when a record is committed, and how long it is kept.
     pub audit: Audit,
-    /// Calls that are repeated.
+    /// Deduplication of repeated calls, with and without an `Idempotency-Key`.
     pub idempotency: Idempotency,
-    /// Logs.
+    /// Log level, format, and which requests have a log line.
     pub log: Log,
-    /// The built-in route and those of the file.
+    /// The routes, beside the built-in one for `appointQualityTask`.
     pub routes: Vec<Route>,
 }
 
-/// The route that is there without being configured. A `contract_file` takes the place of its contract.
+/// The name of the built-in route, which exists without being configured. A route of this name with a
+/// `contract_file` replaces its contract.
 pub const BUILT_IN_ROUTE: &str = "appointQualityTask";
 
-/// What a `loopback` caller means. Said in the README, by `check`, in the start log and at `/status`.
+/// What a `loopback` caller means, for operators. `check`, the start log and `/status` show it.
 pub const LOOPBACK_NOTICE: &str = "a `loopback` caller is every process in this network namespace: other users, \
      host-network containers, whoever holds a port-forward, an app that can be made to send requests (SSRF). On a \
      shared host use a Unix socket with `uid:` callers.";
 
 impl Config {
-    /// Loads a file, then the environment (`CCSQM_GATEWAY__SECTION__KEY`), then `--set` flags, and validates it.
-    /// Has `files` look at every file that the configuration names.
+    /// Returns the configuration of the file at `path`, overridden by the environment
+    /// (`CCSQM_GATEWAY__SECTION__KEY`), then by `overrides`, the keys and values of `--set` flags. `files` checks
+    /// every file that the configuration names. Fails with all mistakes, at least one.
+    ///
+    /// Blocks while it reads, for ever if a file does not answer: a start uses [`Config::load_in_time`].
     pub fn load(
         path: &Path,
         overrides: &[(String, String)],
@@ -98,7 +105,8 @@ impl Config {
         loaded.map(|(config, _)| config)
     }
 
-    /// The same on a thread of its own, for at most so long. Of a file that does not answer the problem is at the key that names it.
+    /// [`Config::load`] on a thread of its own. Fails if that takes longer than `patience`, with the key that names
+    /// the file which does not answer. The thread is left behind then.
     pub fn load_in_time(
         path: &Path,
         overrides: &[(String, String)],
@@ -124,6 +132,7 @@ impl Config {
         match result.recv_timeout(patience) {
             Ok(result) => result.map(|(config, _)| config),
             Err(RecvTimeoutError::Timeout) => {
+                // The thread that hangs holds no lock here: it sets the key before it opens the file.
                 let at = reading.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let reason = format!(
                     "does not answer within {} s: a pipe that nobody writes to, or a mount that is dead",
@@ -144,13 +153,16 @@ impl Config {
     ) -> Result<(Self, Vec<String>), Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
         let layers = source::read(Some(path), overrides, &environment)?;
-        // What is said of a file names it whole.
+        // Absolute from here on, so that a message names a file in full: whoever reads it may not know the working
+        // directory.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         parse::validate(layers, path.parent().unwrap_or(Path::new(".")), files, reading)
     }
 
-    /// Where the admin listener is, by the file, if one is named, and the environment. Looks at nothing else: what became of
-    /// other settings or files after a start says nothing of the gateway that runs.
+    /// Returns the address of the admin listener, by the file at `path`, if one is given, and the environment.
+    /// Nothing else is checked: whether other settings or files changed since the start says nothing of the gateway
+    /// that runs. Fails if the file cannot be read, or if the address is wrong or may be on a line that is not
+    /// TOML.
     pub fn admin_address(
         path: Option<&Path>,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -160,12 +172,13 @@ impl Config {
         parse::admin_address(source::read(path, &[], &environment)?, files)
     }
 
-    /// The listeners at which a caller can be seen.
+    /// The listeners at which the caller's peer can connect and be identified.
     fn listeners_of(&self, caller: &Caller) -> impl Iterator<Item = &Listener> {
         self.listeners.iter().filter(|listener| listener.can_see(&caller.peer))
     }
 
-    /// Whether a socket at this address must leave IPv4 alone, since another one has the port there. `[::]` takes both otherwise.
+    /// Whether a socket at this address must be bound with `IPV6_V6ONLY`, because another socket has an IPv4
+    /// address with the same port. `[::]` takes IPv4, too, otherwise (RFC 3493 section 5.3).
     pub fn is_only_v6(&self, address: SocketAddr) -> bool {
         let is_v4 = |other: SocketAddr| other.port() == address.port() && other.ip().to_canonical().is_ipv4();
         let listeners = self.listeners.iter().filter_map(|listener| match listener.address {
@@ -176,7 +189,7 @@ impl Config {
         address.ip() == Ipv6Addr::UNSPECIFIED && address.port() != 0 && others.any(is_v4)
     }
 
-    /// Whether any caller is known by a loopback address alone, so that [`LOOPBACK_NOTICE`] must be said.
+    /// Whether any caller is identified by a loopback address alone, so that [`LOOPBACK_NOTICE`] must be shown.
     pub fn trusts_loopback(&self) -> bool {
         self.callers.iter().any(|caller| caller.peer.networks().iter().any(meets_loopback))
     }

@@ -1,26 +1,30 @@
-//! The files that a configuration names. It opens none of them itself: whoever loads it says how they are looked at.
+//! Interface to the files that a configuration names.
+//!
+//! The configuration opens none of them. The parts that can check them (TLS, contracts, secrets, the trail) depend
+//! on the configuration, so it must not depend on them: the caller of [`super::Config::load`] passes in how they
+//! are checked.
 
 use std::path::Path;
 
 use super::{ContractSource, IdentityFiles, ListenerTls, SecretSource};
 
-/// Why a file is refused of which the path is not told. The configuration adds where relative paths start.
+/// The reason for a missing file whose path must not be shown. The configuration adds where relative paths start.
 pub const NO_FILE: &str = "there is no such file";
 
-/// What a file must be.
+/// What a file must hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {
-    /// Certificates of CAs that the upstream's certificate leads to.
+    /// Certificates of the CAs that the upstream's certificate must lead to.
     Roots,
-    /// Certificates of the gateway's own.
+    /// The gateway's own certificate, with its chain.
     Certificates,
     /// The key of a certificate.
     PrivateKey,
-    /// The CAs of callers' certificates.
+    /// Certificates of the CAs that callers' certificates must lead to.
     ClientCa,
     /// Revocation lists of callers' certificates.
     ClientCrl,
-    /// A contract.
+    /// A contract: a JSON Schema.
     Contract,
     /// The key of the audit chain.
     AuditKey,
@@ -30,28 +34,31 @@ pub enum FileKind {
     ProxyPassword,
 }
 
-/// Looks at what a configuration names, as a start would; makes, locks and changes nothing. Each error is a reason that can
-/// follow the key of the setting.
+/// Checks what a configuration names, as a start would. Makes, locks and changes nothing. Each error is a reason
+/// that can follow the key of the setting. May block for ever on a file that does not answer.
 pub trait NamedFiles: Sync {
-    /// A file.
+    /// Checks that a file can be read and is what it must be.
     fn check(&self, kind: FileKind, path: &Path) -> Result<(), String>;
 
-    /// A secret, in a file or a variable. Its place is not told: somebody may have put the secret itself there.
+    /// Checks a secret in a file or a variable. The error does not show the path: somebody may have put the secret
+    /// itself there.
     fn check_secret(&self, source: &SecretSource) -> Result<(), String>;
 
-    /// An app key: a secret that a header can hold.
+    /// Checks an app key: a secret that a header can hold.
     fn check_app_key(&self, source: &SecretSource) -> Result<(), String>;
 
-    /// The roots of the system.
+    /// Checks that the system has trusted roots.
     fn check_system_roots(&self) -> Result<(), String>;
 
-    /// A certificate and its key together.
+    /// Checks that a certificate and a key belong together.
     fn check_identity(&self, files: &IdentityFiles) -> Result<(), String>;
 
-    /// The files of a listener together. Each can be read by itself; the error comes with the key that is to blame.
+    /// Checks the files of a listener together, each of which is good by itself. The error comes with the key that
+    /// is to blame.
     fn check_listener(&self, tls: &ListenerTls) -> Result<(), (&'static str, String)>;
 
-    /// The directory of the trail; without a key file the key of the chain lies in it.
+    /// Checks that the directory of the trail can be used or made. Without a key file the key of the chain is in
+    /// it.
     fn check_audit_directory(
         &self,
         path: &Path,
@@ -59,6 +66,6 @@ pub trait NamedFiles: Sync {
         must_exist: bool,
     ) -> Result<(), String>;
 
-    /// The members that a contract has in the audit trail; none of one that is told to be bad elsewhere.
+    /// The members that a contract adds to an audit record. Empty for a bad contract, which is reported by `check`.
     fn audit_names(&self, contract: &ContractSource) -> Vec<String>;
 }

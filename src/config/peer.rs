@@ -1,4 +1,4 @@
-//! Which peers a caller is: by its address, its certificate, or the user of its process.
+//! Peer rules: which peers are one caller, by address, certificate, or user or group of the process.
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -6,39 +6,41 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustls::pki_types::ServerName;
 
-/// How the names in certificates begin.
+/// The prefix of SPIFFE IDs, in certificates and in the configuration.
 pub const SPIFFE: &str = "spiffe://";
-/// How DNS names in certificates begin in the configuration.
+/// The prefix of DNS names of certificates in the configuration.
 pub const DNS: &str = "dns:";
 
-/// Which peers a caller is.
+/// Which peers are a caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PeerRule {
     /// Any TCP peer with a loopback address.
     Loopback,
-    /// Any TCP peer with an address of this network. Of several networks that hold it, the smallest counts.
+    /// Any TCP peer with an address in this network. If several networks hold it, the smallest one decides.
     Network(IpNet),
-    /// Who shows a certificate of the listener's client CA with this name in it: `spiffe://…` or `dns:…`.
+    /// Any peer with a certificate of the listener's client CA that has this name: `spiffe://…` or `dns:…`.
     Certificate(String),
-    /// A process of this user at a Unix socket.
+    /// A process of this user, at a Unix socket.
     Uid(u32),
-    /// A process whose primary group this is, at a Unix socket: the kernel names no others.
+    /// A process whose primary group this is, at a Unix socket. The kernel shows no other groups of a peer
+    /// (`SO_PEERCRED`, unix(7)).
     Gid(u32),
 }
 
-/// What `loopback` means.
+/// The networks that `loopback` stands for: 127.0.0.0/8 (RFC 1122 section 3.2.1.3) and ::1 (RFC 4291 section
+/// 2.5.3).
 const LOOPBACK: [IpNet; 2] = [
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
 ];
 
-/// Of two networks one lies within the other, or they share no address.
+/// Whether a network shares an address with loopback. Of two networks that do, one contains the other.
 pub(super) fn meets_loopback(network: &IpNet) -> bool {
     LOOPBACK.iter().any(|loopback| loopback.contains(network) || network.contains(loopback))
 }
 
 impl PeerRule {
-    /// In words.
+    /// Describes the peers in words, for `check`.
     pub(super) fn who(&self) -> String {
         match self {
             Self::Loopback => "every process of this network namespace".into(),
@@ -49,18 +51,19 @@ impl PeerRule {
         }
     }
 
-    /// Whether one peer can be both. A process has a user and a primary group, so that any `uid` and any `gid` can meet in one. Of
-    /// nested networks the smaller one counts.
+    /// Whether one peer can match both rules. Nested networks do not count, since the smaller one decides.
     pub(super) fn can_be(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Uid(a), Self::Uid(b)) | (Self::Gid(a), Self::Gid(b)) => a == b,
+            // Each process has a user and a primary group. So any `uid` and any `gid` can meet in one, and which
+            // caller it is would depend on the order in the file.
             (Self::Uid(_), Self::Gid(_)) | (Self::Gid(_), Self::Uid(_)) => true,
             (Self::Certificate(a), Self::Certificate(b)) => a == b,
             (a, b) => a.networks().iter().any(|network| b.networks().contains(network)),
         }
     }
 
-    /// The networks of a caller that is known by its address.
+    /// The networks of a caller that is identified by its address; empty for others.
     pub fn networks(&self) -> &[IpNet] {
         match self {
             Self::Loopback => &LOOPBACK,
@@ -82,6 +85,7 @@ impl fmt::Display for PeerRule {
     }
 }
 
+/// Parses a `peer`. Does not check that a user or group exists.
 pub(super) fn parse_peer(text: &str) -> Result<PeerRule, String> {
     let reason = || {
         "must be \"loopback\", a network as in \"10.1.0.0/16\", \"spiffe://…\", \"dns:…\", \"uid:N\" or \"gid:N\"".to_owned()

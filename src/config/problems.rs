@@ -1,4 +1,7 @@
-//! Mistakes of a configuration, each with its place, key and reason.
+//! Diagnostics: the mistakes of a configuration, each with its place, key and reason, as a line or as JSON.
+//!
+//! Never shows a value that may be a secret. What is shown is one line of plain characters, whatever the file
+//! holds.
 
 use std::fmt;
 
@@ -7,29 +10,33 @@ use serde_json::json;
 use super::source;
 use crate::plain;
 
-/// One mistake.
+/// A mistake: where, at which key, and why.
 #[derive(Clone, Debug)]
 pub struct Problem {
+    /// The file and line, variable or flag.
     pub(super) place: source::Place,
+    /// The key, such as `callers[0].peer`; `file` for the file as a whole.
     pub(super) key: String,
+    /// A reason that can follow the key.
     pub(super) reason: String,
     /// The value as it is written in the file, if it may be shown.
     pub(super) written: Option<String>,
 }
 
-/// All mistakes of a configuration; displayed one a line, as `file:line: key: reason`.
+/// All mistakes of a configuration, at least one. Displayed one a line, as `place: key: reason`.
 #[derive(Clone, Debug)]
 pub struct Problems(pub(super) Vec<Problem>);
 
 impl Problems {
-    /// One by one, in the order of their places.
+    /// The mistakes in the order of their places: those of the file by line, then those of variables, then those of
+    /// flags.
     pub fn iter(&self) -> impl Iterator<Item = &Problem> {
         self.0.iter()
     }
 }
 
 impl Problem {
-    /// File and line, if it is in a file.
+    /// The path and the line, from 1; `None` for a variable or a flag.
     pub fn line(&self) -> Option<(&str, usize)> {
         match &self.place {
             source::Place::File { path, line } => Some((path, *line)),
@@ -37,21 +44,23 @@ impl Problem {
         }
     }
 
-    /// Key and reason.
+    /// Returns key and reason as one plain line. The key is cut after 200 characters.
     pub fn title(&self) -> String {
         let Self { key, reason, .. } = self;
+        // A name in quotes may be as long as the file: the reason behind it would be out of sight. By characters,
+        // since a cut within one would panic.
         let cut = key.char_indices().nth(200).map_or(key.len(), |(at, _)| at);
         plain::line(&format!("{}: {reason}", &key[..cut]))
     }
 
-    /// The key and its value as they are written in the file, where it is certain that no secret is among them: the value of a key that
-    /// is known, and names no secret.
+    /// Returns the key and its value as they are written in the file, as one plain line. `None` if the value is not
+    /// from the file, is long, or may be a secret: only values of known keys that name no secret are shown.
     pub fn shown(&self) -> Option<String> {
         let (_, name) = self.key.rsplit_once('.').unwrap_or(("", &self.key));
         self.written.as_ref().map(|written| plain::line(&format!("{name} = {written}")))
     }
 
-    /// For machines.
+    /// Returns the mistake as JSON: `place`, `file` and `line` (null outside the file), `key` and `reason`.
     pub fn to_json(&self) -> serde_json::Value {
         let (file, line) = self.line().unzip();
         let place = self.place.to_string();
@@ -72,9 +81,10 @@ impl fmt::Display for Problems {
 }
 
 impl fmt::Display for Problem {
-    /// One line, whatever the file holds: a key may be quoted, long, and full of characters that are not plain.
+    /// Writes one line of plain characters. A key may be quoted, long, and full of control characters.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let line = format!("{}: {}", plain::line(&self.place.to_string()), self.title());
-        f.write_str(&line) // at once: standard error has no buffer
+        // In one piece: standard error has no buffer, and another thread's line could come between two pieces.
+        f.write_str(&line)
     }
 }

@@ -1,43 +1,43 @@
-//! URLs, taken apart.
+//! URLs in parts, as connections and `Host` need them.
 
 use std::fmt;
 
-/// An `http` or `https` URL, taken apart.
+/// An `http` or `https` URL in parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Url {
-    /// `https`.
+    /// Whether the scheme is `https`.
     pub tls: bool,
-    /// Host name or address, IPv6 without brackets.
+    /// Host name in lower case, or IP address; IPv6 without brackets.
     pub host: String,
-    /// Port, the scheme's own when the URL names none.
+    /// The port, 443 or 80 if the URL names none.
     pub port: u16,
-    /// Path and query, `/` at least; for `base_url` without a trailing slash, so possibly empty.
+    /// The path, `/` at least. Empty in `base_url`, which the path of a route follows. There is never a query.
     pub path: String,
 }
 
-/// An HTTP proxy.
+/// The address of an HTTP proxy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProxyUrl {
-    /// Host name or address, IPv6 without brackets.
+    /// Host name in lower case, or IP address; IPv6 without brackets.
     pub host: String,
-    /// Port.
+    /// The port, which the URL must name.
     pub port: u16,
 }
 
 impl Url {
-    /// Host, and the port where it is not the scheme's own: what `Host` holds.
+    /// The value of `Host`: the host, with the port unless it is the scheme's own.
     pub fn authority(&self) -> String {
         let own = if self.tls { 443 } else { 80 };
         if self.port == own { bracketed(&self.host) } else { self.authority_with_port() }
     }
 
-    /// Host and port.
+    /// The host and the port, as CONNECT needs them (RFC 9110 section 9.3.6).
     pub fn authority_with_port(&self) -> String {
         format!("{}:{}", bracketed(&self.host), self.port)
     }
 }
 
-/// A host as it stands in an authority.
+/// A host as it is written in a URL: IPv6 in brackets (RFC 3986 section 3.2.2).
 fn bracketed(host: &str) -> String {
     if host.contains(':') { format!("[{host}]") } else { host.to_owned() }
 }

@@ -1,4 +1,7 @@
-//! Texts to values: durations, sizes, rates, addresses, peers, operators, paths, URLs.
+//! Parsers of single values: durations, sizes, rates, addresses, peers, operators, paths, URLs.
+//!
+//! Each is strict and returns a reason that can follow the key. Nothing is trimmed or guessed: a value that is
+//! taken means what it says.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -14,6 +17,8 @@ use super::{ListenAddress, PeerRule, ProxyUrl, Rate, Url};
 use crate::ids;
 use crate::model::header_names::{looks_like_credential, may_pass};
 
+/// A whole number with a unit: `ms`, `s`, `m`, `h` or `d`. `None` without a unit, with another one, or beyond 64
+/// bits.
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
     let number: u64 = text[..digits].parse().ok()?;
@@ -28,6 +33,7 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     number.checked_mul(milliseconds).map(Duration::from_millis)
 }
 
+/// A whole number with a unit: `B`, `KiB`, `MiB` or `GiB`, in bytes.
 pub(super) fn parse_size(text: &str) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
     let number: u64 = text[..digits].parse().ok()?;
@@ -41,6 +47,7 @@ pub(super) fn parse_size(text: &str) -> Option<u64> {
     number.checked_mul(unit)
 }
 
+/// A rate such as `20/s`, per second, minute or hour, from 1 to 1,000,000.
 pub(super) fn parse_rate(text: &str) -> Result<Rate, String> {
     let reason =
         || "must be a number per second, minute or hour, as in \"20/s\", \"100/m\" or \"5/h\"".to_owned();
@@ -52,13 +59,18 @@ pub(super) fn parse_rate(text: &str) -> Result<Rate, String> {
         _ => return Err(reason()),
     };
     let count = count.parse::<NonZeroU32>().map_err(|_| reason())?;
+    // The limiter keeps the interval between requests in whole nanoseconds. At this rate it is 1000 of them; far
+    // beyond, rounding would change the rate.
     let sane = count.get() <= 1_000_000;
     sane.then_some(Rate { count, period: Duration::from_secs(seconds) })
         .ok_or_else(|| "must be at most 1000000".into())
 }
 
+/// A TCP address with a port, or the path of a Unix socket behind `unix:`.
 pub(super) fn parse_listen_address(text: &str) -> Result<ListenAddress, String> {
     if let Some(path) = text.strip_prefix("unix:") {
+        // `sun_path` has 108 bytes with the NUL behind it (unix(7)). A relative path would depend on the working
+        // directory.
         let fits = path.starts_with('/') && path.len() < 108;
         let address = ListenAddress::Unix { path: path.into(), mode: 0o660 };
         return fits
@@ -70,28 +82,33 @@ pub(super) fn parse_listen_address(text: &str) -> Result<ListenAddress, String> 
         .map_err(|_| "must be an address with a port, as in \"127.0.0.1:8080\", or \"unix:/path\"".into())
 }
 
-/// A level, or a filter. A bare word in a filter would be a target; here it is taken for a misspelt level.
+/// A log level, or a filter for single targets.
 pub(super) fn parse_level(text: &str) -> Result<String, String> {
+    // A bare word in a filter is a target to `tracing`. Here it is taken for a misspelt level: `inof` would be
+    // accepted and silence the log.
     let known = |part: &str| part.contains('=') || part.parse::<LevelFilter>().is_ok();
+    // Both checks are needed: `Targets` takes a bare word, and `known` takes any text with `=` in it.
     let fits = text.split(',').all(known) && text.parse::<Targets>().is_ok();
     fits.then(|| text.to_owned()).ok_or_else(|| {
         "must be error, warn, info, debug or trace, or a filter such as \"info,ccsqm_gateway::token=debug\"".into()
     })
 }
 
+/// A name that can be a label, a log field and a part of a key without quotes.
 pub(super) fn parse_name(text: &str) -> Result<String, String> {
     let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
     let fits = plain && (1..=64).contains(&text.len());
     fits.then(|| text.to_owned()).ok_or_else(|| "must be 1 to 64 letters, digits, '.', '_' or '-'".into())
 }
 
-/// What a reply gives as its result code: compared byte by byte, so it holds nothing that nobody sees.
+/// A result code of a reply. It is compared byte by byte, so it holds no character that nobody sees: with one,
+/// every success would count as a failure.
 pub(super) fn parse_code(text: &str) -> Result<String, String> {
     let fits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
     fits.then(|| text.to_owned()).ok_or_else(|| "must be visible ASCII characters, without blanks".into())
 }
 
-/// The name of a member of a reply, likewise; with blanks inside, as JSON may have them.
+/// The name of a member of a reply, with blanks at most inside, as names in JSON may have them.
 pub(super) fn parse_member(text: &str) -> Result<String, String> {
     let fits =
         !text.is_empty() && text.trim() == text && text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
@@ -99,17 +116,22 @@ pub(super) fn parse_member(text: &str) -> Result<String, String> {
         .ok_or_else(|| "must be visible ASCII characters, with blanks at most between them".into())
 }
 
-/// A name that `Host` may carry, in lower case.
+/// A name that `Host` may carry, in lower case, without a port.
 pub(super) fn parse_host(text: &str) -> Result<String, String> {
     let fits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
     fits.then(|| text.to_ascii_lowercase())
         .ok_or_else(|| "must be visible ASCII characters without blanks, as in \"gateway.internal\"".into())
 }
 
+/// The exact path of a route.
 pub(super) fn parse_route_path(text: &str) -> Result<String, String> {
     if !text.starts_with("/apiaccess/") {
+        // A token of the vendor's gateway is good for these paths. Elsewhere it would be shown to something that
+        // has no use for it.
         return Err("must start with /apiaccess/: the token is for those paths only".into());
     }
+    // Paths are compared as bytes, on both sides. `%2e`, `//` and `..` could mean another path to the upstream
+    // than the one that was checked here.
     let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-~".contains(&b));
     let clean = plain && !text.contains("//") && !text.split('/').any(|part| part == ".." || part == ".");
     clean
@@ -117,6 +139,7 @@ pub(super) fn parse_route_path(text: &str) -> Result<String, String> {
         .ok_or_else(|| "must be a plain path: no query, no encoding, no `//`, no `..`".into())
 }
 
+/// The URL of an HTTP proxy: `http://`, a host and a port.
 pub(super) fn parse_proxy(text: &str) -> Result<ProxyUrl, String> {
     let uri: http::Uri = text.parse().map_err(|_| "is not a URL".to_owned())?;
     if uri.scheme_str() != Some("http") {
@@ -131,10 +154,12 @@ pub(super) fn parse_proxy(text: &str) -> Result<ProxyUrl, String> {
     }
     let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
     ServerName::try_from(host.as_str()).map_err(|_| "has a host that is neither a name nor an address")?;
+    // No default: 80, 3128 and 8080 are all usual for a proxy.
     let port = authority.port_u16().ok_or("must name the port, as in \"http://egress.internal:3128\"")?;
     Ok(ProxyUrl { host, port })
 }
 
+/// An `https` URL without user and query, or an `http` URL of a loopback address.
 pub(super) fn parse_url(text: &str) -> Result<Url, String> {
     let not_url = || "is not a URL, as in \"https://service.besclouds.com\"".to_owned();
     let uri: http::Uri = text.parse().map_err(|_| not_url())?;
@@ -148,6 +173,8 @@ pub(super) fn parse_url(text: &str) -> Result<Url, String> {
         return Err("must have neither a user (`name@`) nor a query (`?…`)".into());
     }
     let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
+    // `localhost` counts by its name, which is not looked up: what it means is up to this machine, as for
+    // browsers.
     let is_loopback =
         host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
     if !tls && !is_loopback {
@@ -158,19 +185,23 @@ pub(super) fn parse_url(text: &str) -> Result<Url, String> {
     Ok(Url { tls, host, port, path: uri.path().to_owned() })
 }
 
+/// A TCP address with a port.
 pub(super) fn parse_admin_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "must be an address with a port, as in \"127.0.0.1:9090\"".into())
 }
 
+/// Permission bits in octal, at most `0777`: without set-user-id and sticky bits, which mean nothing for a socket.
 pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
     let bits = u32::from_str_radix(text, 8).ok().filter(|bits| *bits <= 0o777);
     bits.ok_or_else(|| "must be octal permission bits, as in \"0660\"".into())
 }
 
+/// A path, relative or absolute, of at least one character.
 pub(super) fn parse_path(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() { Err("must not be empty".into()) } else { Ok(text.into()) }
 }
 
+/// A URL without a path, which the path of a route is appended to.
 pub(super) fn parse_base_url(text: &str) -> Result<Url, String> {
     let mut url = parse_url(text)?;
     if url.path != "/" {
@@ -180,10 +211,12 @@ pub(super) fn parse_base_url(text: &str) -> Result<Url, String> {
     Ok(url)
 }
 
-/// A peer whose user or group is one that the kernel can tell apart.
+/// A peer. A user or group must be one that the kernel can tell apart from others in this user namespace.
 pub(super) fn parse_peer_of_caller(text: &str) -> Result<PeerRule, String> {
     let peer = parse_peer(text)?;
     match peer {
+        // Users that the namespace does not map all appear as one id (65534). `uid:65534` would let every one of
+        // them in, and `uid:1000` would never match.
         PeerRule::Uid(uid) => ids::users().check(uid)?,
         PeerRule::Gid(gid) => ids::groups().check(gid)?,
         PeerRule::Loopback | PeerRule::Network(_) | PeerRule::Certificate(_) => {}
@@ -191,12 +224,12 @@ pub(super) fn parse_peer_of_caller(text: &str) -> Result<PeerRule, String> {
     Ok(peer)
 }
 
-/// The names of this machine for itself.
+/// The names of this machine for itself, as `Host` has them: the default of `hosts` on loopback.
 pub(super) fn loopback_names() -> Vec<String> {
     ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).into()
 }
 
-/// A reply header that may pass to callers.
+/// The name of a reply header that may pass to callers, in addition to those that always pass.
 pub(super) fn parse_reply_header(text: &str) -> Result<HeaderName, String> {
     match HeaderName::try_from(text) {
         Ok(name) if may_pass(&name) => Ok(name),
@@ -205,7 +238,8 @@ pub(super) fn parse_reply_header(text: &str) -> Result<HeaderName, String> {
     }
 }
 
-/// Why a header may not be a static one, if so.
+/// Checks a static header of upstream requests. Fails for one that the gateway sets itself, and for one that looks
+/// like a secret.
 pub(super) fn check_static_header(name: &str, value: &str) -> Result<(), &'static str> {
     let header = HeaderName::try_from(name).map_err(|_| "is not a header name")?;
     if is_ours(&header) {
@@ -217,6 +251,7 @@ pub(super) fn check_static_header(name: &str, value: &str) -> Result<(), &'stati
     HeaderValue::from_str(value).map(drop).map_err(|_| "must be a text that a header can hold")
 }
 
+/// Whether the gateway itself decides about this request header.
 fn is_ours(name: &HeaderName) -> bool {
     const OURS: [&str; 19] = [
         "accept",
@@ -239,18 +274,23 @@ fn is_ours(name: &HeaderName) -> bool {
         "x-app-key",
         "x-userid",
     ];
+    // Some servers take underscores and dashes for the same (CGI does), so that `x_app_key` could replace
+    // `x-app-key`.
     OURS.contains(&&*name.as_str().replace('_', "-"))
 }
 
-/// Generic clients must not send it by themselves, and it is no place for a secret.
+/// The name of a header that a caller's requests must carry. It must be one that generic clients and proxies do not
+/// send by themselves, and none that looks like a secret.
 pub(super) fn parse_required_header(text: &str) -> Result<HeaderName, String> {
     let name = HeaderName::try_from(text).map_err(|_| "must be the name of a header".to_owned())?;
+    // It protects against SSRF: an app that can be made to fetch a URL can rarely be made to add a header. One
+    // that is sent anyway protects against nothing.
     let is_usual = is_ours(&name) || !name.as_str().starts_with("x-") || looks_like_credential(name.as_str());
     let reason = "must begin with x-, and be none that clients or proxies send by themselves";
     if is_usual || USUAL.contains(&name.as_str()) { Err(reason.into()) } else { Ok(name) }
 }
 
-/// Headers that proxies and browsers add.
+/// Request headers that proxies and browsers add by themselves, though they begin with `x-`.
 const USUAL: [&str; 7] = [
     "x-forwarded-for",
     "x-forwarded-host",
