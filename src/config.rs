@@ -3,7 +3,8 @@
 //! A configuration exists in three forms: layers (where each value comes from), validated (the types here) and
 //! compiled ([`crate::state::State`]). All mistakes are reported at once, each with its place, key and reason. The
 //! layers are merged by the `config` crate (`source`), read table by table with serde (`reader`, into the types of
-//! `sections`), completed and checked (`parse` has the order).
+//! `sections`), completed and checked (`parse` has the order). Only [`Config::load`] and [`Config::load_in_time`]
+//! return a [`Config`].
 //!
 //! Opens no file but its own. What it names is checked by [`named_files::NamedFiles`], which the caller passes in.
 
@@ -50,7 +51,7 @@ pub use sections::{
 use serde::Serialize;
 pub use urls::{ProxyUrl, Url};
 
-/// A whole configuration. Only [`Config::load`] and [`Config::load_in_time`] return one.
+/// A whole, validated configuration.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(title = "Configuration of ccsqm-gateway", deny_unknown_fields, extend("required" = ["upstream", "credentials", "callers"]))]
 pub struct Config {

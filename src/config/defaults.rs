@@ -1,4 +1,7 @@
 //! Defaults that depend on other values.
+//!
+//! Only what nobody set is changed. Limits of callers, the idempotency window and addresses never change: another
+//! value there would be another promise to somebody.
 
 use std::num::NonZeroUsize;
 use std::thread::available_parallelism;
@@ -8,27 +11,29 @@ use super::forms::AUTO;
 use super::trail::LEAST_SEGMENTS;
 use super::{Config, Url};
 
+/// The path of the token endpoint, from the vendor's page.
 const TOKEN_PATH: &str = "/apigovernance/api/oauth/tokenByAkSk";
 
-/// What nobody set gives way to what somebody set, where the two must stand in a relation. Limits of callers, the window of
-/// keys and addresses give way to nothing: another value there would be another promise.
+/// Adapts values that are not set to those that are, where the two must stand in a relation.
 pub(super) fn give_way(context: &Context<'_>, config: &mut Config) {
     let is_set = |key: &str| context.is_set(key);
     let Config { server, upstream, token, audit, idempotency, callers, .. } = config;
     if server.workers == AUTO {
-        // No worker is without a connection to the upstream.
+        // Each worker needs a connection to the upstream, or it could forward nothing.
         let cores = available_parallelism().map_or(1, NonZeroUsize::get);
         server.workers = cores.min(4).min(upstream.max_connections);
     }
     if !is_set("token.url") {
         token.url = Url { path: TOKEN_PATH.to_owned(), ..upstream.base_url.clone() };
     }
+    // `upstream.timeout = "1s"` was refused before, because of a connect time-out of 3 s that nobody had written.
     if !is_set("upstream.connect_timeout") {
         upstream.connect_timeout = upstream.connect_timeout.min(upstream.timeout);
     } else if !is_set("upstream.timeout") {
         upstream.timeout = upstream.timeout.max(upstream.connect_timeout);
     }
     if !is_set("server.drain_grace") {
+        // Half, not all: the rest is for what is in flight when the grace ends.
         server.drain_grace = server.drain_grace.min(server.drain_timeout / 2);
     } else if !is_set("server.drain_timeout") {
         server.drain_timeout = server.drain_timeout.max(server.drain_grace * 2);
@@ -36,8 +41,10 @@ pub(super) fn give_way(context: &Context<'_>, config: &mut Config) {
     if let Some(max_size) = audit.max_size
         && !is_set("audit.segment_size")
     {
-        audit.segment_size = audit.segment_size.min((max_size / LEAST_SEGMENTS) & !0x3ff); // whole KiB
+        // Rounded down to whole KiB, so that the effective configuration shows a size that can be set.
+        audit.segment_size = audit.segment_size.min((max_size / LEAST_SEGMENTS) & !0x3ff);
     }
+    // Kept for a reload, which must not take a default that follows the callers for a change that somebody made.
     idempotency.is_max_keys_set = is_set("idempotency.max_keys");
     if !idempotency.is_max_keys_set {
         let shares = callers.iter().filter_map(|caller| caller.max_keys);

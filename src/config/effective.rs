@@ -1,12 +1,12 @@
-//! A configuration shown as it is in effect: every key of the file, defaults included, secrets only as their
-//! place, and who can use which credential.
+//! The effective configuration: every key of the file, defaults included, and who can use which credential. Secrets
+//! appear only as the file or variable that holds them.
 
 use serde::Serialize;
 use serde_json::Value;
 
 use super::{Caller, Config, Credential, Route};
 
-/// A caller that can use a credential.
+/// One caller's access to one credential.
 #[derive(Clone, Debug, Serialize)]
 pub struct Access {
     /// The credential's name.
@@ -15,38 +15,43 @@ pub struct Access {
     pub caller: String,
     /// The caller's `peer`.
     pub peer: String,
-    /// The same in words.
+    /// The peer in words.
     #[serde(skip)]
+    // Not serialized: JSON is for programs, which have `peer`.
     pub who: String,
-    /// Its requests, or those on all these routes, are refused for now.
+    /// Whether its requests, or those on all these routes, are refused for now.
     pub is_frozen: bool,
-    /// Where it is seen.
+    /// The addresses of the listeners at which it can connect.
     pub listeners: Vec<String>,
-    /// On which routes it uses this credential.
+    /// The routes on which it uses this credential.
     pub routes: Vec<String>,
-    /// As which operators, the default one first.
+    /// The operators that it may act as, the default one first.
     pub operators: Vec<String>,
-    /// How often.
+    /// Its rate limit, such as `20/s`.
     pub rate_limit: String,
-    /// How many requests may come at once.
+    /// The requests that may arrive at once.
     pub burst: u32,
 }
 
 impl Config {
-    /// Everything that is in effect, in the form of the file; what is not set is `null`.
+    /// Returns everything that is in effect, in the form of the file. A key that is not set and has no default is
+    /// `null`.
     #[expect(clippy::expect_used, reason = "no value of it can be no JSON")]
     pub fn effective(&self) -> Value {
         serde_json::to_value(self).expect("a configuration can be written")
     }
 
-    /// Who can use which credential, credential by credential.
+    /// Returns who can use which credential, in the order of the credentials. `check` prints it for a review of
+    /// access.
     pub fn access(&self) -> Vec<Access> {
         let pairs = self.credentials.iter().flat_map(|c| self.callers.iter().map(move |caller| (c, caller)));
         pairs.filter_map(|(credential, caller)| self.access_of(credential, caller)).collect()
     }
 
+    /// Returns the caller's access to a credential; `None` if it uses it on no route.
     fn access_of(&self, credential: &Credential, caller: &Caller) -> Option<Access> {
         let uses = |route: &&Route| {
+            // A route's own credential replaces the caller's, so that one caller may use several.
             let used = route.credential.as_ref().unwrap_or(&caller.credential);
             caller.routes.contains(&route.name) && *used == credential.name
         };
@@ -69,6 +74,7 @@ impl Config {
     }
 }
 
+/// Describes the caller's peer and the header that it must send.
 fn who(caller: &Caller) -> String {
     let who = caller.peer.who();
     caller.require_header.as_ref().map_or(who.clone(), |name| format!("{who} that sends {name}"))

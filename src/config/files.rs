@@ -1,4 +1,9 @@
-//! Has every file that the configuration names looked at, as a start would.
+//! Checks of the files that a configuration names, as a start would make them, so that a start does not fail on
+//! one.
+//!
+//! The checks themselves are in [`NamedFiles`](super::named_files::NamedFiles). This module resolves relative
+//! paths, says which value names which file, and skips files whose value is poisoned. A file is first checked by
+//! itself, so that a bad one is reported at its own key, and then with those that must match it.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +12,7 @@ use super::named_files::{FileKind, NO_FILE};
 use super::source::Syntax;
 use super::{Config, Control, ListenerTls, SecretSource};
 
-/// Lets relative paths start at the folder of the file, and looks at what they lead to.
+/// Makes all paths absolute, starting at the directory of the configuration file, and checks what they lead to.
 pub(super) fn look_at(context: &mut Context<'_>, config: &mut Config) {
     for (i, credential) in config.credentials.iter_mut().enumerate() {
         let key = |name: &str| format!("credentials[{i}].{name}");
@@ -25,7 +30,7 @@ pub(super) fn look_at(context: &mut Context<'_>, config: &mut Config) {
         file("client_crl_file", tls.client_crl_file.as_mut(), FileKind::ClientCrl);
         file("key_file", Some(&mut tls.key_file), FileKind::PrivateKey);
         let is_good = |name| context.is_good(&format!("{section}.{name}"));
-        // What is wrong with a file by itself is told already.
+        // Bad files are reported already. The others can still be checked.
         let good = ListenerTls {
             client_ca_file: tls.client_ca_file.clone().filter(|_| is_good("client_ca_file")),
             client_crl_file: tls.client_crl_file.clone().filter(|_| is_good("client_crl_file")),
@@ -68,9 +73,10 @@ pub(super) fn look_at(context: &mut Context<'_>, config: &mut Config) {
     audit_directory(context, config);
 }
 
-/// One path, which is looked at if it must lead to a file.
+/// Makes a path absolute, and checks the file if `kind` says what it must be.
 fn path(context: &mut Context<'_>, key: &str, path: Option<&mut PathBuf>, kind: Option<FileKind>) {
     let Some(path) = path else { return };
+    // Before the check for poisoned keys: other checks and error texts use the path, too.
     *path = context.folder.join(&*path);
     let Some(kind) = kind.filter(|_| context.is_good(key)) else { return };
     context.reads(key);
@@ -80,7 +86,7 @@ fn path(context: &mut Context<'_>, key: &str, path: Option<&mut PathBuf>, kind: 
     }
 }
 
-/// A secret, looked at as a start does.
+/// Checks a secret in a file or a variable.
 fn secret(context: &mut Context<'_>, name: &str, source: &SecretSource, is_app_key: bool) {
     let key = match source {
         SecretSource::File(_) => format!("{name}_file"),
@@ -98,7 +104,7 @@ fn secret(context: &mut Context<'_>, name: &str, source: &SecretSource, is_app_k
     }
 }
 
-/// A reason that names no path says where a relative one starts.
+/// Adds to a reason that shows no path where relative paths start, since a wrong directory is the usual cause.
 fn in_folder(context: &Context<'_>, reason: String) -> String {
     match &*reason {
         NO_FILE => format!("{reason}; a relative path starts at {}", context.folder.display()),
@@ -106,9 +112,11 @@ fn in_folder(context: &Context<'_>, reason: String) -> String {
     }
 }
 
+/// Checks the directory of the trail.
 fn audit_directory(context: &mut Context<'_>, config: &Config) {
     let audit = &config.audit;
-    // A misspelt key, or one on a line that is no TOML, may be the one that says where the chain's key is.
+    // With a misspelt key, or lines that are not TOML, the chain's key may be named after all. Any path stands in
+    // for it then, so that the check does not ask for a key in the directory: that would be a second mistake.
     let is_doubtful = context.is_doubtful("audit.key_file");
     let is_elsewhere = (is_doubtful || context.syntax != Syntax::Whole).then_some(Path::new("FILE"));
     let key_file = audit.key_file.as_deref().filter(|_| !is_doubtful).or(is_elsewhere);

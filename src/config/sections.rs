@@ -1,4 +1,7 @@
-//! The sections of a configuration, as values of their final types.
+//! The sections of a configuration: for each table of the file its keys, types, forms, bounds and defaults.
+//!
+//! The doc comments of sections and keys are also the descriptions in `config/gateway.schema.json`, which editors
+//! show. A test compares that file with the types.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -25,13 +28,15 @@ use crate::model::durability::Durability;
 use crate::model::redaction::Shown;
 use crate::model::words;
 
-/// Makes a table of the file: its keys, the type of each, the form in which it is written if serde knows none, and its default.
+/// Declares a table of the file: its keys, with the type of each, the form in which it is written if serde has
+/// none, and its default.
 macro_rules! section {
     ($(#[$of_all:meta])* $name:ident {
         $($(#[$of_one:meta])* $key:ident: $type:ty $(as $form:literal)? = $default:expr,)+
     }) => {
         #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
         #[serde(default, deny_unknown_fields)]
+        // One declaration for struct, default and serde attributes of a key, so that they cannot drift apart.
         $(#[$of_all])*
         pub struct $name {
             $($(#[$of_one])* $(#[serde(with = $form)])? pub $key: $type,)+
@@ -48,18 +53,18 @@ macro_rules! section {
 mod outbound;
 
 section! {
-    /// One socket that callers connect to.
+    /// A socket that callers connect to, `[[listeners]]`.
     #[schemars(extend("required" = Listener::REQUIRED))]
     Listener {
-        /// Where it listens.
+        /// The address with a port, or `unix:` and the path of a socket.
         address: ListenAddress as "As::<Listen>" = ListenAddress::Tcp((Ipv4Addr::LOCALHOST, 8080).into()),
-        /// Permission bits of a Unix socket, such as `0o660`.
+        /// Permission bits of a Unix socket in octal, such as `0660`, which is the default.
         mode: Option<u32> as "As::<Maybe<Mode>>" = None,
-        /// The names that `Host` may carry, lower case, without port. `None` on a Unix socket: any.
+        /// Names that `Host` may carry, without port; required off loopback. Not used on a Unix socket.
         hosts: Option<Vec<String>> as "As::<Maybe<Each<Host>>>" = None,
-        /// Requests may cross the network unencrypted: needed off loopback, unless there is TLS. `None` on a Unix socket.
+        /// Whether requests may cross the network unencrypted; must be true off loopback without TLS.
         allow_plaintext: Option<bool> = None,
-        /// TLS, on a TCP listener.
+        /// TLS, on a TCP listener. Default: none.
         tls: Option<ListenerTls> = None,
     }
 }
@@ -68,19 +73,24 @@ impl Listener {
     /// The keys that it must have.
     pub(super) const REQUIRED: &[&str] = &["address"];
 
+    /// Whether callers must show a certificate.
     pub(super) fn asks_for_certificates(&self) -> bool {
         self.tls.as_ref().is_some_and(|tls| tls.client_ca_file.is_some())
     }
 
+    /// Whether a peer that matches this rule can connect here and be identified.
     pub(super) fn can_see(&self, peer: &PeerRule) -> bool {
         match (&self.address, peer) {
             (ListenAddress::Unix { .. }, PeerRule::Uid(_) | PeerRule::Gid(_)) => true,
             (ListenAddress::Unix { .. }, _)
             | (ListenAddress::Tcp(_), PeerRule::Uid(_) | PeerRule::Gid(_)) => false,
             (ListenAddress::Tcp(_), PeerRule::Certificate(_)) => self.asks_for_certificates(),
+            // With client CAs the certificate alone identifies a caller. An address must not, or it would be a way
+            // around the certificate.
             (ListenAddress::Tcp(_), _) if self.asks_for_certificates() => false,
             (ListenAddress::Tcp(_), PeerRule::Loopback) => true,
             (ListenAddress::Tcp(address), PeerRule::Network(network)) => {
+                // Packets from other hosts do not reach a loopback address.
                 !address.ip().is_loopback() || meets_loopback(network)
             }
         }
@@ -88,17 +98,17 @@ impl Listener {
 }
 
 section! {
-    /// `tls` of a listener: PEM files.
+    /// `tls` of a listener: PEM files, read again when they change.
     #[derive(PartialEq, Eq)]
     #[schemars(extend("required" = ListenerTls::REQUIRED))]
     ListenerTls {
-        /// The certificate, and what leads from it to its root.
+        /// The certificate, then the intermediate certificates up to its root.
         cert_file: PathBuf as "As::<FilePath>" = PathBuf::new(),
-        /// Its key.
+        /// The private key of the certificate.
         key_file: PathBuf as "As::<FilePath>" = PathBuf::new(),
-        /// The CAs of callers' certificates. `None`: no certificate is asked for.
+        /// CAs of callers' certificates; each caller must then show a certificate of one of them. Default: none is requested.
         client_ca_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// Which of their certificates are revoked.
+        /// Revocation lists of all CAs between a caller's certificate and its root. Default: none.
         client_crl_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
     }
 }
@@ -132,25 +142,25 @@ impl fmt::Display for ListenAddress {
 }
 
 section! {
-    /// `[admin]`.
+    /// `[admin]`: the admin listener and the control socket.
     Admin {
-        /// Where the admin listener listens.
+        /// The address of the admin listener, with a port.
         address: SocketAddr as "As::<AdminAddress>" = (Ipv4Addr::LOCALHOST, 9090).into(),
-        /// Further names that `Host` may carry, lower case, without port.
+        /// Further names that `Host` may carry, without port, beside IP addresses, `localhost` and names of internal domains.
         hosts: Vec<String> as "As::<Each<Host>>" = Vec::new(),
-        /// Where the control socket is.
+        /// The path of the control socket, or `off`. Default: `control.sock` in `$RUNTIME_DIRECTORY`, else in `audit.directory`.
         control: Control as "As::<ControlSocket>" = Control::Default,
     }
 }
 
-/// `[admin] control`.
+/// Where the control socket is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
     /// `control.sock` in the first of `$RUNTIME_DIRECTORY`, else in the audit directory.
     Default,
-    /// There.
+    /// At this path.
     Path(PathBuf),
-    /// There is none.
+    /// Nowhere: there is no control socket.
     Off,
 }
 
@@ -165,74 +175,75 @@ impl fmt::Display for Control {
 }
 
 section! {
-    /// `[server]`. Caps are for all workers together.
+    /// `[server]`: worker threads, bounds and deadlines. Bounds are for all workers together.
     Server {
-        /// Worker threads, 1 to 64.
+        /// Worker threads, 1 to 64, or `auto`: the cores, at most 4 and at most `upstream.max_connections`.
         workers: usize as "As::<Workers>" = 1,
-        /// Open caller connections.
+        /// The most open connections of callers; beyond it: 503 `overloaded`.
         max_connections: usize as "As::<Whole<1, 1_000_000>>" = 4096,
-        /// Requests between head and answer.
+        /// The most requests between head and reply; beyond it: 503 `overloaded`.
         max_in_flight: usize as "As::<Whole<1, 100_000>>" = 1024,
-        /// Bytes of one body.
+        /// The largest body, in bytes; beyond it: 413 `body_too_large`.
         max_body: usize as "As::<Size<KIB, { 16 * MIB }, usize>>" = 256 << 10,
-        /// Bytes of a head.
+        /// The largest request head, in bytes; beyond it: 431.
         max_head: usize as "As::<Size<{ 8 * KIB }, { 64 * KIB }, usize>>" = 16 << 10,
-        /// Bytes of all unfinished heads and bodies together, beyond the first 4 KiB of each.
+        /// The most bytes that all unfinished heads and bodies hold together, beyond the first 4 KiB of each.
         max_unfinished: usize as "As::<Size<MIB, { 16 * GIB }, usize>>" = 32 << 20,
-        /// From the first byte of a head to its last.
+        /// The longest time from the first byte of a head to its last; then the connection is closed.
         header_timeout: Duration as "As::<Period<100, { 5 * MINUTE }>>" = Duration::from_secs(10),
-        /// From the end of the head to the end of the body.
+        /// The longest time from the end of the head to the end of the body; then 408 `body_timeout`.
         body_timeout: Duration as "As::<Period<100, { 5 * MINUTE }>>" = Duration::from_secs(10),
-        /// Between two requests of one connection.
+        /// The longest time between two requests of one connection; then it is closed.
         idle_timeout: Duration as "As::<Period<100, HOUR>>" = Duration::from_secs(60),
-        /// From the stop signal on, requests are still served for so long, on sockets of our own.
+        /// How long requests are served after the stop signal, on sockets that are not inherited; less than `drain_timeout`.
         drain_grace: Duration as "As::<Period<0, { 5 * MINUTE }>>" = Duration::from_secs(1),
-        /// From the stop signal to the end of the process.
+        /// The longest time from the stop signal to the end of the process.
         drain_timeout: Duration as "As::<Period<0, { 10 * MINUTE }>>" = Duration::from_secs(10),
     }
 }
 
 section! {
-    /// `[[callers]]`.
+    /// `[[callers]]`: an app that may call.
     #[schemars(extend("required" = Caller::REQUIRED))]
     Caller {
-        /// Its name, unique.
+        /// The name of the caller, unique.
         name: String as "As::<Name>" = String::new(),
-        /// Which peers it is.
+        /// Which peers are this caller: `loopback`, a network, `uid:N`, `gid:N`, `spiffe://…` or `dns:…`.
         peer: PeerRule as "As::<Peer>" = PeerRule::Loopback,
-        /// The operator it acts as (`x-UserId`).
+        /// The operator that the caller acts as (`x-UserId`).
         operator_id: String as "As::<Name>" = String::new(),
-        /// Other operators that it may name in `x-userid`.
+        /// Other operators that the caller may name in `x-userid`.
         operators: Vec<String> as "As::<Each<Name>>" = Vec::new(),
-        /// Name of the credential used for it.
+        /// The name of the credential that is used for it.
         credential: String = String::new(),
-        /// Names of the routes it may use.
+        /// The names of the routes that it may use.
         routes: Vec<String> = Vec::new(),
-        /// How often it may call.
+        /// The rate at which it may call, such as `20/s`.
         rate_limit: Rate as "As::<PerTime>" = Rate::per_second(20),
-        /// Requests that may come at once.
+        /// The requests that may arrive at once.
         burst: u32 as "As::<Whole<1, 1_000_000, u32>>" = 40,
-        /// A header that its requests must carry, whatever its value.
+        /// A header that its requests must carry, with any value; else 403 `header_missing`. Guards against SSRF. Default: none.
         require_header: Option<HeaderName> as "As::<Maybe<RequiredHeader>>" = None,
-        /// Which ids it may send as bare numbers.
+        /// Which ids it may send as numbers instead of strings, where a contract says `x-refuseRounded`.
         bare_ids: BareIds = BareIds::default(),
-        /// The most Idempotency-Keys that it may hold; `None`: half of all, or all if there is no other caller.
+        /// The most Idempotency-Keys that it may hold. Default: half of `idempotency.max_keys`, or all for the only caller.
         max_keys: Option<usize> as "As::<Maybe<Whole<1, 10_000_000>>>" = None,
-        /// Its requests are refused for now.
+        /// Whether its requests are refused for now, with 403 `frozen`.
         frozen: bool = false,
     }
 }
 
 words! {
-    /// Which ids a caller may send as bare numbers, where a contract says `x-refuseRounded`.
+    /// Which ids a caller may send as numbers, where a contract says `x-refuseRounded`. JavaScript rounds integers
+    /// from 2^53 on.
     #[derive(Default)]
     BareIds {
-        /// Those that do not look as if a client had rounded them.
+        /// Those that JavaScript cannot have rounded.
         #[default]
         Detect = "detect",
-        /// All: the caller holds them as integers.
+        /// All: the caller keeps ids as integers, which are not rounded.
         Exact = "exact",
-        /// None.
+        /// None, whatever its size.
         Refuse = "refuse",
     }
 }
@@ -241,30 +252,30 @@ impl Caller {
     /// The keys that it must have.
     pub(super) const REQUIRED: &[&str] = &["name", "peer", "operator_id", "credential", "routes"];
 
-    /// Its own limit.
+    /// The caller's own rate limit.
     pub fn limit(&self) -> Limit {
         self.rate_limit.with_burst(self.burst)
     }
 }
 
 section! {
-    /// `[quota]`.
+    /// `[quota]`: the rate limit of the upstream, shared by all callers.
     Quota {
-        /// How often the upstream may be called.
+        /// The rate at which the upstream may be called, such as `50/s`.
         rate: Rate as "As::<PerTime>" = Rate::per_second(50),
-        /// Requests that may come at once.
+        /// The requests that may be sent at once.
         burst: u32 as "As::<Whole<1, 1_000_000, u32>>" = 100,
     }
 }
 
 impl Quota {
-    /// The limit of all callers together.
+    /// The rate limit of all callers together.
     pub fn limit(&self) -> Limit {
         self.rate.with_burst(self.burst)
     }
 }
 
-/// How often something may happen.
+/// A rate: so many times in a period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
     /// Times per `period`.
@@ -274,10 +285,12 @@ pub struct Rate {
 }
 
 impl Rate {
+    /// A rate per second. `count` must not be 0; a 0 counts as 1.
     fn per_second(count: u32) -> Self {
         Self { count: NonZeroU32::new(count).unwrap_or(NonZeroU32::MIN), period: Duration::from_secs(1) }
     }
 
+    /// The limit with this rate and burst. A burst of 0, which the bounds rule out, counts as 1.
     fn with_burst(self, burst: u32) -> Limit {
         let Self { count, period } = self;
         Limit { count, period, burst: NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN) }
@@ -295,114 +308,117 @@ impl fmt::Display for Rate {
     }
 }
 
-/// A rate with a burst.
+/// A rate limit: a rate and a burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit {
     /// Requests per `period`.
     pub count: NonZeroU32,
     /// One second, minute or hour.
     pub period: Duration,
-    /// Requests that may come at once.
+    /// Requests that may arrive at once.
     pub burst: NonZeroU32,
 }
 
 section! {
-    /// `[audit]`.
+    /// `[audit]`: the audit trail.
     Audit {
-        /// The directory of the segments; made when missing, mode 0700.
+        /// The directory of the segments; created if it is missing, with mode 0700. One gateway each.
         directory: PathBuf as "As::<FilePath>" = PathBuf::from("audit"),
-        /// Directory and key are not made when they are missing: `audit init` made them.
+        /// Whether the directory and its key must exist, made by `audit init`, so that a lost trail is not taken for a new one.
         must_exist: bool = false,
-        /// When a record is safe.
+        /// When a record is committed: after its write (`kernel`), or after fdatasync, too (`disk`).
         durability: Durability = Durability::default(),
-        /// Bytes after which a new segment begins.
+        /// The size at which a new segment begins, in bytes.
         segment_size: u64 as "As::<Size<{ 64 * KIB }, GIB>>" = 64 << 20,
-        /// How long records are kept, at least; `None`: for ever.
+        /// How long records are kept at least, or `forever`; at least `idempotency.window`.
         retain: Option<Duration> as "As::<Retain>" = Some(Duration::from_secs(30 * 86_400)),
-        /// Beyond so many bytes segments are removed before that; `None`: never.
+        /// The size of the trail beyond which old segments are removed before `retain` has passed, or `none`.
         max_size: Option<u64> as "As::<MaxSize>" = None,
-        /// Bytes that refusals of peers that are no callers may take an hour.
+        /// Bytes that refusals of unknown peers may take in an hour; beyond it they are counted only.
         stranger_refusals: u64 as "As::<Size<{ 64 * KIB }, GIB>>" = 4 << 20,
-        /// The same for callers.
+        /// Bytes that refusals of callers, replays and dry runs may take in an hour; beyond it they are counted only.
         caller_refusals: u64 as "As::<Size<{ 64 * KIB }, GIB>>" = 64 << 20,
-        /// The chain's key. `None`: one is made in the directory.
+        /// The file of the key of the hash chain, at least 32 random bytes. Default: a random key, created in the directory.
         key_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// How members of a record are written; others are written in clear.
+        /// How members of a record are written: `clear`, `hmac` or `omit`. Members that are not named are written in clear.
         fields: BTreeMap<String, Shown> = BTreeMap::new(),
     }
 }
 
-/// How many bytes refusals may take an hour.
+/// How many bytes refusals may take in an hour.
 #[derive(Clone, Copy, Debug)]
 pub struct RefusalBudget {
-    /// Those of all who are no callers.
+    /// Refusals of all unknown peers together.
     pub strangers: u64,
-    /// Those of all callers, with calls that were replayed or not meant to be sent.
+    /// Refusals of all callers together, with replays and dry runs.
     pub callers: u64,
 }
 
 impl Default for RefusalBudget {
-    /// That of the configuration.
+    /// The budget of the default configuration.
     fn default() -> Self {
         Audit::default().refusals()
     }
 }
 
 impl Audit {
-    /// How a member is written.
+    /// How a member of a record is written.
     pub fn shown(&self, name: &str) -> Shown {
         self.fields.get(name).copied().unwrap_or_default()
     }
 
-    /// How many bytes refusals may take an hour.
+    /// How many bytes refusals may take in an hour.
     pub fn refusals(&self) -> RefusalBudget {
         RefusalBudget { strangers: self.stranger_refusals, callers: self.caller_refusals }
     }
 }
 
 section! {
-    /// `[idempotency]`.
+    /// `[idempotency]`: deduplication of repeated calls.
     Idempotency {
-        /// How long a key is remembered.
+        /// How long a key and its reply are remembered.
         window: Duration as "As::<Period<HOUR, { 7 * DAY }>>" = Duration::from_secs(86400),
-        /// So many keys at once; further ones are refused.
+        /// The most keys that are remembered at once; beyond it: 503 `idempotency_unavailable` for new ones.
         max_keys: usize as "As::<Whole<1, 10_000_000>>" = 1_000_000,
-        /// Somebody set `max_keys`. Else it follows the callers' own.
+        /// Whether `max_keys` is set. If not, it follows the callers' own.
         #[serde(skip)]
+        // Not a key. A reload needs it: a default that follows the callers must not count as a change that needs a
+        // restart.
         is_max_keys_set: bool = false,
-        /// Bytes of stored answers that are kept in memory.
+        /// The memory for stored replies, in bytes. Beyond it, the oldest are replayed without their body.
         reply_memory: u64 as "As::<Size<{ 64 * KIB }, { 16 * GIB }>>" = 64 << 20,
-        /// What becomes of calls without a key.
+        /// What happens to a call without a key that equals an earlier one.
         without_key: WithoutKey = WithoutKey::Guard,
-        /// How long an equal call without a key is looked for.
+        /// How long after a success an equal call without a key is detected; at most `window`.
         fingerprint_window: Duration as "As::<Period<SECOND, DAY>>" = Duration::from_secs(600),
     }
 }
 
 words! {
-    /// What becomes of a call without a key that equals an earlier one.
+    /// What happens to a call without a key that equals an earlier one.
     WithoutKey {
-        /// Refused while the first is at work or in doubt; flagged after it succeeded.
+        /// Rejected while the first one is in flight, of unknown outcome or undelivered; flagged after it
+        /// succeeded.
         Guard = "guard",
-        /// Refused after it succeeded, too.
+        /// Rejected after the first one succeeded, too.
         Block = "block",
-        /// Flagged.
+        /// Flagged, never rejected.
         Warn = "warn",
-        /// Nothing.
+        /// Nothing: equal calls are not detected.
         Off = "off",
-        /// Any call without a key is refused.
+        /// Each call without a key is rejected, whether it equals another one or not.
         RequireKey = "require_key",
     }
 }
 
 section! {
-    /// `[log]`.
+    /// `[log]`: log lines on stderr.
     Log {
         /// `error`, `warn`, `info`, `debug` or `trace`, or a filter such as `info,ccsqm_gateway::token=debug`.
         level: String as "As::<Level>" = "info".into(),
-        /// How a line looks.
+        /// Text or JSON: `auto` writes text on a terminal and JSON elsewhere.
         format: LogFormat = LogFormat::Auto,
-        /// Which requests have a line.
+        /// Which requests have a log line: none, those that failed, or all.
         requests: LogRequests = LogRequests::Failures,
     }
 }
@@ -411,23 +427,23 @@ words! {
     /// Which requests have a log line.
     #[repr(u8)]
     LogRequests {
-        /// None.
+        /// No request.
         Off = "off",
         /// Those of outcome `unknown`, `failed` or `refused`, and those that got a 5xx.
         Failures = "failures",
-        /// All.
+        /// All requests.
         All = "all",
     }
 }
 
 words! {
-    /// How a log line looks.
+    /// The format of a log line.
     LogFormat {
         /// Text on a terminal, JSON elsewhere.
         Auto = "auto",
-        /// For people.
+        /// Text, for people.
         Text = "text",
-        /// For machines.
+        /// JSON, one object a line, for programs.
         Json = "json",
     }
 }

@@ -1,4 +1,4 @@
-//! How large the trail becomes when all callers call as often as they may.
+//! Capacity planning of the audit trail: how large it becomes if all callers call as often as their limits allow.
 
 use std::fs;
 use std::path::Path;
@@ -8,43 +8,48 @@ use rustix::fs::statvfs;
 
 use super::{Config, Limit};
 
-/// What lies before the idempotency window may still matter in it: a call that began before and ended within.
+/// A margin before the idempotency window, for calls that began before the window and ended within it.
 pub const SLACK: Duration = Duration::from_secs(60 * 60);
 
-/// Below this much free space refusals are no longer recorded, in bytes.
+/// With less free space than this, in bytes, refusals are no longer recorded, so that intents and outcomes still
+/// fit.
 pub const LOW_WATER: u64 = 64 << 20;
 
-/// What a call takes of the trail, in bytes: intent and outcome of the example call with a key, 1,268 were measured. One without a
-/// key takes 1,074; a longer answer and more inspectors take more. A test measures it anew.
+/// What a call takes in the trail, in bytes: intent and outcome. The documented example took 1268 with a key and
+/// 1074 without one; a longer reply or more inspectors take more. A test measures it again.
 pub const CALL: u64 = 1300;
 
-/// So many segments are no use for keeping records: the open one, and the oldest, which goes as a whole.
+/// Segments that do not count as kept: the open one, which is not full, and the oldest one, which is removed as a
+/// whole.
 const PARTIAL: u64 = 2;
 
-/// The fewest segments that `max_size` may hold.
+/// The fewest segments that `max_size` must hold.
+// Segments are removed as a whole. With four, one removal takes away a quarter of the trail at most.
 pub(super) const LEAST_SEGMENTS: u64 = 4;
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// What the configured limits let the trail become.
+/// The size of the trail by the configured limits.
 #[derive(Clone, Debug)]
 pub struct TrailSize<'a> {
     config: &'a Config,
 }
 
 impl Config {
-    /// What its limits let the trail become.
+    /// Returns the size of the trail by the configured limits. Copies nothing.
     pub fn trail_size(&self) -> TrailSize<'_> {
         TrailSize { config: self }
     }
 }
 
 impl TrailSize<'_> {
-    /// What bounds the calls that are sent: the callers' limits together, and the quota. No limit is infinite. A frozen caller
-    /// counts, since it may thaw.
+    /// The two bounds of the calls that are sent: the limits of all callers together, and the quota. A frozen
+    /// caller counts, since it may be unfrozen while the gateway runs.
     fn bounds(&self) -> [Pace; 2] {
         let callers = self.config.callers.iter().map(|caller| Pace::of(&caller.limit()));
+        // Kept apart from the quota, and not reduced to a minimum: over a short time the smaller burst decides,
+        // over a long one the smaller rate.
         let callers = callers.fold(Pace { hourly: 0, burst: 0 }, |sum, pace| Pace {
             hourly: sum.hourly.saturating_add(pace.hourly),
             burst: sum.burst.saturating_add(pace.burst),
@@ -52,35 +57,35 @@ impl TrailSize<'_> {
         [callers, Pace::of(&self.config.quota.limit())]
     }
 
-    /// The most calls that are sent an hour, without those of a burst.
+    /// The most calls that are sent in an hour, bursts not counted.
     pub fn calls_per_hour(&self) -> u64 {
         let [callers, quota] = self.bounds();
         callers.hourly.min(quota.hourly)
     }
 
-    /// What calls take in a day, in bytes.
+    /// What these calls take in a day, in bytes.
     pub fn calls_per_day(&self) -> u64 {
         self.calls_per_hour().saturating_mul(24).saturating_mul(CALL)
     }
 
-    /// What refusals, replays and dry runs take in a day, at most, in bytes.
+    /// The most that refusals, replays and dry runs take in a day, in bytes.
     pub fn refusals_per_day(&self) -> u64 {
         24 * (self.config.audit.stranger_refusals + self.config.audit.caller_refusals)
     }
 
-    /// The size of a trail that goes back by so much and has nothing but calls, in bytes.
+    /// The size of a trail that goes back by `time` and holds calls only, in bytes.
     fn of(&self, time: Duration) -> u64 {
         let [callers, quota] = self.bounds().map(|pace| pace.calls(time));
         let calls = callers.min(quota).saturating_mul(CALL);
         calls.saturating_add(PARTIAL * self.config.audit.segment_size)
     }
 
-    /// What never goes early: the window, and what may have begun before it.
+    /// How far back records are never removed early.
     fn kept(&self) -> Duration {
         self.config.idempotency.window + SLACK
     }
 
-    /// Why `max_size` cannot be kept, if it cannot.
+    /// Why `max_size` is too small; `None` if it is large enough or not set.
     pub(super) fn refusal(&self) -> Option<String> {
         let max_size = self.config.audit.max_size?;
         let least = LEAST_SEGMENTS * self.config.audit.segment_size;
@@ -90,6 +95,8 @@ impl TrailSize<'_> {
                 setting(least)
             ));
         }
+        // Refusals do not count here: their budgets can be lowered, and a gateway without strangers has almost
+        // none.
         let needed = self.of(self.kept());
         (max_size < needed).then(|| {
             format!(
@@ -102,8 +109,8 @@ impl TrailSize<'_> {
         })
     }
 
-    /// For how long `max_size` suffices, if all callers call as often as they may, and refusals take as much as they may or
-    /// nothing.
+    /// How long `max_size` suffices if all callers call as often as they may, with refusals that take as much as
+    /// they may or nothing. `None` if it is not set.
     pub fn max_size_lasts(&self, with_refusals: bool) -> Option<Duration> {
         let room = self.config.audit.max_size?.saturating_sub(PARTIAL * self.config.audit.segment_size);
         let refusals = if with_refusals { self.refusals_per_day() / 24 } else { 0 };
@@ -113,16 +120,16 @@ impl TrailSize<'_> {
             let seconds = u128::from(room) * u128::from(HOUR.as_secs()) / u128::from(hourly);
             Duration::from_secs(u64::try_from(seconds).unwrap_or(u64::MAX))
         };
-        // Whichever is the stricter one.
+        // The stricter of the two bounds: fewer calls last longer.
         self.bounds().map(lasts).into_iter().max()
     }
 
-    /// What `retain` needs for calls, in bytes; `None` if it is for ever.
+    /// What `retain` needs for calls, in bytes; `None` if records are kept for ever.
     pub fn retain_needs(&self) -> Option<u64> {
         self.config.audit.retain.map(|retain| self.of(retain + SLACK))
     }
 
-    /// The same in lines for people.
+    /// The sizes as lines of text, for `check`.
     pub fn lines(&self) -> Vec<String> {
         let hourly = self.calls_per_hour();
         let (calls, refusals) = (text(self.calls_per_day()), text(self.refusals_per_day()));
@@ -148,12 +155,13 @@ impl TrailSize<'_> {
         lines
     }
 
-    /// A warning, if the file system is full before `max_size` is reached.
+    /// Returns a warning if the file system is smaller than `max_size` and what else it must hold; `None` also if
+    /// its size is unknown.
     pub fn notice(&self) -> Option<String> {
         self.notice_of(file_system(&self.config.audit.directory)?)
     }
 
-    /// The same for a file system of so many bytes.
+    /// [`Self::notice`] for a file system of `available` bytes.
     fn notice_of(&self, available: u64) -> Option<String> {
         let max_size = self.config.audit.max_size?;
         let needed = max_size.saturating_add(self.config.audit.segment_size).saturating_add(LOW_WATER);
@@ -169,7 +177,7 @@ impl TrailSize<'_> {
     }
 }
 
-/// How many calls a limit lets pass.
+/// The calls that a limit lets pass: so many an hour, and a burst.
 #[derive(Clone, Copy)]
 struct Pace {
     hourly: u64,
@@ -182,21 +190,25 @@ impl Pace {
         Self { hourly: u64::from(limit.count.get()) * periods, burst: limit.burst.get().into() }
     }
 
+    /// The most calls in this time, with one burst.
     fn calls(self, time: Duration) -> u64 {
+        // In 128 bits: with a dozen callers at the highest rate, ten years of calls, times seconds, do not fit
+        // into 64.
         let calls = u128::from(self.hourly) * u128::from(time.as_secs()) / u128::from(HOUR.as_secs());
         u64::try_from(calls).unwrap_or(u64::MAX).saturating_add(self.burst)
     }
 }
 
-/// The bytes of the file system on which a directory lies, or is to be made.
+/// The size of the file system that holds the directory, or will when it is made, in bytes.
 fn file_system(directory: &Path) -> Option<u64> {
     let whole = std::path::absolute(directory).ok()?;
+    // `check` may run before the directory exists: the nearest directory above it has the same file system then.
     let there = whole.ancestors().find(|path| fs::metadata(path).is_ok())?;
     let found = statvfs(there).ok()?;
     Some(found.f_blocks.saturating_mul(found.f_frsize))
 }
 
-/// A size for people, rounded up.
+/// A size for people, rounded up to a tenth.
 fn text(bytes: u64) -> String {
     let (unit, name) = if bytes >= 1 << 30 { (1 << 30, "GiB") } else { (1 << 20, "MiB") };
     let tenths = (u128::from(bytes) * 10).div_ceil(unit);
@@ -206,12 +218,12 @@ fn text(bytes: u64) -> String {
     }
 }
 
-/// A size as it can be set, rounded up.
+/// A size that can be copied into the configuration, rounded up.
 fn setting(bytes: u64) -> String {
     format!("{}MiB", bytes.div_ceil(1 << 20))
 }
 
-/// A time for people, rounded down.
+/// A duration for people, rounded down to a tenth: it is a promise.
 fn days(time: Duration) -> String {
     let (unit, name) = if time < 2 * DAY { (HOUR, "hours") } else { (DAY, "days") };
     let tenths = time.as_secs() * 10 / unit.as_secs();

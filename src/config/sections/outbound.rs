@@ -1,4 +1,4 @@
-//! Where requests go: the upstream, its token endpoint, credentials and routes.
+//! Sections for what lies behind the gateway: the upstream, its token endpoint, credentials and routes.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,55 +16,56 @@ use crate::config::{BUILT_IN_ROUTE, ProxyUrl, Url};
 use crate::model::words;
 
 section! {
-    /// `[upstream]`.
+    /// `[upstream]`: the API that requests are forwarded to.
     #[schemars(extend("required" = Upstream::REQUIRED))]
     Upstream {
-        /// Scheme, host and port of the API; its path prefix is empty.
+        /// Scheme, host and port of the API, without a path: routes have whole paths.
         base_url: Url as "As::<BaseUrl>" = unset(),
-        /// Connect and TLS together; also the longest wait for a free connection.
+        /// The longest time to connect, TLS included; also the longest wait for a free connection. At most `timeout`.
         connect_timeout: Duration as "As::<Period<10, MINUTE>>" = Duration::from_secs(3),
-        /// The whole exchange, replay included.
+        /// The longest time of a whole exchange, replay included.
         timeout: Duration as "As::<Period<50, { 10 * MINUTE }>>" = Duration::from_secs(30),
-        /// A pooled connection idle for longer is not used.
+        /// A pooled connection that was idle for longer is not used.
         idle_timeout: Duration as "As::<Period<10, HOUR>>" = Duration::from_secs(10),
-        /// Connections, all workers together.
+        /// The most connections, of all workers together; at least `server.workers`.
         max_connections: usize as "As::<Whole<1, 10_000>>" = 64,
-        /// So many failures in a row suspend it; 0: none do.
+        /// Consecutive failures after which the circuit breaker opens; 0: never.
         breaker_failures: u32 as "As::<Whole<0, 1000, u32>>" = 10,
-        /// How long it is left alone, the first time.
+        /// How long the circuit breaker stays open before the first probe. Each probe that fails doubles it, up to 30 s.
         breaker_pause: Duration as "As::<Period<100, MINUTE>>" = Duration::from_secs(1),
-        /// Which versions of HTTP are offered to it.
+        /// Whether HTTP/2 is offered to the upstream: `off`, or `auto`, over TLS.
         http2: Http2 = Http2::Off,
-        /// PEM roots that replace the system's.
+        /// PEM roots instead of the system's, for the upstream and the token endpoint.
         ca_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// The gateway's own certificate.
+        /// The gateway's own certificate (PEM), for an upstream that requests one. Default: none.
         client_cert_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// Its key.
+        /// The private key of the gateway's own certificate.
         client_key_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// The proxy on the way to it, and to the token endpoint.
+        /// The HTTP proxy (CONNECT) to the upstream and the token endpoint. Default: none.
         proxy: Option<ProxyUrl> as "As::<Maybe<Proxy>>" = None,
-        /// Who the gateway is to that proxy.
+        /// The file of the gateway's user name at the proxy. Default: none.
         proxy_user_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// Its password.
+        /// The file of the gateway's password at the proxy.
         proxy_password_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// Static headers of every upstream request.
+        /// Static headers of every upstream request. No secrets.
         headers: BTreeMap<String, String> = BTreeMap::new(),
-        /// Further reply headers that pass to callers.
+        /// Further reply headers that pass to callers, beside those that always pass.
         reply_headers: Vec<HeaderName> as "As::<Each<ReplyHeader>>" = Vec::new(),
     }
 }
 
 impl Upstream {
-    /// The keys that it must have: what the credential is sent to is named by somebody.
+    /// The keys that it must have. `base_url` has no default: an operator must say where the credential is sent.
     pub(in crate::config) const REQUIRED: &[&str] = &["base_url"];
 
-    /// The gateway's own certificate.
+    /// The gateway's own certificate and its key; `None` if either is not set.
     pub fn identity(&self) -> Option<IdentityFiles> {
         let (cert_file, key_file) = self.client_cert_file.clone().zip(self.client_key_file.clone())?;
         Some(IdentityFiles { cert_file, key_file })
     }
 
-    /// The static headers of every request.
+    /// The static headers of every upstream request. A value that is no header is left out; the check has refused
+    /// it.
     pub fn static_headers(&self) -> HeaderMap {
         let header = |(name, value): (&String, &String)| {
             Some((name.parse().ok()?, HeaderValue::from_str(value).ok()?))
@@ -72,85 +73,84 @@ impl Upstream {
         self.headers.iter().filter_map(header).collect()
     }
 
-    /// Who the gateway is to the proxy.
+    /// The gateway's user and password at the proxy; `None` if either is not set.
     pub fn proxy_login(&self) -> Option<LoginFiles> {
         let (user, password) = self.proxy_user_file.clone().zip(self.proxy_password_file.clone())?;
         Some(LoginFiles { user, password })
     }
 }
 
-/// A certificate, with what leads from it to its root, and its key: PEM files.
+/// A certificate with its intermediate certificates, and its key: PEM files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdentityFiles {
-    /// The certificate.
+    /// The file of the certificate.
     pub cert_file: PathBuf,
-    /// Its key.
+    /// The file of its private key.
     pub key_file: PathBuf,
 }
 
-/// A user and a password: files that hold nothing else.
+/// A user and a password, each in a file that holds nothing else.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoginFiles {
-    /// The user's name.
+    /// The file of the user's name.
     pub user: PathBuf,
-    /// The password.
+    /// The file of the password.
     pub password: PathBuf,
 }
 
 words! {
-    /// Whether HTTP/2 is spoken with the upstream.
+    /// Whether HTTP/2 is used with the upstream.
     Http2 {
         /// Never: HTTP/1.1.
         Off = "off",
-        /// Over TLS, where the upstream picks it; else HTTP/1.1.
+        /// Over TLS, if the upstream selects it (ALPN); else HTTP/1.1.
         Auto = "auto",
     }
 }
 
-/// No URL. `base_url` has no default: what the credential is sent to is named by somebody. That of the token endpoint is `base_url`
-/// with another path.
+/// Stands for a URL that is not set. `base_url` must be set, and the token endpoint is derived from it.
 fn unset() -> Url {
     Url { tls: true, host: String::new(), port: 443, path: String::new() }
 }
 
 section! {
-    /// `[token]`.
+    /// `[token]`: how tokens are fetched.
     Token {
-        /// The token endpoint.
+        /// The token endpoint. Default: `upstream.base_url` with the vendor's path.
         url: Url as "As::<TokenUrl>" = unset(),
-        /// What `X-Token-Expire` asks for and what counts when the reply names no lifetime. `None`: not asked for.
+        /// The lifetime that `X-Token-Expire` asks for, which also counts if the reply names none; `none`: not asked for.
         lifetime: Option<Duration> as "As::<Lifetime>" = Some(Duration::from_secs(600)),
-        /// One call of the token endpoint.
+        /// The longest time of one call of the token endpoint.
         timeout: Duration as "As::<Period<50, MINUTE>>" = Duration::from_secs(5),
-        /// The longest that a request waits for a token.
+        /// The longest time that a request waits for a token; then 503 `token_unavailable`.
         wait: Duration as "As::<Period<0, MINUTE>>" = Duration::from_secs(5),
-        /// Upstream statuses that mean "token refused".
+        /// Upstream statuses that mean that the token was refused: of 401, 403 and 418.
         refused_statuses: Vec<StatusCode> as "As::<Each<RefusedStatus>>" = vec![StatusCode::UNAUTHORIZED],
     }
 }
 
 section! {
-    /// `[[credentials]]`.
+    /// `[[credentials]]`: an app key and its secret, each in a file or a variable.
     #[schemars(extend("required" = Credential::REQUIRED, "allOf" = [
         { "oneOf": [{ "required": ["app_key_file"] }, { "required": ["app_key_env"] }] },
         { "oneOf": [{ "required": ["app_secret_file"] }, { "required": ["app_secret_env"] }] },
     ]))]
     Credential {
-        /// Its name, unique.
+        /// The name of the credential, unique.
         name: String as "As::<Name>" = String::new(),
-        /// Where the app key is, or this:
+        /// The file of the app key, unless `app_key_env` is set.
         app_key_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// The variable that holds it.
+        /// The environment variable of the app key, unless `app_key_file` is set.
         app_key_env: Option<String> = None,
-        /// Where the app secret is, or this:
+        /// The file of the app secret, unless `app_secret_env` is set.
         app_secret_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// The variable that holds it.
+        /// The environment variable of the app secret, unless `app_secret_file` is set.
         app_secret_env: Option<String> = None,
     }
 }
 
 impl Credential {
-    /// The keys that it must have, beside those of which one must be there.
+    /// The keys that it must have, beside those of which one of two must be there.
     pub(in crate::config) const REQUIRED: &[&str] = &["name"];
 
     /// Where the app key is.
@@ -174,7 +174,7 @@ pub enum SecretSource {
 }
 
 impl SecretSource {
-    /// One of them is there.
+    /// The file, or the variable if no file is set. The check has made sure that one is.
     fn of(file: Option<&PathBuf>, variable: Option<&String>) -> Self {
         let variable = || Self::Env(variable.cloned().unwrap_or_default());
         file.map_or_else(variable, |path| Self::File(path.clone()))
@@ -182,7 +182,7 @@ impl SecretSource {
 }
 
 section! {
-    /// `[[routes]]`.
+    /// `[[routes]]`: a call that may be forwarded.
     #[schemars(extend(
         "required" = ["name"],
         "if" = { "properties": { "name": { "const": BUILT_IN_ROUTE } } },
@@ -190,30 +190,30 @@ section! {
         "else" = { "required": Route::REQUIRED },
     ))]
     Route {
-        /// Its name, unique.
+        /// The name of the route, unique. `appointQualityTask` is built in.
         name: String as "As::<Name>" = String::new(),
-        /// The exact path, the same on both sides.
+        /// The exact path, the same for callers and the upstream.
         path: String as "As::<RoutePath>" = String::new(),
-        /// The contract's JSON Schema.
+        /// The JSON Schema of the request body, a file.
         contract_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
-        /// The member of the reply that holds the result code.
+        /// The member of a reply that holds the result code.
         result_field: String as "As::<Member>" = "resultCode".into(),
-        /// Result codes that mean success.
+        /// The result codes that mean success.
         success_codes: Vec<String> as "As::<Each<Code>>" = Vec::new(),
-        /// Credential that replaces the caller's on this route.
+        /// The name of the credential that replaces the caller's on this route. Default: the caller's.
         credential: Option<String> = None,
-        /// Replaces `upstream.timeout` on this route.
+        /// Replaces `upstream.timeout` on this route. Default: `upstream.timeout`.
         timeout: Option<Duration> as "As::<Maybe<Period<50, { 10 * MINUTE }>>>" = None,
-        /// Its requests are refused for now.
+        /// Whether its requests are refused for now, with 403 `frozen`.
         frozen: bool = false,
     }
 }
 
 impl Route {
-    /// The keys that the built-in one has by itself.
+    /// The keys that the built-in route does not accept, since it has them by itself.
     pub const FIXED: [&str; 3] = ["path", "result_field", "success_codes"];
 
-    /// The keys that it must have, unless it is the built-in one.
+    /// The keys that it must have, unless it is the built-in route.
     pub(in crate::config) const REQUIRED: &[&str] = &["name", "path", "contract_file", "success_codes"];
 
     /// Where its contract comes from.
@@ -225,7 +225,7 @@ impl Route {
 /// Where a contract comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ContractSource {
-    /// `appointQualityTask`, embedded in the binary.
+    /// The contract of `appointQualityTask` that is embedded in the binary.
     BuiltIn,
     /// A JSON Schema file.
     File(PathBuf),
