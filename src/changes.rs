@@ -1,6 +1,8 @@
-//! What came of changes of the files that are read again while the gateway runs: configuration, secrets, certificates.
+//! Status of hot reloads: what came of changes of the files that are read again while the gateway runs
+//! (configuration, secrets, certificates).
 //!
-//! The log tells each once; metrics and `/status` tell how things stand, and since when.
+//! Metrics and `/status` show whether what is in the files is in use, and since when; the log reports each change
+//! once.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +16,7 @@ use serde_json::{Map, Value, json};
 use crate::registry::Registry;
 use crate::trouble::LastTrouble;
 
-/// All that is read again, by name.
+/// Everything that is read again, by name. Clones share their content.
 #[derive(Clone, Debug)]
 pub struct Changes {
     successful: Family<WhatLabel, Gauge>,
@@ -23,11 +25,12 @@ pub struct Changes {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+/// The label `what` of both metrics.
 struct WhatLabel {
     what: String,
 }
 
-/// One thing that is read again. Clones share what is known of it.
+/// One thing that is read again. Clones share their content.
 #[derive(Clone, Debug)]
 pub struct Change {
     successful: Gauge,
@@ -36,7 +39,7 @@ pub struct Change {
 }
 
 impl Changes {
-    /// Registers the metrics.
+    /// Registers the metrics, without any series yet.
     pub(crate) fn new(registry: &mut Registry) -> Self {
         Self {
             successful: registry.metric(
@@ -51,7 +54,8 @@ impl Changes {
         }
     }
 
-    /// Something that was read at the start and will be read again.
+    /// Adds something that was read at the start and will be read again. It counts as accepted now. A second one of
+    /// the same name replaces the first in `/status`.
     pub fn of(&self, what: impl Into<String>) -> Change {
         let what = what.into();
         let label = WhatLabel { what: what.clone() };
@@ -65,8 +69,9 @@ impl Changes {
         change
     }
 
-    /// For `/status`: of each whether it is in use, and the last error.
+    /// Returns for each thing whether it is in use, and its last error, for `/status`.
     pub fn status(&self) -> Map<String, Value> {
+        // Both come from one reading of the last error, so that they cannot contradict each other.
         let told = |change: &Change| {
             let last = change.last.get();
             json!({ "successful": last.as_ref().is_none_or(|last| last.over.is_some()), "last_error": last })
@@ -80,14 +85,15 @@ impl Changes {
 }
 
 impl Change {
-    /// What lies in the files is in use.
+    /// Reports that what is in the files is in use. Ends the last error.
     pub fn accepted(&self) {
         self.successful.set(1);
         self.succeeded.set(Timestamp::now().as_second());
         self.last.ends();
     }
 
-    /// It cannot be used, and what was read before stays in use. The same reason again changes nothing.
+    /// Reports that what is in the files cannot be used, so that what was read before stays in use. With the same
+    /// reason again, only the gauge is set again.
     pub fn refused(&self, reason: &str) {
         self.successful.set(0);
         self.last.begins(None, reason.to_owned());

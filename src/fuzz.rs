@@ -1,7 +1,7 @@
-//! What reads bytes that somebody else wrote, each reader as a function that panics where a promise is broken.
+//! Fuzz targets: each parser of foreign bytes as a function that panics if a promise is broken.
 //!
-//! Not in the binary: built for the unit tests, which try random and mutated inputs, and for cargo-fuzz
-//! (`tests/fuzz`). That strict JSON and contracts agree with other libraries is for `tests/it/contract.rs`.
+//! Not in the binary. Compiled for the unit tests, which try random and mutated inputs, and for cargo-fuzz
+//! (`tests/fuzz`). That strict JSON and contracts agree with other libraries is tested in `tests/it/contract.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a target tells")]
 
@@ -33,7 +33,7 @@ use crate::request_head::Inbound;
 use crate::result_rule::{ReplyView, ResultRule};
 use crate::{config, preflight};
 
-/// The reader of this name, for a command line.
+/// Returns the target of this name; `None` if there is none.
 pub fn reader(name: &str) -> Option<fn(&[u8])> {
     Some(match name {
         "body" => body,
@@ -47,13 +47,15 @@ pub fn reader(name: &str) -> Option<fn(&[u8])> {
     })
 }
 
-/// A body against its contract: both walks agree, and what is taken makes one whole line of the trail.
+/// A body against its contract. The walk that decides and the one that collects violations agree, and a body that
+/// is accepted becomes one whole line of the trail.
 pub fn body(bytes: &[u8]) {
     static CONTRACT: LazyLock<Contract> =
         LazyLock::new(|| Contract::compile(Contract::APPOINT_QUALITY_TASK).unwrap());
     let check = |bare_ids| CONTRACT.check(Bytes::copy_from_slice(bytes), bare_ids).result;
     let is_taken = |bare_ids| check(bare_ids).is_ok();
     let [detected, exact, refused] = BareIds::ALL.map(is_taken);
+    // The three ways to take ids are ordered by strictness: what a stricter one accepts, a laxer one accepts, too.
     assert!((exact || !detected) && (detected || !refused));
     let violations = CONTRACT.violations(bytes, BareIds::Exact);
     assert_eq!(exact, violations.is_ok_and(|all| all.total == 0));
@@ -61,6 +63,7 @@ pub fn body(bytes: &[u8]) {
     assert_eq!(checked.bytes(), bytes);
     let mut line = b"{\"seq\":1".to_vec();
     checked.audit_members(&|_| [0; 16], &mut line);
+    // A line break in a member would forge a record: a line of the trail is a record.
     assert!(!line.contains(&b'\n'));
     let record: BTreeMap<String, Value> = serde_json::from_slice(&[&line, &b"}"[..]].concat()).unwrap();
     let sent: Value = serde_json::from_slice(bytes).unwrap();
@@ -73,7 +76,7 @@ pub fn body(bytes: &[u8]) {
     assert_eq!(record["counts"], of_inspectors("count"));
 }
 
-/// A contract: it is compiled or refused.
+/// A contract: it is compiled or refused, and a compiled one checks any body without a panic.
 pub fn schema(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes)
         && let Ok(contract) = Contract::compile(text)
@@ -82,28 +85,33 @@ pub fn schema(bytes: &[u8]) {
     }
 }
 
-/// A reply, its first byte aside, which says with which status it came. What serde_json reads has the outcome that it
-/// plainly has.
+/// A reply. Its first byte says with which status it came, and whether it was cut off. A body that serde_json can
+/// read has the outcome that it plainly has.
 pub fn reply(bytes: &[u8]) {
     let Some((kind, body)) = bytes.split_first() else { return };
+    // Half of the statuses are 200, since the body decides the outcome only there.
     let status = [200, 200, 200, 200, 500, 201, 404, 429][usize::from(kind & 7)];
     let truncated = kind & 8 > 0;
     let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
     let status = StatusCode::from_u16(status).unwrap();
     let verdict = rule.classify(ReplyView { status, body, truncated });
+    // A longer code would make the record of an outcome as large as the upstream likes.
     assert!(verdict.result_code.is_none_or(|code| code.len() <= 64));
+    // The strict reader stops at 32 levels, serde_json at 128: deeper bodies may differ.
     if status == StatusCode::OK && !truncated && depth(body) <= 32 {
         let plain = serde_json::from_slice(body).map(|Members(members)| plain_outcome(&members));
+        // Nothing is claimed about a body that serde_json refuses: the rule also reads a bare 0409000, which is
+        // not JSON.
         assert_eq!(verdict.outcome, plain.unwrap_or(verdict.outcome));
     }
 }
 
-/// No less deep than it is nested.
+/// An upper bound of the nesting: brackets in texts count, too.
 fn depth(body: &[u8]) -> usize {
     body.iter().filter(|byte| matches!(byte, b'[' | b'{')).count()
 }
 
-/// All members of an object, also those that stand twice.
+/// All members of an object, duplicates included, which `serde_json::Map` would drop.
 struct Members(Vec<(String, Value)>);
 
 impl<'de> Deserialize<'de> for Members {
@@ -127,6 +135,8 @@ impl<'de> Visitor<'de> for Members {
     }
 }
 
+/// The outcome by the documented rule, written as simply as possible: a code that is missing, or there twice, is
+/// unknown.
 fn plain_outcome(members: &[(String, Value)]) -> Outcome {
     let codes: Vec<_> =
         members.iter().filter(|(name, _)| name == "resultCode").map(|(_, code)| code).collect();
@@ -139,19 +149,23 @@ fn plain_outcome(members: &[(String, Value)]) -> Outcome {
     }
 }
 
-/// A trail; a byte 1 begins the next segment. Whatever it is, a gateway starts on it, what is damaged stays named,
-/// nothing that was whole is damaged, and nothing stays open.
+/// A trail; the byte 1 separates segments. A gateway starts on any trail: damage that was found before is still
+/// found, nothing that was whole counts as damaged, and no call stays in flight.
 pub fn trail(bytes: &[u8]) {
     let folder = TempDir::new().unwrap();
     fs::write(key_path(folder.path()), KEY).unwrap();
+    // An empty lock file: it names neither the newest segment nor the last record, so any trail is consistent with
+    // it.
     fs::write(folder.path().join("lock"), "").unwrap();
     let mut first = 1;
     for segment in bytes.split(|byte| *byte == 1) {
+        // A segment is named after its first record, so lines are counted to make names that fit.
         fs::write(folder.path().join(format!("audit-{first:020}.jsonl")), segment).unwrap();
         first += segment.iter().filter(|byte| **byte == b'\n').count().max(1);
     }
     let before = verify(folder.path());
     let audit = Audit::start(&options(folder.path()), metrics()).unwrap();
+    // The two steps with which a gateway reads back what was there before its start.
     audit.verify_past(folder.path()).unwrap();
     Idempotency::new(&IDEMPOTENCY, &audit, None).rebuild(&IDEMPOTENCY, folder.path(), &audit);
     audit.close();
@@ -165,9 +179,11 @@ pub fn trail(bytes: &[u8]) {
     assert!(!known.is_empty() || after.faults.is_empty(), "{after:?}");
 }
 
-/// The key of the trails, and of those that are mutated.
+/// The key of all trails here. Fixed, so that a mutated record of the sample still has a valid hash where it was
+/// not changed.
 const KEY: [u8; 32] = [7; 32];
 
+/// Small bounds, so that many trails can be read in a few seconds.
 const IDEMPOTENCY: config::Idempotency = config::Idempotency {
     window: Duration::from_secs(24 * 60 * 60),
     max_keys: 1000,
@@ -177,6 +193,7 @@ const IDEMPOTENCY: config::Idempotency = config::Idempotency {
     fingerprint_window: Duration::from_secs(60),
 };
 
+/// The smallest segments that the configuration allows.
 fn options(directory: &Path) -> Options {
     Options { segment_size: 64 << 10, ..Options::small(directory) }
 }
@@ -193,11 +210,13 @@ fn place(fault: &Fault) -> (&Path, usize, &'static str) {
     (&fault.file, fault.line, fault.reason)
 }
 
-/// The headers of a request, one a line: an `Idempotency-Key` is plain, and the same in quotes; `Host` is a name of
-/// the listener, or it is not.
+/// The headers of a request, one a line. An accepted `Idempotency-Key` is plain and is read the same in quotes.
+/// `Host` is accepted if and only if it is a name of the listener.
 pub fn head(bytes: &[u8]) {
     let mut request = Request::new(());
     for line in bytes.split(|byte| *byte == b'\n') {
+        // A line without a colon is a name with an empty value; names and values that HTTP cannot have are left
+        // out.
         let colon = line.iter().position(|byte| *byte == b':').unwrap_or(line.len());
         let (name, value) = line.split_at(colon);
         let value = value.strip_prefix(b":").unwrap_or_default().trim_ascii();
@@ -216,6 +235,8 @@ pub fn head(bytes: &[u8]) {
     if let Ok(key::Given { key: Some(given), .. }) = key::read(&inbound) {
         let is_plain = |byte: &u8| byte.is_ascii_graphic() && !b"\"\\".contains(byte);
         assert!((1..=255).contains(&given.len()) && given.iter().all(is_plain));
+        // The specification of the header has it as a quoted string; many clients send it bare. Both must be the
+        // same key.
         let quoted = HeaderValue::from_bytes(&[b"\"", given, b"\""].concat()).unwrap();
         let mut again = Inbound::default();
         (again.idempotency_key.first, again.idempotency_key.count) = (Some(&quoted), 1);
@@ -223,7 +244,7 @@ pub fn head(bytes: &[u8]) {
     }
 }
 
-/// A name, or a name, a colon and digits.
+/// Whether a `Host` is this name, alone or with a port.
 fn is_with_port(host: &[u8], name: &str) -> bool {
     let host = host.to_ascii_lowercase();
     match host.strip_prefix(name.as_bytes()) {
@@ -233,7 +254,7 @@ fn is_with_port(host: &[u8], name: &str) -> bool {
     }
 }
 
-/// A configuration file: each mistake is one line.
+/// A configuration file: it is accepted, or has mistakes of one line each without control characters.
 pub fn configuration(bytes: &[u8]) {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("gateway.toml");
@@ -246,12 +267,14 @@ pub fn configuration(bytes: &[u8]) {
     }
 }
 
-/// A proxy's answer: it is a tunnel only when its head ends where the bytes do, and not before.
+/// The reply of a proxy to CONNECT: the tunnel begins where the final head ends, not before. Else bytes of the
+/// proxy could be taken for the beginning of TLS, or the other way round.
 pub fn tunnel(bytes: &[u8]) {
     let is_open =
         |bytes| proxy::final_head(bytes).is_ok_and(|head| head.is_some_and(|it| it.status.is_success()));
     if is_open(bytes) {
         assert!(bytes.ends_with(b"\n"), "{}", bytes.escape_ascii());
+        // Each prefix is tried, since the bytes may arrive one by one.
         assert!((0..bytes.len()).all(|end| !is_open(&bytes[..end])));
     }
 }
@@ -269,7 +292,7 @@ mod tests {
     use crate::model::peer::Peer;
     use crate::model::stage::Stage;
 
-    /// What readers look for.
+    /// Bytes that parsers react to: random bytes alone would rarely form any of them.
     const PIECES: [&str; 40] = [
         "{",
         "}",
@@ -313,7 +336,8 @@ mod tests {
         "HTTP/1.1 200 ",
     ];
 
-    /// A good input with some places changed.
+    /// A good input with up to five edits. Most reach deep into a parser, while random bytes are refused at the
+    /// first.
     fn mutated(good: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
         let piece = prop_oneof![
             select(PIECES.to_vec()).prop_map(|piece| piece.as_bytes().to_vec()),
@@ -329,7 +353,7 @@ mod tests {
         })
     }
 
-    /// `CCSQM_GATEWAY_TEST_FUZZ` says how many times as many.
+    /// Tries a target with random and mutated inputs. `CCSQM_GATEWAY_TEST_FUZZ` multiplies the number of cases.
     fn try_all(target: fn(&[u8]), cases: u32, good: Vec<Vec<u8>>) {
         let random = prop_oneof![
             vec(any::<u8>(), 0..200),
@@ -338,6 +362,7 @@ mod tests {
         let input = prop_oneof![1 => random, 3 => select(good).prop_flat_map(mutated)];
         let longer = std::env::var("CCSQM_GATEWAY_TEST_FUZZ").map_or(1, |times| times.parse().unwrap());
         let cases = cases * longer;
+        // Without persistence: proptest would write a file of failures beside the sources.
         let mut runner = TestRunner::new(Cases { cases, failure_persistence: None, ..Cases::default() });
         let tried = runner.run(&input, |bytes| {
             target(&bytes);
@@ -382,12 +407,13 @@ mod tests {
         let (whole, open) = sample();
         let end = whole.iter().position(|byte| *byte == b'\n').unwrap() + 1;
         let two = [&whole[..end], b"\x01", &whole[end..]].concat();
+        // The unchanged samples come first: if one fails, it is the sample that is wrong and not a mutation.
         trail(&open);
         trail(&two);
         try_all(trail, 400, vec![whole, open, two]);
     }
 
-    /// A trail of a keyed call, an unkeyed one and a refusal; and the same, cut off behind its first intent.
+    /// A trail of a call with a key, one without and a refusal; and the same trail cut off after its first intent.
     fn sample() -> (Vec<u8>, Vec<u8>) {
         let folder = TempDir::new().unwrap();
         fs::write(key_path(folder.path()), KEY).unwrap();
@@ -406,6 +432,8 @@ mod tests {
             note: None,
             reply: None,
         };
+        // The members are written by hand, as idempotency writes them: a rebuild finds the key by `key` and
+        // `print`.
         let key = format!(",\"key\":\"{:032}\",\"print\":\"{:032}\",\"task\":\"7\"", 1, 2);
         for members in [&*key, ",\"task\":7"] {
             let mut record = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into()));
@@ -436,6 +464,7 @@ mod tests {
     #[test]
     fn whatever_the_configuration_each_mistake_is_one_line() {
         let (minimal, all) = (include_str!("../config/minimal.toml"), include_str!("../config/gateway.toml"));
+        // Line breaks and control characters in keys and values must not reach a terminal as they are.
         let odd = format!("\"a\\nb\" = 1\n{minimal}\"\\u0007\" = [\"\\r\"]\n");
         try_all(configuration, 300, texts(&[minimal, all, &odd]));
     }

@@ -1,5 +1,8 @@
-//! Loads a configuration, and looks at all files that it names, so that a start does not fail on them. Looks only: makes,
-//! locks and changes nothing.
+//! Pre-flight checks: loads a configuration and checks every file that it names with the functions that a start
+//! uses, so that a start does not fail on one.
+//!
+//! Only reads: makes, locks and changes nothing. `check`, the start and each reload use it. What a start must try
+//! (binding sockets, locking the trail) is not checked here, but by the dry run of a start in `app`.
 
 mod exposure;
 
@@ -26,7 +29,7 @@ use crate::server::tls::{Tls, TlsError};
 use crate::token::app_key_header;
 use crate::{connect, pem};
 
-/// Loads a configuration, and looks at every file that it names: see [`Config::load`].
+/// Loads a configuration and checks every file that it names: see [`Config::load`].
 pub fn load(
     path: &Path,
     overrides: &[(String, String)],
@@ -35,7 +38,7 @@ pub fn load(
     Config::load(path, overrides, environment, &Preflight)
 }
 
-/// The same for at most so long: see [`Config::load_in_time`].
+/// Loads a configuration within `patience`: see [`Config::load_in_time`].
 pub fn load_in_time(
     path: &Path,
     overrides: &[(String, String)],
@@ -45,7 +48,7 @@ pub fn load_in_time(
     Config::load_in_time(path, overrides, environment, &Preflight, patience)
 }
 
-/// Where the admin listener is: see [`Config::admin_address`].
+/// Returns the address of the admin listener: see [`Config::admin_address`].
 pub fn admin_address(
     path: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -53,7 +56,7 @@ pub fn admin_address(
     Config::admin_address(path, environment, &Preflight)
 }
 
-/// Looks at files as a start does.
+/// The checks of files, as a start makes them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Preflight;
 
@@ -63,6 +66,7 @@ impl NamedFiles for Preflight {
             FileKind::Roots => roots(path),
             FileKind::Certificates => certificates(path),
             FileKind::PrivateKey => private_key(path),
+            // Whoever can change these can let themselves in, so a file that every user can change is refused.
             FileKind::ClientCa => guarded(path, |bytes| pem::certificates(bytes, path)),
             FileKind::ClientCrl => guarded(path, |bytes| pem::revocation_lists(bytes, path)),
             FileKind::Contract => contract(path),
@@ -94,6 +98,7 @@ impl NamedFiles for Preflight {
     fn check_listener(&self, tls: &ListenerTls) -> Result<(), (&'static str, String)> {
         let Err(error) = Tls::load(tls) else { return Ok(()) };
         let key = match &error {
+            // The error may name several keys; a mistake is reported at one.
             TlsError::Refused(key, _) if key.ends_with("_file") => key.split(',').next().unwrap_or_default(),
             TlsError::Clients(_) if tls.client_crl_file.is_some() => "client_crl_file",
             TlsError::Clients(_) => "client_ca_file",
@@ -114,6 +119,7 @@ impl NamedFiles for Preflight {
     fn audit_names(&self, contract: &ContractSource) -> Vec<String> {
         let text = match contract {
             ContractSource::BuiltIn => Ok(Contract::APPOINT_QUALITY_TASK.to_owned()),
+            // A contract that cannot be read or compiled is reported by `check`. Here it has no members.
             ContractSource::File(path) => read_text(path),
         };
         let contract = text.ok().and_then(|text| Contract::compile(&text).ok());
@@ -123,13 +129,15 @@ impl NamedFiles for Preflight {
 
 pub use exposure::exposures;
 
+/// Why a variable is refused. Its name is not shown: somebody may have put the secret itself there.
 const NO_VARIABLE: &str = "the environment has no variable of this name, or it is empty";
 
-/// The user of a proxy.
+/// Checks the user of a proxy: a secret that Basic can carry (RFC 7617 section 2: no colon).
 fn proxy_user(path: &Path) -> Result<(), String> {
     Ok(login::check_user(read_secret(&SecretSource::File(path.to_owned()))?.expose())?)
 }
 
+/// Returns a secret, or a reason that shows neither the secret nor its path.
 fn read_secret(source: &SecretSource) -> Result<Secret, String> {
     if let SecretSource::File(path) = source {
         nameless_regular(path)?;
@@ -144,7 +152,7 @@ fn read_secret(source: &SecretSource) -> Result<Secret, String> {
     })
 }
 
-/// The same as [`regular`], but the path is not told.
+/// [`regular`], with a reason that does not show the path.
 fn nameless_regular(path: &Path) -> Result<(), String> {
     let found = fs::metadata(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => NO_FILE.to_owned(),
@@ -153,21 +161,22 @@ fn nameless_regular(path: &Path) -> Result<(), String> {
     is_regular(&found)
 }
 
-/// PEM roots, in a file that not every user can change.
+/// Checks PEM roots, in a file that not every user can change.
 fn roots(path: &Path) -> Result<(), String> {
     regular(path)?;
     connect::roots(Some(path)).map(drop).map_err(|error| error.to_string())
 }
 
-/// The audit chain's key.
+/// Checks the key of the audit chain.
 fn audit_key(path: &Path) -> Result<(), String> {
     regular(path)?;
     let found = fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    // Whoever can replace the key can forge the trail, and make the gateway send a call twice.
     init::refuse_open(path, &found).map_err(|refused| refused.to_string())?;
     Keys::load(path).map(drop).map_err(|error| error.to_string())
 }
 
-/// Certificates.
+/// Checks PEM certificates.
 fn certificates(path: &Path) -> Result<(), String> {
     regular(path)?;
     pem::read(path)
@@ -176,18 +185,19 @@ fn certificates(path: &Path) -> Result<(), String> {
         .map_err(|error| error.to_string())
 }
 
-/// The key of a certificate.
+/// Checks the private key of a certificate. The reason does not show the path.
 fn private_key(path: &Path) -> Result<(), String> {
     nameless_regular(path)?;
     pem::read_key(path).and_then(|bytes| pem::key(&bytes)).map(drop).map_err(|error| error.to_string())
 }
 
+/// Checks a file that not every user can change.
 fn guarded<T>(path: &Path, parse: impl Fn(&[u8]) -> Result<T, pem::PemError>) -> Result<(), String> {
     regular(path)?;
     pem::read_guarded(path).and_then(|bytes| parse(&bytes)).map(drop).map_err(|error| error.to_string())
 }
 
-/// A contract.
+/// Checks a contract by compiling it.
 fn contract(path: &Path) -> Result<(), String> {
     regular(path)?;
     let shown = path.display();
@@ -195,11 +205,12 @@ fn contract(path: &Path) -> Result<(), String> {
     Contract::compile(&text).map(drop).map_err(|error| format!("{shown}: {error}"))
 }
 
-/// The audit directory: usable, or such that it can be made. Without a key file the chain's key lies in it.
+/// Checks that the audit directory can be used or created. Without a key file the chain's key is in it.
 fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Result<(), String> {
     let shown = path.display();
     match init::check(path, key_file, must_exist) {
-        // A start can be told to accept that: see `audit::loss`.
+        // A start with `--accept-loss` sets these segments aside (see `audit::loss`). Refusing them here would
+        // make that impossible.
         Ok(()) | Err(Absent::KeyOfSegments { .. }) => {}
         Err(absent) => return Err(absent.to_string()),
     }
@@ -209,6 +220,8 @@ fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Re
             let writable = access(path, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK);
             writable.map_err(|error| format!("{shown} cannot be used: {error}"))?;
             let key = key_path(path);
+            // Without following a link: a link to nothing is a mistake to report, not a key that is still to be
+            // made.
             if key_file.is_some() || key.symlink_metadata().is_err() {
                 return Ok(());
             }
@@ -220,8 +233,12 @@ fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Re
     }
 }
 
+/// Checks that a directory can be created: that its nearest existing parent is a directory in which this process
+/// may write.
 fn can_be_made(path: &Path) -> Result<(), String> {
     let path = std::path::absolute(path).map_err(|error| error.to_string())?;
+    // Without following links, since `mkdir` fails below a link to nothing, and `exists` would pass over it to the
+    // parent above.
     let is_there = |parent: &&Path| parent.symlink_metadata().is_ok();
     let Some(parent) = path.ancestors().find(is_there) else { return Ok(()) };
     let fail =
@@ -235,13 +252,15 @@ fn can_be_made(path: &Path) -> Result<(), String> {
     access(parent, Access::WRITE_OK | Access::EXEC_OK).or_else(|error| fail(format!("refuses it: {error}")))
 }
 
-/// Nothing that a read could hang on, or never end on.
+/// Checks that a path leads to a regular file, so that reading it neither hangs (a pipe) nor goes on for ever (a
+/// device).
 fn regular(path: &Path) -> Result<(), String> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
     is_regular(&meta).map_err(|reason| format!("{shown} {reason}"))
 }
 
+/// Checks type and size. An empty file is refused here, with a clearer reason than any parser would give.
 fn is_regular(meta: &Metadata) -> Result<(), String> {
     match meta.len() {
         _ if !meta.is_file() => Err("is not a regular file".into()),

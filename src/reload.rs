@@ -1,10 +1,12 @@
-//! A configuration that changes while the gateway runs: callers, limits, routes, contracts, quota, log level, and which
-//! requests have a log line.
+//! Hot reload: callers, limits, routes, contracts, quota, log level and the choice of log lines change while the
+//! gateway runs.
 //!
-//! On SIGHUP, and when the file or a contract has changed, everything is read anew, validated and compiled; then it is
-//! swapped at once, so that each request sees one configuration. What is remembered stays: limits keep what is spent
-//! of them, and tokens, connections, keys and the breaker are not touched. One that is bad, or that changes what
-//! cannot change, changes nothing; it is told once.
+//! On SIGHUP, and when the file or a contract has changed, everything is read again, validated and compiled, and
+//! then replaced with one atomic swap. So each request sees one configuration. State is kept: what is used of
+//! limits, tokens, connections, idempotency keys and the circuit breaker.
+//!
+//! A configuration that is bad, or that changes something that cannot change, changes nothing. It is reported once,
+//! and tried again.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -27,72 +29,76 @@ use crate::route::Routes;
 use crate::state::{Route, State, compile_routes};
 use crate::watched::{Noticed, POLL, SETTLE, Watched, digest};
 
-/// The sections that may change, and the log's level and requests. The rest is bound to sockets, files and threads.
+/// The sections that may change, apart from the log's level and choice of lines. Everything else is bound to
+/// sockets, files and threads.
 const CHANGEABLE: [&str; 3] = ["callers", "routes", "quota"];
 
-/// What was refused is tried again after this time.
+/// The time after which a refused configuration is tried again, since a file that it names may have been repaired.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Where a configuration comes from, who asks for it again, and who hears of what is new for the log.
+/// Where a configuration comes from, and how the rest of the process takes part in a reload.
 pub struct Source {
-    /// The file.
+    /// The configuration file.
     pub path: PathBuf,
-    /// What goes over it, after the environment.
+    /// The keys and values of `--set` flags, which override the file and the environment.
     pub overrides: Vec<(String, String)>,
     /// Sets the level of the log, and which requests have a line.
     pub set_log: Box<dyn Fn(&Log) + Send>,
-    /// Whoever wants it read again, such as SIGHUP, notifies. It may have done so before the start was over.
+    /// Notified to have the configuration read again, such as by SIGHUP. A notification before the end of the start
+    /// is kept.
     pub asked: Arc<Notify>,
 }
 
-/// The one task that changes the configuration.
+/// The task that changes the configuration. There is only one, so changes come one after the other.
 pub(crate) struct Reload {
-    /// `None`: it came through a pipe, and can be read only once.
+    /// `None` if the configuration came through a pipe, which can be read only once.
     reader: Option<Aside<Reader, Read>>,
     asked: Arc<Notify>,
     set_log: Box<dyn Fn(&Log) + Send>,
     state: Arc<ArcSwap<State>>,
     audit: Audit,
-    /// Why the last one was refused.
+    /// Why the last configuration was refused; `None` after one that was accepted.
     told: Option<String>,
     change: Change,
 }
 
-/// Reads and compiles, on a thread of its own: files may hang, and contracts take time.
+/// Reads and compiles on a thread of its own: files may hang, and contracts take time to compile. Neither may delay
+/// a token or a stop.
 struct Reader {
     path: PathBuf,
     overrides: Vec<(String, String)>,
     watched: Watched<[u8; 32], Infallible>,
-    /// What is in effect.
+    /// The configuration in effect.
     config: Config,
+    /// A digest of the contracts in effect.
     contracts: [u8; 32],
     state: Arc<ArcSwap<State>>,
 }
 
-/// What a reader found.
+/// What a turn of the reader found.
 enum Read {
-    /// Nothing, or nothing new.
+    /// No change of any file.
     Nothing,
-    /// A change that may go on.
+    /// A change that may not be complete: files may be written in several steps.
     Settling,
-    /// A configuration like the one in effect.
+    /// A configuration that equals the one in effect.
     Same,
-    /// One that cannot be taken, and why.
+    /// A configuration that cannot be put into effect, and why.
     Refused(String),
-    /// Another one.
+    /// A new configuration.
     New(Box<New>),
 }
 
-/// Another configuration, compiled.
+/// A new configuration, compiled.
 struct New {
     config: Config,
     routes: Routes<Route>,
-    /// What is new in it.
+    /// What changed, for log and trail.
     changed: Vec<&'static str>,
 }
 
 impl Reload {
-    /// `config` is what is in effect.
+    /// `config` is the configuration in effect.
     pub(crate) fn new(
         source: Source,
         config: Config,
@@ -101,6 +107,8 @@ impl Reload {
         change: Change,
     ) -> Self {
         let Source { path, overrides, set_log, asked } = source;
+        // If the file is gone, it counts as one: it may come back, and reading it again then is what an operator
+        // expects.
         let is_file = fs::metadata(&path).map_or(true, |found| found.is_file());
         let reader = is_file.then(|| {
             let contracts = contents(&contract_files(&config));
@@ -110,7 +118,8 @@ impl Reload {
         Self { reader, asked, set_log, state, audit, told: None, change }
     }
 
-    /// Runs until its runtime ends.
+    /// Runs until its runtime ends. Dropping it loses at most a reload that is under way; the swap itself is one
+    /// store.
     pub(crate) async fn run(mut self) {
         let Some(mut reader) = self.reader.take() else {
             tracing::info!(
@@ -122,8 +131,8 @@ impl Reload {
             }
         };
         let mut wait = POLL;
-        // Another look is due: what was refused may be good by then, and what was taken, now or at the start, may have
-        // changed while it was.
+        // When everything is read again without a change of the watched files: what was refused may be good by
+        // then, and a file may have changed while the configuration was read, at the start, too.
         let mut again = Some(Instant::now() + POLL);
         loop {
             let is_asked = tokio::select! {
@@ -139,7 +148,8 @@ impl Reload {
                 }
                 has_hung = true;
             };
-            // What answers now was asked before: the next look is due, so that what was told of the hang is taken back.
+            // This answer was asked for before the files hung. The next look is due at once, so that the error
+            // about the hang is cleared.
             again = if has_hung { Some(Instant::now()) } else { again };
             wait = if matches!(read, Read::Settling) { SETTLE } else { POLL };
             let taken = match read {
@@ -150,19 +160,25 @@ impl Reload {
             };
             let is_changed = taken.as_ref().is_ok_and(|changed| !changed.is_empty());
             self.tell(taken);
+            // After a change the digest of the files may be newer than what was read of them. One more reading
+            // finds that.
             let later = if is_changed { Some(POLL) } else { self.told.is_some().then_some(RETRY) };
             again = later.map(|later| Instant::now() + later);
         }
     }
 
-    /// Puts a configuration into effect.
+    /// Puts a configuration into effect, and returns what changed.
     fn take(&self, New { config, routes, changed }: New) -> Vec<&'static str> {
+        // `successor` changes the quota and the callers' limits in place, so that what is used of them is kept.
+        // They count for requests that are under way, too.
         let state = self.state.load().successor(&config, routes);
         self.state.store(Arc::new(state));
         (self.set_log)(&config.log);
         changed
     }
 
+    /// Reports what came of a reload to log, trail, metrics and `/status`: a success if something changed or was
+    /// wrong before, a failure if its reason is new.
     fn tell(&mut self, taken: Result<Vec<&'static str>, String>) {
         match taken {
             Ok(changed) => {
@@ -178,6 +194,7 @@ impl Reload {
                     self.record([("result", json!("accepted")), ("changed", json!(changed))]);
                 }
             }
+            // A refused file is tried every few seconds. One line for each try would bury the log.
             Err(reason) if self.told.as_ref() == Some(&reason) => {}
             Err(reason) => {
                 self.change.refused(&reason);
@@ -188,6 +205,7 @@ impl Reload {
         }
     }
 
+    /// Queues the event `reload` for the trail.
     fn record(&self, details: [(&str, Value); 2]) {
         let details = details.map(|(name, value)| (name.to_owned(), value));
         self.audit.event("reload", Map::from_iter(details));
@@ -195,7 +213,7 @@ impl Reload {
 }
 
 impl Reader {
-    /// Looks whether something has changed, and reads everything if it has, or if that is due.
+    /// Reads everything if a file has changed or `is_due`. Blocks.
     fn turn(&mut self, is_due: bool) -> Read {
         match self.watched.look() {
             Noticed::Settling if !is_due => Read::Settling,
@@ -204,16 +222,22 @@ impl Reader {
         }
     }
 
-    /// Reads and compiles all. What is new will be in effect before the next turn.
+    /// Reads and compiles everything. What it returns as new must be put into effect before the next turn, since
+    /// the reader already counts it as in effect.
     fn read(&mut self) -> Result<Read, String> {
+        // A pipe in the place of the file would hold the reader, and whoever writes to it would not expect to be
+        // read again.
         is_regular(&self.path)?;
         let config = preflight::load(&self.path, &self.overrides, std::env::vars_os());
         let mut config = config.map_err(|problems| problems.to_string())?;
         keep_max_keys(&self.config, &mut config)?;
+        // Compared as JSON: one comparison for all sections, and a default that is written out is no change.
         let (old, new) = (self.config.effective(), config.effective());
         if let Some(fixed) = fixed(&old, &new) {
             return Err(format!("{fixed} cannot change while the gateway runs: restart it"));
         }
+        // Contracts are compared by content: their paths are part of the routes, and usually stay the same when a
+        // file changes.
         let contracts = contents(&contract_files(&config));
         let mut changed: Vec<_> =
             CHANGEABLE.into_iter().filter(|section| old[section] != new[section]).collect();
@@ -223,6 +247,8 @@ impl Reader {
         if changed.is_empty() {
             return Ok(Read::Same);
         }
+        // The routes in effect are passed in, so that cool-downs of routes with the same name go on: a reload must
+        // not start token fetches again that they hold back.
         let routes =
             compile_routes(&config, Some(&self.state.load().routes)).map_err(|error| error.to_string())?;
         self.watched = watch(&self.path, &config);
@@ -231,13 +257,14 @@ impl Reader {
     }
 }
 
-/// Only a start reads a configuration from anything else.
+/// Refuses anything but a regular file: only a start reads a configuration from a pipe.
 fn is_regular(path: &Path) -> Result<(), String> {
+    // If the file cannot be found, the reader's error says more.
     let is_other = fs::metadata(path).is_ok_and(|found| !found.is_file());
     if is_other { Err(format!("{} is not a regular file", path.display())) } else { Ok(()) }
 }
 
-/// The files that make up a configuration, as they are now.
+/// Watches the files that make up a configuration; their content now counts as known.
 fn watch(path: &Path, config: &Config) -> Watched<[u8; 32], Infallible> {
     let mut files = contract_files(config);
     files.push(path.to_owned());
@@ -246,8 +273,8 @@ fn watch(path: &Path, config: &Config) -> Watched<[u8; 32], Infallible> {
     Watched::new(watched, move || Ok(contents(&files)), seen)
 }
 
-/// A default of `idempotency.max_keys` follows the callers, who may change. While the gateway runs, the one in effect stays: it
-/// must suffice for them.
+/// Keeps the value of `idempotency.max_keys` in effect if nobody set it: its default follows the callers, who may
+/// change, but the tables that it bounds cannot. Fails if a caller's `max_keys` is more than that.
 fn keep_max_keys(old: &Config, new: &mut Config) -> Result<(), String> {
     if old.idempotency.is_max_keys_set || new.idempotency.is_max_keys_set {
         return Ok(());
@@ -263,7 +290,7 @@ fn keep_max_keys(old: &Config, new: &mut Config) -> Result<(), String> {
     Ok(())
 }
 
-/// What of a configuration would change that cannot.
+/// Returns the sections that differ but cannot change while the gateway runs; `None` if there are none.
 fn fixed(old: &Value, new: &Value) -> Option<String> {
     let sections = new.as_object()?.keys();
     let changed = |section: &&String| match section.as_str() {
@@ -274,12 +301,14 @@ fn fixed(old: &Value, new: &Value) -> Option<String> {
     (!names.is_empty()).then(|| names.join(", "))
 }
 
+/// Returns the contract files, each once: several routes may share one.
 fn contract_files(config: &Config) -> Vec<PathBuf> {
     let files: BTreeSet<_> = config.routes.iter().filter_map(|route| route.contract_file.clone()).collect();
     files.into_iter().collect()
 }
 
-/// A file that cannot be read is told from any that can, by why.
+/// Returns a digest of the files. A file that cannot be read counts with its error instead of its content, so that
+/// the difference between the two, and between two errors, is a change.
 fn contents(files: &[PathBuf]) -> [u8; 32] {
     let parts: Vec<_> =
         files.iter().map(|file| read(file).unwrap_or_else(|error| error.to_string().into())).collect();

@@ -1,4 +1,4 @@
-//! The reference file against the code: keys, defaults, bounds.
+//! The reference file against the code: its keys, defaults and bounds are those that the code has.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,13 +19,16 @@ use crate::preflight::Preflight;
 const REFERENCE: &str = include_str!("../../config/gateway.toml");
 const MINIMAL: &str = include_str!("../../config/minimal.toml");
 
-/// A folder with what a shipped file names, and the file's text for it.
+/// Returns a directory with everything that a shipped file names, and the file's text with the paths of that
+/// directory.
 fn placed(text: &str) -> (TempDir, String) {
     let folder = TempDir::new().unwrap();
     for secret in ["app_key", "app_secret", "audit.key", "proxy_user", "proxy_password"] {
         fs::write(folder.path().join(secret), "0123456789abcdef0123456789abcdef").unwrap();
     }
     let root = rcgen::generate_simple_self_signed(vec!["root".to_owned()]).unwrap();
+    // One self-signed certificate does for all: only that the files parse and match is checked, not whom they
+    // would admit.
     for name in ["ca.pem", "client-ca.pem", "cert.pem", "client.pem"] {
         fs::write(folder.path().join(name), root.cert.pem()).unwrap();
     }
@@ -33,7 +36,8 @@ fn placed(text: &str) -> (TempDir, String) {
         fs::write(folder.path().join(name), root.signing_key.serialize_pem()).unwrap();
     }
     fs::write(folder.path().join("crl.pem"), revocation_list()).unwrap();
-    fs::create_dir(folder.path().join("audit")).unwrap(); // it must exist
+    // The reference file sets `must_exist`.
+    fs::create_dir(folder.path().join("audit")).unwrap();
     let contracts = concat!("\"", env!("CARGO_MANIFEST_DIR"), "/config/contracts/");
     let text = text
         .replace("/run/secrets/ccsqm/", "")
@@ -51,6 +55,7 @@ fn revocation_list() -> String {
     let mut ca = CertificateParams::new(Vec::new()).unwrap();
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let list = CertificateRevocationListParams {
+        // Valid for a century, so that the test does not fail one day.
         this_update: date_time_ymd(2024, 1, 1),
         next_update: date_time_ymd(2124, 1, 1),
         crl_number: SerialNumber::from(1),
@@ -70,11 +75,13 @@ fn load(folder: &TempDir, text: &str) -> Result<(Config, Vec<String>), Problems>
 fn effective(text: &str) -> Value {
     let (folder, text) = placed(text);
     let (config, _) = load(&folder, &text).unwrap();
+    // The directory is temporary: without its name, two effective configurations can be compared.
     let shown = config.effective().to_string();
     serde_json::from_str(&shown.replace(folder.path().to_str().unwrap(), "")).unwrap()
 }
 
-/// The reference file, its headers aside, with the line of each key. Of a list, all tables count together.
+/// All keys that the reference file sets, without the names of headers. Keys of all tables of a list count
+/// together.
 fn keys_of_the_file(path: &Path) -> BTreeSet<String> {
     fn gather(value: &::config::Value, path: &str, keys: &mut BTreeSet<String>) {
         match &value.kind {
@@ -100,6 +107,7 @@ fn keys_of_the_file(path: &Path) -> BTreeSet<String> {
 fn the_reference_file_holds_every_key_that_the_code_reads_and_no_other() {
     let (folder, text) = placed(REFERENCE);
     let (_, asked) = load(&folder, &text).unwrap();
+    // A key of one item stands for the key of all: `callers[0].peer` becomes `callers.peer`.
     let without_index =
         |key: String| key.split('[').map(|part| part.split_once(']').map_or(part, |p| p.1)).collect();
     let asked: BTreeSet<String> = asked.into_iter().map(without_index).collect();
@@ -116,13 +124,15 @@ fn the_reference_file_holds_every_key_that_the_code_reads_and_no_other() {
     }
     let only_written: Vec<_> = written.difference(&asked).collect();
     assert!(only_written.is_empty(), "{only_written:?}");
+    // Guards against a comparison of two empty sets.
     assert!(asked.len() > 60, "{}", asked.len());
 }
 
 #[test]
 fn the_reference_file_shows_the_defaults() {
     let (mut reference, mut least) = (effective(REFERENCE), effective(MINIMAL));
-    // What the reference file shows and nobody gets without asking for it.
+    // What the reference file shows, though it is not a default. Each must differ, or it has become a default and
+    // the file's comment is wrong.
     for shown in [
         "/upstream/ca_file",
         "/upstream/headers",
@@ -183,7 +193,8 @@ fn the_reference_file_shows_the_defaults_of_lists_too() {
         assert_eq!(without.pointer(pointer), reference.pointer(pointer), "{pointer}");
         assert_ne!(reference.pointer(pointer), Some(&Value::Null), "{pointer}");
     }
-    // "Instead of" the caller's and the upstream's.
+    // Keys that replace a value elsewhere have no default: `null` means that the caller's or the upstream's
+    // counts.
     for (line, pointer) in [
         ("credential = \"default\"              #", "/routes/1/credential"),
         ("timeout = \"30s\"                     # instead", "/routes/1/timeout"),
@@ -194,7 +205,7 @@ fn the_reference_file_shows_the_defaults_of_lists_too() {
     }
 }
 
-/// TOML has no null, and a key that must be there has no default.
+/// Removes from a schema what cannot be in a TOML file: null, and the defaults of keys that must be set.
 fn tidy(schema: &mut Value) {
     match schema {
         Value::Array(items) => items.iter_mut().for_each(tidy),
@@ -223,7 +234,7 @@ fn tidy(schema: &mut Value) {
 fn the_schema_for_editors_is_made_of_the_code() {
     let mut schema = schemars::schema_for!(Config).to_value();
     tidy(&mut schema);
-    // A default path is written as an absolute one.
+    // A default path is written as an absolute one, which would differ in each checkout.
     let schema = format!("{schema:#}\n").replace(concat!(env!("CARGO_MANIFEST_DIR"), "/"), "");
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/gateway.schema.json");
     if fs::read_to_string(&file).is_ok_and(|old| old == schema) {
@@ -234,7 +245,7 @@ fn the_schema_for_editors_is_made_of_the_code() {
     panic!("it is another one now: cp {} {}", made.display(), file.display());
 }
 
-/// The minimal configuration with these values, which stand in the place of others there or go over the file.
+/// Loads the minimal configuration with one text replaced, and with flags over it.
 fn minimal(replaced: (&str, &str), set: &[(&str, &str)]) -> Result<Config, Problems> {
     let (folder, text) = placed(MINIMAL);
     let path = folder.path().join("gateway.toml");
@@ -255,6 +266,7 @@ fn the_trail_grows_as_fast_as_callers_and_quota_allow() {
     for (callers, set, hourly) in [
         (limit(""), vec![], 72_000), // 20/s
         (limit("rate_limit = \"3/m\""), vec![], 180),
+        // 50/s, the quota, is the stricter bound here.
         (limit("rate_limit = \"100/s\""), vec![], 180_000), // the quota: 50/s
         (limit("rate_limit = \"100/s\""), vec![("quota.rate", "7/h")], 7),
         (second(""), vec![], 144_000),
@@ -275,7 +287,7 @@ fn max_size_must_hold_the_window_and_what_does_lasts_for_it() {
         let set = set(size);
         minimal(("", ""), &set.each_ref().map(|(key, value)| (*key, &**value)))
     };
-    // 20/s for three hours, a burst, two segments.
+    // 20/s for three hours (the window and the slack), a burst, and two segments that do not count.
     let least = (20 * 3600 * 3 + 40) * CALL + (128 << 20);
     let config = load(least).unwrap();
     let lasts = |config: &Config, with_refusals| config.trail_size().max_size_lasts(with_refusals).unwrap();
@@ -285,7 +297,7 @@ fn max_size_must_hold_the_window_and_what_does_lasts_for_it() {
     let told = load(least - 1).unwrap_err().to_string();
     assert!(told.contains("audit.max_size: must be \"396MiB\" or more"), "{told}");
     assert!(told.contains("last 3 hours") && told.contains("72000 calls an hour"), "{told}");
-    // One mistake is one line: nothing is said of what a value that is not good might need.
+    // One mistake is one line: how much the trail needs is not reported for a rate that is wrong.
     let told = minimal(("", ""), &[("audit.max_size", "2GiB"), ("quota.rate", "many")]).unwrap_err();
     assert_eq!(told.iter().count(), 1, "{told}");
     assert_eq!(minimal(("", ""), &[("audit.max_size", "none")]).unwrap().audit.max_size, None);
@@ -337,6 +349,8 @@ fn the_reference_file_names_the_bounds_and_they_hold() {
     let mut bounded = 0;
     for (number, line) in REFERENCE.lines().enumerate() {
         let Some((name, value)) = line.split(" #").next().unwrap().split_once(" = ") else { continue };
+        // A value far beyond any bound, in the form of the value that the file shows, provokes the text with the
+        // bounds.
         let absurd = match value.trim() {
             number if number.parse::<u64>().is_ok() => "99999999999",
             rate if rate.ends_with("/s\"") => "\"99999999/s\"",
@@ -351,6 +365,7 @@ fn the_reference_file_names_the_bounds_and_they_hold() {
         let comment = line.split_once(" # ").map_or("", |(_, comment)| comment);
         assert!(comment.contains(bounds), "{line}\nshould say: {bounds}");
         if let Some((low, high)) = bounds.split_once(" to ") {
+            // Both bounds are included: each must be accepted.
             for bound in [low, high] {
                 let quoted = if absurd.starts_with('"') { format!("\"{bound}\"") } else { bound.to_owned() };
                 assert_eq!(reason(number, &format!("{name} = {quoted}")), None, "{name} = {quoted}");
@@ -358,5 +373,6 @@ fn the_reference_file_names_the_bounds_and_they_hold() {
         }
         bounded += 1;
     }
+    // Guards against a pattern that matches nothing any more.
     assert!(bounded >= 20, "{bounded} bounds");
 }

@@ -95,8 +95,8 @@ impl TrailSize<'_> {
                 setting(least)
             ));
         }
-        // Refusals do not count here: their budgets can be lowered, and a gateway without strangers has almost
-        // none.
+        // Refusals are not counted: they have budgets of their own, and `check` prints how long `max_size` lasts
+        // with and without them.
         let needed = self.of(self.kept());
         (max_size < needed).then(|| {
             format!(
@@ -192,8 +192,8 @@ impl Pace {
 
     /// The most calls in this time, with one burst.
     fn calls(self, time: Duration) -> u64 {
-        // In 128 bits: with a dozen callers at the highest rate, ten years of calls, times seconds, do not fit
-        // into 64.
+        // In 128 bits: with two dozen callers at the highest rate, the calls of ten years, times seconds, do not
+        // fit into 64.
         let calls = u128::from(self.hourly) * u128::from(time.as_secs()) / u128::from(HOUR.as_secs());
         u64::try_from(calls).unwrap_or(u64::MAX).saturating_add(self.burst)
     }

@@ -1,7 +1,8 @@
-//! What other users of the machine can read or change, of the files that a configuration names.
+//! Audit of file permissions: what other users of the machine can read or change of the files that a configuration
+//! names.
 //!
-//! Whoever can change the trail or its key can make the gateway send a task twice, so that is refused: see
-//! [`crate::audit::init`]. The rest is told and not refused: volumes come with modes that nobody chose.
+//! Whoever can change the trail or its key can make the gateway send a call twice, so that is refused (see
+//! [`crate::audit::init`]). Everything else here is a warning: volumes often come with modes that nobody chose.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -18,15 +19,16 @@ use crate::config::{Config, Control, ListenAddress};
 use crate::files::is_open_to_all;
 use crate::{files, ids};
 
-/// Permission bits.
+/// Permission bits of `st_mode` (inode(7)).
 const OTHERS_READ: u32 = 0o004;
 const OTHERS_WRITE: u32 = 0o002;
 const GROUP_WRITE: u32 = 0o020;
 
-/// A key with fewer different bytes was typed, not drawn: 32 random hex digits have fewer once in billions.
+/// Fewer different bytes than this mean that a key was typed and not drawn. Of random keys of 32 hex digits, one in
+/// 28 million has fewer; one of 32 random bytes practically never.
 const FEW_BYTES: usize = 8;
 
-/// What a setting names.
+/// A path, with the setting that names it.
 struct Named<'a> {
     setting: String,
     path: &'a Path,
@@ -34,17 +36,18 @@ struct Named<'a> {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
+/// What is checked about a path.
 enum What {
     /// A file that others must neither read nor change.
     Secret,
     /// A file that others must not change.
     Plain,
-    /// Something whose folders alone are looked at here.
+    /// A path of which only the directories are checked here.
     Place,
 }
 
-/// What other users can read or change though they should not, and a key that can be guessed: a line each. `file` is
-/// the configuration's own.
+/// Returns a warning for each thing that other users can read or change but should not, and for a key that can be
+/// guessed. `file` is the configuration file. A path that cannot be checked gives no warning.
 pub fn exposures(config: &Config, file: &Path) -> Vec<String> {
     let key = config.audit.key_file.clone().unwrap_or_else(|| key_path(&config.audit.directory));
     let of_key_file = if config.audit.key_file.is_some() { "audit.key_file" } else { "audit.directory" };
@@ -59,7 +62,7 @@ pub fn exposures(config: &Config, file: &Path) -> Vec<String> {
     told
 }
 
-/// All that the settings name, but for the audit key.
+/// Adds everything that the settings name, except the audit key.
 fn name_files<'a>(config: &'a Config, named: &mut Vec<Named<'a>>) {
     let mut name = |setting: String, path: Option<&'a Path>, what| {
         named.extend(path.map(|path| Named { setting, path, what }));
@@ -105,7 +108,7 @@ fn name_files<'a>(config: &'a Config, named: &mut Vec<Named<'a>>) {
     name("audit.directory".into(), Some(&config.audit.directory), What::Place);
 }
 
-/// One line for each file.
+/// Returns a warning for each file with a wrong mode. A file that several settings name is one warning.
 fn of_files(named: &[Named<'_>]) -> Vec<String> {
     let mut files: Vec<&Path> = Vec::new();
     for one in named.iter().filter(|one| one.what != What::Place) {
@@ -115,13 +118,14 @@ fn of_files(named: &[Named<'_>]) -> Vec<String> {
     }
     let line = |path: &Path| {
         let of_path = || named.iter().filter(|one| one.what != What::Place && one.path == path);
+        // The stricter use counts: a file may hold a certificate and its key.
         let is_secret = of_path().any(|one| one.what == What::Secret);
         of_file(&settings(of_path()), path, is_secret)
     };
     files.into_iter().filter_map(line).collect()
 }
 
-/// The settings, each once.
+/// Returns the settings, each once, separated by commas.
 fn settings<'a>(named: impl Iterator<Item = &'a Named<'a>>) -> String {
     let mut settings: Vec<&str> = Vec::new();
     for one in named {
@@ -132,6 +136,8 @@ fn settings<'a>(named: impl Iterator<Item = &'a Named<'a>>) -> String {
     settings.join(", ")
 }
 
+/// Returns the warning for one file, if others can read or change it. Group bits do not count: a group is
+/// somebody's choice, and Kubernetes' fsGroup sets them.
 fn of_file(settings: &str, path: &Path, is_secret: bool) -> Option<String> {
     let found = fs::metadata(path).ok().filter(Metadata::is_file)?;
     let bits = found.mode();
@@ -146,6 +152,7 @@ fn of_file(settings: &str, path: &Path, is_secret: bool) -> Option<String> {
     Some(format!("{settings}: every user can {can} {path} (mode {mode}): chmod {take} {path}"))
 }
 
+/// Returns the warning for the audit directory. Its group counts, since who can write there can replace segments.
 fn of_directory(path: &Path) -> Option<String> {
     let found = fs::metadata(path).ok()?;
     let (mode, path) = (mode(&found), path.display());
@@ -162,7 +169,9 @@ fn of_directory(path: &Path) -> Option<String> {
     }
 }
 
+/// Returns a warning if the key can be guessed.
 fn of_key(name: &str, path: &Path) -> Option<String> {
+    // Zeroised on drop, as everywhere else where a key is in memory.
     let bytes = Zeroizing::new(files::read(path).ok()?);
     let different = bytes.iter().collect::<HashSet<_>>().len();
     (different < FEW_BYTES).then(|| {
@@ -174,7 +183,8 @@ fn of_key(name: &str, path: &Path) -> Option<String> {
     })
 }
 
-/// Whoever can change a folder can put something else in the place of what lies in it, or below. One line for each folder.
+/// Returns a warning for each directory on the way to something named that every user can change: whoever can
+/// change a directory can replace what is in it, whatever the modes of the files.
 fn of_folders(named: &[Named<'_>]) -> Vec<String> {
     let mut folders: Vec<(PathBuf, Vec<&Named<'_>>)> = Vec::new();
     for one in named {
@@ -186,6 +196,7 @@ fn of_folders(named: &[Named<'_>]) -> Vec<String> {
         }
     }
     let line = |(folder, named): (PathBuf, Vec<&Named<'_>>)| {
+        // A sticky directory such as /tmp passes: there, only the owner of a file can replace it.
         let found = fs::metadata(&folder).ok().filter(is_open_to_all)?;
         let (settings, mode, folder) = (settings(named.into_iter()), mode(&found), folder.display());
         Some(format!(
@@ -196,8 +207,11 @@ fn of_folders(named: &[Named<'_>]) -> Vec<String> {
     folders.into_iter().filter_map(line).collect()
 }
 
-/// Whoever owns a file or a folder can change it, whatever its mode. One line for each owner that is neither root nor the user of the
-/// gateway. That user is who runs this; for root it may as well be who owns the audit directory, and without one nothing is told.
+/// Returns a warning for each owner of something named who is neither root nor the gateway's user: an owner can
+/// change a file or a directory, whatever its mode.
+///
+/// The gateway's user is whoever runs this. For root it may also be the owner of the audit directory; without that
+/// directory there is no warning, since it is not known for whom root asks.
 fn of_owners(named: &[Named<'_>], directory: &Path) -> Vec<String> {
     let own = geteuid().as_raw();
     let of_trail = fs::metadata(directory).ok().map(|found| found.uid());
@@ -212,8 +226,8 @@ fn of_owners(named: &[Named<'_>], directory: &Path) -> Vec<String> {
             folders.into_iter().chain(links).chain((one.what != What::Place && end.is_file()).then_some(end))
         {
             let Ok(found) = fs::symlink_metadata(&place) else { continue };
-            // An id that is not mapped may be anybody's, root's included. On a mount that is read-only here nobody changes anything,
-            // but where the files come from.
+            // An id that is not mapped may be anybody's, root's included. A read-only mount cannot be changed
+            // here, whoever owns the files: Kubernetes mounts secrets like this.
             if is_trusted(found.uid()) || ids::users().is_nobody(found.uid()) || is_read_only(&place) {
                 continue;
             }
@@ -235,24 +249,28 @@ fn of_owners(named: &[Named<'_>], directory: &Path) -> Vec<String> {
     owners.into_iter().map(line).collect()
 }
 
+/// Whether the path is on a file system that is mounted read-only. `false` if that is unknown.
 fn is_read_only(path: &Path) -> bool {
     statvfs(path).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::RDONLY))
 }
 
-/// What the kernel goes through to reach a path.
+/// What the kernel visits to reach a path (path_resolution(7)).
 #[derive(Default)]
 struct Way {
-    /// All folders that a name is looked up in, symbolic links resolved.
+    /// All directories in which a name is looked up, symbolic links resolved.
     folders: Vec<PathBuf>,
-    /// Links in folders where every user can make files, and their owners change them.
+    /// Links in directories where every user can create files. In a sticky one the owner of a link can still
+    /// replace it.
     links: Vec<PathBuf>,
-    /// Where it ends.
+    /// The path without links.
     end: PathBuf,
 }
 
 impl Way {
+    /// Resolves a path link by link. `canonicalize` would not do: it returns only the end, and each directory on
+    /// the way counts.
     fn to(path: &Path) -> Self {
-        /// More links in a row lead nowhere.
+        /// Linux gives up after as many (`ELOOP`, path_resolution(7)).
         const MAX_LINKS: usize = 40;
         let mut way = Self { end: "/".into(), ..Self::default() };
         let Ok(path) = std::path::absolute(path) else { return way };
@@ -265,6 +283,7 @@ impl Way {
                 way.end = "/".into();
                 continue;
             }
+            // `end` has no links, so its parent is the directory that the kernel goes to.
             if part == ".." {
                 way.end.pop();
                 continue;
