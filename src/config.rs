@@ -154,7 +154,7 @@ impl Config {
     ) -> Result<(Self, Vec<String>), Problems> {
         let environment: Vec<_> = environment.into_iter().collect();
         let layers = source::read(Some(path), overrides, &environment)?;
-        // Absolute from here on, so that a message names a file in full: whoever reads it may not know the working
+        // Absolute from here on, so that a message names a file in full: its reader may not know the working
         // directory.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         parse::validate(layers, path.parent().unwrap_or(Path::new(".")), files, reading)

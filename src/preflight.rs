@@ -66,7 +66,7 @@ impl NamedFiles for Preflight {
             FileKind::Roots => roots(path),
             FileKind::Certificates => certificates(path),
             FileKind::PrivateKey => private_key(path),
-            // Whoever can change these can let themselves in, so a file that every user can change is refused.
+            // A user who can change these files can get in as a caller, so one that every user can change is refused.
             FileKind::ClientCa => guarded(path, |bytes| pem::certificates(bytes, path)),
             FileKind::ClientCrl => guarded(path, |bytes| pem::revocation_lists(bytes, path)),
             FileKind::Contract => contract(path),
@@ -129,7 +129,7 @@ impl NamedFiles for Preflight {
 
 pub use exposure::exposures;
 
-/// Why a variable is refused. Its name is not shown: somebody may have put the secret itself there.
+/// Why a variable is refused. Its name is not shown: it may be the secret itself, pasted by mistake.
 const NO_VARIABLE: &str = "the environment has no variable of this name, or it is empty";
 
 /// Checks the user of a proxy: a secret that Basic can carry (RFC 7617 section 2: no colon).
@@ -171,7 +171,7 @@ fn roots(path: &Path) -> Result<(), String> {
 fn audit_key(path: &Path) -> Result<(), String> {
     regular(path)?;
     let found = fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    // Whoever can replace the key can forge the trail, and make the gateway send a call twice.
+    // A user who can replace the key can forge the trail, and so make the gateway send a call twice.
     init::refuse_open(path, &found).map_err(|refused| refused.to_string())?;
     Keys::load(path).map(drop).map_err(|error| error.to_string())
 }
@@ -260,7 +260,7 @@ fn regular(path: &Path) -> Result<(), String> {
     is_regular(&meta).map_err(|reason| format!("{shown} {reason}"))
 }
 
-/// Checks type and size. An empty file is refused here, with a clearer reason than any parser would give.
+/// Checks type and size. An empty file is refused here, so that the reason says that it is empty.
 fn is_regular(meta: &Metadata) -> Result<(), String> {
     match meta.len() {
         _ if !meta.is_file() => Err("is not a regular file".into()),

@@ -225,8 +225,7 @@ impl Reader {
     /// Reads and compiles everything. What it returns as new must be put into effect before the next turn, since
     /// the reader already counts it as in effect.
     fn read(&mut self) -> Result<Read, String> {
-        // A pipe in the place of the file would hold the reader, and whoever writes to it would not expect to be
-        // read again.
+        // A pipe in the place of the file would block the reader until something writes to it.
         is_regular(&self.path)?;
         let config = preflight::load(&self.path, &self.overrides, std::env::vars_os());
         let mut config = config.map_err(|problems| problems.to_string())?;

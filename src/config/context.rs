@@ -131,7 +131,7 @@ impl<'a> Context<'a> {
     }
 
     /// Adds a mistake at the place of `key`, and poisons the key. Drops it if the file is [`Syntax::Lost`] and the
-    /// key is set there: with a broken header nobody knows which section the line belongs to.
+    /// key is set there: with a broken header it is unknown to which section the line belongs.
     pub(super) fn problem(&mut self, key: &str, reason: impl Into<String>) {
         self.problem_of(key, key, reason);
     }
@@ -141,8 +141,8 @@ impl<'a> Context<'a> {
     pub(super) fn problem_of(&mut self, at: &str, key: &str, reason: impl Into<String>) {
         self.doubtful.insert(at.to_owned());
         // A terminal shows the value beside the mistake. It is dropped where it may be a secret: in the sections
-        // that name files of secrets, in a URL (`https://user:password@…`), and where somebody took a header's
-        // name for its value.
+        // that name files of secrets, in a URL (`https://user:password@…`), and in `require_header`, where the
+        // value of a header may have been written for its name.
         let written = self.places.get(at).and_then(|(_, written)| written.clone());
         let may_be_secret =
             names_secrets(key) || ["token.url", "require_header"].iter().any(|name| key.ends_with(name));
@@ -196,8 +196,9 @@ impl<'a> Context<'a> {
         for (path, Table { known, given }) in std::mem::take(&mut self.tables) {
             for name in given.iter().filter(|name| !known.contains(&name.as_str())) {
                 let key = member(&path, name);
+                // Reported already, with a reason of its own: a secret written into the file, for example.
                 if self.doubtful.contains(&key) {
-                    continue; // told already
+                    continue;
                 }
                 // A variable with the wrong underscores (SERVER_WORKERS for SERVER__WORKERS) lands at the top
                 // level, where no name is near. Comparing all settings with its name without doubled underscores
@@ -213,12 +214,12 @@ impl<'a> Context<'a> {
                     (None, None) => format!("unknown key; known here: {}", known.join(", ")),
                 };
                 let meant = variable.map(|(key, _)| key).or_else(|| near.map(|near| member(&path, near)));
-                // The key that was meant is poisoned, too: it may have its default now, and a relation that the default
-                // breaks would be a second mistake about something that nobody wrote.
+                // The key that was meant is poisoned, too. It may have its default now, and a relation that the
+                // default breaks would be a second mistake, about a value that the file does not contain.
                 self.misspelt.extend(meant.clone());
                 self.doubtful.extend(meant.into_iter().chain([key.clone()]));
-                // Where secrets are named, somebody may have pasted a secret as the key. The table is reported
-                // instead, so that the secret does not get into logs.
+                // Where secrets are named, the unknown key may be a pasted secret. The table is reported instead,
+                // so that the secret does not get into logs.
                 let told = if names_secrets(&path) { path.clone() } else { key.clone() };
                 self.tell(&key, &told, reason, None);
             }
@@ -341,7 +342,7 @@ fn outer(key: &str) -> Option<&str> {
 /// secret.
 pub(super) fn names_secrets(key: &str) -> bool {
     // `upstream` and `audit` count, since a proxy's password and the chain's key are named there, and `headers` is
-    // where somebody would put a token.
+    // where a token might be put by mistake.
     let section = key.split(['.', '[']).next();
     matches!(section, Some("credentials" | "upstream" | "audit")) || key.split('.').any(|name| name == "tls")
 }

@@ -1,7 +1,7 @@
 //! Defaults that depend on other values.
 //!
-//! Only what nobody set is changed. Limits of callers, the idempotency window and addresses never change: another
-//! value there would be another promise to somebody.
+//! Only values that are not set are changed. Limits of callers, the idempotency window and addresses never change,
+//! since that would break a promise to a caller.
 
 use std::num::NonZeroUsize;
 use std::thread::available_parallelism;
@@ -26,7 +26,7 @@ pub(super) fn give_way(context: &Context<'_>, config: &mut Config) {
     if !is_set("token.url") {
         token.url = Url { path: TOKEN_PATH.to_owned(), ..upstream.base_url.clone() };
     }
-    // `upstream.timeout = "1s"` was refused before, because of a connect time-out of 3 s that nobody had written.
+    // `upstream.timeout = "1s"` was refused before, because of a connect time-out of 3 s that was only a default.
     if !is_set("upstream.connect_timeout") {
         upstream.connect_timeout = upstream.connect_timeout.min(upstream.timeout);
     } else if !is_set("upstream.timeout") {
@@ -44,7 +44,7 @@ pub(super) fn give_way(context: &Context<'_>, config: &mut Config) {
         // Rounded down to whole KiB, so that the effective configuration shows a size that can be set.
         audit.segment_size = audit.segment_size.min((max_size / LEAST_SEGMENTS) & !0x3ff);
     }
-    // Kept for a reload, which must not take a default that follows the callers for a change that somebody made.
+    // Kept for a reload, which must not take a default that follows the callers for a change of the setting.
     idempotency.is_max_keys_set = is_set("idempotency.max_keys");
     if !idempotency.is_max_keys_set {
         let shares = callers.iter().filter_map(|caller| caller.max_keys);

@@ -115,8 +115,9 @@ fn in_folder(context: &Context<'_>, reason: String) -> String {
 /// Checks the directory of the trail.
 fn audit_directory(context: &mut Context<'_>, config: &Config) {
     let audit = &config.audit;
-    // With a misspelt key, or lines that are not TOML, the chain's key may be named after all. Any path stands in
-    // for it then, so that the check does not ask for a key in the directory: that would be a second mistake.
+    // With a misspelt key, or lines that are not TOML, the chain's key may be in a file after all. A placeholder
+    // path stands for it, so that the check does not ask for a key in the directory: that would be a second
+    // mistake.
     let is_doubtful = context.is_doubtful("audit.key_file");
     let is_elsewhere = (is_doubtful || context.syntax != Syntax::Whole).then_some(Path::new("FILE"));
     let key_file = audit.key_file.as_deref().filter(|_| !is_doubtful).or(is_elsewhere);

@@ -120,10 +120,13 @@ fn whole_path(path: &PathBuf) -> String {
 /// A duration from `LOW` to `HIGH`, in milliseconds, both included.
 pub(super) struct Period<const LOW: u64, const HIGH: u64>;
 
-/// Milliseconds, for the bounds of [`Period`].
+/// A second in milliseconds, the unit of the bounds of [`Period`].
 pub(super) const SECOND: u64 = 1000;
+/// A minute in milliseconds.
 pub(super) const MINUTE: u64 = 60 * SECOND;
+/// An hour in milliseconds.
 pub(super) const HOUR: u64 = 60 * MINUTE;
+/// A day in milliseconds.
 pub(super) const DAY: u64 = 24 * HOUR;
 
 impl<const LOW: u64, const HIGH: u64> Text for Period<LOW, HIGH> {
@@ -162,9 +165,11 @@ fn time(milliseconds: u64) -> String {
 /// A size from `LOW` to `HIGH`, in bytes, both included.
 pub(super) struct Size<const LOW: u64, const HIGH: u64, T = u64>(PhantomData<T>);
 
-/// Bytes, for the bounds of [`Size`].
+/// A KiB in bytes, the unit of the bounds of [`Size`].
 pub(super) const KIB: u64 = 1 << 10;
+/// A MiB in bytes.
 pub(super) const MIB: u64 = 1 << 20;
+/// A GiB in bytes.
 pub(super) const GIB: u64 = 1 << 30;
 
 impl<const LOW: u64, const HIGH: u64, T: Copy + TryFrom<u64> + TryInto<u64>> Text for Size<LOW, HIGH, T> {
@@ -261,7 +266,7 @@ impl Form for Workers {
     fn read<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
         let number = match NumberOrText::deserialize(from) {
             Ok(NumberOrText::Text(text)) if text == "auto" => return Ok(AUTO),
-            // 0 is out of bounds, so that nobody gets [`AUTO`] by writing it.
+            // 0 is out of bounds, so that [`AUTO`] cannot be written as a number.
             Ok(NumberOrText::Number(number)) => within(number, 1, 64),
             _ => None,
         };
@@ -399,10 +404,12 @@ impl<F: Form> Serialize for Item<F, &F::Value> {
 pub(super) struct As<F>(PhantomData<F>);
 
 impl<F: Form> As<F> {
+    /// Reads a value in this form.
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<F::Value, D::Error> {
         F::read(from)
     }
 
+    /// Writes a value in this form.
     pub(super) fn serialize<S: Serializer>(value: &F::Value, to: S) -> Result<S::Ok, S::Error> {
         F::write(value, to)
     }

@@ -40,8 +40,8 @@ pub trait NamedFiles: Sync {
     /// Checks that a file can be read and is what it must be.
     fn check(&self, kind: FileKind, path: &Path) -> Result<(), String>;
 
-    /// Checks a secret in a file or a variable. The error does not show the path: somebody may have put the secret
-    /// itself there.
+    /// Checks a secret in a file or a variable. The error shows neither path nor name: a secret may have been
+    /// pasted in their place.
     fn check_secret(&self, source: &SecretSource) -> Result<(), String>;
 
     /// Checks an app key: a secret that a header can hold.

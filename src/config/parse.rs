@@ -45,7 +45,7 @@ pub(super) fn validate(
     let mut config = read(&mut context, &layers.root);
     // 2. What a table needs by itself. Before unknown names, which suggest a missing key first.
     complete(&mut context, &mut config);
-    // 3. Before relations, so that a default that nobody wrote breaks none.
+    // 3. Before relations, so that no relation is broken by a mere default.
     defaults::give_way(&context, &mut config);
     // 4. Before files: a misspelt `key_file` poisons `audit.key_file`. Otherwise the default place of the key
     // would be checked, and a missing key would be a second mistake.

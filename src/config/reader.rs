@@ -85,7 +85,7 @@ pub(super) fn tables<T: DeserializeOwned + Default>(
         }
         Some(_) => {
             // `--set listeners=x` and `--set listeners.address=x` arrive here if the file has no such list. Advice
-            // about double brackets would not help: whoever sets a flag has no file syntax to change.
+            // about double brackets would not help, since a flag has no such syntax.
             let written = || format!("must be written as [[{key}]]");
             let reason = if context.is_loose(key) { LIST_OF_TABLES.to_owned() } else { written() };
             context.problem(key, reason);

@@ -135,7 +135,7 @@ fn fields(context: &mut Context<'_>, config: &Config) {
 /// Checks that `audit.max_size` holds what the idempotency window needs at the configured rates. Records within the
 /// window are never removed, so with a smaller bound the trail would fill its volume all the same.
 fn trail_size(context: &mut Context<'_>, config: &Config) {
-    // The size follows from all of these. If one is poisoned, its default would give a size that nobody asked for.
+    // The size follows from all of these. If one is poisoned, its default would give a size that was not configured.
     let limits = (0..config.callers.len())
         .flat_map(|i| ["rate_limit", "burst"].map(|key| format!("callers[{i}].{key}")))
         .chain(["quota.rate", "quota.burst"].map(str::to_owned));

@@ -69,6 +69,7 @@ pub(super) enum Place {
 
 /// All layers, merged.
 pub(super) struct Layers {
+    /// The merged values: a table.
     pub(super) root: Value,
     /// Indexed by the origin of a value, which the `config` crate carries through the merge as a text: here a
     /// number.
@@ -79,9 +80,11 @@ pub(super) struct Layers {
     pub(super) syntax: Syntax,
 }
 
-/// The place of a value, and its text in the file if that is on one line and not longer than [`MAX_WRITTEN`].
+/// The origin of a value.
 pub(super) struct Origin {
+    /// Where the value was set.
     pub(super) place: Place,
+    /// The value's text in the file; `None` for other layers, longer texts and tables.
     pub(super) written: Option<String>,
 }
 
@@ -92,7 +95,7 @@ pub(super) enum Syntax {
     Whole,
     /// Everything but some lines. What seems to be missing may be on one of them.
     Holes,
-    /// A header is broken, or too many lines are. Nobody knows to which section a line belongs.
+    /// A header is broken, or too many lines are. It is unknown to which section a line belongs.
     Lost,
 }
 
@@ -314,8 +317,8 @@ impl Override {
             value.to_str().map(str::to_owned).ok_or("is not UTF-8")
         };
         let mut key = rest.to_ascii_lowercase().replace("__", ".");
-        // A shell cannot name a variable with dashes. Header names have no underscores here: nginx, for one, drops
-        // those that do.
+        // A shell cannot name a variable with dashes, so underscores stand for them. Headers with underscores are
+        // rare: nginx, for one, drops them.
         if let Some(header) = key.strip_prefix(HEADERS) {
             key = format!("{HEADERS}{}", header.replace('_', "-"));
         }

@@ -267,7 +267,7 @@ fn the_trail_grows_as_fast_as_callers_and_quota_allow() {
         (limit(""), vec![], 72_000), // 20/s
         (limit("rate_limit = \"3/m\""), vec![], 180),
         // 50/s, the quota, is the stricter bound here.
-        (limit("rate_limit = \"100/s\""), vec![], 180_000), // the quota: 50/s
+        (limit("rate_limit = \"100/s\""), vec![], 180_000),
         (limit("rate_limit = \"100/s\""), vec![("quota.rate", "7/h")], 7),
         (second(""), vec![], 144_000),
         (second("frozen = true"), vec![], 144_000), // it may thaw

@@ -94,14 +94,14 @@ pub(super) fn parse_level(text: &str) -> Result<String, String> {
     })
 }
 
-/// A name that can be a label, a log field and a part of a key without quotes.
+/// A name, or the id of an operator. It appears in logs, metrics and headers, where it needs no escaping.
 pub(super) fn parse_name(text: &str) -> Result<String, String> {
     let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
     let fits = plain && (1..=64).contains(&text.len());
     fits.then(|| text.to_owned()).ok_or_else(|| "must be 1 to 64 letters, digits, '.', '_' or '-'".into())
 }
 
-/// A result code of a reply. It is compared byte by byte, so it holds no character that nobody sees: with one,
+/// A result code of a reply. It is compared byte by byte, so it holds no invisible character: with one,
 /// every success would count as a failure.
 pub(super) fn parse_code(text: &str) -> Result<String, String> {
     let fits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
@@ -126,8 +126,8 @@ pub(super) fn parse_host(text: &str) -> Result<String, String> {
 /// The exact path of a route.
 pub(super) fn parse_route_path(text: &str) -> Result<String, String> {
     if !text.starts_with("/apiaccess/") {
-        // A token of the vendor's gateway is good for these paths. Elsewhere it would be shown to something that
-        // has no use for it.
+        // The vendor's token is for these paths only. On another path it would be handed to a service that it is
+        // not meant for.
         return Err("must start with /apiaccess/: the token is for those paths only".into());
     }
     // Paths are compared as bytes, on both sides. `%2e`, `//` and `..` could mean another path to the upstream
@@ -173,8 +173,7 @@ pub(super) fn parse_url(text: &str) -> Result<Url, String> {
         return Err("must have neither a user (`name@`) nor a query (`?…`)".into());
     }
     let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
-    // `localhost` counts by its name, which is not looked up: what it means is up to this machine, as for
-    // browsers.
+    // `localhost` counts by its name: what it resolves to is up to the administrator of this machine.
     let is_loopback =
         host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
     if !tls && !is_loopback {

@@ -1,8 +1,8 @@
 //! Audit of file permissions: what other users of the machine can read or change of the files that a configuration
 //! names.
 //!
-//! Whoever can change the trail or its key can make the gateway send a call twice, so that is refused (see
-//! [`crate::audit::init`]). Everything else here is a warning: volumes often come with modes that nobody chose.
+//! A user who can change the trail or its key can make the gateway send a call twice, so that is refused (see
+//! [`crate::audit::init`]). Everything else here is a warning: volumes often come with modes that no operator chose.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -137,7 +137,7 @@ fn settings<'a>(named: impl Iterator<Item = &'a Named<'a>>) -> String {
 }
 
 /// Returns the warning for one file, if others can read or change it. Group bits do not count: a group is
-/// somebody's choice, and Kubernetes' fsGroup sets them.
+/// an operator's choice, and Kubernetes' fsGroup sets them.
 fn of_file(settings: &str, path: &Path, is_secret: bool) -> Option<String> {
     let found = fs::metadata(path).ok().filter(Metadata::is_file)?;
     let bits = found.mode();
@@ -152,7 +152,7 @@ fn of_file(settings: &str, path: &Path, is_secret: bool) -> Option<String> {
     Some(format!("{settings}: every user can {can} {path} (mode {mode}): chmod {take} {path}"))
 }
 
-/// Returns the warning for the audit directory. Its group counts, since who can write there can replace segments.
+/// Returns the warning for the audit directory. Its group counts, since its members can replace segments.
 fn of_directory(path: &Path) -> Option<String> {
     let found = fs::metadata(path).ok()?;
     let (mode, path) = (mode(&found), path.display());
