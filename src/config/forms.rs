@@ -266,7 +266,7 @@ impl Form for Workers {
     fn read<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
         let number = match NumberOrText::deserialize(from) {
             Ok(NumberOrText::Text(text)) if text == "auto" => return Ok(AUTO),
-            // 0 is out of bounds, so that [`AUTO`] cannot be written as a number.
+            // 0 is out of bounds, so that `AUTO` cannot be written as a number.
             Ok(NumberOrText::Number(number)) => within(number, 1, 64),
             _ => None,
         };

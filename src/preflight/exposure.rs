@@ -1,4 +1,4 @@
-//! Audit of file permissions: what other users of the machine can read or change of the files that a configuration
+//! Review of file permissions: what other users of the machine can read or change of the files that a configuration
 //! names.
 //!
 //! A user who can change the trail or its key can make the gateway send a call twice, so that is refused (see
