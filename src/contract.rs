@@ -1,4 +1,4 @@
-//! Stage 4: checks the whole body against the route's contract.
+//! Stage 4: JSON Schema validation of the whole request body against the route's contract.
 //!
 //! A contract is a JSON Schema (2020-12, a subset) that is compiled at start into a tree of rules. One walk checks the bytes
 //! and builds no tree of the body. If it finds a violation, a second walk by the same rules lists all violations. A body that
@@ -7,7 +7,7 @@
 //! Two points are stricter than JSON Schema. An integer is an optional minus and digits: `-0`, a fraction and an exponent are
 //! refused. Where a contract says `x-refuseRounded`, an id that is a bare number is refused if a client may have rounded it.
 //!
-//! The bytes that were checked are the bytes that are sent.
+//! The gateway forwards exactly the bytes that it checked. It neither repairs nor rewrites a body.
 
 pub mod body;
 mod captured;
@@ -32,25 +32,27 @@ use crate::config::BareIds;
 pub use crate::json::NotJson;
 use crate::model::redaction::Shown;
 
-/// The code of an id that a client may have rounded.
+/// The code of a violation: an id is a bare number that a client may have rounded (`bare_ids = "detect"`).
 pub const MAY_BE_ROUNDED: &str = "number_may_be_rounded";
 
-/// The code of an id that is a bare number, from a caller of which none are taken.
+/// The code of a violation: an id is a bare number, and this caller must send ids as strings (`bare_ids = "refuse"`).
 pub const MUST_BE_STRING: &str = "number_must_be_string";
 
-/// A compiled contract.
+/// A compiled contract: the rules for a body, and the members that it adds to the audit record.
 #[derive(Debug)]
 pub struct Contract {
     root: Node,
+    // Shared, since each checked body holds the list until its record is written, and a reload may drop the contract before.
     audit: Arc<[AuditMember]>,
 }
 
-/// What a check found.
+/// The result of one check.
 #[derive(Debug)]
 pub struct Checked {
     /// The body, or why it was refused.
     pub result: Result<CheckedBody, Fault>,
-    /// How many ids in it are bare numbers of 2^53 and more, where the contract says `x-refuseRounded`.
+    /// How many ids in the body are bare numbers of 2^53 and more, at places where the contract says `x-refuseRounded`.
+    // Counted in accepted bodies, too: operators learn from it which callers send ids as numbers before they refuse them.
     pub large_ids: usize,
 }
 
@@ -66,52 +68,61 @@ pub enum Fault {
 /// The violations of one body.
 #[derive(Debug, Default)]
 pub struct Violations {
-    /// The first hundred.
+    /// The first hundred, in the order of the body.
     pub list: Vec<Violation>,
-    /// How many there are.
+    /// The number of all violations, listed or not.
     pub total: usize,
 }
 
-/// One violation. Holds no value of the caller's; only an unknown key is named, cut at 64 bytes.
+/// One violation. It quotes no value of the body; the only text of the caller's in it is the name of an unknown key, cut at 64
+/// bytes.
+// Values may be personal data, and violations are written to the audit record and to the logs of callers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// Where, as a plain JSON Pointer (RFC 6901).
+    /// The place in the body, as a plain JSON Pointer (RFC 6901); empty for the whole body.
     pub pointer: String,
-    /// The keyword of the contract, [`MAY_BE_ROUNDED`] or [`MUST_BE_STRING`].
+    /// The keyword of the contract that is broken, or [`MAY_BE_ROUNDED`] or [`MUST_BE_STRING`].
     pub code: &'static str,
-    /// What is wanted.
+    /// What the contract requires there, as a sentence.
     pub detail: String,
 }
 
-/// A body that keeps its contract. Proof type: only this module makes one.
+/// A body that satisfies its contract. A proof type: only [`Contract::check`] constructs it, and an exchange needs one.
+// The fields are private, so that no other stage can forward a body that was not checked.
 #[derive(Clone, Debug)]
 pub struct CheckedBody {
     bytes: Bytes,
     members: Arc<[AuditMember]>,
     captured: Captured,
-    /// Every byte is below DEL, so that the members in the trail need no escape.
+    /// Whether every byte is below DEL, so that the members of the audit record need no escapes.
     is_plain: bool,
 }
 
 impl Contract {
-    /// The contract of appointQualityTask, after the vendor's page.
+    /// The built-in contract of `appointQualityTask` as a JSON Schema, after the vendor's page of this API.
     pub const APPOINT_QUALITY_TASK: &str = include_str!("../config/contracts/appointQualityTask.json");
 
-    /// Compiles a schema. An unknown keyword is an error, since it would silently not be checked. A key that stands twice in an
-    /// object is an error, since one of the two would be ignored.
+    /// Compiles a schema.
+    ///
+    /// # Errors
+    ///
+    /// Text that is not strict JSON, a keyword that is unknown or would have no effect, and a value that does not fit its
+    /// keyword. The error names the place.
     pub fn compile(schema: &str) -> Result<Self, SchemaError> {
+        // Before serde_json, which takes the last of two equal keys: a rule that is given twice would be dropped in silence.
         match is_strict_json(schema.as_bytes()) {
             Ok(()) => schema::compile(schema),
             Err(error) => Err(SchemaError { pointer: "#".into(), reason: error.to_string() }),
         }
     }
 
-    /// The names of the members that it adds to the audit record.
+    /// Returns the names of the members that this contract adds to the audit record (`x-audit`).
     pub fn audit_names(&self) -> impl Iterator<Item = &str> {
         self.audit.iter().map(|member| member.name.as_str())
     }
 
-    /// Decides for each of these members how its values are written.
+    /// Sets how the values of each such member are written to the trail: in clear, as a keyed hash, or not at all.
+    // Not part of `compile`: the schema belongs to the API, but what to redact belongs to the `[audit]` table of this gateway.
     #[must_use]
     pub fn shown(mut self, shown: impl Fn(&str) -> Shown) -> Self {
         let members = self.audit.iter().cloned();
@@ -119,7 +130,8 @@ impl Contract {
         self
     }
 
-    /// Checks a body. `bare_ids` says which ids its caller may send as bare numbers.
+    /// Checks a body. `bare_ids` says which ids its caller may send as bare numbers. Takes time linear in the size of the body.
+    // Two walks, since most bodies are accepted: the first one keeps no path and makes no text.
     pub fn check(&self, body: Bytes, bare_ids: BareIds) -> Checked {
         match Walk::over(&body, Some(&self.root), bare_ids, Verdict) {
             Ok(Walked { is_plain, captured, large_ids, findings: Verdict }) => {
@@ -127,6 +139,7 @@ impl Contract {
                 Checked { result: Ok(checked), large_ids }
             }
             Err(Stop::NotJson(fault)) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
+            // The first walk ended within the body. Only a walk to its end can tell that the rest is strict JSON.
             Err(Stop::Broken) => match self.gather(&body, bare_ids) {
                 Ok((found, large_ids)) => Checked { result: Err(Fault::Violations(found)), large_ids },
                 Err(fault) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
@@ -134,33 +147,43 @@ impl Contract {
         }
     }
 
-    /// Lists the violations of a body; empty if [`Contract::check`] accepts it.
+    /// Returns the violations of a body; none if [`Contract::check`] accepts it. For tools; requests go through `check`.
+    ///
+    /// # Errors
+    ///
+    /// The body is not strict JSON. Violations in front of that place are not returned then.
     pub fn violations(&self, body: &[u8], bare_ids: BareIds) -> Result<Violations, NotJson> {
         self.gather(body, bare_ids).map(|(violations, _)| violations)
     }
 
-    /// The second walk: all violations, and how many large ids are bare numbers.
+    /// The second walk. Returns all violations, and how many large ids are bare numbers.
     #[cold]
     fn gather(&self, body: &[u8], bare_ids: BareIds) -> Result<(Violations, usize), NotJson> {
         match Walk::over(body, Some(&self.root), bare_ids, Gathered::default()) {
             Ok(walked) => Ok((walked.findings.violations, walked.large_ids)),
             Err(Stop::NotJson(fault)) => Err(fault),
-            Err(Stop::Broken) => Ok(Default::default()), // not reached: this walk does not end at a violation
+            // Not reached: `Gathered` ends no walk at a violation.
+            Err(Stop::Broken) => Ok(Default::default()),
         }
     }
 }
 
 impl CheckedBody {
-    /// The caller's bytes, untouched.
+    /// Returns the bytes as the caller sent them.
     pub fn bytes(&self) -> &Bytes {
         &self.bytes
     }
 }
 
-/// Checks the syntax of a document only.
+/// Checks that a document is strict JSON with no key twice in an object; checks no contract.
+///
+/// # Errors
+///
+/// The first fault, with its line and column.
 pub(crate) fn is_strict_json(document: &[u8]) -> Result<(), NotJson> {
     match Walk::over(document, None, BareIds::Exact, Verdict) {
-        Ok(_) | Err(Stop::Broken) => Ok(()), // not reached: without a contract there is no violation
+        // `Broken` is not reached: without a contract there are no violations.
+        Ok(_) | Err(Stop::Broken) => Ok(()),
         Err(Stop::NotJson(fault)) => Err(fault),
     }
 }

@@ -1,4 +1,7 @@
-//! Receives a body: media type, encoding and size from the head, then the whole body within its deadline.
+//! Buffers a request body: checks media type, encoding and size by the head, then receives the whole body within its deadline.
+//!
+//! A body is at most [`Bounds::size`] bytes long and arrives within [`Bounds::time`]. While it is not whole, its bytes count
+//! against the budget of unfinished requests that all connections share. The content is not checked here.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -17,51 +20,60 @@ use crate::request_head::Inbound;
 /// Why a body was not received.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum NotReceived {
-    /// An `Expect` other than `100-continue`.
+    /// The head has an `Expect` other than `100-continue` (RFC 9110 §10.1.1).
     #[error("the only Expect that is understood is `100-continue`; leave the header out")]
     Expectation,
-    /// Not `application/json`, or not in UTF-8.
+    /// The `Content-Type` is absent, is not `application/json`, or names another charset than UTF-8.
     #[error("send `Content-Type: application/json`; the only parameter that may follow is `charset=utf-8`")]
     MediaType,
-    /// It stands more than once.
+    /// The head has more than one `Content-Type`.
+    // Two parsers may choose different ones, so the gateway chooses none.
     #[error("Content-Type is given more than once; send it once")]
     MediaTypes,
-    /// Compressed.
+    /// The head has a `Content-Encoding`: the body is compressed.
+    // No decompression: a small body could expand without bound, and the checked bytes would not be those on the wire.
     #[error("Content-Encoding is not supported; send the body uncompressed and without this header")]
     ContentCoding,
-    /// Larger than `max_body` bytes.
+    /// The body is larger than `max_body`; the value is that bound in bytes.
     #[error(
         "the body is larger than {0} bytes; make it smaller, or ask the operators of the gateway to raise max_body"
     )]
     TooLarge(usize),
-    /// Unfinished heads and bodies hold as much as they may.
+    /// The unfinished heads and bodies of all connections use up `max_unfinished`.
     #[error("the gateway holds as many unfinished requests as it may (max_unfinished); call again shortly")]
     NoRoom,
-    /// Not whole within `body_timeout`.
+    /// The body was not whole within `body_timeout`; the value is that time.
     #[error("the body did not arrive within {0:?}; send the whole of it at once")]
     Timeout(Duration),
-    /// Ended early, or its framing is broken.
+    /// The body ended early, or its framing is invalid.
     #[error("the body ended before its announced length, or its chunks are malformed; nothing was sent")]
     Incomplete,
-    /// Fields behind the last chunk. Nobody needs them, and hyper reads on to the next empty line when they begin
-    /// with a bare LF, where others see the end of the body.
+    /// The body has trailer fields behind its last chunk.
+    // Request smuggling: if the trailer section begins with a bare LF, hyper reads on to the next empty line, where a proxy in
+    // front may see the end of the body and the next request. No caller of this API needs trailers.
     // tests/hyper.rs: a_bare_lf_behind_the_last_chunk_begins_a_trailer
     #[error("the body has trailer fields behind its last chunk; send it without them")]
     Trailers,
 }
 
-/// Bounds of one body.
+/// Limits on one body.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Bytes.
+    /// The largest size in bytes.
     pub size: usize,
-    /// From the end of the head to the end of the body.
+    /// The longest time from the end of the head to the end of the body.
     pub time: Duration,
 }
 
-/// Receives a whole body. What the head alone rules out is refused before a byte is read, so that a caller
-/// that waits for `100 Continue` sends nothing in vain.
-/// What there is of a body that is not whole yet takes `room`.
+/// Returns the whole body. While it is not whole, what has arrived counts against `room`.
+///
+/// If this future is dropped, the rest of the body stays unread and `room` is released.
+///
+/// # Errors
+///
+/// See [`NotReceived`]. An error that the head alone decides is returned before the body is asked for.
+// hyper sends `100 Continue` at the first poll of the body. With the checks of the head in front of it, a caller that waits for
+// `100 Continue` is refused before it has sent a large body in vain.
 // tests/hyper.rs: hyper_says_continue_only_when_the_body_is_asked_for
 pub(crate) async fn receive(
     head: &Inbound<'_>,
@@ -74,11 +86,11 @@ pub(crate) async fn receive(
         return Err(NotReceived::TooLarge(bounds.size));
     }
     let mut collected = pin!(collect(body, bounds.size, room));
-    // Most bodies come with their head: those need no timer.
+    // Most bodies arrive with their head. They are complete at the first poll, and save the cost of a timer.
     if let Poll::Ready(received) = poll_fn(|cx| Poll::Ready(collected.as_mut().poll(cx))).await {
         return received;
     }
-    // In a box, so that the others hold no place for it.
+    // Boxed, since a timer in this future would make every request's future larger, though few need one.
     let in_time = Box::pin(timeout(bounds.time, collected)).await;
     in_time.unwrap_or(Err(NotReceived::Timeout(bounds.time)))
 }
@@ -98,8 +110,9 @@ fn check_head(head: &Inbound<'_>) -> Result<(), NotReceived> {
 }
 
 fn is_json(media_type: &str) -> bool {
+    // The usual value needs no parsing.
     if media_type == "application/json" {
-        return true; // the usual case
+        return true;
     }
     let mut parts = media_type.split(';').map(str::trim);
     let essence = parts.next().unwrap_or_default();
@@ -107,32 +120,38 @@ fn is_json(media_type: &str) -> bool {
 }
 
 fn is_utf8_charset(parameter: &str) -> bool {
+    // Empty behind a trailing `;`, which some clients send.
     let Some((name, value)) = parameter.split_once('=') else { return parameter.is_empty() };
     let value = value.trim_matches('"');
-    // The second is no registered name, and means the same.
+    // `utf8` is not a registered name of the charset, but common clients send it, and it can mean nothing else.
     let is_utf8 = value.eq_ignore_ascii_case("utf-8") || value.eq_ignore_ascii_case("utf8");
     name.eq_ignore_ascii_case("charset") && is_utf8
 }
 
+/// Reads the frames of the body to its end. Only a body that arrives in several frames is copied.
 async fn collect(body: &mut Incoming, limit: usize, room: &Room) -> Result<Bytes, NotReceived> {
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     let mut held = None;
-    // Of a body whose length is known, nothing comes behind its last byte.
+    // Of a body whose length is known, nothing comes behind its last byte. Without this check hyper would register a waker only
+    // to report that.
     // tests/hyper.rs: a_body_of_known_length_is_at_its_end_behind_its_last_byte
     while !body.is_end_stream()
         && let Some(frame) = body.frame().await
     {
         let frame = frame.map_err(|_| NotReceived::Incomplete)?;
         let data = frame.into_data().map_err(|_| NotReceived::Trailers)?;
+        // Checked for each frame, since a chunked body announces no length.
         if first.len() + rest.len() + data.len() > limit {
             return Err(NotReceived::TooLarge(limit));
         }
+        // A body that is whole with this frame takes nothing from the budget: it waits for nobody.
         if !body.is_end_stream() && !held.get_or_insert_with(|| room.unfinished()).grow(data.len()) {
             return Err(NotReceived::NoRoom);
         }
         if first.is_empty() {
-            first = data; // the common case: one piece, passed on without a copy
+            // Most bodies are one frame, which is passed on without a copy.
+            first = data;
         } else {
             rest.extend_from_slice(&data);
         }

@@ -1,6 +1,7 @@
-//! The scalars that a contract wants in the audit trail.
+//! Captures the scalars that a contract adds to the audit record (`x-audit`).
 //!
-//! The walk notes where each one stands in the body, and copies nothing. The trail gets them as members of its record.
+//! The walk notes the position of each scalar in the body and copies nothing. [`CheckedBody::audit_members`] writes them as
+//! members of the record.
 
 use std::ops::Range;
 
@@ -17,10 +18,11 @@ impl CheckedBody {
     /// Appends the members that the contract adds to the audit record, each as JSON with a comma in front.
     ///
     /// A member in the items of an array is a list with one value for each item, so that lists of the same items match by
-    /// position. An absent value is `null`. A value is the caller's literal. Characters that may be taken for others are
-    /// escaped; control characters cannot occur, since strict JSON has no raw ones. A number beyond a double becomes a string,
-    /// since many readers reject a line that has one (RFC 8259, section 6). A member that is hidden is left out, or written as
-    /// its `mark`.
+    /// position. An absent value is `null`. A value is the literal as the caller wrote it, with two exceptions: characters that a
+    /// reader may take for others are escaped, and a number that does not fit a double becomes a string (RFC 8259 §6). A member
+    /// that the configuration hides is left out, or written as the keyed hash that `mark` computes.
+    // The literal, not a value that was parsed and printed again: the trail must show what was sent, digit by digit. It cannot
+    // break the line of the record, since strict JSON has no raw control character in a string.
     pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
         let from = out.len();
         for (index, member) in (0..).map(AuditIndex).zip(&*self.members) {
@@ -28,6 +30,7 @@ impl CheckedBody {
                 continue;
             }
             out.extend_from_slice(member.opening.as_bytes());
+            // A member outside a list has one value at most, so that the search may end there.
             let (before, most) = (out.len(), if member.is_list { usize::MAX } else { 1 });
             for scalar in self.captured.iter().filter(|scalar| scalar.member == index).take(most) {
                 if out.len() > before {
@@ -35,11 +38,15 @@ impl CheckedBody {
                 }
                 let literal = scalar.literal(&self.bytes);
                 match member.shown {
+                    // Also where members are hashed: an absent value holds nothing to hide.
                     _ if literal.is_empty() => out.extend_from_slice(b"null"),
+                    // Many readers reject a line with 1e309. The list of unresolved calls is read from these lines, and would
+                    // lose the caller and the key of the call.
                     Shown::Clear | Shown::Omit if is_beyond_a_double(literal) => {
                         out.extend_from_slice(&[b"\"", literal, b"\""].concat());
                     }
                     Shown::Clear | Shown::Omit => out.extend_from_slice(literal),
+                    // The name goes into the hash, so that equal values of different members cannot be linked.
                     Shown::Hmac => {
                         let hidden = hidden(mark(&[b"field", member.name.as_bytes(), literal]));
                         out.extend_from_slice(format!("\"{hidden}\"").as_bytes());
@@ -58,16 +65,19 @@ impl CheckedBody {
     }
 }
 
-/// The scalars for the audit trail. Up to nine need no allocation, which is three inspectors with their counts. Room for more
-/// would make every request's future larger.
+/// The scalars that one walk captured, in the order of the walk.
+// Nine places need no allocation: three inspectors with their counts, and the two members beside them. More places would
+// make every request's future larger.
 pub(super) type Captured = SmallVec<[AuditScalar; 9]>;
 
-/// Where a scalar for the audit trail is in the body; or that an item of a list has none.
+/// The position of one captured scalar in the body, or the note that an item of a list lacks this member.
+// Eight bytes, so that nine of them fit in the future of a request. A range of two `usize` would take twice as much.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AuditScalar {
     pub(super) member: AuditIndex,
-    /// In bytes; 0 if there is no scalar, [`u16::MAX`] if it is longer than fits.
+    /// In bytes; 0 if there is no scalar. [`u16::MAX`] means that length or more: the scalar is read again for its end.
     length: u16,
+    // Wide enough: `check_encoding` refuses a body of 4 GiB and more.
     start: u32,
 }
 
@@ -77,7 +87,7 @@ impl AuditScalar {
         Self { member, length, start: place.start as u32 }
     }
 
-    /// The scalar's literal; empty if there is none.
+    /// Returns the literal of the scalar in `body`; empty if the item has none.
     fn literal(self, body: &[u8]) -> &[u8] {
         let start = self.start as usize;
         let length = if self.length == u16::MAX { length_at(start, body) } else { usize::from(self.length) };
@@ -85,13 +95,14 @@ impl AuditScalar {
     }
 }
 
-/// Whether a literal is a number that is infinite as a double. The shortest has five characters, 1e309.
+/// Whether a literal is a number that does not fit a double.
 fn is_beyond_a_double(literal: &[u8]) -> bool {
+    // The shortest such number, 1e309, has five characters. The first character rules out strings, which may be long.
     let may_be = literal.len() >= 5 && matches!(literal[0], b'-' | b'0'..=b'9');
     may_be && str::from_utf8(literal).is_ok_and(|text| text.parse().is_ok_and(f64::is_infinite))
 }
 
-/// The length of a value, which was read once already, by reading it again.
+/// Returns the length in bytes of the value at `start`, which the walk has found valid before.
 #[cold]
 fn length_at(start: usize, body: &[u8]) -> usize {
     let mut cursor = Cursor::new(body.get(start..).unwrap_or_default());

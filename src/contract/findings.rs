@@ -1,39 +1,45 @@
-//! What becomes of the violations that a walk finds.
+//! Collects the violations that a walk finds: [`Verdict`] ends the walk at the first one, [`Gathered`] lists them all.
 //!
-//! The first walk ends at the first violation. The second one, over a body that is refused, lists them with their places.
+//! Both are the same walk with another type parameter, so that the two cannot disagree on a rule. Nothing that is listed quotes a
+//! value of the body.
 
 use super::{Violation, Violations};
 use crate::json::Halt;
 
-/// How many violations are listed. All are counted.
+/// How many violations are listed; all are counted.
+// A body of many megabytes may break a rule in each item. Without this bound the problem document would be larger than the body.
 const MAX_LISTED: usize = 100;
 
-/// The member at fault, if it is not the present place, and the detail.
+/// The name of the member at fault below the current place, if it is not the place itself; and the detail.
 pub(super) type Told = (Option<String>, String);
 
-/// What a walk does with violations.
+/// Receives the violations of a walk.
 pub(super) trait Findings<'a> {
-    /// The walk enters a member of the contract, or an item.
+    /// Called before the walk checks a member that the contract names, or an item.
     fn enter(&mut self, _: Step<'a>) {}
 
-    /// The walk leaves it.
+    /// Called behind that member or item.
     fn leave(&mut self) {}
 
-    /// Takes a violation; an error ends the walk. `told` is called only if the detail is needed.
+    /// Receives one violation. An error ends the walk. `told` is called only if the detail is used.
+    // A closure, since the detail is text to format, and the first walk throws it away.
     fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt>;
 }
 
 /// Ends the walk at the first violation.
+// Of no size, with empty methods: a walk for an accepted body keeps no path.
 pub(super) struct Verdict;
 
-/// Goes on, and lists the violations with their places.
+/// Lists the violations with their places; the walk goes on to the end of the body.
 #[derive(Default)]
 pub(super) struct Gathered<'a> {
-    /// From the root to the present place. Has names of the contract and indices only: below an unknown key nothing is checked.
+    /// The steps from the root to the current place.
+    // Names of the contract and indices only: below an unknown key nothing is checked, so no caller can make the path long.
     path: Vec<Step<'a>>,
     pub(super) violations: Violations,
 }
 
+/// One step of a path into a body: a key of the contract, or the index of an item from 0.
 #[derive(Clone, Copy)]
 pub(super) enum Step<'a> {
     Key(&'a str),
@@ -56,6 +62,7 @@ impl<'a> Findings<'a> for Gathered<'a> {
     }
 
     fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt> {
+        // Counted behind the bound, too, so that the caller learns that there are more than it sees.
         self.violations.total += 1;
         if self.violations.list.len() < MAX_LISTED {
             let (member, detail) = told();
@@ -76,12 +83,14 @@ impl Gathered<'_> {
     }
 }
 
-/// A key as a step of a JSON Pointer (RFC 6901 §3).
+/// Returns a key as a step of a JSON Pointer (RFC 6901 §3).
 pub(super) fn escape(key: &str) -> String {
+    // `~` first: the other order would escape the `~` of `~1` again.
     key.replace('~', "~0").replace('/', "~1")
 }
 
-/// An unknown key as a violation names it: cut at 64 bytes, control characters escaped.
+/// Returns an unknown key as a violation names it: cut at 64 bytes, control characters escaped.
+// The key is the caller's text, and `contract check` prints violations to a terminal, where a raw escape sequence would act.
 pub(super) fn shown(key: &[u8]) -> String {
     let key = String::from_utf8_lossy(key);
     let mut shown = String::new();
@@ -98,6 +107,7 @@ mod tests {
     #[test]
     fn a_shown_key_is_cut_and_holds_no_control_character() {
         assert_eq!(shown("a\0\n\u{85}b".as_bytes()), r"a\u{0}\n\u{85}b");
+        // Both sides of the bound: 64 is the end of a character here, and the middle of one below.
         assert_eq!(shown("é".repeat(40).as_bytes()).len(), 64);
         assert_eq!(shown(("x".to_owned() + &"é".repeat(40)).as_bytes()).len(), 63);
     }

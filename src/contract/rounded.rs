@@ -1,34 +1,36 @@
-//! Ids that may have lost digits in a client that holds numbers as doubles.
+//! Detects ids that may have lost precision in a client that holds numbers as doubles (IEEE 754 binary64).
 //!
-//! JavaScript reads `954645333549048833` as the double nearest to it, and writes that as `954645333549048800`: the fewest
-//! digits that name the double, and zeros. A number that is written just so may be what is left of another id, which
-//! nobody can tell any more. This is a detector: an exact id can look the same by chance (see the tests for how often), and
-//! a client that writes all digits of its double (`954645333549048832`) is not noticed.
+//! JavaScript reads `954645333549048833` as the double nearest to it, and writes that as `954645333549048800`: the shortest
+//! digits that name the double, padded with zeros. A number with just these digits may stand for another id, which cannot be
+//! recovered. The check is a heuristic. An exact id can look rounded by chance; the tests say how often. A client that writes all
+//! digits of its double (`954645333549048832`) is not detected.
 
 use std::io::Write as _;
 
 use crate::json::Number;
 
-/// The smallest integer that a double cannot tell from its neighbour, 2^53: JavaScript writes 2^53 + 1 like it.
+/// The smallest integer that may be a rounded one, 2^53.
+// Not 2^53 + 1: JavaScript reads that as 2^53, so that 2^53 itself may be what is left of it.
 const FIRST: i64 = 1 << 53;
 const FIRST_DIGITS: usize = 16;
 
-/// So many digits name any double.
+/// So many significant digits are enough to name any double.
 const DOUBLE_DIGITS: usize = 17;
 
-/// JavaScript writes integers with more digits with an exponent.
+/// The most digits of an integer that JavaScript writes without an exponent.
 const MAX_DIGITS: usize = 21;
 
-/// Whether an integer is so large that a double may not hold it.
+/// Whether an integer is 2^53 or more, so that a double may not hold it exactly. Negative ones count by their magnitude.
 pub(super) fn is_large(number: &Number<'_>) -> bool {
     let digits = digits(number).len();
     digits > FIRST_DIGITS
         || digits == FIRST_DIGITS && number.small.is_none_or(|small| small.unsigned_abs() >= FIRST as u64)
 }
 
-/// Whether JavaScript, holding an integer that [`is_large`], would write just this literal.
+/// Whether JavaScript would write this literal for the double nearest to it. Only for an integer that [`is_large`].
 pub(super) fn may_be_rounded(number: &Number<'_>) -> bool {
     let digits = digits(number);
+    // Most exact ids end here: the shortest digits of a double are 17 at most, and JavaScript pads them with zeros.
     let behind = digits.get(DOUBLE_DIGITS..).unwrap_or_default();
     if digits.len() > MAX_DIGITS || behind.iter().any(|digit| *digit != b'0') {
         return false;
@@ -37,8 +39,10 @@ pub(super) fn may_be_rounded(number: &Number<'_>) -> bool {
     double.is_some_and(|double| is_written_as(double, digits))
 }
 
-/// Display writes the fewest digits, and zeros, like `Number.prototype.toString` below 1e21.
+/// Whether JavaScript writes `double` with these digits.
+// Rust's `Display` writes the shortest digits and pads with zeros, as `Number.prototype.toString` does below 1e21.
 fn is_written_as(double: f64, digits: &[u8]) -> bool {
+    // One more than the longest, for 1e21: a double that 21 digits are rounded up to.
     let mut text = [0; MAX_DIGITS + 1];
     let mut rest = &mut text[..];
     let is_whole = write!(rest, "{double}").is_ok();
@@ -46,7 +50,7 @@ fn is_written_as(double: f64, digits: &[u8]) -> bool {
     is_whole && text[..written] == *digits
 }
 
-/// Without the sign.
+/// Returns the literal without its sign.
 fn digits<'a>(number: &Number<'a>) -> &'a [u8] {
     number.literal.strip_prefix(b"-").unwrap_or(number.literal)
 }
@@ -60,7 +64,7 @@ mod tests {
         is_large(&number) && may_be_rounded(&number)
     }
 
-    /// What node 20 writes for each literal.
+    /// Pairs of a literal and what node 20 writes for it.
     const WRITTEN: [(&str, &str); 14] = [
         ("9007199254740992", "9007199254740992"),
         ("9007199254740993", "9007199254740992"),
@@ -87,12 +91,14 @@ mod tests {
         for exact in ["0", "-1", "954125366", "9007199254740991", "-9007199254740991", "954645333549048832"] {
             assert!(!is_refused(exact), "{exact}");
         }
-        // With an exponent; no client writes these by itself.
+        // JavaScript writes these with an exponent, so that no client has produced the digits by rounding.
         assert!(!is_refused("1000000000000000000000"));
         assert!(!is_refused(&format!("1{}", "0".repeat(400))));
     }
 
-    /// Each double is written in one way, so that as many integers of a range are refused as it has doubles.
+    /// Returns how many integers of a range there are for each one that is refused.
+    // Each double is written in one way, so that as many integers of a range are refused as it has doubles. The bit patterns of
+    // positive doubles are consecutive, so that their difference counts them.
     fn one_in(range: std::ops::Range<f64>) -> f64 {
         (range.end - range.start) / (range.end.to_bits() - range.start.to_bits()) as f64
     }
@@ -115,6 +121,7 @@ mod tests {
             let (first, last) = (range.start as u64, (range.end as u128 - 1) as u64);
             let refused = (0..SAMPLES).filter(|_| is_refused(&random.u64(first..=last).to_string())).count();
             let (wanted, found) = (SAMPLES as f64 / one_in, refused as f64);
+            // Four standard deviations of a Poisson count. With the fixed seed the sample is the same in each run.
             assert!(
                 (found - wanted).abs() < 4.0 * wanted.sqrt(),
                 "{range:?}: {found} refused, {wanted} expected"

@@ -1,6 +1,6 @@
-//! Checks one value against the keywords of its place.
+//! Validates one value against the keywords of its rule.
 //!
-//! A scalar is checked whole. Of an array or an object only the type is checked here; [`super::walk`] checks what is in it.
+//! A scalar is checked completely. Of an array or an object only the type is checked here; [`super::walk`] checks its content.
 
 use super::schema;
 use super::schema::{Limit, Node, Scalar};
@@ -8,6 +8,11 @@ use crate::json::{Halt, Number, Token};
 
 impl Node {
     /// Calls `found` with each keyword that the value breaks. A value of a wrong type breaks `type` only.
+    ///
+    /// # Errors
+    ///
+    /// Returns the error of `found` at once, without checking more.
+    // Inlined once for each kind of token, so that the compiler drops the branches for the other kinds.
     #[inline(always)]
     pub(super) fn broken(
         &self,
@@ -33,9 +38,11 @@ impl Node {
                 check("minimum", self.minimum.as_ref().is_none_or(|limit| against(limit).is_ge()))?;
                 check("maximum", self.maximum.as_ref().is_none_or(|limit| against(limit).is_le()))
             }
+            // Only with a keyword that needs the text: a string with escapes is copied to decode it.
             Token::Text(text) if self.min_length.or(self.max_length).is_some() || self.pattern.is_some() => {
                 let text = text.decoded();
                 check("minLength", self.min_length.is_none_or(|least| has_chars(&text, least)))?;
+                // Saturating, since a schema may say `"maxLength": 18446744073709551615`.
                 check(
                     "maxLength",
                     self.max_length.is_none_or(|most| !has_chars(&text, most.saturating_add(1))),
@@ -46,7 +53,9 @@ impl Node {
         }
     }
 
-    /// Whether an integer that is accepted here is an id. Only alternatives that accept it count.
+    /// Whether an integer that this rule accepts is an id (`x-refuseRounded`).
+    // Only alternatives that accept the integer count. If one of them takes it as a plain number, it is not an id: then refusing
+    // it would refuse what the contract allows.
     pub(super) fn is_id(&self, number: &Number<'_>) -> bool {
         let token = Token::Number(*number);
         let mut alternatives = self.any_of.iter().flatten();
@@ -55,12 +64,14 @@ impl Node {
                 || self.has_ids && alternatives.all(|node| !node.accepts(&token) || node.is_id(number)))
     }
 
+    /// Whether the value breaks none of the keywords.
     fn accepts(&self, token: &Token<'_>) -> bool {
         self.broken(token, &mut |_| Err(Halt)).is_ok()
     }
 }
 
-/// Whether a text has at least `count` characters. A character takes one to four bytes, so that most texts need not be counted.
+/// Whether a UTF-8 text has at least `count` characters, as code points.
+// A code point takes one to four bytes, so the number of bytes alone decides for most texts; the others are counted.
 fn has_chars(text: &[u8], count: usize) -> bool {
     let begins_char = |byte: &&u8| **byte & 0xc0 != 0x80;
     text.len() >= count
@@ -71,6 +82,7 @@ fn kind(token: &Token<'_>) -> u8 {
     match token {
         Token::Null => schema::NULL,
         Token::Boolean(_) => schema::BOOLEAN,
+        // By the literal: unlike in JSON Schema, 1.0 and 1e3 are not integers here, since not every parser reads them as such.
         Token::Number(number) if number.is_integer => schema::INTEGER,
         Token::Number(_) => schema::FRACTION,
         Token::Text(_) => schema::STRING,

@@ -1,6 +1,8 @@
 //! Compiles a JSON Schema into a tree of rules.
 //!
-//! An unknown keyword, or one that would have no effect, is an error with its place, and stops the start.
+//! An unknown keyword, or one that would have no effect, is an error with its place, and stops the start: a rule that is not
+//! checked must not look as if it were. A schema cannot be recursive, and its size is bounded. Bodies are checked by
+//! [`super::walk`] and [`super::rules`].
 
 mod values;
 mod words;
@@ -16,6 +18,7 @@ use super::pattern::Pattern;
 use crate::json::Number;
 use crate::model::redaction::Shown;
 
+// Bits, so that one operation checks a value against all types of a rule. `number` has two: every integer is a number, too.
 pub(super) const NULL: u8 = 1;
 pub(super) const BOOLEAN: u8 = 2;
 pub(super) const INTEGER: u8 = 4;
@@ -25,7 +28,8 @@ pub(super) const ARRAY: u8 = 32;
 pub(super) const OBJECT: u8 = 64;
 const ANY: u8 = 127;
 
-/// Each type: its name, its bits, and its words for people. `number` comes last, since it is two types.
+/// Each type: its name in a schema, its bits, and its words in a violation.
+// `number` comes last, since it is two types: messages list the types in this order.
 const TYPES: [(&str, u8, &str); 7] = [
     ("null", NULL, "null"),
     ("boolean", BOOLEAN, "true or false"),
@@ -36,42 +40,43 @@ const TYPES: [(&str, u8, &str); 7] = [
     ("number", INTEGER | FRACTION, "a number"),
 ];
 
-/// Bounds what references can cost: each is compiled anew at each use, so that a chain of them can double the rules at each
-/// step.
+/// The most rules of one contract.
+// A reference is compiled anew at each use, so that a chain of definitions that each name the next one twice has 2^n rules.
 const MAX_NODES: usize = 4096;
 
-/// A `u128` has one bit for each member, to note which were seen.
+/// The most members of one object: a `u128` has one bit for each, to note which were seen.
 const MAX_MEMBERS: usize = 128;
 
-/// How much memory the tables of all patterns may take together.
+/// The most bytes that the tables of all patterns of one contract may take.
 const MAX_PATTERN_BYTES: usize = 16 << 20;
 
-/// A schema that cannot be used.
+/// The reason why a schema is refused.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{pointer}: {reason}")]
 pub struct SchemaError {
-    /// Where, as a JSON Pointer in the form of a URI fragment; `#` is the whole schema.
+    /// The place in the schema, as a JSON Pointer in the form of a URI fragment (RFC 6901 §6); `#` is the whole schema.
     pub pointer: String,
-    /// Why.
+    /// What is wrong there, in words.
     pub reason: String,
 }
 
-/// The index of a member that a contract adds to the audit record. Fits, since a schema has at most 4096 nodes.
+/// The index of a member that a contract adds to the audit record.
+// 16 bits, since captured scalars must be small. The index fits, since a schema has at most 4096 rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct AuditIndex(pub(super) u16);
 
-/// A member of the audit record.
+/// A member that the contract adds to the audit record (`x-audit`).
 #[derive(Clone, Debug)]
 pub(super) struct AuditMember {
     pub(super) name: String,
-    /// `,"name":`, and the bracket of a list.
+    /// The text in front of the values: `,"name":`, and the bracket of a list.
     pub(super) opening: String,
-    /// It is in the items of an array, and has a value for each item.
+    /// Whether the member is in the items of an array, so that it has one value for each item.
     pub(super) is_list: bool,
     pub(super) shown: Shown,
 }
 
-/// The rules of one place.
+/// The rules for the values at one place. `None` in a field: the schema has no such keyword there.
 #[derive(Debug, Default)]
 pub(super) struct Node {
     pub(super) types: u8,
@@ -80,7 +85,7 @@ pub(super) struct Node {
     pub(super) any_of: Option<Vec<Node>>,
     pub(super) members: Option<Members>,
     pub(super) items: Option<Box<Node>>,
-    /// The audit members of which each item has one value.
+    /// The audit members of the items, of which each item has one value; in the order of the schema.
     pub(super) audited: Vec<AuditIndex>,
     pub(super) min_items: Option<usize>,
     pub(super) max_items: Option<usize>,
@@ -90,21 +95,22 @@ pub(super) struct Node {
     pub(super) pattern: Option<Arc<Pattern>>,
     pub(super) minimum: Option<Limit>,
     pub(super) maximum: Option<Limit>,
-    /// An integer here is an id, so that no digit may be lost.
+    /// Whether an integer here is an id, of which no digit may be lost (`x-refuseRounded`).
     pub(super) is_id: bool,
-    /// The same is true here or in an alternative.
+    /// Whether `is_id` is true here or in an alternative of `anyOf`. Most rules have no ids and skip the check by this flag.
     pub(super) has_ids: bool,
     pub(super) audit: Option<AuditIndex>,
 }
 
-/// The member in which the items of an array must differ.
+/// The member in which the items of an array must differ (`x-uniqueBy`).
 #[derive(Debug)]
 pub(super) struct UniqueBy {
     pub(super) name: String,
-    /// Among the properties of the items.
+    /// The index among the properties of the items.
     pub(super) index: usize,
 }
 
+/// A value of `const` or `enum`.
 #[derive(Debug)]
 pub(super) enum Scalar {
     Null,
@@ -113,7 +119,7 @@ pub(super) enum Scalar {
     Text(String),
 }
 
-/// A number of the schema, as a literal.
+/// A number of the schema, kept as a literal: an integer of any length is compared exactly.
 #[derive(Debug)]
 pub(super) struct Limit {
     literal: String,
@@ -124,29 +130,34 @@ pub(super) struct Limit {
 /// The members of an object.
 #[derive(Debug, Default)]
 pub(super) struct Members {
+    // In the order of the schema, so that the walk can guess the next key of a body.
     pub(super) list: Vec<Member>,
     pub(super) additional: bool,
     /// The bits of the members that must be present.
     pub(super) required: u128,
-    /// Indices of the list, in the order of the names.
+    /// The indices of `list`, sorted by name.
     by_name: Vec<usize>,
 }
 
+/// One member of an object.
 #[derive(Debug)]
 pub(super) struct Member {
     pub(super) name: String,
     /// The name in quotes and the colon, as most bodies write them.
     pub(super) literal: Vec<u8>,
+    /// The rules of its value; `None` for a member that is only required.
     pub(super) node: Option<Box<Node>>,
-    /// The bit at its index in the list.
+    /// The bit at the member's index in the list.
     pub(super) bit: u128,
 }
 
+/// Compiles a schema, which must be strict JSON. The caller has checked that no key occurs twice.
 pub(super) fn compile(text: &str) -> Result<Contract, SchemaError> {
     let document: Value = serde_json::from_str(text).or_else(|error| fail("#", error.to_string()))?;
     let (audit, audited, open, patterns) = Default::default();
     let mut compiler = Compiler { document: &document, nodes: 0, audit, audited, open, patterns };
     let root = compiler.node(&document, "#", Place::Single)?;
+    // Taken before the definitions are compiled, whose names are not members of the record.
     let audit = std::mem::take(&mut compiler.audit).into();
     compiler.definitions()?;
     Ok(Contract { root, audit })
@@ -154,6 +165,7 @@ pub(super) fn compile(text: &str) -> Result<Contract, SchemaError> {
 
 impl Node {
     /// Whether only scalars are accepted.
+    // `const`, `enum` and `anyOf` can hold only scalars, so that each of them rules out containers whatever `type` says.
     fn is_scalar(&self) -> bool {
         self.types & (ARRAY | OBJECT) == 0
             || self.constant.is_some()
@@ -163,12 +175,13 @@ impl Node {
 }
 
 impl Limit {
+    /// Returns the number for a comparison.
     pub(super) fn number(&self) -> Number<'_> {
         Number { literal: self.literal.as_bytes(), is_integer: self.is_integer, small: self.small }
     }
 }
 
-/// Where in a contract a schema is. Decides what `x-audit` means there.
+/// Where in a contract a schema is. Decides whether `x-audit` is allowed there, and whether it is a list.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
     Single,
@@ -183,9 +196,9 @@ struct Compiler<'a> {
     audit: Vec<AuditMember>,
     /// The audit members of the items that are being compiled.
     audited: Vec<AuditIndex>,
-    /// References that are being compiled.
+    /// The references that are being compiled, to find one that leads to itself.
     open: Vec<String>,
-    /// Each pattern is compiled once, however often it occurs.
+    /// The patterns that were compiled. A pattern that occurs again shares its table.
     patterns: Vec<Arc<Pattern>>,
 }
 
@@ -199,6 +212,7 @@ impl Compiler<'_> {
         for (keyword, value) in keywords {
             self.keyword(&mut node, keyword, value, &step(at, keyword), place)?;
         }
+        // Behind the loop, since these concern several keywords, and an object of JSON has no order.
         node.members = self.members(keywords, &node, at, place)?;
         if node.audit.is_some() && !node.is_scalar() {
             return fail(
@@ -237,6 +251,7 @@ impl Compiler<'_> {
             }
             "anyOf" => node.any_of = Some(self.any_of(value, at)?),
             "items" => {
+                // The members of nested items belong to the inner array only: each of its items has one value of them.
                 let outer = std::mem::take(&mut self.audited);
                 node.items = Some(self.node(value, at, Place::InItems)?.into());
                 node.audited = std::mem::replace(&mut self.audited, outer);
@@ -250,8 +265,11 @@ impl Compiler<'_> {
             "pattern" => node.pattern = Some(self.pattern(value, at)?),
             "x-audit" => node.audit = Some(self.audit_member(value, at, place)?),
             "x-refuseRounded" => node.is_id = boolean(value, at)?,
-            "properties" | "required" | "additionalProperties" => {} // one thing: see `members`
-            "x-uniqueBy" => {}                                       // once the items are known
+            // These three make one rule, which `members` compiles.
+            "properties" | "required" | "additionalProperties" => {}
+            // Compiled by `node` behind the items, in which it must find its property.
+            "x-uniqueBy" => {}
+            // Only at the root: references have the form #/$defs/NAME, so that others could not be used.
             "$defs" if at == "#/$defs" => {}
             _ if is_annotation(keyword) => {}
             _ => {
@@ -288,6 +306,7 @@ impl Compiler<'_> {
         let Some(found) = found else {
             return fail(step(at, "$ref"), "must be #/$defs/NAME, with a NAME that `$defs` has");
         };
+        // Each reference is compiled where it is used, so that compiling a recursive one would not end.
         if self.open.iter().any(|open| open == target) {
             return fail(
                 step(at, "$ref"),
@@ -300,11 +319,12 @@ impl Compiler<'_> {
         node
     }
 
-    /// Compiles every definition, so that an unused one can't hide a mistake.
+    /// Compiles every definition and drops the rules, so that an unused one cannot hide a mistake until it is used.
     fn definitions(&mut self) -> Result<(), SchemaError> {
         let Some(definitions) = self.document.get("$defs") else { return Ok(()) };
         for (name, schema) in object(definitions, "#/$defs")? {
-            self.audit.clear(); // these rules are only checked: names may be taken again
+            // A definition that the contract uses has taken its names before, and may take them here again.
+            self.audit.clear();
             self.node(schema, &step("#/$defs", name), Place::Single)?;
         }
         Ok(())
@@ -322,6 +342,7 @@ impl Compiler<'_> {
         if !speaks_of_objects && (node.types == ANY || node.types & OBJECT == 0) {
             return Ok(None);
         }
+        // JSON Schema's default, true, would let a misspelt key of an optional member pass. The author has to decide.
         let Some(Value::Bool(additional)) = keywords.get("additionalProperties") else {
             return fail(at, "an object must have `additionalProperties`, true or false");
         };
@@ -339,6 +360,7 @@ impl Compiler<'_> {
                 members.require(text(name, &at)?, &at)?;
             }
         }
+        // Behind `required`, which may add members that are not among the properties.
         if members.list.len() > MAX_MEMBERS {
             return fail(at, "has more than 128 properties");
         }
@@ -352,6 +374,7 @@ impl Compiler<'_> {
         for (i, schema) in filled(value, at)?.iter().enumerate() {
             let at = step(at, &i.to_string());
             let node = self.node(schema, &at, Place::InAnyOf)?;
+            // The walk reads a container once, and cannot go back to try its next alternative.
             if !node.is_scalar() {
                 return fail(&at, "each schema in anyOf must have a `type`, and none of object and array");
             }
@@ -362,12 +385,14 @@ impl Compiler<'_> {
 
     fn audit_member(&mut self, value: &Value, at: &str, place: Place) -> Result<AuditIndex, SchemaError> {
         let name = text(value, at)?;
+        // In an alternative the member would be recorded for some values only, and a list would lose its positions.
         if place == Place::InAnyOf {
             return fail(at, "must stand beside anyOf, not in it");
         }
         if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
             return fail(at, "must be a name of the letters a-z and _");
         }
+        // A name of the trail's own would be read back as that member: a body could say that its call was resolved.
         if self.audit.iter().any(|member| member.name == name)
             || crate::model::audit_fields::MEMBERS.contains(&name)
         {
@@ -393,6 +418,7 @@ impl Compiler<'_> {
         }
         let pattern = Arc::new(Pattern::compile(source).or_else(|reason| fail(at, reason))?);
         self.patterns.push(pattern.clone());
+        // Each table is bounded, but a contract may have thousands of them.
         if self.patterns.iter().map(|pattern| pattern.size()).sum::<usize>() > MAX_PATTERN_BYTES {
             return fail(at, "the patterns of the contract are too large together: simplify them");
         }
@@ -401,7 +427,7 @@ impl Compiler<'_> {
 }
 
 impl Members {
-    /// A member and its index.
+    /// Returns the member of this name and its index in the list.
     pub(super) fn find(&self, name: &[u8]) -> Option<(usize, &Member)> {
         let place = self.by_name.binary_search_by(|index| self.list[*index].name.as_bytes().cmp(name));
         place.ok().map(|place| self.by_name[place]).map(|index| (index, &self.list[index]))
@@ -410,6 +436,7 @@ impl Members {
     fn require(&mut self, name: &str, at: &str) -> Result<(), SchemaError> {
         self.required |= match self.list.iter().find(|member| member.name == name) {
             Some(member) => member.bit,
+            // Allowed as an additional property: a member without rules of its own, which only has to be present.
             None if self.additional => self.add(name, None),
             None => {
                 return fail(
@@ -421,8 +448,9 @@ impl Members {
         Ok(())
     }
 
-    /// Adds a member. Returns its bit; 0 beyond [`MAX_MEMBERS`], which the caller refuses.
+    /// Adds a member and returns its bit; 0 beyond [`MAX_MEMBERS`], which the caller refuses.
     fn add(&mut self, name: &str, node: Option<Box<Node>>) -> u128 {
+        // A plain shift would panic there, or wrap round to the bit of another member.
         let bit = 1_u128.checked_shl(self.list.len() as u32).unwrap_or_default();
         let literal = format!("{}:", Value::from(name)).into();
         self.list.push(Member { name: name.to_owned(), literal, node, bit });
@@ -439,6 +467,7 @@ fn unique_by(items: Option<&Node>, name: &Value, at: &str) -> Result<UniqueBy, S
     }
 }
 
+/// Whether JSON Schema says that a keyword checks nothing, so that it may be ignored.
 fn is_annotation(keyword: &str) -> bool {
     matches!(keyword, "title" | "description" | "$comment" | "examples" | "default" | "$schema" | "$id")
 }

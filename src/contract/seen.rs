@@ -1,5 +1,6 @@
-//! Which values have been seen. A few are compared one by one, without an allocation; many go into a set whose
-//! hash is seeded per process and set, so that a hostile list costs no square.
+//! A set that detects repeated values: keys of one object, or identities of the items of one array.
+//!
+//! A few values are compared one by one, without an allocation. More of them go into a hash set.
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -7,11 +8,14 @@ use std::hash::Hash;
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
-/// Up to so many are compared one by one.
+/// Up to so many values are compared one by one.
 const FEW: usize = 8;
 
+/// The values that were inserted. In `few` until there are more than [`FEW`], then all of them in `many`.
 pub(super) struct Seen<T> {
     few: SmallVec<[T; FEW]>,
+    // The hash is seeded per process and per set: a body whose keys all collide would take quadratic time, and with a fixed seed
+    // a caller could compute one.
     many: Option<HashSet<T, RandomState>>,
 }
 
@@ -20,7 +24,7 @@ impl<T: Eq + Hash> Seen<T> {
         Self { few: SmallVec::new(), many: None }
     }
 
-    /// False if it was there already.
+    /// Inserts a value; returns false if it was there already.
     pub(super) fn insert(&mut self, value: T) -> bool {
         if let Some(many) = &mut self.many {
             return many.insert(value);
@@ -44,6 +48,7 @@ mod tests {
     #[test]
     fn a_value_is_new_once_among_few_and_among_many() {
         let mut seen = Seen::new();
+        // After each insertion, so that the move from the list to the set is covered with all values before and behind it.
         for value in 0..100 {
             assert!(seen.insert(value), "{value}");
             for old in 0..=value {

@@ -1,4 +1,7 @@
-//! Reads the values of a schema's keywords. A value of a wrong kind is an error with its place.
+//! Parses the values of a schema's keywords.
+//!
+//! Each function returns the value, or an error with the place `at` if the value is of the wrong kind. None has a default: a
+//! mistake in a contract must stop the start, not weaken the check.
 
 use serde_json::{Map, Value};
 
@@ -6,13 +9,15 @@ use super::{Limit, Scalar, SchemaError, TYPES};
 use crate::contract::findings::escape;
 use crate::json::Number;
 
-/// 2^53: from here on a double cannot hold every integer.
+/// 2^53. Below it a double holds every integer exactly.
 const FLOAT_EXACT: f64 = 9_007_199_254_740_992.0;
 
+/// Returns the error for a place of the schema.
 pub(super) fn fail<T>(pointer: impl Into<String>, reason: impl Into<String>) -> Result<T, SchemaError> {
     Err(SchemaError { pointer: pointer.into(), reason: reason.into() })
 }
 
+/// Returns the place of a member of the object at `at`.
 pub(super) fn step(at: &str, name: &str) -> String {
     format!("{at}/{}", escape(name))
 }
@@ -45,12 +50,15 @@ pub(super) fn size(value: &Value, at: &str) -> Result<usize, SchemaError> {
 
 pub(super) fn limit(value: &Value, at: &str) -> Result<Limit, SchemaError> {
     let Value::Number(number) = value else { return fail(at, "must be a number") };
+    // Everything is a float here that has a fraction or an exponent, or does not fit 64 bits. Its text was rounded when it was
+    // parsed, so that a large bound would be another one than the schema shows.
     if number.is_f64() && number.as_f64().is_none_or(|float| float.abs() >= FLOAT_EXACT) {
         return fail(
             at,
             "is too large to be compared exactly: 2^53 is the bound for numbers with a fraction or an exponent",
         );
     }
+    // Back to a literal, since numbers of bodies are compared as literals, too.
     let literal = number.to_string();
     let Some(Number { is_integer, small, .. }) = Number::known(&literal) else {
         return fail(at, "must be a number");
@@ -64,6 +72,7 @@ pub(super) fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {
         Value::Bool(value) => Ok(Scalar::Boolean(*value)),
         Value::Number(_) => limit(value, at).map(Scalar::Number),
         Value::String(text) => Ok(Scalar::Text(text.clone())),
+        // The walk builds no tree of the body, so there is nothing to compare a container with.
         Value::Array(_) | Value::Object(_) => fail(at, "must be a string, a number, a boolean or null"),
     }
 }

@@ -1,17 +1,18 @@
-//! Says in words what a rule wants, for the details of violations.
+//! Describes a rule in words, for the detail of a violation.
 //!
-//! The words hold values of the schema only, and none of the caller's.
+//! The words quote values of the schema only, and none of the caller's.
 
 use super::{ANY, FRACTION, INTEGER, Node, Scalar, TYPES};
 
 impl Node {
-    /// What one keyword wants.
+    /// Returns what `keyword` requires, as words behind "must be".
     pub(in crate::contract) fn wanted(&self, keyword: &str) -> String {
         let wants = self.wants().into_iter();
         wants.filter(|(known, _)| *known == keyword).map(|(_, words)| words).collect()
     }
 
-    /// What each keyword wants.
+    /// Returns each keyword of the rule with what it requires.
+    // All of them for one: this runs only for a body that is refused, and `anyOf` needs all.
     fn wants(&self) -> Vec<(&'static str, String)> {
         let shown = |list: &[Scalar]| list.iter().map(Scalar::shown).collect::<Vec<_>>().join(", ");
         let wants = [
@@ -48,6 +49,7 @@ fn alternatives(list: &[Node]) -> String {
 }
 
 fn kind_words(types: u8) -> String {
+    // `number` has the bit of `integer`. It is "a number" alone, not "an integer in plain digits or a number".
     let is_meant = |kind: u8| types & kind == kind && (kind != INTEGER || types & FRACTION == 0);
     let words: Vec<_> =
         TYPES.iter().filter(|(_, kind, _)| is_meant(*kind)).map(|(_, _, words)| *words).collect();
