@@ -1,8 +1,8 @@
-//! `pattern`: a regular expression of ECMA-262 as a table, made at start; a match costs one step a byte.
+//! The keyword `pattern`: an ECMA-262 regular expression, compiled at start into a DFA. A match takes one step for each byte.
 //!
-//! Taken is what can be matched in linear time and means the same here as in ECMA-262 with its `u` flag, by
-//! code points: `\d`, `\w`, `\s` and `.` are the sets that ECMA-262 names. Anything else (look-around,
-//! back-references, `\b`, `\p`, flags, other dialects' syntax) stops the start. Not anchored but as written.
+//! A pattern is accepted if it can be matched in linear time and means the same here as in ECMA-262 with the `u` flag. It works
+//! on code points; `\d`, `\w`, `\s` and `.` are the sets that ECMA-262 names. Anything else (look-around, back-references, `\b`,
+//! `\p`, flags, syntax of other dialects) stops the start. As in JSON Schema, a pattern is not anchored by itself.
 
 use regex_automata::dfa::{Automaton as _, StartKind, dense};
 use regex_automata::nfa::thompson;
@@ -15,8 +15,13 @@ use regex_syntax::ast::{
 use regex_syntax::hir::translate::Translator;
 use regex_syntax::hir::{Class, Hir, HirKind, Look};
 
-/// What one table, and what is needed to make it, may take.
+// A DFA can be exponential in the size of its pattern. Without these bounds one line of a contract could use up the memory of the
+// host at a start or a reload.
+
+/// The most bytes of one table.
 const TABLE_BYTES: usize = 1 << 20;
+
+/// The most bytes of what is needed to build it.
 const MAKING_BYTES: usize = 8 << 20;
 
 /// A compiled pattern.
@@ -27,17 +32,24 @@ pub(super) struct Pattern {
     table: dense::DFA<Vec<u32>>,
 }
 
-/// `^[…]*$` and `^[…]+$` over a text of ASCII: no byte waits for the one before it.
+/// A faster check for the patterns `^[…]*$` and `^[…]+$` over ASCII text.
+// In a DFA each step waits for the one before. Here each byte is looked up by itself, so that the processor does many at once.
 #[derive(Debug)]
 struct Shortcut {
+    /// The least length: 0 or 1.
     least: usize,
-    /// One for a byte that is in the class.
+    /// 1 for each byte below 0x80 that is in the class, otherwise 0.
     class: Box<[u8; 256]>,
 }
 
 impl Pattern {
-    /// Compiles a pattern; the error says what is wrong, and where.
+    /// Compiles a pattern.
+    ///
+    /// # Errors
+    ///
+    /// Says at which character what is wrong, or that the table would be too large.
     pub(super) fn compile(source: &str) -> Result<Self, String> {
+        // The syntax tree is checked before it is translated: afterwards \d is a set of Unicode, and no longer seen to be \d.
         let mut ast = Parser::new()
             .parse(source)
             .map_err(|error| misplaced(source, error.span(), &error.kind().to_string()))?;
@@ -49,33 +61,35 @@ impl Pattern {
         Ok(Self { source: source.to_owned(), shortcut: Shortcut::of(&hir), table })
     }
 
-    /// As it is written.
+    /// Returns the pattern as it is written in the schema.
     pub(super) fn source(&self) -> &str {
         &self.source
     }
 
-    /// As it is shown to callers: a long one is cut.
+    /// Returns the pattern for a message to callers, cut behind 60 characters.
     pub(super) fn shown(&self) -> String {
         let begin: String = self.source.chars().take(60).collect();
         if begin.len() < self.source.len() { format!("{begin}…") } else { begin }
     }
 
-    /// Bytes of memory.
+    /// Returns how many bytes of memory the table takes.
     pub(super) fn size(&self) -> usize {
         self.table.memory_usage()
     }
 
-    /// Whether it matches somewhere in a text, which is UTF-8.
+    /// Whether the pattern matches somewhere in a text, which must be UTF-8.
     pub(super) fn is_match(&self, text: &[u8]) -> bool {
         if self.shortcut.as_ref().is_some_and(|shortcut| shortcut.is_match(text)) {
             return true;
         }
-        // Fails only for tables that were made to give up somewhere, or to begin elsewhere.
+        // A search fails only in a table that is built to quit at some byte, or for another kind of start; this one is not. If
+        // it did fail, the text would be refused.
         self.table.try_search_fwd(&Input::new(text).earliest(true)).is_ok_and(|found| found.is_some())
     }
 }
 
 impl Shortcut {
+    /// Returns the shortcut for a pattern of one of the two forms.
     fn of(hir: &Hir) -> Option<Self> {
         let HirKind::Concat(parts) = hir.kind() else { return None };
         let [begin, middle, end] = &parts[..] else { return None };
@@ -90,12 +104,14 @@ impl Shortcut {
             return None;
         };
         let holds = |char| set.ranges().iter().any(|range| (range.start()..=range.end()).contains(&char));
+        // No byte from 0x80 on: it is a part of a character, which only the DFA can put together.
         let class = std::array::from_fn(|byte| u8::from(byte < 0x80 && holds(char::from(byte as u8))));
         Some(Self { least: least as usize, class: Box::new(class) })
     }
 
-    /// True only if the pattern matches; false says nothing.
+    /// Returns true only if the pattern matches. If false, the pattern may match nevertheless.
     fn is_match(&self, text: &[u8]) -> bool {
+        // Eight bytes without a branch, then one: an early exit at each byte would be slower, and most texts match.
         let (words, rest) = text.as_chunks::<8>();
         let has = |all, byte: &u8| all & self.class[usize::from(*byte)];
         text.len() >= self.least
@@ -104,6 +120,7 @@ impl Shortcut {
     }
 }
 
+/// Builds the DFA of a pattern.
 fn table(hir: &Hir) -> Result<dense::DFA<Vec<u32>>, Box<dyn std::error::Error>> {
     let nfa = thompson::Compiler::new()
         .configure(
@@ -113,23 +130,27 @@ fn table(hir: &Hir) -> Result<dense::DFA<Vec<u32>>, Box<dyn std::error::Error>> 
         )
         .build_from_hir(hir)?;
     let config = dense::Config::new()
-        .match_kind(MatchKind::All) // whether, not where
+        // Only whether there is a match counts, not where. So the table need not prefer one match to another, and is smaller.
+        .match_kind(MatchKind::All)
         .start_kind(StartKind::Unanchored)
         .dfa_size_limit(Some(TABLE_BYTES))
         .determinize_size_limit(Some(MAKING_BYTES));
     Ok(dense::Builder::new().configure(config).build_from_nfa(&nfa)?)
 }
 
-/// Takes from the parser's dialect what ECMA-262 has, too, and gives it the meaning that it has there.
+/// Translates from the dialect of `regex-syntax` to ECMA-262: refuses what ECMA-262 does not have, and replaces what means
+/// something else there. The sources of the rules are the grammar of ECMA-262 §22.2.1 and the documentation of `regex-syntax`.
 struct Ecma<'a> {
     source: &'a str,
 }
 
 impl Ecma<'_> {
+    /// Checks a part of the pattern, and replaces in it what ECMA-262 defines otherwise.
     fn take(&self, ast: &mut Ast) -> Result<(), String> {
         match ast {
             Ast::Empty(_) => Ok(()),
             Ast::Literal(literal) => self.literal(literal),
+            // The parser's dot excludes \n only; ECMA-262 names four line terminators (§12.3).
             Ast::Dot(span) => {
                 *ast = Ast::class_bracketed(set(r"[^\n\r\u2028\u2029]", span)?);
                 Ok(())
@@ -145,12 +166,14 @@ impl Ecma<'_> {
             },
             Ast::Repetition(repetition) => {
                 let span = &repetition.op.span;
+                // The parser ignores blanks in `a{ 2 }`, which ECMA-262 with `u` refuses.
                 if self.text(span).contains(char::is_whitespace) {
                     return self.refuse(span, "write {n}, {n,} or {n,m}");
                 }
                 self.take(&mut repetition.ast)
             }
             Ast::Group(group) => {
+                // (?P<name>…) is syntax of Python, and (?i:…) has flags.
                 let is_plain = match &group.kind {
                     GroupKind::CaptureIndex(_) => true,
                     GroupKind::CaptureName { starts_with_p, .. } => !starts_with_p,
@@ -170,6 +193,7 @@ impl Ecma<'_> {
     }
 
     fn class(&self, class: &mut ClassBracketed) -> Result<(), String> {
+        // To the parser a `]` in front is a member of the class; in ECMA-262 it ends the class.
         let inner = self.text(&class.span).trim_start_matches(['[', '^']);
         if inner.starts_with(']') {
             return self.refuse(&class.span, "write \\] for a bracket in a class");
@@ -198,6 +222,7 @@ impl Ecma<'_> {
 
     fn literal(&self, literal: &Literal) -> Result<(), String> {
         match literal.kind {
+            // With `u` these are errors in ECMA-262. Without it they mean something else: `\a` is an a, `\x{41}` is 41 times an x.
             LiteralKind::Verbatim
             | LiteralKind::Meta
             | LiteralKind::Superfluous
@@ -222,12 +247,14 @@ impl Ecma<'_> {
     }
 }
 
+/// Returns the text of an error with its place, counted in characters from 1.
 fn misplaced(source: &str, span: &Span, reason: &str) -> String {
     let before = source.get(..span.start.offset).unwrap_or_default();
     format!("at character {}: {reason}", before.chars().count() + 1)
 }
 
-/// The sets of ECMA-262 §22.2.2.9.
+/// Returns the set of `\d`, `\w` or `\s` as ECMA-262 §22.2.2.9 defines it.
+// The parser's own sets are those of Unicode: its `\d` has the digits of all scripts, which the upstream may not read as digits.
 fn perl(class: &ClassPerl) -> Result<ClassBracketed, String> {
     let members = match class.kind {
         ClassPerlKind::Digit => "[0-9]",
@@ -238,6 +265,7 @@ fn perl(class: &ClassPerl) -> Result<ClassBracketed, String> {
     Ok(ClassBracketed { negated: class.negated, ..set })
 }
 
+/// Parses a class, and puts it at a place of the pattern.
 fn set(members: &str, place: &Span) -> Result<ClassBracketed, String> {
     match &Parser::new().parse(members) {
         Ok(Ast::ClassBracketed(class)) => Ok(ClassBracketed { span: *place, ..*class.clone() }),
@@ -257,7 +285,7 @@ mod tests {
 
     #[test]
     fn a_pattern_matches_as_ecma_262_says() {
-        // What it is, what it matches, what it does not.
+        // Pattern, a text that it matches, a text that it does not match.
         let cases = [
             ("", "x", None),
             ("b", "abc", Some("ac")),
@@ -265,6 +293,7 @@ mod tests {
             ("b$", "ab", Some("b\n")),
             ("^[0-9]+$", "0123456789", Some("")),
             ("^[0-9]+$", "7", Some("1x1")),
+            // U+0661, a digit of another script: it begins with a byte from 0x80 on, which the shortcut must leave to the DFA.
             ("^[0-9]+$", "7", Some("١")),
             ("^[0-9]*$", "", Some(" ")),
             (r"^\d{2,3}$", "123", Some("1")),
@@ -281,6 +310,7 @@ mod tests {
             (r"^(?:a|(b)|(?<c>cc))+?$", "abcc", Some("c")),
             (r"^\u{1f600}\x41\/\-\.$", "😀A/-.", Some("😀A/-x")),
             ("a.*z|^$", "xazx", Some("za")),
+            // Exponential in an engine that backtracks.
             ("^(a|aa)+$", &"a".repeat(5000), Some("ab")),
         ];
         for (pattern, good, bad) in cases {
@@ -317,6 +347,7 @@ mod tests {
             let error = Pattern::compile(pattern).expect_err(pattern);
             assert!(error.starts_with(&format!("at character {place}: ")), "{pattern}: {error}");
         }
+        // The first is exponential as a DFA, the second is too large as an NFA.
         for huge in ["(a|b)*a(a|b){30}", "^((.{1,100}){1,100}){1,100}$"] {
             let error = Pattern::compile(huge).expect_err(huge);
             assert!(error.starts_with("too large: "), "{error}");

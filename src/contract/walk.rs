@@ -1,7 +1,8 @@
-//! Walks once over a body, by the rules of a contract.
+//! Streaming validation: one walk over the bytes of a body by the rules of a contract, without a tree of the body.
 //!
-//! Checks what concerns several values: keys that stand twice, are missing or are unknown, the number of items, and items that
-//! must differ. Single values are checked by [`super::rules`], the syntax by [`crate::json`].
+//! This module checks what concerns several values: keys that are repeated, missing or unknown, the number of items, and items
+//! that must differ. Single values are checked by [`super::rules`], the syntax by [`crate::json`]. The walk recurses once a level
+//! of the body; [`crate::json`] allows 32.
 
 use std::borrow::Cow;
 use std::hash::{Hash, Hasher};
@@ -22,12 +23,12 @@ pub(super) struct Walk<'a, F> {
     bare_ids: BareIds,
     captured: Captured,
     large_ids: usize,
-    /// That of the present item, if items must differ.
+    /// The identity of the current item, if the items of the innermost array must differ and it was read.
     identity: Option<Identity<'a>>,
     findings: F,
 }
 
-/// What a walk noted that reached the end of the document.
+/// What a walk found that reached the end of the document.
 pub(super) struct Walked<F> {
     pub(super) is_plain: bool,
     pub(super) captured: Captured,
@@ -37,17 +38,21 @@ pub(super) struct Walked<F> {
 
 /// Why a walk ended early.
 pub(super) enum Stop {
+    /// The document is not strict JSON.
     NotJson(NotJson),
+    /// `F` ended the walk at a violation.
     Broken,
 }
 
 /// The value by which an item must differ from others (`x-uniqueBy`).
+// A string is compared decoded, so that escapes cannot make one person two. Other values are compared as they are written.
 #[derive(PartialEq, Eq)]
 enum Identity<'a> {
     Text(Cow<'a, [u8]>),
     Literal(&'a [u8]),
 }
 
+// By hand, since a derived hash would add the variant and the length. `Eq` compares both, which is enough.
 impl Hash for Identity<'_> {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write(match self {
@@ -57,30 +62,37 @@ impl Hash for Identity<'_> {
     }
 }
 
-/// What part of a value is noted as an identity.
+/// Which part of a value is noted as the identity of an item.
 #[derive(Clone, Copy)]
 enum Noted<'a> {
     Nothing,
-    /// One of its members, if it is an object.
+    /// The value is an item: one of its members, if it is an object.
     Member(&'a UniqueBy),
-    /// The value itself.
+    /// The value itself, which is that member.
     This,
 }
 
-/// The key of an object's member.
+/// The key of one member in a body.
 enum Key<'a> {
-    /// Of the contract, with its index.
+    /// A member of the contract, with its index.
     Known(usize, &'a Member),
+    /// A key that the contract does not name.
     Other(Cow<'a, [u8]>),
 }
 
 impl<'a, F: Findings<'a>> Walk<'a, F> {
+    /// Walks over a document. Without a `root` only its syntax and repeated keys are checked.
+    ///
+    /// # Errors
+    ///
+    /// [`Stop::NotJson`] at the first fault of the syntax, [`Stop::Broken`] where `findings` ends the walk.
     pub(super) fn over(
         document: &'a [u8],
         root: Option<&'a Node>,
         bare_ids: BareIds,
         findings: F,
     ) -> Result<Walked<F>, Stop> {
+        // In front of the walk, so that lengths and patterns may take each string for UTF-8.
         let is_plain = check_encoding(document).map_err(Stop::NotJson)?;
         let cursor = Cursor::new(document);
         let captured = Captured::new();
@@ -91,15 +103,16 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
                 let Walk { captured, large_ids, findings, .. } = walk;
                 Ok(Walked { is_plain, captured, large_ids, findings })
             }
+            // `Halt` carries no reason: without a fault of the document it was `findings` that ended the walk.
             Err(Halt) => Err(walk.cursor.fault().map_or(Stop::Broken, Stop::NotJson)),
         }
     }
 
-    /// Walks the value that begins here; without a rule only its syntax is checked.
+    /// Walks over the value that begins here; without a rule only its syntax is checked.
     #[inline(always)]
     fn value(&mut self, rule: Option<&'a Node>, noted: Noted<'a>) -> Result<(), Halt> {
         let start = self.cursor.position();
-        // A branch for each, so that the compiler checks the rule with the kind known.
+        // Each branch calls `scalar` with a token of a kind that is known, so that the compiler can inline and simplify it.
         match self.cursor.begins()? {
             Begins::Text => {
                 let text = self.cursor.string()?;
@@ -117,7 +130,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         }
     }
 
-    /// Walks an array or an object. Not inlined, so that scalars cost no call.
+    /// Walks over an array or an object.
+    // Not inlined, so that the recursion has one real call, here, and scalars cost none.
     #[inline(never)]
     fn container(&mut self, rule: Option<&'a Node>, start: usize, noted: Noted<'a>) -> Result<(), Halt> {
         if let Begins::Object = self.cursor.begins()? {
@@ -127,10 +141,12 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             let rule = self.kept(rule, &Token::Array)?;
             self.array(rule)?;
         }
+        // A container in the place of an identity breaks its `type`, but two equal ones break `x-uniqueBy`, too.
         self.note_literal(start, noted);
         Ok(())
     }
 
+    /// Checks a scalar, which the cursor has passed, and notes it for the audit record and as an identity.
     #[inline(always)]
     fn scalar(
         &mut self,
@@ -139,6 +155,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         noted: Noted<'a>,
         token: Token<'a>,
     ) -> Result<(), Halt> {
+        // Only a value that satisfies its rule. The body of any other is refused, and its record has no such members.
         if let Some(member) = self.kept(rule, &token)?.and_then(|rule| rule.audit) {
             self.captured.push(AuditScalar::new(member, start..self.cursor.position()));
         }
@@ -149,6 +166,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(())
     }
 
+    /// Notes the bytes from `start` on as the identity, if this value is one.
     #[inline(always)]
     fn note_literal(&mut self, start: usize, noted: Noted<'a>) {
         if let Noted::This = noted {
@@ -156,6 +174,9 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         }
     }
 
+    /// Walks over an object. Repeated keys are a fault of the syntax, with or without a contract: parsers differ on which of the
+    /// two counts (RFC 8259 §4), so the upstream could read another value than was checked.
+    // `seen` has a bit for each member of the contract, `others` the keys that it does not name. `expected` is the likely next.
     fn object(&mut self, members: Option<&'a Members>, noted: Option<&'a UniqueBy>) -> Result<(), Halt> {
         let (mut seen, mut others, mut expected) = (0_u128, None, 0);
         let mut more = self.cursor.open(b'}')?;
@@ -177,6 +198,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
                     if members.is_some_and(|members| !members.additional) {
                         self.unknown(&name)?;
                     }
+                    // An item that breaks its own rule is walked without members. Its identity counts nevertheless.
                     let is_noted = noted.is_some_and(|noted| noted.name.as_bytes() == &*name);
                     if !others.get_or_insert_with(Seen::new).insert(name) {
                         return Err(self.cursor.halt_at(offset, TWICE));
@@ -193,6 +215,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         }
     }
 
+    /// Reports each required member that is not in `seen`.
     #[cold]
     fn missing(&mut self, members: &Members, seen: u128) -> Result<(), Halt> {
         let missing = members.required & !seen;
@@ -202,20 +225,23 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(())
     }
 
-    /// Reads a key and its colon. Tries the next member of the contract first, since most callers write the members in its
-    /// order.
+    /// Reads a key and its colon.
+    // Tries the next member of the contract first, since most callers write the members in its order. Then one comparison of
+    // bytes reads key and colon, without a search.
     #[inline(always)]
     fn key(&mut self, members: Option<&'a Members>, expected: usize) -> Result<Key<'a>, Halt> {
         let next = members.and_then(|members| members.list.get(expected));
         if let Some(member) = next.filter(|member| self.cursor.skip_key(&member.literal)) {
             return Ok(Key::Known(expected, member));
         }
+        // Decoded, so that "\u0061" is the key `a`, as the upstream will read it.
         let name = self.cursor.key()?.decoded();
         self.cursor.colon()?;
         let found = members.and_then(|members| members.find(&name));
         Ok(found.map_or(Key::Other(name), |(index, member)| Key::Known(index, member)))
     }
 
+    /// Reports a key that the contract does not allow.
     #[cold]
     fn unknown(&mut self, name: &[u8]) -> Result<(), Halt> {
         self.findings.note("additionalProperties", || {
@@ -225,10 +251,12 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         })
     }
 
+    /// Walks over an array and its items.
     fn array(&mut self, rule: Option<&'a Node>) -> Result<(), Halt> {
         let unique_by = rule.and_then(|rule| rule.unique_by.as_ref());
         let (items, mut identities, mut count) =
             (rule.and_then(|rule| rule.items.as_deref()), Seen::new(), 0);
+        // This array may be inside an item of an outer one, whose identity must not get lost.
         let outer = self.identity.take();
         let mut more = self.cursor.open(b']')?;
         while more {
@@ -236,9 +264,11 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             self.findings.enter(Step::Index(count));
             let captured = self.captured.len();
             self.value(items, unique_by.map_or(Noted::Nothing, Noted::Member))?;
+            // Beyond `maxItems` nothing is noted, so that a list of many empty items costs no memory. Its body is refused.
             if let Some(rule) = rule.filter(|rule| rule.max_items.is_none_or(|most| count < most)) {
-                self.note_absent(rule, captured); // nothing of items beyond `maxItems`, so that they cost no memory
+                self.note_absent(rule, captured);
             }
+            // An item without that member has no identity, and differs from all others.
             if let (Some(UniqueBy { name, .. }), Some(identity)) = (unique_by, self.identity.take())
                 && !identities.insert(identity)
             {
@@ -260,12 +290,14 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(())
     }
 
-    /// Notes which scalars for the audit trail an item lacks. `captured` is how many there were before the item.
+    /// Notes which audit members an item lacks. `captured` is the number of captured scalars before the item.
+    // Without these notes a list would be shorter than its array, and `counts` would not match `inspectors` by position.
     #[inline(always)]
     fn note_absent(&mut self, list: &Node, captured: usize) {
         let found = self.captured[captured..].iter().map(|scalar| scalar.member);
+        // In most items all are there, in the order of the contract.
         if found.eq(list.audited.iter().copied()) {
-            return; // the usual case: all, in the order of the contract
+            return;
         }
         for member in &list.audited {
             if !self.captured[captured..].iter().any(|scalar| scalar.member == *member) {
@@ -274,8 +306,9 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         }
     }
 
-    /// Checks `token` against the rule's own keywords. Returns the rule if the value keeps it; otherwise `None`, so that the
-    /// parts of the value are not checked.
+    /// Checks `token` against the rule's own keywords. Returns the rule if the value satisfies it; otherwise `None`, and the parts
+    /// of the value are checked for their syntax only.
+    // An array in the place of an object would otherwise be followed by a violation for each of its parts.
     #[inline(always)]
     fn kept(&mut self, rule: Option<&'a Node>, token: &Token<'_>) -> Result<Option<&'a Node>, Halt> {
         let Some(rule) = rule else { return Ok(None) };
@@ -284,6 +317,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             is_kept = false;
             findings.note(code, || (None, format!("must be {}", rule.wanted(code))))
         })?;
+        // An id is judged only if the contract accepts it. One that is too large anyway needs no second violation.
         if rule.has_ids
             && let Token::Number(number) = token
             && is_kept
@@ -293,10 +327,12 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(is_kept.then_some(rule))
     }
 
-    /// Whether a bare number is accepted where the contract takes ids.
+    /// Whether a bare number is accepted where the contract has ids. Counts it if it is a large one.
+    // Not inlined: most ids are strings, and this code would make the loop over the members larger.
     #[inline(never)]
     fn bare_id(&mut self, rule: &Node, number: &Number<'_>) -> Result<bool, Halt> {
         let is_large = rounded::is_large(number);
+        // Below 2^53 a double is exact. `refuse` refuses small ids, too, so that a client is found before its ids grow.
         if !(is_large || self.bare_ids == BareIds::Refuse) || !rule.is_id(number) {
             return Ok(true);
         }
