@@ -1,7 +1,8 @@
-//! Reads strict JSON, token by token: no lone surrogate, at most 32 levels, nothing behind the value.
+//! Streaming parser (pull parser) for strict JSON (RFC 8259): no lone surrogate, at most 32 levels, nothing behind the value.
 //!
-//! Tokens borrow the bytes; no tree is built. [`check_encoding`] checks that the bytes are UTF-8 without a BOM. A key that
-//! stands twice is not noticed here.
+//! Tokens borrow the bytes of the document, and no tree is built. A bare number keeps its literal, so that no digit is lost. The
+//! cursor does not check the encoding; [`check_encoding`] does, for bodies of callers. A key that occurs twice in an object is
+//! not detected here: the walk of a contract does that.
 
 mod number;
 mod text;
@@ -12,49 +13,54 @@ pub(super) use self::number::Number;
 pub(super) use self::text::Text;
 
 /// How deep arrays and objects may nest.
+// Readers recurse once a level. Without this bound a small body of `[[[[…` would overflow the stack and end the process.
 const MAX_DEPTH: usize = 32;
 
-/// The lowest byte that `plain` may have to escape.
+/// The lowest byte that [`crate::plain`] may have to escape.
 const DEL: u8 = 0x7F;
 
-/// What stands where a value must.
+/// The reason where no value begins.
 const A_VALUE: &str = "expected a value: a string in double quotes, a number, true, false, null, `[` or `{`";
 
-/// A body that is not strict JSON.
+/// The error for a document that is not strict JSON.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("line {line}, column {column}: {reason}")]
 pub struct NotJson {
-    /// The line, from 1.
+    /// The line of the fault, from 1.
     pub line: usize,
-    /// The character of the line, from 1.
+    /// The position of the fault in its line, in characters from 1.
     pub column: usize,
-    /// What is wrong; holds nothing of the body.
+    /// What is wrong. A constant text, which quotes nothing of the document.
     pub reason: &'static str,
 }
 
 impl NotJson {
+    /// Returns the error for a fault at `offset`, in bytes.
     fn at(document: &[u8], offset: usize, reason: &'static str) -> Self {
         let before = document.get(..offset).unwrap_or(document);
+        // Counted without a list of lines: a refused body of 16 MiB of newlines once took 256 MiB for that list.
         let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
         let last = before.rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
-        let goes_on = |byte: &&u8| **byte & 0xC0 == 0x80; // UTF-8: not the first byte of a character
+        // In UTF-8 the bytes of a character behind its first one. A column counts characters, as editors do.
+        let goes_on = |byte: &&u8| **byte & 0xC0 == 0x80;
         Self { line, column: last.len() - last.iter().filter(goes_on).count() + 1, reason }
     }
 }
 
 /// Where a walk halted, in bytes from the start, and why.
+// Line and column are computed only when they are reported: a walk that may halt pays for neither.
 #[derive(Clone, Copy, Debug)]
 struct Halted {
     offset: usize,
     reason: &'static str,
 }
 
-/// The walk cannot go on; a fault of the document is the cursor's to tell. Empty, since it is part of the result
-/// of every step.
+/// The error of every step: the walk cannot go on. [`Cursor::fault`] says what is wrong with the document.
+// Empty, since it is a part of the result of every step. The reason lies in the cursor instead.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Halt;
 
-/// A value as far as a rule looks at it by itself: scalars are whole.
+/// A value as a rule sees it: a scalar with its content, or the kind of a container.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Token<'a> {
     Null,
@@ -65,24 +71,31 @@ pub(super) enum Token<'a> {
     Object,
 }
 
-/// Checks that a document is UTF-8 without a byte order mark, and no longer than an offset can tell. Returns whether every byte
-/// is below DEL.
+/// Checks that a document is UTF-8 without a byte order mark, and shorter than 4 GiB. Returns whether every byte is below DEL.
+///
+/// # Errors
+///
+/// The place of the first byte that breaks one of these rules.
 pub(super) fn check_encoding(document: &[u8]) -> Result<bool, NotJson> {
+    // Captured scalars note their offset in 32 bits. A request is bounded by `max_body`, but `contract check` reads any file.
     if u32::try_from(document.len()).is_err() {
         return Err(NotJson::at(document, 0, "the text is longer than 4 GiB"));
     }
     let is_plain = is_plain(document);
+    // Most bodies are ASCII, which is UTF-8 as it is.
     if !is_plain {
         std::str::from_utf8(document)
             .map_err(|error| NotJson::at(document, error.valid_up_to(), "this byte is not UTF-8"))?;
     }
+    // RFC 8259 §8.1 forbids senders to add one, and readers may ignore it or refuse it. An upstream may do either.
     if document.starts_with("\u{feff}".as_bytes()) {
         return Err(NotJson::at(document, 0, "there is a byte order mark (BOM); leave it out"));
     }
     Ok(is_plain)
 }
 
-/// Whether every byte is below DEL. It looks at eight bytes a step; the last step overlaps the one before.
+/// Whether every byte is below DEL. Checks eight bytes a step; the last eight may overlap the step before.
+// Not `is_ascii`, which accepts DEL, and which checks what is left behind its last whole block byte by byte.
 fn is_plain(document: &[u8]) -> bool {
     const LOW: u64 = u64::from_ne_bytes([0x7F; 8]);
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
@@ -92,11 +105,12 @@ fn is_plain(document: &[u8]) -> bool {
         let bytes = u64::from_ne_bytes(bytes);
         bytes | ((bytes & LOW) + ONES)
     };
+    // Without an early exit, so that the compiler can check several words at once.
     let all = document.as_chunks().0.iter().fold(look(*last), |all, bytes| all | look(*bytes));
     all & !LOW == 0
 }
 
-/// What a first byte says of a value.
+/// The kind of a value, as its first byte tells it.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Begins {
     Text,
@@ -106,7 +120,10 @@ pub(super) enum Begins {
     Object,
 }
 
-/// Where the walk stands.
+/// A position in a document. Each step reads one token and moves behind it.
+///
+/// After an error of a step the position is not defined, and the cursor must not be used but for [`Cursor::fault`] and
+/// [`Cursor::is_cut`].
 pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
     position: usize,
@@ -115,30 +132,32 @@ pub(super) struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    /// Before the document.
+    /// Returns a cursor at the beginning of a document.
     pub(super) fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, position: 0, depth: 0, halted: None }
     }
 
-    /// What is wrong with the document, if the walk halted for that.
+    /// Returns what is wrong with the document; `None` if no step failed.
     pub(super) fn fault(&self) -> Option<NotJson> {
         self.halted.map(|halted| NotJson::at(self.bytes, halted.offset, halted.reason))
     }
 
-    /// Whether the walk halted since there is no more of the document.
+    /// Whether a step failed because the document ended too early. Tells a reply that was cut from one that is not JSON.
     pub(super) fn is_cut(&self) -> bool {
         self.halted.is_some_and(|halted| halted.offset >= self.bytes.len())
     }
 
+    /// Returns the offset in bytes from the start of the document.
     pub(super) fn position(&self) -> usize {
         self.position
     }
 
+    /// Returns the bytes from `start` to the current position.
     pub(super) fn since(&self, start: usize) -> &'a [u8] {
         &self.bytes[start..self.position]
     }
 
-    /// Skips white space; returns where the next token begins.
+    /// Skips white space and returns the offset at which the next token begins.
     #[inline(always)]
     pub(super) fn skip_space(&mut self) -> usize {
         while matches!(self.peek(), Some(b' ' | b'\t' | b'\n' | b'\r')) {
@@ -147,7 +166,7 @@ impl<'a> Cursor<'a> {
         self.position
     }
 
-    /// What begins here, by its first byte.
+    /// Returns the kind of the value that begins here. Does not move.
     #[inline(always)]
     pub(super) fn begins(&mut self) -> Result<Begins, Halt> {
         match self.peek() {
@@ -165,6 +184,8 @@ impl<'a> Cursor<'a> {
         let words = [("true", Token::Boolean(true)), ("false", Token::Boolean(false)), ("null", Token::Null)];
         let found = words.into_iter().find(|(word, _)| self.rest().starts_with(word.as_bytes()));
         let Some((word, token)) = found else {
+            // The document ends within the word. Reported at its end, so that `is_cut` is true: `tru` is the beginning of a reply
+            // that was cut, `trx` is a fault.
             if words.iter().any(|(word, _)| word.as_bytes().starts_with(self.rest())) {
                 self.position = self.bytes.len();
             }
@@ -174,7 +195,7 @@ impl<'a> Cursor<'a> {
         Ok(token)
     }
 
-    /// Enters a container; false if it is empty.
+    /// Enters the array or object that begins here and ends with `close`. Returns false, behind it, if it is empty.
     #[inline(always)]
     pub(super) fn open(&mut self, close: u8) -> Result<bool, Halt> {
         self.depth += 1;
@@ -190,7 +211,7 @@ impl<'a> Cursor<'a> {
         Ok(true)
     }
 
-    /// Behind an element: true if another follows.
+    /// Reads what is behind an element: a comma, then returns true; or `close`, then returns false.
     #[inline(always)]
     pub(super) fn next(&mut self, close: u8) -> Result<bool, Halt> {
         self.skip_space();
@@ -203,7 +224,8 @@ impl<'a> Cursor<'a> {
                 self.leave();
                 Ok(false)
             }
-            // A number reads all its digits, but for those behind a 0 in front.
+            // A number ends behind a leading 0 (RFC 8259 §6), so that the second digit of 07 is found here. Only behind a 0: in
+            // `[1 2]` a comma is missing, and the caller must not be told of a 0.
             Some(b'0'..=b'9') if self.bytes[..self.position].ends_with(b"0") => {
                 Err(self.halt("a number must not begin with an extra 0: write 7, not 07"))
             }
@@ -212,7 +234,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Reads a key that begins here.
+    /// Reads the key that begins here, without the colon behind it.
     pub(super) fn key(&mut self) -> Result<Text<'a>, Halt> {
         match self.peek() {
             Some(b'"') => self.string(),
@@ -221,7 +243,8 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Reads a key that begins here, if it is this one; a literal with its quotes and the colon behind it.
+    /// Skips `literal` and returns true if the document continues with it; otherwise returns false and does not move. The literal
+    /// is a key in quotes with its colon.
     #[inline(always)]
     pub(super) fn skip_key(&mut self, literal: &[u8]) -> bool {
         let is_it = begins_with(self.rest(), literal);
@@ -231,7 +254,7 @@ impl<'a> Cursor<'a> {
         is_it
     }
 
-    /// Behind a key: a colon.
+    /// Reads the colon behind a key.
     #[inline(always)]
     pub(super) fn colon(&mut self) -> Result<(), Halt> {
         self.skip_space();
@@ -242,7 +265,7 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 
-    /// Skips the value that begins here; only its syntax is looked at.
+    /// Skips the value that begins here, and checks its syntax.
     pub(super) fn skip_value(&mut self) -> Result<(), Halt> {
         match self.begins()? {
             Begins::Text => self.string().map(drop),
@@ -272,7 +295,8 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Behind the value: nothing.
+    /// Checks that nothing but white space is left.
+    // Something behind the value may be a second one, which another parser could take for the body.
     pub(super) fn end(&mut self) -> Result<(), Halt> {
         if self.skip_space() == self.bytes.len() {
             Ok(())
@@ -281,7 +305,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The fault is here, or that nothing is here.
+    /// Notes a fault at the current position and returns the error. At the end of the document the reason is that it ends.
     #[cold]
     #[inline(never)]
     fn halt(&mut self, reason: &'static str) -> Halt {
@@ -293,7 +317,7 @@ impl<'a> Cursor<'a> {
         self.halt_at(self.position, reason)
     }
 
-    /// The fault is there.
+    /// Notes a fault at `offset` and returns the error.
     #[cold]
     #[inline(never)]
     pub(super) fn halt_at(&mut self, offset: usize, reason: &'static str) -> Halt {
@@ -311,13 +335,15 @@ impl<'a> Cursor<'a> {
         self.bytes.get(self.position..).unwrap_or_default()
     }
 
+    /// Moves behind the closing bracket of a container.
     fn leave(&mut self) {
         self.position += 1;
         self.depth -= 1;
     }
 }
 
-/// Without a call for the lengths that most keys have: two words that may overlap.
+/// Whether `bytes` begin with `literal`.
+// For 8 to 16 bytes, which most keys have, two comparisons of words that may overlap replace a call of `memcmp`.
 #[inline(always)]
 fn begins_with(bytes: &[u8], literal: &[u8]) -> bool {
     let Some(bytes) = bytes.get(..literal.len()) else { return false };
@@ -364,6 +390,7 @@ mod tests {
             "\"\u{7f}\u{2028}\"",
             r#"{"":0}"#,
             &nested(32),
+            // So many keys that repeated ones are found by a hash, not by comparing them one by one.
             &many_keys("last"),
         ] {
             assert_eq!(read(good.as_bytes()), Ok(()), "{good}");
@@ -433,6 +460,7 @@ mod tests {
         ] {
             assert!(read(bad.as_bytes()).is_err(), "{bad}");
         }
+        // No UTF-8: a lone byte, an overlong slash, a surrogate, and UTF-16 with its byte order mark.
         for bad in [&b"\"\xff\""[..], b"\"\xc0\xaf\"", b"\"\xed\xa0\x80\"", b"\xff\xfe1\0"] {
             assert!(read(bad).is_err(), "{bad:?}");
         }
@@ -459,6 +487,7 @@ mod tests {
 
     #[test]
     fn a_literal_of_any_length_is_told_from_one_that_differs_anywhere() {
+        // Beyond 8 and 16, where the comparison changes.
         for length in 0..40 {
             let literal: Vec<u8> = (0..length).collect();
             let longer = [&literal[..], b"x"].concat();

@@ -1,30 +1,35 @@
-//! Reads and compares numbers.
+//! Parses JSON numbers (RFC 8259 §6) and compares them.
+//!
+//! A number keeps its literal. Integers are compared exactly at any length, since ids have more digits than a double holds.
 
 use std::cmp::Ordering;
 
 use super::{Cursor, Halt};
 
-/// An integer of at most so many digits fits an `i64`.
+/// Any integer of so many digits fits an `i64`.
 const SMALL_DIGITS: usize = 18;
 
-/// A number literal.
+/// A number literal, borrowed from its document.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Number<'a> {
     pub(crate) literal: &'a [u8],
-    /// An optional minus and digits, but not `-0`.
+    /// Whether it is an optional minus and digits, but not `-0`.
+    // Some readers take `-0` for a float and others for 0, so that it is not one integer to all of them.
     pub(crate) is_integer: bool,
-    /// An integer that is not long.
+    /// The value, if the literal has no fraction, no exponent and at most 18 digits.
     pub(crate) small: Option<i64>,
 }
 
 impl<'a> Cursor<'a> {
     /// Reads the number that begins here.
+    // A number at the very end of a document is complete for this step. In a cut document the step behind it reports the cut.
     #[inline(always)]
     pub(crate) fn number(&mut self) -> Result<Number<'a>, Halt> {
         let start = self.position;
         let is_negative = self.skip(|byte| byte == b'-');
         let first = self.position;
         let mut magnitude = 0;
+        // A leading 0 is a number by itself: a digit behind it is reported by the next step.
         if !self.skip(|byte| byte == b'0') {
             magnitude = self.digits()?;
         }
@@ -33,6 +38,7 @@ impl<'a> Cursor<'a> {
             return self.fraction(start);
         }
         let small = (digits <= SMALL_DIGITS).then(|| if is_negative { -magnitude } else { magnitude });
+        // `digits > 1`, since the magnitude of a long number has wrapped, and may be 0.
         Ok(Number {
             literal: self.since(start),
             is_integer: !is_negative || magnitude != 0 || digits > 1,
@@ -40,7 +46,7 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// A number that has more than an integer part.
+    /// Reads what is behind the integer part of the number that began at `start`.
     #[inline(never)]
     fn fraction(&mut self, start: usize) -> Result<Number<'a>, Halt> {
         if self.skip(|byte| byte == b'.') {
@@ -53,6 +59,7 @@ impl<'a> Cursor<'a> {
         Ok(Number { literal: self.since(start), is_integer: false, small: None })
     }
 
+    /// Skips the next byte if it is one of those meant; returns whether it is.
     #[inline(always)]
     fn skip(&mut self, is_meant: impl Fn(u8) -> bool) -> bool {
         let found = self.peek().is_some_and(is_meant);
@@ -60,12 +67,13 @@ impl<'a> Cursor<'a> {
         found
     }
 
-    /// Reads digits; their value counts if they are not too many.
+    /// Reads one digit or more and returns their value, which is right for at most [`SMALL_DIGITS`] of them.
     #[inline(always)]
     fn digits(&mut self) -> Result<i64, Halt> {
         let start = self.position;
         let mut value = 0_i64;
         while let Some(byte @ b'0'..=b'9') = self.peek() {
+            // Wrapping, since a caller may send any number of digits. `number` drops the value of a long one.
             value = value.wrapping_mul(10).wrapping_add(i64::from(byte - b'0'));
             self.position += 1;
         }
@@ -74,12 +82,12 @@ impl<'a> Cursor<'a> {
 }
 
 impl<'a> Number<'a> {
-    /// A literal that is known to be a number.
+    /// Parses a literal; `None` if it does not begin with a number. What is behind the number is not checked.
     pub(crate) fn known(literal: &'a str) -> Option<Self> {
         Cursor::new(literal.as_bytes()).number().ok()
     }
 
-    /// Integers are compared exactly, however long; others as floats.
+    /// Compares two numbers: integers exactly, whatever their length, others as doubles.
     #[inline(always)]
     pub(crate) fn compare(&self, other: &Self) -> Ordering {
         match (self.small, other.small) {
@@ -100,14 +108,16 @@ impl<'a> Number<'a> {
         }
     }
 
-    /// Adding zero makes `-0` and `0` one.
+    /// Returns the nearest double; an infinity beyond the range.
     fn float(&self) -> f64 {
         let literal = std::str::from_utf8(self.literal).unwrap_or_default();
+        // Adding zero turns -0 into 0, which `total_cmp` would order below it.
         literal.parse::<f64>().unwrap_or(f64::NAN) + 0.0
     }
 }
 
-/// Literals have no leading zeros, so that the longer one is the larger one.
+/// Compares two integers without a sign.
+// A literal has no leading zeros, so that the longer one is larger, and those of one length compare like text.
 fn magnitude(a: &[u8], b: &[u8]) -> Ordering {
     a.len().cmp(&b.len()).then_with(|| a.cmp(b))
 }

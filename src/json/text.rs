@@ -1,16 +1,17 @@
-//! Reads strings: finds the end, checks the escapes, and decodes them.
+//! Parses JSON strings (RFC 8259 §7): finds the end, checks the escapes, and decodes them on demand.
 //!
-//! The end is searched eight bytes at a time. A string without escapes is not copied.
+//! The search for the end checks eight bytes at a time. A string without escapes is never copied.
 
 use std::borrow::Cow;
 
 use super::{Cursor, Halt};
 
-/// Half of a character beyond the first 65,536.
+/// The reason for a lone surrogate: half of a character beyond the first 65,536.
+// RFC 8259 §8.2 leaves its meaning open. Parsers replace it, drop it or refuse it, so that two of them read two strings.
 pub(super) const SURROGATE: &str =
     "half a character: `\\uD800` to `\\uDBFF` must come before `\\uDC00` to `\\uDFFF`";
 
-/// A string, still escaped, without its quotes. UTF-8 if the document is.
+/// A string as it is written, without its quotes. Its escapes are valid. It is UTF-8 if the document is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Text<'a> {
     escaped: &'a [u8],
@@ -34,9 +35,12 @@ impl<'a> Cursor<'a> {
         Ok(Text { escaped, has_escapes })
     }
 
+    /// Checks and skips the escape that begins here.
+    // Not inlined: strings with escapes are rare, and `string` is inlined into each of its callers.
     #[inline(never)]
     fn escape(&mut self) -> Result<(), Halt> {
         let start = self.position;
+        // `string` stops at a quote, a backslash, a control character or the end. What is neither of the first two is a fault.
         if self.peek() != Some(b'\\') {
             return Err(self.halt("a control character within a string must be escaped, as in `\\n`"));
         }
@@ -50,12 +54,14 @@ impl<'a> Cursor<'a> {
                         self.position += 1;
                         matches!(self.unit()?, 0xdc00..=0xdfff)
                     }
+                    // The document ends behind the first half. Reported at the end, so that a cut reply counts as cut.
                     0xd800..=0xdbff if b"\\u".starts_with(self.rest()) => {
                         self.position = self.bytes.len();
                         return Err(self.halt(SURROGATE));
                     }
                     _ => !matches!(unit, 0xd800..=0xdfff),
                 };
+                // At the first half, though the second may be the wrong one: the caller must replace both.
                 if !is_whole {
                     return Err(self.halt_at(start, SURROGATE));
                 }
@@ -65,7 +71,7 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 
-    /// Reads `uXXXX`.
+    /// Reads the rest of an escape, `uXXXX`, and returns its UTF-16 code unit.
     fn unit(&mut self) -> Result<u32, Halt> {
         self.position += 1;
         let mut unit = 0;
@@ -81,12 +87,14 @@ impl<'a> Cursor<'a> {
 }
 
 impl<'a> Text<'a> {
-    /// What the string means. If it is not UTF-8, as it stands.
+    /// Returns the string with its escapes decoded. If the document is not UTF-8, a string with escapes is returned undecoded.
     #[inline(always)]
     pub(crate) fn decoded(&self) -> Cow<'a, [u8]> {
         if self.has_escapes { self.unescaped().into() } else { self.escaped.into() }
     }
 
+    /// Decodes the escapes into a new buffer.
+    // By serde_json, since decoding needs no speed: strings with escapes are rare.
     #[cold]
     fn unescaped(&self) -> Vec<u8> {
         let literal = [b"\"", self.escaped, b"\""].concat();
@@ -94,7 +102,7 @@ impl<'a> Text<'a> {
     }
 }
 
-/// Where the next quote, backslash or control character stands, or the end; eight bytes at a time.
+/// Returns the offset of the next quote, backslash or control character from `at` on, or of the end of `bytes`.
 #[inline(always)]
 fn plain_end(bytes: &[u8], mut at: usize) -> usize {
     while let Some(word) = bytes.get(at..).and_then(<[u8]>::first_chunk) {
@@ -111,13 +119,16 @@ fn plain_end(bytes: &[u8], mut at: usize) -> usize {
     at
 }
 
-/// Sets the high bit of the first quote, backslash or control character of eight bytes, and none below. (A
-/// subtraction borrows from the bytes above only, so that what it spoils stands behind a find.)
+/// Returns a word in which the lowest bit that is set marks the first quote, backslash or control character of eight bytes: the
+/// high bit of its byte. Zero if there is none.
 #[inline(always)]
 fn special(word: u64) -> u64 {
     const ONES: u64 = u64::MAX / 255;
+    // The high bit of each byte below `bound`, which is at most 0x80. A subtraction that borrows does so from the bytes above
+    // only, so that all wrong bits are above a right one.
     let below = |word: u64, bound: u64| word.wrapping_sub(ONES * bound) & !word;
-    // The first swaps 0x20 and 0x22, the space and the quote: then the quote, too, lies below the rest.
+    // The first XOR swaps 0x20 and 0x22, the space and the quote, and control characters among themselves. Behind it all that is
+    // below 0x21 is special, the quote included.
     (below(word ^ (ONES * 0x02), 0x21) | below(word ^ (ONES * 0x5c), 1)) & (ONES * 0x80)
 }
 
@@ -129,6 +140,7 @@ mod tests {
     fn a_special_byte_is_found_wherever_it_stands_in_a_word() {
         for byte in 0..=255_u8 {
             let is_special = matches!(byte, b'"' | b'\\' | 0..=0x1f);
+            // The neighbours of what is special, and bytes from 0x80 on, which a wrong mask would confuse with it.
             for filler in [b' ', b'!', b'#', b'[', b']', 0x7f, 0x80, 0x9f, 0xff] {
                 for at in 0..20 {
                     let mut bytes = [filler; 20];
@@ -138,7 +150,8 @@ mod tests {
                         if is_special { at } else { 20 },
                         "{byte} {filler} {at}"
                     );
-                    bytes[at..].fill(byte); // the first one counts
+                    // All bytes from here on: those behind the first one must not change the result.
+                    bytes[at..].fill(byte);
                     assert_eq!(
                         plain_end(&bytes, 0),
                         if is_special { at } else { 20 },
