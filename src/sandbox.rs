@@ -1,16 +1,15 @@
-//! The cloud in one process: `tokenByAkSk` and the CCSQM calls, with their rules and with scripted faults.
+//! A simulator of the cloud in one process, with fault injection: `tokenByAkSk` and the CCSQM calls with their rules.
 //!
-//! It decides as the vendor's pages say: who gets a token, whether a token still lives, whether a task is
-//! assigned. It records every request byte for byte before it answers, and can misbehave in every way that
-//! [`Faults`] describes. It talks raw sockets on a thread and a runtime of its own, so neither a busy nor a
-//! stuck gateway in the same process changes its behaviour.
+//! It decides as the vendor's pages say: who gets a token, whether a token is still valid, whether a task is assigned. It records
+//! every request byte for byte before it answers, and can misbehave in every way that [`Faults`] describes. It uses raw sockets
+//! on a thread and a runtime of its own, so that neither a busy nor a stuck gateway in the same process changes its behaviour.
 //!
-//! It deliberately shares nothing with the gateway: it is a second, independent reading of the same pages,
-//! so that a test compares two readings. It keeps no secrets: records hold credentials in clear. It is not a
-//! model of the vendor's speed, and not a general HTTP server: HTTP/1.1, one request at a time per
-//! connection, bodies by `Content-Length` only (a chunked one is answered 411).
+//! It shares no rule with the gateway: it is a second, independent reading of the vendor's pages, so that tests compare two
+//! readings. It protects no secrets: records hold credentials in clear. It is not a model of the vendor's speed, and not a
+//! general HTTP server: HTTP/1.1, one request at a time per connection, bodies by `Content-Length` only (a chunked one is
+//! answered 411).
 //!
-//! Memory is bounded: the newest [`KEPT`] requests and tasks are kept, older ones are forgotten.
+//! Memory is bounded: the newest [`KEPT`] requests and tasks are stored, older ones are dropped.
 
 mod connection;
 mod control;
@@ -45,22 +44,23 @@ pub use self::journal::{KEPT, Received, TokenCall};
 pub use self::rules::{Inspector, Task};
 use self::tokens::Tokens;
 
-/// Path of the token endpoint.
+/// The path of the token endpoint.
 pub const TOKEN_PATH: &str = "/apigovernance/api/oauth/tokenByAkSk";
 
-/// Path of the call that the gateway exists for.
+/// The path of `appointQualityTask`, the call that the gateway exists for.
 pub const APPOINT_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 
-/// Connections that the kernel holds until they are accepted.
+/// The most connections that the kernel holds until they are accepted.
+// Tests open thousands at once. Those beyond the backlog would wait a second or more for a retransmitted SYN.
 const BACKLOG: i32 = 4096;
 
-/// Failed TLS handshakes whose text is kept.
+/// The number of failed TLS handshakes whose text is stored.
 const HANDSHAKES_KEPT: usize = 1000;
 
-/// How a sandbox is set up.
+/// The setup of a sandbox.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where to listen. Port 0 takes a free port.
+    /// The address to listen at. With port 0 the kernel chooses a free port.
     pub listen: SocketAddr,
     /// Gives the token endpoint a listener of its own (same address, free port), so that it can be down
     /// while the business calls are up. The first listener then answers 404 to the token path.
@@ -69,7 +69,7 @@ pub struct Options {
     pub app_key: String,
     /// The app secret that is accepted.
     pub app_secret: String,
-    /// TLS on all listeners; plain without it.
+    /// The certificate for TLS on all listeners; `None` for plain HTTP.
     pub tls: Option<Tls>,
 }
 
@@ -88,14 +88,19 @@ impl Default for Options {
 /// A server certificate chain and its key, both PEM.
 #[derive(Clone, Debug)]
 pub struct Tls {
-    /// The chain, the server's certificate first.
+    /// The chain in PEM, the server's certificate first.
     pub cert_pem: String,
-    /// The private key: PKCS#8, PKCS#1 or SEC1.
+    /// The private key in PEM: PKCS#8, PKCS#1 or SEC1.
     pub key_pem: String,
 }
 
 impl Tls {
-    /// Reads both from regular files: a pipe in the place of one holds nobody.
+    /// Reads both from regular files.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read or is not a regular one; the error names it.
+    // A FIFO in the place of a file would block the command until something writes to it.
     pub fn read(cert: &Path, key: &Path) -> io::Result<Self> {
         let read = |file: &Path| {
             let read = files::read_text(file);
@@ -107,17 +112,17 @@ impl Tls {
     }
 }
 
-/// What is known about the connections of all listeners, control connections included.
+/// Counts of the connections of all listeners, control connections included.
 #[derive(Clone, Debug, Serialize)]
 pub struct Connections {
-    /// Accepted so far.
+    /// The number of connections accepted so far.
     pub accepted: u64,
-    /// Open now.
+    /// The number of connections that are open.
     pub open: u64,
-    /// Bytes of requests received so far, after decryption: 0 means that no client sent any application data.
-    /// What comes after a scripted end or during a hang is read but not counted.
+    /// The bytes of requests received so far, after decryption; 0 means that no client sent any application data.
+    /// What arrives after a scripted end or during a hang is read but not counted.
     pub application_bytes: u64,
-    /// One text per failed TLS handshake, the first 1,000 of them; it names the alert that the client sent.
+    /// One text per failed TLS handshake, of the first 1,000; it names the alert that the client sent.
     pub handshake_failures: Vec<String>,
 }
 
@@ -129,8 +134,11 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Binds, then serves on a thread of its own. Fails when an address can't be bound or when the
-    /// certificate or key is unusable ([`io::ErrorKind::InvalidInput`]).
+    /// Binds all listeners, then serves on a thread of its own. Clients can connect as soon as this returns.
+    ///
+    /// # Errors
+    ///
+    /// An address cannot be bound, or the certificate or key is unusable ([`io::ErrorKind::InvalidInput`]).
     pub fn start(options: Options) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let cloud = Arc::new(Cloud::new(options)?);
@@ -139,69 +147,74 @@ impl Sandbox {
         let thread = thread::Builder::new().name("sandbox".to_owned()).spawn(move || {
             runtime.block_on(async move {
                 let doors = connection::accept_all(serving);
-                let _ = stopped.await; // an error means that the handle is gone: stop as well
+                // Ends when `stop` is dropped, which is an error here.
+                let _ = stopped.await;
                 drop(doors);
             });
         })?;
         Ok(Self { cloud, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// Where business calls and, unless it has a listener of its own, the token endpoint are served.
+    /// Returns the address that serves business calls and, unless it has a listener of its own, the token endpoint.
     pub fn address(&self) -> SocketAddr {
         self.cloud.api.address
     }
 
-    /// The base URL, such as `http://127.0.0.1:18080`, without a path.
+    /// Returns the base URL of business calls, without a path, such as `http://127.0.0.1:18080`.
     pub fn url(&self) -> String {
         self.cloud.url(&self.cloud.api)
     }
 
-    /// The whole URL of the token endpoint.
+    /// Returns the whole URL of the token endpoint.
     pub fn token_url(&self) -> String {
         let door = self.cloud.token.as_ref().unwrap_or(&self.cloud.api);
         format!("{}{TOKEN_PATH}", self.cloud.url(door))
     }
 
-    /// Every request received outside `/_sandbox/` and the token endpoint, in order of the first byte.
-    /// Includes unfinished ones and bytes that were not HTTP.
+    /// Returns every request received outside `/_sandbox/` and the token endpoint, in order of the first byte.
+    /// Includes unfinished ones and bytes that are not HTTP.
     pub fn requests(&self) -> Vec<Received> {
         self.cloud.journal().requests()
     }
 
-    /// Every call of the token endpoint, in order of the first byte.
+    /// Returns every call of the token endpoint, in order of the first byte.
     pub fn token_calls(&self) -> Vec<TokenCall> {
         self.cloud.journal().token_calls()
     }
 
-    /// Every task that was assigned, in order. A call assigns when its rules are met, whatever became of the
-    /// reply; a scripted status, body or failure code means that nothing was assigned.
+    /// Returns every task that was assigned, in order. A call that meets the rules assigns its task even if its reply never
+    /// arrives. A scripted status, body or failure code means that nothing was assigned.
     pub fn tasks(&self) -> Vec<Task> {
         lock(&self.cloud.tasks).iter().cloned().collect()
     }
 
-    /// The state of the connections.
+    /// Returns the counts of connections.
     pub fn connections(&self) -> Connections {
         self.cloud.connections()
     }
 
     /// Replaces the whole script, counters and token habits included. `Faults::default()` ends all faults.
-    /// When this returns, listeners are down or up as the script says. Fails with a sentence when the script
-    /// contradicts itself or a listener can't come back; the script that was there then stays.
+    /// When this returns, listeners are down or up as the script says.
+    ///
+    /// # Errors
+    ///
+    /// The script contradicts itself, or a listener cannot change its state; the error is a sentence for people. The script
+    /// before it stays in effect.
     pub fn faults(&self, faults: Faults) -> Result<(), String> {
         self.cloud.apply(faults)
     }
 
-    /// Forgets records and tasks and ends all faults. Tokens live on.
+    /// Drops all records and tasks and ends all faults. Tokens stay valid.
     pub fn reset(&self) {
         self.cloud.reset();
     }
 
-    /// From now on only this pair buys tokens. Tokens bought before live on.
+    /// Replaces the accepted pair of app key and secret. Tokens that were issued before stay valid.
     pub fn secret(&self, app_key: &str, app_secret: &str) {
         lock(&self.cloud.tokens).rotate(app_key, app_secret);
     }
 
-    /// Refuses every token issued so far.
+    /// Invalidates every token issued so far.
     pub fn revoke(&self) {
         lock(&self.cloud.tokens).revoke();
     }
@@ -211,12 +224,14 @@ impl Drop for Sandbox {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join(); // a panic there has been printed; dropping must not panic in turn
+            // A panic of the thread has been printed by its hook. A panic in `drop` could abort the process.
+            let _ = thread.join();
         }
     }
 }
 
-/// Everything that connections share. Locks are held for moments and never across an `await`.
+/// The state that all connections share.
+// Locks are held for moments and never across an `await`: the sandbox has one thread, which a waiting lock would stop.
 struct Cloud {
     journal: Mutex<Journal>,
     script: Mutex<Script>,
@@ -263,6 +278,7 @@ impl Cloud {
     }
 
     fn apply(&self, faults: Faults) -> Result<(), String> {
+        // The script is replaced last, so that it stays as it was if a listener cannot follow.
         faults.validate()?;
         match &self.token {
             Some(token) => token.set_up(!faults.token_down),
@@ -276,7 +292,8 @@ impl Cloud {
     }
 
     fn reset(&self) {
-        let _ = self.apply(Faults::default()); // fails only if a port that was down was taken meanwhile
+        // Fails only if a port that was down was taken meanwhile. Then records and tasks must go nevertheless.
+        let _ = self.apply(Faults::default());
         self.journal().clear();
         lock(&self.tasks).clear();
     }
@@ -306,7 +323,7 @@ impl Cloud {
     }
 }
 
-/// One listener. It stays bound for the sandbox's life; down means that it does not listen.
+/// One listener. Its socket stays bound for the sandbox's life; down means that it does not listen.
 struct Door {
     socket: RawSocket,
     address: SocketAddr,
@@ -315,16 +332,18 @@ struct Door {
 
 impl Door {
     fn open(address: SocketAddr) -> io::Result<Self> {
-        let found = bind(address)?; // holds a port that the kernel chose until the next lines have it by number
+        // Two sockets, since a port that the kernel chose is lost at a shutdown (see `set_up`): the first one only reserves a
+        // free port until the second one is bound to it by number.
+        let found = bind(address)?;
         let address = found.local_addr()?.as_socket().unwrap_or(address);
         let socket = bind(address)?;
         socket.listen(BACKLOG)?;
         Ok(Self { socket, address, up: watch::Sender::new(true) })
     }
 
-    /// Down: the kernel refuses connections at once, and the open ones are closed. A listening socket that is
-    /// shut down keeps a port that it was bound to by number (Linux), so nobody else gets it and `listen`
-    /// brings the same port back.
+    /// Puts the listener up or down. While it is down, the kernel refuses connections, and the open ones are closed.
+    // Linux: a listening socket that is shut down keeps a port that it was bound to by number. The kernel gives it to no socket
+    // that asks for a free port, and `listen` brings the same port back.
     fn set_up(&self, up: bool) -> io::Result<()> {
         if *self.up.borrow() == up {
             return Ok(());
@@ -338,15 +357,17 @@ impl Door {
         Ok(())
     }
 
-    /// The socket, registered anew: tokio never forgets that it saw a listener's shutdown.
+    /// Returns a new handle of the socket for tokio.
+    // A new one each time the listener comes up: tokio never forgets that it saw the shutdown of a socket.
     fn listener(&self) -> io::Result<TcpListener> {
         TcpListener::from_std(StdListener::from(self.socket.try_clone()?))
     }
 }
 
-/// A bound socket that does not listen yet; two of them may share a port.
+/// Returns a bound socket that does not listen yet.
 fn bind(address: SocketAddr) -> io::Result<RawSocket> {
     let socket = RawSocket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    // So that two sockets may be bound to one port while neither listens.
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
@@ -369,11 +390,13 @@ fn acceptor(tls: &Tls) -> io::Result<TlsAcceptor> {
         .with_no_client_auth()
         .with_single_cert(chain, key)
         .map_err(|error| unusable("certificate", &error))?;
+    // Named, so that a client that offers h2 first does not speak it to a server that has none.
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// A panic elsewhere does not end the sandbox: what it guards is whole between any two statements.
+/// Locks a mutex, poisoned or not.
+// A panic of one connection must not end the others. The data is valid between any two statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

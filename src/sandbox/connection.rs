@@ -1,4 +1,4 @@
-//! One connection: read a request, record it, answer it as the rules and the script say, go on or end.
+//! Accepts connections and serves each one: reads a request, records it, answers it as the rules and the script say.
 
 use std::future::poll_fn;
 use std::io;
@@ -18,16 +18,17 @@ use super::http::{Head, Reply};
 use super::journal::Recording;
 use super::{Cloud, Door, TOKEN_PATH, control, http, rules, tokens};
 
-/// How long the rest of a refused request is read and dropped, so that a reset does not overtake the answer.
+/// The longest time for which the rest of a refused request is read and dropped.
+// A close with unread bytes sends a reset, which can overtake the answer and destroy it at the client.
 const DRAIN: Duration = Duration::from_secs(1);
 
-/// Pause after a failed accept.
+/// The pause after a failed accept.
 const RETRY: Duration = Duration::from_millis(5);
 
-/// What `Instead::Garbage` sends.
+/// The bytes of `Instead::Garbage`: a TLS alert, so that a client without TLS meets what a port with TLS would send.
 const GARBAGE: &[u8] = b"\x15\x03\x01\x00\x02\x02\x0a this is not HTTP\r\n\r\n";
 
-/// Serves all doors until the set is dropped.
+/// Serves all listeners until the returned set is dropped.
 pub(super) fn accept_all(cloud: Arc<Cloud>) -> JoinSet<()> {
     let mut doors = JoinSet::new();
     if cloud.token.is_some() {
@@ -39,7 +40,7 @@ pub(super) fn accept_all(cloud: Arc<Cloud>) -> JoinSet<()> {
     doors
 }
 
-/// What a door serves; control calls are served at every door.
+/// What a listener serves. Control calls are served at every one.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
     Both,
@@ -65,7 +66,9 @@ impl Role {
         }
     }
 
-    /// Whether a head of which this has come is that of a token call, or may become one.
+    /// Whether a head that begins with these bytes is that of a token call, or may become one.
+    // A test may read the records at any moment. A token call must not be among the business calls then, though its head is
+    // incomplete.
     fn may_be_token_call(self, begun: &[u8]) -> bool {
         match self {
             Self::Business => false,
@@ -88,7 +91,8 @@ async fn accept(cloud: Arc<Cloud>, role: Role) {
     let mut connections = JoinSet::new();
     let mut up = role.door(&cloud).up.subscribe();
     loop {
-        let _ = up.wait_for(|up| *up).await; // the sender lives in `cloud`, so this can't fail
+        // Cannot fail: the sender is in `cloud`, which this task holds.
+        let _ = up.wait_for(|up| *up).await;
         tokio::select! {
             () = accept_while_up(&cloud, role, &mut connections) => {}
             _ = up.changed() => {}
@@ -98,22 +102,25 @@ async fn accept(cloud: Arc<Cloud>, role: Role) {
 
 async fn accept_while_up(cloud: &Arc<Cloud>, role: Role, connections: &mut JoinSet<()>) {
     if let Ok(listener) = role.door(cloud).listener() {
-        // Not `accept`: on a socket that was shut down and listens again it tries for ever, and nothing else of this task
-        // has its turn. This one gives way.
+        // Not `accept`: on a socket that was shut down and listens again it retries for ever, and `up.changed` of the caller is
+        // never polled. This returns the error.
         while let Ok((tcp, _)) = poll_fn(|cx| listener.poll_accept(cx)).await {
+            // A set keeps the results of ended tasks until they are taken, so it would grow with each connection.
             while connections.try_join_next().is_some() {}
             connections.spawn(serve(Arc::clone(cloud), role, tcp));
         }
     }
-    sleep(RETRY).await; // out of files, or just going down
+    // The process is out of file descriptors, or the listener is going down. Without a pause the loop would spin.
+    sleep(RETRY).await;
 }
 
-/// Serves one connection until either side ends it or its door goes down. Errors are the client's going
-/// away; what came before that is recorded.
+/// Serves one connection until either side ends it or its listener goes down.
+// Errors are dropped: they say that the client is gone, and what it sent before is recorded.
 async fn serve(cloud: Arc<Cloud>, role: Role, tcp: TcpStream) {
     let number = cloud.accepted.fetch_add(1, Relaxed) + 1;
     let _open = Open::new(&cloud);
     let mut up = role.door(&cloud).up.subscribe();
+    // The listener may have gone down between the accept and this subscription, which sees later changes only.
     if *up.borrow_and_update() {
         tokio::select! {
             _ = talk(&cloud, role, tcp, number) => {}
@@ -124,6 +131,7 @@ async fn serve(cloud: Arc<Cloud>, role: Role, tcp: TcpStream) {
 
 async fn talk(cloud: &Arc<Cloud>, role: Role, tcp: TcpStream, number: u64) -> io::Result<()> {
     tcp.set_nodelay(true)?;
+    // Not at the token listener: there a control call can end a script whose connection faults have no end.
     let fault = if role == Role::Token { None } else { cloud.script().connection() };
     if let Some(fault) = fault {
         sleep(Duration::from_millis(fault.delay_ms)).await;
@@ -136,7 +144,7 @@ async fn talk(cloud: &Arc<Cloud>, role: Role, tcp: TcpStream, number: u64) -> io
     Ok(())
 }
 
-/// Counts a connection as open while it lives.
+/// Counts a connection as open until it is dropped.
 struct Open<'a>(&'a Cloud);
 
 impl<'a> Open<'a> {
@@ -158,7 +166,7 @@ struct Connection {
     number: u64,
     socket: Socket,
     buffer: BytesMut,
-    /// How long to wait for the next request; none = for ever.
+    /// How long to wait for the next request; `None` is without a limit.
     idle: Option<Duration>,
 }
 
@@ -166,8 +174,9 @@ struct Connection {
 enum NoRequest {
     /// The client went away, or was idle for too long.
     Gone,
-    /// Something came that is answered without being understood.
+    /// What arrived is not a request that the sandbox reads; this is the answer to it.
     Refused(Reply),
+    /// The connection failed.
     Broken(io::Error),
 }
 
@@ -178,7 +187,7 @@ impl From<io::Error> for NoRequest {
 }
 
 impl Connection {
-    /// One request and its answer. Says whether the connection goes on.
+    /// Serves one request. Returns whether the connection stays open.
     async fn exchange(&mut self) -> io::Result<bool> {
         let mut recording = Recording::new(Arc::clone(&self.cloud), self.number);
         match self.receive(&mut recording).await {
@@ -204,6 +213,7 @@ impl Connection {
                 recording.complete();
                 return Ok((head, self.buffer.split_to(length)));
             }
+            // Only while nothing of the body has arrived: a client that sends already waits for no 100.
             if seen == 0 && head.expects_continue() {
                 self.socket.write(&http::interim(100)).await?;
             }
@@ -226,6 +236,7 @@ impl Connection {
                 }
                 return Ok(head);
             }
+            // Recorded with each part that arrives, so that tests see unfinished heads. The kind may change with the next part.
             if self.role.may_be_token_call(&self.buffer) {
                 recording.token_call(&self.buffer, None);
             } else {
@@ -265,7 +276,7 @@ impl Connection {
         (fault.shape(reply), fault)
     }
 
-    /// Sends an answer as the fault says. Says whether the connection goes on.
+    /// Sends an answer as the fault says. Returns whether the connection stays open.
     async fn deliver(
         &mut self,
         reply: &Reply,
@@ -279,6 +290,7 @@ impl Connection {
         if let Some(instead) = fault.instead {
             return self.socket.instead(instead).await.map(|()| false);
         }
+        // Before the first byte is sent, so that a client that has the answer finds its status in the records.
         recording.status(reply.status);
         let close = close || fault.then == Some(Then::Close);
         let mut wire = fault.interim.map(http::interim).unwrap_or_default();
@@ -295,7 +307,8 @@ impl Connection {
         }
     }
 
-    /// Writes head and body, or as much of them as the fault allows. Says whether all went out.
+    /// Writes head and body, or as much of them as the fault allows. Returns whether all of it was sent.
+    // One write for head, body and what follows, so that a client gets them in one read, as from most servers.
     async fn send(&mut self, mut wire: Vec<u8>, body: &[u8], fault: &Fault) -> io::Result<bool> {
         let cut = match fault.framing {
             Some(Framing::HalfHead) => {
@@ -341,7 +354,8 @@ impl Connection {
         wire.extend_from_slice(reply.body());
         self.socket.write(&wire).await?;
         self.socket.close().await?;
-        let _ = timeout(DRAIN, self.socket.drain()).await; // after that time a reset is the client's own fault
+        // The client may go on sending. After this time it gets a reset.
+        let _ = timeout(DRAIN, self.socket.drain()).await;
         Ok(())
     }
 }
@@ -374,6 +388,7 @@ impl Socket {
     async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Plain(stream) => stream.write_all(bytes).await,
+            // rustls may hold written bytes until a flush.
             Self::Encrypted(stream) => {
                 stream.write_all(bytes).await?;
                 stream.flush().await
@@ -381,11 +396,13 @@ impl Socket {
         }
     }
 
-    /// Does what is done instead of an answer, and ends the connection.
+    /// Does this instead of an answer. The caller drops the connection afterwards.
     async fn instead(&mut self, instead: Instead) -> io::Result<()> {
         match instead {
+            // Reads on, so that the end of the client is noticed and the task ends with it.
             Instead::Hang => self.drain().await,
-            Instead::Reset => self.tcp().set_zero_linger(), // the drop that follows sends the RST
+            // With a linger time of zero, the drop that follows sends a RST instead of a FIN.
+            Instead::Reset => self.tcp().set_zero_linger(),
             Instead::Close => self.close().await,
             Instead::Garbage => {
                 self.write(GARBAGE).await?;
@@ -394,7 +411,7 @@ impl Socket {
         }
     }
 
-    /// Sends FIN, and `close_notify` before it.
+    /// Ends the sending side: FIN, with TLS a `close_notify` before it.
     async fn close(&mut self) -> io::Result<()> {
         match self {
             Self::Plain(stream) => stream.shutdown().await,
@@ -402,7 +419,7 @@ impl Socket {
         }
     }
 
-    /// Reads and drops until the other side ends.
+    /// Reads and drops bytes until the client ends its side.
     async fn drain(&mut self) -> io::Result<()> {
         let mut dropped = BytesMut::new();
         while self.read(&mut dropped).await? > 0 {

@@ -1,7 +1,7 @@
-//! The control calls under `/_sandbox/`: the records to read, the script to read and write. JSON throughout.
+//! The control API under `/_sandbox/`: reads the records, reads and replaces the script of faults. All bodies are JSON.
 //!
-//! Bytes appear as text where they are UTF-8 (else null), and as base64 beside it. Control calls are never
-//! recorded and never meet a fault of a call.
+//! Received bytes are text where they are UTF-8 (otherwise null), and base64 beside it. Control calls are never recorded, and
+//! faults of calls do not apply to them.
 
 use serde_json::{Value, json};
 
@@ -11,10 +11,10 @@ use super::journal::{Received, TokenCall};
 use super::{Cloud, lock};
 use crate::base64::base64;
 
-/// What all control paths start with.
+/// The prefix of all control paths.
 pub(super) const PREFIX: &str = "/_sandbox/";
 
-/// The control calls, for `GET /_sandbox/` and for people.
+/// The list that `GET /_sandbox/` returns.
 const CALLS: [&str; 8] = [
     "GET /_sandbox/requests",
     "GET /_sandbox/token-calls",
@@ -52,6 +52,7 @@ pub(super) fn answer(cloud: &Cloud, head: &Head, body: &[u8]) -> Reply {
 fn put_faults(cloud: &Cloud, body: &[u8]) -> Reply {
     let applied =
         serde_json::from_slice::<Faults>(body).map_err(|error| error.to_string()).and_then(|faults| {
+            // Over HTTP only: a test that holds the `Sandbox` can end any script.
             if faults.locks_out() && cloud.token.is_none() {
                 return Err(
                     "nobody could end this script over HTTP: it needs a token listener or `times`".to_owned()

@@ -1,12 +1,11 @@
-//! The script of faults: a JSON document, and the counters that decide which fault meets which call.
+//! Fault injection: the script, which is a JSON document, and the counters that decide which fault applies to which call.
 //!
-//! The document has a list for business calls, one for token calls and one for connections. For each call the
-//! **first** entry that is due applies, whole. An entry is due from call `after` on (counted from the moment the
-//! script was set) and for `times` calls; without `times`, always. So `[{"times":1,"status":500},{"times":1,
-//! "instead":"reset"}]` means: one 500, one reset, then the real answers again.
+//! The document has a list for business calls, one for token calls and one for connections. To each call the **first** entry
+//! that is due applies, and no other. An entry is due from call `after` on (counted from the moment the script was set) and for
+//! `times` calls; without `times`, always. So `[{"times":1,"status":500},{"times":1,"instead":"reset"}]` means: one 500, one
+//! reset, then the real answers again.
 //!
-//! Values are sent as given and never checked for good manners: a header value with a line break is a
-//! response splitting, which is what somebody wanted to see.
+//! Values are sent as they are given. A header value with a line break is a response splitting attack, which a test may want.
 
 use std::time::Duration;
 
@@ -16,33 +15,34 @@ use serde_json::{Map, Value};
 use super::http::Reply;
 
 /// The whole script. The default has no faults.
+// Unknown keys are refused: a fault with a misspelt key would not happen, and its test would pass without it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Faults {
-    /// For every request that is neither a token call nor a control call.
+    /// The faults of every request that is neither a token call nor a control call.
     pub business: Vec<Fault>,
-    /// For the token endpoint.
+    /// The faults of calls of the token endpoint.
     pub token: Vec<Fault>,
-    /// For accepted connections of the first listener, before TLS and before a byte is read.
+    /// The faults of accepted connections of the first listener, before TLS and before a byte is read.
     pub connections: Vec<ConnectionFault>,
-    /// The first listener refuses connections, and its open ones are closed.
+    /// Whether the first listener refuses connections; its open ones are closed.
     pub down: bool,
-    /// The same for the token listener; needs `Options::token_listener`.
+    /// Whether the token listener refuses connections; needs `Options::token_listener`.
     pub token_down: bool,
-    /// What happens to older tokens when a new one is asked for.
+    /// What happens to older tokens when a new one is issued.
     pub habit: Habit,
-    /// The true lifetime of tokens issued from now on, in milliseconds, instead of the one asked for. The
+    /// The true lifetime of tokens issued from now on, in milliseconds, instead of the requested one. The
     /// reply states whole seconds, at least 1.
     pub lifetime_ms: Option<u64>,
 }
 
 impl Faults {
-    /// A script with one fault for business calls.
+    /// Returns a script with one fault of business calls.
     pub fn business(fault: Fault) -> Self {
         Self { business: vec![fault], ..Self::default() }
     }
 
-    /// A script with one fault for token calls.
+    /// Returns a script with one fault of token calls.
     pub fn token(fault: Fault) -> Self {
         Self { token: vec![fault], ..Self::default() }
     }
@@ -60,90 +60,91 @@ impl Faults {
         Ok(())
     }
 
-    /// Whether nobody could end this script over a connection of the first listener.
+    /// Whether no control call over the first listener could end this script.
     pub(super) fn locks_out(&self) -> bool {
         self.down || self.connections.iter().any(|fault| fault.times.is_none())
     }
 }
 
-/// One fault of a call. Fields combine: what is said (`status` … `size`), how it is sent (`delay_ms`, `interim`,
-/// `framing`), what comes behind it (`then`). `instead` overrides all of them but `delay_ms`.
+/// One fault of a call. Its fields combine: the content of the answer (`status` … `size`), how it is sent (`delay_ms`,
+/// `interim`, `framing`), and what follows (`then`). `instead` overrides all of them but `delay_ms`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Fault {
-    /// How many calls it meets; absent = always.
+    /// The number of calls to which it applies; without it, all.
     pub times: Option<u64>,
-    /// How many calls go by before the first one that it meets.
+    /// The number of calls that pass before the first one to which it applies.
     pub after: u64,
-    /// Time between the decision and the first byte of the answer, in milliseconds.
+    /// The time between the decision and the first byte of the answer, in milliseconds.
+    // The decision comes first: a call whose answer is late has assigned its task, which is the case that loses an outcome.
     pub delay_ms: u64,
-    /// No HTTP answer at all.
+    /// What happens instead of an HTTP answer.
     pub instead: Option<Instead>,
-    /// This status instead of the real answer, with a small JSON body unless `body` is given.
+    /// The status of a reply that replaces the real one, with a small JSON body unless `body` is given. 200 to 999.
     pub status: Option<u16>,
-    /// This body instead of the real answer, with status 200 unless `status` is given.
+    /// The body of a reply that replaces the real one, with status 200 unless `status` is given.
     pub body: Option<String>,
-    /// This content type; empty = no such header.
+    /// The content type of the reply; if it is empty, the reply has none.
     pub content_type: Option<String>,
-    /// Further reply headers, in order: `[["Retry-After","5"]]`. A `Content-Encoding` here does not encode the body.
+    /// More reply headers, in order: `[["Retry-After","5"]]`. A `Content-Encoding` here does not encode the body.
     pub headers: Vec<(String, String)>,
-    /// The result code, where the call would have succeeded.
+    /// The result code of a call that would have succeeded.
     pub code: Option<Code>,
-    /// Members set in a reply that is a JSON object: `{"Expires": 600}`.
+    /// Members that are set in a reply that is a JSON object: `{"Expires": 600}`.
     pub with: Map<String, Value>,
-    /// Members left out of a reply that is a JSON object: `["AccessToken"]`.
+    /// Members that are left out of a reply that is a JSON object: `["AccessToken"]`.
     pub without: Vec<String>,
-    /// Token calls: `AccessToken` starts with `Bearer `.
+    /// Token calls only: `AccessToken` begins with `Bearer `.
     pub prefixed: bool,
-    /// Token calls: seconds added to `CreateTime`.
+    /// Token calls only: the seconds that are added to `CreateTime`.
     pub skew_s: i64,
-    /// The body is padded to this many bytes.
+    /// The size in bytes to which the body is padded.
     pub size: Option<usize>,
-    /// An interim answer (1xx) before the real one.
+    /// The status of an interim reply (1xx) before the real one.
     pub interim: Option<u16>,
-    /// How head and body are sent.
+    /// How head and body are sent, if not at once and whole.
     pub framing: Option<Framing>,
-    /// What comes behind the answer.
+    /// What follows the reply.
     pub then: Option<Then>,
 }
 
 impl Fault {
-    /// Answers with this status.
+    /// Returns a fault that answers with this status.
     pub fn status(status: u16) -> Self {
         Self { status: Some(status), ..Self::default() }
     }
 
-    /// Answers 200 with this body.
+    /// Returns a fault that answers 200 with this body.
     pub fn body(body: impl Into<String>) -> Self {
         Self { body: Some(body.into()), ..Self::default() }
     }
 
-    /// Does this instead of answering.
+    /// Returns a fault that does this instead of answering.
     pub fn instead(instead: Instead) -> Self {
         Self { instead: Some(instead), ..Self::default() }
     }
 
-    /// Answers with this result code.
+    /// Returns a fault that answers with this result code.
     pub fn code(code: Code) -> Self {
         Self { code: Some(code), ..Self::default() }
     }
 
-    /// Sends the real answer in this way.
+    /// Returns a fault that sends the real answer in this way.
     pub fn framing(framing: Framing) -> Self {
         Self { framing: Some(framing), ..Self::default() }
     }
 
-    /// Sends the real answer, then does this.
+    /// Returns a fault that sends the real answer, then does this.
     pub fn then(then: Then) -> Self {
         Self { then: Some(then), ..Self::default() }
     }
 
-    /// Sends the real answer after this many milliseconds.
+    /// Returns a fault that sends the real answer after this many milliseconds.
     pub fn delayed(delay_ms: u64) -> Self {
         Self { delay_ms, ..Self::default() }
     }
 
-    /// The same fault, for this many calls.
+    /// Limits the fault to this many calls.
     #[must_use]
     pub fn times(self, times: u64) -> Self {
         Self { times: Some(times), ..self }
@@ -153,7 +154,7 @@ impl Fault {
         Duration::from_millis(self.delay_ms)
     }
 
-    /// The scripted answer, if status or body is scripted.
+    /// Returns the scripted answer, if a status or a body is scripted. The call's rules are not checked then.
     pub(super) fn replacement(&self) -> Option<Reply> {
         if self.status.is_none() && self.body.is_none() {
             return None;
@@ -165,8 +166,9 @@ impl Fault {
         })
     }
 
-    /// Lays headers, members and size over an answer.
+    /// Applies the scripted members, size and headers to an answer.
     pub(super) fn shape(&self, mut reply: Reply) -> Reply {
+        // The members come before the padding, since they change the size of the body.
         if !(self.with.is_empty() && self.without.is_empty()) {
             self.edit_members(&mut reply);
         }
@@ -189,6 +191,7 @@ impl Fault {
     }
 
     fn validate(&self) -> Result<(), String> {
+        // A final status below 200 would be an interim reply, and the client would wait for another one: see `interim`.
         if self.status.is_some_and(|status| !(200..=999).contains(&status)) {
             return Err("`status` must be 200 to 999".to_owned());
         }
@@ -199,17 +202,17 @@ impl Fault {
     }
 }
 
-/// One fault of a connection, right after it was accepted.
+/// One fault of a connection, which happens when it is accepted.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConnectionFault {
-    /// How many connections it meets; absent = always.
+    /// The number of connections to which it applies; without it, all.
     #[serde(default)]
     pub times: Option<u64>,
-    /// How many connections go by before the first one that it meets.
+    /// The number of connections that pass before the first one to which it applies.
     #[serde(default)]
     pub after: u64,
-    /// Time before it happens, in milliseconds.
+    /// The time before it happens, in milliseconds.
     #[serde(default)]
     pub delay_ms: u64,
     /// What happens. `Hang` on a TLS listener is a handshake that never ends.
@@ -220,29 +223,30 @@ pub struct ConnectionFault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Instead {
-    /// Nothing, until the other side closes.
+    /// Nothing is sent until the client closes the connection.
     Hang,
-    /// RST, after the whole request was read.
+    /// The connection is reset (RST), after the whole request was read.
     Reset,
-    /// FIN, after the whole request was read.
+    /// The connection is closed (FIN), after the whole request was read.
     Close,
-    /// Bytes that are not HTTP, then FIN.
+    /// Bytes that are not HTTP are sent, then FIN.
     Garbage,
 }
 
-/// A result code in a 200 whose rules were met. Only the forms of success assign the task.
+/// The form of the result code in a 200 for a call that meets the rules. Only the forms of success assign the task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Code {
-    /// This code, such as `0409001`.
+    /// A failure with this code, such as `0409001`.
     Failure(String),
     /// Success as `"resultCode": 0409000`, a slip of a vendor page; it is not JSON.
     Unquoted,
     /// Success as the number 409000.
     Numeric,
-    /// Success, but no code is given (`resultCode` is not mandatory).
+    /// Success without a code (`resultCode` is not mandatory).
     Absent,
-    /// Two `resultCode` members with these values.
+    /// Two `resultCode` members with these values, which assign nothing.
+    // Parsers differ on which of the two counts, so the outcome of such a reply must be unknown.
     Two(String, String),
 }
 
@@ -271,7 +275,7 @@ impl Code {
     }
 }
 
-/// How head and body are sent.
+/// How head and body of a reply are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Framing {
@@ -283,39 +287,40 @@ pub enum Framing {
     Cut(usize),
     /// `Transfer-Encoding: chunked`, in two chunks.
     Chunked,
-    /// Byte by byte, this many milliseconds before each.
+    /// Byte by byte, with a pause of so many milliseconds before each.
     #[serde(rename = "slow_body_ms")]
     SlowBody(u64),
 }
 
-/// What comes behind an answer.
+/// What follows a reply.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Then {
     /// `Connection: close` in the answer, and FIN.
     Close,
-    /// FIN after this many idle milliseconds, though the answer promised to keep the connection. 0 = at once,
-    /// unread bytes notwithstanding.
+    /// FIN after so many idle milliseconds, though the reply promised to keep the connection open. 0 is at once, even if another
+    /// request has arrived.
     #[serde(rename = "close_idle_ms")]
     CloseIdle(u64),
-    /// These bytes, in the same write as the answer.
+    /// These bytes, in the same write as the reply.
     Extra(String),
 }
 
-/// What a new token means for the older ones of the same app key. The vendor does not say; survive all three.
+/// What a new token means for the older ones of the same app key.
+// The vendor's pages do not say, so the gateway must work with each of the three.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Habit {
-    /// Each lives its own life.
+    /// Each token is valid until its own end.
     #[default]
     Independent,
-    /// The same token comes back, with its first `CreateTime` and `Expires`, until it is over.
+    /// The same token is issued again, with its first `CreateTime` and `Expires`, until it has expired.
     SameUntilExpiry,
-    /// A new one ends the older ones.
+    /// A new token invalidates the older ones.
     LastWins,
 }
 
-/// The script and how far it got.
+/// The script, and how often each of its faults has applied.
 #[derive(Default)]
 pub(super) struct Script {
     pub(super) faults: Faults,
@@ -329,17 +334,17 @@ impl Script {
         Self { faults, ..Self::default() }
     }
 
-    /// The fault that this business call meets; the default fault changes nothing.
+    /// Returns the fault of the next business call, and counts the call. The default fault changes nothing.
     pub(super) fn business(&mut self) -> Fault {
         next(&mut self.business, &self.faults.business).unwrap_or_default()
     }
 
-    /// The same for a token call.
+    /// Returns the fault of the next token call, and counts the call.
     pub(super) fn token(&mut self) -> Fault {
         next(&mut self.token, &self.faults.token).unwrap_or_default()
     }
 
-    /// The same for a connection.
+    /// Returns the fault of the next connection, and counts the connection.
     pub(super) fn connection(&mut self) -> Option<ConnectionFault> {
         next(&mut self.connections, &self.faults.connections)
     }
@@ -374,6 +379,7 @@ impl Due for ConnectionFault {
     }
 }
 
+/// Counts a call and returns the fault that applies to it.
 fn next<T: Due>(progress: &mut Progress, faults: &[T]) -> Option<T> {
     let call = progress.calls;
     progress.calls += 1;
