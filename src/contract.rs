@@ -106,8 +106,8 @@ impl Contract {
     ///
     /// # Errors
     ///
-    /// Text that is not strict JSON, a keyword that is unknown or would have no effect, and a value that does not fit its
-    /// keyword. The error names the place.
+    /// The text is not strict JSON, a keyword is unknown, a value does not fit its keyword, or the schema is too large or
+    /// recursive. The error names the place.
     pub fn compile(schema: &str) -> Result<Self, SchemaError> {
         // Before serde_json, which takes the last of two equal keys: a rule that is given twice would be dropped in silence.
         match is_strict_json(schema.as_bytes()) {

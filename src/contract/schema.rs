@@ -1,8 +1,8 @@
 //! Compiles a JSON Schema into a tree of rules.
 //!
-//! An unknown keyword, or one that would have no effect, is an error with its place, and stops the start: a rule that is not
-//! checked must not look as if it were. A schema cannot be recursive, and its size is bounded. Bodies are checked by
-//! [`super::walk`] and [`super::rules`].
+//! An unknown keyword is an error with its place and stops the start: a rule that is not checked must not look as if it were. A
+//! known one that cannot apply, such as `minimum` beside `"type": "string"`, is accepted, as in JSON Schema. A schema cannot be
+//! recursive, and its size is bounded. Bodies are checked by [`super::walk`] and [`super::rules`].
 
 mod values;
 mod words;

@@ -1,15 +1,15 @@
-//! Heads and replies as bytes: reads a request head, writes a reply head. No socket here.
+//! HTTP/1.1 messages as bytes: parses a request head, formats a reply. Does no I/O.
 
 use http::StatusCode;
 use serde_json::{Value, json};
 
-/// Longest head that is read, in bytes.
+/// The longest head that is read, in bytes.
 const MAX_HEAD: usize = 64 * 1024;
 
-/// Longest body that is read, in bytes.
+/// The longest body that is read, in bytes.
 const MAX_BODY: usize = 16 * 1024 * 1024;
 
-/// Most headers that are read.
+/// The most headers that are read.
 const MAX_HEADERS: usize = 128;
 
 /// A request head.
@@ -17,14 +17,15 @@ pub(super) struct Head {
     pub(super) method: String,
     /// The target without its query.
     pub(super) path: String,
-    /// Its length in bytes, the empty line included.
+    /// The length of the head in bytes, the empty line included.
     pub(super) length: usize,
     headers: Vec<(String, Vec<u8>)>,
+    /// Whether the request is HTTP/1.0.
     old: bool,
 }
 
 impl Head {
-    /// The head at the start of these bytes, if it is all there. An error is the answer to what is no head.
+    /// Parses the head at the start of these bytes; `None` if more are needed. The error is the reply to what is not a head.
     pub(super) fn parse(bytes: &[u8]) -> Result<Option<Self>, Reply> {
         let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
         let mut parsed = httparse::Request::new(&mut headers);
@@ -43,17 +44,19 @@ impl Head {
             method: parsed.method.unwrap_or_default().to_owned(),
             path: target.split('?').next().unwrap_or_default().to_owned(),
             length,
+            // Names are compared without regard to case (RFC 9110 §5.1). The journal has the bytes as they arrived.
             headers: parsed.headers.iter().map(|h| (h.name.to_ascii_lowercase(), h.value.to_vec())).collect(),
             old: parsed.version == Some(0),
         }
     }
 
-    /// All values of this header; the name in lower case.
+    /// Returns all values of a header. The name must be in lower case.
     pub(super) fn all<'a, 'n>(&'a self, name: &'n str) -> impl Iterator<Item = &'a [u8]> + use<'a, 'n> {
         self.headers.iter().filter(move |(n, _)| n == name).map(|(_, value)| value.as_slice())
     }
 
-    /// The value of this header if it is there exactly once and is text; the name in lower case.
+    /// Returns the value of a header that occurs exactly once and is text. The name must be in lower case.
+    // Twice is as bad as never: a server that took one of the values would hide that the gateway let both through.
     pub(super) fn only<'a>(&'a self, name: &str) -> Option<&'a str> {
         let mut values = self.all(name);
         let value = values.next()?;
@@ -64,7 +67,7 @@ impl Head {
         self.all(name).next().is_some()
     }
 
-    /// The length of the body in bytes, or the answer to a body that is not taken.
+    /// Returns the length of the body in bytes. The error is the reply to a body that is not read.
     pub(super) fn body_length(&self) -> Result<usize, Reply> {
         if self.has("transfer-encoding") {
             return Err(Reply::error(411, "only Content-Length is taken"));
@@ -72,6 +75,7 @@ impl Head {
         if !self.has("content-length") {
             return Ok(0);
         }
+        // Digits only, since `parse` would accept "+5", which is no Content-Length (RFC 9110 §8.6).
         let digits = self.only("content-length").filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
         match digits.and_then(|digits| digits.parse().ok()) {
             Some(length) if length > MAX_BODY => Err(Reply::error(413, "body too large")),
@@ -84,7 +88,7 @@ impl Head {
         self.only("expect").is_some_and(|value| value.eq_ignore_ascii_case("100-continue"))
     }
 
-    /// Whether the client wants the connection closed behind the answer.
+    /// Whether the client asks for the connection to be closed behind the reply (RFC 9112 §9.3).
     pub(super) fn closes(&self) -> bool {
         let says = |word: &[u8]| {
             let mut options = self.all("connection").flat_map(|value| value.split(|byte| *byte == b','));
@@ -102,17 +106,17 @@ impl Head {
     }
 }
 
-/// An answer before it is framed.
+/// A reply before it is framed.
 pub(super) struct Reply {
     pub(super) status: u16,
-    /// Empty = no such header.
+    /// If it is empty, the reply has no such header.
     pub(super) content_type: String,
     pub(super) headers: Vec<(String, String)>,
     pub(super) body: Vec<u8>,
 }
 
 impl Reply {
-    /// A reply whose body is this text, JSON as all of the vendor's.
+    /// Returns a reply with this text as its body, and the content type of all replies of the vendor.
     pub(super) fn text(status: u16, body: &str) -> Self {
         let content_type = "application/json; charset=UTF-8".to_owned();
         Self { status, content_type, headers: Vec::new(), body: body.as_bytes().to_vec() }
@@ -122,14 +126,15 @@ impl Reply {
         Self::text(status, &body.to_string())
     }
 
-    /// An answer outside the vendor's result codes. No error body is documented; this one gives the reason.
+    /// Returns a reply without one of the vendor's result codes. The vendor documents no body for it; this one has the reason.
     pub(super) fn error(status: u16, reason: &str) -> Self {
         Self::json(status, &json!({"error_code": status.to_string(), "error_msg": reason}))
     }
 
-    /// Lengthens the body to `size` bytes; a JSON object gets a member `padding`, anything else gets spaces.
+    /// Lengthens the body to `size` bytes. A JSON object gets a member `padding`, anything else gets spaces. Never shortens it.
     pub(super) fn pad(&mut self, size: usize) {
-        const FRAME: usize = r#","padding":""#.len() + 1; // the brace that was there is counted already
+        // One more for the closing quote. The brace at the end was in the body before.
+        const FRAME: usize = r#","padding":""#.len() + 1;
         let missing = size.saturating_sub(self.body.len());
         if missing >= FRAME && self.body.len() > 2 && self.body.pop_if(|last| *last == b'}').is_some() {
             self.body.extend_from_slice(br#","padding":""#);
@@ -140,7 +145,7 @@ impl Reply {
         }
     }
 
-    /// The head's bytes. A 204 or 304 has no body (RFC 9110 §15.3.5, §15.4.5), so it announces none.
+    /// Returns the bytes of the head. A 204 or 304 has no body (RFC 9110 §15.3.5, §15.4.5), so it announces none.
     pub(super) fn head(&self, chunked: bool, close: bool) -> Vec<u8> {
         let mut head = status_line(self.status);
         let mut line = |name: &str, value: &str| head.push_str(&format!("{name}: {value}\r\n"));
@@ -162,7 +167,7 @@ impl Reply {
         head.into_bytes()
     }
 
-    /// The body that goes out.
+    /// Returns the body that is sent.
     pub(super) fn body(&self) -> &[u8] {
         if self.has_body() { &self.body } else { &[] }
     }
@@ -172,15 +177,16 @@ impl Reply {
     }
 }
 
-/// An interim answer, whole.
+/// Returns an interim reply, complete.
 pub(super) fn interim(status: u16) -> Vec<u8> {
     format!("{}\r\n", status_line(status)).into_bytes()
 }
 
-/// The body in two chunks and the last one.
+/// Returns the body in two chunks and the last chunk (RFC 9112 §7.1).
 pub(super) fn chunks(body: &[u8]) -> Vec<u8> {
     let (front, back) = body.split_at(body.len() / 2);
     let mut bytes = Vec::new();
+    // An empty chunk would be the last one, and end the body.
     for chunk in [front, back].into_iter().filter(|chunk| !chunk.is_empty()) {
         bytes.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
         bytes.extend_from_slice(chunk);

@@ -1,4 +1,4 @@
-//! What was received, byte for byte, from the first byte on and whatever became of it.
+//! The journal of received requests: byte for byte, from the first byte on, finished or not.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,46 +6,47 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::Cloud;
 
-/// Requests (token calls among them) and tasks that are kept; the oldest are forgotten beyond it.
+/// How many requests (token calls included) and how many tasks are stored; beyond that the oldest are dropped.
 pub const KEPT: usize = 200_000;
 
-/// One request as it came, or as much of it as came.
+/// One request as it was received, or the part of it that was.
 #[derive(Clone, Debug)]
 pub struct Received {
-    /// Number of the connection, from 1, in order of acceptance.
+    /// The number of the connection, from 1, in order of acceptance.
     pub connection: u64,
-    /// Arrival of the first byte, by the wall clock.
+    /// The arrival of the first byte, by the wall clock.
     pub time: SystemTime,
-    /// Arrival of the first byte, since the sandbox was started or reset, by the monotonic clock.
+    /// The arrival of the first byte, as the time since the sandbox was started or reset, by the monotonic clock.
     pub at: Duration,
-    /// The head with its empty line, or the part that came, or bytes that were not HTTP.
+    /// The head with its empty line, or the part that arrived, or bytes that are not HTTP.
     pub head: Vec<u8>,
-    /// The body, or the part that came.
+    /// The body, or the part that arrived.
     pub body: Vec<u8>,
-    /// Whether all of it came.
+    /// Whether the whole request arrived.
     pub complete: bool,
-    /// The status answered, set before its first byte goes out; none if no HTTP answer was begun.
+    /// The status of the reply, set before its first byte is sent; `None` if no HTTP reply was begun.
     pub status: Option<u16>,
 }
 
 /// One call of the token endpoint.
 #[derive(Clone, Debug)]
 pub struct TokenCall {
-    /// The call as it came.
+    /// The call as it was received.
     pub request: Received,
-    /// The value of `X-Token-Expire`.
+    /// The value of `X-Token-Expire`, if the call has exactly one.
     pub asked: Option<String>,
-    /// The token handed out.
+    /// The token that was issued, without a scripted `Bearer ` prefix.
     pub issued: Option<String>,
 }
 
+/// All entries, by a number that grows with the arrival of the first byte.
 pub(super) struct Journal {
     started: Instant,
     next: u64,
     entries: BTreeMap<u64, Entry>,
 }
 
-/// A request is an API call, unless its head, or what came of it, is that of a token call.
+/// One request. It is a token call if `token` is set, with the requested lifetime and the issued token; else a business call.
 struct Entry {
     request: Received,
     token: Option<(Option<String>, Option<String>)>,
@@ -74,8 +75,9 @@ impl Journal {
         self.entries.values().filter_map(call).collect()
     }
 
-    /// Forgets everything. Numbers go on, so that a request under way can't write into another's entry.
+    /// Drops all entries.
     pub(super) fn clear(&mut self) {
+        // `next` is not reset, so that a request which is being received cannot write into the entry of another one.
         self.entries.clear();
         self.started = Instant::now();
     }
@@ -100,7 +102,8 @@ impl Journal {
     }
 }
 
-/// The entry of a request that is under way. Made by its first byte; a no-op once the entry is forgotten.
+/// Writes the entry of a request that is being received. The first byte adds the entry. Once the entry is dropped, all methods do
+/// nothing.
 pub(super) struct Recording {
     cloud: Arc<Cloud>,
     connection: u64,
@@ -112,12 +115,12 @@ impl Recording {
         Self { cloud, connection, number: None }
     }
 
-    /// The head as far as it came.
+    /// Records the head of a business call, or the part that has arrived.
     pub(super) fn head(&mut self, bytes: &[u8]) {
         self.record(bytes, None);
     }
 
-    /// The head of a token call as far as it came: nobody may see it as an API call in between.
+    /// Records the head of a token call, or the part that has arrived. The entry is never visible as a business call in between.
     pub(super) fn token_call(&mut self, bytes: &[u8], asked: Option<&str>) {
         self.record(bytes, Some((asked.map(str::to_owned), None)));
     }
@@ -132,7 +135,7 @@ impl Recording {
         }
     }
 
-    /// More of the body.
+    /// Appends a part of the body.
     pub(super) fn body(&self, bytes: &[u8]) {
         self.edit(|entry| entry.request.body.extend_from_slice(bytes));
     }
@@ -153,7 +156,7 @@ impl Recording {
         });
     }
 
-    /// It is a control call: no entry.
+    /// Drops the entry, if a part of the head has made one, since the call is a control call.
     pub(super) fn forget(&self) {
         if let Some(number) = self.number {
             self.cloud.journal().entries.remove(&number);

@@ -1,7 +1,8 @@
-//! The business calls, by the vendor's pages: who may call, what appointQualityTask takes, what it answers.
+//! The rules of the business calls, by the vendor's pages: who may call, what `appointQualityTask` accepts, what it answers.
 //!
-//! 400 is for a request of the wrong form, 500 with another result code for values that the business does not
-//! accept. Where the pages are silent, it takes what comes: unknown members, the same inspector twice.
+//! 400 is for a request of the wrong form, 500 with another result code for values that the business does not accept. Where the
+//! pages are silent, everything is accepted: unknown members, the same inspector twice. So a test that expects such a call to be
+//! refused passes only if the gateway refuses it.
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -10,14 +11,14 @@ use super::faults::Fault;
 use super::http::{Head, Reply};
 use super::{APPOINT_PATH, Cloud, lock};
 
-/// Where all business calls live.
+/// The prefix of the paths of all business calls.
 const PREFIX: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/";
 
-/// Result code of a business failure. The page documents only "others: failure".
+/// The result code of a business failure. The page documents only "others: failure".
 const FAILED: &str = "0409001";
 
-/// A call of the family: path behind the prefix, success code, whether `x-UserId` is mandatory. The queries are
-/// not here: their answers have other forms.
+/// The business calls: path behind the prefix, success code, whether `x-UserId` is mandatory. Queries are not among them, since
+/// their replies have other forms.
 const CALLS: [(&str, &str, bool); 11] = [
     ("qualitytask/appointQualityTask", "0409000", true),
     ("qualitytask/createQualityTask", "0409000", true),
@@ -32,30 +33,31 @@ const CALLS: [(&str, &str, bool); 11] = [
     ("regularqualitytask/deleteQualityTask", "0408000", false),
 ];
 
-/// A task that appointQualityTask assigned.
+/// A task that `appointQualityTask` assigned.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Task {
-    /// `qualityTaskId`, as text whichever form came.
+    /// The value of `qualityTaskId`, as text whether it was a string or a number.
     pub task: String,
-    /// The operator: `x-UserId`.
+    /// The operator: the value of `x-UserId`.
     pub operator: String,
-    /// `isTakeEffect` was 1.
+    /// Whether `isTakeEffect` was 1.
     pub takes_effect: bool,
-    /// `setCounts`, in order.
+    /// The items of `setCounts`, in their order.
     pub inspectors: Vec<Inspector>,
 }
 
 /// One inspector of a task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Inspector {
-    /// `personID`.
+    /// The value of `personID`.
     pub person: String,
-    /// `count`, if it was given.
+    /// The value of `count`, if it was given.
     pub count: Option<u64>,
 }
 
 /// Answers a business call.
 pub(super) fn answer(cloud: &Cloud, head: &Head, body: &[u8], fault: &Fault) -> Reply {
+    // A scripted status or body assigns nothing, so that a refusal such as 401 or 429 is a true one.
     if let Some(reply) = fault.replacement() {
         return reply;
     }
@@ -65,7 +67,7 @@ pub(super) fn answer(cloud: &Cloud, head: &Head, body: &[u8], fault: &Fault) -> 
     }
 }
 
-/// A call whose rules are met.
+/// A call that meets the rules; with a task if it is `appointQualityTask`.
 struct Accepted {
     success: &'static str,
     task: Option<Task>,
@@ -94,6 +96,7 @@ fn check(cloud: &Cloud, head: &Head, body: &[u8]) -> Result<Accepted, Reply> {
     if head.method != "POST" {
         return Err(Reply::error(405, "business calls are POST"));
     }
+    // Before the body is read: who may not call learns nothing of its rules.
     authorize(cloud, head)?;
     let operator = operator(head, operator_needed)?;
     if head.has("content-type") && !head.is_json() {
@@ -113,6 +116,7 @@ fn authorize(cloud: &Cloud, head: &Head) -> Result<(), Reply> {
         .ok_or_else(|| unauthorized("no Authorization: Bearer"))?;
     let tokens = lock(&cloud.tokens);
     let holder = tokens.holder(token).ok_or_else(|| unauthorized("unknown or expired token"))?;
+    // The page has the header as optional. If it is there, it must be the key that the token was issued to.
     if head.has("x-app-key") && head.only("x-app-key") != Some(holder) {
         return Err(unauthorized("x-app-key is not the token's"));
     }
@@ -127,7 +131,7 @@ fn operator(head: &Head, needed: bool) -> Result<&str, Reply> {
     }
 }
 
-/// Table 2 of the page: types first (400), then values (500).
+/// Checks the body by table 2 of the vendor's page: types first (400), then values (500).
 fn appointment(body: &Map<String, Value>, operator: &str) -> Result<Task, Reply> {
     let id = body.get("qualityTaskId").ok_or_else(|| incorrect("qualityTaskId is missing"))?;
     let counts_type = number(body, "setCountsType")?;
@@ -153,7 +157,8 @@ fn appointment(body: &Map<String, Value>, operator: &str) -> Result<Task, Reply>
     })
 }
 
-/// "Number" in the page's table, a string in its example: both are taken.
+/// Returns the id of the task as text.
+// The page's table says number and its example has a string, so both are accepted.
 fn task_id(value: &Value) -> Result<String, Reply> {
     match value {
         Value::Number(number) if number.is_u64() => Ok(number.to_string()),
@@ -178,7 +183,7 @@ fn inspector(value: &Value) -> Result<Inspector, Reply> {
     Ok(Inspector { person: person.to_owned(), count })
 }
 
-/// "The value can contain a maximum of eight characters."
+/// Returns the count of an inspector. The vendor's page: "The value can contain a maximum of eight characters."
 fn count(members: &Map<String, Value>) -> Result<u64, Reply> {
     number(members, "count")?
         .as_u64()

@@ -1,4 +1,6 @@
-//! The rules and each fault, as a raw client socket sees them.
+//! Tests of the rules and of each fault, as a raw client socket observes them.
+//!
+//! The client is a plain socket, not an HTTP library, which would hide a wrong framing or open a second connection by itself.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -9,12 +11,13 @@ use serde_json::{Value, json};
 
 use super::*;
 
+/// The longest wait for something that must happen. Long enough for a machine that runs all tests at once.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A raw HTTP/1.1 client on one connection.
 struct Client {
     stream: TcpStream,
-    /// Bytes that came behind the last answer.
+    /// The bytes behind the last answer that was returned.
     rest: Vec<u8>,
 }
 
@@ -53,13 +56,13 @@ impl Client {
         Ok(count)
     }
 
-    /// Everything until the other side closes, or the error that it closes with.
+    /// Returns all bytes until the other side closes, or the error that it closes with.
     fn read_to_end(&mut self) -> io::Result<Vec<u8>> {
         while self.read()? > 0 {}
         Ok(std::mem::take(&mut self.rest))
     }
 
-    /// One answer with `Content-Length`.
+    /// Returns the next answer, which has a `Content-Length` or no body.
     fn answer(&mut self) -> Answer {
         let end = loop {
             if let Some(at) = self.rest.windows(4).position(|four| four == b"\r\n\r\n") {
@@ -101,7 +104,7 @@ fn business_headers(token: &str) -> String {
     )
 }
 
-/// The body of the page's example.
+/// Returns the body of the example on the vendor's page.
 fn body() -> Value {
     json!({
         "qualityTaskId": "954645333549048833",
@@ -148,7 +151,7 @@ fn answer_under(fault: Fault) -> Answer {
     under(fault).1.answer()
 }
 
-/// Waits for something that another thread does; there is no event to wait on.
+/// Waits for something that another thread does, by polling: there is no event to wait on.
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !holds() {
@@ -182,6 +185,7 @@ mod rules {
         let token = token(&sandbox);
         let mut client = Client::to(sandbox.address());
         for (member, value, status) in [
+            // The largest 64-bit id; -1 has the form of a number, but is not the id of a task.
             ("qualityTaskId", json!(18446744073709551615_u64), 200),
             ("qualityTaskId", json!(-1), 500),
             ("qualityTaskId", json!("12x"), 500),
@@ -197,7 +201,9 @@ mod rules {
             ("setCounts", json!(["1"]), 400),
             ("setCounts", json!([{"personID": 1}]), 400),
             ("setCounts", json!([{"personID": ""}]), 500),
+            // The page does not forbid the same inspector twice. The gateway's contract does.
             ("setCounts", json!([{"personID": "1"}, {"personID": "1"}]), 200),
+            // Both sides of eight characters.
             ("setCounts", json!([{"personID": "1", "count": 99_999_999}]), 200),
             ("setCounts", json!([{"personID": "1", "count": 100_000_000}]), 500),
             ("setCounts", json!([{"personID": "1", "count": "2"}]), 400),
@@ -237,6 +243,7 @@ mod rules {
         let key = "x-app-key: sandbox-app-key\r\n";
         let mut client = Client::to(sandbox.address());
         for (headers, status) in [
+            // What the page allows comes first, as the control for the refusals behind it.
             (good.clone(), 200),
             (good.replace("x-UserId", "X-UserID"), 200),
             (good.replace(key, ""), 200),
@@ -246,6 +253,7 @@ mod rules {
             (good.replace("Bearer ", "bearer"), 401),
             (good.replace(&token, ""), 401),
             (good.replace(&token, "made-up"), 401),
+            // Twice, though both are good: a server may take either, so the gateway must not send two.
             (format!("{good}Authorization: Bearer {token}\r\n"), 401),
             (good.replace(user, ""), 400),
             (good.replace(user, &user.repeat(2)), 400),
@@ -296,6 +304,7 @@ mod tokens {
         assert_eq!(calls[0].asked.as_deref(), Some("300"));
         assert_eq!(calls[0].issued.as_deref(), reply["AccessToken"].as_str());
         assert_eq!((calls[0].request.status, calls[0].request.complete), (Some(200), true));
+        // Token calls are never among the business calls, which tests of the gateway count.
         assert!(sandbox.requests().is_empty());
     }
 
@@ -328,6 +337,7 @@ mod tokens {
         sandbox.faults(Faults { lifetime_ms: Some(1500), ..Faults::default() }).unwrap();
         let fetched = Instant::now();
         let answer = fetch(&sandbox).json();
+        // The reply has whole seconds, rounded down: a client that trusts it stops using the token too early, never too late.
         assert_eq!(answer["Expires"], "1");
         let token = answer["AccessToken"].as_str().unwrap();
         assert_eq!(appoint(&sandbox, token).status, 200);
@@ -393,6 +403,7 @@ mod tokens {
         let token = reply["AccessToken"].as_str().unwrap().strip_prefix("Bearer ").unwrap();
         let created: u64 = reply["CreateTime"].as_str().unwrap().parse().unwrap();
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        // A day, and the time that the calls above took.
         assert!((86_400..86_500).contains(&(now - created)));
         assert_eq!(appoint(&sandbox, token).status, 200);
         let answer = fetch(&sandbox);
@@ -405,12 +416,14 @@ mod tokens {
         let token = token(&sandbox);
         let door = sandbox.cloud.token.as_ref().unwrap().address;
         assert_eq!(sandbox.token_url(), format!("http://{door}{TOKEN_PATH}"));
+        // A call first, so that the connection has been accepted and does not just wait in the backlog.
         let mut open = Client::to(door);
         assert_eq!(open.call("GET", "/_sandbox/", "", "").status, 200);
         sandbox.faults(Faults { token_down: true, ..Faults::default() }).unwrap();
         assert_eq!(TcpStream::connect(door).unwrap_err().kind(), ErrorKind::ConnectionRefused);
         assert!(open.read_to_end().is_ok_and(|bytes| bytes.is_empty()), "open connections end");
         assert_eq!(appoint(&sandbox, &token).status, 200);
+        // The other listener must not serve the token path in its place.
         let elsewhere = Client::to(sandbox.address()).call("POST", TOKEN_PATH, "", "{}");
         assert_eq!(elsewhere.status, 404);
         sandbox.reset();
@@ -465,6 +478,7 @@ mod faults {
         let (sandbox, mut client) = under(Fault::status(204).times(1));
         let answer = client.answer();
         assert_eq!((answer.status, answer.header("Content-Length")), (204, None));
+        // A second call on the same connection: bytes of a body would be taken for the beginning of its answer.
         assert_eq!(client.appoint(&token(&sandbox)).status, 200);
     }
 
@@ -511,6 +525,7 @@ mod faults {
         let begun = Instant::now();
         let (sandbox, mut client) = under(Fault::delayed(300));
         eventually("the task is assigned", || sandbox.tasks().len() == 1);
+        // Assigned, but not answered yet: whoever gives up now must not call again.
         assert_eq!(sandbox.requests()[0].status, None);
         assert_eq!(client.answer().status, 200);
         assert!(begun.elapsed() >= Duration::from_millis(300));
@@ -521,6 +536,7 @@ mod faults {
         let (sandbox, mut client) = under(Fault::instead(Instead::Hang));
         eventually("the request is read", || sandbox.requests().first().is_some_and(|r| r.complete));
         client.stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        // Unix reports a read timeout as `WouldBlock`, other systems as `TimedOut`.
         assert!(matches!(client.read().unwrap_err().kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut));
         assert_eq!(sandbox.requests()[0].status, None);
         assert_eq!(sandbox.tasks().len(), 1, "the harmful case: done, but nobody hears of it");
@@ -568,9 +584,11 @@ mod faults {
         assert!(text.ends_with("\r\n0\r\n\r\n"));
         let begun = Instant::now();
         let answer = answer_under(Fault::framing(Framing::SlowBody(2)));
+        // The body has 60 bytes, each behind a pause of 2 ms.
         assert!(answer.json()["resultCode"] == "0409000" && begun.elapsed() >= Duration::from_millis(120));
         let answer = answer_under(Fault { size: Some(100_000), ..Fault::default() });
         assert_eq!((answer.body.len(), answer.json()["resultCode"].as_str()), (100_000, Some("0409000")));
+        // Beyond 64 KiB, the part of a reply that the gateway holds back before it passes anything on.
         let cut = Fault { size: Some(100_000), ..Fault::framing(Framing::Cut(70_000)) };
         let bytes = under(cut).1.read_to_end().unwrap();
         assert!((70_000..71_000).contains(&bytes.len()));
@@ -623,6 +641,7 @@ mod faults {
     fn the_listener_goes_down_and_comes_back_on_the_same_port() {
         let sandbox = start();
         let token = token(&sandbox);
+        // More than once: tokio remembers the shutdown of a socket, so that each time needs a new handle.
         for _ in 0..3 {
             sandbox.faults(Faults { down: true, ..Faults::default() }).unwrap();
             let refused = TcpStream::connect(sandbox.address()).unwrap_err();
@@ -643,6 +662,7 @@ mod records {
         let token = token(&sandbox);
         let bytes = request("POST", APPOINT_PATH, &business_headers(&token), &body().to_string());
         let mut client = Client::to(sandbox.address());
+        // Seven bytes end in the middle of names, values and line breaks.
         for piece in bytes.as_bytes().chunks(7) {
             client.send(piece);
         }
@@ -677,6 +697,7 @@ mod records {
 
     #[test]
     fn unfinished_token_call_is_no_request() {
+        // A listener for both has to guess by the beginning of the head; a token listener knows.
         for token_listener in [false, true] {
             let sandbox = Sandbox::start(Options { token_listener, ..Options::default() }).unwrap();
             let door = sandbox.cloud.token.as_ref().map_or(sandbox.address(), |door| door.address);
@@ -707,6 +728,7 @@ mod records {
             let mut client = Client::to(sandbox.address());
             client.send(bytes);
             assert_eq!(client.answer().status, status, "{bytes}");
+            // Ends the drain at once. The answer above must have arrived, not been destroyed by a reset.
             client.stream.shutdown(std::net::Shutdown::Write).unwrap();
             assert!(client.read_to_end().unwrap().is_empty());
             let received = &sandbox.requests()[0];
@@ -734,6 +756,7 @@ mod records {
         assert_eq!(put(&mut client, r#"{"business":[{"times":1,"status":502}]}"#).status, 200);
         assert_eq!(client.appoint(&token).status, 502);
         assert_eq!(client.appoint(&token).status, 200);
+        // The last two are valid, but no control call could end them: this sandbox has one listener.
         for wrong in ["{", r#"{"typo":1}"#, r#"{"down":true}"#, r#"{"connections":[{"instead":"reset"}]}"#] {
             let answer = put(&mut client, wrong);
             assert_eq!(answer.status, 400, "{wrong}");
@@ -760,6 +783,7 @@ mod records {
     #[test]
     fn a_thousand_connections_are_served_side_by_side() {
         let sandbox = start();
+        // All are open before the first one sends, so that a server of one connection at a time would hang.
         let mut clients: Vec<_> = (0..1000).map(|_| Client::to(sandbox.address())).collect();
         for client in &mut clients {
             client.send(request("POST", "/x", "", "1"));
@@ -808,7 +832,8 @@ mod encrypted {
         let bytes = request("POST", "/x", "Connection: close\r\n", "1");
         stream.write_all(bytes.as_bytes()).unwrap();
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap(); // fails without a close_notify
+        // Fails without a close_notify, which tells a complete answer from a truncated one.
+        stream.read_to_string(&mut answer).unwrap();
         assert!(answer.starts_with("HTTP/1.1 404 "));
         assert_eq!(stream.conn.alpn_protocol(), Some(b"http/1.1".as_slice()));
         assert_eq!(sandbox.connections().application_bytes, bytes.len() as u64);
@@ -817,6 +842,7 @@ mod encrypted {
     #[test]
     fn a_failed_handshake_is_counted_with_its_alert_and_sends_no_application_bytes() {
         let (sandbox, _root) = start();
+        // The client trusts no root, so it ends the handshake before it sends anything.
         assert!(connect(&sandbox, None).write_all(b"POST").is_err());
         eventually("the failure is counted", || sandbox.connections().handshake_failures.len() == 1);
         let connections = sandbox.connections();

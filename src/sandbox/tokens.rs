@@ -1,6 +1,7 @@
-//! tokenByAkSk: who gets a token, how long it lives, what a new one does to older ones.
+//! The token endpoint `tokenByAkSk`: who gets a token, how long it is valid, what a new one does to older ones.
 //!
-//! Lifetimes are judged by the monotonic clock; `CreateTime` is the only use of the wall clock.
+//! A token expires by the monotonic clock, so that a jump of the wall clock changes no test. `CreateTime` is the only use of the
+//! wall clock.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -12,13 +13,13 @@ use super::http::{Head, Reply};
 use super::journal::Recording;
 use super::{Cloud, lock};
 
-/// Lifetime without `X-Token-Expire`, in seconds. Not documented; clients that leave it out see about this.
+/// The lifetime without `X-Token-Expire`, in seconds. Not documented; clients without this header observe about this.
 const DEFAULT_LIFETIME: u64 = 600;
 
-/// Longest lifetime that can be asked for, in seconds; more is cut to it.
+/// The longest lifetime that a call can ask for, in seconds; a longer one is cut to it.
 const MAX_LIFETIME: u64 = 3600;
 
-/// Dead tokens are swept when so many are held.
+/// Expired tokens are dropped once so many tokens are stored.
 const SWEEP_AT: usize = 10_000;
 
 /// Answers a call of the token endpoint.
@@ -30,6 +31,7 @@ pub(super) fn answer(cloud: &Cloud, head: &Head, body: &[u8], fault: &Fault, rec
         let script = cloud.script();
         (script.faults.habit, script.faults.lifetime_ms)
     };
+    // One lock for the check and the issue: a rotation between them would issue a token for the pair that was replaced.
     let mut tokens = lock(&cloud.tokens);
     let issued = tokens.check(head, body).map(|seconds| {
         let lifetime = lifetime_ms.map_or(Duration::from_secs(seconds), Duration::from_millis);
@@ -44,7 +46,7 @@ pub(super) fn answer(cloud: &Cloud, head: &Head, body: &[u8], fault: &Fault, rec
     }
 }
 
-/// The accepted pair and the tokens that live.
+/// The accepted pair of app key and secret, and the tokens that were issued.
 pub(super) struct Tokens {
     app_key: String,
     app_secret: String,
@@ -68,6 +70,7 @@ impl Tokens {
     pub(super) fn rotate(&mut self, app_key: &str, app_secret: &str) {
         app_key.clone_into(&mut self.app_key);
         app_secret.clone_into(&mut self.app_secret);
+        // Under `SameUntilExpiry` the new pair must get a token of its own.
         self.latest = None;
     }
 
@@ -75,12 +78,12 @@ impl Tokens {
         self.living.clear();
     }
 
-    /// The app key that this token was issued to, while it lives.
+    /// Returns the app key that a token was issued to; `None` if the token is unknown, revoked or expired.
     pub(super) fn holder(&self, token: &str) -> Option<&str> {
         self.living.get(token).filter(|issued| issued.lives()).map(|issued| issued.app_key.as_str())
     }
 
-    /// The lifetime asked for, in seconds, or the refusal.
+    /// Checks a token call. Returns the requested lifetime in seconds; the error is the reply to a call that gets no token.
     fn check(&self, head: &Head, body: &[u8]) -> Result<u64, Reply> {
         if head.method != "POST" {
             return Err(Reply::error(405, "tokenByAkSk is a POST"));
@@ -97,6 +100,7 @@ impl Tokens {
         }
     }
 
+    /// Returns a token: a new one, or the one before if `habit` says so.
     fn issue(&mut self, habit: Habit, lifetime: Duration) -> (String, Issued) {
         if habit == Habit::SameUntilExpiry
             && let Some(token) = self.latest.clone()
@@ -127,7 +131,7 @@ impl Issued {
         Instant::now() < self.ends
     }
 
-    /// The vendor's reply: seven members, all of them strings.
+    /// Returns the reply of the vendor's page: seven members, all of them strings.
     fn reply(&self, token: &str, fault: &Fault) -> Reply {
         let created = self.created.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let prefix = if fault.prefixed { "Bearer " } else { "" };
