@@ -1,5 +1,12 @@
-//! Arguments, logs, exit codes: 0 done, 1 found wrong or failed, 2 usage, 70 a part of the gateway ended or the
-//! trail lacks its end, 78 bad configuration.
+//! The command line: parses the arguments, sets up signals and the log, runs a command, and returns its exit code.
+//!
+//! | exit code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | the command found something wrong, or failed in a way that may pass |
+//! | 2 | wrong arguments |
+//! | 70 | a part of the gateway ended that must not, or the trail lacks its end |
+//! | 78 | an operator must change the configuration or something that it names |
 
 mod out;
 
@@ -33,13 +40,14 @@ use tracing_subscriber::prelude::*;
 use tracing_subscriber::reload;
 use uuid::Uuid;
 
-/// Exit code of a bad configuration (`EX_CONFIG`).
+/// The exit code of a bad configuration (`EX_CONFIG`).
 const BAD_CONFIGURATION: u8 = 78;
 
-/// Exit code of a gateway of which a thread or a task ended that must not (`EX_SOFTWARE`).
+/// The exit code of a gateway of which a thread or a task ended that must not (`EX_SOFTWARE`).
 const PART_ENDED: u8 = 70;
 
-/// A configuration that is not read by then hangs.
+/// The longest time for reading a configuration and the files that it names.
+// A file may be on a network mount whose server is gone. Without a limit the start would hang and say nothing.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Lets internal apps call CCSQM without holding a credential.
@@ -80,6 +88,7 @@ struct Configured {
 }
 
 impl Configured {
+    /// Loads and checks the configuration with the process's environment, and checks the files that it names.
     fn load(&self) -> Result<Config, Problems> {
         preflight::load_in_time(&self.config, &self.overrides, std::env::vars_os(), PATIENCE)
     }
@@ -98,11 +107,14 @@ fn parse_override(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
-/// Runs the command.
+/// Runs the command of the process's arguments and returns its exit code.
+// The handlers of signals come first, before arguments are parsed: as the first process of a container, the gateway would lose a
+// SIGTERM that arrives before.
 pub(crate) fn run() -> ExitCode {
     let signals = Signals::take();
     let _flushed = Flushed;
-    let _ = hide_memory(); // `check` reads secrets, too, and `audit` the chain's key; `serve` tells when it fails
+    // For all commands: `check` reads secrets, too, and `audit` the key of the chain. `serve` does it again and logs a failure.
+    let _ = hide_memory();
     let signals = match signals {
         Ok(signals) => signals,
         Err(error) => {
@@ -124,8 +136,9 @@ pub(crate) fn run() -> ExitCode {
         Command::Audit(args) => audit::run(&args),
     };
     let code = run().unwrap_or_else(|error| {
+        // What ended was logged when it ended.
         if error.is::<Ended>() {
-            return ExitCode::from(PART_ENDED); // it was logged when it ended
+            return ExitCode::from(PART_ENDED);
         }
         complain!("ccsqm-gateway: {error:#}");
         ExitCode::FAILURE
@@ -133,9 +146,10 @@ pub(crate) fn run() -> ExitCode {
     out::exit_code(code)
 }
 
-/// Prints help, or what is wrong with the arguments.
+/// Prints the help, or what is wrong with the arguments. Returns the exit code.
 fn usage(said: &clap::Error) -> ExitCode {
-    // What is said of them has lines, which no argument may add to: it is said of the same ones, made plain.
+    // clap's text has several lines and quotes the arguments. A line break in an argument would look like a line of clap's. So
+    // the arguments are escaped and parsed again, and the error about those is printed.
     let made_plain = std::env::args_os().map(|argument| plain::line(&argument.to_string_lossy()));
     let of_plain = Arguments::try_parse_from(made_plain).err();
     let text = of_plain.as_ref().unwrap_or(said).render().to_string();
@@ -148,13 +162,14 @@ fn usage(said: &clap::Error) -> ExitCode {
     ExitCode::from(u8::try_from(said.exit_code()).unwrap_or(1))
 }
 
-/// A core dump would hold the secrets; so does the memory, which other processes of the same user could read.
+/// Turns off core dumps, and access of other processes of the same user to the memory of this one.
+// Both hold the secrets. `PR_SET_DUMPABLE` forbids ptrace and makes the files in /proc/PID root's.
 fn hide_memory() -> rustix::io::Result<()> {
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 
-/// Writes what is left of the log when the command ends, be it by a panic.
+/// Writes the rest of the log when it is dropped: at the end of the command, also by a panic.
 struct Flushed;
 
 impl Drop for Flushed {
@@ -164,10 +179,14 @@ impl Drop for Flushed {
     }
 }
 
-/// Sets another level of the log, and which requests have a line.
+/// Sets another level of the log, and which requests have a line. A reload calls it.
 type SetLog = Box<dyn Fn(&Log) + Send>;
 
-/// Logs to stderr, as configured. A panic is logged, too.
+/// Starts logging to stderr, as configured. Returns a function that changes the level. To be called once in a process.
+///
+/// # Errors
+///
+/// The thread of the log cannot be started.
 fn begin_log(settings: &Log) -> anyhow::Result<SetLog> {
     log::start().context("the thread of the log")?;
     let filter = targets(&settings.level);
@@ -180,6 +199,8 @@ fn begin_log(settings: &Log) -> anyhow::Result<SetLog> {
     let layer = if json { layer.json().boxed() } else { layer.boxed() };
     let (filter, level) = reload::Layer::new(filter);
     tracing_subscriber::registry().with(layer.with_filter(filter)).init();
+    // The default hook writes several lines past the queue of the log, which a reader of JSON cannot parse, and may block on a
+    // full pipe.
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "panic")));
     log::requests::set(settings.requests);
     Ok(Box::new(move |settings| {
@@ -188,7 +209,8 @@ fn begin_log(settings: &Log) -> anyhow::Result<SetLog> {
     }))
 }
 
-/// What is logged. The HTTP/2 library would log frames with texts of the upstream, which may quote the credential.
+/// Returns the filter for a level. The text was validated with the configuration.
+// Without the HTTP/2 library, whatever the level: it logs frames with texts of the upstream, which may quote the credential.
 fn targets(text: &str) -> Targets {
     text.parse::<Targets>().unwrap_or_default().with_target("h2", LevelFilter::OFF)
 }

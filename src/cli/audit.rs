@@ -1,4 +1,7 @@
-//! `audit init | verify | in-doubt | unresolved | resolve | show | head | accept-loss | accept-clock`.
+//! The commands `audit init | verify | in-doubt | unresolved | resolve | show | head | accept-loss | accept-clock`.
+//!
+//! They read and verify a trail, also beside a running gateway. What changes the trail of a running gateway is done by that
+//! gateway, which has the trail locked: the command asks it through its control socket.
 
 mod show;
 
@@ -159,7 +162,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// An error with the directory that it is about.
+/// Returns an error with the directory that it is about. Its kind stays, which decides the exit code.
 fn named(directory: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", directory.display()))
 }
@@ -172,8 +175,10 @@ fn make(Place { directory, key_file }: &Place) -> anyhow::Result<bool> {
 }
 
 impl Place {
+    /// Returns the keys of the trail.
     fn keys(&self) -> anyhow::Result<Keys> {
         let Self { directory, key_file } = self;
+        // The directory first: without it, or without access to it, the key in it is not what is wrong.
         fs::metadata(directory).map_err(|error| named(directory, &error))?;
         if let Some(path) = key_file {
             return Ok(Keys::load(path)?);
@@ -189,8 +194,10 @@ impl Place {
 }
 
 impl Trail {
+    /// Reads and verifies the whole trail.
     fn read(&self) -> anyhow::Result<Found> {
         let directory = &self.place.directory;
+        // With a wrong key each record looks changed. One error about the key says more than a line for each record.
         let found = read(directory, &self.place.keys()?).map_err(|error| named(directory, &error))?;
         let record = found.faults.first().map(|fault| fault.seq).filter(|_| !found.fits_its_key());
         if let Some(record) = record {
@@ -206,9 +213,11 @@ impl Trail {
     }
 }
 
+/// Prints what is wrong with a trail. Returns whether nothing is.
 fn verify(trail: &Trail, found: &Found) -> bool {
-    // A live trail may end in the middle of a write.
+    // A running gateway may be in the middle of a write, so that a torn last line is no fault.
     let torn = found.torn.as_ref().filter(|_| !is_live(&trail.place.directory));
+    // Not a success: otherwise a trail of which all segments were removed would pass as whole.
     let is_empty = found.seq == 0;
     let faults: Vec<_> = found.faults.iter().chain(&found.recorded).collect();
     let whole = faults.is_empty() && found.damage.is_empty() && torn.is_none() && !is_empty;
@@ -247,7 +256,8 @@ fn name(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// Says what is missing to who asked for something else.
+/// Prints what is missing of a trail to stderr, for the commands whose own output does not say it.
+// An incomplete trail makes their lists incomplete, which a script that reads stdout alone cannot see.
 fn warn(trail: &Trail, found: &Found) {
     for damage in &found.damage {
         let file = trail.place.directory.join(&damage.file);
@@ -296,7 +306,7 @@ fn list(trail: &Trail, calls: &[&UnresolvedCall]) {
     }
 }
 
-/// A text among others in a line: in quotes where it could pass for more than one word.
+/// Returns a text for a place in a line of words: in quotes, as JSON, if it could be taken for more than one word.
 fn word(text: &str) -> String {
     let is_word = !text.is_empty() && text.chars().all(|it| it > ' ' && it != '"');
     if is_word { text.to_owned() } else { json!(text).to_string() }
@@ -315,6 +325,7 @@ fn head(trail: &Trail, found: &Found) -> bool {
 
 fn accept(trail: &Trail) -> anyhow::Result<bool> {
     let Place { directory, key_file } = &trail.place;
+    // Without the key nothing in the segments can be proven. They are moved aside, and a new trail begins.
     if let Err(init::Absent::KeyOfSegments { .. }) = init::check(directory, key_file.as_deref(), false) {
         let aside = accept_lost_key(directory)?;
         out!(
@@ -346,6 +357,7 @@ fn record_resolution(args: &Resolve) -> anyhow::Result<bool> {
         note: args.note.clone(),
         correct: args.correct,
     };
+    // Without a running gateway. The user of this process is recorded, as a gateway records that of the control socket's peer.
     let append = || {
         let resolved = resolve(&args.place.directory, args.place.keys()?, &finding, geteuid().as_raw());
         match resolved {
@@ -368,6 +380,10 @@ fn believe_clock(args: &AcceptClock) -> anyhow::Result<bool> {
 }
 
 /// Asks the gateway that writes a trail; without one, appends to the trail.
+///
+/// # Errors
+///
+/// The error of `append`. A gateway that does not answer is a refusal in the answer, not an error.
 fn ask_or_append(
     place: &Place,
     asking: &Asking,
@@ -381,12 +397,13 @@ fn ask_or_append(
         }));
     }
     append().or_else(|error| match error.downcast_ref() {
-        // A gateway started, or another command is at it.
+        // Since the check above a gateway has started, or another command has taken the lock.
         Some(StartError::Locked(_)) => Ok(Answer::refused(&format!("{error}; try again"))),
         _ => Err(error),
     })
 }
 
+/// Prints an answer. Returns whether it was a success.
 fn tell(asking: &Asking, answer: &Answer) -> bool {
     if asking.json {
         out!("{}", json!(answer));

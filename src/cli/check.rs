@@ -1,5 +1,7 @@
-//! `check`: the configuration in effect, and who can use which credential. What it prints is itself a
-//! configuration, with everything else in comments.
+//! The command `check`: validates a configuration, then prints the one in effect and who can use which credential.
+//!
+//! It succeeds exactly when `serve` would start, and changes nothing. Its output is a valid configuration; everything else is in
+//! comments of it. No secret is printed.
 
 use std::io;
 use std::io::IsTerminal;
@@ -32,6 +34,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> ExitCode {
     let file = args.configured.config.display().to_string();
     match args.configured.load() {
+        // A good file is not enough: a directory, a port or a key may be missing that only a start would notice.
         Ok(config) => match App::rehearse(&config, &args.configured.config) {
             Err(error) => {
                 let refusal = Refusal::of(&error);
@@ -56,6 +59,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
             if args.json {
                 let problems: Vec<_> = problems.iter().map(|problem| problem.to_json()).collect();
                 document(&json!({ "good": false, "file": file, "problems": problems }));
+            // Only on a terminal: tools read the plain form, one line for each mistake.
             } else if io::stderr().is_terminal() {
                 log::say(&snippet::reports(&problems));
             } else {
@@ -66,7 +70,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
     }
 }
 
-/// One that has lines, as JSON.
+/// Prints a JSON document, indented.
 fn document(value: &Value) {
     out::lines(&format!("{value:#}"));
 }
@@ -84,10 +88,12 @@ fn print(configured: &Configured, config: &Config, notes: Vec<String>) {
     }
 }
 
+/// Prints who can use each credential.
 fn access(config: &Config) {
     out!("");
     out!("# Who can use which credential:");
     let access = config.access();
+    // By the credentials, not by their users: one that nobody can use must be seen, too.
     for name in config.effective()["credentials"].as_array().into_iter().flatten().map(|c| &c["name"]) {
         let mut users = access.iter().filter(|access| *name == *access.credential).peekable();
         let nobody = if users.peek().is_none() { " nobody" } else { "" };
@@ -131,6 +137,7 @@ fn machine_readable(configured: &Configured, config: &Config, notes: Vec<String>
     })
 }
 
+/// Returns what an operator should know of a good configuration, as sentences.
 fn notices(configured: &Configured, config: &Config) -> Vec<String> {
     let loopback = config.trusts_loopback().then(|| LOOPBACK_NOTICE.to_owned());
     let memory = MemoryBound::new(&config.idempotency).notice();
@@ -170,8 +177,9 @@ fn sections(configuration: &Value) {
     }
 }
 
+/// Prints one table of the configuration.
 fn members(header: &str, table: &Value) {
-    // Of the built-in route no file may hold these.
+    // A file may not set these keys of the built-in route, so they are comments: the output must be accepted as a configuration.
     let built_in = header == "[[routes]]" && table["name"] == BUILT_IN_ROUTE;
     let is_fixed = |key: &str| built_in && Route::FIXED.contains(&key);
     out!("");
@@ -179,6 +187,7 @@ fn members(header: &str, table: &Value) {
     for (key, value) in table.as_object().into_iter().flatten() {
         match value {
             Value::Null if built_in && key == "contract_file" => out!("# {key}: built in"),
+            // TOML has no null, so that a key which is not set can only be a comment.
             Value::Null => out!("# {key}: not set"),
             _ if built_in && key == "contract_file" => {
                 out!("{key} = {} # replaces the built-in contract", toml(value));
@@ -189,6 +198,7 @@ fn members(header: &str, table: &Value) {
     }
 }
 
+/// Returns a value in the syntax of TOML, on one line.
 fn toml(value: &Value) -> String {
     match value {
         Value::Array(items) => format!("[{}]", items.iter().map(toml).collect::<Vec<_>>().join(", ")),
@@ -197,7 +207,8 @@ fn toml(value: &Value) -> String {
     }
 }
 
-/// JSON's escapes are TOML's, but for those of characters beyond U+FFFF.
+/// Returns a character of a JSON text as TOML writes it: escaped if it is not plain.
+// Both languages have the same escapes, except that TOML has no surrogate pairs: a character beyond U+FFFF is `\UXXXXXXXX`.
 fn escaped(character: char) -> String {
     let (escaped, code) = (plain::line(character.encode_utf8(&mut [0; 4])), u32::from(character));
     if escaped.len() > 6 { format!("\\U{code:08x}") } else { escaped }

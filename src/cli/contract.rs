@@ -1,4 +1,4 @@
-//! `contract check`: a body against a contract.
+//! The command `contract check`: checks a body against a contract, as the gateway would.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -46,6 +46,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(BAD_CONFIGURATION));
         }
     };
+    // `Detect` is the default of `bare_ids`, so that most callers get this result.
     let fault = contract.check(read(&body)?.into(), BareIds::Detect).result.err();
     if json {
         out!("{}", machine_text(fault.as_ref()));
@@ -85,7 +86,7 @@ fn print(fault: Option<&Fault>) {
     }
 }
 
-/// The violations have the form that a caller sees in a refusal's `errors`.
+/// Returns the result as JSON. The violations have the form that they have in the `errors` of a refusal to a caller.
 fn machine_text(fault: Option<&Fault>) -> Value {
     let (not_json, list, total) = match fault {
         None => (None, &[][..], 0),

@@ -1,4 +1,7 @@
-//! `demo`: the gateway as users run it, on a sandbox of the cloud. The two share a URL and secret files.
+//! The command `demo`: runs the gateway on a sandbox of the cloud, with an example request.
+//!
+//! The gateway is built from a configuration file, as users run it. It shares nothing with the sandbox but a URL and the files
+//! with the secrets.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -21,7 +24,7 @@ use super::signals::{Asked, HangUp, Signals, while_listening};
 
 const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 
-/// The vendor's own example.
+/// The example of the vendor's page of this call.
 const EXAMPLE: &str = r#"{"qualityTaskId":"954645333549048833","setCountsType":1,"isTakeEffect":0,"setCounts":[{"personID":"1600226476732482572","count":2}]}"#;
 
 /// Run the gateway on a sandbox of the cloud, with an example request.
@@ -42,11 +45,12 @@ pub(super) fn run(args: Args, signals: Signals) -> anyhow::Result<ExitCode> {
     if args.once {
         return demo(&args, None);
     }
-    // The terminal that shows it may go away; its directory goes with it.
+    // SIGHUP means that the terminal is gone. A stop removes the temporary directory, which the default effect of the signal would
+    // leave behind.
     while_listening(signals, HangUp::Stops, move |asked| demo(&args, Some(&asked)))
 }
 
-/// With nobody asked for a stop, one request is shown.
+/// Runs the demo: until a stop, or without `asked` for one request, which it shows.
 fn demo(args: &Args, asked: Option<&Asked>) -> anyhow::Result<ExitCode> {
     let sandbox = Sandbox::start(options()).context("the sandbox")?;
     let folder = TempDir::with_prefix("ccsqm-gateway-demo-")?;
@@ -56,6 +60,7 @@ fn demo(args: &Args, asked: Option<&Asked>) -> anyhow::Result<ExitCode> {
         (args.listen, args.admin)
     };
     let config = write_configuration(folder.path(), &sandbox, listen, admin)?;
+    // Without the environment: variables that are set for a real gateway must not reach the demo.
     let config = preflight::load(&config, &[], [])?;
     if !args.once {
         drop(super::begin_log(&config.log)?);
@@ -74,12 +79,14 @@ fn demo(args: &Args, asked: Option<&Asked>) -> anyhow::Result<ExitCode> {
     let shown = show_one(address, &sandbox, folder.path());
     let _ = stop.send(());
     let ran = running.join().map_err(|_| anyhow::anyhow!("the gateway panicked"))?;
-    ran.inspect_err(|error| complain!("ccsqm-gateway: {error}"))?; // nothing is logged here
+    // `--once` has no log, and `cli::run` relies on the log for some errors. Before `shown`, which a gateway that ended explains.
+    ran.inspect_err(|error| complain!("ccsqm-gateway: {error}"))?;
     shown?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// With an app key that is long enough to be looked for in replies.
+/// Returns the options of the sandbox.
+// With an app key of 16 bytes and more: the gateway searches replies only for secrets of that length, and warns about others.
 fn options() -> Options {
     Options { app_key: "app-key-of-the-demo".into(), ..Options::default() }
 }
@@ -148,6 +155,7 @@ fn show_one(address: SocketAddr, sandbox: &Sandbox, folder: &Path) -> anyhow::Re
     let received = sandbox.requests();
     let [received] = received.as_slice() else { bail!("the upstream received {} requests", received.len()) };
     let head = String::from_utf8_lossy(&received.head).into_owned();
+    // The demo is also a test of the installation: it fails unless the gateway has added each of these once.
     for name in ["authorization", "x-app-key", "x-userid"] {
         let count =
             head.lines().filter(|line| line.to_ascii_lowercase().starts_with(&format!("{name}:"))).count();
@@ -164,6 +172,7 @@ fn show_one(address: SocketAddr, sandbox: &Sandbox, folder: &Path) -> anyhow::Re
     Ok(())
 }
 
+/// Returns a header line with its token masked: people copy what a demo shows.
 fn mask(line: &str) -> String {
     match line.split_once(':') {
         Some((name, value)) if name.eq_ignore_ascii_case("authorization") => {
@@ -182,7 +191,12 @@ fn show(title: &str, text: &str) {
     out!("");
 }
 
-/// The request's two records. The outcome is queued before the reply's last byte, and written soon after.
+/// Returns the two records of the request: intent and outcome.
+///
+/// # Errors
+///
+/// They are not in the trail within 5 s.
+// Without a key a reply does not wait for its outcome to be written, so that the record may come after it.
 fn audit_records(directory: &Path) -> anyhow::Result<String> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {

@@ -1,4 +1,4 @@
-//! `healthcheck`: for containers without curl.
+//! The command `healthcheck`: asks the admin listener of a running gateway. For images without curl.
 
 use std::io;
 use std::net::ToSocketAddrs;
@@ -26,6 +26,7 @@ pub(super) struct Args {
 }
 
 fn parse_admin(text: &str) -> Result<String, String> {
+    // Checked here, since a name is resolved later, and the error of that would not say what is expected.
     let (host, port) = text.rsplit_once(':').unwrap_or_default();
     let is_plain = !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic());
     let fits = is_plain && port.parse::<u16>().is_ok();
@@ -35,6 +36,7 @@ fn parse_admin(text: &str) -> Result<String, String> {
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let at = match &args.admin {
         Some(admin) => admin.clone(),
+        // Only this one setting is read: the command may run without the files that the rest of a configuration names.
         None => match preflight::admin_address(args.config.as_deref(), std::env::vars_os()) {
             Ok(address) => address.to_string(),
             Err(problems) => {
@@ -53,7 +55,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Asks the first address of the name at which somebody listens.
+/// Returns the reply from the first address of the name that does not refuse the connection.
+// `localhost` has two addresses, and a listener often only one of them.
 fn ask(at: &str, path: &str) -> io::Result<String> {
     let mut failed = io::Error::other("the name has no address");
     for address in at.to_socket_addrs()? {

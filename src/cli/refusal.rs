@@ -1,5 +1,8 @@
-//! Why a start is refused though its configuration is good: what `serve` and `check` say of it. The exit code of that, and
-//! of an `audit` command that fails.
+//! The message and exit code of a start that is refused though its configuration is good; and the exit code of a failed `audit`
+//! command.
+//!
+//! `serve` and `check` share it, so that they say the same. The exit code decides whether a supervisor tries again: 1 for what
+//! may pass, 78 for what an operator must change.
 
 use std::io;
 use std::path::Path;
@@ -11,30 +14,31 @@ use serde_json::{Value, json};
 
 use super::BAD_CONFIGURATION;
 
-/// Exit code of what failed and may succeed without anybody's doing: see [`is_lasting`].
+/// The exit code of a failure that may pass by itself: see [`is_lasting`].
 const FAILED: u8 = 1;
 
-/// Why a start is refused.
+/// The reason why a start is refused.
 pub(super) struct Refusal {
-    /// What it is about, if that is a setting.
+    /// The key of the setting that it is about, if there is one.
     key: Option<String>,
     reason: String,
     pub(super) code: u8,
 }
 
 impl Refusal {
-    /// Of an error of [`ccsqm_gateway::app::App`].
+    /// Returns the refusal for an error of [`ccsqm_gateway::app::App`].
     pub(super) fn of(error: &anyhow::Error) -> Self {
         let bind = error.downcast_ref::<BindError>().map(|error| error.key.clone());
         let key = bind.or_else(|| key_of(error.downcast_ref()?).map(str::to_owned));
         Self { key, reason: format!("{error:#}"), code: code_of(error) }
     }
 
-    /// In one line.
+    /// Returns the refusal as one line. `file` is that of the configuration.
     pub(super) fn line(&self, file: &Path) -> String {
         match &self.key {
             Some(key) => format!("{}: {key}: {}", file.display(), self.reason),
-            None => format!("ccsqm-gateway: {}", self.reason), // no setting is wrong
+            // No setting is wrong, so the file must not be blamed.
+            None => format!("ccsqm-gateway: {}", self.reason),
         }
     }
 
@@ -43,22 +47,25 @@ impl Refusal {
     }
 }
 
-/// The setting that an error of the audit trail is about.
+/// Returns the key of the setting that an error of the audit trail is about.
 fn key_of(error: &StartError) -> Option<&'static str> {
     match error {
+        // The limit on the size of files is the process's (`ulimit -f`), and no setting of the configuration.
         StartError::Limit(_) => None,
         StartError::KeyFile(_) => Some("audit.key_file"),
         _ => Some("audit.directory"),
     }
 }
 
-/// The exit code of an error of a start, or of an `audit` command.
+/// Returns the exit code of an error of a start, or of an `audit` command.
 pub(super) fn code_of(error: &anyhow::Error) -> u8 {
+    // The gateway that holds the trail may stop at any moment, as in a restart.
     let is_locked = matches!(error.downcast_ref(), Some(StartError::Locked(_)));
     let may_pass = is_locked || system_error(error).is_some_and(|error| !is_lasting(error));
     if may_pass { FAILED } else { BAD_CONFIGURATION }
 }
 
+/// Returns the error of the operating system in an error, if it has one.
 fn system_error(error: &anyhow::Error) -> Option<&io::Error> {
     if let Some(error) = error.downcast_ref::<BindError>() {
         return Some(&error.error);
@@ -74,8 +81,10 @@ fn system_error(error: &anyhow::Error) -> Option<&io::Error> {
     }
 }
 
-/// Whether an operator must change something, such as a limit on the size of files. A full disk, an address that another
-/// process has, or that the machine does not have yet: all that may pass, so that a supervisor may try again.
+/// Whether an operator must change something, such as a limit on the size of files. False for what may pass: a full disk, an
+/// address that another process uses, or that the machine does not have yet.
+// With 78 systemd does not restart the unit. The list has the lasting ones, so that a kind which nobody has thought of is tried
+// again: a restart too many does less harm than a gateway that stays down.
 fn is_lasting(error: &io::Error) -> bool {
     use io::ErrorKind::{
         AlreadyExists, FileTooLarge, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound,
@@ -110,6 +119,7 @@ mod tests {
             (PermissionDenied, BAD_CONFIGURATION),
             (ReadOnlyFilesystem, BAD_CONFIGURATION),
             (FileTooLarge, BAD_CONFIGURATION),
+            // The control: the one of these that passes.
             (StorageFull, FAILED),
         ] {
             let of_key = || KeyError::File("key".into(), kind.into());

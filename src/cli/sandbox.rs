@@ -1,4 +1,4 @@
-//! `sandbox`: the cloud in one process, for people who build against it.
+//! The command `sandbox`: runs the simulator of the cloud alone, for people who develop against it.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -27,12 +27,13 @@ pub(crate) struct Args {
     allow_remote: bool,
 }
 
-/// Runs until Ctrl-C.
+/// Runs until a stop is asked for: Ctrl-C, SIGTERM or SIGHUP.
 pub(crate) fn run(args: Args, signals: Signals) -> anyhow::Result<ExitCode> {
     while_listening(signals, HangUp::Stops, move |asked| sandbox(args, &asked))
 }
 
 fn sandbox(args: Args, asked: &Asked) -> anyhow::Result<ExitCode> {
+    // The control API has no login, and the records show credentials in clear.
     ensure!(
         args.allow_remote || args.listen.ip().is_loopback(),
         "{} can be reached by other machines; give --allow-remote if that is meant",
@@ -43,6 +44,7 @@ fn sandbox(args: Args, asked: &Asked) -> anyhow::Result<ExitCode> {
     let (app_key, app_secret) = (options.app_key.clone(), options.app_secret.clone());
     let sandbox = Sandbox::start(options).with_context(|| format!("can't start on {}", args.listen))?;
     introduce(&sandbox, &app_key, &app_secret);
+    // False if a stop came during the start.
     if asked.started() {
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         runtime.block_on(asked.clone().stopped());

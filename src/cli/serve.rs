@@ -1,4 +1,4 @@
-//! `serve`.
+//! The command `serve`: loads the configuration, builds the gateway and runs it until a stop.
 
 use std::process::ExitCode;
 
@@ -13,7 +13,7 @@ use super::refusal::Refusal;
 use super::signals::{Asked, HangUp, Signals, while_listening};
 use super::{BAD_CONFIGURATION, Configured, out};
 
-/// Files beside connections: listeners, audit, admin, token calls, the runtimes' own.
+/// The number of file descriptors beside connections: listeners, audit, admin, token calls, the runtimes' own.
 const OTHER_FILES: u64 = 128;
 
 /// What to serve.
@@ -28,12 +28,14 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, signals: Signals) -> anyhow::Result<ExitCode> {
-    log::start()?; // so that not even a start waits for who reads its errors
+    // The thread of the log first: a start that prints its errors must not hang because nobody reads stderr.
+    log::start()?;
     while_listening(signals, HangUp::Reloads, move |asked| serve(args, &asked))
 }
 
 fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Result<ExitCode> {
-    let hidden = super::hide_memory(); // before there is a secret in it
+    // Before the memory holds a secret. A failure is logged below, since there is no log yet.
+    let hidden = super::hide_memory();
     let config = match configured.load() {
         Ok(config) => config,
         Err(problems) => {
@@ -58,6 +60,7 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
             return Ok(ExitCode::from(refusal.code));
         }
     };
+    // A stop came during the start. The trail was opened, so it must be closed, and its end may fail to be written.
     if !asked.started() {
         return app.discard().map(|()| ExitCode::SUCCESS);
     }
@@ -66,7 +69,8 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
     app.run(asked.clone().stopped(), Some(source)).map(|()| ExitCode::SUCCESS)
 }
 
-/// Each connection is a file, and the soft limit is 1,024 where nobody raised it.
+/// Raises the soft limit on open files to the hard one, and warns if that is less than `connections` need.
+// Each connection is a file, and the soft limit is 1,024 by default.
 fn allow_files(connections: usize) {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {

@@ -1,7 +1,8 @@
-//! Signals that a command takes, from before anything is read until it ends.
+//! Signal handling of a command, from before anything is read until it ends.
 //!
-//! What a process has no handler for ends it, or is dropped by the kernel where it is the first process of a container. So the
-//! handlers come first. They belong to a thread that does nothing else: whatever the work waits for, a stop is heard of.
+//! A signal without a handler ends the process, or is dropped by the kernel if the process is the first one of a container. So
+//! the handlers are set up first. The main thread does nothing but wait for signals, so that a stop is noticed whatever the
+//! command waits for. A command that has not begun to serve is left behind 500 ms after a stop.
 
 use std::panic::resume_unwind;
 use std::process::ExitCode;
@@ -18,13 +19,14 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
-/// A start that is asked to stop may take so long to end by itself. What it reads may be long, or hang.
+/// The longest time in which a start that is asked to stop may end by itself.
+// A start may read a long trail, or hang at a file. It has served nobody, so that nothing is lost if it is left behind.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// The stack of the work, as large as the first thread's.
+/// The stack of the command's thread, in bytes. As large as that of the main thread by default.
 const STACK: usize = 8 << 20;
 
-/// What SIGHUP means.
+/// The meaning of SIGHUP for a command.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum HangUp {
     /// The configuration is read again.
@@ -33,13 +35,15 @@ pub(super) enum HangUp {
     Stops,
 }
 
-/// What signals have asked for so far.
+/// What signals have asked for so far. Clones share it.
 #[derive(Clone)]
 pub(super) struct Asked {
     stop: watch::Receiver<bool>,
-    /// SIGHUP came, perhaps before anybody waited for it.
+    /// Notified by SIGHUP. A notification that arrives during the start is stored for the reload.
     pub(super) reload: Arc<Notify>,
-    /// Somebody has decided whether the start ends in service or in a stop.
+    /// Whether it is decided how the start ends: in service, or by being left behind.
+    // The command and the main thread both try to set it, and the first one wins: a gateway that has begun to serve is never left
+    // behind, and one that is left behind never begins.
     is_decided: Arc<AtomicBool>,
 }
 
@@ -54,7 +58,7 @@ impl Asked {
         let _ = self.stop.wait_for(|stop| *stop).await;
     }
 
-    /// The start is over: from now on a stop waits for the work. Returns false if a stop came before.
+    /// Ends the start: from now on a stop waits for the work. Returns false if a stop came before; the work must end then.
     pub(super) fn started(&self) -> bool {
         !self.to_stop() && self.decide()
     }
@@ -64,12 +68,14 @@ impl Asked {
     }
 }
 
-/// The handlers of signals, and what hears of them.
+/// The handlers of signals, and the runtime that receives them.
 pub(super) struct Signals {
     runtime: Runtime,
+    /// `None` for a command that ends by itself.
     stops: Option<Stops>,
 }
 
+/// The signals that stop or reload a command.
 struct Stops {
     terminate: Signal,
     interrupt: Signal,
@@ -77,22 +83,27 @@ struct Stops {
 }
 
 impl Signals {
-    /// To be called before anything else: what comes before a handler is lost to the first process of a container. Of commands
-    /// that end by themselves a signal does what it always does.
+    /// Sets up the handlers. To be called before anything else. A command that ends by itself keeps the default effect of all
+    /// signals but SIGXFSZ.
+    ///
+    /// # Errors
+    ///
+    /// The runtime or a handler cannot be set up.
     pub(super) fn take() -> anyhow::Result<Self> {
         let runtime =
             Builder::new_current_thread().enable_all().build().context("the runtime of the signals")?;
         let within = runtime.enter();
         let stops = serves().then(Stops::listen).transpose()?;
-        // From now on a file that would grow beyond RLIMIT_FSIZE is an error of who writes it, as on a full disk; by default
-        // SIGXFSZ ends the process. The handler stays when nobody listens any more.
+        // By default SIGXFSZ ends the process when a file would grow beyond RLIMIT_FSIZE, and outcomes that are not written would
+        // be lost. With a handler the write fails instead, as on a full disk. The handler stays when its stream is dropped.
         drop(signal(SignalKind::from_raw(Number::XFSZ.as_raw())).context("SIGXFSZ")?);
         drop(within);
         Ok(Self { runtime, stops })
     }
 }
 
-/// Whether the command is one that runs until it is stopped. The arguments are not parsed yet: that takes milliseconds.
+/// Whether the command is one that runs until it is stopped and may be the first process of a container.
+// By the first argument alone: parsing them all takes milliseconds, in which a signal could arrive.
 fn serves() -> bool {
     env::args_os().nth(1).is_some_and(|command| command == "serve" || command == "sandbox")
 }
@@ -108,8 +119,17 @@ impl Stops {
     }
 }
 
-/// Runs work on a thread of its own, and listens for signals meanwhile. Work that has not called [`Asked::started`] when a stop is
-/// asked for is left behind after a while: it has served nobody.
+/// Runs `work` on a thread of its own and listens for signals meanwhile. Returns its result.
+///
+/// Work that has not called [`Asked::started`] within 500 ms after a stop is left behind, and the result is success.
+///
+/// # Errors
+///
+/// The error of the work, or the handlers or the thread cannot be set up.
+///
+/// # Panics
+///
+/// Resumes a panic of the work.
 pub(super) fn while_listening(
     Signals { runtime, stops }: Signals,
     hang_up: HangUp,
@@ -132,6 +152,7 @@ pub(super) fn while_listening(
     let result = runtime.block_on(wait(&mut finished, &mut stops, hang_up, &stop, &asked));
     match result {
         Some(Ok(result)) => result,
+        // The work has dropped its sender without a result, which only a panic does.
         Some(Err(_)) => match thread.join() {
             Err(panic) => resume_unwind(panic),
             Ok(()) => unreachable!("it had sent its result"),
@@ -143,7 +164,8 @@ pub(super) fn while_listening(
     }
 }
 
-/// Waits for the result of the work, and passes signals on to it meanwhile. `None`: the work was to stop, and had not started.
+/// Waits for the result of the work and passes signals on to it meanwhile. Returns `None` if a stop was asked for and the work
+/// had not started in time.
 async fn wait<T>(
     finished: &mut oneshot::Receiver<T>,
     Stops { terminate, interrupt, hung_up }: &mut Stops,
@@ -164,6 +186,7 @@ async fn wait<T>(
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
             _ = hung_up.recv() => {
+                // Stores one notification if nobody waits, so that a SIGHUP during the start is not lost.
                 asked.reload.notify_one();
                 if hang_up == HangUp::Reloads {
                     continue;
@@ -173,11 +196,13 @@ async fn wait<T>(
                 if asked.decide() {
                     return None;
                 }
-                end = None; // it serves, and drains
+                // It has begun to serve, so it drains. Its own deadlines bound that.
+                end = None;
                 continue;
             }
         }
         stop.send_replace(true);
+        // A second signal does not extend the time of the first one.
         end = end.or(Some(Instant::now() + PATIENCE));
     }
 }

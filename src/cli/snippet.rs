@@ -1,4 +1,4 @@
-//! Mistakes of a configuration for a terminal: each with its place, and the value where it may be shown.
+//! Formats the mistakes of a configuration for a terminal: each with its place, and with the value if it may be shown.
 
 use std::env;
 
@@ -6,8 +6,9 @@ use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet}
 use ccsqm_gateway::config::{Problem, Problems};
 use ccsqm_gateway::plain;
 
-/// One report a mistake.
+/// Returns one report for each mistake, with colours unless the environment says otherwise.
 pub(super) fn reports(problems: &Problems) -> String {
+    // https://no-color.org: any value that is not empty.
     let is_plain = env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty())
         || env::var_os("TERM").is_none_or(|terminal| terminal == "dumb");
     let renderer = if is_plain { Renderer::plain() } else { Renderer::styled() };
@@ -20,6 +21,7 @@ fn report(problem: &Problem) -> Group<'static> {
         return Group::with_title(Level::ERROR.primary_title(problem.to_string()));
     };
     let (title, path) = (Level::ERROR.primary_title(problem.title()), plain::line(path));
+    // Without the text of the line where it may hold a secret, or where it is not TOML: somebody may have pasted one there.
     let Some(shown) = problem.shown() else {
         return title.element(Origin::path(path).line(line));
     };

@@ -1,4 +1,4 @@
-//! `audit show`: one request as a timeline.
+//! The command `audit show`: prints all records of one request as a timeline.
 
 use std::path::Path;
 
@@ -9,7 +9,11 @@ use uuid::Uuid;
 use super::{named, word};
 use crate::cli::out::{complain, out};
 
-/// Prints all records that name a request, as lines for people or as JSON; false if there is none.
+/// Prints all records that name a request, as lines for people or as JSON. Returns false if there is none.
+///
+/// # Errors
+///
+/// The trail cannot be read.
 pub(super) fn show(directory: &Path, id: Uuid, json: bool) -> anyhow::Result<bool> {
     let records = records_of(directory, id).map_err(|error| named(directory, &error))?;
     if records.is_empty() {
@@ -17,6 +21,7 @@ pub(super) fn show(directory: &Path, id: Uuid, json: bool) -> anyhow::Result<boo
         return Ok(false);
     }
     for naming in &records {
+        // The line as it is in the trail, not the record printed again, so that its hash can be recomputed.
         if json {
             out!("{}", naming.line);
         } else {
@@ -26,7 +31,8 @@ pub(super) fn show(directory: &Path, id: Uuid, json: bool) -> anyhow::Result<boo
     Ok(true)
 }
 
-/// One record of the request, or of another one that names it.
+/// Returns one record as a line: of the request, or of another one that names it.
+// Texts pass through `word`. A result code of the upstream could otherwise look like more members of the line.
 fn line(record: &Value, id: &str) -> String {
     let kind = record["kind"].as_str().unwrap_or_default();
     let time = word(record["time"].as_str().unwrap_or("-"));
