@@ -131,7 +131,7 @@ impl Contract {
     }
 
     /// Checks a body. `bare_ids` says which ids its caller may send as bare numbers. Takes time linear in the size of the body.
-    // Two walks, since most bodies are accepted: the first one keeps no path and makes no text.
+    // Two walks, since most bodies are accepted: the first one stores no path and formats no text.
     pub fn check(&self, body: Bytes, bare_ids: BareIds) -> Checked {
         match Walk::over(&body, Some(&self.root), bare_ids, Verdict) {
             Ok(Walked { is_plain, captured, large_ids, findings: Verdict }) => {

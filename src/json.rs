@@ -110,7 +110,7 @@ fn is_plain(document: &[u8]) -> bool {
     all & !LOW == 0
 }
 
-/// The kind of a value, as its first byte tells it.
+/// The kind of a value, by its first byte.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Begins {
     Text,
@@ -142,7 +142,7 @@ impl<'a> Cursor<'a> {
         self.halted.map(|halted| NotJson::at(self.bytes, halted.offset, halted.reason))
     }
 
-    /// Whether a step failed because the document ended too early. Tells a reply that was cut from one that is not JSON.
+    /// Whether a step failed because the document ended too early. Distinguishes a reply that was cut from one that is not JSON.
     pub(super) fn is_cut(&self) -> bool {
         self.halted.is_some_and(|halted| halted.offset >= self.bytes.len())
     }
@@ -225,7 +225,7 @@ impl<'a> Cursor<'a> {
                 Ok(false)
             }
             // A number ends behind a leading 0 (RFC 8259 §6), so that the second digit of 07 is found here. Only behind a 0: in
-            // `[1 2]` a comma is missing, and the caller must not be told of a 0.
+            // `[1 2]` a comma is missing, and the message must not speak of a 0.
             Some(b'0'..=b'9') if self.bytes[..self.position].ends_with(b"0") => {
                 Err(self.halt("a number must not begin with an extra 0: write 7, not 07"))
             }

@@ -1,8 +1,9 @@
 //! A simulator of the cloud in one process, with fault injection: `tokenByAkSk` and the CCSQM calls with their rules.
 //!
-//! It decides as the vendor's pages say: who gets a token, whether a token is still valid, whether a task is assigned. It records
-//! every request byte for byte before it answers, and can misbehave in every way that [`Faults`] describes. It uses raw sockets
-//! on a thread and a runtime of its own, so that neither a busy nor a stuck gateway in the same process changes its behaviour.
+//! It decides as the vendor's pages say: whether a call gets a token, whether a token is still valid, whether a task is
+//! assigned. It records every request byte for byte before it answers, and can misbehave in every way that [`Faults`] describes.
+//! It uses raw sockets on a thread and a runtime of its own, so that neither a busy nor a stuck gateway in the same process
+//! changes its behaviour.
 //!
 //! It shares no rule with the gateway: it is a second, independent reading of the vendor's pages, so that tests compare two
 //! readings. It protects no secrets: records hold credentials in clear. It is not a model of the vendor's speed, and not a

@@ -45,8 +45,7 @@ pub(super) fn run(args: Args, signals: Signals) -> anyhow::Result<ExitCode> {
     if args.once {
         return demo(&args, None);
     }
-    // SIGHUP means that the terminal is gone. A stop removes the temporary directory, which the default effect of the signal would
-    // leave behind.
+    // SIGHUP means that the terminal is gone. A stop removes the temporary directory; the default effect of the signal would not.
     while_listening(signals, HangUp::Stops, move |asked| demo(&args, Some(&asked)))
 }
 

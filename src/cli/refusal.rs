@@ -83,8 +83,8 @@ fn system_error(error: &anyhow::Error) -> Option<&io::Error> {
 
 /// Whether an operator must change something, such as a limit on the size of files. False for what may pass: a full disk, an
 /// address that another process uses, or that the machine does not have yet.
-// With 78 systemd does not restart the unit. The list has the lasting ones, so that a kind which nobody has thought of is tried
-// again: a restart too many does less harm than a gateway that stays down.
+// With 78 systemd does not restart the unit. The list has the lasting kinds, so that an unforeseen one is tried again: a restart
+// too many does less harm than a gateway that stays down.
 fn is_lasting(error: &io::Error) -> bool {
     use io::ErrorKind::{
         AlreadyExists, FileTooLarge, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound,

@@ -28,7 +28,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, signals: Signals) -> anyhow::Result<ExitCode> {
-    // The thread of the log first: a start that prints its errors must not hang because nobody reads stderr.
+    // The thread of the log first: a start that prints its errors must not hang because stderr is not read.
     log::start()?;
     while_listening(signals, HangUp::Reloads, move |asked| serve(args, &asked))
 }

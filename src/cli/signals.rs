@@ -20,7 +20,7 @@ use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 /// The longest time in which a start that is asked to stop may end by itself.
-// A start may read a long trail, or hang at a file. It has served nobody, so that nothing is lost if it is left behind.
+// A start may read a long trail, or hang at a file. It has not served any request, so nothing is lost if it is left behind.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// The stack of the command's thread, in bytes. As large as that of the main thread by default.

@@ -21,7 +21,7 @@ fn report(problem: &Problem) -> Group<'static> {
         return Group::with_title(Level::ERROR.primary_title(problem.to_string()));
     };
     let (title, path) = (Level::ERROR.primary_title(problem.title()), plain::line(path));
-    // Without the text of the line where it may hold a secret, or where it is not TOML: somebody may have pasted one there.
+    // Without the text of the line where it may hold a secret, or where it is not TOML: a secret may have been pasted there.
     let Some(shown) = problem.shown() else {
         return title.element(Origin::path(path).line(line));
     };

@@ -145,7 +145,7 @@ async fn collect(body: &mut Incoming, limit: usize, room: &Room) -> Result<Bytes
         if first.len() + rest.len() + data.len() > limit {
             return Err(NotReceived::TooLarge(limit));
         }
-        // A body that is whole with this frame takes nothing from the budget: it waits for nobody.
+        // A body that is whole with this frame takes nothing from the budget: it is not waiting for more.
         if !body.is_end_stream() && !held.get_or_insert_with(|| room.unfinished()).grow(data.len()) {
             return Err(NotReceived::NoRoom);
         }

@@ -27,7 +27,7 @@ pub(super) trait Findings<'a> {
 }
 
 /// Ends the walk at the first violation.
-// Of no size, with empty methods: a walk for an accepted body keeps no path.
+// Of no size, with empty methods: the walk over an accepted body stores no path.
 pub(super) struct Verdict;
 
 /// Lists the violations with their places; the walk goes on to the end of the body.

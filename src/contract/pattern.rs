@@ -222,7 +222,7 @@ impl Ecma<'_> {
 
     fn literal(&self, literal: &Literal) -> Result<(), String> {
         match literal.kind {
-            // With `u` these are errors in ECMA-262. Without it they mean something else: `\a` is an a, `\x{41}` is 41 times an x.
+            // With `u` these are errors in ECMA-262. Without it they mean something else: `\a` is an a, `\x{41}` is 41 x's.
             LiteralKind::Verbatim
             | LiteralKind::Meta
             | LiteralKind::Superfluous

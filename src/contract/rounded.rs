@@ -1,9 +1,9 @@
 //! Detects ids that may have lost precision in a client that holds numbers as doubles (IEEE 754 binary64).
 //!
 //! JavaScript reads `954645333549048833` as the double nearest to it, and writes that as `954645333549048800`: the shortest
-//! digits that name the double, padded with zeros. A number with just these digits may stand for another id, which cannot be
-//! recovered. The check is a heuristic. An exact id can look rounded by chance; the tests say how often. A client that writes all
-//! digits of its double (`954645333549048832`) is not detected.
+//! digits that name the double, padded with zeros. A number with just these digits may be a rounded id, whose true value cannot
+//! be recovered. The check is a heuristic. An exact id can look rounded by chance; the tests say how often. A client that writes
+//! all digits of its double (`954645333549048832`) is not detected.
 
 use std::io::Write as _;
 

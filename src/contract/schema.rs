@@ -79,6 +79,7 @@ pub(super) struct AuditMember {
 /// The rules for the values at one place. `None` in a field: the schema has no such keyword there.
 #[derive(Debug, Default)]
 pub(super) struct Node {
+    /// The bits of the types that are accepted.
     pub(super) types: u8,
     pub(super) constant: Option<Scalar>,
     pub(super) enumeration: Option<Vec<Scalar>>,
@@ -132,6 +133,7 @@ pub(super) struct Limit {
 pub(super) struct Members {
     // In the order of the schema, so that the walk can guess the next key of a body.
     pub(super) list: Vec<Member>,
+    /// Whether keys that are not in the list are allowed.
     pub(super) additional: bool,
     /// The bits of the members that must be present.
     pub(super) required: u128,

@@ -30,8 +30,10 @@ pub(super) struct Walk<'a, F> {
 
 /// What a walk found that reached the end of the document.
 pub(super) struct Walked<F> {
+    /// Whether every byte is below DEL.
     pub(super) is_plain: bool,
     pub(super) captured: Captured,
+    /// How many ids are bare numbers of 2^53 and more.
     pub(super) large_ids: usize,
     pub(super) findings: F,
 }
@@ -45,7 +47,8 @@ pub(super) enum Stop {
 }
 
 /// The value by which an item must differ from others (`x-uniqueBy`).
-// A string is compared decoded, so that escapes cannot make one person two. Other values are compared as they are written.
+// A string is compared decoded, so that escapes cannot make one inspector look like two. Other values are compared as they are
+// written.
 #[derive(PartialEq, Eq)]
 enum Identity<'a> {
     Text(Cow<'a, [u8]>),
@@ -306,8 +309,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         }
     }
 
-    /// Checks `token` against the rule's own keywords. Returns the rule if the value satisfies it; otherwise `None`, and the parts
-    /// of the value are checked for their syntax only.
+    /// Checks `token` against the rule's own keywords. Returns the rule if the value satisfies it; otherwise `None`, and the
+    /// parts of the value are checked for their syntax only.
     // An array in the place of an object would otherwise be followed by a violation for each of its parts.
     #[inline(always)]
     fn kept(&mut self, rule: Option<&'a Node>, token: &Token<'_>) -> Result<Option<&'a Node>, Halt> {

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use super::{Cursor, Halt};
 
 /// The reason for a lone surrogate: half of a character beyond the first 65,536.
-// RFC 8259 §8.2 leaves its meaning open. Parsers replace it, drop it or refuse it, so that two of them read two strings.
+// RFC 8259 §8.2 leaves its meaning open. Parsers replace it, drop it or refuse it, so two of them may read different strings.
 pub(super) const SURROGATE: &str =
     "half a character: `\\uD800` to `\\uDBFF` must come before `\\uDC00` to `\\uDFFF`";
 

@@ -1,4 +1,4 @@
-//! The rules of the business calls, by the vendor's pages: who may call, what `appointQualityTask` accepts, what it answers.
+//! The rules of the business calls, by the vendor's pages: authorization, what `appointQualityTask` accepts, what it answers.
 //!
 //! 400 is for a request of the wrong form, 500 with another result code for values that the business does not accept. Where the
 //! pages are silent, everything is accepted: unknown members, the same inspector twice. So a test that expects such a call to be
@@ -96,7 +96,7 @@ fn check(cloud: &Cloud, head: &Head, body: &[u8]) -> Result<Accepted, Reply> {
     if head.method != "POST" {
         return Err(Reply::error(405, "business calls are POST"));
     }
-    // Before the body is read: who may not call learns nothing of its rules.
+    // Before the body is checked: a client without a token gets 401, whatever its body is.
     authorize(cloud, head)?;
     let operator = operator(head, operator_needed)?;
     if head.has("content-type") && !head.is_json() {

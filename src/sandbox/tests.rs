@@ -525,7 +525,7 @@ mod faults {
         let begun = Instant::now();
         let (sandbox, mut client) = under(Fault::delayed(300));
         eventually("the task is assigned", || sandbox.tasks().len() == 1);
-        // Assigned, but not answered yet: whoever gives up now must not call again.
+        // Assigned, but not answered yet: a client that gives up now must not call again.
         assert_eq!(sandbox.requests()[0].status, None);
         assert_eq!(client.answer().status, 200);
         assert!(begun.elapsed() >= Duration::from_millis(300));
@@ -832,7 +832,7 @@ mod encrypted {
         let bytes = request("POST", "/x", "Connection: close\r\n", "1");
         stream.write_all(bytes.as_bytes()).unwrap();
         let mut answer = String::new();
-        // Fails without a close_notify, which tells a complete answer from a truncated one.
+        // Fails without a close_notify, which distinguishes a complete answer from a truncated one.
         stream.read_to_string(&mut answer).unwrap();
         assert!(answer.starts_with("HTTP/1.1 404 "));
         assert_eq!(stream.conn.alpn_protocol(), Some(b"http/1.1".as_slice()));

@@ -1,4 +1,4 @@
-//! The token endpoint `tokenByAkSk`: who gets a token, how long it is valid, what a new one does to older ones.
+//! The token endpoint `tokenByAkSk`: issues tokens, bounds their lifetime, and decides what a new one does to older ones.
 //!
 //! A token expires by the monotonic clock, so that a jump of the wall clock changes no test. `CreateTime` is the only use of the
 //! wall clock.
