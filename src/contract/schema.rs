@@ -214,7 +214,7 @@ impl Compiler<'_> {
         for (keyword, value) in keywords {
             self.keyword(&mut node, keyword, value, &step(at, keyword), place)?;
         }
-        // Behind the loop, since these concern several keywords, and an object of JSON has no order.
+        // Behind the loop, since the rest concerns several keywords, which may come in any order.
         node.members = self.members(keywords, &node, at, place)?;
         if node.audit.is_some() && !node.is_scalar() {
             return fail(

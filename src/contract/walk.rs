@@ -48,7 +48,7 @@ pub(super) enum Stop {
 
 /// The value by which an item must differ from others (`x-uniqueBy`).
 // A string is compared decoded, so that escapes cannot make one inspector look like two. Other values are compared as they are
-// written.
+// written. So 1 and "1" are two identities: a contract that wants them to be one must allow only one of the types.
 #[derive(PartialEq, Eq)]
 enum Identity<'a> {
     Text(Cow<'a, [u8]>),
