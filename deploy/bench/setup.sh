@@ -1,5 +1,5 @@
-# Shared by `run` here and `deploy/build`: packages, and the small programs and certificates that both use.
-# Sourced, from the top of the project, under `set -euo pipefail`.
+# Functions that `deploy/bench/run` and `deploy/build` share: they install packages, compile the small C programs and make
+# the test certificates. Source this file from the top of the repository, under `set -euo pipefail`.
 
 . deploy/packages.sh
 
@@ -8,6 +8,7 @@ mkdir -p "$work"
 
 say() { printf '== %s\n' "$*" >&2; }
 
+# install_missing PACKAGE...: installs those packages that are not installed.
 install_missing() {
   local missing=() package
   for package in "$@"; do
@@ -18,12 +19,13 @@ install_missing() {
   install_packages "${missing[@]}"
 }
 
+# compile NAME...: compiles deploy/bench/NAME.c to $work/NAME.
 compile() {
   local tool
   for tool in "$@"; do cc -O2 -Wall -Wextra -o "$work/$tool" "deploy/bench/$tool.c"; done
 }
 
-# A test authority and a leaf for the TLS upstream, made once.
+# Makes a test CA and a certificate for the TLS upstream, unless there is one that is valid for another day.
 certify() {
   [ -s "$work/leaf.pem" ] && openssl x509 -in "$work/leaf.pem" -noout -checkend 86400 >/dev/null && return
   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj "/CN=bench" \
