@@ -1,12 +1,18 @@
-//! Stage 5: deduplication. The same call twice is one task.
+//! Stage 5: deduplication. A call that is sent twice becomes one task at the upstream, which itself is not idempotent.
 //!
-//! With an `Idempotency-Key` a caller may repeat a call as often as it likes: [`claims`] remembers each key for the
-//! window, so that the task is sent once and its answer is given again. [`duplicates`] looks for equal calls, with and
-//! without keys, that may still be at work, in doubt, or done without their callers having learnt of it. Decides from
-//! key and body alone, before a token is spent. Guarantees that a claim within the window is never forgotten: a full
-//! table refuses new keys, and a start reads the audit trail before it takes any ([`rebuild`]). What a caller was
-//! told of a key is in the trail first: the exchange sees to it. Two exceptions: 503 `audit_unavailable` tells of an intent
-//! that may still reach a stuck disk, and the head of a reply of more than 64 KiB leaves before its end is known.
+//! Two tables decide, from the key and the body alone, before a token is spent:
+//!
+//! * [`claims`] maps each `Idempotency-Key` to its call for the length of the window. The call is sent once; a repetition
+//!   gets the stored reply (it is *replayed*), or is refused while the first call is at work or its outcome is unknown.
+//! * [`duplicates`] compares calls by caller, route, operator and body, with and without keys. It finds an equal call that
+//!   is at work, has an unknown outcome, or succeeded without its caller having received the answer.
+//!
+//! A claim within the window is never evicted: a full table refuses new keys, and after a start no key is accepted before
+//! the audit trail is read ([`rebuild`]). Stored replies may be evicted; a replay then names the result code only.
+//!
+//! The outcome of a call with a key is committed to the trail before its caller learns of it; the exchange sees to that.
+//! There are two exceptions. A caller that gets 503 `audit_unavailable` is told that nothing was sent, while a stuck disk
+//! may still write the intent later. The head of a reply of more than 64 KiB leaves before the end of the reply is known.
 
 mod claim;
 mod claims;
@@ -54,85 +60,92 @@ use past::Meanwhile;
 use refusal::{Passed, passed, rejected};
 pub use refusal::{Refusal, Refused};
 
-/// What a stored reply takes beside its body, in bytes: measured, most of it the cache's.
+/// The memory that a stored reply takes beside its body, in bytes. Measured; the cache's own entry is most of it.
 const REPLY_OVERHEAD: usize = 450;
 
-/// What is remembered of calls, shared by all workers.
+/// The state of deduplication, shared by all workers.
+///
+/// Never blocks on I/O, but for [`Idempotency::rebuild`], which has a thread of its own.
 pub struct Idempotency {
     without_key: WithoutKey,
     max_keys: usize,
     audit: Audit,
     marks: Arc<Keys>,
     hasher: RandomState,
+    // `claims` and `duplicates` are never locked together: a request locks them one after the other, so that no order of
+    // locks has to be kept between them. `begin_keyed` repairs what can happen in between.
     claims: Mutex<Claims>,
     duplicates: Mutex<DuplicateDetector>,
-    /// What may be forgotten: then a replay names the result code only.
+    /// Replies by the id of their call, bounded by `reply_memory`. They may be evicted: a replay then names the result code
+    /// only.
     replies: Cache<Uuid, Arc<StoredReply>, RandomState>,
     is_rebuilt: AtomicBool,
-    /// A part of the trail within the window is lost, so that keys which are not found are refused; until when, in seconds since
-    /// 1970.
+    /// A part of the trail within the window that is lost, and until when it matters, in seconds since 1970. A key that is not
+    /// found is refused until then.
     loss: Mutex<Option<(Loss, u32)>>,
     /// The word of a loss that the operator accepts.
     accept_loss: Option<String>,
-    /// What came while the trail is still read: it is newer than all that is read there. `None` after that.
+    /// Changes that came while the trail is being read. They are newer than anything that is read there. `None` once the
+    /// rebuild is over.
     meanwhile: Mutex<Option<Meanwhile>>,
-    /// Bytes of the trail that were read, and that are to be read.
+    /// Progress of the rebuild: bytes of the trail that were read, and bytes that are to be read.
     read: [AtomicU64; 2],
 }
 
-/// One call, checked.
+/// One call whose head and body were checked.
 #[derive(Clone, Copy, Debug)]
 pub struct Call<'a> {
-    /// Who calls.
+    /// The caller's name in the configuration.
     pub caller: &'a str,
-    /// There is no other caller, so that this one may hold all that can be remembered.
+    /// Whether no other caller is configured. Such a caller may use the whole of each table, others half of it.
     pub is_alone: bool,
-    /// The most keys that this caller may hold, where it is configured.
+    /// The most keys that this caller may hold within the window; `None` if that is not configured.
     pub max_keys: Option<usize>,
-    /// Which route.
+    /// The route's name in the configuration.
     pub route: &'a str,
-    /// Who acts.
+    /// The operator that the caller acts as, for `x-UserId`.
     pub operator: &'a HeaderValue,
     /// The keyed digest of the body.
     pub digest: &'a Hash,
-    /// The request's id, without the text.
+    /// The request's id.
     pub id: Uuid,
 }
 
-/// What a call is.
+/// What [`Idempotency::begin`] decided about a call.
 #[derive(Debug)]
 pub enum Begun {
-    /// A new one; to be sent.
+    /// The call is to be sent. Whoever drops the claim before it was sent releases the key.
     Claim(Claim),
-    /// The repetition of one that is over.
+    /// The call repeats one that has ended, and gets its answer.
     Replay(Replay),
 }
 
-/// What would become of a call.
+/// What [`Idempotency::look`] says would be decided about a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Would {
-    /// It would be sent; an equal one was before, perhaps.
+    /// It would be sent; with the equal call that came first, if there is one.
     BeSent(Option<FirstCall>),
-    /// It would get the answer of the first one.
+    /// It would get the answer of this call.
     BeReplayed(FirstCall),
 }
 
-/// A stored answer, or what is left of it.
+/// The answer of an earlier call with the same key.
 #[derive(Debug)]
 pub struct Replay {
     /// The call that was answered first.
     pub first: FirstCall,
-    /// What the answer was, whatever else was forgotten.
+    /// How that call ended. Known even if its reply was evicted.
     pub ending: Ending,
-    /// The answer, unless it was not kept.
+    /// Its reply; `None` if it was evicted or never stored.
     pub stored: Option<Arc<StoredReply>>,
-    /// To be settled once the answer is delivered, if it tells of a success.
+    /// Ends the doubt of an undelivered success once this answer is handed over. Without effect for any other call.
     pub delivery: Delivery,
 }
 
 impl Idempotency {
-    /// Remembers only what the start found in doubt; calls with a key, and under `block` all calls, are refused until
-    /// [`Idempotency::rebuild`] is over.
+    /// Deduplication that knows only the calls on the list of the unresolved, which the start has read. Until
+    /// [`Idempotency::rebuild`] is over, calls with a key are refused, and under `block` all calls.
+    ///
     /// `accept_loss` is the word of a loss of the trail that the operator accepts.
     pub fn new(settings: &config::Idempotency, audit: &Audit, accept_loss: Option<String>) -> Self {
         let (window, success_window) = (seconds(settings.window), seconds(settings.fingerprint_window));
@@ -150,6 +163,8 @@ impl Idempotency {
                 settings.max_keys,
             )),
             replies: Cache::builder()
+                // LRU admits every new reply. moka's default, TinyLFU, may refuse one in favour of older ones that were
+                // asked for more often, and the reply of a call that has just ended is the one that a retry asks for.
                 .eviction_policy(EvictionPolicy::lru())
                 .weigher(|_: &Uuid, reply: &Arc<StoredReply>| weigh(reply))
                 .max_capacity(settings.reply_memory)
@@ -161,7 +176,9 @@ impl Idempotency {
             meanwhile: Mutex::new(Some(Meanwhile::default())),
             read: [AtomicU64::new(0), AtomicU64::new(0)],
         };
-        // From now on for a window: what the time between was worth, only a clock could tell.
+        // Before the first call is served: a call that a crash cut off is the likeliest to be sent again, and a call without a
+        // key does not wait for the rebuild. Each doubt guards for a whole window from now on: how long the gateway was down
+        // only a wall clock could tell, and that may be wrong.
         let calls: Vec<_> = audit.unresolved().calls().cloned().collect();
         for call in calls {
             table.restore(&call, now());
@@ -169,7 +186,9 @@ impl Idempotency {
         table
     }
 
-    /// Says what [`Idempotency::begin`] would decide, and remembers nothing.
+    /// Returns what [`Idempotency::begin`] would decide, and remembers nothing. For dry runs.
+    ///
+    /// Fails with the refusal that the call would get.
     pub fn look(&self, call: Call<'_>, head: &Inbound<'_>) -> Result<Would, Refusal> {
         let Given { key, force } = key::read(head)?;
         let print = self.print(call);
@@ -187,13 +206,18 @@ impl Idempotency {
             return Ok(Would::BeSent(None));
         };
         let mut duplicates = self.duplicates();
+        // `DuplicateDetector::look` does not expire anything. Without this, a dry run under `block` was refused for want of
+        // room long after the next call would have found some.
         duplicates.expire(now());
         let first = duplicates.look(mark, duplicate, force, call.is_alone, now());
         drop(duplicates);
         Ok(Would::BeSent(first.map_err(rejected)?.map(FirstCall::from)))
     }
 
-    /// Decides whether a call is new.
+    /// Decides whether a call is sent, and registers it as at work if it is.
+    ///
+    /// Fails if the call's headers break their rules, if an equal call stands in its way, or if a table is full or not complete
+    /// yet. Nothing is registered then.
     pub fn begin(self: &Arc<Self>, call: Call<'_>, head: &Inbound<'_>) -> Result<Begun, Refusal> {
         let Given { key, force } = key::read(head)?;
         match key {
@@ -202,6 +226,7 @@ impl Idempotency {
         }
     }
 
+    // Cold and apart, so that the path of a call without a key stays short.
     #[cold]
     fn begin_keyed(
         self: &Arc<Self>,
@@ -212,6 +237,7 @@ impl Idempotency {
         let (key, print) = (self.key_mark(call, key)?, self.print(call));
         let id = call.id;
         let wanted = self.wanted(call, key, print, force);
+        // Asked before the key is claimed: a claim could not be told from a known key afterwards.
         if self.is_lost() {
             let verdict = self.claims().look(wanted, now());
             self.check_loss(&verdict)?;
@@ -222,14 +248,19 @@ impl Idempotency {
             Passed::Begin { doubt } => {
                 let claimed = self.claim(call, print, Some(key), force);
                 if claimed.is_err() {
+                    // An equal call stands in the way. Nothing was sent, so the key must be free for the next attempt.
                     self.claims().end(key, id, How::NotDone, now());
                 }
                 let mut claim = claimed?;
-                // Another call may have come to stand for the doubt meanwhile, and be over by now.
+                // Between the two locks a call without this key may have repeated the same doubt by force, and may have ended
+                // by now, so that the duplicates no longer show it. Sending this call too would send the task twice. The
+                // drop of the claim restores the doubt.
                 if let Some(first) = doubt.filter(|_| self.claims().is_superseded(key)) {
                     drop(claim);
                     return Err(Refused::Unknown(first.into()).into());
                 }
+                // Equal calls may not be compared at all (`off`, `require_key`). The intent must name the call that it repeats
+                // all the same: a restart reads from it that the doubt was forced already.
                 if let Some(id) = doubt.filter(|_| claim.forced.is_none()) {
                     claim.forced = Some(Box::new(Forced { id, key: Some(key) }));
                 }
@@ -237,6 +268,7 @@ impl Idempotency {
             }
             Passed::Replay(first, ending) => {
                 let stored = self.replies.get(&first);
+                // The success may be undelivered. Then this answer is the one that its caller gets.
                 let mark = self.mark_of(call.caller, print);
                 let delivery = Delivery::of_other_answer(self, mark, first, call);
                 let first = FirstCall { id: first, outcome: ending.outcome() };
@@ -245,7 +277,7 @@ impl Idempotency {
         }
     }
 
-    /// Looks for equal calls, and remembers this one.
+    /// Compares a call with equal ones and registers it as at work. `key` must be claimed already.
     fn claim(
         self: &Arc<Self>,
         call: Call<'_>,
@@ -264,7 +296,8 @@ impl Idempotency {
         Ok(Claim { table, id: call.id, print, mark, key, first, forced, step: Step::Claimed })
     }
 
-    /// A refusal that tells of an undelivered success ends that doubt, once it is delivered.
+    /// The refusal of a call. One that names an undelivered success carries a [`Delivery`], which ends that doubt once the
+    /// refusal is handed over.
     fn refuse(self: &Arc<Self>, rejection: Rejection, mark: Mark, call: Call<'_>) -> Refusal {
         let delivery = match rejection {
             Rejection::Duplicate(First::Succeeded(id)) => {
@@ -275,13 +308,14 @@ impl Idempotency {
         Refusal { reason: rejected(rejection), delivery }
     }
 
-    /// A call names the one of its key that is of unknown outcome, though another one repeated that by force: it is told of the
-    /// other one, where that is still open.
+    /// Refuses a call that forces the unresolved call of its key although another call has repeated that by force already. The
+    /// refusal names the other call, if that is still open; it is the one to look up now.
     fn check_superseded(&self, verdict: &Verdict, call: Call<'_>, wanted: Wanted) -> Result<(), Refused> {
         let Verdict::Unknown(first) = *verdict else { return Ok(()) };
         if wanted.force == Some(first)
             && let Some((mark, duplicate)) = self.compared(call, wanted.print, Some(wanted.key))?
         {
+            // Without `force` and as the only caller, so that nothing but an open call can be the answer that is used here.
             let looked = self.duplicates().look(mark, duplicate, None, true, now());
             if let Err(rejection @ Rejection::Duplicate(First::Open(_))) = looked {
                 return Err(rejected(rejection));
@@ -290,26 +324,34 @@ impl Idempotency {
         Ok(())
     }
 
+    /// The mark of a key. Fails until the rebuild is over.
     fn key_mark(&self, call: Call<'_>, key: &[u8]) -> Result<Mark, Refused> {
+        // A key that is not found may be in the part of the trail that is not read yet.
         if !self.is_rebuilt.load(Ordering::Acquire) {
             return Err(Refused::Rebuilding);
         }
+        // Caller and route belong to the mark: no caller can claim, block or replay a key of another one.
         Ok(self.marks.mark(&[b"key", call.caller.as_bytes(), call.route.as_bytes(), key]))
     }
 
-    /// A caller gets half of all keys, or all if there is no other, unless its share is configured.
+    /// A call's wish for a key, with the caller's share: what is configured, else half of all keys, or all if there is no other
+    /// caller.
     fn wanted(&self, call: Call<'_>, key: Mark, print: Mark, force: Option<Uuid>) -> Wanted {
+        // Half, since keys are held for the whole window: a caller that used up all of them had the others refused for a day.
         let share = if call.is_alone { self.max_keys } else { self.max_keys.div_ceil(2) };
         let share = call.max_keys.unwrap_or(share);
         Wanted { key, print, caller: self.hash_of(call.caller), share, force }
     }
 
-    /// Equal for equal bodies, operators and routes. Written to the trail.
+    /// The fingerprint of a call: equal for equal bodies, operators and routes. Written to the trail.
     fn print(&self, call: Call<'_>) -> Mark {
         self.marks.mark(&[b"print", call.digest, call.operator.as_bytes(), call.route.as_bytes()])
     }
 
-    /// Under which mark, and as what, a call is compared with others; `None`: it is not.
+    /// The mark under which a call is compared with others, and the call as the detector knows it. `None` if the configuration
+    /// compares no calls.
+    ///
+    /// Fails if a key is required and there is none, or if under `block` the rebuild is not over.
     fn compared(
         &self,
         call: Call<'_>,
@@ -318,7 +360,8 @@ impl Idempotency {
     ) -> Result<Option<(Mark, Duplicate)>, Refused> {
         match self.without_key {
             WithoutKey::RequireKey if key.is_none() => Err(Refused::NoKey),
-            // Nobody knows yet which calls succeeded.
+            // Under `block` a success refuses an equal call, and the successes are read back by the rebuild only. Calls that were
+            // served before its end went out a second time.
             WithoutKey::Block if !self.is_rebuilt.load(Ordering::Acquire) => Err(Refused::Rebuilding),
             WithoutKey::RequireKey | WithoutKey::Off => Ok(None),
             WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {
@@ -327,21 +370,24 @@ impl Idempotency {
         }
     }
 
-    /// The print of a call, and whose call it is. Stands nowhere but in memory.
+    /// The mark of a fingerprint and its caller. For memory only, never for the trail: the hasher's seed is another one in each
+    /// process.
     fn mark_of(&self, caller: &str, print: Mark) -> Mark {
         salted(print, self.hasher.hash_one(caller))
     }
 
     fn compared_of(&self, caller: &str, print: Mark, id: Uuid, key: Option<Mark>) -> (Mark, Duplicate) {
-        let hash = self.hasher.hash_one(caller); // once: every call comes here
+        // Hashed once for both uses, since every call comes here.
+        let hash = self.hasher.hash_one(caller);
         (salted(print, hash), Duplicate { id, key, caller: half(hash), stands_for_unkeyed: false })
     }
 
+    /// The hash under which a caller's share of the tables is counted.
     fn hash_of(&self, caller: &str) -> u32 {
         half(self.hasher.hash_one(caller))
     }
 
-    /// For `/status`.
+    /// The state of deduplication as JSON, for `/status`: the number of keys, progress of the rebuild, and a loss of the trail.
     pub fn status(&self) -> Value {
         let [read, all] = self.read.each_ref().map(|bytes| bytes.load(Ordering::Relaxed));
         json!({
@@ -353,17 +399,18 @@ impl Idempotency {
         })
     }
 
-    /// Whether no call at all can be taken yet.
+    /// Whether every call is refused until the rebuild is over. `/readyz` fails meanwhile.
     pub fn holds_all_up(&self) -> bool {
         matches!(self.without_key, WithoutKey::RequireKey | WithoutKey::Block)
             && !self.is_rebuilt.load(Ordering::Relaxed)
     }
 
-    /// How many keys are remembered.
+    /// The number of keys that are held.
     pub fn keys(&self) -> usize {
         self.claims().len()
     }
 
+    // A panic ends one request only. The tables are valid after each step that can panic, so the lock is taken over.
     fn claims(&self) -> MutexGuard<'_, Claims> {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -373,11 +420,14 @@ impl Idempotency {
     }
 }
 
+/// A fingerprint with its caller's hash mixed in, so that equal calls of two callers differ.
 fn salted(print: Mark, caller: u64) -> Mark {
+    // In whole words instead of byte by byte, since every call comes here.
     let caller = u128::from(caller);
     (u128::from_ne_bytes(print) ^ (caller << 64 | caller)).to_ne_bytes()
 }
 
+// Half is enough: callers whose hashes collide share one share of a table. Which calls are equal does not depend on it.
 #[expect(clippy::cast_possible_truncation, reason = "half of a hash")]
 fn half(hash: u64) -> u32 {
     hash as u32
@@ -393,6 +443,7 @@ impl From<First> for FirstCall {
 }
 
 impl Ending {
+    /// The outcome of the call that ended so, for replies about it.
     fn outcome(&self) -> Outcome {
         if self.is_success { Outcome::Succeeded } else { Outcome::Failed }
     }
@@ -404,12 +455,13 @@ impl fmt::Debug for Idempotency {
     }
 }
 
-/// *Now* in seconds since 1970 (see [`clock`]): no jump of the wall clock ends a window.
+/// *Now* in seconds since 1970. It comes from [`clock`], so that no jump of the wall clock ends a window.
 fn now() -> u32 {
+    // 32 bits of seconds reach to the year 2106 and keep an entry of a table small.
     u32::try_from(clock::unix_nanos() / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
-/// The memory that a stored reply takes, in bytes. The allocator rounds a body up by an eighth at most.
+/// The memory that a stored reply takes, in bytes. The allocator rounds the size of a body up by an eighth at most.
 fn weigh(reply: &StoredReply) -> u32 {
     u32::try_from(reply.body.len() * 9 / 8 + REPLY_OVERHEAD).unwrap_or(u32::MAX)
 }

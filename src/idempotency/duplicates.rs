@@ -1,11 +1,12 @@
-//! Deduplication of equal calls: same caller, route, operator and bytes. A pure table.
+//! Deduplication of equal calls: same caller, route, operator and body bytes. A pure table without I/O or clock.
 //!
-//! Remembers each call while it is at work, while its outcome is unknown, and while it is *undelivered*: done, but its
-//! caller left before it had the answer. Calls with and without a key see each other; two calls with different keys
-//! do not, since the keys say that both are meant. Successes without a key are remembered for a shorter time, to
-//! flag an equal call, or to refuse it (`without_key = "block"`).
+//! A call is in the table while it is at work, and afterwards while it is in *doubt*: its outcome is unknown, or it is
+//! *undelivered* (it succeeded, and its caller disconnected before it had the answer). Calls with and without a key are
+//! compared with each other. Two calls with keys are not: different keys say that both are meant, and for one key the
+//! claim on it decides. Successes of calls without a key are remembered for a shorter time, to flag an equal call, or to
+//! refuse it (`without_key = "block"`).
 //!
-//! No doubt is ever evicted, and under `block` no success. The table is bounded by refusing new calls.
+//! A doubt is never evicted, and under `block` neither is a success. The table is bounded by refusing new calls.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
@@ -19,18 +20,22 @@ use crate::audit::unresolved::AT_MOST as MAX_DOUBTS;
 use crate::config::WithoutKey;
 use crate::keyed_hash::Mark;
 
-/// So many calls that succeeded are remembered, where they are only flagged.
+/// The number of successes that are remembered in modes that only flag an equal call.
+// There the oldest may be forgotten: the loss of a flag lets no call pass that would have been refused.
 const MAX_SUCCEEDED: usize = 32 * 1024;
 
 type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
-/// Times are in seconds since 1970.
+/// The calls at work, in doubt and recently succeeded, by mark. All times are in seconds since 1970.
 pub(super) struct DuplicateDetector {
+    // Nearly always one call for a mark. Several are equal calls that were only flagged, or calls with keys of their own.
     calls: Table<Mark, SmallVec<[Known; 1]>>,
-    /// When doubts began. A doubt may be gone by then.
+    /// When doubts began, for their expiry. An entry whose doubt is gone is ignored.
+    // A set in the order of time: a start restores doubts in any order, up to ten thousand of them with one time, and a doubt
+    // that is repeated in vain over and over must leave one entry only.
     began: BTreeSet<(u32, Mark)>,
     succeeded: Recent,
-    /// So many successes are remembered where they refuse an equal call, and by caller how many there are.
+    /// The most successes that are remembered under `block`, and how many there are of each caller.
     max_successes: usize,
     successes: Table<u32, usize>,
     /// Doubts by caller.
@@ -42,7 +47,7 @@ pub(super) struct DuplicateDetector {
     success_window: u32,
 }
 
-/// A call, as the table tells it from others.
+/// A call, as far as the table compares it with others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Duplicate {
     pub(super) id: Uuid,
@@ -50,23 +55,26 @@ pub(super) struct Duplicate {
     pub(super) key: Option<Mark>,
     /// The caller, hashed.
     pub(super) caller: u32,
-    /// It repeats a doubt of a call without a key by force: while it is in doubt itself, so is that one.
+    /// It repeats by force a call without a key that was in doubt. While it is at work or in doubt, so is that one.
     pub(super) stands_for_unkeyed: bool,
 }
 
 impl Duplicate {
-    /// Whether it counts as a call without a key: it has none, or it repeats such a call.
+    /// Whether it guards as a call without a key does, against calls with any key: it has none, or it repeats such a call.
+    // Without the second case a call that was forced with key A hid the doubt of the call without a key from key B, which was
+    // sent as well.
     pub(super) fn is_unkeyed(&self) -> bool {
         self.key.is_none() || self.stands_for_unkeyed
     }
 
-    /// Whether two calls with equal bodies are compared: two different keys say that both are meant, and for one key the claim
-    /// on it decides.
+    /// Whether this known call can stand in the way of an equal new one. Two keys say that both calls are meant, and for one
+    /// key the claim on it decides.
     fn is_compared_with(&self, call: &Self) -> bool {
         self.is_unkeyed() || call.key.is_none()
     }
 
-    /// Whether another call can mean to repeat this one.
+    /// Whether a new call may name this one in `Idempotency-Force`.
+    // Not a call of another key: it stands in no way, and once it counted as repeated it would no longer guard.
     fn can_be_forced_by(&self, call: &Self) -> bool {
         self.is_compared_with(call) || self.key == call.key
     }
@@ -81,13 +89,13 @@ struct Known {
 #[derive(Debug)]
 enum State {
     AtWork {
-        /// The doubt that this call repeats by force.
+        /// The doubt that this call repeats by force. It is restored if the call turns out not to be done.
         supersedes: Option<Box<(Duplicate, Doubt)>>,
     },
     Doubt(Doubt),
 }
 
-/// A call that is over, and whose caller does not know how it ended.
+/// The doubt about a call that has ended: its caller does not know how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Doubt {
     pub(super) kind: DoubtKind,
@@ -97,11 +105,11 @@ pub(super) struct Doubt {
 /// Why a caller does not know how its call ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DoubtKind {
-    /// Nobody knows.
+    /// The outcome is unknown to the gateway, too.
     Unknown,
     /// The call succeeded, and its answer did not reach the caller.
     Undelivered,
-    /// Nobody knew, until a person found that it is done.
+    /// The outcome was unknown until a person resolved the call as done.
     Resolved,
 }
 
@@ -113,10 +121,10 @@ pub(super) enum Completion {
     Doubt(DoubtKind),
 }
 
-/// An equal call that came first.
+/// The equal call that came first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum First {
-    /// It is at work or of unknown outcome.
+    /// It is at work, or its outcome is unknown.
     Open(Uuid),
     Succeeded(Uuid),
 }
@@ -134,33 +142,35 @@ pub(super) struct Forced {
 pub(super) enum Rejection {
     /// An equal call came first.
     Duplicate(First),
-    /// No more doubts can be remembered.
+    /// No further doubt could be remembered, of any caller or of this one.
     Full,
-    /// No more successes can be remembered, which are to refuse equal calls.
+    /// Under `block`: no further success could be remembered, of any caller or of this one.
     FullOfSuccesses,
 }
 
 impl DuplicateDetector {
-    /// `max_successes` counts under `block`.
+    /// An empty table. Both windows are in seconds; `max_successes` is a bound under `block` only.
     pub(super) fn new(mode: WithoutKey, window: u32, success_window: u32, max_successes: usize) -> Self {
         let (calls, began, succeeded, successes, held) = <_>::default();
         let doubts = 0;
         Self { calls, began, succeeded, max_successes, successes, held, doubts, mode, window, success_window }
     }
 
-    /// The most memory that successes take under `block`, in bytes.
+    /// The most memory that this many successes take under `block`, in bytes.
     pub(super) const fn max_bytes(max_successes: usize) -> usize {
         Recent::max_bytes(max_successes)
     }
 
-    /// Whether equal calls are looked for at all.
+    /// Whether the mode compares calls at all.
     pub(super) fn is_on(&self) -> bool {
         !matches!(self.mode, WithoutKey::Off | WithoutKey::RequireKey)
     }
 
-    /// Admits a call that is to be sent and remembers it as at work. Returns an equal call that came first, if this one
-    /// may be sent all the same, and what it repeats by force. `force` is the call that it means to repeat; `is_alone`:
-    /// there is no other caller.
+    /// Registers a call that is to be sent as at work. Returns the equal call that came first, if this one may be sent all the
+    /// same, and the call that it repeats by force.
+    ///
+    /// `force` is the call that it asks to repeat; `is_alone` says that there is no other caller. Fails, and registers nothing,
+    /// if an equal call stands in its way or if there is no room for what may come of it.
     pub(super) fn begin(
         &mut self,
         mark: Mark,
@@ -181,7 +191,7 @@ impl DuplicateDetector {
         Ok((first, forced))
     }
 
-    /// The equal call that another one repeats by force: one that is over, and that can stand in its way.
+    /// The equal call that a new one repeats by force. Only a call that has ended and could stand in the way of the new one.
     fn forced(&self, mark: Mark, force: Uuid, call: &Duplicate) -> Option<Forced> {
         let success = self.succeeded.get(&mark).filter(|success| call.key.is_none() && success.id == force);
         if success.is_some() {
@@ -192,7 +202,8 @@ impl DuplicateDetector {
         known.call.can_be_forced_by(call).then_some(Forced { id: force, key: known.call.key })
     }
 
-    /// What [`Self::begin`] would decide. Remembers nothing.
+    /// Returns what [`Self::begin`] would decide, and registers nothing. Does not call [`Self::expire`]: what is too old still
+    /// takes room.
     pub(super) fn look(
         &self,
         mark: Mark,
@@ -205,12 +216,15 @@ impl DuplicateDetector {
         let refuses = match first {
             None => false,
             Some(_) if self.mode == WithoutKey::Warn => false,
+            // A success that is not held as a doubt: its caller has the answer, and may mean the same task a second time.
             Some(First::Succeeded(id)) if !self.holds(mark, id) => self.mode == WithoutKey::Block,
             Some(_) => true,
         };
         if let Some(first) = first.filter(|_| refuses) {
             return Err(Rejection::Duplicate(first));
         }
+        // Room is asked for before the call is sent, although it needs some only if it ends in doubt: a doubt for which there is
+        // none would be forgotten, and its repetition sent. Half for each caller, so that none has all others refused.
         let share = if is_alone { MAX_DOUBTS } else { MAX_DOUBTS / 2 };
         let is_full =
             self.doubts >= MAX_DOUBTS || self.held.get(&call.caller).is_some_and(|held| *held >= share);
@@ -223,21 +237,24 @@ impl DuplicateDetector {
         }
     }
 
-    /// Whether a success of this caller could not be remembered, where it is to refuse an equal call. Of callers each may hold
-    /// half.
+    /// Whether, under `block`, no further success of this caller could be remembered. A caller may hold half of all successes,
+    /// or all if it is alone.
     fn is_full_of_successes(&self, caller: u32, is_alone: bool) -> bool {
         let share = if is_alone { self.max_successes } else { self.max_successes.div_ceil(2) };
         let holds = || self.successes.get(&caller).copied().unwrap_or_default();
         self.mode == WithoutKey::Block && (self.succeeded.len() >= self.max_successes || holds() >= share)
     }
 
-    /// The equal call that matters most: one that is open, else one that is undelivered, else one that succeeded.
+    /// The equal call that says most: one that is open, else one that is undelivered or resolved, else one that succeeded. A
+    /// doubt that the new call repeats by force is left out.
     fn first(&self, mark: Mark, call: Duplicate, force: Option<Uuid>, now: u32) -> Option<First> {
         let (mut open, mut undelivered) = (None, None);
         for known in self.calls.get(&mark).into_iter().flatten() {
             let is_forced = force == Some(known.call.id);
             match known.state {
                 _ if !known.call.is_compared_with(&call) => {}
+                // Also if it is forced: it may still be done, and then both would be. It goes before a doubt, which could not be
+                // forced while this call is at work.
                 State::AtWork { .. } => open = Some(known.call.id),
                 State::Doubt(doubt) if is_forced || is_old(doubt.since, now, self.window) => {}
                 State::Doubt(Doubt { kind: DoubtKind::Unknown, .. }) => {
@@ -249,6 +266,7 @@ impl DuplicateDetector {
             }
         }
         let succeeded = || {
+            // A key says that its call is meant, whatever succeeded before.
             let success = self.succeeded.get(&mark).filter(|_| call.key.is_none())?;
             let counts = !is_old(success.since, now, self.success_window) && force != Some(success.id);
             counts.then_some(success.id)
@@ -261,7 +279,8 @@ impl DuplicateDetector {
         self.calls.get(&mark).into_iter().flatten().any(|known| known.call.id == id)
     }
 
-    /// Takes the doubt out that a call repeats by force: from now on the new call stands for it.
+    /// Removes and returns the doubt that a call repeats by force: from now on the new call stands for it. `None` if it is a
+    /// success, or a doubt whose window is over.
     fn take_forced(&mut self, mark: Mark, forced: &Forced, now: u32) -> Option<(Duplicate, Doubt)> {
         let doubt = self.calls.get(&mark)?.iter().find_map(|known| match known.state {
             State::Doubt(doubt) if known.call.id == forced.id => Some((known.call, doubt)),
@@ -271,7 +290,7 @@ impl DuplicateDetector {
         (!is_old(doubt.1.since, now, self.window)).then_some(doubt)
     }
 
-    /// A call is over. Returns it; does nothing for one that is not at work.
+    /// Ends a call that is at work. Returns it; does nothing and returns `None` for any other.
     pub(super) fn end(
         &mut self,
         mark: Mark,
@@ -287,9 +306,11 @@ impl DuplicateDetector {
             calls.remove();
         }
         match (completion, state) {
+            // Sent, so that this call stands for the task from now on: a doubt that it has repeated is not restored.
             (Completion::Doubt(kind), _) => self.doubt(mark, call, Doubt { kind, since: now }),
             (Completion::Succeeded, _) => self.succeed(mark, call, now),
-            // How the superseded call ended is as unknown as before, and since as long.
+            // The repetition changed nothing, so that the doubt is what it was. It keeps its time: a new one would prolong it
+            // with each repetition in vain.
             (Completion::NotDone, State::AtWork { supersedes: Some(doubt) }) => {
                 self.doubt(mark, doubt.0, doubt.1);
             }
@@ -298,8 +319,9 @@ impl DuplicateDetector {
         Some(call)
     }
 
-    /// Remembers a doubt, unless the call is known.
+    /// Registers a doubt, even beyond the bound. Does nothing if the call is known, or if the mode compares no calls.
     pub(super) fn doubt(&mut self, mark: Mark, call: Duplicate, doubt: Doubt) {
+        // A start may register a call twice: from the list of the unresolved, and from a resolution in the trail.
         if !self.is_on() || self.holds(mark, call.id) {
             return;
         }
@@ -309,9 +331,10 @@ impl DuplicateDetector {
         *self.held.entry(call.caller).or_default() += 1;
     }
 
-    /// Remembers a success whose caller knows of it.
+    /// Registers a success whose caller has the answer, if the call has no key.
     pub(super) fn succeed(&mut self, mark: Mark, call: Duplicate, since: u32) {
         if call.key.is_none() && self.is_on() {
+            // Counted by caller under `block` only: in the other modes nobody asks, and each call would cost a look-up.
             let call = recent::Call { mark, id: call.id, since, caller: call.caller };
             if self.succeeded.push(call) && self.mode == WithoutKey::Block {
                 *self.successes.entry(call.caller).or_default() += 1;
@@ -319,7 +342,8 @@ impl DuplicateDetector {
         }
     }
 
-    /// The caller was told of an undelivered success. Returns that call, if there is one.
+    /// Turns an undelivered success into one whose caller has the answer. Returns that call; `None`, unchanged, if there is no
+    /// such success.
     pub(super) fn delivered(&mut self, mark: Mark, id: Uuid, now: u32) -> Option<Duplicate> {
         let is_it = |known: &Known| {
             let undelivered = matches!(known.state, State::Doubt(Doubt { kind: DoubtKind::Undelivered, .. }));
@@ -331,8 +355,8 @@ impl DuplicateDetector {
         Some(call)
     }
 
-    /// A person found what became of a call of unknown outcome. One that is done is remembered as such for the window, one
-    /// that is not done stands in no other's way.
+    /// Applies what a person found about a call of unknown outcome. One that is done refuses equal calls for the window; one that
+    /// is not done refuses none.
     pub(super) fn resolve(&mut self, mark: Mark, call: Duplicate, is_done: bool, now: u32) {
         self.forget(mark, call.id);
         let doubt = Doubt { kind: DoubtKind::Resolved, since: now };
@@ -340,7 +364,7 @@ impl DuplicateDetector {
             if let State::AtWork { supersedes } = &mut known.state
                 && supersedes.as_ref().is_some_and(|superseded| superseded.0.id == call.id)
             {
-                // A call that repeats it by force is under way.
+                // A call that repeats it by force is under way and stands for it. The result counts if that call is not done.
                 *supersedes = is_done.then(|| Box::new((call, doubt)));
                 return;
             }
@@ -350,7 +374,7 @@ impl DuplicateDetector {
         }
     }
 
-    /// Takes a doubt out.
+    /// Removes a doubt and returns its call. Its entry in `began` stays until it expires.
     fn forget(&mut self, mark: Mark, id: Uuid) -> Option<Duplicate> {
         let calls = self.calls.get_mut(&mark)?;
         let is_it = |known: &Known| known.call.id == id && matches!(known.state, State::Doubt(_));
@@ -363,6 +387,7 @@ impl DuplicateDetector {
         Some(call)
     }
 
+    /// Releases the room of one doubt.
     fn release(&mut self, caller: u32) {
         self.doubts -= 1;
         if let Some(held) = self.held.get_mut(&caller) {
@@ -373,7 +398,7 @@ impl DuplicateDetector {
         }
     }
 
-    /// Forgets what no longer counts. [`Self::look`] takes what is still there for what counts.
+    /// Removes what no longer counts, so that there is room for new calls.
     pub(super) fn expire(&mut self, now: u32) {
         let blocks = self.mode == WithoutKey::Block;
         let max = if blocks { usize::MAX } else { MAX_SUCCEEDED };
@@ -398,6 +423,7 @@ impl DuplicateDetector {
         }
     }
 
+    /// Removes the doubts of a mark whose window is over. Calls at work never expire.
     fn expire_mark(&mut self, mark: Mark, now: u32) {
         let Some(calls) = self.calls.get_mut(&mark) else { return };
         let mut gone = SmallVec::<[u32; 1]>::new();
@@ -415,6 +441,7 @@ impl DuplicateDetector {
     }
 }
 
+// Saturating: a time in the future, as a clock that went back leaves it in the trail, counts as new.
 fn is_old(since: u32, now: u32, window: u32) -> bool {
     now.saturating_sub(since) > window
 }
@@ -452,7 +479,8 @@ mod tests {
     const UNKNOWN: Completion = Completion::Doubt(DoubtKind::Unknown);
     const UNDELIVERED: Completion = Completion::Doubt(DoubtKind::Undelivered);
 
-    /// What becomes of a second call behind a first one that ended so, or is at work.
+    /// What is decided about a second call after a first one that ended as `completion` says, or is at work (`None`). The
+    /// booleans say which of the two has a key.
     fn second(
         mode: WithoutKey,
         [first, second]: [bool; 2],
@@ -463,6 +491,7 @@ mod tests {
         if let Some(completion) = completion {
             detector.end(MARK, id(1), completion, 0);
         }
+        // The control: a refusal below is due to the equal mark, not to a table that refuses everything.
         let other = detector.begin([8; 16], call(2, second), None, false, 0);
         assert_eq!(other, Ok((None, None)), "another body");
         detector.begin(MARK, call(3, second), None, false, SUCCESS_WINDOW).map(|(first, _)| first)
@@ -548,7 +577,7 @@ mod tests {
         detector.end(MARK, id(2), UNKNOWN, 1);
         assert_eq!(keyed(&mut detector, 3, None), refused(2));
         assert_eq!(keyed(&mut detector, 3, Some(1)), refused(2), "the first one is superseded");
-        // What is repeated so may be repeated by a third key, and goes on to guard.
+        // The repetition guards as the first call did. It may itself be repeated by force, under a third key.
         keyed(&mut detector, 4, Some(2)).unwrap();
         detector.end(MARK, id(4), UNKNOWN, 1);
         assert_eq!(keyed(&mut detector, 5, None), refused(4));
@@ -564,6 +593,7 @@ mod tests {
         detector.end(MARK, id(1), UNKNOWN, 0);
         assert_eq!(detector.begin(MARK, call(2, true), Some(id(1)), false, 0), Ok((None, None)));
         detector.end(MARK, id(2), Completion::Succeeded, 0);
+        // Taken for repeated, the first call would have stopped to guard against calls without a key.
         assert_eq!(begin(&mut detector, 3, 0), Err(Rejection::Duplicate(First::Open(id(1)))), "as before");
         let mut detector = self::detector(WithoutKey::Block);
         begin(&mut detector, 1, 0).unwrap();
@@ -585,6 +615,7 @@ mod tests {
         assert_eq!(forced(&mut detector, 2), None);
         detector.end(MARK, id(2), Completion::NotDone, 0);
         detector.end(MARK, id(1), UNKNOWN, 0);
+        // Two doubts of one second that are repeated by turns: a list of their times grew with each attempt.
         let other = [8; 16];
         detector.begin(other, call(100, false), None, false, 0).unwrap();
         detector.end(other, id(100), UNKNOWN, 0);
@@ -604,6 +635,7 @@ mod tests {
             let doubt = Doubt { kind: DoubtKind::Resolved, since };
             detector.doubt([number; 16], call(number.into(), false), doubt);
         }
+        // The older doubt came second. Behind a younger one in a queue it would have stayed for too long.
         begin(&mut detector, 3, WINDOW + 1).unwrap();
         assert_eq!(detector.doubts, 1);
     }
@@ -646,6 +678,7 @@ mod tests {
         detector.end(MARK, id(1), UNKNOWN, 0);
         assert!(begin(&mut detector, 2, WINDOW).is_err());
         assert_eq!(begin(&mut detector, 2, WINDOW + 1), Ok(None));
+        // An exchange has a deadline of its own. Until it ends the task may still be done, however long that takes.
         assert!(begin(&mut detector, 3, 10 * WINDOW).is_err());
         detector.end(MARK, id(2), Completion::NotDone, 10 * WINDOW);
         assert!(detector.calls.is_empty() && detector.held.is_empty());
@@ -728,7 +761,8 @@ mod tests {
         let mut detector = detector(WithoutKey::Block);
         begin(&mut detector, 2, 50).unwrap();
         detector.end(MARK, id(2), Completion::Succeeded, 50);
-        detector.succeed(MARK, call(1, false), 0); // read back from the trail, later
+        // Read back from the trail while younger calls are served already.
+        detector.succeed(MARK, call(1, false), 0);
         assert!(begin(&mut detector, 3, 50 + SUCCESS_WINDOW).is_err());
         assert_eq!(begin(&mut detector, 3, 51 + SUCCESS_WINDOW), Ok(None));
     }
