@@ -1,9 +1,14 @@
-//! Reads the claims of the window back from the audit trail, beside the serving workers.
+//! Crash recovery of the keys: reads the claims of the window back from the write-ahead trail, beside the serving workers.
 //!
-//! The intent of a keyed call says which key it claimed, its outcome what became of it, and with which answer. A
-//! start has given every intent at the end of the trail an outcome; one that was left open before that is in doubt,
-//! too. A line that cannot be read tells nothing of a call, and counts as a loss. How old a record is decides no wall clock:
-//! see [`crate::audit::age`].
+//! The intent of a call with a key names the key; its outcome says how the call ended, and holds the reply. An intent without
+//! an outcome makes its call one of unknown outcome. Successes of calls without a key are read back, too. Doubts about such
+//! calls are not: they are on the list of the unresolved, which the start has read already.
+//!
+//! Guarantees that no key of the window is taken for a new one, as far as the hash chain proves the trail. A line that is
+//! missing, was changed or cannot be read is a loss, and the keys that are not found are then refused. The age of a record
+//! depends on no wall clock: see [`crate::audit::age`].
+//!
+//! One thread reads and parses, another applies. A million keys, more than a gigabyte, are known within 5 s.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
@@ -30,21 +35,27 @@ use crate::config;
 use crate::keyed_hash::{Mark, parse_hex};
 use crate::model::outcome::Outcome;
 
-/// A call that began this long before the window may have ended in it, in seconds.
+/// The longest time from an intent to its outcome, in seconds, with a margin: a call that began this long before the window
+/// may have ended in it.
+// An exchange takes at most 10 minutes, the largest `timeout` that the configuration allows.
 const LONGEST_CALL: u32 = 15 * 60;
 
-/// A call with a key takes no less of the trail, in bytes: intent and outcome.
+/// The bytes that a call with a key takes of the trail, at the least: intent and outcome.
+// Only used to reserve room in the table. A wrong figure costs memory or a growth of the index, no key.
 const LEAST_CALL: u64 = 1024;
 
-/// So many records are handed over at once, or those of so many bytes, and so often before the one who reads waits.
+/// The size of a batch that is handed over, in records and in bytes of the trail, and how many may wait to be applied.
+// In batches, so that the threads do not wake each other for each record. The bound on them keeps a reader that is faster than
+// the other half from filling the memory.
 const BATCH: usize = 1000;
 const BATCH_BYTES: usize = 1 << 20;
 const BATCHES: usize = 8;
 
-/// How long a failed reading waits.
+/// The pause after a reading that failed.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// A record, as far as it matters here.
+/// The members of a record that matter here.
+// Borrowed from the line, and no others: a start may parse a million records, and must be fast.
 #[derive(Deserialize)]
 struct Line<'a> {
     time: &'a str,
@@ -62,10 +73,10 @@ struct Line<'a> {
     reply: Option<StoredReply>,
 }
 
-/// What a record tells of a call.
+/// What a record says about a call.
 struct Told {
     id: Uuid,
-    /// *Now* minus its age, in seconds since 1970.
+    /// *Now* minus the record's age, in seconds since 1970.
     time: u32,
     what: What,
 }
@@ -73,7 +84,7 @@ struct Told {
 enum What {
     /// The intent of a call with a key.
     Claim(Wanted),
-    /// Any other intent.
+    /// Any other intent; `None` if it is too old to matter or cannot be read.
     Intent(Option<Box<UnresolvedCall>>),
     Outcome {
         outcome: Option<Outcome>,
@@ -84,51 +95,54 @@ enum What {
     Resolution(Box<UnresolvedCall>, Resolution),
 }
 
-/// What an intent without its outcome holds.
+/// What an intent whose outcome was not read yet stands for.
 enum Open {
     Key(Mark),
     Body(Box<UnresolvedCall>),
     Nothing,
 }
 
-/// Reads lines, on a thread of its own, while what they tell is applied.
+/// The reading half: parses lines and checks their chain on a thread of its own, while [`Reading`] applies them.
 struct Parser<'a> {
     table: &'a Idempotency,
-    /// The last record to read.
+    /// The number of the last record to read.
     last: u64,
-    /// The time before which nothing matters.
+    /// The beginning of the window, in seconds since 1970.
     window_from: u32,
     second: Second,
     /// The ages of records at the moment `now`.
     ages: Ages,
     now: u32,
     chain: ChainCheck<'a>,
-    /// The window, where the first record must be older.
+    /// The length of the window, if the first record must be older than that. `None` once it was checked.
     window_time: Option<Duration>,
 }
 
-/// Applies what was read.
+/// The applying half: builds the claims from what [`Parser`] hands over.
 struct Reading<'a> {
     table: &'a Idempotency,
+    // A table of its own, put in place at the end: a half-read one would take known keys for new ones, and requests would wait
+    // for its lock.
     claims: Claims,
     open: HashMap<Uuid, Open, foldhash::fast::RandomState>,
     replies: Replies,
     /// The last resolution of each call.
     resolved: HashMap<Uuid, (UnresolvedCall, Resolution, u32), foldhash::fast::RandomState>,
-    /// The time before which nothing matters, and no success of a call without a key does.
+    /// The beginning of the window, and that of the shorter window of successes without a key, in seconds since 1970.
     window_from: u32,
     successes_from: u32,
 }
 
-/// The newest replies, as many as are kept: to put all of them where they are kept, one after the other, takes longer
-/// than reading them.
+/// The newest replies, as many as `reply_memory` has room for.
+// To put all of them into the cache, which then evicts most, took half of the time of a start.
 struct Replies {
     newest: VecDeque<(Uuid, StoredReply)>,
     weight: u64,
     max: u64,
 }
 
-/// The last second that was read, and its text: a second has many records.
+/// The second that was parsed last, and its text.
+// A busy second has many records, and to parse a date takes longer than to compare its text.
 #[derive(Default)]
 struct Second {
     text: String,
@@ -136,10 +150,18 @@ struct Second {
 }
 
 impl Idempotency {
-    /// Reads the trail as the start found it, until that succeeds. Takes as long as the window's part of it is long.
+    /// Reads the window's part of the trail as the start found it, and retries each second until that succeeds.
+    ///
+    /// Blocks, for seconds if the trail is long: to be called on a thread of its own. Calls with a key are refused until it
+    /// returns.
+    ///
+    /// # Panics
+    ///
+    /// If the thread that parses panics.
     pub fn rebuild(&self, settings: &config::Idempotency, directory: &Path, audit: &Audit) {
         let mut failed = false;
         while let Err(error) = self.try_rebuild(settings, directory, audit) {
+            // Once, not each second: the cause rarely changes, and `/status` says that the keys are not known yet.
             if !failed {
                 tracing::error!(%error, "earlier Idempotency-Keys cannot be read from the audit trail; calls with a key are refused meanwhile");
             }
@@ -150,6 +172,9 @@ impl Idempotency {
         tracing::info!(keys = self.keys(), "Idempotency-Keys of the window are known");
     }
 
+    /// Reads the trail once. After an error no claim has changed, and successes that were restored are not added twice by the
+    /// next attempt.
+    // The part to read begins one longest call before the window: there an intent may lie whose outcome is in the window.
     fn try_rebuild(&self, settings: &config::Idempotency, directory: &Path, audit: &Audit) -> io::Result<()> {
         let now = now();
         let window = seconds(settings.window);
@@ -176,7 +201,8 @@ impl Idempotency {
         };
         let (last, second) = (audit.begun(), Second::default());
         let chain = ChainCheck::begin(audit.keys(), &segments)?;
-        // Nothing in the window is ever removed, so that a trail that begins later lacks something.
+        // Retention removes nothing of the window. A trail whose first record is not number 1 and lies in the window has lost
+        // its beginning.
         let may_begin_late = first == 0 && segments.first().is_some_and(|path| first_seq(path) > 1);
         let window_time = may_begin_late.then_some(settings.window);
         let parser = Parser { table: self, last, window_from, second, ages, now, chain, window_time };
@@ -197,13 +223,15 @@ impl Idempotency {
 }
 
 impl Parser<'_> {
-    /// Hands over what the lines tell, in their order, as long as somebody takes it. Returns what is lost of the trail.
+    /// Hands over what the lines say, in their order. Returns what is lost of the trail; fails if a segment cannot be read.
+    // A send fails only if the applying half has panicked. Then the scope ends with that panic, so the result is not used.
     fn read(mut self, segments: &[PathBuf], sender: &SyncSender<Vec<Told>>) -> io::Result<Option<Loss>> {
         let (mut batch, mut bytes) = (Vec::with_capacity(BATCH), 0);
         for (index, path) in segments.iter().enumerate() {
             self.chain.enter(path, segments.get(index + 1));
             let mut lines = Lines::open(path)?;
-            // What this process writes is known.
+            // Up to what the start has written. Later records are of calls that this process has in its tables. To stop at a
+            // proven record, not at a number: a line with a raised number would hide the rest.
             while !self.chain.has_proven(self.last)
                 && let Some(line) = lines.read()?
             {
@@ -212,6 +240,7 @@ impl Parser<'_> {
                 if let Some(record) = record.filter(|_| checked != Checked::Repeated) {
                     self.look_for_late_begin(record.time, checked);
                     match record.kind {
+                        // An event can free a key or make records look old. So it counts only if the chain proves it.
                         "event" if checked == Checked::Proven => {
                             self.ages.anchor(line.bytes);
                             self.chain.event(line.number, record.event.unwrap_or_default(), line.bytes);
@@ -233,7 +262,7 @@ impl Parser<'_> {
         Ok(self.chain.loss())
     }
 
-    /// Looks at the first record of all whether it is as old as the window. Of one that was changed nobody knows.
+    /// Reports a loss if the first record of the trail is younger than the window, or was changed, so that its age is unknown.
     fn look_for_late_begin(&mut self, time: &str, checked: Checked) {
         if let Some(window) = self.window_time.take()
             && (checked == Checked::Changed || self.ages.age(self.second.millis(time)) <= window)
@@ -242,6 +271,7 @@ impl Parser<'_> {
         }
     }
 
+    /// What an event says about a call, if it is the resolution of one.
     fn resolution(&mut self, line: &Line<'_>, bytes: &[u8]) -> Option<Told> {
         let id = line.id.filter(|_| line.event == Some(RESOLUTION))?;
         let (call, result) = UnresolvedCall::resolved_by(bytes)?;
@@ -249,7 +279,8 @@ impl Parser<'_> {
         Some(Told { id, time, what: What::Resolution(Box::new(call), result) })
     }
 
-    /// *Now* minus the age of a record. One that was changed counts as new.
+    /// *Now* minus the age of a record, in seconds since 1970. One that was changed counts as new, whatever time it states: too
+    /// long a memory refuses calls, too short a one sends them twice.
     fn time(&mut self, line: &Line<'_>, checked: Checked) -> u32 {
         if checked == Checked::Changed {
             return self.now;
@@ -258,14 +289,15 @@ impl Parser<'_> {
         self.now.saturating_sub(seconds(self.ages.age(millis)))
     }
 
+    /// What an intent or an outcome says about its call; `None` for any other record, and for one without an id.
     fn told(&mut self, line: Line<'_>, bytes: &[u8], checked: Checked) -> Option<Told> {
         let (id, time) = (line.id?, self.time(&line, checked));
         let is_changed = checked == Checked::Changed;
         let what = match line.kind {
-            // What a changed one says is still the best guess: its key is not taken for a new one.
+            // A changed intent is believed: it may name a key, which then is not taken for a new one.
             "intent" => self.intent(&line, time, bytes),
             "outcome" => What::Outcome {
-                // A changed one frees no key.
+                // A changed outcome is believed only where that frees no key. `not_sent` and `refused` would.
                 outcome: Outcome::ALL
                     .into_iter()
                     .find(|outcome| line.outcome == Some(outcome.as_str()))
@@ -279,17 +311,20 @@ impl Parser<'_> {
         Some(Told { id, time, what })
     }
 
+    /// What an intent says.
     fn intent(&self, line: &Line<'_>, time: u32, bytes: &[u8]) -> What {
         if let (Some(key), Some(print)) = (line.key.and_then(parse_hex), line.print.and_then(parse_hex)) {
             let caller = self.table.hash_of(line.caller.unwrap_or_default());
             return What::Claim(Wanted { key, print, caller, share: usize::MAX, force: line.forced });
         }
+        // An older intent cannot matter, and to parse all of its members is slow.
         let is_new = time.saturating_add(LONGEST_CALL) > self.window_from;
         What::Intent(if is_new { serde_json::from_slice(bytes).ok() } else { None })
     }
 }
 
 impl Reading<'_> {
+    /// Applies one record.
     fn take(&mut self, Told { id, time, what }: Told) {
         match what {
             What::Claim(wanted) => {
@@ -302,6 +337,7 @@ impl Reading<'_> {
                     let how = match (outcome, status) {
                         (Some(Outcome::NotSent | Outcome::Refused), _) => How::NotDone,
                         (Some(Outcome::Succeeded | Outcome::Failed), Some(status)) => {
+                            // The claim of an older one expires at once, so that nobody can ask for its reply.
                             if let Some(reply) = reply.filter(|_| time >= self.window_from) {
                                 self.replies.push(id, reply);
                             }
@@ -319,8 +355,8 @@ impl Reading<'_> {
         }
     }
 
-    /// A person found what became of a call. If it is done, it may be off the list that the start has read, since it began
-    /// before the window.
+    /// Applies what a person found about a call. One that is done may be missing on the list that the start has read, since the
+    /// call began before the window.
     fn resolve(&mut self, call: UnresolvedCall, result: Resolution, time: u32) {
         if time < self.window_from {
             return;
@@ -329,15 +365,18 @@ impl Reading<'_> {
         self.resolved.insert(call.id, (call, result, time));
     }
 
-    /// The end of a call without a key.
+    /// Ends a call without a key.
     fn end(&self, open: &UnresolvedCall, outcome: Option<Outcome>, time: u32) {
-        // Doubts are on the list that the start has read.
+        // Only successes: doubts are on the list that the start has read.
         if outcome == Some(Outcome::Succeeded) && time >= self.successes_from {
             self.table.restore_success(open, time);
         }
     }
 
-    /// Hands over what is known now. What was left open gets its outcome when the trail is verified.
+    /// Puts what was read in place. A call that is still open is of unknown outcome; its record gets that outcome when the trail
+    /// is verified.
+    // The lock of `meanwhile` is held to the end, so that a resolution that comes now waits and then finds the new claims. What
+    // came meanwhile is applied after the trail, since it is newer.
     fn close(mut self) {
         for (id, open) in self.open {
             match open {
@@ -361,6 +400,7 @@ impl Reading<'_> {
         }
         for (call, result) in resolved {
             self.table.resolve_claim(&mut self.claims, &call, result, now());
+            // The duplicates have this result already. An older one from the trail must not replace it.
             self.resolved.remove(&call.id);
         }
         for (call, result, time) in self.resolved.into_values() {
@@ -374,6 +414,7 @@ impl Reading<'_> {
 }
 
 impl Replies {
+    /// Adds a reply, and drops the oldest ones that no longer fit.
     fn push(&mut self, id: Uuid, reply: StoredReply) {
         self.weight += u64::from(weigh(&reply));
         self.newest.push_back((id, reply));
@@ -386,18 +427,19 @@ impl Replies {
 }
 
 impl Second {
-    /// A time in milliseconds since 1970; what is no time counts as now.
+    /// The milliseconds since 1970 of a record's time; now, if the text is no time.
     fn millis(&mut self, time: &str) -> i64 {
         let millis = time.get("2026-01-01T00:00:00.".len()..).and_then(|rest| rest.get(..3)?.parse().ok());
         i64::from(self.unix(time)) * 1000 + millis.unwrap_or(0)
     }
 
-    /// As [`unix`].
+    /// Returns what [`unix`] does, and parses a second once only.
     fn unix(&mut self, time: &str) -> u32 {
         let (second, rest) = time.split_at_checked("2026-01-01T00:00:00".len()).unwrap_or((time, ""));
         let is_micros = |rest: &str| rest.len() == 6 && rest.bytes().all(|digit| digit.is_ascii_digit());
         if !rest.strip_prefix('.').and_then(|rest| rest.strip_suffix('Z')).is_some_and(is_micros) {
-            return unix(time); // not as the gateway writes it
+            // Not as the gateway writes it. With an offset behind it, the same text names another second.
+            return unix(time);
         }
         if self.text != second {
             self.text.replace_range(.., second);
@@ -407,7 +449,9 @@ impl Second {
     }
 }
 
-/// Reads a line. Most likely it is text as a whole: then its members need not be looked at for that one by one.
+/// Parses a line.
+// Checked for UTF-8 as a whole first: serde_json then checks no member for it. A line with a damaged text is still parsed, since
+// its key may be readable.
 fn parse<'a, T: Deserialize<'a>>(line: &'a [u8]) -> serde_json::Result<T> {
     match std::str::from_utf8(line) {
         Ok(text) => serde_json::from_str(text),
@@ -415,7 +459,7 @@ fn parse<'a, T: Deserialize<'a>>(line: &'a [u8]) -> serde_json::Result<T> {
     }
 }
 
-/// Seconds since 1970; what is no time counts as now, so that it is not forgotten too early.
+/// The seconds since 1970 of a time; now, if the text is no time, so that its call is not forgotten too early.
 fn unix(time: &str) -> u32 {
     time.parse::<Timestamp>().ok().and_then(|time| u32::try_from(time.as_second()).ok()).unwrap_or_else(now)
 }
@@ -457,6 +501,7 @@ pub(super) mod tests {
         let options = audit::Options {
             segment_size: 64 << 20,
             queue: 16 * 1024,
+            // Far above what a busy machine takes, so that only the trail's contents decide.
             intent_deadline: Duration::from_secs(60),
             ..audit::Options::small(directory)
         };
@@ -513,10 +558,12 @@ pub(super) mod tests {
             let members = |line: &mut Vec<u8>| claim.audit_members(line);
             let intent = record.intent(&Permit::default(), 8, &digest, &members).unwrap();
             if number == keys {
-                std::mem::forget(intent.await.unwrap()); // as a kill would leave it
+                // Forgotten, not dropped: the drop would record an outcome, and a kill records none.
+                std::mem::forget(intent.await.unwrap());
                 return;
             }
             pending.push((intent, claim));
+            // A thousand at a time: the queue of the trail has room for 16,384 records.
             if number % 1000 == 999 {
                 let mut finished = Vec::new();
                 for (intent, claim) in pending.drain(..) {
@@ -537,7 +584,8 @@ pub(super) mod tests {
         let before = table(&audit);
         call(&audit, &before, keys).await;
         audit.close();
-        drop(audit); // and with it its lock, once the writer has ended
+        // The lock of the directory goes with it, once the writer has ended.
+        drop(audit);
 
         let began = Instant::now();
         let audit = start(folder.path());
@@ -547,6 +595,7 @@ pub(super) mod tests {
         let took = began.elapsed();
         println!("{keys} keys: serves after {serves:?}, knows them after {took:?}");
         assert_eq!(after.keys() as u64, keys + 1);
+        // The oldest and the newest: of many replies the newest are the ones that are kept.
         for (number, has_body) in [(0, keys <= KEPT), (keys - 1, true)] {
             let id = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into())).id();
             let Begun::Replay(replay) = begin(&audit, &after, id, number).1 else { panic!() };
@@ -664,6 +713,7 @@ pub(super) mod tests {
     async fn keys_are_read_back_within_the_deadline() {
         let keys = std::env::var("CCSQM_GATEWAY_TEST_REBUILD").map_or(2_000, |keys| keys.parse().unwrap());
         let took = check(keys).await;
+        // Four times the deadline, for builds that are not optimised.
         assert!(took < Duration::from_secs(4 * 5), "{took:?}");
     }
 }
