@@ -1,4 +1,6 @@
-//! A call's right to be sent, from the decision that it is new to its end.
+//! A call's right to be sent, from the decision that it is new to its end in both tables.
+//!
+//! Whatever happens to the call, its claim ends exactly once: by [`Claim::end`], or by its `Drop`.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,19 +16,22 @@ use crate::keyed_hash::{Mark, push_hex};
 use crate::model::outcome::Outcome;
 use crate::model::request_id::FirstCall;
 
-/// A call's right to be sent. Dropped before it was sent, it gives its key back; dropped after that, what became
-/// of it is unknown.
+/// A call's right to be sent.
+///
+/// A claim that is dropped before [`Claim::sent`] releases its key. One that is dropped after that leaves a call of unknown
+/// outcome.
 pub struct Claim {
     pub(super) table: Arc<Idempotency>,
     pub(super) id: Uuid,
-    /// Equal for equal bodies, operators and routes.
+    /// The fingerprint: equal for equal bodies, operators and routes.
     pub(super) print: Mark,
-    /// Under which equal calls are looked for; `None`: they are not.
+    /// The mark under which equal calls are looked for; `None` if they are not.
     pub(super) mark: Option<Mark>,
     pub(super) key: Option<Mark>,
-    /// An equal one that came first; this one is sent all the same.
+    /// An equal call that came first, if this one is sent all the same.
     pub(super) first: Option<First>,
-    /// The call of unknown outcome that this one repeats; there seldom is one.
+    /// The call that this one repeats by force.
+    // In a box, since few calls have one: without it the future of each request exceeded its budget of 2 KiB by eight bytes.
     pub(super) forced: Option<Box<Forced>>,
     pub(super) step: Step,
 }
@@ -39,18 +44,19 @@ pub(super) enum Step {
 }
 
 impl Claim {
-    /// An equal call that came before this one: it goes out, and is flagged.
+    /// The equal call that came before this one. This one is sent all the same, and is flagged.
     pub fn first(&self) -> Option<FirstCall> {
         self.first.map(FirstCall::from)
     }
 
-    /// Whether it repeats a call of unknown outcome by force.
+    /// Whether the call repeats another one by `Idempotency-Force`.
     pub fn is_forced(&self) -> bool {
         self.forced.is_some()
     }
 
-    /// What the intent says of it, as JSON members with a comma in front of each.
+    /// Appends to `line` what the intent says about the call, as JSON members with a comma in front of each.
     pub fn audit_members(&self, line: &mut Vec<u8>) {
+        // By hand, since marks are hex and ids are plain: nothing can need an escape.
         let mut member = |name: &[u8], mark: &Mark| {
             line.extend_from_slice(name);
             push_hex(mark, line);
@@ -59,29 +65,33 @@ impl Claim {
         if let Some(key) = &self.key {
             member(b",\"key\":\"", key);
         }
+        // Also without a key: a restart finds equal calls by it, even if the configuration hides the operator.
         member(b",\"print\":\"", &self.print);
         if let Some(Forced { id, .. }) = self.forced.as_deref() {
             line.extend_from_slice(format!(",\"forced\":\"{id}\"").as_bytes());
         }
     }
 
-    /// From now on it may be on its way.
+    /// The claim of a call that may be on its way from now on. To be called when the exchange takes the call over.
     #[must_use]
     pub fn sent(mut self) -> Self {
         self.step = Step::Sent;
         self
     }
 
-    /// Whether its answer is kept.
+    /// Whether the call has a key, so that its outcome must be committed before its caller learns of it.
     pub fn is_keyed(&self) -> bool {
         self.key.is_some()
     }
 
-    /// The call is over, and its record closed; of a call with a key the record is committed, and its reply is kept. Returns
-    /// what a success still waits for.
+    /// Ends the call. Its record must be closed, and committed if the call has a key.
+    ///
+    /// Returns the [`Delivery`] of a success: whoever drops that makes the success an undelivered one. `None` for any other
+    /// outcome, and where equal calls are not compared.
     pub fn end(mut self, answer: &Answer, names: Names) -> Option<Delivery> {
         let mut ending = None;
         if self.is_keyed() {
+            // The reply first: a repetition that comes now finds the key in flight, and never a key that ended without its reply.
             if let Some(reply) = &answer.reply {
                 self.table.replies.insert(self.id, reply.clone());
             }
@@ -96,17 +106,20 @@ impl Claim {
         self.end_in_tables(answer.outcome, ending, names)
     }
 
-    /// Ends the call in the tables. Returns what a success still waits for.
+    /// Ends the call in both tables. Returns the delivery of a success.
     fn end_in_tables(&mut self, outcome: Outcome, ending: Option<Ending>, names: Names) -> Option<Delivery> {
         self.step = Step::Ended;
         if let Some(key) = self.key {
             let how = match outcome {
                 Outcome::NotSent | Outcome::Refused => How::NotDone,
+                // Without a status there is nothing to replay.
                 Outcome::Succeeded | Outcome::Failed => ending.map_or(How::Unknown, How::Ended),
                 Outcome::Unknown | Outcome::Replayed => How::Unknown,
             };
             self.table.claims().end(key, self.id, how, now());
         }
+        // This call was sent in place of one whose key is not its own, which must not be repeated by force as well. If this call
+        // was not done, that one is in doubt as before and may be forced again.
         if let Some(&Forced { id, key: Some(key) }) = self.forced.as_deref()
             && self.key != Some(key)
             && matches!(outcome, Outcome::Succeeded | Outcome::Unknown | Outcome::Replayed)
@@ -115,6 +128,8 @@ impl Claim {
         }
         let mark = self.mark?;
         let completion = match outcome {
+            // The call stays at work among the duplicates until the delivery is settled: only then it is known whether its caller
+            // has the answer.
             Outcome::Succeeded => {
                 let forced = self.forced.as_deref().map(|forced| forced.id);
                 return Some(Delivery::of_own_answer(&self.table, mark, self.id, self.key, forced, names));

@@ -1,8 +1,10 @@
-//! The claims on keys, a pure table: what each key stands for, within the window.
+//! The claims on `Idempotency-Key`s: which call each key stands for, within the window. A pure table without I/O or clock.
 //!
-//! A claim is in flight, of unknown outcome, or ended with an answer that is kept. What was certainly not done gives
-//! its key back. Nothing is ever evicted; what is older than the window goes. The table is bounded, in keys and so in bytes,
-//! by refusing new keys. Of these each caller has its share, so that one caller cannot use up all keys.
+//! A claim is in flight, of unknown outcome, or ended with a result that a repetition gets. A call that was certainly not
+//! done releases its key. A claim is never evicted; it expires with the window. The table is bounded, in keys and so in
+//! bytes, by refusing new keys. Each caller has a share, so that none can use up all keys.
+//!
+//! Keys and fingerprints are marks (keyed hashes). The table cannot tell which key or body they are of.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,29 +14,35 @@ use uuid::Uuid;
 use super::slots::{Number, Slots};
 use crate::keyed_hash::Mark;
 
-/// Different result codes that are told apart. An upstream has some dozens.
+/// The number of different result codes that are remembered.
+// An upstream has some dozens. The bound is for one that puts a new text into each reply, which would fill the memory.
 const MAX_CODES: usize = 4096;
 
-/// What they take at most, in bytes: a code has at most 64 bytes, and its entry is in a list and in a map.
+/// The memory that these codes take at the most, in bytes.
+// A code has at most 64 bytes, and its entry is in a list and in a map.
 const CODES_BYTES: usize = MAX_CODES * 256;
 
 type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
-/// Times are in seconds since 1970.
+/// The claims by key. All times are in seconds since 1970.
 pub(super) struct Claims {
-    /// Claims that are over, and those that repeat one by force, are queued by the time of their end.
+    /// Ended claims, and those in flight that repeat a doubt, are queued in the order in which they expire.
+    // A claim in flight that repeats nothing is not queued: until its call ends, its key must not be free.
     slots: Slots<Claim>,
-    /// Keys by caller.
+    /// The number of keys of each caller, by the hash of its name.
     held: Table<u32, usize>,
     codes: Codes,
     max: usize,
     window: u32,
 }
 
+/// What a key stands for.
+// 56 bytes, of which a test makes sure: there may be ten million. So a doubt is boxed, and a result code is a number.
 #[derive(Debug)]
 struct Claim {
     print: Mark,
     id: Uuid,
+    /// When the call began, or when it ended, if it has.
     since: u32,
     /// The caller, hashed.
     caller: u32,
@@ -42,9 +50,10 @@ struct Claim {
 }
 
 impl Claim {
-    /// From when on the window of what is queued counts.
+    /// The time from which the window of a queued claim counts.
     fn expires_from(&self) -> u32 {
         match &self.state {
+            // Only the doubt expires, not the claim.
             State::InFlight { doubt } => doubt.as_ref().map_or(0, |doubt| doubt.since),
             State::Unknown { .. } | State::Ended { .. } => self.since,
         }
@@ -53,14 +62,15 @@ impl Claim {
 
 #[derive(Debug)]
 enum State {
-    /// `doubt` is the call of unknown outcome that this one repeats.
     InFlight {
+        /// The call of unknown outcome that this one repeats by force.
         doubt: Option<Box<Doubt>>,
     },
-    /// The same of `doubt`.
     Unknown {
+        /// The call of unknown outcome that this one has repeated by force.
+        // Kept, since a person may resolve this call as not done. Then the earlier one is in doubt again.
         doubt: Option<Box<Doubt>>,
-        /// A call without this key repeated it by force, and stands for it.
+        /// A call without this key has repeated it by force, and stands for it.
         is_superseded: bool,
     },
     Ended {
@@ -71,14 +81,14 @@ enum State {
     },
 }
 
-/// A call of unknown outcome that another one repeats.
+/// A call of unknown outcome that a later call with its key repeats by force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Doubt {
     id: Uuid,
     since: u32,
-    /// Meanwhile a person found that it is done.
+    /// A person has resolved it as done while it is repeated.
     is_done: bool,
-    /// Meanwhile a call without this key stands for it.
+    /// A call without this key has repeated it, too, and stands for it.
     is_superseded: bool,
 }
 
@@ -87,6 +97,7 @@ impl Doubt {
         Self { id, since, is_done: false, is_superseded: false }
     }
 
+    /// The state of the key once the repetition turned out not to be done.
     fn state(&self) -> State {
         let Self { is_superseded, .. } = *self;
         if self.is_done { State::RESOLVED } else { State::Unknown { doubt: None, is_superseded } }
@@ -94,7 +105,7 @@ impl Doubt {
 }
 
 impl State {
-    /// Of a call that a person resolved as done.
+    /// The state of a call that a person resolved as done.
     const RESOLVED: Self = Self::Ended { is_success: true, is_resolved: true, status: 200, code: None };
 }
 
@@ -105,33 +116,33 @@ struct Codes {
     numbers: Table<Arc<[u8]>, CodeNumber>,
 }
 
-/// The place of a result code in the list.
+/// The index of a result code in the list.
 #[derive(Clone, Copy, Debug)]
 struct CodeNumber(u16);
 
-/// Which key a call wants, and who it is.
+/// A call's wish for a key.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted {
     pub(super) key: Mark,
     pub(super) print: Mark,
     /// The caller, hashed.
     pub(super) caller: u32,
-    /// So many keys the caller may hold.
+    /// The number of keys that the caller may hold.
     pub(super) share: usize,
-    /// The call of unknown outcome that it means to repeat.
+    /// The call of unknown outcome that `Idempotency-Force` asks to repeat.
     pub(super) force: Option<Uuid>,
 }
 
-/// What is known of an answer, whatever else was forgotten.
+/// How a call with a key ended: what a replay says even if the stored reply was evicted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ending {
-    /// It succeeded; else it failed.
+    /// Whether the call succeeded; otherwise it failed.
     pub is_success: bool,
-    /// The status that the caller got.
+    /// The HTTP status that the caller got.
     pub status: u16,
-    /// The upstream's result code.
+    /// The upstream's result code, at most 64 bytes; `None` if there was none, or too many different ones to remember.
     pub result_code: Option<Arc<[u8]>>,
-    /// There was no answer: a person found that the call is done.
+    /// Whether a person resolved the call as done. Then there was no reply.
     pub is_resolved: bool,
 }
 
@@ -145,50 +156,53 @@ impl Ending {
 /// How a call ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum How {
-    /// It was not sent, or refused before it was processed.
+    /// It was not sent, or the upstream refused it before processing. Its key is free again.
     NotDone,
     Unknown,
     Ended(Ending),
 }
 
-/// What a claim comes to; the ids are those of the call that stands in the way.
+/// What is decided about a call that wants a key. Ids are those of the call that holds it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
+    /// The call gets the key; `doubt` is the call that it repeats by force.
     Begin {
         doubt: Option<Uuid>,
     },
     Replay(Uuid, Ending),
     InFlight(Uuid),
     Unknown(Uuid),
-    /// Another call has the key; how that one ended, if it did.
+    /// The key is held by a call with another body or operator; with how that one ended, if it did.
     Mismatch(Uuid, Option<Ending>),
-    /// No caller gets a further key.
+    /// The table is full.
     Full,
-    /// This caller gets no further key.
+    /// The caller holds its share.
     ShareFull,
 }
 
 impl Claims {
+    /// A table for `max` keys. `window` is in seconds.
     pub(super) fn new(max: usize, window: u32) -> Self {
         Self::with_room(max, window, 0)
     }
 
-    /// The same, with room for so many claims already.
+    /// A table whose index has room for this many claims from the beginning, so that a start does not grow it over and over.
     pub(super) fn with_room(max: usize, window: u32, room: usize) -> Self {
         let (held, codes) = <_>::default();
         Self { slots: Slots::with_room(room.min(max)), held, codes, max, window }
     }
 
-    /// The most memory that so many keys take, in bytes.
+    /// The most memory that this many keys take, in bytes.
     pub(super) const fn max_bytes(keys: usize) -> usize {
         Slots::<Claim>::max_bytes(keys) + CODES_BYTES
     }
 
+    /// The number of keys that are held.
     pub(super) fn len(&self) -> usize {
         self.slots.len()
     }
 
-    /// A call wants its key.
+    /// Decides about a call and, if the verdict is [`Verdict::Begin`], gives it the key. `id` is the call's own.
     pub(super) fn claim(&mut self, wanted: Wanted, id: Uuid, now: u32) -> Verdict {
         let verdict = self.look(wanted, now);
         if let Verdict::Begin { .. } = verdict {
@@ -207,7 +221,7 @@ impl Claims {
         verdict
     }
 
-    /// What a claim would come to.
+    /// Returns what [`Self::claim`] would, and gives no key away.
     pub(super) fn look(&mut self, wanted: Wanted, now: u32) -> Verdict {
         self.expire(now);
         let Wanted { print, force, .. } = wanted;
@@ -215,6 +229,7 @@ impl Claims {
             return self.look_for_room(wanted);
         };
         match &claim.state {
+            // First: whatever state the key is in, its answer is not one to this call.
             _ if claim.print != print => Verdict::Mismatch(claim.id, self.ending(claim)),
             State::InFlight { .. } => Verdict::InFlight(claim.id),
             State::Unknown { is_superseded: false, .. } if force == Some(claim.id) => {
@@ -228,6 +243,7 @@ impl Claims {
         }
     }
 
+    /// Whether there is room for a further key of this caller.
     fn look_for_room(&self, Wanted { caller, share, .. }: Wanted) -> Verdict {
         if self.len() >= self.max {
             return Verdict::Full;
@@ -236,6 +252,7 @@ impl Claims {
         if is_full { Verdict::ShareFull } else { Verdict::Begin { doubt: None } }
     }
 
+    /// How the call of a claim ended; `None` if it has not, or if its outcome is unknown.
     fn ending(&self, claim: &Claim) -> Option<Ending> {
         match claim.state {
             State::InFlight { .. } | State::Unknown { .. } => None,
@@ -246,10 +263,11 @@ impl Claims {
         }
     }
 
-    /// A call that held its key is over. Does nothing for any other.
+    /// Ends the call that holds a key. Does nothing for any other call.
     pub(super) fn end(&mut self, key: Mark, id: Uuid, how: How, now: u32) {
         let Some(number) = self.slots.find(&key) else { return };
         let Some(claim) = self.slots.get_mut(number).filter(|claim| claim.id == id) else { return };
+        // A call ends once. What it ended with, or what a person found since, stays.
         let State::InFlight { doubt } = &mut claim.state else { return };
         let doubt = doubt.take();
         claim.state = match how {
@@ -264,7 +282,8 @@ impl Claims {
         self.slots.queue(number);
     }
 
-    /// The call was not done. If it repeated one, how that ended is as unknown as before, and since as long.
+    /// Releases the key of a call that was not done. If it repeated a doubt, the key stands for that one again, whose window goes
+    /// on as if there had been no repetition.
     fn give_back(&mut self, number: Number, doubt: Option<&Doubt>, now: u32) {
         let doubt = doubt.filter(|doubt| now.saturating_sub(doubt.since) <= self.window);
         let Some(doubt) = doubt else { return self.remove(number) };
@@ -274,10 +293,11 @@ impl Claims {
         self.queue_unless_queued(number);
     }
 
-    /// A person found that a call of unknown outcome is done: from now on its key stands for that, for the window, even beyond
-    /// the bound. The repetition of the call by force keeps the key while it is in flight or if it succeeded.
+    /// Applies that a person found a call of unknown outcome to be done. Its key stands for that for a whole window from now on,
+    /// even beyond the bound of the table. A repetition by force keeps the key while it is in flight or if it succeeded.
     pub(super) fn resolve_done(&mut self, Wanted { key, print, caller, .. }: Wanted, id: Uuid, now: u32) {
         let Some(number) = self.slots.find(&key) else {
+            // The claim has expired. Its caller may still have the key, and now there is an answer for it.
             self.add(key, Claim { print, id, since: now, caller, state: State::RESOLVED });
             if let Some(number) = self.slots.find(&key) {
                 self.slots.queue(number);
@@ -290,19 +310,20 @@ impl Claims {
                 doubt.is_done = true;
                 return;
             }
-            // Another call has taken the key since.
+            // Another call has taken the key since. Its end decides what the key stands for.
             State::InFlight { .. } => return,
             State::Ended { is_success: true, .. } if claim.id != id => return,
             _ if claim.id != id && claim.print != print => return,
             State::Unknown { .. } | State::Ended { .. } => {}
         }
         (claim.id, claim.since, claim.state) = (id, now, State::RESOLVED);
+        // To the end of the queue, since its window begins now.
         self.slots.unlink(number);
         self.slots.queue(number);
     }
 
-    /// A person found that a call of unknown outcome is not done: its key is free again, unless the call repeated another one
-    /// that is still of unknown outcome.
+    /// Applies that a person found a call of unknown outcome not to be done. Its key is free again, unless the call repeated
+    /// another one that is still of unknown outcome.
     pub(super) fn resolve_not_done(&mut self, key: Mark, id: Uuid, now: u32) {
         let Some(number) = self.slots.find(&key) else { return };
         let Some(claim) = self.slots.get_mut(number) else { return };
@@ -316,12 +337,14 @@ impl Claims {
                 let doubt = doubt.take();
                 self.give_back(number, doubt.as_deref(), now);
             }
+            // A correction of an earlier finding. What ended with a reply of the upstream is not for a person to change.
             State::Ended { is_resolved: true, .. } if claim.id == id => self.remove(number),
             State::InFlight { .. } | State::Unknown { .. } | State::Ended { .. } => {}
         }
     }
 
-    /// Whether a call without this key stands for a call of unknown outcome: then that one cannot be repeated by force once more.
+    /// Sets whether a call without this key stands for a call of unknown outcome. That one cannot be repeated by force then.
+    // Two tables know of a doubt with a key. Without this mark it could be forced once in each, and be sent twice.
     pub(super) fn set_superseded(&mut self, key: Mark, id: Uuid, superseded: bool) {
         let Some(claim) = self.slots.find(&key).and_then(|number| self.slots.get_mut(number)) else { return };
         match &mut claim.state {
@@ -331,7 +354,7 @@ impl Claims {
         }
     }
 
-    /// Whether a call without this key stands for the doubt that the claim at work repeats.
+    /// Whether a call without this key stands for the doubt that the call in flight repeats.
     pub(super) fn is_superseded(&self, key: Mark) -> bool {
         let claim = self.slots.find(&key).and_then(|number| self.slots.get(number));
         claim.is_some_and(
@@ -339,23 +362,28 @@ impl Claims {
         )
     }
 
-    /// Puts the claims into the order in which they expire: a trail may tell of them in another one.
+    /// Sorts the queue by expiry. To be called once a trail was read.
+    // Two boots with different clocks, or a resolution, put a young claim before an old one. [`Self::expire`] stops at the first
+    // that is not old, so that those behind it would be remembered and counted for too long.
     pub(super) fn sort(&mut self) {
         self.slots.sort_queue_by_key(Claim::expires_from);
     }
 
+    // A claim that repeats a doubt may be queued for it already, and keeps that place: it expires with the doubt.
     fn queue_unless_queued(&mut self, number: Number) {
         if !self.slots.is_queued(number) {
             self.slots.queue(number);
         }
     }
 
-    /// Puts a claim back that the trail tells of, in flight; even beyond the bounds, since nothing is evicted.
+    /// Restores a claim of the trail as in flight, even beyond the bounds, since a claim is never evicted. Later records of the
+    /// trail end it by [`Self::end`].
     pub(super) fn restore(&mut self, wanted: Wanted, id: Uuid, since: u32) {
         let Wanted { key, print, caller, force, .. } = wanted;
         let known = self.slots.find(&key);
         let before = known.and_then(|number| self.slots.get(number)).map(|claim| (claim.id, claim.since));
-        // Only a doubt of this key: an equal call without it may be what was forced.
+        // Only a doubt of this key. What was forced may be an equal call without the key, and if this call is not done, its key
+        // must become free and not stand for that one.
         let doubt = before
             .filter(|(known, _)| force == Some(*known))
             .map(|(id, since)| Box::new(Doubt::new(id, since)));
@@ -365,8 +393,9 @@ impl Claims {
         if !is_queued {
             self.slots.unlink(number);
         }
+        // In place, without a change of `held`: a key is of one caller.
         if let Some(known) = self.slots.get_mut(number) {
-            *known = claim; // the key is of one caller
+            *known = claim;
         }
     }
 
@@ -385,6 +414,7 @@ impl Claims {
         }
     }
 
+    /// Removes claims whose window is over.
     fn expire(&mut self, now: u32) {
         while let Some(number) = self.slots.front() {
             let Some(claim) = self.slots.get_mut(number) else { return };
@@ -393,7 +423,8 @@ impl Claims {
             }
             match &mut claim.state {
                 State::InFlight { doubt } => {
-                    *doubt = None; // too old to come back
+                    // The doubt is too old to be restored. The call itself is at work, so that the key is not free.
+                    *doubt = None;
                     self.slots.unlink(number);
                 }
                 State::Unknown { .. } | State::Ended { .. } => self.remove(number),
@@ -407,7 +438,7 @@ impl Codes {
         self.list.get(usize::from(number)).cloned()
     }
 
-    /// The number of a code; none if too many are known.
+    /// The number of a code, which is added if it is new; `None` if there are too many.
     fn put(&mut self, code: &Arc<[u8]>) -> Option<CodeNumber> {
         if let Some(number) = self.numbers.get(code) {
             return Some(*number);
@@ -433,7 +464,7 @@ mod tests {
         Uuid::from_u128(number)
     }
 
-    /// A key of the first caller, who may hold all.
+    /// A key of the first caller, which may hold all of them.
     fn wanted(key: Mark, print: Mark, force: Option<Uuid>) -> Wanted {
         Wanted { key, print, caller: 1, share: usize::MAX, force }
     }
@@ -450,7 +481,8 @@ mod tests {
         assert_eq!(claims.claim(wanted(key, print, None), id(1), 0), begin);
         assert_eq!(claims.claim(wanted(key, print, None), id(2), 0), Verdict::InFlight(id(1)));
         assert_eq!(claims.claim(wanted(key, [3; 16], None), id(2), 0), Verdict::Mismatch(id(1), None));
-        claims.end(key, id(2), ended(), 0); // not the holder
+        // Not the call that holds the key.
+        claims.end(key, id(2), ended(), 0);
         assert_eq!(claims.claim(wanted(key, print, None), id(3), 0), Verdict::InFlight(id(1)));
         claims.end(key, id(1), How::NotDone, 0);
         assert_eq!(claims.claim(wanted(key, [3; 16], None), id(4), 0), begin);
@@ -511,7 +543,8 @@ mod tests {
         claims.set_superseded(key, id(1), false);
         assert_eq!(claims.claim(wanted(key, print, force), id(3), 0), Verdict::Begin { doubt: force });
         assert!(!claims.is_superseded(key));
-        claims.set_superseded(key, id(1), true); // while it is repeated, too
+        // Also while it is repeated: the call without the key may have taken the other table's lock first.
+        claims.set_superseded(key, id(1), true);
         assert!(claims.is_superseded(key));
         claims.end(key, id(3), How::NotDone, 0);
         assert_eq!(claims.claim(wanted(key, print, force), id(4), 0), Verdict::Unknown(id(1)));
@@ -555,9 +588,10 @@ mod tests {
         let mut claims = unknown();
         claims.resolve_done(wanted(key, print, None), id(1), 5);
         assert_eq!(claims.look(wanted(key, print, None), 5 + WINDOW), resolved(id(1)));
-        claims.resolve_not_done(key, id(1), 5); // corrected
+        // A person may correct a result, and correct it back.
+        claims.resolve_not_done(key, id(1), 5);
         assert_eq!(claims.look(wanted(key, print, None), 5), Verdict::Begin { doubt: None });
-        claims.resolve_done(wanted(key, print, None), id(1), 6); // and again
+        claims.resolve_done(wanted(key, print, None), id(1), 6);
         assert_eq!(claims.look(wanted(key, print, None), 6), resolved(id(1)));
         assert_eq!(claims.look(wanted(key, print, None), 7 + WINDOW), Verdict::Begin { doubt: None });
     }
@@ -574,8 +608,9 @@ mod tests {
         };
         let done = |id| Verdict::Replay(id, Ending::resolved());
         let free = Verdict::Begin { doubt: None };
+        // Resolved while its repetition is in flight: that one decides first.
         let mut claims = forced();
-        claims.resolve_done(wanted(key, print, None), id(1), 2); // while the repetition is in flight
+        claims.resolve_done(wanted(key, print, None), id(1), 2);
         assert_eq!(claims.look(wanted(key, print, None), 2), Verdict::InFlight(id(2)));
         claims.end(key, id(2), How::NotDone, 3);
         assert_eq!(claims.look(wanted(key, print, None), 3), done(id(1)));
@@ -653,7 +688,8 @@ mod tests {
             claims.restore(of(1, key), id(key.into()), 0);
             claims.end([key; 16], id(key.into()), ended(), 0);
         }
-        claims.restore(of(1, 1), id(9), 1); // the key was used again
+        // The key was used again. It counts once.
+        claims.restore(of(1, 1), id(9), 1);
         claims.end([1; 16], id(9), How::Unknown, 1);
         assert_eq!((claims.len(), claims.held[&1]), (4, 4), "even beyond all bounds");
         assert_eq!(claims.look(of(2, 5), 1), Verdict::Full);
@@ -680,18 +716,20 @@ mod tests {
     #[test]
     fn keys_take_no_more_memory_than_is_said() {
         assert_eq!(size_of::<Option<Claim>>(), 56);
+        // Multiplied, so that keys differ in all bits as marks do.
         let key = |number: u32| u128::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
         for max in [10_000, 114_689] {
             let mut claims = Claims::new(max, WINDOW);
             let mut peak = 0;
             for number in 0..4 * max as u32 {
-                let now = number * 2 * WINDOW / max as u32; // half as many as fit expire meanwhile
+                // So fast that half as many as fit are alive. Removed entries leave traces in the index, which must not grow.
+                let now = number * 2 * WINDOW / max as u32;
                 claims.claim(wanted(key(number), [0; 16], None), id(number.into()), now);
                 claims.end(key(number), id(number.into()), ended(), now);
                 peak = peak.max(claims.slots.bytes() * claims.len() / max);
             }
             assert!(claims.len() > max / 4, "the control");
-            // While the index grows, half as much is there, too.
+            // While the index grows, the old one of half its size exists, too.
             assert!(claims.slots.bytes() * 3 / 2 <= Claims::max_bytes(max), "{}", claims.slots.bytes());
         }
     }
@@ -730,8 +768,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes in whatever order: of one key and print, within the window, nothing is sent beside or behind
-        /// what is at work, in doubt or done, but what was forced by name.
+        /// In any order of steps, within the window, no call of a key is sent while an earlier one is at work, in doubt or
+        /// done, unless it forces that one by its id.
         #[test]
         fn nothing_is_sent_twice_but_what_is_forced(steps in prop::collection::vec(step(), 1..200)) {
             let mut claims = Claims::new(100, WINDOW);

@@ -1,8 +1,12 @@
-//! Whether a caller has learnt that a call succeeded.
+//! Delivery of a success: whether its caller got the answer.
 //!
-//! A success whose caller left before its answer was handed to its connection, or whose answer could not be written, is
-//! *undelivered*: to the caller that is doubt, and it will most likely call again. The answer carries a [`Delivery`]
-//! to the connection, which settles it. Dropped before that, the success is undelivered.
+//! A success is *undelivered* if its caller disconnected before the answer was handed to its connection, or if the answer
+//! could not be written. Its caller cannot tell it from a call that was lost, and will most likely call again; that call
+//! must not be sent. The answer carries a [`Delivery`] to the connection, which settles it. One that is dropped before that
+//! makes the success undelivered.
+//!
+//! That a caller has read the answer cannot be known: it counts as delivered once it was handed to a connection whose
+//! caller is there.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,14 +20,15 @@ use crate::audit::Names;
 use crate::audit::unresolved::{DELIVERED, UNDELIVERED};
 use crate::keyed_hash::Mark;
 
-/// A success on its way to a caller.
+/// A success on its way to a caller. Dropping the one of a call's own answer makes the success undelivered; dropping that of any
+/// other answer changes nothing.
 pub struct Delivery {
     table: Arc<Idempotency>,
     mark: Mark,
     /// The call that succeeded, and the mark of its `Idempotency-Key`.
     id: Uuid,
     key: Option<Mark>,
-    /// The call that it repeated by force.
+    /// The call that this one repeated by force.
     forced: Option<Uuid>,
     /// See [`Duplicate::stands_for_unkeyed`].
     stands_for_unkeyed: bool,
@@ -31,26 +36,27 @@ pub struct Delivery {
     step: Step,
 }
 
-/// Where a connection keeps the success that its last answer told of, until it is known whether the caller got it.
+/// The success that a connection's last answer reported, until it is known whether the caller got it.
 #[derive(Debug, Default)]
 pub struct DeliverySlot(Mutex<Option<Delivery>>);
 
 impl DeliverySlot {
-    /// The answer that tells of a success goes to the socket. If the caller `is_there`, it counts as handed over; else
-    /// whether it gets it is to be seen.
+    /// Stores the delivery of an answer that goes to the socket now. If the caller `is_there`, it counts as handed over;
+    /// otherwise the connection settles it, by what the caller does next.
     pub fn put(&self, mut delivery: Delivery, is_there: bool) {
+        // For a caller that has closed its side the answer is sent, but does not count yet: it may have given up.
         if is_there {
             delivery.hand_over();
         }
         *self.lock() = Some(delivery);
     }
 
-    /// Takes it, to settle it.
+    /// Takes the delivery out, to settle it.
     pub fn take(&self) -> Option<Delivery> {
         self.lock().take()
     }
 
-    /// Whether there is one.
+    /// Whether a delivery is waiting.
     pub fn is_full(&self) -> bool {
         self.lock().is_some()
     }
@@ -64,14 +70,14 @@ impl DeliverySlot {
 enum Step {
     /// The call's own answer, not handed over yet. Until it is, the call counts as at work.
     OwnAnswer,
-    /// Another answer that tells of the success, not handed over yet.
+    /// Another answer that reports the success, not handed over yet.
     OtherAnswer,
     HandedOver,
     Settled,
 }
 
 impl Delivery {
-    /// Of the answer of the call itself.
+    /// The delivery of a call's own answer.
     pub(super) fn of_own_answer(
         table: &Arc<Idempotency>,
         mark: Mark,
@@ -80,19 +86,21 @@ impl Delivery {
         forced: Option<Uuid>,
         names: Names,
     ) -> Self {
-        let stands_for_unkeyed = false; // the table knows
+        // `hand_over` learns it from the table.
+        let stands_for_unkeyed = false;
         Self { table: table.clone(), mark, id, key, forced, stands_for_unkeyed, names, step: Step::OwnAnswer }
     }
 
-    /// Of an answer to `caller` that tells of the success of an equal call.
+    /// The delivery of an answer to the call `caller` that reports the success of the equal call `id`.
     pub(super) fn of_other_answer(table: &Arc<Idempotency>, mark: Mark, id: Uuid, caller: Call<'_>) -> Self {
-        // What else is known of the call, the table tells when the answer is handed over.
+        // Caller and route are the same for equal calls. `hand_over` learns the rest from the table.
         let names = Names { caller: Some(caller.caller.into()), route: Some(caller.route.into()) };
         let (table, key, forced, stands_for_unkeyed) = (table.clone(), None, None, false);
         Self { table, mark, id, key, forced, stands_for_unkeyed, names, step: Step::OtherAnswer }
     }
 
-    /// The answer was handed to a connection whose caller is there.
+    /// Settles that the answer was handed to a connection whose caller is there. Ends the doubt of an undelivered success, and
+    /// records that in the trail.
     pub fn hand_over(&mut self) {
         match self.step {
             Step::OwnAnswer => {
@@ -101,6 +109,7 @@ impl Delivery {
                 self.stands_for_unkeyed = ended.is_some_and(|call| call.stands_for_unkeyed);
             }
             Step::OtherAnswer => {
+                // Settled, if the success is not an undelivered one: then there is nothing that a failed write could undo.
                 self.step = Step::Settled;
                 let told = self.table.duplicates().delivered(self.mark, self.id, now());
                 if let Some(Duplicate { key, stands_for_unkeyed, .. }) = told {
@@ -114,7 +123,8 @@ impl Delivery {
         }
     }
 
-    /// The answer was handed over and could not be written.
+    /// Settles that the answer could not be written, or that the caller reset the connection right after it: the success is
+    /// undelivered again.
     pub fn fail(mut self) {
         if self.step == Step::HandedOver {
             self.step = Step::Settled;
@@ -126,8 +136,10 @@ impl Delivery {
         }
     }
 
-    /// Puts it on record that the caller does not know, for the next start.
+    /// Records in the trail that the success is undelivered, so that it guards after a restart, too.
     fn record(&self) {
+        // The mark is the fingerprint XOR the caller's hash. Mixed in once more, the hash cancels out, and what remains is the
+        // fingerprint that the intent has.
         let print = self.table.mark_of(self.caller(), self.mark);
         let hex = |mark: Mark| format!("{:032x}", u128::from_be_bytes(mark));
         let mut details = Map::from_iter([("id".to_owned(), self.id())]);
@@ -178,7 +190,8 @@ mod tests {
     use crate::audit::chain::segments;
     use crate::idempotency::rebuild::tests::{start, table};
 
-    /// A replay tells of a success with a key; it is handed over and cannot be written.
+    /// A replay of a success with a key is handed over, and then cannot be written. The second record of the success must name
+    /// what the first one did, or a restart would compare it as another call.
     #[test]
     fn undelivered_replay_names_the_key_of_its_call_and_what_that_repeats() {
         let folder = TempDir::new().unwrap();

@@ -1,4 +1,7 @@
-//! The headers `Idempotency-Key` and `Idempotency-Force`.
+//! Parses the headers `Idempotency-Key` and `Idempotency-Force`.
+//!
+//! The form of a key in quotes is that of draft-ietf-httpapi-idempotency-key-header. Many clients send a key without quotes,
+//! so that is accepted, too.
 
 use http::HeaderValue;
 use thiserror::Error;
@@ -6,30 +9,31 @@ use uuid::Uuid;
 
 use crate::request_head::Inbound;
 
-/// A header that breaks its rules.
+/// Why a header is not accepted.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum BadKey {
-    /// More than one.
+    /// One of the headers is given more than once.
     #[error("Idempotency-Key and Idempotency-Force must not be given more than once")]
     Twice,
-    /// Empty, too long, or with characters that are not allowed.
+    /// The key is empty, longer than 255 bytes, or has characters that are not allowed.
     #[error("Idempotency-Key must be 1 to 255 visible characters, bare or in double quotes")]
     Key,
-    /// Not the id of a request.
+    /// `Idempotency-Force` is not the id of a request.
     #[error("Idempotency-Force must be the request id that the refusal named in x-gateway-first-request-id")]
     Force,
 }
 
-/// The headers of a call.
+/// What the headers of a call say.
 pub(crate) struct Given<'a> {
     /// `Idempotency-Key`, without its quotes.
     pub(crate) key: Option<&'a [u8]>,
-    /// `Idempotency-Force`: the call that is to be repeated.
+    /// `Idempotency-Force`: the request id of the call that is to be repeated.
     pub(crate) force: Option<Uuid>,
 }
 
-/// Reads the headers.
+/// Reads both headers. Fails if one of them breaks its rules; a header that is not there breaks none.
 pub(crate) fn read<'a>(head: &Inbound<'a>) -> Result<Given<'a>, BadKey> {
+    // Not the first of several: with two keys the caller and whoever reads its requests could mean different ones.
     if head.idempotency_key.count > 1 || head.idempotency_force.count > 1 {
         return Err(BadKey::Twice);
     }
@@ -39,7 +43,8 @@ pub(crate) fn read<'a>(head: &Inbound<'a>) -> Result<Given<'a>, BadKey> {
     Ok(Given { key, force })
 }
 
-/// A quoted key and the same one bare are one key. No escapes: a quote or a backslash inside is refused.
+/// The key without its quotes; `None` if it breaks the rules. A key in quotes and the same key without them are one key.
+// No escapes: `"a\"b"` could be read as two different keys, so a quote or a backslash inside is refused.
 fn bare(value: &[u8]) -> Option<&[u8]> {
     let key = match value {
         [b'"', key @ .., b'"'] => key,

@@ -1,4 +1,7 @@
-//! A part of the trail that is lost: keys that are not found are refused until the window is over.
+//! Fails closed where a part of the trail is lost: a key that is not found may have been used, so it is refused.
+//!
+//! That holds until a window has passed, or until an operator accepts the loss. Known keys are answered as ever, and calls
+//! without a key are not affected.
 
 use std::sync::{MutexGuard, PoisonError};
 
@@ -9,22 +12,26 @@ use crate::audit::loss;
 use crate::audit::loss::{Fault, Loss};
 
 impl Idempotency {
-    /// Refuses a key that is not found while a part of the trail is lost.
+    /// Refuses a key that is not found, if a part of the trail is lost.
     pub(super) fn check_loss(&self, verdict: &Verdict) -> Result<(), Refused> {
+        // With a doubt the key is known: the call repeats it by force.
         let is_new = matches!(verdict, Verdict::Begin { doubt: None });
         if is_new && self.is_lost() { Err(Refused::Lost) } else { Ok(()) }
     }
 
-    /// What is lost of the trail, as long as that matters.
+    /// The loss of a part of the trail; `None` if there is none, if it was accepted, or once the window is over.
     pub fn loss(&self) -> Option<Loss> {
         self.present_loss().as_ref().map(|(loss, _)| loss.clone())
     }
 
+    /// Whether [`Self::loss`] has one, without a copy of it: each call with a key asks.
     pub(super) fn is_lost(&self) -> bool {
         self.present_loss().is_some()
     }
 
+    /// The loss that still matters, with the time until which it does.
     pub(super) fn present_loss(&self) -> MutexGuard<'_, Option<(Loss, u32)>> {
+        // Ends here instead of by a timer: nothing else depends on the moment.
         let mut loss = self.loss.lock().unwrap_or_else(PoisonError::into_inner);
         if loss.as_ref().is_some_and(|(_, until)| *until < now()) {
             *loss = None;
@@ -33,11 +40,13 @@ impl Idempotency {
         loss
     }
 
-    /// The rebuild found something lost.
+    /// Takes over a loss that the rebuild has found. From now on keys that are not found are refused for `window` seconds, unless
+    /// the operator has accepted just this loss by its word.
     pub(super) fn lose(&self, loss: Loss, window: u32) {
         let Loss { first: Fault { file, line, reason, .. }, word, .. } = &loss;
         if self.accept_loss.as_ref() == Some(word) {
             tracing::warn!(file, line, reason, "a part of the audit trail is lost, and that is accepted");
+            // On record, so that the next start does not refuse again; its word covers no later damage.
             self.audit.event(loss::ACCEPTED, loss.details());
             return;
         }

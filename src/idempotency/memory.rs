@@ -1,4 +1,4 @@
-//! How much memory the keys and the stored replies take, at most.
+//! The bound on the memory of deduplication: keys, successes and stored replies. `check` prints it.
 
 use std::fs;
 
@@ -7,20 +7,21 @@ use super::duplicates::DuplicateDetector;
 use crate::config;
 use crate::config::WithoutKey;
 
-/// What the rest of the gateway takes, beside keys and replies, in bytes: a rough figure, with some connections.
+/// The memory of the rest of the gateway, in bytes: a rough figure, with some connections.
 const REST: u64 = 64 << 20;
 
-/// Where a container sees its own limit (cgroup v2, v1). On a host neither exists, or it is a huge number.
+/// The files in which a container sees its own limit: of cgroup v2 and of v1.
+// On a host neither exists, or the number is huge. `max` in cgroup v2, for no limit, does not parse and so is none.
 const LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
 
-/// Memory that keys and replies may take.
+/// The most memory that deduplication may take, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryBound {
-    /// All keys that may be held, in bytes.
+    /// For all keys that may be held, in bytes.
     pub keys: u64,
-    /// All successes of calls without a key that may be held, in bytes; 0 but under `without_key = "block"`.
+    /// For all successes of calls without a key, in bytes. 0 unless `without_key = "block"`: in other modes they are few.
     pub successes: u64,
-    /// All replies that are stored, in bytes.
+    /// For all stored replies, in bytes.
     pub replies: u64,
 }
 
@@ -35,13 +36,14 @@ impl MemoryBound {
         Self { keys, successes: successes as u64, replies: settings.reply_memory }
     }
 
-    /// A warning, if the container that this process runs in allows less memory than it may come to need.
+    /// A warning for the operator, if the container of this process allows less memory than the gateway may come to need.
+    // A table that fills over days ends in a kill by the kernel, and after that at each start, until the window is over.
     pub fn notice(self) -> Option<String> {
         let limit = LIMITS.iter().find_map(|file| fs::read_to_string(file).ok()?.trim().parse().ok());
         self.notice_of(limit?)
     }
 
-    /// The same for a limit in bytes.
+    /// The warning for a limit in bytes, if it is too low.
     fn notice_of(self, limit: u64) -> Option<String> {
         let Self { keys, successes, replies } = self;
         let needed = keys + successes + replies + REST;
@@ -59,7 +61,7 @@ impl MemoryBound {
     }
 }
 
-/// Rounded up.
+/// Bytes in MiB, rounded up.
 pub fn mebibytes(bytes: u64) -> u64 {
     bytes.div_ceil(1 << 20)
 }

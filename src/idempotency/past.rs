@@ -1,4 +1,6 @@
-//! Earlier calls: restores them from the trail at the start, and applies what a person resolved.
+//! Earlier calls: restores them from the trail at a start, and applies what a person resolved.
+//!
+//! A call is *superseded* if a later one has repeated it by force: that one guards in its place.
 
 use std::sync::{MutexGuard, PoisonError};
 
@@ -10,18 +12,19 @@ use super::{Idempotency, now};
 use crate::audit::unresolved::{CallState, Resolution, UnresolvedCall};
 use crate::keyed_hash::{Hash, Mark, parse_hex};
 
-/// What changes claims that are not known yet.
+/// Changes of claims that the rebuild has not read yet. It applies them to its own table at its end.
 #[derive(Default)]
 pub(super) struct Meanwhile {
     pub(super) resolved: Vec<(UnresolvedCall, Resolution)>,
-    /// Keys and calls of unknown outcome, and whether another call stands for them.
+    /// Keys with calls of unknown outcome, and whether another call stands for each.
     pub(super) superseded: Vec<(Mark, Uuid, bool)>,
 }
 
 impl Idempotency {
-    /// Remembers a doubt that the trail tells of.
+    /// Registers a call of the list of the unresolved as a doubt since this time.
     pub(super) fn restore(&self, call: &UnresolvedCall, since: u32) {
         let kind = match call.state {
+            // Two doubts would each refuse to force the other one.
             CallState::AtWork | CallState::Unknown if call.superseded => return,
             CallState::AtWork | CallState::Unknown => DoubtKind::Unknown,
             CallState::Undelivered => DoubtKind::Undelivered,
@@ -32,15 +35,17 @@ impl Idempotency {
         }
     }
 
-    /// Remembers a success that the trail tells of.
+    /// Registers a success of the trail.
     pub(super) fn restore_success(&self, call: &UnresolvedCall, since: u32) {
         if let Some((mark, call)) = self.identify(call) {
             self.duplicates().succeed(mark, call, since);
         }
     }
 
-    /// Takes into account what a person found about a call of unknown outcome; its event is committed.
+    /// Applies what a person found about a call of unknown outcome. Its event must be committed, and the list of the unresolved
+    /// must have followed it.
     pub fn resolve(&self, call: &UnresolvedCall, result: Resolution) {
+        // Locked until both tables have changed, so that the end of the rebuild comes before all of this or after it.
         let mut meanwhile = self.meanwhile();
         if let Some(meanwhile) = &mut *meanwhile {
             meanwhile.resolved.push((call.clone(), result));
@@ -48,7 +53,7 @@ impl Idempotency {
         self.resolve_claim(&mut self.claims(), call, result, now());
         self.resolve_duplicate(call, result, now());
         drop(meanwhile);
-        // The list has changed by now: a call that this one repeated by force guards again.
+        // This call stood for the one that it repeated by force. As it is not done, that one guards again.
         let first = call.forced.and_then(|first| self.audit.unresolved().get(first).cloned());
         if let Some(first) = first.filter(|_| result == Resolution::NotDone) {
             self.restore(&first, now());
@@ -58,7 +63,7 @@ impl Idempotency {
         }
     }
 
-    /// Says whether another call stands for one of unknown outcome with a key.
+    /// Sets whether another call stands for a call of unknown outcome with a key.
     pub(super) fn set_superseded(&self, key: Mark, id: Uuid, superseded: bool) {
         if let Some(meanwhile) = &mut *self.meanwhile() {
             meanwhile.superseded.push((key, id, superseded));
@@ -66,11 +71,13 @@ impl Idempotency {
         self.claims().set_superseded(key, id, superseded);
     }
 
+    // Locked before `claims`, `duplicates` and the list of the unresolved, never after them.
     pub(super) fn meanwhile(&self) -> MutexGuard<'_, Option<Meanwhile>> {
         self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes what the key of a resolved call stands for, if it has one.
+    /// Applies a resolution to the key of its call, if it has one. `claims` is a parameter, since the rebuild has a table of its
+    /// own.
     pub(super) fn resolve_claim(
         &self,
         claims: &mut Claims,
@@ -85,17 +92,20 @@ impl Idempotency {
                 let wanted = Wanted { key, print, caller, share: usize::MAX, force: None };
                 claims.resolve_done(wanted, call.id, now);
             }
-            (Resolution::Done, None) => {} // no intent with a key lacks its print
+            // Every intent with a key has a fingerprint. Without one the key could not be compared.
+            (Resolution::Done, None) => {}
             (Resolution::NotDone, _) => claims.resolve_not_done(key, call.id, now),
         }
     }
 
+    /// Applies a resolution to the table of equal calls.
     pub(super) fn resolve_duplicate(&self, call: &UnresolvedCall, result: Resolution, now: u32) {
         if let Some((mark, duplicate)) = self.identify(call) {
             self.duplicates().resolve(mark, duplicate, result == Resolution::Done, now);
         }
     }
 
+    /// A call of the trail as the detector compares it, with its mark; `None` if the trail does not say enough about it.
     pub(super) fn identify(&self, call: &UnresolvedCall) -> Option<(Mark, Duplicate)> {
         let caller = call.caller.as_ref()?;
         let key = call.key.as_ref().and_then(|key| parse_hex(key));
@@ -104,14 +114,16 @@ impl Idempotency {
         Some((mark, Duplicate { stands_for_unkeyed, ..duplicate }))
     }
 
-    /// Whether a call repeats by force one without a key, or one that does so. What is not on the list may have been such a call.
+    /// Whether a call repeats by force one without a key, directly or by a chain of calls with keys.
+    // A call that is not on the list any more may have been without a key. It counts as such: a refusal too many is the smaller
+    // harm.
     fn repeats_unkeyed(&self, call: &UnresolvedCall) -> bool {
         let list = self.audit.unresolved();
         let mut forced = call.forced;
         while let Some(id) = forced {
             match list.get(id) {
-                // Ids are in the order of the wall clock, which may have gone back. Where they go up, the chain is not
-                // followed, so that it ends whatever stands in the list.
+                // Ids follow the wall clock, which may have gone back. Where they go up, the chain is not followed further, so
+                // that this loop ends even if the calls of the list name each other in a circle.
                 Some(first) if first.key.is_some() && first.forced.is_none_or(|earlier| earlier < id) => {
                     forced = first.forced;
                 }
@@ -121,8 +133,9 @@ impl Idempotency {
         false
     }
 
-    /// The print of an intent. Intents without a key had none in earlier versions.
+    /// The fingerprint of an intent.
     pub(super) fn print_of(&self, call: &UnresolvedCall) -> Option<Mark> {
+        // In trails of earlier versions intents without a key have none. There it is computed from their other members.
         if let Some(print) = &call.print {
             return parse_hex(print);
         }

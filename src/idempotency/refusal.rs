@@ -1,4 +1,6 @@
-//! Why a call goes no further, and what its caller is told.
+//! Why deduplication refuses a call, and the text for its caller.
+//!
+//! A text says what to do next, and never invites to drop the key: without it the next call could be sent twice.
 
 use thiserror::Error;
 use uuid::Uuid;
@@ -10,79 +12,80 @@ use super::key::BadKey;
 use crate::model::outcome::Outcome;
 use crate::model::request_id::{FirstCall, RequestId};
 
-/// Why a call goes no further, and whose success the answer tells of.
+/// A refusal, with the delivery of the success that it reports.
 #[derive(Debug)]
 pub struct Refusal {
-    /// Why.
+    /// Why the call is refused.
     pub reason: Refused,
-    /// To be settled once the answer is delivered, where it tells that the first call succeeded.
+    /// To be handed over with the answer, if that says that the first call succeeded.
+    // In a box: few refusals have one, and each would be as large.
     pub delivery: Option<Box<Delivery>>,
 }
 
-/// Why a call goes no further.
+/// Why a call is refused. The text of its `Display` is for the caller.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum Refused {
-    /// The header breaks its rules.
+    /// A header breaks its rules.
     #[error(transparent)]
     Key(#[from] BadKey),
-    /// `without_key = "require_key"`.
+    /// There is no key, under `without_key = "require_key"`.
     #[error("an Idempotency-Key is needed here: 1 to 255 visible characters, another one for each task")]
     NoKey,
-    /// The first call with this key is not over.
+    /// The first call with this key is at work.
     #[error(
         "the first call with this Idempotency-Key is still at work; call again with the same key in a second"
     )]
     InProgress(RequestId),
-    /// Nobody knows what became of the first call with this key.
+    /// The outcome of the first call with this key is unknown.
     #[error(
         "the first call with this Idempotency-Key may have reached the upstream, so that this one was not sent: look in the \
          cloud whether the task is assigned; if it is not, repeat the call with the same key and `Idempotency-Force: {0}`; if \
          that is refused, too, take a new key"
     )]
     Unknown(RequestId),
-    /// The key stands for another call.
+    /// The key belongs to a call with another body or operator.
     #[error("this Idempotency-Key was used for another body or operator; take a new key for a new task")]
     Mismatch(FirstCall),
-    /// An equal call is at work or of unknown outcome.
+    /// An equal call is at work, or its outcome is unknown.
     #[error(
         "an equal call (same body, same x-userid) is at work or may have reached the upstream, so that this one was not sent: \
          look in the cloud whether the task is assigned; if it is not, or if it is meant twice, repeat the call with \
          `Idempotency-Force: {0}`"
     )]
     Duplicate(RequestId),
-    /// An equal call succeeded.
+    /// An equal call succeeded: it is undelivered, was resolved as done, or counts under `block`.
     #[error(
         "an equal call (same body, same x-userid) succeeded, so that the task is assigned and this one was not sent; if it is \
          meant twice, repeat the call with `Idempotency-Force: {0}`"
     )]
     Done(RequestId),
-    /// No more keys within the window.
+    /// The table of keys is full until the oldest expires.
     #[error("no more Idempotency-Keys can be remembered at the moment; keep the key and call again later")]
     NoMoreKeys,
-    /// No more keys of this caller within the window.
+    /// This caller holds its share of keys.
     #[error(
         "this caller holds as many Idempotency-Keys as it may (half of all, or its `max_keys`); keep the key and call \
          again later"
     )]
     NoMoreKeysOfCaller,
-    /// No more calls of unknown outcome can be remembered.
+    /// The table of doubts is full, or this caller's share of it.
     #[error(
         "too many calls are of unknown outcome, so that a further one could be lost; the operators must resolve them"
     )]
     NoMoreDoubts,
-    /// No more successes of calls without a key, where they refuse equal calls.
+    /// Under `block`: the table of successes of calls without a key is full, or this caller's share of it.
     #[error(
         "no more calls without an Idempotency-Key can be remembered at the moment, so that an equal one could pass; call again \
          later, or give each task a key"
     )]
     NoMoreSuccesses,
-    /// A part of the trail is lost, and the key is not in the rest.
+    /// A part of the trail is lost, and the rest does not have the key.
     #[error(
         "a part of the audit trail is lost, so that nobody knows whether this Idempotency-Key was used; keep the key and call \
          again later; the operators must restore the trail or accept the loss"
     )]
     Lost,
-    /// The trail is still read.
+    /// The trail is still being read.
     #[error(
         "earlier calls are still being read from the audit trail; call again in a moment, with the same key if it has one"
     )]
@@ -90,8 +93,9 @@ pub enum Refused {
 }
 
 impl Refused {
-    /// The call that stands in the way, and what became of it.
+    /// The call that stands in the way, and its outcome; `None` if there is no such call.
     pub fn first(&self) -> Option<FirstCall> {
+        // `unknown` also while the first call is at work: `not_sent` would read as leave to repeat the task.
         let first = |id: &RequestId, outcome| Some(FirstCall { id: id.uuid(), outcome });
         match self {
             Self::InProgress(id) | Self::Unknown(id) | Self::Duplicate(id) => first(id, Outcome::Unknown),
@@ -115,6 +119,7 @@ impl<R: Into<Refused>> From<R> for Refusal {
     }
 }
 
+/// The refusal for a rejection by the table of equal calls.
 pub(super) fn rejected(rejection: Rejection) -> Refused {
     match rejection {
         Rejection::Duplicate(First::Open(id)) => Refused::Duplicate(id.into()),
@@ -124,12 +129,13 @@ pub(super) fn rejected(rejection: Rejection) -> Refused {
     }
 }
 
-/// A verdict that lets a call pass.
+/// A verdict of the claims that does not refuse the call.
 pub(super) enum Passed {
     Begin { doubt: Option<Uuid> },
     Replay(Uuid, Ending),
 }
 
+/// Splits a verdict of the claims into what passes and what is refused.
 pub(super) fn passed(verdict: Verdict) -> Result<Passed, Refused> {
     match verdict {
         Verdict::Begin { doubt } => Ok(Passed::Begin { doubt }),

@@ -1,7 +1,8 @@
-//! Storage of the claims: found by key, and in the order in which they expire.
+//! Storage of the claims: a hash index by key, and a linked queue in the order in which they expire.
 //!
 //! Built for a small and predictable cost in memory. Entries lie in blocks that never move, so that growth copies none of
-//! them; the index holds four bytes an entry. Memory of removed entries is used again and not returned.
+//! them; the index takes four bytes for an entry. Memory of removed entries is used again, and never returned to the
+//! allocator.
 
 use std::hash::BuildHasher;
 
@@ -9,29 +10,32 @@ use hashbrown::HashTable;
 
 use crate::keyed_hash::Mark;
 
-/// Entries of a block.
+/// The number of entries of a block.
 const BLOCK: usize = 4096;
 
-/// No entry.
+/// Stands for no entry.
+// A number instead of an `Option`, which would double the size of a link.
 const NONE: u32 = u32::MAX;
 
-/// The most that the index takes per entry, in bytes. A bucket has five bytes, four of them the number. When 7/8 of the
-/// buckets are used up, the buckets are doubled if more than half of these are entries and not traces of removed ones; the
-/// old buckets exist until then: 3 × 5 × 16/7, rounded up.
+/// The most that the index takes per entry, in bytes: 3 × 5 × 16/7, rounded up.
+// A bucket has five bytes, four of them the number. When 7/8 of the buckets are used up, and more than half of those by entries
+// and not by traces of removed ones, their number is doubled. Until the entries have moved, old and new buckets exist: three
+// times the old ones, of which 7/16 at least hold entries.
 const INDEX_BYTES: usize = 35;
 
-/// The number of an entry.
+/// The number of an entry: its place in the blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Number(u32);
 
 /// A map of entries by key, some of which are in a queue.
 pub(super) struct Slots<T> {
+    // Blocks, not one vector: that would copy all entries when it grows, and need three times its memory meanwhile.
     blocks: Vec<Vec<Slot<T>>>,
     index: HashTable<u32>,
     hasher: foldhash::fast::RandomState,
-    /// The first of the unused entries. They are linked by `next`.
+    /// The first of the unused entries, which are linked by `next`; or [`NONE`].
     unused: u32,
-    /// The ends of the queue.
+    /// The first and the last entry of the queue; or [`NONE`].
     first: u32,
     last: u32,
 }
@@ -50,14 +54,15 @@ struct Link {
 }
 
 impl Link {
-    /// The entry is not in the queue: no other is in front of itself.
+    /// The link of an entry outside of the queue: it names itself as the previous one, which no entry of a queue does.
+    // So no flag is needed, which would take eight bytes of each entry with its padding.
     const fn outside(number: u32) -> Self {
         Self { previous: number, next: NONE }
     }
 }
 
 impl<T> Slots<T> {
-    /// Reserves room in the index for so many entries.
+    /// An empty map whose index has room for this many entries.
     pub(super) fn with_room(room: usize) -> Self {
         Self {
             blocks: Vec::new(),
@@ -69,30 +74,34 @@ impl<T> Slots<T> {
         }
     }
 
-    /// The most memory that so many entries take, in bytes.
+    /// The most memory that this many entries take, in bytes.
     pub(super) const fn max_bytes(count: usize) -> usize {
         let blocks = count.div_ceil(BLOCK);
         blocks * BLOCK * size_of::<Slot<T>>() + count * INDEX_BYTES
     }
 
+    /// The number of entries, in the queue or not.
     pub(super) fn len(&self) -> usize {
         self.index.len()
     }
 
+    /// The entry of a key.
     pub(super) fn find(&self, key: &Mark) -> Option<Number> {
         let is_it = |&number: &u32| self.slot(number).key == *key;
         self.index.find(self.hasher.hash_one(key), is_it).copied().map(Number)
     }
 
+    /// The value of an entry; `None` if it was removed.
     pub(super) fn get(&self, number: Number) -> Option<&T> {
         self.slot(number.0).value.as_ref()
     }
 
+    /// The value of an entry, to be changed; `None` if it was removed.
     pub(super) fn get_mut(&mut self, number: Number) -> Option<&mut T> {
         self.slot_mut(number.0).value.as_mut()
     }
 
-    /// Adds an entry, outside the queue. The key must not be known.
+    /// Adds an entry outside of the queue. The key must not be in the map: it is not looked for.
     pub(super) fn insert(&mut self, key: Mark, value: T) {
         let number = self.take_unused();
         *self.slot_mut(number) = Slot { key, link: Link::outside(number), value: Some(value) };
@@ -101,6 +110,7 @@ impl<T> Slots<T> {
         index.insert_unique(hasher.hash_one(key), number, hash);
     }
 
+    /// A place for an entry: one that was removed, or a new one at the end of the last block.
     fn take_unused(&mut self) -> u32 {
         if self.unused != NONE {
             let number = self.unused;
@@ -118,6 +128,7 @@ impl<T> Slots<T> {
         number
     }
 
+    /// Removes an entry from the map and the queue, and returns its value. Its number will be used again.
     pub(super) fn remove(&mut self, number: Number) -> Option<T> {
         self.unlink(number);
         let Number(number) = number;
@@ -136,11 +147,12 @@ impl<T> Slots<T> {
         (self.first != NONE).then_some(Number(self.first))
     }
 
+    /// Whether an entry is in the queue.
     pub(super) fn is_queued(&self, number: Number) -> bool {
         self.slot(number.0).link.previous != number.0
     }
 
-    /// Puts an entry at the end of the queue, wherever it was.
+    /// Moves an entry to the end of the queue, whether it was in it or not.
     pub(super) fn queue(&mut self, number: Number) {
         self.unlink(number);
         let Number(number) = number;
@@ -153,22 +165,24 @@ impl<T> Slots<T> {
         }
     }
 
-    /// Sorts the queue. Of equal entries those that were in front stay there.
+    /// Sorts the queue. Entries with equal keys keep their order.
     pub(super) fn sort_queue_by_key<K: Ord>(&mut self, key: impl Fn(&T) -> K) {
         let mut queue: Vec<_> = self.queued().collect();
         let key = |slots: &Self, number: u32| slots.slot(number).value.as_ref().map(&key);
+        // Nearly every trail is in order. Then a million links need not be written anew.
         if !queue.is_sorted_by_key(|number| key(self, *number)) {
             queue.sort_by_cached_key(|number| key(self, *number));
             queue.into_iter().for_each(|number| self.queue(Number(number)));
         }
     }
 
+    /// The numbers of the entries in the queue, in its order.
     fn queued(&self) -> impl Iterator<Item = u32> {
         let first = (self.first != NONE).then_some(self.first);
         std::iter::successors(first, |number| Some(self.slot(*number).link.next).filter(|next| *next != NONE))
     }
 
-    /// Takes an entry out of the queue.
+    /// Removes an entry from the queue, not from the map. Does nothing if it is not in the queue.
     pub(super) fn unlink(&mut self, number: Number) {
         if !self.is_queued(number) {
             return;
@@ -201,6 +215,7 @@ impl<T> Slots<T> {
     }
 }
 
+// Not a method: `insert` needs it while `index` is borrowed.
 fn slot<T>(blocks: &[Vec<Slot<T>>], number: u32) -> &Slot<T> {
     &blocks[number as usize / BLOCK][number as usize % BLOCK]
 }
@@ -214,7 +229,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Beside a map and a list.
+        /// The oracle is a map and a list.
         #[test]
         fn entries_are_found_by_key_and_queued_in_order(steps in prop::collection::vec((0_u8..4, 0_u8..6), 0..300)) {
             let mut slots = Slots::with_room(0);
