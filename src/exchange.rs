@@ -1,9 +1,14 @@
-//! Stage 9: send, replay once after a refused token, read, classify.
+//! Stage 9: one exchange with the upstream. Sends the request, reads the reply, classifies it, and closes the record.
 //!
-//! An [`Exchange`] owns all that it needs: from the intent on it runs to its end or deadline whatever the
-//! caller does, and its record is closed by it alone. It sends a request again in two cases only: not a
-//! byte of it was written, or over HTTP/2 the upstream said that it was not processed and had sent nothing on its
-//! stream; or the upstream refused the token and a different one is at hand.
+//! An [`Exchange`] owns all that it needs. From the intent on it runs to its end or deadline whatever the caller does, and
+//! nothing else closes its record. The upstream is not idempotent, so a request is sent again in these cases only:
+//!
+//! * Not a byte of it was written.
+//! * Over HTTP/2 the upstream said that it did not process the request, and had sent nothing on its stream (RFC 9113,
+//!   section 8.7).
+//! * The upstream refused the token, and a different one can be had. That happens once.
+//!
+//! There is no retry after a time-out, a reset or a 5xx: bytes may have arrived, so the outcome is unknown.
 
 mod attempt;
 mod conclude;
@@ -38,69 +43,75 @@ pub use reply::{BodyPart, BrokenOff, Failure, Reply, ReplyBody, Told};
 pub use route::Route;
 pub use terms::{Metrics, Terms};
 
-/// One exchange with the upstream under one intent.
+/// One exchange with the upstream, under one intent.
 #[derive(Debug)]
 pub struct Exchange {
-    /// What is common to all exchanges.
+    /// What all exchanges have in common.
     pub terms: Arc<Terms>,
     /// The route.
     pub route: Arc<Route>,
-    /// Which credential.
+    /// The credential, of which all tokens of this exchange are.
     pub credential: CredentialIndex,
-    /// Its leave to meet the upstream.
+    /// The circuit breaker's leave to use the upstream.
     pub passage: Passage,
-    /// The connection reserved before the intent.
+    /// The connection, reserved before the intent.
     pub connection: Reserved,
-    /// The token.
+    /// The token to send with. A replay replaces it.
     pub token: Token,
-    /// Who acts.
+    /// The operator, for `x-UserId`.
     pub operator: HeaderValue,
-    /// The checked body.
+    /// The body, as it was checked.
     pub body: Bytes,
-    /// The request's record; its intent is safe.
+    /// The request's record, whose intent is committed.
     pub record: IntendedRecord,
-    /// Its right to be sent.
+    /// The call's right to be sent, marked as sent.
     pub claim: Claim,
-    /// The request's place under the bound on concurrent work.
+    /// The request's place under the bound on concurrent work. The stop waits for it.
     pub room: Room,
 }
 
-/// How far an exchange got, for the case that it ends without an answer.
+/// How far an exchange got. Decides the outcome if it ends without a reply.
 #[derive(Debug)]
 struct Progress {
-    /// Attempts that were answered.
+    /// The number of attempts that got a reply.
     answered: u32,
-    /// Bytes that were written beyond this belong to an attempt without an answer.
+    /// The connection's count of written bytes before the attempt that has no reply yet.
+    // More than this at the end means that bytes may have arrived, so that the outcome is unknown.
     mark: u64,
-    /// The answer that refused the token.
+    /// The status of the reply that refused the token.
     refused: Option<StatusCode>,
-    /// The token that was refused, if another one was sent behind it.
+    /// The token that was refused, if another one was sent after it.
     first_token: Option<Token>,
-    /// Another token does not help: a fresh one was refused too, or the same one was handed out again.
+    /// Whether another token does not help: a fresh one was refused too, or the same one was handed out again.
     is_rejected: bool,
     /// Why no other token could be had.
     no_token: Option<Cause>,
-    /// The last answer. Here, since it would be moved with each step back.
+    /// The last reply.
+    // Here instead of in results: there each return would move it once more.
     arrived: Option<BufferedReply>,
 }
 
 impl Progress {
-    /// Why a token that was refused ends the exchange.
+    /// The code of an exchange that a refused token ends.
+    // "Not purchased" is only said where a fresh token was refused, too. A token endpoint that is down is another fault.
     fn refusal(&self) -> Code {
         if self.is_rejected { Code::CredentialRejected } else { Code::TokenUnavailable }
     }
 
-    /// Whether the token was refused and no other one is at hand yet: what takes long then is the token endpoint. Bytes may
-    /// yet leave, since the upstream may have refused the request before it had all of it.
+    /// Whether the token was refused and no other one was sent yet. What takes long then is the token endpoint.
+    // Not told by written bytes: the upstream may refuse a token before it has read the whole request, and the rest of that
+    // leaves while the token is fetched. Such calls were once taken for ones of unknown outcome.
     fn awaits_token(&self) -> bool {
         self.refused.is_some() && self.first_token.is_none()
     }
 }
 
 impl Exchanges {
-    /// Runs an exchange to its end or deadline. The caller of this future may drop it: see [`Detached`].
+    /// Runs an exchange to its end or to the route's `timeout`, which covers a replay and the fetch of its token.
+    ///
+    /// Cancellation-safe: dropping the returned future does not stop the exchange, see [`Detached`].
     pub fn run(self: &Arc<Self>, mut exchange: Exchange) -> Detached {
-        // A block, not a function: that would hold its argument twice.
+        // An async block, since the future of an async function would hold its argument twice.
         let run = async move {
             let deadline = clock::now() + exchange.route.timeout;
             let mark = exchange.connection.written();
@@ -120,7 +131,7 @@ impl Exchanges {
             let health = match &status {
                 Some(Ok(status)) => Health::of(*status),
                 Some(Err(broken)) => broken.health(),
-                // It has answered; what took so long was another token.
+                // The upstream has answered. What took so long was another token, which says nothing about its health.
                 None if progress.awaits_token() => Health::Unclear,
                 None => Health::Down(Cause::Timeout),
             };

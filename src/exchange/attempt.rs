@@ -1,4 +1,8 @@
-//! Sends, and reads as much of the answer as decides; replays once after a refused token.
+//! The attempts of an exchange: sends, reads as much of the reply as decides the outcome, and replays once after a refused
+//! token.
+//!
+//! Decides whether an attempt may have reached the upstream, by the bytes that its connection has written. Does not decide
+//! the outcome.
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Response, StatusCode, Version};
@@ -13,10 +17,11 @@ use crate::token::{NoOther, Slot, Token};
 use crate::upstream::breaker::Health;
 use crate::upstream::pool::NoConnection;
 
-/// As much of a reply is read before its head goes out, and decides the outcome.
+/// The bytes of a reply that are read before its head goes out, and that decide the outcome.
+// A whole reply of the API is far shorter. The bound limits what one request holds in memory; see `streaming` for the rest.
 const DECISIVE: usize = 64 * 1024;
 
-/// Why an attempt brought no answer.
+/// Why an attempt brought no reply.
 #[derive(Debug)]
 pub(super) enum Broken {
     /// There is no connection, and nothing of this attempt was sent.
@@ -25,7 +30,8 @@ pub(super) enum Broken {
     BrokeOff(Reason),
 }
 
-/// In a box, since each answer would be as large.
+/// The error of an attempt.
+// In a box: otherwise every result, also that of a reply, would be as large.
 pub(super) type NoAnswer = Box<Broken>;
 
 impl Broken {
@@ -37,15 +43,17 @@ impl Broken {
         Box::new(Self::BrokeOff(reason))
     }
 
-    /// What it tells of the upstream's health.
+    /// What the circuit breaker learns about the upstream's health.
     pub(super) fn health(&self) -> Health {
         match self {
             Self::Unreachable(NoConnection::Failed(reason)) => Health::Down(reason.cause),
+            // Busy is the gateway's own bound, and a connection that breaks off was accepted before: neither shows that nobody is
+            // at work there.
             Self::Unreachable(NoConnection::Busy) | Self::BrokeOff(_) => Health::Unclear,
         }
     }
 
-    /// The code for what may have been sent, and why; without a reason all connections were busy.
+    /// The code of an exchange that ends so after bytes were sent, and the reason; `None` if all connections were busy.
     pub(super) fn told(&self) -> (Code, Option<&Reason>) {
         match self {
             Self::Unreachable(NoConnection::Failed(reason)) => (Code::UpstreamUnreachable, Some(reason)),
@@ -56,39 +64,47 @@ impl Broken {
 }
 
 impl Exchange {
-    /// Returns the status of the answer, which is with the progress.
+    /// Makes the first attempt and, if it is due, the replay. Returns the status of the reply, which itself is left in
+    /// `progress`.
     pub(super) async fn attempts(&mut self, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
         let first = self.attempt(progress).await?;
         if self.is_refusal(first) { Box::pin(self.replay(first, progress)).await } else { Ok(first) }
     }
 
-    /// The token was refused: sends once more, if there is a different one.
+    /// Sends once more after the token was refused, if a different one can be had. Returns the status of the last reply.
+    // A replay is no double send: only statuses that mean that nothing was done can be configured as refusals of the token.
     #[cold]
     async fn replay(&mut self, first: StatusCode, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
         progress.refused = Some(first);
         if let Some(first) = &mut progress.arrived {
-            // tests/hyper.rs: a_reply_that_is_dropped_before_its_end_takes_its_connection_along
-            first.rest = None; // nobody reads it: its connection closes, and the replay takes a new one
+            // Dropped, not read: a 401 with a long body held up its own replay. The drop closes the connection, and the replay
+            // takes a new one. tests/hyper.rs: a_reply_that_is_dropped_before_its_end_takes_its_connection_along
+            first.rest = None;
         }
         let refused = self.token.generation();
-        // Looked at before another fetch may end it.
+        // Before the fetch below: with an endpoint that lets only the last token live, that fetch ends this one, and it would
+        // look as if somebody else had.
         let had_worked = self.cooldown().has_accepted(refused) && self.slot().has_left_alone(refused);
         let Some(token) = self.another_token(had_worked, progress).await else { return Ok(first) };
         progress.first_token = Some(std::mem::replace(&mut self.token, token));
-        self.terms.quota.overdraw(); // a replay is a request, too
+        // The upstream counts a replay as a request. It goes out even if no quota is left, since the call is under way.
+        self.terms.quota.overdraw();
         let second = self.attempt(progress).await?;
         progress.is_rejected = self.is_refusal(second);
         if progress.is_rejected {
             self.cooldown().rejected();
         } else if had_worked && second.is_success() {
-            self.slot().was_ended(refused); // the same call succeeds, so that it was the token
+            // The same call succeeds with another token, so the first one was ended, and the caller is not to blame.
+            self.slot().was_ended(refused);
         }
         Ok(second)
     }
 
-    /// Another token than the one that was refused. A cool-down causes no fetch.
+    /// A token of a later generation than the refused one, fetched if need be. `None` if there is none, or if a cool-down
+    /// forbids a fetch; `progress` then says why.
     async fn another_token(&self, had_worked: bool, progress: &mut Progress) -> Option<Token> {
         let refused = self.token.generation();
+        // Another request may have met the same refusal earlier: of a thousand at once only one causes a fetch.
         if let Some(token) = self.slot().newer(refused) {
             return Some(token);
         }
@@ -107,21 +123,27 @@ impl Exchange {
         None
     }
 
-    /// Where another token comes from.
+    /// The slot of the exchange's credential.
     fn slot(&self) -> &Slot {
         self.terms.slot(self.credential)
     }
 
-    /// Whether a refused token causes a fetch.
+    /// The cool-down of the exchange's credential on its route.
     pub(super) fn cooldown(&self) -> &Cooldown {
         &self.route.cooldowns[self.credential.0]
     }
 
+    /// Whether a status means that the upstream refused the token.
     pub(super) fn is_refusal(&self, status: StatusCode) -> bool {
         self.terms.refused_statuses.contains(&status)
     }
 
-    /// Sends once and reads the answer. A connection that dies before a byte was written is replaced, once.
+    /// Sends once, reads the reply into `progress` and returns its status. A connection that dies before a byte was written is
+    /// replaced, once.
+    ///
+    /// Fails if there is no connection, or if the exchange broke off after bytes were written.
+    // The upstream may close an idle connection at any moment (RFC 9112, section 9.5), so the reserved one may be dead. That no
+    // byte was written is known by the count of the socket below hyper, not by hyper's error.
     async fn attempt(&mut self, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
         let mut fresh = false;
         loop {
@@ -139,6 +161,7 @@ impl Exchange {
             };
             match sent {
                 Ok(response) => {
+                    // 101 is not a final reply, and no upgrade was asked for: nothing that follows could be believed.
                     // tests/hyper.rs: only_the_interim_answer_101_is_handed_out
                     if response.status().is_informational() {
                         let text = format!("status {}: no other protocol was asked for", response.status());
@@ -154,6 +177,7 @@ impl Exchange {
                 Err(error) if self.connection.written() != progress.mark => {
                     return Err(Broken::broke_off(error.reason()));
                 }
+                // A new connection that fails before its first byte: the next one would fare no better.
                 Err(error) if fresh => return Err(Broken::unreachable(error.reason().into())),
                 Err(_) => {
                     self.connection.reconnect().await.map_err(Broken::unreachable)?;
@@ -164,7 +188,7 @@ impl Exchange {
     }
 }
 
-/// An answer whose head and first bytes are read.
+/// A reply whose head and first bytes are read.
 #[derive(Debug)]
 pub(super) struct BufferedReply {
     pub(super) version: Version,
@@ -176,18 +200,18 @@ pub(super) struct BufferedReply {
 }
 
 impl BufferedReply {
-    /// An answer of which nothing but the head is read.
+    /// A reply of which nothing but the head is read.
     fn new(response: Response<Incoming>) -> Self {
         let (head, rest) = response.into_parts();
         let (version, status, headers) = (head.version, head.status, head.headers);
         Self { version, status, headers, body: Bytes::new(), rest: Some(rest) }
     }
 
-    /// Reads the body to its end, or as far as it decides.
+    /// Reads the body to its end, or until more than [`DECISIVE`] bytes are there. Fails if it ends before its end.
     async fn read(&mut self) -> Result<(), NoAnswer> {
         let mut more = BytesMut::new();
         while let Some(rest) = &mut self.rest {
-            // Of a body whose length is known, nothing comes behind its last byte.
+            // Of a body with a known length nothing comes after its last byte. Asking hyper again would cost a lock and a waker.
             // tests/hyper.rs: a_body_of_known_length_is_at_its_end_behind_its_last_byte
             let frame = if rest.is_end_stream() { None } else { rest.frame().await };
             let Some(frame) = frame else {
@@ -200,7 +224,8 @@ impl BufferedReply {
             let frame = frame.map_err(|error| Broken::broke_off(Reason::of_exchange(&error)))?;
             let Ok(data) = frame.into_data() else { continue };
             if self.body.is_empty() {
-                self.body = data; // the common case: one piece, passed on without a copy
+                // The common case: the body comes in one piece, which is passed on without a copy.
+                self.body = data;
             } else {
                 more.extend_from_slice(&data);
             }
@@ -215,13 +240,14 @@ impl BufferedReply {
     }
 }
 
-/// A reply ended before its end.
+/// The reason of a reply that ended before its end.
 pub(super) fn cut_short() -> Reason {
     Reason::new(Cause::ReplyCut, "the stream of the reply was reset before its end")
 }
 
-/// Whether a body without a next frame has come to its end. Over HTTP/2 hyper ends it, too, when the stream is reset or
-/// denied by a GOAWAY with the reason NO_ERROR, at whatever byte.
+/// Whether a body without a next frame has come to its end.
+// Over HTTP/2 hyper ends a body without an error also when its stream is reset, or denied by a GOAWAY, with the reason NO_ERROR.
+// So a cut reply was once passed on as a whole one, and after a cut 401 the request was sent again.
 // tests/hyper.rs: no_error_ends_an_http2_body_at_any_byte_and_only_its_end_stream_tells
 // tests/hyper.rs: an_http1_reply_that_is_cut_short_or_badly_framed_is_an_error_that_tells_it
 pub(super) fn is_whole(body: &Incoming, version: Version) -> bool {

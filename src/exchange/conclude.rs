@@ -1,4 +1,7 @@
-//! What an answer means, or that none came: classified, on record, and told to the caller.
+//! The end of an exchange: classifies the reply, or decides the outcome where there is none, records it, and makes what the
+//! caller gets.
+//!
+//! Guarantees that nothing that quotes a token, the app key or the app secret passes to the caller or into a store.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,29 +29,31 @@ use crate::token::Token;
 use crate::upstream::breaker::Health;
 use crate::upstream::head::{Cleaned, clean_reply};
 
-/// When to come back after a refusal that names no time.
+/// `Retry-After` for a refusal that names no time.
 const DEFAULT_RETRY: Duration = Duration::from_secs(30);
 
-/// What an answer means.
+/// What a reply means.
 struct Conclusion {
     outcome: Outcome,
     result_code: Option<ResultCode>,
-    /// It comes from behind the check of the token.
+    /// It comes from the service behind the check of the token.
     is_from_business: bool,
-    /// It refuses the token.
+    /// The code for the caller, if the reply refuses the token.
     rejected: Option<Code>,
-    /// Why it is a failure, if it is one.
+    /// The cause, if the reply is a failure of the upstream.
     cause: Option<Cause>,
     upstream_id: Option<HeaderValue>,
-    /// Its body quoted the credential.
+    /// Its body quoted the credential and was replaced.
     is_withheld: bool,
-    /// It is not read to its end.
+    /// Its rest was dropped unread, so that its connection cannot be used again.
     is_cut: bool,
 }
 
 impl Exchange {
-    /// Classifies an answer, records the outcome and hands the answer on. Returns what must be committed before, too.
-    #[inline(always)] // or what it takes is moved once more
+    /// Classifies a reply, records the outcome and makes the caller's answer. Also returns what must be committed before that
+    /// answer leaves.
+    // Inlined, or its large arguments would be moved once more.
+    #[inline(always)]
     pub(super) fn conclude(
         self,
         mut arrived: BufferedReply,
@@ -105,13 +110,16 @@ impl Exchange {
         (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
     }
 
-    /// What an answer means. Takes out of it what the caller must not see.
+    /// What a reply means. Removes from it what the caller must not see.
+    // A quoted secret is searched for after the classification, on the original body: the outcome must be that of the reply that
+    // came, not of its stand-in. A result code that is shorter than any searched text cannot hold one; a longer one could.
     #[inline]
     fn interpret(&self, arrived: &mut BufferedReply, progress: &Progress) -> Conclusion {
         let BufferedReply { status, headers, body, rest, .. } = arrived;
         let judged = ReplyView { status: *status, body, truncated: rest.is_some() };
         let Classification { outcome, mut result_code } = self.route.result.classify(judged);
-        // A proxy in front can answer anything; a result code comes from behind the check of the token.
+        // A proxy in front of the service can send any status. A result code shows that the service itself has answered, and so
+        // that the token was accepted.
         let is_from_business = result_code.is_some();
         let rejected = match progress.refused {
             Some(_) if self.is_refusal(*status) => Some(progress.refusal()),
@@ -122,7 +130,8 @@ impl Exchange {
         if is_withheld {
             result_code = result_code.filter(|code| code.len() < needles::SHORTEST);
             *body = stand_in(self.route.result.field(), result_code.as_deref(), "withheld", None);
-            is_cut = rest.take().is_some(); // nobody reads it, so that its connection closes
+            // Dropped unread, since none of it may pass. That closes its connection.
+            is_cut = rest.take().is_some();
             self.withhold("body");
         }
         let is_quoting = |value: &HeaderValue| is_quoted(value.as_bytes());
@@ -151,7 +160,7 @@ impl Exchange {
         }
     }
 
-    /// The same for the record.
+    /// The record of a reply and its meaning. `reply`, what is stored, is left empty.
     #[inline]
     fn answer(&self, status: StatusCode, conclusion: Conclusion, progress: &Progress) -> Answer {
         Answer {
@@ -169,7 +178,7 @@ impl Exchange {
         }
     }
 
-    /// Tells operators that an answer is a failure.
+    /// Reports to operators that a reply is a failure.
     #[cold]
     fn tell_answer(&self, cause: Cause, status: StatusCode, progress: &Progress) {
         let what = match cause {
@@ -181,22 +190,23 @@ impl Exchange {
         self.tell(&Reason::new(cause, format!("the upstream {what}: status {status}")), progress);
     }
 
-    /// Tells operators that the exchange failed.
+    /// Reports to operators that the exchange failed.
     #[cold]
     pub(super) fn tell(&self, reason: &Reason, progress: &Progress) {
         let tokens = progress.first_token.iter().chain([&self.token]);
         self.terms.failed(reason, self.record.id(), tokens);
     }
 
-    /// Counts and tells that something of a reply quotes a secret.
+    /// Counts and reports that a part of a reply quotes a secret.
     #[cold]
     fn withhold(&self, place: &'static str) {
         self.terms.withhold(place, self.record.id(), &self.route.name);
     }
 
-    /// Records an exchange that took too long. A fetch of another token that did is told by its fetcher.
+    /// Records an exchange that did not end by its deadline.
     #[cold]
     pub(super) fn time_out(self, progress: &Progress) -> (Told, Option<Box<Pending>>) {
+        // A token endpoint that is too slow is reported by the fetcher.
         if !progress.awaits_token() {
             let text = format!("no answer within {:?}", self.route.timeout);
             self.tell(&Reason::new(Cause::Timeout, text), progress);
@@ -204,13 +214,15 @@ impl Exchange {
         self.fail(progress, Code::UpstreamTimeout, Some(Cause::Timeout))
     }
 
-    /// Records an exchange that brought no answer. Without a cause all connections were busy.
+    /// Records an exchange that got no reply. Without a `cause` all connections were busy. `code` counts if bytes were sent;
+    /// otherwise the progress decides.
     pub(super) fn fail(
         self,
         progress: &Progress,
         code: Code,
         cause: Option<Cause>,
     ) -> (Told, Option<Box<Pending>>) {
+        // One byte is enough: from the count of written bytes alone nobody knows whether the upstream had the whole request.
         let sent = !progress.awaits_token() && self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
@@ -223,6 +235,7 @@ impl Exchange {
             code: Some(code),
             cause,
             status: Some(code.status().as_u16()),
+            // Of the last attempt only: a replay that was sent has no status, whatever the first attempt got.
             upstream_status: progress.refused.filter(|_| !sent).map(|status| status.as_u16()),
             upstream_id: None,
             result_code: None,
@@ -237,7 +250,7 @@ impl Exchange {
     }
 }
 
-/// Why an answer is a failure, if it is one.
+/// The cause of a reply that is a failure of the upstream; `None` for one that is none.
 fn failure(
     status: StatusCode,
     outcome: Outcome,
@@ -253,12 +266,13 @@ fn failure(
     }
 }
 
-/// Whether a text quotes a token, or what it was fetched with: the present one, or the one that was refused before it.
+/// Whether a text quotes a token, or the app key or app secret that it was fetched with. Both tokens of the exchange count.
+// An upstream that echoes a request, say in an error page, would otherwise hand the credential to a caller.
 pub(super) fn quotes(text: &[u8], token: &Token, first_token: Option<&Token>) -> bool {
     token.needles().are_in(text) || first_token.is_some_and(|token| token.needles().are_in(text))
 }
 
-/// The head of a reply whose body was withheld: what stands in its place is JSON of another length.
+/// Makes the head of a reply fit the JSON that takes the place of a withheld body.
 #[cold]
 fn describe_withheld(headers: &mut HeaderMap) {
     for name in
@@ -269,8 +283,8 @@ fn describe_withheld(headers: &mut HeaderMap) {
     headers.insert(header::CONTENT_TYPE, JSON);
 }
 
-/// The length passes only where it frames the body. `Retry-After` stands on every refusal and never on an unknown outcome:
-/// generic clients obey it, and would assign twice.
+/// Sets `Content-Length` and `Retry-After` of a reply that passes.
+// `Retry-After` is on every refusal, and never on an unknown outcome: generic clients obey it, and would assign the task twice.
 fn settle_headers(outcome: Outcome, headers: &mut HeaderMap, length: Option<u64>) {
     if !states_length(headers, length) {
         headers.remove(header::CONTENT_LENGTH);
@@ -284,17 +298,18 @@ fn settle_headers(outcome: Outcome, headers: &mut HeaderMap, length: Option<u64>
     }
 }
 
-/// How long a body is. Of one that is not read to its end this is known only if its `Content-Length` frames it.
+/// The length of a body in bytes. Of one that is not read to its end, only if its `Content-Length` frames it.
 fn length(body: &Bytes, rest: Option<&Incoming>) -> Option<u64> {
     let more = rest.map_or(Some(0), |rest| rest.size_hint().exact());
     more.map(|more| body.len() as u64 + more)
 }
 
-/// Whether the head states just this length, in one plain number, so that it can pass. A reply may state several, or one that
-/// means nothing beside `Transfer-Encoding` (RFC 9112, section 6.3).
+/// Whether the head states just this length, in one plain number, so that it may pass.
+// A reply may state several lengths, or one that means nothing beside `Transfer-Encoding` (RFC 9112, section 6.3). Passed on,
+// `10` there gave a caller the first 10 bytes, a 200, and no sign that more was lost.
 fn states_length(headers: &HeaderMap, known: Option<u64>) -> bool {
     let Some(known) = known.filter(|known| *known > 0) else { return false };
-    // A reply has few headers: to look at them is less than to hash a name.
+    // A reply has few headers. To compare their names costs less than to hash one.
     let mut stated = headers.iter().filter(|(name, _)| **name == header::CONTENT_LENGTH);
     let (first, more) = (stated.next(), stated.next());
     let mut digits = itoa::Buffer::new();

@@ -1,4 +1,7 @@
-//! Upstream refusals that another token does not help against.
+//! A cool-down for refused tokens where another token does not help, as where the service was not purchased.
+//!
+//! Without it each such call would cause a fetch, and the token endpoint would be asked without end for tokens that change
+//! nothing.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,10 +12,10 @@ use crate::backoff::after_refusals;
 
 /// Whether refused tokens of one credential on one route still cause fetches.
 ///
-/// A second 401 in a row, or the same token handed out again, says that the token is not what is wrong. For
-/// 30 s, doubling to 5 min, further 401s cause no fetch; the newest token stays in use, and the first success
-/// ends it. Two 401s are in a row when one request meets them, or when one request meets the token that was
-/// fetched because of another's.
+/// A second 401 in a row, or the same token handed out again, says that the token is not what is wrong. For 30 s, doubling
+/// up to 5 min, further 401s then cause no fetch. The newest token stays in use, and the first success ends the cool-down and
+/// its doubling. Two 401s are in a row if one request gets both, or if a request is refused with the token that was fetched
+/// because of another's refusal.
 #[derive(Debug, Default)]
 pub struct Cooldown(Mutex<Cooling>);
 
@@ -22,7 +25,7 @@ struct Cooling {
     count: u32,
     /// The generation that is being replaced because it was refused, and since when.
     doubted: Option<(u64, Instant)>,
-    /// The newest generation that was accepted; 0: none.
+    /// The newest generation that was accepted; 0 for none.
     accepted: u64,
 }
 
@@ -32,17 +35,17 @@ impl Cooldown {
         self.lock().may_fetch(generation, Instant::now())
     }
 
-    /// How long it still goes on.
+    /// How long the cool-down still lasts; `None` if there is none.
     pub fn remaining(&self) -> Option<Duration> {
         self.lock().remaining(Instant::now())
     }
 
-    /// A fresh token was refused, too.
+    /// Starts a cool-down: a fresh token was refused, too, or the same one was handed out again.
     pub fn rejected(&self) {
         self.lock().rejected(Instant::now());
     }
 
-    /// A token of this generation was accepted.
+    /// Ends the cool-down: a token of this generation was accepted.
     pub fn accepted(&self, generation: u64) {
         self.lock().accepted(generation);
     }
@@ -67,6 +70,8 @@ impl Cooling {
         if self.remaining(now).is_some() {
             return false;
         }
+        // Beyond the length of a first cool-down two refusals are no longer in a row: the later token may have ended for a reason
+        // of its own.
         let recent =
             self.doubted.filter(|(_, since)| now.saturating_duration_since(*since) < after_refusals(0));
         match recent {
@@ -80,7 +85,8 @@ impl Cooling {
         false
     }
 
-    /// Those who learn of it together start one cool-down, not one each.
+    // Requests that are refused together start one cool-down, not one each: a thousand second 401s at once took the doubling to
+    // its end.
     fn rejected(&mut self, now: Instant) {
         if self.remaining(now).is_none() {
             self.until = Some(now + after_refusals(self.count));

@@ -1,4 +1,7 @@
-//! Exchanges run to their end, whether their callers stay or leave.
+//! Exchanges that outlive their callers, and the boxes that they run in.
+//!
+//! An exchange runs inside its caller's task, which is cheapest. Only if the caller disconnects, so that its future is
+//! dropped, the exchange becomes a task of its own.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -9,16 +12,19 @@ use tokio_util::sync::ReusableBoxFuture;
 
 use super::Told;
 
-/// So many boxes are kept.
+/// The number of boxes that a worker keeps for further exchanges.
 const KEPT_BOXES: usize = 256;
 
 /// The exchanges of one worker, and the boxes that they run in, which are used again.
+// A box, since the future of an exchange may have to move into a task at any time; used again, which saves each request a large
+// allocation.
 #[derive(Debug, Default)]
 pub struct Exchanges(Mutex<Vec<ReusableBoxFuture<'static, Told>>>);
 
 impl Exchanges {
-    /// Runs an exchange. The caller of the future that is returned may drop it.
-    #[inline(always)] // or the exchange is moved once more
+    /// Runs an exchange in a box. The future that is returned may be dropped: see [`Detached`].
+    // Inlined, or the exchange would be moved once more.
+    #[inline(always)]
     pub(super) fn detach(self: &Arc<Self>, run: impl Future<Output = Told> + Send + 'static) -> Detached {
         let future = match self.boxes().pop() {
             Some(mut used) => {
@@ -35,7 +41,7 @@ impl Exchanges {
     }
 }
 
-/// An exchange that nobody cancels: dropped before its end, it runs on by itself.
+/// The future of an exchange, which nobody cancels: dropped before its end, the exchange runs on as a task of its own.
 #[derive(Debug)]
 pub struct Detached {
     future: Option<ReusableBoxFuture<'static, Told>>,
@@ -60,6 +66,8 @@ impl Future for Detached {
 
 impl Drop for Detached {
     fn drop(&mut self) {
+        // A panic drops the exchange: it may be the exchange's own, whose future must not be polled again. Without a runtime, as
+        // at the end of the process, there is nothing to run it on. The record then closes itself as `unknown`.
         if let Some(future) = self.future.take()
             && !std::thread::panicking()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()

@@ -1,4 +1,4 @@
-//! What comes of an exchange, on its way to the caller.
+//! The result of an exchange on its way to the caller: a reply of the upstream, a replayed one, or a failure.
 
 use std::time::Duration;
 
@@ -16,74 +16,76 @@ use crate::model::outcome::{Outcome, Retry};
 use crate::model::request_id::FirstCall;
 use crate::result_rule::ResultRule;
 
-/// Says that a person resolved the first call.
+/// The header that says that a person resolved the first call.
 const RESOLVED: HeaderName = HeaderName::from_static("x-gateway-resolved");
 
 /// The media type of what the gateway writes itself.
 pub(super) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// The upstream's reply, on its way to the caller.
+/// A reply on its way to the caller.
 #[derive(Debug)]
 pub struct Reply {
-    /// Its status.
+    /// The HTTP status.
     pub status: StatusCode,
-    /// Its headers, cleaned.
+    /// The headers, as far as they pass by the allow-list.
     pub headers: HeaderMap,
-    /// Its body.
+    /// The body.
     pub body: ReplyBody,
-    /// What it means.
+    /// What became of the task.
     pub outcome: Outcome,
     /// What a client may do about it.
     pub retry: Retry,
     /// The earlier call that this one repeats or equals.
     pub first: Option<FirstCall>,
-    /// A success, until its caller has it.
+    /// The delivery of a success, to be settled by the caller's connection.
     pub delivery: Option<Delivery>,
 }
 
-/// A reply's body.
+/// The body of a reply.
 #[derive(Debug)]
 pub enum ReplyBody {
-    /// Read whole.
+    /// A body that was read whole.
     Whole(Bytes),
-    /// Longer than what decides: handed on as it comes. Without a [`BodyPart::Last`] it broke off, and the
-    /// caller's connection is aborted.
+    /// A body of more than 64 KiB, which is passed on as it comes. If the channel ends without a [`BodyPart::Last`], the reply
+    /// broke off, and the caller's connection must be aborted.
     Long(mpsc::Receiver<BodyPart>),
 }
 
 /// A piece of a long reply.
+// The last one says that it is the last. By the end of the channel alone a cut reply reached a slow caller as a complete one.
 #[derive(Debug)]
 pub enum BodyPart {
-    /// More will come.
+    /// A piece that is not the last one.
     More(Bytes),
-    /// The end.
+    /// The last piece.
     Last(Bytes),
 }
 
-/// A long reply broke off.
+/// The error of a long reply that broke off.
 #[derive(Clone, Copy, Debug, Error)]
 #[error("the upstream's reply broke off")]
 pub struct BrokenOff;
 
-/// Why an exchange ended without a reply for the caller. The record is closed already.
+/// Why an exchange ended without a reply for the caller. The record of the request is closed already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// The code for the caller.
     pub code: Code,
     /// What became of the task.
     pub outcome: Outcome,
-    /// Why, where the other side failed.
+    /// The cause, if the upstream, the token endpoint or the way to one of them failed.
     pub cause: Option<Cause>,
-    /// When the caller may come back, where repeating is safe.
+    /// How long the caller should wait before it calls again. Set only where a repetition cannot send the task twice.
     pub retry_after: Option<Duration>,
 }
 
-/// What the caller is to be told. In a box, since it is moved twenty times on its way.
+/// The result of an exchange, for the caller.
+// In a box, since a reply is moved some twenty times between the exchange and the connection.
 pub type Told = Result<Box<Reply>, Failure>;
 
 impl Reply {
-    /// The answer of the first call with the same key, as its caller got it. Of a call that was resolved as done: that it is
-    /// done.
+    /// The reply to a repetition: what the first call with the same key got. If that reply was evicted, JSON with the result
+    /// code takes its place; if a person resolved the call as done, JSON that says so.
     pub fn replayed(replay: Replay, rule: &ResultRule) -> Self {
         let Replay {
             first,
@@ -114,6 +116,7 @@ impl Reply {
             headers,
             body: ReplyBody::Whole(body),
             outcome: Outcome::Replayed,
+            // The outcome `replayed` alone reads as "no need to repeat". After a failure that would lose the task.
             retry: if is_success { Retry::NotNeeded } else { Retry::AfterCorrection },
             first: Some(first),
             delivery: is_success.then_some(delivery),
@@ -121,7 +124,9 @@ impl Reply {
     }
 }
 
-/// What takes the place of a body that cannot be given: the result code, where it is known, `why`, and of which call it was.
+/// The JSON that takes the place of a body that cannot be passed on: the result code if it is known, a member `why` that is true,
+/// and the id of the call `of` which it was.
+// Under the route's own field, so that a client that reads the result code finds it where it always is.
 pub(super) fn stand_in(field: &str, result_code: Option<&[u8]>, why: &str, of: Option<FirstCall>) -> Bytes {
     let mut members = Map::new();
     if let Some(code) = result_code {

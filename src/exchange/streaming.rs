@@ -1,4 +1,7 @@
-//! The rest of a long reply.
+//! Streams the rest of a reply of more than 64 KiB to the caller.
+//!
+//! The outcome is decided by the first 64 KiB and was announced in the head. So a reply that breaks off later aborts the
+//! caller's connection, and the record says so.
 
 use std::sync::Arc;
 
@@ -22,7 +25,7 @@ use crate::reason::Reason;
 use crate::token::Token;
 use crate::upstream::pool::Reserved;
 
-/// The rest of a long reply. Reads on when the caller is gone, so that the record says how it ended.
+/// The rest of a long reply. It is read on after the caller has disconnected, so that the record says how it ended.
 pub(super) struct StreamedReply {
     pub(super) version: Version,
     pub(super) rest: Incoming,
@@ -30,17 +33,18 @@ pub(super) struct StreamedReply {
     pub(super) route: Arc<Route>,
     pub(super) token: Token,
     pub(super) first_token: Option<Token>,
-    /// `None` once the caller is gone or does not take what comes.
+    /// The way to the caller. `None` once the caller has disconnected, or did not take a piece by the deadline.
     pub(super) sender: Option<mpsc::Sender<BodyPart>>,
-    /// The record, what it will say, and the claim; `None` once they are closed.
+    /// The record, its content so far, and the claim; `None` once they are closed.
     pub(super) open: Option<(IntendedRecord, Answer, Claim)>,
     pub(super) _room: Room,
 }
 
 impl StreamedReply {
-    /// Holds back as much as may begin a secret that is quoted, and at least one byte, so that the outcome is recorded
-    /// before the last one. It searches when as much again has come, so that small pieces do
-    /// not make it search the same bytes over and over.
+    /// Passes the reply on to its end, to a quoted secret, or to the deadline.
+    // Holds back as many bytes as the longest searched secret has: a quote may begin in one piece and end in the next. At least
+    // one byte, so that the outcome is recorded before the last byte leaves. The search runs when as much again has come:
+    // otherwise small pieces would have the same bytes searched over and over.
     pub(super) async fn run(mut self, first: Bytes, connection: Reserved, deadline: Instant) {
         let first_token = self.first_token.as_ref().map_or(0, |token| token.needles().longest());
         let kept = self.token.needles().longest().max(first_token).max(1);
@@ -52,7 +56,9 @@ impl StreamedReply {
                 }
                 let piece = held.split_to(held.len() - kept).freeze();
                 self.hand_on(BodyPart::More(piece), deadline).await;
-                clock::refresh(); // pieces may come without a pause, and the search takes time
+                // If pieces come without a pause, this turn of the event loop does not end. Timers go on meanwhile, and took a
+                // connection for an idle one.
+                clock::refresh();
             }
             match timeout_at(deadline, self.rest.frame()).await {
                 Ok(Some(Ok(frame))) => held.extend_from_slice(&frame.into_data().unwrap_or_default()),
@@ -62,7 +68,7 @@ impl StreamedReply {
                     }
                     let finished = self.close(self.not_taken());
                     connection.give_back();
-                    // If it fails, the caller sees the reply break off, and asks again with its key.
+                    // If it fails, the last piece is not sent: the caller sees the reply break off, and asks again with its key.
                     if let Ok(delivery) = committed(finished, deadline).await {
                         self.hand_on(BodyPart::Last(held.freeze()), deadline).await;
                         self.settle(delivery);
@@ -89,7 +95,7 @@ impl StreamedReply {
         }
     }
 
-    /// What has come quotes a secret: nothing more is handed on.
+    /// Ends the reply at a quoted secret. What was held back is not passed on, so that no byte of the quote leaves.
     #[cold]
     async fn cut_off(mut self, deadline: Instant) {
         if let Some((record, ..)) = &self.open {
@@ -99,11 +105,13 @@ impl StreamedReply {
         self.settle(committed(finished, deadline).await.ok().flatten());
     }
 
+    /// The note for the record, if the caller did not take the whole reply.
     fn not_taken(&self) -> Option<&'static str> {
         self.sender.is_none().then_some("the caller did not take all of the reply")
     }
 
-    /// A piece that is lost must be the last one that is tried: the caller shall see the break.
+    /// Passes a piece on. If that fails, or takes until the deadline, no later piece is passed on, since the caller must not get
+    /// a reply with a gap.
     async fn hand_on(&mut self, piece: BodyPart, deadline: Instant) {
         let Some(sender) = &self.sender else { return };
         if !matches!(timeout_at(deadline, sender.send(piece)).await, Ok(Ok(()))) {
@@ -111,12 +119,13 @@ impl StreamedReply {
         }
     }
 
+    /// Closes the record and the claim, once.
     fn close(&mut self, note: Option<&'static str>) -> Finished {
         let Some((record, answer, claim)) = self.open.take() else { return Finished::default() };
         finish(claim, record, &Answer { note, ..answer })
     }
 
-    /// The head, which a caller that took the rest has, tells of the success.
+    /// Settles the delivery of a success: a caller that took the rest has the head, which reports the success.
     fn settle(&self, delivery: Option<Delivery>) {
         if let Some(mut delivery) = delivery.filter(|_| self.sender.is_some()) {
             delivery.hand_over();
@@ -124,7 +133,7 @@ impl StreamedReply {
     }
 }
 
-/// Cut off by a stop: what the caller was told is what the record says.
+/// A stop drops the task. The outcome in the record is then the one in the head that the caller has.
 impl Drop for StreamedReply {
     fn drop(&mut self) {
         drop(self.close(Some("the gateway stopped while the reply was passed on")));

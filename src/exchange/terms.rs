@@ -1,4 +1,6 @@
-//! What is common to all exchanges.
+//! The parts that all exchanges share: circuit breaker, quota, token slots, and the head of upstream requests.
+//!
+//! They outlive a reload. One pointer to all of them costs a request one reference count instead of one for each.
 
 use std::sync::Arc;
 
@@ -21,51 +23,56 @@ use crate::upstream::breaker::{Breaker, Health, Passage};
 use crate::upstream::head::Outbound;
 use crate::upstream::pool::NoConnection;
 
-/// What is common to all exchanges.
+/// The parts that all exchanges share.
 #[derive(Debug)]
 pub struct Terms {
     /// The head of every upstream request.
     pub outbound: Outbound,
-    /// Statuses that mean "token refused".
+    /// The statuses that mean that the upstream refused the token. They cause a replay.
     pub refused_statuses: Vec<StatusCode>,
-    /// Whether the upstream is left alone.
+    /// The circuit breaker of the upstream.
     pub breaker: Arc<Breaker>,
-    /// The upstream's budget.
+    /// The upstream's quota, shared by all callers.
     pub quota: Quota,
-    /// Where tokens come from: one slot per credential, in the configuration's order.
+    /// The token slots: one per credential, in the configuration's order.
     pub slots: Vec<Arc<Slot>>,
-    /// What failed so far.
+    /// The failures so far, for metrics and `/status`.
     pub failures: Failures,
     /// Reply headers that pass to callers, beside those that always do.
     pub reply_headers: Vec<HeaderName>,
-    /// What was withheld because it quotes a secret, by place.
+    /// Parts of replies that were withheld since they quote a secret, by place.
     pub withheld: Family<PlaceLabel, Counter>,
 }
 
-/// What is counted of exchanges.
+/// The metrics of exchanges.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    /// Of the breaker.
+    /// The metrics of the circuit breaker.
     pub breaker: breaker::Metrics,
     /// Requests that failed, by cause.
     pub failures: Family<CauseLabel, Counter>,
-    /// What was withheld because it quotes a secret, by place.
+    /// Parts of replies that were withheld since they quote a secret, by place.
     pub withheld: Family<PlaceLabel, Counter>,
 }
 
-/// The label of what was withheld.
+/// The label that says which part of a reply was withheld: its body, a header, or its tail.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PlaceLabel {
     place: &'static str,
 }
 
 impl Terms {
-    /// Where the tokens of a credential come from.
+    /// The token slot of a credential.
+    ///
+    /// # Panics
+    ///
+    /// If the index is not one of this configuration.
     pub fn slot(&self, CredentialIndex(index): CredentialIndex) -> &Slot {
         &self.slots[index]
     }
 
-    /// No connection was had for a request.
+    /// Reports to breaker and operators that no connection could be reserved for a request.
+    // That all are busy is neither: it is a bound of the gateway's own, and no failure of the upstream.
     #[cold]
     pub fn unreachable(&self, passage: &mut Passage, none: &NoConnection, id: RequestId) {
         if let NoConnection::Failed(reason) = none {
@@ -74,7 +81,9 @@ impl Terms {
         }
     }
 
-    /// Tells operators that a request failed. Neither the tokens that it was sent with may be quoted, nor those of the slots.
+    /// Reports to operators that a request failed.
+    // The text may be the upstream's. So the tokens that the request was sent with, and those of the slots, are searched for in
+    // it before it reaches the log or `/status`.
     #[cold]
     pub(super) fn failed<'a>(
         &self,
@@ -89,8 +98,9 @@ impl Terms {
         }
     }
 
-    /// Counts and tells that something of a reply quotes a secret.
+    /// Counts and reports that a part of a reply quotes a secret.
     pub(super) fn withhold(&self, place: &'static str, id: RequestId, route: &str) {
+        // An upstream that echoes does so in each reply. The metric counts all of them.
         static QUOTED: OncePerSecond = OncePerSecond::new();
         self.withheld.get_or_create(&PlaceLabel { place }).inc();
         if let Some(times) = QUOTED.times() {
@@ -98,6 +108,7 @@ impl Terms {
         }
     }
 
+    /// The upstream request of a checked body. Nothing of the caller's head is in it but the operator.
     pub(super) fn request(
         &self,
         route: &Route,
