@@ -1,4 +1,7 @@
-//! The request function: [`Gateway::handle`], which always answers, and `proxy`, the stages in their order.
+//! The request function: [`Gateway::handle`], which answers every request, and `proxy`, which calls the stages in their order.
+//!
+//! The stages decide; this module only orders them, records what they decided, and makes the response. Errors become
+//! responses in one place, and a panic ends one request only.
 
 mod caller_ids;
 mod drain_body;
@@ -52,21 +55,22 @@ pub struct Gateway {
     pub state: Arc<ArcSwap<State>>,
     /// The upstream connections of this worker.
     pub pool: Arc<Pool>,
-    /// The exchanges on them.
+    /// The exchanges on these connections.
     pub exchanges: Arc<Exchanges>,
     /// The audit trail.
     pub audit: Audit,
-    /// The calls of the window.
+    /// Deduplication, shared by all workers.
     pub idempotency: Arc<Idempotency>,
-    /// The bounds on concurrent work.
+    /// The bounds on concurrent work, shared by all workers.
     pub bounds: Arc<Bounds>,
-    /// The metrics.
+    /// The metrics of the process.
     pub metrics: Arc<Metrics>,
 }
 
 impl Gateway {
-    /// Answers one request. Cannot fail: an error becomes a response, a panic becomes 500. If this future is
-    /// dropped, the record closes itself; an exchange goes on.
+    /// Answers one request. Cannot fail: an error becomes a response, and a panic becomes 500.
+    ///
+    /// Cancellation-safe: if this future is dropped, the record closes itself, and an exchange that has begun goes on.
     pub async fn handle(
         &self,
         from: RequestOrigin<'_>,
@@ -87,7 +91,8 @@ impl Gateway {
             record.traceparent(parent.clone());
         }
         let proxied = {
-            let state = &*self.state.load_full(); // one configuration for the whole request
+            // One configuration for the whole request, whatever a reload swaps meanwhile.
+            let state = &*self.state.load_full();
             let request =
                 RequestParts { state, from, method: &parts.method, target: &parts.uri, head: &head };
             catch_panic(pin!(self.proxy(&request, &mut body, &mut record))).await
@@ -108,7 +113,10 @@ impl Gateway {
                 record.refuse(error.code, error.cause);
                 self.metrics.refused(stage, error.own_outcome(), error.code, took(begin), trace_id);
                 tracing::debug!(%id, code = %error.code, %stage, detail = error.detail, "refused");
+                // A connection that closes with unread bytes is reset, and the caller may lose the response. Boxed, since only
+                // refusals need it and every request would carry its future.
                 let is_drained = Box::pin(drain_body(&head, body)).await;
+                // Behind an ambiguous request nothing is believed: others on the way may see another end of it.
                 let keep_alive = is_drained && !from.surplus && !error.code.is_ambiguous();
                 let retry = error.code.retry(error.outcome, head.idempotency_key.count > 0);
                 if let Some(delivery) = error.delivery.take() {
@@ -124,6 +132,16 @@ impl Gateway {
     /// The way of a request. The order of these lines, and of those of [`Self::enter`], is the security argument: nothing is
     /// looked up for a stranger, nothing is read for a caller over its limit, no token is spent on a bad body or on one
     /// that was sent before, and nothing leaves before its intent is on record.
+    // Each wait is given up if the caller disconnects: it may call again, and a request that goes out behind its back would send
+    // the task twice. After the intent nothing is given up.
+    //
+    // The audit permit comes before the connection: of a crowd of requests a few at a time reserve one and record their intent,
+    // so that connections that were used just now are used again. The breaker comes before the connection, or requests would
+    // wait for an upstream that is known to be down. The connection comes before the intent, so that an intent means that the
+    // request was about to be sent, and one that could not be is a plain refusal.
+    //
+    // The intent is made and awaited in two statements: in one, what it is written by would live across the wait and take 64
+    // bytes of the 2 KiB that the future of a request may have.
     async fn proxy(
         &self,
         request: &RequestParts<'_>,
@@ -178,20 +196,23 @@ impl Gateway {
             record: intended.sent(),
             room: entered.room,
         };
-        record.enter(Stage::Upstream); // a panic before this has sent nothing
+        // After the exchange is made: a panic before this line has sent nothing, and caller and trail must both be told so.
+        record.enter(Stage::Upstream);
         let mut reply = from.presence.beside(self.exchanges.run(exchange)).await?;
         reply.first = first;
         Ok(reply)
     }
 
-    /// The stages that look at no body: admission, route and rate limit.
+    /// The stages that need no body: admission, route and rate limit.
     fn enter<'a>(&self, request: &RequestParts<'a>, record: &mut OpenRecord) -> Result<Entered<'a>, Error> {
+        // Room first: under overload a refusal must cost less than the request.
         let &RequestParts { state, ref from, method, target, head } = request;
         let room = self.bounds.request(from.surplus);
         let room = room.map_err(|none| name_denied(state, from, record, none.into()))?;
         let known = state.admission.recognise(from.peer, from.names, from.hosts, head);
         let known = known.map_err(|denied| name_denied(state, from, record, denied))?;
         let caller = known.caller();
+        // Before it is admitted, so that a refusal of a frozen caller is recorded as that caller's.
         record.caller(caller.name.clone());
         let admitted = known.admit(head)?;
         self.metrics.credentials_dropped(head.credentials);
@@ -206,7 +227,7 @@ impl Gateway {
         Ok(Entered { room, caller, routed })
     }
 
-    /// The body against the contract of its route.
+    /// Checks the body against the contract of its route. Fails with all violations.
     #[inline]
     fn check(&self, entered: &Entered<'_>, body: Bytes, id: RequestId) -> Result<CheckedBody, Fault> {
         let Checked { result, large_ids } =
@@ -217,14 +238,14 @@ impl Gateway {
         result
     }
 
-    /// Counts whether a limit let a request pass.
+    /// Counts whether a limit let a request pass, and returns `within`.
     #[inline]
     fn count_limit<E>(&self, limit: Limit, within: Result<(), E>) -> Result<(), E> {
         self.metrics.limit_checked(limit, within.is_ok());
         within
     }
 
-    /// What the intent says of body and claim, as JSON members with a comma in front of each.
+    /// What the intent says about body and claim, as JSON members with a comma in front of each.
     fn members(&self, checked: &CheckedBody, claim: &Claim) -> impl Fn(&mut Vec<u8>) {
         move |line| {
             checked.audit_members(&|parts| self.audit.keys().mark(parts), line);
@@ -232,7 +253,8 @@ impl Gateway {
         }
     }
 
-    /// Counts ids of 2^53 and more that a caller sends as bare numbers, and warns of the first one.
+    /// Counts ids above 2^53 that a caller sends as bare numbers, and warns of the first one.
+    // JavaScript holds numbers as doubles: 954645333549048833 would arrive as …8800, which is another task.
     #[inline(never)]
     fn large_ids(&self, Entered { caller, routed, .. }: &Entered<'_>, id: RequestId, count: usize) {
         if self.metrics.bare_ids(&caller.name, count, caller.bare_ids != BareIds::Exact) {
@@ -246,7 +268,7 @@ impl Gateway {
     }
 }
 
-/// A request whose head was read, and the configuration that holds for it.
+/// A request whose head was read, and the configuration that applies to it.
 struct RequestParts<'a> {
     state: &'a State,
     from: RequestOrigin<'a>,
@@ -255,7 +277,7 @@ struct RequestParts<'a> {
     head: &'a Inbound<'a>,
 }
 
-/// A request that may use its route, as far as its head says.
+/// A request that passed the stages that need no body.
 struct Entered<'a> {
     room: Room,
     caller: &'a Arc<Caller>,
@@ -277,7 +299,7 @@ impl<'a> Entered<'a> {
     }
 }
 
-/// Puts on record which earlier call this one repeats or equals, and whether by force. Returns that call.
+/// Records which earlier call this one repeats or equals, and whether by force. Returns that call.
 fn record_first(claim: &Claim, record: &mut OpenRecord) -> Option<FirstCall> {
     let first = claim.first();
     if let Some(first) = first {
@@ -289,7 +311,7 @@ fn record_first(claim: &Claim, record: &mut OpenRecord) -> Option<FirstCall> {
     first
 }
 
-/// Answers a call as the first one with its key was.
+/// Answers a call as the first one with its key was answered.
 #[cold]
 fn replayed(replay: Replay, route: &exchange::Route, record: &mut OpenRecord) -> Reply {
     record.first(replay.first);
@@ -301,25 +323,27 @@ fn replayed(replay: Replay, route: &exchange::Route, record: &mut OpenRecord) ->
 /// Where a request comes from.
 #[derive(Clone, Copy, Debug)]
 pub struct RequestOrigin<'a> {
-    /// Who is at the other end of the connection.
+    /// The other end of the connection, as the kernel names it.
     pub peer: Peer,
-    /// The names in its certificate, on a listener that asks for one.
+    /// The names in the peer's certificate; `None` on a listener that asks for none.
     pub names: Option<&'a [String]>,
-    /// The names of the listener.
+    /// The names that the listener answers to.
     pub hosts: &'a Hosts,
-    /// Whether the caller is still there.
+    /// Whether the caller is still connected.
     pub presence: &'a CallerPresence,
-    /// Where the connection keeps the success that an answer tells of.
+    /// The connection's slot for a success that is on its way to the caller.
     pub delivery: &'a DeliverySlot,
-    /// The connection is over the cap: its one request is refused.
+    /// The connection is over the cap, so its one request is refused.
     pub surplus: bool,
 }
 
+/// The time since `begin`, which is in nanoseconds of this process.
 fn took(begin: u64) -> Duration {
     Duration::from_nanos(clock::nanos() - begin)
 }
 
 /// Runs a future; `None` if it panics. The panic ends this request only.
+// Unwind-safe: the future is not polled again, and what it shares with others is valid after each step that can panic.
 fn catch_panic<F: Future>(mut future: Pin<&mut F>) -> impl Future<Output = Option<F::Output>> {
     poll_fn(move |cx| {
         let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
@@ -338,6 +362,7 @@ mod tests {
     /// It is paid for by every connection, and moved by every request.
     #[test]
     fn the_request_future_stays_within_its_budget_of_bytes() {
+        // A change that makes a future larger shows here, before it shows in a benchmark.
         let handle =
             |gateway: &'static Gateway, from: RequestOrigin<'static>, request| gateway.handle(from, request);
         let bytes = size(handle);

@@ -1,4 +1,4 @@
-//! The rest of a body that is refused.
+//! Drains the rest of a body that is refused, within bounds, so that its caller receives the refusal.
 
 use std::time::Duration;
 
@@ -8,13 +8,16 @@ use tokio::time::timeout;
 
 use crate::request_head::Inbound;
 
-/// How much of a refused body is read and thrown away, so that the connection stays usable.
+/// The bytes of a refused body that are read and discarded at the most.
 const MAX_BYTES: u64 = 256 * 1024;
 
+/// The longest time that this takes. A caller that sends slowly must not hold its place by it.
 const MAX_TIME: Duration = Duration::from_secs(1);
 
-/// Reads and throws away the rest of a refused body, within bounds. Says whether the connection is clean
-/// for another request. A caller that waits for `100 Continue` is not asked to go on.
+/// Reads and discards the rest of a refused body, within bounds. Returns whether its end was reached, so that the connection can
+/// take another request.
+// A caller that waits for `100 Continue` is not asked to go on: polling the body would have hyper send that, and the caller would
+// send a body for nothing.
 // tests/hyper.rs: hyper_says_continue_only_when_the_body_is_asked_for
 pub(super) async fn drain_body(head: &Inbound<'_>, mut body: Incoming) -> bool {
     if body.is_end_stream() {
@@ -28,6 +31,7 @@ pub(super) async fn drain_body(head: &Inbound<'_>, mut body: Incoming) -> bool {
         while let Some(frame) = body.frame().await {
             let read =
                 frame.ok().and_then(|frame| frame.into_data().ok()).map_or(0, |data| data.len() as u64);
+            // An error, trailers or an empty frame end it, too: where the next request begins is then not certain enough.
             left = match left.checked_sub(read) {
                 Some(left) if read > 0 => left,
                 _ => return false,

@@ -1,4 +1,7 @@
-//! A dry run: what would be sent, and what would refuse it.
+//! A dry run: answers what would be sent, or with the refusal that the call would get.
+//!
+//! It passes the stages up to the contract as any request does, and so spends the caller's own limit. Beyond these it takes no
+//! quota and no key, registers no call and sends nothing.
 
 use std::pin::pin;
 
@@ -15,8 +18,8 @@ use crate::model::outcome::{Outcome, Retry};
 use crate::model::stage::Stage;
 
 impl Gateway {
-    /// The rest of the way of a dry run, up to the quota: all that could refuse it is asked, nothing is spent or
-    /// remembered, and the answer is what would be sent.
+    /// The rest of a dry run: asks deduplication, token and quota, and answers with what would be sent. Fails with the refusal
+    /// that the call would get.
     pub(super) async fn dry_run(
         &self,
         RequestParts { state, from, head, .. }: &RequestParts<'_>,
@@ -27,6 +30,7 @@ impl Gateway {
     ) -> Result<Box<Reply>, Error> {
         let would = self.idempotency.look(call, head)?;
 
+        // A token is fetched if there is none: without one nobody could say whether the call would be sent.
         record.enter(Stage::Token);
         let slot = state.terms.slot(routed.credential);
         let token = from.presence.during(pin!(slot.token())).await??;
@@ -65,7 +69,7 @@ impl Gateway {
     }
 }
 
-/// A head for people to see.
+/// The headers as JSON, with `***` in the place of each sensitive value.
 fn masked(headers: &HeaderMap) -> Map<String, Value> {
     let shown = |value: &HeaderValue| {
         if value.is_sensitive() { "***".into() } else { String::from_utf8_lossy(value.as_bytes()).into() }

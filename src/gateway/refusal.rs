@@ -1,4 +1,4 @@
-//! What the trail tells of a refused request: enough to mend it.
+//! The details of a refused request in the trail: enough to correct it, and no value of its body.
 
 use http::Uri;
 
@@ -10,12 +10,14 @@ use crate::error::Error;
 use crate::model::code::Code;
 use crate::state::State;
 
-/// So many names or violations of a refused request are on record, and so many characters of a name or path.
+/// The most names or violations of a refused request that are recorded, and the most characters of a name or path.
+// Both are text of a caller, perhaps of a stranger, and take room in the trail.
 const MAX_DETAILS: usize = 5;
 const MAX_DETAIL: usize = 128;
 
-/// Names the caller of a request that is denied before it was asked for, so that the trail holds it against that caller and not
-/// against strangers.
+/// Records the caller of a request that was denied before it was looked up, and returns `denied`.
+// All strangers share one budget of refusals in the trail. A known caller's refusals must not use it up, and must say whose they
+// are.
 #[cold]
 pub(super) fn name_denied(
     state: &State,
@@ -29,7 +31,7 @@ pub(super) fn name_denied(
     denied
 }
 
-/// What the trail tells of a refusal beyond its code: enough to mend it, and of the body places only.
+/// The details of a refusal beyond its code; `None` if the code says all. Of the body only places, never values.
 #[cold]
 pub(super) fn detail(error: &Error, from: &RequestOrigin<'_>, target: &Uri) -> Option<Box<Detail>> {
     let cut = |text: &str| text.chars().take(MAX_DETAIL).collect::<String>();
@@ -47,7 +49,7 @@ pub(super) fn detail(error: &Error, from: &RequestOrigin<'_>, target: &Uri) -> O
         Code::ContractViolation => {
             let first = error.violations.iter().take(MAX_DETAILS);
             let errors = first.map(|Violation { pointer, code, .. }| {
-                // The name of an unknown member is the caller's text: its parent's place says enough.
+                // The name of an unknown member is the caller's text, and may be anything. Its parent's place says enough.
                 let is_unknown = *code == "additionalProperties";
                 let parent = pointer.rsplit_once('/').filter(|_| is_unknown).map(|(parent, _)| parent);
                 (parent.unwrap_or(pointer).to_owned(), *code)

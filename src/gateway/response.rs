@@ -1,4 +1,6 @@
-//! Responses: what a caller is told, and in which form.
+//! The form of responses: the gateway's headers, problem documents, and bodies that stream.
+//!
+//! Every response of the gateway carries its outcome, what a client may do about it, and the request id.
 
 use std::cell::RefCell;
 use std::pin::Pin;
@@ -26,7 +28,8 @@ const FIRST_OUTCOME: HeaderName = HeaderName::from_static("x-gateway-first-outco
 const CALLER_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROBLEM: HeaderValue = HeaderValue::from_static("application/problem+json");
 
-/// The words of outcomes and of what a client may do, made once: each is looked at byte by byte.
+/// The header values of all outcomes, and of all words about what a client may do, by their place in `ALL`.
+// Made once: to make a header value checks each of its bytes, and each response needs two.
 static OUTCOMES: [HeaderValue; 6] = {
     const fn word(index: usize) -> HeaderValue {
         HeaderValue::from_static(Outcome::ALL[index].as_str())
@@ -41,16 +44,17 @@ static RETRIES: [HeaderValue; 6] = {
     [word(0), word(1), word(2), word(3), word(4), word(5)]
 };
 
-/// A response's body.
+/// The body of a response.
 #[derive(Debug)]
 pub struct ResponseBody {
     content: Content,
-    /// Its connection ends behind it.
+    /// The connection ends after this body.
+    // Here as well as in the head: to search the headers of each response for `Connection` costs more.
     ends_connection: bool,
 }
 
 impl ResponseBody {
-    /// Whether the connection ends behind it, as its head says.
+    /// Whether the connection ends after this body, as its head says.
     pub fn ends_connection(&self) -> bool {
         self.ends_connection
     }
@@ -58,9 +62,9 @@ impl ResponseBody {
 
 #[derive(Debug)]
 enum Content {
-    /// All there is.
+    /// The whole body; `None` once it was taken.
     Whole(Option<Bytes>),
-    /// Pieces of a long reply; `None` behind the last one.
+    /// The pieces of a long reply; `None` after the last one.
     Long(Option<tokio::sync::mpsc::Receiver<BodyPart>>),
 }
 
@@ -104,7 +108,7 @@ impl Body for ResponseBody {
     }
 }
 
-/// Passes the upstream's reply on.
+/// The response that passes a reply on. Hands the delivery of a success to the connection.
 pub(super) fn answer(reply: Box<Reply>, from: &RequestOrigin<'_>) -> Response<ResponseBody> {
     let Reply { status, headers, body, outcome, retry, first, delivery } = *reply;
     let content = match body {
@@ -121,7 +125,7 @@ pub(super) fn answer(reply: Box<Reply>, from: &RequestOrigin<'_>) -> Response<Re
     response
 }
 
-/// Tells the caller of a failure.
+/// The response of a failure: a problem document (RFC 9457). Unless `keep_alive`, the connection ends after it.
 pub(super) fn refuse(
     error: &Error,
     stage: Stage,
@@ -136,7 +140,8 @@ pub(super) fn refuse(
     headers.insert(header::CONTENT_TYPE, PROBLEM);
     say(headers, error.outcome, retry, error.first);
     headers.insert(ERROR, HeaderValue::from_static(error.code.as_str()));
-    // Clients obey it, and a call whose outcome is unknown must not be repeated; but with the key of one at work it may.
+    // Generic clients obey `Retry-After`, and a call of unknown outcome must not be repeated. One exception: with the key of a
+    // call at work a repetition only asks, and sends nothing.
     let may_repeat = error.outcome != Outcome::Unknown || error.code == Code::RequestInProgress;
     if let Some(wait) = error.retry_after.filter(|_| may_repeat) {
         headers.insert(header::RETRY_AFTER, whole_seconds(wait).into());
@@ -150,7 +155,7 @@ pub(super) fn refuse(
     response
 }
 
-/// Names the request, as the trail does and as its caller does.
+/// Sets the request id, and sends the caller's own one back.
 pub(super) fn name(headers: &mut HeaderMap, id: RequestId, caller_id: Option<&HeaderValue>) {
     headers.insert(REQUEST_ID, request_id(id));
     if let Some(id) = caller_id {
@@ -158,7 +163,7 @@ pub(super) fn name(headers: &mut HeaderMap, id: RequestId, caller_id: Option<&He
     }
 }
 
-/// Tells what became of the call and of the first one, and what the caller may do.
+/// Sets the headers that say what became of the call and of the first one, and what the caller may do.
 fn say(headers: &mut HeaderMap, outcome: Outcome, retry: Retry, first: Option<FirstCall>) {
     headers.insert(OUTCOME, OUTCOMES[outcome as usize].clone());
     headers.insert(RETRY, RETRIES[retry as usize].clone());
@@ -168,15 +173,17 @@ fn say(headers: &mut HeaderMap, outcome: Outcome, retry: Retry, first: Option<Fi
     }
 }
 
-/// `Retry-After` counts in seconds, so that a part of one is a whole one, and none is none at all.
+/// The value of `Retry-After`: seconds, rounded up, and at least one.
+// Rounded down, a client that waits just so long would be refused once more; 0 would have it call in a loop.
 fn whole_seconds(wait: Duration) -> u64 {
     wait.as_secs() + u64::from(wait.subsec_nanos() > 0).max(u64::from(wait.is_zero()))
 }
 
+/// A request id as a header value.
 #[expect(clippy::expect_used, reason = "a UUID is plain ASCII")]
 fn request_id(id: RequestId) -> HeaderValue {
     thread_local! {
-        /// A hundred ids share an allocation.
+        /// A buffer that about a hundred ids share, which saves each response an allocation.
         static TEXT: RefCell<BytesMut> = RefCell::new(BytesMut::with_capacity(4096));
     }
     TEXT.with_borrow_mut(|text| {
