@@ -1,8 +1,8 @@
-//! Stage 1: is there room, and who calls.
+//! Stage 1: admission. Authenticates the caller: is there room, and which configured caller sends this request.
 //!
-//! Decides from what the kernel says about the peer and from the head alone; not a byte of the body is
-//! read. Guarantees that whoever passes is exactly one configured caller, speaks to a name of this
-//! listener, and is not a browser. Does not decide what the caller may do: that is `route`.
+//! Decides from what the kernel says about the peer, from the names in its certificate, and from the head; not a byte of the
+//! body is read. Guarantees that a request that passes is of exactly one configured caller, is addressed to a name of this
+//! listener, and does not come from a browser. Does not decide what the caller may do: that is [`crate::route`].
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -24,40 +24,42 @@ use crate::{config, ids};
 /// A configured caller.
 #[derive(Debug)]
 pub struct Caller {
-    /// Its place in the configuration.
+    /// The caller's index in the configuration.
     pub index: CallerIndex,
-    /// There is no other caller.
+    /// Whether no other caller is configured.
     pub is_alone: bool,
-    /// The most keys that it may hold; `None`: half of all, or all if it is alone.
+    /// The most `Idempotency-Key`s that the caller may hold; `None` for half of all, or all if it is alone.
     pub max_keys: Option<usize>,
-    /// Its name in the configuration, the audit trail and the metrics.
+    /// The name in the configuration, the audit trail and the metrics.
     pub name: Arc<str>,
-    /// The operator it acts as when it names none.
+    /// The operator as which it acts if a request names none.
     pub operator: HeaderValue,
-    /// Other operators it may name.
+    /// Other operators that its requests may name in `x-userid`.
     pub operators: Vec<HeaderValue>,
-    /// Its own limit.
+    /// The caller's own rate limit.
     pub limit: Arc<Limiter>,
-    /// A header that its requests must carry. No secret: an app that can be made to send requests, as by a URL
-    /// that it fetches, can rarely be made to send a header; nor can a page in a browser.
+    /// A header that its requests must have, with any value.
+    // No secret, but a protection against request forgery: an app that can be made to fetch a URL can rarely be made to send a
+    // header of one's choice, and neither can a page in a browser.
     pub require_header: Option<HeaderName>,
     /// Which ids it may send as bare numbers.
     pub bare_ids: BareIds,
-    /// Its requests are refused for now.
+    /// Whether all its requests are refused for now.
     pub frozen: bool,
 }
 
-/// Who calls; not admitted yet.
+/// The configured caller of a request that is not admitted yet.
+// A step of its own, so that a refusal after it is recorded with the caller's name.
 #[derive(Debug)]
 pub struct Known<'a>(&'a Arc<Caller>);
 
 impl<'a> Known<'a> {
-    /// Who calls.
+    /// The caller of the request.
     pub fn caller(&self) -> &'a Arc<Caller> {
         self.0
     }
 
-    /// Admits the request, unless something is missing or the caller is frozen.
+    /// Admits the request. Fails if a required header is missing or if the caller is frozen.
     pub fn admit(self, head: &Inbound<'_>) -> Result<Admitted<'a>, Denied> {
         let Self(caller) = self;
         match &caller.require_header {
@@ -68,30 +70,31 @@ impl<'a> Known<'a> {
     }
 }
 
-/// Proof that a request was admitted: only this module makes one.
+/// Proof that a request was admitted. Later stages ask for one, and only this module can make it.
 #[derive(Debug)]
 pub struct Admitted<'a> {
     caller: &'a Arc<Caller>,
 }
 
 impl<'a> Admitted<'a> {
-    /// Who calls.
+    /// The caller of the request.
     pub fn caller(&self) -> &'a Arc<Caller> {
         self.caller
     }
 }
 
-/// The names that a listener answers to. `None`: any, as on a Unix socket.
+/// The host names that a listener answers to; `None` for any, as on a Unix socket.
+// Without them a page in a browser could reach the gateway by a name of its own that resolves to this address (DNS rebinding).
 #[derive(Clone, Debug)]
 pub struct Hosts(Option<Vec<String>>);
 
 /// Why a request was not admitted.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Denied {
-    /// There is no room.
+    /// A bound on concurrent work is reached, or the gateway is stopping.
     #[error(transparent)]
     Room(#[from] NoRoom),
-    /// The head is ambiguous.
+    /// The head can be read in more than one way.
     #[error("{0}")]
     Head(&'static str),
     /// `Host` is not a name of the listener.
@@ -107,7 +110,7 @@ pub enum Denied {
     /// No caller is configured for the peer.
     #[error("no caller is configured for this peer; ask the operators of the gateway to add one")]
     Caller,
-    /// The caller's `require_header` is not there.
+    /// The caller's `require_header` is missing.
     #[error("requests of this caller must carry the header {0}, with any value")]
     HeaderMissing(HeaderName),
     /// The caller is `frozen`.
@@ -115,22 +118,24 @@ pub enum Denied {
     Frozen,
 }
 
-/// Whom the gateway knows.
+/// The configured callers, by what identifies them.
 #[derive(Debug, Default)]
 pub struct Admission {
-    /// The caller of all loopback addresses, where one has them all: the sidecar's case, found without a hash.
+    /// The caller of all loopback addresses, if one caller has all of them.
+    // The usual case of a sidecar, which is found without a hash.
     local: Option<Arc<Caller>>,
     networks: HashMap<IpNet, Arc<Caller>, RandomState>,
-    /// The lengths of their prefixes, of IPv4 and of IPv6, the longest first.
+    /// The prefix lengths that `networks` has, of IPv4 and of IPv6, the longest first.
     prefixes: [Vec<u8>; 2],
-    /// By the names in their certificates.
+    /// By a name in the certificate.
     names: HashMap<String, Arc<Caller>>,
     uids: HashMap<u32, Arc<Caller>>,
     gids: HashMap<u32, Arc<Caller>>,
 }
 
 impl Admission {
-    /// Compiles the callers of a configuration. Those that have limits already, by name, go on with what is spent.
+    /// Compiles the callers of a configuration. A caller whose name is in `limits` goes on with that limiter and what is spent of
+    /// it, at the configured rate.
     pub fn new(callers: &[config::Caller], limits: &HashMap<Arc<str>, Arc<Limiter>>) -> Self {
         let mut admission = Self::default();
         for (index, raw) in callers.iter().enumerate() {
@@ -148,6 +153,7 @@ impl Admission {
         admission
     }
 
+    /// Sets `local`, if one caller has all loopback networks and no smaller network inside of them belongs to another rule.
     fn find_local(&mut self) {
         let local = PeerRule::Loopback.networks();
         let is_smaller =
@@ -158,13 +164,15 @@ impl Admission {
         self.local = first.filter(|first| callers.all(|c| c.is_some_and(|c| Arc::ptr_eq(c, first)))).cloned();
     }
 
-    /// The limits of all callers, by name.
+    /// The limiters of all callers, by name, for the configuration that takes this one's place.
     pub fn limits(&self) -> HashMap<Arc<str>, Arc<Limiter>> {
+        // Every field is named, so that a new kind of rule does not compile before it is listed here.
         let Self { local: _, networks, prefixes: _, names, uids, gids } = self;
         let callers = networks.values().chain(names.values()).chain(uids.values()).chain(gids.values());
         callers.map(|caller| (caller.name.clone(), caller.limit.clone())).collect()
     }
 
+    /// Adds a network and its prefix length.
     fn add(&mut self, network: IpNet, caller: &Arc<Caller>) {
         self.networks.insert(network, caller.clone());
         let lengths = &mut self.prefixes[usize::from(network.addr().is_ipv6())];
@@ -173,8 +181,10 @@ impl Admission {
         }
     }
 
-    /// Finds out who calls, and whether the head may be trusted. `names` are those in the peer's certificate, on a
-    /// listener that asks for one.
+    /// Identifies the caller of a request. `names` are those in the peer's certificate, on a listener that asks for one.
+    ///
+    /// Fails if the head is ambiguous, if `Host` is not a name of the listener, if the request comes from a browser, or if no
+    /// caller is configured for the peer.
     pub fn recognise(
         &self,
         peer: Peer,
@@ -182,6 +192,7 @@ impl Admission {
         hosts: &Hosts,
         head: &Inbound<'_>,
     ) -> Result<Known<'_>, Denied> {
+        // In this order: what an ambiguous head says about `Host` or `Origin` cannot be trusted.
         check_head(head)?;
         hosts.check(head.host.first)?;
         if head.is_browser {
@@ -190,31 +201,37 @@ impl Admission {
         self.who(peer, names).map(Known).ok_or(Denied::Caller)
     }
 
-    /// Whose connection it is, whatever comes on it; names as in [`Admission::recognise`].
+    /// The caller of a connection, whatever is sent on it; `names` as in [`Admission::recognise`].
     pub fn who(&self, peer: Peer, names: Option<&[String]>) -> Option<&Arc<Caller>> {
+        // On a listener that asks for certificates the address proves nothing, so it is not a second way in.
         names.map_or_else(|| self.find(peer), |names| self.find_name(names))
     }
 
-    /// Whether a caller is known by its address or user.
+    /// Whether a caller is configured for the peer's address or user.
     pub(crate) fn knows(&self, peer: Peer) -> bool {
         self.find(peer).is_some()
     }
 
-    /// Whether a caller is known by the names in its certificate.
+    /// Whether exactly one caller is configured for the names in a certificate.
     pub(crate) fn knows_name(&self, names: &[String]) -> bool {
         self.find_name(names).is_some()
     }
 
-    /// A certificate that names two callers is neither's.
+    /// The caller of a certificate.
+    // A certificate that names two callers is of neither: which of them calls would be a guess.
     fn find_name(&self, names: &[String]) -> Option<&Arc<Caller>> {
         let mut found = names.iter().filter_map(|name| self.names.get(name));
         let caller = found.next()?;
         found.all(|other| Arc::ptr_eq(other, caller)).then_some(caller)
     }
 
+    /// The caller of a peer, by address or user.
     fn find(&self, peer: Peer) -> Option<&Arc<Caller>> {
         match peer {
+            // Canonical, since a dual-stack socket shows an IPv4 peer as `::ffff:a.b.c.d`, which no IPv4 rule would match.
             Peer::Tcp(address) => self.find_address(address.ip().to_canonical()),
+            // In a user namespace the kernel shows every id that is not mapped as the overflow id (65534). A rule for that id
+            // would let all of them in. The uid goes first, as the narrower rule.
             Peer::Unix { uid, gid } => {
                 let by_uid = self.uids.get(&uid).filter(|_| !ids::users().is_nobody(uid));
                 by_uid.or_else(|| self.gids.get(&gid).filter(|_| !ids::groups().is_nobody(gid)))
@@ -222,18 +239,19 @@ impl Admission {
         }
     }
 
-    /// The caller of the smallest network that holds an address.
+    /// The caller of the smallest network that contains an address: longest prefix match.
     fn find_address(&self, address: IpAddr) -> Option<&Arc<Caller>> {
         if self.local.is_some() && address.is_loopback() {
             return self.local.as_ref();
         }
+        // One look-up for each length that is configured, of which there are few, instead of a tree of prefixes.
         let lengths = &self.prefixes[usize::from(address.is_ipv6())];
         lengths.iter().find_map(|length| self.networks.get(&IpNet::new(address, *length).ok()?.trunc()))
     }
 }
 
 impl Caller {
-    /// The caller of this index among so many.
+    /// A caller of the configuration, of `count` in all. `limit` is the limiter that it had before a reload.
     fn new(index: usize, count: usize, raw: &config::Caller, limit: Option<&Arc<Limiter>>) -> Self {
         let limit = match limit {
             Some(limit) => {
@@ -262,20 +280,25 @@ fn operator(id: &str) -> HeaderValue {
     HeaderValue::from_str(id).expect("a validated operator id")
 }
 
-/// Rules that keep a head unambiguous, whoever reads it.
+/// Checks the rules that make a head mean one thing to every reader on the way.
+// A head that two readers understand in two ways is how requests are smuggled: one of them sees the end of the request elsewhere,
+// or another caller's operator.
 fn check_head(head: &Inbound<'_>) -> Result<(), Denied> {
+    // HTTP/1.0 has no chunks, so that a reply that breaks off would look complete.
     if head.is_old {
         return Err(Denied::Head("the request is not HTTP/1.1; set the client to that version"));
     }
     if head.is_transfer_coded {
         return Err(Denied::Head("the only Transfer-Encoding that is supported is `chunked`, given once"));
     }
+    // RFC 9112, section 3.2: more than one Host, or none, must be answered with 400.
     if head.host.count != 1 {
         return Err(Denied::Head("Host is missing, or is given more than once; send it once"));
     }
     if head.operator.count > 1 {
         return Err(Denied::Head("x-userid is given more than once; send it once, or leave it out"));
     }
+    // A proxy on the way removes what Connection names. Without x-userid the call would act as the default operator.
     if head.drops_end_to_end {
         return Err(Denied::Head(
             "Connection names a header that the gateway reads or passes on, such as x-userid (RFC 9110 §7.6.1); take its name out of Connection",
@@ -285,12 +308,12 @@ fn check_head(head: &Inbound<'_>) -> Result<(), Denied> {
 }
 
 impl Hosts {
-    /// The names of a listener, lower case, without port.
+    /// The names of a listener, in lower case and without a port; `None` for any name.
     pub fn new(names: Option<Vec<String>>) -> Self {
         Self(names)
     }
 
-    /// Is this `Host` a name of this listener?
+    /// Checks that a `Host` is a name of this listener. Its port does not count.
     pub fn check(&self, host: Option<&HeaderValue>) -> Result<(), Denied> {
         let Some(names) = &self.0 else { return Ok(()) };
         if host.is_some_and(|host| names.iter().any(|name| is_plainly(host.as_bytes(), name.as_bytes()))) {
@@ -302,7 +325,7 @@ impl Hosts {
     }
 }
 
-/// The usual case: spelt as configured, with a port or without.
+/// Whether a `Host` is a name as it is configured, with or without a port. Other spellings are compared by [`Hosts::check`].
 fn is_plainly(host: &[u8], name: &[u8]) -> bool {
     match host.strip_prefix(name) {
         Some([]) => true,
@@ -311,6 +334,9 @@ fn is_plainly(host: &[u8], name: &[u8]) -> bool {
     }
 }
 
+/// A host without its port.
+// The colons of a bare IPv6 address are no port: `::1` must not become `:`. Only in brackets it may have one (RFC 3986, section
+// 3.2.2).
 fn without_port(host: &str) -> &str {
     match host.rsplit_once(':') {
         Some((name, port)) if !name.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => {
@@ -385,6 +411,7 @@ mod tests {
         }
         assert!(admission.find(Peer::Unix { uid: 0, gid: 0 }).is_none());
         assert_eq!(admission.local.as_ref().map(|caller| &*caller.name), Some("local"));
+        // A smaller network inside of loopback ends the short way: its own caller must be found.
         add(&mut admission, "inner", network("127.255.0.0/16"));
         admission.find_local();
         assert!(admission.local.is_none());

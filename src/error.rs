@@ -1,8 +1,7 @@
-//! The only place where a failure becomes a status, a code and a text.
+//! The only place where a failure becomes a status, a code and a text for the caller.
 //!
-//! Each step has a small error of its own; this file maps all of them, by matches without a wildcard, so
-//! that a new failure does not compile until somebody decided how it is told. A detail never holds a
-//! caller's value, a secret or an internal address.
+//! Each stage has a small error of its own. This file maps all of them, by matches without a wildcard, so that a new failure
+//! does not compile before it has a code. A text never contains a caller's value, a secret or an internal address.
 
 use std::fmt;
 use std::time::Duration;
@@ -30,30 +29,31 @@ use crate::token::TokenError;
 use crate::upstream::breaker::Suspended;
 use crate::upstream::pool::NoConnection;
 
-/// A failure as the caller is told of it.
+/// A failure, as it is reported to the caller.
 #[derive(Debug)]
 pub struct Error {
-    /// Why.
+    /// The code.
     pub code: Code,
-    /// What became of the task.
+    /// What became of the task; of a duplicate, of the first call.
     pub outcome: Outcome,
-    /// What is wrong and what to do.
+    /// A text that says what is wrong and what to do.
     pub detail: String,
-    /// All violations of the contract.
+    /// The violations of the contract, up to its bound.
     pub violations: Vec<Violation>,
     /// The earlier call that this one repeats or equals.
     pub first: Option<FirstCall>,
-    /// Why, where the other side failed.
+    /// The cause, if the upstream, the token endpoint or the way to one of them failed.
     pub cause: Option<Cause>,
-    /// When to come back.
+    /// How long the caller should wait before it calls again.
     pub retry_after: Option<Duration>,
-    /// The answer tells that the first call succeeded; to be settled once it is delivered.
+    /// The delivery of the first call's success, if this answer reports that; to be handed over with it.
     pub delivery: Option<Box<Delivery>>,
 }
 
 impl Error {
-    /// A request that was refused here: nothing was sent.
+    /// The failure of a request that was refused here, so that nothing was sent.
     fn not_sent(code: Code, detail: impl fmt::Display) -> Self {
+        // 429 and 503 go away by themselves, so each has a `Retry-After`: a client that is told no time may call in a loop.
         let busy = matches!(code.status().as_u16(), 429 | 503);
         Self {
             code,
@@ -67,22 +67,22 @@ impl Error {
         }
     }
 
-    /// What became of the call itself, for metrics and the trail: a duplicate was not sent, whatever became of the
-    /// first call.
+    /// The outcome of this call itself, for metrics and the trail: a duplicate was not sent, whatever became of the first call.
+    // The caller is told the first call's outcome. Counted by that, one task would be counted twice.
     pub fn own_outcome(&self) -> Outcome {
         if self.first.is_some() { Outcome::NotSent } else { self.outcome }
     }
 
-    /// A fault of the gateway's own. Whether anything was sent is for the record to say: before the intent
-    /// nothing was.
+    /// A fault of the gateway's own, such as a panic. `sent` says whether an exchange may have taken the request over.
     pub fn internal(sent: bool) -> Self {
         let outcome = if sent { Outcome::Unknown } else { Outcome::NotSent };
         let detail = "a fault of the gateway's own; the operators find it in the log under this request id";
         Self { outcome, ..Self::not_sent(Code::Internal, detail) }
     }
 
-    /// The document of RFC 9457.
+    /// The problem document of the failure (RFC 9457), as JSON.
     pub fn problem(&self, stage: Stage, request_id: RequestId, retry: Retry) -> Bytes {
+        // A URN, since it only identifies the problem: under a URL there should be documentation (RFC 9457, section 3.1.1).
         let mut problem = json!({
             "type": format!("urn:ccsqm-gateway:problem:{}", self.code),
             "title": self.code.title(),
@@ -215,10 +215,12 @@ impl From<Refusal> for Error {
             | Refused::Rebuilding => Code::IdempotencyUnavailable,
         };
         let (first, error) = (reason.first(), Self::not_sent(code, reason));
-        // A mismatch tells of this call; the others tell what became of the first one, which is this one, too.
+        // A duplicate is the first call once more, so that its outcome is the first one's: `not_sent` would invite to repeat the
+        // task. A mismatch is another call, which was not sent.
         let told = first.filter(|_| code != Code::IdempotencyMismatch);
         let outcome = told.map_or(Outcome::NotSent, |first| first.outcome);
         let error = Self { outcome, first, delivery, ..error };
+        // The only unknown outcome with a `Retry-After`: with its key the caller asks for the answer, and sends nothing.
         match code {
             Code::RequestInProgress => Self { retry_after: Some(Duration::from_secs(1)), ..error },
             _ => error,
@@ -283,6 +285,8 @@ impl From<NoConnection> for Error {
     }
 }
 
+// Nothing was sent: the gateway does not forward what it could not record. A stuck disk may still write the intent later; then
+// the next start lists the call as one of unknown outcome.
 impl From<Unavailable> for Error {
     fn from(_: Unavailable) -> Self {
         Self::not_sent(
@@ -316,6 +320,7 @@ impl From<Failure> for Error {
             _ => format!("nothing was sent, or the upstream said that it did not process it ({why})"),
         };
         let error = Self::not_sent(code, detail);
+        // `not_sent` may be repeated soon. Of other outcomes only the exchange knows whether a repetition is safe.
         let soon = error.retry_after.filter(|_| outcome == Outcome::NotSent);
         Self { outcome, cause, retry_after: retry_after.or(soon), ..error }
     }

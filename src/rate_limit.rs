@@ -1,7 +1,8 @@
-//! Stages 3 and 7: the caller's own limit and the shared quota, both by the generic cell rate algorithm.
+//! Stages 3 and 7: rate limits by the generic cell rate algorithm (GCRA, a token bucket without a timer).
 //!
-//! One atomic holds the theoretical arrival time; the rate stands beside it, so that a new rate keeps the
-//! state. Exact under concurrency, no lock, no timer. `governor` is the oracle of its tests.
+//! [`Limiter`] is a caller's own limit, [`Quota`] the upstream's budget, which all callers share. One atomic holds the
+//! theoretical arrival time; the rate is beside it, so that a changed rate keeps the state. Exact under concurrency, without
+//! a lock or a timer. `governor` is the oracle of the tests.
 
 mod quota;
 
@@ -14,27 +15,29 @@ use crate::clock;
 use crate::config::Limit;
 pub use quota::{Exhausted, Quota};
 
-/// A limit and its state. Times are in nanoseconds.
+/// A rate limit and its state. All times are in nanoseconds.
+// Three atomics without a common order: a request that meets a change of the limit half-way is judged by one of the two limits
+// or a mix of them, which a rate limit can bear.
 #[derive(Debug)]
 pub struct Limiter {
-    /// What one request costs at present: as configured, or more.
+    /// The time that one request costs: as configured, or longer while the quota is throttled.
     interval: AtomicU64,
-    /// How far the theoretical arrival may lie ahead before a request is refused.
+    /// How far the theoretical arrival may be ahead of now before a request is refused.
     tolerance: AtomicU64,
-    /// Of this process, at which the bucket is full again.
+    /// The theoretical arrival: the time of this process at which the bucket is full again.
     arrival: AtomicU64,
 }
 
-/// A limit is spent.
+/// The error of a limit that is exceeded.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("the rate limit of this caller is spent; call again after Retry-After seconds")]
 pub struct Spent {
-    /// When one more request would pass, if nobody else asks.
+    /// The time after which one more request would pass, if no other one comes first.
     pub retry_after: Duration,
 }
 
 impl Limiter {
-    /// A full bucket.
+    /// A limit of which nothing is spent.
     pub fn new(limit: Limit) -> Self {
         let [interval, tolerance] = [interval(limit), tolerance(limit)].map(AtomicU64::new);
         Self { interval, tolerance, arrival: AtomicU64::new(0) }
@@ -46,24 +49,24 @@ impl Limiter {
         Self { interval: AtomicU64::new(0), tolerance: AtomicU64::new(0), arrival: AtomicU64::new(0) }
     }
 
-    /// Another limit from now on. What is spent stays spent, counted in requests, as far as the new burst goes.
+    /// Changes the limit. What is spent stays spent, counted in requests, up to the new burst.
     pub fn set(&self, limit: Limit) {
         self.set_at(clock::nanos(), limit);
     }
 
-    /// Takes one request's worth, or says when to come back.
+    /// Takes one request from the limit. Fails, and takes nothing, if the limit is exceeded.
     pub fn take(&self) -> Result<(), Spent> {
         self.take_at(clock::nanos())
     }
 
-    /// Says what [`Limiter::take`] would, and takes nothing.
+    /// Returns what [`Limiter::take`] would, and takes nothing.
     pub fn look(&self) -> Result<(), Spent> {
         let (now, arrival) = (clock::nanos(), self.arrival.load(Ordering::Relaxed));
         let wait = arrival.saturating_sub(now + self.tolerance.load(Ordering::Relaxed));
         if wait == 0 { Ok(()) } else { Err(Spent { retry_after: Duration::from_nanos(wait) }) }
     }
 
-    /// Takes one request's worth even if none is left: for what must go on anyway and yet be counted.
+    /// Takes one request from the limit even if none is left, for requests that must be sent and yet be counted.
     pub fn overdraw(&self) {
         let (now, interval) = (clock::nanos(), self.interval.load(Ordering::Relaxed));
         let _ = self
@@ -71,18 +74,21 @@ impl Limiter {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| Some(arrival.max(now) + interval));
     }
 
-    /// From now on a share of this rate passes, and of its burst.
+    /// Lets only a share of a rate pass from now on, and of its burst. `share` is from 0 (exclusive) to 1.
+    // The tolerance stays what it is. With longer intervals fewer requests fit into it, which is the smaller burst.
     fn slow_down(&self, now: u64, limit: Limit, share: f64) {
         let interval = Duration::from_nanos(interval(limit)).div_f64(share);
         self.pace(now, clock::nanos_of(interval));
     }
 
-    /// What lies ahead is so many requests, and as many with another interval.
+    /// Changes the interval, and keeps the number of requests that are spent.
     fn pace(&self, now: u64, interval: u64) {
         let old = self.interval.swap(interval, Ordering::Relaxed);
         if old == interval {
             return;
         }
+        // The arrival is scaled, or a limit of one an hour that is raised to a thousand a second would still have its caller wait
+        // an hour. Bounded by the new burst, or one that is lowered would refuse for longer than a full bucket takes.
         let spent = self.tolerance.load(Ordering::Relaxed).saturating_add(interval);
         let _ = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
             let ahead =
@@ -91,7 +97,7 @@ impl Limiter {
         });
     }
 
-    /// Leaves nothing of the burst.
+    /// Spends the whole burst: the next request passes after one interval.
     fn empty(&self, now: u64) {
         let ahead = self.tolerance.load(Ordering::Relaxed) + self.interval.load(Ordering::Relaxed);
         self.arrival.fetch_max(now + ahead, Ordering::Relaxed);
@@ -105,6 +111,7 @@ impl Limiter {
     fn take_at(&self, now: u64) -> Result<(), Spent> {
         let (interval, tolerance) =
             (self.interval.load(Ordering::Relaxed), self.tolerance.load(Ordering::Relaxed));
+        // Relaxed, since the limit protects no other memory: only the value itself must be exact.
         let taken = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
             (arrival <= now + tolerance).then(|| arrival.max(now) + interval)
         });
@@ -115,10 +122,12 @@ impl Limiter {
     }
 }
 
+/// The time of one request, in nanoseconds.
 fn interval(limit: Limit) -> u64 {
     clock::nanos_of(limit.period) / u64::from(limit.count.get())
 }
 
+/// The tolerance of GCRA, in nanoseconds. A burst of one has none: a request passes once the interval of the last one is over.
 fn tolerance(limit: Limit) -> u64 {
     interval(limit) * (u64::from(limit.burst.get()) - 1)
 }
@@ -142,6 +151,7 @@ mod tests {
     }
 
     proptest! {
+        // Gaps around the intervals of the rates, so that both verdicts are common.
         #[test]
         fn verdicts_equal_those_of_governor(
             count in 1u32..2_000,

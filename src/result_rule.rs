@@ -1,7 +1,7 @@
-//! What a reply of the upstream says of the task.
+//! Classifies a reply of the upstream: what became of the task.
 //!
-//! Decides from the upstream's status and body alone. Where the answer is not plain, the outcome
-//! is [`Outcome::Unknown`]: the API is not idempotent, so a wrong "not done" would assign people twice.
+//! Decides from the status and the body alone. If the reply is not clear, the outcome is [`Outcome::Unknown`]: the API is not
+//! idempotent, so a wrong "not done" would have people assigned twice, and a wrong "done" would lose a task.
 
 use std::borrow::Cow;
 
@@ -10,73 +10,80 @@ use http::StatusCode;
 use crate::json::{Begins, Cursor, Halt};
 use crate::model::outcome::{Outcome, ResultCode};
 
-/// How a route's reply says what became of the task.
+/// The rule by which the replies of a route are classified.
 #[derive(Debug)]
 pub struct ResultRule {
     field: String,
     success: Vec<String>,
 }
 
-/// An upstream reply, as far as it is known when its outcome is decided.
+/// A reply of the upstream, as far as it is read when its outcome is decided.
 #[derive(Clone, Copy, Debug)]
 pub struct ReplyView<'a> {
-    /// The status.
+    /// The HTTP status.
     pub status: StatusCode,
     /// The body, or its first bytes.
     pub body: &'a [u8],
-    /// There is more of the body than `body` holds.
+    /// Whether the body has more bytes than `body`.
     pub truncated: bool,
 }
 
 /// What a reply means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Classification {
-    /// The outcome.
+    /// What became of the task.
     pub outcome: Outcome,
-    /// The one result code, cut at 64 bytes.
+    /// The result code, cut at 64 bytes; `None` if there is none, or more than one.
     pub result_code: Option<ResultCode>,
 }
 
 impl ResultRule {
-    /// Success is a top-level member `field` with one of these values.
+    /// A rule: success is a top-level member `field` with one of the values `success`.
     pub fn new(field: &str, success: &[String]) -> Self {
         Self { field: field.to_owned(), success: success.to_vec() }
     }
 
-    /// The member of a reply that holds the result code.
+    /// The name of the member that holds the result code.
     pub fn field(&self) -> &str {
         &self.field
     }
 
-    /// The value of that member that says success; of several, the first.
+    /// The result code of success; the first one, if there are several.
     pub fn success_code(&self) -> &str {
         self.success.first().map_or("", String::as_str)
     }
 
-    /// Classifies a reply that arrived. A reply that broke off before its end is not for here: unknown.
+    /// Classifies a reply. Not for one that broke off before its end, whose outcome is unknown in any case.
+    // The statuses of `Failed` reject a request for its syntax, target or size, so that it was not processed. Those of
+    // `Refused` reject the credential or the rate. That they mean "not applied" is this gateway's decision, on RFC 9110,
+    // section 15.5.2, and the vendor's page. Any other status may come from a proxy after the service had the request.
     pub fn classify(&self, reply: ReplyView<'_>) -> Classification {
         let plain = |outcome| Classification { outcome, result_code: None };
         match reply.status.as_u16() {
             200 => self.classify_ok(reply),
             400 | 404 | 405 | 411 | 413 | 414 | 415 | 422 | 431 => plain(Outcome::Failed),
             401 | 403 | 418 | 429 => plain(Outcome::Refused),
+            // The service reports its own errors as a JSON object. HTML, say, is from something in front of it.
             500 if !reply.truncated && is_object(reply.body) => plain(Outcome::Failed),
             _ => plain(Outcome::Unknown),
         }
     }
 
+    /// Classifies the reply of a 200.
     fn classify_ok(&self, reply: ReplyView<'_>) -> Classification {
         let unknown = Classification { outcome: Outcome::Unknown, result_code: None };
-        // Whatever `Content-Encoding` says: a body that is coded is no JSON object, and one that is not is read.
+        // Whatever `Content-Encoding` says: a coded body is no JSON object, and a body in clear is read. An upstream that sent
+        // `Content-Encoding: Identity` once made every success unknown.
         self.judge(reply.body, reply.truncated)
             .or_else(|| self.judge(&quote_slip(reply.body, &self.field)?, reply.truncated))
             .unwrap_or(unknown)
     }
 
-    /// What a body means; `None` when it is not a JSON object.
+    /// What a body means; `None` if it is not a JSON object.
     fn judge(&self, body: &[u8], truncated: bool) -> Option<Classification> {
         let mut codes = Codes::default();
         let mut cursor = Cursor::new(body);
+        // Of a truncated body an error counts only where a byte that is there causes it. That the end is missing is expected.
         if codes.read(&mut cursor, &self.field).is_err() && !(truncated && cursor.is_cut()) {
             return None;
         }
@@ -90,7 +97,7 @@ impl ResultRule {
     }
 }
 
-/// All top-level values of the result field.
+/// The top-level values of the result field: the first, and whether there are more.
 #[derive(Debug, Default)]
 struct Codes<'a> {
     first: Option<Code<'a>>,
@@ -98,7 +105,9 @@ struct Codes<'a> {
 }
 
 impl<'a> Codes<'a> {
-    /// Walks a whole JSON object. A code counts once something stands behind it: a cut number is another number.
+    /// Reads a whole JSON object.
+    // By hand, not by serde: a map would keep the last of several codes in silence, and could not be read up to a cut. A code
+    // counts only once something follows it, since a number that is cut is another number.
     fn read(&mut self, cursor: &mut Cursor<'a>, field: &str) -> Result<(), Halt> {
         cursor.skip_space();
         if !matches!(cursor.begins()?, Begins::Object) {
@@ -121,6 +130,8 @@ impl<'a> Codes<'a> {
         cursor.end()
     }
 
+    /// The code, if there is exactly one.
+    // Which of two codes counts would depend on the parser. Two equal ones are no clear answer either.
     fn only(&self) -> Option<&Code<'a>> {
         self.first.as_ref().filter(|_| !self.more)
     }
@@ -139,6 +150,7 @@ impl<'a> Code<'a> {
         Ok(match cursor.begins()? {
             Begins::Text => {
                 let text = cursor.string()?.decoded();
+                // Texts in another encoding (GBK, say) are allowed elsewhere in the reply. A code must be readable.
                 let is_text = text.is_ascii() || std::str::from_utf8(&text).is_ok();
                 if is_text { Self::Text(text) } else { Self::Other }
             }
@@ -150,7 +162,8 @@ impl<'a> Code<'a> {
         })
     }
 
-    /// A string counts as it stands; a number counts by its value, since the vendor's pages show both.
+    /// Whether the value is this success code: a string by its bytes, a number by its value.
+    // The vendor's pages show the code as `"0409000"` and as a number, which has no leading zero.
     fn equals(&self, success: &str) -> bool {
         match self {
             Self::Text(text) => **text == *success.as_bytes(),
@@ -159,6 +172,7 @@ impl<'a> Code<'a> {
         }
     }
 
+    /// The code as text, for the record and for replays.
     fn text(&self) -> Option<ResultCode> {
         match self {
             Self::Text(text) => Some(cut(text)),
@@ -168,8 +182,9 @@ impl<'a> Code<'a> {
     }
 }
 
-/// A sibling page of the vendor shows `"resultCode": 0409000` without quotes, which is not JSON. Quotes
-/// the first such value; whether the rest is JSON is for the parser to say.
+/// The body with quotes around the first value of `field`, if that is a number with a leading zero.
+// A page of the vendor for a sibling API shows `"resultCode": 0409000` without quotes, which is not JSON. Nothing else is
+// repaired: whether the rest is JSON is decided by the parser.
 fn quote_slip(body: &[u8], field: &str) -> Option<Vec<u8>> {
     let key = format!("\"{field}\"");
     let after_key = find(body, key.as_bytes())? + key.len();
@@ -191,7 +206,7 @@ fn is_object(body: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body).is_ok()
 }
 
-/// The first bytes of a text in UTF-8, up to a whole character.
+/// The first 64 bytes of a text in UTF-8, or fewer, so that no character is cut.
 fn cut(text: &[u8]) -> ResultCode {
     let is_boundary = |at: usize| text.get(at).is_none_or(|byte| byte & 0xc0 != 0x80);
     let end = (0..=text.len().min(64)).rev().find(|at| is_boundary(*at)).unwrap_or_default();

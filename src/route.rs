@@ -1,7 +1,7 @@
-//! Stage 2: which route, and may this caller use it as this operator.
+//! Stage 2: routing and authorisation. Which route, and may this caller use it as this operator.
 //!
-//! A route is found by the exact bytes of its path: no decoding, no normalising, no prefix. What matches
-//! nothing is refused, never forwarded.
+//! A route is found by the exact bytes of its path: no decoding, no normalising, no prefix. A request that matches no route is
+//! refused, never forwarded.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,15 +19,16 @@ use crate::request_head::Inbound;
 pub struct Access {
     /// The route's name in the configuration, the audit trail and the metrics.
     pub name: Arc<str>,
-    /// Its path, the same on both sides.
+    /// The path of its requests, the same for callers and upstream.
     pub path: String,
-    /// Its requests are refused for now.
+    /// Whether all its requests are refused for now.
     pub frozen: bool,
-    /// With which credential each caller may use it, by the caller's index.
+    /// The credential with which each caller may use it, by the caller's index; `None` for a caller that may not.
     pub credentials: Vec<Option<CredentialIndex>>,
 }
 
 impl Access {
+    /// The credential with which a caller may use the route.
     fn credential_of(&self, caller: &Caller) -> Option<CredentialIndex> {
         *self.credentials.get(caller.index.0)?
     }
@@ -38,16 +39,16 @@ impl Access {
 pub struct Routed<'a, R> {
     /// The route.
     pub route: &'a R,
-    /// Who acts, for `x-UserId`.
+    /// The operator that the request acts as, for `x-UserId`.
     pub operator: &'a HeaderValue,
-    /// Which credential.
+    /// The credential to send it with.
     pub credential: CredentialIndex,
-    /// Nothing is to be sent.
+    /// Whether the request is a dry run, so that nothing may be sent.
     pub is_dry_run: bool,
 }
 
-/// In front of a route's path it makes a dry run of a request. A path, since a header could be lost on the way, and
-/// the task assigned.
+/// The prefix that makes a request to a route's path a dry run.
+// A path, not a header: a header could be lost on the way, and the task would be assigned.
 pub const DRY_RUN: &str = "/.gateway/dry-run";
 
 /// Why no route was found, or not for this caller.
@@ -62,7 +63,7 @@ pub enum NoRoute {
     /// The path is right, the method is not.
     #[error("this route takes POST only")]
     Method,
-    /// The caller's `routes` do not list it.
+    /// The caller's `routes` do not list the route.
     #[error("this caller may not use this route; you may use: {}", .0.join(", "))]
     Denied(Vec<String>),
     /// The route is `frozen`.
@@ -75,7 +76,7 @@ pub enum NoRoute {
     Operator,
 }
 
-/// All routes, by exact path. What else a route is made of is of no interest here.
+/// All routes, by exact path. `R` is what else a route consists of.
 #[derive(Debug)]
 pub struct Routes<R>(HashMap<String, R, RandomState>);
 
@@ -86,12 +87,15 @@ impl<R: AsRef<Access>> FromIterator<R> for Routes<R> {
 }
 
 impl<R: AsRef<Access>> Routes<R> {
-    /// The routes, in no order.
+    /// The routes, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = &R> {
         self.0.values()
     }
 
-    /// Finds the route of a request and checks that this caller may use it as this operator.
+    /// Finds the route of a request, and checks that its caller may use it as the operator that it names.
+    ///
+    /// Fails if the target is not a plain path, if no route has it, if the method is not POST, or if route or operator are not
+    /// allowed to this caller.
     pub fn find<'a>(
         &'a self,
         admitted: &Admitted<'a>,
@@ -103,6 +107,7 @@ impl<R: AsRef<Access>> Routes<R> {
         let path = plain_path(target)?;
         let dry_run = path.strip_prefix(DRY_RUN);
         let (path, is_dry_run) = (dry_run.unwrap_or(path), dry_run.is_some());
+        // Both refusals name only paths that the caller may use: it learns of no other route by asking.
         let route = self.0.get(path).ok_or_else(|| NoRoute::Unknown(self.usable_by(caller)))?;
         let access = route.as_ref();
         if *method != Method::POST {
@@ -110,6 +115,7 @@ impl<R: AsRef<Access>> Routes<R> {
         }
         let credential =
             access.credential_of(caller).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
+        // After the check of the caller: that a route is frozen is told to its own callers only.
         if access.frozen {
             return Err(NoRoute::Frozen);
         }
@@ -117,6 +123,7 @@ impl<R: AsRef<Access>> Routes<R> {
         Ok(Routed { route, operator, credential, is_dry_run })
     }
 
+    /// The paths that a caller may use, sorted.
     fn usable_by(&self, caller: &Caller) -> Vec<String> {
         let usable = self.iter().map(R::as_ref).filter(|access| access.credential_of(caller).is_some());
         let mut paths: Vec<_> = usable.map(|access| access.path.clone()).collect();
@@ -125,8 +132,10 @@ impl<R: AsRef<Access>> Routes<R> {
     }
 }
 
-/// The path of an origin-form target without a query. Exact bytes: an encoded or doubled slash is simply
-/// another path.
+/// The path of an origin-form target (RFC 9112, section 3.2.1) without a query. Its bytes are not changed: a path with an encoded
+/// or doubled slash is another path, and so is refused.
+// To decode or normalise would be a second reading of the path, and the upstream may do it differently: that is how requests get
+// past rules for paths.
 fn plain_path(uri: &Uri) -> Result<&str, NoRoute> {
     if uri.scheme().is_some() || uri.authority().is_some() {
         return Err(NoRoute::Target(
@@ -141,6 +150,8 @@ fn plain_path(uri: &Uri) -> Result<&str, NoRoute> {
     Ok(uri.path())
 }
 
+/// The operator that a request acts as: the one in `x-userid`, if the caller may name it, else the caller's own.
+// The configured value is returned, not the one that was sent: nothing of a caller's head is passed on.
 fn acting_operator<'a>(caller: &'a Caller, head: &Inbound<'_>) -> Result<&'a HeaderValue, NoRoute> {
     let Some(named) = head.operator.first else { return Ok(&caller.operator) };
     std::iter::once(&caller.operator)

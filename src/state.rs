@@ -1,4 +1,7 @@
-//! Everything compiled from the configuration: immutable, shared by all workers.
+//! The compiled configuration, shared by all workers. Immutable: a reload makes a successor and swaps the pointer.
+//!
+//! A request loads the pointer once and so sees one configuration. What must outlive a reload (limiters, cool-downs, breaker,
+//! token slots) is shared with the successor by `Arc`.
 
 mod routes;
 
@@ -23,20 +26,20 @@ pub use routes::{Route, RouteError, compile as compile_routes};
 /// One configuration, compiled.
 #[derive(Debug)]
 pub struct State {
-    /// Whom the gateway knows.
+    /// The callers.
     pub admission: Admission,
     /// The routes.
     pub routes: Routes<Route>,
-    /// Bounds of a body.
+    /// The bounds on a caller's body, in bytes and time.
     pub body: body::Bounds,
-    /// What is common to all exchanges.
+    /// The parts that all exchanges share.
     pub terms: Arc<Terms>,
-    /// Whether a loopback address alone makes a caller.
+    /// Whether some caller is identified by a loopback address alone. `/status` then has a notice.
     pub trusts_loopback: bool,
 }
 
 impl State {
-    /// Compiles a configuration.
+    /// Compiles the configuration of a start. Fails if a contract cannot be read or compiled.
     pub fn new(
         config: &Config,
         slots: Vec<Arc<Slot>>,
@@ -60,12 +63,18 @@ impl State {
         })
     }
 
-    /// A configuration that takes the place of this one, with its compiled routes. All that is remembered goes on.
+    /// The state that takes the place of this one after a reload. `routes` are those of `config`, compiled with this state's as
+    /// the old ones.
+    ///
+    /// Changes the rates of the quota and of callers' limiters at once, also for requests that still use this state: it must be
+    /// called only for a configuration that will be put into effect.
     pub fn successor(&self, config: &Config, routes: Routes<Route>) -> Self {
+        // In place, so that what is spent stays spent: with new limiters each reload would give every caller a full burst.
         self.terms.quota.set(config.quota.limit());
         Self {
             admission: Admission::new(&config.callers, &self.admission.limits()),
             routes,
+            // A reload that changes these is refused before: they are bound to running connections and tasks.
             body: self.body,
             terms: self.terms.clone(),
             trusts_loopback: config.trusts_loopback(),
@@ -73,6 +82,7 @@ impl State {
     }
 }
 
+/// The value of `Host` in upstream requests.
 #[expect(clippy::expect_used, reason = "validation allows host names and addresses only")]
 fn authority(config: &Config) -> HeaderValue {
     HeaderValue::from_str(&config.upstream.base_url.authority()).expect("a validated host")

@@ -78,7 +78,8 @@ impl Exchange {
         progress.refused = Some(first);
         if let Some(first) = &mut progress.arrived {
             // Dropped, not read: a 401 with a long body held up its own replay. The drop closes the connection, and the replay
-            // takes a new one. tests/hyper.rs: a_reply_that_is_dropped_before_its_end_takes_its_connection_along
+            // takes a new one.
+            // tests/hyper.rs: a_reply_that_is_dropped_before_its_end_takes_its_connection_along
             first.rest = None;
         }
         let refused = self.token.generation();

@@ -1,8 +1,8 @@
-//! The upstream's budget, shared by all callers: what is configured, or what the upstream leaves of it.
+//! The upstream's quota, shared by all callers: the configured one, or a throttled one after the upstream answered 429.
 //!
-//! An upstream that answers 429 has less to give than was configured: the quota is halved for as long as it asks for,
-//! and then grows back a little every second, so that the gateway finds out what it may have instead of running into
-//! the next 429 with all it has. Never more than what is configured.
+//! Multiplicative decrease, additive increase. Each 429 halves the quota for as long as the upstream asks; then 2 % of the
+//! configured rate come back each second. So the gateway finds the rate that the upstream bears, instead of meeting the next
+//! 429 at full rate. The quota is never more than what is configured.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,28 +14,32 @@ use super::{Limiter, Spent};
 use crate::clock;
 use crate::config::Limit;
 
-/// How much of the quota comes back each second.
+/// The share of the quota that comes back each second.
 const RECOVERY: f64 = 0.02;
 
-/// The smallest share that is left.
+/// The smallest share.
+// Some requests must pass, or the gateway would never learn that the upstream has recovered.
 const LEAST: f64 = 1.0 / 32.0;
 
-/// The longest that the upstream can ask for.
+/// The longest pause that the upstream can ask for.
+// A `Retry-After` of days, by mistake or on purpose, must not throttle all callers for as long.
 const LONGEST: Duration = Duration::from_secs(300);
 
-/// Several 429s within this time are one: they were under way together. In nanoseconds.
+/// The time within which several 429s count as one, in nanoseconds.
+// They answer requests that were under way together. Halved for each, the quota would be at its least after one burst.
 const TOGETHER: u64 = 1_000_000_000;
 
-/// A shared quota.
+/// A quota that all callers share.
 #[derive(Debug)]
 pub struct Quota {
     limiter: Limiter,
     limit: Mutex<Limit>,
+    // Beside the lock, so that a request takes none while the quota is whole, which it nearly always is.
     is_shrunk: AtomicBool,
     shrunk: Mutex<Option<Shrunk>>,
 }
 
-/// Less than was configured. Times are in nanoseconds of this process.
+/// A throttled quota. Times are in nanoseconds of this process.
 #[derive(Clone, Copy, Debug)]
 struct Shrunk {
     share: f64,
@@ -43,13 +47,13 @@ struct Shrunk {
     until: u64,
 }
 
-/// The quota is spent.
+/// The error of a quota that is exceeded.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum Exhausted {
-    /// The configured one.
+    /// The configured quota.
     #[error("the quota that all callers share is spent; call again after Retry-After seconds")]
     Whole(Spent),
-    /// What the upstream left of it.
+    /// The quota as it was throttled after a 429 of the upstream.
     #[error(
         "nothing was sent: the upstream answered 429 (too many requests) to earlier calls, so that the gateway sends less for some \
          time; call again after Retry-After seconds"
@@ -58,7 +62,7 @@ pub enum Exhausted {
 }
 
 impl Exhausted {
-    /// When one more request would pass, if nobody else asks.
+    /// The time after which one more request would pass, if no other one comes first.
     pub fn retry_after(self) -> Duration {
         let (Self::Whole(spent) | Self::Shrunk(spent)) = self;
         spent.retry_after
@@ -66,13 +70,14 @@ impl Exhausted {
 }
 
 impl Shrunk {
+    /// The share at a time; more than 1 once all has come back.
     fn share(&self, now: u64) -> f64 {
         self.share + Duration::from_nanos(now.saturating_sub(self.until)).as_secs_f64() * RECOVERY
     }
 }
 
 impl Quota {
-    /// The whole quota, with a full burst.
+    /// A quota of which nothing is spent.
     pub fn new(limit: Limit) -> Self {
         Self {
             limiter: Limiter::new(limit),
@@ -82,7 +87,7 @@ impl Quota {
         }
     }
 
-    /// Another quota from now on. What is spent stays spent, and what the upstream has left of it is left of this one.
+    /// Changes the quota. What is spent stays spent, and a throttled quota stays throttled to the same share.
     pub fn set(&self, limit: Limit) {
         let (now, shrunk) = (clock::nanos(), self.shrunk());
         *self.limit.lock().unwrap_or_else(PoisonError::into_inner) = limit;
@@ -92,13 +97,13 @@ impl Quota {
         }
     }
 
-    /// Takes one request's worth, or says when to come back.
+    /// Takes one request from the quota. Fails, and takes nothing, if the quota is exceeded.
     pub fn take(&self) -> Result<(), Exhausted> {
         self.recover(clock::nanos());
         self.limiter.take().map_err(|spent| self.exhausted(spent))
     }
 
-    /// Says what [`Quota::take`] would, and takes nothing.
+    /// Returns what [`Quota::take`] would, and takes nothing.
     pub fn look(&self) -> Result<(), Exhausted> {
         self.recover(clock::nanos());
         self.limiter.look().map_err(|spent| self.exhausted(spent))
@@ -110,17 +115,17 @@ impl Quota {
         if is_shrunk { Exhausted::Shrunk(spent) } else { Exhausted::Whole(spent) }
     }
 
-    /// Takes one request's worth even if none is left: for what must go on anyway and yet be counted.
+    /// Takes one request from the quota even if none is left, for requests that must be sent and yet be counted.
     pub fn overdraw(&self) {
         self.limiter.overdraw();
     }
 
-    /// The upstream has answered 429, and asks for a pause.
+    /// Throttles the quota: the upstream has answered 429 and asks for a pause, of which at most 5 minutes count.
     pub fn shrink(&self, pause: Duration) {
         self.shrink_at(clock::nanos(), pause);
     }
 
-    /// How much of the quota is left, from 0 to 1.
+    /// The share of the configured quota that is in effect, up to 1.
     pub fn share(&self) -> f64 {
         self.recover(clock::nanos());
         self.shrunk().map_or(1.0, |shrunk| shrunk.share(clock::nanos()))
@@ -134,17 +139,22 @@ impl Quota {
             Some(known) => (known.share, known.since),
             None => ((shrunk.map_or(1.0, |known| known.share(now)) / 2.0).max(LEAST), now),
         };
+        // The longest pause counts: the upstream gave it to one of the requests, and nothing takes it back.
         let until = shrunk.map_or(until, |known| known.until.max(until));
         *shrunk = Some(Shrunk { share, since, until });
         self.is_shrunk.store(true, Ordering::Relaxed);
         self.limiter.slow_down(now, self.limit(), share);
+        // What is left of a burst would go out at once, right behind the 429.
         self.limiter.empty(now);
+        // Logged without the lock. Under it, one 429 held up every call while stderr was a full pipe.
         drop(shrunk);
         if together.is_none() {
             tracing::warn!(share, ?pause, "the upstream answered 429: the quota shrinks");
         }
     }
 
+    /// Applies what has come back of a throttled quota.
+    // By whoever asks, not by a timer: a share that nobody uses need not be right.
     fn recover(&self, now: u64) {
         if self.is_shrunk.load(Ordering::Relaxed) {
             self.recover_slowly(now);
@@ -233,6 +243,7 @@ mod tests {
         for second in 2..10 {
             assert!((24..=26).contains(&passed(&quota, second * SECOND)), "the longer pause counts");
         }
+        // A pause of 1,000 s each time, of which 300 s count.
         (1..100).for_each(|i| quota.shrink_at((10 + 2 * i) * SECOND, Duration::from_secs(1000)));
         assert!((3..=4).contains(&passed(&quota, 300 * SECOND)), "there is always something left");
         assert!(passed(&quota, (208 + 300 + 50) * SECOND) >= 99, "no pause is longer than five minutes");

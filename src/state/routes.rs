@@ -1,4 +1,6 @@
-//! The routes of a configuration, compiled.
+//! Compiles the routes of a configuration, contracts included.
+//!
+//! Reads contract files, so it may block: a reload runs it on the blocking pool.
 
 use std::sync::Arc;
 
@@ -17,9 +19,9 @@ use crate::{config, exchange, files};
 #[derive(Debug)]
 pub struct Route {
     access: Access,
-    /// What a body must be.
+    /// The contract that a body must keep.
     pub contract: Contract,
-    /// What an exchange needs of it.
+    /// The part of the route that an exchange needs.
     pub exchange: Arc<exchange::Route>,
 }
 
@@ -42,7 +44,7 @@ pub enum RouteError {
         /// Why.
         source: std::io::Error,
     },
-    /// The contract's schema is not one that the checker understands.
+    /// The contract's schema has something that the checker does not know.
     #[error("route {route}: contract {path}: {source}")]
     Schema {
         /// The route's name.
@@ -54,11 +56,15 @@ pub enum RouteError {
     },
 }
 
-/// Compiles the routes of a configuration, contracts included.
-/// Those that `old` has, too, go on with what is known of their credentials.
+/// Compiles the routes of a configuration, contracts included. A route that `old` has under the same name goes on with that one's
+/// cool-downs.
+///
+/// Blocks while contract files are read. Fails at the first contract that cannot be read or compiled.
 pub fn compile(config: &Config, old: Option<&Routes<Route>>) -> Result<Routes<Route>, RouteError> {
     let compiled = |raw: &config::Route| {
         let known = old.and_then(|old| old.iter().find(|route| *route.access.name == *raw.name));
+        // A reload cannot change credentials, so that the old list fits. Without it each reload would begin anew to fetch tokens
+        // that are refused anyway.
         let cooldowns = match known {
             Some(known) => known.exchange.cooldowns.clone(),
             None => config.credentials.iter().map(|_| Arc::default()).collect(),
@@ -71,6 +77,7 @@ pub fn compile(config: &Config, old: Option<&Routes<Route>>) -> Result<Routes<Ro
 impl Route {
     fn new(raw: &config::Route, config: &Config, cooldowns: Vec<Arc<Cooldown>>) -> Result<Self, RouteError> {
         let name: Arc<str> = raw.name.as_str().into();
+        // Resolved to indices here, so that a request compares no names.
         let credential_of = |caller: &config::Caller| {
             let name = raw.credential.as_ref().unwrap_or(&caller.credential);
             let credential = config.credentials.iter().position(|credential| credential.name == *name)?;
@@ -92,6 +99,7 @@ impl Route {
     }
 }
 
+/// The contract of a route, built in or from its file.
 fn contract(raw: &config::Route) -> Result<Contract, RouteError> {
     let route = raw.name.clone();
     let (path, text) = match raw.contract() {
