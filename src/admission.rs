@@ -102,7 +102,7 @@ pub enum Denied {
         "the gateway does not answer to the name in Host; call it by the name that its operators gave you, or ask them to add yours to `hosts` of the listener"
     )]
     Host,
-    /// `Origin` or `Sec-Fetch-Site` is present.
+    /// The request has `Origin` or `Sec-Fetch-Site`, which only browsers send.
     #[error(
         "requests from browsers, which send Origin or Sec-Fetch-Site, are refused; call from a server-side process"
     )]

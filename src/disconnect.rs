@@ -13,8 +13,8 @@ use thiserror::Error;
 /// Whether the caller is still connected while its request waits.
 ///
 /// A caller that gave up may call again, so a request that had to wait must not be sent after its caller has disconnected.
-/// A closed sending side looks the same whether the caller gave up or has only finished sending. They are told apart by time:
-/// a caller that has finished sending closes its side together with its request, one that gives up does so later.
+/// A closed sending side looks the same whether the caller gave up or has only finished sending. Only the time differs: a
+/// caller that has finished sending closes its side together with its request, one that gives up does so later.
 #[derive(Debug, Default)]
 pub struct CallerPresence {
     // Atomics only because futures of a request must be `Send`: one thread uses them, so that no order is needed.
@@ -31,7 +31,7 @@ pub struct CallerDisconnected;
 impl CallerPresence {
     /// Waits for a future, unless the caller disconnects first. A future that is ready at once costs nothing more.
     ///
-    /// Fails if the caller has disconnected; the future is then dropped by whoever owns it. For waits before the intent only.
+    /// Fails if the caller has disconnected, and does not poll the future again. For waits before the intent only.
     pub fn during<F: Future + Unpin>(
         &self,
         mut wait: F,

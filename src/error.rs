@@ -53,7 +53,7 @@ pub struct Error {
 impl Error {
     /// The failure of a request that was refused here, so that nothing was sent.
     fn not_sent(code: Code, detail: impl fmt::Display) -> Self {
-        // 429 and 503 go away by themselves, so each has a `Retry-After`: a client that is told no time may call in a loop.
+        // 429 and 503 go away by themselves, so each has a `Retry-After`: without one a client may call in a loop.
         let busy = matches!(code.status().as_u16(), 429 | 503);
         Self {
             code,
@@ -68,7 +68,7 @@ impl Error {
     }
 
     /// The outcome of this call itself, for metrics and the trail: a duplicate was not sent, whatever became of the first call.
-    // The caller is told the first call's outcome. Counted by that, one task would be counted twice.
+    // The caller gets the first call's outcome. Counted by that, one task would be counted twice.
     pub fn own_outcome(&self) -> Outcome {
         if self.first.is_some() { Outcome::NotSent } else { self.outcome }
     }

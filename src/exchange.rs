@@ -6,7 +6,7 @@
 //! * Not a byte of it was written.
 //! * Over HTTP/2 the upstream said that it did not process the request, and had sent nothing on its stream (RFC 9113,
 //!   section 8.7).
-//! * The upstream refused the token, and a different one can be had. That happens once.
+//! * The upstream refused the token, and there is a different one. That happens once.
 //!
 //! There is no retry after a time-out, a reset or a 5xx: bytes may have arrived, so the outcome is unknown.
 
@@ -84,7 +84,7 @@ struct Progress {
     first_token: Option<Token>,
     /// Whether another token does not help: a fresh one was refused too, or the same one was handed out again.
     is_rejected: bool,
-    /// Why no other token could be had.
+    /// The cause of the failed fetch, if no other token could be fetched.
     no_token: Option<Cause>,
     /// The last reply.
     // Here instead of in results: there each return would move it once more.
@@ -99,8 +99,8 @@ impl Progress {
     }
 
     /// Whether the token was refused and no other one was sent yet. What takes long then is the token endpoint.
-    // Not told by written bytes: the upstream may refuse a token before it has read the whole request, and the rest of that
-    // leaves while the token is fetched. Such calls were once taken for ones of unknown outcome.
+    // Not decided by written bytes: the upstream may refuse a token before it has read the whole request, and the rest of that is
+    // sent while the token is fetched. By the bytes such calls were of unknown outcome, and counted as failures of the upstream.
     fn awaits_token(&self) -> bool {
         self.refused.is_some() && self.first_token.is_none()
     }

@@ -48,10 +48,10 @@ use refusal::{detail, name_denied};
 pub use response::ResponseBody;
 use response::{answer, name, refuse};
 
-/// What one worker needs to answer requests.
+/// The parts that one worker needs to answer requests.
 #[derive(Debug)]
 pub struct Gateway {
-    /// Everything compiled from the configuration that is in effect.
+    /// The compiled configuration that is in effect.
     pub state: Arc<ArcSwap<State>>,
     /// The upstream connections of this worker.
     pub pool: Arc<Pool>,
@@ -129,11 +129,11 @@ impl Gateway {
         response
     }
 
-    /// The way of a request. The order of these lines, and of those of [`Self::enter`], is the security argument: nothing is
-    /// looked up for a stranger, nothing is read for a caller over its limit, no token is spent on a bad body or on one
-    /// that was sent before, and nothing leaves before its intent is on record.
-    // Each wait is given up if the caller disconnects: it may call again, and a request that goes out behind its back would send
-    // the task twice. After the intent nothing is given up.
+    /// Takes a request through the stages. The order of these lines, and of those of [`Self::enter`], is the security argument:
+    /// nothing is looked up for a stranger, nothing is read for a caller over its limit, no token is spent on a bad body or on
+    /// one that was sent before, and no request is sent before its intent is committed.
+    // Each wait before the intent ends if the caller disconnects: it may call again, and a request that is sent after that would
+    // have the task done twice. After the intent nothing is cancelled.
     //
     // The audit permit comes before the connection: of a crowd of requests a few at a time reserve one and record their intent,
     // so that connections that were used just now are used again. The breaker comes before the connection, or requests would
@@ -196,7 +196,7 @@ impl Gateway {
             record: intended.sent(),
             room: entered.room,
         };
-        // After the exchange is made: a panic before this line has sent nothing, and caller and trail must both be told so.
+        // After the exchange is built: a panic before this line has sent nothing, and both the response and the trail say so.
         record.enter(Stage::Upstream);
         let mut reply = from.presence.beside(self.exchanges.run(exchange)).await?;
         reply.first = first;
@@ -285,7 +285,7 @@ struct Entered<'a> {
 }
 
 impl<'a> Entered<'a> {
-    /// The call, as deduplication knows it.
+    /// The call for deduplication.
     fn call(&self, digest: &'a Hash, id: RequestId) -> Call<'a> {
         Call {
             caller: &self.caller.name,
@@ -359,7 +359,7 @@ mod tests {
         size_of::<F>()
     }
 
-    /// It is paid for by every connection, and moved by every request.
+    /// Every connection holds such a future, and every request moves it.
     #[test]
     fn the_request_future_stays_within_its_budget_of_bytes() {
         // A change that makes a future larger shows here, before it shows in a benchmark.

@@ -11,8 +11,8 @@
 //! the audit trail is read ([`rebuild`]). Stored replies may be evicted; a replay then names the result code only.
 //!
 //! The outcome of a call with a key is committed to the trail before its caller learns of it; the exchange sees to that.
-//! There are two exceptions. A caller that gets 503 `audit_unavailable` is told that nothing was sent, while a stuck disk
-//! may still write the intent later. The head of a reply of more than 64 KiB leaves before the end of the reply is known.
+//! There are two exceptions. A 503 `audit_unavailable` says that nothing was sent, while a stuck disk may still write the
+//! intent later. The head of a reply of more than 64 KiB is sent before the end of the reply is known.
 
 mod claim;
 mod claims;
@@ -216,8 +216,8 @@ impl Idempotency {
 
     /// Decides whether a call is sent, and registers it as at work if it is.
     ///
-    /// Fails if the call's headers break their rules, if an equal call stands in its way, or if a table is full or not complete
-    /// yet. Nothing is registered then.
+    /// Fails if the call's headers break their rules, if an equal call came first and may still count, or if a table is full or
+    /// not complete yet. Nothing is registered then.
     pub fn begin(self: &Arc<Self>, call: Call<'_>, head: &Inbound<'_>) -> Result<Begun, Refusal> {
         let Given { key, force } = key::read(head)?;
         match key {
@@ -237,7 +237,7 @@ impl Idempotency {
         let (key, print) = (self.key_mark(call, key)?, self.print(call));
         let id = call.id;
         let wanted = self.wanted(call, key, print, force);
-        // Asked before the key is claimed: a claim could not be told from a known key afterwards.
+        // Before the key is claimed: afterwards it would be a known one.
         if self.is_lost() {
             let verdict = self.claims().look(wanted, now());
             self.check_loss(&verdict)?;
@@ -248,7 +248,7 @@ impl Idempotency {
             Passed::Begin { doubt } => {
                 let claimed = self.claim(call, print, Some(key), force);
                 if claimed.is_err() {
-                    // An equal call stands in the way. Nothing was sent, so the key must be free for the next attempt.
+                    // Refused for an equal call. Nothing was sent, so the key must be free for the next attempt.
                     self.claims().end(key, id, How::NotDone, now());
                 }
                 let mut claim = claimed?;

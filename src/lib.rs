@@ -1,6 +1,6 @@
 //! A gateway that lets internal apps call CCSQM without holding a credential.
 //!
-//! # The way of a request
+//! # Life of a request
 //!
 //! [`server`] accepts a connection. [`gateway`] takes each request through nine stages: the first three in `Gateway::enter`,
 //! the others in `Gateway::proxy`. A request that can no longer be refused goes to the [`exchange`], whose reply the gateway
@@ -18,18 +18,18 @@
 //! | 8 | audit | connection reserved, intent committed (write-ahead, group commit) | [`upstream::pool`], [`audit`] |
 //! | 9 | upstream | send, replay once, classify | [`exchange`], on a connection of [`upstream`] |
 //!
-//! Where to look:
+//! Where to find what:
 //!
 //! * **The token** is put into the headers by [`upstream::head`]; `exchange/terms.rs` builds the request with them.
 //! * **The outcome** of a reply is decided by [`result_rule`], unless `exchange/conclude.rs` finds that the upstream refused the
 //!   token. Without a reply, which includes one that breaks off within its first 64 KiB, `Exchange::fail` decides it.
 //! * **The record** of a request is closed by `exchange/settlement.rs`, which then ends its claim; by [`gateway`] if nothing was
 //!   sent (refused, replayed, dry run); by its `Drop` if its future is dropped; by the next start after a crash.
-//! * **A caller that disconnects** is noticed by `server/connection`, which notes it in [`disconnect`]. A request that waits for a
-//!   token, a permit or a connection is refused then. An exchange goes on without its caller (`exchange/detached.rs`). Whether a
-//!   success reached its caller is settled by `idempotency/delivery.rs`.
+//! * **A caller that disconnects** is noticed by `server/connection`, which notes it in [`disconnect`]. A request that waits for
+//!   a token, a permit or a connection is refused then. An exchange goes on without its caller (`exchange/detached.rs`). Whether
+//!   a success reached its caller is settled by `idempotency/delivery.rs`.
 //! * **A failure** gets its code and text in [`error`], from the error of its stage; [`model::code`] has the statuses.
-//! * **hyper** is relied on beyond its documentation in some places: `tests/hyper.rs` has a test for each.
+//! * **hyper**: where the code relies on more than hyper documents, `tests/hyper.rs` has a test for it.
 //!
 //! # Layers
 //!
@@ -48,7 +48,7 @@
 //!   sensitive. The keys of certificates are held by rustls' own types.
 //! * A request sees one [`state`]: [`reload`] swaps it as a whole.
 
-// Around the way of a request.
+// Around a request: process, listeners, operation.
 pub mod app; // composition root: build, start, supervise, drain
 pub mod server; // workers, accept, connections and their deadlines
 pub mod admin; // /livez, /readyz, /metrics, /status
@@ -57,7 +57,7 @@ pub mod reload; // puts a changed configuration into effect
 pub mod preflight; // loads a configuration, and checks the files that it names
 mod watchdog; // whether all event loops still turn
 
-// The way of a request.
+// A request.
 pub mod gateway; // the request function
 pub mod state; // the compiled configuration, routes included
 pub mod error; // failure to status, code and text
@@ -69,7 +69,7 @@ pub mod exchange; // stage 9: send, replay once, classify, settle; with or witho
 // Stages.
 pub mod admission; // stage 1: who calls
 pub mod route; // stage 2: exact path and method, caller, operator
-pub mod contract; // stage 4: body to CheckedBody
+pub mod contract; // stage 4: receives a body and checks it against its schema
 pub mod idempotency; // stage 5: deduplication; undelivered successes
 pub mod token; // stage 6: one slot per credential, and its fetcher
 pub mod audit; // stage 8: write-ahead trail: records, hash chain, crash recovery
@@ -85,18 +85,18 @@ pub mod secret; // zeroised buffers
 pub mod reason; // a cause with its full text, for operators
 pub mod trouble; // the last failure of one part
 pub mod changes; // results of changes of files
-pub mod log; // log lines on their way to stderr
+pub mod log; // the queue of log lines, which never blocks
 
 // Configuration.
 pub mod config; // text to typed values and their relations
 
-// Words.
+// Model.
 pub mod model; // plain data: outcomes, codes, stages, causes, ids
 
 // Tools.
 mod backoff; // exponential back-off after refused credentials
 mod base64; // bytes as text, for the proxy and the sandbox
-pub mod clock; // the time, read once a turn
+pub mod clock; // the time, read once a turn of the event loop
 pub mod disconnect; // whether the caller is still connected
 mod field_values; // parses values of header fields
 mod files; // reads files that others may replace

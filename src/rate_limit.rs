@@ -43,7 +43,7 @@ impl Limiter {
         Self { interval, tolerance, arrival: AtomicU64::new(0) }
     }
 
-    /// A limit that never refuses.
+    /// A limiter that refuses nothing.
     #[cfg(test)]
     pub(crate) fn unlimited() -> Self {
         Self { interval: AtomicU64::new(0), tolerance: AtomicU64::new(0), arrival: AtomicU64::new(0) }

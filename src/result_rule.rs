@@ -137,7 +137,7 @@ impl<'a> Codes<'a> {
     }
 }
 
-/// A value of the result field.
+/// One value of the result field. `Other` is none that could be a code.
 #[derive(Debug, PartialEq, Eq)]
 enum Code<'a> {
     Text(Cow<'a, [u8]>),

@@ -14,7 +14,7 @@ use crate::admission::{Admitted, Caller};
 use crate::model::index::CredentialIndex;
 use crate::request_head::Inbound;
 
-/// Who may use a route.
+/// The rules of a route's use: by whom, with which credential.
 #[derive(Debug)]
 pub struct Access {
     /// The route's name in the configuration, the audit trail and the metrics.
@@ -115,7 +115,7 @@ impl<R: AsRef<Access>> Routes<R> {
         }
         let credential =
             access.credential_of(caller).ok_or_else(|| NoRoute::Denied(self.usable_by(caller)))?;
-        // After the check of the caller: that a route is frozen is told to its own callers only.
+        // After the check of the caller: only a route's own callers learn that it is frozen.
         if access.frozen {
             return Err(NoRoute::Frozen);
         }

@@ -23,7 +23,7 @@ use http::HeaderValue;
 
 pub use routes::{Route, RouteError, compile as compile_routes};
 
-/// One configuration, compiled.
+/// A compiled configuration.
 #[derive(Debug)]
 pub struct State {
     /// The callers.

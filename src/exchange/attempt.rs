@@ -24,9 +24,9 @@ const DECISIVE: usize = 64 * 1024;
 /// Why an attempt brought no reply.
 #[derive(Debug)]
 pub(super) enum Broken {
-    /// There is no connection, and nothing of this attempt was sent.
+    /// There was no connection, and no byte of this attempt was sent.
     Unreachable(NoConnection),
-    /// It may have been sent.
+    /// The exchange broke off after a byte was sent.
     BrokeOff(Reason),
 }
 
@@ -47,8 +47,8 @@ impl Broken {
     pub(super) fn health(&self) -> Health {
         match self {
             Self::Unreachable(NoConnection::Failed(reason)) => Health::Down(reason.cause),
-            // Busy is the gateway's own bound, and a connection that breaks off was accepted before: neither shows that nobody is
-            // at work there.
+            // Busy is the gateway's own bound, and a connection that breaks off was accepted before: neither shows that the
+            // upstream is down.
             Self::Unreachable(NoConnection::Busy) | Self::BrokeOff(_) => Health::Unclear,
         }
     }
@@ -71,7 +71,7 @@ impl Exchange {
         if self.is_refusal(first) { Box::pin(self.replay(first, progress)).await } else { Ok(first) }
     }
 
-    /// Sends once more after the token was refused, if a different one can be had. Returns the status of the last reply.
+    /// Sends once more after the token was refused, if there is a different one. Returns the status of the last reply.
     // A replay is no double send: only statuses that mean that nothing was done can be configured as refusals of the token.
     #[cold]
     async fn replay(&mut self, first: StatusCode, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
@@ -83,8 +83,8 @@ impl Exchange {
             first.rest = None;
         }
         let refused = self.token.generation();
-        // Before the fetch below: with an endpoint that lets only the last token live, that fetch ends this one, and it would
-        // look as if somebody else had.
+        // Before the fetch below. Some endpoints let only the last token live: there that fetch ends this token, and later it
+        // would look as if another gateway had.
         let had_worked = self.cooldown().has_accepted(refused) && self.slot().has_left_alone(refused);
         let Some(token) = self.another_token(had_worked, progress).await else { return Ok(first) };
         progress.first_token = Some(std::mem::replace(&mut self.token, token));

@@ -36,7 +36,7 @@ const DEFAULT_RETRY: Duration = Duration::from_secs(30);
 struct Conclusion {
     outcome: Outcome,
     result_code: Option<ResultCode>,
-    /// It comes from the service behind the check of the token.
+    /// Whether the service itself has answered, not a proxy in front of it.
     is_from_business: bool,
     /// The code for the caller, if the reply refuses the token.
     rejected: Option<Code>,
@@ -51,7 +51,7 @@ struct Conclusion {
 
 impl Exchange {
     /// Classifies a reply, records the outcome and makes the caller's answer. Also returns what must be committed before that
-    /// answer leaves.
+    /// answer is sent.
     // Inlined, or its large arguments would be moved once more.
     #[inline(always)]
     pub(super) fn conclude(
@@ -222,7 +222,7 @@ impl Exchange {
         code: Code,
         cause: Option<Cause>,
     ) -> (Told, Option<Box<Pending>>) {
-        // One byte is enough: from the count of written bytes alone nobody knows whether the upstream had the whole request.
+        // One byte is enough: the count of written bytes does not say how much of the request the upstream has processed.
         let sent = !progress.awaits_token() && self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),

@@ -15,7 +15,7 @@ use super::Told;
 /// The number of boxes that a worker keeps for further exchanges.
 const KEPT_BOXES: usize = 256;
 
-/// The exchanges of one worker, and the boxes that they run in, which are used again.
+/// The exchanges of one worker, and the boxes in which they run. A box is used again for the next exchange.
 // A box, since the future of an exchange may have to move into a task at any time; used again, which saves each request a large
 // allocation.
 #[derive(Debug, Default)]
@@ -41,7 +41,7 @@ impl Exchanges {
     }
 }
 
-/// The future of an exchange, which nobody cancels: dropped before its end, the exchange runs on as a task of its own.
+/// The future of an exchange. Cancellation-safe: if it is dropped before its end, the exchange runs on as a task of its own.
 #[derive(Debug)]
 pub struct Detached {
     future: Option<ReusableBoxFuture<'static, Told>>,

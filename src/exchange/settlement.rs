@@ -76,7 +76,7 @@ impl Pending {
                 // A task of its own, since the exchange ends here. Until the commit the key counts as at work.
                 tokio::spawn(async move {
                     while !self.queued.is_safe().await {}
-                    // Dropped, so that a success is undelivered: its caller was not told of it.
+                    // Dropped, so that a success is undelivered: its caller only learnt that the call is in progress.
                     drop(self.close());
                 });
                 return Err(NotCommitted);

@@ -95,7 +95,7 @@ impl StreamedReply {
         }
     }
 
-    /// Ends the reply at a quoted secret. What was held back is not passed on, so that no byte of the quote leaves.
+    /// Ends the reply at a quoted secret. What was held back is not passed on, so no byte of the quote reaches the caller.
     #[cold]
     async fn cut_off(mut self, deadline: Instant) {
         if let Some((record, ..)) = &self.open {

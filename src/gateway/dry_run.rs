@@ -30,7 +30,7 @@ impl Gateway {
     ) -> Result<Box<Reply>, Error> {
         let would = self.idempotency.look(call, head)?;
 
-        // A token is fetched if there is none: without one nobody could say whether the call would be sent.
+        // A token is fetched if there is none: only that shows whether the call would be sent.
         record.enter(Stage::Token);
         let slot = state.terms.slot(routed.credential);
         let token = from.presence.during(pin!(slot.token())).await??;

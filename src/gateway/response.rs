@@ -86,7 +86,8 @@ impl Body for ResponseBody {
                         *pieces = None;
                         Ok(Frame::data(bytes))
                     }
-                    // hyper ends the connection without the end of the body. Test in tests/it/http2.rs:
+                    // The head is gone, so the only way to report a failure is to abort the connection: at this error hyper ends
+                    // it without the end of the body. Test in tests/it/http2.rs:
                     // a_long_answer_that_is_reset_without_an_error_aborts_the_callers_connection
                     None => Err(BrokenOff),
                 }))

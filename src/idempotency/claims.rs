@@ -36,7 +36,7 @@ pub(super) struct Claims {
     window: u32,
 }
 
-/// What a key stands for.
+/// The call that holds a key.
 // 56 bytes, of which a test makes sure: there may be ten million. So a doubt is boxed, and a result code is a number.
 #[derive(Debug)]
 struct Claim {
@@ -70,7 +70,7 @@ enum State {
         /// The call of unknown outcome that this one has repeated by force.
         // Kept, since a person may resolve this call as not done. Then the earlier one is in doubt again.
         doubt: Option<Box<Doubt>>,
-        /// A call without this key has repeated it by force, and stands for it.
+        /// A call without this key has repeated it by force, and supersedes it.
         is_superseded: bool,
     },
     Ended {
@@ -88,7 +88,7 @@ struct Doubt {
     since: u32,
     /// A person has resolved it as done while it is repeated.
     is_done: bool,
-    /// A call without this key has repeated it, too, and stands for it.
+    /// A call without this key has repeated it, too, and supersedes it.
     is_superseded: bool,
 }
 
@@ -282,7 +282,7 @@ impl Claims {
         self.slots.queue(number);
     }
 
-    /// Releases the key of a call that was not done. If it repeated a doubt, the key stands for that one again, whose window goes
+    /// Releases the key of a call that was not done. If it repeated a doubt, the key belongs to that one again, whose window goes
     /// on as if there had been no repetition.
     fn give_back(&mut self, number: Number, doubt: Option<&Doubt>, now: u32) {
         let doubt = doubt.filter(|doubt| now.saturating_sub(doubt.since) <= self.window);
@@ -293,8 +293,8 @@ impl Claims {
         self.queue_unless_queued(number);
     }
 
-    /// Applies that a person found a call of unknown outcome to be done. Its key stands for that for a whole window from now on,
-    /// even beyond the bound of the table. A repetition by force keeps the key while it is in flight or if it succeeded.
+    /// Applies that a person found a call of unknown outcome to be done. For a whole window from now on its key is answered with
+    /// that, even beyond the bound of the table. A repetition by force holds the key while it is in flight or if it succeeded.
     pub(super) fn resolve_done(&mut self, Wanted { key, print, caller, .. }: Wanted, id: Uuid, now: u32) {
         let Some(number) = self.slots.find(&key) else {
             // The claim has expired. Its caller may still have the key, and now there is an answer for it.
@@ -310,7 +310,7 @@ impl Claims {
                 doubt.is_done = true;
                 return;
             }
-            // Another call has taken the key since. Its end decides what the key stands for.
+            // Another call has taken the key since. Its end decides how the key is answered.
             State::InFlight { .. } => return,
             State::Ended { is_success: true, .. } if claim.id != id => return,
             _ if claim.id != id && claim.print != print => return,
@@ -343,7 +343,7 @@ impl Claims {
         }
     }
 
-    /// Sets whether a call without this key stands for a call of unknown outcome. That one cannot be repeated by force then.
+    /// Sets whether a call without this key supersedes a call of unknown outcome, which then cannot be repeated by force.
     // Two tables know of a doubt with a key. Without this mark it could be forced once in each, and be sent twice.
     pub(super) fn set_superseded(&mut self, key: Mark, id: Uuid, superseded: bool) {
         let Some(claim) = self.slots.find(&key).and_then(|number| self.slots.get_mut(number)) else { return };
@@ -354,7 +354,7 @@ impl Claims {
         }
     }
 
-    /// Whether a call without this key stands for the doubt that the call in flight repeats.
+    /// Whether a call without this key supersedes the doubt that the call in flight repeats.
     pub(super) fn is_superseded(&self, key: Mark) -> bool {
         let claim = self.slots.find(&key).and_then(|number| self.slots.get(number));
         claim.is_some_and(
@@ -382,8 +382,8 @@ impl Claims {
         let Wanted { key, print, caller, force, .. } = wanted;
         let known = self.slots.find(&key);
         let before = known.and_then(|number| self.slots.get(number)).map(|claim| (claim.id, claim.since));
-        // Only a doubt of this key. What was forced may be an equal call without the key, and if this call is not done, its key
-        // must become free and not stand for that one.
+        // Only a doubt of this key. What was forced may be an equal call without the key. If this call is not done then, its key
+        // becomes free: that one never held it.
         let doubt = before
             .filter(|(known, _)| force == Some(*known))
             .map(|(id, since)| Box::new(Doubt::new(id, since)));
@@ -774,7 +774,7 @@ mod tests {
         fn nothing_is_sent_twice_but_what_is_forced(steps in prop::collection::vec(step(), 1..200)) {
             let mut claims = Claims::new(100, WINDOW);
             let (mut now, mut next, mut flying) = (1000, 0, Vec::new());
-            // What stands for each key: the last id, since when, and how it ended.
+            // The model: for each key the id of the call that holds it, since when, and how that ended.
             let mut last: HashMap<u8, (Uuid, u32, Option<How>)> = HashMap::new();
             for step in steps {
                 match step {

@@ -67,14 +67,14 @@ impl Duplicate {
         self.key.is_none() || self.stands_for_unkeyed
     }
 
-    /// Whether this known call can stand in the way of an equal new one. Two keys say that both calls are meant, and for one
-    /// key the claim on it decides.
+    /// Whether an equal new call is compared with this known one. Two keys say that both calls are meant, and for one key the
+    /// claim on it decides.
     fn is_compared_with(&self, call: &Self) -> bool {
         self.is_unkeyed() || call.key.is_none()
     }
 
     /// Whether a new call may name this one in `Idempotency-Force`.
-    // Not a call of another key: it stands in no way, and once it counted as repeated it would no longer guard.
+    // Not a call of another key: it refuses nothing to the new call, and once it counted as repeated it would no longer guard.
     fn can_be_forced_by(&self, call: &Self) -> bool {
         self.is_compared_with(call) || self.key == call.key
     }
@@ -170,7 +170,7 @@ impl DuplicateDetector {
     /// same, and the call that it repeats by force.
     ///
     /// `force` is the call that it asks to repeat; `is_alone` says that there is no other caller. Fails, and registers nothing,
-    /// if an equal call stands in its way or if there is no room for what may come of it.
+    /// if an equal call refuses it, or if there is no room for the doubt or success that it may become.
     pub(super) fn begin(
         &mut self,
         mark: Mark,
@@ -191,7 +191,7 @@ impl DuplicateDetector {
         Ok((first, forced))
     }
 
-    /// The equal call that a new one repeats by force. Only a call that has ended and could stand in the way of the new one.
+    /// The equal call that a new one repeats by force. Only one that has ended, and that would otherwise refuse the new one.
     fn forced(&self, mark: Mark, force: Uuid, call: &Duplicate) -> Option<Forced> {
         let success = self.succeeded.get(&mark).filter(|success| call.key.is_none() && success.id == force);
         if success.is_some() {
@@ -279,7 +279,7 @@ impl DuplicateDetector {
         self.calls.get(&mark).into_iter().flatten().any(|known| known.call.id == id)
     }
 
-    /// Removes and returns the doubt that a call repeats by force: from now on the new call stands for it. `None` if it is a
+    /// Removes and returns the doubt that a call repeats by force: from now on the new call supersedes it. `None` if it is a
     /// success, or a doubt whose window is over.
     fn take_forced(&mut self, mark: Mark, forced: &Forced, now: u32) -> Option<(Duplicate, Doubt)> {
         let doubt = self.calls.get(&mark)?.iter().find_map(|known| match known.state {
@@ -306,11 +306,11 @@ impl DuplicateDetector {
             calls.remove();
         }
         match (completion, state) {
-            // Sent, so that this call stands for the task from now on: a doubt that it has repeated is not restored.
+            // Sent, so that this call guards from now on: a doubt that it has repeated is not restored.
             (Completion::Doubt(kind), _) => self.doubt(mark, call, Doubt { kind, since: now }),
             (Completion::Succeeded, _) => self.succeed(mark, call, now),
-            // The repetition changed nothing, so that the doubt is what it was. It keeps its time: a new one would prolong it
-            // with each repetition in vain.
+            // The repetition changed nothing, so the doubt is restored with its old time: a new one would prolong it with each
+            // repetition in vain.
             (Completion::NotDone, State::AtWork { supersedes: Some(doubt) }) => {
                 self.doubt(mark, doubt.0, doubt.1);
             }
@@ -334,7 +334,7 @@ impl DuplicateDetector {
     /// Registers a success whose caller has the answer, if the call has no key.
     pub(super) fn succeed(&mut self, mark: Mark, call: Duplicate, since: u32) {
         if call.key.is_none() && self.is_on() {
-            // Counted by caller under `block` only: in the other modes nobody asks, and each call would cost a look-up.
+            // Counted by caller under `block` only: other modes do not use the count, and each call would cost a look-up.
             let call = recent::Call { mark, id: call.id, since, caller: call.caller };
             if self.succeeded.push(call) && self.mode == WithoutKey::Block {
                 *self.successes.entry(call.caller).or_default() += 1;
@@ -364,7 +364,7 @@ impl DuplicateDetector {
             if let State::AtWork { supersedes } = &mut known.state
                 && supersedes.as_ref().is_some_and(|superseded| superseded.0.id == call.id)
             {
-                // A call that repeats it by force is under way and stands for it. The result counts if that call is not done.
+                // A call that repeats it by force is under way and supersedes it. The result counts if that call is not done.
                 *supersedes = is_done.then(|| Box::new((call, doubt)));
                 return;
             }

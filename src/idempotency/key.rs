@@ -33,7 +33,7 @@ pub(crate) struct Given<'a> {
 
 /// Reads both headers. Fails if one of them breaks its rules; a header that is not there breaks none.
 pub(crate) fn read<'a>(head: &Inbound<'a>) -> Result<Given<'a>, BadKey> {
-    // Not the first of several: with two keys the caller and whoever reads its requests could mean different ones.
+    // Refused instead of taking the first: with two keys, software on the way may have used the other one.
     if head.idempotency_key.count > 1 || head.idempotency_force.count > 1 {
         return Err(BadKey::Twice);
     }

@@ -16,7 +16,7 @@ use crate::keyed_hash::{Hash, Mark, parse_hex};
 #[derive(Default)]
 pub(super) struct Meanwhile {
     pub(super) resolved: Vec<(UnresolvedCall, Resolution)>,
-    /// Keys with calls of unknown outcome, and whether another call stands for each.
+    /// Keys with calls of unknown outcome, and whether another call supersedes each.
     pub(super) superseded: Vec<(Mark, Uuid, bool)>,
 }
 
@@ -53,7 +53,7 @@ impl Idempotency {
         self.resolve_claim(&mut self.claims(), call, result, now());
         self.resolve_duplicate(call, result, now());
         drop(meanwhile);
-        // This call stood for the one that it repeated by force. As it is not done, that one guards again.
+        // This call superseded the one that it repeated by force. As it is not done, that one guards again.
         let first = call.forced.and_then(|first| self.audit.unresolved().get(first).cloned());
         if let Some(first) = first.filter(|_| result == Resolution::NotDone) {
             self.restore(&first, now());
@@ -63,7 +63,7 @@ impl Idempotency {
         }
     }
 
-    /// Sets whether another call stands for a call of unknown outcome with a key.
+    /// Sets whether another call supersedes a call of unknown outcome with a key.
     pub(super) fn set_superseded(&self, key: Mark, id: Uuid, superseded: bool) {
         if let Some(meanwhile) = &mut *self.meanwhile() {
             meanwhile.superseded.push((key, id, superseded));

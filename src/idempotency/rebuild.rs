@@ -95,7 +95,7 @@ enum What {
     Resolution(Box<UnresolvedCall>, Resolution),
 }
 
-/// What an intent whose outcome was not read yet stands for.
+/// What an intent holds while its outcome is not read yet.
 enum Open {
     Key(Mark),
     Body(Box<UnresolvedCall>),
@@ -337,7 +337,7 @@ impl Reading<'_> {
                     let how = match (outcome, status) {
                         (Some(Outcome::NotSent | Outcome::Refused), _) => How::NotDone,
                         (Some(Outcome::Succeeded | Outcome::Failed), Some(status)) => {
-                            // The claim of an older one expires at once, so that nobody can ask for its reply.
+                            // The claim of an older one expires at once, so that no call can ask for its reply.
                             if let Some(reply) = reply.filter(|_| time >= self.window_from) {
                                 self.replies.push(id, reply);
                             }
@@ -533,7 +533,7 @@ pub(super) mod tests {
         }
     }
 
-    /// The keyed call of this number.
+    /// Begins the call with the key `number`. Returns the digest of its body, too.
     fn begin(audit: &Audit, table: &Arc<Idempotency>, id: RequestId, number: u64) -> (Hash, Begun) {
         let operator = HeaderValue::from_static(OPERATOR);
         let digest = audit.keys().digest(&number.to_be_bytes());
@@ -544,7 +544,7 @@ pub(super) mod tests {
         (digest, table.begin_keyed(call, number.to_string().as_bytes(), None).unwrap())
     }
 
-    /// Calls with keys that all succeed, and one that is open when the process ends.
+    /// Makes calls with keys that all succeed, and a last one that is open when the process ends.
     async fn call(audit: &Audit, table: &Arc<Idempotency>, keys: u64) {
         table.is_rebuilt.store(true, Ordering::Relaxed);
         let mut pending = Vec::new();
@@ -604,7 +604,7 @@ pub(super) mod tests {
         took
     }
 
-    /// Under `block` a success refuses an equal call, and nobody knows of one before it is read.
+    /// Under `block` a success refuses an equal call, and successes are known only once the trail is read.
     #[test]
     fn under_block_no_call_begins_before_the_trail_is_read() {
         let folder = TempDir::new().unwrap();
@@ -636,7 +636,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Ids are in the order of the wall clock. In the second chain it went back between the first call and the second.
+    /// Ids are in the order of the wall clock. In the second chain the clock went back between the first call and the second.
     #[test]
     fn a_call_stands_for_an_unkeyed_one_that_it_repeats_whatever_the_order_of_their_ids() {
         for (chain, stands) in [
@@ -667,7 +667,7 @@ pub(super) mod tests {
         }
     }
 
-    /// `reply_memory` has room for so many replies, and not for a million.
+    /// The number of keys up to which `reply_memory` has room for all replies.
     const KEPT: u64 = 120_000;
 
     #[test]
@@ -707,8 +707,8 @@ pub(super) mod tests {
         }
     }
 
-    /// `CCSQM_GATEWAY_TEST_REBUILD` says how many keys: 999,000 are more than a gigabyte, to be known in 5 s where the build
-    /// is optimised.
+    /// `CCSQM_GATEWAY_TEST_REBUILD` sets the number of keys: 999,000 are more than a gigabyte, and must be known within 5 s in an
+    /// optimised build.
     #[tokio::test]
     async fn keys_are_read_back_within_the_deadline() {
         let keys = std::env::var("CCSQM_GATEWAY_TEST_REBUILD").map_or(2_000, |keys| keys.parse().unwrap());

@@ -40,7 +40,7 @@ pub(super) struct Slots<T> {
     last: u32,
 }
 
-/// An entry; an unused one has no value.
+/// The place of an entry. An unused one has no value.
 struct Slot<T> {
     key: Mark,
     link: Link,
@@ -208,7 +208,7 @@ impl<T> Slots<T> {
         &mut self.blocks[number as usize / BLOCK][number as usize % BLOCK]
     }
 
-    /// The memory in use, in bytes.
+    /// The memory that is allocated, in bytes.
     #[cfg(test)]
     pub(super) fn bytes(&self) -> usize {
         self.index.allocation_size() + self.blocks.len() * BLOCK * size_of::<Slot<T>>()

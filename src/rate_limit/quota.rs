@@ -154,7 +154,7 @@ impl Quota {
     }
 
     /// Applies what has come back of a throttled quota.
-    // By whoever asks, not by a timer: a share that nobody uses need not be right.
+    // At each request instead of by a timer: between two requests the share has no effect.
     fn recover(&self, now: u64) {
         if self.is_shrunk.load(Ordering::Relaxed) {
             self.recover_slowly(now);
@@ -199,13 +199,13 @@ mod tests {
 
     const SECOND: u64 = 1_000_000_000;
 
-    /// A hundred a second, twenty at once.
+    /// A quota of a hundred requests a second, with a burst of twenty.
     fn quota() -> Quota {
         let number = |number| NonZeroU32::new(number).unwrap();
         Quota::new(Limit { count: number(100), period: Duration::from_secs(1), burst: number(20) })
     }
 
-    /// How many of many requests pass in a second.
+    /// The number of requests that pass in a second, of ten thousand.
     fn passed(quota: &Quota, from: u64) -> usize {
         (0..10_000).filter(|i| quota.take_at(from + i * (SECOND / 10_000)).is_ok()).count()
     }
