@@ -164,6 +164,7 @@ impl From<NotReceived> for Error {
                 Code::MediaTypeUnsupported
             }
             NotReceived::TooLarge(_) => Code::BodyTooLarge,
+            // The budget of unfinished bytes is used up: the gateway's fault, not the caller's, so it may call again.
             NotReceived::NoRoom => Code::Overloaded,
             NotReceived::Timeout(_) => Code::BodyTimeout,
             NotReceived::Incomplete => Code::BodyIncomplete,
@@ -173,6 +174,7 @@ impl From<NotReceived> for Error {
     }
 }
 
+// The caller gets the violations, the trail only their places: see `gateway/refusal.rs`.
 impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
         match fault {
@@ -254,6 +256,7 @@ impl From<TokenError> for Error {
     }
 }
 
+// No one may be left to read it. It is for the trail, and for a caller that has closed only its sending side.
 impl From<CallerDisconnected> for Error {
     fn from(left: CallerDisconnected) -> Self {
         Self::not_sent(Code::CallerLeft, left)
@@ -274,6 +277,7 @@ impl From<NoConnection> for Error {
                 Code::Overloaded,
                 "all connections to the upstream are busy; nothing was sent. Call again shortly",
             ),
+            // Only the word of the cause: the reason's text may contain an internal address, and is for the log.
             NoConnection::Failed(Reason { cause, .. }) => {
                 let detail = format!(
                     "no connection to the upstream ({}); nothing was sent. Call again later",

@@ -174,6 +174,7 @@ mod tests {
 
     #[test]
     fn the_promised_moment_is_exactly_when_the_next_request_passes() {
+        // To the nanosecond: a client that waits just as long as it was told must not be refused again.
         let limiter = Limiter::new(limit(10, 2));
         assert_eq!((limiter.take_at(0), limiter.take_at(0)), (Ok(()), Ok(())));
         let wait = limiter.take_at(0).unwrap_err().retry_after;
@@ -203,6 +204,7 @@ mod tests {
 
     #[test]
     fn threads_together_never_get_more_than_the_burst() {
+        // One an hour, so that nothing comes back during the test.
         let limiter = Limiter::new(Limit { period: Duration::from_secs(3600), ..limit(1, 100) });
         let passed: usize = std::thread::scope(|scope| {
             let threads: Vec<_> =

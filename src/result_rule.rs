@@ -202,6 +202,7 @@ fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack.windows(needle.len()).position(|window| window == needle)
 }
 
+/// Whether a body is one whole JSON object.
 fn is_object(body: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body).is_ok()
 }
@@ -248,6 +249,7 @@ mod tests {
             (r#"{"resultCode":"0409001"}"#, Outcome::Failed),
             (r#"{"resultCode":5}"#, Outcome::Failed),
             (r#"{"resultCode":"0409000","resultCode":"0409001"}"#, Outcome::Unknown),
+            // Equal, but whether it is one answer or two that ran into each other is not known.
             (r#"{"resultCode":"0409000","resultCode":"0409000"}"#, Outcome::Unknown),
             (r#"{"data":{"resultCode":"0409000"}}"#, Outcome::Unknown),
             (r#"{"resultCode":null}"#, Outcome::Unknown),
@@ -306,6 +308,7 @@ mod tests {
 
     #[test]
     fn a_text_in_another_encoding_hides_no_code() {
+        // The description is Chinese in GBK. Only the result code must be UTF-8.
         let gbk = b"{\"resultDesc\":\"\xb3\xc9\xb9\xa6\",\"resultCode\":\"0409000\"}";
         assert_eq!(classify_bytes(gbk, false), Outcome::Succeeded);
         let coded = b"{\"resultCode\":\"\xb3\xc9\"}";
@@ -322,7 +325,8 @@ mod tests {
 
     #[test]
     fn a_content_coded_reply_is_unknown() {
-        // gzip, zlib, zstd and Brotli of {"resultCode":"0409000"}.
+        // gzip, zlib, zstd and Brotli of {"resultCode":"0409000"}. The last two contain the text in clear, and it must not be
+        // found there.
         for coded in [
             &b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff\xabV*J-.\xcd)q\xceOIU\xb2R20\xb104P\xaa\x05\x00"[..],
             b"x\x9c\xabV*J-.\xcd)q\xceOIU\xb2R20\xb104P\xaa\x05\x00r\x9c\x07\xb4",

@@ -60,6 +60,7 @@ impl Cooldown {
     }
 }
 
+// The state without its lock and its clock, so that tests can set the time.
 impl Cooling {
     fn remaining(&self, now: Instant) -> Option<Duration> {
         let left = self.until?.saturating_duration_since(now);
@@ -75,7 +76,9 @@ impl Cooling {
         let recent =
             self.doubted.filter(|(_, since)| now.saturating_duration_since(*since) < after_refusals(0));
         match recent {
+            // The successor of a refused token is refused as well.
             Some((doubted, _)) if generation > doubted => self.rejected(now),
+            // The same token again, met by another request. The slot makes one fetch of all.
             Some(_) => return true,
             None => {
                 self.doubted = Some((generation, now));
@@ -125,6 +128,7 @@ mod tests {
         assert!(!cooling.may_fetch(2, now));
         assert_eq!(cooling.remaining(now), Some(Duration::from_secs(30)));
         let after = now + Duration::from_secs(30);
+        // The end of a cool-down is no proof that the token is good: one fetch is tried, and its token decides.
         assert!(cooling.may_fetch(2, after), "a cool-down ends with another try");
         assert!(!cooling.may_fetch(3, after));
         assert_eq!(cooling.remaining(after), Some(Duration::from_secs(60)));

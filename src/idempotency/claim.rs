@@ -36,6 +36,7 @@ pub struct Claim {
     pub(super) step: Step,
 }
 
+/// How far a claim has come. Decides what its `Drop` does.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
     Claimed,
@@ -142,6 +143,8 @@ impl Claim {
     }
 }
 
+// For the ways out that no code takes on purpose: a caller that disconnects, a panic, a task that a stop drops. After `sent`
+// bytes may have left, so that nothing but `unknown` is true.
 impl Drop for Claim {
     fn drop(&mut self) {
         let outcome = match self.step {

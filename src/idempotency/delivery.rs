@@ -164,6 +164,8 @@ impl Delivery {
     }
 }
 
+// A connection that ends drops its slot, and hyper drops the future of a request whose caller is gone. Nothing else would
+// notice either.
 impl Drop for Delivery {
     fn drop(&mut self) {
         if self.step == Step::OwnAnswer {

@@ -71,6 +71,7 @@ impl Idempotency {
         self.claims().set_superseded(key, id, superseded);
     }
 
+    /// The changes that the rebuild has still to apply; `None` once it is over.
     // Locked before `claims`, `duplicates` and the list of the unresolved, never after them.
     pub(super) fn meanwhile(&self) -> MutexGuard<'_, Option<Meanwhile>> {
         self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner)

@@ -121,8 +121,8 @@ struct Parser<'a> {
 /// The applying half: builds the claims from what [`Parser`] hands over.
 struct Reading<'a> {
     table: &'a Idempotency,
-    // A table of its own, put in place at the end: a half-read one would take known keys for new ones, and requests would wait
-    // for its lock.
+    // A table of its own, put in place at the end: an attempt that fails is dropped as a whole, and the other table's lock is not
+    // taken for each record.
     claims: Claims,
     open: HashMap<Uuid, Open, foldhash::fast::RandomState>,
     replies: Replies,

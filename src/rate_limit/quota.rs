@@ -131,6 +131,7 @@ impl Quota {
         self.shrunk().map_or(1.0, |shrunk| shrunk.share(clock::nanos()))
     }
 
+    /// Throttles the quota at a time, in nanoseconds of this process.
     fn shrink_at(&self, now: u64, pause: Duration) {
         let until = now + clock::nanos_of(pause.min(LONGEST));
         let mut shrunk = self.shrunk();
@@ -161,6 +162,7 @@ impl Quota {
         }
     }
 
+    /// Applies the share of this moment, and ends the throttling once all has come back.
     #[cold]
     fn recover_slowly(&self, now: u64) {
         let mut shrunk = self.shrunk();
