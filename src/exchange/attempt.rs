@@ -77,8 +77,8 @@ impl Exchange {
     async fn replay(&mut self, first: StatusCode, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
         progress.refused = Some(first);
         if let Some(first) = &mut progress.arrived {
-            // Dropped, not read: a 401 with a long body held up its own replay. The drop closes the connection, and the replay
-            // takes a new one.
+            // Dropped, not read: a 401 with a long body held up its own replay. The drop closes the connection (of HTTP/2, the
+            // stream), and the replay takes a new one.
             // tests/hyper.rs: a_reply_that_is_dropped_before_its_end_takes_its_connection_along
             first.rest = None;
         }
@@ -105,7 +105,7 @@ impl Exchange {
     /// forbids a fetch; `progress` then says why.
     async fn another_token(&self, had_worked: bool, progress: &mut Progress) -> Option<Token> {
         let refused = self.token.generation();
-        // Another request may have met the same refusal earlier: of a thousand at once only one causes a fetch.
+        // Another request may have met the same refusal earlier, and have caused a fetch. Its token serves all.
         if let Some(token) = self.slot().newer(refused) {
             return Some(token);
         }
@@ -208,7 +208,7 @@ impl BufferedReply {
         Self { version, status, headers, body: Bytes::new(), rest: Some(rest) }
     }
 
-    /// Reads the body to its end, or until more than [`DECISIVE`] bytes are there. Fails if it ends before its end.
+    /// Reads the body to its end, or until more than [`DECISIVE`] bytes are there. Fails if the body breaks off.
     async fn read(&mut self) -> Result<(), NoAnswer> {
         let mut more = BytesMut::new();
         while let Some(rest) = &mut self.rest {

@@ -1,7 +1,8 @@
 //! The end of an exchange: classifies the reply, or decides the outcome where there is none, records it, and makes what the
 //! caller gets.
 //!
-//! Guarantees that nothing that quotes a token, the app key or the app secret passes to the caller or into a store.
+//! Guarantees that nothing that quotes a token, the app key or the app secret passes to the caller or is stored. Texts of fewer
+//! than 16 bytes are not searched for: they would be found by chance.
 
 use std::sync::Arc;
 use std::time::Duration;
