@@ -276,7 +276,7 @@ impl Admin {
                 "wall_ahead_seconds": clock::wall_ahead() / 1_000_000_000,
             },
             "upstream": {
-                "suspended": state.terms.breaker.is_suspended(),
+                "suspended": state.terms.breaker.is_open(),
                 "last_error": state.terms.failures.last(),
             },
             "caller_tls": { "last_error": self.metrics.caller_tls.last() },

@@ -71,7 +71,7 @@ pub struct App {
     audit: Audit,
     idempotency: Arc<Idempotency>,
     metrics: Arc<Metrics>,
-    pool_metrics: pool::Metrics,
+    pool_metrics: pool::ConnectionMetrics,
     connector: Connector,
     /// The `:authority` of upstream requests, if HTTP/2 is offered.
     http2: Option<Authority>,

@@ -26,7 +26,7 @@ use crate::rate_limit::{Exhausted, Spent};
 use crate::reason::Reason;
 use crate::route::NoRoute;
 use crate::token::TokenError;
-use crate::upstream::breaker::Suspended;
+use crate::upstream::breaker::CircuitOpen;
 use crate::upstream::pool::NoConnection;
 
 /// A failure, as it is reported to the caller.
@@ -263,8 +263,8 @@ impl From<CallerDisconnected> for Error {
     }
 }
 
-impl From<Suspended> for Error {
-    fn from(suspended: Suspended) -> Self {
+impl From<CircuitOpen> for Error {
+    fn from(suspended: CircuitOpen) -> Self {
         let (cause, retry_after) = (Some(suspended.cause), Some(suspended.retry_after));
         Self { cause, retry_after, ..Self::not_sent(Code::UpstreamSuspended, suspended) }
     }

@@ -34,8 +34,8 @@ use crate::model::cause::Cause;
 use crate::model::code::Code;
 use crate::model::index::CredentialIndex;
 use crate::token::Token;
-use crate::upstream::breaker::{Health, Passage};
-use crate::upstream::pool::Reserved;
+use crate::upstream::breaker::{CircuitPermit, Health};
+use crate::upstream::pool::PooledConnection;
 use attempt::BufferedReply;
 pub use cooldown::Cooldown;
 pub use detached::{Detached, Exchanges};
@@ -53,9 +53,9 @@ pub struct Exchange {
     /// The credential, of which all tokens of this exchange are.
     pub credential: CredentialIndex,
     /// The circuit breaker's leave to use the upstream.
-    pub passage: Passage,
+    pub circuit_permit: CircuitPermit,
     /// The connection, reserved before the intent.
-    pub connection: Reserved,
+    pub connection: PooledConnection,
     /// The token to send with. A replay replaces it.
     pub token: Token,
     /// The operator, for `x-UserId`.
@@ -132,10 +132,10 @@ impl Exchanges {
                 Some(Ok(status)) => Health::of(*status),
                 Some(Err(broken)) => broken.health(),
                 // The upstream has answered. What took so long was another token, which says nothing about its health.
-                None if progress.awaits_token() => Health::Unclear,
+                None if progress.awaits_token() => Health::Inconclusive,
                 None => Health::Down(Cause::Timeout),
             };
-            exchange.terms.breaker.judge(&mut exchange.passage, health);
+            exchange.terms.breaker.on_result(&mut exchange.circuit_permit, health);
             let (told, pending) = match (arrived, status) {
                 (Some(arrived), _) => exchange.conclude(arrived, &progress, deadline),
                 (None, Some(Err(broken))) => {

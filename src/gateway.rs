@@ -175,9 +175,10 @@ impl Gateway {
 
         record.enter(Stage::Audit);
         let mut permit = from.presence.during(pin!(self.audit.permit())).await?;
-        let mut passage = terms.breaker.pass()?;
+        let mut circuit_permit = terms.breaker.try_acquire()?;
         let reserved = from.presence.during(permit.during(pin!(self.pool.reserve()))).await?;
-        let connection = reserved.inspect_err(|none| terms.unreachable(&mut passage, none, record.id()))?;
+        let connection =
+            reserved.inspect_err(|none| terms.unreachable(&mut circuit_permit, none, record.id()))?;
         let size = checked.bytes().len();
         let intent = record.intent(&permit, size, &digest, &self.members(&checked, &claim))?;
         let intended = intent.await?;
@@ -187,7 +188,7 @@ impl Gateway {
             terms: terms.clone(),
             route: route.clone(),
             credential: entered.routed.credential,
-            passage,
+            circuit_permit,
             connection,
             token,
             operator: entered.routed.operator.clone(),

@@ -113,7 +113,7 @@ pub struct Parts {
     /// Of the token slots.
     pub token: token::Metrics,
     /// Of the upstream pools.
-    pub pool: pool::Metrics,
+    pub pool: pool::ConnectionMetrics,
     /// Of the exchanges with the upstream.
     pub upstream: exchange::Metrics,
 }
@@ -127,9 +127,9 @@ impl Parts {
     fn new(registry: &mut Registry, changes: Changes) -> Self {
         Self {
             token: token::Metrics::new(registry, changes),
-            pool: pool::Metrics::new(registry),
+            pool: pool::ConnectionMetrics::new(registry),
             upstream: exchange::Metrics {
-                breaker: breaker::Metrics::new(registry),
+                breaker: breaker::CircuitMetrics::new(registry),
                 failures: registry.metric(
                     "upstream_failures_total",
                     "Requests that the upstream failed, or that could not reach it, by cause.",

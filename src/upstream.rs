@@ -9,4 +9,4 @@ mod frames;
 pub mod head;
 mod http2;
 pub mod pool;
-mod queue;
+mod wait_queue;

@@ -49,7 +49,7 @@ impl Broken {
             Self::Unreachable(NoConnection::Failed(reason)) => Health::Down(reason.cause),
             // Busy is the gateway's own bound, and a connection that breaks off was accepted before: neither shows that the
             // upstream is down.
-            Self::Unreachable(NoConnection::Busy) | Self::BrokeOff(_) => Health::Unclear,
+            Self::Unreachable(NoConnection::Busy) | Self::BrokeOff(_) => Health::Inconclusive,
         }
     }
 

@@ -87,7 +87,7 @@ impl Exchange {
             None => {
                 let finished = finish(self.claim, self.record, &answer);
                 if !is_cut {
-                    self.connection.give_back();
+                    self.connection.release();
                 }
                 (ReplyBody::Whole(body), finished)
             }

@@ -23,7 +23,7 @@ use crate::idempotency::{Claim, Delivery};
 use crate::model::cause::Cause;
 use crate::reason::Reason;
 use crate::token::Token;
-use crate::upstream::pool::Reserved;
+use crate::upstream::pool::PooledConnection;
 
 /// The rest of a long reply. It is read on after the caller has disconnected, so that the record says how it ended.
 pub(super) struct StreamedReply {
@@ -45,7 +45,7 @@ impl StreamedReply {
     // Holds back as many bytes as the longest searched secret has: a quote may begin in one piece and end in the next. At least
     // one byte, so that the outcome is recorded before the last byte leaves. The search runs when as much again has come:
     // otherwise small pieces would have the same bytes searched over and over.
-    pub(super) async fn run(mut self, first: Bytes, connection: Reserved, deadline: Instant) {
+    pub(super) async fn run(mut self, first: Bytes, connection: PooledConnection, deadline: Instant) {
         let first_token = self.first_token.as_ref().map_or(0, |token| token.needles().longest());
         let kept = self.token.needles().longest().max(first_token).max(1);
         let mut held = BytesMut::from(first);
@@ -67,7 +67,7 @@ impl StreamedReply {
                         return self.cut_off(deadline).await;
                     }
                     let finished = self.close(self.not_taken());
-                    connection.give_back();
+                    connection.release();
                     // If it fails, the last piece is not sent: the caller sees the reply break off, and asks again with its key.
                     if let Ok(delivery) = committed(finished, deadline).await {
                         self.hand_on(BodyPart::Last(held.freeze()), deadline).await;

@@ -19,7 +19,7 @@ use crate::rate_limit::Quota;
 use crate::reason::{CauseLabel, Failures, Reason};
 use crate::token::{Slot, Token};
 use crate::upstream::breaker;
-use crate::upstream::breaker::{Breaker, Health, Passage};
+use crate::upstream::breaker::{Breaker, CircuitPermit, Health};
 use crate::upstream::head::Outbound;
 use crate::upstream::pool::NoConnection;
 
@@ -48,7 +48,7 @@ pub struct Terms {
 #[derive(Clone, Debug)]
 pub struct Metrics {
     /// The metrics of the circuit breaker.
-    pub breaker: breaker::Metrics,
+    pub breaker: breaker::CircuitMetrics,
     /// Requests that failed, by cause.
     pub failures: Family<CauseLabel, Counter>,
     /// Parts of replies that were withheld since they quote a secret, by place.
@@ -74,9 +74,9 @@ impl Terms {
     /// Reports to breaker and operators that no connection could be reserved for a request.
     // That all are busy is neither: it is a bound of the gateway's own, and no failure of the upstream.
     #[cold]
-    pub fn unreachable(&self, passage: &mut Passage, none: &NoConnection, id: RequestId) {
+    pub fn unreachable(&self, circuit_permit: &mut CircuitPermit, none: &NoConnection, id: RequestId) {
         if let NoConnection::Failed(reason) = none {
-            self.breaker.judge(passage, Health::Down(reason.cause));
+            self.breaker.on_result(circuit_permit, Health::Down(reason.cause));
             self.failed(reason, id, []);
         }
     }

@@ -39,7 +39,7 @@ pub enum Health {
     /// No application replies, for this cause.
     Down(Cause),
     /// It says nothing, as when all connections were busy or the caller disconnected.
-    Unclear,
+    Inconclusive,
 }
 
 impl Health {
@@ -60,7 +60,7 @@ impl Health {
     "the upstream failed several times in a row (last: {}) and is left alone for a moment; nothing was sent. Call again after Retry-After seconds",
     .cause.meaning()
 )]
-pub struct Suspended {
+pub struct CircuitOpen {
     /// The cause of the last failure that counted.
     pub cause: Cause,
     /// How long until a request may pass as a probe.
@@ -69,12 +69,12 @@ pub struct Suspended {
 
 /// Metrics of the circuit breaker.
 #[derive(Clone, Debug)]
-pub struct Metrics {
+pub struct CircuitMetrics {
     open: Gauge,
     suspensions: Counter,
 }
 
-impl Metrics {
+impl CircuitMetrics {
     /// Registers the breaker's metrics.
     pub(crate) fn new(registry: &mut Registry) -> Self {
         Self {
@@ -96,20 +96,20 @@ pub struct Breaker {
     /// for.
     is_calm: AtomicBool,
     circuit: Mutex<Circuit>,
-    metrics: Metrics,
+    metrics: CircuitMetrics,
 }
 
 /// Permission for one request to go to the upstream. If a probe's is dropped without a result, the circuit stays open
 /// and the next request may probe.
 #[derive(Debug)]
-pub struct Passage {
+pub struct CircuitPermit {
     /// The breaker whose probe this request is; `None` for a request that is none.
     probe: Option<Arc<Breaker>>,
 }
 
 impl Breaker {
     /// A breaker with a closed circuit and no failure.
-    pub fn new(upstream: &config::Upstream, metrics: Metrics) -> Self {
+    pub fn new(upstream: &config::Upstream, metrics: CircuitMetrics) -> Self {
         let circuit = Circuit::new(upstream.breaker_failures, clock::nanos_of(upstream.breaker_pause));
         Self { is_calm: AtomicBool::new(true), circuit: Mutex::new(circuit), metrics }
     }
@@ -118,30 +118,30 @@ impl Breaker {
     ///
     /// # Errors
     ///
-    /// Returns [`Suspended`] while the circuit is open, and while another request probes.
-    pub fn pass(self: &Arc<Self>) -> Result<Passage, Suspended> {
+    /// Returns [`CircuitOpen`] while the circuit is open, and while another request probes.
+    pub fn try_acquire(self: &Arc<Self>) -> Result<CircuitPermit, CircuitOpen> {
         // `Relaxed`: a worker that reads an old value lets one request pass, as if it had come a moment earlier.
         if self.is_calm.load(Ordering::Relaxed) {
-            return Ok(Passage { probe: None });
+            return Ok(CircuitPermit { probe: None });
         }
         let mut circuit = self.circuit();
-        let passed = circuit.pass(clock::nanos());
-        let is_probe = passed.map_err(|retry_after| Suspended { cause: circuit.cause, retry_after })?;
-        Ok(Passage { probe: is_probe.then(|| self.clone()) })
+        let passed = circuit.try_acquire(clock::nanos());
+        let is_probe = passed.map_err(|retry_after| CircuitOpen { cause: circuit.cause, retry_after })?;
+        Ok(CircuitPermit { probe: is_probe.then(|| self.clone()) })
     }
 
     /// Records the result of a request that was permitted.
     ///
     /// Only the first result of a probe counts as the probe's: it takes the permission's probe away.
-    pub fn judge(&self, passage: &mut Passage, health: Health) {
-        let is_probe = passage.probe.take().is_some();
+    pub fn on_result(&self, permit: &mut CircuitPermit, health: Health) {
+        let is_probe = permit.probe.take().is_some();
         // The usual case: a success changes nothing while no failure is counted.
         if !is_probe && health == Health::Up && self.is_calm.load(Ordering::Relaxed) {
             return;
         }
         let mut circuit = self.circuit();
         let was_open = circuit.open.is_some();
-        circuit.judge(is_probe, health, clock::nanos());
+        circuit.on_result(is_probe, health, clock::nanos());
         let is_open = circuit.open.is_some();
         // Under the lock, so that the flag never contradicts the state for longer than the lock is held.
         self.is_calm.store(!is_open && circuit.failures == 0, Ordering::Relaxed);
@@ -165,7 +165,7 @@ impl Breaker {
     }
 
     /// Returns whether the circuit is open or half-open.
-    pub fn is_suspended(&self) -> bool {
+    pub fn is_open(&self) -> bool {
         self.circuit().open.is_some()
     }
 
@@ -174,10 +174,10 @@ impl Breaker {
     }
 }
 
-impl Drop for Passage {
+impl Drop for CircuitPermit {
     fn drop(&mut self) {
         if let Some(breaker) = self.probe.take() {
-            breaker.circuit().judge(true, Health::Unclear, clock::nanos());
+            breaker.circuit().on_result(true, Health::Inconclusive, clock::nanos());
         }
     }
 }
@@ -214,7 +214,7 @@ impl Circuit {
     }
 
     /// Returns whether a request that passes is a probe; or, as an error, how long until one may pass.
-    fn pass(&mut self, now: u64) -> Result<bool, Duration> {
+    fn try_acquire(&mut self, now: u64) -> Result<bool, Duration> {
         match &mut self.open {
             None => Ok(false),
             Some(open) if now < open.until => Err(Duration::from_nanos(open.until - now)),
@@ -227,7 +227,7 @@ impl Circuit {
     }
 
     /// Records a result. While the circuit is open only the probe's counts: other requests began before it opened.
-    fn judge(&mut self, is_probe: bool, health: Health, now: u64) {
+    fn on_result(&mut self, is_probe: bool, health: Health, now: u64) {
         match (&mut self.open, is_probe, health) {
             // One success is enough. The upstream gets all requests at once, but each worker's pool bounds how many.
             (Some(_), true, Health::Up) => (self.open, self.failures) = (None, 0),
@@ -238,7 +238,7 @@ impl Circuit {
                 *open = Open { until: now + pause, pause, is_probed: false };
             }
             // The pause is not doubled, since nothing was learnt. The next request may probe at once.
-            (Some(open), true, Health::Unclear) => open.is_probed = false,
+            (Some(open), true, Health::Inconclusive) => open.is_probed = false,
             (None, _, Health::Up) => self.failures = 0,
             // Without the guard, a threshold of 0 would be reached by the first failure.
             (None, _, Health::Down(cause)) if self.threshold > 0 => {
@@ -250,7 +250,7 @@ impl Circuit {
                 }
             }
             // Listed without a wildcard, so that a new kind of health must be placed here.
-            (Some(_), false, _) | (None, _, Health::Down(_) | Health::Unclear) => {}
+            (Some(_), false, _) | (None, _, Health::Down(_) | Health::Inconclusive) => {}
         }
     }
 }
@@ -269,35 +269,35 @@ mod tests {
         let mut circuit = Circuit::new(3, PAUSE);
         // Four failures, but never three in a row.
         for health in [DOWN, DOWN, Health::Up, DOWN, DOWN] {
-            assert_eq!(circuit.pass(0), Ok(false));
-            circuit.judge(false, health, 0);
+            assert_eq!(circuit.try_acquire(0), Ok(false));
+            circuit.on_result(false, health, 0);
         }
-        circuit.judge(false, Health::Unclear, 0);
-        assert_eq!(circuit.pass(0), Ok(false), "the control");
-        circuit.judge(false, DOWN, 0);
-        assert_eq!(circuit.pass(PAUSE - 1), Err(Duration::from_nanos(1)));
-        assert_eq!(circuit.pass(PAUSE), Ok(true));
-        assert_eq!(circuit.pass(PAUSE), Err(SOON), "one probe");
+        circuit.on_result(false, Health::Inconclusive, 0);
+        assert_eq!(circuit.try_acquire(0), Ok(false), "the control");
+        circuit.on_result(false, DOWN, 0);
+        assert_eq!(circuit.try_acquire(PAUSE - 1), Err(Duration::from_nanos(1)));
+        assert_eq!(circuit.try_acquire(PAUSE), Ok(true));
+        assert_eq!(circuit.try_acquire(PAUSE), Err(SOON), "one probe");
         // A success of a request that began before the circuit opened must not close it.
-        circuit.judge(false, Health::Up, PAUSE);
-        assert_eq!(circuit.pass(PAUSE), Err(SOON));
-        circuit.judge(true, Health::Unclear, PAUSE);
-        assert_eq!(circuit.pass(PAUSE), Ok(true), "the next probe");
-        circuit.judge(true, DOWN, PAUSE);
-        assert_eq!(circuit.pass(3 * PAUSE - 1), Err(Duration::from_nanos(1)), "twice as long");
-        assert_eq!(circuit.pass(3 * PAUSE), Ok(true));
-        circuit.judge(true, Health::Up, 3 * PAUSE);
-        assert_eq!(circuit.pass(3 * PAUSE), Ok(false));
+        circuit.on_result(false, Health::Up, PAUSE);
+        assert_eq!(circuit.try_acquire(PAUSE), Err(SOON));
+        circuit.on_result(true, Health::Inconclusive, PAUSE);
+        assert_eq!(circuit.try_acquire(PAUSE), Ok(true), "the next probe");
+        circuit.on_result(true, DOWN, PAUSE);
+        assert_eq!(circuit.try_acquire(3 * PAUSE - 1), Err(Duration::from_nanos(1)), "twice as long");
+        assert_eq!(circuit.try_acquire(3 * PAUSE), Ok(true));
+        circuit.on_result(true, Health::Up, 3 * PAUSE);
+        assert_eq!(circuit.try_acquire(3 * PAUSE), Ok(false));
         // One failure after the circuit closed: with the old count it would open again at once.
-        circuit.judge(false, DOWN, 3 * PAUSE);
-        assert_eq!(circuit.pass(3 * PAUSE), Ok(false), "the count begins anew");
+        circuit.on_result(false, DOWN, 3 * PAUSE);
+        assert_eq!(circuit.try_acquire(3 * PAUSE), Ok(false), "the count begins anew");
     }
 
     #[test]
     fn without_a_threshold_nothing_suspends() {
         let mut circuit = Circuit::new(0, PAUSE);
-        (0..1000).for_each(|_| circuit.judge(false, DOWN, 0));
-        assert_eq!(circuit.pass(0), Ok(false));
+        (0..1000).for_each(|_| circuit.on_result(false, DOWN, 0));
+        assert_eq!(circuit.try_acquire(0), Ok(false));
     }
 
     #[derive(Clone, Copy, Debug)]
@@ -307,7 +307,7 @@ mod tests {
     }
 
     fn event() -> impl Strategy<Value = Event> {
-        let health = prop_oneof![Just(Health::Up), Just(DOWN), Just(Health::Unclear)];
+        let health = prop_oneof![Just(Health::Up), Just(DOWN), Just(Health::Inconclusive)];
         prop_oneof![
             (0..2 * PAUSE).prop_map(Event::Pass),
             (any::<usize>(), health).prop_map(|(which, health)| Event::Judge(which, health)),
@@ -326,7 +326,7 @@ mod tests {
                     Event::Pass(later) => {
                         // Up to two pauses at a time, so that both sides of `until` are met often.
                         now += later;
-                        if let Ok(is_probe) = circuit.pass(now) {
+                        if let Ok(is_probe) = circuit.try_acquire(now) {
                             prop_assert!(!is_probe || !under_way.contains(&true));
                             prop_assert!(!is_probe || circuit.open.is_some_and(|open| open.until <= now));
                             under_way.push(is_probe);
@@ -334,7 +334,7 @@ mod tests {
                     }
                     Event::Judge(which, health) if !under_way.is_empty() => {
                         let is_probe = under_way.swap_remove(which % under_way.len());
-                        circuit.judge(is_probe, health, now);
+                        circuit.on_result(is_probe, health, now);
                     }
                     Event::Judge(..) => {}
                 }
@@ -343,12 +343,12 @@ mod tests {
             }
             // What is left ends without a result, as dropped requests do. The circuit must then let the next probe
             // pass.
-            under_way.drain(..).for_each(|is_probe| circuit.judge(is_probe, Health::Unclear, now));
+            under_way.drain(..).for_each(|is_probe| circuit.on_result(is_probe, Health::Inconclusive, now));
             now += LONGEST;
-            if circuit.pass(now) == Ok(true) {
-                circuit.judge(true, Health::Up, now);
+            if circuit.try_acquire(now) == Ok(true) {
+                circuit.on_result(true, Health::Up, now);
             }
-            prop_assert_eq!(circuit.pass(now), Ok(false));
+            prop_assert_eq!(circuit.try_acquire(now), Ok(false));
         }
     }
 }

@@ -85,12 +85,12 @@ impl Connections {
     }
 
     /// Returns whether a new connection may speak HTTP/2: the upstream did not pick HTTP/1.1 when it was asked last.
-    pub(super) fn are_to_be_had(&self) -> bool {
+    pub(super) fn is_available(&self) -> bool {
         !self.refused.load(Ordering::Relaxed)
     }
 
     /// Records which protocol the upstream picked on a new connection.
-    pub(super) fn picked(&self, http2: bool) {
+    pub(super) fn negotiated(&self, http2: bool) {
         // The last pick counts, not any earlier one: one name may lead to servers of both kinds, and a server may
         // be replaced by one that speaks HTTP/2.
         self.refused.store(!http2, Ordering::Relaxed);
@@ -114,11 +114,11 @@ impl Connections {
         but: Option<&Weak<Connection>>,
         idle_timeout: u64,
         generation: u64,
-    ) -> Option<Stream> {
+    ) -> Option<RequestStream> {
         let mut open = self.open();
         let mut i = 0;
         while let Some(connection) = open.get(i) {
-            if connection.is_spent(idle_timeout, generation) {
+            if connection.is_unusable(idle_timeout, generation) {
                 open.remove(i);
                 continue;
             }
@@ -134,11 +134,11 @@ impl Connections {
     }
 
     /// Ends a stream. Returns its connection, on which other streams may go on.
-    pub(super) fn release(&self, stream: Stream) -> Weak<Connection> {
+    pub(super) fn release(&self, stream: RequestStream) -> Weak<Connection> {
         let connection = Arc::downgrade(&stream.connection);
         // A connection without a sign of life may belong to a server that is gone without a FIN. It gets no further
         // request; streams that are open on it run to their end.
-        if stream.is_lost() {
+        if stream.is_unresponsive() {
             self.open().retain(|open| !Arc::ptr_eq(open, &stream.connection));
         }
         // Before the signal: the last stream of a removed connection closes it and returns its permit, which a waiter
@@ -151,7 +151,7 @@ impl Connections {
     /// Removes connections that have idled for `idle_timeout` nanoseconds, were closed by the upstream, contradicted
     /// themselves, or were made under roots other than `generation`. Streams that are still open run to their end.
     pub(super) fn sweep(&self, idle_timeout: u64, generation: u64) {
-        self.open().retain(|connection| !connection.is_spent(idle_timeout, generation));
+        self.open().retain(|connection| !connection.is_unusable(idle_timeout, generation));
     }
 
     /// Turns a request into the form of HTTP/2 (RFC 9113 §8.3.1): without `Host`, with scheme and authority in the
@@ -317,18 +317,18 @@ impl Connection {
 
     /// Opens a stream, or returns `None` if the limit is reached. Nothing is sent yet, so that a stream which is
     /// dropped unused costs the upstream nothing.
-    pub(super) fn stream(self: &Arc<Self>) -> Option<Stream> {
+    pub(super) fn stream(self: &Arc<Self>) -> Option<RequestStream> {
         let mut usage = self.usage();
         let room = MAX_STREAMS.min(self.limit.load(Ordering::Relaxed));
         (usage.streams < room).then(|| {
             usage.streams += 1;
-            Stream { connection: self.clone(), sent: 0, reads: 0 }
+            RequestStream { connection: self.clone(), sent: 0, reads: 0 }
         })
     }
 
     /// Returns whether it takes no further stream: it is closed or contradicted, has idled for `idle_timeout`
     /// nanoseconds, or was made under roots other than `generation`.
-    fn is_spent(&self, idle_timeout: u64, generation: u64) -> bool {
+    fn is_unusable(&self, idle_timeout: u64, generation: u64) -> bool {
         let usage = self.usage();
         self.generation != generation
             || usage.sender.is_closed()
@@ -348,7 +348,7 @@ impl Connection {
 async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, spawned: Spawned) {
     let mut connection = Some(connection);
     // Measured: 62.2k instructions a request, 65.9k with a queue of our own that used its boxes again.
-    let mut companions = FuturesUnordered::new();
+    let mut request_tasks = FuturesUnordered::new();
     poll_fn(|cx| {
         // The connection first, then the requests: a request that a GOAWAY gives back must find the connection closed
         // to new ones, or it would be tried there again.
@@ -364,8 +364,8 @@ async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, spawned: Spawne
             }
         }
         loop {
-            companions.extend(spawned.lock().unwrap_or_else(PoisonError::into_inner).drain(..));
-            match companions.poll_next_unpin(cx) {
+            request_tasks.extend(spawned.lock().unwrap_or_else(PoisonError::into_inner).drain(..));
+            match request_tasks.poll_next_unpin(cx) {
                 Poll::Ready(Some(())) => {}
                 Poll::Ready(None) if connection.is_none() => return Poll::Ready(()),
                 Poll::Ready(None) | Poll::Pending => return Poll::Pending,
@@ -377,7 +377,7 @@ async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, spawned: Spawne
 
 /// One exchange's part of a connection. Dropping it makes room for another one.
 #[derive(Debug)]
-pub(super) struct Stream {
+pub(super) struct RequestStream {
     pub(super) connection: Arc<Connection>,
     /// How many of its requests the upstream may have processed.
     pub(super) sent: u64,
@@ -385,7 +385,7 @@ pub(super) struct Stream {
     reads: u64,
 }
 
-impl Stream {
+impl RequestStream {
     /// Returns whether no request can be sent: the connection is closed, or the upstream contradicted itself.
     pub(super) fn is_closed(&self) -> bool {
         self.connection.usage().sender.is_closed() || self.connection.reads.are_contradicted()
@@ -393,7 +393,7 @@ impl Stream {
 
     /// Lets the event loop notice that the upstream has closed the connection. Does nothing if other streams are
     /// open, since their traffic shows it, or if there is nothing to read. Costs one system call otherwise.
-    pub(super) async fn look(&self) {
+    pub(super) async fn notice_close(&self) {
         // A server may close an idle connection at any time. A request that goes out just then would get an unknown
         // outcome, although the FIN was in the socket's buffer before.
         if self.connection.usage().streams == 1 && !is_quiet(&self.connection.probe) {
@@ -423,12 +423,12 @@ impl Stream {
     }
 
     /// Returns whether nothing at all was received since the last request was sent: the upstream may be gone.
-    fn is_lost(&self) -> bool {
+    fn is_unresponsive(&self) -> bool {
         self.sent > 0 && self.connection.reads.count.load(Ordering::Relaxed) == self.reads
     }
 }
 
-impl Drop for Stream {
+impl Drop for RequestStream {
     fn drop(&mut self) {
         let mut usage = self.connection.usage();
         usage.streams -= 1;

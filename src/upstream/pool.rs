@@ -33,12 +33,12 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 pub(super) use self::counted::Counted;
-pub use self::reserved::Reserved;
+pub use self::reserved::PooledConnection;
 pub(super) use self::reserved::is_quiet;
 pub use self::timer::Timer;
 use super::http2;
 use super::http2::Dialing;
-use super::queue::Queue;
+use super::wait_queue::WaitQueue;
 use crate::clock;
 use crate::connect::Connector;
 use crate::model::cause::Cause;
@@ -62,7 +62,7 @@ impl From<Reason> for NoConnection {
     }
 }
 
-/// Why a request got no reply. Whether it may have been sent is not in here: compare [`Reserved::written`].
+/// Why a request got no reply. Whether it may have been sent is not in here: compare [`PooledConnection::written`].
 #[derive(Debug, Error)]
 pub enum SendError {
     /// There is no connection, or it takes no further request. Nothing was sent.
@@ -86,7 +86,7 @@ impl SendError {
 
 /// Metrics of upstream connections, shared by the pools of all workers.
 #[derive(Clone, Debug)]
-pub struct Metrics {
+pub struct ConnectionMetrics {
     open: Gauge,
     connects: Family<ResultLabel, Counter>,
 }
@@ -97,7 +97,7 @@ struct ResultLabel {
     result: &'static str,
 }
 
-impl Metrics {
+impl ConnectionMetrics {
     /// Registers the pool's metrics.
     pub(crate) fn new(registry: &mut Registry) -> Self {
         Self {
@@ -121,21 +121,21 @@ pub struct Pool {
     // An HTTP/1.1 connection has its timer with it. An HTTP/2 connection has many exchanges at once, so their timers
     // are here.
     timers: Mutex<Vec<Timer>>,
-    queue: Queue,
+    queue: WaitQueue,
     // `upstream.connect_timeout`: a caller must not wait longer for a connection in use than for a new one.
     wait: Duration,
     /// After how long an unused connection is closed, in nanoseconds.
     idle_timeout: u64,
-    metrics: Metrics,
+    metrics: ConnectionMetrics,
 }
 
 /// What one exchange holds of the pool.
 #[derive(Debug)]
-enum Place {
+enum Transport {
     /// A connection that no other exchange uses, with its permit under the cap.
     Http1(Connection, OwnedSemaphorePermit),
     /// A stream of a shared connection, which holds the permit itself.
-    Http2(http2::Stream),
+    Http2(http2::RequestStream),
 }
 
 #[derive(Debug)]
@@ -149,7 +149,7 @@ struct Idle {
 impl Idle {
     /// Returns whether it must not be reused: it has idled for `idle_timeout` nanoseconds, was closed, or was made
     /// under roots other than `generation`.
-    fn is_spent(&self, idle_timeout: u64, generation: u64) -> bool {
+    fn is_unusable(&self, idle_timeout: u64, generation: u64) -> bool {
         // `upstream.idle_timeout` should be below the idle time-out of the server: a request that crosses its FIN is
         // lost, and whether it was processed is unknown.
         clock::nanos().saturating_sub(self.since) >= idle_timeout
@@ -190,7 +190,7 @@ impl Pool {
         wait: Duration,
         idle_timeout: Duration,
         http2: Option<Authority>,
-        metrics: Metrics,
+        metrics: ConnectionMetrics,
     ) -> Self {
         let connector = if http2.is_some() { connector.offering_http2() } else { connector };
         Self {
@@ -199,7 +199,7 @@ impl Pool {
             idle: Mutex::default(),
             http2: http2.map(http2::Connections::new),
             timers: Mutex::default(),
-            queue: Queue::new(max),
+            queue: WaitQueue::new(max),
             wait,
             idle_timeout: clock::nanos_of(idle_timeout),
             metrics,
@@ -215,37 +215,37 @@ impl Pool {
     ///
     /// [`NoConnection::Busy`] if the cap is reached and the wait took or would take too long,
     /// [`NoConnection::Failed`] if no connection could be opened.
-    pub async fn reserve(self: &Arc<Self>) -> Result<Reserved, NoConnection> {
-        let (place, timer) = match self.http2.as_ref().filter(|http2| http2.are_to_be_had()) {
+    pub async fn reserve(self: &Arc<Self>) -> Result<PooledConnection, NoConnection> {
+        let (transport, timer) = match self.http2.as_ref().filter(|http2| http2.is_available()) {
             Some(http2) => match http2.stream(None, self.idle_timeout, self.connector.generation()) {
-                Some(stream) => (Place::Http2(stream), self.timers().pop()),
+                Some(stream) => (Transport::Http2(stream), self.timers().pop()),
                 // Boxed, as all waits here: they are rare, and inline they would make the future of every request
                 // larger.
-                None => Box::pin(self.shared(http2, None)).await?,
+                None => Box::pin(self.reserve_http2(http2, None)).await?,
             },
-            None => self.own().await?,
+            None => self.reserve_http1().await?,
         };
-        Ok(Reserved::new(self.clone(), place, timer))
+        Ok(PooledConnection::new(self.clone(), transport, timer))
     }
 
     /// Closes connections that have idled too long, were closed by the upstream, or were made under other roots. Must
     /// be called about once a second: without requests nothing else does it.
     pub fn sweep(&self) {
         let generation = self.connector.generation();
-        self.idle().retain(|idle| !idle.is_spent(self.idle_timeout, generation));
+        self.idle().retain(|idle| !idle.is_unusable(self.idle_timeout, generation));
         if let Some(http2) = &self.http2 {
             http2.sweep(self.idle_timeout, generation);
         }
     }
 
     /// Reserves a connection for one exchange alone.
-    async fn own(&self) -> Result<(Place, Option<Timer>), NoConnection> {
+    async fn reserve_http1(&self) -> Result<(Transport, Option<Timer>), NoConnection> {
         let permit = match self.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
             Err(_) => Box::pin(self.wait_for_permit()).await?,
         };
         match self.take_idle() {
-            Some((connection, timer)) => Ok((Place::Http1(connection, permit), timer)),
+            Some((connection, timer)) => Ok((Transport::Http1(connection, permit), timer)),
             None => Ok((Box::pin(self.connect(permit)).await?, None)),
         }
     }
@@ -255,18 +255,18 @@ impl Pool {
     ///
     /// All requests that need a new connection wait for the same attempt (single flight).
     #[cold]
-    async fn shared(
+    async fn reserve_http2(
         self: &Arc<Self>,
         http2: &http2::Connections,
         but: Option<&Weak<http2::Connection>>,
-    ) -> Result<(Place, Option<Timer>), NoConnection> {
+    ) -> Result<(Transport, Option<Timer>), NoConnection> {
         let give_up = Instant::now() + self.wait;
-        while http2.are_to_be_had() {
+        while http2.is_available() {
             let mut freed = pin!(http2.freed.notified());
             // Enabled before the search for a stream, so that a stream which ends after it is not missed.
             freed.as_mut().enable();
             let dialing = match http2.stream(but, self.idle_timeout, self.connector.generation()) {
-                Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
+                Some(stream) => return Ok((Transport::Http2(stream), self.timers().pop())),
                 None => self.dial(http2),
             };
             match dialing {
@@ -277,7 +277,7 @@ impl Pool {
                 // The cap allows no further connection, and all others are full. The one in `but` is better than
                 // none: it refused a request, but it may take another one.
                 None => match http2.stream(None, self.idle_timeout, self.connector.generation()) {
-                    Some(stream) => return Ok((Place::Http2(stream), self.timers().pop())),
+                    Some(stream) => return Ok((Transport::Http2(stream), self.timers().pop())),
                     None => {
                         // One bound for all rounds: a waiter that is woken may find the stream taken, and would begin
                         // anew each time.
@@ -288,7 +288,7 @@ impl Pool {
             }
         }
         // The loop ended because the upstream picked HTTP/1.1.
-        self.own().await
+        self.reserve_http1().await
     }
 
     /// Returns the attempt to connect that goes on, or starts one. Returns `None` if the cap allows no further
@@ -309,10 +309,10 @@ impl Pool {
         // caller disconnects.
         tokio::spawn(async move {
             let dialed = match pool.connect(permit).await {
-                Ok(Place::Http2(_)) => Dialing::Done,
+                Ok(Transport::Http2(_)) => Dialing::Done,
                 // The upstream picked HTTP/1.1 after all. The connection goes to the idle ones, where the first
                 // waiter takes it.
-                Ok(Place::Http1(connection, _permit)) => {
+                Ok(Transport::Http1(connection, _permit)) => {
                     pool.idle().push(Idle { connection, timer: None, since: clock::nanos() });
                     Dialing::Done
                 }
@@ -333,7 +333,7 @@ impl Pool {
     /// Takes the idle connection that was used last. The others may so idle out when there is less to do.
     fn take_idle(&self) -> Option<(Connection, Option<Timer>)> {
         let (mut idle, generation) = (self.idle(), self.connector.generation());
-        let live = iter::from_fn(|| idle.pop()).find(|last| !last.is_spent(self.idle_timeout, generation));
+        let live = iter::from_fn(|| idle.pop()).find(|last| !last.is_unusable(self.idle_timeout, generation));
         live.map(|last| (last.connection, last.timer))
     }
 

@@ -307,7 +307,10 @@ fn an_unknown_argument_of_the_test_run_ends_it_before_its_first_step() {
             (Some(2), String::new()),
             "{args:?}"
         );
-        assert!(String::from_utf8(run.stderr).unwrap().contains("usage: tests/run [--all | --quick]"), "{args:?}");
+        assert!(
+            String::from_utf8(run.stderr).unwrap().contains("usage: tests/run [--all | --quick]"),
+            "{args:?}"
+        );
     }
 }
 

@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
-use super::{Connection, Counted, NoConnection, Place, Pool, ResultLabel};
+use super::{Connection, Counted, NoConnection, Pool, ResultLabel, Transport};
 use crate::connect;
 use crate::connect::Stream;
 use crate::model::cause::Cause;
@@ -25,14 +25,14 @@ impl Pool {
     /// # Errors
     ///
     /// [`NoConnection::Failed`] with the cause. The permit is then returned.
-    pub(super) async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Place, NoConnection> {
+    pub(super) async fn connect(&self, permit: OwnedSemaphorePermit) -> Result<Transport, NoConnection> {
         let opened = self.open(permit).await;
         let result = opened.as_ref().map_or_else(|reason| reason.cause.as_str(), |_| "ok");
         self.metrics.connects.get_or_create(&ResultLabel { result }).inc();
         Ok(opened?)
     }
 
-    async fn open(&self, permit: OwnedSemaphorePermit) -> Result<Place, Reason> {
+    async fn open(&self, permit: OwnedSemaphorePermit) -> Result<Transport, Reason> {
         let (stream, generation) = self.connector.connect_under().await?;
         match &self.http2 {
             Some(http2) if stream.is_http2() => {
@@ -49,16 +49,16 @@ impl Pool {
                 })?;
                 // After the greeting, not after ALPN, so that an attempt which fails changes nothing for the next
                 // one.
-                http2.picked(true);
+                http2.negotiated(true);
                 http2.add(connection);
-                Ok(Place::Http2(stream))
+                Ok(Transport::Http2(stream))
             }
             _ => {
                 let connection = self.greet_http1(stream, generation).await?;
                 if let Some(http2) = &self.http2 {
-                    http2.picked(false);
+                    http2.negotiated(false);
                 }
-                Ok(Place::Http1(connection, permit))
+                Ok(Transport::Http1(connection, permit))
             }
         }
     }

@@ -12,7 +12,7 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use rustix::net::RecvFlags;
 
-use super::{Idle, NoConnection, Place, Pool, SendError, Timer};
+use super::{Idle, NoConnection, Pool, SendError, Timer, Transport};
 use crate::clock;
 
 /// How many timers a worker keeps for exchanges over HTTP/2: as many as one connection has streams.
@@ -20,14 +20,14 @@ const KEPT_TIMERS: usize = 256;
 
 /// A connection that is reserved for one exchange, or a stream of a shared connection.
 ///
-/// It returns to the pool by [`Reserved::give_back`], or if it is dropped unused. If it is dropped otherwise, an
+/// It returns to the pool by [`PooledConnection::release`], or if it is dropped unused. If it is dropped otherwise, an
 /// unshared connection is closed, since part of a reply may still be in it; of a shared one only the stream is
 /// closed.
 #[derive(Debug)]
-pub struct Reserved {
+pub struct PooledConnection {
     pool: Arc<Pool>,
-    /// `None` during drop, and after a [`Reserved::reconnect`] that failed.
-    place: Option<Place>,
+    /// `None` during drop, and after a [`PooledConnection::reconnect`] that failed.
+    transport: Option<Transport>,
     timer: Option<Timer>,
     /// The turn of the worker's event loop in which it was reserved, see [`clock::turn`].
     reserved: u64,
@@ -35,10 +35,10 @@ pub struct Reserved {
     clean: bool,
 }
 
-impl Reserved {
+impl PooledConnection {
     /// A connection that was just taken out of `pool`.
-    pub(super) fn new(pool: Arc<Pool>, place: Place, timer: Option<Timer>) -> Self {
-        Self { pool, place: Some(place), timer, reserved: clock::turn(), clean: true }
+    pub(super) fn new(pool: Arc<Pool>, transport: Transport, timer: Option<Timer>) -> Self {
+        Self { pool, transport: Some(transport), timer, reserved: clock::turn(), clean: true }
     }
 
     /// Waits until a request can be sent, which is when the last exchange is over.
@@ -49,19 +49,19 @@ impl Reserved {
     /// # Errors
     ///
     /// [`SendError::Closed`] or [`SendError::Http`] if the connection takes no further request. Nothing was sent
-    /// then, and [`Reserved::reconnect`] may help.
+    /// then, and [`PooledConnection::reconnect`] may help.
     pub async fn ready(&mut self) -> Result<(), SendError> {
         self.clean = false;
-        let generation = match self.place.as_mut().ok_or(SendError::Closed)? {
-            Place::Http1(connection, _) => {
+        let generation = match self.transport.as_mut().ok_or(SendError::Closed)? {
+            Transport::Http1(connection, _) => {
                 // tests/hyper.rs: a_sender_is_ready_only_when_the_last_exchange_is_over
                 connection.sender.ready().await?;
                 connection.generation
             }
-            Place::Http2(stream) => {
+            Transport::Http2(stream) => {
                 // Later the event loop has polled all sockets since, so that a close is known already.
                 if clock::turn() == self.reserved {
-                    stream.look().await;
+                    stream.notice_close().await;
                 }
                 if stream.is_closed() {
                     return Err(SendError::Closed);
@@ -78,12 +78,12 @@ impl Reserved {
     /// Sends a request and waits for the head of the reply. `request` is called here, so that the future does not
     /// hold the request.
     ///
-    /// Must follow [`Reserved::ready`]. The wait has no bound of its own. A future that is dropped may have sent the
+    /// Must follow [`PooledConnection::ready`]. The wait has no bound of its own. A future that is dropped may have sent the
     /// request.
     ///
     /// # Errors
     ///
-    /// Returns a [`SendError`] if there was no reply. Compare [`Reserved::written`] to learn whether the request may
+    /// Returns a [`SendError`] if there was no reply. Compare [`PooledConnection::written`] to learn whether the request may
     /// have been sent.
     pub async fn send(
         &mut self,
@@ -91,11 +91,11 @@ impl Reserved {
     ) -> Result<Response<Incoming>, SendError> {
         // Set before the first wait: dropped during it, the connection has half a request or half a reply in it.
         self.clean = false;
-        match (self.place.as_mut(), &self.pool.http2) {
-            (Some(Place::Http1(connection, _)), _) => {
+        match (self.transport.as_mut(), &self.pool.http2) {
+            (Some(Transport::Http1(connection, _)), _) => {
                 connection.sender.send_request(request()).await.map_err(SendError::Http)
             }
-            (Some(Place::Http2(stream)), Some(http2)) => {
+            (Some(Transport::Http2(stream)), Some(http2)) => {
                 let answer = stream.send(http2.adapt(request()));
                 answer.await.map_err(|why| {
                     stream.failed(&why);
@@ -112,9 +112,9 @@ impl Reserved {
     /// processed.
     // tests/hyper.rs: no_answer_counts_that_came_before_the_request_was_written
     pub fn written(&self) -> u64 {
-        match &self.place {
-            Some(Place::Http1(connection, _)) => connection.written.load(Ordering::Relaxed),
-            Some(Place::Http2(stream)) => stream.sent,
+        match &self.transport {
+            Some(Transport::Http1(connection, _)) => connection.written.load(Ordering::Relaxed),
+            Some(Transport::Http2(stream)) => stream.sent,
             None => 0,
         }
     }
@@ -128,14 +128,14 @@ impl Reserved {
     /// There is no connection then, and the permit is returned.
     #[cold]
     pub async fn reconnect(&mut self) -> Result<(), NoConnection> {
-        self.place = Some(match (self.place.take(), &self.pool.http2) {
+        self.transport = Some(match (self.transport.take(), &self.pool.http2) {
             // Not by way of `reserve`: the permit would be released, and an exchange whose intent is committed would
             // have to wait for one again.
-            (Some(Place::Http1(_, permit)), _) => Box::pin(self.pool.connect(permit)).await?,
-            (Some(Place::Http2(stream)), Some(http2)) => {
+            (Some(Transport::Http1(_, permit)), _) => Box::pin(self.pool.connect(permit)).await?,
+            (Some(Transport::Http2(stream)), Some(http2)) => {
                 // Excluded below, since the connection that refused this request would often refuse it again.
                 let but = http2.release(stream);
-                Box::pin(self.pool.shared(http2, Some(&but))).await?.0
+                Box::pin(self.pool.reserve_http2(http2, Some(&but))).await?.0
             }
             (None, _) | (_, None) => return Err(SendError::Closed.reason().into()),
         });
@@ -155,8 +155,8 @@ impl Reserved {
     /// Returns whether the upstream is known to have closed the connection. Asks the kernel, which costs a system
     /// call, unless the event loop has polled all sockets since the connection was reserved.
     pub fn is_stale(&self) -> bool {
-        match &self.place {
-            Some(Place::Http1(connection, _)) if clock::turn() == self.reserved => {
+        match &self.transport {
+            Some(Transport::Http1(connection, _)) if clock::turn() == self.reserved => {
                 // Bytes count like a close: what comes on an idle connection (such as a 408) is no reply to a
                 // request, and no later request may be matched with it.
                 connection.sender.is_closed() || !is_quiet(&connection.probe)
@@ -166,31 +166,31 @@ impl Reserved {
     }
 
     /// Returns whether the upstream closed the connection, or contradicted itself on it. Does not check the roots:
-    /// [`Reserved::ready`] does.
+    /// [`PooledConnection::ready`] does.
     pub fn is_closed(&self) -> bool {
-        match &self.place {
-            Some(Place::Http1(connection, _)) => connection.sender.is_closed(),
-            Some(Place::Http2(stream)) => stream.is_closed(),
+        match &self.transport {
+            Some(Transport::Http1(connection, _)) => connection.sender.is_closed(),
+            Some(Transport::Http2(stream)) => stream.is_closed(),
             None => true,
         }
     }
 
     /// Returns the connection to the pool. Only to be called after the reply was read to its end.
-    pub fn give_back(mut self) {
+    pub fn release(mut self) {
         self.clean = true;
     }
 }
 
-impl Drop for Reserved {
+impl Drop for PooledConnection {
     fn drop(&mut self) {
-        match self.place.take() {
-            Some(Place::Http1(connection, _permit)) if self.clean && !connection.sender.is_closed() => {
+        match self.transport.take() {
+            Some(Transport::Http1(connection, _permit)) if self.clean && !connection.sender.is_closed() => {
                 let idle = Idle { connection, timer: self.timer.take(), since: clock::nanos() };
                 // Before `_permit` is dropped at the end of this arm: whoever gets the permit must find the
                 // connection, or it would open one more.
                 self.pool.idle().push(idle);
             }
-            Some(Place::Http2(stream)) => {
+            Some(Transport::Http2(stream)) => {
                 if let Some(http2) = &self.pool.http2 {
                     http2.release(stream);
                 }
@@ -199,7 +199,7 @@ impl Drop for Reserved {
                     timers.extend(self.timer.take());
                 }
             }
-            Some(Place::Http1(..)) | None => {}
+            Some(Transport::Http1(..)) | None => {}
         }
     }
 }

@@ -24,14 +24,14 @@ use crate::clock;
 
 /// The waiters of one pool: how many there are, and how fast they are served.
 #[derive(Debug)]
-pub(super) struct Queue {
+pub(super) struct WaitQueue {
     waiting: AtomicUsize,
-    pace: Mutex<Pace>,
+    rate: Mutex<ServiceRate>,
 }
 
 /// The service interval, and what it is measured from. Times are in nanoseconds of [`clock::nanos`].
 #[derive(Debug)]
-struct Pace {
+struct ServiceRate {
     /// How many served waiters end a window.
     size: u64,
     /// When the line began to form, or when its last waiter was served or gave up.
@@ -46,7 +46,7 @@ struct Pace {
     is_stalled: bool,
 }
 
-impl Pace {
+impl ServiceRate {
     fn new(size: usize) -> Self {
         // `max(1)`, since a size of 0 would divide by zero. The number of connections is the size because in one
         // round of service each connection serves one waiter, so a window sees every one of them.
@@ -58,20 +58,20 @@ impl Pace {
         self.since = now;
     }
 
-    fn pass(&mut self, now: u64) {
+    fn advance(&mut self, now: u64) {
         self.took += now.saturating_sub(self.since);
         self.since = now;
     }
 
     fn stall(&mut self, now: u64) {
-        self.pass(now);
+        self.advance(now);
         // Not counted as served: a line that does not move would look like one that does, and later waiters would
         // wait for nothing.
         self.is_stalled = true;
     }
 
     fn serve(&mut self, now: u64) {
-        self.pass(now);
+        self.advance(now);
         self.is_stalled = false;
         self.served += 1;
         if self.served >= self.size {
@@ -91,10 +91,10 @@ impl Pace {
     }
 }
 
-impl Queue {
+impl WaitQueue {
     /// A queue for a pool of `connections` connections.
     pub(super) fn new(connections: usize) -> Self {
-        Self { waiting: AtomicUsize::new(0), pace: Mutex::new(Pace::new(connections)) }
+        Self { waiting: AtomicUsize::new(0), rate: Mutex::new(ServiceRate::new(connections)) }
     }
 
     /// Waits for `what`, for at most `longest`. Returns `None` if the wait took too long, or at once if it is
@@ -104,35 +104,35 @@ impl Queue {
     /// dropped, the place in line becomes free and nothing is measured.
     pub(super) async fn wait<T>(&self, longest: Duration, what: impl Future<Output = T>) -> Option<T> {
         // The place is a guard, so that a waiter whose caller disconnects does not stay in the count.
-        let place = Place::behind(&self.waiting);
-        if place.number == 1 {
-            self.pace().begin(clock::nanos());
+        let position = Position::behind(&self.waiting);
+        if position.number == 1 {
+            self.rate().begin(clock::nanos());
         // Half, since the interval is an average of the past: a waiter that is expected to need nearly all of its
         // time would often time out instead of being rejected early.
-        } else if self.pace().expected(place.number) > longest / 2 {
+        } else if self.rate().expected(position.number) > longest / 2 {
             return None;
         }
-        // No lock is held here: `pace` locks for one statement only.
+        // No lock is held here: `rate` locks for one statement only.
         let output = timeout(longest, what).await.ok();
         match output {
-            Some(_) => self.pace().serve(clock::nanos()),
-            None => self.pace().stall(clock::nanos()),
+            Some(_) => self.rate().serve(clock::nanos()),
+            None => self.rate().stall(clock::nanos()),
         }
         output
     }
 
-    fn pace(&self) -> MutexGuard<'_, Pace> {
-        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    fn rate(&self) -> MutexGuard<'_, ServiceRate> {
+        self.rate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A position in the line, counted from 1. Dropping it leaves the line.
-struct Place<'a> {
+struct Position<'a> {
     waiting: &'a AtomicUsize,
     number: usize,
 }
 
-impl<'a> Place<'a> {
+impl<'a> Position<'a> {
     fn behind(waiting: &'a AtomicUsize) -> Self {
         // All others in the count came earlier, so the count is the position. It is not kept up to date: only the
         // decision at the begin needs it.
@@ -140,7 +140,7 @@ impl<'a> Place<'a> {
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Position<'_> {
     fn drop(&mut self) {
         self.waiting.fetch_sub(1, Ordering::Relaxed);
     }
@@ -153,14 +153,14 @@ mod tests {
     use super::*;
 
     /// A waiter that is served after `number` × 10 ms, as the one at that position is if one is served every 10 ms.
-    async fn served(queue: &Queue, longest: u64, number: u32) -> Option<()> {
+    async fn served(queue: &WaitQueue, longest: u64, number: u32) -> Option<()> {
         queue.wait(Duration::from_millis(longest), sleep(Duration::from_millis(10) * number)).await
     }
 
     #[tokio::test]
     async fn who_would_wait_too_long_is_refused_at_once_and_who_comes_later_is_not() {
         // With one connection each served waiter ends a window, so that the pace is known after two of them.
-        let queue = Queue::new(1);
+        let queue = WaitQueue::new(1);
         for number in 1..=3 {
             assert_eq!(served(&queue, 200, number).await, Some(()));
         }
@@ -194,29 +194,29 @@ mod tests {
     #[test]
     fn one_stall_is_not_the_pace_and_two_in_a_row_are() {
         // Four connections served after a stall of one second: 250 ms for each, 25 s for the hundredth.
-        let mut pace = Pace::new(4);
+        let mut rate = ServiceRate::new(4);
         let second = 1_000_000_000;
-        pace.begin(0);
-        (0..4).for_each(|_| pace.serve(second));
-        assert_eq!(pace.expected(100), Duration::ZERO, "one");
-        (0..4).for_each(|_| pace.serve(2 * second));
-        assert_eq!(pace.expected(100), Duration::from_secs(25), "two");
-        (0..4).for_each(|_| pace.serve(2 * second + second / 1000));
-        assert_eq!(pace.expected(100), Duration::from_millis(25), "it is fast again");
+        rate.begin(0);
+        (0..4).for_each(|_| rate.serve(second));
+        assert_eq!(rate.expected(100), Duration::ZERO, "one");
+        (0..4).for_each(|_| rate.serve(2 * second));
+        assert_eq!(rate.expected(100), Duration::from_secs(25), "two");
+        (0..4).for_each(|_| rate.serve(2 * second + second / 1000));
+        assert_eq!(rate.expected(100), Duration::from_millis(25), "it is fast again");
     }
 
     /// After a slow time only the first in line is admitted. Its waits must be enough to learn that the slow time is
     /// over: they were not while each of them began the window anew, and the queue then stayed at one place for good.
     #[test]
     fn those_who_wait_alone_make_the_pace_too() {
-        let (mut pace, second) = (Pace::new(4), 1_000_000_000);
+        let (mut rate, second) = (ServiceRate::new(4), 1_000_000_000);
         // Eight waiters are two windows of four, which is what it takes to replace both intervals.
         let mut alone = |from: u64, takes: u64| {
             for number in 0..8 {
-                pace.begin((from + number) * second);
-                pace.serve((from + number) * second + takes);
+                rate.begin((from + number) * second);
+                rate.serve((from + number) * second + takes);
             }
-            pace.expected(1)
+            rate.expected(1)
         };
         assert_eq!(alone(0, second), Duration::from_secs(1));
         assert_eq!(alone(8, second / 1000), Duration::from_millis(1));
@@ -224,7 +224,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_waits_in_vain_waits_alone_until_somebody_is_served() {
-        let queue = Queue::new(4);
+        let queue = WaitQueue::new(4);
         // 100 × 10 ms is beyond the 50 ms that this waiter has.
         assert_eq!(served(&queue, 50, 100).await, None);
         let (first, second) = tokio::join!(served(&queue, 50, 100), served(&queue, 50, 1));
