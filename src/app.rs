@@ -24,7 +24,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::admin::Admin;
-use crate::audit::{Audit, Early, StartError, Unfinished};
+use crate::audit::{Audit, Early, OpenError, Unfinished};
 use crate::concurrency::Bounds;
 use crate::config::trail::{LOW_WATER, SLACK};
 use crate::config::{Config, LOOPBACK_NOTICE, ListenAddress};
@@ -104,7 +104,7 @@ impl App {
         let options = audit_options(&config, accept_loss.clone());
         // Before the trail is opened: under too low a limit on file sizes its first segment could not be written to
         // its end.
-        audit::limit::check(&config).map_err(StartError::from)?;
+        audit::limit::check(&config).map_err(OpenError::from)?;
         let audit = Audit::start(&options, audit_metrics)?;
         let idempotency = Arc::new(Idempotency::new(&config.idempotency, &audit, accept_loss));
         let slots = slots(&config, &egress, &parts.token, &audit)?;
@@ -147,11 +147,11 @@ impl App {
     /// # Errors
     ///
     /// Fails as [`App::build`] would.
-    pub fn rehearse(config: &Config, file: &Path) -> anyhow::Result<Vec<String>> {
+    pub fn dry_run(config: &Config, file: &Path) -> anyhow::Result<Vec<String>> {
         outward(config)?;
         // In the order of `build`, so that both report the same mistake first.
-        audit::limit::check(config).map_err(StartError::from)?;
-        audit::rehearse(&audit_options(config, None))?;
+        audit::limit::check(config).map_err(OpenError::from)?;
+        audit::dry_run(&audit_options(config, None))?;
         compile_routes(config, None)?;
         sockets::look(config, file)
     }

@@ -29,8 +29,8 @@ mod entry;
 mod facts;
 pub mod history;
 pub mod init;
-mod folds;
-mod lane;
+mod aggregation;
+mod commit_waiters;
 mod ledger;
 pub mod limit;
 mod line;
@@ -48,7 +48,7 @@ mod retention;
 mod segment;
 mod start;
 mod sync;
-pub mod unresolved;
+pub mod unresolved_calls;
 mod writer;
 
 use std::future::{Future, poll_fn};
@@ -73,18 +73,18 @@ use crate::supervisor::Vital;
 use age::Ages;
 pub use clocks::ClockDoubt;
 use clocks::Clocks;
+use commit_waiters::CommitWaiters;
 pub use facts::Detail;
-use lane::Lane;
-pub use metrics::Metrics;
+pub use metrics::AuditMetrics;
 pub use offline::{accept_clock, accept_loss, accept_lost_key};
 pub use options::{HOUR, Options};
 use queue::Shared;
-pub use record::{Answer, IntendedRecord, Names, OpenRecord, Queued};
+pub use record::{ExchangeResult, IntendedRecord, Names, OpenRecord, Queued};
 use recovery::{DAMAGED, Damage};
 pub use reply::StoredReply;
 pub use retention::Early;
-pub use start::{StartError, is_live, rehearse};
-use unresolved::{CallState, UnresolvedCall, UnresolvedList};
+pub use start::{OpenError, dry_run, is_live};
+use unresolved_calls::{CallState, UnresolvedCall, UnresolvedList};
 
 /// How long [`Audit::close`] waits for the last write.
 // A disk that hangs must not hold up the stop: the process exits with an error instead, and an intent that has no
@@ -121,7 +121,10 @@ pub struct Permit<'a> {
 impl Permit<'_> {
     /// Runs a future, and releases the permit as soon as that future has to wait. A future that is ready at once
     /// keeps it.
-    pub fn during<F: Future>(&mut self, mut future: Pin<&mut F>) -> impl Future<Output = F::Output> {
+    pub fn release_while_pending<F: Future>(
+        &mut self,
+        mut future: Pin<&mut F>,
+    ) -> impl Future<Output = F::Output> {
         poll_fn(move |cx| {
             let polled = future.as_mut().poll(cx);
             if polled.is_pending() {
@@ -144,7 +147,7 @@ pub struct Audit(Arc<Handle>);
 #[derive(Clone)]
 struct Handle {
     shared: Arc<Shared>,
-    lane: Arc<Lane>,
+    waiters: Arc<CommitWaiters>,
     keys: Arc<Keys>,
     clocks: Arc<Clocks>,
     writer: Arc<Mutex<Option<Writing>>>,
@@ -168,7 +171,7 @@ impl Audit {
     /// Returns a handle on the same trail with waiters of its own, for one worker. `vital` supervises the task that
     /// wakes the worker's requests: if that task ends, the process drains.
     pub(crate) fn for_worker(&self, vital: Vital) -> Self {
-        Self(Arc::new(Handle { lane: self.shared().new_lane(Some(vital)), ..Handle::clone(&self.0) }))
+        Self(Arc::new(Handle { waiters: self.shared().new_waiters(Some(vital)), ..Handle::clone(&self.0) }))
     }
 
     fn shared(&self) -> &Shared {
@@ -194,29 +197,29 @@ impl Audit {
     ///
     /// Cancellation safe: a request that stops waiting leaves the queue for permits.
     pub async fn permit(&self) -> Permit<'_> {
-        let (lane, shared) = (&self.0.lane, self.shared());
-        if !shared.is_prompt() {
+        let (waiters, shared) = (&self.0.waiters, self.shared());
+        if !shared.is_keeping_up() {
             return Permit::default();
         }
-        if let Some(permit) = lane.permit() {
+        if let Some(permit) = waiters.permit() {
             return Permit { _held: Some(permit), waited: 0 };
         }
         // This worker may be too busy to sleep, and only before it sleeps does it wake the writer. Those that hold
         // permits would then wait for a writer that was never woken, and this request for them.
-        shared.nudge();
+        shared.wake_if_overdue();
         let asked = clock::nanos();
         // Boxed, since few requests wait here and the future of every request would otherwise be larger. The writer
         // may have fallen behind meanwhile: a permit is then passed on at once, so that all waiters go on to the same
         // batch.
-        let permit = Box::pin(lane.permit_in_turn()).await.filter(|_| shared.is_prompt());
+        let permit = Box::pin(waiters.permit_in_turn()).await.filter(|_| shared.is_keeping_up());
         Permit { _held: permit, waited: clock::nanos().saturating_sub(asked) }
     }
 
     /// Waits until the record `seq` is committed, for at most the deadline of an intent less `waited` nanoseconds. To
     /// be polled on this handle's worker.
-    fn safe(&self, seq: u64, waited: u64) -> impl Future<Output = Result<(), Unavailable>> {
+    fn committed_within(&self, seq: u64, waited: u64) -> impl Future<Output = Result<(), Unavailable>> {
         let left = self.0.intent_deadline.saturating_sub(Duration::from_nanos(waited));
-        self.0.lane.wait(&self.shared().safe, seq, left)
+        self.0.waiters.wait(&self.shared().committed, seq, left)
     }
 
     /// Makes this thread stop waking the writer for each record: one wake-up per turn of the event loop is cheaper.

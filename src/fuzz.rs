@@ -20,8 +20,8 @@ use tempfile::TempDir;
 
 use crate::admission::Hosts;
 use crate::audit::chain::key_path;
-use crate::audit::recovery::{Fault, Found, read};
-use crate::audit::{Audit, Metrics, Options, Permit};
+use crate::audit::recovery::{BrokenLine, TrailState, read};
+use crate::audit::{Audit, AuditMetrics, Options, Permit};
 use crate::config::{BareIds, WithoutKey};
 use crate::connect::proxy;
 use crate::contract::Contract;
@@ -198,15 +198,15 @@ fn options(directory: &Path) -> Options {
     Options { segment_size: 64 << 10, ..Options::small(directory) }
 }
 
-fn metrics() -> Metrics {
-    Metrics::new(&mut Registry::new())
+fn metrics() -> AuditMetrics {
+    AuditMetrics::new(&mut Registry::new())
 }
 
-fn verify(directory: &Path) -> Found {
+fn verify(directory: &Path) -> TrailState {
     read(directory, &Keys::load(&key_path(directory)).unwrap()).unwrap()
 }
 
-fn place(fault: &Fault) -> (&Path, usize, &'static str) {
+fn place(fault: &BrokenLine) -> (&Path, usize, &'static str) {
     (&fault.file, fault.line, fault.reason)
 }
 
@@ -287,7 +287,7 @@ mod tests {
     use proptest::test_runner::{Config as Cases, TestRunner};
 
     use super::*;
-    use crate::audit::Answer;
+    use crate::audit::ExchangeResult;
     use crate::model::code::Code;
     use crate::model::peer::Peer;
     use crate::model::stage::Stage;
@@ -419,7 +419,7 @@ mod tests {
         fs::write(key_path(folder.path()), KEY).unwrap();
         let audit = Audit::start(&options(folder.path()), metrics()).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let answer = Answer {
+        let answer = ExchangeResult {
             outcome: Outcome::Succeeded,
             code: None,
             cause: None,

@@ -176,7 +176,7 @@ impl Gateway {
         record.enter(Stage::Audit);
         let mut permit = from.presence.during(pin!(self.audit.permit())).await?;
         let mut circuit_permit = terms.breaker.try_acquire()?;
-        let reserved = from.presence.during(permit.during(pin!(self.pool.reserve()))).await?;
+        let reserved = from.presence.during(permit.release_while_pending(pin!(self.pool.reserve()))).await?;
         let connection =
             reserved.inspect_err(|none| terms.unreachable(&mut circuit_permit, none, record.id()))?;
         let size = checked.bytes().len();

@@ -145,11 +145,11 @@ impl Parts {
 
 impl Metrics {
     /// Registers all metrics. Returns them with those that other parts move, and with those of the audit trail.
-    pub fn new() -> (Self, Parts, audit::Metrics) {
+    pub fn new() -> (Self, Parts, audit::AuditMetrics) {
         let mut registry = Registry::new();
         let changes = Changes::new(&mut registry);
         let parts = Parts::new(&mut registry, changes.clone());
-        let audit = audit::Metrics::new(&mut registry);
+        let audit = audit::AuditMetrics::new(&mut registry);
         let metrics = Self {
             requests: registry.metric(
                 "requests_total",

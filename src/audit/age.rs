@@ -77,14 +77,14 @@ pub struct Anchor {
     elapsed: i64,
     /// The trail time of the first start of this boot: ages are exact from there on.
     exact_from: i64,
-    accepted: Option<Accepted>,
+    accepted: Option<AcceptedClock>,
     /// For a start: the time of the newest record before it.
     newest: Option<i64>,
 }
 
 /// A wall clock that an operator accepted. All numbers are milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Accepted {
+pub(super) struct AcceptedClock {
     /// The wall clock at that moment, since 1970.
     wall: i64,
     /// The trail time at that moment.
@@ -101,7 +101,7 @@ pub(super) struct TrailTime {
     /// The trail time minus `CLOCK_BOOTTIME`.
     offset: i64,
     exact_from: i64,
-    accepted: Option<Accepted>,
+    accepted: Option<AcceptedClock>,
     /// The base for records for which no anchor is known.
     unanchored: Base,
 }
@@ -111,7 +111,7 @@ pub(super) struct TrailTime {
 pub struct Ages {
     /// The trail time of that moment, in milliseconds.
     now: i64,
-    accepted: Option<Accepted>,
+    accepted: Option<AcceptedClock>,
     /// The base for the line that is read.
     base: Base,
 }
@@ -152,7 +152,7 @@ impl Anchor {
             boottime: event["boottime"].as_i64()?,
             elapsed: event["elapsed"].as_i64()?,
             exact_from: event["exact_from"].as_i64()?,
-            accepted: Accepted::read(&event["accepted"]),
+            accepted: AcceptedClock::read(&event["accepted"]),
             newest: event["newest"].as_str().and_then(millis),
         })
     }
@@ -178,7 +178,7 @@ impl Anchor {
     }
 }
 
-impl Accepted {
+impl AcceptedClock {
     fn read(value: &Value) -> Option<Self> {
         let wall = millis(value["wall"].as_str()?)?;
         Some(Self { wall, elapsed: value["elapsed"].as_i64()?, until: value["until"].as_i64()? })
@@ -230,7 +230,7 @@ impl TrailTime {
 
     /// Accepts this wall clock, in milliseconds since 1970, for records of earlier boots.
     pub(super) fn accept(&mut self, wall: i64, boottime: i64) {
-        self.accepted = Some(Accepted { wall, elapsed: self.elapsed(boottime), until: self.exact_from });
+        self.accepted = Some(AcceptedClock { wall, elapsed: self.elapsed(boottime), until: self.exact_from });
     }
 
     /// The members of an anchor that is written now.

@@ -12,13 +12,13 @@ use uuid::Uuid;
 use super::chain::OPEN_LINKS;
 use super::entry::{Entry, Kind};
 use super::line::Second;
-use super::unresolved::{LIST, LIST_LEFT_OUT, UnresolvedList};
+use super::unresolved_calls::{LIST, LIST_LEFT_OUT, UnresolvedList};
 use crate::model::outcome::Outcome;
 
 /// What a record changes in the list of unresolved calls.
 // Taken from the record's facts when it is queued: the writer would otherwise have to parse each line that it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Change {
+pub(super) enum ListChange {
     None,
     Intent(Uuid),
     Outcome {
@@ -42,7 +42,7 @@ pub(super) struct Batch {
     /// The offset in the text at which each line ends, after its newline.
     ends: Vec<usize>,
     /// What each line changes in the list of unresolved calls.
-    changes: Vec<Change>,
+    changes: Vec<ListChange>,
     /// The number of lines of each kind, for the metrics.
     pub(super) kinds: [u64; Kind::ALL.len()],
     /// Whether the batch may begin a segment.
@@ -96,17 +96,17 @@ impl Batch {
 
     /// Whether a line changes the list by more than calls that begin or end.
     pub(super) fn changes_list(&self) -> bool {
-        let is_change = |change: &Change| match change {
-            Change::Outcome { outcome, is_forced, .. } => *is_forced || *outcome == Outcome::Unknown,
-            Change::Event { .. } => true,
-            Change::None | Change::Intent(_) => false,
+        let is_change = |change: &ListChange| match change {
+            ListChange::Outcome { outcome, is_forced, .. } => *is_forced || *outcome == Outcome::Unknown,
+            ListChange::Event { .. } => true,
+            ListChange::None | ListChange::Intent(_) => false,
         };
         self.changes.iter().any(is_change)
     }
 
     /// Whether the last line is the list or its placeholder.
     pub(super) fn has_list(&self) -> bool {
-        matches!(self.changes.last(), Some(Change::Event { name: LIST, .. }))
+        matches!(self.changes.last(), Some(ListChange::Event { name: LIST, .. }))
     }
 
     /// Writes the list in place of its placeholder. Returns the length of its line in bytes. `forgotten` are calls
@@ -136,7 +136,7 @@ impl Batch {
     }
 
     /// What each line changes, and its place in the text without its newline.
-    pub(super) fn changes(&self) -> impl Iterator<Item = (&Change, Range<usize>)> {
+    pub(super) fn changes(&self) -> impl Iterator<Item = (&ListChange, Range<usize>)> {
         let begins = std::iter::once(&0).chain(&self.ends);
         self.changes
             .iter()

@@ -223,7 +223,7 @@ pub fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// A line of a segment.
-pub struct Line<'a> {
+pub struct SegmentLine<'a> {
     /// The bytes without the newline.
     pub bytes: &'a [u8],
     /// The line's number in the file, from 1.
@@ -250,7 +250,7 @@ impl Lines {
     }
 
     /// Reads the next line; `None` at the end of the file. Fails if the file cannot be read.
-    pub fn read(&mut self) -> io::Result<Option<Line<'_>>> {
+    pub fn read(&mut self) -> io::Result<Option<SegmentLine<'_>>> {
         self.offset += self.bytes.len() as u64;
         self.bytes.clear();
         if self.reader.read_until(b'\n', &mut self.bytes)? == 0 {
@@ -258,7 +258,7 @@ impl Lines {
         }
         self.number += 1;
         let bytes = self.bytes.strip_suffix(b"\n");
-        let line = Line {
+        let line = SegmentLine {
             bytes: bytes.unwrap_or(&self.bytes),
             number: self.number,
             offset: self.offset,

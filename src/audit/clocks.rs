@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::age::{ACCEPTED, Ages, Anchor, TrailTime, text};
 use super::queue::Shared;
-use super::recovery::Found;
+use super::recovery::TrailState;
 use crate::clock;
 
 /// The largest difference between two clocks that count as equal, in milliseconds.
@@ -142,7 +142,7 @@ struct State {
 
 impl Clocks {
     /// The clocks of a process that continues after `found`.
-    pub(super) fn go_on(found: &Found, window: Duration) -> Self {
+    pub(super) fn go_on(found: &TrailState, window: Duration) -> Self {
         let (last, newest) = (found.anchors.last(), found.newest());
         let (boot, boottime) = (clock::boot_id(), boottime());
         let trail = TrailTime::go_on(last, newest, boot, boottime);
@@ -210,7 +210,7 @@ impl Clocks {
     }
 
     /// The members of the event `start` after what was found.
-    pub(super) fn start(&self, found: &Found) -> Value {
+    pub(super) fn start(&self, found: &TrailState) -> Value {
         let mut members = Map::from_iter([("version".to_owned(), env!("CARGO_PKG_VERSION").into())]);
         members.extend(self.members());
         if let Some(newest) = found.newest() {

@@ -24,12 +24,12 @@ use crate::clock;
 
 /// The identity of a file, independent of its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Identity {
+pub(super) struct FileIdentity {
     device: u64,
     inode: u64,
 }
 
-impl Identity {
+impl FileIdentity {
     /// The identity of the file that this metadata describes.
     pub(super) fn of(found: &Metadata) -> Self {
         Self { device: found.dev(), inode: found.ino() }
@@ -43,9 +43,9 @@ impl Identity {
 
 /// A file that a name in the directory leads to.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Found {
+pub(super) struct FoundFile {
     /// Which file it is.
-    pub(super) identity: Identity,
+    pub(super) identity: FileIdentity,
     /// Its length in bytes.
     pub(super) length: u64,
 }
@@ -58,7 +58,7 @@ pub(super) struct Directory {
     /// Kept open for the checks of each second: opening it again would fail while the process is at its limit
     /// on open files.
     listing: Dir,
-    identity: Identity,
+    identity: FileIdentity,
 }
 
 impl Directory {
@@ -67,7 +67,7 @@ impl Directory {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::DIRECTORY.bits().cast_signed();
         let handle = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-        let identity = Identity::of(&handle.metadata()?);
+        let identity = FileIdentity::of(&handle.metadata()?);
         let listing = Dir::read_from(&handle)?;
         Ok(Self { path: path.to_owned(), handle, listing, identity })
     }
@@ -91,7 +91,7 @@ impl Directory {
     // Records that go to a directory that was moved away are not found by the next start.
     pub(super) fn check(&self) -> io::Result<()> {
         let found = fs::metadata(&self.path)?;
-        if Identity::of(&found) == self.identity { Ok(()) } else { Err(replaced()) }
+        if FileIdentity::of(&found) == self.identity { Ok(()) } else { Err(replaced()) }
     }
 
     /// Makes a new file of mode 0600, opened for reading and writing. Fails if the name is taken, or if the
@@ -102,7 +102,7 @@ impl Directory {
         let path = self.path.join(name);
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-        if self.leads_to(name, Identity::of(&file.metadata()?))? {
+        if self.leads_to(name, FileIdentity::of(&file.metadata()?))? {
             return Ok(file);
         }
         let _ = fs::remove_file(path);
@@ -113,15 +113,15 @@ impl Directory {
     /// directory.
     pub(super) fn open_file(&self, name: &str) -> io::Result<File> {
         let file = open_regular(&self.path.join(name), OpenOptions::new().read(true).write(true))?;
-        if self.leads_to(name, Identity::of(&file.metadata()?))? { Ok(file) } else { Err(replaced()) }
+        if self.leads_to(name, FileIdentity::of(&file.metadata()?))? { Ok(file) } else { Err(replaced()) }
     }
 
     /// Returns the file that a name leads to; `None` if there is none. A symbolic link is found as itself.
-    pub(super) fn find(&self, name: &str) -> io::Result<Option<Found>> {
+    pub(super) fn find(&self, name: &str) -> io::Result<Option<FoundFile>> {
         match statat(&self.handle, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => {
-                let identity = Identity { device: stat.st_dev, inode: stat.st_ino };
-                Ok(Some(Found { identity, length: u64::try_from(stat.st_size).unwrap_or(0) }))
+                let identity = FileIdentity { device: stat.st_dev, inode: stat.st_ino };
+                Ok(Some(FoundFile { identity, length: u64::try_from(stat.st_size).unwrap_or(0) }))
             }
             Err(Errno::NOENT) => Ok(None),
             Err(error) => Err(error.into()),
@@ -129,7 +129,7 @@ impl Directory {
     }
 
     /// Whether a name leads to this file.
-    pub(super) fn leads_to(&self, name: &str, file: Identity) -> io::Result<bool> {
+    pub(super) fn leads_to(&self, name: &str, file: FileIdentity) -> io::Result<bool> {
         Ok(self.find(name)?.is_some_and(|found| found.identity == file))
     }
 
@@ -175,7 +175,7 @@ impl Directory {
 
     /// Removes a name if it leads to this file, and succeeds without doing anything if it does not.
     pub(super) fn remove_if(&self, name: &str, file: &File) -> io::Result<()> {
-        let is_its = self.leads_to(name, Identity::of(&file.metadata()?))?;
+        let is_its = self.leads_to(name, FileIdentity::of(&file.metadata()?))?;
         if is_its { self.remove(name) } else { Ok(()) }
     }
 

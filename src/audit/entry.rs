@@ -7,11 +7,11 @@
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::batch::Change;
-use super::facts::Facts;
+use super::batch::ListChange;
+use super::facts::RequestFacts;
 use super::line::{Line, Second};
-use super::unresolved::UnresolvedList;
-use super::{Answer, unresolved};
+use super::unresolved_calls::UnresolvedList;
+use super::{ExchangeResult, unresolved_calls};
 use crate::clock;
 use crate::model::cause::Cause;
 use crate::model::code::Code;
@@ -21,7 +21,7 @@ use crate::model::request_id::RequestId;
 /// A record to be queued.
 pub(super) enum Entry<'a> {
     Intent {
-        facts: &'a Facts,
+        facts: &'a RequestFacts,
         body_size: usize,
         /// The keyed digest of the body, in hex.
         digest: &'a [u8],
@@ -29,10 +29,10 @@ pub(super) enum Entry<'a> {
         further: &'a dyn Fn(&mut Vec<u8>),
     },
     Outcome {
-        facts: &'a Facts,
-        answer: &'a Answer,
+        facts: &'a RequestFacts,
+        answer: &'a ExchangeResult,
     },
-    Refusal(&'a Refusal),
+    NotForwarded(&'a NotForwarded),
     Event {
         name: &'static str,
         details: &'a Map<String, Value>,
@@ -53,18 +53,18 @@ pub(super) enum Entry<'a> {
 pub(super) enum Kind {
     Intent,
     Outcome,
-    Refusal,
+    NotForwarded,
     Event,
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 4] = [Self::Intent, Self::Outcome, Self::Refusal, Self::Event];
+    pub(super) const ALL: [Self; 4] = [Self::Intent, Self::Outcome, Self::NotForwarded, Self::Event];
 
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Intent => "intent",
             Self::Outcome => "outcome",
-            Self::Refusal => "refusal",
+            Self::NotForwarded => "refusal",
             Self::Event => "event",
         }
     }
@@ -72,7 +72,7 @@ impl Kind {
 
 /// Why a request has a record without an intent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Why {
+pub(super) enum RefusalReason {
     /// It was refused. The cause is set if the other side failed.
     Refused(Code, Option<Cause>),
     /// It was answered with a stored reply.
@@ -81,7 +81,7 @@ pub(super) enum Why {
     DryRun,
 }
 
-impl Why {
+impl RefusalReason {
     /// The outcome, code and cause to be recorded.
     pub(super) fn told(self) -> (Outcome, Option<Code>, Option<Cause>) {
         match self {
@@ -93,11 +93,11 @@ impl Why {
 }
 
 /// A refusal, or an aggregate of refusals of one kind.
-pub(super) struct Refusal {
+pub(super) struct NotForwarded {
     /// The time of the first one, in microseconds since 1970.
     pub(super) time: u64,
-    pub(super) facts: Box<Facts>,
-    pub(super) why: Why,
+    pub(super) facts: Box<RequestFacts>,
+    pub(super) why: RefusalReason,
     pub(super) status: u16,
     pub(super) count: u64,
     /// Whether it counts refusals of several peers. The facts then name the first.
@@ -109,26 +109,26 @@ impl Entry<'_> {
         match self {
             Self::Intent { .. } => Kind::Intent,
             Self::Outcome { .. } | Self::Doubt { .. } => Kind::Outcome,
-            Self::Refusal(_) => Kind::Refusal,
+            Self::NotForwarded(_) => Kind::NotForwarded,
             Self::Event { .. } | Self::Unresolved { .. } => Kind::Event,
         }
     }
 
     /// What the record changes in the list of unresolved calls.
-    pub(super) fn change(&self) -> Change {
+    pub(super) fn change(&self) -> ListChange {
         match self {
-            Self::Intent { facts, .. } => Change::Intent(facts.id.uuid()),
+            Self::Intent { facts, .. } => ListChange::Intent(facts.id.uuid()),
             Self::Outcome { facts, answer } => {
                 let is_forced = facts.is_forced;
-                Change::Outcome { id: facts.id.uuid(), outcome: answer.outcome, is_forced }
+                ListChange::Outcome { id: facts.id.uuid(), outcome: answer.outcome, is_forced }
             }
-            Self::Event { name, details } if unresolved::EVENTS.contains(name) => {
+            Self::Event { name, details } if unresolved_calls::EVENTS.contains(name) => {
                 let id = details.get("id").and_then(Value::as_str).and_then(|id| id.parse().ok());
-                Change::Event { name, id }
+                ListChange::Event { name, id }
             }
-            Self::Unresolved { .. } => Change::Event { name: unresolved::LIST, id: None },
+            Self::Unresolved { .. } => ListChange::Event { name: unresolved_calls::LIST, id: None },
             // A doubt is from crash recovery, which has put the call on the list itself.
-            Self::Event { .. } | Self::Refusal(_) | Self::Doubt { .. } => Change::None,
+            Self::Event { .. } | Self::NotForwarded(_) | Self::Doubt { .. } => ListChange::None,
         }
     }
 
@@ -136,12 +136,12 @@ impl Entry<'_> {
     /// outcome longer.
     // Not an intent: its members have redacted values, each of which needs a hash.
     pub(super) fn is_brief(&self) -> bool {
-        matches!(self, Self::Outcome { answer: Answer { reply: None, .. }, .. })
+        matches!(self, Self::Outcome { answer: ExchangeResult { reply: None, .. }, .. })
     }
 
     // An aggregate is queued up to an hour after its first refusal, whose time it has.
     fn time(&self) -> u64 {
-        if let Self::Refusal(refusal) = self { refusal.time } else { clock::unix_nanos() / 1000 }
+        if let Self::NotForwarded(refusal) = self { refusal.time } else { clock::unix_nanos() / 1000 }
     }
 
     /// Appends the beginning of the line: number, time and kind.
@@ -168,7 +168,7 @@ impl Entry<'_> {
                 answer.write(facts.stage, line);
                 facts.write_times(line);
             }
-            Self::Refusal(refusal) => refusal.write(line),
+            Self::NotForwarded(refusal) => refusal.write(line),
             Self::Event { name, details } => {
                 line.text(",\"event\":", name.as_bytes());
                 for (key, value) in *details {
@@ -176,8 +176,8 @@ impl Entry<'_> {
                 }
             }
             Self::Unresolved { list, forgotten } => {
-                line.text(",\"event\":", unresolved::LIST.as_bytes());
-                line.any(unresolved::LIST, list);
+                line.text(",\"event\":", unresolved_calls::LIST.as_bytes());
+                line.any(unresolved_calls::LIST, list);
                 if !forgotten.is_empty() {
                     line.any("forgotten", forgotten);
                 }
@@ -191,11 +191,11 @@ impl Entry<'_> {
     }
 }
 
-impl Refusal {
+impl NotForwarded {
     fn write(&self, line: &mut Line<'_>) {
         self.facts.write(line);
         let (outcome, code, cause) = self.why.told();
-        let note = (self.why == Why::DryRun).then_some("dry run");
+        let note = (self.why == RefusalReason::DryRun).then_some("dry run");
         line.word(",\"outcome\":\"", outcome.as_str());
         line.optional(",\"code\":", code.map(Code::as_str));
         line.optional(",\"cause\":", cause.map(Cause::as_str));

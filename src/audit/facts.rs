@@ -8,7 +8,7 @@ use std::sync::Arc;
 use http::HeaderValue;
 use serde_json::json;
 
-use super::folds::Who;
+use super::aggregation::RefusedPeer;
 use super::line::Line;
 use crate::clock;
 use crate::log::requests;
@@ -21,7 +21,7 @@ use crate::model::request_id::{FirstCall, RequestId};
 use crate::model::stage::Stage;
 
 /// What is known of a request.
-pub(super) struct Facts {
+pub(super) struct RequestFacts {
     pub(super) id: RequestId,
     pub(super) peer: Peer,
     /// What is written in place of the peer; `None` if the peer itself is.
@@ -55,7 +55,7 @@ pub struct Detail {
     pub errors: Vec<(String, &'static str)>,
 }
 
-impl Facts {
+impl RequestFacts {
     /// The facts of a request that enters its first stage now.
     pub(super) fn new(id: RequestId, peer: Peer, peer_shown: Option<Option<HeaderValue>>) -> Self {
         Self {
@@ -86,11 +86,11 @@ impl Facts {
 
     /// The peer or caller whose refusals are aggregated with this one.
     // An address without its port: a stranger has a new port for each connection.
-    pub(super) fn who(&self) -> Who {
+    pub(super) fn who(&self) -> RefusedPeer {
         match (&self.caller, self.peer) {
-            (Some(caller), _) => Who::Caller(caller.clone()),
-            (None, Peer::Tcp(address)) => Who::Address(address.ip()),
-            (None, Peer::Unix { uid, .. }) => Who::Uid(uid),
+            (Some(caller), _) => RefusedPeer::Caller(caller.clone()),
+            (None, Peer::Tcp(address)) => RefusedPeer::Address(address.ip()),
+            (None, Peer::Unix { uid, .. }) => RefusedPeer::Uid(uid),
         }
     }
 
@@ -163,7 +163,7 @@ impl Facts {
 }
 
 // Only the id: the rest may contain values that the trail redacts, and a log line must not show them.
-impl fmt::Debug for Facts {
+impl fmt::Debug for RequestFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Facts({})", self.id)
     }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::age;
 use super::chain::{Lines, segments};
-use super::unresolved::LIST;
+use super::unresolved_calls::LIST;
 
 /// How much earlier than the time in its id a record of the call may be dated.
 // Within a process both are dated by the same clock. A later process may have started with a clock that is behind.

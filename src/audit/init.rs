@@ -17,7 +17,7 @@ use thiserror::Error;
 use super::chain::{key_path, segments};
 use super::directory::Directory;
 use super::loss::word_without_key;
-use super::start::{StartError, lock, lock_file};
+use super::start::{OpenError, lock, lock_file};
 use super::sync::make_directory;
 
 use crate::keyed_hash::Keys;
@@ -107,20 +107,20 @@ fn is_absent(found: &io::Result<Metadata>) -> bool {
 ///
 /// Fails for a directory that holds segments without their key, for a key that cannot be used, and if another
 /// process has locked the directory.
-pub fn init(directory: &Path, key_file: Option<&Path>) -> Result<bool, StartError> {
+pub fn init(directory: &Path, key_file: Option<&Path>) -> Result<bool, OpenError> {
     check(directory, key_file, false)?;
     let is_there = check(directory, key_file, true).is_ok();
     // A key that exists must be usable before anything is made: otherwise the command would report success for
     // a trail that no start can open.
     if let Some(key) = key_file {
-        Keys::load(key).map_err(StartError::KeyFile)?;
+        Keys::load(key).map_err(OpenError::KeyFile)?;
     } else if is_there {
         Keys::load_own(directory)?;
     }
     if is_there {
         return Ok(false);
     }
-    let fail = |error| StartError::Directory(directory.into(), error);
+    let fail = |error| OpenError::Directory(directory.into(), error);
     make_directory(directory, Durability::Disk).map_err(fail)?;
     let directory = Directory::open(directory).map_err(fail)?;
     lock(&directory)?;

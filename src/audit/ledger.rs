@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::batch::{Batch, Change};
+use super::batch::{Batch, ListChange};
 use super::queue::Shared;
 use super::segment::Segment;
-use super::unresolved::{LIST, UnresolvedCall, UnresolvedList};
+use super::unresolved_calls::{LIST, UnresolvedCall, UnresolvedList};
 use crate::model::outcome::Outcome;
 
 /// The calls whose intents are committed and whose outcomes are not.
@@ -38,18 +38,18 @@ impl Ledger {
             match *change {
                 // The list that was just written contains the calls at work, too. Taken over, they would stay on the
                 // list after they end, and the next start would give them a second outcome.
-                Change::None | Change::Event { name: LIST, .. } => {}
-                Change::Intent(id) => {
+                ListChange::None | ListChange::Event { name: LIST, .. } => {}
+                ListChange::Intent(id) => {
                     let range = base + line.start as u64..base + line.end as u64;
                     self.at_work.insert(id, Intent::Line(range));
                 }
-                Change::Outcome { id, outcome, is_forced } => {
+                ListChange::Outcome { id, outcome, is_forced } => {
                     let Some(intent) = self.at_work.remove(&id) else { continue };
                     if outcome == Outcome::Unknown || is_forced {
                         end(intent.read(id, segment), outcome, shared);
                     }
                 }
-                Change::Event { name, id } => {
+                ListChange::Event { name, id } => {
                     shared.unresolved().take_event(name, id, &batch.text()[line]);
                 }
             }

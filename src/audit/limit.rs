@@ -20,7 +20,8 @@ const LEAST: u64 = 16 << 20;
 
 // A longer list is possible, since a call within the idempotency window is never removed from it. The writer then
 // stays in its segment and refuses new calls: see `Writer::begins` and `Writer::reserve`.
-const _: () = assert!(super::unresolved::AT_MOST as u64 * 512 + 2 * MOST_AT_ONCE as u64 + AHEAD < LEAST);
+const _: () =
+    assert!(super::unresolved_calls::AT_MOST as u64 * 512 + 2 * MOST_AT_ONCE as u64 + AHEAD < LEAST);
 
 /// Four times the body for a record, and as much for its call on the list. Longer ones are rare.
 // Either may come in addition to `MOST_AT_ONCE`. A record of many short values that are redacted is longer;

@@ -18,8 +18,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::chain::{MAX_SEQ, first_seq, segment_name};
-use super::directory::{Directory, Identity, open_regular};
-use super::retention::Place;
+use super::directory::{Directory, FileIdentity, open_regular};
+use super::retention::ChainPosition;
 
 use crate::keyed_hash::{hex, parse_hex};
 
@@ -45,16 +45,16 @@ pub(super) enum Statement {
     /// Its text is damaged.
     Unreadable,
     /// What the trail had when it was written.
-    Of(Stated),
+    Of(ClosingStatement),
 }
 
 /// What a trail must have.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Stated {
+pub(super) struct ClosingStatement {
     /// The number of the newest segment's first record.
     pub(super) newest: u64,
     /// A committed record, in that segment or the last one before it.
-    pub(super) last: Place,
+    pub(super) last: ChainPosition,
     /// Whether the gateway was stopped in order, so that no record follows.
     pub(super) is_stopped: bool,
 }
@@ -72,9 +72,9 @@ struct Text {
 #[derive(Debug)]
 pub(super) struct Lock {
     file: File,
-    identity: Identity,
+    identity: FileIdentity,
     /// What it states, if this process wrote that.
-    stated: Option<Stated>,
+    stated: Option<ClosingStatement>,
     /// The newest segment that this process tried to state.
     // Set even if the write fails. Otherwise each batch would try again. The check once a second does so.
     newest: Option<u64>,
@@ -111,11 +111,11 @@ impl Lock {
 
     fn locked(file: File) -> Result<Self, TryLockError> {
         file.try_lock()?;
-        let identity = Identity::of(&file.metadata().map_err(TryLockError::Error)?);
+        let identity = FileIdentity::of(&file.metadata().map_err(TryLockError::Error)?);
         Ok(Self { file, identity, stated: None, newest: None })
     }
 
-    pub(super) fn identity(&self) -> Identity {
+    pub(super) fn identity(&self) -> FileIdentity {
         self.identity
     }
 
@@ -130,7 +130,7 @@ impl Lock {
     }
 
     /// Writes what the trail has now, unless it says so already. With `is_durable` it is durable when this returns.
-    pub(super) fn state(&mut self, stated: &Stated, is_durable: bool) -> io::Result<()> {
+    pub(super) fn state(&mut self, stated: &ClosingStatement, is_durable: bool) -> io::Result<()> {
         if self.stated.as_ref() == Some(stated) {
             return Ok(());
         }
@@ -189,7 +189,7 @@ fn parse(bytes: &[u8]) -> Statement {
     stated(bytes).map_or(Statement::Unreadable, Statement::Of)
 }
 
-fn stated(bytes: &[u8]) -> Option<Stated> {
+fn stated(bytes: &[u8]) -> Option<ClosingStatement> {
     if bytes.len() != LENGTH {
         return None;
     }
@@ -198,8 +198,8 @@ fn stated(bytes: &[u8]) -> Option<Stated> {
     // The name must be exactly as the gateway writes it, and no number may overflow: anybody who can write the
     // directory can write this text.
     let is_sound = newest == segment_name(first) && (1..MAX_SEQ).contains(&first) && seq < MAX_SEQ;
-    let last = Place { seq, hash: parse_hex(&hash)? };
-    is_sound.then_some(Stated { newest: first, last, is_stopped: stopped })
+    let last = ChainPosition { seq, hash: parse_hex(&hash)? };
+    is_sound.then_some(ClosingStatement { newest: first, last, is_stopped: stopped })
 }
 
 fn padded(text: &str) -> Vec<u8> {

@@ -26,8 +26,8 @@ use sha2::{Digest, Sha256};
 use super::chain::{Lines, first_seq, number_of, stated};
 use super::directory::{Directory, open_regular};
 use super::recovery::Damage;
-use super::retention::Place;
-use super::{StartError, chain, retention, start};
+use super::retention::ChainPosition;
+use super::{OpenError, chain, retention, start};
 
 use crate::keyed_hash::{Hash, Keys, hex};
 
@@ -49,7 +49,7 @@ const BEGINNING: u64 = 4096;
 pub struct Loss {
     /// The first fault.
     #[serde(flatten)]
-    pub first: Fault,
+    pub first: LostPart,
     /// The word of this loss, for `serve --accept-loss`.
     pub word: String,
     /// The words of all faults.
@@ -59,7 +59,7 @@ pub struct Loss {
 
 /// A place where the trail is damaged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Fault {
+pub struct LostPart {
     /// The name of the segment.
     pub file: String,
     /// The line, counted from 1.
@@ -72,7 +72,7 @@ pub struct Fault {
 
 impl Loss {
     /// The loss that these faults make up; `None` if there are none.
-    fn of(faults: Vec<Fault>) -> Option<Self> {
+    fn of(faults: Vec<LostPart>) -> Option<Self> {
         let words: Vec<_> = faults.iter().map(|fault| fault.word.clone()).collect();
         let first = faults.into_iter().next()?;
         Some(Self { first, word: word(words.iter()), faults: words })
@@ -80,7 +80,7 @@ impl Loss {
 
     /// The members of the event that records the acceptance of this loss.
     pub fn details(&self) -> Map<String, Value> {
-        let Self { first: Fault { file, line, reason, .. }, word, faults } = self;
+        let Self { first: LostPart { file, line, reason, .. }, word, faults } = self;
         let details = json!({ "file": file, "line": line, "reason": reason, "word": word, "faults": faults });
         details.as_object().cloned().unwrap_or_default()
     }
@@ -115,7 +115,7 @@ pub(super) fn word_without_key(segments: &[PathBuf]) -> String {
 
 /// The result of checking one line against the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Checked {
+pub(crate) enum LineCheck {
     /// The gateway wrote the line directly after the previous one.
     Proven,
     /// This line, or the one before it, was changed.
@@ -128,14 +128,14 @@ pub(crate) enum Checked {
 /// Checks the hash chain over segments in order, and collects the faults that nobody has accepted.
 pub(crate) struct ChainCheck<'a> {
     keys: &'a Keys,
-    last: Place,
+    last: ChainPosition,
     /// The segment that is read.
     segment: PathBuf,
     /// The number of the first record of the segment after it.
     next: Option<u64>,
     /// The number of the last proven record.
     proven: u64,
-    faults: Vec<Fault>,
+    faults: Vec<LostPart>,
     /// How many of the faults are in this segment.
     here: usize,
     /// The words of accepted faults.
@@ -150,7 +150,7 @@ impl<'a> ChainCheck<'a> {
         let first = segments.first().filter(|path| first_seq(path) > 1);
         let before = first.map(|path| retention::before(path)).transpose()?.flatten();
         let seq = first.map_or(0, |path| first_seq(path) - 1);
-        let last = Place { seq, hash: before.map_or(Hash::default(), |before| before.hash) };
+        let last = ChainPosition { seq, hash: before.map_or(Hash::default(), |before| before.hash) };
         let (segment, faults, accepted) = <_>::default();
         Ok(Self { keys, last, segment, next: None, proven: 0, faults, here: 0, accepted })
     }
@@ -175,12 +175,12 @@ impl<'a> ChainCheck<'a> {
     }
 
     /// Checks a line without its newline. `number` is its line number, counted from 1.
-    pub(crate) fn check(&mut self, number: usize, line: &[u8]) -> Checked {
+    pub(crate) fn check(&mut self, number: usize, line: &[u8]) -> LineCheck {
         let seq = number_of(line);
         let expected = self.last.seq + 1;
         // A failed fdatasync leaves a batch at the end of this segment whose numbers the next segment has, too.
         if self.next.is_some_and(|next| expected >= next && seq.is_none_or(|seq| seq >= next)) {
-            return Checked::Repeated;
+            return LineCheck::Repeated;
         }
         let hash = self.keys.check(line, &self.last.hash);
         // A changed line states any hash its author likes, so a copy of an earlier record verifies after it.
@@ -195,12 +195,12 @@ impl<'a> ChainCheck<'a> {
         if let Some(reason) = reason {
             self.fault(number, reason, (expected, seq), line);
         }
-        let checked = if is_proven { Checked::Proven } else { Checked::Changed };
+        let checked = if is_proven { LineCheck::Proven } else { LineCheck::Changed };
         self.proven = if is_proven { seq } else { self.proven };
         // A number of the next segment cannot be in this one. It was changed, and if it counted, all following
         // lines would look repeated and be ignored.
         let seq = if self.next.is_some_and(|next| seq >= next) { expected } else { seq };
-        self.last = Place { seq, hash: hash.ok().or_else(|| stated(line)).unwrap_or(self.last.hash) };
+        self.last = ChainPosition { seq, hash: hash.ok().or_else(|| stated(line)).unwrap_or(self.last.hash) };
         checked
     }
 
@@ -224,7 +224,7 @@ impl<'a> ChainCheck<'a> {
         let numbers = [expected, seq].map(u64::to_be_bytes);
         let word = word([reason.as_bytes(), &numbers[0], &numbers[1], bytes]);
         let file = self.segment.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let fault = Fault { file, line, reason, word };
+        let fault = LostPart { file, line, reason, word };
         match self.faults.last_mut().filter(|_| self.here > MAX_FAULTS) {
             Some(last) => last.word = self::word([&last.word, &fault.word]),
             None => {
@@ -272,7 +272,7 @@ pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
             if index == 0 && line.number == 1 && first_seq(path) > 1 {
                 chain.begins_late();
             }
-            if checked == Checked::Proven
+            if checked == LineCheck::Proven
                 && let Ok(Event { event }) = serde_json::from_slice(line.bytes)
             {
                 chain.event(line.number, &event, line.bytes);
@@ -286,8 +286,8 @@ pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
 /// directory. Returns its name.
 ///
 /// Fails if another process has locked the directory.
-pub(super) fn set_aside(directory: &Path) -> Result<String, StartError> {
-    let fail = |error| StartError::Directory(directory.into(), error);
+pub(super) fn set_aside(directory: &Path) -> Result<String, OpenError> {
+    let fail = |error| OpenError::Directory(directory.into(), error);
     let opened = Directory::open(directory).map_err(fail)?;
     start::lock(&opened)?;
     let segments = chain::segments(directory).map_err(fail)?;
@@ -297,7 +297,7 @@ pub(super) fn set_aside(directory: &Path) -> Result<String, StartError> {
     // If it has files, `rename` would replace them.
     let is_empty = fs::read_dir(&aside).is_ok_and(|mut entries| entries.next().is_none());
     if !is_empty {
-        fs::create_dir(&aside).map_err(|error| StartError::Directory(aside.clone(), error))?;
+        fs::create_dir(&aside).map_err(|error| OpenError::Directory(aside.clone(), error))?;
     }
     let lock = directory.join(super::lock::NAME);
     // The lock file goes along: it names a segment of the old trail, and would make the new trail look damaged.

@@ -13,7 +13,7 @@ use crate::registry::Registry;
 
 /// The counters and gauges of the trail. Clones share their values.
 #[derive(Clone, Debug)]
-pub struct Metrics {
+pub struct AuditMetrics {
     /// By kind. Handles are kept, so that counting a record needs no look-up by label.
     pub(super) records: [Counter; Kind::ALL.len()],
     pub(super) bytes: Counter,
@@ -26,7 +26,7 @@ pub struct Metrics {
     pub(super) removed_early: Counter,
     /// Files restored, and files lost.
     pub(super) files_lost: [Counter; 2],
-    pub(super) folded: Counter,
+    pub(super) aggregated: Counter,
     pub(super) dropped: Counter,
     pub(super) late: Counter,
     pub(super) queue: Gauge,
@@ -47,7 +47,7 @@ struct ResultLabel {
     result: &'static str,
 }
 
-impl Metrics {
+impl AuditMetrics {
     /// Registers the metrics and returns their handles.
     pub(crate) fn new(registry: &mut Registry) -> Self {
         let records: Family<KindLabel, Counter> =
@@ -76,7 +76,7 @@ impl Metrics {
                 "Of these, those removed before `retain` had passed, since the trail was larger than max_size.",
             ),
             files_lost: ["restored", "lost"].map(|result| files_lost.get_or_create_owned(&ResultLabel { result })),
-            folded: registry.renamed(
+            aggregated: registry.renamed(
                 "audit_folded_refusals_total",
                 "audit_aggregated_rejections_total",
                 "Refusals that were recorded by count only.",

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use super::batch::Batch;
 use super::clocks::Clocks;
 use super::directory::Directory;
-use super::recovery::Found;
-use super::start::{StartError, lock, lock_file, resume, start_error};
+use super::recovery::TrailState;
+use super::start::{OpenError, lock, lock_file, open_error, resume};
 use super::writer::Writer;
 use super::{Options, age, chain, init, lock, loss};
 use crate::keyed_hash::Keys;
@@ -24,8 +24,8 @@ use crate::keyed_hash::Keys;
 /// Accepts the wall clock for a trail that no gateway writes: see [`super::Audit::accept_clock`]. Returns the
 /// number of the event, which is on the disk then.
 ///
-/// Fails with [`StartError::Locked`] while a gateway writes the trail.
-pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
+/// Fails with [`OpenError::Locked`] while a gateway writes the trail.
+pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, OpenError> {
     check_trail(directory)?;
     append_event(directory, keys.into(), age::ACCEPTED, |clocks| clocks.accepted().into())
 }
@@ -33,20 +33,20 @@ pub fn accept_clock(directory: &Path, keys: Keys) -> Result<u64, StartError> {
 /// Accepts the loss of a part of a trail that no gateway writes: see [`loss`]. Returns the number of the event,
 /// which is on the disk then, or `None` if nothing is lost and nothing was removed.
 ///
-/// Fails with [`StartError::Locked`] while a gateway writes the trail.
-pub fn accept_loss(directory: &Path, keys: Keys) -> Result<Option<u64>, StartError> {
+/// Fails with [`OpenError::Locked`] while a gateway writes the trail.
+pub fn accept_loss(directory: &Path, keys: Keys) -> Result<Option<u64>, OpenError> {
     check_trail(directory)?;
     let keys = Arc::new(keys);
     // Missing records at the end become an event only when a writer continues the trail. This empty append
     // records them first, so that the acceptance covers them, as it does when a gateway has started before.
-    append(directory, keys.clone(), |_, _, _| Ok::<_, StartError>(()))?;
-    let loss = loss::look(directory, &keys).map_err(|error| start_error(directory, error))?;
+    append(directory, keys.clone(), |_, _, _| Ok::<_, OpenError>(()))?;
+    let loss = loss::look(directory, &keys).map_err(|error| open_error(directory, error))?;
     loss.map(|loss| append_event(directory, keys, loss::ACCEPTED, |_| loss.details().into())).transpose()
 }
 
 /// Sets aside the segments whose key is missing, and begins a new trail with a new key, whose first record says
 /// so. Returns the name of the directory to which the segments were moved.
-pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
+pub fn accept_lost_key(directory: &Path) -> Result<String, OpenError> {
     let aside = loss::set_aside(directory)?;
     init::init(directory, None)?;
     let details = json!({ "reason": "the key was missing", "aside": aside });
@@ -56,8 +56,8 @@ pub fn accept_lost_key(directory: &Path) -> Result<String, StartError> {
 
 /// Fails with `NotFound` if there is no segment.
 // Otherwise a mistyped path would become a new trail.
-pub(super) fn check_trail(directory: &Path) -> Result<(), StartError> {
-    let fail = |error| start_error(directory, error);
+pub(super) fn check_trail(directory: &Path) -> Result<(), OpenError> {
+    let fail = |error| open_error(directory, error);
     if chain::segments(directory).map_err(fail)?.is_empty() {
         return Err(fail(io::Error::new(io::ErrorKind::NotFound, "there is no audit trail")));
     }
@@ -71,10 +71,10 @@ fn append_event(
     keys: Arc<Keys>,
     name: &'static str,
     details: impl FnOnce(&Clocks) -> Value,
-) -> Result<u64, StartError> {
+) -> Result<u64, OpenError> {
     let append = append(directory, keys, |batch, _, clocks| {
         batch.event(name, details(clocks));
-        Ok::<_, StartError>(())
+        Ok::<_, OpenError>(())
     });
     append.map(|((), seq)| seq)
 }
@@ -84,12 +84,12 @@ fn append_event(
 ///
 /// Fails if the lock is taken, if the trail cannot be read or written, or if `fill` fails. What reading found
 /// is recorded even if `fill` fails.
-pub(super) fn append<T, E: From<StartError>>(
+pub(super) fn append<T, E: From<OpenError>>(
     directory: &Path,
     keys: Arc<Keys>,
-    fill: impl FnOnce(&mut Batch, &Found, &Clocks) -> Result<T, E>,
+    fill: impl FnOnce(&mut Batch, &TrailState, &Clocks) -> Result<T, E>,
 ) -> Result<(T, u64), E> {
-    let fail = |error| start_error(directory, error);
+    let fail = |error| open_error(directory, error);
     let opened = Directory::open(directory).map_err(fail)?;
     lock(&opened)?;
     let (locked, options) = (lock_file(opened)?, Options::to_append(directory));

@@ -4,7 +4,7 @@
 //! outcome, so that an outcome is never refused. Refusals use at most half of the queue; beyond that they are only
 //! counted. Nothing here waits for a disk: a stuck disk holds up the writer's thread and never the lock of the queue.
 //!
-//! This module does not wait for commits (`lane` does) and does not write (`writer` does).
+//! This module does not wait for commits (`waiters` does) and does not write (`writer` does).
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::aggregation::RefusalAggregator;
 use super::batch::Batch;
-use super::entry::{Entry, Why};
-use super::facts::Facts;
-use super::folds::Folds;
-use super::lane::Lane;
-use super::unresolved::UnresolvedList;
+use super::commit_waiters::CommitWaiters;
+use super::entry::{Entry, RefusalReason};
+use super::facts::RequestFacts;
+use super::unresolved_calls::UnresolvedList;
 use super::writer::MOST_AT_ONCE;
-use super::{Metrics, Options, Unavailable, limit};
+use super::{AuditMetrics, Options, Unavailable, limit};
 use crate::clock;
 use crate::log::OncePerSecond;
 use crate::supervisor::Vital;
@@ -71,12 +71,12 @@ pub(super) struct Shared {
     queue: Mutex<Queue>,
     filled: Condvar,
     /// The number of the last committed record. All records before it are committed, too.
-    pub(super) safe: Arc<AtomicU64>,
+    pub(super) committed: Arc<AtomicU64>,
     /// The waiters of each worker.
-    lanes: Mutex<Vec<Arc<Lane>>>,
+    all_waiters: Mutex<Vec<Arc<CommitWaiters>>>,
     /// When the current batch must be done, in nanoseconds of this process; [`u64::MAX`] between batches. After a
     /// batch that took longer it stays in the past until a later batch is done in time.
-    due: AtomicU64,
+    batch_deadline: AtomicU64,
     /// Whether the last write succeeded.
     pub(super) writable: Flag,
     /// Whether the directory and the lock file are in their place.
@@ -88,7 +88,7 @@ pub(super) struct Shared {
     unresolved: Mutex<UnresolvedList>,
     /// The last error that kept records from being written, for `/status`.
     pub(super) trouble: LastTrouble,
-    pub(super) metrics: Metrics,
+    pub(super) metrics: AuditMetrics,
     capacity: usize,
     /// A test holds this lock to simulate a disk that does not answer.
     #[cfg(test)]
@@ -127,7 +127,7 @@ struct Queue {
     /// Places reserved for the outcomes of intents: the number of intents whose outcome is not queued yet.
     reserved: usize,
     closing: bool,
-    folds: Folds,
+    aggregator: RefusalAggregator,
 }
 
 /// What a new segment must carry over from the segments before it, in its list of unresolved calls.
@@ -140,7 +140,7 @@ pub(super) struct Carried {
 }
 
 /// The writer's next step.
-pub(super) enum Next {
+pub(super) enum WriterWork {
     /// Write the batch.
     Write,
     /// Check the free space and the files; there is nothing to write.
@@ -151,7 +151,12 @@ pub(super) enum Next {
 
 impl Shared {
     /// An empty queue. The next record has the number after `seq`.
-    pub(super) fn new(options: &Options, metrics: Metrics, seq: u64, unresolved: UnresolvedList) -> Self {
+    pub(super) fn new(
+        options: &Options,
+        metrics: AuditMetrics,
+        seq: u64,
+        unresolved: UnresolvedList,
+    ) -> Self {
         Self {
             queue: Mutex::new(Queue {
                 batch: Batch::behind(seq),
@@ -159,12 +164,12 @@ impl Shared {
                 deferred: None,
                 reserved: 0,
                 closing: false,
-                folds: Folds::new(options.refusals, options.hour),
+                aggregator: RefusalAggregator::new(options.refusals, options.hour),
             }),
             filled: Condvar::new(),
-            safe: Arc::new(AtomicU64::new(seq)),
-            lanes: Mutex::default(),
-            due: AtomicU64::new(u64::MAX),
+            committed: Arc::new(AtomicU64::new(seq)),
+            all_waiters: Mutex::default(),
+            batch_deadline: AtomicU64::new(u64::MAX),
             writable: Flag::set(),
             in_place: Flag::set(),
             room: Flag::set(),
@@ -188,10 +193,10 @@ impl Shared {
     }
 
     /// Adds the waiters of one worker.
-    pub(super) fn new_lane(&self, vital: Option<Vital>) -> Arc<Lane> {
-        let lane = Arc::new(Lane::new(vital));
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(lane.clone());
-        lane
+    pub(super) fn new_waiters(&self, vital: Option<Vital>) -> Arc<CommitWaiters> {
+        let waiters = Arc::new(CommitWaiters::new(vital));
+        self.all_waiters.lock().unwrap_or_else(PoisonError::into_inner).push(waiters.clone());
+        waiters
     }
 
     /// Wakes the writer for a new record if the writer sleeps.
@@ -214,7 +219,7 @@ impl Shared {
     }
 
     /// Wakes the writer if a worker has deferred the wake-up for too long.
-    pub(super) fn nudge(&self) {
+    pub(super) fn wake_if_overdue(&self) {
         let queue = self.lock();
         if !queue.batch.is_empty() {
             self.filled(queue);
@@ -224,7 +229,7 @@ impl Shared {
     /// Wakes the writer if it sleeps and has records or aggregated refusals to write, whether the wake-up is deferred
     /// or not.
     fn wake(&self, queue: MutexGuard<'_, Queue>) {
-        if queue.writer_sleeps && (!queue.batch.is_empty() || queue.folds.is_pending()) {
+        if queue.writer_sleeps && (!queue.batch.is_empty() || queue.aggregator.is_pending()) {
             drop(queue);
             self.filled.notify_one();
         }
@@ -303,22 +308,22 @@ impl Shared {
 
     /// Queues a refusal, adds it to an aggregate, or only counts it. Never waits, and leaves half of the queue to
     /// intents and outcomes. Only the aggregates of an earlier second, which are few, may exceed that.
-    pub(super) fn push_refusal(&self, facts: Box<Facts>, why: Why, status: u16) {
+    pub(super) fn push_refusal(&self, facts: Box<RequestFacts>, why: RefusalReason, status: u16) {
         let mut queue = self.lock();
         // Here as well as in the writer, which may be stuck in a write while refusals go on.
-        if queue.folds.is_due() {
-            queue.fold_up(&self.metrics);
+        if queue.aggregator.is_due() {
+            queue.flush_refusals(&self.metrics);
             if self.takes_refusals(&queue) {
                 queue.close_gap();
             }
         }
         if !self.takes_refusals(&queue) {
-            queue.folds.unrecorded += 1;
+            queue.aggregator.unrecorded += 1;
             self.metrics.dropped.inc();
             return;
         }
-        let Queue { folds, batch, .. } = &mut *queue;
-        folds.push(facts, (why, status), batch, &self.metrics);
+        let Queue { aggregator, batch, .. } = &mut *queue;
+        aggregator.push(facts, (why, status), batch, &self.metrics);
         self.filled(queue);
     }
 
@@ -334,13 +339,13 @@ impl Shared {
     ///
     /// `begins` is set if the batch is to begin a segment. Its last line is then a placeholder for the list of
     /// unresolved calls, unless that list would be empty.
-    pub(super) fn next_batch(&self, batch: &mut Batch, begins: Option<Carried>) -> Next {
+    pub(super) fn next_batch(&self, batch: &mut Batch, begins: Option<Carried>) -> WriterWork {
         let mut queue = self.lock();
         let begun = Instant::now();
         loop {
-            let pending = queue.folds.is_pending() && self.takes_refusals(&queue);
-            if pending && queue.folds.is_due() {
-                queue.fold_up(&self.metrics);
+            let pending = queue.aggregator.is_pending() && self.takes_refusals(&queue);
+            if pending && queue.aggregator.is_due() {
+                queue.flush_refusals(&self.metrics);
                 queue.close_gap();
             }
             if !queue.batch.is_empty() {
@@ -355,10 +360,10 @@ impl Shared {
                 queue.batch.move_to(batch);
                 batch.begins_segment = begins.is_some();
                 queue.deferred = None;
-                return Next::Write;
+                return WriterWork::Write;
             }
             if queue.closing {
-                return Next::End;
+                return WriterWork::End;
             }
             // Without space, service depends on how soon it is noticed that there is space again. Refusals that are
             // aggregated become records soon after their second has passed.
@@ -375,7 +380,7 @@ impl Shared {
             // time, and the check for free space would never come.
             let is_time = waited.timed_out() || begun.elapsed() >= wait;
             if is_time && (!pending || !self.room.is_set()) && woken.batch.is_empty() {
-                return Next::Look;
+                return WriterWork::Look;
             }
             queue = woken;
         }
@@ -384,31 +389,36 @@ impl Shared {
     /// Called when the writer begins with a batch of `records` records. Returns when it must be done, in nanoseconds
     /// of this process.
     pub(super) fn begin(&self, records: usize) -> u64 {
-        let due = clock::nanos() + PROMPT.0 + PROMPT.1 * records as u64;
+        let batch_deadline = clock::nanos() + PROMPT.0 + PROMPT.1 * records as u64;
         // Only if no time is set: after a slow batch the time in the past stays, so that the writer counts as behind
         // until it was in time again.
-        let _ = self.due.compare_exchange(u64::MAX, due, Ordering::Relaxed, Ordering::Relaxed);
-        due
+        let _ = self.batch_deadline.compare_exchange(
+            u64::MAX,
+            batch_deadline,
+            Ordering::Relaxed,
+            Ordering::Relaxed,
+        );
+        batch_deadline
     }
 
-    /// Called when the writer is done with the batch that was due by `due`.
-    pub(super) fn rest(&self, due: u64) {
-        if clock::nanos() < due {
-            self.due.store(u64::MAX, Ordering::Relaxed);
+    /// Called when the writer is done with the batch that was due by `batch_deadline`.
+    pub(super) fn finished(&self, batch_deadline: u64) {
+        if clock::nanos() < batch_deadline {
+            self.batch_deadline.store(u64::MAX, Ordering::Relaxed);
         }
     }
 
     /// Whether the writer keeps up: its last batch was done in time, and its current one can still be.
-    pub(super) fn is_prompt(&self) -> bool {
-        clock::nanos() < self.due.load(Ordering::Relaxed)
+    pub(super) fn is_keeping_up(&self) -> bool {
+        clock::nanos() < self.batch_deadline.load(Ordering::Relaxed)
     }
 
     /// Publishes that a batch is committed, and wakes each worker that has requests waiting for it.
     pub(super) fn written(&self, batch: &Batch) {
         // Before the waiters are woken: each compares its number with this one.
-        self.safe.store(batch.last(), Ordering::Release);
-        for lane in &*self.lanes.lock().unwrap_or_else(PoisonError::into_inner) {
-            lane.more_is_safe();
+        self.committed.store(batch.last(), Ordering::Release);
+        for waiters in &*self.all_waiters.lock().unwrap_or_else(PoisonError::into_inner) {
+            waiters.more_is_committed();
         }
         self.metrics.written(batch);
         self.metrics.queue.set(i64::try_from(self.lock().batch.len()).unwrap_or(i64::MAX));
@@ -417,11 +427,11 @@ impl Shared {
     /// Queues the last record, the event `stop`. From now on no intent is accepted; what is queued is still written.
     pub(super) fn close(&self) {
         let mut queue = self.lock();
-        let Queue { folds, batch, .. } = &mut *queue;
+        let Queue { aggregator, batch, .. } = &mut *queue;
         // Refusals that are only counted get their record now: the writer ends when the queue is empty.
-        folds.fold_up(batch, &self.metrics);
-        folds.end_hour(batch);
-        folds.close_gap(batch);
+        aggregator.flush(batch, &self.metrics);
+        aggregator.end_hour(batch);
+        aggregator.close_gap(batch);
         batch.event("stop", json!({}));
         queue.closing = true;
         drop(queue);
@@ -471,12 +481,12 @@ fn with_members<T>(entry: &Entry<'_>, push: impl FnOnce(&[u8]) -> T) -> T {
 }
 
 impl Queue {
-    fn fold_up(&mut self, metrics: &Metrics) {
-        self.folds.fold_up(&mut self.batch, metrics);
+    fn flush_refusals(&mut self, metrics: &AuditMetrics) {
+        self.aggregator.flush(&mut self.batch, metrics);
     }
 
     fn close_gap(&mut self) {
-        self.folds.close_gap(&mut self.batch);
+        self.aggregator.close_gap(&mut self.batch);
     }
 
     /// Whether the wake-up of the writer may be deferred further.

@@ -15,8 +15,8 @@ use std::thread;
 
 use http::HeaderValue;
 
-use super::entry::{Entry, Why};
-use super::facts::Facts;
+use super::entry::{Entry, RefusalReason};
+use super::facts::RequestFacts;
 use super::line::Line;
 use super::{Audit, Detail, Permit, StoredReply, Unavailable};
 use crate::keyed_hash::{Hash, to_hex};
@@ -39,21 +39,21 @@ pub struct OpenRecord {
 #[derive(Debug)]
 struct Open {
     audit: Audit,
-    facts: Box<Facts>,
+    facts: Box<RequestFacts>,
 }
 
 /// The record of a request whose intent is queued. It is moved, never shared: its owner alone decides its outcome.
 #[derive(Debug)]
 pub struct IntendedRecord {
     audit: Audit,
-    facts: Box<Facts>,
+    facts: Box<RequestFacts>,
     /// Whether its outcome is queued.
     is_closed: bool,
 }
 
 /// How an exchange with the upstream ended. Becomes the members of the outcome's record.
 #[derive(Clone, Debug)]
-pub struct Answer {
+pub struct ExchangeResult {
     /// Whether the task was done.
     pub outcome: Outcome,
     /// The gateway's own problem code, if it answers with one.
@@ -98,15 +98,15 @@ pub struct Queued {
 impl Queued {
     /// Waits until the outcome is committed, for at most the deadline of an intent. Returns whether it is.
     /// Cancellation safe; may be called again after false.
-    pub async fn is_safe(&self) -> bool {
-        self.record.audit.safe(self.seq, 0).await.is_ok()
+    pub async fn is_committed(&self) -> bool {
+        self.record.audit.committed_within(self.seq, 0).await.is_ok()
     }
 }
 
 impl OpenRecord {
     pub(super) fn new(audit: Audit, peer: Peer) -> Self {
         let id = RequestId::new();
-        let facts = Box::new(Facts::new(id, peer, audit.hides_peer(peer)));
+        let facts = Box::new(RequestFacts::new(id, peer, audit.hides_peer(peer)));
         Self { id, stage: Stage::Admission, open: Some(Open { audit, facts }) }
     }
 
@@ -172,7 +172,7 @@ impl OpenRecord {
         self.set(|_, facts| facts.detail = Some(detail));
     }
 
-    fn set(&mut self, change: impl FnOnce(&Audit, &mut Facts)) {
+    fn set(&mut self, change: impl FnOnce(&Audit, &mut RequestFacts)) {
         if let Some(Open { audit, facts }) = &mut self.open {
             change(audit, facts);
         }
@@ -181,20 +181,20 @@ impl OpenRecord {
     /// Closes the record as refused, with the cause if the other side failed. Does nothing if the record is closed or
     /// intended.
     pub fn refuse(&mut self, code: Code, cause: Option<Cause>) {
-        self.close(Why::Refused(code, cause), code.status().as_u16());
+        self.close(RefusalReason::Refused(code, cause), code.status().as_u16());
     }
 
     /// Closes the record of a request that was answered with a stored reply.
     pub fn replayed(&mut self, status: u16) {
-        self.close(Why::Replayed, status);
+        self.close(RefusalReason::Replayed, status);
     }
 
     /// Closes the record of a dry run, which is never sent.
     pub fn dry_run(&mut self, status: u16) {
-        self.close(Why::DryRun, status);
+        self.close(RefusalReason::DryRun, status);
     }
 
-    fn close(&mut self, why: Why, status: u16) {
+    fn close(&mut self, why: RefusalReason, status: u16) {
         let Some(Open { audit, mut facts }) = self.open.take() else { return };
         facts.enter(self.stage);
         let (outcome, code, cause) = why.told();
@@ -226,13 +226,13 @@ impl OpenRecord {
         let Open { audit, facts } = self.open.take().ok_or(Unavailable)?;
         let mut record = IntendedRecord { audit, facts, is_closed: false };
         Ok(async move {
-            if record.audit.safe(seq, waited).await.is_ok() {
+            if record.audit.committed_within(seq, waited).await.is_ok() {
                 return Ok(record);
             }
             // The writer may still commit the intent later, so that it needs an outcome now. Nothing can be sent
             // without an intended record, so that `not_sent` is certain.
             record.audit.shared().metrics.late.inc();
-            record.close(&Answer::without_reply(Outcome::NotSent, Code::AuditUnavailable));
+            record.close(&ExchangeResult::without_reply(Outcome::NotSent, Code::AuditUnavailable));
             Err(Unavailable)
         })
     }
@@ -260,13 +260,13 @@ impl IntendedRecord {
 
     /// Closes the record with the outcome of its exchange. Returns what to wait for, and the names of caller and
     /// route.
-    pub fn finish(mut self, answer: &Answer) -> (Queued, Names) {
+    pub fn finish(mut self, answer: &ExchangeResult) -> (Queued, Names) {
         let seq = self.close(answer);
         let names = Names { caller: self.facts.caller.take(), route: self.facts.route.take() };
         (Queued { record: self, seq }, names)
     }
 
-    fn close(&mut self, answer: &Answer) -> u64 {
+    fn close(&mut self, answer: &ExchangeResult) -> u64 {
         // First: a panic below must not make the drop queue a second outcome.
         self.is_closed = true;
         let (audit, facts) = (&self.audit, &mut *self.facts);
@@ -286,18 +286,19 @@ impl Drop for IntendedRecord {
         let answer = match self.facts.stage {
             // Whether the upstream received the request is not known here. `not_sent` would tell the caller that it
             // may send the task again.
-            Stage::Upstream => {
-                Answer { note: Some("cut off"), ..Answer::without_reply(Outcome::Unknown, Code::Internal) }
-            }
+            Stage::Upstream => ExchangeResult {
+                note: Some("cut off"),
+                ..ExchangeResult::without_reply(Outcome::Unknown, Code::Internal)
+            },
             // A panic is a fault of the gateway, and the trail must not blame the caller for it.
-            _ if thread::panicking() => Answer::without_reply(Outcome::NotSent, Code::Internal),
-            _ => Answer::without_reply(Outcome::NotSent, Code::CallerLeft),
+            _ if thread::panicking() => ExchangeResult::without_reply(Outcome::NotSent, Code::Internal),
+            _ => ExchangeResult::without_reply(Outcome::NotSent, Code::CallerLeft),
         };
         self.close(&answer);
     }
 }
 
-impl Answer {
+impl ExchangeResult {
     fn without_reply(outcome: Outcome, code: Code) -> Self {
         Self {
             outcome,

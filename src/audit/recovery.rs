@@ -29,9 +29,9 @@ use uuid::Uuid;
 use super::age::{Anchor, FORMAT, Newer};
 use super::chain::{Lines, MAX_SEQ, first_seq, segment_name, segments, stated};
 use super::directory::open_regular;
-use super::lock::{Stated, Statement};
-use super::retention::Place;
-use super::unresolved::{Step, UnresolvedList};
+use super::lock::{ClosingStatement, Statement};
+use super::retention::ChainPosition;
+use super::unresolved_calls::{RecordView, UnresolvedList};
 use super::{age, lock, retention};
 
 use crate::keyed_hash::{Hash, Keys};
@@ -54,7 +54,7 @@ const MAX_TORN: u64 = 1 << 20;
 
 /// The result of reading a trail.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct TrailState {
     /// The number of the last complete record.
     pub seq: u64,
     /// The hash of the last complete record.
@@ -63,7 +63,7 @@ pub struct Found {
     /// it.
     pub unresolved: UnresolvedList,
     /// The lines that do not fit, in the order of the trail. At most 10,000.
-    pub faults: Vec<Fault>,
+    pub faults: Vec<BrokenLine>,
     /// The torn end of the last write: the segment, the offset where the torn part begins, and its length in
     /// bytes.
     pub torn: Option<(PathBuf, u64, u64)>,
@@ -78,7 +78,7 @@ pub struct Found {
     /// What is missing compared with the statement in the lock file.
     pub damage: Vec<Damage>,
     /// The events in which earlier starts recorded that something was missing.
-    pub recorded: Vec<Fault>,
+    pub recorded: Vec<BrokenLine>,
     /// Whether the text of the lock file cannot be parsed. Then nothing is known about the end of the trail.
     pub is_lock_unreadable: bool,
     /// The highest number of any record, proven or not.
@@ -86,13 +86,13 @@ pub struct Found {
     /// The highest number of a proven record.
     proven: u64,
     /// The record that the lock file names.
-    expected: Option<Place>,
+    expected: Option<ChainPosition>,
     /// Whether that record was found.
     is_reached: bool,
     /// A number that was certainly assigned, though its record may be missing. 0 if nothing is missing.
     given: u64,
     /// The place before the first segment, if that does not begin with the first record of the trail.
-    begins_behind: Option<Place>,
+    begins_behind: Option<ChainPosition>,
     /// Whether an event `retention` accounts for the records before the first segment.
     is_retained: bool,
 }
@@ -127,7 +127,7 @@ pub enum Lacking {
 
 /// A line of a segment that does not fit.
 #[derive(Clone, Debug, Serialize)]
-pub struct Fault {
+pub struct BrokenLine {
     /// The path of the segment.
     pub file: PathBuf,
     /// The line, counted from 1.
@@ -157,9 +157,9 @@ struct Head<'a> {
 /// it removes a segment meanwhile, reading starts again, up to ten times.
 ///
 /// Fails if a segment cannot be read, and with an error that wraps [`Newer`] if a newer version wrote a part of
-/// the trail. Faults of the trail are no errors: they are in [`Found`]. Reads every byte of the trail, so do
+/// the trail. Faults of the trail are no errors: they are in [`TrailState`]. Reads every byte of the trail, so do
 /// not call it on a thread that serves requests.
-pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
+pub fn read(directory: &Path, keys: &Keys) -> io::Result<TrailState> {
     let mut tries = 10;
     loop {
         // The lock file is read before the segments are listed. In the other order, a running gateway could
@@ -172,13 +172,13 @@ pub fn read(directory: &Path, keys: &Keys) -> io::Result<Found> {
     }
 }
 
-fn read_all(segments: &[PathBuf], keys: &Keys, statement: &Statement) -> io::Result<Found> {
-    let mut found = Found::begin(segments.first())?;
-    found.begins_behind = (found.seq > 0).then_some(Place { seq: found.seq, hash: found.hash });
+fn read_all(segments: &[PathBuf], keys: &Keys, statement: &Statement) -> io::Result<TrailState> {
+    let mut found = TrailState::begin(segments.first())?;
+    found.begins_behind = (found.seq > 0).then_some(ChainPosition { seq: found.seq, hash: found.hash });
     let mut found = read_segments(segments, found, keys, statement)?;
     if let (Some(_), Some(path), false) = (found.begins_behind, segments.first(), found.is_retained) {
         let reason = "records before this one were removed, and no event says so";
-        found.faults.insert(0, Fault { file: path.clone(), line: 1, seq: first_seq(path), reason });
+        found.faults.insert(0, BrokenLine { file: path.clone(), line: 1, seq: first_seq(path), reason });
     }
     Ok(found)
 }
@@ -190,10 +190,10 @@ fn read_all(segments: &[PathBuf], keys: &Keys, statement: &Statement) -> io::Res
 // Two segments and not one: the last one may hold nothing but a torn line. Then the place in the chain and the
 // list of unresolved calls are in the one before. A batch whose fdatasync failed is at the end of the last but
 // one, too.
-pub(super) fn read_end(directory: &Path, keys: &Keys, statement: &Statement) -> io::Result<Found> {
+pub(super) fn read_end(directory: &Path, keys: &Keys, statement: &Statement) -> io::Result<TrailState> {
     let segments = segments(directory)?;
     let (before, end) = segments.split_at(segments.len().saturating_sub(2));
-    let mut found = read_segments(end, Found::begin(end.first())?, keys, statement)?;
+    let mut found = read_segments(end, TrailState::begin(end.first())?, keys, statement)?;
     if let (true, Some(newest)) = (found.anchors.is_empty(), found.newest()) {
         found.anchors.extend(age::last_anchor(before, newest, keys)?);
     }
@@ -202,10 +202,10 @@ pub(super) fn read_end(directory: &Path, keys: &Keys, statement: &Statement) -> 
 
 fn read_segments(
     segments: &[PathBuf],
-    mut found: Found,
+    mut found: TrailState,
     keys: &Keys,
     statement: &Statement,
-) -> io::Result<Found> {
+) -> io::Result<TrailState> {
     if let Statement::Of(stated) = statement {
         found.expected = Some(stated.last);
         // A start reads the end only. A record before that cannot be found, and its absence means nothing.
@@ -250,7 +250,7 @@ fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-impl Found {
+impl TrailState {
     /// The state before a segment is read: the place that its first record names, or the beginning of the trail
     /// for the very first segment.
     fn begin(segment: Option<&PathBuf>) -> io::Result<Self> {
@@ -258,7 +258,11 @@ impl Found {
             Some(path) => retention::before(path)?,
             None => None,
         };
-        Ok(before.map_or_else(Self::default, |Place { seq, hash }| Self { seq, hash, ..Self::default() }))
+        Ok(before.map_or_else(Self::default, |ChainPosition { seq, hash }| Self {
+            seq,
+            hash,
+            ..Self::default()
+        }))
     }
 
     /// Reads a segment that is followed by another one, up to a batch that the next segment repeats.
@@ -331,7 +335,11 @@ impl Found {
     }
 
     /// Records what is missing at the end of the trail, and which number was certainly assigned.
-    fn compare_end(&mut self, segments: &[PathBuf], Stated { newest, last, is_stopped }: &Stated) {
+    fn compare_end(
+        &mut self,
+        segments: &[PathBuf],
+        ClosingStatement { newest, last, is_stopped }: &ClosingStatement,
+    ) {
         let newest_name = segment_name(*newest);
         let is_there = segments.iter().any(|path| path.ends_with(&newest_name));
         // A version before lock files may have continued the trail and removed the segment by retention. Then
@@ -374,13 +382,13 @@ impl Found {
 
     fn fault(&mut self, path: &Path, line: usize, reason: &'static str) {
         if self.faults.len() < MAX_FAULTS {
-            self.faults.push(Fault { file: path.into(), line, seq: self.seq, reason });
+            self.faults.push(BrokenLine { file: path.into(), line, seq: self.seq, reason });
         }
     }
 
     fn take(&mut self, path: &Path, number: usize, line: &[u8], keys: &Keys) {
         self.take_record(path, number, line, keys);
-        self.is_reached |= self.expected == Some(Place { seq: self.seq, hash: self.hash });
+        self.is_reached |= self.expected == Some(ChainPosition { seq: self.seq, hash: self.hash });
     }
 
     fn take_record(&mut self, path: &Path, number: usize, line: &[u8], keys: &Keys) {
@@ -414,7 +422,7 @@ impl Found {
         // number is higher than all proven ones.
         let is_proven = is_linked && head.seq > self.proven;
         self.proven = if is_proven { head.seq } else { self.proven };
-        let step = Step {
+        let step = RecordView {
             kind: &head.kind,
             event: head.event.as_deref(),
             id: head.id,
@@ -446,7 +454,7 @@ impl Found {
         }
         if Damage::is_told_by(bytes) && self.recorded.len() < MAX_FAULTS {
             let reason = "a start found something missing before this record, which says what";
-            self.recorded.push(Fault { file: path.into(), line, seq: self.seq, reason });
+            self.recorded.push(BrokenLine { file: path.into(), line, seq: self.seq, reason });
         }
     }
 }

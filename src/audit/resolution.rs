@@ -18,9 +18,9 @@ use uuid::Uuid;
 use super::entry::Entry;
 use super::history::{Naming, records_of};
 use super::offline::{append, check_trail};
-use super::start::start_error;
-use super::unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList};
-use super::{Audit, StartError};
+use super::start::open_error;
+use super::unresolved_calls::{CallState, RESOLUTION, Resolution, UnresolvedCall, UnresolvedList};
+use super::{Audit, OpenError};
 use crate::keyed_hash::Keys;
 use crate::model::outcome::Outcome;
 
@@ -97,7 +97,7 @@ pub enum ResolveError {
     Read(#[from] io::Error),
     /// The trail cannot be opened or written.
     #[error(transparent)]
-    Trail(#[from] StartError),
+    Trail(#[from] OpenError),
 }
 
 impl Finding {
@@ -270,7 +270,7 @@ impl Audit {
     /// Fails with [`ResolveError::NotCommitted`] if the writer has ended.
     // A person waits here and not a request, so a stuck disk is waited for.
     pub async fn committed(&self, seq: u64) -> Result<(), ResolveError> {
-        while self.safe(seq, 0).await.is_err() {
+        while self.committed_within(seq, 0).await.is_err() {
             if !self.is_written() {
                 return Err(ResolveError::NotCommitted);
             }
@@ -282,12 +282,12 @@ impl Audit {
 /// Records what a person found out about a call of a trail that no gateway writes. A call that had no outcome
 /// when its gateway ended gets the outcome `unknown` first. The event is on the disk afterwards.
 ///
-/// Fails with [`ResolveError`]; with [`StartError::Locked`] inside it while a gateway writes the trail.
+/// Fails with [`ResolveError`]; with [`OpenError::Locked`] inside it while a gateway writes the trail.
 pub fn resolve(directory: &Path, keys: Keys, finding: &Finding, uid: u32) -> Result<Resolved, ResolveError> {
     finding.check()?;
     check_trail(directory)?;
     let (resolved, last) = append(directory, keys.into(), |batch, found, _| {
-        let history = History::read(directory, finding.id).map_err(|error| start_error(directory, error))?;
+        let history = History::read(directory, finding.id).map_err(|error| open_error(directory, error))?;
         match decide(finding, &found.unresolved, history, false)? {
             Decision::Before(earlier) => Ok(Some(earlier)),
             Decision::Record { call, is_abandoned } => {

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::chain::{Line, Lines, segments};
+use super::chain::{Lines, SegmentLine, segments};
 use super::clocks::{ClockDoubt, Clocks};
 use super::directory::Directory;
 use super::{Options, age};
@@ -66,14 +66,14 @@ pub(super) struct Old {
     /// The path of the segment.
     pub(super) path: PathBuf,
     /// The place of its last record.
-    last: Place,
+    last: ChainPosition,
     /// The excess, if the segment is removed before `retain` has passed.
     pub(super) early: Option<Excess>,
 }
 
 /// A record's place in the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct ChainPosition {
     /// The number of the record.
     pub(super) seq: u64,
     /// Its hash, which the next record contains as `prev`.
@@ -210,10 +210,10 @@ pub(super) fn oldest(
 
 /// Returns the place before the first record of a segment, as that record states it. `None` if it cannot be
 /// parsed.
-pub(super) fn before(segment: &Path) -> io::Result<Option<Place>> {
-    let parse = |line: Line<'_>| {
+pub(super) fn before(segment: &Path) -> io::Result<Option<ChainPosition>> {
+    let parse = |line: SegmentLine<'_>| {
         let Begin { seq, prev } = serde_json::from_slice(line.bytes).ok()?;
-        Some(Place { seq: seq.checked_sub(1)?, hash: parse_hex(prev)? })
+        Some(ChainPosition { seq: seq.checked_sub(1)?, hash: parse_hex(prev)? })
     };
     Ok(Lines::open(segment)?.read()?.and_then(parse))
 }
@@ -236,7 +236,7 @@ impl Old {
 }
 
 /// Returns up to where the trail was removed, if the line is such an event.
-pub(super) fn said(line: &[u8]) -> Option<Place> {
+pub(super) fn said(line: &[u8]) -> Option<ChainPosition> {
     let Said { event, last_seq, last_hash } = serde_json::from_slice(line).ok()?;
-    (event == EVENT).then_some(Place { seq: last_seq, hash: parse_hex(last_hash)? })
+    (event == EVENT).then_some(ChainPosition { seq: last_seq, hash: parse_hex(last_hash)? })
 }

@@ -16,7 +16,7 @@ use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_setfl};
 use rustix::io::Errno;
 
 use super::chain::{Link, segment_name};
-use super::directory::{Directory, Identity};
+use super::directory::{Directory, FileIdentity};
 use super::limit;
 use super::sync::{Syncs, UNFINISHED};
 
@@ -33,7 +33,7 @@ pub(super) struct Segment {
     /// The number of its first record, which its name contains.
     pub(super) first: u64,
     path: PathBuf,
-    identity: Identity,
+    identity: FileIdentity,
     /// The length of its committed records, in bytes.
     pub(super) length: u64,
     /// The length of what was written, committed or not, in bytes.
@@ -52,7 +52,7 @@ impl Segment {
         // into a copy at the end.
         fcntl_setfl(&file, OFlags::APPEND)?;
         Ok(Self {
-            identity: Identity::of(&file.metadata()?),
+            identity: FileIdentity::of(&file.metadata()?),
             path: directory.path().join(segment_name(first)),
             file,
             first,
@@ -67,7 +67,7 @@ impl Segment {
         segment_name(self.first)
     }
 
-    pub(super) fn identity(&self) -> Identity {
+    pub(super) fn identity(&self) -> FileIdentity {
         self.identity
     }
 
@@ -140,7 +140,7 @@ impl Segment {
     /// Whether its name leads to this file, and the file has exactly the length that was written. One system call.
     pub(super) fn is_in_place(&self) -> bool {
         let found = fs::symlink_metadata(&self.path);
-        found.is_ok_and(|found| Identity::of(&found) == self.identity && found.len() == self.written)
+        found.is_ok_and(|found| FileIdentity::of(&found) == self.identity && found.len() == self.written)
     }
 
     /// Marks what was written as committed.

@@ -5,7 +5,7 @@
 //! request is served. With durability `disk`, everything that the new process relies on is on the disk before
 //! that.
 //!
-//! Only the end of the trail is read: see [`super::recovery`]. [`rehearse`] makes the same checks for `check`
+//! Only the end of the trail is read: see [`super::recovery`]. [`dry_run`] makes the same checks for `check`
 //! and changes nothing.
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -29,19 +29,21 @@ use super::entry::Entry;
 use super::init::Absent;
 use super::lock::{Lock, Statement};
 use super::queue::Shared;
-use super::recovery::{Damage, Found};
-use super::retention::Place;
+use super::recovery::{Damage, TrailState};
+use super::retention::ChainPosition;
 use super::segment::Segment;
 use super::sync::{UNFINISHED, make_directory, sync_all, write_again};
-use super::unresolved::UnresolvedList;
+use super::unresolved_calls::UnresolvedList;
 use super::writer::Writer;
-use super::{Audit, Handle, Metrics, Options, age, chain, init, limit, lock, loss, recovery, unresolved};
+use super::{
+    Audit, AuditMetrics, Handle, Options, age, chain, init, limit, lock, loss, recovery, unresolved_calls,
+};
 use crate::keyed_hash::Keys;
 use crate::model::durability::Durability;
 
 /// Why a trail could not be opened.
 #[derive(Debug, Error)]
-pub enum StartError {
+pub enum OpenError {
     /// Another process writes the trail.
     #[error("audit directory {0}: another process writes here; each gateway needs a directory of its own")]
     Locked(PathBuf),
@@ -65,7 +67,7 @@ pub enum StartError {
     Limit(#[from] limit::TooLow),
 }
 
-impl From<KeyError> for StartError {
+impl From<KeyError> for OpenError {
     fn from(error: KeyError) -> Self {
         Self::Key(error)
     }
@@ -74,12 +76,12 @@ impl From<KeyError> for StartError {
 impl Options {
     /// Checks that the directory and the key exist if they must. Segments whose key is missing are set aside if
     /// the options accept that loss; returns the name of the directory in which they are now.
-    fn look_for_key(&self) -> Result<Option<String>, StartError> {
+    fn look_for_key(&self) -> Result<Option<String>, OpenError> {
         match init::check(&self.directory, self.key_file.as_deref(), self.must_exist) {
             Err(Absent::KeyOfSegments { word, .. }) if self.accept_loss.as_ref() == Some(&word) => {
                 loss::set_aside(&self.directory).map(Some)
             }
-            checked => checked.map(|()| None).map_err(StartError::from),
+            checked => checked.map(|()| None).map_err(OpenError::from),
         }
     }
 }
@@ -87,10 +89,10 @@ impl Options {
 impl Audit {
     /// Opens the trail: takes its lock, recovers what a crash left, and starts the writer's thread.
     ///
-    /// Fails with [`StartError`]. A failed start may leave the directory, the key and the lock file behind, but
+    /// Fails with [`OpenError`]. A failed start may leave the directory, the key and the lock file behind, but
     /// no record. Blocks on disk I/O.
-    pub fn start(options: &Options, metrics: Metrics) -> Result<Self, StartError> {
-        let fail = |error| start_error(&options.directory, error);
+    pub fn start(options: &Options, metrics: AuditMetrics) -> Result<Self, OpenError> {
+        let fail = |error| open_error(&options.directory, error);
         let aside = options.look_for_key()?;
         make_directory(&options.directory, options.durability).map_err(fail)?;
         let directory = Directory::open(&options.directory).map_err(fail)?;
@@ -98,7 +100,7 @@ impl Audit {
         // key.
         lock(&directory)?;
         let keys = match &options.key_file {
-            Some(path) => Keys::load(path).map_err(StartError::KeyFile)?,
+            Some(path) => Keys::load(path).map_err(OpenError::KeyFile)?,
             None => Keys::load_or_make(&directory)?,
         };
         let locked = lock_file(directory)?;
@@ -121,7 +123,7 @@ impl Audit {
         let writer =
             thread::Builder::new().name("audit".into()).spawn(move || writer.run(&writing)).map_err(fail)?;
         Ok(Self(Arc::new(Handle {
-            lane: shared.new_lane(None),
+            waiters: shared.new_waiters(None),
             shared,
             keys,
             clocks,
@@ -135,8 +137,8 @@ impl Audit {
     }
 }
 
-/// Locks the directory for this process. Fails with [`StartError::Locked`] if another process holds the lock.
-pub(super) fn lock(directory: &Directory) -> Result<(), StartError> {
+/// Locks the directory for this process. Fails with [`OpenError::Locked`] if another process holds the lock.
+pub(super) fn lock(directory: &Directory) -> Result<(), OpenError> {
     let path = directory.path();
     match directory.try_lock() {
         Ok(true) => Ok(()),
@@ -159,8 +161,8 @@ pub(super) struct Locked {
 }
 
 /// Opens and locks the lock file, or makes it, and reads its statement. Call [`lock()`] first.
-pub(super) fn lock_file(directory: Directory) -> Result<Locked, StartError> {
-    let (path, fail) = (directory.path(), |error| StartError::Directory(directory.path().into(), error));
+pub(super) fn lock_file(directory: Directory) -> Result<Locked, OpenError> {
+    let (path, fail) = (directory.path(), |error| OpenError::Directory(directory.path().into(), error));
     let opened = Lock::open(&directory).map_err(|error| locked(path, error))?;
     let statement = match &opened {
         Some(lock) => lock.read().map_err(fail)?,
@@ -174,10 +176,10 @@ pub(super) fn lock_file(directory: Directory) -> Result<Locked, StartError> {
     Ok(Locked { directory, lock, statement })
 }
 
-fn locked(directory: &Path, error: TryLockError) -> StartError {
+fn locked(directory: &Path, error: TryLockError) -> OpenError {
     match error {
-        TryLockError::WouldBlock => StartError::Locked(directory.into()),
-        TryLockError::Error(error) => StartError::Directory(directory.into(), error),
+        TryLockError::WouldBlock => OpenError::Locked(directory.into()),
+        TryLockError::Error(error) => OpenError::Directory(directory.into(), error),
     }
 }
 
@@ -189,10 +191,10 @@ fn locked(directory: &Path, error: TryLockError) -> StartError {
 // a segment above the limit on file sizes were missed before. So every file that a start makes or opens is
 // checked here, also where there is no key yet. A running gateway may remove a segment between the listing and
 // the reading, so the end is read twice if need be.
-pub fn rehearse(options: &Options) -> Result<(), StartError> {
+pub fn dry_run(options: &Options) -> Result<(), OpenError> {
     init::check(&options.directory, options.key_file.as_deref(), options.must_exist)?;
-    let fail = |error| start_error(&options.directory, error);
-    let of_key = |error| StartError::from(KeyError::File(chain::key_path(&options.directory), error));
+    let fail = |error| open_error(&options.directory, error);
+    let of_key = |error| OpenError::from(KeyError::File(chain::key_path(&options.directory), error));
     let directory = match Directory::open(&options.directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let path = std::path::absolute(&options.directory).map_err(fail)?;
@@ -205,7 +207,7 @@ pub fn rehearse(options: &Options) -> Result<(), StartError> {
         opened => opened.map_err(fail)?,
     };
     let keys = match &options.key_file {
-        Some(path) => Some(Keys::load(path).map_err(StartError::KeyFile)?),
+        Some(path) => Some(Keys::load(path).map_err(OpenError::KeyFile)?),
         None if directory.find(chain::KEY).map_err(fail)?.is_some() => {
             Some(Keys::load_own(&options.directory)?)
         }
@@ -238,7 +240,7 @@ const LEAST_START: u64 = 384;
 
 /// Fails if a start could not write its own record, or, with durability `disk`, could not write the last
 /// segment again.
-fn look_for_room(options: &Options, directory: &Directory, found: &Found) -> io::Result<()> {
+fn look_for_room(options: &Options, directory: &Directory, found: &TrailState) -> io::Result<()> {
     let bytes = LEAST_START + found.unresolved.size();
     let Some((first, length)) = found.resume().1 else {
         return look_for_space(directory.path(), 1, bytes);
@@ -282,11 +284,11 @@ pub(super) struct Recovered {
     pub(super) damage: Arc<[Damage]>,
 }
 
-/// Turns an error of reading or writing the trail into a [`StartError`].
-pub(super) fn start_error(directory: &Path, error: io::Error) -> StartError {
+/// Turns an error of reading or writing the trail into a [`OpenError`].
+pub(super) fn open_error(directory: &Path, error: io::Error) -> OpenError {
     match error.get_ref().and_then(|error| error.downcast_ref::<Newer>()) {
-        Some(newer) => StartError::Newer(directory.into(), *newer),
-        None => StartError::Directory(directory.into(), error),
+        Some(newer) => OpenError::Newer(directory.into(), *newer),
+        None => OpenError::Directory(directory.into(), error),
     }
 }
 
@@ -305,7 +307,7 @@ pub(super) fn recover(options: &Options, keys: Arc<Keys>, locked: Locked) -> io:
     // unknown outcome there and need not read further back.
     let clocks = Arc::new(Clocks::go_on(found, options.window));
     let mut start = clocks.start(found);
-    start[unresolved::LIST] = json!(found.unresolved);
+    start[unresolved_calls::LIST] = json!(found.unresolved);
     batch.event(age::START, start);
     let begun = batch.last();
     let (unresolved, damage) = (take(&mut found.unresolved), take(&mut found.damage).into());
@@ -319,9 +321,9 @@ pub(super) struct Resumed {
     pub(super) lock: Lock,
     /// The records about what was found, not written yet.
     pub(super) batch: Batch,
-    pub(super) found: Found,
+    pub(super) found: TrailState,
     /// The place of the last record.
-    pub(super) last: Place,
+    pub(super) last: ChainPosition,
     /// The segment to append to; `None` if the next batch begins a new one.
     pub(super) segment: Option<Segment>,
 }
@@ -353,7 +355,7 @@ pub(super) fn resume(options: &Options, keys: &Keys, locked: Locked) -> io::Resu
         // bytes. Records of this run must not be durable while earlier ones are not.
         sync_all(&chain::segments(directory.path())?)?;
     }
-    let last = Place { seq, hash: found.hash };
+    let last = ChainPosition { seq, hash: found.hash };
     let segment = segment.transpose()?;
     Ok(Resumed { directory, lock, batch, found, last, segment })
 }

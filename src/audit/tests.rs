@@ -18,10 +18,10 @@ use std::{env, fs};
 use tempfile::TempDir;
 
 use super::chain::segments;
+use super::commit_waiters::tests::done;
 use super::directory::Directory;
-use super::lane::tests::done;
 use super::lock::Statement;
-use super::recovery::Found;
+use super::recovery::TrailState;
 use super::start::{Recovered, lock, lock_file, recover};
 use super::writer::Writer;
 use super::*;
@@ -40,8 +40,8 @@ fn start(options: &Options) -> Audit {
     audit
 }
 
-fn metrics() -> Metrics {
-    Metrics::new(&mut Registry::new())
+fn metrics() -> AuditMetrics {
+    AuditMetrics::new(&mut Registry::new())
 }
 
 fn record(audit: &Audit) -> OpenRecord {
@@ -74,8 +74,8 @@ async fn refused(mut record: OpenRecord) -> Option<Unavailable> {
     }
 }
 
-fn answer() -> Answer {
-    Answer {
+fn answer() -> ExchangeResult {
+    ExchangeResult {
         outcome: Outcome::Succeeded,
         code: None,
         cause: None,
@@ -105,7 +105,7 @@ fn outcomes_of(directory: &Path, record: &Value) -> Vec<Value> {
     trail(directory).into_iter().filter(is_its).collect()
 }
 
-fn verify(directory: &Path) -> Found {
+fn verify(directory: &Path) -> TrailState {
     recovery::read(directory, &Keys::load(&chain::key_path(directory)).unwrap()).unwrap()
 }
 
@@ -653,7 +653,7 @@ fn what_waits_is_written_in_parts_and_the_last_one_begins_the_segment() {
         assert_whole(folder.path());
         let most = segments(folder.path()).unwrap().into_iter().map(|path| fs::read(path).unwrap());
         let lists =
-            most.filter(|text| trail_of(text).iter().any(|it| it["event"] == unresolved::LIST)).count();
+            most.filter(|text| trail_of(text).iter().any(|it| it["event"] == unresolved_calls::LIST)).count();
         assert!(lists >= 1, "{length}");
         let seqs: Vec<_> = trail(folder.path()).iter().map(|it| it["seq"].as_u64().unwrap()).collect();
         assert!(seqs.iter().copied().eq(1..=seqs.len() as u64), "{seqs:?}");
@@ -729,7 +729,7 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
         for number in 1..=events {
             shared.event("test", json!({}));
             let seq = begun + u64::try_from(number).unwrap();
-            wait_for(|| (shared.safe.load(std::sync::atomic::Ordering::Acquire) >= seq).then_some(()));
+            wait_for(|| (shared.committed.load(std::sync::atomic::Ordering::Acquire) >= seq).then_some(()));
         }
         shared.close();
     });
@@ -757,8 +757,8 @@ async fn each_list_stands_at_a_segments_begin_and_names_what_is_open_there() {
             match record["kind"].as_str().unwrap() {
                 "intent" => drop(open.insert(id)),
                 "outcome" => drop(open.remove(&id)),
-                _ if record["event"] == unresolved::LIST => {
-                    let listed = record[unresolved::LIST].as_array().unwrap();
+                _ if record["event"] == unresolved_calls::LIST => {
+                    let listed = record[unresolved_calls::LIST].as_array().unwrap();
                     assert!(
                         listed.iter().map(|call| call["id"].to_string()).eq(open.iter().cloned()),
                         "{record}"
@@ -1000,7 +1000,7 @@ async fn a_writer_that_is_not_prompt_needs_no_permits() {
     intended(&audit).await.sent().finish(&answer());
     wait_for(|| (trail(folder.path()).len() == 3).then_some(()));
     // As if its last batch had taken no time: on a busy machine it may count as behind.
-    audit.shared().rest(u64::MAX);
+    audit.shared().finished(u64::MAX);
     let crowd = || (0..40).map(|_| Box::pin(audit.permit()) as Pin<Box<dyn Future<Output = _>>>).collect();
     let (mut first, mut next): (Vec<_>, Vec<_>) = (crowd(), crowd());
     let mut held = done(&mut first);
@@ -1008,7 +1008,7 @@ async fn a_writer_that_is_not_prompt_needs_no_permits() {
 
     // A batch that is not done in time.
     audit.shared().begin(0);
-    wait_for(|| (!audit.shared().is_prompt()).then_some(()));
+    wait_for(|| (!audit.shared().is_keeping_up()).then_some(()));
     assert_eq!(done(&mut crowd()).len(), 40);
     held.truncate(30);
     // They get the permits one after the other, since none keeps its permit.
@@ -1176,7 +1176,7 @@ async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no
         assert_eq!(audit.close(), None, "{count}");
         let all = trail(folder.path());
         assert_eq!(all.iter().filter(|it| it["kind"] == "outcome").count(), count);
-        let left_out = all.iter().find(|it| it["event"] == unresolved::LIST_LEFT_OUT);
+        let left_out = all.iter().find(|it| it["event"] == unresolved_calls::LIST_LEFT_OUT);
         assert_eq!(left_out.is_some(), is_left_out, "{count}");
         assert!(left_out.is_none_or(|it| it["calls"] == count), "{left_out:?}");
         assert_whole(folder.path());
@@ -1357,7 +1357,7 @@ fn a_trail_that_cannot_be_kept_stops_the_start_with_its_reason() {
     let audit = start(&Options::small(folder.path()));
     let error = |options: &Options| Audit::start(options, metrics()).unwrap_err();
     assert!(
-        matches!(error(&Options::small(folder.path())), StartError::Locked(path) if path == folder.path())
+        matches!(error(&Options::small(folder.path())), OpenError::Locked(path) if path == folder.path())
     );
     audit.close();
     // The control: the lock is released with its holder.

@@ -22,15 +22,15 @@ use serde_json::{Value, json};
 use super::batch::Batch;
 use super::chain::{Link, segments};
 use super::clocks::Clocks;
-use super::directory::{Directory, Identity};
+use super::directory::{Directory, FileIdentity};
 use super::ledger::Ledger;
-use super::lock::{Lock, Stated};
-use super::queue::{Next, Shared};
-use super::retention::{Excess, Keeping, Old, Place};
+use super::lock::{ClosingStatement, Lock};
+use super::queue::{Shared, WriterWork};
+use super::retention::{ChainPosition, Excess, Keeping, Old};
 use super::segment::Segment;
 use super::start::Resumed;
 use super::sync::Syncs;
-use super::unresolved::{UnresolvedCall, UnresolvedList};
+use super::unresolved_calls::{UnresolvedCall, UnresolvedList};
 use super::{Options, Unfinished, age, clocks, limit, retention};
 use crate::config::trail::SLACK;
 use crate::keyed_hash::Keys;
@@ -97,7 +97,7 @@ pub(super) struct Writer {
     /// The open segment. `None` until the first batch, and while a lost or failed one is being replaced.
     segment: Option<Segment>,
     /// The segments that are complete, with the identity of their files, so that their loss is noticed.
-    closed: BTreeMap<String, Identity>,
+    closed: BTreeMap<String, FileIdentity>,
     /// Whether the last look for closed segments succeeded.
     is_listed: bool,
     /// The segment whose last fdatasync failed, until its batch is in another segment.
@@ -165,27 +165,27 @@ impl Writer {
     /// Runs until the trail is closed and everything queued is written. Fails if the trail is closing and the last
     /// write failed.
     pub(super) fn run(mut self, shared: &Shared) -> Result<(), Unfinished> {
-        let (mut batch, mut part, mut due) = (Batch::default(), Batch::default(), shared.begin(0));
+        let (mut batch, mut part, mut batch_deadline) = (Batch::default(), Batch::default(), shared.begin(0));
         loop {
             fault::look("the audit writer");
             // Before the next batch is taken: the events that these steps queue are then in it, and `remove_old`
             // relies on that.
             self.anchor(shared);
             self.look_for_old(shared);
-            self.rest(shared, due);
+            self.finished(shared, batch_deadline);
             self.look_around_in_turn(shared);
             let begins = self.begins(shared);
             let next = shared.next_batch(&mut batch, begins);
-            due = shared.begin(batch.len());
+            batch_deadline = shared.begin(batch.len());
             match next {
-                Next::Write => {}
+                WriterWork::Write => {}
                 // Without space no intent is accepted, so that nothing but this would notice that there is space
                 // again.
-                Next::Look => {
+                WriterWork::Look => {
                     self.reserve(shared, 0);
                     continue;
                 }
-                Next::End => {
+                WriterWork::End => {
                     self.close();
                     return Ok(());
                 }
@@ -276,9 +276,9 @@ impl Writer {
     /// Notes that the batch is done, unless durability is `disk`.
     // A writer that waits for fdatasync never counts as keeping up: then requests need no permit, and all that queue
     // meanwhile share the next fdatasync.
-    fn rest(&self, shared: &Shared, due: u64) {
+    fn finished(&self, shared: &Shared, batch_deadline: u64) {
         if self.options.durability == Durability::Kernel {
-            shared.rest(due);
+            shared.finished(batch_deadline);
         }
     }
 
@@ -308,8 +308,8 @@ impl Writer {
     /// Writes into the lock file what a start must find.
     fn state(&mut self, is_stopped: bool) {
         let Some(segment) = &self.segment else { return };
-        let last = Place { seq: self.seq, hash: self.link.hash() };
-        let stated = Stated { newest: segment.first, last, is_stopped };
+        let last = ChainPosition { seq: self.seq, hash: self.link.hash() };
+        let stated = ClosingStatement { newest: segment.first, last, is_stopped };
         // Only a new segment and a stop need fdatasync. If the machine loses what is written each second, the lock
         // file names an earlier record: a start then expects less than there is, and still finds it.
         let is_news = is_stopped || self.lock.newest() != Some(segment.first);

@@ -1,4 +1,4 @@
-//! The commands `audit init | verify | in-doubt | unresolved | resolve | show | head | accept-loss | accept-clock`.
+//! The commands `audit init | verify | in-doubt | unresolved_calls | resolve | show | head | accept-loss | accept-clock`.
 //!
 //! They read and verify a trail, also beside a running gateway. What changes the trail of a running gateway is done by that
 //! gateway, which has the trail locked: the command asks it through its control socket.
@@ -12,10 +12,10 @@ use std::{fs, io};
 
 use anyhow::bail;
 use ccsqm_gateway::audit::chain::{KeyError, key_path};
-use ccsqm_gateway::audit::recovery::{Found, read};
+use ccsqm_gateway::audit::recovery::{TrailState, read};
 use ccsqm_gateway::audit::resolution::{Finding, ResolveError, resolve};
-use ccsqm_gateway::audit::unresolved::{Resolution, UnresolvedCall};
-use ccsqm_gateway::audit::{StartError, accept_clock, accept_loss, accept_lost_key, init, is_live};
+use ccsqm_gateway::audit::unresolved_calls::{Resolution, UnresolvedCall};
+use ccsqm_gateway::audit::{OpenError, accept_clock, accept_loss, accept_lost_key, init, is_live};
 use ccsqm_gateway::control;
 use ccsqm_gateway::control::{Answer, Request};
 use ccsqm_gateway::keyed_hash::{Keys, hex};
@@ -41,7 +41,7 @@ enum Command {
     /// Recompute every hash; exits with 1 and names each line that does not fit, and what is missing.
     Verify(Trail),
     /// List intents without an outcome: of a stopped trail those that a crash left open, of a live one those at work.
-    /// Exits with 1 when there are some. Those of unknown outcome are listed by `unresolved`.
+    /// Exits with 1 when there are some. Those of unknown outcome are listed by `unresolved_calls`.
     InDoubt(Trail),
     /// List the calls of unknown outcome that nobody has resolved; exits with 1 when there are some.
     Unresolved(Trail),
@@ -64,7 +64,7 @@ enum Command {
 struct Resolve {
     #[command(flatten)]
     place: Place,
-    /// The call's request id, as `audit unresolved` lists it.
+    /// The call's request id, as `audit unresolved_calls` lists it.
     #[arg(value_parser = parse_id)]
     id: Uuid,
     /// What you found: the task is assigned, or not.
@@ -195,7 +195,7 @@ impl Place {
 
 impl Trail {
     /// Reads and verifies the whole trail.
-    fn read(&self) -> anyhow::Result<Found> {
+    fn read(&self) -> anyhow::Result<TrailState> {
         let directory = &self.place.directory;
         // With a wrong key each record looks changed. One error about the key says more than a line for each record.
         let found = read(directory, &self.place.keys()?).map_err(|error| named(directory, &error))?;
@@ -214,7 +214,7 @@ impl Trail {
 }
 
 /// Prints what is wrong with a trail. Returns whether nothing is.
-fn verify(trail: &Trail, found: &Found) -> bool {
+fn verify(trail: &Trail, found: &TrailState) -> bool {
     // A running gateway may be in the middle of a write, so that a torn last line is no fault.
     let torn = found.torn.as_ref().filter(|_| !is_live(&trail.place.directory));
     // Not a success: otherwise a trail of which all segments were removed would pass as whole.
@@ -258,14 +258,14 @@ fn name(path: &Path) -> String {
 
 /// Prints what is missing of a trail to stderr, for the commands whose own output does not say it.
 // An incomplete trail makes their lists incomplete, which a script that reads stdout alone cannot see.
-fn warn(trail: &Trail, found: &Found) {
+fn warn(trail: &Trail, found: &TrailState) {
     for damage in &found.damage {
         let file = trail.place.directory.join(&damage.file);
         complain!("ccsqm-gateway: {}: {}", name(&file), damage.reason);
     }
 }
 
-fn in_doubt(trail: &Trail, found: &Found) -> bool {
+fn in_doubt(trail: &Trail, found: &TrailState) -> bool {
     warn(trail, found);
     let open: Vec<_> = found.unresolved.at_work().collect();
     list(trail, &open);
@@ -279,7 +279,7 @@ fn in_doubt(trail: &Trail, found: &Found) -> bool {
     open.is_empty()
 }
 
-fn unresolved(trail: &Trail, found: &Found) -> bool {
+fn unresolved(trail: &Trail, found: &TrailState) -> bool {
     warn(trail, found);
     let unknown: Vec<_> = found.unresolved.unknown().collect();
     list(trail, &unknown);
@@ -312,7 +312,7 @@ fn word(text: &str) -> String {
     if is_word { text.to_owned() } else { json!(text).to_string() }
 }
 
-fn head(trail: &Trail, found: &Found) -> bool {
+fn head(trail: &Trail, found: &TrailState) -> bool {
     warn(trail, found);
     let hash = hex(&found.hash);
     if trail.json {
@@ -398,7 +398,7 @@ fn ask_or_append(
     }
     append().or_else(|error| match error.downcast_ref() {
         // Since the check above a gateway has started, or another command has taken the lock.
-        Some(StartError::Locked(_)) => Ok(Answer::refused(&format!("{error}; try again"))),
+        Some(OpenError::Locked(_)) => Ok(Answer::refused(&format!("{error}; try again"))),
         _ => Err(error),
     })
 }

@@ -35,7 +35,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
     let file = args.configured.config.display().to_string();
     match args.configured.load() {
         // A good file is not enough: a directory, a port or a key may be missing that only a start would notice.
-        Ok(config) => match App::rehearse(&config, &args.configured.config) {
+        Ok(config) => match App::dry_run(&config, &args.configured.config) {
             Err(error) => {
                 let refusal = Refusal::of(&error);
                 if args.json {

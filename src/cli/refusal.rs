@@ -8,7 +8,7 @@ use std::io;
 use std::path::Path;
 
 use ccsqm_gateway::app::BindError;
-use ccsqm_gateway::audit::StartError;
+use ccsqm_gateway::audit::OpenError;
 use ccsqm_gateway::audit::chain::KeyError;
 use serde_json::{Value, json};
 
@@ -48,11 +48,11 @@ impl Refusal {
 }
 
 /// Returns the key of the setting that an error of the audit trail is about.
-fn key_of(error: &StartError) -> Option<&'static str> {
+fn key_of(error: &OpenError) -> Option<&'static str> {
     match error {
         // The limit on the size of files is the process's (`ulimit -f`), and no setting of the configuration.
-        StartError::Limit(_) => None,
-        StartError::KeyFile(_) => Some("audit.key_file"),
+        OpenError::Limit(_) => None,
+        OpenError::KeyFile(_) => Some("audit.key_file"),
         _ => Some("audit.directory"),
     }
 }
@@ -60,7 +60,7 @@ fn key_of(error: &StartError) -> Option<&'static str> {
 /// Returns the exit code of an error of a start, or of an `audit` command.
 pub(super) fn code_of(error: &anyhow::Error) -> u8 {
     // The gateway that holds the trail may stop at any moment, as in a restart.
-    let is_locked = matches!(error.downcast_ref(), Some(StartError::Locked(_)));
+    let is_locked = matches!(error.downcast_ref(), Some(OpenError::Locked(_)));
     let may_pass = is_locked || system_error(error).is_some_and(|error| !is_lasting(error));
     if may_pass { FAILED } else { BAD_CONFIGURATION }
 }
@@ -71,8 +71,8 @@ fn system_error(error: &anyhow::Error) -> Option<&io::Error> {
         return Some(&error.error);
     }
     let key = match error.downcast_ref() {
-        Some(StartError::Directory(_, error)) => return Some(error),
-        Some(StartError::Key(key) | StartError::KeyFile(key)) => Some(key),
+        Some(OpenError::Directory(_, error)) => return Some(error),
+        Some(OpenError::Key(key) | OpenError::KeyFile(key)) => Some(key),
         _ => error.downcast_ref(),
     };
     match key {
@@ -124,9 +124,9 @@ mod tests {
         ] {
             let of_key = || KeyError::File("key".into(), kind.into());
             let of_trail: [anyhow::Error; 5] = [
-                StartError::Directory("trail".into(), kind.into()).into(),
-                StartError::Key(of_key()).into(),
-                StartError::KeyFile(of_key()).into(),
+                OpenError::Directory("trail".into(), kind.into()).into(),
+                OpenError::Key(of_key()).into(),
+                OpenError::KeyFile(of_key()).into(),
                 anyhow::Error::new(of_key()).context("with a hint"),
                 io::Error::from(kind).into(),
             ];
@@ -138,9 +138,9 @@ mod tests {
 
     #[test]
     fn a_bad_key_is_told_at_the_setting_that_names_it() {
-        let key = |error: StartError| Refusal::of(&error.into()).key;
+        let key = |error: OpenError| Refusal::of(&error.into()).key;
         let short = || KeyError::Short("key".into());
-        assert_eq!(key(StartError::KeyFile(short())).as_deref(), Some("audit.key_file"));
-        assert_eq!(key(StartError::Key(short())).as_deref(), Some("audit.directory"), "the control");
+        assert_eq!(key(OpenError::KeyFile(short())).as_deref(), Some("audit.key_file"));
+        assert_eq!(key(OpenError::Key(short())).as_deref(), Some("audit.directory"), "the control");
     }
 }

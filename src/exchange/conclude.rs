@@ -18,7 +18,7 @@ use super::reply::{JSON, stand_in};
 use super::settlement::{Finished, Pending, finish};
 use super::streaming::StreamedReply;
 use super::{Exchange, Failure, Progress, Reply, ReplyBody, Told};
-use crate::audit::{Answer, StoredReply};
+use crate::audit::{ExchangeResult, StoredReply};
 use crate::field_values::retry_after;
 use crate::model::cause::Cause;
 use crate::model::code::Code;
@@ -66,7 +66,8 @@ impl Exchange {
         let mut answer = self.answer(status, conclusion, progress);
         if let Some(code) = rejected {
             let retry_after = Some(self.cooldown().remaining().unwrap_or(DEFAULT_RETRY));
-            let finished = finish(self.claim, self.record, &Answer { outcome: Outcome::Refused, ..answer });
+            let finished =
+                finish(self.claim, self.record, &ExchangeResult { outcome: Outcome::Refused, ..answer });
             let failure = Failure { code, outcome: Outcome::Refused, cause, retry_after };
             return (Err(failure), finished.pending);
         }
@@ -163,8 +164,8 @@ impl Exchange {
 
     /// The record of a reply and its meaning. `reply`, what is stored, is left empty.
     #[inline]
-    fn answer(&self, status: StatusCode, conclusion: Conclusion, progress: &Progress) -> Answer {
-        Answer {
+    fn answer(&self, status: StatusCode, conclusion: Conclusion, progress: &Progress) -> ExchangeResult {
+        ExchangeResult {
             outcome: conclusion.outcome,
             code: conclusion.rejected,
             cause: conclusion.cause,
@@ -231,7 +232,7 @@ impl Exchange {
             (false, None) if cause.is_none() => (Code::Overloaded, Outcome::NotSent),
             (false, None) => (Code::UpstreamUnreachable, Outcome::NotSent),
         };
-        let answer = Answer {
+        let answer = ExchangeResult {
             outcome,
             code: Some(code),
             cause,

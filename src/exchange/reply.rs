@@ -8,7 +8,7 @@ use serde_json::{Map, json};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use crate::audit::unresolved::Resolution;
+use crate::audit::unresolved_calls::Resolution;
 use crate::idempotency::{Delivery, Ending, Replay};
 use crate::model::cause::Cause;
 use crate::model::code::Code;

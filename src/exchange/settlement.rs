@@ -8,14 +8,14 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Failure, Told};
-use crate::audit::{Answer, IntendedRecord, Names, Queued};
+use crate::audit::{ExchangeResult, IntendedRecord, Names, Queued};
 use crate::idempotency::{Claim, Delivery};
 use crate::model::code::Code;
 use crate::model::outcome::Outcome;
 
 /// Queues the outcome for the trail, and ends the claim of a call without a key. Never waits.
 // A call without a key does not wait for the commit: nothing is replayed for it, and a crash leaves it in doubt, which guards.
-pub(super) fn finish(claim: Claim, record: IntendedRecord, answer: &Answer) -> Finished {
+pub(super) fn finish(claim: Claim, record: IntendedRecord, answer: &ExchangeResult) -> Finished {
     let (queued, names) = record.finish(answer);
     if claim.is_keyed() {
         let pending = Pending { queued, names, answer: answer.clone(), claim };
@@ -51,7 +51,7 @@ pub(super) async fn committed(
 pub(super) struct Pending {
     queued: Queued,
     names: Names,
-    answer: Answer,
+    answer: ExchangeResult,
     claim: Claim,
 }
 
@@ -71,11 +71,11 @@ impl Pending {
     /// Ends the claim once the outcome is committed, and returns the delivery of a success. Fails at the deadline; the claim is
     /// then ended later, by a task of its own.
     pub(super) async fn committed_by(self, deadline: Instant) -> Result<Option<Delivery>, NotCommitted> {
-        while !self.queued.is_safe().await {
+        while !self.queued.is_committed().await {
             if Instant::now() >= deadline {
                 // A task of its own, since the exchange ends here. Until the commit the key counts as at work.
                 tokio::spawn(async move {
-                    while !self.queued.is_safe().await {}
+                    while !self.queued.is_committed().await {}
                     // Dropped, so that a success is undelivered: its caller only learnt that the call is in progress.
                     drop(self.close());
                 });

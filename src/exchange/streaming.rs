@@ -16,7 +16,7 @@ use super::attempt::{cut_short, is_whole};
 use super::conclude::quotes;
 use super::settlement::{Finished, committed, finish};
 use super::{BodyPart, Route, Terms};
-use crate::audit::{Answer, IntendedRecord};
+use crate::audit::{ExchangeResult, IntendedRecord};
 use crate::clock;
 use crate::concurrency::Room;
 use crate::idempotency::{Claim, Delivery};
@@ -36,7 +36,7 @@ pub(super) struct StreamedReply {
     /// The way to the caller. `None` once the caller has disconnected, or did not take a piece by the deadline.
     pub(super) sender: Option<mpsc::Sender<BodyPart>>,
     /// The record, its content so far, and the claim; `None` once they are closed.
-    pub(super) open: Option<(IntendedRecord, Answer, Claim)>,
+    pub(super) open: Option<(IntendedRecord, ExchangeResult, Claim)>,
     pub(super) _room: Room,
 }
 
@@ -122,7 +122,7 @@ impl StreamedReply {
     /// Closes the record and the claim, once.
     fn close(&mut self, note: Option<&'static str>) -> Finished {
         let Some((record, answer, claim)) = self.open.take() else { return Finished::default() };
-        finish(claim, record, &Answer { note, ..answer })
+        finish(claim, record, &ExchangeResult { note, ..answer })
     }
 
     /// Settles the delivery of a success: a caller that took the rest has the head, which reports the success.

@@ -11,7 +11,7 @@ use super::claims::{Ending, How};
 use super::delivery::Delivery;
 use super::duplicates::{Completion, DoubtKind, First, Forced};
 use super::{Idempotency, now};
-use crate::audit::{Answer, Names};
+use crate::audit::{ExchangeResult, Names};
 use crate::keyed_hash::{Mark, push_hex};
 use crate::model::outcome::Outcome;
 use crate::model::request_id::FirstCall;
@@ -89,7 +89,7 @@ impl Claim {
     ///
     /// Returns the [`Delivery`] of a success: whoever drops that makes the success an undelivered one. `None` for any other
     /// outcome, and where equal calls are not compared.
-    pub fn end(mut self, answer: &Answer, names: Names) -> Option<Delivery> {
+    pub fn end(mut self, answer: &ExchangeResult, names: Names) -> Option<Delivery> {
         let mut ending = None;
         if self.is_keyed() {
             // The reply first: a repetition that comes now finds the key in flight, and never a key that ended without its reply.

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::duplicates::{Completion, Doubt, DoubtKind, Duplicate};
 use super::{Call, Idempotency, RequestId, now};
 use crate::audit::Names;
-use crate::audit::unresolved::{DELIVERED, UNDELIVERED};
+use crate::audit::unresolved_calls::{DELIVERED, UNDELIVERED};
 use crate::keyed_hash::Mark;
 
 /// A success on its way to a caller. Dropping the one of a call's own answer makes the success undelivered; dropping that of any

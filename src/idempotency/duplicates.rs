@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::recent;
 use super::recent::Recent;
-use crate::audit::unresolved::AT_MOST as MAX_DOUBTS;
+use crate::audit::unresolved_calls::AT_MOST as MAX_DOUBTS;
 use crate::config::WithoutKey;
 use crate::keyed_hash::Mark;
 

@@ -9,7 +9,7 @@ use super::claims::Verdict;
 use super::refusal::Refused;
 use super::{Idempotency, now};
 use crate::audit::loss;
-use crate::audit::loss::{Fault, Loss};
+use crate::audit::loss::{Loss, LostPart};
 
 impl Idempotency {
     /// Refuses a key that is not found, if a part of the trail is lost.
@@ -43,7 +43,7 @@ impl Idempotency {
     /// Takes over a loss that the rebuild has found. From now on keys that are not found are refused for `window` seconds, unless
     /// the operator has accepted just this loss by its word.
     pub(super) fn lose(&self, loss: Loss, window: u32) {
-        let Loss { first: Fault { file, line, reason, .. }, word, .. } = &loss;
+        let Loss { first: LostPart { file, line, reason, .. }, word, .. } = &loss;
         if self.accept_loss.as_ref() == Some(word) {
             tracing::warn!(file, line, reason, "a part of the audit trail is lost, and that is accepted");
             // On record, so that the next start does not refuse again; its word covers no later damage.

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::claims::{Claims, Wanted};
 use super::duplicates::{Doubt, DoubtKind, Duplicate};
 use super::{Idempotency, now};
-use crate::audit::unresolved::{CallState, Resolution, UnresolvedCall};
+use crate::audit::unresolved_calls::{CallState, Resolution, UnresolvedCall};
 use crate::keyed_hash::{Hash, Mark, parse_hex};
 
 /// Changes of claims that the rebuild has not read yet. It applies them to its own table at its end.

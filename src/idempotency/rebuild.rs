@@ -28,8 +28,8 @@ use super::claims::{Claims, Ending, How, Wanted};
 use super::{Idempotency, Meanwhile, now, seconds, weigh};
 use crate::audit::age::Ages;
 use crate::audit::chain::{Lines, first_seq, segments};
-use crate::audit::loss::{ChainCheck, Checked, Loss};
-use crate::audit::unresolved::{CallState, RESOLUTION, Resolution, UnresolvedCall};
+use crate::audit::loss::{ChainCheck, LineCheck, Loss};
+use crate::audit::unresolved_calls::{CallState, RESOLUTION, Resolution, UnresolvedCall};
 use crate::audit::{Audit, StoredReply};
 use crate::config;
 use crate::keyed_hash::{Mark, parse_hex};
@@ -237,11 +237,11 @@ impl Parser<'_> {
             {
                 let checked = self.chain.check(line.number, line.bytes);
                 let record = parse::<Line<'_>>(line.bytes).ok();
-                if let Some(record) = record.filter(|_| checked != Checked::Repeated) {
+                if let Some(record) = record.filter(|_| checked != LineCheck::Repeated) {
                     self.look_for_late_begin(record.time, checked);
                     match record.kind {
                         // An event can free a key or make records look old. So it counts only if the chain proves it.
-                        "event" if checked == Checked::Proven => {
+                        "event" if checked == LineCheck::Proven => {
                             self.ages.anchor(line.bytes);
                             self.chain.event(line.number, record.event.unwrap_or_default(), line.bytes);
                             batch.extend(self.resolution(&record, line.bytes));
@@ -263,9 +263,9 @@ impl Parser<'_> {
     }
 
     /// Reports a loss if the first record of the trail is younger than the window, or was changed, so that its age is unknown.
-    fn look_for_late_begin(&mut self, time: &str, checked: Checked) {
+    fn look_for_late_begin(&mut self, time: &str, checked: LineCheck) {
         if let Some(window) = self.window_time.take()
-            && (checked == Checked::Changed || self.ages.age(self.second.millis(time)) <= window)
+            && (checked == LineCheck::Changed || self.ages.age(self.second.millis(time)) <= window)
         {
             self.chain.begins_late();
         }
@@ -275,14 +275,14 @@ impl Parser<'_> {
     fn resolution(&mut self, line: &Line<'_>, bytes: &[u8]) -> Option<Told> {
         let id = line.id.filter(|_| line.event == Some(RESOLUTION))?;
         let (call, result) = UnresolvedCall::resolved_by(bytes)?;
-        let time = self.time(line, Checked::Proven);
+        let time = self.time(line, LineCheck::Proven);
         Some(Told { id, time, what: What::Resolution(Box::new(call), result) })
     }
 
     /// *Now* minus the age of a record, in seconds since 1970. One that was changed counts as new, whatever time it states: too
     /// long a memory refuses calls, too short a one sends them twice.
-    fn time(&mut self, line: &Line<'_>, checked: Checked) -> u32 {
-        if checked == Checked::Changed {
+    fn time(&mut self, line: &Line<'_>, checked: LineCheck) -> u32 {
+        if checked == LineCheck::Changed {
             return self.now;
         }
         let millis = self.second.millis(line.time);
@@ -290,9 +290,9 @@ impl Parser<'_> {
     }
 
     /// What an intent or an outcome says about its call; `None` for any other record, and for one without an id.
-    fn told(&mut self, line: Line<'_>, bytes: &[u8], checked: Checked) -> Option<Told> {
+    fn told(&mut self, line: Line<'_>, bytes: &[u8], checked: LineCheck) -> Option<Told> {
         let (id, time) = (line.id?, self.time(&line, checked));
-        let is_changed = checked == Checked::Changed;
+        let is_changed = checked == LineCheck::Changed;
         let what = match line.kind {
             // A changed intent is believed: it may name a key, which then is not taken for a new one.
             "intent" => self.intent(&line, time, bytes),
@@ -474,8 +474,8 @@ pub(super) mod tests {
 
     use super::*;
     use crate::audit;
-    use crate::audit::unresolved::UNDELIVERED;
-    use crate::audit::{Answer, Permit};
+    use crate::audit::unresolved_calls::UNDELIVERED;
+    use crate::audit::{ExchangeResult, Permit};
     use crate::config::WithoutKey;
     use crate::idempotency::{Begun, Call, Refused};
     use crate::keyed_hash::Hash;
@@ -505,20 +505,20 @@ pub(super) mod tests {
             intent_deadline: Duration::from_secs(60),
             ..audit::Options::small(directory)
         };
-        Audit::start(&options, audit::Metrics::new(&mut Registry::new())).unwrap()
+        Audit::start(&options, audit::AuditMetrics::new(&mut Registry::new())).unwrap()
     }
 
     pub(in super::super) fn table(audit: &Audit) -> Arc<Idempotency> {
         Arc::new(Idempotency::new(&settings(), audit, None))
     }
 
-    fn answer() -> Answer {
+    fn answer() -> ExchangeResult {
         let reply = StoredReply {
             status: 200,
             content_type: Some("application/json".into()),
             body: r#"{"resultCode":"0409000","resultDesc":"Operation succeeded."}"#.into(),
         };
-        Answer {
+        ExchangeResult {
             outcome: Outcome::Succeeded,
             code: None,
             cause: None,
@@ -571,7 +571,7 @@ pub(super) mod tests {
                     finished.push((record.finish(&answer()), claim.sent()));
                 }
                 for ((queued, names), claim) in finished {
-                    assert!(queued.is_safe().await);
+                    assert!(queued.is_committed().await);
                     claim.end(&answer(), names).unwrap().hand_over();
                 }
             }

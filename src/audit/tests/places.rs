@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::os::unix::fs::symlink;
 
-use super::lock::{Stated, Statement};
+use super::lock::{ClosingStatement, Statement};
 use super::recovery::Lacking;
 use super::*;
 
@@ -325,7 +325,7 @@ async fn a_file_in_the_place_of_the_next_segment_is_kept_aside() {
 
 // ---- What the lock file says -----------------------------------------------------------------------------
 
-fn statement(directory: &Path) -> Stated {
+fn statement(directory: &Path) -> ClosingStatement {
     match lock::read(directory).unwrap() {
         Statement::Of(stated) => stated,
         other => panic!("{other:?}"),

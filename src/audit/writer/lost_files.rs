@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::{Durability, Identity, Shared, Writer};
+use super::{Durability, FileIdentity, Shared, Writer};
 use crate::audit::lock;
 use crate::audit::queue::LOOK_AROUND;
 
@@ -48,11 +48,11 @@ impl Writer {
         self.looked_around = Some(Instant::now());
         // A check on time must not change whether the writer counts as keeping up, in either direction. A check that
         // hangs on a stuck disk must.
-        let was_prompt = shared.is_prompt();
-        let due = shared.begin(LOOK_AROUND_COSTS);
+        let was_keeping_up = shared.is_keeping_up();
+        let batch_deadline = shared.begin(LOOK_AROUND_COSTS);
         self.look_around(shared);
-        if was_prompt {
-            self.rest(shared, due);
+        if was_keeping_up {
+            self.finished(shared, batch_deadline);
         }
     }
 
@@ -134,7 +134,7 @@ impl Writer {
             };
             // Removed from the map, so that the loss is reported once. A segment that was renamed is found by its
             // inode, and the event can name it.
-            let inode = self.closed.remove(&file).map(Identity::inode);
+            let inode = self.closed.remove(&file).map(FileIdentity::inode);
             let found = names.iter().find(|(_, other)| Some(**other) == inode);
             let found_as = found.map(|(name, _)| String::from_utf8_lossy(name).into_owned());
             self.mishaps.push(Mishap::Lost(Lost { file, what, is_restored: false, aside: None, found_as }));

@@ -27,11 +27,11 @@ const LONG: Duration = Duration::from_secs(24 * 60 * 60);
 /// The number of permits of a worker. A request that finds one free takes one; a request that has to wait for it
 /// takes two, so that in a crowd half as many hold one.
 // In the benchmark with 256 connections a request costs about a tenth less with permits than without.
-const ABREAST: usize = 32;
+const MAX_CONCURRENT_INTENTS: usize = 32;
 
 /// The requests of one worker that wait for the writer.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct CommitWaiters {
     permits: Semaphore,
     /// Whether this worker's waking task is spawned.
     // Not before the first wait: the handle is made before the worker's runtime exists.
@@ -60,11 +60,11 @@ struct Request {
     waker: Waker,
 }
 
-impl Lane {
+impl CommitWaiters {
     /// The waiters of one worker. `vital` supervises their task.
     pub(super) fn new(vital: Option<Vital>) -> Self {
         Self {
-            permits: Semaphore::new(ABREAST),
+            permits: Semaphore::new(MAX_CONCURRENT_INTENTS),
             started: AtomicBool::default(),
             vital: Mutex::new(vital),
             waiting: Mutex::default(),
@@ -92,13 +92,13 @@ impl Lane {
     /// Cancellation safe: a waker whose future is dropped is woken for nothing, once.
     pub(super) async fn wait(
         self: &Arc<Self>,
-        safe: &Arc<AtomicU64>,
+        committed: &Arc<AtomicU64>,
         seq: u64,
         time: Duration,
     ) -> Result<(), Unavailable> {
         if !self.started.swap(true, Ordering::Relaxed) {
             let vital = self.vital.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let work = self.clone().run(safe.clone());
+            let work = self.clone().run(committed.clone());
             tokio::spawn(async move {
                 match vital {
                     Some(vital) => vital.run(work).await,
@@ -109,7 +109,7 @@ impl Lane {
         let deadline = clock::nanos() + clock::nanos_of(time);
         let mut registered: Option<Waker> = None;
         poll_fn(|cx| {
-            if safe.load(Ordering::Acquire) >= seq {
+            if committed.load(Ordering::Acquire) >= seq {
                 return Poll::Ready(Ok(()));
             }
             // Register again if another task polls now: an exchange moves to a task of its own when its caller
@@ -120,7 +120,7 @@ impl Lane {
                 self.register(Request { seq, deadline, waker: cx.waker().clone() });
                 // The writer may have committed the record before this request was in the queue. It then woke no task
                 // for it.
-                if safe.load(Ordering::Acquire) >= seq {
+                if committed.load(Ordering::Acquire) >= seq {
                     return Poll::Ready(Ok(()));
                 }
             } else if clock::nanos() >= deadline {
@@ -133,7 +133,7 @@ impl Lane {
     }
 
     /// Wakes the worker's task after a commit. Called by the writer, on its thread.
-    pub(super) fn more_is_safe(&self) {
+    pub(super) fn more_is_committed(&self) {
         // A worker without waiting requests sleeps on: the wake-up is a system call. The lock is not held while
         // waking.
         let task = {
@@ -161,11 +161,11 @@ impl Lane {
 
     /// The waking task of this worker: wakes each request whose record is committed or whose deadline has passed.
     /// Never ends.
-    async fn run(self: Arc<Self>, safe: Arc<AtomicU64>) {
+    async fn run(self: Arc<Self>, committed: Arc<AtomicU64>) {
         let mut timer = pin!(sleep_until(Instant::now() + LONG));
         poll_fn(|cx| -> Poll<()> {
             loop {
-                let next = self.release(&safe, cx.waker());
+                let next = self.release(&committed, cx.waker());
                 // Only to an earlier time. Most requests are woken long before their deadline, and to set the timer
                 // for each of them would cost more than one wake-up for nothing a while later.
                 if let Some(next) = next.map(clock::instant).filter(|next| *next < timer.deadline()) {
@@ -181,18 +181,18 @@ impl Lane {
     }
 
     /// Wakes the requests that need not wait any longer. Returns the nearest deadline of the others.
-    fn release(&self, safe: &AtomicU64, task: &Waker) -> Option<u64> {
+    fn release(&self, committed: &AtomicU64, task: &Waker) -> Option<u64> {
         let mut waiting = self.lock();
         // After the lock is taken: if the writer commits more after this load, it finds this task's waker and wakes
         // it. With the load before the lock, a request could wait for the next batch.
-        let safe = safe.load(Ordering::Acquire);
+        let committed = committed.load(Ordering::Acquire);
         if !waiting.task.as_ref().is_some_and(|known| known.will_wake(task)) {
             waiting.task = Some(task.clone());
         }
         // Only from the front: the first request with a higher number ends the search. A later one with a lower
         // number is rare, and is woken when the numbers before it are committed, which happens with the same batch or
         // the next.
-        while let Some(first) = waiting.requests.pop_front_if(|first| first.seq <= safe) {
+        while let Some(first) = waiting.requests.pop_front_if(|first| first.seq <= committed) {
             first.waker.wake();
         }
         let nearest = |waiting: &Waiting| waiting.requests.iter().map(|request| request.deadline).min();
@@ -239,62 +239,68 @@ pub(super) mod tests {
 
     #[test]
     fn of_a_crowd_half_as_many_have_a_permit_as_without_one() {
-        let lane = Lane::new(None);
-        let first: Vec<_> = (0..32).map(|_| lane.permit().unwrap()).collect();
-        assert!(lane.permit().is_none());
+        let waiters = CommitWaiters::new(None);
+        let first: Vec<_> = (0..32).map(|_| waiters.permit().unwrap()).collect();
+        assert!(waiters.permit().is_none());
         // More than the permits serve in two rounds, so that the third round shows that what was released is handed
         // on again.
-        let mut crowd: Vec<_> = (0..48).map(|_| Box::pin(lane.permit_in_turn())).collect();
+        let mut crowd: Vec<_> = (0..48).map(|_| Box::pin(waiters.permit_in_turn())).collect();
         assert_eq!(done(&mut crowd).len(), 0);
         drop(first);
         for left in [32, 16, 0] {
             let next = done(&mut crowd);
             assert_eq!((next.len(), crowd.len()), (16, left));
-            assert!(lane.permit().is_none());
+            assert!(waiters.permit().is_none());
         }
         // All permits are released, also by requests that stopped waiting before it was their turn.
-        let held: Vec<_> = (0..32).map(|_| lane.permit().unwrap()).collect();
-        let mut gone: Vec<_> = (0..48).map(|_| Box::pin(lane.permit_in_turn())).collect();
+        let held: Vec<_> = (0..32).map(|_| waiters.permit().unwrap()).collect();
+        let mut gone: Vec<_> = (0..48).map(|_| Box::pin(waiters.permit_in_turn())).collect();
         assert_eq!(done(&mut gone).len(), 0);
         drop(held);
         drop(gone);
-        assert_eq!((0..).map_while(|_| lane.permit().map(std::mem::forget)).count(), 32);
+        assert_eq!((0..).map_while(|_| waiters.permit().map(std::mem::forget)).count(), 32);
     }
 
     #[test]
     fn who_waits_for_a_connection_hands_its_permit_on() {
-        let lane = Lane::new(None);
-        let permit = || Permit { _held: Some(lane.permit().unwrap()), waited: 0 };
+        let waiters = CommitWaiters::new(None);
+        let permit = || Permit { _held: Some(waiters.permit().unwrap()), waited: 0 };
         let mut held: Vec<_> = (0..32).map(|_| permit()).collect();
-        assert_eq!(done(&mut vec![Box::pin(held[0].during(pin!(std::future::ready(7))))]), [7]);
+        assert_eq!(
+            done(&mut vec![Box::pin(held[0].release_while_pending(pin!(std::future::ready(7))))]),
+            [7]
+        );
         // A future that is ready at once keeps the permit. Without this control the last line would also hold if
-        // `during` always released it.
-        assert!(lane.permit().is_none(), "the control: at once there, so that it keeps it");
-        assert_eq!(done(&mut vec![Box::pin(held[0].during(pin!(std::future::pending::<()>())))]), []);
-        assert!(lane.permit().is_some());
+        // `release_while_pending` always released it.
+        assert!(waiters.permit().is_none(), "the control: at once there, so that it keeps it");
+        assert_eq!(
+            done(&mut vec![Box::pin(held[0].release_while_pending(pin!(std::future::pending::<()>())))]),
+            []
+        );
+        assert!(waiters.permit().is_some());
     }
 
     /// An exchange whose caller disconnects goes on in a task of its own.
     #[tokio::test]
     async fn a_wait_that_moves_to_another_task_is_woken_there() {
-        let (lane, safe) = (Arc::new(Lane::new(None)), Arc::new(AtomicU64::new(0)));
-        let (waits, proven) = (lane.clone(), safe.clone());
+        let (waiters, committed) = (Arc::new(CommitWaiters::new(None)), Arc::new(AtomicU64::new(0)));
+        let (waits, proven) = (waiters.clone(), committed.clone());
         let mut wait = Box::pin(async move { waits.wait(&proven, 1, Duration::from_secs(60)).await });
         assert!(wait.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
         let moved = tokio::spawn(wait);
         tokio::task::yield_now().await;
-        safe.store(1, Ordering::Release);
-        lane.more_is_safe();
+        committed.store(1, Ordering::Release);
+        waiters.more_is_committed();
         let woken = tokio::time::timeout(Duration::from_secs(20), moved).await;
         assert_eq!(woken.unwrap().unwrap(), Ok(()));
     }
 
     #[tokio::test]
     async fn a_wait_of_less_time_is_over_before_those_that_began_earlier() {
-        let (lane, safe) = (Arc::new(Lane::new(None)), Arc::new(AtomicU64::new(0)));
+        let (waiters, committed) = (Arc::new(CommitWaiters::new(None)), Arc::new(AtomicU64::new(0)));
         let wait = |time| {
-            let (lane, safe) = (lane.clone(), safe.clone());
-            tokio::spawn(async move { lane.wait(&safe, 1, time).await })
+            let (waiters, committed) = (waiters.clone(), committed.clone());
+            tokio::spawn(async move { waiters.wait(&committed, 1, time).await })
         };
         let long = wait(Duration::from_secs(60));
         tokio::task::yield_now().await;

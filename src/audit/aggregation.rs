@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::Metrics;
+use super::AuditMetrics;
 use super::batch::Batch;
-use super::entry::{Entry, Refusal, Why};
-use super::facts::Facts;
+use super::entry::{Entry, NotForwarded, RefusalReason};
+use super::facts::RequestFacts;
 use crate::clock;
 use crate::config::RefusalBudget;
 
@@ -32,10 +32,10 @@ const STRANGERS: usize = 10;
 const SECOND: Duration = Duration::from_secs(1);
 
 /// The refusals of the present second and hour.
-pub(super) struct Folds {
+pub(super) struct RefusalAggregator {
     since: Instant,
     /// What was seen in this second, by kind.
-    kinds: HashMap<(Who, Why), Fold>,
+    kinds: HashMap<(RefusedPeer, RefusalReason), Aggregate>,
     /// How many kinds of strangers there are in this second.
     strangers: usize,
     hour: Hour,
@@ -44,16 +44,16 @@ pub(super) struct Folds {
 }
 
 #[derive(Default)]
-struct Fold {
+struct Aggregate {
     /// How many came in this second.
     seen: u32,
     /// The aggregate of those beyond the first.
-    more: Option<Refusal>,
+    more: Option<NotForwarded>,
 }
 
 /// The peer or caller whose refusals are aggregated.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Who {
+pub(super) enum RefusedPeer {
     Caller(Arc<str>),
     Address(IpAddr),
     Uid(u32),
@@ -72,10 +72,10 @@ struct Hour {
     /// code.
     // The first refusal of each kind is recorded whatever was spent: a flood must not hide that something new
     // happens.
-    kinds: HashMap<(Who, Why), Option<Refusal>>,
+    kinds: HashMap<(RefusedPeer, RefusalReason), Option<NotForwarded>>,
 }
 
-impl Folds {
+impl RefusalAggregator {
     /// An empty aggregation. `hour` is how long an hour lasts, which only tests change.
     pub(super) fn new(budget: RefusalBudget, hour: Duration) -> Self {
         let now = Instant::now();
@@ -90,21 +90,21 @@ impl Folds {
 
     /// Whether something is counted that must become a record when its second or hour is over.
     pub(super) fn is_pending(&self) -> bool {
-        let counted = self.kinds.values().any(|fold| fold.more.is_some());
+        let counted = self.kinds.values().any(|aggregate| aggregate.more.is_some());
         self.unrecorded > 0 || counted || self.hour.is_over() && self.hour.is_pending()
     }
 
     /// Records a refusal, or adds it to an aggregate.
     pub(super) fn push(
         &mut self,
-        facts: Box<Facts>,
-        (why, status): (Why, u16),
+        facts: Box<RequestFacts>,
+        (why, status): (RefusalReason, u16),
         batch: &mut Batch,
-        metrics: &Metrics,
+        metrics: &AuditMetrics,
     ) {
         let who = facts.who();
-        let of = usize::from(matches!(who, Who::Caller(_)));
-        let refusal = |facts, several| Refusal {
+        let of = usize::from(matches!(who, RefusedPeer::Caller(_)));
+        let refusal = |facts, several| NotForwarded {
             time: clock::unix_nanos() / 1000,
             facts,
             why,
@@ -114,25 +114,25 @@ impl Folds {
         };
         // The hour is decided first: beyond its budget not even the first ten of a second are recorded.
         let is_spent = self.hour.is_spent(of);
-        let kind = (if of == 0 { Who::Others } else { who.clone() }, why);
+        let kind = (if of == 0 { RefusedPeer::Others } else { who.clone() }, why);
         match self.hour.kinds.get_mut(&kind) {
             Some(more) if is_spent => {
                 match more {
                     Some(more) => more.count += 1,
                     None => *more = Some(refusal(facts, of == 0)),
                 }
-                metrics.folded.inc();
+                metrics.aggregated.inc();
                 return;
             }
             Some(_) => {}
             None => drop(self.hour.kinds.insert(kind, None)),
         }
         let who = self.place(who, why);
-        let several = who == Who::Others;
-        let fold = self.kinds.entry((who, why)).or_default();
-        fold.seen += 1;
-        let full = fold.seen <= FULL_REFUSALS;
-        match &mut fold.more {
+        let several = who == RefusedPeer::Others;
+        let aggregate = self.kinds.entry((who, why)).or_default();
+        aggregate.seen += 1;
+        let full = aggregate.seen <= FULL_REFUSALS;
+        match &mut aggregate.more {
             Some(more) => more.count += 1,
             // Recorded one by one, a refusal names its own peer, even in the kind that strangers share.
             None if full => self.hour.record(of, &refusal(facts, false), batch),
@@ -142,13 +142,13 @@ impl Folds {
 
     /// Ends the second: each aggregate of it becomes a record. If the hour is over as well, so does each aggregate of
     /// the hour.
-    pub(super) fn fold_up(&mut self, batch: &mut Batch, metrics: &Metrics) {
+    pub(super) fn flush(&mut self, batch: &mut Batch, metrics: &AuditMetrics) {
         self.since = Instant::now();
         self.strangers = 0;
-        for ((who, _), fold) in std::mem::take(&mut self.kinds) {
-            if let Some(refusal) = fold.more {
-                metrics.folded.inc_by(refusal.count);
-                self.hour.record(usize::from(matches!(who, Who::Caller(_))), &refusal, batch);
+        for ((who, _), aggregate) in std::mem::take(&mut self.kinds) {
+            if let Some(refusal) = aggregate.more {
+                metrics.aggregated.inc_by(refusal.count);
+                self.hour.record(usize::from(matches!(who, RefusedPeer::Caller(_))), &refusal, batch);
             }
         }
         if self.hour.is_over() {
@@ -161,7 +161,7 @@ impl Folds {
         self.hour.since = Instant::now();
         self.hour.spent = [0; 2];
         for refusal in std::mem::take(&mut self.hour.kinds).into_values().flatten() {
-            batch.push(&Entry::Refusal(&refusal));
+            batch.push(&Entry::NotForwarded(&refusal));
         }
     }
 
@@ -176,12 +176,12 @@ impl Folds {
     }
 
     /// The kind under which a refusal is aggregated in this second.
-    fn place(&mut self, who: Who, why: Why) -> Who {
-        if matches!(who, Who::Caller(_)) || self.kinds.contains_key(&(who.clone(), why)) {
+    fn place(&mut self, who: RefusedPeer, why: RefusalReason) -> RefusedPeer {
+        if matches!(who, RefusedPeer::Caller(_)) || self.kinds.contains_key(&(who.clone(), why)) {
             return who;
         }
         if self.strangers == STRANGERS {
-            return Who::Others;
+            return RefusedPeer::Others;
         }
         self.strangers += 1;
         who
@@ -204,9 +204,9 @@ impl Hour {
     }
 
     /// Records a refusal at the expense of the budget.
-    fn record(&mut self, of: usize, refusal: &Refusal, batch: &mut Batch) {
+    fn record(&mut self, of: usize, refusal: &NotForwarded, batch: &mut Batch) {
         let before = batch.size();
-        batch.push(&Entry::Refusal(refusal));
+        batch.push(&Entry::NotForwarded(refusal));
         self.spent[of] += (batch.size() - before) as u64;
     }
 }

@@ -181,7 +181,7 @@ impl Resolution {
 
 /// The members of a record that can change the list.
 #[derive(Clone, Copy, Debug, Deserialize)]
-pub(super) struct Step<'a> {
+pub(super) struct RecordView<'a> {
     pub(super) kind: &'a str,
     pub(super) event: Option<&'a str>,
     pub(super) id: Option<Uuid>,
@@ -253,7 +253,7 @@ impl UnresolvedList {
     }
 
     /// Applies one proven record. A line that cannot be parsed changes nothing.
-    pub(super) fn take(&mut self, step: &Step<'_>, line: &[u8]) {
+    pub(super) fn take(&mut self, step: &RecordView<'_>, line: &[u8]) {
         match (step.kind, step.id) {
             ("intent", Some(_)) => {
                 if let Ok(call) = serde_json::from_slice::<UnresolvedCall>(line) {
@@ -274,7 +274,7 @@ impl UnresolvedList {
 
     /// Applies one record that the chain does not prove. It can add calls to the list. It removes none and
     /// changes none, except that a call without an outcome becomes one of unknown outcome.
-    pub(super) fn take_unproven(&mut self, step: &Step<'_>, line: &[u8]) {
+    pub(super) fn take_unproven(&mut self, step: &RecordView<'_>, line: &[u8]) {
         let state = match (step.kind, step.event) {
             ("outcome", _) => {
                 // The line may have had any outcome before it was changed. `unknown` is the only one that
@@ -586,7 +586,7 @@ mod tests {
             let name = line["event"].as_str();
             let id = line["id"].as_str().map(|id| id.parse().unwrap());
             let (kind, outcome) = (line["kind"].as_str().unwrap(), line["outcome"].as_str());
-            list.take_unproven(&Step { kind, event: name, id, outcome, time: "" }, text.as_bytes());
+            list.take_unproven(&RecordView { kind, event: name, id, outcome, time: "" }, text.as_bytes());
             for call in before.calls().filter(|call| Some(call.id.as_u128()) != changed) {
                 assert_eq!(list.get(call.id), Some(call), "{line}");
             }
