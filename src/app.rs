@@ -32,7 +32,7 @@ use crate::connect::{Connector, Egress};
 use crate::control::Control;
 use crate::gateway::Gateway;
 use crate::idempotency::Idempotency;
-use crate::idempotency::memory::MemoryBound;
+use crate::idempotency::memory::KeyMemory;
 use crate::metrics::Metrics;
 use crate::model::audit_fields::SHOWN;
 use crate::reload::{Reload, Source};
@@ -257,7 +257,7 @@ impl App {
         if config.trusts_loopback() {
             tracing::warn!("{LOOPBACK_NOTICE}");
         }
-        let memory = MemoryBound::new(&config.idempotency).notice();
+        let memory = KeyMemory::new(&config.idempotency).notice();
         let (limit, size) = (audit::limit::notice(config), config.trail_size().notice());
         for notice in memory.into_iter().chain(size).chain(limit).chain(needles::notices(config)) {
             tracing::warn!("{notice}");

@@ -39,17 +39,17 @@ use crate::upstream::pool::PooledConnection;
 use attempt::BufferedReply;
 pub use cooldown::Cooldown;
 pub use detached::{Detached, Exchanges};
-pub use reply::{BodyPart, BrokenOff, Failure, Reply, ReplyBody, Told};
-pub use route::Route;
-pub use terms::{Metrics, Terms};
+pub use reply::{BodyPart, BrokenOff, ExchangeReply, Failure, RelayedBody, Reply};
+pub use route::UpstreamRoute;
+pub use terms::{ExchangeMetrics, ExchangeTerms};
 
 /// One exchange with the upstream, under one intent.
 #[derive(Debug)]
 pub struct Exchange {
     /// What all exchanges have in common.
-    pub terms: Arc<Terms>,
+    pub terms: Arc<ExchangeTerms>,
     /// The route.
-    pub route: Arc<Route>,
+    pub route: Arc<UpstreamRoute>,
     /// The credential, of which all tokens of this exchange are.
     pub credential: CredentialIndex,
     /// The circuit breaker's leave to use the upstream.
@@ -147,7 +147,7 @@ impl Exchanges {
             };
             match pending {
                 None => told,
-                Some(pending) => Box::pin(pending.settle(told, deadline)).await,
+                Some(pending) => Box::pin(pending.release_when_committed(told, deadline)).await,
             }
         };
         self.detach(run)

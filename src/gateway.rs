@@ -30,7 +30,7 @@ use crate::contract::{Checked, CheckedBody, Fault};
 use crate::disconnect::CallerPresence;
 use crate::error::Error;
 use crate::exchange::{Exchange, Exchanges, Reply};
-use crate::idempotency::{Begun, Call, Claim, DeliverySlot, Idempotency, Replay};
+use crate::idempotency::{Call, Claim, ClaimDecision, Idempotency, PendingDelivery, Replay};
 use crate::keyed_hash::Hash;
 use crate::metrics::{Limit, Metrics};
 use crate::model::peer::Peer;
@@ -162,8 +162,8 @@ impl Gateway {
             return Box::pin(self.dry_run(request, &entered, call, &checked, record)).await;
         }
         let claim = match self.idempotency.begin(call, head)? {
-            Begun::Claim(claim) => claim,
-            Begun::Replay(replay) => return Ok(Box::new(replayed(replay, route, record))),
+            ClaimDecision::Claim(claim) => claim,
+            ClaimDecision::Replay(replay) => return Ok(Box::new(replayed(replay, route, record))),
         };
         let first = record_first(&claim, record);
 
@@ -314,7 +314,7 @@ fn record_first(claim: &Claim, record: &mut OpenRecord) -> Option<FirstCall> {
 
 /// Answers a call as the first one with its key was answered.
 #[cold]
-fn replayed(replay: Replay, route: &exchange::Route, record: &mut OpenRecord) -> Reply {
+fn replayed(replay: Replay, route: &exchange::UpstreamRoute, record: &mut OpenRecord) -> Reply {
     record.first(replay.first);
     let reply = Reply::replayed(replay, &route.result);
     record.replayed(reply.status.as_u16());
@@ -333,7 +333,7 @@ pub struct RequestOrigin<'a> {
     /// Whether the caller is still connected.
     pub presence: &'a CallerPresence,
     /// The connection's slot for a success that is on its way to the caller.
-    pub delivery: &'a DeliverySlot,
+    pub delivery: &'a PendingDelivery,
     /// The connection is over the cap, so its one request is refused.
     pub surplus: bool,
 }

@@ -43,16 +43,16 @@ use uuid::Uuid;
 use crate::audit::loss::Loss;
 use crate::audit::{Audit, StoredReply};
 use crate::config::WithoutKey;
-use crate::keyed_hash::{Hash, Keys, Mark};
+use crate::keyed_hash::{Hash, KeyedFingerprint, Keys};
 use crate::model::outcome::Outcome;
 use crate::model::request_id::{FirstCall, RequestId};
 use crate::request_head::Inbound;
 use crate::{clock, config};
 pub use claim::Claim;
-use claim::Step;
-pub use claims::Ending;
-use claims::{Claims, How, Verdict, Wanted};
-pub use delivery::{Delivery, DeliverySlot};
+use claim::ExchangeStep;
+pub use claims::StoredResult;
+use claims::{Claims, KeyedCompletion, Verdict, Wanted};
+pub use delivery::{Delivery, PendingDelivery};
 use duplicates::{Duplicate, DuplicateDetector, First, Forced, Rejection};
 pub use key::BadKey;
 use key::Given;
@@ -113,16 +113,16 @@ pub struct Call<'a> {
 
 /// What [`Idempotency::begin`] decided about a call.
 #[derive(Debug)]
-pub enum Begun {
+pub enum ClaimDecision {
     /// The call is to be sent. Whoever drops the claim before it was sent releases the key.
     Claim(Claim),
     /// The call repeats one that has ended, and gets its answer.
     Replay(Replay),
 }
 
-/// What [`Idempotency::look`] says would be decided about a call.
+/// What [`Idempotency::peek`] says would be decided about a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Would {
+pub enum DryRunDecision {
     /// It would be sent; with the equal call that came first, if there is one.
     BeSent(Option<FirstCall>),
     /// It would get the answer of this call.
@@ -135,7 +135,7 @@ pub struct Replay {
     /// The call that was answered first.
     pub first: FirstCall,
     /// How that call ended. Known even if its reply was evicted.
-    pub ending: Ending,
+    pub ending: StoredResult,
     /// Its reply; `None` if it was evicted or never stored.
     pub stored: Option<Arc<StoredReply>>,
     /// Ends the doubt of an undelivered success once this answer is handed over. Without effect for any other call.
@@ -189,40 +189,40 @@ impl Idempotency {
     /// Returns what [`Idempotency::begin`] would decide, and remembers nothing. For dry runs.
     ///
     /// Fails with the refusal that the call would get.
-    pub fn look(&self, call: Call<'_>, head: &Inbound<'_>) -> Result<Would, Refusal> {
+    pub fn peek(&self, call: Call<'_>, head: &Inbound<'_>) -> Result<DryRunDecision, Refusal> {
         let Given { key, force } = key::read(head)?;
         let print = self.print(call);
         let key = key.map(|key| self.key_mark(call, key)).transpose()?;
         if let Some(key) = key {
             let wanted = self.wanted(call, key, print, force);
-            let verdict = self.claims().look(wanted, now());
+            let verdict = self.claims().peek(wanted, now());
             self.check_loss(&verdict)?;
             self.check_superseded(&verdict, call, wanted)?;
             if let Passed::Replay(id, ending) = passed(verdict)? {
-                return Ok(Would::BeReplayed(FirstCall { id, outcome: ending.outcome() }));
+                return Ok(DryRunDecision::BeReplayed(FirstCall { id, outcome: ending.outcome() }));
             }
         }
         let Some((mark, duplicate)) = self.compared(call, print, key)? else {
-            return Ok(Would::BeSent(None));
+            return Ok(DryRunDecision::BeSent(None));
         };
         let mut duplicates = self.duplicates();
-        // `DuplicateDetector::look` does not expire anything. Without this, a dry run under `block` was refused for want of
+        // `DuplicateDetector::peek` does not expire anything. Without this, a dry run under `block` was refused for want of
         // room long after the next call would have found some.
         duplicates.expire(now());
-        let first = duplicates.look(mark, duplicate, force, call.is_alone, now());
+        let first = duplicates.peek(mark, duplicate, force, call.is_alone, now());
         drop(duplicates);
-        Ok(Would::BeSent(first.map_err(rejected)?.map(FirstCall::from)))
+        Ok(DryRunDecision::BeSent(first.map_err(rejected)?.map(FirstCall::from)))
     }
 
     /// Decides whether a call is sent, and registers it as at work if it is.
     ///
     /// Fails if the call's headers break their rules, if an equal call came first and may still count, or if a table is full or
     /// not complete yet. Nothing is registered then.
-    pub fn begin(self: &Arc<Self>, call: Call<'_>, head: &Inbound<'_>) -> Result<Begun, Refusal> {
+    pub fn begin(self: &Arc<Self>, call: Call<'_>, head: &Inbound<'_>) -> Result<ClaimDecision, Refusal> {
         let Given { key, force } = key::read(head)?;
         match key {
             Some(key) => self.begin_keyed(call, key, force),
-            None => self.claim(call, self.print(call), None, force).map(Begun::Claim),
+            None => self.claim(call, self.print(call), None, force).map(ClaimDecision::Claim),
         }
     }
 
@@ -233,13 +233,13 @@ impl Idempotency {
         call: Call<'_>,
         key: &[u8],
         force: Option<Uuid>,
-    ) -> Result<Begun, Refusal> {
+    ) -> Result<ClaimDecision, Refusal> {
         let (key, print) = (self.key_mark(call, key)?, self.print(call));
         let id = call.id;
         let wanted = self.wanted(call, key, print, force);
         // Before the key is claimed: afterwards it would be a known one.
         if self.is_lost() {
-            let verdict = self.claims().look(wanted, now());
+            let verdict = self.claims().peek(wanted, now());
             self.check_loss(&verdict)?;
         }
         let verdict = self.claims().claim(wanted, id, now());
@@ -249,7 +249,7 @@ impl Idempotency {
                 let claimed = self.claim(call, print, Some(key), force);
                 if claimed.is_err() {
                     // Refused for an equal call. Nothing was sent, so the key must be free for the next attempt.
-                    self.claims().end(key, id, How::NotDone, now());
+                    self.claims().end(key, id, KeyedCompletion::NotDone, now());
                 }
                 let mut claim = claimed?;
                 // Between the two locks a call without this key may have repeated the same doubt by force, and may have ended
@@ -264,7 +264,7 @@ impl Idempotency {
                 if let Some(id) = doubt.filter(|_| claim.forced.is_none()) {
                     claim.forced = Some(Box::new(Forced { id, key: Some(key) }));
                 }
-                Ok(Begun::Claim(claim))
+                Ok(ClaimDecision::Claim(claim))
             }
             Passed::Replay(first, ending) => {
                 let stored = self.replies.get(&first);
@@ -272,7 +272,7 @@ impl Idempotency {
                 let mark = self.mark_of(call.caller, print);
                 let delivery = Delivery::of_other_answer(self, mark, first, call);
                 let first = FirstCall { id: first, outcome: ending.outcome() };
-                Ok(Begun::Replay(Replay { first, ending, stored, delivery }))
+                Ok(ClaimDecision::Replay(Replay { first, ending, stored, delivery }))
             }
         }
     }
@@ -281,8 +281,8 @@ impl Idempotency {
     fn claim(
         self: &Arc<Self>,
         call: Call<'_>,
-        print: Mark,
-        key: Option<Mark>,
+        print: KeyedFingerprint,
+        key: Option<KeyedFingerprint>,
         force: Option<Uuid>,
     ) -> Result<Claim, Refusal> {
         let compared = self.compared(call, print, key)?;
@@ -293,12 +293,12 @@ impl Idempotency {
         }
         let (mark, forced) = (compared.map(|(mark, _)| mark), forced.map(Box::new));
         let table = self.clone();
-        Ok(Claim { table, id: call.id, print, mark, key, first, forced, step: Step::Claimed })
+        Ok(Claim { table, id: call.id, print, mark, key, first, forced, step: ExchangeStep::Claimed })
     }
 
     /// The refusal of a call. One that names an undelivered success carries a [`Delivery`], which ends that doubt once the
     /// refusal is handed over.
-    fn refuse(self: &Arc<Self>, rejection: Rejection, mark: Mark, call: Call<'_>) -> Refusal {
+    fn refuse(self: &Arc<Self>, rejection: Rejection, mark: KeyedFingerprint, call: Call<'_>) -> Refusal {
         let delivery = match rejection {
             Rejection::Duplicate(First::Succeeded(id)) => {
                 Some(Box::new(Delivery::of_other_answer(self, mark, id, call)))
@@ -316,7 +316,7 @@ impl Idempotency {
             && let Some((mark, duplicate)) = self.compared(call, wanted.print, Some(wanted.key))?
         {
             // Without `force` and as the only caller, so that nothing but an open call can be the answer that is used here.
-            let looked = self.duplicates().look(mark, duplicate, None, true, now());
+            let looked = self.duplicates().peek(mark, duplicate, None, true, now());
             if let Err(rejection @ Rejection::Duplicate(First::Open(_))) = looked {
                 return Err(rejected(rejection));
             }
@@ -325,7 +325,7 @@ impl Idempotency {
     }
 
     /// The mark of a key. Fails until the rebuild is over.
-    fn key_mark(&self, call: Call<'_>, key: &[u8]) -> Result<Mark, Refused> {
+    fn key_mark(&self, call: Call<'_>, key: &[u8]) -> Result<KeyedFingerprint, Refused> {
         // A key that is not found may be in the part of the trail that is not read yet.
         if !self.is_rebuilt.load(Ordering::Acquire) {
             return Err(Refused::Rebuilding);
@@ -336,7 +336,13 @@ impl Idempotency {
 
     /// A call's wish for a key, with the caller's share: what is configured, else half of all keys, or all if there is no other
     /// caller.
-    fn wanted(&self, call: Call<'_>, key: Mark, print: Mark, force: Option<Uuid>) -> Wanted {
+    fn wanted(
+        &self,
+        call: Call<'_>,
+        key: KeyedFingerprint,
+        print: KeyedFingerprint,
+        force: Option<Uuid>,
+    ) -> Wanted {
         // Half, since keys are held for the whole window: a caller that used up all of them had the others refused for a day.
         let share = if call.is_alone { self.max_keys } else { self.max_keys.div_ceil(2) };
         let share = call.max_keys.unwrap_or(share);
@@ -344,7 +350,7 @@ impl Idempotency {
     }
 
     /// The fingerprint of a call: equal for equal bodies, operators and routes. Written to the trail.
-    fn print(&self, call: Call<'_>) -> Mark {
+    fn print(&self, call: Call<'_>) -> KeyedFingerprint {
         self.marks.mark(&[b"print", call.digest, call.operator.as_bytes(), call.route.as_bytes()])
     }
 
@@ -355,9 +361,9 @@ impl Idempotency {
     fn compared(
         &self,
         call: Call<'_>,
-        print: Mark,
-        key: Option<Mark>,
-    ) -> Result<Option<(Mark, Duplicate)>, Refused> {
+        print: KeyedFingerprint,
+        key: Option<KeyedFingerprint>,
+    ) -> Result<Option<(KeyedFingerprint, Duplicate)>, Refused> {
         match self.without_key {
             WithoutKey::RequireKey if key.is_none() => Err(Refused::NoKey),
             // Under `block` a success refuses an equal call, and the successes are read back by the rebuild only. Calls that were
@@ -372,14 +378,20 @@ impl Idempotency {
 
     /// The mark of a fingerprint and its caller. For memory only, never for the trail: the hasher's seed is another one in each
     /// process.
-    fn mark_of(&self, caller: &str, print: Mark) -> Mark {
+    fn mark_of(&self, caller: &str, print: KeyedFingerprint) -> KeyedFingerprint {
         salted(print, self.hasher.hash_one(caller))
     }
 
-    fn compared_of(&self, caller: &str, print: Mark, id: Uuid, key: Option<Mark>) -> (Mark, Duplicate) {
+    fn compared_of(
+        &self,
+        caller: &str,
+        print: KeyedFingerprint,
+        id: Uuid,
+        key: Option<KeyedFingerprint>,
+    ) -> (KeyedFingerprint, Duplicate) {
         // Hashed once for both uses, since every call comes here.
         let hash = self.hasher.hash_one(caller);
-        (salted(print, hash), Duplicate { id, key, caller: half(hash), stands_for_unkeyed: false })
+        (salted(print, hash), Duplicate { id, key, caller: half(hash), replaces_unkeyed: false })
     }
 
     /// The hash under which a caller's share of the tables is counted.
@@ -421,7 +433,7 @@ impl Idempotency {
 }
 
 /// A fingerprint with its caller's hash mixed in, so that equal calls of two callers differ.
-fn salted(print: Mark, caller: u64) -> Mark {
+fn salted(print: KeyedFingerprint, caller: u64) -> KeyedFingerprint {
     // In whole words instead of byte by byte, since every call comes here.
     let caller = u128::from(caller);
     (u128::from_ne_bytes(print) ^ (caller << 64 | caller)).to_ne_bytes()
@@ -442,7 +454,7 @@ impl From<First> for FirstCall {
     }
 }
 
-impl Ending {
+impl StoredResult {
     /// The outcome of the call that ended so, for replies about it.
     fn outcome(&self) -> Outcome {
         if self.is_success { Outcome::Succeeded } else { Outcome::Failed }

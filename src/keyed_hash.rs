@@ -11,7 +11,7 @@ use sha2::Sha256;
 pub type Hash = [u8; 32];
 
 /// A keyed fingerprint: 128 bits of an HMAC. It recognises equal values without revealing them.
-pub type Mark = [u8; 16];
+pub type KeyedFingerprint = [u8; 16];
 
 /// The key of a chain, and the keys derived from it for digests of bodies and for fingerprints.
 // Three keys, so that a digest can never be taken for the hash of a record, whatever a caller sends as its
@@ -44,14 +44,14 @@ impl Keys {
 
     /// Returns the fingerprint of some parts. Each is hashed with its length, so that moving bytes from one
     /// part to the next changes the result.
-    pub fn mark(&self, parts: &[&[u8]]) -> Mark {
+    pub fn mark(&self, parts: &[&[u8]]) -> KeyedFingerprint {
         let whole = hmac(&self.mark, |mac| {
             for part in parts {
                 mac.update(&(part.len() as u64).to_be_bytes());
                 mac.update(part);
             }
         });
-        let mut mark = Mark::default();
+        let mut mark = KeyedFingerprint::default();
         mark.copy_from_slice(&whole[..16]);
         mark
     }
@@ -108,14 +108,14 @@ pub fn to_hex(hash: &Hash) -> [u8; 64] {
 }
 
 /// Appends a fingerprint in lower-case hex.
-pub fn push_hex(mark: &Mark, text: &mut Vec<u8>) {
+pub fn push_hex(mark: &KeyedFingerprint, text: &mut Vec<u8>) {
     let mut hex = [0; 32];
     write_hex(mark, &mut hex);
     text.extend_from_slice(&hex);
 }
 
 /// The text that replaces a hidden value: its fingerprint with the prefix `hmac:`.
-pub fn hidden(mark: Mark) -> String {
+pub fn hidden(mark: KeyedFingerprint) -> String {
     format!("hmac:{:032x}", u128::from_be_bytes(mark))
 }
 

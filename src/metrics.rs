@@ -115,7 +115,7 @@ pub struct Parts {
     /// Of the upstream pools.
     pub pool: pool::ConnectionMetrics,
     /// Of the exchanges with the upstream.
-    pub upstream: exchange::Metrics,
+    pub upstream: exchange::ExchangeMetrics,
 }
 
 /// Upper bounds for the duration of requests, in seconds.
@@ -128,7 +128,7 @@ impl Parts {
         Self {
             token: token::Metrics::new(registry, changes),
             pool: pool::ConnectionMetrics::new(registry),
-            upstream: exchange::Metrics {
+            upstream: exchange::ExchangeMetrics {
                 breaker: breaker::CircuitMetrics::new(registry),
                 failures: registry.metric(
                     "upstream_failures_total",

@@ -60,7 +60,7 @@ impl Limiter {
     }
 
     /// Returns what [`Limiter::take`] would, and takes nothing.
-    pub fn look(&self) -> Result<(), Spent> {
+    pub fn peek(&self) -> Result<(), Spent> {
         let (now, arrival) = (clock::nanos(), self.arrival.load(Ordering::Relaxed));
         let wait = arrival.saturating_sub(now + self.tolerance.load(Ordering::Relaxed));
         if wait == 0 { Ok(()) } else { Err(Spent { retry_after: Duration::from_nanos(wait) }) }

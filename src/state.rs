@@ -12,7 +12,7 @@ use crate::admission::Admission;
 use crate::config::Config;
 use crate::contract::body;
 use crate::exchange;
-use crate::exchange::Terms;
+use crate::exchange::ExchangeTerms;
 use crate::rate_limit::Quota;
 use crate::reason::Failures;
 use crate::route::Routes;
@@ -33,7 +33,7 @@ pub struct State {
     /// The bounds on a caller's body, in bytes and time.
     pub body: body::Bounds,
     /// The parts that all exchanges share.
-    pub terms: Arc<Terms>,
+    pub terms: Arc<ExchangeTerms>,
     /// Whether some caller is identified by a loopback address alone. `/status` then has a notice.
     pub trusts_loopback: bool,
 }
@@ -43,13 +43,13 @@ impl State {
     pub fn new(
         config: &Config,
         slots: Vec<Arc<Slot>>,
-        metrics: exchange::Metrics,
+        metrics: exchange::ExchangeMetrics,
     ) -> Result<Self, RouteError> {
         Ok(Self {
             admission: Admission::new(&config.callers, &HashMap::new()),
             routes: routes::compile(config, None)?,
             body: body::Bounds { size: config.server.max_body, time: config.server.body_timeout },
-            terms: Arc::new(Terms {
+            terms: Arc::new(ExchangeTerms {
                 outbound: Outbound::new(authority(config), &config.upstream.static_headers()),
                 refused_statuses: config.token.refused_statuses.clone(),
                 breaker: Arc::new(Breaker::new(&config.upstream, metrics.breaker)),

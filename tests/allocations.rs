@@ -16,7 +16,7 @@ use std::{
 use ccsqm_gateway::{
     app::App,
     config::{self, Config, ListenAddress},
-    idempotency::memory::MemoryBound,
+    idempotency::memory::KeyMemory,
     preflight,
 };
 use tempfile::TempDir;
@@ -180,7 +180,7 @@ fn keys_and_stored_replies_take_no_more_memory_than_is_said() {
     let (cloud, folder) = (Cloud::start(), TempDir::new().unwrap());
     let mut configuration = configuration(&folder, &cloud);
     configuration.idempotency.max_keys = 6000;
-    let said = |settings: &config::Idempotency| MemoryBound::new(settings).keys;
+    let said = |settings: &config::Idempotency| KeyMemory::new(settings).keys;
     let one_key = (said(&configuration.idempotency)
         - said(&config::Idempotency { max_keys: 1, ..configuration.idempotency }))
         / 5999;

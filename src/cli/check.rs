@@ -11,7 +11,7 @@ use ccsqm_gateway::app::App;
 use ccsqm_gateway::audit::limit;
 use ccsqm_gateway::config::trail::CALL;
 use ccsqm_gateway::config::{Access, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, Route};
-use ccsqm_gateway::idempotency::memory::{MemoryBound, mebibytes};
+use ccsqm_gateway::idempotency::memory::{KeyMemory, mebibytes};
 use ccsqm_gateway::preflight::exposures;
 use ccsqm_gateway::secret::needles;
 use ccsqm_gateway::{log, plain};
@@ -103,7 +103,7 @@ fn access(config: &Config) {
 }
 
 fn memory(config: &Config) {
-    let MemoryBound { keys, successes, replies } = MemoryBound::new(&config.idempotency);
+    let KeyMemory { keys, successes, replies } = KeyMemory::new(&config.idempotency);
     let max_keys = config.idempotency.max_keys;
     let (keys, replies) = (mebibytes(keys), mebibytes(replies));
     out!("");
@@ -115,7 +115,7 @@ fn memory(config: &Config) {
 }
 
 fn machine_readable(configured: &Configured, config: &Config, notes: Vec<String>) -> Value {
-    let MemoryBound { keys, successes, replies } = MemoryBound::new(&config.idempotency);
+    let KeyMemory { keys, successes, replies } = KeyMemory::new(&config.idempotency);
     let trail = config.trail_size();
     let lasts = |with_refusals| trail.max_size_lasts(with_refusals).map(|time| time.as_secs());
     json!({
@@ -140,7 +140,7 @@ fn machine_readable(configured: &Configured, config: &Config, notes: Vec<String>
 /// Returns what an operator should know of a good configuration, as sentences.
 fn notices(configured: &Configured, config: &Config) -> Vec<String> {
     let loopback = config.trusts_loopback().then(|| LOOPBACK_NOTICE.to_owned());
-    let memory = MemoryBound::new(&config.idempotency).notice();
+    let memory = KeyMemory::new(&config.idempotency).notice();
     let (limit, trail) = (limit::notice(config), config.trail_size().notice());
     let misnamed = config.misnamed_variables(std::env::vars_os());
     let exposures = exposures(config, &configured.config);

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use super::CheckedBody;
 use super::schema::AuditIndex;
 use crate::json::Cursor;
-use crate::keyed_hash::{Mark, hidden};
+use crate::keyed_hash::{KeyedFingerprint, hidden};
 use crate::model::redaction::Shown;
 use crate::plain;
 
@@ -23,7 +23,7 @@ impl CheckedBody {
     /// that the configuration hides is left out, or written as the keyed hash that `mark` computes.
     // The literal, not a value that was parsed and printed again: the trail must show what was sent, digit by digit. It cannot
     // break the line of the record, since strict JSON has no raw control character in a string.
-    pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> Mark, out: &mut Vec<u8>) {
+    pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> KeyedFingerprint, out: &mut Vec<u8>) {
         let from = out.len();
         for (index, member) in (0..).map(AuditIndex).zip(&*self.members) {
             if member.shown == Shown::Omit {

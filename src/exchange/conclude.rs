@@ -15,9 +15,9 @@ use tokio::time::Instant;
 
 use super::attempt::BufferedReply;
 use super::reply::{JSON, stand_in};
-use super::settlement::{Finished, Pending, finish};
+use super::settlement::{Finished, UncommittedResult, finish};
 use super::streaming::StreamedReply;
-use super::{Exchange, Failure, Progress, Reply, ReplyBody, Told};
+use super::{Exchange, ExchangeReply, Failure, Progress, RelayedBody, Reply};
 use crate::audit::{ExchangeResult, StoredReply};
 use crate::field_values::retry_after;
 use crate::model::cause::Cause;
@@ -60,7 +60,7 @@ impl Exchange {
         mut arrived: BufferedReply,
         progress: &Progress,
         deadline: Instant,
-    ) -> (Told, Option<Box<Pending>>) {
+    ) -> (ExchangeReply, Option<Box<UncommittedResult>>) {
         let (status, conclusion) = (arrived.status, self.interpret(&mut arrived, progress));
         let Conclusion { outcome, rejected, cause, is_from_business, is_cut, .. } = conclusion;
         let mut answer = self.answer(status, conclusion, progress);
@@ -90,7 +90,7 @@ impl Exchange {
                 if !is_cut {
                     self.connection.release();
                 }
-                (ReplyBody::Whole(body), finished)
+                (RelayedBody::Whole(body), finished)
             }
             Some(rest) => {
                 let (sender, receiver) = mpsc::channel(1);
@@ -106,7 +106,7 @@ impl Exchange {
                     _room: self.room,
                 };
                 tokio::spawn(tail.run(body, self.connection, deadline));
-                (ReplyBody::Long(receiver), Finished::default())
+                (RelayedBody::Long(receiver), Finished::default())
             }
         };
         (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
@@ -207,7 +207,7 @@ impl Exchange {
 
     /// Records an exchange that did not end by its deadline.
     #[cold]
-    pub(super) fn time_out(self, progress: &Progress) -> (Told, Option<Box<Pending>>) {
+    pub(super) fn time_out(self, progress: &Progress) -> (ExchangeReply, Option<Box<UncommittedResult>>) {
         // A token endpoint that is too slow is reported by the fetcher.
         if !progress.awaits_token() {
             let text = format!("no answer within {:?}", self.route.timeout);
@@ -223,7 +223,7 @@ impl Exchange {
         progress: &Progress,
         code: Code,
         cause: Option<Cause>,
-    ) -> (Told, Option<Box<Pending>>) {
+    ) -> (ExchangeReply, Option<Box<UncommittedResult>>) {
         // One byte is enough: the count of written bytes does not say how much of the request the upstream has processed.
         let sent = !progress.awaits_token() && self.connection.written() > progress.mark;
         let (code, outcome) = match (sent, progress.refused) {

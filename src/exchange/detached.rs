@@ -10,7 +10,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio_util::sync::ReusableBoxFuture;
 
-use super::Told;
+use super::ExchangeReply;
 
 /// The number of boxes that a worker keeps for further exchanges.
 const KEPT_BOXES: usize = 256;
@@ -19,13 +19,16 @@ const KEPT_BOXES: usize = 256;
 // A box, since the future of an exchange may have to move into a task at any time; used again, which saves each request a large
 // allocation.
 #[derive(Debug, Default)]
-pub struct Exchanges(Mutex<Vec<ReusableBoxFuture<'static, Told>>>);
+pub struct Exchanges(Mutex<Vec<ReusableBoxFuture<'static, ExchangeReply>>>);
 
 impl Exchanges {
     /// Runs an exchange in a box. The future that is returned may be dropped: see [`Detached`].
     // Inlined, or the exchange would be moved once more.
     #[inline(always)]
-    pub(super) fn detach(self: &Arc<Self>, run: impl Future<Output = Told> + Send + 'static) -> Detached {
+    pub(super) fn detach(
+        self: &Arc<Self>,
+        run: impl Future<Output = ExchangeReply> + Send + 'static,
+    ) -> Detached {
         let future = match self.boxes().pop() {
             Some(mut used) => {
                 used.set(run);
@@ -36,7 +39,7 @@ impl Exchanges {
         Detached { future: Some(future), exchanges: self.clone() }
     }
 
-    fn boxes(&self) -> MutexGuard<'_, Vec<ReusableBoxFuture<'static, Told>>> {
+    fn boxes(&self) -> MutexGuard<'_, Vec<ReusableBoxFuture<'static, ExchangeReply>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -44,12 +47,12 @@ impl Exchanges {
 /// The future of an exchange. Cancellation-safe: if it is dropped before its end, the exchange runs on as a task of its own.
 #[derive(Debug)]
 pub struct Detached {
-    future: Option<ReusableBoxFuture<'static, Told>>,
+    future: Option<ReusableBoxFuture<'static, ExchangeReply>>,
     exchanges: Arc<Exchanges>,
 }
 
 impl Future for Detached {
-    type Output = Told;
+    type Output = ExchangeReply;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let Some(future) = self.future.as_mut() else { return Poll::Pending };

@@ -9,7 +9,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 
 use crate::audit::unresolved_calls::Resolution;
-use crate::idempotency::{Delivery, Ending, Replay};
+use crate::idempotency::{Delivery, Replay, StoredResult};
 use crate::model::cause::Cause;
 use crate::model::code::Code;
 use crate::model::outcome::{Outcome, Retry};
@@ -30,7 +30,7 @@ pub struct Reply {
     /// The headers, as far as they pass by the allow-list.
     pub headers: HeaderMap,
     /// The body.
-    pub body: ReplyBody,
+    pub body: RelayedBody,
     /// What became of the task.
     pub outcome: Outcome,
     /// What a client may do about it.
@@ -43,7 +43,7 @@ pub struct Reply {
 
 /// The body of a reply.
 #[derive(Debug)]
-pub enum ReplyBody {
+pub enum RelayedBody {
     /// A body that was read whole.
     Whole(Bytes),
     /// A body of more than 64 KiB, which is passed on as it comes. If the channel ends without a [`BodyPart::Last`], the reply
@@ -81,7 +81,7 @@ pub struct Failure {
 
 /// The result of an exchange, for the caller.
 // In a box, since a reply is moved some twenty times between the exchange and the connection.
-pub type Told = Result<Box<Reply>, Failure>;
+pub type ExchangeReply = Result<Box<Reply>, Failure>;
 
 impl Reply {
     /// The reply to a repetition: what the first call with the same key got. If that reply was evicted, JSON with the result
@@ -89,7 +89,7 @@ impl Reply {
     pub fn replayed(replay: Replay, rule: &ResultRule) -> Self {
         let Replay {
             first,
-            ending: Ending { is_success, status, result_code, is_resolved },
+            ending: StoredResult { is_success, status, result_code, is_resolved },
             stored,
             delivery,
         } = replay;
@@ -114,7 +114,7 @@ impl Reply {
         Self {
             status: StatusCode::from_u16(status).unwrap_or_default(),
             headers,
-            body: ReplyBody::Whole(body),
+            body: RelayedBody::Whole(body),
             outcome: Outcome::Replayed,
             // The outcome `replayed` alone reads as "no need to repeat". After a failure that would lose the task.
             retry: if is_success { Retry::NotNeeded } else { Retry::AfterCorrection },

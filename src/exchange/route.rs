@@ -12,7 +12,7 @@ use crate::result_rule::ResultRule;
 
 /// A route, as an exchange needs it.
 #[derive(Debug)]
-pub struct Route {
+pub struct UpstreamRoute {
     /// The name in the configuration, the audit trail and the metrics.
     pub name: Arc<str>,
     /// The path, as the target of the upstream request.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Failure, Told};
+use super::{ExchangeReply, Failure};
 use crate::audit::{ExchangeResult, IntendedRecord, Names, Queued};
 use crate::idempotency::{Claim, Delivery};
 use crate::model::code::Code;
@@ -18,7 +18,7 @@ use crate::model::outcome::Outcome;
 pub(super) fn finish(claim: Claim, record: IntendedRecord, answer: &ExchangeResult) -> Finished {
     let (queued, names) = record.finish(answer);
     if claim.is_keyed() {
-        let pending = Pending { queued, names, answer: answer.clone(), claim };
+        let pending = UncommittedResult { queued, names, answer: answer.clone(), claim };
         return Finished { delivery: None, pending: Some(Box::new(pending)) };
     }
     Finished { delivery: claim.end(answer, names), pending: None }
@@ -31,7 +31,7 @@ pub(super) struct Finished {
     pub(super) delivery: Option<Delivery>,
     /// A call with a key, whose outcome is not committed yet.
     // In a box: only calls with a key have it, and every exchange moved its 280 bytes.
-    pub(super) pending: Option<Box<Pending>>,
+    pub(super) pending: Option<Box<UncommittedResult>>,
 }
 
 /// Waits until the outcome of a call with a key is committed, and returns the delivery of a success. Fails at the deadline.
@@ -48,17 +48,21 @@ pub(super) async fn committed(
 /// A call with a key whose outcome is queued and not committed yet. Its caller learns of the outcome afterwards, so that what
 /// it was told is what a restart reads.
 #[derive(Debug)]
-pub(super) struct Pending {
+pub(super) struct UncommittedResult {
     queued: Queued,
     names: Names,
     answer: ExchangeResult,
     claim: Claim,
 }
 
-impl Pending {
+impl UncommittedResult {
     /// Returns the caller's answer once the outcome is committed; at the deadline, a failure that asks the caller to call again
     /// with its key.
-    pub(super) async fn settle(self, told: Told, deadline: Instant) -> Told {
+    pub(super) async fn release_when_committed(
+        self,
+        told: ExchangeReply,
+        deadline: Instant,
+    ) -> ExchangeReply {
         match self.committed_by(deadline).await {
             Ok(delivery) => told.map(|mut reply| {
                 reply.delivery = delivery;

@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout_at};
 use super::attempt::{cut_short, is_whole};
 use super::conclude::quotes;
 use super::settlement::{Finished, committed, finish};
-use super::{BodyPart, Route, Terms};
+use super::{BodyPart, ExchangeTerms, UpstreamRoute};
 use crate::audit::{ExchangeResult, IntendedRecord};
 use crate::clock;
 use crate::concurrency::Room;
@@ -29,8 +29,8 @@ use crate::upstream::pool::PooledConnection;
 pub(super) struct StreamedReply {
     pub(super) version: Version,
     pub(super) rest: Incoming,
-    pub(super) terms: Arc<Terms>,
-    pub(super) route: Arc<Route>,
+    pub(super) terms: Arc<ExchangeTerms>,
+    pub(super) route: Arc<UpstreamRoute>,
     pub(super) token: Token,
     pub(super) first_token: Option<Token>,
     /// The way to the caller. `None` once the caller has disconnected, or did not take a piece by the deadline.

@@ -11,7 +11,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
-use super::Route;
+use super::UpstreamRoute;
 use crate::log::OncePerSecond;
 use crate::model::index::CredentialIndex;
 use crate::model::request_id::RequestId;
@@ -25,7 +25,7 @@ use crate::upstream::pool::NoConnection;
 
 /// The parts that all exchanges share.
 #[derive(Debug)]
-pub struct Terms {
+pub struct ExchangeTerms {
     /// The head of every upstream request.
     pub outbound: Outbound,
     /// The statuses that mean that the upstream refused the token. They cause a replay.
@@ -46,7 +46,7 @@ pub struct Terms {
 
 /// The metrics of exchanges.
 #[derive(Clone, Debug)]
-pub struct Metrics {
+pub struct ExchangeMetrics {
     /// The metrics of the circuit breaker.
     pub breaker: breaker::CircuitMetrics,
     /// Requests that failed, by cause.
@@ -61,7 +61,7 @@ pub struct PlaceLabel {
     place: &'static str,
 }
 
-impl Terms {
+impl ExchangeTerms {
     /// The token slot of a credential.
     ///
     /// # Panics
@@ -111,7 +111,7 @@ impl Terms {
     /// The upstream request of a checked body. Nothing of the caller's head is in it but the operator.
     pub(super) fn request(
         &self,
-        route: &Route,
+        route: &UpstreamRoute,
         token: &Token,
         operator: &HeaderValue,
         body: &Bytes,

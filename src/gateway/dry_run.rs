@@ -12,8 +12,8 @@ use super::{Entered, Gateway, RequestParts};
 use crate::audit::OpenRecord;
 use crate::contract::CheckedBody;
 use crate::error::Error;
-use crate::exchange::{Reply, ReplyBody};
-use crate::idempotency::{Call, Would};
+use crate::exchange::{RelayedBody, Reply};
+use crate::idempotency::{Call, DryRunDecision};
 use crate::model::outcome::{Outcome, Retry};
 use crate::model::stage::Stage;
 
@@ -28,7 +28,7 @@ impl Gateway {
         body: &CheckedBody,
         record: &mut OpenRecord,
     ) -> Result<Box<Reply>, Error> {
-        let would = self.idempotency.look(call, head)?;
+        let would = self.idempotency.peek(call, head)?;
 
         // A token is fetched if there is none: only that shows whether the call would be sent.
         record.enter(Stage::Token);
@@ -36,13 +36,15 @@ impl Gateway {
         let token = from.presence.during(pin!(slot.token())).await??;
 
         record.enter(Stage::Quota);
-        state.terms.quota.look()?;
+        state.terms.quota.peek()?;
 
         let size = body.bytes().len();
         let headers = state.terms.outbound.with(&token, routed.operator, size);
         let (would, first) = match would {
-            Would::BeSent(first) => ("be sent", first),
-            Would::BeReplayed(first) => ("be answered as the first call with its key was", Some(first)),
+            DryRunDecision::BeSent(first) => ("be sent", first),
+            DryRunDecision::BeReplayed(first) => {
+                ("be answered as the first call with its key was", Some(first))
+            }
         };
         record.dry_run(StatusCode::OK.as_u16());
         let answer = json!({
@@ -62,7 +64,7 @@ impl Gateway {
         });
         let headers =
             HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
-        let body = ReplyBody::Whole(answer.to_string().into());
+        let body = RelayedBody::Whole(answer.to_string().into());
         let retry = Retry::unchanged(head.idempotency_key.count > 0);
         let (status, outcome) = (StatusCode::OK, Outcome::NotSent);
         Ok(Box::new(Reply { status, headers, body, outcome, retry, first, delivery: None }))

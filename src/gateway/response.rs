@@ -13,7 +13,7 @@ use hyper::body::{Body, Frame, SizeHint};
 
 use super::RequestOrigin;
 use crate::error::Error;
-use crate::exchange::{BodyPart, BrokenOff, Reply, ReplyBody};
+use crate::exchange::{BodyPart, BrokenOff, RelayedBody, Reply};
 use crate::model::code::Code;
 use crate::model::outcome::{Outcome, Retry};
 use crate::model::request_id::{FirstCall, RequestId};
@@ -113,8 +113,8 @@ impl Body for ResponseBody {
 pub(super) fn answer(reply: Box<Reply>, from: &RequestOrigin<'_>) -> Response<ResponseBody> {
     let Reply { status, headers, body, outcome, retry, first, delivery } = *reply;
     let content = match body {
-        ReplyBody::Whole(bytes) => Content::Whole(Some(bytes)),
-        ReplyBody::Long(pieces) => Content::Long(Some(pieces)),
+        RelayedBody::Whole(bytes) => Content::Whole(Some(bytes)),
+        RelayedBody::Long(pieces) => Content::Long(Some(pieces)),
     };
     let mut response = Response::new(ResponseBody { content, ends_connection: false });
     *response.status_mut() = status;

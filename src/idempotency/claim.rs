@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::claims::{Ending, How};
+use super::claims::{KeyedCompletion, StoredResult};
 use super::delivery::Delivery;
 use super::duplicates::{Completion, DoubtKind, First, Forced};
 use super::{Idempotency, now};
 use crate::audit::{ExchangeResult, Names};
-use crate::keyed_hash::{Mark, push_hex};
+use crate::keyed_hash::{KeyedFingerprint, push_hex};
 use crate::model::outcome::Outcome;
 use crate::model::request_id::FirstCall;
 
@@ -24,21 +24,21 @@ pub struct Claim {
     pub(super) table: Arc<Idempotency>,
     pub(super) id: Uuid,
     /// The fingerprint: equal for equal bodies, operators and routes.
-    pub(super) print: Mark,
+    pub(super) print: KeyedFingerprint,
     /// The mark under which equal calls are looked for; `None` if they are not.
-    pub(super) mark: Option<Mark>,
-    pub(super) key: Option<Mark>,
+    pub(super) mark: Option<KeyedFingerprint>,
+    pub(super) key: Option<KeyedFingerprint>,
     /// An equal call that came first, if this one is sent all the same.
     pub(super) first: Option<First>,
     /// The call that this one repeats by force.
     // In a box, since few calls have one: without it the future of each request exceeded its budget of 2 KiB by eight bytes.
     pub(super) forced: Option<Box<Forced>>,
-    pub(super) step: Step,
+    pub(super) step: ExchangeStep,
 }
 
 /// How far a claim has come. Decides what its `Drop` does.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum ExchangeStep {
     Claimed,
     Sent,
     Ended,
@@ -58,7 +58,7 @@ impl Claim {
     /// Appends to `line` what the intent says about the call, as JSON members with a comma in front of each.
     pub fn audit_members(&self, line: &mut Vec<u8>) {
         // By hand, since marks are hex and ids are plain: nothing can need an escape.
-        let mut member = |name: &[u8], mark: &Mark| {
+        let mut member = |name: &[u8], mark: &KeyedFingerprint| {
             line.extend_from_slice(name);
             push_hex(mark, line);
             line.push(b'"');
@@ -76,7 +76,7 @@ impl Claim {
     /// The claim of a call that may be on its way from now on. To be called when the exchange takes the call over.
     #[must_use]
     pub fn sent(mut self) -> Self {
-        self.step = Step::Sent;
+        self.step = ExchangeStep::Sent;
         self
     }
 
@@ -97,7 +97,7 @@ impl Claim {
                 self.table.replies.insert(self.id, reply.clone());
             }
             let (is_success, code) = (answer.outcome == Outcome::Succeeded, answer.result_code.as_ref());
-            ending = answer.status.map(|status| Ending {
+            ending = answer.status.map(|status| StoredResult {
                 is_success,
                 status,
                 result_code: code.map(|code| code[..].into()),
@@ -108,14 +108,21 @@ impl Claim {
     }
 
     /// Ends the call in both tables. Returns the delivery of a success.
-    fn end_in_tables(&mut self, outcome: Outcome, ending: Option<Ending>, names: Names) -> Option<Delivery> {
-        self.step = Step::Ended;
+    fn end_in_tables(
+        &mut self,
+        outcome: Outcome,
+        ending: Option<StoredResult>,
+        names: Names,
+    ) -> Option<Delivery> {
+        self.step = ExchangeStep::Ended;
         if let Some(key) = self.key {
             let how = match outcome {
-                Outcome::NotSent | Outcome::Refused => How::NotDone,
+                Outcome::NotSent | Outcome::Refused => KeyedCompletion::NotDone,
                 // Without a status there is nothing to replay.
-                Outcome::Succeeded | Outcome::Failed => ending.map_or(How::Unknown, How::Ended),
-                Outcome::Unknown | Outcome::Replayed => How::Unknown,
+                Outcome::Succeeded | Outcome::Failed => {
+                    ending.map_or(KeyedCompletion::Unknown, KeyedCompletion::Ended)
+                }
+                Outcome::Unknown | Outcome::Replayed => KeyedCompletion::Unknown,
             };
             self.table.claims().end(key, self.id, how, now());
         }
@@ -148,9 +155,9 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         let outcome = match self.step {
-            Step::Claimed => Outcome::NotSent,
-            Step::Sent => Outcome::Unknown,
-            Step::Ended => return,
+            ExchangeStep::Claimed => Outcome::NotSent,
+            ExchangeStep::Sent => Outcome::Unknown,
+            ExchangeStep::Ended => return,
         };
         self.end_in_tables(outcome, None, Names::default());
     }

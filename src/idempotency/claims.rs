@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::slots::{Number, Slots};
-use crate::keyed_hash::Mark;
+use super::slots::{EntryNumber, Slots};
+use crate::keyed_hash::KeyedFingerprint;
 
 /// The number of different result codes that are remembered.
 // An upstream has some dozens. The bound is for one that puts a new text into each reply, which would fill the memory.
@@ -40,7 +40,7 @@ pub(super) struct Claims {
 // 56 bytes, of which a test makes sure: there may be ten million. So a doubt is boxed, and a result code is a number.
 #[derive(Debug)]
 struct Claim {
-    print: Mark,
+    print: KeyedFingerprint,
     id: Uuid,
     /// When the call began, or when it ended, if it has.
     since: u32,
@@ -123,8 +123,8 @@ struct CodeNumber(u16);
 /// A call's wish for a key.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted {
-    pub(super) key: Mark,
-    pub(super) print: Mark,
+    pub(super) key: KeyedFingerprint,
+    pub(super) print: KeyedFingerprint,
     /// The caller, hashed.
     pub(super) caller: u32,
     /// The number of keys that the caller may hold.
@@ -135,7 +135,7 @@ pub(super) struct Wanted {
 
 /// How a call with a key ended: what a replay says even if the stored reply was evicted.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ending {
+pub struct StoredResult {
     /// Whether the call succeeded; otherwise it failed.
     pub is_success: bool,
     /// The HTTP status that the caller got.
@@ -147,7 +147,7 @@ pub struct Ending {
 }
 
 #[cfg(test)]
-impl Ending {
+impl StoredResult {
     fn resolved() -> Self {
         Self { is_success: true, status: 200, result_code: None, is_resolved: true }
     }
@@ -155,11 +155,11 @@ impl Ending {
 
 /// How a call ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum How {
+pub(super) enum KeyedCompletion {
     /// It was not sent, or the upstream refused it before processing. Its key is free again.
     NotDone,
     Unknown,
-    Ended(Ending),
+    Ended(StoredResult),
 }
 
 /// What is decided about a call that wants a key. Ids are those of the call that holds it.
@@ -169,11 +169,11 @@ pub(super) enum Verdict {
     Begin {
         doubt: Option<Uuid>,
     },
-    Replay(Uuid, Ending),
+    Replay(Uuid, StoredResult),
     InFlight(Uuid),
     Unknown(Uuid),
     /// The key is held by a call with another body or operator; with how that one ended, if it did.
-    Mismatch(Uuid, Option<Ending>),
+    Mismatch(Uuid, Option<StoredResult>),
     /// The table is full.
     Full,
     /// The caller holds its share.
@@ -204,7 +204,7 @@ impl Claims {
 
     /// Decides about a call and, if the verdict is [`Verdict::Begin`], gives it the key. `id` is the call's own.
     pub(super) fn claim(&mut self, wanted: Wanted, id: Uuid, now: u32) -> Verdict {
-        let verdict = self.look(wanted, now);
+        let verdict = self.peek(wanted, now);
         if let Verdict::Begin { .. } = verdict {
             let Wanted { key, print, caller, .. } = wanted;
             let known = self.slots.find(&key).and_then(|number| self.slots.get_mut(number));
@@ -222,7 +222,7 @@ impl Claims {
     }
 
     /// Returns what [`Self::claim`] would, and gives no key away.
-    pub(super) fn look(&mut self, wanted: Wanted, now: u32) -> Verdict {
+    pub(super) fn peek(&mut self, wanted: Wanted, now: u32) -> Verdict {
         self.expire(now);
         let Wanted { print, force, .. } = wanted;
         let Some(claim) = self.slots.find(&wanted.key).and_then(|number| self.slots.get(number)) else {
@@ -253,27 +253,27 @@ impl Claims {
     }
 
     /// How the call of a claim ended; `None` if it has not, or if its outcome is unknown.
-    fn ending(&self, claim: &Claim) -> Option<Ending> {
+    fn ending(&self, claim: &Claim) -> Option<StoredResult> {
         match claim.state {
             State::InFlight { .. } | State::Unknown { .. } => None,
             State::Ended { is_success, is_resolved, status, code } => {
                 let result_code = code.and_then(|code| self.codes.get(code));
-                Some(Ending { is_success, status, result_code, is_resolved })
+                Some(StoredResult { is_success, status, result_code, is_resolved })
             }
         }
     }
 
     /// Ends the call that holds a key. Does nothing for any other call.
-    pub(super) fn end(&mut self, key: Mark, id: Uuid, how: How, now: u32) {
+    pub(super) fn end(&mut self, key: KeyedFingerprint, id: Uuid, how: KeyedCompletion, now: u32) {
         let Some(number) = self.slots.find(&key) else { return };
         let Some(claim) = self.slots.get_mut(number).filter(|claim| claim.id == id) else { return };
         // A call ends once. What it ended with, or what a person found since, stays.
         let State::InFlight { doubt } = &mut claim.state else { return };
         let doubt = doubt.take();
         claim.state = match how {
-            How::NotDone => return self.give_back(number, doubt.as_deref(), now),
-            How::Unknown => State::Unknown { doubt, is_superseded: false },
-            How::Ended(Ending { is_success, status, result_code, is_resolved }) => {
+            KeyedCompletion::NotDone => return self.give_back(number, doubt.as_deref(), now),
+            KeyedCompletion::Unknown => State::Unknown { doubt, is_superseded: false },
+            KeyedCompletion::Ended(StoredResult { is_success, status, result_code, is_resolved }) => {
                 let code = result_code.and_then(|code| self.codes.put(&code));
                 State::Ended { is_success, is_resolved, status, code }
             }
@@ -284,7 +284,7 @@ impl Claims {
 
     /// Releases the key of a call that was not done. If it repeated a doubt, the key belongs to that one again, whose window goes
     /// on as if there had been no repetition.
-    fn give_back(&mut self, number: Number, doubt: Option<&Doubt>, now: u32) {
+    fn give_back(&mut self, number: EntryNumber, doubt: Option<&Doubt>, now: u32) {
         let doubt = doubt.filter(|doubt| now.saturating_sub(doubt.since) <= self.window);
         let Some(doubt) = doubt else { return self.remove(number) };
         if let Some(claim) = self.slots.get_mut(number) {
@@ -324,7 +324,7 @@ impl Claims {
 
     /// Applies that a person found a call of unknown outcome not to be done. Its key is free again, unless the call repeated
     /// another one that is still of unknown outcome.
-    pub(super) fn resolve_not_done(&mut self, key: Mark, id: Uuid, now: u32) {
+    pub(super) fn resolve_not_done(&mut self, key: KeyedFingerprint, id: Uuid, now: u32) {
         let Some(number) = self.slots.find(&key) else { return };
         let Some(claim) = self.slots.get_mut(number) else { return };
         match &mut claim.state {
@@ -345,7 +345,7 @@ impl Claims {
 
     /// Sets whether a call without this key supersedes a call of unknown outcome, which then cannot be repeated by force.
     // Two tables know of a doubt with a key. Without this mark it could be forced once in each, and be sent twice.
-    pub(super) fn set_superseded(&mut self, key: Mark, id: Uuid, superseded: bool) {
+    pub(super) fn set_superseded(&mut self, key: KeyedFingerprint, id: Uuid, superseded: bool) {
         let Some(claim) = self.slots.find(&key).and_then(|number| self.slots.get_mut(number)) else { return };
         match &mut claim.state {
             State::Unknown { is_superseded, .. } if claim.id == id => *is_superseded = superseded,
@@ -355,7 +355,7 @@ impl Claims {
     }
 
     /// Whether a call without this key supersedes the doubt that the call in flight repeats.
-    pub(super) fn is_superseded(&self, key: Mark) -> bool {
+    pub(super) fn is_superseded(&self, key: KeyedFingerprint) -> bool {
         let claim = self.slots.find(&key).and_then(|number| self.slots.get(number));
         claim.is_some_and(
             |claim| matches!(&claim.state, State::InFlight { doubt: Some(doubt) } if doubt.is_superseded),
@@ -370,7 +370,7 @@ impl Claims {
     }
 
     // A claim that repeats a doubt may be queued for it already, and keeps that place: it expires with the doubt.
-    fn queue_unless_queued(&mut self, number: Number) {
+    fn queue_unless_queued(&mut self, number: EntryNumber) {
         if !self.slots.is_queued(number) {
             self.slots.queue(number);
         }
@@ -399,12 +399,12 @@ impl Claims {
         }
     }
 
-    fn add(&mut self, key: Mark, claim: Claim) {
+    fn add(&mut self, key: KeyedFingerprint, claim: Claim) {
         *self.held.entry(claim.caller).or_default() += 1;
         self.slots.insert(key, claim);
     }
 
-    fn remove(&mut self, number: Number) {
+    fn remove(&mut self, number: EntryNumber) {
         let Some(Claim { caller, .. }) = self.slots.remove(number) else { return };
         if let Some(held) = self.held.get_mut(&caller) {
             *held -= 1;
@@ -465,12 +465,17 @@ mod tests {
     }
 
     /// A key of the first caller, which may hold all of them.
-    fn wanted(key: Mark, print: Mark, force: Option<Uuid>) -> Wanted {
+    fn wanted(key: KeyedFingerprint, print: KeyedFingerprint, force: Option<Uuid>) -> Wanted {
         Wanted { key, print, caller: 1, share: usize::MAX, force }
     }
 
-    fn ended() -> How {
-        How::Ended(Ending { is_success: true, status: 200, result_code: None, is_resolved: false })
+    fn ended() -> KeyedCompletion {
+        KeyedCompletion::Ended(StoredResult {
+            is_success: true,
+            status: 200,
+            result_code: None,
+            is_resolved: false,
+        })
     }
 
     #[test]
@@ -484,7 +489,7 @@ mod tests {
         // Not the call that holds the key.
         claims.end(key, id(2), ended(), 0);
         assert_eq!(claims.claim(wanted(key, print, None), id(3), 0), Verdict::InFlight(id(1)));
-        claims.end(key, id(1), How::NotDone, 0);
+        claims.end(key, id(1), KeyedCompletion::NotDone, 0);
         assert_eq!(claims.claim(wanted(key, [3; 16], None), id(4), 0), begin);
         claims.end(key, id(4), ended(), 0);
         let Verdict::Replay(first, _) = claims.claim(wanted(key, [3; 16], None), id(5), WINDOW) else {
@@ -499,7 +504,7 @@ mod tests {
         let mut claims = Claims::new(10, WINDOW);
         let (key, print) = ([1; 16], [2; 16]);
         claims.claim(wanted(key, print, None), id(1), 0);
-        claims.end(key, id(1), How::Unknown, 0);
+        claims.end(key, id(1), KeyedCompletion::Unknown, 0);
         assert_eq!(claims.claim(wanted(key, print, None), id(2), 0), Verdict::Unknown(id(1)));
         assert_eq!(claims.claim(wanted(key, print, Some(id(9))), id(2), 0), Verdict::Unknown(id(1)));
         assert_eq!(
@@ -507,7 +512,7 @@ mod tests {
             Verdict::Begin { doubt: Some(id(1)) }
         );
         assert_eq!(claims.claim(wanted(key, print, Some(id(1))), id(4), 0), Verdict::InFlight(id(3)));
-        claims.end(key, id(3), How::NotDone, 0);
+        claims.end(key, id(3), KeyedCompletion::NotDone, 0);
         assert_eq!(
             claims.claim(wanted(key, print, None), id(5), 0),
             Verdict::Unknown(id(1)),
@@ -517,7 +522,7 @@ mod tests {
             claims.claim(wanted(key, print, Some(id(1))), id(6), 0),
             Verdict::Begin { doubt: Some(id(1)) }
         );
-        claims.end(key, id(6), How::Unknown, 0);
+        claims.end(key, id(6), KeyedCompletion::Unknown, 0);
         assert_eq!(
             claims.claim(wanted(key, print, Some(id(1))), id(7), 0),
             Verdict::Unknown(id(6)),
@@ -530,11 +535,11 @@ mod tests {
         let (key, print) = ([1; 16], [2; 16]);
         let mut claims = Claims::new(10, WINDOW);
         claims.claim(wanted(key, print, None), id(1), 0);
-        claims.end(key, id(1), How::Unknown, 0);
+        claims.end(key, id(1), KeyedCompletion::Unknown, 0);
         let force = Some(id(1));
         claims.set_superseded(key, id(9), true);
         assert_eq!(
-            claims.look(wanted(key, print, force), 0),
+            claims.peek(wanted(key, print, force), 0),
             Verdict::Begin { doubt: force },
             "another call"
         );
@@ -546,9 +551,9 @@ mod tests {
         // Also while it is repeated: the call without the key may have taken the other table's lock first.
         claims.set_superseded(key, id(1), true);
         assert!(claims.is_superseded(key));
-        claims.end(key, id(3), How::NotDone, 0);
+        claims.end(key, id(3), KeyedCompletion::NotDone, 0);
         assert_eq!(claims.claim(wanted(key, print, force), id(4), 0), Verdict::Unknown(id(1)));
-        assert_eq!(claims.look(wanted(key, print, None), WINDOW + 1), Verdict::Begin { doubt: None });
+        assert_eq!(claims.peek(wanted(key, print, None), WINDOW + 1), Verdict::Begin { doubt: None });
     }
 
     #[test]
@@ -566,7 +571,7 @@ mod tests {
             (WINDOW + 21, Verdict::Begin { doubt: None }, 1),
             (WINDOW + 51, Verdict::Begin { doubt: None }, 0),
         ] {
-            assert_eq!((claims.look(new, now), claims.len()), (verdict, left), "{now}");
+            assert_eq!((claims.peek(new, now), claims.len()), (verdict, left), "{now}");
         }
     }
 
@@ -576,24 +581,24 @@ mod tests {
         let unknown = || {
             let mut claims = Claims::new(10, WINDOW);
             claims.claim(wanted(key, print, None), id(1), 0);
-            claims.end(key, id(1), How::Unknown, 0);
+            claims.end(key, id(1), KeyedCompletion::Unknown, 0);
             claims
         };
-        let resolved = |id| Verdict::Replay(id, Ending::resolved());
+        let resolved = |id| Verdict::Replay(id, StoredResult::resolved());
         let mut claims = unknown();
         claims.resolve_not_done(key, id(9), 5);
-        assert_eq!(claims.look(wanted(key, print, None), 5), Verdict::Unknown(id(1)));
+        assert_eq!(claims.peek(wanted(key, print, None), 5), Verdict::Unknown(id(1)));
         claims.resolve_not_done(key, id(1), 5);
-        assert_eq!(claims.look(wanted(key, print, None), 5), Verdict::Begin { doubt: None });
+        assert_eq!(claims.peek(wanted(key, print, None), 5), Verdict::Begin { doubt: None });
         let mut claims = unknown();
         claims.resolve_done(wanted(key, print, None), id(1), 5);
-        assert_eq!(claims.look(wanted(key, print, None), 5 + WINDOW), resolved(id(1)));
+        assert_eq!(claims.peek(wanted(key, print, None), 5 + WINDOW), resolved(id(1)));
         // A person may correct a result, and correct it back.
         claims.resolve_not_done(key, id(1), 5);
-        assert_eq!(claims.look(wanted(key, print, None), 5), Verdict::Begin { doubt: None });
+        assert_eq!(claims.peek(wanted(key, print, None), 5), Verdict::Begin { doubt: None });
         claims.resolve_done(wanted(key, print, None), id(1), 6);
-        assert_eq!(claims.look(wanted(key, print, None), 6), resolved(id(1)));
-        assert_eq!(claims.look(wanted(key, print, None), 7 + WINDOW), Verdict::Begin { doubt: None });
+        assert_eq!(claims.peek(wanted(key, print, None), 6), resolved(id(1)));
+        assert_eq!(claims.peek(wanted(key, print, None), 7 + WINDOW), Verdict::Begin { doubt: None });
     }
 
     #[test]
@@ -602,41 +607,41 @@ mod tests {
         let forced = || {
             let mut claims = Claims::new(10, WINDOW);
             claims.claim(wanted(key, print, None), id(1), 0);
-            claims.end(key, id(1), How::Unknown, 0);
+            claims.end(key, id(1), KeyedCompletion::Unknown, 0);
             claims.claim(wanted(key, print, Some(id(1))), id(2), 1);
             claims
         };
-        let done = |id| Verdict::Replay(id, Ending::resolved());
+        let done = |id| Verdict::Replay(id, StoredResult::resolved());
         let free = Verdict::Begin { doubt: None };
         // Resolved while its repetition is in flight: that one decides first.
         let mut claims = forced();
         claims.resolve_done(wanted(key, print, None), id(1), 2);
-        assert_eq!(claims.look(wanted(key, print, None), 2), Verdict::InFlight(id(2)));
-        claims.end(key, id(2), How::NotDone, 3);
-        assert_eq!(claims.look(wanted(key, print, None), 3), done(id(1)));
+        assert_eq!(claims.peek(wanted(key, print, None), 2), Verdict::InFlight(id(2)));
+        claims.end(key, id(2), KeyedCompletion::NotDone, 3);
+        assert_eq!(claims.peek(wanted(key, print, None), 3), done(id(1)));
         let both_unknown = || {
             let mut claims = forced();
-            claims.end(key, id(2), How::Unknown, 2);
+            claims.end(key, id(2), KeyedCompletion::Unknown, 2);
             claims
         };
         let mut claims = both_unknown();
         claims.resolve_not_done(key, id(2), 3);
-        assert_eq!(claims.look(wanted(key, print, None), 3), Verdict::Unknown(id(1)), "as unknown as before");
+        assert_eq!(claims.peek(wanted(key, print, None), 3), Verdict::Unknown(id(1)), "as unknown as before");
         claims.resolve_not_done(key, id(1), 3);
-        assert_eq!(claims.look(wanted(key, print, None), 3), free);
+        assert_eq!(claims.peek(wanted(key, print, None), 3), free);
         let mut claims = both_unknown();
         claims.resolve_not_done(key, id(1), 3);
-        assert_eq!(claims.look(wanted(key, print, None), 3), Verdict::Unknown(id(2)));
+        assert_eq!(claims.peek(wanted(key, print, None), 3), Verdict::Unknown(id(2)));
         claims.resolve_not_done(key, id(2), 3);
-        assert_eq!(claims.look(wanted(key, print, None), 3), free);
+        assert_eq!(claims.peek(wanted(key, print, None), 3), free);
         let mut claims = both_unknown();
         claims.resolve_done(wanted(key, print, None), id(1), 3);
         claims.resolve_not_done(key, id(2), 4);
-        assert_eq!(claims.look(wanted(key, print, None), 4), done(id(1)));
+        assert_eq!(claims.peek(wanted(key, print, None), 4), done(id(1)));
         let mut claims = both_unknown();
         claims.resolve_done(wanted(key, print, None), id(2), 3);
         claims.resolve_not_done(key, id(1), 4);
-        assert_eq!(claims.look(wanted(key, print, None), 4), done(id(2)));
+        assert_eq!(claims.peek(wanted(key, print, None), 4), done(id(2)));
     }
 
     #[test]
@@ -660,7 +665,7 @@ mod tests {
         let begin = Verdict::Begin { doubt: None };
         assert_eq!(claims.claim(of(1, 1), id(1), 0), begin);
         assert_eq!(claims.claim(of(1, 2), id(2), 0), begin);
-        claims.end([1; 16], id(1), How::Unknown, 0);
+        claims.end([1; 16], id(1), KeyedCompletion::Unknown, 0);
         assert_eq!(claims.claim(of(1, 3), id(3), 0), Verdict::ShareFull);
         assert_eq!(claims.claim(of(2, 4), id(4), 0), begin, "another caller");
         assert_eq!(claims.claim(of(1, 2), id(5), 0), Verdict::InFlight(id(2)), "a known key");
@@ -670,11 +675,11 @@ mod tests {
             Verdict::Begin { doubt: Some(id(1)) },
             "a key that it has"
         );
-        assert_eq!(claims.look(Wanted { share: 3, ..of(1, 3) }, 0), begin, "a larger share");
-        claims.end([2; 16], id(2), How::NotDone, 0);
+        assert_eq!(claims.peek(Wanted { share: 3, ..of(1, 3) }, 0), begin, "a larger share");
+        claims.end([2; 16], id(2), KeyedCompletion::NotDone, 0);
         assert_eq!(claims.claim(of(1, 3), id(7), 0), begin, "a key came back");
         claims.end([3; 16], id(7), ended(), 0);
-        claims.end([1; 16], id(6), How::NotDone, 0);
+        claims.end([1; 16], id(6), KeyedCompletion::NotDone, 0);
         assert_eq!(claims.claim(of(1, 5), id(8), WINDOW), Verdict::ShareFull);
         assert_eq!(claims.claim(of(1, 5), id(8), WINDOW + 1), begin, "both have expired");
         assert_eq!((claims.len(), &claims.held), (2, &Table::from_iter([(1, 1), (2, 1)])));
@@ -690,13 +695,13 @@ mod tests {
         }
         // The key was used again. It counts once.
         claims.restore(of(1, 1), id(9), 1);
-        claims.end([1; 16], id(9), How::Unknown, 1);
+        claims.end([1; 16], id(9), KeyedCompletion::Unknown, 1);
         assert_eq!((claims.len(), claims.held[&1]), (4, 4), "even beyond all bounds");
-        assert_eq!(claims.look(of(2, 5), 1), Verdict::Full);
+        assert_eq!(claims.peek(of(2, 5), 1), Verdict::Full);
         let begin = Verdict::Begin { doubt: None };
-        assert_eq!(claims.look(of(2, 5), WINDOW + 1), begin);
-        assert_eq!(claims.look(of(1, 5), WINDOW + 1), Verdict::ShareFull, "one has not expired");
-        assert_eq!(claims.look(of(1, 5), WINDOW + 2), begin);
+        assert_eq!(claims.peek(of(2, 5), WINDOW + 1), begin);
+        assert_eq!(claims.peek(of(1, 5), WINDOW + 1), Verdict::ShareFull, "one has not expired");
+        assert_eq!(claims.peek(of(1, 5), WINDOW + 2), begin);
     }
 
     #[test]
@@ -704,13 +709,13 @@ mod tests {
         let mut claims = Claims::new(3, WINDOW);
         let forcing = |force| Wanted { caller: 1, share: 3, ..wanted([1; 16], [0; 16], force) };
         claims.restore(forcing(Some(id(7))), id(1), 0);
-        claims.end([1; 16], id(1), How::NotDone, 0);
-        assert_eq!(claims.look(forcing(None), 0), Verdict::Begin { doubt: None });
+        claims.end([1; 16], id(1), KeyedCompletion::NotDone, 0);
+        assert_eq!(claims.peek(forcing(None), 0), Verdict::Begin { doubt: None });
         claims.restore(forcing(None), id(2), 0);
-        claims.end([1; 16], id(2), How::Unknown, 0);
+        claims.end([1; 16], id(2), KeyedCompletion::Unknown, 0);
         claims.restore(forcing(Some(id(2))), id(3), 0);
-        claims.end([1; 16], id(3), How::NotDone, 0);
-        assert_eq!(claims.look(forcing(None), 0), Verdict::Unknown(id(2)), "a doubt of its own stays");
+        claims.end([1; 16], id(3), KeyedCompletion::NotDone, 0);
+        assert_eq!(claims.peek(forcing(None), 0), Verdict::Unknown(id(2)), "a doubt of its own stays");
     }
 
     #[test]
@@ -741,12 +746,16 @@ mod tests {
         let limit = MAX_CODES as u32;
         for number in 0..limit + 2 {
             let (key, id) = (u128::from(number).to_be_bytes(), id(number.into()));
-            let ending =
-                Ending { is_success: false, status: 400, result_code: code(number), is_resolved: false };
+            let ending = StoredResult {
+                is_success: false,
+                status: 400,
+                result_code: code(number),
+                is_resolved: false,
+            };
             claims.claim(wanted(key, [0; 16], None), id, 0);
-            claims.end(key, id, How::Ended(ending.clone()), 0);
-            let kept = Ending { result_code: ending.result_code.filter(|_| number < limit), ..ending };
-            let told = claims.look(wanted(key, [0; 16], None), 0);
+            claims.end(key, id, KeyedCompletion::Ended(ending.clone()), 0);
+            let kept = StoredResult { result_code: ending.result_code.filter(|_| number < limit), ..ending };
+            let told = claims.peek(wanted(key, [0; 16], None), 0);
             assert_eq!(told, Verdict::Replay(id, kept));
         }
     }
@@ -754,14 +763,14 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         Claim { key: u8, print: u8, force: bool },
-        End { which: usize, how: How },
+        End { which: usize, how: KeyedCompletion },
         Wait(u32),
     }
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
             4 => (0..3_u8, 0..2_u8, any::<bool>()).prop_map(|(key, print, force)| Step::Claim { key, print, force }),
-            3 => (0..8_usize, prop_oneof![Just(How::NotDone), Just(How::Unknown), Just(ended())])
+            3 => (0..8_usize, prop_oneof![Just(KeyedCompletion::NotDone), Just(KeyedCompletion::Unknown), Just(ended())])
                 .prop_map(|(which, how)| Step::End { which, how }),
             1 => (0..60_u32).prop_map(Step::Wait),
         ]
@@ -775,7 +784,7 @@ mod tests {
             let mut claims = Claims::new(100, WINDOW);
             let (mut now, mut next, mut flying) = (1000, 0, Vec::new());
             // The model: for each key the id of the call that holds it, since when, and how that ended.
-            let mut last: HashMap<u8, (Uuid, u32, Option<How>)> = HashMap::new();
+            let mut last: HashMap<u8, (Uuid, u32, Option<KeyedCompletion>)> = HashMap::new();
             for step in steps {
                 match step {
                     Step::Wait(time) => now += time,
@@ -785,9 +794,9 @@ mod tests {
                         let force = stands.as_ref().filter(|_| force).map(|(id, ..)| *id);
                         if let Verdict::Begin { doubt } = claims.claim(wanted([key; 16], [print; 16], force), id(next), now) {
                             match stands.clone() {
-                                None | Some((_, _, Some(How::NotDone))) => prop_assert_eq!(doubt, None),
+                                None | Some((_, _, Some(KeyedCompletion::NotDone))) => prop_assert_eq!(doubt, None),
                                 Some((_, since, Some(_))) if now - since > WINDOW => prop_assert_eq!(doubt, None),
-                                Some((before, _, Some(How::Unknown))) => prop_assert_eq!(doubt, Some(before)),
+                                Some((before, _, Some(KeyedCompletion::Unknown))) => prop_assert_eq!(doubt, Some(before)),
                                 other => prop_assert!(false, "sent again: {:?}", other),
                             }
                             let doubt = doubt.and(stands).map(|(id, since, _)| (id, since));
@@ -802,7 +811,7 @@ mod tests {
                         let (key, ending, doubt) = flying.remove(which % flying.len());
                         claims.end([key; 16], ending, how.clone(), now);
                         let stands = match (how, doubt) {
-                            (How::NotDone, Some((doubt, since))) => (doubt, since, Some(How::Unknown)),
+                            (KeyedCompletion::NotDone, Some((doubt, since))) => (doubt, since, Some(KeyedCompletion::Unknown)),
                             (how, _) => (ending, now, Some(how)),
                         };
                         last.insert(key, stands);

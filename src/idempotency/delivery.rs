@@ -18,29 +18,29 @@ use super::duplicates::{Completion, Doubt, DoubtKind, Duplicate};
 use super::{Call, Idempotency, RequestId, now};
 use crate::audit::Names;
 use crate::audit::unresolved_calls::{DELIVERED, UNDELIVERED};
-use crate::keyed_hash::Mark;
+use crate::keyed_hash::KeyedFingerprint;
 
 /// A success on its way to a caller. Dropping the one of a call's own answer makes the success undelivered; dropping that of any
 /// other answer changes nothing.
 pub struct Delivery {
     table: Arc<Idempotency>,
-    mark: Mark,
+    mark: KeyedFingerprint,
     /// The call that succeeded, and the mark of its `Idempotency-Key`.
     id: Uuid,
-    key: Option<Mark>,
+    key: Option<KeyedFingerprint>,
     /// The call that this one repeated by force.
     forced: Option<Uuid>,
-    /// See [`Duplicate::stands_for_unkeyed`].
-    stands_for_unkeyed: bool,
+    /// See [`Duplicate::replaces_unkeyed`].
+    replaces_unkeyed: bool,
     names: Names,
     step: Step,
 }
 
 /// The success that a connection's last answer reported, until it is known whether the caller got it.
 #[derive(Debug, Default)]
-pub struct DeliverySlot(Mutex<Option<Delivery>>);
+pub struct PendingDelivery(Mutex<Option<Delivery>>);
 
-impl DeliverySlot {
+impl PendingDelivery {
     /// Stores the delivery of an answer that goes to the socket now. If the caller `is_there`, it counts as handed over;
     /// otherwise the connection settles it, by what the caller does next.
     pub fn put(&self, mut delivery: Delivery, is_there: bool) {
@@ -80,23 +80,28 @@ impl Delivery {
     /// The delivery of a call's own answer.
     pub(super) fn of_own_answer(
         table: &Arc<Idempotency>,
-        mark: Mark,
+        mark: KeyedFingerprint,
         id: Uuid,
-        key: Option<Mark>,
+        key: Option<KeyedFingerprint>,
         forced: Option<Uuid>,
         names: Names,
     ) -> Self {
         // `hand_over` learns it from the table.
-        let stands_for_unkeyed = false;
-        Self { table: table.clone(), mark, id, key, forced, stands_for_unkeyed, names, step: Step::OwnAnswer }
+        let replaces_unkeyed = false;
+        Self { table: table.clone(), mark, id, key, forced, replaces_unkeyed, names, step: Step::OwnAnswer }
     }
 
     /// The delivery of an answer to the call `caller` that reports the success of the equal call `id`.
-    pub(super) fn of_other_answer(table: &Arc<Idempotency>, mark: Mark, id: Uuid, caller: Call<'_>) -> Self {
+    pub(super) fn of_other_answer(
+        table: &Arc<Idempotency>,
+        mark: KeyedFingerprint,
+        id: Uuid,
+        caller: Call<'_>,
+    ) -> Self {
         // Caller and route are the same for equal calls. `hand_over` learns the rest from the table.
         let names = Names { caller: Some(caller.caller.into()), route: Some(caller.route.into()) };
-        let (table, key, forced, stands_for_unkeyed) = (table.clone(), None, None, false);
-        Self { table, mark, id, key, forced, stands_for_unkeyed, names, step: Step::OtherAnswer }
+        let (table, key, forced, replaces_unkeyed) = (table.clone(), None, None, false);
+        Self { table, mark, id, key, forced, replaces_unkeyed, names, step: Step::OtherAnswer }
     }
 
     /// Settles that the answer was handed to a connection whose caller is there. Ends the doubt of an undelivered success, and
@@ -106,14 +111,14 @@ impl Delivery {
             Step::OwnAnswer => {
                 self.step = Step::HandedOver;
                 let ended = self.table.duplicates().end(self.mark, self.id, Completion::Succeeded, now());
-                self.stands_for_unkeyed = ended.is_some_and(|call| call.stands_for_unkeyed);
+                self.replaces_unkeyed = ended.is_some_and(|call| call.replaces_unkeyed);
             }
             Step::OtherAnswer => {
                 // Settled, if the success is not an undelivered one: then there is nothing that a failed write could undo.
                 self.step = Step::Settled;
                 let told = self.table.duplicates().delivered(self.mark, self.id, now());
-                if let Some(Duplicate { key, stands_for_unkeyed, .. }) = told {
-                    (self.key, self.stands_for_unkeyed) = (key, stands_for_unkeyed);
+                if let Some(Duplicate { key, replaces_unkeyed, .. }) = told {
+                    (self.key, self.replaces_unkeyed) = (key, replaces_unkeyed);
                     self.forced = self.table.audit.unresolved().get(self.id).and_then(|call| call.forced);
                     self.step = Step::HandedOver;
                     self.table.audit.event(DELIVERED, Map::from_iter([("id".to_owned(), self.id())]));
@@ -129,8 +134,8 @@ impl Delivery {
         if self.step == Step::HandedOver {
             self.step = Step::Settled;
             let doubt = Doubt { kind: DoubtKind::Undelivered, since: now() };
-            let Self { id, key, stands_for_unkeyed, .. } = self;
-            let call = Duplicate { id, key, caller: self.table.hash_of(self.caller()), stands_for_unkeyed };
+            let Self { id, key, replaces_unkeyed, .. } = self;
+            let call = Duplicate { id, key, caller: self.table.hash_of(self.caller()), replaces_unkeyed };
             self.table.duplicates().doubt(self.mark, call, doubt);
             self.record();
         }
@@ -141,7 +146,7 @@ impl Delivery {
         // The mark is the fingerprint XOR the caller's hash. Mixed in once more, the hash cancels out, and what remains is the
         // fingerprint that the intent has.
         let print = self.table.mark_of(self.caller(), self.mark);
-        let hex = |mark: Mark| format!("{:032x}", u128::from_be_bytes(mark));
+        let hex = |mark: KeyedFingerprint| format!("{:032x}", u128::from_be_bytes(mark));
         let mut details = Map::from_iter([("id".to_owned(), self.id())]);
         details.insert("caller".into(), json!(self.names.caller.as_deref()));
         details.insert("route".into(), json!(self.names.route.as_deref()));

@@ -18,7 +18,7 @@ use super::recent;
 use super::recent::Recent;
 use crate::audit::unresolved_calls::AT_MOST as MAX_DOUBTS;
 use crate::config::WithoutKey;
-use crate::keyed_hash::Mark;
+use crate::keyed_hash::KeyedFingerprint;
 
 /// The number of successes that are remembered in modes that only flag an equal call.
 // There the oldest may be forgotten: the loss of a flag lets no call pass that would have been refused.
@@ -29,11 +29,11 @@ type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 /// The calls at work, in doubt and recently succeeded, by mark. All times are in seconds since 1970.
 pub(super) struct DuplicateDetector {
     // Nearly always one call for a mark. Several are equal calls that were only flagged, or calls with keys of their own.
-    calls: Table<Mark, SmallVec<[Known; 1]>>,
+    calls: Table<KeyedFingerprint, SmallVec<[Known; 1]>>,
     /// When doubts began, for their expiry. An entry whose doubt is gone is ignored.
     // A set in the order of time: a start restores doubts in any order, up to ten thousand of them with one time, and a doubt
     // that is repeated in vain over and over must leave one entry only.
-    began: BTreeSet<(u32, Mark)>,
+    began: BTreeSet<(u32, KeyedFingerprint)>,
     succeeded: Recent,
     /// The most successes that are remembered under `block`, and how many there are of each caller.
     max_successes: usize,
@@ -52,11 +52,11 @@ pub(super) struct DuplicateDetector {
 pub(super) struct Duplicate {
     pub(super) id: Uuid,
     /// The mark of its `Idempotency-Key`.
-    pub(super) key: Option<Mark>,
+    pub(super) key: Option<KeyedFingerprint>,
     /// The caller, hashed.
     pub(super) caller: u32,
     /// It repeats by force a call without a key that was in doubt. While it is at work or in doubt, so is that one.
-    pub(super) stands_for_unkeyed: bool,
+    pub(super) replaces_unkeyed: bool,
 }
 
 impl Duplicate {
@@ -64,7 +64,7 @@ impl Duplicate {
     // Without the second case a call that was forced with key A hid the doubt of the call without a key from key B, which was
     // sent as well.
     pub(super) fn is_unkeyed(&self) -> bool {
-        self.key.is_none() || self.stands_for_unkeyed
+        self.key.is_none() || self.replaces_unkeyed
     }
 
     /// Whether an equal new call is compared with this known one. Two keys say that both calls are meant, and for one key the
@@ -134,7 +134,7 @@ pub(super) enum First {
 pub(super) struct Forced {
     pub(super) id: Uuid,
     /// The mark of its `Idempotency-Key`.
-    pub(super) key: Option<Mark>,
+    pub(super) key: Option<KeyedFingerprint>,
 }
 
 /// Why a call may not be sent.
@@ -173,26 +173,26 @@ impl DuplicateDetector {
     /// if an equal call refuses it, or if there is no room for the doubt or success that it may become.
     pub(super) fn begin(
         &mut self,
-        mark: Mark,
+        mark: KeyedFingerprint,
         call: Duplicate,
         force: Option<Uuid>,
         is_alone: bool,
         now: u32,
     ) -> Result<(Option<First>, Option<Forced>), Rejection> {
         self.expire(now);
-        let first = self.look(mark, call, force, is_alone, now)?;
+        let first = self.peek(mark, call, force, is_alone, now)?;
         let forced = force.and_then(|force| self.forced(mark, force, &call));
         let supersedes = forced.as_ref().and_then(|forced| self.take_forced(mark, forced, now)).map(Box::new);
-        let stands_for_unkeyed =
+        let replaces_unkeyed =
             call.key.is_some() && supersedes.as_ref().is_some_and(|doubt| doubt.0.is_unkeyed());
         let known =
-            Known { call: Duplicate { stands_for_unkeyed, ..call }, state: State::AtWork { supersedes } };
+            Known { call: Duplicate { replaces_unkeyed, ..call }, state: State::AtWork { supersedes } };
         self.calls.entry(mark).or_default().push(known);
         Ok((first, forced))
     }
 
     /// The equal call that a new one repeats by force. Only one that has ended, and that would otherwise refuse the new one.
-    fn forced(&self, mark: Mark, force: Uuid, call: &Duplicate) -> Option<Forced> {
+    fn forced(&self, mark: KeyedFingerprint, force: Uuid, call: &Duplicate) -> Option<Forced> {
         let success = self.succeeded.get(&mark).filter(|success| call.key.is_none() && success.id == force);
         if success.is_some() {
             return Some(Forced { id: force, key: None });
@@ -204,9 +204,9 @@ impl DuplicateDetector {
 
     /// Returns what [`Self::begin`] would decide, and registers nothing. Does not call [`Self::expire`]: what is too old still
     /// takes room.
-    pub(super) fn look(
+    pub(super) fn peek(
         &self,
-        mark: Mark,
+        mark: KeyedFingerprint,
         call: Duplicate,
         force: Option<Uuid>,
         is_alone: bool,
@@ -247,7 +247,7 @@ impl DuplicateDetector {
 
     /// The equal call that says most: one that is open, else one that is undelivered or resolved, else one that succeeded. A
     /// doubt that the new call repeats by force is left out.
-    fn first(&self, mark: Mark, call: Duplicate, force: Option<Uuid>, now: u32) -> Option<First> {
+    fn first(&self, mark: KeyedFingerprint, call: Duplicate, force: Option<Uuid>, now: u32) -> Option<First> {
         let (mut open, mut undelivered) = (None, None);
         for known in self.calls.get(&mark).into_iter().flatten() {
             let is_forced = force == Some(known.call.id);
@@ -275,13 +275,18 @@ impl DuplicateDetector {
     }
 
     /// Whether a call is at work or in doubt.
-    fn holds(&self, mark: Mark, id: Uuid) -> bool {
+    fn holds(&self, mark: KeyedFingerprint, id: Uuid) -> bool {
         self.calls.get(&mark).into_iter().flatten().any(|known| known.call.id == id)
     }
 
     /// Removes and returns the doubt that a call repeats by force: from now on the new call supersedes it. `None` if it is a
     /// success, or a doubt whose window is over.
-    fn take_forced(&mut self, mark: Mark, forced: &Forced, now: u32) -> Option<(Duplicate, Doubt)> {
+    fn take_forced(
+        &mut self,
+        mark: KeyedFingerprint,
+        forced: &Forced,
+        now: u32,
+    ) -> Option<(Duplicate, Doubt)> {
         let doubt = self.calls.get(&mark)?.iter().find_map(|known| match known.state {
             State::Doubt(doubt) if known.call.id == forced.id => Some((known.call, doubt)),
             State::Doubt(_) | State::AtWork { .. } => None,
@@ -293,7 +298,7 @@ impl DuplicateDetector {
     /// Ends a call that is at work. Returns it; does nothing and returns `None` for any other.
     pub(super) fn end(
         &mut self,
-        mark: Mark,
+        mark: KeyedFingerprint,
         id: Uuid,
         completion: Completion,
         now: u32,
@@ -320,7 +325,7 @@ impl DuplicateDetector {
     }
 
     /// Registers a doubt, even beyond the bound. Does nothing if the call is known, or if the mode compares no calls.
-    pub(super) fn doubt(&mut self, mark: Mark, call: Duplicate, doubt: Doubt) {
+    pub(super) fn doubt(&mut self, mark: KeyedFingerprint, call: Duplicate, doubt: Doubt) {
         // A start may register a call twice: from the list of the unresolved, and from a resolution in the trail.
         if !self.is_on() || self.holds(mark, call.id) {
             return;
@@ -332,10 +337,10 @@ impl DuplicateDetector {
     }
 
     /// Registers a success whose caller has the answer, if the call has no key.
-    pub(super) fn succeed(&mut self, mark: Mark, call: Duplicate, since: u32) {
+    pub(super) fn succeed(&mut self, mark: KeyedFingerprint, call: Duplicate, since: u32) {
         if call.key.is_none() && self.is_on() {
             // Counted by caller under `block` only: other modes do not use the count, and each call would cost a look-up.
-            let call = recent::Call { mark, id: call.id, since, caller: call.caller };
+            let call = recent::PastCall { mark, id: call.id, since, caller: call.caller };
             if self.succeeded.push(call) && self.mode == WithoutKey::Block {
                 *self.successes.entry(call.caller).or_default() += 1;
             }
@@ -344,7 +349,7 @@ impl DuplicateDetector {
 
     /// Turns an undelivered success into one whose caller has the answer. Returns that call; `None`, unchanged, if there is no
     /// such success.
-    pub(super) fn delivered(&mut self, mark: Mark, id: Uuid, now: u32) -> Option<Duplicate> {
+    pub(super) fn delivered(&mut self, mark: KeyedFingerprint, id: Uuid, now: u32) -> Option<Duplicate> {
         let is_it = |known: &Known| {
             let undelivered = matches!(known.state, State::Doubt(Doubt { kind: DoubtKind::Undelivered, .. }));
             known.call.id == id && undelivered
@@ -357,7 +362,7 @@ impl DuplicateDetector {
 
     /// Applies what a person found about a call of unknown outcome. One that is done refuses equal calls for the window; one that
     /// is not done refuses none.
-    pub(super) fn resolve(&mut self, mark: Mark, call: Duplicate, is_done: bool, now: u32) {
+    pub(super) fn resolve(&mut self, mark: KeyedFingerprint, call: Duplicate, is_done: bool, now: u32) {
         self.forget(mark, call.id);
         let doubt = Doubt { kind: DoubtKind::Resolved, since: now };
         for known in self.calls.get_mut(&mark).into_iter().flatten() {
@@ -375,7 +380,7 @@ impl DuplicateDetector {
     }
 
     /// Removes a doubt and returns its call. Its entry in `began` stays until it expires.
-    fn forget(&mut self, mark: Mark, id: Uuid) -> Option<Duplicate> {
+    fn forget(&mut self, mark: KeyedFingerprint, id: Uuid) -> Option<Duplicate> {
         let calls = self.calls.get_mut(&mark)?;
         let is_it = |known: &Known| known.call.id == id && matches!(known.state, State::Doubt(_));
         let place = calls.iter().position(is_it)?;
@@ -424,7 +429,7 @@ impl DuplicateDetector {
     }
 
     /// Removes the doubts of a mark whose window is over. Calls at work never expire.
-    fn expire_mark(&mut self, mark: Mark, now: u32) {
+    fn expire_mark(&mut self, mark: KeyedFingerprint, now: u32) {
         let Some(calls) = self.calls.get_mut(&mark) else { return };
         let mut gone = SmallVec::<[u32; 1]>::new();
         calls.retain(|known| {
@@ -450,7 +455,7 @@ fn is_old(since: u32, now: u32, window: u32) -> bool {
 mod tests {
     use super::*;
 
-    const MARK: Mark = [7; 16];
+    const MARK: KeyedFingerprint = [7; 16];
     const WINDOW: u32 = 600;
     const SUCCESS_WINDOW: u32 = 60;
 
@@ -461,7 +466,7 @@ mod tests {
     /// Each call with a key has one of its own.
     fn call(number: u128, is_keyed: bool) -> Duplicate {
         let key = is_keyed.then(|| number.to_be_bytes());
-        Duplicate { id: id(number), key, caller: 1, stands_for_unkeyed: false }
+        Duplicate { id: id(number), key, caller: 1, replaces_unkeyed: false }
     }
 
     fn forced(number: u128) -> Option<Forced> {
@@ -694,13 +699,13 @@ mod tests {
         for number in 0..MAX_DOUBTS / 2 {
             detector.doubt(mark(number), of(1, number), doubt);
         }
-        assert_eq!(detector.look(MARK, of(1, 0), None, false, 0), Err(Rejection::Full));
-        assert_eq!(detector.look(MARK, of(1, 0), None, true, 0), Ok(None), "alone");
-        assert_eq!(detector.look(MARK, of(2, 0), None, false, 0), Ok(None));
+        assert_eq!(detector.peek(MARK, of(1, 0), None, false, 0), Err(Rejection::Full));
+        assert_eq!(detector.peek(MARK, of(1, 0), None, true, 0), Ok(None), "alone");
+        assert_eq!(detector.peek(MARK, of(2, 0), None, false, 0), Ok(None));
         for number in MAX_DOUBTS / 2..MAX_DOUBTS {
             detector.doubt(mark(number), of(3 + number as u32, number), doubt);
         }
-        assert_eq!(detector.look(MARK, of(2, 0), None, true, 0), Err(Rejection::Full));
+        assert_eq!(detector.peek(MARK, of(2, 0), None, true, 0), Err(Rejection::Full));
         assert_eq!(detector.begin(MARK, of(2, 0), None, true, WINDOW + 1), Ok((None, None)));
         assert_eq!(detector.doubts, 0);
     }
@@ -739,10 +744,10 @@ mod tests {
             assert_eq!(send(1, 3, 1), full, "{mode:?}: half of all is one caller's");
             assert_eq!([send(2, 4, 1), send(3, 5, 1)], [Ok(()); 2], "{mode:?}");
             assert_eq!(send(4, 6, 1), full, "{mode:?}: all");
-            let equal = detector.look(mark(1), of(4, 9), None, false, SUCCESS_WINDOW);
+            let equal = detector.peek(mark(1), of(4, 9), None, false, SUCCESS_WINDOW);
             assert_eq!(equal.is_err(), is_bounded, "{mode:?}: none is forgotten: {equal:?}");
             assert_eq!(
-                detector.look(mark(9), call(9, true), None, false, 1),
+                detector.peek(mark(9), call(9, true), None, false, 1),
                 Ok(None),
                 "a key needs no room"
             );

@@ -16,7 +16,7 @@ const LIMITS: [&str; 2] = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/m
 
 /// The most memory that deduplication may take, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryBound {
+pub struct KeyMemory {
     /// For all keys that may be held, in bytes.
     pub keys: u64,
     /// For all successes of calls without a key, in bytes. 0 unless `without_key = "block"`: in other modes they are few.
@@ -25,7 +25,7 @@ pub struct MemoryBound {
     pub replies: u64,
 }
 
-impl MemoryBound {
+impl KeyMemory {
     /// The bound of a configuration.
     pub fn new(settings: &config::Idempotency) -> Self {
         let successes = match settings.without_key {
@@ -72,7 +72,7 @@ mod tests {
 
     #[test]
     fn limit_below_what_may_be_needed_is_told() {
-        let bound = MemoryBound { keys: (100 << 20) - 1, successes: 0, replies: 64 << 20 };
+        let bound = KeyMemory { keys: (100 << 20) - 1, successes: 0, replies: 64 << 20 };
         assert_eq!(bound.notice_of(228 << 20), None);
         let notice = bound.notice_of(227 << 20).unwrap();
         assert!(notice.contains("may use 227 MiB") && notice.contains("keys may take 100 MiB"), "{notice}");

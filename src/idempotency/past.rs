@@ -10,14 +10,14 @@ use super::claims::{Claims, Wanted};
 use super::duplicates::{Doubt, DoubtKind, Duplicate};
 use super::{Idempotency, now};
 use crate::audit::unresolved_calls::{CallState, Resolution, UnresolvedCall};
-use crate::keyed_hash::{Hash, Mark, parse_hex};
+use crate::keyed_hash::{Hash, KeyedFingerprint, parse_hex};
 
 /// Changes of claims that the rebuild has not read yet. It applies them to its own table at its end.
 #[derive(Default)]
 pub(super) struct Meanwhile {
     pub(super) resolved: Vec<(UnresolvedCall, Resolution)>,
     /// Keys with calls of unknown outcome, and whether another call supersedes each.
-    pub(super) superseded: Vec<(Mark, Uuid, bool)>,
+    pub(super) superseded: Vec<(KeyedFingerprint, Uuid, bool)>,
 }
 
 impl Idempotency {
@@ -64,7 +64,7 @@ impl Idempotency {
     }
 
     /// Sets whether another call supersedes a call of unknown outcome with a key.
-    pub(super) fn set_superseded(&self, key: Mark, id: Uuid, superseded: bool) {
+    pub(super) fn set_superseded(&self, key: KeyedFingerprint, id: Uuid, superseded: bool) {
         if let Some(meanwhile) = &mut *self.meanwhile() {
             meanwhile.superseded.push((key, id, superseded));
         }
@@ -107,12 +107,12 @@ impl Idempotency {
     }
 
     /// A call of the trail as the detector compares it, with its mark; `None` if the trail does not say enough about it.
-    pub(super) fn identify(&self, call: &UnresolvedCall) -> Option<(Mark, Duplicate)> {
+    pub(super) fn identify(&self, call: &UnresolvedCall) -> Option<(KeyedFingerprint, Duplicate)> {
         let caller = call.caller.as_ref()?;
         let key = call.key.as_ref().and_then(|key| parse_hex(key));
         let (mark, duplicate) = self.compared_of(caller, self.print_of(call)?, call.id, key);
-        let stands_for_unkeyed = key.is_some() && self.repeats_unkeyed(call);
-        Some((mark, Duplicate { stands_for_unkeyed, ..duplicate }))
+        let replaces_unkeyed = key.is_some() && self.repeats_unkeyed(call);
+        Some((mark, Duplicate { replaces_unkeyed, ..duplicate }))
     }
 
     /// Whether a call repeats by force one without a key, directly or by a chain of calls with keys.
@@ -135,7 +135,7 @@ impl Idempotency {
     }
 
     /// The fingerprint of an intent.
-    pub(super) fn print_of(&self, call: &UnresolvedCall) -> Option<Mark> {
+    pub(super) fn print_of(&self, call: &UnresolvedCall) -> Option<KeyedFingerprint> {
         // In trails of earlier versions intents without a key have none. There it is computed from their other members.
         if let Some(print) = &call.print {
             return parse_hex(print);

@@ -24,7 +24,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use uuid::Uuid;
 
-use super::claims::{Claims, Ending, How, Wanted};
+use super::claims::{Claims, KeyedCompletion, StoredResult, Wanted};
 use super::{Idempotency, Meanwhile, now, seconds, weigh};
 use crate::audit::age::Ages;
 use crate::audit::chain::{Lines, first_seq, segments};
@@ -32,7 +32,7 @@ use crate::audit::loss::{ChainCheck, LineCheck, Loss};
 use crate::audit::unresolved_calls::{CallState, RESOLUTION, Resolution, UnresolvedCall};
 use crate::audit::{Audit, StoredReply};
 use crate::config;
-use crate::keyed_hash::{Mark, parse_hex};
+use crate::keyed_hash::{KeyedFingerprint, parse_hex};
 use crate::model::outcome::Outcome;
 
 /// The longest time from an intent to its outcome, in seconds, with a margin: a call that began this long before the window
@@ -74,7 +74,7 @@ struct Line<'a> {
 }
 
 /// What a record says about a call.
-struct Told {
+struct CallRecord {
     id: Uuid,
     /// *Now* minus the record's age, in seconds since 1970.
     time: u32,
@@ -97,7 +97,7 @@ enum What {
 
 /// What an intent holds while its outcome is not read yet.
 enum Open {
-    Key(Mark),
+    Key(KeyedFingerprint),
     Body(Box<UnresolvedCall>),
     Nothing,
 }
@@ -225,7 +225,11 @@ impl Idempotency {
 impl Parser<'_> {
     /// Hands over what the lines say, in their order. Returns what is lost of the trail; fails if a segment cannot be read.
     // A send fails only if the applying half has panicked. Then the scope ends with that panic, so the result is not used.
-    fn read(mut self, segments: &[PathBuf], sender: &SyncSender<Vec<Told>>) -> io::Result<Option<Loss>> {
+    fn read(
+        mut self,
+        segments: &[PathBuf],
+        sender: &SyncSender<Vec<CallRecord>>,
+    ) -> io::Result<Option<Loss>> {
         let (mut batch, mut bytes) = (Vec::with_capacity(BATCH), 0);
         for (index, path) in segments.iter().enumerate() {
             self.chain.enter(path, segments.get(index + 1));
@@ -272,11 +276,11 @@ impl Parser<'_> {
     }
 
     /// What an event says about a call, if it is the resolution of one.
-    fn resolution(&mut self, line: &Line<'_>, bytes: &[u8]) -> Option<Told> {
+    fn resolution(&mut self, line: &Line<'_>, bytes: &[u8]) -> Option<CallRecord> {
         let id = line.id.filter(|_| line.event == Some(RESOLUTION))?;
         let (call, result) = UnresolvedCall::resolved_by(bytes)?;
         let time = self.time(line, LineCheck::Proven);
-        Some(Told { id, time, what: What::Resolution(Box::new(call), result) })
+        Some(CallRecord { id, time, what: What::Resolution(Box::new(call), result) })
     }
 
     /// *Now* minus the age of a record, in seconds since 1970. One that was changed counts as new, whatever time it states: too
@@ -290,7 +294,7 @@ impl Parser<'_> {
     }
 
     /// What an intent or an outcome says about its call; `None` for any other record, and for one without an id.
-    fn told(&mut self, line: Line<'_>, bytes: &[u8], checked: LineCheck) -> Option<Told> {
+    fn told(&mut self, line: Line<'_>, bytes: &[u8], checked: LineCheck) -> Option<CallRecord> {
         let (id, time) = (line.id?, self.time(&line, checked));
         let is_changed = checked == LineCheck::Changed;
         let what = match line.kind {
@@ -308,7 +312,7 @@ impl Parser<'_> {
             },
             _ => return None,
         };
-        Some(Told { id, time, what })
+        Some(CallRecord { id, time, what })
     }
 
     /// What an intent says.
@@ -325,7 +329,7 @@ impl Parser<'_> {
 
 impl Reading<'_> {
     /// Applies one record.
-    fn take(&mut self, Told { id, time, what }: Told) {
+    fn take(&mut self, CallRecord { id, time, what }: CallRecord) {
         match what {
             What::Claim(wanted) => {
                 self.claims.restore(wanted, id, time);
@@ -335,16 +339,21 @@ impl Reading<'_> {
             What::Outcome { outcome, status, result_code, reply } => match self.open.remove(&id) {
                 Some(Open::Key(key)) => {
                     let how = match (outcome, status) {
-                        (Some(Outcome::NotSent | Outcome::Refused), _) => How::NotDone,
+                        (Some(Outcome::NotSent | Outcome::Refused), _) => KeyedCompletion::NotDone,
                         (Some(Outcome::Succeeded | Outcome::Failed), Some(status)) => {
                             // The claim of an older one expires at once, so that no call can ask for its reply.
                             if let Some(reply) = reply.filter(|_| time >= self.window_from) {
                                 self.replies.push(id, reply);
                             }
                             let is_success = outcome == Some(Outcome::Succeeded);
-                            How::Ended(Ending { is_success, status, result_code, is_resolved: false })
+                            KeyedCompletion::Ended(StoredResult {
+                                is_success,
+                                status,
+                                result_code,
+                                is_resolved: false,
+                            })
                         }
-                        _ => How::Unknown,
+                        _ => KeyedCompletion::Unknown,
                     };
                     self.claims.end(key, id, how, time);
                 }
@@ -380,7 +389,7 @@ impl Reading<'_> {
     fn close(mut self) {
         for (id, open) in self.open {
             match open {
-                Open::Key(key) => self.claims.end(key, id, How::Unknown, now()),
+                Open::Key(key) => self.claims.end(key, id, KeyedCompletion::Unknown, now()),
                 Open::Body(_) | Open::Nothing => {}
             }
         }
@@ -477,7 +486,7 @@ pub(super) mod tests {
     use crate::audit::unresolved_calls::UNDELIVERED;
     use crate::audit::{ExchangeResult, Permit};
     use crate::config::WithoutKey;
-    use crate::idempotency::{Begun, Call, Refused};
+    use crate::idempotency::{Call, ClaimDecision, Refused};
     use crate::keyed_hash::Hash;
     use crate::model::peer::Peer;
     use crate::model::request_id::RequestId;
@@ -534,7 +543,7 @@ pub(super) mod tests {
     }
 
     /// Begins the call with the key `number`. Returns the digest of its body, too.
-    fn begin(audit: &Audit, table: &Arc<Idempotency>, id: RequestId, number: u64) -> (Hash, Begun) {
+    fn begin(audit: &Audit, table: &Arc<Idempotency>, id: RequestId, number: u64) -> (Hash, ClaimDecision) {
         let operator = HeaderValue::from_static(OPERATOR);
         let digest = audit.keys().digest(&number.to_be_bytes());
         let (caller, route) = ("qa-console", "appointQualityTask");
@@ -554,7 +563,9 @@ pub(super) mod tests {
             record.route("appointQualityTask".into());
             record.operator(HeaderValue::from_static(OPERATOR));
             record.enter(Stage::Idempotency);
-            let (digest, Begun::Claim(claim)) = begin(audit, table, record.id(), number) else { panic!() };
+            let (digest, ClaimDecision::Claim(claim)) = begin(audit, table, record.id(), number) else {
+                panic!()
+            };
             let members = |line: &mut Vec<u8>| claim.audit_members(line);
             let intent = record.intent(&Permit::default(), 8, &digest, &members).unwrap();
             if number == keys {
@@ -598,7 +609,7 @@ pub(super) mod tests {
         // The oldest and the newest: of many replies the newest are the ones that are kept.
         for (number, has_body) in [(0, keys <= KEPT), (keys - 1, true)] {
             let id = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into())).id();
-            let Begun::Replay(replay) = begin(&audit, &after, id, number).1 else { panic!() };
+            let ClaimDecision::Replay(replay) = begin(&audit, &after, id, number).1 else { panic!() };
             assert_eq!((replay.ending.status, replay.stored.is_some()), (200, has_body), "{number}");
         }
         took
@@ -663,7 +674,7 @@ pub(super) mod tests {
             drop(audit);
             let call: UnresolvedCall = serde_json::from_value(last).unwrap();
             let (_, duplicate) = table(&start(folder.path())).identify(&call).unwrap();
-            assert_eq!(duplicate.stands_for_unkeyed, stands, "{chain:?}");
+            assert_eq!(duplicate.replaces_unkeyed, stands, "{chain:?}");
         }
     }
 

@@ -12,12 +12,12 @@ use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
 use uuid::Uuid;
 
-use crate::keyed_hash::Mark;
+use crate::keyed_hash::KeyedFingerprint;
 
 /// The queue and its index.
 #[derive(Default)]
 pub(super) struct Recent {
-    row: VecDeque<Call>,
+    row: VecDeque<PastCall>,
     /// The number of the first call in the row. Numbers wrap around.
     first: u32,
     /// The number of the youngest call of each mark.
@@ -29,8 +29,8 @@ pub(super) struct Recent {
 
 /// A success whose caller has the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Call {
-    pub(super) mark: Mark,
+pub(super) struct PastCall {
+    pub(super) mark: KeyedFingerprint,
     pub(super) id: Uuid,
     /// When it succeeded, in seconds since 1970.
     pub(super) since: u32,
@@ -45,7 +45,7 @@ impl Recent {
     /// The most memory that this many calls take, in bytes.
     pub(super) const fn max_bytes(count: usize) -> usize {
         // While the row grows, the old buffer exists beside a new one of twice its size.
-        count * (3 * size_of::<Call>() + INDEX_BYTES)
+        count * (3 * size_of::<PastCall>() + INDEX_BYTES)
     }
 
     /// The number of calls, those included that have a younger one of the same mark.
@@ -54,12 +54,12 @@ impl Recent {
     }
 
     /// The call that [`Self::forget_oldest`] would remove.
-    pub(super) fn oldest(&self) -> Option<&Call> {
+    pub(super) fn oldest(&self) -> Option<&PastCall> {
         self.row.front()
     }
 
     /// The youngest call of a mark; `None` once that was removed.
-    pub(super) fn get(&self, mark: &Mark) -> Option<&Call> {
+    pub(super) fn get(&self, mark: &KeyedFingerprint) -> Option<&PastCall> {
         let Self { row, first, youngest, hasher } = self;
         let number = youngest.find(hasher.hash_one(mark), |&number| at(row, *first, number).mark == *mark)?;
         Some(at(row, *first, *number))
@@ -69,15 +69,15 @@ impl Recent {
     /// and neither is that one again.
     // The trail has both. It is read while younger calls are served already, and once more if a reading failed. An older call
     // in the index would shorten the window of the younger one.
-    pub(super) fn push(&mut self, call: Call) -> bool {
-        let Call { mark, id, since, .. } = call;
+    pub(super) fn push(&mut self, call: PastCall) -> bool {
+        let PastCall { mark, id, since, .. } = call;
         let Self { row, first, youngest, hasher } = self;
         #[expect(clippy::cast_possible_truncation, reason = "so many do not fit into memory")]
         let number = first.wrapping_add(row.len() as u32);
         // Added before it is known whether it is wanted, which it nearly always is: only the trail tells of calls out of order.
         row.push_back(call);
         let is_same = |&number: &u32| at(row, *first, number).mark == mark;
-        let is_newer = |known: &Call| known.since > since || known.id == id;
+        let is_newer = |known: &PastCall| known.since > since || known.id == id;
         let hash = |&number: &u32| hasher.hash_one(at(row, *first, number).mark);
         match youngest.entry(hasher.hash_one(mark), is_same, hash) {
             Entry::Occupied(place) if is_newer(at(row, *first, *place.get())) => {
@@ -93,7 +93,7 @@ impl Recent {
     }
 
     /// Removes the oldest call and returns it.
-    pub(super) fn forget_oldest(&mut self) -> Option<Call> {
+    pub(super) fn forget_oldest(&mut self) -> Option<PastCall> {
         let oldest = self.row.pop_front()?;
         let number = self.first;
         self.first = number.wrapping_add(1);
@@ -108,7 +108,7 @@ impl Recent {
 }
 
 // Wrapping: after four billion calls numbers begin again at 0, and the distance from the first one is still right.
-fn at(row: &VecDeque<Call>, first: u32, number: u32) -> &Call {
+fn at(row: &VecDeque<PastCall>, first: u32, number: u32) -> &PastCall {
     &row[number.wrapping_sub(first) as usize]
 }
 
@@ -125,9 +125,9 @@ mod tests {
         let mut recent = Recent::default();
         for number in 0..40_000_u32 {
             let mark = (u128::from(number) << 32).to_be_bytes();
-            assert!(recent.push(Call { mark, id: Uuid::from_u128(number.into()), since: 0, caller: 1 }));
+            assert!(recent.push(PastCall { mark, id: Uuid::from_u128(number.into()), since: 0, caller: 1 }));
             // A capacity is what stays. While it grew, the old buffer of half its size existed beside it.
-            let row = recent.row.capacity() * size_of::<Call>() / 2 * 3;
+            let row = recent.row.capacity() * size_of::<PastCall>() / 2 * 3;
             let index = recent.youngest.allocation_size() / 2 * 3;
             let said = Recent::max_bytes(recent.len());
             assert!(
@@ -148,8 +148,8 @@ mod tests {
             let (mut all, mut youngest) = (VecDeque::new(), HashMap::new());
             for (count, step) in (0..).zip(steps) {
                 if let Some((number, since)) = step {
-                    let call = Call { mark: [number; 16], id: Uuid::from_u128(count), since, caller: 1 };
-                    let is_newer = youngest.get(&call.mark).is_none_or(|known: &Call| known.since <= since);
+                    let call = PastCall { mark: [number; 16], id: Uuid::from_u128(count), since, caller: 1 };
+                    let is_newer = youngest.get(&call.mark).is_none_or(|known: &PastCall| known.since <= since);
                     prop_assert_eq!(recent.push(call), is_newer);
                     if is_newer {
                         all.push_back(call);

@@ -5,7 +5,7 @@
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::claims::{Ending, Verdict};
+use super::claims::{StoredResult, Verdict};
 use super::delivery::Delivery;
 use super::duplicates::{First, Rejection};
 use super::key::BadKey;
@@ -132,7 +132,7 @@ pub(super) fn rejected(rejection: Rejection) -> Refused {
 /// A verdict of the claims that does not refuse the call.
 pub(super) enum Passed {
     Begin { doubt: Option<Uuid> },
-    Replay(Uuid, Ending),
+    Replay(Uuid, StoredResult),
 }
 
 /// Splits a verdict of the claims into what passes and what is refused.

@@ -8,7 +8,7 @@ use std::hash::BuildHasher;
 
 use hashbrown::HashTable;
 
-use crate::keyed_hash::Mark;
+use crate::keyed_hash::KeyedFingerprint;
 
 /// The number of entries of a block.
 const BLOCK: usize = 4096;
@@ -25,7 +25,7 @@ const INDEX_BYTES: usize = 35;
 
 /// The number of an entry: its place in the blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Number(u32);
+pub(super) struct EntryNumber(u32);
 
 /// A map of entries by key, some of which are in a queue.
 pub(super) struct Slots<T> {
@@ -42,7 +42,7 @@ pub(super) struct Slots<T> {
 
 /// The place of an entry. An unused one has no value.
 struct Slot<T> {
-    key: Mark,
+    key: KeyedFingerprint,
     link: Link,
     value: Option<T>,
 }
@@ -86,23 +86,23 @@ impl<T> Slots<T> {
     }
 
     /// The entry of a key.
-    pub(super) fn find(&self, key: &Mark) -> Option<Number> {
+    pub(super) fn find(&self, key: &KeyedFingerprint) -> Option<EntryNumber> {
         let is_it = |&number: &u32| self.slot(number).key == *key;
-        self.index.find(self.hasher.hash_one(key), is_it).copied().map(Number)
+        self.index.find(self.hasher.hash_one(key), is_it).copied().map(EntryNumber)
     }
 
     /// The value of an entry; `None` if it was removed.
-    pub(super) fn get(&self, number: Number) -> Option<&T> {
+    pub(super) fn get(&self, number: EntryNumber) -> Option<&T> {
         self.slot(number.0).value.as_ref()
     }
 
     /// The value of an entry, to be changed; `None` if it was removed.
-    pub(super) fn get_mut(&mut self, number: Number) -> Option<&mut T> {
+    pub(super) fn get_mut(&mut self, number: EntryNumber) -> Option<&mut T> {
         self.slot_mut(number.0).value.as_mut()
     }
 
     /// Adds an entry outside of the queue. The key must not be in the map: it is not looked for.
-    pub(super) fn insert(&mut self, key: Mark, value: T) {
+    pub(super) fn insert(&mut self, key: KeyedFingerprint, value: T) {
         let number = self.take_unused();
         *self.slot_mut(number) = Slot { key, link: Link::outside(number), value: Some(value) };
         let Self { blocks, index, hasher, .. } = self;
@@ -123,15 +123,15 @@ impl<T> Slots<T> {
         #[expect(clippy::cast_possible_truncation, reason = "`max_keys` is at most ten million")]
         let number = ((self.blocks.len() - 1) * BLOCK + self.blocks.last().map_or(0, Vec::len)) as u32;
         if let Some(block) = self.blocks.last_mut() {
-            block.push(Slot { key: Mark::default(), link: Link::outside(number), value: None });
+            block.push(Slot { key: KeyedFingerprint::default(), link: Link::outside(number), value: None });
         }
         number
     }
 
     /// Removes an entry from the map and the queue, and returns its value. Its number will be used again.
-    pub(super) fn remove(&mut self, number: Number) -> Option<T> {
+    pub(super) fn remove(&mut self, number: EntryNumber) -> Option<T> {
         self.unlink(number);
-        let Number(number) = number;
+        let EntryNumber(number) = number;
         let hash = self.hasher.hash_one(self.slot(number).key);
         if let Ok(place) = self.index.find_entry(hash, |&other| other == number) {
             place.remove();
@@ -143,19 +143,19 @@ impl<T> Slots<T> {
     }
 
     /// The first entry of the queue.
-    pub(super) fn front(&self) -> Option<Number> {
-        (self.first != NONE).then_some(Number(self.first))
+    pub(super) fn front(&self) -> Option<EntryNumber> {
+        (self.first != NONE).then_some(EntryNumber(self.first))
     }
 
     /// Whether an entry is in the queue.
-    pub(super) fn is_queued(&self, number: Number) -> bool {
+    pub(super) fn is_queued(&self, number: EntryNumber) -> bool {
         self.slot(number.0).link.previous != number.0
     }
 
     /// Moves an entry to the end of the queue, whether it was in it or not.
-    pub(super) fn queue(&mut self, number: Number) {
+    pub(super) fn queue(&mut self, number: EntryNumber) {
         self.unlink(number);
-        let Number(number) = number;
+        let EntryNumber(number) = number;
         let last = std::mem::replace(&mut self.last, number);
         self.slot_mut(number).link = Link { previous: last, next: NONE };
         if last == NONE {
@@ -172,7 +172,7 @@ impl<T> Slots<T> {
         // Nearly every trail is in order. Then a million links need not be written anew.
         if !queue.is_sorted_by_key(|number| key(self, *number)) {
             queue.sort_by_cached_key(|number| key(self, *number));
-            queue.into_iter().for_each(|number| self.queue(Number(number)));
+            queue.into_iter().for_each(|number| self.queue(EntryNumber(number)));
         }
     }
 
@@ -183,11 +183,11 @@ impl<T> Slots<T> {
     }
 
     /// Removes an entry from the queue, not from the map. Does nothing if it is not in the queue.
-    pub(super) fn unlink(&mut self, number: Number) {
+    pub(super) fn unlink(&mut self, number: EntryNumber) {
         if !self.is_queued(number) {
             return;
         }
-        let Number(number) = number;
+        let EntryNumber(number) = number;
         let Link { previous, next } =
             std::mem::replace(&mut self.slot_mut(number).link, Link::outside(number));
         match previous {

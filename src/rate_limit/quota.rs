@@ -104,9 +104,9 @@ impl Quota {
     }
 
     /// Returns what [`Quota::take`] would, and takes nothing.
-    pub fn look(&self) -> Result<(), Exhausted> {
+    pub fn peek(&self) -> Result<(), Exhausted> {
         self.recover(clock::nanos());
-        self.limiter.look().map_err(|spent| self.exhausted(spent))
+        self.limiter.peek().map_err(|spent| self.exhausted(spent))
     }
 
     #[cold]

@@ -1,7 +1,7 @@
 //! One caller's connection: hyper's HTTP/1.1, under deadlines of the gateway's own.
 //!
 //! Guarantees that no phase of a connection lasts longer than its deadline, and settles whether a caller received the
-//! reply that reports a success: see [`crate::idempotency::DeliverySlot`]. Does not bound the work on a request: the
+//! reply that reports a success: see [`crate::idempotency::PendingDelivery`]. Does not bound the work on a request: the
 //! stages do.
 //!
 //! hyper's `header_read_timeout` is also its keep-alive idle time-out, so it is not used. A small state, shared by

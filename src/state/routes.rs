@@ -22,7 +22,7 @@ pub struct Route {
     /// The contract that a body must keep.
     pub contract: Contract,
     /// The part of the route that an exchange needs.
-    pub exchange: Arc<exchange::Route>,
+    pub exchange: Arc<exchange::UpstreamRoute>,
 }
 
 impl AsRef<Access> for Route {
@@ -87,7 +87,7 @@ impl Route {
         let credentials = config.callers.iter().map(credential_of).collect();
         Ok(Self {
             contract: contract(raw)?.shown(|name| config.audit.shown(name)),
-            exchange: Arc::new(exchange::Route {
+            exchange: Arc::new(exchange::UpstreamRoute {
                 name: name.clone(),
                 target: target(&raw.path),
                 result: ResultRule::new(&raw.result_field, &raw.success_codes),

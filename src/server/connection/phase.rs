@@ -17,7 +17,7 @@ use super::stream::End;
 use crate::clock;
 use crate::concurrency::{FREE, Part};
 use crate::disconnect::CallerPresence;
-use crate::idempotency::DeliverySlot;
+use crate::idempotency::PendingDelivery;
 
 /// A reset within this time after a reply means that the reply was not received: it is how a socket that was closed
 /// before answers data (RFC 9293 §3.10.7.4). A later one ends an idle connection. In nanoseconds.
@@ -58,7 +58,7 @@ pub(super) struct Watch {
     missing: AtomicUsize,
     pub(super) presence: CallerPresence,
     /// The success that the last reply reported, until it is known whether the caller received it.
-    pub(super) delivery: DeliverySlot,
+    pub(super) delivery: PendingDelivery,
 }
 
 impl Watch {
@@ -72,7 +72,7 @@ impl Watch {
             has_no_room: AtomicBool::new(false),
             missing: AtomicUsize::new(0),
             presence: CallerPresence::default(),
-            delivery: DeliverySlot::default(),
+            delivery: PendingDelivery::default(),
         };
         // A new connection has as long for its first head as one that has begun it: a silent one must not idle for a
         // minute.
