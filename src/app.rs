@@ -417,7 +417,7 @@ fn audit_options(config: &Config, accept_loss: Option<String>) -> audit::Options
 fn slots(
     config: &Config,
     egress: &Egress,
-    metrics: &crate::token::Metrics,
+    metrics: &crate::token::TokenMetrics,
     audit: &Audit,
 ) -> anyhow::Result<Vec<Arc<Slot>>> {
     config

@@ -111,7 +111,7 @@ struct TraceLabel {
 #[derive(Clone)]
 pub struct Parts {
     /// Of the token slots.
-    pub token: token::Metrics,
+    pub token: token::TokenMetrics,
     /// Of the upstream pools.
     pub pool: pool::ConnectionMetrics,
     /// Of the exchanges with the upstream.
@@ -126,7 +126,7 @@ const BUCKETS: [f64; 14] =
 impl Parts {
     fn new(registry: &mut Registry, changes: Changes) -> Self {
         Self {
-            token: token::Metrics::new(registry, changes),
+            token: token::TokenMetrics::new(registry, changes),
             pool: pool::ConnectionMetrics::new(registry),
             upstream: exchange::ExchangeMetrics {
                 breaker: breaker::CircuitMetrics::new(registry),

@@ -34,11 +34,11 @@ use crate::trouble::{LastTrouble, Trouble};
 use contest::Contest;
 use endpoint::{Endpoint, SCHEME};
 use fetcher::{Candidate, Fetcher, Secrets};
-pub use metrics::Metrics;
+pub use metrics::TokenMetrics;
 pub use pair::PairError;
 pub(crate) use pair::header as app_key_header;
-use pair::{Pair, Sources};
-use schedule::{End, Held, Moment, Plan};
+use pair::{AppKeyPair, Sources};
+use schedule::{Expiry, Held, Moment, Plan};
 
 /// Reports an event of one credential, by name and members, to the audit trail.
 pub type Events = Box<dyn Fn(&'static str, Map<String, Value>) + Send + Sync>;
@@ -57,7 +57,7 @@ struct Parts {
 }
 
 impl Token {
-    fn new(authorization: HeaderValue, pair: &Pair, generation: u64) -> Self {
+    fn new(authorization: HeaderValue, pair: &AppKeyPair, generation: u64) -> Self {
         // A reply may quote the token without its scheme, so the scheme is not searched for.
         let token = authorization.as_bytes();
         let token = token.strip_prefix(SCHEME.as_bytes()).unwrap_or(token);
@@ -119,7 +119,7 @@ pub enum TokenError {
 
 /// Why [`Slot::replace`] found no other token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoOther {
+pub enum ReplaceError {
     /// The endpoint returned the refused token again.
     Same,
     /// No fetch brought a token, for this cause.
@@ -128,7 +128,7 @@ pub enum NoOther {
 
 /// Why a slot could not be created.
 #[derive(Debug, Error)]
-pub enum StartError {
+pub enum SlotError {
     /// The app key or the app secret of the named credential cannot be read or used.
     #[error("credential {0}: {1}")]
     Pair(String, PairError),
@@ -158,7 +158,7 @@ pub struct Status {
 pub struct Slot {
     name: String,
     wait: Duration,
-    live: ArcSwapOption<Live>,
+    live: ArcSwapOption<ActiveToken>,
     /// The number of requests that wait for a token.
     waiting: AtomicUsize,
     /// Wakes the fetcher. It stores one permit, so a wake-up during a fetch is not lost.
@@ -187,13 +187,13 @@ struct Fetches {
 }
 
 /// The token of a slot with its life.
-struct Live {
+struct ActiveToken {
     token: Token,
     lifetime: Duration,
     plan: Plan,
     sent: Moment,
     /// When it is no longer sent, by either clock.
-    end: End,
+    end: Expiry,
     /// The time from sending the request for it to reading the reply.
     took: Duration,
     /// The upstream refused it, and no fetch has ended since.
@@ -202,7 +202,7 @@ struct Live {
     had_worked: AtomicBool,
 }
 
-impl Live {
+impl ActiveToken {
     fn new(token: Token, lifetime: Duration, plan: Plan, sent: Moment) -> Self {
         let took = sent.age(Moment::now());
         let end = sent.end(plan.stop);
@@ -235,15 +235,15 @@ impl Slot {
         credential: &config::Credential,
         token: &config::Token,
         egress: &Egress,
-        metrics: Metrics,
+        metrics: TokenMetrics,
         events: Events,
-    ) -> Result<Arc<Self>, StartError> {
+    ) -> Result<Arc<Self>, SlotError> {
         let (sources, pair) = read(credential)?;
         let fetcher = Fetcher {
             endpoint: Endpoint::new(token, egress)?,
             secrets: Secrets::new(sources, pair.clone()),
-            proven: Candidate::new(pair),
-            trial: None,
+            active: Candidate::new(pair),
+            candidate: None,
             last_begun: None,
             generation: 0,
             told_short: false,
@@ -298,23 +298,23 @@ impl Slot {
     /// Returns a token newer than generation `refused`, which the upstream refused. Concurrent calls share one fetch, even one
     /// that is under way. Waits at most `token.wait`; cancellation safe. `had_worked`: the route had accepted the refused token
     /// before, and [`Slot::has_left_alone`] was true when the refusal came.
-    pub async fn replace(&self, refused: u64, had_worked: bool) -> Result<Token, NoOther> {
+    pub async fn replace(&self, refused: u64, had_worked: bool) -> Result<Token, ReplaceError> {
         let deadline = Instant::now() + self.wait;
         let mut fetches = self.fetches.subscribe();
         // Counted before the wake-up: the fetcher tells by the count whether the fetch is urgent.
         let _waiting = Waiting::new(&self.waiting);
-        let looked_into = self.retire(refused, had_worked, deadline);
+        let looked_into = self.invalidate(refused, had_worked, deadline);
         self.wake.notify_one();
         loop {
             // Read before the slot: a fetch that ends in between then counts as a change, and the wait below returns at once.
             let Fetches { ended, failed, .. } = *fetches.borrow_and_update();
-            let none = NoOther::Failed(failed.unwrap_or(Cause::Timeout));
+            let none = ReplaceError::Failed(failed.unwrap_or(Cause::Timeout));
             if let Some(token) = self.newer(refused) {
                 return Ok(token);
             }
             if looked_into.is_none_or(|fetch| fetch <= ended) {
                 let same = looked_into.is_some() && failed.is_none();
-                return Err(if same { NoOther::Same } else { none });
+                return Err(if same { ReplaceError::Same } else { none });
             }
             if !matches!(timeout_at(deadline, fetches.changed()).await, Ok(Ok(()))) {
                 return Err(none);
@@ -371,7 +371,7 @@ impl Slot {
 
     /// Retires generations up to `refused` until the next fetch ends, and returns that fetch's number. Returns `None` and changes
     /// nothing if back-off rules out a fetch before `deadline`: the refused token is then better than none.
-    fn retire(&self, refused: u64, had_worked: bool, deadline: Instant) -> Option<u64> {
+    fn invalidate(&self, refused: u64, had_worked: bool, deadline: Instant) -> Option<u64> {
         let mut looked_into = None;
         // For its lock only: no fetch may end between the choice of its number and the mark on the token.
         self.fetches.send_if_modified(|fetches| {
@@ -432,7 +432,7 @@ impl Slot {
         });
     }
 
-    fn fetch_succeeded(&self, live: Live, held: Option<Held>) {
+    fn fetch_succeeded(&self, live: ActiveToken, held: Option<Held>) {
         self.fetches.send_modify(|fetches| {
             self.live.store(Some(Arc::new(live)));
             *fetches = Fetches { ended: fetches.begun, held, failed: None, had_token: true, ..*fetches };
@@ -444,7 +444,7 @@ impl Slot {
         let failed = Some(cause);
         self.last_error.begins(failed, error);
         self.fetches.send_modify(|fetches| {
-            self.put_back();
+            self.reinstate();
             *fetches = Fetches { ended: fetches.begun, held, failed, ..*fetches };
         });
     }
@@ -454,7 +454,7 @@ impl Slot {
         self.fetches.send_modify(|fetches| {
             fetches.held = held;
             if held.is_some() {
-                self.put_back();
+                self.reinstate();
                 fetches.ended = fetches.begun;
             }
         });
@@ -465,16 +465,16 @@ impl Slot {
     }
 
     /// Lets a retired token be used again: no other can be had, and the refusal may have another cause than the token.
-    fn put_back(&self) {
+    fn reinstate(&self) {
         if let Some(live) = &*self.live.load() {
             live.retired.store(false, Ordering::Release);
         }
     }
 }
 
-fn read(credential: &config::Credential) -> Result<(Sources, Pair), StartError> {
+fn read(credential: &config::Credential) -> Result<(Sources, AppKeyPair), SlotError> {
     let sources = (credential.app_key(), credential.app_secret());
-    let pair = Pair::load(&sources).map_err(|error| StartError::Pair(credential.name.clone(), error))?;
+    let pair = AppKeyPair::load(&sources).map_err(|error| SlotError::Pair(credential.name.clone(), error))?;
     Ok((sources, pair))
 }
 

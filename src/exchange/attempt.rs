@@ -13,7 +13,7 @@ use super::{Cooldown, Exchange, Progress};
 use crate::model::cause::Cause;
 use crate::model::code::Code;
 use crate::reason::Reason;
-use crate::token::{NoOther, Slot, Token};
+use crate::token::{ReplaceError, Slot, Token};
 use crate::upstream::breaker::Health;
 use crate::upstream::pool::NoConnection;
 
@@ -115,8 +115,8 @@ impl Exchange {
         }
         match self.slot().replace(refused, had_worked).await {
             Ok(token) => return Some(token),
-            Err(NoOther::Failed(cause)) => progress.no_token = Some(cause),
-            Err(NoOther::Same) => {
+            Err(ReplaceError::Failed(cause)) => progress.no_token = Some(cause),
+            Err(ReplaceError::Same) => {
                 progress.is_rejected = true;
                 self.cooldown().rejected();
             }

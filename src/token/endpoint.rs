@@ -16,7 +16,7 @@ use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 use zeroize::Zeroizing;
 
-use super::schedule::Failure;
+use super::schedule::FetchFailure;
 use crate::connect::{Connector, Egress, Stream, TlsError};
 use crate::field_values::{is_coding, retry_after};
 use crate::model::cause::Cause;
@@ -112,16 +112,16 @@ impl FetchError {
     }
 
     /// Returns what this failure means for the next call.
-    pub(super) fn failure(&self) -> Failure {
+    pub(super) fn failure(&self) -> FetchFailure {
         match self {
-            Self::Refused(_) | Self::RefusedWithoutToken(_) => Failure::Refused,
-            Self::Status(_, Some(wait)) => Failure::NotBefore(*wait),
+            Self::Refused(_) | Self::RefusedWithoutToken(_) => FetchFailure::Refused,
+            Self::Status(_, Some(wait)) => FetchFailure::NotBefore(*wait),
             Self::Status(_, None)
             | Self::NoToken(_)
             | Self::Invalid(_)
             | Self::Coded(_)
             | Self::Broken(_)
-            | Self::Timeout(_) => Failure::Passing,
+            | Self::Timeout(_) => FetchFailure::Passing,
         }
     }
 }
@@ -577,27 +577,27 @@ mod tests {
             let (head, ()) = response.body(()).unwrap().into_parts();
             check_status(&head).map_err(|error| error.failure())
         };
-        let wait = |seconds| Err(Failure::NotBefore(Duration::from_secs(seconds)));
+        let wait = |seconds| Err(FetchFailure::NotBefore(Duration::from_secs(seconds)));
         assert_eq!(failure(200, None), Ok(()), "the control");
         // A refusal has its own, longer pause, whatever `Retry-After` says.
         for status in [400, 401, 403, 418] {
-            assert_eq!(failure(status, Some("5")), Err(Failure::Refused), "{status}");
+            assert_eq!(failure(status, Some("5")), Err(FetchFailure::Refused), "{status}");
         }
         for status in [201, 204, 302, 404, 408, 429, 500, 502, 503, 504] {
-            assert_eq!(failure(status, None), Err(Failure::Passing), "{status}");
+            assert_eq!(failure(status, None), Err(FetchFailure::Passing), "{status}");
         }
         for (status, value, failed) in [
             (429, "5", wait(5)),
             (503, "60", wait(60)),
             (503, "61", wait(60)),
             (503, "86400", wait(60)),
-            (503, "0", Err(Failure::Passing)),
-            (503, "-1", Err(Failure::Passing)),
-            (503, "soon", Err(Failure::Passing)),
+            (503, "0", Err(FetchFailure::Passing)),
+            (503, "-1", Err(FetchFailure::Passing)),
+            (503, "soon", Err(FetchFailure::Passing)),
             // Dates (RFC 9110, section 10.2.3): one that is past is 0. The obsolete form with two digits of the year means 1994.
-            (503, "Wed, 21 Oct 2015 07:28:00 GMT", Err(Failure::Passing)),
+            (503, "Wed, 21 Oct 2015 07:28:00 GMT", Err(FetchFailure::Passing)),
             (503, "Sat, 06 Nov 2094 08:49:37 GMT", wait(60)),
-            (503, "Sunday, 06-Nov-94 08:49:37 GMT", Err(Failure::Passing)),
+            (503, "Sunday, 06-Nov-94 08:49:37 GMT", Err(FetchFailure::Passing)),
         ] {
             assert_eq!(failure(status, Some(value)), failed, "{status} {value}");
         }

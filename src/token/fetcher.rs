@@ -17,9 +17,9 @@ use tokio::time::{Instant, sleep_until};
 
 use super::endpoint::{Endpoint, FetchError, Fetched, SCHEME, WithoutToken};
 use super::metrics::{CredentialLabel, ResultLabels};
-use super::pair::{Pair, PairError, Sources};
-use super::schedule::{Failure, Held, MIN_GAP, Moment, Plan, Retry};
-use super::{Contest, Events, Live, Metrics, Slot, Token, contest};
+use super::pair::{AppKeyPair, PairError, Sources};
+use super::schedule::{FetchFailure, Held, MIN_GAP, Moment, Plan, Retry};
+use super::{ActiveToken, Contest, Events, Slot, Token, TokenMetrics, contest};
 use crate::changes::Change;
 use crate::config::SecretSource;
 use crate::files::{Aside, Hangs};
@@ -39,16 +39,16 @@ pub(super) struct Fetcher {
     pub(super) endpoint: Endpoint,
     pub(super) secrets: Secrets,
     /// The pair in use: the last one that brought a token, or the one of the start.
-    pub(super) proven: Candidate,
+    pub(super) active: Candidate,
     /// A changed pair that has not brought a token yet.
-    pub(super) trial: Option<Candidate>,
+    pub(super) candidate: Option<Candidate>,
     /// When the last fetch began, with either pair.
     pub(super) last_begun: Option<Instant>,
     pub(super) generation: u64,
     /// Whether the log has the warning that a token is too short to be searched for in replies.
     pub(super) told_short: bool,
     pub(super) contest: Contest,
-    pub(super) metrics: Metrics,
+    pub(super) metrics: TokenMetrics,
     /// The result of the last change of the secrets, for `/status` and metrics.
     pub(super) change: Change,
     /// Why the last check of the files found no usable pair; `None` if it found one.
@@ -58,14 +58,14 @@ pub(super) struct Fetcher {
 
 /// The files of a pair, read on a thread of their own: a dead mount would otherwise stop the refreshes.
 pub(super) struct Secrets {
-    watched: Aside<Watched<Pair, PairError>, Noticed<Pair, PairError>>,
+    watched: Aside<Watched<AppKeyPair, PairError>, Noticed<AppKeyPair, PairError>>,
     /// When the files are checked next.
     due: Instant,
 }
 
 /// A pair with its own back-off.
 pub(super) struct Candidate {
-    pair: Pair,
+    pair: AppKeyPair,
     pub(super) retry: Retry,
     without_token: WithoutToken,
     /// The last result of this trial on record: a result that repeats is recorded once.
@@ -75,14 +75,14 @@ pub(super) struct Candidate {
 }
 
 /// When the next fetch is due, and with which pair.
-pub(super) struct Next {
+pub(super) struct NextFetch {
     pub(super) at: Instant,
     /// With the changed pair.
-    pub(super) is_trial: bool,
+    pub(super) is_candidate: bool,
 }
 
 impl Candidate {
-    pub(super) fn new(pair: Pair) -> Self {
+    pub(super) fn new(pair: AppKeyPair) -> Self {
         let (retry, without_token) = (Retry::new(Instant::now()), WithoutToken::default());
         Self { pair, retry, without_token, told: None, refused: None }
     }
@@ -103,7 +103,7 @@ impl Fetcher {
             let next = self.next(slot);
             if next.at <= Instant::now() {
                 // Awaited outside of `select!`, which would drop the call half-way at another event.
-                self.fetch(slot, next.is_trial).await;
+                self.fetch(slot, next.is_candidate).await;
                 continue;
             }
             // Each wake-up computes `next` anew: a waiting request, or a changed pair, may have made a fetch due sooner.
@@ -151,7 +151,7 @@ impl Fetcher {
     }
 
     /// Returns the next fetch: due when there is a reason for one, but not before the pair's back-off and [`MIN_GAP`] allow it.
-    pub(super) fn next(&self, slot: &Slot) -> Next {
+    pub(super) fn next(&self, slot: &Slot) -> NextFetch {
         let now = Instant::now();
         let reason = match slot.live.load().as_ref() {
             Some(live) if !live.is_retired() => now + live.plan.refresh.saturating_sub(live.age()),
@@ -163,36 +163,37 @@ impl Fetcher {
         let earliest = self.last_begun.map_or(now, |begun| begun + MIN_GAP);
         let allowed =
             |candidate: &Candidate| candidate.retry.at(urgent, self.last_begun).max(earliest).max(now);
-        let proven = reason.max(allowed(&self.proven));
+        let active = reason.max(allowed(&self.active));
         // A trial does not wait for the next refresh: a wrong secret would go unnoticed until the token ends.
-        match self.trial.as_ref().map(allowed) {
-            Some(trial) if trial <= proven => Next { at: trial, is_trial: true },
-            _ => Next { at: proven, is_trial: false },
+        match self.candidate.as_ref().map(allowed) {
+            Some(candidate) if candidate <= active => NextFetch { at: candidate, is_candidate: true },
+            _ => NextFetch { at: active, is_candidate: false },
         }
     }
 
-    /// Calls the endpoint once and takes the result into the slot. `is_trial`: with the changed pair, if there is one.
-    pub(super) async fn fetch(&mut self, slot: &Slot, is_trial: bool) {
+    /// Calls the endpoint once and takes the result into the slot. `is_candidate`: with the changed pair, if there is one.
+    pub(super) async fn fetch(&mut self, slot: &Slot, is_candidate: bool) {
         // The life is counted from before the request: the endpoint issues the token at an unknown moment after that.
         let sent = Moment::now();
         self.last_begun = Some(sent.monotonic);
         slot.fetch_begins();
-        let candidate = self.trial.as_mut().filter(|_| is_trial).unwrap_or(&mut self.proven);
+        let candidate = self.candidate.as_mut().filter(|_| is_candidate).unwrap_or(&mut self.active);
         let result = self.endpoint.fetch(&candidate.pair.app_key, &candidate.pair.app_secret).await;
         let result = candidate.without_token.judge(result);
         let label = result.as_ref().map_or_else(|error| error.reason().cause.as_str(), |_| "ok");
         self.metrics.fetches.get_or_create(&ResultLabels::of(slot, label)).inc();
         match result {
-            Ok(fetched) => self.succeed(slot, fetched, sent, is_trial),
-            Err(error) if is_trial => self.fail_trial(slot, &error),
+            Ok(fetched) => self.succeed(slot, fetched, sent, is_candidate),
+            Err(error) if is_candidate => self.fail_trial(slot, &error),
             Err(error) => self.fail(slot, &error),
         }
     }
 
-    fn succeed(&mut self, slot: &Slot, fetched: Fetched, sent: Moment, is_trial: bool) {
-        let adopted = self.trial.take_if(|_| is_trial).map(|trial| self.proven = trial).is_some();
+    fn succeed(&mut self, slot: &Slot, fetched: Fetched, sent: Moment, is_candidate: bool) {
+        let adopted =
+            self.candidate.take_if(|_| is_candidate).map(|candidate| self.active = candidate).is_some();
         // After the adoption above, so that it is the schedule of the pair that brought the token.
-        self.proven.retry = Retry::new(sent.monotonic);
+        self.active.retry = Retry::new(sent.monotonic);
         if let Some(skew) = fetched.skew {
             self.metrics.skew.get_or_create(&CredentialLabel::of(slot)).set(skew);
         }
@@ -212,17 +213,17 @@ impl Fetcher {
     }
 
     /// Whether the endpoint returned the present token again, for the pair in use.
-    fn is_same(&self, old: &Live, fetched: &Fetched) -> bool {
+    fn is_same(&self, old: &ActiveToken, fetched: &Fetched) -> bool {
         let token = &old.token;
         *token.authorization() == fetched.authorization
-            && *token.app_key() == self.proven.pair.header
+            && *token.app_key() == self.active.pair.header
             // With a changed secret it counts as new, so that replies are searched for the present secret.
-            && token.needles().are_of(&self.proven.pair.app_secret)
+            && token.needles().are_of(&self.active.pair.app_secret)
             && old.age() < old.lifetime + GRACE
     }
 
     /// Makes the next generation of a fetched token.
-    fn new_token(&mut self, slot: &Slot, fetched: Fetched, sent: Moment) -> Live {
+    fn new_token(&mut self, slot: &Slot, fetched: Fetched, sent: Moment) -> ActiveToken {
         self.generation += 1;
         let generation = i64::try_from(self.generation).unwrap_or(i64::MAX);
         self.metrics.generation.get_or_create(&CredentialLabel::of(slot)).set(generation);
@@ -235,8 +236,8 @@ impl Fetcher {
                 slot.name
             );
         }
-        let token = Token::new(authorization, &self.proven.pair, self.generation);
-        Live::new(token, lifetime, Plan::new(lifetime, jitter()), sent)
+        let token = Token::new(authorization, &self.active.pair, self.generation);
+        ActiveToken::new(token, lifetime, Plan::new(lifetime, jitter()), sent)
     }
 
     /// Records a failed fetch with the pair in use.
@@ -245,7 +246,7 @@ impl Fetcher {
         tracing::warn!(credential = slot.name, cause = %reason.cause, error = text, "no token");
         // A retired token counts as usable here, unlike in `next`: this failure puts it back into use, so there is time.
         let urgent = slot.usable().is_none() && slot.is_awaited();
-        self.proven.retry.failed(error.failure(), urgent, Instant::now(), jitter());
+        self.active.retry.failed(error.failure(), urgent, Instant::now(), jitter());
         slot.fetch_failed(reason.cause, text, self.held());
     }
 
@@ -264,19 +265,19 @@ impl Fetcher {
         }
         let urgent = slot.usable().is_none() && slot.is_awaited();
         let failure = error.failure();
-        if let Some(trial) = &mut self.trial {
-            trial.retry.failed(failure, urgent, Instant::now(), jitter());
-            trial.refused = Some(refused);
+        if let Some(candidate) = &mut self.candidate {
+            candidate.retry.failed(failure, urgent, Instant::now(), jitter());
+            candidate.refused = Some(refused);
         }
         slot.trial_failed(self.held());
-        self.tell(slot, if failure == Failure::Refused { "refused" } else { "postponed" });
+        self.tell(slot, if failure == FetchFailure::Refused { "refused" } else { "postponed" });
     }
 
     /// Returns the reason of a failed fetch, and its text for log and `/status`, which quotes neither pair nor the token.
     fn said(&self, error: &FetchError, slot: &Slot) -> (Reason, String) {
         let reason = error.reason();
         // Both pairs: an endpoint, or a proxy before it, may quote the one that an earlier call sent.
-        let pairs = [Some(&self.proven), self.trial.as_ref()].into_iter().flatten();
+        let pairs = [Some(&self.active), self.candidate.as_ref()].into_iter().flatten();
         let pairs: Vec<_> = pairs
             .map(|Candidate { pair, .. }| {
                 Needles::new([b"", pair.app_key.expose(), pair.app_secret.expose()])
@@ -289,17 +290,17 @@ impl Fetcher {
 
     /// Returns the pause in which no fetch is made, even if requests wait. `None` if at least one of the pairs may be tried.
     fn held(&self) -> Option<Held> {
-        let proven = self.proven.retry.held()?;
-        let Some(trial) = &self.trial else { return Some(proven) };
+        let active = self.active.retry.held()?;
+        let Some(candidate) = &self.candidate else { return Some(active) };
         // The sooner of the two ends the pause. Whether it is a refusal is the word of the pair in use, which callers depend on.
-        let until = trial.retry.held()?.until.min(proven.until);
-        Some(Held { until, refused: proven.refused })
+        let until = candidate.retry.held()?.until.min(active.until);
+        Some(Held { until, refused: active.refused })
     }
 
     /// Counts and records the result of a trial, unless it is the same as the last one.
     fn tell(&mut self, slot: &Slot, result: &'static str) {
         // An accepted trial has become the pair in use by now.
-        let candidate = self.trial.as_mut().unwrap_or(&mut self.proven);
+        let candidate = self.candidate.as_mut().unwrap_or(&mut self.active);
         if candidate.told.replace(result) != Some(result) {
             self.metrics.reloads.get_or_create(&ResultLabels::of(slot, result)).inc();
             (self.events)("secret_change", Map::from_iter([("result".to_owned(), json!(result))]));
@@ -314,7 +315,7 @@ impl Fetcher {
     }
 
     /// Takes the result of a check of the files.
-    fn notice(&mut self, slot: &Slot, noticed: Result<Noticed<Pair, PairError>, Hangs>) {
+    fn notice(&mut self, slot: &Slot, noticed: Result<Noticed<AppKeyPair, PairError>, Hangs>) {
         match noticed {
             // Read once only: the files of a pair are written one after the other, so this may be a mixed or half-written pair.
             Ok(Noticed::Settling) => {}
@@ -322,9 +323,9 @@ impl Fetcher {
                 // The files can be read again and hold the same pair as before the error, so the result of that pair is reported
                 // again.
                 if self.unusable.take().is_some() {
-                    match &self.trial {
+                    match &self.candidate {
                         None => self.change.accepted(),
-                        Some(trial) => trial.refused.iter().for_each(|why| self.change.refused(why)),
+                        Some(candidate) => candidate.refused.iter().for_each(|why| self.change.refused(why)),
                     }
                 }
             }
@@ -335,10 +336,10 @@ impl Fetcher {
                 tracing::info!(credential = slot.name, "the secret changed");
                 // An operator has acted: a pair that was refused may be accepted now, even if the files hold the pair in use
                 // again.
-                self.proven.retry.forget_refusals(Instant::now());
-                self.proven.without_token = WithoutToken::default();
-                self.trial = (pair != self.proven.pair).then(|| Candidate::new(pair));
-                if self.trial.is_none() {
+                self.active.retry.forget_refusals(Instant::now());
+                self.active.without_token = WithoutToken::default();
+                self.candidate = (pair != self.active.pair).then(|| Candidate::new(pair));
+                if self.candidate.is_none() {
                     self.change.accepted();
                 }
                 // From here on requests wait for a fetch again, instead of failing at once because of the old refusal.
@@ -360,20 +361,20 @@ impl Fetcher {
 
 impl Secrets {
     /// Watches the files of these sources; `known` is what they hold.
-    pub(super) fn new(sources: Sources, known: Pair) -> Self {
+    pub(super) fn new(sources: Sources, known: AppKeyPair) -> Self {
         // Nobody can change the environment of a running process, so only files are watched.
         let file = |source: &SecretSource| match source {
             SecretSource::File(path) => Some(path.clone()),
             SecretSource::Env(_) => None,
         };
         let files = [&sources.0, &sources.1].into_iter().filter_map(file).collect();
-        let watched = Watched::new(files, move || Pair::load(&sources), known);
+        let watched = Watched::new(files, move || AppKeyPair::load(&sources), known);
         Self { watched: Aside::new(watched), due: Instant::now() + POLL }
     }
 
     /// Waits until the next check is due and returns its result. Cancellation safe: the thread that reads goes on, and the next
     /// call takes its result.
-    async fn next(&mut self) -> Result<Noticed<Pair, PairError>, Hangs> {
+    async fn next(&mut self) -> Result<Noticed<AppKeyPair, PairError>, Hangs> {
         sleep_until(self.due).await;
         let noticed = self.watched.run(Watched::look).await?;
         // Two equal readings must follow each other soon, so that a change takes about a second and not two.
@@ -383,7 +384,7 @@ impl Secrets {
     }
 }
 
-impl Live {
+impl ActiveToken {
     /// Returns the life of a token that the endpoint returned again, with `lifetime`, for a request of `sent`. It ends no later
     /// than before and is used to its very end, since that server has no other token until then.
     pub(super) fn to_the_end(&self, lifetime: Duration, sent: Moment) -> Self {

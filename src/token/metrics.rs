@@ -11,7 +11,7 @@ use crate::registry::Registry;
 
 /// The handles of these metrics. Clones share the counts.
 #[derive(Clone, Debug)]
-pub struct Metrics {
+pub struct TokenMetrics {
     /// The results of changed files, which `/status` shows as well.
     pub(super) changes: Changes,
     pub(super) fetches: Family<ResultLabels, Counter>,
@@ -48,7 +48,7 @@ impl ResultLabels {
     }
 }
 
-impl Metrics {
+impl TokenMetrics {
     /// Registers the metrics.
     pub(crate) fn new(registry: &mut Registry, changes: Changes) -> Self {
         Self {

@@ -24,14 +24,14 @@ pub enum PairError {
 
 /// An app key and an app secret that a request can carry. Has no `Debug`.
 #[derive(Clone, PartialEq, Eq)]
-pub(super) struct Pair {
+pub(super) struct AppKeyPair {
     pub(super) app_key: Secret,
     pub(super) app_secret: Secret,
     /// The app key as the value of `x-app-key`, marked sensitive.
     pub(super) header: HeaderValue,
 }
 
-impl Pair {
+impl AppKeyPair {
     /// Reads both parts. Blocks on files, so it runs on a thread of its own once the gateway serves.
     pub(super) fn load((app_key, app_secret): &Sources) -> Result<Self, PairError> {
         let (app_key, app_secret) = (Secret::load(app_key)?, Secret::load(app_secret)?);
@@ -71,15 +71,15 @@ mod tests {
         fs::write(folder.join("app_secret"), secret).unwrap();
     }
 
-    type Secrets = Watched<Pair, PairError>;
+    type Secrets = Watched<AppKeyPair, PairError>;
 
     fn watch(sources: Sources) -> Secrets {
-        let pair = Pair::load(&sources).unwrap();
+        let pair = AppKeyPair::load(&sources).unwrap();
         let files = [&sources.0, &sources.1].map(|source| match source {
             SecretSource::File(path) => path.clone(),
             SecretSource::Env(_) => unreachable!(),
         });
-        Watched::new(files.into(), move || Pair::load(&sources), pair)
+        Watched::new(files.into(), move || AppKeyPair::load(&sources), pair)
     }
 
     fn watched(key: &str, secret: &str) -> (TempDir, Secrets) {
@@ -89,7 +89,7 @@ mod tests {
         (folder, secrets)
     }
 
-    fn changed(noticed: Noticed<Pair, PairError>) -> Option<(Vec<u8>, Vec<u8>)> {
+    fn changed(noticed: Noticed<AppKeyPair, PairError>) -> Option<(Vec<u8>, Vec<u8>)> {
         let Noticed::Changed(pair) = noticed else { return None };
         Some((pair.app_key.expose().to_vec(), pair.app_secret.expose().to_vec()))
     }
@@ -157,7 +157,7 @@ mod tests {
     #[test]
     fn a_pair_that_cannot_be_sent_is_told_apart_from_one_that_can() {
         let (folder, _) = watched("key", "secret");
-        let load = || Pair::load(&sources(folder.path()));
+        let load = || AppKeyPair::load(&sources(folder.path()));
         assert!(load().is_ok_and(|pair| pair.header.is_sensitive()), "the control");
         write(folder.path(), "k\u{e9}y", "secret");
         assert!(matches!(load(), Err(PairError::AppKey)));

@@ -78,21 +78,24 @@ impl Moment {
     }
 
     /// Returns the end of a life of this length that began at this moment.
-    pub(super) fn end(&self, life: Duration) -> End {
+    pub(super) fn end(&self, life: Duration) -> Expiry {
         let life = clock::nanos_of(life);
-        End { now: self.now.saturating_add(life), wall: clock::unix_nanos_at(self.wall).saturating_add(life) }
+        Expiry {
+            now: self.now.saturating_add(life),
+            wall: clock::unix_nanos_at(self.wall).saturating_add(life),
+        }
     }
 }
 
 /// The end of a life by *now* and by the wall clock, in nanoseconds since 1970.
 // Two numbers and not a `Moment` with a length: every request checks them, and two comparisons are all that this takes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct End {
+pub(super) struct Expiry {
     now: u64,
     wall: u64,
 }
 
-impl End {
+impl Expiry {
     /// Whether neither clock has reached the end, in the present turn of a worker.
     pub(super) fn is_ahead(&self) -> bool {
         clock::unix_nanos() < self.now && clock::wall_nanos() < self.wall
@@ -101,7 +104,7 @@ impl End {
 
 /// What a failed fetch means for the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Failure {
+pub(super) enum FetchFailure {
     /// The endpoint refuses the pair. Another try may lock the account, so the pause is long.
     Refused,
     /// The endpoint named the time to the next call (`Retry-After`).
@@ -133,9 +136,9 @@ impl Held {
 pub(super) struct Retry {
     not_before: Instant,
     held: Option<Held>,
-    /// [`Failure::Passing`] since the last success.
+    /// [`FetchFailure::Passing`] since the last success.
     failures: u32,
-    /// [`Failure::Refused`] since the last success or the last change of the secret.
+    /// [`FetchFailure::Refused`] since the last success or the last change of the secret.
     refusals: u32,
 }
 
@@ -162,18 +165,18 @@ impl Retry {
     }
 
     /// Sets the pause after a failure. `urgent`: there is no usable token, and requests wait. `jitter`: from 0 to 1.
-    pub(super) fn failed(&mut self, failure: Failure, urgent: bool, now: Instant, jitter: f64) {
+    pub(super) fn failed(&mut self, failure: FetchFailure, urgent: bool, now: Instant, jitter: f64) {
         let wait = match failure {
-            Failure::Refused => {
+            FetchFailure::Refused => {
                 self.refusals += 1;
                 after_refusals(self.refusals - 1)
             }
-            Failure::NotBefore(wait) => wait,
-            Failure::Passing => self.back_off(urgent, jitter),
+            FetchFailure::NotBefore(wait) => wait,
+            FetchFailure::Passing => self.back_off(urgent, jitter),
         };
         self.not_before = now + wait;
-        self.held = (failure != Failure::Passing)
-            .then_some(Held { until: self.not_before, refused: failure == Failure::Refused });
+        self.held = (failure != FetchFailure::Passing)
+            .then_some(Held { until: self.not_before, refused: failure == FetchFailure::Refused });
     }
 
     /// Returns the pause after one more fault that may end: exponential with full jitter, at most 3 s if urgent, else 60 s.
@@ -225,7 +228,7 @@ mod tests {
         }
     }
 
-    fn wait(retry: &mut Retry, failure: Failure, urgent: bool, jitter: f64) -> Duration {
+    fn wait(retry: &mut Retry, failure: FetchFailure, urgent: bool, jitter: f64) -> Duration {
         let now = Instant::now();
         retry.failed(failure, urgent, now, jitter);
         retry.at(false, None) - now
@@ -239,7 +242,10 @@ mod tests {
         ] {
             let mut retry = Retry::new(Instant::now());
             for millis in waits {
-                assert_eq!(wait(&mut retry, Failure::Passing, urgent, 1.0), Duration::from_millis(millis));
+                assert_eq!(
+                    wait(&mut retry, FetchFailure::Passing, urgent, 1.0),
+                    Duration::from_millis(millis)
+                );
             }
         }
     }
@@ -250,11 +256,11 @@ mod tests {
             let mut longest = Retry::new(Instant::now());
             let mut jittered = longest;
             for _ in 0..failures {
-                wait(&mut longest, Failure::Passing, urgent, 1.0);
-                wait(&mut jittered, Failure::Passing, urgent, 0.5);
+                wait(&mut longest, FetchFailure::Passing, urgent, 1.0);
+                wait(&mut jittered, FetchFailure::Passing, urgent, 0.5);
             }
-            let longest = wait(&mut longest, Failure::Passing, urgent, 1.0);
-            let wait = wait(&mut jittered, Failure::Passing, urgent, jitter);
+            let longest = wait(&mut longest, FetchFailure::Passing, urgent, 1.0);
+            let wait = wait(&mut jittered, FetchFailure::Passing, urgent, jitter);
             prop_assert!((wait.as_secs_f64() - longest.as_secs_f64() * jitter).abs() < 1e-6);
         }
     }
@@ -263,12 +269,12 @@ mod tests {
     fn a_refusal_is_remembered_from_thirty_seconds_to_five_minutes() {
         let mut retry = Retry::new(Instant::now());
         for seconds in [30, 60, 120, 240, 300, 300] {
-            assert_eq!(wait(&mut retry, Failure::Refused, true, 0.0), Duration::from_secs(seconds));
+            assert_eq!(wait(&mut retry, FetchFailure::Refused, true, 0.0), Duration::from_secs(seconds));
         }
         let now = Instant::now();
         retry.forget_refusals(now);
         assert_eq!((retry.at(false, None), retry.held()), (now, None));
-        assert_eq!(wait(&mut retry, Failure::Refused, true, 0.0), Duration::from_secs(30));
+        assert_eq!(wait(&mut retry, FetchFailure::Refused, true, 0.0), Duration::from_secs(30));
     }
 
     // `Retry-After` is about the endpoint's load or the address, not about the pair.
@@ -276,7 +282,7 @@ mod tests {
     fn a_changed_secret_does_not_shorten_a_time_that_the_endpoint_named() {
         let mut retry = Retry::new(Instant::now());
         let now = Instant::now();
-        retry.failed(Failure::NotBefore(Duration::from_secs(60)), true, now, 0.0);
+        retry.failed(FetchFailure::NotBefore(Duration::from_secs(60)), true, now, 0.0);
         retry.forget_refusals(now);
         assert_eq!(retry.at(true, Some(now)), now + Duration::from_secs(60));
     }
@@ -286,9 +292,9 @@ mod tests {
         let now = Instant::now();
         let soon = now + Duration::from_secs(3);
         for (failure, at) in [
-            (Failure::Passing, soon),
-            (Failure::NotBefore(Duration::from_secs(40)), now + Duration::from_secs(40)),
-            (Failure::Refused, now + Duration::from_secs(30)),
+            (FetchFailure::Passing, soon),
+            (FetchFailure::NotBefore(Duration::from_secs(40)), now + Duration::from_secs(40)),
+            (FetchFailure::Refused, now + Duration::from_secs(30)),
         ] {
             // After 16 failures the back-off is 60 s: longer than what `URGENT` allows, so that a cut would show.
             let mut retry = Retry { failures: 16, ..Retry::new(now) };

@@ -53,7 +53,7 @@ struct Rig {
     folder: TempDir,
     told: Arc<Mutex<Vec<Value>>>,
     registry: Registry,
-    metrics: Metrics,
+    metrics: TokenMetrics,
 }
 
 impl Rig {
@@ -76,7 +76,7 @@ impl Rig {
         set(&mut token);
         let (mut registry, told) = (Registry::new(), Arc::new(Mutex::new(Vec::new())));
         let changes = Changes::new(&mut registry);
-        let metrics = Metrics::new(&mut registry, changes);
+        let metrics = TokenMetrics::new(&mut registry, changes);
         let tell = told.clone();
         let events =
             Box::new(move |_: &'static str, details| tell.lock().unwrap().push(Value::Object(details)));
@@ -236,7 +236,7 @@ async fn a_contest_that_ends_with_a_late_refusal_is_told() {
     let rig = Rig::idle(json!({}), |_| {});
     let mut fetcher = rig.fetcher();
     let gauge = |value: u8| rig.metric(&format!(r#"contested{{credential="default"}} {value}"#));
-    let retire = |generation| rig.slot.retire(generation, true, Instant::now() + Duration::from_secs(9));
+    let retire = |generation| rig.slot.invalidate(generation, true, Instant::now() + Duration::from_secs(9));
     fetcher.fetch(&rig.slot, false).await;
     for generation in 1..=3 {
         assert!(rig.slot.status().contested.is_none(), "the control");
@@ -250,7 +250,7 @@ async fn a_contest_that_ends_with_a_late_refusal_is_told() {
     // The age by the wall clock is enough, since the clock that says more counts.
     let live = rig.slot.live.load_full().unwrap();
     let sent = Moment { wall: live.sent.wall - Duration::from_secs(60), ..live.sent };
-    let late = Live::new(live.token.clone(), live.lifetime, live.plan, sent);
+    let late = ActiveToken::new(live.token.clone(), live.lifetime, live.plan, sent);
     rig.slot.live.store(Some(Arc::new(late)));
     retire(4);
     fetcher.look_at_contest(&rig.slot);
@@ -278,10 +278,10 @@ async fn a_fetch_that_is_under_way_and_fails_answers_all_who_wait_for_it() {
     let first = beside(async move { slot.replace(1, false).await.map(|token| token.generation()) });
     until("the second fetch", || rig.calls() == 2).await;
     let begin = Instant::now();
-    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), ReplaceError::Failed(Cause::TokenStatus));
     // Half of `token.wait`: a request that waited on after the failure would need all of it.
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
-    assert_eq!((first.await.unwrap(), rig.calls()), (Err(NoOther::Failed(Cause::TokenStatus)), 2));
+    assert_eq!((first.await.unwrap(), rig.calls()), (Err(ReplaceError::Failed(Cause::TokenStatus)), 2));
 }
 
 #[tokio::test]
@@ -299,7 +299,7 @@ async fn a_refused_token_is_not_handed_out_while_another_is_fetched() {
 async fn a_failed_refresh_puts_the_refused_token_back_into_use() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenStatus));
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), ReplaceError::Failed(Cause::TokenStatus));
     assert_eq!((rig.generation().await, rig.calls()), (1, 2));
 }
 
@@ -311,7 +311,7 @@ async fn a_refusal_during_a_long_back_off_is_looked_into_soon() {
     let mut fetcher = rig.fetcher();
     fetcher.fetch(&rig.slot, false).await;
     for _ in 0..10 {
-        fetcher.proven.retry.failed(schedule::Failure::Passing, false, Instant::now(), 1.0);
+        fetcher.active.retry.failed(schedule::FetchFailure::Passing, false, Instant::now(), 1.0);
     }
     let begun = fetcher.last_begun.unwrap();
     assert!(fetcher.next(&rig.slot).at > begun + Duration::from_secs(50), "the control");
@@ -329,10 +329,10 @@ async fn a_refusal_during_a_long_back_off_is_looked_into_soon() {
 async fn a_refusal_while_the_endpoint_refuses_the_pair_is_answered_at_once_and_the_token_stays() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 403 }] }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenRefused));
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), ReplaceError::Failed(Cause::TokenRefused));
     assert_eq!(rig.calls(), 2);
     let begin = Instant::now();
-    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Failed(Cause::TokenRefused));
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), ReplaceError::Failed(Cause::TokenRefused));
     assert!(begin.elapsed() < Duration::from_secs(10), "no wait for a fetch that cannot come");
     assert_eq!((rig.generation().await, rig.calls()), (1, 2));
 }
@@ -341,7 +341,7 @@ async fn a_refusal_while_the_endpoint_refuses_the_pair_is_answered_at_once_and_t
 async fn the_same_token_again_is_no_other() {
     let rig = Rig::start(json!({ "habit": "same_until_expiry" }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), NoOther::Same);
+    assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), ReplaceError::Same);
     assert_eq!((rig.generation().await, rig.calls()), (1, 2));
 }
 
@@ -495,8 +495,8 @@ async fn a_jump_of_either_clock_ends_a_token_early_and_never_late() {
     let hour = Duration::from_secs(3600);
     let jumped = |wall: SystemTime, slept: u64| {
         let live = rig.slot.live.load_full().unwrap();
-        let Live { token, lifetime, plan, sent, .. } = &*live;
-        Live::new(token.clone(), *lifetime, *plan, Moment { wall, now: sent.now - slept, ..*sent })
+        let ActiveToken { token, lifetime, plan, sent, .. } = &*live;
+        ActiveToken::new(token.clone(), *lifetime, *plan, Moment { wall, now: sent.now - slept, ..*sent })
     };
     let now = SystemTime::now();
     assert!(jumped(now, 0).is_usable(), "the control");
@@ -541,10 +541,10 @@ async fn the_same_token_keeps_its_earlier_end_and_is_used_up_to_it() {
 #[test]
 fn a_life_that_the_server_restates_shorter_ends_earlier_but_not_for_rounding() {
     let source = || SecretSource::Env("CARGO_PKG_NAME".into());
-    let pair = Pair::load(&(source(), source())).unwrap();
+    let pair = AppKeyPair::load(&(source(), source())).unwrap();
     let token = Token::new(HeaderValue::from_static("Bearer t"), &pair, 1);
     let lifetime = Duration::from_secs(600);
-    let live = Live::new(token, lifetime, Plan::new(lifetime, 0.0), Moment::now());
+    let live = ActiveToken::new(token, lifetime, Plan::new(lifetime, 0.0), Moment::now());
     let minutes_later = Moment {
         now: live.sent.now + 120_000_000_000,
         wall: live.sent.wall + Duration::from_secs(120),
@@ -627,13 +627,13 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
     for _ in 0..2 {
         fetcher.notice_secrets(&rig.slot).await;
     }
-    assert!(fetcher.next(&rig.slot).is_trial);
+    assert!(fetcher.next(&rig.slot).is_candidate);
     fetcher.fetch(&rig.slot, true).await;
     assert_eq!(rig.told(), ["refused"]);
     let next = fetcher.next(&rig.slot);
     let pause = next.at - Instant::now();
-    assert!(next.is_trial && (20..=30).contains(&pause.as_secs()), "{pause:?}");
-    assert!(fetcher.proven.retry.at(false, None) <= Instant::now(), "the old pair may be used at any time");
+    assert!(next.is_candidate && (20..=30).contains(&pause.as_secs()), "{pause:?}");
+    assert!(fetcher.active.retry.at(false, None) <= Instant::now(), "the old pair may be used at any time");
     assert!(rig.slot.token().await.is_ok() && failing(&rig.slot).is_none());
 
     // The cloud now accepts the new secret only. The old pair fails at its next refresh, and the next trial succeeds.
@@ -642,7 +642,7 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
     assert_eq!(failing(&rig.slot), Some(Cause::TokenRefused));
     fetcher.fetch(&rig.slot, true).await;
     assert_eq!((rig.told(), rig.generation().await), (vec!["refused".to_owned(), "accepted".to_owned()], 2));
-    assert!(fetcher.trial.is_none() && fetcher.next(&rig.slot).at > next.at);
+    assert!(fetcher.candidate.is_none() && fetcher.next(&rig.slot).at > next.at);
 }
 
 /// The error of a request while a changed pair is on trial.
