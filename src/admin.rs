@@ -31,7 +31,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::audit::{Audit, ClockDoubt};
 use crate::clock;
-use crate::concurrency::Bounds;
+use crate::concurrency::Limits;
 use crate::config::LOOPBACK_NOTICE;
 use crate::idempotency::Idempotency;
 use crate::log::OncePerSecond;
@@ -40,7 +40,7 @@ use crate::registry::Format;
 use crate::seats::{Seat, Seats};
 use crate::state::{Route, State};
 use crate::watchdog::Watchdog;
-use hosts::Hosts;
+use hosts::AdminHosts;
 
 /// What the admin listener reports on. It only reads from these parts.
 pub struct Admin {
@@ -53,13 +53,13 @@ pub struct Admin {
     /// Deduplication.
     pub idempotency: Arc<Idempotency>,
     /// The bounds on concurrent work.
-    pub bounds: Arc<Bounds>,
+    pub limits: Arc<Limits>,
     /// The metrics of the process.
     pub metrics: Arc<Metrics>,
     /// The addresses of the listeners for callers.
     pub addresses: Vec<String>,
     /// The files and sockets of this gateway.
-    pub place: Place,
+    pub place: Instance,
     /// The number of workers that accept connections.
     pub accepting: watch::Receiver<usize>,
     /// The number of workers.
@@ -70,7 +70,7 @@ pub struct Admin {
 /// The files and sockets of a running gateway, in `/status`. `check` reads them: a socket that this gateway uses is free once
 /// it has been replaced.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Place {
+pub struct Instance {
     /// The configuration file; `None` if it is not a regular file.
     pub file: Option<PathBuf>,
     /// The audit directory.
@@ -127,7 +127,7 @@ pub fn ask(address: SocketAddr, path: &str) -> io::Result<String> {
 
 /// Accepts and answers connections until the runtime ends.
 pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
-    let (seats, hosts) = (Seats::new(MAX_CONNECTIONS), Arc::new(Hosts::new(&admin.hosts)));
+    let (seats, hosts) = (Seats::new(MAX_CONNECTIONS), Arc::new(AdminHosts::new(&admin.hosts)));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -150,7 +150,7 @@ pub async fn serve(listener: TcpListener, admin: Arc<Admin>) {
 }
 
 /// Answers one request and closes the connection. A client that sends many requests and reads no answer costs as much as one.
-async fn converse(stream: TcpStream, seat: Seat, admin: Arc<Admin>, hosts: Arc<Hosts>) {
+async fn converse(stream: TcpStream, seat: Seat, admin: Arc<Admin>, hosts: Arc<AdminHosts>) {
     let is_asked = Notify::new();
     let service = service_fn(|request| {
         seat.steps();
@@ -200,7 +200,7 @@ impl Admin {
                 self.audit.count();
                 let format = Format::asked_by(request.headers());
                 let quota = self.state.load().terms.quota.share();
-                match self.metrics.render(format, &self.bounds, self.idempotency.keys(), quota) {
+                match self.metrics.render(format, &self.limits, self.idempotency.keys(), quota) {
                     Ok(text) => reply(StatusCode::OK, format.content_type(), text),
                     Err(error) => reply(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{error}\n")),
                 }
@@ -213,7 +213,7 @@ impl Admin {
     /// Answers `/readyz`: 200 if the gateway can do its work, else 503 with the reasons.
     fn ready(&self) -> Response<Full<Bytes>> {
         let mut reasons: Vec<String> = Vec::new();
-        if self.bounds.is_stopping() {
+        if self.limits.is_stopping() {
             reasons.push("draining".into());
         }
         let accepting = *self.accepting.borrow();
@@ -252,7 +252,7 @@ impl Admin {
         clock.into_iter().chain(loss).collect()
     }
 
-    /// Returns the document of `/status`. It names routes and addresses, so [`Hosts`] admits fewer names to it.
+    /// Returns the document of `/status`. It names routes and addresses, so [`AdminHosts`] admits fewer names to it.
     fn status(&self) -> Value {
         let state = self.state.load();
         let routes: Vec<_> = state
@@ -266,9 +266,9 @@ impl Admin {
             "version": env!("CARGO_PKG_VERSION"),
             "listeners": self.addresses,
             "place": self.place,
-            "draining": self.bounds.is_stopping(),
-            "connections": self.bounds.connections(),
-            "requests_in_flight": self.bounds.in_flight(),
+            "draining": self.limits.is_stopping(),
+            "connections": self.limits.connections(),
+            "requests_in_flight": self.limits.in_flight(),
             "audit": self.audit.status(),
             "config": self.metrics.changes.status(),
             "clock": {

@@ -51,9 +51,9 @@ pub struct Caller {
 /// The configured caller of a request that is not admitted yet.
 // A step of its own, so that a refusal after it is recorded with the caller's name.
 #[derive(Debug)]
-pub struct Known<'a>(&'a Arc<Caller>);
+pub struct Identified<'a>(&'a Arc<Caller>);
 
-impl<'a> Known<'a> {
+impl<'a> Identified<'a> {
     /// The caller of the request.
     pub fn caller(&self) -> &'a Arc<Caller> {
         self.0
@@ -185,23 +185,23 @@ impl Admission {
     ///
     /// Fails if the head is ambiguous, if `Host` is not a name of the listener, if the request comes from a browser, or if no
     /// caller is configured for the peer.
-    pub fn recognise(
+    pub fn identify(
         &self,
         peer: Peer,
         names: Option<&[String]>,
         hosts: &Hosts,
         head: &Inbound<'_>,
-    ) -> Result<Known<'_>, Denied> {
+    ) -> Result<Identified<'_>, Denied> {
         // In this order: what an ambiguous head says about `Host` or `Origin` cannot be trusted.
         check_head(head)?;
         hosts.check(head.host.first)?;
         if head.is_browser {
             return Err(Denied::Browser);
         }
-        self.who(peer, names).map(Known).ok_or(Denied::Caller)
+        self.who(peer, names).map(Identified).ok_or(Denied::Caller)
     }
 
-    /// The caller of a connection, whatever is sent on it; `names` as in [`Admission::recognise`].
+    /// The caller of a connection, whatever is sent on it; `names` as in [`Admission::identify`].
     pub fn who(&self, peer: Peer, names: Option<&[String]>) -> Option<&Arc<Caller>> {
         // On a listener that asks for certificates the address proves nothing, so it is not a second way in.
         names.map_or_else(|| self.find(peer), |names| self.find_name(names))
@@ -285,7 +285,7 @@ fn operator(id: &str) -> HeaderValue {
 // or another caller's operator.
 fn check_head(head: &Inbound<'_>) -> Result<(), Denied> {
     // HTTP/1.0 has no chunks, so that a reply that breaks off would look complete.
-    if head.is_old {
+    if head.is_http10 {
         return Err(Denied::Head("the request is not HTTP/1.1; set the client to that version"));
     }
     if head.is_transfer_coded {

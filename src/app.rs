@@ -25,11 +25,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::admin::Admin;
 use crate::audit::{Audit, Early, OpenError, Unfinished};
-use crate::concurrency::Bounds;
+use crate::concurrency::Limits;
 use crate::config::trail::{LOW_WATER, SLACK};
 use crate::config::{Config, LOOPBACK_NOTICE, ListenAddress};
 use crate::connect::{Connector, Egress};
-use crate::control::Control;
+use crate::control::Resources;
 use crate::gateway::Gateway;
 use crate::idempotency::Idempotency;
 use crate::idempotency::memory::KeyMemory;
@@ -39,7 +39,7 @@ use crate::reload::{Reload, Source};
 use crate::secret::needles;
 use crate::server::connection::Deadlines;
 use crate::server::inherited::Inherited;
-use crate::server::{Bound, Stop};
+use crate::server::{BoundListener, Lifecycle};
 use crate::state::{State, compile_routes};
 use crate::supervisor::{Supervisor, Vital, Vitals, fault};
 use crate::token::Slot;
@@ -49,10 +49,10 @@ use crate::watchdog::Watchdog;
 use crate::{admin, audit, config, control};
 use beside::{look, read_past};
 use drain::drain;
-use file_changes::keep_up;
-use worker::{Worker, WorkerTerms, join, of_worker, share};
+use file_changes::watch;
+use worker::{StopTerms, Worker, join, of_worker, share};
 
-pub use crate::supervisor::Ended;
+pub use crate::supervisor::UnexpectedEnd;
 pub use sockets::BindError;
 
 /// The least number of records that may wait for the audit writer. Each exchange reserves room for two: its intent
@@ -76,14 +76,14 @@ pub struct App {
     /// The `:authority` of upstream requests, if HTTP/2 is offered.
     http2: Option<Authority>,
     egress: Egress,
-    bounds: Arc<Bounds>,
-    // Nothing is sent. Each `Room` of a connection or request holds a sender, so `done` ends when the last one is
+    limits: Arc<Limits>,
+    // Nothing is sent. Each `InFlightPermit` of a connection or request holds a sender, so `done` ends when the last one is
     // dropped.
     alive: mpsc::Sender<()>,
     done: mpsc::Receiver<()>,
-    bound: Vec<Bound>,
+    bound: Vec<BoundListener>,
     admin: net::TcpListener,
-    control: Option<control::Bound>,
+    control: Option<control::BoundSocket>,
 }
 
 impl App {
@@ -110,7 +110,7 @@ impl App {
         let slots = slots(&config, &egress, &parts.token, &audit)?;
         let state = Arc::new(ArcSwap::from_pointee(State::new(&config, slots, parts.upstream)?));
         let (alive, done) = mpsc::channel(1);
-        let bounds = Arc::new(Bounds::new(&config.server, &alive));
+        let limits = Arc::new(Limits::new(&config.server, &alive));
         // Late, since a bound socket makes callers wait: whatever can fail before has been done.
         let bound = sockets::bind(&config, &mut inherited)?;
         // After all listeners have taken theirs. A socket that is left would hold its callers up forever.
@@ -130,7 +130,7 @@ impl App {
             connector,
             http2,
             egress,
-            bounds,
+            limits,
             alive,
             done,
             bound,
@@ -165,7 +165,7 @@ impl App {
     ///
     /// # Errors
     ///
-    /// Returns [`Ended`] if the trail could not be written to its end.
+    /// Returns [`UnexpectedEnd`] if the trail could not be written to its end.
     pub fn discard(self) -> anyhow::Result<()> {
         close(&self.audit, None).map_or(Ok(()), |ended| Err(ended.into()))
     }
@@ -177,7 +177,7 @@ impl App {
     ///
     /// # Errors
     ///
-    /// Returns [`Ended`] if a thread or a task ended that must not; the gateway drains before that. Fails if a thread
+    /// Returns [`UnexpectedEnd`] if a thread or a task ended that must not; the gateway drains before that. Fails if a thread
     /// cannot be started, before any request was served.
     // The order matters in some places:
     // * The trail is read before the workers start: until that is done, calls with a key get 503.
@@ -196,9 +196,9 @@ impl App {
         self.log_start()?;
         let mut supervisor = Supervisor::new();
         read_past(&self, supervisor.vital("the reading of the trail"))?;
-        keep_up(&self, &supervisor);
+        watch(&self, &supervisor);
         self.background.spawn(look(self.audit.clone(), supervisor.vitals()));
-        let (stopping, stopped) = watch::channel(Stop::No);
+        let (stopping, stopped) = watch::channel(Lifecycle::Serving);
         let (begin, may_begin) = watch::channel(false);
         let (accepts, accepting) = watch::channel(0);
         let hands_over = self.bound.iter().all(|bound| bound.is_inherited);
@@ -207,7 +207,7 @@ impl App {
         let change = self.metrics.changes.of("configuration");
         let (config, state, audit) = (self.config.clone(), self.state.clone(), self.audit.clone());
         let reload = source.map(|source| Reload::new(source, config, state, audit, change));
-        let workers = self.start_workers(&WorkerTerms {
+        let workers = self.start_workers(&StopTerms {
             stopped,
             grace: if hands_over { Duration::ZERO } else { self.config.server.drain_grace },
             watchdog: watchdog.clone(),
@@ -215,7 +215,7 @@ impl App {
             accepts,
             vitals: supervisor.vitals(),
         })?;
-        let Self { config, background, state, audit, idempotency, bounds, alive, mut done, control, .. } =
+        let Self { config, background, state, audit, idempotency, limits, alive, mut done, control, .. } =
             self;
         let admin = serve_admin(self.admin, Arc::new(admin), supervisor.vital("the admin listener"))?;
         begin.send_replace(true);
@@ -230,7 +230,7 @@ impl App {
             if let Some(bound) = control {
                 let vital = supervisor.vital("the audit lane of the control socket");
                 let (audit, directory) = (audit.for_worker(vital), config.audit.directory.clone());
-                let control = Arc::new(Control { audit, directory, idempotency });
+                let control = Arc::new(Resources { audit, directory, idempotency });
                 tokio::spawn(supervisor.vital("the control socket").run(bound.serve(control)));
             }
             tokio::spawn(watchdog.clone().beat_background());
@@ -241,7 +241,7 @@ impl App {
                 () = stop => None,
                 ended = supervisor.ended() => Some(ended),
             };
-            drain(&config.server, hands_over, &bounds, &stopping, alive, &mut done).await;
+            drain(&config.server, hands_over, &limits, &stopping, alive, &mut done).await;
             ended
         });
         let hangs = join(&workers);
@@ -283,7 +283,7 @@ impl App {
             state: self.state.clone(),
             audit: self.audit.clone(),
             idempotency: self.idempotency.clone(),
-            bounds: self.bounds.clone(),
+            limits: self.limits.clone(),
             metrics: self.metrics.clone(),
             place: sockets::place(&self.config, file, &addresses, admin)?,
             addresses,
@@ -295,7 +295,7 @@ impl App {
 
     /// Starts the threads of all workers, each with its part of every listener. They serve once `terms.may_begin` is
     /// set.
-    fn start_workers(&mut self, terms: &WorkerTerms) -> io::Result<Vec<JoinHandle<()>>> {
+    fn start_workers(&mut self, terms: &StopTerms) -> io::Result<Vec<JoinHandle<()>>> {
         let server = &self.config.server;
         let mut listeners: Vec<Vec<_>> = (0..server.workers).map(|_| Vec::new()).collect();
         for bound in self.bound.drain(..) {
@@ -335,7 +335,7 @@ impl App {
             exchanges: Arc::default(),
             audit: self.audit.for_worker(of_worker(vitals, worker, "the audit lane")),
             idempotency: self.idempotency.clone(),
-            bounds: self.bounds.clone(),
+            limits: self.limits.clone(),
             metrics: self.metrics.clone(),
         }
     }
@@ -353,10 +353,10 @@ async fn ready(mut accepting: watch::Receiver<usize>, workers: usize, watching: 
 }
 
 /// Closes the audit trail, and logs why it could not be written to its end. Returns what ended first.
-fn close(audit: &Audit, ended: Option<Ended>) -> Option<Ended> {
+fn close(audit: &Audit, ended: Option<UnexpectedEnd>) -> Option<UnexpectedEnd> {
     // A panic of the writer was reported when it happened, unless it happens now.
     let unfinished = audit.close().filter(|why| ended.is_none() || *why != Unfinished::Panic);
-    let unfinished = unfinished.map(|why| Ended::logged("the audit writer", &why.to_string()));
+    let unfinished = unfinished.map(|why| UnexpectedEnd::logged("the audit writer", &why.to_string()));
     ended.or(unfinished)
 }
 

@@ -30,7 +30,7 @@ use std::time::Duration;
 use self::out::{complain, out};
 use self::signals::Signals;
 use anyhow::Context as _;
-use ccsqm_gateway::app::Ended;
+use ccsqm_gateway::app::UnexpectedEnd;
 use ccsqm_gateway::config::{Config, Log, LogFormat, Problems};
 use ccsqm_gateway::{log, plain, preflight};
 use clap::{Parser, Subcommand};
@@ -137,7 +137,7 @@ pub(crate) fn run() -> ExitCode {
     };
     let code = run().unwrap_or_else(|error| {
         // What ended was logged when it ended.
-        if error.is::<Ended>() {
+        if error.is::<UnexpectedEnd>() {
             return ExitCode::from(PART_ENDED);
         }
         complain!("ccsqm-gateway: {error:#}");

@@ -48,10 +48,10 @@ const DRAINING: u8 = 2;
 
 /// The bounds on concurrent work, shared by all workers.
 #[derive(Debug)]
-pub struct Bounds {
+pub struct Limits {
     phase: AtomicU8,
     connections: AtomicUsize,
-    surplus: AtomicUsize,
+    over_connection_cap: AtomicUsize,
     in_flight: AtomicUsize,
     max_connections: usize,
     max_in_flight: usize,
@@ -63,28 +63,28 @@ pub struct Bounds {
 
 /// Room for one connection or one request, released on drop. The stop waits until all of them are dropped.
 #[derive(Debug)]
-pub struct Room {
-    bounds: Arc<Bounds>,
-    counter: fn(&Bounds) -> &AtomicUsize,
+pub struct InFlightPermit {
+    limits: Arc<Limits>,
+    counter: fn(&Limits) -> &AtomicUsize,
     _alive: Option<mpsc::Sender<()>>,
 }
 
 /// The place of one connection.
 #[derive(Debug)]
-pub struct Place {
+pub struct ConnectionSlot {
     /// The connection is over the cap. It gets one request, which is rejected.
-    pub surplus: bool,
-    _room: Room,
+    pub over_connection_cap: bool,
+    _room: InFlightPermit,
 }
 
-impl Bounds {
-    /// The bounds of a configuration. Each [`Room`] holds a sender of `alive`, so that its receiver ends with the
+impl Limits {
+    /// The bounds of a configuration. Each [`InFlightPermit`] holds a sender of `alive`, so that its receiver ends with the
     /// last one.
     pub fn new(server: &config::Server, alive: &mpsc::Sender<()>) -> Self {
         Self {
             phase: AtomicU8::new(SERVING),
             connections: AtomicUsize::new(0),
-            surplus: AtomicUsize::new(0),
+            over_connection_cap: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             max_connections: server.max_connections,
             max_in_flight: server.max_in_flight,
@@ -101,12 +101,12 @@ impl Bounds {
     /// # Errors
     ///
     /// [`NoRoom::Overloaded`] if there is no surplus place either; the connection is then to be closed.
-    pub fn connection(self: &Arc<Self>, is_known: bool) -> Result<Place, NoRoom> {
-        let room = self.take(|bounds| &bounds.connections, self.max_connections);
-        let surplus = room.is_err();
+    pub fn connection(self: &Arc<Self>, is_known: bool) -> Result<ConnectionSlot, NoRoom> {
+        let room = self.take(|limits| &limits.connections, self.max_connections);
+        let over_connection_cap = room.is_err();
         let max_surplus = if is_known { MAX_SURPLUS } else { MAX_UNKNOWN_SURPLUS };
-        let room = room.or_else(|_| self.take(|bounds| &bounds.surplus, max_surplus))?;
-        Ok(Place { surplus, _room: room })
+        let room = room.or_else(|_| self.take(|limits| &limits.over_connection_cap, max_surplus))?;
+        Ok(ConnectionSlot { over_connection_cap, _room: room })
     }
 
     /// Takes a place for a peer that is no known caller. Returns `None` if all strangers together, or those of the
@@ -132,16 +132,16 @@ impl Bounds {
     /// # Errors
     ///
     /// [`NoRoom::Draining`] during a stop, [`NoRoom::Overloaded`] if `max_in_flight` is reached or the connection is
-    /// a `surplus` one.
-    pub fn request(self: &Arc<Self>, surplus: bool) -> Result<Room, NoRoom> {
+    /// a `over_connection_cap` one.
+    pub fn request(self: &Arc<Self>, over_connection_cap: bool) -> Result<InFlightPermit, NoRoom> {
         // Before the caps: `draining` tells a caller that another gateway takes over, `overloaded` does not.
         if self.phase.load(Ordering::Relaxed) == DRAINING {
             return Err(NoRoom::Draining);
         }
-        if surplus {
+        if over_connection_cap {
             return Err(NoRoom::Overloaded);
         }
-        self.take(|bounds| &bounds.in_flight, self.max_in_flight)
+        self.take(|limits| &limits.in_flight, self.max_in_flight)
     }
 
     /// Begins a stop with a grace: requests are still served, each as the last one of its connection.
@@ -169,17 +169,21 @@ impl Bounds {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    fn take(self: &Arc<Self>, counter: fn(&Self) -> &AtomicUsize, max: usize) -> Result<Room, NoRoom> {
+    fn take(
+        self: &Arc<Self>,
+        counter: fn(&Self) -> &AtomicUsize,
+        max: usize,
+    ) -> Result<InFlightPermit, NoRoom> {
         // One atomic step. With a look before the count, several workers could take the last place together.
         let before = counter(self).fetch_add(1, Ordering::Relaxed);
         // Made in either case: dropped without being returned, it takes the count back.
-        let room = Room { bounds: self.clone(), counter, _alive: self.alive.upgrade() };
+        let room = InFlightPermit { limits: self.clone(), counter, _alive: self.alive.upgrade() };
         if before < max { Ok(room) } else { Err(NoRoom::Overloaded) }
     }
 }
 
-impl Drop for Room {
+impl Drop for InFlightPermit {
     fn drop(&mut self) {
-        (self.counter)(&self.bounds).fetch_sub(1, Ordering::Relaxed);
+        (self.counter)(&self.limits).fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -117,13 +117,13 @@ pub enum ConnectError {
     Tls(io::Error),
     /// The time for all steps was over during this step.
     #[error("{0} was not over within {1:?}")]
-    Timeout(Step, Duration),
+    Timeout(SetupStep, Duration),
 }
 
 /// The steps of connecting, in their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Step {
+pub enum SetupStep {
     /// Resolving the host's name.
     Resolve,
     /// Connecting to an address.
@@ -136,7 +136,7 @@ pub enum Step {
     Tls,
 }
 
-impl Step {
+impl SetupStep {
     fn of(step: &AtomicU8) -> Self {
         let step = step.load(Ordering::Relaxed);
         let all = [Self::Resolve, Self::Connect, Self::Turn, Self::Proxy, Self::Tls];
@@ -144,7 +144,7 @@ impl Step {
     }
 }
 
-impl std::fmt::Display for Step {
+impl std::fmt::Display for SetupStep {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Resolve => "the look-up of the name",
@@ -166,7 +166,7 @@ impl ConnectError {
             Self::NotLoopback(_) => Cause::NotLoopback,
             Self::Connect(error) | Self::Tls(error) => Cause::of_io(error),
             Self::Proxy(error) => error.cause(),
-            Self::Timeout(Step::Resolve, _) => Cause::Dns,
+            Self::Timeout(SetupStep::Resolve, _) => Cause::Dns,
             Self::Timeout(..) => Cause::Timeout,
         }
     }
@@ -308,11 +308,11 @@ impl Connector {
     /// Returns a new connection as [`Self::connect`] does, and the number of its roots (see [`Self::generation`]).
     pub async fn connect_under(&self) -> Result<(Stream, u64), Reason> {
         // Outside of the future below, which is dropped when the time is over, so that the error can name the step.
-        let step = AtomicU8::new(Step::Resolve as u8);
+        let step = AtomicU8::new(SetupStep::Resolve as u8);
         let dialed = timeout(self.timeout, self.dial_under(&step)).await;
         let late = |_| {
-            let step = Step::of(&step);
-            if step == Step::Connect {
+            let step = SetupStep::of(&step);
+            if step == SetupStep::Connect {
                 // The timer of the last address ends at the same moment. Whichever is first, the addresses are doubted.
                 self.addresses.doubt();
             }
@@ -353,16 +353,16 @@ impl Connector {
         // Nagle's algorithm would hold the second of two small writes back until the first one is acknowledged.
         stream.set_nodelay(true)?;
         if let Some(authority) = &self.behind {
-            step.store(Step::Turn as u8, Ordering::Relaxed);
+            step.store(SetupStep::Turn as u8, Ordering::Relaxed);
             let leave = match login {
                 Some(login) => Some(login.leave().await?),
                 None => None,
             };
-            step.store(Step::Proxy as u8, Ordering::Relaxed);
+            step.store(SetupStep::Proxy as u8, Ordering::Relaxed);
             stream = proxy::tunnel(stream, authority, leave).await?;
         }
         let Some(Tls { trust, name, offers_http2 }) = &self.tls else { return Ok(Stream::Plain(stream)) };
-        step.store(Step::Tls as u8, Ordering::Relaxed);
+        step.store(SetupStep::Tls as u8, Ordering::Relaxed);
         let tls = TlsConnector::from(trust.config(*offers_http2));
         let stream = tls.connect(name.clone(), stream).await.map_err(ConnectError::Tls)?;
         Ok(Stream::Tls(Box::new(stream)))
@@ -370,14 +370,14 @@ impl Connector {
 
     /// Connects to an address of the host or the proxy.
     async fn dial_tcp(&self, step: &AtomicU8) -> Result<TcpStream, ConnectError> {
-        step.store(Step::Resolve as u8, Ordering::Relaxed);
+        step.store(SetupStep::Resolve as u8, Ordering::Relaxed);
         let begin = Instant::now();
         let addresses = match self.host.parse::<IpAddr>() {
             Ok(ip) => vec![SocketAddr::new(ip, self.port)],
             Err(_) => self.addresses.resolve(&self.host, self.port).await.map_err(ConnectError::Resolve)?,
         };
         let addresses = self.allowed(addresses)?;
-        step.store(Step::Connect as u8, Ordering::Relaxed);
+        step.store(SetupStep::Connect as u8, Ordering::Relaxed);
         let dialed = dial_any(&addresses, self.timeout.saturating_sub(begin.elapsed())).await;
         let (stream, address) = dialed.inspect_err(|_| self.addresses.doubt())?;
         // Checked once more on the socket, before the first byte: that byte may begin a request with the app secret in clear.

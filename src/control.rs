@@ -106,7 +106,7 @@ impl Answer {
 
 /// A bound control socket. On drop, its name is removed.
 #[derive(Debug)]
-pub struct Bound {
+pub struct BoundSocket {
     socket: Socket,
     path: PathBuf,
     /// The inode of the socket when it was bound.
@@ -115,7 +115,7 @@ pub struct Bound {
     pointer: Option<PathBuf>,
 }
 
-impl Bound {
+impl BoundSocket {
     /// Binds the socket of a gateway whose trail is in `directory`; `None` if the configuration turns it off. A
     /// socket that no process serves any more is replaced.
     ///
@@ -169,7 +169,7 @@ impl Bound {
     }
 
     /// Serves until its runtime ends.
-    pub async fn serve(self, control: Arc<Control>) {
+    pub async fn serve(self, control: Arc<Resources>) {
         let socket = self.socket.try_clone().map(Into::into).and_then(UnixListener::from_std);
         let listener = match socket {
             Ok(listener) => listener,
@@ -196,7 +196,7 @@ impl Bound {
     }
 }
 
-impl Drop for Bound {
+impl Drop for BoundSocket {
     fn drop(&mut self) {
         // Another gateway may have bound the same path meanwhile. Its socket has another inode and must stay.
         if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
@@ -217,7 +217,7 @@ fn runtime_directory() -> Option<PathBuf> {
 
 /// What the control socket works on.
 #[derive(Debug)]
-pub struct Control {
+pub struct Resources {
     /// The audit trail, as the background runtime uses it.
     pub audit: Audit,
     /// The audit directory.
@@ -226,7 +226,7 @@ pub struct Control {
     pub idempotency: Arc<Idempotency>,
 }
 
-impl Control {
+impl Resources {
     async fn converse(&self, stream: UnixStream, seat: &Seat) -> io::Result<()> {
         let uid = stream.peer_cred()?.uid();
         let (read, mut write) = stream.into_split();

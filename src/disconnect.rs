@@ -32,7 +32,7 @@ impl CallerPresence {
     /// Waits for a future, unless the caller disconnects first. A future that is ready at once costs nothing more.
     ///
     /// Fails if the caller has disconnected, and does not poll the future again. For waits before the intent only.
-    pub fn during<F: Future + Unpin>(
+    pub fn unless_disconnected<F: Future + Unpin>(
         &self,
         mut wait: F,
     ) -> impl Future<Output = Result<F::Output, CallerDisconnected>> {

@@ -22,7 +22,7 @@ use crate::model::code::Code;
 use crate::model::outcome::{Outcome, Retry};
 use crate::model::request_id::{FirstCall, RequestId};
 use crate::model::stage::Stage;
-use crate::rate_limit::{Exhausted, Spent};
+use crate::rate_limit::{Exhausted, LimitExceeded};
 use crate::reason::Reason;
 use crate::route::NoRoute;
 use crate::token::TokenError;
@@ -142,10 +142,10 @@ impl From<NoRoute> for Error {
     }
 }
 
-impl From<Spent> for Error {
-    fn from(spent: Spent) -> Self {
-        let retry_after = Some(spent.retry_after);
-        Self { retry_after, ..Self::not_sent(Code::RateLimited, spent) }
+impl From<LimitExceeded> for Error {
+    fn from(exceeded: LimitExceeded) -> Self {
+        let retry_after = Some(exceeded.retry_after);
+        Self { retry_after, ..Self::not_sent(Code::RateLimited, exceeded) }
     }
 }
 

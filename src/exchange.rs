@@ -28,7 +28,7 @@ use http::{HeaderValue, StatusCode};
 
 use crate::audit::IntendedRecord;
 use crate::clock;
-use crate::concurrency::Room;
+use crate::concurrency::InFlightPermit;
 use crate::idempotency::Claim;
 use crate::model::cause::Cause;
 use crate::model::code::Code;
@@ -67,7 +67,7 @@ pub struct Exchange {
     /// The call's right to be sent, marked as sent.
     pub claim: Claim,
     /// The request's place under the bound on concurrent work. The stop waits for it.
-    pub room: Room,
+    pub room: InFlightPermit,
 }
 
 /// How far an exchange got. Decides the outcome if it ends without a reply.

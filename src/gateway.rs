@@ -23,7 +23,7 @@ use hyper::body::Incoming;
 
 use crate::admission::{Caller, Hosts};
 use crate::audit::{Audit, OpenRecord};
-use crate::concurrency::{Bounds, Room};
+use crate::concurrency::{InFlightPermit, Limits};
 use crate::config::BareIds;
 use crate::contract::body::receive;
 use crate::contract::{Checked, CheckedBody, Fault};
@@ -32,7 +32,7 @@ use crate::error::Error;
 use crate::exchange::{Exchange, Exchanges, Reply};
 use crate::idempotency::{Call, Claim, ClaimDecision, Idempotency, PendingDelivery, Replay};
 use crate::keyed_hash::Hash;
-use crate::metrics::{Limit, Metrics};
+use crate::metrics::{LimitKind, Metrics};
 use crate::model::peer::Peer;
 use crate::model::request_id::{FirstCall, RequestId};
 use crate::model::stage::Stage;
@@ -62,7 +62,7 @@ pub struct Gateway {
     /// Deduplication, shared by all workers.
     pub idempotency: Arc<Idempotency>,
     /// The bounds on concurrent work, shared by all workers.
-    pub bounds: Arc<Bounds>,
+    pub limits: Arc<Limits>,
     /// The metrics of the process.
     pub metrics: Arc<Metrics>,
 }
@@ -117,7 +117,7 @@ impl Gateway {
                 // refusals need it and every request would carry its future.
                 let is_drained = Box::pin(drain_body(&head, body)).await;
                 // Behind an ambiguous request nothing is believed: others on the way may see another end of it.
-                let keep_alive = is_drained && !from.surplus && !error.code.is_ambiguous();
+                let keep_alive = is_drained && !from.over_connection_cap && !error.code.is_ambiguous();
                 let retry = error.code.retry(error.outcome, head.idempotency_key.count > 0);
                 if let Some(delivery) = error.delivery.take() {
                     from.delivery.put(*delivery, !from.presence.has_ended());
@@ -152,7 +152,7 @@ impl Gateway {
         let entered = self.enter(request, record)?;
         let route = &entered.routed.route.exchange;
         record.enter(Stage::Contract);
-        let received = receive(head, body, *limits, &self.bounds).await?;
+        let received = receive(head, body, *limits, &self.limits).await?;
         let checked = self.check(&entered, received, record.id())?;
 
         record.enter(Stage::Idempotency);
@@ -168,15 +168,19 @@ impl Gateway {
         let first = record_first(&claim, record);
 
         record.enter(Stage::Token);
-        let token = from.presence.during(pin!(terms.slot(entered.routed.credential).token())).await??;
+        let token =
+            from.presence.unless_disconnected(pin!(terms.slot(entered.routed.credential).token())).await??;
 
         record.enter(Stage::Quota);
-        self.count_limit(Limit::Quota, terms.quota.take())?;
+        self.count_limit(LimitKind::Quota, terms.quota.take())?;
 
         record.enter(Stage::Audit);
-        let mut permit = from.presence.during(pin!(self.audit.permit())).await?;
+        let mut permit = from.presence.unless_disconnected(pin!(self.audit.permit())).await?;
         let mut circuit_permit = terms.breaker.try_acquire()?;
-        let reserved = from.presence.during(permit.release_while_pending(pin!(self.pool.reserve()))).await?;
+        let reserved = from
+            .presence
+            .unless_disconnected(permit.release_while_pending(pin!(self.pool.reserve())))
+            .await?;
         let connection =
             reserved.inspect_err(|none| terms.unreachable(&mut circuit_permit, none, record.id()))?;
         let size = checked.bytes().len();
@@ -208,9 +212,9 @@ impl Gateway {
     fn enter<'a>(&self, request: &RequestParts<'a>, record: &mut OpenRecord) -> Result<Entered<'a>, Error> {
         // Room first: under overload a refusal must cost less than the request.
         let &RequestParts { state, ref from, method, target, head } = request;
-        let room = self.bounds.request(from.surplus);
+        let room = self.limits.request(from.over_connection_cap);
         let room = room.map_err(|none| name_denied(state, from, record, none.into()))?;
-        let known = state.admission.recognise(from.peer, from.names, from.hosts, head);
+        let known = state.admission.identify(from.peer, from.names, from.hosts, head);
         let known = known.map_err(|denied| name_denied(state, from, record, denied))?;
         let caller = known.caller();
         // Before it is admitted, so that a refusal of a frozen caller is recorded as that caller's.
@@ -224,7 +228,7 @@ impl Gateway {
         record.operator(routed.operator.clone());
 
         record.enter(Stage::RateLimit);
-        self.count_limit(Limit::Caller, caller.limit.take())?;
+        self.count_limit(LimitKind::Caller, caller.limit.take())?;
         Ok(Entered { room, caller, routed })
     }
 
@@ -241,7 +245,7 @@ impl Gateway {
 
     /// Counts whether a limit let a request pass, and returns `within`.
     #[inline]
-    fn count_limit<E>(&self, limit: Limit, within: Result<(), E>) -> Result<(), E> {
+    fn count_limit<E>(&self, limit: LimitKind, within: Result<(), E>) -> Result<(), E> {
         self.metrics.limit_checked(limit, within.is_ok());
         within
     }
@@ -280,7 +284,7 @@ struct RequestParts<'a> {
 
 /// A request that passed the stages that need no body.
 struct Entered<'a> {
-    room: Room,
+    room: InFlightPermit,
     caller: &'a Arc<Caller>,
     routed: Routed<'a, Route>,
 }
@@ -335,7 +339,7 @@ pub struct RequestOrigin<'a> {
     /// The connection's slot for a success that is on its way to the caller.
     pub delivery: &'a PendingDelivery,
     /// The connection is over the cap, so its one request is refused.
-    pub surplus: bool,
+    pub over_connection_cap: bool,
 }
 
 /// The time since `begin`, which is in nanoseconds of this process.

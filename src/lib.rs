@@ -108,7 +108,7 @@ pub mod plain; // escapes characters that may be taken for something else
 mod registry; // makes and registers metrics in one step
 mod seats; // bounded connections, of which the longest idle makes room
 mod supervisor; // threads and tasks that must not end before the process
-mod watched; // notices changed files
+mod file_watch; // notices changed files
 
 // Beside the layers.
 pub mod sandbox; // the cloud in one process, for demo and tests

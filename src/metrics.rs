@@ -16,7 +16,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 
 use crate::changes::Changes;
-use crate::concurrency::Bounds;
+use crate::concurrency::Limits;
 use crate::model::code::Code;
 use crate::model::outcome::Outcome;
 use crate::model::stage::Stage;
@@ -28,14 +28,14 @@ use crate::{audit, clock, exchange, log, token};
 
 /// The limits that a request is checked against.
 #[derive(Clone, Copy, Debug)]
-pub enum Limit {
+pub enum LimitKind {
     /// The caller's own rate limit.
     Caller,
     /// The shared quota of the upstream.
     Quota,
 }
 
-impl Limit {
+impl LimitKind {
     const ALL: [Self; 2] = [Self::Caller, Self::Quota];
 
     const fn as_str(self) -> &'static str {
@@ -55,7 +55,7 @@ pub struct Metrics {
     // Looked up once: finding a label set in a family takes a lock and a hash for each request.
     replied: [OnceLock<Counter>; Outcome::ALL.len()],
     duration: HistogramWithExemplars<TraceLabel>,
-    limit_checks: [[Counter; 2]; Limit::ALL.len()],
+    limit_checks: [[Counter; 2]; LimitKind::ALL.len()],
     credentials_dropped: Counter,
     bare_ids: Family<CallerLabel, Counter>,
     /// The callers for which the first bare id was logged.
@@ -230,7 +230,7 @@ impl Metrics {
     }
 
     /// Counts one check of a limit.
-    pub fn limit_checked(&self, limit: Limit, passed: bool) {
+    pub fn limit_checked(&self, limit: LimitKind, passed: bool) {
         self.limit_checks[limit as usize][usize::from(passed)].inc();
     }
 
@@ -265,12 +265,12 @@ impl Metrics {
     pub fn render(
         &self,
         format: Format,
-        bounds: &Bounds,
+        limits: &Limits,
         keys: usize,
         quota: f64,
     ) -> Result<String, fmt::Error> {
-        self.connections.set(i64::try_from(bounds.connections()).unwrap_or(i64::MAX));
-        self.in_flight.set(i64::try_from(bounds.in_flight()).unwrap_or(i64::MAX));
+        self.connections.set(i64::try_from(limits.connections()).unwrap_or(i64::MAX));
+        self.in_flight.set(i64::try_from(limits.in_flight()).unwrap_or(i64::MAX));
         self.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
         self.quota_ratio.set(quota.min(1.0));
         self.quota_percent.set((quota * 100.0) as i64);
@@ -282,9 +282,9 @@ impl Metrics {
 }
 
 /// Registers the counters of limit checks: by limit, those that refused and those that passed.
-fn limit_checks(registry: &mut Registry) -> [[Counter; 2]; Limit::ALL.len()] {
+fn limit_checks(registry: &mut Registry) -> [[Counter; 2]; LimitKind::ALL.len()] {
     let checks: Family<CheckLabels, Counter> = registry.metric("limit_checks_total", "Limit checks.");
-    Limit::ALL.map(|limit| {
+    LimitKind::ALL.map(|limit| {
         let limit = limit.as_str();
         ["refused", "passed"].map(|result| checks.get_or_create_owned(&CheckLabels { limit, result }))
     })

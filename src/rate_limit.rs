@@ -31,7 +31,7 @@ pub struct Limiter {
 /// The error of a limit that is exceeded.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("the rate limit of this caller is spent; call again after Retry-After seconds")]
-pub struct Spent {
+pub struct LimitExceeded {
     /// The time after which one more request would pass, if no other one comes first.
     pub retry_after: Duration,
 }
@@ -55,19 +55,19 @@ impl Limiter {
     }
 
     /// Takes one request from the limit. Fails, and takes nothing, if the limit is exceeded.
-    pub fn take(&self) -> Result<(), Spent> {
+    pub fn take(&self) -> Result<(), LimitExceeded> {
         self.take_at(clock::nanos())
     }
 
     /// Returns what [`Limiter::take`] would, and takes nothing.
-    pub fn peek(&self) -> Result<(), Spent> {
+    pub fn peek(&self) -> Result<(), LimitExceeded> {
         let (now, arrival) = (clock::nanos(), self.arrival.load(Ordering::Relaxed));
         let wait = arrival.saturating_sub(now + self.tolerance.load(Ordering::Relaxed));
-        if wait == 0 { Ok(()) } else { Err(Spent { retry_after: Duration::from_nanos(wait) }) }
+        if wait == 0 { Ok(()) } else { Err(LimitExceeded { retry_after: Duration::from_nanos(wait) }) }
     }
 
     /// Takes one request from the limit even if none is left, for requests that must be sent and yet be counted.
-    pub fn overdraw(&self) {
+    pub fn take_unchecked(&self) {
         let (now, interval) = (clock::nanos(), self.interval.load(Ordering::Relaxed));
         let _ = self
             .arrival
@@ -108,7 +108,7 @@ impl Limiter {
         self.pace(now, interval(limit));
     }
 
-    fn take_at(&self, now: u64) -> Result<(), Spent> {
+    fn take_at(&self, now: u64) -> Result<(), LimitExceeded> {
         let (interval, tolerance) =
             (self.interval.load(Ordering::Relaxed), self.tolerance.load(Ordering::Relaxed));
         // Relaxed, since the limit protects no other memory: only the value itself must be exact.
@@ -117,7 +117,9 @@ impl Limiter {
         });
         match taken {
             Ok(_) => Ok(()),
-            Err(arrival) => Err(Spent { retry_after: Duration::from_nanos(arrival - tolerance - now) }),
+            Err(arrival) => {
+                Err(LimitExceeded { retry_after: Duration::from_nanos(arrival - tolerance - now) })
+            }
         }
     }
 }

@@ -23,11 +23,11 @@ use tokio::time::{Instant, sleep};
 use crate::audit::Audit;
 use crate::changes::Change;
 use crate::config::{Config, Log};
+use crate::file_watch::{FileChange, FileWatch, POLL, SETTLE, digest};
 use crate::files::{Aside, read};
 use crate::preflight;
 use crate::route::Routes;
 use crate::state::{Route, State, compile_routes};
-use crate::watched::{Noticed, POLL, SETTLE, Watched, digest};
 
 /// The sections that may change, apart from the log's level and choice of lines. Everything else is bound to
 /// sockets, files and threads.
@@ -67,7 +67,7 @@ pub(crate) struct Reload {
 struct Reader {
     path: PathBuf,
     overrides: Vec<(String, String)>,
-    watched: Watched<[u8; 32], Infallible>,
+    watched: FileWatch<[u8; 32], Infallible>,
     /// The configuration in effect.
     config: Config,
     /// A digest of the contracts in effect.
@@ -215,9 +215,9 @@ impl Reload {
 impl Reader {
     /// Reads everything if a file has changed or `is_due`. Blocks.
     fn turn(&mut self, is_due: bool) -> Read {
-        match self.watched.look() {
-            Noticed::Settling if !is_due => Read::Settling,
-            Noticed::Nothing if !is_due => Read::Nothing,
+        match self.watched.poll() {
+            FileChange::Settling if !is_due => Read::Settling,
+            FileChange::Nothing if !is_due => Read::Nothing,
             _ => self.read().unwrap_or_else(Read::Refused),
         }
     }
@@ -264,12 +264,12 @@ fn is_regular(path: &Path) -> Result<(), String> {
 }
 
 /// Watches the files that make up a configuration; their content now counts as known.
-fn watch(path: &Path, config: &Config) -> Watched<[u8; 32], Infallible> {
+fn watch(path: &Path, config: &Config) -> FileWatch<[u8; 32], Infallible> {
     let mut files = contract_files(config);
     files.push(path.to_owned());
     let seen = contents(&files);
     let watched = files.clone();
-    Watched::new(watched, move || Ok(contents(&files)), seen)
+    FileWatch::new(watched, move || Ok(contents(&files)), seen)
 }
 
 /// Keeps the value of `idempotency.max_keys` in effect if nobody set it: its default follows the callers, who may

@@ -13,26 +13,26 @@ use crate::model::header_names::looks_like_credential;
 #[derive(Debug, Default)]
 pub struct Inbound<'a> {
     /// `Host`.
-    pub host: Once<'a>,
+    pub host: HeaderOccurrences<'a>,
     /// `x-userid`: the operator in whose name the caller asks.
-    pub operator: Once<'a>,
+    pub operator: HeaderOccurrences<'a>,
     /// `Content-Type`.
-    pub content_type: Once<'a>,
-    transfer_encoding: Once<'a>,
+    pub content_type: HeaderOccurrences<'a>,
+    transfer_encoding: HeaderOccurrences<'a>,
     /// `x-request-id`: the caller's own id of the request.
-    pub caller_id: Once<'a>,
+    pub caller_id: HeaderOccurrences<'a>,
     /// `traceparent`.
-    pub traceparent: Once<'a>,
+    pub traceparent: HeaderOccurrences<'a>,
     /// `Idempotency-Key`.
-    pub idempotency_key: Once<'a>,
+    pub idempotency_key: HeaderOccurrences<'a>,
     /// `Idempotency-Force`.
-    pub idempotency_force: Once<'a>,
+    pub idempotency_force: HeaderOccurrences<'a>,
     /// `Expect: 100-continue` is there.
     pub expects_continue: bool,
     /// Another `Expect` is there, which may be refused with 417 (RFC 9110 §10.1.1).
-    pub expects_more: bool,
+    pub has_unknown_expectation: bool,
     /// `Content-Encoding` names a coding other than `identity`.
-    pub is_coded: bool,
+    pub has_content_encoding: bool,
     /// `Origin` or `Sec-Fetch-Site` is there, so a browser sends it. `Sec-Fetch-Mode` alone does not count: Node's
     /// fetch sends it.
     pub is_browser: bool,
@@ -42,7 +42,7 @@ pub struct Inbound<'a> {
     /// `Transfer-Encoding` is other than `chunked`, or is repeated.
     pub is_transfer_coded: bool,
     /// The request is not HTTP/1.1 but 1.0, in which a reply that breaks off cannot be told from one that ends.
-    pub is_old: bool,
+    pub is_http10: bool,
     /// All headers, for [`Self::has`].
     all: Option<&'a HeaderMap>,
     /// How many headers look like a credential. They are dropped as all others are, but counted: an app that sends
@@ -52,14 +52,14 @@ pub struct Inbound<'a> {
 
 /// The occurrences of a header that must not be repeated.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Once<'a> {
+pub struct HeaderOccurrences<'a> {
     /// The first one, if there is any.
     pub first: Option<&'a HeaderValue>,
     /// How many there are.
     pub count: usize,
 }
 
-impl<'a> Once<'a> {
+impl<'a> HeaderOccurrences<'a> {
     /// Records one occurrence.
     fn note(&mut self, value: &'a HeaderValue) {
         // The first stays, and a repeated header is not joined: two values of `x-userid` are two operators, and which
@@ -78,7 +78,7 @@ impl<'a> Inbound<'a> {
     /// Reads a head. Never fails: what is wrong is left to the stages.
     pub fn read(head: &'a Parts) -> Self {
         let mut inbound =
-            Self { is_old: head.version != Version::HTTP_11, all: Some(&head.headers), ..Self::default() };
+            Self { is_http10: head.version != Version::HTTP_11, all: Some(&head.headers), ..Self::default() };
         for (name, value) in &head.headers {
             // The usual ones first. Names that the `http` crate knows are compared as numbers; the others are
             // compared as text, which costs more.
@@ -112,12 +112,12 @@ impl<'a> Inbound<'a> {
         match name {
             "x-userid" => self.operator.note(value),
             "transfer-encoding" => self.transfer_encoding.note(value),
-            "content-encoding" => self.is_coded |= is_coding(value),
+            "content-encoding" => self.has_content_encoding |= is_coding(value),
             "connection" => self.drops_end_to_end |= names_end_to_end(value),
             "expect" if is_token(value, "100-continue") => {
                 self.expects_continue = true;
             }
-            "expect" => self.expects_more = true,
+            "expect" => self.has_unknown_expectation = true,
             "origin" | "sec-fetch-site" => self.is_browser = true,
             "x-request-id" => self.caller_id.note(value),
             "traceparent" => self.traceparent.note(value),

@@ -16,7 +16,7 @@ use crate::request_head::Inbound;
 
 /// The rules of a route's use: by whom, with which credential.
 #[derive(Debug)]
-pub struct Access {
+pub struct AccessRule {
     /// The route's name in the configuration, the audit trail and the metrics.
     pub name: Arc<str>,
     /// The path of its requests, the same for callers and upstream.
@@ -27,7 +27,7 @@ pub struct Access {
     pub credentials: Vec<Option<CredentialIndex>>,
 }
 
-impl Access {
+impl AccessRule {
     /// The credential with which a caller may use the route.
     fn credential_of(&self, caller: &Caller) -> Option<CredentialIndex> {
         *self.credentials.get(caller.index.0)?
@@ -80,13 +80,13 @@ pub enum NoRoute {
 #[derive(Debug)]
 pub struct Routes<R>(HashMap<String, R, RandomState>);
 
-impl<R: AsRef<Access>> FromIterator<R> for Routes<R> {
+impl<R: AsRef<AccessRule>> FromIterator<R> for Routes<R> {
     fn from_iter<I: IntoIterator<Item = R>>(routes: I) -> Self {
         Self(routes.into_iter().map(|route| (route.as_ref().path.clone(), route)).collect())
     }
 }
 
-impl<R: AsRef<Access>> Routes<R> {
+impl<R: AsRef<AccessRule>> Routes<R> {
     /// The routes, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = &R> {
         self.0.values()

@@ -32,7 +32,7 @@ use crate::gateway::Gateway;
 use crate::log::OncePerSecond;
 use crate::model::peer::Peer;
 use crate::supervisor::Vital;
-use connection::{Accepted, Deadlines, Stream, stranger};
+use connection::{AcceptedConnection, CallerStream, Deadlines, stranger};
 use inherited::Inherited;
 use tls::{Tls, TlsError};
 
@@ -42,7 +42,7 @@ pub(crate) const BACKLOG: i32 = 4096;
 
 /// A bound listener, with one socket per worker. It does not accept yet.
 #[derive(Debug)]
-pub struct Bound {
+pub struct BoundListener {
     /// Where it listens, with the real port if 0 was configured.
     pub address: ListenAddress,
     hosts: Hosts,
@@ -81,7 +81,7 @@ enum Accepting {
     Unix(UnixListener),
 }
 
-impl Bound {
+impl BoundListener {
     /// Reads the TLS files of a listener, and binds its socket for `workers` workers, unless it is inherited. With
     /// `only_v6`, `[::]` takes no IPv4 address.
     ///
@@ -265,19 +265,19 @@ fn shared(socket: &Socket, workers: usize) -> io::Result<Vec<Socket>> {
 
 impl Listener {
     /// Accepts one connection. Returns its stream and its peer.
-    async fn accept(&self) -> io::Result<(Stream, Peer)> {
+    async fn accept(&self) -> io::Result<(CallerStream, Peer)> {
         match &self.socket {
             Accepting::Tcp(socket) => {
                 let (stream, address) = socket.accept().await?;
                 // A reply is written at once. Nagle's algorithm would hold back its last part until the caller
                 // acknowledges the first.
                 stream.set_nodelay(true)?;
-                Ok((Stream::Tcp(stream), Peer::Tcp(address)))
+                Ok((CallerStream::Tcp(stream), Peer::Tcp(address)))
             }
             Accepting::Unix(socket) => {
                 let (stream, _) = socket.accept().await?;
                 let peer = stream.peer_cred()?;
-                Ok((Stream::Unix(stream), Peer::Unix { uid: peer.uid(), gid: peer.gid() }))
+                Ok((CallerStream::Unix(stream), Peer::Unix { uid: peer.uid(), gid: peer.gid() }))
             }
         }
     }
@@ -285,14 +285,14 @@ impl Listener {
 
 /// How far a stop has come, for accept loops and connections. The order of the variants is the order in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stop {
+pub enum Lifecycle {
     /// No stop has begun.
-    No,
+    Serving,
     /// The grace: inherited sockets are no longer accepted on, since the next process does that. Other listeners go
     /// on.
-    Begins,
+    Draining,
     /// No connection is accepted any more, and connections end.
-    Now,
+    Stopping,
 }
 
 /// Runs one worker until the stop: accepts on its listeners, sweeps its pool, then waits until its connections are
@@ -303,7 +303,7 @@ pub(crate) async fn run(
     gateway: Arc<Gateway>,
     listeners: Vec<Listener>,
     deadlines: Deadlines,
-    mut stop: watch::Receiver<Stop>,
+    mut stop: watch::Receiver<Lifecycle>,
     vital: impl Fn(&str) -> Vital,
 ) {
     // Nothing is sent. Each accept loop and connection holds a sender, so the end of the last one ends `recv` below.
@@ -322,7 +322,7 @@ pub(crate) async fn run(
         }
     };
     tokio::spawn(vital("the sweep of the pool").run(sweeps));
-    let _ = stop.wait_for(|stop| *stop == Stop::Now).await;
+    let _ = stop.wait_for(|stop| *stop == Lifecycle::Stopping).await;
     let _ = done.recv().await;
 }
 
@@ -331,7 +331,7 @@ async fn accept(
     gateway: Arc<Gateway>,
     listener: Listener,
     deadlines: Deadlines,
-    mut stop: watch::Receiver<Stop>,
+    mut stop: watch::Receiver<Lifecycle>,
     alive: mpsc::Sender<()>,
 ) {
     // Two receivers, since each `wait_for` borrows its own.
@@ -342,9 +342,9 @@ async fn accept(
         // they wait for the next process.
         let accepted = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop != Stop::No), if listener.is_inherited => return,
+            _ = stop.wait_for(|stop| *stop != Lifecycle::Serving), if listener.is_inherited => return,
             accepted = listener.accept() => accepted,
-            _ = stopped.wait_for(|stop| *stop == Stop::Now) => return,
+            _ = stopped.wait_for(|stop| *stop == Lifecycle::Stopping) => return,
         };
         match accepted {
             Ok((stream, peer)) => {
@@ -379,15 +379,15 @@ async fn accept(
 fn place(
     gateway: &Gateway,
     listener: &Listener,
-    stream: Stream,
+    stream: CallerStream,
     peer: Peer,
-) -> Option<(Accepted, Option<Stranger>)> {
+) -> Option<(AcceptedConnection, Option<Stranger>)> {
     // With certificates the caller is known only after the handshake. `connection::serve` asks for a stranger's place
     // then.
     let asks = listener.tls.as_ref().is_some_and(|tls| tls.asks_for_certificates());
     let stranger = stranger(gateway, asks || gateway.state.load().admission.knows(peer), peer)?;
-    let place = gateway.bounds.connection(!asks && stranger.is_none());
+    let place = gateway.limits.connection(!asks && stranger.is_none());
     let place = place.inspect_err(|_| gateway.metrics.connection_closed("overloaded")).ok()?;
     let (tls, hosts) = (listener.tls.clone(), listener.hosts.clone());
-    Some((Accepted { stream, tls, hosts, peer, place }, stranger))
+    Some((AcceptedConnection { stream, tls, hosts, peer, place }, stranger))
 }

@@ -16,13 +16,13 @@ use tokio::sync::mpsc;
 /// A thread or task has ended that must not end. `Display` gives its name and the reason.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{what} ended: {why}")]
-pub struct Ended {
+pub struct UnexpectedEnd {
     what: String,
     why: String,
 }
 
-impl Ended {
-    /// Makes and logs an [`Ended`] for something without a [`Vital`].
+impl UnexpectedEnd {
+    /// Makes and logs an [`UnexpectedEnd`] for something without a [`Vital`].
     pub(crate) fn logged(what: &str, why: &str) -> Self {
         let ended = Self { what: what.to_owned(), why: why.to_owned() };
         ended.log();
@@ -38,12 +38,12 @@ impl Ended {
 #[derive(Debug)]
 pub(crate) struct Supervisor {
     vitals: Vitals,
-    ended: mpsc::UnboundedReceiver<Ended>,
+    ended: mpsc::UnboundedReceiver<UnexpectedEnd>,
 }
 
 /// Makes a [`Vital`] for each thread and task.
 #[derive(Clone, Debug)]
-pub(crate) struct Vitals(mpsc::UnboundedSender<Ended>);
+pub(crate) struct Vitals(mpsc::UnboundedSender<UnexpectedEnd>);
 
 /// Held by a thread or task that must not end. Reports the end when it is dropped.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ impl Supervisor {
     }
 
     /// Waits for the first end, logs it and returns it. Cancellation safe.
-    pub(crate) async fn ended(&mut self) -> Ended {
+    pub(crate) async fn ended(&mut self) -> UnexpectedEnd {
         match self.ended.recv().await {
             Some(ended) => {
                 ended.log();
@@ -87,8 +87,8 @@ impl Supervisor {
     /// Returns the first end that has been reported, if there is one, and logs it.
     // Asked once after the drain: nobody waits for `ended` during a stop, and an end in that time must not exit
     // with 0.
-    pub(crate) fn has_ended(&mut self) -> Option<Ended> {
-        self.ended.try_recv().ok().inspect(Ended::log)
+    pub(crate) fn has_ended(&mut self) -> Option<UnexpectedEnd> {
+        self.ended.try_recv().ok().inspect(UnexpectedEnd::log)
     }
 }
 
@@ -133,7 +133,7 @@ impl Drop for Vital {
             None => "it had nothing left to do".to_owned(),
         };
         // The receiver is gone once the process stops, and an end is no news then.
-        let _ = self.vitals.0.send(Ended { what: std::mem::take(&mut self.what), why });
+        let _ = self.vitals.0.send(UnexpectedEnd { what: std::mem::take(&mut self.what), why });
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::interval;
 
 use crate::clock;
-use crate::server::Stop;
+use crate::server::Lifecycle;
 
 /// How long a loop may go without turning before `/livez` fails.
 // Longer than any turn should take, even while the machine is overloaded: a false alarm restarts every replica
@@ -64,12 +64,12 @@ impl Watchdog {
 
     /// Feeds systemd's watchdog, if there is one, while all loops beat. From the stop on it is fed in any case:
     /// the drain has a deadline of its own.
-    pub(crate) async fn watch(self: Arc<Self>, stop: watch::Receiver<Stop>) {
+    pub(crate) async fn watch(self: Arc<Self>, stop: watch::Receiver<Lifecycle>) {
         let Some(period) = self.period else { return std::future::pending().await };
         let mut looks = interval(period);
         loop {
             looks.tick().await;
-            if self.late(period).is_none() || *stop.borrow() != Stop::No {
+            if self.late(period).is_none() || *stop.borrow() != Lifecycle::Serving {
                 let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
             }
         }

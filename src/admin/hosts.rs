@@ -22,7 +22,7 @@ const MISSING: &str = "Host is missing; without it only /livez and /readyz are a
 
 /// The names that the admin listener answers to.
 #[derive(Debug)]
-pub(super) struct Hosts {
+pub(super) struct AdminHosts {
     /// The names of `[admin] hosts`, in lower case, without a dot at the end.
     listed: Vec<String>,
 }
@@ -34,7 +34,7 @@ enum Name {
     Text(String),
 }
 
-impl Hosts {
+impl AdminHosts {
     /// Admits these names beside the usual ones.
     pub(super) fn new(listed: &[String]) -> Self {
         Self { listed: listed.iter().map(|name| whole(name).to_owned()).collect() }

@@ -5,9 +5,9 @@
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::concurrency::Bounds;
+use crate::concurrency::Limits;
 use crate::config;
-use crate::server::Stop;
+use crate::server::Lifecycle;
 
 /// Stops, step by step: the grace, then no new connections, then the wait until every connection and request has
 /// ended. Returns after `drain_timeout` at the latest.
@@ -17,35 +17,35 @@ use crate::server::Stop;
 pub(super) async fn drain(
     server: &config::Server,
     hands_over: bool,
-    bounds: &Bounds,
-    stopping: &watch::Sender<Stop>,
+    limits: &Limits,
+    stopping: &watch::Sender<Lifecycle>,
     alive: mpsc::Sender<()>,
     done: &mut mpsc::Receiver<()>,
 ) {
     let end = Instant::now() + server.drain_timeout;
     // With inherited sockets, too: requests on open connections are still served, each as the last one.
     if hands_over || !server.drain_grace.is_zero() {
-        bounds.close();
+        limits.close();
     } else {
-        bounds.drain();
+        limits.drain();
     }
     // Logged after the bounds have changed: whoever reads the line may rely on it.
     tracing::info!("stopping");
     // Fails without systemd, which is no error.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     // After `close`, so that a worker which sees the step also marks its replies as the last ones.
-    let _ = stopping.send(Stop::Begins);
+    let _ = stopping.send(Lifecycle::Draining);
     if !hands_over {
         sleep(server.drain_grace).await;
-        bounds.drain();
+        limits.drain();
     }
-    let _ = stopping.send(Stop::Now);
-    // After the grace, in which new connections still take a `Room`. From here on the last one ends `done`.
+    let _ = stopping.send(Lifecycle::Stopping);
+    // After the grace, in which new connections still take a `InFlightPermit`. From here on the last one ends `done`.
     drop(alive);
     if timeout_at(end, done.recv()).await.is_err() {
         tracing::warn!(
-            connections = bounds.connections(),
-            in_flight = bounds.in_flight(),
+            connections = limits.connections(),
+            in_flight = limits.in_flight(),
             "drain_timeout is over; what is left is cut off"
         );
     }

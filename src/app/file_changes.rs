@@ -10,29 +10,29 @@ use crate::changes::Changes;
 use crate::supervisor::Supervisor;
 
 /// Starts one task for each thing that is followed. They run on the background runtime, until the process ends.
-pub(super) fn keep_up(app: &App, supervisor: &Supervisor) {
+pub(super) fn watch(app: &App, supervisor: &Supervisor) {
     let App { background, bound, egress, audit, metrics, .. } = app;
     let changes = &metrics.changes;
     // A task for each, so that a file that hangs holds up no other one.
     for (tls, address) in bound.iter().filter_map(|bound| Some((bound.tls()?, bound.address.to_string()))) {
         let vital = supervisor.vital(format!("the certificates of {address}"));
         let change = file_change(&CERTIFICATES, "listener", address, audit, changes);
-        background.spawn(vital.run(tls.clone().keep_up(change)));
+        background.spawn(vital.run(tls.clone().watch(change)));
     }
     if let Some(identity) = egress.identity().cloned() {
         let vital = supervisor.vital("the client certificate");
         let change = file_change(&CERTIFICATES, "upstream", "client_cert_file".into(), audit, changes);
-        background.spawn(vital.run(identity.keep_up(change)));
+        background.spawn(vital.run(identity.watch(change)));
     }
     if let Some(roots) = egress.roots().cloned() {
         let vital = supervisor.vital("the roots of the upstream");
         let change = file_change(&CERTIFICATES, "upstream", "ca_file".into(), audit, changes);
-        background.spawn(vital.run(roots.keep_up(change)));
+        background.spawn(vital.run(roots.watch(change)));
     }
     if let Some(login) = egress.login().cloned() {
         let vital = supervisor.vital("user and password for the proxy");
         let change = file_change(&LOGIN, "upstream", "proxy_password_file".into(), audit, changes);
-        background.spawn(vital.run(login.keep_up(change)));
+        background.spawn(vital.run(login.watch(change)));
     }
 }
 

@@ -11,10 +11,10 @@ use std::{io, net};
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::admin::Place;
+use crate::admin::Instance;
 use crate::config::{Config, ListenAddress, socket_path};
 use crate::server::inherited::Inherited;
-use crate::server::{Bound, ListenError};
+use crate::server::{BoundListener, ListenError};
 use crate::{admin, audit, config, control, server};
 
 /// The configuration key of the admin listener's address.
@@ -46,16 +46,20 @@ impl BindError {
 /// # Errors
 ///
 /// Returns a [`BindError`], or the error of a TLS file.
-pub(super) fn bind(config: &Config, inherited: &mut Inherited) -> anyhow::Result<Vec<Bound>> {
+pub(super) fn bind(config: &Config, inherited: &mut Inherited) -> anyhow::Result<Vec<BoundListener>> {
     let bind = |(i, listener): (usize, &config::Listener)| {
         let only_v6 = match listener.address {
             ListenAddress::Tcp(address) => config.is_only_v6(address),
             ListenAddress::Unix { .. } => false,
         };
-        Bound::bind(listener, inherited, config.server.workers, only_v6).map_err(|error| match error {
-            ListenError::Socket(error) => BindError::new(listener_key(i), &listener.address, error).into(),
-            ListenError::Tls(error) => error.into(),
-        })
+        BoundListener::bind(listener, inherited, config.server.workers, only_v6).map_err(
+            |error| match error {
+                ListenError::Socket(error) => {
+                    BindError::new(listener_key(i), &listener.address, error).into()
+                }
+                ListenError::Tls(error) => error.into(),
+            },
+        )
     };
     config.listeners.iter().enumerate().map(bind).collect()
 }
@@ -78,8 +82,8 @@ pub(super) fn bind_admin(config: &Config) -> Result<net::TcpListener, BindError>
 }
 
 /// Binds the control socket; `None` if the configuration has none.
-pub(super) fn bind_control(config: &Config) -> Result<Option<control::Bound>, BindError> {
-    let bound = control::Bound::bind(&config.admin.control, &config.audit.directory);
+pub(super) fn bind_control(config: &Config) -> Result<Option<control::BoundSocket>, BindError> {
+    let bound = control::BoundSocket::bind(&config.admin.control, &config.audit.directory);
     bound.map_err(|error| BindError::new(CONTROL, &config.admin.control, error))
 }
 
@@ -150,13 +154,13 @@ enum Present {
 impl Present {
     /// Looks for a gateway that writes the same trail, or that was started with the same file.
     fn find(config: &Config, file: &Path) -> Self {
-        let place = || -> Option<Place> {
+        let place = || -> Option<Instance> {
             let answer = admin::ask(config.admin.address, "/status").ok()?;
             let (_, body) = answer.split_once("\r\n\r\n")?;
             let mut status: Value = serde_json::from_str(body).ok()?;
             serde_json::from_value(status["place"].take()).ok()
         };
-        let is_it = |place: &Place| {
+        let is_it = |place: &Instance| {
             let has_trail = place.audit_directory == whole(&config.audit.directory);
             let has_file = place.file.is_some() && place.file == regular(file);
             // The lock of its trail must be held here: in another container the same paths lead elsewhere.
@@ -176,11 +180,11 @@ pub(super) fn place(
     file: Option<&Path>,
     listeners: &[String],
     admin: SocketAddr,
-) -> io::Result<Place> {
+) -> io::Result<Instance> {
     // The listeners come from the caller: with port 0 the configuration does not know theirs.
     let control = addresses(config)?.into_iter().filter(|(key, _)| key == CONTROL);
     let others = control.map(|(_, address)| address.to_string()).chain([admin.to_string()]);
-    Ok(Place {
+    Ok(Instance {
         file: file.and_then(regular),
         audit_directory: whole(&config.audit.directory),
         sockets: listeners.iter().cloned().chain(others).collect(),

@@ -15,8 +15,8 @@ use tokio::time::{sleep, timeout};
 use crate::audit::Audit;
 use crate::gateway::Gateway;
 use crate::server::connection::Deadlines;
-use crate::server::{Listen, Stop};
-use crate::supervisor::{Ended, Vital, Vitals, fault};
+use crate::server::{Lifecycle, Listen};
+use crate::supervisor::{UnexpectedEnd, Vital, Vitals, fault};
 use crate::watchdog::Watchdog;
 use crate::{clock, server};
 
@@ -25,9 +25,9 @@ const WORKERS_END: Duration = Duration::from_secs(3);
 
 /// What all workers begin and end by.
 #[derive(Clone)]
-pub(super) struct WorkerTerms {
+pub(super) struct StopTerms {
     /// How far the stop has come.
-    pub(super) stopped: watch::Receiver<Stop>,
+    pub(super) stopped: watch::Receiver<Lifecycle>,
     /// How long callers are still served once a stop has begun, so that they can find another gateway.
     pub(super) grace: Duration,
     /// Learns from each worker that its event loop turns.
@@ -47,7 +47,7 @@ pub(super) struct Worker {
     pub(super) deadlines: Deadlines,
     /// How long its requests in flight may take once no connection is accepted any more.
     pub(super) drain: Duration,
-    pub(super) terms: WorkerTerms,
+    pub(super) terms: StopTerms,
 }
 
 /// A [`Vital`] for a task of a worker: it may end at the stop, but not by a panic.
@@ -86,7 +86,7 @@ impl Worker {
     /// Waits for the start, then accepts and serves connections until the stop.
     async fn serve(self, listeners: Vec<Listen>) -> io::Result<()> {
         let Self { number, gateway, deadlines, drain, terms } = self;
-        let WorkerTerms { stopped, watchdog, mut may_begin, accepts, vitals, .. } = terms;
+        let StopTerms { stopped, watchdog, mut may_begin, accepts, vitals, .. } = terms;
         // The sender is gone if the start failed. Then there is nothing to serve, and that is no error of this
         // worker.
         if may_begin.wait_for(|may_begin| *may_begin).await.is_err() {
@@ -128,18 +128,18 @@ async fn serve_until_drained(
     gateway: Arc<Gateway>,
     listeners: Vec<server::Listener>,
     deadlines: Deadlines,
-    mut stopped: watch::Receiver<Stop>,
+    mut stopped: watch::Receiver<Lifecycle>,
     drain: Duration,
     vital: impl Fn(&str) -> Vital + Send + 'static,
 ) {
-    let bounds = gateway.bounds.clone();
+    let limits = gateway.limits.clone();
     let served = tokio::spawn(server::run(gateway, listeners, deadlines, stopped.clone(), vital));
-    let _ = stopped.wait_for(|stop| *stop == Stop::Now).await;
+    let _ = stopped.wait_for(|stop| *stop == Lifecycle::Stopping).await;
     // The end of the worker's connections is not enough: exchanges whose caller has disconnected go on, and the count
     // is one for all workers. It is polled, since nothing else needs a signal for it.
     let idle = async {
         let _ = served.await;
-        while bounds.in_flight() > 0 {
+        while limits.in_flight() > 0 {
             sleep(Duration::from_millis(5)).await;
         }
     };
@@ -147,7 +147,7 @@ async fn serve_until_drained(
 }
 
 /// Waits until the workers have ended, for [`WORKERS_END`] at most. Returns the first one that has not: it hangs.
-pub(super) fn join(workers: &[JoinHandle<()>]) -> Option<Ended> {
+pub(super) fn join(workers: &[JoinHandle<()>]) -> Option<UnexpectedEnd> {
     let end = std::time::Instant::now() + WORKERS_END;
     let hangs = |worker: &JoinHandle<()>| !worker.is_finished();
     while workers.iter().any(hangs) && std::time::Instant::now() < end {
@@ -155,7 +155,7 @@ pub(super) fn join(workers: &[JoinHandle<()>]) -> Option<Ended> {
         thread::sleep(Duration::from_millis(1));
     }
     let worker = workers.iter().position(hangs)?;
-    Some(Ended::logged(&format!("worker {worker}"), "it hangs, and is not waited for"))
+    Some(UnexpectedEnd::logged(&format!("worker {worker}"), "it hangs, and is not waited for"))
 }
 
 /// One worker's part of a bound that holds for all workers together. The parts differ by 1 at most.

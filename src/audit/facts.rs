@@ -12,7 +12,7 @@ use super::aggregation::RefusedPeer;
 use super::line::Line;
 use crate::clock;
 use crate::log::requests;
-use crate::log::requests::Ended;
+use crate::log::requests::FinishedRequest;
 use crate::model::cause::Cause;
 use crate::model::code::Code;
 use crate::model::outcome::Outcome;
@@ -98,7 +98,7 @@ impl RequestFacts {
     pub(super) fn tell(&self, outcome: Outcome, code: Option<Code>, cause: Option<Cause>, status: u16) {
         if requests::may_have_line(outcome, code, status) {
             let (id, caller, route) = (self.id, self.caller.as_ref(), self.route.as_deref());
-            Ended { id, caller, route, outcome, code, cause, status, took: &self.spent }.tell();
+            FinishedRequest { id, caller, route, outcome, code, cause, status, took: &self.spent }.tell();
         }
     }
 

@@ -12,8 +12,8 @@ use rustls::sign::CertifiedKey;
 use rustls::{Error, InconsistentKeys, SignatureScheme};
 
 use super::TlsError;
+use crate::file_watch::{FileWatch, digest, follow};
 use crate::pem;
-use crate::watched::{Watched, digest, follow};
 
 /// A certificate and its key. The TLS handshakes of all connections share them.
 #[derive(Debug)]
@@ -35,11 +35,11 @@ impl Identity {
     }
 
     /// Follows the files for ever and takes a changed certificate if it can be used. `tell` gets the result of each change.
-    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
+    pub async fn watch(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
         let files = (self.cert_file.clone(), self.key_file.clone());
         let look = move || contents(&files.0, &files.1);
         let paths = vec![self.cert_file.clone(), self.key_file.clone()];
-        let watched = Watched::new(paths, look, self.digest);
+        let watched = FileWatch::new(paths, look, self.digest);
         let take = move |_| {
             self.current.store(read(&self.cert_file, &self.key_file)?);
             Ok(())

@@ -22,9 +22,9 @@ use super::ProxyError;
 use crate::backoff::after_refusals;
 use crate::base64::base64;
 use crate::config::{LoginFiles, SecretSource};
+use crate::file_watch::{FileWatch, digest, follow};
 use crate::secret::needles::Needles;
 use crate::secret::{Secret, SecretError};
-use crate::watched::{Watched, digest, follow};
 
 /// For this long after the proxy last accepted the password, connections send it at the same time. After that one connection goes
 /// first: the password may have expired, and each of many connections would make a wrong try.
@@ -65,10 +65,10 @@ impl Login {
 
     /// Follows the files for ever and takes a changed user or password if they can be sent. `tell` gets the result of each
     /// change.
-    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
+    pub async fn watch(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
         let files = self.files.clone();
         let paths = vec![files.user.clone(), files.password.clone()];
-        let watched = Watched::new(paths, move || contents(&files), self.digest);
+        let watched = FileWatch::new(paths, move || contents(&files), self.digest);
         let take = move |_| {
             // A new value also forgets a refusal: nobody has refused the changed password.
             self.current.store(Arc::new(Basic::load(&self.files)?));

@@ -11,8 +11,8 @@ use arc_swap::ArcSwap;
 use rustls::{ClientConfig, RootCertStore};
 
 use super::{HTTP1, HTTP2, Identity, TlsError};
+use crate::file_watch::{FileWatch, digest, follow};
 use crate::pem;
-use crate::watched::{Watched, digest, follow};
 
 /// The TLS settings of all connectors.
 #[derive(Debug)]
@@ -92,7 +92,7 @@ impl Roots {
     }
 
     /// Follows the file for ever and takes changed roots if they can be used. `tell` gets the result of each change.
-    pub async fn keep_up(self, tell: impl Fn(Result<(), String>)) {
+    pub async fn watch(self, tell: impl Fn(Result<(), String>)) {
         let Self { path, trust, digest } = self;
         let paths = vec![path.clone()];
         let look = {
@@ -100,7 +100,7 @@ impl Roots {
             move || contents(&path)
         };
         let take = move |_| trust.replace(read(&path)?);
-        follow(Watched::new(paths, look, digest), take, tell).await;
+        follow(FileWatch::new(paths, look, digest), take, tell).await;
     }
 }
 

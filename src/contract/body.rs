@@ -14,7 +14,7 @@ use hyper::body::{Body, Incoming};
 use thiserror::Error;
 use tokio::time::timeout;
 
-use crate::concurrency::Bounds as Room;
+use crate::concurrency::Limits as Room;
 use crate::request_head::Inbound;
 
 /// Why a body was not received.
@@ -96,10 +96,10 @@ pub(crate) async fn receive(
 }
 
 fn check_head(head: &Inbound<'_>) -> Result<(), NotReceived> {
-    if head.expects_more {
+    if head.has_unknown_expectation {
         return Err(NotReceived::Expectation);
     }
-    if head.is_coded {
+    if head.has_content_encoding {
         return Err(NotReceived::ContentCoding);
     }
     match head.content_type.only().and_then(|value| value.to_str().ok()) {

@@ -89,7 +89,7 @@ impl Exchange {
         let Some(token) = self.another_token(had_worked, progress).await else { return Ok(first) };
         progress.first_token = Some(std::mem::replace(&mut self.token, token));
         // The upstream counts a replay as a request. It goes out even if no quota is left, since the call is under way.
-        self.terms.quota.overdraw();
+        self.terms.quota.take_unchecked();
         let second = self.attempt(progress).await?;
         progress.is_rejected = self.is_refusal(second);
         if progress.is_rejected {

@@ -80,7 +80,7 @@ impl Exchange {
             self.cooldown().accepted(self.token.generation());
         }
         if status == StatusCode::TOO_MANY_REQUESTS {
-            self.terms.quota.shrink(retry_after(&headers).unwrap_or(DEFAULT_RETRY));
+            self.terms.quota.throttle(retry_after(&headers).unwrap_or(DEFAULT_RETRY));
         }
         settle_headers(outcome, &mut headers, length(&body, rest.as_ref()));
         let retry = Retry::of_reply(outcome, status, is_keyed);

@@ -18,7 +18,7 @@ use super::settlement::{Finished, committed, finish};
 use super::{BodyPart, ExchangeTerms, UpstreamRoute};
 use crate::audit::{ExchangeResult, IntendedRecord};
 use crate::clock;
-use crate::concurrency::Room;
+use crate::concurrency::InFlightPermit;
 use crate::idempotency::{Claim, Delivery};
 use crate::model::cause::Cause;
 use crate::reason::Reason;
@@ -37,7 +37,7 @@ pub(super) struct StreamedReply {
     pub(super) sender: Option<mpsc::Sender<BodyPart>>,
     /// The record, its content so far, and the claim; `None` once they are closed.
     pub(super) open: Option<(IntendedRecord, ExchangeResult, Claim)>,
-    pub(super) _room: Room,
+    pub(super) _room: InFlightPermit,
 }
 
 impl StreamedReply {

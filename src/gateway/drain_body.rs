@@ -23,7 +23,7 @@ pub(super) async fn drain_body(head: &Inbound<'_>, mut body: Incoming) -> bool {
     if body.is_end_stream() {
         return true;
     }
-    if head.expects_continue || head.expects_more || body.size_hint().lower() > MAX_BYTES {
+    if head.expects_continue || head.has_unknown_expectation || body.size_hint().lower() > MAX_BYTES {
         return false;
     }
     let drained = async {

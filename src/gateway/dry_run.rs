@@ -33,7 +33,7 @@ impl Gateway {
         // A token is fetched if there is none: only that shows whether the call would be sent.
         record.enter(Stage::Token);
         let slot = state.terms.slot(routed.credential);
-        let token = from.presence.during(pin!(slot.token())).await??;
+        let token = from.presence.unless_disconnected(pin!(slot.token())).await??;
 
         record.enter(Stage::Quota);
         state.terms.quota.peek()?;

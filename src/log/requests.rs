@@ -28,7 +28,7 @@ static FOLDS: LazyLock<Mutex<Folds>> = LazyLock::new(Mutex::default);
 
 /// A request that has ended.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Ended<'a> {
+pub(crate) struct FinishedRequest<'a> {
     pub(crate) id: RequestId,
     pub(crate) caller: Option<&'a Arc<str>>,
     pub(crate) route: Option<&'a str>,
@@ -115,7 +115,7 @@ fn tell(counts: Counts) {
     }
 }
 
-impl Ended<'_> {
+impl FinishedRequest<'_> {
     /// Logs the request, unless it is aggregated.
     // `cold`: by default only failures get here.
     #[cold]

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::{Limiter, Spent};
+use super::{LimitExceeded, Limiter};
 use crate::clock;
 use crate::config::Limit;
 
@@ -52,20 +52,20 @@ struct Shrunk {
 pub enum Exhausted {
     /// The configured quota.
     #[error("the quota that all callers share is spent; call again after Retry-After seconds")]
-    Whole(Spent),
+    Whole(LimitExceeded),
     /// The quota as it was throttled after a 429 of the upstream.
     #[error(
         "nothing was sent: the upstream answered 429 (too many requests) to earlier calls, so that the gateway sends less for some \
          time; call again after Retry-After seconds"
     )]
-    Shrunk(Spent),
+    Shrunk(LimitExceeded),
 }
 
 impl Exhausted {
     /// The time after which one more request would pass, if no other one comes first.
     pub fn retry_after(self) -> Duration {
-        let (Self::Whole(spent) | Self::Shrunk(spent)) = self;
-        spent.retry_after
+        let (Self::Whole(exceeded) | Self::Shrunk(exceeded)) = self;
+        exceeded.retry_after
     }
 }
 
@@ -100,28 +100,28 @@ impl Quota {
     /// Takes one request from the quota. Fails, and takes nothing, if the quota is exceeded.
     pub fn take(&self) -> Result<(), Exhausted> {
         self.recover(clock::nanos());
-        self.limiter.take().map_err(|spent| self.exhausted(spent))
+        self.limiter.take().map_err(|exceeded| self.exhausted(exceeded))
     }
 
     /// Returns what [`Quota::take`] would, and takes nothing.
     pub fn peek(&self) -> Result<(), Exhausted> {
         self.recover(clock::nanos());
-        self.limiter.peek().map_err(|spent| self.exhausted(spent))
+        self.limiter.peek().map_err(|exceeded| self.exhausted(exceeded))
     }
 
     #[cold]
-    fn exhausted(&self, spent: Spent) -> Exhausted {
+    fn exhausted(&self, exceeded: LimitExceeded) -> Exhausted {
         let is_shrunk = self.is_shrunk.load(Ordering::Relaxed);
-        if is_shrunk { Exhausted::Shrunk(spent) } else { Exhausted::Whole(spent) }
+        if is_shrunk { Exhausted::Shrunk(exceeded) } else { Exhausted::Whole(exceeded) }
     }
 
     /// Takes one request from the quota even if none is left, for requests that must be sent and yet be counted.
-    pub fn overdraw(&self) {
-        self.limiter.overdraw();
+    pub fn take_unchecked(&self) {
+        self.limiter.take_unchecked();
     }
 
     /// Throttles the quota: the upstream has answered 429 and asks for a pause, of which at most 5 minutes count.
-    pub fn shrink(&self, pause: Duration) {
+    pub fn throttle(&self, pause: Duration) {
         self.shrink_at(clock::nanos(), pause);
     }
 
@@ -187,7 +187,7 @@ impl Quota {
     }
 
     #[cfg(test)]
-    fn take_at(&self, now: u64) -> Result<(), Spent> {
+    fn take_at(&self, now: u64) -> Result<(), LimitExceeded> {
         self.recover(now);
         self.limiter.take_at(now)
     }

@@ -30,17 +30,17 @@ use tokio::sync::watch;
 
 use crate::admission::Hosts;
 use crate::clock::nanos_of;
-use crate::concurrency::{Place, Stranger};
+use crate::concurrency::{ConnectionSlot, Stranger};
 use crate::config;
 use crate::gateway::{Gateway, RequestOrigin, ResponseBody};
 use crate::model::peer::Peer;
-use crate::server::Stop;
+use crate::server::Lifecycle;
 use crate::server::handshake::shake_hands;
 use crate::server::tls::{Certificate, Tls};
-use phase::{Alarm, Phase, Watch};
-use socket::Watched;
+use phase::{ConnectionPhase, IdleTimer, Phase};
+use socket::WatchedSocket;
 pub(super) use socket::{LINGER_BYTES, LINGER_TIME};
-pub use stream::Stream;
+pub use stream::CallerStream;
 
 /// How long a head may take once the gateway stops, or on a connection over the cap, in nanoseconds.
 pub(super) const STOP_HEADER: u64 = 1_000_000_000;
@@ -72,34 +72,34 @@ impl Deadlines {
 }
 
 /// A connection that was accepted and has a place.
-pub(super) struct Accepted {
-    pub(super) stream: Stream,
+pub(super) struct AcceptedConnection {
+    pub(super) stream: CallerStream,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) hosts: Arc<Hosts>,
     pub(super) peer: Peer,
-    pub(super) place: Place,
+    pub(super) place: ConnectionSlot,
 }
 
 /// Serves a connection to its end. Its errors are counted and logged here, since nobody else can act on them.
 pub(super) async fn serve(
     gateway: Arc<Gateway>,
-    Accepted { stream, tls, hosts, peer, place }: Accepted,
+    AcceptedConnection { stream, tls, hosts, peer, place }: AcceptedConnection,
     mut deadlines: Deadlines,
-    stop: watch::Receiver<Stop>,
+    stop: watch::Receiver<Lifecycle>,
 ) {
-    let surplus = place.surplus;
-    if surplus {
+    let over_connection_cap = place.over_connection_cap;
+    if over_connection_cap {
         deadlines.header = deadlines.header.min(STOP_HEADER);
     }
     let (stream, certificate) = match (stream, tls) {
-        (Stream::Tcp(stream), Some(tls)) => {
+        (CallerStream::Tcp(stream), Some(tls)) => {
             // Only these handshakes have a share of their own: elsewhere the peer is known by its address already.
-            let unproven = tls.asks_for_certificates().then(|| gateway.bounds.unproven(peer));
+            let unproven = tls.asks_for_certificates().then(|| gateway.limits.unproven(peer));
             let shaken = shake_hands(&tls, stream, deadlines.header, stop.clone(), unproven);
             // Boxed: the handshake is over before the first request, and its future would stay part of the
             // connection's.
             match Box::pin(shaken).await {
-                Ok((stream, certificate)) => (Stream::Tls(stream), certificate),
+                Ok((stream, certificate)) => (CallerStream::Tls(stream), certificate),
                 Err(error) => return error.tell(peer, &gateway.metrics),
             }
         }
@@ -110,15 +110,15 @@ pub(super) async fn serve(
     let is_known = |names| gateway.state.load().admission.knows_name(names);
     // A certificate that names no caller makes its peer a stranger from here on.
     let Some(_stranger) = stranger(&gateway, names().is_none_or(is_known), peer) else { return };
-    let watch = Arc::new(Watch::new(gateway.bounds.unfinished()));
-    let socket = Watched::new(stream, watch.clone());
+    let watch = Arc::new(ConnectionPhase::new(gateway.limits.unfinished()));
+    let socket = WatchedSocket::new(stream, watch.clone());
     let (gateway, hosts, watch) = (&*gateway, &*hosts, &*watch);
     let service = service_fn(|request| {
         watch.head_came(&request);
-        let Watch { presence, delivery, .. } = watch;
+        let ConnectionPhase { presence, delivery, .. } = watch;
         answer(
             gateway,
-            RequestOrigin { peer, names: names(), hosts, presence, delivery, surplus },
+            RequestOrigin { peer, names: names(), hosts, presence, delivery, over_connection_cap },
             watch,
             request,
         )
@@ -131,7 +131,7 @@ pub(super) async fn serve(
             // Otherwise hyper drops the request's future when the caller closes its side, as `nc` and some clients do
             // with the request.
             .half_close(true)
-            .keep_alive(!surplus)
+            .keep_alive(!over_connection_cap)
             // One buffer and send(2) cost less than two and writev(2), as measured.
             .writev(false)
             // tests/hyper.rs: the_bound_of_the_buffer_alone_lets_a_head_of_nearly_twice_its_size_pass
@@ -152,7 +152,7 @@ pub(super) fn stranger(gateway: &Gateway, is_known: bool, peer: Peer) -> Option<
     if is_known {
         return Some(None);
     }
-    let stranger = gateway.bounds.stranger(peer);
+    let stranger = gateway.limits.stranger(peer);
     if stranger.is_none() {
         gateway.metrics.connection_closed("too_many_strangers");
     }
@@ -163,7 +163,7 @@ pub(super) fn stranger(gateway: &Gateway, is_known: bool, peer: Peer) -> Option<
 async fn answer(
     gateway: &Gateway,
     from: RequestOrigin<'_>,
-    watch: &Watch,
+    watch: &ConnectionPhase,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let mut response = gateway.handle(from, request).await;
@@ -171,7 +171,7 @@ async fn answer(
         gateway.metrics.connection_closed(NO_ROOM);
     }
     // Checked after the request, so that a stop which began meanwhile is seen: the caller must not send another one.
-    let is_last = gateway.bounds.is_stopping() || watch.must_end();
+    let is_last = gateway.limits.is_stopping() || watch.must_end();
     if is_last {
         response.headers_mut().insert(http::header::CONNECTION, CLOSE);
     }
@@ -185,16 +185,16 @@ async fn answer(
 /// Drives a connection to its end, or until one of its phases has lasted too long. Fails as the connection does.
 async fn drive<S>(
     gateway: &Gateway,
-    mut connection: Pin<&mut http1::Connection<TokioIo<Watched>, S>>,
-    watch: &Watch,
+    mut connection: Pin<&mut http1::Connection<TokioIo<WatchedSocket>, S>>,
+    watch: &ConnectionPhase,
     mut deadlines: Deadlines,
-    mut stop: watch::Receiver<Stop>,
+    mut stop: watch::Receiver<Lifecycle>,
 ) -> hyper::Result<()>
 where
     S: HttpService<Incoming, ResBody = ResponseBody, Error = Infallible>,
 {
-    let mut alarm = Alarm::new();
-    let mut stopped = pin!(stop.wait_for(|stop| *stop == Stop::Now));
+    let mut alarm = IdleTimer::new();
+    let mut stopped = pin!(stop.wait_for(|stop| *stop == Lifecycle::Stopping));
     let (mut listens, mut stopping) = (false, false);
     poll_fn(|cx| {
         loop {
@@ -204,7 +204,7 @@ where
             }
             // The stop wakes this task once it was polled. Until it wakes, another poll tells nothing, and costs a
             // lock at each request.
-            let asks = !stopping && (!listens || gateway.bounds.is_stopping());
+            let asks = !stopping && (!listens || gateway.limits.is_stopping());
             listens = true;
             if !asks || stopped.as_mut().poll(cx).is_pending() {
                 break;
@@ -241,7 +241,7 @@ fn count_end(gateway: &Gateway, error: &hyper::Error) {
 /// Returns whether a connection ended because unfinished heads hold all of their budget.
 // tests/hyper.rs: an_error_of_a_read_is_the_source_of_the_connections_error
 fn ended_for_room(error: &hyper::Error) -> bool {
-    // `Watched` fails a read with this kind, which no socket does. hyper passes it on as the source of its own error.
+    // `WatchedSocket` fails a read with this kind, which no socket does. hyper passes it on as the source of its own error.
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::OutOfMemory)
 }

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::server::TlsStream;
 
-use super::Stop;
+use super::Lifecycle;
 use super::connection::{LINGER_BYTES, LINGER_TIME, STOP_HEADER};
 use super::tls::{Certificate, NotAccepted, Tls};
 use crate::concurrency::Unproven;
@@ -95,7 +95,7 @@ pub(super) async fn shake_hands(
     tls: &Arc<Tls>,
     stream: TcpStream,
     header: u64,
-    mut stop: watch::Receiver<Stop>,
+    mut stop: watch::Receiver<Lifecycle>,
     mut unproven: Option<Unproven>,
 ) -> Result<(Box<TlsStream<TcpStream>>, Option<Certificate>), NoTls> {
     let displaced = async {
@@ -108,7 +108,7 @@ pub(super) async fn shake_hands(
         tokio::select! {
             () = sleep(Duration::from_nanos(header)) => {}
             () = async {
-                let _ = stop.wait_for(|stop| *stop == Stop::Now).await;
+                let _ = stop.wait_for(|stop| *stop == Lifecycle::Stopping).await;
                 sleep(Duration::from_nanos(STOP_HEADER)).await;
             } => {}
         }

@@ -31,9 +31,9 @@ use zeroize::Zeroizing;
 
 use crate::config::ListenerTls;
 use crate::connect::HTTP1;
+use crate::file_watch::{FileWatch, digest, follow};
 use crate::log::OncePerSecond;
 use crate::pem::PemError;
-use crate::watched::{Watched, digest, follow};
 use crate::{clock, config, pem};
 
 /// A certificate on an open connection is verified again after this time, in nanoseconds: it may expire meanwhile.
@@ -223,14 +223,14 @@ impl Tls {
 
     /// Watches the files, and puts changed ones into use. Never returns. `tell` is called with the result of each
     /// change.
-    pub async fn keep_up(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
+    pub async fn watch(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
         let files = self.files.clone();
         // Contents decide: files that were only touched, or swapped for equal ones, cause no reload and no event.
         let look = move || Contents::read(&files).map(|contents| contents.digest());
         let ListenerTls { cert_file, key_file, client_ca_file, client_crl_file } = &self.files;
         let paths = [Some(cert_file), Some(key_file), client_ca_file.as_ref(), client_crl_file.as_ref()];
         let paths = paths.into_iter().flatten().cloned().collect();
-        let watched = Watched::new(paths, look, self.current.load().digest);
+        let watched = FileWatch::new(paths, look, self.current.load().digest);
         follow(watched, move |_| self.reload(), tell).await;
     }
 }

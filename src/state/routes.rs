@@ -12,21 +12,21 @@ use crate::contract::{Contract, SchemaError};
 use crate::exchange::Cooldown;
 use crate::model::index::CredentialIndex;
 use crate::result_rule::ResultRule;
-use crate::route::{Access, Routes};
+use crate::route::{AccessRule, Routes};
 use crate::{config, exchange, files};
 
 /// A compiled route.
 #[derive(Debug)]
 pub struct Route {
-    access: Access,
+    access: AccessRule,
     /// The contract that a body must keep.
     pub contract: Contract,
     /// The part of the route that an exchange needs.
     pub exchange: Arc<exchange::UpstreamRoute>,
 }
 
-impl AsRef<Access> for Route {
-    fn as_ref(&self) -> &Access {
+impl AsRef<AccessRule> for Route {
+    fn as_ref(&self) -> &AccessRule {
         &self.access
     }
 }
@@ -94,7 +94,7 @@ impl Route {
                 timeout: raw.timeout.unwrap_or(config.upstream.timeout),
                 cooldowns,
             }),
-            access: Access { name, path: raw.path.clone(), frozen: raw.frozen, credentials },
+            access: AccessRule { name, path: raw.path.clone(), frozen: raw.frozen, credentials },
         })
     }
 }

@@ -22,10 +22,10 @@ use super::schedule::{FetchFailure, Held, MIN_GAP, Moment, Plan, Retry};
 use super::{ActiveToken, Contest, Events, Slot, Token, TokenMetrics, contest};
 use crate::changes::Change;
 use crate::config::SecretSource;
+use crate::file_watch::{FileChange, FileWatch, POLL, SETTLE};
 use crate::files::{Aside, Hangs};
 use crate::reason::{Reason, shown};
 use crate::secret::needles::{Needles, SHORTEST};
-use crate::watched::{Noticed, POLL, SETTLE, Watched};
 
 /// How long after its end a token that the endpoint returns again is still the old one. Later it counts as a new token with a new
 /// life: such a server has no other.
@@ -58,7 +58,7 @@ pub(super) struct Fetcher {
 
 /// The files of a pair, read on a thread of their own: a dead mount would otherwise stop the refreshes.
 pub(super) struct Secrets {
-    watched: Aside<Watched<AppKeyPair, PairError>, Noticed<AppKeyPair, PairError>>,
+    watched: Aside<FileWatch<AppKeyPair, PairError>, FileChange<AppKeyPair, PairError>>,
     /// When the files are checked next.
     due: Instant,
 }
@@ -315,11 +315,11 @@ impl Fetcher {
     }
 
     /// Takes the result of a check of the files.
-    fn notice(&mut self, slot: &Slot, noticed: Result<Noticed<AppKeyPair, PairError>, Hangs>) {
+    fn notice(&mut self, slot: &Slot, noticed: Result<FileChange<AppKeyPair, PairError>, Hangs>) {
         match noticed {
             // Read once only: the files of a pair are written one after the other, so this may be a mixed or half-written pair.
-            Ok(Noticed::Settling) => {}
-            Ok(Noticed::Nothing) => {
+            Ok(FileChange::Settling) => {}
+            Ok(FileChange::Nothing) => {
                 // The files can be read again and hold the same pair as before the error, so the result of that pair is reported
                 // again.
                 if self.unusable.take().is_some() {
@@ -329,9 +329,9 @@ impl Fetcher {
                     }
                 }
             }
-            Ok(Noticed::Unusable(error)) => self.tell_unusable(slot, error.to_string()),
+            Ok(FileChange::Unusable(error)) => self.tell_unusable(slot, error.to_string()),
             Err(hangs) => self.tell_unusable(slot, hangs.to_string()),
-            Ok(Noticed::Changed(pair)) => {
+            Ok(FileChange::Changed(pair)) => {
                 self.unusable = None;
                 tracing::info!(credential = slot.name, "the secret changed");
                 // An operator has acted: a pair that was refused may be accepted now, even if the files hold the pair in use
@@ -368,17 +368,17 @@ impl Secrets {
             SecretSource::Env(_) => None,
         };
         let files = [&sources.0, &sources.1].into_iter().filter_map(file).collect();
-        let watched = Watched::new(files, move || AppKeyPair::load(&sources), known);
+        let watched = FileWatch::new(files, move || AppKeyPair::load(&sources), known);
         Self { watched: Aside::new(watched), due: Instant::now() + POLL }
     }
 
     /// Waits until the next check is due and returns its result. Cancellation safe: the thread that reads goes on, and the next
     /// call takes its result.
-    async fn next(&mut self) -> Result<Noticed<AppKeyPair, PairError>, Hangs> {
+    async fn next(&mut self) -> Result<FileChange<AppKeyPair, PairError>, Hangs> {
         sleep_until(self.due).await;
-        let noticed = self.watched.run(Watched::look).await?;
+        let noticed = self.watched.run(FileWatch::poll).await?;
         // Two equal readings must follow each other soon, so that a change takes about a second and not two.
-        let wait = if matches!(noticed, Noticed::Settling) { SETTLE } else { POLL };
+        let wait = if matches!(noticed, FileChange::Settling) { SETTLE } else { POLL };
         self.due = Instant::now() + wait;
         Ok(noticed)
     }

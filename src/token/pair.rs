@@ -59,7 +59,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::watched::{Noticed, Watched};
+    use crate::file_watch::{FileChange, FileWatch};
 
     fn sources(folder: &Path) -> Sources {
         let file = |name: &str| SecretSource::File(folder.join(name));
@@ -71,7 +71,7 @@ mod tests {
         fs::write(folder.join("app_secret"), secret).unwrap();
     }
 
-    type Secrets = Watched<AppKeyPair, PairError>;
+    type Secrets = FileWatch<AppKeyPair, PairError>;
 
     fn watch(sources: Sources) -> Secrets {
         let pair = AppKeyPair::load(&sources).unwrap();
@@ -79,7 +79,7 @@ mod tests {
             SecretSource::File(path) => path.clone(),
             SecretSource::Env(_) => unreachable!(),
         });
-        Watched::new(files.into(), move || AppKeyPair::load(&sources), pair)
+        FileWatch::new(files.into(), move || AppKeyPair::load(&sources), pair)
     }
 
     fn watched(key: &str, secret: &str) -> (TempDir, Secrets) {
@@ -89,19 +89,19 @@ mod tests {
         (folder, secrets)
     }
 
-    fn changed(noticed: Noticed<AppKeyPair, PairError>) -> Option<(Vec<u8>, Vec<u8>)> {
-        let Noticed::Changed(pair) = noticed else { return None };
+    fn changed(noticed: FileChange<AppKeyPair, PairError>) -> Option<(Vec<u8>, Vec<u8>)> {
+        let FileChange::Changed(pair) = noticed else { return None };
         Some((pair.app_key.expose().to_vec(), pair.app_secret.expose().to_vec()))
     }
 
     #[test]
     fn a_change_counts_when_it_was_read_twice() {
         let (folder, mut secrets) = watched("key", "secret");
-        assert!(matches!(secrets.look(), Noticed::Nothing), "the control");
+        assert!(matches!(secrets.poll(), FileChange::Nothing), "the control");
         write(folder.path(), "key", "other\n");
-        assert!(matches!(secrets.look(), Noticed::Settling));
-        assert_eq!(changed(secrets.look()), Some((b"key".to_vec(), b"other".to_vec())));
-        assert!(matches!(secrets.look(), Noticed::Nothing));
+        assert!(matches!(secrets.poll(), FileChange::Settling));
+        assert_eq!(changed(secrets.poll()), Some((b"key".to_vec(), b"other".to_vec())));
+        assert!(matches!(secrets.poll(), FileChange::Nothing));
     }
 
     // A mixed pair would be a failed try at the cloud, which locks an account after a few.
@@ -109,25 +109,25 @@ mod tests {
     fn files_that_are_written_one_after_the_other_are_no_mixed_pair() {
         let (folder, mut secrets) = watched("key", "secret");
         fs::write(folder.path().join("app_key"), "key-2").unwrap();
-        assert!(matches!(secrets.look(), Noticed::Settling));
+        assert!(matches!(secrets.poll(), FileChange::Settling));
         fs::write(folder.path().join("app_secret"), "").unwrap();
-        assert!(matches!(secrets.look(), Noticed::Unusable(PairError::Secret(_))), "truncated");
+        assert!(matches!(secrets.poll(), FileChange::Unusable(PairError::Secret(_))), "truncated");
         fs::write(folder.path().join("app_secret"), "sec").unwrap();
-        assert!(matches!(secrets.look(), Noticed::Settling), "torn");
+        assert!(matches!(secrets.poll(), FileChange::Settling), "torn");
         fs::write(folder.path().join("app_secret"), "secret-2").unwrap();
-        assert!(matches!(secrets.look(), Noticed::Settling));
-        assert_eq!(changed(secrets.look()), Some((b"key-2".to_vec(), b"secret-2".to_vec())));
+        assert!(matches!(secrets.poll(), FileChange::Settling));
+        assert_eq!(changed(secrets.poll()), Some((b"key-2".to_vec(), b"secret-2".to_vec())));
     }
 
     #[test]
     fn a_change_that_is_taken_back_in_between_is_none() {
         let (folder, mut secrets) = watched("key", "secret");
         write(folder.path(), "key-2", "secret");
-        assert!(matches!(secrets.look(), Noticed::Settling));
+        assert!(matches!(secrets.poll(), FileChange::Settling));
         write(folder.path(), "key", "secret");
-        assert!(matches!(secrets.look(), Noticed::Nothing));
+        assert!(matches!(secrets.poll(), FileChange::Nothing));
         write(folder.path(), "key-2", "secret");
-        assert!(matches!(secrets.look(), Noticed::Settling), "the count begins anew");
+        assert!(matches!(secrets.poll(), FileChange::Settling), "the count begins anew");
     }
 
     /// The files of a mounted Kubernetes secret are links into `..data`, which is a link to the folder of a version. An update
@@ -150,8 +150,8 @@ mod tests {
         mount("..2");
         // The kubelet removes the old folder at once: a watch on the files themselves would see nothing but their end.
         fs::remove_dir_all(folder.path().join("..1")).unwrap();
-        assert!(matches!(secrets.look(), Noticed::Settling));
-        assert_eq!(changed(secrets.look()), Some((b"key-..2".to_vec(), b"secret-..2".to_vec())));
+        assert!(matches!(secrets.poll(), FileChange::Settling));
+        assert_eq!(changed(secrets.poll()), Some((b"key-..2".to_vec(), b"secret-..2".to_vec())));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use hyper::body::{Body as _, Incoming};
 use tokio::time::{Sleep, sleep};
 
 use super::Deadlines;
-use super::stream::End;
+use super::stream::PeerEnd;
 use crate::clock;
 use crate::concurrency::{FREE, Part};
 use crate::disconnect::CallerPresence;
@@ -42,7 +42,7 @@ pub(super) enum Phase {
 /// The state of one connection: its phase, what it holds of the budget of unfinished bytes, and whether its caller is
 /// there.
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(super) struct ConnectionPhase {
     /// A [`Phase`].
     phase: AtomicU8,
     /// When the phase began, in nanoseconds of [`clock::nanos`]; while a reply is written, when its last part went
@@ -61,7 +61,7 @@ pub(super) struct Watch {
     pub(super) delivery: PendingDelivery,
 }
 
-impl Watch {
+impl ConnectionPhase {
     /// The state of a new connection.
     pub(super) fn new(head: Part) -> Self {
         let watch = Self {
@@ -164,15 +164,15 @@ impl Watch {
     }
 
     /// Records that the caller's side has ended while its request waits. Returns whether the caller has disconnected.
-    pub(super) fn is_gone(&self, end: End) -> bool {
+    pub(super) fn is_gone(&self, end: PeerEnd) -> bool {
         match end {
-            End::Closed => {
+            PeerEnd::Closed => {
                 // A FIN looks the same from a caller that has nothing more to say and from one that gave up. The time
                 // tells them apart: the former sends it with its request.
                 let since = self.since.load(Ordering::Relaxed);
                 self.presence.closed(clock::nanos() < since + HALF_CLOSE)
             }
-            End::Reset => {
+            PeerEnd::Reset => {
                 self.presence.reset();
                 true
             }
@@ -184,7 +184,12 @@ impl Watch {
     /// Must be called after the connection was polled, which moves the phases. The timer is touched only when a
     /// deadline is nearer than it, or when it has fired, so that a request which is served within one poll costs
     /// nothing here.
-    pub(super) fn is_overdue(&self, alarm: &mut Alarm, deadlines: Deadlines, cx: &mut Context<'_>) -> bool {
+    pub(super) fn is_overdue(
+        &self,
+        alarm: &mut IdleTimer,
+        deadlines: Deadlines,
+        cx: &mut Context<'_>,
+    ) -> bool {
         let deadline = self.deadline(deadlines);
         if deadline >= alarm.due && !alarm.sleep.is_elapsed() {
             return false;
@@ -214,13 +219,13 @@ impl Watch {
 }
 
 /// The timer of a connection. The connection's task polls it, so it wakes that task.
-pub(super) struct Alarm {
+pub(super) struct IdleTimer {
     sleep: Pin<Box<Sleep>>,
     /// When it fires, in nanoseconds of [`clock::nanos`]; `u64::MAX` if it was never set.
     due: u64,
 }
 
-impl Alarm {
+impl IdleTimer {
     /// A timer that is not set.
     pub(super) fn new() -> Self {
         Self { sleep: Box::pin(sleep(Duration::ZERO)), due: u64::MAX }

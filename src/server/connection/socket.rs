@@ -14,8 +14,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-use super::phase::{Phase, Watch};
-use super::stream::Stream;
+use super::phase::{ConnectionPhase, Phase};
+use super::stream::CallerStream;
 use crate::clock;
 
 /// For how long, and for how many bytes, a closing connection is read on so that the caller receives the last reply.
@@ -28,12 +28,12 @@ pub(in super::super) const LINGER_BYTES: usize = 256 * 1024;
 const RESET_TIME: Duration = Duration::from_millis(250);
 const RESET_LOOK: Duration = Duration::from_millis(2);
 
-/// A caller's socket that keeps the connection's [`Watch`] up to date.
+/// A caller's socket that keeps the connection's [`ConnectionPhase`] up to date.
 #[derive(Debug)]
-pub(super) struct Watched {
-    stream: Stream,
+pub(super) struct WatchedSocket {
+    stream: CallerStream,
     /// The state that the connection's requests and timer see.
-    watch: Arc<Watch>,
+    watch: Arc<ConnectionPhase>,
     /// Set once the connection lingers.
     linger: Option<Linger>,
     /// Set while the connection is watched for a reset.
@@ -54,7 +54,7 @@ struct Linger {
     left: usize,
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for WatchedSocket {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -88,12 +88,12 @@ impl AsyncRead for Watched {
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for WatchedSocket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = match &mut self.stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
-            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
-            Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            CallerStream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            CallerStream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+            CallerStream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
         };
         self.went_on(written)
     }
@@ -104,9 +104,9 @@ impl AsyncWrite for Watched {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = match &mut self.stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-            Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            CallerStream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            CallerStream::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            CallerStream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         };
         self.went_on(written)
     }
@@ -131,8 +131,8 @@ impl AsyncWrite for Watched {
         }
         match &mut self.stream {
             // These have no buffer of their own.
-            Stream::Tcp(_) | Stream::Unix(_) => Poll::Ready(Ok(())),
-            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            CallerStream::Tcp(_) | CallerStream::Unix(_) => Poll::Ready(Ok(())),
+            CallerStream::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -153,9 +153,9 @@ impl AsyncWrite for Watched {
     }
 }
 
-impl Watched {
+impl WatchedSocket {
     /// Wraps a caller's socket.
-    pub(super) fn new(stream: Stream, watch: Arc<Watch>) -> Self {
+    pub(super) fn new(stream: CallerStream, watch: Arc<ConnectionPhase>) -> Self {
         Self { stream, watch, linger: None, reset: None }
     }
 

@@ -12,7 +12,7 @@ use tokio_rustls::server::TlsStream;
 
 /// The socket of a caller's connection.
 #[derive(Debug)]
-pub enum Stream {
+pub enum CallerStream {
     /// Plain TCP.
     Tcp(TcpStream),
     /// TLS over TCP. Boxed, since a TLS session is much larger than a socket.
@@ -23,14 +23,14 @@ pub enum Stream {
 
 /// How the other side of a connection has ended.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum End {
+pub(super) enum PeerEnd {
     /// It sends no more. It may still read.
     Closed,
     /// It is gone, and reads nothing any more.
     Reset,
 }
 
-impl Stream {
+impl CallerStream {
     /// Returns whether the other side has reset the connection. Does not read.
     pub(super) fn is_reset(&self) -> bool {
         let error = match self {
@@ -44,7 +44,7 @@ impl Stream {
     }
 
     /// Waits until the other side has closed or reset the connection. Stays pending while there is something to read.
-    pub(super) fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+    pub(super) fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<PeerEnd> {
         loop {
             let peeked = match self {
                 Self::Tls(stream) => return poll_tls_end(stream, cx),
@@ -61,8 +61,8 @@ impl Stream {
             match peeked {
                 // `try_io` has cleared tokio's readiness, so the next round waits for an event.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => return Poll::Ready(End::Reset),
-                Ok(0) => return Poll::Ready(End::Closed),
+                Err(_) => return Poll::Ready(PeerEnd::Reset),
+                Ok(0) => return Poll::Ready(PeerEnd::Closed),
                 // Bytes of a next request. The socket stays readable, so the end after them wakes nothing: the caller
                 // counts as connected until hyper reads on.
                 Ok(_) => return Poll::Pending,
@@ -96,22 +96,22 @@ fn peek(socket: impl AsFd) -> io::Result<usize> {
     Ok(bytes)
 }
 
-/// As [`Stream::poll_end`] for TLS. The end of a TLS stream is a record within it, so it cannot be peeked at: what
+/// As [`CallerStream::poll_end`] for TLS. The end of a TLS stream is a record within it, so it cannot be peeked at: what
 /// comes is decrypted, and stays in the session until hyper reads it.
-fn poll_tls_end(stream: &mut TlsStream<TcpStream>, cx: &mut Context<'_>) -> Poll<End> {
+fn poll_tls_end(stream: &mut TlsStream<TcpStream>, cx: &mut Context<'_>) -> Poll<PeerEnd> {
     let (socket, session) = stream.get_mut();
     // rustls wants no more once it holds plaintext that nobody has read, which bounds what a caller can make it keep.
     while session.wants_read() {
         match session.read_tls(&mut Present { socket, cx }) {
-            Ok(0) => return Poll::Ready(End::Closed),
+            Ok(0) => return Poll::Ready(PeerEnd::Closed),
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Poll::Pending,
-            Err(_) => return Poll::Ready(End::Reset),
+            Err(_) => return Poll::Ready(PeerEnd::Reset),
         }
         match session.process_new_packets() {
-            Ok(state) if state.peer_has_closed() => return Poll::Ready(End::Closed),
+            Ok(state) if state.peer_has_closed() => return Poll::Ready(PeerEnd::Closed),
             Ok(_) => {}
-            Err(_) => return Poll::Ready(End::Reset),
+            Err(_) => return Poll::Ready(PeerEnd::Reset),
         }
     }
     Poll::Pending

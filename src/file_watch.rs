@@ -42,7 +42,7 @@ pub(crate) fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 32] 
 const GRAIN: Duration = Duration::from_secs(3);
 
 /// One thing that is kept in files, with the state of its last check.
-pub(crate) struct Watched<T, E> {
+pub(crate) struct FileWatch<T, E> {
     /// The files to check with `stat`.
     files: Vec<PathBuf>,
     load: Box<dyn Fn() -> Result<T, E> + Send>,
@@ -59,7 +59,7 @@ pub(crate) struct Watched<T, E> {
 }
 
 /// The result of one check.
-pub(crate) enum Noticed<T, E> {
+pub(crate) enum FileChange<T, E> {
     /// The value is readable and unchanged.
     Nothing,
     /// The value differs from the last one. Check again after [`SETTLE`] to find whether it stays.
@@ -70,7 +70,7 @@ pub(crate) enum Noticed<T, E> {
     Unusable(E),
 }
 
-impl<T: Clone + PartialEq, E> Watched<T, E> {
+impl<T: Clone + PartialEq, E> FileWatch<T, E> {
     /// Watches `files`. `load` reads them and returns their value; `seen` is the value that is already known.
     pub(crate) fn new(
         files: Vec<PathBuf>,
@@ -83,9 +83,9 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
 
     /// Checks once, and calls `load` only if the files may have changed. Blocks on file I/O: a dead mount
     /// blocks it for as long as it is dead.
-    pub(crate) fn look(&mut self) -> Noticed<T, E> {
+    pub(crate) fn poll(&mut self) -> FileChange<T, E> {
         if self.is_at_rest() {
-            return Noticed::Nothing;
+            return FileChange::Nothing;
         }
         self.read = Some(Instant::now());
         let found = match (self.load)() {
@@ -95,24 +95,24 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
                 // change.
                 self.settling = None;
                 self.is_unusable = true;
-                return Noticed::Unusable(error);
+                return FileChange::Unusable(error);
             }
         };
         self.is_unusable = false;
         // A file that was rewritten with the same content, or changed and changed back, is no change.
         if found == self.seen {
             self.settling = None;
-            return Noticed::Nothing;
+            return FileChange::Nothing;
         }
         // A writer may be between two files, or between truncate and write. The value counts once a second
         // reading returns the same.
         if self.settling.as_ref() != Some(&found) {
             self.settling = Some(found);
-            return Noticed::Settling;
+            return FileChange::Settling;
         }
         self.settling = None;
         self.seen = found.clone();
-        Noticed::Changed(found)
+        FileChange::Changed(found)
     }
 
     /// Whether no reading is needed: the stamps are those of the last check, and the last reading came at least
@@ -139,7 +139,7 @@ impl<T: Clone + PartialEq, E> Watched<T, E> {
 
 /// A watched value with the function that puts it into effect, and the last value that this function rejected.
 struct Followed<T, E> {
-    watched: Watched<T, E>,
+    watched: FileWatch<T, E>,
     take: Box<dyn Fn(T) -> Result<(), E> + Send>,
     refused: Option<T>,
 }
@@ -157,16 +157,16 @@ enum Turn {
 impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
     /// Checks once, and puts a change into effect.
     fn turn(&mut self) -> Turn {
-        match self.watched.look() {
+        match self.watched.poll() {
             // A value may be rejected for a cause outside these files. It is tried again at every check until
             // it is accepted or replaced.
-            Noticed::Nothing => match self.refused.take() {
+            FileChange::Nothing => match self.refused.take() {
                 None => Turn::Good { is_new: false },
                 Some(found) => self.take(found, false),
             },
-            Noticed::Settling => Turn::Settling,
-            Noticed::Changed(found) => self.take(found, true),
-            Noticed::Unusable(error) => Turn::Bad { why: error.to_string(), is_new: false },
+            FileChange::Settling => Turn::Settling,
+            FileChange::Changed(found) => self.take(found, true),
+            FileChange::Unusable(error) => Turn::Bad { why: error.to_string(), is_new: false },
         }
     }
 
@@ -190,7 +190,7 @@ impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
 /// `load` and `take` run on the blocking pool, one at a time, so that a file that does not answer blocks
 /// neither the runtime nor other files. May be cancelled at any time; a check that has begun runs to its end.
 pub(crate) async fn follow<T, E>(
-    watched: Watched<T, E>,
+    watched: FileWatch<T, E>,
     take: impl Fn(T) -> Result<(), E> + Send + 'static,
     tell: impl Fn(Result<(), String>),
 ) where
@@ -243,7 +243,7 @@ mod tests {
             let wrong = wrong.clone();
             move |_| wrong.lock().unwrap().map_or(Ok(()), Err)
         };
-        let watched = Watched::new(Vec::new(), || Ok(2), 1);
+        let watched = FileWatch::new(Vec::new(), || Ok(2), 1);
         let mut followed = Followed { watched, take: Box::new(take), refused: None };
         assert!(matches!(followed.turn(), Turn::Settling));
         let mut says = |why: &str, new: bool| {
@@ -273,10 +273,10 @@ mod tests {
                 fs::read(&path)
             }
         };
-        let mut watched = Watched::new(vec![path.clone()], load, Vec::new());
+        let mut watched = FileWatch::new(vec![path.clone()], load, Vec::new());
         let mut looks = |count: usize| {
             reads.store(0, SeqCst);
-            let changed = (0..count).filter(|_| matches!(watched.look(), Noticed::Changed(_))).count();
+            let changed = (0..count).filter(|_| matches!(watched.poll(), FileChange::Changed(_))).count();
             // As if time had passed: the test needs no sleep of three seconds for each step.
             watched.read = watched.read.map(|read| read + GRAIN);
             (reads.load(SeqCst), changed)
