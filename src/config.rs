@@ -13,7 +13,7 @@ mod context;
 mod reader;
 mod values;
 mod forms;
-mod peer;
+mod peer_rule;
 mod urls;
 mod sections;
 mod defaults;
@@ -36,16 +36,16 @@ use std::thread;
 use std::time::Duration;
 
 use context::Reading;
-pub use effective::Access;
+pub use effective::CredentialUser;
 use named_files::NamedFiles;
-use peer::meets_loopback;
-pub use peer::{DNS, PeerRule, SPIFFE};
+use peer_rule::meets_loopback;
+pub use peer_rule::{DNS, PeerRule, SPIFFE};
 pub use problems::{Problem, Problems};
 pub(crate) use relations::socket_path;
 use schemars::JsonSchema;
 pub use sections::{
     Admin, Audit, BareIds, Caller, ContractSource, Control, Credential, Http2, Idempotency, IdentityFiles,
-    Limit, ListenAddress, Listener, ListenerTls, Log, LogFormat, LogRequests, LoginFiles, Quota, Rate,
+    ListenAddress, Listener, ListenerTls, Log, LogFormat, LogRequests, LoginFiles, Quota, Rate, RateLimit,
     RefusalBudget, Route, SecretSource, Server, Token, Upstream, WithoutKey,
 };
 use serde::Serialize;
@@ -123,8 +123,12 @@ impl Config {
             let reading = reading.clone();
             move || drop(done.send(Self::load_with_keys(&own_path, &overrides, environment, files, reading)))
         };
-        let own =
-            || (source::Place::File { path: path.display().to_string().into(), line: 1 }, "file".to_owned());
+        let own = || {
+            (
+                source::ConfigLocation::File { path: path.display().to_string().into(), line: 1 },
+                "file".to_owned(),
+            )
+        };
         let problem =
             |(place, key), reason| Err(Problems(vec![Problem { place, key, reason, written: None }]));
         if let Err(error) = thread::Builder::new().name("configuration".into()).spawn(load) {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::clock;
-use crate::config::Limit;
+use crate::config::RateLimit;
 pub use quota::{Exhausted, Quota};
 
 /// A rate limit and its state. All times are in nanoseconds.
@@ -38,7 +38,7 @@ pub struct LimitExceeded {
 
 impl Limiter {
     /// A limit of which nothing is spent.
-    pub fn new(limit: Limit) -> Self {
+    pub fn new(limit: RateLimit) -> Self {
         let [interval, tolerance] = [interval(limit), tolerance(limit)].map(AtomicU64::new);
         Self { interval, tolerance, arrival: AtomicU64::new(0) }
     }
@@ -50,7 +50,7 @@ impl Limiter {
     }
 
     /// Changes the limit. What is spent stays spent, counted in requests, up to the new burst.
-    pub fn set(&self, limit: Limit) {
+    pub fn set(&self, limit: RateLimit) {
         self.set_at(clock::nanos(), limit);
     }
 
@@ -76,7 +76,7 @@ impl Limiter {
 
     /// Lets only a share of a rate pass from now on, and of its burst. `share` is from 0 (exclusive) to 1.
     // The tolerance stays what it is. With longer intervals fewer requests fit into it, which is the smaller burst.
-    fn slow_down(&self, now: u64, limit: Limit, share: f64) {
+    fn slow_down(&self, now: u64, limit: RateLimit, share: f64) {
         let interval = Duration::from_nanos(interval(limit)).div_f64(share);
         self.pace(now, clock::nanos_of(interval));
     }
@@ -103,7 +103,7 @@ impl Limiter {
         self.arrival.fetch_max(now + ahead, Ordering::Relaxed);
     }
 
-    fn set_at(&self, now: u64, limit: Limit) {
+    fn set_at(&self, now: u64, limit: RateLimit) {
         self.tolerance.store(tolerance(limit), Ordering::Relaxed);
         self.pace(now, interval(limit));
     }
@@ -125,12 +125,12 @@ impl Limiter {
 }
 
 /// The time of one request, in nanoseconds.
-fn interval(limit: Limit) -> u64 {
+fn interval(limit: RateLimit) -> u64 {
     clock::nanos_of(limit.period) / u64::from(limit.count.get())
 }
 
 /// The tolerance of GCRA, in nanoseconds. A burst of one has none: a request passes once the interval of the last one is over.
-fn tolerance(limit: Limit) -> u64 {
+fn tolerance(limit: RateLimit) -> u64 {
     interval(limit) * (u64::from(limit.burst.get()) - 1)
 }
 
@@ -144,8 +144,8 @@ mod tests {
 
     use super::*;
 
-    fn limit(count: u32, burst: u32) -> Limit {
-        Limit {
+    fn limit(count: u32, burst: u32) -> RateLimit {
+        RateLimit {
             count: NonZeroU32::new(count).unwrap(),
             period: Duration::from_secs(1),
             burst: NonZeroU32::new(burst).unwrap(),
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_limit_that_is_raised_is_open_at_once_and_one_that_is_lowered_gives_nothing_back() {
-        let slow = Limit { period: Duration::from_secs(3600), ..limit(5, 40) };
+        let slow = RateLimit { period: Duration::from_secs(3600), ..limit(5, 40) };
         let limiter = Limiter::new(slow);
         let spend = || while limiter.take_at(0).is_ok() {};
         let wait = || limiter.take_at(0).map_or_else(|spent| spent.retry_after, |()| Duration::ZERO);
@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn threads_together_never_get_more_than_the_burst() {
         // One an hour, so that nothing comes back during the test.
-        let limiter = Limiter::new(Limit { period: Duration::from_secs(3600), ..limit(1, 100) });
+        let limiter = Limiter::new(RateLimit { period: Duration::from_secs(3600), ..limit(1, 100) });
         let passed: usize = std::thread::scope(|scope| {
             let threads: Vec<_> =
                 (0..4).map(|_| scope.spawn(|| (0..100).filter(|_| limiter.take().is_ok()).count())).collect();

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use ccsqm_gateway::app::App;
 use ccsqm_gateway::audit::limit;
 use ccsqm_gateway::config::trail::CALL;
-use ccsqm_gateway::config::{Access, BUILT_IN_ROUTE, Config, LOOPBACK_NOTICE, Route};
+use ccsqm_gateway::config::{BUILT_IN_ROUTE, Config, CredentialUser, LOOPBACK_NOTICE, Route};
 use ccsqm_gateway::idempotency::memory::{KeyMemory, mebibytes};
 use ccsqm_gateway::preflight::exposures;
 use ccsqm_gateway::secret::needles;
@@ -155,7 +155,7 @@ fn notices(configured: &Configured, config: &Config) -> Vec<String> {
         .collect()
 }
 
-fn user(access: &Access) {
+fn user(access: &CredentialUser) {
     let (who, is_frozen) = (&access.who, if access.is_frozen { "; FROZEN" } else { "" });
     out!(
         "#   {}: {who}, at {}; on {}; as operator {}; {}, burst {}{is_frozen}",

@@ -62,7 +62,7 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
         }
     }
     // A `tls` that could not be read is still meant: asking for `allow_plaintext` instead would be bad advice.
-    let has_tls = listener.tls.is_some() || context.is_doubtful(&key("tls"));
+    let has_tls = listener.tls.is_some() || context.is_poisoned(&key("tls"));
     if has_tls && listener.allow_plaintext == Some(true) {
         context.problem(
             &key("allow_plaintext"),
@@ -82,7 +82,7 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
         ListenAddress::Tcp(address) => {
             // A poisoned address has the default, a TCP one, and the real one may be the Unix socket that `mode`
             // is for.
-            if listener.mode.is_some() && !context.is_doubtful(&key("address")) {
+            if listener.mode.is_some() && !context.is_poisoned(&key("address")) {
                 context.problem(&key("mode"), "is for Unix sockets only");
             }
             let allow_plaintext = *listener.allow_plaintext.get_or_insert(false);
@@ -94,11 +94,11 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
             // `Host` guards against DNS rebinding: a web page that points its own name at the gateway. Off
             // loopback only the operator knows the right names.
             let has_hosts = listener.hosts.as_ref().is_some_and(|hosts| !hosts.is_empty());
-            if !has_hosts && !context.is_doubtful_within(&key("hosts")) {
+            if !has_hosts && !context.is_poisoned_within(&key("hosts")) {
                 let reason = "is needed on a listener that is not on loopback: the names that Host may carry";
                 context.lacks(&key("hosts"), reason);
             }
-            if !allow_plaintext && !has_tls && !context.is_doubtful(&key("allow_plaintext")) {
+            if !allow_plaintext && !has_tls && !context.is_poisoned(&key("allow_plaintext")) {
                 let reason = "must be true on a listener that is not on loopback and has no tls: callers' requests cross the network unencrypted";
                 context.lacks(&key("allow_plaintext"), reason);
             }
@@ -158,7 +158,7 @@ fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credent
         ("app_secret", app_secret_file.is_some(), app_secret_env.is_some()),
     ] {
         let [inline, in_file, in_variable] = ["", "_file", "_env"].map(|of| format!("{table}.{name}{of}"));
-        let is_doubtful = context.is_doubtful(&in_file) || context.is_doubtful(&in_variable);
+        let is_poisoned = context.is_poisoned(&in_file) || context.is_poisoned(&in_variable);
         // `app_key` is no key of the table. It has a text of its own, which says where a secret belongs. Its
         // sources are poisoned, so that they are not reported as missing as well.
         if context.is_set(&inline) {
@@ -169,7 +169,7 @@ fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credent
             context.doubt(&[in_file, in_variable]);
         } else if file && variable {
             context.problem(&in_file, format!("either {name}_file or {name}_env, not both"));
-        } else if !file && !variable && !is_doubtful {
+        } else if !file && !variable && !is_poisoned {
             context.lacks(&in_file, format!("is missing ({name}_env would do, too)"));
         }
     }
@@ -184,7 +184,7 @@ fn check_caller(context: &mut Context<'_>, table: &str, caller: &Caller) {
 /// Notes that a list is missing if it is empty. One with poisoned items is not: its items were left out, not
 /// forgotten.
 fn need_one(context: &mut Context<'_>, key: &str, list: &[String], example: &str) {
-    if list.is_empty() && !context.is_doubtful_within(key) {
+    if list.is_empty() && !context.is_poisoned_within(key) {
         context.lacks(key, format!("at least one is needed, as in {example}"));
     }
 }

@@ -13,7 +13,7 @@ use strsim::levenshtein;
 
 use super::Problem;
 use super::named_files::NamedFiles;
-use super::source::{Layers, Place, Syntax};
+use super::source::{ConfigLocation, Layers, Syntax};
 
 /// State of one validation, from the merged layers to the last check.
 pub(super) struct Context<'a> {
@@ -30,12 +30,12 @@ pub(super) struct Context<'a> {
     /// The tables that were read, by their keys.
     tables: BTreeMap<String, Table>,
     /// The place of each key that is set, and how its value is written there.
-    places: HashMap<String, (Place, Option<String>)>,
+    places: HashMap<String, (ConfigLocation, Option<String>)>,
     /// The poisoned keys.
-    doubtful: HashSet<String>,
+    poisoned: HashSet<String>,
     /// Required keys that are missing. Kept apart from `problems`, since a misspelt key that is found later may
     /// explain them.
-    lacking: Vec<Problem>,
+    missing: Vec<Problem>,
     /// Known keys of which a misspelling was found. They are not reported as missing.
     misspelt: HashSet<String>,
 }
@@ -48,7 +48,7 @@ struct Table {
 
 /// The place and key of the value whose file is being read; `None` while no such file is. Shared with the thread
 /// that waits for the validation, which names the key if a file does not answer.
-pub(super) type Reading = Arc<Mutex<Option<(Place, String)>>>;
+pub(super) type Reading = Arc<Mutex<Option<(ConfigLocation, String)>>>;
 
 impl<'a> Context<'a> {
     /// Returns a context that knows the places of all values, and no problem yet.
@@ -68,8 +68,8 @@ impl<'a> Context<'a> {
             problems: Vec::new(),
             tables: BTreeMap::new(),
             places,
-            doubtful: HashSet::new(),
-            lacking: Vec::new(),
+            poisoned: HashSet::new(),
+            missing: Vec::new(),
             misspelt: HashSet::new(),
         }
     }
@@ -81,12 +81,12 @@ impl<'a> Context<'a> {
 
     /// Whether the value comes from a variable or a flag. Such a value is a text, whatever its type should be.
     pub(super) fn is_loose(&self, key: &str) -> bool {
-        !matches!(self.place(key), Place::File { .. })
+        !matches!(self.place(key), ConfigLocation::File { .. })
     }
 
     /// The place of a key, or of the innermost section around it that has one. A key that is missing has no place
     /// of its own.
-    pub(super) fn place(&self, key: &str) -> &Place {
+    pub(super) fn place(&self, key: &str) -> &ConfigLocation {
         let found = ancestors(key).find_map(|key| self.places.get(key));
         found.map_or(&NOWHERE, |(place, _)| place)
     }
@@ -124,7 +124,7 @@ impl<'a> Context<'a> {
         // The built-in route shares its type with the others, so that a bad `path` in it was read and reported
         // already. Without this it would be reported twice: as a bad path, and as an unknown key.
         self.problems.retain(|problem| !is_one(&problem.key));
-        self.doubtful.retain(|told| !is_one(told));
+        self.poisoned.retain(|told| !is_one(told));
         if let Some(table) = self.tables.get_mut(key) {
             table.known.retain(|name| !names.contains(name));
         }
@@ -139,7 +139,7 @@ impl<'a> Context<'a> {
     /// Adds a mistake at the place of `at`, reported under `key`: for an item of a list of texts, the key of the
     /// list.
     pub(super) fn problem_of(&mut self, at: &str, key: &str, reason: impl Into<String>) {
-        self.doubtful.insert(at.to_owned());
+        self.poisoned.insert(at.to_owned());
         // A terminal shows the value beside the mistake. It is dropped where it may be a secret: in the sections
         // that name files of secrets, in a URL (`https://user:password@…`), and in `require_header`, where the
         // value of a header may have been written for its name.
@@ -153,24 +153,24 @@ impl<'a> Context<'a> {
     fn tell(&mut self, at: &str, key: &str, reason: String, written: Option<String>) {
         let place = self.place(at).clone();
         // Variables and flags are still reported: they carry their whole key, so a broken header cannot mislead.
-        if self.syntax != Syntax::Lost || !matches!(place, Place::File { .. }) {
+        if self.syntax != Syntax::Lost || !matches!(place, ConfigLocation::File { .. }) {
             self.problems.push(Problem { place, key: key.to_owned(), reason, written });
         }
     }
 
-    /// Notes that a required key is missing, and poisons it. Reported by [`Self::tell_what_lacks`] unless something
+    /// Notes that a required key is missing, and poisons it. Reported by [`Self::report_missing`] unless something
     /// explains it.
     pub(super) fn lacks(&mut self, key: &str, reason: impl Into<String>) {
         let place = self.place(outer(key).unwrap_or_default()).clone();
-        self.lacking.push(Problem { place, key: key.to_owned(), reason: reason.into(), written: None });
-        self.doubtful.insert(key.to_owned());
+        self.missing.push(Problem { place, key: key.to_owned(), reason: reason.into(), written: None });
+        self.poisoned.insert(key.to_owned());
     }
 
     /// Notes each of `names` that the table lacks.
     pub(super) fn require(&mut self, table: &str, names: &[&str]) {
         for name in names {
             let key = member(table, name);
-            if !self.is_set(&key) && !self.doubtful.contains(&key) {
+            if !self.is_set(&key) && !self.poisoned.contains(&key) {
                 self.lacks(&key, "is missing");
             }
         }
@@ -197,15 +197,15 @@ impl<'a> Context<'a> {
             for name in given.iter().filter(|name| !known.contains(&name.as_str())) {
                 let key = member(&path, name);
                 // Reported already, with a reason of its own: a secret written into the file, for example.
-                if self.doubtful.contains(&key) {
+                if self.poisoned.contains(&key) {
                     continue;
                 }
                 // A variable with the wrong underscores (SERVER_WORKERS for SERVER__WORKERS) lands at the top
                 // level, where no name is near. Comparing all settings with its name without doubled underscores
                 // finds the one that is meant.
                 let variable = match self.place(&key) {
-                    Place::Variable(variable) => meant(variable),
-                    Place::File { .. } | Place::Flag(_) => None,
+                    ConfigLocation::Variable(variable) => meant(variable),
+                    ConfigLocation::File { .. } | ConfigLocation::Flag(_) => None,
                 };
                 let near = self.nearest(&path, name, &known, &given);
                 let reason = match (&variable, near) {
@@ -217,7 +217,7 @@ impl<'a> Context<'a> {
                 // The key that was meant is poisoned, too. It may have its default now, and a relation that the
                 // default breaks would be a second mistake, about a value that the file does not contain.
                 self.misspelt.extend(meant.clone());
-                self.doubtful.extend(meant.into_iter().chain([key.clone()]));
+                self.poisoned.extend(meant.into_iter().chain([key.clone()]));
                 // Where secrets are named, the unknown key may be a pasted secret. The table is reported instead,
                 // so that the secret does not get into logs.
                 let told = if names_secrets(&path) { path.clone() } else { key.clone() };
@@ -239,7 +239,7 @@ impl<'a> Context<'a> {
     ) -> Option<&'static str> {
         // A name that is present already is rarely what a misspelling means. It is not ruled out: a misspelling
         // that is one letter off a present key explained away a missing key that was four letters off.
-        let lacks = |known: &str| self.lacking.iter().any(|problem| problem.key == member(path, known));
+        let lacks = |known: &str| self.missing.iter().any(|problem| problem.key == member(path, known));
         let near = known.iter().filter_map(|known| {
             let distance = levenshtein(known, name);
             let is_near = distance <= 1 + known.len() / 4;
@@ -250,44 +250,44 @@ impl<'a> Context<'a> {
 
     /// Moves missing keys to the problems, unless a misspelling, a poisoned section around it, or a line that is
     /// not TOML explains why the key is missing.
-    pub(super) fn tell_what_lacks(&mut self) {
-        let lacking = std::mem::take(&mut self.lacking);
+    pub(super) fn report_missing(&mut self) {
+        let missing = std::mem::take(&mut self.missing);
         if self.syntax != Syntax::Whole {
             return;
         }
-        let unexplained = lacking.into_iter().filter(|problem| {
+        let unexplained = missing.into_iter().filter(|problem| {
             // The key itself is skipped: `lacks` has poisoned it.
-            let doubtful = ancestors(&problem.key).skip(1).any(|key| self.doubtful.contains(key));
-            !doubtful && !self.misspelt.contains(&problem.key)
+            let poisoned = ancestors(&problem.key).skip(1).any(|key| self.poisoned.contains(key));
+            !poisoned && !self.misspelt.contains(&problem.key)
         });
         self.problems.extend(unexplained);
     }
 
     /// Poisons keys.
     pub(super) fn doubt(&mut self, keys: &[String]) {
-        self.doubtful.extend(keys.iter().cloned());
+        self.poisoned.extend(keys.iter().cloned());
     }
 
     /// Whether the key is set and not poisoned.
     pub(super) fn is_good(&self, key: &str) -> bool {
-        self.is_set(key) && !self.is_doubtful(key)
+        self.is_set(key) && !self.is_poisoned(key)
     }
 
     /// Whether the key or a section around it is poisoned.
-    pub(super) fn is_doubtful(&self, key: &str) -> bool {
-        ancestors(key).any(|key| self.doubtful.contains(key))
+    pub(super) fn is_poisoned(&self, key: &str) -> bool {
+        ancestors(key).any(|key| self.poisoned.contains(key))
     }
 
     /// Whether the section, a section around it, or anything in it is poisoned.
-    pub(super) fn is_doubtful_within(&self, section: &str) -> bool {
+    pub(super) fn is_poisoned_within(&self, section: &str) -> bool {
         let is_within =
             |key: &String| key.strip_prefix(section).is_some_and(|rest| rest.starts_with(['.', '[']));
-        self.is_doubtful(section) || self.doubtful.iter().any(is_within)
+        self.is_poisoned(section) || self.poisoned.iter().any(is_within)
     }
 }
 
 /// Returned for no key, since the whole configuration has a place. [`Context::place`] needs something to refer to.
-static NOWHERE: Place = Place::Flag(String::new());
+static NOWHERE: ConfigLocation = ConfigLocation::Flag(String::new());
 
 /// Notes the place of each value. A table that only variables or flags created has none, and gets the first of its
 /// members'.
@@ -295,7 +295,7 @@ fn locate(
     layers: &Layers,
     value: &Value,
     key: String,
-    places: &mut HashMap<String, (Place, Option<String>)>,
+    places: &mut HashMap<String, (ConfigLocation, Option<String>)>,
 ) {
     let own = value.origin().and_then(|number| layers.origins.get(number.parse::<usize>().ok()?));
     let mut inner = Vec::new();

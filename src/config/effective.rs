@@ -8,7 +8,7 @@ use super::{Caller, Config, Credential, Route};
 
 /// One caller's access to one credential.
 #[derive(Clone, Debug, Serialize)]
-pub struct Access {
+pub struct CredentialUser {
     /// The credential's name.
     pub credential: String,
     /// The caller's name.
@@ -43,13 +43,13 @@ impl Config {
 
     /// Returns who can use which credential, in the order of the credentials. `check` prints it for a review of
     /// access.
-    pub fn access(&self) -> Vec<Access> {
+    pub fn access(&self) -> Vec<CredentialUser> {
         let pairs = self.credentials.iter().flat_map(|c| self.callers.iter().map(move |caller| (c, caller)));
         pairs.filter_map(|(credential, caller)| self.access_of(credential, caller)).collect()
     }
 
     /// Returns the caller's access to a credential; `None` if it uses it on no route.
-    fn access_of(&self, credential: &Credential, caller: &Caller) -> Option<Access> {
+    fn access_of(&self, credential: &Credential, caller: &Caller) -> Option<CredentialUser> {
         let uses = |route: &&Route| {
             // A route's own credential replaces the caller's, so that one caller may use several.
             let used = route.credential.as_ref().unwrap_or(&caller.credential);
@@ -58,7 +58,7 @@ impl Config {
         let is_frozen = caller.frozen || !self.routes.iter().filter(uses).any(|route| !route.frozen);
         let routes: Vec<_> = self.routes.iter().filter(uses).map(|route| route.name.clone()).collect();
         let operators = std::iter::once(&caller.operator_id).chain(&caller.operators);
-        let access = Access {
+        let access = CredentialUser {
             credential: credential.name.clone(),
             caller: caller.name.clone(),
             peer: caller.peer.to_string(),

@@ -118,11 +118,11 @@ fn audit_directory(context: &mut Context<'_>, config: &Config) {
     // With a misspelt key, or lines that are not TOML, the chain's key may be in a file after all. A placeholder
     // path stands for it, so that the check does not ask for a key in the directory: that would be a second
     // mistake.
-    let is_doubtful = context.is_doubtful("audit.key_file");
-    let is_elsewhere = (is_doubtful || context.syntax != Syntax::Whole).then_some(Path::new("FILE"));
-    let key_file = audit.key_file.as_deref().filter(|_| !is_doubtful).or(is_elsewhere);
+    let is_poisoned = context.is_poisoned("audit.key_file");
+    let is_elsewhere = (is_poisoned || context.syntax != Syntax::Whole).then_some(Path::new("FILE"));
+    let key_file = audit.key_file.as_deref().filter(|_| !is_poisoned).or(is_elsewhere);
     context.reads("audit.directory");
-    if !context.is_doubtful("audit.directory")
+    if !context.is_poisoned("audit.directory")
         && let Err(reason) = context.files.check_audit_directory(&audit.directory, key_file, audit.must_exist)
     {
         context.problem("audit.directory", reason);

@@ -40,14 +40,14 @@ pub(super) trait Form {
 }
 
 /// A way to write a value as a text. Each is a [`Form`], too.
-pub(super) trait Text {
+pub(super) trait TextForm {
     /// The type of the value in the configuration.
     type Value;
 
     /// Returns the value, or a reason that can follow the key.
     fn parse(text: &str) -> Result<Self::Value, String>;
 
-    /// Returns a text that [`Text::parse`] takes.
+    /// Returns a text that [`TextForm::parse`] takes.
     fn text(value: &Self::Value) -> String;
 
     fn schema() -> Schema {
@@ -55,7 +55,7 @@ pub(super) trait Text {
     }
 }
 
-impl<F: Text> Form for F {
+impl<F: TextForm> Form for F {
     type Value = F::Value;
 
     fn read<'de, D: Deserializer<'de>>(from: D) -> Result<F::Value, D::Error> {
@@ -68,7 +68,7 @@ impl<F: Text> Form for F {
 
     /// The JSON Schema for editors: any text, unless the form says more.
     fn schema() -> Schema {
-        <F as Text>::schema()
+        <F as TextForm>::schema()
     }
 }
 
@@ -77,7 +77,7 @@ macro_rules! texts {
     ($($name:ident: $value:ty = $parse:expr, $text:expr;)+) => {$(
         pub(super) struct $name;
 
-        impl Text for $name {
+        impl TextForm for $name {
             type Value = $value;
 
             fn parse(text: &str) -> Result<$value, String> {
@@ -129,7 +129,7 @@ pub(super) const HOUR: u64 = 60 * MINUTE;
 /// A day in milliseconds.
 pub(super) const DAY: u64 = 24 * HOUR;
 
-impl<const LOW: u64, const HIGH: u64> Text for Period<LOW, HIGH> {
+impl<const LOW: u64, const HIGH: u64> TextForm for Period<LOW, HIGH> {
     type Value = Duration;
 
     fn parse(text: &str) -> Result<Duration, String> {
@@ -172,7 +172,7 @@ pub(super) const MIB: u64 = 1 << 20;
 /// A GiB in bytes.
 pub(super) const GIB: u64 = 1 << 30;
 
-impl<const LOW: u64, const HIGH: u64, T: Copy + TryFrom<u64> + TryInto<u64>> Text for Size<LOW, HIGH, T> {
+impl<const LOW: u64, const HIGH: u64, T: Copy + TryFrom<u64> + TryInto<u64>> TextForm for Size<LOW, HIGH, T> {
     type Value = T;
 
     fn parse(text: &str) -> Result<T, String> {
@@ -209,8 +209,8 @@ macro_rules! unless {
     ($($name:ident = $word:literal or $form:ty;)+) => {$(
         pub(super) struct $name;
 
-        impl Text for $name {
-            type Value = Option<<$form as Text>::Value>;
+        impl TextForm for $name {
+            type Value = Option<<$form as TextForm>::Value>;
 
             fn parse(text: &str) -> Result<Self::Value, String> {
                 if text == $word { Ok(None) } else { <$form>::parse(text).map(Some) }
@@ -221,7 +221,7 @@ macro_rules! unless {
             }
 
             fn schema() -> Schema {
-                json_schema!({ "anyOf": [<$form as Text>::schema(), { "const": $word }] })
+                json_schema!({ "anyOf": [<$form as TextForm>::schema(), { "const": $word }] })
             }
         }
     )+};

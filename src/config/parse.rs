@@ -52,7 +52,7 @@ pub(super) fn validate(
     context.tell_unknown(|variable| config.setting_meant_by(variable));
     // 5. Before relations, which skip what a bad file has poisoned.
     files::look_at(&mut context, &mut config);
-    context.tell_what_lacks();
+    context.report_missing();
     // With lines missing, any value may be a default in the place of one that was written: no relation is certain.
     if context.syntax == Syntax::Whole {
         relations::check(&mut context, &config);

@@ -14,7 +14,7 @@ use crate::plain;
 #[derive(Clone, Debug)]
 pub struct Problem {
     /// The file and line, variable or flag.
-    pub(super) place: source::Place,
+    pub(super) place: source::ConfigLocation,
     /// The key, such as `callers[0].peer`; `file` for the file as a whole.
     pub(super) key: String,
     /// A reason that can follow the key.
@@ -39,8 +39,8 @@ impl Problem {
     /// The path and the line, from 1; `None` for a variable or a flag.
     pub fn line(&self) -> Option<(&str, usize)> {
         match &self.place {
-            source::Place::File { path, line } => Some((path, *line)),
-            source::Place::Variable(_) | source::Place::Flag(_) => None,
+            source::ConfigLocation::File { path, line } => Some((path, *line)),
+            source::ConfigLocation::Variable(_) | source::ConfigLocation::Flag(_) => None,
         }
     }
 

@@ -45,7 +45,7 @@ pub(super) fn table<T: DeserializeOwned + Default>(
         match T::deserialize(Reader { context, left_out: &left_out, value, key, is_item: false }) {
             Ok(table) => return table,
             Err(_) if mistakes == MAX_MISTAKES => break,
-            Err(Fault { at: Some(Place { at, key }), reason }) => {
+            Err(Fault { at: Some(KeyPath { at, key }), reason }) => {
                 context.problem_of(&at, &key, reason);
                 left_out.insert(at);
             }
@@ -115,14 +115,14 @@ struct Reader<'a, 'c> {
 /// Why a value cannot be read. `at` is `None` until [`Values::read`], which knows the key, fills it in.
 #[derive(Debug)]
 struct Fault {
-    at: Option<Place>,
+    at: Option<KeyPath>,
     reason: String,
 }
 
 /// The place of a faulty value: `at` is its own key, `key` the one to report. They differ for an item of a list,
 /// which is reported under the key of the list.
 #[derive(Debug)]
-struct Place {
+struct KeyPath {
     at: String,
     key: String,
 }
@@ -296,7 +296,7 @@ impl<'a, 'c> Values<'a, 'c> {
         let read = seed.deserialize(Reader { context, left_out, value, key: at.clone(), is_item });
         let key = if is_item { &self.key } else { &at };
         read.map_err(|Fault { at: known, reason }| {
-            let here = || Place { at: at.clone(), key: key.clone() };
+            let here = || KeyPath { at: at.clone(), key: key.clone() };
             Fault { at: known.or_else(|| Some(here())), reason }
         })
     }

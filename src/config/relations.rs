@@ -53,11 +53,11 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
     // The system's roots are needed only if something speaks TLS. A container may have none; it is refused here
     // and not at the first token fetch.
     context.reads("upstream.ca_file");
-    let is_known = !["upstream.base_url", "token.url"].iter().any(|key| context.is_doubtful(key));
+    let is_known = !["upstream.base_url", "token.url"].iter().any(|key| context.is_poisoned(key));
     if is_known
         && (upstream.base_url.tls || config.token.url.tls)
         && upstream.ca_file.is_none()
-        && !context.is_doubtful("upstream.ca_file")
+        && !context.is_poisoned("upstream.ca_file")
         && let Err(reason) = context.files.check_system_roots()
     {
         context.problem("upstream.ca_file", format!("is needed here: {reason}"));
@@ -66,7 +66,7 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
 
 /// Adds a problem at the first key, unless one of the two keys is poisoned.
 fn between(context: &mut Context<'_>, keys: [&str; 2], reason: &str) {
-    if !keys.iter().any(|key| context.is_doubtful(key)) {
+    if !keys.iter().any(|key| context.is_poisoned(key)) {
         context.problem(keys[0], reason);
     }
 }
@@ -81,14 +81,14 @@ fn references(context: &mut Context<'_>, config: &Config) {
         let list = format!("callers[{i}].routes");
         // A poisoned list makes each of its items poisoned, and the search below for items that are not would have
         // no end: a misspelt key beside the right list once hung the start there.
-        if context.is_doubtful(&list) {
+        if context.is_poisoned(&list) {
             continue;
         }
         // Items that could not be read are not in `caller.routes`. Their indices are skipped, so that each name
         // that was read is reported under the index that it has in the file.
         let items: Vec<_> = (0..)
             .map(|j| format!("{list}[{j}]"))
-            .filter(|item| !context.is_doubtful(item))
+            .filter(|item| !context.is_poisoned(item))
             .take(caller.routes.len())
             .collect();
         for (item, route) in items.iter().zip(&caller.routes) {
@@ -104,9 +104,9 @@ fn references(context: &mut Context<'_>, config: &Config) {
 /// Adds a problem if no credential or route has this name. An empty name among `names` is one that could not be
 /// read: it may be the one that is meant, so nothing is reported then.
 fn refer(context: &mut Context<'_>, at: &str, key: &str, (what, names): (&str, &[&str]), name: &str) {
-    let is_doubtful =
-        context.is_doubtful(&format!("{what}s")) || names.contains(&"") || context.is_doubtful(at);
-    if !is_doubtful && !names.contains(&name) {
+    let is_poisoned =
+        context.is_poisoned(&format!("{what}s")) || names.contains(&"") || context.is_poisoned(at);
+    if !is_poisoned && !names.contains(&name) {
         let reason = format!("no {what} has this name; there are: {}", names.join(", "));
         context.problem_of(at, key, reason);
     }
@@ -116,7 +116,7 @@ fn refer(context: &mut Context<'_>, at: &str, key: &str, (what, names): (&str, &
 /// should hide would be written in clear.
 fn fields(context: &mut Context<'_>, config: &Config) {
     // A contract that cannot be read may have any name.
-    if context.is_doubtful_within("routes") {
+    if context.is_poisoned_within("routes") {
         return;
     }
     let files = context.files;
@@ -140,7 +140,7 @@ fn trail_size(context: &mut Context<'_>, config: &Config) {
         .flat_map(|i| ["rate_limit", "burst"].map(|key| format!("callers[{i}].{key}")))
         .chain(["quota.rate", "quota.burst"].map(str::to_owned));
     let sizes = ["audit.max_size", "audit.segment_size", "idempotency.window"].map(str::to_owned);
-    if sizes.into_iter().chain(limits).any(|key| context.is_doubtful(&key)) {
+    if sizes.into_iter().chain(limits).any(|key| context.is_poisoned(&key)) {
         return;
     }
     if let Some(reason) = config.trail_size().refusal() {
@@ -179,17 +179,17 @@ fn peers(context: &mut Context<'_>, config: &Config) {
     // be the listener that a caller seems to lack.
     let doubtful_listeners = (0..config.listeners.len()).any(|i| {
         let listener = format!("listeners[{i}]");
-        context.is_doubtful(&format!("{listener}.address"))
-            || context.is_doubtful_within(&format!("{listener}.tls"))
+        context.is_poisoned(&format!("{listener}.address"))
+            || context.is_poisoned_within(&format!("{listener}.tls"))
     });
     for (i, caller) in config.callers.iter().enumerate() {
         let key = format!("callers[{i}].peer");
-        if context.is_doubtful(&key) {
+        if context.is_poisoned(&key) {
             continue;
         }
         // Two callers for one peer would make its identity, credential and limits depend on the order in the file.
         let other = (0..i).find(|other| {
-            !context.is_doubtful(&format!("callers[{other}].peer"))
+            !context.is_poisoned(&format!("callers[{other}].peer"))
                 && config.callers[*other].peer.can_be(&caller.peer)
         });
         if let Some(other) = other {
@@ -219,9 +219,9 @@ fn addresses(context: &mut Context<'_>, config: &Config) {
     let listeners = config.listeners.iter().enumerate().map(listener);
     let all: Vec<_> = listeners.chain([admin]).chain(control).collect();
     for (i, (key, address)) in all.iter().enumerate() {
-        let clash = all[..i].iter().find(|(key, other)| !context.is_doubtful(key) && clash(address, other));
+        let clash = all[..i].iter().find(|(key, other)| !context.is_poisoned(key) && clash(address, other));
         if let Some((other, _)) = clash
-            && !context.is_doubtful(key)
+            && !context.is_poisoned(key)
         {
             context.problem(key, format!("overlaps with {other}: give one of them another address or port"));
         }

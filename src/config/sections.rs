@@ -23,7 +23,7 @@ pub use outbound::{
 };
 
 use super::PeerRule;
-use super::peer::meets_loopback;
+use super::peer_rule::meets_loopback;
 use crate::model::durability::Durability;
 use crate::model::redaction::Shown;
 use crate::model::words;
@@ -253,7 +253,7 @@ impl Caller {
     pub(super) const REQUIRED: &[&str] = &["name", "peer", "operator_id", "credential", "routes"];
 
     /// The caller's own rate limit.
-    pub fn limit(&self) -> Limit {
+    pub fn limit(&self) -> RateLimit {
         self.rate_limit.with_burst(self.burst)
     }
 }
@@ -270,7 +270,7 @@ section! {
 
 impl Quota {
     /// The rate limit of all callers together.
-    pub fn limit(&self) -> Limit {
+    pub fn limit(&self) -> RateLimit {
         self.rate.with_burst(self.burst)
     }
 }
@@ -291,9 +291,9 @@ impl Rate {
     }
 
     /// The limit with this rate and burst. A burst of 0, which the bounds rule out, counts as 1.
-    fn with_burst(self, burst: u32) -> Limit {
+    fn with_burst(self, burst: u32) -> RateLimit {
         let Self { count, period } = self;
-        Limit { count, period, burst: NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN) }
+        RateLimit { count, period, burst: NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN) }
     }
 }
 
@@ -310,7 +310,7 @@ impl fmt::Display for Rate {
 
 /// A rate limit: a rate and a burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limit {
+pub struct RateLimit {
     /// Requests per `period`.
     pub count: NonZeroU32,
     /// One second, minute or hour.

@@ -61,7 +61,7 @@ pub(super) const LIST_OF_TABLES: &str = "lists of tables can be set in the file,
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 // The order of the variants is the order of the layers. Problems are sorted by it, and of two spellings of a
 // header the greater one wins.
-pub(super) enum Place {
+pub(super) enum ConfigLocation {
     File { path: Arc<str>, line: usize },
     Variable(String),
     Flag(String),
@@ -83,7 +83,7 @@ pub(super) struct Layers {
 /// The origin of a value.
 pub(super) struct Origin {
     /// Where the value was set.
-    pub(super) place: Place,
+    pub(super) place: ConfigLocation,
     /// The value's text in the file; `None` for other layers, longer texts and tables.
     pub(super) written: Option<String>,
 }
@@ -99,7 +99,7 @@ pub(super) enum Syntax {
     Lost,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for ConfigLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File { path, line } => write!(f, "{path}:{line}"),
@@ -117,7 +117,7 @@ pub(super) fn read(
     environment: &[(OsString, OsString)],
 ) -> Result<Layers, Problems> {
     let shown: Arc<str> = path.map(|path| path.display().to_string()).unwrap_or_default().into();
-    let at = |line| Place::File { path: shown.clone(), line };
+    let at = |line| ConfigLocation::File { path: shown.clone(), line };
     let problem = |(line, reason)| Problem { place: at(line), key: "file".into(), reason, written: None };
     let text = path.map_or_else(|| Ok(String::new()), read_text);
     let text = text.map_err(|mistake| Problems(vec![problem(mistake)]))?;
@@ -146,7 +146,12 @@ pub(super) fn read(
 }
 
 /// Returns a value whose origin is its place.
-fn located(origins: &mut Vec<Origin>, place: Place, written: Option<String>, kind: ValueKind) -> Value {
+fn located(
+    origins: &mut Vec<Origin>,
+    place: ConfigLocation,
+    written: Option<String>,
+    kind: ValueKind,
+) -> Value {
     origins.push(Origin { place, written });
     Value::new(Some(&(origins.len() - 1).to_string()), kind)
 }
@@ -299,7 +304,7 @@ impl<'a> Lines<'a> {
 
 /// A value from a variable or a flag, or why it cannot be used.
 struct Override {
-    place: Place,
+    place: ConfigLocation,
     key: String,
     text: Result<String, &'static str>,
 }
@@ -322,11 +327,11 @@ impl Override {
         if let Some(header) = key.strip_prefix(HEADERS) {
             key = format!("{HEADERS}{}", header.replace('_', "-"));
         }
-        Some(Self { place: Place::Variable(shown.clone().into_owned()), key, text })
+        Some(Self { place: ConfigLocation::Variable(shown.clone().into_owned()), key, text })
     }
 
     fn flag((key, text): &(String, String)) -> Self {
-        Self { place: Place::Flag(key.clone()), key: key.clone(), text: Ok(text.clone()) }
+        Self { place: ConfigLocation::Flag(key.clone()), key: key.clone(), text: Ok(text.clone()) }
     }
 }
 
@@ -399,10 +404,11 @@ fn steps(key: &str) -> Option<Vec<Step<'_>>> {
 }
 
 /// Checks that an override replaces a value or adds one. It must not replace a section or a list of tables.
-fn fits(root: &Value, place: &Place, key: &str) -> Result<(), &'static str> {
+fn fits(root: &Value, place: &ConfigLocation, key: &str) -> Result<(), &'static str> {
     let steps = steps(key).ok_or("is no key, such as server.workers or listeners[0].address")?;
     // Brackets in a variable's name are refused: no shell can set one, and the form for flags is named instead.
-    if steps.iter().any(|step| matches!(step, Step::Item(_))) && matches!(place, Place::Variable(_)) {
+    if steps.iter().any(|step| matches!(step, Step::Item(_))) && matches!(place, ConfigLocation::Variable(_))
+    {
         return Err(LIST_OF_TABLES);
     }
     let mut there = Some(root);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::fs::statvfs;
 
-use super::{Config, Limit};
+use super::{Config, RateLimit};
 
 /// A margin before the idempotency window, for calls that began before the window and ended within it.
 pub const SLACK: Duration = Duration::from_secs(60 * 60);
@@ -32,18 +32,18 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The size of the trail by the configured limits.
 #[derive(Clone, Debug)]
-pub struct TrailSize<'a> {
+pub struct SizeBound<'a> {
     config: &'a Config,
 }
 
 impl Config {
     /// Returns the size of the trail by the configured limits. Copies nothing.
-    pub fn trail_size(&self) -> TrailSize<'_> {
-        TrailSize { config: self }
+    pub fn trail_size(&self) -> SizeBound<'_> {
+        SizeBound { config: self }
     }
 }
 
-impl TrailSize<'_> {
+impl SizeBound<'_> {
     /// The two bounds of the calls that are sent: the limits of all callers together, and the quota. A frozen
     /// caller counts, since it may be unfrozen while the gateway runs.
     fn bounds(&self) -> [Pace; 2] {
@@ -185,7 +185,7 @@ struct Pace {
 }
 
 impl Pace {
-    fn of(limit: &Limit) -> Self {
+    fn of(limit: &RateLimit) -> Self {
         let periods = HOUR.as_secs() / limit.period.as_secs().max(1);
         Self { hourly: u64::from(limit.count.get()) * periods, burst: limit.burst.get().into() }
     }

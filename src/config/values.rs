@@ -12,7 +12,7 @@ use http::{HeaderName, HeaderValue};
 use rustls::pki_types::ServerName;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use super::peer::parse_peer;
+use super::peer_rule::parse_peer;
 use super::{ListenAddress, PeerRule, ProxyUrl, Rate, Url};
 use crate::ids;
 use crate::model::header_names::{looks_like_credential, may_pass};

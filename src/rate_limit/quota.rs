@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use super::{LimitExceeded, Limiter};
 use crate::clock;
-use crate::config::Limit;
+use crate::config::RateLimit;
 
 /// The share of the quota that comes back each second.
 const RECOVERY: f64 = 0.02;
@@ -33,7 +33,7 @@ const TOGETHER: u64 = 1_000_000_000;
 #[derive(Debug)]
 pub struct Quota {
     limiter: Limiter,
-    limit: Mutex<Limit>,
+    limit: Mutex<RateLimit>,
     // Beside the lock, so that a request takes none while the quota is whole, which it nearly always is.
     is_shrunk: AtomicBool,
     shrunk: Mutex<Option<Shrunk>>,
@@ -78,7 +78,7 @@ impl Shrunk {
 
 impl Quota {
     /// A quota of which nothing is spent.
-    pub fn new(limit: Limit) -> Self {
+    pub fn new(limit: RateLimit) -> Self {
         Self {
             limiter: Limiter::new(limit),
             limit: Mutex::new(limit),
@@ -88,7 +88,7 @@ impl Quota {
     }
 
     /// Changes the quota. What is spent stays spent, and a throttled quota stays throttled to the same share.
-    pub fn set(&self, limit: Limit) {
+    pub fn set(&self, limit: RateLimit) {
         let (now, shrunk) = (clock::nanos(), self.shrunk());
         *self.limit.lock().unwrap_or_else(PoisonError::into_inner) = limit;
         self.limiter.set(limit);
@@ -178,7 +178,7 @@ impl Quota {
         }
     }
 
-    fn limit(&self) -> Limit {
+    fn limit(&self) -> RateLimit {
         *self.limit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -204,7 +204,7 @@ mod tests {
     /// A quota of a hundred requests a second, with a burst of twenty.
     fn quota() -> Quota {
         let number = |number| NonZeroU32::new(number).unwrap();
-        Quota::new(Limit { count: number(100), period: Duration::from_secs(1), burst: number(20) })
+        Quota::new(RateLimit { count: number(100), period: Duration::from_secs(1), burst: number(20) })
     }
 
     /// The number of requests that pass in a second, of ten thousand.
