@@ -24,10 +24,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use self::captured::Captured;
-use self::findings::{Gathered, Verdict};
+use self::findings::{FailFast, Gathered};
 pub use self::schema::SchemaError;
 use self::schema::{AuditMember, Node};
-use self::walk::{Stop, Walk, Walked};
+use self::walk::{Interrupted, Walk, Walked};
 use crate::config::BareIds;
 pub use crate::json::NotJson;
 use crate::model::redaction::Shown;
@@ -50,7 +50,7 @@ pub struct Contract {
 #[derive(Debug)]
 pub struct Checked {
     /// The body, or why it was refused.
-    pub result: Result<CheckedBody, Fault>,
+    pub result: Result<CheckedBody, BodyFault>,
     /// How many ids in the body are bare numbers of 2^53 and more, at places where the contract says `x-refuseRounded`.
     // Counted in accepted bodies, too: operators learn from it which callers send ids as numbers before they refuse them.
     pub large_ids: usize,
@@ -58,7 +58,7 @@ pub struct Checked {
 
 /// Why a body was refused.
 #[derive(Debug)]
-pub enum Fault {
+pub enum BodyFault {
     /// It is not strict JSON.
     NotJson(NotJson),
     /// It breaks the contract.
@@ -133,16 +133,18 @@ impl Contract {
     /// Checks a body. `bare_ids` says which ids its caller may send as bare numbers. Takes time linear in the size of the body.
     // Two walks, since most bodies are accepted: the first one stores no path and formats no text.
     pub fn check(&self, body: Bytes, bare_ids: BareIds) -> Checked {
-        match Walk::over(&body, Some(&self.root), bare_ids, Verdict) {
-            Ok(Walked { is_plain, captured, large_ids, findings: Verdict }) => {
+        match Walk::over(&body, Some(&self.root), bare_ids, FailFast) {
+            Ok(Walked { is_plain, captured, large_ids, findings: FailFast }) => {
                 let checked = CheckedBody { members: self.audit.clone(), captured, is_plain, bytes: body };
                 Checked { result: Ok(checked), large_ids }
             }
-            Err(Stop::NotJson(fault)) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
+            Err(Interrupted::NotJson(fault)) => {
+                Checked { result: Err(BodyFault::NotJson(fault)), large_ids: 0 }
+            }
             // The first walk ended within the body. Only a walk to its end can tell that the rest is strict JSON.
-            Err(Stop::Broken) => match self.gather(&body, bare_ids) {
-                Ok((found, large_ids)) => Checked { result: Err(Fault::Violations(found)), large_ids },
-                Err(fault) => Checked { result: Err(Fault::NotJson(fault)), large_ids: 0 },
+            Err(Interrupted::Broken) => match self.gather(&body, bare_ids) {
+                Ok((found, large_ids)) => Checked { result: Err(BodyFault::Violations(found)), large_ids },
+                Err(fault) => Checked { result: Err(BodyFault::NotJson(fault)), large_ids: 0 },
             },
         }
     }
@@ -161,9 +163,9 @@ impl Contract {
     fn gather(&self, body: &[u8], bare_ids: BareIds) -> Result<(Violations, usize), NotJson> {
         match Walk::over(body, Some(&self.root), bare_ids, Gathered::default()) {
             Ok(walked) => Ok((walked.findings.violations, walked.large_ids)),
-            Err(Stop::NotJson(fault)) => Err(fault),
+            Err(Interrupted::NotJson(fault)) => Err(fault),
             // Not reached: `Gathered` ends no walk at a violation.
-            Err(Stop::Broken) => Ok(Default::default()),
+            Err(Interrupted::Broken) => Ok(Default::default()),
         }
     }
 }
@@ -181,9 +183,9 @@ impl CheckedBody {
 ///
 /// The first fault, with its line and column.
 pub(crate) fn is_strict_json(document: &[u8]) -> Result<(), NotJson> {
-    match Walk::over(document, None, BareIds::Exact, Verdict) {
+    match Walk::over(document, None, BareIds::Exact, FailFast) {
         // `Broken` is not reached: without a contract there are no violations.
-        Ok(_) | Err(Stop::Broken) => Ok(()),
-        Err(Stop::NotJson(fault)) => Err(fault),
+        Ok(_) | Err(Interrupted::Broken) => Ok(()),
+        Err(Interrupted::NotJson(fault)) => Err(fault),
     }
 }

@@ -13,7 +13,7 @@ use crate::admission::Denied;
 use crate::audit::Unavailable;
 use crate::concurrency::NoRoom;
 use crate::contract::body::NotReceived;
-use crate::contract::{Fault, Violation};
+use crate::contract::{BodyFault, Violation};
 use crate::disconnect::CallerDisconnected;
 use crate::exchange::Failure;
 use crate::idempotency::{Delivery, Refusal, Refused};
@@ -175,11 +175,11 @@ impl From<NotReceived> for Error {
 }
 
 // The caller gets the violations, the trail only their places: see `gateway/refusal.rs`.
-impl From<Fault> for Error {
-    fn from(fault: Fault) -> Self {
+impl From<BodyFault> for Error {
+    fn from(fault: BodyFault) -> Self {
         match fault {
-            Fault::NotJson(not_json) => Self::not_sent(Code::BodyNotJson, not_json),
-            Fault::Violations(found) => {
+            BodyFault::NotJson(not_json) => Self::not_sent(Code::BodyNotJson, not_json),
+            BodyFault::Violations(found) => {
                 let detail = match found.total {
                     1 => "the body breaks the route's contract in one place, which `errors` tells".to_owned(),
                     total if total > found.list.len() => {

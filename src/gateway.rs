@@ -26,7 +26,7 @@ use crate::audit::{Audit, OpenRecord};
 use crate::concurrency::{InFlightPermit, Limits};
 use crate::config::BareIds;
 use crate::contract::body::receive;
-use crate::contract::{Checked, CheckedBody, Fault};
+use crate::contract::{BodyFault, Checked, CheckedBody};
 use crate::disconnect::CallerPresence;
 use crate::error::Error;
 use crate::exchange::{Exchange, Exchanges, Reply};
@@ -234,7 +234,7 @@ impl Gateway {
 
     /// Checks the body against the contract of its route. Fails with all violations.
     #[inline]
-    fn check(&self, entered: &Entered<'_>, body: Bytes, id: RequestId) -> Result<CheckedBody, Fault> {
+    fn check(&self, entered: &Entered<'_>, body: Bytes, id: RequestId) -> Result<CheckedBody, BodyFault> {
         let Checked { result, large_ids } =
             entered.routed.route.contract.check(body, entered.caller.bare_ids);
         if large_ids > 0 {

@@ -58,11 +58,11 @@ struct Halted {
 /// The error of every step: the walk cannot go on. [`Cursor::fault`] says what is wrong with the document.
 // Empty, since it is a part of the result of every step. The reason lies in the cursor instead.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Halt;
+pub(super) struct Abort;
 
 /// A value as a rule sees it: a scalar with its content, or the kind of a container.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Token<'a> {
+pub(super) enum Lexeme<'a> {
     Null,
     Boolean(bool),
     Number(Number<'a>),
@@ -168,7 +168,7 @@ impl<'a> Cursor<'a> {
 
     /// Returns the kind of the value that begins here. Does not move.
     #[inline(always)]
-    pub(super) fn begins(&mut self) -> Result<Begins, Halt> {
+    pub(super) fn begins(&mut self) -> Result<Begins, Abort> {
         match self.peek() {
             Some(b'"') => Ok(Begins::Text),
             Some(b'-' | b'0'..=b'9') => Ok(Begins::Number),
@@ -180,8 +180,9 @@ impl<'a> Cursor<'a> {
     }
 
     /// Reads `true`, `false` or `null`.
-    pub(super) fn word(&mut self) -> Result<Token<'a>, Halt> {
-        let words = [("true", Token::Boolean(true)), ("false", Token::Boolean(false)), ("null", Token::Null)];
+    pub(super) fn word(&mut self) -> Result<Lexeme<'a>, Abort> {
+        let words =
+            [("true", Lexeme::Boolean(true)), ("false", Lexeme::Boolean(false)), ("null", Lexeme::Null)];
         let found = words.into_iter().find(|(word, _)| self.rest().starts_with(word.as_bytes()));
         let Some((word, token)) = found else {
             // The document ends within the word. Reported at its end, so that `is_cut` is true: `tru` is the beginning of a reply
@@ -197,7 +198,7 @@ impl<'a> Cursor<'a> {
 
     /// Enters the array or object that begins here and ends with `close`. Returns false, behind it, if it is empty.
     #[inline(always)]
-    pub(super) fn open(&mut self, close: u8) -> Result<bool, Halt> {
+    pub(super) fn open(&mut self, close: u8) -> Result<bool, Abort> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {
             return Err(self.halt("arrays and objects are nested more than 32 deep"));
@@ -213,7 +214,7 @@ impl<'a> Cursor<'a> {
 
     /// Reads what is behind an element: a comma, then returns true; or `close`, then returns false.
     #[inline(always)]
-    pub(super) fn next(&mut self, close: u8) -> Result<bool, Halt> {
+    pub(super) fn next(&mut self, close: u8) -> Result<bool, Abort> {
         self.skip_space();
         match self.peek() {
             Some(b',') => {
@@ -235,7 +236,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Reads the key that begins here, without the colon behind it.
-    pub(super) fn key(&mut self) -> Result<Text<'a>, Halt> {
+    pub(super) fn key(&mut self) -> Result<Text<'a>, Abort> {
         match self.peek() {
             Some(b'"') => self.string(),
             Some(b'}') => Err(self.halt("expected a key: remove the comma before `}`")),
@@ -256,7 +257,7 @@ impl<'a> Cursor<'a> {
 
     /// Reads the colon behind a key.
     #[inline(always)]
-    pub(super) fn colon(&mut self) -> Result<(), Halt> {
+    pub(super) fn colon(&mut self) -> Result<(), Abort> {
         self.skip_space();
         if self.peek() != Some(b':') {
             return Err(self.halt("expected `:` behind the key"));
@@ -266,7 +267,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Skips the value that begins here, and checks its syntax.
-    pub(super) fn skip_value(&mut self) -> Result<(), Halt> {
+    pub(super) fn skip_value(&mut self) -> Result<(), Abort> {
         match self.begins()? {
             Begins::Text => self.string().map(drop),
             Begins::Number => self.number().map(drop),
@@ -297,7 +298,7 @@ impl<'a> Cursor<'a> {
 
     /// Checks that nothing but white space is left.
     // Something behind the value may be a second one, which another parser could take for the body.
-    pub(super) fn end(&mut self) -> Result<(), Halt> {
+    pub(super) fn end(&mut self) -> Result<(), Abort> {
         if self.skip_space() == self.bytes.len() {
             Ok(())
         } else {
@@ -308,7 +309,7 @@ impl<'a> Cursor<'a> {
     /// Notes a fault at the current position and returns the error. At the end of the document the reason is that it ends.
     #[cold]
     #[inline(never)]
-    fn halt(&mut self, reason: &'static str) -> Halt {
+    fn halt(&mut self, reason: &'static str) -> Abort {
         let reason = if self.position >= self.bytes.len() {
             "the text ends before its value is whole"
         } else {
@@ -320,9 +321,9 @@ impl<'a> Cursor<'a> {
     /// Notes a fault at `offset` and returns the error.
     #[cold]
     #[inline(never)]
-    pub(super) fn halt_at(&mut self, offset: usize, reason: &'static str) -> Halt {
+    pub(super) fn halt_at(&mut self, offset: usize, reason: &'static str) -> Abort {
         self.halted = Some(Halted { offset, reason });
-        Halt
+        Abort
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use http::StatusCode;
 
-use crate::json::{Begins, Cursor, Halt};
+use crate::json::{Abort, Begins, Cursor};
 use crate::model::outcome::{Outcome, ResultCode};
 
 /// The rule by which the replies of a route are classified.
@@ -108,7 +108,7 @@ impl<'a> Codes<'a> {
     /// Reads a whole JSON object.
     // By hand, not by serde: a map would keep the last of several codes in silence, and could not be read up to a cut. A code
     // counts only once something follows it, since a number that is cut is another number.
-    fn read(&mut self, cursor: &mut Cursor<'a>, field: &str) -> Result<(), Halt> {
+    fn read(&mut self, cursor: &mut Cursor<'a>, field: &str) -> Result<(), Abort> {
         cursor.skip_space();
         if !matches!(cursor.begins()?, Begins::Object) {
             return Err(cursor.halt_at(cursor.position(), "expected an object"));
@@ -146,7 +146,7 @@ enum Code<'a> {
 }
 
 impl<'a> Code<'a> {
-    fn read(cursor: &mut Cursor<'a>) -> Result<Self, Halt> {
+    fn read(cursor: &mut Cursor<'a>) -> Result<Self, Abort> {
         Ok(match cursor.begins()? {
             Begins::Text => {
                 let text = cursor.string()?.decoded();

@@ -18,7 +18,7 @@ use ccsqm_gateway::{log, plain};
 use serde_json::{Map, Value, json};
 
 use super::out::{self, complain, out};
-use super::refusal::Refusal;
+use super::refusal::StartRefusal;
 use super::{BAD_CONFIGURATION, Configured, snippet};
 
 /// A configuration, and how to speak about it.
@@ -37,7 +37,7 @@ pub(super) fn run(args: &Args) -> ExitCode {
         // A good file is not enough: a directory, a port or a key may be missing that only a start would notice.
         Ok(config) => match App::dry_run(&config, &args.configured.config) {
             Err(error) => {
-                let refusal = Refusal::of(&error);
+                let refusal = StartRefusal::of(&error);
                 if args.json {
                     let problems = [refusal.to_json()];
                     document(&json!({ "good": false, "file": file, "problems": problems }));

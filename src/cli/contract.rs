@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use ccsqm_gateway::config::BareIds;
-use ccsqm_gateway::contract::{Contract, Fault};
+use ccsqm_gateway::contract::{BodyFault, Contract};
 use serde_json::{Value, json};
 
 use super::BAD_CONFIGURATION;
@@ -73,11 +73,11 @@ fn read(body: &Path) -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn print(fault: Option<&Fault>) {
+fn print(fault: Option<&BodyFault>) {
     match fault {
         None => out!("the body keeps the contract"),
-        Some(Fault::NotJson(fault)) => out!("not strict JSON: {fault}"),
-        Some(Fault::Violations(violations)) => {
+        Some(BodyFault::NotJson(fault)) => out!("not strict JSON: {fault}"),
+        Some(BodyFault::Violations(violations)) => {
             for violation in &violations.list {
                 out!("{}: {} ({})", violation.pointer, violation.detail, violation.code);
             }
@@ -87,11 +87,11 @@ fn print(fault: Option<&Fault>) {
 }
 
 /// Returns the result as JSON. The violations have the form that they have in the `errors` of a refusal to a caller.
-fn machine_text(fault: Option<&Fault>) -> Value {
+fn machine_text(fault: Option<&BodyFault>) -> Value {
     let (not_json, list, total) = match fault {
         None => (None, &[][..], 0),
-        Some(Fault::NotJson(fault)) => (Some(fault.to_string()), &[][..], 0),
-        Some(Fault::Violations(violations)) => (None, &violations.list[..], violations.total),
+        Some(BodyFault::NotJson(fault)) => (Some(fault.to_string()), &[][..], 0),
+        Some(BodyFault::Violations(violations)) => (None, &violations.list[..], violations.total),
     };
     let errors: Vec<_> =
         list.iter().map(|v| json!({ "pointer": v.pointer, "code": v.code, "detail": v.detail })).collect();

@@ -18,14 +18,14 @@ use super::BAD_CONFIGURATION;
 const FAILED: u8 = 1;
 
 /// The reason why a start is refused.
-pub(super) struct Refusal {
+pub(super) struct StartRefusal {
     /// The key of the setting that it is about, if there is one.
     key: Option<String>,
     reason: String,
     pub(super) code: u8,
 }
 
-impl Refusal {
+impl StartRefusal {
     /// Returns the refusal for an error of [`ccsqm_gateway::app::App`].
     pub(super) fn of(error: &anyhow::Error) -> Self {
         let bind = error.downcast_ref::<BindError>().map(|error| error.key.clone());
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_bad_key_is_told_at_the_setting_that_names_it() {
-        let key = |error: OpenError| Refusal::of(&error.into()).key;
+        let key = |error: OpenError| StartRefusal::of(&error.into()).key;
         let short = || KeyError::Short("key".into());
         assert_eq!(key(OpenError::KeyFile(short())).as_deref(), Some("audit.key_file"));
         assert_eq!(key(OpenError::Key(short())).as_deref(), Some("audit.directory"), "the control");

@@ -9,7 +9,7 @@ use ccsqm_gateway::reload::Source;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::out::complain;
-use super::refusal::Refusal;
+use super::refusal::StartRefusal;
 use super::signals::{Asked, HangUp, Signals, while_listening};
 use super::{BAD_CONFIGURATION, Configured, out};
 
@@ -55,7 +55,7 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
     let app = match App::build(config, accept_loss) {
         Ok(app) => app,
         Err(error) => {
-            let refusal = Refusal::of(&error);
+            let refusal = StartRefusal::of(&error);
             complain!("{}", refusal.line(&configured.config));
             return Ok(ExitCode::from(refusal.code));
         }

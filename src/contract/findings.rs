@@ -1,59 +1,59 @@
-//! Collects the violations that a walk finds: [`Verdict`] ends the walk at the first one, [`Gathered`] lists them all.
+//! Collects the violations that a walk finds: [`FailFast`] ends the walk at the first one, [`Gathered`] lists them all.
 //!
 //! Both are the same walk with another type parameter, so that the two cannot disagree on a rule. Nothing that is listed quotes a
 //! value of the body.
 
 use super::{Violation, Violations};
-use crate::json::Halt;
+use crate::json::Abort;
 
 /// How many violations are listed; all are counted.
 // A body of many megabytes may break a rule in each item. Without this bound the problem document would be larger than the body.
 const MAX_LISTED: usize = 100;
 
 /// The name of the member at fault below the current place, if it is not the place itself; and the detail.
-pub(super) type Told = (Option<String>, String);
+pub(super) type FindingDetail = (Option<String>, String);
 
 /// Receives the violations of a walk.
 pub(super) trait Findings<'a> {
     /// Called before the walk checks a member that the contract names, or an item.
-    fn enter(&mut self, _: Step<'a>) {}
+    fn enter(&mut self, _: PathStep<'a>) {}
 
     /// Called behind that member or item.
     fn leave(&mut self) {}
 
     /// Receives one violation. An error ends the walk. `told` is called only if the detail is used.
     // A closure, since the detail is text to format, and the first walk throws it away.
-    fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt>;
+    fn note(&mut self, code: &'static str, told: impl FnOnce() -> FindingDetail) -> Result<(), Abort>;
 }
 
 /// Ends the walk at the first violation.
 // Of no size, with empty methods: the walk over an accepted body stores no path.
-pub(super) struct Verdict;
+pub(super) struct FailFast;
 
 /// Lists the violations with their places; the walk goes on to the end of the body.
 #[derive(Default)]
 pub(super) struct Gathered<'a> {
     /// The steps from the root to the current place.
     // Names of the contract and indices only: below an unknown key nothing is checked, so no caller can make the path long.
-    path: Vec<Step<'a>>,
+    path: Vec<PathStep<'a>>,
     pub(super) violations: Violations,
 }
 
 /// One step of a path into a body: a key of the contract, or the index of an item from 0.
 #[derive(Clone, Copy)]
-pub(super) enum Step<'a> {
+pub(super) enum PathStep<'a> {
     Key(&'a str),
     Index(usize),
 }
 
-impl<'a> Findings<'a> for Verdict {
-    fn note(&mut self, _: &'static str, _: impl FnOnce() -> Told) -> Result<(), Halt> {
-        Err(Halt)
+impl<'a> Findings<'a> for FailFast {
+    fn note(&mut self, _: &'static str, _: impl FnOnce() -> FindingDetail) -> Result<(), Abort> {
+        Err(Abort)
     }
 }
 
 impl<'a> Findings<'a> for Gathered<'a> {
-    fn enter(&mut self, step: Step<'a>) {
+    fn enter(&mut self, step: PathStep<'a>) {
         self.path.push(step);
     }
 
@@ -61,7 +61,7 @@ impl<'a> Findings<'a> for Gathered<'a> {
         self.path.pop();
     }
 
-    fn note(&mut self, code: &'static str, told: impl FnOnce() -> Told) -> Result<(), Halt> {
+    fn note(&mut self, code: &'static str, told: impl FnOnce() -> FindingDetail) -> Result<(), Abort> {
         // Counted behind the bound, too, so that the caller learns that there are more than it sees.
         self.violations.total += 1;
         if self.violations.list.len() < MAX_LISTED {
@@ -76,8 +76,8 @@ impl<'a> Findings<'a> for Gathered<'a> {
 impl Gathered<'_> {
     fn pointer(&self, member: Option<&str>) -> String {
         let steps = self.path.iter().map(|step| match step {
-            Step::Key(key) => format!("/{}", escape(key)),
-            Step::Index(index) => format!("/{index}"),
+            PathStep::Key(key) => format!("/{}", escape(key)),
+            PathStep::Index(index) => format!("/{index}"),
         });
         steps.chain(member.map(|member| format!("/{}", escape(member)))).collect()
     }

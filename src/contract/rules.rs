@@ -3,8 +3,8 @@
 //! A scalar is checked completely. Of an array or an object only the type is checked here; [`super::walk`] checks its content.
 
 use super::schema;
-use super::schema::{Limit, Node, Scalar};
-use crate::json::{Halt, Number, Token};
+use super::schema::{Node, NumberLimit, Scalar};
+use crate::json::{Abort, Lexeme, Number};
 
 impl Node {
     /// Calls `found` with each keyword that the value breaks. A value of a wrong type breaks `type` only.
@@ -14,11 +14,11 @@ impl Node {
     /// Returns the error of `found` at once, without checking more.
     // Inlined once for each kind of token, so that the compiler drops the branches for the other kinds.
     #[inline(always)]
-    pub(super) fn broken(
+    pub(super) fn violations_of(
         &self,
-        token: &Token<'_>,
-        found: &mut impl FnMut(&'static str) -> Result<(), Halt>,
-    ) -> Result<(), Halt> {
+        token: &Lexeme<'_>,
+        found: &mut impl FnMut(&'static str) -> Result<(), Abort>,
+    ) -> Result<(), Abort> {
         if self.types & kind(token) == 0 {
             return found("type");
         }
@@ -33,13 +33,13 @@ impl Node {
             check("enum", list.iter().any(|value| equals(value, token)))?;
         }
         match token {
-            Token::Number(number) => {
-                let against = |limit: &Limit| number.compare(&limit.number());
+            Lexeme::Number(number) => {
+                let against = |limit: &NumberLimit| number.compare(&limit.number());
                 check("minimum", self.minimum.as_ref().is_none_or(|limit| against(limit).is_ge()))?;
                 check("maximum", self.maximum.as_ref().is_none_or(|limit| against(limit).is_le()))
             }
             // Only with a keyword that needs the text: a string with escapes is copied to decode it.
-            Token::Text(text) if self.min_length.or(self.max_length).is_some() || self.pattern.is_some() => {
+            Lexeme::Text(text) if self.min_length.or(self.max_length).is_some() || self.pattern.is_some() => {
                 let text = text.decoded();
                 check("minLength", self.min_length.is_none_or(|least| has_chars(&text, least)))?;
                 // Saturating, since a schema may say `"maxLength": 18446744073709551615`.
@@ -57,7 +57,7 @@ impl Node {
     // Only alternatives that accept the integer count. If one of them takes it as a plain number, it is not an id: then refusing
     // it would refuse what the contract allows.
     pub(super) fn is_id(&self, number: &Number<'_>) -> bool {
-        let token = Token::Number(*number);
+        let token = Lexeme::Number(*number);
         let mut alternatives = self.any_of.iter().flatten();
         number.is_integer
             && (self.is_id
@@ -65,8 +65,8 @@ impl Node {
     }
 
     /// Whether the value breaks none of the keywords.
-    fn accepts(&self, token: &Token<'_>) -> bool {
-        self.broken(token, &mut |_| Err(Halt)).is_ok()
+    fn accepts(&self, token: &Lexeme<'_>) -> bool {
+        self.violations_of(token, &mut |_| Err(Abort)).is_ok()
     }
 }
 
@@ -78,25 +78,25 @@ fn has_chars(text: &[u8], count: usize) -> bool {
         && (text.len().div_ceil(4) >= count || text.iter().filter(begins_char).count() >= count)
 }
 
-fn kind(token: &Token<'_>) -> u8 {
+fn kind(token: &Lexeme<'_>) -> u8 {
     match token {
-        Token::Null => schema::NULL,
-        Token::Boolean(_) => schema::BOOLEAN,
+        Lexeme::Null => schema::NULL,
+        Lexeme::Boolean(_) => schema::BOOLEAN,
         // By the literal: unlike in JSON Schema, 1.0 and 1e3 are not integers here, since not every parser reads them as such.
-        Token::Number(number) if number.is_integer => schema::INTEGER,
-        Token::Number(_) => schema::FRACTION,
-        Token::Text(_) => schema::STRING,
-        Token::Array => schema::ARRAY,
-        Token::Object => schema::OBJECT,
+        Lexeme::Number(number) if number.is_integer => schema::INTEGER,
+        Lexeme::Number(_) => schema::FRACTION,
+        Lexeme::Text(_) => schema::STRING,
+        Lexeme::Array => schema::ARRAY,
+        Lexeme::Object => schema::OBJECT,
     }
 }
 
-fn equals(scalar: &Scalar, token: &Token<'_>) -> bool {
+fn equals(scalar: &Scalar, token: &Lexeme<'_>) -> bool {
     match (scalar, token) {
-        (Scalar::Null, Token::Null) => true,
-        (Scalar::Boolean(a), Token::Boolean(b)) => a == b,
-        (Scalar::Number(a), Token::Number(b)) => b.compare(&a.number()).is_eq(),
-        (Scalar::Text(a), Token::Text(b)) => *b.decoded() == *a.as_bytes(),
+        (Scalar::Null, Lexeme::Null) => true,
+        (Scalar::Boolean(a), Lexeme::Boolean(b)) => a == b,
+        (Scalar::Number(a), Lexeme::Number(b)) => b.compare(&a.number()).is_eq(),
+        (Scalar::Text(a), Lexeme::Text(b)) => *b.decoded() == *a.as_bytes(),
         _ => false,
     }
 }

@@ -94,8 +94,8 @@ pub(super) struct Node {
     pub(super) min_length: Option<usize>,
     pub(super) max_length: Option<usize>,
     pub(super) pattern: Option<Arc<Pattern>>,
-    pub(super) minimum: Option<Limit>,
-    pub(super) maximum: Option<Limit>,
+    pub(super) minimum: Option<NumberLimit>,
+    pub(super) maximum: Option<NumberLimit>,
     /// Whether an integer here is an id, of which no digit may be lost (`x-refuseRounded`).
     pub(super) is_id: bool,
     /// Whether `is_id` is true here or in an alternative of `anyOf`. Most rules have no ids and skip the check by this flag.
@@ -116,13 +116,13 @@ pub(super) struct UniqueBy {
 pub(super) enum Scalar {
     Null,
     Boolean(bool),
-    Number(Limit),
+    Number(NumberLimit),
     Text(String),
 }
 
 /// A number of the schema, kept as a literal: an integer of any length is compared exactly.
 #[derive(Debug)]
-pub(super) struct Limit {
+pub(super) struct NumberLimit {
     literal: String,
     is_integer: bool,
     small: Option<i64>,
@@ -176,7 +176,7 @@ impl Node {
     }
 }
 
-impl Limit {
+impl NumberLimit {
     /// Returns the number for a comparison.
     pub(super) fn number(&self) -> Number<'_> {
         Number { literal: self.literal.as_bytes(), is_integer: self.is_integer, small: self.small }

@@ -12,14 +12,14 @@ use smallvec::SmallVec;
 const FEW: usize = 8;
 
 /// The values that were inserted. In `few` until there are more than [`FEW`], then all of them in `many`.
-pub(super) struct Seen<T> {
+pub(super) struct UniqueSet<T> {
     few: SmallVec<[T; FEW]>,
     // The hash is seeded per process and per set: a body whose keys all collide would take quadratic time, and with a fixed seed
     // a caller could compute one.
     many: Option<HashSet<T, RandomState>>,
 }
 
-impl<T: Eq + Hash> Seen<T> {
+impl<T: Eq + Hash> UniqueSet<T> {
     pub(super) fn new() -> Self {
         Self { few: SmallVec::new(), many: None }
     }
@@ -47,7 +47,7 @@ mod tests {
 
     #[test]
     fn a_value_is_new_once_among_few_and_among_many() {
-        let mut seen = Seen::new();
+        let mut seen = UniqueSet::new();
         // After each insertion, so that the move from the list to the set is covered with all values before and behind it.
         for value in 0..100 {
             assert!(seen.insert(value), "{value}");

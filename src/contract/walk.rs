@@ -8,12 +8,12 @@ use std::borrow::Cow;
 use std::hash::{Hash, Hasher};
 
 use super::captured::{AuditScalar, Captured};
-use super::findings::{Findings, Step, shown};
+use super::findings::{Findings, PathStep, shown};
 use super::schema::{Member, Members, Node, UniqueBy};
-use super::seen::Seen;
+use super::seen::UniqueSet;
 use super::{MAY_BE_ROUNDED, MUST_BE_STRING, rounded};
 use crate::config::BareIds;
-use crate::json::{Begins, Cursor, Halt, NotJson, Number, Token, check_encoding};
+use crate::json::{Abort, Begins, Cursor, Lexeme, NotJson, Number, check_encoding};
 
 const TWICE: &str = "this key stands twice in the object";
 
@@ -39,7 +39,7 @@ pub(super) struct Walked<F> {
 }
 
 /// Why a walk ended early.
-pub(super) enum Stop {
+pub(super) enum Interrupted {
     /// The document is not strict JSON.
     NotJson(NotJson),
     /// `F` ended the walk at a violation.
@@ -67,7 +67,7 @@ impl Hash for Identity<'_> {
 
 /// Which part of a value is noted as the identity of an item.
 #[derive(Clone, Copy)]
-enum Noted<'a> {
+enum Capture<'a> {
     Nothing,
     /// The value is an item: one of its members, if it is an object.
     Member(&'a UniqueBy),
@@ -88,42 +88,42 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     ///
     /// # Errors
     ///
-    /// [`Stop::NotJson`] at the first fault of the syntax, [`Stop::Broken`] where `findings` ends the walk.
+    /// [`Interrupted::NotJson`] at the first fault of the syntax, [`Interrupted::Broken`] where `findings` ends the walk.
     pub(super) fn over(
         document: &'a [u8],
         root: Option<&'a Node>,
         bare_ids: BareIds,
         findings: F,
-    ) -> Result<Walked<F>, Stop> {
+    ) -> Result<Walked<F>, Interrupted> {
         // In front of the walk, so that lengths and patterns may take each string for UTF-8.
-        let is_plain = check_encoding(document).map_err(Stop::NotJson)?;
+        let is_plain = check_encoding(document).map_err(Interrupted::NotJson)?;
         let cursor = Cursor::new(document);
         let captured = Captured::new();
         let mut walk = Walk { cursor, bare_ids, captured, large_ids: 0, identity: None, findings };
         walk.cursor.skip_space();
-        match walk.value(root, Noted::Nothing).and_then(|()| walk.cursor.end()) {
+        match walk.value(root, Capture::Nothing).and_then(|()| walk.cursor.end()) {
             Ok(()) => {
                 let Walk { captured, large_ids, findings, .. } = walk;
                 Ok(Walked { is_plain, captured, large_ids, findings })
             }
-            // `Halt` carries no reason: without a fault of the document it was `findings` that ended the walk.
-            Err(Halt) => Err(walk.cursor.fault().map_or(Stop::Broken, Stop::NotJson)),
+            // `Abort` carries no reason: without a fault of the document it was `findings` that ended the walk.
+            Err(Abort) => Err(walk.cursor.fault().map_or(Interrupted::Broken, Interrupted::NotJson)),
         }
     }
 
     /// Walks over the value that begins here; without a rule only its syntax is checked.
     #[inline(always)]
-    fn value(&mut self, rule: Option<&'a Node>, noted: Noted<'a>) -> Result<(), Halt> {
+    fn value(&mut self, rule: Option<&'a Node>, noted: Capture<'a>) -> Result<(), Abort> {
         let start = self.cursor.position();
         // Each branch calls `scalar` with a token of a kind that is known, so that the compiler can inline and simplify it.
         match self.cursor.begins()? {
             Begins::Text => {
                 let text = self.cursor.string()?;
-                self.scalar(rule, start, noted, Token::Text(text))
+                self.scalar(rule, start, noted, Lexeme::Text(text))
             }
             Begins::Number => {
                 let number = self.cursor.number()?;
-                self.scalar(rule, start, noted, Token::Number(number))
+                self.scalar(rule, start, noted, Lexeme::Number(number))
             }
             Begins::Word => {
                 let token = self.cursor.word()?;
@@ -136,12 +136,12 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     /// Walks over an array or an object.
     // Not inlined, so that the recursion has one real call, here, and scalars cost none.
     #[inline(never)]
-    fn container(&mut self, rule: Option<&'a Node>, start: usize, noted: Noted<'a>) -> Result<(), Halt> {
+    fn container(&mut self, rule: Option<&'a Node>, start: usize, noted: Capture<'a>) -> Result<(), Abort> {
         if let Begins::Object = self.cursor.begins()? {
-            let members = self.kept(rule, &Token::Object)?.and_then(|rule| rule.members.as_ref());
-            self.object(members, if let Noted::Member(member) = noted { Some(member) } else { None })?;
+            let members = self.validate_scalar(rule, &Lexeme::Object)?.and_then(|rule| rule.members.as_ref());
+            self.object(members, if let Capture::Member(member) = noted { Some(member) } else { None })?;
         } else {
-            let rule = self.kept(rule, &Token::Array)?;
+            let rule = self.validate_scalar(rule, &Lexeme::Array)?;
             self.array(rule)?;
         }
         // A container in the place of an identity breaks its `type`, but two equal ones break `x-uniqueBy`, too.
@@ -155,15 +155,15 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         &mut self,
         rule: Option<&'a Node>,
         start: usize,
-        noted: Noted<'a>,
-        token: Token<'a>,
-    ) -> Result<(), Halt> {
+        noted: Capture<'a>,
+        token: Lexeme<'a>,
+    ) -> Result<(), Abort> {
         // Only a value that satisfies its rule. The body of any other is refused, and its record has no such members.
-        if let Some(member) = self.kept(rule, &token)?.and_then(|rule| rule.audit) {
+        if let Some(member) = self.validate_scalar(rule, &token)?.and_then(|rule| rule.audit) {
             self.captured.push(AuditScalar::new(member, start..self.cursor.position()));
         }
         match (noted, token) {
-            (Noted::This, Token::Text(text)) => self.identity = Some(Identity::Text(text.decoded())),
+            (Capture::This, Lexeme::Text(text)) => self.identity = Some(Identity::Text(text.decoded())),
             _ => self.note_literal(start, noted),
         }
         Ok(())
@@ -171,8 +171,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
 
     /// Notes the bytes from `start` on as the identity, if this value is one.
     #[inline(always)]
-    fn note_literal(&mut self, start: usize, noted: Noted<'a>) {
-        if let Noted::This = noted {
+    fn note_literal(&mut self, start: usize, noted: Capture<'a>) {
+        if let Capture::This = noted {
             self.identity = Some(Identity::Literal(self.cursor.since(start)));
         }
     }
@@ -180,7 +180,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     /// Walks over an object. Repeated keys are a fault of the syntax, with or without a contract: parsers differ on which of the
     /// two counts (RFC 8259 §4), so the upstream could read another value than was checked.
     // `seen` has a bit for each member of the contract, `others` the keys that it does not name. `expected` is the likely next.
-    fn object(&mut self, members: Option<&'a Members>, noted: Option<&'a UniqueBy>) -> Result<(), Halt> {
+    fn object(&mut self, members: Option<&'a Members>, noted: Option<&'a UniqueBy>) -> Result<(), Abort> {
         let (mut seen, mut others, mut expected) = (0_u128, None, 0);
         let mut more = self.cursor.open(b'}')?;
         while more {
@@ -193,8 +193,11 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
                     (seen, expected) = (seen | member.bit, index + 1);
                     let is_noted = noted.is_some_and(|noted| noted.index == index);
                     self.cursor.skip_space();
-                    self.findings.enter(Step::Key(&member.name));
-                    self.value(member.node.as_deref(), if is_noted { Noted::This } else { Noted::Nothing })?;
+                    self.findings.enter(PathStep::Key(&member.name));
+                    self.value(
+                        member.node.as_deref(),
+                        if is_noted { Capture::This } else { Capture::Nothing },
+                    )?;
                     self.findings.leave();
                 }
                 Key::Other(name) => {
@@ -203,11 +206,11 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
                     }
                     // An item that breaks its own rule is walked without members. Its identity counts nevertheless.
                     let is_noted = noted.is_some_and(|noted| noted.name.as_bytes() == &*name);
-                    if !others.get_or_insert_with(Seen::new).insert(name) {
+                    if !others.get_or_insert_with(UniqueSet::new).insert(name) {
                         return Err(self.cursor.halt_at(offset, TWICE));
                     }
                     self.cursor.skip_space();
-                    self.value(None, if is_noted { Noted::This } else { Noted::Nothing })?;
+                    self.value(None, if is_noted { Capture::This } else { Capture::Nothing })?;
                 }
             }
             more = self.cursor.next(b'}')?;
@@ -220,7 +223,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
 
     /// Reports each required member that is not in `seen`.
     #[cold]
-    fn missing(&mut self, members: &Members, seen: u128) -> Result<(), Halt> {
+    fn missing(&mut self, members: &Members, seen: u128) -> Result<(), Abort> {
         let missing = members.required & !seen;
         for Member { name, .. } in members.list.iter().filter(|member| missing & member.bit != 0) {
             self.findings.note("required", || (Some(name.clone()), format!("`{name}` is missing")))?;
@@ -232,7 +235,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     // Tries the next member of the contract first, since most callers write the members in its order. Then one comparison of
     // bytes reads key and colon, without a search.
     #[inline(always)]
-    fn key(&mut self, members: Option<&'a Members>, expected: usize) -> Result<Key<'a>, Halt> {
+    fn key(&mut self, members: Option<&'a Members>, expected: usize) -> Result<Key<'a>, Abort> {
         let next = members.and_then(|members| members.list.get(expected));
         if let Some(member) = next.filter(|member| self.cursor.skip_key(&member.literal)) {
             return Ok(Key::Known(expected, member));
@@ -246,7 +249,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
 
     /// Reports a key that the contract does not allow.
     #[cold]
-    fn unknown(&mut self, name: &[u8]) -> Result<(), Halt> {
+    fn unknown(&mut self, name: &[u8]) -> Result<(), Abort> {
         self.findings.note("additionalProperties", || {
             let key = shown(name);
             let detail = format!("unknown key `{key}`");
@@ -255,18 +258,18 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     }
 
     /// Walks over an array and its items.
-    fn array(&mut self, rule: Option<&'a Node>) -> Result<(), Halt> {
+    fn array(&mut self, rule: Option<&'a Node>) -> Result<(), Abort> {
         let unique_by = rule.and_then(|rule| rule.unique_by.as_ref());
         let (items, mut identities, mut count) =
-            (rule.and_then(|rule| rule.items.as_deref()), Seen::new(), 0);
+            (rule.and_then(|rule| rule.items.as_deref()), UniqueSet::new(), 0);
         // This array may be inside an item of an outer one, whose identity must not get lost.
         let outer = self.identity.take();
         let mut more = self.cursor.open(b']')?;
         while more {
             self.cursor.skip_space();
-            self.findings.enter(Step::Index(count));
+            self.findings.enter(PathStep::Index(count));
             let captured = self.captured.len();
-            self.value(items, unique_by.map_or(Noted::Nothing, Noted::Member))?;
+            self.value(items, unique_by.map_or(Capture::Nothing, Capture::Member))?;
             // Beyond `maxItems` nothing is noted, so that a list of many empty items costs no memory. Its body is refused.
             if let Some(rule) = rule.filter(|rule| rule.max_items.is_none_or(|most| count < most)) {
                 self.note_absent(rule, captured);
@@ -313,16 +316,20 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     /// parts of the value are checked for their syntax only.
     // An array in the place of an object would otherwise be followed by a violation for each of its parts.
     #[inline(always)]
-    fn kept(&mut self, rule: Option<&'a Node>, token: &Token<'_>) -> Result<Option<&'a Node>, Halt> {
+    fn validate_scalar(
+        &mut self,
+        rule: Option<&'a Node>,
+        token: &Lexeme<'_>,
+    ) -> Result<Option<&'a Node>, Abort> {
         let Some(rule) = rule else { return Ok(None) };
         let (findings, mut is_kept) = (&mut self.findings, true);
-        rule.broken(token, &mut |code| {
+        rule.violations_of(token, &mut |code| {
             is_kept = false;
             findings.note(code, || (None, format!("must be {}", rule.wanted(code))))
         })?;
         // An id is judged only if the contract accepts it. One that is too large anyway needs no second violation.
         if rule.has_ids
-            && let Token::Number(number) = token
+            && let Lexeme::Number(number) = token
             && is_kept
         {
             is_kept = self.bare_id(rule, number)?;
@@ -333,7 +340,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     /// Whether a bare number is accepted where the contract has ids. Counts it if it is a large one.
     // Not inlined: most ids are strings, and this code would make the loop over the members larger.
     #[inline(never)]
-    fn bare_id(&mut self, rule: &Node, number: &Number<'_>) -> Result<bool, Halt> {
+    fn bare_id(&mut self, rule: &Node, number: &Number<'_>) -> Result<bool, Abort> {
         let is_large = rounded::is_large(number);
         // Below 2^53 a double is exact. `refuse` refuses small ids, too, so that a client is found before its ids grow.
         if !(is_large || self.bare_ids == BareIds::Refuse) || !rule.is_id(number) {

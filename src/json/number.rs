@@ -4,7 +4,7 @@
 
 use std::cmp::Ordering;
 
-use super::{Cursor, Halt};
+use super::{Abort, Cursor};
 
 /// Any integer of so many digits fits an `i64`.
 const SMALL_DIGITS: usize = 18;
@@ -24,7 +24,7 @@ impl<'a> Cursor<'a> {
     /// Reads the number that begins here.
     // A number at the very end of a document is complete for this step. In a cut document the step behind it reports the cut.
     #[inline(always)]
-    pub(crate) fn number(&mut self) -> Result<Number<'a>, Halt> {
+    pub(crate) fn number(&mut self) -> Result<Number<'a>, Abort> {
         let start = self.position;
         let is_negative = self.skip(|byte| byte == b'-');
         let first = self.position;
@@ -48,7 +48,7 @@ impl<'a> Cursor<'a> {
 
     /// Reads what is behind the integer part of the number that began at `start`.
     #[inline(never)]
-    fn fraction(&mut self, start: usize) -> Result<Number<'a>, Halt> {
+    fn fraction(&mut self, start: usize) -> Result<Number<'a>, Abort> {
         if self.skip(|byte| byte == b'.') {
             self.digits()?;
         }
@@ -69,7 +69,7 @@ impl<'a> Cursor<'a> {
 
     /// Reads one digit or more and returns their value, which is right for at most [`SMALL_DIGITS`] of them.
     #[inline(always)]
-    fn digits(&mut self) -> Result<i64, Halt> {
+    fn digits(&mut self) -> Result<i64, Abort> {
         let start = self.position;
         let mut value = 0_i64;
         while let Some(byte @ b'0'..=b'9') = self.peek() {

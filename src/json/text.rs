@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-use super::{Cursor, Halt};
+use super::{Abort, Cursor};
 
 /// The reason for a lone surrogate: half of a character beyond the first 65,536.
 // RFC 8259 §8.2 leaves its meaning open. Parsers replace it, drop it or refuse it, so two of them may read different strings.
@@ -21,7 +21,7 @@ pub(crate) struct Text<'a> {
 impl<'a> Cursor<'a> {
     /// Reads the string that begins here.
     #[inline(always)]
-    pub(crate) fn string(&mut self) -> Result<Text<'a>, Halt> {
+    pub(crate) fn string(&mut self) -> Result<Text<'a>, Abort> {
         let start = self.position + 1;
         let mut has_escapes = false;
         self.position = plain_end(self.bytes, start);
@@ -38,7 +38,7 @@ impl<'a> Cursor<'a> {
     /// Checks and skips the escape that begins here.
     // Not inlined: strings with escapes are rare, and `string` is inlined into each of its callers.
     #[inline(never)]
-    fn escape(&mut self) -> Result<(), Halt> {
+    fn escape(&mut self) -> Result<(), Abort> {
         let start = self.position;
         // `string` stops at a quote, a backslash, a control character or the end. What is neither of the first two is a fault.
         if self.peek() != Some(b'\\') {
@@ -72,7 +72,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Reads the rest of an escape, `uXXXX`, and returns its UTF-16 code unit.
-    fn unit(&mut self) -> Result<u32, Halt> {
+    fn unit(&mut self) -> Result<u32, Abort> {
         self.position += 1;
         let mut unit = 0;
         for _ in 0..4 {

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use ccsqm_gateway::{
     config::BareIds,
-    contract::{CheckedBody, Contract, Fault, NotJson, Violations},
+    contract::{BodyFault, CheckedBody, Contract, NotJson, Violations},
 };
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
@@ -18,33 +18,33 @@ fn compile(schema: &str) -> Contract {
     Contract::compile(schema).unwrap_or_else(|error| panic!("{error}: {schema}"))
 }
 
-fn check(contract: &Contract, body: &str) -> Result<CheckedBody, Fault> {
+fn check(contract: &Contract, body: &str) -> Result<CheckedBody, BodyFault> {
     check_as(BareIds::Detect, contract, body)
 }
 
-fn check_as(bare_ids: BareIds, contract: &Contract, body: &str) -> Result<CheckedBody, Fault> {
+fn check_as(bare_ids: BareIds, contract: &Contract, body: &str) -> Result<CheckedBody, BodyFault> {
     contract.check(Bytes::copy_from_slice(body.as_bytes()), bare_ids).result
 }
 
-fn appoint(body: &str) -> Result<CheckedBody, Fault> {
+fn appoint(body: &str) -> Result<CheckedBody, BodyFault> {
     check(&compile(Contract::APPOINT_QUALITY_TASK), body)
 }
 
-fn violations(checked: Result<CheckedBody, Fault>) -> Violations {
+fn violations(checked: Result<CheckedBody, BodyFault>) -> Violations {
     match checked {
-        Err(Fault::Violations(violations)) => violations,
+        Err(BodyFault::Violations(violations)) => violations,
         other => panic!("violations expected: {other:?}"),
     }
 }
 
-fn not_json(checked: Result<CheckedBody, Fault>) -> NotJson {
+fn not_json(checked: Result<CheckedBody, BodyFault>) -> NotJson {
     match checked {
-        Err(Fault::NotJson(fault)) => fault,
+        Err(BodyFault::NotJson(fault)) => fault,
         other => panic!("not JSON expected: {other:?}"),
     }
 }
 
-fn found(checked: Result<CheckedBody, Fault>) -> Vec<(String, &'static str)> {
+fn found(checked: Result<CheckedBody, BodyFault>) -> Vec<(String, &'static str)> {
     violations(checked).list.into_iter().map(|violation| (violation.pointer, violation.code)).collect()
 }
 
@@ -717,7 +717,7 @@ fn verdicts(
     let mut text = String::new();
     write(random, document, &mut text);
     let kept = |bare_ids| match check_as(bare_ids, ours, &text) {
-        Err(Fault::NotJson(fault)) => panic!("{fault}: {text}"),
+        Err(BodyFault::NotJson(fault)) => panic!("{fault}: {text}"),
         checked => checked.is_ok(),
     };
     // The walk that tells of all violations says the same as the one that ends at the first.
@@ -983,7 +983,7 @@ fn strict_json_is_what_serde_json_takes_without_repeated_keys_and_deep_nesting()
             let Some(wanted) = is_strict(&document) else { continue };
             for contract in [&anything, &appoint] {
                 let checked = contract.check(Bytes::copy_from_slice(&document), BareIds::Detect).result;
-                let is_json = !matches!(checked, Err(Fault::NotJson(_)));
+                let is_json = !matches!(checked, Err(BodyFault::NotJson(_)));
                 assert_eq!(is_json, wanted, "{}", document.escape_ascii());
                 let all = contract.violations(&document, BareIds::Detect);
                 assert_eq!(

@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Limit, Scalar, SchemaError, TYPES};
+use super::{NumberLimit, Scalar, SchemaError, TYPES};
 use crate::contract::findings::escape;
 use crate::json::Number;
 
@@ -48,7 +48,7 @@ pub(super) fn size(value: &Value, at: &str) -> Result<usize, SchemaError> {
     size.map_or_else(|| fail(at, "must be a whole number"), Ok)
 }
 
-pub(super) fn limit(value: &Value, at: &str) -> Result<Limit, SchemaError> {
+pub(super) fn limit(value: &Value, at: &str) -> Result<NumberLimit, SchemaError> {
     let Value::Number(number) = value else { return fail(at, "must be a number") };
     // Everything is a float here that has a fraction or an exponent, or does not fit 64 bits. Its text was rounded when it was
     // parsed, so that a large bound would be another one than the schema shows.
@@ -63,7 +63,7 @@ pub(super) fn limit(value: &Value, at: &str) -> Result<Limit, SchemaError> {
     let Some(Number { is_integer, small, .. }) = Number::known(&literal) else {
         return fail(at, "must be a number");
     };
-    Ok(Limit { literal, is_integer, small })
+    Ok(NumberLimit { literal, is_integer, small })
 }
 
 pub(super) fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {
