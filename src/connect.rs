@@ -33,13 +33,13 @@ use crate::config;
 use crate::config::{ProxyUrl, Url};
 use crate::model::cause::Cause;
 use crate::model::reply::{MAX_FIELDS, MAX_HEAD};
-use crate::pem::PemError;
+use crate::pem::BadPem;
 use crate::reason::Reason;
 use addresses::Addresses;
 pub use identity::Identity;
 use login::Basic;
-pub use login::{Login, LoginError};
-pub use proxy::ProxyError;
+pub use login::{BadLogin, Login};
+pub use proxy::TunnelError;
 pub use roots::Roots;
 use roots::Trust;
 
@@ -69,7 +69,7 @@ pub(crate) fn http1() -> http1::Builder {
 pub enum TlsError {
     /// A certificate or key file cannot be read, or is not PEM.
     #[error(transparent)]
-    Pem(#[from] PemError),
+    Pem(#[from] BadPem),
     /// The key does not belong to the certificate.
     #[error("client_key_file is not the key of client_cert_file's certificate")]
     Mismatch,
@@ -92,12 +92,12 @@ pub enum EgressError {
     Tls(#[from] TlsError),
     /// The user or password for the proxy cannot be used.
     #[error(transparent)]
-    Login(#[from] LoginError),
+    Login(#[from] BadLogin),
 }
 
 /// Why there is no connection. The text may name addresses: it is for logs and `/status`, never for callers.
 #[derive(Debug, Error)]
-pub enum ConnectError {
+pub enum DialError {
     /// The name did not resolve.
     #[error("the name does not resolve: {0}")]
     Resolve(io::Error),
@@ -111,7 +111,7 @@ pub enum ConnectError {
     Connect(#[from] io::Error),
     /// The proxy opened no tunnel.
     #[error(transparent)]
-    Proxy(#[from] ProxyError),
+    Proxy(#[from] TunnelError),
     /// The TLS handshake failed.
     #[error("TLS: {0}")]
     Tls(io::Error),
@@ -158,7 +158,7 @@ impl std::fmt::Display for SetupStep {
     }
 }
 
-impl ConnectError {
+impl DialError {
     /// Returns the cause for metrics, audit and callers.
     pub fn cause(&self) -> Cause {
         match self {
@@ -316,7 +316,7 @@ impl Connector {
                 // The timer of the last address ends at the same moment. Whichever is first, the addresses are doubted.
                 self.addresses.doubt();
             }
-            Err(ConnectError::Timeout(step, self.timeout))
+            Err(DialError::Timeout(step, self.timeout))
         };
         let dialed = dialed.unwrap_or_else(late);
         dialed.map_err(|error| self.reason(&error))
@@ -325,7 +325,7 @@ impl Connector {
     /// Returns the cause and text of an error, without the proxy's password.
     // A proxy that intercepts TLS can quote the password in its certificate, whose names are a part of rustls' error.
     #[cold]
-    fn reason(&self, error: &ConnectError) -> Reason {
+    fn reason(&self, error: &DialError) -> Reason {
         let text = format!("{self}: {error}");
         let is_quoted = self.login.as_ref().is_some_and(|login| login.current().is_in(&text));
         let text = if is_quoted { format!("{self}: what it says quotes the proxy's password") } else { text };
@@ -334,7 +334,7 @@ impl Connector {
 
     /// Dials, and dials again if the roots have changed meanwhile: the old roots may have accepted a server that is not trusted
     /// now.
-    async fn dial_under(&self, step: &AtomicU8) -> Result<(Stream, u64), ConnectError> {
+    async fn dial_under(&self, step: &AtomicU8) -> Result<(Stream, u64), DialError> {
         loop {
             let generation = self.generation();
             let stream = self.dial(step).await?;
@@ -345,7 +345,7 @@ impl Connector {
     }
 
     /// Goes through all steps once.
-    async fn dial(&self, step: &AtomicU8) -> Result<Stream, ConnectError> {
+    async fn dial(&self, step: &AtomicU8) -> Result<Stream, DialError> {
         let login = self.login.as_ref().map(|login| login.current());
         // Before anything is dialled: while the proxy's refusal is remembered, a connection could only be closed again.
         login.as_deref().map_or(Ok(()), Basic::check)?;
@@ -364,17 +364,17 @@ impl Connector {
         let Some(Tls { trust, name, offers_http2 }) = &self.tls else { return Ok(Stream::Plain(stream)) };
         step.store(SetupStep::Tls as u8, Ordering::Relaxed);
         let tls = TlsConnector::from(trust.config(*offers_http2));
-        let stream = tls.connect(name.clone(), stream).await.map_err(ConnectError::Tls)?;
+        let stream = tls.connect(name.clone(), stream).await.map_err(DialError::Tls)?;
         Ok(Stream::Tls(Box::new(stream)))
     }
 
     /// Connects to an address of the host or the proxy.
-    async fn dial_tcp(&self, step: &AtomicU8) -> Result<TcpStream, ConnectError> {
+    async fn dial_tcp(&self, step: &AtomicU8) -> Result<TcpStream, DialError> {
         step.store(SetupStep::Resolve as u8, Ordering::Relaxed);
         let begin = Instant::now();
         let addresses = match self.host.parse::<IpAddr>() {
             Ok(ip) => vec![SocketAddr::new(ip, self.port)],
-            Err(_) => self.addresses.resolve(&self.host, self.port).await.map_err(ConnectError::Resolve)?,
+            Err(_) => self.addresses.resolve(&self.host, self.port).await.map_err(DialError::Resolve)?,
         };
         let addresses = self.allowed(addresses)?;
         step.store(SetupStep::Connect as u8, Ordering::Relaxed);
@@ -388,11 +388,11 @@ impl Connector {
 
     /// Returns the addresses that may be connected to: without TLS only those of loopback. Fails if none is left.
     // The name proves nothing: a hosts file can map `localhost` to another machine.
-    fn allowed(&self, mut addresses: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, ConnectError> {
+    fn allowed(&self, mut addresses: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, DialError> {
         if self.tls.is_none() {
             addresses.retain(|address| address.ip().to_canonical().is_loopback());
             if addresses.is_empty() {
-                return Err(ConnectError::NotLoopback(self.host.clone()));
+                return Err(DialError::NotLoopback(self.host.clone()));
             }
         }
         Ok(addresses)

@@ -25,7 +25,7 @@ use bytes::Bytes;
 
 use self::captured::Captured;
 use self::findings::{FailFast, Gathered};
-pub use self::schema::SchemaError;
+pub use self::schema::BadSchema;
 use self::schema::{AuditMember, Node};
 use self::walk::{Interrupted, Walk, Walked};
 use crate::config::BareIds;
@@ -108,11 +108,11 @@ impl Contract {
     ///
     /// The text is not strict JSON, a keyword is unknown, a value does not fit its keyword, or the schema is too large or
     /// recursive. The error names the place.
-    pub fn compile(schema: &str) -> Result<Self, SchemaError> {
+    pub fn compile(schema: &str) -> Result<Self, BadSchema> {
         // Before serde_json, which takes the last of two equal keys: a rule that is given twice would be dropped in silence.
         match is_strict_json(schema.as_bytes()) {
             Ok(()) => schema::compile(schema),
-            Err(error) => Err(SchemaError { pointer: "#".into(), reason: error.to_string() }),
+            Err(error) => Err(BadSchema { pointer: "#".into(), reason: error.to_string() }),
         }
     }
 

@@ -25,7 +25,7 @@ use crate::model::stage::Stage;
 use crate::rate_limit::{Exhausted, LimitExceeded};
 use crate::reason::Reason;
 use crate::route::NoRoute;
-use crate::token::TokenError;
+use crate::token::NoUsableToken;
 use crate::upstream::breaker::CircuitOpen;
 use crate::upstream::pool::NoConnection;
 
@@ -230,10 +230,10 @@ impl From<Refusal> for Error {
     }
 }
 
-impl From<TokenError> for Error {
-    fn from(error: TokenError) -> Self {
+impl From<NoUsableToken> for Error {
+    fn from(error: NoUsableToken) -> Self {
         match error {
-            TokenError::Unavailable { cause, retry_after } => Self {
+            NoUsableToken::Unavailable { cause, retry_after } => Self {
                 cause: Some(cause),
                 retry_after: Some(retry_after),
                 ..Self::not_sent(
@@ -244,7 +244,7 @@ impl From<TokenError> for Error {
                     ),
                 )
             },
-            TokenError::CredentialRefused { retry_after } => Self {
+            NoUsableToken::CredentialRefused { retry_after } => Self {
                 cause: Some(Cause::TokenRefused),
                 retry_after: Some(retry_after),
                 ..Self::not_sent(

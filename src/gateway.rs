@@ -7,7 +7,7 @@ mod caller_ids;
 mod drain_body;
 mod dry_run;
 mod refusal;
-mod response;
+mod answer;
 
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -42,11 +42,11 @@ use crate::route::Routed;
 use crate::state::{Route, State};
 use crate::upstream::pool::Pool;
 use crate::{clock, exchange};
+pub use answer::ResponseBody;
+use answer::{answer, name, refuse};
 use caller_ids::can_be_echoed;
 use drain_body::drain_body;
 use refusal::{detail, name_denied};
-pub use response::ResponseBody;
-use response::{answer, name, refuse};
 
 /// The parts that one worker needs to answer requests.
 #[derive(Debug)]

@@ -21,7 +21,7 @@ const KEY_FILE: &str = "the key's file";
 
 /// Why a PEM file cannot be used.
 #[derive(Debug, Error)]
-pub enum PemError {
+pub enum BadPem {
     /// The file could not be read.
     #[error("{0}: {1}")]
     Read(String, io::Error),
@@ -53,35 +53,35 @@ pub enum PemError {
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Reads a file.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>, PemError> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, BadPem> {
     read_as(path, path.display().to_string())
 }
 
 /// Reads a file that determines which callers are accepted. Fails if every user can change it.
-pub(crate) fn read_guarded(path: &Path) -> Result<Vec<u8>, PemError> {
+pub(crate) fn read_guarded(path: &Path) -> Result<Vec<u8>, BadPem> {
     read_unless_open(path, "say who may call")
 }
 
 /// Reads a file that determines which server is trusted as the cloud. Fails if every user can change it.
-pub(crate) fn read_roots(path: &Path) -> Result<Vec<u8>, PemError> {
+pub(crate) fn read_roots(path: &Path) -> Result<Vec<u8>, BadPem> {
     read_unless_open(path, "say who gets the credential")
 }
 
-fn read_unless_open(path: &Path, harm: &str) -> Result<Vec<u8>, PemError> {
-    files::read_guarded(path, harm).map_err(|error| PemError::Read(path.display().to_string(), error))
+fn read_unless_open(path: &Path, harm: &str) -> Result<Vec<u8>, BadPem> {
+    files::read_guarded(path, harm).map_err(|error| BadPem::Read(path.display().to_string(), error))
 }
 
 /// Reads a key's file into a buffer that is zeroed on drop.
-pub(crate) fn read_key(path: &Path) -> Result<Zeroizing<Vec<u8>>, PemError> {
+pub(crate) fn read_key(path: &Path) -> Result<Zeroizing<Vec<u8>>, BadPem> {
     read_as(path, KEY_FILE.into()).map(Zeroizing::new)
 }
 
-fn read_as(path: &Path, name: String) -> Result<Vec<u8>, PemError> {
-    files::read(path).map_err(|error| PemError::Read(name, error))
+fn read_as(path: &Path, name: String) -> Result<Vec<u8>, BadPem> {
+    files::read(path).map_err(|error| BadPem::Read(name, error))
 }
 
 /// Parses all certificates of a file, which must have at least one. `path` is for errors only.
-pub(crate) fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, PemError> {
+pub(crate) fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, BadPem> {
     list(pem, path, "certificate", "CERTIFICATE")
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer
 pub(crate) fn revocation_lists(
     pem: &[u8],
     path: &Path,
-) -> Result<Vec<CertificateRevocationListDer<'static>>, PemError> {
+) -> Result<Vec<CertificateRevocationListDer<'static>>, BadPem> {
     list(pem, path, "revocation list", "X509 CRL")
 }
 
@@ -99,31 +99,31 @@ fn list<T: PemObject>(
     path: &Path,
     what: &'static str,
     label: &'static str,
-) -> Result<Vec<T>, PemError> {
+) -> Result<Vec<T>, BadPem> {
     let (pem, name) = (unmarked(pem), || path.display().to_string());
     let items = T::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
-    let items = items.map_err(|error| PemError::Content(name(), fault(&error)))?;
+    let items = items.map_err(|error| BadPem::Content(name(), fault(&error)))?;
     match begins(pem, label) {
-        count if items.len() < count => Err(PemError::Skipped(name(), what, label)),
-        _ if items.is_empty() => Err(PemError::Nothing(name(), what)),
+        count if items.len() < count => Err(BadPem::Skipped(name(), what, label)),
+        _ if items.is_empty() => Err(BadPem::Nothing(name(), what)),
         _ => Ok(items),
     }
 }
 
 /// Parses the only private key of a file.
-pub(crate) fn key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, PemError> {
+pub(crate) fn key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, BadPem> {
     let pem = unmarked(pem);
     // Two forms: PKCS #8 has a label of its own, and older files have a header within the section (RFC 1421,
     // section 4.6.1.1).
     let is_encrypted = || begins(pem, "ENCRYPTED PRIVATE KEY") > 0 || find(pem, b"4,ENCRYPTED").is_some();
     match PrivateKeyDer::from_pem_slice(pem) {
-        Ok(_) if begins(pem, "PRIVATE KEY") > 1 => Err(PemError::Keys),
-        Err(_) if is_encrypted() => Err(PemError::Encrypted),
+        Ok(_) if begins(pem, "PRIVATE KEY") > 1 => Err(BadPem::Keys),
+        Err(_) if is_encrypted() => Err(BadPem::Encrypted),
         Err(pem::Error::NoItemsFound) if begins(pem, "PRIVATE KEY") > 0 => {
-            Err(PemError::Skipped(KEY_FILE.into(), "private key", "PRIVATE KEY"))
+            Err(BadPem::Skipped(KEY_FILE.into(), "private key", "PRIVATE KEY"))
         }
-        Err(pem::Error::NoItemsFound) => Err(PemError::Nothing(KEY_FILE.into(), "private key")),
-        Err(error) => Err(PemError::Content(KEY_FILE.into(), fault(&error))),
+        Err(pem::Error::NoItemsFound) => Err(BadPem::Nothing(KEY_FILE.into(), "private key")),
+        Err(error) => Err(BadPem::Content(KEY_FILE.into(), fault(&error))),
         Ok(key) => Ok(key),
     }
 }

@@ -24,8 +24,8 @@ use crate::connect::{Identity, login};
 use crate::contract::Contract;
 use crate::files::{MAX_SIZE, access, read_text};
 use crate::keyed_hash::Keys;
-use crate::secret::{Impossible, Secret, SecretError};
-use crate::server::tls::{Tls, TlsError};
+use crate::secret::{Impossible, Secret, UnusableSecret};
+use crate::server::tls::{ListenerTlsError, Tls};
 use crate::token::app_key_header;
 use crate::{connect, pem};
 
@@ -99,10 +99,14 @@ impl NamedFiles for Preflight {
         let Err(error) = Tls::load(tls) else { return Ok(()) };
         let key = match &error {
             // The error may name several keys; a mistake is reported at one.
-            TlsError::Refused(key, _) if key.ends_with("_file") => key.split(',').next().unwrap_or_default(),
-            TlsError::Clients(_) if tls.client_crl_file.is_some() => "client_crl_file",
-            TlsError::Clients(_) => "client_ca_file",
-            TlsError::Mismatch | TlsError::Pem(_) | TlsError::Refused(..) => "cert_file",
+            ListenerTlsError::Refused(key, _) if key.ends_with("_file") => {
+                key.split(',').next().unwrap_or_default()
+            }
+            ListenerTlsError::Clients(_) if tls.client_crl_file.is_some() => "client_crl_file",
+            ListenerTlsError::Clients(_) => "client_ca_file",
+            ListenerTlsError::Mismatch | ListenerTlsError::Pem(_) | ListenerTlsError::Refused(..) => {
+                "cert_file"
+            }
         };
         Err((key, error.to_string()))
     }
@@ -143,12 +147,12 @@ fn read_secret(source: &SecretSource) -> Result<Secret, String> {
         nameless_regular(path)?;
     }
     Secret::load(source).map_err(|error| match error {
-        SecretError::File(_, error) => format!("cannot be read: {error}"),
-        SecretError::Impossible(_, Impossible::Empty) if matches!(source, SecretSource::Env(_)) => {
+        UnusableSecret::File(_, error) => format!("cannot be read: {error}"),
+        UnusableSecret::Impossible(_, Impossible::Empty) if matches!(source, SecretSource::Env(_)) => {
             NO_VARIABLE.into()
         }
-        SecretError::Impossible(_, why) => why.to_string(),
-        SecretError::Variable(_) => NO_VARIABLE.into(),
+        UnusableSecret::Impossible(_, why) => why.to_string(),
+        UnusableSecret::Variable(_) => NO_VARIABLE.into(),
     })
 }
 
@@ -192,7 +196,7 @@ fn private_key(path: &Path) -> Result<(), String> {
 }
 
 /// Checks a file that not every user can change.
-fn guarded<T>(path: &Path, parse: impl Fn(&[u8]) -> Result<T, pem::PemError>) -> Result<(), String> {
+fn guarded<T>(path: &Path, parse: impl Fn(&[u8]) -> Result<T, pem::BadPem>) -> Result<(), String> {
     regular(path)?;
     pem::read_guarded(path).and_then(|bytes| parse(&bytes)).map(drop).map_err(|error| error.to_string())
 }

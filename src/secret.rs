@@ -20,7 +20,7 @@ pub struct Secret(Zeroizing<Vec<u8>>);
 
 /// Why a secret could not be read. The text names the file or variable, never the content.
 #[derive(Debug, Error)]
-pub enum SecretError {
+pub enum UnusableSecret {
     /// The file could not be read.
     #[error("{0}: {1}")]
     File(String, io::Error),
@@ -99,18 +99,18 @@ impl Secret {
     }
 
     /// Reads a secret from a file or an environment variable. Blocks on the file.
-    pub fn load(source: &SecretSource) -> Result<Self, SecretError> {
+    pub fn load(source: &SecretSource) -> Result<Self, UnusableSecret> {
         let (bytes, place) = match source {
             SecretSource::File(path) => {
                 let place = path.display().to_string();
-                (files::read(path).map_err(|error| SecretError::File(place.clone(), error))?, place)
+                (files::read(path).map_err(|error| UnusableSecret::File(place.clone(), error))?, place)
             }
             SecretSource::Env(name) => {
-                let value = std::env::var(name).map_err(|_| SecretError::Variable(name.clone()))?;
+                let value = std::env::var(name).map_err(|_| UnusableSecret::Variable(name.clone()))?;
                 (value.into_bytes(), name.clone())
             }
         };
-        Self::new(bytes).map_err(|why| SecretError::Impossible(place, why))
+        Self::new(bytes).map_err(|why| UnusableSecret::Impossible(place, why))
     }
 
     /// The bytes. A caller must copy them only into buffers that are overwritten, or into what goes out.

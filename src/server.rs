@@ -34,7 +34,7 @@ use crate::model::peer::Peer;
 use crate::supervisor::Vital;
 use connection::{AcceptedConnection, CallerStream, Deadlines, stranger};
 use inherited::Inherited;
-use tls::{Tls, TlsError};
+use tls::{ListenerTlsError, Tls};
 
 /// How many connections the kernel holds until they are accepted. std's 128 overflow in a burst: the SYN that is
 /// dropped is sent again only after a second.
@@ -57,7 +57,7 @@ pub struct BoundListener {
 pub enum ListenError {
     /// Its TLS files cannot be used.
     #[error(transparent)]
-    Tls(#[from] TlsError),
+    Tls(#[from] ListenerTlsError),
     /// Its socket cannot be bound or used.
     #[error(transparent)]
     Socket(#[from] io::Error),

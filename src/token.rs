@@ -35,7 +35,7 @@ use contest::Contest;
 use endpoint::{Endpoint, SCHEME};
 use fetcher::{Candidate, Fetcher, Secrets};
 pub use metrics::TokenMetrics;
-pub use pair::PairError;
+pub use pair::BadPair;
 pub(crate) use pair::header as app_key_header;
 use pair::{AppKeyPair, Sources};
 use schedule::{Expiry, Held, Moment, Plan};
@@ -100,7 +100,7 @@ impl fmt::Debug for Token {
 
 /// Why a request gets no token.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub enum TokenError {
+pub enum NoUsableToken {
     /// No token came within `token.wait`, or the endpoint named a time of the next call that is later.
     #[error("no token came in time")]
     Unavailable {
@@ -131,7 +131,7 @@ pub enum ReplaceError {
 pub enum SlotError {
     /// The app key or the app secret of the named credential cannot be read or used.
     #[error("credential {0}: {1}")]
-    Pair(String, PairError),
+    Pair(String, BadPair),
     /// The endpoint's host is not a server name.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -282,7 +282,7 @@ impl Slot {
 
     /// Returns a usable token: at once if the slot has one, else as soon as a fetch brings one. Waits at most `token.wait`; fails
     /// sooner if a refused credential or the endpoint's `Retry-After` rules out a fetch in that time. Cancellation safe.
-    pub async fn token(&self) -> Result<Token, TokenError> {
+    pub async fn token(&self) -> Result<Token, NoUsableToken> {
         if let Some(token) = self.current() {
             return Ok(token);
         }
@@ -393,7 +393,7 @@ impl Slot {
     }
 
     #[cold]
-    async fn wait_for_token(&self) -> Result<Token, TokenError> {
+    async fn wait_for_token(&self) -> Result<Token, NoUsableToken> {
         let deadline = Instant::now() + self.wait;
         let mut fetches = self.fetches.subscribe();
         let _waiting = Waiting::new(&self.waiting);
@@ -409,13 +409,13 @@ impl Slot {
             if let Some(Held { until, refused }) = held.filter(|held| held.is_hopeless(now, deadline)) {
                 let retry_after = until - now;
                 return Err(if refused {
-                    TokenError::CredentialRefused { retry_after }
+                    NoUsableToken::CredentialRefused { retry_after }
                 } else {
-                    TokenError::Unavailable { cause, retry_after }
+                    NoUsableToken::Unavailable { cause, retry_after }
                 });
             }
             if !matches!(timeout_at(deadline, fetches.changed()).await, Ok(Ok(()))) {
-                return Err(TokenError::Unavailable { cause, retry_after: Duration::from_secs(1) });
+                return Err(NoUsableToken::Unavailable { cause, retry_after: Duration::from_secs(1) });
             }
         }
     }

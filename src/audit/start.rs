@@ -32,7 +32,7 @@ use super::queue::Shared;
 use super::recovery::{Damage, TrailState};
 use super::retention::ChainPosition;
 use super::segment::Segment;
-use super::sync::{UNFINISHED, make_directory, sync_all, write_again};
+use super::sync::{UNFINISHED, flush_all, make_directory, write_again};
 use super::unresolved_calls::UnresolvedList;
 use super::writer::Writer;
 use super::{
@@ -353,7 +353,7 @@ pub(super) fn resume(options: &Options, keys: &Keys, locked: Locked) -> io::Resu
     if options.durability == Durability::Disk {
         // A run with durability `kernel` may have left segments of which only the kernel's cache has the last
         // bytes. Records of this run must not be durable while earlier ones are not.
-        sync_all(&chain::segments(directory.path())?)?;
+        flush_all(&chain::segments(directory.path())?)?;
     }
     let last = ChainPosition { seq, hash: found.hash };
     let segment = segment.transpose()?;

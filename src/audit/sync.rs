@@ -73,7 +73,7 @@ fn sync_directory(path: &Path) -> io::Result<()> {
 }
 
 /// Waits until these files are durable. They may have been written with durability `kernel`.
-pub(super) fn sync_all(paths: &[PathBuf]) -> io::Result<()> {
+pub(super) fn flush_all(paths: &[PathBuf]) -> io::Result<()> {
     paths.iter().try_for_each(|path| open_regular(path, OpenOptions::new().read(true))?.sync_data())
 }
 

@@ -18,13 +18,13 @@ use tokio::sync;
 use tokio::sync::OwnedMutexGuard;
 use zeroize::Zeroizing;
 
-use super::ProxyError;
+use super::TunnelError;
 use crate::backoff::after_refusals;
 use crate::base64::base64;
 use crate::config::{LoginFiles, SecretSource};
 use crate::file_watch::{FileWatch, digest, follow};
 use crate::secret::needles::Needles;
-use crate::secret::{Secret, SecretError};
+use crate::secret::{Secret, UnusableSecret};
 
 /// For this long after the proxy last accepted the password, connections send it at the same time. After that one connection goes
 /// first: the password may have expired, and each of many connections would make a wrong try.
@@ -32,10 +32,10 @@ const FRESH: Duration = Duration::from_secs(5);
 
 /// Why user and password cannot be used. The text names the file, never its content.
 #[derive(Debug, Error)]
-pub enum LoginError {
+pub enum BadLogin {
     /// A file could not be read, or its content cannot be a secret.
     #[error(transparent)]
-    Secret(#[from] SecretError),
+    Secret(#[from] UnusableSecret),
     /// The user's name cannot be sent.
     #[error("proxy_user_file {0}")]
     User(&'static str),
@@ -51,7 +51,7 @@ pub struct Login {
 
 impl Login {
     /// Reads both files. Fails if their content cannot be sent; whether the proxy accepts it is not checked.
-    pub fn load(files: LoginFiles) -> Result<Arc<Self>, LoginError> {
+    pub fn load(files: LoginFiles) -> Result<Arc<Self>, BadLogin> {
         // Taken before the files are read: a change in between then differs from the digest and is noticed later.
         let digest = contents(&files)?;
         let current = ArcSwap::from_pointee(Basic::load(&files)?);
@@ -85,14 +85,14 @@ impl fmt::Debug for Login {
 }
 
 /// Returns the user and password in these files, checked for what a request can carry.
-fn read(files: &LoginFiles) -> Result<[Secret; 2], LoginError> {
+fn read(files: &LoginFiles) -> Result<[Secret; 2], BadLogin> {
     let load = |path: &Path| Secret::load(&SecretSource::File(path.to_owned()));
     let (user, password) = (load(&files.user)?, load(&files.password)?);
-    check_user(user.expose()).map_err(LoginError::User)?;
+    check_user(user.expose()).map_err(BadLogin::User)?;
     Ok([user, password])
 }
 
-fn contents(files: &LoginFiles) -> Result<[u8; 32], LoginError> {
+fn contents(files: &LoginFiles) -> Result<[u8; 32], BadLogin> {
     Ok(digest(read(files)?.each_ref().map(Secret::expose)))
 }
 
@@ -170,7 +170,7 @@ impl Standing {
     }
 
     /// Whether any number of connections may send them at the same time. Fails during the pause after a refusal.
-    fn is_fresh(self, now: Instant) -> Result<bool, ProxyError> {
+    fn is_fresh(self, now: Instant) -> Result<bool, TunnelError> {
         match self {
             Self::Refused { until, why, .. } if now < until => Err(why.error()),
             Self::Taken(at) => Ok(now < at + FRESH),
@@ -180,18 +180,18 @@ impl Standing {
 }
 
 impl Why {
-    fn error(self) -> ProxyError {
+    fn error(self) -> TunnelError {
         match self {
-            Self::Wrong => ProxyError::WrongLogin,
-            Self::NotBasic => ProxyError::NotBasic,
-            Self::Unanswered => ProxyError::Unanswered,
+            Self::Wrong => TunnelError::WrongLogin,
+            Self::NotBasic => TunnelError::NotBasic,
+            Self::Unanswered => TunnelError::Unanswered,
         }
     }
 }
 
 impl Basic {
     /// Reads both files. They count as unproven.
-    fn load(files: &LoginFiles) -> Result<Self, LoginError> {
+    fn load(files: &LoginFiles) -> Result<Self, BadLogin> {
         let [user, password] = read(files)?;
         Ok(Self::new(user.expose(), password.expose()))
     }
@@ -206,13 +206,13 @@ impl Basic {
     }
 
     /// Fails during the pause after a refusal, with the error of that refusal.
-    pub(super) fn check(&self) -> Result<(), ProxyError> {
+    pub(super) fn check(&self) -> Result<(), TunnelError> {
         self.is_fresh().map(drop)
     }
 
     /// Waits for the permit to send them. While it is unknown whether the proxy accepts them, one connection has the permit,
     /// and the others wait for its result. Fails as [`Self::check`] does. Cancellation safe.
-    pub(super) async fn leave(self: Arc<Self>) -> Result<Leave, ProxyError> {
+    pub(super) async fn leave(self: Arc<Self>) -> Result<Leave, TunnelError> {
         let mut turn = None;
         if !self.is_fresh()? {
             let mine = self.turn.clone().lock_owned().await;
@@ -223,7 +223,7 @@ impl Basic {
         Ok(Leave { login: self, turn })
     }
 
-    fn is_fresh(&self) -> Result<bool, ProxyError> {
+    fn is_fresh(&self) -> Result<bool, TunnelError> {
         self.standing().is_fresh(Instant::now())
     }
 
@@ -238,7 +238,7 @@ impl Basic {
     }
 
     /// Records that the proxy refuses them, and returns the error. `takes_basic`: it may accept others.
-    pub(super) fn refused(&self, takes_basic: bool) -> ProxyError {
+    pub(super) fn refused(&self, takes_basic: bool) -> TunnelError {
         let why = if takes_basic { Why::Wrong } else { Why::NotBasic };
         let mut standing = self.standing();
         *standing = standing.refused(Instant::now(), why);

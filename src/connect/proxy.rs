@@ -34,7 +34,7 @@ const HTTP: &[u8] = b"HTTP/1.";
 
 /// Why there is no tunnel. The text quotes nothing that the proxy sent.
 #[derive(Debug, Error)]
-pub enum ProxyError {
+pub enum TunnelError {
     /// The proxy answered with another status.
     #[error("the proxy refuses with status {0}")]
     Refused(StatusCode),
@@ -76,7 +76,7 @@ pub enum ProxyError {
     Closed(#[from] io::Error),
 }
 
-impl ProxyError {
+impl TunnelError {
     /// Returns the cause for metrics, audit and callers.
     pub fn cause(&self) -> Cause {
         match self {
@@ -96,16 +96,16 @@ pub(super) async fn tunnel(
     stream: TcpStream,
     authority: &str,
     leave: Option<Leave>,
-) -> Result<TcpStream, ProxyError> {
+) -> Result<TcpStream, TunnelError> {
     let request = request(authority, leave.as_ref().map(|leave| &*leave.login));
     let Some(Leave { login, turn }) = leave else {
         let (stream, head) = ask(stream, &request).await?;
         return match head.status {
             // Any 2xx (RFC 9110, section 9.3.6).
             status if status.is_success() => Ok(stream),
-            StatusCode::PROXY_AUTHENTICATION_REQUIRED if head.takes_basic => Err(ProxyError::NoLogin),
-            StatusCode::PROXY_AUTHENTICATION_REQUIRED => Err(ProxyError::NotBasic),
-            status => Err(ProxyError::Refused(status)),
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED if head.takes_basic => Err(TunnelError::NoLogin),
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED => Err(TunnelError::NotBasic),
+            status => Err(TunnelError::Refused(status)),
         };
     };
     let Some(turn) = turn else { return settle(&login, ask(stream, &request).await) };
@@ -128,23 +128,23 @@ pub(super) async fn tunnel(
 /// Records what the result of a request says about its user and password, and returns the tunnel.
 // A 5xx is the proxy's own error, or that of the host behind it, so it has accepted them. Other statuses, such as 403, leave it
 // open: a proxy may refuse a host before it checks who asks.
-fn settle(login: &Basic, asked: Result<(TcpStream, Head), ProxyError>) -> Result<TcpStream, ProxyError> {
+fn settle(login: &Basic, asked: Result<(TcpStream, Head), TunnelError>) -> Result<TcpStream, TunnelError> {
     let (stream, head) = asked.inspect_err(|_| login.unanswered())?;
     match head.status {
         StatusCode::PROXY_AUTHENTICATION_REQUIRED => return Err(login.refused(head.takes_basic)),
         status if status.is_success() || status.is_server_error() => login.taken(),
         _ => {}
     }
-    if head.status.is_success() { Ok(stream) } else { Err(ProxyError::Refused(head.status)) }
+    if head.status.is_success() { Ok(stream) } else { Err(TunnelError::Refused(head.status)) }
 }
 
 /// Sends a request and reads the final head of its answer.
-async fn ask(mut stream: TcpStream, request: &[u8]) -> Result<(TcpStream, Head), ProxyError> {
+async fn ask(mut stream: TcpStream, request: &[u8]) -> Result<(TcpStream, Head), TunnelError> {
     stream.write_all(request).await?;
     let mut answer = Vec::new();
     loop {
         if stream.read_buf(&mut answer).await? == 0 {
-            return Err(ProxyError::Closed(io::ErrorKind::UnexpectedEof.into()));
+            return Err(TunnelError::Closed(io::ErrorKind::UnexpectedEof.into()));
         }
         if let Some(head) = final_head(&answer)? {
             return Ok((stream, head));
@@ -175,7 +175,7 @@ pub(crate) struct Head {
 
 /// Returns the final head of an answer, behind all interim ones; `None` until it is complete. Fails if the answer is not HTTP, or
 /// exceeds a bound, or if bytes follow a success.
-pub(crate) fn final_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
+pub(crate) fn final_head(answer: &[u8]) -> Result<Option<Head>, TunnelError> {
     let mut rest = &answer[..answer.len().min(MAX_ANSWER)];
     while let Some(head) = whole_head(rest)? {
         rest = &rest[head.length..];
@@ -187,21 +187,21 @@ pub(crate) fn final_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
         // In TLS the client speaks first. Bytes behind a success are not from the cloud, and must not be taken for its handshake.
         let is_followed = !rest.is_empty() || answer.len() > MAX_ANSWER;
         return if head.status.is_success() && is_followed {
-            Err(ProxyError::NoAnswer)
+            Err(TunnelError::NoAnswer)
         } else {
             Ok(Some(head))
         };
     }
-    if answer.len() >= MAX_ANSWER { Err(ProxyError::TooLong) } else { Ok(None) }
+    if answer.len() >= MAX_ANSWER { Err(TunnelError::TooLong) } else { Ok(None) }
 }
 
 /// Returns the first head of an answer; `None` while it is incomplete.
 // Each read parses the whole answer again, which is simpler than keeping a parser's state. An answer is short as a rule, and
 // bounded.
-fn whole_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
+fn whole_head(answer: &[u8]) -> Result<Option<Head>, TunnelError> {
     // Checked before the head is complete: something that is not HTTP may never send an empty line.
     if !answer.starts_with(HTTP) {
-        return if HTTP.starts_with(answer) { Ok(None) } else { Err(ProxyError::NoAnswer) };
+        return if HTTP.starts_with(answer) { Ok(None) } else { Err(TunnelError::NoAnswer) };
     }
     let Some(length) = end_of_head(answer) else { return Ok(None) };
     let mut fields = [EMPTY_HEADER; MAX_FIELDS];
@@ -211,12 +211,12 @@ fn whole_head(answer: &[u8]) -> Result<Option<Head>, ProxyError> {
     parser.allow_spaces_after_header_name_in_responses(true);
     match parser.parse_response(&mut response, &answer[..length]) {
         Ok(Status::Complete(_)) => {}
-        Ok(Status::Partial) => return Err(ProxyError::NoAnswer),
-        Err(httparse::Error::TooManyHeaders) => return Err(ProxyError::TooManyFields),
-        Err(_) => return Err(ProxyError::NoAnswer),
+        Ok(Status::Partial) => return Err(TunnelError::NoAnswer),
+        Err(httparse::Error::TooManyHeaders) => return Err(TunnelError::TooManyFields),
+        Err(_) => return Err(TunnelError::NoAnswer),
     }
     let status =
-        response.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(ProxyError::NoAnswer)?;
+        response.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(TunnelError::NoAnswer)?;
     Ok(Some(Head { status, length, takes_basic: takes_basic(response.headers) }))
 }
 

@@ -53,7 +53,7 @@ const MAX_PATTERN_BYTES: usize = 16 << 20;
 /// The reason why a schema is refused.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{pointer}: {reason}")]
-pub struct SchemaError {
+pub struct BadSchema {
     /// The place in the schema, as a JSON Pointer in the form of a URI fragment (RFC 6901 §6); `#` is the whole schema.
     pub pointer: String,
     /// What is wrong there, in words.
@@ -154,7 +154,7 @@ pub(super) struct Member {
 }
 
 /// Compiles a schema, which must be strict JSON. The caller has checked that no key occurs twice.
-pub(super) fn compile(text: &str) -> Result<Contract, SchemaError> {
+pub(super) fn compile(text: &str) -> Result<Contract, BadSchema> {
     let document: Value = serde_json::from_str(text).or_else(|error| fail("#", error.to_string()))?;
     let (audit, audited, open, patterns) = Default::default();
     let mut compiler = Compiler { document: &document, nodes: 0, audit, audited, open, patterns };
@@ -205,7 +205,7 @@ struct Compiler<'a> {
 }
 
 impl Compiler<'_> {
-    fn node(&mut self, schema: &Value, at: &str, place: Place) -> Result<Node, SchemaError> {
+    fn node(&mut self, schema: &Value, at: &str, place: Place) -> Result<Node, BadSchema> {
         let keywords = object(schema, at)?;
         if keywords.contains_key("$ref") {
             return self.reference(keywords, at, place);
@@ -243,7 +243,7 @@ impl Compiler<'_> {
         value: &Value,
         at: &str,
         place: Place,
-    ) -> Result<(), SchemaError> {
+    ) -> Result<(), BadSchema> {
         match keyword {
             "type" => node.types = types(value, at)?,
             "const" => node.constant = Some(scalar(value, at)?),
@@ -289,7 +289,7 @@ impl Compiler<'_> {
         keywords: &Map<String, Value>,
         at: &str,
         place: Place,
-    ) -> Result<Node, SchemaError> {
+    ) -> Result<Node, BadSchema> {
         let mut target = "";
         for (keyword, value) in keywords {
             match keyword.as_str() {
@@ -322,7 +322,7 @@ impl Compiler<'_> {
     }
 
     /// Compiles every definition and drops the rules, so that an unused one cannot hide a mistake until it is used.
-    fn definitions(&mut self) -> Result<(), SchemaError> {
+    fn definitions(&mut self) -> Result<(), BadSchema> {
         let Some(definitions) = self.document.get("$defs") else { return Ok(()) };
         for (name, schema) in object(definitions, "#/$defs")? {
             // A definition that the contract uses has taken its names before, and may take them here again.
@@ -338,7 +338,7 @@ impl Compiler<'_> {
         node: &Node,
         at: &str,
         place: Place,
-    ) -> Result<Option<Members>, SchemaError> {
+    ) -> Result<Option<Members>, BadSchema> {
         let speaks_of_objects =
             ["properties", "required", "additionalProperties"].iter().any(|k| keywords.contains_key(*k));
         if !speaks_of_objects && (node.types == ANY || node.types & OBJECT == 0) {
@@ -371,7 +371,7 @@ impl Compiler<'_> {
         Ok(Some(members))
     }
 
-    fn any_of(&mut self, value: &Value, at: &str) -> Result<Vec<Node>, SchemaError> {
+    fn any_of(&mut self, value: &Value, at: &str) -> Result<Vec<Node>, BadSchema> {
         let mut nodes = Vec::new();
         for (i, schema) in filled(value, at)?.iter().enumerate() {
             let at = step(at, &i.to_string());
@@ -385,7 +385,7 @@ impl Compiler<'_> {
         Ok(nodes)
     }
 
-    fn audit_member(&mut self, value: &Value, at: &str, place: Place) -> Result<AuditIndex, SchemaError> {
+    fn audit_member(&mut self, value: &Value, at: &str, place: Place) -> Result<AuditIndex, BadSchema> {
         let name = text(value, at)?;
         // In an alternative the member would be recorded for some values only, and a list would lose its positions.
         if place == Place::InAnyOf {
@@ -413,7 +413,7 @@ impl Compiler<'_> {
         Ok(index)
     }
 
-    fn pattern(&mut self, value: &Value, at: &str) -> Result<Arc<Pattern>, SchemaError> {
+    fn pattern(&mut self, value: &Value, at: &str) -> Result<Arc<Pattern>, BadSchema> {
         let source = text(value, at)?;
         if let Some(known) = self.patterns.iter().find(|known| known.source() == source) {
             return Ok(known.clone());
@@ -435,7 +435,7 @@ impl Members {
         place.ok().map(|place| self.by_name[place]).map(|index| (index, &self.list[index]))
     }
 
-    fn require(&mut self, name: &str, at: &str) -> Result<(), SchemaError> {
+    fn require(&mut self, name: &str, at: &str) -> Result<(), BadSchema> {
         self.required |= match self.list.iter().find(|member| member.name == name) {
             Some(member) => member.bit,
             // Allowed as an additional property: a member without rules of its own, which only has to be present.
@@ -460,7 +460,7 @@ impl Members {
     }
 }
 
-fn unique_by(items: Option<&Node>, name: &Value, at: &str) -> Result<UniqueBy, SchemaError> {
+fn unique_by(items: Option<&Node>, name: &Value, at: &str) -> Result<UniqueBy, BadSchema> {
     let name = text(name, at)?;
     let found = items.and_then(|items| items.members.as_ref()?.find(name.as_bytes()));
     match found.filter(|(_, member)| member.node.as_ref().is_some_and(|node| node.is_scalar())) {

@@ -33,7 +33,7 @@ use crate::config::ListenerTls;
 use crate::connect::HTTP1;
 use crate::file_watch::{FileWatch, digest, follow};
 use crate::log::OncePerSecond;
-use crate::pem::PemError;
+use crate::pem::BadPem;
 use crate::{clock, config, pem};
 
 /// A certificate on an open connection is verified again after this time, in nanoseconds: it may expire meanwhile.
@@ -41,10 +41,10 @@ const LOOK_AGAIN: u64 = 60_000_000_000;
 
 /// Why the TLS files of a listener cannot be used.
 #[derive(Debug, Error)]
-pub enum TlsError {
+pub enum ListenerTlsError {
     /// A file cannot be read, or is not PEM.
     #[error(transparent)]
-    Pem(#[from] PemError),
+    Pem(#[from] BadPem),
     /// The key belongs to another certificate.
     #[error("key_file is not the key of cert_file's certificate")]
     Mismatch,
@@ -176,8 +176,8 @@ impl Tls {
     ///
     /// # Errors
     ///
-    /// Returns a [`TlsError`] if a file cannot be read or used.
-    pub fn load(files: &ListenerTls) -> Result<Arc<Self>, TlsError> {
+    /// Returns a [`ListenerTlsError`] if a file cannot be read or used.
+    pub fn load(files: &ListenerTls) -> Result<Arc<Self>, ListenerTlsError> {
         let current = Current::new(files, &Contents::read(files)?, 0)?;
         Ok(Arc::new(Self { files: files.clone(), current: ArcSwap::from_pointee(current) }))
     }
@@ -214,7 +214,7 @@ impl Tls {
     }
 
     /// Reads the files again, and puts them into use if they can be used.
-    fn reload(&self) -> Result<(), TlsError> {
+    fn reload(&self) -> Result<(), ListenerTlsError> {
         let generation = self.current.load().generation + 1;
         let contents = Contents::read(&self.files)?;
         self.current.store(Arc::new(Current::new(&self.files, &contents, generation)?));
@@ -236,7 +236,7 @@ impl Tls {
 }
 
 impl Contents {
-    fn read(files: &ListenerTls) -> Result<Self, TlsError> {
+    fn read(files: &ListenerTls) -> Result<Self, ListenerTlsError> {
         let optional = |path: &Option<PathBuf>| path.as_deref().map(pem::read_guarded).transpose();
         Ok(Self {
             certificate: pem::read(&files.cert_file)?,
@@ -256,7 +256,7 @@ impl Contents {
 }
 
 impl Current {
-    fn new(files: &ListenerTls, contents: &Contents, generation: u64) -> Result<Self, TlsError> {
+    fn new(files: &ListenerTls, contents: &Contents, generation: u64) -> Result<Self, ListenerTlsError> {
         let provider = Arc::new(default_provider());
         let certificates = pem::certificates(&contents.certificate, &files.cert_file)?;
         let key = pem::key(&contents.key)?;
@@ -266,15 +266,15 @@ impl Current {
         };
         let builder = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
-            .map_err(|error| TlsError::Refused("TLS", error))?;
+            .map_err(|error| ListenerTlsError::Refused("TLS", error))?;
         let builder = match &clients {
             Some(clients) => builder.with_client_cert_verifier(Arc::new(Noting(clients.clone()))),
             None => builder.with_no_client_auth(),
         };
         // The mismatch is reported in words of its own: rustls' text does not name the files.
         let mut config = builder.with_single_cert(certificates, key).map_err(|error| match error {
-            rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => TlsError::Mismatch,
-            error => TlsError::Refused("cert_file, key_file", error),
+            rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => ListenerTlsError::Mismatch,
+            error => ListenerTlsError::Refused("cert_file, key_file", error),
         })?;
         // Only HTTP/1.1 is served. A caller that offers h2 alone gets an alert instead of a connection that it cannot
         // use.
@@ -294,10 +294,10 @@ fn clients(
     files: &ListenerTls,
     contents: &Contents,
     roots: Vec<CertificateDer<'static>>,
-) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+) -> Result<Arc<dyn ClientCertVerifier>, ListenerTlsError> {
     let mut store = RootCertStore::empty();
     for root in roots {
-        store.add(root).map_err(|error| TlsError::Refused("client_ca_file", error))?;
+        store.add(root).map_err(|error| ListenerTlsError::Refused("client_ca_file", error))?;
     }
     let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(store), Arc::new(default_provider()));
     let lists = match (&files.client_crl_file, &contents.client_crl) {

@@ -8,7 +8,7 @@ use http::Uri;
 use thiserror::Error;
 
 use crate::config::Config;
-use crate::contract::{Contract, SchemaError};
+use crate::contract::{BadSchema, Contract};
 use crate::exchange::Cooldown;
 use crate::model::index::CredentialIndex;
 use crate::result_rule::ResultRule;
@@ -52,7 +52,7 @@ pub enum RouteError {
         /// The contract's file.
         path: String,
         /// Where and why.
-        source: SchemaError,
+        source: BadSchema,
     },
 }
 

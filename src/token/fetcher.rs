@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::endpoint::{Endpoint, FetchError, Fetched, SCHEME, WithoutToken};
 use super::metrics::{CredentialLabel, ResultLabels};
-use super::pair::{AppKeyPair, PairError, Sources};
+use super::pair::{AppKeyPair, BadPair, Sources};
 use super::schedule::{FetchFailure, Held, MIN_GAP, Moment, Plan, Retry};
 use super::{ActiveToken, Contest, Events, Slot, Token, TokenMetrics, contest};
 use crate::changes::Change;
@@ -58,7 +58,7 @@ pub(super) struct Fetcher {
 
 /// The files of a pair, read on a thread of their own: a dead mount would otherwise stop the refreshes.
 pub(super) struct Secrets {
-    watched: Aside<FileWatch<AppKeyPair, PairError>, FileChange<AppKeyPair, PairError>>,
+    watched: Aside<FileWatch<AppKeyPair, BadPair>, FileChange<AppKeyPair, BadPair>>,
     /// When the files are checked next.
     due: Instant,
 }
@@ -315,7 +315,7 @@ impl Fetcher {
     }
 
     /// Takes the result of a check of the files.
-    fn notice(&mut self, slot: &Slot, noticed: Result<FileChange<AppKeyPair, PairError>, Hangs>) {
+    fn notice(&mut self, slot: &Slot, noticed: Result<FileChange<AppKeyPair, BadPair>, Hangs>) {
         match noticed {
             // Read once only: the files of a pair are written one after the other, so this may be a mixed or half-written pair.
             Ok(FileChange::Settling) => {}
@@ -374,7 +374,7 @@ impl Secrets {
 
     /// Waits until the next check is due and returns its result. Cancellation safe: the thread that reads goes on, and the next
     /// call takes its result.
-    async fn next(&mut self) -> Result<FileChange<AppKeyPair, PairError>, Hangs> {
+    async fn next(&mut self) -> Result<FileChange<AppKeyPair, BadPair>, Hangs> {
         sleep_until(self.due).await;
         let noticed = self.watched.run(FileWatch::poll).await?;
         // Two equal readings must follow each other soon, so that a change takes about a second and not two.

@@ -6,17 +6,17 @@ use http::HeaderValue;
 use thiserror::Error;
 
 use crate::config::SecretSource;
-use crate::secret::{Secret, SecretError};
+use crate::secret::{Secret, UnusableSecret};
 
 /// Where the app key and the app secret are stored, in this order.
 pub(super) type Sources = (SecretSource, SecretSource);
 
 /// Why a pair cannot be used. The text names the file or variable, never its content.
 #[derive(Debug, Error)]
-pub enum PairError {
+pub enum BadPair {
     /// A part could not be read, or cannot be a secret.
     #[error(transparent)]
-    Secret(#[from] SecretError),
+    Secret(#[from] UnusableSecret),
     /// The app key has characters that a header value cannot have.
     #[error("the app key holds characters that a header cannot hold")]
     AppKey,
@@ -33,7 +33,7 @@ pub(super) struct AppKeyPair {
 
 impl AppKeyPair {
     /// Reads both parts. Blocks on files, so it runs on a thread of its own once the gateway serves.
-    pub(super) fn load((app_key, app_secret): &Sources) -> Result<Self, PairError> {
+    pub(super) fn load((app_key, app_secret): &Sources) -> Result<Self, BadPair> {
         let (app_key, app_secret) = (Secret::load(app_key)?, Secret::load(app_secret)?);
         let header = header(&app_key)?;
         Ok(Self { app_key, app_secret, header })
@@ -41,11 +41,11 @@ impl AppKeyPair {
 }
 
 /// Returns an app key as the value of `x-app-key`, marked sensitive. Fails if it has characters that a header value cannot have.
-pub(crate) fn header(app_key: &Secret) -> Result<HeaderValue, PairError> {
+pub(crate) fn header(app_key: &Secret) -> Result<HeaderValue, BadPair> {
     // Bytes beyond ASCII have no agreed encoding in a header (RFC 9110, section 5.5), so each server could read another key. The
     // error says so at the start, before the cloud refuses the key and counts a failed try.
-    let bytes = Some(app_key.expose()).filter(|bytes| bytes.is_ascii()).ok_or(PairError::AppKey)?;
-    let mut header = HeaderValue::from_bytes(bytes).map_err(|_| PairError::AppKey)?;
+    let bytes = Some(app_key.expose()).filter(|bytes| bytes.is_ascii()).ok_or(BadPair::AppKey)?;
+    let mut header = HeaderValue::from_bytes(bytes).map_err(|_| BadPair::AppKey)?;
     header.set_sensitive(true);
     Ok(header)
 }
@@ -71,7 +71,7 @@ mod tests {
         fs::write(folder.join("app_secret"), secret).unwrap();
     }
 
-    type Secrets = FileWatch<AppKeyPair, PairError>;
+    type Secrets = FileWatch<AppKeyPair, BadPair>;
 
     fn watch(sources: Sources) -> Secrets {
         let pair = AppKeyPair::load(&sources).unwrap();
@@ -89,7 +89,7 @@ mod tests {
         (folder, secrets)
     }
 
-    fn changed(noticed: FileChange<AppKeyPair, PairError>) -> Option<(Vec<u8>, Vec<u8>)> {
+    fn changed(noticed: FileChange<AppKeyPair, BadPair>) -> Option<(Vec<u8>, Vec<u8>)> {
         let FileChange::Changed(pair) = noticed else { return None };
         Some((pair.app_key.expose().to_vec(), pair.app_secret.expose().to_vec()))
     }
@@ -111,7 +111,7 @@ mod tests {
         fs::write(folder.path().join("app_key"), "key-2").unwrap();
         assert!(matches!(secrets.poll(), FileChange::Settling));
         fs::write(folder.path().join("app_secret"), "").unwrap();
-        assert!(matches!(secrets.poll(), FileChange::Unusable(PairError::Secret(_))), "truncated");
+        assert!(matches!(secrets.poll(), FileChange::Unusable(BadPair::Secret(_))), "truncated");
         fs::write(folder.path().join("app_secret"), "sec").unwrap();
         assert!(matches!(secrets.poll(), FileChange::Settling), "torn");
         fs::write(folder.path().join("app_secret"), "secret-2").unwrap();
@@ -160,10 +160,10 @@ mod tests {
         let load = || AppKeyPair::load(&sources(folder.path()));
         assert!(load().is_ok_and(|pair| pair.header.is_sensitive()), "the control");
         write(folder.path(), "k\u{e9}y", "secret");
-        assert!(matches!(load(), Err(PairError::AppKey)));
+        assert!(matches!(load(), Err(BadPair::AppKey)));
         fs::write(folder.path().join("app_key"), "key").unwrap();
         fs::write(folder.path().join("app_secret"), [0xff]).unwrap();
-        assert!(matches!(load(), Err(PairError::Secret(_))));
+        assert!(matches!(load(), Err(BadPair::Secret(_))));
         fs::remove_file(folder.path().join("app_secret")).unwrap();
         let error = load().err().unwrap().to_string();
         assert!(error.contains("app_secret"), "{error}");

@@ -400,7 +400,10 @@ async fn no_token_in_time_says_when_to_come_back() {
         token.wait = Duration::from_millis(100);
     });
     let error = rig.slot.token().await.unwrap_err();
-    assert_eq!(error, TokenError::Unavailable { cause: Cause::Timeout, retry_after: Duration::from_secs(1) });
+    assert_eq!(
+        error,
+        NoUsableToken::Unavailable { cause: Cause::Timeout, retry_after: Duration::from_secs(1) }
+    );
 }
 
 #[tokio::test]
@@ -412,7 +415,7 @@ async fn a_time_that_the_endpoint_names_is_kept_up_to_a_minute() {
     // The second request must not cause a call, though there is no token.
     for _ in 0..2 {
         match rig.slot.token().await.unwrap_err() {
-            TokenError::Unavailable { cause: Cause::TokenStatus, retry_after } => {
+            NoUsableToken::Unavailable { cause: Cause::TokenStatus, retry_after } => {
                 assert!((30..=60).contains(&retry_after.as_secs()), "{retry_after:?}");
             }
             error => panic!("{error}"),
@@ -437,11 +440,11 @@ async fn a_refused_pair_is_remembered_and_forgotten_at_once_when_it_changes() {
         let rig = Rig::start(json!({ "token": [{ "times": 1, "status": status }] }));
         for _ in 0..2 {
             match rig.slot.token().await.unwrap_err() {
-                TokenError::CredentialRefused { retry_after } => {
+                NoUsableToken::CredentialRefused { retry_after } => {
                     // The first pause is 30 s; the test may have spent a part of it.
                     assert!((15..=30).contains(&retry_after.as_secs()), "{status}: {retry_after:?}");
                 }
-                error @ TokenError::Unavailable { .. } => panic!("{status}: {error}"),
+                error @ NoUsableToken::Unavailable { .. } => panic!("{status}: {error}"),
             }
         }
         assert_eq!(rig.calls(), 1, "{status}");
@@ -462,7 +465,7 @@ async fn a_token_in_hand_serves_while_the_endpoint_refuses_the_pair_and_not_beyo
     until("the end of the fetch", || failing(&rig.slot) == Some(Cause::TokenRefused)).await;
     assert_eq!(rig.generation().await, 1);
     until("the end of the token", || rig.slot.current().is_none()).await;
-    assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })));
+    assert!(matches!(rig.slot.token().await, Err(NoUsableToken::CredentialRefused { .. })));
     // The request without a token must not shorten the pause: each call with a refused pair may lock the account.
     assert_eq!(rig.calls(), 2);
 }
@@ -652,16 +655,16 @@ async fn a_refusal_of_the_pair_in_use_is_final_only_when_no_trial_is_left() {
     rig.sandbox.secret("sandbox-app-key", "of-tomorrow");
     let mut fetcher = rig.fetcher();
     fetcher.fetch(&rig.slot, false).await;
-    assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })), "the control");
+    assert!(matches!(rig.slot.token().await, Err(NoUsableToken::CredentialRefused { .. })), "the control");
     rig.write("app_secret", "wrong");
     for _ in 0..2 {
         fetcher.notice_secrets(&rig.slot).await;
     }
-    assert!(matches!(rig.slot.token().await, Err(TokenError::Unavailable { .. })), "a trial is to come");
+    assert!(matches!(rig.slot.token().await, Err(NoUsableToken::Unavailable { .. })), "a trial is to come");
     // Both pairs are refused now, so that nothing is left to wait for.
     fetcher.fetch(&rig.slot, true).await;
     fetcher.fetch(&rig.slot, false).await;
-    assert!(matches!(rig.slot.token().await, Err(TokenError::CredentialRefused { .. })));
+    assert!(matches!(rig.slot.token().await, Err(NoUsableToken::CredentialRefused { .. })));
 }
 
 #[tokio::test]

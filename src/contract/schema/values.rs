@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{NumberLimit, Scalar, SchemaError, TYPES};
+use super::{BadSchema, NumberLimit, Scalar, TYPES};
 use crate::contract::findings::escape;
 use crate::json::Number;
 
@@ -13,8 +13,8 @@ use crate::json::Number;
 const FLOAT_EXACT: f64 = 9_007_199_254_740_992.0;
 
 /// Returns the error for a place of the schema.
-pub(super) fn fail<T>(pointer: impl Into<String>, reason: impl Into<String>) -> Result<T, SchemaError> {
-    Err(SchemaError { pointer: pointer.into(), reason: reason.into() })
+pub(super) fn fail<T>(pointer: impl Into<String>, reason: impl Into<String>) -> Result<T, BadSchema> {
+    Err(BadSchema { pointer: pointer.into(), reason: reason.into() })
 }
 
 /// Returns the place of a member of the object at `at`.
@@ -22,33 +22,33 @@ pub(super) fn step(at: &str, name: &str) -> String {
     format!("{at}/{}", escape(name))
 }
 
-pub(super) fn object<'a>(value: &'a Value, at: &str) -> Result<&'a Map<String, Value>, SchemaError> {
+pub(super) fn object<'a>(value: &'a Value, at: &str) -> Result<&'a Map<String, Value>, BadSchema> {
     value.as_object().map_or_else(|| fail(at, "must be an object"), Ok)
 }
 
-pub(super) fn boolean(value: &Value, at: &str) -> Result<bool, SchemaError> {
+pub(super) fn boolean(value: &Value, at: &str) -> Result<bool, BadSchema> {
     value.as_bool().map_or_else(|| fail(at, "must be true or false"), Ok)
 }
 
-pub(super) fn text<'a>(value: &'a Value, at: &str) -> Result<&'a str, SchemaError> {
+pub(super) fn text<'a>(value: &'a Value, at: &str) -> Result<&'a str, BadSchema> {
     value.as_str().map_or_else(|| fail(at, "must be a string"), Ok)
 }
 
-pub(super) fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
+pub(super) fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], BadSchema> {
     value.as_array().map_or_else(|| fail(at, "must be an array"), |list| Ok(list.as_slice()))
 }
 
-pub(super) fn filled<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], SchemaError> {
+pub(super) fn filled<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], BadSchema> {
     let list = list(value, at)?;
     if list.is_empty() { fail(at, "must not be empty") } else { Ok(list) }
 }
 
-pub(super) fn size(value: &Value, at: &str) -> Result<usize, SchemaError> {
+pub(super) fn size(value: &Value, at: &str) -> Result<usize, BadSchema> {
     let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
     size.map_or_else(|| fail(at, "must be a whole number"), Ok)
 }
 
-pub(super) fn limit(value: &Value, at: &str) -> Result<NumberLimit, SchemaError> {
+pub(super) fn limit(value: &Value, at: &str) -> Result<NumberLimit, BadSchema> {
     let Value::Number(number) = value else { return fail(at, "must be a number") };
     // Everything is a float here that has a fraction or an exponent, or does not fit 64 bits. Its text was rounded when it was
     // parsed, so that a large bound would be another one than the schema shows.
@@ -66,7 +66,7 @@ pub(super) fn limit(value: &Value, at: &str) -> Result<NumberLimit, SchemaError>
     Ok(NumberLimit { literal, is_integer, small })
 }
 
-pub(super) fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {
+pub(super) fn scalar(value: &Value, at: &str) -> Result<Scalar, BadSchema> {
     match value {
         Value::Null => Ok(Scalar::Null),
         Value::Bool(value) => Ok(Scalar::Boolean(*value)),
@@ -77,14 +77,14 @@ pub(super) fn scalar(value: &Value, at: &str) -> Result<Scalar, SchemaError> {
     }
 }
 
-pub(super) fn types(value: &Value, at: &str) -> Result<u8, SchemaError> {
+pub(super) fn types(value: &Value, at: &str) -> Result<u8, BadSchema> {
     match value {
         Value::Array(_) => filled(value, at)?.iter().try_fold(0, |types, one| Ok(types | kind(one, at)?)),
         _ => kind(value, at),
     }
 }
 
-fn kind(value: &Value, at: &str) -> Result<u8, SchemaError> {
+fn kind(value: &Value, at: &str) -> Result<u8, BadSchema> {
     let name = text(value, at)?;
     if let Some((_, kind, _)) = TYPES.iter().find(|(known, ..)| *known == name) {
         return Ok(*kind);
