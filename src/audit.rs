@@ -251,7 +251,7 @@ impl Audit {
 
     /// What is written instead of a peer's address; `None` if the address itself is written, `Some(None)` if nothing
     /// is.
-    fn hides_peer(&self, peer: Peer) -> Option<Option<HeaderValue>> {
+    fn redacted_peer(&self, peer: Peer) -> Option<Option<HeaderValue>> {
         if self.0.shown[1] == Shown::Clear {
             return None;
         }

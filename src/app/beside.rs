@@ -57,5 +57,5 @@ pub(super) fn read_past(app: &App, vital: Vital) -> io::Result<()> {
         }
         vital.done();
     };
-    thread::Builder::new().name("past".into()).spawn(read).map(drop)
+    thread::Builder::new().name("audit-verify".into()).spawn(read).map(drop)
 }

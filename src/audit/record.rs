@@ -106,7 +106,7 @@ impl Queued {
 impl OpenRecord {
     pub(super) fn new(audit: Audit, peer: Peer) -> Self {
         let id = RequestId::new();
-        let facts = Box::new(RequestFacts::new(id, peer, audit.hides_peer(peer)));
+        let facts = Box::new(RequestFacts::new(id, peer, audit.redacted_peer(peer)));
         Self { id, stage: Stage::Admission, open: Some(Open { audit, facts }) }
     }
 

@@ -209,7 +209,7 @@ impl Idempotency {
         let loss = thread::scope(|scope| {
             let (sender, receiver) = mpsc::sync_channel(BATCHES);
             let parsing = thread::Builder::new()
-                .name("keys".into())
+                .name("key-rebuild".into())
                 .spawn_scoped(scope, move || parser.read(&segments, &sender))?;
             receiver.into_iter().flatten().for_each(|told| reading.take(told));
             parsing.join().unwrap_or_else(|panic| resume_unwind(panic))
