@@ -182,7 +182,7 @@ impl Admin {
     /// Answers a request. Waits for nothing, so no part of the gateway that hangs can hold it up.
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         // HEAD needs no code of its own: hyper leaves out the body of its answer (RFC 9110, section 9.3.2).
-        // tests/hyper.rs: hyper_leaves_the_body_of_an_answer_to_head_away
+        // tests/hyper.rs: hyper_omits_the_body_of_a_response_to_head
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut response = reply(StatusCode::METHOD_NOT_ALLOWED, TEXT, "GET and HEAD only\n");
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));

@@ -353,7 +353,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_is_compared_without_its_port() {
+    fn host_is_compared_without_its_port() {
         let hosts = Hosts::new(Some(vec!["localhost".into(), "[::1]".into(), "127.0.0.1".into()]));
         let verdict = |host: &'static str| hosts.check(Some(&HeaderValue::from_static(host))).is_ok();
         for good in ["localhost", "LOCALHOST:8080", "[::1]", "[::1]:8080", "127.0.0.1:1"] {
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn of_networks_that_hold_an_address_the_smallest_counts() {
+    fn smallest_matching_network_takes_precedence() {
         let mut admission = Admission::default();
         let add = |admission: &mut Admission, name: &str, rule: PeerRule| {
             let caller = Arc::new(Caller {

@@ -23,7 +23,7 @@ mod tests {
     use super::base64;
 
     #[test]
-    fn base64_gives_the_vectors_of_rfc_4648() {
+    fn base64_matches_the_test_vectors_of_rfc_4648() {
         for (bytes, text) in [
             ("", ""),
             ("f", "Zg=="),

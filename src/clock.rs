@@ -244,7 +244,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn time_stands_still_within_a_turn_and_only_on_a_thread_that_has_turns() {
+    fn time_is_frozen_within_a_turn_only_on_threads_with_turns() {
         let differs = || {
             let first = now();
             thread::sleep(Duration::from_millis(2));
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn now_goes_as_the_boot_time_does_from_the_wall_clock_at_the_start() {
+    fn unix_time_advances_with_the_boot_clock_from_the_start() {
         let apart = |now: u64| wall_ahead().unsigned_abs() + now.abs_diff(unix_nanos_at(SystemTime::now()));
         assert!(apart(unix_nanos()) < 1_000_000_000, "nobody set the clock meanwhile");
         let booted = boottime();
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_namespace_may_have_a_boot_time_of_its_own() {
+    fn time_namespace_with_its_own_boot_time_is_detected() {
         for (offsets, has) in [
             ("", false),
             ("monotonic           0         0\nboottime            0         0\n", false),
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn the_wall_clock_of_a_turn_follows_a_jump_within_a_millisecond() {
+    fn wall_clock_of_a_turn_follows_a_jump_within_a_millisecond() {
         thread::spawn(|| {
             turns();
             let first = wall_nanos();

@@ -49,8 +49,8 @@ const HTTP2: &[u8] = b"h2";
 
 /// The HTTP/1.1 client for upstream and token endpoint. In a reply it removes blanks between a field's name and its colon, as a
 /// proxy must (RFC 9112, section 5.1), and rejects folded lines, as a proxy may (section 5.2).
-// tests/hyper.rs: blanks_before_the_colon_of_a_reply_are_removed_and_folded_lines_refused
-// tests/hyper.rs: a_reply_over_any_bound_is_the_same_error
+// tests/hyper.rs: blanks_before_a_colon_are_removed_and_folded_lines_rejected
+// tests/hyper.rs: reply_over_any_limit_causes_the_same_error
 pub(crate) fn http1() -> http1::Builder {
     let mut builder = http1::Builder::new();
     builder
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_address_that_does_not_answer_leaves_time_for_the_next() {
+    async fn unresponsive_address_leaves_time_to_dial_the_next() {
         let (silent, _listener, _callers) = silent();
         let good = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let answering = good.local_addr().unwrap();

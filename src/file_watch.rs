@@ -237,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_could_not_be_taken_is_tried_again_and_says_what_is_wrong_now() {
+    fn rejected_change_is_retried_and_reports_the_current_error() {
         let wrong = Arc::new(Mutex::new(Some("first")));
         let take = {
             let wrong = wrong.clone();
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_at_rest_is_only_looked_at() {
+    fn file_watch_does_not_read_an_unchanged_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (path, reads) = (file.path().to_owned(), Arc::new(AtomicUsize::new(0)));
         let load = {

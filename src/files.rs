@@ -217,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_regular_files_are_read_also_by_a_link() {
+    fn only_regular_files_are_read_even_through_a_symlink() {
         let folder = tempfile::TempDir::new().unwrap();
         let place = |name: &str| folder.path().join(name);
         let pipe = place("pipe");
@@ -236,7 +236,7 @@ mod tests {
 
     // The channel stands for a dead mount: the job blocks until the test drops the sender.
     #[tokio::test]
-    async fn work_that_hangs_is_told_once_and_waited_for() {
+    async fn hanging_file_access_is_reported_once_and_awaited() {
         let mut aside = Aside::new(1);
         aside.patience = Duration::from_millis(20);
         let (go, wait) = mpsc::channel::<()>();

@@ -376,14 +376,14 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_body_a_line_of_the_trail_stays_one() {
+    fn any_body_leaves_its_audit_record_on_one_line() {
         let good = r#"{"qualityTaskId":"95464\u0035","setCountsType":1,"isTakeEffect":0,
             "setCounts":[{"personID":"16\n","count":2},{"personID":"é"}]}"#;
         try_all(body, 2000, texts(&[good, &good.replace("\"95464\\u0035\"", "95464")]));
     }
 
     #[test]
-    fn whatever_the_schema_it_is_compiled_or_refused() {
+    fn any_schema_is_compiled_or_rejected() {
         try_all(
             schema,
             500,
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_reply_it_means_what_it_plainly_says() {
+    fn any_reply_is_classified_like_its_parsed_json() {
         let good = [
             "\0{\"resultCode\":\"0409000\",\"resultDesc\":\"Operation successful.\"}",
             "\0{\"rows\":[1,{\"resultCode\":null}],\"resultCode\":409000}",
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_trail_a_gateway_starts_on_it() {
+    fn gateway_starts_on_any_trail_and_hides_no_damage() {
         let (whole, open) = sample();
         let end = whole.iter().position(|byte| *byte == b'\n').unwrap() + 1;
         let two = [&whole[..end], b"\x01", &whole[end..]].concat();
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_head_key_and_host_are_plain_or_refused() {
+    fn any_head_has_a_plain_key_and_host_or_is_rejected() {
         let good =
             "host: localhost:8080\nidempotency-key: \"order-7\"\nx-userid: 7\ncontent-type: application/json";
         let bad = "Host: [::1]:80\nidempotency-force: 01\nconnection: host, x\ntransfer-encoding: chunked\nexpect: x";
@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_configuration_each_mistake_is_one_line() {
+    fn any_configuration_mistake_is_reported_on_one_line() {
         let (minimal, all) = (include_str!("../config/minimal.toml"), include_str!("../config/gateway.toml"));
         // Line breaks and control characters in keys and values must not reach a terminal as they are.
         let odd = format!("\"a\\nb\" = 1\n{minimal}\"\\u0007\" = [\"\\r\"]\n");
@@ -470,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_a_proxy_answers_a_tunnel_begins_behind_its_head() {
+    fn tunnel_begins_after_the_head_of_any_proxy_response() {
         let good = [
             "HTTP/1.1 200 Connection established\r\n\r\n",
             "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",

@@ -366,7 +366,7 @@ mod tests {
 
     /// Every connection holds such a future, and every request moves it.
     #[test]
-    fn the_request_future_stays_within_its_budget_of_bytes() {
+    fn request_future_stays_within_its_size_budget() {
         // A change that makes a future larger shows here, before it shows in a benchmark.
         let handle =
             |gateway: &'static Gateway, from: RequestOrigin<'static>, request| gateway.handle(from, request);

@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_mapped_can_be_shown_and_the_overflow_id_is_nobody() {
+    fn only_mapped_ids_are_valid_and_the_overflow_id_names_no_user() {
         let identity = Ids::parse(Some("         0          0 4294967295\n"), 65534);
         for id in [0, 1000, 65534] {
             assert!(identity.check(id).is_ok() && !identity.is_nobody(id), "{id}");

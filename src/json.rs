@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn strict_json_is_read() {
+    fn strict_json_is_accepted() {
         for good in [
             "0",
             "-0",
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_refused() {
+    fn text_that_is_not_strict_json_is_rejected() {
         for bad in [
             "",
             " ",
@@ -468,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_has_its_place() {
+    fn json_error_names_its_line_and_column() {
         let at = |text: &str| read(text.as_bytes()).map_err(|fault| (fault.line, fault.column, fault.reason));
         assert_eq!(at(r#"{"a":1, "a":2}"#), Err((1, 9, "this key stands twice in the object")));
         assert_eq!(at(r#"["x\ud800"]"#), Err((1, 4, SURROGATE)));
@@ -478,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn a_document_cut_anywhere_is_not_json() {
+    fn truncated_document_is_not_json() {
         let whole = r#" {"é\u00e9\ud83d\ude00": [1.5e-3, true, {"b": null}, "x\n"], "c": {}, "d": []}"#;
         assert_eq!(read(whole.as_bytes()), Ok(()));
         for end in 0..whole.len() {
@@ -487,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn a_literal_of_any_length_is_told_from_one_that_differs_anywhere() {
+    fn literal_comparison_detects_a_difference_at_any_position() {
         // Beyond 8 and 16, where the comparison changes.
         for length in 0..40 {
             let literal: Vec<u8> = (0..length).collect();

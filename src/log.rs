@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn event_is_one_line_whatever_its_values_hold() {
+    fn log_event_stays_on_one_line_with_any_values() {
         let forged = "error=broken\nERROR all is lost\r\u{202e}x\u{9b}1m \u{1b}[2mdim\u{1b}[0m é\n";
         let event = String::from_utf8(in_one_line(forged.as_bytes()).into_owned()).unwrap();
         let wanted = "error=broken\\nERROR all is lost\\u000d\\u202ex\\u009b1m \u{1b}[2mdim\u{1b}[0m é\n";
@@ -359,7 +359,7 @@ mod tests {
 
     // The three beginnings put the cut at each of the three positions within a character of three bytes.
     #[test]
-    fn line_that_is_too_long_is_cut_between_characters() {
+    fn overlong_log_line_is_truncated_between_characters() {
         for begin in ["", "x", "xx"] {
             let line = |length| format!("{begin}{}\n", "€".repeat((length - begin.len()) / 3));
             let (queue, short) = (Queue::new(), line(MAX_LINE - 1));
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn ordinary_lines_leave_a_quarter_and_nothing_exceeds_the_bound() {
+    fn ordinary_lines_leave_a_quarter_of_the_log_queue_free() {
         let (queue, line) = (Queue::new(), "x".repeat(1000));
         queue.lock().bytes.reserve_exact(CAPACITY);
         for (up_to, lines) in [(ORDINARY, ORDINARY / 1000), (CAPACITY, CAPACITY / 1000)] {
@@ -391,7 +391,7 @@ mod tests {
 
     // The only test here with real time: the limiter measures seconds by `Instant`.
     #[test]
-    fn line_that_repeats_comes_once_a_second_with_the_number_of_times() {
+    fn repeated_line_is_logged_once_a_second_with_its_count() {
         let line = OncePerSecond::new();
         assert_eq!(line.times(), Some(1));
         let began = Instant::now();

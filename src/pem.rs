@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn no_certificate_of_a_file_is_passed_over() {
+    fn no_certificate_in_a_pem_file_is_skipped() {
         let (a, b) = (certificate("a"), certificate("b"));
         let of = |pem: &str| certificates(pem.as_bytes(), Path::new("roots.pem"));
         let count = |pem: &str| of(pem).unwrap().len();
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_the_only_one_and_not_encrypted() {
+    fn pem_file_must_hold_exactly_one_unencrypted_key() {
         let good = rcgen::KeyPair::generate().unwrap().serialize_pem();
         let of = |pem: &str| key(pem.as_bytes()).map(drop).map_err(|error| error.to_string());
         assert_eq!(of(&format!("\u{feff}{good}")), Ok(()), "a byte order mark is passed over");
@@ -216,7 +216,7 @@ mod tests {
 
     // Each kind of damage takes another way through the library, with another error text.
     #[test]
-    fn what_is_said_of_a_broken_key_holds_nothing_of_it() {
+    fn error_of_a_broken_key_reveals_nothing_of_the_key() {
         let whole = rcgen::KeyPair::generate().unwrap().serialize_pem();
         assert!(key(whole.as_bytes()).is_ok(), "the control");
         let secret = whole.lines().nth(1).unwrap();

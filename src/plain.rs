@@ -123,7 +123,7 @@ mod tests {
     // The tables of `regex-syntax` follow Unicode. An update of that crate may bring more characters, and this
     // test then names them.
     #[test]
-    fn what_is_not_plain_is_what_unicode_says_and_the_blanks_that_it_does_not_name() {
+    fn invisible_characters_match_unicode_plus_unlisted_blanks() {
         let own = set(&UNPLAIN);
         assert_eq!(own.ranges().len(), UNPLAIN.len(), "in order, and none touches another");
         let mut unicode = class(r"[\p{Default_Ignorable_Code_Point}\p{Cc}\p{Cf}\p{Z}]");
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn the_built_in_contract_refuses_in_an_inspectors_id_what_is_not_plain() {
+    fn built_in_contract_rejects_invisible_characters_in_inspector_ids() {
         let contract: serde_json::Value =
             serde_json::from_str(crate::contract::Contract::APPOINT_QUALITY_TASK).unwrap();
         let id = &contract["properties"]["setCounts"]["items"]["properties"]["personID"];
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn line_is_one_and_lines_stay_lines() {
+    fn line_escapes_newlines_and_lines_keeps_them() {
         let odd = "a\u{1b}[31m\r\n\tb\u{202e}\u{e0020}é";
         let json = serde_json::to_string(odd).unwrap();
         assert_eq!(line(odd), "a\\u001b[31m\\u000d\\n\\u0009b\\u202e\\udb40\\udc20é");
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_escaped_means_the_same_in_json() {
+    fn escaped_text_has_the_same_meaning_in_json() {
         let odd =
             "a\u{7F}\u{85}\u{9B}\u{A0}\u{AD}\u{200B}\u{2028}\u{2029}\u{202E}\u{FEFF}\u{E0020}é€\u{1F600}";
         let json = serde_json::to_string(odd).unwrap();

@@ -155,7 +155,7 @@ mod tests {
     proptest! {
         // Gaps around the intervals of the rates, so that both verdicts are common.
         #[test]
-        fn verdicts_equal_those_of_governor(
+        fn limiter_decisions_match_those_of_governor(
             count in 1u32..2_000,
             burst in 1u32..50,
             gaps in prop::collection::vec(0u64..20_000_000, 1..300),
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn the_promised_moment_is_exactly_when_the_next_request_passes() {
+    fn retry_after_is_exactly_when_the_next_request_passes() {
         // To the nanosecond: a client that waits just as long as it was told must not be refused again.
         let limiter = Limiter::new(limit(10, 2));
         assert_eq!((limiter.take_at(0), limiter.take_at(0)), (Ok(()), Ok(())));
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_that_is_raised_is_open_at_once_and_one_that_is_lowered_gives_nothing_back() {
+    fn raised_limit_applies_at_once_and_lowered_limit_refunds_nothing() {
         let slow = RateLimit { period: Duration::from_secs(3600), ..limit(5, 40) };
         let limiter = Limiter::new(slow);
         let spend = || while limiter.take_at(0).is_ok() {};
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_together_never_get_more_than_the_burst() {
+    fn threads_together_never_exceed_the_burst() {
         // One an hour, so that nothing comes back during the test.
         let limiter = Limiter::new(RateLimit { period: Duration::from_secs(3600), ..limit(1, 100) });
         let passed: usize = std::thread::scope(|scope| {

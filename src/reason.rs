@@ -68,7 +68,7 @@ impl Cause {
 
     /// The cause of an exchange that hyper ended with an error.
     // The cause is in the errors below hyper's own, which tells kinds apart only by methods.
-    // tests/hyper.rs: an_http1_reply_that_is_cut_short_or_badly_framed_is_an_error_that_tells_it
+    // tests/hyper.rs: truncated_and_misframed_http1_replies_have_distinct_errors
     pub fn of_exchange(error: &hyper::Error) -> Self {
         let mut below = error.source();
         while let Some(source) = below {
@@ -161,8 +161,8 @@ impl Reason {
 
 /// A hint at what may be wrong with a reply, where the libraries report only that something is. They do not
 /// tell the bounds on a head apart, nor the rules that a reply over HTTP/2 breaks.
-// tests/hyper.rs: a_reply_over_any_bound_is_the_same_error
-// tests/hyper.rs: a_large_head_and_a_wrong_length_are_the_same_error_over_http2
+// tests/hyper.rs: reply_over_any_limit_causes_the_same_error
+// tests/hyper.rs: large_head_and_wrong_length_cause_the_same_http2_error
 fn more_of(error: &hyper::Error) -> Option<&'static str> {
     const {
         // A changed bound must change the texts below.

@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn openmetrics_is_written_only_if_accept_names_and_prefers_it() {
+    fn openmetrics_requires_an_accept_header_that_prefers_it() {
         let asked = |values: &[&str]| {
             let mut headers = HeaderMap::new();
             for value in values {
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn the_old_name_of_a_metric_has_the_value_of_the_new_one() {
+    fn renamed_metric_has_the_same_value_under_its_old_name() {
         let mut registry = Registry::new();
         let counter: Counter = registry.renamed("old_total", "new_total", "What it counts.");
         counter.inc_by(3);

@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_200_is_judged_by_exactly_one_top_level_result_code() {
+    fn status_200_is_classified_by_exactly_one_top_level_result_code() {
         for (body, outcome) in [
             (r#"{"resultCode":"0409000"}"#, Outcome::Succeeded),
             (r#"{"resultDesc":"x","resultCode" : "0409000" }"#, Outcome::Succeeded),
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn every_status_has_the_outcome_of_the_table() {
+    fn every_status_has_its_documented_outcome() {
         for status in 100..=599 {
             let expected = match status {
                 400 | 404 | 405 | 411 | 413 | 414 | 415 | 422 | 431 | 500 => Outcome::Failed,
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_reply_is_judged_by_its_beginning() {
+    fn long_reply_is_classified_by_its_beginning() {
         assert_eq!(verdict(200, r#"{"resultCode":"0409000","rows":[1,2"#, true).outcome, Outcome::Succeeded);
         assert_eq!(verdict(200, r#"{"resultCode":409000,"rows":[1,2"#, true).outcome, Outcome::Succeeded);
         for cut in [r#"{"resultCode":409"#, r#"{"resultCode": 0409"#, r#"{"resultCode":"0409"#] {
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn wherever_a_long_reply_is_cut_behind_its_code_the_code_counts() {
+    fn result_code_counts_wherever_the_reply_is_cut_after_it() {
         let code = r#"{"resultCode":"0409000""#;
         let reply =
             format!(r#"{code},"t":true,"e":"\ud83d\ude00é","n":-1.5e3,"a":[null,{{"b":{{}}}}],"f":false}}"#);
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_in_another_encoding_hides_no_code() {
+    fn reply_in_another_encoding_still_yields_its_result_code() {
         // The description is Chinese in GBK. Only the result code must be UTF-8.
         let gbk = b"{\"resultDesc\":\"\xb3\xc9\xb9\xa6\",\"resultCode\":\"0409000\"}";
         assert_eq!(classify_bytes(gbk, false), Outcome::Succeeded);
@@ -317,14 +317,14 @@ mod tests {
     }
 
     #[test]
-    fn a_result_code_is_cut_between_characters() {
+    fn result_code_is_truncated_between_characters() {
         let long = "é".repeat(40);
         let code = verdict(200, &format!(r#"{{"resultCode":"{long}"}}"#), false).result_code.unwrap();
         assert_eq!(code.as_slice(), "é".repeat(32).as_bytes());
     }
 
     #[test]
-    fn a_content_coded_reply_is_unknown() {
+    fn content_coded_reply_has_an_unknown_outcome() {
         // gzip, zlib, zstd and Brotli of {"resultCode":"0409000"}. The last two contain the text in clear, and it must not be
         // found there.
         for coded in [

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seat_that_is_idle_longest_goes_and_those_at_work_stay() {
+    fn longest_idle_connection_slot_is_evicted_and_busy_ones_stay() {
         let seats = Seats::new(3);
         let [first, second, third] = [(); 3].map(|()| seats.try_take().unwrap());
         first.steps();

@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_trailing_newline_is_trimmed_and_debug_shows_nothing() {
+    fn secret_file_is_trimmed_and_debug_output_hides_it() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "s3cret\r\n").unwrap();
         let secret = Secret::load(&SecretSource::File(file.path().into())).unwrap();
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_a_secret_is_told_from_what_can() {
+    fn impossible_secrets_are_rejected_with_their_reason() {
         let of = |bytes: &[u8]| Secret::new(bytes.to_vec()).map(|secret| secret.expose().to_vec());
         for good in ["s3cret", "two words", "\u{e9}\u{1f600}", "#!\"'\\{}"] {
             for end in ["", "\n", "\r\n"] {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_variable_holds_a_secret_as_well_and_a_missing_one_is_named() {
+    fn secret_is_read_from_a_variable_and_a_missing_one_is_named() {
         let load = |name: &str| Secret::load(&SecretSource::Env(name.to_owned()));
         // A variable that cargo sets: a test that sets one itself would change the environment of the tests beside it.
         assert_eq!(load("CARGO_PKG_NAME").unwrap().expose(), b"ccsqm-gateway");

@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn trouble_keeps_its_beginning_while_it_goes_on() {
+    fn ongoing_trouble_keeps_its_start_time() {
         let last = LastTrouble::default();
         let begins = |cause, detail: &str| {
             last.begins(cause, detail.into());

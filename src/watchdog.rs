@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_loop_that_hangs_is_enough() {
+    fn watchdog_reports_a_single_hanging_loop() {
         let watchdog = Watchdog::from_env(2);
         assert_eq!(watchdog.hangs(), None, "the control");
         for (late, name) in [(1, "worker 1"), (2, "the background")] {

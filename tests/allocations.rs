@@ -156,7 +156,7 @@ fn call(stream: &mut TcpStream, request: &mut [u8], times: u64) {
 static ONE: Mutex<()> = Mutex::new(());
 
 #[test]
-fn a_warm_request_stays_within_its_budget_of_allocations() {
+fn warm_request_stays_within_its_allocation_budget() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let _profiler = dhat::Profiler::builder().testing().build();
     let (cloud, folder) = (Cloud::start(), TempDir::new().unwrap());
@@ -174,7 +174,7 @@ fn a_warm_request_stays_within_its_budget_of_allocations() {
 }
 
 #[test]
-fn keys_and_stored_replies_take_no_more_memory_than_is_said() {
+fn keys_and_stored_replies_stay_within_the_memory_bound() {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let _profiler = dhat::Profiler::builder().testing().build();
     let (cloud, folder) = (Cloud::start(), TempDir::new().unwrap());

@@ -187,7 +187,7 @@ fn serving() -> server::Builder {
 // Server, HTTP/1.1.
 
 #[tokio::test]
-async fn hyper_does_not_read_while_a_request_is_worked_on() {
+async fn hyper_does_not_read_while_a_request_is_in_progress() {
     let (mut caller, socket, log) = noted();
     let (is_asked, goes_on) = (Cell::new(false), Notify::new());
     let service = service_fn(|_| async {
@@ -209,7 +209,7 @@ async fn hyper_does_not_read_while_a_request_is_worked_on() {
 }
 
 #[tokio::test]
-async fn hyper_flushes_whenever_it_is_woken_while_a_request_is_worked_on() {
+async fn hyper_flushes_on_each_wake_while_a_request_is_in_progress() {
     let (mut caller, socket, log) = noted();
     let polls = Cell::new(0);
     let service = service_fn(|_| async {
@@ -233,7 +233,7 @@ async fn hyper_flushes_whenever_it_is_woken_while_a_request_is_worked_on() {
 }
 
 #[tokio::test]
-async fn hyper_reads_on_only_when_it_has_passed_on_what_it_read() {
+async fn hyper_reads_more_body_only_after_delivering_the_last_part() {
     let (mut caller, socket, log) = noted();
     let (passed, permits) = (Cell::new(0), Semaphore::new(0));
     let service = service_fn(|request: Request<Incoming>| async {
@@ -265,7 +265,7 @@ async fn hyper_reads_on_only_when_it_has_passed_on_what_it_read() {
 }
 
 #[tokio::test]
-async fn hyper_reads_no_more_behind_the_end_of_a_body() {
+async fn hyper_reads_nothing_after_the_end_of_a_body() {
     for (framing, body) in
         [("content-length: 5", "hello"), ("transfer-encoding: chunked", "5\r\nhello\r\n0\r\n\r\n")]
     {
@@ -312,7 +312,7 @@ async fn answer_to_head(size: usize, builder: &server::Builder) -> (String, Opti
 }
 
 #[tokio::test]
-async fn the_bound_of_the_buffer_alone_lets_a_head_of_nearly_twice_its_size_pass() {
+async fn buffer_limit_alone_admits_a_head_of_nearly_twice_its_size() {
     let mut builder = serving();
     builder.max_buf_size(BOUND);
     let (said, _) = answer_to_head(7 * BOUND / 4 - 1, &builder).await;
@@ -326,7 +326,7 @@ async fn the_bound_of_the_buffer_alone_lets_a_head_of_nearly_twice_its_size_pass
 }
 
 #[tokio::test]
-async fn a_graceful_shutdown_ends_an_idle_connection_at_once() {
+async fn graceful_shutdown_closes_an_idle_connection_at_once() {
     let (mut caller, socket, log) = noted();
     let mut connection = pin!(serving().serve_connection(socket, service_fn(|_| async { answer("") })));
     caller.write_all(HEAD).await.unwrap();
@@ -338,7 +338,7 @@ async fn a_graceful_shutdown_ends_an_idle_connection_at_once() {
 }
 
 #[tokio::test]
-async fn a_caller_that_has_closed_its_side_gets_its_answer() {
+async fn half_closed_caller_still_gets_its_response() {
     let (mut caller, socket, _) = noted();
     let mut connection = pin!(serving().serve_connection(
         socket,
@@ -354,7 +354,7 @@ async fn a_caller_that_has_closed_its_side_gets_its_answer() {
 }
 
 #[tokio::test]
-async fn the_timeout_of_a_head_counts_while_a_connection_idles() {
+async fn header_timeout_also_applies_to_an_idle_connection() {
     let (mut caller, socket, log) = noted();
     let mut builder = serving();
     builder.header_read_timeout(Duration::from_millis(20));
@@ -366,7 +366,7 @@ async fn the_timeout_of_a_head_counts_while_a_connection_idles() {
 }
 
 #[tokio::test]
-async fn an_error_of_a_read_is_the_source_of_the_connections_error() {
+async fn read_error_is_the_source_of_the_connection_error() {
     let (mut caller, socket, log) = noted();
     let mut connection = pin!(serving().serve_connection(socket, service_fn(|_| async { answer("") })));
     caller.write_all(&HEAD[..HEAD.len() - 2]).await.unwrap();
@@ -380,7 +380,7 @@ async fn an_error_of_a_read_is_the_source_of_the_connections_error() {
 }
 
 #[tokio::test]
-async fn a_connection_ends_with_the_shutdown_of_its_socket_behind_the_last_answer() {
+async fn connection_ends_with_a_socket_shutdown_after_the_last_response() {
     let (mut caller, socket, log) = noted();
     log.holds_shutdown.set(true);
     let service = service_fn(|_| async {
@@ -400,7 +400,7 @@ async fn a_connection_ends_with_the_shutdown_of_its_socket_behind_the_last_answe
 }
 
 #[tokio::test]
-async fn hyper_says_continue_only_when_the_body_is_asked_for() {
+async fn hyper_sends_continue_only_when_the_body_is_polled() {
     let (mut caller, socket, log) = noted();
     let (is_asked, goes_on) = (Cell::new(false), Notify::new());
     let service = service_fn(|request: Request<Incoming>| async {
@@ -421,7 +421,7 @@ async fn hyper_says_continue_only_when_the_body_is_asked_for() {
 }
 
 #[tokio::test]
-async fn hyper_leaves_the_body_of_an_answer_to_head_away() {
+async fn hyper_omits_the_body_of_a_response_to_head() {
     let (mut caller, socket, log) = noted();
     let mut connection = pin!(serving().serve_connection(socket, service_fn(|_| async { answer("hello") })));
     caller.write_all(b"HEAD / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
@@ -432,7 +432,7 @@ async fn hyper_leaves_the_body_of_an_answer_to_head_away() {
 }
 
 #[tokio::test]
-async fn a_bare_lf_behind_the_last_chunk_begins_a_trailer() {
+async fn bare_lf_after_the_last_chunk_starts_a_trailer() {
     let (mut caller, socket, log) = noted();
     let is_trailer = Cell::new(None);
     let service = service_fn(|request: Request<Incoming>| async {
@@ -536,7 +536,7 @@ impl Asking {
 }
 
 #[tokio::test]
-async fn no_answer_counts_that_came_before_the_request_was_written() {
+async fn response_before_the_request_is_written_is_an_error() {
     let mut asking = Asking::new(&asking()).await;
     asking.cloud.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
     let sent = asking.sender.send_request(request());
@@ -546,7 +546,7 @@ async fn no_answer_counts_that_came_before_the_request_was_written() {
 }
 
 #[tokio::test]
-async fn a_sender_is_ready_only_when_the_last_exchange_is_over() {
+async fn sender_is_ready_only_after_the_last_exchange_ends() {
     let mut asking = Asking::new(&asking()).await;
     let response = asking.ask("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\na").await.unwrap();
     asking.turns().await;
@@ -563,7 +563,7 @@ async fn a_sender_is_ready_only_when_the_last_exchange_is_over() {
 }
 
 #[tokio::test]
-async fn a_reply_that_is_dropped_before_its_end_takes_its_connection_along() {
+async fn dropping_an_unfinished_reply_closes_its_connection() {
     let mut asking = Asking::new(&asking()).await;
     let response = asking.ask("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\na").await.unwrap();
     drop(response);
@@ -572,7 +572,7 @@ async fn a_reply_that_is_dropped_before_its_end_takes_its_connection_along() {
 }
 
 #[tokio::test]
-async fn a_body_of_known_length_is_at_its_end_behind_its_last_byte() {
+async fn body_of_known_length_ends_with_its_last_byte() {
     let mut asking = Asking::new(&asking()).await;
     let mut body = asking.ask("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\na").await.unwrap().into_body();
     asking.outcome(body.frame()).await.unwrap().unwrap();
@@ -586,7 +586,7 @@ async fn a_body_of_known_length_is_at_its_end_behind_its_last_byte() {
 }
 
 #[tokio::test]
-async fn only_the_interim_answer_101_is_handed_out() {
+async fn only_interim_response_101_is_returned() {
     let final_one = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
     for (interim, status) in
         [("100 Continue", 200), ("103 Early Hints", 200), ("101 Switching Protocols", 101)]
@@ -598,7 +598,7 @@ async fn only_the_interim_answer_101_is_handed_out() {
 }
 
 #[tokio::test]
-async fn an_http1_reply_that_is_cut_short_or_badly_framed_is_an_error_that_tells_it() {
+async fn truncated_and_misframed_http1_replies_have_distinct_errors() {
     let chunked = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
     for (answer, is_incomplete, kind) in [
         (String::new(), true, None),
@@ -623,7 +623,7 @@ fn reply(fields: usize, size: usize) -> String {
 }
 
 #[tokio::test]
-async fn a_reply_over_any_bound_is_the_same_error() {
+async fn reply_over_any_limit_causes_the_same_error() {
     for answer in [reply(FIELDS - 2, 0), reply(0, BOUND)] {
         Asking::new(&asking()).await.ask(&answer).await.unwrap();
     }
@@ -638,7 +638,7 @@ async fn a_reply_over_any_bound_is_the_same_error() {
 }
 
 #[tokio::test]
-async fn blanks_before_the_colon_of_a_reply_are_removed_and_folded_lines_refused() {
+async fn blanks_before_a_colon_are_removed_and_folded_lines_rejected() {
     let answer = |field| format!("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n{field}\r\n\r\n");
     let response = Asking::new(&asking()).await.ask(&answer("x \t: y")).await.unwrap();
     assert_eq!(response.headers()["x"], "y");
@@ -662,7 +662,7 @@ impl Drop for Owned {
 }
 
 #[tokio::test]
-async fn hyper_lets_go_of_a_body_once_it_is_written() {
+async fn hyper_drops_a_request_body_once_it_is_written() {
     let mut asking = Asking::new(&asking()).await;
     let is_dropped = Arc::new(AtomicBool::new(false));
     let body = Full::new(Bytes::from_owner(Owned(is_dropped.clone())));
@@ -818,7 +818,7 @@ fn told(why: &TrySendError<Request<Full<Bytes>>>) -> (bool, bool, Option<u32>) {
 }
 
 #[tokio::test]
-async fn the_limit_on_streams_is_the_initial_one_until_the_settings_come() {
+async fn stream_limit_is_the_initial_one_until_settings_arrive() {
     for (settings, limit) in
         [(&[][..], usize::MAX), (&[0, 3, 0, 0, 0, 7], 7), (&[0, 3, 255, 255, 255, 255], 0xffff_ffff)]
     {
@@ -831,7 +831,7 @@ async fn the_limit_on_streams_is_the_initial_one_until_the_settings_come() {
 }
 
 #[tokio::test]
-async fn hyper_spawns_the_driver_first_and_the_rest_for_one_request_each() {
+async fn hyper_spawns_the_driver_first_and_then_one_task_per_request() {
     let mut http2 = Http2::greeted().await;
     assert_eq!((http2.driver.count(), http2.spawned.count()), (1, 0));
     let _first = http2.ask().await;
@@ -844,7 +844,7 @@ async fn hyper_spawns_the_driver_first_and_the_rest_for_one_request_each() {
 }
 
 #[tokio::test]
-async fn a_goaway_is_told_only_to_the_streams_beyond_the_one_that_it_names() {
+async fn goaway_is_reported_only_to_streams_beyond_its_last_one() {
     for reason in [NO_ERROR, CANCEL] {
         let mut http2 = Http2::greeted().await;
         let (covered, cut, beyond) = (http2.ask().await, http2.ask().await, http2.ask().await);
@@ -860,7 +860,7 @@ async fn a_goaway_is_told_only_to_the_streams_beyond_the_one_that_it_names() {
 }
 
 #[tokio::test]
-async fn behind_a_goaway_the_handover_ends_with_streams_still_open() {
+async fn goaway_ends_the_handover_while_streams_are_open() {
     let mut http2 = Http2::greeted().await;
     let open = http2.ask().await;
     http2.says(&[go_away(1, NO_ERROR)]).await;
@@ -870,7 +870,7 @@ async fn behind_a_goaway_the_handover_ends_with_streams_still_open() {
 }
 
 #[tokio::test]
-async fn a_connection_is_closed_before_a_goaway_gives_its_request_back() {
+async fn sender_is_closed_before_a_goaway_returns_its_request() {
     let mut http2 = Http2::greeted().await;
     let mut denied = http2.ask().await;
     http2.cloud.write_all(&go_away(0, NO_ERROR)).await.unwrap();
@@ -885,7 +885,7 @@ async fn a_connection_is_closed_before_a_goaway_gives_its_request_back() {
 }
 
 #[tokio::test]
-async fn a_refused_stream_is_told_as_one_that_the_other_side_reset() {
+async fn refused_stream_is_reported_as_a_remote_reset() {
     let mut http2 = Http2::greeted().await;
     let (refused, other) = (http2.ask().await, http2.ask().await);
     http2.says(&[reset(1, REFUSED_STREAM), reset(3, CANCEL)]).await;
@@ -896,7 +896,7 @@ async fn a_refused_stream_is_told_as_one_that_the_other_side_reset() {
 }
 
 #[tokio::test]
-async fn hyper_gives_back_only_a_request_that_it_has_not_written() {
+async fn hyper_returns_only_requests_it_has_not_written() {
     let mut http2 = Http2::greeted().await;
     let written = http2.ask().await;
     http2.cloud.shutdown().await.unwrap();
@@ -916,7 +916,7 @@ async fn hyper_gives_back_only_a_request_that_it_has_not_written() {
 }
 
 #[tokio::test]
-async fn no_error_ends_an_http2_body_at_any_byte_and_only_its_end_stream_tells() {
+async fn only_end_stream_shows_that_an_http2_body_is_complete() {
     let ends: [(_, _, &[_]); 4] = [
         ("whole", true, &[frame(DATA, END_STREAM, 1, b"b")]),
         (
@@ -949,7 +949,7 @@ async fn no_error_ends_an_http2_body_at_any_byte_and_only_its_end_stream_tells()
 }
 
 #[tokio::test]
-async fn hyper_hides_interim_answers_over_http2() {
+async fn hyper_hides_interim_responses_over_http2() {
     let hints = |stream| frame(HEADERS, END_HEADERS, stream, EARLY_HINTS);
     let mut http2 = Http2::greeted().await;
     let (answered, refused) = (http2.ask().await, http2.ask().await);
@@ -966,7 +966,7 @@ async fn hyper_hides_interim_answers_over_http2() {
 }
 
 #[tokio::test]
-async fn an_answer_on_a_stream_that_nobody_opened_ends_the_connection() {
+async fn response_on_an_unopened_stream_closes_the_connection() {
     let mut http2 = Http2::greeted().await;
     let asked = http2.ask().await;
     http2.says(&[frame(HEADERS, END_HEADERS | END_STREAM, 99, OK)]).await;
@@ -977,7 +977,7 @@ async fn an_answer_on_a_stream_that_nobody_opened_ends_the_connection() {
 }
 
 #[tokio::test]
-async fn a_large_head_and_a_wrong_length_are_the_same_error_over_http2() {
+async fn large_head_and_wrong_length_cause_the_same_http2_error() {
     let large = [b"\0\x01x\x7f\x81\x0f", &[b'y'; 2048][..]].concat();
     let large = [OK, &large].concat();
     let length = [OK, b"\x0f\x0d\x015"].concat(); // `content-length: 5`
@@ -1013,7 +1013,7 @@ fn texts(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn each_test_is_named_where_it_is_relied_on() {
+fn each_test_is_named_where_its_assumption_is_used() {
     let mut named: Vec<String> = texts(Path::new("src"))
         .iter()
         .flat_map(|text| text.split("tests/hyper.rs: ").skip(1))

@@ -448,7 +448,7 @@ fn fault(from: &str, to: &str, names: &[(String, Place)]) -> Option<String> {
 }
 
 #[test]
-fn no_room_names_a_higher_one_and_no_stage_another() {
+fn no_module_imports_a_higher_layer_and_no_stage_another_stage() {
     let all = Crate::read();
     let rooms = all.modules[&Vec::new()].children.iter();
     let homeless: Vec<_> = rooms.filter(|room| layer(room).is_none() && *room != BESIDE).collect();
@@ -465,7 +465,7 @@ fn no_room_names_a_higher_one_and_no_stage_another() {
 }
 
 #[test]
-fn rooms_name_each_other_without_circles() {
+fn modules_import_each_other_without_cycles() {
     let edges = Crate::read().edges();
     assert!(edges.len() > 100, "the control: edges are found ({})", edges.len());
     let mut left: BTreeSet<_> = edges.keys().cloned().collect();
@@ -484,7 +484,7 @@ fn rooms_name_each_other_without_circles() {
 }
 
 #[test]
-fn files_and_functions_can_be_read_at_a_glance() {
+fn files_and_functions_stay_within_size_and_nesting_limits() {
     let all = Crate::read();
     let long_files = all.files.iter().filter(|(_, lines)| **lines > MAX_FILE);
     let mut long: BTreeMap<_, _> =

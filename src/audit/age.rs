@@ -568,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn within_a_boot_ages_are_exact_whatever_the_wall_clock_shows() {
+    fn record_ages_within_one_boot_ignore_the_wall_clock() {
         let mut world = World::new();
         for jump in [0, 25 * HOUR, -2 * DAY, 31 * DAY] {
             world.wall = DATE + jump;
@@ -586,7 +586,7 @@ mod tests {
     }
 
     #[test]
-    fn the_time_between_two_boots_makes_no_record_older_until_the_clock_is_accepted() {
+    fn time_between_boots_counts_only_after_the_clock_is_accepted() {
         let mut world = World::new();
         world.start();
         world.record();
@@ -606,7 +606,7 @@ mod tests {
     }
 
     #[test]
-    fn a_boot_id_that_cannot_be_read_or_a_boot_time_that_went_back_is_a_new_boot() {
+    fn unreadable_boot_id_or_earlier_boot_time_means_a_new_boot() {
         for (boot, boottime, age) in [
             // The first row is the control; the others are a new boot, a boot time that went back, and a hidden
             // id.
@@ -636,7 +636,7 @@ mod tests {
     }
 
     #[test]
-    fn records_of_a_version_without_anchors_are_as_old_as_the_newest_of_them_says() {
+    fn records_without_anchors_are_aged_relative_to_the_newest_one() {
         let mut world = World::new();
         world.truth = -5 * HOUR;
         world.record();
@@ -649,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_begins_where_the_first_record_is_that_may_matter() {
+    fn reading_starts_at_the_first_segment_within_the_window() {
         let mut world = World::new();
         // The wall clock is far behind at first and jumps later: no result may depend on it.
         world.wall = DATE - 9 * DAY;
@@ -688,7 +688,7 @@ mod tests {
     }
 
     #[test]
-    fn reading_begins_no_later_where_a_record_was_changed_or_copied() {
+    fn changed_or_copied_record_never_delays_the_start_of_reading() {
         let folder = TempDir::new().unwrap();
         let keys = keys(&folder);
         let mut world = World::new();
@@ -722,7 +722,7 @@ mod tests {
     }
 
     #[test]
-    fn the_start_that_begins_a_segment_is_no_older_where_the_clock_went_back() {
+    fn clock_set_back_does_not_age_the_first_event_of_a_segment() {
         let folder = TempDir::new().unwrap();
         let keys = keys(&folder);
         let segments = [1, 3].map(|first| segment_path(folder.path(), first));
@@ -743,7 +743,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_anchor_is_one_that_was_not_changed_and_none_of_a_newer_version() {
+    fn last_anchor_must_be_unchanged_and_of_a_known_format() {
         let folder = TempDir::new().unwrap();
         let keys = keys(&folder);
         let path = folder.path().join("0");
@@ -784,7 +784,7 @@ mod tests {
         /// the present boot, if its id can be read, count as exactly as old as they are.
         // Older than the truth would forget a key of the window, and so send a task twice.
         #[test]
-        fn no_record_counts_as_older_than_it_is(steps in prop::collection::vec(step(), 1..16)) {
+        fn record_age_never_exceeds_the_real_age(steps in prop::collection::vec(step(), 1..16)) {
             let mut world = World::new();
             world.start();
             for step in steps {
@@ -808,7 +808,7 @@ mod tests {
     }
 
     #[test]
-    fn only_events_with_all_that_is_needed_are_anchors() {
+    fn only_complete_events_are_anchors() {
         let mut world = World::new();
         world.start();
         let good = world.trail[0].clone();

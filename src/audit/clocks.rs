@@ -284,7 +284,7 @@ mod tests {
     const HOUR: i64 = 60 * 60 * 1000;
 
     #[test]
-    fn a_start_doubts_a_clock_that_puts_the_newest_record_out_of_the_window() {
+    fn clock_is_doubtful_if_the_newest_record_is_outside_the_window() {
         let now = 1_795_824_000_000;
         for (age, doubt) in [
             (0, None),
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_start_found_is_doubtful_for_one_window() {
+    fn clock_doubt_found_at_start_lasts_one_window() {
         let mut watch = Watch::new(WINDOW, Some(ClockDoubt::Old), 5 * HOUR);
         for (hour, doubt) in [(5, true), (28, true), (29, false), (30, false)] {
             watch.look(hour * HOUR, 0);
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wall_clock_that_is_set_is_doubtful_until_it_comes_back_or_for_one_window() {
+    fn clock_jump_is_doubtful_until_reverted_or_for_one_window() {
         let mut watch = Watch::new(WINDOW, None, 0);
         for (hour, ahead, doubt) in [
             (0, 0, false),
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn an_accepted_clock_is_not_doubtful_until_it_is_set_again() {
+    fn accepted_clock_is_trusted_until_the_next_jump() {
         let mut watch = Watch::new(WINDOW, Some(ClockDoubt::Future), 0);
         watch.look(HOUR, 2 * HOUR);
         assert_eq!(watch.doubt(), Some(ClockDoubt::Future));

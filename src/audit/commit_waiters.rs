@@ -238,7 +238,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn of_a_crowd_half_as_many_have_a_permit_as_without_one() {
+    fn waiting_intents_get_half_of_the_permits() {
         let waiters = CommitWaiters::new(None);
         let first: Vec<_> = (0..32).map(|_| waiters.permit().unwrap()).collect();
         assert!(waiters.permit().is_none());
@@ -262,7 +262,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn who_waits_for_a_connection_hands_its_permit_on() {
+    fn permit_is_released_while_waiting_for_a_connection() {
         let waiters = CommitWaiters::new(None);
         let permit = || Permit { _held: Some(waiters.permit().unwrap()), waited: 0 };
         let mut held: Vec<_> = (0..32).map(|_| permit()).collect();
@@ -282,7 +282,7 @@ pub(super) mod tests {
 
     /// An exchange whose caller disconnects goes on in a task of its own.
     #[tokio::test]
-    async fn a_wait_that_moves_to_another_task_is_woken_there() {
+    async fn commit_wait_moved_to_another_task_is_woken_there() {
         let (waiters, committed) = (Arc::new(CommitWaiters::new(None)), Arc::new(AtomicU64::new(0)));
         let (waits, proven) = (waiters.clone(), committed.clone());
         let mut wait = Box::pin(async move { waits.wait(&proven, 1, Duration::from_secs(60)).await });
@@ -296,7 +296,7 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
-    async fn a_wait_of_less_time_is_over_before_those_that_began_earlier() {
+    async fn shorter_commit_wait_ends_before_earlier_longer_ones() {
         let (waiters, committed) = (Arc::new(CommitWaiters::new(None)), Arc::new(AtomicU64::new(0)));
         let wait = |time| {
             let (waiters, committed) = (waiters.clone(), committed.clone());

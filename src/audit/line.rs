@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn members_are_json_whatever_they_hold() {
+    fn members_with_any_content_are_valid_json() {
         // Each of these takes another path: no escape, JSON's own escapes, bytes that are not ASCII, and characters
         // beyond JSON's rules.
         for text in ["plain", "", "quo\"te", "back\\slash", "line\nbreak", "é\u{7f}\u{0}", "</script>"] {
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_what_jiff_prints() {
+    fn written_times_match_those_of_jiff() {
         let mut second = Second::default();
         // Zeros on the left of the fraction and on a change of the second are where a writer of digits goes wrong.
         for micros in [0, 1, 999_999, 1_000_000, 1_795_500_000_123_456, 1_795_500_000_999_999] {

@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reply_is_read_back_byte_for_byte() {
+    fn stored_reply_is_read_back_byte_for_byte() {
         let headers =
             HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
         // An empty body, one with an escape, one with characters that lines and JSON treat specially, and one that is

@@ -204,14 +204,14 @@ fn check_changes((text, key): &(Vec<u8>, Vec<u8>), step: usize, bits: impl Fn(us
 
 // One bit of each byte, another one from byte to byte: all bits of all bytes are tested in the long sweep only.
 #[tokio::test]
-async fn every_changed_byte_is_found_in_its_line() {
+async fn every_changed_byte_is_detected_in_its_line() {
     check_changes(&sample().await, 1, |offset| vec![offset as u32 % 8]);
 }
 
 // The format may be trusted only after the hash is checked. Otherwise anybody could make a start refuse the trail as
 // one of a newer version.
 #[tokio::test]
-async fn changed_format_is_a_changed_record_and_no_newer_trail() {
+async fn changed_format_number_is_reported_as_a_changed_record() {
     let (text, key) = sample().await;
     let changed = String::from_utf8(text).unwrap().replacen("\"format\":1", "\"format\":3", 1);
     let found = verify(directory(changed.as_bytes(), &key).path());
@@ -226,7 +226,7 @@ fn is_whole_sweep() -> bool {
 
 // The step is prime, so that it meets every part of a line.
 #[tokio::test]
-async fn a_changed_byte_is_found_in_its_line_among_200_lines() {
+async fn changed_byte_is_detected_in_its_line_among_200_lines() {
     let sample = long_sample().await;
     match is_whole_sweep() {
         true => check_changes(&sample, 1, |_| (0..8).collect()),
@@ -235,7 +235,7 @@ async fn a_changed_byte_is_found_in_its_line_among_200_lines() {
 }
 
 #[tokio::test]
-async fn records_removed_swapped_inserted_or_doubled_are_found_wherever_they_stood() {
+async fn removed_swapped_inserted_or_duplicated_records_are_detected() {
     let (text, key) = sample().await;
     // From a trail with another key: lines that are valid JSON with the right number, and only the hash can tell.
     let (foreign, _) = sample().await;
@@ -270,7 +270,7 @@ async fn records_removed_swapped_inserted_or_doubled_are_found_wherever_they_sto
 }
 
 #[tokio::test]
-async fn a_deleted_segment_is_found_unless_it_was_the_last() {
+async fn deleted_segment_is_detected_unless_it_was_the_last() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     for _ in 0..4 {
@@ -306,7 +306,7 @@ async fn a_deleted_segment_is_found_unless_it_was_the_last() {
 }
 
 #[tokio::test]
-async fn a_damaged_trail_is_never_written_over() {
+async fn damaged_trail_is_never_overwritten() {
     let (text, key) = sample().await;
     // A start that went on from these numbers would write over the first segment, or overflow.
     for number in ["0", "18446744073709551615"] {
@@ -370,12 +370,12 @@ fn check_cuts((text, key): &(Vec<u8>, Vec<u8>), step: usize) {
 }
 
 #[tokio::test]
-async fn a_cut_at_any_byte_keeps_the_whole_lines_and_settles_what_is_open_once() {
+async fn recovery_from_any_cut_keeps_whole_lines_and_closes_calls_once() {
     check_cuts(&sample().await, 1);
 }
 
 #[tokio::test]
-async fn a_cut_among_200_lines_keeps_the_whole_ones_and_settles_what_is_open_once() {
+async fn recovery_from_a_cut_among_200_lines_keeps_the_whole_ones() {
     check_cuts(&long_sample().await, if is_whole_sweep() { 1 } else { 499 });
 }
 
@@ -384,7 +384,7 @@ fn trail_of(text: &[u8]) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn a_recovery_that_was_cut_short_is_completed_by_the_next() {
+async fn interrupted_recovery_is_completed_by_the_next_one() {
     let (text, key) = sample().await;
     let torn = text.len() - 20;
     let whole = directory(&text[..torn], &key);
@@ -407,7 +407,7 @@ async fn a_recovery_that_was_cut_short_is_completed_by_the_next() {
 }
 
 #[tokio::test]
-async fn a_last_write_whose_pages_did_not_all_reach_the_disk_is_cut_off() {
+async fn recovery_truncates_a_torn_last_write() {
     let (text, key) = sample().await;
     let lines = lines_of(&text);
     let begin = |line: usize| lines[..line].concat().len();
@@ -440,7 +440,7 @@ async fn a_last_write_whose_pages_did_not_all_reach_the_disk_is_cut_off() {
 }
 
 #[tokio::test]
-async fn a_gap_far_from_the_end_is_damage_and_stays() {
+async fn gap_far_from_the_end_is_reported_as_damage_and_kept() {
     let (text, key) = sample().await;
     let mut damaged = text.clone();
     damaged[lines_of(&text)[0].len() + 5..][..20].fill(0);
@@ -454,7 +454,7 @@ async fn a_gap_far_from_the_end_is_damage_and_stays() {
 }
 
 #[tokio::test]
-async fn one_zero_is_damage_and_costs_no_record_behind_it() {
+async fn single_zero_byte_is_damage_and_later_records_are_kept() {
     let (text, key) = sample().await;
     // A single zero can be a flipped bit. If it counted as a lost page, the committed records after it would be cut
     // off.
@@ -471,7 +471,7 @@ async fn one_zero_is_damage_and_costs_no_record_behind_it() {
 }
 
 #[tokio::test]
-async fn a_batch_that_stands_at_a_segments_end_and_again_in_the_next_is_read_once() {
+async fn batch_repeated_in_the_next_segment_is_read_once() {
     let (text, key) = sample().await;
     let lines = lines_of(&text);
     let control = verify(directory(&text, &key).path());
@@ -510,7 +510,7 @@ async fn a_batch_that_stands_at_a_segments_end_and_again_in_the_next_is_read_onc
 }
 
 #[test]
-fn a_start_removes_what_never_became_a_segment() {
+fn start_removes_an_unfinished_segment_file() {
     // Both: the file may be left by a run with the other durability.
     for durability in Durability::ALL {
         let folder = TempDir::new().unwrap();
@@ -524,7 +524,7 @@ fn a_start_removes_what_never_became_a_segment() {
 }
 
 #[tokio::test]
-async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
+async fn every_way_to_close_a_record_states_if_the_request_was_sent() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
 
@@ -572,7 +572,7 @@ async fn every_way_to_close_a_record_says_whether_anything_was_sent() {
 }
 
 #[tokio::test]
-async fn a_panic_in_the_middle_of_a_record_leaves_nothing_of_it_in_the_trail() {
+async fn panic_while_writing_a_record_leaves_no_partial_record() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     intended(&audit).await.sent().finish(&answer());
@@ -599,7 +599,7 @@ fn breaks_off(record: &mut OpenRecord) {
 }
 
 #[tokio::test]
-async fn what_a_panic_left_of_a_record_is_not_written_with_those_before_it() {
+async fn partial_record_of_a_panic_is_not_flushed_with_earlier_records() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     let sent = intended(&audit).await.sent();
@@ -630,7 +630,7 @@ impl<'a> Stuck<'a> {
 }
 
 #[test]
-fn what_waits_is_written_in_parts_and_the_last_one_begins_the_segment() {
+fn backlog_is_written_in_parts_and_the_last_starts_a_segment() {
     for (length, parts) in [(10, 1), (1 << 20, 4)] {
         let folder = TempDir::new().unwrap();
         let metrics = metrics();
@@ -667,7 +667,7 @@ fn waiting(record: &mut OpenRecord, members: &str) -> Option<Intent> {
 }
 
 #[tokio::test]
-async fn old_segments_go_and_the_chain_stays_verifiable() {
+async fn retention_removes_old_segments_and_the_hash_chain_verifies() {
     let folder = TempDir::new().unwrap();
     let audit =
         start(&Options { segment_size: 1, retain: Some(Duration::ZERO), ..Options::small(folder.path()) });
@@ -741,7 +741,7 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
 
 // Calls come one after the other, so that segments begin with an intent as well as with an outcome.
 #[tokio::test]
-async fn each_list_stands_at_a_segments_begin_and_names_what_is_open_there() {
+async fn unresolved_list_at_each_segment_start_names_the_open_calls() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 4096, ..Options::small(folder.path()) });
     for _ in 0..100 {
@@ -774,7 +774,7 @@ async fn each_list_stands_at_a_segments_begin_and_names_what_is_open_there() {
 }
 
 #[tokio::test]
-async fn each_look_removes_one_segment_and_none_within_the_window() {
+async fn retention_check_removes_one_segment_outside_the_window() {
     for (hours, gone) in [(0, 1), (1, 0)] {
         let folder = TempDir::new().unwrap();
         // Everything is older than no time at all, and nothing is older than an hour.
@@ -787,7 +787,7 @@ async fn each_look_removes_one_segment_and_none_within_the_window() {
 }
 
 #[tokio::test]
-async fn beyond_max_size_each_look_removes_one_segment_early_and_none_that_is_too_new() {
+async fn retention_check_beyond_max_size_removes_one_old_segment_early() {
     let hour = Duration::from_secs(3600);
     for (max_size, after, window, gone) in [
         (0, Duration::ZERO, Duration::ZERO, 1),
@@ -807,7 +807,7 @@ async fn beyond_max_size_each_look_removes_one_segment_early_and_none_that_is_to
 }
 
 #[tokio::test]
-async fn only_what_goes_before_its_time_is_said_to_go_early() {
+async fn only_removal_before_the_retention_time_is_reported_as_early() {
     let hour = Duration::from_secs(3600);
     for (retain, is_early) in [(Some(hour), true), (None, true), (Some(Duration::ZERO), false)] {
         let folder = TempDir::new().unwrap();
@@ -850,7 +850,7 @@ fn started(time: i64, members: &str) -> TempDir {
 // The earlier run began at a time of its own wall clock, and by the boot time just now or three hours ago. Only the
 // boot time may count.
 #[test]
-fn no_wall_clock_takes_a_call_off_the_list_of_the_unresolved() {
+fn wall_clock_never_removes_an_unresolved_call() {
     let hour = 3_600_000;
     for (time, booted, is_kept) in [(0, 0, true), (2, 0, true), (48, 0, true), (-48, 3, false), (0, 3, false)]
     {
@@ -877,7 +877,7 @@ fn no_wall_clock_takes_a_call_off_the_list_of_the_unresolved() {
 }
 
 #[tokio::test]
-async fn an_operator_accepts_a_doubtful_clock_while_the_gateway_runs() {
+async fn operator_accepts_a_doubtful_clock_at_run_time() {
     let hour = 3_600_000;
     for (age, doubt) in [(0, None), (2 * hour, Some(ClockDoubt::Old)), (-2 * hour, Some(ClockDoubt::Future))]
     {
@@ -905,7 +905,7 @@ async fn an_operator_accepts_a_doubtful_clock_while_the_gateway_runs() {
 }
 
 #[tokio::test]
-async fn each_hour_and_in_each_segment_an_event_ties_times_to_the_boot_time() {
+async fn clock_anchor_is_written_every_hour_and_in_every_segment() {
     // Minutes since the last anchor, the size of segments, and how many anchors come.
     for (minutes, segment_size, count) in
         [(0, 1 << 30, 0), (59, 1 << 30, 0), (60, 1 << 30, 1), (120, 1 << 30, 1), (0, 1, 0), (1, 1, 1)]
@@ -927,7 +927,7 @@ async fn each_hour_and_in_each_segment_an_event_ties_times_to_the_boot_time() {
 }
 
 #[tokio::test]
-async fn the_last_anchor_is_found_before_the_last_two_segments() {
+async fn last_anchor_is_found_before_the_last_two_segments() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     for _ in 0..5 {
@@ -941,7 +941,7 @@ async fn the_last_anchor_is_found_before_the_last_two_segments() {
 }
 
 #[tokio::test]
-async fn a_changed_time_of_the_last_record_moves_no_trail_time() {
+async fn changed_time_in_the_last_record_does_not_move_the_trail_time() {
     let (text, key) = sample().await;
     let text = String::from_utf8(text).unwrap();
     let (before, last) = text.split_at(text.trim_end().rfind('\n').unwrap() + 1);
@@ -961,7 +961,7 @@ async fn a_changed_time_of_the_last_record_moves_no_trail_time() {
 // A line that was changed still states a hash, and the chain goes on from it. So a copy of an earlier record can be
 // made to fit behind it.
 #[tokio::test]
-async fn a_copy_of_an_earlier_record_says_nothing_and_gives_no_number_away_again() {
+async fn copied_record_is_ignored_and_no_sequence_number_is_reused() {
     let folder = directory(&[], &[7; 32]);
     let keys = Keys::load(&chain::key_path(folder.path())).unwrap();
     let doubt = uuid::Uuid::from_u128(5);
@@ -994,7 +994,7 @@ async fn a_copy_of_an_earlier_record_says_nothing_and_gives_no_number_away_again
 }
 
 #[tokio::test]
-async fn a_writer_that_is_not_prompt_needs_no_permits() {
+async fn permits_are_not_required_while_the_writer_falls_behind() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     intended(&audit).await.sent().finish(&answer());
@@ -1018,7 +1018,7 @@ async fn a_writer_that_is_not_prompt_needs_no_permits() {
 }
 
 #[tokio::test]
-async fn what_a_permit_took_counts_to_the_time_that_an_intent_may_take() {
+async fn permit_wait_counts_toward_the_intent_deadline() {
     let folder = TempDir::new().unwrap();
     let deadline = Duration::from_secs(60);
     let options = Options { segment_size: 1, intent_deadline: deadline, ..Options::small(folder.path()) };
@@ -1037,7 +1037,7 @@ async fn what_a_permit_took_counts_to_the_time_that_an_intent_may_take() {
 // With permits the crowd could be refused 16 at a time, each group after a whole deadline. What a request waits for
 // its permit must count.
 #[tokio::test]
-async fn behind_a_stuck_disk_a_crowd_is_refused_in_time() {
+async fn many_intents_are_rejected_in_time_on_a_stuck_disk() {
     let folder = TempDir::new().unwrap();
     let deadline = Duration::from_millis(250);
     let small = Options::small(folder.path());
@@ -1064,7 +1064,7 @@ async fn behind_a_stuck_disk_a_crowd_is_refused_in_time() {
 
 // A worker wakes the writer before it sleeps, and this one never does.
 #[tokio::test]
-async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
+async fn busy_worker_still_gets_its_intents_written() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { queue: 4096, ..Options::small(folder.path()) });
     Audit::defer_wake_ups();
@@ -1078,7 +1078,7 @@ async fn a_worker_that_is_never_done_still_gets_its_intents_written() {
 }
 
 #[tokio::test]
-async fn a_worker_that_is_never_done_and_fills_the_queue_wakes_the_writer() {
+async fn busy_worker_with_a_full_queue_wakes_the_writer() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     Audit::defer_wake_ups();
@@ -1093,7 +1093,7 @@ async fn a_worker_that_is_never_done_and_fills_the_queue_wakes_the_writer() {
 }
 
 #[tokio::test]
-async fn a_stuck_disk_does_not_fill_the_memory() {
+async fn stuck_disk_does_not_fill_the_memory() {
     const MEMBERS: usize = 4 << 20;
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, queue: 1024, ..Options::small(folder.path()) });
@@ -1121,7 +1121,7 @@ async fn a_stuck_disk_does_not_fill_the_memory() {
 // A batch of more than 4 MiB is written in parts, and only its last part begins the segment. The list there must have
 // the calls of the first parts.
 #[tokio::test]
-async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_carried_over() {
+async fn calls_with_intents_before_a_new_segment_are_carried_over() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, queue: 64, ..Options::small(folder.path()) });
     let stuck = Stuck::new(&audit);
@@ -1142,7 +1142,7 @@ async fn calls_whose_intents_lie_before_the_segment_that_their_batch_begins_are_
 }
 
 #[tokio::test]
-async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no_other_is_lost() {
+async fn oversized_list_or_record_is_omitted_without_losing_others() {
     const LIMIT: u64 = 24 << 20;
     // In a process of its own: the limit would hold for the files of all tests that run beside this one.
     if limit::of_files() > LIMIT {
@@ -1197,7 +1197,7 @@ async fn a_list_or_a_record_that_is_longer_than_a_file_may_be_is_left_out_and_no
 }
 
 #[tokio::test]
-async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_not_sent() {
+async fn late_intent_on_a_stuck_disk_is_rejected_as_not_sent() {
     let folder = TempDir::new().unwrap();
     let deadline = Duration::from_millis(250);
     let options = Options { segment_size: 1, intent_deadline: deadline, ..Options::small(folder.path()) };
@@ -1230,7 +1230,7 @@ async fn an_intent_that_a_stuck_disk_keeps_is_refused_in_time_and_recorded_as_no
 }
 
 #[tokio::test]
-async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() {
+async fn full_queue_rejects_intents_keeps_outcomes_and_counts_refusals() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, queue: 16, ..Options::small(folder.path()) });
     let in_flight = vec![intended(&audit).await.sent(), intended(&audit).await.sent()];
@@ -1269,7 +1269,7 @@ async fn a_full_queue_refuses_intents_keeps_every_outcome_and_counts_refusals() 
 }
 
 #[tokio::test]
-async fn below_the_low_water_mark_refusals_are_counted_and_requests_go_on() {
+async fn refusals_are_only_counted_below_the_low_water_mark() {
     // No free space is below the first mark, and any is below the second.
     for (low_water, recorded) in [(0, 3), (u64::MAX, 0)] {
         let folder = TempDir::new().unwrap();
@@ -1287,7 +1287,7 @@ async fn below_the_low_water_mark_refusals_are_counted_and_requests_go_on() {
 }
 
 #[test]
-fn refusals_of_many_strangers_are_folded_into_few_records() {
+fn refusals_of_many_unknown_peers_are_aggregated() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { queue: 100_000, ..Options::small(folder.path()) });
     let begun = Instant::now();
@@ -1311,7 +1311,7 @@ fn refusals_of_many_strangers_are_folded_into_few_records() {
 
 // An hour lasts two seconds here.
 #[test]
-fn refusals_beyond_the_budget_of_an_hour_are_counted_and_callers_have_a_budget_of_their_own() {
+fn callers_and_unknown_peers_have_separate_hourly_refusal_budgets() {
     let folder = TempDir::new().unwrap();
     let refusals = RefusalBudget { strangers: 8_000, callers: 5_000 };
     let hour = Duration::from_secs(2);
@@ -1352,7 +1352,7 @@ fn refusals_beyond_the_budget_of_an_hour_are_counted_and_callers_have_a_budget_o
 }
 
 #[test]
-fn a_trail_that_cannot_be_kept_stops_the_start_with_its_reason() {
+fn unusable_trail_fails_the_start_with_its_reason() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     let error = |options: &Options| Audit::start(options, metrics()).unwrap_err();
@@ -1374,7 +1374,7 @@ fn a_trail_that_cannot_be_kept_stops_the_start_with_its_reason() {
 }
 
 #[tokio::test]
-async fn files_are_for_the_gateways_user_only() {
+async fn audit_files_are_private_to_the_gateway_user() {
     use std::os::unix::fs::PermissionsExt;
     let folder = TempDir::new().unwrap();
     let directory = folder.path().join("made/here");
@@ -1390,7 +1390,7 @@ async fn files_are_for_the_gateways_user_only() {
 }
 
 #[tokio::test]
-async fn a_record_ends_with_its_links_and_says_who_what_and_how() {
+async fn record_names_caller_task_and_outcome_and_ends_with_its_hashes() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     intended(&audit).await.sent().finish(&answer());

@@ -528,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn call_stays_until_its_outcome_is_known() {
+    fn unresolved_call_stays_listed_until_its_outcome_is_known() {
         // All outcomes but `unknown`: none of them may stay on the list.
         let others =
             [Outcome::NotSent, Outcome::Failed, Outcome::Refused, Outcome::Succeeded].into_iter().zip(2..);
@@ -540,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn list_in_the_trail_takes_the_place_of_what_lies_before_it() {
+    fn list_event_replaces_all_earlier_entries() {
         let before = read([intent(1), outcome(1, Outcome::Unknown, 0), intent(2)]);
         let event = event(LIST, json!({ "unresolved": before }));
         let behind = read([intent(8), event, outcome(2, Outcome::Failed, 0)]);
@@ -549,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn resolution_takes_a_call_off_the_list() {
+    fn resolution_removes_a_call_from_the_list() {
         let resolve = |result| event(RESOLUTION, json!({ "id": id(1), "result": result }));
         let unknown = [intent(1), outcome(1, Outcome::Unknown, 0)];
         let list = read(unknown.clone().into_iter().chain([resolve("not-done")]));
@@ -559,7 +559,7 @@ mod tests {
     }
 
     #[test]
-    fn record_that_is_not_proven_takes_no_call_off_and_changes_none_that_is_over() {
+    fn unproven_record_removes_no_call_and_changes_no_ended_one() {
         let told = event(UNDELIVERED, json!({ "id": id(2), "caller": "qa", "print": "ab" }));
         let known = [intent(1), outcome(1, Outcome::Unknown, 0), told, intent(3)];
         let of = |name: &str, number| event(name, json!({ "id": id(number), "result": "done" }));
@@ -602,7 +602,7 @@ mod tests {
     }
 
     #[test]
-    fn undelivered_success_stays_until_it_is_told() {
+    fn undelivered_success_stays_listed_until_delivered() {
         let undelivered = event(UNDELIVERED, json!({ "id": id(1), "caller": "qa", "print": "ab" }));
         let lines = [intent(1), outcome(1, Outcome::Succeeded, 0), undelivered];
         assert_eq!(states(&read(lines.clone())), [(1, CallState::Undelivered)]);
@@ -611,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn behind_a_crash_the_last_successes_are_undelivered_and_what_was_at_work_is_unknown() {
+    fn crash_leaves_last_successes_undelivered_and_open_calls_unknown() {
         let lines = || {
             // 1,999 successes in second 0 and one in second 5: only the last one can still be on its way.
             let early = (1..2000).flat_map(|number| [intent(number), outcome(number, Outcome::Succeeded, 0)]);
@@ -644,7 +644,7 @@ mod tests {
     }
 
     #[test]
-    fn call_at_work_that_a_crash_cuts_off_supersedes_the_one_that_it_repeats() {
+    fn forced_call_interrupted_by_a_crash_supersedes_its_original() {
         let mut forced = intent(2);
         forced["forced"] = json!(id(1));
         let mut list = read([intent(1), outcome(1, Outcome::Unknown, 0), forced]);
@@ -655,7 +655,7 @@ mod tests {
     }
 
     #[test]
-    fn call_on_record_as_undelivered_is_no_presumed_one() {
+    fn recorded_undelivered_call_is_not_marked_as_presumed() {
         let undelivered = event(UNDELIVERED, json!({ "id": id(1), "caller": "qa", "print": "ab" }));
         let ended = |number| [intent(number), outcome(number, Outcome::Succeeded, 0)];
         let mut list = read(ended(1).into_iter().chain([undelivered]).chain(ended(2)));
@@ -665,7 +665,7 @@ mod tests {
     }
 
     #[test]
-    fn forced_call_supersedes_the_one_that_it_repeats_once_it_may_be_done() {
+    fn forced_call_supersedes_its_original_once_it_may_be_done() {
         let mut forced = intent(2);
         forced["forced"] = json!(id(1));
         for (how, is_superseded) in
@@ -677,7 +677,7 @@ mod tests {
     }
 
     #[test]
-    fn only_calls_of_unknown_outcome_are_never_forgotten() {
+    fn only_calls_of_unknown_outcome_are_never_pruned() {
         let mut list = UnresolvedList::default();
         let of = |number, state| UnresolvedCall {
             state,
@@ -691,7 +691,7 @@ mod tests {
     }
 
     #[test]
-    fn a_contract_may_name_nothing_of_a_call_but_its_task() {
+    fn audited_field_may_set_no_member_of_a_call_except_its_task() {
         let call = UnresolvedCall {
             seq: Some(1),
             caller: Some(String::new()),
@@ -714,7 +714,7 @@ mod tests {
     }
 
     #[test]
-    fn the_length_of_the_list_is_that_which_it_takes_in_the_trail() {
+    fn computed_list_size_matches_its_size_in_the_trail() {
         let mut list = UnresolvedList::default();
         let written = |list: &UnresolvedList| {
             let mut batch = Batch::default();
@@ -736,7 +736,7 @@ mod tests {
     }
 
     #[test]
-    fn list_that_is_too_long_forgets_the_oldest_whose_window_is_over() {
+    fn oversized_list_drops_the_oldest_expired_calls() {
         let mut list = UnresolvedList::default();
         for number in 1..=AT_MOST as u128 + 3 {
             list.insert(UnresolvedCall { state: CallState::Unknown, ..UnresolvedCall::of(id(number)) });

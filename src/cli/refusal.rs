@@ -113,7 +113,7 @@ mod tests {
     use std::io::ErrorKind;
 
     #[test]
-    fn a_start_and_an_audit_command_agree_whether_something_must_be_changed() {
+    fn start_and_audit_commands_map_an_error_to_the_same_exit_code() {
         for (kind, code) in [
             (NotFound, BAD_CONFIGURATION),
             (PermissionDenied, BAD_CONFIGURATION),
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_key_is_told_at_the_setting_that_names_it() {
+    fn bad_key_is_reported_at_the_setting_that_names_it() {
         let key = |error: OpenError| StartRefusal::of(&error.into()).key;
         let short = || KeyError::Short("key".into());
         assert_eq!(key(OpenError::KeyFile(short())).as_deref(), Some("audit.key_file"));

@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn budget_is_for_all_and_what_is_finished_is_given_back() {
+    fn finished_parts_return_their_bytes_to_the_shared_budget() {
         let budget = Budget::new(10_000);
         let (first, second) = (budget.part(), budget.part());
         assert!(first.grow(FREE) && first.grow(6_000), "6,000 are counted");

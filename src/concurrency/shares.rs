@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn stranger_gets_a_quarter_of_what_all_strangers_get() {
+    fn unknown_peer_gets_a_quarter_of_the_share_of_unknown_peers() {
         let shares = Arc::new(Shares::new(1024));
         // A sixteenth of 1024 is 64, a quarter of that 16.
         let one: Vec<_> =
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_of_one_host_are_one_origin() {
+    fn addresses_of_one_host_share_one_origin() {
         let of = |address| Origin::of(tcp(address));
         assert_eq!(of("[2001:db8:0:1::1]:1"), of("[2001:db8:0:1:ffff::2]:2"));
         assert_ne!(of("[2001:db8:0:1::1]:1"), of("[2001:db8:0:2::1]:1"));
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn oldest_handshake_of_the_address_that_has_most_makes_room() {
+    async fn oldest_handshake_of_the_busiest_address_is_displaced() {
         let shares = Arc::new(Shares::new(64)); // 16 handshakes, 4 of one address
         let is_open = |handshake: &mut Unproven| {
             handshake.displaced.try_recv().is_err_and(|error| error == oneshot::error::TryRecvError::Empty)

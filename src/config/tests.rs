@@ -104,7 +104,7 @@ fn keys_of_the_file(path: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_reference_file_holds_every_key_that_the_code_reads_and_no_other() {
+fn reference_file_holds_exactly_the_keys_that_the_code_reads() {
     let (folder, text) = placed(REFERENCE);
     let (_, asked) = load(&folder, &text).unwrap();
     // A key of one item stands for the key of all: `callers[0].peer` becomes `callers.peer`.
@@ -129,7 +129,7 @@ fn the_reference_file_holds_every_key_that_the_code_reads_and_no_other() {
 }
 
 #[test]
-fn the_reference_file_shows_the_defaults() {
+fn reference_file_shows_the_defaults() {
     let (mut reference, mut least) = (effective(REFERENCE), effective(MINIMAL));
     // What the reference file shows, though it is not a default. Each must differ, or it has become a default and
     // the file's comment is wrong.
@@ -182,7 +182,7 @@ fn the_reference_file_shows_the_defaults() {
 }
 
 #[test]
-fn the_reference_file_shows_the_defaults_of_lists_too() {
+fn reference_file_shows_the_defaults_of_list_items() {
     let reference = effective(REFERENCE);
     for (line, pointer) in [
         ("mode = \"0660\"", "/listeners/1/mode"),
@@ -231,7 +231,7 @@ fn tidy(schema: &mut Value) {
 }
 
 #[test]
-fn the_schema_for_editors_is_made_of_the_code() {
+fn editor_schema_is_generated_from_the_code() {
     let mut schema = schemars::schema_for!(Config).to_value();
     tidy(&mut schema);
     // A default path is written as an absolute one, which would differ in each checkout.
@@ -255,7 +255,7 @@ fn minimal(replaced: (&str, &str), set: &[(&str, &str)]) -> Result<Config, Probl
 }
 
 #[test]
-fn the_trail_grows_as_fast_as_callers_and_quota_allow() {
+fn trail_growth_follows_caller_limits_and_quota() {
     let caller = "routes = [\"appointQualityTask\"]";
     let limit = |limit: &str| format!("{caller}\n{limit}");
     let second = |limit: &str| {
@@ -281,7 +281,7 @@ fn the_trail_grows_as_fast_as_callers_and_quota_allow() {
 }
 
 #[test]
-fn max_size_must_hold_the_window_and_what_does_lasts_for_it() {
+fn max_size_must_hold_the_trail_of_the_whole_window() {
     let set = |size: u64| [("audit.max_size", format!("{size}B")), ("idempotency.window", "2h".to_owned())];
     let load = |size: u64| {
         let set = set(size);
@@ -304,7 +304,7 @@ fn max_size_must_hold_the_window_and_what_does_lasts_for_it() {
 }
 
 #[test]
-fn max_size_holds_four_segments_at_least() {
+fn max_size_must_hold_at_least_four_segments() {
     let load = |size, more: &[(&str, &str)]| {
         let set = [&[("audit.max_size", size), ("quota.rate", "1/h")], more].concat();
         minimal(("", ""), &set)
@@ -320,7 +320,7 @@ fn max_size_holds_four_segments_at_least() {
 }
 
 #[test]
-fn what_retain_needs_is_told_where_nothing_else_bounds_the_trail() {
+fn space_for_retain_is_reported_if_nothing_else_bounds_the_trail() {
     let lines = |set: &[(&str, &str)]| minimal(("", ""), set).unwrap().trail_size().lines().join("\n");
     let told = lines(&[]);
     assert!(told.contains("72000 calls an hour are allowed, which take 2.1 GiB a day"), "{told}");
@@ -337,7 +337,7 @@ fn what_retain_needs_is_told_where_nothing_else_bounds_the_trail() {
 }
 
 #[test]
-fn the_reference_file_names_the_bounds_and_they_hold() {
+fn bounds_named_in_the_reference_file_are_enforced() {
     let (folder, text) = placed(REFERENCE);
     let reason = |number: usize, line: &str| {
         let lines = text.lines().enumerate().map(|(i, old)| if i == number { line } else { old });

@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_address_that_answered_last_comes_first_and_counts_while_the_resolver_fails() {
+    async fn last_working_address_is_tried_first_while_dns_fails() {
         let addresses = Addresses::default();
         let resolve = async |host: &str| addresses.resolve(&host.into(), 1).await;
         let (one, two) = ("127.0.0.1:1".parse().unwrap(), "127.0.0.2:1".parse().unwrap());
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_counts_for_a_while_unless_nobody_answers_there() {
+    async fn dns_answer_is_cached_until_its_addresses_fail() {
         let addresses = Addresses::default();
         let resolve = async |host: &str| addresses.resolve(&host.into(), 1).await;
         let first = resolve("localhost").await.unwrap();
@@ -172,7 +172,7 @@ mod tests {
 
     /// The dials share one query, and its wait of 300 ms is over for all of them at the same time.
     #[tokio::test]
-    async fn while_the_resolver_hangs_all_dials_share_one_wait_and_use_what_is_known() {
+    async fn dials_share_one_dns_wait_and_use_cached_addresses() {
         let addresses = Addresses::default();
         let known: SocketAddr = "127.0.0.1:1".parse().unwrap();
         addresses.known().addresses = vec![known];

@@ -278,14 +278,14 @@ mod tests {
     use crate::connect::Egress;
 
     #[test]
-    fn user_and_password_are_sent_as_the_rfc_shows() {
+    fn basic_credentials_match_the_examples_of_rfc_7617() {
         // RFC 7617, sections 2 and 2.1.
         assert_eq!(Basic::new(b"Aladdin", b"open sesame").encoded(), b"QWxhZGRpbjpvcGVuIHNlc2FtZQ==");
         assert_eq!(Basic::new(b"test", "123\u{a3}".as_bytes()).encoded(), b"dGVzdDoxMjPCow==");
     }
 
     #[test]
-    fn a_user_with_a_colon_is_refused() {
+    fn user_name_with_a_colon_is_rejected() {
         // Blanks, a backslash and letters beyond ASCII are usual in the names of a Windows domain.
         assert!(check_user("DOMAIN\\user name \u{a3}".as_bytes()).is_ok(), "the control");
         for bad in [":", "user:", ":password", "user:password"] {
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn two_tries_without_an_answer_are_a_refusal_unless_the_proxy_took_them_before() {
+    fn two_unanswered_attempts_count_as_refusal_of_unproven_credentials() {
         let now = Instant::now();
         let once = UNPROVEN.unanswered(now);
         assert!(once.is_fresh(now).is_ok(), "{once:?}");
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_proxy_took_is_sent_side_by_side_for_five_seconds() {
+    fn accepted_credentials_are_sent_in_parallel_for_five_seconds() {
         let (now, moment) = (Instant::now(), Duration::from_millis(1));
         let is_fresh = |after| Standing::Taken(now).is_fresh(now + after).unwrap();
         assert_eq!([FRESH - moment, FRESH].map(is_fresh), [true, false]);
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn neither_they_nor_their_digest_show_in_debug() {
+    fn debug_output_hides_credentials_and_their_digest() {
         assert_eq!(format!("{:?}", Basic::new(b"user", b"s3cret")), "Basic");
         // By way of `Egress` as well, whose `Debug` is derived.
         let folder = tempfile::TempDir::new().unwrap();

@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_whole_head_with_nothing_behind_it_is_a_tunnel() {
+    fn tunnel_requires_a_complete_head_without_trailing_bytes() {
         assert_eq!(said("HTTP/1.1 200 Connection established\r\n\r\n"), Some(200));
         assert_eq!(said("HTTP/1.0 200 OK\r\nVia: x\r\n\r\n"), Some(200));
         assert_eq!(said("HTTP/1.1 200 OK\nVia : x\n\n"), Some(200));
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn interim_heads_are_skipped_and_no_other() {
+    fn only_interim_heads_are_skipped() {
         let interim = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n";
         assert_eq!(said(interim), None);
         assert_eq!(said(&format!("{interim}HTTP/1.1 200 OK\r\n\r\n")), Some(200));
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_read_up_to_its_bounds_and_the_error_names_the_one_that_was_hit() {
+    fn oversized_proxy_response_is_rejected_with_the_exceeded_limit() {
         let long = |length: usize| {
             let empty = "HTTP/1.1 200 OK\r\nx: \r\n\r\n";
             empty.replace("x: ", &format!("x: {}", "y".repeat(length - empty.len())))
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn challenges_tell_whether_basic_helps() {
+    fn proxy_challenges_show_whether_basic_is_supported() {
         let takes = |fields: &str| {
             let answer = format!("HTTP/1.1 407 No\r\n{fields}\r\n");
             final_head(answer.as_bytes()).unwrap().unwrap().takes_basic

@@ -51,7 +51,7 @@ pub enum NotReceived {
     /// The body has trailer fields behind its last chunk.
     // Request smuggling: if the trailer section begins with a bare LF, hyper reads on to the next empty line, where a proxy in
     // front may see the end of the body and the next request. No caller of this API needs trailers.
-    // tests/hyper.rs: a_bare_lf_behind_the_last_chunk_begins_a_trailer
+    // tests/hyper.rs: bare_lf_after_the_last_chunk_starts_a_trailer
     #[error("the body has trailer fields behind its last chunk; send it without them")]
     Trailers,
 }
@@ -74,7 +74,7 @@ pub struct Bounds {
 /// See [`NotReceived`]. An error that the head alone decides is returned before the body is asked for.
 // hyper sends `100 Continue` at the first poll of the body. With the checks of the head in front of it, a caller that waits for
 // `100 Continue` is refused before it has sent a large body in vain.
-// tests/hyper.rs: hyper_says_continue_only_when_the_body_is_asked_for
+// tests/hyper.rs: hyper_sends_continue_only_when_the_body_is_polled
 pub(crate) async fn receive(
     head: &Inbound<'_>,
     body: &mut Incoming,
@@ -135,7 +135,7 @@ async fn collect(body: &mut Incoming, limit: usize, room: &Room) -> Result<Bytes
     let mut held = None;
     // Of a body whose length is known, nothing comes behind its last byte. Without this check hyper would register a waker only
     // to report that.
-    // tests/hyper.rs: a_body_of_known_length_is_at_its_end_behind_its_last_byte
+    // tests/hyper.rs: body_of_known_length_ends_with_its_last_byte
     while !body.is_end_stream()
         && let Some(frame) = body.frame().await
     {
@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_json_in_utf8_is_a_media_type_of_ours() {
+    fn only_json_in_utf8_is_an_accepted_media_type() {
         for good in [
             "application/json",
             "Application/JSON",

@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_shown_key_is_cut_and_holds_no_control_character() {
+    fn reported_key_is_truncated_with_control_characters_escaped() {
         assert_eq!(shown("a\0\n\u{85}b".as_bytes()), r"a\u{0}\n\u{85}b");
         // Both sides of the bound: 64 is the end of a character here, and the middle of one below.
         assert_eq!(shown("é".repeat(40).as_bytes()).len(), 64);

@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_matches_as_ecma_262_says() {
+    fn pattern_matches_as_ecma_262_specifies() {
         // Pattern, a text that it matches, a text that it does not match.
         let cases = [
             ("", "x", None),
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_mean_something_else_or_cost_too_much_is_refused_with_its_place() {
+    fn ambiguous_or_expensive_pattern_is_rejected_with_its_position() {
         for (pattern, place) in [
             ("a(", 2),
             ("é(?=a)", 2),

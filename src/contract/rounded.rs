@@ -83,7 +83,7 @@ mod tests {
     ];
 
     #[test]
-    fn what_javascript_writes_is_noticed_and_the_ids_themselves_are_not() {
+    fn ids_rounded_by_javascript_are_detected_and_exact_ids_pass() {
         for (id, written) in WRITTEN {
             assert!(is_refused(written), "{written}");
             assert_eq!(is_refused(id), id == written, "{id}");
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn of_exact_random_ids_few_are_refused() {
+    fn few_exact_random_ids_are_rejected() {
         const SAMPLES: u64 = 400_000;
         let two_to_64 = 18_446_744_073_709_551_616.0;
         let ranges = [

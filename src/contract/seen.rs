@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_is_new_once_among_few_and_among_many() {
+    fn each_value_is_new_exactly_once() {
         let mut seen = UniqueSet::new();
         // After each insertion, so that the move from the list to the set is covered with all values before and behind it.
         for value in 0..100 {

@@ -79,7 +79,7 @@ impl Exchange {
         if let Some(first) = &mut progress.arrived {
             // Dropped, not read: a 401 with a long body held up its own replay. The drop closes the connection (of HTTP/2, the
             // stream), and the replay takes a new one.
-            // tests/hyper.rs: a_reply_that_is_dropped_before_its_end_takes_its_connection_along
+            // tests/hyper.rs: dropping_an_unfinished_reply_closes_its_connection
             first.rest = None;
         }
         let refused = self.token.generation();
@@ -163,7 +163,7 @@ impl Exchange {
             match sent {
                 Ok(response) => {
                     // 101 is not a final reply, and no upgrade was asked for: nothing that follows could be believed.
-                    // tests/hyper.rs: only_the_interim_answer_101_is_handed_out
+                    // tests/hyper.rs: only_interim_response_101_is_returned
                     if response.status().is_informational() {
                         let text = format!("status {}: no other protocol was asked for", response.status());
                         return Err(Broken::broke_off(Reason::new(Cause::ReplyUnreadable, text)));
@@ -213,7 +213,7 @@ impl BufferedReply {
         let mut more = BytesMut::new();
         while let Some(rest) = &mut self.rest {
             // Of a body with a known length nothing comes after its last byte. Asking hyper again would cost a lock and a waker.
-            // tests/hyper.rs: a_body_of_known_length_is_at_its_end_behind_its_last_byte
+            // tests/hyper.rs: body_of_known_length_ends_with_its_last_byte
             let frame = if rest.is_end_stream() { None } else { rest.frame().await };
             let Some(frame) = frame else {
                 if !is_whole(rest, self.version) {
@@ -249,8 +249,8 @@ pub(super) fn cut_short() -> Reason {
 /// Whether a body without a next frame has come to its end.
 // Over HTTP/2 hyper ends a body without an error also when its stream is reset, or denied by a GOAWAY, with the reason NO_ERROR.
 // So a cut reply was once passed on as a whole one, and after a cut 401 the request was sent again.
-// tests/hyper.rs: no_error_ends_an_http2_body_at_any_byte_and_only_its_end_stream_tells
-// tests/hyper.rs: an_http1_reply_that_is_cut_short_or_badly_framed_is_an_error_that_tells_it
+// tests/hyper.rs: only_end_stream_shows_that_an_http2_body_is_complete
+// tests/hyper.rs: truncated_and_misframed_http1_replies_have_distinct_errors
 pub(super) fn is_whole(body: &Incoming, version: Version) -> bool {
     version != Version::HTTP_2 || body.is_end_stream()
 }

@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thousand_rejections_at_once_start_one_cooldown_and_the_next_lasts_twice_as_long() {
+    fn simultaneous_rejections_start_one_cooldown_and_the_next_doubles() {
         let (mut cooling, mut now) = (Cooling::default(), Instant::now());
         assert_eq!(cooling.remaining(now), None);
         for seconds in [30, 60, 120, 240, 300, 300] {
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_of_one_token_may_cause_a_fetch_and_that_of_its_successor_starts_a_cooldown() {
+    fn second_refused_token_in_a_row_starts_a_cooldown() {
         let (mut cooling, now) = (Cooling::default(), Instant::now());
         assert!(cooling.may_fetch(1, now) && cooling.may_fetch(1, now), "all share one fetch");
         assert!(!cooling.may_fetch(2, now));
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_success_or_half_a_minute_in_between_makes_a_refusal_the_first() {
+    fn success_or_thirty_seconds_allows_another_token_fetch() {
         let (mut cooling, now) = (Cooling::default(), Instant::now());
         assert!(cooling.may_fetch(1, now));
         cooling.accepted(1);
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_success_ends_a_cooldown_and_its_doubling() {
+    fn success_ends_a_cooldown_and_resets_its_length() {
         let (mut cooling, begin) = (Cooling::default(), Instant::now());
         let later = begin + Duration::from_secs(30);
         cooling.rejected(begin);

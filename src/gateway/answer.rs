@@ -88,7 +88,7 @@ impl Body for ResponseBody {
                     }
                     // The head is gone, so the only way to report a failure is to abort the connection: at this error hyper ends
                     // it without the end of the body. Test in tests/it/http2.rs:
-                    // a_long_answer_that_is_reset_without_an_error_aborts_the_callers_connection
+                    // no_error_reset_of_a_long_reply_aborts_the_caller_connection
                     None => Err(BrokenOff),
                 }))
             }
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_stand_in_the_places_of_what_they_mean() {
+    fn outcome_and_retry_words_match_their_variants() {
         assert!(Outcome::ALL.iter().all(|outcome| OUTCOMES[*outcome as usize] == outcome.as_str()));
         assert!(Retry::ALL.iter().all(|retry| RETRIES[*retry as usize] == retry.as_str()));
     }

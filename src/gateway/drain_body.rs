@@ -18,7 +18,7 @@ const MAX_TIME: Duration = Duration::from_secs(1);
 /// take another request.
 // A caller that waits for `100 Continue` is not asked to go on: polling the body would have hyper send that, and the caller would
 // send a body for nothing.
-// tests/hyper.rs: hyper_says_continue_only_when_the_body_is_asked_for
+// tests/hyper.rs: hyper_sends_continue_only_when_the_body_is_polled
 pub(super) async fn drain_body(head: &Inbound<'_>, mut body: Incoming) -> bool {
     if body.is_end_stream() {
         return true;

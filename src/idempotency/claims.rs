@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_given_once_until_it_comes_back() {
+    fn key_is_claimed_once_until_it_is_released() {
         let mut claims = Claims::new(10, WINDOW);
         let (key, print) = ([1; 16], [2; 16]);
         let begin = Verdict::Begin { doubt: None };
@@ -500,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_doubt_stays_until_it_is_forced_by_its_name() {
+    fn unknown_outcome_stays_until_forced_by_its_request_id() {
         let mut claims = Claims::new(10, WINDOW);
         let (key, print) = ([1; 16], [2; 16]);
         claims.claim(wanted(key, print, None), id(1), 0);
@@ -531,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_call_stands_for_is_not_forced_once_more() {
+    fn superseded_call_is_not_forced_again() {
         let (key, print) = ([1; 16], [2; 16]);
         let mut claims = Claims::new(10, WINDOW);
         claims.claim(wanted(key, print, None), id(1), 0);
@@ -557,7 +557,7 @@ mod tests {
     }
 
     #[test]
-    fn claims_that_were_restored_in_another_order_expire_in_that_of_time() {
+    fn restored_claims_expire_in_order_of_time() {
         let mut claims = Claims::new(3, WINDOW);
         for (key, since) in [(1, 50), (2, 0), (3, 20)] {
             claims.restore(wanted([key; 16], [0; 16], None), id(key.into()), since);
@@ -576,7 +576,7 @@ mod tests {
     }
 
     #[test]
-    fn resolution_frees_the_key_or_answers_for_it() {
+    fn resolution_frees_the_key_or_replays_its_result() {
         let (key, print) = ([1; 16], [2; 16]);
         let unknown = || {
             let mut claims = Claims::new(10, WINDOW);
@@ -602,7 +602,7 @@ mod tests {
     }
 
     #[test]
-    fn resolution_of_a_forced_call_and_of_its_first_end_in_the_same_state() {
+    fn resolving_a_forced_call_or_its_original_has_the_same_effect() {
         let (key, print) = ([1; 16], [2; 16]);
         let forced = || {
             let mut claims = Claims::new(10, WINDOW);
@@ -645,7 +645,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_table_refuses_new_keys_and_knows_the_old_ones() {
+    fn full_claim_table_rejects_new_keys_and_keeps_known_ones() {
         let mut claims = Claims::new(1, WINDOW);
         claims.claim(wanted([1; 16], [0; 16], None), id(1), 0);
         assert_eq!(claims.claim(wanted([2; 16], [0; 16], None), id(2), 0), Verdict::Full);
@@ -659,7 +659,7 @@ mod tests {
     }
 
     #[test]
-    fn caller_at_its_share_gets_no_new_key_and_others_do() {
+    fn full_share_rejects_new_keys_of_its_caller_only() {
         let mut claims = Claims::new(10, WINDOW);
         let of = |caller, key| Wanted { caller, share: 2, ..wanted([key; 16], [0; 16], None) };
         let begin = Verdict::Begin { doubt: None };
@@ -686,7 +686,7 @@ mod tests {
     }
 
     #[test]
-    fn restored_claims_count_and_are_kept_beyond_a_share() {
+    fn restored_claims_are_counted_and_kept_beyond_a_share() {
         let mut claims = Claims::new(3, WINDOW);
         let of = |caller, key| Wanted { caller, share: 1, ..wanted([key; 16], [0; 16], None) };
         for key in 1..=4 {
@@ -705,7 +705,7 @@ mod tests {
     }
 
     #[test]
-    fn restored_call_that_forced_a_call_without_its_key_gives_its_key_back() {
+    fn restored_forced_call_that_was_not_done_releases_its_key() {
         let mut claims = Claims::new(3, WINDOW);
         let forcing = |force| Wanted { caller: 1, share: 3, ..wanted([1; 16], [0; 16], force) };
         claims.restore(forcing(Some(id(7))), id(1), 0);
@@ -719,7 +719,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_take_no_more_memory_than_is_said() {
+    fn claimed_keys_stay_within_the_stated_memory_bound() {
         assert_eq!(size_of::<Option<Claim>>(), 56);
         // Multiplied, so that keys differ in all bits as marks do.
         let key = |number: u32| u128::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
@@ -780,7 +780,7 @@ mod tests {
         /// In any order of steps, within the window, no call of a key is sent while an earlier one is at work, in doubt or
         /// done, unless it forces that one by its id.
         #[test]
-        fn nothing_is_sent_twice_but_what_is_forced(steps in prop::collection::vec(step(), 1..200)) {
+        fn only_forced_calls_are_sent_twice(steps in prop::collection::vec(step(), 1..200)) {
             let mut claims = Claims::new(100, WINDOW);
             let (mut now, mut next, mut flying) = (1000, 0, Vec::new());
             // The model: for each key the id of the call that holds it, since when, and how that ended.

@@ -200,7 +200,7 @@ mod tests {
     /// A replay of a success with a key is handed over, and then cannot be written. The second record of the success must name
     /// what the first one did, or a restart would compare it as another call.
     #[test]
-    fn undelivered_replay_names_the_key_of_its_call_and_what_that_repeats() {
+    fn undelivered_replay_records_the_key_and_the_forced_call() {
         let folder = TempDir::new().unwrap();
         let forced = RequestId::from(Uuid::from_u128(3));
         let details =

@@ -503,7 +503,7 @@ mod tests {
     }
 
     #[test]
-    fn each_mode_decides_about_equal_calls_as_documented() {
+    fn each_mode_handles_duplicates_as_documented() {
         let refused = |first| Err(Rejection::Duplicate(first));
         let (open, done) = (First::Open(id(1)), First::Succeeded(id(1)));
         for (keys, is_seen) in
@@ -532,7 +532,7 @@ mod tests {
     }
 
     #[test]
-    fn forced_call_takes_the_place_of_the_doubt_once() {
+    fn forced_call_replaces_an_unresolved_call_once() {
         for (kind, first) in [
             (UNKNOWN, First::Open as fn(Uuid) -> First),
             (UNDELIVERED, First::Succeeded as fn(Uuid) -> First),
@@ -557,7 +557,7 @@ mod tests {
     }
 
     #[test]
-    fn while_a_forced_call_with_a_key_is_at_work_another_key_waits() {
+    fn keyed_forced_call_in_flight_rejects_calls_of_another_key() {
         for (first_has_key, expected) in
             [(false, Err(Rejection::Duplicate(First::Open(id(2))))), (true, Ok((None, None)))]
         {
@@ -570,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn forced_call_with_a_key_stands_for_a_doubt_without_one_while_it_is_in_doubt() {
+    fn unresolved_keyed_forced_call_replaces_its_unkeyed_original() {
         let mut detector = detector(WithoutKey::Guard);
         begin(&mut detector, 1, 0).unwrap();
         detector.end(MARK, id(1), UNKNOWN, 0);
@@ -592,7 +592,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_of_another_key_is_not_forced() {
+    fn call_of_another_key_cannot_be_forced() {
         let mut detector = detector(WithoutKey::Guard);
         detector.begin(MARK, call(1, true), None, false, 0).unwrap();
         detector.end(MARK, id(1), UNKNOWN, 0);
@@ -611,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn call_at_work_is_not_repeated_and_a_doubt_that_is_repeated_in_vain_takes_no_more_room() {
+    fn call_in_flight_is_not_forced_and_failed_forcing_uses_no_space() {
         let mut detector = detector(WithoutKey::Warn);
         begin(&mut detector, 1, 0).unwrap();
         let forced = |detector: &mut DuplicateDetector, number| {
@@ -634,7 +634,7 @@ mod tests {
     }
 
     #[test]
-    fn doubts_that_were_restored_in_another_order_expire_in_that_of_time() {
+    fn restored_unresolved_calls_expire_in_order_of_time() {
         let mut detector = detector(WithoutKey::Guard);
         for (number, since) in [(1, 50), (2, 0)] {
             let doubt = Doubt { kind: DoubtKind::Resolved, since };
@@ -646,7 +646,7 @@ mod tests {
     }
 
     #[test]
-    fn forced_call_behind_a_success_is_sent_under_block() {
+    fn block_mode_sends_a_forced_call_after_a_success() {
         let mut detector = detector(WithoutKey::Block);
         begin(&mut detector, 1, 0).unwrap();
         detector.end(MARK, id(1), Completion::Succeeded, 0);
@@ -654,7 +654,7 @@ mod tests {
     }
 
     #[test]
-    fn keyed_call_that_repeats_its_own_doubt_supersedes_it() {
+    fn keyed_call_that_forces_its_own_unresolved_call_supersedes_it() {
         let mut detector = detector(WithoutKey::Guard);
         detector.begin(MARK, call(1, true), None, false, 0).unwrap();
         detector.end(MARK, id(1), UNKNOWN, 0);
@@ -666,7 +666,7 @@ mod tests {
     }
 
     #[test]
-    fn undelivered_success_is_told_once() {
+    fn undelivered_success_is_reported_once() {
         let mut detector = detector(WithoutKey::Guard);
         begin(&mut detector, 1, 0).unwrap();
         detector.end(MARK, id(1), UNDELIVERED, 0);
@@ -677,7 +677,7 @@ mod tests {
     }
 
     #[test]
-    fn doubts_end_with_the_window_and_calls_at_work_do_not() {
+    fn unresolved_calls_expire_with_the_window_but_calls_in_flight_stay() {
         let mut detector = detector(WithoutKey::Guard);
         begin(&mut detector, 1, 0).unwrap();
         detector.end(MARK, id(1), UNKNOWN, 0);
@@ -691,7 +691,7 @@ mod tests {
     }
 
     #[test]
-    fn full_table_refuses_and_no_caller_holds_more_than_half() {
+    fn full_duplicate_table_rejects_and_each_caller_gets_at_most_half() {
         let mut detector = detector(WithoutKey::Guard);
         let mark = |number: usize| (number as u128).to_be_bytes();
         let doubt = Doubt { kind: DoubtKind::Unknown, since: 0 };
@@ -711,7 +711,7 @@ mod tests {
     }
 
     #[test]
-    fn successes_may_be_forgotten_but_under_block_and_doubts_never() {
+    fn eviction_drops_only_successes_and_none_in_block_mode() {
         let mark = |number: usize| ((number as u128) << 32).to_be_bytes();
         for (mode, is_kept) in [(WithoutKey::Guard, false), (WithoutKey::Block, true)] {
             let mut detector = detector(mode);
@@ -727,7 +727,7 @@ mod tests {
     }
 
     #[test]
-    fn successes_that_refuse_are_bounded_by_refusing_new_calls_and_none_is_forgotten() {
+    fn block_mode_rejects_new_calls_instead_of_evicting_successes() {
         let mark = |number: u128| (number << 32).to_be_bytes();
         for (mode, is_bounded) in [(WithoutKey::Guard, false), (WithoutKey::Block, true)] {
             let mut detector = DuplicateDetector::new(mode, WINDOW, SUCCESS_WINDOW, 4);
@@ -762,7 +762,7 @@ mod tests {
     }
 
     #[test]
-    fn older_success_that_the_trail_tells_of_shortens_no_window() {
+    fn older_success_from_the_trail_does_not_shorten_the_window() {
         let mut detector = detector(WithoutKey::Block);
         begin(&mut detector, 2, 50).unwrap();
         detector.end(MARK, id(2), Completion::Succeeded, 50);

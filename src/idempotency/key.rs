@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_the_same_bare_or_quoted() {
+    fn bare_and_quoted_keys_are_equal() {
         let long = [b'k'; 255];
         for (value, key) in [
             (&b"k"[..], Some(&b"k"[..])),

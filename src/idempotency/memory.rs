@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limit_below_what_may_be_needed_is_told() {
+    fn memory_limit_below_the_bound_is_reported() {
         let bound = KeyMemory { keys: (100 << 20) - 1, successes: 0, replies: 64 << 20 };
         assert_eq!(bound.notice_of(228 << 20), None);
         let notice = bound.notice_of(227 << 20).unwrap();

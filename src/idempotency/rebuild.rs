@@ -617,7 +617,7 @@ pub(super) mod tests {
 
     /// Under `block` a success refuses an equal call, and successes are known only once the trail is read.
     #[test]
-    fn under_block_no_call_begins_before_the_trail_is_read() {
+    fn block_mode_rejects_calls_until_the_rebuild_ends() {
         let folder = TempDir::new().unwrap();
         let audit = start(folder.path());
         for (without_key, refused) in [
@@ -649,7 +649,7 @@ pub(super) mod tests {
 
     /// Ids are in the order of the wall clock. In the second chain the clock went back between the first call and the second.
     #[test]
-    fn a_call_stands_for_an_unkeyed_one_that_it_repeats_whatever_the_order_of_their_ids() {
+    fn forced_call_is_linked_to_its_unkeyed_original_in_any_id_order() {
         for (chain, stands) in [
             ([(1, false), (2, true), (3, true)], true),
             ([(9, false), (2, true), (3, true)], true),
@@ -682,7 +682,7 @@ pub(super) mod tests {
     const KEPT: u64 = 120_000;
 
     #[test]
-    fn the_newest_replies_are_kept() {
+    fn rebuild_keeps_the_newest_replies() {
         let reply = StoredReply { status: 200, content_type: None, body: "12345".into() };
         let mut replies =
             Replies { newest: VecDeque::new(), weight: 0, max: 3 * u64::from(weigh(&reply)) + 1 };
@@ -694,7 +694,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_time_is_what_jiff_reads_whatever_was_read_before() {
+    fn parsed_time_matches_jiff_after_any_previous_time() {
         let mut second = Second::default();
         for time in [
             "2026-11-27T10:00:00.000000Z",

@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn calls_take_no_more_memory_than_is_said() {
+    fn recent_calls_stay_within_the_stated_memory_bound() {
         let mut recent = Recent::default();
         for number in 0..40_000_u32 {
             let mark = (u128::from(number) << 32).to_be_bytes();
@@ -141,7 +141,7 @@ mod tests {
     proptest! {
         // The oracle is a list and a map. Numbers begin 50 before they wrap, since no test adds four billion calls.
         #[test]
-        fn each_mark_has_its_youngest_call(
+        fn each_fingerprint_maps_to_its_newest_call(
             steps in prop::collection::vec(prop::option::of((0_u8..8, 0_u32..4)), 0..200),
         ) {
             let mut recent = Recent { first: u32::MAX - 50, ..Recent::default() };

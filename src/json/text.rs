@@ -137,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_special_byte_is_found_wherever_it_stands_in_a_word() {
+    fn special_byte_is_found_at_every_position_in_a_word() {
         for byte in 0..=255_u8 {
             let is_special = matches!(byte, b'"' | b'\\' | 0..=0x1f);
             // The neighbours of what is special, and bytes from 0x80 on, which a wrong mask would confuse with it.

@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_credential_is_known_in_either_spelling() {
+    fn credential_header_is_recognised_in_either_spelling() {
         assert!(looks_like_credential("authorization"));
         assert!(looks_like_credential("x_app_key"));
         assert!(!looks_like_credential("x-request-id"));

@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peers_text_is_what_it_displays() {
+    fn peer_text_equals_its_display_output() {
         let unix = Peer::Unix { uid: u32::MAX, gid: u32::MAX };
         let tcp = [
             "127.0.0.1:1",

@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_traceparent_in_the_form_of_w3c_has_a_trace_id() {
+    fn only_a_valid_w3c_traceparent_has_a_trace_id() {
         let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
         let good = format!("00-{trace}-{parent}-01");
         for good in [&good, &format!("cc{}-what-comes", &good[2..])] {

@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_429_halves_the_quota_for_as_long_as_it_says_and_it_grows_back() {
+    fn status_429_halves_the_quota_until_retry_after_then_it_recovers() {
         let quota = quota();
         assert!((119..=121).contains(&passed(&quota, 0)), "the control: a burst, and a hundred");
         quota.shrink_at(SECOND, Duration::from_secs(10));
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_left_of_a_burst_that_met_a_429() {
+    fn status_429_discards_the_remaining_burst() {
         let quota = quota();
         quota.shrink_at(0, Duration::from_secs(1));
         let wait = quota.take_at(0).unwrap_err().retry_after;
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_that_were_under_way_together_shrink_it_once_and_later_ones_again() {
+    fn concurrent_429s_shrink_the_quota_once_and_later_ones_again() {
         let quota = quota();
         (0..50).for_each(|i| quota.shrink_at(i, Duration::from_secs(10)));
         assert!((49..=51).contains(&passed(&quota, 50)));

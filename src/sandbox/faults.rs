@@ -402,26 +402,26 @@ mod tests {
     }
 
     #[test]
-    fn faults_take_turns_and_end() {
+    fn faults_apply_in_turn_and_end() {
         let document = r#"{"business":[{"times":2,"status":500},{"times":1,"status":502}]}"#;
         assert_eq!(statuses(document, 4), [Some(500), Some(500), Some(502), None]);
     }
 
     #[test]
-    fn after_lets_calls_go_by() {
+    fn after_skips_the_given_number_of_calls() {
         let document = r#"{"business":[{"after":2,"times":1,"status":500}]}"#;
         assert_eq!(statuses(document, 4), [None, None, Some(500), None]);
     }
 
     #[test]
-    fn unknown_keys_are_refused() {
+    fn unknown_fault_keys_are_rejected() {
         for document in [r#"{"bussiness":[]}"#, r#"{"token":[{"stauts":500}]}"#, r#"{"connections":[{}]}"#] {
             assert!(serde_json::from_str::<Faults>(document).is_err(), "{document}");
         }
     }
 
     #[test]
-    fn faults_of_the_wrong_kind_are_refused() {
+    fn faults_of_the_wrong_kind_are_rejected() {
         for document in [
             r#"{"business":[{"prefixed":true}]}"#,
             r#"{"business":[{"skew_s":-5}]}"#,
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn a_script_survives_its_own_json() {
+    fn fault_script_round_trips_through_json() {
         let document = r#"{"business":[{"times":1,"framing":{"slow_body_ms":5},"then":{"close_idle_ms":0},
             "code":{"two":["0409000","0409001"]},"headers":[["Server","x"]]}],"habit":"last_wins","lifetime_ms":6000}"#;
         let faults: Faults = serde_json::from_str(document).unwrap();

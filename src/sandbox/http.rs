@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_given_twice_is_not_the_only_one() {
+    fn repeated_header_has_no_single_value() {
         let head = head("X-A: 1\r\nx-a: 2\r\nX-B: 3\r\n");
         assert_eq!((head.only("x-a"), head.only("x-b")), (None, Some("3")));
         assert_eq!(head.path, "/a");
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn json_may_name_utf_8_and_nothing_else() {
+    fn json_content_type_allows_only_utf_8() {
         for (value, json) in [
             ("application/json", true),
             ("application/json; charset=UTF-8", true),
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn padding_reaches_the_size_and_stays_json() {
+    fn padded_reply_has_the_requested_size_and_stays_json() {
         let mut reply = Reply::json(200, &json!({"resultCode": "0409000"}));
         reply.pad(1000);
         assert_eq!(reply.body.len(), 1000);

@@ -164,7 +164,7 @@ mod rules {
     use super::*;
 
     #[test]
-    fn the_example_of_the_page_is_assigned() {
+    fn documented_example_request_is_assigned() {
         let sandbox = start();
         let answer = appoint(&sandbox, &token(&sandbox));
         assert_eq!(answer.status, 200);
@@ -180,7 +180,7 @@ mod rules {
     }
 
     #[test]
-    fn a_request_of_the_wrong_form_is_400_and_a_wrong_value_is_500_with_a_failure_code() {
+    fn malformed_request_gets_400_and_a_wrong_value_500_with_a_code() {
         let sandbox = start();
         let token = token(&sandbox);
         let mut client = Client::to(sandbox.address());
@@ -235,7 +235,7 @@ mod rules {
     }
 
     #[test]
-    fn headers_are_held_to_the_page() {
+    fn headers_are_checked_as_documented() {
         let sandbox = start();
         let token = token(&sandbox);
         let good = business_headers(&token);
@@ -268,7 +268,7 @@ mod rules {
     }
 
     #[test]
-    fn paths_and_methods_are_exact() {
+    fn paths_and_methods_must_match_exactly() {
         let sandbox = start();
         let token = token(&sandbox);
         let prefix = "/apiaccess/CCSQM/rest/ccisqm/v1/";
@@ -292,7 +292,7 @@ mod tokens {
     use super::*;
 
     #[test]
-    fn the_reply_has_the_seven_strings_of_the_page() {
+    fn token_reply_has_the_seven_documented_strings() {
         let sandbox = start();
         let reply = fetch_with(&sandbox, "X-Token-Expire: 300\r\n", "sandbox-app-secret").json();
         let names: Vec<_> = reply.as_object().unwrap().keys().cloned().collect();
@@ -309,7 +309,7 @@ mod tokens {
     }
 
     #[test]
-    fn a_lifetime_is_600_s_unless_asked_and_never_over_3600_s() {
+    fn token_lifetime_defaults_to_600_s_and_is_at_most_3600_s() {
         let sandbox = start();
         for (headers, expires) in [("", json!("600")), ("X-Token-Expire: 7200\r\n", json!("3600"))] {
             assert_eq!(fetch_with(&sandbox, headers, "sandbox-app-secret").json()["Expires"], expires);
@@ -318,7 +318,7 @@ mod tokens {
     }
 
     #[test]
-    fn only_the_accepted_pair_buys_a_token() {
+    fn only_the_accepted_key_pair_gets_a_token() {
         let sandbox = start();
         let old = token(&sandbox);
         assert_eq!(fetch_with(&sandbox, "", "wrong").status, 403);
@@ -332,7 +332,7 @@ mod tokens {
     }
 
     #[test]
-    fn a_token_ends_with_its_lifetime() {
+    fn sandbox_token_expires_with_its_lifetime() {
         let sandbox = start();
         sandbox.faults(Faults { lifetime_ms: Some(1500), ..Faults::default() }).unwrap();
         let fetched = Instant::now();
@@ -346,7 +346,7 @@ mod tokens {
     }
 
     #[test]
-    fn each_habit_treats_the_older_token_in_its_way() {
+    fn each_token_habit_treats_the_older_token_as_defined() {
         for (habit, same, old_status) in [
             (Habit::Independent, false, 200),
             (Habit::SameUntilExpiry, true, 200),
@@ -362,7 +362,7 @@ mod tokens {
     }
 
     #[test]
-    fn the_same_token_ends_at_its_first_expiry_and_another_follows() {
+    fn reissued_token_ends_at_its_first_expiry_and_another_follows() {
         let sandbox = start();
         let habit = Habit::SameUntilExpiry;
         sandbox.faults(Faults { habit, lifetime_ms: Some(500), ..Faults::default() }).unwrap();
@@ -372,7 +372,7 @@ mod tokens {
     }
 
     #[test]
-    fn revoked_tokens_are_refused() {
+    fn revoked_tokens_are_rejected() {
         let sandbox = start();
         let token = token(&sandbox);
         sandbox.revoke();
@@ -380,7 +380,7 @@ mod tokens {
     }
 
     #[test]
-    fn the_reply_can_be_bent_member_by_member() {
+    fn token_reply_members_can_be_changed_one_by_one() {
         let sandbox = start();
         sandbox
             .faults(
@@ -411,7 +411,7 @@ mod tokens {
     }
 
     #[test]
-    fn a_token_listener_can_be_down_alone_and_comes_back_on_its_port() {
+    fn token_listener_can_go_down_alone_and_returns_on_its_port() {
         let sandbox = Sandbox::start(Options { token_listener: true, ..Options::default() }).unwrap();
         let token = token(&sandbox);
         let door = sandbox.cloud.token.as_ref().unwrap().address;
@@ -431,7 +431,7 @@ mod tokens {
     }
 
     #[test]
-    fn the_token_endpoint_can_fail_like_any_other() {
+    fn token_endpoint_supports_the_same_faults() {
         let sandbox = start();
         sandbox.faults(Faults::token(Fault::instead(Instead::Reset))).unwrap();
         let mut client = Client::to(sandbox.address());
@@ -445,7 +445,7 @@ mod faults {
     use super::*;
 
     #[test]
-    fn a_status_replaces_the_answer_and_assigns_nothing() {
+    fn status_fault_replaces_the_reply_and_assigns_nothing() {
         for status in [302, 401, 429, 500, 502] {
             let (sandbox, mut client) = under(Fault::status(status));
             assert_eq!(client.answer().status, status);
@@ -474,7 +474,7 @@ mod faults {
     }
 
     #[test]
-    fn a_204_has_no_body_and_keeps_the_connection() {
+    fn status_204_has_no_body_and_keeps_the_connection() {
         let (sandbox, mut client) = under(Fault::status(204).times(1));
         let answer = client.answer();
         assert_eq!((answer.status, answer.header("Content-Length")), (204, None));
@@ -483,7 +483,7 @@ mod faults {
     }
 
     #[test]
-    fn once_is_once_and_always_is_always() {
+    fn fault_applies_as_often_as_its_times_member_says() {
         let sandbox = start();
         let token = token(&sandbox);
         let mut client = Client::to(sandbox.address());
@@ -497,7 +497,7 @@ mod faults {
     }
 
     #[test]
-    fn result_codes_take_every_known_form() {
+    fn result_codes_can_take_every_known_form() {
         for (code, body, assigned) in [
             (
                 Code::Failure("0409001".to_owned()),
@@ -521,7 +521,7 @@ mod faults {
     }
 
     #[test]
-    fn a_delay_comes_after_the_task_was_assigned() {
+    fn delay_fault_starts_after_the_task_is_assigned() {
         let begun = Instant::now();
         let (sandbox, mut client) = under(Fault::delayed(300));
         eventually("the task is assigned", || sandbox.tasks().len() == 1);
@@ -532,7 +532,7 @@ mod faults {
     }
 
     #[test]
-    fn a_hang_answers_nothing_and_keeps_the_connection() {
+    fn hang_fault_sends_nothing_and_keeps_the_connection_open() {
         let (sandbox, mut client) = under(Fault::instead(Instead::Hang));
         eventually("the request is read", || sandbox.requests().first().is_some_and(|r| r.complete));
         client.stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
@@ -545,7 +545,7 @@ mod faults {
     }
 
     #[test]
-    fn a_reset_is_a_reset_and_a_close_is_a_close() {
+    fn reset_and_close_faults_end_the_connection_as_named() {
         let (sandbox, mut client) = under(Fault::instead(Instead::Reset));
         assert_eq!(client.read_to_end().unwrap_err().kind(), ErrorKind::ConnectionReset);
         assert!(sandbox.requests()[0].complete);
@@ -555,13 +555,13 @@ mod faults {
     }
 
     #[test]
-    fn garbage_is_not_http() {
+    fn garbage_fault_sends_bytes_that_are_not_http() {
         let bytes = under(Fault::instead(Instead::Garbage)).1.read_to_end().unwrap();
         assert!(!bytes.is_empty() && !bytes.starts_with(b"HTTP/"));
     }
 
     #[test]
-    fn a_head_or_body_can_be_cut() {
+    fn reply_head_or_body_can_be_cut() {
         let whole = r#"{"resultCode":"0409000","resultDesc":"Operation successful."}"#;
         let body_of = |framing| {
             let bytes = under(Fault::framing(framing)).1.read_to_end().unwrap();
@@ -576,7 +576,7 @@ mod faults {
     }
 
     #[test]
-    fn a_body_can_be_chunked_slow_or_big() {
+    fn reply_body_can_be_chunked_slow_or_large() {
         let (_sandbox, mut client) =
             under(Fault { then: Some(Then::Close), ..Fault::framing(Framing::Chunked) });
         let text = String::from_utf8(client.read_to_end().unwrap()).unwrap();
@@ -595,7 +595,7 @@ mod faults {
     }
 
     #[test]
-    fn an_interim_answer_comes_first() {
+    fn interim_response_precedes_the_final_one() {
         let (_sandbox, mut client) = under(Fault { interim: Some(103), ..Fault::default() });
         assert_eq!((client.answer().status, client.answer().status), (103, 200));
     }
@@ -616,7 +616,7 @@ mod faults {
     }
 
     #[test]
-    fn extra_bytes_come_behind_the_answer() {
+    fn extra_bytes_follow_the_reply() {
         let extra = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}";
         let (_sandbox, mut client) = under(Fault::then(Then::Extra(extra.to_owned())));
         assert_eq!(client.answer().json()["resultCode"], "0409000");
@@ -638,7 +638,7 @@ mod faults {
     }
 
     #[test]
-    fn the_listener_goes_down_and_comes_back_on_the_same_port() {
+    fn listener_goes_down_and_returns_on_the_same_port() {
         let sandbox = start();
         let token = token(&sandbox);
         // More than once: tokio remembers the shutdown of a socket, so that each time needs a new handle.
@@ -673,7 +673,7 @@ mod records {
     }
 
     #[test]
-    fn pipelined_requests_are_two_records() {
+    fn pipelined_requests_are_recorded_separately() {
         let sandbox = start();
         let mut client = Client::to(sandbox.address());
         client.send(request("POST", "/a", "", "1").repeat(2));
@@ -682,7 +682,7 @@ mod records {
     }
 
     #[test]
-    fn unfinished_requests_are_recorded_as_far_as_they_came() {
+    fn unfinished_requests_are_recorded_as_far_as_received() {
         let sandbox = start();
         let mut client = Client::to(sandbox.address());
         client.send("POST /x HT");
@@ -696,7 +696,7 @@ mod records {
     }
 
     #[test]
-    fn unfinished_token_call_is_no_request() {
+    fn unfinished_token_call_is_not_recorded_as_a_request() {
         // A listener for both has to guess by the beginning of the head; a token listener knows.
         for token_listener in [false, true] {
             let sandbox = Sandbox::start(Options { token_listener, ..Options::default() }).unwrap();
@@ -716,7 +716,7 @@ mod records {
     }
 
     #[test]
-    fn what_is_not_http_or_is_chunked_is_refused_and_recorded() {
+    fn invalid_or_chunked_requests_are_rejected_and_recorded() {
         for (bytes, status) in [
             ("\x16\x03\x01 a TLS hello\r\n\r\n", 400),
             ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
@@ -748,7 +748,7 @@ mod records {
     }
 
     #[test]
-    fn control_calls_read_and_write_and_leave_no_record() {
+    fn control_calls_change_faults_and_are_not_recorded() {
         let sandbox = start();
         let token = token(&sandbox);
         let mut client = Client::to(sandbox.address());
@@ -781,7 +781,7 @@ mod records {
     }
 
     #[test]
-    fn a_thousand_connections_are_served_side_by_side() {
+    fn one_thousand_connections_are_served_in_parallel() {
         let sandbox = start();
         // All are open before the first one sends, so that a server of one connection at a time would hang.
         let mut clients: Vec<_> = (0..1000).map(|_| Client::to(sandbox.address())).collect();
@@ -825,7 +825,7 @@ mod encrypted {
     }
 
     #[test]
-    fn a_trusting_client_is_served_over_http_1_1() {
+    fn trusting_tls_client_is_served_over_http_1_1() {
         let (sandbox, root) = start();
         assert!(sandbox.url().starts_with("https://"));
         let mut stream = connect(&sandbox, Some(&root));
@@ -840,7 +840,7 @@ mod encrypted {
     }
 
     #[test]
-    fn a_failed_handshake_is_counted_with_its_alert_and_sends_no_application_bytes() {
+    fn failed_handshake_is_counted_with_its_alert_and_sends_no_data() {
         let (sandbox, _root) = start();
         // The client trusts no root, so it ends the handshake before it sends anything.
         assert!(connect(&sandbox, None).write_all(b"POST").is_err());
@@ -852,7 +852,7 @@ mod encrypted {
     }
 
     #[test]
-    fn a_reset_reaches_through_tls() {
+    fn reset_fault_also_works_over_tls() {
         let (sandbox, root) = start();
         sandbox.faults(Faults::business(Fault::instead(Instead::Reset))).unwrap();
         let mut stream = connect(&sandbox, Some(&root));
@@ -862,7 +862,7 @@ mod encrypted {
     }
 
     #[test]
-    fn an_unusable_certificate_stops_the_start() {
+    fn unusable_certificate_fails_the_sandbox_start() {
         let tls = Some(Tls { cert_pem: "none".to_owned(), key_pem: "none".to_owned() });
         let error = Sandbox::start(Options { tls, ..Options::default() }).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);

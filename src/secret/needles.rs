@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn secret_is_found_at_each_place_of_a_text_of_any_length() {
+    fn secret_is_found_at_every_position_in_texts_of_any_length() {
         let key = "AKIDz8krbsJ5yKBZQpn74WFkmLPx3EXAMPLE";
         // A usual key, one of the shortest length, one in which every place looks alike, and one of rare bytes in a row.
         for secret in [key, "0123456789abcdef", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "-----BEGIN KEY-----"] {
@@ -275,14 +275,14 @@ mod tests {
     }
 
     #[test]
-    fn needle_that_is_too_short_is_not_looked_for() {
+    fn needle_below_the_minimum_length_is_not_searched() {
         let text = b"resultCode 0123456789abcdef";
         assert!(Needles::new([b"", b"x", b"0123456789abcdef"]).are_in(text), "the control");
         assert!(!Needles::new([b"", b"x", b"123456789abcdef"]).are_in(text));
     }
 
     #[test]
-    fn what_is_left_of_a_text_without_escapes_is_what_json_says() {
+    fn unescaped_text_equals_the_decoded_json_string() {
         for text in ["", "plain", SECRET, "\u{8}\u{c}\n\r\t\u{0}", "\u{FFFF}\u{10000}\u{10FFFF}"] {
             for json in [serde_json::to_string(text).unwrap(), format!("\"{}\"", spelled(text))] {
                 let first = memchr(b'\\', json.as_bytes()).unwrap_or(json.len());

@@ -6,7 +6,7 @@
 //!
 //! hyper's `header_read_timeout` is also its keep-alive idle time-out, so it is not used. A small state, shared by
 //! the socket, the service and the timer, tells a slow head from an idle connection.
-//! (tests/hyper.rs: the_timeout_of_a_head_counts_while_a_connection_idles)
+//! (tests/hyper.rs: header_timeout_also_applies_to_an_idle_connection)
 
 mod phase;
 mod socket;
@@ -127,14 +127,14 @@ pub(super) async fn serve(
         http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(None)
-            // tests/hyper.rs: a_caller_that_has_closed_its_side_gets_its_answer
+            // tests/hyper.rs: half_closed_caller_still_gets_its_response
             // Otherwise hyper drops the request's future when the caller closes its side, as `nc` and some clients do
             // with the request.
             .half_close(true)
             .keep_alive(!over_connection_cap)
             // One buffer and send(2) cost less than two and writev(2), as measured.
             .writev(false)
-            // tests/hyper.rs: the_bound_of_the_buffer_alone_lets_a_head_of_nearly_twice_its_size_pass
+            // tests/hyper.rs: buffer_limit_alone_admits_a_head_of_nearly_twice_its_size
             .max_buf_size(deadlines.max_head)
             // The bound above alone lets a head of nearly twice its size pass, as its bytes happen to come in.
             .max_header_size(deadlines.max_head)
@@ -214,7 +214,7 @@ where
             stopping = true;
             deadlines.header = deadlines.header.min(STOP_HEADER);
             if watch.is(Phase::Idle) {
-                // tests/hyper.rs: a_graceful_shutdown_ends_an_idle_connection_at_once
+                // tests/hyper.rs: graceful_shutdown_closes_an_idle_connection_at_once
                 connection.as_mut().graceful_shutdown();
             }
         }
@@ -239,7 +239,7 @@ fn count_end(gateway: &Gateway, error: &hyper::Error) {
 }
 
 /// Returns whether a connection ended because unfinished heads hold all of their budget.
-// tests/hyper.rs: an_error_of_a_read_is_the_source_of_the_connections_error
+// tests/hyper.rs: read_error_is_the_source_of_the_connection_error
 fn ended_for_room(error: &hyper::Error) -> bool {
     // `WatchedSocket` fails a read with this kind, which no socket does. hyper passes it on as the source of its own error.
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());

@@ -170,7 +170,7 @@ mod tests {
 
     /// The length is part of a literal. It was one too small once, and clients lost the last byte.
     #[test]
-    fn the_answer_to_plain_http_states_its_length() {
+    fn reply_to_plain_http_on_a_tls_port_states_its_length() {
         let (head, body) = PLAIN_HTTP.split_once("\r\n\r\n").unwrap();
         assert!(head.contains(&format!("content-length: {}", body.len())), "{}", body.len());
     }

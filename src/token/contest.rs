@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_third_token_in_a_row_that_ends_soon_begins_a_contest_and_one_that_lasts_ends_it() {
+    fn third_short_lived_token_starts_a_contest_that_a_lasting_one_ends() {
         let mut contest = Contest::default();
         for (generation, age, begins, is_paused) in [
             (1, 1, false, false),
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_contest_ends_with_a_token_that_is_refused_late() {
+    fn contest_ends_when_a_token_is_refused_late() {
         let mut contest = in_contest();
         assert!(!contest.refused(4, seconds(59), REFRESH, PAUSE) && is_held(&contest), "the control");
         assert!(contest.refused(5, seconds(60), REFRESH, PAUSE) && !is_held(&contest));
@@ -182,7 +182,7 @@ mod tests {
 
     // Before this rule, one caller whose calls are refused with any token slowed the fetches down for all callers.
     #[test]
-    fn a_refusal_that_no_other_token_helps_against_counts_for_nothing() {
+    fn refusal_without_a_working_successor_does_not_count() {
         let mut contest = Contest::default();
         for generation in 1..9 {
             assert!(!contest.refused(generation, seconds(1), REFRESH, PAUSE) && !is_held(&contest));
@@ -192,7 +192,7 @@ mod tests {
 
     // The gateway's own refreshes of short tokens must not look like a contest.
     #[test]
-    fn a_short_life_lasts_until_its_refresh() {
+    fn token_used_until_its_refresh_is_not_short_lived() {
         let mut contest = Contest::default();
         for generation in 1..9 {
             assert!(!contest.refused(generation, seconds(5), seconds(5), PAUSE), "{generation}");
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn another_token_is_left_alone_for_less_than_a_call_waits() {
+    fn contest_pause_is_shorter_than_the_wait_of_a_call() {
         for (wait, shortest, longest) in
             [(5, 2500, 3750), (10, 5000, 7500), (60, 20_000, 20_000), (0, 2000, 2000)]
         {

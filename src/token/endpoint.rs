@@ -252,7 +252,7 @@ impl Endpoint {
         };
         let (key, secret) = (text(app_key)?, text(app_secret)?);
         // `Zeroed` overwrites the body when hyper drops it.
-        // tests/hyper.rs: hyper_lets_go_of_a_body_once_it_is_written
+        // tests/hyper.rs: hyper_drops_a_request_body_once_it_is_written
         let body = format!(r#"{{"app_key":{},"app_secret":{}}}"#, *key, *secret);
         let body = Bytes::from_owner(Zeroed(Zeroizing::new(body.into_bytes())));
         let mut request = Request::post(self.target.clone())
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_or_absurd_lifetime_is_the_configured_one_but_at_most_ten_minutes() {
+    fn invalid_lifetime_falls_back_to_at_most_ten_minutes() {
         for (expires, stated) in [
             (json!("7200"), Some(7200)),
             (json!(7200), Some(7200)),
@@ -445,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_without_a_usable_token_is_a_failure() {
+    fn reply_without_a_usable_token_is_a_failure() {
         assert!(read(None, &json!({ "AccessToken": "t" })).is_ok(), "the control");
         for reply in [
             json!({}),
@@ -466,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_has_the_characters_of_rfc_6750() {
+    fn token_has_only_the_characters_of_rfc_6750() {
         for token in ["t", "AZaz09-._~+/", "YQ==", "a=", "Bearer YQ=="] {
             assert!(read(None, &json!({ "AccessToken": token })).is_ok(), "{token}");
         }
@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_is_no_text_or_stands_twice_is_told() {
+    fn token_that_is_repeated_or_not_a_string_is_reported() {
         assert!(read_text(None, r#"{"AccessToken":"t"}"#).is_ok(), "the control");
         for reply in [r#"{"AccessToken":7}"#, r#"{"AccessToken":"t","AccessToken":"t"}"#] {
             let error = read_text(None, reply).err().unwrap().to_string();
@@ -502,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn the_third_answer_in_a_row_without_a_token_is_a_refusal() {
+    fn third_reply_in_a_row_without_a_token_is_a_refusal() {
         let mut answers = WithoutToken::default();
         let mut judge =
             |reply: Value| answers.judge(read(None, &reply)).map_err(|error| error.reason().cause);
@@ -526,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn the_code_of_a_reply_without_a_token_is_told() {
+    fn error_code_of_a_reply_without_a_token_is_reported() {
         for (reply, code) in [
             (json!({ "resultCode": "1007", "resultDesc": "wrong secret" }), Some("1007")),
             (json!({ "error_code": "APIG.0301", "error_msg": "x" }), Some("APIG.0301")),
@@ -542,7 +542,7 @@ mod tests {
     }
 
     #[test]
-    fn the_scheme_stands_once_before_a_token_that_is_marked_sensitive() {
+    fn authorization_has_one_scheme_and_is_marked_sensitive() {
         for token in ["t-1", "Bearer t-1", "bearer t-1", " Bearer  t-1 "] {
             let fetched = read(None, &json!({ "AccessToken": token })).unwrap();
             assert_eq!(fetched.authorization, "Bearer t-1", "{token}");
@@ -551,7 +551,7 @@ mod tests {
     }
 
     #[test]
-    fn the_time_of_creation_tells_the_skew_of_clocks_and_nothing_else() {
+    fn creation_time_only_determines_the_clock_skew() {
         for (created, skew) in [(json!(now() + 3600), 3600), (json!((now() - 90).to_string()), -90)] {
             let reply = json!({ "AccessToken": "t", "Expires": 60, "CreateTime": created });
             let fetched = read(None, &reply).unwrap();
@@ -568,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn statuses_tell_a_refused_pair_from_what_may_pass() {
+    fn statuses_separate_refused_pairs_from_transient_failures() {
         let failure = |status: u16, retry_after: Option<&str>| {
             let mut response = http::Response::builder().status(status);
             if let Some(value) = retry_after {

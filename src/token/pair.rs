@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_counts_when_it_was_read_twice() {
+    fn changed_pair_takes_effect_after_two_equal_reads() {
         let (folder, mut secrets) = watched("key", "secret");
         assert!(matches!(secrets.poll(), FileChange::Nothing), "the control");
         write(folder.path(), "key", "other\n");
@@ -106,7 +106,7 @@ mod tests {
 
     // A mixed pair would be a failed try at the cloud, which locks an account after a few.
     #[test]
-    fn files_that_are_written_one_after_the_other_are_no_mixed_pair() {
+    fn files_written_one_after_the_other_form_no_mixed_pair() {
         let (folder, mut secrets) = watched("key", "secret");
         fs::write(folder.path().join("app_key"), "key-2").unwrap();
         assert!(matches!(secrets.poll(), FileChange::Settling));
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_that_is_taken_back_in_between_is_none() {
+    fn change_reverted_between_two_reads_is_ignored() {
         let (folder, mut secrets) = watched("key", "secret");
         write(folder.path(), "key-2", "secret");
         assert!(matches!(secrets.poll(), FileChange::Settling));
@@ -133,7 +133,7 @@ mod tests {
     /// The files of a mounted Kubernetes secret are links into `..data`, which is a link to the folder of a version. An update
     /// makes a new folder and renames a new link over `..data`.
     #[test]
-    fn the_swap_of_a_mounted_kubernetes_secret_is_noticed() {
+    fn swap_of_a_mounted_kubernetes_secret_is_detected() {
         let folder = TempDir::new().unwrap();
         let mount = |version: &str| {
             let at = folder.path().join(version);
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pair_that_cannot_be_sent_is_told_apart_from_one_that_can() {
+    fn unsendable_pair_is_rejected_with_the_faulty_part() {
         let (folder, _) = watched("key", "secret");
         let load = || AppKeyPair::load(&sources(folder.path()));
         assert!(load().is_ok_and(|pair| pair.header.is_sensitive()), "the control");

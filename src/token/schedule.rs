@@ -204,7 +204,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_moments_of_usual_lifetimes() {
+    fn usual_lifetimes_have_the_expected_refresh_and_stop_times() {
         let plan = |seconds, jitter| {
             let plan = Plan::new(Duration::from_secs(seconds), jitter);
             (plan.refresh.as_millis(), plan.stop.as_millis())
@@ -219,7 +219,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_refresh_always_comes_before_the_stop_and_the_stop_before_the_end(
+        fn refresh_precedes_the_stop_and_the_stop_precedes_expiry(
             seconds in 1u64..=86_400, jitter in 0.0..=1.0_f64,
         ) {
             let lifetime = Duration::from_secs(seconds);
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_grow_to_their_bounds_and_no_further() {
+    fn back_off_grows_up_to_its_bounds() {
         for (urgent, waits) in [
             (true, [500, 1000, 2000, 3000, 3000, 3000, 3000, 3000]),
             (false, [1000, 2000, 4000, 8000, 16_000, 32_000, 60_000, 60_000]),
@@ -252,7 +252,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn jitter_is_full(failures in 0_usize..20, urgent: bool, jitter in 0.0..=1.0_f64) {
+        fn back_off_uses_full_jitter(failures in 0_usize..20, urgent: bool, jitter in 0.0..=1.0_f64) {
             let mut longest = Retry::new(Instant::now());
             let mut jittered = longest;
             for _ in 0..failures {
@@ -279,7 +279,7 @@ mod tests {
 
     // `Retry-After` is about the endpoint's load or the address, not about the pair.
     #[test]
-    fn a_changed_secret_does_not_shorten_a_time_that_the_endpoint_named() {
+    fn changed_secret_does_not_shorten_a_retry_after() {
         let mut retry = Retry::new(Instant::now());
         let now = Instant::now();
         retry.failed(FetchFailure::NotBefore(Duration::from_secs(60)), true, now, 0.0);
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_requests_shorten_what_may_pass_and_nothing_else() {
+    fn waiting_requests_shorten_only_transient_back_off() {
         let now = Instant::now();
         let soon = now + Duration::from_secs(3);
         for (failure, at) in [
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_is_hopeless_while_a_refusal_lasts_or_beyond_its_own_end() {
+    fn wait_is_hopeless_during_a_refusal_or_past_its_deadline() {
         let now = Instant::now();
         let at = |seconds| now + Duration::from_secs(seconds);
         for (refused, until, hopeless) in
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn the_clock_that_says_more_counts() {
+    fn greater_age_of_the_two_clocks_counts() {
         let begin = Moment::now();
         let later = |now: u64, wall: i64| {
             let apart = Duration::from_secs(wall.unsigned_abs());

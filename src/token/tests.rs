@@ -153,7 +153,7 @@ fn beside<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -
 }
 
 #[tokio::test]
-async fn all_who_wait_share_one_fetch() {
+async fn token_fetch_is_single_flight_for_all_waiters() {
     // The delay lets all 100 begin to wait before the fetch ends.
     let rig = Rig::start(json!({ "token": [{ "delay_ms": 300 }] }));
     let waiters: Vec<_> = (0..100)
@@ -170,7 +170,7 @@ async fn all_who_wait_share_one_fetch() {
 }
 
 #[tokio::test]
-async fn a_caller_that_goes_away_cancels_nothing() {
+async fn caller_disconnect_does_not_cancel_the_token_fetch() {
     let rig = Rig::start(json!({ "token": [{ "delay_ms": 300 }] }));
     let slot = rig.slot.clone();
     let leaver = beside(async move { slot.token().await.map(|_| ()) });
@@ -182,7 +182,7 @@ async fn a_caller_that_goes_away_cancels_nothing() {
 }
 
 #[tokio::test]
-async fn a_thousand_refusals_of_one_token_make_one_fetch() {
+async fn many_refusals_of_one_token_cause_one_fetch() {
     let rig = Rig::start(json!({}));
     assert_eq!(rig.generation().await, 1);
     let replacements: Vec<_> = (0..1000)
@@ -205,7 +205,7 @@ async fn a_thousand_refusals_of_one_token_make_one_fetch() {
 
 /// There is no contest where no token ever worked, as for an account without the service, nor where another token does not help.
 #[tokio::test]
-async fn tokens_that_end_soon_are_contested_if_they_had_worked_and_another_one_works() {
+async fn working_but_short_lived_tokens_start_a_contest() {
     for (had_worked, other_works) in [(false, true), (true, false), (true, true)] {
         let is_contested = had_worked && other_works;
         let rig = Rig::start_with(json!({}), |token| token.wait = Duration::from_secs(8));
@@ -232,7 +232,7 @@ async fn tokens_that_end_soon_are_contested_if_they_had_worked_and_another_one_w
 
 /// Without the task, since a contest ends with a token that is a minute old.
 #[tokio::test]
-async fn a_contest_that_ends_with_a_late_refusal_is_told() {
+async fn contest_ended_by_a_late_refusal_is_reported() {
     let rig = Rig::idle(json!({}), |_| {});
     let mut fetcher = rig.fetcher();
     let gauge = |value: u8| rig.metric(&format!(r#"contested{{credential="default"}} {value}"#));
@@ -259,7 +259,7 @@ async fn a_contest_that_ends_with_a_late_refusal_is_told() {
 }
 
 #[tokio::test]
-async fn a_fetch_that_is_under_way_serves_a_refusal_too() {
+async fn token_fetch_in_progress_also_serves_a_refusal() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 500 }] }));
     assert_eq!(rig.generation().await, 1);
     let slot = rig.slot.clone();
@@ -271,7 +271,7 @@ async fn a_fetch_that_is_under_way_serves_a_refusal_too() {
 }
 
 #[tokio::test]
-async fn a_fetch_that_is_under_way_and_fails_answers_all_who_wait_for_it() {
+async fn failed_token_fetch_answers_all_its_waiters() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 500, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
     let slot = rig.slot.clone();
@@ -285,7 +285,7 @@ async fn a_fetch_that_is_under_way_and_fails_answers_all_who_wait_for_it() {
 }
 
 #[tokio::test]
-async fn a_refused_token_is_not_handed_out_while_another_is_fetched() {
+async fn invalidated_token_is_not_used_while_another_is_fetched() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "delay_ms": 300 }] }));
     assert_eq!(rig.generation().await, 1);
     let slot = rig.slot.clone();
@@ -296,7 +296,7 @@ async fn a_refused_token_is_not_handed_out_while_another_is_fetched() {
 }
 
 #[tokio::test]
-async fn a_failed_refresh_puts_the_refused_token_back_into_use() {
+async fn failed_refresh_reinstates_the_invalidated_token() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
     assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), ReplaceError::Failed(Cause::TokenStatus));
@@ -306,7 +306,7 @@ async fn a_failed_refresh_puts_the_refused_token_back_into_use() {
 /// The upstream refuses the token while failed refreshes back off. A request that waits must shorten the back-off of up to a
 /// minute.
 #[tokio::test]
-async fn a_refusal_during_a_long_back_off_is_looked_into_soon() {
+async fn refused_token_shortens_a_long_back_off() {
     let rig = Rig::idle(json!({}), |_| {});
     let mut fetcher = rig.fetcher();
     fetcher.fetch(&rig.slot, false).await;
@@ -326,7 +326,7 @@ async fn a_refusal_during_a_long_back_off_is_looked_into_soon() {
 }
 
 #[tokio::test]
-async fn a_refusal_while_the_endpoint_refuses_the_pair_is_answered_at_once_and_the_token_stays() {
+async fn refused_token_stays_in_use_while_the_endpoint_refuses_the_pair() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "status": 403 }] }));
     assert_eq!(rig.generation().await, 1);
     assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), ReplaceError::Failed(Cause::TokenRefused));
@@ -338,7 +338,7 @@ async fn a_refusal_while_the_endpoint_refuses_the_pair_is_answered_at_once_and_t
 }
 
 #[tokio::test]
-async fn the_same_token_again_is_no_other() {
+async fn same_token_again_is_not_a_replacement() {
     let rig = Rig::start(json!({ "habit": "same_until_expiry" }));
     assert_eq!(rig.generation().await, 1);
     assert_eq!(rig.slot.replace(1, false).await.unwrap_err(), ReplaceError::Same);
@@ -346,7 +346,7 @@ async fn the_same_token_again_is_no_other() {
 }
 
 #[tokio::test]
-async fn two_fetches_are_never_closer_than_a_second() {
+async fn token_fetches_are_at_least_a_second_apart() {
     let rig = Rig::start(json!({ "token": [{ "times": 2, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
     assert_eq!(rig.slot.replace(1, false).await.unwrap().generation(), 2);
@@ -359,7 +359,7 @@ async fn two_fetches_are_never_closer_than_a_second() {
 }
 
 #[tokio::test]
-async fn what_may_pass_is_tried_again_while_requests_wait() {
+async fn transient_token_failures_are_retried_while_requests_wait() {
     let faults = [
         json!({ "status": 408 }),
         json!({ "status": 429 }),
@@ -386,7 +386,7 @@ async fn what_may_pass_is_tried_again_while_requests_wait() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_does_not_answer_in_time_is_asked_again() {
+async fn timed_out_token_fetch_is_retried() {
     let rig = Rig::start_with(json!({ "token": [{ "times": 1, "instead": "hang" }] }), |token| {
         token.timeout = Duration::from_millis(200);
     });
@@ -395,7 +395,7 @@ async fn an_endpoint_that_does_not_answer_in_time_is_asked_again() {
 }
 
 #[tokio::test]
-async fn no_token_in_time_says_when_to_come_back() {
+async fn missing_token_error_has_a_retry_after() {
     let rig = Rig::start_with(json!({ "token": [{ "instead": "hang" }] }), |token| {
         token.wait = Duration::from_millis(100);
     });
@@ -407,7 +407,7 @@ async fn no_token_in_time_says_when_to_come_back() {
 }
 
 #[tokio::test]
-async fn a_time_that_the_endpoint_names_is_kept_up_to_a_minute() {
+async fn retry_after_of_the_endpoint_is_honoured_up_to_a_minute() {
     let rig = Rig::start_with(
         json!({ "token": [{ "status": 503, "headers": [["Retry-After", "3600"]] }] }),
         |token| token.wait = Duration::from_secs(10),
@@ -425,7 +425,7 @@ async fn a_time_that_the_endpoint_names_is_kept_up_to_a_minute() {
 }
 
 #[tokio::test]
-async fn a_short_time_that_the_endpoint_names_is_waited_for() {
+async fn requests_wait_out_a_short_retry_after() {
     let rig =
         Rig::start(json!({ "token": [{ "times": 1, "status": 429, "headers": [["Retry-After", "3"]] }] }));
     assert_eq!(rig.generation().await, 1);
@@ -434,7 +434,7 @@ async fn a_short_time_that_the_endpoint_names_is_waited_for() {
 }
 
 #[tokio::test]
-async fn a_refused_pair_is_remembered_and_forgotten_at_once_when_it_changes() {
+async fn refused_pair_is_remembered_until_it_changes() {
     // The secret changes for one status only: that part takes seconds and does not depend on the status.
     for status in [400, 401, 403, 418] {
         let rig = Rig::start(json!({ "token": [{ "times": 1, "status": status }] }));
@@ -458,7 +458,7 @@ async fn a_refused_pair_is_remembered_and_forgotten_at_once_when_it_changes() {
 }
 
 #[tokio::test]
-async fn a_token_in_hand_serves_while_the_endpoint_refuses_the_pair_and_not_beyond_its_life() {
+async fn active_token_serves_until_expiry_while_the_pair_is_refused() {
     let rig = Rig::start(json!({ "lifetime_ms": 6000, "token": [{ "after": 1, "status": 403 }] }));
     assert_eq!(rig.generation().await, 1);
     until("the refused refresh", || rig.calls() == 2).await;
@@ -471,7 +471,7 @@ async fn a_token_in_hand_serves_while_the_endpoint_refuses_the_pair_and_not_beyo
 }
 
 #[tokio::test]
-async fn the_lifetime_is_asked_for_unless_it_is_left_out() {
+async fn configured_token_lifetime_is_requested() {
     for (lifetime, asked) in [(Some(3600), Some("3600")), (Some(600), Some("600")), (None, None)] {
         let rig = Rig::start_with(json!({}), |token| token.lifetime = lifetime.map(Duration::from_secs));
         assert_eq!(rig.generation().await, 1);
@@ -480,7 +480,7 @@ async fn the_lifetime_is_asked_for_unless_it_is_left_out() {
 }
 
 #[tokio::test]
-async fn a_life_is_counted_from_the_moment_when_its_request_was_sent() {
+async fn token_lifetime_starts_when_its_request_is_sent() {
     let rig = Rig::start(json!({ "lifetime_ms": 60_000, "token": [{ "delay_ms": 1500 }] }));
     let begin = Instant::now();
     assert_eq!(rig.generation().await, 1);
@@ -491,7 +491,7 @@ async fn a_life_is_counted_from_the_moment_when_its_request_was_sent() {
 }
 
 #[tokio::test]
-async fn a_jump_of_either_clock_ends_a_token_early_and_never_late() {
+async fn jump_of_either_clock_ends_a_token_early_and_never_late() {
     let rig = Rig::start(json!({ "lifetime_ms": 60_000 }));
     assert_eq!(rig.generation().await, 1);
     // The clocks of the machine cannot be set here, so the token's begin is moved the other way.
@@ -515,7 +515,7 @@ async fn a_jump_of_either_clock_ends_a_token_early_and_never_late() {
 }
 
 #[tokio::test]
-async fn the_skew_of_the_clocks_is_told_and_changes_no_life() {
+async fn clock_skew_is_reported_and_changes_no_token_lifetime() {
     let rig = Rig::start(json!({ "lifetime_ms": 60_000, "token": [{ "skew_s": -86400 }] }));
     assert_eq!(rig.generation().await, 1);
     assert_eq!(rig.slot.live.load_full().unwrap().lifetime, Duration::from_secs(60));
@@ -526,7 +526,7 @@ async fn the_skew_of_the_clocks_is_told_and_changes_no_life() {
 }
 
 #[tokio::test]
-async fn the_same_token_keeps_its_earlier_end_and_is_used_up_to_it() {
+async fn same_token_keeps_its_first_expiry_and_is_used_until_then() {
     let rig = Rig::start(json!({ "lifetime_ms": 4000, "habit": "same_until_expiry" }));
     assert_eq!(rig.generation().await, 1);
     let first = rig.slot.live.load_full().unwrap();
@@ -542,7 +542,7 @@ async fn the_same_token_keeps_its_earlier_end_and_is_used_up_to_it() {
 }
 
 #[test]
-fn a_life_that_the_server_restates_shorter_ends_earlier_but_not_for_rounding() {
+fn restated_shorter_lifetime_ends_earlier_except_for_rounding() {
     let source = || SecretSource::Env("CARGO_PKG_NAME".into());
     let pair = AppKeyPair::load(&(source(), source())).unwrap();
     let token = Token::new(HeaderValue::from_static("Bearer t"), &pair, 1);
@@ -561,7 +561,7 @@ fn a_life_that_the_server_restates_shorter_ends_earlier_but_not_for_rounding() {
 }
 
 #[tokio::test]
-async fn a_changed_pair_is_tried_and_the_token_of_the_trial_is_the_new_token() {
+async fn changed_pair_is_tried_and_its_token_becomes_active() {
     let rig = Rig::start(json!({}));
     assert_eq!(rig.generation().await, 1);
     rig.sandbox.secret("key-2", "secret-2");
@@ -578,7 +578,7 @@ async fn a_changed_pair_is_tried_and_the_token_of_the_trial_is_the_new_token() {
 }
 
 #[tokio::test]
-async fn a_mixed_pair_is_refused_and_the_whole_pair_is_tried_at_once() {
+async fn mixed_pair_is_refused_and_the_complete_pair_is_tried_at_once() {
     let rig = Rig::start(json!({}));
     assert_eq!(rig.generation().await, 1);
     rig.sandbox.secret("key-2", "secret-2");
@@ -594,7 +594,7 @@ async fn a_mixed_pair_is_refused_and_the_whole_pair_is_tried_at_once() {
 }
 
 #[tokio::test]
-async fn a_trial_that_failed_for_a_passing_reason_is_tried_again() {
+async fn trial_with_a_transient_failure_is_repeated() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "times": 2, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
     rig.sandbox.secret("sandbox-app-key", "secret-2");
@@ -606,7 +606,7 @@ async fn a_trial_that_failed_for_a_passing_reason_is_tried_again() {
 }
 
 #[tokio::test]
-async fn an_empty_file_is_no_trial() {
+async fn empty_secret_file_starts_no_trial() {
     let rig = Rig::start(json!({}));
     assert_eq!(rig.generation().await, 1);
     rig.write("app_secret", "");
@@ -621,7 +621,7 @@ async fn an_empty_file_is_no_trial() {
 
 /// Without the task, since a refusal is remembered for longer than a test may take.
 #[tokio::test]
-async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_later() {
+async fn refused_trial_keeps_the_active_schedule_and_is_repeated_later() {
     let rig = Rig::idle(json!({}), |_| {});
     let mut fetcher = rig.fetcher();
     fetcher.fetch(&rig.slot, false).await;
@@ -650,7 +650,7 @@ async fn a_refused_trial_leaves_the_old_pair_its_schedule_and_is_tried_again_lat
 
 /// The error of a request while a changed pair is on trial.
 #[tokio::test]
-async fn a_refusal_of_the_pair_in_use_is_final_only_when_no_trial_is_left() {
+async fn refusal_of_the_active_pair_is_final_only_without_a_trial() {
     let rig = Rig::idle(json!({}), |token| token.wait = Duration::from_millis(50));
     rig.sandbox.secret("sandbox-app-key", "of-tomorrow");
     let mut fetcher = rig.fetcher();
@@ -668,7 +668,7 @@ async fn a_refusal_of_the_pair_in_use_is_final_only_when_no_trial_is_left() {
 }
 
 #[tokio::test]
-async fn a_failed_trial_does_not_answer_a_refusal_of_the_token_in_use() {
+async fn failed_trial_does_not_answer_a_refusal_of_the_active_token() {
     let rig = Rig::idle(json!({ "token": [{ "after": 1, "times": 1, "status": 500 }] }), |_| {});
     let mut fetcher = rig.fetcher();
     fetcher.fetch(&rig.slot, false).await;
@@ -687,7 +687,7 @@ async fn a_failed_trial_does_not_answer_a_refusal_of_the_token_in_use() {
 }
 
 #[tokio::test]
-async fn nothing_that_can_be_printed_holds_a_credential() {
+async fn debug_error_and_status_output_contain_no_credential() {
     let rig = Rig::start(json!({}));
     let token = rig.slot.token().await.unwrap();
     let issued = rig.sandbox.token_calls()[0].issued.clone().unwrap();

@@ -265,7 +265,7 @@ mod tests {
     const DOWN: Health = Health::Down(Cause::Refused);
 
     #[test]
-    fn only_failures_in_a_row_suspend_and_a_probe_ends_it() {
+    fn consecutive_failures_open_the_breaker_and_a_probe_closes_it() {
         let mut circuit = Circuit::new(3, PAUSE);
         // Four failures, but never three in a row.
         for health in [DOWN, DOWN, Health::Up, DOWN, DOWN] {
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_threshold_nothing_suspends() {
+    fn breaker_without_a_threshold_never_opens() {
         let mut circuit = Circuit::new(0, PAUSE);
         (0..1000).for_each(|_| circuit.on_result(false, DOWN, 0));
         assert_eq!(circuit.try_acquire(0), Ok(false));
@@ -318,7 +318,7 @@ mod tests {
         /// However requests begin and end, there is one probe at a time, none before its time, and no pause beyond
         /// the bound. An upstream that answers probes always gets its circuit closed.
         #[test]
-        fn there_is_one_probe_at_a_time_and_always_a_next_one(events in prop::collection::vec(event(), 1..200)) {
+        fn half_open_breaker_allows_one_probe_and_always_a_next_one(events in prop::collection::vec(event(), 1..200)) {
             let (mut circuit, mut now) = (Circuit::new(2, PAUSE), 0);
             let mut under_way: Vec<bool> = Vec::new();
             for event in events {

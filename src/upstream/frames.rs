@@ -7,7 +7,7 @@
 //!
 //! Guarantees that a contradiction is reported with the bytes that complete it. Checks nothing else: malformed frames
 //! are for hyper to refuse.
-//! (tests/hyper.rs: hyper_hides_interim_answers_over_http2)
+//! (tests/hyper.rs: hyper_hides_interim_responses_over_http2)
 
 use std::collections::VecDeque;
 
@@ -136,7 +136,7 @@ impl Streams {
         if word >= self.first + self.words.len() + WORDS {
             // Nobody opened this stream, and hyper ends the connection for it. Without the jump one frame could make
             // the loop below fill words up to the highest number.
-            // tests/hyper.rs: an_answer_on_a_stream_that_nobody_opened_ends_the_connection
+            // tests/hyper.rs: response_on_an_unopened_stream_closes_the_connection
             self.words.clear();
             self.first = word;
         }
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_was_answered_cannot_be_refused() {
+    fn denial_of_an_answered_stream_is_a_contradiction() {
         let (head, data) = (frame(HEADERS, 5, b"block"), frame(DATA, 5, b""));
         let settings = frame(4, 0, &[0; 36]);
         for answer in [head.clone(), data] {
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn the_set_of_streams_is_bounded_and_forgets_to_the_safe_side() {
+    fn stream_set_is_bounded_and_errs_on_the_safe_side() {
         let mut streams = Streams::default();
         let all = 64 * WORDS as u32;
         // Up to twice as many streams as are kept, so that old words are dropped. Steps of 6 leave gaps, whose

@@ -187,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_length_is_stated_in_decimal() {
+    fn length_is_formatted_in_decimal() {
         // All of the table, its end, and numbers beyond it.
         for number in (0..=1100).chain([65_536]) {
             assert_eq!(decimal(number), number.to_string());
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_cannot_speak_in_the_gateways_name() {
+    fn upstream_reply_cannot_set_gateway_headers() {
         let mut headers = HeaderMap::new();
         for (name, value) in [
             ("connection", "x-hop"),

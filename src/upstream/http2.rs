@@ -50,7 +50,7 @@ const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS as u32;
 
 /// Marks that the upstream has not announced its limit on streams yet. No SETTINGS frame can announce this value,
 /// since limits have 32 bits. It is not `usize::MAX`: h2 takes that as the limit of an upstream that announces none.
-// tests/hyper.rs: the_limit_on_streams_is_the_initial_one_until_the_settings_come
+// tests/hyper.rs: stream_limit_is_the_initial_one_until_settings_arrive
 const UNTOLD: usize = usize::MAX - 1;
 
 /// The HTTP/2 connections of one worker's pool.
@@ -180,7 +180,7 @@ impl Connections {
 #[derive(Debug)]
 pub(super) struct Connection {
     /// The task that hands requests over. It may end after a GOAWAY while streams are still open.
-    // tests/hyper.rs: behind_a_goaway_the_handover_ends_with_streams_still_open
+    // tests/hyper.rs: goaway_ends_the_handover_while_streams_are_open
     dispatch: AbortHandle,
     _driver: Driver,
     /// A duplicate of the socket, to ask the kernel whether there is something to read.
@@ -344,7 +344,7 @@ impl Connection {
 /// Hands requests over until the connection takes no more, then runs until all answers are there.
 ///
 /// It also polls what hyper spawns for each request. A task for each would be an aligned allocation of 1.6 KB.
-// tests/hyper.rs: a_connection_is_closed_before_a_goaway_gives_its_request_back
+// tests/hyper.rs: sender_is_closed_before_a_goaway_returns_its_request
 async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, spawned: Spawned) {
     let mut connection = Some(connection);
     // Measured: 62.2k instructions a request, 65.9k with a queue of our own that used its boxes again.
@@ -416,7 +416,7 @@ impl RequestStream {
 
     /// Records that a request got no answer. It is not counted as sent if hyper returned it, or if the upstream said
     /// that it was not processed and has not contradicted itself.
-    // tests/hyper.rs: hyper_gives_back_only_a_request_that_it_has_not_written
+    // tests/hyper.rs: hyper_returns_only_requests_it_has_not_written
     pub(super) fn failed(&mut self, why: &Unanswered) {
         let is_denied = was_denied(why) && !self.connection.reads.are_contradicted();
         self.sent -= u64::from(why.message().is_some() || is_denied);
@@ -447,8 +447,8 @@ pub(super) type Unanswered = TrySendError<Request<Full<Bytes>>>;
 ///
 /// h2 reports a GOAWAY only to streams beyond the last one. Streams that it covers go on, and end by an I/O error if
 /// the connection does.
-// tests/hyper.rs: a_refused_stream_is_told_as_one_that_the_other_side_reset
-// tests/hyper.rs: a_goaway_is_told_only_to_the_streams_beyond_the_one_that_it_names
+// tests/hyper.rs: refused_stream_is_reported_as_a_remote_reset
+// tests/hyper.rs: goaway_is_reported_only_to_streams_beyond_its_last_one
 fn was_denied(why: &Unanswered) -> bool {
     let cause = why.error().source().and_then(|cause| cause.downcast_ref::<h2::Error>());
     cause.is_some_and(|cause| {
@@ -475,7 +475,7 @@ impl Drop for Driver {
 type Spawned = Arc<Mutex<Vec<Pin<Box<dyn Future<Output = ()> + Send>>>>>;
 
 /// hyper's executor: spawns the first future, the driver, as a task, and leaves the others to [`dispatch`].
-// tests/hyper.rs: hyper_spawns_the_driver_first_and_the_rest_for_one_request_each
+// tests/hyper.rs: hyper_spawns_the_driver_first_and_then_one_task_per_request
 #[derive(Clone)]
 struct Spawn {
     driver: Arc<OnceLock<AbortHandle>>,

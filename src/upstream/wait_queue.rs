@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_would_wait_too_long_is_refused_at_once_and_who_comes_later_is_not() {
+    async fn load_shedding_rejects_waiters_at_once_if_they_would_time_out() {
         // With one connection each served waiter ends a window, so that the pace is known after two of them.
         let queue = WaitQueue::new(1);
         for number in 1..=3 {
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn one_stall_is_not_the_pace_and_two_in_a_row_are() {
+    fn service_interval_ignores_one_stall_but_not_two_in_a_row() {
         // Four connections served after a stall of one second: 250 ms for each, 25 s for the hundredth.
         let mut rate = ServiceRate::new(4);
         let second = 1_000_000_000;
@@ -208,7 +208,7 @@ mod tests {
     /// After a slow time only the first in line is admitted. Its waits must be enough to learn that the slow time is
     /// over: they were not while each of them began the window anew, and the queue then stayed at one place for good.
     #[test]
-    fn those_who_wait_alone_make_the_pace_too() {
+    fn single_waiters_also_update_the_service_interval() {
         let (mut rate, second) = (ServiceRate::new(4), 1_000_000_000);
         // Eight waiters are two windows of four, which is what it takes to replace both intervals.
         let mut alone = |from: u64, takes: u64| {
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_in_vain_waits_alone_until_somebody_is_served() {
+    async fn queue_admits_one_waiter_after_a_timeout_until_one_is_served() {
         let queue = WaitQueue::new(4);
         // 100 × 10 ms is beyond the 50 ms that this waiter has.
         assert_eq!(served(&queue, 50, 100).await, None);

@@ -60,7 +60,7 @@ fn ready(sandbox: &ccsqm_gateway::sandbox::Sandbox) -> Gateway {
 }
 
 #[test]
-fn whoever_holds_admin_connections_keeps_no_probe_out() {
+fn held_admin_connections_do_not_block_probes() {
     let sandbox = sandbox();
     let gateway = ready(&sandbox);
     let admin = gateway.admin;
@@ -110,7 +110,7 @@ fn whoever_holds_admin_connections_keeps_no_probe_out() {
 }
 
 #[test]
-fn of_admin_connections_the_one_that_is_idle_longest_makes_room() {
+fn longest_idle_admin_connection_is_closed_for_a_new_one() {
     let sandbox = sandbox();
     let gateway = ready(&sandbox);
     // One that was used would be younger by that; here only the age tells them apart.
@@ -129,7 +129,7 @@ fn of_admin_connections_the_one_that_is_idle_longest_makes_room() {
 }
 
 #[test]
-fn an_admin_connection_without_a_whole_head_ends_after_three_seconds() {
+fn incomplete_admin_request_is_closed_after_three_seconds() {
     let sandbox = sandbox();
     let gateway = ready(&sandbox);
     for (part, bytes) in [("nothing", ""), ("half a head", "GET /livez HTTP/1.1\r\nhost: loc")] {
@@ -150,7 +150,7 @@ fn an_admin_connection_without_a_whole_head_ends_after_three_seconds() {
 }
 
 #[test]
-fn an_admin_connection_carries_one_request() {
+fn admin_connection_carries_one_request() {
     let sandbox = sandbox();
     let gateway = ready(&sandbox);
     let mut stream = TcpStream::connect(gateway.admin).unwrap();
@@ -168,7 +168,7 @@ fn an_admin_connection_carries_one_request() {
 }
 
 #[test]
-fn whoever_holds_control_connections_keeps_no_command_out() {
+fn held_control_connections_do_not_block_commands() {
     let sandbox = sandbox();
     let gateway = ready(&sandbox);
     let audit = gateway.audit_directory();
@@ -196,7 +196,7 @@ fn whoever_holds_control_connections_keeps_no_command_out() {
 }
 
 #[test]
-fn who_takes_no_answer_of_the_admin_listener_is_cut_off_after_three_seconds() {
+fn admin_client_that_reads_nothing_is_closed_after_three_seconds() {
     let sandbox = sandbox();
     // So many that what `/status` says of them fits in no buffer.
     let routes: String = (0..1000)
@@ -247,7 +247,7 @@ fn answer(gateway: &Gateway, head: &str) -> Reply {
 }
 
 #[test]
-fn the_admin_listener_answers_to_its_names_only() {
+fn admin_listener_accepts_only_its_own_host_names() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("admin.hosts", "ops.example.com"));
     wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));
@@ -353,7 +353,7 @@ fn the_admin_listener_answers_to_its_names_only() {
 
 /// The kernel drops what finds no place among them, and the peer tries again only a second later.
 #[test]
-fn a_burst_of_connections_waits_in_the_kernel_for_the_admin_listener() {
+fn admin_listener_backlog_holds_a_burst_of_connections() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let connect = |address| {

@@ -13,7 +13,7 @@ fn upstream_heads(sandbox: &ccsqm_gateway::sandbox::Sandbox) -> Vec<String> {
 }
 
 #[test]
-fn a_callers_own_credentials_and_identities_never_reach_the_upstream() {
+fn caller_credentials_and_identities_never_reach_the_upstream() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -47,7 +47,7 @@ fn a_callers_own_credentials_and_identities_never_reach_the_upstream() {
 }
 
 #[test]
-fn only_http_1_1_with_plain_chunks_is_spoken() {
+fn only_http_1_1_with_plain_chunked_coding_is_accepted() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let chunked = format!("{:x}\r\n{BODY}\r\n0\r\n\r\n", BODY.len());
@@ -88,7 +88,7 @@ fn only_the_exact_path_and_method_of_a_route_pass() {
 }
 
 #[test]
-fn a_spent_limit_says_when_to_come_back() {
+fn exhausted_quota_reply_has_a_retry_after() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("quota.rate", "1/h").set("quota.burst", 1));
     assert_eq!(gateway.call().status, 200);
@@ -135,7 +135,7 @@ fn default_requests_of_usual_clients_are_accepted() {
 
 /// What Go's net/http and .NET's `HttpClient` put on the wire for a plain POST.
 #[test]
-fn the_heads_that_go_and_dotnet_send_are_accepted() {
+fn request_heads_of_go_and_dotnet_are_accepted() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let length = BODY.len();

@@ -165,7 +165,7 @@ fn check_after_a_kill(audit: &Path, received: &HashMap<u64, Vec<Received>>, load
 // ---- Damaged ---------------------------------------------------------------------------------------------
 
 #[test]
-fn verify_names_the_line_that_was_changed() {
+fn verify_names_the_changed_line() {
     let sandbox = sandbox();
     let mut gateway = start(&sandbox);
     for _ in 0..100 {
@@ -196,7 +196,7 @@ fn verify_names_the_line_that_was_changed() {
 }
 
 #[test]
-fn a_key_of_another_trail_is_told_in_one_line() {
+fn key_of_another_trail_is_reported_in_one_line() {
     let (sandbox, other) = (sandbox(), tempfile::TempDir::new().unwrap());
     let mut gateway = start(&sandbox);
     let id = gateway.call().headers["x-gateway-request-id"].clone();
@@ -219,7 +219,7 @@ fn a_key_of_another_trail_is_told_in_one_line() {
 }
 
 #[test]
-fn a_torn_last_line_is_cut_off_and_recorded() {
+fn torn_last_line_is_truncated_and_recorded() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -246,7 +246,7 @@ fn two_gateways_never_share_a_trail() {
 }
 
 #[test]
-fn the_audit_commands_answer_people_and_machines() {
+fn audit_commands_support_text_and_json_output() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -307,7 +307,7 @@ fn the_audit_commands_answer_people_and_machines() {
 }
 
 #[test]
-fn what_is_to_be_hidden_is_not_in_the_trail() {
+fn redacted_fields_are_not_in_the_trail() {
     let people = ["1600226476732482572", "1611917095665261978", "127.0.0.1", "callers-own-id"];
     let sandbox = sandbox();
     let trail = |setup: Setup| {
@@ -351,7 +351,7 @@ fn what_is_to_be_hidden_is_not_in_the_trail() {
 }
 
 #[test]
-fn an_intent_names_the_count_of_each_inspector_and_whether_the_task_takes_effect() {
+fn intent_records_inspector_counts_and_the_take_effect_flag() {
     let inspectors = r#"{"personID":"1600226476732482572"},{"count":7,"personID":"1600226476732482573"},{"personID":"1600226476732482574","count":0}"#;
     let body = BODY
         .replace(r#"{"personID":"1600226476732482572","count":2}"#, inspectors)
@@ -464,7 +464,7 @@ fn limit_files(gateway: &Gateway, bytes: &str) {
 }
 
 #[test]
-fn a_full_disk_refuses_new_requests_and_holds_no_answer_back() {
+fn full_disk_rejects_new_requests_and_delays_no_reply() {
     let sandbox = sandbox();
     // The limit's signal ends a process that does not ignore it; a full disk sends none.
     let through = ["sh", "-c", "trap '' XFSZ; exec \"$@\"", "sh"].map(str::to_owned).into();
@@ -535,7 +535,7 @@ impl Drop for Small {
 }
 
 #[test]
-fn on_a_file_system_that_runs_full_strangers_take_no_space_and_service_comes_back() {
+fn full_file_system_gives_unknown_peers_no_space_and_recovers() {
     let sandbox = sandbox();
     let folder = Arc::new(tempfile::TempDir::new().unwrap());
     let Some(small) = Small::mount(folder.path().join("audit")) else { return };
@@ -584,7 +584,7 @@ impl Small {
 
 /// Both say whether a start finds the space that it needs: also where some was reserved, or is left in the last block.
 #[test]
-fn check_tells_of_a_full_file_system_exactly_when_a_start_fails_on_it() {
+fn check_reports_a_full_file_system_exactly_when_start_fails() {
     const BLOCK: u64 = 4096;
     let sandbox = sandbox();
     let folder = Arc::new(tempfile::TempDir::new().unwrap());
@@ -652,7 +652,7 @@ fn check_tells_of_a_full_file_system_exactly_when_a_start_fails_on_it() {
 }
 
 #[test]
-fn an_audit_command_fails_with_the_exit_code_that_a_start_has() {
+fn audit_commands_fail_with_the_same_exit_codes_as_serve() {
     let sandbox = sandbox();
     let folder = Arc::new(tempfile::TempDir::new().unwrap());
     let Some(small) = Small::mount(folder.path().join("audit")) else { return };
@@ -680,7 +680,7 @@ fn stop_reserving(file: &Path) {
 }
 
 #[test]
-fn on_a_full_file_system_what_was_sent_gets_its_outcome_and_nothing_new_is_sent() {
+fn full_file_system_keeps_outcomes_of_sent_calls_and_sends_no_more() {
     const IN_FLIGHT: usize = 50;
     for durability in ["kernel", "disk"] {
         let sandbox = sandbox();
@@ -745,7 +745,7 @@ fn fill_segment(gateway: &Gateway, sandbox: &Sandbox, in_flight: usize) -> PathB
 }
 
 #[test]
-fn a_directory_made_read_only_refuses_new_requests_until_it_is_writable() {
+fn read_only_directory_mode_rejects_requests_until_writable() {
     use std::os::unix::fs::PermissionsExt;
     let sandbox = sandbox();
     // Root without the right to pass over permissions.
@@ -764,7 +764,7 @@ fn a_directory_made_read_only_refuses_new_requests_until_it_is_writable() {
 /// Another mount in its place, since the kernel makes no mount read-only that has files open for writing. What is open
 /// goes on; what is to be opened is refused.
 #[test]
-fn a_directory_mounted_read_only_refuses_new_requests_until_it_is_writable() {
+fn read_only_mount_rejects_requests_until_writable() {
     let sandbox = sandbox();
     let folder = Arc::new(tempfile::TempDir::new().unwrap());
     let Some(small) = Small::mount(folder.path().join("audit")) else { return };
@@ -780,7 +780,7 @@ fn a_directory_mounted_read_only_refuses_new_requests_until_it_is_writable() {
 }
 
 #[test]
-fn without_its_directory_nothing_is_sent_until_a_restart() {
+fn nothing_is_sent_after_directory_loss_until_a_restart() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -799,7 +799,7 @@ fn without_its_directory_nothing_is_sent_until_a_restart() {
 }
 
 #[test]
-fn a_directory_that_cannot_be_used_stops_the_start_with_its_name() {
+fn unusable_audit_directory_fails_the_start_with_its_name() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let config = gateway.folder.path().join("gateway.toml");
@@ -819,7 +819,7 @@ const FLOOD: usize = 50_000;
 const PIPELINED: usize = 250;
 
 #[test]
-fn a_flood_of_refused_requests_adds_less_than_a_megabyte_and_every_one_is_counted() {
+fn flood_of_rejected_requests_adds_under_a_megabyte_and_is_counted() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -880,7 +880,7 @@ fn a_flood_of_refused_requests_adds_less_than_a_megabyte_and_every_one_is_counte
 }
 
 #[test]
-fn refusals_of_changing_strangers_stay_within_their_budget_and_displace_none_of_callers() {
+fn unknown_peer_refusals_stay_in_budget_and_displace_no_caller_ones() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let config = folder.path().join("gateway.toml");
@@ -930,7 +930,7 @@ fn refusals_of_changing_strangers_stay_within_their_budget_and_displace_none_of_
 }
 
 #[test]
-fn what_a_caller_is_denied_before_it_is_asked_for_is_held_against_it_and_not_against_strangers() {
+fn early_rejection_of_a_caller_is_recorded_under_its_name() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let config = folder.path().join("gateway.toml");

@@ -3,7 +3,7 @@
 use crate::support::*;
 
 #[test]
-fn four_faults_are_one_refusal_that_lists_all_four() {
+fn one_rejection_lists_all_four_contract_violations() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let body = r#"{"qualityTaskId":"x","setCountsType":2,"isTakeEffect":0,"setCounts":[{"personID":"1"},{"personID":"1"}],"more":1}"#;
@@ -28,7 +28,7 @@ fn four_faults_are_one_refusal_that_lists_all_four() {
 }
 
 #[test]
-fn the_upstream_receives_the_callers_bytes() {
+fn upstream_receives_the_exact_bytes_of_the_caller() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     for id in
@@ -42,7 +42,7 @@ fn the_upstream_receives_the_callers_bytes() {
 }
 
 #[test]
-fn a_body_that_cannot_be_taken_is_refused_and_its_control_passes() {
+fn unacceptable_body_is_rejected_and_its_control_passes() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.body_timeout", "200ms"));
     let plain = head(BODY.len(), "");

@@ -42,7 +42,7 @@ fn metric(gateway: &Gateway, line: &str) -> bool {
 }
 
 #[test]
-fn a_head_that_is_slow_is_cut_off_and_one_in_time_is_not() {
+fn slow_request_head_is_cut_off_after_header_timeout() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.header_timeout", "400ms"));
     let whole = head(BODY.len(), "");
@@ -62,7 +62,7 @@ fn a_head_that_is_slow_is_cut_off_and_one_in_time_is_not() {
 }
 
 #[test]
-fn a_connection_that_idles_is_closed_and_not_before() {
+fn idle_connection_is_closed_only_after_idle_timeout() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.idle_timeout", "500ms"));
     let keep = head(BODY.len(), "").replace("connection: close\r\n", "") + BODY;
@@ -79,7 +79,7 @@ fn a_connection_that_idles_is_closed_and_not_before() {
 }
 
 #[test]
-fn a_body_that_is_slow_is_refused_in_its_time() {
+fn slow_request_body_is_rejected_after_body_timeout() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.body_timeout", "300ms"));
     let mut stream = TcpStream::connect(gateway.address).unwrap();
@@ -91,7 +91,7 @@ fn a_body_that_is_slow_is_refused_in_its_time() {
 }
 
 #[test]
-fn a_body_over_the_cap_is_refused_however_it_is_framed() {
+fn body_over_max_body_is_rejected_in_any_framing() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.max_body", "1KiB"));
     let padded = |size: usize| format!("{BODY}{}", " ".repeat(size - BODY.len()));
@@ -110,7 +110,7 @@ fn a_body_over_the_cap_is_refused_however_it_is_framed() {
 }
 
 #[test]
-fn a_token_that_does_not_come_is_waited_for_no_longer_than_promised() {
+fn request_waits_for_a_token_no_longer_than_token_wait() {
     let sandbox = sandbox();
     script(&sandbox, json!({ "token": [{ "instead": "hang", "times": 1 }] }));
     let gateway =
@@ -126,7 +126,7 @@ fn a_token_that_does_not_come_is_waited_for_no_longer_than_promised() {
 }
 
 #[test]
-fn a_handshake_that_never_ends_is_given_up_with_nothing_sent() {
+fn hanging_upstream_handshake_times_out_with_nothing_sent() {
     let (secure, setup) = secure_sandbox();
     let gateway = start_with(&secure, setup.set("upstream.connect_timeout", "400ms"));
     script(&secure, json!({ "connections": [{ "instead": "hang", "times": 1 }] }));
@@ -138,7 +138,7 @@ fn a_handshake_that_never_ends_is_given_up_with_nothing_sent() {
 }
 
 #[test]
-fn an_upstream_that_is_down_is_told_at_once_with_nothing_sent() {
+fn unreachable_upstream_is_reported_at_once_with_nothing_sent() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -152,7 +152,7 @@ fn an_upstream_that_is_down_is_told_at_once_with_nothing_sent() {
 }
 
 #[test]
-fn connections_over_the_cap_are_told_so_and_room_comes_back() {
+fn connections_over_max_connections_get_503_until_one_closes() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.max_connections", 3));
     let held: Vec<_> = (0..3).map(|_| TcpStream::connect(gateway.address).unwrap()).collect();
@@ -167,7 +167,7 @@ fn connections_over_the_cap_are_told_so_and_room_comes_back() {
 }
 
 #[test]
-fn requests_over_the_cap_are_told_so_and_room_comes_back() {
+fn requests_over_max_in_flight_get_503_until_one_finishes() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.max_in_flight", 2));
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -188,7 +188,7 @@ fn requests_over_the_cap_are_told_so_and_room_comes_back() {
 }
 
 #[test]
-fn upstream_connections_stay_under_their_cap_and_a_wait_for_one_is_bounded() {
+fn upstream_connections_stay_under_their_cap_with_a_bounded_wait() {
     let sandbox = sandbox();
     let capped = |wait: &str| {
         Setup::default().set("upstream.max_connections", 2).set("upstream.connect_timeout", wait)
@@ -217,7 +217,7 @@ fn upstream_connections_stay_under_their_cap_and_a_wait_for_one_is_bounded() {
 }
 
 #[test]
-fn a_refused_caller_receives_its_refusal_though_it_goes_on_sending() {
+fn rejected_caller_gets_its_reply_while_still_sending() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     for size in [100 * 1024, 400 * 1024, 2 * 1024 * 1024] {
@@ -230,7 +230,7 @@ fn a_refused_caller_receives_its_refusal_though_it_goes_on_sending() {
 }
 
 #[test]
-fn after_a_refusal_whose_body_was_read_the_connection_serves_on() {
+fn connection_stays_usable_after_a_rejection_with_a_read_body() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let keep =
@@ -245,7 +245,7 @@ fn after_a_refusal_whose_body_was_read_the_connection_serves_on() {
 }
 
 #[test]
-fn behind_a_request_that_others_may_read_otherwise_nothing_is_believed() {
+fn nothing_after_an_ambiguous_request_is_processed() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let plain = head(BODY.len(), "").replace("connection: close\r\n", "") + BODY;
@@ -292,7 +292,7 @@ fn behind_a_request_that_others_may_read_otherwise_nothing_is_believed() {
 }
 
 #[test]
-fn a_head_that_is_too_large_or_no_http_is_refused_and_counted() {
+fn oversized_or_invalid_head_is_rejected_and_counted() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let huge = format!("x-huge: {}\r\n", "x".repeat(200_000));
@@ -322,7 +322,7 @@ fn a_head_that_is_too_large_or_no_http_is_refused_and_counted() {
 }
 
 #[test]
-fn a_caller_that_does_not_read_loses_its_connection_and_nothing_else() {
+fn caller_that_does_not_read_loses_only_its_connection() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.idle_timeout", "500ms"));
     script(&sandbox, json!({ "business": [{ "size": 30_000_000, "times": 1 }] }));
@@ -338,7 +338,7 @@ fn a_caller_that_does_not_read_loses_its_connection_and_nothing_else() {
 }
 
 #[test]
-fn a_long_answer_that_comes_slowly_is_not_taken_for_an_idle_connection() {
+fn slow_long_reply_is_not_treated_as_an_idle_connection() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.idle_timeout", "1s"));
     // 64 KiB at once would decide; the rest comes as slowly as the caller reads it.
@@ -359,7 +359,7 @@ fn a_long_answer_that_comes_slowly_is_not_taken_for_an_idle_connection() {
 }
 
 #[test]
-fn a_caller_that_takes_a_long_answer_too_slowly_sees_that_it_was_cut() {
+fn caller_that_reads_a_long_reply_too_slowly_sees_it_aborted() {
     let sandbox = sandbox();
     // Long enough for a busy machine to read the part that decides.
     let slow = Setup::default().set("upstream.timeout", "4s");
@@ -386,7 +386,7 @@ fn leave(gateway: &Gateway, way: &str, waits: impl Fn() -> bool) -> Option<Reply
 }
 
 #[test]
-fn a_caller_that_leaves_while_its_request_waits_for_a_token_is_not_forwarded() {
+fn caller_disconnect_while_waiting_for_a_token_sends_nothing() {
     for way in WAYS {
         let sandbox = sandbox();
         script(&sandbox, json!({ "token": [{ "delay_ms": 1500, "times": 1 }] }));
@@ -411,7 +411,7 @@ fn a_caller_that_leaves_while_its_request_waits_for_a_token_is_not_forwarded() {
 }
 
 #[test]
-fn a_caller_that_leaves_while_its_request_waits_for_a_connection_is_not_forwarded() {
+fn caller_disconnect_while_waiting_for_a_connection_sends_nothing() {
     for way in WAYS {
         let (secure, setup) = secure_sandbox();
         let gateway = start_with(&secure, setup);
@@ -430,7 +430,7 @@ fn a_caller_that_leaves_while_its_request_waits_for_a_connection_is_not_forwarde
 }
 
 #[test]
-fn a_caller_that_closes_its_side_with_its_request_may_wait() {
+fn half_closed_caller_may_wait_for_its_reply() {
     let sandbox = sandbox();
     script(&sandbox, json!({ "token": [{ "delay_ms": 800, "times": 1 }] }));
     let gateway = start(&sandbox);
@@ -439,7 +439,7 @@ fn a_caller_that_closes_its_side_with_its_request_may_wait() {
 }
 
 #[test]
-fn strangers_that_only_connect_cannot_use_up_files() {
+fn peers_that_only_connect_cannot_exhaust_file_descriptors() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.max_connections", 10));
     let files = || std::fs::read_dir(format!("/proc/{}/fd", gateway.id())).unwrap().count();

@@ -61,7 +61,7 @@ fn system_calls(gateway: &Gateway, streams: &mut [TcpStream]) -> (f64, String) {
 }
 
 #[test]
-fn a_request_stays_within_its_budget_of_system_calls() {
+fn request_stays_within_its_system_call_budget() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.workers", 1));
     let mut streams: Vec<_> = (0..CALLERS).map(|_| TcpStream::connect(gateway.address).unwrap()).collect();

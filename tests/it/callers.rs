@@ -227,7 +227,7 @@ pub(crate) fn post_from(source: &str, gateway: &Gateway, headers: &str, body: &s
 }
 
 #[test]
-fn of_nested_networks_the_smallest_says_who_calls() {
+fn smallest_nested_network_identifies_the_caller() {
     let sandbox = sandbox();
     let config = caller("net", "127.5.0.0/16", "") + &caller("host", "127.5.6.7/32", "");
     let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });
@@ -246,7 +246,7 @@ fn of_nested_networks_the_smallest_says_who_calls() {
 }
 
 #[test]
-fn a_peer_outside_all_networks_is_no_caller() {
+fn peer_outside_all_networks_is_not_a_caller() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let setup = Setup { folder: Some(folder.clone()), ..Setup::default() };
@@ -263,7 +263,7 @@ fn a_peer_outside_all_networks_is_no_caller() {
 }
 
 #[test]
-fn over_tls_a_network_says_who_calls_and_nothing_is_spoken_without_it() {
+fn tls_listener_identifies_callers_by_network_and_rejects_plaintext() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let folder = Arc::new(TempDir::new().unwrap());
     let caller = listener(&folder, &ca.issue(SERVER), "");
@@ -286,7 +286,7 @@ fn over_tls_a_network_says_who_calls_and_nothing_is_spoken_without_it() {
 }
 
 #[test]
-fn only_a_good_certificate_with_a_known_name_lets_in() {
+fn only_a_valid_certificate_with_a_known_name_is_accepted() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[666], 2124));
     let address = gateway.second.unwrap();
@@ -323,7 +323,7 @@ fn only_a_good_certificate_with_a_known_name_lets_in() {
 }
 
 #[test]
-fn a_revocation_list_that_is_out_of_date_lets_nobody_in() {
+fn expired_revocation_list_rejects_all_callers() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     for (until, is_in) in [(2124, true), (2025, false)] {
         let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[], until));
@@ -350,7 +350,7 @@ pub(crate) fn change(gateway: &Gateway, count: usize) -> String {
 }
 
 #[test]
-fn a_certificate_that_is_revoked_is_out_at_once_and_others_on_open_connections_stay() {
+fn revoked_certificate_is_rejected_at_once_on_open_connections() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[], 2124));
     let address = gateway.second.unwrap();
@@ -369,7 +369,7 @@ fn a_certificate_that_is_revoked_is_out_at_once_and_others_on_open_connections_s
 }
 
 #[test]
-fn certificates_change_while_the_gateway_runs_and_bad_files_change_nothing() {
+fn certificates_reload_at_run_time_and_bad_files_are_ignored() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[], 2124));
     let address = gateway.second.unwrap();
@@ -405,7 +405,7 @@ fn certificates_change_while_the_gateway_runs_and_bad_files_change_nothing() {
 }
 
 #[test]
-fn a_list_that_every_user_can_change_by_now_lets_nobody_in() {
+fn world_writable_revocation_list_is_not_reloaded() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[666], 2124));
     let address = gateway.second.unwrap();
@@ -425,7 +425,7 @@ fn a_list_that_every_user_can_change_by_now_lets_nobody_in() {
 }
 
 #[test]
-fn a_caller_that_leaves_over_tls_while_its_request_waits_is_not_forwarded() {
+fn caller_disconnect_over_tls_while_waiting_sends_nothing() {
     for says_so in [true, false] {
         let (sandbox, ca) = (sandbox(), Ca::new());
         let faults = serde_json::json!({ "token": [{ "delay_ms": 1500, "times": 1 }] });
@@ -461,7 +461,7 @@ fn closed(gateway: &Gateway, reason: &str) -> u64 {
 }
 
 #[test]
-fn a_handshake_that_its_peer_aborts_displaced_nobody() {
+fn handshake_aborted_by_its_peer_is_not_counted_as_displaced() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let files = TempDir::new().unwrap();
     let abort = files.path().join("abort");
@@ -481,7 +481,7 @@ fn a_handshake_that_its_peer_aborts_displaced_nobody() {
 
 /// What the TLS library decrypts ahead is in no budget, so that it must be little.
 #[test]
-fn over_tls_a_connection_holds_little_of_what_is_sent_behind_its_request() {
+fn tls_connection_buffers_little_after_its_request() {
     const CONNECTIONS: usize = 40; // the burst of a caller
     let each_takes = |behind: usize| {
         let (sandbox, ca) = (sandbox(), Ca::new());
@@ -520,7 +520,7 @@ fn over_tls_a_connection_holds_little_of_what_is_sent_behind_its_request() {
 }
 
 #[test]
-fn a_caller_may_have_to_show_that_it_can_set_a_header() {
+fn require_header_rejects_requests_without_that_header() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let config = caller("careful", "127.0.0.2/31", "require_header = \"x-ccsqm-gateway\"");
@@ -540,7 +540,7 @@ fn a_caller_may_have_to_show_that_it_can_set_a_header() {
 }
 
 #[test]
-fn who_is_frozen_is_refused_and_nobody_else() {
+fn only_frozen_callers_and_routes_are_rejected() {
     let sandbox = sandbox();
     let config = caller("cold", "127.0.0.2/32", "frozen = true") + &caller("warm", "127.0.0.3/32", "");
     let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });
@@ -562,7 +562,7 @@ fn who_is_frozen_is_refused_and_nobody_else() {
 }
 
 #[test]
-fn caller_that_left_over_tls_before_a_success_is_noticed() {
+fn caller_disconnect_over_tls_before_a_success_is_detected() {
     for says_so in [true, false] {
         let (sandbox, ca) = (sandbox(), Ca::new());
         let faults = serde_json::json!({ "business": [{ "delay_ms": 500, "times": 1 }] });

@@ -343,7 +343,7 @@ fn check(row: &Row) {
 }
 
 #[test]
-fn each_cause_of_a_failure_is_one_word_in_reply_trail_metric_status_and_log() {
+fn each_failure_cause_has_the_same_name_in_every_output() {
     let provoked: HashSet<_> = ROWS.iter().map(|row| row.cause).collect();
     let missing: Vec<_> = Cause::ALL.into_iter().filter(|cause| !provoked.contains(cause)).collect();
     assert!(missing.is_empty(), "no row provokes {missing:?}");
@@ -361,7 +361,7 @@ fn each_cause_of_a_failure_is_one_word_in_reply_trail_metric_status_and_log() {
 
 /// Many credentials, so that a timer that is sometimes the first to end shows.
 #[test]
-fn a_look_up_that_hangs_is_always_told_as_that() {
+fn hanging_dns_lookup_always_has_its_own_cause() {
     const CREDENTIALS: usize = 64;
     const FETCHES: u64 = 256;
     let (_resolver, text) = deaf_resolver();
@@ -393,7 +393,7 @@ fn a_look_up_that_hangs_is_always_told_as_that() {
 
 /// Each on a gateway of its own, whose last error it then is.
 #[test]
-fn each_failed_handshake_of_a_caller_has_its_cause_and_a_refused_certificate_its_names() {
+fn failed_caller_handshake_reports_its_cause_and_certificate_names() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let raw = |bytes: &'static [u8]| {
         move |gateway: &Gateway| {
@@ -485,7 +485,7 @@ fn each_failed_handshake_of_a_caller_has_its_cause_and_a_refused_certificate_its
 }
 
 #[test]
-fn a_refused_token_without_another_has_the_cause_of_the_fetch() {
+fn refused_token_without_a_successor_has_the_cause_of_the_fetch() {
     for (fault, cause) in [
         (json!({ "after": 1, "status": 500 }), "token_status"),
         (json!({ "after": 1, "instead": "reset" }), "reset"),
@@ -504,7 +504,7 @@ fn a_refused_token_without_another_has_the_cause_of_the_fetch() {
 }
 
 #[test]
-fn the_trail_tells_of_a_refusal_what_is_to_be_mended() {
+fn refusal_record_describes_the_error_to_fix() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[], 2124), Setup::default());
     let refused = |gateway: &Gateway, reply: Reply| {
@@ -557,7 +557,7 @@ fn the_trail_tells_of_a_refusal_what_is_to_be_mended() {
 }
 
 #[test]
-fn the_readme_lists_each_cause() {
+fn readme_lists_every_failure_cause() {
     let readme = include_str!("../../README.md");
     let begin = readme.find("| cause | means |").unwrap();
     let table = readme[begin..].split("\n\n").next().unwrap();
@@ -567,7 +567,7 @@ fn the_readme_lists_each_cause() {
 
 /// The token that the upstream quotes was replaced meanwhile, and is good all the same.
 #[test]
-fn what_the_upstream_says_of_a_failure_is_not_told_where_it_quotes_a_token_that_was_sent() {
+fn upstream_error_text_that_quotes_a_sent_token_is_withheld() {
     let sandbox = sandbox();
     sandbox.faults(serde_json::from_value(json!({ "lifetime_ms": 6_000 })).unwrap()).unwrap();
     // What the upstream says, once it may.
@@ -620,7 +620,7 @@ fn what_the_upstream_says_of_a_failure_is_not_told_where_it_quotes_a_token_that_
 }
 
 #[test]
-fn a_failure_that_is_over_says_since_when() {
+fn ended_failure_reports_when_it_ended() {
     let sandbox = sandbox();
     let faults = |faults| sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
     faults(json!({ "business": [{ "times": 1, "instead": "garbage" }] }));

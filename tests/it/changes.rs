@@ -33,7 +33,7 @@ fn now() -> i64 {
 }
 
 #[test]
-fn a_change_that_fails_is_told_with_its_time_and_cleared_when_it_is_mended() {
+fn failed_file_change_is_reported_with_its_time_until_corrected() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let folder = Arc::new(TempDir::new().unwrap());
     let own = ca.issue(CALLER);
@@ -93,7 +93,7 @@ fn a_change_that_fails_is_told_with_its_time_and_cleared_when_it_is_mended() {
 }
 
 #[test]
-fn a_trail_that_cannot_be_written_is_told_with_its_time_and_cleared_when_it_can() {
+fn unwritable_trail_is_reported_with_its_time_until_writable() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let told = || {

@@ -922,7 +922,7 @@ fn try_case(sandbox: &Sandbox, (name, change, verdict): &Case) -> Result<(), Str
 }
 
 #[test]
-fn check_is_0_exactly_when_serve_starts_also_while_a_gateway_runs() {
+fn check_succeeds_exactly_when_serve_starts() {
     let cases: Vec<&Case> =
         [SECRETS, CERTIFICATES, DIRECTORIES, SOCKETS, ADDRESSES, SETTINGS].into_iter().flatten().collect();
     assert!(cases.len() >= 60, "{}", cases.len());
@@ -945,7 +945,7 @@ fn check_is_0_exactly_when_serve_starts_also_while_a_gateway_runs() {
 }
 
 #[test]
-fn where_systemd_runs_a_socket_in_use_is_a_note_for_a_listener_and_a_mistake_for_any_other() {
+fn socket_in_use_under_systemd_is_a_note_only_for_listeners() {
     let (sandbox, folder) = (sandbox(), TempDir::new().unwrap());
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
     let tcp = other.local_addr().unwrap().to_string();
@@ -972,7 +972,7 @@ fn where_systemd_runs_a_socket_in_use_is_a_note_for_a_listener_and_a_mistake_for
 }
 
 #[test]
-fn beside_a_gateway_its_own_sockets_count_as_free_and_those_of_other_programs_do_not() {
+fn check_treats_sockets_of_a_running_gateway_as_free() {
     let sandbox = sandbox();
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = other.local_addr().unwrap();
@@ -1044,7 +1044,7 @@ pub(crate) fn full_queue(path: &Path) -> Vec<Socket> {
 }
 
 #[test]
-fn nobody_is_woken_by_check_or_start_at_a_unix_socket_and_nothing_waits_for_its_queue() {
+fn check_and_start_probe_a_unix_socket_without_waking_or_waiting() {
     let sandbox = sandbox();
     for name in ["listener", "full"] {
         let mut draft = Draft::new();

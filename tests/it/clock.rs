@@ -178,7 +178,7 @@ fn variants() -> impl Iterator<Item = (bool, End)> {
 }
 
 #[test]
-fn a_wall_clock_that_is_set_ahead_for_a_moment_removes_no_segment_and_no_key() {
+fn brief_clock_jump_ahead_removes_no_segment_and_no_key() {
     for (is_hidden, end) in variants() {
         let mut machine = Machine { set: small_segments(), ..Machine::new(is_hidden) };
         let gateway = machine.start();
@@ -203,7 +203,7 @@ fn a_wall_clock_that_is_set_ahead_for_a_moment_removes_no_segment_and_no_key() {
 }
 
 #[test]
-fn old_segments_go_one_at_a_time_and_none_while_the_clock_is_doubtful() {
+fn segments_are_removed_one_by_one_and_none_with_a_doubtful_clock() {
     let mut machine = Machine { set: small_segments(), ..Machine::new(true) };
     let gateway = machine.start();
     let next = machine.fill(&gateway, 0, 4);
@@ -238,7 +238,7 @@ fn old_segments_go_one_at_a_time_and_none_while_the_clock_is_doubtful() {
 }
 
 #[test]
-fn whatever_the_clock_shows_at_each_start_no_key_is_forgotten() {
+fn no_key_is_forgotten_with_any_clock_at_start() {
     let histories: [&[i64]; 7] = [
         &[0, 25 * HOUR],
         &[-2 * DAY, 0],
@@ -273,7 +273,7 @@ fn whatever_the_clock_shows_at_each_start_no_key_is_forgotten() {
 }
 
 #[test]
-fn a_wall_clock_that_is_set_back_while_running_makes_no_record_older() {
+fn clock_set_back_at_run_time_makes_no_record_older() {
     for (is_hidden, end) in variants() {
         let mut machine = Machine::new(is_hidden);
         let gateway = machine.start();
@@ -295,7 +295,7 @@ fn a_wall_clock_that_is_set_back_while_running_makes_no_record_older() {
 }
 
 #[test]
-fn within_a_boot_a_wrong_clock_at_the_start_is_noticed_by_nothing() {
+fn wrong_clock_at_start_has_no_effect_within_one_boot() {
     let mut machine = Machine::new(false);
     for ahead in [0, 25 * HOUR, -2 * DAY] {
         machine.set_clock(ahead);
@@ -315,7 +315,7 @@ fn within_a_boot_a_wrong_clock_at_the_start_is_noticed_by_nothing() {
 }
 
 #[test]
-fn a_start_that_finds_an_odd_clock_doubts_it_until_an_operator_accepts_it() {
+fn odd_clock_at_start_is_doubtful_until_an_operator_accepts_it() {
     for (ahead, reason) in [(25 * HOUR, "older than the idempotency window"), (-2 * DAY, "in the future")] {
         let mut machine = Machine::new(true);
         let gateway = machine.start();
@@ -365,7 +365,7 @@ pub(crate) fn append_start(directory: &std::path::Path, format: u64) {
 }
 
 #[test]
-fn a_trail_that_a_newer_version_wrote_is_left_alone() {
+fn trail_of_a_newer_version_is_not_modified() {
     let machine = Machine::new(false);
     Machine::end(machine.start(), End::Stop);
     let directory = machine.audit_directory();

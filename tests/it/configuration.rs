@@ -101,7 +101,7 @@ fn at(folder: &TempDir, text: &str, part: &str, key: &str) -> String {
 }
 
 #[test]
-fn every_shipped_file_is_good() {
+fn every_shipped_configuration_is_valid() {
     for name in ["gateway.toml", "minimal.toml", "sandbox.toml"] {
         let (folder, text) = shipped(name);
         let (code, out, error) = check(&folder, &text);
@@ -125,7 +125,7 @@ for path in sys.argv[2:]:
 "#;
 
 #[test]
-fn the_schema_for_editors_accepts_the_shipped_files_and_rejects_mistakes() {
+fn editor_schema_accepts_shipped_files_and_rejects_mistakes() {
     let root = env!("CARGO_MANIFEST_DIR");
     let validate = |files: &[String]| {
         let python = Command::new("/usr/bin/python3")
@@ -186,7 +186,7 @@ fn run_on_terminal(path: &str, args: &[&str], no_color: &str) -> (Option<i32>, S
 }
 
 #[test]
-fn on_a_terminal_check_shows_the_line_of_a_mistake_but_no_secret() {
+fn check_on_a_terminal_shows_the_faulty_line_but_no_secret() {
     let (folder, text) = shipped("gateway.toml");
     let wrong = with(&text, "workers = 1 ", "workers = 0 ");
     let wrong = with(&wrong, "app_key_file = \"app_key\"", "app_key = \"s3cret\"");
@@ -218,7 +218,7 @@ fn on_a_terminal_check_shows_the_line_of_a_mistake_but_no_secret() {
 
 /// The values of known keys that name no secret are shown, and nothing else of a line: somebody may have pasted a secret anywhere.
 #[test]
-fn on_a_terminal_check_shows_no_secret_wherever_it_stands() {
+fn check_on_a_terminal_shows_no_secret_at_any_position() {
     let (folder, text) = shipped("minimal.toml");
     let pem = "\"-----BEGIN PRIVATE KEY-----\ns3cret\nczNjcmV0s3cret==\n\"";
     for (good, bad) in [
@@ -242,7 +242,7 @@ fn on_a_terminal_check_shows_no_secret_wherever_it_stands() {
 }
 
 #[test]
-fn a_mistake_hides_no_other_and_makes_none() {
+fn mistake_neither_hides_nor_causes_another_one() {
     let (folder, text) = shipped("minimal.toml");
     let listener = |address: &str| format!("[[listeners]]\naddress = \"{address}\"\n");
     let routes = "routes = [\"appointQualityTask\"]";
@@ -278,7 +278,7 @@ fn a_mistake_hides_no_other_and_makes_none() {
 }
 
 #[test]
-fn a_flag_or_variable_of_any_name_is_told_as_a_key_or_taken() {
+fn flag_or_variable_of_any_name_is_applied_or_reported() {
     let (folder, text) = shipped("minimal.toml");
     let path = write(&folder, &text);
     let header = effective(&path, &["upstream.headers.x-a~b=v"], &[]);
@@ -307,7 +307,7 @@ fn of_sidecar() -> String {
 }
 
 #[test]
-fn every_shipped_deployment_has_its_trail_made_once() {
+fn every_shipped_deployment_creates_its_trail_once() {
     let (folder, _) = shipped("minimal.toml");
     let audit = folder.path().join("state/audit");
     let of_sidecar = of_sidecar().replace("/run/secrets/ccsqm/", "");
@@ -336,7 +336,7 @@ fn every_shipped_deployment_has_its_trail_made_once() {
 }
 
 #[test]
-fn every_shipped_healthcheck_asks_where_the_configuration_says() {
+fn every_shipped_healthcheck_uses_the_configured_address() {
     let root = env!("CARGO_MANIFEST_DIR");
     for (file, probes) in [("Dockerfile", 1), ("kubernetes/sidecar.yaml", 3)] {
         let text = fs::read_to_string(format!("{root}/deploy/{file}")).unwrap().replace('"', "");
@@ -355,7 +355,7 @@ fn every_shipped_healthcheck_asks_where_the_configuration_says() {
 }
 
 #[test]
-fn each_of_up_to_twenty_mistakes_is_told_once_with_its_place() {
+fn each_of_up_to_twenty_mistakes_is_reported_once_with_its_place() {
     let (folder, text) = shipped("gateway.toml");
     let (code, _, error) = check(&folder, &text);
     assert_eq!(code, 0, "the control: {error}");
@@ -442,7 +442,7 @@ fn misspelt_key_hides_no_other_mistake() {
 
 /// A flag is read beside the right key of the file; a line of the file would replace it.
 #[test]
-fn misspelt_flag_beside_the_right_key_is_told_once() {
+fn misspelt_flag_beside_the_right_key_is_reported_once() {
     let (folder, text) = shipped("gateway.toml");
     let path = write(&folder, &text);
     for key in keys_of(&text) {
@@ -456,7 +456,7 @@ fn misspelt_flag_beside_the_right_key_is_told_once() {
 }
 
 #[test]
-fn what_would_be_dangerous_is_refused() {
+fn dangerous_configuration_settings_are_rejected() {
     let (folder, text) = shipped("minimal.toml");
     assert_eq!(check(&folder, &text).0, 0, "the control");
     let plain = with(&text, "https://service", "http://service");
@@ -528,7 +528,7 @@ fn what_would_be_dangerous_is_refused() {
 }
 
 #[test]
-fn what_lies_between_two_values_is_told_where_the_first_of_them_stands() {
+fn conflict_between_two_values_is_reported_at_the_first_one() {
     let (folder, text) = shipped("gateway.toml");
     for (good, bad, key) in [
         ("connect_timeout = \"3s\"", "connect_timeout = \"31s\"", "upstream.connect_timeout"),
@@ -553,7 +553,7 @@ fn what_lies_between_two_values_is_told_where_the_first_of_them_stands() {
 }
 
 #[test]
-fn the_built_in_route_can_be_set_once_and_in_part() {
+fn built_in_route_can_be_overridden_once_and_in_part() {
     let (folder, text) = shipped("minimal.toml");
     let built_in = "[[routes]]\nname = \"appointQualityTask\"\n";
     assert_eq!(check(&folder, &format!("{text}\n{built_in}timeout = \"1s\"\n")).0, 0, "the control");
@@ -567,7 +567,7 @@ fn the_built_in_route_can_be_set_once_and_in_part() {
 }
 
 #[test]
-fn a_line_that_is_no_toml_is_told_once_and_hides_nothing_else() {
+fn invalid_toml_line_is_reported_once_and_hides_nothing_else() {
     let (folder, text) = shipped("gateway.toml");
     let wrong = with(&text, "[\"localhost\", \"127.0.0.1\", \"[::1]\"]", "[\"localhost\", ");
     let wrong = with(&wrong, "workers = 1 ", "workers = 0 ");
@@ -589,7 +589,7 @@ fn a_line_that_is_no_toml_is_told_once_and_hides_nothing_else() {
 }
 
 #[test]
-fn hostile_files_are_refused_in_clear_lines() {
+fn hostile_configuration_files_are_rejected_in_clear_lines() {
     let (folder, good) = shipped("minimal.toml");
     let file = folder.path().join("gateway.toml");
     let open_text = good.clone() + "x = \"\"\"\n" + &"no end\n".repeat(1000);
@@ -661,7 +661,7 @@ fn check_as_nobody(binary: &Path, path: &str, is_root: bool) -> (i32, String) {
 }
 
 #[test]
-fn a_file_without_permission_is_told_at_the_key_that_names_it() {
+fn unreadable_file_is_reported_at_the_key_that_names_it() {
     let (folder, text) = shipped("gateway.toml");
     let path = write(&folder, &text);
     let binary = folder.path().join("binary");
@@ -698,7 +698,7 @@ fn a_file_without_permission_is_told_at_the_key_that_names_it() {
 }
 
 #[test]
-fn a_file_without_permission_is_refused() {
+fn unreadable_configuration_file_is_rejected() {
     let (folder, text) = shipped("minimal.toml");
     let path = write(&folder, &text);
     let forbid = |file: &str| fs::set_permissions(file, fs::Permissions::from_mode(0o000)).unwrap();
@@ -738,7 +738,7 @@ fn a_file_without_permission_is_refused() {
 }
 
 #[test]
-fn environment_goes_over_the_file_and_flags_over_both() {
+fn environment_overrides_the_file_and_flags_override_both() {
     let (folder, text) = shipped("gateway.toml");
     let path = write(&folder, &text);
     let of = |flags: &[&str], variables: &[(&str, &str)]| {
@@ -776,7 +776,7 @@ fn environment_goes_over_the_file_and_flags_over_both() {
 }
 
 #[test]
-fn a_flag_sets_a_key_of_an_item_in_a_list_of_tables() {
+fn flag_sets_a_key_of_an_item_in_a_list_of_tables() {
     let (folder, text) = shipped("gateway.toml");
     let whole = write(&folder, &text);
     let (folder, text) = shipped("minimal.toml");
@@ -837,7 +837,7 @@ fn a_flag_sets_a_key_of_an_item_in_a_list_of_tables() {
 const LIST_OF_TABLES: &str = "lists of tables can be set in the file, and their items by flags";
 
 #[test]
-fn a_variable_or_flag_that_says_nothing_is_refused_by_name() {
+fn invalid_variable_or_flag_is_rejected_by_name() {
     let (folder, text) = shipped("gateway.toml");
     let path = write(&folder, &text);
     let not_text = OsStr::from_bytes(b"\xff");
@@ -892,7 +892,7 @@ fn a_variable_or_flag_that_says_nothing_is_refused_by_name() {
 }
 
 #[test]
-fn check_finds_what_would_fail_at_start_and_makes_nothing() {
+fn check_finds_start_failures_and_creates_nothing() {
     let (folder, text) = shipped("gateway.toml");
     let make = |name: &str, content: &[u8]| fs::write(folder.path().join(name), content).unwrap();
     make("empty", b"");
@@ -1041,7 +1041,7 @@ fn check_finds_what_would_fail_at_start_and_makes_nothing() {
 }
 
 #[test]
-fn what_check_prints_is_the_same_configuration_again() {
+fn check_output_reads_back_as_the_same_configuration() {
     for name in ["gateway.toml", "minimal.toml", "sandbox.toml"] {
         let (folder, text) = shipped(name);
         let path = write(&folder, &text);
@@ -1060,7 +1060,7 @@ fn what_check_prints_is_the_same_configuration_again() {
 }
 
 #[test]
-fn what_check_prints_of_odd_names_is_toml() {
+fn check_output_with_odd_names_is_valid_toml() {
     let (folder, text) = shipped("minimal.toml");
     let odd = "a\u{1b}\u{7f}\u{202e}\u{e0020}\u{1f600}é \\ \" .json";
     fs::write(folder.path().join(odd), Contract::APPOINT_QUALITY_TASK).unwrap();
@@ -1079,7 +1079,7 @@ fn what_check_prints_of_odd_names_is_toml() {
 }
 
 #[test]
-fn a_bad_file_is_one_mistake() {
+fn bad_file_is_reported_as_one_mistake() {
     let (folder, text) = shipped("gateway.toml");
     fs::write(folder.path().join("bad"), "neither PEM nor JSON").unwrap();
     let mut contract: Value = serde_json::from_str(Contract::APPOINT_QUALITY_TASK).unwrap();
@@ -1121,7 +1121,7 @@ fn a_bad_file_is_one_mistake() {
 }
 
 #[test]
-fn what_is_compared_byte_by_byte_holds_nothing_that_nobody_sees() {
+fn values_compared_by_bytes_hold_no_invisible_characters() {
     let (folder, text) = shipped("gateway.toml");
     assert_eq!(check(&folder, &text).0, 0, "the control");
     let odd = [
@@ -1174,7 +1174,7 @@ fn what_is_compared_byte_by_byte_holds_nothing_that_nobody_sees() {
 }
 
 #[test]
-fn check_says_who_can_use_which_credential() {
+fn check_lists_the_peers_that_can_use_each_credential() {
     let (folder, _) = shipped("minimal.toml");
     let credential = |name: &str| {
         format!(
@@ -1233,7 +1233,7 @@ fn check_says_who_can_use_which_credential() {
 }
 
 #[test]
-fn check_and_documents_say_that_a_group_is_the_primary_one() {
+fn check_and_documents_state_that_gid_means_the_primary_group() {
     let (folder, text) = shipped("minimal.toml");
     let text = with(&text, "\"loopback\"", "\"gid:1000\"")
         + "\n[[listeners]]\naddress = \"unix:/run/gateway.sock\"\n";
@@ -1247,7 +1247,7 @@ fn check_and_documents_say_that_a_group_is_the_primary_one() {
 }
 
 #[test]
-fn check_speaks_json_of_mistakes_too() {
+fn check_reports_mistakes_as_json() {
     let (folder, text) = shipped("gateway.toml");
     let path = write(&folder, &with(&text, "workers = 1 ", "workers = 0 "));
     let (code, out, error) = run(&["check", "--json", "--config", &path, "--set", "quota.burst=0"], &[]);
@@ -1266,7 +1266,7 @@ fn check_speaks_json_of_mistakes_too() {
 }
 
 #[test]
-fn contract_check_speaks_json() {
+fn contract_check_supports_json_output() {
     let folder = TempDir::new().unwrap();
     let file = |name: &str, content: &str| {
         let path = folder.path().join(name);
@@ -1310,7 +1310,7 @@ fn contract_check_speaks_json() {
 }
 
 #[test]
-fn check_says_how_much_memory_keys_may_take_and_examples_allow_it() {
+fn check_reports_the_memory_bound_and_examples_allow_it() {
     let (folder, text) = shipped("minimal.toml");
     let (code, out, _) = check(&folder, &text);
     assert!(
@@ -1348,7 +1348,7 @@ fn check_says_how_much_memory_keys_may_take_and_examples_allow_it() {
 }
 
 #[test]
-fn check_and_start_refuse_a_max_size_that_the_window_cannot_fit_into() {
+fn check_and_start_reject_a_max_size_too_small_for_the_window() {
     let (folder, text) = shipped("minimal.toml");
     let path = write(&folder, &text);
     let told = |command: &str, set: &[&str]| {
@@ -1383,7 +1383,7 @@ fn check_and_start_refuse_a_max_size_that_the_window_cannot_fit_into() {
 }
 
 #[test]
-fn check_says_how_long_max_size_lasts_or_what_retain_needs() {
+fn check_reports_how_long_max_size_lasts_or_what_retain_needs() {
     let (folder, text) = shipped("minimal.toml");
     let (code, out, _) = check(&folder, &text);
     let says = "\n# Audit trail: a call takes about 1300 bytes. 72000 calls an hour are allowed, which take 2.1 GiB a day.";
@@ -1405,7 +1405,7 @@ fn check_says_how_long_max_size_lasts_or_what_retain_needs() {
 }
 
 #[test]
-fn check_warns_of_a_file_system_that_is_smaller_than_max_size() {
+fn check_warns_if_the_file_system_is_smaller_than_max_size() {
     let (folder, text) = shipped("minimal.toml");
     let path = write(&folder, &text);
     let notices = |size| effective(&path, &[size, "quota.rate=1/s"], &[])["notices"].to_string();
@@ -1416,7 +1416,7 @@ fn check_warns_of_a_file_system_that_is_smaller_than_max_size() {
 }
 
 #[test]
-fn the_kubernetes_example_has_a_volume_for_its_max_size_and_that_holds_the_window_with_all_refusals() {
+fn kubernetes_example_holds_the_window_within_max_size_and_volume() {
     let (folder, _) = shipped("minimal.toml");
     let audit = folder.path().join("audit");
     fs::create_dir(&audit).unwrap();

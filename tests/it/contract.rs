@@ -55,7 +55,7 @@ fn with(piece: &str, by: &str) -> String {
 }
 
 #[test]
-fn every_rule_of_appoint_quality_task_has_both_its_sides() {
+fn every_rule_of_appoint_quality_task_accepts_and_rejects() {
     let id = r#""954125366""#;
     let person = r#""160""#;
     let (longest, too_long) = (format!("\"{}\"", "é".repeat(64)), format!("\"{}\"", "é".repeat(65)));
@@ -115,7 +115,7 @@ fn every_rule_of_appoint_quality_task_has_both_its_sides() {
 }
 
 #[test]
-fn an_inspector_id_that_differs_by_what_nobody_sees_is_refused() {
+fn inspector_id_with_invisible_characters_is_rejected() {
     let inspectors = |id: &str| with(r#"{"personID":"161"}"#, &format!(r#"{{"personID":"160{id}"}}"#));
     let unseen = [
         0x200B, 0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180F, 0x2065, 0x206F, 0x2800, 0x3164,
@@ -159,7 +159,7 @@ fn an_inspector_id_that_differs_by_what_nobody_sees_is_refused() {
 }
 
 #[test]
-fn the_inspector_list_has_one_to_a_thousand_objects() {
+fn inspector_list_has_one_to_a_thousand_objects() {
     let body = |items: &str| {
         format!(r#"{{"qualityTaskId":1,"setCountsType":1,"isTakeEffect":1,"setCounts":{items}}}"#)
     };
@@ -187,7 +187,7 @@ fn all_violations_are_counted_and_a_hundred_are_listed() {
 }
 
 #[test]
-fn details_name_what_is_wanted_and_never_a_value() {
+fn violation_details_name_the_rule_and_never_a_value() {
     let long = "k".repeat(100);
     let bad = with(r#""954125366""#, r#""SECRET""#)
         .replace("count", &format!(r"\u001b{long}"))
@@ -206,7 +206,7 @@ const ROUNDED: &str = "954645333549048800";
 const EXACT: &str = "954645333549048833";
 
 #[test]
-fn an_id_that_a_client_may_have_rounded_must_be_a_string() {
+fn possibly_rounded_id_must_be_a_string() {
     let contracts = [
         (compile(Contract::APPOINT_QUALITY_TASK), with(r#""954125366""#, "<id>")),
         (
@@ -258,7 +258,7 @@ fn an_id_that_a_client_may_have_rounded_must_be_a_string() {
 }
 
 #[test]
-fn an_id_is_one_if_every_alternative_that_takes_it_says_so() {
+fn refuse_rounded_applies_if_every_matching_alternative_sets_it() {
     let cases = [
         (json!({ "type": "integer", "x-refuseRounded": true }), true),
         (json!({ "type": "integer", "x-refuseRounded": false }), false),
@@ -295,7 +295,7 @@ fn an_id_is_one_if_every_alternative_that_takes_it_says_so() {
 }
 
 #[test]
-fn what_is_not_json_is_told_before_any_violation() {
+fn invalid_json_is_reported_before_any_violation() {
     let fault = not_json(appoint(&(with(r#""setCountsType":1"#, r#""setCountsType":2"#) + "x")));
     assert_eq!(fault.reason, "expected the end: a JSON text is one value");
     not_json(appoint(&with(r#""count":2"#, r#""unknown":{"a":1,"\u0061":2}"#)));
@@ -305,7 +305,7 @@ fn what_is_not_json_is_told_before_any_violation() {
 }
 
 #[test]
-fn a_checked_body_is_the_callers_bytes_and_names_what_is_audited() {
+fn checked_body_keeps_its_bytes_and_lists_the_audited_values() {
     let audited = |body: &str| {
         let body = appoint(body).unwrap_or_else(|fault| panic!("{fault:?}"));
         let mut out = Vec::new();
@@ -329,7 +329,7 @@ fn a_checked_body_is_the_callers_bytes_and_names_what_is_audited() {
 
 /// Many readers refuse a line with such a number, the list of unresolved calls among them.
 #[test]
-fn an_audited_number_beyond_a_double_is_a_string_in_the_trail() {
+fn audited_number_beyond_a_double_is_recorded_as_a_string() {
     let contract = compile(r#"{"type":"array","items":{"type":"number","x-audit":"sizes"}}"#);
     let long = "9".repeat(400);
     let body = format!("[1e308,-1e308,1e309,-1E999,{long},0e999,1e-999,12345]");
@@ -389,7 +389,7 @@ fn audited_lists_match_item_by_item() {
 }
 
 #[test]
-fn a_schema_that_would_not_be_checked_whole_is_refused_with_its_place() {
+fn schema_with_an_unchecked_keyword_is_rejected_with_its_place() {
     let cases = [
         (r#"{"multipleOf":2}"#, "#/multipleOf"),
         (r#"{"type":"object"}"#, "#"),
@@ -443,7 +443,7 @@ fn a_schema_that_would_not_be_checked_whole_is_refused_with_its_place() {
 }
 
 #[test]
-fn items_are_told_apart_by_what_their_member_means_at_each_level() {
+fn unique_by_compares_member_values_at_each_level() {
     let list = |items: Value| {
         json!({
             "type": "array", "x-uniqueBy": "id",
@@ -740,7 +740,7 @@ fn verdicts(
 }
 
 #[test]
-fn verdicts_agree_with_the_oracle() {
+fn contract_verdicts_agree_with_the_jsonschema_crate() {
     const SCHEMAS: usize = 400;
     const EDITS: usize = 8;
     let mut random = Random(1);
@@ -790,7 +790,7 @@ fn neutralise(schema: &mut Value, keyword: &str) -> bool {
 }
 
 #[test]
-fn the_oracle_notices_when_any_keyword_is_not_checked() {
+fn oracle_detects_every_unchecked_keyword() {
     const KEYWORDS: [&str; 15] = [
         "type",
         "const",
@@ -966,7 +966,7 @@ fn mutate(random: &mut Random, document: &mut Vec<u8>) {
 }
 
 #[test]
-fn strict_json_is_what_serde_json_takes_without_repeated_keys_and_deep_nesting() {
+fn strict_json_matches_serde_json_minus_repeats_and_deep_nesting() {
     let (anything, appoint) = (compile("{}"), compile(Contract::APPOINT_QUALITY_TASK));
     let mut random = Random(3);
     let (mut taken, mut refused) = (0, 0);
@@ -1009,7 +1009,7 @@ fn start_with_contract(sandbox: &ccsqm_gateway::sandbox::Sandbox, contract: &Val
 }
 
 #[test]
-fn contract_of_a_file_replaces_the_built_in_one_and_check_says_so() {
+fn contract_file_replaces_the_built_in_one_and_check_reports_it() {
     let sandbox = sandbox();
     let built_in = include_str!("../../config/contracts/appointQualityTask.json");
     let mut contract: Value = serde_json::from_str(built_in).unwrap();
@@ -1030,7 +1030,7 @@ fn contract_of_a_file_replaces_the_built_in_one_and_check_says_so() {
 }
 
 #[test]
-fn no_character_that_may_be_taken_for_another_stands_raw_in_the_trail() {
+fn confusable_characters_are_escaped_in_the_trail() {
     let sandbox = sandbox();
     let contract = json!({
         "type": "object",

@@ -18,7 +18,7 @@ fn rehearse(gateway: &Gateway, headers: &str, body: &str) -> Reply {
 }
 
 #[test]
-fn a_dry_run_says_what_would_be_sent_and_sends_nothing() {
+fn dry_run_reports_the_request_and_sends_nothing() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let reply = rehearse(&gateway, "", BODY);
@@ -56,7 +56,7 @@ fn a_dry_run_says_what_would_be_sent_and_sends_nothing() {
 }
 
 #[test]
-fn a_dry_run_is_refused_as_the_request_would_be() {
+fn dry_run_is_rejected_like_the_real_request() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let bad = BODY.replace(r#""isTakeEffect":0"#, r#""isTakeEffect":2"#);
@@ -91,7 +91,7 @@ fn a_dry_run_is_refused_as_the_request_would_be() {
 }
 
 #[test]
-fn a_dry_run_spends_the_callers_limit_but_no_quota() {
+fn dry_run_uses_the_caller_limit_but_no_quota() {
     let sandbox = sandbox();
     let setup = Setup::default().set("quota.rate", "1/h").set("quota.burst", 1);
     let gateway = start_with(&sandbox, setup);
@@ -118,7 +118,7 @@ fn a_dry_run_spends_the_callers_limit_but_no_quota() {
 }
 
 #[test]
-fn a_dry_run_tells_of_earlier_calls_and_takes_no_key() {
+fn dry_run_reports_earlier_calls_and_claims_no_key() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("idempotency.without_key", "guard"));
     until_keys_are_known(&gateway);
@@ -145,7 +145,7 @@ fn a_dry_run_tells_of_earlier_calls_and_takes_no_key() {
 }
 
 #[test]
-fn a_dry_run_tells_as_soon_as_a_call_does_that_there_is_room_for_another_success() {
+fn dry_run_reports_free_space_as_soon_as_a_real_call_does() {
     let sandbox = sandbox();
     let setup = Setup::default().set("idempotency.without_key", "block").set("idempotency.max_keys", 3);
     let gateway = start_with(&sandbox, setup.set("idempotency.fingerprint_window", "1s"));

@@ -106,7 +106,7 @@ fn serve_tunnel(
 }
 
 #[test]
-fn through_a_proxy_the_cloud_is_reached_and_the_proxy_sees_nothing() {
+fn proxy_tunnel_reaches_the_upstream_and_hides_the_content() {
     let (secure, setup) = secure_sandbox();
     let proxy = Proxy::start("HTTP/1.1 200 Connection established\r\nVia: 1.1 egress\r\n\r\n");
     let gateway = start_with(&secure, setup.set("upstream.proxy", proxy.url()));
@@ -127,7 +127,7 @@ fn through_a_proxy_the_cloud_is_reached_and_the_proxy_sees_nothing() {
 }
 
 #[test]
-fn a_proxy_that_opens_no_tunnel_is_an_upstream_that_cannot_be_reached() {
+fn proxy_without_a_tunnel_makes_the_upstream_unreachable() {
     for answer in [
         "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n",
         "HTTP/1.1 502 Bad Gateway\r\n\r\n",
@@ -167,7 +167,7 @@ fn through(proxy: &Proxy, is_good: bool) -> (Reply, Gateway, Sandbox) {
 }
 
 #[test]
-fn a_proxys_answer_is_read_behind_interim_heads_and_up_to_bounds_that_the_log_names() {
+fn proxy_response_after_interim_heads_is_read_up_to_logged_limits() {
     let fields = |count: usize| format!("HTTP/1.1 200 OK\r\n{}\r\n", "x: y\r\n".repeat(count));
     let long = |length: usize| {
         let around = "HTTP/1.1 200 OK\r\nx: \r\n\r\n".len();
@@ -231,7 +231,7 @@ fn with_login(setup: Setup, password: &str) -> Setup {
 }
 
 #[test]
-fn a_proxy_that_wants_credentials_gets_those_of_the_files_which_may_change() {
+fn proxy_credentials_are_read_from_files_and_reloaded() {
     const WRONG: &str = "another-password-of-the-gateway";
     let (secure, setup) = secure_sandbox();
     let folder = setup.folder.clone().unwrap();
@@ -298,7 +298,7 @@ fn a_proxy_that_wants_credentials_gets_those_of_the_files_which_may_change() {
 }
 
 #[test]
-fn a_proxys_challenge_is_told_with_what_is_to_be_done() {
+fn proxy_challenge_is_reported_with_the_required_action() {
     let basic = "Proxy-Authenticate: Basic realm=\"egress\"\r\n";
     let ntlm = "Proxy-Authenticate: NTLM\r\nProxy-Authenticate: Negotiate\r\n";
     for (challenge, password, told) in [
@@ -336,7 +336,7 @@ fn a_proxys_challenge_is_told_with_what_is_to_be_done() {
 
 /// A directory behind a proxy locks an account after a few wrong tries.
 #[test]
-fn a_wrong_proxy_password_is_sent_once_by_all_calls_together_and_the_right_one_at_once() {
+fn wrong_proxy_password_is_sent_once_and_the_right_one_at_once() {
     const CALLERS: usize = 8;
     // Each side alone dials: tokens are wanted, or they come from elsewhere.
     for for_tokens in [true, false] {
@@ -405,7 +405,7 @@ fn succeeds_with_the_right_password(gateway: &Gateway) {
 }
 
 #[test]
-fn a_proxys_refusal_that_comes_after_connect_timeout_holds_the_password_back() {
+fn late_proxy_refusal_also_holds_the_password_back() {
     let answers = Arc::new(Mutex::new(())); // whoever has it holds them back
     let gate = answers.clone();
     let proxy = Proxy::answering(move |head| {
@@ -430,7 +430,7 @@ fn a_proxys_refusal_that_comes_after_connect_timeout_holds_the_password_back() {
 }
 
 #[test]
-fn a_password_that_a_proxy_leaves_without_an_answer_is_held_back_after_two_tries() {
+fn unanswered_proxy_password_is_held_back_after_two_attempts() {
     let proxy = Proxy::answering(|head| if head.contains(LOGIN) { OPENED } else { "" }.to_owned());
     let (gateway, _sandboxes) = with_password(&proxy, "wrong-password-of-the-gateway", "3s");
     for cause in ["proxy_cut", "proxy_cut", "proxy_credentials", "proxy_credentials"] {
@@ -444,7 +444,7 @@ fn a_password_that_a_proxy_leaves_without_an_answer_is_held_back_after_two_tries
 }
 
 #[test]
-fn a_proxy_password_that_expired_in_a_lull_is_sent_once_by_all_calls_together() {
+fn proxy_password_that_expired_while_idle_is_sent_once() {
     let expired = Arc::new(AtomicBool::new(false));
     let has_expired = expired.clone();
     let proxy = Proxy::answering(move |head| {
@@ -464,7 +464,7 @@ fn a_proxy_password_that_expired_in_a_lull_is_sent_once_by_all_calls_together() 
 }
 
 #[test]
-fn a_proxy_that_does_not_reach_the_host_is_asked_by_all_connections_side_by_side() {
+fn proxy_that_cannot_reach_the_host_is_asked_in_parallel() {
     let (answers, asked, is_good) =
         (Arc::new(Mutex::new(())), AtomicUsize::new(0), Arc::new(AtomicBool::new(false)));
     let (gate, opens) = (answers.clone(), is_good.clone());
@@ -491,7 +491,7 @@ fn a_proxy_that_does_not_reach_the_host_is_asked_by_all_connections_side_by_side
 
 /// A proxy that breaks TLS open shows a certificate of its own, and knows the password.
 #[test]
-fn what_a_proxy_says_in_a_certificate_quotes_no_password() {
+fn error_about_a_proxy_certificate_quotes_no_password() {
     for (name, told) in [(PROXY_PASSWORD, "quotes the proxy's password"), ("other.example", "other.example")]
     {
         let (ca, tls) = crate::exchange::certificate(name, false);
@@ -549,7 +549,7 @@ pub(crate) fn guard(ca: &Ca, upstream: SocketAddr) -> SocketAddr {
 }
 
 #[test]
-fn an_upstream_that_asks_for_a_certificate_gets_the_gateways_own_which_may_change() {
+fn client_certificate_is_sent_to_the_upstream_and_reloaded() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let address = guard(&ca, sandbox.address());
     let folder = Arc::new(TempDir::new().unwrap());
@@ -595,7 +595,7 @@ fn an_upstream_that_asks_for_a_certificate_gets_the_gateways_own_which_may_chang
 }
 
 #[test]
-fn an_address_that_changes_is_noticed_and_one_that_is_lost_is_used_on() {
+fn changed_dns_address_is_adopted_and_a_lost_one_stays_in_use() {
     let name = "ccsqm.example";
     let (ca, tls) = crate::exchange::certificate(name, false);
     let options = ccsqm_gateway::sandbox::Options { tls: Some(tls), ..Default::default() };
@@ -634,7 +634,7 @@ fn an_address_that_changes_is_noticed_and_one_that_is_lost_is_used_on() {
 }
 
 #[test]
-fn a_root_that_is_taken_from_ca_file_is_trusted_no_more() {
+fn root_removed_from_ca_file_is_no_longer_trusted() {
     let (sandbox, setup) = secure_sandbox();
     let folder = setup.folder.clone().unwrap();
     let own = fs::read_to_string(folder.path().join("ca.pem")).unwrap();
@@ -673,7 +673,7 @@ fn a_root_that_is_taken_from_ca_file_is_trusted_no_more() {
 }
 
 #[test]
-fn roots_that_every_user_can_change_by_now_are_not_taken() {
+fn world_writable_roots_are_not_reloaded() {
     let (sandbox, setup) = secure_sandbox();
     let (other, _) = crate::exchange::certificate("localhost", false);
     let path = setup.folder.as_ref().unwrap().path().join("ca.pem");
@@ -796,7 +796,7 @@ fn call_while(roots: Roots, gateway: &Gateway, secure: &Sandbox, gate: &Gate) ->
 }
 
 #[test]
-fn under_other_roots_no_fresh_token_goes_out_on_the_connection_of_the_refused_one() {
+fn changed_roots_keep_a_new_token_off_the_old_connection() {
     for roots in Roots::ALL {
         let (secure, setup) = secure_sandbox();
         let faults = json!({ "business": [{ "status": 401, "times": 1 }, { "body": SUCCESS }] });
@@ -823,7 +823,7 @@ fn under_other_roots_no_fresh_token_goes_out_on_the_connection_of_the_refused_on
 }
 
 #[test]
-fn under_other_roots_a_connection_that_is_being_made_is_made_anew() {
+fn changed_roots_restart_a_connection_attempt_in_progress() {
     for (roots, to_tokens) in Roots::ALL.into_iter().flat_map(|roots| [(roots, false), (roots, true)]) {
         let (secure, setup) = secure_sandbox();
         let server = if to_tokens { &setup.token_url } else { &setup.base_url };

@@ -24,7 +24,7 @@ fn configured() -> (Arc<TempDir>, String) {
 }
 
 #[test]
-fn a_header_that_a_variable_names_is_sent_with_dashes() {
+fn header_named_by_a_variable_is_sent_with_dashes() {
     let sandbox = sandbox();
     let variable = "CCSQM_GATEWAY__UPSTREAM__HEADERS__X_TENANTSPACEID=7";
     for (flag, sent) in [(None, "x-tenantspaceid: 7"), (Some("8"), "x-tenantspaceid: 8")] {
@@ -39,7 +39,7 @@ fn a_header_that_a_variable_names_is_sent_with_dashes() {
 }
 
 #[test]
-fn a_variable_that_lacks_underscores_is_a_warning_that_names_the_right_one() {
+fn variable_without_double_underscores_warns_with_the_right_name() {
     let (folder, path) = configured();
     let notices = |variables: &[(&str, &str)]| {
         let (code, out, error) = run(&["check", "--json", "--config", &path], variables);
@@ -82,7 +82,7 @@ fn a_variable_that_lacks_underscores_is_a_warning_that_names_the_right_one() {
 }
 
 #[test]
-fn healthcheck_finds_the_admin_listener_of_the_gateway_that_it_stands_beside() {
+fn healthcheck_finds_the_admin_listener_of_its_gateway() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let admin = gateway.admin.to_string();
@@ -124,7 +124,7 @@ fn healthcheck_finds_the_admin_listener_of_the_gateway_that_it_stands_beside() {
 }
 
 #[test]
-fn a_default_gives_way_to_what_somebody_set_and_two_set_values_must_fit() {
+fn default_yields_to_a_set_value_and_two_set_values_must_agree() {
     let (_folder, path) = configured();
     let check = |set: &[&str]| {
         let flags = set.iter().flat_map(|set| ["--set", set]);

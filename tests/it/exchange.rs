@@ -137,7 +137,7 @@ fn refusals() -> Vec<Row> {
 }
 
 #[test]
-fn every_fault_has_its_outcome_and_its_number_of_attempts() {
+fn every_upstream_fault_has_its_outcome_and_attempt_count() {
     let sandbox = sandbox();
     let start = || {
         let short = Setup::default().set("upstream.timeout", "2s").set("upstream.connect_timeout", "2s");
@@ -183,7 +183,7 @@ fn every_fault_has_its_outcome_and_its_number_of_attempts() {
 }
 
 #[test]
-fn an_answer_passes_as_it_came_but_for_what_is_not_for_callers() {
+fn reply_passes_unchanged_except_for_private_headers() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let said = "{\"resultCode\" : 0409000,\t\"resultDesc\":\"\u{4efb}\u{52a1}\"} ";
@@ -199,7 +199,7 @@ fn an_answer_passes_as_it_came_but_for_what_is_not_for_callers() {
 }
 
 #[test]
-fn an_answer_that_breaks_off_behind_what_decides_aborts_the_callers_connection() {
+fn truncated_long_reply_aborts_the_caller_connection() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     fault(&sandbox, json!({ "size": 300_000, "framing": { "cut": 200_000 } }));
@@ -217,7 +217,7 @@ fn an_answer_that_breaks_off_behind_what_decides_aborts_the_callers_connection()
 }
 
 #[test]
-fn a_token_that_stays_refused_costs_one_refresh_and_then_none() {
+fn persistently_refused_token_costs_one_refresh_and_then_none() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -250,7 +250,7 @@ pub(crate) fn leave_by(way: &str, mut stream: TcpStream) -> Option<Reply> {
 }
 
 #[test]
-fn from_the_intent_on_nobody_cancels() {
+fn caller_disconnect_after_the_intent_cancels_nothing() {
     for leave in WAYS {
         let sandbox = sandbox();
         let gateway = start(&sandbox);
@@ -273,7 +273,7 @@ fn from_the_intent_on_nobody_cancels() {
 }
 
 #[test]
-fn a_connection_that_the_upstream_closed_is_replaced_unseen() {
+fn closed_upstream_connection_is_replaced_transparently() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     fault(&sandbox, json!({ "then": { "close_idle_ms": 0 } }));
@@ -319,7 +319,7 @@ fn certificate_of(names: Vec<String>, expired: bool) -> (String, Tls) {
 }
 
 #[test]
-fn nothing_is_sent_to_a_server_whose_certificate_is_not_right() {
+fn nothing_is_sent_to_a_server_with_an_invalid_certificate() {
     let plain = sandbox();
     for (case, name, expired, trusted) in [
         ("control", "localhost", false, true),
@@ -356,7 +356,7 @@ fn nothing_is_sent_to_a_server_whose_certificate_is_not_right() {
 
 /// The names in its certificate are the other side's words.
 #[test]
-fn what_a_token_endpoint_says_of_itself_is_cut_in_the_log_and_quotes_no_secret() {
+fn logged_names_of_the_token_endpoint_are_cut_and_hold_no_secret() {
     let plain = sandbox();
     let many = |first: &str| {
         let others = (0..100).map(|number| format!("name-{number}.example.org"));

@@ -121,7 +121,7 @@ fn told(gateway: &Gateway, text: &str) -> usize {
 }
 
 #[test]
-fn what_takes_the_place_of_a_file_holds_nothing_and_the_old_one_stays_in_use() {
+fn non_regular_file_blocks_nothing_and_the_old_one_stays_in_use() {
     for kind in ["pipe", "device", "folder", "/dev/zero"] {
         let (sandbox, folder) = (sandbox(), Arc::new(TempDir::new().unwrap()));
         let gateway = start_with_files(&sandbox, Vec::new(), &folder);
@@ -159,7 +159,7 @@ fn what_takes_the_place_of_a_file_holds_nothing_and_the_old_one_stays_in_use() {
 }
 
 #[test]
-fn a_dead_mount_holds_neither_calls_nor_tokens_nor_the_stop() {
+fn dead_mount_blocks_neither_calls_nor_tokens_nor_the_stop() {
     let (sandbox, folder) = (sandbox(), Arc::new(TempDir::new().unwrap()));
     let hang = folder.path().join("dead");
     let gateway = start_with_files(&sandbox, hanging(&hang), &folder);
@@ -232,7 +232,7 @@ fn is_told_behind_a_hang(what: &str, file: &str, bad: &str, says: &str) {
 }
 
 #[test]
-fn behind_a_hang_it_is_told_what_is_wrong_now() {
+fn current_error_is_reported_after_a_file_hang() {
     thread::scope(|scope| {
         for (what, file, bad, says) in [
             ("configuration", "gateway.toml", "rubbish", "gateway.toml:1"),
@@ -247,7 +247,7 @@ fn behind_a_hang_it_is_told_what_is_wrong_now() {
 }
 
 #[test]
-fn a_pipe_in_the_place_of_configuration_or_contract_is_noticed_without_a_signal() {
+fn file_watch_detects_a_pipe_in_place_of_configuration_or_contract() {
     let (sandbox, folder) = (sandbox(), Arc::new(TempDir::new().unwrap()));
     let gateway = start_with_files(&sandbox, Vec::new(), &folder);
     for name in ["gateway.toml", "contract.json"] {
@@ -271,7 +271,7 @@ fn a_pipe_in_the_place_of_configuration_or_contract_is_noticed_without_a_signal(
 }
 
 #[test]
-fn a_start_refuses_what_is_no_file_within_a_deadline() {
+fn start_rejects_non_regular_files_within_a_deadline() {
     let (sandbox, folder) = (sandbox(), Arc::new(TempDir::new().unwrap()));
     drop(start_with_files(&sandbox, Vec::new(), &folder));
     let config = folder.path().join("gateway.toml");
@@ -342,7 +342,7 @@ fn a_start_refuses_what_is_no_file_within_a_deadline() {
 }
 
 #[test]
-fn no_pipe_in_a_trail_holds_a_command() {
+fn pipe_in_a_trail_blocks_no_command() {
     let sandbox = sandbox();
     let mut gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -370,7 +370,7 @@ fn no_pipe_in_a_trail_holds_a_command() {
 }
 
 #[test]
-fn no_pipe_in_the_place_of_a_key_or_certificate_holds_a_command() {
+fn pipe_in_place_of_a_key_or_certificate_blocks_no_command() {
     let folder = TempDir::new().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (trail, key, pipe) = (path("audit"), path("key"), path("pipe"));
@@ -401,7 +401,7 @@ fn no_pipe_in_the_place_of_a_key_or_certificate_holds_a_command() {
 }
 
 #[test]
-fn a_configuration_from_a_pipe_is_read_once() {
+fn configuration_from_a_pipe_is_read_once() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let config = folder.path().join("gateway.toml");
@@ -423,7 +423,7 @@ fn a_configuration_from_a_pipe_is_read_once() {
 }
 
 #[test]
-fn at_rest_files_are_looked_at_and_not_read() {
+fn unchanged_files_are_checked_but_not_read() {
     let (sandbox, folder) = (sandbox(), Arc::new(TempDir::new().unwrap()));
     let gateway = start_with_files(&sandbox, Vec::new(), &folder);
     let trace = folder.path().join("trace");

@@ -18,7 +18,7 @@ fn script(sandbox: &Sandbox, faults: Value) {
 const GZIP: &str = "\u{1f}\u{fffd}not JSON";
 
 #[test]
-fn a_reply_is_read_whatever_name_it_gives_to_no_coding() {
+fn reply_with_any_spelling_of_identity_coding_is_read() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let coded = |codings: &[&str], body: Option<&str>| {
@@ -46,7 +46,7 @@ fn a_reply_is_read_whatever_name_it_gives_to_no_coding() {
 }
 
 #[test]
-fn a_request_may_say_that_it_has_no_coding_and_name_utf8_as_it_likes() {
+fn request_may_state_identity_coding_and_any_spelling_of_utf8() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let call = |headers: &str| {
@@ -70,7 +70,7 @@ fn a_request_may_say_that_it_has_no_coding_and_name_utf8_as_it_likes() {
 }
 
 #[test]
-fn a_coded_token_reply_is_told_as_that_and_none_is_asked_for() {
+fn coded_token_reply_is_reported_and_identity_is_requested() {
     let sandbox = sandbox();
     script(&sandbox, json!({ "token": [{ "headers": [["Content-Encoding", "gzip"]], "body": GZIP }] }));
     let gateway = start_with(&sandbox, Setup::default().set("token.wait", "1s"));
@@ -90,7 +90,7 @@ fn a_coded_token_reply_is_told_as_that_and_none_is_asked_for() {
 }
 
 #[test]
-fn a_date_in_retry_after_holds_token_calls_back() {
+fn date_in_retry_after_delays_token_calls() {
     let date = |after: u64| httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(after));
     for (value, calls) in [(Some(date(3600)), 1..=1), (Some("3600".into()), 1..=1), (None, 2..=9)] {
         let sandbox = sandbox();
@@ -108,7 +108,7 @@ fn a_date_in_retry_after_holds_token_calls_back() {
 }
 
 #[test]
-fn a_probe_may_ask_for_the_head_alone() {
+fn admin_probe_may_use_the_head_method() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));

@@ -396,7 +396,7 @@ fn table(families: Vec<(&'static str, Vec<Case>)>) -> (Vec<Case>, String) {
 }
 
 #[test]
-fn what_reaches_the_upstream_is_one_clean_request_or_nothing() {
+fn upstream_gets_one_clean_request_or_nothing_from_hostile_input() {
     let (cases, counts) = table(vec![
         ("content-length", framing::content_lengths()),
         ("transfer-encoding", framing::transfer_encodings()),

@@ -75,7 +75,7 @@ fn every_intent_has_its_outcome(gateway: &Gateway, count: usize) {
 }
 
 #[test]
-fn a_request_goes_out_whole_with_one_of_each_header_and_nothing_of_http1() {
+fn http2_request_has_each_header_once_and_no_http1_headers() {
     let sandbox = sandbox();
     let upstream = Upstream::speaking_whole(|_| (200, SUCCESS.into()));
     let gateway = start(&sandbox, &upstream, auto());
@@ -111,7 +111,7 @@ fn a_request_goes_out_whole_with_one_of_each_header_and_nothing_of_http1() {
 }
 
 #[test]
-fn http2_is_offered_only_when_asked_for_and_http1_is_spoken_where_it_is_picked() {
+fn http2_is_offered_only_if_configured_and_http1_used_if_picked() {
     let sandbox = sandbox();
     for (setup, offered) in [(Setup::default(), &["http/1.1"][..]), (auto(), &["h2", "http/1.1"])] {
         let upstream = Upstream::start(|wire, request| wire.answer(request.stream, SUCCESS));
@@ -142,7 +142,7 @@ fn http2_is_offered_only_when_asked_for_and_http1_is_spoken_where_it_is_picked()
 }
 
 #[test]
-fn a_plain_upstream_is_spoken_to_in_http1() {
+fn upstream_without_tls_is_called_over_http1() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, auto());
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -150,7 +150,7 @@ fn a_plain_upstream_is_spoken_to_in_http1() {
 }
 
 #[test]
-fn many_callers_at_a_cold_start_share_one_connection() {
+fn callers_at_a_cold_start_share_one_http2_connection() {
     const CALLERS: usize = 64;
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| {
@@ -172,7 +172,7 @@ fn many_callers_at_a_cold_start_share_one_connection() {
 }
 
 #[test]
-fn a_refused_stream_is_sent_once_more_and_then_given_up() {
+fn refused_stream_is_retried_only_once() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| match request.nth {
         0 => wire.reset(request.stream, REFUSED_STREAM),
@@ -201,7 +201,7 @@ const DENIALS: [fn(&Wire, &Received); 2] = [
 ];
 
 #[test]
-fn a_denial_behind_an_interim_answer_is_not_believed() {
+fn denial_after_an_interim_response_is_not_trusted() {
     let sandbox = sandbox();
     for (way, deny) in DENIALS.into_iter().enumerate() {
         for interim in [None, Some(100), Some(103)] {
@@ -239,7 +239,7 @@ fn a_denial_behind_an_interim_answer_is_not_believed() {
 }
 
 #[test]
-fn a_contradiction_casts_doubt_on_all_denials_of_its_connection() {
+fn contradiction_makes_all_denials_of_its_connection_untrusted() {
     let sandbox = sandbox();
     for deny in DENIALS {
         let upstream = Upstream::start(move |wire, request| match request.connection {
@@ -268,7 +268,7 @@ fn a_contradiction_casts_doubt_on_all_denials_of_its_connection() {
 }
 
 #[test]
-fn a_stream_that_is_reset_for_another_reason_may_have_been_processed_and_the_others_go_on() {
+fn stream_reset_for_another_reason_is_unknown_and_others_continue() {
     let sandbox = sandbox();
     for reason in [INTERNAL_ERROR, CANCEL] {
         let upstream = Upstream::start(move |wire, request| {
@@ -296,7 +296,7 @@ fn a_stream_that_is_reset_for_another_reason_may_have_been_processed_and_the_oth
 }
 
 #[test]
-fn streams_above_a_goaway_are_sent_again_and_those_below_end_where_they_are() {
+fn streams_above_a_goaway_are_retried_and_those_below_finish() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| match request.connection {
         0 => {
@@ -325,7 +325,7 @@ fn streams_above_a_goaway_are_sent_again_and_those_below_end_where_they_are() {
 }
 
 #[test]
-fn a_connection_that_said_goodbye_takes_nothing_new_while_it_ends_what_it_has() {
+fn goaway_connection_takes_no_new_request_and_finishes_its_streams() {
     let sandbox = sandbox();
     for connections in [2, 1] {
         let upstream = Upstream::start(|wire, request| match request.connection {
@@ -351,7 +351,7 @@ fn a_connection_that_said_goodbye_takes_nothing_new_while_it_ends_what_it_has() 
 }
 
 #[test]
-fn what_a_goodbye_gives_back_waits_for_a_place_under_the_cap() {
+fn request_returned_by_a_goaway_waits_for_a_free_connection() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| match (request.connection, request.nth) {
         (0, 0) => wire.hold(request),
@@ -374,7 +374,7 @@ fn what_a_goodbye_gives_back_waits_for_a_place_under_the_cap() {
 }
 
 #[test]
-fn a_connection_that_leaves_makes_room_for_another_under_the_cap() {
+fn ended_connection_frees_its_place_under_the_cap() {
     let sandbox = sandbox();
     let one = || auto().set("upstream.max_connections", 1);
     let upstream = Upstream::start(|wire, request| match (request.nth, request.connection) {
@@ -406,7 +406,7 @@ fn a_connection_that_leaves_makes_room_for_another_under_the_cap() {
 }
 
 #[test]
-fn an_upstream_that_allows_no_stream_gets_none() {
+fn upstream_that_allows_no_streams_gets_none() {
     let sandbox = sandbox();
     let upstream = Upstream::allowing(0, |_, _| {});
     let gateway = start(&sandbox, &upstream, auto());
@@ -416,7 +416,7 @@ fn an_upstream_that_allows_no_stream_gets_none() {
 }
 
 #[test]
-fn a_body_larger_than_a_window_goes_out_whole() {
+fn body_larger_than_a_flow_control_window_is_sent_completely() {
     let sandbox = sandbox();
     let upstream = Upstream::speaking_whole(|_| (200, SUCCESS.into()));
     let gateway = start(&sandbox, &upstream, auto());
@@ -429,7 +429,7 @@ fn a_body_larger_than_a_window_goes_out_whole() {
 }
 
 #[test]
-fn streams_that_a_goaway_covers_are_in_doubt_when_the_connection_ends() {
+fn covered_streams_are_unknown_if_the_goaway_connection_ends() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| match request.connection {
         0 => {
@@ -450,7 +450,7 @@ fn streams_that_a_goaway_covers_are_in_doubt_when_the_connection_ends() {
 
 /// Ways to give no answer, or none that counts; what the caller is told.
 #[test]
-fn whatever_breaks_off_behind_a_request_leaves_it_in_doubt_and_is_not_repeated() {
+fn broken_http2_exchange_is_unknown_and_not_retried() {
     type Break = fn(&Wire, &Received);
     let breaks: [(&str, Break, u16); 17] = [
         ("closed", |wire, _| wire.close(), 502),
@@ -567,7 +567,7 @@ fn whatever_breaks_off_behind_a_request_leaves_it_in_doubt_and_is_not_repeated()
 }
 
 #[test]
-fn what_is_odd_but_whole_is_an_answer() {
+fn odd_but_complete_http2_reply_is_accepted() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| {
         wire.head(request.stream, 103, None);
@@ -584,7 +584,7 @@ fn what_is_odd_but_whole_is_an_answer() {
 }
 
 #[test]
-fn a_stream_that_times_out_is_reset_alone_and_its_connection_goes_on() {
+fn timed_out_stream_is_reset_and_its_connection_stays_in_use() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| match request.nth {
         0 => {}
@@ -608,7 +608,7 @@ fn a_stream_that_times_out_is_reset_alone_and_its_connection_goes_on() {
 }
 
 #[test]
-fn a_connection_with_nobody_behind_it_costs_one_request_and_no_more() {
+fn dead_connection_costs_only_one_request() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| {
         wire.answer(request.stream, SUCCESS);
@@ -628,7 +628,7 @@ fn a_connection_with_nobody_behind_it_costs_one_request_and_no_more() {
 }
 
 #[test]
-fn a_connection_that_leaves_a_ping_without_answer_is_given_up() {
+fn connection_with_an_unanswered_ping_is_abandoned() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| match request.nth {
         0 => wire.fall_silent(),
@@ -651,7 +651,7 @@ fn a_connection_that_leaves_a_ping_without_answer_is_given_up() {
 }
 
 #[test]
-fn a_refused_token_is_replaced_on_the_same_connection() {
+fn refused_token_is_replaced_on_the_same_connection() {
     let sandbox = sandbox();
     let upstream = Upstream::speaking_whole(|request| match request.nth {
         0 => (401, "{}".into()),
@@ -668,7 +668,7 @@ fn a_refused_token_is_replaced_on_the_same_connection() {
 }
 
 #[test]
-fn a_long_answer_comes_whole_and_callers_who_do_not_read_hold_up_nobody() {
+fn long_reply_is_complete_and_stalled_readers_block_no_other() {
     const LONG: usize = 3_000_000;
     let sandbox = sandbox();
     let upstream = Upstream::speaking_whole(|request| match request.body.len() == BODY.len() {
@@ -696,7 +696,7 @@ fn a_long_answer_comes_whole_and_callers_who_do_not_read_hold_up_nobody() {
 }
 
 #[test]
-fn a_long_answer_that_is_reset_without_an_error_aborts_the_callers_connection() {
+fn no_error_reset_of_a_long_reply_aborts_the_caller_connection() {
     const LONG: usize = 200_000;
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| {
@@ -723,7 +723,7 @@ fn a_long_answer_that_is_reset_without_an_error_aborts_the_callers_connection() 
 }
 
 #[test]
-fn an_upstream_that_allows_one_stream_is_asked_on_as_many_connections_as_may_be() {
+fn single_stream_upstream_is_called_on_up_to_max_connections() {
     const CONNECTIONS: usize = 4;
     let sandbox = sandbox();
     let upstream = Upstream::allowing(1, |wire, request| {
@@ -738,7 +738,7 @@ fn an_upstream_that_allows_one_stream_is_asked_on_as_many_connections_as_may_be(
 }
 
 #[test]
-fn the_wait_for_a_stream_is_bounded_and_over_it_nothing_is_sent() {
+fn bounded_wait_for_a_stream_ends_with_nothing_sent() {
     let sandbox = sandbox();
     let upstream = Upstream::allowing(1, |_, _| {});
     let setup = auto().set("upstream.max_connections", 1).set("upstream.connect_timeout", "1s");
@@ -752,7 +752,7 @@ fn the_wait_for_a_stream_is_bounded_and_over_it_nothing_is_sent() {
 }
 
 #[test]
-fn an_upstream_that_comes_back_is_served_again_and_may_have_changed_its_mind() {
+fn restarted_upstream_is_used_again_over_http2_or_http1() {
     let sandbox = sandbox();
     let answer = |wire: &Wire, request: Received| wire.answer(request.stream, SUCCESS);
     let upstream = Upstream::start(answer);
@@ -771,7 +771,7 @@ fn an_upstream_that_comes_back_is_served_again_and_may_have_changed_its_mind() {
 }
 
 #[test]
-fn a_connection_that_was_closed_between_two_requests_is_replaced_unseen() {
+fn idle_closed_http2_connection_is_replaced_transparently() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| {
         wire.answer(request.stream, SUCCESS);
@@ -786,7 +786,7 @@ fn a_connection_that_was_closed_between_two_requests_is_replaced_unseen() {
 }
 
 #[test]
-fn an_idle_connection_is_closed_after_its_time() {
+fn idle_http2_connection_is_closed_after_idle_timeout() {
     let sandbox = sandbox();
     let upstream = Upstream::start(|wire, request| wire.answer(request.stream, SUCCESS));
     let gateway = start(&sandbox, &upstream, auto().set("upstream.idle_timeout", "200ms"));
@@ -797,7 +797,7 @@ fn an_idle_connection_is_closed_after_its_time() {
 }
 
 #[test]
-fn a_caller_who_leaves_changes_nothing() {
+fn caller_disconnect_does_not_affect_an_http2_exchange() {
     let sandbox = sandbox();
     for leave in crate::exchange::WAYS {
         let upstream = Upstream::start(|wire, request| {
@@ -815,7 +815,7 @@ fn a_caller_who_leaves_changes_nothing() {
 }
 
 #[test]
-fn nothing_is_sent_over_http2_to_a_server_whose_certificate_is_not_right() {
+fn nothing_is_sent_over_http2_with_an_invalid_server_certificate() {
     let sandbox = sandbox();
     let (mut upstream, other) = (Upstream::start(|_, _| {}), Upstream::start(|_, _| {}));
     upstream.ca.clone_from(&other.ca);
@@ -841,7 +841,7 @@ fn open_connections(gateway: &Gateway, count: usize) -> Option<()> {
 }
 
 #[test]
-fn under_other_roots_a_connection_takes_no_new_request_and_ends_those_that_it_has() {
+fn changed_roots_drain_an_http2_connection() {
     let sandbox = sandbox();
     let held = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
     let keep = held.clone();
@@ -870,7 +870,7 @@ fn under_other_roots_a_connection_takes_no_new_request_and_ends_those_that_it_ha
 }
 
 #[test]
-fn under_other_roots_a_refused_token_is_replaced_on_another_connection_or_not_at_all() {
+fn changed_roots_replace_a_refused_token_only_on_a_new_connection() {
     for roots in Roots::ALL {
         let sandbox = sandbox();
         let upstream = Upstream::speaking_whole(|request| match request.nth {

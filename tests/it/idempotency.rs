@@ -81,7 +81,7 @@ fn assert_replays(reply: &Reply, first: &Reply) {
 }
 
 #[test]
-fn a_repeated_key_is_answered_again_and_sent_once() {
+fn repeated_key_is_replayed_and_sent_once() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     let first = gateway.post_with(&key("order-7"));
@@ -116,7 +116,7 @@ fn a_repeated_key_is_answered_again_and_sent_once() {
 }
 
 #[test]
-fn of_many_calls_with_one_key_one_is_sent() {
+fn concurrent_calls_with_one_key_are_sent_once() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     gateway.call(); // there is a token
@@ -139,7 +139,7 @@ fn of_many_calls_with_one_key_one_is_sent() {
 }
 
 #[test]
-fn a_key_stands_for_one_body_and_one_operator() {
+fn key_is_bound_to_one_body_and_one_operator() {
     let sandbox = sandbox();
     let setup = Setup { caller: "operators = [\"9\"]".into(), ..Setup::default() };
     let gateway = start_keyed(&sandbox, setup);
@@ -158,7 +158,7 @@ fn a_key_stands_for_one_body_and_one_operator() {
 }
 
 #[test]
-fn an_unknown_outcome_is_repeated_only_by_force_and_once() {
+fn unknown_outcome_is_repeated_only_by_force_and_once() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     faults(&sandbox, json!([{ "times": 1, "instead": "reset" }]));
@@ -181,7 +181,7 @@ fn an_unknown_outcome_is_repeated_only_by_force_and_once() {
 }
 
 #[test]
-fn what_a_forced_call_did_not_do_leaves_the_doubt() {
+fn forced_call_that_was_not_done_leaves_the_outcome_unknown() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     faults(&sandbox, json!([{ "times": 1, "instead": "reset" }, { "times": 1, "status": 429 }]));
@@ -199,7 +199,7 @@ fn what_a_forced_call_did_not_do_leaves_the_doubt() {
 }
 
 #[test]
-fn a_refused_call_gives_its_key_back_and_a_failed_one_keeps_it() {
+fn refused_call_releases_its_key_and_a_failed_one_keeps_it() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     faults(
@@ -221,7 +221,7 @@ fn a_refused_call_gives_its_key_back_and_a_failed_one_keeps_it() {
 }
 
 #[test]
-fn killed_right_behind_an_answer_it_gives_the_same_again() {
+fn kill_right_after_a_reply_still_allows_its_replay() {
     let sandbox = sandbox();
     let (mut folder, mut told) = (None, Vec::new());
     for round in 0..10 {
@@ -245,7 +245,7 @@ fn killed_right_behind_an_answer_it_gives_the_same_again() {
 }
 
 #[test]
-fn killed_in_the_middle_of_a_call_it_knows_that_it_does_not_know() {
+fn kill_during_a_call_leaves_its_outcome_unknown() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     faults(&sandbox, json!([{ "times": 1, "delay_ms": 60_000 }]));
@@ -259,7 +259,7 @@ fn killed_in_the_middle_of_a_call_it_knows_that_it_does_not_know() {
 }
 
 #[test]
-fn a_caller_that_left_finds_its_answer() {
+fn disconnected_caller_gets_its_reply_by_replay() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     gateway.call(); // there is a token
@@ -276,7 +276,7 @@ fn a_caller_that_left_finds_its_answer() {
 }
 
 #[test]
-fn a_full_table_refuses_new_keys_only() {
+fn full_key_table_rejects_only_new_keys() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default().set("idempotency.max_keys", 1));
     let first = gateway.post_with(&key("k"));
@@ -290,7 +290,7 @@ fn a_full_table_refuses_new_keys_only() {
 }
 
 #[test]
-fn a_key_that_breaks_its_rules_is_refused() {
+fn invalid_idempotency_key_is_rejected() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     let known = id(&gateway.call()).to_owned();
@@ -323,7 +323,7 @@ fn a_key_that_breaks_its_rules_is_refused() {
 }
 
 #[test]
-fn of_a_long_answer_the_result_code_is_kept() {
+fn replay_of_a_long_reply_keeps_its_result_code() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     for (name, size) in [("short", 8 * 1024), ("long", 8 * 1024 + 1), ("very long", 100_000)] {
@@ -344,7 +344,7 @@ fn of_a_long_answer_the_result_code_is_kept() {
 
 /// An answer that was pushed out of memory.
 #[test]
-fn of_a_forgotten_answer_the_result_code_is_kept() {
+fn replay_of_an_evicted_reply_keeps_its_result_code() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default().set("idempotency.reply_memory", "64KiB"));
     faults(&sandbox, json!([{ "size": 8000 }]));
@@ -367,7 +367,7 @@ fn guarded(sandbox: &Sandbox, mode: &str) -> Gateway {
 }
 
 #[test]
-fn without_a_key_an_equal_call_waits_for_the_first_and_is_flagged_after_it() {
+fn unkeyed_duplicate_is_rejected_during_the_first_and_flagged_after() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     let body = other_body();
@@ -395,7 +395,7 @@ fn without_a_key_an_equal_call_waits_for_the_first_and_is_flagged_after_it() {
 }
 
 #[test]
-fn without_a_key_an_equal_call_is_refused_while_the_first_is_in_doubt() {
+fn unkeyed_duplicate_is_rejected_while_the_first_is_unresolved() {
     let sandbox = sandbox();
     let setup = || {
         Setup::default().set("idempotency.without_key", "guard").set("idempotency.fingerprint_window", "1s")
@@ -422,7 +422,7 @@ fn without_a_key_an_equal_call_is_refused_while_the_first_is_in_doubt() {
 }
 
 #[test]
-fn killed_in_the_middle_of_a_call_without_a_key_it_refuses_an_equal_one_from_the_first_moment() {
+fn kill_during_an_unkeyed_call_rejects_duplicates_from_the_start() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     faults(&sandbox, json!([{ "times": 1, "delay_ms": 60_000 }]));
@@ -437,7 +437,7 @@ fn killed_in_the_middle_of_a_call_without_a_key_it_refuses_an_equal_one_from_the
 }
 
 #[test]
-fn each_mode_for_calls_without_a_key() {
+fn each_mode_handles_unkeyed_calls_as_documented() {
     for (mode, while_unknown, after_success) in [
         ("guard", "duplicate_suspected", ""),
         ("block", "duplicate_suspected", "duplicate_suspected"),
@@ -460,7 +460,7 @@ fn each_mode_for_calls_without_a_key() {
 }
 
 #[test]
-fn under_block_successes_beyond_max_keys_refuse_further_calls_without_a_key_until_some_expire() {
+fn block_mode_rejects_unkeyed_calls_beyond_max_keys_until_expiry() {
     let sandbox = sandbox();
     for (mode, is_bounded) in [("guard", false), ("block", true)] {
         let setup = Setup::default().set("idempotency.without_key", mode).set("idempotency.max_keys", 3);

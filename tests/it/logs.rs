@@ -161,7 +161,7 @@ fn about_requests(gateway: &Gateway) -> Vec<Value> {
 }
 
 #[test]
-fn requests_that_fail_have_a_line_each_or_all_have_or_none() {
+fn log_requests_selects_failures_all_or_none() {
     let sandbox = sandbox();
     for (setting, told) in
         [("off", [false; 6]), ("failures", [false, true, true, true, true, false]), ("all", [true; 6])]
@@ -214,7 +214,7 @@ fn requests_that_fail_have_a_line_each_or_all_have_or_none() {
 }
 
 #[test]
-fn of_many_failures_of_a_kind_ten_a_second_have_a_line_and_the_rest_is_counted() {
+fn failures_of_a_kind_log_ten_lines_a_second_and_count_the_rest() {
     const CALLS: usize = 300;
     let sandbox = sandbox();
     let gateway =
@@ -237,7 +237,7 @@ fn of_many_failures_of_a_kind_ten_a_second_have_a_line_and_the_rest_is_counted()
 }
 
 #[test]
-fn lines_that_cannot_be_written_are_counted() {
+fn unwritable_log_lines_are_counted() {
     let sandbox = sandbox();
     let (folder, [address, admin]) = configured(&sandbox);
     for path in ["/dev/full", "log"] {
@@ -269,7 +269,7 @@ fn lines_that_cannot_be_written_are_counted() {
 }
 
 #[test]
-fn nothing_waits_for_a_log_that_nobody_reads() {
+fn gateway_never_waits_for_an_unread_log() {
     for (workers, level) in [(1, "debug"), (2, "debug"), (2, "info")] {
         println!("{workers} workers, level {level}");
         let sandbox = sandbox();
@@ -299,7 +299,7 @@ fn nothing_waits_for_a_log_that_nobody_reads() {
 }
 
 #[test]
-fn panic_does_not_wait_for_a_log_that_nobody_reads() {
+fn panic_does_not_wait_for_an_unread_log() {
     let sandbox = sandbox();
     let mut gateway = Unread::start(&sandbox, &["server.workers=2"]);
     assert_eq!(prompt("a call", || gateway.call()).outcome(), "succeeded");
@@ -308,7 +308,7 @@ fn panic_does_not_wait_for_a_log_that_nobody_reads() {
 }
 
 #[test]
-fn a_start_that_fails_does_not_wait_for_its_reader() {
+fn failed_start_does_not_wait_for_an_unread_log() {
     let sandbox = sandbox();
     let (folder, _) = configured(&sandbox);
     let (_pipe, writer) = full_pipe();
@@ -337,7 +337,7 @@ fn read_on(gateway: &mut Unread, until: &str) -> Vec<Value> {
 }
 
 #[test]
-fn unknown_outcomes_are_told_though_other_lines_fill_the_queue() {
+fn unknown_outcomes_are_logged_even_with_a_full_log_queue() {
     let sandbox = sandbox();
     let mut gateway = Unread::start(&sandbox, &["log.level=debug"]);
     gateway.until_lines_are_dropped();

@@ -113,7 +113,7 @@ const HARMS: [(&str, bool, Harm); 7] = [
 ];
 
 #[test]
-fn keys_that_are_not_found_are_refused_until_the_loss_is_accepted() {
+fn keys_missing_after_a_loss_are_rejected_until_it_is_accepted() {
     for (harm, stops, make) in HARMS {
         for by_command in [true, false] {
             let sandbox = sandbox();
@@ -163,7 +163,7 @@ fn flip(segment: &Path) {
 }
 
 #[test]
-fn acceptance_covers_no_damage_that_comes_later() {
+fn acceptance_does_not_cover_later_damage() {
     for by_command in [true, false] {
         let sandbox = sandbox();
         let folder = trail(&sandbox, true);
@@ -215,7 +215,7 @@ fn replace_in_the_middle(segment: &Path, text: &str, by: &[u8]) {
 }
 
 #[test]
-fn what_the_command_accepts_is_what_a_start_finds() {
+fn accept_loss_command_accepts_the_damage_that_a_start_finds() {
     for (text, by) in [
         ("\"id\":\"0", b"\"id\":\"p".as_slice()),
         ("\"kind\":\"intent", b"\"kinf\":\"intent"),
@@ -247,7 +247,7 @@ fn what_the_command_accepts_is_what_a_start_finds() {
 
 /// The lines behind the last number before the next segment are what a failed fdatasync leaves: nobody checks them.
 #[test]
-fn acceptance_that_was_copied_to_the_end_of_a_segment_accepts_nothing() {
+fn acceptance_copied_to_a_segment_end_has_no_effect() {
     let sandbox = sandbox();
     let folder = trail(&sandbox, true);
     let audit = folder.path().join("audit");
@@ -274,7 +274,7 @@ fn acceptance_that_was_copied_to_the_end_of_a_segment_accepts_nothing() {
 
 /// Nor does a resolution there free a key, whatever its number.
 #[test]
-fn resolution_that_was_written_to_the_end_of_a_segment_frees_no_key() {
+fn resolution_appended_to_a_segment_end_frees_no_key() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let mut gateway = start_with(&sandbox, setup(&folder));
@@ -308,7 +308,7 @@ fn resolution_that_was_written_to_the_end_of_a_segment_frees_no_key() {
 
 /// Nor does one at the end of the trail take a call without a key off the list, or free what equals it.
 #[test]
-fn resolution_that_the_chain_does_not_prove_takes_no_call_off_the_list() {
+fn resolution_outside_the_hash_chain_removes_no_unresolved_call() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let guarded = || setup(&folder).set("idempotency.without_key", "guard");
@@ -342,7 +342,7 @@ fn unresolved(audit: &Path) -> usize {
 
 /// Nor does an outcome that was changed: nobody knows how the call ended. One that says that it succeeded is believed.
 #[test]
-fn outcome_that_the_chain_does_not_prove_frees_nothing() {
+fn outcome_outside_the_hash_chain_frees_nothing() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let guarded = || setup(&folder).set("idempotency.without_key", "block");
@@ -377,7 +377,7 @@ fn outcome_that_the_chain_does_not_prove_frees_nothing() {
 
 /// A copy whose name sorts behind all segments.
 #[test]
-fn copy_of_a_segment_under_another_name_is_no_part_of_the_trail() {
+fn segment_copy_under_another_name_is_ignored() {
     let sandbox = sandbox();
     let folder = trail(&sandbox, true);
     let audit = folder.path().join("audit");
@@ -396,7 +396,7 @@ fn copy_of_a_segment_under_another_name_is_no_part_of_the_trail() {
 }
 
 #[test]
-fn another_word_accepts_nothing() {
+fn wrong_acceptance_code_has_no_effect() {
     let sandbox = sandbox();
     let folder = trail(&sandbox, true);
     HARMS[1].2(&segments(&folder.path().join("audit")));
@@ -408,7 +408,7 @@ fn another_word_accepts_nothing() {
 }
 
 #[test]
-fn segments_without_their_key_refuse_the_start_until_the_loss_is_accepted() {
+fn missing_audit_key_fails_the_start_until_the_loss_is_accepted() {
     for by_command in [true, false] {
         let sandbox = sandbox();
         let folder = trail(&sandbox, false);

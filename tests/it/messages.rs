@@ -108,7 +108,7 @@ fn compare(rows: impl IntoIterator<Item = (String, Vec<String>, Vec<String>)>) {
 }
 
 #[test]
-fn each_refused_request_is_told_what_is_wrong_with_it() {
+fn each_rejected_request_gets_its_error_message() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     compare(MESSAGES.requests.iter().map(|row| {
@@ -164,7 +164,7 @@ fn said(folder: &Path, arguments: &[&str], environment: &[[String; 2]]) -> (i32,
 }
 
 #[test]
-fn each_wrong_configuration_is_told_what_is_wrong_with_it() {
+fn each_wrong_configuration_gets_its_error_message() {
     let good = fs::read_to_string(format!("{}/config/minimal.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
     let good = good.replace("/run/secrets/ccsqm/", "");
     let check = ["check", "--config", "gateway.toml"];
@@ -191,7 +191,7 @@ fn each_wrong_configuration_is_told_what_is_wrong_with_it() {
 }
 
 #[test]
-fn each_wrong_contract_is_told_what_is_wrong_with_it() {
+fn each_wrong_contract_gets_its_error_message() {
     compare(MESSAGES.contracts.iter().map(|Contract { schema, says }| {
         let folder = folder();
         fs::write(folder.path().join("contract.json"), schema).unwrap();
@@ -203,7 +203,7 @@ fn each_wrong_contract_is_told_what_is_wrong_with_it() {
 }
 
 #[test]
-fn each_command_that_fails_says_what_is_wrong() {
+fn each_failed_command_prints_its_error_message() {
     compare(MESSAGES.commands.iter().map(|Line { command, says }| {
         let folder = folder();
         let arguments: Vec<_> = command.split_whitespace().collect();

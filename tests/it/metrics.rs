@@ -68,7 +68,7 @@ fn traces(samples: &[Value]) -> BTreeSet<&str> {
 }
 
 #[test]
-fn metrics_are_accepted_by_promtool_and_are_moved() {
+fn promtool_accepts_the_metrics_and_requests_change_them() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     gateway.call();
@@ -140,7 +140,7 @@ fn both_formats_have_the_same_samples_and_openmetrics_has_exemplars() {
 }
 
 #[test]
-fn a_scrape_gets_openmetrics_only_if_it_asks_for_it() {
+fn scrape_gets_openmetrics_only_on_request() {
     let gateway = start(&sandbox());
     for (accept, content_type) in [
         ("", TEXT),

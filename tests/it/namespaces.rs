@@ -80,7 +80,7 @@ fn call_as(uid: u32, socket: &Path) -> String {
 const TWO: &str = "0 0 1\n1000 1000 1\n";
 
 #[test]
-fn caller_that_the_namespace_cannot_show_is_refused_and_check_says_so() {
+fn check_and_start_reject_a_caller_with_an_unmapped_id() {
     let sandbox = sandbox();
     let before = sandbox.requests().len();
     for (peer, is_good) in [
@@ -115,7 +115,7 @@ fn caller_that_the_namespace_cannot_show_is_refused_and_check_says_so() {
 }
 
 #[test]
-fn users_that_are_not_mapped_are_nobody() {
+fn unmapped_users_are_not_identified_as_callers() {
     let sandbox = sandbox();
     let folder = configured(&sandbox, &["uid:1000"]);
     let (config, socket) = (folder.path().join("gateway.toml"), folder.path().join("gateway.sock"));
@@ -141,7 +141,7 @@ fn outside() -> Option<IpAddr> {
 }
 
 #[test]
-fn localhost_that_is_elsewhere_gets_nothing() {
+fn nothing_is_sent_to_a_localhost_that_is_not_loopback() {
     let Some(outside) = outside() else { return eprintln!("this machine has no address but loopback") };
     let sandbox = sandbox();
     let hosts = tempfile::NamedTempFile::new().unwrap();

@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::support::*;
 
 #[test]
-fn readiness_waits_for_the_first_token_and_says_so() {
+fn readiness_waits_for_the_first_token_and_reports_it() {
     let sandbox = sandbox();
     sandbox.faults(serde_json::from_value(json!({ "token_down": true })).unwrap()).unwrap();
     let gateway = start(&sandbox);
@@ -29,7 +29,7 @@ fn readiness_waits_for_the_first_token_and_says_so() {
 }
 
 #[test]
-fn an_answer_without_an_end_at_the_admin_address_holds_no_healthcheck() {
+fn endless_admin_response_does_not_block_the_healthcheck() {
     const HEAD: &str = "HTTP/1.1 200 OK\r\n\r\n";
     let listeners = [Duration::from_millis(50), Duration::ZERO].map(|pause| {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -57,7 +57,7 @@ fn an_answer_without_an_end_at_the_admin_address_holds_no_healthcheck() {
 }
 
 #[test]
-fn a_stop_lets_work_in_flight_finish() {
+fn requests_in_flight_finish_during_drain() {
     let sandbox = sandbox();
     let mut gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -72,7 +72,7 @@ fn a_stop_lets_work_in_flight_finish() {
 }
 
 #[test]
-fn a_low_soft_limit_on_open_files_is_raised_to_the_hard_one() {
+fn soft_limit_on_open_files_is_raised_to_the_hard_limit() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let mut command = Command::new("sh");
@@ -91,7 +91,7 @@ fn a_low_soft_limit_on_open_files_is_raised_to_the_hard_one() {
 }
 
 #[test]
-fn a_stop_tells_who_is_connected_and_waits_for_no_stranger() {
+fn drain_rejects_late_requests_and_ignores_incomplete_ones() {
     let sandbox = sandbox();
     let mut gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -120,7 +120,7 @@ fn a_stop_tells_who_is_connected_and_waits_for_no_stranger() {
 }
 
 #[test]
-fn a_stop_that_cuts_a_long_answer_records_what_the_caller_was_told() {
+fn drain_timeout_that_cuts_a_long_reply_records_its_outcome() {
     let sandbox = sandbox();
     let mut gateway = start_with(&sandbox, Setup::default().set("server.drain_timeout", "300ms"));
     sandbox.faults(serde_json::from_value(json!({ "business": [{ "size": 30_000_000 }] })).unwrap()).unwrap();
@@ -136,7 +136,7 @@ fn a_stop_that_cuts_a_long_answer_records_what_the_caller_was_told() {
 }
 
 #[test]
-fn at_a_unix_socket_the_kernel_says_who_calls() {
+fn unix_socket_caller_is_identified_by_the_kernel() {
     use std::os::unix::{fs::PermissionsExt, net::UnixStream};
     let sandbox = sandbox();
     let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
@@ -185,7 +185,7 @@ fn at_a_unix_socket_the_kernel_says_who_calls() {
 }
 
 #[test]
-fn of_the_groups_of_a_process_only_the_primary_one_makes_it_a_caller() {
+fn only_the_primary_group_of_a_process_identifies_a_caller() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     let sandbox = sandbox();
     let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
@@ -221,7 +221,7 @@ fn of_the_groups_of_a_process_only_the_primary_one_makes_it_a_caller() {
 }
 
 #[test]
-fn a_unix_socket_that_somebody_listens_on_is_not_taken_over() {
+fn unix_socket_in_use_is_not_taken_over() {
     use std::os::unix::net::{UnixListener, UnixStream};
 
     let sandbox = sandbox();
@@ -250,7 +250,7 @@ fn a_unix_socket_that_somebody_listens_on_is_not_taken_over() {
 }
 
 #[test]
-fn the_units_are_good_and_expose_little() {
+fn systemd_units_are_valid_and_hardened() {
     let folder = tempfile::TempDir::new().unwrap();
     let place = |name: &str| {
         let text =
@@ -278,7 +278,7 @@ fn the_units_are_good_and_expose_little() {
 }
 
 #[test]
-fn every_test_that_the_security_page_names_exists() {
+fn every_test_named_on_the_security_page_exists() {
     let root = env!("CARGO_MANIFEST_DIR");
     let page = fs::read_to_string(format!("{root}/deploy/SECURITY.md")).unwrap();
     let tests = format!("{root}/tests/it");
@@ -298,7 +298,7 @@ fn every_test_that_the_security_page_names_exists() {
 }
 
 #[test]
-fn an_unknown_argument_of_the_test_run_ends_it_before_its_first_step() {
+fn test_run_rejects_unknown_arguments_before_its_first_step() {
     for args in [&["--al"][..], &["all"], &["--all", "--quick"], &[""]] {
         let run =
             Command::new(format!("{}/tests/run", env!("CARGO_MANIFEST_DIR"))).args(args).output().unwrap();
@@ -315,7 +315,7 @@ fn an_unknown_argument_of_the_test_run_ends_it_before_its_first_step() {
 }
 
 #[test]
-fn each_long_test_has_its_line_in_the_whole_test_run() {
+fn each_long_test_has_its_line_in_the_full_test_run() {
     let root = env!("CARGO_MANIFEST_DIR");
     let folders = ["src", "tests/it"].map(|folder| format!("{root}/{folder}"));
     let prefix = "CCSQM_GATEWAY_TEST_";

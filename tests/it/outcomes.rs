@@ -333,7 +333,7 @@ const ROWS: &[Row] = &[
     },
 ];
 
-/// The code without a row: no request is known to cause a panic. See `own_fault_says_whether_anything_was_sent`.
+/// The code without a row: no request is known to cause a panic. See `internal_error_states_whether_anything_was_sent`.
 const EXEMPT: &str = "internal";
 
 #[test]
@@ -346,13 +346,13 @@ fn each_code_has_a_row_and_each_row_a_code() {
 }
 
 #[test]
-fn each_answer_has_a_text_and_each_text_an_answer() {
+fn each_reply_has_a_text_and_each_text_a_reply() {
     let answers: BTreeSet<_> = ROWS.iter().filter(|row| !row.code.is_empty()).map(Row::name).collect();
     assert_eq!(messages::answers(), answers);
 }
 
 #[test]
-fn each_answer_says_what_the_table_says() {
+fn each_reply_matches_its_row_in_the_table() {
     let calls: Vec<_> = ROWS.iter().flat_map(|row| [(row, ""), (row, KEY)]).collect();
     let (next, differences) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let work = || {
@@ -372,7 +372,7 @@ fn each_answer_says_what_the_table_says() {
 
 /// A panic cannot be brought about from outside: the answer is looked at where it is made.
 #[test]
-fn own_fault_says_whether_anything_was_sent() {
+fn internal_error_states_whether_anything_was_sent() {
     for (sent, outcome, retry) in
         [(false, Outcome::NotSent, UNCHANGED), (true, Outcome::Unknown, ["check-first"; 2])]
     {

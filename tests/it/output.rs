@@ -46,7 +46,7 @@ fn names(of: &[String]) -> BTreeSet<String> {
 }
 
 #[test]
-fn commands_keep_their_exit_code_whatever_becomes_of_their_output() {
+fn commands_keep_their_exit_code_when_output_is_not_read() {
     let sandbox = sandbox();
     faults(&sandbox, serde_json::json!({ "business": [{ "instead": "reset", "times": 1 }] }));
     let gateway = start(&sandbox);
@@ -163,7 +163,7 @@ fn assert_plain(words: &[&str], lines: usize, stdout: &str, stderr: &str) {
 }
 
 #[test]
-fn no_command_prints_what_a_terminal_takes_for_something_else() {
+fn commands_escape_characters_that_control_a_terminal() {
     let sandbox = sandbox();
     let contract = serde_json::json!({
         "type": "object",
@@ -244,7 +244,7 @@ fn no_command_prints_what_a_terminal_takes_for_something_else() {
 }
 
 #[test]
-fn shown_lines_are_those_of_the_trail() {
+fn show_prints_the_exact_lines_of_the_trail() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     // Written anew, a number or an escape would be another text.
@@ -264,7 +264,7 @@ fn shown_lines_are_those_of_the_trail() {
 }
 
 #[test]
-fn sandbox_and_demo_serve_on_when_nobody_reads_what_they_print() {
+fn sandbox_and_demo_keep_serving_when_output_is_not_read() {
     for args in [&["sandbox", "--listen"][..], &["demo", "--admin", "127.0.0.1:0", "--listen"]] {
         for full in [false, true] {
             let address = free();

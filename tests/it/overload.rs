@@ -39,7 +39,7 @@ fn assert_suspended(reply: &Reply) {
 }
 
 #[test]
-fn an_upstream_that_is_down_is_left_alone() {
+fn open_circuit_breaker_rejects_requests() {
     for status in [502, 503, 504] {
         let sandbox = sandbox();
         let gateway = start_with(&sandbox, with_breaker("1m"));
@@ -58,7 +58,7 @@ fn an_upstream_that_is_down_is_left_alone() {
 }
 
 #[test]
-fn an_upstream_that_was_left_alone_is_probed_by_one() {
+fn half_open_breaker_sends_one_probe() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, with_breaker("300ms"));
     script(&sandbox, json!({ "business": [{ "status": 503, "times": 3 }, { "delay_ms": 500, "times": 1 }] }));
@@ -81,7 +81,7 @@ fn an_upstream_that_was_left_alone_is_probed_by_one() {
 }
 
 #[test]
-fn an_upstream_that_cannot_be_reached_or_does_not_answer_is_left_alone() {
+fn unreachable_or_silent_upstream_opens_the_breaker() {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let sandbox = sandbox();
     let setup = Setup { base_url: Some(format!("http://{closed}")), ..with_breaker("1m") };
@@ -104,7 +104,7 @@ fn an_upstream_that_cannot_be_reached_or_does_not_answer_is_left_alone() {
 }
 
 #[test]
-fn an_upstream_that_answers_is_not_left_alone_whatever_it_answers() {
+fn breaker_stays_closed_while_the_upstream_answers() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, with_breaker("1m"));
     for fault in [
@@ -128,7 +128,7 @@ fn an_upstream_that_answers_is_not_left_alone_whatever_it_answers() {
 }
 
 #[test]
-fn a_429_of_the_upstream_shrinks_the_quota_and_other_refusals_do_not() {
+fn only_status_429_of_the_upstream_shrinks_the_quota() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("quota.rate", "2/s").set("quota.burst", 1000));
     script(&sandbox, json!({ "business": [{ "status": 403, "times": 5 }] }));
@@ -179,7 +179,7 @@ fn offer(gateway: &Gateway, threads: u32, each: Duration, time: Duration) -> Vec
 /// Five times as much work as the upstream does. What is beyond it is refused at once, and costs the rest nothing. The
 /// figures are those of the best of three rounds: what else runs on this machine can slow a half of one.
 #[test]
-fn under_five_times_the_load_as_much_is_done_and_the_rest_is_refused_at_once() {
+fn load_shedding_keeps_full_throughput_at_five_times_the_load() {
     let sandbox = sandbox();
     let setup = Setup::default().set("upstream.max_connections", 4).set("upstream.connect_timeout", "400ms");
     let gateway = start_with(&sandbox, setup);
@@ -209,7 +209,7 @@ fn under_five_times_the_load_as_much_is_done_and_the_rest_is_refused_at_once() {
 }
 
 #[test]
-fn a_slow_time_that_is_over_is_forgotten() {
+fn load_shedding_ends_after_a_slow_period() {
     let sandbox = sandbox();
     let setup = Setup::default().set("upstream.max_connections", 2).set("upstream.connect_timeout", "600ms");
     let gateway = start_with(&sandbox, setup);
@@ -255,7 +255,7 @@ impl Kept {
 }
 
 #[test]
-fn without_a_file_descriptor_left_who_is_connected_is_served_and_others_are_later() {
+fn exhausted_file_descriptors_do_not_affect_open_connections() {
     let sandbox = sandbox();
     let through = vec!["prlimit".to_owned(), "--nofile=64:64".to_owned()];
     let gateway = start_with(&sandbox, Setup { through, ..Setup::default() });
@@ -284,7 +284,7 @@ fn without_a_file_descriptor_left_who_is_connected_is_served_and_others_are_late
 }
 
 #[test]
-fn ten_thousand_idle_connections_and_a_thousand_slow_ones_cost_a_good_caller_nothing() {
+fn idle_and_slow_connections_do_not_affect_a_good_caller() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
     let sandbox = sandbox();
@@ -335,7 +335,7 @@ fn ten_thousand_idle_connections_and_a_thousand_slow_ones_cost_a_good_caller_not
 }
 
 #[test]
-fn unfinished_heads_and_bodies_stay_within_the_memory_of_the_examples() {
+fn unfinished_requests_stay_within_the_memory_of_the_examples() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
     let sandbox = sandbox();
@@ -382,7 +382,7 @@ fn unfinished_heads_and_bodies_stay_within_the_memory_of_the_examples() {
 /// What a caller sends behind a whole request, and stops. In one piece with it, with the last byte of its body, and behind a
 /// chunked body.
 #[test]
-fn what_is_sent_behind_a_whole_request_counts_as_unfinished() {
+fn bytes_after_a_complete_request_count_as_unfinished() {
     const CALLERS: usize = 400;
     let behind = format!("POST {PATH} HTTP/1.1\r\nx-long: {}", "x".repeat(11_000));
     let whole = head(BODY.len(), "").replace("connection: close\r\n", "");
@@ -448,7 +448,7 @@ fn what_is_sent_behind_a_whole_request_counts_as_unfinished() {
 
 /// A machine that was suspended is one whose wall clock has jumped.
 #[test]
-fn jumps_of_the_wall_clock_change_nothing_but_the_token() {
+fn wall_clock_jumps_affect_only_the_token() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let clock = folder.path().join("clock");

@@ -67,7 +67,7 @@ fn notices(config: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_trail_that_every_user_can_change_is_refused() {
+fn world_writable_trail_or_key_is_rejected() {
     let (folder, text) = folder();
     let at = |name: &str| folder.path().join(name);
     symlink("audit", at("link")).unwrap();
@@ -110,7 +110,7 @@ fn a_trail_that_every_user_can_change_is_refused() {
 }
 
 #[test]
-fn what_others_can_read_or_change_is_a_warning() {
+fn files_open_to_other_users_cause_a_warning() {
     let (folder, text) = folder();
     let at = |name: &str| folder.path().join(name);
     let config = configure(&folder, &text);
@@ -196,7 +196,7 @@ fn with_every_file() -> (TempDir, String, [(&'static str, &'static str); 14]) {
 }
 
 #[test]
-fn no_file_that_the_configuration_names_is_changed_by_every_user_unnoticed() {
+fn every_world_writable_configured_file_is_reported() {
     let (folder, text, files) = with_every_file();
     let reference = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/config/gateway.toml")).unwrap();
     let keys = reference.lines().filter_map(|line| line.trim_start_matches(['#', ' ']).split_once(" = "));
@@ -242,7 +242,7 @@ fn no_file_that_the_configuration_names_is_changed_by_every_user_unnoticed() {
 }
 
 #[test]
-fn a_folder_that_every_user_can_change_is_one_line_with_all_settings() {
+fn world_writable_folder_is_reported_in_one_line_with_all_settings() {
     let (folder, text, files) = with_every_file();
     let config = configure(&folder, &text);
     set_mode(folder.path(), 0o777);
@@ -274,7 +274,7 @@ fn a_folder_that_every_user_can_change_is_one_line_with_all_settings() {
 }
 
 #[test]
-fn a_folder_further_up_or_on_the_way_of_a_link_is_told_of() {
+fn world_writable_parent_or_link_folder_is_reported() {
     let (outer, text) = folder();
     let config = configure(&outer, &text);
     let at = |name: &str| outer.path().join(name);
@@ -307,7 +307,7 @@ fn a_folder_further_up_or_on_the_way_of_a_link_is_told_of() {
 }
 
 #[test]
-fn owners_that_are_neither_root_nor_the_gateways_user_are_told() {
+fn file_owners_other_than_root_and_the_gateway_user_are_reported() {
     if fs::metadata("/proc/self").unwrap().uid() != 0 {
         return; // only root gives files away
     }
@@ -352,7 +352,7 @@ fn owners_that_are_neither_root_nor_the_gateways_user_are_told() {
 }
 
 #[test]
-fn owners_are_told_only_where_that_is_sure() {
+fn file_owners_are_reported_only_when_certain() {
     if fs::metadata("/proc/self").unwrap().uid() != 0 {
         return;
     }
@@ -385,7 +385,7 @@ fn owners_are_told_only_where_that_is_sure() {
 }
 
 #[test]
-fn a_start_logs_the_same_warnings() {
+fn start_logs_the_same_warnings_as_check() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let setup = || Setup { folder: Some(folder.clone()), ..Setup::default() };
@@ -407,7 +407,7 @@ fn a_start_logs_the_same_warnings() {
 }
 
 #[test]
-fn an_unknown_key_beside_secrets_is_not_quoted() {
+fn unknown_key_beside_secrets_is_not_quoted() {
     let (folder, text) = folder();
     let pasted = "Zx81kTq7PastedSecret";
     for (good, table, known) in [
@@ -443,7 +443,7 @@ fn an_unknown_key_beside_secrets_is_not_quoted() {
 }
 
 #[test]
-fn other_processes_of_its_user_cannot_look_into_the_gateway() {
+fn other_processes_of_the_same_user_cannot_inspect_the_gateway() {
     if fs::metadata("/proc/self").unwrap().uid() != 0 {
         return; // it takes another user, so that root's rights do not count
     }
@@ -493,7 +493,7 @@ fn other_processes_of_its_user_cannot_look_into_the_gateway() {
 }
 
 #[test]
-fn audit_commands_tell_what_they_may_not_read_from_what_is_missing() {
+fn audit_commands_distinguish_unreadable_from_missing_files() {
     if fs::metadata("/proc/self").unwrap().uid() != 0 {
         return; // it takes another user
     }
@@ -527,7 +527,7 @@ fn audit_commands_tell_what_they_may_not_read_from_what_is_missing() {
 }
 
 #[test]
-fn whatever_the_umask_others_can_change_nothing_of_the_trail() {
+fn other_users_cannot_change_the_trail_under_any_umask() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let socket = folder.path().join("elsewhere.sock");
@@ -548,7 +548,7 @@ fn whatever_the_umask_others_can_change_nothing_of_the_trail() {
 }
 
 #[test]
-fn a_capability_to_pass_over_permissions_counts_in_check_and_start() {
+fn check_and_start_honour_capabilities_that_override_permissions() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     if fs::metadata(folder.path()).unwrap().uid() != 0 {

@@ -86,7 +86,7 @@ fn withheld(gateway: &Gateway, place: &str) -> u64 {
 }
 
 #[test]
-fn header_that_quotes_the_credential_does_not_pass() {
+fn header_that_quotes_the_credential_is_dropped() {
     let sandbox = sandbox();
     let (gateway, secrets) = start_quoted(&sandbox, &[("upstream.reply_headers", "[\"x-trace\"]")]);
     let names = [
@@ -128,7 +128,7 @@ fn header_that_quotes_the_credential_does_not_pass() {
 }
 
 #[test]
-fn only_headers_of_the_list_pass() {
+fn only_reply_headers_on_the_allow_list_pass() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default());
     let headers = [
@@ -230,7 +230,7 @@ fn body_that_quotes_the_credential_is_withheld_and_never_stored() {
 }
 
 #[test]
-fn token_that_was_refused_before_the_answer_is_withheld_too() {
+fn reply_that_quotes_the_previously_refused_token_is_withheld() {
     let sandbox = sandbox();
     let (gateway, [first, ..]) = start_quoted(&sandbox, &[]);
     sandbox.revoke();
@@ -310,7 +310,7 @@ fn dechunked(reply: &str) -> String {
 }
 
 #[test]
-fn reply_headers_that_must_never_pass_are_refused() {
+fn forbidden_reply_headers_are_rejected_in_the_configuration() {
     let folder = start(&sandbox()).kill();
     let config = folder.path().join("gateway.toml");
     let text = fs::read_to_string(&config).unwrap();
@@ -331,7 +331,7 @@ fn reply_headers_that_must_never_pass_are_refused() {
 }
 
 #[test]
-fn secrets_that_are_too_short_to_be_looked_for_are_named() {
+fn secrets_too_short_to_search_for_are_reported() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let config = folder.path().join("gateway.toml");

@@ -57,7 +57,7 @@ fn reload(gateway: &Gateway, count: usize) -> Value {
 }
 
 #[test]
-fn callers_routes_and_levels_change_and_what_is_remembered_stays() {
+fn reload_changes_callers_routes_and_levels_and_keeps_state() {
     let sandbox = sandbox();
     let config = caller("other", "127.0.0.2/32", "rate_limit = \"1/h\"\nburst = 2");
     let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });
@@ -102,7 +102,7 @@ fn callers_routes_and_levels_change_and_what_is_remembered_stays() {
 }
 
 #[test]
-fn ids_as_numbers_are_told_once_and_taken_as_the_caller_may_send_them() {
+fn numeric_ids_are_logged_once_and_checked_as_set_per_caller() {
     let sandbox = sandbox();
     let other = caller("other", "127.0.0.2/32", "bare_ids = \"exact\"");
     let gateway = start_with(&sandbox, Setup { caller: other, ..Setup::default() });
@@ -176,7 +176,7 @@ fn ids_as_numbers_are_told_once_and_taken_as_the_caller_may_send_them() {
 }
 
 #[test]
-fn a_file_that_changes_is_noticed_and_so_is_a_contract() {
+fn changed_configuration_or_contract_file_is_reloaded() {
     let sandbox = sandbox();
     let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
     let contract = |kind: &str| {
@@ -206,7 +206,7 @@ fn a_file_that_changes_is_noticed_and_so_is_a_contract() {
 }
 
 #[test]
-fn a_bad_file_changes_nothing_and_is_told_once() {
+fn bad_configuration_file_changes_nothing_and_is_reported_once() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let good = fs::read_to_string(file(&gateway)).unwrap();
@@ -264,7 +264,7 @@ fn a_bad_file_changes_nothing_and_is_told_once() {
 }
 
 #[test]
-fn a_thousand_signals_in_a_second_under_load_cost_no_request() {
+fn one_thousand_reload_signals_under_load_fail_no_request() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let stop = AtomicBool::new(false);
@@ -305,7 +305,7 @@ fn a_thousand_signals_in_a_second_under_load_cost_no_request() {
 }
 
 #[test]
-fn limits_for_which_max_size_is_too_small_are_refused() {
+fn reload_rejects_limits_too_high_for_max_size() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let path = folder.path().join("gateway.toml");
@@ -326,7 +326,7 @@ fn limits_for_which_max_size_is_too_small_are_refused() {
 }
 
 #[test]
-fn a_caller_whose_max_keys_the_default_followed_changes_while_the_gateway_runs() {
+fn reload_allows_max_keys_of_a_caller_up_to_the_start_value() {
     let sandbox = sandbox();
     let config = caller("other", "127.0.0.2/32", "frozen = false\nmax_keys = 1500000");
     let gateway = start_with(&sandbox, Setup { caller: config, ..Setup::default() });

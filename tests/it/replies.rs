@@ -154,7 +154,7 @@ fn recorded(gateway: &Gateway, reply: &Reply) -> Value {
 }
 
 #[test]
-fn a_length_passes_to_the_caller_only_if_it_is_one_plain_number_that_frames_the_body() {
+fn content_length_passes_only_if_valid_and_framing_the_body() {
     let (sandbox, server) = (sandbox(), Server::start());
     let gateway = server.gateway(&sandbox);
     for size in [100, 70_000, 300_000] {
@@ -250,7 +250,7 @@ fn readable(body: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_reply_is_read_with_256_fields_and_with_blanks_before_colons() {
+fn reply_with_256_fields_or_blanks_before_colons_is_read() {
     let (sandbox, server) = (sandbox(), Server::start());
     let gateway = server.gateway(&sandbox);
     for answer in readable(SUCCESS) {
@@ -262,7 +262,7 @@ fn a_reply_is_read_with_256_fields_and_with_blanks_before_colons() {
 }
 
 #[test]
-fn a_reply_that_cannot_be_read_is_told_as_that_and_not_as_one_that_broke_off() {
+fn unreadable_reply_is_reported_as_unreadable_not_as_truncated() {
     let (sandbox, server) = (sandbox(), Server::start());
     let gateway = server.gateway(&sandbox);
     let last_error = || gateway.admin("/status").json()["upstream"]["last_error"].take();
@@ -292,7 +292,7 @@ fn a_reply_that_cannot_be_read_is_told_as_that_and_not_as_one_that_broke_off() {
 }
 
 #[test]
-fn a_token_endpoints_reply_is_read_and_refused_as_the_upstreams_is() {
+fn token_endpoint_replies_are_parsed_like_upstream_replies() {
     const TOKEN: &str = r#"{"AccessToken":"token-of-the-test","Expires":"600"}"#;
     let (sandbox, server) = (sandbox(), Server::start());
     let token_url = format!("{}/apigovernance/api/oauth/tokenByAkSk", server.url());
@@ -344,7 +344,7 @@ fn field(name: &str, value: &str) -> Vec<(String, String)> {
 }
 
 #[test]
-fn over_http2_what_cannot_be_read_is_told_as_that() {
+fn unreadable_http2_reply_is_reported_as_unreadable() {
     let sandbox = sandbox();
     let (gateway, upstream, whole) = over_http2(&sandbox);
     let size = SUCCESS.len();
@@ -388,7 +388,7 @@ fn over_http2_what_cannot_be_read_is_told_as_that() {
 
 /// Each on a connection of its own, since the upstream of the tests keeps to the flow control of one long reply.
 #[test]
-fn over_http2_a_long_reply_states_its_length_only_in_one_plain_number() {
+fn long_http2_reply_keeps_only_a_single_valid_content_length() {
     const SIZE: usize = 300_000;
     let sandbox = sandbox();
     for stated in [&[SIZE][..], &[SIZE, SIZE], &[], &[SIZE - 100_000], &[SIZE + 100_000]] {
@@ -415,7 +415,7 @@ fn over_http2_a_long_reply_states_its_length_only_in_one_plain_number() {
 
 /// An upstream that refuses a request before it has read it, and reads it while another token is fetched.
 #[test]
-fn a_request_that_was_refused_early_is_not_in_doubt_while_its_rest_leaves() {
+fn early_401_counts_as_refused_while_the_body_is_still_being_sent() {
     let sandbox = sandbox();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     SockRef::from(&listener).set_recv_buffer_size(4096).unwrap();

@@ -99,7 +99,7 @@ fn gauge(gateway: &Gateway, count: usize) {
 }
 
 #[test]
-fn done_answers_for_the_call_at_once_and_after_restarts() {
+fn resolution_done_is_replayed_at_once_and_after_restarts() {
     for key in [KEY, ""] {
         let sandbox = sandbox();
         let (gateway, first) = start_with_unknown(&sandbox, key);
@@ -134,7 +134,7 @@ fn done_answers_for_the_call_at_once_and_after_restarts() {
 }
 
 #[test]
-fn not_done_frees_key_and_guard_at_once_and_after_a_restart() {
+fn resolution_not_done_allows_the_call_at_once_and_after_a_restart() {
     for key in [KEY, ""] {
         for is_restarted in [false, true] {
             let sandbox = sandbox();
@@ -153,7 +153,7 @@ fn not_done_frees_key_and_guard_at_once_and_after_a_restart() {
 }
 
 #[test]
-fn stopped_trail_takes_resolutions_also_of_calls_that_a_kill_cut_off() {
+fn resolution_works_on_a_stopped_trail_and_after_a_kill() {
     for key in [KEY, ""] {
         for result in ["done", "not-done"] {
             for is_killed in [false, true] {
@@ -185,7 +185,7 @@ fn stopped_trail_takes_resolutions_also_of_calls_that_a_kill_cut_off() {
 }
 
 #[test]
-fn of_two_resolutions_at_once_exactly_one_wins() {
+fn exactly_one_of_two_concurrent_resolutions_succeeds() {
     let sandbox = sandbox();
     let (gateway, first) = start_with_unknown(&sandbox, KEY);
     let audit = gateway.audit_directory();
@@ -204,7 +204,7 @@ fn of_two_resolutions_at_once_exactly_one_wins() {
 }
 
 #[test]
-fn resolution_that_contradicts_what_is_known_is_refused() {
+fn resolution_that_contradicts_the_known_outcome_is_rejected() {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, guarded());
     let succeeded = id(&gateway.post(&BODY.replace("954645333549048833", "1"))).to_owned();
@@ -281,7 +281,7 @@ fn control_socket_is_private_bounded_and_replaced_when_stale() {
 }
 
 #[test]
-fn gateway_without_a_control_socket_refuses_while_it_runs() {
+fn resolution_without_a_control_socket_requires_a_stopped_gateway() {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, guarded().set("admin.control", "off"));
     let first = leave_unknown(&sandbox, &gateway, "", BODY);
@@ -294,7 +294,7 @@ fn gateway_without_a_control_socket_refuses_while_it_runs() {
 }
 
 #[test]
-fn resolution_behind_a_stop_leaves_no_success_undelivered() {
+fn resolution_after_a_stop_leaves_no_success_undelivered() {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, guarded());
     let first = leave_unknown(&sandbox, &gateway, KEY, BODY);
@@ -308,7 +308,7 @@ fn resolution_behind_a_stop_leaves_no_success_undelivered() {
 }
 
 #[test]
-fn show_tells_all_that_happened_to_a_request() {
+fn show_lists_every_record_of_a_request() {
     let sandbox = sandbox();
     let (gateway, first) = start_with_unknown(&sandbox, KEY);
     let audit = gateway.audit_directory();
@@ -339,7 +339,7 @@ fn show_tells_all_that_happened_to_a_request() {
 }
 
 #[test]
-fn unresolved_calls_outlive_segments_and_restarts_though_the_operator_is_hidden() {
+fn unresolved_calls_survive_segments_and_restarts_when_redacted() {
     let sandbox = sandbox();
     let setup = |folder| {
         let setup = Setup { folder, ..guarded() }.set("audit.segment_size", "64KiB");
@@ -377,7 +377,7 @@ fn unresolved_calls_outlive_segments_and_restarts_though_the_operator_is_hidden(
 }
 
 #[test]
-fn a_command_does_not_wait_for_a_control_socket_whose_queue_is_full() {
+fn command_does_not_wait_for_a_full_control_socket() {
     let sandbox = sandbox();
     let (gateway, unknown) = start_with_unknown(&sandbox, "");
     let folder = TempDir::new().unwrap();

@@ -88,7 +88,7 @@ fn twenty_restarts_under_load_fail_no_request_on_a_new_connection() {
 }
 
 #[test]
-fn what_is_in_flight_ends_before_the_next_process_takes_over_the_socket() {
+fn requests_in_flight_finish_before_the_next_process_takes_over() {
     let sandbox = sandbox();
     let (folder, socket) = activated(&sandbox);
     let mut gateway = serve_on(&folder, &socket);
@@ -115,7 +115,7 @@ fn what_is_in_flight_ends_before_the_next_process_takes_over_the_socket() {
 }
 
 #[test]
-fn a_socket_that_no_listener_asks_for_stops_the_start() {
+fn unused_inherited_socket_fails_the_start() {
     let sandbox = sandbox();
     let (folder, _) = activated(&sandbox);
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -129,7 +129,7 @@ fn a_socket_that_no_listener_asks_for_stops_the_start() {
 }
 
 #[test]
-fn without_an_inherited_socket_callers_are_told_for_a_while_and_served() {
+fn drain_grace_serves_callers_while_readiness_fails() {
     let sandbox = sandbox();
     let mut gateway = start_with(&sandbox, Setup::default().set("server.drain_grace", "1500ms"));
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -149,7 +149,7 @@ fn without_an_inherited_socket_callers_are_told_for_a_while_and_served() {
 }
 
 #[test]
-fn systemd_hears_of_the_start_of_every_round_and_of_the_stop() {
+fn systemd_is_notified_of_readiness_watchdog_and_stop() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let path = folder.path().join("notify");

@@ -40,7 +40,7 @@ pub(crate) fn shows(sink: &str, text: &str) -> bool {
 }
 
 #[test]
-fn every_form_of_a_secret_is_found() {
+fn every_encoding_of_a_secret_is_detected() {
     for encoded in [
         "x sandbox-app-secret x",
         "73616e64626f782d6170702d736563726574",
@@ -107,7 +107,7 @@ fn go_through_everything(sandbox: &ccsqm_gateway::sandbox::Sandbox, gateway: &Ga
 }
 
 #[test]
-fn no_secret_shows_anywhere_after_all_that_can_happen() {
+fn no_secret_appears_in_any_output() {
     let sandbox = sandbox();
     let setup = Setup { credential: CANARY, ..Setup::default() }
         .set("log.level", "trace")

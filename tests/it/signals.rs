@@ -156,7 +156,7 @@ pub(crate) fn probe(admin: SocketAddr, path: &str) -> Option<u16> {
 }
 
 #[test]
-fn a_signal_that_comes_before_the_configuration_is_taken() {
+fn signal_before_the_configuration_is_read_is_handled() {
     for through in [&[][..], &ALONE] {
         let mut start = Start::begin(through);
         start.stops("SIGTERM");
@@ -172,7 +172,7 @@ fn a_signal_that_comes_before_the_configuration_is_taken() {
 }
 
 #[test]
-fn signals_at_any_moment_of_the_start_are_taken() {
+fn signals_at_any_time_during_start_are_handled() {
     for moment in 0..30 {
         let through = if moment % 2 == 0 { &[][..] } else { &ALONE };
         let wait = Duration::from_micros(fastrand::u64(..300_000));
@@ -203,7 +203,7 @@ pub(crate) fn hanging(hang: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_long_start_ends_on_sigterm_and_the_trail_is_whole() {
+fn sigterm_ends_a_long_start_and_keeps_the_trail_intact() {
     let sandbox = sandbox();
     let mut gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -237,7 +237,7 @@ fn a_long_start_ends_on_sigterm_and_the_trail_is_whole() {
 }
 
 #[test]
-fn sandbox_and_demo_stop_on_a_signal_as_the_first_process_and_leave_nothing() {
+fn sandbox_and_demo_stop_cleanly_on_a_signal_as_process_1() {
     let temporary = TempDir::new().unwrap();
     let commands: [&[&str]; 2] = [
         &["sandbox", "--listen", "127.0.0.1:0"],
@@ -294,7 +294,7 @@ impl WaitOrKill for Child {
 
 /// Where it is the first process of a container, the kernel drops what comes before a handler.
 #[test]
-fn a_process_that_serves_has_handlers_before_it_does_anything_else() {
+fn serving_process_installs_signal_handlers_first() {
     let folder = TempDir::new().unwrap();
     let trace = folder.path().join("trace");
     let calls = |args: &[&str]| {

@@ -418,7 +418,7 @@ fn value(metrics: &str, name: &str) -> u64 {
 }
 
 #[test]
-fn the_table_has_each_state_once() {
+fn state_table_has_each_state_once() {
     let states: Vec<_> = Table::load()
         .rows()
         .iter()
@@ -434,7 +434,7 @@ fn the_table_has_each_state_once() {
 }
 
 #[test]
-fn every_state_of_clock_trail_and_boot_behaves_as_the_table_says() {
+fn each_state_of_clock_trail_and_boot_behaves_as_in_the_table() {
     let table = Table::load();
     let rows = table.rows();
     let history = History::make();

@@ -61,7 +61,7 @@ fn stored_trail_of_format_1_is_read() {
 }
 
 #[test]
-fn trail_of_a_newer_format_is_refused() {
+fn trail_of_a_newer_format_is_rejected() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let gateway = start_with(&sandbox, Setup { folder: Some(folder.clone()), ..Setup::default() });

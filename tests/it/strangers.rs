@@ -109,7 +109,7 @@ fn metric(gateway: &Gateway, line: &str) -> u64 {
 }
 
 #[test]
-fn silent_strangers_over_tcp_shut_no_caller_out() {
+fn silent_unknown_peers_over_tcp_block_no_caller() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let config = folder.path().join("gateway.toml");
@@ -139,7 +139,7 @@ fn silent_strangers_over_tcp_shut_no_caller_out() {
 }
 
 #[test]
-fn silent_strangers_over_a_unix_socket_shut_no_caller_out() {
+fn silent_unknown_peers_on_a_unix_socket_block_no_caller() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -165,7 +165,7 @@ fn silent_strangers_over_a_unix_socket_shut_no_caller_out() {
 
 /// Over the cap, who is told so: strangers leave callers a part of the places for that.
 #[test]
-fn over_the_cap_strangers_leave_callers_places_to_be_told_so() {
+fn unknown_peers_leave_callers_room_for_overload_replies() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
     let sandbox = sandbox();
@@ -205,7 +205,7 @@ fn over_the_cap_strangers_leave_callers_places_to_be_told_so() {
 }
 
 #[test]
-fn silent_handshakes_shut_no_caller_with_a_certificate_out() {
+fn silent_handshakes_block_no_caller_with_a_certificate() {
     let (sandbox, ca) = (sandbox(), Ca::new());
     let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[666], 2124));
     let address = gateway.second.unwrap();

@@ -33,7 +33,7 @@ fn start_faulty(sandbox: &Sandbox, workers: usize) -> (Gateway, PathBuf) {
 }
 
 #[test]
-fn the_end_of_a_part_ends_the_process_behind_a_drain() {
+fn end_of_any_part_drains_and_ends_the_process() {
     // By name, and whether a call that is under way is still answered.
     for (part, answers) in [
         ("worker 0", false),
@@ -86,7 +86,7 @@ fn the_end_of_a_part_ends_the_process_behind_a_drain() {
 }
 
 #[test]
-fn a_loop_that_hangs_turns_livez_red_until_it_turns_again() {
+fn hanging_loop_fails_livez_until_it_recovers() {
     for part in ["worker 1", "the background"] {
         let sandbox = sandbox();
         let (gateway, file) = start_faulty(&sandbox, 2);
@@ -117,7 +117,7 @@ fn start_faulty_with_call(sandbox: &Sandbox, workers: usize, delay_ms: u64) -> (
 }
 
 #[test]
-fn what_ends_or_hangs_while_the_gateway_stops_is_named_and_no_success() {
+fn part_that_fails_during_a_stop_is_named_and_fails_the_stop() {
     for (part, fault, said) in [
         ("worker 0", "panic", "worker 0 ended: a panic"),
         ("worker 0", "hang", "worker 0 ended: it hangs"),
@@ -154,7 +154,7 @@ fn listening(address: SocketAddr) -> usize {
 }
 
 #[test]
-fn with_too_few_files_it_is_ready_with_all_workers_or_ends() {
+fn gateway_with_few_file_descriptors_is_fully_ready_or_exits() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let config = folder.path().join("gateway.toml");

@@ -68,7 +68,7 @@ fn no_dead_token_was_sent(sandbox: &Sandbox) -> bool {
 }
 
 #[test]
-fn a_thousand_callers_without_a_token_make_one_token_call() {
+fn one_thousand_callers_without_a_token_cause_one_token_call() {
     let sandbox = sandbox();
     script(&sandbox, json!({ "token_down": true }));
     let gateway = start_for_many(&sandbox);
@@ -86,7 +86,7 @@ fn a_thousand_callers_without_a_token_make_one_token_call() {
 }
 
 #[test]
-fn a_thousand_parallel_401s_make_one_refresh() {
+fn one_thousand_parallel_401s_cause_one_token_refresh() {
     let sandbox = sandbox();
     let gateway = start_for_many(&sandbox);
     assert_success(&gateway.call());
@@ -105,7 +105,7 @@ fn a_thousand_parallel_401s_make_one_refresh() {
 }
 
 #[test]
-fn a_second_401_starts_a_cooldown_in_which_the_newest_token_is_used_and_none_is_fetched() {
+fn second_401_starts_a_cooldown_that_uses_the_newest_token() {
     let sandbox = sandbox();
     let gateway = start_for_many(&sandbox);
     assert_success(&gateway.call());
@@ -145,7 +145,7 @@ fn a_second_401_starts_a_cooldown_in_which_the_newest_token_is_used_and_none_is_
 }
 
 #[test]
-fn a_server_that_hands_the_refused_token_out_again_is_not_asked_for_every_401() {
+fn reissued_refused_token_is_not_fetched_for_every_401() {
     let sandbox = sandbox();
     script(&sandbox, json!({ "habit": "same_until_expiry" }));
     let gateway = start(&sandbox);
@@ -159,7 +159,7 @@ fn a_server_that_hands_the_refused_token_out_again_is_not_asked_for_every_401() 
 }
 
 #[test]
-fn a_token_endpoint_that_is_down_costs_nothing_while_the_token_lives() {
+fn token_endpoint_outage_has_no_effect_until_the_token_expires() {
     let sandbox = sandbox();
     script(&sandbox, json!({ "lifetime_ms": 4000 }));
     let begin = Instant::now();
@@ -195,7 +195,7 @@ fn a_token_endpoint_that_is_down_costs_nothing_while_the_token_lives() {
 }
 
 #[test]
-fn every_token_habit_is_survived_under_load() {
+fn gateway_handles_every_token_habit_under_load() {
     thread::scope(|scope| {
         for habit in ["independent", "same_until_expiry", "last_wins"] {
             scope.spawn(move || println!("{habit}: {}", survive(habit)));
@@ -264,7 +264,7 @@ fn call_both_while(gateways: &[Gateway], wait: impl FnOnce()) -> usize {
 }
 
 #[test]
-fn gateways_that_end_each_others_tokens_notice_it_slow_down_and_say_so() {
+fn gateways_that_contest_tokens_detect_it_and_back_off() {
     const SAID: &str = "somebody else fetches tokens with the same app key";
     let sandbox = sandbox();
     script(&sandbox, json!({ "habit": "last_wins", "lifetime_ms": 30_000 }));
@@ -360,7 +360,7 @@ fn read_message(stream: &mut TcpStream) -> Option<String> {
 }
 
 #[test]
-fn calls_that_are_refused_with_any_token_blame_nobody_and_hold_up_no_others() {
+fn calls_refused_with_any_token_start_no_contest_and_block_no_other() {
     thread::scope(|scope| {
         for (habit, status) in [("independent", 403), ("last_wins", 401)] {
             scope.spawn(move || refuse_some_of_many(habit, status));
@@ -422,7 +422,7 @@ fn refuse_some_of_many(habit: &str, status: u16) {
 }
 
 #[test]
-fn a_changed_secret_is_tried_before_it_replaces_the_old() {
+fn changed_secret_is_tried_before_it_replaces_the_old_one() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_success(&gateway.call());
@@ -453,7 +453,7 @@ fn a_changed_secret_is_tried_before_it_replaces_the_old() {
 
 /// Some services tell a wrong secret by a 200 whose body says so.
 #[test]
-fn a_200_without_a_token_is_a_refusal_the_third_time() {
+fn third_status_200_without_a_token_counts_as_a_refusal() {
     let (long, secret) = (format!("CODE\u{202e}{}", "7".repeat(10_000)), Options::default().app_secret);
     for (body, says) in [
         (json!({ "resultCode": "1007", "resultDesc": "wrong secret" }), "; its code is 1007"),
@@ -488,7 +488,7 @@ fn a_200_without_a_token_is_a_refusal_the_third_time() {
 }
 
 #[test]
-fn a_200_that_is_not_the_endpoints_is_no_refusal_and_nor_are_two_without_a_token() {
+fn foreign_200_or_two_without_a_token_count_as_no_refusal() {
     let sandbox = sandbox();
     let unreadable = json!({ "times": 3, "body": "<html>" });
     script(&sandbox, json!({ "token": [unreadable, { "times": 2, "body": "{}" }] }));
@@ -498,7 +498,7 @@ fn a_200_that_is_not_the_endpoints_is_no_refusal_and_nor_are_two_without_a_token
 }
 
 #[test]
-fn a_token_that_is_too_short_to_be_looked_for_is_told_once() {
+fn token_too_short_to_search_for_is_reported_once() {
     for (length, told) in [(15, 1), (16, 0)] {
         let sandbox = sandbox();
         let token = |first: char| {
@@ -518,7 +518,7 @@ fn a_token_that_is_too_short_to_be_looked_for_is_told_once() {
 }
 
 #[test]
-fn a_secret_that_is_missing_or_cannot_be_used_stops_the_start() {
+fn missing_or_unusable_secret_fails_the_start() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let config = folder.path().join("gateway.toml");

@@ -94,7 +94,7 @@ const NONE_MAY: &str = "no segment may be removed";
 const DOUBT: &str = "no segment is removed while the clock is doubtful";
 
 #[test]
-fn beyond_max_size_segments_outside_the_window_go_early_and_the_trail_stays_whole() {
+fn segments_outside_the_window_are_removed_early_beyond_max_size() {
     let (mut machine, first) = large(2);
     let (directory, mut next) = (machine.audit_directory(), first);
     let before = segments(&directory);
@@ -136,7 +136,7 @@ fn beyond_max_size_segments_outside_the_window_go_early_and_the_trail_stays_whol
 }
 
 #[test]
-fn nothing_goes_early_while_the_trail_is_no_larger_than_max_size() {
+fn nothing_is_removed_early_up_to_max_size() {
     let (mut machine, mut next) = large(2);
     let before = segments(&machine.audit_directory());
     let small = ("audit.max_size", "16MiB");
@@ -149,7 +149,7 @@ fn nothing_goes_early_while_the_trail_is_no_larger_than_max_size() {
 }
 
 #[test]
-fn within_the_window_nothing_goes_early_and_the_log_says_once_that_max_size_is_too_small() {
+fn nothing_within_the_window_is_removed_early_and_one_warning_logged() {
     let (mut machine, mut next) = large(0);
     let before = segments(&machine.audit_directory());
     let gateway = machine.start();
@@ -163,7 +163,7 @@ fn within_the_window_nothing_goes_early_and_the_log_says_once_that_max_size_is_t
 }
 
 #[test]
-fn while_the_clock_is_doubtful_nothing_goes_early() {
+fn nothing_is_removed_early_while_the_clock_is_doubtful() {
     let (mut machine, mut next) = large(2);
     let gateway = machine.start();
     let removed = removed_early(&machine, &gateway, 1).len(); // by the first look
@@ -181,7 +181,7 @@ fn while_the_clock_is_doubtful_nothing_goes_early() {
 }
 
 #[test]
-fn a_start_warns_of_a_file_system_that_is_smaller_than_max_size() {
+fn start_warns_if_the_file_system_is_smaller_than_max_size() {
     let sandbox = sandbox();
     for (max_size, is_told) in [("256MiB", false), ("8192GiB", true)] {
         let setup =
@@ -197,7 +197,7 @@ fn a_start_warns_of_a_file_system_that_is_smaller_than_max_size() {
 
 /// The figure with which `check` reckons: the example call, with a key, takes a tenth more or less.
 #[test]
-fn a_call_takes_as_many_bytes_of_the_trail_as_check_reckons_with() {
+fn bytes_of_a_call_in_the_trail_match_the_estimate_of_check() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let (directory, mut took) = (gateway.audit_directory(), Vec::new());

@@ -72,7 +72,7 @@ const LOSSES: [(&str, bool, Damage); 7] = [
 ];
 
 #[tokio::test]
-async fn an_open_segment_that_loses_its_name_is_copied_back_whole() {
+async fn moved_or_deleted_open_segment_is_restored_completely() {
     // Both, since the copy is synced only with `disk`.
     for durability in Durability::ALL {
         for (how, is_aside, damage) in LOSSES {
@@ -103,7 +103,7 @@ async fn an_open_segment_that_loses_its_name_is_copied_back_whole() {
 }
 
 #[tokio::test]
-async fn a_start_resumes_a_segment_that_was_copied_back() {
+async fn start_resumes_a_restored_segment() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     fs::remove_file(segment(folder.path())).unwrap();
@@ -118,7 +118,7 @@ async fn a_start_resumes_a_segment_that_was_copied_back() {
 
 // Nothing is written meanwhile, so only the check of each second can notice it.
 #[tokio::test]
-async fn at_rest_a_lost_segment_is_noticed_within_a_second() {
+async fn idle_gateway_detects_a_lost_segment_within_a_second() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     intended(&audit).await.sent().finish(&answer());
@@ -133,7 +133,7 @@ async fn at_rest_a_lost_segment_is_noticed_within_a_second() {
 }
 
 #[tokio::test]
-async fn an_open_segment_that_was_cut_is_a_loss_and_a_new_one_is_begun() {
+async fn truncated_open_segment_is_a_loss_and_a_new_one_starts() {
     // Cut to nothing; by a byte, which the next record makes up for in length; by a line. Each at rest, and
     // with a record that follows.
     for (how, is_at_rest) in [(0, false), (1, false), (2, false), (0, true), (1, true), (2, true)] {
@@ -161,7 +161,7 @@ async fn an_open_segment_that_was_cut_is_a_loss_and_a_new_one_is_begun() {
 
 // Its intent is in the part that is left. The writer must read it before it moves on to a new segment.
 #[tokio::test]
-async fn a_call_at_work_in_a_segment_that_was_cut_is_still_known_when_it_ends() {
+async fn call_in_flight_survives_truncation_of_its_segment() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options::small(folder.path()));
     let at_work = intended(&audit).await.sent();
@@ -180,7 +180,7 @@ async fn a_call_at_work_in_a_segment_that_was_cut_is_still_known_when_it_ends() 
 
 // With a `segment_size` of 1, every batch begins a new segment.
 #[tokio::test]
-async fn a_lost_closed_segment_is_recorded_once() {
+async fn lost_closed_segment_is_recorded_once() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     for _ in 0..4 {
@@ -211,7 +211,7 @@ async fn a_lost_closed_segment_is_recorded_once() {
 
 // The writer must not take its own removal for a loss: also of a segment that was begun after the start.
 #[tokio::test]
-async fn what_retention_removes_is_no_loss() {
+async fn segment_removed_by_retention_is_not_reported_as_lost() {
     let folder = TempDir::new().unwrap();
     let audit =
         start(&Options { segment_size: 1, retain: Some(Duration::ZERO), ..Options::small(folder.path()) });
@@ -234,7 +234,7 @@ async fn what_retention_removes_is_no_loss() {
 }
 
 #[tokio::test]
-async fn without_directory_or_lock_file_nothing_is_sent_until_they_are_back() {
+async fn nothing_is_sent_while_directory_or_lock_file_is_missing() {
     for lost in ["audit", "audit/lock"] {
         for foreign in ["", "a file", "a directory"] {
             let folder = TempDir::new().unwrap();
@@ -277,7 +277,7 @@ async fn without_directory_or_lock_file_nothing_is_sent_until_they_are_back() {
 
 // A copy has the same names, but may belong to another gateway. Only the identity of the directory tells.
 #[tokio::test]
-async fn in_a_directory_that_was_replaced_nothing_is_written() {
+async fn nothing_is_written_to_a_replaced_directory() {
     let folder = TempDir::new().unwrap();
     let directory = folder.path().join("audit");
     let deadline = Duration::from_millis(50);
@@ -297,7 +297,7 @@ async fn in_a_directory_that_was_replaced_nothing_is_written() {
 }
 
 #[tokio::test]
-async fn a_file_in_the_place_of_the_next_segment_is_kept_aside() {
+async fn file_at_the_path_of_the_next_segment_is_moved_aside() {
     let make: [Damage; 5] = [
         |path| fs::write(path, "").unwrap(),
         |path| fs::write(path, "somebody else's").unwrap(),
@@ -333,7 +333,7 @@ fn statement(directory: &Path) -> ClosingStatement {
 }
 
 #[tokio::test]
-async fn the_lock_file_names_the_newest_segment_and_its_last_record() {
+async fn lock_file_names_the_newest_segment_and_its_last_record() {
     let folder = TempDir::new().unwrap();
     let audit = start(&Options { segment_size: 1, ..Options::small(folder.path()) });
     assert_eq!((statement(folder.path()).newest, statement(folder.path()).is_stopped), (1, false));
@@ -348,7 +348,7 @@ async fn the_lock_file_names_the_newest_segment_and_its_last_record() {
 }
 
 #[test]
-fn a_lock_file_that_was_torn_says_nothing() {
+fn torn_lock_file_counts_as_unreadable() {
     let folder = TempDir::new().unwrap();
     start(&Options::small(folder.path())).close();
     let path = folder.path().join(lock::NAME);
@@ -419,7 +419,7 @@ const SHORTER: [(&str, Damage); 5] = [
 ];
 
 #[tokio::test]
-async fn a_start_that_finds_less_than_the_lock_file_says_records_the_damage() {
+async fn start_records_damage_if_the_lock_file_names_missing_records() {
     for is_stopped in [true, false] {
         let control = several_segments(is_stopped).await;
         assert_whole(control.path());
@@ -461,7 +461,7 @@ async fn a_start_that_finds_less_than_the_lock_file_says_records_the_damage() {
 
 // The start was killed between making the lock file and recording that there was none.
 #[tokio::test]
-async fn that_there_was_no_lock_file_outlives_a_start_that_was_cut_short() {
+async fn missing_lock_file_is_still_reported_after_an_interrupted_start() {
     let folder = several_segments(true).await;
     fs::remove_file(folder.path().join(lock::NAME)).unwrap();
     drop(lock_file(Directory::open(folder.path()).unwrap()).unwrap());
@@ -471,7 +471,7 @@ async fn that_there_was_no_lock_file_outlives_a_start_that_was_cut_short() {
 }
 
 #[tokio::test]
-async fn no_link_in_the_directory_is_followed() {
+async fn symlinks_in_the_audit_directory_are_not_followed() {
     let link = |path: &Path| {
         let target = path.with_extension("target");
         fs::rename(path, &target).unwrap();

@@ -102,8 +102,8 @@ impl ConnectionPhase {
     ///
     /// hyper reads only when it has passed on what it read before, and no more after the end of the body. So at most
     /// one read goes beyond the request.
-    // tests/hyper.rs: hyper_reads_on_only_when_it_has_passed_on_what_it_read
-    // tests/hyper.rs: hyper_reads_no_more_behind_the_end_of_a_body
+    // tests/hyper.rs: hyper_reads_more_body_only_after_delivering_the_last_part
+    // tests/hyper.rs: hyper_reads_nothing_after_the_end_of_a_body
     pub(super) fn more_came(&self, bytes: usize) {
         let missing = self.missing.load(Ordering::Relaxed);
         self.missing.store(missing.saturating_sub(bytes), Ordering::Relaxed);

@@ -118,8 +118,8 @@ impl AsyncWrite for WatchedSocket {
     /// Checks whether the caller has disconnected while its request waits.
     ///
     /// hyper does not read while a request is in flight, but it flushes whenever it is woken.
-    // tests/hyper.rs: hyper_does_not_read_while_a_request_is_worked_on
-    // tests/hyper.rs: hyper_flushes_whenever_it_is_woken_while_a_request_is_worked_on
+    // tests/hyper.rs: hyper_does_not_read_while_a_request_is_in_progress
+    // tests/hyper.rs: hyper_flushes_on_each_wake_while_a_request_is_in_progress
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // Only if the request waits: otherwise nobody acts on the answer, and the look costs a system call.
         if self.watch.presence.is_in_question()
@@ -136,7 +136,7 @@ impl AsyncWrite for WatchedSocket {
         }
     }
 
-    // tests/hyper.rs: a_connection_ends_with_the_shutdown_of_its_socket_behind_the_last_answer
+    // tests/hyper.rs: connection_ends_with_a_socket_shutdown_after_the_last_response
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // The steps of a close: shut down our side, see whether the reply was received, read what is left.
         if self.linger.is_none() {

@@ -54,7 +54,7 @@ impl PooledConnection {
         self.clean = false;
         let generation = match self.transport.as_mut().ok_or(SendError::Closed)? {
             Transport::Http1(connection, _) => {
-                // tests/hyper.rs: a_sender_is_ready_only_when_the_last_exchange_is_over
+                // tests/hyper.rs: sender_is_ready_only_after_the_last_exchange_ends
                 connection.sender.ready().await?;
                 connection.generation
             }
@@ -110,7 +110,7 @@ impl PooledConnection {
     ///
     /// On an unshared connection it counts the bytes written, on a shared one the requests that the upstream may have
     /// processed.
-    // tests/hyper.rs: no_answer_counts_that_came_before_the_request_was_written
+    // tests/hyper.rs: response_before_the_request_is_written_is_an_error
     pub fn written(&self) -> u64 {
         match &self.transport {
             Some(Transport::Http1(connection, _)) => connection.written.load(Ordering::Relaxed),

@@ -175,7 +175,7 @@ fn begin_second_segment(gateway: &Gateway) {
 }
 
 #[test]
-fn durability_is_kernel_or_disk_and_check_says_which() {
+fn check_shows_whether_durability_is_kernel_or_disk() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let config = gateway.folder.path().join("gateway.toml");
@@ -194,7 +194,7 @@ fn durability_is_kernel_or_disk_and_check_says_which() {
 }
 
 #[test]
-fn nothing_is_sent_before_its_intent_is_on_the_disk() {
+fn nothing_is_sent_before_its_intent_is_durable() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let gateway = start_with(&sandbox, disk.setup("disk"));
     disk.ask_for("slow", "60");
@@ -218,7 +218,7 @@ fn nothing_is_sent_before_its_intent_is_on_the_disk() {
 }
 
 #[test]
-fn with_durability_kernel_no_segment_is_synced() {
+fn durability_kernel_syncs_no_segment() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let mut gateway = start_with(&sandbox, disk.setup("kernel").set("audit.segment_size", "64KiB"));
     // A control of the disk: with `disk` this stops all.
@@ -232,7 +232,7 @@ fn with_durability_kernel_no_segment_is_synced() {
 }
 
 #[test]
-fn the_first_start_brings_directory_key_and_first_segment_to_the_disk() {
+fn first_start_syncs_directory_key_and_first_segment() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let gateway = start_with(&sandbox, disk.setup("disk"));
     let folder = gateway.folder.path().file_name().unwrap().to_str().unwrap().to_owned();
@@ -254,7 +254,7 @@ fn the_first_start_brings_directory_key_and_first_segment_to_the_disk() {
 }
 
 #[test]
-fn many_requests_share_an_fdatasync() {
+fn group_commit_shares_one_fdatasync_among_requests() {
     const CALLERS: u64 = 32;
     const EACH: u64 = 8;
     let (sandbox, disk) = (sandbox(), Disk::new());
@@ -282,7 +282,7 @@ fn many_requests_share_an_fdatasync() {
 }
 
 #[test]
-fn an_fdatasync_that_hangs_refuses_new_requests_in_time_though_their_intents_are_written() {
+fn hanging_fdatasync_rejects_new_requests_in_time() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let gateway = start_with(&sandbox, disk.setup("disk"));
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -301,7 +301,7 @@ fn an_fdatasync_that_hangs_refuses_new_requests_in_time_though_their_intents_are
 }
 
 #[test]
-fn a_stuck_disk_refuses_new_requests_in_time_and_holds_no_worker() {
+fn stuck_disk_rejects_new_requests_in_time_and_blocks_no_worker() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let gateway = start_with(&sandbox, disk.setup("kernel"));
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -325,7 +325,7 @@ fn a_stuck_disk_refuses_new_requests_in_time_and_holds_no_worker() {
 }
 
 #[test]
-fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
+fn segment_that_cannot_be_synced_or_truncated_is_replaced() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let gateway = start_with(&sandbox, disk.setup("disk"));
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -344,7 +344,7 @@ fn a_segment_that_cannot_be_synced_or_cut_is_left_for_a_new_one() {
 }
 
 #[test]
-fn after_a_failed_fdatasync_its_records_are_written_again_to_a_new_segment() {
+fn failed_fdatasync_rewrites_its_records_to_a_new_segment() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let gateway = start_with(&sandbox, disk.setup("disk"));
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -382,7 +382,7 @@ fn after_a_failed_fdatasync_its_records_are_written_again_to_a_new_segment() {
 }
 
 #[test]
-fn a_stop_that_cannot_write_the_trail_to_its_end_says_so_and_is_no_success() {
+fn stop_with_an_unwritten_trail_reports_it_and_fails() {
     // The last one: what a start finds, where the machine did not go down.
     for (durability, fault, said, found) in [
         ("kernel", "fail-writes", "the end of the audit trail could not be written", "unknown"),
@@ -427,7 +427,7 @@ fn a_stop_that_cannot_write_the_trail_to_its_end_says_so_and_is_no_success() {
 }
 
 #[test]
-fn a_disk_that_fails_for_a_while_refuses_new_requests_and_nothing_is_lost() {
+fn temporary_disk_failure_rejects_requests_and_loses_nothing() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let mut gateway = start_with(&sandbox, disk.setup("disk"));
     let failed = || disk.syncs().iter().filter(|call| call.failed).count();
@@ -450,7 +450,7 @@ fn a_disk_that_fails_for_a_while_refuses_new_requests_and_nothing_is_lost() {
 /// No administrator can do this to a trail that is open for writing: the kernel finds it busy. A file system does it to
 /// itself, when its disk fails.
 #[test]
-fn a_trail_whose_every_write_fails_refuses_new_requests_until_that_is_over() {
+fn failing_writes_reject_requests_until_they_succeed_again() {
     for (error, number) in [("EIO", "5"), ("EROFS", "30")] {
         for durability in ["kernel", "disk"] {
             println!("{error}, durability {durability}");
@@ -465,7 +465,7 @@ fn a_trail_whose_every_write_fails_refuses_new_requests_until_that_is_over() {
 }
 
 #[test]
-fn a_new_segment_whose_name_is_not_on_the_disk_is_begun_anew() {
+fn new_segment_with_an_unsynced_name_is_started_again() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let gateway = start_with(&sandbox, disk.setup("disk"));
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -486,7 +486,7 @@ fn a_new_segment_whose_name_is_not_on_the_disk_is_begun_anew() {
 }
 
 #[test]
-fn what_a_killed_process_could_not_bring_to_the_disk_the_next_one_does() {
+fn next_process_syncs_what_a_killed_one_could_not() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let gateway = start_with(&sandbox, disk.setup("disk"));
     assert_eq!(gateway.post(&body(1)).outcome(), "succeeded");
@@ -510,7 +510,7 @@ fn what_a_killed_process_could_not_bring_to_the_disk_the_next_one_does() {
 }
 
 #[test]
-fn with_disk_after_kernel_the_older_segments_come_to_the_disk_at_the_start() {
+fn switch_from_kernel_to_disk_syncs_older_segments_at_start() {
     let (sandbox, disk) = (sandbox(), Disk::new());
     let mut gateway = start_with(&sandbox, disk.setup("kernel").set("audit.segment_size", "64KiB"));
     let audit = gateway.audit_directory();
@@ -527,7 +527,7 @@ fn with_disk_after_kernel_the_older_segments_come_to_the_disk_at_the_start() {
 }
 
 #[test]
-fn a_power_cut_loses_no_intent_of_what_was_sent() {
+fn power_cut_loses_no_intent_of_a_sent_call() {
     let (sandbox, mut folder, mut tails) = (sandbox(), None, 0);
     let load = Load { task: Arc::new(AtomicU64::new(1_000)), told: Arc::default() };
     for round in 0.. {
@@ -571,7 +571,7 @@ fn a_power_cut_loses_no_intent_of_what_was_sent() {
 }
 
 #[test]
-fn killed_with_durability_disk_it_loses_no_request() {
+fn kill_with_durability_disk_loses_no_request() {
     let (sandbox, mut folder) = (sandbox(), None);
     let load = Load { task: Arc::new(AtomicU64::new(1_000)), told: Arc::default() };
     for round in 0..6 {

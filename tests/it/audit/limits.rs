@@ -108,7 +108,7 @@ fn pad(audit: &Path, until: u64) {
 }
 
 #[test]
-fn at_the_limit_on_file_sizes_the_trail_goes_on_in_a_new_segment_also_behind_a_restart() {
+fn trail_continues_in_a_new_segment_at_the_file_size_limit() {
     for durability in ["kernel", "disk"] {
         let (sandbox, folder) = (sandbox(), Arc::new(tempfile::TempDir::new().unwrap()));
         let limit = *LEAST;
@@ -217,7 +217,7 @@ fn with_unknown(sandbox: &Sandbox, count: usize) -> Arc<tempfile::TempDir> {
 }
 
 #[test]
-fn a_long_list_of_the_unresolved_leaves_room_for_records_under_the_least_limit_on_file_sizes() {
+fn long_unresolved_list_leaves_room_under_the_least_file_size_limit() {
     let (sandbox, count) = (sandbox(), 10_000);
     let folder = with_unknown(&sandbox, count);
     let (audit, limit) = (folder.path().join("audit"), *LEAST);
@@ -278,7 +278,7 @@ fn a_long_list_of_the_unresolved_leaves_room_for_records_under_the_least_limit_o
 }
 
 #[test]
-fn at_a_limit_on_file_sizes_that_has_no_room_for_new_calls_what_was_sent_gets_its_outcome() {
+fn sent_calls_get_outcomes_when_the_file_size_limit_blocks_new_ones() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup { through: under(u64::MAX >> 1), ..Setup::default() });
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -306,7 +306,7 @@ fn at_a_limit_on_file_sizes_that_has_no_room_for_new_calls_what_was_sent_gets_it
 }
 
 #[test]
-fn where_there_can_be_no_new_segment_what_was_sent_gets_its_outcome_and_nothing_new_is_sent() {
+fn sent_calls_get_outcomes_when_no_new_segment_can_be_created() {
     for durability in ["kernel", "disk"] {
         let sandbox = sandbox();
         let folder = start(&sandbox).kill();
@@ -353,7 +353,7 @@ fn where_there_can_be_no_new_segment_what_was_sent_gets_its_outcome_and_nothing_
 }
 
 #[test]
-fn a_limit_on_file_sizes_below_a_segment_is_told_and_one_below_any_refuses_the_start() {
+fn low_file_size_limit_is_noted_and_a_too_low_one_fails_the_start() {
     let sandbox = sandbox();
     let folder = start(&sandbox).kill();
     let config = folder.path().join("gateway.toml");
@@ -398,7 +398,7 @@ fn a_limit_on_file_sizes_below_a_segment_is_told_and_one_below_any_refuses_the_s
 }
 
 #[test]
-fn audit_commands_beyond_the_limit_on_file_sizes_ask_for_a_change_of_it() {
+fn audit_commands_exit_with_78_at_the_file_size_limit() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));

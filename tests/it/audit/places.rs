@@ -263,7 +263,7 @@ fn run_unnoticed(loss: &Loss) {
 }
 
 #[test]
-fn a_trail_from_which_something_is_missing_never_passes_for_whole() {
+fn incomplete_trail_never_passes_for_whole() {
     let all: Vec<_> = LOSSES
         .iter()
         .map(|loss| (loss, true))
@@ -279,7 +279,7 @@ fn a_trail_from_which_something_is_missing_never_passes_for_whole() {
 // ---- At rest ---------------------------------------------------------------------------------------------
 
 #[test]
-fn at_rest_a_lost_directory_is_told_once_and_heals_when_it_is_back() {
+fn lost_directory_is_reported_once_and_works_again_when_restored() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
@@ -300,7 +300,7 @@ fn at_rest_a_lost_directory_is_told_once_and_heals_when_it_is_back() {
 }
 
 #[test]
-fn without_its_lock_file_a_second_gateway_still_stays_out() {
+fn missing_lock_file_still_keeps_a_second_gateway_out() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let config = gateway.folder.path().join("gateway.toml");
@@ -314,7 +314,7 @@ fn without_its_lock_file_a_second_gateway_still_stays_out() {
 
 /// An older version locks the file and knows nothing of the directory's lock.
 #[test]
-fn a_gateway_of_an_older_version_stays_out_and_keeps_ours_out() {
+fn older_version_and_this_one_lock_each_other_out() {
     let sandbox = sandbox();
     let mut gateway = start(&sandbox);
     let config = gateway.folder.path().join("gateway.toml");
@@ -331,7 +331,7 @@ fn a_gateway_of_an_older_version_stays_out_and_keeps_ours_out() {
 // ---- The commands ----------------------------------------------------------------------------------------
 
 #[test]
-fn verify_says_what_is_missing() {
+fn verify_reports_missing_parts_of_the_trail() {
     let sandbox = sandbox();
     let mut gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
@@ -377,7 +377,7 @@ fn verify_says_what_is_missing() {
 }
 
 #[test]
-fn audit_init_makes_a_directory_and_its_key_once() {
+fn audit_init_creates_directory_and_key_once() {
     let folder = TempDir::new().unwrap();
     let audit = folder.path().join("made/audit");
     let init = |more: &[&str]| command(&[&["audit", "init", audit.to_str().unwrap()], more].concat());
@@ -409,7 +409,7 @@ fn audit_init_makes_a_directory_and_its_key_once() {
 }
 
 #[test]
-fn a_trail_that_must_exist_is_not_made_by_a_start() {
+fn start_does_not_create_a_trail_that_must_exist() {
     let sandbox = sandbox();
     let setup = || Setup::default().set("audit.must_exist", false);
     let gateway = start_with(&sandbox, setup()); // for its folder, and the control

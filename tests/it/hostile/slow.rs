@@ -76,7 +76,7 @@ pub(super) fn halves() -> Vec<Case> {
 }
 
 #[test]
-fn who_stops_in_the_middle_and_waits_is_cut_off_in_its_time() {
+fn stalled_sender_is_cut_off_after_its_timeout() {
     let cases =
         cuts(&[], &["408 body_timeout"]).into_iter().map(|case| Case { waits: true, ..case }).collect();
     let (cases, _) = table(vec![("stop", cases)]);
@@ -87,7 +87,7 @@ fn who_stops_in_the_middle_and_waits_is_cut_off_in_its_time() {
 }
 
 #[test]
-fn behind_an_answer_that_nobody_reads_no_further_task_is_sent() {
+fn pipelined_task_is_not_sent_while_a_reply_is_unread() {
     let sandbox = sandbox();
     let gateway = gateway(&sandbox, Setup::default().set("server.idle_timeout", "500ms"));
     let two = with_next(&plain());

@@ -55,7 +55,7 @@ fn assert_told(reply: &Reply) {
 }
 
 #[test]
-fn equal_call_is_told_once_of_a_success_whose_caller_had_left() {
+fn duplicate_of_an_undelivered_success_reports_it_once() {
     for leaves in [Leaves::Closes, Leaves::Resets] {
         for after in [0, 150, 200] {
             let sandbox = sandbox();
@@ -85,7 +85,7 @@ fn equal_call_is_told_once_of_a_success_whose_caller_had_left() {
 }
 
 #[test]
-fn half_closed_caller_that_took_its_answer_has_it() {
+fn reply_to_a_half_closed_caller_counts_as_delivered() {
     for after in [0, 300] {
         let sandbox = sandbox();
         let gateway = guarded(&sandbox, "guard");
@@ -104,7 +104,7 @@ fn half_closed_caller_that_took_its_answer_has_it() {
 }
 
 #[test]
-fn undelivered_success_with_a_key_is_told_to_the_call_without_one() {
+fn undelivered_keyed_success_is_reported_to_an_unkeyed_duplicate() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     until_keys_are_known(&gateway);
@@ -131,7 +131,7 @@ fn undelivered_success_with_a_key_is_told_to_the_call_without_one() {
 }
 
 #[test]
-fn undelivered_success_is_sent_again_by_force_only() {
+fn undelivered_success_is_sent_again_only_by_force() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     until_keys_are_known(&gateway);
@@ -146,7 +146,7 @@ fn undelivered_success_is_sent_again_by_force_only() {
 
 /// A Unix socket says at once that nobody is there, a TCP socket only when it was written to.
 #[test]
-fn caller_on_a_unix_socket_that_had_left_is_noticed() {
+fn caller_disconnect_on_a_unix_socket_is_detected() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let path = folder.path().join("gateway.sock");

@@ -516,7 +516,7 @@ fn run_block(seed: u64, numbers: std::ops::Range<u64>) -> (usize, usize) {
 }
 
 #[test]
-fn in_each_interleaving_of_equal_calls_the_model_agrees() {
+fn in_each_interleaving_of_duplicates_the_model_agrees() {
     let setting = |name| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
     let count = setting("CCSQM_GATEWAY_TEST_INTERLEAVINGS").unwrap_or(BLOCK);
     let seed = setting("CCSQM_GATEWAY_SEED")

@@ -75,14 +75,14 @@ fn share_is_the_same_after_a_restart() {
 }
 
 #[test]
-fn caller_that_is_alone_gets_all_keys() {
+fn single_caller_may_hold_all_keys() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default().set("idempotency.max_keys", 4));
     assert_eq!(gets(&gateway, "a"), 4);
 }
 
 #[test]
-fn configured_share_takes_the_place_of_the_half() {
+fn configured_share_replaces_the_default_half() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, two_callers("max_keys = 3"));
     assert_eq!(gets(&gateway, "a"), 3);
@@ -92,7 +92,7 @@ fn configured_share_takes_the_place_of_the_half() {
 }
 
 #[test]
-fn share_that_is_reloaded_counts_at_once() {
+fn reloaded_share_applies_at_once() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, two_callers("max_keys = 1"));
     assert_eq!(gets(&gateway, "a"), 1);

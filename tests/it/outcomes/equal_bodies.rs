@@ -114,7 +114,7 @@ fn assert_suspected(reply: &Reply, first: &str, outcome: &str, retry: &str) {
 }
 
 #[test]
-fn each_mode_says_what_becomes_of_an_equal_body() {
+fn each_mode_handles_an_equal_body_as_documented() {
     let mut differences = Vec::new();
     for (place, mode) in MODES.into_iter().enumerate() {
         let sandbox = sandbox();
@@ -179,7 +179,7 @@ fn assert_second(
 }
 
 #[test]
-fn after_a_success_only_block_refuses_an_equal_call_without_a_key() {
+fn only_block_mode_rejects_an_unkeyed_duplicate_after_a_success() {
     for (mode, fate) in MODES.into_iter().zip([Flagged, Refused, Flagged, Sent, NeedsKey]) {
         let sandbox = sandbox();
         let gateway = guarded(&sandbox, mode);
@@ -198,7 +198,7 @@ fn after_a_success_only_block_refuses_an_equal_call_without_a_key() {
 }
 
 #[test]
-fn undelivered_success_is_told_once_and_not_sent_again_before_that() {
+fn undelivered_success_is_reported_once_before_it_is_sent_again() {
     for (key, way) in [("", "fin"), ("", "reset"), (KEY_A, "fin"), (KEY_A, "reset")] {
         println!("{key:?} after {way}");
         let sandbox = sandbox();
@@ -223,7 +223,7 @@ fn undelivered_success_is_told_once_and_not_sent_again_before_that() {
 }
 
 #[test]
-fn doubt_guards_after_a_kill() {
+fn unresolved_call_rejects_duplicates_after_a_kill() {
     let mut differences = Vec::new();
     let guarding = EQUAL.iter().filter(|(_, _, fates)| fates[0] == Refused);
     for ((first_key, second_key, _), first) in guarding.flat_map(|row| First::ALL.map(|first| (row, first))) {
@@ -246,7 +246,7 @@ fn doubt_guards_after_a_kill() {
 }
 
 #[test]
-fn undelivered_success_is_told_once_though_the_gateway_is_killed() {
+fn undelivered_success_is_reported_once_despite_a_kill() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     let first = leave_undelivered(&sandbox, &gateway, "", &body(1));
@@ -268,7 +268,7 @@ fn until_event(gateway: &Gateway, name: &str, id: &str) {
 
 /// The answer to a dry run tells nobody for good: a dry run changes nothing.
 #[test]
-fn undelivered_success_is_remembered_after_a_dry_run() {
+fn undelivered_success_stays_undelivered_after_a_dry_run() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     let first = leave_undelivered(&sandbox, &gateway, "", &body(1));
@@ -285,7 +285,7 @@ fn undelivered_success_is_remembered_after_a_dry_run() {
 
 /// An answer that the caller has read leaves no doubt: the control of those that were not delivered.
 #[test]
-fn delivered_success_is_flagged_and_the_equal_call_is_sent() {
+fn duplicate_of_a_delivered_success_is_flagged_and_sent() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     let first = gateway.post(&body(1));
@@ -358,7 +358,7 @@ fn until_on_record(gateway: &Gateway, count: usize) {
 }
 
 #[test]
-fn a_doubt_is_forced_once_with_its_key_or_without_one() {
+fn unresolved_keyed_call_is_forced_once_with_or_without_its_key() {
     for is_lost in [false, true] {
         let sandbox = sandbox();
         let gateway = guarded(&sandbox, "guard");
@@ -388,7 +388,7 @@ fn a_doubt_is_forced_once_with_its_key_or_without_one() {
 }
 
 #[test]
-fn a_doubt_without_a_key_guards_while_its_repetition_with_a_key_is_in_doubt() {
+fn unkeyed_call_rejects_duplicates_while_its_keyed_repeat_is_unknown() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     lose(&sandbox, 2);
@@ -411,7 +411,7 @@ fn a_doubt_without_a_key_guards_while_its_repetition_with_a_key_is_in_doubt() {
 }
 
 #[test]
-fn a_call_of_another_key_is_not_repeated_by_force() {
+fn call_of_another_key_is_not_repeated_by_force() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
     lose(&sandbox, 1);
@@ -441,7 +441,7 @@ fn forced_duplicate_of_an_undelivered_success_is_sent() {
 }
 
 #[test]
-fn under_block_a_success_is_repeated_by_force_once() {
+fn block_mode_repeats_a_success_by_force_once() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "block");
     let first = gateway.post(&body(1));
@@ -455,7 +455,7 @@ fn under_block_a_success_is_repeated_by_force_once() {
 }
 
 #[test]
-fn a_call_at_work_is_not_repeated_by_force() {
+fn call_in_flight_is_not_repeated_by_force() {
     for key in ["", KEY_A] {
         let sandbox = sandbox();
         let gateway = guarded(&sandbox, "guard");
@@ -467,7 +467,7 @@ fn a_call_at_work_is_not_repeated_by_force() {
 }
 
 #[test]
-fn force_names_a_call_of_the_same_caller_and_route() {
+fn force_must_name_a_call_of_the_same_caller_and_route() {
     for key in ["", KEY_A] {
         let sandbox = sandbox();
         let (setup, other_path) = with_other_route(&caller("other", "127.0.0.2/32", ""));

@@ -585,7 +585,7 @@ fn with_doubt() -> Model {
 }
 
 #[test]
-fn call_without_an_answer_is_sent_once_another_was_told_of_the_success() {
+fn unanswered_call_may_be_sent_after_the_success_was_reported() {
     let mut model = Model::default();
     model.left(Call { number: 1, key: None, force: None }, &[Ended::Succeeded], Mode::Guard);
     model.pasts().next().unwrap().id = Some("first".into());
@@ -598,7 +598,7 @@ fn call_without_an_answer_is_sent_once_another_was_told_of_the_success() {
 }
 
 #[test]
-fn call_that_is_refused_holds_its_key_for_a_moment() {
+fn rejected_call_holds_its_key_briefly() {
     let call = |number| Call { number, key: Some('A'), force: None };
     let told = |id: &str, said| Some((id.to_owned(), said));
     let duplicate = || Said::Duplicate("first".into());
@@ -620,7 +620,7 @@ fn call_that_is_refused_holds_its_key_for_a_moment() {
 }
 
 #[test]
-fn call_that_was_told_before_its_outcome_was_on_record_may_be_in_doubt_behind_a_kill() {
+fn kill_before_the_outcome_commit_may_make_an_answered_call_unknown() {
     let mut model = Model::default();
     let call = |number| Call { number, key: None, force: None };
     model.answered(call(1), "first", &Said::Sent(Ended::Failed), &[Ended::Failed], Mode::Guard, false);
@@ -629,7 +629,7 @@ fn call_that_was_told_before_its_outcome_was_on_record_may_be_in_doubt_behind_a_
 }
 
 #[test]
-fn of_two_calls_at_once_one_is_sent_behind_the_other() {
+fn one_of_two_concurrent_calls_may_be_sent_after_the_other() {
     use Ended::{Failed, Succeeded, Unknown};
     for (forced, late, is_late_forced, mode, is_explained) in [
         (Succeeded, Succeeded, false, Mode::Guard, true),
