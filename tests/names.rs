@@ -1,5 +1,7 @@
 //! The words of the crate: what its names mean, where the field's terms are found, and how many of its lines say why.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::{
     collections::BTreeMap,
     fs,
