@@ -9,6 +9,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::vec::IntoIter;
 
 use ::config::{Map, Value, ValueKind};
@@ -193,8 +194,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
             ValueKind::String(text) if is_loose => {
                 // Accepts what people write in a variable (`401, 403`) as well as what they copy from the file
                 // (`["401", "403"]`).
-                let parts =
-                    text.trim_matches(['[', ']']).split(',').map(|part| part.trim().trim_matches('"'));
+                let parts = without_brackets(&text).split(',').map(|part| part.trim().trim_matches('"'));
                 parts.filter(|part| !part.is_empty()).map(Value::from).collect()
             }
             _ => return Err(Fault::custom("must be a list of texts")),
@@ -303,6 +303,15 @@ impl<'a, 'c> Values<'a, 'c> {
 }
 
 /// The key of a member of a table or of an item of a list.
+/// The items of a list that is written as text, without the brackets around all of them.
+fn without_brackets(text: &str) -> &str {
+    let text = text.trim();
+    let Some(inner) = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) else { return text };
+    // `[::1]` is one address, and in `[::1],[::2]` the outer brackets belong to two.
+    let closes_first = inner.find(['[', ']']).is_some_and(|at| inner[at..].starts_with(']'));
+    if closes_first || inner.parse::<Ipv6Addr>().is_ok() { text } else { inner }
+}
+
 fn inner(key: &str, name: &str, is_list: bool) -> String {
     if is_list { format!("{key}[{name}]") } else { context::member(key, name) }
 }
