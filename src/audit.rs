@@ -1,9 +1,9 @@
 //! Stage 8, the audit trail: a write-ahead log of all requests, linked as a hash chain and written by group commit.
 //!
-//! A record is *queued* while it waits for the writer. It is *committed* once its write has returned and the
-//! segment's name still leads to the file that was written. With durability `disk`, fdatasync must have returned
-//! after the write, too: only then is the record *durable*. A committed record survives `kill -9` of this process; a
-//! durable one also survives a crash of the machine.
+//! The trail is a directory of files, the *segments*. A record is *queued* while it waits for the writer. It is
+//! *committed* once its write has returned and the segment's name still leads to the file that was written. With
+//! durability `disk`, fdatasync must have returned after the write, too: only then is the record *durable*. A
+//! committed record survives `kill -9` of this process; a durable one also survives a crash of the machine.
 //!
 //! Guarantees:
 //!
@@ -13,8 +13,9 @@
 //! * A refusal never waits for the disk, and refusals cannot fill the queue or the disk: beyond a rate and a budget
 //!   they are aggregated, and then only counted.
 //!
-//! The chain does not protect against an attacker who can write files as the gateway's user and read its key. Against
-//! that attacker it proves only the records before a head that is kept elsewhere (`audit head`).
+//! The chain does not protect against an attacker who can write files as the gateway's user and read its key. To
+//! prove records against that attacker, keep a head of the chain elsewhere (`audit head` prints it): it proves the
+//! records up to its own.
 //!
 //! This file has the handle for requests and operators. `start` opens a trail; `offline` appends to a trail that no
 //! process writes. `record` is what a request writes, `queue` is where records wait, and `writer` is the thread that
@@ -96,7 +97,7 @@ const CLOSE_TIME: Duration = Duration::from_secs(3);
 #[error("the intent could not be made safe")]
 pub struct Unavailable;
 
-/// Why a trail was closed before all queued records were written.
+/// Why not all queued records were written before the trail was closed.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum Unfinished {
     /// The writer's thread ended earlier, by a panic.
@@ -119,8 +120,8 @@ pub struct Permit<'a> {
 }
 
 impl Permit<'_> {
-    /// Runs a future, and releases the permit as soon as that future has to wait. A future that is ready at once
-    /// keeps it.
+    /// Runs `future`, and releases the permit as soon as `future` has to wait. If `future` is ready at its first poll,
+    /// the permit is kept.
     pub fn release_while_pending<F: Future>(
         &mut self,
         mut future: Pin<&mut F>,
@@ -183,17 +184,17 @@ impl Audit {
         &self.0.keys
     }
 
-    /// The number of the event `start` of this run. Records with lower numbers were there before, or were written by
-    /// crash recovery.
+    /// Returns the number of the event `start` of this run. Records with lower numbers are from earlier runs, or from
+    /// the crash recovery of this one.
     pub fn begun(&self) -> u64 {
         self.0.begun
     }
 
     /// Waits for a permit to reserve an upstream connection and queue an intent.
     ///
-    /// Of a worker's requests only some hold a permit at a time, so that few connections are in use and their memory
-    /// stays in the processor's cache. The permit is empty while the writer falls behind: then all requests may
-    /// queue, since the more records wait, the more one write commits.
+    /// Only some of a worker's requests hold a permit at a time, so that few connections are in use and their memory
+    /// stays in the processor's cache. While the writer falls behind, each request gets an empty permit at once: the
+    /// more records wait, the more one write commits.
     ///
     /// Cancellation safe: a request that stops waiting leaves the queue for permits.
     pub async fn permit(&self) -> Permit<'_> {
@@ -204,19 +205,19 @@ impl Audit {
         if let Some(permit) = waiters.permit() {
             return Permit { _held: Some(permit), waited: 0 };
         }
-        // This worker may be too busy to sleep, and only before it sleeps does it wake the writer. Those that hold
-        // permits would then wait for a writer that was never woken, and this request for them.
+        // A worker wakes the writer before it sleeps, but this one may be too busy to sleep. The requests that hold
+        // permits would then wait for a writer that nobody wakes, and this request would wait for them.
         shared.wake_if_overdue();
         let asked = clock::nanos();
-        // Boxed, since few requests wait here and the future of every request would otherwise be larger. The writer
-        // may have fallen behind meanwhile: a permit is then passed on at once, so that all waiters go on to the same
+        // Boxed, since few requests wait here and the future of every request would otherwise be larger. If the writer
+        // has fallen behind meanwhile, the permit is released at once, so that all waiting requests get into the same
         // batch.
         let permit = Box::pin(waiters.permit_in_turn()).await.filter(|_| shared.is_keeping_up());
         Permit { _held: permit, waited: clock::nanos().saturating_sub(asked) }
     }
 
-    /// Waits until the record `seq` is committed, for at most the deadline of an intent less `waited` nanoseconds. To
-    /// be polled on this handle's worker.
+    /// Waits until the record `seq` is committed. The longest wait is the deadline of an intent less `waited`
+    /// nanoseconds. The future must be polled on this handle's worker.
     fn committed_within(&self, seq: u64, waited: u64) -> impl Future<Output = Result<(), Unavailable>> {
         let left = self.0.intent_deadline.saturating_sub(Duration::from_nanos(waited));
         self.0.waiters.wait(&self.shared().committed, seq, left)
@@ -234,8 +235,8 @@ impl Audit {
         self.shared().flush();
     }
 
-    /// Applies the configured redaction to a value: as it is, omitted (`None`), or as a keyed hash. `field` is an
-    /// index into [`SHOWN`].
+    /// Applies the configured redaction to a value. Returns the value itself, a keyed hash of it, or `None` if it is
+    /// to be omitted. `field` is an index into [`SHOWN`].
     fn show(&self, field: usize, value: HeaderValue) -> Option<HeaderValue> {
         match self.0.shown[field] {
             Shown::Clear => Some(value),
@@ -249,8 +250,8 @@ impl Audit {
         }
     }
 
-    /// What is written instead of a peer's address; `None` if the address itself is written, `Some(None)` if nothing
-    /// is.
+    /// Returns what is written instead of a peer's address: `None` if the address itself is written, `Some(None)` if
+    /// nothing is.
     fn redacted_peer(&self, peer: Peer) -> Option<Option<HeaderValue>> {
         if self.0.shown[1] == Shown::Clear {
             return None;
@@ -285,18 +286,18 @@ impl Audit {
         &self.0.damage
     }
 
-    /// Verifies the records that were there before the start, and records the first fault as an event. Intents whose
-    /// outcome is missing there get the outcome `unknown`.
+    /// Verifies the records of earlier runs, and records the first fault as an event. Each intent among them that has
+    /// no outcome gets the outcome `unknown`.
     ///
-    /// Takes as long as the trail is long, so that it runs on a thread of its own while the gateway serves. Fails if
-    /// a segment cannot be read, or if a newer version wrote it.
+    /// Reads the whole trail, and must therefore run on a thread of its own while the gateway serves. Fails if a
+    /// segment cannot be read, or if a newer version wrote it.
     pub fn verify_past(&self, directory: &Path) -> io::Result<()> {
         let found = recovery::read(directory, self.keys());
         // Retention waits until the clock anchors are known. An error must end that wait, too, or no segment would be
         // removed in this run.
         let found = found.inspect_err(|_| self.0.clocks.know(Vec::new()))?;
         self.0.clocks.know(found.anchors);
-        // Reading goes on past the start's own record, into what this process is writing at the same time. A fault
+        // The reader goes on past the event `start`, into lines that this process is writing at the same time. A fault
         // there is a half-written line and no damage.
         if let Some(fault) = found.faults.iter().find(|fault| fault.seq <= self.begun()) {
             let file = fault.file.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -316,33 +317,33 @@ impl Audit {
         Ok(())
     }
 
-    /// Finds the segment from which to read so that no record younger than `within` is missed. Returns its index in
-    /// `segments`, and the ages that hold at its first line. `segments` are those of this trail, oldest first. See
-    /// [`age`]. Fails if a segment cannot be read.
+    /// Finds the segment from which a reader must start to miss no record younger than `within`. Returns its index in
+    /// `segments`, and the [`Ages`] for the records from its first line on. `segments` are all segments of this trail,
+    /// oldest first. Fails if a segment cannot be read.
     pub fn ages(&self, segments: &[PathBuf], within: Duration) -> io::Result<(usize, Ages)> {
         self.0.clocks.ages().since(segments, within, self.keys())
     }
 
-    /// Why the wall clock is doubtful, if it is. While it is, no segment is removed.
+    /// Returns why the wall clock is in doubt; `None` if it is not. While it is in doubt, no segment is removed.
     pub fn clock_doubt(&self) -> Option<ClockDoubt> {
         self.0.clocks.doubt()
     }
 
-    /// Compares the clocks and reports when doubt begins or ends. To be called about once a second.
+    /// Compares the clocks, and records when doubt in the wall clock begins or ends. Must be called about once a second.
     pub fn look_at_clock(&self) {
         self.0.clocks.look(self.shared());
     }
 
-    /// Accepts the wall clock on behalf of an operator: doubt ends, and the event `clock_accepted` is queued with
-    /// these details. The next start then takes the ages of records of earlier boots from that clock. Returns the
-    /// number of the record, for [`Audit::committed`]. For a trail that no process writes, use [`accept_clock`].
+    /// Accepts the wall clock on behalf of an operator: ends the doubt, and queues the event `clock_accepted` with
+    /// `details`. The next start then computes the ages of records from earlier boots of the machine by that clock.
+    /// Returns the number of the event, for [`Audit::committed`]. For a trail that no process writes, use
+    /// [`accept_clock`].
     pub fn accept_clock(&self, details: Map<String, Value>) -> u64 {
         self.0.clocks.accept(self.shared(), details)
     }
 
     /// Updates the gauges that are computed only when metrics are read.
-    // The number of unresolved calls needs the lock of their list and a pass over it: too much for each call that
-    // ends.
+    // To count the unresolved calls takes the lock of their list and a pass over it: too much for each call that ends.
     pub fn count(&self) {
         let (metrics, unknown) = (&self.shared().metrics, self.unresolved().unknown().count());
         metrics.unresolved.set(i64::try_from(unknown).unwrap_or(i64::MAX));
@@ -360,7 +361,7 @@ impl Audit {
         })
     }
 
-    /// Sets the metric that says whether a part of the trail is lost and the loss is not accepted.
+    /// Sets the metric for damage: whether a part of the trail is lost, and no operator has accepted the loss.
     pub fn set_damaged(&self, is_damaged: bool) {
         self.shared().metrics.damaged.set(is_damaged.into());
     }
@@ -376,8 +377,8 @@ impl Audit {
         writer.as_ref().is_some_and(|writer| !writer.is_finished())
     }
 
-    /// Queues the event `stop` and waits up to three seconds until everything queued is written. Returns why it is
-    /// not, or `None`. Blocks the thread; a second call returns `None` at once.
+    /// Queues the event `stop` and waits until all queued records are written, for at most three seconds. Returns
+    /// `None` if they are, otherwise why not. Blocks the thread. A second call returns `None` at once.
     pub fn close(&self) -> Option<Unfinished> {
         self.shared().close();
         let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner).take()?;

@@ -1,9 +1,9 @@
-//! Load shedding at the entrance: bounds on connections, on requests in flight, and on the bytes that unfinished ones
-//! hold.
+//! Load shedding at the entrance: bounds on connections, on requests in flight, and on the bytes of requests that have
+//! not been received completely.
 //!
 //! A request over a bound is rejected at once; nothing waits here. The bounds hold for all workers together. Peers
-//! that are no known caller have a share of their own (`concurrency/shares.rs`), so that they cannot take the places
-//! of callers.
+//! that are no known caller (*strangers*) have a share of their own (`concurrency/shares.rs`), so that they cannot
+//! take the places of callers.
 
 mod budget;
 mod shares;
@@ -36,12 +36,12 @@ pub enum NoRoom {
 /// an answer, since each costs a file descriptor and memory, too.
 const MAX_SURPLUS: usize = 64;
 
-/// How many of these may go to peers that are no known caller, or that have yet to show their certificate (they are
-/// known only after the handshake). The rest is for known callers: strangers once held all of them, and callers were
-/// closed without a word.
+/// How many of the [`MAX_SURPLUS`] connections may be of peers that are not known to be callers. The rest is for known
+/// callers. A caller with a certificate counts as unknown here, since it is known only after the handshake.
+// Strangers once held all of them, and the connections of callers were closed without an answer.
 const MAX_UNKNOWN_SURPLUS: usize = MAX_SURPLUS / 2;
 
-/// How far a stop has come. Numbers, since workers read them from an atomic at each request.
+// The phases of a stop. Numbers, since workers read the phase from an atomic at each request.
 const SERVING: u8 = 0;
 const CLOSING: u8 = 1;
 const DRAINING: u8 = 2;
@@ -57,11 +57,11 @@ pub struct Limits {
     max_in_flight: usize,
     shares: Arc<Shares>,
     unfinished: Arc<Budget>,
-    // Weak: the bounds outlive the stop, and must not keep the channel open whose end the stop waits for.
+    // Weak: a stop waits until the channel is closed, and this struct outlives the stop.
     alive: mpsc::WeakSender<()>,
 }
 
-/// Room for one connection or one request, released on drop. The stop waits until all of them are dropped.
+/// Room for one connection or one request, released on drop. A stop waits until all of them are dropped.
 #[derive(Debug)]
 pub struct InFlightPermit {
     limits: Arc<Limits>,
@@ -72,14 +72,14 @@ pub struct InFlightPermit {
 /// The place of one connection.
 #[derive(Debug)]
 pub struct ConnectionSlot {
-    /// The connection is over the cap. It gets one request, which is rejected.
+    /// Whether the connection is over the cap. Such a connection may send one request, which is rejected.
     pub over_connection_cap: bool,
     _room: InFlightPermit,
 }
 
 impl Limits {
-    /// The bounds of a configuration. Each [`InFlightPermit`] holds a sender of `alive`, so that its receiver ends with the
-    /// last one.
+    /// Makes the bounds of a configuration. Each [`InFlightPermit`] holds a clone of `alive`, so that the receiver of
+    /// that channel ends when the last permit is dropped.
     pub fn new(server: &config::Server, alive: &mpsc::Sender<()>) -> Self {
         Self {
             phase: AtomicU8::new(SERVING),
@@ -94,13 +94,14 @@ impl Limits {
         }
     }
 
-    /// Takes a place for a connection. Over the cap it is a surplus one: its caller gets a 503 instead of a reset.
+    /// Takes a place for a connection. If `max_connections` is reached, it takes one of a few surplus places, so that
+    /// the caller gets a 503 instead of a reset.
     ///
     /// `is_known` says whether the peer is a known caller by address or user.
     ///
     /// # Errors
     ///
-    /// [`NoRoom::Overloaded`] if there is no surplus place either; the connection is then to be closed.
+    /// [`NoRoom::Overloaded`] if there is no surplus place either. The caller must then close the connection.
     pub fn connection(self: &Arc<Self>, is_known: bool) -> Result<ConnectionSlot, NoRoom> {
         let room = self.take(|limits| &limits.connections, self.max_connections);
         let over_connection_cap = room.is_err();
@@ -109,19 +110,19 @@ impl Limits {
         Ok(ConnectionSlot { over_connection_cap, _room: room })
     }
 
-    /// Takes a place for a peer that is no known caller. Returns `None` if all strangers together, or those of the
-    /// same address or user, have no more.
+    /// Takes a place for a peer that is no known caller. Returns `None` if the share of all strangers is used up, or
+    /// that of the strangers from the same address or user.
     pub(crate) fn stranger(&self, peer: Peer) -> Option<Stranger> {
         self.shares.stranger(peer)
     }
 
-    /// Takes a place for a handshake in which the peer must show a certificate. The place of an older one may be
-    /// taken for it.
+    /// Takes a place for a handshake in which the peer must show a certificate. Always succeeds: if no place is free,
+    /// an older handshake loses its own.
     pub(crate) fn unproven(&self, peer: Peer) -> Unproven {
         self.shares.unproven(peer)
     }
 
-    /// Begins to count the bytes of a head or a body.
+    /// Starts to count the bytes of the head or body of a request that is being received.
     pub(crate) fn unfinished(&self) -> Part {
         self.unfinished.part()
     }
@@ -131,8 +132,8 @@ impl Limits {
     ///
     /// # Errors
     ///
-    /// [`NoRoom::Draining`] during a stop, [`NoRoom::Overloaded`] if `max_in_flight` is reached or the connection is
-    /// a `over_connection_cap` one.
+    /// [`NoRoom::Draining`] once [`Limits::drain`] was called. [`NoRoom::Overloaded`] if `max_in_flight` is reached, or if
+    /// the connection is over the cap.
     pub fn request(self: &Arc<Self>, over_connection_cap: bool) -> Result<InFlightPermit, NoRoom> {
         // Before the caps: `draining` tells a caller that another gateway takes over, `overloaded` does not.
         if self.phase.load(Ordering::Relaxed) == DRAINING {
@@ -144,27 +145,27 @@ impl Limits {
         self.take(|limits| &limits.in_flight, self.max_in_flight)
     }
 
-    /// Begins a stop with a grace: requests are still served, each as the last one of its connection.
+    /// Begins a stop with a grace period: requests are still served, each as the last one of its connection.
     pub fn close(&self) {
         self.phase.store(CLOSING, Ordering::Relaxed);
     }
 
-    /// Rejects requests from now on.
+    /// Makes [`Limits::request`] reject all requests from now on.
     pub fn drain(&self) {
         self.phase.store(DRAINING, Ordering::Relaxed);
     }
 
-    /// Returns whether a stop has begun, with a grace or without.
+    /// Returns whether a stop has begun, with or without a grace period.
     pub fn is_stopping(&self) -> bool {
         self.phase.load(Ordering::Relaxed) != SERVING
     }
 
-    /// The number of callers' connections, without the surplus ones.
+    /// Returns the number of open connections, without the surplus ones.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// The number of requests between head and reply, and of exchanges whose caller has disconnected.
+    /// Returns the number of requests in flight. Exchanges whose caller has disconnected are included.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
     }
@@ -174,9 +175,9 @@ impl Limits {
         counter: fn(&Self) -> &AtomicUsize,
         max: usize,
     ) -> Result<InFlightPermit, NoRoom> {
-        // One atomic step. With a look before the count, several workers could take the last place together.
+        // One atomic step. If the count were read first, several workers could take the last place together.
         let before = counter(self).fetch_add(1, Ordering::Relaxed);
-        // Made in either case: dropped without being returned, it takes the count back.
+        // Made in either case: if it is not returned, its drop takes the count back.
         let room = InFlightPermit { limits: self.clone(), counter, _alive: self.alive.upgrade() };
         if before < max { Ok(room) } else { Err(NoRoom::Overloaded) }
     }

@@ -1,9 +1,12 @@
 //! The aggregation of refusals: load shedding for the trail, so that no flood of refused requests fills the disk.
 //!
-//! Some refusals of each kind are recorded one by one each second; the rest of the second becomes one record with a
-//! count. In addition there is a budget of bytes an hour for strangers, and another one for callers. Beyond it,
-//! refusals of one kind become one record at the end of the hour. Each refusal is counted in some record; what is
-//! lost at a kill is only what was counted and not yet recorded.
+//! Refusals are of one kind if they have the same peer or caller and the same reason. In each second the first few
+//! refusals of a kind are recorded one by one; the others become one record with a count.
+//!
+//! In addition there is a budget of bytes per hour for strangers (peers that are no known caller), and another one for
+//! callers. Once a budget is spent, the refusals of one kind become one record at the end of the hour.
+//!
+//! Each refusal is counted in a record. If the process is killed, only the counts that are not recorded yet are lost.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -22,32 +25,31 @@ use crate::config::RefusalBudget;
 /// How many refusals of one kind are recorded one by one each second.
 const FULL_REFUSALS: u32 = 10;
 
-/// How many kinds of strangers' refusals are distinguished each second. Further strangers share one kind for each
-/// code.
-// Addresses cost a stranger nothing, so that their number must not decide how fast the trail grows. Callers need no
-// such bound: their number is configured.
+/// How many kinds of strangers' refusals are distinguished each second. All further strangers count as one peer.
+// Addresses cost a stranger nothing, so their number must not decide how fast the trail grows. Callers need no such
+// bound: their number is configured.
 const STRANGERS: usize = 10;
 
-/// The period of the finer aggregation.
+/// The shorter period of aggregation. The longer one is the hour.
 const SECOND: Duration = Duration::from_secs(1);
 
-/// The refusals of the present second and hour.
+/// Aggregates the refusals of the present second and hour.
 pub(super) struct RefusalAggregator {
     since: Instant,
-    /// What was seen in this second, by kind.
+    /// The refusals of this second, by kind.
     kinds: HashMap<(RefusedPeer, RefusalReason), Aggregate>,
     /// How many kinds of strangers there are in this second.
     strangers: usize,
     hour: Hour,
-    /// How many refusals were not recorded at all since the last event that says so.
+    /// How many refusals were dropped without a record, since the last event `gap`.
     pub(super) unrecorded: u64,
 }
 
 #[derive(Default)]
 struct Aggregate {
-    /// How many came in this second.
+    /// The number of refusals that were recorded one by one or aggregated in this second.
     seen: u32,
-    /// The aggregate of those beyond the first.
+    /// The aggregate of all but the first [`FULL_REFUSALS`].
     more: Option<NotForwarded>,
 }
 
@@ -68,15 +70,15 @@ struct Hour {
     since: Instant,
     /// The bytes recorded for strangers and for callers.
     spent: [u64; 2],
-    /// The kinds that were seen in this hour, and the aggregate beyond the budget. Strangers are one kind for each
-    /// code.
+    /// The kinds that were seen in this hour, each with the aggregate of its refusals after the budget was spent. All
+    /// strangers count as one peer.
     // The first refusal of each kind is recorded whatever was spent: a flood must not hide that something new
     // happens.
     kinds: HashMap<(RefusedPeer, RefusalReason), Option<NotForwarded>>,
 }
 
 impl RefusalAggregator {
-    /// An empty aggregation. `hour` is how long an hour lasts, which only tests change.
+    /// Makes an aggregator that has seen nothing. `hour` is the length of an hour, which only tests change.
     pub(super) fn new(budget: RefusalBudget, hour: Duration) -> Self {
         let now = Instant::now();
         let hour = Hour { budget, lasts: hour, since: now, spent: [0; 2], kinds: HashMap::new() };
@@ -88,13 +90,14 @@ impl RefusalAggregator {
         self.since.elapsed() >= SECOND
     }
 
-    /// Whether something is counted that must become a record when its second or hour is over.
+    /// Whether there is a count that must become a record: an aggregate of this second, dropped refusals, or an aggregate
+    /// of an hour that is over.
     pub(super) fn is_pending(&self) -> bool {
         let counted = self.kinds.values().any(|aggregate| aggregate.more.is_some());
         self.unrecorded > 0 || counted || self.hour.is_over() && self.hour.is_pending()
     }
 
-    /// Records a refusal, or adds it to an aggregate.
+    /// Appends a record of a refusal to `batch`, or adds the refusal to an aggregate.
     pub(super) fn push(
         &mut self,
         facts: Box<RequestFacts>,
@@ -134,7 +137,7 @@ impl RefusalAggregator {
         let full = aggregate.seen <= FULL_REFUSALS;
         match &mut aggregate.more {
             Some(more) => more.count += 1,
-            // Recorded one by one, a refusal names its own peer, even in the kind that strangers share.
+            // A refusal with a record of its own names its own peer, even if its kind is shared by strangers.
             None if full => self.hour.record(of, &refusal(facts, false), batch),
             more => *more = Some(refusal(facts, several)),
         }
@@ -165,8 +168,7 @@ impl RefusalAggregator {
         }
     }
 
-    /// Records how many refusals were not recorded, if any.
-    // So the trail is not silent about what it lacks.
+    /// Appends an event `gap` with the number of refusals that were dropped without a record, if there are any.
     pub(super) fn close_gap(&mut self, batch: &mut Batch) {
         let unrecorded = std::mem::take(&mut self.unrecorded);
         if unrecorded > 0 {
@@ -175,7 +177,7 @@ impl RefusalAggregator {
         }
     }
 
-    /// The kind under which a refusal is aggregated in this second.
+    /// Returns the peer or caller under which a refusal is aggregated in this second.
     fn place(&mut self, who: RefusedPeer, why: RefusalReason) -> RefusedPeer {
         if matches!(who, RefusedPeer::Caller(_)) || self.kinds.contains_key(&(who.clone(), why)) {
             return who;
@@ -198,12 +200,12 @@ impl Hour {
         self.kinds.values().any(Option::is_some)
     }
 
-    /// Whether the budget is spent: `of` is 0 for strangers, 1 for callers.
+    /// Whether a budget is spent: that of strangers if `of` is 0, that of callers if it is 1.
     fn is_spent(&self, of: usize) -> bool {
         self.spent[of] >= [self.budget.strangers, self.budget.callers][of]
     }
 
-    /// Records a refusal at the expense of the budget.
+    /// Appends a record to `batch`, and counts its length against the budget.
     fn record(&mut self, of: usize, refusal: &NotForwarded, batch: &mut Batch) {
         let before = batch.size();
         batch.push(&Entry::NotForwarded(refusal));

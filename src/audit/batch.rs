@@ -24,7 +24,7 @@ pub(super) enum ListChange {
     Outcome {
         id: Uuid,
         outcome: Outcome,
-        /// Whether the call repeats another one by force.
+        /// Whether the caller repeats a call of unknown outcome by force.
         is_forced: bool,
     },
     Event {
@@ -36,7 +36,7 @@ pub(super) enum ListChange {
 /// Lines in the order of their numbers.
 #[derive(Default)]
 pub(super) struct Batch {
-    /// The last number given to a line, here or in an earlier batch.
+    /// The number of the last line, in this batch or an earlier one.
     seq: u64,
     text: Vec<u8>,
     /// The offset in the text at which each line ends, after its newline.
@@ -45,9 +45,9 @@ pub(super) struct Batch {
     changes: Vec<ListChange>,
     /// The number of lines of each kind, for the metrics.
     pub(super) kinds: [u64; Kind::ALL.len()],
-    /// Whether the batch may begin a segment.
+    /// Whether the writer may begin a segment with this batch.
     pub(super) begins_segment: bool,
-    /// The text of the last second, which many lines share.
+    /// The text of the time of the last line, up to the second. Lines of the same second share it.
     second: Second,
 }
 
@@ -81,20 +81,21 @@ impl Batch {
         self.seq
     }
 
-    /// Appends an event of the trail itself. `details` is a JSON object.
+    /// Appends an event. `details` must be a JSON object; otherwise nothing is appended.
     pub(super) fn event(&mut self, name: &'static str, details: Value) {
         if let Value::Object(details) = details {
             self.push(&Entry::Event { name, details: &details });
         }
     }
 
-    /// Appends a placeholder for the list of unresolved calls. The list is known only when all other lines of the
-    /// batch are.
+    /// Appends a placeholder for the list of unresolved calls. The list can be written only when all other lines of the
+    /// batch are known.
     pub(super) fn reserve_list(&mut self) {
         self.event(LIST, json!({}));
     }
 
-    /// Whether a line changes the list by more than calls that begin or end.
+    /// Whether a line may put a call on the list that stays there after its outcome, or take one off: an unknown
+    /// outcome, a forced repetition, or an event.
     pub(super) fn changes_list(&self) -> bool {
         let is_change = |change: &ListChange| match change {
             ListChange::Outcome { outcome, is_forced, .. } => *is_forced || *outcome == Outcome::Unknown,
@@ -109,8 +110,8 @@ impl Batch {
         matches!(self.changes.last(), Some(ListChange::Event { name: LIST, .. }))
     }
 
-    /// Writes the list in place of its placeholder. Returns the length of its line in bytes. `forgotten` are calls
-    /// that were removed because the list was too long.
+    /// Replaces the placeholder by the list. Returns the length of its line in bytes. `forgotten` are the calls that were
+    /// removed from the list because it was too long.
     pub(super) fn fill_list(&mut self, list: &UnresolvedList, forgotten: &[Uuid]) -> usize {
         self.take_last();
         let before = self.size();
@@ -118,8 +119,7 @@ impl Batch {
         self.size() - before
     }
 
-    /// Writes an event that says why the list is missing in place of its placeholder. The batch then begins no
-    /// segment.
+    /// Replaces the placeholder by an event that says why there is no list. The batch then begins no segment.
     // The placeholder's number must be used: a gap in the numbers is a fault of the chain.
     pub(super) fn leave_list_out(&mut self, details: Value) {
         self.take_last();
@@ -135,7 +135,8 @@ impl Batch {
         self.seq -= 1;
     }
 
-    /// What each line changes, and its place in the text without its newline.
+    /// Returns for each line what it changes in the list of unresolved calls, and its range in the text, without the
+    /// newline.
     pub(super) fn changes(&self) -> impl Iterator<Item = (&ListChange, Range<usize>)> {
         let begins = std::iter::once(&0).chain(&self.ends);
         self.changes
@@ -184,9 +185,9 @@ impl Batch {
         })
     }
 
-    /// Moves all lines to `other`. This batch is empty afterwards and goes on with the next number.
-    // Both buffers are swapped and used again: the queue is locked meanwhile, and neither a copy nor an allocation
-    // must take time then.
+    /// Moves all lines to `other`, whose own lines are dropped. This batch is empty afterwards; its next line has the next
+    /// number.
+    // The buffers are swapped, so that there is neither a copy nor an allocation while the queue is locked.
     pub(super) fn move_to(&mut self, other: &mut Self) {
         other.seq = self.seq;
         other.text.clear();
@@ -206,8 +207,8 @@ impl Batch {
             return false;
         }
         let length = self.ends[count - 1];
-        // `kinds` stays with the last part. The metrics count kinds when a batch is committed, and so count each line
-        // once.
+        // All of `kinds` stays here, with the part that is written last. The metrics count a batch when it is
+        // committed, so each line is counted once.
         *first = Self { seq: self.first() + count as u64 - 1, ..Self::default() };
         first.text.extend(self.text.drain(..length));
         first.ends.extend(self.ends.drain(..count));
@@ -216,7 +217,7 @@ impl Batch {
         true
     }
 
-    /// Frees the text and all but `bytes` bytes of its memory.
+    /// Clears the text, and frees its memory except for `bytes` bytes.
     pub(super) fn shrink_to(&mut self, bytes: usize) {
         self.text.clear();
         self.text.shrink_to(bytes);

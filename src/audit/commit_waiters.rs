@@ -1,5 +1,5 @@
-//! The commit waiters of one worker: requests that wait for group commit, and before that for a permit to begin an
-//! intent.
+//! The commit waiters of one worker: requests that wait until a group commit includes their record. Before that they
+//! wait here for a permit to queue an intent.
 //!
 //! The writer wakes each worker at most once per batch, however many of its requests wait. A task of the worker then
 //! wakes the requests, which costs no system call. The same task has one timer for all deadlines.
@@ -24,8 +24,8 @@ use crate::supervisor::Vital;
 /// How long the timer sleeps while no request waits: a day.
 const LONG: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The number of permits of a worker. A request that finds one free takes one; a request that has to wait for it
-/// takes two, so that in a crowd half as many hold one.
+/// The number of permits of a worker. A request that finds a free one takes one. A request that has to wait takes two,
+/// so that while requests wait only half as many of them hold permits.
 // In the benchmark with 256 connections a request costs about a tenth less with permits than without.
 const MAX_CONCURRENT_INTENTS: usize = 32;
 
@@ -36,32 +36,32 @@ pub(super) struct CommitWaiters {
     /// Whether this worker's waking task is spawned.
     // Not before the first wait: the handle is made before the worker's runtime exists.
     started: AtomicBool,
-    /// The supervision of that task, until the task takes it.
+    /// The supervision of the waking task, until that task takes it.
     vital: Mutex<Option<Vital>>,
     waiting: Mutex<Waiting>,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
-    /// In the order in which they began to wait. This is nearly the order of their numbers.
+    /// In the order in which they began to wait, which is nearly the order of their record numbers.
     requests: VecDeque<Request>,
-    /// The nearest deadline that the task's timer knows of.
+    /// The nearest deadline that the timer of the waking task is set for.
     nearest: Option<u64>,
-    /// The waker of the task.
+    /// The waker of the waking task.
     task: Option<Waker>,
 }
 
 #[derive(Debug)]
 struct Request {
-    /// The number that must be committed.
+    /// The number of the record that must be committed.
     seq: u64,
-    /// In nanoseconds of this process, as all times here.
+    /// In nanoseconds of [`clock::nanos`], as all times here.
     deadline: u64,
     waker: Waker,
 }
 
 impl CommitWaiters {
-    /// The waiters of one worker. `vital` supervises their task.
+    /// Makes the waiters of one worker, none so far. `vital` supervises the waking task.
     pub(super) fn new(vital: Option<Vital>) -> Self {
         Self {
             permits: Semaphore::new(MAX_CONCURRENT_INTENTS),
@@ -71,11 +71,11 @@ impl CommitWaiters {
         }
     }
 
-    /// Returns a permit to reserve a connection and begin an intent, if one is free.
+    /// Returns a permit to reserve a connection and queue an intent, if one is free.
     ///
-    /// Without permits, a worker with more work than it can do takes each step with all of its requests before it
-    /// takes the next step with any. By then the processor's cache has lost what a request needs, and each request
-    /// holds a connection to the upstream. With few requests at a time both stay in the cache.
+    /// Without permits, an overloaded worker takes one step for each of its requests before it takes the next step for
+    /// any. Each request then holds a connection to the upstream, and the processor's cache has lost the request's data
+    /// before its next step. With few requests at a time, their data and connections stay in the cache.
     pub(super) fn permit(&self) -> Option<SemaphorePermit<'_>> {
         self.permits.try_acquire().ok()
     }
@@ -86,10 +86,10 @@ impl CommitWaiters {
         self.permits.acquire_many(2).await.ok()
     }
 
-    /// Waits until the record `seq` is committed. Fails after `time`. To be polled on the runtime of this worker, on
-    /// which it spawns the waking task the first time.
+    /// Waits until the record `seq` is committed. Fails after `time`. Must be polled on the runtime of this worker: the
+    /// first call spawns the waking task there.
     ///
-    /// Cancellation safe: a waker whose future is dropped is woken for nothing, once.
+    /// Cancellation safe: if the future is dropped, its waker is still woken once, without effect.
     pub(super) async fn wait(
         self: &Arc<Self>,
         committed: &Arc<AtomicU64>,
@@ -112,13 +112,13 @@ impl CommitWaiters {
             if committed.load(Ordering::Acquire) >= seq {
                 return Poll::Ready(Ok(()));
             }
-            // Register again if another task polls now: an exchange moves to a task of its own when its caller
-            // disconnects. The earlier waker would wake the connection's task, and the exchange would never notice
-            // the commit.
+            // Registered again if another task polls now: an exchange moves to a task of its own when its caller
+            // disconnects. The earlier waker would wake the connection's task, and the exchange would never notice the
+            // commit.
             if !registered.as_ref().is_some_and(|known| known.will_wake(cx.waker())) {
                 registered = Some(cx.waker().clone());
                 self.register(Request { seq, deadline, waker: cx.waker().clone() });
-                // The writer may have committed the record before this request was in the queue. It then woke no task
+                // The writer may have committed the record before this request was registered. It then woke no task
                 // for it.
                 if committed.load(Ordering::Acquire) >= seq {
                     return Poll::Ready(Ok(()));
@@ -145,7 +145,7 @@ impl CommitWaiters {
         }
     }
 
-    /// Adds a request, and wakes the task if it must set its timer to a nearer deadline.
+    /// Adds a request, and wakes the waking task if its timer must be set to a nearer deadline.
     fn register(&self, request: Request) {
         let mut waiting = self.lock();
         let is_nearer = waiting.nearest.is_none_or(|nearest| request.deadline < nearest);
@@ -166,8 +166,8 @@ impl CommitWaiters {
         poll_fn(|cx| -> Poll<()> {
             loop {
                 let next = self.release(&committed, cx.waker());
-                // Only to an earlier time. Most requests are woken long before their deadline, and to set the timer
-                // for each of them would cost more than one wake-up for nothing a while later.
+                // Only to an earlier time. Most requests are woken long before their deadline. To set the timer for each of
+                // them would cost more than to be woken in vain once later.
                 if let Some(next) = next.map(clock::instant).filter(|next| *next < timer.deadline()) {
                     timer.as_mut().reset(next);
                 }
@@ -180,7 +180,8 @@ impl CommitWaiters {
         .await;
     }
 
-    /// Wakes the requests that need not wait any longer. Returns the nearest deadline of the others.
+    /// Wakes the requests whose record is committed or whose deadline has passed. Returns the nearest deadline of the
+    /// others. `task` is the waker of the waking task.
     fn release(&self, committed: &AtomicU64, task: &Waker) -> Option<u64> {
         let mut waiting = self.lock();
         // After the lock is taken: if the writer commits more after this load, it finds this task's waker and wakes
@@ -189,9 +190,8 @@ impl CommitWaiters {
         if !waiting.task.as_ref().is_some_and(|known| known.will_wake(task)) {
             waiting.task = Some(task.clone());
         }
-        // Only from the front: the first request with a higher number ends the search. A later one with a lower
-        // number is rare, and is woken when the numbers before it are committed, which happens with the same batch or
-        // the next.
+        // Only from the front: the first request whose record is not committed ends the search. A request after it
+        // whose record is committed is rare. It is woken together with the first one, after this batch or the next.
         while let Some(first) = waiting.requests.pop_front_if(|first| first.seq <= committed) {
             first.waker.wake();
         }

@@ -1,8 +1,8 @@
 //! The form of each kind of record in the trail.
 //!
-//! A record begins with its number, time and kind; then come its members, and at the end the links of the hash chain.
-//! [`Entry::begin`] needs the number and is called with the queue locked; [`Entry::members`] takes longer and is
-//! called before, where it can be.
+//! A record begins with its number, time and kind. Its members follow, and at the end the links of the hash chain.
+//! [`Entry::begin`] needs the number, and so is called while the queue is locked. [`Entry::members`] takes longer. For
+//! intents, and for outcomes that are not brief ([`Entry::is_brief`]), it is called before the queue is locked.
 
 use serde_json::{Map, Value};
 use uuid::Uuid;
@@ -73,7 +73,7 @@ impl Kind {
 /// Why a request has a record without an intent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum RefusalReason {
-    /// It was refused. The cause is set if the other side failed.
+    /// It was refused. The cause is set if the upstream or the token endpoint failed.
     Refused(Code, Option<Cause>),
     /// It was answered with a stored reply.
     Replayed,
@@ -82,7 +82,7 @@ pub(super) enum RefusalReason {
 }
 
 impl RefusalReason {
-    /// The outcome, code and cause to be recorded.
+    /// Returns the outcome, code and cause that the record states.
     pub(super) fn told(self) -> (Outcome, Option<Code>, Option<Cause>) {
         match self {
             Self::Refused(code, cause) => (Outcome::NotSent, Some(code), cause),
@@ -94,13 +94,13 @@ impl RefusalReason {
 
 /// A refusal, or an aggregate of refusals of one kind.
 pub(super) struct NotForwarded {
-    /// The time of the first one, in microseconds since 1970.
+    /// The time of the first refusal, in microseconds since 1970.
     pub(super) time: u64,
     pub(super) facts: Box<RequestFacts>,
     pub(super) why: RefusalReason,
     pub(super) status: u16,
     pub(super) count: u64,
-    /// Whether it counts refusals of several peers. The facts then name the first.
+    /// Whether it may count refusals of several peers. The facts then name the first one.
     pub(super) several: bool,
 }
 
@@ -114,7 +114,7 @@ impl Entry<'_> {
         }
     }
 
-    /// What the record changes in the list of unresolved calls.
+    /// Returns what the record changes in the list of unresolved calls.
     pub(super) fn change(&self) -> ListChange {
         match self {
             Self::Intent { facts, .. } => ListChange::Intent(facts.id.uuid()),
@@ -127,19 +127,19 @@ impl Entry<'_> {
                 ListChange::Event { name, id }
             }
             Self::Unresolved { .. } => ListChange::Event { name: unresolved_calls::LIST, id: None },
-            // A doubt is from crash recovery, which has put the call on the list itself.
+            // Crash recovery puts the call on the list itself before it queues a `Doubt`.
             Self::Event { .. } | Self::NotForwarded(_) | Self::Doubt { .. } => ListChange::None,
         }
     }
 
-    /// Whether its members are short enough to be written while the queue is locked. Only a stored reply makes an
-    /// outcome longer.
-    // Not an intent: its members have redacted values, each of which needs a hash.
+    /// Whether its members are short enough to be written while the queue is locked: those of an outcome without a
+    /// stored reply.
+    // Not those of an intent: it has redacted values, each of which may need a hash.
     pub(super) fn is_brief(&self) -> bool {
         matches!(self, Self::Outcome { answer: ExchangeResult { reply: None, .. }, .. })
     }
 
-    // An aggregate is queued up to an hour after its first refusal, whose time it has.
+    // An aggregate has the time of its first refusal, and is queued up to an hour later.
     fn time(&self) -> u64 {
         if let Self::NotForwarded(refusal) = self { refusal.time } else { clock::unix_nanos() / 1000 }
     }
@@ -152,7 +152,7 @@ impl Entry<'_> {
         line.word(",\"kind\":\"", self.kind().as_str());
     }
 
-    /// Appends the members that follow, without the links.
+    /// Appends the members, without the beginning and the links.
     pub(super) fn members(&self, text: &mut Vec<u8>) {
         let line = &mut Line(text);
         match self {

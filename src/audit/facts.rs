@@ -20,31 +20,32 @@ use crate::model::peer::Peer;
 use crate::model::request_id::{FirstCall, RequestId};
 use crate::model::stage::Stage;
 
-/// What is known of a request.
+/// What is known of a request so far.
 pub(super) struct RequestFacts {
     pub(super) id: RequestId,
     pub(super) peer: Peer,
-    /// What is written in place of the peer; `None` if the peer itself is.
+    /// What is written instead of the peer's address: `None` if the address itself is written, `Some(None)` if nothing
+    /// is.
     pub(super) peer_shown: Option<Option<HeaderValue>>,
     pub(super) caller: Option<Arc<str>>,
     pub(super) caller_id: Option<HeaderValue>,
     pub(super) traceparent: Option<HeaderValue>,
     pub(super) route: Option<Arc<str>>,
     pub(super) operator: Option<HeaderValue>,
-    /// The earlier call that this one repeats or equals.
+    /// The earlier call that this one repeats (by its key) or equals (by its bytes).
     pub(super) first: Option<FirstCall>,
-    /// Whether it repeats, by force, a call of unknown outcome.
+    /// Whether it repeats a call of unknown outcome by force.
     pub(super) is_forced: bool,
     /// Details for a refusal.
     pub(super) detail: Option<Box<Detail>>,
     pub(super) stage: Stage,
-    /// When the present stage began, in nanoseconds of this process.
+    /// When the present stage began, in nanoseconds of [`clock::nanos`].
     pub(super) entered: u64,
     /// The time spent in each stage, in nanoseconds.
     pub(super) spent: [u64; Stage::COUNT],
 }
 
-/// Details of a refusal beyond its code.
+/// What a refusal records beyond its code.
 #[derive(Debug, Default)]
 pub struct Detail {
     /// The path of the request.
@@ -56,7 +57,7 @@ pub struct Detail {
 }
 
 impl RequestFacts {
-    /// The facts of a request that enters its first stage now.
+    /// Makes the facts of a request that enters its first stage now.
     pub(super) fn new(id: RequestId, peer: Peer, peer_shown: Option<Option<HeaderValue>>) -> Self {
         Self {
             id,
@@ -76,7 +77,7 @@ impl RequestFacts {
         }
     }
 
-    /// Adds the time since the last call to the stage that ends, and enters the next one.
+    /// Adds the time since the last call to the stage that ends, and enters `stage`.
     pub(super) fn enter(&mut self, stage: Stage) {
         let now = clock::nanos();
         self.spent[self.stage as usize] += now.saturating_sub(self.entered);
@@ -84,8 +85,8 @@ impl RequestFacts {
         self.stage = stage;
     }
 
-    /// The peer or caller whose refusals are aggregated with this one.
-    // An address without its port: a stranger has a new port for each connection.
+    /// Returns the caller, or else the peer, under which a refusal of this request is aggregated.
+    // The address without the port: a stranger has a new port for each connection.
     pub(super) fn who(&self) -> RefusedPeer {
         match (&self.caller, self.peer) {
             (Some(caller), _) => RefusedPeer::Caller(caller.clone()),
@@ -94,7 +95,7 @@ impl RequestFacts {
         }
     }
 
-    /// Writes the request's log line, if such requests have one.
+    /// Logs the finished request, if requests with this outcome, code and status are logged.
     pub(super) fn tell(&self, outcome: Outcome, code: Option<Code>, cause: Option<Cause>, status: u16) {
         if requests::may_have_line(outcome, code, status) {
             let (id, caller, route) = (self.id, self.caller.as_ref(), self.route.as_deref());
@@ -102,7 +103,8 @@ impl RequestFacts {
         }
     }
 
-    /// Appends caller, route, peer and operator, and the ids that the caller sent. Used for intents and refusals.
+    /// Appends all members about the request, for an intent or a refusal: those of [`Self::write_briefly`], peer, operator,
+    /// first call, and the ids that the caller sent.
     pub(super) fn write(&self, line: &mut Line<'_>) {
         self.write_briefly(line);
         match &self.peer_shown {
@@ -110,7 +112,7 @@ impl RequestFacts {
             Some(Some(hidden)) => line.word(",\"peer\":\"", hidden),
             Some(None) => {}
         }
-        // Needs no escape either: the operator's id was validated, or is a hash.
+        // The operator needs no escape: its id was validated, or is a hash.
         if let Some(operator) = &self.operator {
             line.word(",\"operator\":\"", operator);
         }
@@ -122,7 +124,7 @@ impl RequestFacts {
         line.optional(",\"traceparent\":", self.traceparent.as_ref());
     }
 
-    /// Appends the members that tell which intent an outcome belongs to, and whose it is.
+    /// Appends the members that an outcome repeats from its intent: id, caller and route.
     pub(super) fn write_briefly(&self, line: &mut Line<'_>) {
         line.word(",\"id\":\"", *self.id.as_bytes());
         // Names need no escape: the configuration allows only plain characters in them.
@@ -134,7 +136,7 @@ impl RequestFacts {
         }
     }
 
-    /// Appends the milliseconds spent in each stage, without the stages that took less than a microsecond.
+    /// Appends the time spent in each stage, in milliseconds. Stages that took less than a microsecond are left out.
     pub(super) fn write_times(&self, line: &mut Line<'_>) {
         // Constants with the comma, as for all members. They must be in the order of `Stage`.
         const KEYS: [&str; Stage::COUNT] = [

@@ -1,10 +1,10 @@
 //! The commit queue between requests and the writer, bounded in records and in bytes, with load shedding for intents.
 //!
-//! The writer takes everything that waits as one batch (group commit). Each accepted intent reserves the place of its
+//! The writer takes all queued records as one batch (group commit). Each accepted intent reserves the place of its
 //! outcome, so that an outcome is never refused. Refusals use at most half of the queue; beyond that they are only
-//! counted. Nothing here waits for a disk: a stuck disk holds up the writer's thread and never the lock of the queue.
+//! counted. Nothing here waits for a disk: a stuck disk holds the writer's thread, and never the lock of the queue.
 //!
-//! This module does not wait for commits (`waiters` does) and does not write (`writer` does).
+//! This module does not wait for commits (`commit_waiters` does) and does not write (`writer` does).
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,19 +27,17 @@ use crate::log::OncePerSecond;
 use crate::supervisor::Vital;
 use crate::trouble::LastTrouble;
 
-/// The bytes that may wait for the disk. Beyond them intents are refused.
-// A bound in records alone is not enough: a record can name a thousand inspectors, and with a stuck disk 16,384 such
-// records would take 800 MB.
+/// The size of the queued records, in bytes, above which intents are refused.
+// A bound in records is not enough: one record can name a thousand inspectors, and 16,384 of these take 800 MB.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
 
-/// After this time a worker that does not sleep wakes the writer within its turn, in nanoseconds.
-// Not much shorter: intents that are committed within a turn each cost another poll of their connection.
+/// The longest time for which wake-ups of the writer are deferred, in nanoseconds. See [`Shared::filled()`].
+// Not much shorter: each intent that is committed before its worker sleeps costs another poll of its connection.
 const LONG_TURN: u64 = 50_000_000;
 
-/// The time that a batch may take while the writer counts as keeping up, in nanoseconds: a fixed part, and a part for
-/// each record.
-// A worker needs about as long for as many requests as hold a permit in a crowd, so that waiting for permits does not
-// slow it down. The part for each record keeps a batch from counting as slow only because it is large.
+/// The longest time for a batch of a writer that keeps up, in nanoseconds: a fixed part, and a part for each record.
+// While requests wait for permits, a worker needs about this time for those that hold one, so that it is not idle for
+// want of permits. The part for each record keeps a batch from counting as slow only because it is large.
 const PROMPT: (u64, u64) = (100_000, 10_000);
 
 /// How often the writer checks the files and the free space.
@@ -56,12 +54,11 @@ thread_local! {
     static MEMBERS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// How much of that buffer a thread keeps for its next record, in bytes.
-// One long record must not occupy its size on each worker for ever.
+/// How many bytes of [`MEMBERS`] a thread keeps allocated for its next record.
+// Otherwise each worker would keep the memory of its longest record for ever.
 const MAX_KEPT: usize = 64 * 1024;
 
-/// Makes this thread stop waking the writer for each record. The thread must then call [`super::Audit::flush`] before
-/// it sleeps.
+/// Makes this thread stop waking the writer for each record. It must then call [`super::Audit::flush`] before it sleeps.
 pub(super) fn defer_wake_ups() {
     DEFERS.set(true);
 }
@@ -74,8 +71,8 @@ pub(super) struct Shared {
     pub(super) committed: Arc<AtomicU64>,
     /// The waiters of each worker.
     all_waiters: Mutex<Vec<Arc<CommitWaiters>>>,
-    /// When the current batch must be done, in nanoseconds of this process; [`u64::MAX`] between batches. After a
-    /// batch that took longer it stays in the past until a later batch is done in time.
+    /// When the current batch must be done, in nanoseconds of [`clock::nanos`]; [`u64::MAX`] between batches. After a
+    /// batch that was late, the value stays in the past until a later batch is done in time.
     batch_deadline: AtomicU64,
     /// Whether the last write succeeded.
     pub(super) writable: Flag,
@@ -96,8 +93,7 @@ pub(super) struct Shared {
 }
 
 /// A state that only the writer sets.
-// Relaxed: no other data is published with a flag. A request that reads the old value is as if it had come a moment
-// earlier.
+// Relaxed: no other data is published with a flag. To read an old value is as if the request had come a moment earlier.
 pub(super) struct Flag(AtomicBool);
 
 impl Flag {
@@ -117,12 +113,12 @@ impl Flag {
 
 struct Queue {
     /// The lines that wait for the writer, complete except for their links.
-    // A record becomes its line on the worker, which has its facts at hand. Moving them to the writer cost two copies
-    // and freed memory on the wrong thread.
+    // The worker writes the line. When the facts were moved to the writer instead, they were copied twice, and their
+    // memory was freed on another thread than the one that allocated it.
     batch: Batch,
     /// Whether the writer sleeps, so that a new record must wake it.
     writer_sleeps: bool,
-    /// Since when a worker has deferred the wake-up, in nanoseconds of this process.
+    /// When a worker first deferred the wake-up, in nanoseconds of [`clock::nanos`]; `None` if none is deferred.
     deferred: Option<u64>,
     /// Places reserved for the outcomes of intents: the number of intents whose outcome is not queued yet.
     reserved: usize,
@@ -130,12 +126,12 @@ struct Queue {
     aggregator: RefusalAggregator,
 }
 
-/// What a new segment must carry over from the segments before it, in its list of unresolved calls.
+/// Which calls in earlier segments a new segment's list of unresolved calls must contain.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Carried {
-    /// Whether calls are at work.
+    /// Whether there are calls at work: their intent is committed and their outcome is not.
     pub(super) at_work: bool,
-    /// Whether calls are on the list.
+    /// Whether the present list of unresolved calls has entries.
     pub(super) listed: bool,
 }
 
@@ -150,7 +146,7 @@ pub(super) enum WriterWork {
 }
 
 impl Shared {
-    /// An empty queue. The next record has the number after `seq`.
+    /// Makes an empty queue whose first record will have the number after `seq`.
     pub(super) fn new(
         options: &Options,
         metrics: AuditMetrics,
@@ -199,11 +195,10 @@ impl Shared {
         waiters
     }
 
-    /// Wakes the writer for a new record if the writer sleeps.
+    /// Wakes the writer for a new record, if the writer sleeps and this thread does not defer wake-ups.
     ///
-    /// A worker defers that until it has nothing else to do, so that a batch costs one wake-up: see
-    /// [`defer_wake_ups`]. A worker that always has something to do never sleeps; its deferral ends after a time, so
-    /// that neither its records nor those of other workers wait for ever.
+    /// A worker defers them until it has nothing else to do, so that a batch costs one wake-up: see [`defer_wake_ups`]. The
+    /// deferral ends after [`LONG_TURN`]: otherwise the records of all workers could wait for ever for one that is busy.
     fn filled(&self, mut queue: MutexGuard<'_, Queue>) {
         if !queue.writer_sleeps || (DEFERS.get() && queue.may_wait()) {
             return;
@@ -244,7 +239,7 @@ impl Shared {
         seq
     }
 
-    /// Queues the outcome `unknown` of an intent that an earlier process left open.
+    /// Queues the outcome `unknown` for an intent of an earlier process that has no outcome.
     pub(super) fn doubt(&self, id: Uuid) {
         let mut queue = self.lock();
         queue.batch.push(&Entry::Doubt { id });
@@ -254,8 +249,8 @@ impl Shared {
     /// Queues an intent and reserves the place of its outcome. Returns the number of the record.
     ///
     /// Fails at once (load shedding) if the queue is full in records or bytes, if space cannot be reserved, if the
-    /// directory or the lock file is not in its place, if the trail is closing, or if the record is too long for any
-    /// file.
+    /// directory or the lock file is not in its place, if the trail is closing, or if the record is longer than a
+    /// quarter of the limit on file sizes.
     pub(super) fn push_intent(&self, entry: &Entry<'_>) -> Result<u64, Unavailable> {
         with_members(entry, |members| {
             // Under a limit on file sizes the writer would try such a record for ever, and all records after it would
@@ -267,8 +262,8 @@ impl Shared {
                     let what = "a file has no room for its record, what is reserved and a list";
                     tracing::error!(bytes, raise, times, "a call is refused: {what}");
                 }
-                // Deferred records must be flushed here: their worker asks for the wake-up only when it queues a
-                // record, and if all its requests are refused it queues none.
+                // Records whose wake-up was deferred must be flushed here: only queueing a record ends an overdue
+                // deferral, and a worker whose requests are all refused queues none.
                 self.flush();
                 return Err(Unavailable);
             }
@@ -276,8 +271,8 @@ impl Shared {
             // Two places: one for this record and one for its outcome.
             let is_full = queue.batch.len() + queue.reserved + 2 > self.capacity || !self.room.is_set();
             if queue.closing || is_full || queue.batch.size() > MAX_QUEUED || !self.in_place.is_set() {
-                // For the same reason as above. Without this a burst that filled the queue was refused until its
-                // worker had a rest.
+                // For the same reason as above. Without this, after a burst that filled the queue all intents were
+                // refused until the worker slept.
                 self.wake(queue);
                 return Err(Unavailable);
             }
@@ -306,8 +301,8 @@ impl Shared {
         }
     }
 
-    /// Queues a refusal, adds it to an aggregate, or only counts it. Never waits, and leaves half of the queue to
-    /// intents and outcomes. Only the aggregates of an earlier second, which are few, may exceed that.
+    /// Queues a refusal, adds it to an aggregate, or only counts it. Never waits. Half of the queue is left to intents
+    /// and outcomes: of refusals only the aggregates of an earlier second, which are few, may use that half.
     pub(super) fn push_refusal(&self, facts: Box<RequestFacts>, why: RefusalReason, status: u16) {
         let mut queue = self.lock();
         // Here as well as in the writer, which may be stuck in a write while refusals go on.
@@ -335,10 +330,10 @@ impl Shared {
         usable && queue.batch.len() + queue.reserved < self.capacity / 2
     }
 
-    /// Waits for records and moves all of them to `batch`, or returns what else is to be done.
+    /// Waits for records and moves all of them to `batch`, or returns what else the writer has to do.
     ///
-    /// `begins` is set if the batch is to begin a segment. Its last line is then a placeholder for the list of
-    /// unresolved calls, unless that list would be empty.
+    /// `begins` is set if the batch is to begin a segment. The last line of the batch is then a placeholder for the
+    /// list of unresolved calls, unless that list would be empty.
     pub(super) fn next_batch(&self, batch: &mut Batch, begins: Option<Carried>) -> WriterWork {
         let mut queue = self.lock();
         let begun = Instant::now();
@@ -365,8 +360,8 @@ impl Shared {
             if queue.closing {
                 return WriterWork::End;
             }
-            // Without space, service depends on how soon it is noticed that there is space again. Refusals that are
-            // aggregated become records soon after their second has passed.
+            // Without space, all calls are refused until the writer notices that there is space again. Aggregated
+            // refusals become records soon after their second is over.
             let wait = match (pending, self.space_left.is_set()) {
                 _ if !self.room.is_set() => SECOND / 10,
                 (true, true) => SECOND / 5,
@@ -376,8 +371,8 @@ impl Shared {
             let (mut woken, waited) =
                 self.filled.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner);
             woken.writer_sleeps = false;
-            // The time counts, too, and not only the time-out: requests that are refused wake the writer all the
-            // time, and the check for free space would never come.
+            // Not only the time-out counts: requests that are refused may wake the writer again and again, and it would
+            // never check the free space.
             let is_time = waited.timed_out() || begun.elapsed() >= wait;
             if is_time && (!pending || !self.room.is_set()) && woken.batch.is_empty() {
                 return WriterWork::Look;
@@ -386,12 +381,12 @@ impl Shared {
         }
     }
 
-    /// Called when the writer begins with a batch of `records` records. Returns when it must be done, in nanoseconds
-    /// of this process.
+    /// Sets the deadline of a batch of `records` records, with which the writer begins now. Returns it, in nanoseconds
+    /// of [`clock::nanos`].
     pub(super) fn begin(&self, records: usize) -> u64 {
         let batch_deadline = clock::nanos() + PROMPT.0 + PROMPT.1 * records as u64;
-        // Only if no time is set: after a slow batch the time in the past stays, so that the writer counts as behind
-        // until it was in time again.
+        // Only if no deadline is set: after a late batch the deadline in the past stays, so that the writer counts as
+        // falling behind until a batch is in time again.
         let _ = self.batch_deadline.compare_exchange(
             u64::MAX,
             batch_deadline,
@@ -401,19 +396,19 @@ impl Shared {
         batch_deadline
     }
 
-    /// Called when the writer is done with the batch that was due by `batch_deadline`.
+    /// Clears the deadline if the batch that is done now was done in time. `batch_deadline` is from [`Self::begin`].
     pub(super) fn finished(&self, batch_deadline: u64) {
         if clock::nanos() < batch_deadline {
             self.batch_deadline.store(u64::MAX, Ordering::Relaxed);
         }
     }
 
-    /// Whether the writer keeps up: its last batch was done in time, and its current one can still be.
+    /// Whether the writer keeps up: its last batch was done in time, and the deadline of its current one has not passed.
     pub(super) fn is_keeping_up(&self) -> bool {
         clock::nanos() < self.batch_deadline.load(Ordering::Relaxed)
     }
 
-    /// Publishes that a batch is committed, and wakes each worker that has requests waiting for it.
+    /// Publishes that `batch` is committed, and wakes each worker that has waiting requests.
     pub(super) fn written(&self, batch: &Batch) {
         // Before the waiters are woken: each compares its number with this one.
         self.committed.store(batch.last(), Ordering::Release);
@@ -424,7 +419,7 @@ impl Shared {
         self.metrics.queue.set(i64::try_from(self.lock().batch.len()).unwrap_or(i64::MAX));
     }
 
-    /// Queues the last record, the event `stop`. From now on no intent is accepted; what is queued is still written.
+    /// Queues the event `stop`, and accepts no intent from now on. Everything queued is still written.
     pub(super) fn close(&self) {
         let mut queue = self.lock();
         let Queue { aggregator, batch, .. } = &mut *queue;
@@ -469,8 +464,8 @@ impl Shared {
 }
 
 /// Passes the members of a record, as JSON text, to `push`.
-// They are written before the queue is locked: a redacted value needs a hash, and a stored reply is long. Both took
-// time that all workers waited for.
+// They are written before the queue is locked: a redacted value needs a hash, and a stored reply is long. With the
+// queue locked, all workers would wait meanwhile.
 fn with_members<T>(entry: &Entry<'_>, push: impl FnOnce(&[u8]) -> T) -> T {
     MEMBERS.with_borrow_mut(|text| {
         text.clear();
@@ -489,10 +484,10 @@ impl Queue {
         self.aggregator.close_gap(&mut self.batch);
     }
 
-    /// Whether the wake-up of the writer may be deferred further.
+    /// Returns whether the wake-up of the writer may still be deferred. If not, ends the present deferral.
     fn may_wait(&mut self) -> bool {
         let now = clock::nanos();
-        // Saturating: each worker reads the clock once a turn, so that its time can lie behind the time that another
+        // Saturating: each worker reads the clock once a turn, so its time can be earlier than the one that another
         // worker stored.
         let is_overdue = now.saturating_sub(*self.deferred.get_or_insert(now)) > LONG_TURN;
         if is_overdue {

@@ -1,6 +1,6 @@
 //! The record of one request: an open record until its intent is queued, an intended one from then on.
 //!
-//! Each record has exactly one end. Dropping a record that is still open writes one:
+//! Each record is closed exactly once. A drop closes a record that is not closed yet:
 //!
 //! | dropped | written |
 //! |---|---|
@@ -8,7 +8,7 @@
 //! | [`IntendedRecord`] | outcome `not_sent`, `caller_left`, or `internal` in a panic |
 //! | [`IntendedRecord`] after [`IntendedRecord::sent`] | outcome `unknown`, `internal` |
 //!
-//! Only the intent makes an intended record, so that nothing can be sent without one.
+//! Only a committed intent gives an [`IntendedRecord`], and an exchange needs one to send anything.
 
 use std::sync::Arc;
 use std::thread;
@@ -54,9 +54,9 @@ pub struct IntendedRecord {
 /// How an exchange with the upstream ended. Becomes the members of the outcome's record.
 #[derive(Clone, Debug)]
 pub struct ExchangeResult {
-    /// Whether the task was done.
+    /// Whether the upstream executed what the call asked for.
     pub outcome: Outcome,
-    /// The gateway's own problem code, if it answers with one.
+    /// The code of the problem, if the gateway answers with one of its own.
     pub code: Option<Code>,
     /// The cause, if the upstream or the token endpoint failed.
     pub cause: Option<Cause>,
@@ -90,7 +90,7 @@ pub struct Names {
 /// A record whose outcome is queued and may not be committed yet.
 #[derive(Debug)]
 pub struct Queued {
-    /// Closed. Kept for its handle on the trail.
+    /// The closed record, kept for its handle on the trail.
     record: IntendedRecord,
     seq: u64,
 }
@@ -126,7 +126,7 @@ impl OpenRecord {
         self.stage == Stage::Upstream
     }
 
-    /// Enters the next stage. The time since the last call counts for the stage before.
+    /// Enters the next stage. The time since the last call is added to the stage that ends.
     pub fn enter(&mut self, stage: Stage) {
         self.stage = stage;
         self.set(|_, facts| facts.enter(stage));
@@ -157,17 +157,17 @@ impl OpenRecord {
         self.set(|audit, facts| facts.operator = audit.show(0, id));
     }
 
-    /// Sets the earlier call that this one repeats or equals.
+    /// Sets the earlier call that this one repeats (by its key) or equals (by its bytes).
     pub fn first(&mut self, first: FirstCall) {
         self.set(|_, facts| facts.first = Some(first));
     }
 
-    /// Notes that the call repeats, by force, one of unknown outcome.
+    /// Marks the call as one that repeats a call of unknown outcome by force.
     pub fn forced(&mut self) {
         self.set(|_, facts| facts.is_forced = true);
     }
 
-    /// Adds details for the refusal that follows.
+    /// Sets the details of the refusal that follows.
     pub fn detail(&mut self, detail: Box<Detail>) {
         self.set(|_, facts| facts.detail = Some(detail));
     }
@@ -178,8 +178,8 @@ impl OpenRecord {
         }
     }
 
-    /// Closes the record as refused, with the cause if the other side failed. Does nothing if the record is closed or
-    /// intended.
+    /// Closes the record as refused. `cause` is set if the upstream or the token endpoint failed. Does nothing if the
+    /// record is closed or its intent is queued.
     pub fn refuse(&mut self, code: Code, cause: Option<Cause>) {
         self.close(RefusalReason::Refused(code, cause), code.status().as_u16());
     }
@@ -202,13 +202,15 @@ impl OpenRecord {
         audit.shared().push_refusal(facts, why, status);
     }
 
-    /// Queues the intent of a body with this size and digest. `further` appends members to the record, as JSON text
+    /// Queues the intent. Returns a future that waits until the intent is committed, and then returns the intended
+    /// record.
+    ///
+    /// `body_size` and `digest` are those of the request's body. `further` appends members to the record, as JSON text
     /// with a comma in front.
     ///
-    /// Fails at once if the intent cannot be queued (the record stays open), or if the record is closed. Otherwise
-    /// the returned future waits until the intent is committed and returns the intended record. If the intent is not
-    /// committed before its deadline, the outcome `not_sent` is queued and the future fails; the intent itself may
-    /// still be committed later.
+    /// Fails at once if the record is closed, or if the intent cannot be queued; the record then stays open. The future
+    /// fails if the intent is not committed before its deadline. It then queues the outcome `not_sent`, and the intent
+    /// may still be committed later.
     ///
     /// Dropping the future queues the outcome `not_sent`.
     pub fn intent(
@@ -218,7 +220,7 @@ impl OpenRecord {
         digest: &Hash,
         further: &dyn Fn(&mut Vec<u8>),
     ) -> Result<impl Future<Output = Result<IntendedRecord, Unavailable>> + use<>, Unavailable> {
-        // Outside the future, which would otherwise carry the arguments along. The record is only borrowed until the
+        // Outside the future, so that the future does not hold the arguments. The record is only borrowed until the
         // intent is queued: if `further` panics or the queue is full, it stays open and can still be refused.
         let Open { audit, facts } = self.open.as_ref().ok_or(Unavailable)?;
         let entry = Entry::Intent { facts, body_size, digest: &to_hex(digest), further };
@@ -229,8 +231,8 @@ impl OpenRecord {
             if record.audit.committed_within(seq, waited).await.is_ok() {
                 return Ok(record);
             }
-            // The writer may still commit the intent later, so that it needs an outcome now. Nothing can be sent
-            // without an intended record, so that `not_sent` is certain.
+            // The writer may still commit the intent later, so the intent needs an outcome now. Nothing can be sent
+            // without an intended record, so `not_sent` is certain.
             record.audit.shared().metrics.late.inc();
             record.close(&ExchangeResult::without_reply(Outcome::NotSent, Code::AuditUnavailable));
             Err(Unavailable)
@@ -251,15 +253,15 @@ impl IntendedRecord {
         self.facts.id
     }
 
-    /// Marks that an exchange owns the record. From now on bytes may be on their way to the upstream, so that a drop
-    /// means `unknown`.
+    /// Marks the record as owned by an exchange. From now on a drop closes it as `unknown`, since bytes may be on their
+    /// way to the upstream.
     pub fn sent(mut self) -> Self {
         self.facts.enter(Stage::Upstream);
         self
     }
 
-    /// Closes the record with the outcome of its exchange. Returns what to wait for, and the names of caller and
-    /// route.
+    /// Closes the record with the outcome of its exchange. Returns a [`Queued`] to wait for the commit of the outcome,
+    /// and the names of caller and route.
     pub fn finish(mut self, answer: &ExchangeResult) -> (Queued, Names) {
         let seq = self.close(answer);
         let names = Names { caller: self.facts.caller.take(), route: self.facts.route.take() };

@@ -5,14 +5,17 @@
 //! whole trail is verified in the background. The commands `audit verify`, `audit in-doubt` and `audit head`
 //! call [`read`].
 //!
-//! Some traces of a crash are not faults. The last write may be cut short. After a crash of the machine, pages
-//! of the last write that did not reach the disk read as zeros. Nothing of such a write was committed. A batch
-//! whose fdatasync failed can be in the trail twice, if the process died before it could cut it off: at the end
-//! of one segment and, proven by the chain, at the beginning of the next.
+//! Some traces of a crash are not faults:
+//!
+//! * The last write may be cut short (*torn*). After a crash of the machine it may also have holes: pages that
+//!   did not reach the disk read as zeros. Nothing of such a write was committed.
+//! * A batch may be in the trail twice, at the end of one segment and at the beginning of the next. That happens
+//!   if fdatasync failed, and the process died after it had written the batch to the next segment and before it
+//!   cut the first copy off. The second copy is the one that the chain proves.
 //!
 //! The chain does not show that records are missing at the end of the trail. The lock file does: it names the
-//! newest segment and one record of the trail. A start that finds less records the damage. It then continues
-//! with a higher number in a new segment, so that the gap stays visible.
+//! newest segment and one record of the trail. If a start does not find these, it writes an event about the
+//! damage. It then continues with a higher number in a new segment, so that the gap stays visible.
 //!
 //! This module changes no file. [`super::start`] cuts off a torn line and records the damage.
 
@@ -36,11 +39,11 @@ use super::{age, lock, retention};
 
 use crate::keyed_hash::{Hash, Keys};
 
-/// The value of `what` in the event `recovery` for a trail that is not whole.
+/// The value of `what` in the event `recovery` for a damaged trail.
 pub(super) const DAMAGED: &str = "damaged";
 
-/// The number of faults after which no more are collected.
-// A wrong key makes every record a fault. More of them would only cost memory.
+/// The largest number of faults that are collected.
+// With a wrong key every record is a fault. To collect more would only cost memory.
 const MAX_FAULTS: usize = 10_000;
 
 /// The number of consecutive zero bytes that count as a part of a page that did not reach the disk.
@@ -53,16 +56,19 @@ const LEAST_LOST: usize = 16;
 const MAX_TORN: u64 = 1 << 20;
 
 /// The result of reading a trail.
+///
+/// A record is *proven* if it verifies with the key and the hash of the record before it, and if its number is higher
+/// than those of all records proven before.
 #[derive(Debug, Default)]
 pub struct TrailState {
     /// The number of the last complete record.
     pub seq: u64,
     /// The hash of the last complete record.
     pub hash: Hash,
-    /// The calls without an outcome, of unknown outcome, or completed without their callers having learnt of
-    /// it.
+    /// The calls that have no outcome, whose outcome is unknown, or which succeeded and whose caller may not have
+    /// got the answer.
     pub unresolved: UnresolvedList,
-    /// The lines that do not fit, in the order of the trail. At most 10,000.
+    /// The lines that are not records or do not verify, in the order of the trail. At most 10,000.
     pub faults: Vec<BrokenLine>,
     /// The torn end of the last write: the segment, the offset where the torn part begins, and its length in
     /// bytes.
@@ -73,11 +79,11 @@ pub struct TrailState {
     pub(super) anchors: Vec<Anchor>,
     /// The time of the last proven record (RFC 3339).
     time: String,
-    /// The highest format that a proven anchor states.
+    /// The highest version of the trail's format that a proven event states.
     format: u64,
     /// What is missing compared with the statement in the lock file.
     pub damage: Vec<Damage>,
-    /// The events in which earlier starts recorded that something was missing.
+    /// The events by which earlier starts recorded [`Damage`].
     pub recorded: Vec<BrokenLine>,
     /// Whether the text of the lock file cannot be parsed. Then nothing is known about the end of the trail.
     pub is_lock_unreadable: bool,
@@ -89,15 +95,15 @@ pub struct TrailState {
     expected: Option<ChainPosition>,
     /// Whether that record was found.
     is_reached: bool,
-    /// A number that was certainly assigned, though its record may be missing. 0 if nothing is missing.
+    /// The highest number that was assigned according to the lock file, if records are missing at the end; 0 if not.
     given: u64,
-    /// The place before the first segment, if that does not begin with the first record of the trail.
+    /// The position in the chain before the first segment, if earlier segments were removed.
     begins_behind: Option<ChainPosition>,
-    /// Whether an event `retention` accounts for the records before the first segment.
+    /// Whether an event `retention` says that the records before the first segment were removed.
     is_retained: bool,
 }
 
-/// One part of the trail that the lock file names and that is missing.
+/// A part of the trail that is missing at its end: the lock file, or something that the lock file names.
 #[derive(Clone, Debug, Serialize)]
 pub struct Damage {
     /// What kind of thing is missing.
@@ -125,12 +131,12 @@ pub enum Lacking {
     LastRecordsAfterCrash,
 }
 
-/// A line of a segment that does not fit.
+/// A line of a segment that is not a record or does not verify.
 #[derive(Clone, Debug, Serialize)]
 pub struct BrokenLine {
     /// The path of the segment.
     pub file: PathBuf,
-    /// The line, counted from 1.
+    /// The number of the line in the segment, counted from 1.
     pub line: usize,
     /// The number that the record should have.
     pub seq: u64,
@@ -225,8 +231,8 @@ fn read_segments(
     Ok(found)
 }
 
-/// Whether a line contains a page that did not reach the disk: it begins with a zero byte, or has at least
-/// [`LEAST_LOST`] zero bytes in a row.
+/// Whether a part of a line did not reach the disk: it begins with a zero byte, or has at least [`LEAST_LOST`] zero
+/// bytes in a row.
 // A single zero within a line is damage and not a torn write. Treating it as torn would cut off the committed
 // records after it.
 fn is_lost(line: &[u8]) -> bool {
@@ -234,8 +240,8 @@ fn is_lost(line: &[u8]) -> bool {
         && (line[0] == 0 || line.windows(LEAST_LOST).any(|part| part.iter().all(|byte| *byte == 0)))
 }
 
-/// Whether the segment `path` from `offset` on equals the beginning of `next`. A zero byte in `path` equals any
-/// byte, since pages that did not reach the disk read as zeros.
+/// Whether the segment `path` from `offset` on equals the beginning of `next`. A zero byte in `path` counts as
+/// equal to any byte, since pages that did not reach the disk read as zeros.
 fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
     let open = |path| Ok::<_, io::Error>(BufReader::new(open_regular(path, OpenOptions::new().read(true))?));
     let mut rest = open(path)?;
@@ -251,8 +257,9 @@ fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
 }
 
 impl TrailState {
-    /// The state before a segment is read: the place that its first record names, or the beginning of the trail
-    /// for the very first segment.
+    /// Returns the state before `segment` is read: the position in the chain that its first record states for the
+    /// record before it. The state is the default for the first segment of a trail, for `None`, and if that record
+    /// cannot be parsed.
     fn begin(segment: Option<&PathBuf>) -> io::Result<Self> {
         let before = match segment.filter(|path| first_seq(path) > 1) {
             Some(path) => retention::before(path)?,
@@ -289,7 +296,7 @@ impl TrailState {
         let mut lines = Lines::open(path)?;
         let size = fs::symlink_metadata(path)?.len();
         while let Some(line) = lines.read()? {
-            // A hole in the last write is a torn write as a whole: pages reach the disk in any order, so
+            // From a hole in the last write on, everything counts as torn: pages reach the disk in any order, so
             // complete lines may follow the hole. They were not committed either.
             let rest = size.saturating_sub(line.offset);
             if !line.whole || (is_lost(line.bytes) && rest <= MAX_TORN) {
@@ -302,8 +309,8 @@ impl TrailState {
         Ok(())
     }
 
-    /// Returns where a writer continues: the last number that was assigned, and the segment to append to as its
-    /// first number and its length in bytes. `None` instead of the segment asks for a new one.
+    /// Returns where a writer continues: the last number that was assigned, and the segment to append to. The segment
+    /// is given by its first number and its length in bytes; `None` means that the writer must begin a new one.
     // A damaged segment is not appended to: it stays as it is, as evidence, and an operator can replace it by a
     // good copy without losing new records. The new segment is numbered above the name of the last one, so that
     // no file is replaced.
@@ -334,7 +341,7 @@ impl TrailState {
         }
     }
 
-    /// Records what is missing at the end of the trail, and which number was certainly assigned.
+    /// Adds what is missing at the end of the trail to `damage`, and sets `given`.
     fn compare_end(
         &mut self,
         segments: &[PathBuf],
@@ -374,8 +381,7 @@ impl TrailState {
         age::millis(&self.time)
     }
 
-    /// Whether the key proves at least one record, or there are no records. If not, the key belongs to another
-    /// trail.
+    /// Whether the key is the one of this trail: it proves at least one record, or there are no records.
     pub fn fits_its_key(&self) -> bool {
         self.proven > 0 || self.seq == 0
     }
@@ -412,13 +418,13 @@ impl TrailState {
         };
         if head.seq != seq {
             self.fault(path, number, "the number does not follow: records were removed, added or swapped");
-            // Numbering continues from the stated number, so that a gap is one fault. A number that no record
-            // can have would leave no room for the next ones.
+            // Numbering continues from the stated number, so that a gap is one fault. A stated number of
+            // `MAX_SEQ` or more is not used: it would leave no numbers for the next records.
             self.seq = if head.seq < MAX_SEQ { head.seq } else { seq };
         }
         self.highest = self.highest.max(self.seq);
-        // A changed line states any hash its author likes, so a copy of an earlier record verifies after it.
-        // Such a copy once replaced the list of unresolved calls. A record is therefore proven only if its
+        // Whoever changes a line can state any hash in it, so that a copy of an earlier record verifies after
+        // it. Such a copy once replaced the list of unresolved calls. A record is therefore proven only if its
         // number is higher than all proven ones.
         let is_proven = is_linked && head.seq > self.proven;
         self.proven = if is_proven { head.seq } else { self.proven };
@@ -460,13 +466,13 @@ impl TrailState {
 }
 
 impl Damage {
-    /// The members of the event `recovery` that records this damage.
+    /// Returns the members of the event `recovery` that records this damage.
     pub(super) fn details(&self) -> Value {
         let Self { lacks, file, at_end, reason } = self;
         json!({ "what": DAMAGED, "file": file, "reason": reason, "lacks": lacks, "at_end": at_end })
     }
 
-    /// Whether a line is an event that records such damage.
+    /// Whether a line is an event `recovery` that records damage.
     pub(super) fn is_told_by(line: &[u8]) -> bool {
         #[derive(Deserialize)]
         struct Told<'a> {

@@ -5,8 +5,9 @@
 //! half-open: one request passes as a probe. If the probe succeeds the circuit closes; if it fails, the pause doubles
 //! (exponential back-off), up to 30 s.
 //!
-//! A failure is what shows that no application answers: no connection, no reply in time, or status 502, 503 or 504. A
-//! 500 and a refused token are replies. A connection that breaks during an exchange counts neither way.
+//! A result counts as a failure if it shows that no application answers: no connection, no reply in time, or status
+//! 502, 503 or 504. A 500 or a refused token is a reply of the application, and counts as a success. A connection
+//! that breaks during an exchange counts as neither.
 //!
 //! Guarantees that there is at most one probe at a time, and that a probe which ends without a result makes room for
 //! the next one. It sends no probes of its own: without requests an open circuit stays open.
@@ -24,26 +25,26 @@ use crate::model::cause::Cause;
 use crate::registry::Registry;
 use crate::{clock, config};
 
-/// The longest pause, in nanoseconds. A longer first pause, by configuration, is kept.
+/// The longest pause, in nanoseconds. If the configured first pause is longer, that is the longest.
 const LONGEST: u64 = 30_000_000_000;
 
-/// The `Retry-After` of a request that is rejected while a probe is in flight: the result of the probe is not known
-/// yet.
+/// The `Retry-After` of a request that is rejected while a probe is in flight.
+// Short: the circuit closes at once if the probe succeeds.
 const SOON: Duration = Duration::from_secs(1);
 
-/// What an attempt says about the upstream's health.
+/// What the result of a request says about the upstream's health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
     /// An application replied.
     Up,
     /// No application replies, for this cause.
     Down(Cause),
-    /// It says nothing, as when all connections were busy or the caller disconnected.
+    /// The result says nothing: for example, all connections were busy or the caller disconnected.
     Inconclusive,
 }
 
 impl Health {
-    /// What a reply of this status says.
+    /// Returns what a reply with this status says.
     pub fn of(status: StatusCode) -> Self {
         match status {
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
@@ -92,18 +93,20 @@ impl CircuitMetrics {
 /// The circuit breaker of the upstream, shared by all workers.
 #[derive(Debug)]
 pub struct Breaker {
-    /// The circuit is closed and no failure is counted. Requests then need no lock, which all workers would contend
-    /// for.
+    /// Whether the circuit is closed and no failure is counted. Requests then do not take the lock, for which all
+    /// workers would contend.
     is_calm: AtomicBool,
     circuit: Mutex<Circuit>,
     metrics: CircuitMetrics,
 }
 
-/// Permission for one request to go to the upstream. If a probe's is dropped without a result, the circuit stays open
-/// and the next request may probe.
+/// Permission for one request to go to the upstream.
+///
+/// If the permit of a probe is dropped before [`Breaker::on_result`], the circuit stays open and the next request may
+/// be the probe.
 #[derive(Debug)]
 pub struct CircuitPermit {
-    /// The breaker whose probe this request is; `None` for a request that is none.
+    /// The breaker, if this request is its probe and has no result yet.
     probe: Option<Arc<Breaker>>,
 }
 
@@ -132,7 +135,8 @@ impl Breaker {
 
     /// Records the result of a request that was permitted.
     ///
-    /// Only the first result of a probe counts as the probe's: it takes the permission's probe away.
+    /// The first call for a probe ends the probe. Later calls with the same permit count as results of an ordinary
+    /// request.
     pub fn on_result(&self, permit: &mut CircuitPermit, health: Health) {
         let is_probe = permit.probe.take().is_some();
         // The usual case: a success changes nothing while no failure is counted.
@@ -185,11 +189,11 @@ impl Drop for CircuitPermit {
 /// The state machine, without clock, lock and metrics. Times are in nanoseconds.
 #[derive(Debug)]
 struct Circuit {
-    /// How many failures in a row open the circuit; 0 turns the breaker off.
+    /// The number of failures in a row that opens the circuit; 0 turns the breaker off.
     threshold: u32,
-    /// The pause after the circuit opens.
+    /// The pause between the opening of the circuit and the first probe.
     first_pause: u64,
-    /// Failures in a row, while the circuit is closed.
+    /// The number of failures in a row while the circuit is closed.
     failures: u32,
     /// The cause of the last failure that counted.
     cause: Cause,
@@ -204,7 +208,7 @@ struct Open {
     until: u64,
     /// The present pause, which doubles if the probe fails.
     pause: u64,
-    /// A probe is in flight.
+    /// Whether a probe is in flight.
     is_probed: bool,
 }
 
@@ -213,7 +217,8 @@ impl Circuit {
         Self { threshold, first_pause, failures: 0, cause: Cause::Timeout, open: None }
     }
 
-    /// Returns whether a request that passes is a probe; or, as an error, how long until one may pass.
+    /// Permits a request and returns whether it is a probe. If the request is rejected, the error is the time after
+    /// which another one may pass.
     fn try_acquire(&mut self, now: u64) -> Result<bool, Duration> {
         match &mut self.open {
             None => Ok(false),
@@ -226,7 +231,8 @@ impl Circuit {
         }
     }
 
-    /// Records a result. While the circuit is open only the probe's counts: other requests began before it opened.
+    /// Records a result. While the circuit is open, only the result of the probe counts: other requests began before
+    /// the circuit opened.
     fn on_result(&mut self, is_probe: bool, health: Health, now: u64) {
         match (&mut self.open, is_probe, health) {
             // One success is enough. The upstream gets all requests at once, but each worker's pool bounds how many.

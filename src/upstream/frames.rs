@@ -1,12 +1,14 @@
 //! Detects an HTTP/2 upstream that contradicts itself about whether it processed a request.
 //!
-//! RST_STREAM(REFUSED_STREAM) and GOAWAY say that a stream was not processed, so that its request may be sent again
-//! (RFC 9113 §8.7 and §6.8). They are not believed after a HEADERS or DATA frame on the same stream. hyper hides such
-//! frames where they are interim responses (103), and does not tell an exchange the number of its stream. So this
-//! module reads the frame headers (§4.1) before hyper does, and the verdict holds for the whole connection.
+//! RST_STREAM with REFUSED_STREAM and GOAWAY say that a stream was not processed. Its request may then be sent again
+//! (RFC 9113 §8.7 and §6.8). If the upstream has also sent HEADERS or DATA on that stream, it contradicts itself, and
+//! is not believed.
 //!
-//! Guarantees that a contradiction is reported with the bytes that complete it. Checks nothing else: malformed frames
-//! are for hyper to refuse.
+//! An exchange cannot detect this with hyper: hyper drops interim responses (103), which are HEADERS, and does not
+//! tell an exchange the number of its stream. So this module reads the frame headers (§4.1) before hyper does. It
+//! reports a contradiction of the connection as a whole, as soon as it has read the bytes that complete it.
+//!
+//! It checks nothing else: hyper rejects malformed frames.
 //! (tests/hyper.rs: hyper_hides_interim_responses_over_http2)
 
 use std::collections::VecDeque;
@@ -34,11 +36,11 @@ pub(super) struct FrameReader {
     head: [u8; HEAD + VALUE],
     /// How many bytes of `head` are filled.
     filled: usize,
-    /// How many bytes of the payload are still to come that are not needed.
+    /// How many of the next bytes to skip: the rest of the present payload.
     skip: usize,
     /// The streams on which HEADERS or DATA came.
     answered: Streams,
-    /// Streams with a higher number were not processed, as GOAWAY frames said; the lowest number counts.
+    /// The lowest "last stream" of all GOAWAY frames. They say that no stream with a higher number was processed.
     last: u32,
 }
 
@@ -50,11 +52,11 @@ impl Default for FrameReader {
 }
 
 impl FrameReader {
-    /// Reads the next bytes of the connection. Returns whether they deny that a stream was processed on which the
-    /// upstream has sent HEADERS or DATA.
+    /// Reads the next bytes of the connection. Returns whether they complete a contradiction: the upstream denies that
+    /// it processed a stream, and has sent HEADERS or DATA on it.
     pub(super) fn read(&mut self, mut bytes: &[u8]) -> bool {
         let mut contradicts = false;
-        // Nothing is buffered but 13 bytes: the payloads are hyper's, and their size is the upstream's choice.
+        // Only 13 bytes are buffered: payloads are not needed here, and the upstream chooses their size.
         while !bytes.is_empty() {
             let wanted = if self.skip > 0 { self.skip } else { self.wanted() - self.filled };
             let (piece, rest) = bytes.split_at(wanted.min(bytes.len()));
@@ -73,10 +75,11 @@ impl FrameReader {
         contradicts
     }
 
-    /// How many bytes of the present frame are needed, as far as is known from what was read of it.
+    /// Returns how many bytes of the present frame are needed: the header first, and once that is complete, the value
+    /// in the payload, too, where there is one.
     fn wanted(&self) -> usize {
-        // A frame that is too short for its value is malformed. It must not make this reader take the next frame's
-        // header for it.
+        // A frame that is too short for its value is malformed. Without this check, the header of the next frame would
+        // be taken for the value.
         let has_value = matches!(self.head[3], RST_STREAM | GOAWAY) && self.length() >= VALUE;
         if self.filled >= HEAD && has_value { HEAD + VALUE } else { HEAD }
     }
@@ -97,8 +100,7 @@ impl FrameReader {
         let contradicts = match self.head[3] {
             DATA | HEADERS => {
                 self.answered.insert(stream);
-                // The order does not matter: a reply on a stream that a GOAWAY denied before contradicts it just as
-                // well.
+                // The order does not matter: a reply after a GOAWAY that denied its stream is a contradiction, too.
                 stream > self.last
             }
             RST_STREAM if has_value => number(HEAD) == REFUSED_STREAM && self.answered.contains(stream),
@@ -121,8 +123,8 @@ const WORDS: usize = 1024;
 
 /// A set of client-initiated streams, one bit for each, since their numbers are 1, 3, 5 and so on.
 ///
-/// It is bounded: streams far behind the newest one count as members. That errs towards an unknown outcome, and never
-/// towards sending a request twice.
+/// Its memory is bounded: streams whose number is far below that of the newest one count as members. The error is on
+/// the safe side: an outcome may become unknown without need, but no request is sent twice.
 #[derive(Debug, Default)]
 struct Streams {
     /// The number of the first word that is kept.
@@ -169,7 +171,7 @@ impl Streams {
     }
 }
 
-/// The word and the bit of a stream; `None` for one that a client cannot open.
+/// Returns the number of the word and the bit for a stream; `None` for a stream that a client cannot open.
 fn place(stream: u32) -> Option<(usize, u64)> {
     let index = stream as usize / 2;
     (stream % 2 == 1).then_some((index / 64, 1 << (index % 64)))

@@ -1,7 +1,7 @@
 //! Headers of the upstream request, and the headers of its reply that reach the caller: two allow-lists.
 //!
-//! Guarantees that nothing of a caller's head goes out but the operator, and that no header which quotes a secret
-//! comes back. Does not decide what a reply means.
+//! Guarantees that of a caller's head only the operator is sent to the upstream, and that no header of a reply which
+//! contains a secret reaches a caller. Does not decide what a reply means.
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
@@ -26,7 +26,7 @@ const USER_AGENT: HeaderValue =
 pub struct Outbound(HeaderMap);
 
 impl Outbound {
-    /// Makes the shared headers. `authority` is the upstream's host, with its port if that is not the scheme's own;
+    /// Makes the shared headers. `authority` is the upstream's host, with its port unless that is the scheme's default.
     /// `configured` are the static headers of the configuration.
     pub fn new(authority: HeaderValue, configured: &HeaderMap) -> Self {
         let mut headers = HeaderMap::with_capacity(16);
@@ -52,8 +52,8 @@ impl Outbound {
         Self(headers)
     }
 
-    /// The headers of one upstream request, whose body has `length` bytes. Of the caller's head they hold nothing but
-    /// the operator, and that only if the configuration lists it.
+    /// Returns the headers of one upstream request. `length` is the length of its body in bytes. `operator` is the only
+    /// value that can come from the caller's head; routing has checked it against the configuration.
     pub fn with(&self, token: &Token, operator: &HeaderValue, length: usize) -> HeaderMap {
         let mut headers = token.head(|| self.with_credential(token)).clone();
         fill(&mut headers, X_USER_ID, operator.clone());
@@ -70,7 +70,7 @@ impl Outbound {
     }
 }
 
-/// Sets a header that already has its place. `insert` would first look for room in the map.
+/// Sets a header that is usually in the map already. `HeaderMap::insert` alone would first make room for a new one.
 fn fill(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
     match headers.get_mut(&name) {
         Some(place) => *place = value,
@@ -78,8 +78,8 @@ fn fill(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
     }
 }
 
-/// The numbers below 1000 as decimal text, so that the `Content-Length` of a usual body needs no allocation. The
-/// budget of allocations has none left for it, and it would cost 100 instructions a request.
+/// The numbers below 1000 as decimal text, so that the `Content-Length` of a usual body needs no allocation.
+// The allocation would cost 100 instructions a request, and exceed the number that tests/allocations.rs allows.
 static SMALL: [[u8; 3]; 1000] = {
     let mut small = [[0; 3]; 1000];
     let mut number = 0;
@@ -92,7 +92,7 @@ static SMALL: [[u8; 3]; 1000] = {
 };
 
 #[expect(clippy::expect_used, reason = "digits")]
-/// A number as a header value.
+/// Returns a number as a header value, in decimal.
 fn decimal(number: usize) -> HeaderValue {
     match SMALL.get(number) {
         Some(digits) => {
@@ -103,21 +103,22 @@ fn decimal(number: usize) -> HeaderValue {
     }
 }
 
-/// What was taken out of the head of a reply, apart from headers that never pass.
+/// What [`clean_reply`] found in the head of a reply.
 #[derive(Debug, Default)]
 pub struct Cleaned {
     /// The upstream's own id of the request, if it has 1 to 128 visible ASCII characters.
     pub upstream_id: Option<HeaderValue>,
-    /// How many headers were removed because they quote a secret.
+    /// How many headers were removed because they contain a secret.
     pub quoting: usize,
 }
 
-/// Removes from the head of a reply what is not for the caller.
+/// Removes the headers of a reply that are not for the caller.
 ///
-/// What passes is on an allow-list, or among the `more` names of the configuration. A header that `quotes` a secret
-/// is removed, and so is one that `Connection` names (RFC 9110 §7.6.1). The upstream's `x-request-id` is renamed,
-/// since callers send a header of that name themselves. If the body `is_read` as it is, `Content-Encoding` is
-/// removed, because it would be false.
+/// A header is kept if it is on an allow-list, or among the `more` names of the configuration. Even so it is removed
+/// if `quotes` returns true for its value (it contains a secret), or if `Connection` names it (RFC 9110 §7.6.1). The
+/// upstream's `x-request-id` is renamed to `x-gateway-upstream-request-id`, since callers send a header of that name
+/// themselves. `is_read` says that the gateway could read the body without decoding it. `Content-Encoding` is then
+/// false, and is removed.
 pub fn clean_reply(
     headers: &mut HeaderMap,
     more: &[HeaderName],
@@ -138,7 +139,7 @@ fn strip(
 ) -> Cleaned {
     let is_id =
         |id: &HeaderValue| (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
-    // Searched as well: the upstream chooses this text, and it goes into the trail.
+    // Searched for secrets as well: the upstream chooses this text, and it is written to the trail.
     let upstream_id = headers.remove(X_REQUEST_ID).filter(|id| is_id(id) && !quotes(id));
     let named = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
     let named = named.flat_map(|value| value.split(',')).filter_map(|option| option.trim().parse().ok());
@@ -162,10 +163,10 @@ fn strip(
     Cleaned { upstream_id, quoting }
 }
 
-/// Headers that pass: they describe the body, its age, or when to call again. The usual ones come first, since the
-/// list is searched in order.
+/// The headers of a reply that reach the caller: they describe the body, its age, or when to call again. The usual ones
+/// come first, since the list is searched in order.
 ///
-/// `Set-Cookie`, `Alt-Svc` or `Strict-Transport-Security` would make a client act on the upstream's word at the
+/// `Set-Cookie`, `Alt-Svc` and `Strict-Transport-Security` are not among them: a client would apply them to the
 /// gateway's address.
 static FOR_CALLERS: [HeaderName; 12] = [
     header::CONTENT_TYPE,

@@ -3,10 +3,10 @@
 //! Guarantees that
 //!
 //! * no stream is opened beyond the limit that the upstream announced;
-//! * no stream is opened on a connection that is closed, has idled too long, was made under other roots, has shown no sign of
-//!   life since a request, or has contradicted itself;
-//! * a request counts as sent, unless hyper never wrote it, or the upstream said that it was not processed (RFC 9113 §8.7 and
-//!   §6.8) and nothing on the connection contradicts this (see [`super::frames`]).
+//! * no stream is opened on a connection that is closed, has been idle for too long, was verified with root certificates
+//!   that are no longer in use, has received nothing after a request, or has contradicted itself;
+//! * a request counts as sent, unless hyper never wrote it, or the upstream said that it was not processed (RFC 9113
+//!   §8.7 and §6.8) and nothing on the connection contradicts this (see [`super::frames`]).
 //!
 //! Does not dial, and does not bound the number of connections: the pool does both.
 
@@ -40,8 +40,8 @@ use crate::model::reply::MAX_HEAD;
 /// is lost.
 const MAX_STREAMS: usize = 256;
 
-/// The flow-control window of a stream, in bytes (RFC 9113 §5.2). It is as much of a reply as decides the outcome, so
-/// that the upstream can send that much without waiting for a WINDOW_UPDATE.
+/// The flow-control window of a stream, in bytes (RFC 9113 §5.2). The outcome is decided by at most this much of a reply,
+/// and the upstream can send it without waiting for a WINDOW_UPDATE.
 const STREAM_WINDOW: u32 = 64 * 1024;
 
 /// The flow-control window of a connection, in bytes: room for all streams. With less, callers that read slowly could
@@ -64,7 +64,7 @@ pub(super) struct Connections {
     dialing: Mutex<Option<watch::Receiver<Dialing>>>,
     /// Signalled when a stream has ended, and when a connection was added.
     pub(super) freed: Notify,
-    /// The upstream picked HTTP/1.1 when it was asked last.
+    /// Whether the upstream picked HTTP/1.1 on the connection that was opened last.
     refused: AtomicBool,
 }
 
@@ -84,7 +84,7 @@ impl Connections {
         Self { authority, open, dialing, freed, refused: AtomicBool::new(false) }
     }
 
-    /// Returns whether a new connection may speak HTTP/2: the upstream did not pick HTTP/1.1 when it was asked last.
+    /// Returns whether to expect HTTP/2: the upstream did not pick HTTP/1.1 on the connection that was opened last.
     pub(super) fn is_available(&self) -> bool {
         !self.refused.load(Ordering::Relaxed)
     }
@@ -99,16 +99,16 @@ impl Connections {
     /// Adds a connection that is open, and wakes all requests that wait for a stream.
     pub(super) fn add(&self, connection: Arc<Connection>) {
         self.open().push(connection);
-        // All of them, since it has room for many. Requests in the queue watch this signal only, not the attempt to
-        // connect.
+        // All of them, since a connection has room for many streams. Requests in the queue wait for this signal only,
+        // not for the attempt to connect.
         self.freed.notify_waiters();
     }
 
     /// Opens a stream on the first connection that has room, except `but`. Returns `None` if no connection has any.
     ///
-    /// The first one is preferred, so that few connections carry many streams and the others idle out. Connections
-    /// that are no longer usable are removed on the way. `idle_timeout` is in nanoseconds; `generation` is the one of
-    /// the roots in use.
+    /// The first one is preferred, so that few connections carry many streams and the others reach the idle time-out.
+    /// Connections that are no longer usable are removed on the way. `idle_timeout` is in nanoseconds; `generation`
+    /// is that of the root certificates in use.
     pub(super) fn stream(
         &self,
         but: Option<&Weak<Connection>>,
@@ -148,8 +148,8 @@ impl Connections {
         connection
     }
 
-    /// Removes connections that have idled for `idle_timeout` nanoseconds, were closed by the upstream, contradicted
-    /// themselves, or were made under roots other than `generation`. Streams that are still open run to their end.
+    /// Removes the connections that take no further stream: see [`Connection::is_unusable`]. Streams that are still
+    /// open run to their end.
     pub(super) fn sweep(&self, idle_timeout: u64, generation: u64) {
         self.open().retain(|connection| !connection.is_unusable(idle_timeout, generation));
     }
@@ -176,16 +176,17 @@ impl Connections {
     }
 }
 
-/// An open connection. Dropped with all its streams, it closes its socket at once, whatever the upstream does.
+/// An open connection. The pool and each of its streams hold a reference. When the last one is dropped, the socket is
+/// closed at once, whatever the upstream does.
 #[derive(Debug)]
 pub(super) struct Connection {
-    /// The task that hands requests over. It may end after a GOAWAY while streams are still open.
+    /// The task that runs [`dispatch`]. It may end after a GOAWAY while streams are still open.
     // tests/hyper.rs: goaway_ends_the_handover_while_streams_are_open
     dispatch: AbortHandle,
     _driver: Driver,
     /// A duplicate of the socket, to ask the kernel whether there is something to read.
     probe: OwnedFd,
-    /// The generation of the roots that it was made under.
+    /// The generation of the root certificates that the upstream was verified with.
     pub(super) generation: u64,
     reads: Arc<Reads>,
     /// The limit on streams that the upstream announced last.
@@ -200,23 +201,22 @@ struct Usage {
     sender: http2::SendRequest<Full<Bytes>>,
     /// How many streams are open.
     streams: usize,
-    /// When the last one ended, in nanoseconds of [`clock::nanos`].
+    /// When a stream ended last, or when the connection was opened, in nanoseconds of [`clock::nanos`].
     since: u64,
 }
 
-/// What was received on one connection, for its streams to see.
+/// What the receiving side of a connection reports to its streams.
 #[derive(Debug, Default)]
 pub(super) struct Reads {
-    /// How many reads there were that brought bytes, the end or an error. Only compared with an earlier value.
+    /// The number of reads that returned bytes, the end of the stream or an error. Only compared with an earlier value.
     count: AtomicU64,
     next: Notify,
-    /// The upstream denied that it had processed a stream on which it had answered.
+    /// Whether the upstream contradicted itself, see [`super::frames`].
     contradicted: AtomicBool,
 }
 
 impl Reads {
-    /// Returns whether the upstream contradicted itself. If so, its word that a stream was not processed counts no
-    /// more.
+    /// Returns whether the upstream contradicted itself. If so, its claims that a stream was not processed do not count.
     fn are_contradicted(&self) -> bool {
         self.contradicted.load(Ordering::Relaxed)
     }
@@ -234,8 +234,10 @@ impl Received {
         self.reads.clone()
     }
 
-    /// Records bytes that came; none if it was the end or an error. Must be called before hyper sees them: a stream
-    /// that hyper ends because of them must find the contradiction recorded.
+    /// Records the bytes of one read; none if the read returned the end of the stream or an error.
+    ///
+    /// Must be called before hyper gets the bytes. If they contain a contradiction and hyper ends a stream because of
+    /// them, the contradiction must already be recorded.
     pub(super) fn came(&mut self, bytes: &[u8]) {
         static CONTRADICTED: OncePerSecond = OncePerSecond::new();
         // `swap`, so that one connection is one line, however many of its streams are denied.
@@ -264,8 +266,8 @@ impl Connection {
     /// Opens a connection: sends the preface and waits until the upstream has announced its limits. The caller bounds
     /// the wait.
     ///
-    /// While streams are open, a PING is sent when nothing came for `patience`. The connection is closed if there is
-    /// no answer within three times `patience`; not sooner, since a stall of this process delays the answer, too.
+    /// While streams are open, hyper sends a PING when nothing came for `patience`. If there is no answer within three
+    /// times `patience`, hyper closes the connection. A shorter time could be used up by a stall of this process.
     ///
     /// # Errors
     ///
@@ -307,16 +309,16 @@ impl Connection {
             }
         }
         let limit = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
-        // Tokio gives a task a budget of operations for each poll. One task works for all streams here, and the
-        // budget of one would hold up the last of 256.
+        // `unconstrained`: tokio gives each task a budget of operations per poll. This task works for up to 256 streams,
+        // and with the budget of one task the last of them would be delayed.
         let dispatch = tokio::spawn(unconstrained(dispatch(connection, limit.clone(), spawned)));
         let usage = Mutex::new(Usage { sender, streams: 0, since: clock::nanos() });
         let dispatch = dispatch.abort_handle();
         Ok(Self { dispatch, _driver: driver, probe, generation, reads, limit, usage, _permit: permit })
     }
 
-    /// Opens a stream, or returns `None` if the limit is reached. Nothing is sent yet, so that a stream which is
-    /// dropped unused costs the upstream nothing.
+    /// Opens a stream, or returns `None` if the limit is reached. Nothing is sent yet, so a stream that is dropped
+    /// unused costs the upstream nothing.
     pub(super) fn stream(self: &Arc<Self>) -> Option<RequestStream> {
         let mut usage = self.usage();
         let room = MAX_STREAMS.min(self.limit.load(Ordering::Relaxed));
@@ -326,8 +328,8 @@ impl Connection {
         })
     }
 
-    /// Returns whether it takes no further stream: it is closed or contradicted, has idled for `idle_timeout`
-    /// nanoseconds, or was made under roots other than `generation`.
+    /// Returns whether the connection takes no further stream: it is closed, the upstream contradicted itself on it, it
+    /// has been idle for `idle_timeout` nanoseconds, or its root certificates are of another generation.
     fn is_unusable(&self, idle_timeout: u64, generation: u64) -> bool {
         let usage = self.usage();
         self.generation != generation
@@ -341,9 +343,9 @@ impl Connection {
     }
 }
 
-/// Hands requests over until the connection takes no more, then runs until all answers are there.
+/// Passes requests to h2 until the connection takes no more, then runs until each of them has an answer or an error.
 ///
-/// It also polls what hyper spawns for each request. A task for each would be an aligned allocation of 1.6 KB.
+/// It also polls the futures that hyper spawns, one for each request: a task for each would allocate 1.6 KB.
 // tests/hyper.rs: sender_is_closed_before_a_goaway_returns_its_request
 async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, spawned: Spawned) {
     let mut connection = Some(connection);
@@ -375,13 +377,13 @@ async fn dispatch(connection: Handover, limit: Arc<AtomicUsize>, spawned: Spawne
     .await;
 }
 
-/// One exchange's part of a connection. Dropping it makes room for another one.
+/// One exchange's place on a connection. Dropping it makes room for another exchange.
 #[derive(Debug)]
 pub(super) struct RequestStream {
     pub(super) connection: Arc<Connection>,
-    /// How many of its requests the upstream may have processed.
+    /// How many of the exchange's requests the upstream may have processed.
     pub(super) sent: u64,
-    /// The count of [`Reads`] when the last request was sent.
+    /// The value of [`Reads::count`] when the last request was sent.
     reads: u64,
 }
 
@@ -391,8 +393,9 @@ impl RequestStream {
         self.connection.usage().sender.is_closed() || self.connection.reads.are_contradicted()
     }
 
-    /// Lets the event loop notice that the upstream has closed the connection. Does nothing if other streams are
-    /// open, since their traffic shows it, or if there is nothing to read. Costs one system call otherwise.
+    /// Yields once to the event loop if something can be read, so that hyper notices a close by the upstream.
+    ///
+    /// Does nothing while other streams are open, since their traffic shows a close; otherwise it costs a system call.
     pub(super) async fn notice_close(&self) {
         // A server may close an idle connection at any time. A request that goes out just then would get an unknown
         // outcome, although the FIN was in the socket's buffer before.
@@ -408,21 +411,21 @@ impl RequestStream {
         &mut self,
         request: Request<Full<Bytes>>,
     ) -> impl Future<Output = Result<Response<Incoming>, Unanswered>> + use<> {
-        // Counted before hyper has the request, and taken back by `failed`: in doubt it was sent.
+        // Counted before hyper has the request, and taken back by `failed` only if it was certainly not processed.
         self.sent += 1;
         self.reads = self.connection.reads.count.load(Ordering::Relaxed);
         self.connection.usage().sender.try_send_request(request)
     }
 
-    /// Records that a request got no answer. It is not counted as sent if hyper returned it, or if the upstream said
-    /// that it was not processed and has not contradicted itself.
+    /// Records that the last request got no answer. The request no longer counts as sent if hyper returned it unwritten,
+    /// or if the upstream said that it was not processed and has not contradicted itself.
     // tests/hyper.rs: hyper_returns_only_requests_it_has_not_written
     pub(super) fn failed(&mut self, why: &Unanswered) {
         let is_denied = was_denied(why) && !self.connection.reads.are_contradicted();
         self.sent -= u64::from(why.message().is_some() || is_denied);
     }
 
-    /// Returns whether nothing at all was received since the last request was sent: the upstream may be gone.
+    /// Returns whether nothing at all has been received after the last request: the upstream may be gone.
     fn is_unresponsive(&self) -> bool {
         self.sent > 0 && self.connection.reads.count.load(Ordering::Relaxed) == self.reads
     }
@@ -436,7 +439,7 @@ impl Drop for RequestStream {
     }
 }
 
-/// hyper's half of a connection that hands requests over.
+/// hyper's future that passes requests to h2.
 type Handover = http2::Connection<TokioIo<Counted>, Full<Bytes>, Spawn>;
 
 /// Why a request got no answer, with the request itself if hyper has not written it.
@@ -445,8 +448,8 @@ pub(super) type Unanswered = TrySendError<Request<Full<Bytes>>>;
 /// Returns whether the upstream said that a request was not processed: it refused the stream (RFC 9113 §8.7), or sent
 /// a GOAWAY that names an earlier stream as the last one (§6.8).
 ///
-/// h2 reports a GOAWAY only to streams beyond the last one. Streams that it covers go on, and end by an I/O error if
-/// the connection does.
+/// h2 reports a GOAWAY only to streams after the last one that it names. The other streams go on; if the connection
+/// breaks, they end with an I/O error.
 // tests/hyper.rs: refused_stream_is_reported_as_a_remote_reset
 // tests/hyper.rs: goaway_is_reported_only_to_streams_beyond_its_last_one
 fn was_denied(why: &Unanswered) -> bool {
@@ -470,8 +473,8 @@ impl Drop for Driver {
     }
 }
 
-/// Futures that hyper spawned, one for each request, until [`dispatch`] polls them first. They need no waker: hyper
-/// spawns while `dispatch` polls the connection, and `dispatch` polls them next.
+/// Futures that hyper spawned, one for each request, and that [`dispatch`] has not polled yet. No wake-up is needed:
+/// hyper spawns them while `dispatch` polls the connection, and `dispatch` polls them right after.
 type Spawned = Arc<Mutex<Vec<Pin<Box<dyn Future<Output = ()> + Send>>>>>;
 
 /// hyper's executor: spawns the first future, the driver, as a task, and leaves the others to [`dispatch`].

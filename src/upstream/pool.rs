@@ -1,8 +1,9 @@
-//! Connection pool of one worker, over hyper's client connections.
+//! Connection pool of one worker, built on hyper's client connections.
 //!
-//! Guarantees that at most `max_connections` are open, and that a wait for one is bounded. A connection is not reused
-//! if the upstream closed it, if it has idled too long, or if it was made under other roots. For every request the
-//! pool knows whether it may have been sent. It does not decide whether to send again: the exchange does.
+//! At most `max_connections` connections are open, and each wait for one is bounded. A connection is not reused if
+//! the upstream closed it, if it has been idle for too long, or if the root certificates have changed after it was
+//! opened. For every request the pool knows whether it may have been sent. It does not decide whether to send again:
+//! the exchange does.
 //!
 //! An HTTP/1.1 connection is reserved for one exchange. An HTTP/2 connection is shared by many exchanges, and so is
 //! the attempt to open one (single flight). [`Pool::reserve`] hides the difference.
@@ -48,10 +49,10 @@ use crate::registry::Registry;
 /// Why no connection could be reserved.
 #[derive(Clone, Debug, Error)]
 pub enum NoConnection {
-    /// All connections were busy: the wait for one timed out, or would have.
+    /// All connections were busy, and the wait for one timed out or was expected to.
     #[error("all upstream connections are busy")]
     Busy,
-    /// None could be opened, or it closed before the first request.
+    /// No connection could be opened, or a new one closed before its first request.
     #[error("{0}")]
     Failed(Reason),
 }
@@ -62,7 +63,10 @@ impl From<Reason> for NoConnection {
     }
 }
 
-/// Why a request got no reply. Whether it may have been sent is not in here: compare [`PooledConnection::written`].
+/// Why a request got no reply.
+///
+/// With [`SendError::Closed`] nothing was sent. After any other error, [`PooledConnection::written`] tells whether the
+/// request may have been sent.
 #[derive(Debug, Error)]
 pub enum SendError {
     /// There is no connection, or it takes no further request. Nothing was sent.
@@ -112,17 +116,17 @@ impl ConnectionMetrics {
 #[derive(Debug)]
 pub struct Pool {
     connector: Connector,
-    // A permit is held by each HTTP/1.1 connection in use, and by each HTTP/2 connection as long as it is open. Idle
-    // HTTP/1.1 connections hold none: an exchange that takes one brings its own.
+    // Each HTTP/1.1 connection in use holds a permit, and each HTTP/2 connection as long as it is open. Idle HTTP/1.1
+    // connections hold none: an exchange acquires a permit before it takes one.
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Idle>>,
     /// The shared connections; `None` if HTTP/2 is not offered to the upstream.
     http2: Option<http2::Connections>,
-    // An HTTP/1.1 connection has its timer with it. An HTTP/2 connection has many exchanges at once, so their timers
-    // are here.
+    // An idle HTTP/1.1 connection keeps its timer. An HTTP/2 connection has many exchanges at once, so their timers
+    // are kept here.
     timers: Mutex<Vec<Timer>>,
     queue: WaitQueue,
-    // `upstream.connect_timeout`: a caller must not wait longer for a connection in use than for a new one.
+    // `upstream.connect_timeout`: a caller must not wait longer for a connection to become free than for a new one.
     wait: Duration,
     /// After how long an unused connection is closed, in nanoseconds.
     idle_timeout: u64,
@@ -132,9 +136,9 @@ pub struct Pool {
 /// What one exchange holds of the pool.
 #[derive(Debug)]
 enum Transport {
-    /// A connection that no other exchange uses, with its permit under the cap.
+    /// A connection that no other exchange uses, and its permit.
     Http1(Connection, OwnedSemaphorePermit),
-    /// A stream of a shared connection, which holds the permit itself.
+    /// A stream of a shared connection. The connection holds the permit.
     Http2(http2::RequestStream),
 }
 
@@ -147,11 +151,11 @@ struct Idle {
 }
 
 impl Idle {
-    /// Returns whether it must not be reused: it has idled for `idle_timeout` nanoseconds, was closed, or was made
-    /// under roots other than `generation`.
+    /// Returns whether the connection must not be reused: it has been idle for `idle_timeout` nanoseconds, it is
+    /// closed, or its root certificates are of another generation than `generation`.
     fn is_unusable(&self, idle_timeout: u64, generation: u64) -> bool {
-        // `upstream.idle_timeout` should be below the idle time-out of the server: a request that crosses its FIN is
-        // lost, and whether it was processed is unknown.
+        // `upstream.idle_timeout` should be below the idle time-out of the server: a request that crosses the
+        // server's FIN is lost, and whether it was processed is unknown.
         clock::nanos().saturating_sub(self.since) >= idle_timeout
             || self.connection.sender.is_closed()
             || self.connection.generation != generation
@@ -163,11 +167,12 @@ impl Idle {
 struct Connection {
     sender: http1::SendRequest<Full<Bytes>>,
     task: AbortHandle,
-    /// Bytes written to the socket so far. If this did not move, a request was not sent.
+    /// The number of bytes written to the socket so far. If a request did not change it, nothing of that request was
+    /// sent.
     written: Arc<AtomicU64>,
     /// A duplicate of the socket, to ask the kernel whether the upstream closed it: hyper owns the other one.
     probe: OwnedFd,
-    /// The generation of the roots that it was made under.
+    /// The generation of the root certificates that the upstream was verified with.
     generation: u64,
 }
 
@@ -179,11 +184,11 @@ impl Drop for Connection {
 }
 
 impl Pool {
-    /// A pool of at most `max` connections.
+    /// Makes an empty pool for at most `max` connections.
     ///
-    /// `wait` bounds the wait for a connection in use, and the greeting of a new HTTP/2 connection; the connector
-    /// bounds the rest of opening one. `http2` is the upstream's authority if HTTP/2 is to be offered. That needs
-    /// TLS, since ALPN picks the protocol.
+    /// `wait` is the longest time that a request waits for a free connection, and the longest time that the HTTP/2
+    /// handshake of a new connection takes. `connector` bounds the TCP and TLS handshakes itself. `http2` is the
+    /// upstream's authority if HTTP/2 is to be offered. HTTP/2 needs TLS, since ALPN picks the protocol.
     pub fn new(
         connector: Connector,
         max: usize,
@@ -208,12 +213,12 @@ impl Pool {
 
     /// Reserves a connection: a stream of a shared one, an idle one that is still alive, or a new one.
     ///
-    /// Cancellation safe: a dropped future returns its permit. An attempt to open an HTTP/2 connection goes on for
-    /// others.
+    /// Cancellation safe: a dropped future returns its permit. An attempt to open an HTTP/2 connection goes on, since
+    /// other requests may wait for it.
     ///
     /// # Errors
     ///
-    /// [`NoConnection::Busy`] if the cap is reached and the wait took or would take too long,
+    /// [`NoConnection::Busy`] if `max` connections are in use and the wait for one timed out or is expected to.
     /// [`NoConnection::Failed`] if no connection could be opened.
     pub async fn reserve(self: &Arc<Self>) -> Result<PooledConnection, NoConnection> {
         let (transport, timer) = match self.http2.as_ref().filter(|http2| http2.is_available()) {
@@ -228,8 +233,10 @@ impl Pool {
         Ok(PooledConnection::new(self.clone(), transport, timer))
     }
 
-    /// Closes connections that have idled too long, were closed by the upstream, or were made under other roots. Must
-    /// be called about once a second: without requests nothing else does it.
+    /// Closes connections that have been idle for too long, that the upstream closed, or whose root certificates are
+    /// no longer in use.
+    ///
+    /// Must be called about once a second: while no requests come, nothing else closes such connections.
     pub fn sweep(&self) {
         let generation = self.connector.generation();
         self.idle().retain(|idle| !idle.is_unusable(self.idle_timeout, generation));
@@ -250,10 +257,11 @@ impl Pool {
         }
     }
 
-    /// Reserves a stream of a shared connection other than `but`, or an unshared connection if the upstream picks
-    /// HTTP/1.1.
+    /// Reserves a stream of a shared connection, or an unshared connection if the upstream picks HTTP/1.1.
     ///
-    /// All requests that need a new connection wait for the same attempt (single flight).
+    /// `but` is a connection that refused a request of this exchange. It is used only if no other connection has room
+    /// and none can be opened. All requests that need a new connection wait for the same attempt to open one (single
+    /// flight).
     #[cold]
     async fn reserve_http2(
         self: &Arc<Self>,
@@ -291,8 +299,8 @@ impl Pool {
         self.reserve_http1().await
     }
 
-    /// Returns the attempt to connect that goes on, or starts one. Returns `None` if the cap allows no further
-    /// connection.
+    /// Returns the attempt to connect that is under way, or starts one. Returns `None` if all permits are in use, so
+    /// that no further connection may be opened.
     fn dial(self: &Arc<Self>, http2: &http2::Connections) -> Option<watch::Receiver<Dialing>> {
         // Locked until the new attempt is in its place, so that no second one begins.
         let mut dialing = http2.dialing();
@@ -300,7 +308,7 @@ impl Pool {
         if let Some(under_way) = dialing.as_ref().filter(|dialing| dialing.has_changed().is_ok()) {
             return Some(under_way.clone());
         }
-        // These speak HTTP/1.1 and hold no permit: with a new connection they would exceed the cap.
+        // Idle connections speak HTTP/1.1 and hold no permit: with a new connection they could exceed the cap.
         self.idle().clear();
         let permit = self.permits.clone().try_acquire_owned().ok()?;
         let (sender, receiver) = watch::channel(Dialing::UnderWay);
@@ -330,7 +338,8 @@ impl Pool {
         permit.and_then(Result::ok).ok_or(NoConnection::Busy)
     }
 
-    /// Takes the idle connection that was used last. The others may so idle out when there is less to do.
+    /// Takes the idle connection that was used last, with its timer. When there are fewer requests, the others reach
+    /// the idle time-out and are closed.
     fn take_idle(&self) -> Option<(Connection, Option<Timer>)> {
         let (mut idle, generation) = (self.idle(), self.connector.generation());
         let live = iter::from_fn(|| idle.pop()).find(|last| !last.is_unusable(self.idle_timeout, generation));

@@ -1,17 +1,17 @@
 //! Bounded wait for an upstream connection, with load shedding.
 //!
-//! A waiter is rejected at once if `position × service_interval > max_wait / 2`, instead of when its time is over.
-//! Under overload a rejected request then costs its caller no time, and an admitted one waits only a little.
+//! A waiter is rejected at once if `position × service_interval > max_wait / 2`, instead of after `max_wait`. Under
+//! overload a rejected request then costs its caller no time, and an admitted one waits only a little.
 //!
-//! The service interval is learnt from the waiters themselves. A window ends when as many waiters were served as the
-//! pool has connections; its interval is the time in which at least one request waited, divided by that number. The
-//! smaller one of the last two windows counts, so that a single stall (such as the fetch of a token) is not taken for
-//! the pace.
+//! The service interval is the average time from one served waiter to the next. It is measured in windows. A window
+//! ends when as many waiters have been served as the pool has connections. Its interval is the time during which at
+//! least one request waited, divided by the number of waiters served. Of the last two windows the smaller interval is
+//! used, so that a single stall (such as the fetch of a token) does not raise it.
 //!
 //! Once a wait has timed out, only the first waiter in line is admitted, until one is served again.
 //!
-//! The queue bounds and measures a wait. It does not hand out connections, and it does not decide who gets one: that
-//! is up to the future which a waiter passes in.
+//! The queue bounds and measures waits. It does not hand out connections, and it does not decide which waiter gets
+//! one: each waiter passes in a future that does.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,20 +29,20 @@ pub(super) struct WaitQueue {
     rate: Mutex<ServiceRate>,
 }
 
-/// The service interval, and what it is measured from. Times are in nanoseconds of [`clock::nanos`].
+/// Measures the service interval. Times are in nanoseconds of [`clock::nanos`].
 #[derive(Debug)]
 struct ServiceRate {
-    /// How many served waiters end a window.
+    /// The number of served waiters after which a window ends.
     size: u64,
-    /// When the line began to form, or when its last waiter was served or gave up.
+    /// The latest moment at which a first waiter came, a waiter was served, or a waiter timed out.
     since: u64,
     served: u64,
-    /// For how long at least one request waited in this window. It is not the age of the window: with one waiter at a
-    /// time, the pauses in between are no waits.
+    /// For how long at least one request has waited in this window, up to `since`. Times without a waiter do not
+    /// count, so it can be less than the age of the window.
     took: u64,
-    /// The service interval of the last two windows, the older one first; 0 until a window has ended.
+    /// The service intervals of the last two windows, the older one first; 0 for a window that has not ended.
     each: [u64; 2],
-    /// The last wait timed out, and no waiter was served since.
+    /// Whether the last wait timed out, and no waiter has been served after it.
     is_stalled: bool,
 }
 
@@ -53,7 +53,7 @@ impl ServiceRate {
         Self { size: size.max(1) as u64, since: 0, served: 0, took: 0, each: [0, 0], is_stalled: false }
     }
 
-    /// Starts to measure: the line was empty until now.
+    /// Starts to measure, at the arrival of a waiter that finds no other.
     fn begin(&mut self, now: u64) {
         self.since = now;
     }
@@ -134,8 +134,8 @@ struct Position<'a> {
 
 impl<'a> Position<'a> {
     fn behind(waiting: &'a AtomicUsize) -> Self {
-        // All others in the count came earlier, so the count is the position. It is not kept up to date: only the
-        // decision at the begin needs it.
+        // All others in the count came earlier, so the count is the position. It is not kept up to date: it is used
+        // only once, for the decision at the beginning of the wait.
         Self { waiting, number: waiting.fetch_add(1, Ordering::Relaxed) + 1 }
     }
 }

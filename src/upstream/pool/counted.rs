@@ -14,13 +14,14 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::connect::Stream;
 use crate::upstream::http2::Received;
 
-/// One stream. It counts as an open connection while it exists, and over HTTP/2 it reports what is received.
+/// The byte stream of one connection. It is counted as an open connection until it is dropped. Over HTTP/2 it passes what
+/// it reads to [`Received`] first.
 #[derive(Debug)]
 pub(in crate::upstream) struct Counted {
     stream: Stream,
-    /// Bytes written so far. The pool's connection shares the count.
+    /// The number of bytes written so far, shared with the pool's [`super::Connection`].
     pub(super) written: Arc<AtomicU64>,
-    /// `None` over HTTP/1.1: six reads a request would record what only HTTP/2 needs.
+    /// Receives what is read; `None` over HTTP/1.1, which does not need it and has six reads per request.
     received: Option<Received>,
     open: Gauge,
 }
@@ -32,7 +33,8 @@ impl Counted {
         Self { stream, written: Arc::default(), received, open }
     }
 
-    /// Adds what a write call took to the count. Passes its result on.
+    /// Adds the bytes that a write call took to the count, and returns the result of the call. A failed write over TLS
+    /// counts as one byte.
     fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         let bytes = match (&written, &self.stream) {
             (Poll::Ready(Ok(bytes)), _) => *bytes as u64,

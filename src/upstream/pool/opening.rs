@@ -1,6 +1,6 @@
 //! Opens connections for the pool.
 //!
-//! Connects, does the greeting of the protocol that the upstream picked by ALPN, and counts the attempt by its
+//! Dials, performs the HTTP/1.1 or HTTP/2 handshake, as the upstream picked by ALPN, and counts the attempt by its
 //! result.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,8 +19,8 @@ use crate::upstream::http2;
 use crate::upstream::http2::Received;
 
 impl Pool {
-    /// Opens a connection under `permit`. Returns it as what one exchange holds: an HTTP/1.1 connection, or the first
-    /// stream of an HTTP/2 connection that others may share from then on.
+    /// Opens a connection, which holds `permit` from then on. Returns an HTTP/1.1 connection, or the first stream of an
+    /// HTTP/2 connection, which other exchanges can use at once.
     ///
     /// # Errors
     ///
@@ -36,8 +36,8 @@ impl Pool {
         let (stream, generation) = self.connector.connect_under().await?;
         match &self.http2 {
             Some(http2) if stream.is_http2() => {
-                // The connector's bound ends with the TLS handshake. An upstream that accepts and then sends no
-                // SETTINGS would hold up all who wait for this attempt.
+                // The connector's time-out ends with the TLS handshake. An upstream that accepts the connection and
+                // sends no SETTINGS would delay all requests that wait for this attempt.
                 let opened = timeout(self.wait, self.greet_http2(stream, generation, permit)).await;
                 let late = |_| Reason::new(Cause::Timeout, "the upstream did not greet over HTTP/2 in time");
                 let connection = Arc::new(opened.map_err(late)??);

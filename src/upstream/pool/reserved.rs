@@ -20,9 +20,9 @@ const KEPT_TIMERS: usize = 256;
 
 /// A connection that is reserved for one exchange, or a stream of a shared connection.
 ///
-/// It returns to the pool by [`PooledConnection::release`], or if it is dropped unused. If it is dropped otherwise, an
-/// unshared connection is closed, since part of a reply may still be in it; of a shared one only the stream is
-/// closed.
+/// It returns to the pool by [`PooledConnection::release`], or if it is dropped unused. If it is dropped after use
+/// without `release`, an unshared connection is closed, since a part of a reply may still come on it. Of a shared
+/// connection only the stream is closed.
 #[derive(Debug)]
 pub struct PooledConnection {
     pool: Arc<Pool>,
@@ -31,25 +31,25 @@ pub struct PooledConnection {
     timer: Option<Timer>,
     /// The turn of the worker's event loop in which it was reserved, see [`clock::turn`].
     reserved: u64,
-    /// No part of another exchange is in it, so that it may be reused.
+    /// Whether it may be reused: no part of a request or a reply is left in it.
     clean: bool,
 }
 
 impl PooledConnection {
-    /// A connection that was just taken out of `pool`.
+    /// Wraps a connection or stream that was just taken out of `pool`.
     pub(super) fn new(pool: Arc<Pool>, transport: Transport, timer: Option<Timer>) -> Self {
         Self { pool, transport: Some(transport), timer, reserved: clock::turn(), clean: true }
     }
 
-    /// Waits until a request can be sent, which is when the last exchange is over.
+    /// Waits until a request can be sent: until the previous exchange on the connection is over.
     ///
-    /// The request must be sent without another wait: only now is it known that the roots under which the connection
-    /// was made are still in use.
+    /// The caller must send the request without another wait. When this function returns, the root certificates that
+    /// the upstream was verified with are in use; a moment later they may have been replaced.
     ///
     /// # Errors
     ///
-    /// [`SendError::Closed`] or [`SendError::Http`] if the connection takes no further request. Nothing was sent
-    /// then, and [`PooledConnection::reconnect`] may help.
+    /// [`SendError::Closed`] or [`SendError::Http`] if the connection takes no further request. Nothing was sent, and
+    /// the caller may try [`PooledConnection::reconnect`].
     pub async fn ready(&mut self) -> Result<(), SendError> {
         self.clean = false;
         let generation = match self.transport.as_mut().ok_or(SendError::Closed)? {
@@ -59,7 +59,7 @@ impl PooledConnection {
                 connection.generation
             }
             Transport::Http2(stream) => {
-                // Later the event loop has polled all sockets since, so that a close is known already.
+                // In any later turn, the event loop has polled all sockets, so that a close is known already.
                 if clock::turn() == self.reserved {
                     stream.notice_close().await;
                 }
@@ -69,27 +69,27 @@ impl PooledConnection {
                 stream.connection.generation
             }
         };
-        // Checked here, since the reservation may be old: the wait for the intent, and the wait for another token
-        // after a refused one, are in between. Without this check a fresh token went out on a connection whose root
-        // had been removed.
+        // Checked here, since the connection may have been reserved long ago: the exchange has waited for its intent,
+        // and perhaps for another token after a refused one. Without this check a fresh token went out on a connection
+        // whose root certificate had been removed.
         if generation == self.pool.connector.generation() { Ok(()) } else { Err(SendError::Closed) }
     }
 
-    /// Sends a request and waits for the head of the reply. `request` is called here, so that the future does not
-    /// hold the request.
+    /// Sends the request that `request` makes, and waits for the head of the reply. A function, so that the future does
+    /// not hold the request.
     ///
-    /// Must follow [`PooledConnection::ready`]. The wait has no bound of its own. A future that is dropped may have sent the
-    /// request.
+    /// The caller must call [`PooledConnection::ready`] right before, and must bound the wait. If the future is dropped,
+    /// the request may have been sent.
     ///
     /// # Errors
     ///
-    /// Returns a [`SendError`] if there was no reply. Compare [`PooledConnection::written`] to learn whether the request may
-    /// have been sent.
+    /// Returns a [`SendError`] if there was no reply. Compare [`PooledConnection::written`] before and after to learn
+    /// whether the request may have been sent.
     pub async fn send(
         &mut self,
         request: impl FnOnce() -> Request<Full<Bytes>>,
     ) -> Result<Response<Incoming>, SendError> {
-        // Set before the first wait: dropped during it, the connection has half a request or half a reply in it.
+        // Set before the first wait: if the future is dropped during it, half a request or half a reply is left.
         self.clean = false;
         match (self.transport.as_mut(), &self.pool.http2) {
             (Some(Transport::Http1(connection, _)), _) => {
@@ -106,10 +106,10 @@ impl PooledConnection {
         }
     }
 
-    /// Returns a number that has grown if something may have been sent. It is only to be compared.
+    /// Returns a number to compare with an earlier value: if it has not grown, nothing was sent in between.
     ///
-    /// On an unshared connection it counts the bytes written, on a shared one the requests that the upstream may have
-    /// processed.
+    /// On an unshared connection it counts the bytes written. On a shared one it counts this exchange's requests that
+    /// the upstream may have processed.
     // tests/hyper.rs: response_before_the_request_is_written_is_an_error
     pub fn written(&self) -> u64 {
         match &self.transport {
@@ -119,8 +119,8 @@ impl PooledConnection {
         }
     }
 
-    /// Replaces a connection that is closed or refuses requests. An unshared one is replaced under the same permit,
-    /// without a wait in the queue.
+    /// Replaces a connection that is closed or refuses requests. An unshared one keeps its permit, and so does not wait
+    /// in the queue again.
     ///
     /// # Errors
     ///
@@ -152,8 +152,11 @@ impl PooledConnection {
         self.timer = Some(timer);
     }
 
-    /// Returns whether the upstream is known to have closed the connection. Asks the kernel, which costs a system
-    /// call, unless the event loop has polled all sockets since the connection was reserved.
+    /// Returns whether the connection is known to be unusable: the upstream has closed it, or has sent bytes on an idle
+    /// HTTP/1.1 connection.
+    ///
+    /// For HTTP/1.1 this costs a system call in the turn of the event loop in which the connection was reserved. In any
+    /// later turn the event loop has polled all sockets, so that hyper knows.
     pub fn is_stale(&self) -> bool {
         match &self.transport {
             Some(Transport::Http1(connection, _)) if clock::turn() == self.reserved => {
@@ -165,8 +168,8 @@ impl PooledConnection {
         }
     }
 
-    /// Returns whether the upstream closed the connection, or contradicted itself on it. Does not check the roots:
-    /// [`PooledConnection::ready`] does.
+    /// Returns whether the upstream closed the connection, or contradicted itself on it. Does not check the root
+    /// certificates: [`PooledConnection::ready`] does.
     pub fn is_closed(&self) -> bool {
         match &self.transport {
             Some(Transport::Http1(connection, _)) => connection.sender.is_closed(),
@@ -175,7 +178,7 @@ impl PooledConnection {
         }
     }
 
-    /// Returns the connection to the pool. Only to be called after the reply was read to its end.
+    /// Returns the connection to the pool. The caller must have read the reply to its end.
     pub fn release(mut self) {
         self.clean = true;
     }
@@ -204,8 +207,8 @@ impl Drop for PooledConnection {
     }
 }
 
-/// Returns whether there is nothing to read and no end of the stream, as on an idle HTTP/1.1 connection that is
-/// alive.
+/// Returns whether a read from the socket would block: no bytes, no end of the stream and no error have come. That is
+/// so on a live HTTP/1.1 connection that is idle.
 pub(in crate::upstream) fn is_quiet(socket: &OwnedFd) -> bool {
     let mut byte = [0_u8; 1];
     // Peeked, so that hyper still finds the byte. Errors count as not quiet.

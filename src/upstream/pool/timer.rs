@@ -1,7 +1,7 @@
 //! The deadline timer of a connection's exchanges.
 //!
-//! It is reused, and it may be set to an earlier time than the deadline: it then fires in vain once and is moved.
-//! Most exchanges end before that, and cost no change of the timer wheel.
+//! The timer is reused. It may be set to an earlier time than the deadline of the present exchange: if that time comes
+//! first, the timer is moved to the deadline. Most exchanges end sooner, and so never have to set a timer.
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -17,7 +17,7 @@ pub struct Timer(Pin<Box<Sleep>>);
 impl Timer {
     /// Polls `what` until `deadline`. Returns `None` if the deadline passed first.
     ///
-    /// Dropping the future drops nothing: `what` belongs to the caller, and the timer may be used again.
+    /// Dropping the returned future does not drop `what`, and the timer may be used again.
     pub fn until<F: Future>(
         &mut self,
         deadline: Instant,
