@@ -1,12 +1,13 @@
 //! Validated configuration: every value has its final type, and every reference resolves.
 //!
-//! A configuration exists in three forms: layers (where each value comes from), validated (the types here) and
-//! compiled ([`crate::state::State`]). All mistakes are reported at once, each with its place, key and reason. The
-//! layers are merged by the `config` crate (`source`), read table by table with serde (`reader`, into the types of
-//! `sections`), completed and checked (`parse` has the order). Only [`Config::load`] and [`Config::load_in_time`]
-//! return a [`Config`].
+//! A configuration goes through three forms: layers, which say where each value comes from; validated, the types of
+//! this module; and compiled, [`crate::state::State`]. The module `source` merges the layers with the `config` crate.
+//! `reader` reads them table by table with serde into the types of `sections`. `parse` runs these steps and the checks
+//! in order. All mistakes are reported at once, each with its place, key and reason. Only [`Config::load`] and
+//! [`Config::load_in_time`] return a [`Config`].
 //!
-//! Opens no file but its own. What it names is checked by [`named_files::NamedFiles`], which the caller passes in.
+//! This module opens the configuration file and no other. The caller passes in a [`named_files::NamedFiles`], which
+//! checks the files that the configuration names.
 
 mod source;
 mod context;
@@ -77,25 +78,27 @@ pub struct Config {
     pub idempotency: Idempotency,
     /// Log level, format, and which requests have a log line.
     pub log: Log,
-    /// The routes, beside the built-in one for `appointQualityTask`.
+    /// The routes. One for `appointQualityTask` is built in.
     pub routes: Vec<Route>,
 }
 
-/// The name of the built-in route, which exists without being configured. A route of this name with a
-/// `contract_file` replaces its contract.
+/// The name of the built-in route, which exists without being configured. A `[[routes]]` table of this name may replace
+/// its contract, credential, timeout and `frozen`.
 pub const BUILT_IN_ROUTE: &str = "appointQualityTask";
 
-/// What a `loopback` caller means, for operators. `check`, the start log and `/status` show it.
+/// The warning about `loopback` callers for operators. `check`, the start log and `/status` show it if a configuration
+/// has one: see [`Config::trusts_loopback`].
 pub const LOOPBACK_NOTICE: &str = "a `loopback` caller is every process in this network namespace: other users, \
      host-network containers, whoever holds a port-forward, an app that can be made to send requests (SSRF). On a \
      shared host use a Unix socket with `uid:` callers.";
 
 impl Config {
-    /// Returns the configuration of the file at `path`, overridden by the environment
-    /// (`CCSQM_GATEWAY__SECTION__KEY`), then by `overrides`, the keys and values of `--set` flags. `files` checks
-    /// every file that the configuration names. Fails with all mistakes, at least one.
+    /// Returns the configuration of the file at `path`, overridden by the environment (`CCSQM_GATEWAY__SECTION__KEY`),
+    /// then by `overrides`, the keys and values of `--set` flags. `files` checks every file that the configuration
+    /// names. Fails with all mistakes, at least one.
     ///
-    /// Blocks while it reads, for ever if a file does not answer: a start uses [`Config::load_in_time`].
+    /// Blocks while it reads files, and for ever if a file does not answer. A start therefore uses
+    /// [`Config::load_in_time`].
     pub fn load(
         path: &Path,
         overrides: &[(String, String)],
@@ -106,8 +109,8 @@ impl Config {
         loaded.map(|(config, _)| config)
     }
 
-    /// [`Config::load`] on a thread of its own. Fails if that takes longer than `patience`, with the key that names
-    /// the file which does not answer. The thread is left behind then.
+    /// Runs [`Config::load`] on a thread of its own, and waits for the result for at most `patience`. If a file does
+    /// not answer within that time, the error has the key that names this file, and the thread keeps running.
     pub fn load_in_time(
         path: &Path,
         overrides: &[(String, String)],
@@ -164,10 +167,11 @@ impl Config {
         parse::validate(layers, path.parent().unwrap_or(Path::new(".")), files, reading)
     }
 
-    /// Returns the address of the admin listener, by the file at `path`, if one is given, and the environment.
-    /// Nothing else is checked: whether other settings or files changed since the start says nothing of the gateway
-    /// that runs. Fails if the file cannot be read, or if the address is wrong or may be on a line that is not
-    /// TOML.
+    /// Returns the address of the admin listener, as the file at `path`, if one is given, and the environment set it.
+    ///
+    /// Other settings and the named files are not checked: they may have changed after the gateway that runs was
+    /// started. Fails if the file cannot be read, if the address is invalid, or if a line of the file is not TOML,
+    /// since that line may be the one with the address.
     pub fn admin_address(
         path: Option<&Path>,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -182,8 +186,9 @@ impl Config {
         self.listeners.iter().filter(|listener| listener.can_see(&caller.peer))
     }
 
-    /// Whether a socket at this address must be bound with `IPV6_V6ONLY`, because another socket has an IPv4
-    /// address with the same port. `[::]` takes IPv4, too, otherwise (RFC 3493 section 5.3).
+    /// Whether a socket at this address must be bound with `IPV6_V6ONLY`. That is so for `[::]` if another socket has
+    /// an IPv4 address with the same port: without the option, `[::]` would also receive IPv4 connections (RFC 3493
+    /// section 5.3).
     pub fn is_only_v6(&self, address: SocketAddr) -> bool {
         let is_v4 = |other: SocketAddr| other.port() == address.port() && other.ip().to_canonical().is_ipv4();
         let listeners = self.listeners.iter().filter_map(|listener| match listener.address {

@@ -1,11 +1,12 @@
 //! Stage 4: JSON Schema validation of the whole request body against the route's contract.
 //!
-//! A contract is a JSON Schema (2020-12, a subset) that is compiled at start into a tree of rules. One walk checks the bytes
-//! and builds no tree of the body. If it finds a violation, a second walk by the same rules lists all violations. A body that
-//! is not strict JSON gets that error instead, wherever in the body the error is.
+//! A contract is a JSON Schema (2020-12, a subset) that is compiled at start into a tree of rules. One walk checks the
+//! bytes and builds no tree of the body. If it finds a violation, a second walk by the same rules lists all violations.
+//! If the body is not strict JSON, only the first fault of its syntax is reported, even if violations come before it.
 //!
-//! Two points are stricter than JSON Schema. An integer is an optional minus and digits: `-0`, a fraction and an exponent are
-//! refused. Where a contract says `x-refuseRounded`, an id that is a bare number is refused if a client may have rounded it.
+//! Two points are stricter than JSON Schema. An integer is an optional minus and digits: `-0`, a fraction and an
+//! exponent are refused. Where a contract says `x-refuseRounded`, an id that is a bare number is refused if a client
+//! may have rounded it.
 //!
 //! The gateway forwards exactly the bytes that it checked. It neither repairs nor rewrites a body.
 
@@ -121,7 +122,8 @@ impl Contract {
         self.audit.iter().map(|member| member.name.as_str())
     }
 
-    /// Sets how the values of each such member are written to the trail: in clear, as a keyed hash, or not at all.
+    /// Returns the contract with the way in which each audit member (`x-audit`) is written to the trail: in clear, as a
+    /// keyed hash, or not at all. `shown` decides this by the name of the member.
     // Not part of `compile`: the schema belongs to the API, but what to redact belongs to the `[audit]` table of this gateway.
     #[must_use]
     pub fn shown(mut self, shown: impl Fn(&str) -> Shown) -> Self {
@@ -149,11 +151,12 @@ impl Contract {
         }
     }
 
-    /// Returns the violations of a body; none if [`Contract::check`] accepts it. For tools; requests go through `check`.
+    /// Returns the violations of a body; none if [`Contract::check`] accepts it. For tools; requests go through
+    /// `check`.
     ///
     /// # Errors
     ///
-    /// The body is not strict JSON. Violations in front of that place are not returned then.
+    /// The body is not strict JSON. Violations before the place of that error are not returned then.
     pub fn violations(&self, body: &[u8], bare_ids: BareIds) -> Result<Violations, NotJson> {
         self.gather(body, bare_ids).map(|(violations, _)| violations)
     }
@@ -177,7 +180,7 @@ impl CheckedBody {
     }
 }
 
-/// Checks that a document is strict JSON with no key twice in an object; checks no contract.
+/// Checks that a document is strict JSON in which no object has the same key twice. Checks no contract.
 ///
 /// # Errors
 ///

@@ -1,10 +1,9 @@
-//! Change detection for configuration, secrets and certificates by polling: files at rest are checked with
-//! `stat` only and not read.
+//! Change detection for configuration, secrets and certificates by polling. Files that have not changed for some
+//! seconds are checked with `stat` only and are not read.
 //!
-//! What belongs together may be kept in several files that are written one after the other, and each file may
-//! be written in two steps (truncate, write). One reading may therefore see a mixture. A change is reported
-//! only after two readings in a row agree. A failure to read is never a change: what was read before stays in
-//! use.
+//! A value may be kept in several files that are written one after the other, and each file may be written in two steps
+//! (truncate, write). So one reading may see a mixture of old and new. A change is reported only after two readings in
+//! a row agree. A failure to read is not a change: the last value stays in use.
 //!
 //! This module does not use inotify. It does not parse contents either: the caller's `load` does.
 
@@ -25,8 +24,8 @@ pub(crate) const POLL: Duration = Duration::from_secs(1);
 /// The time between the two readings that must agree.
 pub(crate) const SETTLE: Duration = Duration::from_millis(250);
 
-/// Returns a SHA-256 digest of some parts, to compare contents without keeping them. Each part is hashed with
-/// its length, so that moving bytes from one part to the next changes the digest.
+/// Returns a SHA-256 digest of the parts, so that contents can be compared without keeping them. Each part is hashed
+/// with its length, so that moving bytes from one part to the next changes the digest.
 pub(crate) fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 32] {
     let mut digest = Sha256::new();
     for part in parts {
@@ -36,17 +35,17 @@ pub(crate) fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> [u8; 32] 
     digest.finalize().into()
 }
 
-/// The time for which a changed file is still read at every check.
+/// How long a file is still read at every check after it changed.
 // Some file systems store times in steps of up to two seconds. A file that changes twice within one step has
 // the same stamp both times, so the stamp alone would miss the second change.
 const GRAIN: Duration = Duration::from_secs(3);
 
-/// One thing that is kept in files, with the state of its last check.
+/// One value that is kept in files, with the state of its last check.
 pub(crate) struct FileWatch<T, E> {
     /// The files to check with `stat`.
     files: Vec<PathBuf>,
     load: Box<dyn Fn() -> Result<T, E> + Send>,
-    /// The stamps of the files at the last check, and since when they are the same.
+    /// The stamps of the files at the last check, and when these stamps were first seen.
     stamps: Option<(Vec<Stamp>, Instant)>,
     /// When the files were last read.
     read: Option<Instant>,
@@ -115,8 +114,8 @@ impl<T: Clone + PartialEq, E> FileWatch<T, E> {
         FileChange::Changed(found)
     }
 
-    /// Whether no reading is needed: the stamps are those of the last check, and the last reading came at least
-    /// [`GRAIN`] after they were first seen.
+    /// Whether no reading is needed: the stamps are the same as at the last check, and the last reading came at least
+    /// [`GRAIN`] after these stamps were first seen.
     fn is_at_rest(&mut self) -> bool {
         let stamps: Vec<_> = self.files.iter().map(|file| Stamp::of(file)).collect();
         match &self.stamps {
@@ -124,7 +123,7 @@ impl<T: Clone + PartialEq, E> FileWatch<T, E> {
                 let is_certain = self.read.is_some_and(|read| read >= *since + GRAIN);
                 // A change that was read once is read again even if the stamps do not move. So is a file that
                 // could not be used: a cause such as an I/O error or the limit on open files does not show in
-                // the stamp, and the end of the trouble is to be reported.
+                // the stamp, and the end of the failure is to be reported.
                 is_certain && self.settling.is_none() && !self.is_unusable
             }
             _ => {
@@ -146,11 +145,12 @@ struct Followed<T, E> {
 
 /// The result of checking once and, if there was a change, putting it into effect.
 enum Turn {
-    /// The value of the files is in effect. `is_new`: since this check.
+    /// The value of the files is in effect. `is_new` is true if this check put it into effect.
     Good { is_new: bool },
-    /// The value cannot be read or put into effect. `is_new`: it was changed to this since the last check.
+    /// The value cannot be read or put into effect. `is_new` is true if the value changed or a file hangs, so that the
+    /// failure must be reported even if its reason was reported before.
     Bad { why: String, is_new: bool },
-    /// A change was read once.
+    /// A changed value was read once, and must be read again.
     Settling,
 }
 
@@ -182,13 +182,17 @@ impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
     }
 }
 
-/// Follows a value forever. `take` puts a changed value into effect and fails if that cannot be done. `tell`
-/// gets the result of each change: `Ok` when the files are in effect, `Err` with the reason when they are not.
-/// A rejected value is tried again at every check, and `tell` gets `Ok` once it is accepted. A reason is
-/// reported once; it is reported again if the files changed, or if another reason was reported in between.
+/// Follows a value for ever.
 ///
-/// `load` and `take` run on the blocking pool, one at a time, so that a file that does not answer blocks
-/// neither the runtime nor other files. May be cancelled at any time; a check that has begun runs to its end.
+/// `take` puts a changed value into effect, and fails if that cannot be done. A rejected value is tried again at every
+/// check.
+///
+/// `tell` is called with `Ok` when a new value is in effect, or when the files are usable again. It is called with
+/// `Err` and the reason when the files cannot be read or their value is rejected. The same reason is reported again
+/// only if the files changed, or if another reason was reported in between.
+///
+/// `load` and `take` run on the blocking pool, one at a time. So a file that does not answer blocks neither the runtime
+/// nor other files. May be cancelled at any time; a check that has begun runs to its end.
 pub(crate) async fn follow<T, E>(
     watched: FileWatch<T, E>,
     take: impl Fn(T) -> Result<(), E> + Send + 'static,

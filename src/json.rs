@@ -1,8 +1,9 @@
-//! Streaming parser (pull parser) for strict JSON (RFC 8259): no lone surrogate, at most 32 levels, nothing behind the value.
+//! Streaming parser (pull parser) for strict JSON (RFC 8259): no lone surrogate, at most 32 levels, nothing after the
+//! value.
 //!
-//! Tokens borrow the bytes of the document, and no tree is built. A bare number keeps its literal, so that no digit is lost. The
-//! cursor does not check the encoding; [`check_encoding`] does, for bodies of callers. A key that occurs twice in an object is
-//! not detected here: the walk of a contract does that.
+//! Tokens borrow the bytes of the document, and no tree is built. A bare number keeps its literal, so that no digit is
+//! lost. The cursor does not check the encoding; [`check_encoding`] does, for bodies of callers. A key that occurs
+//! twice in an object is not detected here: the walk of a contract does that.
 
 mod number;
 mod text;
@@ -19,7 +20,7 @@ const MAX_DEPTH: usize = 32;
 /// The lowest byte that [`crate::plain`] may have to escape.
 const DEL: u8 = 0x7F;
 
-/// The reason where no value begins.
+/// The error text for a place where a value should begin but does not.
 const A_VALUE: &str = "expected a value: a string in double quotes, a number, true, false, null, `[` or `{`";
 
 /// The error for a document that is not strict JSON.
@@ -41,7 +42,7 @@ impl NotJson {
         // Counted without a list of lines: a refused body of 16 MiB of newlines once took 256 MiB for that list.
         let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
         let last = before.rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
-        // In UTF-8 the bytes of a character behind its first one. A column counts characters, as editors do.
+        // In UTF-8, the bytes of a character after its first one. A column counts characters, as editors do.
         let goes_on = |byte: &&u8| **byte & 0xC0 == 0x80;
         Self { line, column: last.len() - last.iter().filter(goes_on).count() + 1, reason }
     }
@@ -55,7 +56,8 @@ struct Halted {
     reason: &'static str,
 }
 
-/// The error of every step: the walk cannot go on. [`Cursor::fault`] says what is wrong with the document.
+/// The error of every step of a [`Cursor`]: the walk cannot go on. [`Cursor::fault`] says what is wrong with the
+/// document.
 // Empty, since it is a part of the result of every step. The reason lies in the cursor instead.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Abort;
@@ -94,8 +96,8 @@ pub(super) fn check_encoding(document: &[u8]) -> Result<bool, NotJson> {
     Ok(is_plain)
 }
 
-/// Whether every byte is below DEL. Checks eight bytes a step; the last eight may overlap the step before.
-// Not `is_ascii`, which accepts DEL, and which checks what is left behind its last whole block byte by byte.
+/// Whether every byte is below DEL. Checks eight bytes at a time. The last eight may overlap the eight before them.
+// Not `is_ascii`, which accepts DEL, and which checks the bytes after its last whole block one by one.
 fn is_plain(document: &[u8]) -> bool {
     const LOW: u64 = u64::from_ne_bytes([0x7F; 8]);
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
@@ -120,10 +122,10 @@ pub(super) enum Begins {
     Object,
 }
 
-/// A position in a document. Each step reads one token and moves behind it.
+/// A position in a document. Each step reads one token and moves past it.
 ///
-/// After an error of a step the position is not defined, and the cursor must not be used but for [`Cursor::fault`] and
-/// [`Cursor::is_cut`].
+/// After an error of a step the position is not defined. The cursor must then be used for [`Cursor::fault`] and
+/// [`Cursor::is_cut`] only.
 pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
     position: usize,
@@ -196,7 +198,8 @@ impl<'a> Cursor<'a> {
         Ok(token)
     }
 
-    /// Enters the array or object that begins here and ends with `close`. Returns false, behind it, if it is empty.
+    /// Enters the array or object that begins here and ends with `close`. Returns true if it has an element. If it is
+    /// empty, moves past it and returns false.
     #[inline(always)]
     pub(super) fn open(&mut self, close: u8) -> Result<bool, Abort> {
         self.depth += 1;
@@ -212,7 +215,7 @@ impl<'a> Cursor<'a> {
         Ok(true)
     }
 
-    /// Reads what is behind an element: a comma, then returns true; or `close`, then returns false.
+    /// Reads what follows an element. Returns true for a comma, and false for `close`, the end of the container.
     #[inline(always)]
     pub(super) fn next(&mut self, close: u8) -> Result<bool, Abort> {
         self.skip_space();
@@ -225,8 +228,8 @@ impl<'a> Cursor<'a> {
                 self.leave();
                 Ok(false)
             }
-            // A number ends behind a leading 0 (RFC 8259 §6), so that the second digit of 07 is found here. Only behind a 0: in
-            // `[1 2]` a comma is missing, and the message must not speak of a 0.
+            // A number ends after a leading 0 (RFC 8259 §6), so that the second digit of 07 is found here. Only
+            // after a 0: in `[1 2]` a comma is missing, and the message must not speak of a 0.
             Some(b'0'..=b'9') if self.bytes[..self.position].ends_with(b"0") => {
                 Err(self.halt("a number must not begin with an extra 0: write 7, not 07"))
             }
@@ -235,7 +238,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Reads the key that begins here, without the colon behind it.
+    /// Reads the key that begins here, without the colon after it.
     pub(super) fn key(&mut self) -> Result<Text<'a>, Abort> {
         match self.peek() {
             Some(b'"') => self.string(),
@@ -255,7 +258,7 @@ impl<'a> Cursor<'a> {
         is_it
     }
 
-    /// Reads the colon behind a key.
+    /// Reads the colon after a key.
     #[inline(always)]
     pub(super) fn colon(&mut self) -> Result<(), Abort> {
         self.skip_space();
@@ -297,7 +300,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Checks that nothing but white space is left.
-    // Something behind the value may be a second one, which another parser could take for the body.
+    // Something after the value may be a second one, which another parser could take for the body.
     pub(super) fn end(&mut self) -> Result<(), Abort> {
         if self.skip_space() == self.bytes.len() {
             Ok(())
@@ -306,7 +309,8 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Notes a fault at the current position and returns the error. At the end of the document the reason is that it ends.
+    /// Notes a fault at the current position and returns the error. At the end of the document, the reason is replaced
+    /// by one that says that the text ends too early.
     #[cold]
     #[inline(never)]
     fn halt(&mut self, reason: &'static str) -> Abort {
@@ -336,7 +340,7 @@ impl<'a> Cursor<'a> {
         self.bytes.get(self.position..).unwrap_or_default()
     }
 
-    /// Moves behind the closing bracket of a container.
+    /// Moves past the closing bracket of a container.
     fn leave(&mut self) {
         self.position += 1;
         self.depth -= 1;

@@ -1,8 +1,8 @@
-//! Pre-flight checks: loads a configuration and checks every file that it names with the functions that a start
-//! uses, so that a start does not fail on one.
+//! Pre-flight checks: loads a configuration and checks every file that it names, with the functions that a start uses.
+//! So a bad file is reported before a start fails because of it.
 //!
-//! Only reads: makes, locks and changes nothing. `check`, the start and each reload use it. What a start must try
-//! (binding sockets, locking the trail) is not checked here, but by the dry run of a start in `app`.
+//! These checks only read: they create, lock and change nothing. `check`, a start and each reload run them. Binding
+//! sockets and locking the trail are not checked here, but by the dry run of a start in [`crate::app`].
 
 mod exposure;
 
@@ -56,7 +56,7 @@ pub fn admin_address(
     Config::admin_address(path, environment, &Preflight)
 }
 
-/// The checks of files, as a start makes them.
+/// Implements [`NamedFiles`] with the functions that a start uses.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Preflight;
 
@@ -133,15 +133,17 @@ impl NamedFiles for Preflight {
 
 pub use exposure::exposures;
 
-/// Why a variable is refused. Its name is not shown: it may be the secret itself, pasted by mistake.
+/// The error for a variable that is missing or empty. It does not show the name, which may be the secret itself, pasted
+/// by mistake.
 const NO_VARIABLE: &str = "the environment has no variable of this name, or it is empty";
 
-/// Checks the user of a proxy: a secret that Basic can carry (RFC 7617 section 2: no colon).
+/// Checks the user name for a proxy: a secret without a colon, since Basic authentication cannot carry one (RFC 7617
+/// section 2).
 fn proxy_user(path: &Path) -> Result<(), String> {
     Ok(login::check_user(read_secret(&SecretSource::File(path.to_owned()))?.expose())?)
 }
 
-/// Returns a secret, or a reason that shows neither the secret nor its path.
+/// Returns a secret. The error shows neither the secret nor its path.
 fn read_secret(source: &SecretSource) -> Result<Secret, String> {
     if let SecretSource::File(path) = source {
         nameless_regular(path)?;
@@ -156,7 +158,7 @@ fn read_secret(source: &SecretSource) -> Result<Secret, String> {
     })
 }
 
-/// [`regular`], with a reason that does not show the path.
+/// As [`regular`], but the error does not show the path.
 fn nameless_regular(path: &Path) -> Result<(), String> {
     let found = fs::metadata(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => NO_FILE.to_owned(),
@@ -165,7 +167,7 @@ fn nameless_regular(path: &Path) -> Result<(), String> {
     is_regular(&found)
 }
 
-/// Checks PEM roots, in a file that not every user can change.
+/// Checks PEM roots, and that not every user can change their file.
 fn roots(path: &Path) -> Result<(), String> {
     regular(path)?;
     connect::roots(Some(path)).map(drop).map_err(|error| error.to_string())
@@ -189,13 +191,13 @@ fn certificates(path: &Path) -> Result<(), String> {
         .map_err(|error| error.to_string())
 }
 
-/// Checks the private key of a certificate. The reason does not show the path.
+/// Checks the private key of a certificate. The error does not show the path.
 fn private_key(path: &Path) -> Result<(), String> {
     nameless_regular(path)?;
     pem::read_key(path).and_then(|bytes| pem::key(&bytes)).map(drop).map_err(|error| error.to_string())
 }
 
-/// Checks a file that not every user can change.
+/// Checks a file with `parse`, and checks that not every user can change it.
 fn guarded<T>(path: &Path, parse: impl Fn(&[u8]) -> Result<T, pem::BadPem>) -> Result<(), String> {
     regular(path)?;
     pem::read_guarded(path).and_then(|bytes| parse(&bytes)).map(drop).map_err(|error| error.to_string())
@@ -209,7 +211,8 @@ fn contract(path: &Path) -> Result<(), String> {
     Contract::compile(&text).map(drop).map_err(|error| format!("{shown}: {error}"))
 }
 
-/// Checks that the audit directory can be used or created. Without a key file the chain's key is in it.
+/// Checks that the audit directory can be used or created. If `key_file` is `None`, the key of the hash chain in the
+/// directory is checked, too.
 fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Result<(), String> {
     let shown = path.display();
     match init::check(path, key_file, must_exist) {
@@ -237,8 +240,8 @@ fn audit_directory(path: &Path, key_file: Option<&Path>, must_exist: bool) -> Re
     }
 }
 
-/// Checks that a directory can be created: that its nearest existing parent is a directory in which this process
-/// may write.
+/// Checks that a directory can be created: its nearest existing parent must be a directory in which this process may
+/// write.
 fn can_be_made(path: &Path) -> Result<(), String> {
     let path = std::path::absolute(path).map_err(|error| error.to_string())?;
     // Without following links, since `mkdir` fails below a link to nothing, and `exists` would pass over it to the
@@ -256,15 +259,14 @@ fn can_be_made(path: &Path) -> Result<(), String> {
     access(parent, Access::WRITE_OK | Access::EXEC_OK).or_else(|error| fail(format!("refuses it: {error}")))
 }
 
-/// Checks that a path leads to a regular file, so that reading it neither hangs (a pipe) nor goes on for ever (a
-/// device).
+/// Checks that a path leads to a regular file. Otherwise reading it could hang (a pipe) or never end (a device).
 fn regular(path: &Path) -> Result<(), String> {
     let shown = path.display();
     let meta = fs::metadata(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
     is_regular(&meta).map_err(|reason| format!("{shown} {reason}"))
 }
 
-/// Checks type and size. An empty file is refused here, so that the reason says that it is empty.
+/// Checks that a file is a regular one, not empty, and at most [`MAX_SIZE`] bytes long.
 fn is_regular(meta: &Metadata) -> Result<(), String> {
     match meta.len() {
         _ if !meta.is_file() => Err("is not a regular file".into()),

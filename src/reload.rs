@@ -1,12 +1,13 @@
 //! Hot reload: callers, limits, routes, contracts, quota, log level and the choice of log lines change while the
 //! gateway runs.
 //!
-//! On SIGHUP, and when the file or a contract has changed, everything is read again, validated and compiled, and
-//! then replaced with one atomic swap. So each request sees one configuration. State is kept: what is used of
-//! limits, tokens, connections, idempotency keys and the circuit breaker.
+//! On SIGHUP, and when the configuration file or a contract has changed, everything is read again, validated and
+//! compiled. The new [`State`] then replaces the old one with one atomic swap, so that each request sees one
+//! configuration. A reload keeps the usage of rate limits, the tokens, the connections, the idempotency keys and the
+//! state of the circuit breaker.
 //!
-//! A configuration that is bad, or that changes something that cannot change, changes nothing. It is reported once,
-//! and tried again.
+//! A configuration that is invalid, or that changes a setting which needs a restart, is refused as a whole. The refusal
+//! is reported once, and the configuration is tried again.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -29,23 +30,22 @@ use crate::preflight;
 use crate::route::Routes;
 use crate::state::{Route, State, compile_routes};
 
-/// The sections that may change, apart from the log's level and choice of lines. Everything else is bound to
-/// sockets, files and threads.
+/// The sections that may change. The level of the log and its choice of lines may change, too. Everything else is bound
+/// to sockets, files and threads.
 const CHANGEABLE: [&str; 3] = ["callers", "routes", "quota"];
 
 /// The time after which a refused configuration is tried again, since a file that it names may have been repaired.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Where a configuration comes from, and how the rest of the process takes part in a reload.
+/// Where the configuration comes from, how to change the log, and how a reload is requested.
 pub struct Source {
     /// The configuration file.
     pub path: PathBuf,
     /// The keys and values of `--set` flags, which override the file and the environment.
     pub overrides: Vec<(String, String)>,
-    /// Sets the level of the log, and which requests have a line.
+    /// Sets the log level, and which requests have a log line.
     pub set_log: Box<dyn Fn(&Log) + Send>,
-    /// Notified to have the configuration read again, such as by SIGHUP. A notification before the end of the start
-    /// is kept.
+    /// Requests a reload, such as on SIGHUP. A notification that comes before [`Reload::run`] waits for it is not lost.
     pub asked: Arc<Notify>,
 }
 
@@ -62,8 +62,8 @@ pub(crate) struct Reload {
     change: Change,
 }
 
-/// Reads and compiles on a thread of its own: files may hang, and contracts take time to compile. Neither may delay
-/// a token or a stop.
+/// Reads and compiles configurations on the blocking pool: a file may hang, and contracts take time to compile. Neither
+/// may delay a token fetch or a shutdown.
 struct Reader {
     path: PathBuf,
     overrides: Vec<(String, String)>,
@@ -75,7 +75,7 @@ struct Reader {
     state: Arc<ArcSwap<State>>,
 }
 
-/// What a turn of the reader found.
+/// The result of one turn of the reader.
 enum Read {
     /// No change of any file.
     Nothing,
@@ -98,7 +98,7 @@ struct New {
 }
 
 impl Reload {
-    /// `config` is the configuration in effect.
+    /// Prepares reloads from `source`. `config` is the configuration in effect.
     pub(crate) fn new(
         source: Source,
         config: Config,
@@ -118,8 +118,8 @@ impl Reload {
         Self { reader, asked, set_log, state, audit, told: None, change }
     }
 
-    /// Runs until its runtime ends. Dropping it loses at most a reload that is under way; the swap itself is one
-    /// store.
+    /// Runs until its runtime ends. Dropping the future loses at most a reload that is under way, and never leaves half
+    /// of one: the swap is one store.
     pub(crate) async fn run(mut self) {
         let Some(mut reader) = self.reader.take() else {
             tracing::info!(
@@ -169,16 +169,17 @@ impl Reload {
 
     /// Puts a configuration into effect, and returns what changed.
     fn take(&self, New { config, routes, changed }: New) -> Vec<&'static str> {
-        // `successor` changes the quota and the callers' limits in place, so that what is used of them is kept.
-        // They count for requests that are under way, too.
+        // `successor` changes the quota and the callers' limits in place, so that the usage of each limit is kept. The
+        // new limits apply to requests that are under way, too.
         let state = self.state.load().successor(&config, routes);
         self.state.store(Arc::new(state));
         (self.set_log)(&config.log);
         changed
     }
 
-    /// Reports what came of a reload to log, trail, metrics and `/status`: a success if something changed or was
-    /// wrong before, a failure if its reason is new.
+    /// Reports the result of a reload to the log, the trail, the metrics and `/status`. A success is reported if
+    /// something changed, or if the last configuration was refused. A failure is reported if its reason is not that of
+    /// the last one.
     fn tell(&mut self, taken: Result<Vec<&'static str>, String>) {
         match taken {
             Ok(changed) => {
@@ -213,7 +214,7 @@ impl Reload {
 }
 
 impl Reader {
-    /// Reads everything if a file has changed or `is_due`. Blocks.
+    /// Checks the files, and reads everything if one has changed or `is_due`. Blocks.
     fn turn(&mut self, is_due: bool) -> Read {
         match self.watched.poll() {
             FileChange::Settling if !is_due => Read::Settling,
@@ -256,7 +257,7 @@ impl Reader {
     }
 }
 
-/// Refuses anything but a regular file: only a start reads a configuration from a pipe.
+/// Fails for anything but a regular file. Only a start may read a configuration from a pipe.
 fn is_regular(path: &Path) -> Result<(), String> {
     // If the file cannot be found, the reader's error says more.
     let is_other = fs::metadata(path).is_ok_and(|found| !found.is_file());
@@ -272,8 +273,9 @@ fn watch(path: &Path, config: &Config) -> FileWatch<[u8; 32], Infallible> {
     FileWatch::new(watched, move || Ok(contents(&files)), seen)
 }
 
-/// Keeps the value of `idempotency.max_keys` in effect if nobody set it: its default follows the callers, who may
-/// change, but the tables that it bounds cannot. Fails if a caller's `max_keys` is more than that.
+/// Carries the effective `idempotency.max_keys` over to the new configuration if neither the old configuration nor the
+/// new one sets it. Its default depends on the callers, who may change, but the tables that it bounds have a fixed
+/// size. Fails if the `max_keys` of a caller is greater.
 fn keep_max_keys(old: &Config, new: &mut Config) -> Result<(), String> {
     if old.idempotency.is_max_keys_set || new.idempotency.is_max_keys_set {
         return Ok(());
@@ -289,7 +291,7 @@ fn keep_max_keys(old: &Config, new: &mut Config) -> Result<(), String> {
     Ok(())
 }
 
-/// Returns the sections that differ but cannot change while the gateway runs; `None` if there are none.
+/// Returns the names of the sections that differ but cannot change while the gateway runs; `None` if there are none.
 fn fixed(old: &Value, new: &Value) -> Option<String> {
     let sections = new.as_object()?.keys();
     let changed = |section: &&String| match section.as_str() {
@@ -300,14 +302,14 @@ fn fixed(old: &Value, new: &Value) -> Option<String> {
     (!names.is_empty()).then(|| names.join(", "))
 }
 
-/// Returns the contract files, each once: several routes may share one.
+/// Returns the paths of the contract files, each once: several routes may share one.
 fn contract_files(config: &Config) -> Vec<PathBuf> {
     let files: BTreeSet<_> = config.routes.iter().filter_map(|route| route.contract_file.clone()).collect();
     files.into_iter().collect()
 }
 
-/// Returns a digest of the files. A file that cannot be read counts with its error instead of its content, so that
-/// the difference between the two, and between two errors, is a change.
+/// Returns a digest of the contents of the files. For a file that cannot be read, the error text is hashed instead, so
+/// that the digest changes when a file becomes unreadable or readable, or fails in another way.
 fn contents(files: &[PathBuf]) -> [u8; 32] {
     let parts: Vec<_> =
         files.iter().map(|file| read(file).unwrap_or_else(|error| error.to_string().into())).collect();

@@ -10,7 +10,8 @@ use super::{
     BUILT_IN_ROUTE, Caller, Config, Credential, ListenAddress, Listener, ListenerTls, Route, Upstream,
 };
 
-/// The path of the documented call, the same on both sides.
+/// The path of the built-in route, from the vendor's page of `appointQualityTask`. Callers and the upstream use the
+/// same path.
 const BUILT_IN_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
 
 /// Checks every table, and adds the default listener and the built-in route where they are not configured.
@@ -21,7 +22,7 @@ pub(super) fn complete(context: &mut Context<'_>, config: &mut Config) {
     if config.listeners.is_empty() {
         config.listeners.push(Listener {
             hosts: Some(loopback_names()),
-            // The effective configuration is printed as it can be read again, so defaults that depend on the
+            // The effective configuration is printed in a form that can be read again. So defaults that depend on the
             // address are filled in here, and not by the type.
             allow_plaintext: Some(false),
             ..Listener::default()
@@ -47,7 +48,8 @@ pub(super) fn complete(context: &mut Context<'_>, config: &mut Config) {
     complete_routes(context, &mut config.routes);
 }
 
-/// Checks one listener. Off loopback it must name its hosts, and have TLS or say that it needs none.
+/// Checks one listener. If its address is not a loopback one, it must set `hosts`, and either `tls` or
+/// `allow_plaintext`.
 fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut Listener) {
     let key = |name| member(table, name);
     context.require(table, Listener::REQUIRED);
@@ -61,7 +63,7 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
             context.lacks(&roots, "is needed for client_crl_file");
         }
     }
-    // A `tls` that could not be read is still meant: asking for `allow_plaintext` instead would be bad advice.
+    // A `tls` table with a mistake counts as present: asking for `allow_plaintext` instead would be bad advice.
     let has_tls = listener.tls.is_some() || context.is_poisoned(&key("tls"));
     if has_tls && listener.allow_plaintext == Some(true) {
         context.problem(
@@ -91,8 +93,8 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
                 listener.hosts.get_or_insert_with(loopback_names);
                 return;
             }
-            // `Host` guards against DNS rebinding: a web page that points its own name at the gateway. Off
-            // loopback only the operator knows the right names.
+            // `Host` guards against DNS rebinding: a web page that points its own name at the gateway. On
+            // another address than a loopback one only the operator knows the right names.
             let has_hosts = listener.hosts.as_ref().is_some_and(|hosts| !hosts.is_empty());
             if !has_hosts && !context.is_poisoned_within(&key("hosts")) {
                 let reason = "is needed on a listener that is not on loopback: the names that Host may carry";
@@ -106,7 +108,8 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
     }
 }
 
-/// Checks `[upstream]`, and merges spellings of one static header.
+/// Checks `[upstream]`, and converts the names of static headers to lower case. If two layers spell a name differently,
+/// the later layer replaces the value.
 fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
     context.require("upstream", Upstream::REQUIRED);
     for (name, others) in [
@@ -149,7 +152,8 @@ fn check_names<'a>(context: &mut Context<'_>, list: &str, names: impl Iterator<I
     }
 }
 
-/// Checks that app key and app secret each have exactly one source, and that neither is written in the file.
+/// Checks that the app key and the app secret each have exactly one source, and that neither is written in the
+/// configuration.
 fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credential) {
     context.require(table, Credential::REQUIRED);
     let Credential { app_key_file, app_key_env, app_secret_file, app_secret_env, .. } = credential;
@@ -159,8 +163,8 @@ fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credent
     ] {
         let [inline, in_file, in_variable] = ["", "_file", "_env"].map(|of| format!("{table}.{name}{of}"));
         let is_poisoned = context.is_poisoned(&in_file) || context.is_poisoned(&in_variable);
-        // `app_key` is no key of the table. It has a text of its own, which says where a secret belongs. Its
-        // sources are poisoned, so that they are not reported as missing as well.
+        // The table has no key `app_key`. Setting it gets an error text of its own, which says where a secret belongs.
+        // The sources are poisoned, so that they are not reported as missing as well.
         if context.is_set(&inline) {
             let reason = format!(
                 "a secret must not stand in the configuration; put it into a file and name that as {name}_file"
@@ -181,8 +185,8 @@ fn check_caller(context: &mut Context<'_>, table: &str, caller: &Caller) {
     context.require(table, Caller::REQUIRED);
 }
 
-/// Notes that a list is missing if it is empty. One with poisoned items is not: its items were left out, not
-/// forgotten.
+/// Reports a required list as missing if it is empty. An empty list whose items were poisoned is not reported: its
+/// items were left out by the reader, not by the author.
 fn need_one(context: &mut Context<'_>, key: &str, list: &[String], example: &str) {
     if list.is_empty() && !context.is_poisoned_within(key) {
         context.lacks(key, format!("at least one is needed, as in {example}"));
@@ -218,7 +222,7 @@ fn complete_routes(context: &mut Context<'_>, routes: &mut Vec<Route>) {
     }
 }
 
-/// The route of the documented call, with its result code for success.
+/// Returns the built-in route, with the result code that the vendor's page gives for success.
 fn built_in() -> Route {
     Route {
         name: BUILT_IN_ROUTE.into(),

@@ -1,8 +1,9 @@
 //! Diagnostics with error recovery: what is known of a configuration while it is read.
 //!
-//! Holds where each key is set, what is wrong so far, and which keys are *poisoned*. A poisoned key has a mistake,
-//! or is meant by one, so its value is not what the author intended. Checks that depend on a poisoned key are
-//! skipped: one mistake is reported once, without its consequences. Compilers recover from errors in the same way.
+//! The context knows where each key is set, what is wrong so far, and which keys are *poisoned*. A key is poisoned if
+//! it has a mistake, or if a misspelt key probably means it. Its value is then not what the author intended. Checks
+//! that depend on a poisoned key are skipped, so that one mistake is reported once, without its consequences. Compilers
+//! recover from errors in the same way.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
@@ -23,7 +24,7 @@ pub(super) struct Context<'a> {
     pub(super) syntax: Syntax,
     /// Checks the files that values name.
     pub(super) files: &'a dyn NamedFiles,
-    /// Read by [`super::Config::load_in_time`] if the validation hangs.
+    /// Where [`super::Config::load_in_time`] finds the key to report if the validation hangs.
     reading: Reading,
     /// The mistakes so far, in the order in which they were found.
     pub(super) problems: Vec<Problem>,
@@ -46,8 +47,8 @@ struct Table {
     given: BTreeSet<String>,
 }
 
-/// The place and key of the value whose file is being read; `None` while no such file is. Shared with the thread
-/// that waits for the validation, which names the key if a file does not answer.
+/// The place and key of the value whose file is being read, or was read last; `None` before the first one. Shared with
+/// the thread that waits for the validation, which reports this key if a file does not answer.
 pub(super) type Reading = Arc<Mutex<Option<(ConfigLocation, String)>>>;
 
 impl<'a> Context<'a> {
@@ -79,19 +80,20 @@ impl<'a> Context<'a> {
         self.places.contains_key(key)
     }
 
-    /// Whether the value comes from a variable or a flag. Such a value is a text, whatever its type should be.
+    /// Whether the value comes from a variable or a flag. Such a value is a text in the layers, whatever its type
+    /// should be.
     pub(super) fn is_loose(&self, key: &str) -> bool {
         !matches!(self.place(key), ConfigLocation::File { .. })
     }
 
-    /// The place of a key, or of the innermost section around it that has one. A key that is missing has no place
-    /// of its own.
+    /// Returns the place of a key, or of the innermost section around it that has a place. A key that is missing has
+    /// none of its own.
     pub(super) fn place(&self, key: &str) -> &ConfigLocation {
         let found = ancestors(key).find_map(|key| self.places.get(key));
         found.map_or(&NOWHERE, |(place, _)| place)
     }
 
-    /// All keys that the tables which were read may have, whether they are set or not.
+    /// Returns the keys that may be set in the tables that were read, including those that are not set.
     pub(super) fn known(&self) -> Vec<String> {
         let names = |(key, table): (&String, &Table)| {
             table.known.iter().map(|name| member(key, name)).collect::<Vec<_>>()
@@ -99,7 +101,7 @@ impl<'a> Context<'a> {
         self.tables.iter().flat_map(names).collect()
     }
 
-    /// Announces that the file which the value of `key` names is read from now on.
+    /// Stores `key` in [`Reading`]. Called before the file that the value of `key` names is read.
     pub(super) fn reads(&self, key: &str) {
         let place = self.place(key).clone();
         *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Some((place, key.to_owned()));
@@ -130,14 +132,15 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Adds a mistake at the place of `key`, and poisons the key. Drops it if the file is [`Syntax::Lost`] and the
-    /// key is set there: with a broken header it is unknown to which section the line belongs.
+    /// Adds a mistake at the place of `key`, and poisons the key. If the file is [`Syntax::Lost`] and sets the key, the
+    /// key is poisoned but the mistake is not reported: with a broken header it is unknown to which section the line
+    /// belongs.
     pub(super) fn problem(&mut self, key: &str, reason: impl Into<String>) {
         self.problem_of(key, key, reason);
     }
 
-    /// Adds a mistake at the place of `at`, reported under `key`: for an item of a list of texts, the key of the
-    /// list.
+    /// Adds a mistake at the place of `at`, reported under `key`. The two differ for an item of a list of texts, which
+    /// is reported under the key of the list.
     pub(super) fn problem_of(&mut self, at: &str, key: &str, reason: impl Into<String>) {
         self.poisoned.insert(at.to_owned());
         // A terminal shows the value beside the mistake. It is dropped where it may be a secret: in the sections
@@ -149,7 +152,7 @@ impl<'a> Context<'a> {
         self.tell(at, key, reason.into(), written.filter(|_| !may_be_secret));
     }
 
-    /// Adds a mistake without poisoning a key.
+    /// Adds a mistake without poisoning a key. Drops it in the case that [`Self::problem`] describes.
     fn tell(&mut self, at: &str, key: &str, reason: String, written: Option<String>) {
         let place = self.place(at).clone();
         // Variables and flags are still reported: they carry their whole key, so a broken header cannot mislead.
@@ -158,15 +161,15 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Notes that a required key is missing, and poisons it. Reported by [`Self::report_missing`] unless something
-    /// explains it.
+    /// Notes that a required key is missing, and poisons it. [`Self::report_missing`] reports it later, unless
+    /// something explains why it is missing.
     pub(super) fn lacks(&mut self, key: &str, reason: impl Into<String>) {
         let place = self.place(outer(key).unwrap_or_default()).clone();
         self.missing.push(Problem { place, key: key.to_owned(), reason: reason.into(), written: None });
         self.poisoned.insert(key.to_owned());
     }
 
-    /// Notes each of `names` that the table lacks.
+    /// Notes each of `names` that is missing in the table.
     pub(super) fn require(&mut self, table: &str, names: &[&str]) {
         for name in names {
             let key = member(table, name);
@@ -176,7 +179,8 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Notes that `name` is missing if the table has one of `others`, even one misspelt by a letter.
+    /// Notes that `name` is missing, if the table has one of `others` without it. A key that is one letter off counts
+    /// as one of `others`.
     pub(super) fn require_beside(&mut self, table: &str, name: &str, others: &[&str]) {
         let given = || self.tables.get(table).into_iter().flat_map(|table| &table.given);
         // A misspelt `client_kexy_file` still shows that a client certificate is wanted. Without this tolerance
@@ -190,8 +194,9 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Reports each unknown name in each table, with the nearest known one. `meant` returns the setting that a
-    /// variable with other underscores would be: its key, and the right name of the variable.
+    /// Reports each unknown name in each table, with the nearest known name. For a name that came from a variable,
+    /// `meant` is called with the name of the variable. It returns the setting whose variable differs from that in
+    /// underscores only: the key of the setting, and the right name of its variable.
     pub(super) fn tell_unknown(&mut self, meant: impl Fn(&str) -> Option<(String, String)>) {
         for (path, Table { known, given }) in std::mem::take(&mut self.tables) {
             for name in given.iter().filter(|name| !known.contains(&name.as_str())) {
@@ -228,8 +233,9 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Returns the known name that is closest to an unknown one by edit distance, if any is close. A name that the table already
-    /// holds counts two edits more. Of equally close names a missing required one is returned.
+    /// Returns the known name that is closest to an unknown one by edit distance; `None` if none is close. A name that
+    /// the table already has counts as two edits farther away. Of equally close names a required one that is missing is
+    /// preferred.
     fn nearest(
         &self,
         path: &str,
@@ -248,8 +254,8 @@ impl<'a> Context<'a> {
         near.min_by_key(|(distance, is_optional, _)| (*distance, *is_optional)).map(|(.., known)| known)
     }
 
-    /// Moves missing keys to the problems, unless a misspelling, a poisoned section around it, or a line that is
-    /// not TOML explains why the key is missing.
+    /// Reports the missing keys. A key is not reported if its absence is explained: by a misspelt key that means it, by
+    /// a poisoned section around the key, or by a line that is not TOML.
     pub(super) fn report_missing(&mut self) {
         let missing = std::mem::take(&mut self.missing);
         if self.syntax != Syntax::Whole {
@@ -263,7 +269,7 @@ impl<'a> Context<'a> {
         self.problems.extend(unexplained);
     }
 
-    /// Poisons keys.
+    /// Poisons these keys, without a mistake of their own.
     pub(super) fn doubt(&mut self, keys: &[String]) {
         self.poisoned.extend(keys.iter().cloned());
     }
@@ -286,11 +292,12 @@ impl<'a> Context<'a> {
     }
 }
 
-/// Returned for no key, since the whole configuration has a place. [`Context::place`] needs something to refer to.
+/// The fallback of [`Context::place`], which must return a reference. It is not reached, since the whole configuration,
+/// whose key is empty, always has a place.
 static NOWHERE: ConfigLocation = ConfigLocation::Flag(String::new());
 
-/// Notes the place of each value. A table that only variables or flags created has none, and gets the first of its
-/// members'.
+/// Notes the place of each value below `value`. A table that exists only because of variables or flags has no place of
+/// its own; it gets the first of the places of its members.
 fn locate(
     layers: &Layers,
     value: &Value,
@@ -317,7 +324,7 @@ fn locate(
     places.extend(own.or(first.map(|place| (place, None))).map(|place| (key, place)));
 }
 
-/// The key of the member `name` of a table; the table's key is empty for the whole configuration.
+/// Returns the key of the member `name` of a table. The key of the table is empty for the whole configuration.
 pub(super) fn member(table: &str, name: &str) -> String {
     // TOML allows any name in quotes. One such as "callers[0]" or "upstream.base_url" must not pass for the path
     // of another key, or its mistake would poison a value that is right.
@@ -325,12 +332,13 @@ pub(super) fn member(table: &str, name: &str) -> String {
     if table.is_empty() { name } else { format!("{table}.{name}") }
 }
 
-/// Returns a key, then the sections around it from the inside out, last the empty key of the whole configuration.
+/// Returns the key itself, then the sections around it from the inside out, and last the empty key of the whole
+/// configuration.
 fn ancestors(key: &str) -> impl Iterator<Item = &str> {
     std::iter::successors(Some(key), |key| outer(key))
 }
 
-/// The key of the section around a key; `None` for the whole configuration.
+/// Returns the key of the section around a key; `None` if the key is that of the whole configuration.
 fn outer(key: &str) -> Option<&str> {
     match key.rfind(['.', '[']) {
         Some(at) => Some(&key[..at]),
@@ -338,8 +346,8 @@ fn outer(key: &str) -> Option<&str> {
     }
 }
 
-/// Whether values at this key or in this table name secrets, so that a value or a key written there may be a pasted
-/// secret.
+/// Whether the key is in a section whose values name secrets. A value or a key that is written there may be a secret,
+/// pasted by mistake.
 pub(super) fn names_secrets(key: &str) -> bool {
     // `upstream` and `audit` count, since a proxy's password and the chain's key are named there, and `headers` is
     // where a token might be put by mistake.

@@ -1,7 +1,7 @@
 //! Defaults that depend on other values.
 //!
-//! Only values that are not set are changed. Limits of callers, the idempotency window and addresses never change,
-//! since that would break a promise to a caller.
+//! Only values that are not set are changed. The limits of callers, the idempotency window and the addresses have fixed
+//! defaults: adapting them would break a promise to a caller.
 
 use std::num::NonZeroUsize;
 use std::thread::available_parallelism;
@@ -14,7 +14,8 @@ use super::{Config, Url};
 /// The path of the token endpoint, from the vendor's page.
 const TOKEN_PATH: &str = "/apigovernance/api/oauth/tokenByAkSk";
 
-/// Adapts values that are not set to those that are, where the two must stand in a relation.
+/// Replaces defaults that would contradict a value that is set. For example, `upstream.connect_timeout` is lowered to
+/// an `upstream.timeout` that is shorter than its default.
 pub(super) fn give_way(context: &Context<'_>, config: &mut Config) {
     let is_set = |key: &str| context.is_set(key);
     let Config { server, upstream, token, audit, idempotency, callers, .. } = config;
@@ -44,7 +45,7 @@ pub(super) fn give_way(context: &Context<'_>, config: &mut Config) {
         // Rounded down to whole KiB, so that the effective configuration shows a size that can be set.
         audit.segment_size = audit.segment_size.min((max_size / LEAST_SEGMENTS) & !0x3ff);
     }
-    // Kept for a reload, which must not take a default that follows the callers for a change of the setting.
+    // Kept for a reload, which must not mistake a default that changed with the callers for a change of the setting.
     idempotency.is_max_keys_set = is_set("idempotency.max_keys");
     if !idempotency.is_max_keys_set {
         let shares = callers.iter().filter_map(|caller| caller.max_keys);

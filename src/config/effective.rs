@@ -19,17 +19,18 @@ pub struct CredentialUser {
     #[serde(skip)]
     // Not serialized: JSON is for programs, which have `peer`.
     pub who: String,
-    /// Whether its requests, or those on all these routes, are refused for now.
+    /// Whether all the caller's requests with this credential are refused for now: the caller is frozen, or each of
+    /// `routes` is.
     pub is_frozen: bool,
-    /// The addresses of the listeners at which it can connect.
+    /// The addresses of the listeners at which the caller can connect.
     pub listeners: Vec<String>,
-    /// The routes on which it uses this credential.
+    /// The routes on which the caller uses this credential.
     pub routes: Vec<String>,
-    /// The operators that it may act as, the default one first.
+    /// The operators that the caller may act as, the default one first.
     pub operators: Vec<String>,
-    /// Its rate limit, such as `20/s`.
+    /// The caller's rate limit, such as `20/s`.
     pub rate_limit: String,
-    /// The requests that may arrive at once.
+    /// The most requests that may arrive at once.
     pub burst: u32,
 }
 
@@ -48,7 +49,7 @@ impl Config {
         pairs.filter_map(|(credential, caller)| self.access_of(credential, caller)).collect()
     }
 
-    /// Returns the caller's access to a credential; `None` if it uses it on no route.
+    /// Returns the caller's access to a credential; `None` if the caller uses this credential on no route.
     fn access_of(&self, credential: &Credential, caller: &Caller) -> Option<CredentialUser> {
         let uses = |route: &&Route| {
             // A route's own credential replaces the caller's, so that one caller may use several.

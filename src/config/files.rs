@@ -1,9 +1,9 @@
-//! Checks of the files that a configuration names, as a start would make them, so that a start does not fail on
-//! one.
+//! Checks of the files that a configuration names. They are the checks that a start makes, so that a bad file is
+//! reported before a start fails because of it.
 //!
-//! The checks themselves are in [`NamedFiles`](super::named_files::NamedFiles). This module resolves relative
-//! paths, says which value names which file, and skips files whose value is poisoned. A file is first checked by
-//! itself, so that a bad one is reported at its own key, and then with those that must match it.
+//! The checks themselves are in [`NamedFiles`](super::named_files::NamedFiles). This module resolves relative paths,
+//! passes each file to its check, and skips a file if the key that names it is poisoned. Each file is first checked by
+//! itself, so that a bad file is reported at its own key, and then together with the files that must match it.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,8 @@ use super::named_files::{FileKind, NO_FILE};
 use super::source::Syntax;
 use super::{Config, Control, ListenerTls, SecretSource};
 
-/// Makes all paths absolute, starting at the directory of the configuration file, and checks what they lead to.
+/// Makes all paths absolute, relative to the directory of the configuration file, and checks the files and directories
+/// at them. Adds a problem for each that is unusable.
 pub(super) fn look_at(context: &mut Context<'_>, config: &mut Config) {
     for (i, credential) in config.credentials.iter_mut().enumerate() {
         let key = |name: &str| format!("credentials[{i}].{name}");
@@ -73,7 +74,8 @@ pub(super) fn look_at(context: &mut Context<'_>, config: &mut Config) {
     audit_directory(context, config);
 }
 
-/// Makes a path absolute, and checks the file if `kind` says what it must be.
+/// Makes a path absolute. Then checks the file as `kind` demands; does not check it if `kind` is `None` or the key is
+/// poisoned.
 fn path(context: &mut Context<'_>, key: &str, path: Option<&mut PathBuf>, kind: Option<FileKind>) {
     let Some(path) = path else { return };
     // Before the check for poisoned keys: other checks and error texts use the path, too.
@@ -104,7 +106,8 @@ fn secret(context: &mut Context<'_>, name: &str, source: &SecretSource, is_app_k
     }
 }
 
-/// Adds to a reason that shows no path where relative paths start, since a wrong directory is the usual cause.
+/// Completes the reason [`NO_FILE`], which shows no path, with the directory at which relative paths start: a wrong
+/// directory is the usual cause. Returns other reasons unchanged.
 fn in_folder(context: &Context<'_>, reason: String) -> String {
     match &*reason {
         NO_FILE => format!("{reason}; a relative path starts at {}", context.folder.display()),
@@ -112,7 +115,7 @@ fn in_folder(context: &Context<'_>, reason: String) -> String {
     }
 }
 
-/// Checks the directory of the trail.
+/// Checks the directory of the audit trail.
 fn audit_directory(context: &mut Context<'_>, config: &Config) {
     let audit = &config.audit;
     // With a misspelt key, or lines that are not TOML, the chain's key may be in a file after all. A placeholder

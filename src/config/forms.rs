@@ -1,8 +1,9 @@
 //! Textual forms of values: how each is read, written and described.
 //!
-//! A form is named in the attributes of [`super::sections`]. It reads a value strictly, with a reason if the value
-//! does not fit, writes it so that it can be read again, and describes it to editors as a JSON Schema. Bounds are
-//! part of the type, so that a reader, an error text and the schema cannot differ.
+//! The attributes of [`super::sections`] name the form of each key. A form reads a value strictly, and returns an error
+//! text if the value does not fit. It writes a value so that it can be read again. It describes the value to editors as
+//! a JSON Schema. Bounds are part of the type of a form, so that the reader, the error text and the schema cannot
+//! differ.
 
 use std::borrow::Cow;
 use std::marker::PhantomData;
@@ -29,7 +30,7 @@ pub(super) trait Form {
     /// The type of the value in the configuration.
     type Value;
 
-    /// Reads a value. The error is a reason that can follow the key.
+    /// Reads a value. The error is a text that is printed after the key.
     fn read<'de, D: Deserializer<'de>>(from: D) -> Result<Self::Value, D::Error>;
 
     /// Writes a value so that [`Form::read`] returns it again.
@@ -39,15 +40,15 @@ pub(super) trait Form {
     fn schema() -> Schema;
 }
 
-/// A way to write a value as a text. Each is a [`Form`], too.
+/// A way to write a value as a text. Each implementation is a [`Form`], too.
 pub(super) trait TextForm {
     /// The type of the value in the configuration.
     type Value;
 
-    /// Returns the value, or a reason that can follow the key.
+    /// Returns the value, or an error text that is printed after the key.
     fn parse(text: &str) -> Result<Self::Value, String>;
 
-    /// Returns a text that [`TextForm::parse`] takes.
+    /// Returns a text from which [`TextForm::parse`] returns the value again.
     fn text(value: &Self::Value) -> String;
 
     fn schema() -> Schema {
@@ -111,8 +112,8 @@ texts! {
     TokenUrl: Url = parse_url, Url::to_string;
 }
 
-/// Returns the absolute path as a text. The effective configuration is read elsewhere, where a relative path would
-/// mean another file.
+/// Returns the absolute path as a text. The effective configuration may be read in another directory, where a relative
+/// path would mean another file.
 fn whole_path(path: &PathBuf) -> String {
     std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
 }
@@ -141,7 +142,7 @@ impl<const LOW: u64, const HIGH: u64> TextForm for Period<LOW, HIGH> {
 
     fn text(period: &Duration) -> String {
         match period.as_millis() {
-            // In seconds whatever the unit in the file, which is not kept.
+            // In seconds, whatever unit the file has: the unit is not kept.
             milliseconds if milliseconds % 1000 == 0 => format!("{}s", milliseconds / 1000),
             milliseconds => format!("{milliseconds}ms"),
         }
@@ -204,7 +205,7 @@ fn within<T: TryFrom<u64>>(number: u64, low: u64, high: u64) -> Option<T> {
     Some(number).filter(|number| (low..=high).contains(number)).and_then(|number| T::try_from(number).ok())
 }
 
-/// Declares forms of values that may be absent, with the word that says so, since TOML has no null.
+/// Declares forms of optional values, each with the word that stands for "no value", since TOML has no null.
 macro_rules! unless {
     ($($name:ident = $word:literal or $form:ty;)+) => {$(
         pub(super) struct $name;
@@ -254,10 +255,10 @@ impl<const LOW: u64, const HIGH: u64, T: Copy + TryFrom<u64> + TryInto<u64>> For
     }
 }
 
-/// `server.workers`: a whole number, or `auto`, which is [`AUTO`] until the upstream's connections are known.
+/// The form of `server.workers`: a whole number, or `auto`, which is read as [`AUTO`].
 pub(super) struct Workers;
 
-/// What `auto` is read as. [`super::defaults`] replaces it.
+/// The number that `auto` is read as. [`super::defaults`] replaces it with the number of workers.
 pub(super) const AUTO: usize = 0;
 
 impl Form for Workers {
@@ -282,7 +283,7 @@ impl Form for Workers {
     }
 }
 
-/// A number or a text, whichever the layer has: the file a number, a variable a text.
+/// A number or a text. The value is a number in the file, and may be a text in a variable or a flag.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum NumberOrText {
@@ -290,7 +291,7 @@ enum NumberOrText {
     Text(String),
 }
 
-/// `admin.control`: the path of a socket, or `off`.
+/// The form of `admin.control`: the path of a socket, or `off`.
 pub(super) struct ControlSocket;
 
 impl Form for ControlSocket {
@@ -314,7 +315,7 @@ impl Form for ControlSocket {
     }
 }
 
-/// A status that may mean that the upstream refused the token.
+/// The form of a status in `token.refused_statuses`, by which the upstream may refuse a token.
 pub(super) struct RefusedStatus;
 
 impl Form for RefusedStatus {
@@ -337,7 +338,7 @@ impl Form for RefusedStatus {
     }
 }
 
-/// A value that may be absent, as `None`. An absent key is not read; one that is present must have the inner form.
+/// An optional value. An absent key is `None` and is not read; a key that is present must have the inner form.
 pub(super) struct Maybe<F>(PhantomData<F>);
 
 impl<F: Form> Form for Maybe<F> {
@@ -385,7 +386,7 @@ impl<F: Form> Form for Each<F> {
     }
 }
 
-/// One item, for serde's own implementation of lists.
+/// One item of a list, so that serde's own implementation of lists can be used.
 struct Item<F, V>(V, PhantomData<F>);
 
 impl<'de, F: Form> Deserialize<'de> for Item<F, F::Value> {
@@ -400,7 +401,7 @@ impl<F: Form> Serialize for Item<F, &F::Value> {
     }
 }
 
-/// Adapts a form to serde's attribute `with`, which wants functions of these names, and to schemars.
+/// Adapts a form to serde's attribute `with`, which needs functions of these names, and to schemars.
 pub(super) struct As<F>(PhantomData<F>);
 
 impl<F: Form> As<F> {

@@ -1,14 +1,15 @@
-//! Interface to the files that a configuration names.
+//! Interface for checking the files that a configuration names.
 //!
-//! The configuration opens none of them. The parts that can check them (TLS, contracts, secrets, the trail) depend
-//! on the configuration, so it must not depend on them: the caller of [`super::Config::load`] passes in how they
-//! are checked.
+//! The checks need TLS, contracts, secrets and the trail. Those modules depend on [`super::Config`], so the
+//! configuration cannot call them itself. The caller of [`super::Config::load`] passes in an implementation of
+//! [`NamedFiles`] instead.
 
 use std::path::Path;
 
 use super::{ContractSource, IdentityFiles, ListenerTls, SecretSource};
 
-/// The reason for a missing file whose path must not be shown. The configuration adds where relative paths start.
+/// The error text for a missing file whose path must not be shown. [`super::files`] appends the directory at which
+/// relative paths start.
 pub const NO_FILE: &str = "there is no such file";
 
 /// What a file must hold.
@@ -18,7 +19,7 @@ pub enum FileKind {
     Roots,
     /// The gateway's own certificate, with its chain.
     Certificates,
-    /// The key of a certificate.
+    /// The private key of a certificate.
     PrivateKey,
     /// Certificates of the CAs that callers' certificates must lead to.
     ClientCa,
@@ -34,8 +35,10 @@ pub enum FileKind {
     ProxyPassword,
 }
 
-/// Checks what a configuration names, as a start would. Makes, locks and changes nothing. Each error is a reason
-/// that can follow the key of the setting. May block for ever on a file that does not answer.
+/// Checks of the files, secrets and directories that a configuration names; the same checks that a start makes.
+///
+/// An implementation creates, locks and changes nothing. Each error is a text that is printed after the key of the
+/// setting. A check may block for ever on a file that does not answer.
 pub trait NamedFiles: Sync {
     /// Checks that a file can be read and is what it must be.
     fn check(&self, kind: FileKind, path: &Path) -> Result<(), String>;
@@ -44,7 +47,7 @@ pub trait NamedFiles: Sync {
     /// pasted in their place.
     fn check_secret(&self, source: &SecretSource) -> Result<(), String>;
 
-    /// Checks an app key: a secret that a header can hold.
+    /// Checks an app key as [`NamedFiles::check_secret`] does, and checks that a header can hold it.
     fn check_app_key(&self, source: &SecretSource) -> Result<(), String>;
 
     /// Checks that the system has trusted roots.
@@ -53,12 +56,12 @@ pub trait NamedFiles: Sync {
     /// Checks that a certificate and a key belong together.
     fn check_identity(&self, files: &IdentityFiles) -> Result<(), String>;
 
-    /// Checks the files of a listener together, each of which is good by itself. The error comes with the key that
-    /// is to blame.
+    /// Checks that the files of a listener match each other. Each file has passed its own check before. The error is
+    /// the key at which to report it, and the reason.
     fn check_listener(&self, tls: &ListenerTls) -> Result<(), (&'static str, String)>;
 
-    /// Checks that the directory of the trail can be used or made. Without a key file the key of the chain is in
-    /// it.
+    /// Checks that the directory of the trail can be used or created. If `key_file` is `None`, the key of the hash
+    /// chain is in this directory. With `must_exist` the directory and the key must already exist.
     fn check_audit_directory(
         &self,
         path: &Path,
@@ -66,6 +69,7 @@ pub trait NamedFiles: Sync {
         must_exist: bool,
     ) -> Result<(), String>;
 
-    /// The members that a contract adds to an audit record. Empty for a bad contract, which is reported by `check`.
+    /// Returns the members that a contract adds to an audit record. Empty for a bad contract, which
+    /// [`NamedFiles::check`] reports.
     fn audit_names(&self, contract: &ContractSource) -> Vec<String>;
 }

@@ -31,9 +31,9 @@ const SECTIONS: [&str; 12] = [
     "routes",
 ];
 
-/// Validates the layers. Returns the configuration and all keys that it may have, or every mistake, sorted by
-/// place. Relative paths start at `folder`; `files` checks what they lead to, and `reading` names the key whose
-/// file is being read.
+/// Validates the layers. Returns the configuration and all keys that it may have, or every mistake, sorted by place.
+/// Relative paths start at `folder`. `files` checks the named files, and `reading` is set to the key whose file is
+/// being read.
 pub(super) fn validate(
     layers: Layers,
     folder: &Path,
@@ -41,11 +41,11 @@ pub(super) fn validate(
     reading: Reading,
 ) -> Result<(Config, Vec<String>), Problems> {
     let mut context = Context::new(&layers, folder, files, reading);
-    // 1. Types and bounds of single values. Poisons what cannot be read, which all later steps ask for.
+    // 1. Types and bounds of single values. Poisons the keys of values that cannot be read; all later steps check that.
     let mut config = read(&mut context, &layers.root);
-    // 2. What a table needs by itself. Before unknown names, which suggest a missing key first.
+    // 2. What each table must contain. Before unknown names: the suggestion for a misspelt name prefers a missing key.
     complete(&mut context, &mut config);
-    // 3. Before relations, so that no relation is broken by a mere default.
+    // 3. Before relations, so that none of them fails because of a default that can be adapted.
     defaults::give_way(&context, &mut config);
     // 4. Before files: a misspelt `key_file` poisons `audit.key_file`. Otherwise the default place of the key
     // would be checked, and a missing key would be a second mistake.
@@ -69,9 +69,9 @@ pub(super) fn validate(
     Err(Problems(problems))
 }
 
-/// The address of the admin listener, for `healthcheck`. Mistakes elsewhere are ignored: the gateway that runs may
-/// have started with an older file. If a line is not TOML, all mistakes count, since that line may be the one with
-/// the address.
+/// Returns the address of the admin listener, for `healthcheck`. Mistakes in other settings are ignored, since the
+/// gateway that runs may have started with an older file. If a line of the file is not TOML, every mistake of the
+/// layers is an error: that line may be the one with the address.
 pub(super) fn admin_address(layers: Layers, files: &dyn NamedFiles) -> Result<SocketAddr, Problems> {
     let mut context = Context::new(&layers, Path::new("."), files, Reading::default());
     let admin: Admin = section(&mut context, &layers.root, "admin");
@@ -83,7 +83,7 @@ pub(super) fn admin_address(layers: Layers, files: &dyn NamedFiles) -> Result<So
     if problems.is_empty() { Ok(admin.address) } else { Err(Problems(problems)) }
 }
 
-/// Reads all sections. What cannot be read has its default, and is noted in the context.
+/// Reads all sections. A value that cannot be read gets its default, and its mistake is noted in the context.
 fn read(context: &mut Context<'_>, root: &Value) -> Config {
     if let ValueKind::Table(members) = &root.kind {
         context.expect("", &SECTIONS, members.keys());

@@ -1,4 +1,5 @@
-//! Peer rules: which peers are one caller, by address, certificate, or user or group of the process.
+//! Peer rules: a rule identifies the peers of one caller by address, by certificate, or by the user or group of the
+//! process.
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -11,12 +12,13 @@ pub const SPIFFE: &str = "spiffe://";
 /// The prefix of DNS names of certificates in the configuration.
 pub const DNS: &str = "dns:";
 
-/// Which peers are a caller.
+/// The rule that says which peers count as one caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PeerRule {
     /// Any TCP peer with a loopback address.
     Loopback,
-    /// Any TCP peer with an address in this network. If several networks hold it, the smallest one decides.
+    /// Any TCP peer with an address in this network. If the networks of several callers contain the address, the
+    /// smallest decides.
     Network(IpNet),
     /// Any peer with a certificate of the listener's client CA that has this name: `spiffe://…` or `dns:…`.
     Certificate(String),
@@ -34,7 +36,8 @@ const LOOPBACK: [IpNet; 2] = [
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
 ];
 
-/// Whether a network shares an address with loopback. Of two networks that do, one contains the other.
+/// Whether a network shares an address with loopback.
+// Networks of CIDR that overlap are nested, so it is enough to check which one contains the other.
 pub(super) fn meets_loopback(network: &IpNet) -> bool {
     LOOPBACK.iter().any(|loopback| loopback.contains(network) || network.contains(loopback))
 }
@@ -51,7 +54,8 @@ impl PeerRule {
         }
     }
 
-    /// Whether one peer can match both rules. Nested networks do not count, since the smaller one decides.
+    /// Whether one peer can match both rules. Networks of different sizes count as different, since the smaller one
+    /// decides.
     pub(super) fn can_be(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Uid(a), Self::Uid(b)) | (Self::Gid(a), Self::Gid(b)) => a == b,
@@ -63,7 +67,7 @@ impl PeerRule {
         }
     }
 
-    /// The networks of a caller that is identified by its address; empty for others.
+    /// Returns the networks of a caller that is identified by its address; empty for other callers.
     pub fn networks(&self) -> &[IpNet] {
         match self {
             Self::Loopback => &LOOPBACK,
@@ -108,8 +112,8 @@ fn parse_dns_name(name: &str) -> Result<String, String> {
         .ok_or_else(|| "must be a whole DNS name, without wildcards".into())
 }
 
-/// The spelling of the SPIFFE-ID standard, section 2: a trust domain in lower case, and a path without empty, `.` or
-/// `..` segments.
+/// Checks a SPIFFE ID and returns it unchanged. The SPIFFE-ID standard, section 2, allows a trust domain in lower case,
+/// and a path without empty, `.` or `..` segments. The text may have at most 2048 bytes.
 fn parse_spiffe_id(text: &str) -> Result<String, String> {
     let reason = || "must be a SPIFFE ID, as in \"spiffe://example.org/qa/console\"".to_owned();
     let (domain, path) =
@@ -122,7 +126,8 @@ fn parse_spiffe_id(text: &str) -> Result<String, String> {
     fits.then(|| text.to_owned()).ok_or_else(reason)
 }
 
-/// `None`: it is no network at all.
+/// Parses a network such as `10.1.0.0/16`. Returns `None` if the text is not a network, and an error for bits beyond
+/// the prefix and for an IPv4 network written as IPv6.
 fn parse_network(text: &str) -> Option<Result<IpNet, String>> {
     let network: IpNet = text.parse().ok()?;
     if network.trunc() != network {

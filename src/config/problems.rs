@@ -1,7 +1,7 @@
-//! Diagnostics: the mistakes of a configuration, each with its place, key and reason, as a line or as JSON.
+//! Diagnostics: the mistakes of a configuration, each with its place, key and reason, as lines of text or as JSON.
 //!
-//! Never shows a value that may be a secret. What is shown is one line of plain characters, whatever the file
-//! holds.
+//! A value that may be a secret is never shown. What is shown is one line of plain characters, whatever the file
+//! contains.
 
 use std::fmt;
 
@@ -17,13 +17,13 @@ pub struct Problem {
     pub(super) place: source::ConfigLocation,
     /// The key, such as `callers[0].peer`; `file` for the file as a whole.
     pub(super) key: String,
-    /// A reason that can follow the key.
+    /// The reason, worded to be printed after the key, such as `must be true or false`.
     pub(super) reason: String,
     /// The value as it is written in the file, if it may be shown.
     pub(super) written: Option<String>,
 }
 
-/// All mistakes of a configuration, at least one. Displayed one a line, as `place: key: reason`.
+/// All mistakes of a configuration, at least one. `Display` writes one line for each, as `place: key: reason`.
 #[derive(Clone, Debug)]
 pub struct Problems(pub(super) Vec<Problem>);
 
@@ -47,8 +47,8 @@ impl Problem {
     /// Returns key and reason as one plain line. The key is cut after 200 characters.
     pub fn title(&self) -> String {
         let Self { key, reason, .. } = self;
-        // A name in quotes may be as long as the file: the reason behind it would be out of sight. By characters,
-        // since a cut within one would panic.
+        // A key in quotes may be as long as the file, which would push the reason out of sight. Cut between characters:
+        // slicing within one would panic.
         let cut = key.char_indices().nth(200).map_or(key.len(), |(at, _)| at);
         plain::line(&format!("{}: {reason}", &key[..cut]))
     }
@@ -81,7 +81,8 @@ impl fmt::Display for Problems {
 }
 
 impl fmt::Display for Problem {
-    /// Writes one line of plain characters. A key may be quoted, long, and full of control characters.
+    /// Writes one line, `place: key: reason`. Control characters in the key are escaped, and a long key is cut: a
+    /// quoted key of the file can hold any text.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let line = format!("{}: {}", plain::line(&self.place.to_string()), self.title());
         // In one piece: standard error has no buffer, and another thread's line could come between two pieces.

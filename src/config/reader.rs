@@ -1,11 +1,10 @@
-//! Typed reading with error recovery: tables of the merged layers become the serde types of `sections`.
+//! Typed reading with error recovery: converts the tables of the merged layers to the serde types of `sections`.
 //!
 //! serde stops at the first mistake. So each mistake is noted, its value is left out, and the whole table is read
-//! again, until nothing is wrong with it. That reports all mistakes of a file at once.
+//! again, until it has no more mistakes. In this way all mistakes of a file are reported at once.
 //!
-//! It does not use the deserializer of the `config` crate, which takes a text for a number and 1 for `true`. A
-//! number or a boolean in quotes is accepted here only from a variable or a flag, which have no other way to write
-//! one.
+//! The deserializer of the `config` crate is not used, since it accepts a text for a number and 1 for `true`. Here a
+//! number or a boolean in quotes is accepted only from a variable or a flag, which have no other way to write one.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -23,22 +22,22 @@ use super::context;
 use super::context::Context;
 use super::source::LIST_OF_TABLES;
 
-/// The most mistakes that are reported of one table. Each costs one more reading of the table, so a file with
-/// thousands of them would take quadratic time.
+/// The most mistakes that are reported of one table. Each costs one more reading of the table, so that a file with
+/// thousands of mistakes would take quadratic time.
 const MAX_MISTAKES: usize = 100;
 
-/// Keys of tables whose names the user chooses, and the example that the error text shows for each.
+/// The tables in which the user chooses the names of the keys, each with the example that the error text shows.
 const EXAMPLES: [(&str, &str); 2] =
     [("upstream.headers", "{ x-tenantspaceid = \"…\" }"), ("audit.fields", "{ inspectors = \"hmac\" }")];
 
-/// Returns the table at the key `of_table`. Values with a mistake have their default; each mistake is noted in
+/// Reads the table at the key `of_table`. A value with a mistake gets its default, and the mistake is noted in
 /// `context`.
 pub(super) fn table<T: DeserializeOwned + Default>(
     context: &mut Context<'_>,
     of_table: &str,
     value: &Value,
 ) -> T {
-    // A set of keys, not a value with holes: removing an item would shift the indices of those behind it, and
+    // A set of keys, not a value with holes: removing an item would shift the indices of those after it, and
     // later mistakes would be reported under the wrong key.
     let mut left_out = HashSet::new();
     for mistakes in 0.. {
@@ -120,8 +119,8 @@ struct Fault {
     reason: String,
 }
 
-/// The place of a faulty value: `at` is its own key, `key` the one to report. They differ for an item of a list,
-/// which is reported under the key of the list.
+/// The place of a faulty value. `at` is its own key, and `key` is the key under which it is reported. They differ for
+/// an item of a list, which is reported under the key of the list.
 #[derive(Debug)]
 struct KeyPath {
     at: String,
@@ -143,7 +142,7 @@ impl fmt::Display for Fault {
 }
 
 impl Reader<'_, '_> {
-    /// Whether a text may also be read as a number, a boolean or a list, because it comes from a variable or a
+    /// Whether a text may also be read as a number, a boolean or a list, because the value comes from a variable or a
     /// flag.
     fn is_loose(&self) -> bool {
         self.context.is_loose(&self.key)
@@ -283,8 +282,8 @@ impl<'a, 'c> Values<'a, 'c> {
         Self { context, left_out, key, is_list, value: None, rest: values.into_iter() }
     }
 
-    /// Reads one value. A fault without a place gets the place of this value, so the innermost value is the one
-    /// that is blamed.
+    /// Reads one value. A fault that has no place yet gets the place of this value, so that the innermost value is
+    /// reported.
     fn read<'de, S: DeserializeSeed<'de>>(
         &mut self,
         seed: S,

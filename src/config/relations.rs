@@ -1,8 +1,8 @@
 //! Cross-field validation: what must hold between values.
 //!
-//! Runs when all tables have been read. A relation is checked only if none of its values is poisoned (see
-//! [`Context`]), so that a mistake is reported once and not again as a broken relation. Defaults have given way to
-//! set values by then.
+//! Runs after all tables were read, and after [`super::defaults`] has adapted the defaults to the values that are set.
+//! A relation is checked only if none of its values is poisoned (see [`Context`]), so that a mistake is reported once
+//! and not again as a broken relation.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::model::audit_fields::SHOWN;
 use super::context::Context;
 use super::{Config, Control, ListenAddress, PeerRule, Route};
 
-/// Checks all relations, and adds each broken one to the context's problems.
+/// Checks all relations. Adds a problem to the context for each that is broken.
 pub(super) fn check(context: &mut Context<'_>, config: &Config) {
     references(context, config);
     peers(context, config);
@@ -71,7 +71,7 @@ fn between(context: &mut Context<'_>, keys: [&str; 2], reason: &str) {
     }
 }
 
-/// Checks that the credentials and routes that are named exist.
+/// Checks that every credential and route that a caller or a route names exists.
 fn references(context: &mut Context<'_>, config: &Config) {
     let credentials: Vec<_> = config.credentials.iter().map(|credential| &*credential.name).collect();
     let routes: Vec<_> = config.routes.iter().map(|route| &*route.name).collect();
@@ -101,8 +101,8 @@ fn references(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// Adds a problem if no credential or route has this name. An empty name among `names` is one that could not be
-/// read: it may be the one that is meant, so nothing is reported then.
+/// Adds a problem if no credential or route has this name. Adds none if `names` contains an empty name: that is one
+/// that could not be read, and it may be the right one.
 fn refer(context: &mut Context<'_>, at: &str, key: &str, (what, names): (&str, &[&str]), name: &str) {
     let is_poisoned =
         context.is_poisoned(&format!("{what}s")) || names.contains(&"") || context.is_poisoned(at);
@@ -112,10 +112,10 @@ fn refer(context: &mut Context<'_>, at: &str, key: &str, (what, names): (&str, &
     }
 }
 
-/// Checks that each name in `audit.fields` is a member of some record. A misspelt one is refused, since what it
-/// should hide would be written in clear.
+/// Checks that each name in `audit.fields` is a member of some record. A misspelt name is refused, since the member
+/// that it should hide would be written in clear.
 fn fields(context: &mut Context<'_>, config: &Config) {
-    // A contract that cannot be read may have any name.
+    // A contract that cannot be read may have a member of any name.
     if context.is_poisoned_within("routes") {
         return;
     }
@@ -132,8 +132,8 @@ fn fields(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// Checks that `audit.max_size` holds what the idempotency window needs at the configured rates. Records within the
-/// window are never removed, so with a smaller bound the trail would fill its volume all the same.
+/// Checks that `audit.max_size` is large enough for the idempotency window at the configured rates. Records within the
+/// window are never removed early, so that the trail would grow beyond a smaller `max_size`.
 fn trail_size(context: &mut Context<'_>, config: &Config) {
     // The size follows from all of these. If one is poisoned, its default would give a size that was not configured.
     let limits = (0..config.callers.len())
@@ -148,7 +148,8 @@ fn trail_size(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// Checks that no caller may hold more keys than all callers together.
+/// Checks that no caller's `max_keys` is greater than `idempotency.max_keys`, which bounds the keys of all callers
+/// together.
 fn shares(context: &mut Context<'_>, config: &Config) {
     for (i, caller) in config.callers.iter().enumerate() {
         if caller.max_keys.is_some_and(|share| share > config.idempotency.max_keys) {
@@ -173,7 +174,8 @@ fn needed_listener(peer: &PeerRule) -> &'static str {
     }
 }
 
-/// Checks that no peer can be two callers, and that a listener exists for each caller.
+/// Checks that no peer matches the rules of two callers, and that for each caller a listener exists where its peers can
+/// connect.
 fn peers(context: &mut Context<'_>, config: &Config) {
     // Which peers a listener can see depends on its address and on `client_ca_file`. With either poisoned, it may
     // be the listener that a caller seems to lack.
@@ -228,7 +230,7 @@ fn addresses(context: &mut Context<'_>, config: &Config) {
     }
 }
 
-/// Whether two sockets cannot be bound at the same time.
+/// Whether two sockets cannot be bound at the same time because their addresses overlap.
 fn clash(a: &ListenAddress, b: &ListenAddress) -> bool {
     match (a, b) {
         (ListenAddress::Tcp(a), ListenAddress::Tcp(b)) => {
@@ -242,8 +244,8 @@ fn clash(a: &ListenAddress, b: &ListenAddress) -> bool {
     }
 }
 
-/// The path of a socket with the real path of its directory, so that two spellings of one place are equal. Returned
-/// as it is if the directory does not exist.
+/// Returns the path of a socket with the real path of its directory, so that different spellings of one place compare
+/// equal. Returns the path unchanged if the directory does not exist.
 pub(crate) fn socket_path(path: &Path) -> PathBuf {
     // Only the directory is resolved: the socket itself need not exist yet.
     let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
@@ -251,9 +253,9 @@ pub(crate) fn socket_path(path: &Path) -> PathBuf {
     whole.unwrap_or_else(|| path.to_owned())
 }
 
-/// Whether two IP addresses are of one family and overlap. IPv4-mapped IPv6 addresses count as IPv4. `[::]` does
-/// not overlap with an IPv4 address of the same port, which it leaves to the other socket: see
-/// [`Config::is_only_v6`].
+/// Whether two IP addresses are of the same family and overlap: they are equal, or one is unspecified. An IPv4-mapped
+/// IPv6 address counts as IPv4. `[::]` and an IPv4 address do not overlap: [`Config::is_only_v6`] has the `[::]`
+/// socket bound for IPv6 only then.
 fn meet(a: SocketAddr, b: SocketAddr) -> bool {
     let (a, b) = (a.ip().to_canonical(), b.ip().to_canonical());
     a == b || (a.is_ipv4() == b.is_ipv4() && (a.is_unspecified() || b.is_unspecified()))

@@ -28,8 +28,8 @@ use crate::model::durability::Durability;
 use crate::model::redaction::Shown;
 use crate::model::words;
 
-/// Declares a table of the file: its keys, with the type of each, the form in which it is written if serde has
-/// none, and its default.
+/// Declares a table of the file: for each key its type, the form in which it is written unless serde has one, and its
+/// default.
 macro_rules! section {
     ($(#[$of_all:meta])* $name:ident {
         $($(#[$of_one:meta])* $key:ident: $type:ty $(as $form:literal)? = $default:expr,)+
@@ -60,9 +60,9 @@ section! {
         address: ListenAddress as "As::<Listen>" = ListenAddress::Tcp((Ipv4Addr::LOCALHOST, 8080).into()),
         /// Permission bits of a Unix socket in octal, such as `0660`, which is the default.
         mode: Option<u32> as "As::<Maybe<Mode>>" = None,
-        /// Names that `Host` may carry, without port; required off loopback. Not used on a Unix socket.
+        /// Names that `Host` may carry, without port; required unless the address is a loopback one. Not used on a Unix socket.
         hosts: Option<Vec<String>> as "As::<Maybe<Each<Host>>>" = None,
-        /// Whether requests may cross the network unencrypted; must be true off loopback without TLS.
+        /// Whether requests may cross the network unencrypted; must be true without TLS unless the address is a loopback one.
         allow_plaintext: Option<bool> = None,
         /// TLS, on a TCP listener. Default: none.
         tls: Option<ListenerTls> = None,
@@ -70,7 +70,7 @@ section! {
 }
 
 impl Listener {
-    /// The keys that it must have.
+    /// The keys that a listener must have.
     pub(super) const REQUIRED: &[&str] = &["address"];
 
     /// Whether callers must show a certificate.
@@ -78,7 +78,7 @@ impl Listener {
         self.tls.as_ref().is_some_and(|tls| tls.client_ca_file.is_some())
     }
 
-    /// Whether a peer that matches this rule can connect here and be identified.
+    /// Whether a peer that matches this rule can connect to this listener and be identified there.
     pub(super) fn can_see(&self, peer: &PeerRule) -> bool {
         match (&self.address, peer) {
             (ListenAddress::Unix { .. }, PeerRule::Uid(_) | PeerRule::Gid(_)) => true,
@@ -114,7 +114,7 @@ section! {
 }
 
 impl ListenerTls {
-    /// The keys that it must have.
+    /// The keys that this table must have.
     pub(super) const REQUIRED: &[&str] = &["cert_file", "key_file"];
 }
 
@@ -146,7 +146,7 @@ section! {
     Admin {
         /// The address of the admin listener, with a port.
         address: SocketAddr as "As::<AdminAddress>" = (Ipv4Addr::LOCALHOST, 9090).into(),
-        /// Further names that `Host` may carry, without port, beside IP addresses, `localhost` and names of internal domains.
+        /// Further names that `Host` may carry, without port, besides IP addresses, `localhost` and names of internal domains.
         hosts: Vec<String> as "As::<Each<Host>>" = Vec::new(),
         /// The path of the control socket, or `off`. Default: `control.sock` in `$RUNTIME_DIRECTORY`, else in `audit.directory`.
         control: Control as "As::<ControlSocket>" = Control::Default,
@@ -156,7 +156,8 @@ section! {
 /// Where the control socket is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Control {
-    /// `control.sock` in the first of `$RUNTIME_DIRECTORY`, else in the audit directory.
+    /// `control.sock` in the first directory of `$RUNTIME_DIRECTORY` (systemd), or in the audit directory if the
+    /// variable is not set.
     Default,
     /// At this path.
     Path(PathBuf),
@@ -181,7 +182,7 @@ section! {
         workers: usize as "As::<Workers>" = 1,
         /// The most open connections of callers; beyond it: 503 `overloaded`.
         max_connections: usize as "As::<Whole<1, 1_000_000>>" = 4096,
-        /// The most requests between head and reply; beyond it: 503 `overloaded`.
+        /// The most requests in flight, counted from the head of a request to its reply; beyond it: 503 `overloaded`.
         max_in_flight: usize as "As::<Whole<1, 100_000>>" = 1024,
         /// The largest body, in bytes; beyond it: 413 `body_too_large`.
         max_body: usize as "As::<Size<KIB, { 16 * MIB }, usize>>" = 256 << 10,
@@ -195,7 +196,7 @@ section! {
         body_timeout: Duration as "As::<Period<100, { 5 * MINUTE }>>" = Duration::from_secs(10),
         /// The longest time between two requests of one connection; then it is closed.
         idle_timeout: Duration as "As::<Period<100, HOUR>>" = Duration::from_secs(60),
-        /// How long requests are served after the stop signal, on sockets that are not inherited; less than `drain_timeout`.
+        /// How long new requests are accepted after the stop signal; 0 if all sockets are inherited. Less than `drain_timeout`.
         drain_grace: Duration as "As::<Period<0, { 5 * MINUTE }>>" = Duration::from_secs(1),
         /// The longest time from the stop signal to the end of the process.
         drain_timeout: Duration as "As::<Period<0, { 10 * MINUTE }>>" = Duration::from_secs(10),
@@ -214,19 +215,19 @@ section! {
         operator_id: String as "As::<Name>" = String::new(),
         /// Other operators that the caller may name in `x-userid`.
         operators: Vec<String> as "As::<Each<Name>>" = Vec::new(),
-        /// The name of the credential that is used for it.
+        /// The name of the credential that the gateway uses for this caller.
         credential: String = String::new(),
-        /// The names of the routes that it may use.
+        /// The names of the routes that the caller may use.
         routes: Vec<String> = Vec::new(),
-        /// The rate at which it may call, such as `20/s`.
+        /// The rate at which the caller may call, such as `20/s`.
         rate_limit: Rate as "As::<PerTime>" = Rate::per_second(20),
-        /// The requests that may arrive at once.
+        /// The most requests of the caller that may arrive at once.
         burst: u32 as "As::<Whole<1, 1_000_000, u32>>" = 40,
-        /// A header that its requests must carry, with any value; else 403 `header_missing`. Guards against SSRF. Default: none.
+        /// A header that each request must carry, with any value; else 403 `header_missing`. Guards against SSRF. Default: none.
         require_header: Option<HeaderName> as "As::<Maybe<RequiredHeader>>" = None,
-        /// Which ids it may send as numbers instead of strings, where a contract says `x-refuseRounded`.
+        /// Which ids the caller may send as numbers instead of strings, where a contract says `x-refuseRounded`.
         bare_ids: BareIds = BareIds::default(),
-        /// The most Idempotency-Keys that it may hold. Default: half of `idempotency.max_keys`, or all for the only caller.
+        /// The most Idempotency-Keys of the caller. Default: half of `idempotency.max_keys`, or all for the only caller.
         max_keys: Option<usize> as "As::<Maybe<Whole<1, 10_000_000>>>" = None,
         /// Whether its requests are refused for now, with 403 `frozen`.
         frozen: bool = false,
@@ -243,13 +244,13 @@ words! {
         Detect = "detect",
         /// All: the caller keeps ids as integers, which are not rounded.
         Exact = "exact",
-        /// None, whatever its size.
+        /// No id, whatever its size.
         Refuse = "refuse",
     }
 }
 
 impl Caller {
-    /// The keys that it must have.
+    /// The keys that a caller must have.
     pub(super) const REQUIRED: &[&str] = &["name", "peer", "operator_id", "credential", "routes"];
 
     /// The caller's own rate limit.
@@ -263,7 +264,7 @@ section! {
     Quota {
         /// The rate at which the upstream may be called, such as `50/s`.
         rate: Rate as "As::<PerTime>" = Rate::per_second(50),
-        /// The requests that may be sent at once.
+        /// The most requests that may be sent at once.
         burst: u32 as "As::<Whole<1, 1_000_000, u32>>" = 100,
     }
 }
@@ -275,7 +276,7 @@ impl Quota {
     }
 }
 
-/// A rate: so many times in a period.
+/// A rate: a number of times in each period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
     /// Times per `period`.
@@ -285,12 +286,12 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// A rate per second. `count` must not be 0; a 0 counts as 1.
+    /// Returns a rate per second. A `count` of 0 counts as 1.
     fn per_second(count: u32) -> Self {
         Self { count: NonZeroU32::new(count).unwrap_or(NonZeroU32::MIN), period: Duration::from_secs(1) }
     }
 
-    /// The limit with this rate and burst. A burst of 0, which the bounds rule out, counts as 1.
+    /// Returns a limit with this rate and burst. A burst of 0, which the bounds of `burst` rule out, counts as 1.
     fn with_burst(self, burst: u32) -> RateLimit {
         let Self { count, period } = self;
         RateLimit { count, period, burst: NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN) }
@@ -315,16 +316,16 @@ pub struct RateLimit {
     pub count: NonZeroU32,
     /// One second, minute or hour.
     pub period: Duration,
-    /// Requests that may arrive at once.
+    /// The most requests that may arrive at once.
     pub burst: NonZeroU32,
 }
 
 section! {
     /// `[audit]`: the audit trail.
     Audit {
-        /// The directory of the segments; created if it is missing, with mode 0700. One gateway each.
+        /// The directory of the segments; created with mode 0700 if it is missing. Only one gateway at a time can use it.
         directory: PathBuf as "As::<FilePath>" = PathBuf::from("audit"),
-        /// Whether the directory and its key must exist, made by `audit init`, so that a lost trail is not taken for a new one.
+        /// Whether a start fails if the directory or its key is missing, so that a lost trail is noticed. See `audit init`.
         must_exist: bool = false,
         /// When a record is committed: after its write (`kernel`), or after fdatasync, too (`disk`).
         durability: Durability = Durability::default(),
@@ -334,9 +335,9 @@ section! {
         retain: Option<Duration> as "As::<Retain>" = Some(Duration::from_secs(30 * 86_400)),
         /// The size of the trail beyond which old segments are removed before `retain` has passed, or `none`.
         max_size: Option<u64> as "As::<MaxSize>" = None,
-        /// Bytes that refusals of unknown peers may take in an hour; beyond it they are counted only.
+        /// Bytes that refusals of unknown peers may take in an hour; beyond it they are only counted.
         stranger_refusals: u64 as "As::<Size<{ 64 * KIB }, GIB>>" = 4 << 20,
-        /// Bytes that refusals of callers, replays and dry runs may take in an hour; beyond it they are counted only.
+        /// Bytes that refusals of callers, replays and dry runs may take in an hour; beyond it they are only counted.
         caller_refusals: u64 as "As::<Size<{ 64 * KIB }, GIB>>" = 64 << 20,
         /// The file of the key of the hash chain, at least 32 random bytes. Default: a random key, created in the directory.
         key_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
@@ -362,12 +363,12 @@ impl Default for RefusalBudget {
 }
 
 impl Audit {
-    /// How a member of a record is written.
+    /// Returns how a member of a record is written.
     pub fn shown(&self, name: &str) -> Shown {
         self.fields.get(name).copied().unwrap_or_default()
     }
 
-    /// How many bytes refusals may take in an hour.
+    /// Returns how many bytes refusals may take in an hour.
     pub fn refusals(&self) -> RefusalBudget {
         RefusalBudget { strangers: self.stranger_refusals, callers: self.caller_refusals }
     }
@@ -380,14 +381,14 @@ section! {
         window: Duration as "As::<Period<HOUR, { 7 * DAY }>>" = Duration::from_secs(86400),
         /// The most keys that are remembered at once; beyond it: 503 `idempotency_unavailable` for new ones.
         max_keys: usize as "As::<Whole<1, 10_000_000>>" = 1_000_000,
-        /// Whether `max_keys` is set. If not, it follows the callers' own.
+        /// Whether `max_keys` is set. If not, it is raised to the largest `max_keys` of a caller.
         #[serde(skip)]
-        // Not a key. A reload needs it: a default that follows the callers must not count as a change that needs a
-        // restart.
+        // Not a key of the file. A reload needs it: a default that changed with the callers must not count as a change
+        // that needs a restart.
         is_max_keys_set: bool = false,
         /// The memory for stored replies, in bytes. Beyond it, the oldest are replayed without their body.
         reply_memory: u64 as "As::<Size<{ 64 * KIB }, { 16 * GIB }>>" = 64 << 20,
-        /// What happens to a call without a key that equals an earlier one.
+        /// What happens to a call without an Idempotency-Key if it equals an earlier call.
         without_key: WithoutKey = WithoutKey::Guard,
         /// How long after a success an equal call without a key is detected; at most `window`.
         fingerprint_window: Duration as "As::<Period<SECOND, DAY>>" = Duration::from_secs(600),
@@ -395,12 +396,12 @@ section! {
 }
 
 words! {
-    /// What happens to a call without a key that equals an earlier one.
+    /// What happens to a call without an Idempotency-Key if it equals an earlier call.
     WithoutKey {
-        /// Rejected while the first one is in flight, of unknown outcome or undelivered; flagged after it
-        /// succeeded.
+        /// Rejected while the earlier call is in flight, has an unknown outcome or is undelivered. Flagged after the
+        /// earlier call succeeded.
         Guard = "guard",
-        /// Rejected after the first one succeeded, too.
+        /// As `guard`, and also rejected after the earlier call succeeded.
         Block = "block",
         /// Flagged, never rejected.
         Warn = "warn",
@@ -429,7 +430,7 @@ words! {
     LogRequests {
         /// No request.
         Off = "off",
-        /// Those of outcome `unknown`, `failed` or `refused`, and those that got a 5xx.
+        /// Requests with the outcome `unknown`, `failed` or `refused`, and requests that got a 5xx.
         Failures = "failures",
         /// All requests.
         All = "all",

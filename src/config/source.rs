@@ -21,25 +21,25 @@ use toml::de::{DeString, DeTable, DeValue};
 use super::{Problem, Problems};
 use crate::files;
 
-/// The prefix of the variables that override the file. It ends with two underscores, since Kubernetes sets
-/// variables such as `CCSQM_GATEWAY_SERVICE_HOST` for a service of this name.
+/// The prefix of the variables that override the file. It ends with two underscores, since Kubernetes sets variables
+/// such as `CCSQM_GATEWAY_SERVICE_HOST` for a service named `ccsqm-gateway`.
 pub(super) const PREFIX: &str = "CCSQM_GATEWAY__";
 
-/// The prefix of keys that are names of headers.
+/// The prefix of keys that end with the name of a header.
 const HEADERS: &str = "upstream.headers.";
 
-/// Stands for floats, dates and integers beyond 64 bits. No key takes one, so each is refused with the text for its
-/// key.
+/// The value that replaces floats, dates and integers beyond 64 bits. No key accepts it, so each of them is refused
+/// with the error text of its key.
 const NO_VALUE: ValueKind = ValueKind::Float(f64::NAN);
 
 /// The largest file that is read, in bytes. A larger one is not a configuration; the bound also ends the reading of
 /// a device.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Why a flag cannot reach an item.
+/// The error for a flag whose index is neither that of an item of the list nor the next one.
 const NO_ITEM: &str = "names no item of the list, and not the next one: they are counted from 0";
 
-/// The most steps of a key in a variable or flag, which is also the deepest nesting that the TOML parser takes.
+/// The most [`Step`]s of a key in a variable or a flag. The TOML parser accepts the same depth of nesting.
 // Values are walked recursively: a flag with thousands of names overflowed the stack.
 const MAX_STEPS: usize = 80;
 
@@ -50,11 +50,12 @@ const MAX_WRITTEN: usize = 200;
 /// The most lines that are reported as not TOML. Each costs one more parse of the whole file.
 const MAX_SYNTAX: usize = 20;
 
-/// How many lines above an error are searched for the bracket that was left open. Each costs two parses of what
-/// lies above it.
+/// How many lines above an error are searched for a bracket that was left open. Each line costs two parses of the text
+/// above it.
 const MAX_OPEN: usize = 50;
 
-/// Why a variable cannot set an item of a list of tables, and a flag not the whole list.
+/// The error for a variable that sets a list of tables or one of its items, and for a flag that sets a list of tables
+/// as a whole.
 pub(super) const LIST_OF_TABLES: &str = "lists of tables can be set in the file, and their items by flags, as in --set listeners[0].address=127.0.0.1:8080";
 
 /// Where a value was set.
@@ -71,8 +72,8 @@ pub(super) enum ConfigLocation {
 pub(super) struct Layers {
     /// The merged values: a table.
     pub(super) root: Value,
-    /// Indexed by the origin of a value, which the `config` crate carries through the merge as a text: here a
-    /// number.
+    /// The origins of all values. The `config` crate carries a text with each value through the merge; here that text
+    /// is the index of the value's origin in this list.
     pub(super) origins: Vec<Origin>,
     /// Lines that are not TOML, and overrides that cannot be applied.
     pub(super) problems: Vec<Problem>,
@@ -84,7 +85,8 @@ pub(super) struct Layers {
 pub(super) struct Origin {
     /// Where the value was set.
     pub(super) place: ConfigLocation,
-    /// The value's text in the file; `None` for other layers, longer texts and tables.
+    /// The text of the value in the file; `None` for other layers, for tables, for values of several lines, and for
+    /// texts of more than [`MAX_WRITTEN`] bytes.
     pub(super) written: Option<String>,
 }
 
@@ -95,7 +97,7 @@ pub(super) enum Syntax {
     Whole,
     /// Everything but some lines. What seems to be missing may be on one of them.
     Holes,
-    /// A header is broken, or too many lines are. It is unknown to which section a line belongs.
+    /// A header is broken, or the bad lines could not all be skipped. So it is unknown to which section a line belongs.
     Lost,
 }
 
@@ -109,8 +111,8 @@ impl fmt::Display for ConfigLocation {
     }
 }
 
-/// Reads the file, if `path` names one, and applies the variables and the flags to it, in this order. Fails if the
-/// file cannot be read; other mistakes are in [`Layers::problems`].
+/// Reads the file, if `path` names one. Then applies the variables and after them the flags. Fails if the file cannot
+/// be read; other mistakes are in [`Layers::problems`].
 pub(super) fn read(
     path: Option<&Path>,
     overrides: &[(String, String)],
@@ -145,7 +147,7 @@ pub(super) fn read(
     Ok(Layers { root, origins, problems, syntax })
 }
 
-/// Returns a value whose origin is its place.
+/// Adds an origin to `origins`, and returns a value that refers to it.
 fn located(
     origins: &mut Vec<Origin>,
     place: ConfigLocation,
@@ -157,7 +159,7 @@ fn located(
 }
 
 /// Sets a value in the merged layers. The builder of the `config` crate is not used: it copies all layers once
-/// more, takes a key in quotes for a path, and loses the origins of tables.
+/// more, splits a key in quotes like a path, and loses the origins of tables.
 fn lay_over(root: &mut Value, key: &str, value: Value) {
     let layer = if key.contains('[') {
         // Only a key with an item is left to the crate's path parser, which takes fewer names than TOML allows.
@@ -211,9 +213,11 @@ fn read_text(path: &Path) -> Result<String, (usize, String)> {
     })
 }
 
-/// Parses a file with error recovery. A line with a mistake is reported and blanked, and the rest is parsed again
-/// until nothing is wrong, so that an open bracket is not reported once for every line below it. Returns the table,
-/// the mistakes with their lines, and how far the result is complete. `make` gives a value its origin.
+/// Parses a file with error recovery. A line with a mistake is reported and blanked, and the rest is parsed again until
+/// nothing is wrong. So an open bracket is one mistake, and not one for every line below it. `make` builds a value with
+/// its origin.
+///
+/// Returns the table, the mistakes with their lines, and how much of the file the table covers.
 fn parse(
     mut text: String,
     make: &mut impl FnMut(usize, Option<String>, ValueKind) -> Value,
@@ -278,15 +282,16 @@ impl<'a> Lines<'a> {
         start..end
     }
 
-    /// The first line with which the text no longer parses, for an error without a span.
+    /// Returns the first line with which the text no longer parses. Used for an error without a span.
     fn first_bad(&self) -> usize {
         // A binary search: a few parses instead of one for each line of a long file.
         let good = |start: &usize| DeTable::parse(&self.text[..*start]).is_ok();
         self.starts.partition_point(good)
     }
 
-    /// The line to blame for the first error of a text, and the reason. That is a line further up if the line of
-    /// the error is fine by itself and a bracket or a text was left open above it.
+    /// Returns the line that caused the first error of a text, and the reason. Usually this is line `number`, where the
+    /// parser stopped. If that line parses by itself, the cause may be a bracket or a string that was left open on an
+    /// earlier line, which is then returned.
     fn cause(&self, number: usize, reason: &str) -> (usize, String) {
         let before = |number: usize| DeTable::parse(&self.text[..self.range(number).start]);
         let innocent = DeTable::parse(&self.text[self.range(number)]).is_ok();
@@ -335,7 +340,8 @@ impl Override {
     }
 }
 
-/// Converts a table that begins at `offset`. `make` gives a value its origin by its offset and its span.
+/// Converts a table that begins at `offset`. `make` builds a value with its origin, from the offset and the span of the
+/// value.
 fn convert_table(
     table: &DeTable<'_>,
     offset: usize,
@@ -349,7 +355,7 @@ fn convert_table(
     make(offset, 0..0, ValueKind::Table(members))
 }
 
-/// Converts one value; `offset` is that of its key, or of the item itself.
+/// Converts one value. `offset` is the offset of its key, or of the value itself if it is an item of a list.
 fn convert(
     value: &Spanned<DeValue<'_>>,
     offset: usize,
@@ -377,16 +383,18 @@ enum Step<'a> {
     Item(usize),
 }
 
-/// Returns the steps of a key such as `listeners[0].address`; `None` if it is not one or has more than
-/// [`MAX_STEPS`]. Names may be any text in a key without an item: what is not the name of a key is reported later,
-/// as an unknown one.
+/// Returns the steps of a key such as `listeners[0].address`. Returns `None` if the text is not a key, or has more than
+/// [`MAX_STEPS`].
+///
+/// In a key without an index a name may be any text; unknown names are reported later. In a key with an index a name
+/// may contain only letters, digits, `_` and `-`.
 fn steps(key: &str) -> Option<Vec<Step<'_>>> {
     let is_plain = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
     let has_items = key.contains('[');
     let mut steps = Vec::new();
     for part in key.split('.') {
         let (name, mut items) = part.split_at(part.find('[').unwrap_or(part.len()));
-        // The `config` crate reads such a key with a parser of its own. What that might read differently is
+        // The `config` crate reads such a key with a parser of its own. A name that it might read differently is
         // refused.
         if has_items && (name.is_empty() || !is_plain(name)) {
             return None;
@@ -416,7 +424,7 @@ fn fits(root: &Value, place: &ConfigLocation, key: &str) -> Result<(), &'static 
         there = match (there.map(|value| &value.kind), step) {
             (Some(ValueKind::Table(members)), Step::Name(name)) => members.get(name),
             (Some(ValueKind::Array(_)), Step::Name(_)) => return Err(LIST_OF_TABLES),
-            // The index behind the last item adds one. A larger one would leave holes.
+            // The index after that of the last item adds an item. A larger one would leave holes.
             (Some(ValueKind::Array(items)), Step::Item(number)) if number <= items.len() => items.get(number),
             (None, Step::Name(_) | Step::Item(0)) => None,
             (None | Some(ValueKind::Array(_)), Step::Item(_)) => {

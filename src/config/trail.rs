@@ -1,4 +1,4 @@
-//! Capacity planning of the audit trail: how large it becomes if all callers call as often as their limits allow.
+//! Capacity planning of the audit trail: how large it becomes if all callers send as many calls as their limits allow.
 
 use std::fs;
 use std::path::Path;
@@ -15,12 +15,13 @@ pub const SLACK: Duration = Duration::from_secs(60 * 60);
 /// fit.
 pub const LOW_WATER: u64 = 64 << 20;
 
-/// What a call takes in the trail, in bytes: intent and outcome. The documented example took 1268 with a key and
-/// 1074 without one; a longer reply or more inspectors take more. A test measures it again.
+/// The bytes that one call takes in the trail: its intent and its outcome. The example call of
+/// `tests/it/trail_size.rs`, which measures this, took 1268 bytes with a key and 1074 without one. A longer reply or
+/// more inspectors take more.
 pub const CALL: u64 = 1300;
 
-/// Segments that do not count as kept: the open one, which is not full, and the oldest one, which is removed as a
-/// whole.
+/// The segments that are added to the size of the kept records: the open one, which is not full, and the oldest one,
+/// which is removed only as a whole.
 const PARTIAL: u64 = 2;
 
 /// The fewest segments that `max_size` must hold.
@@ -30,21 +31,21 @@ pub(super) const LEAST_SEGMENTS: u64 = 4;
 const HOUR: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The size of the trail by the configured limits.
+/// The size that the trail can reach at the configured limits.
 #[derive(Clone, Debug)]
 pub struct SizeBound<'a> {
     config: &'a Config,
 }
 
 impl Config {
-    /// Returns the size of the trail by the configured limits. Copies nothing.
+    /// Returns the size that the trail can reach at the configured limits. Copies nothing.
     pub fn trail_size(&self) -> SizeBound<'_> {
         SizeBound { config: self }
     }
 }
 
 impl SizeBound<'_> {
-    /// The two bounds of the calls that are sent: the limits of all callers together, and the quota. A frozen
+    /// Returns the two bounds on the calls that are sent: the limits of all callers together, and the quota. A frozen
     /// caller counts, since it may be unfrozen while the gateway runs.
     fn bounds(&self) -> [Pace; 2] {
         let callers = self.config.callers.iter().map(|caller| Pace::of(&caller.limit()));
@@ -57,35 +58,35 @@ impl SizeBound<'_> {
         [callers, Pace::of(&self.config.quota.limit())]
     }
 
-    /// The most calls that are sent in an hour, bursts not counted.
+    /// Returns the most calls that can be sent in an hour, without bursts.
     pub fn calls_per_hour(&self) -> u64 {
         let [callers, quota] = self.bounds();
         callers.hourly.min(quota.hourly)
     }
 
-    /// What these calls take in a day, in bytes.
+    /// Returns the bytes that the calls of a day take, at [`Self::calls_per_hour`].
     pub fn calls_per_day(&self) -> u64 {
         self.calls_per_hour().saturating_mul(24).saturating_mul(CALL)
     }
 
-    /// The most that refusals, replays and dry runs take in a day, in bytes.
+    /// Returns the most bytes that refusals, replays and dry runs take in a day.
     pub fn refusals_per_day(&self) -> u64 {
         24 * (self.config.audit.stranger_refusals + self.config.audit.caller_refusals)
     }
 
-    /// The size of a trail that goes back by `time` and holds calls only, in bytes.
+    /// Returns the size in bytes of a trail that goes back by `time` and contains calls only.
     fn of(&self, time: Duration) -> u64 {
         let [callers, quota] = self.bounds().map(|pace| pace.calls(time));
         let calls = callers.min(quota).saturating_mul(CALL);
         calls.saturating_add(PARTIAL * self.config.audit.segment_size)
     }
 
-    /// How far back records are never removed early.
+    /// Returns the age up to which a record is never removed to keep the trail within `max_size`.
     fn kept(&self) -> Duration {
         self.config.idempotency.window + SLACK
     }
 
-    /// Why `max_size` is too small; `None` if it is large enough or not set.
+    /// Returns why `max_size` is too small; `None` if it is large enough or not set.
     pub(super) fn refusal(&self) -> Option<String> {
         let max_size = self.config.audit.max_size?;
         let least = LEAST_SEGMENTS * self.config.audit.segment_size;
@@ -109,8 +110,9 @@ impl SizeBound<'_> {
         })
     }
 
-    /// How long `max_size` suffices if all callers call as often as they may, with refusals that take as much as
-    /// they may or nothing. `None` if it is not set.
+    /// Returns how long `max_size` suffices if all callers send as many calls as they may. With `with_refusals`,
+    /// refusals take their whole budget as well; without it, they take nothing. Returns `None` if `max_size` is not
+    /// set.
     pub fn max_size_lasts(&self, with_refusals: bool) -> Option<Duration> {
         let room = self.config.audit.max_size?.saturating_sub(PARTIAL * self.config.audit.segment_size);
         let refusals = if with_refusals { self.refusals_per_day() / 24 } else { 0 };
@@ -124,12 +126,12 @@ impl SizeBound<'_> {
         self.bounds().map(lasts).into_iter().max()
     }
 
-    /// What `retain` needs for calls, in bytes; `None` if records are kept for ever.
+    /// Returns the bytes that the calls within `retain` need; `None` if records are kept for ever.
     pub fn retain_needs(&self) -> Option<u64> {
         self.config.audit.retain.map(|retain| self.of(retain + SLACK))
     }
 
-    /// The sizes as lines of text, for `check`.
+    /// Returns the sizes as lines of text, for `check`.
     pub fn lines(&self) -> Vec<String> {
         let hourly = self.calls_per_hour();
         let (calls, refusals) = (text(self.calls_per_day()), text(self.refusals_per_day()));
@@ -155,13 +157,13 @@ impl SizeBound<'_> {
         lines
     }
 
-    /// Returns a warning if the file system is smaller than `max_size` and what else it must hold; `None` also if
-    /// its size is unknown.
+    /// Returns a warning if the file system of the trail is too small for `max_size`, one more segment and
+    /// [`LOW_WATER`]. Returns `None` if it is large enough, if its size is unknown, or if `max_size` is not set.
     pub fn notice(&self) -> Option<String> {
         self.notice_of(file_system(&self.config.audit.directory)?)
     }
 
-    /// [`Self::notice`] for a file system of `available` bytes.
+    /// As [`Self::notice`], for a file system of `available` bytes.
     fn notice_of(&self, available: u64) -> Option<String> {
         let max_size = self.config.audit.max_size?;
         let needed = max_size.saturating_add(self.config.audit.segment_size).saturating_add(LOW_WATER);
@@ -177,7 +179,7 @@ impl SizeBound<'_> {
     }
 }
 
-/// The calls that a limit lets pass: so many an hour, and a burst.
+/// The calls that a limit allows: a number per hour, and a burst.
 #[derive(Clone, Copy)]
 struct Pace {
     hourly: u64,
@@ -190,7 +192,7 @@ impl Pace {
         Self { hourly: u64::from(limit.count.get()) * periods, burst: limit.burst.get().into() }
     }
 
-    /// The most calls in this time, with one burst.
+    /// Returns the most calls in this time, with one burst.
     fn calls(self, time: Duration) -> u64 {
         // In 128 bits: with two dozen callers at the highest rate, the calls of ten years, times seconds, do not
         // fit into 64.
@@ -199,7 +201,7 @@ impl Pace {
     }
 }
 
-/// The size of the file system that holds the directory, or will when it is made, in bytes.
+/// Returns the size in bytes of the file system that contains the directory, or will contain it once it is created.
 fn file_system(directory: &Path) -> Option<u64> {
     let whole = std::path::absolute(directory).ok()?;
     // `check` may run before the directory exists: the nearest directory above it has the same file system then.
@@ -208,7 +210,7 @@ fn file_system(directory: &Path) -> Option<u64> {
     Some(found.f_blocks.saturating_mul(found.f_frsize))
 }
 
-/// A size for people, rounded up to a tenth.
+/// Formats a size for people, rounded up to a tenth.
 fn text(bytes: u64) -> String {
     let (unit, name) = if bytes >= 1 << 30 { (1 << 30, "GiB") } else { (1 << 20, "MiB") };
     let tenths = (u128::from(bytes) * 10).div_ceil(unit);
@@ -218,12 +220,12 @@ fn text(bytes: u64) -> String {
     }
 }
 
-/// A size that can be copied into the configuration, rounded up.
+/// Formats a size, rounded up to MiB, so that it can be copied into the configuration.
 fn setting(bytes: u64) -> String {
     format!("{}MiB", bytes.div_ceil(1 << 20))
 }
 
-/// A duration for people, rounded down to a tenth: it is a promise.
+/// Formats a duration for people. It is rounded down to a tenth, so that it promises nothing too much.
 fn days(time: Duration) -> String {
     let (unit, name) = if time < 2 * DAY { (HOUR, "hours") } else { (DAY, "days") };
     let tenths = time.as_secs() * 10 / unit.as_secs();

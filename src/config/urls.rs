@@ -1,4 +1,4 @@
-//! URLs in parts, as connections and `Host` need them.
+//! URLs, split into the parts that connections and `Host` need.
 
 use std::fmt;
 
@@ -11,7 +11,8 @@ pub struct Url {
     pub host: String,
     /// The port, 443 or 80 if the URL names none.
     pub port: u16,
-    /// The path, `/` at least. Empty in `base_url`, which the path of a route follows. There is never a query.
+    /// The path, without a query. It is `/` at least, except in `upstream.base_url`, where it is empty: the path of a
+    /// route is appended there.
     pub path: String,
 }
 
@@ -25,19 +26,19 @@ pub struct ProxyUrl {
 }
 
 impl Url {
-    /// The value of `Host`: the host, with the port unless it is the scheme's own.
+    /// Returns the value for `Host`: the host, and the port unless it is the default port of the scheme.
     pub fn authority(&self) -> String {
         let own = if self.tls { 443 } else { 80 };
         if self.port == own { bracketed(&self.host) } else { self.authority_with_port() }
     }
 
-    /// The host and the port, as CONNECT needs them (RFC 9110 section 9.3.6).
+    /// Returns the host and the port, as CONNECT needs them (RFC 9110 section 9.3.6).
     pub fn authority_with_port(&self) -> String {
         format!("{}:{}", bracketed(&self.host), self.port)
     }
 }
 
-/// A host as it is written in a URL: IPv6 in brackets (RFC 3986 section 3.2.2).
+/// Returns a host as it is written in a URL: IPv6 in brackets (RFC 3986 section 3.2.2).
 fn bracketed(host: &str) -> String {
     if host.contains(':') { format!("[{host}]") } else { host.to_owned() }
 }

@@ -1,7 +1,6 @@
 //! Parsers of single values: durations, sizes, rates, addresses, peers, operators, paths, URLs.
 //!
-//! Each is strict and returns a reason that can follow the key. Nothing is trimmed or guessed: a value that is
-//! taken means what it says.
+//! Each parser is strict. Nothing is trimmed or guessed. An error is a text that is printed after the key.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -17,8 +16,8 @@ use super::{ListenAddress, PeerRule, ProxyUrl, Rate, Url};
 use crate::ids;
 use crate::model::header_names::{looks_like_credential, may_pass};
 
-/// A whole number with a unit: `ms`, `s`, `m`, `h` or `d`. `None` without a unit, with another one, or beyond 64
-/// bits.
+/// Parses a duration: a whole number with the unit `ms`, `s`, `m`, `h` or `d`. Returns `None` without a unit, with
+/// another unit, or if the milliseconds do not fit 64 bits.
 pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
     let number: u64 = text[..digits].parse().ok()?;
@@ -33,7 +32,7 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     number.checked_mul(milliseconds).map(Duration::from_millis)
 }
 
-/// A whole number with a unit: `B`, `KiB`, `MiB` or `GiB`, in bytes.
+/// Parses a size, and returns it in bytes: a whole number with the unit `B`, `KiB`, `MiB` or `GiB`.
 pub(super) fn parse_size(text: &str) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
     let number: u64 = text[..digits].parse().ok()?;
@@ -47,7 +46,7 @@ pub(super) fn parse_size(text: &str) -> Option<u64> {
     number.checked_mul(unit)
 }
 
-/// A rate such as `20/s`, per second, minute or hour, from 1 to 1,000,000.
+/// Parses a rate such as `20/s`: a number from 1 to 1,000,000 per second (`s`), minute (`m`) or hour (`h`).
 pub(super) fn parse_rate(text: &str) -> Result<Rate, String> {
     let reason =
         || "must be a number per second, minute or hour, as in \"20/s\", \"100/m\" or \"5/h\"".to_owned();
@@ -66,10 +65,10 @@ pub(super) fn parse_rate(text: &str) -> Result<Rate, String> {
         .ok_or_else(|| "must be at most 1000000".into())
 }
 
-/// A TCP address with a port, or the path of a Unix socket behind `unix:`.
+/// Parses a TCP address with a port, or `unix:` followed by the absolute path of a Unix socket.
 pub(super) fn parse_listen_address(text: &str) -> Result<ListenAddress, String> {
     if let Some(path) = text.strip_prefix("unix:") {
-        // `sun_path` has 108 bytes with the NUL behind it (unix(7)). A relative path would depend on the working
+        // `sun_path` has 108 bytes, the final NUL included (unix(7)). A relative path would depend on the working
         // directory.
         let fits = path.starts_with('/') && path.len() < 108;
         let address = ListenAddress::Unix { path: path.into(), mode: 0o660 };
@@ -82,7 +81,7 @@ pub(super) fn parse_listen_address(text: &str) -> Result<ListenAddress, String> 
         .map_err(|_| "must be an address with a port, as in \"127.0.0.1:8080\", or \"unix:/path\"".into())
 }
 
-/// A log level, or a filter for single targets.
+/// Parses a log level, or a filter with levels for single targets.
 pub(super) fn parse_level(text: &str) -> Result<String, String> {
     // A bare word in a filter is a target to `tracing`. Here it is taken for a misspelt level: `inof` would be
     // accepted and silence the log.
@@ -94,21 +93,22 @@ pub(super) fn parse_level(text: &str) -> Result<String, String> {
     })
 }
 
-/// A name, or the id of an operator. It appears in logs, metrics and headers, where it needs no escaping.
+/// Parses a name or the id of an operator. Only characters are allowed that need no escaping in logs, metrics and
+/// headers.
 pub(super) fn parse_name(text: &str) -> Result<String, String> {
     let plain = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
     let fits = plain && (1..=64).contains(&text.len());
     fits.then(|| text.to_owned()).ok_or_else(|| "must be 1 to 64 letters, digits, '.', '_' or '-'".into())
 }
 
-/// A result code of a reply. It is compared byte by byte, so it holds no invisible character: with one,
-/// every success would count as a failure.
+/// Parses a result code of a reply: visible ASCII characters. Codes are compared byte by byte, so that an invisible
+/// character here would make every success count as a failure.
 pub(super) fn parse_code(text: &str) -> Result<String, String> {
     let fits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
     fits.then(|| text.to_owned()).ok_or_else(|| "must be visible ASCII characters, without blanks".into())
 }
 
-/// The name of a member of a reply, with blanks at most inside, as names in JSON may have them.
+/// Parses the name of a member of a reply: visible ASCII characters, and blanks between them but not at the ends.
 pub(super) fn parse_member(text: &str) -> Result<String, String> {
     let fits =
         !text.is_empty() && text.trim() == text && text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
@@ -116,14 +116,14 @@ pub(super) fn parse_member(text: &str) -> Result<String, String> {
         .ok_or_else(|| "must be visible ASCII characters, with blanks at most between them".into())
 }
 
-/// A name that `Host` may carry, in lower case, without a port.
+/// Parses a name that `Host` may carry, without a port. Returns it in lower case.
 pub(super) fn parse_host(text: &str) -> Result<String, String> {
     let fits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
     fits.then(|| text.to_ascii_lowercase())
         .ok_or_else(|| "must be visible ASCII characters without blanks, as in \"gateway.internal\"".into())
 }
 
-/// The exact path of a route.
+/// Parses the exact path of a route.
 pub(super) fn parse_route_path(text: &str) -> Result<String, String> {
     if !text.starts_with("/apiaccess/") {
         // The vendor's token is for these paths only. On another path it would be handed to a service that it is
@@ -139,7 +139,7 @@ pub(super) fn parse_route_path(text: &str) -> Result<String, String> {
         .ok_or_else(|| "must be a plain path: no query, no encoding, no `//`, no `..`".into())
 }
 
-/// The URL of an HTTP proxy: `http://`, a host and a port.
+/// Parses the URL of an HTTP proxy: `http://`, a host and a port.
 pub(super) fn parse_proxy(text: &str) -> Result<ProxyUrl, String> {
     let uri: http::Uri = text.parse().map_err(|_| "is not a URL".to_owned())?;
     if uri.scheme_str() != Some("http") {
@@ -159,7 +159,7 @@ pub(super) fn parse_proxy(text: &str) -> Result<ProxyUrl, String> {
     Ok(ProxyUrl { host, port })
 }
 
-/// An `https` URL without user and query, or an `http` URL of a loopback address.
+/// Parses an `https` URL without user and query. `http` is accepted for a loopback address only.
 pub(super) fn parse_url(text: &str) -> Result<Url, String> {
     let not_url = || "is not a URL, as in \"https://service.besclouds.com\"".to_owned();
     let uri: http::Uri = text.parse().map_err(|_| not_url())?;
@@ -184,23 +184,23 @@ pub(super) fn parse_url(text: &str) -> Result<Url, String> {
     Ok(Url { tls, host, port, path: uri.path().to_owned() })
 }
 
-/// A TCP address with a port.
+/// Parses the address of the admin listener: a TCP address with a port.
 pub(super) fn parse_admin_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "must be an address with a port, as in \"127.0.0.1:9090\"".into())
 }
 
-/// Permission bits in octal, at most `0777`: without set-user-id and sticky bits, which mean nothing for a socket.
+/// Parses permission bits in octal, at most `0777`: the set-user-id and sticky bits mean nothing for a socket.
 pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
     let bits = u32::from_str_radix(text, 8).ok().filter(|bits| *bits <= 0o777);
     bits.ok_or_else(|| "must be octal permission bits, as in \"0660\"".into())
 }
 
-/// A path, relative or absolute, of at least one character.
+/// Parses a path, relative or absolute, of at least one character.
 pub(super) fn parse_path(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() { Err("must not be empty".into()) } else { Ok(text.into()) }
 }
 
-/// A URL without a path, which the path of a route is appended to.
+/// Parses a URL without a path. The path of a route is appended to it later.
 pub(super) fn parse_base_url(text: &str) -> Result<Url, String> {
     let mut url = parse_url(text)?;
     if url.path != "/" {
@@ -210,7 +210,8 @@ pub(super) fn parse_base_url(text: &str) -> Result<Url, String> {
     Ok(url)
 }
 
-/// A peer. A user or group must be one that the kernel can tell apart from others in this user namespace.
+/// Parses the peer of a caller. Fails for the id of a user or group that is not mapped in this user namespace, since
+/// the kernel shows all of these as one id.
 pub(super) fn parse_peer_of_caller(text: &str) -> Result<PeerRule, String> {
     let peer = parse_peer(text)?;
     match peer {
@@ -223,12 +224,12 @@ pub(super) fn parse_peer_of_caller(text: &str) -> Result<PeerRule, String> {
     Ok(peer)
 }
 
-/// The names of this machine for itself, as `Host` has them: the default of `hosts` on loopback.
+/// Returns the default of `hosts` on a loopback listener: the names by which clients on this machine reach it.
 pub(super) fn loopback_names() -> Vec<String> {
     ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).into()
 }
 
-/// The name of a reply header that may pass to callers, in addition to those that always pass.
+/// Parses the name of a reply header that is passed to callers, in addition to those that are always passed.
 pub(super) fn parse_reply_header(text: &str) -> Result<HeaderName, String> {
     match HeaderName::try_from(text) {
         Ok(name) if may_pass(&name) => Ok(name),
@@ -278,12 +279,12 @@ fn is_ours(name: &HeaderName) -> bool {
     OURS.contains(&&*name.as_str().replace('_', "-"))
 }
 
-/// The name of a header that a caller's requests must carry. It must be one that generic clients and proxies do not
-/// send by themselves, and none that looks like a secret.
+/// Parses the name of a header that a caller's requests must carry. Fails for a header that generic clients and proxies
+/// send by themselves, and for one that looks like a secret.
 pub(super) fn parse_required_header(text: &str) -> Result<HeaderName, String> {
     let name = HeaderName::try_from(text).map_err(|_| "must be the name of a header".to_owned())?;
-    // It protects against SSRF: an app that can be made to fetch a URL can rarely be made to add a header. One
-    // that is sent anyway protects against nothing.
+    // The header protects against SSRF: an app that can be made to fetch a URL can rarely be made to add a header. A
+    // header that is sent anyway protects against nothing.
     let is_usual = is_ours(&name) || !name.as_str().starts_with("x-") || looks_like_credential(name.as_str());
     let reason = "must begin with x-, and be none that clients or proxies send by themselves";
     if is_usual || USUAL.contains(&name.as_str()) { Err(reason.into()) } else { Ok(name) }

@@ -1,7 +1,9 @@
-//! Detection of misnamed environment variables: those that would be a setting if their underscores were doubled.
+//! Detection of misnamed environment variables, such as `CCSQM_GATEWAY_SERVER_WORKERS` for
+//! `CCSQM_GATEWAY__SERVER__WORKERS`.
 //!
-//! Variables without our prefix cannot be refused: Kubernetes sets `CCSQM_GATEWAY_PORT` and others for a service of
-//! this name. So a variable is reported only if it becomes a setting with other underscores or capitals.
+//! A variable without the prefix `CCSQM_GATEWAY__` cannot be refused: Kubernetes sets `CCSQM_GATEWAY_PORT` and others
+//! for a service named `ccsqm-gateway`. So a variable is reported only if another number of underscores, or capitals,
+//! would make it the name of a setting.
 
 use std::ffi::OsString;
 
@@ -11,8 +13,8 @@ use super::Config;
 use super::source::PREFIX;
 
 impl Config {
-    /// Returns a warning for each variable that is not read but would be with other underscores or capitals,
-    /// sorted.
+    /// Returns a warning for each variable that is not read, but would be with other underscores or capitals. The
+    /// warnings are sorted.
     pub fn misnamed_variables(
         &self,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -42,15 +44,15 @@ impl Config {
         told
     }
 
-    /// Returns the setting that the variable `name` would be with other underscores: its key, and the right name of
-    /// the variable.
+    /// Finds the setting whose variable differs from `name` in underscores only. Returns the key of the setting, and
+    /// the right name of its variable.
     pub(super) fn setting_meant_by(&self, name: &str) -> Option<(String, String)> {
         let plain = single(name);
         let meant = self.settings().iter().find_map(|setting| setting.meant_by(&plain))?;
         Some((meant.strip_prefix(PREFIX)?.to_ascii_lowercase().replace("__", "."), meant))
     }
 
-    /// All settings that a variable can set.
+    /// Returns all settings that a variable can set.
     fn settings(&self) -> Vec<Setting> {
         let effective = self.effective();
         // Taken from the effective configuration, which has every key with its default: no second list of keys to
@@ -66,8 +68,8 @@ impl Config {
 /// A setting, by the name of its variable.
 struct Setting {
     name: String,
-    /// Whether the setting is a table whose keys the user chooses, such as `upstream.headers`. Its variable has one
-    /// more part.
+    /// Whether the setting is a table whose keys the user chooses, such as `upstream.headers`. The name of its variable
+    /// has one more part, for the key.
     is_table: bool,
 }
 
@@ -77,8 +79,9 @@ impl Setting {
         Self { name, is_table: value.is_object() }
     }
 
-    /// Returns the right name of a variable that differs from this one in underscores and capitals only. `plain` is
-    /// its name in capitals without doubled underscores.
+    /// Returns the right name of a misspelt variable if it differs from the variable of this setting only in
+    /// underscores and capitals; otherwise `None`. `plain` is the misspelt name in capitals, with each run of
+    /// underscores replaced by one.
     fn meant_by(&self, plain: &str) -> Option<String> {
         let rest = plain.strip_prefix(&single(&self.name))?;
         match rest.strip_prefix('_') {

@@ -48,7 +48,7 @@ pub enum NotReceived {
     /// The body ended early, or its framing is invalid.
     #[error("the body ended before its announced length, or its chunks are malformed; nothing was sent")]
     Incomplete,
-    /// The body has trailer fields behind its last chunk.
+    /// The body has trailer fields after its last chunk.
     // Request smuggling: if the trailer section begins with a bare LF, hyper reads on to the next empty line, where a proxy in
     // front may see the end of the body and the next request. No caller of this API needs trailers.
     // tests/hyper.rs: bare_lf_after_the_last_chunk_starts_a_trailer
@@ -65,7 +65,7 @@ pub struct Bounds {
     pub time: Duration,
 }
 
-/// Returns the whole body. While it is not whole, what has arrived counts against `room`.
+/// Returns the whole body. Until it is whole, the bytes that have arrived count against `room`.
 ///
 /// If this future is dropped, the rest of the body stays unread and `room` is released.
 ///
@@ -120,7 +120,7 @@ fn is_json(media_type: &str) -> bool {
 }
 
 fn is_utf8_charset(parameter: &str) -> bool {
-    // Empty behind a trailing `;`, which some clients send.
+    // Empty after a trailing `;`, which some clients send.
     let Some((name, value)) = parameter.split_once('=') else { return parameter.is_empty() };
     let value = value.trim_matches('"');
     // `utf8` is not a registered name of the charset, but common clients send it, and it can mean nothing else.
@@ -133,7 +133,7 @@ async fn collect(body: &mut Incoming, limit: usize, room: &Room) -> Result<Bytes
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     let mut held = None;
-    // Of a body whose length is known, nothing comes behind its last byte. Without this check hyper would register a waker only
+    // Nothing follows the last byte of a body whose length is known. Without this check hyper would register a waker only
     // to report that.
     // tests/hyper.rs: body_of_known_length_ends_with_its_last_byte
     while !body.is_end_stream()

@@ -66,7 +66,7 @@ impl CheckedBody {
 }
 
 /// The scalars that one walk captured, in the order of the walk.
-// Nine places need no allocation: three inspectors with their counts, and the two members beside them. More places would
+// Nine places need no allocation: three inspectors with their counts, and two other members. More places would
 // make every request's future larger.
 pub(super) type Captured = SmallVec<[AuditScalar; 9]>;
 

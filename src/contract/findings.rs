@@ -10,7 +10,8 @@ use crate::json::Abort;
 // A body of many megabytes may break a rule in each item. Without this bound the problem document would be larger than the body.
 const MAX_LISTED: usize = 100;
 
-/// The name of the member at fault below the current place, if it is not the place itself; and the detail.
+/// The place and the text of a violation. The first part is the name of a member of the current value if the violation
+/// concerns that member, such as a missing one; `None` if it concerns the value itself. The second part is the detail.
 pub(super) type FindingDetail = (Option<String>, String);
 
 /// Receives the violations of a walk.
@@ -18,10 +19,11 @@ pub(super) trait Findings<'a> {
     /// Called before the walk checks a member that the contract names, or an item.
     fn enter(&mut self, _: PathStep<'a>) {}
 
-    /// Called behind that member or item.
+    /// Called after the walk has checked that member or item.
     fn leave(&mut self) {}
 
-    /// Receives one violation. An error ends the walk. `told` is called only if the detail is used.
+    /// Receives one violation. `told` returns its place and text, and is called only if they are used. An error ends
+    /// the walk.
     // A closure, since the detail is text to format, and the first walk throws it away.
     fn note(&mut self, code: &'static str, told: impl FnOnce() -> FindingDetail) -> Result<(), Abort>;
 }
@@ -62,7 +64,7 @@ impl<'a> Findings<'a> for Gathered<'a> {
     }
 
     fn note(&mut self, code: &'static str, told: impl FnOnce() -> FindingDetail) -> Result<(), Abort> {
-        // Counted behind the bound, too, so that the caller learns that there are more than it sees.
+        // Counted beyond the bound, too, so that the caller learns that there are more violations than it sees.
         self.violations.total += 1;
         if self.violations.list.len() < MAX_LISTED {
             let (member, detail) = told();

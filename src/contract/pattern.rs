@@ -18,10 +18,10 @@ use regex_syntax::hir::{Class, Hir, HirKind, Look};
 // A DFA can be exponential in the size of its pattern. Without these bounds one line of a contract could use up the memory of the
 // host at a start or a reload.
 
-/// The most bytes of one table.
+/// The largest DFA of one pattern, in bytes.
 const TABLE_BYTES: usize = 1 << 20;
 
-/// The most bytes of what is needed to build it.
+/// The most memory that building one DFA may take, in bytes.
 const MAKING_BYTES: usize = 8 << 20;
 
 /// A compiled pattern.
@@ -47,7 +47,7 @@ impl Pattern {
     ///
     /// # Errors
     ///
-    /// Says at which character what is wrong, or that the table would be too large.
+    /// The reason, with the character at which the pattern is wrong; or that the DFA would be too large.
     pub(super) fn compile(source: &str) -> Result<Self, String> {
         // The syntax tree is checked before it is translated: afterwards \d is a set of Unicode, and no longer seen to be \d.
         let mut ast = Parser::new()
@@ -66,13 +66,13 @@ impl Pattern {
         &self.source
     }
 
-    /// Returns the pattern for a message to callers, cut behind 60 characters.
+    /// Returns the pattern for a message to callers, cut after 60 characters.
     pub(super) fn shown(&self) -> String {
         let begin: String = self.source.chars().take(60).collect();
         if begin.len() < self.source.len() { format!("{begin}…") } else { begin }
     }
 
-    /// Returns how many bytes of memory the table takes.
+    /// Returns how many bytes of memory the DFA takes.
     pub(super) fn size(&self) -> usize {
         self.table.memory_usage()
     }
@@ -89,7 +89,7 @@ impl Pattern {
 }
 
 impl Shortcut {
-    /// Returns the shortcut for a pattern of one of the two forms.
+    /// Returns the shortcut if the pattern has one of the two forms; otherwise `None`.
     fn of(hir: &Hir) -> Option<Self> {
         let HirKind::Concat(parts) = hir.kind() else { return None };
         let [begin, middle, end] = &parts[..] else { return None };
@@ -109,7 +109,7 @@ impl Shortcut {
         Some(Self { least: least as usize, class: Box::new(class) })
     }
 
-    /// Returns true only if the pattern matches. If false, the pattern may match nevertheless.
+    /// Returns true only if the pattern matches. If this returns false, the DFA must decide.
     fn is_match(&self, text: &[u8]) -> bool {
         // Eight bytes without a branch, then one: an early exit at each byte would be slower, and most texts match.
         let (words, rest) = text.as_chunks::<8>();
@@ -145,7 +145,7 @@ struct Ecma<'a> {
 }
 
 impl Ecma<'_> {
-    /// Checks a part of the pattern, and replaces in it what ECMA-262 defines otherwise.
+    /// Checks a part of the pattern. Replaces in it the parts that ECMA-262 defines otherwise.
     fn take(&self, ast: &mut Ast) -> Result<(), String> {
         match ast {
             Ast::Empty(_) => Ok(()),
@@ -265,7 +265,7 @@ fn perl(class: &ClassPerl) -> Result<ClassBracketed, String> {
     Ok(ClassBracketed { negated: class.negated, ..set })
 }
 
-/// Parses a class, and puts it at a place of the pattern.
+/// Parses a class such as `[0-9]`, and gives it the span `place`.
 fn set(members: &str, place: &Span) -> Result<ClassBracketed, String> {
     match &Parser::new().parse(members) {
         Ok(Ast::ClassBracketed(class)) => Ok(ClassBracketed { span: *place, ..*class.clone() }),

@@ -14,7 +14,7 @@ use crate::json::Number;
 const FIRST: i64 = 1 << 53;
 const FIRST_DIGITS: usize = 16;
 
-/// So many significant digits are enough to name any double.
+/// The number of significant digits that suffice to identify every double.
 const DOUBLE_DIGITS: usize = 17;
 
 /// The most digits of an integer that JavaScript writes without an exponent.
@@ -27,7 +27,8 @@ pub(super) fn is_large(number: &Number<'_>) -> bool {
         || digits == FIRST_DIGITS && number.small.is_none_or(|small| small.unsigned_abs() >= FIRST as u64)
 }
 
-/// Whether JavaScript would write this literal for the double nearest to it. Only for an integer that [`is_large`].
+/// Whether JavaScript would write this literal for the double nearest to it. To be called only for an integer that
+/// [`is_large`].
 pub(super) fn may_be_rounded(number: &Number<'_>) -> bool {
     let digits = digits(number);
     // Most exact ids end here: the shortest digits of a double are 17 at most, and JavaScript pads them with zeros.
@@ -42,7 +43,7 @@ pub(super) fn may_be_rounded(number: &Number<'_>) -> bool {
 /// Whether JavaScript writes `double` with these digits.
 // Rust's `Display` writes the shortest digits and pads with zeros, as `Number.prototype.toString` does below 1e21.
 fn is_written_as(double: f64, digits: &[u8]) -> bool {
-    // One more than the longest, for 1e21: a double that 21 digits are rounded up to.
+    // One digit more than the longest, for 1e21: a double to which integers of 21 digits are rounded up.
     let mut text = [0; MAX_DIGITS + 1];
     let mut rest = &mut text[..];
     let is_whole = write!(rest, "{double}").is_ok();

@@ -76,7 +76,7 @@ pub(super) struct AuditMember {
     pub(super) shown: Shown,
 }
 
-/// The rules for the values at one place. `None` in a field: the schema has no such keyword there.
+/// The rules for the values at one place. A field is `None` if the schema does not have that keyword.
 #[derive(Debug, Default)]
 pub(super) struct Node {
     /// The bits of the types that are accepted.
@@ -86,7 +86,8 @@ pub(super) struct Node {
     pub(super) any_of: Option<Vec<Node>>,
     pub(super) members: Option<Members>,
     pub(super) items: Option<Box<Node>>,
-    /// The audit members of the items, of which each item has one value; in the order of the schema.
+    /// The audit members (`x-audit`) in the rules of the items, in the order of the schema. Each item has one value for
+    /// each of them.
     pub(super) audited: Vec<AuditIndex>,
     pub(super) min_items: Option<usize>,
     pub(super) max_items: Option<usize>,
@@ -214,7 +215,7 @@ impl Compiler<'_> {
         for (keyword, value) in keywords {
             self.keyword(&mut node, keyword, value, &step(at, keyword), place)?;
         }
-        // Behind the loop, since the rest concerns several keywords, which may come in any order.
+        // After the loop, since the rest concerns several keywords, which may come in any order.
         node.members = self.members(keywords, &node, at, place)?;
         if node.audit.is_some() && !node.is_scalar() {
             return fail(
@@ -269,7 +270,7 @@ impl Compiler<'_> {
             "x-refuseRounded" => node.is_id = boolean(value, at)?,
             // These three make one rule, which `members` compiles.
             "properties" | "required" | "additionalProperties" => {}
-            // Compiled by `node` behind the items, in which it must find its property.
+            // Compiled by `node` after the items, in which it must find its property.
             "x-uniqueBy" => {}
             // Only at the root: references have the form #/$defs/NAME, so that others could not be used.
             "$defs" if at == "#/$defs" => {}
@@ -325,7 +326,7 @@ impl Compiler<'_> {
     fn definitions(&mut self) -> Result<(), BadSchema> {
         let Some(definitions) = self.document.get("$defs") else { return Ok(()) };
         for (name, schema) in object(definitions, "#/$defs")? {
-            // A definition that the contract uses has taken its names before, and may take them here again.
+            // A definition that the contract uses has registered its names already. They are not duplicates here.
             self.audit.clear();
             self.node(schema, &step("#/$defs", name), Place::Single)?;
         }
@@ -362,7 +363,7 @@ impl Compiler<'_> {
                 members.require(text(name, &at)?, &at)?;
             }
         }
-        // Behind `required`, which may add members that are not among the properties.
+        // After `required`, which may add members that are not among the properties.
         if members.list.len() > MAX_MEMBERS {
             return fail(at, "has more than 128 properties");
         }
@@ -450,7 +451,8 @@ impl Members {
         Ok(())
     }
 
-    /// Adds a member and returns its bit; 0 beyond [`MAX_MEMBERS`], which the caller refuses.
+    /// Adds a member and returns its bit. Returns 0 for a member beyond [`MAX_MEMBERS`], so that the caller must refuse
+    /// the schema.
     fn add(&mut self, name: &str, node: Option<Box<Node>>) -> u128 {
         // A plain shift would panic there, or wrap round to the bit of another member.
         let bit = 1_u128.checked_shl(self.list.len() as u32).unwrap_or_default();

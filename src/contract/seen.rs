@@ -8,10 +8,10 @@ use std::hash::Hash;
 use foldhash::fast::RandomState;
 use smallvec::SmallVec;
 
-/// Up to so many values are compared one by one.
+/// The number of values up to which they are compared one by one.
 const FEW: usize = 8;
 
-/// The values that were inserted. In `few` until there are more than [`FEW`], then all of them in `many`.
+/// The values that were inserted: in `few` if there are at most [`FEW`], otherwise all of them in `many`.
 pub(super) struct UniqueSet<T> {
     few: SmallVec<[T; FEW]>,
     // The hash is seeded per process and per set: a body whose keys all collide would take quadratic time, and with a fixed seed

@@ -23,12 +23,13 @@ pub(super) struct Walk<'a, F> {
     bare_ids: BareIds,
     captured: Captured,
     large_ids: usize,
-    /// The identity of the current item, if the items of the innermost array must differ and it was read.
+    /// The identity of the current item of the innermost array. `None` if its items need not differ, or if the identity
+    /// was not read.
     identity: Option<Identity<'a>>,
     findings: F,
 }
 
-/// What a walk found that reached the end of the document.
+/// The result of a walk that reached the end of the document.
 pub(super) struct Walked<F> {
     /// Whether every byte is below DEL.
     pub(super) is_plain: bool,
@@ -65,13 +66,13 @@ impl Hash for Identity<'_> {
     }
 }
 
-/// Which part of a value is noted as the identity of an item.
+/// What a walk over a value notes as the identity of an item.
 #[derive(Clone, Copy)]
 enum Capture<'a> {
     Nothing,
-    /// The value is an item: one of its members, if it is an object.
+    /// One member of the value, which is an item of the array. Nothing if the item is not an object.
     Member(&'a UniqueBy),
-    /// The value itself, which is that member.
+    /// The value itself: it is the member by which the items must differ.
     This,
 }
 
@@ -95,7 +96,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         bare_ids: BareIds,
         findings: F,
     ) -> Result<Walked<F>, Interrupted> {
-        // In front of the walk, so that lengths and patterns may take each string for UTF-8.
+        // Before the walk, so that the checks of lengths and patterns may rely on UTF-8.
         let is_plain = check_encoding(document).map_err(Interrupted::NotJson)?;
         let cursor = Cursor::new(document);
         let captured = Captured::new();
@@ -149,7 +150,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(())
     }
 
-    /// Checks a scalar, which the cursor has passed, and notes it for the audit record and as an identity.
+    /// Checks a scalar, which the cursor has already read. Notes it for the audit record and as an identity.
     #[inline(always)]
     fn scalar(
         &mut self,
@@ -169,7 +170,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(())
     }
 
-    /// Notes the bytes from `start` on as the identity, if this value is one.
+    /// Notes the bytes from `start` to the cursor as the identity, if `noted` says that the value is one.
     #[inline(always)]
     fn note_literal(&mut self, start: usize, noted: Capture<'a>) {
         if let Capture::This = noted {

@@ -6,14 +6,14 @@ use std::cmp::Ordering;
 
 use super::{Abort, Cursor};
 
-/// Any integer of so many digits fits an `i64`.
+/// The most digits with which every integer fits an `i64`.
 const SMALL_DIGITS: usize = 18;
 
 /// A number literal, borrowed from its document.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Number<'a> {
     pub(crate) literal: &'a [u8],
-    /// Whether it is an optional minus and digits, but not `-0`.
+    /// Whether the literal is an optional minus and digits, but not `-0`.
     // Some readers take `-0` for a float and others for 0, so that it is not one integer to all of them.
     pub(crate) is_integer: bool,
     /// The value, if the literal has no fraction, no exponent and at most 18 digits.
@@ -22,14 +22,15 @@ pub(crate) struct Number<'a> {
 
 impl<'a> Cursor<'a> {
     /// Reads the number that begins here.
-    // A number at the very end of a document is complete for this step. In a cut document the step behind it reports the cut.
+    // A number at the very end of a document is complete for this step. In a cut document the next step reports the
+    // cut.
     #[inline(always)]
     pub(crate) fn number(&mut self) -> Result<Number<'a>, Abort> {
         let start = self.position;
         let is_negative = self.skip(|byte| byte == b'-');
         let first = self.position;
         let mut magnitude = 0;
-        // A leading 0 is a number by itself: a digit behind it is reported by the next step.
+        // A leading 0 is a number by itself: a digit after it is reported by the next step.
         if !self.skip(|byte| byte == b'0') {
             magnitude = self.digits()?;
         }
@@ -46,7 +47,7 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// Reads what is behind the integer part of the number that began at `start`.
+    /// Reads what follows the integer part of the number that began at `start`.
     #[inline(never)]
     fn fraction(&mut self, start: usize) -> Result<Number<'a>, Abort> {
         if self.skip(|byte| byte == b'.') {
@@ -59,7 +60,7 @@ impl<'a> Cursor<'a> {
         Ok(Number { literal: self.since(start), is_integer: false, small: None })
     }
 
-    /// Skips the next byte if it is one of those meant; returns whether it is.
+    /// Skips the next byte if `is_meant` returns true for it. Returns whether it was skipped.
     #[inline(always)]
     fn skip(&mut self, is_meant: impl Fn(u8) -> bool) -> bool {
         let found = self.peek().is_some_and(is_meant);
@@ -67,7 +68,7 @@ impl<'a> Cursor<'a> {
         found
     }
 
-    /// Reads one digit or more and returns their value, which is right for at most [`SMALL_DIGITS`] of them.
+    /// Reads one digit or more and returns their value. The value is right for at most [`SMALL_DIGITS`] digits.
     #[inline(always)]
     fn digits(&mut self) -> Result<i64, Abort> {
         let start = self.position;
@@ -82,12 +83,12 @@ impl<'a> Cursor<'a> {
 }
 
 impl<'a> Number<'a> {
-    /// Parses a literal; `None` if it does not begin with a number. What is behind the number is not checked.
+    /// Parses a literal; `None` if it does not begin with a number. What follows the number is not checked.
     pub(crate) fn known(literal: &'a str) -> Option<Self> {
         Cursor::new(literal.as_bytes()).number().ok()
     }
 
-    /// Compares two numbers: integers exactly, whatever their length, others as doubles.
+    /// Compares two numbers. Integers are compared exactly, whatever their length; other numbers as doubles.
     #[inline(always)]
     pub(crate) fn compare(&self, other: &Self) -> Ordering {
         match (self.small, other.small) {
@@ -108,7 +109,7 @@ impl<'a> Number<'a> {
         }
     }
 
-    /// Returns the nearest double; an infinity beyond the range.
+    /// Returns the nearest double; an infinity if the number is out of range.
     fn float(&self) -> f64 {
         let literal = std::str::from_utf8(self.literal).unwrap_or_default();
         // Adding zero turns -0 into 0, which `total_cmp` would order below it.

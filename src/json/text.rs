@@ -54,7 +54,7 @@ impl<'a> Cursor<'a> {
                         self.position += 1;
                         matches!(self.unit()?, 0xdc00..=0xdfff)
                     }
-                    // The document ends behind the first half. Reported at the end, so that a cut reply counts as cut.
+                    // The document ends after the first half. Reported at the end, so that a cut reply counts as cut.
                     0xd800..=0xdbff if b"\\u".starts_with(self.rest()) => {
                         self.position = self.bytes.len();
                         return Err(self.halt(SURROGATE));
@@ -119,16 +119,16 @@ fn plain_end(bytes: &[u8], mut at: usize) -> usize {
     at
 }
 
-/// Returns a word in which the lowest bit that is set marks the first quote, backslash or control character of eight bytes: the
-/// high bit of its byte. Zero if there is none.
+/// Checks eight bytes. In the word that is returned, the lowest bit that is set is the high bit of the first byte that
+/// is a quote, a backslash or a control character. Returns zero if there is none.
 #[inline(always)]
 fn special(word: u64) -> u64 {
     const ONES: u64 = u64::MAX / 255;
     // The high bit of each byte below `bound`, which is at most 0x80. A subtraction that borrows does so from the bytes above
     // only, so that all wrong bits are above a right one.
     let below = |word: u64, bound: u64| word.wrapping_sub(ONES * bound) & !word;
-    // The first XOR swaps 0x20 and 0x22, the space and the quote, and control characters among themselves. Behind it all that is
-    // below 0x21 is special, the quote included.
+    // The first XOR swaps 0x20 and 0x22, the space and the quote, and control characters among themselves. After it,
+    // every byte below 0x21 is special, the quote included.
     (below(word ^ (ONES * 0x02), 0x21) | below(word ^ (ONES * 0x5c), 1)) & (ONES * 0x80)
 }
 

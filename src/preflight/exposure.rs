@@ -1,8 +1,9 @@
 //! Review of file permissions: what other users of the machine can read or change of the files that a configuration
 //! names.
 //!
-//! A user who can change the trail or its key can make the gateway send a call twice, so that is refused (see
-//! [`crate::audit::init`]). Everything else here is a warning: volumes often come with modes that no operator chose.
+//! A user who can change the trail or its key can make the gateway send a call twice. So a start refuses a trail or a
+//! key that every user can change (see [`crate::audit::init`]). Everything else is only a warning: volumes often come
+//! with modes that no operator chose.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -24,11 +25,11 @@ const OTHERS_READ: u32 = 0o004;
 const OTHERS_WRITE: u32 = 0o002;
 const GROUP_WRITE: u32 = 0o020;
 
-/// Fewer different bytes than this mean that a key was typed and not drawn. Of random keys of 32 hex digits, one in
-/// 28 million has fewer; one of 32 random bytes practically never.
+/// A key with fewer different bytes than this was probably typed, and not generated at random. Of random keys of 32 hex
+/// digits, one in 28 million has fewer; a random key of 32 bytes practically never has.
 const FEW_BYTES: usize = 8;
 
-/// A path, with the setting that names it.
+/// A path, the setting that names it, and what to check about it.
 struct Named<'a> {
     setting: String,
     path: &'a Path,
@@ -42,12 +43,12 @@ enum What {
     Secret,
     /// A file that others must not change.
     Plain,
-    /// A path of which only the directories are checked here.
+    /// A path of which only the directories that lead to it are checked.
     Place,
 }
 
-/// Returns a warning for each thing that other users can read or change but should not, and for a key that can be
-/// guessed. `file` is the configuration file. A path that cannot be checked gives no warning.
+/// Returns the warnings: one for each file or directory that other users can read or change but should not, and one for
+/// an audit key that can be guessed. `file` is the configuration file. A path that cannot be checked gives no warning.
 pub fn exposures(config: &Config, file: &Path) -> Vec<String> {
     let key = config.audit.key_file.clone().unwrap_or_else(|| key_path(&config.audit.directory));
     let of_key_file = if config.audit.key_file.is_some() { "audit.key_file" } else { "audit.directory" };
@@ -62,7 +63,7 @@ pub fn exposures(config: &Config, file: &Path) -> Vec<String> {
     told
 }
 
-/// Adds everything that the settings name, except the audit key.
+/// Adds all paths that the settings name, except that of the audit key.
 fn name_files<'a>(config: &'a Config, named: &mut Vec<Named<'a>>) {
     let mut name = |setting: String, path: Option<&'a Path>, what| {
         named.extend(path.map(|path| Named { setting, path, what }));
@@ -108,7 +109,7 @@ fn name_files<'a>(config: &'a Config, named: &mut Vec<Named<'a>>) {
     name("audit.directory".into(), Some(&config.audit.directory), What::Place);
 }
 
-/// Returns a warning for each file with a wrong mode. A file that several settings name is one warning.
+/// Returns a warning for each file with a wrong mode. A file that several settings name gets one warning.
 fn of_files(named: &[Named<'_>]) -> Vec<String> {
     let mut files: Vec<&Path> = Vec::new();
     for one in named.iter().filter(|one| one.what != What::Place) {
@@ -183,7 +184,7 @@ fn of_key(name: &str, path: &Path) -> Option<String> {
     })
 }
 
-/// Returns a warning for each directory on the way to something named that every user can change: whoever can
+/// Returns a warning for each directory that every user can change and that leads to a path of `named`. Whoever can
 /// change a directory can replace what is in it, whatever the modes of the files.
 fn of_folders(named: &[Named<'_>]) -> Vec<String> {
     let mut folders: Vec<(PathBuf, Vec<&Named<'_>>)> = Vec::new();
@@ -207,11 +208,12 @@ fn of_folders(named: &[Named<'_>]) -> Vec<String> {
     folders.into_iter().filter_map(line).collect()
 }
 
-/// Returns a warning for each owner of something named who is neither root nor the gateway's user: an owner can
-/// change a file or a directory, whatever its mode.
+/// Returns a warning for each user who owns a file or a directory of a path in `named`, and is neither root nor the
+/// user of the gateway. An owner can change a file or a directory, whatever its mode.
 ///
-/// The gateway's user is whoever runs this. For root it may also be the owner of the audit directory; without that
-/// directory there is no warning, since it is not known for whom root asks.
+/// The user of this process counts as that of the gateway. If that is root, so does the owner of the audit directory.
+/// If root runs this without an audit directory, there are no warnings: it is then unknown which user the gateway will
+/// have.
 fn of_owners(named: &[Named<'_>], directory: &Path) -> Vec<String> {
     let own = geteuid().as_raw();
     let of_trail = fs::metadata(directory).ok().map(|found| found.uid());
@@ -254,23 +256,22 @@ fn is_read_only(path: &Path) -> bool {
     statvfs(path).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::RDONLY))
 }
 
-/// What the kernel visits to reach a path (path_resolution(7)).
+/// The directories and links that the kernel visits to resolve a path (path_resolution(7)).
 #[derive(Default)]
 struct Way {
     /// All directories in which a name is looked up, symbolic links resolved.
     folders: Vec<PathBuf>,
-    /// Links in directories where every user can create files. In a sticky one the owner of a link can still
-    /// replace it.
+    /// The symbolic links that are in a directory where every user can create files. Even if it is sticky, the owner of
+    /// a link can replace it.
     links: Vec<PathBuf>,
     /// The path without links.
     end: PathBuf,
 }
 
 impl Way {
-    /// Resolves a path link by link. `canonicalize` would not do: it returns only the end, and each directory on
-    /// the way counts.
+    /// Resolves a path link by link. `canonicalize` would return only the end, but each directory on the way counts.
     fn to(path: &Path) -> Self {
-        /// Linux gives up after as many (`ELOOP`, path_resolution(7)).
+        /// The number of links after which Linux fails with `ELOOP` (path_resolution(7)).
         const MAX_LINKS: usize = 40;
         let mut way = Self { end: "/".into(), ..Self::default() };
         let Ok(path) = std::path::absolute(path) else { return way };

@@ -1,4 +1,4 @@
-//! Sections for what lies behind the gateway: the upstream, its token endpoint, credentials and routes.
+//! Sections for the side of the upstream: the upstream itself, its token endpoint, credentials and routes.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ section! {
         connect_timeout: Duration as "As::<Period<10, MINUTE>>" = Duration::from_secs(3),
         /// The longest time of a whole exchange, replay included.
         timeout: Duration as "As::<Period<50, { 10 * MINUTE }>>" = Duration::from_secs(30),
-        /// A pooled connection that was idle for longer is not used.
+        /// The longest time that a pooled connection may be idle; after it the connection is not used again.
         idle_timeout: Duration as "As::<Period<10, HOUR>>" = Duration::from_secs(10),
         /// The most connections, of all workers together; at least `server.workers`.
         max_connections: usize as "As::<Whole<1, 10_000>>" = 64,
@@ -33,7 +33,7 @@ section! {
         breaker_failures: u32 as "As::<Whole<0, 1000, u32>>" = 10,
         /// How long the circuit breaker stays open before the first probe. Each probe that fails doubles it, up to 30 s.
         breaker_pause: Duration as "As::<Period<100, MINUTE>>" = Duration::from_secs(1),
-        /// Whether HTTP/2 is offered to the upstream: `off`, or `auto`, over TLS.
+        /// Whether HTTP/2 is offered to the upstream over TLS: `off` or `auto`.
         http2: Http2 = Http2::Off,
         /// PEM roots instead of the system's, for the upstream and the token endpoint.
         ca_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
@@ -49,23 +49,24 @@ section! {
         proxy_password_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
         /// Static headers of every upstream request. No secrets.
         headers: BTreeMap<String, String> = BTreeMap::new(),
-        /// Further reply headers that pass to callers, beside those that always pass.
+        /// Further reply headers that are passed to callers, in addition to those that always are.
         reply_headers: Vec<HeaderName> as "As::<Each<ReplyHeader>>" = Vec::new(),
     }
 }
 
 impl Upstream {
-    /// The keys that it must have. `base_url` has no default: an operator must say where the credential is sent.
+    /// The keys that this section must have. `base_url` has no default: an operator must say where the credential is
+    /// sent.
     pub(in crate::config) const REQUIRED: &[&str] = &["base_url"];
 
-    /// The gateway's own certificate and its key; `None` if either is not set.
+    /// Returns the gateway's own certificate and its key; `None` if either is not set.
     pub fn identity(&self) -> Option<IdentityFiles> {
         let (cert_file, key_file) = self.client_cert_file.clone().zip(self.client_key_file.clone())?;
         Some(IdentityFiles { cert_file, key_file })
     }
 
-    /// The static headers of every upstream request. A value that is no header is left out; the check has refused
-    /// it.
+    /// Returns the static headers of every upstream request. An invalid header is left out; a validated configuration
+    /// has none.
     pub fn static_headers(&self) -> HeaderMap {
         let header = |(name, value): (&String, &String)| {
             Some((name.parse().ok()?, HeaderValue::from_str(value).ok()?))
@@ -73,7 +74,7 @@ impl Upstream {
         self.headers.iter().filter_map(header).collect()
     }
 
-    /// The gateway's user and password at the proxy; `None` if either is not set.
+    /// Returns the gateway's user and password at the proxy; `None` if either is not set.
     pub fn proxy_login(&self) -> Option<LoginFiles> {
         let (user, password) = self.proxy_user_file.clone().zip(self.proxy_password_file.clone())?;
         Some(LoginFiles { user, password })
@@ -108,7 +109,7 @@ words! {
     }
 }
 
-/// Stands for a URL that is not set. `base_url` must be set, and the token endpoint is derived from it.
+/// Returns the URL that stands for one that is not set. `base_url` must be set, and `token.url` is derived from it.
 fn unset() -> Url {
     Url { tls: true, host: String::new(), port: 443, path: String::new() }
 }
@@ -118,13 +119,13 @@ section! {
     Token {
         /// The token endpoint. Default: `upstream.base_url` with the vendor's path.
         url: Url as "As::<TokenUrl>" = unset(),
-        /// The lifetime that `X-Token-Expire` asks for, which also counts if the reply names none; `none`: not asked for.
+        /// The lifetime to request with `X-Token-Expire`, or `none`. If a reply states no lifetime, at most 10 min are assumed.
         lifetime: Option<Duration> as "As::<Lifetime>" = Some(Duration::from_secs(600)),
         /// The longest time of one call of the token endpoint.
         timeout: Duration as "As::<Period<50, MINUTE>>" = Duration::from_secs(5),
         /// The longest time that a request waits for a token; then 503 `token_unavailable`.
         wait: Duration as "As::<Period<0, MINUTE>>" = Duration::from_secs(5),
-        /// Upstream statuses that mean that the token was refused: of 401, 403 and 418.
+        /// Upstream statuses that mean that the token was refused: any of 401, 403 and 418.
         refused_statuses: Vec<StatusCode> as "As::<Each<RefusedStatus>>" = vec![StatusCode::UNAUTHORIZED],
     }
 }
@@ -150,15 +151,16 @@ section! {
 }
 
 impl Credential {
-    /// The keys that it must have, beside those of which one of two must be there.
+    /// The keys that a credential must have. In addition it must have one source for its app key and one for its app
+    /// secret.
     pub(in crate::config) const REQUIRED: &[&str] = &["name"];
 
-    /// Where the app key is.
+    /// Returns where the app key is.
     pub fn app_key(&self) -> SecretSource {
         SecretSource::of(self.app_key_file.as_ref(), self.app_key_env.as_ref())
     }
 
-    /// Where the app secret is.
+    /// Returns where the app secret is.
     pub fn app_secret(&self) -> SecretSource {
         SecretSource::of(self.app_secret_file.as_ref(), self.app_secret_env.as_ref())
     }
@@ -174,7 +176,7 @@ pub enum SecretSource {
 }
 
 impl SecretSource {
-    /// The file, or the variable if no file is set. The check has made sure that one is.
+    /// Returns the file, or the variable if no file is set. Validation ensures that one of them is.
     fn of(file: Option<&PathBuf>, variable: Option<&String>) -> Self {
         let variable = || Self::Env(variable.cloned().unwrap_or_default());
         file.map_or_else(variable, |path| Self::File(path.clone()))
@@ -194,13 +196,13 @@ section! {
         name: String as "As::<Name>" = String::new(),
         /// The exact path, the same for callers and the upstream.
         path: String as "As::<RoutePath>" = String::new(),
-        /// The JSON Schema of the request body, a file.
+        /// The file of the contract: a JSON Schema of the request body.
         contract_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
         /// The member of a reply that holds the result code.
         result_field: String as "As::<Member>" = "resultCode".into(),
         /// The result codes that mean success.
         success_codes: Vec<String> as "As::<Each<Code>>" = Vec::new(),
-        /// The name of the credential that replaces the caller's on this route. Default: the caller's.
+        /// The credential to use on this route instead of the caller's. Default: the caller's.
         credential: Option<String> = None,
         /// Replaces `upstream.timeout` on this route. Default: `upstream.timeout`.
         timeout: Option<Duration> as "As::<Maybe<Period<50, { 10 * MINUTE }>>>" = None,
@@ -210,13 +212,13 @@ section! {
 }
 
 impl Route {
-    /// The keys that the built-in route does not accept, since it has them by itself.
+    /// The keys that are not accepted for the built-in route, since they are fixed.
     pub const FIXED: [&str; 3] = ["path", "result_field", "success_codes"];
 
-    /// The keys that it must have, unless it is the built-in route.
+    /// The keys that a route must have, unless it is the built-in one.
     pub(in crate::config) const REQUIRED: &[&str] = &["name", "path", "contract_file", "success_codes"];
 
-    /// Where its contract comes from.
+    /// Returns where the contract comes from.
     pub fn contract(&self) -> ContractSource {
         self.contract_file.clone().map_or(ContractSource::BuiltIn, ContractSource::File)
     }

@@ -5,7 +5,7 @@
 use super::{ANY, FRACTION, INTEGER, Node, Scalar, TYPES};
 
 impl Node {
-    /// Returns what `keyword` requires, as words behind "must be".
+    /// Returns what `keyword` requires, as the words after "must be".
     pub(in crate::contract) fn wanted(&self, keyword: &str) -> String {
         let wants = self.wants().into_iter();
         wants.filter(|(known, _)| *known == keyword).map(|(_, words)| words).collect()
