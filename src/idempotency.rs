@@ -2,17 +2,26 @@
 //!
 //! Two tables decide, from the key and the body alone, before a token is spent:
 //!
-//! * [`claims`] maps each `Idempotency-Key` to its call for the length of the window. The call is sent once; a repetition
-//!   gets the stored reply (it is *replayed*), or is refused while the first call is at work or its outcome is unknown.
-//! * [`duplicates`] compares calls by caller, route, operator and body, with and without keys. It finds an equal call that
-//!   is at work, has an unknown outcome, or succeeded without its caller having received the answer.
+//! * [`claims`] maps each `Idempotency-Key` to its call, for the configured window. The call is sent once. A repetition gets the
+//!   stored reply (it is *replayed*), or is refused while the first call is at work or its outcome is unknown.
+//! * [`duplicates`] compares calls by caller, route, operator and body, with and without keys. It finds an equal call that is at
+//!   work, has an unknown outcome, or succeeded without its caller having received the answer.
 //!
-//! A claim within the window is never evicted: a full table refuses new keys, and after a start no key is accepted before
-//! the audit trail is read ([`rebuild`]). Stored replies may be evicted; a replay then names the result code only.
+//! A claim within the window is never evicted: a full table refuses new keys, and after a start no key is accepted before the
+//! audit trail has been read ([`rebuild`]). Stored replies may be evicted; a replay then names the result code only.
 //!
-//! The outcome of a call with a key is committed to the trail before its caller learns of it; the exchange sees to that.
-//! There are two exceptions. A 503 `audit_unavailable` says that nothing was sent, while a stuck disk may still write the
-//! intent later. The head of a reply of more than 64 KiB is sent before the end of the reply is known.
+//! The exchange commits the outcome of a call with a key before the caller learns of it. Two replies are earlier. 503
+//! `audit_unavailable` says that nothing was sent, although a stuck disk may still write the intent. The head of a reply of more
+//! than 64 KiB is sent before that reply has ended.
+//!
+//! Terms:
+//!
+//! * *Fingerprint* (`print`): a keyed hash of body, operator and route. The trail contains it.
+//! * *Mark*: of a key, a keyed hash of caller, route and key; of a call, its fingerprint combined with its caller.
+//! * *Doubt*: a call that has ended while its caller does not know how. Its outcome is unknown, or it is *undelivered* (it
+//!   succeeded, but the caller did not get the answer), or a person *resolved* it as done.
+//! * *By force*: a call with `Idempotency-Force` repeats a doubt or an earlier success. It *supersedes* a doubt: it is compared
+//!   in its place.
 
 mod claim;
 mod claims;
@@ -80,15 +89,15 @@ pub struct Idempotency {
     /// only.
     replies: Cache<Uuid, Arc<StoredReply>, RandomState>,
     is_rebuilt: AtomicBool,
-    /// A part of the trail within the window that is lost, and until when it matters, in seconds since 1970. A key that is not
-    /// found is refused until then.
+    /// The loss of a part of the trail within the window, and the time until which keys that are not found are refused because
+    /// of it, in seconds since 1970. `None` without a loss.
     loss: Mutex<Option<(Loss, u32)>>,
-    /// The word of a loss that the operator accepts.
+    /// The word of the loss that the operator accepts: the hash that identifies it ([`crate::audit::loss`]).
     accept_loss: Option<String>,
-    /// Changes that came while the trail is being read. They are newer than anything that is read there. `None` once the
-    /// rebuild is over.
+    /// Changes of claims that were made during the rebuild. It applies them last, since they are newer than all that it reads.
+    /// `None` once the rebuild is over.
     meanwhile: Mutex<Option<Meanwhile>>,
-    /// Progress of the rebuild: bytes of the trail that were read, and bytes that are to be read.
+    /// Progress of the rebuild: the bytes of the trail that it has read so far, and the bytes that it reads in total.
     read: [AtomicU64; 2],
 }
 
@@ -114,18 +123,18 @@ pub struct Call<'a> {
 /// What [`Idempotency::begin`] decided about a call.
 #[derive(Debug)]
 pub enum ClaimDecision {
-    /// The call is to be sent. Whoever drops the claim before it was sent releases the key.
+    /// The call is to be sent. Dropping the claim before [`Claim::sent`] releases the key.
     Claim(Claim),
-    /// The call repeats one that has ended, and gets its answer.
+    /// The call repeats a call that has ended, and gets the answer of that call.
     Replay(Replay),
 }
 
-/// What [`Idempotency::peek`] says would be decided about a call.
+/// The decision that [`Idempotency::peek`] predicts for a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DryRunDecision {
-    /// It would be sent; with the equal call that came first, if there is one.
+    /// The call would be sent. The field is the equal call that came first, if there is one.
     BeSent(Option<FirstCall>),
-    /// It would get the answer of this call.
+    /// The call would get the answer of the call in the field.
     BeReplayed(FirstCall),
 }
 
@@ -138,15 +147,15 @@ pub struct Replay {
     pub ending: StoredResult,
     /// Its reply; `None` if it was evicted or never stored.
     pub stored: Option<Arc<StoredReply>>,
-    /// Ends the doubt of an undelivered success once this answer is handed over. Without effect for any other call.
+    /// To be handed over with this answer. If the first call was undelivered, that ends the doubt; otherwise it has no effect.
     pub delivery: Delivery,
 }
 
 impl Idempotency {
-    /// Deduplication that knows only the calls on the list of the unresolved, which the start has read. Until
-    /// [`Idempotency::rebuild`] is over, calls with a key are refused, and under `block` all calls.
+    /// Creates the tables. Until [`Idempotency::rebuild`] is over, they contain only the calls of the unresolved list
+    /// ([`crate::audit::unresolved_calls`]); calls with a key are refused until then, and under `block` all calls.
     ///
-    /// `accept_loss` is the word of a loss of the trail that the operator accepts.
+    /// `accept_loss` is the word of a loss of the trail that the operator accepts ([`crate::audit::loss`]).
     pub fn new(settings: &config::Idempotency, audit: &Audit, accept_loss: Option<String>) -> Self {
         let (window, success_window) = (seconds(settings.window), seconds(settings.fingerprint_window));
         let table = Self {
@@ -216,8 +225,8 @@ impl Idempotency {
 
     /// Decides whether a call is sent, and registers it as at work if it is.
     ///
-    /// Fails if the call's headers break their rules, if an equal call came first and may still count, or if a table is full or
-    /// not complete yet. Nothing is registered then.
+    /// Fails, and registers nothing, if a header breaks its rules, if an earlier call with the key or an equal call forbids this
+    /// one, if a table is full, or if the trail has not been read yet.
     pub fn begin(self: &Arc<Self>, call: Call<'_>, head: &Inbound<'_>) -> Result<ClaimDecision, Refusal> {
         let Given { key, force } = key::read(head)?;
         match key {
@@ -277,7 +286,8 @@ impl Idempotency {
         }
     }
 
-    /// Compares a call with equal ones and registers it as at work. `key` must be claimed already.
+    /// Compares a call with equal calls and registers it as at work. The caller has claimed `key` before. Fails, and registers
+    /// nothing, if an equal call refuses it or a table is full.
     fn claim(
         self: &Arc<Self>,
         call: Call<'_>,
@@ -296,8 +306,8 @@ impl Idempotency {
         Ok(Claim { table, id: call.id, print, mark, key, first, forced, step: ExchangeStep::Claimed })
     }
 
-    /// The refusal of a call. One that names an undelivered success carries a [`Delivery`], which ends that doubt once the
-    /// refusal is handed over.
+    /// Returns the refusal for a rejection by the table of equal calls. If it names a call that succeeded, it carries a
+    /// [`Delivery`]: once the refusal is handed over, that call is no longer undelivered.
     fn refuse(self: &Arc<Self>, rejection: Rejection, mark: KeyedFingerprint, call: Call<'_>) -> Refusal {
         let delivery = match rejection {
             Rejection::Duplicate(First::Succeeded(id)) => {
@@ -308,14 +318,16 @@ impl Idempotency {
         Refusal { reason: rejected(rejection), delivery }
     }
 
-    /// Refuses a call that forces the unresolved call of its key although another call has repeated that by force already. The
-    /// refusal names the other call, if that is still open; it is the one to look up now.
+    /// Refuses a call that names the holder of its key in `Idempotency-Force`, if another call supersedes the holder and is at
+    /// work or of unknown outcome. The refusal names the other call, which is the one to look up now. Returns `Ok` in all other
+    /// cases.
     fn check_superseded(&self, verdict: &Verdict, call: Call<'_>, wanted: Wanted) -> Result<(), Refused> {
         let Verdict::Unknown(first) = *verdict else { return Ok(()) };
         if wanted.force == Some(first)
             && let Some((mark, duplicate)) = self.compared(call, wanted.print, Some(wanted.key))?
         {
-            // Without `force` and as the only caller, so that nothing but an open call can be the answer that is used here.
+            // `None` for `force`, since no call may be left out. `true` for `is_alone`: whether there is room does not matter
+            // here, and the pattern below ignores it.
             let looked = self.duplicates().peek(mark, duplicate, None, true, now());
             if let Err(rejection @ Rejection::Duplicate(First::Open(_))) = looked {
                 return Err(rejected(rejection));
@@ -334,8 +346,8 @@ impl Idempotency {
         Ok(self.marks.mark(&[b"key", call.caller.as_bytes(), call.route.as_bytes(), key]))
     }
 
-    /// A call's wish for a key, with the caller's share: what is configured, else half of all keys, or all if there is no other
-    /// caller.
+    /// Returns a call's request for a key. The caller's share is its `max_keys`; without one, half of all keys, or all of them
+    /// if there is no other caller.
     fn wanted(
         &self,
         call: Call<'_>,
@@ -354,10 +366,9 @@ impl Idempotency {
         self.marks.mark(&[b"print", call.digest, call.operator.as_bytes(), call.route.as_bytes()])
     }
 
-    /// The mark under which a call is compared with others, and the call as the detector knows it. `None` if the configuration
-    /// compares no calls.
+    /// Returns the mark of a call and its entry for the table of equal calls. `None` if `without_key` compares no calls.
     ///
-    /// Fails if a key is required and there is none, or if under `block` the rebuild is not over.
+    /// Fails if a key is required and there is none, and under `block` until the rebuild is over.
     fn compared(
         &self,
         call: Call<'_>,
@@ -376,8 +387,8 @@ impl Idempotency {
         }
     }
 
-    /// The mark of a fingerprint and its caller. For memory only, never for the trail: the hasher's seed is another one in each
-    /// process.
+    /// Returns the mark of a call: its fingerprint combined with its caller. For memory only, never for the trail: the hash of
+    /// the caller has another seed in each process.
     fn mark_of(&self, caller: &str, print: KeyedFingerprint) -> KeyedFingerprint {
         salted(print, self.hasher.hash_one(caller))
     }
@@ -411,7 +422,7 @@ impl Idempotency {
         })
     }
 
-    /// Whether every call is refused until the rebuild is over. `/readyz` fails meanwhile.
+    /// Whether all calls are refused at present because the rebuild is not over. `/readyz` fails meanwhile.
     pub fn holds_all_up(&self) -> bool {
         matches!(self.without_key, WithoutKey::RequireKey | WithoutKey::Block)
             && !self.is_rebuilt.load(Ordering::Relaxed)
@@ -422,7 +433,7 @@ impl Idempotency {
         self.claims().len()
     }
 
-    // A panic ends one request only. The tables are valid after each step that can panic, so the lock is taken over.
+    // A panic ends one request only. The tables are valid after each step that can panic, so a poisoned lock is used as well.
     fn claims(&self) -> MutexGuard<'_, Claims> {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -455,7 +466,7 @@ impl From<First> for FirstCall {
 }
 
 impl StoredResult {
-    /// The outcome of the call that ended so, for replies about it.
+    /// The outcome of the call with this result, as replies name it.
     fn outcome(&self) -> Outcome {
         if self.is_success { Outcome::Succeeded } else { Outcome::Failed }
     }

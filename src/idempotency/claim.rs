@@ -1,4 +1,4 @@
-//! A call's right to be sent, from the decision that it is new to its end in both tables.
+//! The claim of a call: its right to be sent, from the decision that the call is new until the call has ended in both tables.
 //!
 //! Whatever happens to the call, its claim ends exactly once: by [`Claim::end`], or by its `Drop`.
 
@@ -25,7 +25,7 @@ pub struct Claim {
     pub(super) id: Uuid,
     /// The fingerprint: equal for equal bodies, operators and routes.
     pub(super) print: KeyedFingerprint,
-    /// The mark under which equal calls are looked for; `None` if they are not.
+    /// The mark under which the call is compared with equal ones; `None` if `without_key` compares no calls.
     pub(super) mark: Option<KeyedFingerprint>,
     pub(super) key: Option<KeyedFingerprint>,
     /// An equal call that came first, if this one is sent all the same.
@@ -45,7 +45,8 @@ pub(super) enum ExchangeStep {
 }
 
 impl Claim {
-    /// The equal call that came before this one. This one is sent all the same, and is flagged.
+    /// Returns the equal call that came before this one, if there is one. This call is sent all the same, and its reply names
+    /// that one.
     pub fn first(&self) -> Option<FirstCall> {
         self.first.map(FirstCall::from)
     }
@@ -55,7 +56,7 @@ impl Claim {
         self.forced.is_some()
     }
 
-    /// Appends to `line` what the intent says about the call, as JSON members with a comma in front of each.
+    /// Appends the members `key`, `print` and `forced` of the intent to `line`, as JSON with a comma before each.
     pub fn audit_members(&self, line: &mut Vec<u8>) {
         // By hand, since marks are hex and ids are plain: nothing can need an escape.
         let mut member = |name: &[u8], mark: &KeyedFingerprint| {
@@ -73,7 +74,8 @@ impl Claim {
         }
     }
 
-    /// The claim of a call that may be on its way from now on. To be called when the exchange takes the call over.
+    /// Marks the call as sent: from now on, dropping the claim leaves a call of unknown outcome. To be called when the exchange
+    /// takes over the call.
     #[must_use]
     pub fn sent(mut self) -> Self {
         self.step = ExchangeStep::Sent;
@@ -85,10 +87,10 @@ impl Claim {
         self.key.is_some()
     }
 
-    /// Ends the call. Its record must be closed, and committed if the call has a key.
+    /// Ends the call in both tables. Its record must have been closed, and also committed if the call has a key.
     ///
-    /// Returns the [`Delivery`] of a success: whoever drops that makes the success an undelivered one. `None` for any other
-    /// outcome, and where equal calls are not compared.
+    /// Returns the [`Delivery`] of a success; dropping it before it is handed over makes the success undelivered. Returns `None`
+    /// for any other outcome, and if `without_key` compares no calls.
     pub fn end(mut self, answer: &ExchangeResult, names: Names) -> Option<Delivery> {
         let mut ending = None;
         if self.is_keyed() {
@@ -126,8 +128,8 @@ impl Claim {
             };
             self.table.claims().end(key, self.id, how, now());
         }
-        // This call was sent in place of one whose key is not its own, which must not be repeated by force as well. If this call
-        // was not done, that one is in doubt as before and may be forced again.
+        // This call repeated by force a call with another key, which must not be forced under that key as well. If this call was
+        // not done, that call is in doubt as before and may be forced again.
         if let Some(&Forced { id, key: Some(key) }) = self.forced.as_deref()
             && self.key != Some(key)
             && matches!(outcome, Outcome::Succeeded | Outcome::Unknown | Outcome::Replayed)
@@ -150,8 +152,8 @@ impl Claim {
     }
 }
 
-// For the ways out that no code takes on purpose: a caller that disconnects, a panic, a task that a stop drops. After `sent`
-// bytes may have left, so that nothing but `unknown` is true.
+// Ends the claim if `end` was not reached: the caller disconnected, a panic, a task that a stop drops. After `sent`, bytes may
+// have left, so that nothing but `unknown` is true.
 impl Drop for Claim {
     fn drop(&mut self) {
         let outcome = match self.step {

@@ -1,10 +1,10 @@
-//! The claims on `Idempotency-Key`s: which call each key stands for, within the window. A pure table without I/O or clock.
+//! The claims on `Idempotency-Key`s: which call holds each key, within the window. A pure table without I/O or clock.
 //!
-//! A claim is in flight, of unknown outcome, or ended with a result that a repetition gets. A call that was certainly not
-//! done releases its key. A claim is never evicted; it expires with the window. The table is bounded, in keys and so in
-//! bytes, by refusing new keys. Each caller has a share, so that none can use up all keys.
+//! The call that holds a key is in flight, of unknown outcome, or has ended with a result that repetitions get. A call that was
+//! certainly not done releases its key. A claim is never evicted; it expires with the window. The table is bounded, in keys and
+//! so in bytes, by refusing new keys. Each caller has a share, so that none can use up all keys.
 //!
-//! Keys and fingerprints are marks (keyed hashes). The table cannot tell which key or body they are of.
+//! The table contains keyed hashes of keys and bodies only. It cannot tell the key or the body of a hash.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,11 +14,11 @@ use uuid::Uuid;
 use super::slots::{EntryNumber, Slots};
 use crate::keyed_hash::KeyedFingerprint;
 
-/// The number of different result codes that are remembered.
+/// The largest number of different result codes that are remembered.
 // An upstream has some dozens. The bound is for one that puts a new text into each reply, which would fill the memory.
 const MAX_CODES: usize = 4096;
 
-/// The memory that these codes take at the most, in bytes.
+/// The most memory that the remembered result codes take, in bytes.
 // A code has at most 64 bytes, and its entry is in a list and in a map.
 const CODES_BYTES: usize = MAX_CODES * 256;
 
@@ -26,7 +26,8 @@ type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
 /// The claims by key. All times are in seconds since 1970.
 pub(super) struct Claims {
-    /// Ended claims, and those in flight that repeat a doubt, are queued in the order in which they expire.
+    /// Claims whose call has ended, and those in flight that repeat a doubt, are in its queue, in the order in which they
+    /// expire.
     // A claim in flight that repeats nothing is not queued: until its call ends, its key must not be free.
     slots: Slots<Claim>,
     /// The number of keys of each caller, by the hash of its name.
@@ -37,7 +38,7 @@ pub(super) struct Claims {
 }
 
 /// The call that holds a key.
-// 56 bytes, of which a test makes sure: there may be ten million. So a doubt is boxed, and a result code is a number.
+// 56 bytes, which a test checks: there may be ten million. So a doubt is boxed, and a result code is a number.
 #[derive(Debug)]
 struct Claim {
     print: KeyedFingerprint,
@@ -70,7 +71,7 @@ enum State {
         /// The call of unknown outcome that this one has repeated by force.
         // Kept, since a person may resolve this call as not done. Then the earlier one is in doubt again.
         doubt: Option<Box<Doubt>>,
-        /// A call without this key has repeated it by force, and supersedes it.
+        /// Whether a call without this key has repeated this call by force, and so supersedes it.
         is_superseded: bool,
     },
     Ended {
@@ -86,9 +87,9 @@ enum State {
 struct Doubt {
     id: Uuid,
     since: u32,
-    /// A person has resolved it as done while it is repeated.
+    /// Whether a person resolved it as done while the repetition was in flight.
     is_done: bool,
-    /// A call without this key has repeated it, too, and supersedes it.
+    /// Whether a call without this key has repeated it by force, too, and so supersedes it.
     is_superseded: bool,
 }
 
@@ -97,7 +98,7 @@ impl Doubt {
         Self { id, since, is_done: false, is_superseded: false }
     }
 
-    /// The state of the key once the repetition turned out not to be done.
+    /// Returns the state that the key gets back if the call that repeats this doubt was not done.
     fn state(&self) -> State {
         let Self { is_superseded, .. } = *self;
         if self.is_done { State::RESOLVED } else { State::Unknown { doubt: None, is_superseded } }
@@ -120,7 +121,7 @@ struct Codes {
 #[derive(Clone, Copy, Debug)]
 struct CodeNumber(u16);
 
-/// A call's wish for a key.
+/// A call's request for a key.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted {
     pub(super) key: KeyedFingerprint,
@@ -133,7 +134,7 @@ pub(super) struct Wanted {
     pub(super) force: Option<Uuid>,
 }
 
-/// How a call with a key ended: what a replay says even if the stored reply was evicted.
+/// How a call with a key ended. A replay states it even if the stored reply was evicted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredResult {
     /// Whether the call succeeded; otherwise it failed.
@@ -142,7 +143,7 @@ pub struct StoredResult {
     pub status: u16,
     /// The upstream's result code, at most 64 bytes; `None` if there was none, or too many different ones to remember.
     pub result_code: Option<Arc<[u8]>>,
-    /// Whether a person resolved the call as done. Then there was no reply.
+    /// Whether a person resolved the call as done. The upstream's reply is then not known.
     pub is_resolved: bool,
 }
 
@@ -162,7 +163,7 @@ pub(super) enum KeyedCompletion {
     Ended(StoredResult),
 }
 
-/// What is decided about a call that wants a key. Ids are those of the call that holds it.
+/// The decision about a call that asks for a key. An id in it is that of the call that holds the key.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// The call gets the key; `doubt` is the call that it repeats by force.
@@ -172,7 +173,7 @@ pub(super) enum Verdict {
     Replay(Uuid, StoredResult),
     InFlight(Uuid),
     Unknown(Uuid),
-    /// The key is held by a call with another body or operator; with how that one ended, if it did.
+    /// The key is held by a call with another body or operator. Also the result of that call, if it is known.
     Mismatch(Uuid, Option<StoredResult>),
     /// The table is full.
     Full,
@@ -229,7 +230,7 @@ impl Claims {
             return self.look_for_room(wanted);
         };
         match &claim.state {
-            // First: whatever state the key is in, its answer is not one to this call.
+            // Checked first: whatever state the key is in, its answer belongs to another body.
             _ if claim.print != print => Verdict::Mismatch(claim.id, self.ending(claim)),
             State::InFlight { .. } => Verdict::InFlight(claim.id),
             State::Unknown { is_superseded: false, .. } if force == Some(claim.id) => {
@@ -243,7 +244,7 @@ impl Claims {
         }
     }
 
-    /// Whether there is room for a further key of this caller.
+    /// Returns [`Verdict::Begin`] if there is room for a further key of this caller, else what is full.
     fn look_for_room(&self, Wanted { caller, share, .. }: Wanted) -> Verdict {
         if self.len() >= self.max {
             return Verdict::Full;
@@ -267,7 +268,7 @@ impl Claims {
     pub(super) fn end(&mut self, key: KeyedFingerprint, id: Uuid, how: KeyedCompletion, now: u32) {
         let Some(number) = self.slots.find(&key) else { return };
         let Some(claim) = self.slots.get_mut(number).filter(|claim| claim.id == id) else { return };
-        // A call ends once. What it ended with, or what a person found since, stays.
+        // A call ends once. Its result is kept, or what a person has found about it meanwhile.
         let State::InFlight { doubt } = &mut claim.state else { return };
         let doubt = doubt.take();
         claim.state = match how {
@@ -282,8 +283,8 @@ impl Claims {
         self.slots.queue(number);
     }
 
-    /// Releases the key of a call that was not done. If it repeated a doubt, the key belongs to that one again, whose window goes
-    /// on as if there had been no repetition.
+    /// Releases the key of a call that was not done. If the call repeated a doubt, the doubt holds the key again, and its window
+    /// goes on as if there had been no repetition.
     fn give_back(&mut self, number: EntryNumber, doubt: Option<&Doubt>, now: u32) {
         let doubt = doubt.filter(|doubt| now.saturating_sub(doubt.since) <= self.window);
         let Some(doubt) = doubt else { return self.remove(number) };
@@ -293,8 +294,9 @@ impl Claims {
         self.queue_unless_queued(number);
     }
 
-    /// Applies that a person found a call of unknown outcome to be done. For a whole window from now on its key is answered with
-    /// that, even beyond the bound of the table. A repetition by force holds the key while it is in flight or if it succeeded.
+    /// Applies the finding of a person that a call of unknown outcome was done: for a whole window from now on, its key is
+    /// answered as a success. This may exceed the bound of the table. A later call that holds the key keeps it while it is in
+    /// flight or if it succeeded.
     pub(super) fn resolve_done(&mut self, Wanted { key, print, caller, .. }: Wanted, id: Uuid, now: u32) {
         let Some(number) = self.slots.find(&key) else {
             // The claim has expired. Its caller may still have the key, and now there is an answer for it.
@@ -310,7 +312,7 @@ impl Claims {
                 doubt.is_done = true;
                 return;
             }
-            // Another call has taken the key since. Its end decides how the key is answered.
+            // Another call has taken the key meanwhile. Its end decides how the key is answered.
             State::InFlight { .. } => return,
             State::Ended { is_success: true, .. } if claim.id != id => return,
             _ if claim.id != id && claim.print != print => return,
@@ -322,8 +324,8 @@ impl Claims {
         self.slots.queue(number);
     }
 
-    /// Applies that a person found a call of unknown outcome not to be done. Its key is free again, unless the call repeated
-    /// another one that is still of unknown outcome.
+    /// Applies the finding of a person that a call of unknown outcome was not done: its key is free again, unless the call
+    /// repeated another one that is still of unknown outcome.
     pub(super) fn resolve_not_done(&mut self, key: KeyedFingerprint, id: Uuid, now: u32) {
         let Some(number) = self.slots.find(&key) else { return };
         let Some(claim) = self.slots.get_mut(number) else { return };
@@ -344,7 +346,7 @@ impl Claims {
     }
 
     /// Sets whether a call without this key supersedes a call of unknown outcome, which then cannot be repeated by force.
-    // Two tables know of a doubt with a key. Without this mark it could be forced once in each, and be sent twice.
+    // Two tables know of a doubt with a key. Without this flag it could be forced once in each, and be sent twice.
     pub(super) fn set_superseded(&mut self, key: KeyedFingerprint, id: Uuid, superseded: bool) {
         let Some(claim) = self.slots.find(&key).and_then(|number| self.slots.get_mut(number)) else { return };
         match &mut claim.state {
@@ -364,7 +366,7 @@ impl Claims {
 
     /// Sorts the queue by expiry. To be called once a trail was read.
     // Two boots with different clocks, or a resolution, put a young claim before an old one. [`Self::expire`] stops at the first
-    // that is not old, so that those behind it would be remembered and counted for too long.
+    // that is not old, so that those after it would be remembered and counted for too long.
     pub(super) fn sort(&mut self) {
         self.slots.sort_queue_by_key(Claim::expires_from);
     }
@@ -382,8 +384,8 @@ impl Claims {
         let Wanted { key, print, caller, force, .. } = wanted;
         let known = self.slots.find(&key);
         let before = known.and_then(|number| self.slots.get(number)).map(|claim| (claim.id, claim.since));
-        // Only a doubt of this key. What was forced may be an equal call without the key. If this call is not done then, its key
-        // becomes free: that one never held it.
+        // The forced call may be an equal call without this key. Only a call that holds the key becomes the doubt: it gets the
+        // key back if this call was not done. Otherwise the key becomes free.
         let doubt = before
             .filter(|(known, _)| force == Some(*known))
             .map(|(id, since)| Box::new(Doubt::new(id, since)));

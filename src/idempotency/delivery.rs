@@ -1,9 +1,9 @@
 //! Delivery of a success: whether its caller got the answer.
 //!
-//! A success is *undelivered* if its caller disconnected before the answer was handed to its connection, or if the answer
-//! could not be written. Its caller cannot tell it from a call that was lost, and will most likely call again; that call
-//! must not be sent. The answer carries a [`Delivery`] to the connection, which settles it. One that is dropped before that
-//! makes the success undelivered.
+//! A success is *undelivered* if its caller disconnected before the answer was handed to its connection, or if the answer could
+//! not be written. The caller cannot distinguish such a success from a call that was lost, and will most likely call again. That
+//! second call must not be sent. The answer carries a [`Delivery`] to the connection, which settles it. If the delivery of the
+//! call's own answer is dropped before that, the success is undelivered.
 //!
 //! That a caller has read the answer cannot be known: it counts as delivered once it was handed to a connection whose
 //! caller is there.
@@ -25,10 +25,10 @@ use crate::keyed_hash::KeyedFingerprint;
 pub struct Delivery {
     table: Arc<Idempotency>,
     mark: KeyedFingerprint,
-    /// The call that succeeded, and the mark of its `Idempotency-Key`.
+    /// The call that succeeded, and in `key` the mark of its `Idempotency-Key`.
     id: Uuid,
     key: Option<KeyedFingerprint>,
-    /// The call that this one repeated by force.
+    /// The call that the succeeded call repeated by force.
     forced: Option<Uuid>,
     /// See [`Duplicate::replaces_unkeyed`].
     replaces_unkeyed: bool,
@@ -41,8 +41,8 @@ pub struct Delivery {
 pub struct PendingDelivery(Mutex<Option<Delivery>>);
 
 impl PendingDelivery {
-    /// Stores the delivery of an answer that goes to the socket now. If the caller `is_there`, it counts as handed over;
-    /// otherwise the connection settles it, by what the caller does next.
+    /// Stores the delivery of an answer that is written to the socket now. `is_there`: the caller is still connected, so that
+    /// the answer counts as handed over. Otherwise the connection settles the delivery, by what the caller does next.
     pub fn put(&self, mut delivery: Delivery, is_there: bool) {
         // For a caller that has closed its side the answer is sent, but does not count yet: it may have given up.
         if is_there {
@@ -104,8 +104,8 @@ impl Delivery {
         Self { table, mark, id, key, forced, replaces_unkeyed, names, step: Step::OtherAnswer }
     }
 
-    /// Settles that the answer was handed to a connection whose caller is there. Ends the doubt of an undelivered success, and
-    /// records that in the trail.
+    /// Marks the answer as handed to a connection whose caller is there. If it reports an undelivered success, that ends the
+    /// doubt, and the trail records it. [`Self::fail`] can still take this back.
     pub fn hand_over(&mut self) {
         match self.step {
             Step::OwnAnswer => {
@@ -128,8 +128,8 @@ impl Delivery {
         }
     }
 
-    /// Settles that the answer could not be written, or that the caller reset the connection right after it: the success is
-    /// undelivered again.
+    /// Makes the success undelivered, and records that in the trail: an answer that was handed over could not be written, or the
+    /// caller reset the connection right after it. An answer that was not handed over is treated as dropped.
     pub fn fail(mut self) {
         if self.step == Step::HandedOver {
             self.step = Step::Settled;
@@ -141,7 +141,7 @@ impl Delivery {
         }
     }
 
-    /// Records in the trail that the success is undelivered, so that it guards after a restart, too.
+    /// Records in the trail that the success is undelivered, so that equal calls are refused after a restart as well.
     fn record(&self) {
         // The mark is the fingerprint XOR the caller's hash. Mixed in once more, the hash cancels out, and what remains is the
         // fingerprint that the intent has.
@@ -169,8 +169,8 @@ impl Delivery {
     }
 }
 
-// A connection that ends drops its slot, and hyper drops the future of a request whose caller is gone. Nothing else would
-// notice either.
+// A connection that ends drops its `PendingDelivery`, and hyper drops the future of a request whose caller is gone. Both are
+// noticed by this drop only.
 impl Drop for Delivery {
     fn drop(&mut self) {
         if self.step == Step::OwnAnswer {

@@ -1,10 +1,12 @@
 //! Deduplication of equal calls: same caller, route, operator and body bytes. A pure table without I/O or clock.
 //!
 //! A call is in the table while it is at work, and afterwards while it is in *doubt*: its outcome is unknown, or it is
-//! *undelivered* (it succeeded, and its caller disconnected before it had the answer). Calls with and without a key are
-//! compared with each other. Two calls with keys are not: different keys say that both are meant, and for one key the
-//! claim on it decides. Successes of calls without a key are remembered for a shorter time, to flag an equal call, or to
-//! refuse it (`without_key = "block"`).
+//! *undelivered* (it succeeded, and its caller disconnected before it had the answer), or a person resolved it as done.
+//! Meanwhile it refuses an equal call, or flags it (`without_key = "warn"`).
+//!
+//! Calls with and without a key are compared with each other. Two calls with keys are not: with different keys both calls are
+//! intended, and for one key [`super::claims`] decides. Successes of calls without a key are remembered for a shorter time, to
+//! flag an equal call, or to refuse it (`without_key = "block"`).
 //!
 //! A doubt is never evicted, and under `block` neither is a success. The table is bounded by refusing new calls.
 
@@ -30,20 +32,22 @@ type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 pub(super) struct DuplicateDetector {
     // Nearly always one call for a mark. Several are equal calls that were only flagged, or calls with keys of their own.
     calls: Table<KeyedFingerprint, SmallVec<[Known; 1]>>,
-    /// When doubts began, for their expiry. An entry whose doubt is gone is ignored.
+    /// The time at which each doubt began, and its mark, for the expiry. An entry whose doubt is gone is ignored.
     // A set in the order of time: a start restores doubts in any order, up to ten thousand of them with one time, and a doubt
     // that is repeated in vain over and over must leave one entry only.
     began: BTreeSet<(u32, KeyedFingerprint)>,
     succeeded: Recent,
-    /// The most successes that are remembered under `block`, and how many there are of each caller.
+    /// The most successes that are remembered under `block`.
     max_successes: usize,
+    /// Under `block`: the number of remembered successes of each caller, by the hash of its name.
     successes: Table<u32, usize>,
-    /// Doubts by caller.
+    /// The number of doubts of each caller, by the hash of its name.
     held: Table<u32, usize>,
     doubts: usize,
     mode: WithoutKey,
-    /// How long a doubt counts, and how long a success does, in seconds.
+    /// How long a doubt refuses equal calls, in seconds.
     window: u32,
+    /// How long a success of a call without a key is remembered, in seconds.
     success_window: u32,
 }
 
@@ -55,26 +59,29 @@ pub(super) struct Duplicate {
     pub(super) key: Option<KeyedFingerprint>,
     /// The caller, hashed.
     pub(super) caller: u32,
-    /// It repeats by force a call without a key that was in doubt. While it is at work or in doubt, so is that one.
+    /// Whether it repeats by force a doubt of a call without a key. Calls with any key are then compared with it, see
+    /// [`Self::is_unkeyed`].
     pub(super) replaces_unkeyed: bool,
 }
 
 impl Duplicate {
-    /// Whether it guards as a call without a key does, against calls with any key: it has none, or it repeats such a call.
-    // Without the second case a call that was forced with key A hid the doubt of the call without a key from key B, which was
-    // sent as well.
+    /// Whether calls with any key are compared with this call: it has no key, or it repeats by force a doubt of a call without a
+    /// key.
+    // The second case prevents this: a call with key A repeated a doubt without a key by force. A call with key B was then
+    // compared with neither of the two, and was sent as well.
     pub(super) fn is_unkeyed(&self) -> bool {
         self.key.is_none() || self.replaces_unkeyed
     }
 
-    /// Whether an equal new call is compared with this known one. Two keys say that both calls are meant, and for one key the
-    /// claim on it decides.
+    /// Whether an equal new call is compared with this known one. Two calls with keys are not: with different keys both are
+    /// intended, and for one key the claim on the key decides.
     fn is_compared_with(&self, call: &Self) -> bool {
         self.is_unkeyed() || call.key.is_none()
     }
 
     /// Whether a new call may name this one in `Idempotency-Force`.
-    // Not a call of another key: it refuses nothing to the new call, and once it counted as repeated it would no longer guard.
+    // A call with another key cannot be named: it does not refuse the new call, and once superseded it would no longer refuse
+    // others.
     fn can_be_forced_by(&self, call: &Self) -> bool {
         self.is_compared_with(call) || self.key == call.key
     }
@@ -95,7 +102,7 @@ enum State {
     Doubt(Doubt),
 }
 
-/// The doubt about a call that has ended: its caller does not know how.
+/// The state of a call that has ended while its caller does not know how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Doubt {
     pub(super) kind: DoubtKind,
@@ -142,9 +149,9 @@ pub(super) struct Forced {
 pub(super) enum Rejection {
     /// An equal call came first.
     Duplicate(First),
-    /// No further doubt could be remembered, of any caller or of this one.
+    /// The table has no room for a further doubt, or this caller has used up its share of that room.
     Full,
-    /// Under `block`: no further success could be remembered, of any caller or of this one.
+    /// Under `block`: the table has no room for a further success, or this caller has used up its share of that room.
     FullOfSuccesses,
 }
 
@@ -166,11 +173,11 @@ impl DuplicateDetector {
         !matches!(self.mode, WithoutKey::Off | WithoutKey::RequireKey)
     }
 
-    /// Registers a call that is to be sent as at work. Returns the equal call that came first, if this one may be sent all the
-    /// same, and the call that it repeats by force.
+    /// Registers a call that is to be sent as at work. Returns two calls, each `None` if there is none: the equal call that came
+    /// first and does not refuse this one, and the call that this one repeats by force.
     ///
-    /// `force` is the call that it asks to repeat; `is_alone` says that there is no other caller. Fails, and registers nothing,
-    /// if an equal call refuses it, or if there is no room for the doubt or success that it may become.
+    /// `force` is the call that it asks to repeat. `is_alone`: no other caller is configured. Fails, and registers nothing, if
+    /// an equal call refuses it, or if there is no room for the doubt or success that it may become.
     pub(super) fn begin(
         &mut self,
         mark: KeyedFingerprint,
@@ -191,7 +198,7 @@ impl DuplicateDetector {
         Ok((first, forced))
     }
 
-    /// The equal call that a new one repeats by force. Only one that has ended, and that would otherwise refuse the new one.
+    /// Returns the equal call with the id `force`, if it has ended and `call` may repeat it by force; otherwise `None`.
     fn forced(&self, mark: KeyedFingerprint, force: Uuid, call: &Duplicate) -> Option<Forced> {
         let success = self.succeeded.get(&mark).filter(|success| call.key.is_none() && success.id == force);
         if success.is_some() {
@@ -202,8 +209,8 @@ impl DuplicateDetector {
         known.call.can_be_forced_by(call).then_some(Forced { id: force, key: known.call.key })
     }
 
-    /// Returns what [`Self::begin`] would decide, and registers nothing. Does not call [`Self::expire`]: what is too old still
-    /// takes room.
+    /// Returns what [`Self::begin`] would decide, and registers nothing. Does not call [`Self::expire`], so that entries whose
+    /// window is over still take room.
     pub(super) fn peek(
         &self,
         mark: KeyedFingerprint,
@@ -245,16 +252,16 @@ impl DuplicateDetector {
         self.mode == WithoutKey::Block && (self.succeeded.len() >= self.max_successes || holds() >= share)
     }
 
-    /// The equal call that says most: one that is open, else one that is undelivered or resolved, else one that succeeded. A
-    /// doubt that the new call repeats by force is left out.
+    /// Returns the equal call that matters most: one that is at work or of unknown outcome, else one that is undelivered or
+    /// resolved, else one that succeeded. A call that has ended and that the new call repeats by force is left out.
     fn first(&self, mark: KeyedFingerprint, call: Duplicate, force: Option<Uuid>, now: u32) -> Option<First> {
         let (mut open, mut undelivered) = (None, None);
         for known in self.calls.get(&mark).into_iter().flatten() {
             let is_forced = force == Some(known.call.id);
             match known.state {
                 _ if !known.call.is_compared_with(&call) => {}
-                // Also if it is forced: it may still be done, and then both would be. It goes before a doubt, which could not be
-                // forced while this call is at work.
+                // A call at work counts even if it is forced: it may still be done, and then both would be. It is returned
+                // rather than a doubt, which could not be forced while this call is at work.
                 State::AtWork { .. } => open = Some(known.call.id),
                 State::Doubt(doubt) if is_forced || is_old(doubt.since, now, self.window) => {}
                 State::Doubt(Doubt { kind: DoubtKind::Unknown, .. }) => {
@@ -266,7 +273,7 @@ impl DuplicateDetector {
             }
         }
         let succeeded = || {
-            // A key says that its call is meant, whatever succeeded before.
+            // A call with a key is intended, whatever succeeded before.
             let success = self.succeeded.get(&mark).filter(|_| call.key.is_none())?;
             let counts = !is_old(success.since, now, self.success_window) && force != Some(success.id);
             counts.then_some(success.id)
@@ -279,7 +286,7 @@ impl DuplicateDetector {
         self.calls.get(&mark).into_iter().flatten().any(|known| known.call.id == id)
     }
 
-    /// Removes and returns the doubt that a call repeats by force: from now on the new call supersedes it. `None` if it is a
+    /// Removes and returns the doubt that a new call repeats by force, and so supersedes. `None` if the forced call is a
     /// success, or a doubt whose window is over.
     fn take_forced(
         &mut self,
@@ -295,7 +302,7 @@ impl DuplicateDetector {
         (!is_old(doubt.1.since, now, self.window)).then_some(doubt)
     }
 
-    /// Ends a call that is at work. Returns it; does nothing and returns `None` for any other.
+    /// Ends a call that is at work, and returns it. Returns `None`, and does nothing, if the call is not at work.
     pub(super) fn end(
         &mut self,
         mark: KeyedFingerprint,
@@ -311,7 +318,7 @@ impl DuplicateDetector {
             calls.remove();
         }
         match (completion, state) {
-            // Sent, so that this call guards from now on: a doubt that it has repeated is not restored.
+            // The call was sent, so that it refuses equal calls itself from now on. A doubt that it repeated is not restored.
             (Completion::Doubt(kind), _) => self.doubt(mark, call, Doubt { kind, since: now }),
             (Completion::Succeeded, _) => self.succeed(mark, call, now),
             // The repetition changed nothing, so the doubt is restored with its old time: a new one would prolong it with each
@@ -360,8 +367,8 @@ impl DuplicateDetector {
         Some(call)
     }
 
-    /// Applies what a person found about a call of unknown outcome. One that is done refuses equal calls for the window; one that
-    /// is not done refuses none.
+    /// Applies what a person found about a call of unknown outcome. If it was done, it refuses equal calls for a whole window
+    /// from now on; if not, it refuses none.
     pub(super) fn resolve(&mut self, mark: KeyedFingerprint, call: Duplicate, is_done: bool, now: u32) {
         self.forget(mark, call.id);
         let doubt = Doubt { kind: DoubtKind::Resolved, since: now };
@@ -403,7 +410,8 @@ impl DuplicateDetector {
         }
     }
 
-    /// Removes what no longer counts, so that there is room for new calls.
+    /// Removes doubts and successes whose windows are over, so that there is room for new calls. In modes that only flag, also
+    /// removes the oldest successes beyond [`MAX_SUCCEEDED`].
     pub(super) fn expire(&mut self, now: u32) {
         let blocks = self.mode == WithoutKey::Block;
         let max = if blocks { usize::MAX } else { MAX_SUCCEEDED };

@@ -24,7 +24,7 @@ impl Idempotency {
         self.present_loss().as_ref().map(|(loss, _)| loss.clone())
     }
 
-    /// Whether [`Self::loss`] has one, without a copy of it: each call with a key asks.
+    /// Whether [`Self::loss`] would return one. Copies nothing, since each call with a key asks for it.
     pub(super) fn is_lost(&self) -> bool {
         self.present_loss().is_some()
     }
@@ -40,13 +40,14 @@ impl Idempotency {
         loss
     }
 
-    /// Takes over a loss that the rebuild has found. From now on keys that are not found are refused for `window` seconds, unless
-    /// the operator has accepted just this loss by its word.
+    /// Applies a loss that the rebuild has found: for `window` seconds from now on, keys that are not found are refused. If the
+    /// operator has accepted this loss, by naming its word, records that in the trail instead.
     pub(super) fn lose(&self, loss: Loss, window: u32) {
         let Loss { first: LostPart { file, line, reason, .. }, word, .. } = &loss;
         if self.accept_loss.as_ref() == Some(word) {
             tracing::warn!(file, line, reason, "a part of the audit trail is lost, and that is accepted");
-            // On record, so that the next start does not refuse again; its word covers no later damage.
+            // The record keeps the next start from refusing again. It names the faults of this loss, so that it covers no later
+            // damage.
             self.audit.event(loss::ACCEPTED, loss.details());
             return;
         }

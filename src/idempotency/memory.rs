@@ -37,7 +37,8 @@ impl KeyMemory {
     }
 
     /// A warning for the operator, if the container of this process allows less memory than the gateway may come to need.
-    // A table that fills over days ends in a kill by the kernel, and after that at each start, until the window is over.
+    // Without it a table that fills over days ends in a kill by the kernel. Each restart reads the same keys and is killed as
+    // well, until the window is over.
     pub fn notice(self) -> Option<String> {
         let limit = LIMITS.iter().find_map(|file| fs::read_to_string(file).ok()?.trim().parse().ok());
         self.notice_of(limit?)

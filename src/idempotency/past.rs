@@ -1,6 +1,6 @@
 //! Earlier calls: restores them from the trail at a start, and applies what a person resolved.
 //!
-//! A call is *superseded* if a later one has repeated it by force: that one guards in its place.
+//! A call is *superseded* if a later one has repeated it by force: new calls are then compared with the later one instead.
 
 use std::sync::{MutexGuard, PoisonError};
 
@@ -12,19 +12,21 @@ use super::{Idempotency, now};
 use crate::audit::unresolved_calls::{CallState, Resolution, UnresolvedCall};
 use crate::keyed_hash::{Hash, KeyedFingerprint, parse_hex};
 
-/// Changes of claims that the rebuild has not read yet. It applies them to its own table at its end.
+/// Changes of claims that were made during the rebuild. It builds a table of its own, and applies them to it at the end.
 #[derive(Default)]
 pub(super) struct Meanwhile {
     pub(super) resolved: Vec<(UnresolvedCall, Resolution)>,
-    /// Keys with calls of unknown outcome, and whether another call supersedes each.
+    /// Calls of unknown outcome, by key and id, and whether another call supersedes each of them.
     pub(super) superseded: Vec<(KeyedFingerprint, Uuid, bool)>,
 }
 
 impl Idempotency {
-    /// Registers a call of the list of the unresolved as a doubt since this time.
+    /// Registers a call of the unresolved list as a doubt that began at `since`, in seconds since 1970. Does nothing for a
+    /// superseded call of unknown outcome.
     pub(super) fn restore(&self, call: &UnresolvedCall, since: u32) {
         let kind = match call.state {
-            // Two doubts would each refuse to force the other one.
+            // The later call that supersedes it is a doubt as well. Of two doubts neither could be forced: the other one would
+            // refuse it.
             CallState::AtWork | CallState::Unknown if call.superseded => return,
             CallState::AtWork | CallState::Unknown => DoubtKind::Unknown,
             CallState::Undelivered => DoubtKind::Undelivered,
@@ -35,15 +37,15 @@ impl Idempotency {
         }
     }
 
-    /// Registers a success of the trail.
+    /// Registers a success that the rebuild has read, if the call has no key. `since` is in seconds since 1970.
     pub(super) fn restore_success(&self, call: &UnresolvedCall, since: u32) {
         if let Some((mark, call)) = self.identify(call) {
             self.duplicates().succeed(mark, call, since);
         }
     }
 
-    /// Applies what a person found about a call of unknown outcome. Its event must be committed, and the list of the unresolved
-    /// must have followed it.
+    /// Applies what a person found about a call of unknown outcome. Before this, the event of the resolution must be committed
+    /// and the unresolved list be updated.
     pub fn resolve(&self, call: &UnresolvedCall, result: Resolution) {
         // Locked until both tables have changed, so that the end of the rebuild comes before all of this or after it.
         let mut meanwhile = self.meanwhile();
@@ -53,7 +55,8 @@ impl Idempotency {
         self.resolve_claim(&mut self.claims(), call, result, now());
         self.resolve_duplicate(call, result, now());
         drop(meanwhile);
-        // This call superseded the one that it repeated by force. As it is not done, that one guards again.
+        // If this call was not done, it no longer supersedes the call that it repeated by force, which refuses equal calls
+        // again.
         let first = call.forced.and_then(|first| self.audit.unresolved().get(first).cloned());
         if let Some(first) = first.filter(|_| result == Resolution::NotDone) {
             self.restore(&first, now());
@@ -106,7 +109,8 @@ impl Idempotency {
         }
     }
 
-    /// A call of the trail as the detector compares it, with its mark; `None` if the trail does not say enough about it.
+    /// Returns the mark of a call of the trail and its entry for the table of equal calls; `None` if the trail has no caller or
+    /// no fingerprint of it.
     pub(super) fn identify(&self, call: &UnresolvedCall) -> Option<(KeyedFingerprint, Duplicate)> {
         let caller = call.caller.as_ref()?;
         let key = call.key.as_ref().and_then(|key| parse_hex(key));
@@ -115,7 +119,7 @@ impl Idempotency {
         Some((mark, Duplicate { replaces_unkeyed, ..duplicate }))
     }
 
-    /// Whether a call repeats by force one without a key, directly or by a chain of calls with keys.
+    /// Whether a call repeats by force a call without a key, directly or through a chain of calls with keys.
     // A call that is not on the list any more may have been without a key. It counts as such: a refusal too many is the smaller
     // harm.
     fn repeats_unkeyed(&self, call: &UnresolvedCall) -> bool {

@@ -1,11 +1,11 @@
-//! Crash recovery of the keys: reads the claims of the window back from the write-ahead trail, beside the serving workers.
+//! Crash recovery of the keys: reads the claims of the window back from the write-ahead trail, while the workers serve.
 //!
-//! The intent of a call with a key names the key; its outcome says how the call ended, and holds the reply. An intent without
-//! an outcome makes its call one of unknown outcome. Successes of calls without a key are read back, too. Doubts about such
-//! calls are not: they are on the list of the unresolved, which the start has read already.
+//! The intent of a call with a key names the key. Its outcome says how the call ended, and contains the reply. Without an
+//! outcome the call is of unknown outcome. Successes of calls without a key are read back, too. Doubts about such calls are not:
+//! they are on the unresolved list, which the start has read already.
 //!
-//! Guarantees that no key of the window is taken for a new one, as far as the hash chain proves the trail. A line that is
-//! missing, was changed or cannot be read is a loss, and the keys that are not found are then refused. The age of a record
+//! Guarantees that a key of the window is not taken for a new one. Where the hash chain does not prove the trail, since a line
+//! is missing, was changed or cannot be read, that is a loss: keys that are not found are then refused. The age of a record
 //! depends on no wall clock: see [`crate::audit::age`].
 //!
 //! One thread reads and parses, another applies. A million keys, more than a gigabyte, are known within 5 s.
@@ -40,15 +40,17 @@ use crate::model::outcome::Outcome;
 // An exchange takes at most 10 minutes, the largest `timeout` that the configuration allows.
 const LONGEST_CALL: u32 = 15 * 60;
 
-/// The bytes that a call with a key takes of the trail, at the least: intent and outcome.
+/// The least number of bytes of the trail that a call with a key takes, with intent and outcome.
 // Only used to reserve room in the table. A wrong figure costs memory or a growth of the index, no key.
 const LEAST_CALL: u64 = 1024;
 
-/// The size of a batch that is handed over, in records and in bytes of the trail, and how many may wait to be applied.
+/// The largest number of records that are handed over at once.
 // In batches, so that the threads do not wake each other for each record. The bound on them keeps a reader that is faster than
 // the other half from filling the memory.
 const BATCH: usize = 1000;
+/// A batch is also handed over once this many bytes of the trail have been read for it.
 const BATCH_BYTES: usize = 1 << 20;
+/// The largest number of batches that wait to be applied.
 const BATCHES: usize = 8;
 
 /// The pause after a reading that failed.
@@ -76,7 +78,7 @@ struct Line<'a> {
 /// What a record says about a call.
 struct CallRecord {
     id: Uuid,
-    /// *Now* minus the record's age, in seconds since 1970.
+    /// The time of the record by the present clock: *now* minus its age, in seconds since 1970.
     time: u32,
     what: What,
 }
@@ -95,7 +97,7 @@ enum What {
     Resolution(Box<UnresolvedCall>, Resolution),
 }
 
-/// What an intent holds while its outcome is not read yet.
+/// What the outcome of an intent will end: the claim on a key, or a call without a key. `Nothing` if the intent does not matter.
 enum Open {
     Key(KeyedFingerprint),
     Body(Box<UnresolvedCall>),
@@ -114,7 +116,8 @@ struct Parser<'a> {
     ages: Ages,
     now: u32,
     chain: ChainCheck<'a>,
-    /// The length of the window, if the first record must be older than that. `None` once it was checked.
+    /// The length of the window, if the first record must be older than the window and has not been checked yet; otherwise
+    /// `None`.
     window_time: Option<Duration>,
 }
 
@@ -128,8 +131,9 @@ struct Reading<'a> {
     replies: Replies,
     /// The last resolution of each call.
     resolved: HashMap<Uuid, (UnresolvedCall, Resolution, u32), foldhash::fast::RandomState>,
-    /// The beginning of the window, and that of the shorter window of successes without a key, in seconds since 1970.
+    /// The beginning of the window, in seconds since 1970.
     window_from: u32,
+    /// The beginning of the shorter window of successes without a key, in seconds since 1970.
     successes_from: u32,
 }
 
@@ -150,7 +154,8 @@ struct Second {
 }
 
 impl Idempotency {
-    /// Reads the window's part of the trail as the start found it, and retries each second until that succeeds.
+    /// Rebuilds the claims from the part of the trail that covers the window, up to the start of this process. After an error it
+    /// tries again each second until it succeeds.
     ///
     /// Blocks, for seconds if the trail is long: to be called on a thread of its own. Calls with a key are refused until it
     /// returns.
@@ -174,7 +179,7 @@ impl Idempotency {
 
     /// Reads the trail once. After an error no claim has changed, and successes that were restored are not added twice by the
     /// next attempt.
-    // The part to read begins one longest call before the window: there an intent may lie whose outcome is in the window.
+    // Reading begins `LONGEST_CALL` before the window: an intent from that time may have its outcome in the window.
     fn try_rebuild(&self, settings: &config::Idempotency, directory: &Path, audit: &Audit) -> io::Result<()> {
         let now = now();
         let window = seconds(settings.window);
@@ -223,7 +228,8 @@ impl Idempotency {
 }
 
 impl Parser<'_> {
-    /// Hands over what the lines say, in their order. Returns what is lost of the trail; fails if a segment cannot be read.
+    /// Parses the segments and sends the records to the applying half, in order. Returns the loss, if a part of the trail is
+    /// lost. Fails if a segment cannot be read.
     // A send fails only if the applying half has panicked. Then the scope ends with that panic, so the result is not used.
     fn read(
         mut self,
@@ -234,8 +240,8 @@ impl Parser<'_> {
         for (index, path) in segments.iter().enumerate() {
             self.chain.enter(path, segments.get(index + 1));
             let mut lines = Lines::open(path)?;
-            // Up to what the start has written. Later records are of calls that this process has in its tables. To stop at a
-            // proven record, not at a number: a line with a raised number would hide the rest.
+            // Reads up to the event of this start. Later records are of calls that this process has in its tables. Stops at the
+            // record that the chain proves, not at its number: a changed line with too high a number would hide the rest.
             while !self.chain.has_proven(self.last)
                 && let Some(line) = lines.read()?
             {
@@ -315,7 +321,7 @@ impl Parser<'_> {
         Some(CallRecord { id, time, what })
     }
 
-    /// What an intent says.
+    /// Returns the claim on a key that an intent contains, or else its call, if it is recent enough to matter.
     fn intent(&self, line: &Line<'_>, time: u32, bytes: &[u8]) -> What {
         if let (Some(key), Some(print)) = (line.key.and_then(parse_hex), line.print.and_then(parse_hex)) {
             let caller = self.table.hash_of(line.caller.unwrap_or_default());
@@ -341,7 +347,8 @@ impl Reading<'_> {
                     let how = match (outcome, status) {
                         (Some(Outcome::NotSent | Outcome::Refused), _) => KeyedCompletion::NotDone,
                         (Some(Outcome::Succeeded | Outcome::Failed), Some(status)) => {
-                            // The claim of an older one expires at once, so that no call can ask for its reply.
+                            // The claim of a call that ended before the window expires at once, so that no call can ask for its
+                            // reply.
                             if let Some(reply) = reply.filter(|_| time >= self.window_from) {
                                 self.replies.push(id, reply);
                             }
@@ -364,8 +371,8 @@ impl Reading<'_> {
         }
     }
 
-    /// Applies what a person found about a call. One that is done may be missing on the list that the start has read, since the
-    /// call began before the window.
+    /// Applies what a person found about a call to its claim. Does nothing if that happened before the window. Keeps the finding
+    /// for [`Self::close`] as well: the unresolved list may lack a call that was done, if the call began before the window.
     fn resolve(&mut self, call: UnresolvedCall, result: Resolution, time: u32) {
         if time < self.window_from {
             return;
@@ -382,8 +389,8 @@ impl Reading<'_> {
         }
     }
 
-    /// Puts what was read in place. A call that is still open is of unknown outcome; its record gets that outcome when the trail
-    /// is verified.
+    /// Replaces the shared claims by those that were read, and stores the replies. A call that still has no outcome is of
+    /// unknown outcome.
     // The lock of `meanwhile` is held to the end, so that a resolution that comes now waits and then finds the new claims. What
     // came meanwhile is applied after the trail, since it is newer.
     fn close(mut self) {
@@ -442,12 +449,12 @@ impl Second {
         i64::from(self.unix(time)) * 1000 + millis.unwrap_or(0)
     }
 
-    /// Returns what [`unix`] does, and parses a second once only.
+    /// Returns what [`unix`] does. Parses the text only if its second differs from that of the last call.
     fn unix(&mut self, time: &str) -> u32 {
         let (second, rest) = time.split_at_checked("2026-01-01T00:00:00".len()).unwrap_or((time, ""));
         let is_micros = |rest: &str| rest.len() == 6 && rest.bytes().all(|digit| digit.is_ascii_digit());
         if !rest.strip_prefix('.').and_then(|rest| rest.strip_suffix('Z')).is_some_and(is_micros) {
-            // Not as the gateway writes it. With an offset behind it, the same text names another second.
+            // Not as the gateway writes it. With an offset after it, the same text names another second.
             return unix(time);
         }
         if self.text != second {

@@ -18,7 +18,7 @@ use crate::keyed_hash::KeyedFingerprint;
 #[derive(Default)]
 pub(super) struct Recent {
     row: VecDeque<PastCall>,
-    /// The number of the first call in the row. Numbers wrap around.
+    /// The number of the call at the front of `row`. Each further call has the next number. Numbers wrap around.
     first: u32,
     /// The number of the youngest call of each mark.
     // Numbers instead of marks: with a million calls known the table took 51 MB and 93 to 97 ns a call, a map from marks 84 MB
@@ -65,16 +65,16 @@ impl Recent {
         Some(at(row, *first, *number))
     }
 
-    /// Adds a call at the back, and returns whether it was added. A call that is older than the youngest of its mark is not,
-    /// and neither is that one again.
-    // The trail has both. It is read while younger calls are served already, and once more if a reading failed. An older call
-    // in the index would shorten the window of the younger one.
+    /// Adds a call at the back, and returns `true`. Adds nothing, and returns `false`, if the youngest known call of its mark is
+    /// younger than this call, or is this call.
+    // The rebuild passes such calls. It reads the trail while younger calls are served already, and once more if a reading
+    // failed. An older call in the index would shorten the window of the younger one.
     pub(super) fn push(&mut self, call: PastCall) -> bool {
         let PastCall { mark, id, since, .. } = call;
         let Self { row, first, youngest, hasher } = self;
         #[expect(clippy::cast_possible_truncation, reason = "so many do not fit into memory")]
         let number = first.wrapping_add(row.len() as u32);
-        // Added before it is known whether it is wanted, which it nearly always is: only the trail tells of calls out of order.
+        // Added first, and removed again in the rare case that it must not be added: only the rebuild adds calls out of order.
         row.push_back(call);
         let is_same = |&number: &u32| at(row, *first, number).mark == mark;
         let is_newer = |known: &PastCall| known.since > since || known.id == id;

@@ -17,7 +17,7 @@ use crate::model::request_id::{FirstCall, RequestId};
 pub struct Refusal {
     /// Why the call is refused.
     pub reason: Refused,
-    /// To be handed over with the answer, if that says that the first call succeeded.
+    /// The delivery of the first call's success, to be handed over with this answer. `None` if the answer reports no success.
     // In a box: few refusals have one, and each would be as large.
     pub delivery: Option<Box<Delivery>>,
 }
@@ -53,7 +53,8 @@ pub enum Refused {
          `Idempotency-Force: {0}`"
     )]
     Duplicate(RequestId),
-    /// An equal call succeeded: it is undelivered, was resolved as done, or counts under `block`.
+    /// An equal call succeeded. It is undelivered, or a person resolved it as done, or `without_key = "block"` still remembers
+    /// it.
     #[error(
         "an equal call (same body, same x-userid) succeeded, so that the task is assigned and this one was not sent; if it is \
          meant twice, repeat the call with `Idempotency-Force: {0}`"
@@ -93,9 +94,9 @@ pub enum Refused {
 }
 
 impl Refused {
-    /// The call that stands in the way, and its outcome; `None` if there is no such call.
+    /// The earlier call because of which this one is refused, and its outcome; `None` if there is no such call.
     pub fn first(&self) -> Option<FirstCall> {
-        // `unknown` also while the first call is at work: `not_sent` would read as leave to repeat the task.
+        // `unknown` also while the first call is at work: `not_sent` would read as permission to repeat the task.
         let first = |id: &RequestId, outcome| Some(FirstCall { id: id.uuid(), outcome });
         match self {
             Self::InProgress(id) | Self::Unknown(id) | Self::Duplicate(id) => first(id, Outcome::Unknown),

@@ -13,14 +13,14 @@ use crate::keyed_hash::KeyedFingerprint;
 /// The number of entries of a block.
 const BLOCK: usize = 4096;
 
-/// Stands for no entry.
+/// The number that means no entry.
 // A number instead of an `Option`, which would double the size of a link.
 const NONE: u32 = u32::MAX;
 
 /// The most that the index takes per entry, in bytes: 3 × 5 × 16/7, rounded up.
-// A bucket has five bytes, four of them the number. When 7/8 of the buckets are used up, and more than half of those by entries
-// and not by traces of removed ones, their number is doubled. Until the entries have moved, old and new buckets exist: three
-// times the old ones, of which 7/16 at least hold entries.
+// A bucket takes five bytes: the number, and a control byte of hashbrown. The number of buckets is doubled when 7/8 of them are
+// used, more than half of these by entries and the others by tombstones. Until the entries have moved, old and new buckets exist
+// together: three times the old ones, of which 7/16 at least hold entries.
 const INDEX_BYTES: usize = 35;
 
 /// The number of an entry: its place in the blocks.
@@ -35,12 +35,12 @@ pub(super) struct Slots<T> {
     hasher: foldhash::fast::RandomState,
     /// The first of the unused entries, which are linked by `next`; or [`NONE`].
     unused: u32,
-    /// The first and the last entry of the queue; or [`NONE`].
+    /// The first entry of the queue, and in `last` its last one; [`NONE`] while the queue is empty.
     first: u32,
     last: u32,
 }
 
-/// The place of an entry. An unused one has no value.
+/// The storage of one entry. `value` is `None` while the slot is unused.
 struct Slot<T> {
     key: KeyedFingerprint,
     link: Link,
@@ -101,7 +101,7 @@ impl<T> Slots<T> {
         self.slot_mut(number.0).value.as_mut()
     }
 
-    /// Adds an entry outside of the queue. The key must not be in the map: it is not looked for.
+    /// Adds an entry, which is not in the queue. The key must not be in the map; this is not checked.
     pub(super) fn insert(&mut self, key: KeyedFingerprint, value: T) {
         let number = self.take_unused();
         *self.slot_mut(number) = Slot { key, link: Link::outside(number), value: Some(value) };
@@ -165,7 +165,7 @@ impl<T> Slots<T> {
         }
     }
 
-    /// Sorts the queue. Entries with equal keys keep their order.
+    /// Sorts the queue by `key`, a function of the values. Entries with equal results keep their order.
     pub(super) fn sort_queue_by_key<K: Ord>(&mut self, key: impl Fn(&T) -> K) {
         let mut queue: Vec<_> = self.queued().collect();
         let key = |slots: &Self, number: u32| slots.slot(number).value.as_ref().map(&key);
