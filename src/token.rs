@@ -101,10 +101,10 @@ impl fmt::Debug for Token {
 /// Why a request gets no token.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum NoUsableToken {
-    /// No token came within `token.wait`, or the endpoint named a time of the next call that is later.
+    /// No token came within `token.wait`, or the endpoint's `Retry-After` allows no fetch within that time.
     #[error("no token came in time")]
     Unavailable {
-        /// Why the last fetch failed; [`Cause::Timeout`] if it did not, or none has ended.
+        /// Why the last fetch failed; [`Cause::Timeout`] if it succeeded, or if no fetch has ended yet.
         cause: Cause,
         /// The value of `Retry-After`.
         retry_after: Duration,
@@ -112,7 +112,7 @@ pub enum NoUsableToken {
     /// The endpoint refuses the app key or the app secret, and the pause after that refusal is not over.
     #[error("the endpoint refuses the credential")]
     CredentialRefused {
-        /// The rest of that pause: the value of `Retry-After`.
+        /// How long the pause still lasts: the value of `Retry-After`.
         retry_after: Duration,
     },
 }
@@ -163,7 +163,7 @@ pub struct Slot {
     waiting: AtomicUsize,
     /// Wakes the fetcher. It stores one permit, so a wake-up during a fetch is not lost.
     wake: Notify,
-    /// Its lock makes the end of a fetch, and the retirement of a token, one step each.
+    /// The state of the fetches. Its lock makes the end of a fetch atomic, and the retirement of a token as well.
     fetches: watch::Sender<Fetches>,
     last_error: LastTrouble,
     contested: LastTrouble,
@@ -178,7 +178,7 @@ pub struct Slot {
 struct Fetches {
     /// The number of the last fetch that began, from 1.
     begun: u64,
-    /// The number of the last fetch whose end answers waiting requests. A failed trial usually answers none.
+    /// The number of the last fetch whose end answers waiting requests. A failed fetch with a changed pair usually answers none.
     ended: u64,
     held: Option<Held>,
     /// Why the last fetch failed; `None` after a success.
@@ -186,19 +186,19 @@ struct Fetches {
     had_token: bool,
 }
 
-/// The token of a slot with its life.
+/// The token of a slot, with the times at which it is refreshed and ends.
 struct ActiveToken {
     token: Token,
     lifetime: Duration,
     plan: Plan,
     sent: Moment,
-    /// When it is no longer sent, by either clock.
+    /// The end of its use: it is not sent once *now* or the wall clock has reached this.
     end: Expiry,
     /// The time from sending the request for it to reading the reply.
     took: Duration,
-    /// The upstream refused it, and no fetch has ended since.
+    /// Whether it is out of use: the upstream refused it, and no fetch has ended after that.
     retired: AtomicBool,
-    /// The route that refused it had accepted it before, and no fetch of this gateway can have ended it.
+    /// Whether the route that refused it had accepted it before, and no fetch of this gateway can have ended it.
     had_worked: AtomicBool,
 }
 
@@ -322,7 +322,7 @@ impl Slot {
         }
     }
 
-    /// Whether no fetch of this gateway, ended or under way, can have ended a token of this generation at the endpoint.
+    /// Whether this generation is the present token and no fetch is under way. Then no fetch of this gateway has ended it.
     pub fn has_left_alone(&self, generation: u64) -> bool {
         // The lock is held to the end, so that no fetch replaces the token between the two reads.
         let fetches = self.fetches.borrow();
@@ -331,7 +331,8 @@ impl Slot {
             && live.as_ref().is_some_and(|live| live.token.generation() == generation)
     }
 
-    /// Reports that a call which was refused with this generation succeeded with another. Only where `had_worked` was true.
+    /// Reports that another client ended this generation: a call that was refused with it succeeded with another token. To be
+    /// called only if `had_worked` was true in [`Slot::replace`].
     pub fn was_ended(&self, generation: u64) {
         self.ended.fetch_max(generation, Ordering::Relaxed);
         self.wake.notify_one();
@@ -373,7 +374,7 @@ impl Slot {
     /// nothing if back-off rules out a fetch before `deadline`: the refused token is then better than none.
     fn invalidate(&self, refused: u64, had_worked: bool, deadline: Instant) -> Option<u64> {
         let mut looked_into = None;
-        // For its lock only: no fetch may end between the choice of its number and the mark on the token.
+        // For its lock only: no fetch may end between the choice of its number and the retirement of the token.
         self.fetches.send_if_modified(|fetches| {
             let now = Instant::now();
             if fetches.held.is_none_or(|held| !held.is_hopeless(now, deadline)) {
@@ -449,7 +450,7 @@ impl Slot {
         });
     }
 
-    /// Records that a changed pair brought no token. Requests go on waiting for the pair in use, unless both are held back.
+    /// Records that a changed pair brought no token. Requests wait on for the pair in use, unless both pairs are in a pause.
     fn trial_failed(&self, held: Option<Held>) {
         self.fetches.send_modify(|fetches| {
             fetches.held = held;

@@ -34,7 +34,7 @@ pub(super) const OVER: &str = "a token was not refused soon: fetches are no long
 /// Whether another client ends this gateway's tokens.
 #[derive(Debug, Default)]
 pub(super) struct Contest {
-    /// The tokens in a row that another client ended soon after they had worked.
+    /// The number of tokens in a row that another client ended soon after they had worked.
     ended: u32,
     /// The last token that was refused although it had worked.
     last: Option<Refused>,
@@ -43,15 +43,15 @@ pub(super) struct Contest {
 #[derive(Debug)]
 struct Refused {
     generation: u64,
-    /// Whether it was refused soon, and it is unknown yet whether another token helps.
+    /// Whether it was refused before it had lasted, and it is not known yet whether the call succeeds with another token.
     is_open: bool,
     /// When another token may be fetched.
     until: Instant,
 }
 
 impl Contest {
-    /// Takes note that a token which had worked is refused now. Returns whether this ends a contest. During a contest the next
-    /// fetch comes after `pause`. `age`: of the token. `refresh`: the age at which it is due for a refresh.
+    /// Takes note that a token that had worked is refused at this `age`. Returns whether this ends a contest. During a contest,
+    /// [`Self::not_before`] is `pause` from now. `refresh` is the age at which the token is due for a refresh.
     pub(super) fn refused(
         &mut self,
         generation: u64,

@@ -40,7 +40,7 @@ const ANSWERS_WITHOUT_TOKEN: u32 = 3;
 /// The authentication scheme and its blank. Schemes are case-insensitive (RFC 9110, section 11.1).
 pub(super) const SCHEME: &str = "Bearer ";
 
-/// Why a call brought no token. Of a reply's body the text holds at most an error code.
+/// Why a call brought no token. The text quotes nothing of the reply's body but an error code.
 #[derive(Debug, Error)]
 pub(super) enum FetchError {
     /// The endpoint refuses the pair by its status.
@@ -51,7 +51,7 @@ pub(super) enum FetchError {
         "the endpoint refuses the credential: {ANSWERS_WITHOUT_TOKEN} answers in a row have status 200 and no usable token; {0}"
     )]
     RefusedWithoutToken(NoToken),
-    /// Another status, after which a later call may succeed; with the pause that the endpoint named.
+    /// A status other than 200 that does not refuse the pair. Also the pause that the endpoint named.
     #[error("status {0}")]
     Status(StatusCode, Option<Duration>),
     /// A 200 whose body is a JSON object without a usable token.
@@ -130,7 +130,7 @@ impl FetchError {
 pub(super) struct Fetched {
     /// `Bearer` and the token, marked sensitive.
     pub(super) authorization: HeaderValue,
-    /// Counted from the request.
+    /// The lifetime of the token, counted from when the request was sent.
     pub(super) lifetime: Duration,
     /// The endpoint's clock minus ours, in seconds.
     pub(super) skew: Option<i64>,
@@ -142,7 +142,8 @@ pub(super) struct Fetched {
 pub(super) struct WithoutToken(u32);
 
 impl WithoutToken {
-    /// Takes the result of one call with the pair, and turns it into a refusal if it is one such reply too many.
+    /// Takes the result of one call with the pair, and returns it. From the third reply in a row with status 200 and no token
+    /// on, such a reply is returned as a refusal of the pair.
     pub(super) fn judge(&mut self, fetched: Result<Fetched, FetchError>) -> Result<Fetched, FetchError> {
         // Any other failure ends the row, even a page of HTML: a proxy may have written it, which knows nothing of the pair.
         let Err(FetchError::NoToken(why)) = fetched else {
@@ -166,7 +167,7 @@ pub(super) struct Endpoint {
     host: HeaderValue,
     /// The lifetime to ask for with `x-token-expire`; `None` asks for none.
     lifetime: Option<Duration>,
-    /// For a whole call, its connection included.
+    /// The time limit of a whole call, connecting included.
     timeout: Duration,
 }
 
@@ -298,7 +299,8 @@ impl Endpoint {
     }
 }
 
-/// Returns the error for a reply without a token: [`FetchError::NoToken`] only if the body is a JSON object.
+/// Returns the error for a reply without a token: [`FetchError::NoToken`] if the body is a JSON object, else
+/// [`FetchError::Invalid`].
 #[cold]
 fn no_token(body: &[u8], what: &'static str) -> FetchError {
     // serde also reads a list as a structure, so the first byte is checked.
@@ -346,7 +348,7 @@ impl AsRef<[u8]> for Zeroed {
     }
 }
 
-/// Fails for every status but 200, with what it means for the next call.
+/// Returns `Ok` for status 200, else an error that says what the status means for the next call.
 fn check_status(head: &http::response::Parts) -> Result<(), FetchError> {
     match head.status.as_u16() {
         200 => Ok(()),

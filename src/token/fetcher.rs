@@ -3,10 +3,10 @@
 //! It fetches at the start, refreshes the token before its end and after a refusal by the upstream, and backs off after a
 //! failure. It is the only caller of the token endpoint and the only writer of the slot's token.
 //!
-//! A pair is an app key with its app secret. When the files change, the new pair is tried beside the pair in use, each on its
-//! own schedule: a trial that fails neither delays nor ends the refreshes of the pair in use. A refused trial is repeated after
-//! the same pauses as any refused pair, since the cloud may learn of a new secret later than the gateway. Only a trial that
-//! brought a token replaces the pair in use.
+//! A pair is an app key with its app secret. When the files change, the new pair is put on *trial*: tokens are fetched with it
+//! as well as with the pair in use, each on a schedule of its own. A trial that fails neither delays nor ends the refreshes of
+//! the pair in use. A refused trial is repeated after the same pauses as any refused pair, since the cloud may learn of a new
+//! secret later than the gateway. A trial replaces the pair in use only once it has brought a token.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -27,11 +27,11 @@ use crate::files::{Aside, Hangs};
 use crate::reason::{Reason, shown};
 use crate::secret::needles::{Needles, SHORTEST};
 
-/// How long after its end a token that the endpoint returns again is still the old one. Later it counts as a new token with a new
-/// life: such a server has no other.
+/// If the endpoint returns the present token again at most this long after its end, it is still the old token. Later it counts
+/// as a new token with a new lifetime, since the endpoint issues no other.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// A stated rest of a token's life may be this much too short: servers round it down to whole seconds.
+/// The largest error of a remaining lifetime that the endpoint states: endpoints round it down to whole seconds.
 const ROUNDING: Duration = Duration::from_secs(1);
 
 /// The state of the fetching task.
@@ -68,16 +68,16 @@ pub(super) struct Candidate {
     pair: AppKeyPair,
     pub(super) retry: Retry,
     without_token: WithoutToken,
-    /// The last result of this trial on record: a result that repeats is recorded once.
+    /// The result that was recorded last for this trial. The same result is not recorded again.
     told: Option<&'static str>,
-    /// Why the last trial brought no token. Shown again when a file that could not be read is back.
+    /// Why the last fetch on trial brought no token. It is reported again once the files can be read again after an error.
     refused: Option<String>,
 }
 
 /// When the next fetch is due, and with which pair.
 pub(super) struct NextFetch {
     pub(super) at: Instant,
-    /// With the changed pair.
+    /// Whether it is a fetch with the changed pair.
     pub(super) is_candidate: bool,
 }
 
@@ -192,7 +192,7 @@ impl Fetcher {
     fn succeed(&mut self, slot: &Slot, fetched: Fetched, sent: Moment, is_candidate: bool) {
         let adopted =
             self.candidate.take_if(|_| is_candidate).map(|candidate| self.active = candidate).is_some();
-        // After the adoption above, so that it is the schedule of the pair that brought the token.
+        // Reset after the adoption above, since the schedule is that of the pair that brought the token.
         self.active.retry = Retry::new(sent.monotonic);
         if let Some(skew) = fetched.skew {
             self.metrics.skew.get_or_create(&CredentialLabel::of(slot)).set(skew);
@@ -203,11 +203,12 @@ impl Fetcher {
         };
         slot.fetch_succeeded(live, self.held());
         if adopted {
-            // A file that cannot be read now is the newer news: its error stays in `/status`.
+            // An error of the files is more recent than this token, so it stays in `/status`.
             if self.unusable.is_none() {
                 self.change.accepted();
             }
-            // Recorded after the token is in the slot: a request behind this record must not take the token of the old pair.
+            // Recorded after the token is in the slot: a request that begins after this record must not get the token of the old
+            // pair.
             self.tell(slot, "accepted");
         }
     }
@@ -288,11 +289,11 @@ impl Fetcher {
         (reason, text)
     }
 
-    /// Returns the pause in which no fetch is made, even if requests wait. `None` if at least one of the pairs may be tried.
+    /// Returns the pause in which no fetch is made, even if requests wait. `None` if at least one pair is in no such pause.
     fn held(&self) -> Option<Held> {
         let active = self.active.retry.held()?;
         let Some(candidate) = &self.candidate else { return Some(active) };
-        // The sooner of the two ends the pause. Whether it is a refusal is the word of the pair in use, which callers depend on.
+        // The earlier end counts. Only the refusal of the pair in use is reported, since callers depend on that pair.
         let until = candidate.retry.held()?.until.min(active.until);
         Some(Held { until, refused: active.refused })
     }
@@ -314,7 +315,7 @@ impl Fetcher {
         self.notice(slot, noticed);
     }
 
-    /// Takes the result of a check of the files.
+    /// Applies the result of a check of the files: puts a changed pair on trial, or reports why the files cannot be used.
     fn notice(&mut self, slot: &Slot, noticed: Result<FileChange<AppKeyPair, BadPair>, Hangs>) {
         match noticed {
             // Read once only: the files of a pair are written one after the other, so this may be a mixed or half-written pair.
@@ -385,8 +386,9 @@ impl Secrets {
 }
 
 impl ActiveToken {
-    /// Returns the life of a token that the endpoint returned again, with `lifetime`, for a request of `sent`. It ends no later
-    /// than before and is used to its very end, since that server has no other token until then.
+    /// Returns this token with new times, after the endpoint has returned it again. `lifetime` is what that reply states, and
+    /// `sent` is when its request was sent. The token ends no later than before. It is sent to its very end, since the endpoint
+    /// issues no other until then.
     pub(super) fn to_the_end(&self, lifetime: Duration, sent: Moment) -> Self {
         // Some servers state the full lifetime each time, some the rest of it. Only a rest that is clearly shorter ends it
         // earlier.

@@ -40,14 +40,15 @@ impl Plan {
     /// The plan for a token that the endpoint returned again: it has no other until this one has expired, so the token is sent to
     /// its very end. `took`: how long the call took that brought it.
     pub(super) fn to_the_end(lifetime: Duration, took: Duration) -> Self {
-        // The life began when the endpoint issued the token, which was up to `took` after the request. A fetch before the end by
-        // that clock would bring the same token once more.
+        // The endpoint issued the token up to `took` after the request, so that there it ends later by as much. A fetch before
+        // that would bring the same token once more.
         Self { refresh: lifetime + took.min(MIN_GAP), stop: lifetime }
     }
 }
 
-/// One moment by three clocks. The monotonic clock stops while the machine sleeps, so a life is counted by *now*, which does not
-/// stop ([`clock`]). That a host paused its virtual machine shows in the wall clock only, which may also jump back.
+/// One moment, read from three clocks, none of which is right in all cases. The monotonic clock stops while the machine sleeps.
+/// *Now* ([`clock`]) goes on then, but not while a host has paused the virtual machine. The wall clock shows such a pause
+/// afterwards, but may be set back.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moment {
     /// For the distance between fetches and for back-off.
@@ -69,8 +70,8 @@ impl Moment {
         Self { monotonic: clock::now(), now: clock::unix_nanos(), wall: clock::wall() }
     }
 
-    /// Returns the time from this moment to `later`, by the clock that says more, so that a clock which was set back or stopped
-    /// does not prolong a life.
+    /// Returns the time from this moment to `later`: the longer one of *now* and of the wall clock. So a clock that was set back
+    /// or stopped does not prolong a life.
     pub(super) fn age(&self, later: Self) -> Duration {
         // A wall clock that was set back gives an error here: it then says nothing, and the other clock counts.
         let wall = later.wall.duration_since(self.wall).unwrap_or_default();
@@ -113,7 +114,7 @@ pub(super) enum FetchFailure {
     Passing,
 }
 
-/// A pause that no waiting request can shorten.
+/// A pause without fetches that no waiting request can shorten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Held {
     /// When the next fetch may begin.
@@ -123,7 +124,8 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Whether a request that can wait until `deadline` fails at once. After a refusal it does so for the whole pause.
+    /// Whether a request that can wait until `deadline` fails at once. After a refusal every request does, as long as the pause
+    /// lasts.
     pub(super) fn is_hopeless(&self, now: Instant, deadline: Instant) -> bool {
         // A refusal fails even a request that could wait until the next try. That try will most likely be refused as well,
         // until an operator corrects the secret.
@@ -136,9 +138,9 @@ impl Held {
 pub(super) struct Retry {
     not_before: Instant,
     held: Option<Held>,
-    /// [`FetchFailure::Passing`] since the last success.
+    /// The number of failures of the kind [`FetchFailure::Passing`] since the last success.
     failures: u32,
-    /// [`FetchFailure::Refused`] since the last success or the last change of the secret.
+    /// The number of failures of the kind [`FetchFailure::Refused`] since the last success or the last change of the secret.
     refusals: u32,
 }
 
@@ -179,7 +181,8 @@ impl Retry {
             .then_some(Held { until: self.not_before, refused: failure == FetchFailure::Refused });
     }
 
-    /// Returns the pause after one more fault that may end: exponential with full jitter, at most 3 s if urgent, else 60 s.
+    /// Counts one more passing failure and returns the pause after it: exponential with full jitter, at most 3 s if urgent, else
+    /// 60 s.
     fn back_off(&mut self, urgent: bool, jitter: f64) -> Duration {
         let (base, most) = if urgent { (0.5, 3.0) } else { (1.0, 60.0) };
         // The exponent is bounded, though the bound of the pause is reached far earlier: the cast and the power stay exact.
