@@ -50,9 +50,9 @@ pub struct Exchange {
     pub terms: Arc<ExchangeTerms>,
     /// The route.
     pub route: Arc<UpstreamRoute>,
-    /// The credential, of which all tokens of this exchange are.
+    /// The credential. All tokens of this exchange belong to it.
     pub credential: CredentialIndex,
-    /// The circuit breaker's leave to use the upstream.
+    /// The circuit breaker's permit to use the upstream.
     pub circuit_permit: CircuitPermit,
     /// The connection, reserved before the intent.
     pub connection: PooledConnection,
@@ -66,7 +66,7 @@ pub struct Exchange {
     pub record: IntendedRecord,
     /// The call's right to be sent, marked as sent.
     pub claim: Claim,
-    /// The request's place under the bound on concurrent work. The stop waits for it.
+    /// The request's permit under the bound on concurrent work. A stop of the gateway waits until it is dropped.
     pub room: InFlightPermit,
 }
 
@@ -98,9 +98,11 @@ impl Progress {
         if self.is_rejected { Code::CredentialRejected } else { Code::TokenUnavailable }
     }
 
-    /// Whether the token was refused and no other one was sent yet. What takes long then is the token endpoint.
-    // Not decided by written bytes: the upstream may refuse a token before it has read the whole request, and the rest of that is
-    // sent while the token is fetched. By the bytes such calls were of unknown outcome, and counted as failures of the upstream.
+    /// Whether the token was refused and no other one was sent yet. The exchange then waits for the token endpoint, not for the
+    /// upstream.
+    // Not decided by written bytes: the upstream may refuse a token before it has read the whole request, and the rest of that
+    // is sent while the token is fetched. A decision by bytes gave such calls an unknown outcome, and counted them as failures
+    // of the upstream.
     fn awaits_token(&self) -> bool {
         self.refused.is_some() && self.first_token.is_none()
     }

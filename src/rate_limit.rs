@@ -1,8 +1,8 @@
 //! Stages 3 and 7: rate limits by the generic cell rate algorithm (GCRA, a token bucket without a timer).
 //!
-//! [`Limiter`] is a caller's own limit, [`Quota`] the upstream's budget, which all callers share. One atomic holds the
-//! theoretical arrival time; the rate is beside it, so that a changed rate keeps the state. Exact under concurrency, without
-//! a lock or a timer. `governor` is the oracle of the tests.
+//! [`Limiter`] is a caller's own limit, [`Quota`] the upstream's budget, which all callers share. One atomic number is the
+//! theoretical arrival time of GCRA. The rate is stored apart from it, so that a changed rate keeps the state. A limit is exact
+//! under concurrency, without a lock or a timer. The tests compare it with `governor`.
 
 mod quota;
 
@@ -49,7 +49,7 @@ impl Limiter {
         Self { interval: AtomicU64::new(0), tolerance: AtomicU64::new(0), arrival: AtomicU64::new(0) }
     }
 
-    /// Changes the limit. What is spent stays spent, counted in requests, up to the new burst.
+    /// Changes the limit. The number of requests that are spent is kept, up to the new burst.
     pub fn set(&self, limit: RateLimit) {
         self.set_at(clock::nanos(), limit);
     }
@@ -74,21 +74,23 @@ impl Limiter {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| Some(arrival.max(now) + interval));
     }
 
-    /// Lets only a share of a rate pass from now on, and of its burst. `share` is from 0 (exclusive) to 1.
+    /// Limits the rate and the burst to a `share` of those of `limit`, from 0 (exclusive) to 1. `now` is in nanoseconds of this
+    /// process.
     // The tolerance stays what it is. With longer intervals fewer requests fit into it, which is the smaller burst.
     fn slow_down(&self, now: u64, limit: RateLimit, share: f64) {
         let interval = Duration::from_nanos(interval(limit)).div_f64(share);
         self.pace(now, clock::nanos_of(interval));
     }
 
-    /// Changes the interval, and keeps the number of requests that are spent.
+    /// Changes the interval, in nanoseconds, and keeps the number of requests that are spent.
     fn pace(&self, now: u64, interval: u64) {
         let old = self.interval.swap(interval, Ordering::Relaxed);
         if old == interval {
             return;
         }
-        // The arrival is scaled, or a limit of one an hour that is raised to a thousand a second would still have its caller wait
-        // an hour. Bounded by the new burst, or one that is lowered would refuse for longer than a full bucket takes.
+        // The arrival is scaled, or a limit of one an hour that is raised to a thousand a second would still have its caller
+        // wait an hour. It is bounded by the new burst: a lowered burst would otherwise refuse requests for longer than an empty
+        // bucket takes to fill.
         let spent = self.tolerance.load(Ordering::Relaxed).saturating_add(interval);
         let _ = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
             let ahead =
@@ -124,7 +126,7 @@ impl Limiter {
     }
 }
 
-/// The time of one request, in nanoseconds.
+/// The time that one request costs, in nanoseconds.
 fn interval(limit: RateLimit) -> u64 {
     clock::nanos_of(limit.period) / u64::from(limit.count.get())
 }

@@ -17,7 +17,7 @@ use crate::token::{ReplaceError, Slot, Token};
 use crate::upstream::breaker::Health;
 use crate::upstream::pool::NoConnection;
 
-/// The bytes of a reply that are read before its head goes out, and that decide the outcome.
+/// How many bytes of a reply's body are read before its head is sent to the caller. They decide the outcome.
 // A whole reply of the API is far shorter. The bound limits what one request holds in memory; see `streaming` for the rest.
 const DECISIVE: usize = 64 * 1024;
 
@@ -53,7 +53,8 @@ impl Broken {
         }
     }
 
-    /// The code of an exchange that ends so after bytes were sent, and the reason; `None` if all connections were busy.
+    /// Returns the code of an exchange that ends with this error after bytes were sent, and the reason. The reason is `None` if
+    /// all connections were busy.
     pub(super) fn told(&self) -> (Code, Option<&Reason>) {
         match self {
             Self::Unreachable(NoConnection::Failed(reason)) => (Code::UpstreamUnreachable, Some(reason)),
@@ -64,8 +65,8 @@ impl Broken {
 }
 
 impl Exchange {
-    /// Makes the first attempt and, if it is due, the replay. Returns the status of the reply, which itself is left in
-    /// `progress`.
+    /// Makes the first attempt and, if the upstream refuses the token, the replay. Returns the status of the last reply, and
+    /// stores the reply in `progress`.
     pub(super) async fn attempts(&mut self, progress: &mut Progress) -> Result<StatusCode, NoAnswer> {
         let first = self.attempt(progress).await?;
         if self.is_refusal(first) { Box::pin(self.replay(first, progress)).await } else { Ok(first) }
@@ -83,8 +84,8 @@ impl Exchange {
             first.rest = None;
         }
         let refused = self.token.generation();
-        // Before the fetch below. Some endpoints let only the last token live: there that fetch ends this token, and later it
-        // would look as if another gateway had.
+        // Asked before the fetch below. Some endpoints let only the last token live, so that the fetch itself ends this token.
+        // After it a refusal of this token would say nothing about another client.
         let had_worked = self.cooldown().has_accepted(refused) && self.slot().has_left_alone(refused);
         let Some(token) = self.another_token(had_worked, progress).await else { return Ok(first) };
         progress.first_token = Some(std::mem::replace(&mut self.token, token));

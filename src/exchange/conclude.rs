@@ -1,8 +1,8 @@
-//! The end of an exchange: classifies the reply, or decides the outcome where there is none, records it, and makes what the
-//! caller gets.
+//! The end of an exchange: classifies the reply, or decides the outcome if there is none, closes the record, and builds the
+//! answer for the caller.
 //!
-//! Guarantees that nothing that quotes a token, the app key or the app secret passes to the caller or is stored. Texts of fewer
-//! than 16 bytes are not searched for: they would be found by chance.
+//! Guarantees that no text that quotes a token, the app key or the app secret is passed to the caller or stored. Secrets of
+//! fewer than 16 bytes are not searched for: they would be found by chance.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,15 +44,15 @@ struct Conclusion {
     /// The cause, if the reply is a failure of the upstream.
     cause: Option<Cause>,
     upstream_id: Option<HeaderValue>,
-    /// Its body quoted the credential and was replaced.
+    /// Whether the body quoted the credential and was replaced.
     is_withheld: bool,
-    /// Its rest was dropped unread, so that its connection cannot be used again.
+    /// Whether the rest of the reply was dropped unread, so that the connection cannot be used again.
     is_cut: bool,
 }
 
 impl Exchange {
-    /// Classifies a reply, records the outcome and makes the caller's answer. Also returns what must be committed before that
-    /// answer is sent.
+    /// Classifies a reply, closes the record and builds the caller's answer. The record of a long reply is closed by its
+    /// [`StreamedReply`]. If the second value is `Some`, the answer must wait until that result is committed.
     // Inlined, or its large arguments would be moved once more.
     #[inline(always)]
     pub(super) fn conclude(
@@ -112,7 +112,7 @@ impl Exchange {
         (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
     }
 
-    /// What a reply means. Removes from it what the caller must not see.
+    /// Classifies a reply, and removes from it what the caller must not see.
     // A quoted secret is searched for after the classification, on the original body: the outcome must be that of the reply that
     // came, not of its stand-in. A result code that is shorter than any searched text cannot hold one; a longer one could.
     #[inline]
@@ -162,7 +162,7 @@ impl Exchange {
         }
     }
 
-    /// The record of a reply and its meaning. `reply`, what is stored, is left empty.
+    /// Builds the result for the record. Its field `reply`, the reply to store, is `None`.
     #[inline]
     fn answer(&self, status: StatusCode, conclusion: Conclusion, progress: &Progress) -> ExchangeResult {
         ExchangeResult {
@@ -216,8 +216,8 @@ impl Exchange {
         self.fail(progress, Code::UpstreamTimeout, Some(Cause::Timeout))
     }
 
-    /// Records an exchange that got no reply. Without a `cause` all connections were busy. `code` counts if bytes were sent;
-    /// otherwise the progress decides.
+    /// Records an exchange that ended without a reply. `cause` is `None` if all connections were busy. `code` is used if bytes
+    /// were sent; otherwise `progress` decides the code.
     pub(super) fn fail(
         self,
         progress: &Progress,
@@ -252,7 +252,7 @@ impl Exchange {
     }
 }
 
-/// The cause of a reply that is a failure of the upstream; `None` for one that is none.
+/// Returns the cause if the reply is a failure of the upstream, else `None`.
 fn failure(
     status: StatusCode,
     outcome: Outcome,
@@ -300,15 +300,15 @@ fn settle_headers(outcome: Outcome, headers: &mut HeaderMap, length: Option<u64>
     }
 }
 
-/// The length of a body in bytes. Of one that is not read to its end, only if its `Content-Length` frames it.
+/// Returns the length of a body in bytes. `None` if the body is not read to its end and its head did not state how long it is.
 fn length(body: &Bytes, rest: Option<&Incoming>) -> Option<u64> {
     let more = rest.map_or(Some(0), |rest| rest.size_hint().exact());
     more.map(|more| body.len() as u64 + more)
 }
 
 /// Whether the head states just this length, in one plain number, so that it may pass.
-// A reply may state several lengths, or one that means nothing beside `Transfer-Encoding` (RFC 9112, section 6.3). Passed on,
-// `10` there gave a caller the first 10 bytes, a 200, and no sign that more was lost.
+// A reply may state several lengths, or one that means nothing beside `Transfer-Encoding` (RFC 9112, section 6.3). When such a
+// length was passed on, `10` gave a caller the first 10 bytes, a 200, and no sign that more was lost.
 fn states_length(headers: &HeaderMap, known: Option<u64>) -> bool {
     let Some(known) = known.filter(|known| *known > 0) else { return false };
     // A reply has few headers. To compare their names costs less than to hash one.

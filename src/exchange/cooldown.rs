@@ -12,10 +12,12 @@ use crate::backoff::after_refusals;
 
 /// Whether refused tokens of one credential on one route still cause fetches.
 ///
-/// A second 401 in a row, or the same token handed out again, says that the token is not what is wrong. For 30 s, doubling
-/// up to 5 min, further 401s then cause no fetch. The newest token stays in use, and the first success ends the cool-down and
-/// its doubling. Two 401s are in a row if one request gets both, or if a request is refused with the token that was fetched
-/// because of another's refusal.
+/// Two refusals in a row, or the same token handed out again, show that another token does not help. Then further refusals cause
+/// no fetch for 30 s. This time doubles with each further cool-down, up to 5 min. The newest token stays in use. The first
+/// success ends the cool-down and resets its length.
+///
+/// Two refusals are in a row if one request gets both, or if a request is refused with the token that was fetched because of
+/// another request's refusal.
 #[derive(Debug, Default)]
 pub struct Cooldown(Mutex<Cooling>);
 
@@ -23,7 +25,7 @@ pub struct Cooldown(Mutex<Cooling>);
 struct Cooling {
     until: Option<Instant>,
     count: u32,
-    /// The generation that is being replaced because it was refused, and since when.
+    /// The refused generation for which a fetch was allowed last, and when.
     doubted: Option<(u64, Instant)>,
     /// The newest generation that was accepted; 0 for none.
     accepted: u64,
@@ -45,7 +47,7 @@ impl Cooldown {
         self.lock().rejected(Instant::now());
     }
 
-    /// Ends the cool-down: a token of this generation was accepted.
+    /// Ends the cool-down and resets its length: a token of this generation was accepted.
     pub fn accepted(&self, generation: u64) {
         self.lock().accepted(generation);
     }
@@ -71,14 +73,14 @@ impl Cooling {
         if self.remaining(now).is_some() {
             return false;
         }
-        // Beyond the length of a first cool-down two refusals are no longer in a row: the later token may have ended for a reason
-        // of its own.
+        // Refusals that are further apart than a first cool-down is long are not in a row: the later token may have ended for a
+        // reason of its own.
         let recent =
             self.doubted.filter(|(_, since)| now.saturating_duration_since(*since) < after_refusals(0));
         match recent {
             // The successor of a refused token is refused as well.
             Some((doubted, _)) if generation > doubted => self.rejected(now),
-            // The same token again, met by another request. The slot makes one fetch of all.
+            // Another request was refused with the same token. The slot shares one fetch among all of them.
             Some(_) => return true,
             None => {
                 self.doubted = Some((generation, now));
@@ -88,8 +90,8 @@ impl Cooling {
         false
     }
 
-    // Requests that are refused together start one cool-down, not one each: a thousand second 401s at once took the doubling to
-    // its end.
+    // Requests that are refused together start one cool-down, not one each: a thousand second refusals at once doubled it up to
+    // its bound.
     fn rejected(&mut self, now: Instant) {
         if self.remaining(now).is_none() {
             self.until = Some(now + after_refusals(self.count));

@@ -19,7 +19,7 @@ use crate::result_rule::ResultRule;
 /// The header that says that a person resolved the first call.
 const RESOLVED: HeaderName = HeaderName::from_static("x-gateway-resolved");
 
-/// The media type of what the gateway writes itself.
+/// The media type of bodies that the gateway writes itself.
 pub(super) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// A reply on its way to the caller.
@@ -33,7 +33,7 @@ pub struct Reply {
     pub body: RelayedBody,
     /// What became of the task.
     pub outcome: Outcome,
-    /// What a client may do about it.
+    /// Whether, and how, the client should repeat the call.
     pub retry: Retry,
     /// The earlier call that this one repeats or equals.
     pub first: Option<FirstCall>,
@@ -52,7 +52,8 @@ pub enum RelayedBody {
 }
 
 /// A piece of a long reply.
-// The last one says that it is the last. By the end of the channel alone a cut reply reached a slow caller as a complete one.
+// The last one says that it is the last. When the end of the channel meant that, a cut reply reached a slow caller as a complete
+// one.
 #[derive(Debug)]
 pub enum BodyPart {
     /// A piece that is not the last one.
@@ -84,8 +85,8 @@ pub struct Failure {
 pub type ExchangeReply = Result<Box<Reply>, Failure>;
 
 impl Reply {
-    /// The reply to a repetition: what the first call with the same key got. If that reply was evicted, JSON with the result
-    /// code takes its place; if a person resolved the call as done, JSON that says so.
+    /// Builds the reply to a repetition: the stored reply of the first call with the key. If that was evicted, the body is JSON
+    /// with the result code. If a person resolved the call as done, the body is JSON that says so.
     pub fn replayed(replay: Replay, rule: &ResultRule) -> Self {
         let Replay {
             first,
@@ -124,8 +125,8 @@ impl Reply {
     }
 }
 
-/// The JSON that takes the place of a body that cannot be passed on: the result code if it is known, a member `why` that is true,
-/// and the id of the call `of` which it was.
+/// Returns the JSON that takes the place of a body that cannot be passed on. Its members are the result code under `field`, if
+/// it is known; `why`, with the value `true`; and `request_id`, the id of the call `of`, if there is one.
 // Under the route's own field, so that a client that reads the result code finds it where it always is.
 pub(super) fn stand_in(field: &str, result_code: Option<&[u8]>, why: &str, of: Option<FirstCall>) -> Bytes {
     let mut members = Map::new();

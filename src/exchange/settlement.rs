@@ -14,7 +14,8 @@ use crate::model::code::Code;
 use crate::model::outcome::Outcome;
 
 /// Queues the outcome for the trail, and ends the claim of a call without a key. Never waits.
-// A call without a key does not wait for the commit: nothing is replayed for it, and a crash leaves it in doubt, which guards.
+// A call without a key does not wait for the commit: nothing is replayed for it, and after a crash its outcome is unknown, so
+// that equal calls are refused.
 pub(super) fn finish(claim: Claim, record: IntendedRecord, answer: &ExchangeResult) -> Finished {
     let (queued, names) = record.finish(answer);
     if claim.is_keyed() {
@@ -45,8 +46,8 @@ pub(super) async fn committed(
     }
 }
 
-/// A call with a key whose outcome is queued and not committed yet. Its caller learns of the outcome afterwards, so that what
-/// it was told is what a restart reads.
+/// A call with a key whose outcome is queued and not committed yet. Its caller gets the outcome only after the commit, so that a
+/// restart reads the same outcome.
 #[derive(Debug)]
 pub(super) struct UncommittedResult {
     queued: Queued,
@@ -100,8 +101,8 @@ impl UncommittedResult {
 pub(super) struct NotCommitted;
 
 impl Failure {
-    /// The failure of a call that the upstream has answered, while the trail cannot be written.
-    // `Retry-After` although the outcome is unknown: with its key the caller asks, and sends nothing.
+    /// The failure of a call that the upstream has answered, and whose outcome was not committed in time.
+    // `Retry-After` although the outcome is unknown: a repetition with the same key only asks for the result, and sends nothing.
     fn not_on_record() -> Self {
         let retry_after = Some(Duration::from_secs(1));
         Self { code: Code::RequestInProgress, outcome: Outcome::Unknown, cause: None, retry_after }

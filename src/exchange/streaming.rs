@@ -43,7 +43,7 @@ pub(super) struct StreamedReply {
 impl StreamedReply {
     /// Passes the reply on to its end, to a quoted secret, or to the deadline.
     // Holds back as many bytes as the longest searched secret has: a quote may begin in one piece and end in the next. At least
-    // one byte, so that the outcome is recorded before the last byte leaves. The search runs when as much again has come:
+    // one byte, so that the outcome is recorded before the last byte leaves. The search runs once twice as many bytes are held:
     // otherwise small pieces would have the same bytes searched over and over.
     pub(super) async fn run(mut self, first: Bytes, connection: PooledConnection, deadline: Instant) {
         let first_token = self.first_token.as_ref().map_or(0, |token| token.needles().longest());
@@ -68,7 +68,8 @@ impl StreamedReply {
                     }
                     let finished = self.close(self.not_taken());
                     connection.release();
-                    // If it fails, the last piece is not sent: the caller sees the reply break off, and asks again with its key.
+                    // If the commit fails, the last piece is not sent: the caller sees the reply break off, and asks again with
+                    // its key.
                     if let Ok(delivery) = committed(finished, deadline).await {
                         self.hand_on(BodyPart::Last(held.freeze()), deadline).await;
                         self.settle(delivery);
@@ -119,13 +120,14 @@ impl StreamedReply {
         }
     }
 
-    /// Closes the record and the claim, once.
+    /// Closes the record and ends the claim by [`finish`]. Does nothing if that was done before.
     fn close(&mut self, note: Option<&'static str>) -> Finished {
         let Some((record, answer, claim)) = self.open.take() else { return Finished::default() };
         finish(claim, record, &ExchangeResult { note, ..answer })
     }
 
-    /// Settles the delivery of a success: a caller that took the rest has the head, which reports the success.
+    /// Hands over the delivery of a success if the caller took every piece so far: it then has the head, which reports the
+    /// success. Otherwise drops the delivery, which makes the success undelivered.
     fn settle(&self, delivery: Option<Delivery>) {
         if let Some(mut delivery) = delivery.filter(|_| self.sender.is_some()) {
             delivery.hand_over();
@@ -133,7 +135,7 @@ impl StreamedReply {
     }
 }
 
-/// A stop drops the task. The outcome in the record is then the one in the head that the caller has.
+/// Closes the record if a stop of the gateway drops the task. The record then has the outcome that the caller got with the head.
 impl Drop for StreamedReply {
     fn drop(&mut self) {
         drop(self.close(Some("the gateway stopped while the reply was passed on")));

@@ -40,7 +40,7 @@ pub struct ExchangeTerms {
     pub failures: Failures,
     /// Reply headers that pass to callers, beside those that always do.
     pub reply_headers: Vec<HeaderName>,
-    /// Parts of replies that were withheld since they quote a secret, by place.
+    /// Parts of replies that were withheld because they quote a secret, by place.
     pub withheld: Family<PlaceLabel, Counter>,
 }
 
@@ -51,7 +51,7 @@ pub struct ExchangeMetrics {
     pub breaker: breaker::CircuitMetrics,
     /// Requests that failed, by cause.
     pub failures: Family<CauseLabel, Counter>,
-    /// Parts of replies that were withheld since they quote a secret, by place.
+    /// Parts of replies that were withheld because they quote a secret, by place.
     pub withheld: Family<PlaceLabel, Counter>,
 }
 
@@ -71,8 +71,9 @@ impl ExchangeTerms {
         &self.slots[index]
     }
 
-    /// Reports to breaker and operators that no connection could be reserved for a request.
-    // That all are busy is neither: it is a bound of the gateway's own, and no failure of the upstream.
+    /// Reports to the circuit breaker and to operators that no connection could be made for a request. Does nothing if all
+    /// connections were busy.
+    // Busy connections are a bound of the gateway's own, and no failure of the upstream.
     #[cold]
     pub fn unreachable(&self, circuit_permit: &mut CircuitPermit, none: &NoConnection, id: RequestId) {
         if let NoConnection::Failed(reason) = none {
@@ -108,7 +109,7 @@ impl ExchangeTerms {
         }
     }
 
-    /// The upstream request of a checked body. Nothing of the caller's head is in it but the operator.
+    /// Builds the upstream request of a checked body. Of the caller's head it contains only the operator.
     pub(super) fn request(
         &self,
         route: &UpstreamRoute,

@@ -14,10 +14,10 @@ use super::{LimitExceeded, Limiter};
 use crate::clock;
 use crate::config::RateLimit;
 
-/// The share of the quota that comes back each second.
+/// The share of the configured quota that comes back each second.
 const RECOVERY: f64 = 0.02;
 
-/// The smallest share.
+/// The smallest share of the configured quota to which it is throttled.
 // Some requests must pass, or the gateway would never learn that the upstream has recovered.
 const LEAST: f64 = 1.0 / 32.0;
 
@@ -26,7 +26,7 @@ const LEAST: f64 = 1.0 / 32.0;
 const LONGEST: Duration = Duration::from_secs(300);
 
 /// The time within which several 429s count as one, in nanoseconds.
-// They answer requests that were under way together. Halved for each, the quota would be at its least after one burst.
+// They answer requests that were under way together. If each of them halved the quota, it would be at its least after one burst.
 const TOGETHER: u64 = 1_000_000_000;
 
 /// A quota that all callers share.
@@ -34,12 +34,13 @@ const TOGETHER: u64 = 1_000_000_000;
 pub struct Quota {
     limiter: Limiter,
     limit: Mutex<RateLimit>,
-    // Beside the lock, so that a request takes none while the quota is whole, which it nearly always is.
+    // Apart from the lock, so that a request does not take the lock while the quota is whole, which it nearly always is.
     is_shrunk: AtomicBool,
     shrunk: Mutex<Option<Shrunk>>,
 }
 
-/// A throttled quota. Times are in nanoseconds of this process.
+/// A throttled quota: its share of the configured one, the time of the 429 that set this share, and the end of the pause, after
+/// which the share grows. Times are in nanoseconds of this process.
 #[derive(Clone, Copy, Debug)]
 struct Shrunk {
     share: f64,
@@ -87,7 +88,8 @@ impl Quota {
         }
     }
 
-    /// Changes the quota. What is spent stays spent, and a throttled quota stays throttled to the same share.
+    /// Changes the quota. The number of requests that are spent is kept, and a throttled quota stays throttled to the same
+    /// share.
     pub fn set(&self, limit: RateLimit) {
         let (now, shrunk) = (clock::nanos(), self.shrunk());
         *self.limit.lock().unwrap_or_else(PoisonError::into_inner) = limit;
@@ -140,12 +142,12 @@ impl Quota {
             Some(known) => (known.share, known.since),
             None => ((shrunk.map_or(1.0, |known| known.share(now)) / 2.0).max(LEAST), now),
         };
-        // The longest pause counts: the upstream gave it to one of the requests, and nothing takes it back.
+        // The longest pause counts: the upstream asked for it, and a later 429 with a shorter one does not revoke it.
         let until = shrunk.map_or(until, |known| known.until.max(until));
         *shrunk = Some(Shrunk { share, since, until });
         self.is_shrunk.store(true, Ordering::Relaxed);
         self.limiter.slow_down(now, self.limit(), share);
-        // What is left of a burst would go out at once, right behind the 429.
+        // Otherwise what is left of a burst would be sent at once, right after the 429.
         self.limiter.empty(now);
         // Logged without the lock. Under it, one 429 held up every call while stderr was a full pipe.
         drop(shrunk);
@@ -154,7 +156,7 @@ impl Quota {
         }
     }
 
-    /// Applies what has come back of a throttled quota.
+    /// Raises a throttled quota by the share that has come back.
     // At each request instead of by a timer: between two requests the share has no effect.
     fn recover(&self, now: u64) {
         if self.is_shrunk.load(Ordering::Relaxed) {
