@@ -75,7 +75,7 @@ pub struct Exchange {
 struct Progress {
     /// The number of attempts that got a reply.
     answered: u32,
-    /// The connection's count of written bytes before the attempt that has no reply yet.
+    /// How many bytes the connection had written before the attempt that has no reply yet.
     // More than this at the end means that bytes may have arrived, so that the outcome is unknown.
     mark: u64,
     /// The status of the reply that refused the token.

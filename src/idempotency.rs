@@ -69,7 +69,7 @@ use past::Meanwhile;
 use refusal::{Passed, passed, rejected};
 pub use refusal::{Refusal, Refused};
 
-/// The memory that a stored reply takes beside its body, in bytes. Measured; the cache's own entry is most of it.
+/// The memory that a stored reply takes in addition to its body, in bytes. Measured; the cache's own entry is most of it.
 const REPLY_OVERHEAD: usize = 450;
 
 /// The state of deduplication, shared by all workers.
@@ -186,8 +186,8 @@ impl Idempotency {
             read: [AtomicU64::new(0), AtomicU64::new(0)],
         };
         // Before the first call is served: a call that a crash cut off is the likeliest to be sent again, and a call without a
-        // key does not wait for the rebuild. Each doubt guards for a whole window from now on: how long the gateway was down
-        // only a wall clock could tell, and that may be wrong.
+        // key does not wait for the rebuild. Each doubt refuses equal calls for a whole window from now on: only a wall clock,
+        // which may be wrong, could tell how long the gateway was down.
         let calls: Vec<_> = audit.unresolved().calls().cloned().collect();
         for call in calls {
             table.restore(&call, now());

@@ -1,7 +1,7 @@
-//! A cool-down for refused tokens where another token does not help, as where the service was not purchased.
+//! A cool-down for refused tokens. If another token does not help, for example because the service was not purchased, further
+//! refusals cause no fetch for some time.
 //!
-//! Without it each such call would cause a fetch, and the token endpoint would be asked without end for tokens that change
-//! nothing.
+//! Without it each refused call would cause a fetch, without end and without any effect.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

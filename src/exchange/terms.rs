@@ -38,7 +38,7 @@ pub struct ExchangeTerms {
     pub slots: Vec<Arc<Slot>>,
     /// The failures so far, for metrics and `/status`.
     pub failures: Failures,
-    /// Reply headers that pass to callers, beside those that always do.
+    /// Reply headers that pass to callers, in addition to those that always do.
     pub reply_headers: Vec<HeaderName>,
     /// Parts of replies that were withheld because they quote a secret, by place.
     pub withheld: Family<PlaceLabel, Counter>,

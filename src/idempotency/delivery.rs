@@ -25,8 +25,9 @@ use crate::keyed_hash::KeyedFingerprint;
 pub struct Delivery {
     table: Arc<Idempotency>,
     mark: KeyedFingerprint,
-    /// The call that succeeded, and in `key` the mark of its `Idempotency-Key`.
+    /// The call that succeeded.
     id: Uuid,
+    /// The mark of its `Idempotency-Key`.
     key: Option<KeyedFingerprint>,
     /// The call that the succeeded call repeated by force.
     forced: Option<Uuid>,
@@ -91,7 +92,8 @@ impl Delivery {
         Self { table: table.clone(), mark, id, key, forced, replaces_unkeyed, names, step: Step::OwnAnswer }
     }
 
-    /// The delivery of an answer to the call `caller` that reports the success of the equal call `id`.
+    /// The delivery of another answer that reports the success of the call `id`: a replay, or the refusal of an equal call.
+    /// `caller` is the call that gets this answer.
     pub(super) fn of_other_answer(
         table: &Arc<Idempotency>,
         mark: KeyedFingerprint,

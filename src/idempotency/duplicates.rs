@@ -354,8 +354,8 @@ impl DuplicateDetector {
         }
     }
 
-    /// Turns an undelivered success into one whose caller has the answer. Returns that call; `None`, unchanged, if there is no
-    /// such success.
+    /// Turns an undelivered success into one whose caller has the answer, and returns its call. Returns `None`, and changes
+    /// nothing, if the call is not undelivered.
     pub(super) fn delivered(&mut self, mark: KeyedFingerprint, id: Uuid, now: u32) -> Option<Duplicate> {
         let is_it = |known: &Known| {
             let undelivered = matches!(known.state, State::Doubt(Doubt { kind: DoubtKind::Undelivered, .. }));
@@ -590,7 +590,7 @@ mod tests {
         detector.end(MARK, id(2), UNKNOWN, 1);
         assert_eq!(keyed(&mut detector, 3, None), refused(2));
         assert_eq!(keyed(&mut detector, 3, Some(1)), refused(2), "the first one is superseded");
-        // The repetition guards as the first call did. It may itself be repeated by force, under a third key.
+        // The repetition refuses equal calls as the first call did. It may itself be repeated by force, under a third key.
         keyed(&mut detector, 4, Some(2)).unwrap();
         detector.end(MARK, id(4), UNKNOWN, 1);
         assert_eq!(keyed(&mut detector, 5, None), refused(4));
@@ -606,7 +606,7 @@ mod tests {
         detector.end(MARK, id(1), UNKNOWN, 0);
         assert_eq!(detector.begin(MARK, call(2, true), Some(id(1)), false, 0), Ok((None, None)));
         detector.end(MARK, id(2), Completion::Succeeded, 0);
-        // Taken for repeated, the first call would have stopped to guard against calls without a key.
+        // If the first call counted as repeated, it would no longer refuse calls without a key.
         assert_eq!(begin(&mut detector, 3, 0), Err(Rejection::Duplicate(First::Open(id(1)))), "as before");
         let mut detector = self::detector(WithoutKey::Block);
         begin(&mut detector, 1, 0).unwrap();

@@ -29,7 +29,8 @@ impl Idempotency {
         self.present_loss().is_some()
     }
 
-    /// The loss that still matters, with the time until which it does.
+    /// Returns the loss that still matters, and until when it matters, in seconds since 1970. Clears a loss whose window is
+    /// over.
     pub(super) fn present_loss(&self) -> MutexGuard<'_, Option<(Loss, u32)>> {
         // Ends here instead of by a timer: nothing else depends on the moment.
         let mut loss = self.loss.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,9 +4,9 @@
 //! outcome the call is of unknown outcome. Successes of calls without a key are read back, too. Doubts about such calls are not:
 //! they are on the unresolved list, which the start has read already.
 //!
-//! Guarantees that a key of the window is not taken for a new one. Where the hash chain does not prove the trail, since a line
-//! is missing, was changed or cannot be read, that is a loss: keys that are not found are then refused. The age of a record
-//! depends on no wall clock: see [`crate::audit::age`].
+//! Guarantees that a key of the window is not taken for a new one. A line that is missing, was changed or cannot be read is a
+//! loss; the hash chain shows which. After a loss, keys that are not found are refused. The age of a record depends on no wall
+//! clock: see [`crate::audit::age`].
 //!
 //! One thread reads and parses, another applies. A million keys, more than a gigabyte, are known within 5 s.
 
@@ -45,12 +45,12 @@ const LONGEST_CALL: u32 = 15 * 60;
 const LEAST_CALL: u64 = 1024;
 
 /// The largest number of records that are handed over at once.
-// In batches, so that the threads do not wake each other for each record. The bound on them keeps a reader that is faster than
-// the other half from filling the memory.
+// In batches, so that the threads do not wake each other for each record.
 const BATCH: usize = 1000;
 /// A batch is also handed over once this many bytes of the trail have been read for it.
 const BATCH_BYTES: usize = 1 << 20;
 /// The largest number of batches that wait to be applied.
+// The bound keeps a reader that is faster than the other half from filling the memory.
 const BATCHES: usize = 8;
 
 /// The pause after a reading that failed.

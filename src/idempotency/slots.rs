@@ -35,8 +35,9 @@ pub(super) struct Slots<T> {
     hasher: foldhash::fast::RandomState,
     /// The first of the unused entries, which are linked by `next`; or [`NONE`].
     unused: u32,
-    /// The first entry of the queue, and in `last` its last one; [`NONE`] while the queue is empty.
+    /// The first entry of the queue; [`NONE`] while it is empty.
     first: u32,
+    /// The last entry of the queue; [`NONE`] while it is empty.
     last: u32,
 }
 

@@ -326,7 +326,7 @@ fn bare(token: &str) -> &str {
     let token = token.trim();
     match token.split_at_checked(SCHEME.len()) {
         Some((scheme, rest)) if scheme.eq_ignore_ascii_case(SCHEME) => rest.trim_start(),
-        // The trim above has removed the blank behind a scheme without a token.
+        // The trim above has removed the blank after a scheme without a token.
         _ if token.eq_ignore_ascii_case(SCHEME.trim_end()) => "",
         _ => token,
     }
