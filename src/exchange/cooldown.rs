@@ -25,7 +25,7 @@ pub struct Cooldown(Mutex<Cooling>);
 struct Cooling {
     until: Option<Instant>,
     count: u32,
-    /// The refused generation for which a fetch was allowed last, and when.
+    /// The refused generation that a fetch is to replace, and when it was first refused.
     doubted: Option<(u64, Instant)>,
     /// The newest generation that was accepted; 0 for none.
     accepted: u64,

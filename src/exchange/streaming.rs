@@ -120,7 +120,7 @@ impl StreamedReply {
         }
     }
 
-    /// Closes the record and ends the claim by [`finish`]. Does nothing if that was done before.
+    /// Closes the record and passes the claim to [`finish`]. Does nothing if that was done before.
     fn close(&mut self, note: Option<&'static str>) -> Finished {
         let Some((record, answer, claim)) = self.open.take() else { return Finished::default() };
         finish(claim, record, &ExchangeResult { note, ..answer })

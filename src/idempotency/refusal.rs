@@ -17,7 +17,8 @@ use crate::model::request_id::{FirstCall, RequestId};
 pub struct Refusal {
     /// Why the call is refused.
     pub reason: Refused,
-    /// The delivery of the first call's success, to be handed over with this answer. `None` if the answer reports no success.
+    /// The delivery of the equal call's success, to be handed over with this answer. `None` unless the reason is
+    /// [`Refused::Done`].
     // In a box: few refusals have one, and each would be as large.
     pub delivery: Option<Box<Delivery>>,
 }
