@@ -93,7 +93,7 @@ pub struct Hosts(Option<Vec<String>>);
 pub enum Denied {
     /// A bound on concurrent work is reached, or the gateway is stopping.
     #[error(transparent)]
-    Room(#[from] NoRoom),
+    NoRoom(#[from] NoRoom),
     /// The head can be read in more than one way.
     #[error("{0}")]
     Head(&'static str),
@@ -176,8 +176,8 @@ impl Admission {
     fn add(&mut self, network: IpNet, caller: &Arc<Caller>) {
         self.networks.insert(network, caller.clone());
         let lengths = &mut self.prefixes[usize::from(network.addr().is_ipv6())];
-        if let Err(place) = lengths.binary_search_by(|length| network.prefix_len().cmp(length)) {
-            lengths.insert(place, network.prefix_len());
+        if let Err(index) = lengths.binary_search_by(|length| network.prefix_len().cmp(length)) {
+            lengths.insert(index, network.prefix_len());
         }
     }
 
@@ -198,11 +198,11 @@ impl Admission {
         if head.is_browser {
             return Err(Denied::Browser);
         }
-        self.who(peer, names).map(Identified).ok_or(Denied::Caller)
+        self.caller_of(peer, names).map(Identified).ok_or(Denied::Caller)
     }
 
     /// The caller of a connection, whatever is sent on it; `names` as in [`Admission::identify`].
-    pub fn who(&self, peer: Peer, names: Option<&[String]>) -> Option<&Arc<Caller>> {
+    pub fn caller_of(&self, peer: Peer, names: Option<&[String]>) -> Option<&Arc<Caller>> {
         // On a listener that asks for certificates the address proves nothing, so it is not a second way in.
         names.map_or_else(|| self.find(peer), |names| self.find_name(names))
     }

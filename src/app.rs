@@ -34,7 +34,7 @@ use crate::gateway::Gateway;
 use crate::idempotency::Idempotency;
 use crate::idempotency::memory::KeyMemory;
 use crate::metrics::Metrics;
-use crate::model::audit_fields::SHOWN;
+use crate::model::audit_fields::REDACTABLE;
 use crate::reload::{Reload, Source};
 use crate::secret::needles;
 use crate::server::connection::Deadlines;
@@ -47,7 +47,7 @@ use crate::upstream::pool;
 use crate::upstream::pool::Pool;
 use crate::watchdog::Watchdog;
 use crate::{admin, audit, config, control};
-use beside::{look, read_past};
+use beside::{check_each_second, read_past};
 use drain::drain;
 use file_changes::watch;
 use worker::{StopTerms, Worker, join, of_worker, share};
@@ -153,7 +153,7 @@ impl App {
         audit::limit::check(config).map_err(OpenError::from)?;
         audit::dry_run(&audit_options(config, None))?;
         compile_routes(config, None)?;
-        sockets::look(config, file)
+        sockets::check(config, file)
     }
 
     /// The addresses of the listeners, with the real ports.
@@ -197,7 +197,7 @@ impl App {
         let mut supervisor = Supervisor::new();
         read_past(&self, supervisor.vital("the reading of the trail"))?;
         watch(&self, &supervisor);
-        self.background.spawn(look(self.audit.clone(), supervisor.vitals()));
+        self.background.spawn(check_each_second(self.audit.clone(), supervisor.vitals()));
         let (stopping, stopped) = watch::channel(Lifecycle::Serving);
         let (begin, may_begin) = watch::channel(false);
         let (accepts, accepting) = watch::channel(0);
@@ -401,7 +401,7 @@ fn audit_options(config: &Config, accept_loss: Option<String>) -> audit::Options
         // find room, too.
         queue: AUDIT_QUEUE.max(4 * config.server.max_in_flight),
         intent_deadline: INTENT_DEADLINE,
-        shown: SHOWN.map(|name| config.audit.shown(name)),
+        redactions: REDACTABLE.map(|name| config.audit.redaction(name)),
         refusals: config.audit.refusals(),
         hour: audit::HOUR,
         // A call that began before the idempotency window and ended within it still matters, so `SLACK` is added.

@@ -67,9 +67,9 @@ use tokio::sync::SemaphorePermit;
 
 use crate::clock;
 use crate::keyed_hash::{Keys, hidden};
-use crate::model::audit_fields::SHOWN;
+use crate::model::audit_fields::REDACTABLE;
 use crate::model::peer::Peer;
-use crate::model::redaction::Shown;
+use crate::model::redaction::Redaction;
 use crate::supervisor::Vital;
 use age::Ages;
 pub use clocks::ClockDoubt;
@@ -155,7 +155,7 @@ struct Handle {
     intent_deadline: Duration,
     begun: u64,
     damage: Arc<[Damage]>,
-    shown: [Shown; SHOWN.len()],
+    redactions: [Redaction; REDACTABLE.len()],
     /// Held while a call is resolved, so that of two resolutions of one call at the same time exactly one is
     /// recorded.
     resolving: Arc<tokio::sync::Mutex<()>>,
@@ -237,15 +237,16 @@ impl Audit {
 
     /// Applies the configured redaction to a value. Returns the value itself, a keyed hash of it, or `None` if it is
     /// to be omitted. `field` is an index into [`SHOWN`].
-    fn show(&self, field: usize, value: HeaderValue) -> Option<HeaderValue> {
-        match self.0.shown[field] {
-            Shown::Clear => Some(value),
-            Shown::Omit => None,
-            Shown::Hmac => {
+    fn redact(&self, field: usize, value: HeaderValue) -> Option<HeaderValue> {
+        match self.0.redactions[field] {
+            Redaction::Clear => Some(value),
+            Redaction::Omit => None,
+            Redaction::Hmac => {
                 // The field's name is hashed with the value. Otherwise equal hashes would show that an operator's id
                 // and a caller's request id are the same text.
-                let mark = self.keys().mark(&[b"field", SHOWN[field].as_bytes(), value.as_bytes()]);
-                HeaderValue::from_str(&hidden(mark)).ok()
+                let fingerprint =
+                    self.keys().fingerprint(&[b"field", REDACTABLE[field].as_bytes(), value.as_bytes()]);
+                HeaderValue::from_str(&hidden(fingerprint)).ok()
             }
         }
     }
@@ -253,7 +254,7 @@ impl Audit {
     /// Returns what is written instead of a peer's address: `None` if the address itself is written, `Some(None)` if
     /// nothing is.
     fn redacted_peer(&self, peer: Peer) -> Option<Option<HeaderValue>> {
-        if self.0.shown[1] == Shown::Clear {
+        if self.0.redactions[1] == Redaction::Clear {
             return None;
         }
         // Without the port: it differs for each connection, so that a hash over it would recognise no peer.
@@ -261,7 +262,7 @@ impl Audit {
             Peer::Tcp(address) => address.ip().to_string(),
             Peer::Unix { .. } => peer.to_string(),
         };
-        Some(HeaderValue::from_str(&text).ok().and_then(|text| self.show(1, text)))
+        Some(HeaderValue::from_str(&text).ok().and_then(|text| self.redact(1, text)))
     }
 
     /// Opens the record of a request. If the request's future is dropped, the record closes itself as refused.
@@ -295,8 +296,8 @@ impl Audit {
         let found = recovery::read(directory, self.keys());
         // Retention waits until the clock anchors are known. An error must end that wait, too, or no segment would be
         // removed in this run.
-        let found = found.inspect_err(|_| self.0.clocks.know(Vec::new()))?;
-        self.0.clocks.know(found.anchors);
+        let found = found.inspect_err(|_| self.0.clocks.set_anchors(Vec::new()))?;
+        self.0.clocks.set_anchors(found.anchors);
         // The reader goes on past the event `start`, into lines that this process is writing at the same time. A fault
         // there is a half-written line and no damage.
         if let Some(fault) = found.faults.iter().find(|fault| fault.seq <= self.begun()) {
@@ -330,8 +331,8 @@ impl Audit {
     }
 
     /// Compares the clocks, and records when doubt in the wall clock begins or ends. Must be called about once a second.
-    pub fn look_at_clock(&self) {
-        self.0.clocks.look(self.shared());
+    pub fn check_clock(&self) {
+        self.0.clocks.update(self.shared());
     }
 
     /// Accepts the wall clock on behalf of an operator: ends the doubt, and queues the event `clock_accepted` with

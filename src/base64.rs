@@ -10,9 +10,9 @@ pub(crate) fn base64(bytes: &[u8]) -> String {
         let mut group = [0; 4];
         group[1..=three.len()].copy_from_slice(three);
         let group = u32::from_be_bytes(group);
-        for (place, shift) in [18, 12, 6, 0].into_iter().enumerate() {
+        for (position, shift) in [18, 12, 6, 0].into_iter().enumerate() {
             let letter = LETTERS[(group >> shift & 63) as usize];
-            text.push(if place <= three.len() { char::from(letter) } else { '=' });
+            text.push(if position <= three.len() { char::from(letter) } else { '=' });
         }
     }
     text

@@ -72,11 +72,11 @@ impl Changes {
     /// Returns for each thing whether it is in use, and its last error, for `/status`.
     pub fn status(&self) -> Map<String, Value> {
         // Both come from one reading of the last error, so that they cannot contradict each other.
-        let told = |change: &Change| {
+        let as_json = |change: &Change| {
             let last = change.last.get();
             json!({ "successful": last.as_ref().is_none_or(|last| last.over.is_some()), "last_error": last })
         };
-        self.lock().iter().map(|(what, change)| (what.clone(), told(change))).collect()
+        self.lock().iter().map(|(what, change)| (what.clone(), as_json(change))).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Change>> {

@@ -102,7 +102,7 @@ pub fn turn() -> u64 {
 /// store or send it.
 pub fn nanos() -> u64 {
     CLOCK.with(|clock| {
-        clock.look();
+        clock.read_if_due();
         clock.nanos.get()
     })
 }
@@ -120,7 +120,7 @@ pub fn instant(nanos: u64) -> Instant {
 /// *Now*, in nanoseconds since 1970. It never goes back within a process, but may differ from the wall clock.
 pub fn unix_nanos() -> u64 {
     CLOCK.with(|clock| {
-        clock.look();
+        clock.read_if_due();
         clock.unix_nanos.get()
     })
 }
@@ -129,7 +129,7 @@ pub fn unix_nanos() -> u64 {
 /// a jump shows within a millisecond.
 pub fn wall_nanos() -> u64 {
     CLOCK.with(|clock| {
-        clock.look();
+        clock.read_if_due();
         clock.look_at_wall();
         clock.unix_nanos.get().saturating_add_signed(clock.wall_ahead.get())
     })
@@ -193,7 +193,7 @@ impl Clock {
         }
     }
 
-    fn look(&self) {
+    fn read_if_due(&self) {
         match self.left.get() {
             0 => self.read(),
             left => self.left.set(left - 1),

@@ -34,12 +34,12 @@ pub enum NoRoom {
 
 /// How many connections over the cap are accepted at a time, to be answered with 503. Further ones are closed without
 /// an answer, since each costs a file descriptor and memory, too.
-const MAX_SURPLUS: usize = 64;
+const MAX_OVER_CAP: usize = 64;
 
 /// How many of the [`MAX_SURPLUS`] connections may be of peers that are not known to be callers. The rest is for known
 /// callers. A caller with a certificate counts as unknown here, since it is known only after the handshake.
 // Strangers once held all of them, and the connections of callers were closed without an answer.
-const MAX_UNKNOWN_SURPLUS: usize = MAX_SURPLUS / 2;
+const MAX_UNKNOWN_OVER_CAP: usize = MAX_OVER_CAP / 2;
 
 // The phases of a stop. Numbers, since workers read the phase from an atomic at each request.
 const SERVING: u8 = 0;
@@ -74,7 +74,7 @@ pub struct InFlightPermit {
 pub struct ConnectionSlot {
     /// Whether the connection is over the cap. Such a connection may send one request, which is rejected.
     pub over_connection_cap: bool,
-    _room: InFlightPermit,
+    _permit: InFlightPermit,
 }
 
 impl Limits {
@@ -103,11 +103,11 @@ impl Limits {
     ///
     /// [`NoRoom::Overloaded`] if there is no surplus place either. The caller must then close the connection.
     pub fn connection(self: &Arc<Self>, is_known: bool) -> Result<ConnectionSlot, NoRoom> {
-        let room = self.take(|limits| &limits.connections, self.max_connections);
-        let over_connection_cap = room.is_err();
-        let max_surplus = if is_known { MAX_SURPLUS } else { MAX_UNKNOWN_SURPLUS };
-        let room = room.or_else(|_| self.take(|limits| &limits.over_connection_cap, max_surplus))?;
-        Ok(ConnectionSlot { over_connection_cap, _room: room })
+        let permit = self.take(|limits| &limits.connections, self.max_connections);
+        let over_connection_cap = permit.is_err();
+        let max_over_cap = if is_known { MAX_OVER_CAP } else { MAX_UNKNOWN_OVER_CAP };
+        let permit = permit.or_else(|_| self.take(|limits| &limits.over_connection_cap, max_over_cap))?;
+        Ok(ConnectionSlot { over_connection_cap, _permit: permit })
     }
 
     /// Takes a place for a peer that is no known caller. Returns `None` if the share of all strangers is used up, or
@@ -178,8 +178,8 @@ impl Limits {
         // One atomic step. If the count were read first, several workers could take the last place together.
         let before = counter(self).fetch_add(1, Ordering::Relaxed);
         // Made in either case: if it is not returned, its drop takes the count back.
-        let room = InFlightPermit { limits: self.clone(), counter, _alive: self.alive.upgrade() };
-        if before < max { Ok(room) } else { Err(NoRoom::Overloaded) }
+        let permit = InFlightPermit { limits: self.clone(), counter, _alive: self.alive.upgrade() };
+        if before < max { Ok(permit) } else { Err(NoRoom::Overloaded) }
     }
 }
 

@@ -133,7 +133,7 @@ impl Config {
             )
         };
         let problem =
-            |(place, key), reason| Err(Problems(vec![Problem { place, key, reason, written: None }]));
+            |(location, key), reason| Err(Problems(vec![Problem { location, key, reason, written: None }]));
         if let Err(error) = thread::Builder::new().name("configuration".into()).spawn(load) {
             return problem(own(), format!("cannot be read: {error}"));
         }

@@ -314,7 +314,7 @@ impl Connector {
             let step = SetupStep::of(&step);
             if step == SetupStep::Connect {
                 // The timer of the last address ends at the same moment. Whichever is first, the addresses are doubted.
-                self.addresses.doubt();
+                self.addresses.expire();
             }
             Err(DialError::Timeout(step, self.timeout))
         };
@@ -379,7 +379,7 @@ impl Connector {
         let addresses = self.allowed(addresses)?;
         step.store(SetupStep::Connect as u8, Ordering::Relaxed);
         let dialed = dial_any(&addresses, self.timeout.saturating_sub(begin.elapsed())).await;
-        let (stream, address) = dialed.inspect_err(|_| self.addresses.doubt())?;
+        let (stream, address) = dialed.inspect_err(|_| self.addresses.expire())?;
         // Checked once more on the socket, before the first byte: that byte may begin a request with the app secret in clear.
         self.allowed(vec![stream.peer_addr()?])?;
         self.addresses.prefer(address);

@@ -31,7 +31,7 @@ use self::schema::{AuditMember, Node};
 use self::walk::{Interrupted, Walk, Walked};
 use crate::config::BareIds;
 pub use crate::json::NotJson;
-use crate::model::redaction::Shown;
+use crate::model::redaction::Redaction;
 
 /// The code of a violation: an id is a bare number that a client may have rounded (`bare_ids = "detect"`).
 pub const MAY_BE_ROUNDED: &str = "number_may_be_rounded";
@@ -126,9 +126,10 @@ impl Contract {
     /// keyed hash, or not at all. `shown` decides this by the name of the member.
     // Not part of `compile`: the schema belongs to the API, but what to redact belongs to the `[audit]` table of this gateway.
     #[must_use]
-    pub fn shown(mut self, shown: impl Fn(&str) -> Shown) -> Self {
+    pub fn redacted(mut self, redaction: impl Fn(&str) -> Redaction) -> Self {
         let members = self.audit.iter().cloned();
-        self.audit = members.map(|member| AuditMember { shown: shown(&member.name), ..member }).collect();
+        self.audit =
+            members.map(|member| AuditMember { redaction: redaction(&member.name), ..member }).collect();
         self
     }
 

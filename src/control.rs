@@ -1,7 +1,7 @@
 //! The control socket: requests of operators to a running gateway, and the client that sends them.
 //!
 //! A Unix socket of mode 0600. A connection carries one line of JSON, a [`Request`], and gets one line, an
-//! [`Answer`]. Only root and the gateway's own user are served. The length of a line, the number of connections
+//! [`Response`]. Only root and the gateway's own user are served. The length of a line, the number of connections
 //! and their time are bounded. A request that was read runs to its end, whether its peer waits or not.
 //!
 //! A command finds the socket through the audit directory: it is `control.sock` there, or the file `control`
@@ -72,7 +72,7 @@ pub enum Request {
 
 /// The answer to a request. It is sent after everything that it reports is committed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Answer {
+pub struct Response {
     /// Whether the request has been carried out, now or before.
     pub ok: bool,
     /// The number of the record that was added.
@@ -82,7 +82,7 @@ pub struct Answer {
     pub text: String,
 }
 
-impl Answer {
+impl Response {
     /// An answer that the request was not carried out.
     pub fn refused(reason: &(impl ToString + ?Sized)) -> Self {
         Self { ok: false, seq: None, text: reason.to_string() }
@@ -249,34 +249,34 @@ impl Resources {
             if let Some(times) = REFUSED.times() {
                 tracing::warn!(uid, times, "a user without the right to it opened the control socket");
             }
-            Answer::refused("only root and the gateway's own user may use this socket")
+            Response::refused("only root and the gateway's own user may use this socket")
         };
         let mut line = serde_json::to_vec(&answer)?;
         line.push(b'\n');
         in_time(seat, write.write_all(&line)).await
     }
 
-    async fn answer(&self, line: &[u8], uid: u32) -> Answer {
+    async fn answer(&self, line: &[u8], uid: u32) -> Response {
         if !line.ends_with(b"\n") {
-            return Answer::refused(&format!("a request is one line of less than {MAX_LINE} bytes"));
+            return Response::refused(&format!("a request is one line of less than {MAX_LINE} bytes"));
         }
         match serde_json::from_slice(line) {
-            Err(error) => Answer::refused(&format!("not a request: {error}")),
+            Err(error) => Response::refused(&format!("not a request: {error}")),
             Ok(Request::Resolve(finding)) => {
                 let apply = |call: &_| self.idempotency.resolve(call, finding.result);
                 let resolved = self.audit.resolve(&self.directory, &finding, uid, apply).await;
-                Answer::of_resolution(&finding, resolved)
+                Response::of_resolution(&finding, resolved)
             }
             Ok(Request::AcceptClock) => {
                 let details = Map::from_iter([("uid".to_owned(), json!(uid))]);
                 let seq = self.audit.accept_clock(details);
                 match self.audit.committed(seq).await {
-                    Ok(()) => Answer {
+                    Ok(()) => Response {
                         ok: true,
                         seq: Some(seq),
                         text: format!("accepted: the wall clock is believed (record {seq})"),
                     },
-                    Err(error) => Answer::refused(&error),
+                    Err(error) => Response::refused(&error),
                 }
             }
         }
@@ -295,7 +295,7 @@ async fn in_time<T>(seat: &Seat, peer: impl Future<Output = io::Result<T>>) -> i
 /// returns its answer. Blocks for up to 30 s.
 ///
 /// Fails if there is no answer. After the request was sent, it may have been carried out all the same.
-pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow::Result<Answer> {
+pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow::Result<Response> {
     let path = match socket {
         Some(path) => path.to_owned(),
         None => find(directory)?,

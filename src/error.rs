@@ -115,8 +115,8 @@ impl Error {
 impl From<Denied> for Error {
     fn from(denied: Denied) -> Self {
         let code = match &denied {
-            Denied::Room(NoRoom::Draining) => Code::Draining,
-            Denied::Room(NoRoom::Overloaded) => Code::Overloaded,
+            Denied::NoRoom(NoRoom::Draining) => Code::Draining,
+            Denied::NoRoom(NoRoom::Overloaded) => Code::Overloaded,
             Denied::Head(_) => Code::HeadInvalid,
             Denied::Host => Code::HostUnknown,
             Denied::Browser => Code::BrowserRefused,
@@ -211,7 +211,7 @@ impl From<Refusal> for Error {
             Refused::Duplicate(_) | Refused::Done(_) => Code::DuplicateSuspected,
             Refused::NoMoreKeys
             | Refused::NoMoreKeysOfCaller
-            | Refused::NoMoreDoubts
+            | Refused::TooManyInDoubt
             | Refused::NoMoreSuccesses
             | Refused::Lost
             | Refused::Rebuilding => Code::IdempotencyUnavailable,
@@ -219,8 +219,8 @@ impl From<Refusal> for Error {
         let (first, error) = (reason.first(), Self::not_sent(code, reason));
         // A duplicate is the first call once more, so that its outcome is the first one's: `not_sent` would invite to repeat the
         // task. A mismatch is another call, which was not sent.
-        let told = first.filter(|_| code != Code::IdempotencyMismatch);
-        let outcome = told.map_or(Outcome::NotSent, |first| first.outcome);
+        let named = first.filter(|_| code != Code::IdempotencyMismatch);
+        let outcome = named.map_or(Outcome::NotSent, |first| first.outcome);
         let error = Self { outcome, first, delivery, ..error };
         // The only unknown outcome with a `Retry-After`: with its key the caller asks for the answer, and sends nothing.
         match code {
@@ -264,9 +264,9 @@ impl From<CallerDisconnected> for Error {
 }
 
 impl From<CircuitOpen> for Error {
-    fn from(suspended: CircuitOpen) -> Self {
-        let (cause, retry_after) = (Some(suspended.cause), Some(suspended.retry_after));
-        Self { cause, retry_after, ..Self::not_sent(Code::UpstreamSuspended, suspended) }
+    fn from(open: CircuitOpen) -> Self {
+        let (cause, retry_after) = (Some(open.cause), Some(open.retry_after));
+        Self { cause, retry_after, ..Self::not_sent(Code::UpstreamSuspended, open) }
     }
 }
 

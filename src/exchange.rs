@@ -67,7 +67,7 @@ pub struct Exchange {
     /// The call's right to be sent, marked as sent.
     pub claim: Claim,
     /// The request's permit under the bound on concurrent work. A stop of the gateway waits until it is dropped.
-    pub room: InFlightPermit,
+    pub permit: InFlightPermit,
 }
 
 /// How far an exchange got. Decides the outcome if it ends without a reply.
@@ -77,7 +77,7 @@ struct Progress {
     answered: u32,
     /// How many bytes the connection had written before the attempt that has no reply yet.
     // More than this at the end means that bytes may have arrived, so that the outcome is unknown.
-    mark: u64,
+    written_before: u64,
     /// The status of the reply that refused the token.
     refused: Option<StatusCode>,
     /// The token that was refused, if another one was sent after it.
@@ -116,10 +116,10 @@ impl Exchanges {
         // An async block, since the future of an async function would hold its argument twice.
         let run = async move {
             let deadline = clock::now() + exchange.route.timeout;
-            let mark = exchange.connection.written();
+            let written_before = exchange.connection.written();
             let mut progress = Progress {
                 answered: 0,
-                mark,
+                written_before,
                 refused: None,
                 first_token: None,
                 is_rejected: false,
@@ -138,18 +138,18 @@ impl Exchanges {
                 None => Health::Down(Cause::Timeout),
             };
             exchange.terms.breaker.on_result(&mut exchange.circuit_permit, health);
-            let (told, pending) = match (arrived, status) {
+            let (reply, uncommitted) = match (arrived, status) {
                 (Some(arrived), _) => exchange.conclude(arrived, &progress, deadline),
                 (None, Some(Err(broken))) => {
-                    let (code, reason) = broken.told();
-                    reason.into_iter().for_each(|reason| exchange.tell(reason, &progress));
+                    let (code, reason) = broken.code_and_reason();
+                    reason.into_iter().for_each(|reason| exchange.report(reason, &progress));
                     exchange.fail(&progress, code, reason.map(|reason| reason.cause))
                 }
                 (None, _) => exchange.time_out(&progress),
             };
-            match pending {
-                None => told,
-                Some(pending) => Box::pin(pending.release_when_committed(told, deadline)).await,
+            match uncommitted {
+                None => reply,
+                Some(uncommitted) => Box::pin(uncommitted.release_when_committed(reply, deadline)).await,
             }
         };
         self.detach(run)

@@ -138,13 +138,13 @@ impl<T: Clone + PartialEq, E> FileWatch<T, E> {
 
 /// A watched value with the function that puts it into effect, and the last value that this function rejected.
 struct Followed<T, E> {
-    watched: FileWatch<T, E>,
+    watch: FileWatch<T, E>,
     take: Box<dyn Fn(T) -> Result<(), E> + Send>,
     refused: Option<T>,
 }
 
 /// The result of checking once and, if there was a change, putting it into effect.
-enum Turn {
+enum Checked {
     /// The value of the files is in effect. `is_new` is true if this check put it into effect.
     Good { is_new: bool },
     /// The value cannot be read or put into effect. `is_new` is true if the value changed or a file hangs, so that the
@@ -156,27 +156,27 @@ enum Turn {
 
 impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
     /// Checks once, and puts a change into effect.
-    fn turn(&mut self) -> Turn {
-        match self.watched.poll() {
+    fn check(&mut self) -> Checked {
+        match self.watch.poll() {
             // A value may be rejected for a cause outside these files. It is tried again at every check until
             // it is accepted or replaced.
             FileChange::Nothing => match self.refused.take() {
-                None => Turn::Good { is_new: false },
+                None => Checked::Good { is_new: false },
                 Some(found) => self.take(found, false),
             },
-            FileChange::Settling => Turn::Settling,
+            FileChange::Settling => Checked::Settling,
             FileChange::Changed(found) => self.take(found, true),
-            FileChange::Unusable(error) => Turn::Bad { why: error.to_string(), is_new: false },
+            FileChange::Unusable(error) => Checked::Bad { why: error.to_string(), is_new: false },
         }
     }
 
     /// Puts a value into effect, or remembers it as rejected.
-    fn take(&mut self, found: T, is_new: bool) -> Turn {
+    fn take(&mut self, found: T, is_new: bool) -> Checked {
         match (self.take)(found.clone()) {
-            Ok(()) => Turn::Good { is_new: true },
+            Ok(()) => Checked::Good { is_new: true },
             Err(error) => {
                 self.refused = Some(found);
-                Turn::Bad { why: error.to_string(), is_new }
+                Checked::Bad { why: error.to_string(), is_new }
             }
         }
     }
@@ -194,38 +194,38 @@ impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
 /// `load` and `take` run on the blocking pool, one at a time. So a file that does not answer blocks neither the runtime
 /// nor other files. May be cancelled at any time; a check that has begun runs to its end.
 pub(crate) async fn follow<T, E>(
-    watched: FileWatch<T, E>,
+    watch: FileWatch<T, E>,
     take: impl Fn(T) -> Result<(), E> + Send + 'static,
-    tell: impl Fn(Result<(), String>),
+    report: impl Fn(Result<(), String>),
 ) where
     T: Clone + PartialEq + Send + 'static,
     E: fmt::Display + 'static,
 {
-    let mut followed = Aside::new(Followed { watched, take: Box::new(take), refused: None });
+    let mut followed = Aside::new(Followed { watch, take: Box::new(take), refused: None });
     // The last reported reason, compared as text. A file that was bad, then did not answer, and is bad again
     // for the first reason is reported again: otherwise the last line in the log would say that it does not
     // answer.
     let mut bad: Option<String> = None;
     loop {
-        let turn = match followed.run(Followed::turn).await {
-            Ok(turn) => turn,
+        let check = match followed.run(Followed::check).await {
+            Ok(check) => check,
             // `Aside` reports a hang once per job, so it is always news.
-            Err(hangs) => Turn::Bad { why: hangs.to_string(), is_new: true },
+            Err(hangs) => Checked::Bad { why: hangs.to_string(), is_new: true },
         };
-        let wait = if matches!(turn, Turn::Settling) { SETTLE } else { POLL };
-        match turn {
-            Turn::Good { is_new } => {
+        let wait = if matches!(check, Checked::Settling) { SETTLE } else { POLL };
+        match check {
+            Checked::Good { is_new } => {
                 if bad.take().is_some() || is_new {
-                    tell(Ok(()));
+                    report(Ok(()));
                 }
             }
-            Turn::Bad { why, is_new } => {
+            Checked::Bad { why, is_new } => {
                 if is_new || bad.as_ref() != Some(&why) {
-                    tell(Err(why.clone()));
+                    report(Err(why.clone()));
                 }
                 bad = Some(why);
             }
-            Turn::Settling => {}
+            Checked::Settling => {}
         }
         sleep(wait).await;
     }
@@ -247,13 +247,13 @@ mod tests {
             let wrong = wrong.clone();
             move |_| wrong.lock().unwrap().map_or(Ok(()), Err)
         };
-        let watched = FileWatch::new(Vec::new(), || Ok(2), 1);
-        let mut followed = Followed { watched, take: Box::new(take), refused: None };
-        assert!(matches!(followed.turn(), Turn::Settling));
+        let watch = FileWatch::new(Vec::new(), || Ok(2), 1);
+        let mut followed = Followed { watch, take: Box::new(take), refused: None };
+        assert!(matches!(followed.check(), Checked::Settling));
         let mut says = |why: &str, new: bool| {
-            let turn = followed.turn();
+            let check = followed.check();
             assert!(
-                matches!(&turn, Turn::Bad { why: told, is_new } if told == why && *is_new == new),
+                matches!(&check, Checked::Bad { why: told, is_new } if told == why && *is_new == new),
                 "{why}"
             );
         };
@@ -262,8 +262,8 @@ mod tests {
         *wrong.lock().unwrap() = Some("second");
         says("second", false);
         *wrong.lock().unwrap() = None;
-        assert!(matches!(followed.turn(), Turn::Good { is_new: true }));
-        assert!(matches!(followed.turn(), Turn::Good { is_new: false }));
+        assert!(matches!(followed.check(), Checked::Good { is_new: true }));
+        assert!(matches!(followed.check(), Checked::Good { is_new: false }));
     }
 
     #[test]
@@ -277,12 +277,12 @@ mod tests {
                 fs::read(&path)
             }
         };
-        let mut watched = FileWatch::new(vec![path.clone()], load, Vec::new());
+        let mut watch = FileWatch::new(vec![path.clone()], load, Vec::new());
         let mut looks = |count: usize| {
             reads.store(0, SeqCst);
-            let changed = (0..count).filter(|_| matches!(watched.poll(), FileChange::Changed(_))).count();
+            let changed = (0..count).filter(|_| matches!(watch.poll(), FileChange::Changed(_))).count();
             // As if time had passed: the test needs no sleep of three seconds for each step.
-            watched.read = watched.read.map(|read| read + GRAIN);
+            watch.read = watch.read.map(|read| read + GRAIN);
             (reads.load(SeqCst), changed)
         };
         assert_eq!(looks(3), (3, 0), "it may have changed in the step of time in which it was read");

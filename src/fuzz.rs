@@ -94,15 +94,15 @@ pub fn reply(bytes: &[u8]) {
     let truncated = kind & 8 > 0;
     let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
     let status = StatusCode::from_u16(status).unwrap();
-    let verdict = rule.classify(ReplyView { status, body, truncated });
+    let classification = rule.classify(ReplyView { status, body, truncated });
     // A longer code would make the record of an outcome as large as the upstream likes.
-    assert!(verdict.result_code.is_none_or(|code| code.len() <= 64));
+    assert!(classification.result_code.is_none_or(|code| code.len() <= 64));
     // The strict reader stops at 32 levels, serde_json at 128: deeper bodies may differ.
     if status == StatusCode::OK && !truncated && depth(body) <= 32 {
         let plain = serde_json::from_slice(body).map(|Members(members)| plain_outcome(&members));
         // Nothing is claimed about a body that serde_json refuses: the rule also reads a bare 0409000, which is
         // not JSON.
-        assert_eq!(verdict.outcome, plain.unwrap_or(verdict.outcome));
+        assert_eq!(classification.outcome, plain.unwrap_or(classification.outcome));
     }
 }
 

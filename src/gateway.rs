@@ -148,62 +148,57 @@ impl Gateway {
         body: &mut Incoming,
         record: &mut OpenRecord,
     ) -> Result<Box<Reply>, Error> {
-        let RequestParts { state: State { terms, body: limits, .. }, from, head, .. } = request;
+        let RequestParts { state, from: RequestOrigin { presence, .. }, head, .. } = request;
         let entered = self.enter(request, record)?;
-        let route = &entered.routed.route.exchange;
+        let Routed { route, credential, operator, is_dry_run } = &entered.routed;
         record.enter(Stage::Contract);
-        let received = receive(head, body, *limits, &self.limits).await?;
+        let received = receive(head, body, state.body, &self.limits).await?;
         let checked = self.check(&entered, received, record.id())?;
 
         record.enter(Stage::Idempotency);
         let digest = self.audit.keys().digest(checked.bytes());
         let call = entered.call(&digest, record.id());
-        if entered.routed.is_dry_run {
+        if *is_dry_run {
             return Box::pin(self.dry_run(request, &entered, call, &checked, record)).await;
         }
         let claim = match self.idempotency.begin(call, head)? {
             ClaimDecision::Claim(claim) => claim,
-            ClaimDecision::Replay(replay) => return Ok(Box::new(replayed(replay, route, record))),
+            ClaimDecision::Replay(replay) => return Ok(Box::new(replayed(replay, &route.exchange, record))),
         };
         let first = record_first(&claim, record);
 
         record.enter(Stage::Token);
-        let token =
-            from.presence.unless_disconnected(pin!(terms.slot(entered.routed.credential).token())).await??;
+        let token = presence.unless_disconnected(pin!(state.terms.slot(*credential).token())).await??;
 
         record.enter(Stage::Quota);
-        self.count_limit(LimitKind::Quota, terms.quota.take())?;
+        self.count_limit(LimitKind::Quota, state.terms.quota.take())?;
 
         record.enter(Stage::Audit);
-        let mut permit = from.presence.unless_disconnected(pin!(self.audit.permit())).await?;
-        let mut circuit_permit = terms.breaker.try_acquire()?;
-        let reserved = from
-            .presence
-            .unless_disconnected(permit.release_while_pending(pin!(self.pool.reserve())))
-            .await?;
-        let connection =
-            reserved.inspect_err(|none| terms.unreachable(&mut circuit_permit, none, record.id()))?;
+        let mut permit = presence.unless_disconnected(pin!(self.audit.permit())).await?;
+        let mut circuit = state.terms.breaker.try_acquire()?;
+        let pooled =
+            presence.unless_disconnected(permit.release_while_pending(pin!(self.pool.reserve()))).await?;
+        let connection = pooled.inspect_err(|err| state.terms.unreachable(&mut circuit, err, record.id()))?;
         let size = checked.bytes().len();
         let intent = record.intent(&permit, size, &digest, &self.members(&checked, &claim))?;
         let intended = intent.await?;
         drop(permit);
-
         let exchange = Exchange {
-            terms: terms.clone(),
-            route: route.clone(),
-            credential: entered.routed.credential,
-            circuit_permit,
+            terms: state.terms.clone(),
+            route: route.exchange.clone(),
+            credential: *credential,
+            circuit_permit: circuit,
             connection,
             token,
-            operator: entered.routed.operator.clone(),
+            operator: (*operator).clone(),
             body: checked.bytes().clone(),
             claim: claim.sent(),
             record: intended.sent(),
-            room: entered.room,
+            permit: entered.permit,
         };
         // After the exchange is built: a panic before this line has sent nothing, and both the response and the trail say so.
         record.enter(Stage::Upstream);
-        let mut reply = from.presence.beside(self.exchanges.run(exchange)).await?;
+        let mut reply = presence.beside(self.exchanges.run(exchange)).await?;
         reply.first = first;
         Ok(reply)
     }
@@ -212,8 +207,8 @@ impl Gateway {
     fn enter<'a>(&self, request: &RequestParts<'a>, record: &mut OpenRecord) -> Result<Entered<'a>, Error> {
         // Room first: under overload a refusal must cost less than the request.
         let &RequestParts { state, ref from, method, target, head } = request;
-        let room = self.limits.request(from.over_connection_cap);
-        let room = room.map_err(|none| name_denied(state, from, record, none.into()))?;
+        let permit = self.limits.request(from.over_connection_cap);
+        let permit = permit.map_err(|none| name_denied(state, from, record, none.into()))?;
         let known = state.admission.identify(from.peer, from.names, from.hosts, head);
         let known = known.map_err(|denied| name_denied(state, from, record, denied))?;
         let caller = known.caller();
@@ -229,7 +224,7 @@ impl Gateway {
 
         record.enter(Stage::RateLimit);
         self.count_limit(LimitKind::Caller, caller.limit.take())?;
-        Ok(Entered { room, caller, routed })
+        Ok(Entered { permit, caller, routed })
     }
 
     /// Checks the body against the contract of its route. Fails with all violations.
@@ -253,7 +248,7 @@ impl Gateway {
     /// What the intent says about body and claim, as JSON members with a comma in front of each.
     fn members(&self, checked: &CheckedBody, claim: &Claim) -> impl Fn(&mut Vec<u8>) {
         move |line| {
-            checked.audit_members(&|parts| self.audit.keys().mark(parts), line);
+            checked.audit_members(&|parts| self.audit.keys().fingerprint(parts), line);
             claim.audit_members(line);
         }
     }
@@ -284,7 +279,7 @@ struct RequestParts<'a> {
 
 /// A request that passed the stages that need no body.
 struct Entered<'a> {
-    room: InFlightPermit,
+    permit: InFlightPermit,
     caller: &'a Arc<Caller>,
     routed: Routed<'a, Route>,
 }

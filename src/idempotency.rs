@@ -17,7 +17,7 @@
 //! Terms:
 //!
 //! * *Fingerprint* (`print`): a keyed hash of body, operator and route. The trail contains it.
-//! * *Mark*: of a key, a keyed hash of caller, route and key; of a call, its fingerprint combined with its caller.
+//! * *Call hash*: the fingerprint of a call, combined with its caller. *Key hash*: a keyed hash of caller, route and key.
 //! * *Doubt*: a call that has ended while its caller does not know how. Its outcome is unknown, or it is *undelivered* (it
 //!   succeeded, but the caller did not get the answer), or a person *resolved* it as done.
 //! * *By force*: a call with `Idempotency-Force` repeats a doubt or an earlier success. It *supersedes* a doubt: it is compared
@@ -60,7 +60,7 @@ use crate::{clock, config};
 pub use claim::Claim;
 use claim::ExchangeStep;
 pub use claims::StoredResult;
-use claims::{Claims, KeyedCompletion, Verdict, Wanted};
+use claims::{Claims, KeyDecision, KeyedCompletion, Wanted};
 pub use delivery::{Delivery, PendingDelivery};
 use duplicates::{Duplicate, DuplicateDetector, First, Forced, Rejection};
 pub use key::BadKey;
@@ -79,7 +79,7 @@ pub struct Idempotency {
     without_key: WithoutKey,
     max_keys: usize,
     audit: Audit,
-    marks: Arc<Keys>,
+    hash_keys: Arc<Keys>,
     hasher: RandomState,
     // `claims` and `duplicates` are never locked together: a request locks them one after the other, so that no order of
     // locks has to be kept between them. `begin_keyed` repairs what can happen in between.
@@ -144,7 +144,7 @@ pub struct Replay {
     /// The call that was answered first.
     pub first: FirstCall,
     /// How that call ended. Known even if its reply was evicted.
-    pub ending: StoredResult,
+    pub result: StoredResult,
     /// Its reply; `None` if it was evicted or never stored.
     pub stored: Option<Arc<StoredReply>>,
     /// To be handed over with this answer. If the first call was undelivered, that ends the doubt; otherwise it has no effect.
@@ -162,7 +162,7 @@ impl Idempotency {
             without_key: settings.without_key,
             max_keys: settings.max_keys,
             audit: audit.clone(),
-            marks: audit.keys().clone(),
+            hash_keys: audit.keys().clone(),
             hasher: RandomState::default(),
             claims: Mutex::new(Claims::new(settings.max_keys, window)),
             duplicates: Mutex::new(DuplicateDetector::new(
@@ -201,24 +201,24 @@ impl Idempotency {
     pub fn peek(&self, call: Call<'_>, head: &Inbound<'_>) -> Result<DryRunDecision, Refusal> {
         let Given { key, force } = key::read(head)?;
         let print = self.print(call);
-        let key = key.map(|key| self.key_mark(call, key)).transpose()?;
+        let key = key.map(|key| self.key_hash(call, key)).transpose()?;
         if let Some(key) = key {
             let wanted = self.wanted(call, key, print, force);
-            let verdict = self.claims().peek(wanted, now());
-            self.check_loss(&verdict)?;
-            self.check_superseded(&verdict, call, wanted)?;
-            if let Passed::Replay(id, ending) = passed(verdict)? {
-                return Ok(DryRunDecision::BeReplayed(FirstCall { id, outcome: ending.outcome() }));
+            let decision = self.claims().peek(wanted, now());
+            self.check_loss(&decision)?;
+            self.check_superseded(&decision, call, wanted)?;
+            if let Passed::Replay(id, result) = passed(decision)? {
+                return Ok(DryRunDecision::BeReplayed(FirstCall { id, outcome: result.outcome() }));
             }
         }
-        let Some((mark, duplicate)) = self.compared(call, print, key)? else {
+        let Some((call_hash, duplicate)) = self.compared(call, print, key)? else {
             return Ok(DryRunDecision::BeSent(None));
         };
         let mut duplicates = self.duplicates();
         // `DuplicateDetector::peek` does not expire anything. Without this, a dry run under `block` was refused for want of
         // room long after the next call would have found some.
         duplicates.expire(now());
-        let first = duplicates.peek(mark, duplicate, force, call.is_alone, now());
+        let first = duplicates.peek(call_hash, duplicate, force, call.is_alone, now());
         drop(duplicates);
         Ok(DryRunDecision::BeSent(first.map_err(rejected)?.map(FirstCall::from)))
     }
@@ -243,18 +243,18 @@ impl Idempotency {
         key: &[u8],
         force: Option<Uuid>,
     ) -> Result<ClaimDecision, Refusal> {
-        let (key, print) = (self.key_mark(call, key)?, self.print(call));
+        let (key, print) = (self.key_hash(call, key)?, self.print(call));
         let id = call.id;
         let wanted = self.wanted(call, key, print, force);
         // Before the key is claimed: afterwards it would be a known one.
         if self.is_lost() {
-            let verdict = self.claims().peek(wanted, now());
-            self.check_loss(&verdict)?;
+            let decision = self.claims().peek(wanted, now());
+            self.check_loss(&decision)?;
         }
-        let verdict = self.claims().claim(wanted, id, now());
-        self.check_superseded(&verdict, call, wanted)?;
-        match passed(verdict)? {
-            Passed::Begin { doubt } => {
+        let decision = self.claims().claim(wanted, id, now());
+        self.check_superseded(&decision, call, wanted)?;
+        match passed(decision)? {
+            Passed::Begin { repeats } => {
                 let claimed = self.claim(call, print, Some(key), force);
                 if claimed.is_err() {
                     // Refused for an equal call. Nothing was sent, so the key must be free for the next attempt.
@@ -264,24 +264,24 @@ impl Idempotency {
                 // Between the two locks a call without this key may have repeated the same doubt by force, and may have ended
                 // by now, so that the duplicates no longer show it. Sending this call too would send the task twice. The
                 // drop of the claim restores the doubt.
-                if let Some(first) = doubt.filter(|_| self.claims().is_superseded(key)) {
+                if let Some(first) = repeats.filter(|_| self.claims().is_superseded(key)) {
                     drop(claim);
                     return Err(Refused::Unknown(first.into()).into());
                 }
                 // Equal calls may not be compared at all (`off`, `require_key`). The intent must name the call that it repeats
                 // all the same: a restart reads from it that the doubt was forced already.
-                if let Some(id) = doubt.filter(|_| claim.forced.is_none()) {
+                if let Some(id) = repeats.filter(|_| claim.forced.is_none()) {
                     claim.forced = Some(Box::new(Forced { id, key: Some(key) }));
                 }
                 Ok(ClaimDecision::Claim(claim))
             }
-            Passed::Replay(first, ending) => {
+            Passed::Replay(first, result) => {
                 let stored = self.replies.get(&first);
                 // The success may be undelivered. Then this answer is the one that its caller gets.
-                let mark = self.mark_of(call.caller, print);
-                let delivery = Delivery::of_other_answer(self, mark, first, call);
-                let first = FirstCall { id: first, outcome: ending.outcome() };
-                Ok(ClaimDecision::Replay(Replay { first, ending, stored, delivery }))
+                let call_hash = self.call_hash_of(call.caller, print);
+                let delivery = Delivery::of_other_answer(self, call_hash, first, call);
+                let first = FirstCall { id: first, outcome: result.outcome() };
+                Ok(ClaimDecision::Replay(Replay { first, result, stored, delivery }))
             }
         }
     }
@@ -297,21 +297,26 @@ impl Idempotency {
     ) -> Result<Claim, Refusal> {
         let compared = self.compared(call, print, key)?;
         let (mut first, mut forced) = (None, None);
-        if let Some((mark, duplicate)) = compared {
-            let begun = self.duplicates().begin(mark, duplicate, force, call.is_alone, now());
-            (first, forced) = begun.map_err(|rejection| self.refuse(rejection, mark, call))?;
+        if let Some((call_hash, duplicate)) = compared {
+            let began = self.duplicates().begin(call_hash, duplicate, force, call.is_alone, now());
+            (first, forced) = began.map_err(|rejection| self.refuse(rejection, call_hash, call))?;
         }
-        let (mark, forced) = (compared.map(|(mark, _)| mark), forced.map(Box::new));
+        let (call_hash, forced) = (compared.map(|(call_hash, _)| call_hash), forced.map(Box::new));
         let table = self.clone();
-        Ok(Claim { table, id: call.id, print, mark, key, first, forced, step: ExchangeStep::Claimed })
+        Ok(Claim { table, id: call.id, print, call_hash, key, first, forced, step: ExchangeStep::Claimed })
     }
 
     /// Returns the refusal for a rejection by the table of equal calls. If it names a call that succeeded, it carries a
     /// [`Delivery`]: once the refusal is handed over, that call is no longer undelivered.
-    fn refuse(self: &Arc<Self>, rejection: Rejection, mark: KeyedFingerprint, call: Call<'_>) -> Refusal {
+    fn refuse(
+        self: &Arc<Self>,
+        rejection: Rejection,
+        call_hash: KeyedFingerprint,
+        call: Call<'_>,
+    ) -> Refusal {
         let delivery = match rejection {
             Rejection::Duplicate(First::Succeeded(id)) => {
-                Some(Box::new(Delivery::of_other_answer(self, mark, id, call)))
+                Some(Box::new(Delivery::of_other_answer(self, call_hash, id, call)))
             }
             Rejection::Duplicate(First::Open(_)) | Rejection::Full | Rejection::FullOfSuccesses => None,
         };
@@ -321,14 +326,19 @@ impl Idempotency {
     /// Refuses a call that names the holder of its key in `Idempotency-Force`, if another call supersedes the holder and is at
     /// work or of unknown outcome. The refusal names the other call, which is the one to look up now. Returns `Ok` in all other
     /// cases.
-    fn check_superseded(&self, verdict: &Verdict, call: Call<'_>, wanted: Wanted) -> Result<(), Refused> {
-        let Verdict::Unknown(first) = *verdict else { return Ok(()) };
+    fn check_superseded(
+        &self,
+        decision: &KeyDecision,
+        call: Call<'_>,
+        wanted: Wanted,
+    ) -> Result<(), Refused> {
+        let KeyDecision::Unknown(first) = *decision else { return Ok(()) };
         if wanted.force == Some(first)
-            && let Some((mark, duplicate)) = self.compared(call, wanted.print, Some(wanted.key))?
+            && let Some((call_hash, duplicate)) = self.compared(call, wanted.print, Some(wanted.key))?
         {
             // `None` for `force`, since no call may be left out. `true` for `is_alone`: whether there is room does not matter
             // here, and the pattern below ignores it.
-            let looked = self.duplicates().peek(mark, duplicate, None, true, now());
+            let looked = self.duplicates().peek(call_hash, duplicate, None, true, now());
             if let Err(rejection @ Rejection::Duplicate(First::Open(_))) = looked {
                 return Err(rejected(rejection));
             }
@@ -336,14 +346,14 @@ impl Idempotency {
         Ok(())
     }
 
-    /// The mark of a key. Fails until the rebuild is over.
-    fn key_mark(&self, call: Call<'_>, key: &[u8]) -> Result<KeyedFingerprint, Refused> {
+    /// Returns the key hash of a key. Fails until the rebuild is over.
+    fn key_hash(&self, call: Call<'_>, key: &[u8]) -> Result<KeyedFingerprint, Refused> {
         // A key that is not found may be in the part of the trail that is not read yet.
         if !self.is_rebuilt.load(Ordering::Acquire) {
             return Err(Refused::Rebuilding);
         }
-        // Caller and route belong to the mark: no caller can claim, block or replay a key of another one.
-        Ok(self.marks.mark(&[b"key", call.caller.as_bytes(), call.route.as_bytes(), key]))
+        // Caller and route belong to the hash: no caller can claim, block or replay a key of another one.
+        Ok(self.hash_keys.fingerprint(&[b"key", call.caller.as_bytes(), call.route.as_bytes(), key]))
     }
 
     /// Returns a call's request for a key. The caller's share is its `max_keys`; without one, half of all keys, or all of them
@@ -363,10 +373,10 @@ impl Idempotency {
 
     /// The fingerprint of a call: equal for equal bodies, operators and routes. Written to the trail.
     fn print(&self, call: Call<'_>) -> KeyedFingerprint {
-        self.marks.mark(&[b"print", call.digest, call.operator.as_bytes(), call.route.as_bytes()])
+        self.hash_keys.fingerprint(&[b"print", call.digest, call.operator.as_bytes(), call.route.as_bytes()])
     }
 
-    /// Returns the mark of a call and its entry for the table of equal calls. `None` if `without_key` compares no calls.
+    /// Returns the call hash of a call and its entry for the table of equal calls. `None` if `without_key` compares no calls.
     ///
     /// Fails if a key is required and there is none, and under `block` until the rebuild is over.
     fn compared(
@@ -387,9 +397,9 @@ impl Idempotency {
         }
     }
 
-    /// Returns the mark of a call: its fingerprint combined with its caller. For memory only, never for the trail: the hash of
+    /// Returns the call hash: the fingerprint combined with the caller. For memory only, never for the trail: the hash of
     /// the caller has another seed in each process.
-    fn mark_of(&self, caller: &str, print: KeyedFingerprint) -> KeyedFingerprint {
+    fn call_hash_of(&self, caller: &str, print: KeyedFingerprint) -> KeyedFingerprint {
         salted(print, self.hasher.hash_one(caller))
     }
 

@@ -48,10 +48,10 @@ impl NotJson {
     }
 }
 
-/// Where a walk halted, in bytes from the start, and why.
-// Line and column are computed only when they are reported: a walk that may halt pays for neither.
+/// Where a walk was aborted, in bytes from the start, and why.
+// Line and column are computed only when they are reported: a walk that may be aborted pays for neither.
 #[derive(Clone, Copy, Debug)]
-struct Halted {
+struct AbortedAt {
     offset: usize,
     reason: &'static str,
 }
@@ -103,18 +103,18 @@ fn is_plain(document: &[u8]) -> bool {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     let Some(last) = document.last_chunk() else { return document.iter().all(|byte| *byte < DEL) };
     // Adding one sets the highest bit of DEL, and carries into no other byte.
-    let look = |bytes: [u8; 8]| {
+    let high_bits = |bytes: [u8; 8]| {
         let bytes = u64::from_ne_bytes(bytes);
         bytes | ((bytes & LOW) + ONES)
     };
     // Without an early exit, so that the compiler can check several words at once.
-    let all = document.as_chunks().0.iter().fold(look(*last), |all, bytes| all | look(*bytes));
+    let all = document.as_chunks().0.iter().fold(high_bits(*last), |all, bytes| all | high_bits(*bytes));
     all & !LOW == 0
 }
 
 /// The kind of a value, by its first byte.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Begins {
+pub(super) enum ValueStart {
     Text,
     Number,
     Word,
@@ -130,23 +130,23 @@ pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
     position: usize,
     depth: usize,
-    halted: Option<Halted>,
+    aborted: Option<AbortedAt>,
 }
 
 impl<'a> Cursor<'a> {
     /// Returns a cursor at the beginning of a document.
     pub(super) fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, position: 0, depth: 0, halted: None }
+        Self { bytes, position: 0, depth: 0, aborted: None }
     }
 
     /// Returns what is wrong with the document; `None` if no step failed.
     pub(super) fn fault(&self) -> Option<NotJson> {
-        self.halted.map(|halted| NotJson::at(self.bytes, halted.offset, halted.reason))
+        self.aborted.map(|aborted| NotJson::at(self.bytes, aborted.offset, aborted.reason))
     }
 
     /// Whether a step failed because the document ended too early. Distinguishes a reply that was cut from one that is not JSON.
     pub(super) fn is_cut(&self) -> bool {
-        self.halted.is_some_and(|halted| halted.offset >= self.bytes.len())
+        self.aborted.is_some_and(|aborted| aborted.offset >= self.bytes.len())
     }
 
     /// Returns the offset in bytes from the start of the document.
@@ -170,14 +170,14 @@ impl<'a> Cursor<'a> {
 
     /// Returns the kind of the value that begins here. Does not move.
     #[inline(always)]
-    pub(super) fn begins(&mut self) -> Result<Begins, Abort> {
+    pub(super) fn begins(&mut self) -> Result<ValueStart, Abort> {
         match self.peek() {
-            Some(b'"') => Ok(Begins::Text),
-            Some(b'-' | b'0'..=b'9') => Ok(Begins::Number),
-            Some(b'{') => Ok(Begins::Object),
-            Some(b'[') => Ok(Begins::Array),
-            Some(b't' | b'f' | b'n') => Ok(Begins::Word),
-            _ => Err(self.halt(A_VALUE)),
+            Some(b'"') => Ok(ValueStart::Text),
+            Some(b'-' | b'0'..=b'9') => Ok(ValueStart::Number),
+            Some(b'{') => Ok(ValueStart::Object),
+            Some(b'[') => Ok(ValueStart::Array),
+            Some(b't' | b'f' | b'n') => Ok(ValueStart::Word),
+            _ => Err(self.abort(A_VALUE)),
         }
     }
 
@@ -192,7 +192,7 @@ impl<'a> Cursor<'a> {
             if words.iter().any(|(word, _)| word.as_bytes().starts_with(self.rest())) {
                 self.position = self.bytes.len();
             }
-            return Err(self.halt(A_VALUE));
+            return Err(self.abort(A_VALUE));
         };
         self.position += word.len();
         Ok(token)
@@ -204,7 +204,7 @@ impl<'a> Cursor<'a> {
     pub(super) fn open(&mut self, close: u8) -> Result<bool, Abort> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {
-            return Err(self.halt("arrays and objects are nested more than 32 deep"));
+            return Err(self.abort("arrays and objects are nested more than 32 deep"));
         }
         self.position += 1;
         self.skip_space();
@@ -231,10 +231,10 @@ impl<'a> Cursor<'a> {
             // A number ends after a leading 0 (RFC 8259 §6), so that the second digit of 07 is found here. Only
             // after a 0: in `[1 2]` a comma is missing, and the message must not speak of a 0.
             Some(b'0'..=b'9') if self.bytes[..self.position].ends_with(b"0") => {
-                Err(self.halt("a number must not begin with an extra 0: write 7, not 07"))
+                Err(self.abort("a number must not begin with an extra 0: write 7, not 07"))
             }
-            _ if close == b']' => Err(self.halt("expected `,` or `]`")),
-            _ => Err(self.halt("expected `,` or `}`")),
+            _ if close == b']' => Err(self.abort("expected `,` or `]`")),
+            _ => Err(self.abort("expected `,` or `}`")),
         }
     }
 
@@ -242,8 +242,8 @@ impl<'a> Cursor<'a> {
     pub(super) fn key(&mut self) -> Result<Text<'a>, Abort> {
         match self.peek() {
             Some(b'"') => self.string(),
-            Some(b'}') => Err(self.halt("expected a key: remove the comma before `}`")),
-            _ => Err(self.halt("expected a key in double quotes")),
+            Some(b'}') => Err(self.abort("expected a key: remove the comma before `}`")),
+            _ => Err(self.abort("expected a key in double quotes")),
         }
     }
 
@@ -263,7 +263,7 @@ impl<'a> Cursor<'a> {
     pub(super) fn colon(&mut self) -> Result<(), Abort> {
         self.skip_space();
         if self.peek() != Some(b':') {
-            return Err(self.halt("expected `:` behind the key"));
+            return Err(self.abort("expected `:` behind the key"));
         }
         self.position += 1;
         Ok(())
@@ -272,10 +272,10 @@ impl<'a> Cursor<'a> {
     /// Skips the value that begins here, and checks its syntax.
     pub(super) fn skip_value(&mut self) -> Result<(), Abort> {
         match self.begins()? {
-            Begins::Text => self.string().map(drop),
-            Begins::Number => self.number().map(drop),
-            Begins::Word => self.word().map(drop),
-            Begins::Array => {
+            ValueStart::Text => self.string().map(drop),
+            ValueStart::Number => self.number().map(drop),
+            ValueStart::Word => self.word().map(drop),
+            ValueStart::Array => {
                 let mut more = self.open(b']')?;
                 while more {
                     self.skip_space();
@@ -284,7 +284,7 @@ impl<'a> Cursor<'a> {
                 }
                 Ok(())
             }
-            Begins::Object => {
+            ValueStart::Object => {
                 let mut more = self.open(b'}')?;
                 while more {
                     self.skip_space();
@@ -305,7 +305,7 @@ impl<'a> Cursor<'a> {
         if self.skip_space() == self.bytes.len() {
             Ok(())
         } else {
-            Err(self.halt("expected the end: a JSON text is one value"))
+            Err(self.abort("expected the end: a JSON text is one value"))
         }
     }
 
@@ -313,20 +313,20 @@ impl<'a> Cursor<'a> {
     /// by one that says that the text ends too early.
     #[cold]
     #[inline(never)]
-    fn halt(&mut self, reason: &'static str) -> Abort {
+    fn abort(&mut self, reason: &'static str) -> Abort {
         let reason = if self.position >= self.bytes.len() {
             "the text ends before its value is whole"
         } else {
             reason
         };
-        self.halt_at(self.position, reason)
+        self.abort_at(self.position, reason)
     }
 
     /// Notes a fault at `offset` and returns the error.
     #[cold]
     #[inline(never)]
-    pub(super) fn halt_at(&mut self, offset: usize, reason: &'static str) -> Abort {
-        self.halted = Some(Halted { offset, reason });
+    pub(super) fn abort_at(&mut self, offset: usize, reason: &'static str) -> Abort {
+        self.aborted = Some(AbortedAt { offset, reason });
         Abort
     }
 

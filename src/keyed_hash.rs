@@ -19,7 +19,7 @@ pub type KeyedFingerprint = [u8; 16];
 pub struct Keys {
     chain: Hmac<Sha256>,
     digest: Hmac<Sha256>,
-    mark: Hmac<Sha256>,
+    fingerprint: Hmac<Sha256>,
 }
 
 impl Keys {
@@ -33,8 +33,8 @@ impl Keys {
         }
         let chain = keyed(key);
         let digest = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway digest of bodies")));
-        let mark = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway marks")));
-        Some(Self { chain, digest, mark })
+        let fingerprint = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway marks")));
+        Some(Self { chain, digest, fingerprint })
     }
 
     /// Returns the keyed digest of a body.
@@ -44,16 +44,16 @@ impl Keys {
 
     /// Returns the fingerprint of some parts. Each is hashed with its length, so that moving bytes from one
     /// part to the next changes the result.
-    pub fn mark(&self, parts: &[&[u8]]) -> KeyedFingerprint {
-        let whole = hmac(&self.mark, |mac| {
+    pub fn fingerprint(&self, parts: &[&[u8]]) -> KeyedFingerprint {
+        let whole = hmac(&self.fingerprint, |mac| {
             for part in parts {
                 mac.update(&(part.len() as u64).to_be_bytes());
                 mac.update(part);
             }
         });
-        let mut mark = KeyedFingerprint::default();
-        mark.copy_from_slice(&whole[..16]);
-        mark
+        let mut fingerprint = KeyedFingerprint::default();
+        fingerprint.copy_from_slice(&whole[..16]);
+        fingerprint
     }
 
     /// Returns the hash of a record that follows one with the hash `previous`. `parts` are its bytes before
@@ -108,15 +108,15 @@ pub fn to_hex(hash: &Hash) -> [u8; 64] {
 }
 
 /// Appends a fingerprint in lower-case hex.
-pub fn push_hex(mark: &KeyedFingerprint, text: &mut Vec<u8>) {
+pub fn push_hex(fingerprint: &KeyedFingerprint, text: &mut Vec<u8>) {
     let mut hex = [0; 32];
-    write_hex(mark, &mut hex);
+    write_hex(fingerprint, &mut hex);
     text.extend_from_slice(&hex);
 }
 
 /// The text that replaces a hidden value: its fingerprint with the prefix `hmac:`.
-pub fn hidden(mark: KeyedFingerprint) -> String {
-    format!("hmac:{:032x}", u128::from_be_bytes(mark))
+pub fn hidden(fingerprint: KeyedFingerprint) -> String {
+    format!("hmac:{:032x}", u128::from_be_bytes(fingerprint))
 }
 
 /// Writes bytes in lower-case hex. `text` must have twice the length of `bytes`.

@@ -83,7 +83,7 @@ pub fn start() -> io::Result<()> {
         // doubles its capacity.
         state.bytes.reserve_exact(CAPACITY);
         thread::Builder::new().name("log".into()).spawn(|| {
-            let _ended = Ending;
+            let _ended = EndMark;
             QUEUE.write_all_to(&mut io::stderr());
         })?;
         state.is_started = true;
@@ -92,9 +92,9 @@ pub fn start() -> io::Result<()> {
 }
 
 /// Notes the end of the thread on drop, also by a panic.
-struct Ending;
+struct EndMark;
 
-impl Drop for Ending {
+impl Drop for EndMark {
     fn drop(&mut self) {
         QUEUE.has_ended.store(true, Ordering::Relaxed);
     }
@@ -217,9 +217,9 @@ impl Queue {
 
     /// Writes lines forever.
     fn write_all_to(&self, stderr: &mut impl Write) {
-        let (mut piece, mut told, mut cut) = (Vec::with_capacity(PIECE), 0, false);
+        let (mut piece, mut reported, mut cut) = (Vec::with_capacity(PIECE), 0, false);
         loop {
-            fault::look("the log");
+            fault::check("the log");
             let mut state = self.lock();
             while state.bytes.is_empty() {
                 state = self.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -243,12 +243,12 @@ impl Queue {
             // Reported once the reader has caught up: a warning for each missing line would fill the queue that
             // is too full already.
             let dropped = self.dropped.load(Ordering::Relaxed);
-            if is_written && is_empty && dropped > told {
+            if is_written && is_empty && dropped > reported {
                 tracing::warn!(
-                    lines = dropped - told,
+                    lines = dropped - reported,
                     "log lines are missing: nobody read them in time, or they could not be written"
                 );
-                told = dropped;
+                reported = dropped;
             }
             // Only after the warning is queued does the piece count as written, so that a flush waits for the
             // warning, too.
@@ -307,7 +307,7 @@ fn write(stderr: &mut impl Write, piece: &[u8]) -> usize {
 
 /// The last position up to `end` that is not within a UTF-8 character.
 fn char_boundary(text: &[u8], end: usize) -> usize {
-    (end.saturating_sub(3)..=end).rev().find(|place| text[*place] & 0xC0 != 0x80).unwrap_or(end)
+    (end.saturating_sub(3)..=end).rev().find(|at| text[*at] & 0xC0 != 0x80).unwrap_or(end)
 }
 
 /// Rate limit for a log line that any call or connection can cause: once a second, with a count.

@@ -59,7 +59,7 @@ pub struct Metrics {
     credentials_dropped: Counter,
     bare_ids: Family<CallerLabel, Counter>,
     /// The callers for which the first bare id was logged.
-    bare_ids_told: Mutex<HashSet<Arc<str>>>,
+    bare_ids_reported: Mutex<HashSet<Arc<str>>>,
     connections_closed: Family<ReasonLabel, Counter>,
     connections: Gauge,
     in_flight: Gauge,
@@ -170,7 +170,7 @@ impl Metrics {
                 "bare_ids_total",
                 "Ids of 2^53 and more that callers sent as bare numbers, refused ones included.",
             ),
-            bare_ids_told: Mutex::default(),
+            bare_ids_reported: Mutex::default(),
             connections_closed: registry
                 .metric("connections_closed_total", "Caller connections that the gateway closed."),
             connections: registry.metric("connections", "Open caller connections."),
@@ -247,9 +247,9 @@ impl Metrics {
     pub fn bare_ids(&self, caller: &Arc<str>, count: usize, is_of_interest: bool) -> bool {
         self.bare_ids.get_or_create(&CallerLabel { caller: caller.clone() }).inc_by(count as u64);
         is_of_interest && {
-            let mut told = self.bare_ids_told.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut reported = self.bare_ids_reported.lock().unwrap_or_else(PoisonError::into_inner);
             // Asked first: `insert` alone would need a clone of the name for each request.
-            !told.contains(caller) && told.insert(caller.clone())
+            !reported.contains(caller) && reported.insert(caller.clone())
         }
     }
 

@@ -79,11 +79,11 @@ impl Limiter {
     // The tolerance stays what it is. With longer intervals fewer requests fit into it, which is the smaller burst.
     fn slow_down(&self, now: u64, limit: RateLimit, share: f64) {
         let interval = Duration::from_nanos(interval(limit)).div_f64(share);
-        self.pace(now, clock::nanos_of(interval));
+        self.set_interval(now, clock::nanos_of(interval));
     }
 
     /// Changes the interval, in nanoseconds, and keeps the number of requests that are spent.
-    fn pace(&self, now: u64, interval: u64) {
+    fn set_interval(&self, now: u64, interval: u64) {
         let old = self.interval.swap(interval, Ordering::Relaxed);
         if old == interval {
             return;
@@ -91,11 +91,11 @@ impl Limiter {
         // The arrival is scaled, or a limit of one an hour that is raised to a thousand a second would still have its caller
         // wait an hour. It is bounded by the new burst: a lowered burst would otherwise refuse requests for longer than an empty
         // bucket takes to fill.
-        let spent = self.tolerance.load(Ordering::Relaxed).saturating_add(interval);
+        let most = self.tolerance.load(Ordering::Relaxed).saturating_add(interval);
         let _ = self.arrival.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |arrival| {
             let ahead =
                 u128::from(arrival.saturating_sub(now)) * u128::from(interval) / u128::from(old.max(1));
-            Some(now + u64::try_from(ahead).unwrap_or(u64::MAX).min(spent))
+            Some(now + u64::try_from(ahead).unwrap_or(u64::MAX).min(most))
         });
     }
 
@@ -107,7 +107,7 @@ impl Limiter {
 
     fn set_at(&self, now: u64, limit: RateLimit) {
         self.tolerance.store(tolerance(limit), Ordering::Relaxed);
-        self.pace(now, interval(limit));
+        self.set_interval(now, interval(limit));
     }
 
     fn take_at(&self, now: u64) -> Result<(), LimitExceeded> {

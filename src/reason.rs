@@ -255,7 +255,7 @@ pub fn shown<'a>(reason: &Reason, needles: impl IntoIterator<Item = &'a Needles>
     if needles.into_iter().any(|needles| needles.are_in(text.as_bytes())) {
         return format!("{}: what it says quotes the credential", reason.cause);
     }
-    let cut = text.char_indices().map(|(place, _)| place).find(|place| *place >= MAX_TEXT);
+    let cut = text.char_indices().map(|(at, _)| at).find(|at| *at >= MAX_TEXT);
     let mut plain = plain::line(&text[..cut.unwrap_or(text.len())]);
     plain.push_str(cut.map_or("", |_| " (cut)"));
     plain

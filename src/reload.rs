@@ -58,7 +58,7 @@ pub(crate) struct Reload {
     state: Arc<ArcSwap<State>>,
     audit: Audit,
     /// Why the last configuration was refused; `None` after one that was accepted.
-    told: Option<String>,
+    reported: Option<String>,
     change: Change,
 }
 
@@ -67,7 +67,7 @@ pub(crate) struct Reload {
 struct Reader {
     path: PathBuf,
     overrides: Vec<(String, String)>,
-    watched: FileWatch<[u8; 32], Infallible>,
+    watch: FileWatch<[u8; 32], Infallible>,
     /// The configuration in effect.
     config: Config,
     /// A digest of the contracts in effect.
@@ -112,10 +112,10 @@ impl Reload {
         let is_file = fs::metadata(&path).map_or(true, |found| found.is_file());
         let reader = is_file.then(|| {
             let contracts = contents(&contract_files(&config));
-            let watched = watch(&path, &config);
-            Aside::new(Reader { path, overrides, watched, config, contracts, state: state.clone() })
+            let watch = watch(&path, &config);
+            Aside::new(Reader { path, overrides, watch, config, contracts, state: state.clone() })
         });
-        Self { reader, asked, set_log, state, audit, told: None, change }
+        Self { reader, asked, set_log, state, audit, reported: None, change }
     }
 
     /// Runs until its runtime ends. Dropping the future loses at most a reload that is under way, and never leaves half
@@ -142,9 +142,9 @@ impl Reload {
             let is_due = is_asked || again.is_some_and(|again| again <= Instant::now());
             let mut has_hung = false;
             let read = loop {
-                match reader.run(move |reader| reader.turn(is_due)).await {
+                match reader.run(move |reader| reader.check(is_due)).await {
                     Ok(read) => break read,
-                    Err(hangs) => self.tell(Err(hangs.to_string())),
+                    Err(hangs) => self.report(Err(hangs.to_string())),
                 }
                 has_hung = true;
             };
@@ -159,10 +159,10 @@ impl Reload {
                 Read::New(new) => Ok(self.take(*new)),
             };
             let is_changed = taken.as_ref().is_ok_and(|changed| !changed.is_empty());
-            self.tell(taken);
+            self.report(taken);
             // After a change the digest of the files may be newer than what was read of them. One more reading
             // finds that.
-            let later = if is_changed { Some(POLL) } else { self.told.is_some().then_some(RETRY) };
+            let later = if is_changed { Some(POLL) } else { self.reported.is_some().then_some(RETRY) };
             again = later.map(|later| Instant::now() + later);
         }
     }
@@ -180,10 +180,10 @@ impl Reload {
     /// Reports the result of a reload to the log, the trail, the metrics and `/status`. A success is reported if
     /// something changed, or if the last configuration was refused. A failure is reported if its reason is not that of
     /// the last one.
-    fn tell(&mut self, taken: Result<Vec<&'static str>, String>) {
+    fn report(&mut self, taken: Result<Vec<&'static str>, String>) {
         match taken {
             Ok(changed) => {
-                let was_bad = self.told.take().is_some();
+                let was_bad = self.reported.take().is_some();
                 if was_bad || !changed.is_empty() {
                     self.change.accepted();
                 }
@@ -196,12 +196,12 @@ impl Reload {
                 }
             }
             // A refused file is tried every few seconds. One line for each try would bury the log.
-            Err(reason) if self.told.as_ref() == Some(&reason) => {}
+            Err(reason) if self.reported.as_ref() == Some(&reason) => {}
             Err(reason) => {
                 self.change.refused(&reason);
                 tracing::error!(reason, "the configuration is not taken; the old one stays in effect");
                 self.record([("result", json!("refused")), ("reason", json!(reason))]);
-                self.told = Some(reason);
+                self.reported = Some(reason);
             }
         }
     }
@@ -215,8 +215,8 @@ impl Reload {
 
 impl Reader {
     /// Checks the files, and reads everything if one has changed or `is_due`. Blocks.
-    fn turn(&mut self, is_due: bool) -> Read {
-        match self.watched.poll() {
+    fn check(&mut self, is_due: bool) -> Read {
+        match self.watch.poll() {
             FileChange::Settling if !is_due => Read::Settling,
             FileChange::Nothing if !is_due => Read::Nothing,
             _ => self.read().unwrap_or_else(Read::Refused),
@@ -251,7 +251,7 @@ impl Reader {
         // not start token fetches again that they hold back.
         let routes =
             compile_routes(&config, Some(&self.state.load().routes)).map_err(|error| error.to_string())?;
-        self.watched = watch(&self.path, &config);
+        self.watch = watch(&self.path, &config);
         (self.config, self.contracts) = (config.clone(), contracts);
         Ok(Read::New(Box::new(New { config, routes, changed })))
     }

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use http::StatusCode;
 
-use crate::json::{Abort, Begins, Cursor};
+use crate::json::{Abort, Cursor, ValueStart};
 use crate::model::outcome::{Outcome, ResultCode};
 
 /// The rule by which the replies of a route are classified.
@@ -74,13 +74,13 @@ impl ResultRule {
         let unknown = Classification { outcome: Outcome::Unknown, result_code: None };
         // Whatever `Content-Encoding` says: a coded body is no JSON object, and a body in clear is read. An upstream that sent
         // `Content-Encoding: Identity` once made every success unknown.
-        self.judge(reply.body, reply.truncated)
-            .or_else(|| self.judge(&quote_slip(reply.body, &self.field)?, reply.truncated))
+        self.classify_body(reply.body, reply.truncated)
+            .or_else(|| self.classify_body(&quote_slip(reply.body, &self.field)?, reply.truncated))
             .unwrap_or(unknown)
     }
 
     /// What a body means; `None` if it is not a JSON object.
-    fn judge(&self, body: &[u8], truncated: bool) -> Option<Classification> {
+    fn classify_body(&self, body: &[u8], truncated: bool) -> Option<Classification> {
         let mut codes = Codes::default();
         let mut cursor = Cursor::new(body);
         // Of a truncated body an error counts only where a byte that is there causes it. That the end is missing is expected.
@@ -110,8 +110,8 @@ impl<'a> Codes<'a> {
     // counts only once something follows it, since a number that is cut is another number.
     fn read(&mut self, cursor: &mut Cursor<'a>, field: &str) -> Result<(), Abort> {
         cursor.skip_space();
-        if !matches!(cursor.begins()?, Begins::Object) {
-            return Err(cursor.halt_at(cursor.position(), "expected an object"));
+        if !matches!(cursor.begins()?, ValueStart::Object) {
+            return Err(cursor.abort_at(cursor.position(), "expected an object"));
         }
         let mut more = cursor.open(b'}')?;
         while more {
@@ -148,17 +148,19 @@ enum Code<'a> {
 impl<'a> Code<'a> {
     fn read(cursor: &mut Cursor<'a>) -> Result<Self, Abort> {
         Ok(match cursor.begins()? {
-            Begins::Text => {
+            ValueStart::Text => {
                 let text = cursor.string()?.decoded();
                 // Texts in another encoding (GBK, say) are allowed elsewhere in the reply. A code must be readable.
                 let is_text = text.is_ascii() || std::str::from_utf8(&text).is_ok();
                 if is_text { Self::Text(text) } else { Self::Other }
             }
-            Begins::Number => {
+            ValueStart::Number => {
                 let literal = std::str::from_utf8(cursor.number()?.literal).unwrap_or_default();
                 literal.parse().map_or(Self::Other, Self::Number)
             }
-            Begins::Word | Begins::Array | Begins::Object => cursor.skip_value().map(|()| Self::Other)?,
+            ValueStart::Word | ValueStart::Array | ValueStart::Object => {
+                cursor.skip_value().map(|()| Self::Other)?
+            }
         })
     }
 
@@ -219,18 +221,18 @@ mod tests {
     use super::*;
 
     fn classify(status: u16, body: &str) -> Outcome {
-        verdict(status, body, false).outcome
+        classification(status, body, false).outcome
     }
 
-    fn verdict(status: u16, body: &str, truncated: bool) -> Classification {
-        judged(status, body.as_bytes(), truncated)
+    fn classification(status: u16, body: &str, truncated: bool) -> Classification {
+        classified(status, body.as_bytes(), truncated)
     }
 
     fn classify_bytes(body: &[u8], truncated: bool) -> Outcome {
-        judged(200, body, truncated).outcome
+        classified(200, body, truncated).outcome
     }
 
-    fn judged(status: u16, body: &[u8], truncated: bool) -> Classification {
+    fn classified(status: u16, body: &[u8], truncated: bool) -> Classification {
         let rule = ResultRule::new("resultCode", &["0409000".to_owned()]);
         let status = StatusCode::from_u16(status).unwrap();
         rule.classify(ReplyView { status, body, truncated })
@@ -282,14 +284,26 @@ mod tests {
 
     #[test]
     fn long_reply_is_classified_by_its_beginning() {
-        assert_eq!(verdict(200, r#"{"resultCode":"0409000","rows":[1,2"#, true).outcome, Outcome::Succeeded);
-        assert_eq!(verdict(200, r#"{"resultCode":409000,"rows":[1,2"#, true).outcome, Outcome::Succeeded);
+        assert_eq!(
+            classification(200, r#"{"resultCode":"0409000","rows":[1,2"#, true).outcome,
+            Outcome::Succeeded
+        );
+        assert_eq!(
+            classification(200, r#"{"resultCode":409000,"rows":[1,2"#, true).outcome,
+            Outcome::Succeeded
+        );
         for cut in [r#"{"resultCode":409"#, r#"{"resultCode": 0409"#, r#"{"resultCode":"0409"#] {
-            assert_eq!(verdict(200, cut, true).outcome, Outcome::Unknown, "{cut}");
+            assert_eq!(classification(200, cut, true).outcome, Outcome::Unknown, "{cut}");
         }
-        assert_eq!(verdict(200, r#"{"resultCode":0409000,"rows":[1,2"#, true).outcome, Outcome::Succeeded);
-        assert_eq!(verdict(200, r#"{"rows":[1,2"#, true).outcome, Outcome::Unknown);
-        assert_eq!(verdict(200, r#"{"resultCode":"0409000","rows":[1,}"#, true).outcome, Outcome::Unknown);
+        assert_eq!(
+            classification(200, r#"{"resultCode":0409000,"rows":[1,2"#, true).outcome,
+            Outcome::Succeeded
+        );
+        assert_eq!(classification(200, r#"{"rows":[1,2"#, true).outcome, Outcome::Unknown);
+        assert_eq!(
+            classification(200, r#"{"resultCode":"0409000","rows":[1,}"#, true).outcome,
+            Outcome::Unknown
+        );
     }
 
     #[test]
@@ -319,7 +333,7 @@ mod tests {
     #[test]
     fn result_code_is_truncated_between_characters() {
         let long = "é".repeat(40);
-        let code = verdict(200, &format!(r#"{{"resultCode":"{long}"}}"#), false).result_code.unwrap();
+        let code = classification(200, &format!(r#"{{"resultCode":"{long}"}}"#), false).result_code.unwrap();
         assert_eq!(code.as_slice(), "é".repeat(32).as_bytes());
     }
 

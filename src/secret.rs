@@ -100,17 +100,17 @@ impl Secret {
 
     /// Reads a secret from a file or an environment variable. Blocks on the file.
     pub fn load(source: &SecretSource) -> Result<Self, UnusableSecret> {
-        let (bytes, place) = match source {
+        let (bytes, name) = match source {
             SecretSource::File(path) => {
-                let place = path.display().to_string();
-                (files::read(path).map_err(|error| UnusableSecret::File(place.clone(), error))?, place)
+                let name = path.display().to_string();
+                (files::read(path).map_err(|error| UnusableSecret::File(name.clone(), error))?, name)
             }
             SecretSource::Env(name) => {
                 let value = std::env::var(name).map_err(|_| UnusableSecret::Variable(name.clone()))?;
                 (value.into_bytes(), name.clone())
             }
         };
-        Self::new(bytes).map_err(|why| UnusableSecret::Impossible(place, why))
+        Self::new(bytes).map_err(|why| UnusableSecret::Impossible(name, why))
     }
 
     /// The bytes. A caller must copy them only into buffers that are overwritten, or into what goes out.

@@ -350,7 +350,7 @@ async fn accept(
             Ok((stream, peer)) => {
                 // The place is taken before the next `accept`. One over a bound is closed here, so that strangers
                 // cannot use up the file descriptors.
-                if let Some((accepted, stranger)) = place(&gateway, &listener, stream, peer) {
+                if let Some((accepted, stranger)) = admit(&gateway, &listener, stream, peer) {
                     let served = connection::serve(gateway.clone(), accepted, deadlines, stop.clone());
                     let alive = alive.clone();
                     tokio::spawn(async move {
@@ -376,7 +376,7 @@ async fn accept(
 
 /// Takes the place of a new connection, and a stranger's if its peer is no known caller. `None`: there is none, and
 /// the connection is closed by being dropped.
-fn place(
+fn admit(
     gateway: &Gateway,
     listener: &Listener,
     stream: CallerStream,
@@ -386,8 +386,8 @@ fn place(
     // then.
     let asks = listener.tls.as_ref().is_some_and(|tls| tls.asks_for_certificates());
     let stranger = stranger(gateway, asks || gateway.state.load().admission.knows(peer), peer)?;
-    let place = gateway.limits.connection(!asks && stranger.is_none());
-    let place = place.inspect_err(|_| gateway.metrics.connection_closed("overloaded")).ok()?;
+    let slot = gateway.limits.connection(!asks && stranger.is_none());
+    let slot = slot.inspect_err(|_| gateway.metrics.connection_closed("overloaded")).ok()?;
     let (tls, hosts) = (listener.tls.clone(), listener.hosts.clone());
-    Some((AcceptedConnection { stream, tls, hosts, peer, place }, stranger))
+    Some((AcceptedConnection { stream, tls, hosts, peer, slot }, stranger))
 }

@@ -31,7 +31,7 @@ pub struct State {
     /// The routes.
     pub routes: Routes<Route>,
     /// The bounds on a caller's body, in bytes and time.
-    pub body: body::Bounds,
+    pub body: body::ReceiveLimits,
     /// The parts that all exchanges share.
     pub terms: Arc<ExchangeTerms>,
     /// Whether some caller is identified by a loopback address alone. `/status` then has a notice.
@@ -48,7 +48,7 @@ impl State {
         Ok(Self {
             admission: Admission::new(&config.callers, &HashMap::new()),
             routes: routes::compile(config, None)?,
-            body: body::Bounds { size: config.server.max_body, time: config.server.body_timeout },
+            body: body::ReceiveLimits { size: config.server.max_body, time: config.server.body_timeout },
             terms: Arc::new(ExchangeTerms {
                 outbound: Outbound::new(authority(config), &config.upstream.static_headers()),
                 refused_statuses: config.token.refused_statuses.clone(),

@@ -148,7 +148,7 @@ pub(crate) mod fault {
     use std::{fs, thread};
 
     /// How often the file is checked.
-    const LOOK: Duration = Duration::from_millis(20);
+    const INTERVAL: Duration = Duration::from_millis(20);
 
     static FILE: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
         let file = std::env::var_os("CCSQM_GATEWAY_FAULT_FILE").filter(|_| cfg!(debug_assertions));
@@ -156,13 +156,13 @@ pub(crate) mod fault {
     });
 
     /// Panics, or hangs the calling thread, if the file asks for that now. Does nothing in a release build.
-    pub(crate) fn look(what: &str) {
+    pub(crate) fn check(what: &str) {
         let Some(file) = &*FILE else { return };
         let is_asked =
             |verb| fs::read_to_string(file).is_ok_and(|fault| fault.strip_prefix(verb) == Some(what));
         assert!(!is_asked("panic "), "a test asked for it");
         while is_asked("hang ") {
-            thread::sleep(LOOK);
+            thread::sleep(INTERVAL);
         }
     }
 
@@ -172,15 +172,15 @@ pub(crate) mod fault {
         if FILE.is_none() {
             return work.await;
         }
-        let asked = async {
+        let checks = async {
             loop {
-                look(what);
-                tokio::time::sleep(LOOK).await;
+                check(what);
+                tokio::time::sleep(INTERVAL).await;
             }
         };
         tokio::select! {
             output = work => output,
-            () = asked => unreachable!("it goes on for ever"),
+            () = checks => unreachable!("it goes on for ever"),
         }
     }
 }

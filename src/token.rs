@@ -158,7 +158,7 @@ pub struct Status {
 pub struct Slot {
     name: String,
     wait: Duration,
-    live: ArcSwapOption<ActiveToken>,
+    active: ArcSwapOption<ActiveToken>,
     /// The number of requests that wait for a token.
     waiting: AtomicUsize,
     /// Wakes the fetcher. It stores one permit, so a wake-up during a fetch is not lost.
@@ -197,7 +197,7 @@ struct ActiveToken {
     /// The time from sending the request for it to reading the reply.
     took: Duration,
     /// Whether it is out of use: the upstream refused it, and no fetch has ended after that.
-    retired: AtomicBool,
+    invalidated: AtomicBool,
     /// Whether the route that refused it had accepted it before, and no fetch of this gateway can have ended it.
     had_worked: AtomicBool,
 }
@@ -206,8 +206,8 @@ impl ActiveToken {
     fn new(token: Token, lifetime: Duration, plan: Plan, sent: Moment) -> Self {
         let took = sent.age(Moment::now());
         let end = sent.end(plan.stop);
-        let (retired, had_worked) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { token, lifetime, plan, sent, end, took, retired, had_worked }
+        let (invalidated, had_worked) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { token, lifetime, plan, sent, end, took, invalidated, had_worked }
     }
 
     fn age(&self) -> Duration {
@@ -218,8 +218,8 @@ impl ActiveToken {
         self.end.is_ahead()
     }
 
-    fn is_retired(&self) -> bool {
-        self.retired.load(Ordering::Acquire)
+    fn is_invalidated(&self) -> bool {
+        self.invalidated.load(Ordering::Acquire)
     }
 }
 
@@ -256,7 +256,7 @@ impl Slot {
         Ok(Arc::new(Self {
             name: credential.name.clone(),
             wait: token.wait,
-            live: ArcSwapOption::empty(),
+            active: ArcSwapOption::empty(),
             waiting: AtomicUsize::new(0),
             wake: Notify::new(),
             fetches: watch::Sender::new(Fetches::default()),
@@ -292,7 +292,7 @@ impl Slot {
 
     /// The last token, though it may be expired or refused: to search replies for it, not to send it.
     pub fn last_token(&self) -> Option<Token> {
-        self.live.load().as_ref().map(|live| live.token.clone())
+        self.active.load().as_ref().map(|active| active.token.clone())
     }
 
     /// Returns a token newer than generation `refused`, which the upstream refused. Concurrent calls share one fetch, even one
@@ -326,9 +326,9 @@ impl Slot {
     pub fn has_left_alone(&self, generation: u64) -> bool {
         // The lock is held to the end, so that no fetch replaces the token between the two reads.
         let fetches = self.fetches.borrow();
-        let live = self.live.load();
+        let active = self.active.load();
         fetches.begun == fetches.ended
-            && live.as_ref().is_some_and(|live| live.token.generation() == generation)
+            && active.as_ref().is_some_and(|active| active.token.generation() == generation)
     }
 
     /// Reports that another client ended this generation: a call that was refused with it succeeded with another token. To be
@@ -346,31 +346,32 @@ impl Slot {
     /// The state for `/status` and `/readyz`.
     pub fn status(&self) -> Status {
         let fetches = *self.fetches.borrow();
-        let live = self.live.load();
-        let left = live.as_ref().and_then(|live| live.plan.stop.checked_sub(live.age()));
+        let active = self.active.load();
+        let left = active.as_ref().and_then(|active| active.plan.stop.checked_sub(active.age()));
         Status {
             name: self.name.clone(),
             had_token: fetches.had_token,
-            generation: live.as_ref().map_or(0, |live| live.token.generation()),
+            generation: active.as_ref().map_or(0, |active| active.token.generation()),
             seconds_left: left.map(|left| left.as_secs()),
             last_error: self.last_error.get(),
             contested: self.contested.get(),
         }
     }
 
-    /// The token if it may be sent now: neither expired nor retired.
+    /// The token if it may be sent now: neither expired nor invalidated.
     fn current(&self) -> Option<Token> {
-        let live = self.live.load();
-        live.as_ref().filter(|live| live.is_usable() && !live.is_retired()).map(|live| live.token.clone())
+        let active = self.active.load();
+        let active = active.as_ref().filter(|active| active.is_usable() && !active.is_invalidated())?;
+        Some(active.token.clone())
     }
 
-    /// The token if it has not expired, retired or not.
+    /// The token if it has not expired, invalidated or not.
     fn usable(&self) -> Option<Token> {
-        let live = self.live.load();
-        live.as_ref().filter(|live| live.is_usable()).map(|live| live.token.clone())
+        let active = self.active.load();
+        active.as_ref().filter(|active| active.is_usable()).map(|active| active.token.clone())
     }
 
-    /// Retires generations up to `refused` until the next fetch ends, and returns that fetch's number. Returns `None` and changes
+    /// Invalidates generations up to `refused` until the next fetch ends, and returns its number. Returns `None` and changes
     /// nothing if back-off rules out a fetch before `deadline`: the refused token is then better than none.
     fn invalidate(&self, refused: u64, had_worked: bool, deadline: Instant) -> Option<u64> {
         let mut looked_into = None;
@@ -379,13 +380,13 @@ impl Slot {
             let now = Instant::now();
             if fetches.held.is_none_or(|held| !held.is_hopeless(now, deadline)) {
                 looked_into = Some(fetches.begun.max(fetches.ended + 1));
-                if let Some(live) = &*self.live.load()
-                    && live.token.generation() <= refused
+                if let Some(active) = &*self.active.load()
+                    && active.token.generation() <= refused
                 {
-                    live.had_worked
-                        .fetch_or(had_worked && live.token.generation() == refused, Ordering::Relaxed);
+                    let is_refused = active.token.generation() == refused;
+                    active.had_worked.fetch_or(had_worked && is_refused, Ordering::Relaxed);
                     // Last: the fetcher reads `had_worked` only once it sees this.
-                    live.retired.store(true, Ordering::Release);
+                    active.invalidated.store(true, Ordering::Release);
                 }
             }
             false
@@ -433,9 +434,9 @@ impl Slot {
         });
     }
 
-    fn fetch_succeeded(&self, live: ActiveToken, held: Option<Held>) {
+    fn fetch_succeeded(&self, active: ActiveToken, held: Option<Held>) {
         self.fetches.send_modify(|fetches| {
-            self.live.store(Some(Arc::new(live)));
+            self.active.store(Some(Arc::new(active)));
             *fetches = Fetches { ended: fetches.begun, held, failed: None, had_token: true, ..*fetches };
         });
         self.last_error.ends();
@@ -451,7 +452,7 @@ impl Slot {
     }
 
     /// Records that a changed pair brought no token. Requests wait on for the pair in use, unless both pairs are in a pause.
-    fn trial_failed(&self, held: Option<Held>) {
+    fn candidate_failed(&self, held: Option<Held>) {
         self.fetches.send_modify(|fetches| {
             fetches.held = held;
             if held.is_some() {
@@ -465,10 +466,10 @@ impl Slot {
         self.fetches.send_modify(|fetches| fetches.held = held);
     }
 
-    /// Lets a retired token be used again: no other can be had, and the refusal may have another cause than the token.
+    /// Lets an invalidated token be used again: no other can be had, and the refusal may have another cause than the token.
     fn reinstate(&self) {
-        if let Some(live) = &*self.live.load() {
-            live.retired.store(false, Ordering::Release);
+        if let Some(active) = &*self.active.load() {
+            active.invalidated.store(false, Ordering::Release);
         }
     }
 }

@@ -52,7 +52,7 @@ impl Watchdog {
 
     /// Marks a worker as ended cleanly. It counts as turning from now on.
     // A worker without connections ends before the others in a long drain. `/livez` failed in that time before.
-    pub(crate) fn retire(&self, worker: usize) {
+    pub(crate) fn mark_ended(&self, worker: usize) {
         self.beats[worker].store(u64::MAX, Ordering::Relaxed);
     }
 
@@ -83,10 +83,10 @@ impl Watchdog {
     /// The first loop that has not turned for longer than `than`.
     fn late(&self, than: Duration) -> Option<String> {
         let now = clock::nanos();
-        self.beats.iter().enumerate().find_map(|(place, beat)| {
+        self.beats.iter().enumerate().find_map(|(index, beat)| {
             let still = Duration::from_nanos(now.saturating_sub(beat.load(Ordering::Relaxed)));
-            let is_worker = place + 1 < self.beats.len();
-            let name = if is_worker { format!("worker {place}") } else { "the background".to_owned() };
+            let is_worker = index + 1 < self.beats.len();
+            let name = if is_worker { format!("worker {index}") } else { "the background".to_owned() };
             (still > than).then(|| format!("{name} has not turned for {} s", still.as_secs()))
         })
     }
@@ -101,8 +101,8 @@ mod tests {
         let watchdog = Watchdog::from_env(2);
         assert_eq!(watchdog.hangs(), None, "the control");
         for (late, name) in [(1, "worker 1"), (2, "the background")] {
-            for (place, beat) in watchdog.beats.iter().enumerate() {
-                beat.store(if place == late { 0 } else { u64::MAX }, Ordering::Relaxed);
+            for (index, beat) in watchdog.beats.iter().enumerate() {
+                beat.store(if index == late { 0 } else { u64::MAX }, Ordering::Relaxed);
             }
             assert!(watchdog.late(Duration::ZERO).unwrap().starts_with(name));
         }

@@ -19,7 +19,7 @@ use syn::{
 const LAYERS: [(&str, &str); 9] = [
     (
         "tools, which know nothing of the gateway",
-        "backoff base64 clock disconnect field_values files ids json keyed_hash pem plain registry seats supervisor watched",
+        "backoff base64 clock disconnect field_values file_watch files ids json keyed_hash pem plain registry seats supervisor",
     ),
     ("words", "model"),
     ("configuration", "config"),

@@ -11,18 +11,18 @@ use crate::log;
 use crate::supervisor::{Vital, Vitals};
 
 /// How often the wall clock, the audit thread and the log thread are checked.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK: Duration = Duration::from_secs(1);
 
 /// Once a second: compares the wall clock with *now*, writes the counts of aggregated log lines, and checks that the
 /// audit thread and the log thread live.
 ///
 /// Returns when one of the two has ended. Its `Vital` then reports that, and the process drains.
-pub(super) async fn look(audit: Audit, vitals: Vitals) {
-    let looks = async {
+pub(super) async fn check_each_second(audit: Audit, vitals: Vitals) {
+    let checks = async {
         loop {
-            sleep(LOOK).await;
-            audit.look_at_clock();
-            log::requests::fold_up();
+            sleep(CHECK).await;
+            audit.check_clock();
+            log::requests::flush();
             if !audit.is_written() {
                 // These threads hold no `Vital` themselves, so one is made in their name.
                 return vitals.vital("the audit writer");
@@ -32,7 +32,7 @@ pub(super) async fn look(audit: Audit, vitals: Vitals) {
             }
         }
     };
-    let gone = vitals.until_stop("the look at clock and threads").run(looks).await;
+    let gone = vitals.until_stop("the look at clock and threads").run(checks).await;
     // Both threads run until they are closed, so a panic is all that ends them early.
     gone.fail("a panic");
 }

@@ -40,7 +40,7 @@ pub(super) async fn drain(
         limits.drain();
     }
     let _ = stopping.send(Lifecycle::Stopping);
-    // After the grace, in which new connections still take a `InFlightPermit`. From here on the last one ends `done`.
+    // After the grace, in which new connections still take an `InFlightPermit`. From here on the last one ends `done`.
     drop(alive);
     if timeout_at(end, done.recv()).await.is_err() {
         tracing::warn!(

@@ -94,7 +94,7 @@ pub(super) fn bind_control(config: &Config) -> Result<Option<control::BoundSocke
 /// # Errors
 ///
 /// Returns a [`BindError`] for a socket that a start could not bind.
-pub(super) fn look(config: &Config, file: &Path) -> anyhow::Result<Vec<String>> {
+pub(super) fn check(config: &Config, file: &Path) -> anyhow::Result<Vec<String>> {
     // Lazy: without a conflict nobody is asked, and `check` needs no network.
     let present = LazyCell::new(|| Present::find(config, file));
     let mut notes = Vec::new();

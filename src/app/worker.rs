@@ -1,4 +1,4 @@
-//! Worker threads: each has a runtime, a pool of upstream connections, and an audit lane of its own.
+//! Worker threads: each has a runtime, a pool of upstream connections, and commit waiters of its own.
 //!
 //! A connection, its requests and their exchanges stay on the worker that accepted the connection.
 
@@ -101,7 +101,7 @@ impl Worker {
         let vital = move |what: &str| of_worker(&vitals, number, what);
         serve_until_drained(gateway, listeners, deadlines, stopped, drain, vital).await;
         // A worker that has ended in order beats no more, and would count as hanging in a long drain.
-        watchdog.retire(number);
+        watchdog.mark_ended(number);
         Ok(())
     }
 }

@@ -69,7 +69,7 @@ struct Hour {
     lasts: Duration,
     since: Instant,
     /// The bytes recorded for strangers and for callers.
-    spent: [u64; 2],
+    used: [u64; 2],
     /// The kinds that were seen in this hour, each with the aggregate of its refusals after the budget was spent. All
     /// strangers count as one peer.
     // The first refusal of each kind is recorded whatever was spent: a flood must not hide that something new
@@ -81,7 +81,7 @@ impl RefusalAggregator {
     /// Makes an aggregator that has seen nothing. `hour` is the length of an hour, which only tests change.
     pub(super) fn new(budget: RefusalBudget, hour: Duration) -> Self {
         let now = Instant::now();
-        let hour = Hour { budget, lasts: hour, since: now, spent: [0; 2], kinds: HashMap::new() };
+        let hour = Hour { budget, lasts: hour, since: now, used: [0; 2], kinds: HashMap::new() };
         Self { since: now, kinds: HashMap::new(), strangers: 0, hour, unrecorded: 0 }
     }
 
@@ -101,25 +101,25 @@ impl RefusalAggregator {
     pub(super) fn push(
         &mut self,
         facts: Box<RequestFacts>,
-        (why, status): (RefusalReason, u16),
+        (reason, status): (RefusalReason, u16),
         batch: &mut Batch,
         metrics: &AuditMetrics,
     ) {
-        let who = facts.who();
-        let of = usize::from(matches!(who, RefusedPeer::Caller(_)));
+        let peer = facts.refused_peer();
+        let of = usize::from(matches!(peer, RefusedPeer::Caller(_)));
         let refusal = |facts, several| NotForwarded {
             time: clock::unix_nanos() / 1000,
             facts,
-            why,
+            reason,
             status,
             count: 1,
             several,
         };
         // The hour is decided first: beyond its budget not even the first ten of a second are recorded.
-        let is_spent = self.hour.is_spent(of);
-        let kind = (if of == 0 { RefusedPeer::Others } else { who.clone() }, why);
+        let is_exhausted = self.hour.is_exhausted(of);
+        let kind = (if of == 0 { RefusedPeer::Others } else { peer.clone() }, reason);
         match self.hour.kinds.get_mut(&kind) {
-            Some(more) if is_spent => {
+            Some(more) if is_exhausted => {
                 match more {
                     Some(more) => more.count += 1,
                     None => *more = Some(refusal(facts, of == 0)),
@@ -130,9 +130,9 @@ impl RefusalAggregator {
             Some(_) => {}
             None => drop(self.hour.kinds.insert(kind, None)),
         }
-        let who = self.place(who, why);
-        let several = who == RefusedPeer::Others;
-        let aggregate = self.kinds.entry((who, why)).or_default();
+        let peer = self.counted_as(peer, reason);
+        let several = peer == RefusedPeer::Others;
+        let aggregate = self.kinds.entry((peer, reason)).or_default();
         aggregate.seen += 1;
         let full = aggregate.seen <= FULL_REFUSALS;
         match &mut aggregate.more {
@@ -148,10 +148,10 @@ impl RefusalAggregator {
     pub(super) fn flush(&mut self, batch: &mut Batch, metrics: &AuditMetrics) {
         self.since = Instant::now();
         self.strangers = 0;
-        for ((who, _), aggregate) in std::mem::take(&mut self.kinds) {
+        for ((peer, _), aggregate) in std::mem::take(&mut self.kinds) {
             if let Some(refusal) = aggregate.more {
                 metrics.aggregated.inc_by(refusal.count);
-                self.hour.record(usize::from(matches!(who, RefusedPeer::Caller(_))), &refusal, batch);
+                self.hour.record(usize::from(matches!(peer, RefusedPeer::Caller(_))), &refusal, batch);
             }
         }
         if self.hour.is_over() {
@@ -162,7 +162,7 @@ impl RefusalAggregator {
     /// Ends the hour: each aggregate beyond the budget becomes a record, and another hour begins.
     pub(super) fn end_hour(&mut self, batch: &mut Batch) {
         self.hour.since = Instant::now();
-        self.hour.spent = [0; 2];
+        self.hour.used = [0; 2];
         for refusal in std::mem::take(&mut self.hour.kinds).into_values().flatten() {
             batch.push(&Entry::NotForwarded(&refusal));
         }
@@ -178,15 +178,15 @@ impl RefusalAggregator {
     }
 
     /// Returns the peer or caller under which a refusal is aggregated in this second.
-    fn place(&mut self, who: RefusedPeer, why: RefusalReason) -> RefusedPeer {
-        if matches!(who, RefusedPeer::Caller(_)) || self.kinds.contains_key(&(who.clone(), why)) {
-            return who;
+    fn counted_as(&mut self, peer: RefusedPeer, reason: RefusalReason) -> RefusedPeer {
+        if matches!(peer, RefusedPeer::Caller(_)) || self.kinds.contains_key(&(peer.clone(), reason)) {
+            return peer;
         }
         if self.strangers == STRANGERS {
             return RefusedPeer::Others;
         }
         self.strangers += 1;
-        who
+        peer
     }
 }
 
@@ -201,14 +201,14 @@ impl Hour {
     }
 
     /// Whether a budget is spent: that of strangers if `of` is 0, that of callers if it is 1.
-    fn is_spent(&self, of: usize) -> bool {
-        self.spent[of] >= [self.budget.strangers, self.budget.callers][of]
+    fn is_exhausted(&self, of: usize) -> bool {
+        self.used[of] >= [self.budget.strangers, self.budget.callers][of]
     }
 
     /// Appends a record to `batch`, and counts its length against the budget.
     fn record(&mut self, of: usize, refusal: &NotForwarded, batch: &mut Batch) {
         let before = batch.size();
         batch.push(&Entry::NotForwarded(refusal));
-        self.spent[of] += (batch.size() - before) as u64;
+        self.used[of] += (batch.size() - before) as u64;
     }
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::chain::OPEN_LINKS;
-use super::entry::{Entry, Kind};
+use super::entry::{Entry, RecordKind};
 use super::line::Second;
 use super::unresolved_calls::{LIST, LIST_LEFT_OUT, UnresolvedList};
 use crate::model::outcome::Outcome;
@@ -44,7 +44,7 @@ pub(super) struct Batch {
     /// What each line changes in the list of unresolved calls.
     changes: Vec<ListChange>,
     /// The number of lines of each kind, for the metrics.
-    pub(super) kinds: [u64; Kind::ALL.len()],
+    pub(super) kinds: [u64; RecordKind::ALL.len()],
     /// Whether the writer may begin a segment with this batch.
     pub(super) begins_segment: bool,
     /// The text of the time of the last line, up to the second. Lines of the same second share it.
@@ -131,7 +131,7 @@ impl Batch {
     fn take_last(&mut self) {
         self.ends.pop();
         self.changes.pop();
-        self.kinds[Kind::Event as usize] -= 1;
+        self.kinds[RecordKind::Event as usize] -= 1;
         self.seq -= 1;
     }
 

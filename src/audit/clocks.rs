@@ -65,7 +65,7 @@ impl fmt::Display for ClockDoubt {
 /// The state of doubt, without I/O. Times are `CLOCK_BOOTTIME` in milliseconds; `ahead` is the wall clock minus
 /// *now*.
 #[derive(Debug)]
-struct Watch {
+struct DoubtState {
     window: i64,
     /// The doubt that the start found, and when that was.
     at_start: Option<(ClockDoubt, i64)>,
@@ -88,7 +88,7 @@ enum Change {
     Ends,
 }
 
-impl Watch {
+impl DoubtState {
     fn new(window: Duration, at_start: Option<ClockDoubt>, boottime: i64) -> Self {
         let at_start = at_start.map(|doubt| (doubt, boottime));
         Self { window: millis(window), at_start, step: None, settled: 0 }
@@ -98,7 +98,7 @@ impl Watch {
         self.at_start.map(|(doubt, _)| doubt).or(self.step.map(|_| ClockDoubt::Set))
     }
 
-    fn look(&mut self, boottime: i64, ahead: i64) {
+    fn update(&mut self, boottime: i64, ahead: i64) {
         // Doubt must end without an operator: retention would stop forever otherwise, and a full disk stops all
         // calls. One window is enough, since keys older than that no longer matter.
         let is_over = |since: i64| boottime - since >= self.window;
@@ -135,9 +135,9 @@ pub(super) struct Clocks {
 
 struct State {
     trail: TrailTime,
-    watch: Watch,
+    doubt_state: DoubtState,
     /// The doubt that was last reported.
-    told: Option<ClockDoubt>,
+    reported: Option<ClockDoubt>,
 }
 
 impl Clocks {
@@ -150,8 +150,8 @@ impl Clocks {
         // ago it was.
         let known = newest.filter(|_| last.is_none_or(|last| !last.is_of_boot(boot, boottime)));
         let at_start = known.and_then(|newest| ClockDoubt::of(newest, now(), window));
-        let watch = Watch::new(window, at_start, boottime);
-        Self { state: Mutex::new(State { trail, watch, told: None }), anchors: OnceLock::new() }
+        let doubt_state = DoubtState::new(window, at_start, boottime);
+        Self { state: Mutex::new(State { trail, doubt_state, reported: None }), anchors: OnceLock::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -160,16 +160,16 @@ impl Clocks {
 
     /// The reason why the wall clock was doubtful at the last check; `None` if it was not.
     pub(super) fn doubt(&self) -> Option<ClockDoubt> {
-        self.lock().watch.doubt()
+        self.lock().doubt_state.doubt()
     }
 
     /// Checks the clocks, and reports it when doubt begins or ends.
-    pub(super) fn look(&self, shared: &Shared) {
+    pub(super) fn update(&self, shared: &Shared) {
         let ahead = ahead();
         // The lock is released before anything is logged or queued: both take locks of their own.
         let change = {
             let mut state = self.lock();
-            state.watch.look(boottime(), ahead);
+            state.doubt_state.update(boottime(), ahead);
             state.change()
         };
         match change {
@@ -202,9 +202,9 @@ impl Clocks {
     pub(super) fn accepted(&self) -> Map<String, Value> {
         let (ahead, boottime) = (ahead(), boottime());
         let mut state = self.lock();
-        state.watch.accept(ahead);
+        state.doubt_state.accept(ahead);
         // The event `clock_accepted` reports the end of doubt, so no event `clock_trusted` follows.
-        state.told = None;
+        state.reported = None;
         state.trail.accept(wall(ahead), boottime);
         state.trail.members(boottime)
     }
@@ -235,7 +235,7 @@ impl Clocks {
     }
 
     /// Sets the anchors from before the start. Further calls have no effect.
-    pub(super) fn know(&self, anchors: Vec<Anchor>) {
+    pub(super) fn set_anchors(&self, anchors: Vec<Anchor>) {
         // A second set is ignored: both come from the same records.
         let _ = self.anchors.set(anchors);
     }
@@ -244,8 +244,8 @@ impl Clocks {
 impl State {
     /// Returns whether doubt began or ended since the last call.
     fn change(&mut self) -> Option<Change> {
-        let doubt = self.watch.doubt();
-        match (std::mem::replace(&mut self.told, doubt), doubt) {
+        let doubt = self.doubt_state.doubt();
+        match (std::mem::replace(&mut self.reported, doubt), doubt) {
             (None, Some(doubt)) => Some(Change::Begins(doubt)),
             (Some(_), None) => Some(Change::Ends),
             _ => None,
@@ -301,16 +301,16 @@ mod tests {
 
     #[test]
     fn clock_doubt_found_at_start_lasts_one_window() {
-        let mut watch = Watch::new(WINDOW, Some(ClockDoubt::Old), 5 * HOUR);
+        let mut doubt_state = DoubtState::new(WINDOW, Some(ClockDoubt::Old), 5 * HOUR);
         for (hour, doubt) in [(5, true), (28, true), (29, false), (30, false)] {
-            watch.look(hour * HOUR, 0);
-            assert_eq!(watch.doubt().is_some(), doubt, "{hour}");
+            doubt_state.update(hour * HOUR, 0);
+            assert_eq!(doubt_state.doubt().is_some(), doubt, "{hour}");
         }
     }
 
     #[test]
     fn clock_jump_is_doubtful_until_reverted_or_for_one_window() {
-        let mut watch = Watch::new(WINDOW, None, 0);
+        let mut doubt_state = DoubtState::new(WINDOW, None, 0);
         for (hour, ahead, doubt) in [
             (0, 0, false),
             (0, TOLERANCE, false),
@@ -333,20 +333,20 @@ mod tests {
             (125, 31 * 24 * HOUR, true),
             (126, 0, false),
         ] {
-            watch.look(hour * HOUR, ahead);
-            assert_eq!(watch.doubt().is_some(), doubt, "{hour} h: {ahead}");
+            doubt_state.update(hour * HOUR, ahead);
+            assert_eq!(doubt_state.doubt().is_some(), doubt, "{hour} h: {ahead}");
         }
     }
 
     #[test]
     fn accepted_clock_is_trusted_until_the_next_jump() {
-        let mut watch = Watch::new(WINDOW, Some(ClockDoubt::Future), 0);
-        watch.look(HOUR, 2 * HOUR);
-        assert_eq!(watch.doubt(), Some(ClockDoubt::Future));
-        watch.accept(2 * HOUR);
-        watch.look(2 * HOUR, 2 * HOUR);
-        assert_eq!(watch.doubt(), None);
-        watch.look(3 * HOUR, 4 * HOUR);
-        assert_eq!(watch.doubt(), Some(ClockDoubt::Set));
+        let mut doubt_state = DoubtState::new(WINDOW, Some(ClockDoubt::Future), 0);
+        doubt_state.update(HOUR, 2 * HOUR);
+        assert_eq!(doubt_state.doubt(), Some(ClockDoubt::Future));
+        doubt_state.accept(2 * HOUR);
+        doubt_state.update(2 * HOUR, 2 * HOUR);
+        assert_eq!(doubt_state.doubt(), None);
+        doubt_state.update(3 * HOUR, 4 * HOUR);
+        assert_eq!(doubt_state.doubt(), Some(ClockDoubt::Set));
     }
 }

@@ -284,8 +284,8 @@ pub(super) mod tests {
     #[tokio::test]
     async fn commit_wait_moved_to_another_task_is_woken_there() {
         let (waiters, committed) = (Arc::new(CommitWaiters::new(None)), Arc::new(AtomicU64::new(0)));
-        let (waits, proven) = (waiters.clone(), committed.clone());
-        let mut wait = Box::pin(async move { waits.wait(&proven, 1, Duration::from_secs(60)).await });
+        let (waits, seen) = (waiters.clone(), committed.clone());
+        let mut wait = Box::pin(async move { waits.wait(&seen, 1, Duration::from_secs(60)).await });
         assert!(wait.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
         let moved = tokio::spawn(wait);
         tokio::task::yield_now().await;

@@ -43,21 +43,21 @@ pub(super) enum Entry<'a> {
         forgotten: &'a [Uuid],
     },
     /// The outcome `unknown` that crash recovery gives to an intent without one.
-    Doubt {
+    UnknownOutcome {
         id: Uuid,
     },
 }
 
 /// The kinds of records, as the member `kind` names them.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Kind {
+pub(super) enum RecordKind {
     Intent,
     Outcome,
     NotForwarded,
     Event,
 }
 
-impl Kind {
+impl RecordKind {
     pub(super) const ALL: [Self; 4] = [Self::Intent, Self::Outcome, Self::NotForwarded, Self::Event];
 
     pub(super) const fn as_str(self) -> &'static str {
@@ -83,7 +83,7 @@ pub(super) enum RefusalReason {
 
 impl RefusalReason {
     /// Returns the outcome, code and cause that the record states.
-    pub(super) fn told(self) -> (Outcome, Option<Code>, Option<Cause>) {
+    pub(super) fn outcome(self) -> (Outcome, Option<Code>, Option<Cause>) {
         match self {
             Self::Refused(code, cause) => (Outcome::NotSent, Some(code), cause),
             Self::Replayed => (Outcome::Replayed, None, None),
@@ -97,7 +97,7 @@ pub(super) struct NotForwarded {
     /// The time of the first refusal, in microseconds since 1970.
     pub(super) time: u64,
     pub(super) facts: Box<RequestFacts>,
-    pub(super) why: RefusalReason,
+    pub(super) reason: RefusalReason,
     pub(super) status: u16,
     pub(super) count: u64,
     /// Whether it may count refusals of several peers. The facts then name the first one.
@@ -105,12 +105,12 @@ pub(super) struct NotForwarded {
 }
 
 impl Entry<'_> {
-    pub(super) fn kind(&self) -> Kind {
+    pub(super) fn kind(&self) -> RecordKind {
         match self {
-            Self::Intent { .. } => Kind::Intent,
-            Self::Outcome { .. } | Self::Doubt { .. } => Kind::Outcome,
-            Self::NotForwarded(_) => Kind::NotForwarded,
-            Self::Event { .. } | Self::Unresolved { .. } => Kind::Event,
+            Self::Intent { .. } => RecordKind::Intent,
+            Self::Outcome { .. } | Self::UnknownOutcome { .. } => RecordKind::Outcome,
+            Self::NotForwarded(_) => RecordKind::NotForwarded,
+            Self::Event { .. } | Self::Unresolved { .. } => RecordKind::Event,
         }
     }
 
@@ -128,7 +128,7 @@ impl Entry<'_> {
             }
             Self::Unresolved { .. } => ListChange::Event { name: unresolved_calls::LIST, id: None },
             // Crash recovery puts the call on the list itself before it queues a `Doubt`.
-            Self::Event { .. } | Self::NotForwarded(_) | Self::Doubt { .. } => ListChange::None,
+            Self::Event { .. } | Self::NotForwarded(_) | Self::UnknownOutcome { .. } => ListChange::None,
         }
     }
 
@@ -182,7 +182,7 @@ impl Entry<'_> {
                     line.any("forgotten", forgotten);
                 }
             }
-            Self::Doubt { id } => {
+            Self::UnknownOutcome { id } => {
                 line.word(",\"id\":\"", *RequestId::from(*id).as_bytes());
                 line.word(",\"outcome\":\"", Outcome::Unknown.as_str());
                 line.word(",\"note\":\"", "the process ended between intent and outcome");
@@ -194,8 +194,8 @@ impl Entry<'_> {
 impl NotForwarded {
     fn write(&self, line: &mut Line<'_>) {
         self.facts.write(line);
-        let (outcome, code, cause) = self.why.told();
-        let note = (self.why == RefusalReason::DryRun).then_some("dry run");
+        let (outcome, code, cause) = self.reason.outcome();
+        let note = (self.reason == RefusalReason::DryRun).then_some("dry run");
         line.word(",\"outcome\":\"", outcome.as_str());
         line.optional(",\"code\":", code.map(Code::as_str));
         line.optional(",\"cause\":", cause.map(Cause::as_str));

@@ -26,7 +26,7 @@ pub(super) struct RequestFacts {
     pub(super) peer: Peer,
     /// What is written instead of the peer's address: `None` if the address itself is written, `Some(None)` if nothing
     /// is.
-    pub(super) peer_shown: Option<Option<HeaderValue>>,
+    pub(super) peer_redacted: Option<Option<HeaderValue>>,
     pub(super) caller: Option<Arc<str>>,
     pub(super) caller_id: Option<HeaderValue>,
     pub(super) traceparent: Option<HeaderValue>,
@@ -42,7 +42,7 @@ pub(super) struct RequestFacts {
     /// When the present stage began, in nanoseconds of [`clock::nanos`].
     pub(super) entered: u64,
     /// The time spent in each stage, in nanoseconds.
-    pub(super) spent: [u64; Stage::COUNT],
+    pub(super) took: [u64; Stage::COUNT],
 }
 
 /// What a refusal records beyond its code.
@@ -58,11 +58,11 @@ pub struct Detail {
 
 impl RequestFacts {
     /// Makes the facts of a request that enters its first stage now.
-    pub(super) fn new(id: RequestId, peer: Peer, peer_shown: Option<Option<HeaderValue>>) -> Self {
+    pub(super) fn new(id: RequestId, peer: Peer, peer_redacted: Option<Option<HeaderValue>>) -> Self {
         Self {
             id,
             peer,
-            peer_shown,
+            peer_redacted,
             caller: None,
             caller_id: None,
             traceparent: None,
@@ -73,21 +73,21 @@ impl RequestFacts {
             detail: None,
             stage: Stage::Admission,
             entered: clock::nanos(),
-            spent: [0; Stage::COUNT],
+            took: [0; Stage::COUNT],
         }
     }
 
     /// Adds the time since the last call to the stage that ends, and enters `stage`.
     pub(super) fn enter(&mut self, stage: Stage) {
         let now = clock::nanos();
-        self.spent[self.stage as usize] += now.saturating_sub(self.entered);
+        self.took[self.stage as usize] += now.saturating_sub(self.entered);
         self.entered = now;
         self.stage = stage;
     }
 
     /// Returns the caller, or else the peer, under which a refusal of this request is aggregated.
     // The address without the port: a stranger has a new port for each connection.
-    pub(super) fn who(&self) -> RefusedPeer {
+    pub(super) fn refused_peer(&self) -> RefusedPeer {
         match (&self.caller, self.peer) {
             (Some(caller), _) => RefusedPeer::Caller(caller.clone()),
             (None, Peer::Tcp(address)) => RefusedPeer::Address(address.ip()),
@@ -96,10 +96,10 @@ impl RequestFacts {
     }
 
     /// Logs the finished request, if requests with this outcome, code and status are logged.
-    pub(super) fn tell(&self, outcome: Outcome, code: Option<Code>, cause: Option<Cause>, status: u16) {
+    pub(super) fn log(&self, outcome: Outcome, code: Option<Code>, cause: Option<Cause>, status: u16) {
         if requests::may_have_line(outcome, code, status) {
             let (id, caller, route) = (self.id, self.caller.as_ref(), self.route.as_deref());
-            FinishedRequest { id, caller, route, outcome, code, cause, status, took: &self.spent }.tell();
+            FinishedRequest { id, caller, route, outcome, code, cause, status, took: &self.took }.log();
         }
     }
 
@@ -107,7 +107,7 @@ impl RequestFacts {
     /// first call, and the ids that the caller sent.
     pub(super) fn write(&self, line: &mut Line<'_>) {
         self.write_briefly(line);
-        match &self.peer_shown {
+        match &self.peer_redacted {
             None => line.word(",\"peer\":\"", self.peer.text(&mut [0; Peer::TEXT])),
             Some(Some(hidden)) => line.word(",\"peer\":\"", hidden),
             Some(None) => {}
@@ -153,8 +153,8 @@ impl RequestFacts {
         line.raw(b",\"ms\":{");
         // The first key goes without its comma.
         let mut comma = 1;
-        for (key, spent) in KEYS.iter().zip(&self.spent) {
-            let micros = spent / 1000;
+        for (key, took) in KEYS.iter().zip(&self.took) {
+            let micros = took / 1000;
             if micros > 0 {
                 line.thousandths(&key[comma..], micros);
                 comma = 0;

@@ -211,7 +211,7 @@ impl<'a> ChainCheck<'a> {
     pub(crate) fn event(&mut self, number: usize, name: &str, line: &[u8]) {
         if name == ACCEPTED {
             self.accepted.extend(accepted(line));
-        } else if Damage::is_told_by(line) {
+        } else if Damage::is_recorded_by(line) {
             let seq = self.last.seq;
             self.fault(number, "a start found less than the lock file says", (seq, seq), &[]);
         }
@@ -256,7 +256,7 @@ fn accepted(event: &[u8]) -> Vec<String> {
 /// retention removed it: only a start knows whether the window reaches back that far.
 ///
 /// Fails if a segment cannot be read. Reads the whole trail.
-pub(super) fn look(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
+pub(super) fn find(directory: &Path, keys: &Keys) -> io::Result<Option<Loss>> {
     #[derive(Deserialize)]
     struct Event<'a> {
         #[serde(borrow)]

@@ -6,7 +6,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 
 use super::batch::Batch;
-use super::entry::Kind;
+use super::entry::RecordKind;
 use super::sync::Syncs;
 
 use crate::registry::Registry;
@@ -15,7 +15,7 @@ use crate::registry::Registry;
 #[derive(Clone, Debug)]
 pub struct AuditMetrics {
     /// By kind. Handles are kept, so that counting a record needs no look-up by label.
-    pub(super) records: [Counter; Kind::ALL.len()],
+    pub(super) records: [Counter; RecordKind::ALL.len()],
     pub(super) bytes: Counter,
     pub(super) batches: Counter,
     pub(super) errors: Counter,
@@ -57,7 +57,7 @@ impl AuditMetrics {
             "Files of the trail that were moved, deleted, replaced or cut by others, by result.",
         );
         Self {
-            records: Kind::ALL.map(|kind| records.get_or_create_owned(&KindLabel { kind: kind.as_str() })),
+            records: RecordKind::ALL.map(|kind| records.get_or_create_owned(&KindLabel { kind: kind.as_str() })),
             bytes: registry.metric("audit_bytes_total", "Bytes written."),
             batches: registry.metric("audit_batches_total", "Batches written."),
             errors: registry.metric("audit_write_errors_total", "Writes that failed, fdatasync included."),

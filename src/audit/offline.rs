@@ -40,7 +40,7 @@ pub fn accept_loss(directory: &Path, keys: Keys) -> Result<Option<u64>, OpenErro
     // Missing records at the end become an event only when a writer continues the trail. This empty append
     // records them first, so that the acceptance covers them, as it does when a gateway has started before.
     append(directory, keys.clone(), |_, _, _| Ok::<_, OpenError>(()))?;
-    let loss = loss::look(directory, &keys).map_err(|error| open_error(directory, error))?;
+    let loss = loss::find(directory, &keys).map_err(|error| open_error(directory, error))?;
     loss.map(|loss| append_event(directory, keys, loss::ACCEPTED, |_| loss.details().into())).transpose()
 }
 

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use crate::audit::retention::Early;
 use crate::config::RefusalBudget;
-use crate::model::audit_fields::SHOWN;
+use crate::model::audit_fields::REDACTABLE;
 use crate::model::durability::Durability;
-use crate::model::redaction::Shown;
+use crate::model::redaction::Redaction;
 
 /// The hour for which budgets of refusals are given.
 pub const HOUR: Duration = Duration::from_secs(60 * 60);
@@ -31,8 +31,8 @@ pub struct Options {
     pub queue: usize,
     /// How long an intent may take to be committed. After that the call is refused.
     pub intent_deadline: Duration,
-    /// The redaction of operator, peer, caller_id and traceparent, in the order of [`SHOWN`].
-    pub shown: [Shown; SHOWN.len()],
+    /// The redaction of operator, peer, caller_id and traceparent, in the order of [`REDACTABLE`].
+    pub redactions: [Redaction; REDACTABLE.len()],
     /// The least time for which records are kept; `None`: for ever.
     pub retain: Option<Duration>,
     /// From which size on segments are removed before `retain` has passed; `None`: never.
@@ -63,7 +63,7 @@ impl Options {
             key_file: None,
             queue: 0,
             intent_deadline: Duration::ZERO,
-            shown: Default::default(),
+            redactions: Default::default(),
             retain: None,
             early: None,
             refusals: RefusalBudget::default(),

@@ -242,7 +242,7 @@ impl Shared {
     /// Queues the outcome `unknown` for an intent of an earlier process that has no outcome.
     pub(super) fn doubt(&self, id: Uuid) {
         let mut queue = self.lock();
-        queue.batch.push(&Entry::Doubt { id });
+        queue.batch.push(&Entry::UnknownOutcome { id });
         self.filled(queue);
     }
 
@@ -303,7 +303,7 @@ impl Shared {
 
     /// Queues a refusal, adds it to an aggregate, or only counts it. Never waits. Half of the queue is left to intents
     /// and outcomes: of refusals only the aggregates of an earlier second, which are few, may use that half.
-    pub(super) fn push_refusal(&self, facts: Box<RequestFacts>, why: RefusalReason, status: u16) {
+    pub(super) fn push_refusal(&self, facts: Box<RequestFacts>, reason: RefusalReason, status: u16) {
         let mut queue = self.lock();
         // Here as well as in the writer, which may be stuck in a write while refusals go on.
         if queue.aggregator.is_due() {
@@ -318,7 +318,7 @@ impl Shared {
             return;
         }
         let Queue { aggregator, batch, .. } = &mut *queue;
-        aggregator.push(facts, (why, status), batch, &self.metrics);
+        aggregator.push(facts, (reason, status), batch, &self.metrics);
         self.filled(queue);
     }
 
@@ -384,16 +384,12 @@ impl Shared {
     /// Sets the deadline of a batch of `records` records, with which the writer begins now. Returns it, in nanoseconds
     /// of [`clock::nanos`].
     pub(super) fn begin(&self, records: usize) -> u64 {
-        let batch_deadline = clock::nanos() + PROMPT.0 + PROMPT.1 * records as u64;
+        let deadline = clock::nanos() + PROMPT.0 + PROMPT.1 * records as u64;
+        let unset = u64::MAX;
         // Only if no deadline is set: after a late batch the deadline in the past stays, so that the writer counts as
         // falling behind until a batch is in time again.
-        let _ = self.batch_deadline.compare_exchange(
-            u64::MAX,
-            batch_deadline,
-            Ordering::Relaxed,
-            Ordering::Relaxed,
-        );
-        batch_deadline
+        let _ = self.batch_deadline.compare_exchange(unset, deadline, Ordering::Relaxed, Ordering::Relaxed);
+        deadline
     }
 
     /// Clears the deadline if the batch that is done now was done in time. `batch_deadline` is from [`Self::begin`].

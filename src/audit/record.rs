@@ -134,12 +134,12 @@ impl OpenRecord {
 
     /// Sets the caller's own id of the request, as the redaction of that field allows.
     pub fn caller_id(&mut self, id: HeaderValue) {
-        self.set(|audit, facts| facts.caller_id = audit.show(2, id));
+        self.set(|audit, facts| facts.caller_id = audit.redact(2, id));
     }
 
     /// Sets the caller's `traceparent`, as the redaction of that field allows.
     pub fn traceparent(&mut self, parent: HeaderValue) {
-        self.set(|audit, facts| facts.traceparent = audit.show(3, parent));
+        self.set(|audit, facts| facts.traceparent = audit.redact(3, parent));
     }
 
     /// Sets the caller's name.
@@ -154,7 +154,7 @@ impl OpenRecord {
 
     /// Sets the operator on whose behalf the caller acts, as the redaction of that field allows.
     pub fn operator(&mut self, id: HeaderValue) {
-        self.set(|audit, facts| facts.operator = audit.show(0, id));
+        self.set(|audit, facts| facts.operator = audit.redact(0, id));
     }
 
     /// Sets the earlier call that this one repeats (by its key) or equals (by its bytes).
@@ -194,12 +194,12 @@ impl OpenRecord {
         self.close(RefusalReason::DryRun, status);
     }
 
-    fn close(&mut self, why: RefusalReason, status: u16) {
+    fn close(&mut self, reason: RefusalReason, status: u16) {
         let Some(Open { audit, mut facts }) = self.open.take() else { return };
         facts.enter(self.stage);
-        let (outcome, code, cause) = why.told();
-        facts.tell(outcome, code, cause, status);
-        audit.shared().push_refusal(facts, why, status);
+        let (outcome, code, cause) = reason.outcome();
+        facts.log(outcome, code, cause, status);
+        audit.shared().push_refusal(facts, reason, status);
     }
 
     /// Queues the intent. Returns a future that waits until the intent is committed, and then returns the intended
@@ -273,7 +273,7 @@ impl IntendedRecord {
         self.is_closed = true;
         let (audit, facts) = (&self.audit, &mut *self.facts);
         facts.enter(facts.stage);
-        facts.tell(answer.outcome, answer.code, answer.cause, answer.status.unwrap_or_default());
+        facts.log(answer.outcome, answer.code, answer.cause, answer.status.unwrap_or_default());
         audit.shared().push_outcome(&Entry::Outcome { facts, answer })
     }
 }

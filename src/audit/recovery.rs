@@ -450,7 +450,7 @@ impl TrailState {
 
     fn take_event(&mut self, path: &Path, line: usize, bytes: &[u8], is_proven: bool) {
         if self.begins_behind.is_some() {
-            self.is_retained |= retention::said(bytes) == self.begins_behind;
+            self.is_retained |= retention::removed_until(bytes) == self.begins_behind;
         }
         // Anchors and formats of unproven lines are ignored: a flipped bit must not make the trail unreadable
         // as "newer", and must not make a record older than it is.
@@ -458,7 +458,7 @@ impl TrailState {
             self.anchors.extend(Anchor::read(bytes));
             self.format = self.format.max(age::format(bytes).unwrap_or_default());
         }
-        if Damage::is_told_by(bytes) && self.recorded.len() < MAX_FAULTS {
+        if Damage::is_recorded_by(bytes) && self.recorded.len() < MAX_FAULTS {
             let reason = "a start found something missing before this record, which says what";
             self.recorded.push(BrokenLine { file: path.into(), line, seq: self.seq, reason });
         }
@@ -473,14 +473,14 @@ impl Damage {
     }
 
     /// Whether a line is an event `recovery` that records damage.
-    pub(super) fn is_told_by(line: &[u8]) -> bool {
+    pub(super) fn is_recorded_by(line: &[u8]) -> bool {
         #[derive(Deserialize)]
-        struct Told<'a> {
+        struct Event<'a> {
             event: &'a str,
             #[serde(borrow)]
             lacks: Option<&'a str>,
         }
-        let told = serde_json::from_slice::<Told<'_>>(line);
-        told.is_ok_and(|told| told.event == "recovery" && told.lacks.is_some())
+        let event = serde_json::from_slice::<Event<'_>>(line);
+        event.is_ok_and(|event| event.event == "recovery" && event.lacks.is_some())
     }
 }

@@ -292,7 +292,7 @@ pub fn resolve(directory: &Path, keys: Keys, finding: &Finding, uid: u32) -> Res
             Decision::Before(earlier) => Ok(Some(earlier)),
             Decision::Record { call, is_abandoned } => {
                 if is_abandoned {
-                    batch.push(&Entry::Doubt { id: finding.id });
+                    batch.push(&Entry::UnknownOutcome { id: finding.id });
                 }
                 batch.push(&Entry::Event { name: RESOLUTION, details: &finding.details(&call, uid) });
                 Ok::<_, ResolveError>(None)

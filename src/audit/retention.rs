@@ -50,7 +50,7 @@ pub(super) struct Keeping {
     early: Option<Early>,
     /// When the last warning was logged that nothing may be removed, and whether a doubtful clock was the
     /// reason.
-    told: Option<(Instant, bool)>,
+    last_warned: Option<(Instant, bool)>,
 }
 
 /// The trail is larger than its maximum. Both are in bytes.
@@ -96,7 +96,7 @@ struct Head<'a> {
 
 /// The members of the event.
 #[derive(Deserialize)]
-struct Said<'a> {
+struct Removal<'a> {
     event: &'a str,
     last_seq: u64,
     last_hash: &'a str,
@@ -108,7 +108,7 @@ impl Keeping {
         // Records within the window are the memory of deduplication. They are kept even if `retain` is shorter.
         let at_least = |time: Duration| time.max(options.window);
         let early = options.early.map(|early| Early { after: at_least(early.after), ..early });
-        Self { retain: options.retain.map(at_least), early, told: None }
+        Self { retain: options.retain.map(at_least), early, last_warned: None }
     }
 
     /// Whether any segment may ever be removed.
@@ -142,7 +142,7 @@ impl Keeping {
         let Some((early, excess)) = self.early.zip(self.excess(directory)?) else { return Ok(None) };
         let old = if doubt.is_none() { older_than(early.after)? } else { None };
         if old.is_none() {
-            self.tell(excess, doubt);
+            self.warn(excess, doubt);
         }
         Ok(old.map(|old| Old { early: Some(excess), ..old }))
     }
@@ -159,12 +159,12 @@ impl Keeping {
     }
 
     /// Warns that nothing may be removed, at most once an hour for each of the two reasons.
-    fn tell(&mut self, Excess { size, max_size }: Excess, doubt: Option<ClockDoubt>) {
+    fn warn(&mut self, Excess { size, max_size }: Excess, doubt: Option<ClockDoubt>) {
         let is_doubtful = doubt.is_some();
-        if self.told.is_some_and(|(told, which)| which == is_doubtful && told.elapsed() < REMIND) {
+        if self.last_warned.is_some_and(|(at, which)| which == is_doubtful && at.elapsed() < REMIND) {
             return;
         }
-        self.told = Some((Instant::now(), is_doubtful));
+        self.last_warned = Some((Instant::now(), is_doubtful));
         match doubt {
             Some(doubt) => tracing::warn!(
                 size, max_size, %doubt,
@@ -236,7 +236,7 @@ impl Old {
 }
 
 /// Returns up to where the trail was removed, if the line is such an event.
-pub(super) fn said(line: &[u8]) -> Option<ChainPosition> {
-    let Said { event, last_seq, last_hash } = serde_json::from_slice(line).ok()?;
+pub(super) fn removed_until(line: &[u8]) -> Option<ChainPosition> {
+    let Removal { event, last_seq, last_hash } = serde_json::from_slice(line).ok()?;
     (event == EVENT).then_some(ChainPosition { seq: last_seq, hash: parse_hex(last_hash)? })
 }

@@ -115,7 +115,7 @@ impl Audit {
         let clocks = writer.clocks.clone();
         // A clock that is doubtful from the start is reported directly after the event `start`, before any
         // request.
-        clocks.look(&shared);
+        clocks.update(&shared);
         if let Some(aside) = aside {
             shared.event(loss::ACCEPTED, json!({ "reason": "the key was missing", "aside": aside }));
         }
@@ -131,7 +131,7 @@ impl Audit {
             intent_deadline: options.intent_deadline,
             begun,
             damage,
-            shown: options.shown,
+            redactions: options.redactions,
             resolving: Arc::default(),
         })))
     }
@@ -284,7 +284,7 @@ pub(super) struct Recovered {
     pub(super) damage: Arc<[Damage]>,
 }
 
-/// Turns an error of reading or writing the trail into a [`OpenError`].
+/// Turns an error of reading or writing the trail into an [`OpenError`].
 pub(super) fn open_error(directory: &Path, error: io::Error) -> OpenError {
     match error.get_ref().and_then(|error| error.downcast_ref::<Newer>()) {
         Some(newer) => OpenError::Newer(directory.into(), *newer),
@@ -301,7 +301,7 @@ pub(super) fn recover(options: &Options, keys: Arc<Keys>, locked: Locked) -> io:
     let mut resumed = resume(options, &keys, locked)?;
     let Resumed { batch, found, .. } = &mut resumed;
     for id in found.unresolved.close() {
-        batch.push(&Entry::Doubt { id });
+        batch.push(&Entry::UnknownOutcome { id });
     }
     // The list goes into `start` after `close`, so that the next start and every reader finds the calls of
     // unknown outcome there and need not read further back.

@@ -721,7 +721,7 @@ async fn go_on(options: &Options, prepare: impl FnOnce(&mut Writer), events: usi
     drop(audit);
     let (before, found) = (segments(directory).unwrap(), verify(directory));
     let Recovered { mut writer, begun, unresolved, .. } = recover_trail(options);
-    writer.clocks.know(Vec::new());
+    writer.clocks.set_anchors(Vec::new());
     prepare(&mut writer);
     let shared = Shared::new(options, metrics(), begun, unresolved);
     thread::scope(|scope| {
@@ -860,7 +860,7 @@ fn wall_clock_never_removes_an_unresolved_call() {
         let folder = started(time, &members);
         let options = Options { segment_size: 1, ..Options::small(folder.path()) };
         let Recovered { writer, begun, .. } = recover_trail(&options);
-        writer.clocks.know(verify(folder.path()).anchors);
+        writer.clocks.set_anchors(verify(folder.path()).anchors);
         let call = UnresolvedCall {
             seq: Some(1),
             time: age::text(time),
@@ -887,7 +887,7 @@ async fn operator_accepts_a_doubtful_clock_at_run_time() {
         let told = |audit: &Audit| (audit.clock_doubt(), audit.shared().metrics.doubtful.get());
         assert_eq!(told(&audit), (doubt, doubt.is_some().into()));
         // A further look must neither end the doubt nor report it again.
-        audit.look_at_clock();
+        audit.check_clock();
         audit.accept_clock(Map::from_iter([("by".to_owned(), json!("an operator"))]));
         assert_eq!(told(&audit), (None, 0));
         audit.close();
@@ -986,7 +986,7 @@ async fn copied_record_is_ignored_and_no_sequence_number_is_reused() {
         let found = verify(folder.path());
         assert_eq!(found.faults.is_empty(), is_whole);
         assert_eq!(found.unresolved.unknown().map(|call| call.id).collect::<Vec<_>>(), [doubt]);
-        assert_eq!(loss::look(folder.path(), &keys).unwrap().is_none(), is_whole);
+        assert_eq!(loss::find(folder.path(), &keys).unwrap().is_none(), is_whole);
     }
     start(&Options::small(folder.path())).close();
     let newest = segments(folder.path()).unwrap().pop().unwrap();

@@ -409,10 +409,10 @@ impl UnresolvedList {
         }
     }
 
-    /// Applies a person's finding; `told` is the call as the event describes it, for a list that does not have
+    /// Applies a person's finding; `described` is the call as the event describes it, for a list that does not have
     /// it.
-    fn resolve(&mut self, id: Uuid, result: Resolution, told: UnresolvedCall) {
-        let call = self.remove(id).unwrap_or(told);
+    fn resolve(&mut self, id: Uuid, result: Resolution, described: UnresolvedCall) {
+        let call = self.remove(id).unwrap_or(described);
         match result {
             Resolution::Done => self.insert(UnresolvedCall { state: CallState::Done, ..call }),
             Resolution::NotDone => {

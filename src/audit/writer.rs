@@ -167,7 +167,7 @@ impl Writer {
     pub(super) fn run(mut self, shared: &Shared) -> Result<(), Unfinished> {
         let (mut batch, mut part, mut batch_deadline) = (Batch::default(), Batch::default(), shared.begin(0));
         loop {
-            fault::look("the audit writer");
+            fault::check("the audit writer");
             // Before the next batch is taken: the events that these steps queue are then in it, and `remove_old`
             // relies on that.
             self.anchor(shared);
@@ -353,7 +353,7 @@ impl Writer {
             return;
         }
         self.looked = Some(Instant::now());
-        self.clocks.look(shared);
+        self.clocks.update(shared);
         match self.keeping.find(&self.directory, &self.keys, &self.clocks) {
             Ok(old) => self.old = old,
             Err(error) => tracing::warn!(%error, "old segments of the audit trail cannot be looked for"),

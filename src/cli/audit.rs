@@ -1,4 +1,4 @@
-//! The commands `audit init | verify | in-doubt | unresolved_calls | resolve | show | head | accept-loss | accept-clock`.
+//! The commands `audit init | verify | in-doubt | unresolved | resolve | show | head | accept-loss | accept-clock`.
 //!
 //! They read and verify a trail, also beside a running gateway. What changes the trail of a running gateway is done by that
 //! gateway, which has the trail locked: the command asks it through its control socket.
@@ -17,7 +17,7 @@ use ccsqm_gateway::audit::resolution::{Finding, ResolveError, resolve};
 use ccsqm_gateway::audit::unresolved_calls::{Resolution, UnresolvedCall};
 use ccsqm_gateway::audit::{OpenError, accept_clock, accept_loss, accept_lost_key, init, is_live};
 use ccsqm_gateway::control;
-use ccsqm_gateway::control::{Answer, Request};
+use ccsqm_gateway::control::{Request, Response};
 use ccsqm_gateway::keyed_hash::{Keys, hex};
 use rustix::process::geteuid;
 use serde_json::json;
@@ -41,7 +41,7 @@ enum Command {
     /// Recompute every hash; exits with 1 and names each line that does not fit, and what is missing.
     Verify(Trail),
     /// List intents without an outcome: of a stopped trail those that a crash left open, of a live one those at work.
-    /// Exits with 1 when there are some. Those of unknown outcome are listed by `unresolved_calls`.
+    /// Exits with 1 when there are some. Those of unknown outcome are listed by `unresolved`.
     InDoubt(Trail),
     /// List the calls of unknown outcome that nobody has resolved; exits with 1 when there are some.
     Unresolved(Trail),
@@ -64,7 +64,7 @@ enum Command {
 struct Resolve {
     #[command(flatten)]
     place: Place,
-    /// The call's request id, as `audit unresolved_calls` lists it.
+    /// The call's request id, as `audit unresolved` lists it.
     #[arg(value_parser = parse_id)]
     id: Uuid,
     /// What you found: the task is assigned, or not.
@@ -362,21 +362,21 @@ fn record_resolution(args: &Resolve) -> anyhow::Result<bool> {
         let resolved = resolve(&args.place.directory, args.place.keys()?, &finding, geteuid().as_raw());
         match resolved {
             Err(ResolveError::Trail(error)) => Err(error.into()),
-            resolved => Ok(Answer::of_resolution(&finding, resolved)),
+            resolved => Ok(Response::of_resolution(&finding, resolved)),
         }
     };
     let answer = ask_or_append(&args.place, &args.asking, &Request::Resolve(finding.clone()), append)?;
-    Ok(tell(&args.asking, &answer))
+    Ok(print(&args.asking, &answer))
 }
 
 fn believe_clock(args: &AcceptClock) -> anyhow::Result<bool> {
     let append = || {
         let seq = accept_clock(&args.place.directory, args.place.keys()?)?;
         let text = format!("accepted: the next start believes the wall clock (record {seq})");
-        Ok(Answer { ok: true, seq: Some(seq), text })
+        Ok(Response { ok: true, seq: Some(seq), text })
     };
     let answer = ask_or_append(&args.place, &args.asking, &Request::AcceptClock, append)?;
-    Ok(tell(&args.asking, &answer))
+    Ok(print(&args.asking, &answer))
 }
 
 /// Asks the gateway that writes a trail; without one, appends to the trail.
@@ -388,23 +388,23 @@ fn ask_or_append(
     place: &Place,
     asking: &Asking,
     request: &Request,
-    append: impl FnOnce() -> anyhow::Result<Answer>,
-) -> anyhow::Result<Answer> {
+    append: impl FnOnce() -> anyhow::Result<Response>,
+) -> anyhow::Result<Response> {
     let directory = &place.directory;
     if is_live(directory) {
         return Ok(control::ask(directory, asking.control.as_deref(), request).unwrap_or_else(|error| {
-            Answer::refused(&format!("{}: a gateway writes this trail, but {error:#}", directory.display()))
+            Response::refused(&format!("{}: a gateway writes this trail, but {error:#}", directory.display()))
         }));
     }
     append().or_else(|error| match error.downcast_ref() {
         // Since the check above a gateway has started, or another command has taken the lock.
-        Some(OpenError::Locked(_)) => Ok(Answer::refused(&format!("{error}; try again"))),
+        Some(OpenError::Locked(_)) => Ok(Response::refused(&format!("{error}; try again"))),
         _ => Err(error),
     })
 }
 
 /// Prints an answer. Returns whether it was a success.
-fn tell(asking: &Asking, answer: &Answer) -> bool {
+fn print(asking: &Asking, answer: &Response) -> bool {
     if asking.json {
         out!("{}", json!(answer));
     } else if answer.ok {

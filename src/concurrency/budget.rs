@@ -51,7 +51,7 @@ impl Part {
 
     /// Returns all bytes: the head or the body is whole.
     pub(crate) fn finish(&self) {
-        self.shrink(0);
+        self.release_down_to(0);
     }
 
     /// The number of bytes that it holds, those below [`FREE`] included.
@@ -64,13 +64,13 @@ impl Part {
         match bytes.checked_sub(self.held()) {
             Some(more) => self.grow(more),
             None => {
-                self.shrink(bytes);
+                self.release_down_to(bytes);
                 true
             }
         }
     }
 
-    fn shrink(&self, bytes: usize) {
+    fn release_down_to(&self, bytes: usize) {
         let counted = beyond(self.held()) - beyond(bytes);
         self.bytes.store(bytes, Ordering::Relaxed);
         if counted > 0 {

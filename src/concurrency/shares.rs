@@ -166,15 +166,15 @@ impl Drop for Unproven {
     fn drop(&mut self) {
         let mut handshakes = lock(&self.shares.unproven);
         let Some(own) = handshakes.of.get_mut(&self.origin) else { return };
-        let place = own.binary_search_by_key(&self.number, |(number, _)| *number);
+        let index = own.binary_search_by_key(&self.number, |(number, _)| *number);
         // A displaced handshake is no longer in the list. Its place in `all` went to the newcomer.
-        if let Ok(place) = place {
-            own.remove(place);
+        if let Ok(index) = index {
+            own.remove(index);
         }
         if own.is_empty() {
             handshakes.of.remove(&self.origin);
         }
-        if place.is_ok() {
+        if index.is_ok() {
             handshakes.all -= 1;
         }
     }

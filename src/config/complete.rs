@@ -126,12 +126,12 @@ fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
     let headers = std::mem::take(&mut upstream.headers).into_iter();
     let mut headers: Vec<_> =
         headers.map(|(name, value)| (member("upstream.headers", &name), name, value)).collect();
-    headers.sort_by(|(a, ..), (b, ..)| context.place(a).cmp(context.place(b)));
+    headers.sort_by(|(a, ..), (b, ..)| context.location(a).cmp(context.location(b)));
     let mut spellings = HashSet::new();
     let mut by_name = BTreeMap::new();
     for (key, name, value) in headers {
         // Two spellings in one layer are a mistake: no rule says which of them is meant.
-        if !spellings.insert((discriminant(context.place(&key)), name.to_ascii_lowercase())) {
+        if !spellings.insert((discriminant(context.location(&key)), name.to_ascii_lowercase())) {
             context.problem(&key, "is set already, in other capitals: leave one of them");
         } else if let Err(reason) = check_static_header(&name, &value) {
             context.problem(&key, reason);
@@ -170,7 +170,7 @@ fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credent
                 "a secret must not stand in the configuration; put it into a file and name that as {name}_file"
             );
             context.problem(&inline, reason);
-            context.doubt(&[in_file, in_variable]);
+            context.poison(&[in_file, in_variable]);
         } else if file && variable {
             context.problem(&in_file, format!("either {name}_file or {name}_env, not both"));
         } else if !file && !variable && !is_poisoned {

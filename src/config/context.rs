@@ -31,7 +31,7 @@ pub(super) struct Context<'a> {
     /// The tables that were read, by their keys.
     tables: BTreeMap<String, Table>,
     /// The place of each key that is set, and how its value is written there.
-    places: HashMap<String, (ConfigLocation, Option<String>)>,
+    locations: HashMap<String, (ConfigLocation, Option<String>)>,
     /// The poisoned keys.
     poisoned: HashSet<String>,
     /// Required keys that are missing. Kept apart from `problems`, since a misspelt key that is found later may
@@ -59,8 +59,8 @@ impl<'a> Context<'a> {
         files: &'a dyn NamedFiles,
         reading: Reading,
     ) -> Self {
-        let mut places = HashMap::new();
-        locate(layers, &layers.root, String::new(), &mut places);
+        let mut locations = HashMap::new();
+        locate(layers, &layers.root, String::new(), &mut locations);
         Self {
             folder,
             syntax: layers.syntax,
@@ -68,7 +68,7 @@ impl<'a> Context<'a> {
             reading,
             problems: Vec::new(),
             tables: BTreeMap::new(),
-            places,
+            locations,
             poisoned: HashSet::new(),
             missing: Vec::new(),
             misspelt: HashSet::new(),
@@ -77,20 +77,20 @@ impl<'a> Context<'a> {
 
     /// Whether the key is set in any layer, rightly or wrongly.
     pub(super) fn is_set(&self, key: &str) -> bool {
-        self.places.contains_key(key)
+        self.locations.contains_key(key)
     }
 
     /// Whether the value comes from a variable or a flag. Such a value is a text in the layers, whatever its type
     /// should be.
     pub(super) fn is_loose(&self, key: &str) -> bool {
-        !matches!(self.place(key), ConfigLocation::File { .. })
+        !matches!(self.location(key), ConfigLocation::File { .. })
     }
 
     /// Returns the place of a key, or of the innermost section around it that has a place. A key that is missing has
     /// none of its own.
-    pub(super) fn place(&self, key: &str) -> &ConfigLocation {
-        let found = ancestors(key).find_map(|key| self.places.get(key));
-        found.map_or(&NOWHERE, |(place, _)| place)
+    pub(super) fn location(&self, key: &str) -> &ConfigLocation {
+        let found = ancestors(key).find_map(|key| self.locations.get(key));
+        found.map_or(&NOWHERE, |(location, _)| location)
     }
 
     /// Returns the keys that may be set in the tables that were read, including those that are not set.
@@ -103,8 +103,8 @@ impl<'a> Context<'a> {
 
     /// Stores `key` in [`Reading`]. Called before the file that the value of `key` names is read.
     pub(super) fn reads(&self, key: &str) {
-        let place = self.place(key).clone();
-        *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Some((place, key.to_owned()));
+        let location = self.location(key).clone();
+        *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Some((location, key.to_owned()));
     }
 
     /// Notes which names the table at `key` may have, and which it has.
@@ -122,11 +122,11 @@ impl<'a> Context<'a> {
     /// Makes `names` unknown in the table at `key`, though its type has them, and drops the mistakes in their
     /// values.
     pub(super) fn exclude(&mut self, key: &str, names: &[&str]) {
-        let is_one = |told: &str| names.iter().any(|name| told == member(key, name));
+        let is_one = |given: &str| names.iter().any(|name| given == member(key, name));
         // The built-in route shares its type with the others, so that a bad `path` in it was read and reported
         // already. Without this it would be reported twice: as a bad path, and as an unknown key.
         self.problems.retain(|problem| !is_one(&problem.key));
-        self.poisoned.retain(|told| !is_one(told));
+        self.poisoned.retain(|given| !is_one(given));
         if let Some(table) = self.tables.get_mut(key) {
             table.known.retain(|name| !names.contains(name));
         }
@@ -146,26 +146,26 @@ impl<'a> Context<'a> {
         // A terminal shows the value beside the mistake. It is dropped where it may be a secret: in the sections
         // that name files of secrets, in a URL (`https://user:password@…`), and in `require_header`, where the
         // value of a header may have been written for its name.
-        let written = self.places.get(at).and_then(|(_, written)| written.clone());
+        let written = self.locations.get(at).and_then(|(_, written)| written.clone());
         let may_be_secret =
             names_secrets(key) || ["token.url", "require_header"].iter().any(|name| key.ends_with(name));
-        self.tell(at, key, reason.into(), written.filter(|_| !may_be_secret));
+        self.report(at, key, reason.into(), written.filter(|_| !may_be_secret));
     }
 
     /// Adds a mistake without poisoning a key. Drops it in the case that [`Self::problem`] describes.
-    fn tell(&mut self, at: &str, key: &str, reason: String, written: Option<String>) {
-        let place = self.place(at).clone();
+    fn report(&mut self, at: &str, key: &str, reason: String, written: Option<String>) {
+        let location = self.location(at).clone();
         // Variables and flags are still reported: they carry their whole key, so a broken header cannot mislead.
-        if self.syntax != Syntax::Lost || !matches!(place, ConfigLocation::File { .. }) {
-            self.problems.push(Problem { place, key: key.to_owned(), reason, written });
+        if self.syntax != Syntax::Lost || !matches!(location, ConfigLocation::File { .. }) {
+            self.problems.push(Problem { location, key: key.to_owned(), reason, written });
         }
     }
 
     /// Notes that a required key is missing, and poisons it. [`Self::report_missing`] reports it later, unless
     /// something explains why it is missing.
     pub(super) fn lacks(&mut self, key: &str, reason: impl Into<String>) {
-        let place = self.place(outer(key).unwrap_or_default()).clone();
-        self.missing.push(Problem { place, key: key.to_owned(), reason: reason.into(), written: None });
+        let location = self.location(outer(key).unwrap_or_default()).clone();
+        self.missing.push(Problem { location, key: key.to_owned(), reason: reason.into(), written: None });
         self.poisoned.insert(key.to_owned());
     }
 
@@ -197,7 +197,7 @@ impl<'a> Context<'a> {
     /// Reports each unknown name in each table, with the nearest known name. For a name that came from a variable,
     /// `meant` is called with the name of the variable. It returns the setting whose variable differs from that in
     /// underscores only: the key of the setting, and the right name of its variable.
-    pub(super) fn tell_unknown(&mut self, meant: impl Fn(&str) -> Option<(String, String)>) {
+    pub(super) fn report_unknown(&mut self, meant: impl Fn(&str) -> Option<(String, String)>) {
         for (path, Table { known, given }) in std::mem::take(&mut self.tables) {
             for name in given.iter().filter(|name| !known.contains(&name.as_str())) {
                 let key = member(&path, name);
@@ -208,7 +208,7 @@ impl<'a> Context<'a> {
                 // A variable with the wrong underscores (SERVER_WORKERS for SERVER__WORKERS) lands at the top
                 // level, where no name is near. Comparing all settings with its name without doubled underscores
                 // finds the one that is meant.
-                let variable = match self.place(&key) {
+                let variable = match self.location(&key) {
                     ConfigLocation::Variable(variable) => meant(variable),
                     ConfigLocation::File { .. } | ConfigLocation::Flag(_) => None,
                 };
@@ -225,8 +225,8 @@ impl<'a> Context<'a> {
                 self.poisoned.extend(meant.into_iter().chain([key.clone()]));
                 // Where secrets are named, the unknown key may be a pasted secret. The table is reported instead,
                 // so that the secret does not get into logs.
-                let told = if names_secrets(&path) { path.clone() } else { key.clone() };
-                self.tell(&key, &told, reason, None);
+                let reported = if names_secrets(&path) { path.clone() } else { key.clone() };
+                self.report(&key, &reported, reason, None);
             }
             // Put back, since `known` lists the keys of all tables at the end.
             self.tables.insert(path, Table { known, given });
@@ -270,7 +270,7 @@ impl<'a> Context<'a> {
     }
 
     /// Poisons these keys, without a mistake of their own.
-    pub(super) fn doubt(&mut self, keys: &[String]) {
+    pub(super) fn poison(&mut self, keys: &[String]) {
         self.poisoned.extend(keys.iter().cloned());
     }
 
@@ -302,7 +302,7 @@ fn locate(
     layers: &Layers,
     value: &Value,
     key: String,
-    places: &mut HashMap<String, (ConfigLocation, Option<String>)>,
+    locations: &mut HashMap<String, (ConfigLocation, Option<String>)>,
 ) {
     let own = value.origin().and_then(|number| layers.origins.get(number.parse::<usize>().ok()?));
     let mut inner = Vec::new();
@@ -317,11 +317,11 @@ fn locate(
     }
     let mut first = None;
     for (key, value) in inner {
-        locate(layers, value, key.clone(), places);
-        first = first.into_iter().chain(places.get(&key).map(|(place, _)| place.clone())).min();
+        locate(layers, value, key.clone(), locations);
+        first = first.into_iter().chain(locations.get(&key).map(|(location, _)| location.clone())).min();
     }
-    let own = own.map(|origin| (origin.place.clone(), origin.written.clone()));
-    places.extend(own.or(first.map(|place| (place, None))).map(|place| (key, place)));
+    let own = own.map(|origin| (origin.location.clone(), origin.written.clone()));
+    locations.extend(own.or(first.map(|location| (location, None))).map(|location| (key, location)));
 }
 
 /// Returns the key of the member `name` of a table. The key of the table is empty for the whole configuration.

@@ -49,7 +49,7 @@ pub(super) fn validate(
     defaults::give_way(&context, &mut config);
     // 4. Before files: a misspelt `key_file` poisons `audit.key_file`. Otherwise the default place of the key
     // would be checked, and a missing key would be a second mistake.
-    context.tell_unknown(|variable| config.setting_meant_by(variable));
+    context.report_unknown(|variable| config.setting_meant_by(variable));
     // 5. Before relations, which skip what a bad file has poisoned.
     files::look_at(&mut context, &mut config);
     context.report_missing();
@@ -65,7 +65,7 @@ pub(super) fn validate(
     if problems.is_empty() {
         return Ok((config, context.known()));
     }
-    problems.sort_by(|a, b| (&a.place, &a.key).cmp(&(&b.place, &b.key)));
+    problems.sort_by(|a, b| (&a.location, &a.key).cmp(&(&b.location, &b.key)));
     Err(Problems(problems))
 }
 

@@ -14,7 +14,7 @@ use crate::plain;
 #[derive(Clone, Debug)]
 pub struct Problem {
     /// The file and line, variable or flag.
-    pub(super) place: source::ConfigLocation,
+    pub(super) location: source::ConfigLocation,
     /// The key, such as `callers[0].peer`; `file` for the file as a whole.
     pub(super) key: String,
     /// The reason, worded to be printed after the key, such as `must be true or false`.
@@ -38,7 +38,7 @@ impl Problems {
 impl Problem {
     /// The path and the line, from 1; `None` for a variable or a flag.
     pub fn line(&self) -> Option<(&str, usize)> {
-        match &self.place {
+        match &self.location {
             source::ConfigLocation::File { path, line } => Some((path, *line)),
             source::ConfigLocation::Variable(_) | source::ConfigLocation::Flag(_) => None,
         }
@@ -63,8 +63,8 @@ impl Problem {
     /// Returns the mistake as JSON: `place`, `file` and `line` (null outside the file), `key` and `reason`.
     pub fn to_json(&self) -> serde_json::Value {
         let (file, line) = self.line().unzip();
-        let place = self.place.to_string();
-        json!({ "place": place, "file": file, "line": line, "key": self.key, "reason": self.reason })
+        let location = self.location.to_string();
+        json!({ "place": location, "file": file, "line": line, "key": self.key, "reason": self.reason })
     }
 }
 
@@ -84,7 +84,7 @@ impl fmt::Display for Problem {
     /// Writes one line, `place: key: reason`. Control characters in the key are escaped, and a long key is cut: a
     /// quoted key of the file can hold any text.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let line = format!("{}: {}", plain::line(&self.place.to_string()), self.title());
+        let line = format!("{}: {}", plain::line(&self.location.to_string()), self.title());
         // In one piece: standard error has no buffer, and another thread's line could come between two pieces.
         f.write_str(&line)
     }

@@ -7,7 +7,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use crate::model::audit_fields::SHOWN;
+use crate::model::audit_fields::REDACTABLE;
 
 use super::context::Context;
 use super::{Config, Control, ListenAddress, PeerRule, Route};
@@ -123,8 +123,8 @@ fn fields(context: &mut Context<'_>, config: &Config) {
     for name in config.audit.fields.keys() {
         let has = |route: &Route| files.audit_names(&route.contract()).contains(name);
         let of_contracts = || config.routes.iter().any(has);
-        if !SHOWN.contains(&name.as_str()) && !of_contracts() {
-            let own = SHOWN.join(", ");
+        if !REDACTABLE.contains(&name.as_str()) && !of_contracts() {
+            let own = REDACTABLE.join(", ");
             let reason =
                 format!("`{name}` cannot be hidden; there are {own}, and what contracts name with x-audit");
             context.problem("audit.fields", reason);

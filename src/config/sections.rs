@@ -25,7 +25,7 @@ pub use outbound::{
 use super::PeerRule;
 use super::peer_rule::meets_loopback;
 use crate::model::durability::Durability;
-use crate::model::redaction::Shown;
+use crate::model::redaction::Redaction;
 use crate::model::words;
 
 /// Declares a table of the file: for each key its type, the form in which it is written unless serde has one, and its
@@ -342,7 +342,7 @@ section! {
         /// The file of the key of the hash chain, at least 32 random bytes. Default: a random key, created in the directory.
         key_file: Option<PathBuf> as "As::<Maybe<FilePath>>" = None,
         /// How members of a record are written: `clear`, `hmac` or `omit`. Members that are not named are written in clear.
-        fields: BTreeMap<String, Shown> = BTreeMap::new(),
+        fields: BTreeMap<String, Redaction> = BTreeMap::new(),
     }
 }
 
@@ -364,7 +364,7 @@ impl Default for RefusalBudget {
 
 impl Audit {
     /// Returns how a member of a record is written.
-    pub fn shown(&self, name: &str) -> Shown {
+    pub fn redaction(&self, name: &str) -> Redaction {
         self.fields.get(name).copied().unwrap_or_default()
     }
 

@@ -84,7 +84,7 @@ pub(super) struct Layers {
 /// The origin of a value.
 pub(super) struct Origin {
     /// Where the value was set.
-    pub(super) place: ConfigLocation,
+    pub(super) location: ConfigLocation,
     /// The text of the value in the file; `None` for other layers, for tables, for values of several lines, and for
     /// texts of more than [`MAX_WRITTEN`] bytes.
     pub(super) written: Option<String>,
@@ -120,7 +120,7 @@ pub(super) fn read(
 ) -> Result<Layers, Problems> {
     let shown: Arc<str> = path.map(|path| path.display().to_string()).unwrap_or_default().into();
     let at = |line| ConfigLocation::File { path: shown.clone(), line };
-    let problem = |(line, reason)| Problem { place: at(line), key: "file".into(), reason, written: None };
+    let problem = |(line, reason)| Problem { location: at(line), key: "file".into(), reason, written: None };
     let text = path.map_or_else(|| Ok(String::new()), read_text);
     let text = text.map_err(|mistake| Problems(vec![problem(mistake)]))?;
     let mut origins = Vec::new();
@@ -130,18 +130,19 @@ pub(super) fn read(
     let mut variables: Vec<_> = environment.iter().filter_map(Override::variable).collect();
     // The environment has no fixed order. Of `SERVER` and `SERVER__WORKERS` the first one that is applied decides
     // which is refused.
-    variables.sort_by(|a, b| a.place.cmp(&b.place));
-    for Override { place, key, text } in variables.into_iter().chain(overrides.iter().map(Override::flag)) {
+    variables.sort_by(|a, b| a.location.cmp(&b.location));
+    for Override { location, key, text } in variables.into_iter().chain(overrides.iter().map(Override::flag))
+    {
         // Each override is checked against all that is merged so far, since an item that one flag adds may be set
         // further by the next.
-        match text.and_then(|text| fits(&root, &place, &key).map(|()| text)) {
+        match text.and_then(|text| fits(&root, &location, &key).map(|()| text)) {
             Ok(text) => {
-                let value = located(&mut origins, place, None, ValueKind::String(text));
+                let value = located(&mut origins, location, None, ValueKind::String(text));
                 lay_over(&mut root, &key, value);
             }
             // The item may be on a line that is not TOML, which is reported already.
             Err(NO_ITEM) if syntax != Syntax::Whole => {}
-            Err(reason) => problems.push(Problem { place, key, reason: reason.into(), written: None }),
+            Err(reason) => problems.push(Problem { location, key, reason: reason.into(), written: None }),
         }
     }
     Ok(Layers { root, origins, problems, syntax })
@@ -150,11 +151,11 @@ pub(super) fn read(
 /// Adds an origin to `origins`, and returns a value that refers to it.
 fn located(
     origins: &mut Vec<Origin>,
-    place: ConfigLocation,
+    location: ConfigLocation,
     written: Option<String>,
     kind: ValueKind,
 ) -> Value {
-    origins.push(Origin { place, written });
+    origins.push(Origin { location, written });
     Value::new(Some(&(origins.len() - 1).to_string()), kind)
 }
 
@@ -309,7 +310,7 @@ impl<'a> Lines<'a> {
 
 /// A value from a variable or a flag, or why it cannot be used.
 struct Override {
-    place: ConfigLocation,
+    location: ConfigLocation,
     key: String,
     text: Result<String, &'static str>,
 }
@@ -332,11 +333,11 @@ impl Override {
         if let Some(header) = key.strip_prefix(HEADERS) {
             key = format!("{HEADERS}{}", header.replace('_', "-"));
         }
-        Some(Self { place: ConfigLocation::Variable(shown.clone().into_owned()), key, text })
+        Some(Self { location: ConfigLocation::Variable(shown.clone().into_owned()), key, text })
     }
 
     fn flag((key, text): &(String, String)) -> Self {
-        Self { place: ConfigLocation::Flag(key.clone()), key: key.clone(), text: Ok(text.clone()) }
+        Self { location: ConfigLocation::Flag(key.clone()), key: key.clone(), text: Ok(text.clone()) }
     }
 }
 
@@ -412,10 +413,11 @@ fn steps(key: &str) -> Option<Vec<Step<'_>>> {
 }
 
 /// Checks that an override replaces a value or adds one. It must not replace a section or a list of tables.
-fn fits(root: &Value, place: &ConfigLocation, key: &str) -> Result<(), &'static str> {
+fn fits(root: &Value, location: &ConfigLocation, key: &str) -> Result<(), &'static str> {
     let steps = steps(key).ok_or("is no key, such as server.workers or listeners[0].address")?;
     // Brackets in a variable's name are refused: no shell can set one, and the form for flags is named instead.
-    if steps.iter().any(|step| matches!(step, Step::Item(_))) && matches!(place, ConfigLocation::Variable(_))
+    if steps.iter().any(|step| matches!(step, Step::Item(_)))
+        && matches!(location, ConfigLocation::Variable(_))
     {
         return Err(LIST_OF_TABLES);
     }

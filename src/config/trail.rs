@@ -47,20 +47,20 @@ impl Config {
 impl SizeBound<'_> {
     /// Returns the two bounds on the calls that are sent: the limits of all callers together, and the quota. A frozen
     /// caller counts, since it may be unfrozen while the gateway runs.
-    fn bounds(&self) -> [Pace; 2] {
-        let callers = self.config.callers.iter().map(|caller| Pace::of(&caller.limit()));
+    fn limits(&self) -> [CallRate; 2] {
+        let callers = self.config.callers.iter().map(|caller| CallRate::of(&caller.limit()));
         // Kept apart from the quota, and not reduced to a minimum: over a short time the smaller burst decides,
         // over a long one the smaller rate.
-        let callers = callers.fold(Pace { hourly: 0, burst: 0 }, |sum, pace| Pace {
-            hourly: sum.hourly.saturating_add(pace.hourly),
-            burst: sum.burst.saturating_add(pace.burst),
+        let callers = callers.fold(CallRate { hourly: 0, burst: 0 }, |sum, rate| CallRate {
+            hourly: sum.hourly.saturating_add(rate.hourly),
+            burst: sum.burst.saturating_add(rate.burst),
         });
-        [callers, Pace::of(&self.config.quota.limit())]
+        [callers, CallRate::of(&self.config.quota.limit())]
     }
 
     /// Returns the most calls that can be sent in an hour, without bursts.
     pub fn calls_per_hour(&self) -> u64 {
-        let [callers, quota] = self.bounds();
+        let [callers, quota] = self.limits();
         callers.hourly.min(quota.hourly)
     }
 
@@ -76,13 +76,13 @@ impl SizeBound<'_> {
 
     /// Returns the size in bytes of a trail that goes back by `time` and contains calls only.
     fn of(&self, time: Duration) -> u64 {
-        let [callers, quota] = self.bounds().map(|pace| pace.calls(time));
+        let [callers, quota] = self.limits().map(|rate| rate.calls(time));
         let calls = callers.min(quota).saturating_mul(CALL);
         calls.saturating_add(PARTIAL * self.config.audit.segment_size)
     }
 
     /// Returns the age up to which a record is never removed to keep the trail within `max_size`.
-    fn kept(&self) -> Duration {
+    fn protected(&self) -> Duration {
         self.config.idempotency.window + SLACK
     }
 
@@ -98,13 +98,13 @@ impl SizeBound<'_> {
         }
         // Refusals are not counted: they have budgets of their own, and `check` prints how long `max_size` lasts
         // with and without them.
-        let needed = self.of(self.kept());
+        let needed = self.of(self.protected());
         (max_size < needed).then(|| {
             format!(
                 "must be \"{}\" or more, or rate_limit, quota.rate or idempotency.window must be lower: no record of the last {} \
                  hours is removed (idempotency.window and one hour), {} calls an hour are allowed, and a call takes about {CALL} bytes",
                 setting(needed),
-                self.kept().as_secs().div_ceil(HOUR.as_secs()),
+                self.protected().as_secs().div_ceil(HOUR.as_secs()),
                 self.calls_per_hour(),
             )
         })
@@ -116,14 +116,14 @@ impl SizeBound<'_> {
     pub fn max_size_lasts(&self, with_refusals: bool) -> Option<Duration> {
         let room = self.config.audit.max_size?.saturating_sub(PARTIAL * self.config.audit.segment_size);
         let refusals = if with_refusals { self.refusals_per_day() / 24 } else { 0 };
-        let lasts = |Pace { hourly, burst }| {
+        let lasts = |CallRate { hourly, burst }| {
             let room = room.saturating_sub(burst.saturating_mul(CALL));
             let hourly = hourly.saturating_mul(CALL).saturating_add(refusals).max(1);
             let seconds = u128::from(room) * u128::from(HOUR.as_secs()) / u128::from(hourly);
             Duration::from_secs(u64::try_from(seconds).unwrap_or(u64::MAX))
         };
         // The stricter of the two bounds: fewer calls last longer.
-        self.bounds().map(lasts).into_iter().max()
+        self.limits().map(lasts).into_iter().max()
     }
 
     /// Returns the bytes that the calls within `retain` need; `None` if records are kept for ever.
@@ -181,12 +181,12 @@ impl SizeBound<'_> {
 
 /// The calls that a limit allows: a number per hour, and a burst.
 #[derive(Clone, Copy)]
-struct Pace {
+struct CallRate {
     hourly: u64,
     burst: u64,
 }
 
-impl Pace {
+impl CallRate {
     fn of(limit: &RateLimit) -> Self {
         let periods = HOUR.as_secs() / limit.period.as_secs().max(1);
         Self { hourly: u64::from(limit.count.get()) * periods, burst: limit.burst.get().into() }

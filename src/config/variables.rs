@@ -32,7 +32,7 @@ impl Config {
             return Vec::new();
         }
         let settings = self.settings();
-        let mut told: Vec<_> = misnamed
+        let mut warnings: Vec<_> = misnamed
             .iter()
             .filter_map(|(plain, name)| {
                 let meant = settings.iter().find_map(|setting| setting.meant_by(plain))?;
@@ -40,8 +40,8 @@ impl Config {
             })
             .collect();
         // The environment has no fixed order, and the same warnings should read the same at each start.
-        told.sort();
-        told
+        warnings.sort();
+        warnings
     }
 
     /// Finds the setting whose variable differs from `name` in underscores only. Returns the key of the setting, and

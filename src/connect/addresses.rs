@@ -28,13 +28,13 @@ pub(super) struct Addresses(Arc<Shared>);
 struct Shared {
     // Never held across an await: while it was held during a query, the k-th dial waited k times as long for a resolver that
     // hung.
-    known: Mutex<Known>,
+    cached: Mutex<Cached>,
     /// Wakes the dials that wait for an answer.
     answered: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct Cached {
     /// The last answer; first the address that last accepted a connection.
     addresses: Vec<SocketAddr>,
     /// When the last query ended; `None` asks for a new one.
@@ -46,7 +46,7 @@ struct Known {
     error: String,
 }
 
-impl Known {
+impl Cached {
     /// Returns the addresses if no new query is due.
     fn fresh(&self) -> Option<Vec<SocketAddr>> {
         self.at.filter(|at| at.elapsed() < FRESH).map(|_| self.addresses.clone())
@@ -54,14 +54,14 @@ impl Known {
 }
 
 impl Shared {
-    fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn cached(&self) -> MutexGuard<'_, Cached> {
+        self.cached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Queries the resolver and wakes the waiting dials. Logs a failure only if stale addresses hide it from the callers.
     async fn ask(self: Arc<Self>, host: Arc<str>, port: u16) {
         let answer = lookup_host((&*host, port)).await.map(Vec::from_iter);
-        let failed = self.known().take(answer);
+        let failed = self.cached().take(answer);
         self.answered.send_replace(());
         static UNRESOLVED: OncePerSecond = OncePerSecond::new();
         if let Some(error) = failed
@@ -72,7 +72,7 @@ impl Shared {
     }
 }
 
-impl Known {
+impl Cached {
     /// Stores the result of a query. Returns the error if stale addresses stay in use.
     fn take(&mut self, answer: io::Result<Vec<SocketAddr>>) -> Option<String> {
         self.asking = None;
@@ -103,16 +103,16 @@ impl Addresses {
         // Subscribed before the state is read: an answer in between would otherwise be missed.
         let mut answered = self.0.answered.subscribe();
         let (asked, is_known) = {
-            let mut known = self.known();
-            if let Some(fresh) = known.fresh() {
+            let mut cached = self.cached();
+            if let Some(fresh) = cached.fresh() {
                 return Ok(fresh);
             }
             // A task of its own: this future is dropped when the dial's time is over, and the next dial needs the answer.
-            let asked = *known.asking.get_or_insert_with(|| {
+            let asked = *cached.asking.get_or_insert_with(|| {
                 tokio::spawn(self.0.clone().ask(host.clone(), port));
                 Instant::now()
             });
-            (asked, !known.addresses.is_empty())
+            (asked, !cached.addresses.is_empty())
         };
         if is_known {
             // Counted from the query and not from this call: dials that come later do not wait once more for the same query.
@@ -121,25 +121,25 @@ impl Addresses {
             // The connector's timer ends this wait.
             let _ = answered.changed().await;
         }
-        let known = self.known();
-        if known.addresses.is_empty() {
-            return Err(io::Error::other(known.error.clone()));
+        let cached = self.cached();
+        if cached.addresses.is_empty() {
+            return Err(io::Error::other(cached.error.clone()));
         }
-        Ok(known.addresses.clone())
+        Ok(cached.addresses.clone())
     }
 
     /// Puts an address that has accepted a connection first.
     pub(super) fn prefer(&self, answered: SocketAddr) {
-        self.known().addresses.sort_by_key(|address| *address != answered);
+        self.cached().addresses.sort_by_key(|address| *address != answered);
     }
 
     /// Makes the next dial query the resolver, since no address accepted a connection: they may be outdated.
-    pub(super) fn doubt(&self) {
-        self.known().at = None;
+    pub(super) fn expire(&self) {
+        self.cached().at = None;
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
-        self.0.known()
+    fn cached(&self) -> MutexGuard<'_, Cached> {
+        self.0.cached()
     }
 }
 
@@ -153,7 +153,7 @@ mod tests {
         let resolve = async |host: &str| addresses.resolve(&host.into(), 1).await;
         let (one, two) = ("127.0.0.1:1".parse().unwrap(), "127.0.0.2:1".parse().unwrap());
         assert!(resolve("no-such-host.invalid").await.is_err(), "the control");
-        addresses.known().addresses = vec![one, two];
+        addresses.cached().addresses = vec![one, two];
         addresses.prefer(two);
         assert_eq!(resolve("no-such-host.invalid").await.unwrap(), [two, one]);
     }
@@ -165,8 +165,8 @@ mod tests {
         let first = resolve("localhost").await.unwrap();
         // Another name than before shows whether the resolver is queried: it would fail.
         assert_eq!(resolve("no-such-host.invalid").await.unwrap(), first, "the resolver is not asked");
-        addresses.known().addresses = vec!["127.0.0.9:1".parse().unwrap()];
-        addresses.doubt();
+        addresses.cached().addresses = vec!["127.0.0.9:1".parse().unwrap()];
+        addresses.expire();
         assert_eq!(resolve("localhost").await.unwrap(), first, "it is");
     }
 
@@ -174,20 +174,20 @@ mod tests {
     #[tokio::test]
     async fn dials_share_one_dns_wait_and_use_cached_addresses() {
         let addresses = Addresses::default();
-        let known: SocketAddr = "127.0.0.1:1".parse().unwrap();
-        addresses.known().addresses = vec![known];
+        let cached: SocketAddr = "127.0.0.1:1".parse().unwrap();
+        addresses.cached().addresses = vec![cached];
         // A query that never ends: nothing runs that could answer.
-        addresses.known().asking = Some(Instant::now());
+        addresses.cached().asking = Some(Instant::now());
         let begun = Instant::now();
         let dial = || async { addresses.resolve(&"localhost".into(), 1).await.unwrap() };
         let mut dials: Vec<_> = (0..20).map(|_| Box::pin(dial())).collect();
         for dial in &mut dials {
-            assert_eq!(dial.await, [known]);
+            assert_eq!(dial.await, [cached]);
         }
         assert!(begun.elapsed() >= PATIENCE && begun.elapsed() < 4 * PATIENCE, "{:?}", begun.elapsed());
         let begun = Instant::now();
         for _ in 0..100 {
-            assert_eq!(dial().await, [known]);
+            assert_eq!(dial().await, [cached]);
         }
         assert!(begun.elapsed() < PATIENCE, "nobody waits once more: {:?}", begun.elapsed());
     }

@@ -34,17 +34,17 @@ impl Identity {
         Ok(Arc::new(Self { cert_file, key_file, current, digest }))
     }
 
-    /// Follows the files for ever and takes a changed certificate if it can be used. `tell` gets the result of each change.
-    pub async fn watch(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
+    /// Follows the files for ever and takes a changed certificate if it can be used. `report` gets the result of each change.
+    pub async fn watch(self: Arc<Self>, report: impl Fn(Result<(), String>)) {
         let files = (self.cert_file.clone(), self.key_file.clone());
-        let look = move || contents(&files.0, &files.1);
+        let read_digest = move || contents(&files.0, &files.1);
         let paths = vec![self.cert_file.clone(), self.key_file.clone()];
-        let watched = FileWatch::new(paths, look, self.digest);
+        let watch = FileWatch::new(paths, read_digest, self.digest);
         let take = move |_| {
             self.current.store(read(&self.cert_file, &self.key_file)?);
             Ok(())
         };
-        follow(watched, take, tell).await;
+        follow(watch, take, report).await;
     }
 }
 

@@ -63,18 +63,18 @@ impl Login {
         self.current.load_full()
     }
 
-    /// Follows the files for ever and takes a changed user or password if they can be sent. `tell` gets the result of each
+    /// Follows the files for ever and takes a changed user or password if they can be sent. `report` gets the result of each
     /// change.
-    pub async fn watch(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
+    pub async fn watch(self: Arc<Self>, report: impl Fn(Result<(), String>)) {
         let files = self.files.clone();
         let paths = vec![files.user.clone(), files.password.clone()];
-        let watched = FileWatch::new(paths, move || contents(&files), self.digest);
+        let watch = FileWatch::new(paths, move || contents(&files), self.digest);
         let take = move |_| {
             // A new value also forgets a refusal: nobody has refused the changed password.
             self.current.store(Arc::new(Basic::load(&self.files)?));
             Ok(())
         };
-        follow(watched, take, tell).await;
+        follow(watch, take, report).await;
     }
 }
 
@@ -129,13 +129,13 @@ enum Standing {
     /// It last accepted them at this time.
     Taken(Instant),
     /// It refused them, and `before` times in a row before that. They are sent again after `until`.
-    Refused { until: Instant, before: u32, why: Why },
+    Refused { until: Instant, before: u32, why: HoldReason },
 }
 
 /// Why user and password are held back.
 // Kept, so that connections that fail during the pause report the same cause and text as the one that was refused.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Why {
+enum HoldReason {
     /// The proxy refused them.
     Wrong,
     /// The proxy does not offer `Basic`.
@@ -147,7 +147,7 @@ enum Why {
 impl Standing {
     /// Returns the standing after a refusal. One that arrives during the pause was on its way when the pause began and changes
     /// nothing.
-    fn refused(self, now: Instant, why: Why) -> Self {
+    fn refused(self, now: Instant, why: HoldReason) -> Self {
         let before = match self {
             Self::Refused { until, .. } if now < until => return self,
             Self::Refused { before, .. } => before.saturating_add(1),
@@ -164,7 +164,7 @@ impl Standing {
             Self::Taken(_) => self,
             Self::Unproven { is_unanswered: false } => Self::Unproven { is_unanswered: true },
             Self::Unproven { is_unanswered: true } | Self::Refused { .. } => {
-                self.refused(now, Why::Unanswered)
+                self.refused(now, HoldReason::Unanswered)
             }
         }
     }
@@ -179,7 +179,7 @@ impl Standing {
     }
 }
 
-impl Why {
+impl HoldReason {
     fn error(self) -> TunnelError {
         match self {
             Self::Wrong => TunnelError::WrongLogin,
@@ -239,7 +239,7 @@ impl Basic {
 
     /// Records that the proxy refuses them, and returns the error. `takes_basic`: it may accept others.
     pub(super) fn refused(&self, takes_basic: bool) -> TunnelError {
-        let why = if takes_basic { Why::Wrong } else { Why::NotBasic };
+        let why = if takes_basic { HoldReason::Wrong } else { HoldReason::NotBasic };
         let mut standing = self.standing();
         *standing = standing.refused(Instant::now(), why);
         why.error()
@@ -299,14 +299,14 @@ mod tests {
     fn a_refusal_is_remembered_from_thirty_seconds_to_five_minutes() {
         let (mut now, mut standing) = (Instant::now(), UNPROVEN);
         for (before, seconds) in (0..).zip([30, 60, 120, 240, 300, 300]) {
-            standing = standing.refused(now, Why::Wrong);
+            standing = standing.refused(now, HoldReason::Wrong);
             let pause = Duration::from_secs(seconds);
-            assert_eq!(standing, Standing::Refused { until: now + pause, before, why: Why::Wrong });
-            assert_eq!(standing.refused(now + pause / 2, Why::Wrong), standing, "it was on its way");
+            assert_eq!(standing, Standing::Refused { until: now + pause, before, why: HoldReason::Wrong });
+            assert_eq!(standing.refused(now + pause / 2, HoldReason::Wrong), standing, "it was on its way");
             now += pause;
         }
         let taken = Standing::Taken(now);
-        let Standing::Refused { before, .. } = taken.refused(now, Why::Wrong) else { panic!() };
+        let Standing::Refused { before, .. } = taken.refused(now, HoldReason::Wrong) else { panic!() };
         // A refusal before the acceptance must not prolong the pause of one that comes after it.
         assert_eq!(before, 0, "what was taken begins anew");
     }
@@ -318,7 +318,7 @@ mod tests {
         assert!(once.is_fresh(now).is_ok(), "{once:?}");
         let twice = once.unanswered(now);
         let until = now + Duration::from_secs(30);
-        assert_eq!(twice, Standing::Refused { until, before: 0, why: Why::Unanswered });
+        assert_eq!(twice, Standing::Refused { until, before: 0, why: HoldReason::Unanswered });
         assert_eq!(twice.unanswered(now), twice, "it was on its way");
         let Standing::Refused { before, .. } = twice.unanswered(until) else { panic!() };
         assert_eq!(before, 1);

@@ -108,15 +108,17 @@ pub(super) async fn tunnel(
             status => Err(TunnelError::Refused(status)),
         };
     };
-    let Some(turn) = turn else { return settle(&login, ask(stream, &request).await) };
+    let Some(turn) = turn else { return record_result(&login, ask(stream, &request).await) };
     // No other connection may send an unproven password before the answer, so the task holds the turn, even if this future is
     // dropped. If it has been accepted before, a late answer is more likely the fault of the host behind the proxy. Connections
     // to another host must not wait for that, so this future holds the turn.
     let (held_here, held_there) = if login.is_proven() { (Some(turn), None) } else { (None, Some(turn)) };
     let asking = tokio::spawn(async move {
         let asked = timeout(LATEST, ask(stream, &request)).await;
-        let opened =
-            settle(&login, asked.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into())));
+        let opened = record_result(
+            &login,
+            asked.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into())),
+        );
         drop(held_there);
         opened
     });
@@ -128,7 +130,10 @@ pub(super) async fn tunnel(
 /// Records what the result of a request says about its user and password, and returns the tunnel.
 // A 5xx is the proxy's own error, or that of the host behind it, so it has accepted them. Other statuses, such as 403, leave it
 // open: a proxy may refuse a host before it checks who asks.
-fn settle(login: &Basic, asked: Result<(TcpStream, Head), TunnelError>) -> Result<TcpStream, TunnelError> {
+fn record_result(
+    login: &Basic,
+    asked: Result<(TcpStream, Head), TunnelError>,
+) -> Result<TcpStream, TunnelError> {
     let (stream, head) = asked.inspect_err(|_| login.unanswered())?;
     match head.status {
         StatusCode::PROXY_AUTHENTICATION_REQUIRED => return Err(login.refused(head.takes_basic)),

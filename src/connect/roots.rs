@@ -91,16 +91,16 @@ impl Roots {
         Self { path, trust, digest }
     }
 
-    /// Follows the file for ever and takes changed roots if they can be used. `tell` gets the result of each change.
-    pub async fn watch(self, tell: impl Fn(Result<(), String>)) {
+    /// Follows the file for ever and takes changed roots if they can be used. `report` gets the result of each change.
+    pub async fn watch(self, report: impl Fn(Result<(), String>)) {
         let Self { path, trust, digest } = self;
         let paths = vec![path.clone()];
-        let look = {
+        let read_digest = {
             let path = path.clone();
             move || contents(&path)
         };
         let take = move |_| trust.replace(read(&path)?);
-        follow(FileWatch::new(paths, look, digest), take, tell).await;
+        follow(FileWatch::new(paths, read_digest, digest), take, report).await;
     }
 }
 

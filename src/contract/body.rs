@@ -1,6 +1,6 @@
 //! Buffers a request body: checks media type, encoding and size by the head, then receives the whole body within its deadline.
 //!
-//! A body is at most [`Bounds::size`] bytes long and arrives within [`Bounds::time`]. While it is not whole, its bytes count
+//! A body is at most [`ReceiveLimits::size`] bytes long and arrives within [`ReceiveLimits::time`]. Until it is whole, its bytes count
 //! against the budget of unfinished requests that all connections share. The content is not checked here.
 
 use std::future::{Future, poll_fn};
@@ -14,7 +14,7 @@ use hyper::body::{Body, Incoming};
 use thiserror::Error;
 use tokio::time::timeout;
 
-use crate::concurrency::Limits as Room;
+use crate::concurrency::Limits;
 use crate::request_head::Inbound;
 
 /// Why a body was not received.
@@ -58,7 +58,7 @@ pub enum NotReceived {
 
 /// Limits on one body.
 #[derive(Clone, Copy, Debug)]
-pub struct Bounds {
+pub struct ReceiveLimits {
     /// The largest size in bytes.
     pub size: usize,
     /// The longest time from the end of the head to the end of the body.
@@ -67,7 +67,7 @@ pub struct Bounds {
 
 /// Returns the whole body. Until it is whole, the bytes that have arrived count against `room`.
 ///
-/// If this future is dropped, the rest of the body stays unread and `room` is released.
+/// If this future is dropped, the rest of the body stays unread and `in_flight` is released.
 ///
 /// # Errors
 ///
@@ -78,21 +78,21 @@ pub struct Bounds {
 pub(crate) async fn receive(
     head: &Inbound<'_>,
     body: &mut Incoming,
-    bounds: Bounds,
-    room: &Room,
+    limits: ReceiveLimits,
+    in_flight: &Limits,
 ) -> Result<Bytes, NotReceived> {
     check_head(head)?;
-    if body.size_hint().lower() > bounds.size as u64 {
-        return Err(NotReceived::TooLarge(bounds.size));
+    if body.size_hint().lower() > limits.size as u64 {
+        return Err(NotReceived::TooLarge(limits.size));
     }
-    let mut collected = pin!(collect(body, bounds.size, room));
+    let mut collected = pin!(collect(body, limits.size, in_flight));
     // Most bodies arrive with their head. They are complete at the first poll, and save the cost of a timer.
     if let Poll::Ready(received) = poll_fn(|cx| Poll::Ready(collected.as_mut().poll(cx))).await {
         return received;
     }
     // Boxed, since a timer in this future would make every request's future larger, though few need one.
-    let in_time = Box::pin(timeout(bounds.time, collected)).await;
-    in_time.unwrap_or(Err(NotReceived::Timeout(bounds.time)))
+    let in_time = Box::pin(timeout(limits.time, collected)).await;
+    in_time.unwrap_or(Err(NotReceived::Timeout(limits.time)))
 }
 
 fn check_head(head: &Inbound<'_>) -> Result<(), NotReceived> {
@@ -129,7 +129,7 @@ fn is_utf8_charset(parameter: &str) -> bool {
 }
 
 /// Reads the frames of the body to its end. Only a body that arrives in several frames is copied.
-async fn collect(body: &mut Incoming, limit: usize, room: &Room) -> Result<Bytes, NotReceived> {
+async fn collect(body: &mut Incoming, limit: usize, in_flight: &Limits) -> Result<Bytes, NotReceived> {
     let mut first = Bytes::new();
     let mut rest = BytesMut::new();
     let mut held = None;
@@ -146,7 +146,7 @@ async fn collect(body: &mut Incoming, limit: usize, room: &Room) -> Result<Bytes
             return Err(NotReceived::TooLarge(limit));
         }
         // A body that is whole with this frame takes nothing from the budget: it is not waiting for more.
-        if !body.is_end_stream() && !held.get_or_insert_with(|| room.unfinished()).grow(data.len()) {
+        if !body.is_end_stream() && !held.get_or_insert_with(|| in_flight.unfinished()).grow(data.len()) {
             return Err(NotReceived::NoRoom);
         }
         if first.is_empty() {

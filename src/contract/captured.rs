@@ -11,7 +11,7 @@ use super::CheckedBody;
 use super::schema::AuditIndex;
 use crate::json::Cursor;
 use crate::keyed_hash::{KeyedFingerprint, hidden};
-use crate::model::redaction::Shown;
+use crate::model::redaction::Redaction;
 use crate::plain;
 
 impl CheckedBody {
@@ -20,13 +20,13 @@ impl CheckedBody {
     /// A member in the items of an array is a list with one value for each item, so that lists of the same items match by
     /// position. An absent value is `null`. A value is the literal as the caller wrote it, with two exceptions: characters that a
     /// reader may take for others are escaped, and a number that does not fit a double becomes a string (RFC 8259 §6). A member
-    /// that the configuration hides is left out, or written as the keyed hash that `mark` computes.
+    /// that the configuration hides is left out, or written as the keyed hash that `fingerprint` computes.
     // The literal, not a value that was parsed and printed again: the trail must show what was sent, digit by digit. It cannot
     // break the line of the record, since strict JSON has no raw control character in a string.
-    pub fn audit_members(&self, mark: &dyn Fn(&[&[u8]]) -> KeyedFingerprint, out: &mut Vec<u8>) {
+    pub fn audit_members(&self, fingerprint: &dyn Fn(&[&[u8]]) -> KeyedFingerprint, out: &mut Vec<u8>) {
         let from = out.len();
         for (index, member) in (0..).map(AuditIndex).zip(&*self.members) {
-            if member.shown == Shown::Omit {
+            if member.redaction == Redaction::Omit {
                 continue;
             }
             out.extend_from_slice(member.opening.as_bytes());
@@ -37,18 +37,18 @@ impl CheckedBody {
                     out.push(b',');
                 }
                 let literal = scalar.literal(&self.bytes);
-                match member.shown {
+                match member.redaction {
                     // Also where members are hashed: an absent value holds nothing to hide.
                     _ if literal.is_empty() => out.extend_from_slice(b"null"),
                     // Many readers reject a line with 1e309. The list of unresolved calls is read from these lines, and would
                     // lose the caller and the key of the call.
-                    Shown::Clear | Shown::Omit if is_beyond_a_double(literal) => {
+                    Redaction::Clear | Redaction::Omit if is_beyond_a_double(literal) => {
                         out.extend_from_slice(&[b"\"", literal, b"\""].concat());
                     }
-                    Shown::Clear | Shown::Omit => out.extend_from_slice(literal),
+                    Redaction::Clear | Redaction::Omit => out.extend_from_slice(literal),
                     // The name goes into the hash, so that equal values of different members cannot be linked.
-                    Shown::Hmac => {
-                        let hidden = hidden(mark(&[b"field", member.name.as_bytes(), literal]));
+                    Redaction::Hmac => {
+                        let hidden = hidden(fingerprint(&[b"field", member.name.as_bytes(), literal]));
                         out.extend_from_slice(format!("\"{hidden}\"").as_bytes());
                     }
                 }
@@ -82,9 +82,9 @@ pub(super) struct AuditScalar {
 }
 
 impl AuditScalar {
-    pub(super) fn new(member: AuditIndex, place: Range<usize>) -> Self {
-        let length = u16::try_from(place.len()).unwrap_or(u16::MAX);
-        Self { member, length, start: place.start as u32 }
+    pub(super) fn new(member: AuditIndex, span: Range<usize>) -> Self {
+        let length = u16::try_from(span.len()).unwrap_or(u16::MAX);
+        Self { member, length, start: span.start as u32 }
     }
 
     /// Returns the literal of the scalar in `body`; empty if the item has none.

@@ -25,7 +25,7 @@ pub(super) trait Findings<'a> {
     /// Receives one violation. `told` returns its place and text, and is called only if they are used. An error ends
     /// the walk.
     // A closure, since the detail is text to format, and the first walk throws it away.
-    fn note(&mut self, code: &'static str, told: impl FnOnce() -> FindingDetail) -> Result<(), Abort>;
+    fn note(&mut self, code: &'static str, detail: impl FnOnce() -> FindingDetail) -> Result<(), Abort>;
 }
 
 /// Ends the walk at the first violation.
@@ -63,11 +63,11 @@ impl<'a> Findings<'a> for Gathered<'a> {
         self.path.pop();
     }
 
-    fn note(&mut self, code: &'static str, told: impl FnOnce() -> FindingDetail) -> Result<(), Abort> {
+    fn note(&mut self, code: &'static str, detail: impl FnOnce() -> FindingDetail) -> Result<(), Abort> {
         // Counted beyond the bound, too, so that the caller learns that there are more violations than it sees.
         self.violations.total += 1;
         if self.violations.list.len() < MAX_LISTED {
-            let (member, detail) = told();
+            let (member, detail) = detail();
             let pointer = self.pointer(member.as_deref());
             self.violations.list.push(Violation { pointer, code, detail });
         }

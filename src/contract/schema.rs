@@ -16,7 +16,7 @@ use self::values::{boolean, fail, filled, limit, list, object, scalar, size, ste
 use super::Contract;
 use super::pattern::Pattern;
 use crate::json::Number;
-use crate::model::redaction::Shown;
+use crate::model::redaction::Redaction;
 
 // Bits, so that one operation checks a value against all types of a rule. `number` has two: every integer is a number, too.
 pub(super) const NULL: u8 = 1;
@@ -73,7 +73,7 @@ pub(super) struct AuditMember {
     pub(super) opening: String,
     /// Whether the member is in the items of an array, so that it has one value for each item.
     pub(super) is_list: bool,
-    pub(super) shown: Shown,
+    pub(super) redaction: Redaction,
 }
 
 /// The rules for the values at one place. A field is `None` if the schema does not have that keyword.
@@ -159,7 +159,7 @@ pub(super) fn compile(text: &str) -> Result<Contract, BadSchema> {
     let document: Value = serde_json::from_str(text).or_else(|error| fail("#", error.to_string()))?;
     let (audit, audited, open, patterns) = Default::default();
     let mut compiler = Compiler { document: &document, nodes: 0, audit, audited, open, patterns };
-    let root = compiler.node(&document, "#", Place::Single)?;
+    let root = compiler.node(&document, "#", Nesting::Single)?;
     // Taken before the definitions are compiled, whose names are not members of the record.
     let audit = std::mem::take(&mut compiler.audit).into();
     compiler.definitions()?;
@@ -186,7 +186,7 @@ impl NumberLimit {
 
 /// Where in a contract a schema is. Decides whether `x-audit` is allowed there, and whether it is a list.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum Nesting {
     Single,
     InItems,
     InAnyOf,
@@ -206,17 +206,17 @@ struct Compiler<'a> {
 }
 
 impl Compiler<'_> {
-    fn node(&mut self, schema: &Value, at: &str, place: Place) -> Result<Node, BadSchema> {
+    fn node(&mut self, schema: &Value, at: &str, nesting: Nesting) -> Result<Node, BadSchema> {
         let keywords = object(schema, at)?;
         if keywords.contains_key("$ref") {
-            return self.reference(keywords, at, place);
+            return self.reference(keywords, at, nesting);
         }
         let mut node = Node { types: ANY, ..Node::default() };
         for (keyword, value) in keywords {
-            self.keyword(&mut node, keyword, value, &step(at, keyword), place)?;
+            self.keyword(&mut node, keyword, value, &step(at, keyword), nesting)?;
         }
         // After the loop, since the rest concerns several keywords, which may come in any order.
-        node.members = self.members(keywords, &node, at, place)?;
+        node.members = self.members(keywords, &node, at, nesting)?;
         if node.audit.is_some() && !node.is_scalar() {
             return fail(
                 step(at, "x-audit"),
@@ -243,7 +243,7 @@ impl Compiler<'_> {
         keyword: &str,
         value: &Value,
         at: &str,
-        place: Place,
+        nesting: Nesting,
     ) -> Result<(), BadSchema> {
         match keyword {
             "type" => node.types = types(value, at)?,
@@ -256,7 +256,7 @@ impl Compiler<'_> {
             "items" => {
                 // The members of nested items belong to the inner array only: each of its items has one value of them.
                 let outer = std::mem::take(&mut self.audited);
-                node.items = Some(self.node(value, at, Place::InItems)?.into());
+                node.items = Some(self.node(value, at, Nesting::InItems)?.into());
                 node.audited = std::mem::replace(&mut self.audited, outer);
             }
             "minItems" => node.min_items = Some(size(value, at)?),
@@ -266,7 +266,7 @@ impl Compiler<'_> {
             "minimum" => node.minimum = Some(limit(value, at)?),
             "maximum" => node.maximum = Some(limit(value, at)?),
             "pattern" => node.pattern = Some(self.pattern(value, at)?),
-            "x-audit" => node.audit = Some(self.audit_member(value, at, place)?),
+            "x-audit" => node.audit = Some(self.audit_member(value, at, nesting)?),
             "x-refuseRounded" => node.is_id = boolean(value, at)?,
             // These three make one rule, which `members` compiles.
             "properties" | "required" | "additionalProperties" => {}
@@ -289,7 +289,7 @@ impl Compiler<'_> {
         &mut self,
         keywords: &Map<String, Value>,
         at: &str,
-        place: Place,
+        nesting: Nesting,
     ) -> Result<Node, BadSchema> {
         let mut target = "";
         for (keyword, value) in keywords {
@@ -317,7 +317,7 @@ impl Compiler<'_> {
             );
         }
         self.open.push(target.to_owned());
-        let node = self.node(found, target, place);
+        let node = self.node(found, target, nesting);
         self.open.pop();
         node
     }
@@ -328,7 +328,7 @@ impl Compiler<'_> {
         for (name, schema) in object(definitions, "#/$defs")? {
             // A definition that the contract uses has registered its names already. They are not duplicates here.
             self.audit.clear();
-            self.node(schema, &step("#/$defs", name), Place::Single)?;
+            self.node(schema, &step("#/$defs", name), Nesting::Single)?;
         }
         Ok(())
     }
@@ -338,7 +338,7 @@ impl Compiler<'_> {
         keywords: &Map<String, Value>,
         node: &Node,
         at: &str,
-        place: Place,
+        nesting: Nesting,
     ) -> Result<Option<Members>, BadSchema> {
         let speaks_of_objects =
             ["properties", "required", "additionalProperties"].iter().any(|k| keywords.contains_key(*k));
@@ -353,7 +353,7 @@ impl Compiler<'_> {
         if let Some(properties) = keywords.get("properties") {
             let at = step(at, "properties");
             for (name, schema) in object(properties, &at)? {
-                let node = self.node(schema, &step(&at, name), place)?;
+                let node = self.node(schema, &step(&at, name), nesting)?;
                 members.add(name, Some(node.into()));
             }
         }
@@ -376,7 +376,7 @@ impl Compiler<'_> {
         let mut nodes = Vec::new();
         for (i, schema) in filled(value, at)?.iter().enumerate() {
             let at = step(at, &i.to_string());
-            let node = self.node(schema, &at, Place::InAnyOf)?;
+            let node = self.node(schema, &at, Nesting::InAnyOf)?;
             // The walk reads a container once, and cannot go back to try its next alternative.
             if !node.is_scalar() {
                 return fail(&at, "each schema in anyOf must have a `type`, and none of object and array");
@@ -386,10 +386,10 @@ impl Compiler<'_> {
         Ok(nodes)
     }
 
-    fn audit_member(&mut self, value: &Value, at: &str, place: Place) -> Result<AuditIndex, BadSchema> {
+    fn audit_member(&mut self, value: &Value, at: &str, nesting: Nesting) -> Result<AuditIndex, BadSchema> {
         let name = text(value, at)?;
         // In an alternative the member would be recorded for some values only, and a list would lose its positions.
-        if place == Place::InAnyOf {
+        if nesting == Nesting::InAnyOf {
             return fail(at, "must stand beside anyOf, not in it");
         }
         if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
@@ -404,10 +404,10 @@ impl Compiler<'_> {
                 format!("`{name}` is taken by another x-audit or by the trail itself: choose another name"),
             );
         }
-        let is_list = place == Place::InItems;
+        let is_list = nesting == Nesting::InItems;
         let opening = format!(",\"{name}\":{}", if is_list { "[" } else { "" });
         let index = AuditIndex(self.audit.len() as u16);
-        self.audit.push(AuditMember { name: name.to_owned(), opening, is_list, shown: Shown::Clear });
+        self.audit.push(AuditMember { name: name.to_owned(), opening, is_list, redaction: Redaction::Clear });
         if is_list {
             self.audited.push(index);
         }
@@ -432,8 +432,8 @@ impl Compiler<'_> {
 impl Members {
     /// Returns the member of this name and its index in the list.
     pub(super) fn find(&self, name: &[u8]) -> Option<(usize, &Member)> {
-        let place = self.by_name.binary_search_by(|index| self.list[*index].name.as_bytes().cmp(name));
-        place.ok().map(|place| self.by_name[place]).map(|index| (index, &self.list[index]))
+        let found = self.by_name.binary_search_by(|index| self.list[*index].name.as_bytes().cmp(name));
+        found.ok().map(|found| self.by_name[found]).map(|index| (index, &self.list[index]))
     }
 
     fn require(&mut self, name: &str, at: &str) -> Result<(), BadSchema> {

@@ -13,7 +13,7 @@ use super::schema::{Member, Members, Node, UniqueBy};
 use super::seen::UniqueSet;
 use super::{MAY_BE_ROUNDED, MUST_BE_STRING, rounded};
 use crate::config::BareIds;
-use crate::json::{Abort, Begins, Cursor, Lexeme, NotJson, Number, check_encoding};
+use crate::json::{Abort, Cursor, Lexeme, NotJson, Number, ValueStart, check_encoding};
 
 const TWICE: &str = "this key stands twice in the object";
 
@@ -114,39 +114,39 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
 
     /// Walks over the value that begins here; without a rule only its syntax is checked.
     #[inline(always)]
-    fn value(&mut self, rule: Option<&'a Node>, noted: Capture<'a>) -> Result<(), Abort> {
+    fn value(&mut self, rule: Option<&'a Node>, capture: Capture<'a>) -> Result<(), Abort> {
         let start = self.cursor.position();
         // Each branch calls `scalar` with a token of a kind that is known, so that the compiler can inline and simplify it.
         match self.cursor.begins()? {
-            Begins::Text => {
+            ValueStart::Text => {
                 let text = self.cursor.string()?;
-                self.scalar(rule, start, noted, Lexeme::Text(text))
+                self.scalar(rule, start, capture, Lexeme::Text(text))
             }
-            Begins::Number => {
+            ValueStart::Number => {
                 let number = self.cursor.number()?;
-                self.scalar(rule, start, noted, Lexeme::Number(number))
+                self.scalar(rule, start, capture, Lexeme::Number(number))
             }
-            Begins::Word => {
+            ValueStart::Word => {
                 let token = self.cursor.word()?;
-                self.scalar(rule, start, noted, token)
+                self.scalar(rule, start, capture, token)
             }
-            Begins::Object | Begins::Array => self.container(rule, start, noted),
+            ValueStart::Object | ValueStart::Array => self.container(rule, start, capture),
         }
     }
 
     /// Walks over an array or an object.
     // Not inlined, so that the recursion has one real call, here, and scalars cost none.
     #[inline(never)]
-    fn container(&mut self, rule: Option<&'a Node>, start: usize, noted: Capture<'a>) -> Result<(), Abort> {
-        if let Begins::Object = self.cursor.begins()? {
+    fn container(&mut self, rule: Option<&'a Node>, start: usize, capture: Capture<'a>) -> Result<(), Abort> {
+        if let ValueStart::Object = self.cursor.begins()? {
             let members = self.validate_scalar(rule, &Lexeme::Object)?.and_then(|rule| rule.members.as_ref());
-            self.object(members, if let Capture::Member(member) = noted { Some(member) } else { None })?;
+            self.object(members, if let Capture::Member(member) = capture { Some(member) } else { None })?;
         } else {
             let rule = self.validate_scalar(rule, &Lexeme::Array)?;
             self.array(rule)?;
         }
         // A container in the place of an identity breaks its `type`, but two equal ones break `x-uniqueBy`, too.
-        self.note_literal(start, noted);
+        self.capture_literal(start, capture);
         Ok(())
     }
 
@@ -156,24 +156,24 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         &mut self,
         rule: Option<&'a Node>,
         start: usize,
-        noted: Capture<'a>,
+        capture: Capture<'a>,
         token: Lexeme<'a>,
     ) -> Result<(), Abort> {
         // Only a value that satisfies its rule. The body of any other is refused, and its record has no such members.
         if let Some(member) = self.validate_scalar(rule, &token)?.and_then(|rule| rule.audit) {
             self.captured.push(AuditScalar::new(member, start..self.cursor.position()));
         }
-        match (noted, token) {
+        match (capture, token) {
             (Capture::This, Lexeme::Text(text)) => self.identity = Some(Identity::Text(text.decoded())),
-            _ => self.note_literal(start, noted),
+            _ => self.capture_literal(start, capture),
         }
         Ok(())
     }
 
     /// Notes the bytes from `start` to the cursor as the identity, if `noted` says that the value is one.
     #[inline(always)]
-    fn note_literal(&mut self, start: usize, noted: Capture<'a>) {
-        if let Capture::This = noted {
+    fn capture_literal(&mut self, start: usize, capture: Capture<'a>) {
+        if let Capture::This = capture {
             self.identity = Some(Identity::Literal(self.cursor.since(start)));
         }
     }
@@ -181,7 +181,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
     /// Walks over an object. Repeated keys are a fault of the syntax, with or without a contract: parsers differ on which of the
     /// two counts (RFC 8259 §4), so the upstream could read another value than was checked.
     // `seen` has a bit for each member of the contract, `others` the keys that it does not name. `expected` is the likely next.
-    fn object(&mut self, members: Option<&'a Members>, noted: Option<&'a UniqueBy>) -> Result<(), Abort> {
+    fn object(&mut self, members: Option<&'a Members>, capture: Option<&'a UniqueBy>) -> Result<(), Abort> {
         let (mut seen, mut others, mut expected) = (0_u128, None, 0);
         let mut more = self.cursor.open(b'}')?;
         while more {
@@ -189,15 +189,15 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
             match self.key(members, expected)? {
                 Key::Known(index, member) => {
                     if seen & member.bit != 0 {
-                        return Err(self.cursor.halt_at(offset, TWICE));
+                        return Err(self.cursor.abort_at(offset, TWICE));
                     }
                     (seen, expected) = (seen | member.bit, index + 1);
-                    let is_noted = noted.is_some_and(|noted| noted.index == index);
+                    let is_captured = capture.is_some_and(|capture| capture.index == index);
                     self.cursor.skip_space();
                     self.findings.enter(PathStep::Key(&member.name));
                     self.value(
                         member.node.as_deref(),
-                        if is_noted { Capture::This } else { Capture::Nothing },
+                        if is_captured { Capture::This } else { Capture::Nothing },
                     )?;
                     self.findings.leave();
                 }
@@ -206,12 +206,12 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
                         self.unknown(&name)?;
                     }
                     // An item that breaks its own rule is walked without members. Its identity counts nevertheless.
-                    let is_noted = noted.is_some_and(|noted| noted.name.as_bytes() == &*name);
+                    let is_captured = capture.is_some_and(|capture| capture.name.as_bytes() == &*name);
                     if !others.get_or_insert_with(UniqueSet::new).insert(name) {
-                        return Err(self.cursor.halt_at(offset, TWICE));
+                        return Err(self.cursor.abort_at(offset, TWICE));
                     }
                     self.cursor.skip_space();
-                    self.value(None, if is_noted { Capture::This } else { Capture::Nothing })?;
+                    self.value(None, if is_captured { Capture::This } else { Capture::Nothing })?;
                 }
             }
             more = self.cursor.next(b'}')?;

@@ -55,7 +55,7 @@ impl Broken {
 
     /// Returns the code of an exchange that ends with this error after bytes were sent, and the reason. The reason is `None` if
     /// all connections were busy.
-    pub(super) fn told(&self) -> (Code, Option<&Reason>) {
+    pub(super) fn code_and_reason(&self) -> (Code, Option<&Reason>) {
         match self {
             Self::Unreachable(NoConnection::Failed(reason)) => (Code::UpstreamUnreachable, Some(reason)),
             Self::Unreachable(NoConnection::Busy) => (Code::Overloaded, None),
@@ -153,7 +153,7 @@ impl Exchange {
                 self.connection.reconnect().await.map_err(Broken::unreachable)?;
                 fresh = true;
             }
-            progress.mark = self.connection.written();
+            progress.written_before = self.connection.written();
             let sent = match self.connection.ready().await {
                 Ok(()) => {
                     let Self { terms, route, token, operator, body, connection, .. } = &mut *self;
@@ -172,11 +172,11 @@ impl Exchange {
                     let arrived = progress.arrived.insert(BufferedReply::new(response));
                     arrived.read().await?;
                     let status = arrived.status;
-                    progress.mark = self.connection.written();
+                    progress.written_before = self.connection.written();
                     progress.answered += 1;
                     return Ok(status);
                 }
-                Err(error) if self.connection.written() != progress.mark => {
+                Err(error) if self.connection.written() != progress.written_before => {
                     return Err(Broken::broke_off(error.reason()));
                 }
                 // A new connection that fails before its first byte: the next one would fare no better.

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::attempt::BufferedReply;
-use super::reply::{JSON, stand_in};
+use super::reply::{JSON, substitute};
 use super::settlement::{Finished, UncommittedResult, finish};
 use super::streaming::StreamedReply;
 use super::{Exchange, ExchangeReply, Failure, Progress, RelayedBody, Reply};
@@ -69,7 +69,7 @@ impl Exchange {
             let finished =
                 finish(self.claim, self.record, &ExchangeResult { outcome: Outcome::Refused, ..answer });
             let failure = Failure { code, outcome: Outcome::Refused, cause, retry_after };
-            return (Err(failure), finished.pending);
+            return (Err(failure), finished.uncommitted);
         }
         let BufferedReply { version, mut headers, body, rest, .. } = arrived;
         let is_keyed = self.claim.is_keyed();
@@ -84,7 +84,7 @@ impl Exchange {
         }
         settle_headers(outcome, &mut headers, length(&body, rest.as_ref()));
         let retry = Retry::of_reply(outcome, status, is_keyed);
-        let (body, Finished { delivery, pending }) = match rest {
+        let (body, Finished { delivery, uncommitted }) = match rest {
             None => {
                 let finished = finish(self.claim, self.record, &answer);
                 if !is_cut {
@@ -103,13 +103,13 @@ impl Exchange {
                     first_token: progress.first_token.clone(),
                     sender: Some(sender),
                     open: Some((self.record, answer, self.claim)),
-                    _room: self.room,
+                    _permit: self.permit,
                 };
                 tokio::spawn(tail.run(body, self.connection, deadline));
                 (RelayedBody::Long(receiver), Finished::default())
             }
         };
-        (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), pending)
+        (Ok(Box::new(Reply { status, headers, body, outcome, retry, first: None, delivery })), uncommitted)
     }
 
     /// Classifies a reply, and removes from it what the caller must not see.
@@ -118,8 +118,8 @@ impl Exchange {
     #[inline]
     fn interpret(&self, arrived: &mut BufferedReply, progress: &Progress) -> Conclusion {
         let BufferedReply { status, headers, body, rest, .. } = arrived;
-        let judged = ReplyView { status: *status, body, truncated: rest.is_some() };
-        let Classification { outcome, mut result_code } = self.route.result.classify(judged);
+        let view = ReplyView { status: *status, body, truncated: rest.is_some() };
+        let Classification { outcome, mut result_code } = self.route.result.classify(view);
         // A proxy in front of the service can send any status. A result code shows that the service itself has answered, and so
         // that the token was accepted.
         let is_from_business = result_code.is_some();
@@ -131,7 +131,7 @@ impl Exchange {
         let (is_withheld, mut is_cut) = (is_quoted(body), false);
         if is_withheld {
             result_code = result_code.filter(|code| code.len() < needles::SHORTEST);
-            *body = stand_in(self.route.result.field(), result_code.as_deref(), "withheld", None);
+            *body = substitute(self.route.result.field(), result_code.as_deref(), "withheld", None);
             // Dropped unread, since none of it may pass. That closes its connection.
             is_cut = rest.take().is_some();
             self.withhold("body");
@@ -147,7 +147,7 @@ impl Exchange {
         }
         let cause = failure(*status, outcome, rejected, progress);
         match cause {
-            Some(cause) => self.tell_answer(cause, *status, progress),
+            Some(cause) => self.report_failure(cause, *status, progress),
             None => self.terms.failures.succeeded(),
         }
         Conclusion {
@@ -182,19 +182,19 @@ impl Exchange {
 
     /// Reports to operators that a reply is a failure.
     #[cold]
-    fn tell_answer(&self, cause: Cause, status: StatusCode, progress: &Progress) {
+    fn report_failure(&self, cause: Cause, status: StatusCode, progress: &Progress) {
         let what = match cause {
             Cause::TokenRejected => "refuses a fresh token",
             Cause::ReplyStatus => "is out of service",
             Cause::ReplyUnreadable => "answers nothing that tells what became of the task",
             _ => "refuses the token, and no other one can be had",
         };
-        self.tell(&Reason::new(cause, format!("the upstream {what}: status {status}")), progress);
+        self.report(&Reason::new(cause, format!("the upstream {what}: status {status}")), progress);
     }
 
     /// Reports to operators that the exchange failed.
     #[cold]
-    pub(super) fn tell(&self, reason: &Reason, progress: &Progress) {
+    pub(super) fn report(&self, reason: &Reason, progress: &Progress) {
         let tokens = progress.first_token.iter().chain([&self.token]);
         self.terms.failed(reason, self.record.id(), tokens);
     }
@@ -211,7 +211,7 @@ impl Exchange {
         // A token endpoint that is too slow is reported by the fetcher.
         if !progress.awaits_token() {
             let text = format!("no answer within {:?}", self.route.timeout);
-            self.tell(&Reason::new(Cause::Timeout, text), progress);
+            self.report(&Reason::new(Cause::Timeout, text), progress);
         }
         self.fail(progress, Code::UpstreamTimeout, Some(Cause::Timeout))
     }
@@ -225,7 +225,7 @@ impl Exchange {
         cause: Option<Cause>,
     ) -> (ExchangeReply, Option<Box<UncommittedResult>>) {
         // One byte is enough: the count of written bytes does not say how much of the request the upstream has processed.
-        let sent = !progress.awaits_token() && self.connection.written() > progress.mark;
+        let sent = !progress.awaits_token() && self.connection.written() > progress.written_before;
         let (code, outcome) = match (sent, progress.refused) {
             (true, _) => (code, Outcome::Unknown),
             (false, Some(_)) => (progress.refusal(), Outcome::Refused),
@@ -246,9 +246,9 @@ impl Exchange {
             note: None,
             reply: None,
         };
-        let Finished { pending, .. } = finish(self.claim, self.record, &answer);
+        let Finished { uncommitted, .. } = finish(self.claim, self.record, &answer);
         let retry_after = (outcome == Outcome::Refused).then_some(DEFAULT_RETRY);
-        (Err(Failure { code, outcome, cause, retry_after }), pending)
+        (Err(Failure { code, outcome, cause, retry_after }), uncommitted)
     }
 }
 

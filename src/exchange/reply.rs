@@ -90,7 +90,7 @@ impl Reply {
     pub fn replayed(replay: Replay, rule: &ResultRule) -> Self {
         let Replay {
             first,
-            ending: StoredResult { is_success, status, result_code, is_resolved },
+            result: StoredResult { is_success, status, result_code, is_resolved },
             stored,
             delivery,
         } = replay;
@@ -102,8 +102,8 @@ impl Reply {
             }
             None => {
                 let body = match is_resolved {
-                    true => stand_in(rule.field(), Some(rule.success_code().as_bytes()), "resolved", None),
-                    false => stand_in(rule.field(), result_code.as_deref(), "truncated", Some(first)),
+                    true => substitute(rule.field(), Some(rule.success_code().as_bytes()), "resolved", None),
+                    false => substitute(rule.field(), result_code.as_deref(), "truncated", Some(first)),
                 };
                 (Some(JSON), body)
             }
@@ -128,7 +128,7 @@ impl Reply {
 /// Returns the JSON that takes the place of a body that cannot be passed on. Its members are the result code under `field`, if
 /// it is known; `why`, with the value `true`; and `request_id`, the id of the call `of`, if there is one.
 // Under the route's own field, so that a client that reads the result code finds it where it always is.
-pub(super) fn stand_in(field: &str, result_code: Option<&[u8]>, why: &str, of: Option<FirstCall>) -> Bytes {
+pub(super) fn substitute(field: &str, result_code: Option<&[u8]>, why: &str, of: Option<FirstCall>) -> Bytes {
     let mut members = Map::new();
     if let Some(code) = result_code {
         members.insert(field.to_owned(), String::from_utf8_lossy(code).into());

@@ -19,10 +19,10 @@ use crate::model::outcome::Outcome;
 pub(super) fn finish(claim: Claim, record: IntendedRecord, answer: &ExchangeResult) -> Finished {
     let (queued, names) = record.finish(answer);
     if claim.is_keyed() {
-        let pending = UncommittedResult { queued, names, answer: answer.clone(), claim };
-        return Finished { delivery: None, pending: Some(Box::new(pending)) };
+        let uncommitted = UncommittedResult { queued, names, answer: answer.clone(), claim };
+        return Finished { delivery: None, uncommitted: Some(Box::new(uncommitted)) };
     }
-    Finished { delivery: claim.end(answer, names), pending: None }
+    Finished { delivery: claim.end(answer, names), uncommitted: None }
 }
 
 /// What is still to do for a call whose outcome is queued.
@@ -32,7 +32,7 @@ pub(super) struct Finished {
     pub(super) delivery: Option<Delivery>,
     /// A call with a key, whose outcome is not committed yet.
     // In a box: only calls with a key have it, and every exchange moved its 280 bytes.
-    pub(super) pending: Option<Box<UncommittedResult>>,
+    pub(super) uncommitted: Option<Box<UncommittedResult>>,
 }
 
 /// Waits until the outcome of a call with a key is committed, and returns the delivery of a success. Fails at the deadline.
@@ -40,8 +40,8 @@ pub(super) async fn committed(
     finished: Finished,
     deadline: Instant,
 ) -> Result<Option<Delivery>, NotCommitted> {
-    match finished.pending {
-        Some(pending) => pending.committed_by(deadline).await,
+    match finished.uncommitted {
+        Some(uncommitted) => uncommitted.committed_by(deadline).await,
         None => Ok(finished.delivery),
     }
 }
@@ -61,11 +61,11 @@ impl UncommittedResult {
     /// with its key.
     pub(super) async fn release_when_committed(
         self,
-        told: ExchangeReply,
+        reply: ExchangeReply,
         deadline: Instant,
     ) -> ExchangeReply {
         match self.committed_by(deadline).await {
-            Ok(delivery) => told.map(|mut reply| {
+            Ok(delivery) => reply.map(|mut reply| {
                 reply.delivery = delivery;
                 reply
             }),

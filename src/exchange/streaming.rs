@@ -37,7 +37,7 @@ pub(super) struct StreamedReply {
     pub(super) sender: Option<mpsc::Sender<BodyPart>>,
     /// The record, its content so far, and the claim; `None` once they are closed.
     pub(super) open: Option<(IntendedRecord, ExchangeResult, Claim)>,
-    pub(super) _room: InFlightPermit,
+    pub(super) _permit: InFlightPermit,
 }
 
 impl StreamedReply {
@@ -47,14 +47,14 @@ impl StreamedReply {
     // otherwise small pieces would have the same bytes searched over and over.
     pub(super) async fn run(mut self, first: Bytes, connection: PooledConnection, deadline: Instant) {
         let first_token = self.first_token.as_ref().map_or(0, |token| token.needles().longest());
-        let kept = self.token.needles().longest().max(first_token).max(1);
+        let held_back = self.token.needles().longest().max(first_token).max(1);
         let mut held = BytesMut::from(first);
         loop {
-            if held.len() >= 2 * kept {
+            if held.len() >= 2 * held_back {
                 if quotes(&held, &self.token, self.first_token.as_ref()) {
                     return self.cut_off(deadline).await;
                 }
-                let piece = held.split_to(held.len() - kept).freeze();
+                let piece = held.split_to(held.len() - held_back).freeze();
                 self.hand_on(BodyPart::More(piece), deadline).await;
                 // If pieces come without a pause, this turn of the event loop does not end. Timers go on meanwhile, and took a
                 // connection for an idle one.
@@ -72,12 +72,12 @@ impl StreamedReply {
                     // its key.
                     if let Ok(delivery) = committed(finished, deadline).await {
                         self.hand_on(BodyPart::Last(held.freeze()), deadline).await;
-                        self.settle(delivery);
+                        self.hand_over(delivery);
                     }
                     return;
                 }
-                broken => {
-                    let reason = match broken {
+                broken_off => {
+                    let reason = match broken_off {
                         Ok(Some(Err(error))) => Reason::of_exchange(&error),
                         Ok(_) => cut_short(),
                         Err(_) => Reason::new(Cause::Timeout, "the reply did not end in time"),
@@ -87,9 +87,9 @@ impl StreamedReply {
                         let tokens = self.first_token.iter().chain([&self.token]);
                         self.terms.failed(&reason, record.id(), tokens);
                     }
-                    let broken = "the reply broke off behind its first 64 KiB";
-                    let finished = self.close(self.not_taken().or(Some(broken)));
-                    self.settle(committed(finished, deadline).await.ok().flatten());
+                    let note = "the reply broke off behind its first 64 KiB";
+                    let finished = self.close(self.not_taken().or(Some(note)));
+                    self.hand_over(committed(finished, deadline).await.ok().flatten());
                     return;
                 }
             }
@@ -103,7 +103,7 @@ impl StreamedReply {
             self.terms.withhold("tail", record.id(), &self.route.name);
         }
         let finished = self.close(Some("the reply quoted the credential and was cut off"));
-        self.settle(committed(finished, deadline).await.ok().flatten());
+        self.hand_over(committed(finished, deadline).await.ok().flatten());
     }
 
     /// The note for the record, if the caller did not take the whole reply.
@@ -128,7 +128,7 @@ impl StreamedReply {
 
     /// Hands over the delivery of a success if the caller took every piece so far: it then has the head, which reports the
     /// success. Otherwise drops the delivery, which makes the success undelivered.
-    fn settle(&self, delivery: Option<Delivery>) {
+    fn hand_over(&self, delivery: Option<Delivery>) {
         if let Some(mut delivery) = delivery.filter(|_| self.sender.is_some()) {
             delivery.hand_over();
         }

@@ -25,7 +25,7 @@ pub(super) fn name_denied(
     record: &mut OpenRecord,
     denied: Denied,
 ) -> Denied {
-    if let Some(caller) = state.admission.who(from.peer, from.names) {
+    if let Some(caller) = state.admission.caller_of(from.peer, from.names) {
         record.caller(caller.name.clone());
     }
     denied

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::claims::{KeyedCompletion, StoredResult};
 use super::delivery::Delivery;
-use super::duplicates::{Completion, DoubtKind, First, Forced};
+use super::duplicates::{Completion, First, Forced, InDoubtKind};
 use super::{Idempotency, now};
 use crate::audit::{ExchangeResult, Names};
 use crate::keyed_hash::{KeyedFingerprint, push_hex};
@@ -25,8 +25,8 @@ pub struct Claim {
     pub(super) id: Uuid,
     /// The fingerprint: equal for equal bodies, operators and routes.
     pub(super) print: KeyedFingerprint,
-    /// The mark under which the call is compared with equal ones; `None` if `without_key` compares no calls.
-    pub(super) mark: Option<KeyedFingerprint>,
+    /// The hash under which the call is compared with equal ones; `None` if `without_key` compares no calls.
+    pub(super) call_hash: Option<KeyedFingerprint>,
     pub(super) key: Option<KeyedFingerprint>,
     /// An equal call that came first, if this one is sent all the same.
     pub(super) first: Option<First>,
@@ -58,10 +58,10 @@ impl Claim {
 
     /// Appends the members `key`, `print` and `forced` of the intent to `line`, as JSON with a comma before each.
     pub fn audit_members(&self, line: &mut Vec<u8>) {
-        // By hand, since marks are hex and ids are plain: nothing can need an escape.
-        let mut member = |name: &[u8], mark: &KeyedFingerprint| {
+        // By hand, since hashes are hex and ids are plain: nothing can need an escape.
+        let mut member = |name: &[u8], value: &KeyedFingerprint| {
             line.extend_from_slice(name);
-            push_hex(mark, line);
+            push_hex(value, line);
             line.push(b'"');
         };
         if let Some(key) = &self.key {
@@ -92,41 +92,41 @@ impl Claim {
     /// Returns the [`Delivery`] of a success; dropping it before it is handed over makes the success undelivered. Returns `None`
     /// for any other outcome, and if `without_key` compares no calls.
     pub fn end(mut self, answer: &ExchangeResult, names: Names) -> Option<Delivery> {
-        let mut ending = None;
+        let mut result = None;
         if self.is_keyed() {
             // The reply first: a repetition that comes now finds the key in flight, and never a key that ended without its reply.
             if let Some(reply) = &answer.reply {
                 self.table.replies.insert(self.id, reply.clone());
             }
             let (is_success, code) = (answer.outcome == Outcome::Succeeded, answer.result_code.as_ref());
-            ending = answer.status.map(|status| StoredResult {
+            result = answer.status.map(|status| StoredResult {
                 is_success,
                 status,
                 result_code: code.map(|code| code[..].into()),
                 is_resolved: false,
             });
         }
-        self.end_in_tables(answer.outcome, ending, names)
+        self.end_in_tables(answer.outcome, result, names)
     }
 
     /// Ends the call in both tables. Returns the delivery of a success.
     fn end_in_tables(
         &mut self,
         outcome: Outcome,
-        ending: Option<StoredResult>,
+        result: Option<StoredResult>,
         names: Names,
     ) -> Option<Delivery> {
         self.step = ExchangeStep::Ended;
         if let Some(key) = self.key {
-            let how = match outcome {
+            let completion = match outcome {
                 Outcome::NotSent | Outcome::Refused => KeyedCompletion::NotDone,
                 // Without a status there is nothing to replay.
                 Outcome::Succeeded | Outcome::Failed => {
-                    ending.map_or(KeyedCompletion::Unknown, KeyedCompletion::Ended)
+                    result.map_or(KeyedCompletion::Unknown, KeyedCompletion::Ended)
                 }
                 Outcome::Unknown | Outcome::Replayed => KeyedCompletion::Unknown,
             };
-            self.table.claims().end(key, self.id, how, now());
+            self.table.claims().end(key, self.id, completion, now());
         }
         // This call repeated by force a call with another key, which must not be forced under that key as well. If this call was
         // not done, that call is in doubt as before and may be forced again.
@@ -136,18 +136,25 @@ impl Claim {
         {
             self.table.set_superseded(key, id, true);
         }
-        let mark = self.mark?;
+        let call_hash = self.call_hash?;
         let completion = match outcome {
             // The call stays at work among the duplicates until the delivery is settled: only then it is known whether its caller
             // has the answer.
             Outcome::Succeeded => {
                 let forced = self.forced.as_deref().map(|forced| forced.id);
-                return Some(Delivery::of_own_answer(&self.table, mark, self.id, self.key, forced, names));
+                return Some(Delivery::of_own_answer(
+                    &self.table,
+                    call_hash,
+                    self.id,
+                    self.key,
+                    forced,
+                    names,
+                ));
             }
             Outcome::NotSent | Outcome::Refused | Outcome::Failed => Completion::NotDone,
-            Outcome::Unknown | Outcome::Replayed => Completion::Doubt(DoubtKind::Unknown),
+            Outcome::Unknown | Outcome::Replayed => Completion::InDoubt(InDoubtKind::Unknown),
         };
-        self.table.duplicates().end(mark, self.id, completion, now());
+        self.table.duplicates().end(call_hash, self.id, completion, now());
         None
     }
 }

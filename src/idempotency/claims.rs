@@ -55,7 +55,7 @@ impl Claim {
     fn expires_from(&self) -> u32 {
         match &self.state {
             // Only the doubt expires, not the claim.
-            State::InFlight { doubt } => doubt.as_ref().map_or(0, |doubt| doubt.since),
+            State::InFlight { repeats } => repeats.as_ref().map_or(0, |repeats| repeats.since),
             State::Unknown { .. } | State::Ended { .. } => self.since,
         }
     }
@@ -65,12 +65,12 @@ impl Claim {
 enum State {
     InFlight {
         /// The call of unknown outcome that this one repeats by force.
-        doubt: Option<Box<Doubt>>,
+        repeats: Option<Box<RepeatedCall>>,
     },
     Unknown {
         /// The call of unknown outcome that this one has repeated by force.
         // Kept, since a person may resolve this call as not done. Then the earlier one is in doubt again.
-        doubt: Option<Box<Doubt>>,
+        repeats: Option<Box<RepeatedCall>>,
         /// Whether a call without this key has repeated this call by force, and so supersedes it.
         is_superseded: bool,
     },
@@ -84,7 +84,7 @@ enum State {
 
 /// A call of unknown outcome that a later call with its key repeats by force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Doubt {
+struct RepeatedCall {
     id: Uuid,
     since: u32,
     /// Whether a person resolved it as done while the repetition was in flight.
@@ -93,7 +93,7 @@ struct Doubt {
     is_superseded: bool,
 }
 
-impl Doubt {
+impl RepeatedCall {
     fn new(id: Uuid, since: u32) -> Self {
         Self { id, since, is_done: false, is_superseded: false }
     }
@@ -101,7 +101,7 @@ impl Doubt {
     /// Returns the state that the key gets back if the call that repeats this doubt was not done.
     fn state(&self) -> State {
         let Self { is_superseded, .. } = *self;
-        if self.is_done { State::RESOLVED } else { State::Unknown { doubt: None, is_superseded } }
+        if self.is_done { State::RESOLVED } else { State::Unknown { repeats: None, is_superseded } }
     }
 }
 
@@ -165,10 +165,10 @@ pub(super) enum KeyedCompletion {
 
 /// The decision about a call that asks for a key. An id in it is that of the call that holds the key.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// The call gets the key; `doubt` is the call that it repeats by force.
+pub(super) enum KeyDecision {
+    /// The call gets the key; `repeats` is the call that it repeats by force.
     Begin {
-        doubt: Option<Uuid>,
+        repeats: Option<Uuid>,
     },
     Replay(Uuid, StoredResult),
     InFlight(Uuid),
@@ -203,27 +203,27 @@ impl Claims {
         self.slots.len()
     }
 
-    /// Decides about a call and, if the verdict is [`Verdict::Begin`], gives it the key. `id` is the call's own.
-    pub(super) fn claim(&mut self, wanted: Wanted, id: Uuid, now: u32) -> Verdict {
-        let verdict = self.peek(wanted, now);
-        if let Verdict::Begin { .. } = verdict {
+    /// Decides about a call and, if the decision is [`KeyDecision::Begin`], gives it the key. `id` is the call's own.
+    pub(super) fn claim(&mut self, wanted: Wanted, id: Uuid, now: u32) -> KeyDecision {
+        let decision = self.peek(wanted, now);
+        if let KeyDecision::Begin { .. } = decision {
             let Wanted { key, print, caller, .. } = wanted;
             let known = self.slots.find(&key).and_then(|number| self.slots.get_mut(number));
             if let Some(claim) = known {
-                let doubt = Some(Box::new(Doubt::new(claim.id, claim.since)));
-                (claim.id, claim.since, claim.state) = (id, now, State::InFlight { doubt });
+                let repeats = Some(Box::new(RepeatedCall::new(claim.id, claim.since)));
+                (claim.id, claim.since, claim.state) = (id, now, State::InFlight { repeats });
             } else {
                 self.add(
                     key,
-                    Claim { print, id, since: now, caller, state: State::InFlight { doubt: None } },
+                    Claim { print, id, since: now, caller, state: State::InFlight { repeats: None } },
                 );
             }
         }
-        verdict
+        decision
     }
 
     /// Returns what [`Self::claim`] would, and gives no key away.
-    pub(super) fn peek(&mut self, wanted: Wanted, now: u32) -> Verdict {
+    pub(super) fn peek(&mut self, wanted: Wanted, now: u32) -> KeyDecision {
         self.expire(now);
         let Wanted { print, force, .. } = wanted;
         let Some(claim) = self.slots.find(&wanted.key).and_then(|number| self.slots.get(number)) else {
@@ -231,30 +231,30 @@ impl Claims {
         };
         match &claim.state {
             // Checked first: whatever state the key is in, its answer belongs to another body.
-            _ if claim.print != print => Verdict::Mismatch(claim.id, self.ending(claim)),
-            State::InFlight { .. } => Verdict::InFlight(claim.id),
+            _ if claim.print != print => KeyDecision::Mismatch(claim.id, self.result(claim)),
+            State::InFlight { .. } => KeyDecision::InFlight(claim.id),
             State::Unknown { is_superseded: false, .. } if force == Some(claim.id) => {
-                Verdict::Begin { doubt: force }
+                KeyDecision::Begin { repeats: force }
             }
-            State::Unknown { .. } => Verdict::Unknown(claim.id),
-            State::Ended { .. } => match self.ending(claim) {
-                Some(ending) => Verdict::Replay(claim.id, ending),
-                None => Verdict::Unknown(claim.id),
+            State::Unknown { .. } => KeyDecision::Unknown(claim.id),
+            State::Ended { .. } => match self.result(claim) {
+                Some(result) => KeyDecision::Replay(claim.id, result),
+                None => KeyDecision::Unknown(claim.id),
             },
         }
     }
 
     /// Returns [`Verdict::Begin`] if there is room for a further key of this caller, else what is full.
-    fn look_for_room(&self, Wanted { caller, share, .. }: Wanted) -> Verdict {
+    fn look_for_room(&self, Wanted { caller, share, .. }: Wanted) -> KeyDecision {
         if self.len() >= self.max {
-            return Verdict::Full;
+            return KeyDecision::Full;
         }
         let is_full = self.held.get(&caller).is_some_and(|held| *held >= share);
-        if is_full { Verdict::ShareFull } else { Verdict::Begin { doubt: None } }
+        if is_full { KeyDecision::ShareFull } else { KeyDecision::Begin { repeats: None } }
     }
 
     /// How the call of a claim ended; `None` if it has not, or if its outcome is unknown.
-    fn ending(&self, claim: &Claim) -> Option<StoredResult> {
+    fn result(&self, claim: &Claim) -> Option<StoredResult> {
         match claim.state {
             State::InFlight { .. } | State::Unknown { .. } => None,
             State::Ended { is_success, is_resolved, status, code } => {
@@ -265,15 +265,15 @@ impl Claims {
     }
 
     /// Ends the call that holds a key. Does nothing for any other call.
-    pub(super) fn end(&mut self, key: KeyedFingerprint, id: Uuid, how: KeyedCompletion, now: u32) {
+    pub(super) fn end(&mut self, key: KeyedFingerprint, id: Uuid, completion: KeyedCompletion, now: u32) {
         let Some(number) = self.slots.find(&key) else { return };
         let Some(claim) = self.slots.get_mut(number).filter(|claim| claim.id == id) else { return };
         // A call ends once. Its result is kept, or what a person has found about it meanwhile.
-        let State::InFlight { doubt } = &mut claim.state else { return };
-        let doubt = doubt.take();
-        claim.state = match how {
-            KeyedCompletion::NotDone => return self.give_back(number, doubt.as_deref(), now),
-            KeyedCompletion::Unknown => State::Unknown { doubt, is_superseded: false },
+        let State::InFlight { repeats } = &mut claim.state else { return };
+        let repeats = repeats.take();
+        claim.state = match completion {
+            KeyedCompletion::NotDone => return self.give_back(number, repeats.as_deref(), now),
+            KeyedCompletion::Unknown => State::Unknown { repeats, is_superseded: false },
             KeyedCompletion::Ended(StoredResult { is_success, status, result_code, is_resolved }) => {
                 let code = result_code.and_then(|code| self.codes.put(&code));
                 State::Ended { is_success, is_resolved, status, code }
@@ -285,11 +285,11 @@ impl Claims {
 
     /// Releases the key of a call that was not done. If the call repeated a doubt, the doubt holds the key again, and its window
     /// goes on as if there had been no repetition.
-    fn give_back(&mut self, number: EntryNumber, doubt: Option<&Doubt>, now: u32) {
-        let doubt = doubt.filter(|doubt| now.saturating_sub(doubt.since) <= self.window);
-        let Some(doubt) = doubt else { return self.remove(number) };
+    fn give_back(&mut self, number: EntryNumber, repeats: Option<&RepeatedCall>, now: u32) {
+        let repeats = repeats.filter(|repeats| now.saturating_sub(repeats.since) <= self.window);
+        let Some(repeats) = repeats else { return self.remove(number) };
         if let Some(claim) = self.slots.get_mut(number) {
-            (claim.id, claim.since, claim.state) = (doubt.id, doubt.since, doubt.state());
+            (claim.id, claim.since, claim.state) = (repeats.id, repeats.since, repeats.state());
         }
         self.queue_unless_queued(number);
     }
@@ -308,8 +308,8 @@ impl Claims {
         };
         let Some(claim) = self.slots.get_mut(number) else { return };
         match &mut claim.state {
-            State::InFlight { doubt: Some(doubt) } if doubt.id == id => {
-                doubt.is_done = true;
+            State::InFlight { repeats: Some(repeats) } if repeats.id == id => {
+                repeats.is_done = true;
                 return;
             }
             // Another call has taken the key meanwhile. Its end decides how the key is answered.
@@ -330,14 +330,14 @@ impl Claims {
         let Some(number) = self.slots.find(&key) else { return };
         let Some(claim) = self.slots.get_mut(number) else { return };
         match &mut claim.state {
-            State::InFlight { doubt } | State::Unknown { doubt, .. }
-                if doubt.as_ref().is_some_and(|it| it.id == id) =>
+            State::InFlight { repeats } | State::Unknown { repeats, .. }
+                if repeats.as_ref().is_some_and(|it| it.id == id) =>
             {
-                *doubt = None;
+                *repeats = None;
             }
-            State::Unknown { doubt, .. } if claim.id == id => {
-                let doubt = doubt.take();
-                self.give_back(number, doubt.as_deref(), now);
+            State::Unknown { repeats, .. } if claim.id == id => {
+                let repeats = repeats.take();
+                self.give_back(number, repeats.as_deref(), now);
             }
             // A correction of an earlier finding. What ended with a reply of the upstream is not for a person to change.
             State::Ended { is_resolved: true, .. } if claim.id == id => self.remove(number),
@@ -351,7 +351,9 @@ impl Claims {
         let Some(claim) = self.slots.find(&key).and_then(|number| self.slots.get_mut(number)) else { return };
         match &mut claim.state {
             State::Unknown { is_superseded, .. } if claim.id == id => *is_superseded = superseded,
-            State::InFlight { doubt: Some(doubt) } if doubt.id == id => doubt.is_superseded = superseded,
+            State::InFlight { repeats: Some(repeats) } if repeats.id == id => {
+                repeats.is_superseded = superseded;
+            }
             State::InFlight { .. } | State::Unknown { .. } | State::Ended { .. } => {}
         }
     }
@@ -360,7 +362,7 @@ impl Claims {
     pub(super) fn is_superseded(&self, key: KeyedFingerprint) -> bool {
         let claim = self.slots.find(&key).and_then(|number| self.slots.get(number));
         claim.is_some_and(
-            |claim| matches!(&claim.state, State::InFlight { doubt: Some(doubt) } if doubt.is_superseded),
+            |claim| matches!(&claim.state, State::InFlight { repeats: Some(repeats) } if repeats.is_superseded),
         )
     }
 
@@ -386,11 +388,11 @@ impl Claims {
         let before = known.and_then(|number| self.slots.get(number)).map(|claim| (claim.id, claim.since));
         // The forced call may be an equal call without this key. Only a call that holds the key becomes the doubt: it gets the
         // key back if this call was not done. Otherwise the key becomes free.
-        let doubt = before
+        let repeats = before
             .filter(|(known, _)| force == Some(*known))
-            .map(|(id, since)| Box::new(Doubt::new(id, since)));
-        let is_queued = doubt.is_some();
-        let claim = Claim { print, id, since, caller, state: State::InFlight { doubt } };
+            .map(|(id, since)| Box::new(RepeatedCall::new(id, since)));
+        let is_queued = repeats.is_some();
+        let claim = Claim { print, id, since, caller, state: State::InFlight { repeats } };
         let Some(number) = known else { return self.add(key, claim) };
         if !is_queued {
             self.slots.unlink(number);
@@ -424,9 +426,9 @@ impl Claims {
                 return;
             }
             match &mut claim.state {
-                State::InFlight { doubt } => {
+                State::InFlight { repeats } => {
                     // The doubt is too old to be restored. The call itself is at work, so that the key is not free.
-                    *doubt = None;
+                    *repeats = None;
                     self.slots.unlink(number);
                 }
                 State::Unknown { .. } | State::Ended { .. } => self.remove(number),
@@ -484,17 +486,17 @@ mod tests {
     fn key_is_claimed_once_until_it_is_released() {
         let mut claims = Claims::new(10, WINDOW);
         let (key, print) = ([1; 16], [2; 16]);
-        let begin = Verdict::Begin { doubt: None };
+        let begin = KeyDecision::Begin { repeats: None };
         assert_eq!(claims.claim(wanted(key, print, None), id(1), 0), begin);
-        assert_eq!(claims.claim(wanted(key, print, None), id(2), 0), Verdict::InFlight(id(1)));
-        assert_eq!(claims.claim(wanted(key, [3; 16], None), id(2), 0), Verdict::Mismatch(id(1), None));
+        assert_eq!(claims.claim(wanted(key, print, None), id(2), 0), KeyDecision::InFlight(id(1)));
+        assert_eq!(claims.claim(wanted(key, [3; 16], None), id(2), 0), KeyDecision::Mismatch(id(1), None));
         // Not the call that holds the key.
         claims.end(key, id(2), ended(), 0);
-        assert_eq!(claims.claim(wanted(key, print, None), id(3), 0), Verdict::InFlight(id(1)));
+        assert_eq!(claims.claim(wanted(key, print, None), id(3), 0), KeyDecision::InFlight(id(1)));
         claims.end(key, id(1), KeyedCompletion::NotDone, 0);
         assert_eq!(claims.claim(wanted(key, [3; 16], None), id(4), 0), begin);
         claims.end(key, id(4), ended(), 0);
-        let Verdict::Replay(first, _) = claims.claim(wanted(key, [3; 16], None), id(5), WINDOW) else {
+        let KeyDecision::Replay(first, _) = claims.claim(wanted(key, [3; 16], None), id(5), WINDOW) else {
             panic!()
         };
         assert_eq!(first, id(4));
@@ -507,27 +509,27 @@ mod tests {
         let (key, print) = ([1; 16], [2; 16]);
         claims.claim(wanted(key, print, None), id(1), 0);
         claims.end(key, id(1), KeyedCompletion::Unknown, 0);
-        assert_eq!(claims.claim(wanted(key, print, None), id(2), 0), Verdict::Unknown(id(1)));
-        assert_eq!(claims.claim(wanted(key, print, Some(id(9))), id(2), 0), Verdict::Unknown(id(1)));
+        assert_eq!(claims.claim(wanted(key, print, None), id(2), 0), KeyDecision::Unknown(id(1)));
+        assert_eq!(claims.claim(wanted(key, print, Some(id(9))), id(2), 0), KeyDecision::Unknown(id(1)));
         assert_eq!(
             claims.claim(wanted(key, print, Some(id(1))), id(3), 0),
-            Verdict::Begin { doubt: Some(id(1)) }
+            KeyDecision::Begin { repeats: Some(id(1)) }
         );
-        assert_eq!(claims.claim(wanted(key, print, Some(id(1))), id(4), 0), Verdict::InFlight(id(3)));
+        assert_eq!(claims.claim(wanted(key, print, Some(id(1))), id(4), 0), KeyDecision::InFlight(id(3)));
         claims.end(key, id(3), KeyedCompletion::NotDone, 0);
         assert_eq!(
             claims.claim(wanted(key, print, None), id(5), 0),
-            Verdict::Unknown(id(1)),
+            KeyDecision::Unknown(id(1)),
             "as unknown as before"
         );
         assert_eq!(
             claims.claim(wanted(key, print, Some(id(1))), id(6), 0),
-            Verdict::Begin { doubt: Some(id(1)) }
+            KeyDecision::Begin { repeats: Some(id(1)) }
         );
         claims.end(key, id(6), KeyedCompletion::Unknown, 0);
         assert_eq!(
             claims.claim(wanted(key, print, Some(id(1))), id(7), 0),
-            Verdict::Unknown(id(6)),
+            KeyDecision::Unknown(id(6)),
             "forced once"
         );
     }
@@ -542,20 +544,20 @@ mod tests {
         claims.set_superseded(key, id(9), true);
         assert_eq!(
             claims.peek(wanted(key, print, force), 0),
-            Verdict::Begin { doubt: force },
+            KeyDecision::Begin { repeats: force },
             "another call"
         );
         claims.set_superseded(key, id(1), true);
-        assert_eq!(claims.claim(wanted(key, print, force), id(2), 0), Verdict::Unknown(id(1)));
+        assert_eq!(claims.claim(wanted(key, print, force), id(2), 0), KeyDecision::Unknown(id(1)));
         claims.set_superseded(key, id(1), false);
-        assert_eq!(claims.claim(wanted(key, print, force), id(3), 0), Verdict::Begin { doubt: force });
+        assert_eq!(claims.claim(wanted(key, print, force), id(3), 0), KeyDecision::Begin { repeats: force });
         assert!(!claims.is_superseded(key));
         // Also while it is repeated: the call without the key may have taken the other table's lock first.
         claims.set_superseded(key, id(1), true);
         assert!(claims.is_superseded(key));
         claims.end(key, id(3), KeyedCompletion::NotDone, 0);
-        assert_eq!(claims.claim(wanted(key, print, force), id(4), 0), Verdict::Unknown(id(1)));
-        assert_eq!(claims.peek(wanted(key, print, None), WINDOW + 1), Verdict::Begin { doubt: None });
+        assert_eq!(claims.claim(wanted(key, print, force), id(4), 0), KeyDecision::Unknown(id(1)));
+        assert_eq!(claims.peek(wanted(key, print, None), WINDOW + 1), KeyDecision::Begin { repeats: None });
     }
 
     #[test]
@@ -567,13 +569,13 @@ mod tests {
         }
         claims.sort();
         let new = wanted([4; 16], [0; 16], None);
-        for (now, verdict, left) in [
-            (WINDOW, Verdict::Full, 3),
-            (WINDOW + 1, Verdict::Begin { doubt: None }, 2),
-            (WINDOW + 21, Verdict::Begin { doubt: None }, 1),
-            (WINDOW + 51, Verdict::Begin { doubt: None }, 0),
+        for (now, decision, left) in [
+            (WINDOW, KeyDecision::Full, 3),
+            (WINDOW + 1, KeyDecision::Begin { repeats: None }, 2),
+            (WINDOW + 21, KeyDecision::Begin { repeats: None }, 1),
+            (WINDOW + 51, KeyDecision::Begin { repeats: None }, 0),
         ] {
-            assert_eq!((claims.peek(new, now), claims.len()), (verdict, left), "{now}");
+            assert_eq!((claims.peek(new, now), claims.len()), (decision, left), "{now}");
         }
     }
 
@@ -586,21 +588,21 @@ mod tests {
             claims.end(key, id(1), KeyedCompletion::Unknown, 0);
             claims
         };
-        let resolved = |id| Verdict::Replay(id, StoredResult::resolved());
+        let resolved = |id| KeyDecision::Replay(id, StoredResult::resolved());
         let mut claims = unknown();
         claims.resolve_not_done(key, id(9), 5);
-        assert_eq!(claims.peek(wanted(key, print, None), 5), Verdict::Unknown(id(1)));
+        assert_eq!(claims.peek(wanted(key, print, None), 5), KeyDecision::Unknown(id(1)));
         claims.resolve_not_done(key, id(1), 5);
-        assert_eq!(claims.peek(wanted(key, print, None), 5), Verdict::Begin { doubt: None });
+        assert_eq!(claims.peek(wanted(key, print, None), 5), KeyDecision::Begin { repeats: None });
         let mut claims = unknown();
         claims.resolve_done(wanted(key, print, None), id(1), 5);
         assert_eq!(claims.peek(wanted(key, print, None), 5 + WINDOW), resolved(id(1)));
         // A person may correct a result, and correct it back.
         claims.resolve_not_done(key, id(1), 5);
-        assert_eq!(claims.peek(wanted(key, print, None), 5), Verdict::Begin { doubt: None });
+        assert_eq!(claims.peek(wanted(key, print, None), 5), KeyDecision::Begin { repeats: None });
         claims.resolve_done(wanted(key, print, None), id(1), 6);
         assert_eq!(claims.peek(wanted(key, print, None), 6), resolved(id(1)));
-        assert_eq!(claims.peek(wanted(key, print, None), 7 + WINDOW), Verdict::Begin { doubt: None });
+        assert_eq!(claims.peek(wanted(key, print, None), 7 + WINDOW), KeyDecision::Begin { repeats: None });
     }
 
     #[test]
@@ -613,12 +615,12 @@ mod tests {
             claims.claim(wanted(key, print, Some(id(1))), id(2), 1);
             claims
         };
-        let done = |id| Verdict::Replay(id, StoredResult::resolved());
-        let free = Verdict::Begin { doubt: None };
+        let done = |id| KeyDecision::Replay(id, StoredResult::resolved());
+        let free = KeyDecision::Begin { repeats: None };
         // Resolved while its repetition is in flight: that one decides first.
         let mut claims = forced();
         claims.resolve_done(wanted(key, print, None), id(1), 2);
-        assert_eq!(claims.peek(wanted(key, print, None), 2), Verdict::InFlight(id(2)));
+        assert_eq!(claims.peek(wanted(key, print, None), 2), KeyDecision::InFlight(id(2)));
         claims.end(key, id(2), KeyedCompletion::NotDone, 3);
         assert_eq!(claims.peek(wanted(key, print, None), 3), done(id(1)));
         let both_unknown = || {
@@ -628,12 +630,16 @@ mod tests {
         };
         let mut claims = both_unknown();
         claims.resolve_not_done(key, id(2), 3);
-        assert_eq!(claims.peek(wanted(key, print, None), 3), Verdict::Unknown(id(1)), "as unknown as before");
+        assert_eq!(
+            claims.peek(wanted(key, print, None), 3),
+            KeyDecision::Unknown(id(1)),
+            "as unknown as before"
+        );
         claims.resolve_not_done(key, id(1), 3);
         assert_eq!(claims.peek(wanted(key, print, None), 3), free);
         let mut claims = both_unknown();
         claims.resolve_not_done(key, id(1), 3);
-        assert_eq!(claims.peek(wanted(key, print, None), 3), Verdict::Unknown(id(2)));
+        assert_eq!(claims.peek(wanted(key, print, None), 3), KeyDecision::Unknown(id(2)));
         claims.resolve_not_done(key, id(2), 3);
         assert_eq!(claims.peek(wanted(key, print, None), 3), free);
         let mut claims = both_unknown();
@@ -650,13 +656,13 @@ mod tests {
     fn full_claim_table_rejects_new_keys_and_keeps_known_ones() {
         let mut claims = Claims::new(1, WINDOW);
         claims.claim(wanted([1; 16], [0; 16], None), id(1), 0);
-        assert_eq!(claims.claim(wanted([2; 16], [0; 16], None), id(2), 0), Verdict::Full);
-        assert_eq!(claims.claim(wanted([1; 16], [0; 16], None), id(2), 0), Verdict::InFlight(id(1)));
+        assert_eq!(claims.claim(wanted([2; 16], [0; 16], None), id(2), 0), KeyDecision::Full);
+        assert_eq!(claims.claim(wanted([1; 16], [0; 16], None), id(2), 0), KeyDecision::InFlight(id(1)));
         claims.end([1; 16], id(1), ended(), 0);
-        assert_eq!(claims.claim(wanted([2; 16], [0; 16], None), id(3), WINDOW), Verdict::Full);
+        assert_eq!(claims.claim(wanted([2; 16], [0; 16], None), id(3), WINDOW), KeyDecision::Full);
         assert_eq!(
             claims.claim(wanted([2; 16], [0; 16], None), id(3), WINDOW + 1),
-            Verdict::Begin { doubt: None }
+            KeyDecision::Begin { repeats: None }
         );
     }
 
@@ -664,17 +670,17 @@ mod tests {
     fn full_share_rejects_new_keys_of_its_caller_only() {
         let mut claims = Claims::new(10, WINDOW);
         let of = |caller, key| Wanted { caller, share: 2, ..wanted([key; 16], [0; 16], None) };
-        let begin = Verdict::Begin { doubt: None };
+        let begin = KeyDecision::Begin { repeats: None };
         assert_eq!(claims.claim(of(1, 1), id(1), 0), begin);
         assert_eq!(claims.claim(of(1, 2), id(2), 0), begin);
         claims.end([1; 16], id(1), KeyedCompletion::Unknown, 0);
-        assert_eq!(claims.claim(of(1, 3), id(3), 0), Verdict::ShareFull);
+        assert_eq!(claims.claim(of(1, 3), id(3), 0), KeyDecision::ShareFull);
         assert_eq!(claims.claim(of(2, 4), id(4), 0), begin, "another caller");
-        assert_eq!(claims.claim(of(1, 2), id(5), 0), Verdict::InFlight(id(2)), "a known key");
+        assert_eq!(claims.claim(of(1, 2), id(5), 0), KeyDecision::InFlight(id(2)), "a known key");
         let forced = Wanted { force: Some(id(1)), ..of(1, 1) };
         assert_eq!(
             claims.claim(forced, id(6), 0),
-            Verdict::Begin { doubt: Some(id(1)) },
+            KeyDecision::Begin { repeats: Some(id(1)) },
             "a key that it has"
         );
         assert_eq!(claims.peek(Wanted { share: 3, ..of(1, 3) }, 0), begin, "a larger share");
@@ -682,7 +688,7 @@ mod tests {
         assert_eq!(claims.claim(of(1, 3), id(7), 0), begin, "a key came back");
         claims.end([3; 16], id(7), ended(), 0);
         claims.end([1; 16], id(6), KeyedCompletion::NotDone, 0);
-        assert_eq!(claims.claim(of(1, 5), id(8), WINDOW), Verdict::ShareFull);
+        assert_eq!(claims.claim(of(1, 5), id(8), WINDOW), KeyDecision::ShareFull);
         assert_eq!(claims.claim(of(1, 5), id(8), WINDOW + 1), begin, "both have expired");
         assert_eq!((claims.len(), &claims.held), (2, &Table::from_iter([(1, 1), (2, 1)])));
     }
@@ -699,10 +705,10 @@ mod tests {
         claims.restore(of(1, 1), id(9), 1);
         claims.end([1; 16], id(9), KeyedCompletion::Unknown, 1);
         assert_eq!((claims.len(), claims.held[&1]), (4, 4), "even beyond all bounds");
-        assert_eq!(claims.peek(of(2, 5), 1), Verdict::Full);
-        let begin = Verdict::Begin { doubt: None };
+        assert_eq!(claims.peek(of(2, 5), 1), KeyDecision::Full);
+        let begin = KeyDecision::Begin { repeats: None };
         assert_eq!(claims.peek(of(2, 5), WINDOW + 1), begin);
-        assert_eq!(claims.peek(of(1, 5), WINDOW + 1), Verdict::ShareFull, "one has not expired");
+        assert_eq!(claims.peek(of(1, 5), WINDOW + 1), KeyDecision::ShareFull, "one has not expired");
         assert_eq!(claims.peek(of(1, 5), WINDOW + 2), begin);
     }
 
@@ -712,18 +718,18 @@ mod tests {
         let forcing = |force| Wanted { caller: 1, share: 3, ..wanted([1; 16], [0; 16], force) };
         claims.restore(forcing(Some(id(7))), id(1), 0);
         claims.end([1; 16], id(1), KeyedCompletion::NotDone, 0);
-        assert_eq!(claims.peek(forcing(None), 0), Verdict::Begin { doubt: None });
+        assert_eq!(claims.peek(forcing(None), 0), KeyDecision::Begin { repeats: None });
         claims.restore(forcing(None), id(2), 0);
         claims.end([1; 16], id(2), KeyedCompletion::Unknown, 0);
         claims.restore(forcing(Some(id(2))), id(3), 0);
         claims.end([1; 16], id(3), KeyedCompletion::NotDone, 0);
-        assert_eq!(claims.peek(forcing(None), 0), Verdict::Unknown(id(2)), "a doubt of its own stays");
+        assert_eq!(claims.peek(forcing(None), 0), KeyDecision::Unknown(id(2)), "a doubt of its own stays");
     }
 
     #[test]
     fn claimed_keys_stay_within_the_stated_memory_bound() {
         assert_eq!(size_of::<Option<Claim>>(), 56);
-        // Multiplied, so that keys differ in all bits as marks do.
+        // Multiplied, so that keys differ in all bits as keyed hashes do.
         let key = |number: u32| u128::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes();
         for max in [10_000, 114_689] {
             let mut claims = Claims::new(max, WINDOW);
@@ -748,24 +754,25 @@ mod tests {
         let limit = MAX_CODES as u32;
         for number in 0..limit + 2 {
             let (key, id) = (u128::from(number).to_be_bytes(), id(number.into()));
-            let ending = StoredResult {
+            let result = StoredResult {
                 is_success: false,
                 status: 400,
                 result_code: code(number),
                 is_resolved: false,
             };
             claims.claim(wanted(key, [0; 16], None), id, 0);
-            claims.end(key, id, KeyedCompletion::Ended(ending.clone()), 0);
-            let kept = StoredResult { result_code: ending.result_code.filter(|_| number < limit), ..ending };
-            let told = claims.peek(wanted(key, [0; 16], None), 0);
-            assert_eq!(told, Verdict::Replay(id, kept));
+            claims.end(key, id, KeyedCompletion::Ended(result.clone()), 0);
+            let stored =
+                StoredResult { result_code: result.result_code.filter(|_| number < limit), ..result };
+            let decision = claims.peek(wanted(key, [0; 16], None), 0);
+            assert_eq!(decision, KeyDecision::Replay(id, stored));
         }
     }
 
     #[derive(Clone, Debug)]
     enum Step {
         Claim { key: u8, print: u8, force: bool },
-        End { which: usize, how: KeyedCompletion },
+        End { which: usize, completion: KeyedCompletion },
         Wait(u32),
     }
 
@@ -773,7 +780,7 @@ mod tests {
         prop_oneof![
             4 => (0..3_u8, 0..2_u8, any::<bool>()).prop_map(|(key, print, force)| Step::Claim { key, print, force }),
             3 => (0..8_usize, prop_oneof![Just(KeyedCompletion::NotDone), Just(KeyedCompletion::Unknown), Just(ended())])
-                .prop_map(|(which, how)| Step::End { which, how }),
+                .prop_map(|(which, completion)| Step::End { which, completion }),
             1 => (0..60_u32).prop_map(Step::Wait),
         ]
     }
@@ -794,27 +801,30 @@ mod tests {
                         next += 1;
                         let stands = last.get(&key).cloned();
                         let force = stands.as_ref().filter(|_| force).map(|(id, ..)| *id);
-                        if let Verdict::Begin { doubt } = claims.claim(wanted([key; 16], [print; 16], force), id(next), now) {
+                        let wanted = wanted([key; 16], [print; 16], force);
+                        if let KeyDecision::Begin { repeats } = claims.claim(wanted, id(next), now) {
                             match stands.clone() {
-                                None | Some((_, _, Some(KeyedCompletion::NotDone))) => prop_assert_eq!(doubt, None),
-                                Some((_, since, Some(_))) if now - since > WINDOW => prop_assert_eq!(doubt, None),
-                                Some((before, _, Some(KeyedCompletion::Unknown))) => prop_assert_eq!(doubt, Some(before)),
+                                None | Some((_, _, Some(KeyedCompletion::NotDone))) => prop_assert_eq!(repeats, None),
+                                Some((_, since, Some(_))) if now - since > WINDOW => prop_assert_eq!(repeats, None),
+                                Some((before, _, Some(KeyedCompletion::Unknown))) => prop_assert_eq!(repeats, Some(before)),
                                 other => prop_assert!(false, "sent again: {:?}", other),
                             }
-                            let doubt = doubt.and(stands).map(|(id, since, _)| (id, since));
+                            let repeats = repeats.and(stands).map(|(id, since, _)| (id, since));
                             last.insert(key, (id(next), now, None));
-                            flying.push((key, id(next), doubt));
+                            flying.push((key, id(next), repeats));
                         }
                     }
-                    Step::End { which, how } => {
+                    Step::End { which, completion } => {
                         if flying.is_empty() {
                             continue;
                         }
-                        let (key, ending, doubt) = flying.remove(which % flying.len());
-                        claims.end([key; 16], ending, how.clone(), now);
-                        let stands = match (how, doubt) {
-                            (KeyedCompletion::NotDone, Some((doubt, since))) => (doubt, since, Some(KeyedCompletion::Unknown)),
-                            (how, _) => (ending, now, Some(how)),
+                        let (key, result, repeats) = flying.remove(which % flying.len());
+                        claims.end([key; 16], result, completion.clone(), now);
+                        let stands = match (completion, repeats) {
+                            (KeyedCompletion::NotDone, Some((repeats, since))) => {
+                                (repeats, since, Some(KeyedCompletion::Unknown))
+                            }
+                            (completion, _) => (result, now, Some(completion)),
                         };
                         last.insert(key, stands);
                     }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde_json::{Map, json};
 use uuid::Uuid;
 
-use super::duplicates::{Completion, Doubt, DoubtKind, Duplicate};
+use super::duplicates::{Completion, Duplicate, InDoubt, InDoubtKind};
 use super::{Call, Idempotency, RequestId, now};
 use crate::audit::Names;
 use crate::audit::unresolved_calls::{DELIVERED, UNDELIVERED};
@@ -24,10 +24,10 @@ use crate::keyed_hash::KeyedFingerprint;
 /// other answer changes nothing.
 pub struct Delivery {
     table: Arc<Idempotency>,
-    mark: KeyedFingerprint,
+    call_hash: KeyedFingerprint,
     /// The call that succeeded.
     id: Uuid,
-    /// The mark of its `Idempotency-Key`.
+    /// The key hash of its `Idempotency-Key`.
     key: Option<KeyedFingerprint>,
     /// The call that the succeeded call repeated by force.
     forced: Option<Uuid>,
@@ -81,7 +81,7 @@ impl Delivery {
     /// The delivery of a call's own answer.
     pub(super) fn of_own_answer(
         table: &Arc<Idempotency>,
-        mark: KeyedFingerprint,
+        call_hash: KeyedFingerprint,
         id: Uuid,
         key: Option<KeyedFingerprint>,
         forced: Option<Uuid>,
@@ -89,21 +89,30 @@ impl Delivery {
     ) -> Self {
         // `hand_over` learns it from the table.
         let replaces_unkeyed = false;
-        Self { table: table.clone(), mark, id, key, forced, replaces_unkeyed, names, step: Step::OwnAnswer }
+        Self {
+            table: table.clone(),
+            call_hash,
+            id,
+            key,
+            forced,
+            replaces_unkeyed,
+            names,
+            step: Step::OwnAnswer,
+        }
     }
 
     /// The delivery of another answer that reports the success of the call `id`: a replay, or the refusal of an equal call.
     /// `caller` is the call that gets this answer.
     pub(super) fn of_other_answer(
         table: &Arc<Idempotency>,
-        mark: KeyedFingerprint,
+        call_hash: KeyedFingerprint,
         id: Uuid,
         caller: Call<'_>,
     ) -> Self {
         // Caller and route are the same for equal calls. `hand_over` learns the rest from the table.
         let names = Names { caller: Some(caller.caller.into()), route: Some(caller.route.into()) };
         let (table, key, forced, replaces_unkeyed) = (table.clone(), None, None, false);
-        Self { table, mark, id, key, forced, replaces_unkeyed, names, step: Step::OtherAnswer }
+        Self { table, call_hash, id, key, forced, replaces_unkeyed, names, step: Step::OtherAnswer }
     }
 
     /// Marks the answer as handed to a connection whose caller is there. If it reports an undelivered success, that ends the
@@ -112,14 +121,15 @@ impl Delivery {
         match self.step {
             Step::OwnAnswer => {
                 self.step = Step::HandedOver;
-                let ended = self.table.duplicates().end(self.mark, self.id, Completion::Succeeded, now());
+                let ended =
+                    self.table.duplicates().end(self.call_hash, self.id, Completion::Succeeded, now());
                 self.replaces_unkeyed = ended.is_some_and(|call| call.replaces_unkeyed);
             }
             Step::OtherAnswer => {
                 // Settled, if the success is not an undelivered one: then there is nothing that a failed write could undo.
                 self.step = Step::Settled;
-                let told = self.table.duplicates().delivered(self.mark, self.id, now());
-                if let Some(Duplicate { key, replaces_unkeyed, .. }) = told {
+                let delivered = self.table.duplicates().delivered(self.call_hash, self.id, now());
+                if let Some(Duplicate { key, replaces_unkeyed, .. }) = delivered {
                     (self.key, self.replaces_unkeyed) = (key, replaces_unkeyed);
                     self.forced = self.table.audit.unresolved().get(self.id).and_then(|call| call.forced);
                     self.step = Step::HandedOver;
@@ -135,20 +145,20 @@ impl Delivery {
     pub fn fail(mut self) {
         if self.step == Step::HandedOver {
             self.step = Step::Settled;
-            let doubt = Doubt { kind: DoubtKind::Undelivered, since: now() };
+            let doubt = InDoubt { kind: InDoubtKind::Undelivered, since: now() };
             let Self { id, key, replaces_unkeyed, .. } = self;
             let call = Duplicate { id, key, caller: self.table.hash_of(self.caller()), replaces_unkeyed };
-            self.table.duplicates().doubt(self.mark, call, doubt);
+            self.table.duplicates().put_in_doubt(self.call_hash, call, doubt);
             self.record();
         }
     }
 
     /// Records in the trail that the success is undelivered, so that equal calls are refused after a restart as well.
     fn record(&self) {
-        // The mark is the fingerprint XOR the caller's hash. Mixed in once more, the hash cancels out, and what remains is the
+        // The call hash is the fingerprint XOR the caller's hash. Mixed in once more, the hash cancels out, and what remains is the
         // fingerprint that the intent has.
-        let print = self.table.mark_of(self.caller(), self.mark);
-        let hex = |mark: KeyedFingerprint| format!("{:032x}", u128::from_be_bytes(mark));
+        let print = self.table.call_hash_of(self.caller(), self.call_hash);
+        let hex = |hash: KeyedFingerprint| format!("{:032x}", u128::from_be_bytes(hash));
         let mut details = Map::from_iter([("id".to_owned(), self.id())]);
         details.insert("caller".into(), json!(self.names.caller.as_deref()));
         details.insert("route".into(), json!(self.names.route.as_deref()));
@@ -176,8 +186,8 @@ impl Delivery {
 impl Drop for Delivery {
     fn drop(&mut self) {
         if self.step == Step::OwnAnswer {
-            let undelivered = Completion::Doubt(DoubtKind::Undelivered);
-            self.table.duplicates().end(self.mark, self.id, undelivered, now());
+            let undelivered = Completion::InDoubt(InDoubtKind::Undelivered);
+            self.table.duplicates().end(self.call_hash, self.id, undelivered, now());
             self.record();
         }
     }
@@ -213,10 +223,10 @@ mod tests {
         drop(audit);
         let audit = start(folder.path());
         let table = table(&audit);
-        let (mark, id, key) = ([1; 16], Uuid::from_u128(1), Some([7; 16]));
-        let (_, known) = table.compared_of("qa-console", mark, id, key);
-        let doubt = Doubt { kind: DoubtKind::Undelivered, since: now() };
-        table.duplicates().doubt(mark, known, doubt);
+        let (call_hash, id, key) = ([1; 16], Uuid::from_u128(1), Some([7; 16]));
+        let (_, known) = table.compared_of("qa-console", call_hash, id, key);
+        let doubt = InDoubt { kind: InDoubtKind::Undelivered, since: now() };
+        table.duplicates().put_in_doubt(call_hash, known, doubt);
         let (operator, digest) = (HeaderValue::from_static("1"), audit.keys().digest(b"body"));
         let caller = Call {
             caller: "qa-console",
@@ -227,7 +237,7 @@ mod tests {
             digest: &digest,
             id: Uuid::from_u128(2),
         };
-        let mut delivery = Delivery::of_other_answer(&table, mark, id, caller);
+        let mut delivery = Delivery::of_other_answer(&table, call_hash, id, caller);
         delivery.hand_over();
         delivery.fail();
         audit.close();

@@ -28,11 +28,11 @@ const MAX_SUCCEEDED: usize = 32 * 1024;
 
 type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
-/// The calls at work, in doubt and recently succeeded, by mark. All times are in seconds since 1970.
+/// The calls at work, in doubt and recently succeeded, by call hash. All times are in seconds since 1970.
 pub(super) struct DuplicateDetector {
-    // Nearly always one call for a mark. Several are equal calls that were only flagged, or calls with keys of their own.
-    calls: Table<KeyedFingerprint, SmallVec<[Known; 1]>>,
-    /// The time at which each doubt began, and its mark, for the expiry. An entry whose doubt is gone is ignored.
+    // Nearly always one call for a call hash. Several are equal calls that were only flagged, or calls with keys of their own.
+    calls: Table<KeyedFingerprint, SmallVec<[KnownCall; 1]>>,
+    /// The time at which each doubt began, and its call hash, for the expiry. An entry whose doubt is gone is ignored.
     // A set in the order of time: a start restores doubts in any order, up to ten thousand of them with one time, and a doubt
     // that is repeated in vain over and over must leave one entry only.
     began: BTreeSet<(u32, KeyedFingerprint)>,
@@ -55,7 +55,7 @@ pub(super) struct DuplicateDetector {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Duplicate {
     pub(super) id: Uuid,
-    /// The mark of its `Idempotency-Key`.
+    /// The key hash of its `Idempotency-Key`.
     pub(super) key: Option<KeyedFingerprint>,
     /// The caller, hashed.
     pub(super) caller: u32,
@@ -88,7 +88,7 @@ impl Duplicate {
 }
 
 #[derive(Debug)]
-struct Known {
+struct KnownCall {
     call: Duplicate,
     state: State,
 }
@@ -97,21 +97,21 @@ struct Known {
 enum State {
     AtWork {
         /// The doubt that this call repeats by force. It is restored if the call turns out not to be done.
-        supersedes: Option<Box<(Duplicate, Doubt)>>,
+        supersedes: Option<Box<(Duplicate, InDoubt)>>,
     },
-    Doubt(Doubt),
+    InDoubt(InDoubt),
 }
 
 /// The state of a call that has ended while its caller does not know how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Doubt {
-    pub(super) kind: DoubtKind,
+pub(super) struct InDoubt {
+    pub(super) kind: InDoubtKind,
     pub(super) since: u32,
 }
 
 /// Why a caller does not know how its call ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum DoubtKind {
+pub(super) enum InDoubtKind {
     /// The outcome is unknown to the gateway, too.
     Unknown,
     /// The call succeeded, and its answer did not reach the caller.
@@ -125,7 +125,7 @@ pub(super) enum DoubtKind {
 pub(super) enum Completion {
     NotDone,
     Succeeded,
-    Doubt(DoubtKind),
+    InDoubt(InDoubtKind),
 }
 
 /// The equal call that came first.
@@ -140,7 +140,7 @@ pub(super) enum First {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Forced {
     pub(super) id: Uuid,
-    /// The mark of its `Idempotency-Key`.
+    /// The key hash of its `Idempotency-Key`.
     pub(super) key: Option<KeyedFingerprint>,
 }
 
@@ -180,32 +180,34 @@ impl DuplicateDetector {
     /// an equal call refuses it, or if there is no room for the doubt or success that it may become.
     pub(super) fn begin(
         &mut self,
-        mark: KeyedFingerprint,
+        call_hash: KeyedFingerprint,
         call: Duplicate,
         force: Option<Uuid>,
         is_alone: bool,
         now: u32,
     ) -> Result<(Option<First>, Option<Forced>), Rejection> {
         self.expire(now);
-        let first = self.peek(mark, call, force, is_alone, now)?;
-        let forced = force.and_then(|force| self.forced(mark, force, &call));
-        let supersedes = forced.as_ref().and_then(|forced| self.take_forced(mark, forced, now)).map(Box::new);
+        let first = self.peek(call_hash, call, force, is_alone, now)?;
+        let forced = force.and_then(|force| self.forced(call_hash, force, &call));
+        let supersedes =
+            forced.as_ref().and_then(|forced| self.take_forced(call_hash, forced, now)).map(Box::new);
         let replaces_unkeyed =
             call.key.is_some() && supersedes.as_ref().is_some_and(|doubt| doubt.0.is_unkeyed());
         let known =
-            Known { call: Duplicate { replaces_unkeyed, ..call }, state: State::AtWork { supersedes } };
-        self.calls.entry(mark).or_default().push(known);
+            KnownCall { call: Duplicate { replaces_unkeyed, ..call }, state: State::AtWork { supersedes } };
+        self.calls.entry(call_hash).or_default().push(known);
         Ok((first, forced))
     }
 
     /// Returns the equal call with the id `force`, if it has ended and `call` may repeat it by force; otherwise `None`.
-    fn forced(&self, mark: KeyedFingerprint, force: Uuid, call: &Duplicate) -> Option<Forced> {
-        let success = self.succeeded.get(&mark).filter(|success| call.key.is_none() && success.id == force);
+    fn forced(&self, call_hash: KeyedFingerprint, force: Uuid, call: &Duplicate) -> Option<Forced> {
+        let success =
+            self.succeeded.get(&call_hash).filter(|success| call.key.is_none() && success.id == force);
         if success.is_some() {
             return Some(Forced { id: force, key: None });
         }
-        let is_it = |known: &&Known| known.call.id == force && matches!(known.state, State::Doubt(_));
-        let known = self.calls.get(&mark)?.iter().find(is_it)?;
+        let is_it = |known: &&KnownCall| known.call.id == force && matches!(known.state, State::InDoubt(_));
+        let known = self.calls.get(&call_hash)?.iter().find(is_it)?;
         known.call.can_be_forced_by(call).then_some(Forced { id: force, key: known.call.key })
     }
 
@@ -213,18 +215,18 @@ impl DuplicateDetector {
     /// window is over still take room.
     pub(super) fn peek(
         &self,
-        mark: KeyedFingerprint,
+        call_hash: KeyedFingerprint,
         call: Duplicate,
         force: Option<Uuid>,
         is_alone: bool,
         now: u32,
     ) -> Result<Option<First>, Rejection> {
-        let first = self.first(mark, call, force, now);
+        let first = self.first(call_hash, call, force, now);
         let refuses = match first {
             None => false,
             Some(_) if self.mode == WithoutKey::Warn => false,
             // A success that is not held as a doubt: its caller has the answer, and may mean the same task a second time.
-            Some(First::Succeeded(id)) if !self.holds(mark, id) => self.mode == WithoutKey::Block,
+            Some(First::Succeeded(id)) if !self.holds(call_hash, id) => self.mode == WithoutKey::Block,
             Some(_) => true,
         };
         if let Some(first) = first.filter(|_| refuses) {
@@ -254,77 +256,87 @@ impl DuplicateDetector {
 
     /// Returns the equal call that matters most: one that is at work or of unknown outcome, else one that is undelivered or
     /// resolved, else one that succeeded. A call that has ended and that the new call repeats by force is left out.
-    fn first(&self, mark: KeyedFingerprint, call: Duplicate, force: Option<Uuid>, now: u32) -> Option<First> {
+    fn first(
+        &self,
+        call_hash: KeyedFingerprint,
+        call: Duplicate,
+        force: Option<Uuid>,
+        now: u32,
+    ) -> Option<First> {
         let (mut open, mut undelivered) = (None, None);
-        for known in self.calls.get(&mark).into_iter().flatten() {
+        for known in self.calls.get(&call_hash).into_iter().flatten() {
             let is_forced = force == Some(known.call.id);
             match known.state {
                 _ if !known.call.is_compared_with(&call) => {}
                 // A call at work counts even if it is forced: it may still be done, and then both would be. It is returned
                 // rather than a doubt, which could not be forced while this call is at work.
                 State::AtWork { .. } => open = Some(known.call.id),
-                State::Doubt(doubt) if is_forced || is_old(doubt.since, now, self.window) => {}
-                State::Doubt(Doubt { kind: DoubtKind::Unknown, .. }) => {
+                State::InDoubt(doubt) if is_forced || is_expired(doubt.since, now, self.window) => {}
+                State::InDoubt(InDoubt { kind: InDoubtKind::Unknown, .. }) => {
                     open.get_or_insert(known.call.id);
                 }
-                State::Doubt(Doubt { kind: DoubtKind::Undelivered | DoubtKind::Resolved, .. }) => {
+                State::InDoubt(InDoubt {
+                    kind: InDoubtKind::Undelivered | InDoubtKind::Resolved, ..
+                }) => {
                     undelivered = Some(known.call.id);
                 }
             }
         }
         let succeeded = || {
             // A call with a key is intended, whatever succeeded before.
-            let success = self.succeeded.get(&mark).filter(|_| call.key.is_none())?;
-            let counts = !is_old(success.since, now, self.success_window) && force != Some(success.id);
+            let success = self.succeeded.get(&call_hash).filter(|_| call.key.is_none())?;
+            let counts = !is_expired(success.since, now, self.success_window) && force != Some(success.id);
             counts.then_some(success.id)
         };
         open.map(First::Open).or_else(|| undelivered.or_else(succeeded).map(First::Succeeded))
     }
 
     /// Whether a call is at work or in doubt.
-    fn holds(&self, mark: KeyedFingerprint, id: Uuid) -> bool {
-        self.calls.get(&mark).into_iter().flatten().any(|known| known.call.id == id)
+    fn holds(&self, call_hash: KeyedFingerprint, id: Uuid) -> bool {
+        self.calls.get(&call_hash).into_iter().flatten().any(|known| known.call.id == id)
     }
 
     /// Removes and returns the doubt that a new call repeats by force, and so supersedes. `None` if the forced call is a
     /// success, or a doubt whose window is over.
     fn take_forced(
         &mut self,
-        mark: KeyedFingerprint,
+        call_hash: KeyedFingerprint,
         forced: &Forced,
         now: u32,
-    ) -> Option<(Duplicate, Doubt)> {
-        let doubt = self.calls.get(&mark)?.iter().find_map(|known| match known.state {
-            State::Doubt(doubt) if known.call.id == forced.id => Some((known.call, doubt)),
-            State::Doubt(_) | State::AtWork { .. } => None,
+    ) -> Option<(Duplicate, InDoubt)> {
+        let doubt = self.calls.get(&call_hash)?.iter().find_map(|known| match known.state {
+            State::InDoubt(doubt) if known.call.id == forced.id => Some((known.call, doubt)),
+            State::InDoubt(_) | State::AtWork { .. } => None,
         })?;
-        self.forget(mark, forced.id);
-        (!is_old(doubt.1.since, now, self.window)).then_some(doubt)
+        self.forget(call_hash, forced.id);
+        (!is_expired(doubt.1.since, now, self.window)).then_some(doubt)
     }
 
     /// Ends a call that is at work, and returns it. Returns `None`, and does nothing, if the call is not at work.
     pub(super) fn end(
         &mut self,
-        mark: KeyedFingerprint,
+        call_hash: KeyedFingerprint,
         id: Uuid,
         completion: Completion,
         now: u32,
     ) -> Option<Duplicate> {
-        let Entry::Occupied(mut calls) = self.calls.entry(mark) else { return None };
-        let is_it = |known: &Known| known.call.id == id && matches!(known.state, State::AtWork { .. });
-        let place = calls.get().iter().position(is_it)?;
-        let Known { call, state } = calls.get_mut().swap_remove(place);
+        let Entry::Occupied(mut calls) = self.calls.entry(call_hash) else { return None };
+        let is_it = |known: &KnownCall| known.call.id == id && matches!(known.state, State::AtWork { .. });
+        let position = calls.get().iter().position(is_it)?;
+        let KnownCall { call, state } = calls.get_mut().swap_remove(position);
         if calls.get().is_empty() {
             calls.remove();
         }
         match (completion, state) {
             // The call was sent, so that it refuses equal calls itself from now on. A doubt that it repeated is not restored.
-            (Completion::Doubt(kind), _) => self.doubt(mark, call, Doubt { kind, since: now }),
-            (Completion::Succeeded, _) => self.succeed(mark, call, now),
+            (Completion::InDoubt(kind), _) => {
+                self.put_in_doubt(call_hash, call, InDoubt { kind, since: now });
+            }
+            (Completion::Succeeded, _) => self.succeed(call_hash, call, now),
             // The repetition changed nothing, so the doubt is restored with its old time: a new one would prolong it with each
             // repetition in vain.
             (Completion::NotDone, State::AtWork { supersedes: Some(doubt) }) => {
-                self.doubt(mark, doubt.0, doubt.1);
+                self.put_in_doubt(call_hash, doubt.0, doubt.1);
             }
             (Completion::NotDone, _) => {}
         }
@@ -332,22 +344,22 @@ impl DuplicateDetector {
     }
 
     /// Registers a doubt, even beyond the bound. Does nothing if the call is known, or if the mode compares no calls.
-    pub(super) fn doubt(&mut self, mark: KeyedFingerprint, call: Duplicate, doubt: Doubt) {
+    pub(super) fn put_in_doubt(&mut self, call_hash: KeyedFingerprint, call: Duplicate, doubt: InDoubt) {
         // A start may register a call twice: from the list of the unresolved, and from a resolution in the trail.
-        if !self.is_on() || self.holds(mark, call.id) {
+        if !self.is_on() || self.holds(call_hash, call.id) {
             return;
         }
-        self.calls.entry(mark).or_default().push(Known { call, state: State::Doubt(doubt) });
-        self.began.insert((doubt.since, mark));
+        self.calls.entry(call_hash).or_default().push(KnownCall { call, state: State::InDoubt(doubt) });
+        self.began.insert((doubt.since, call_hash));
         self.doubts += 1;
         *self.held.entry(call.caller).or_default() += 1;
     }
 
     /// Registers a success whose caller has the answer, if the call has no key.
-    pub(super) fn succeed(&mut self, mark: KeyedFingerprint, call: Duplicate, since: u32) {
+    pub(super) fn succeed(&mut self, call_hash: KeyedFingerprint, call: Duplicate, since: u32) {
         if call.key.is_none() && self.is_on() {
             // Counted by caller under `block` only: other modes do not use the count, and each call would cost a look-up.
-            let call = recent::PastCall { mark, id: call.id, since, caller: call.caller };
+            let call = recent::PastCall { call_hash, id: call.id, since, caller: call.caller };
             if self.succeeded.push(call) && self.mode == WithoutKey::Block {
                 *self.successes.entry(call.caller).or_default() += 1;
             }
@@ -356,23 +368,24 @@ impl DuplicateDetector {
 
     /// Turns an undelivered success into one whose caller has the answer, and returns its call. Returns `None`, and changes
     /// nothing, if the call is not undelivered.
-    pub(super) fn delivered(&mut self, mark: KeyedFingerprint, id: Uuid, now: u32) -> Option<Duplicate> {
-        let is_it = |known: &Known| {
-            let undelivered = matches!(known.state, State::Doubt(Doubt { kind: DoubtKind::Undelivered, .. }));
+    pub(super) fn delivered(&mut self, call_hash: KeyedFingerprint, id: Uuid, now: u32) -> Option<Duplicate> {
+        let is_it = |known: &KnownCall| {
+            let undelivered =
+                matches!(known.state, State::InDoubt(InDoubt { kind: InDoubtKind::Undelivered, .. }));
             known.call.id == id && undelivered
         };
-        self.calls.get(&mark)?.iter().find(|known| is_it(known))?;
-        let call = self.forget(mark, id)?;
-        self.succeed(mark, call, now);
+        self.calls.get(&call_hash)?.iter().find(|known| is_it(known))?;
+        let call = self.forget(call_hash, id)?;
+        self.succeed(call_hash, call, now);
         Some(call)
     }
 
     /// Applies what a person found about a call of unknown outcome. If it was done, it refuses equal calls for a whole window
     /// from now on; if not, it refuses none.
-    pub(super) fn resolve(&mut self, mark: KeyedFingerprint, call: Duplicate, is_done: bool, now: u32) {
-        self.forget(mark, call.id);
-        let doubt = Doubt { kind: DoubtKind::Resolved, since: now };
-        for known in self.calls.get_mut(&mark).into_iter().flatten() {
+    pub(super) fn resolve(&mut self, call_hash: KeyedFingerprint, call: Duplicate, is_done: bool, now: u32) {
+        self.forget(call_hash, call.id);
+        let doubt = InDoubt { kind: InDoubtKind::Resolved, since: now };
+        for known in self.calls.get_mut(&call_hash).into_iter().flatten() {
             if let State::AtWork { supersedes } = &mut known.state
                 && supersedes.as_ref().is_some_and(|superseded| superseded.0.id == call.id)
             {
@@ -382,18 +395,18 @@ impl DuplicateDetector {
             }
         }
         if is_done {
-            self.doubt(mark, call, doubt);
+            self.put_in_doubt(call_hash, call, doubt);
         }
     }
 
     /// Removes a doubt and returns its call. Its entry in `began` stays until it expires.
-    fn forget(&mut self, mark: KeyedFingerprint, id: Uuid) -> Option<Duplicate> {
-        let calls = self.calls.get_mut(&mark)?;
-        let is_it = |known: &Known| known.call.id == id && matches!(known.state, State::Doubt(_));
-        let place = calls.iter().position(is_it)?;
-        let Known { call, .. } = calls.swap_remove(place);
+    fn forget(&mut self, call_hash: KeyedFingerprint, id: Uuid) -> Option<Duplicate> {
+        let calls = self.calls.get_mut(&call_hash)?;
+        let is_it = |known: &KnownCall| known.call.id == id && matches!(known.state, State::InDoubt(_));
+        let position = calls.iter().position(is_it)?;
+        let KnownCall { call, .. } = calls.swap_remove(position);
         if calls.is_empty() {
-            self.calls.remove(&mark);
+            self.calls.remove(&call_hash);
         }
         self.release(call.caller);
         Some(call)
@@ -417,7 +430,7 @@ impl DuplicateDetector {
         let max = if blocks { usize::MAX } else { MAX_SUCCEEDED };
         let Self { succeeded, success_window, successes, .. } = self;
         while succeeded.len() > max
-            || succeeded.oldest().is_some_and(|call| is_old(call.since, now, *success_window))
+            || succeeded.oldest().is_some_and(|call| is_expired(call.since, now, *success_window))
         {
             let forgotten = succeeded.forget_oldest().filter(|_| blocks);
             if let Some(Entry::Occupied(mut held)) = forgotten.map(|call| successes.entry(call.caller)) {
@@ -428,34 +441,35 @@ impl DuplicateDetector {
             }
         }
         let window = self.window;
-        while let Some((since, mark)) = self.began.first().copied()
-            && is_old(since, now, window)
+        while let Some((since, call_hash)) = self.began.first().copied()
+            && is_expired(since, now, window)
         {
             self.began.pop_first();
-            self.expire_mark(mark, now);
+            self.expire_mark(call_hash, now);
         }
     }
 
-    /// Removes the doubts of a mark whose window is over. Calls at work never expire.
-    fn expire_mark(&mut self, mark: KeyedFingerprint, now: u32) {
-        let Some(calls) = self.calls.get_mut(&mark) else { return };
+    /// Removes the doubts of a call hash whose window is over. Calls at work never expire.
+    fn expire_mark(&mut self, call_hash: KeyedFingerprint, now: u32) {
+        let Some(calls) = self.calls.get_mut(&call_hash) else { return };
         let mut gone = SmallVec::<[u32; 1]>::new();
         calls.retain(|known| {
-            let is_gone = matches!(known.state, State::Doubt(doubt) if is_old(doubt.since, now, self.window));
+            let is_gone =
+                matches!(known.state, State::InDoubt(doubt) if is_expired(doubt.since, now, self.window));
             if is_gone {
                 gone.push(known.call.caller);
             }
             !is_gone
         });
         if calls.is_empty() {
-            self.calls.remove(&mark);
+            self.calls.remove(&call_hash);
         }
         gone.into_iter().for_each(|caller| self.release(caller));
     }
 }
 
 // Saturating: a time in the future, as a clock that went back leaves it in the trail, counts as new.
-fn is_old(since: u32, now: u32, window: u32) -> bool {
+fn is_expired(since: u32, now: u32, window: u32) -> bool {
     now.saturating_sub(since) > window
 }
 
@@ -463,7 +477,7 @@ fn is_old(since: u32, now: u32, window: u32) -> bool {
 mod tests {
     use super::*;
 
-    const MARK: KeyedFingerprint = [7; 16];
+    const CALL_HASH: KeyedFingerprint = [7; 16];
     const WINDOW: u32 = 600;
     const SUCCESS_WINDOW: u32 = 60;
 
@@ -486,11 +500,11 @@ mod tests {
     }
 
     fn begin(detector: &mut DuplicateDetector, number: u128, now: u32) -> Result<Option<First>, Rejection> {
-        detector.begin(MARK, call(number, false), None, false, now).map(|(first, _)| first)
+        detector.begin(CALL_HASH, call(number, false), None, false, now).map(|(first, _)| first)
     }
 
-    const UNKNOWN: Completion = Completion::Doubt(DoubtKind::Unknown);
-    const UNDELIVERED: Completion = Completion::Doubt(DoubtKind::Undelivered);
+    const UNKNOWN: Completion = Completion::InDoubt(InDoubtKind::Unknown);
+    const UNDELIVERED: Completion = Completion::InDoubt(InDoubtKind::Undelivered);
 
     /// What is decided about a second call after a first one that ended as `completion` says, or is at work (`None`). The
     /// booleans say which of the two has a key.
@@ -500,14 +514,14 @@ mod tests {
         completion: Option<Completion>,
     ) -> Result<Option<First>, Rejection> {
         let mut detector = detector(mode);
-        assert_eq!(detector.begin(MARK, call(1, first), None, false, 0), Ok((None, None)));
+        assert_eq!(detector.begin(CALL_HASH, call(1, first), None, false, 0), Ok((None, None)));
         if let Some(completion) = completion {
-            detector.end(MARK, id(1), completion, 0);
+            detector.end(CALL_HASH, id(1), completion, 0);
         }
-        // The control: a refusal below is due to the equal mark, not to a table that refuses everything.
+        // The control: a refusal below is due to the equal call hash, not to a table that refuses everything.
         let other = detector.begin([8; 16], call(2, second), None, false, 0);
         assert_eq!(other, Ok((None, None)), "another body");
-        detector.begin(MARK, call(3, second), None, false, SUCCESS_WINDOW).map(|(first, _)| first)
+        detector.begin(CALL_HASH, call(3, second), None, false, SUCCESS_WINDOW).map(|(first, _)| first)
     }
 
     #[test]
@@ -547,18 +561,18 @@ mod tests {
         ] {
             let mut detector = detector(WithoutKey::Guard);
             begin(&mut detector, 1, 0).unwrap();
-            detector.end(MARK, id(1), kind, 0);
+            detector.end(CALL_HASH, id(1), kind, 0);
             let force = |detector: &mut DuplicateDetector, number, force| {
-                detector.begin(MARK, call(number, false), Some(id(force)), false, 1)
+                detector.begin(CALL_HASH, call(number, false), Some(id(force)), false, 1)
             };
             let refused = |first| Err(Rejection::Duplicate(first));
             assert_eq!(force(&mut detector, 2, 9), refused(first(id(1))), "another id");
             assert_eq!(force(&mut detector, 2, 1), Ok((None, forced(1))));
             assert_eq!(force(&mut detector, 3, 1), refused(First::Open(id(2))), "at work");
-            detector.end(MARK, id(2), Completion::NotDone, 1);
+            detector.end(CALL_HASH, id(2), Completion::NotDone, 1);
             assert_eq!(force(&mut detector, 4, 9), refused(first(id(1))), "the doubt is back");
             assert_eq!(force(&mut detector, 5, 1), Ok((None, forced(1))));
-            detector.end(MARK, id(5), UNKNOWN, 1);
+            detector.end(CALL_HASH, id(5), UNKNOWN, 1);
             assert_eq!(force(&mut detector, 6, 1), refused(First::Open(id(5))), "forced once");
             assert_eq!(detector.doubts, 1);
         }
@@ -570,10 +584,10 @@ mod tests {
             [(false, Err(Rejection::Duplicate(First::Open(id(2))))), (true, Ok((None, None)))]
         {
             let mut detector = detector(WithoutKey::Guard);
-            detector.begin(MARK, call(1, first_has_key), None, false, 0).unwrap();
-            detector.end(MARK, id(1), UNKNOWN, 0);
-            detector.begin(MARK, call(2, true), Some(id(1)), false, 1).unwrap();
-            assert_eq!(detector.begin(MARK, call(3, true), None, false, 1), expected, "{first_has_key}");
+            detector.begin(CALL_HASH, call(1, first_has_key), None, false, 0).unwrap();
+            detector.end(CALL_HASH, id(1), UNKNOWN, 0);
+            detector.begin(CALL_HASH, call(2, true), Some(id(1)), false, 1).unwrap();
+            assert_eq!(detector.begin(CALL_HASH, call(3, true), None, false, 1), expected, "{first_has_key}");
         }
     }
 
@@ -581,38 +595,38 @@ mod tests {
     fn unresolved_keyed_forced_call_replaces_its_unkeyed_original() {
         let mut detector = detector(WithoutKey::Guard);
         begin(&mut detector, 1, 0).unwrap();
-        detector.end(MARK, id(1), UNKNOWN, 0);
+        detector.end(CALL_HASH, id(1), UNKNOWN, 0);
         let keyed = |detector: &mut DuplicateDetector, number, force: Option<u128>| {
-            detector.begin(MARK, call(number, true), force.map(id), false, 1).map(|(first, _)| first)
+            detector.begin(CALL_HASH, call(number, true), force.map(id), false, 1).map(|(first, _)| first)
         };
         let refused = |number| Err(Rejection::Duplicate(First::Open(id(number))));
         keyed(&mut detector, 2, Some(1)).unwrap();
-        detector.end(MARK, id(2), UNKNOWN, 1);
+        detector.end(CALL_HASH, id(2), UNKNOWN, 1);
         assert_eq!(keyed(&mut detector, 3, None), refused(2));
         assert_eq!(keyed(&mut detector, 3, Some(1)), refused(2), "the first one is superseded");
         // The repetition refuses equal calls as the first call did. It may itself be repeated by force, under a third key.
         keyed(&mut detector, 4, Some(2)).unwrap();
-        detector.end(MARK, id(4), UNKNOWN, 1);
+        detector.end(CALL_HASH, id(4), UNKNOWN, 1);
         assert_eq!(keyed(&mut detector, 5, None), refused(4));
         keyed(&mut detector, 6, Some(4)).unwrap();
-        detector.end(MARK, id(6), Completion::Succeeded, 1);
+        detector.end(CALL_HASH, id(6), Completion::Succeeded, 1);
         assert_eq!(keyed(&mut detector, 7, None), Ok(None), "nothing is in doubt");
     }
 
     #[test]
     fn call_of_another_key_cannot_be_forced() {
         let mut detector = detector(WithoutKey::Guard);
-        detector.begin(MARK, call(1, true), None, false, 0).unwrap();
-        detector.end(MARK, id(1), UNKNOWN, 0);
-        assert_eq!(detector.begin(MARK, call(2, true), Some(id(1)), false, 0), Ok((None, None)));
-        detector.end(MARK, id(2), Completion::Succeeded, 0);
+        detector.begin(CALL_HASH, call(1, true), None, false, 0).unwrap();
+        detector.end(CALL_HASH, id(1), UNKNOWN, 0);
+        assert_eq!(detector.begin(CALL_HASH, call(2, true), Some(id(1)), false, 0), Ok((None, None)));
+        detector.end(CALL_HASH, id(2), Completion::Succeeded, 0);
         // If the first call counted as repeated, it would no longer refuse calls without a key.
         assert_eq!(begin(&mut detector, 3, 0), Err(Rejection::Duplicate(First::Open(id(1)))), "as before");
         let mut detector = self::detector(WithoutKey::Block);
         begin(&mut detector, 1, 0).unwrap();
-        detector.end(MARK, id(1), Completion::Succeeded, 0);
+        detector.end(CALL_HASH, id(1), Completion::Succeeded, 0);
         assert_eq!(
-            detector.begin(MARK, call(2, true), Some(id(1)), false, 0),
+            detector.begin(CALL_HASH, call(2, true), Some(id(1)), false, 0),
             Ok((None, None)),
             "no refusal"
         );
@@ -623,18 +637,18 @@ mod tests {
         let mut detector = detector(WithoutKey::Warn);
         begin(&mut detector, 1, 0).unwrap();
         let forced = |detector: &mut DuplicateDetector, number| {
-            detector.begin(MARK, call(number, false), Some(id(1)), false, 0).unwrap().1
+            detector.begin(CALL_HASH, call(number, false), Some(id(1)), false, 0).unwrap().1
         };
         assert_eq!(forced(&mut detector, 2), None);
-        detector.end(MARK, id(2), Completion::NotDone, 0);
-        detector.end(MARK, id(1), UNKNOWN, 0);
+        detector.end(CALL_HASH, id(2), Completion::NotDone, 0);
+        detector.end(CALL_HASH, id(1), UNKNOWN, 0);
         // Two doubts of one second that are repeated by turns: a list of their times grew with each attempt.
         let other = [8; 16];
         detector.begin(other, call(100, false), None, false, 0).unwrap();
         detector.end(other, id(100), UNKNOWN, 0);
         for number in 3..9 {
             assert_eq!(forced(&mut detector, number), self::forced(1));
-            detector.end(MARK, id(number), Completion::NotDone, 0);
+            detector.end(CALL_HASH, id(number), Completion::NotDone, 0);
             detector.begin(other, call(100 + number, false), Some(id(100)), false, 0).unwrap();
             detector.end(other, id(100 + number), Completion::NotDone, 0);
         }
@@ -645,8 +659,8 @@ mod tests {
     fn restored_unresolved_calls_expire_in_order_of_time() {
         let mut detector = detector(WithoutKey::Guard);
         for (number, since) in [(1, 50), (2, 0)] {
-            let doubt = Doubt { kind: DoubtKind::Resolved, since };
-            detector.doubt([number; 16], call(number.into(), false), doubt);
+            let doubt = InDoubt { kind: InDoubtKind::Resolved, since };
+            detector.put_in_doubt([number; 16], call(number.into(), false), doubt);
         }
         // The older doubt came second. Behind a younger one in a queue it would have stayed for too long.
         begin(&mut detector, 3, WINDOW + 1).unwrap();
@@ -657,19 +671,19 @@ mod tests {
     fn block_mode_sends_a_forced_call_after_a_success() {
         let mut detector = detector(WithoutKey::Block);
         begin(&mut detector, 1, 0).unwrap();
-        detector.end(MARK, id(1), Completion::Succeeded, 0);
-        assert_eq!(detector.begin(MARK, call(2, false), Some(id(1)), false, 0), Ok((None, forced(1))));
+        detector.end(CALL_HASH, id(1), Completion::Succeeded, 0);
+        assert_eq!(detector.begin(CALL_HASH, call(2, false), Some(id(1)), false, 0), Ok((None, forced(1))));
     }
 
     #[test]
     fn keyed_call_that_forces_its_own_unresolved_call_supersedes_it() {
         let mut detector = detector(WithoutKey::Guard);
-        detector.begin(MARK, call(1, true), None, false, 0).unwrap();
-        detector.end(MARK, id(1), UNKNOWN, 0);
+        detector.begin(CALL_HASH, call(1, true), None, false, 0).unwrap();
+        detector.end(CALL_HASH, id(1), UNKNOWN, 0);
         let key = call(1, true).key;
-        let again = detector.begin(MARK, Duplicate { key, ..call(2, true) }, Some(id(1)), false, 0);
+        let again = detector.begin(CALL_HASH, Duplicate { key, ..call(2, true) }, Some(id(1)), false, 0);
         assert_eq!(again, Ok((None, Some(Forced { id: id(1), key }))));
-        detector.end(MARK, id(2), Completion::Succeeded, 0);
+        detector.end(CALL_HASH, id(2), Completion::Succeeded, 0);
         assert_eq!(begin(&mut detector, 3, 0), Ok(None));
     }
 
@@ -677,10 +691,10 @@ mod tests {
     fn undelivered_success_is_reported_once() {
         let mut detector = detector(WithoutKey::Guard);
         begin(&mut detector, 1, 0).unwrap();
-        detector.end(MARK, id(1), UNDELIVERED, 0);
+        detector.end(CALL_HASH, id(1), UNDELIVERED, 0);
         assert!(begin(&mut detector, 2, WINDOW).is_err());
-        assert_eq!(detector.delivered(MARK, id(1), 10), Some(call(1, false)));
-        assert_eq!(detector.delivered(MARK, id(1), 10), None);
+        assert_eq!(detector.delivered(CALL_HASH, id(1), 10), Some(call(1, false)));
+        assert_eq!(detector.delivered(CALL_HASH, id(1), 10), None);
         assert_eq!(begin(&mut detector, 3, 10), Ok(Some(First::Succeeded(id(1)))), "flagged");
     }
 
@@ -688,12 +702,12 @@ mod tests {
     fn unresolved_calls_expire_with_the_window_but_calls_in_flight_stay() {
         let mut detector = detector(WithoutKey::Guard);
         begin(&mut detector, 1, 0).unwrap();
-        detector.end(MARK, id(1), UNKNOWN, 0);
+        detector.end(CALL_HASH, id(1), UNKNOWN, 0);
         assert!(begin(&mut detector, 2, WINDOW).is_err());
         assert_eq!(begin(&mut detector, 2, WINDOW + 1), Ok(None));
         // An exchange has a deadline of its own. Until it ends the task may still be done, however long that takes.
         assert!(begin(&mut detector, 3, 10 * WINDOW).is_err());
-        detector.end(MARK, id(2), Completion::NotDone, 10 * WINDOW);
+        detector.end(CALL_HASH, id(2), Completion::NotDone, 10 * WINDOW);
         assert!(detector.calls.is_empty() && detector.held.is_empty());
         assert_eq!(detector.doubts, 0);
     }
@@ -701,34 +715,38 @@ mod tests {
     #[test]
     fn full_duplicate_table_rejects_and_each_caller_gets_at_most_half() {
         let mut detector = detector(WithoutKey::Guard);
-        let mark = |number: usize| (number as u128).to_be_bytes();
-        let doubt = Doubt { kind: DoubtKind::Unknown, since: 0 };
+        let call_hash = |number: usize| (number as u128).to_be_bytes();
+        let doubt = InDoubt { kind: InDoubtKind::Unknown, since: 0 };
         let of = |caller, number: usize| Duplicate { caller, ..call(number as u128, false) };
         for number in 0..MAX_DOUBTS / 2 {
-            detector.doubt(mark(number), of(1, number), doubt);
+            detector.put_in_doubt(call_hash(number), of(1, number), doubt);
         }
-        assert_eq!(detector.peek(MARK, of(1, 0), None, false, 0), Err(Rejection::Full));
-        assert_eq!(detector.peek(MARK, of(1, 0), None, true, 0), Ok(None), "alone");
-        assert_eq!(detector.peek(MARK, of(2, 0), None, false, 0), Ok(None));
+        assert_eq!(detector.peek(CALL_HASH, of(1, 0), None, false, 0), Err(Rejection::Full));
+        assert_eq!(detector.peek(CALL_HASH, of(1, 0), None, true, 0), Ok(None), "alone");
+        assert_eq!(detector.peek(CALL_HASH, of(2, 0), None, false, 0), Ok(None));
         for number in MAX_DOUBTS / 2..MAX_DOUBTS {
-            detector.doubt(mark(number), of(3 + number as u32, number), doubt);
+            detector.put_in_doubt(call_hash(number), of(3 + number as u32, number), doubt);
         }
-        assert_eq!(detector.peek(MARK, of(2, 0), None, true, 0), Err(Rejection::Full));
-        assert_eq!(detector.begin(MARK, of(2, 0), None, true, WINDOW + 1), Ok((None, None)));
+        assert_eq!(detector.peek(CALL_HASH, of(2, 0), None, true, 0), Err(Rejection::Full));
+        assert_eq!(detector.begin(CALL_HASH, of(2, 0), None, true, WINDOW + 1), Ok((None, None)));
         assert_eq!(detector.doubts, 0);
     }
 
     #[test]
     fn eviction_drops_only_successes_and_none_in_block_mode() {
-        let mark = |number: usize| ((number as u128) << 32).to_be_bytes();
+        let call_hash = |number: usize| ((number as u128) << 32).to_be_bytes();
         for (mode, is_kept) in [(WithoutKey::Guard, false), (WithoutKey::Block, true)] {
             let mut detector = detector(mode);
-            detector.doubt(MARK, call(0, false), Doubt { kind: DoubtKind::Unknown, since: 0 });
+            detector.put_in_doubt(
+                CALL_HASH,
+                call(0, false),
+                InDoubt { kind: InDoubtKind::Unknown, since: 0 },
+            );
             for number in 1..=2 * MAX_SUCCEEDED {
-                detector.begin(mark(number), call(number as u128, false), None, false, 0).unwrap();
-                detector.end(mark(number), id(number as u128), Completion::Succeeded, 0);
+                detector.begin(call_hash(number), call(number as u128, false), None, false, 0).unwrap();
+                detector.end(call_hash(number), id(number as u128), Completion::Succeeded, 0);
             }
-            let first = detector.begin(mark(1), call(9, false), None, false, SUCCESS_WINDOW);
+            let first = detector.begin(call_hash(1), call(9, false), None, false, SUCCESS_WINDOW);
             assert_eq!(first.is_err(), is_kept, "{mode:?}");
             assert!(begin(&mut detector, 9, 0).is_err(), "{mode:?}");
         }
@@ -736,14 +754,14 @@ mod tests {
 
     #[test]
     fn block_mode_rejects_new_calls_instead_of_evicting_successes() {
-        let mark = |number: u128| (number << 32).to_be_bytes();
+        let call_hash = |number: u128| (number << 32).to_be_bytes();
         for (mode, is_bounded) in [(WithoutKey::Guard, false), (WithoutKey::Block, true)] {
             let mut detector = DuplicateDetector::new(mode, WINDOW, SUCCESS_WINDOW, 4);
             let of = |caller, number| Duplicate { caller, ..call(number, false) };
             let mut send = |caller, number, now| {
-                let begun = detector.begin(mark(number), of(caller, number), None, false, now);
+                let begun = detector.begin(call_hash(number), of(caller, number), None, false, now);
                 if begun.is_ok() {
-                    detector.end(mark(number), id(number), Completion::Succeeded, now);
+                    detector.end(call_hash(number), id(number), Completion::Succeeded, now);
                 }
                 begun.map(drop)
             };
@@ -752,14 +770,17 @@ mod tests {
             assert_eq!(send(1, 3, 1), full, "{mode:?}: half of all is one caller's");
             assert_eq!([send(2, 4, 1), send(3, 5, 1)], [Ok(()); 2], "{mode:?}");
             assert_eq!(send(4, 6, 1), full, "{mode:?}: all");
-            let equal = detector.peek(mark(1), of(4, 9), None, false, SUCCESS_WINDOW);
+            let equal = detector.peek(call_hash(1), of(4, 9), None, false, SUCCESS_WINDOW);
             assert_eq!(equal.is_err(), is_bounded, "{mode:?}: none is forgotten: {equal:?}");
             assert_eq!(
-                detector.peek(mark(9), call(9, true), None, false, 1),
+                detector.peek(call_hash(9), call(9, true), None, false, 1),
                 Ok(None),
                 "a key needs no room"
             );
-            assert_eq!(detector.begin(mark(7), of(1, 7), None, false, SUCCESS_WINDOW + 1), Ok((None, None)));
+            assert_eq!(
+                detector.begin(call_hash(7), of(1, 7), None, false, SUCCESS_WINDOW + 1),
+                Ok((None, None))
+            );
             let left = if is_bounded { 2 } else { 0 };
             assert_eq!(
                 detector.successes.values().sum::<usize>(),
@@ -773,9 +794,9 @@ mod tests {
     fn older_success_from_the_trail_does_not_shorten_the_window() {
         let mut detector = detector(WithoutKey::Block);
         begin(&mut detector, 2, 50).unwrap();
-        detector.end(MARK, id(2), Completion::Succeeded, 50);
+        detector.end(CALL_HASH, id(2), Completion::Succeeded, 50);
         // Read back from the trail while younger calls are served already.
-        detector.succeed(MARK, call(1, false), 0);
+        detector.succeed(CALL_HASH, call(1, false), 0);
         assert!(begin(&mut detector, 3, 50 + SUCCESS_WINDOW).is_err());
         assert_eq!(begin(&mut detector, 3, 51 + SUCCESS_WINDOW), Ok(None));
     }

@@ -5,7 +5,7 @@
 
 use std::sync::{MutexGuard, PoisonError};
 
-use super::claims::Verdict;
+use super::claims::KeyDecision;
 use super::refusal::Refused;
 use super::{Idempotency, now};
 use crate::audit::loss;
@@ -13,9 +13,9 @@ use crate::audit::loss::{Loss, LostPart};
 
 impl Idempotency {
     /// Refuses a key that is not found, if a part of the trail is lost.
-    pub(super) fn check_loss(&self, verdict: &Verdict) -> Result<(), Refused> {
+    pub(super) fn check_loss(&self, decision: &KeyDecision) -> Result<(), Refused> {
         // With a doubt the key is known: the call repeats it by force.
-        let is_new = matches!(verdict, Verdict::Begin { doubt: None });
+        let is_new = matches!(decision, KeyDecision::Begin { repeats: None });
         if is_new && self.is_lost() { Err(Refused::Lost) } else { Ok(()) }
     }
 

@@ -7,7 +7,7 @@ use std::sync::{MutexGuard, PoisonError};
 use uuid::Uuid;
 
 use super::claims::{Claims, Wanted};
-use super::duplicates::{Doubt, DoubtKind, Duplicate};
+use super::duplicates::{Duplicate, InDoubt, InDoubtKind};
 use super::{Idempotency, now};
 use crate::audit::unresolved_calls::{CallState, Resolution, UnresolvedCall};
 use crate::keyed_hash::{Hash, KeyedFingerprint, parse_hex};
@@ -28,19 +28,19 @@ impl Idempotency {
             // The later call that supersedes it is a doubt as well. Of two doubts neither could be forced: the other one would
             // refuse it.
             CallState::AtWork | CallState::Unknown if call.superseded => return,
-            CallState::AtWork | CallState::Unknown => DoubtKind::Unknown,
-            CallState::Undelivered => DoubtKind::Undelivered,
-            CallState::Done => DoubtKind::Resolved,
+            CallState::AtWork | CallState::Unknown => InDoubtKind::Unknown,
+            CallState::Undelivered => InDoubtKind::Undelivered,
+            CallState::Done => InDoubtKind::Resolved,
         };
-        if let Some((mark, call)) = self.identify(call) {
-            self.duplicates().doubt(mark, call, Doubt { kind, since });
+        if let Some((call_hash, call)) = self.identify(call) {
+            self.duplicates().put_in_doubt(call_hash, call, InDoubt { kind, since });
         }
     }
 
     /// Registers a success that the rebuild has read, if the call has no key. `since` is in seconds since 1970.
     pub(super) fn restore_success(&self, call: &UnresolvedCall, since: u32) {
-        if let Some((mark, call)) = self.identify(call) {
-            self.duplicates().succeed(mark, call, since);
+        if let Some((call_hash, call)) = self.identify(call) {
+            self.duplicates().succeed(call_hash, call, since);
         }
     }
 
@@ -104,19 +104,19 @@ impl Idempotency {
 
     /// Applies a resolution to the table of equal calls.
     pub(super) fn resolve_duplicate(&self, call: &UnresolvedCall, result: Resolution, now: u32) {
-        if let Some((mark, duplicate)) = self.identify(call) {
-            self.duplicates().resolve(mark, duplicate, result == Resolution::Done, now);
+        if let Some((call_hash, duplicate)) = self.identify(call) {
+            self.duplicates().resolve(call_hash, duplicate, result == Resolution::Done, now);
         }
     }
 
-    /// Returns the mark of a call of the trail and its entry for the table of equal calls; `None` if the trail has no caller or
+    /// Returns the call hash of a call of the trail and its entry for the table of equal calls; `None` if the trail has no caller or
     /// no fingerprint of it.
     pub(super) fn identify(&self, call: &UnresolvedCall) -> Option<(KeyedFingerprint, Duplicate)> {
         let caller = call.caller.as_ref()?;
         let key = call.key.as_ref().and_then(|key| parse_hex(key));
-        let (mark, duplicate) = self.compared_of(caller, self.print_of(call)?, call.id, key);
+        let (call_hash, duplicate) = self.compared_of(caller, self.print_of(call)?, call.id, key);
         let replaces_unkeyed = key.is_some() && self.repeats_unkeyed(call);
-        Some((mark, Duplicate { replaces_unkeyed, ..duplicate }))
+        Some((call_hash, Duplicate { replaces_unkeyed, ..duplicate }))
     }
 
     /// Whether a call repeats by force a call without a key, directly or through a chain of calls with keys.
@@ -146,6 +146,6 @@ impl Idempotency {
         }
         let digest: Hash = parse_hex(call.digest.as_ref()?)?;
         let (operator, route) = (call.operator.as_ref()?, call.route.as_ref()?);
-        Some(self.marks.mark(&[b"print", &digest, operator.as_bytes(), route.as_bytes()]))
+        Some(self.hash_keys.fingerprint(&[b"print", &digest, operator.as_bytes(), route.as_bytes()]))
     }
 }

@@ -216,7 +216,7 @@ impl Idempotency {
             let parsing = thread::Builder::new()
                 .name("key-rebuild".into())
                 .spawn_scoped(scope, move || parser.read(&segments, &sender))?;
-            receiver.into_iter().flatten().for_each(|told| reading.take(told));
+            receiver.into_iter().flatten().for_each(|call_record| reading.take(call_record));
             parsing.join().unwrap_or_else(|panic| resume_unwind(panic))
         })?;
         reading.close();
@@ -257,7 +257,7 @@ impl Parser<'_> {
                             batch.extend(self.resolution(&record, line.bytes));
                         }
                         "event" => {}
-                        _ => batch.extend(self.told(record, line.bytes, checked)),
+                        _ => batch.extend(self.call_record(record, line.bytes, checked)),
                     }
                 }
                 self.table.read[0].fetch_add(line.bytes.len() as u64 + 1, Ordering::Relaxed);
@@ -300,7 +300,7 @@ impl Parser<'_> {
     }
 
     /// What an intent or an outcome says about its call; `None` for any other record, and for one without an id.
-    fn told(&mut self, line: Line<'_>, bytes: &[u8], checked: LineCheck) -> Option<CallRecord> {
+    fn call_record(&mut self, line: Line<'_>, bytes: &[u8], checked: LineCheck) -> Option<CallRecord> {
         let (id, time) = (line.id?, self.time(&line, checked));
         let is_changed = checked == LineCheck::Changed;
         let what = match line.kind {
@@ -344,7 +344,7 @@ impl Reading<'_> {
             What::Intent(open) => drop(self.open.insert(id, open.map_or(Open::Nothing, Open::Body))),
             What::Outcome { outcome, status, result_code, reply } => match self.open.remove(&id) {
                 Some(Open::Key(key)) => {
-                    let how = match (outcome, status) {
+                    let completion = match (outcome, status) {
                         (Some(Outcome::NotSent | Outcome::Refused), _) => KeyedCompletion::NotDone,
                         (Some(Outcome::Succeeded | Outcome::Failed), Some(status)) => {
                             // The claim of a call that ended before the window expires at once, so that no call can ask for its
@@ -362,7 +362,7 @@ impl Reading<'_> {
                         }
                         _ => KeyedCompletion::Unknown,
                     };
-                    self.claims.end(key, id, how, time);
+                    self.claims.end(key, id, completion, time);
                 }
                 Some(Open::Body(open)) => self.end(&open, outcome, time),
                 Some(Open::Nothing) | None => {}
@@ -617,7 +617,7 @@ pub(super) mod tests {
         for (number, has_body) in [(0, keys <= KEPT), (keys - 1, true)] {
             let id = audit.open(Peer::Tcp(([127, 0, 0, 1], 5000).into())).id();
             let ClaimDecision::Replay(replay) = begin(&audit, &after, id, number).1 else { panic!() };
-            assert_eq!((replay.ending.status, replay.stored.is_some()), (200, has_body), "{number}");
+            assert_eq!((replay.result.status, replay.stored.is_some()), (200, has_body), "{number}");
         }
         took
     }

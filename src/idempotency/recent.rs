@@ -1,4 +1,4 @@
-//! A queue of recent successes of calls without a key, with an index that finds the youngest of each mark.
+//! A queue of recent successes of calls without a key, with an index that finds the youngest of each call hash.
 //!
 //! Every success adds an entry at the back and, once there are many, removes one at the front. Only the index is read at
 //! random places. It takes four bytes for a call, so that it stays in the processor's cache.
@@ -20,8 +20,8 @@ pub(super) struct Recent {
     row: VecDeque<PastCall>,
     /// The number of the call at the front of `row`. Each further call has the next number. Numbers wrap around.
     first: u32,
-    /// The number of the youngest call of each mark.
-    // Numbers instead of marks: with a million calls known the table took 51 MB and 93 to 97 ns a call, a map from marks 84 MB
+    /// The number of the youngest call of each call hash.
+    // Numbers instead of call hashes: with a million calls known the table took 51 MB and 93 to 97 ns a call, a map from hashes 84 MB
     // and 117 to 129 ns. Numbers count all calls of the process, so that no entry changes when the row loses its front.
     youngest: HashTable<u32>,
     hasher: foldhash::fast::RandomState,
@@ -30,7 +30,7 @@ pub(super) struct Recent {
 /// A success whose caller has the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PastCall {
-    pub(super) mark: KeyedFingerprint,
+    pub(super) call_hash: KeyedFingerprint,
     pub(super) id: Uuid,
     /// When it succeeded, in seconds since 1970.
     pub(super) since: u32,
@@ -48,7 +48,7 @@ impl Recent {
         count * (3 * size_of::<PastCall>() + INDEX_BYTES)
     }
 
-    /// The number of calls, those included that have a younger one of the same mark.
+    /// The number of calls, those included that have a younger one of the same call hash.
     pub(super) fn len(&self) -> usize {
         self.row.len()
     }
@@ -58,35 +58,36 @@ impl Recent {
         self.row.front()
     }
 
-    /// The youngest call of a mark; `None` once that was removed.
-    pub(super) fn get(&self, mark: &KeyedFingerprint) -> Option<&PastCall> {
+    /// The youngest call of a call hash; `None` once that was removed.
+    pub(super) fn get(&self, call_hash: &KeyedFingerprint) -> Option<&PastCall> {
         let Self { row, first, youngest, hasher } = self;
-        let number = youngest.find(hasher.hash_one(mark), |&number| at(row, *first, number).mark == *mark)?;
+        let number = youngest
+            .find(hasher.hash_one(call_hash), |&number| at(row, *first, number).call_hash == *call_hash)?;
         Some(at(row, *first, *number))
     }
 
-    /// Adds a call at the back, and returns `true`. Adds nothing, and returns `false`, if the youngest known call of its mark is
+    /// Adds a call at the back, and returns `true`. Adds nothing, and returns `false`, if the youngest known call of its hash is
     /// younger than this call, or is this call.
     // The rebuild passes such calls. It reads the trail while younger calls are served already, and once more if a reading
     // failed. An older call in the index would shorten the window of the younger one.
     pub(super) fn push(&mut self, call: PastCall) -> bool {
-        let PastCall { mark, id, since, .. } = call;
+        let PastCall { call_hash, id, since, .. } = call;
         let Self { row, first, youngest, hasher } = self;
         #[expect(clippy::cast_possible_truncation, reason = "so many do not fit into memory")]
         let number = first.wrapping_add(row.len() as u32);
         // Added first, and removed again in the rare case that it must not be added: only the rebuild adds calls out of order.
         row.push_back(call);
-        let is_same = |&number: &u32| at(row, *first, number).mark == mark;
+        let is_same = |&number: &u32| at(row, *first, number).call_hash == call_hash;
         let is_newer = |known: &PastCall| known.since > since || known.id == id;
-        let hash = |&number: &u32| hasher.hash_one(at(row, *first, number).mark);
-        match youngest.entry(hasher.hash_one(mark), is_same, hash) {
-            Entry::Occupied(place) if is_newer(at(row, *first, *place.get())) => {
+        let hash = |&number: &u32| hasher.hash_one(at(row, *first, number).call_hash);
+        match youngest.entry(hasher.hash_one(call_hash), is_same, hash) {
+            Entry::Occupied(entry) if is_newer(at(row, *first, *entry.get())) => {
                 row.pop_back();
                 return false;
             }
-            Entry::Occupied(mut place) => *place.get_mut() = number,
-            Entry::Vacant(place) => {
-                place.insert(number);
+            Entry::Occupied(mut entry) => *entry.get_mut() = number,
+            Entry::Vacant(entry) => {
+                entry.insert(number);
             }
         }
         true
@@ -97,11 +98,11 @@ impl Recent {
         let oldest = self.row.pop_front()?;
         let number = self.first;
         self.first = number.wrapping_add(1);
-        // Found by its number, not by its mark: the index may name a younger call of that mark, which stays.
-        if let Ok(place) =
-            self.youngest.find_entry(self.hasher.hash_one(oldest.mark), |&other| other == number)
+        // Found by its number, not by its hash: the index may name a younger call of that hash, which stays.
+        if let Ok(entry) =
+            self.youngest.find_entry(self.hasher.hash_one(oldest.call_hash), |&other| other == number)
         {
-            place.remove();
+            entry.remove();
         }
         Some(oldest)
     }
@@ -124,8 +125,13 @@ mod tests {
     fn recent_calls_stay_within_the_stated_memory_bound() {
         let mut recent = Recent::default();
         for number in 0..40_000_u32 {
-            let mark = (u128::from(number) << 32).to_be_bytes();
-            assert!(recent.push(PastCall { mark, id: Uuid::from_u128(number.into()), since: 0, caller: 1 }));
+            let call_hash = (u128::from(number) << 32).to_be_bytes();
+            assert!(recent.push(PastCall {
+                call_hash,
+                id: Uuid::from_u128(number.into()),
+                since: 0,
+                caller: 1
+            }));
             // A capacity is what stays. While it grew, the old buffer of half its size existed beside it.
             let row = recent.row.capacity() * size_of::<PastCall>() / 2 * 3;
             let index = recent.youngest.allocation_size() / 2 * 3;
@@ -148,17 +154,17 @@ mod tests {
             let (mut all, mut youngest) = (VecDeque::new(), HashMap::new());
             for (count, step) in (0..).zip(steps) {
                 if let Some((number, since)) = step {
-                    let call = PastCall { mark: [number; 16], id: Uuid::from_u128(count), since, caller: 1 };
-                    let is_newer = youngest.get(&call.mark).is_none_or(|known: &PastCall| known.since <= since);
+                    let call = PastCall { call_hash: [number; 16], id: Uuid::from_u128(count), since, caller: 1 };
+                    let is_newer = youngest.get(&call.call_hash).is_none_or(|known: &PastCall| known.since <= since);
                     prop_assert_eq!(recent.push(call), is_newer);
                     if is_newer {
                         all.push_back(call);
-                        youngest.insert(call.mark, call);
+                        youngest.insert(call.call_hash, call);
                     }
                 } else {
                     recent.forget_oldest();
-                    if let Some(call) = all.pop_front() && youngest.get(&call.mark) == Some(&call) {
-                        youngest.remove(&call.mark);
+                    if let Some(call) = all.pop_front() && youngest.get(&call.call_hash) == Some(&call) {
+                        youngest.remove(&call.call_hash);
                     }
                 }
                 prop_assert_eq!((recent.len(), recent.oldest()), (all.len(), all.front()));

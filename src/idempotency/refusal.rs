@@ -5,7 +5,7 @@
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::claims::{StoredResult, Verdict};
+use super::claims::{KeyDecision, StoredResult};
 use super::delivery::Delivery;
 use super::duplicates::{First, Rejection};
 use super::key::BadKey;
@@ -74,7 +74,7 @@ pub enum Refused {
     #[error(
         "too many calls are of unknown outcome, so that a further one could be lost; the operators must resolve them"
     )]
-    NoMoreDoubts,
+    TooManyInDoubt,
     /// Under `block`: the table of successes of calls without a key is full, or this caller's share of it.
     #[error(
         "no more calls without an Idempotency-Key can be remembered at the moment, so that an equal one could pass; call again \
@@ -107,7 +107,7 @@ impl Refused {
             | Self::NoKey
             | Self::NoMoreKeys
             | Self::NoMoreKeysOfCaller
-            | Self::NoMoreDoubts
+            | Self::TooManyInDoubt
             | Self::NoMoreSuccesses
             | Self::Lost
             | Self::Rebuilding => None,
@@ -126,29 +126,29 @@ pub(super) fn rejected(rejection: Rejection) -> Refused {
     match rejection {
         Rejection::Duplicate(First::Open(id)) => Refused::Duplicate(id.into()),
         Rejection::Duplicate(First::Succeeded(id)) => Refused::Done(id.into()),
-        Rejection::Full => Refused::NoMoreDoubts,
+        Rejection::Full => Refused::TooManyInDoubt,
         Rejection::FullOfSuccesses => Refused::NoMoreSuccesses,
     }
 }
 
-/// A verdict of the claims that does not refuse the call.
+/// A decision of the claims that does not refuse the call.
 pub(super) enum Passed {
-    Begin { doubt: Option<Uuid> },
+    Begin { repeats: Option<Uuid> },
     Replay(Uuid, StoredResult),
 }
 
-/// Splits a verdict of the claims into what passes and what is refused.
-pub(super) fn passed(verdict: Verdict) -> Result<Passed, Refused> {
-    match verdict {
-        Verdict::Begin { doubt } => Ok(Passed::Begin { doubt }),
-        Verdict::Replay(first, ending) => Ok(Passed::Replay(first, ending)),
-        Verdict::InFlight(first) => Err(Refused::InProgress(first.into())),
-        Verdict::Unknown(first) => Err(Refused::Unknown(first.into())),
-        Verdict::Mismatch(first, ending) => {
-            let outcome = ending.map_or(Outcome::Unknown, |ending| ending.outcome());
+/// Splits a decision of the claims into what passes and what is refused.
+pub(super) fn passed(decision: KeyDecision) -> Result<Passed, Refused> {
+    match decision {
+        KeyDecision::Begin { repeats } => Ok(Passed::Begin { repeats }),
+        KeyDecision::Replay(first, result) => Ok(Passed::Replay(first, result)),
+        KeyDecision::InFlight(first) => Err(Refused::InProgress(first.into())),
+        KeyDecision::Unknown(first) => Err(Refused::Unknown(first.into())),
+        KeyDecision::Mismatch(first, result) => {
+            let outcome = result.map_or(Outcome::Unknown, |result| result.outcome());
             Err(Refused::Mismatch(FirstCall { id: first, outcome }))
         }
-        Verdict::Full => Err(Refused::NoMoreKeys),
-        Verdict::ShareFull => Err(Refused::NoMoreKeysOfCaller),
+        KeyDecision::Full => Err(Refused::NoMoreKeys),
+        KeyDecision::ShareFull => Err(Refused::NoMoreKeysOfCaller),
     }
 }

@@ -134,8 +134,8 @@ impl<T> Slots<T> {
         self.unlink(number);
         let EntryNumber(number) = number;
         let hash = self.hasher.hash_one(self.slot(number).key);
-        if let Ok(place) = self.index.find_entry(hash, |&other| other == number) {
-            place.remove();
+        if let Ok(entry) = self.index.find_entry(hash, |&other| other == number) {
+            entry.remove();
         }
         let unused = std::mem::replace(&mut self.unused, number);
         let slot = self.slot_mut(number);

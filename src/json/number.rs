@@ -78,7 +78,7 @@ impl<'a> Cursor<'a> {
             value = value.wrapping_mul(10).wrapping_add(i64::from(byte - b'0'));
             self.position += 1;
         }
-        if self.position == start { Err(self.halt("expected a digit")) } else { Ok(value) }
+        if self.position == start { Err(self.abort("expected a digit")) } else { Ok(value) }
     }
 }
 

@@ -42,7 +42,7 @@ impl<'a> Cursor<'a> {
         let start = self.position;
         // `string` stops at a quote, a backslash, a control character or the end. What is neither of the first two is a fault.
         if self.peek() != Some(b'\\') {
-            return Err(self.halt("a control character within a string must be escaped, as in `\\n`"));
+            return Err(self.abort("a control character within a string must be escaped, as in `\\n`"));
         }
         self.position += 1;
         match self.peek() {
@@ -57,16 +57,16 @@ impl<'a> Cursor<'a> {
                     // The document ends after the first half. Reported at the end, so that a cut reply counts as cut.
                     0xd800..=0xdbff if b"\\u".starts_with(self.rest()) => {
                         self.position = self.bytes.len();
-                        return Err(self.halt(SURROGATE));
+                        return Err(self.abort(SURROGATE));
                     }
                     _ => !matches!(unit, 0xd800..=0xdfff),
                 };
                 // At the first half, though the second may be the wrong one: the caller must replace both.
                 if !is_whole {
-                    return Err(self.halt_at(start, SURROGATE));
+                    return Err(self.abort_at(start, SURROGATE));
                 }
             }
-            _ => return Err(self.halt("unknown escape; JSON has `\\\"`, `\\\\`, `\\/`, `\\b`, `\\f`, `\\n`, `\\r`, `\\t` and `\\uXXXX`")),
+            _ => return Err(self.abort("unknown escape; JSON has `\\\"`, `\\\\`, `\\/`, `\\b`, `\\f`, `\\n`, `\\r`, `\\t` and `\\uXXXX`")),
         }
         Ok(())
     }
@@ -77,7 +77,7 @@ impl<'a> Cursor<'a> {
         let mut unit = 0;
         for _ in 0..4 {
             let Some(digit) = self.peek().and_then(|byte| char::from(byte).to_digit(16)) else {
-                return Err(self.halt("expected four hexadecimal digits behind `\\u`"));
+                return Err(self.abort("expected four hexadecimal digits behind `\\u`"));
             };
             unit = unit << 4 | digit;
             self.position += 1;

@@ -24,7 +24,7 @@ const SECOND: Duration = Duration::from_secs(1);
 static MODE: AtomicU8 = AtomicU8::new(LogRequests::Off as u8);
 // Under a lock and not per worker: the bound is for the process, and only failures get here unless all requests
 // are logged.
-static FOLDS: LazyLock<Mutex<Folds>> = LazyLock::new(Mutex::default);
+static COUNTS: LazyLock<Mutex<SecondCounts>> = LazyLock::new(Mutex::default);
 
 /// A request that has ended.
 #[derive(Clone, Copy, Debug)]
@@ -46,18 +46,18 @@ type Counts = HashMap<(Option<Arc<str>>, &'static str), (u64, bool)>;
 
 /// The requests of the present second.
 #[derive(Debug)]
-struct Folds {
+struct SecondCounts {
     since: Instant,
     counts: Counts,
 }
 
-impl Default for Folds {
+impl Default for SecondCounts {
     fn default() -> Self {
         Self { since: Instant::now(), counts: HashMap::new() }
     }
 }
 
-impl Folds {
+impl SecondCounts {
     /// Returns the counts if their second is over, and begins a new one.
     fn over(&mut self) -> Option<Counts> {
         (self.since.elapsed() >= SECOND).then(|| mem::take(self).counts)
@@ -87,22 +87,22 @@ fn is_failure(outcome: Outcome, code: Option<Code>, status: u16) -> bool {
 
 /// Logs how many requests of the last second had no line of their own. Call it about once a second: otherwise
 /// the number appears only with the next request.
-pub(crate) fn fold_up() {
-    let over = folds().over();
-    over.into_iter().for_each(tell);
+pub(crate) fn flush() {
+    let over = counts().over();
+    over.into_iter().for_each(log_counts);
 }
 
 /// Logs the numbers of the present second. Call it at the end of the process.
 pub fn finish() {
-    let last = mem::take(&mut *folds()).counts;
-    tell(last);
+    let last = mem::take(&mut *counts()).counts;
+    log_counts(last);
 }
 
-fn folds() -> MutexGuard<'static, Folds> {
-    FOLDS.lock().unwrap_or_else(PoisonError::into_inner)
+fn counts() -> MutexGuard<'static, SecondCounts> {
+    COUNTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn tell(counts: Counts) {
+fn log_counts(counts: Counts) {
     for ((caller, code), (count, is_failure)) in counts {
         let Some(times) = count.checked_sub(FULL).filter(|times| *times > 0) else { continue };
         let caller = caller.as_deref();
@@ -119,13 +119,13 @@ impl FinishedRequest<'_> {
     /// Logs the request, unless it is aggregated.
     // `cold`: by default only failures get here.
     #[cold]
-    pub(crate) fn tell(&self) {
+    pub(crate) fn log(&self) {
         let Self { id, caller, route, outcome, code, cause, status, took } = *self;
         let is_failure = is_failure(outcome, code, status);
         // Also with `all`, strangers are aggregated: anyone can send requests without being a known caller, as
         // often as they like, and could fill the disk of the log.
-        let is_folded = MODE.load(Ordering::Relaxed) != LogRequests::All as u8 || caller.is_none();
-        if is_folded && !self.has_a_line(is_failure) {
+        let is_aggregated = MODE.load(Ordering::Relaxed) != LogRequests::All as u8 || caller.is_none();
+        if is_aggregated && !self.has_a_line(is_failure) {
             return;
         }
         let (caller, outcome, ms) =
@@ -141,13 +141,13 @@ impl FinishedRequest<'_> {
     /// Counts the request, and returns whether it has a line of its own.
     fn has_a_line(&self, is_failure: bool) -> bool {
         let kind = self.code.map_or(self.outcome.as_str(), Code::as_str);
-        let mut folds = folds();
-        let over = folds.over();
-        let (count, _) = folds.counts.entry((self.caller.cloned(), kind)).or_insert((0, is_failure));
+        let mut counts = counts();
+        let over = counts.over();
+        let (count, _) = counts.counts.entry((self.caller.cloned(), kind)).or_insert((0, is_failure));
         *count += 1;
         let has_a_line = *count <= FULL;
-        drop(folds);
-        over.into_iter().for_each(tell);
+        drop(counts);
+        over.into_iter().for_each(log_counts);
         has_a_line
     }
 }

@@ -42,4 +42,4 @@ pub const MEMBERS: [&str; 33] = [
 
 /// The members of the gateway's own that the configuration may redact, beside those of contracts.
 // Others are not offered: deduplication after a restart, and the hash chain, read many of them.
-pub const SHOWN: [&str; 4] = ["operator", "peer", "caller_id", "traceparent"];
+pub const REDACTABLE: [&str; 4] = ["operator", "peer", "caller_id", "traceparent"];

@@ -3,7 +3,7 @@
 words! {
     /// How a member of an audit record is written.
     #[derive(Default)]
-    Shown {
+    Redaction {
         /// In clear text.
         #[default]
         Clear = "clear",

@@ -21,7 +21,7 @@ impl TraceId {
         let [version, trace, parent, _] = parts;
         let is_zero = |part: &[u8]| part.iter().all(|byte| *byte == b'0');
         // Version ff and ids of zeros are invalid by the specification. Only versions after 00 may have more behind the flags.
-        let is_valid = [2, 35, 52].iter().all(|place| known[*place] == b'-')
+        let is_valid = [2, 35, 52].iter().all(|position| known[*position] == b'-')
             && parts.into_iter().all(is_hex)
             && version != b"ff"
             && !is_zero(trace)

@@ -44,7 +44,7 @@ enum What {
     /// A file that others must not change.
     Plain,
     /// A path of which only the directories that lead to it are checked.
-    Place,
+    OnlyFolders,
 }
 
 /// Returns the warnings: one for each file or directory that other users can read or change but should not, and one for
@@ -55,12 +55,12 @@ pub fn exposures(config: &Config, file: &Path) -> Vec<String> {
     let mut named = vec![Named { setting: "--config".into(), path: file, what: What::Plain }];
     name_files(config, &mut named);
     named.push(Named { setting: of_key_file.into(), path: &key, what: What::Secret });
-    let mut told = of_files(&named);
-    told.extend(of_directory(&config.audit.directory));
-    told.extend(of_key(of_key_file, &key));
-    told.extend(of_folders(&named));
-    told.extend(of_owners(&named, &config.audit.directory));
-    told
+    let mut warnings = of_files(&named);
+    warnings.extend(of_directory(&config.audit.directory));
+    warnings.extend(of_key(of_key_file, &key));
+    warnings.extend(of_folders(&named));
+    warnings.extend(of_owners(&named, &config.audit.directory));
+    warnings
 }
 
 /// Adds all paths that the settings name, except that of the audit key.
@@ -77,7 +77,7 @@ fn name_files<'a>(config: &'a Config, named: &mut Vec<Named<'a>>) {
     }
     for (i, listener) in config.listeners.iter().enumerate() {
         if let ListenAddress::Unix { path, .. } = &listener.address {
-            name(format!("listeners[{i}].address"), Some(path), What::Place);
+            name(format!("listeners[{i}].address"), Some(path), What::OnlyFolders);
         }
         let Some(tls) = &listener.tls else { continue };
         name(format!("listeners[{i}].tls.key_file"), Some(&tls.key_file), What::Secret);
@@ -104,21 +104,21 @@ fn name_files<'a>(config: &'a Config, named: &mut Vec<Named<'a>>) {
         name(setting, route.contract_file.as_deref(), What::Plain);
     }
     if let Control::Path(path) = &config.admin.control {
-        name("admin.control".into(), Some(path), What::Place);
+        name("admin.control".into(), Some(path), What::OnlyFolders);
     }
-    name("audit.directory".into(), Some(&config.audit.directory), What::Place);
+    name("audit.directory".into(), Some(&config.audit.directory), What::OnlyFolders);
 }
 
 /// Returns a warning for each file with a wrong mode. A file that several settings name gets one warning.
 fn of_files(named: &[Named<'_>]) -> Vec<String> {
     let mut files: Vec<&Path> = Vec::new();
-    for one in named.iter().filter(|one| one.what != What::Place) {
+    for one in named.iter().filter(|one| one.what != What::OnlyFolders) {
         if !files.contains(&one.path) {
             files.push(one.path);
         }
     }
     let line = |path: &Path| {
-        let of_path = || named.iter().filter(|one| one.what != What::Place && one.path == path);
+        let of_path = || named.iter().filter(|one| one.what != What::OnlyFolders && one.path == path);
         // The stricter use counts: a file may hold a certificate and its key.
         let is_secret = of_path().any(|one| one.what == What::Secret);
         of_file(&settings(of_path()), path, is_secret)
@@ -224,28 +224,30 @@ fn of_owners(named: &[Named<'_>], directory: &Path) -> Vec<String> {
     let mut owners: BTreeMap<u32, (Vec<&Named<'_>>, Vec<PathBuf>)> = BTreeMap::new();
     for one in named {
         let Way { folders, links, end } = Way::to(one.path);
-        for place in
-            folders.into_iter().chain(links).chain((one.what != What::Place && end.is_file()).then_some(end))
+        for path in folders
+            .into_iter()
+            .chain(links)
+            .chain((one.what != What::OnlyFolders && end.is_file()).then_some(end))
         {
-            let Ok(found) = fs::symlink_metadata(&place) else { continue };
+            let Ok(found) = fs::symlink_metadata(&path) else { continue };
             // An id that is not mapped may be anybody's, root's included. A read-only mount cannot be changed
             // here, whoever owns the files: Kubernetes mounts secrets like this.
-            if is_trusted(found.uid()) || ids::users().is_nobody(found.uid()) || is_read_only(&place) {
+            if is_trusted(found.uid()) || ids::users().is_nobody(found.uid()) || is_read_only(&path) {
                 continue;
             }
-            let (settings, places) = owners.entry(found.uid()).or_default();
+            let (settings, paths) = owners.entry(found.uid()).or_default();
             settings.push(one);
-            if !places.contains(&place) {
-                places.push(place);
+            if !paths.contains(&path) {
+                paths.push(path);
             }
         }
     }
-    let line = |(uid, (named, places)): (u32, (Vec<&Named<'_>>, Vec<PathBuf>))| {
-        let places: Vec<_> = places.iter().map(|place| place.display().to_string()).collect();
+    let line = |(uid, (named, paths)): (u32, (Vec<&Named<'_>>, Vec<PathBuf>))| {
+        let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
         format!(
             "{}: user {uid}, who is neither root nor the gateway's own, can change what is named, since {uid} owns {}: chown it",
             settings(named.into_iter()),
-            places.join(", ")
+            paths.join(", ")
         )
     };
     owners.into_iter().map(line).collect()

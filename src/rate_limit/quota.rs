@@ -35,14 +35,14 @@ pub struct Quota {
     limiter: Limiter,
     limit: Mutex<RateLimit>,
     // Apart from the lock, so that a request does not take the lock while the quota is whole, which it nearly always is.
-    is_shrunk: AtomicBool,
-    shrunk: Mutex<Option<Shrunk>>,
+    is_throttled: AtomicBool,
+    throttled: Mutex<Option<Throttled>>,
 }
 
 /// A throttled quota: its share of the configured one, the time of the 429 that set this share, and the end of the pause, after
 /// which the share grows. Times are in nanoseconds of this process.
 #[derive(Clone, Copy, Debug)]
-struct Shrunk {
+struct Throttled {
     share: f64,
     since: u64,
     until: u64,
@@ -59,18 +59,18 @@ pub enum Exhausted {
         "nothing was sent: the upstream answered 429 (too many requests) to earlier calls, so that the gateway sends less for some \
          time; call again after Retry-After seconds"
     )]
-    Shrunk(LimitExceeded),
+    Throttled(LimitExceeded),
 }
 
 impl Exhausted {
     /// The time after which one more request would pass, if no other one comes first.
     pub fn retry_after(self) -> Duration {
-        let (Self::Whole(exceeded) | Self::Shrunk(exceeded)) = self;
+        let (Self::Whole(exceeded) | Self::Throttled(exceeded)) = self;
         exceeded.retry_after
     }
 }
 
-impl Shrunk {
+impl Throttled {
     /// The share at a time; more than 1 once all has come back.
     fn share(&self, now: u64) -> f64 {
         self.share + Duration::from_nanos(now.saturating_sub(self.until)).as_secs_f64() * RECOVERY
@@ -83,19 +83,19 @@ impl Quota {
         Self {
             limiter: Limiter::new(limit),
             limit: Mutex::new(limit),
-            is_shrunk: AtomicBool::new(false),
-            shrunk: Mutex::default(),
+            is_throttled: AtomicBool::new(false),
+            throttled: Mutex::default(),
         }
     }
 
     /// Changes the quota. The number of requests that are spent is kept, and a throttled quota stays throttled to the same
     /// share.
     pub fn set(&self, limit: RateLimit) {
-        let (now, shrunk) = (clock::nanos(), self.shrunk());
+        let (now, throttled) = (clock::nanos(), self.throttled());
         *self.limit.lock().unwrap_or_else(PoisonError::into_inner) = limit;
         self.limiter.set(limit);
-        if let Some(shrunk) = *shrunk {
-            self.limiter.slow_down(now, limit, shrunk.share(now).min(1.0));
+        if let Some(throttled) = *throttled {
+            self.limiter.slow_down(now, limit, throttled.share(now).min(1.0));
         }
     }
 
@@ -113,8 +113,8 @@ impl Quota {
 
     #[cold]
     fn exhausted(&self, exceeded: LimitExceeded) -> Exhausted {
-        let is_shrunk = self.is_shrunk.load(Ordering::Relaxed);
-        if is_shrunk { Exhausted::Shrunk(exceeded) } else { Exhausted::Whole(exceeded) }
+        let is_throttled = self.is_throttled.load(Ordering::Relaxed);
+        if is_throttled { Exhausted::Throttled(exceeded) } else { Exhausted::Whole(exceeded) }
     }
 
     /// Takes one request from the quota even if none is left, for requests that must be sent and yet be counted.
@@ -124,33 +124,33 @@ impl Quota {
 
     /// Throttles the quota: the upstream has answered 429 and asks for a pause, of which at most 5 minutes count.
     pub fn throttle(&self, pause: Duration) {
-        self.shrink_at(clock::nanos(), pause);
+        self.throttle_at(clock::nanos(), pause);
     }
 
     /// The share of the configured quota that is in effect, up to 1.
     pub fn share(&self) -> f64 {
         self.recover(clock::nanos());
-        self.shrunk().map_or(1.0, |shrunk| shrunk.share(clock::nanos()))
+        self.throttled().map_or(1.0, |throttled| throttled.share(clock::nanos()))
     }
 
     /// Throttles the quota at a time, in nanoseconds of this process.
-    fn shrink_at(&self, now: u64, pause: Duration) {
+    fn throttle_at(&self, now: u64, pause: Duration) {
         let until = now + clock::nanos_of(pause.min(LONGEST));
-        let mut shrunk = self.shrunk();
-        let together = shrunk.filter(|known| now < known.since + TOGETHER);
+        let mut throttled = self.throttled();
+        let together = throttled.filter(|known| now < known.since + TOGETHER);
         let (share, since) = match together {
             Some(known) => (known.share, known.since),
-            None => ((shrunk.map_or(1.0, |known| known.share(now)) / 2.0).max(LEAST), now),
+            None => ((throttled.map_or(1.0, |known| known.share(now)) / 2.0).max(LEAST), now),
         };
         // The longest pause counts: the upstream asked for it, and a later 429 with a shorter one does not revoke it.
-        let until = shrunk.map_or(until, |known| known.until.max(until));
-        *shrunk = Some(Shrunk { share, since, until });
-        self.is_shrunk.store(true, Ordering::Relaxed);
+        let until = throttled.map_or(until, |known| known.until.max(until));
+        *throttled = Some(Throttled { share, since, until });
+        self.is_throttled.store(true, Ordering::Relaxed);
         self.limiter.slow_down(now, self.limit(), share);
         // Otherwise what is left of a burst would be sent at once, right after the 429.
         self.limiter.empty(now);
         // Logged without the lock. Under it, one 429 held up every call while stderr was a full pipe.
-        drop(shrunk);
+        drop(throttled);
         if together.is_none() {
             tracing::warn!(share, ?pause, "the upstream answered 429: the quota shrinks");
         }
@@ -159,7 +159,7 @@ impl Quota {
     /// Raises a throttled quota by the share that has come back.
     // At each request instead of by a timer: between two requests the share has no effect.
     fn recover(&self, now: u64) {
-        if self.is_shrunk.load(Ordering::Relaxed) {
+        if self.is_throttled.load(Ordering::Relaxed) {
             self.recover_slowly(now);
         }
     }
@@ -167,14 +167,14 @@ impl Quota {
     /// Applies the share of this moment, and ends the throttling once all has come back.
     #[cold]
     fn recover_slowly(&self, now: u64) {
-        let mut shrunk = self.shrunk();
-        let share = shrunk.map_or(1.0, |shrunk| shrunk.share(now)).min(1.0);
+        let mut throttled = self.throttled();
+        let share = throttled.map_or(1.0, |throttled| throttled.share(now)).min(1.0);
         self.limiter.slow_down(now, self.limit(), share);
-        let is_whole = share >= 1.0 && shrunk.take().is_some();
+        let is_whole = share >= 1.0 && throttled.take().is_some();
         if is_whole {
-            self.is_shrunk.store(false, Ordering::Relaxed);
+            self.is_throttled.store(false, Ordering::Relaxed);
         }
-        drop(shrunk);
+        drop(throttled);
         if is_whole {
             tracing::info!("the quota is whole again");
         }
@@ -184,8 +184,8 @@ impl Quota {
         *self.limit.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn shrunk(&self) -> MutexGuard<'_, Option<Shrunk>> {
-        self.shrunk.lock().unwrap_or_else(PoisonError::into_inner)
+    fn throttled(&self) -> MutexGuard<'_, Option<Throttled>> {
+        self.throttled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[cfg(test)]
@@ -218,21 +218,21 @@ mod tests {
     fn status_429_halves_the_quota_until_retry_after_then_it_recovers() {
         let quota = quota();
         assert!((119..=121).contains(&passed(&quota, 0)), "the control: a burst, and a hundred");
-        quota.shrink_at(SECOND, Duration::from_secs(10));
+        quota.throttle_at(SECOND, Duration::from_secs(10));
         for second in 1..11 {
             assert!((49..=51).contains(&passed(&quota, second * SECOND)), "second {second}");
         }
         let grown: Vec<_> = (11..40).map(|second| passed(&quota, second * SECOND)).collect();
         assert!(grown.windows(2).all(|two| two[0] < two[1] + 2), "{grown:?}");
         assert!(grown[1] > 51 && grown[10] < 80 && (99..=101).contains(&grown[28]), "{grown:?}");
-        assert!(!quota.is_shrunk.load(Ordering::Relaxed));
+        assert!(!quota.is_throttled.load(Ordering::Relaxed));
         assert!((99..=101).contains(&passed(&quota, 40 * SECOND)), "no more than was configured");
     }
 
     #[test]
     fn status_429_discards_the_remaining_burst() {
         let quota = quota();
-        quota.shrink_at(0, Duration::from_secs(1));
+        quota.throttle_at(0, Duration::from_secs(1));
         let wait = quota.take_at(0).unwrap_err().retry_after;
         assert_eq!(wait, Duration::from_millis(20));
         assert!(quota.take_at(clock::nanos_of(wait)).is_ok());
@@ -241,14 +241,14 @@ mod tests {
     #[test]
     fn concurrent_429s_shrink_the_quota_once_and_later_ones_again() {
         let quota = quota();
-        (0..50).for_each(|i| quota.shrink_at(i, Duration::from_secs(10)));
+        (0..50).for_each(|i| quota.throttle_at(i, Duration::from_secs(10)));
         assert!((49..=51).contains(&passed(&quota, 50)));
-        quota.shrink_at(2 * SECOND, Duration::from_secs(1));
+        quota.throttle_at(2 * SECOND, Duration::from_secs(1));
         for second in 2..10 {
             assert!((24..=26).contains(&passed(&quota, second * SECOND)), "the longer pause counts");
         }
         // A pause of 1,000 s each time, of which 300 s count.
-        (1..100).for_each(|i| quota.shrink_at((10 + 2 * i) * SECOND, Duration::from_secs(1000)));
+        (1..100).for_each(|i| quota.throttle_at((10 + 2 * i) * SECOND, Duration::from_secs(1000)));
         assert!((3..=4).contains(&passed(&quota, 300 * SECOND)), "there is always something left");
         assert!(passed(&quota, (208 + 300 + 50) * SECOND) >= 99, "no pause is longer than five minutes");
     }

@@ -96,17 +96,17 @@ impl Needles {
         let pieces = left.as_chunks().0.iter().zip(right.as_chunks().0);
         let mut found = [0; LANES];
         // No early exit and no short-circuit `&&` or `||`: each branch would keep the compiler from comparing all lanes at once.
-        let mut look = |left: &[u8; LANES], right: &[u8; LANES]| {
-            for place in 0..LANES {
-                let is = |[a, b]: &[[u8; LANES]; 2]| (left[place] == a[place]) & (right[place] == b[place]);
+        let mut compare = |left: &[u8; LANES], right: &[u8; LANES]| {
+            for at in 0..LANES {
+                let is = |[a, b]: &[[u8; LANES]; 2]| (left[at] == a[at]) & (right[at] == b[at]);
                 let [first, second, third] = &self.pairs;
-                let is_any = is(first) | is(second) | is(third) | (left[place] == ESCAPE);
-                found[place] |= u8::from(is_any);
+                let is_any = is(first) | is(second) | is(third) | (left[at] == ESCAPE);
+                found[at] |= u8::from(is_any);
             }
         };
-        pieces.for_each(|(left, right)| look(left, right));
+        pieces.for_each(|(left, right)| compare(left, right));
         // The chunks leave a rest. The last full chunk overlaps them and covers it, without a loop over single bytes.
-        look(last_left, last_right);
+        compare(last_left, last_right);
         found != [0; LANES]
     }
 
@@ -159,9 +159,9 @@ fn rarest_pair(text: &[u8]) -> [u8; 2] {
 fn unescaped(text: &[u8], first: usize) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let (mut rest, mut next) = (text, Some(first));
-    while let Some(place) = next {
-        plain.extend_from_slice(&rest[..place]);
-        rest = &rest[place + 1..];
+    while let Some(at) = next {
+        plain.extend_from_slice(&rest[..at]);
+        rest = &rest[at + 1..];
         rest = match rest {
             [b'u', after @ ..] => match code_point(after) {
                 Some((character, after)) => {

@@ -77,17 +77,17 @@ pub(super) struct AcceptedConnection {
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) hosts: Arc<Hosts>,
     pub(super) peer: Peer,
-    pub(super) place: ConnectionSlot,
+    pub(super) slot: ConnectionSlot,
 }
 
 /// Serves a connection to its end. Its errors are counted and logged here, since nobody else can act on them.
 pub(super) async fn serve(
     gateway: Arc<Gateway>,
-    AcceptedConnection { stream, tls, hosts, peer, place }: AcceptedConnection,
+    AcceptedConnection { stream, tls, hosts, peer, slot }: AcceptedConnection,
     mut deadlines: Deadlines,
     stop: watch::Receiver<Lifecycle>,
 ) {
-    let over_connection_cap = place.over_connection_cap;
+    let over_connection_cap = slot.over_connection_cap;
     if over_connection_cap {
         deadlines.header = deadlines.header.min(STOP_HEADER);
     }
@@ -100,7 +100,7 @@ pub(super) async fn serve(
             // connection's.
             match Box::pin(shaken).await {
                 Ok((stream, certificate)) => (CallerStream::Tls(stream), certificate),
-                Err(error) => return error.tell(peer, &gateway.metrics),
+                Err(error) => return error.report(peer, &gateway.metrics),
             }
         }
         (stream, _) => (stream, None),
@@ -110,40 +110,45 @@ pub(super) async fn serve(
     let is_known = |names| gateway.state.load().admission.knows_name(names);
     // A certificate that names no caller makes its peer a stranger from here on.
     let Some(_stranger) = stranger(&gateway, names().is_none_or(is_known), peer) else { return };
-    let watch = Arc::new(ConnectionPhase::new(gateway.limits.unfinished()));
-    let socket = WatchedSocket::new(stream, watch.clone());
-    let (gateway, hosts, watch) = (&*gateway, &*hosts, &*watch);
+    let phase = Arc::new(ConnectionPhase::new(gateway.limits.unfinished()));
+    let socket = WatchedSocket::new(stream, phase.clone());
+    let (gateway, hosts, phase) = (&*gateway, &*hosts, &*phase);
     let service = service_fn(|request| {
-        watch.head_came(&request);
-        let ConnectionPhase { presence, delivery, .. } = watch;
+        phase.head_came(&request);
+        let ConnectionPhase { presence, delivery, .. } = phase;
         answer(
             gateway,
             RequestOrigin { peer, names: names(), hosts, presence, delivery, over_connection_cap },
-            watch,
+            phase,
             request,
         )
     });
-    let connection = pin!(
-        http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(None)
-            // tests/hyper.rs: half_closed_caller_still_gets_its_response
-            // Otherwise hyper drops the request's future when the caller closes its side, as `nc` and some clients do
-            // with the request.
-            .half_close(true)
-            .keep_alive(!over_connection_cap)
-            // One buffer and send(2) cost less than two and writev(2), as measured.
-            .writev(false)
-            // tests/hyper.rs: buffer_limit_alone_admits_a_head_of_nearly_twice_its_size
-            .max_buf_size(deadlines.max_head)
-            // The bound above alone lets a head of nearly twice its size pass, as its bytes happen to come in.
-            .max_header_size(deadlines.max_head)
-            .serve_connection(TokioIo::new(socket), service)
-    );
-    let ended = drive(gateway, connection, watch, deadlines, stop).await;
+    let builder = builder(over_connection_cap, deadlines.max_head);
+    let connection = pin!(builder.serve_connection(TokioIo::new(socket), service));
+    let ended = drive(gateway, connection, phase, deadlines, stop).await;
     if let Err(error) = ended {
         tracing::debug!(%peer, %error, "connection ended");
     }
+}
+
+/// The settings of hyper for a caller's connection, which serves one request only if it is over the cap.
+fn builder(over_connection_cap: bool, max_head: usize) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        // tests/hyper.rs: half_closed_caller_still_gets_its_response
+        // Otherwise hyper drops the request's future when the caller closes its side, as `nc` and some clients do
+        // with the request.
+        .half_close(true)
+        .keep_alive(!over_connection_cap)
+        // One buffer and send(2) cost less than two and writev(2), as measured.
+        .writev(false)
+        // tests/hyper.rs: buffer_limit_alone_admits_a_head_of_nearly_twice_its_size
+        .max_buf_size(max_head)
+        // The bound above alone lets a head of nearly twice its size pass, as its bytes happen to come in.
+        .max_header_size(max_head);
+    builder
 }
 
 /// Takes a stranger's place for the connection of a peer that is no known caller. Returns `None` if strangers hold
@@ -163,22 +168,22 @@ pub(super) fn stranger(gateway: &Gateway, is_known: bool, peer: Peer) -> Option<
 async fn answer(
     gateway: &Gateway,
     from: RequestOrigin<'_>,
-    watch: &ConnectionPhase,
+    phase: &ConnectionPhase,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let mut response = gateway.handle(from, request).await;
-    if watch.must_end() {
+    if phase.must_end() {
         gateway.metrics.connection_closed(NO_ROOM);
     }
     // Checked after the request, so that a stop which began meanwhile is seen: the caller must not send another one.
-    let is_last = gateway.limits.is_stopping() || watch.must_end();
+    let is_last = gateway.limits.is_stopping() || phase.must_end();
     if is_last {
         response.headers_mut().insert(http::header::CONNECTION, CLOSE);
     }
     // hyper stops reading after the last reply. What the caller has sent by then would turn the close into a reset.
-    watch.unread.store(is_last || response.body().ends_connection(), Ordering::Relaxed);
+    phase.unread.store(is_last || response.body().ends_connection(), Ordering::Relaxed);
     // Before hyper writes the reply: a write error from here on belongs to this reply's delivery.
-    watch.enter(Phase::Idle);
+    phase.enter(Phase::Idle);
     Ok(response)
 }
 
@@ -186,14 +191,14 @@ async fn answer(
 async fn drive<S>(
     gateway: &Gateway,
     mut connection: Pin<&mut http1::Connection<TokioIo<WatchedSocket>, S>>,
-    watch: &ConnectionPhase,
+    phase: &ConnectionPhase,
     mut deadlines: Deadlines,
     mut stop: watch::Receiver<Lifecycle>,
 ) -> hyper::Result<()>
 where
     S: HttpService<Incoming, ResBody = ResponseBody, Error = Infallible>,
 {
-    let mut alarm = IdleTimer::new();
+    let mut timer = IdleTimer::new();
     let mut stopped = pin!(stop.wait_for(|stop| *stop == Lifecycle::Stopping));
     let (mut listens, mut stopping) = (false, false);
     poll_fn(|cx| {
@@ -213,13 +218,13 @@ where
             // since its request may be on the way: it gets a second for its head, and its reply is the last one.
             stopping = true;
             deadlines.header = deadlines.header.min(STOP_HEADER);
-            if watch.is(Phase::Idle) {
+            if phase.is(Phase::Idle) {
                 // tests/hyper.rs: graceful_shutdown_closes_an_idle_connection_at_once
                 connection.as_mut().graceful_shutdown();
             }
         }
-        if watch.is_overdue(&mut alarm, deadlines, cx) {
-            gateway.metrics.connection_closed(watch.reason());
+        if phase.is_overdue(&mut timer, deadlines, cx) {
+            gateway.metrics.connection_closed(phase.reason());
             // Dropped, not shut down: a peer that is too slow need not be waited for again.
             return Poll::Ready(Ok(()));
         }
@@ -233,14 +238,14 @@ where
 fn count_end(gateway: &Gateway, error: &hyper::Error) {
     if error.is_parse() {
         gateway.metrics.connection_closed("head_invalid");
-    } else if ended_for_room(error) {
+    } else if is_budget_exhausted(error) {
         gateway.metrics.connection_closed(NO_ROOM);
     }
 }
 
 /// Returns whether a connection ended because unfinished heads hold all of their budget.
 // tests/hyper.rs: read_error_is_the_source_of_the_connection_error
-fn ended_for_room(error: &hyper::Error) -> bool {
+fn is_budget_exhausted(error: &hyper::Error) -> bool {
     // `WatchedSocket` fails a read with this kind, which no socket does. hyper passes it on as the source of its own error.
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::OutOfMemory)

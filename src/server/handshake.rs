@@ -59,7 +59,7 @@ pub(super) enum NoTls {
 impl NoTls {
     /// Counts the failure, and reports it to operators if they can repair its cause.
     #[cold]
-    pub(super) fn tell(&self, peer: Peer, metrics: &Metrics) {
+    pub(super) fn report(&self, peer: Peer, metrics: &Metrics) {
         let (cause, names) = match self {
             // Only a handshake that we displaced counts here: operators read this label as a flood.
             Self::Displaced => return metrics.connection_closed("too_many_handshakes"),

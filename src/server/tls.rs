@@ -221,17 +221,17 @@ impl Tls {
         Ok(())
     }
 
-    /// Watches the files, and puts changed ones into use. Never returns. `tell` is called with the result of each
+    /// Watches the files, and puts changed ones into use. Never returns. `report` is called with the result of each
     /// change.
-    pub async fn watch(self: Arc<Self>, tell: impl Fn(Result<(), String>)) {
+    pub async fn watch(self: Arc<Self>, report: impl Fn(Result<(), String>)) {
         let files = self.files.clone();
         // Contents decide: files that were only touched, or swapped for equal ones, cause no reload and no event.
-        let look = move || Contents::read(&files).map(|contents| contents.digest());
+        let read_digest = move || Contents::read(&files).map(|contents| contents.digest());
         let ListenerTls { cert_file, key_file, client_ca_file, client_crl_file } = &self.files;
         let paths = [Some(cert_file), Some(key_file), client_ca_file.as_ref(), client_crl_file.as_ref()];
         let paths = paths.into_iter().flatten().cloned().collect();
-        let watched = FileWatch::new(paths, look, self.current.load().digest);
-        follow(watched, move |_| self.reload(), tell).await;
+        let watch = FileWatch::new(paths, read_digest, self.current.load().digest);
+        follow(watch, move |_| self.reload(), report).await;
     }
 }
 
@@ -335,7 +335,7 @@ impl Certificate {
             return verified.is_good;
         }
         // `None` does not occur, since a reload keeps the set of files. It would count as not good.
-        let passed = current.clients.as_ref().map(|clients| self.pass(&**clients));
+        let passed = current.clients.as_ref().map(|clients| self.verify(&**clients));
         let is_good = matches!(passed, Some(Ok(())));
         *verified = Verified { is_good, generation: current.generation, at: now };
         drop(verified);
@@ -348,7 +348,7 @@ impl Certificate {
     }
 
     /// Verifies the chain by the wall clock of this moment.
-    fn pass(&self, clients: &dyn ClientCertVerifier) -> Result<(), rustls::Error> {
+    fn verify(&self, clients: &dyn ClientCertVerifier) -> Result<(), rustls::Error> {
         let (own, others) = self.chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
         clients.verify_client_cert(own, others, UnixTime::now()).map(drop)
     }

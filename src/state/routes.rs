@@ -86,7 +86,7 @@ impl Route {
         };
         let credentials = config.callers.iter().map(credential_of).collect();
         Ok(Self {
-            contract: contract(raw)?.shown(|name| config.audit.shown(name)),
+            contract: contract(raw)?.redacted(|name| config.audit.redaction(name)),
             exchange: Arc::new(exchange::UpstreamRoute {
                 name: name.clone(),
                 target: target(&raw.path),

@@ -59,7 +59,7 @@ impl Contest {
         refresh: Duration,
         pause: Duration,
     ) -> bool {
-        // Asked again at each wake-up of the fetcher while the token is retired: the pause must not begin anew each time.
+        // Asked again at each wake-up of the fetcher while the token is invalidated: the pause must not begin anew each time.
         if self.last.as_ref().is_some_and(|last| last.generation == generation) {
             return false;
         }

@@ -144,7 +144,7 @@ pub(super) struct WithoutToken(u32);
 impl WithoutToken {
     /// Takes the result of one call with the pair, and returns it. From the third reply in a row with status 200 and no token
     /// on, such a reply is returned as a refusal of the pair.
-    pub(super) fn judge(&mut self, fetched: Result<Fetched, FetchError>) -> Result<Fetched, FetchError> {
+    pub(super) fn on_result(&mut self, fetched: Result<Fetched, FetchError>) -> Result<Fetched, FetchError> {
         // Any other failure ends the row, even a page of HTML: a proxy may have written it, which knows nothing of the pair.
         let Err(FetchError::NoToken(why)) = fetched else {
             self.0 = 0;
@@ -506,25 +506,25 @@ mod tests {
     #[test]
     fn third_reply_in_a_row_without_a_token_is_a_refusal() {
         let mut answers = WithoutToken::default();
-        let mut judge =
-            |reply: Value| answers.judge(read(None, &reply)).map_err(|error| error.reason().cause);
+        let mut on_result =
+            |reply: Value| answers.on_result(read(None, &reply)).map_err(|error| error.reason().cause);
         let (bad, good) = (json!({ "resultCode": "1" }), json!({ "AccessToken": "t" }));
         // Twice, since a token in between must begin the count anew.
         for _ in 0..2 {
             for cause in
                 [Cause::TokenUnreadable, Cause::TokenUnreadable, Cause::TokenRefused, Cause::TokenRefused]
             {
-                assert_eq!(judge(bad.clone()).err(), Some(cause));
+                assert_eq!(on_result(bad.clone()).err(), Some(cause));
             }
-            assert!(judge(good.clone()).is_ok());
+            assert!(on_result(good.clone()).is_ok());
         }
         for _ in 0..9 {
             assert_eq!(
-                judge(json!("a page of something that stands between")).err(),
+                on_result(json!("a page of something that stands between")).err(),
                 Some(Cause::TokenUnreadable)
             );
         }
-        assert_eq!(judge(bad).err(), Some(Cause::TokenUnreadable));
+        assert_eq!(on_result(bad).err(), Some(Cause::TokenUnreadable));
     }
 
     #[test]

@@ -58,9 +58,9 @@ pub(super) struct Fetcher {
 
 /// The files of a pair, read on a thread of their own: a dead mount would otherwise stop the refreshes.
 pub(super) struct Secrets {
-    watched: Aside<FileWatch<AppKeyPair, BadPair>, FileChange<AppKeyPair, BadPair>>,
+    watch: Aside<FileWatch<AppKeyPair, BadPair>, FileChange<AppKeyPair, BadPair>>,
     /// When the files are checked next.
-    due: Instant,
+    next_check: Instant,
 }
 
 /// A pair with its own back-off.
@@ -69,7 +69,7 @@ pub(super) struct Candidate {
     pub(super) retry: Retry,
     without_token: WithoutToken,
     /// The result that was recorded last for this trial. The same result is not recorded again.
-    told: Option<&'static str>,
+    reported: Option<&'static str>,
     /// Why the last fetch on trial brought no token. It is reported again once the files can be read again after an error.
     refused: Option<String>,
 }
@@ -84,7 +84,7 @@ pub(super) struct NextFetch {
 impl Candidate {
     pub(super) fn new(pair: AppKeyPair) -> Self {
         let (retry, without_token) = (Retry::new(Instant::now()), WithoutToken::default());
-        Self { pair, retry, without_token, told: None, refused: None }
+        Self { pair, retry, without_token, reported: None, refused: None }
     }
 }
 
@@ -96,10 +96,10 @@ impl Fetcher {
         loop {
             if poll <= Instant::now() {
                 poll = Instant::now() + 2 * POLL;
-                self.tell_usable(slot);
+                self.update_gauge(slot);
             }
             // Before `next`, which asks the contest how long a refused token is not replaced.
-            self.look_at_contest(slot);
+            self.check_contest(slot);
             let next = self.next(slot);
             if next.at <= Instant::now() {
                 // Awaited outside of `select!`, which would drop the call half-way at another event.
@@ -107,32 +107,32 @@ impl Fetcher {
                 continue;
             }
             // Each wake-up computes `next` anew: a waiting request, or a changed pair, may have made a fetch due sooner.
-            let noticed = tokio::select! {
+            let change = tokio::select! {
                 () = sleep_until(next.at.min(poll)) => continue,
                 () = slot.wake.notified() => continue,
-                noticed = self.secrets.next() => noticed,
+                change = self.secrets.next() => change,
             };
-            self.notice(slot, noticed);
+            self.on_change(slot, change);
             poll = Instant::now() + 2 * POLL;
-            self.tell_usable(slot);
+            self.update_gauge(slot);
         }
     }
 
     /// Detects the beginning and the end of a contest, in which another client's fetches end this gateway's tokens. Sets the
     /// gauge and `/status`, and logs each of the two once.
-    pub(super) fn look_at_contest(&mut self, slot: &Slot) {
+    pub(super) fn check_contest(&mut self, slot: &Slot) {
         let gauge = self.metrics.contested.get_or_create_owned(&CredentialLabel::of(slot));
         if self.contest.was_ended(slot.ended.load(Ordering::Relaxed)) {
             gauge.set(1);
             slot.contested.begins(None, contest::SAID.to_owned());
             tracing::warn!(credential = slot.name, "{}", contest::SAID);
         }
-        let live = slot.live.load();
-        let Some(live) = live.as_ref() else { return };
-        let (generation, age, refresh) = (live.token.generation(), live.age(), live.plan.refresh);
+        let active = slot.active.load();
+        let Some(active) = active.as_ref() else { return };
+        let (generation, age, refresh) = (active.token.generation(), active.age(), active.plan.refresh);
         // A token that the route had never accepted, as for a service that is not purchased, says nothing of another client.
-        let is_over = if live.is_retired() {
-            live.had_worked.load(Ordering::Relaxed)
+        let is_over = if active.is_invalidated() {
+            active.had_worked.load(Ordering::Relaxed)
                 && self.contest.refused(generation, age, refresh, contest::pause(slot.wait, jitter()))
         } else {
             self.contest.lives(age, refresh)
@@ -145,7 +145,7 @@ impl Fetcher {
         }
     }
 
-    fn tell_usable(&self, slot: &Slot) {
+    fn update_gauge(&self, slot: &Slot) {
         let usable = slot.current().is_some();
         self.metrics.usable.get_or_create(&CredentialLabel::of(slot)).set(usable.into());
     }
@@ -153,8 +153,10 @@ impl Fetcher {
     /// Returns the next fetch: due when there is a reason for one, but not before the pair's back-off and [`MIN_GAP`] allow it.
     pub(super) fn next(&self, slot: &Slot) -> NextFetch {
         let now = Instant::now();
-        let reason = match slot.live.load().as_ref() {
-            Some(live) if !live.is_retired() => now + live.plan.refresh.saturating_sub(live.age()),
+        let reason = match slot.active.load().as_ref() {
+            Some(active) if !active.is_invalidated() => {
+                now + active.plan.refresh.saturating_sub(active.age())
+            }
             Some(_) => self.contest.not_before().unwrap_or(now),
             None => now,
         };
@@ -164,7 +166,7 @@ impl Fetcher {
         let allowed =
             |candidate: &Candidate| candidate.retry.at(urgent, self.last_begun).max(earliest).max(now);
         let active = reason.max(allowed(&self.active));
-        // A trial does not wait for the next refresh: a wrong secret would go unnoticed until the token ends.
+        // The candidate does not wait for the next refresh: a wrong secret would go unnoticed until the token ends.
         match self.candidate.as_ref().map(allowed) {
             Some(candidate) if candidate <= active => NextFetch { at: candidate, is_candidate: true },
             _ => NextFetch { at: active, is_candidate: false },
@@ -179,12 +181,12 @@ impl Fetcher {
         slot.fetch_begins();
         let candidate = self.candidate.as_mut().filter(|_| is_candidate).unwrap_or(&mut self.active);
         let result = self.endpoint.fetch(&candidate.pair.app_key, &candidate.pair.app_secret).await;
-        let result = candidate.without_token.judge(result);
+        let result = candidate.without_token.on_result(result);
         let label = result.as_ref().map_or_else(|error| error.reason().cause.as_str(), |_| "ok");
         self.metrics.fetches.get_or_create(&ResultLabels::of(slot, label)).inc();
         match result {
             Ok(fetched) => self.succeed(slot, fetched, sent, is_candidate),
-            Err(error) if is_candidate => self.fail_trial(slot, &error),
+            Err(error) if is_candidate => self.candidate_failed(slot, &error),
             Err(error) => self.fail(slot, &error),
         }
     }
@@ -197,11 +199,11 @@ impl Fetcher {
         if let Some(skew) = fetched.skew {
             self.metrics.skew.get_or_create(&CredentialLabel::of(slot)).set(skew);
         }
-        let live = match slot.live.load_full() {
+        let active = match slot.active.load_full() {
             Some(old) if self.is_same(&old, &fetched) => old.to_the_end(fetched.lifetime, sent),
             _ => self.new_token(slot, fetched, sent),
         };
-        slot.fetch_succeeded(live, self.held());
+        slot.fetch_succeeded(active, self.held());
         if adopted {
             // An error of the files is more recent than this token, so it stays in `/status`.
             if self.unusable.is_none() {
@@ -209,7 +211,7 @@ impl Fetcher {
             }
             // Recorded after the token is in the slot: a request that begins after this record must not get the token of the old
             // pair.
-            self.tell(slot, "accepted");
+            self.report(slot, "accepted");
         }
     }
 
@@ -243,17 +245,17 @@ impl Fetcher {
 
     /// Records a failed fetch with the pair in use.
     fn fail(&mut self, slot: &Slot, error: &FetchError) {
-        let (reason, text) = self.said(error, slot);
+        let (reason, text) = self.described(error, slot);
         tracing::warn!(credential = slot.name, cause = %reason.cause, error = text, "no token");
-        // A retired token counts as usable here, unlike in `next`: this failure puts it back into use, so there is time.
+        // An invalidated token counts as usable here, unlike in `next`: this failure puts it back into use, so there is time.
         let urgent = slot.usable().is_none() && slot.is_awaited();
         self.active.retry.failed(error.failure(), urgent, Instant::now(), jitter());
         slot.fetch_failed(reason.cause, text, self.held());
     }
 
-    /// Records a failed fetch with the changed pair, which stays on trial.
-    fn fail_trial(&mut self, slot: &Slot, error: &FetchError) {
-        let (reason, text) = self.said(error, slot);
+    /// Records a failed fetch with the changed pair, which stays the candidate.
+    fn candidate_failed(&mut self, slot: &Slot, error: &FetchError) {
+        let (reason, text) = self.described(error, slot);
         tracing::warn!(
             credential = slot.name,
             cause = %reason.cause,
@@ -270,12 +272,12 @@ impl Fetcher {
             candidate.retry.failed(failure, urgent, Instant::now(), jitter());
             candidate.refused = Some(refused);
         }
-        slot.trial_failed(self.held());
-        self.tell(slot, if failure == FetchFailure::Refused { "refused" } else { "postponed" });
+        slot.candidate_failed(self.held());
+        self.report(slot, if failure == FetchFailure::Refused { "refused" } else { "postponed" });
     }
 
     /// Returns the reason of a failed fetch, and its text for log and `/status`, which quotes neither pair nor the token.
-    fn said(&self, error: &FetchError, slot: &Slot) -> (Reason, String) {
+    fn described(&self, error: &FetchError, slot: &Slot) -> (Reason, String) {
         let reason = error.reason();
         // Both pairs: an endpoint, or a proxy before it, may quote the one that an earlier call sent.
         let pairs = [Some(&self.active), self.candidate.as_ref()].into_iter().flatten();
@@ -298,26 +300,26 @@ impl Fetcher {
         Some(Held { until, refused: active.refused })
     }
 
-    /// Counts and records the result of a trial, unless it is the same as the last one.
-    fn tell(&mut self, slot: &Slot, result: &'static str) {
-        // An accepted trial has become the pair in use by now.
+    /// Counts and records the result of a candidate, unless it is the same as the last one.
+    fn report(&mut self, slot: &Slot, result: &'static str) {
+        // An accepted candidate has become the pair in use by now.
         let candidate = self.candidate.as_mut().unwrap_or(&mut self.active);
-        if candidate.told.replace(result) != Some(result) {
+        if candidate.reported.replace(result) != Some(result) {
             self.metrics.reloads.get_or_create(&ResultLabels::of(slot, result)).inc();
             (self.events)("secret_change", Map::from_iter([("result".to_owned(), json!(result))]));
         }
     }
 
-    /// Waits for the next check of the files, and puts a changed pair on trial.
+    /// Waits for the next check of the files, and makes a changed pair the candidate.
     #[cfg(test)]
-    pub(super) async fn notice_secrets(&mut self, slot: &Slot) {
-        let noticed = self.secrets.next().await;
-        self.notice(slot, noticed);
+    pub(super) async fn check_secrets(&mut self, slot: &Slot) {
+        let change = self.secrets.next().await;
+        self.on_change(slot, change);
     }
 
     /// Applies the result of a check of the files: puts a changed pair on trial, or reports why the files cannot be used.
-    fn notice(&mut self, slot: &Slot, noticed: Result<FileChange<AppKeyPair, BadPair>, Hangs>) {
-        match noticed {
+    fn on_change(&mut self, slot: &Slot, change: Result<FileChange<AppKeyPair, BadPair>, Hangs>) {
+        match change {
             // Read once only: the files of a pair are written one after the other, so this may be a mixed or half-written pair.
             Ok(FileChange::Settling) => {}
             Ok(FileChange::Nothing) => {
@@ -330,8 +332,8 @@ impl Fetcher {
                     }
                 }
             }
-            Ok(FileChange::Unusable(error)) => self.tell_unusable(slot, error.to_string()),
-            Err(hangs) => self.tell_unusable(slot, hangs.to_string()),
+            Ok(FileChange::Unusable(error)) => self.report_unusable(slot, error.to_string()),
+            Err(hangs) => self.report_unusable(slot, hangs.to_string()),
             Ok(FileChange::Changed(pair)) => {
                 self.unusable = None;
                 tracing::info!(credential = slot.name, "the secret changed");
@@ -350,7 +352,7 @@ impl Fetcher {
     }
 
     /// Reports why the files hold no usable pair. A reason that repeats at the next checks is reported once.
-    fn tell_unusable(&mut self, slot: &Slot, error: String) {
+    fn report_unusable(&mut self, slot: &Slot, error: String) {
         if self.unusable.as_ref() == Some(&error) {
             return;
         }
@@ -369,19 +371,19 @@ impl Secrets {
             SecretSource::Env(_) => None,
         };
         let files = [&sources.0, &sources.1].into_iter().filter_map(file).collect();
-        let watched = FileWatch::new(files, move || AppKeyPair::load(&sources), known);
-        Self { watched: Aside::new(watched), due: Instant::now() + POLL }
+        let watch = FileWatch::new(files, move || AppKeyPair::load(&sources), known);
+        Self { watch: Aside::new(watch), next_check: Instant::now() + POLL }
     }
 
     /// Waits until the next check is due and returns its result. Cancellation safe: the thread that reads goes on, and the next
     /// call takes its result.
     async fn next(&mut self) -> Result<FileChange<AppKeyPair, BadPair>, Hangs> {
-        sleep_until(self.due).await;
-        let noticed = self.watched.run(FileWatch::poll).await?;
+        sleep_until(self.next_check).await;
+        let change = self.watch.run(FileWatch::poll).await?;
         // Two equal readings must follow each other soon, so that a change takes about a second and not two.
-        let wait = if matches!(noticed, FileChange::Settling) { SETTLE } else { POLL };
-        self.due = Instant::now() + wait;
-        Ok(noticed)
+        let wait = if matches!(change, FileChange::Settling) { SETTLE } else { POLL };
+        self.next_check = Instant::now() + wait;
+        Ok(change)
     }
 }
 
@@ -400,7 +402,7 @@ impl ActiveToken {
             lifetime,
             plan,
             end: self.sent.end(plan.stop),
-            retired: AtomicBool::new(false),
+            invalidated: AtomicBool::new(false),
             had_worked: AtomicBool::new(false),
             ..*self
         }

@@ -82,21 +82,21 @@ mod tests {
         FileWatch::new(files.into(), move || AppKeyPair::load(&sources), pair)
     }
 
-    fn watched(key: &str, secret: &str) -> (TempDir, Secrets) {
+    fn watch_files(key: &str, secret: &str) -> (TempDir, Secrets) {
         let folder = TempDir::new().unwrap();
         write(folder.path(), key, secret);
         let secrets = watch(sources(folder.path()));
         (folder, secrets)
     }
 
-    fn changed(noticed: FileChange<AppKeyPair, BadPair>) -> Option<(Vec<u8>, Vec<u8>)> {
-        let FileChange::Changed(pair) = noticed else { return None };
+    fn changed(change: FileChange<AppKeyPair, BadPair>) -> Option<(Vec<u8>, Vec<u8>)> {
+        let FileChange::Changed(pair) = change else { return None };
         Some((pair.app_key.expose().to_vec(), pair.app_secret.expose().to_vec()))
     }
 
     #[test]
     fn changed_pair_takes_effect_after_two_equal_reads() {
-        let (folder, mut secrets) = watched("key", "secret");
+        let (folder, mut secrets) = watch_files("key", "secret");
         assert!(matches!(secrets.poll(), FileChange::Nothing), "the control");
         write(folder.path(), "key", "other\n");
         assert!(matches!(secrets.poll(), FileChange::Settling));
@@ -107,7 +107,7 @@ mod tests {
     // A mixed pair would be a failed try at the cloud, which locks an account after a few.
     #[test]
     fn files_written_one_after_the_other_form_no_mixed_pair() {
-        let (folder, mut secrets) = watched("key", "secret");
+        let (folder, mut secrets) = watch_files("key", "secret");
         fs::write(folder.path().join("app_key"), "key-2").unwrap();
         assert!(matches!(secrets.poll(), FileChange::Settling));
         fs::write(folder.path().join("app_secret"), "").unwrap();
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn change_reverted_between_two_reads_is_ignored() {
-        let (folder, mut secrets) = watched("key", "secret");
+        let (folder, mut secrets) = watch_files("key", "secret");
         write(folder.path(), "key-2", "secret");
         assert!(matches!(secrets.poll(), FileChange::Settling));
         write(folder.path(), "key", "secret");
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn unsendable_pair_is_rejected_with_the_faulty_part() {
-        let (folder, _) = watched("key", "secret");
+        let (folder, _) = watch_files("key", "secret");
         let load = || AppKeyPair::load(&sources(folder.path()));
         assert!(load().is_ok_and(|pair| pair.header.is_sensitive()), "the control");
         write(folder.path(), "k\u{e9}y", "secret");

@@ -241,19 +241,19 @@ async fn contest_ended_by_a_late_refusal_is_reported() {
     for generation in 1..=3 {
         assert!(rig.slot.status().contested.is_none(), "the control");
         retire(generation);
-        fetcher.look_at_contest(&rig.slot);
+        fetcher.check_contest(&rig.slot);
         fetcher.fetch(&rig.slot, false).await;
         rig.slot.was_ended(generation);
-        fetcher.look_at_contest(&rig.slot);
+        fetcher.check_contest(&rig.slot);
     }
     assert!(gauge(1) && rig.slot.status().contested.unwrap().over.is_none());
     // The age by the wall clock is enough, since the clock that says more counts.
-    let live = rig.slot.live.load_full().unwrap();
-    let sent = Moment { wall: live.sent.wall - Duration::from_secs(60), ..live.sent };
-    let late = ActiveToken::new(live.token.clone(), live.lifetime, live.plan, sent);
-    rig.slot.live.store(Some(Arc::new(late)));
+    let active = rig.slot.active.load_full().unwrap();
+    let sent = Moment { wall: active.sent.wall - Duration::from_secs(60), ..active.sent };
+    let late = ActiveToken::new(active.token.clone(), active.lifetime, active.plan, sent);
+    rig.slot.active.store(Some(Arc::new(late)));
     retire(4);
-    fetcher.look_at_contest(&rig.slot);
+    fetcher.check_contest(&rig.slot);
     assert!(gauge(0) && rig.slot.status().contested.unwrap().over.is_some());
     assert!(fetcher.next(&rig.slot).at <= Instant::now() + schedule::MIN_GAP, "and nothing is slowed down");
 }
@@ -484,10 +484,14 @@ async fn token_lifetime_starts_when_its_request_is_sent() {
     let rig = Rig::start(json!({ "lifetime_ms": 60_000, "token": [{ "delay_ms": 1500 }] }));
     let begin = Instant::now();
     assert_eq!(rig.generation().await, 1);
-    let live = rig.slot.live.load_full().unwrap();
+    let active = rig.slot.active.load_full().unwrap();
     // Counted from the reply, the token would live 1.5 s longer here than at the endpoint.
-    assert!(live.sent.monotonic >= begin && live.age() >= Duration::from_millis(1500), "{:?}", live.age());
-    assert_eq!(live.lifetime, Duration::from_secs(60));
+    assert!(
+        active.sent.monotonic >= begin && active.age() >= Duration::from_millis(1500),
+        "{:?}",
+        active.age()
+    );
+    assert_eq!(active.lifetime, Duration::from_secs(60));
 }
 
 #[tokio::test]
@@ -497,8 +501,8 @@ async fn jump_of_either_clock_ends_a_token_early_and_never_late() {
     // The clocks of the machine cannot be set here, so the token's begin is moved the other way.
     let hour = Duration::from_secs(3600);
     let jumped = |wall: SystemTime, slept: u64| {
-        let live = rig.slot.live.load_full().unwrap();
-        let ActiveToken { token, lifetime, plan, sent, .. } = &*live;
+        let active = rig.slot.active.load_full().unwrap();
+        let ActiveToken { token, lifetime, plan, sent, .. } = &*active;
         ActiveToken::new(token.clone(), *lifetime, *plan, Moment { wall, now: sent.now - slept, ..*sent })
     };
     let now = SystemTime::now();
@@ -509,7 +513,7 @@ async fn jump_of_either_clock_ends_a_token_early_and_never_late() {
         !jumped(now + hour, 3600 * 1_000_000_000).is_usable(),
         "the machine slept, and the wall clock was set back"
     );
-    rig.slot.live.store(Some(Arc::new(jumped(now - hour, 0))));
+    rig.slot.active.store(Some(Arc::new(jumped(now - hour, 0))));
     rig.slot.wake.notify_one();
     assert_eq!(rig.generation().await, 2);
 }
@@ -518,7 +522,7 @@ async fn jump_of_either_clock_ends_a_token_early_and_never_late() {
 async fn clock_skew_is_reported_and_changes_no_token_lifetime() {
     let rig = Rig::start(json!({ "lifetime_ms": 60_000, "token": [{ "skew_s": -86400 }] }));
     assert_eq!(rig.generation().await, 1);
-    assert_eq!(rig.slot.live.load_full().unwrap().lifetime, Duration::from_secs(60));
+    assert_eq!(rig.slot.active.load_full().unwrap().lifetime, Duration::from_secs(60));
     // The endpoint's clock is a day behind; a few seconds may pass between its reply and the reading of our clock.
     let told =
         (-86405..=-86395).any(|skew| rig.metric(&format!(r#"skew_seconds{{credential="default"}} {skew}"#)));
@@ -529,12 +533,14 @@ async fn clock_skew_is_reported_and_changes_no_token_lifetime() {
 async fn same_token_keeps_its_first_expiry_and_is_used_until_then() {
     let rig = Rig::start(json!({ "lifetime_ms": 4000, "habit": "same_until_expiry" }));
     assert_eq!(rig.generation().await, 1);
-    let first = rig.slot.live.load_full().unwrap();
+    let first = rig.slot.active.load_full().unwrap();
     until("the refresh", || rig.calls() == 2).await;
     // The plan changes once the second call has brought the same token.
-    until("its end", || rig.slot.live.load().as_ref().is_some_and(|live| live.plan.stop == live.lifetime))
-        .await;
-    let again = rig.slot.live.load_full().unwrap();
+    until("its end", || {
+        rig.slot.active.load().as_ref().is_some_and(|active| active.plan.stop == active.lifetime)
+    })
+    .await;
+    let again = rig.slot.active.load_full().unwrap();
     assert_eq!((again.lifetime, again.sent.monotonic), (first.lifetime, first.sent.monotonic));
     assert!(again.plan.stop > first.plan.stop);
     until("the token's end", || !again.is_usable()).await;
@@ -547,15 +553,15 @@ fn restated_shorter_lifetime_ends_earlier_except_for_rounding() {
     let pair = AppKeyPair::load(&(source(), source())).unwrap();
     let token = Token::new(HeaderValue::from_static("Bearer t"), &pair, 1);
     let lifetime = Duration::from_secs(600);
-    let live = ActiveToken::new(token, lifetime, Plan::new(lifetime, 0.0), Moment::now());
+    let active = ActiveToken::new(token, lifetime, Plan::new(lifetime, 0.0), Moment::now());
     let minutes_later = Moment {
-        now: live.sent.now + 120_000_000_000,
-        wall: live.sent.wall + Duration::from_secs(120),
-        ..live.sent
+        now: active.sent.now + 120_000_000_000,
+        wall: active.sent.wall + Duration::from_secs(120),
+        ..active.sent
     };
     // After 120 s of 600: all of it again, the exact rest, the rest rounded down, a second less, and far less.
     for (stated, end) in [(600, 600), (480, 600), (479, 600), (478, 598), (60, 180)] {
-        let again = live.to_the_end(Duration::from_secs(stated), minutes_later);
+        let again = active.to_the_end(Duration::from_secs(stated), minutes_later);
         assert_eq!((again.lifetime.as_secs(), again.plan.stop.as_secs()), (end, end), "{stated}");
     }
 }
@@ -570,7 +576,7 @@ async fn changed_pair_is_tried_and_its_token_becomes_active() {
     until("the trial", || rig.told() == ["accepted"]).await;
     let token = rig.slot.token().await.unwrap();
     assert_eq!((token.generation(), token.app_key().as_bytes()), (2, b"key-2".as_slice()));
-    // The token of the trial itself, and no third call: a trial that is thrown away would cost a token.
+    // The token of the candidate itself, and no third call: one that is thrown away would cost a token.
     let issued = rig.sandbox.token_calls()[1].issued.clone().unwrap();
     assert_eq!(token.authorization().as_bytes(), format!("Bearer {issued}").as_bytes());
     assert_eq!(rig.calls(), 2);
@@ -594,7 +600,7 @@ async fn mixed_pair_is_refused_and_the_complete_pair_is_tried_at_once() {
 }
 
 #[tokio::test]
-async fn trial_with_a_transient_failure_is_repeated() {
+async fn candidate_with_a_transient_failure_is_retried() {
     let rig = Rig::start(json!({ "token": [{ "after": 1, "times": 2, "status": 500 }] }));
     assert_eq!(rig.generation().await, 1);
     rig.sandbox.secret("sandbox-app-key", "secret-2");
@@ -606,7 +612,7 @@ async fn trial_with_a_transient_failure_is_repeated() {
 }
 
 #[tokio::test]
-async fn empty_secret_file_starts_no_trial() {
+async fn empty_secret_file_creates_no_candidate() {
     let rig = Rig::start(json!({}));
     assert_eq!(rig.generation().await, 1);
     rig.write("app_secret", "");
@@ -621,14 +627,14 @@ async fn empty_secret_file_starts_no_trial() {
 
 /// Without the task, since a refusal is remembered for longer than a test may take.
 #[tokio::test]
-async fn refused_trial_keeps_the_active_schedule_and_is_repeated_later() {
+async fn refused_candidate_keeps_the_active_schedule_and_is_retried_later() {
     let rig = Rig::idle(json!({}), |_| {});
     let mut fetcher = rig.fetcher();
     fetcher.fetch(&rig.slot, false).await;
     rig.write("app_secret", "of-tomorrow");
     // A change counts once two checks agree.
     for _ in 0..2 {
-        fetcher.notice_secrets(&rig.slot).await;
+        fetcher.check_secrets(&rig.slot).await;
     }
     assert!(fetcher.next(&rig.slot).is_candidate);
     fetcher.fetch(&rig.slot, true).await;
@@ -639,7 +645,7 @@ async fn refused_trial_keeps_the_active_schedule_and_is_repeated_later() {
     assert!(fetcher.active.retry.at(false, None) <= Instant::now(), "the old pair may be used at any time");
     assert!(rig.slot.token().await.is_ok() && failing(&rig.slot).is_none());
 
-    // The cloud now accepts the new secret only. The old pair fails at its next refresh, and the next trial succeeds.
+    // The cloud now accepts the new secret only. The old pair fails at its next refresh, and the candidate is accepted.
     rig.sandbox.secret("sandbox-app-key", "of-tomorrow");
     fetcher.fetch(&rig.slot, false).await;
     assert_eq!(failing(&rig.slot), Some(Cause::TokenRefused));
@@ -648,9 +654,9 @@ async fn refused_trial_keeps_the_active_schedule_and_is_repeated_later() {
     assert!(fetcher.candidate.is_none() && fetcher.next(&rig.slot).at > next.at);
 }
 
-/// The error of a request while a changed pair is on trial.
+/// The error of a request while a changed pair is the candidate.
 #[tokio::test]
-async fn refusal_of_the_active_pair_is_final_only_without_a_trial() {
+async fn refusal_of_the_active_pair_is_final_only_without_a_candidate() {
     let rig = Rig::idle(json!({}), |token| token.wait = Duration::from_millis(50));
     rig.sandbox.secret("sandbox-app-key", "of-tomorrow");
     let mut fetcher = rig.fetcher();
@@ -658,7 +664,7 @@ async fn refusal_of_the_active_pair_is_final_only_without_a_trial() {
     assert!(matches!(rig.slot.token().await, Err(NoUsableToken::CredentialRefused { .. })), "the control");
     rig.write("app_secret", "wrong");
     for _ in 0..2 {
-        fetcher.notice_secrets(&rig.slot).await;
+        fetcher.check_secrets(&rig.slot).await;
     }
     assert!(matches!(rig.slot.token().await, Err(NoUsableToken::Unavailable { .. })), "a trial is to come");
     // Both pairs are refused now, so that nothing is left to wait for.
@@ -668,18 +674,18 @@ async fn refusal_of_the_active_pair_is_final_only_without_a_trial() {
 }
 
 #[tokio::test]
-async fn failed_trial_does_not_answer_a_refusal_of_the_active_token() {
+async fn failed_candidate_does_not_answer_a_refusal_of_the_active_token() {
     let rig = Rig::idle(json!({ "token": [{ "after": 1, "times": 1, "status": 500 }] }), |_| {});
     let mut fetcher = rig.fetcher();
     fetcher.fetch(&rig.slot, false).await;
     rig.write("app_secret", "wrong");
     for _ in 0..2 {
-        fetcher.notice_secrets(&rig.slot).await;
+        fetcher.check_secrets(&rig.slot).await;
     }
     let slot = rig.slot.clone();
     let replacement = beside(async move { slot.replace(1, false).await.map(|token| token.generation()) });
     until("the wait", || rig.slot.is_awaited()).await;
-    // The trial says nothing of the refused token: it stays retired, and the request waits for the pair in use.
+    // The candidate says nothing of the refused token: it stays invalidated, and the request waits for the pair in use.
     fetcher.fetch(&rig.slot, true).await;
     assert!(rig.slot.current().is_none() && !replacement.is_finished());
     fetcher.fetch(&rig.slot, false).await;

@@ -134,7 +134,7 @@ struct Streams {
 
 impl Streams {
     fn insert(&mut self, stream: u32) {
-        let Some((word, bit)) = place(stream) else { return };
+        let Some((word, bit)) = word_and_bit(stream) else { return };
         if word >= self.first + self.words.len() + WORDS {
             // Nobody opened this stream, and hyper ends the connection for it. Without the jump one frame could make
             // the loop below fill words up to the highest number.
@@ -155,7 +155,7 @@ impl Streams {
     }
 
     fn contains(&self, stream: u32) -> bool {
-        let Some((word, bit)) = place(stream) else { return false };
+        let Some((word, bit)) = word_and_bit(stream) else { return false };
         word.checked_sub(self.first).is_none_or(|at| self.words.get(at).is_some_and(|kept| kept & bit != 0))
     }
 
@@ -172,7 +172,7 @@ impl Streams {
 }
 
 /// Returns the number of the word and the bit for a stream; `None` for a stream that a client cannot open.
-fn place(stream: u32) -> Option<(usize, u64)> {
+fn word_and_bit(stream: u32) -> Option<(usize, u64)> {
     let index = stream as usize / 2;
     (stream % 2 == 1).then_some((index / 64, 1 << (index % 64)))
 }

@@ -100,7 +100,7 @@ impl WaitQueue {
     /// Waits for `what`, for at most `longest`. Returns `None` if the wait took too long, or at once if it is
     /// expected to.
     ///
-    /// The first waiter in line is always admitted, since only admitted waiters measure the pace. If the future is
+    /// The first waiter in line is always admitted, since only admitted waiters measure the rate. If the future is
     /// dropped, the place in line becomes free and nothing is measured.
     pub(super) async fn wait<T>(&self, longest: Duration, what: impl Future<Output = T>) -> Option<T> {
         // The place is a guard, so that a waiter whose caller disconnects does not stay in the count.
@@ -159,7 +159,7 @@ mod tests {
 
     #[tokio::test]
     async fn load_shedding_rejects_waiters_at_once_if_they_would_time_out() {
-        // With one connection each served waiter ends a window, so that the pace is known after two of them.
+        // With one connection each served waiter ends a window, so that the rate is known after two of them.
         let queue = WaitQueue::new(1);
         for number in 1..=3 {
             assert_eq!(served(&queue, 200, number).await, Some(()));

@@ -64,7 +64,7 @@ pub(super) struct ConnectionPhase {
 impl ConnectionPhase {
     /// The state of a new connection.
     pub(super) fn new(head: Part) -> Self {
-        let watch = Self {
+        let new = Self {
             phase: AtomicU8::new(0),
             since: AtomicU64::new(0),
             unread: AtomicBool::new(false),
@@ -76,8 +76,8 @@ impl ConnectionPhase {
         };
         // A new connection has as long for its first head as one that has begun it: a silent one must not idle for a
         // minute.
-        watch.enter(Phase::Head);
-        watch
+        new.enter(Phase::Head);
+        new
     }
 
     /// Records that a head is whole. What was read with it may also hold the body, and what the caller has sent after
@@ -186,15 +186,15 @@ impl ConnectionPhase {
     /// nothing here.
     pub(super) fn is_overdue(
         &self,
-        alarm: &mut IdleTimer,
+        timer: &mut IdleTimer,
         deadlines: Deadlines,
         cx: &mut Context<'_>,
     ) -> bool {
         let deadline = self.deadline(deadlines);
-        if deadline >= alarm.due && !alarm.sleep.is_elapsed() {
+        if deadline >= timer.deadline && !timer.sleep.is_elapsed() {
             return false;
         }
-        if alarm.sleep.is_elapsed() {
+        if timer.sleep.is_elapsed() {
             // The turn may be long, and its reading older than the timer: the phase would then not seem to be over.
             clock::refresh();
             if deadline <= clock::nanos() {
@@ -204,7 +204,7 @@ impl ConnectionPhase {
         // A busy connection keeps a timer, too. It is on time for the next head without being set at
         // each request.
         let is_busy = deadline == u64::MAX;
-        let gone_off = alarm.set(if is_busy { clock::nanos() + deadlines.header } else { deadline }, cx);
+        let gone_off = timer.set(if is_busy { clock::nanos() + deadlines.header } else { deadline }, cx);
         if gone_off && is_busy {
             // A request in flight is never overdue here. Polled again, this sets the timer anew.
             cx.waker().wake_by_ref();
@@ -222,19 +222,19 @@ impl ConnectionPhase {
 pub(super) struct IdleTimer {
     sleep: Pin<Box<Sleep>>,
     /// When it fires, in nanoseconds of [`clock::nanos`]; `u64::MAX` if it was never set.
-    due: u64,
+    deadline: u64,
 }
 
 impl IdleTimer {
     /// A timer that is not set.
     pub(super) fn new() -> Self {
-        Self { sleep: Box::pin(sleep(Duration::ZERO)), due: u64::MAX }
+        Self { sleep: Box::pin(sleep(Duration::ZERO)), deadline: u64::MAX }
     }
 
     /// Sets it. Returns whether it has fired already.
-    fn set(&mut self, due: u64, cx: &mut Context<'_>) -> bool {
-        self.due = due;
-        self.sleep.as_mut().reset(clock::instant(due));
+    fn set(&mut self, deadline: u64, cx: &mut Context<'_>) -> bool {
+        self.deadline = deadline;
+        self.sleep.as_mut().reset(clock::instant(deadline));
         self.sleep.as_mut().poll(cx).is_ready()
     }
 }

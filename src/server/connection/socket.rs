@@ -26,14 +26,14 @@ pub(in super::super) const LINGER_BYTES: usize = 256 * 1024;
 /// checked. A caller that has closed both sides resets it when the reply arrives (RFC 9293 §3.10.7.4); one that has
 /// closed its sending side only reads the reply.
 const RESET_TIME: Duration = Duration::from_millis(250);
-const RESET_LOOK: Duration = Duration::from_millis(2);
+const RESET_CHECK: Duration = Duration::from_millis(2);
 
 /// A caller's socket that keeps the connection's [`ConnectionPhase`] up to date.
 #[derive(Debug)]
 pub(super) struct WatchedSocket {
     stream: CallerStream,
     /// The state that the connection's requests and timer see.
-    watch: Arc<ConnectionPhase>,
+    phase: Arc<ConnectionPhase>,
     /// Set once the connection lingers.
     linger: Option<Linger>,
     /// Set while the connection is watched for a reset.
@@ -44,7 +44,7 @@ pub(super) struct WatchedSocket {
 #[derive(Debug)]
 struct ResetWatch {
     until: Pin<Box<Sleep>>,
-    look: Pin<Box<Sleep>>,
+    next_check: Pin<Box<Sleep>>,
 }
 
 #[derive(Debug)]
@@ -62,27 +62,27 @@ impl AsyncRead for WatchedSocket {
     ) -> Poll<io::Result<()>> {
         // Checked at the next read, not at the one that found no room: the head may have been whole with that piece,
         // and then needs no more.
-        if self.watch.has_no_room.load(Ordering::Relaxed) && self.watch.is(Phase::Head) {
+        if self.phase.has_no_room.load(Ordering::Relaxed) && self.phase.is(Phase::Head) {
             return Poll::Ready(Err(io::ErrorKind::OutOfMemory.into()));
         }
         let before = buf.filled().len();
         let read = ready!(self.stream.poll_read(cx, buf));
         // A TLS stream that ends without close_notify is an error of this kind. It is common, and no reset.
         if read.as_ref().is_err_and(|error| error.kind() != io::ErrorKind::UnexpectedEof) {
-            self.watch.was_reset();
+            self.phase.was_reset();
         }
         read?;
-        if buf.filled().len() > before && self.watch.is(Phase::Idle) {
+        if buf.filled().len() > before && self.phase.is(Phase::Idle) {
             // A caller that sends its next request has read the last reply.
-            self.watch.was_delivered();
-            self.watch.enter(Phase::Head);
+            self.phase.was_delivered();
+            self.phase.enter(Phase::Head);
         }
         let more = buf.filled().len() - before;
-        if self.watch.is(Phase::Busy) {
-            self.watch.more_came(more);
+        if self.phase.is(Phase::Busy) {
+            self.phase.more_came(more);
         // Of a head nothing but the sum is known here; `head_came` finds out what of it is body.
-        } else if !self.watch.head.grow(more) {
-            self.watch.has_no_room.store(true, Ordering::Relaxed);
+        } else if !self.phase.head.grow(more) {
+            self.phase.has_no_room.store(true, Ordering::Relaxed);
         }
         Poll::Ready(Ok(()))
     }
@@ -122,9 +122,9 @@ impl AsyncWrite for WatchedSocket {
     // tests/hyper.rs: hyper_flushes_on_each_wake_while_a_request_is_in_progress
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // Only if the request waits: otherwise nobody acts on the answer, and the look costs a system call.
-        if self.watch.presence.is_in_question()
+        if self.phase.presence.is_in_question()
             && let Poll::Ready(end) = self.stream.poll_end(cx)
-            && self.watch.is_gone(end)
+            && self.phase.is_gone(end)
         {
             // hyper polled the request before it flushes. Only another round lets the request notice.
             cx.waker().wake_by_ref();
@@ -141,10 +141,10 @@ impl AsyncWrite for WatchedSocket {
         // The steps of a close: shut down our side, see whether the reply was received, read what is left.
         if self.linger.is_none() {
             if self.reset.is_none() {
-                ready!(self.stream.poll_shutdown(cx)).inspect_err(|_| self.watch.was_reset())?;
+                ready!(self.stream.poll_shutdown(cx)).inspect_err(|_| self.phase.was_reset())?;
             }
             ready!(self.poll_reset(cx));
-            if !self.watch.unread.load(Ordering::Relaxed) {
+            if !self.phase.unread.load(Ordering::Relaxed) {
                 return Poll::Ready(Ok(()));
             }
             self.linger = Some(Linger { until: Box::pin(sleep(LINGER_TIME)), left: LINGER_BYTES });
@@ -155,18 +155,18 @@ impl AsyncWrite for WatchedSocket {
 
 impl WatchedSocket {
     /// Wraps a caller's socket.
-    pub(super) fn new(stream: CallerStream, watch: Arc<ConnectionPhase>) -> Self {
-        Self { stream, watch, linger: None, reset: None }
+    pub(super) fn new(stream: CallerStream, phase: Arc<ConnectionPhase>) -> Self {
+        Self { stream, phase, linger: None, reset: None }
     }
 
     /// Records the result of a write. A long reply is written piece by piece, and a caller that takes the pieces is
     /// not idle.
     fn went_on(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if matches!(written, Poll::Ready(Err(_))) {
-            self.watch.was_not_delivered();
+            self.phase.was_not_delivered();
         }
-        if written.is_ready() && self.watch.is(Phase::Idle) {
-            self.watch.enter(Phase::Idle);
+        if written.is_ready() && self.phase.is(Phase::Idle) {
+            self.phase.enter(Phase::Idle);
         }
         written
     }
@@ -174,28 +174,28 @@ impl WatchedSocket {
     /// Settles whether a caller that had closed its side before the reply received it. Ready when that is known.
     fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         // Only a success is worth the wait: its caller would call again, and the task would be done twice.
-        let is_open = self.watch.presence.has_ended() && self.watch.delivery.is_full();
+        let is_open = self.phase.presence.has_ended() && self.phase.delivery.is_full();
         if !is_open {
             return Poll::Ready(());
         }
         let reset = self.reset.get_or_insert_with(|| ResetWatch {
             until: Box::pin(sleep(RESET_TIME)),
-            look: Box::pin(sleep(RESET_LOOK)),
+            next_check: Box::pin(sleep(RESET_CHECK)),
         });
         loop {
             // Polled by time: after the end of its reading side the socket stays readable, so readiness tells nothing
             // new.
             if self.stream.is_reset() {
-                self.watch.was_not_delivered();
+                self.phase.was_not_delivered();
                 return Poll::Ready(());
             }
             if reset.until.as_mut().poll(cx).is_ready() {
-                self.watch.was_delivered();
+                self.phase.was_delivered();
                 return Poll::Ready(());
             }
-            ready!(reset.look.as_mut().poll(cx));
+            ready!(reset.next_check.as_mut().poll(cx));
             // Not at each wake-up: the interval bounds the number of system calls.
-            reset.look.as_mut().reset(clock::now() + RESET_LOOK);
+            reset.next_check.as_mut().reset(clock::now() + RESET_CHECK);
         }
     }
 
