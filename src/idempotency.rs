@@ -27,6 +27,7 @@ mod claim;
 mod claims;
 mod delivery;
 mod duplicates;
+mod hashes;
 pub(crate) mod key;
 mod lost;
 pub mod memory;
@@ -37,7 +38,6 @@ mod refusal;
 mod slots;
 
 use std::fmt;
-use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -62,7 +62,7 @@ use claim::ExchangeStep;
 pub use claims::StoredResult;
 use claims::{Claims, KeyDecision, KeyedCompletion, Wanted};
 pub use delivery::{Delivery, PendingDelivery};
-use duplicates::{Duplicate, DuplicateDetector, First, Forced, Rejection};
+use duplicates::{DuplicateDetector, First, Forced, Rejection};
 pub use key::BadKey;
 use key::Given;
 use past::Meanwhile;
@@ -346,16 +346,6 @@ impl Idempotency {
         Ok(())
     }
 
-    /// Returns the key hash of a key. Fails until the rebuild is over.
-    fn key_hash(&self, call: Call<'_>, key: &[u8]) -> Result<KeyedFingerprint, Refused> {
-        // A key that is not found may be in the part of the trail that is not read yet.
-        if !self.is_rebuilt.load(Ordering::Acquire) {
-            return Err(Refused::Rebuilding);
-        }
-        // Caller and route belong to the hash: no caller can claim, block or replay a key of another one.
-        Ok(self.hash_keys.fingerprint(&[b"key", call.caller.as_bytes(), call.route.as_bytes(), key]))
-    }
-
     /// Returns a call's request for a key. The caller's share is its `max_keys`; without one, half of all keys, or all of them
     /// if there is no other caller.
     fn wanted(
@@ -369,55 +359,6 @@ impl Idempotency {
         let share = if call.is_alone { self.max_keys } else { self.max_keys.div_ceil(2) };
         let share = call.max_keys.unwrap_or(share);
         Wanted { key, print, caller: self.hash_of(call.caller), share, force }
-    }
-
-    /// The fingerprint of a call: equal for equal bodies, operators and routes. Written to the trail.
-    fn print(&self, call: Call<'_>) -> KeyedFingerprint {
-        self.hash_keys.fingerprint(&[b"print", call.digest, call.operator.as_bytes(), call.route.as_bytes()])
-    }
-
-    /// Returns the call hash of a call and its entry for the table of equal calls. `None` if `without_key` compares no calls.
-    ///
-    /// Fails if a key is required and there is none, and under `block` until the rebuild is over.
-    fn compared(
-        &self,
-        call: Call<'_>,
-        print: KeyedFingerprint,
-        key: Option<KeyedFingerprint>,
-    ) -> Result<Option<(KeyedFingerprint, Duplicate)>, Refused> {
-        match self.without_key {
-            WithoutKey::RequireKey if key.is_none() => Err(Refused::NoKey),
-            // Under `block` a success refuses an equal call, and the successes are read back by the rebuild only. Calls that were
-            // served before its end went out a second time.
-            WithoutKey::Block if !self.is_rebuilt.load(Ordering::Acquire) => Err(Refused::Rebuilding),
-            WithoutKey::RequireKey | WithoutKey::Off => Ok(None),
-            WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {
-                Ok(Some(self.compared_of(call.caller, print, call.id, key)))
-            }
-        }
-    }
-
-    /// Returns the call hash: the fingerprint combined with the caller. For memory only, never for the trail: the hash of
-    /// the caller has another seed in each process.
-    fn call_hash_of(&self, caller: &str, print: KeyedFingerprint) -> KeyedFingerprint {
-        salted(print, self.hasher.hash_one(caller))
-    }
-
-    fn compared_of(
-        &self,
-        caller: &str,
-        print: KeyedFingerprint,
-        id: Uuid,
-        key: Option<KeyedFingerprint>,
-    ) -> (KeyedFingerprint, Duplicate) {
-        // Hashed once for both uses, since every call comes here.
-        let hash = self.hasher.hash_one(caller);
-        (salted(print, hash), Duplicate { id, key, caller: half(hash), replaces_unkeyed: false })
-    }
-
-    /// The hash under which a caller's share of the tables is counted.
-    fn hash_of(&self, caller: &str) -> u32 {
-        half(self.hasher.hash_one(caller))
     }
 
     /// The state of deduplication as JSON, for `/status`: the number of keys, progress of the rebuild, and a loss of the trail.
@@ -451,19 +392,6 @@ impl Idempotency {
     fn duplicates(&self) -> MutexGuard<'_, DuplicateDetector> {
         self.duplicates.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// A fingerprint with its caller's hash mixed in, so that equal calls of two callers differ.
-fn salted(print: KeyedFingerprint, caller: u64) -> KeyedFingerprint {
-    // In whole words instead of byte by byte, since every call comes here.
-    let caller = u128::from(caller);
-    (u128::from_ne_bytes(print) ^ (caller << 64 | caller)).to_ne_bytes()
-}
-
-// Half is enough: callers whose hashes collide share one share of a table. Which calls are equal does not depend on it.
-#[expect(clippy::cast_possible_truncation, reason = "half of a hash")]
-fn half(hash: u64) -> u32 {
-    hash as u32
 }
 
 impl From<First> for FirstCall {
