@@ -86,8 +86,8 @@ pub struct Config {
 /// its contract, credential, timeout and `frozen`.
 pub const BUILT_IN_ROUTE: &str = "appointQualityTask";
 
-/// The warning about `loopback` callers for operators. `check`, the start log and `/status` show it if a configuration
-/// has one: see [`Config::trusts_loopback`].
+/// A warning for operators about `loopback` callers. `check`, the start log and `/status` show it if the configuration
+/// has such a caller: see [`Config::trusts_loopback`].
 pub const LOOPBACK_NOTICE: &str = "a `loopback` caller is every process in this network namespace: other users, \
      host-network containers, whoever holds a port-forward, an app that can be made to send requests (SSRF). On a \
      shared host use a Unix socket with `uid:` callers.";

@@ -5,8 +5,8 @@
 //! If the body is not strict JSON, only the first fault of its syntax is reported, even if violations come before it.
 //!
 //! Two points are stricter than JSON Schema. An integer is an optional minus and digits: `-0`, a fraction and an
-//! exponent are refused. Where a contract says `x-refuseRounded`, an id that is a bare number is refused if a client
-//! may have rounded it.
+//! exponent are refused. Where a contract says `x-refuseRounded`, integers are ids. An id that is sent as a bare number,
+//! not as a string, is refused if a client may have rounded it; the caller's [`BareIds`] can change that.
 //!
 //! The gateway forwards exactly the bytes that it checked. It neither repairs nor rewrites a body.
 
@@ -123,7 +123,7 @@ impl Contract {
     }
 
     /// Returns the contract with the way in which each audit member (`x-audit`) is written to the trail: in clear, as a
-    /// keyed hash, or not at all. `shown` decides this by the name of the member.
+    /// keyed hash, or not at all. `redaction` decides this by the name of the member.
     // Not part of `compile`: the schema belongs to the API, but what to redact belongs to the `[audit]` table of this gateway.
     #[must_use]
     pub fn redacted(mut self, redaction: impl Fn(&str) -> Redaction) -> Self {

@@ -61,7 +61,8 @@ pub(crate) struct FileWatch<T, E> {
 pub(crate) enum FileChange<T, E> {
     /// The value is readable and unchanged.
     Nothing,
-    /// The value differs from the last one. Check again after [`SETTLE`] to find whether it stays.
+    /// The value differs from the one that was last reported, and was read only once. The caller must check again after
+    /// [`SETTLE`].
     Settling,
     /// A new value, read twice.
     Changed(T),
@@ -182,12 +183,12 @@ impl<T: Clone + PartialEq, E: fmt::Display> Followed<T, E> {
     }
 }
 
-/// Follows a value for ever.
+/// Watches the files of a value, and puts each change into effect. Never returns.
 ///
 /// `take` puts a changed value into effect, and fails if that cannot be done. A rejected value is tried again at every
 /// check.
 ///
-/// `tell` is called with `Ok` when a new value is in effect, or when the files are usable again. It is called with
+/// `report` is called with `Ok` when a new value is in effect, or when the files are usable again. It is called with
 /// `Err` and the reason when the files cannot be read or their value is rejected. The same reason is reported again
 /// only if the files changed, or if another reason was reported in between.
 ///

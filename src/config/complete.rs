@@ -48,8 +48,8 @@ pub(super) fn complete(context: &mut Context<'_>, config: &mut Config) {
     complete_routes(context, &mut config.routes);
 }
 
-/// Checks one listener. If its address is not a loopback one, it must set `hosts`, and either `tls` or
-/// `allow_plaintext`.
+/// Checks one listener, and fills in the defaults that depend on its address. A TCP listener that is not on loopback must
+/// set `hosts`, and either `tls` or `allow_plaintext = true`.
 fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut Listener) {
     let key = |name| member(table, name);
     context.require(table, Listener::REQUIRED);

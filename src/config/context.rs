@@ -75,7 +75,7 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Whether the key is set in any layer, rightly or wrongly.
+    /// Whether the key is set in any layer, even if its value is invalid.
     pub(super) fn is_set(&self, key: &str) -> bool {
         self.locations.contains_key(key)
     }
@@ -133,8 +133,7 @@ impl<'a> Context<'a> {
     }
 
     /// Adds a mistake at the place of `key`, and poisons the key. If the file is [`Syntax::Lost`] and sets the key, the
-    /// key is poisoned but the mistake is not reported: with a broken header it is unknown to which section the line
-    /// belongs.
+    /// key is poisoned but the mistake is not added: it is unknown to which section the line belongs.
     pub(super) fn problem(&mut self, key: &str, reason: impl Into<String>) {
         self.problem_of(key, key, reason);
     }
@@ -152,10 +151,10 @@ impl<'a> Context<'a> {
         self.report(at, key, reason.into(), written.filter(|_| !may_be_secret));
     }
 
-    /// Adds a mistake without poisoning a key. Drops it in the case that [`Self::problem`] describes.
+    /// Adds a mistake without poisoning a key. Adds none if the file is [`Syntax::Lost`] and the mistake is in the file.
     fn report(&mut self, at: &str, key: &str, reason: String, written: Option<String>) {
         let location = self.location(at).clone();
-        // Variables and flags are still reported: they carry their whole key, so a broken header cannot mislead.
+        // Variables and flags are still reported: they carry their whole key, so a broken table header cannot mislead.
         if self.syntax != Syntax::Lost || !matches!(location, ConfigLocation::File { .. }) {
             self.problems.push(Problem { location, key: key.to_owned(), reason, written });
         }
@@ -194,9 +193,10 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Reports each unknown name in each table, with the nearest known name. For a name that came from a variable,
-    /// `meant` is called with the name of the variable. It returns the setting whose variable differs from that in
-    /// underscores only: the key of the setting, and the right name of its variable.
+    /// Reports each unknown name in each table, with the nearest known name.
+    ///
+    /// `meant` corrects the names of variables. It takes a variable's name, finds the setting whose variable has the same
+    /// name except for underscores, and returns the key of the setting and the right name of the variable.
     pub(super) fn report_unknown(&mut self, meant: impl Fn(&str) -> Option<(String, String)>) {
         for (path, Table { known, given }) in std::mem::take(&mut self.tables) {
             for name in given.iter().filter(|name| !known.contains(&name.as_str())) {
@@ -254,8 +254,8 @@ impl<'a> Context<'a> {
         near.min_by_key(|(distance, is_optional, _)| (*distance, *is_optional)).map(|(.., known)| known)
     }
 
-    /// Reports the missing keys. A key is not reported if its absence is explained: by a misspelt key that means it, by
-    /// a poisoned section around the key, or by a line that is not TOML.
+    /// Reports the missing keys. A key is not reported if its absence is explained: by a misspelt key that probably means
+    /// this one, by a poisoned section around it, or by a line that is not TOML.
     pub(super) fn report_missing(&mut self) {
         let missing = std::mem::take(&mut self.missing);
         if self.syntax != Syntax::Whole {
@@ -292,12 +292,12 @@ impl<'a> Context<'a> {
     }
 }
 
-/// The fallback of [`Context::place`], which must return a reference. It is not reached, since the whole configuration,
-/// whose key is empty, always has a place.
+/// The fallback of [`Context::location`], which must return a reference. It is not reached, since the whole
+/// configuration, whose key is empty, always has a place.
 static NOWHERE: ConfigLocation = ConfigLocation::Flag(String::new());
 
-/// Notes the place of each value below `value`. A table that exists only because of variables or flags has no place of
-/// its own; it gets the first of the places of its members.
+/// Adds to `locations` the places of `value`, whose key is `key`, and of all values in it. A table that exists only because
+/// of variables or flags has no place of its own; it gets the first of the places of its members.
 fn locate(
     layers: &Layers,
     value: &Value,

@@ -283,7 +283,7 @@ impl Form for Workers {
     }
 }
 
-/// A number or a text. The value is a number in the file, and may be a text in a variable or a flag.
+/// A number, or a text such as `auto`. A text of digits from a variable or a flag is read as a number.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum NumberOrText {
@@ -386,7 +386,8 @@ impl<F: Form> Form for Each<F> {
     }
 }
 
-/// One item of a list, so that serde's own implementation of lists can be used.
+/// One item of a list. It implements serde's traits with the form `F`, so that [`Each`] can use serde's own implementation
+/// of lists.
 struct Item<F, V>(V, PhantomData<F>);
 
 impl<'de, F: Form> Deserialize<'de> for Item<F, F::Value> {

@@ -301,8 +301,7 @@ impl<'a, 'c> Values<'a, 'c> {
     }
 }
 
-/// The key of a member of a table or of an item of a list.
-/// The items of a list that is written as text, without the brackets around all of them.
+/// Returns the text of a list without the brackets around all its items, if it has them.
 fn without_brackets(text: &str) -> &str {
     let text = text.trim();
     let Some(inner) = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) else { return text };
@@ -311,6 +310,8 @@ fn without_brackets(text: &str) -> &str {
     if closes_first || inner.parse::<Ipv6Addr>().is_ok() { text } else { inner }
 }
 
+/// Returns the key of a member of a table or of an item of a list. `key` is that of the table or list, and `name` is the
+/// name of the member or the index of the item.
 fn inner(key: &str, name: &str, is_list: bool) -> String {
     if is_list { format!("{key}[{name}]") } else { context::member(key, name) }
 }

@@ -254,8 +254,8 @@ pub(crate) fn socket_path(path: &Path) -> PathBuf {
 }
 
 /// Whether two IP addresses are of the same family and overlap: they are equal, or one is unspecified. An IPv4-mapped
-/// IPv6 address counts as IPv4. `[::]` and an IPv4 address do not overlap: [`Config::is_only_v6`] has the `[::]`
-/// socket bound for IPv6 only then.
+/// IPv6 address counts as IPv4. `[::]` and an IPv4 address do not overlap, since a `[::]` socket beside an IPv4 socket is
+/// bound for IPv6 only (see [`Config::is_only_v6`]).
 fn meet(a: SocketAddr, b: SocketAddr) -> bool {
     let (a, b) = (a.ip().to_canonical(), b.ip().to_canonical());
     a == b || (a.is_ipv4() == b.is_ipv4() && (a.is_unspecified() || b.is_unspecified()))

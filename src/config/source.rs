@@ -21,8 +21,8 @@ use toml::de::{DeString, DeTable, DeValue};
 use super::{Problem, Problems};
 use crate::files;
 
-/// The prefix of the variables that override the file. It ends with two underscores, since Kubernetes sets variables
-/// such as `CCSQM_GATEWAY_SERVICE_HOST` for a service named `ccsqm-gateway`.
+/// The prefix of the variables that override the file. It ends with two underscores, so that it does not match the
+/// variables that Kubernetes sets for a service named `ccsqm-gateway`, such as `CCSQM_GATEWAY_SERVICE_HOST`.
 pub(super) const PREFIX: &str = "CCSQM_GATEWAY__";
 
 /// The prefix of keys that end with the name of a header.
@@ -97,7 +97,8 @@ pub(super) enum Syntax {
     Whole,
     /// Everything but some lines. What seems to be missing may be on one of them.
     Holes,
-    /// A header is broken, or the bad lines could not all be skipped. So it is unknown to which section a line belongs.
+    /// A table header such as `[server]` is broken, or the bad lines could not all be skipped. So it is unknown to which
+    /// section a line belongs.
     Lost,
 }
 

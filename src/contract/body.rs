@@ -1,7 +1,7 @@
 //! Buffers a request body: checks media type, encoding and size by the head, then receives the whole body within its deadline.
 //!
-//! A body is at most [`ReceiveLimits::size`] bytes long and arrives within [`ReceiveLimits::time`]. Until it is whole, its bytes count
-//! against the budget of unfinished requests that all connections share. The content is not checked here.
+//! A body is at most [`ReceiveLimits::size`] bytes long and arrives within [`ReceiveLimits::time`]. Until it is whole, its
+//! bytes count against the budget of unfinished requests that all connections share. The content is not checked here.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -65,13 +65,14 @@ pub struct ReceiveLimits {
     pub time: Duration,
 }
 
-/// Returns the whole body. Until it is whole, the bytes that have arrived count against `room`.
+/// Returns the whole body. Until it is whole, the bytes that have arrived count against the budget of unfinished requests
+/// in `in_flight`.
 ///
-/// If this future is dropped, the rest of the body stays unread and `in_flight` is released.
+/// If this future is dropped, the rest of the body stays unread, and the bytes that have arrived no longer count.
 ///
 /// # Errors
 ///
-/// See [`NotReceived`]. An error that the head alone decides is returned before the body is asked for.
+/// See [`NotReceived`]. An error that depends on the head alone is returned before the body is polled.
 // hyper sends `100 Continue` at the first poll of the body. With the checks of the head in front of it, a caller that waits for
 // `100 Continue` is refused before it has sent a large body in vain.
 // tests/hyper.rs: hyper_sends_continue_only_when_the_body_is_polled

@@ -66,16 +66,16 @@ impl CheckedBody {
 }
 
 /// The scalars that one walk captured, in the order of the walk.
-// Nine places need no allocation: three inspectors with their counts, and two other members. More places would
-// make every request's future larger.
+// Up to nine scalars need no allocation. Three inspectors with their counts and the two other members of the built-in contract
+// are eight. More places would make every request's future larger.
 pub(super) type Captured = SmallVec<[AuditScalar; 9]>;
 
 /// The position of one captured scalar in the body, or the note that an item of a list lacks this member.
-// Eight bytes, so that nine of them fit in the future of a request. A range of two `usize` would take twice as much.
+// Eight bytes, so that nine of them fit in the future of a request. With a range of two `usize` it would take 24.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AuditScalar {
     pub(super) member: AuditIndex,
-    /// In bytes; 0 if there is no scalar. [`u16::MAX`] means that length or more: the scalar is read again for its end.
+    /// In bytes; 0 if there is no scalar. [`u16::MAX`] means that length or more; [`length_at`] then finds the exact length.
     length: u16,
     // Wide enough: `check_encoding` refuses a body of 4 GiB and more.
     start: u32,

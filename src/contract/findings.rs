@@ -22,8 +22,8 @@ pub(super) trait Findings<'a> {
     /// Called after the walk has checked that member or item.
     fn leave(&mut self) {}
 
-    /// Receives one violation. `told` returns its place and text, and is called only if they are used. An error ends
-    /// the walk.
+    /// Receives one violation. `code` is that of [`Violation::code`]. `detail` returns the place and text of the
+    /// violation, and is called only if they are used. An error ends the walk.
     // A closure, since the detail is text to format, and the first walk throws it away.
     fn note(&mut self, code: &'static str, detail: impl FnOnce() -> FindingDetail) -> Result<(), Abort>;
 }

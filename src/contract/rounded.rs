@@ -20,15 +20,15 @@ const DOUBLE_DIGITS: usize = 17;
 /// The most digits of an integer that JavaScript writes without an exponent.
 const MAX_DIGITS: usize = 21;
 
-/// Whether an integer is 2^53 or more, so that a double may not hold it exactly. Negative ones count by their magnitude.
+/// Whether the magnitude of an integer is 2^53 or more. A double cannot hold all such integers exactly.
 pub(super) fn is_large(number: &Number<'_>) -> bool {
     let digits = digits(number).len();
     digits > FIRST_DIGITS
         || digits == FIRST_DIGITS && number.small.is_none_or(|small| small.unsigned_abs() >= FIRST as u64)
 }
 
-/// Whether JavaScript would write this literal for the double nearest to it. To be called only for an integer that
-/// [`is_large`].
+/// Whether JavaScript would write this literal for the double nearest to it. Must be called only for an integer for which
+/// [`is_large`] returns true.
 pub(super) fn may_be_rounded(number: &Number<'_>) -> bool {
     let digits = digits(number);
     // Most exact ids end here: the shortest digits of a double are 17 at most, and JavaScript pads them with zeros.

@@ -184,7 +184,7 @@ impl NumberLimit {
     }
 }
 
-/// Where in a contract a schema is. Decides whether `x-audit` is allowed there, and whether it is a list.
+/// Where in a contract a schema is. Decides whether `x-audit` is allowed there, and whether its audit member is a list.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Nesting {
     Single,
@@ -451,8 +451,8 @@ impl Members {
         Ok(())
     }
 
-    /// Adds a member and returns its bit. Returns 0 for a member beyond [`MAX_MEMBERS`], so that the caller must refuse
-    /// the schema.
+    /// Adds a member and returns its bit. Returns 0 for a member beyond [`MAX_MEMBERS`]; the caller must refuse such a
+    /// schema.
     fn add(&mut self, name: &str, node: Option<Box<Node>>) -> u128 {
         // A plain shift would panic there, or wrap round to the bit of another member.
         let bit = 1_u128.checked_shl(self.list.len() as u32).unwrap_or_default();

@@ -23,8 +23,8 @@ pub(super) struct Walk<'a, F> {
     bare_ids: BareIds,
     captured: Captured,
     large_ids: usize,
-    /// The identity of the current item of the innermost array. `None` if its items need not differ, or if the identity
-    /// was not read.
+    /// The identity of the current item of the innermost array. `None` if its items need not differ, if the item has no
+    /// identity, or as long as the identity is not read.
     identity: Option<Identity<'a>>,
     findings: F,
 }
@@ -43,7 +43,7 @@ pub(super) struct Walked<F> {
 pub(super) enum Interrupted {
     /// The document is not strict JSON.
     NotJson(NotJson),
-    /// `F` ended the walk at a violation.
+    /// The [`Findings`] of the walk ended it at a violation.
     Broken,
 }
 
@@ -70,7 +70,7 @@ impl Hash for Identity<'_> {
 #[derive(Clone, Copy)]
 enum Capture<'a> {
     Nothing,
-    /// One member of the value, which is an item of the array. Nothing if the item is not an object.
+    /// The value is an item of an array with `x-uniqueBy`: notes this member of it, or nothing if it is not an object.
     Member(&'a UniqueBy),
     /// The value itself: it is the member by which the items must differ.
     This,
@@ -170,7 +170,7 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(())
     }
 
-    /// Notes the bytes from `start` to the cursor as the identity, if `noted` says that the value is one.
+    /// Notes the bytes from `start` to the cursor as the identity, if `capture` says that the value is one.
     #[inline(always)]
     fn capture_literal(&mut self, start: usize, capture: Capture<'a>) {
         if let Capture::This = capture {
@@ -180,7 +180,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
 
     /// Walks over an object. Repeated keys are a fault of the syntax, with or without a contract: parsers differ on which of the
     /// two counts (RFC 8259 §4), so the upstream could read another value than was checked.
-    // `seen` has a bit for each member of the contract, `others` the keys that it does not name. `expected` is the likely next.
+    // `seen` has a bit for each member of the contract, `others` the keys that it does not name. `expected` is the index of the
+    // member that probably comes next.
     fn object(&mut self, members: Option<&'a Members>, capture: Option<&'a UniqueBy>) -> Result<(), Abort> {
         let (mut seen, mut others, mut expected) = (0_u128, None, 0);
         let mut more = self.cursor.open(b'}')?;
@@ -338,7 +339,8 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         Ok(is_kept.then_some(rule))
     }
 
-    /// Whether a bare number is accepted where the contract has ids. Counts it if it is a large one.
+    /// Checks a bare number where the contract has ids, and returns whether it is accepted. Counts an id of 2^53 or more, and
+    /// reports an id that is refused.
     // Not inlined: most ids are strings, and this code would make the loop over the members larger.
     #[inline(never)]
     fn bare_id(&mut self, rule: &Node, number: &Number<'_>) -> Result<bool, Abort> {
