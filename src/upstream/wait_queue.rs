@@ -97,23 +97,23 @@ impl WaitQueue {
         Self { waiting: AtomicUsize::new(0), rate: Mutex::new(ServiceRate::new(connections)) }
     }
 
-    /// Waits for `what`, for at most `longest`. Returns `None` if the wait took too long, or at once if it is
+    /// Waits for `what`, for at most `max_wait`. Returns `None` if the wait took too long, or at once if it is
     /// expected to.
     ///
     /// The first waiter in line is always admitted, since only admitted waiters measure the rate. If the future is
     /// dropped, the place in line becomes free and nothing is measured.
-    pub(super) async fn wait<T>(&self, longest: Duration, what: impl Future<Output = T>) -> Option<T> {
+    pub(super) async fn wait<T>(&self, max_wait: Duration, what: impl Future<Output = T>) -> Option<T> {
         // The place is a guard, so that a waiter whose caller disconnects does not stay in the count.
         let position = Position::behind(&self.waiting);
         if position.number == 1 {
             self.rate().begin(clock::nanos());
         // Half, since the interval is an average of the past: a waiter that is expected to need nearly all of its
         // time would often time out instead of being rejected early.
-        } else if self.rate().expected(position.number) > longest / 2 {
+        } else if self.rate().expected(position.number) > max_wait / 2 {
             return None;
         }
         // No lock is held here: `rate` locks for one statement only.
-        let output = timeout(longest, what).await.ok();
+        let output = timeout(max_wait, what).await.ok();
         match output {
             Some(_) => self.rate().serve(clock::nanos()),
             None => self.rate().stall(clock::nanos()),
@@ -153,8 +153,8 @@ mod tests {
     use super::*;
 
     /// A waiter that is served after `number` × 10 ms, as the one at that position is if one is served every 10 ms.
-    async fn served(queue: &WaitQueue, longest: u64, number: u32) -> Option<()> {
-        queue.wait(Duration::from_millis(longest), sleep(Duration::from_millis(10) * number)).await
+    async fn served(queue: &WaitQueue, max_wait: u64, number: u32) -> Option<()> {
+        queue.wait(Duration::from_millis(max_wait), sleep(Duration::from_millis(10) * number)).await
     }
 
     #[tokio::test]
