@@ -36,7 +36,7 @@ pub enum NoRoom {
 /// an answer, since each costs a file descriptor and memory, too.
 const MAX_OVER_CAP: usize = 64;
 
-/// How many of the [`MAX_SURPLUS`] connections may be of peers that are not known to be callers. The rest is for known
+/// How many of the [`MAX_OVER_CAP`] connections may be of peers that are not known to be callers. The rest is for known
 /// callers. A caller with a certificate counts as unknown here, since it is known only after the handshake.
 // Strangers once held all of them, and the connections of callers were closed without an answer.
 const MAX_UNKNOWN_OVER_CAP: usize = MAX_OVER_CAP / 2;

@@ -25,7 +25,7 @@ use crate::model::cause::Cause;
 use crate::registry::Registry;
 use crate::{clock, config};
 
-/// The longest pause, in nanoseconds. If the configured first pause is longer, that is the longest.
+/// The longest pause, in nanoseconds. If the configured first pause is longer, no pause exceeds that one.
 const LONGEST: u64 = 30_000_000_000;
 
 /// The `Retry-After` of a request that is rejected while a probe is in flight.

@@ -245,7 +245,8 @@ impl Pool {
         }
     }
 
-    /// Reserves a connection for one exchange alone.
+    /// Waits for a permit, and takes an idle HTTP/1.1 connection or opens one. If the upstream picks HTTP/2 on the new
+    /// connection, returns its first stream.
     async fn reserve_http1(&self) -> Result<(Transport, Option<Timer>), NoConnection> {
         let permit = match self.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
@@ -338,8 +339,8 @@ impl Pool {
         permit.and_then(Result::ok).ok_or(NoConnection::Busy)
     }
 
-    /// Takes the idle connection that was used last, with its timer. When there are fewer requests, the others reach
-    /// the idle time-out and are closed.
+    /// Takes the idle connection that was used last, with its timer. So connections that the load does not need stay
+    /// unused until the idle time-out closes them.
     fn take_idle(&self) -> Option<(Connection, Option<Timer>)> {
         let (mut idle, generation) = (self.idle(), self.connector.generation());
         let live = iter::from_fn(|| idle.pop()).find(|last| !last.is_unusable(self.idle_timeout, generation));
@@ -355,8 +356,8 @@ impl Pool {
     }
 }
 
-/// Waits until an attempt to connect is over. Returns its error if it failed; the caller must look for a stream
-/// itself.
+/// Waits until an attempt to connect is over, and returns its error if it failed. A success returns no stream: the
+/// caller must search for one again.
 async fn dialed(dialing: &mut watch::Receiver<Dialing>) -> Result<(), NoConnection> {
     match dialing.wait_for(|dialing| !matches!(dialing, Dialing::UnderWay)).await.as_deref() {
         Ok(Dialing::Failed(why)) => Err(why.clone()),

@@ -1,7 +1,7 @@
 //! Bounded wait for an upstream connection, with load shedding.
 //!
-//! A waiter is rejected at once if `position × service_interval > max_wait / 2`, instead of after `max_wait`. Under
-//! overload a rejected request then costs its caller no time, and an admitted one waits only a little.
+//! A waiter is rejected at once if its position in line times the service interval is more than half of its longest
+//! wait. Under overload a rejected request then costs its caller no time, and an admitted one waits only a little.
 //!
 //! The service interval is the average time from one served waiter to the next. It is measured in windows. A window
 //! ends when as many waiters have been served as the pool has connections. Its interval is the time during which at
@@ -10,8 +10,8 @@
 //!
 //! Once a wait has timed out, only the first waiter in line is admitted, until one is served again.
 //!
-//! The queue bounds and measures waits. It does not hand out connections, and it does not decide which waiter gets
-//! one: each waiter passes in a future that does.
+//! The queue bounds and measures waits. It does not hand out connections, and does not order the waiters: the
+//! future that a waiter passes in acquires the connection.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,7 +34,7 @@ pub(super) struct WaitQueue {
 struct ServiceRate {
     /// The number of served waiters after which a window ends.
     size: u64,
-    /// The latest moment at which a first waiter came, a waiter was served, or a waiter timed out.
+    /// The time of the last update: a waiter joined an empty line, was served, or timed out.
     since: u64,
     served: u64,
     /// For how long at least one request has waited in this window, up to `since`. Times without a waiter do not
@@ -100,8 +100,8 @@ impl WaitQueue {
     /// Waits for `what`, for at most `max_wait`. Returns `None` if the wait took too long, or at once if it is
     /// expected to.
     ///
-    /// The first waiter in line is always admitted, since only admitted waiters measure the rate. If the future is
-    /// dropped, the place in line becomes free and nothing is measured.
+    /// The first waiter in line is always admitted: the service interval is measured with admitted waiters only. If
+    /// the future is dropped, the place in line becomes free and nothing is measured.
     pub(super) async fn wait<T>(&self, max_wait: Duration, what: impl Future<Output = T>) -> Option<T> {
         // The place is a guard, so that a waiter whose caller disconnects does not stay in the count.
         let position = Position::behind(&self.waiting);
@@ -126,7 +126,7 @@ impl WaitQueue {
     }
 }
 
-/// A position in the line, counted from 1. Dropping it leaves the line.
+/// A waiter's position in the line, counted from 1. Dropping it removes the waiter from the line.
 struct Position<'a> {
     waiting: &'a AtomicUsize,
     number: usize,

@@ -21,7 +21,8 @@ pub(in crate::upstream) struct Counted {
     stream: Stream,
     /// The number of bytes written so far, shared with the pool's [`super::Connection`].
     pub(super) written: Arc<AtomicU64>,
-    /// Receives what is read; `None` over HTTP/1.1, which does not need it and has six reads per request.
+    /// Records what is read. `None` over HTTP/1.1, which does not need it: there a request takes six reads, and
+    /// recording each would cost time.
     received: Option<Received>,
     open: Gauge,
 }

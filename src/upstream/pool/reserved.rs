@@ -43,8 +43,8 @@ impl PooledConnection {
 
     /// Waits until a request can be sent: until the previous exchange on the connection is over.
     ///
-    /// The caller must send the request without another wait. When this function returns, the root certificates that
-    /// the upstream was verified with are in use; a moment later they may have been replaced.
+    /// The caller must send the request without another wait. This function checks last that the root certificates with
+    /// which the upstream was verified are still in use; during a wait they could be replaced.
     ///
     /// # Errors
     ///
@@ -75,8 +75,8 @@ impl PooledConnection {
         if generation == self.pool.connector.generation() { Ok(()) } else { Err(SendError::Closed) }
     }
 
-    /// Sends the request that `request` makes, and waits for the head of the reply. A function, so that the future does
-    /// not hold the request.
+    /// Calls `request`, sends the request that it returns, and waits for the head of the reply. `request` is a function,
+    /// so that the future does not hold the request before it is sent.
     ///
     /// The caller must call [`PooledConnection::ready`] right before, and must bound the wait. If the future is dropped,
     /// the request may have been sent.
@@ -152,8 +152,8 @@ impl PooledConnection {
         self.timer = Some(timer);
     }
 
-    /// Returns whether the connection is known to be unusable: the upstream has closed it, or has sent bytes on an idle
-    /// HTTP/1.1 connection.
+    /// Returns whether the connection is known to be unusable: [`PooledConnection::is_closed`] is true, or the upstream
+    /// has sent bytes on an idle HTTP/1.1 connection.
     ///
     /// For HTTP/1.1 this costs a system call in the turn of the event loop in which the connection was reserved. In any
     /// later turn the event loop has polled all sockets, so that hyper knows.
@@ -168,8 +168,8 @@ impl PooledConnection {
         }
     }
 
-    /// Returns whether the upstream closed the connection, or contradicted itself on it. Does not check the root
-    /// certificates: [`PooledConnection::ready`] does.
+    /// Returns whether the upstream closed the connection, or denied on it that it processed a request which it had
+    /// answered. Does not check the root certificates: [`PooledConnection::ready`] does.
     pub fn is_closed(&self) -> bool {
         match &self.transport {
             Some(Transport::Http1(connection, _)) => connection.sender.is_closed(),
