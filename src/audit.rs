@@ -14,8 +14,8 @@
 //!   they are aggregated, and then only counted.
 //!
 //! The chain does not protect against an attacker who can write files as the gateway's user and read its key. To
-//! prove records against that attacker, keep a head of the chain elsewhere (`audit head` prints it): it proves the
-//! records up to its own.
+//! prove records against that attacker, keep the number and hash of the last record elsewhere (`audit head` prints
+//! them): they prove that record and all before it.
 //!
 //! This file has the handle for requests and operators. `start` opens a trail; `offline` appends to a trail that no
 //! process writes. `record` is what a request writes, `queue` is where records wait, and `writer` is the thread that
@@ -236,7 +236,7 @@ impl Audit {
     }
 
     /// Applies the configured redaction to a value. Returns the value itself, a keyed hash of it, or `None` if it is
-    /// to be omitted. `field` is an index into [`SHOWN`].
+    /// to be omitted. `field` is an index into [`REDACTABLE`].
     fn redact(&self, field: usize, value: HeaderValue) -> Option<HeaderValue> {
         match self.0.redactions[field] {
             Redaction::Clear => Some(value),

@@ -1,7 +1,7 @@
 //! A batch: the lines of a group commit, complete except for the links of the hash chain.
 //!
-//! Lines get their numbers here, in the order in which they are queued. The writer later fills in the links where the
-//! lines are, without copying them. Beside each line the batch keeps what that line changes in the list of unresolved
+//! Lines get their numbers here, in the order in which they are queued. The writer later fills in the links in
+//! place, without copying the lines. Beside each line the batch keeps what that line changes in the list of unresolved
 //! calls.
 
 use std::ops::Range;
@@ -94,8 +94,8 @@ impl Batch {
         self.event(LIST, json!({}));
     }
 
-    /// Whether a line may put a call on the list that stays there after its outcome, or take one off: an unknown
-    /// outcome, a forced repetition, or an event.
+    /// Whether any line is an unknown outcome, a forced repetition or an event. Such a line may add a call that stays on
+    /// the list after its outcome, or remove one. Intents do not count: their calls leave the list with the outcome.
     pub(super) fn changes_list(&self) -> bool {
         let is_change = |change: &ListChange| match change {
             ListChange::Outcome { outcome, is_forced, .. } => *is_forced || *outcome == Outcome::Unknown,

@@ -36,7 +36,7 @@ pub(super) struct CommitWaiters {
     /// Whether this worker's waking task is spawned.
     // Not before the first wait: the handle is made before the worker's runtime exists.
     started: AtomicBool,
-    /// The supervision of the waking task, until that task takes it.
+    /// Reports an unexpected end of the waking task. Taken by that task when it is spawned.
     vital: Mutex<Option<Vital>>,
     waiting: Mutex<Waiting>,
 }
@@ -45,7 +45,7 @@ pub(super) struct CommitWaiters {
 struct Waiting {
     /// In the order in which they began to wait, which is nearly the order of their record numbers.
     requests: VecDeque<Request>,
-    /// The nearest deadline that the timer of the waking task is set for.
+    /// The nearest deadline of all requests when the waking task last checked them; `None` if there were none.
     nearest: Option<u64>,
     /// The waker of the waking task.
     task: Option<Waker>,

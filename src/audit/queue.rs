@@ -188,7 +188,7 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds the waiters of one worker.
+    /// Makes the waiters of one worker, which are woken after each batch from now on.
     pub(super) fn new_waiters(&self, vital: Option<Vital>) -> Arc<CommitWaiters> {
         let waiters = Arc::new(CommitWaiters::new(vital));
         self.all_waiters.lock().unwrap_or_else(PoisonError::into_inner).push(waiters.clone());
@@ -239,7 +239,7 @@ impl Shared {
         seq
     }
 
-    /// Queues the outcome `unknown` for an intent of an earlier process that has no outcome.
+    /// Queues the outcome `unknown` for an intent that an earlier process left without an outcome.
     pub(super) fn doubt(&self, id: Uuid) {
         let mut queue = self.lock();
         queue.batch.push(&Entry::UnknownOutcome { id });
@@ -301,8 +301,8 @@ impl Shared {
         }
     }
 
-    /// Queues a refusal, adds it to an aggregate, or only counts it. Never waits. Half of the queue is left to intents
-    /// and outcomes: of refusals only the aggregates of an earlier second, which are few, may use that half.
+    /// Queues a refusal, adds it to an aggregate, or only counts it. Never waits. Half of the queue is for intents and
+    /// outcomes. Only the aggregates of an earlier second, which are few, may use that half, too.
     pub(super) fn push_refusal(&self, facts: Box<RequestFacts>, reason: RefusalReason, status: u16) {
         let mut queue = self.lock();
         // Here as well as in the writer, which may be stuck in a write while refusals go on.

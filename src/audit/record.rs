@@ -51,7 +51,7 @@ pub struct IntendedRecord {
     is_closed: bool,
 }
 
-/// How an exchange with the upstream ended. Becomes the members of the outcome's record.
+/// How an exchange with the upstream ended. The fields become members of the outcome's record.
 #[derive(Clone, Debug)]
 pub struct ExchangeResult {
     /// Whether the upstream executed what the call asked for.
@@ -126,7 +126,7 @@ impl OpenRecord {
         self.stage == Stage::Upstream
     }
 
-    /// Enters the next stage. The time since the last call is added to the stage that ends.
+    /// Enters the next stage. The time since the previous stage began is added to that stage.
     pub fn enter(&mut self, stage: Stage) {
         self.stage = stage;
         self.set(|_, facts| facts.enter(stage));
@@ -240,7 +240,7 @@ impl OpenRecord {
     }
 }
 
-/// The request's future was dropped before the intent was queued: its caller disconnected.
+/// Closes an open record as refused: the request's future was dropped, because its caller disconnected.
 impl Drop for OpenRecord {
     fn drop(&mut self) {
         self.refuse(Code::CallerLeft, None);
@@ -278,8 +278,8 @@ impl IntendedRecord {
     }
 }
 
-/// The future of the request or of its exchange was dropped: the caller disconnected, a stop cut the exchange off, or
-/// it panicked.
+/// Closes a record that has no outcome yet: the future of the request or of its exchange was dropped. The caller
+/// disconnected, a stop cut the exchange off, or the future panicked.
 impl Drop for IntendedRecord {
     fn drop(&mut self) {
         if self.is_closed {

@@ -51,8 +51,8 @@ const MAX_FAULTS: usize = 10_000;
 // bit or a damaged byte produces.
 const LEAST_LOST: usize = 16;
 
-/// The largest size, in bytes, of a torn last write that counts as a trace of a crash and is cut off. If more
-/// data follows a gap, the file counts as damaged.
+/// How far from the end of the file, in bytes, a line with a hole may begin and still count as a part of a torn
+/// last write, which is cut off. A hole that is farther away counts as damage.
 const MAX_TORN: u64 = 1 << 20;
 
 /// The result of reading a trail.
@@ -93,7 +93,7 @@ pub struct TrailState {
     proven: u64,
     /// The record that the lock file names.
     expected: Option<ChainPosition>,
-    /// Whether that record was found.
+    /// Whether that record was found, or is before the part of the trail that was read.
     is_reached: bool,
     /// The highest number that was assigned according to the lock file, if records are missing at the end; 0 if not.
     given: u64,
@@ -103,7 +103,7 @@ pub struct TrailState {
     is_retained: bool,
 }
 
-/// A part of the trail that is missing at its end: the lock file, or something that the lock file names.
+/// Something that is missing and that the chain cannot show: the lock file, or records or a segment that it names.
 #[derive(Clone, Debug, Serialize)]
 pub struct Damage {
     /// What kind of thing is missing.
@@ -472,7 +472,7 @@ impl Damage {
         json!({ "what": DAMAGED, "file": file, "reason": reason, "lacks": lacks, "at_end": at_end })
     }
 
-    /// Whether a line is an event `recovery` that records damage.
+    /// Whether a line is an event `recovery` that records a [`Damage`], and not one about a fault of the chain.
     pub(super) fn is_recorded_by(line: &[u8]) -> bool {
         #[derive(Deserialize)]
         struct Event<'a> {
