@@ -244,7 +244,7 @@ impl Claims {
         }
     }
 
-    /// Returns [`Verdict::Begin`] if there is room for a further key of this caller, else what is full.
+    /// Returns [`KeyDecision::Begin`] if there is room for a further key of this caller, else what is full.
     fn look_for_room(&self, Wanted { caller, share, .. }: Wanted) -> KeyDecision {
         if self.len() >= self.max {
             return KeyDecision::Full;
