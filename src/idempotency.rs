@@ -5,23 +5,28 @@
 //! * [`claims`] maps each `Idempotency-Key` to its call, for the configured window. The call is sent once. A repetition gets the
 //!   stored reply (it is *replayed*), or is refused while the first call is at work or its outcome is unknown.
 //! * [`duplicates`] compares calls by caller, route, operator and body, with and without keys. It finds an equal call that is at
-//!   work, has an unknown outcome, or succeeded without its caller having received the answer.
+//!   work, has an unknown outcome, or succeeded without its caller having received the answer. The setting `without_key`
+//!   ([`WithoutKey`]) chooses whether the new call is then refused or only *flagged*: sent, with a reply that names the equal
+//!   call. Under `block` a recent success refuses an equal call, too. `off` and `require_key` compare nothing.
 //!
-//! A claim within the window is never evicted: a full table refuses new keys, and after a start no key is accepted before the
+//! A key within the window is never evicted: a full table refuses new keys, and after a start no key is accepted before the
 //! audit trail has been read ([`rebuild`]). Stored replies may be evicted; a replay then names the result code only.
 //!
-//! The exchange commits the outcome of a call with a key before the caller learns of it. Two replies are earlier. 503
-//! `audit_unavailable` says that nothing was sent, although a stuck disk may still write the intent. The head of a reply of more
-//! than 64 KiB is sent before that reply has ended.
+//! The outcome of a call with a key is committed to the trail before the caller gets the reply. There are two exceptions:
+//!
+//! * 503 `audit_unavailable`: the intent was not committed in time, so nothing was sent. A stuck disk may still write it later.
+//! * A reply of more than 64 KiB: its head is sent before the commit. Only the last part waits for the commit.
 //!
 //! Terms:
 //!
 //! * *Fingerprint* (`print`): a keyed hash of body, operator and route. The trail contains it.
 //! * *Call hash*: the fingerprint of a call, combined with its caller. *Key hash*: a keyed hash of caller, route and key.
-//! * *Doubt*: a call that has ended while its caller does not know how. Its outcome is unknown, or it is *undelivered* (it
-//!   succeeded, but the caller did not get the answer), or a person *resolved* it as done.
-//! * *By force*: a call with `Idempotency-Force` repeats a doubt or an earlier success. It *supersedes* a doubt: it is compared
-//!   in its place.
+//! * *Claim*: in [`claims`], the entry that says which call holds a key. The [`Claim`] that [`Idempotency::begin`] returns is a
+//!   call's right to be sent. A call without a key has such a right, too, but no entry.
+//! * *Doubt*: a call that has ended, but whose caller does not know how it ended. Its outcome is unknown, or it is *undelivered*
+//!   (it succeeded, but the caller did not get the answer), or a person *resolved* it as done.
+//! * *By force*: a call with `Idempotency-Force` names a doubt or an earlier success and repeats it. If it repeats a doubt, it
+//!   *supersedes* that doubt: new calls are compared with the repetition, no longer with the doubt.
 
 mod claim;
 mod claims;
@@ -147,13 +152,14 @@ pub struct Replay {
     pub result: StoredResult,
     /// Its reply; `None` if it was evicted or never stored.
     pub stored: Option<Arc<StoredReply>>,
-    /// To be handed over with this answer. If the first call was undelivered, that ends the doubt; otherwise it has no effect.
+    /// Goes to the caller's connection with this answer. If the first call was undelivered, handing over this answer ends the
+    /// doubt. Otherwise the delivery has no effect.
     pub delivery: Delivery,
 }
 
 impl Idempotency {
-    /// Creates the tables. Until [`Idempotency::rebuild`] is over, they contain only the calls of the unresolved list
-    /// ([`crate::audit::unresolved_calls`]); calls with a key are refused until then, and under `block` all calls.
+    /// Creates the tables, with the calls of the unresolved list ([`crate::audit::unresolved_calls`]). The other earlier calls
+    /// are restored by [`Idempotency::rebuild`]. Until that is over, calls with a key are refused, and under `block` all calls.
     ///
     /// `accept_loss` is the word of a loss of the trail that the operator accepts ([`crate::audit::loss`]).
     pub fn new(settings: &config::Idempotency, audit: &Audit, accept_loss: Option<String>) -> Self {
@@ -323,9 +329,9 @@ impl Idempotency {
         Refusal { reason: rejected(rejection), delivery }
     }
 
-    /// Refuses a call that names the holder of its key in `Idempotency-Force`, if another call supersedes the holder and is at
-    /// work or of unknown outcome. The refusal names the other call, which is the one to look up now. Returns `Ok` in all other
-    /// cases.
+    /// Checks a call whose `Idempotency-Force` names the call that holds its key. Refuses it if another call supersedes the
+    /// named one and is at work or of unknown outcome. The refusal names the other call, which is the one to look up now.
+    /// Returns `Ok` in all other cases.
     fn check_superseded(
         &self,
         decision: &KeyDecision,

@@ -3,7 +3,7 @@
 //! Requests read a [`Slot`] without a lock. One task per credential, on the background runtime, is the only caller of the token
 //! endpoint. All requests that wait share its next fetch, and a caller that disconnects does not cancel it.
 //!
-//! An expired token is never returned, and two fetches begin at least one second apart. A token is not stored on disk: a restart
+//! No request gets an expired token, and two fetches begin at least one second apart. A token is not stored on disk: a restart
 //! fetches a new one. Whether the upstream still accepts a token is not checked here; the exchange reports a refusal.
 
 mod contest;
@@ -163,7 +163,7 @@ pub struct Slot {
     waiting: AtomicUsize,
     /// Wakes the fetcher. It stores one permit, so a wake-up during a fetch is not lost.
     wake: Notify,
-    /// The state of the fetches. Its lock makes the end of a fetch atomic, and the retirement of a token as well.
+    /// The state of the fetches. Its lock makes the end of a fetch atomic, and the invalidation of a token as well.
     fetches: watch::Sender<Fetches>,
     last_error: LastTrouble,
     contested: LastTrouble,
@@ -178,7 +178,7 @@ pub struct Slot {
 struct Fetches {
     /// The number of the last fetch that began, from 1.
     begun: u64,
-    /// The number of the last fetch whose end answers waiting requests. A failed fetch with a changed pair usually answers none.
+    /// The number of the last fetch that answered waiting requests. One that failed with a changed secret usually answers none.
     ended: u64,
     held: Option<Held>,
     /// Why the last fetch failed; `None` after a success.
@@ -371,11 +371,11 @@ impl Slot {
         active.as_ref().filter(|active| active.is_usable()).map(|active| active.token.clone())
     }
 
-    /// Invalidates generations up to `refused` until the next fetch ends, and returns its number. Returns `None` and changes
-    /// nothing if back-off rules out a fetch before `deadline`: the refused token is then better than none.
+    /// Invalidates generations up to `refused` until the present or next fetch ends. Returns the number of that fetch. Returns
+    /// `None` and changes nothing if back-off rules out a fetch before `deadline`: the refused token is then better than none.
     fn invalidate(&self, refused: u64, had_worked: bool, deadline: Instant) -> Option<u64> {
         let mut looked_into = None;
-        // For its lock only: no fetch may end between the choice of its number and the retirement of the token.
+        // For its lock only: no fetch may end between the choice of its number and the invalidation of the token.
         self.fetches.send_if_modified(|fetches| {
             let now = Instant::now();
             if fetches.held.is_none_or(|held| !held.is_hopeless(now, deadline)) {
@@ -451,7 +451,7 @@ impl Slot {
         });
     }
 
-    /// Records that a changed pair brought no token. Requests wait on for the pair in use, unless both pairs are in a pause.
+    /// Records that a fetch with a changed secret failed. Requests go on waiting, unless the old secret is in a pause as well.
     fn candidate_failed(&self, held: Option<Held>) {
         self.fetches.send_modify(|fetches| {
             fetches.held = held;

@@ -4,7 +4,7 @@
 //! certainly not done releases its key. A claim is never evicted; it expires with the window. The table is bounded, in keys and
 //! so in bytes, by refusing new keys. Each caller has a share, so that none can use up all keys.
 //!
-//! The table contains keyed hashes of keys and bodies only. It cannot tell the key or the body of a hash.
+//! The table contains keyed hashes of keys and bodies only. Neither a key nor a body can be computed from its hash.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,8 +26,8 @@ type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
 /// The claims by key. All times are in seconds since 1970.
 pub(super) struct Claims {
-    /// Claims whose call has ended, and those in flight that repeat a doubt, are in its queue, in the order in which they
-    /// expire.
+    /// The storage of the claims, by key hash. Its queue is in the order of expiry. It contains the claims whose call has ended,
+    /// and those in flight that repeat a doubt; of these only the doubt expires.
     // A claim in flight that repeats nothing is not queued: until its call ends, its key must not be free.
     slots: Slots<Claim>,
     /// The number of keys of each caller, by the hash of its name.
@@ -177,7 +177,7 @@ pub(super) enum KeyDecision {
     Mismatch(Uuid, Option<StoredResult>),
     /// The table is full.
     Full,
-    /// The caller holds its share.
+    /// The caller holds as many keys as it may.
     ShareFull,
 }
 
@@ -296,7 +296,7 @@ impl Claims {
 
     /// Applies the finding of a person that a call of unknown outcome was done: for a whole window from now on, its key is
     /// answered as a success. This may exceed the bound of the table. A later call that holds the key keeps it while it is in
-    /// flight or if it succeeded.
+    /// flight, and afterwards if it succeeded or has another body or operator.
     pub(super) fn resolve_done(&mut self, Wanted { key, print, caller, .. }: Wanted, id: Uuid, now: u32) {
         let Some(number) = self.slots.find(&key) else {
             // The claim has expired. Its caller may still have the key, and now there is an answer for it.

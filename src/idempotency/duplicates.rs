@@ -22,8 +22,9 @@ use crate::audit::unresolved_calls::AT_MOST as MAX_DOUBTS;
 use crate::config::WithoutKey;
 use crate::keyed_hash::KeyedFingerprint;
 
-/// The number of successes that are remembered in modes that only flag an equal call.
-// There the oldest may be forgotten: the loss of a flag lets no call pass that would have been refused.
+/// The most successes that are remembered under `guard` and `warn`.
+// These modes only flag a call that equals a success. So the oldest success may be forgotten: that lets no call pass which would
+// have been refused.
 const MAX_SUCCEEDED: usize = 32 * 1024;
 
 type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
@@ -51,7 +52,7 @@ pub(super) struct DuplicateDetector {
     success_window: u32,
 }
 
-/// A call, as far as the table compares it with others.
+/// What the table stores about a call to compare it with others. Each call has one, also if no other call equals it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Duplicate {
     pub(super) id: Uuid,
@@ -102,7 +103,7 @@ enum State {
     InDoubt(InDoubt),
 }
 
-/// The state of a call that has ended while its caller does not know how.
+/// The state of a call that has ended, but whose caller does not know how it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct InDoubt {
     pub(super) kind: InDoubtKind,
@@ -423,7 +424,7 @@ impl DuplicateDetector {
         }
     }
 
-    /// Removes doubts and successes whose windows are over, so that there is room for new calls. In modes that only flag, also
+    /// Removes doubts and successes whose windows are over, so that there is room for new calls. Except under `block`, also
     /// removes the oldest successes beyond [`MAX_SUCCEEDED`].
     pub(super) fn expire(&mut self, now: u32) {
         let blocks = self.mode == WithoutKey::Block;

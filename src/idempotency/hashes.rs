@@ -41,8 +41,8 @@ impl Idempotency {
     ) -> Result<Option<(KeyedFingerprint, Duplicate)>, Refused> {
         match self.without_key {
             WithoutKey::RequireKey if key.is_none() => Err(Refused::NoKey),
-            // Under `block` a success refuses an equal call, and the successes are read back by the rebuild only. Calls that were
-            // served before its end went out a second time.
+            // Under `block` a success refuses an equal call, and only the rebuild reads the successes of earlier processes. A
+            // call that was let through before the end of the rebuild could repeat one of them.
             WithoutKey::Block if !self.is_rebuilt.load(Ordering::Acquire) => Err(Refused::Rebuilding),
             WithoutKey::RequireKey | WithoutKey::Off => Ok(None),
             WithoutKey::Guard | WithoutKey::Block | WithoutKey::Warn => {

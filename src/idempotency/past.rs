@@ -1,4 +1,4 @@
-//! Earlier calls: restores them from the trail at a start, and applies what a person resolved.
+//! Restores earlier calls from the trail at a start, and applies the resolution of a call by a person.
 //!
 //! A call is *superseded* if a later one has repeated it by force: new calls are then compared with the later one instead.
 
@@ -12,7 +12,8 @@ use super::{Idempotency, now};
 use crate::audit::unresolved_calls::{CallState, Resolution, UnresolvedCall};
 use crate::keyed_hash::{Hash, KeyedFingerprint, parse_hex};
 
-/// Changes of claims that were made during the rebuild. It builds a table of its own, and applies them to it at the end.
+/// Changes of claims that were made during the rebuild. The rebuild builds a new table of claims, and at its end applies these
+/// changes to the new table.
 #[derive(Default)]
 pub(super) struct Meanwhile {
     pub(super) resolved: Vec<(UnresolvedCall, Resolution)>,
@@ -66,7 +67,7 @@ impl Idempotency {
         }
     }
 
-    /// Sets whether another call supersedes a call of unknown outcome with a key.
+    /// Sets whether another call supersedes the call `id`, which has this key and an unknown outcome.
     pub(super) fn set_superseded(&self, key: KeyedFingerprint, id: Uuid, superseded: bool) {
         if let Some(meanwhile) = &mut *self.meanwhile() {
             meanwhile.superseded.push((key, id, superseded));
@@ -109,8 +110,8 @@ impl Idempotency {
         }
     }
 
-    /// Returns the call hash of a call of the trail and its entry for the table of equal calls; `None` if the trail has no caller or
-    /// no fingerprint of it.
+    /// Returns the call hash of a call of the trail and its entry for the table of equal calls; `None` if the trail has no caller
+    /// or no fingerprint of it.
     pub(super) fn identify(&self, call: &UnresolvedCall) -> Option<(KeyedFingerprint, Duplicate)> {
         let caller = call.caller.as_ref()?;
         let key = call.key.as_ref().and_then(|key| parse_hex(key));
@@ -138,7 +139,7 @@ impl Idempotency {
         false
     }
 
-    /// The fingerprint of an intent.
+    /// Returns the fingerprint of a call of the trail; `None` if its record has none and none can be computed from it.
     pub(super) fn print_of(&self, call: &UnresolvedCall) -> Option<KeyedFingerprint> {
         // In trails of earlier versions intents without a key have none. There it is computed from their other members.
         if let Some(print) = &call.print {

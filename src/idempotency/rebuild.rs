@@ -4,9 +4,9 @@
 //! outcome the call is of unknown outcome. Successes of calls without a key are read back, too. Doubts about such calls are not:
 //! they are on the unresolved list, which the start has read already.
 //!
-//! Guarantees that a key of the window is not taken for a new one. A line that is missing, was changed or cannot be read is a
-//! loss; the hash chain shows which. After a loss, keys that are not found are refused. The age of a record depends on no wall
-//! clock: see [`crate::audit::age`].
+//! Guarantees that a key which was used within the window is not taken for a new one. The hash chain shows lines that are
+//! missing or were changed. Each of them, and each line that cannot be read, is a loss. After a loss, keys that are not found are
+//! refused. The age of a record depends on no wall clock: see [`crate::audit::age`].
 //!
 //! One thread reads and parses, another applies. A million keys, more than a gigabyte, are known within 5 s.
 
@@ -97,14 +97,15 @@ enum What {
     Resolution(Box<UnresolvedCall>, Resolution),
 }
 
-/// What the outcome of an intent will end: the claim on a key, or a call without a key. `Nothing` if the intent does not matter.
+/// A call whose intent has been read and whose outcome has not: `Key` with the key that it holds, or `Body` if it has no key.
+/// `Nothing` if its outcome does not matter.
 enum Open {
     Key(KeyedFingerprint),
     Body(Box<UnresolvedCall>),
     Nothing,
 }
 
-/// The reading half: parses lines and checks their chain on a thread of its own, while [`Reading`] applies them.
+/// The parsing half: reads and parses lines and checks their chain, on a thread of its own, while [`Reading`] applies them.
 struct Parser<'a> {
     table: &'a Idempotency,
     /// The number of the last record to read.
@@ -272,7 +273,8 @@ impl Parser<'_> {
         Ok(self.chain.loss())
     }
 
-    /// Reports a loss if the first record of the trail is younger than the window, or was changed, so that its age is unknown.
+    /// Checks the first record of a trail that does not begin with record 1. Reports a loss if that record lies in the
+    /// window, or was changed, so that its age is unknown. Does nothing for later records and other trails.
     fn look_for_late_begin(&mut self, time: &str, checked: LineCheck) {
         if let Some(window) = self.window_time.take()
             && (checked == LineCheck::Changed || self.ages.age(self.second.millis(time)) <= window)
@@ -281,7 +283,7 @@ impl Parser<'_> {
         }
     }
 
-    /// What an event says about a call, if it is the resolution of one.
+    /// Returns the resolution that an event contains; `None` for any other event.
     fn resolution(&mut self, line: &Line<'_>, bytes: &[u8]) -> Option<CallRecord> {
         let id = line.id.filter(|_| line.event == Some(RESOLUTION))?;
         let (call, result) = UnresolvedCall::resolved_by(bytes)?;
@@ -289,8 +291,8 @@ impl Parser<'_> {
         Some(CallRecord { id, time, what: What::Resolution(Box::new(call), result) })
     }
 
-    /// *Now* minus the age of a record, in seconds since 1970. One that was changed counts as new, whatever time it states: too
-    /// long a memory refuses calls, too short a one sends them twice.
+    /// Returns *now* minus the age of a record, in seconds since 1970. A record that was changed counts as new, whatever time it
+    /// states: if its call were forgotten too early, the call could be sent twice.
     fn time(&mut self, line: &Line<'_>, checked: LineCheck) -> u32 {
         if checked == LineCheck::Changed {
             return self.now;
@@ -371,8 +373,9 @@ impl Reading<'_> {
         }
     }
 
-    /// Applies what a person found about a call to its claim. Does nothing if that happened before the window. Keeps the finding
-    /// for [`Self::close`] as well: the unresolved list may lack a call that was done, if the call began before the window.
+    /// Applies a resolution to the claim of its call. Does nothing if the resolution is older than the window. Also keeps it for
+    /// [`Self::close`], which restores a call that was done as a doubt: if the call began before the window, the unresolved list
+    /// may not have it any more.
     fn resolve(&mut self, call: UnresolvedCall, result: Resolution, time: u32) {
         if time < self.window_from {
             return;
@@ -381,7 +384,7 @@ impl Reading<'_> {
         self.resolved.insert(call.id, (call, result, time));
     }
 
-    /// Ends a call without a key.
+    /// Applies the outcome of a call without a key: restores a recent success, and ignores any other outcome.
     fn end(&self, open: &UnresolvedCall, outcome: Option<Outcome>, time: u32) {
         // Only successes: doubts are on the list that the start has read.
         if outcome == Some(Outcome::Succeeded) && time >= self.successes_from {
@@ -449,7 +452,8 @@ impl Second {
         i64::from(self.unix(time)) * 1000 + millis.unwrap_or(0)
     }
 
-    /// Returns what [`unix`] does. Parses the text only if its second differs from that of the last call.
+    /// Returns the seconds since 1970 of a record's time, as the function [`unix`] does. Parses the text only if its second
+    /// differs from that of the last call.
     fn unix(&mut self, time: &str) -> u32 {
         let (second, rest) = time.split_at_checked("2026-01-01T00:00:00".len()).unwrap_or((time, ""));
         let is_micros = |rest: &str| rest.len() == 6 && rest.bytes().all(|digit| digit.is_ascii_digit());

@@ -21,8 +21,8 @@ pub(super) struct Recent {
     /// The number of the call at the front of `row`. Each further call has the next number. Numbers wrap around.
     first: u32,
     /// The number of the youngest call of each call hash.
-    // Numbers instead of call hashes: with a million calls known the table took 51 MB and 93 to 97 ns a call, a map from hashes 84 MB
-    // and 117 to 129 ns. Numbers count all calls of the process, so that no entry changes when the row loses its front.
+    // Numbers instead of call hashes: with a million calls known the table took 51 MB and 93 to 97 ns a call, a map from hashes
+    // 84 MB and 117 to 129 ns. Numbers count all calls of the process, so that no entry changes when the row loses its front.
     youngest: HashTable<u32>,
     hasher: foldhash::fast::RandomState,
 }
@@ -38,7 +38,8 @@ pub(super) struct PastCall {
     pub(super) caller: u32,
 }
 
-/// The most that the index takes per call, in bytes: see [`super::slots`].
+/// The most that the index takes per call, in bytes: more than four, since a hash table has unused buckets and is copied when it
+/// grows. The constant of the same name in [`super::slots`] has the computation.
 const INDEX_BYTES: usize = 35;
 
 impl Recent {
@@ -48,7 +49,7 @@ impl Recent {
         count * (3 * size_of::<PastCall>() + INDEX_BYTES)
     }
 
-    /// The number of calls, those included that have a younger one of the same call hash.
+    /// The number of calls in the queue. Each call counts, also if a younger one has the same call hash.
     pub(super) fn len(&self) -> usize {
         self.row.len()
     }

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A token that reaches this age ends a contest, whether it is refused then or not, and even if no call used it.
+/// The age from which on a token *has lasted*. A token that is due for a refresh earlier has lasted from then on. A token that
+/// has lasted ends a contest, whether it is refused then or not, and even if no call used it.
 // Clients that fetch in turn end a token within seconds; `pause` is 20 s at most. Whether a call used the token is not counted,
 // since that would cost each call something.
 const SOON: Duration = Duration::from_secs(60);
@@ -43,7 +44,8 @@ pub(super) struct Contest {
 #[derive(Debug)]
 struct Refused {
     generation: u64,
-    /// Whether it was refused before it had lasted, and it is not known yet whether the call succeeds with another token.
+    /// Whether it was refused before it had lasted ([`SOON`]), and no call that was refused with it has succeeded with another
+    /// token yet.
     is_open: bool,
     /// When another token may be fetched.
     until: Instant,

@@ -1,8 +1,9 @@
 //! The client of the token endpoint: one call of tokenByAkSk (`POST …/apigovernance/api/oauth/tokenByAkSk`, vendor's page).
 //!
-//! The endpoint does not follow RFC 6749, so no OAuth 2 client fits. Each call has a connection of its own. A reply is read
-//! tolerantly, since the vendor's services differ in types and codes, but a token is taken only if it is a bearer token by RFC
-//! 6750. Nothing is repeated here, and no redirect is followed: the fetching task decides when to call again.
+//! A call sends a *pair*, an app key with its app secret. The endpoint does not follow RFC 6749, so no OAuth 2 client fits. Each
+//! call has a connection of its own. A reply is read tolerantly, since the vendor's services differ in types and codes, but a
+//! token is taken only if it is a bearer token by RFC 6750. Nothing is repeated here, and no redirect is followed: the fetching
+//! task decides when to call again.
 
 use std::fmt;
 use std::time::Duration;
@@ -51,7 +52,7 @@ pub(super) enum FetchError {
         "the endpoint refuses the credential: {ANSWERS_WITHOUT_TOKEN} answers in a row have status 200 and no usable token; {0}"
     )]
     RefusedWithoutToken(NoToken),
-    /// A status other than 200 that does not refuse the pair. Also the pause that the endpoint named.
+    /// A status other than 200 that does not refuse the pair, and the pause that the endpoint named, if it did.
     #[error("status {0}")]
     Status(StatusCode, Option<Duration>),
     /// A 200 whose body is a JSON object without a usable token.

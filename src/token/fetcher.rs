@@ -3,10 +3,10 @@
 //! It fetches at the start, refreshes the token before its end and after a refusal by the upstream, and backs off after a
 //! failure. It is the only caller of the token endpoint and the only writer of the slot's token.
 //!
-//! A pair is an app key with its app secret. When the files change, the new pair is put on *trial*: tokens are fetched with it
-//! as well as with the pair in use, each on a schedule of its own. A trial that fails neither delays nor ends the refreshes of
-//! the pair in use. A refused trial is repeated after the same pauses as any refused pair, since the cloud may learn of a new
-//! secret later than the gateway. A trial replaces the pair in use only once it has brought a token.
+//! A *pair* is an app key with its app secret. When the files change, the new pair becomes the *candidate* and is put on trial:
+//! tokens are fetched with it as well as with the pair in use, each on a schedule of its own. A trial that fails neither delays
+//! nor ends the refreshes of the pair in use. A refused trial is repeated after the same pauses as any refused pair, since the
+//! cloud may learn of a new secret later than the gateway. The candidate replaces the pair in use once it has brought a token.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -27,8 +27,8 @@ use crate::files::{Aside, Hangs};
 use crate::reason::{Reason, shown};
 use crate::secret::needles::{Needles, SHORTEST};
 
-/// If the endpoint returns the present token again at most this long after its end, it is still the old token. Later it counts
-/// as a new token with a new lifetime, since the endpoint issues no other.
+/// The time after the end of the present token in which that token, if the endpoint returns it again, still counts as the old
+/// one. After that it counts as a new token with a new lifetime, since the endpoint issues no other.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// The largest error of a remaining lifetime that the endpoint states: endpoints round it down to whole seconds.
@@ -276,7 +276,8 @@ impl Fetcher {
         self.report(slot, if failure == FetchFailure::Refused { "refused" } else { "postponed" });
     }
 
-    /// Returns the reason of a failed fetch, and its text for log and `/status`, which quotes neither pair nor the token.
+    /// Returns the reason of a failed fetch, and its text for log and `/status`. The text contains no app key, no app secret
+    /// and no token.
     fn described(&self, error: &FetchError, slot: &Slot) -> (Reason, String) {
         let reason = error.reason();
         // Both pairs: an endpoint, or a proxy before it, may quote the one that an earlier call sent.

@@ -1,6 +1,7 @@
 //! When to fetch a token and how long to send it: refresh ahead, exponential back-off with full jitter, expiry by two clocks.
 //!
-//! Pure rules: they fetch nothing, hold no lock and do not wait. The fetching task applies them.
+//! Pure rules: they fetch nothing, hold no lock and do not wait. The fetching task applies them. A *pair* is an app key with its
+//! app secret.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,7 +17,7 @@ pub(super) const MIN_GAP: Duration = Duration::from_secs(1);
 /// While requests wait, the next fetch is due at most this long after [`MIN_GAP`] is over, however long the back-off is.
 const URGENT: Duration = Duration::from_secs(2);
 
-/// A token's moments, counted from when the request for it was sent.
+/// The ages at which a token is refreshed and stopped. Its age counts from when the request for it was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
     /// From this age on a new token is fetched; this one is still sent.
@@ -70,8 +71,8 @@ impl Moment {
         Self { monotonic: clock::now(), now: clock::unix_nanos(), wall: clock::wall() }
     }
 
-    /// Returns the time from this moment to `later`: the longer one of *now* and of the wall clock. So a clock that was set back
-    /// or stopped does not prolong a life.
+    /// Returns the time from this moment to `later`, as measured by *now* or by the wall clock, whichever is longer. So a clock
+    /// that was set back or stopped does not prolong a life.
     pub(super) fn age(&self, later: Self) -> Duration {
         // A wall clock that was set back gives an error here: it then says nothing, and the other clock counts.
         let wall = later.wall.duration_since(self.wall).unwrap_or_default();
