@@ -37,14 +37,14 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Returns a script with one fault of business calls.
-    pub fn business(fault: Fault) -> Self {
-        Self { business: vec![fault], ..Self::default() }
+    /// Returns a script with one fault of business calls, or several: `Faults::business([first, second])`.
+    pub fn business(faults: impl Into<Vec<Fault>>) -> Self {
+        Self { business: faults.into(), ..Self::default() }
     }
 
-    /// Returns a script with one fault of token calls.
-    pub fn token(fault: Fault) -> Self {
-        Self { token: vec![fault], ..Self::default() }
+    /// Returns a script with one fault of token calls, or several.
+    pub fn token(faults: impl Into<Vec<Fault>>) -> Self {
+        Self { token: faults.into(), ..Self::default() }
     }
 
     pub(super) fn validate(&self) -> Result<(), String> {
@@ -129,6 +129,11 @@ impl Fault {
         Self { code: Some(code), ..Self::default() }
     }
 
+    /// Returns a fault that answers with this failure code.
+    pub fn failure(code: impl Into<String>) -> Self {
+        Self::code(Code::Failure(code.into()))
+    }
+
     /// Returns a fault that sends the real answer in this way.
     pub fn framing(framing: Framing) -> Self {
         Self { framing: Some(framing), ..Self::default() }
@@ -142,6 +147,30 @@ impl Fault {
     /// Returns a fault that sends the real answer after this many milliseconds.
     pub fn delayed(delay_ms: u64) -> Self {
         Self { delay_ms, ..Self::default() }
+    }
+
+    /// Returns a fault that pads the body of the real answer to this many bytes.
+    pub fn sized(size: usize) -> Self {
+        Self { size: Some(size), ..Self::default() }
+    }
+
+    /// Replaces the body of the answer.
+    #[must_use]
+    pub fn with_body(self, body: impl Into<String>) -> Self {
+        Self { body: Some(body.into()), ..self }
+    }
+
+    /// Adds a header to the answer.
+    #[must_use]
+    pub fn with_header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.headers.push((name.into(), value.into()));
+        self
+    }
+
+    /// Lets this many calls pass first.
+    #[must_use]
+    pub fn after(self, after: u64) -> Self {
+        Self { after, ..self }
     }
 
     /// Limits the fault to this many calls.
@@ -199,6 +228,13 @@ impl Fault {
             return Err("`interim` must be 100 to 199".to_owned());
         }
         Ok(())
+    }
+}
+
+// A script of one fault needs no brackets then.
+impl From<Fault> for Vec<Fault> {
+    fn from(fault: Fault) -> Self {
+        vec![fault]
     }
 }
 
